@@ -45,7 +45,8 @@ VERBS = {
 # A noun's verbs are in `app` of its module; those that can only be listed are in `lists`.
 NOUNS = (
     *("orgs", "credentials", "definitions", "templates", "calendars", "runs", "skips", "audit", "handlers"),
-    *("budgets", "usage", "operators", "hosts", "pools", "db", "keys", "tokens", "config", "import"),
+    *("budgets", "usage", "operators", "hosts", "pools", "db", "keys", "tokens", "secrets"),
+    *("config", "import"),
 )
 ONLY_LISTED = ("skips", "audit")
 # Python cannot import a module of this name.

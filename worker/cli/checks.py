@@ -32,6 +32,8 @@ FORECAST_COLUMNS = (
 CAPACITY_COLUMNS = ("what", "needs", "mean", "has", "unit", "at", "wait", "ok")
 # Orgs between two progress messages.
 EVERY = 100
+# Missing secrets that `check` names.
+MOST_LACKING = 20
 
 
 def check_orgs(
@@ -127,10 +129,15 @@ def check(
     then wait; orgs and handlers whose limit is too low; definitions that are due again before
     they end. Not ok: never enough, or a wait of more than 15 minutes; `tight`: a shorter one.
     It uses the newest run of each definition. Assumptions about handlers without runs fail
-    nothing. Warns if this user may read the secret of a management API, as workers must not.
+    nothing.
+
+    Secrets: orgs that lack one which a handler of their definitions declares.
+
+    Warns if this user may read the secret of a management API, as workers must not.
     """
     from worker.operations.capacity import Machine, capacity
     from worker.operations.confinement import readable_management_secrets
+    from worker.operations.org_secrets import lacking_of_all_orgs
     from worker.operations.requirements import forecast_tokens
     from worker.wiring.secrets import issuers_of
 
@@ -140,6 +147,7 @@ def check(
         tokens = session.settings.tokens
         forecasts, now = ([], None) if only_capacity else forecast_tokens(database, issuers, tokens)
         found = capacity(database, session.settings.execution, Machine.here())
+        lacking = [] if only_capacity else lacking_of_all_orgs(database)
     rows = [forecast.as_row(issuers.get(forecast.issuer), now, tokens) for forecast in forecasts if now]
     if not only_capacity:
         print_rows(rows, output, columns=FORECAST_COLUMNS, key="issuer")
@@ -168,8 +176,13 @@ def check(
     for measure in found.measures:
         if measure.change:
             say(f"{'better' if measure.ok else 'fix'}: {measure.what}: {measure.change}")
+    for each in lacking[:MOST_LACKING]:
+        say(f"{each.org}: {each.diagnostic().detail}")
+        say(f"fix: {each.diagnostic().fix}")
+    if len(lacking) > MOST_LACKING:
+        say(f"{len(lacking) - MOST_LACKING} more secrets are missing; `orgs check ORG` names those of an org")
     failed = any(row["problem"] for row in rows) or not all(measure.ok for measure in found.measures)
-    return FAILED if failed else 0
+    return FAILED if failed or lacking else 0
 
 
 def doctor(
@@ -189,6 +202,7 @@ def doctor(
     no secrets, tokens, params, results, logs or error messages.
     """
     from worker.operations.doctor import run_checks
+    from worker.wiring import find_keyring
 
     session = session_of(context)
     if session.settings.host.control:
@@ -197,7 +211,7 @@ def doctor(
             raise UsageError("--bundle needs the database", fix="run `doctor --bundle` on a worker's machine")
     else:
         with session.database() as database:
-            findings = run_checks(database, session.settings)
+            findings = run_checks(database, session.settings, find_keyring(session.settings))
             if bundle is not None:
                 _write(bundle, session, database)
     rows = [asdict(finding) for finding in findings]
@@ -224,9 +238,11 @@ def _of_host(session: Invocation) -> list[Diagnostic]:
 def _write(path: str, session: Invocation, database: Database) -> None:
     """Write the bundle to a new file that only its owner can read."""
     from worker.operations.doctor import gather
+    from worker.wiring import find_keyring
     from worker.wiring.secrets import issuers_of
 
-    text = as_json(gather(database, session.settings, issuers_of(session.settings)))
+    ring = find_keyring(session.settings)
+    text = as_json(gather(database, session.settings, issuers_of(session.settings), ring))
     try:
         file = os.open(Path(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:

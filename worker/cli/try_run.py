@@ -94,6 +94,14 @@ def try_(
             help="What it may spend of a meter: llm_tokens=1000; repeatable.",
         ),
     ] = None,
+    secret: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--secret",
+            metavar="NAME=FILE",
+            help="A secret of the org, in a file; with --real instead of the stored one; repeatable.",
+        ),
+    ] = None,
     real: Annotated[
         bool, typer.Option("--real", help="Use the token of --org, which must be in the database.")
     ] = False,
@@ -147,6 +155,7 @@ def try_(
             state=before,
             answers=read_pairs(answer or (), option="--answer"),
             budgets=_read_budgets(budget or ()),
+            secrets=_read_secrets(secret or ()),
             database=stack.enter_context(session.database()) if real else None,
             on_error=_debugger_at(entry.entry_point) if pdb else None,
             on_line=lambda line: say(f"{line.level:<7} {line.text}"),
@@ -182,6 +191,17 @@ def _read_budgets(given: Sequence[str]) -> dict[str, int]:
             found[meter_name(meter)] = amount("the budget")(value)
         except ValueError as error:
             raise UsageError(f"--budget: {error}", fix="such as --budget llm_tokens=1000") from None
+    return found
+
+
+def _read_secrets(given: Sequence[str]) -> dict[str, str]:
+    """The values of `--secret`, from their files; raises UsageError."""
+    from worker.operations.org_secrets import check_secret
+
+    found = {}
+    for name, file in split_pairs(given, option="--secret").items():
+        found[name] = read_text(file).rstrip("\r\n")
+        check_secret(name, found[name])
     return found
 
 
@@ -258,6 +278,9 @@ def _fix(row: Mapping[str, Any], entry: HandlerEntry, *, real: bool, debugged: b
             return f"{how}, or fix the handler's model; its settings are {_fields(entry.settings_schema)}"
         case "scope_missing" if not real:
             return f"--scope {detail} as well, or leave --scope out: then the token has all that are needed"
+        case "secret_missing":
+            stored = f"`secrets add {org} {detail}`, or " if real else ""
+            return f"{stored}--secret {detail}=FILE"
         case "no_token" | "scope_missing" | "org_mismatch" | "client_mismatch" | "token_invalid" if real:
             return f"`orgs check {org}` reports what is wrong with its token"
         case "error" if _has_invalid_params(row["error"]):

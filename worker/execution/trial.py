@@ -18,7 +18,7 @@ from worker.execution.attempts.attempt import attempt
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.plan import Plans
-from worker.execution.attempts.run_services import TokenSource, Tools
+from worker.execution.attempts.run_services import GivenSecrets, SecretSource, TokenSource, Tools
 from worker.execution.loops.run_log_writer import Progress, RunLogWriter
 from worker.execution.runners.contract import Runner, StopSignal
 from worker.execution.trial_budgets import TrialBudgets, budgets_of
@@ -211,6 +211,7 @@ class Trial:
         on_step: Callable[[Trial], Awaitable[None]] | None = None,
         answers: Mapping[str, Any] | None = None,
         budgets: Mapping[str, Any] | None = None,
+        secrets: SecretSource | None = None,
     ) -> None:
         self._subject = subject
         self._live = live
@@ -271,6 +272,7 @@ class Trial:
             run_log=RunLogWriter(self, clock),
             clock=clock,
             random=SystemRandom(),
+            secrets=secrets or GivenSecrets(),
         )
 
     @property

@@ -22,6 +22,7 @@ from typing import Any, Self
 
 from worker.definitions.pools import parse_pool
 from worker.handlers.installed import FOLDERS, Distribution, distributions, environment
+from worker.handlers.job import MOST_SECRETS, SECRET_NAME
 from worker.handlers.json_text import clean
 from worker.handlers.schema import check_schema
 
@@ -54,6 +55,7 @@ class HandlerEntry:
     max_concurrent: int | None = None
     state: bool = False
     pool: str | None = None
+    secrets: tuple[str, ...] = ()
     error: str | None = None
 
 
@@ -270,7 +272,16 @@ def _declared(described: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("its isolation or scopes are invalid")
     if described["pool"] is not None:
         parse_pool(described["pool"])
-    return {**described, "scopes": tuple(scopes)}
+    check_secrets(described["secrets"])
+    return {**described, "scopes": tuple(scopes), "secrets": tuple(described["secrets"])}
+
+
+def check_secrets(names: Sequence[Any]) -> None:
+    """Raise ValueError unless these are names of secrets that a handler may declare."""
+    if len(names) > MOST_SECRETS:
+        raise ValueError(f"secrets are more than {MOST_SECRETS}")
+    if not all(isinstance(name, str) and SECRET_NAME.fullmatch(name) for name in names):
+        raise ValueError("secrets has something that is not the name of a secret")
 
 
 _DUPLICATE = "another installed distribution has a handler of the same name"
@@ -287,4 +298,5 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
     "max_concurrent": _COUNT,
     "state": (bool,),
     "pool": _TEXT,
+    "secrets": (list,),
 }

@@ -135,6 +135,16 @@ class _Shared(Generic[P, S]):
             raise TypeError("ctx.state needs @job(..., state=True)")
         return self._given.state.value
 
+    def secret(self, name: str, /) -> str:
+        """The value of one of the org's secrets, such as its own model key; declared by `@job(secrets={…})`.
+
+        It is as it was when the attempt began. It is masked in all that the run writes.
+        """
+        try:
+            return self._given.secrets[name]
+        except KeyError:
+            raise TypeError(f"ctx.secret({name!r}) needs @job(..., secrets={{{name!r}}})") from None
+
     def flag(self, name: str, default: Any = False) -> Any:
         """The value of a feature flag in the newest token, or of a property of that name."""
         return flag_value(self.claims, name, default)

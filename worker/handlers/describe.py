@@ -42,7 +42,8 @@ def offer_of(job: Job) -> dict[str, Any]:
         parse_pool(job.pool)
     plain = ("isolation", "timeout", "max_attempts", "memory", "max_concurrent", "state", "pool")
     schemas = {"params_schema": job.params_schema(), "settings_schema": job.settings_schema()}
-    return {"scopes": sorted(job.scopes), **schemas, **{name: getattr(job, name) for name in plain}}
+    named = {"scopes": sorted(job.scopes), "secrets": sorted(job.secrets)}
+    return {**named, **schemas, **{name: getattr(job, name) for name in plain}}
 
 
 def described(load: Any, name: str, target: str) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar
 
@@ -123,7 +124,8 @@ class Given(Generic[P, S]):
     """The data of one attempt that a context is made of.
 
     `replays` if earlier ones may have stored steps; `budgets` are those of the org that may stop it,
-    None without any. With `meter_usage` the clients count the `usage` of the answers of models.
+    None without any. With `meter_usage` the clients count the `usage` of the answers of models. `secrets`
+    are those that the handler declares.
     """
 
     org: Org
@@ -144,6 +146,7 @@ class Given(Generic[P, S]):
     api_base_url: str = ""
     budgets: tuple[BudgetState, ...] | None = None
     meter_usage: bool = False
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def trusted_origins(self) -> tuple[str, ...]:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
+SECRET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+# Secrets of one handler, and the bytes of a value.
+MOST_SECRETS = 20
+MOST_SECRET_BYTES = 16 * 1024
 
 
 @dataclass(eq=False, repr=False)
@@ -44,6 +48,8 @@ class Job:
     """A pydantic model of its checkpoints; without one `ctx.checkpoint` is plain JSON data."""
     pool: str | None = None
     """The pool that its runs execute in; default the org's, else `default`. The definition overrides it."""
+    secrets: frozenset[str] = frozenset()
+    """The org's secrets that it gets as `ctx.secret(NAME)`; a run whose org lacks one is refused."""
 
     def __post_init__(self) -> None:
         self.__name__ = getattr(self.function, "__name__", self.name)
@@ -89,6 +95,7 @@ def job(
     state: bool = False,
     checkpoint: type[BaseModel] | None = None,
     pool: str | None = None,
+    secrets: Iterable[str] = (),
 ) -> Callable[[Callable[..., Any]], Job]:
     """Declare a handler; register it as an entry point of group `worker.jobs` under `name`.
 
@@ -96,7 +103,7 @@ def job(
     the token's properties over the model's defaults. `timeout` is text such as `2h`,
     `memory` such as `512MiB`; `max_concurrent` holds over all workers. With `state` the
     handler has `ctx.state`; `checkpoint` is the pydantic model of what it saves. `pool` names where its
-    runs execute, such as `eu-gpu`.
+    runs execute, such as `eu-gpu`. `secrets` are names of the org's own secrets, for `ctx.secret`.
 
     Raises:
         TypeError: the declaration is invalid, such as an inline handler that is not async.
@@ -107,6 +114,17 @@ def job(
         raise TypeError(f"isolation of {name} must be 'child' or 'inline', not {isolation!r}")
     if isinstance(scopes, str):
         raise TypeError(f"scopes of {name} must be a set of strings, not a string")
+    if isinstance(secrets, str):
+        raise TypeError(f"secrets of {name} must be a set of strings, not a string")
+    named = frozenset(secrets)
+    for secret in named:
+        if not isinstance(secret, str) or not SECRET_NAME.fullmatch(secret):
+            raise TypeError(
+                f"{secret!r} of {name} is not the name of a secret: "
+                "use at most 64 letters, digits, '.', '_' and '-'"
+            )
+    if len(named) > MOST_SECRETS:
+        raise TypeError(f"secrets of {name} must be at most {MOST_SECRETS}")
     for what, count in (("max_attempts", max_attempts), ("max_concurrent", max_concurrent)):
         if count is not None and count < 1:
             raise TypeError(f"{what} of {name} must be at least 1")
@@ -128,6 +146,7 @@ def job(
             state,
             checkpoint,
             pool,
+            named,
         )
         if isolation == "inline" and not declared.is_async:
             raise TypeError(f"{name} is inline and must be an async def, or it would block the worker")

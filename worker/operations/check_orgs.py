@@ -14,6 +14,7 @@ from worker.claims.pools import Rules, pool_mismatch
 from worker.definitions.pools import pool_of
 from worker.errors import ConfigurationError, Diagnostic, NotFound, Unavailable
 from worker.guard.issuer import Issuer
+from worker.operations import org_secrets
 from worker.operations.handlers import Handlers
 from worker.operations.requirements import (
     OrgDefinitions,
@@ -256,6 +257,11 @@ class Checks:
             return [(org, _requirements_of(org, issuers.get(org.issuer), handlers)) for org in orgs]
 
     async def _check(self, org: OrgDefinitions, needs: Sequence[Need]) -> Report:
+        report = await self._check_token(org, needs)
+        lacking = await self.database.call_autocommit(_lacks_secrets, org)
+        return replace(report, general=(*report.general, *lacking)) if lacking else report
+
+    async def _check_token(self, org: OrgDefinitions, needs: Sequence[Need]) -> Report:
         code = org.org.code
         try:
             credentials = await self.source.active(org.org.id)
@@ -313,6 +319,10 @@ def _denied_pools(
             f"runs of {definition_name} are refused in pool {pool}: it requires {name} = {rules[pool][name]}",
             f"set the property {name} at the provider, or name another pool",
         )
+
+
+def _lacks_secrets(connection: Connection, org: OrgDefinitions) -> list[Diagnostic]:
+    return [each.diagnostic() for each in org_secrets.lacking(connection, org, Handlers(connection))]
 
 
 def _lacks_credential(connection: Connection, org: OrgDefinitions) -> Diagnostic:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +22,7 @@ from worker.operations.confinement import OFF, confinement_of, in_words, readabl
 from worker.settings import Settings
 from worker.settings.sections import OperatorSettings
 from worker.store import calendars, catalogue, health, placements, pools, roles, schema
+from worker.store import org_secrets as stored_secrets
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.lists import AUDIT, RUNS, Page
@@ -30,6 +31,7 @@ from worker.telemetry.masking import shown_url
 
 if TYPE_CHECKING:
     from worker.guard.issuer import Issuer
+    from worker.tokens.sealing import KeyRing
 
 # Seconds after which a held snapshot makes the hot tables grow; the worker's transactions last milliseconds.
 SNAPSHOT_SECONDS = 60.0
@@ -39,6 +41,8 @@ OVERDUE_SECONDS = 60.0
 CALENDAR_AHEAD = timedelta(days=30)
 # Transactions that a replica, a slot or a prepared transaction can lag behind.
 SNAPSHOT_TRANSACTIONS = 100_000
+# Secrets of orgs that are opened to see whether they can be.
+MOST_OPENED = 1_000
 
 
 Named = Callable[[str], str]
@@ -51,13 +55,14 @@ def _as_it_is(name: str) -> str:
 def run_checks(
     database: Database,
     settings: Settings,
+    ring: KeyRing | None = None,
     *,
     org: Named = _as_it_is,
 ) -> list[Diagnostic]:
     """Every check, in reading order. An `ok` one with a `fix` is a warning.
 
-    `org` is how a diagnostic names an org. They name no machine and quote no handler's message, so
-    that they can be sent to others.
+    `ring` opens the stored secrets; None without one. `org` is how a diagnostic names an org. They name
+    no machine and quote no handler's message, so that they can be sent to others.
 
     Raises:
         StoreUnavailable: the database did not answer.
@@ -68,6 +73,7 @@ def run_checks(
         *(check(settings) for check in (management_secrets, database_password)),
         workers(database),
         credentials(database, org),
+        *org_secrets(database, ring, org),
         handlers(database),
         served_pools(database, org),
         pool_rules(database, settings),
@@ -119,6 +125,39 @@ def credentials(database: Database, org: Named = _as_it_is) -> Diagnostic:
         f"`credentials rotate {code} --client-id ID --secret-file FILE` stores a new secret; "
         f"`orgs check {code}` tries it",
     )
+
+
+def org_secrets(database: Database, ring: KeyRing | None, org: Named = _as_it_is) -> Iterator[Diagnostic]:
+    """A secret that the key ring does not open: runs that need it wait. Nothing if no org has secrets.
+
+    Tries the newest ones.
+    """
+    name = "secrets"
+    with database.autocommit() as connection:
+        rows = stored_secrets.newest_for_all_orgs(connection, limit=MOST_OPENED)
+    closed = [row for row in rows if not _opens(ring, row)]
+    if closed:
+        first = closed[0]
+        code, secret = org(first["org"]), first["name"]
+        yield Diagnostic(
+            name,
+            False,
+            f"the key ring here does not open the secret {secret} of {code}{_and_more(closed, MOST_OPENED)}",
+            f"put the key {first['key_id']} back into the key ring, or `secrets rotate {code} {secret}`",
+        )
+    elif rows:
+        yield Diagnostic(name, True, "the key ring opens the secrets of orgs")
+
+
+def _opens(ring: KeyRing | None, row: Row) -> bool:
+    if ring is None:
+        return False
+    place = {name: row[name] for name in ("org_id", "name", "generation")}
+    try:
+        ring.unseal_secret(row["sealed"], row["key_id"], **place)
+    except ConfigurationError:
+        return False
+    return True
 
 
 def handlers(database: Database) -> Diagnostic:
@@ -225,10 +264,10 @@ def _rule(required: Mapping[str, str]) -> str:
     return ", ".join(f"{name} = {value}" for name, value in sorted(required.items())) or "nothing"
 
 
-def _and_more(found: Sequence[object]) -> str:
+def _and_more(found: Sequence[object], most: int = health.NEWEST) -> str:
     if len(found) < 2:
         return ""
-    return f"; and {'at least ' if len(found) == health.NEWEST else ''}{len(found) - 1} more"
+    return f"; and {'at least ' if len(found) == most else ''}{len(found) - 1} more"
 
 
 def held_snapshots(database: Database) -> Diagnostic:
@@ -402,7 +441,9 @@ def _numbers(kind: str) -> Callable[[str], str]:
     return lambda name: known.setdefault(name, f"{kind}-{len(known) + 1}")
 
 
-def gather(database: Database, settings: Settings, issuers: Mapping[str, Issuer]) -> Row:
+def gather(
+    database: Database, settings: Settings, issuers: Mapping[str, Issuer], ring: KeyRing | None
+) -> Row:
     """The bundle, section by section.
 
     Raises:
@@ -415,7 +456,7 @@ def gather(database: Database, settings: Settings, issuers: Mapping[str, Issuer]
     machine = Machine.here()
     orgs, definitions, hosts = map(_numbers, ("org", "definition", "machine"))
     measures = capacity(database, settings.execution, machine).measures
-    checks = run_checks(database, settings, org=orgs)
+    checks = run_checks(database, settings, ring, org=orgs)
     forecasts, since = forecast_tokens(database, issuers, settings.tokens)
     with database.autocommit() as connection:
         now = database.now(connection)

@@ -68,6 +68,16 @@ class Handlers:
         row = self._usable(name)
         return frozenset() if row is None else frozenset(row["scopes"])
 
+    def secrets_of(self, name: str) -> frozenset[str]:
+        """The names of the org's secrets that the handler gets; none for an unknown handler."""
+        row = self._usable(name)
+        return frozenset() if row is None else frozenset(row["secrets"])
+
+    def declare_secrets(self) -> bool:
+        """Whether any handler gets secrets."""
+        self.named("")
+        return any(row["secrets"] for rows in (self._rows or {}).values() for row in rows)
+
     def readers(self, definitions: Iterable[Definition]) -> Readers:
         """What the handlers of these definitions read of a token."""
         properties: set[str] = set()

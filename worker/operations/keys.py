@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from sqlalchemy import Connection
+
 from worker.errors import ConfigurationError, Conflict, NotFound
-from worker.store import access_tokens, audit, credentials, orgs
+from worker.store import access_tokens, audit, credentials, org_secrets, orgs
 from worker.store.database import Database
 from worker.store.dialect import Row
 
@@ -20,7 +22,7 @@ BATCH = 500
 def list_keys(database: Database, ring: KeyRing | None) -> list[Row]:
     """A row for each key of the ring and of the database, with the number of secrets that it seals."""
     with database.autocommit() as connection:
-        counts = credentials.sealed_for_all_orgs(connection)
+        counts = _sealed(connection)
     ids = ring.key_ids if ring else ()
     return [
         {
@@ -83,31 +85,54 @@ def rekey(
         ConfigurationError: the ring cannot be written.
     """
     with database.autocommit() as connection:
-        older = credentials.sealed_for_all_orgs(connection).keys() & set(ring.key_ids[:-1])
+        older = _sealed(connection).keys() & set(ring.key_ids[:-1])
     if not older:
         ring = add_key(database, ring, actor=actor)
     key_id = ring.sealing_key_id
     resealed = unopened = 0
-    after: str | None = None
-    while True:
-        with database.transaction() as connection:
-            rows = credentials.sealed_otherwise_for_all_orgs(connection, key_id, after=after, limit=batch)
-            for row in rows:
-                place = {"org_id": row["org_id"], "credential_id": row["id"]}
-                try:
-                    secret = ring.unseal(row["sealed"], row["key_id"], **place)
-                except ConfigurationError:
-                    # Its key is lost, or it was sealed for another row.
-                    unopened += 1
-                    continue
-                sealed, _ = ring.seal(secret, **place)
-                credentials.reseal(connection, row["org_id"], row["id"], sealed, key_id)
-                resealed += 1
-        if not rows:
-            _drop(database, not_sealed_with=key_id)
-            return {"key_id": key_id, "new": not older, "resealed": resealed, "unopened": unopened}
-        after = rows[-1]["id"]
-        report(resealed)
+    for table, reseal in ((credentials, _reseal_credential), (org_secrets, _reseal_secret)):
+        after: str | None = None
+        while True:
+            with database.transaction() as connection:
+                rows = table.sealed_otherwise_for_all_orgs(connection, key_id, after=after, limit=batch)
+                for row in rows:
+                    # Else its key is lost, or it was sealed for another row.
+                    done = reseal(connection, ring, row)
+                    resealed, unopened = resealed + done, unopened + (not done)
+            if not rows:
+                break
+            after = rows[-1]["id"]
+            report(resealed)
+    _drop(database, not_sealed_with=key_id)
+    return {"key_id": key_id, "new": not older, "resealed": resealed, "unopened": unopened}
+
+
+def _reseal_credential(connection: Connection, ring: KeyRing, row: Row) -> bool:
+    place = {"org_id": row["org_id"], "credential_id": row["id"]}
+    try:
+        secret = ring.unseal(row["sealed"], row["key_id"], **place)
+    except ConfigurationError:
+        return False
+    credentials.reseal(connection, row["org_id"], row["id"], *ring.seal(secret, **place))
+    return True
+
+
+def _reseal_secret(connection: Connection, ring: KeyRing, row: Row) -> bool:
+    place = {name: row[name] for name in ("org_id", "name", "generation")}
+    try:
+        value = ring.unseal_secret(row["sealed"], row["key_id"], **place)
+    except ConfigurationError:
+        return False
+    org_secrets.reseal(connection, row["org_id"], row["id"], *ring.seal_secret(value, **place))
+    return True
+
+
+def _sealed(connection: Connection) -> dict[str, Counter[str]]:
+    """The number of secrets that each key seals, by state; secrets of orgs are active."""
+    counts = credentials.sealed_for_all_orgs(connection)
+    for key_id, count in org_secrets.sealed_for_all_orgs(connection).items():
+        counts.setdefault(key_id, Counter())["active"] += count
+    return counts
 
 
 def remove_key(database: Database, ring: KeyRing, key_id: str, *, actor: str) -> None:
@@ -120,7 +145,7 @@ def remove_key(database: Database, ring: KeyRing, key_id: str, *, actor: str) ->
     if key_id not in ring.key_ids:
         raise NotFound(f"the key ring has no key {key_id}", fix="`keys list` lists them")
     with database.transaction() as connection:
-        count = credentials.sealed_for_all_orgs(connection).get(key_id, Counter()).total()
+        count = _sealed(connection).get(key_id, Counter()).total()
         if count:
             raise Conflict(f"the key {key_id} still seals {count} secrets", fix="run `keys rekey` first")
         ring.without(key_id)

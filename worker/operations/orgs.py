@@ -28,6 +28,7 @@ from worker.store import (
     credentials,
     definitions,
     edit_runs,
+    org_secrets,
     orgs,
     sign_in,
     states,
@@ -171,6 +172,7 @@ def _stop(connection: Connection, org_id: OrgId, state: OrgState, rows: list[Row
         access_tokens.drop_of_org(connection, org_id)
     if stops.secrets:
         stopped["credentials_destroyed"] = credentials.destroy(connection, org_id, at=at)
+        stopped["secrets_destroyed"] = org_secrets.destroy(connection, org_id)
         stopped["states_cleared"] = states.clear(connection, org_id)
         backfills.cancel(connection, org_id, at=at)
         for row in rows:

@@ -68,6 +68,7 @@ CAUSES: Mapping[tuple[str, str | None], str] = {
         "refused",
         "pool_mismatch",
     ): "its token does not allow its pool: the property {detail} has another value",
+    ("refused", "secret_missing"): "its org has no secret {detail}, which its handler needs",
     ("refused", "token_invalid"): "its token failed verification ({detail})",
     ("skipped", "flag_off"): "the flag {detail} is off for its org",
     ("skipped", "expired"): "no worker could start it within its start_deadline",
@@ -99,6 +100,7 @@ NEXT: Mapping[tuple[str, str | None], str] = {
     ("failed", "result_unstorable"): "runs logs {id}",
     ("failed", "lost"): "runs logs {id}",
     ("refused", "settings_invalid"): "handlers show {handler}",
+    ("refused", "secret_missing"): "secrets add {org} {detail}",
     # A retry gives the same outcome until the token of the org has another flag.
     ("skipped", "flag_off"): "orgs check {org}",
     ("waiting", "due"): "orgs show {org}",

@@ -114,7 +114,10 @@ def offered_by(connection: Connection, worker_id: WorkerId) -> list[HandlerEntry
     )
     entries = (HandlerEntry(**row._mapping) for row in rows)
     # Of several distributions the one that was seen last.
-    named = {entry.name: replace(entry, scopes=tuple(entry.scopes)) for entry in entries}
+    named = {
+        entry.name: replace(entry, scopes=tuple(entry.scopes), secrets=tuple(entry.secrets))
+        for entry in entries
+    }
     return list(named.values())
 
 

@@ -57,6 +57,7 @@ _ALL = (*tables.metadata.tables, "run_view", "alembic_version")
 SECRETS: Mapping[str, frozenset[str]] = {
     "credentials": frozenset({"sealed"}),
     "access_tokens": frozenset({"sealed"}),
+    "org_secrets": frozenset({"sealed"}),
     "hosts": frozenset({"token_sha256"}),
     "placements": frozenset({"ticket_sha256"}),
 }

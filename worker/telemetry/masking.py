@@ -22,6 +22,8 @@ BLOCK = 12  # characters that are looked up in a table at each place of a text
 SIGNED = re.compile(r"[\w-]+\.[\w-]+\.[\w-]{16,}", re.ASCII)
 # A single-word secret of at least this length is a token: pieces of it are masked too.
 LONG = 40
+# Texts of this length in a JSON secret are secrets; shorter ones are often ordinary words.
+LONG_TEXT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,22 @@ def lines_of(secret: str) -> list[str]:
     """The lines of a multi-line secret, such as a private key; each is a secret."""
     lines = [line.strip() for line in secret.splitlines()]
     return [line for line in lines if len(line) >= SHORTEST and not line.startswith("-----")]
+
+
+def parts_of(secret: str) -> Iterator[str]:
+    """The secret, and the long texts in it if it is a JSON object, such as the key of a service account."""
+    yield secret
+    if secret.lstrip().startswith("{"):
+        try:
+            left = [json.loads(secret)]
+        except (ValueError, RecursionError):
+            return
+        while left:
+            value = left.pop()
+            if isinstance(value, str) and len(value) >= LONG_TEXT:
+                yield value
+            elif isinstance(value, dict | list):
+                left += value.values() if isinstance(value, dict) else value
 
 
 def encodings(secret: str) -> set[str]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import httpx
 
 from worker.errors import NotFound, UsageError, WorkerError
+from worker.execution.attempts.run_services import GivenSecrets
 from worker.execution.runners.contract import Runner
 from worker.execution.trial import LIFETIME, Subject, Trial, definition_of
 from worker.handlers.catalogue import HandlerEntry
@@ -169,6 +170,7 @@ class Orgworker:
         state: Mapping[str, Any] | None = None,
         answers: Mapping[str, Any] | None = None,
         budgets: Mapping[str, Any] | None = None,
+        secrets: Mapping[str, str] | None = None,
         faults: Iterable[Fault] = (),
         attempts: int = ATTEMPTS,
         token_lifetime: Duration = LIFETIME,
@@ -183,6 +185,7 @@ class Orgworker:
         has more keys, as in a file for `apply`; `variants` are handlers that it names and that
         are not installed. `checkpoint` is that of an earlier run, `state` that of the definition.
         `budgets` has a limit by meter, at which the run fails, or keys as in a file for `apply`.
+        `secrets` has the org's secrets by name.
         While the run waits or sleeps, the clock advances and another attempt starts, at most
         `attempts` in all. `answers` are given by the name of the wait, or as `name#2`, once the run
         waits for them; a wait without one times out, or the run stays `waiting`. With
@@ -235,6 +238,7 @@ class Orgworker:
                         state=state,
                         answers=answers,
                         budgets=budgets,
+                        secrets=GivenSecrets(secrets or {}),
                         isolation=ISOLATION[place],
                         on_line=lambda line: logs.append(LogLine(line.attempt, line.level, line.text)),
                         on_saved=injector.saved,
@@ -343,7 +347,7 @@ def _handler(name: str, job: Job | None) -> tuple[HandlerEntry, Job]:
 
 
 def _declared(job: Job) -> dict[str, Any]:
-    return {**offer_of(job), "scopes": tuple(sorted(job.scopes))}
+    return {**offer_of(job), "scopes": tuple(sorted(job.scopes)), "secrets": tuple(sorted(job.secrets))}
 
 
 @contextmanager

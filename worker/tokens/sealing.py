@@ -147,6 +147,33 @@ class KeyRing:
             return None
         return self._open(raw, key_id, _attempt_place(place, key_id))
 
+    def seal_secret(self, value: str, *, org_id: str, name: str, generation: int) -> tuple[bytes, str]:
+        """An org's secret sealed for its row and generation, and the id of the key that sealed it."""
+        key_id = self.sealing_key_id
+        nonce = os.urandom(NONCE_BYTES)
+        data = _secret_place(org_id, name, generation, key_id)
+        return FORMAT + nonce + self._keys[key_id].encrypt(nonce, value.encode(), data), key_id
+
+    def unseal_secret(self, sealed: bytes, key_id: str, *, org_id: str, name: str, generation: int) -> str:
+        """An org's secret.
+
+        Raises:
+            ConfigurationError: its key is not in the ring, or it was sealed for another row or generation,
+                or damaged.
+        """
+        fix = f"store it again with `python -m worker secrets rotate ORG {name}`"
+        if key_id not in self._keys:
+            raise ConfigurationError(
+                f"the secret {name} is sealed with the key {key_id}, which is not in {self.path}",
+                fix=f"put the key's line back into the key ring, or {fix}",
+            )
+        value = self._open(sealed, key_id, _secret_place(org_id, name, generation, key_id))
+        if value is None:
+            raise ConfigurationError(
+                f"the secret {name} does not open: it is damaged, or from another row", fix=fix
+            )
+        return value
+
     def unseal(self, sealed: bytes, key_id: str, *, org_id: str, credential_id: str) -> str:
         """The secret of one row.
 
@@ -227,6 +254,11 @@ def _token_place(place: Sequence[object], key_id: str) -> bytes:
 def _attempt_place(place: Sequence[object], key_id: str) -> bytes:
     # No row of a secret or token has the same text.
     return json.dumps(["attempt", *place, key_id]).encode()
+
+
+def _secret_place(org_id: str, name: str, generation: int, key_id: str) -> bytes:
+    # No row of a credential, token or attempt has the same text.
+    return json.dumps(["org secret", org_id, name, generation, key_id]).encode()
 
 
 def _new_line() -> str:

@@ -60,7 +60,7 @@ from worker.wiring.incarnations import EXIT_OK, EXIT_TRY_LATER, Announced, Signa
 from worker.wiring.monitoring import monitoring
 from worker.wiring.placing import check_placers, placing_loops
 from worker.wiring.reading import CatalogueReader
-from worker.wiring.secrets import OpenedCredentials, StoredTokens, issuers_of
+from worker.wiring.secrets import OpenedCredentials, OpenedSecrets, StoredTokens, issuers_of
 from worker.wiring.traces import traces_of
 from worker.wiring.web import Web, metrics_of
 
@@ -276,6 +276,7 @@ class Incarnation:
             random=SystemRandom(),
             digests=self.keyring.digests(),
             pool_rules=self._pool_rules,
+            secrets=OpenedSecrets(self.database, self._credentials.ring),
         )
 
         def wake_own() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -16,10 +17,11 @@ from worker.guard import profile
 from worker.guard.issuer import Issuer
 from worker.ids import OrgId
 from worker.operations.check_orgs import Checks
+from worker.orgs import OrgRef
 from worker.outbound import open_client
 from worker.secret import Secret
 from worker.settings import Settings
-from worker.store import access_tokens, credentials
+from worker.store import access_tokens, credentials, org_secrets
 from worker.store.database import BatchLoader, Database
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
@@ -172,6 +174,40 @@ class OpenedCredentials:
                 fix="put the key ring back, or add the credential again",
             )
         return ring.unseal(row["sealed"], row["key_id"], org_id=row["org_id"], credential_id=row["id"])
+
+
+class OpenedSecrets:
+    """Implements `SecretSource` of attempts; those that are asked for at the same time share a query.
+
+    Nothing is kept between attempts: the next one gets what `secrets rotate` has stored.
+    """
+
+    def __init__(self, database: Database, ring: Callable[[str | None], KeyRing | None]) -> None:
+        self._database = database
+        self._ring = ring
+        self._stored: BatchLoader[tuple[OrgId, str], dict[str, Any]] = BatchLoader(self._read)
+
+    async def of(self, org: OrgRef, names: Collection[str]) -> Mapping[str, str]:
+        """The org's secrets with these names, without those that it lacks.
+
+        Raises:
+            Unavailable: they cannot be read now.
+            ConfigurationError: one cannot be opened with the available keys.
+        """
+        rows = await asyncio.gather(*(self._stored.of((org.id, name)) for name in names))
+        return {row["name"]: self._open(row) for row in rows if row is not None}
+
+    def _open(self, row: Mapping[str, Any]) -> str:
+        ring = self._ring(row["key_id"])
+        if ring is None:
+            raise ConfigurationError(
+                f"there is no key ring to open the secret {row['name']}", fix="put the key ring back"
+            )
+        place = {name: row[name] for name in ("org_id", "name", "generation")}
+        return ring.unseal_secret(row["sealed"], row["key_id"], **place)
+
+    async def _read(self, wanted: Sequence[tuple[OrgId, str]]) -> Mapping[tuple[OrgId, str], dict[str, Any]]:
+        return await self._database.call_autocommit(org_secrets.sealed_of_for_all_orgs, wanted)
 
 
 class StoredTokens:

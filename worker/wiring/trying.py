@@ -6,7 +6,7 @@ import asyncio
 import copy
 import inspect
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -17,7 +17,7 @@ from worker.clock import Clock
 from worker.definitions import CANCEL_GRACE
 from worker.definitions.units import format_duration
 from worker.errors import Conflict, NotFound, did_you_mean
-from worker.execution.attempts.run_services import TokenSource
+from worker.execution.attempts.run_services import GivenSecrets, SecretSource, TokenSource
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import Runner
 from worker.execution.runners.inline import Blocking, Inline
@@ -39,7 +39,7 @@ from worker.tokens.cache import Tokens
 from worker.tokens.credentials import Credential
 from worker.wiring import find_keyring
 from worker.wiring.catalogue import read_entries
-from worker.wiring.secrets import OpenedCredentials, issuers_of
+from worker.wiring.secrets import OpenedCredentials, OpenedSecrets, issuers_of
 
 # The handler's timeout does not interrupt a debugger.
 NO_TIMEOUT = "365d"
@@ -52,9 +52,10 @@ class TryRequest:
     """What to try: with fake claims, or with the token of a real org if there is a `database`.
 
     `scopes` None means all that the handler declares; `state` is that of its definition, `budgets`
-    are limits by meter. `answers` are given by the name of the wait. `on_resume` gets what the run
-    waited for each time it goes on. With `on_error` the handler runs in this process; it is called
-    with the exception of the handler while its frames still exist.
+    are limits by meter. `secrets` are those of the org, or replace those that a real one has. `answers`
+    are given by the name of the wait. `on_resume` gets what the run waited for each time it goes on. With
+    `on_error` the handler runs in this process; it is called with the exception of the handler while its
+    frames still exist.
     """
 
     org: str
@@ -65,6 +66,7 @@ class TryRequest:
     state: Mapping[str, Any] | None = None
     answers: Mapping[str, Any] = field(default_factory=dict)
     budgets: Mapping[str, int] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     database: Database | None = None
     on_error: OnError | None = None
     on_line: Callable[[LogLine], None] = lambda line: None
@@ -115,6 +117,7 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
         # The zygote starts before any key is read.
         runner = _runner(settings, entry, request, clock, stack)
         tokens: TokenSource
+        secrets: SecretSource = GivenSecrets(request.secrets)
         if request.database is None:
             tokens = FakeTokens(
                 clock, properties=request.properties, flags=request.flags, scopes=request.scopes
@@ -125,6 +128,7 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
             client = await stack.enter_async_context(open_client())
             tokens = Tokens(issuers_of(settings), source, client=client, clock=clock)
             stack.push_async_callback(tokens.close)
+            secrets = _WithGiven(OpenedSecrets(request.database, source.ring), request.secrets)
         trial = Trial(
             subject,
             [entry],
@@ -134,6 +138,7 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
             state=request.state,
             answers=request.answers,
             budgets=request.budgets,
+            secrets=secrets,
             live=True,
             on_line=request.on_line,
             on_progress=request.on_progress,
@@ -209,6 +214,19 @@ class _UncountedCredentials(OpenedCredentials):
 
     async def used(self, credential: Credential, error: str | None) -> None:
         return
+
+
+@dataclass(frozen=True, slots=True)
+class _WithGiven:
+    """The secrets of a real org, except those that are given."""
+
+    stored: SecretSource
+    given: Mapping[str, str] = field(repr=False)
+
+    async def of(self, org: OrgRef, names: Collection[str]) -> Mapping[str, str]:
+        given = {name: self.given[name] for name in names if name in self.given}
+        left = [name for name in names if name not in given]
+        return {**given, **(await self.stored.of(org, left) if left else {})}
 
 
 def _interrupt(trial: Trial) -> None:

@@ -147,7 +147,7 @@ import json, os
 from worker import job
 offer = {{"isolation": "child", "scopes": [], "params_schema": None, "settings_schema": None, "timeout": None,
          "max_attempts": None, "memory": None, "max_concurrent": None,
-         "state": False, "pool": None}}
+         "state": False, "pool": None, "secrets": []}}
 def nested(levels): return {{"not": nested(levels - 1)}} if levels else {{}}
 line = {line}
 for descriptor in map(int, os.listdir("/proc/self/fd")):
@@ -166,6 +166,9 @@ FORGERIES = {
     "count": ("json.dumps(offer | {'max_attempts': True})", "max_attempts is a bool"),
     "state": ("json.dumps(offer | {'state': 1})", "state is a int"),
     "pool": ("json.dumps(offer | {'pool': 'Not A Pool'})", "is not the name of a pool"),
+    "secrets": ("json.dumps(offer | {'secrets': 'all'})", "secrets is a str"),
+    "secret": ("json.dumps(offer | {'secrets': ['a b']})", "is not the name of a secret"),
+    "many_secrets": ("json.dumps(offer | {'secrets': ['a'] * 21})", "secrets are more than 20"),
     "isolation": ("json.dumps(offer | {'isolation': 'worker'})", "its isolation or scopes are invalid"),
     "no_schema": ("json.dumps(offer | {'params_schema': [1]})", "params_schema is a list"),
     "deep_schema": (

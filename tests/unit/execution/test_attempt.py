@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from random import Random
@@ -15,7 +15,14 @@ from tests.fakes.clock import START, ManualClock
 from tests.unit.execution.runs import admitted
 from worker.claims.pools import PoolRules
 from worker.claims.record import ClaimsRecord
-from worker.errors import CredentialsRejected, IssuerUnavailable, LeaseLost, StoreUnavailable, TokenRefused
+from worker.errors import (
+    ConfigurationError,
+    CredentialsRejected,
+    IssuerUnavailable,
+    LeaseLost,
+    StoreUnavailable,
+    TokenRefused,
+)
 from worker.execution.attempts import run_services
 from worker.execution.attempts.attempt import attempt
 from worker.execution.attempts.handler_registry import HandlerRegistry
@@ -29,6 +36,7 @@ from worker.guard.claims import Claims, Flag
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.ids import OrgId, RunId
+from worker.orgs import OrgRef
 from worker.runs.budgets import BudgetState
 from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded
 from worker.runs.run import (
@@ -65,6 +73,21 @@ class Enforced:
     record: ClaimsRecord | None = None
 
 
+class Secrets:
+    """The secrets of an org, and what was asked for."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, str] = {}
+        self.error: Exception | None = None
+        self.asked: list[list[str]] = []
+
+    async def of(self, org: OrgRef, names: Collection[str]) -> dict[str, str]:
+        self.asked.append(sorted(names))
+        if self.error is not None:
+            raise self.error
+        return {name: self.values[name] for name in names if name in self.values}
+
+
 class Site:
     """Store, token source and runner of one attempt; tests set what each answers."""
 
@@ -91,6 +114,7 @@ class Site:
         self.totals = (0, 0)
         self.outdated: list[dict[str, Any]] = []
         self.pool_rules = PoolRules()
+        self.secrets = Secrets()
         self.handlers = HandlerRegistry()
         self.handlers.add(HandlerEntry("acme.digest", "acme-jobs", "1.0", "acme:digest", scopes=("read:kb",)))
         self.handlers.add(
@@ -171,6 +195,7 @@ class Site:
             clock=self.clock,
             random=Random(7),
             pool_rules=self.pool_rules,
+            secrets=self.secrets,
         )
         return await attempt(InflightRun(admitted(**changes), StopSignal()), tools)
 
@@ -189,6 +214,61 @@ async def test_a_run_goes_the_whole_path_and_succeeds(site: Site) -> None:
     assert (work.org_code, work.handler, work.entry_point) == ("org_acme", "acme.digest", "acme:digest")
     assert work.api_origins == ("https://api.acme.test",)
     assert ended.trail.handler_started_at is not None
+
+
+KEY = "sk-canary-0123456789"
+
+
+def declare(site: Site) -> None:
+    entry = HandlerEntry("acme.digest", "acme-jobs", "1.0", "acme:digest", secrets=("mail", "openai"))
+    site.handlers.add(entry)
+
+
+async def test_a_handler_that_declares_no_secret_costs_no_read_of_any(site: Site) -> None:
+    await site.attempt()
+
+    assert (site.secrets.asked, site.works[0].secrets) == ([], {})
+
+
+async def test_a_run_gets_the_secrets_that_its_handler_declares_masked_before_it_starts(site: Site) -> None:
+    declare(site)
+    site.secrets.values = {"openai": KEY, "mail": "mail-canary-0123456789", "other": "not-declared-1"}
+
+    async def leak(work: Work, services: RunServices, stop: StopSignal) -> None:
+        assert masker.mask(f"a {KEY} b") == "a [masked] b"
+
+    site.during = leak
+    site.outcome = Failed(Error("ValueError", f"{KEY} is wrong", f"trace {KEY}"))
+
+    ended = await site.attempt()
+
+    assert site.works[0].secrets == {"openai": KEY, "mail": "mail-canary-0123456789"}
+    assert ended.error is not None
+    assert ended.error["message"] == "[masked] is wrong"
+    assert KEY not in repr(site.works[0]) + repr(ended)
+
+
+async def test_an_org_that_lacks_a_secret_is_refused_and_keeps_its_token(site: Site) -> None:
+    declare(site)
+    site.secrets.values = {"mail": "mail-canary-0123456789"}
+
+    ended = await site.attempt()
+
+    assert (ended.state, ended.reason, ended.detail) == ("refused", "secret_missing", "openai")
+    assert ended.error is not None
+    assert ended.error["message"] == "org org_acme has no secret openai, which acme.digest declares"
+    assert (site.works, site.outdated) == ([], [])
+
+
+async def test_a_secret_that_does_not_open_lets_the_run_wait(site: Site) -> None:
+    """The operator can put the key back: the org is not to blame."""
+    declare(site)
+    site.secrets.error = ConfigurationError("the secret openai is sealed with the key k1")
+
+    ended = await site.attempt()
+
+    assert (ended.state, ended.reason) == ("waiting", "no_token")
+    assert "the secret openai is sealed with the key k1" in str(ended.detail)
 
 
 async def test_a_run_waits_while_its_token_would_go_unencrypted_to_an_origin(site: Site) -> None:

@@ -164,6 +164,18 @@ async def test_every_text_is_masked_before_it_is_sent(clock: ManualClock) -> Non
     assert token not in json.dumps(workers.calls)
 
 
+async def test_the_orgs_secrets_are_masked_on_the_host_too(clock: ManualClock) -> None:
+    workers, key = Workers(finish={"accepted": []}), "sk-canary-of-the-org-1"
+    taken = replace(TAKEN, work=replace(TAKEN.work, secrets={"openai": key}))
+    host = Host(clock, workers, Runner(Succeeded(json.dumps({"key": key}))))
+
+    ended = await host.attempt(taken)
+    await host.store.finish([ended])
+
+    assert host.runner.works[0].secrets == {"openai": key}
+    assert key not in json.dumps(workers.calls)
+
+
 async def test_a_failure_keeps_its_error_and_its_permanence(clock: ManualClock) -> None:
     failed = Failed(Error("ValueError", "no"), permanent=True)
     workers = Workers(finish={"accepted": []})

@@ -56,7 +56,14 @@ WORK = Work(
 )
 TAKEN = Taken(RUN, "org_acme", "digest", timedelta(seconds=30), timedelta(hours=2), WORK, sealed="b3BhcXVl")
 ENTRY = HandlerEntry(
-    "acme.digest", "acme", "1.0", "acme:digest", scopes=("read:kb",), timeout="2h", memory="512MiB"
+    "acme.digest",
+    "acme",
+    "1.0",
+    "acme:digest",
+    scopes=("read:kb",),
+    timeout="2h",
+    memory="512MiB",
+    secrets=("openai",),
 )
 END = End(RunId("r1"), 7, outcomes.Succeeded('{"n":1}'), "c2VhbGVk", handler_seconds=1.5)
 STEP = NewStep("fetch", None, 1, 1, '{"n":1}', NOW, NOW)
@@ -74,6 +81,27 @@ def test_a_taken_attempt_arrives_as_it_was_sent() -> None:
     assert read.work.token.reveal() == "secret"
     assert replace(read, work=WORK) == TAKEN
     assert (read.work.claims, read.work.checkpoint) == (CLAIMS, {"done": 3})
+
+
+def test_secrets_come_with_the_attempt_and_are_in_no_repr() -> None:
+    taken = replace(TAKEN, work=replace(WORK, secrets={"openai": "sk-canary-1234567890"}))
+    read = wire.taken_of(sent(wire.taken_message(taken)))
+
+    assert read.work.secrets == {"openai": "sk-canary-1234567890"}
+    assert "sk-canary" not in repr(read)
+
+
+def test_a_worker_of_the_previous_version_sends_no_secrets() -> None:
+    message = sent(wire.taken_message(TAKEN))
+    del message["work"]["secrets"]
+
+    assert wire.taken_of(message).work.secrets == {}
+
+
+@pytest.mark.parametrize("secrets", ["all", {"openai": 1}, ["a b"], [7], ["a"] * 21])
+def test_a_host_offers_only_names_of_secrets(secrets: Any) -> None:
+    with pytest.raises(Malformed):
+        wire.entries_of([{**sent(wire.entry_message(ENTRY)), "secrets": secrets}])
 
 
 def test_a_host_of_the_previous_version_ignores_new_keys() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +25,7 @@ MEMBERS = {
     "settings",
     "claims",
     "flag",
+    "secret",
     "http",
     "public_http",
     "token",
@@ -113,6 +115,20 @@ async def test_both_contexts_have_the_documented_members_with_the_same_parameter
     for name in ("token", "save"):
         assert inspect.iscoroutinefunction(getattr(Context, name))
         assert not inspect.iscoroutinefunction(getattr(BlockingContext, name))
+
+
+def test_a_declared_secret_is_a_text_and_another_name_says_how_to_declare_it(clock: ManualClock) -> None:
+    line: Any = Line()
+    data = replace(given(clock), secrets={"openai": "sk-1234567890"})
+    for ctx in (
+        Context(data, line, Cancellation()),
+        BlockingContext(data, line, BlockingCancellation()),
+    ):
+        assert ctx.secret("openai") == "sk-1234567890"
+        with pytest.raises(TypeError) as raised:
+            ctx.secret("other")
+        assert str(raised.value) == "ctx.secret('other') needs @job(..., secrets={'other'})"
+    assert "sk-1234567890" not in repr(data)
 
 
 @pytest.mark.anyio

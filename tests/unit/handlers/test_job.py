@@ -55,6 +55,10 @@ def test_no_model_means_no_schema() -> None:
         ({"max_attempts": 0}, "max_attempts of x must be at least 1"),
         ({"max_concurrent": 0}, "max_concurrent of x must be at least 1"),
         ({"scopes": "read:kb"}, "not a string"),
+        ({"secrets": "openai"}, "secrets of x must be a set of strings"),
+        ({"secrets": {"a b"}}, "is not the name of a secret"),
+        ({"secrets": {"../openai"}}, "is not the name of a secret"),
+        ({"secrets": {f"s{n}" for n in range(21)}}, "secrets of x must be at most 20"),
     ],
 )
 def test_a_declaration_that_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:

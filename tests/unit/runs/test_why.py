@@ -22,6 +22,7 @@ REASONS = {
         "scope_missing",
         "property_missing",
         "settings_invalid",
+        "secret_missing",
         "pool_mismatch",
         "token_invalid",
     ],

@@ -14,7 +14,7 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 
-from worker.telemetry.masking import MASK, Masker
+from worker.telemetry.masking import MASK, Masker, parts_of
 
 LETTERS = string.ascii_letters + string.digits
 
@@ -325,3 +325,14 @@ def test_released_tokens_leave_no_memory_behind():
 
     # A token that stays takes over 500 bytes; what the interpreter keeps for itself does not grow with them.
     assert grown < 600 * 50
+
+
+def test_the_long_texts_of_a_secret_in_json_are_secrets_too():
+    """A library that reads a service account's key can print the private key alone."""
+    account = {"type": "service_account", "private_key": "-----BEGIN-----\nMIIEvQIBADANBg\n-----END-----\n"}
+    held = list(parts_of(json.dumps(account)))
+
+    assert held[0] == json.dumps(account)
+    assert account["private_key"] in held
+    assert list(parts_of("sk-plain")) == ["sk-plain"]
+    assert list(parts_of("{not json")) == ["{not json"]

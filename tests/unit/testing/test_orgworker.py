@@ -330,3 +330,23 @@ def test_nothing_is_left_behind(orgworker):
     orgworker.run(blocking, api=articles)
 
     assert set(logging.root.manager.loggerDict) == loggers
+
+
+@job("acme.keyed", secrets={"openai"})
+def keyed(ctx: BlockingContext) -> int:
+    ctx.log.info("the key is %s", ctx.secret("openai"))
+    return len(ctx.secret("openai"))
+
+
+@pytest.mark.parametrize("place", ["here", "child"])
+def test_a_handler_gets_the_secrets_of_the_test_and_they_are_masked(orgworker, place):
+    finished = orgworker.run(keyed, secrets={"openai": "sk-0123456789", "other": "x" * 20}, place=place)
+
+    assert (finished.state, finished.result) == ("succeeded", 13)
+    assert [line.text for line in finished.logs] == ["the key is [masked]"]
+
+
+def test_a_secret_that_the_test_does_not_give_refuses_the_run(orgworker):
+    finished = orgworker.run(keyed, secrets={"other": "x" * 20})
+
+    assert (finished.state, finished.reason, finished.detail) == ("refused", "secret_missing", "openai")

@@ -39,6 +39,24 @@ def test_a_ciphertext_pasted_into_another_row_does_not_open(path: Path, row: dic
     assert "credentials add" in fault.value.fix
 
 
+def test_an_orgs_secret_opens_in_its_own_row_and_generation_only(path: Path) -> None:
+    """And never as a credential, a token or the record of an attempt."""
+    ring = KeyRing.generate(path)
+    row = {"org_id": "org", "name": "openai", "generation": 2}
+    sealed, key_id = ring.seal_secret("sk-ü", **row)
+
+    assert ring.unseal_secret(sealed, key_id, **row) == "sk-ü"
+    for other in ({"org_id": "b"}, {"name": "mail"}, {"generation": 1}, {"org_id": "orgo", "name": "penai"}):
+        with pytest.raises(ConfigurationError, match="another row") as fault:
+            ring.unseal_secret(sealed, key_id, **row | other)
+        assert "secrets rotate" in fault.value.fix
+    with pytest.raises(ConfigurationError, match="not in"):
+        ring.unseal_secret(sealed, "k00000000", **row)
+    with pytest.raises(ConfigurationError):
+        ring.unseal(sealed, key_id, org_id="org", credential_id="openai")
+    assert ring.open_token(sealed, key_id, list(row.values())) is None
+
+
 def test_a_damaged_ciphertext_does_not_open(path: Path) -> None:
     """Each byte counts, and a short one is no crash."""
     ring = KeyRing.generate(path)

@@ -7,6 +7,7 @@ where the handler runs. For a run on a host, a worker calls `prepare` when the h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -38,6 +39,8 @@ from worker.telemetry.events import emit
 PAUSE = 5.0
 LONGEST_PAUSE = 60.0
 NOTHING_STORED = StoredProgress()
+# Why a run is refused whose token is right.
+SECRET_MISSING = "secret_missing"  # noqa: S105 - a reason, not a secret
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -130,7 +133,14 @@ async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared
         if not definition.serial:
             return state_without_order(plan, entry.name)
         state = await tools.checkpoints.load_state(run)
-    if run.may_have_checkpoint or entry.state:
+    secrets: Mapping[str, str] = {}
+    if entry.secrets:
+        secrets = await tools.secrets.of(org, entry.secrets)
+        inflight.hold_secrets(secrets)
+        if lacking := [name for name in entry.secrets if name not in secrets]:
+            message = f"org {org.code} has no secret {lacking[0]}, which {entry.name} declares"
+            return outcomes.Refused(SECRET_MISSING, lacking[0], message)
+    if run.may_have_checkpoint or entry.state or secrets:
         now = tools.clock.now()  # the database was read
     work = plan.work(
         run,
@@ -139,6 +149,7 @@ async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared
         claims,
         checkpoint=stored.checkpoint,
         state=None if state is None else state.value,
+        secrets=secrets,
         limits=limits,
         now=now,
     )
@@ -192,7 +203,8 @@ def outcome_of_error(error: Exception, inflight: InflightRun, random: Random) ->
 async def conclude(inflight: InflightRun, outcome: Outcome, trail: Trail, tools: Tools) -> EndedAttempt:
     """What is written for an attempt that has just ended, with all of its texts masked."""
     run, plan, limits = inflight.run, inflight.plan, limits_of(inflight, tools)
-    if isinstance(outcome, outcomes.Refused) and plan is not None:
+    of_token = isinstance(outcome, outcomes.Refused) and outcome.reason != SECRET_MISSING
+    if of_token and plan is not None:
         # Its claims may be corrected before the next run.
         with suppress(WorkerError):
             await tools.tokens.outdate(plan.org, plan.issuer, **tools.token_of(plan, limits))

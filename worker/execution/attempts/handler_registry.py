@@ -51,6 +51,11 @@ class HandlerRegistry:
         entries = (self._entries.get(name) for name in handlers)
         return frozenset(scope for entry in entries if entry is not None for scope in entry.scopes)
 
+    def secrets(self, handlers: Sequence[str]) -> frozenset[str]:
+        """The names of all secrets that these handlers get."""
+        entries = (self._entries.get(name) for name in handlers)
+        return frozenset(name for entry in entries if entry is not None for name in entry.secrets)
+
     def limits(self) -> Mapping[str, int | None]:
         """The limit of each offered handler over all workers, or None."""
         return {name: entry.max_concurrent for name, entry in self._entries.items()}

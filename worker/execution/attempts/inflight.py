@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from worker.execution.runners.contract import StopSignal
 from worker.ids import RunId
 from worker.runs.run import AdmittedRun
 from worker.secret import AccessToken
-from worker.telemetry.masking import masker
+from worker.telemetry.masking import masker, parts_of
 
 T = TypeVar("T")
 
@@ -47,7 +47,17 @@ class InflightRun:
 
     def hold(self, token: AccessToken) -> None:
         """Mask a token of this run in all that the worker writes, until `drop_tokens`."""
-        if (text := token.reveal()) not in self.tokens:
+        self.hold_text(token.reveal())
+
+    def hold_secrets(self, secrets: Mapping[str, str]) -> None:
+        """Mask the org's secrets that the run gets, as `hold`; also the long texts in one that is JSON."""
+        for value in secrets.values():
+            for text in parts_of(value):
+                self.hold_text(text)
+
+    def hold_text(self, text: str) -> None:
+        """As `hold`, for any text."""
+        if text not in self.tokens:
             masker.hold(text)
             self.tokens += (text,)
 

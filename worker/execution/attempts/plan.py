@@ -102,6 +102,7 @@ class AttemptPlan:
         *,
         checkpoint: Any,
         state: Mapping[str, Any] | None = None,
+        secrets: Mapping[str, str],
         limits: Limits,
         now: datetime,
     ) -> Work:
@@ -130,6 +131,7 @@ class AttemptPlan:
             state=state,
             api_base_url=self.api_base_url,
             meter_usage=self.definition.meter_usage,
+            secrets=secrets,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from random import Random
@@ -115,6 +115,24 @@ class TokenSource(Protocol):
 
     async def load(self, orgs: Sequence[OrgRef]) -> None:
         """Read what `ensure` needs of these orgs in one query; what cannot be read is left to `ensure`."""
+
+
+class SecretSource(Protocol):
+    async def of(self, org: OrgRef, names: Collection[str]) -> Mapping[str, str]:
+        """The org's secrets with these names as they are now, without those that it lacks.
+
+        Raises Unavailable, and ConfigurationError if the key ring does not open one.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class GivenSecrets:
+    """The secrets of a trial, whatever its org."""
+
+    values: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    async def of(self, org: OrgRef, names: Collection[str]) -> Mapping[str, str]:
+        return {name: self.values[name] for name in names if name in self.values}
 
 
 class TokenRenewals(Protocol):
@@ -231,6 +249,7 @@ class Tools:
     random: Random
     digests: Digests | None = None
     pool_rules: PoolRules = field(default_factory=PoolRules)
+    secrets: SecretSource = field(default_factory=GivenSecrets)
     deadlines: Deadlines = field(default_factory=Deadlines)
 
     async def prepare(self, runs: Sequence[AdmittedRun]) -> None:

@@ -134,6 +134,7 @@ async def _run(inflight: InflightRun, taken: Taken, trail: Trail, tools: HostToo
         return outcome_of_stop(inflight.stop)
     work, entry = taken.work, tools.handlers.get(taken.work.handler)
     inflight.hold(work.token)
+    inflight.hold_secrets(work.secrets)
     if entry is None or (inflight.run.isolation == "inline" and not tools.handlers.allows_inline(entry)):
         return NoHandler(work.handler)
     # What is installed here is what is called, by the clock of this machine.

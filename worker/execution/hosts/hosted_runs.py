@@ -148,7 +148,7 @@ class HostedRuns:
         return hosted
 
     async def _learn(self, hosted: HostedRun, tools: Tools) -> None:
-        """Read the plan of a run that another worker has prepared, and mask its token here too."""
+        """Read the plan of a run that another worker has prepared; mask its token and secrets here too."""
         inflight = hosted.inflight
         try:
             inflight.plan = plan = await tools.plans.of(inflight.run)
@@ -160,6 +160,9 @@ class HostedRuns:
             async with asyncio.timeout(TOKEN_WITHIN):
                 enforced = await tools.tokens.ensure(plan.org, plan.issuer, **tools.token_of(plan, limits))
                 inflight.hold(enforced.token)
+                variants = [variant.handler for variant in plan.definition.variants]
+                if names := tools.handlers.secrets([inflight.run.handler, *variants]):
+                    inflight.hold_secrets(await tools.secrets.of(plan.org, names))
 
     async def handler_of(self, hosted: HostedRun, named: str) -> str:
         """The handler that a host names for its run, if the attempt may be of it. Raises Malformed."""

@@ -37,7 +37,7 @@ from worker.execution.runners.child import messages
 from worker.execution.runners.child.messages import Message
 from worker.execution.runners.contract import Work
 from worker.guard.claims import Claims
-from worker.handlers.catalogue import ERROR_LIMIT, HandlerEntry
+from worker.handlers.catalogue import ERROR_LIMIT, HandlerEntry, check_secrets
 from worker.handlers.json_text import clean
 from worker.handlers.schema import check_schema
 from worker.handlers.steps import StepError
@@ -222,6 +222,11 @@ def _entry(row: Mapping[str, Any]) -> HandlerEntry:
     if given.get("isolation", "child") not in ISOLATIONS or not isinstance(scopes, list):
         raise ValueError(f"isolation or scopes of {given['name']}")
     given["scopes"] = tuple(text_in({"scopes": scope}, "scopes") for scope in scopes)
+    secrets = given.get("secrets", [])
+    if not isinstance(secrets, list):
+        raise ValueError(f"secrets of {given['name']}")
+    check_secrets(secrets)
+    given["secrets"] = tuple(secrets)
     given["state"] = given.get("state") is True
     return HandlerEntry(**given)
 

@@ -36,6 +36,7 @@ class Work:
     `entry_point` is `module:attribute`, `memory` a cap in bytes, `checkpoint` from the previous attempt;
     `replays` if earlier attempts may have stored steps. `state` is that of the definition, or None if the
     handler does not declare one. `budgets` are those of the org that may stop it, None without any.
+    `secrets` are those of the org that the handler declares, by name.
     """
 
     run_id: RunId
@@ -62,6 +63,7 @@ class Work:
     api_base_url: str = ""
     budgets: tuple[BudgetState, ...] | None = None
     meter_usage: bool = False
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def given(self, job: Job, log: logging.Logger, clock: Clock) -> Given[Any, Any]:
         """What the handler's context is made of.
@@ -72,6 +74,11 @@ class Work:
         if job.state and self.state is None:
             raise HandlerMissing(
                 f"{job.name} declares state, but did not when this worker read it: restart it"
+            )
+        if lacking := job.secrets - self.secrets.keys():
+            raise HandlerMissing(
+                f"{job.name} declares the secret {min(lacking)}, but did not when this worker read it: "
+                "restart it"
             )
         return Given(
             org=Org(self.org_code, self.org_name),
@@ -94,6 +101,7 @@ class Work:
             api_base_url=self.api_base_url,
             budgets=self.budgets,
             meter_usage=self.meter_usage,
+            secrets={name: self.secrets[name] for name in job.secrets},
         )
 
 

@@ -47,6 +47,20 @@ class CredentialRow(TypedDict):
     last_error: Annotated[str | None, redaction.text]
 
 
+class SecretRow(TypedDict):
+    """A secret of an org, without its value; for operators only."""
+
+    id: str
+    org: str
+    name: str
+    generation: int
+    key_id: str
+    created_at: datetime
+    created_by: str
+    rotated_at: datetime | None
+    rotated_by: str | None
+
+
 class Org(TypedDict):
     id: Shown[OrgId]
     code: Shown[str]
@@ -283,6 +297,7 @@ class Handler(TypedDict):
     max_concurrent: Shown[int | None]
     state: Shown[bool]
     pool: Shown[str | None]
+    secrets: Shown[list[str]]
     error: Annotated[str | None, redaction.not_loaded]
     seen_at: Shown[datetime]
 
@@ -501,6 +516,15 @@ CREDENTIALS = Listing(
     admin_only=True,
     few_per_org=True,
     not_in_api=("since",),
+)
+SECRETS = Listing(
+    "secrets",
+    SecretRow,
+    "List secrets of orgs, newest first, without their values.",
+    ("org", "name", "generation", "created_at", "created_by", "rotated_at", "rotated_by"),
+    filters=("org", "since"),
+    admin_only=True,
+    few_per_org=True,
 )
 AUDIT = Listing(
     "audit",

@@ -38,6 +38,7 @@ from worker.store.lists import (
     MAX_LIMIT,
     ORGS,
     RUNS,
+    SECRETS,
     SKIPS,
     TEMPLATES,
     Backfill,
@@ -46,6 +47,7 @@ from worker.store.lists import (
     Listing,
     OrgDetail,
     Page,
+    SecretRow,
     TemplateDetail,
     columns_of,
     redaction,
@@ -115,6 +117,13 @@ def org(connection: Connection, code: str) -> OrgDetail:
     """One org with its credentials, without secrets; raises NotFound."""
     [row] = read(connection, ORGS, code)
     return {**row, "credentials": read(connection, CREDENTIALS, code)}
+
+
+def secret(connection: Connection, org_id: OrgId, name: str) -> SecretRow:
+    """One secret of an org, without its value."""
+    of, query = tables.org_secrets.c, _SOURCES[SECRETS].query
+    row: Any = first_row(connection, query.where(of.org_id == org_id, of.name == name))
+    return cast(SecretRow, row)
 
 
 def definition(connection: Connection, org: str, name: str) -> DefinitionDetail:
@@ -332,6 +341,7 @@ _SOURCES: Mapping[Listing[Any], _Source] = {
         of_org=lambda org_id: _catalogue.c.name.in_(_open_definitions(org_id, _of_spec("handler"))),
     ),
     CREDENTIALS: _Source(CREDENTIALS, _credentials),
+    SECRETS: _Source(SECRETS, tables.org_secrets),
     AUDIT: _Source(AUDIT, _audit, since="at"),
     CALENDARS: _Source(CALENDARS, tables.calendars),
     BACKFILLS: _Source(

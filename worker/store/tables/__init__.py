@@ -2,7 +2,7 @@
 
 Here are the tables of orgs, definitions, workers, audit and alerts; `tables/runs.py` has those of runs,
 `tables/sign_in.py` those of logins, `tables/provisioning.py` that of applications at providers,
-`tables/budgets.py` those of budgets and spends.
+`tables/budgets.py` those of budgets and spends, `tables/secrets.py` those with sealed columns.
 The migrations also make views, triggers and functions: `tests/migrations/ddl.py` shows their current form.
 """
 
@@ -17,7 +17,6 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
-    LargeBinary,
     Table,
     Text,
     UniqueConstraint,
@@ -51,13 +50,16 @@ from worker.store.tables.runs import runs as runs
 from worker.store.tables.runs import skips as skips
 from worker.store.tables.runs import steps as steps
 from worker.store.tables.runs import waits as waits
+from worker.store.tables.secrets import CREDENTIAL_STATES as CREDENTIAL_STATES
+from worker.store.tables.secrets import access_tokens as access_tokens
+from worker.store.tables.secrets import credentials as credentials
+from worker.store.tables.secrets import org_secrets as org_secrets
 from worker.store.tables.sign_in import OPERATOR_ROLES as OPERATOR_ROLES
 from worker.store.tables.sign_in import login_transactions as login_transactions
 from worker.store.tables.sign_in import operators as operators
 from worker.store.tables.sign_in import sessions as sessions
 
 ORG_STATES = ("active", "paused", "suspended", "removed")
-CREDENTIAL_STATES = ("pending", "active", "retired")
 
 orgs = Table(
     "orgs",
@@ -97,54 +99,6 @@ org_words = Table(
     Column("org_id", Id, ForeignKey("orgs.id"), primary_key=True),
     Index("ix_org_words_org_id_word", "org_id", "word"),
     info={"meaning": "The words of the orgs' names and codes, for the search by their beginnings."},
-)
-
-credentials = Table(
-    "credentials",
-    metadata,
-    Column("id", Id, primary_key=True),
-    Column("org_id", Id, ForeignKey("orgs.id"), nullable=False),
-    required("generation", Integer, "1 for the first, then counting up."),
-    required("client_id", Text, "The machine-to-machine application."),
-    Column("sealed", LargeBinary, doc="The sealed secret or private key; null with a `reference`."),
-    Column("reference", Text, doc="`file:NAME` in `secrets_dir`."),
-    Column("key_id", Text, doc="The key of the key ring that seals it."),
-    required("kind", Text, "`client_secret` or `private_key`.", server_default="client_secret"),
-    required("state", Text, "`pending` (not used yet), `active` or `retired`.", server_default="active"),
-    required("created_at", Instant),
-    required("created_by", Text),
-    Column("retired_at", Instant, doc="When it was retired; `retire --now` also destroys the secret."),
-    Column("last_used_at", Instant, doc="When it was last used to request a token."),
-    count("uses", "The number of token requests with it.", type_=BigInteger),
-    Column("last_error", Text, doc="The issuer's answer, if the last request failed."),
-    UniqueConstraint("org_id", "generation"),
-    CheckConstraint(one_of("state", CREDENTIAL_STATES), name="state"),
-    CheckConstraint(one_of("kind", ("client_secret", "private_key")), name="kind"),
-    Index(
-        "ix_credentials_rejected_org_id", "org_id", **partial("last_error IS NOT NULL AND state = 'active'")
-    ),
-    Index("ix_credentials_client_id", "client_id"),
-    info={"meaning": "An org's client ids and secrets at its issuer."},
-)
-
-access_tokens = Table(
-    "access_tokens",
-    metadata,
-    Column("id", Text, primary_key=True, doc="A digest of issuer, org, audience and scopes."),
-    Column("org_id", Id, ForeignKey("orgs.id"), nullable=False),
-    required("issuer", Text, "The issuer, a table of `worker.toml`."),
-    count("version", "The number of tokens that were stored here.", type_=BigInteger),
-    Column("credential_id", Id, doc="The credential that it was requested with."),
-    Column("sealed", LargeBinary, doc="The sealed token; null while the first one is requested."),
-    Column("key_id", Text, doc="The key of the key ring that seals it."),
-    Column("received_at", Instant, doc="When it was received."),
-    Column("expires_at", Instant, doc="When it expires."),
-    Column("reserved_by", Text, doc="The process that requests a new one."),
-    Column("reserved_until", Instant, doc="When that reservation ends."),
-    Index("ix_access_tokens_org_id", "org_id"),
-    Index("ix_access_tokens_expires_at", "expires_at"),
-    postgresql_with=UPDATED,
-    info={"meaning": "The verified access tokens that all workers share, sealed. Only workers read it."},
 )
 
 templates = Table(
@@ -339,6 +293,7 @@ catalogue = Table(
     required("seen_at", Instant, "When a worker last looked."),
     required("state", Boolean, "Whether it uses `ctx.state`, as `@job` says.", server_default=false()),
     Column("pool", Text, doc="The pool of its runs, as `@job` says."),
+    required("secrets", json_type(), "The org's secrets that it gets, as `@job` says.", server_default="[]"),
     info={"meaning": "What the installed plug-ins offer."},
 )
 

@@ -114,6 +114,7 @@ def work_message(work: Work, seconds: float) -> Message:
     return values | {
         "seconds": seconds,
         "params": dict(work.params),
+        "secrets": dict(work.secrets),
         "scheduled_for": to_text(work.scheduled_for),
         "timeout_at": to_text(work.timeout_at),
         "granted": granted_message(token, claims),

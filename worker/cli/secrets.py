@@ -1,0 +1,101 @@
+"""`secrets`: an org's own secrets for its handlers, such as its model key."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from worker.cli.lists import add_list
+from worker.cli.options import OrgArgument, OutputOption, read_text
+from worker.cli.output import Format, print_row
+from worker.cli.session import session_of
+from worker.store.lists import SECRETS
+
+app = typer.Typer(help="An org's own secrets for its handlers: add, list, rotate, remove.")
+
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="As handlers ask for it: `ctx.secret(NAME)`.")
+]
+FileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--file",
+        metavar="FILE|-",
+        help="The file that holds the value (default: standard input; on a terminal it is asked for).",
+    ),
+]
+
+
+@app.command("add")
+def add(
+    context: typer.Context,
+    org: OrgArgument,
+    name: NameArgument,
+    file: FileOption = None,
+    output: OutputOption = Format.TABLE,
+) -> None:
+    """Add a secret, sealed before it is stored; exit 5 if the org has one of that name.
+
+    Handlers that declare `@job(secrets={NAME})` get it. The value is never an argument, since
+    every process of the machine can read arguments; a line end after it is dropped.
+    """
+    from worker import wiring
+    from worker.operations.org_secrets import add_secret
+
+    session = session_of(context)
+    session.require_database()
+    value = _value(file, name)
+    with session.database() as database:
+        ring = wiring.open_keyring(session.settings, database=database)
+        row = add_secret(database, ring, org, name, value, actor=session.actor)
+    print_row(dict(row), output)
+
+
+add_list(app, SECRETS, org_argument=True)
+
+
+@app.command("rotate")
+def rotate(
+    context: typer.Context,
+    org: OrgArgument,
+    name: NameArgument,
+    file: FileOption = None,
+    output: OutputOption = Format.TABLE,
+) -> None:
+    """Replace the value of a secret; the old one is gone.
+
+    A running attempt keeps the old value, and each later attempt gets the new one.
+    """
+    from worker import wiring
+    from worker.operations.org_secrets import rotate_secret
+
+    session = session_of(context)
+    session.require_database()
+    value = _value(file, name)
+    with session.database() as database:
+        ring = wiring.open_keyring(session.settings, database=database)
+        row = rotate_secret(database, ring, org, name, value, actor=session.actor)
+    print_row(dict(row), output)
+
+
+@app.command("remove")
+def remove(
+    context: typer.Context, org: OrgArgument, name: NameArgument, output: OutputOption = Format.TABLE
+) -> None:
+    """Delete a secret. New runs of handlers that declare it are refused (`secret_missing`)."""
+    from worker.operations.org_secrets import remove_secret
+
+    session = session_of(context)
+    with session.database() as database:
+        row = remove_secret(database, org, name, actor=session.actor)
+    print_row(row, output)
+
+
+def _value(file: str | None, name: str) -> str:
+    """The value, without the line end after it: of the file, standard input, or asked for."""
+    if file is None and sys.stdin.isatty():
+        asked: str = typer.prompt(f"{name} (not shown)", hide_input=True, err=True)
+        return asked
+    return read_text(file or "-").rstrip("\r\n")
