@@ -37,7 +37,7 @@ def commands() -> str:
     text += f"## Common options\n\n{_options([*common, HELP])}\n"
     for verb, command, inside in verbs(root, context):
         usage = command.get_usage(inside).removeprefix("Usage: ")
-        text += f"## {verb}\n\n```console\n$ {' '.join(usage.split())}\n```\n\n{_help(command.help)}\n"
+        text += f"## {verb}\n\n```text output\n{' '.join(usage.split())}\n```\n\n{_help(command.help)}\n"
         own = [record for record in records[verb] if record not in common]
         text += f"\n{_options(own)}" if own else ""
         named = [_name(record) for record in records[verb] if record in common]

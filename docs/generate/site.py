@@ -4,7 +4,7 @@ The pages are for GitHub and for the site. The site gets copies, in which
 
 - a link to another file of the repository leads to a page that shows this file,
 - a Mermaid figure is its picture from docs/images, so that the site loads no script for it,
-- the argument of a fenced block is dropped: it is for the tests.
+- a fenced block has a title if it is output, or of another product; other marks are for the tests.
 
 Any warning fails the build: a dead link or heading, or a page that is not in `nav` of config/mkdocs.yml.
 """
@@ -27,7 +27,10 @@ CONFIG = ROOT / "config" / "mkdocs.yml"
 # Where the site shows files that are outside of docs/.
 FILES = "repository"
 
-_FENCED = re.compile(r"^( *```[a-z]+) [^\n]*\n", re.MULTILINE)
+_FENCED = re.compile(
+    r"^(?P<fence> *```)(?P<language>[a-z]+)(?P<marks>[^\n]*)\n(?P<text>.*?)(?P<end>^ *```\n)",
+    re.DOTALL | re.MULTILINE,
+)
 _LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 _LANGUAGES = {
     ".py": "python",
@@ -78,18 +81,34 @@ def stage(pages: Path) -> list[dict[str, str]]:
 def for_site(page: Path) -> str:
     """The text of a page of docs/ as the site has it."""
     text = FIGURE.sub(lambda found: _figure(page, found[1]), page.read_text(encoding="utf-8"))
-    return _linked(page, _FENCED.sub(r"\1\n", text))
+    return _linked(page, _titled(text))
 
 
 def shown(file: Path) -> str:
     """The page that shows a file or folder outside of docs/."""
     name = file.relative_to(ROOT)
     if file.suffix == ".md":
-        return _linked(file, _FENCED.sub(r"\1\n", file.read_text(encoding="utf-8")))
+        return _linked(file, _titled(file.read_text(encoding="utf-8")))
     if file.is_dir():
         texts = [f"## {each.name}\n\n{_fenced(each)}" for each in sorted(file.iterdir()) if each.is_file()]
         return f"# {name}\n\nA folder of the repository.\n\n" + "\n".join(texts)
     return f"# {name}\n\nA file of the repository.\n\n{_fenced(file)}"
+
+
+def _titled(text: str) -> str:
+    """The text with titles above the blocks that are not the reader's to run."""
+    before = ""
+
+    def block(found: re.Match[str]) -> str:
+        nonlocal before
+        marks = dict(word.partition("=")[::2] for word in found["marks"].split())
+        is_output = "output" in marks or (found["language"] == "text" and before == "sh" and not marks)
+        before = found["language"]
+        title = "output" if is_output else marks.get("other", "")
+        shown = f' title="{title}"' if title else ""
+        return f"{found['fence']}{before}{shown}\n{found['text']}{found['end']}"
+
+    return _FENCED.sub(block, text)
 
 
 def _fenced(file: Path) -> str:

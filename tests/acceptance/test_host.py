@@ -19,6 +19,7 @@ import pytest
 
 from tests.fakes.attempts import TOKEN, Attempts, problem
 from tests.fakes.handlers import install_handlers, read_journal
+from tests.fakes.pages import ROOT, blocks
 from tests.fakes.ports import free_port
 from tests.fakes.site import wait_until
 from worker.runs import outcome as outcomes
@@ -278,6 +279,18 @@ def test_a_token_that_is_not_accepted_exits_78(
     assert host.wait(30) == 78
     assert re.search(f"error: {message}", machine.text())
     assert TOKEN not in machine.text()
+
+
+def test_the_command_of_the_page_starts_a_host(machine: Machine, attempts: Attempts) -> None:
+    """That of docs/operating/hosts.md, whose host has a token of the pool `eu-gpu`."""
+    page = blocks((ROOT / "docs" / "operating" / "hosts.md").read_text(encoding="utf-8"))
+    [command] = [block.text.split() for block in page if block.marks.get("by") == "test_host"]
+    assert command[:7] == ["$", "python", "-m", "worker", "--config", machine.config.name, "host"]
+    attempts.pool = "eu-gpu"
+
+    machine.start(*command[7:])
+
+    machine.until(lambda: attempts.complete, "the catalogue")
 
 
 def test_a_token_that_others_may_read_exits_78(machine: Machine, attempts: Attempts) -> None:

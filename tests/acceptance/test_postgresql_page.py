@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import psycopg
 
 from tests.fakes.cli import CommandLine
@@ -9,10 +11,12 @@ from tests.fakes.pages import ROOT, blocks
 from tests.fakes.postgres import Server
 
 PAGE = ROOT / "docs" / "operating" / "postgresql.md"
+DATABASE = ROOT / "docs" / "reference" / "database.md"
 
 
 def test_the_roles_of_the_page_migrate_and_carry_a_worker(own_postgres: Server, tmp_path):
-    made, granted, serving = (block.text for block in blocks(PAGE.read_text()) if block.language == "sql")
+    page = [block.text for block in blocks(PAGE.read_text()) if block.language == "sql"]
+    made, granted, by_hand, serving = page
     url = {
         login: own_postgres.url("orgworker").replace("postgres@", f"{login}@")
         for login in ("owner", "worker", "serve")
@@ -38,4 +42,12 @@ def test_the_roles_of_the_page_migrate_and_carry_a_worker(own_postgres: Server, 
     assert "permission denied" in line("orgs", "list", check=False).err
     with psycopg.connect(url["worker"], autocommit=True) as worker:
         owned = worker.execute("SELECT count(*) FROM pg_tables WHERE tableowner = 'worker'").fetchone()
+        [question] = [block.text for block in blocks(DATABASE.read_text()) if block.language == "sql"]
+        failed = worker.execute(question.encode()).fetchall()
+    with psycopg.connect(own_postgres.url("postgres")) as superuser:
+        for role in re.findall(r"CREATE ROLE (\w+)", by_hand):
+            superuser.execute(f"ALTER ROLE {role} RENAME TO {role}_made_by_the_migration")
+        superuser.execute(by_hand.encode())
+        superuser.rollback()
     assert owned == (0,)
+    assert failed == []

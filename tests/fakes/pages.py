@@ -3,7 +3,12 @@
 A test runs the `sh` blocks of a page in order in one shell; `exit=N` is the expected exit code. A `text`
 block right after one is its output: each line occurs in order, `…` matches anything, and ids, times and
 decimals may differ. `<!-- sh` begins a hidden block, which also runs. A block of another language whose
-first line is `# NAME.EXT` is that file. `console` blocks with `$ ` do not run.
+first line is `# NAME.EXT` is that file.
+
+`console` blocks are commands after `$ `. Those of orgworker run one by one, in
+tests/integration/cli/test_page_commands.py; `toml` is read by the code that reads such files. Everything
+else has a mark behind its language: `by=test_x` (the test that runs it, and that names the page), `output`,
+`other=Docker` (a command or a file of another product), `dev` (commands of the checkout: `./dev test`).
 """
 
 from __future__ import annotations
@@ -54,8 +59,27 @@ class Block:
         return found[1] if found else None
 
     @property
+    def marks(self) -> dict[str, str]:
+        """The words behind the language: `exit=1 by=test_x` is `{"exit": "1", "by": "test_x"}`."""
+        return dict(word.partition("=")[::2] for word in self.argument.split())
+
+    @property
     def exit_code(self) -> int:
-        return int(self.argument.removeprefix("exit=") or 0)
+        return int(self.marks.get("exit", 0))
+
+
+def treatment(block: Block, before: Block | None, page: list[Block]) -> str | None:
+    """What a test does with a block, or what it is if none can run it; None if the page does not say."""
+    if block.language == "sh":
+        return "run"
+    for mark in ("by", "output", "other", "dev"):
+        if mark in block.marks:
+            return mark
+    if block.language == "text" and before is not None and before.language == "sh":
+        return "compared"
+    if block.file is not None and any(each.language == "sh" for each in page):
+        return "run"
+    return {"toml": "read", "console": "command", "mermaid": "drawn"}.get(block.language)
 
 
 def blocks(page: str) -> list[Block]:

@@ -14,7 +14,17 @@ import pytest
 import yaml
 
 from docs.generate import figures, site
-from tests.fakes.pages import PAGES, ROOT, anchors, blocks, commands, links, missing_lines, unknown_words
+from tests.fakes.pages import (
+    PAGES,
+    ROOT,
+    anchors,
+    blocks,
+    commands,
+    links,
+    missing_lines,
+    treatment,
+    unknown_words,
+)
 from worker import settings
 from worker.definitions.file import parse_file
 from worker.guard.profile import parse as parse_profile
@@ -51,6 +61,34 @@ def test_each_block_has_a_known_kind(page: Path):
 
     kinds = {"sh", "console", "text", "toml", "python", "json", "sql", "mermaid", "yaml", "ini", "dockerfile"}
     assert found <= kinds
+
+
+@pages
+def test_each_block_is_run_or_says_what_it_is(page: Path):
+    text = page.read_text(encoding="utf-8")
+    all_blocks = blocks(text)
+    shown = [block for block in all_blocks if not block.is_hidden]
+
+    assert len(re.findall(r"(?m)^ *```", text)) == 2 * len(shown), "a fence without a language"
+    for before, block in zip([None, *all_blocks], all_blocks, strict=False):
+        place = f"{page.name}:{block.line}"
+        assert treatment(block, before, all_blocks), f"{place}: tests/fakes/pages.py says how to mark it"
+        assert set(block.marks) <= {"by", "dev", "exit", "other", "output"}, place
+        if "by" in block.marks:
+            tests = (ROOT / "tests").rglob(f"{block.marks['by']}.py")
+            named = [page.name in test.read_text(encoding="utf-8") for test in tests]
+            assert any(named), f"{place}: no such test names this page"
+        if block.language == "console" and "by" not in block.marks:
+            for command in re.findall(r"(?m)^\$ (.*)", block.text):
+                owner = "other" if "other" in block.marks else "dev" if "dev" in block.marks else "ours"
+                assert owner_of(command) == owner, f"{place}: {command}"
+
+
+def owner_of(command: str) -> str:
+    """Whose command it is, as the mark of its block says."""
+    if re.match(r"(PYTHONSAFEPATH=1 )?(python( -P)? -m worker|orgworker)\b", command):
+        return "ours"
+    return "dev" if re.match(r"(\./dev|git|ls|\. \.venv/|mkdir|sha256sum)\b", command) else "other"
 
 
 @pages

@@ -11,6 +11,7 @@ import pytest
 
 from tests.fakes.cli import CommandLine
 from tests.fakes.kinde.server import MANAGER, Kinde, serve_kinde
+from tests.fakes.pages import ROOT, blocks
 from worker.demo.provider import Application
 from worker.operations import fleet
 from worker.operations.provisioning import exclusive
@@ -95,6 +96,16 @@ def test_the_fleet_moves_to_new_applications(cli: CommandLine, kinde: Kinde) -> 
     assert sorted(row["state"] for row in listed) == ["active"] * ORGS + ["retired"] * ORGS
     assert not any(app.client_secret in everything for app in [*before.values(), *after.values()])
     assert json.loads(cli("orgs", "sync", "--orphans", "-o", "json").out) == []
+
+
+def test_the_commands_of_the_page_find_nothing_to_rotate(cli: CommandLine) -> None:
+    """Those of docs/secrets.md, on the day on which the applications were made."""
+    page = blocks((ROOT / "docs" / "secrets.md").read_text(encoding="utf-8"))
+    [block] = [block for block in page if block.marks.get("by") == "test_rotation"]
+
+    for command in block.text.splitlines():
+        done = cli(*command.removeprefix("$ python -m worker ").split(), "-o", "json")
+        assert json.loads(done.out) == []
 
 
 def test_what_cannot_be_done_says_why(cli: CommandLine) -> None:

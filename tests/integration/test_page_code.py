@@ -1,0 +1,178 @@
+"""The Python of the pages, executed: what a block leaves to its reader comes from the test.
+
+Here are blocks of agents.md, budgets.md, guard.md, handlers.md, long-runs.md and monitoring.md.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from opentelemetry import trace
+from pydantic import BaseModel
+
+from tests.fakes.pages import ROOT, blocks
+from worker import Context, job
+from worker.demo.provider import Application, serve_provider
+from worker.guard import Guard
+from worker.testing import Orgworker
+
+REFERENCE = ROOT / "docs" / "reference"
+AUDIENCE = "https://api.acme.com"
+
+
+def python_of(page: Path) -> list[str]:
+    """The page's blocks that this module executes."""
+    found = blocks(page.read_text(encoding="utf-8"))
+    return [block.text for block in found if block.marks.get("by") == "test_page_code"]
+
+
+def executed(text: str, **given: Any) -> dict[str, Any]:
+    names: dict[str, Any] = dict(given)
+    exec(compile(text, "page.md", "exec"), names)
+    return names
+
+
+async def double(article: dict[str, int]) -> int:
+    return 2 * article["id"]
+
+
+def test_steps_and_a_map(orgworker: Orgworker):
+    async def articles(http: httpx.AsyncClient) -> list[dict[str, int]]:
+        return [{"id": 1}, {"id": 2}]
+
+    async def overview(texts: list[int]) -> dict[str, int]:
+        return {"sum": sum(texts)}
+
+    text, _ = python_of(REFERENCE / "handlers.md")
+    handler = executed(
+        text, job=job, Context=Context, fetch_articles=articles, summarize=double, overview=overview
+    )
+
+    assert orgworker.run(handler["summaries"]).result == {"sum": 6}
+
+
+def test_a_state_remembers_the_cursor(orgworker: Orgworker):
+    async def new_articles(http: httpx.AsyncClient, since: int | None) -> list[dict[str, int]]:
+        return [{"id": number} for number in range(1, 6) if number > (since or 0)]
+
+    _, text = python_of(REFERENCE / "handlers.md")
+    handler = executed(text, job=job, Context=Context, new_articles=new_articles)["digest"]
+
+    first = orgworker.run(handler)
+    again = orgworker.run(handler, state={"cursor": 3})
+
+    assert (first.result, first.definition_state) == (5, {"cursor": 5})
+    assert (again.result, again.definition_state) == (2, {"cursor": 5})
+
+
+@pytest.mark.parametrize(
+    ("answers", "result"),
+    [({"approval": "yes"}, "sent a draft"), ({"approval": "no"}, "rejected"), ({}, "no answer came")],
+)
+def test_a_wait_for_an_approval(orgworker: Orgworker, answers: dict[str, str], result: str):
+    async def write_draft(params: Any) -> str:
+        return "a draft"
+
+    async def send(draft: str) -> str:
+        return f"sent {draft}"
+
+    [text] = python_of(REFERENCE / "long-runs.md")
+    handler = executed(text, write_draft=write_draft, send=send)["publish"]
+
+    assert orgworker.run(handler, answers=answers).result == result
+
+
+class Settings(BaseModel):
+    model: str = "gpt-4"
+
+
+class Client:
+    """Answers as OpenAI's client does."""
+
+    def __init__(self) -> None:
+        self.chat = self.completions = self
+
+    async def create(self, model: str, messages: list[Any]) -> Any:
+        message = type("Message", (), {"content": f"{model} says so"})
+        choice, usage = type("Choice", (), {"message": message}), type("Usage", (), {"total_tokens": 12})
+        return type("Completion", (), {"choices": [choice], "usage": usage})
+
+
+def test_a_step_spends_what_it_used(orgworker: Orgworker):
+    [text] = python_of(REFERENCE / "budgets.md")
+    code = compile(text, "budgets.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+    @job("acme.ask", settings=Settings)
+    async def handler(ctx: Context[dict, Settings]) -> str:
+        names = {"Context": Context, "Settings": Settings, "client": Client(), "ctx": ctx, "prompt": "Why?"}
+        await eval(code, names)
+        return names["answer"]
+
+    finished = orgworker.run(handler)
+
+    assert finished.result == "gpt-4 says so"
+    assert finished.spends == {"llm_tokens": 12}
+
+
+def test_an_agent_is_durable(orgworker: Orgworker):
+    [text] = python_of(REFERENCE / "agents.md")
+    handler = executed(text.replace("openai:gpt-5", "test"))["answer"]
+
+    finished = orgworker.run(handler, params={"question": "Why?"})
+
+    assert finished.result == "success (no tool calls)"
+
+
+def test_a_handler_joins_the_trace_of_its_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRACEPARENT", f"00-{7:032x}-{5:016x}-01")
+    [text] = python_of(ROOT / "docs" / "operating" / "monitoring.md")
+
+    place = executed(text)["place"]
+
+    assert trace.get_current_span(place).get_span_context().trace_id == 7
+
+
+@pytest.fixture
+async def guards(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """Closes the guards that a test made."""
+    made: list[Guard] = []
+    real = Guard.__init__
+
+    def init(self: Guard, *given: Any, **more: Any) -> None:
+        made.append(self)
+        real(self, *given, **more)
+
+    monkeypatch.setattr(Guard, "__init__", init)
+    yield
+    for guard in made:
+        await guard.close()
+
+
+@pytest.mark.anyio
+async def test_the_guard_of_a_backend(guards: None, capsys: pytest.CaptureFixture[str]):
+    application = Application("org_acme", "m2m-acme", "secret-of-acme", ("read:kb",), (AUDIENCE,))
+    provider, thread = serve_provider([application])
+    with thread:
+        login = {"client_id": application.client_id, "client_secret": application.client_secret}
+        asked = {"grant_type": "client_credentials", "audience": AUDIENCE, "scope": "read:kb"}
+        async with httpx.AsyncClient(base_url=provider.url) as issuer:
+            token = (await issuer.post("/oauth2/token", data=asked | login)).json()["access_token"]
+        with_app, with_guard = (
+            text.replace("https://acme.kinde.com", provider.url) for text in python_of(REFERENCE / "guard.md")
+        )
+        transport = httpx.ASGITransport(executed(with_app)["app"])
+        async with httpx.AsyncClient(transport=transport, base_url="https://api.acme.com") as client:
+            bearer = {"Authorization": f"Bearer {token}"}
+            answered = await client.get("/orgs/org_acme/articles", headers=bearer)
+            assert (answered.status_code, answered.json()) == (200, {"org": "org_acme", "articles": []})
+            assert (await client.get("/orgs/org_globex/articles", headers=bearer)).status_code == 403
+            assert (await client.get("/orgs/org_acme/articles")).status_code == 401
+            assert (await client.get("/health")).status_code == 404
+
+        await executed(with_guard)["handle"](token, "org_acme")
+    assert capsys.readouterr().out == "{} {}\n"
