@@ -193,6 +193,13 @@ def test_the_developers_commands_that_pages_name_exist():
             assert re.search(rf"(?m)^{verb}\)", usage), f"{page.name}: ./dev {verb}"
 
 
+@pages
+def test_every_measurement_that_is_named_can_be_repeated(page: Path):
+    named = set(re.findall(r"\bbench\.(\w+)", page.read_text(encoding="utf-8")))
+
+    assert {name for name in named if not (ROOT / "bench" / f"{name}.py").exists()} == set()
+
+
 @pytest.mark.parametrize(
     ("command", "wrong"),
     [
