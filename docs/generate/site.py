@@ -4,7 +4,8 @@ The pages are for GitHub and for the site. The site gets copies, in which
 
 - a link to another file of the repository leads to a page that shows this file,
 - a Mermaid figure is its picture from docs/images, so that the site loads no script for it,
-- a fenced block has a title if it is output, or of another product; other marks are for the tests.
+- a fenced block has a title if it is output, or of another product; other marks are for the tests,
+- what belongs to an item of a list is indented by four, as Python-Markdown requires.
 
 Any warning fails the build: a dead link or heading, or a page that is not in `nav` of config/mkdocs.yml.
 """
@@ -31,6 +32,7 @@ _FENCED = re.compile(
     r"^(?P<fence> *```)(?P<language>[a-z]+)(?P<marks>[^\n]*)\n(?P<text>.*?)(?P<end>^ *```\n)",
     re.DOTALL | re.MULTILINE,
 )
+_ITEM = re.compile(r"(?:[-*]|\d+\.) ")
 _LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 _LANGUAGES = {
     ".py": "python",
@@ -81,18 +83,40 @@ def stage(pages: Path) -> list[dict[str, str]]:
 def for_site(page: Path) -> str:
     """The text of a page of docs/ as the site has it."""
     text = FIGURE.sub(lambda found: _figure(page, found[1]), page.read_text(encoding="utf-8"))
-    return _linked(page, _titled(text))
+    return _linked(page, _titled(_indented(text)))
 
 
 def shown(file: Path) -> str:
     """The page that shows a file or folder outside of docs/."""
     name = file.relative_to(ROOT)
     if file.suffix == ".md":
-        return _linked(file, _titled(file.read_text(encoding="utf-8")))
+        return _linked(file, _titled(_indented(file.read_text(encoding="utf-8"))))
     if file.is_dir():
         texts = [f"## {each.name}\n\n{_fenced(each)}" for each in sorted(file.iterdir()) if each.is_file()]
         return f"# {name}\n\nA folder of the repository.\n\n" + "\n".join(texts)
     return f"# {name}\n\nA file of the repository.\n\n{_fenced(file)}"
+
+
+def _indented(text: str) -> str:
+    """The text with each item's further lines indented by four, and a blank line after one of several blocks.
+
+    On GitHub an indentation by the width of the item's mark is enough.
+    """
+    lines: list[str] = []
+    width, in_fence, has_blocks = 0, False, False
+    for line in text.splitlines(keepends=True):
+        if line.startswith("```"):
+            in_fence = not in_fence
+        if width and line.startswith(" " * width):
+            has_blocks = has_blocks or not lines[-1].strip()
+            line = "    " + line[width:]
+        elif line.strip() and not in_fence:
+            item = _ITEM.match(line)
+            if item and has_blocks and lines[-1].strip():
+                lines.append("\n")
+            width, has_blocks = (len(item[0]) if item else 0), False
+        lines.append(line)
+    return "".join(lines)
 
 
 def _titled(text: str) -> str:

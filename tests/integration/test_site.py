@@ -66,6 +66,21 @@ def test_a_link_to_a_file_outside_of_the_pages_leads_to_its_text(built: Path):
     assert "lease" in shown
 
 
+def test_lists_are_lists(built: Path):
+    """Python-Markdown makes a paragraph of the rest of a list if something in it is indented too little."""
+    for page in built.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert re.search(r"<p>(?:(?!</p>).)*\n(?:\d+\.|[-*]) ", text, re.DOTALL) is None, page
+    okta = (built / "providers/okta.html").read_text(encoding="utf-8")
+    assert re.search(r"<li>\s*<p>Set the org in the app's profile.*?<pre>.*?</li>", okta, re.DOTALL)
+
+
+def test_a_block_says_whose_it_is(built: Path):
+    monitoring = (built / "operating/monitoring.html").read_text(encoding="utf-8")
+    assert '<span class="filename">Prometheus</span>' in monitoring
+    assert '<span class="filename">output</span>' in (built / "quickstart.html").read_text(encoding="utf-8")
+
+
 def test_the_search_knows_every_page_and_works_without_a_server(built: Path):
     index = json.loads((built / "search/search_index.json").read_text(encoding="utf-8"))
     found = {each["location"].partition("#")[0] for each in index["docs"]}
