@@ -6,6 +6,7 @@ import html.parser
 import json
 import logging
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,18 @@ from docs.generate import site
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built on a machine without a network."""
     folder = tmp_path_factory.mktemp("site")
-    site.build(folder)
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("connect", "connect_ex"):
+            patched.setattr(socket.socket, name, no_network)
+        patched.setattr(socket, "getaddrinfo", no_network)
+        site.build(folder)
     return folder
+
+
+def no_network(*given: object) -> None:
+    raise AssertionError("the build asks for the network")
 
 
 class Loaded(html.parser.HTMLParser):
