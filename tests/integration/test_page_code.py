@@ -1,6 +1,6 @@
 """The Python of the pages, executed: what a block leaves to its reader comes from the test.
 
-Here are blocks of agents.md, budgets.md, guard.md, handlers.md, long-runs.md and monitoring.md.
+Here are blocks of agents.md, budgets.md, guard.md, handlers.md, long-runs.md, monitoring.md and secrets.md.
 """
 
 from __future__ import annotations
@@ -126,6 +126,16 @@ def test_an_agent_is_durable(orgworker: Orgworker):
     finished = orgworker.run(handler, params={"question": "Why?"})
 
     assert finished.result == "success (no tool calls)"
+
+
+def test_a_handler_gets_its_orgs_secret(orgworker: Orgworker):
+    given = []
+    [text] = python_of(ROOT / "docs" / "secrets.md")
+    handler = executed(text, job=job, Context=Context, AsyncOpenAI=lambda api_key: given.append(api_key))
+
+    finished = orgworker.run(handler["ask"], secrets={"openai": "sk-of-the-org"})
+
+    assert (finished.state, given) == ("succeeded", ["sk-of-the-org"])
 
 
 def test_a_handler_joins_the_trace_of_its_run(monkeypatch: pytest.MonkeyPatch):
