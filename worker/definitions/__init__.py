@@ -23,6 +23,9 @@ NICKNAMES = {
     "@annually": "0 0 1 1 *",
 }
 
+# The key with the dates of a definition's calendar: a stored spec has it, a file does not.
+CALENDAR_DATES = "calendar_dates"
+
 MISFIRE_GRACE = timedelta(seconds=60)
 MISFIRE_LIMIT = 100
 # The smallest default of `misfire_within` and `start_deadline`, however short the period.

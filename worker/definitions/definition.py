@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from worker.clock import to_text
 from worker.definitions import (
+    CALENDAR_DATES,
     CANCEL_GRACE,
     MAX_ATTEMPTS,
     MAX_RECOVERIES,
@@ -345,8 +346,6 @@ _KEYS: dict[str, _Form] = {
 }
 # The keys that an edit may change.
 EDITABLE = (*_KEYS, "enabled")
-# A spec has the dates of its calendar as well.
-CALENDAR_DATES = "calendar_dates"
 _STORED = (*_KEYS, CALENDAR_DATES)
 _OPTIONAL = frozenset(_KEYS) - {"handler", "schedule"}
 _DEFAULTS: dict[str, Any] = {

@@ -150,7 +150,11 @@ def _make_plan(
     users = (*file.definitions, *(entry.definition for entry in file.templates))
     used = {definition.calendar for definition in users if definition.calendar is not None}
     plan.calendars, dates = calendar_changes(connection, file.calendars, used)
-    changed = {change.name: dates[change.name] for change in plan.calendars if change.before is not None}
+    changed = {
+        change.name: [day.isoformat() for day in dates[change.name]]
+        for change in plan.calendars
+        if change.before is not None
+    }
     # Locked together with those of the file: two files then take all locks in one order.
     following_orgs = calendars.orgs_with_for_all_orgs(connection, changed)
     found_orgs = orgs.find_for_all_orgs(connection, named | following_orgs, lock=True)

@@ -9,8 +9,9 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from worker.definitions import CALENDAR_DATES
 from worker.definitions.calendars import CalendarEntry, read_dates
-from worker.definitions.definition import CALENDAR_DATES, Definition
+from worker.definitions.definition import Definition, keys_of
 from worker.definitions.fields import refusal
 from worker.errors import Conflict
 from worker.operations.changes import CalendarChange, DefinitionChange, TemplateChange
@@ -66,14 +67,14 @@ def with_calendar(connection: Connection, definition: Definition, entry: str) ->
     return dated(definition, {name: read_dates(row["dates"]) for name, row in stored.items()}, entry)
 
 
-def following(row: Row, dates: Dates) -> DefinitionChange:
+def following(row: Row, dates: Mapping[str, list[str]]) -> DefinitionChange:
     """The change that gives a stored definition the dates that its calendar now has."""
     spec = _dated_spec(row["spec"], dates)
     return DefinitionChange("change", row["org_id"], row["org"], row["name"], row, spec, row["enabled"])
 
 
 def following_templates(
-    connection: Connection, changed: Dates, in_file: Collection[str]
+    connection: Connection, changed: Mapping[str, list[str]], in_file: Collection[str]
 ) -> list[TemplateChange]:
     """The changes of open templates that name a changed calendar, besides those of the file."""
     if not changed:
@@ -88,10 +89,10 @@ def following_templates(
     return changes
 
 
-def _dated_spec(spec: Mapping[str, Any], dates: Dates) -> dict[str, Any]:
-    rest = {key: value for key, value in spec.items() if key != CALENDAR_DATES}
-    new = [day.isoformat() for day in dates[spec["calendar"]]]
-    return rest | ({CALENDAR_DATES: new} if new else {})
+def _dated_spec(spec: Mapping[str, Any], dates: Mapping[str, list[str]]) -> dict[str, Any]:
+    # The specs of all definitions have one list.
+    new = dates[spec["calendar"]]
+    return keys_of(spec) | ({CALENDAR_DATES: new} if new else {})
 
 
 def write_calendars(

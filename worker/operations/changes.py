@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection
 
-from worker.definitions.definition import CALENDAR_DATES, Definition, to_spec
+from worker.definitions import CALENDAR_DATES
+from worker.definitions.definition import Definition, to_spec
 from worker.ids import DefinitionId, OrgId, TemplateId, new_id
 from worker.operations import settle
 from worker.store import audit, backfills, definitions, edit_runs, orgs, templates
@@ -67,7 +68,8 @@ def shown_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str,
 def one_sided(before: list[str] | None, after: list[str] | None) -> tuple[list[str], list[str]]:
     """Of two lists, what only the one has, and what only the other has."""
     old, new = before or [], after or []
-    return [each for each in old if each not in new], [each for each in new if each not in old]
+    olds, news = set(old), set(new)
+    return [each for each in old if each not in news], [each for each in new if each not in olds]
 
 
 def same(one: Any, other: Any) -> bool:

@@ -9,8 +9,9 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from worker.definitions import CALENDAR_DATES
 from worker.definitions.calendars import read_dates
-from worker.definitions.definition import CALENDAR_DATES, keys_of, parse_definition
+from worker.definitions.definition import keys_of, parse_definition
 from worker.definitions.origins import NO_ISSUERS, IssuerOrigins, check_base_url, check_encrypted, in_force
 from worker.errors import Conflict, PreconditionFailed, Unavailable, WorkerError
 from worker.ids import DefinitionId, OrgId

@@ -19,7 +19,7 @@ from sqlalchemy import (
     true,
 )
 
-from worker.definitions.definition import CALENDAR_DATES, from_spec
+from worker.definitions import CALENDAR_DATES
 from worker.definitions.pools import DEFAULT_POOL
 from worker.definitions.words import in_words
 from worker.errors import DefinitionError, InvalidTrigger, NotFound, UsageError
@@ -145,6 +145,9 @@ def _next_run_for(row: Mapping[str, Any]) -> datetime | None:
     following: datetime | None = row["next_scheduled_for"]
     if following is None or not row["spec"].get(CALENDAR_DATES):
         return following
+    # Only for such a definition: it loads the triggers, which takes longer than most commands.
+    from worker.definitions.definition import from_spec
+
     try:
         trigger = from_spec(row["org"], row["name"], row["spec"]).trigger(row["timezone"])
     except (DefinitionError, InvalidTrigger):

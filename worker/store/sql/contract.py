@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import Connection
 
+from worker.definitions import CALENDAR_DATES
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId
 from worker.runs.outcome import UNENDED, EndedAttempt
 from worker.runs.run import (
@@ -238,7 +239,15 @@ def sum_up(endings: Iterable[Ending], now: datetime) -> Rollups:
 def shared_spec(text: str) -> Mapping[str, Any]:
     """A spec from its JSON text. The definitions of a template share one, which must not be changed."""
     spec: dict[str, Any] = json.loads(text)
+    if CALENDAR_DATES in spec:
+        spec[CALENDAR_DATES] = _shared_dates(tuple(spec[CALENDAR_DATES]))
     return spec
+
+
+@functools.lru_cache(maxsize=256)
+def _shared_dates(dates: tuple[str, ...]) -> tuple[str, ...]:
+    """The dates of a calendar once, however many specs that are kept have them."""
+    return dates
 
 
 def shares(limit: int) -> tuple[int, int]:
