@@ -2,8 +2,8 @@
 
     .venv/bin/python -m bench.calendars [--database sqlite|postgresql|both] [--orgs N] [--dates N]
 
-Each of the orgs (10,000) has a definition of its own, with params of its own, that names a calendar of N dates
-(100). Prints processor time of this process.
+Each of the orgs (10,000) has a definition with params of its own that names a calendar of N dates (100).
+Prints processor time of this process.
 """
 
 from __future__ import annotations
