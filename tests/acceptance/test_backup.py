@@ -118,6 +118,8 @@ def test_a_lost_database_comes_back_and_its_runs_are_settled(operator: Operator,
     dropped = operator.run("Before any worker starts", 0)
 
     assert re.search(r"version +\S+", shown)
+    # The rights of the three roles came back too.
+    assert operator.server is None or re.search(r"warnings +-", shown), shown
     [expected] = [block.text for block in blocks(PAGE) if block.language == "text"]
     assert missing_lines(expected, dropped) == []
     # The backup had tokens, and they are gone before a worker could use one.

@@ -197,8 +197,13 @@ def _copy_locked(lock: Path, environment: Path) -> None:
     site.mkdir(parents=True)
     if lock.name != "run.lock":
         (site / "build.pth").write_text(str(here))
-    for name, version in re.findall(r"(?m)^([\w.-]+)==([\w.+!-]+)", lock.read_text()):
-        found = importlib.metadata.distribution(name)
+    for name, version, marker in re.findall(r"(?m)^([\w.-]+)==([\w.+!-]+)( ;)?", lock.read_text()):
+        try:
+            found = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            # One for another machine or version of Python.
+            assert marker, f"{lock.name} has {name}, which is not installed"
+            continue
         assert found.version == version, f"{lock.name} has {name} {version}, here is {found.version}"
         for file in (found.files or ()) if lock.name == "run.lock" else ():
             if ".." not in file.parts and (here / file).exists():
