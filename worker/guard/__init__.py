@@ -10,9 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .access import bearer_token
+    from .asgi import App, Message, Receive, RequireToken, Scope, Send
     from .claims import Claims, Flag
     from .errors import ConfigurationError, IssuerUnavailable, TokenRefused, Unavailable, WorkerError
-    from .guard import App, Guard, Message, Receive, RequireToken, Scope, Send, bearer_token, check
+    from .guard import Guard, check
     from .issuer import Issuer
 
 _HOMES = {
@@ -20,10 +22,9 @@ _HOMES = {
     **dict.fromkeys(
         ("ConfigurationError", "IssuerUnavailable", "TokenRefused", "Unavailable", "WorkerError"), "errors"
     ),
-    **dict.fromkeys(
-        ("App", "Guard", "Message", "Receive", "RequireToken", "Scope", "Send", "bearer_token", "check"),
-        "guard",
-    ),
+    **dict.fromkeys(("App", "Message", "Receive", "RequireToken", "Scope", "Send"), "asgi"),
+    **dict.fromkeys(("Guard", "check"), "guard"),
+    "bearer_token": "access",
     "Issuer": "issuer",
 }
 

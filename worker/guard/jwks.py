@@ -74,6 +74,23 @@ class KeySet:
         self._first_seen.pop(kid, None)
         return keys[kid]
 
+    def known(self, kid: str) -> Key | None:
+        """The key if it is in the set that was read last; fetches nothing, and any thread may ask."""
+        return (self._document.content or {}).get(kid)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the set is older than an hour and may be fetched again; any thread may ask."""
+        return self._document.is_due and not self._document.is_reading
+
+    def refresh_if_old(self) -> None:
+        """Fetch the set in the background if it is older than an hour."""
+        self._document.refresh_if_old()
+
+    def adopt(self, other: KeySet) -> None:
+        """Start with the keys of another set of this issuer."""
+        self._document.content, self._document.read_at = other._document.content, other._document.read_at
+
     async def close(self) -> None:
         await self._document.close()
 

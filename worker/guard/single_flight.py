@@ -90,14 +90,19 @@ class Document(Generic[V]):
         return self._clock.monotonic() >= self.next_try
 
     @property
+    def is_due(self) -> bool:
+        """Whether the content is older than an hour and may be read again."""
+        is_old = self._clock.monotonic() - self.read_at >= MAX_AGE
+        return self.content is not None and is_old and self.may_read
+
+    @property
     def retry_after(self) -> float:
         """Seconds until it may be read again, at least one."""
         return max(1.0, self.next_try - self._clock.monotonic())
 
     def refresh_if_old(self) -> None:
-        """Start a read in the background if the content is older than an hour."""
-        is_old = self._clock.monotonic() - self.read_at >= MAX_AGE
-        if self.content is not None and is_old and self.may_read:
+        """Start a read in the background if it is due."""
+        if self.is_due:
             self._reading.start(None, self._refresh)
 
     async def fetch(self) -> V | None:

@@ -53,6 +53,35 @@ class Keys(Protocol):
     async def find(self, kid: str) -> Key: ...
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class Unverified:
+    """A token whose form and claims are acceptable, before its signature is verified."""
+
+    kid: str
+    _algorithm: str
+    _payload: Mapping[str, Any]
+    _signed: bytes
+    _signature: bytes
+
+    def verified_by(self, key: Key) -> Mapping[str, Any]:
+        """The payload if the key made the signature; raises TokenRefused(token_invalid)."""
+        if self._algorithm not in key.algorithms:
+            raise invalid("key_algorithm", "its algorithm does not fit its key")
+        if not key.signed(self._signed, self._signature, self._algorithm):
+            raise invalid("signature", "its signature does not match its key")
+        return self._payload
+
+
+def read(
+    text: str, *, issuer: Issuer, audience: str, clock: Clock, beside: frozenset[str] = frozenset()
+) -> Unverified:
+    """All checks of `verify` but the signature; raises as it does."""
+    header, payload, signed, signature = _parse(text)
+    algorithm, kid = _check_header(header, issuer)
+    _check_claims(payload, issuer, audience, beside, clock.now().timestamp())
+    return Unverified(kid, algorithm, payload, signed, signature)
+
+
 async def verify(
     text: str,
     *,
@@ -72,11 +101,8 @@ async def verify(
         TokenRefused: token_invalid; `detail` is the code of the check that failed.
         IssuerUnavailable: the signing key cannot be read or is not published yet, so there is no verdict.
     """
-    header, payload, signed, signature = _parse(text)
-    algorithm, kid = _check_header(header, issuer)
-    _check_claims(payload, issuer, audience, beside, clock.now().timestamp())
-    _check_signature(await keys.find(kid), algorithm, signed, signature)
-    return payload
+    token = read(text, issuer=issuer, audience=audience, clock=clock, beside=beside)
+    return token.verified_by(await keys.find(token.kid))
 
 
 async def verify_message(
@@ -94,15 +120,7 @@ async def verify_message(
     if str(header.get("typ", "jwt")).lower().removeprefix("application/") != "jwt":
         raise invalid("type", "its typ is that of a token, not of a message")
     check(payload)
-    _check_signature(await keys.find(kid), algorithm, signed, signature)
-    return payload
-
-
-def _check_signature(key: Key, algorithm: str, signed: bytes, signature: bytes) -> None:
-    if algorithm not in key.algorithms:
-        raise invalid("key_algorithm", "its algorithm does not fit its key")
-    if not key.signed(signed, signature, algorithm):
-        raise invalid("signature", "its signature does not match its key")
+    return Unverified(kid, algorithm, payload, signed, signature).verified_by(await keys.find(kid))
 
 
 def _parse(text: str) -> tuple[Mapping[str, Any], Mapping[str, Any], bytes, bytes]:

@@ -1,0 +1,161 @@
+"""Keys of an issuer for callers on any thread and any event loop, also after a fork.
+
+Callers verify signatures on their own thread. Only fetches happen elsewhere: on one event loop for all
+guards of a process, in a thread of its own. A process that was forked starts another one, because it has
+none of its parent's threads, and keeps the keys that its parent knew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import suppress
+from importlib import import_module
+from typing import Any, TypeVar
+
+import httpx
+
+from .clock import Clock
+from .errors import IssuerUnavailable
+from .issuer import Endpoints, Issuer
+from .jwks import KeySet
+from .report import Report
+from .verify import Key
+
+WAIT = 25.0  # seconds: the discovery document and the key set take ten each at most
+
+# httpx, httpcore and asyncio load these with the first request. A fork during an import leaves the child
+# with an import that never ends.
+_LAZY = ("httpcore", "anyio", "anyio._backends._asyncio", "sniffio", "encodings.idna", "stringprep")
+
+
+T = TypeVar("T")
+
+
+class _Process:
+    """The loop of this process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.pid = 0
+        # Collecting what belongs to a loop of the parent would close its sockets, or warn.
+        self.of_parent: list[object] = []
+
+    def running_loop(self) -> asyncio.AbstractEventLoop:
+        if self.loop is not None and self.pid == os.getpid():
+            return self.loop
+        with self.lock:
+            if self.loop is None or self.pid != os.getpid():
+                for name in _LAZY:
+                    with suppress(ImportError):
+                        import_module(name)
+                self.of_parent.append(self.loop)
+                loop = asyncio.new_event_loop()
+                threading.Thread(target=loop.run_forever, name="guard-keys", daemon=True).start()
+                self.loop, self.pid = loop, os.getpid()
+            return self.loop
+
+    def after_fork(self) -> None:
+        """In the child, which has the lock of a thread that it does not have."""
+        self.lock = threading.Lock()
+        self.of_parent.append(self.loop)
+        self.loop = None
+
+
+_process = _Process()
+
+
+def start_loop() -> asyncio.AbstractEventLoop:
+    """The loop of this process, started by the first call."""
+    return _process.running_loop()
+
+
+# No fork while the loop is being started.
+os.register_at_fork(
+    before=lambda: _process.lock.acquire(),
+    after_in_parent=lambda: _process.lock.release(),
+    after_in_child=_process.after_fork,
+)
+
+
+class ThreadKeys:
+    """The keys of one issuer; its methods may be called on any thread.
+
+    `open_client` is called on the loop, once in each process.
+    """
+
+    def __init__(
+        self, issuer: Issuer, open_client: Callable[[], httpx.AsyncClient], *, clock: Clock, report: Report
+    ) -> None:
+        self._issuer = issuer
+        self._open_client = open_client
+        self._clock = clock
+        self._report = report
+        # Set on the loop only, so no lock is needed, and a fork leaves none held.
+        self._keys: KeySet | None = None
+        self._endpoints: Endpoints | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def find(self, kid: str) -> Key:
+        """As `KeySet.find`; waits if keys must be fetched, for 25 s at most."""
+        if (key := self._known(kid)) is not None:
+            return key
+        future = self._submit(self._find(kid))
+        try:
+            return future.result(WAIT)
+        except TimeoutError:
+            future.cancel()
+            raise IssuerUnavailable(
+                f"the keys of issuer {self._issuer.name} cannot be read in time"
+            ) from None
+
+    async def find_async(self, kid: str) -> Key:
+        """As `find`, without blocking the caller's event loop."""
+        if (key := self._known(kid)) is not None:
+            return key
+        return await asyncio.wrap_future(self._submit(self._find(kid)))
+
+    async def close(self) -> None:
+        """Cancel fetches of this process."""
+        if self._loop is not None and self._loop is _process.loop:
+            await asyncio.wrap_future(self._submit(self._close()))
+
+    def _known(self, kid: str) -> Key | None:
+        keys = self._keys
+        if keys is None:
+            return None
+        key = keys.known(kid)
+        if key is not None and keys.is_due:
+            self._submit(self._refresh())
+        return key
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, start_loop())
+
+    async def _find(self, kid: str) -> Key:
+        return await self._here().find(kid)
+
+    async def _refresh(self) -> None:
+        self._here().refresh_if_old()
+
+    async def _close(self) -> None:
+        if self._keys is not None and self._endpoints is not None:
+            await self._keys.close()
+            await self._endpoints.close()
+
+    def _here(self) -> KeySet:
+        """The key set of the running loop, with the keys that the parent process knew."""
+        loop = asyncio.get_running_loop()
+        if self._keys is not None and self._loop is loop:
+            return self._keys
+        endpoints = Endpoints(self._issuer, self._open_client(), clock=self._clock, report=self._report)
+        keys = KeySet(self._issuer, endpoints, clock=self._clock, report=self._report)
+        if self._keys is not None:
+            keys.adopt(self._keys)
+            _process.of_parent.append((self._keys, self._endpoints))
+        self._keys, self._endpoints, self._loop = keys, endpoints, loop
+        return keys

@@ -1,0 +1,59 @@
+"""WSGI middleware that lets only requests with a valid token through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+from typing import Any
+
+from .access import Denied, Rules, guard_of, parted
+from .guard import Guard
+from .issuer import Issuer
+
+Environ = dict[str, Any]
+StartResponse = Callable[..., Any]
+App = Callable[[Environ, StartResponse], Iterable[bytes]]
+
+
+class RequireToken:
+    """WSGI middleware: a request with a valid token gets its `Claims` in `environ["orgworker.claims"]`.
+
+    Parameters and responses are those of the ASGI `RequireToken`; its functions get the
+    `environ`. An Authorization value with a comma is refused: servers join two headers so.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        guard: Guard | None = None,
+        *,
+        issuer: str | Issuer = "",
+        audience: str = "",
+        profile: str = "kinde",
+        scopes: Iterable[str] = (),
+        org_of: Callable[[Environ], str | None] | None = None,
+        client_of: Callable[[Environ], str | None] | None = None,
+        scopes_of: Callable[[Environ], Iterable[str]] | None = None,
+        open_paths: Iterable[str] = (),
+    ) -> None:
+        self._app = app
+        self._rules: Rules[Environ] = Rules(
+            guard_of(guard, issuer, audience, profile),
+            scopes=scopes,
+            org_of=org_of,
+            client_of=client_of,
+            scopes_of=scopes_of,
+        )
+        self._open_paths = frozenset(open_paths)
+
+    def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        if environ.get("PATH_INFO", "") in self._open_paths:
+            return self._app(environ, start_response)
+        try:
+            claims = self._rules.claims_sync(environ, parted(environ.get("HTTP_AUTHORIZATION")))
+        except Denied as denied:
+            body = denied.body
+            headers = {**denied.headers, "Content-Length": str(len(body))}
+            start_response(f"{denied.status} {HTTPStatus(denied.status).phrase}", list(headers.items()))
+            return [body]
+        return self._app({**environ, "orgworker.claims": claims}, start_response)
