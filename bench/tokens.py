@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from worker.clock import SystemClock
-from worker.guard.issuer import Endpoints, Issuer
+from worker.guard.endpoints import Endpoints
+from worker.guard.issuer import Issuer
 from worker.guard.jwks import KeySet
 from worker.guard.profile import load
 from worker.guard.verify import verify

@@ -14,6 +14,7 @@ from typing import Literal
 from worker.guard.errors import (
     ConfigurationError,
     IssuerUnavailable,
+    KeyNotPublished,
     TokenError,
     TokenRefused,
     Unavailable,
@@ -32,6 +33,7 @@ __all__ = [
     "ForeignApplication",
     "InvalidTrigger",
     "IssuerUnavailable",
+    "KeyNotPublished",
     "LeaseLost",
     "NotFound",
     "PreconditionFailed",

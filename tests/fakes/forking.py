@@ -7,8 +7,8 @@ is made before the fork.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import os
-import signal
 import sys
 import threading
 import time
@@ -16,8 +16,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
+from worker.errors import KeyNotPublished
 from worker.guard import Guard, threads
-from worker.guard.jwks import KeyNotPublished
 
 CHILDREN = 4
 SECONDS = 5
@@ -40,7 +40,7 @@ def in_children(check: Callable[[], object], number: int = CHILDREN) -> bool:
     for _ in range(number):
         child = os.fork()
         if child == 0:
-            signal.alarm(SECONDS)
+            faulthandler.dump_traceback_later(SECONDS, exit=True)
             try:
                 check()
             except BaseException as error:
@@ -73,6 +73,7 @@ def inside(guard: Guard, token: str) -> bool:
     done.set()
     for thread in workers:
         thread.join()
+    print(*map(repr, faults), file=sys.stderr)
     return good and not faults
 
 

@@ -69,3 +69,9 @@ class IssuerUnavailable(Unavailable):
     usual_fix = (
         "try again; if it persists, check that the issuer's url in worker.toml is correct and reachable"
     )
+
+
+class KeyNotPublished(IssuerUnavailable):
+    """No key set has this key id yet, so there is no verdict."""
+
+    code = "key_not_published"

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from .claims import Claims
 from .clock import Clock, SystemClock
 from .decode import decode, enforce, invalid
-from .errors import ConfigurationError, TokenRefused
-from .http import open_client
-from .issuer import Endpoints, Issuer
-from .jwks import KeyNotPublished, KeySet
+from .errors import ConfigurationError, KeyNotPublished, TokenRefused
+from .issuer import Issuer
 from .profile import load
 from .report import Report, log
-from .threads import ThreadKeys
 from .urls import fault_of_url
 from .verify import Unverified, read
+
+if TYPE_CHECKING:
+    from .endpoints import Endpoints
+    from .jwks import KeySet
 
 
 class Guard:
@@ -43,6 +44,9 @@ class Guard:
         clock: Clock | None = None,
         report: Report = log,
     ) -> None:
+        # These load asyncio; importing this module does not.
+        from .threads import ThreadKeys
+
         if isinstance(issuer, str):
             if fault := fault_of_url(issuer):
                 raise ConfigurationError(
@@ -147,6 +151,9 @@ class Guard:
         return claims
 
     def _keys_here(self) -> KeySet:
+        from .endpoints import Endpoints
+        from .jwks import KeySet
+
         if self._keys is None:
             self._client = self._open()
             self._endpoints = Endpoints(self._issuer, self._client, clock=self._clock, report=self._report)
@@ -158,6 +165,8 @@ class Guard:
             return self._given
         if self._given is not None:
             return self._given()
+        from .http import open_client
+
         client = open_client()
         # Keys are fetched once an hour. A connection that is kept would be shared with a forked process.
         client.headers["Connection"] = "close"

@@ -11,8 +11,9 @@ from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
 from .clock import Clock
 from .decode import invalid
-from .errors import IssuerUnavailable
-from .issuer import Endpoints, Issuer
+from .endpoints import Endpoints
+from .errors import IssuerUnavailable, KeyNotPublished
+from .issuer import Issuer
 from .profile import ALGORITHMS
 from .report import Report, log
 from .single_flight import Document
@@ -32,12 +33,6 @@ COOLDOWN = 10.0  # between two fetches caused by unknown key ids
 PUBLICATION = 60.0  # an unknown key id may be published this long after it was first seen
 PAUSES = (2.0, 60.0)  # the first and the longest after failed fetches
 MAX_REMEMBERED = 1_000
-
-
-class KeyNotPublished(IssuerUnavailable):
-    """No key set has this key id yet, so there is no verdict."""
-
-    code = "key_not_published"
 
 
 class KeySet:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -35,6 +32,9 @@ STANDARD_ERRORS: Mapping[str, FailureClass] = {
     "temporarily_unavailable": "transient",
     "server_error": "transient",
 }
+
+
+_SHIPPED = Path(__file__).with_name("profiles")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,23 +107,20 @@ def load(name: str) -> Profile:
             f"unknown profile {name!r}",
             fix=f"name one of {', '.join(shipped())}, or the path of your own TOML file",
         )
-    text = _files().joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    text = (_SHIPPED / f"{name}.toml").read_text(encoding="utf-8")
     return parse(text, source=name)
 
 
 @cache
 def shipped() -> tuple[str, ...]:
     """The names of the built-in profiles."""
-    names = (entry.name for entry in _files().iterdir())
-    return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml")))
-
-
-def _files() -> Traversable:
-    return resources.files(__package__ or "").joinpath("profiles")
+    return tuple(sorted(path.stem for path in _SHIPPED.glob("*.toml")))
 
 
 def parse(text: str, *, source: str) -> Profile:
     """The profile in a TOML text; `source` names it in errors. Raises as `load` does."""
+    import tomllib
+
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

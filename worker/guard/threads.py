@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import selectors
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -19,8 +20,9 @@ from typing import Any, TypeVar
 import httpx
 
 from .clock import Clock
+from .endpoints import Endpoints
 from .errors import IssuerUnavailable
-from .issuer import Endpoints, Issuer
+from .issuer import Issuer
 from .jwks import KeySet
 from .report import Report
 from .verify import Key
@@ -39,6 +41,7 @@ class _Process:
     """The loop of this process."""
 
     def __init__(self) -> None:
+        # Held by the loop's thread whenever it is not waiting, and by a thread that forks.
         self.lock = threading.Lock()
         self.loop: asyncio.AbstractEventLoop | None = None
         self.pid = 0
@@ -54,16 +57,41 @@ class _Process:
                     with suppress(ImportError):
                         import_module(name)
                 self.of_parent.append(self.loop)
-                loop = asyncio.new_event_loop()
-                threading.Thread(target=loop.run_forever, name="guard-keys", daemon=True).start()
+                loop = asyncio.SelectorEventLoop(_Selector(self.lock))
+                thread = threading.Thread(target=_run, args=(loop, self.lock), name="guard-keys", daemon=True)
+                thread.start()
                 self.loop, self.pid = loop, os.getpid()
             return self.loop
 
     def after_fork(self) -> None:
-        """In the child, which has the lock of a thread that it does not have."""
+        """In the child, whose lock is held by a thread that it does not have."""
         self.lock = threading.Lock()
         self.of_parent.append(self.loop)
         self.loop = None
+
+
+class _Selector(selectors.DefaultSelector):
+    """Releases a lock while it waits.
+
+    So the process is forked only then. OpenSSL has locks of its own: a fork while the loop's thread makes
+    an SSL context or shakes hands would leave them held in the child.
+    """
+
+    def __init__(self, lock: threading.Lock) -> None:
+        super().__init__()
+        self._lock = lock
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self._lock.release()
+        try:
+            return super().select(timeout)
+        finally:
+            self._lock.acquire()
+
+
+def _run(loop: asyncio.AbstractEventLoop, lock: threading.Lock) -> None:
+    with lock:
+        loop.run_forever()
 
 
 _process = _Process()
@@ -74,12 +102,12 @@ def start_loop() -> asyncio.AbstractEventLoop:
     return _process.running_loop()
 
 
-# No fork while the loop is being started.
-os.register_at_fork(
-    before=lambda: _process.lock.acquire(),
-    after_in_parent=lambda: _process.lock.release(),
-    after_in_child=_process.after_fork,
-)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=lambda: _process.lock.acquire(),
+        after_in_parent=lambda: _process.lock.release(),
+        after_in_child=_process.after_fork,
+    )
 
 
 class ThreadKeys:

@@ -18,8 +18,9 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait
 
 from worker.clock import Clock
 from worker.errors import CredentialsRejected, IssuerUnavailable, RequestRejected, Throttled, TokenError
+from worker.guard.endpoints import Endpoints
 from worker.guard.http import TOKEN_LIMIT, Reply, exchange
-from worker.guard.issuer import Endpoints, Issuer
+from worker.guard.issuer import Issuer
 from worker.guard.jwks import KeySet
 from worker.guard.profile import FailureClass
 from worker.guard.strict_json import Malformed

@@ -11,8 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from worker.clock import Clock
-from worker.errors import Busy, IssuerUnavailable, NotFound, TooManyRequests, WebhookRefused
-from worker.guard.jwks import KeyNotPublished
+from worker.errors import Busy, IssuerUnavailable, KeyNotPublished, NotFound, TooManyRequests, WebhookRefused
 from worker.providers.management.contract import Management, Notice
 from worker.telemetry.events import emit
 from worker.web.clients import Addresses, Buckets

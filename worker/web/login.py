@@ -23,8 +23,9 @@ import httpx
 from worker.clock import Clock
 from worker.errors import AccessDenied, ConfigurationError, IssuerUnavailable, TokenError, TokenRefused
 from worker.guard.decode import client_of, invalid, org_of
+from worker.guard.endpoints import Endpoints
 from worker.guard.http import TOKEN_LIMIT, Reply, exchange
-from worker.guard.issuer import Endpoints, Issuer
+from worker.guard.issuer import Issuer
 from worker.guard.jwks import KeySet
 from worker.guard.strict_json import Malformed
 from worker.guard.verify import verify

@@ -15,7 +15,7 @@ from tests.fakes.clock import ManualClock, settle
 from tests.fakes.issuer import ORG, URL, App, FakeCredentials, FakeIssuer, jwk, kinde_issuer, org, profile
 from tests.unit.tokens.conftest import World
 from worker.errors import IssuerUnavailable, WorkerError
-from worker.guard.issuer import Endpoints
+from worker.guard.endpoints import Endpoints
 from worker.outbound import open_client
 from worker.tokens.cache import Tokens
 

@@ -8,7 +8,7 @@ import pytest
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import kinde_issuer, profile
 from worker.errors import ConfigurationError
-from worker.guard.issuer import Endpoints
+from worker.guard.endpoints import Endpoints
 from worker.guard.profile import load
 from worker.outbound import open_client
 
