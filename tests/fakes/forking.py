@@ -36,6 +36,8 @@ class OneLoop:
 
 def in_children(check: Callable[[], object], number: int = CHILDREN) -> bool:
     """Whether all children succeed."""
+    # Its thread would be waited for in the child, which does not have it.
+    faulthandler.cancel_dump_traceback_later()
     children = []
     for _ in range(number):
         child = os.fork()

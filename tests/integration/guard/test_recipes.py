@@ -91,6 +91,12 @@ async def test_the_guard_by_itself_gives_claims(product: Path, keys: KeyServer) 
     await anywhere.guard.close()
 
 
+def test_the_readme_of_the_distribution_has_the_example_of_fastapi() -> None:
+    [example] = blocks((GUARD / "README.md").read_text())
+
+    assert FILES["fastapi_product.py"] == f"# fastapi_product.py\n{example.text}"
+
+
 def test_every_example_is_run() -> None:
     run = {"fastapi_product.py", "flask_product.py", "asgi_product.py", "wsgi_product.py", "anywhere.py"}
 
