@@ -103,7 +103,12 @@ def files(paths: Sequence[str]) -> Iterator[Path]:
     """The text files below the paths, this one left out."""
     for path in map(ROOT.joinpath, paths):
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file() and file.suffix in SUFFIXES and file != Path(__file__):
+            if (
+                file.is_file()
+                and file.suffix in SUFFIXES
+                and file.name != "LICENSE"
+                and file != Path(__file__)
+            ):
                 yield file
 
 

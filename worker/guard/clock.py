@@ -33,7 +33,7 @@ class SystemClock:
         return time.monotonic()
 
     async def sleep(self, seconds: float) -> None:
-        # Whoever only reads the time need not load it.
+        # Programs that only read the time do not load it.
         import asyncio
 
         await asyncio.sleep(seconds)
