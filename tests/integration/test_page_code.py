@@ -1,12 +1,11 @@
 """The Python of the pages, executed: what a block leaves to its reader comes from the test.
 
-Here are blocks of agents.md, budgets.md, guard.md, handlers.md, long-runs.md, monitoring.md and secrets.md.
+Here are blocks of agents.md, budgets.md, handlers.md, long-runs.md, monitoring.md and secrets.md.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,9 @@ from pydantic import BaseModel
 
 from tests.fakes.pages import ROOT, blocks
 from worker import Context, job
-from worker.demo.provider import Application, serve_provider
-from worker.guard import Guard
 from worker.testing import Orgworker
 
 REFERENCE = ROOT / "docs" / "reference"
-AUDIENCE = "https://api.acme.com"
 
 
 def python_of(page: Path) -> list[str]:
@@ -145,44 +141,3 @@ def test_a_handler_joins_the_trace_of_its_run(monkeypatch: pytest.MonkeyPatch):
     place = executed(text)["place"]
 
     assert trace.get_current_span(place).get_span_context().trace_id == 7
-
-
-@pytest.fixture
-async def guards(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
-    """Closes the guards that a test made."""
-    made: list[Guard] = []
-    real = Guard.__init__
-
-    def init(self: Guard, *given: Any, **more: Any) -> None:
-        made.append(self)
-        real(self, *given, **more)
-
-    monkeypatch.setattr(Guard, "__init__", init)
-    yield
-    for guard in made:
-        await guard.close()
-
-
-@pytest.mark.anyio
-async def test_the_guard_of_a_backend(guards: None, capsys: pytest.CaptureFixture[str]):
-    application = Application("org_acme", "m2m-acme", "secret-of-acme", ("read:kb",), (AUDIENCE,))
-    provider, thread = serve_provider([application])
-    with thread:
-        login = {"client_id": application.client_id, "client_secret": application.client_secret}
-        asked = {"grant_type": "client_credentials", "audience": AUDIENCE, "scope": "read:kb"}
-        async with httpx.AsyncClient(base_url=provider.url) as issuer:
-            token = (await issuer.post("/oauth2/token", data=asked | login)).json()["access_token"]
-        with_app, with_guard = (
-            text.replace("https://acme.kinde.com", provider.url) for text in python_of(REFERENCE / "guard.md")
-        )
-        transport = httpx.ASGITransport(executed(with_app)["app"])
-        async with httpx.AsyncClient(transport=transport, base_url="https://api.acme.com") as client:
-            bearer = {"Authorization": f"Bearer {token}"}
-            answered = await client.get("/orgs/org_acme/articles", headers=bearer)
-            assert (answered.status_code, answered.json()) == (200, {"org": "org_acme", "articles": []})
-            assert (await client.get("/orgs/org_globex/articles", headers=bearer)).status_code == 403
-            assert (await client.get("/orgs/org_acme/articles")).status_code == 401
-            assert (await client.get("/health")).status_code == 404
-
-        await executed(with_guard)["handle"](token, "org_acme")
-    assert capsys.readouterr().out == "{} {}\n"
