@@ -76,6 +76,18 @@ def test_a_link_to_a_file_outside_of_the_pages_leads_to_its_text(built: Path):
     assert "lease" in shown
 
 
+def test_no_text_is_taken_for_a_tag(built: Path):
+    """As `<name>` outside of code is: a browser does not show it."""
+    tags = set()
+    for page in built.rglob("*.html"):
+        article = page.read_text(encoding="utf-8").partition("<article")[2].partition("</article>")[0]
+        tags |= set(re.findall(r"<([\w:-]+)", article))
+
+    text = {"a", "blockquote", "br", "code", "em", "hr", "img", "input", "p", "pre", "span", "strong", "del"}
+    blocks = {"div", "h1", "h2", "h3", "h4", "li", "ol", "table", "tbody", "td", "th", "thead", "tr", "ul"}
+    assert tags <= text | blocks
+
+
 def test_lists_are_lists(built: Path):
     """Python-Markdown makes a paragraph of the rest of a list if something in it is indented too little."""
     for page in built.rglob("*.html"):
