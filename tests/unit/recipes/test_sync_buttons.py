@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
 import pytest
-from django.urls import clear_url_caches
 from fastapi.testclient import TestClient
 
-from tests.fakes.pages import ROOT, blocks
+from tests.fakes import recipes
 
 KEY = "5f0c7a52-6f0e-4c3c-9d3f-1f2f6a3b7c11"
 RUN = "01a2110e-bab7-768d-b763-6fff063ae9bd"
@@ -65,23 +62,9 @@ PRODUCTS: dict[str, Callable[[dict[str, Any]], Product]] = {"fastapi": FastApi}
 
 
 @pytest.fixture(params=PRODUCTS)
-def product(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Product]:
-    """The product of a page: its Python files, imported."""
-    page = ROOT / "docs" / "recipes" / f"{request.param}.md"
-    files = [block for block in blocks(page.read_text()) if block.file and block.file.endswith(".py")]
-    for block in files:
-        (tmp_path / str(block.file)).write_text(block.text)
-    names = [name for block in files if (name := str(block.file).removesuffix(".py")) != "login"]
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("ORGWORKER_TOKEN", "token-of-crm")
-    try:
-        yield PRODUCTS[request.param]({name: importlib.import_module(name) for name in names})
-    finally:
-        for name in names:
-            sys.modules.pop(name, None)
-        clear_url_caches()
+def product(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Product]:
+    with recipes.product(request.param, tmp_path) as modules:
+        yield PRODUCTS[request.param](modules)
 
 
 def test_the_button_starts_a_run_of_the_persons_org(product: Product):
