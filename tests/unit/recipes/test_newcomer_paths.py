@@ -12,7 +12,7 @@ import pytest
 
 from tests.fakes.pages import ROOT, blocks
 
-PATHS = [ROOT / "docs" / "recipes" / f"{name}.md" for name in ("fastapi",)]
+PATHS = [ROOT / "docs" / "recipes" / f"{name}.md" for name in ("fastapi", "django")]
 _HEREDOC = re.compile(r"<<'(\w+)'(.*?)\n\1$", re.DOTALL | re.MULTILINE)
 
 

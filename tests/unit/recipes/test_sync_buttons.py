@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import httpx
 import pytest
+from django.conf import settings
+from django.test import RequestFactory
+from django.urls import Resolver404, resolve
 from fastapi.testclient import TestClient
 
 from tests.fakes import recipes
@@ -58,7 +62,43 @@ class FastApi:
         return self._client.get(f"/sync/{run}", headers={"Cookie": f"session=session-of-{person}"})
 
 
-PRODUCTS: dict[str, Callable[[dict[str, Any]], Product]] = {"fastapi": FastApi}
+class Django:
+    """Its views, found by address. A process has one set of settings, so none of the product's is needed."""
+
+    def __init__(self, modules: dict[str, Any]) -> None:
+        if not settings.configured:
+            settings.configure()
+        self._sync = modules["sync"]
+        self.asked: list[httpx.Request] = []
+
+    def connect(self, respond: Respond) -> None:
+        def record(request: httpx.Request) -> httpx.Response:
+            self.asked.append(request)
+            return respond(request)
+
+        base = {"base_url": self._sync.jobs.base_url, "headers": self._sync.jobs.headers}
+        self._sync.jobs = httpx.Client(transport=httpx.MockTransport(record), **base)
+
+    def press(self, person: str, key: str | None = KEY) -> httpx.Response:
+        headers = {"Idempotency-Key": key} if key else {}
+        return self._answer(person, RequestFactory().post("/sync", headers=headers))
+
+    def watch(self, person: str, run: str = RUN) -> httpx.Response:
+        return self._answer(person, RequestFactory().get(f"/sync/{run}"))
+
+    def _answer(self, person: str, request: Any) -> httpx.Response:
+        org = {"ada": "org_acme", "grace": "org_globex"}.get(person)
+        group = SimpleNamespace(name=org) if org else None
+        request.user = SimpleNamespace(groups=SimpleNamespace(first=lambda: group))
+        try:
+            view = resolve(request.path, urlconf="urls")
+        except Resolver404:
+            return httpx.Response(404)
+        response = view.func(request, **view.kwargs)
+        return httpx.Response(response.status_code, headers=response.headers, content=response.content)
+
+
+PRODUCTS: dict[str, Callable[[dict[str, Any]], Product]] = {"fastapi": FastApi, "django": Django}
 
 
 @pytest.fixture(params=PRODUCTS)
