@@ -11,7 +11,7 @@ import httpx
 import pytest
 from django.conf import settings
 from django.test import RequestFactory
-from django.urls import Resolver404, resolve
+from django.urls import Resolver404, clear_url_caches, resolve
 from fastapi.testclient import TestClient
 
 from tests.fakes import recipes
@@ -68,6 +68,8 @@ class Django:
     def __init__(self, modules: dict[str, Any]) -> None:
         if not settings.configured:
             settings.configure()
+        # Else the address of a view leads to the modules of the test before.
+        clear_url_caches()
         self._sync = modules["sync"]
         self.asked: list[httpx.Request] = []
 
