@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
 import httpx
+import jsonschema
 import pytest
 from django.conf import settings
 from django.test import RequestFactory
@@ -15,6 +18,7 @@ from django.urls import Resolver404, clear_url_caches, resolve
 from fastapi.testclient import TestClient
 
 from tests.fakes import recipes
+from worker.web.api.openapi import document
 
 KEY = "5f0c7a52-6f0e-4c3c-9d3f-1f2f6a3b7c11"
 RUN = "01a2110e-bab7-768d-b763-6fff063ae9bd"
@@ -157,6 +161,44 @@ def test_a_run_that_blocks_is_shown_to_the_second_person(product: Product):
     pressed = product.press("ada")
 
     assert (pressed.status_code, pressed.json()["run"], pressed.json()["state"]) == (202, RUN, "running")
+
+
+def documented(request: httpx.Request) -> dict[str, Any]:
+    """The operation that a request calls; its parameters and body must be those of the document."""
+    api = document()
+    path = request.url.path.removeprefix(api["servers"][0]["url"])
+    [found] = [
+        operations[request.method.lower()]
+        for template, operations in api["paths"].items()
+        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path)
+    ]
+    known = {(each["in"], each["name"]): each["schema"] for each in found["parameters"]}
+    assert {("query", name) for name in request.url.params} <= known.keys()
+    assert int(request.url.params.get("limit", 1)) <= 1000
+    if "idempotency-key" in request.headers:
+        assert ("header", "Idempotency-Key") in known
+    if request.content:
+        body = found["requestBody"]["content"]["application/json"]["schema"]
+        jsonschema.validate(json.loads(request.content), body)
+    return dict(found)
+
+
+def test_all_requests_are_those_of_the_documented_api(product: Product):
+    """The fake would answer anything."""
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            return httpx.Response(409, json={})
+        return httpx.Response(200, json=[run()] if request.url.path.endswith("/runs") else run())
+
+    product.connect(respond)
+    product.press("ada")
+    product.watch("ada")
+
+    called = [documented(request)["operationId"] for request in product.asked]
+    assert called == ["run_definition", "list_runs", "show_run"]
+    shown = document()["components"]["schemas"]["Run"]["properties"]
+    assert run().keys() <= shown.keys()
 
 
 def test_a_sync_that_is_switched_off_says_so(product: Product):
