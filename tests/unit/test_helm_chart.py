@@ -232,6 +232,33 @@ def test_each_pod_has_no_rights_and_writes_its_volume_only(rendered, case: str):
         assert mounts["secrets"]["mountPath"] == places.MOUNTED_SECRETS
 
 
+# The volumes that the Pod Security Standard `restricted` allows.
+RESTRICTED = {
+    *(
+        "configMap",
+        "csi",
+        "downwardAPI",
+        "emptyDir",
+        "ephemeral",
+        "persistentVolumeClaim",
+        "projected",
+        "secret",
+    )
+}
+
+
+@good
+def test_each_pod_meets_the_standard_restricted(rendered, case: str):
+    for name, spec in pods(rendered[case]):
+        assert {key for volume in spec["volumes"] for key in volume} - {"name"} <= RESTRICTED, name
+        assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & set(spec)
+        assert (spec["securityContext"]["runAsUser"], spec["securityContext"]["seccompProfile"]) == (
+            10001,
+            {"type": "RuntimeDefault"},
+        )
+        assert not any("hostPort" in port for port in spec["containers"][0].get("ports", []))
+
+
 def test_each_pod_has_the_secrets_it_needs_and_no_other(rendered):
     shown = {name.removeprefix("orgworker-"): secrets(spec) for name, spec in pods(rendered["all"])}
 
