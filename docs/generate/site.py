@@ -27,6 +27,8 @@ DOCS = ROOT / "docs"
 CONFIG = ROOT / "config" / "mkdocs.yml"
 # Where the site shows files that are outside of docs/.
 FILES = "repository"
+# For the search, which lists the pages about a word before the files that contain it.
+LESS_IMPORTANT = "---\nsearch:\n  boost: 0.2\n---\n\n"
 
 _FENCED = re.compile(
     r"^(?P<fence> *```)(?P<language>[a-z]+)(?P<marks>[^\n]*)\n(?P<text>.*?)(?P<end>^ *```\n)",
@@ -76,7 +78,7 @@ def stage(pages: Path) -> list[dict[str, str]]:
     names = {}
     for file in wanted:
         names[str(file.relative_to(ROOT))] = _shown_at(file)
-        _write(pages / _shown_at(file), shown(file))
+        _write(pages / _shown_at(file), f"{LESS_IMPORTANT}{shown(file)}")
     return [{name: names[name]} for name in sorted(names, key=lambda name: (name.count("/") > 0, name))]
 
 

@@ -109,6 +109,8 @@ def test_the_search_knows_every_page_and_works_without_a_server(built: Path):
 
     for page in site.DOCS.rglob("*.md"):
         assert str(page.relative_to(site.DOCS).with_suffix(".html")) in found
+    boosted = {each["location"].partition("#")[0] for each in index["docs"] if each.get("boost") == 0.2}
+    assert boosted == {location for location in found if location.startswith("repository/")}
     assert (built / "search/search_index.js").is_file()
     assert "IFrameWorker" in (built / "vendor/iframe-worker.js").read_text(encoding="utf-8")
 
