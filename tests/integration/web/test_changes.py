@@ -7,9 +7,12 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from tests.integration.web.conftest import Site
+from worker.definitions.file import parse_file
 from worker.errors import AccessDenied, DefinitionError, NotFound, UsageError
 from worker.ids import ALL_ORGS, OrgId
+from worker.operations.apply import apply
 from worker.store import definitions, orgs
+from worker.store.dialect import database_now
 from worker.store.lists import AUDIT, RUNS, SKIPS, Page
 from worker.store.lists.read import read
 from worker.web.callers import Caller, CallerDatabase
@@ -74,6 +77,36 @@ async def test_an_operator_edits_a_definition_and_says_why(site: Site):
     assert detail == {"priority": {"before": None, "after": 7}, "reason": "ticket 12"}
     with pytest.raises(DefinitionError, match="schedule"):
         await database.edit(ADA, "org_a", "digest", {"schedule": "61 * * * *"})
+
+
+@on_either
+async def test_an_operator_gives_a_definition_a_calendar_and_its_org_settles_by_it(site: Site):
+    """Each in its own role: the org may not read calendars, and needs none for the dates."""
+    with site.database.autocommit() as connection:
+        now = database_now(connection)
+    dates = [(now + timedelta(days=days)).date().isoformat() for days in (-1, 0, 1)]
+    holidays = f'[[calendar]]\nname = "holidays"\ndates = {dates}\n'
+    apply(site.database, parse_file(holidays), actor="tester")
+    database, caller = CallerDatabase(site.database), org_caller(site)
+
+    edited = await database.edit(
+        ADA, "org_a", "digest", {"calendar": "holidays", "schedule": "* * * * *", "timezone": "UTC"}
+    )
+    with pytest.raises(DefinitionError, match="there is no calendar absent"):
+        await database.edit(ADA, "org_a", "digest", {"calendar": "absent"})
+    with site.database.transaction() as connection:
+        [row] = definitions.lock_org(connection, caller.org_id or OrgId(""))
+        due = row["next_scheduled_for"] - timedelta(minutes=5)
+        definitions.set_next(connection, [(row["org_id"], row["id"], due, due)])
+    await database.pause(caller, "org_a", "digest")
+
+    assert (edited["calendar"], edited["spec"]["calendar_dates"]) == ("holidays", dates)
+    assert edited["next_run_for"] >= edited["next_scheduled_for"] + timedelta(hours=24)
+    with site.database.autocommit() as connection:
+        skipped, runs = read(connection, SKIPS, ALL_ORGS), read(connection, RUNS, ALL_ORGS)
+    assert {row["reason"] for row in skipped} == {"calendar"}
+    assert sum(row["count"] for row in skipped) in (5, 6)
+    assert runs == []
 
 
 @on_either
