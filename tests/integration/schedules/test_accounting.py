@@ -52,6 +52,7 @@ KEYS = st.fixed_dictionaries(
         "calendar": st.sampled_from(["holidays", None]),
     },
 )
+HOLIDAY = ["2026-03-29"]
 DATES = st.lists(st.sampled_from(["2026-03-28", "2026-03-29", "2026-03-30", "2026-03-31"]), max_size=3)
 SECONDS = st.one_of(st.integers(1, 120), st.integers(60, 7200), st.integers(3600, 40_000))
 STEPS = st.lists(
@@ -76,8 +77,8 @@ class Expected:
     def __init__(self, now: datetime) -> None:
         self.due: set[datetime] = set()
         self.closed: set[datetime] = set()
-        self.dates: list[str] = []
-        self.keys: dict[str, Any] = {"schedule": "*/10 * * * *"}
+        self.dates = HOLIDAY
+        self.keys: dict[str, Any] = {"schedule": "*/10 * * * *", "calendar": "holidays"}
         self.paused = False
         self.org_active = True
         self._since = now - timedelta(microseconds=1)
@@ -136,8 +137,8 @@ def test_every_instant_due_is_a_run_or_counted_in_a_skip(
     migrated_sqlite_file: Path, steps: list[tuple[str, Any]]
 ) -> None:
     with new_timeline(migrated_sqlite_file) as timeline:
-        apply(timeline.database, calendar([]), actor="tester")
-        timeline.define(schedule="*/10 * * * *")
+        apply(timeline.database, calendar(HOLIDAY), actor="tester")
+        timeline.define(schedule="*/10 * * * *", calendar="holidays")
         expected = Expected(START)
         for step, value in steps:
             take(timeline, expected, step, value)
