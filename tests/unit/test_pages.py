@@ -202,6 +202,15 @@ def test_every_measurement_that_is_named_can_be_repeated(page: Path):
     assert {name for name in named if not (ROOT / "bench" / f"{name}.py").exists()} == set()
 
 
+def test_each_measurement_has_a_command_a_date_and_a_machine():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    head, *sections = page.split("\n## ")
+
+    assert re.search(r"Linux with 2 processors on \d+ \w+ 20\d\d", head)
+    lacking = [each.partition("\n")[0] for each in sections if not re.search(r"\bbench\.\w|pytest ", each)]
+    assert lacking == []
+
+
 @pytest.mark.parametrize(
     ("command", "wrong"),
     [
