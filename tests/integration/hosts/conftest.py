@@ -44,6 +44,7 @@ from worker.store.database import Database
 from worker.store.worker_store import WorkerStore
 from worker.tokens.sealing import KeyRing
 from worker.wiring.attempts import AttemptListener
+from worker.wiring.secrets import OpenedSecrets
 
 HANDLER, OTHER = "acme.render", "acme.render_v2"
 ENTRIES = [
@@ -51,6 +52,7 @@ ENTRIES = [
     HandlerEntry(OTHER, "acme", "1", "acme:render_v2", scopes=("read:kb", "ask:model")),
     HandlerEntry("acme.admin", "acme", "1", "acme:admin", scopes=("admin",)),
     HandlerEntry("acme.remembers", "acme", "1", "acme:remembers", state=True),
+    HandlerEntry("acme.keyed", "acme", "1", "acme:keyed", secrets=("openai",)),
 ]
 FILE = """
 [[org]]
@@ -79,6 +81,12 @@ org = "org_a"
 name = "remember"
 handler = "acme.remembers"
 schedule = "@yearly"
+[[definition]]
+org = "org_a"
+name = "keyed"
+handler = "acme.keyed"
+schedule = "@yearly"
+overlap = "allow"
 [[definition]]
 org = "org_a"
 name = "elsewhere"
@@ -160,6 +168,7 @@ class Worker:
             run_log=RunLogWriter(store, clock),
             clock=clock,
             random=Random(1),
+            secrets=OpenedSecrets(self.database, lambda _: self.ring),
         )
         settings = Settings(
             attempts=AttemptsSettings(listen=f"127.0.0.1:{free_port()}"),

@@ -18,10 +18,11 @@ from worker.execution.hosts import attempt_api, wire
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import WorkerId, new_id
 from worker.operations.hosts import remove_host
+from worker.operations.org_secrets import add_secret
 from worker.runs import outcome as outcomes
 from worker.store import tables
 from worker.store import workers as store_workers
-from worker.telemetry.masking import MASK
+from worker.telemetry.masking import MASK, masker
 from worker.web import attempts as web
 
 pytestmark = pytest.mark.anyio
@@ -371,6 +372,36 @@ async def test_tokens_are_masked_again_in_all_that_is_stored(fleet: Fleet) -> No
         assert stored.count(MASK) >= 6
         for text in texts:
             assert text not in stored
+
+
+async def test_secrets_come_with_the_attempt_and_are_masked_again_at_every_worker(fleet: Fleet) -> None:
+    host, key = await fleet.host(), "sk-canary-of-org-a-1"
+    add_secret(fleet.database, fleet.one.ring, "org_a", "openai", key, actor="test")
+    for worker in fleet.workers:
+        run = fleet.start("keyed")
+        [taken] = await host.take(fleet.one)
+        assert taken.work.secrets == {"openai": key}
+        if worker is fleet.two:
+            # Another process, which has not prepared the attempt.
+            masker.clear()
+        line = {**fence(taken), "seq": 1, "at": NOW, "level": "info", "source": "log", "text": key}
+        await host.call(worker, "logs", lines=[line])
+        error = outcomes.Error("ValueError", key, key)
+        await host.finish(worker, end_of(taken, outcomes.Failed(error, detail=key, permanent=True)))
+
+        stored = str([fleet.rows.run(run), fleet.rows.attempts(run), fleet.rows.all(tables.run_logs)])
+        assert (key in stored, MASK in stored) == (False, True)
+
+
+async def test_an_org_without_a_secret_is_refused_and_the_host_hears_nothing(fleet: Fleet) -> None:
+    host = await fleet.host()
+    run = fleet.start("keyed")
+
+    async with asyncio.timeout(20):
+        while (row := fleet.rows.run(run))["finished_at"] is None:
+            assert await host.take(fleet.one, wait=0.2) == []
+
+    assert (row["state"], row["reason"], row["detail"]) == ("refused", "secret_missing", "openai")
 
 
 async def test_a_host_does_not_change_the_handlers_of_workers(fleet: Fleet) -> None:
