@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from tests.fakes.handlers import read_journal
 from tests.fakes.plugins import make_plugin
+from tests.fakes.ports import free_port
 from tests.fakes.site import Site, application, definition, wait_until
 
 KEY = "sk/canary+of=acme-0123456789"
@@ -172,6 +176,27 @@ def written(site: Site) -> dict[str, bytes]:
 SHOW, LOGS, WHY = ("runs", "show"), ("runs", "logs"), ("runs", "why")
 
 
+def served(site: Site, address: str) -> dict[str, bytes]:
+    """What the worker answers to an operator: the API, pages of the console, metrics."""
+    token = site.cli("operators", "add", "ops", "--role", "admin", "-o", "json").json()["token"]
+    runs = [str(row["id"]) for row in site.runs()]
+    paths = ["/metrics", "/api/v1/runs", "/api/v1/audit", "/api/v1/handlers", "/", "/audit", "/failures"]
+    paths += [f"{place}/{run_id}" for place in ("/api/v1/runs", "/runs") for run_id in runs]
+    paths += [path for run_id in runs for path in (f"/api/v1/runs/{run_id}/logs", f"/runs/{run_id}/log")]
+    found = {}
+    with httpx.Client(base_url=address) as client:
+        form = re.search(r'name="csrf" value="([^"]+)"', client.get("/").text)
+        assert form is not None
+        login = {"token": token, "csrf": form[1]}
+        assert client.post("/login", data=login, headers={"Origin": address}).status_code == 303
+        for path in paths:
+            bearer = {"Authorization": f"Bearer {token}"} if path.startswith("/api/") else {}
+            answer = client.get(path, headers=bearer)
+            assert answer.status_code == 200, (path, answer.text)
+            found[path] = answer.content
+    return found
+
+
 def test_no_value_is_written_anywhere(site: Site, journal: Path) -> None:
     """The same text that is no secret comes everywhere, so the test would see one."""
     prepared(site)
@@ -182,13 +207,14 @@ def test_no_value_is_written_anywhere(site: Site, journal: Path) -> None:
         definition("org_acme", "fails", "acme.leaks", params=params | {"fails": True})
         + definition("org_acme", "returns", "acme.leaks", params=params | {"fails": False})
     )
-    site.configure(extra='[log]\nlevel = "debug"\n')
+    listen = f"127.0.0.1:{free_port()}"
+    site.configure(web=f'listen = "{listen}"', extra='[log]\nlevel = "debug"\n')
     worker = site.start_worker()
     site.wait_for_handlers("acme.leaks")
     failed, returned = run(site, "fails"), run(site, "returns")
     assert returned["state"] == "succeeded", returned["error"]
     assert failed["error"]["message"].startswith(f"raised [masked] {CONTROL}")
-    while_running = written(site)
+    while_running = written(site) | served(site, f"http://{listen}")
     assert site.stop_worker(worker) == 0
     sinks = while_running | {f"{name} at the end": data for name, data in written(site).items()}
 
@@ -198,6 +224,7 @@ def test_no_value_is_written_anywhere(site: Site, journal: Path) -> None:
     seen = {name for name, data in sinks.items() if CONTROL.encode() in data}
     run_id = str(returned["id"])
     assert {f"runs show {run_id} -o json", f"runs logs {run_id} -o json", "worker.db"} <= seen
+    assert {f"/runs/{run_id}", f"/api/v1/runs/{run_id}", f"/api/v1/runs/{run_id}/logs"} <= seen
     logs = sinks[f"runs logs {run_id} -o json"].decode()
     for how in ("printed", "logged", "written"):
         assert f"{how} [masked]" in logs
