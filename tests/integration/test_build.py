@@ -106,16 +106,20 @@ def test_a_change_makes_another_build_and_version(built: dict[str, Path], tmp_pa
         assert wheel.read("worker/commit").decode().strip() == git(folder, "rev-parse", "HEAD") + "+changes"
 
 
-def test_the_wheel_of_the_sdist_is_the_wheel(built: dict[str, Path], checkout: Path, tmp_path: Path):
-    with tarfile.open(built[f"orgworker-{VERSION}.tar.gz"]) as sdist:
+@pytest.mark.parametrize("name", ["orgworker", "orgworker_guard"])
+def test_the_wheel_of_the_sdist_is_the_wheel(
+    built: dict[str, Path], checkout: Path, tmp_path: Path, name: str
+):
+    with tarfile.open(built[f"{name}-{VERSION}.tar.gz"]) as sdist:
         sdist.extractall(tmp_path, filter="data")
-    unpacked = tmp_path / f"orgworker-{VERSION}"
+    unpacked = tmp_path / f"{name}-{VERSION}"
+    wheel = built[f"{name}-{VERSION}-py3-none-any.whl"]
     environment = os.environ | {"SOURCE_DATE_EPOCH": git(checkout, "log", "-1", "--format=%ct")}
 
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
     subprocess.run(command, cwd=unpacked, env=environment, check=True, capture_output=True)
 
-    assert (tmp_path / wheel_of(built).name).read_bytes() == wheel_of(built).read_bytes()
+    assert (tmp_path / wheel.name).read_bytes() == wheel.read_bytes()
 
 
 def test_the_sums_are_of_all_files(built: dict[str, Path]):

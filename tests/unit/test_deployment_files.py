@@ -236,6 +236,13 @@ def test_the_image_is_made_from_files_that_exist_and_does_not_run_as_root(contai
     assert int(stop) > DRAINED
 
 
+def test_the_base_images_can_be_given_by_digest():
+    stages = re.findall(r"(?m)^FROM (\S+)", (CONFIG / "Containerfile").read_text())
+
+    assert stages == ["${PYTHON}", "${PYTHON}"]
+    assert compose()["services"]["postgresql"]["image"].startswith("${POSTGRESQL_IMAGE:-")
+
+
 def test_no_secret_gets_into_the_image_or_the_repository():
     folders = {Path(secret["file"]).parent for secret in compose()["secrets"].values()}
 
