@@ -56,4 +56,5 @@ class RequireToken:
             headers = {**denied.headers, "Content-Length": str(len(body))}
             start_response(f"{denied.status} {HTTPStatus(denied.status).phrase}", list(headers.items()))
             return [body]
-        return self._app({**environ, "orgworker.claims": claims}, start_response)
+        environ["orgworker.claims"] = claims
+        return self._app(environ, start_response)
