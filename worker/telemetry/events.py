@@ -149,6 +149,11 @@ _ROWS = (
         "org generation error",
         "the secret of a credential cannot be opened; another generation is tried if there is one",
     ),
+    _error(
+        "secret.unusable",
+        "org secret error",
+        "the key ring does not open a secret of an org; runs that need it wait",
+    ),
     _info("token.requested", "org issuer seconds", "the issuer returned a token; it is not verified yet"),
     _error("token.refused", "org issuer reason detail", "a token failed verification or enforcement"),
     _warning(

@@ -186,6 +186,7 @@ class OpenedSecrets:
         self._database = database
         self._ring = ring
         self._stored: BatchLoader[tuple[OrgId, str], dict[str, Any]] = BatchLoader(self._read)
+        self._unusable: set[str] = set()
 
     async def of(self, org: OrgRef, names: Collection[str]) -> Mapping[str, str]:
         """The org's secrets with these names, without those that it lacks.
@@ -195,7 +196,19 @@ class OpenedSecrets:
             ConfigurationError: one cannot be opened with the available keys.
         """
         rows = await asyncio.gather(*(self._stored.of((org.id, name)) for name in names))
-        return {row["name"]: self._open(row) for row in rows if row is not None}
+        return {row["name"]: self._opened(row, org) for row in rows if row is not None}
+
+    def _opened(self, row: Mapping[str, Any], org: OrgRef) -> str:
+        """The value of a row; reports the first failure to open it."""
+        try:
+            value = self._open(row)
+        except ConfigurationError as error:
+            if row["id"] not in self._unusable:
+                self._unusable.add(row["id"])
+                emit("secret.unusable", org=org.code, secret=row["name"], error=error.message)
+            raise
+        self._unusable.discard(row["id"])
+        return value
 
     def _open(self, row: Mapping[str, Any]) -> str:
         ring = self._ring(row["key_id"])

@@ -47,6 +47,11 @@ async def count(ctx: Context) -> int:
     ctx.state["runs"] = ctx.state.get("runs", 0) + 1
     return ctx.state["runs"]
 
+@job("acme.keyed", secrets={"openai"})
+def keyed(ctx: BlockingContext) -> int:
+    print(f"the key is {ctx.secret('openai')}")
+    return len(ctx.secret("openai"))
+
 @job("acme.spend")
 async def spend(ctx: Context) -> None:
     for number in range(2):
@@ -91,6 +96,7 @@ def lists(ctx: BlockingContext) -> dict:
 HANDLERS = {
     "acme.read": "read",
     "acme.count": "count",
+    "acme.keyed": "keyed",
     "acme.spend": "spend",
     "acme.fail": "fail",
     "acme.fail_blocking": "fail_blocking",
@@ -155,6 +161,21 @@ def test_it_shows_all_that_a_run_does_and_stores_nothing(line):
     ]
     assert "progress 2/2 pages" in done.err
     assert [file.name for file in line.settings.parent.iterdir()] == ["worker.toml"]
+
+
+def test_a_secret_comes_from_a_file_and_is_masked(line):
+    file = line.settings.parent / "openai.key"
+    file.write_text("sk-canary-0123456789\n")
+
+    given = line("try", "acme.keyed", "--secret", f"openai={file}", "-o", "json")
+    missing = line("try", "acme.keyed", check=False)
+    wrong = line("try", "acme.keyed", "--secret", f"a b={file}", check=False)
+
+    assert given.json()["result"] == 20
+    assert "the key is [masked]" in given.err
+    assert "canary" not in given.out + given.err
+    assert (missing.code, "fix: --secret openai=FILE" in missing.err) == (1, True)
+    assert (wrong.code, "is not the name of a secret" in wrong.err) == (2, True)
 
 
 def test_a_state_goes_in_and_comes_out(line):

@@ -88,7 +88,7 @@ def test_what_is_stored_and_audited_has_no_value(database, keyring, rows):
     assert all(row["org_id"] for row in kept)
 
 
-def test_a_value_copied_from_another_row_or_an_older_one_does_not_open(database, keyring, rows):
+def test_a_value_copied_from_another_row_or_an_older_one_does_not_open(database, keyring, rows, emitted):
     add_secret(database, keyring, "org_a", "openai", KEY, actor="ops")
     add_secret(database, keyring, "org_b", "openai", f"{KEY}-b", actor="ops")
     of = tables.org_secrets
@@ -101,6 +101,7 @@ def test_a_value_copied_from_another_row_or_an_older_one_does_not_open(database,
     paste(first["sealed"])
     with pytest.raises(ConfigurationError, match="another row"):
         opened(database, keyring, rows, "org_b", "openai")
+    assert [each.fields["org"] for each in emitted if each.event.name == "secret.unusable"] == ["org_b"]
     [found] = doctor.org_secrets(database, keyring)
     assert not found.ok
     paste(second["sealed"])
