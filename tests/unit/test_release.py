@@ -6,6 +6,7 @@ import re
 import subprocess
 import tomllib
 from datetime import date
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ import pytest
 from worker import release
 
 ROOT = Path(__file__).parents[2]
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+GUARD = tomllib.loads((ROOT / "worker" / "guard" / "pyproject.toml").read_text())["project"]
+VERSION = PROJECT["version"]
 
 
 def sections(changelog: str) -> list[tuple[tuple[int, ...], date | None]]:
@@ -51,6 +54,19 @@ def test_the_changelog_begins_with_this_version():
 def test_a_heading_of_another_form_is_found(heading: str):
     with pytest.raises(ValueError):
         sections(f"# Changelog\n\n{heading}\n")
+
+
+def test_every_dependency_has_a_floor_that_can_be_tested():
+    """`./dev lowest` installs the version after `>=`."""
+    required = [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())]
+
+    assert [
+        each for each in required if not re.match(r"[\w.-]+(\[[\w,-]+\])?>=\d[\w.]*(,<\d+)?$", each)
+    ] == []
+
+
+def test_the_guard_has_the_same_dependencies_as_the_worker():
+    assert set(GUARD["dependencies"]) <= set(PROJECT["dependencies"])
 
 
 def test_the_installed_version_is_the_one_of_the_project():
