@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from .claims import Claims
 from .errors import ConfigurationError, TokenRefused, Unavailable
-from .guard import Guard
+from .guard import Guard, texts
 from .issuer import Issuer
 
 R = TypeVar("R")  # a request, as the framework has it
@@ -123,16 +123,6 @@ def guard_of(guard: Guard | None, issuer: str | Issuer, audience: str, profile: 
             fix="write @require_token(guard), or @require_token(issuer=…, audience=…)",
         )
     return guard
-
-
-def texts(name: str, values: Iterable[str]) -> Iterable[str]:
-    """The values, unless they are one text; then raises ConfigurationError."""
-    if isinstance(values, str):
-        # Each letter would be a scope.
-        raise ConfigurationError(
-            f"{name} must be a list, not one text", fix=f'write a list, such as ["{values}"]'
-        )
-    return values
 
 
 def _token_of(headers: Sequence[str]) -> str:

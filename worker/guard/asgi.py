@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from .access import Denied, Rules, guard_of
-from .guard import Guard
+from .guard import Guard, texts
 from .issuer import Issuer
 
 Scope = MutableMapping[str, Any]
@@ -48,7 +48,7 @@ class RequireToken:
             client_of=client_of,
             scopes_of=scopes_of,
         )
-        self._open_paths = frozenset(open_paths)
+        self._open_paths = frozenset(texts("open_paths", open_paths))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket") or scope.get("path") in self._open_paths:

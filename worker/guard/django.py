@@ -13,9 +13,9 @@ from django.core.signals import setting_changed
 from django.http import HttpRequest, HttpResponse
 from django.utils.module_loading import import_string
 
-from .access import Denied, Rules, guard_of, parted, texts
+from .access import Denied, Rules, guard_of, parted
 from .errors import ConfigurationError
-from .guard import Guard
+from .guard import Guard, texts
 from .issuer import Issuer
 
 SETTING = "ORGWORKER_GUARD"
@@ -79,7 +79,7 @@ def _setting() -> _Setting:
         client_of=values.get("client_of"),
         scopes_of=values.get("scopes_of"),
         scopes=frozenset(texts(f"{SETTING}: scopes", values.get("scopes", ()))),
-        open_paths=frozenset(values.get("open_paths", ())),
+        open_paths=frozenset(texts(f"{SETTING}: open_paths", values.get("open_paths", ()))),
     )
 
 

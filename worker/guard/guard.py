@@ -60,7 +60,7 @@ class Guard:
             )
         self._issuer = issuer
         self._audience = audience or issuer.audience or ""
-        self._scopes = frozenset(scopes)
+        self._scopes = frozenset(texts("scopes", scopes))
         self._clock = clock or SystemClock()
         self._report = report
         self._given = client
@@ -181,3 +181,13 @@ def _unpublished() -> TokenRefused:
 async def check(token_text: str, guard: Guard) -> Claims:
     """The claims of a valid token; raises as `Guard.check` does."""
     return await guard.check(token_text)
+
+
+def texts(name: str, values: Iterable[str]) -> Iterable[str]:
+    """The values, unless they are one text; then raises ConfigurationError."""
+    if isinstance(values, str):
+        # Each letter would be a scope.
+        raise ConfigurationError(
+            f"{name} must be a list, not one text", fix=f'write a list, such as ["{values}"]'
+        )
+    return values

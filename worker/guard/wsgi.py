@@ -7,7 +7,7 @@ from http import HTTPStatus
 from typing import Any
 
 from .access import Denied, Rules, guard_of, parted
-from .guard import Guard
+from .guard import Guard, texts
 from .issuer import Issuer
 
 Environ = dict[str, Any]
@@ -44,7 +44,7 @@ class RequireToken:
             client_of=client_of,
             scopes_of=scopes_of,
         )
-        self._open_paths = frozenset(open_paths)
+        self._open_paths = frozenset(texts("open_paths", open_paths))
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         if environ.get("PATH_INFO", "") in self._open_paths:

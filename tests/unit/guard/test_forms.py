@@ -159,6 +159,7 @@ async def test_many_requests_cost_one_fetch_of_keys(form: Form, issuer: FakeIssu
         ({"issuer": URL, "audience": AUDIENCE, "scope": ["read:kb"]}, "unknown key 'scope'"),
         ({"issuer": URL, "audience": AUDIENCE, "scopes": "read:kb"}, "scopes must be a list"),
         ({"issuer": URL, "audience": AUDIENCE, "org_of": "product.nowhere"}, "org_of 'product.nowhere'"),
+        ({"issuer": URL, "audience": AUDIENCE, "open_paths": "/health"}, "open_paths must be a list"),
         ({"guard": "guard"}, "guard 'guard' cannot be imported"),
         ({"guard": URL}, "cannot be imported"),
     ],
@@ -234,6 +235,28 @@ async def test_scopes_are_needed_beside_those_of_a_guard_that_is_given(
     form = forms.by_asgi(RequireToken(app, guard, scopes={"admin:kb"}))
 
     assert 'scope="admin:kb"' in (await ask(form, good())).challenge
+
+
+def test_one_text_is_no_list_of_scopes_or_open_paths() -> None:
+    """`open_paths="/health"` would open "/", because a text is a series of letters."""
+    with pytest.raises(ConfigurationError, match="scopes must be a list"):
+        Guard(URL, audience=AUDIENCE, scopes="read:kb")
+    guard = Guard(URL, audience=AUDIENCE)
+    for middleware in (RequireToken, wsgi.RequireToken):
+        for name in ("scopes", "open_paths"):
+            with pytest.raises(ConfigurationError, match=f"{name} must be a list"):
+                middleware(None, guard, **{name: "/health"})  # type: ignore[arg-type]
+
+
+def test_the_document_of_a_fastapi_names_the_bearer_token() -> None:
+    app = FastAPI()
+    app.get("/", dependencies=[Depends(fastapi.require_token(Guard(URL, audience=AUDIENCE)))])(lambda: None)
+
+    document = app.openapi()
+
+    assert document["paths"]["/"]["get"]["security"] == [{"orgToken": []}]
+    scheme = document["components"]["securitySchemes"]["orgToken"]
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
 
 
 async def test_fastapi_closes_a_websocket_without_a_token(issuer: FakeIssuer, clock: ManualClock) -> None:
