@@ -14,8 +14,8 @@ from sqlalchemy.dialects import postgresql
 
 revision = "0024"
 down_revision = "0023"
-# The oldest schema version whose workers run on this one: the previous, unless this drops what they need.
-works_with = "0023"
+# The oldest schema version whose workers run on this one: 0022 to 0024 only add what these do not use.
+works_with = "0021"
 branch_labels = None
 depends_on = None
 
