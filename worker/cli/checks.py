@@ -237,7 +237,7 @@ def _of_host(session: Invocation) -> list[Diagnostic]:
 
 def _write(path: str, session: Invocation, database: Database) -> None:
     """Write the bundle to a new file that only its owner can read."""
-    from worker.operations.doctor import gather
+    from worker.operations.bundle import gather
     from worker.wiring import find_keyring
     from worker.wiring.secrets import issuers_of
 

@@ -18,7 +18,8 @@ from worker.cli.rotation import rotate_fleet
 from worker.cli.session import Invocation, session_of
 from worker.cli.sync import IssuerOption
 from worker.errors import UsageError
-from worker.store.lists import CREDENTIALS, CredentialRow
+from worker.store.lists import CREDENTIALS
+from worker.store.lists.rows import CredentialRow
 
 if TYPE_CHECKING:
     from worker.operations.check_orgs import Checks

@@ -8,7 +8,7 @@ from typing import Any
 
 from worker.cli.output import in_words, terminal_width
 from worker.clock import SystemClock, to_text
-from worker.store.lists import Run
+from worker.store.lists.rows import Run
 
 # A terminal of this width has room for whole ids and times.
 WIDE = 130

@@ -33,7 +33,8 @@ from worker.definitions.units import parse_time
 from worker.errors import CanaryFailed, Conflict, UsageError
 from worker.ids import ALL_ORGS
 from worker.runs.run import step_label
-from worker.store.lists import RUNS, LogLine, RunDetail
+from worker.store.lists import RUNS
+from worker.store.lists.rows import LogLine, RunDetail
 
 if TYPE_CHECKING:
     from worker.store.database import Database

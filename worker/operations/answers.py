@@ -15,8 +15,8 @@ from worker.operations.runs import require_run
 from worker.runs.waits import MOST_ANSWERED, MOST_EARLY, MOST_WAITS
 from worker.store import audit, waits
 from worker.store.database import Database
-from worker.store.lists import Wait
 from worker.store.lists import runs as run_lists
+from worker.store.lists.rows import Wait
 from worker.telemetry.masking import masker
 
 

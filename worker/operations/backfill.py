@@ -21,8 +21,8 @@ from worker.runs.run import NewRun
 from worker.store import audit, backfills, definitions, firing, orgs, templates
 from worker.store.database import Database
 from worker.store.dialect import Row, database_now
-from worker.store.lists import Backfill, PlannedBackfill
 from worker.store.lists import read as lists
+from worker.store.lists.rows import Backfill, PlannedBackfill
 from worker.telemetry.events import emit
 
 # Backfills that one transaction continues, and the new runs of each.

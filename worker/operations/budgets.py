@@ -19,8 +19,8 @@ from worker.operations.runs import require_run
 from worker.store import audit, budgets, orgs, waits
 from worker.store.database import Database
 from worker.store.dialect import Row, hint
-from worker.store.lists import Wait
 from worker.store.lists import runs as run_lists
+from worker.store.lists.rows import Wait
 from worker.store.lists.usage import Raise, name_of
 
 # How long a raise for one run is kept: longer than any run lasts.

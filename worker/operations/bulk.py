@@ -18,7 +18,8 @@ from worker.store import edit_runs, orgs
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.edit_runs import Cancellable, Retryable
-from worker.store.lists import BulkRow, Run, checked_id
+from worker.store.lists import checked_id
+from worker.store.lists.rows import BulkRow, Run
 
 # Changes one run, by its id.
 Change = Callable[[str], Run]

@@ -18,8 +18,8 @@ from worker.operations.changes import CalendarChange, DefinitionChange, Template
 from worker.store import audit, calendars, templates
 from worker.store.database import Database
 from worker.store.dialect import Row
-from worker.store.lists import CalendarDetail
 from worker.store.lists import read as lists
+from worker.store.lists.rows import CalendarDetail
 
 Dates = Mapping[str, tuple[date, ...]]
 

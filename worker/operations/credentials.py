@@ -25,8 +25,9 @@ from worker.secret import Secret
 from worker.store import audit, credentials, orgs
 from worker.store.database import Database
 from worker.store.dialect import Row
-from worker.store.lists import CREDENTIALS, CredentialRow
+from worker.store.lists import CREDENTIALS
 from worker.store.lists.read import read
+from worker.store.lists.rows import CredentialRow
 from worker.telemetry.masking import masker
 from worker.tokens.credentials import REFERENCE_FIX, Credential, CredentialKind, fault_of_reference
 

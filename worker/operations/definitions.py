@@ -23,8 +23,8 @@ from worker.store import audit, definitions, orgs
 from worker.store import calendars as calendar_rows
 from worker.store.database import Database
 from worker.store.dialect import Row, database_now
-from worker.store.lists import DefinitionDetail
 from worker.store.lists import read as lists
+from worker.store.lists.rows import DefinitionDetail
 from worker.telemetry.events import emit
 
 ACTOR = "worker"

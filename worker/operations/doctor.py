@@ -1,36 +1,23 @@
-"""Doctor: find slow or silent faults and say how to fix them; write a support bundle."""
+"""Doctor: find slow or silent faults and say how to fix them."""
 
 from __future__ import annotations
 
-import platform
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel
-
-from worker import release
 from worker.claims.pools import PoolRules
 from worker.clock import to_text
 from worker.definitions.units import format_duration
 from worker.errors import ConfigurationError, Diagnostic
-from worker.ids import ALL_ORGS
 from worker.operations.confinement import OFF, confinement_of, in_words, readable_management_secrets
 from worker.settings import Settings
-from worker.settings.sections import OperatorSettings
-from worker.store import calendars, catalogue, health, placements, pools, roles, schema
+from worker.store import calendars, catalogue, health, placements, pools, roles
 from worker.store import org_secrets as stored_secrets
 from worker.store.database import Database
 from worker.store.dialect import Row
-from worker.store.lists import AUDIT, RUNS, Page
-from worker.store.lists.read import read
-from worker.telemetry.masking import shown_url
 
 if TYPE_CHECKING:
-    from worker.guard.issuer import Issuer
     from worker.tokens.sealing import KeyRing
 
 # Seconds after which a held snapshot makes the hot tables grow; the worker's transactions last milliseconds.
@@ -172,7 +159,7 @@ def handlers(database: Database) -> Diagnostic:
     return Diagnostic(
         name,
         False,
-        f"{place} does not load: {_type_of(first['error'])}{_and_more(broken)}",
+        f"{place} does not load: {type_of(first['error'])}{_and_more(broken)}",
         f"install a fixed version and restart the workers; `handlers show {first['name']}` shows why",
     )
 
@@ -262,6 +249,11 @@ def ending_calendars(database: Database) -> Diagnostic:
 
 def _rule(required: Mapping[str, str]) -> str:
     return ", ".join(f"{name} = {value}" for name, value in sorted(required.items())) or "nothing"
+
+
+def type_of(error: str) -> str:
+    """The type of an error only: its message comes from the plug-in's import."""
+    return error.partition(":")[0][:80]
 
 
 def _and_more(found: Sequence[object], most: int = health.NEWEST) -> str:
@@ -419,133 +411,3 @@ def database_password(settings: Settings) -> Diagnostic:
         f"the database accepts logins without a password: {', '.join(dict.fromkeys(open_to))}",
         "in pg_hba.conf use scram-sha-256 for this user, not trust, peer or ident",
     )
-
-
-DISTRIBUTIONS = (
-    *("orgworker", "apscheduler", "cronsim", "sqlalchemy", "psycopg", "alembic", "httpx", "pyjwt"),
-    *("cryptography", "pydantic", "typer", "starlette", "uvicorn"),
-)
-# Reasons whose `detail` is the worker's own text, not a handler's or a customer's.
-OWN_DETAIL = frozenset({"token_invalid", "handler_exited", "no_token"})
-# Measures of `check` that name no org and no definition.
-OF_ALL = frozenset({"starts", "children", "inline", "memory"})
-RUN = (
-    *("id", "handler", "revision", "origin", "scheduled_for", "state", "reason", "available_at"),
-    *("attempt", "fencing_token", "started_at", "finished_at"),
-)
-
-
-def _numbers(kind: str) -> Callable[[str], str]:
-    """Replaces each name with a number, the same everywhere in the bundle."""
-    known: dict[str, str] = {}
-    return lambda name: known.setdefault(name, f"{kind}-{len(known) + 1}")
-
-
-def gather(
-    database: Database, settings: Settings, issuers: Mapping[str, Issuer], ring: KeyRing | None
-) -> Row:
-    """The bundle, section by section.
-
-    Raises:
-        StoreUnavailable: the database did not answer.
-    """
-    # The checks do not need these, which take 0.1 s to import.
-    from worker.operations.capacity import Machine, capacity
-    from worker.operations.requirements import forecast_tokens
-
-    machine = Machine.here()
-    orgs, definitions, hosts = map(_numbers, ("org", "definition", "machine"))
-    measures = capacity(database, settings.execution, machine).measures
-    checks = run_checks(database, settings, ring, org=orgs)
-    forecasts, since = forecast_tokens(database, issuers, settings.tokens)
-    with database.autocommit() as connection:
-        now = database.now(connection)
-        failures = [
-            row
-            for state in ("failed", "refused")
-            for row in read(connection, RUNS, ALL_ORGS, Page(state=state, limit=health.NEWEST))
-        ]
-        return {
-            "made_at": now,
-            "versions": _versions(),
-            "machine": {"processors": machine.processors, "memory_bytes": machine.memory},
-            "settings": shareable(settings),
-            "database": health.server(connection)
-            | {"schema": schema.current(connection), "needs_schema": schema.head()},
-            "sizes": health.sizes(connection),
-            "doctor": [asdict(found) for found in checks],
-            "issuers": [each.as_row(issuers.get(each.issuer), since, settings.tokens) for each in forecasts],
-            "capacity": [measure.as_row() for measure in measures if measure.what in OF_ALL],
-            "workers": [
-                row | {"host": hosts(row["host"]), "of_host": row["of_host"] and hosts(row["of_host"])}
-                for row in health.workers(connection)
-            ],
-            "handlers": [_handler(row) for row in catalogue.entries(connection)],
-            "unfinished": health.unfinished_for_all_orgs(connection),
-            "ended_by_hour": health.ended_for_all_orgs(connection, now),
-            "failures": [_run(row, orgs, definitions) for row in failures],
-            "changes": [
-                {"at": row["at"], "action": row["action"]}
-                for row in read(connection, AUDIT, ALL_ORGS, Page(limit=health.NEWEST))
-            ],
-        }
-
-
-def shareable(section: BaseModel) -> Row:
-    """Settings without those that their repr hides, and only the origin of URLs."""
-    shown: Row = {}
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        shown[name] = _place(value) if field.repr is not False else "***" if value else value
-    return shown
-
-
-def _place(value: Any) -> Any:
-    if isinstance(value, OperatorSettings):
-        return {"role": value.role}
-    if isinstance(value, BaseModel):
-        return shareable(value)
-    if isinstance(value, Mapping):
-        return {key: _place(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_place(entry) for entry in value]
-    if isinstance(value, str) and "://" in value:
-        scheme, parted, place = shown_url(value, path=False).partition("://")
-        return f"{scheme}{parted}{place.rpartition('@')[2].removesuffix('/***')}"
-    return value
-
-
-def _versions() -> Row:
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "commit": release.commit(),
-        **{name: _version(name) for name in DISTRIBUTIONS},
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        # An extra that is not installed here.
-        return None
-
-
-def _handler(row: Row) -> Row:
-    error = None if row["error"] is None else _type_of(row["error"])
-    return {name: row[name] for name in ("name", "distribution", "version", "isolation")} | {"error": error}
-
-
-def _type_of(error: str) -> str:
-    """The type of an error only: its message comes from the plug-in's import."""
-    return error.partition(":")[0][:80]
-
-
-def _run(row: Mapping[str, Any], orgs: Callable[[str], str], definitions: Callable[[str], str]) -> Row:
-    kept = {name: row[name] for name in RUN}
-    kept["org"] = orgs(row["org"])
-    kept["definition"] = definitions(f"{row['org']}/{row['definition']}")
-    kept["detail"] = row["detail"] if row["reason"] in OWN_DETAIL else None
-    kept["error_type"] = (row["error"] or {}).get("type")
-    return kept

@@ -14,8 +14,8 @@ from worker.ids import new_id
 from worker.store import audit, org_secrets, orgs
 from worker.store.database import Database
 from worker.store.dialect import Row
-from worker.store.lists import SecretRow
 from worker.store.lists.read import secret as shown_secret
+from worker.store.lists.rows import SecretRow
 from worker.telemetry.masking import SHORTEST, lines_of, masker
 
 if TYPE_CHECKING:

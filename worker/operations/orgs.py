@@ -35,8 +35,8 @@ from worker.store import (
 )
 from worker.store.database import Database
 from worker.store.dialect import Row, chunks
-from worker.store.lists import OrgDetail
 from worker.store.lists import read as lists
+from worker.store.lists.rows import OrgDetail
 from worker.telemetry.masking import masker
 
 if TYPE_CHECKING:

@@ -32,8 +32,9 @@ from worker.store import (
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.edit_runs import Cancellable, Retryable
-from worker.store.lists import Run, checked_id
+from worker.store.lists import checked_id
 from worker.store.lists import runs as run_lists
+from worker.store.lists.rows import Run
 
 # Matching runs read at a time.
 PAGE = 100

@@ -22,8 +22,8 @@ from worker.operations.changes import (
 from worker.store import audit, definitions, templates
 from worker.store.database import Database
 from worker.store.dialect import Row
-from worker.store.lists import TemplateDetail
 from worker.store.lists import read as lists
+from worker.store.lists.rows import TemplateDetail
 from worker.telemetry.events import emit
 
 # Orgs that one transaction brings up to date.

@@ -27,8 +27,10 @@ from worker.search import Query
 from worker.store import roles
 from worker.store.database import Database
 from worker.store.edit_runs import Cancellable, Retryable
-from worker.store.lists import (
-    MAX_LIMIT,
+from worker.store.lists import MAX_LIMIT
+from worker.store.lists.read import DefinitionState
+from worker.store.lists.redaction import Row, redacted
+from worker.store.lists.rows import (
     Backfill,
     Bulk,
     BulkRow,
@@ -39,8 +41,6 @@ from worker.store.lists import (
     Run,
     Wait,
 )
-from worker.store.lists.read import DefinitionState
-from worker.store.lists.redaction import Row, redacted
 from worker.store.lists.usage import Raise
 
 if TYPE_CHECKING:

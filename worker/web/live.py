@@ -26,8 +26,9 @@ from worker.clock import Clock
 from worker.definitions.units import json_default
 from worker.errors import AccessDenied, Busy, NotFound, TokenError, TooManyRequests, Unavailable, WorkerError
 from worker.ids import OrgId, RunId
-from worker.store.lists import LogLine, Run, live, runs
+from worker.store.lists import live, runs
 from worker.store.lists.redaction import Row
+from worker.store.lists.rows import LogLine, Run
 from worker.store.tables import FINAL_STATES
 from worker.web.api.requests import caller_of, log_place, query_of
 from worker.web.callers import Caller, CallerDatabase

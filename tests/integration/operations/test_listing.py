@@ -13,20 +13,10 @@ from worker.ids import ALL_ORGS, new_id
 from worker.operations.definitions import pause_definition
 from worker.operations.runs import run_now
 from worker.store import catalogue, tables
-from worker.store.lists import (
-    AUDIT,
-    BACKFILLS,
-    DEFINITIONS,
-    LISTS,
-    ORGS,
-    RUNS,
-    SKIPS,
-    Page,
-    Run,
-    columns_of,
-)
+from worker.store.lists import AUDIT, BACKFILLS, DEFINITIONS, LISTS, ORGS, RUNS, SKIPS, Page
 from worker.store.lists import runs as run_lists
 from worker.store.lists.read import definition, org, read
+from worker.store.lists.rows import Run, columns_of
 
 FILE = "".join(
     f"""

@@ -15,9 +15,10 @@ from worker.operations.orgs import set_org_state
 from worker.operations.runs import cancel, retry, run_now
 from worker.operations.why import why
 from worker.store import catalogue, tables
-from worker.store.lists import RUNS, Page, Run, columns_of
+from worker.store.lists import RUNS, Page
 from worker.store.lists import runs as run_lists
 from worker.store.lists.read import read
+from worker.store.lists.rows import Run, columns_of
 
 FILE = """
 [[org]]

@@ -12,8 +12,9 @@ from worker.ids import ALL_ORGS
 from worker.operations.definitions import pause_definition
 from worker.operations.runs import run_now
 from worker.store import orgs
-from worker.store.lists import LISTS, RUNS, Run, columns_of
+from worker.store.lists import LISTS, RUNS
 from worker.store.lists.read import read
+from worker.store.lists.rows import Run, columns_of
 from worker.store.tables import live_runs, metadata
 from worker.web.callers import Caller, CallerDatabase
 

@@ -16,7 +16,7 @@ from worker.operations.definitions import pause_definition
 from worker.operations.runs import run_now
 from worker.store import lists, tables
 from worker.store.database import Database
-from worker.store.lists import read
+from worker.store.lists import read, rows
 from worker.store.lists import runs as run_lists
 from worker.store.lists.redaction import NOT_LOADED, OTHER_ORG, rules_of
 from worker.telemetry.masking import without_paths
@@ -218,46 +218,46 @@ async def test_rows_have_the_declared_columns(planted: tuple[Site, dict[str, str
     """Else a column would be left out for orgs, or declared and never there."""
     site, run = planted
     for kind, row in _rows(site.database, run["failed"]).items():
-        assert tuple(row) == lists.columns_of(kind), kind
+        assert tuple(row) == rows.columns_of(kind), kind
 
 
 def test_every_column_has_a_rule():
     """A new column is not shown to orgs until somebody has decided about it; here it is missed."""
     left_out = {
-        lists.TemplateDetail: {"orgs", "orgs_done", "orgs_total", "updated_by", "spec"},
-        lists.DefinitionDetail: {"spec"},
+        rows.TemplateDetail: {"orgs", "orgs_done", "orgs_total", "updated_by", "spec"},
+        rows.DefinitionDetail: {"spec"},
     }
     for kind in _KINDS:
-        hidden = set(lists.columns_of(kind)) - rules_of(kind).keys()
+        hidden = set(rows.columns_of(kind)) - rules_of(kind).keys()
         assert hidden == left_out.get(kind, set()), kind
 
 
 _KINDS = (
-    *(lists.OrgDetail, lists.DefinitionDetail, lists.TemplateDetail, lists.RunDetail, lists.Attempt),
-    *(lists.LogLine, lists.Skip, lists.Handler, lists.CredentialRow, lists.Change),
+    *(rows.OrgDetail, rows.DefinitionDetail, rows.TemplateDetail, rows.RunDetail, rows.Attempt),
+    *(rows.LogLine, rows.Skip, rows.Handler, rows.CredentialRow, rows.Change),
 )
 
 
 def _rows(database: Database, run: str) -> dict[type, Any]:
     with database.autocommit() as connection:
         shown = run_lists.run(connection, "org_a", run)
-        rows = [read.read(connection, listing, "org_a")[0] for listing in lists.LISTS]
+        listed = [read.read(connection, listing, "org_a")[0] for listing in lists.LISTS]
         return {
-            **{listing.row: row for listing, row in zip(lists.LISTS, rows, strict=True)},
-            lists.OrgDetail: read.org(connection, "org_a"),
-            lists.DefinitionDetail: read.definition(connection, "org_a", "digest"),
-            lists.TemplateDetail: read.template(connection, ALL_ORGS, "nightly"),
-            lists.RunDetail: shown,
-            lists.Attempt: shown["attempts"][0],
-            lists.LogLine: run_lists.lines(connection, "org_a", shown["id"])[0],
+            **{listing.row: row for listing, row in zip(lists.LISTS, listed, strict=True)},
+            rows.OrgDetail: read.org(connection, "org_a"),
+            rows.DefinitionDetail: read.definition(connection, "org_a", "digest"),
+            rows.TemplateDetail: read.template(connection, ALL_ORGS, "nightly"),
+            rows.RunDetail: shown,
+            rows.Attempt: shown["attempts"][0],
+            rows.LogLine: run_lists.lines(connection, "org_a", shown["id"])[0],
         }
 
 
 def test_a_column_without_a_rule_is_left_out():
     org = Caller("org_a", "viewer", org="org_a")
 
-    assert org.sees(lists.Skip, {"id": 1, "host": "db1"}) == {"id": 1}
-    assert Caller("ada", "viewer").sees(lists.Skip, {"id": 1, "host": "db1"}) == {"id": 1, "host": "db1"}
+    assert org.sees(rows.Skip, {"id": 1, "host": "db1"}) == {"id": 1}
+    assert Caller("ada", "viewer").sees(rows.Skip, {"id": 1, "host": "db1"}) == {"id": 1, "host": "db1"}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from worker.store.lists import BACKFILLS, LISTS, columns_of
+from worker.store.lists import BACKFILLS, LISTS
+from worker.store.lists.rows import columns_of
 from worker.telemetry.alerts import Alert
 from worker.web.api import BASE, Api
 from worker.web.responses import STATUS

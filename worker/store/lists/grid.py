@@ -13,8 +13,8 @@ from sqlalchemy import cast as sql_cast
 from worker.ids import OrgId, RunId, lowest_id
 from worker.store import tables
 from worker.store.dialect import all_rows, is_postgresql
-from worker.store.lists import Run
 from worker.store.lists import runs as run_lists
+from worker.store.lists.rows import Run
 
 DAYS = 30
 # The newest runs that are read: about 20 ms.

@@ -9,8 +9,9 @@ from sqlalchemy import Connection, func, literal_column, select
 from worker.ids import AllOrgs, OrgScope, WorkerId
 from worker.store import orgs, tables
 from worker.store.dialect import all_rows
-from worker.store.lists import CredentialRow, checked_id
+from worker.store.lists import checked_id
 from worker.store.lists.redaction import Shown
+from worker.store.lists.rows import CredentialRow
 
 # Running runs that are counted.
 MOST = 10_000

@@ -10,8 +10,8 @@ from sqlalchemy import Connection, select, text
 from worker.ids import OrgId, OrgScope, RunId
 from worker.store import orgs, tables
 from worker.store.dialect import Instant, Row, all_rows, chunks, is_postgresql
-from worker.store.lists import LogLine, Run, columns_of
 from worker.store.lists import runs as run_lists
+from worker.store.lists.rows import LogLine, Run, columns_of
 
 _logs = tables.run_logs
 _COLUMNS = ", ".join(("run_id", *columns_of(LogLine)))

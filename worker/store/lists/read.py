@@ -41,20 +41,22 @@ from worker.store.lists import (
     SECRETS,
     SKIPS,
     TEMPLATES,
-    Backfill,
-    CalendarDetail,
-    DefinitionDetail,
     Listing,
-    OrgDetail,
     Page,
-    SecretRow,
-    TemplateDetail,
-    columns_of,
     redaction,
     runs,
     search,
 )
 from worker.store.lists.redaction import Shown
+from worker.store.lists.rows import (
+    Backfill,
+    CalendarDetail,
+    DefinitionDetail,
+    OrgDetail,
+    SecretRow,
+    TemplateDetail,
+    columns_of,
+)
 
 R = TypeVar("R")
 FIRST_PAGE = Page()

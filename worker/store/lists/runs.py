@@ -29,19 +29,8 @@ from worker.runs.budgets import MOST_SPENDS
 from worker.search import ids_of
 from worker.store import orgs, tables
 from worker.store.dialect import Id, Instant, all_rows, first_row, json_type
-from worker.store.lists import (
-    MAX_LIMIT,
-    Attempt,
-    LogLine,
-    Page,
-    Run,
-    RunDetail,
-    Spent,
-    Step,
-    Wait,
-    checked_id,
-    columns_of,
-)
+from worker.store.lists import MAX_LIMIT, Page, checked_id
+from worker.store.lists.rows import Attempt, LogLine, Run, RunDetail, Spent, Step, Wait, columns_of
 
 # Runs examined under one condition: about 20 ms on SQLite.
 WINDOW = 20_000

@@ -28,7 +28,7 @@ from worker.ids import AllOrgs, OrgId, OrgScope, RunId, highest_id, lowest_id
 from worker.search import Query, folded, ids_of
 from worker.store import failing, orgs, tables
 from worker.store.dialect import all_rows
-from worker.store.lists import DEFAULT_LIMIT, Org, Page, Run, columns_of
+from worker.store.lists import DEFAULT_LIMIT, Page
 from worker.store.lists import runs as run_lists
 from worker.store.lists.matching import (
     Condition,
@@ -38,6 +38,7 @@ from worker.store.lists.matching import (
     kept_states,
     orgs_that_match,
 )
+from worker.store.lists.rows import Org, Run, columns_of
 
 # Runs examined by one statement: few first, since most searches find a page among the newest runs.
 WINDOWS = (500, 2_000, 3_000)

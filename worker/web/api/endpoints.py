@@ -12,15 +12,14 @@ from typing import Any
 
 from worker.definitions.definition import EDITABLE
 from worker.runs.waits import MOST_WAITS
-from worker.store.lists import (
-    LISTS,
-    MAX_LIMIT,
+from worker.store.lists import LISTS, MAX_LIMIT, Listing
+from worker.store.lists.read import DefinitionState
+from worker.store.lists.rows import (
     Attempt,
     Backfill,
     Bulk,
     CredentialRow,
     DefinitionDetail,
-    Listing,
     LogLine,
     OrgDetail,
     PlannedBackfill,
@@ -28,7 +27,6 @@ from worker.store.lists import (
     RunDetail,
     Wait,
 )
-from worker.store.lists.read import DefinitionState
 from worker.store.lists.usage import BYS, BudgetLevel, Raise, Usage
 from worker.web.callers import Role
 

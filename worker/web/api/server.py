@@ -18,27 +18,22 @@ from worker.definitions.units import parse_time
 from worker.errors import AccessDenied, NotFound, PreconditionFailed, UsageError
 from worker.operations.runs import require_run
 from worker.search import of_pool, parsed, states_of
-from worker.store.lists import (
-    MAX_LIMIT,
-    RUNS,
+from worker.store.lists import MAX_LIMIT, RUNS, Listing, Page, runs, search
+from worker.store.lists import read as lists
+from worker.store.lists.read import DefinitionState
+from worker.store.lists.redaction import Row
+from worker.store.lists.rows import (
     Backfill,
     Bulk,
     CredentialRow,
     DefinitionDetail,
-    Listing,
     LogLine,
     OrgDetail,
-    Page,
     PlannedBackfill,
     Run,
     RunDetail,
     Wait,
-    runs,
-    search,
 )
-from worker.store.lists import read as lists
-from worker.store.lists.read import DefinitionState
-from worker.store.lists.redaction import Row
 from worker.store.lists.usage import BudgetLevel, Raise, Usage, budgets_of, usage
 from worker.web.api import endpoints
 from worker.web.api.endpoints import BASE, LIST_ENDPOINTS, Endpoint, parameters_of

@@ -25,7 +25,8 @@ from worker.ids import RunId
 from worker.search import Query
 from worker.store import orgs
 from worker.store.dialect import database_now
-from worker.store.lists import MAX_LIMIT, Page, Run, changes, runs, search
+from worker.store.lists import MAX_LIMIT, Page, changes, runs, search
+from worker.store.lists.rows import Run
 from worker.web.callers import Many
 from worker.web.pages.base import ROWS, Pages, allowed, caller_of, query
 from worker.web.pages.forms import reason_of

@@ -17,8 +17,8 @@ from worker.definitions.effective import GROUPS, effective
 from worker.errors import Conflict, DefinitionError, WorkerError
 from worker.operations.changes import same
 from worker.store import orgs
-from worker.store.lists import DefinitionDetail
 from worker.store.lists.read import definition
+from worker.store.lists.rows import DefinitionDetail
 from worker.web.pages.base import Pages, caller_of, query
 from worker.web.pages.definitions import Difference, differences
 from worker.web.pages.forms import as_text, from_typed, problem_of, reason_of

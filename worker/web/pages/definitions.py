@@ -20,9 +20,10 @@ from worker.ids import DefinitionId
 from worker.operations.changes import shown_keys
 from worker.runs.preview import preview_definition
 from worker.store import catalogue, orgs
-from worker.store.lists import BACKFILLS, DefinitionDetail, Page, Run
+from worker.store.lists import BACKFILLS, Page
 from worker.store.lists.definition_history import Length, Revision, lengths, revisions
 from worker.store.lists.read import DefinitionState, definition, read, state
+from worker.store.lists.rows import DefinitionDetail, Run
 from worker.store.lists.runs import of_definition, unfinished
 from worker.web.callers import Caller
 from worker.web.charts import Dot

@@ -17,10 +17,11 @@ from worker.errors import Conflict, UsageError, WorkerError
 from worker.ids import ALL_ORGS
 from worker.search import parsed
 from worker.store import history, orgs
-from worker.store.lists import DEFINITIONS, ORGS, RUNS, Definition, OrgDetail, Page, Run, RunDetail, broken
+from worker.store.lists import DEFINITIONS, ORGS, RUNS, Page, broken
 from worker.store.lists.broken import Broken
 from worker.store.lists.grid import grid, open_waits
 from worker.store.lists.read import org, read
+from worker.store.lists.rows import Definition, OrgDetail, Run, RunDetail
 from worker.web.pages.base import ROWS, Pages, allowed, caller_of, next_page, query
 from worker.web.pages.forms import problem_of, reason_of
 from worker.web.pages.links import day_path, org_path

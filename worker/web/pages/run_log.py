@@ -10,7 +10,8 @@ from sqlalchemy import Connection
 from worker.clock import to_text
 from worker.errors import NotFound
 from worker.ids import RunId
-from worker.store.lists import LogLine, runs
+from worker.store.lists import runs
+from worker.store.lists.rows import LogLine
 from worker.store.lists.runs import newest_lines
 from worker.web.callers import Caller
 

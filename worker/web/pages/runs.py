@@ -19,7 +19,8 @@ from worker.ids import OrgId, RunId
 from worker.operations.runs import require_run
 from worker.runs.run import step_label
 from worker.runs.traces import Part, parts_of
-from worker.store.lists import Run, RunDetail, Wait, runs
+from worker.store.lists import runs
+from worker.store.lists.rows import Run, RunDetail, Wait
 from worker.web.callers import Caller
 from worker.web.charts import Lane, Piece, gantt
 from worker.web.pages.answer import answer_of

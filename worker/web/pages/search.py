@@ -14,7 +14,8 @@ from starlette.routing import Route
 
 from worker.errors import NotFound, UsageError
 from worker.search import KEYS, Query, parsed
-from worker.store.lists import Org, Page, Run, runs, search
+from worker.store.lists import Page, runs, search
+from worker.store.lists.rows import Org, Run
 from worker.store.lists.suggestions import suggestions
 from worker.web.callers import Caller
 from worker.web.pages.base import ROWS, Pages, caller_of, next_page, query

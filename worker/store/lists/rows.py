@@ -1,0 +1,368 @@
+"""The rows of lists.
+
+The class of a row declares its columns, their order, and how an org's own token sees each (`redaction`).
+The classes `…Detail` are for the verb `show`.
+"""
+
+from __future__ import annotations
+
+from datetime import date, datetime
+from typing import Annotated, Any, TypedDict
+
+from worker.ids import DefinitionId, OrgId, RunId, TemplateId, WorkerId
+from worker.orgs import OrgState
+from worker.store.lists import redaction
+from worker.store.lists.redaction import Shown
+
+Json = Any
+
+
+class CredentialRow(TypedDict):
+    """A generation of an org's client credentials, without its secret."""
+
+    id: Shown[str]
+    org: Shown[str]
+    generation: Shown[int]
+    client_id: Shown[str]
+    kind: Shown[str]
+    reference: Annotated[str | None, redaction.reference]
+    key_id: Annotated[str | None, redaction.hidden]
+    state: Shown[str]
+    created_at: Shown[datetime]
+    created_by: Annotated[str, redaction.actor]
+    retired_at: Shown[datetime | None]
+    last_used_at: Shown[datetime | None]
+    uses: Shown[int]
+    last_error: Annotated[str | None, redaction.text]
+
+
+class SecretRow(TypedDict):
+    """A secret of an org, without its value; for operators only."""
+
+    id: str
+    org: str
+    name: str
+    generation: int
+    key_id: str
+    created_at: datetime
+    created_by: str
+    rotated_at: datetime | None
+    rotated_by: str | None
+
+
+class Org(TypedDict):
+    id: Shown[OrgId]
+    code: Shown[str]
+    name: Shown[str]
+    issuer: Shown[str]
+    state: Shown[OrgState]
+    state_by: Annotated[str | None, redaction.actor]
+    state_at: Shown[datetime | None]
+    state_note: Annotated[str | None, redaction.note_of("state_by")]
+    max_concurrent_runs: Shown[int]
+    weight: Shown[int]
+    tags: Shown[list[str]]
+    timezone: Shown[str | None]
+    pool: Shown[str | None]
+    created_at: Shown[datetime]
+    updated_at: Shown[datetime]
+
+
+class OrgDetail(Org):
+    credentials: Annotated[list[CredentialRow], redaction.rows(CredentialRow)]
+
+
+class Definition(TypedDict):
+    """What an org asked for; `timezone` and `pool` are those in force."""
+
+    id: Shown[DefinitionId]
+    org: Shown[str]
+    name: Shown[str]
+    handler: Shown[str]
+    schedule: Shown[str]
+    timezone: Shown[str]
+    calendar: Shown[str | None]
+    pool: Shown[str]
+    state: Shown[str]
+    org_state: Shown[OrgState]
+    next_scheduled_for: Shown[datetime | None]
+    next_fire_at: Shown[datetime | None]
+    revision: Shown[int]
+    enabled: Shown[bool]
+    paused_at: Shown[datetime | None]
+    paused_by: Annotated[str | None, redaction.actor]
+    pause_note: Annotated[str | None, redaction.note_of("paused_by")]
+    consecutive_failures: Shown[int]
+    template: Shown[str | None]
+    created_at: Shown[datetime]
+    updated_at: Shown[datetime]
+    closed_at: Shown[datetime | None]
+
+
+class DefinitionDetail(Definition):
+    """`next_run_for` is the next scheduled time that is not on a date of the calendar."""
+
+    next_run_for: Shown[datetime | None]
+    schedule_in_words: Shown[str]
+    spec: dict[str, Json]
+
+
+class Template(TypedDict):
+    """One definition for many orgs. Which orgs, and how many, is for operators only."""
+
+    id: Shown[TemplateId]
+    name: Shown[str]
+    orgs: Json
+    handler: Shown[str]
+    schedule: Shown[str]
+    state: Shown[str]
+    revision: Shown[int]
+    orgs_done: int
+    orgs_total: int
+    materialised_at: Shown[datetime | None]
+    created_at: Shown[datetime]
+    updated_at: Shown[datetime]
+    updated_by: str
+    closed_at: Shown[datetime | None]
+
+
+class TemplateDetail(Template):
+    spec: dict[str, Json]
+
+
+class Calendar(TypedDict):
+    """Dates on which nothing runs, for all orgs; for operators only."""
+
+    id: str
+    name: str
+    days: int
+    first_date: date | None
+    last_date: date | None
+    created_at: datetime
+    updated_at: datetime
+    updated_by: str
+
+
+class CalendarDetail(Calendar):
+    """`definitions` is how many open definitions name it, `templates` which open templates do."""
+
+    dates: list[str]
+    definitions: int
+    templates: list[str]
+
+
+class Attempt(TypedDict):
+    attempt: Shown[int]
+    worker: Annotated[WorkerId | None, redaction.hidden]
+    fencing_token: Shown[int]
+    handler: Shown[str]
+    started_at: Shown[datetime]
+    token_ready_at: Shown[datetime | None]
+    handler_started_at: Shown[datetime | None]
+    ended_at: Shown[datetime | None]
+    outcome: Shown[str | None]
+    error: Annotated[Json, redaction.error]
+    error_cause: Annotated[str | None, redaction.error_cause]
+
+
+class Step(TypedDict):
+    """A stored step; `result` is null if the results of newer steps take the room."""
+
+    seq: Shown[int]
+    name: Shown[str]
+    key: Shown[str | None]
+    occurrence: Shown[int]
+    attempt: Shown[int]
+    handler: Shown[str]
+    started_at: Shown[datetime]
+    ended_at: Shown[datetime]
+    size: Shown[int]
+    result: Shown[Json]
+
+
+class Spent(TypedDict):
+    """What a run spent of a meter, in how many spends."""
+
+    meter: Shown[str]
+    amount: Shown[int]
+    spends: Shown[int]
+
+
+class Wait(TypedDict):
+    """What a run waits for, or has waited for: a sleep, or an answer."""
+
+    name: Shown[str]
+    occurrence: Shown[int]
+    kind: Shown[str]
+    ask: Shown[Json]
+    opened_at: Shown[datetime | None]
+    until: Shown[datetime | None]
+    answered_at: Shown[datetime | None]
+    answered_by: Annotated[str | None, redaction.actor]
+    answer: Shown[Json]
+    timed_out_at: Shown[datetime | None]
+
+
+class Run(TypedDict):
+    """One scheduled time of one definition, and its outcome."""
+
+    id: Shown[RunId]
+    org: Shown[str]
+    definition: Shown[str]
+    handler: Shown[str]
+    pool: Shown[str]
+    revision: Shown[int]
+    scheduled_for: Shown[datetime]
+    origin: Shown[str]
+    retry_of: Shown[RunId | None]
+    retried_as: Shown[RunId | None]
+    state: Shown[str]
+    reason: Shown[str | None]
+    detail: Annotated[str | None, redaction.detail]
+    available_at: Shown[datetime | None]
+    attempt: Shown[int]
+    fencing_token: Shown[int | None]
+    result_fencing_token: Shown[int | None]
+    worker: Annotated[WorkerId | None, redaction.hidden]
+    started_at: Shown[datetime | None]
+    finished_at: Shown[datetime | None]
+    progress: Shown[Json]
+    result: Shown[Json]
+    error: Annotated[Json, redaction.error]
+
+
+class RunDetail(Run):
+    created_at: Shown[datetime]
+    request_key: Shown[str | None]
+    idempotency_key: Shown[str]
+    params: Shown[Json]
+    cancel_requested_at: Shown[datetime | None]
+    claims: Annotated[Json, redaction.claims]
+    attempts: Annotated[list[Attempt], redaction.rows(Attempt)]
+    waits: Annotated[list[Wait], redaction.rows(Wait)]
+    checkpoint: Shown[Json]
+    step_count: Shown[int]
+    steps: Annotated[list[Step], redaction.rows(Step)]
+    spends: Annotated[list[Spent], redaction.rows(Spent)]
+    spec: Shown[Json]
+
+
+class LogLine(TypedDict):
+    """A line that a run logged or printed."""
+
+    attempt: Shown[int]
+    seq: Shown[int]
+    at: Shown[datetime]
+    level: Shown[str]
+    source: Shown[str]
+    text: Annotated[str, redaction.text]
+
+
+class Skip(TypedDict):
+    """Consecutive scheduled times that never became a run, both ends included."""
+
+    id: Shown[str]
+    org: Shown[str]
+    definition: Shown[str]
+    revision: Shown[int]
+    skipped_from: Shown[datetime]
+    skipped_until: Shown[datetime]
+    count: Shown[int]
+    reason: Shown[str]
+
+
+class Handler(TypedDict):
+    name: Shown[str]
+    distribution: Shown[str]
+    version: Shown[str]
+    entry_point: Shown[str]
+    isolation: Shown[str]
+    scopes: Shown[list[str]]
+    params_schema: Shown[Json]
+    settings_schema: Shown[Json]
+    timeout: Shown[str | None]
+    max_attempts: Shown[int | None]
+    memory: Shown[str | None]
+    max_concurrent: Shown[int | None]
+    state: Shown[bool]
+    pool: Shown[str | None]
+    secrets: Shown[list[str]]
+    error: Annotated[str | None, redaction.not_loaded]
+    seen_at: Shown[datetime]
+
+
+class Change(TypedDict):
+    """A row of the audit: who changed what."""
+
+    id: Shown[str]
+    at: Shown[datetime]
+    actor: Annotated[str, redaction.actor]
+    action: Shown[str]
+    org: Shown[str | None]
+    subject: Shown[str]
+    detail: Annotated[Json, redaction.audit_detail]
+
+
+class Backfill(TypedDict):
+    """A range of the past that runs again; for operators only."""
+
+    id: str
+    org: str
+    definition: str
+    range_from: datetime
+    range_until: datetime
+    state: str
+    instants: int
+    made: int
+    ended: int
+    limit: int
+    revision: int
+    created_at: datetime
+    created_by: str
+    finished_at: datetime | None
+
+
+class PlannedBackfill(TypedDict):
+    """What a backfill of a range would do; for operators only.
+
+    `instants` is the number of scheduled times, `made` how many of them a backfill of this
+    range has run already, `id` that backfill if there is one.
+    """
+
+    id: str | None
+    org: str
+    definition: str
+    range_from: datetime
+    range_until: datetime
+    instants: int
+    made: int
+    first: datetime | None
+    last: datetime | None
+    limit: int
+    revision: int
+
+
+class BulkRow(TypedDict):
+    """A run that a bulk change has passed: `left` says why it was left as it is."""
+
+    id: Shown[RunId]
+    org: Shown[str]
+    definition: Shown[str]
+    scheduled_for: Shown[datetime]
+    state: Shown[str]
+    retried_as: Shown[RunId | None]
+    left: Annotated[str | None, redaction.text]
+
+
+class Bulk(TypedDict):
+    """What a bulk change has done; `next` continues it."""
+
+    dry_run: Shown[bool]
+    canary: Shown[int | None]
+    runs: Annotated[list[BulkRow], redaction.rows(BulkRow)]
+    next: Shown[str | None]
+
+
+def columns_of(kind: type) -> tuple[str, ...]:
+    """The columns of a row, in their order."""
+    return tuple(kind.__annotations__)
