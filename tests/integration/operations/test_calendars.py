@@ -127,7 +127,8 @@ def test_prune_closes_nothing_of_an_org_that_only_shares_the_calendar(apply, row
     assert {row["name"]: row["closed_at"] is None for row in rows.definitions if row["revision"] == 2} == {
         "digest": True
     }
-    assert [revision for revision, _ in specs(rows).values()] == [1, 2]
+    revisions = {org: revision for (org, _), (revision, _) in specs(rows).items()}
+    assert revisions == {"org_a": 1, "org_b": 2}
 
 
 def test_a_paused_definition_gets_the_dates_and_stays_paused(apply, rows, database):
