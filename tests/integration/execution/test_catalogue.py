@@ -249,6 +249,7 @@ async def test_processes_that_an_import_starts_end_with_it(folder: Path) -> None
         "import subprocess\n"
         f"subprocess.Popen(['sh', '-c', 'sleep 60 & echo $! > {folder}/pid; wait'])\n"
         f"import os, time\nwhile not os.path.exists('{folder}/pid'): time.sleep(0.01)\n"
+        f"while not os.path.getsize('{folder}/pid'): time.sleep(0.01)\n"
     )
     make_plugin(
         folder, dist="acme-starts", modules={"acme_starts": source}, entry_points={"s": "acme_starts:f"}
