@@ -19,9 +19,6 @@ from tests.fakes.site import Site, application, definition, opened, wait_until
 from worker.demo.provider import Provider
 from worker.execution.runners.child import landlock
 
-# The first test builds the image.
-pytestmark = pytest.mark.timeout(300)
-
 
 class Container(Site):
     """An installation whose every command is a container of its own; they share the volume."""
@@ -90,6 +87,7 @@ def test_nothing_but_the_volume_can_be_written_and_the_user_has_no_rights(contai
     assert "NoNewPrivs:\t1" in status
 
 
+@pytest.mark.timeout(180)
 def test_a_worker_runs_children_as_process_1_leaves_no_zombie_and_drains(container: Container):
     journal = container.out / "journal"
     container.migrate()

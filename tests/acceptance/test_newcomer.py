@@ -114,7 +114,7 @@ def newcomer(tmp_path: Path) -> Iterator[Newcomer]:
     made.close()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(180)
 def test_a_crontab_becomes_the_log_of_its_first_run_without_an_account(newcomer: Newcomer, tmp_path: Path):
     """The path of docs/migration.md, in an empty folder."""
     page = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8").replace("8480", str(free_port()))
@@ -138,7 +138,7 @@ def test_a_crontab_becomes_the_log_of_its_first_run_without_an_account(newcomer:
     assert names == [("nightly-export",), ("sync",)]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(180)
 def test_from_an_empty_folder_to_a_failed_run_that_is_explained_and_mended(
     newcomer: Newcomer, provider: Provider, tmp_path: Path
 ):
