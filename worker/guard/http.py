@@ -11,11 +11,13 @@ from functools import lru_cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 from urllib.request import getproxies
+from weakref import WeakKeyDictionary
 
 import httpx
 
 from .clock import Clock
 from .strict_json import MAX_MEMBERS, Malformed, loads
+from .timeouts import Timeouts
 
 CONNECT_SECONDS = 3.0
 EXCHANGE_SECONDS = 10.0
@@ -116,14 +118,14 @@ async def exchange(
         kind = b"application/json" if form is None else b"application/x-www-form-urlencoded"
         sent.append((b"Content-Type", kind))
     sent += [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
-    deadline = asyncio.ensure_future(clock.sleep(EXCHANGE_SECONDS))
     task, late = asyncio.current_task(), False
 
-    def stop(passed: asyncio.Future[None]) -> None:
+    def stop() -> None:
         nonlocal late
-        late = task is not None and not passed.cancelled() and task.cancel()
+        late = task is not None and task.cancel()
 
-    deadline.add_done_callback(stop)
+    deadlines = _deadlines_of(client, clock)
+    deadline = deadlines.add(stop)
     try:
         request = httpx.Request(method, _parsed(url), headers=sent, content=body, extensions=TIMEOUTS)
         return await _send(client, request, limit)
@@ -138,8 +140,18 @@ async def exchange(
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError):
         return "protocol"
     finally:
-        deadline.remove_done_callback(stop)
-        deadline.cancel()
+        deadlines.discard(deadline)
+
+
+def _deadlines_of(client: httpx.AsyncClient, clock: Clock) -> Timeouts:
+    """The deadlines of a client's exchanges."""
+    known = _deadlines.get(client)
+    if known is None or known.clock is not clock:
+        known = _deadlines[client] = Timeouts(EXCHANGE_SECONDS, clock=clock)
+    return known
+
+
+_deadlines: WeakKeyDictionary[httpx.AsyncClient, Timeouts] = WeakKeyDictionary()
 
 
 async def _send(client: httpx.AsyncClient, request: httpx.Request, limit: int) -> Reply | str:

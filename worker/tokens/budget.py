@@ -14,6 +14,7 @@ from worker.bounded import remember
 from worker.clock import Clock
 from worker.errors import Throttled
 from worker.guard.issuer import Issuer
+from worker.guard.timeouts import Timeouts
 from worker.telemetry.events import emit
 
 # With one for the keys and one for the discovery document: 8 connections, while the issuer responds promptly.
@@ -74,6 +75,8 @@ class Budget:
         self._queue: list[_Waiter] = []  # a heap
         self._numbers = itertools.count()
         self._slots = TOKEN_CONNECTIONS
+        self._prompt = Timeouts(SLOT_SECONDS, clock=clock)
+        self._hung = Timeouts(SLOT_SECONDS_HUNG, clock=clock)
         self._connections = MAX_CONNECTIONS
         self._rate = issuer.max_requests_per_second
         self._workers = 0
@@ -145,9 +148,8 @@ class Budget:
         await self._wait_for_turn(org, doubtful, ahead)
         sent_at = self._clock.monotonic()
         hung = (MAX_CONNECTIONS - self._connections) - (TOKEN_CONNECTIONS - self._slots)
-        seconds = SLOT_SECONDS if hung < TOKEN_CONNECTIONS else SLOT_SECONDS_HUNG
-        slot = asyncio.ensure_future(self._clock.sleep(seconds))
-        slot.add_done_callback(self._free_slot)
+        timeouts = self._prompt if hung < TOKEN_CONNECTIONS else self._hung
+        slot = timeouts.add(self._free_slot)
         try:
             yield
         except Throttled as throttled:
@@ -156,8 +158,9 @@ class Budget:
         else:
             self._note_grant(org, sent_at)
         finally:
-            slot.cancel()
             self._connections += 1
+            if timeouts.discard(slot):
+                self._slots += 1
             self._wake_next()
 
     def _pause(self, org: str, asked: float) -> float:
@@ -228,7 +231,7 @@ class Budget:
             return 0.0
         return max(self._sent[0] + self._window - self._clock.monotonic(), 0.0)
 
-    def _free_slot(self, _: object) -> None:
+    def _free_slot(self) -> None:
         self._slots += 1
         self._wake_next()
 
