@@ -5,22 +5,74 @@ Times are the database's. A reservation lets one process at a time request a new
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Delete, delete, or_, select, update
 
 from worker.ids import OrgId
 from worker.store import tables
 from worker.store.bulk import among, insert_many
-from worker.store.dialect import Row, all_rows, database_now, insert_into
+from worker.store.dialect import Row, database_now, driver, insert_into, is_postgresql
+from worker.store.sql.postgresql.arrays import Columns, binaries, plain, texts
 
 _tokens, _credentials, _orgs = tables.access_tokens, tables.credentials, tables.orgs
 # Rows of one DELETE.
 BATCH = 1000
+
+# `(SELECT …)` hides the length of an array, so that each row is looked up, in the order of ids.
+# Without a token a row expires with its reservation.
+RESERVE = """
+INSERT INTO access_tokens AS t (id, org_id, issuer, version, expires_at, reserved_by, reserved_until)
+SELECT u.id, u.org_id, u.issuer, u.version, u.until, %s, u.until
+FROM (
+  SELECT *, clock_timestamp() + make_interval(secs => seconds) AS until
+  FROM unnest((SELECT %s::text[]), (SELECT %s::uuid[]), (SELECT %s::text[]), (SELECT %s::bigint[]),
+    (SELECT %s::float8[])) AS r(id, org_id, issuer, version, seconds)
+) u
+ON CONFLICT (id) DO UPDATE SET reserved_by = excluded.reserved_by, reserved_until = excluded.reserved_until
+  WHERE (t.reserved_until IS NULL OR t.reserved_until <= clock_timestamp()) AND t.version = excluded.version
+RETURNING id
+"""
+
+RESERVED = Columns((texts, "id"), (plain, "org_id"), (texts, "issuer"), (plain, "version seconds"))
+
+# A lock is waited for, and then the newest state of its row decides.
+PUT = """
+WITH usable AS MATERIALIZED (
+  SELECT c.id FROM credentials c JOIN orgs o ON o.id = c.org_id
+  WHERE c.id = ANY ((SELECT %s::uuid[])::uuid[]) AND c.state = 'active' AND o.state IN ('active', 'paused')
+  ORDER BY c.id FOR SHARE
+)
+INSERT INTO access_tokens AS t
+  (id, org_id, issuer, version, credential_id, sealed, key_id, received_at, expires_at)
+SELECT u.id, u.org_id, u.issuer, 1, u.credential_id, u.sealed, u.key_id,
+  now - make_interval(secs => u.received_ago), now + make_interval(secs => u.remaining)
+FROM (SELECT clock_timestamp() AS now) n, usable
+  JOIN unnest((SELECT %s::text[]), (SELECT %s::uuid[]), (SELECT %s::text[]), (SELECT %s::uuid[]),
+    (SELECT %s::bytea[]), (SELECT %s::text[]), (SELECT %s::float8[]), (SELECT %s::float8[]))
+    AS u(id, org_id, issuer, credential_id, sealed, key_id, received_ago, remaining)
+  ON u.credential_id = usable.id
+ORDER BY u.id
+ON CONFLICT (id) DO UPDATE SET issuer = excluded.issuer, version = t.version + 1,
+  credential_id = excluded.credential_id, sealed = excluded.sealed, key_id = excluded.key_id,
+  received_at = excluded.received_at, expires_at = excluded.expires_at,
+  reserved_by = NULL, reserved_until = NULL
+RETURNING id
+"""
+# The columns of `PUT`, in its order.
+PUT_COLUMNS: Mapping[str, Callable[[Iterable[Any]], str]] = {
+    "id": texts,
+    "org_id": plain,
+    "issuer": texts,
+    "credential_id": plain,
+    "sealed": binaries,
+    "key_id": texts,
+    "received_ago": plain,
+    "left": plain,
+}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -37,15 +89,33 @@ class Reservation:
     seconds: float
 
 
-def find_for_all_orgs(connection: Connection, ids: Sequence[str]) -> list[Row]:
-    """The rows with these ids; those with a token have its `age` and what is `left` of it, in seconds."""
-    rows = all_rows(connection, select(_tokens).where(among(connection, _tokens.c.id, ids)))
+class Stored(NamedTuple):
+    """A row: `age` and `left` are seconds since its token was received and until that expires.
+
+    Without a token `sealed` is None, and `left` is that of the reservation.
+    """
+
+    id: str
+    org_id: OrgId
+    version: int
+    sealed: bytes | None
+    key_id: str
+    credential_id: str
+    age: float
+    left: float
+
+
+def find_for_all_orgs(connection: Connection, ids: Sequence[str]) -> list[Stored]:
+    """The rows with these ids."""
+    columns = [_tokens.c[name] for name in Stored._fields[:-2]]
+    query = select(*columns, _tokens.c.received_at, _tokens.c.expires_at)
+    rows = connection.execute(query.where(among(connection, _tokens.c.id, ids))).all()
     now = database_now(connection)
-    for row in rows:
-        if row["sealed"] is not None:
-            row["age"] = (now - row["received_at"]).total_seconds()
-            row["left"] = (row["expires_at"] - now).total_seconds()
-    return rows
+    found = []
+    for *kept, received_at, expires_at in rows:
+        age = 0.0 if received_at is None else (now - received_at).total_seconds()
+        found.append(Stored._make((*kept, age, (expires_at - now).total_seconds())))
+    return found
 
 
 def lives_for_all_orgs(connection: Connection, ids: Sequence[str]) -> dict[str, tuple[float, float]]:
@@ -67,6 +137,10 @@ def reserve_for_all_orgs(connection: Connection, wanted: Sequence[Reservation], 
 
     Not what has another version by now: another process has just stored its token.
     """
+    wanted = sorted(wanted)
+    if is_postgresql(connection):
+        reserved = driver(connection).execute(RESERVE, (holder, *RESERVED.of(wanted)))
+        return {id_ for (id_,) in reserved}
     now = database_now(connection)
     rows = [
         {
@@ -79,7 +153,7 @@ def reserve_for_all_orgs(connection: Connection, wanted: Sequence[Reservation], 
             "reserved_by": holder,
             "reserved_until": until,
         }
-        for each in sorted(wanted)
+        for each in wanted
     ]
     statement = insert_into(connection, _tokens)
     is_free = or_(_tokens.c.reserved_until.is_(None), _tokens.c.reserved_until <= now)
@@ -96,9 +170,8 @@ def renew_for_all_orgs(connection: Connection, ids: Sequence[str], *, holder: st
     mine = (among(connection, _tokens.c.id, ids), _tokens.c.reserved_by == holder)
     locked = connection.execute(select(_tokens.c.id).where(*mine).order_by(_tokens.c.id).with_for_update())
     until = database_now(connection) + lasts
-    connection.execute(
-        update(_tokens).where(_tokens.c.id.in_(list(locked.scalars()))).values(reserved_until=until)
-    )
+    held = among(connection, _tokens.c.id, list(locked.scalars()))
+    connection.execute(update(_tokens).where(held).values(reserved_until=until))
 
 
 def release(connection: Connection, id: str, *, holder: str) -> None:
@@ -114,13 +187,17 @@ def put_for_all_orgs(connection: Connection, tokens: Sequence[Row]) -> set[str]:
     Not of a credential that is no longer active, or of an org that is suspended or removed: both are
     locked here, so that a retirement deletes what was stored before it and nothing is stored after it.
     """
+    # One statement changes a row once: of two tokens for one key, the last one.
+    tokens = [each for each in {each["id"]: each for each in tokens}.values() if each["left"] > 0]
+    used = {each["credential_id"] for each in tokens}
+    if is_postgresql(connection):
+        values = [form([each[name] for each in tokens]) for name, form in PUT_COLUMNS.items()]
+        return {id_ for (id_,) in driver(connection).execute(PUT, (plain(sorted(used)), *values))}
     lock = (
         select(_credentials.c.id)
         .join(_orgs, _orgs.c.id == _credentials.c.org_id)
-        .where(among(connection, _credentials.c.id, {each["credential_id"] for each in tokens}))
+        .where(_credentials.c.id.in_(used))
         .where(_credentials.c.state == "active", _orgs.c.state.in_(("active", "paused")))
-        .order_by(_credentials.c.id)
-        .with_for_update(read=True)
     )
     usable = set(connection.execute(lock).scalars())
     now = database_now(connection)
@@ -134,9 +211,8 @@ def put_for_all_orgs(connection: Connection, tokens: Sequence[Row]) -> set[str]:
             "reserved_by": None,
             "reserved_until": None,
         }
-        # One statement changes a row once: of two tokens for one key, the last one.
-        for each in sorted({each["id"]: each for each in tokens}.values(), key=itemgetter("id"))
-        if each["credential_id"] in usable and each["left"] > 0
+        for each in tokens
+        if each["credential_id"] in usable
     ]
     if not rows:
         return set()

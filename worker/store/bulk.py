@@ -24,7 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.types import JSON, UserDefinedType
 
 from worker.store.dialect import Id, Instant, chunks, compact_json, driver, is_postgresql
-from worker.store.sql.postgresql.arrays import plain, texts, timestamps
+from worker.store.sql.postgresql.arrays import binaries, plain, texts, timestamps
 from worker.store.sql.sqlite.values import in_one_step, instant
 
 # Rows of one statement.
@@ -114,10 +114,6 @@ def _quoted(names: Iterable[str]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-def _binaries(values: Iterable[bytes | None]) -> str:
-    return texts([None if value is None else f"\\x{value.hex()}" for value in values])
-
-
 def _jsons(values: Iterable[Any]) -> str:
     """As `jsons`; the text of a value that follows itself, as the spec of a template, is made once."""
     found: list[str | None] = []
@@ -148,5 +144,5 @@ def _form_of(column: Column[Any]) -> _Form:
     if isinstance(kind, Integer):
         return _Form("integer", plain)
     if isinstance(kind, LargeBinary):
-        return _Form("bytea", _binaries)
+        return _Form("bytea", binaries)
     return _Form("text", texts)

@@ -365,34 +365,35 @@ class BatchLoader(Generic[K, V]):
     ) -> None:
         self._read = read
         self._linger = linger
-        self._waiting: dict[K, asyncio.Future[V | None]] = {}
+        self._waiting: dict[K, list[asyncio.Future[V | None]]] = {}
         self._reading: asyncio.Task[None] | None = None
 
     async def of(self, key: K) -> V | None:
         """The value of one key; raises what `read` raises."""
-        answer = self._waiting.get(key)
-        if answer is None:
-            loop = asyncio.get_running_loop()
-            answer = self._waiting[key] = loop.create_future()
-            if self._reading is None:
-                self._reading = loop.create_task(self._read_all())
-        # Several callers may wait for one key: the cancellation of one leaves the others alone.
-        return await asyncio.shield(answer)
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[V | None] = loop.create_future()
+        self._waiting.setdefault(key, []).append(answer)
+        if self._reading is None:
+            self._reading = loop.create_task(self._read_all())
+        return await answer
 
     async def _read_all(self) -> None:
         try:
             while keys := list(self._waiting)[:BATCH]:
-                answers = {key: self._waiting.pop(key) for key in keys}
+                # Several callers may wait for one key, each with its own future: one may be cancelled.
+                answers = [(key, answer) for key in keys for answer in self._waiting.pop(key)]
                 try:
                     found = await self._read(keys)
                 except Exception as error:
-                    for answer in answers.values():
-                        answer.set_exception(error)
-                        # Mark it as retrieved, in case no caller waits any more.
-                        answer.exception()
+                    for _, answer in answers:
+                        if not answer.done():
+                            answer.set_exception(error)
+                            # Mark it as retrieved, in case no caller waits any more.
+                            answer.exception()
                 else:
-                    for key, answer in answers.items():
-                        answer.set_result(found.get(key))
+                    for key, answer in answers:
+                        if not answer.done():
+                            answer.set_result(found.get(key))
                 if self._linger:
                     await asyncio.sleep(self._linger)
         finally:

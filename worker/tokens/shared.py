@@ -140,7 +140,8 @@ class SharedTokens:
         self._ring = ring
         self._clock = clock
         self._versions: OrderedDict[TokenKey, int] = OrderedDict()
-        self._reserved: set[TokenKey] = set()
+        # When each was reserved or renewed, monotonic.
+        self._reserved: dict[TokenKey, float] = {}
         self._renewing: asyncio.Task[None] | None = None
 
     async def find(
@@ -226,7 +227,7 @@ class SharedTokens:
                 return False
         except Unavailable:
             return True
-        self._reserved.add(key)
+        self._reserved[key] = self._clock.monotonic()
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._renew())
         return True
@@ -234,7 +235,7 @@ class SharedTokens:
     async def put(self, request: TokenRequest, granted: GrantedToken, *, left: float) -> None:
         """Store a verified and enforced token with `left` seconds to live, and end the reservation."""
         key, ring = TokenKey.of(request), self._ring(None)
-        self._reserved.discard(key)
+        self._reserved.pop(key, None)
         if ring is None:
             return
         sealed, key_id = ring.seal_token(granted.text, _place(request, granted.credential))
@@ -249,8 +250,7 @@ class SharedTokens:
     async def release(self, request: TokenRequest) -> None:
         """End the reservation: no token came."""
         key = TokenKey.of(request)
-        if key in self._reserved:
-            self._reserved.discard(key)
+        if self._reserved.pop(key, None) is not None:
             try:
                 await self._store.release(key)
             except Unavailable:
@@ -279,10 +279,16 @@ class SharedTokens:
                 await self._clock.sleep(RENEW)
                 if not self._reserved:
                     return
+                now = self._clock.monotonic()
+                # Most tokens come before that.
+                old = [key for key, since in self._reserved.items() if since <= now - RENEW]
+                if not old:
+                    continue
                 try:
-                    await self._store.renew(frozenset(self._reserved), RESERVED)
+                    await self._store.renew(old, RESERVED)
                 except Unavailable:
                     continue
+                self._reserved |= dict.fromkeys(self._reserved.keys() & old, now)
         finally:
             self._renewing = None
 

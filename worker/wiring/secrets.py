@@ -265,7 +265,7 @@ class StoredTokens:
 
     async def _find(self, keys: Sequence[TokenKey]) -> Mapping[TokenKey, Found]:
         rows = await self._database.call_autocommit(access_tokens.find_for_all_orgs, [key.id for key in keys])
-        return {TokenKey(row["id"], row["org_id"]): _found(row) for row in rows}
+        return {TokenKey(row.id, row.org_id): _found(row) for row in rows}
 
     async def _reserve(
         self, wanted: Sequence[access_tokens.Reservation]
@@ -286,11 +286,10 @@ class StoredTokens:
 _COLUMNS = ("issuer", "credential_id", "sealed", "key_id", "received_ago", "left")
 
 
-def _found(row: Mapping[str, Any]) -> Found:
-    if row["sealed"] is None or row["left"] <= 0:
-        return Found(row["version"])
-    names = ("sealed", "key_id", "credential_id", "age", "left")
-    return Found(row["version"], StoredToken(*(row[name] for name in names)))
+def _found(row: access_tokens.Stored) -> Found:
+    if row.sealed is None or row.left <= 0:
+        return Found(row.version)
+    return Found(row.version, StoredToken(row.sealed, row.key_id, row.credential_id, row.age, row.left))
 
 
 @asynccontextmanager

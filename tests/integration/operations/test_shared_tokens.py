@@ -51,10 +51,10 @@ def put(database: Database, rows: Any, keyring: KeyRing, *org_ids: OrgId, left: 
         return sorted(access_tokens.put_for_all_orgs(connection, tokens))
 
 
-def find(database: Database, *org_ids: OrgId) -> dict[str, Any]:
+def find(database: Database, *org_ids: OrgId) -> dict[OrgId, access_tokens.Stored]:
     with database.autocommit() as connection:
         found = access_tokens.find_for_all_orgs(connection, [f"key-{org_id}" for org_id in org_ids])
-    return {row["org_id"]: row for row in found if row["sealed"] is not None}
+    return {row.org_id: row for row in found if row.sealed is not None}
 
 
 def reserve(database: Database, holder: str, *org_ids: OrgId, version: int = 0) -> set[str]:
@@ -75,10 +75,10 @@ def test_what_was_stored_is_found_with_its_age(database, rows, keyring, org_ids,
     assert lives[f"key-{org_ids[0]}"] == pytest.approx((12, 3590), abs=1)
     assert len(lives) == len(org_ids)
     row = found[org_ids[0]]
-    assert (row["version"], row["key_id"]) == (1, keyring.sealing_key_id)
-    assert row["age"] == pytest.approx(12, abs=1)
-    assert row["left"] == pytest.approx(3590, abs=1)
-    opened = keyring.open_token(row["sealed"], row["key_id"], [org_ids[0]])
+    assert (row.version, row.key_id) == (1, keyring.sealing_key_id)
+    assert row.age == pytest.approx(12, abs=1)
+    assert row.left == pytest.approx(3590, abs=1)
+    opened = keyring.open_token(row.sealed, row.key_id, [org_ids[0]])
     assert opened == f"token of {org_ids[0]}"
 
 
@@ -86,7 +86,7 @@ def test_of_two_tokens_for_one_key_in_a_batch_the_last_is_stored(database, rows,
     put(database, rows, keyring, org_ids[0], org_ids[1], org_ids[0])
     put(database, rows, keyring, org_ids[0])
 
-    assert {id_: row["version"] for id_, row in find(database, *org_ids).items()} == {
+    assert {id_: row.version for id_, row in find(database, *org_ids).items()} == {
         org_ids[0]: 2,
         org_ids[1]: 1,
     }
@@ -205,7 +205,7 @@ def test_a_new_key_deletes_what_the_old_one_sealed(database, rows, keyring, org_
     put(database, rows, keyring, org_ids[0])
     remove_key(database, ring, keyring.sealing_key_id, actor="ops")
     found = find(database, *org_ids)
-    assert {row["key_id"] for row in found.values()} == {done["key_id"]}
+    assert {row.key_id for row in found.values()} == {done["key_id"]}
     assert set(found) == set(org_ids[1:])
 
 

@@ -63,6 +63,10 @@ def texts(values: Iterable[str | None]) -> str:
     return _literal(["NULL" if value is None else _quoted(value) for value in values])
 
 
+def binaries(values: Iterable[bytes | None]) -> str:
+    return _literal(["NULL" if value is None else f'"\\\\x{value.hex()}"' for value in values])
+
+
 def jsons(values: Iterable[Any]) -> str:
     """Values as JSON text; None becomes null."""
     return _literal(["NULL" if value is None else _quote(compact_json(value)) for value in values])
