@@ -245,7 +245,7 @@ class _Stream(asyncio.Protocol, httpcore.AsyncNetworkStream):
         return self._transport.get_extra_info(_NAMES.get(info, info))
 
     def _is_readable(self) -> bool:
-        """Whether the loop will hear of the end, or of something that nobody asked for."""
+        """Whether the end has arrived, or data that was not asked for, before the loop knows it."""
         if self._transport.is_closing():
             return True
         look = select.poll()

@@ -74,7 +74,7 @@ async def test_what_is_too_much_is_sent_in_parts_and_read_in_parts() -> None:
     assert sum(map(len, parts)) == size
 
 
-async def test_reading_pauses_while_nobody_takes_what_came() -> None:
+async def test_reading_pauses_while_data_is_not_taken() -> None:
     sent = 0
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
