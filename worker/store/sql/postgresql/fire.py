@@ -15,21 +15,21 @@ from worker.store.sql.postgresql.arrays import Columns, flags, jsons, numbers, p
 
 # The clock is in a subquery: called once, it can be compared along an index.
 LOCK = """
-SELECT definition_id FROM schedule
+SELECT definition_id, next_scheduled_for FROM schedule
 WHERE next_fire_at <= (SELECT clock_timestamp())
 ORDER BY next_fire_at LIMIT %s FOR UPDATE SKIP LOCKED
 """
 
 LOCK_NEWEST = LOCK.replace("ORDER BY next_fire_at", "ORDER BY next_fire_at DESC")
 
-# A separate statement: the snapshot of the one that locks is older than its locks.
+# A separate statement: the snapshot of the one that locks is older than its locks. It does not read
+# `schedule` again: with old statistics PostgreSQL would walk the index of fire times, past all that is due.
+# `LIMIT 1` makes it look each definition up by its key; it might read all of them for a join.
 DUE = """
-SELECT s.definition_id, s.org_id, o.code, o.timezone, d.name, d.revision, s.next_scheduled_for, o.pool
-FROM schedule s
-JOIN definitions d ON d.id = s.definition_id
-JOIN orgs o ON o.id = s.org_id
-WHERE s.definition_id = ANY(%s::uuid[]) AND s.next_fire_at IS NOT NULL
-ORDER BY s.next_fire_at
+SELECT d.id, d.org_id, o.code, o.timezone, d.name, d.revision, o.pool
+FROM unnest((SELECT %s::uuid[])) AS s(definition_id)
+CROSS JOIN LATERAL (SELECT * FROM definitions d WHERE d.id = s.definition_id LIMIT 1) d
+CROSS JOIN LATERAL (SELECT * FROM orgs o WHERE o.id = d.org_id LIMIT 1) o
 """
 
 CLOCK = "SELECT clock_timestamp()"
@@ -164,24 +164,27 @@ def fire_first(connection: Connection) -> tuple[datetime, datetime | None]:
 def fire_lock(connection: Connection, *, limit: int, specs: Specs) -> tuple[datetime, list[DueDefinition]]:
     raw = driver(connection)
     oldest, newest = shares(limit)
-    locked = [id_ for (id_,) in raw.execute(LOCK, (oldest,))]
+    locked = raw.execute(LOCK, (oldest,)).fetchall()
     if len(locked) == oldest and newest:
-        locked += [id_ for (id_,) in raw.execute(LOCK_NEWEST, (newest,))]
+        locked += reversed(raw.execute(LOCK_NEWEST, (newest,)).fetchall())
     if not locked:
         (now,) = raw.execute(CLOCK).fetchone()
         return now, []
     with raw.pipeline():
-        rows = raw.execute(DUE, (plain(locked),))
+        rows = raw.execute(DUE, (words(id_ for id_, _ in locked),))
         clock = raw.execute(CLOCK)
-        due = rows.fetchall()
+        found = {row[0]: row for row in rows.fetchall()}
         (now,) = clock.fetchone()
+    due = [(found[id_], scheduled_for) for id_, scheduled_for in locked if id_ in found]
     # Looked up one by one: a difference of sets would walk the whole cache.
-    missing = sorted(pair for row in due if (pair := (row[0], row[5])) not in specs)
+    missing = sorted(pair for row, _ in due if (pair := (row[0], row[5])) not in specs)
     if missing:
         pairs = plain(id_ for id_, _ in missing), plain(revision for _, revision in missing)
         for id_, revision, spec in raw.execute(SPECS, pairs):
             specs[id_, revision] = shared_spec(spec)
-    return now, [DueDefinition(*(*row[:7], specs[row[0], row[5]], row[7])) for row in due]
+    return now, [
+        DueDefinition(*(*row[:6], scheduled_for, specs[row[0], row[5]], row[6])) for row, scheduled_for in due
+    ]
 
 
 def fire_write(connection: Connection, runs: Sequence[NewRun], next_fires: Sequence[NextFire]) -> Fired:
