@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -36,7 +37,7 @@ def generate(
     session = session_of(context)
     path = session.settings.keyring_file
     if not anew and not path.exists():
-        _check_not_lost(session, str(path))
+        _check_not_lost(session, path)
     ring = KeyRing.generate(path)
     print_row({"keyring": str(ring.path), "key_id": ring.sealing_key_id}, output, key="key_id")
 
@@ -116,7 +117,7 @@ def remove(
     print_row({"key_id": key_id, "removed": True}, output, key="key_id")
 
 
-def _check_not_lost(session: Invocation, path: str) -> None:
+def _check_not_lost(session: Invocation, path: Path) -> None:
     """Refuse to replace a ring that still seals secrets of the database."""
     from worker.operations.keys import check_ring
     from worker.store import schema

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection
@@ -36,17 +37,19 @@ def list_keys(database: Database, ring: KeyRing | None) -> list[Row]:
     ]
 
 
-def check_ring(database: Database, ring: KeyRing | None, place: str) -> None:
-    """Refuse to continue if none of the keys that seal active secrets is in the ring.
+def check_ring(database: Database, ring: KeyRing | None, path: Path) -> None:
+    """Refuse to continue if none of the keys that seal active secrets is in the ring at `path`.
 
     Raises:
         ConfigurationError: the ring is missing, or is the wrong one.
     """
     rows = [row for row in list_keys(database, ring) if row["active"]]
-    if rows and not any(row["in_ring"] for row in rows):
+    # A command that seals the first secret of a database makes the ring before, maybe just now.
+    missed = ring is None and path.exists()
+    if rows and not missed and not any(row["in_ring"] for row in rows):
         count = sum(row["active"] for row in rows)
         raise ConfigurationError(
-            f"the database has {count} sealed secrets, and {place} has none of their keys",
+            f"the database has {count} sealed secrets, and {path} has none of their keys",
             fix="put the key ring back; if it is lost, `keys generate --anew` makes a new one,"
             " and each org needs its secret again (`credentials add`)",
         )

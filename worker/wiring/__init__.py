@@ -32,7 +32,7 @@ def open_keyring(settings: Settings, *, database: Database | None = None) -> Key
 
     path = settings.keyring_file
     if database is not None and not path.exists():
-        check_ring(database, None, str(path))
+        check_ring(database, None, path)
         if settings.database.sqlite_file is not None:
             return KeyRing.load_or_generate(path)
     return KeyRing.load(path)

@@ -111,7 +111,7 @@ def run(settings: Settings) -> int:
         hosts = AttemptListener(settings.attempts, clock)
         hosts.bind()
         if not settings.keyring_file.exists():
-            check_ring(database, None, str(settings.keyring_file))
+            check_ring(database, None, settings.keyring_file)
         children = ChildPool(
             clock,
             # On SQLite the file lock decides, not the lease: nothing is frozen.
@@ -133,7 +133,7 @@ def run(settings: Settings) -> int:
         # From here on this process holds keys, and nothing is forked from it.
         try:
             keyring = open_keyring(settings, database=database)
-            check_ring(database, keyring, str(keyring.path))
+            check_ring(database, keyring, keyring.path)
         except ConfigurationError:
             asyncio.run(children.close())
             raise

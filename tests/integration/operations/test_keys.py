@@ -10,7 +10,7 @@ from sqlalchemy import update
 
 from worker import wiring
 from worker.errors import ConfigurationError, Conflict, NotFound
-from worker.operations.keys import list_keys, rekey, remove_key
+from worker.operations.keys import check_ring, list_keys, rekey, remove_key
 from worker.operations.orgs import import_orgs
 from worker.settings import load
 from worker.store import tables
@@ -49,6 +49,15 @@ def test_every_secret_is_sealed_anew_in_batches_and_still_opens(database, keyrin
         (old, False, 0),
         (done["key_id"], True, 5),
     ]
+
+
+def test_a_ring_that_is_made_meanwhile_is_not_lost(database, keyring, tmp_path):
+    """A worker looks for the ring, then for secrets; in between, a command makes both."""
+    add_orgs(database, keyring, 1)
+
+    check_ring(database, None, keyring.path)
+    with pytest.raises(ConfigurationError, match="has 1 sealed secrets"):
+        check_ring(database, None, tmp_path / "lost")
 
 
 def test_an_interrupted_rekey_goes_on_with_the_same_key(database, keyring, rows):

@@ -192,7 +192,7 @@ def test_a_lost_ring_is_found(database, keyring, tmp_path):
         assert "secrets rotate org_a openai" in found.fix
     assert rekey(database, other, actor="ops")["unopened"] == 1
     with pytest.raises(ConfigurationError, match="has 1 sealed secrets"):
-        check_ring(database, None, "the place")
+        check_ring(database, None, tmp_path / "lost")
 
 
 FILE = """
