@@ -21,7 +21,7 @@ from importlib.metadata import EntryPoint
 from typing import Any, Self
 
 from worker.definitions.pools import parse_pool
-from worker.handlers.installed import FOLDERS, Distribution, distributions, environment
+from worker.handlers.installed import FOLDERS, Distribution, distributions, environment, normalised
 from worker.handlers.job import MOST_SECRETS, SECRET_NAME
 from worker.handlers.json_text import clean
 from worker.handlers.schema import check_schema
@@ -80,7 +80,10 @@ async def read_catalogue(
     counts = Counter(point.name for found in everyone for point in found.points)
     entries: asyncio.Queue[HandlerEntry | None] = asyncio.Queue()
     given: list[_Given] = []
-    for distribution in everyone if names is None else distributions(names):
+    wanted = None if names is None else {normalised(name) for name in names}
+    for distribution in everyone:
+        if wanted is not None and normalised(distribution.name) not in wanted:
+            continue
         for point in distribution.points:
             if counts[point.name] > 1:
                 entries.put_nowait(_entry(distribution, point, {"error": _DUPLICATE}))
@@ -143,12 +146,16 @@ class _Child:
         async with self._stack as stack:
             written = []
             forks = []
-            for distribution, points in self._given:
+            for _, points in self._given:
                 folder = tempfile.TemporaryDirectory(prefix=FOLDERS, ignore_cleanup_errors=True)
-                names = [point.name for point in points]
                 written.append(await self._pipe(stack))
-                forks.append({"distribution": distribution.name, "names": names, "descriptor": written[-1]})
-                forks[-1]["folder"] = stack.enter_context(folder)
+                forks.append(
+                    {
+                        "points": {point.name: point.value for point in points},
+                        "descriptor": written[-1],
+                        "folder": stack.enter_context(folder),
+                    }
+                )
             try:
                 self._process = await asyncio.create_subprocess_exec(
                     *self._command,

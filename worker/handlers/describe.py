@@ -1,9 +1,9 @@
 """Loads entry points in processes of their own and prints what each declares.
 
 `python -m worker.handlers.describe` reads a line of JSON: `seconds` for an import, `at_once`, and
-`distributions`, each with a `descriptor`, a `folder` and the `names` of entry points. It imports what most
-handlers need, and forks for each distribution. A fork writes a line of JSON for each name to its descriptor,
-in that order. Any of them may hang or end the process; the reader sees which.
+`distributions`, each with a `descriptor`, a `folder` and its entry `points`, values by name. It imports what
+most handlers need, and forks for each distribution. A fork writes a line of JSON for each entry point to its
+descriptor, in that order. Any of them may hang or end the process; the reader sees which.
 
 This process prints `[INDEX]` when a fork starts and `[INDEX, EXIT CODE]` when it is gone, with all that it
 started. A line INDEX kills a fork; the end of standard input kills all.
@@ -20,16 +20,17 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.metadata import EntryPoint
 from typing import Any
 
 from worker.definitions.pools import parse_pool
 from worker.definitions.units import parse_duration, parse_memory
 from worker.handlers import denials
-from worker.handlers.installed import distributions
+from worker.handlers.installed import GROUP
 from worker.handlers.job import Job
 
-# What most handlers import.
-SHARED = ("httpx", "pydantic", "worker.handlers.context")
+# What most handlers import, and what their models need once they are declared.
+SHARED = ("httpx", "pydantic.fields", "pydantic.type_adapter", "worker.handlers.context")
 
 
 def offer_of(job: Job) -> dict[str, Any]:
@@ -106,7 +107,7 @@ class _Forks:
         for index in list(self._running):
             self.end(index)
 
-    def _load(self, distribution: str, names: list[str], folder: str, descriptor: int) -> None:
+    def _load(self, points: Mapping[str, str], folder: str, descriptor: int) -> None:
         """What a fork does; a plug-in's own output is discarded."""
         code = 1
         try:
@@ -121,12 +122,12 @@ class _Forks:
             os.chdir(folder)
             os.environ.update(HOME=folder, TMPDIR=folder)
             self._confine()
-            points = {point.name: point for found in distributions([distribution]) for point in found.points}
             with os.fdopen(descriptor, "w", encoding="utf-8") as lines:
-                for name in names:
+                for name, target in points.items():
                     # The reader may be gone, and an import may hang.
                     signal.alarm(int(self._given["seconds"]) + 5)
-                    lines.write(json.dumps(described(points[name].load, name, points[name].value)) + "\n")
+                    load = EntryPoint(name, target, GROUP).load
+                    lines.write(json.dumps(described(load, name, target)) + "\n")
                     lines.flush()
             code = 0
         finally:

@@ -7,8 +7,8 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib import import_module, metadata
+from importlib.metadata import EntryPoint
 
 GROUP = "worker.jobs"
 
@@ -30,16 +30,17 @@ class Distribution:
 def distributions(names: Iterable[str] | None = None) -> list[Distribution]:
     """The installed distributions with handlers; only those named, if names are given."""
     wanted = None if names is None else {normalised(name) for name in names}
-    found: dict[str, tuple[str, str, list[EntryPoint]]] = {}
-    for point in entry_points(group=GROUP):
-        if point.dist is None or not (wanted is None or normalised(point.dist.name) in wanted):
-            continue
-        entry = found.setdefault(normalised(point.dist.name), (point.dist.name, point.dist.version, []))
-        entry[2].append(point)
-    return [
-        Distribution(name, version, tuple(sorted(points, key=lambda point: point.name)))
-        for name, version, points in found.values()
-    ]
+    points: dict[metadata.Distribution, list[EntryPoint]] = {}
+    for point in metadata.entry_points(group=GROUP):
+        if point.dist is not None:
+            points.setdefault(point.dist, []).append(point)
+    found = []
+    for dist, offered in points.items():
+        about = dist.metadata  # each access reads and parses the file
+        if wanted is None or normalised(about["Name"]) in wanted:
+            offered.sort(key=lambda point: point.name)
+            found.append(Distribution(about["Name"], about["Version"], tuple(offered)))
+    return found
 
 
 def normalised(name: str) -> str:

@@ -44,7 +44,8 @@ class CatalogueReader:
     async def run(self) -> None:
         """Read it once, then wait for cancellation."""
         if not self._has_read:
-            names: dict[str, set[str]] = {name: set() for name in installed()}
+            versions = installed()
+            names: dict[str, set[str]] = {name: set() for name in versions}
             reading = read_catalogue(pass_environment=self.pass_environment, command=self.command)
             async for entry in reading:
                 names.setdefault(entry.distribution, set()).add(entry.name)
@@ -52,7 +53,7 @@ class CatalogueReader:
             await self.sink.complete(names)
             for distribution, known in names.items():
                 offered = sum(self.handlers.get(name) is not None for name in known)
-                version = installed().get(distribution)
+                version = versions.get(distribution)
                 emit("handlers.loaded", distribution=distribution, version=version, handlers=offered)
             self._has_read = True
         await asyncio.Event().wait()
