@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.fakes import forked
 from tests.fakes.attempts import TOKEN, Attempts, problem
 from tests.fakes.handlers import install_handlers, read_journal
 from tests.fakes.pages import ROOT, blocks
@@ -61,7 +62,7 @@ write_paths = ["{self.out}"]
         environment = kept | {"PYTHONPATH": str(self.folder / "plugins")}
         command = [sys.executable, "-m", "worker", "--config", str(self.config), "host", *arguments]
         with self.log.open("ab") as log:
-            process = subprocess.Popen(command, cwd=self.folder, env=environment, stderr=log, stdout=log)
+            process = forked.start(command, cwd=self.folder, env=environment, output=log)
         self.processes.append(process)
         return process
 
@@ -320,8 +321,8 @@ def test_health_says_whether_the_host_takes_runs(machine: Machine, attempts: Att
 def test_doctor_on_a_host_says_what_it_lacks(machine: Machine) -> None:
     def doctor() -> tuple[int, dict[str, bool]]:
         command = [sys.executable, "-m", "worker", "--config", str(machine.config), "doctor", "-o", "json"]
-        done = subprocess.run(command, cwd=machine.folder, capture_output=True, text=True)
-        return done.returncode, {row["check"]: row["ok"] for row in json.loads(done.stdout)}
+        done = forked.run(command, cwd=machine.folder, env=os.environ)
+        return done.code, {row["check"]: row["ok"] for row in done.json()}
 
     assert doctor() == (0, {"token": True, "control": True, "sandbox": True, "trusted_code": True})
     machine.token.write_text("another")

@@ -112,6 +112,8 @@ class Process:
 
 
 _servers: dict[int, Path] = {}
+# The exit code of a fork, once it has one.
+_code: list[int] = []
 
 
 def start(
@@ -277,8 +279,17 @@ def import_all() -> None:
         importlib.import_module(name)
 
 
+def leave() -> None:
+    """End a fork without freeing what it shares with the server: copying that takes 0.1 s."""
+    if _code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_code[0])
+
+
 def main() -> None:
     """The server; in a fork, the command."""
+    atexit.register(leave)  # before any other callback, so that it is called last
     started_with = list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
     base = sys.path[1 + len(started_with) :]
     request = serve(Path(sys.argv[1]))
@@ -302,7 +313,12 @@ def main() -> None:
         site.addsitedir(str(added))
     importlib.invalidate_caches()
     sys.argv[1:] = request["arguments"]
-    runpy.run_module("worker", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module("worker", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            _code.append(end.code)
+        raise
 
 
 if __name__ == "__main__":

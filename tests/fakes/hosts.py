@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.fakes import forked
 from tests.fakes.site import Site
 
 
@@ -60,12 +61,12 @@ write_paths = ["{self.site.out}"]
         release = [] if tree is None else [str(tree)]
         path = os.pathsep.join([*release, str(self.site.plugins), os.environ.get("PYTHONPATH", "")])
         with self.log(name).open("ab") as log:
-            process = subprocess.Popen(
+            process = forked.start(
                 [sys.executable, "-m", "worker", "--config", str(config), "host"],
                 cwd=folder,
                 env=kept | {"PYTHONPATH": path} | (environment or {}),
-                stdout=log,
-                stderr=log,
+                output=log,
+                fork=tree is None,
             )
         self._processes.append(process)
         return process

@@ -159,14 +159,25 @@ write_paths = ["{self.out}"]
         if launcher is not None:
             command[1:3] = [str(launcher)]
         command = [*before, *command]
-        # A fork starts so fast that the killed worker's processes may still be there.
-        fork = self.may_fork and not self._workers
+        self._wait_for_the_killed()
         with self.log.open("ab") as log:
             worker = forked.start(
-                command, cwd=self.folder, env=self.process_environment(), output=log, fork=fork
+                command, cwd=self.folder, env=self.process_environment(), output=log, fork=self.may_fork
             )
         self._workers.append(worker)
         return worker
+
+    def _wait_for_the_killed(self) -> None:
+        """Give what a killed worker has left a second to end: a fork starts at once, and would find it."""
+        killed = [f'"parent": {worker.pid},' for worker in self._workers if worker.poll() is not None]
+        until = time.monotonic() + 1.0
+
+        def left() -> bool:
+            commands = [" ".join(found.info["cmdline"] or ()) for found in psutil.process_iter(["cmdline"])]
+            return any(parent in command for command in commands for parent in killed)
+
+        while killed and left() and time.monotonic() < until:
+            time.sleep(0.02)
 
     def stop_worker(self, worker: subprocess.Popen[bytes], timeout: float = 45.0) -> int:
         """Drain it by SIGTERM and return its exit code."""
