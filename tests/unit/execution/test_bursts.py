@@ -228,6 +228,38 @@ async def test_what_many_attempts_need_is_read_together(
     assert [one.event.name for one in emitted if one.event.name == "loop.failed"] == told
 
 
+async def test_runs_admitted_meanwhile_start_once_what_they_need_is_read(clock: ManualClock) -> None:
+    """They are read together, while those that were admitted before start."""
+    known: set[str] = set()
+    unknown: list[str] = []
+
+    async def prepare(runs: Sequence[AdmittedRun]) -> None:
+        await asyncio.sleep(0)
+        known.update(run.id for run in runs)
+
+    async def attempt(inflight: InflightRun, tools: Any) -> EndedAttempt:
+        if inflight.run.id not in known:
+            unknown.append(inflight.run.id)
+        return ended(inflight.run.id)
+
+    store, ends = Backlog(0), []
+    dispatcher = dispatcher_of(store, InflightRuns(), clock, ends, attempt)
+    dispatcher.tools.prepare = prepare
+    writing = asyncio.create_task(dispatcher.finisher.run())
+    later = START + timedelta(seconds=1)
+    for number in range(4):
+        names = [f"{number}-{n}" for n in range(3 * BURST)]
+        dispatcher.start([admitted(name, available_at=later if number else START) for name in names])
+        await asyncio.sleep(0)
+    assert dispatcher.running > 0
+    await settle(200)
+    writing.cancel()
+
+    assert len(ends) == 12 * BURST
+    assert unknown == []
+    assert dispatcher.running == 0
+
+
 async def test_the_tokens_of_each_run_in_flight_are_masked(
     clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

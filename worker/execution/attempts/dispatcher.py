@@ -59,7 +59,10 @@ class Dispatcher(Generic[T]):
     on_end: Callable[[EndedAttempt, InflightRun | None], None]
     report: Callable[[EndedAttempt, InflightRun | None], None] = events.run_ended
     _attempts: set[asyncio.Task[None]] = field(default_factory=set)
+    # Admitted runs, until what they need is read; then until they start.
+    _admitted: deque[InflightRun] = field(default_factory=deque)
     _queue: deque[InflightRun] = field(default_factory=deque)
+    _preparing: asyncio.Task[None] | None = None
     _starting: asyncio.Task[None] | None = None
 
     def __post_init__(self, store: FinishStore) -> None:
@@ -67,15 +70,29 @@ class Dispatcher(Generic[T]):
 
     @property
     def running(self) -> int:
-        return len(self._attempts) + len(self._queue)
+        return len(self._attempts) + len(self._admitted) + len(self._queue)
 
     def start(self, runs: Iterable[AdmittedRun]) -> None:
-        """Start the attempts of runs that were just admitted, in this order.
+        """Start the attempts of runs that were just admitted, in this order, once what they need is read.
 
         A tenth goes before those that still queue here, if it became due later: see `RingWalk.admit`.
         """
-        added = [self.inflight_runs.add(run) for run in runs]
-        if self._queue and added:
+        self._admitted.extend([self.inflight_runs.add(run) for run in runs])
+        if self._admitted and (self._preparing is None or self._preparing.done()):
+            self._preparing = start_task(self._prepare_admitted(), loop=asyncio.get_running_loop())
+
+    async def _prepare_admitted(self) -> None:
+        while self._admitted:
+            prepared = list(islice(self._admitted, PREPARED))
+            await self._prepare([inflight.run for inflight in prepared])
+            for _ in prepared:
+                self._admitted.popleft()
+            self._enqueue(prepared)
+            if self._starting is None or self._starting.done():
+                self._starting = start_task(self._start_queued(), loop=asyncio.get_running_loop())
+
+    def _enqueue(self, added: list[InflightRun]) -> None:
+        if self._queue:
             head = self._queue[0].run.available_at
             newest = nlargest(len(added) // 10 + 1, added, key=lambda inflight: inflight.run.available_at)
             ahead = {inflight.run.id: inflight for inflight in newest if inflight.run.available_at > head}
@@ -83,29 +100,16 @@ class Dispatcher(Generic[T]):
                 self._queue.extendleft(ahead.values())
                 added = [inflight for inflight in added if inflight.run.id not in ahead]
         self._queue.extend(added)
-        if self._queue and (self._starting is None or self._starting.done()):
-            self._starting = start_task(self._start_queued(), loop=asyncio.get_running_loop())
 
     async def _start_queued(self) -> None:
         loop = asyncio.get_running_loop()
-        reading: asyncio.Task[None] | None = None
         while self._queue:
-            await (self._prepare(self._queued(0)) if reading is None else reading)
-            # What the next ones need is read while these start.
-            following = self._queued(PREPARED)
-            reading = loop.create_task(self._prepare(following)) if following else None
-            for _ in range(0, PREPARED, BURST):
-                for _ in range(min(BURST, len(self._queue))):
-                    task = start_task(self._attempt(self._queue.popleft()), loop=loop)
-                    if not task.done():
-                        self._attempts.add(task)
-                        task.add_done_callback(self._attempts.discard)
-                await asyncio.sleep(0)
-                if not self._queue:
-                    break
-
-    def _queued(self, first: int) -> list[AdmittedRun]:
-        return [inflight.run for inflight in islice(self._queue, first, first + PREPARED)]
+            for _ in range(min(BURST, len(self._queue))):
+                task = start_task(self._attempt(self._queue.popleft()), loop=loop)
+                if not task.done():
+                    self._attempts.add(task)
+                    task.add_done_callback(self._attempts.discard)
+            await asyncio.sleep(0)
 
     async def _prepare(self, runs: Sequence[AdmittedRun]) -> None:
         """Read together what these runs need. Each attempt reads for itself what is missing."""
@@ -124,8 +128,9 @@ class Dispatcher(Generic[T]):
     async def drain(self, grace: timedelta) -> None:
         """Ask every run to stop, and wait until the end of each is written."""
         self.request_drain(grace)
-        if self._starting is not None:
-            await self._starting
+        for task in (self._preparing, self._starting):
+            if task is not None:
+                await task
         while self._attempts:
             await asyncio.wait(set(self._attempts))
         await self.finisher.flushed()
