@@ -22,4 +22,7 @@ def parse_pool(value: Any) -> str:
 
 def pool_of(*declared: str | None) -> str:
     """The first that is declared: the definition's, then its handler's, then its org's; else `default`."""
-    return next((pool for pool in declared if pool), DEFAULT_POOL)
+    for pool in declared:
+        if pool:
+            return pool
+    return DEFAULT_POOL

@@ -26,9 +26,9 @@ _DAY = timedelta(days=1)
 _TICK = timedelta(microseconds=1)
 _ZERO = timedelta(0)
 
-# Results that are kept for the definitions of a template: they are due together, with one spec.
+# Decisions that are kept for the definitions of a template: they are due together, with one spec.
 SHARED = 64
-# Definitions that are kept, each with the spec that it was read from.
+# Specs that are kept as they were read, each for one time zone.
 SPECS_KEPT = 1000
 
 DeclaredBy = Callable[[str], Declared]
@@ -86,16 +86,11 @@ def decide_due(
     return Due(runs, _skipped(trigger, first, decided, run_from), following)
 
 
-# The definitions of one fire have the same `now`.
-_decide_due = lru_cache(maxsize=SHARED)(decide_due)
-
-
 def is_closed(trigger: Trigger, at: datetime) -> bool:
     """Whether this time is on a date of the trigger's calendar."""
     return any(piece.closed for piece in trigger.pieces(at, at))
 
 
-@lru_cache(maxsize=SHARED)
 def start_deadline(trigger: Trigger, scheduled_for: datetime, setting: timedelta | None) -> timedelta | None:
     """How long after it became available a run may start; None means indefinitely.
 
@@ -160,7 +155,10 @@ def spread_of(
     `auto` spreads `every` and `@…` over their period, at most an hour, and does not delay crontab
     lines and `at`; a duration spreads any schedule over that time.
     """
-    window = window_of(schedule, trigger, setting)
+    return _spread_within(window_of(schedule, trigger, setting), org_code, name)
+
+
+def _spread_within(window: timedelta, org_code: str, name: str) -> timedelta:
     if not window:
         return _ZERO
     digest = blake2b(f"{org_code}\0{name}".encode(), digest_size=8).digest()
@@ -185,17 +183,18 @@ def decide(due: DueDefinition, now: datetime, declared: DeclaredBy) -> Decision:
     Raises:
         DefinitionError: this version does not understand the stored spec or time zone.
     """
-    definition = _definition_of(due)
-    trigger = definition.trigger(due.org_timezone)
-    spread = spread_of(due.org_code, due.name, definition.schedule, trigger, definition.spread)
-    policy, wants = definition.misfire_policy, declared(definition.handler)
-    decided = _decide_due(trigger, policy, first=due.next_scheduled_for, now=now, spread=spread)
+    read = _read(due)
+    definition = read.definition
+    decided = _decide(read, due.next_scheduled_for, now, _spread_within(read.window, due.org_code, due.name))
+    wants = declared(definition.handler)
+    isolation, pool = (
+        definition.isolation or wants.isolation,
+        pool_of(definition.pool, wants.pool, due.org_pool),
+    )
 
-    def run_of(scheduled_for: datetime) -> NewRun:
-        available_at = scheduled_for + spread
+    def run_of(scheduled_for: datetime, available_at: datetime, start_by: datetime | None) -> NewRun:
         # Admission finds the newest that are due by their ids.
         run_id = RunId(new_id_at(available_at))
-        patience = start_deadline(trigger, scheduled_for, definition.start_deadline)
         return NewRun(
             id=run_id,
             org_id=due.org_id,
@@ -206,42 +205,82 @@ def decide(due: DueDefinition, now: datetime, declared: DeclaredBy) -> Decision:
             scheduled_for=scheduled_for,
             available_at=available_at,
             idempotency_key=run_id,
-            isolation=definition.isolation or wants.isolation,
+            isolation=isolation,
             serial=definition.serial,
             overlap=definition.overlap,
             priority=definition.priority,
             variant_handlers=definition.handlers if definition.variants else (),
             max_concurrent=definition.max_concurrent,
-            # For a missed time that still runs, the deadline counts from now.
-            start_by=None if patience is None else max(available_at, now) + patience,
-            pool=pool_of(definition.pool, wants.pool, due.org_pool),
+            start_by=start_by,
+            pool=pool,
         )
 
     def skip_of(span: Span) -> NewSkip:
         until, count, reason = span.skipped_until, span.count, span.reason
         return NewSkip(due.org_id, due.definition_id, due.revision, span.skipped_from, until, count, reason)
 
-    next_fire_at = None if decided.next is None else decided.next + spread
     return Decision(
-        runs=[run_of(scheduled_for) for scheduled_for in decided.runs],
+        runs=[run_of(*times) for times in decided.runs],
         skips=[skip_of(span) for span in decided.skipped],
-        next=NextFire(due.definition_id, decided.next, next_fire_at),
+        next=NextFire(due.definition_id, decided.next, decided.next_fire_at),
     )
 
 
-_known: dict[int, tuple[Mapping[str, Any], Definition]] = {}
+@dataclass(frozen=True, slots=True, eq=False)
+class _Read:
+    """What a spec says in one time zone, for all definitions that have it; without their org and name."""
+
+    spec: Mapping[str, Any]
+    definition: Definition
+    trigger: Trigger
+    window: timedelta
 
 
-def _definition_of(due: DueDefinition) -> Definition:
-    """The definition of a spec, with an org and a name that share it. Raises DefinitionError."""
-    known = _known.get(id(due.spec))
-    if known is not None and known[0] is due.spec:
-        return known[1]
+_known: dict[tuple[int, str | None], _Read] = {}
+
+
+def _read(due: DueDefinition) -> _Read:
+    """What the spec of a definition says. Raises DefinitionError."""
+    key = id(due.spec), due.org_timezone
+    known = _known.get(key)
+    if known is not None and known.spec is due.spec:
+        return known
     definition = from_spec(due.org_code, due.name, due.spec)
+    trigger = definition.trigger(due.org_timezone)
+    window = window_of(definition.schedule, trigger, definition.spread)
     if len(_known) >= SPECS_KEPT:
         _known.clear()
-    _known[id(due.spec)] = (due.spec, definition)
-    return definition
+    read = _known[key] = _Read(due.spec, definition, trigger, window)
+    return read
+
+
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """Of each run when it is due, when it may start and until when; and what comes next."""
+
+    runs: list[tuple[datetime, datetime, datetime | None]]
+    skipped: list[Span]
+    next: datetime | None
+    next_fire_at: datetime | None
+
+
+# The definitions of one fire have the same `now`.
+@lru_cache(maxsize=SHARED)
+def _decide(read: _Read, first: datetime, now: datetime, spread: timedelta) -> _Decided:
+    definition, trigger = read.definition, read.trigger
+    due = decide_due(trigger, definition.misfire_policy, first=first, now=now, spread=spread)
+
+    def start_by(scheduled_for: datetime) -> datetime | None:
+        patience = start_deadline(trigger, scheduled_for, definition.start_deadline)
+        # For a missed time that still runs, the deadline counts from now.
+        return None if patience is None else max(scheduled_for + spread, now) + patience
+
+    return _Decided(
+        [(at, at + spread, start_by(at)) for at in due.runs],
+        due.skipped,
+        due.next,
+        None if due.next is None else due.next + spread,
+    )
 
 
 def preview(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from worker.definitions import Overlap
 from worker.definitions.pools import DEFAULT_POOL
@@ -24,9 +24,10 @@ class Declared:
     pool: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: to make one would take three times as long, and that for each run.
+@dataclass(slots=True)
 class NewRun:
-    """A run to insert. Times are aware and in UTC.
+    """A run to insert. Never changed. Times are aware and in UTC.
 
     `serial` runs of a definition run one at a time; `overlap` decides what happens to one that is due
     while another is unfinished.
@@ -117,8 +118,7 @@ class OwnedRun:
     cancel_reason: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class RunContext:
+class RunContext(NamedTuple):
     """The org and the definition of a run; `spec` is that of the run's revision, as JSON text."""
 
     org_id: OrgId
@@ -130,9 +130,9 @@ class RunContext:
     spec: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DueDefinition:
-    """A definition whose next fire time has come, locked by this transaction."""
+    """A definition whose next fire time has come, locked by this transaction. Never changed."""
 
     definition_id: DefinitionId
     org_id: OrgId
@@ -172,8 +172,7 @@ class NewSkip:
     reason: SkipReason
 
 
-@dataclass(frozen=True, slots=True)
-class NextFire:
+class NextFire(NamedTuple):
     """When a definition is due next; both are None if never."""
 
     definition_id: DefinitionId
@@ -181,8 +180,7 @@ class NextFire:
     next_fire_at: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """What to insert for one due definition."""
 
     runs: Sequence[NewRun]

@@ -16,6 +16,8 @@ class HandlerRegistry:
     def __init__(self, inline: frozenset[str] = frozenset()) -> None:
         self._inline = inline
         self._entries: dict[str, HandlerEntry] = {}
+        # Of the handlers here, and of those of all workers and hosts.
+        self._own: dict[str, Declared] = {}
         self._declared: Mapping[str, Declared] = {}
 
     def add(self, entry: HandlerEntry) -> bool:
@@ -25,6 +27,7 @@ class HandlerRegistry:
         if entry.isolation == "inline" and not self.allows_inline(entry):
             return False
         self._entries[entry.name] = entry
+        self._own[entry.name] = Declared("inline" if entry.isolation == "inline" else "child", entry.pool)
         return True
 
     def get(self, name: str) -> HandlerEntry | None:
@@ -40,10 +43,7 @@ class HandlerRegistry:
 
     def declared(self, name: str) -> Declared:
         """Where a handler asks to run: as it is installed here, else as another worker or host offers it."""
-        entry = self._entries.get(name)
-        if entry is None:
-            return self._declared.get(name, ANYWHERE)
-        return Declared("inline" if entry.isolation == "inline" else "child", entry.pool)
+        return self._own.get(name) or self._declared.get(name, ANYWHERE)
 
     def scopes(self, handlers: Sequence[str]) -> frozenset[str]:
         if not handlers:

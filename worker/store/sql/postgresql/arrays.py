@@ -42,34 +42,34 @@ def numbers(values: Iterable[int]) -> str:
 
 def plain(values: Iterable[Any]) -> str:
     """Our identifiers, numbers and words, or None: they need no quotes."""
-    return _literal(["NULL" if value is None else str(value) for value in values])
+    return _literal(values, str)
 
 
 def flags(values: Iterable[bool]) -> str:
-    return _literal(["t" if value else "f" for value in values])
+    return _literal(values, lambda value: "t" if value else "f")
 
 
 def timestamps(values: Iterable[datetime | None]) -> str:
-    return _literal(["NULL" if value is None else value.isoformat() for value in values])
+    return _literal(values, datetime.isoformat)
 
 
 def microseconds(values: Iterable[datetime | None]) -> str:
     """For `to_timestamp(n / 1e6)`, which takes half the time of a timestamp's text."""
-    return _literal(["NULL" if at is None else f"{at.timestamp() * 1e6:.0f}" for at in values])
+    return _literal(values, lambda at: f"{at.timestamp() * 1e6:.0f}")
 
 
 def texts(values: Iterable[str | None]) -> str:
     """Any text."""
-    return _literal(["NULL" if value is None else _quoted(value) for value in values])
+    return _literal(values, _quoted)
 
 
 def binaries(values: Iterable[bytes | None]) -> str:
-    return _literal(["NULL" if value is None else f'"\\\\x{value.hex()}"' for value in values])
+    return _literal(values, lambda value: f'"\\\\x{value.hex()}"')
 
 
 def jsons(values: Iterable[Any]) -> str:
     """Values as JSON text; None becomes null."""
-    return _literal(["NULL" if value is None else _quote(compact_json(value)) for value in values])
+    return _literal(values, lambda value: _quote(compact_json(value)))
 
 
 def _quoted(text: str) -> str:
@@ -83,7 +83,12 @@ def _quote(text: str) -> str:
 _cached_quote = functools.lru_cache(maxsize=4096)(_quote)
 
 
-def _literal(items: list[str]) -> str:
-    if items.count("NULL") == len(items):
-        return "{}"
-    return "{" + ",".join(items) + "}"
+def _literal(values: Iterable[Any], form: Callable[[Any], str]) -> str:
+    """An array of these values. An object that repeats, as in the rows of a template, is formed once."""
+    items, last, item, has_value = [], None, "NULL", False
+    for value in values:
+        if value is not last:
+            last, item = value, "NULL" if value is None else form(value)
+            has_value = has_value or value is not None
+        items.append(item)
+    return "{" + ",".join(items) + "}" if has_value else "{}"
