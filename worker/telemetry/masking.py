@@ -166,6 +166,7 @@ RUN_ID = r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"
 # Possible base64; excludes run ids, which are in every log line.
 BASE64 = re.compile(RUN_ID + r"|([A-Za-z0-9+/_-]{16,})")
 # Text without such a word has no PLAIN secret and no piece of a token: 16 characters are the shortest.
+LEAST = 16
 PERHAPS_TOKEN = re.compile(RUN_ID + r"|([A-Za-z0-9+/_.=~-]{16,})")
 # A secret that is written in the same way everywhere but in base64.
 PLAIN = re.compile(r"[\w.-]{16,}", re.ASCII)
@@ -229,10 +230,11 @@ class Masker:
                 del self._registered[secret]
                 self._drop(secret)
 
-    def hold(self, secret: str) -> None:
+    def hold(self, secret: str, *, is_token: bool = False) -> None:
         """Mask this secret until `release` is called as often, such as the token of a run.
 
-        Cheap for a token: it is prepared only when a text might contain one.
+        Cheap for a token: it is prepared only when a text might contain one. `is_token` says that it is
+        one in base64, whose many characters are then not looked at.
         """
         with self._lock:
             holders = self._held.get(secret, 0)
@@ -242,7 +244,7 @@ class Masker:
                 if secret in self._released:
                     del self._released[secret]
                 elif secret not in self._entries:
-                    if PLAIN.fullmatch(secret):
+                    if (is_token and len(secret) >= LEAST) or PLAIN.fullmatch(secret):
                         self._pending[secret] = None
                     else:
                         self._index(secret)

@@ -230,7 +230,7 @@ def test_each_held_token_is_masked_however_many_there_are():
     masker = Masker(limit=10, kept=5)
     tokens = [made_up_token(seed) for seed in range(200)]
     for token in tokens:
-        masker.hold(token)
+        masker.hold(token, is_token=True)
 
     assert masker.mask(" ".join(tokens)) == " ".join([MASK] * 200)
     assert masker.mask(f"<{tokens[7][-20:]}>") == f"<{MASK}>"
@@ -280,6 +280,14 @@ def test_a_held_secret_of_any_form_is_masked(secret):
     assert masker.mask(f"before {secret} after") == f"before {MASK} after"
     masker.release(secret)
     assert masker.mask(f"before {secret} after") == f"before {secret} after"
+
+
+@pytest.mark.parametrize("token", ["short-token", f"{TOKEN}=="])
+def test_a_held_token_is_masked_whatever_its_form(token):
+    masker = Masker()
+    masker.hold(token, is_token=True)
+
+    assert masker.mask(f"before {token} after") == f"before {MASK} after"
 
 
 @pytest.mark.parametrize("at", range(1, 24))

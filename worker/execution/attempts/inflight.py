@@ -47,7 +47,7 @@ class InflightRun:
 
     def hold(self, token: AccessToken) -> None:
         """Mask a token of this run in all that the worker writes, until `drop_tokens`."""
-        self.hold_text(token.reveal())
+        self.hold_text(token.reveal(), is_token=True)
 
     def hold_secrets(self, secrets: Mapping[str, str]) -> None:
         """Mask the org's secrets that the run gets, as `hold`; also the long texts in one that is JSON."""
@@ -55,10 +55,10 @@ class InflightRun:
             for text in parts_of(value):
                 self.hold_text(text)
 
-    def hold_text(self, text: str) -> None:
+    def hold_text(self, text: str, *, is_token: bool = False) -> None:
         """As `hold`, for any text."""
         if text not in self.tokens:
-            masker.hold(text)
+            masker.hold(text, is_token=is_token)
             self.tokens += (text,)
 
     def drop_tokens(self) -> None:
