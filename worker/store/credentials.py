@@ -95,7 +95,7 @@ def active_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> dic
         .order_by(_credentials.c.generation.desc())
     )
     found: dict[OrgId, list[Row]] = {}
-    for row in connection.execute(query).mappings():
+    for row in connection.execute(query).mappings().all():
         found.setdefault(row["org_id"], []).append(dict(row))
     return found
 
@@ -108,7 +108,7 @@ def active_ids_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) ->
         .order_by(_credentials.c.generation.desc())
     )
     found: dict[OrgId, list[str]] = {}
-    for org_id, credential_id in connection.execute(query):
+    for org_id, credential_id in connection.execute(query).all():
         found.setdefault(org_id, []).append(credential_id)
     return found
 

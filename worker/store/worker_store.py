@@ -96,7 +96,7 @@ def run_contexts(
             among(connection, definition_id, {id_ for id_, _ in wanted}),
             revision.in_({number for _, number in wanted}),
         )
-    )
+    ).all()
     return {(id_, number): RunContext(*rest) for id_, number, *rest in rows}
 
 

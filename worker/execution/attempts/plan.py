@@ -69,7 +69,8 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: where each run is of another org, each has a plan of its own.
+@dataclass(slots=True)
 class AttemptPlan:
     """The definition at the run's revision, the org it acts for, and the origins its token may go to.
 
