@@ -247,6 +247,9 @@ class _Stored:
     async def find(self, key: TokenKey) -> Found:
         return Found()
 
+    async def find_all(self, keys: Sequence[TokenKey]) -> dict[TokenKey, Found]:
+        return {}
+
     async def lives(self, keys: Sequence[TokenKey]) -> dict[TokenKey, tuple[float, float]]:
         return {}
 

@@ -75,6 +75,9 @@ class FakeStore:
             ),
         )
 
+    async def find_all(self, keys: Sequence[TokenKey]) -> dict[TokenKey, Found]:
+        return {key: await self.find(key) for key in keys}
+
     async def lives(self, keys: Sequence[TokenKey]) -> dict[TokenKey, tuple[float, float]]:
         found = {key: (await self.find(key)).token for key in keys}
         return {key: (token.age, token.left) for key, token in found.items() if token is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from random import SystemRandom
@@ -26,8 +26,8 @@ from worker.guard import profile
 from worker.guard.claims import Claims
 from worker.guard.decode import decode
 from worker.handlers.catalogue import HandlerEntry
-from worker.ids import DefinitionId, RunId, new_id
-from worker.orgs import OrgRef
+from worker.ids import DefinitionId, OrgId, RunId, new_id
+from worker.orgs import OrgRef, TokenWant
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import (
     AdmittedRun,
@@ -114,7 +114,10 @@ class FakeTokens:
         """None: `ensure` decides."""
         return None
 
-    async def load(self, orgs: Sequence[OrgRef]) -> None: ...
+    async def load(self, orgs: Sequence[OrgRef]) -> Collection[OrgId]:
+        return ()
+
+    async def look_up(self, wanted: Sequence[TokenWant]) -> None: ...
 
     def mint(self, org: OrgRef, scopes: frozenset[str]) -> FakeToken:
         issued_at = self.clock.now()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 from worker.bounded import drop_where, remember
 from worker.claims.record import ClaimsRecord
@@ -144,6 +145,14 @@ class Acquirer:
             emit("token.refused", **request.labels, reason=refused.reason, detail=refused.detail)
             raise
 
+    def enforce_at_once(self, request: TokenRequest, granted: GrantedToken) -> EnforcedToken | None:
+        """As `enforce`, without waiting; None if the token is refused, or without a verdict."""
+        try:
+            payload = self.client.verify_at_once(granted.text, request.audience)
+            return None if payload is None else self._enforced(payload, request, granted, minted=False)
+        except TokenRefused:
+            return None
+
     def forget(self, org_id: OrgId) -> None:
         """Forget what was remembered of an org."""
         self._rejected.release(org_id)
@@ -244,6 +253,11 @@ class Acquirer:
 
     async def _enforce(self, request: TokenRequest, granted: GrantedToken, minted: bool) -> EnforcedToken:
         payload = await self.client.verify(granted.text, request.audience)
+        return self._enforced(payload, request, granted, minted)
+
+    def _enforced(
+        self, payload: Mapping[str, Any], request: TokenRequest, granted: GrantedToken, minted: bool
+    ) -> EnforcedToken:
         claims = decode(payload, self.client.issuer.profile)
         client_id = granted.credential.client_id
         enforce(claims, org_code=request.org.code, client_id=client_id, scopes=request.scopes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -125,7 +125,7 @@ class Tokens:
     ) -> EnforcedToken | None:
         """The cached token that `ensure` would return if it need not be renewed soon, else None.
 
-        Most runs find theirs so, without a coroutine or a request.
+        Most runs find theirs so, without a coroutine or a request; after a restart in what `look_up` read.
 
         Raises:
             RequestRejected: the issuer has no audience.
@@ -134,15 +134,25 @@ class Tokens:
         if acquirer is None or credentials is None:
             return None
         request = _request_of(acquirer.client.issuer, org, audience, scopes, also_ask)
-        cached = self._cached(request, credentials)
+        cached = self._cached(request, credentials) or self._looked_up(acquirer, request, credentials)
         if cached is None:
             return None
         now = self._clock.monotonic()
         return cached if now < cached.renew_at and cached.serves(max_claims_age, False, now) else None
 
-    async def load(self, orgs: Sequence[OrgRef]) -> None:
-        """Confirm the credentials of these orgs in one query, so that `ensure` need not wait for them."""
-        await self._generations.load(orgs)
+    async def load(self, orgs: Sequence[OrgRef]) -> Collection[OrgId]:
+        """Confirm the credentials of these orgs in one query, so that `ensure` need not wait for them.
+
+        Returns those that are new here: their stored tokens may be looked up.
+        """
+        return await self._generations.load(orgs)
+
+    async def look_up(self, wanted: Sequence[TokenWant]) -> None:
+        """Read the stored tokens of these in one query, for `at_hand` and `ensure` shortly after."""
+        if self._shared is not None:
+            requests = [request for _, request in self._requests_of(wanted)]
+            with suppress(Unavailable):
+                await self._shared.look_up([each for each in requests if self._tokens.peek(each) is None])
 
     async def outdate(
         self,
@@ -218,22 +228,11 @@ class Tokens:
         """
         if self._shared is None:
             return []
-        requests: list[TokenRequest] = []
-        asked: list[TokenWant] = []
-        for want in wanted:
-            if (acquirer := self._acquirers.get(want.issuer)) is not None:
-                # Without an audience there is no request; the run reports it.
-                with suppress(RequestRejected):
-                    requests.append(
-                        _request_of(
-                            acquirer.client.issuer, want.org, want.audience, want.scopes, want.also_ask
-                        )
-                    )
-                    asked.append(want)
-        lives = await self._shared.lives(requests)
+        asked = self._requests_of(wanted)
+        lives = await self._shared.lives([request for _, request in asked])
         return [
             want
-            for want, life in zip(asked, lives, strict=True)
+            for (want, _), life in zip(asked, lives, strict=True)
             if life is None or life[0] + want.covers >= usable_life(sum(life))
         ]
 
@@ -251,6 +250,8 @@ class Tokens:
         """Forget all of an org: its tokens, its credentials, its parking."""
         self._tokens.drop_where(lambda request: request.org.id == org_id)
         self._generations.forget(org_id)
+        if self._shared is not None:
+            self._shared.forget(org_id)
         for acquirer in self._acquirers.values():
             acquirer.forget(org_id)
 
@@ -268,6 +269,30 @@ class Tokens:
                 f"worker.toml has no issuer {issuer!r}", fix=f"add a table [issuers.{issuer}] to worker.toml"
             )
         return self._acquirers[issuer]
+
+    def _requests_of(self, wanted: Sequence[TokenWant]) -> list[tuple[TokenWant, TokenRequest]]:
+        """Each with its request; without those that have no issuer or audience, which their runs report."""
+        found = []
+        for want in wanted:
+            if (acquirer := self._acquirers.get(want.issuer)) is not None:
+                with suppress(RequestRejected):
+                    issuer = acquirer.client.issuer
+                    request = _request_of(issuer, want.org, want.audience, want.scopes, want.also_ask)
+                    found.append((want, request))
+        return found
+
+    def _looked_up(
+        self, acquirer: Acquirer, request: TokenRequest, credentials: tuple[Credential, ...]
+    ) -> EnforcedToken | None:
+        """The stored token that was looked up; None unless it serves, which `ensure` then handles."""
+        if self._shared is None or request in self._refreshing:
+            return None
+        stored = self._shared.at_hand(request, credentials)
+        enforced = None if stored is None else acquirer.enforce_at_once(request, stored)
+        if enforced is None or self._clock.monotonic() >= enforced.usable_until:
+            return None
+        self._tokens.put(request, enforced)
+        return enforced
 
     def _cached(self, request: TokenRequest, credentials: tuple[Credential, ...]) -> EnforcedToken | None:
         cached = self._tokens.get(request)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,10 +153,10 @@ class Generations:
         known = self._known.get(org.id)
         return known[1] if known is not None and self._clock.monotonic() - known[0] < READ_AGAIN else None
 
-    async def load(self, orgs: Sequence[OrgRef]) -> None:
+    async def load(self, orgs: Sequence[OrgRef]) -> Collection[OrgId]:
         """Confirm in one query what is known of these orgs, and read the others in another.
 
-        What changed or is not usable is left to `of`.
+        What changed or is not usable is left to `of`. Returns the orgs of which nothing was known.
         """
         asked_at = self._clock.monotonic()
         old: dict[OrgId, OrgRef] = {}
@@ -172,6 +172,7 @@ class Generations:
                 await self._read_all(list(unknown), asked_at)
             if old:
                 await self._confirm(old, asked_at)
+        return unknown.keys()
 
     async def _read_all(self, org_ids: Sequence[OrgId], asked_at: float) -> None:
         for org_id, active in (await self._source.active_of(org_ids)).items():

@@ -11,11 +11,11 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
-from worker.bounded import remember
+from worker.bounded import drop_where, remember
 from worker.clock import Clock
 from worker.errors import ConfigurationError, Unavailable
 from worker.ids import OrgId
@@ -33,6 +33,8 @@ RESERVED, RENEW, LOOK = 15.0, 4.0, 0.25
 NEWER = 2.0
 # Versions that are remembered from a look until the reservation; a forgotten one costs another look.
 MAX_VERSIONS = 10_000
+# Rows that `look_up` has read, and the seconds for which they count.
+MAX_LOOKED_UP, LOOKED_UP = 5_000, 2.0
 # Requests whose keys are kept: one acquisition needs its key several times.
 MAX_KEYS = 1_024
 
@@ -109,6 +111,9 @@ class TokenStore(Protocol):
     async def find(self, key: TokenKey) -> Found:
         """The stored token that has not expired."""
 
+    async def find_all(self, keys: Sequence[TokenKey]) -> Mapping[TokenKey, Found]:
+        """The same of several keys in one query, without those that have no row."""
+
     async def lives(self, keys: Sequence[TokenKey]) -> Mapping[TokenKey, tuple[float, float]]:
         """The age of each stored token and what is left of its life, in seconds, in one query."""
 
@@ -140,6 +145,8 @@ class SharedTokens:
         self._ring = ring
         self._clock = clock
         self._versions: OrderedDict[TokenKey, int] = OrderedDict()
+        # With the monotonic time of the look.
+        self._looked_up: OrderedDict[TokenKey, tuple[float, Found]] = OrderedDict()
         # When each was reserved or renewed, monotonic.
         self._reserved: dict[TokenKey, float] = {}
         self._renewing: asyncio.Task[None] | None = None
@@ -160,8 +167,10 @@ class SharedTokens:
         among the `newest`, is deleted and reported. Raises what `newest` raises.
         """
         key = TokenKey.of(request)
+        found = self._found(key)
+        self._looked_up.pop(key, None)
         try:
-            version, stored = await self._store.find(key)
+            version, stored = found if found is not None else await self._store.find(key)
         except Unavailable:
             return None
         remember(self._versions, key, version, MAX_VERSIONS)
@@ -183,6 +192,43 @@ class SharedTokens:
             return None
         masker.note(text)
         return GrantedToken(text, credential, received_at, stored.age + stored.left)
+
+    async def look_up(self, requests: Collection[TokenRequest]) -> None:
+        """Read what is stored for these requests in one query, for `at_hand` and `find` shortly after.
+
+        Raises Unavailable.
+        """
+        keys = [TokenKey.of(request) for request in requests]
+        found, now = await self._store.find_all(keys), self._clock.monotonic()
+        for key in keys:
+            remember(self._looked_up, key, (now, found.get(key, Found())), MAX_LOOKED_UP)
+
+    def at_hand(self, request: TokenRequest, credentials: Sequence[Credential]) -> GrantedToken | None:
+        """A stored token that `look_up` has read and that opens, once; all else is left to `find`."""
+        key = TokenKey.of(request)
+        found = self._found(key)
+        if found is None or found.token is None:
+            return None
+        credential = _named(found.token.credential_id, credentials)
+        text = None if credential is None else self._open(request, found.token, credential)
+        if credential is None or text is None:
+            return None
+        del self._looked_up[key]
+        masker.note(text)
+        stored = found.token
+        return GrantedToken(text, credential, self._clock.monotonic() - stored.age, stored.age + stored.left)
+
+    def _found(self, key: TokenKey) -> Found | None:
+        """What `look_up` has read a moment ago, with the ages of now."""
+        at, found = self._looked_up.get(key, (float("-inf"), Found()))
+        passed = self._clock.monotonic() - at
+        if passed >= LOOKED_UP:
+            return None
+        stored = found.token
+        if stored is None or passed >= stored.left:
+            return Found(found.version)
+        aged = replace(stored, age=stored.age + passed, left=stored.left - passed)
+        return Found(found.version, aged)
 
     def _open(self, request: TokenRequest, stored: StoredToken, credential: Credential) -> str | None:
         try:
@@ -258,10 +304,16 @@ class SharedTokens:
 
     async def drop(self, request: TokenRequest) -> None:
         """Delete the stored token: it must not be used, or shows rights that the org no longer has."""
+        key = TokenKey.of(request)
+        self._looked_up.pop(key, None)
         try:
-            await self._store.drop(TokenKey.of(request))
+            await self._store.drop(key)
         except Unavailable:
             return
+
+    def forget(self, org_id: OrgId) -> None:
+        """Forget what was looked up of an org."""
+        drop_where(self._looked_up, lambda key: key.org_id == org_id)
 
     async def wait(self) -> None:
         """Pause before the next look at a token that another process requests."""

@@ -236,6 +236,9 @@ class StoredTokens:
     async def find(self, key: TokenKey) -> Found:
         return await self._found.of(key) or Found()
 
+    async def find_all(self, keys: Sequence[TokenKey]) -> Mapping[TokenKey, Found]:
+        return await self._find(keys)
+
     async def lives(self, keys: Sequence[TokenKey]) -> Mapping[TokenKey, tuple[float, float]]:
         found = await self._database.call_autocommit(
             access_tokens.lives_for_all_orgs, [key.id for key in keys]

@@ -33,7 +33,7 @@ from worker.ids import OrgId, RunId, WorkerId, new_id
 from worker.operations.apply import apply
 from worker.operations.hosts import add_host
 from worker.operations.runs import run_now
-from worker.orgs import OrgRef
+from worker.orgs import OrgRef, TokenWant
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import EndedAttempt
 from worker.secret import AccessToken
@@ -140,7 +140,10 @@ class Tokens:
 
     async def outdate(self, org: OrgRef, issuer: str, **wanted: Any) -> None: ...
 
-    async def load(self, orgs: Sequence[OrgRef]) -> None: ...
+    async def load(self, orgs: Sequence[OrgRef]) -> Sequence[OrgId]:
+        return ()
+
+    async def look_up(self, wanted: Sequence[TokenWant]) -> None: ...
 
 
 @dataclass

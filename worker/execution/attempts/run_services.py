@@ -24,7 +24,7 @@ from worker.guard.claims import Claims
 from worker.guard.decode import enforce
 from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.ids import OrgId, RunId
-from worker.orgs import OrgRef
+from worker.orgs import OrgRef, TokenWant
 from worker.runs.budgets import BudgetState
 from worker.runs.outcome import SUCCEEDED, Error, Outcome, Trail
 from worker.runs.run import (
@@ -113,8 +113,14 @@ class TokenSource(Protocol):
     ) -> None:
         """Request a new token for the next run: the claims of this one were refused."""
 
-    async def load(self, orgs: Sequence[OrgRef]) -> None:
-        """Read what `ensure` needs of these orgs in one query; what cannot be read is left to `ensure`."""
+    async def load(self, orgs: Sequence[OrgRef]) -> Collection[OrgId]:
+        """Read what `ensure` needs of these orgs in one query; what cannot be read is left to `ensure`.
+
+        Returns the orgs that are new to this process.
+        """
+
+    async def look_up(self, wanted: Sequence[TokenWant]) -> None:
+        """Read the tokens that other processes stored for these in one query, as far as possible."""
 
 
 class SecretSource(Protocol):
@@ -255,11 +261,19 @@ class Tools:
     async def prepare(self, runs: Sequence[AdmittedRun]) -> None:
         """Read what the attempts of these runs need in few queries, so that they need not wait one by one."""
         plans = await self.plans.load(runs)
-        await self.tokens.load([plan.org for plan in plans])
+        unknown = await self.tokens.load([plan.org for plan in plans])
+        if unknown:
+            # A restart: what other processes stored is not in this one's memory.
+            await self.tokens.look_up([self._want(plan) for plan in plans if plan.org.id in unknown])
 
     @property
     def renewals(self) -> TokenRenewals:
         return _Renewals(self)
+
+    def _want(self, plan: AttemptPlan) -> TokenWant:
+        handler = plan.definition.handler
+        token = self.token_of(plan, plan.limits(handler, self.handlers.get(handler)))
+        return TokenWant(plan.org, plan.issuer, covers=0.0, **token)
 
     def token_of(self, plan: AttemptPlan, limits: Limits) -> dict[str, Any]:
         """What a token of this plan is requested for."""
