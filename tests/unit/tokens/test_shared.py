@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.fakes.clock import ManualClock, settle
-from tests.fakes.issuer import ORG, App, org
+from tests.fakes.issuer import AUDIENCE, ORG, App, org
 from tests.fakes.token_fleet import FakeStore, Fleet, opened
 from worker.errors import ConfigurationError, RequestRejected, StoreUnavailable, TokenRefused
 from worker.ids import OrgId
@@ -168,8 +168,9 @@ async def test_a_token_of_a_generation_added_just_now_is_taken(fleet: Fleet, emi
         "another generation",
     ],
 )
+@pytest.mark.parametrize("looked_up", [False, True], ids=["by itself", "looked up with others"])
 async def test_a_row_that_does_not_open_costs_one_request(
-    fleet: Fleet, how: str, tmp_path: Path, emitted: list[Emitted]
+    fleet: Fleet, how: str, looked_up: bool, tmp_path: Path, emitted: list[Emitted]
 ) -> None:
     """A clear event, and a new token instead; the handler never sees another org's."""
     other = fleet.add_org(1)
@@ -202,15 +203,133 @@ async def test_a_row_that_does_not_open_costs_one_request(
             [credential] = fleet.credentials.orgs[ORG.id]
             fleet.credentials.orgs[ORG.id] = [replace(credential, generation=2)]
 
+    tokens = await looked_up_by(fleet, ORG) if looked_up else fleet.start()
     requests = fleet.issuer.count()
 
-    token = await fleet.start().ensure(ORG, "main")
+    token = tokens.at_hand(ORG, "main") or await tokens.ensure(ORG, "main")
 
     assert token.claims.org_code == "org_a"
     assert token.token.reveal() != foreign
     assert fleet.issuer.count() == requests + 1
     unopened = [seen.fields["org"] for seen in emitted if seen.event.name == "token.unopened"]
     assert unopened == ["org_a"]
+
+
+async def looked_up_by(fleet: Fleet, *orgs: OrgRef) -> Tokens:
+    """A process that has the issuer's keys, and has looked up the tokens of these orgs."""
+    tokens = fleet.start()
+    # A token of another org: with it come the keys.
+    known = org(99)
+    if known.id not in fleet.credentials.orgs:
+        fleet.add_org(99)
+    await tokens.ensure(known, "main")
+    assert set(await tokens.load([known, *orgs])) == {each.id for each in orgs}
+    await tokens.look_up([want(each) for each in orgs])
+    return tokens
+
+
+def want(of: OrgRef) -> TokenWant:
+    return TokenWant(of, "main", None, frozenset(), frozenset(), 0.0)
+
+
+async def test_a_looked_up_token_is_at_hand_for_a_moment(fleet: Fleet) -> None:
+    """Verified and enforced as any other, without another look; then it stays in memory."""
+    stored = await fleet.start().ensure(ORG, "main")
+    late, prompt = await looked_up_by(fleet, ORG), await looked_up_by(fleet, ORG)
+    requests = fleet.issuer.count()
+    fleet.rows.fault = StoreUnavailable("down")
+    fleet.clock.advance(1)
+
+    token = prompt.at_hand(ORG, "main")
+
+    assert token is not None
+    assert token.token.reveal() == stored.token.reveal()
+    assert (token.claims, token.expires_at) == (stored.claims, stored.expires_at)
+    assert prompt.at_hand(ORG, "main") is token
+    fleet.clock.advance(1.5)
+    await late.load([ORG])
+    assert late.at_hand(ORG, "main") is None
+    assert fleet.issuer.count() == requests
+
+
+async def test_without_the_issuers_keys_no_token_is_at_hand(fleet: Fleet) -> None:
+    stored = await fleet.start().ensure(ORG, "main")
+    tokens = fleet.start()
+    await tokens.load([ORG])
+    await tokens.look_up([want(ORG)])
+
+    assert tokens.at_hand(ORG, "main") is None
+    assert (await tokens.ensure(ORG, "main")).token.reveal() == stored.token.reveal()
+    assert fleet.issuer.count() == 1
+
+
+async def test_a_looked_up_token_of_a_retired_credential_is_not_used(fleet: Fleet) -> None:
+    await fleet.start().ensure(ORG, "main")
+    tokens = await looked_up_by(fleet, ORG)
+    requests = fleet.issuer.count()
+    fleet.credentials.add(ORG, "client-b", "secret-b")
+    del fleet.credentials.orgs[ORG.id][1:]
+    fleet.issuer.add(App("org_a", "client-b", "secret-b"))
+    tokens._generations.forget(ORG.id)
+    await tokens.load([ORG])
+
+    assert tokens.at_hand(ORG, "main") is None
+    assert (await tokens.ensure(ORG, "main")).claims.client_id == "client-b"
+    assert fleet.issuer.count() == requests + 1
+
+
+async def test_a_token_that_lacks_a_scope_is_looked_up_and_refused(
+    fleet: Fleet, emitted: list[Emitted]
+) -> None:
+    """Reported as ever, and only then."""
+    await fleet.start().ensure(ORG, "main")
+    [row] = fleet.rows.rows.values()
+    tokens = await looked_up_by(fleet)
+    wider = want(ORG)._replace(scopes=frozenset({"write:all"}))
+    request = shared_module.TokenRequest("main", ORG, AUDIENCE, wider.scopes)
+    await tokens.load([ORG])
+    assert row.token is not None
+    [credential] = fleet.credentials.orgs[ORG.id]
+    text = fleet.ring.open_token(
+        row.token.sealed,
+        row.token.key_id,
+        shared_module._place(request._replace(scopes=frozenset()), credential),
+    )
+    assert text is not None
+    sealed, key_id = fleet.ring.seal_token(text, shared_module._place(request, credential))
+    row_of_wider = replace(row.token, key=TokenKey.of(request), sealed=sealed, key_id=key_id)
+    await FakeStore(fleet.rows, "another").put(row_of_wider)
+    await tokens.look_up([wider])
+
+    assert tokens.at_hand(ORG, "main", scopes=wider.scopes) is None
+    assert [seen for seen in emitted if seen.event.name == "token.refused"] == []
+    with pytest.raises(RequestRejected, match="invalid_scope"):
+        await tokens.ensure(ORG, "main", scopes=wider.scopes)
+    assert [seen.fields["reason"] for seen in emitted if seen.event.name == "token.refused"] == [
+        "scope_missing"
+    ]
+
+
+async def test_what_is_not_stored_needs_no_second_look(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reservation holds only if nothing was stored since the look."""
+    tokens = await looked_up_by(fleet, ORG)
+    requests = fleet.issuer.count()
+    looks: list[TokenKey] = []
+    find = FakeStore.find
+
+    async def counted(self: FakeStore, key: TokenKey) -> shared_module.Found:
+        looks.append(key)
+        return await find(self, key)
+
+    monkeypatch.setattr(FakeStore, "find", counted)
+    another = await fleet.start().ensure(ORG, "main")
+    assert len(looks) == 1
+
+    taken = await fleet.until(asyncio.ensure_future(tokens.ensure(ORG, "main")))
+
+    assert taken.token.reveal() == another.token.reveal()
+    assert len(looks) == 2
+    assert fleet.issuer.count() == requests + 1
 
 
 async def test_without_the_seal_of_its_org_a_swapped_row_would_reach_enforcement(
