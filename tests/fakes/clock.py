@@ -8,7 +8,7 @@ import heapq
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 
-import psycopg
+from tests.fakes.postgres import kept_session
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 
@@ -82,25 +82,25 @@ class ManualClock:
         if not url.startswith("postgresql"):
             yield
             return
-        with psycopg.connect(url, autocommit=True) as connection:
+        connection = kept_session(url)
 
-            def move(now: datetime) -> None:
-                connection.execute(
-                    "CREATE OR REPLACE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql"
-                    f" AS $$ SELECT timestamptz '{now.isoformat()}' $$"
-                )
+        def move(now: datetime) -> None:
+            connection.execute(
+                "CREATE OR REPLACE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql"
+                f" AS $$ SELECT timestamptz '{now.isoformat()}' $$"
+            )
 
-            name = connection.info.dbname
-            connection.execute(f'ALTER DATABASE "{name}" SET search_path = public, pg_catalog')
-            move(self._now)
-            self._on_change = move
-            try:
-                yield
-            finally:
-                self._on_change = lambda now: None
-                # As it was: only an unchanged database is used again by the next test.
-                connection.execute("DROP FUNCTION public.clock_timestamp()")
-                connection.execute(f'ALTER DATABASE "{name}" RESET search_path')
+        name = connection.info.dbname
+        connection.execute(f'ALTER DATABASE "{name}" SET search_path = public, pg_catalog')
+        move(self._now)
+        self._on_change = move
+        try:
+            yield
+        finally:
+            self._on_change = lambda now: None
+            # As it was: only an unchanged database is used again by the next test.
+            connection.execute("DROP FUNCTION public.clock_timestamp()")
+            connection.execute(f'ALTER DATABASE "{name}" RESET search_path')
 
 
 async def settle(turns: int = 20) -> None:
