@@ -101,14 +101,14 @@ class Server:
             self._process = None
 
     @contextlib.contextmanager
-    def new_database(self, template: str = "template0") -> Iterator[str]:
+    def new_database(self, template: str = "template0", *, owner: str = "postgres") -> Iterator[str]:
         """A database that holds what `template` holds; its connections end with it.
 
         One made by `template` is emptied and used again by the next test, which takes a tenth of the time
         of a new one, unless the test changed more than rows.
         """
         emptied = self._emptied.setdefault(template, [])
-        name = emptied.pop() if emptied else self._created(template)
+        name = emptied.pop() if emptied else self._created(template, owner)
         try:
             yield self.url(name)
         finally:
@@ -118,9 +118,9 @@ class Server:
                 forget_session(self.url(name))
                 self.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
 
-    def _created(self, template: str) -> str:
+    def _created(self, template: str, owner: str) -> str:
         name = next(self._names)
-        self.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        self.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" OWNER "{owner}"')
         if template != "template0" and template not in self._contents:
             self._contents[template] = Contents(self.url(name))
         return name
@@ -189,8 +189,8 @@ class Server:
         return log.read_text(errors="replace")[-4000:] if log.exists() else "(no log)"
 
 
-# Whatever a test may change besides rows: definitions, rights, and the planner's statistics. A changed row has a later
-# transaction, so that the sum is another.
+# Whatever a test may change besides rows: definitions, rights, and the planner's statistics. The sum of
+# transaction ids grows with each change: a changed row has a later one.
 FINGERPRINT = """
     SELECT count(*), sum(xmin::text::bigint), sum(tuples), sum(pages) FROM (
         SELECT xmin, reltuples, relpages FROM pg_class WHERE oid >= 16384

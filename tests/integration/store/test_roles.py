@@ -12,12 +12,12 @@ from contextlib import contextmanager
 
 import psycopg
 import pytest
-from psycopg import sql
 from sqlalchemy import Connection, Table, select, text
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.one_row_each import Owner, fill, row
+from tests.fakes.postgres import Server, kept_session
 from worker.errors import RolesMissing
 from worker.ids import OrgId, new_id
 from worker.store import orgs, roles, schema, tables
@@ -92,41 +92,41 @@ WHERE c.relkind IN ('r', 'p') AND c.relnamespace = current_schema::regnamespace
 DENIED = psycopg.errors.InsufficientPrivilege
 
 
-@pytest.fixture
-def logins(postgres_server, postgres_url: str) -> Iterator[dict[str, str]]:
-    """URLs of an empty database by login: its owner, a worker, that of `serve`; none a superuser."""
-    names = {role: f"{role}_{new_id()[-12:]}" for role in ("owner", "worker", "serve")}
-    name = postgres_url.rpartition("/")[2]
-    for role, login in names.items():
-        postgres_server.execute(f"CREATE ROLE {login} LOGIN {'NOINHERIT' if role == 'serve' else ''}")
-    postgres_server.execute(f"ALTER DATABASE {name} OWNER TO {names['owner']}")
-    yield {role: postgres_url.replace("postgres@", f"{login}@") for role, login in names.items()}
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        for role in names.values():
-            connection.execute(sql.SQL("DROP OWNED BY {} CASCADE").format(sql.Identifier(role)))
-    postgres_server.execute(f"ALTER DATABASE {name} OWNER TO postgres")
-    for role in names.values():
-        postgres_server.execute(f"DROP ROLE {role}")
+# Owns the tables of each database here; a role of the server, as all roles are.
+OWNER = "owner_of_tables"
 
 
 @pytest.fixture
-def migrated(logins: dict[str, str], postgres_server) -> None:
-    """The schema, made by the owner, and the logins as the documentation has them."""
-    for role in (roles.WORKER, roles.WEB, roles.OPERATOR):
-        postgres_server.execute(
-            f"DO $$ BEGIN CREATE ROLE {role} NOLOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$"
-        )
-    schema.upgrade(logins["worker"], logins["owner"])
-    worker, serve = login_of(logins["worker"]), login_of(logins["serve"])
-    postgres_server.execute(f"GRANT {roles.WORKER}, {roles.WEB}, {roles.OPERATOR} TO {worker}")
-    postgres_server.execute(f"GRANT {roles.WEB}, {roles.OPERATOR} TO {serve}")
+def logins(postgres_server: Server) -> Iterator[dict[str, str]]:
+    """URLs of a database with two orgs, by login: its owner, a worker, that of `serve`; none a superuser.
+
+    Its owner made the schema, and the logins have the rights that the documentation gives them.
+    """
+    names = {"owner": OWNER} | {role: f"{role}_{new_id()[-12:]}" for role in ("worker", "serve")}
+    template = postgres_server.template("with_two_orgs", make_two_orgs)
+    with postgres_server.new_database(template, owner=OWNER) as url:
+        superuser = kept_session(postgres_server.url())
+        superuser.execute(f"CREATE ROLE {names['worker']} LOGIN")
+        superuser.execute(f"CREATE ROLE {names['serve']} LOGIN NOINHERIT")
+        superuser.execute(f"GRANT {roles.WORKER}, {roles.WEB}, {roles.OPERATOR} TO {names['worker']}")
+        superuser.execute(f"GRANT {roles.WEB}, {roles.OPERATOR} TO {names['serve']}")
+        yield {role: url.replace("postgres@", f"{login}@") for role, login in names.items()}
+        superuser.execute(f"DROP ROLE {names['worker']}, {names['serve']}")
 
 
-@pytest.fixture
-def owners(logins: dict[str, str], migrated: None) -> tuple[Owner, Owner]:
-    """Two orgs with a row in every table."""
+def make_two_orgs(url: str) -> None:
+    """Let the owner make the schema, and two orgs with a row in every table."""
+    with psycopg.connect(url, autocommit=True) as superuser:
+        for role in (roles.WORKER, roles.WEB, roles.OPERATOR):
+            superuser.execute(
+                f"DO $$ BEGIN CREATE ROLE {role} NOLOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$"
+            )
+        superuser.execute(f"CREATE ROLE {OWNER} LOGIN")
+        superuser.execute(f"ALTER DATABASE {superuser.info.dbname} OWNER TO {OWNER}")
+    owner_url = url.replace("postgres@", f"{OWNER}@")
+    schema.upgrade(owner_url)
     both = Owner(), Owner()
-    with acting(logins["owner"]) as connection:
+    with acting(owner_url) as connection:
         fill(connection, both)
         for owner in both:
             # Each org's template is the one that made its definition.
@@ -135,7 +135,15 @@ def owners(logins: dict[str, str], migrated: None) -> tuple[Owner, Owner]:
                 {"template": template_of(connection, owner), "id": owner.definition},
             )
         connection.commit()
-    return both
+
+
+@pytest.fixture
+def owners(logins: dict[str, str]) -> tuple[Owner, Owner]:
+    """The two orgs."""
+    runs = select(tables.runs.c.org_id, tables.runs.c.definition_id, tables.runs.c.id)
+    with acting(logins["owner"]) as connection:
+        mine, other = (Owner(*found) for found in connection.execute(runs))
+    return mine, other
 
 
 def template_of(connection: Connection, owner: Owner) -> str:
@@ -154,7 +162,6 @@ def test_every_table_with_org_data_is_parted(postgres: Database):
         assert unparted(connection) == ["newcomers"]
 
 
-@pytest.mark.usefixtures("owners")
 def test_with_no_org_set_the_web_role_sees_no_row_of_any(logins):
     with acting(logins["worker"]) as worker, acting(logins["serve"], roles.NOBODY) as web:
         for name in (*sorted(set(roles.ORG_DATA) - NOT_FOR_ORGS), "run_view"):
@@ -258,7 +265,6 @@ def mixed_with(other: Owner, mine: Owner, name: str) -> Iterator[Owner]:
         yield Owner(**own | {thing: getattr(other, thing)})
 
 
-@pytest.mark.usefixtures("migrated")
 def test_for_a_worker_and_an_owner_the_policies_are_planned_away(logins):
     """Each run that is fired or ends goes through these tables: nothing may be asked for each row."""
     for name in REFERS:
@@ -302,7 +308,7 @@ def test_an_org_moves_no_row_to_another(logins, owners):
 
 
 @pytest.mark.parametrize(("role", "writes"), [(roles.WEB, WRITES), (roles.OPERATOR, OPERATOR_WRITES)])
-def test_the_web_side_may_write_what_its_pages_write_and_no_more(logins, migrated, role: str, writes: dict):
+def test_the_web_side_may_write_what_its_pages_write_and_no_more(logins, role: str, writes: dict):
     with acting(logins["owner"]) as connection:
         assert rights_of(connection, role) == {name: set(rights) for name, rights in writes.items()}
         for name in ("operators", "sessions", "login_transactions"):
@@ -316,7 +322,6 @@ def test_the_web_side_may_write_what_its_pages_write_and_no_more(logins, migrate
 
 
 @pytest.mark.parametrize("scope", [roles.NOBODY, roles.ALL_ORGS])
-@pytest.mark.usefixtures("owners")
 def test_the_web_side_reads_no_secret_and_changes_no_schema(logins, scope: Scope):
     with acting(logins["serve"], scope) as web:
         for statement in (
@@ -334,7 +339,6 @@ def test_the_web_side_reads_no_secret_and_changes_no_schema(logins, scope: Scope
         web.execute(text("SELECT client_id, state FROM credentials"))
 
 
-@pytest.mark.usefixtures("owners")
 def test_an_operator_sees_the_rows_of_all_orgs(logins):
     with acting(logins["serve"], roles.ALL_ORGS) as operator:
         for name in (*tables.metadata.tables, "run_view"):
@@ -369,14 +373,12 @@ def test_without_the_trigger_an_owner_would_change_the_audit(logins, owners):
 class TestTheLoginOfServe:
     """It is a NOINHERIT member of two roles: by itself it reads nothing, and no other role can be reached."""
 
-    @pytest.mark.usefixtures("owners")
     def test_it_reads_nothing_by_itself(self, logins):
         with acting(logins["serve"]) as login:
             for name in (*tables.metadata.tables, "run_view", "alembic_version"):
                 assert refused(login, f"SELECT count(*) FROM {name}"), name
             assert refused(login, "SELECT * FROM find_caller('a', 'b')", "permission denied for function")
 
-    @pytest.mark.usefixtures("owners")
     def test_no_other_role_can_be_reached_from_it(self, logins):
         others = [roles.WORKER, "postgres", login_of(logins["owner"]), login_of(logins["worker"])]
         for scope in (None, roles.NOBODY, roles.ALL_ORGS):
@@ -403,7 +405,6 @@ class TestTheLoginOfServe:
             assert orgs.find_caller(web, "nobody", client) is None
             assert count(web, "orgs") == count(web, "credentials") == 0
 
-    @pytest.mark.usefixtures("owners")
     def test_the_lookup_trusts_no_table_of_whoever_asks(self, logins):
         with acting(logins["serve"], roles.NOBODY) as web:
             web.execute(text("CREATE TEMP TABLE orgs (id uuid, code text, issuer text, state text)"))
@@ -414,7 +415,6 @@ class TestTheLoginOfServe:
 
             assert orgs.find_caller(web, "forged", "any") is None
 
-    @pytest.mark.usefixtures("migrated")
     def test_it_finds_the_schemas_version(self, logins):
         with opened(logins["serve"]) as database:
             schema.check_for_web(database)
@@ -426,7 +426,7 @@ class TestTheLoginOfServe:
             ):
                 schema.check(connection)
 
-    def test_without_its_roles_it_serves_nobody(self, logins, migrated, postgres_server):
+    def test_without_its_roles_it_serves_nobody(self, logins, postgres_server):
         login = login_of(logins["serve"])
         postgres_server.execute(f"REVOKE {roles.OPERATOR} FROM {login}")
         with opened(logins["serve"]) as database:
@@ -441,7 +441,6 @@ class TestTheLoginOfServe:
             with database.acting(roles.NOBODY).transaction():
                 pass
 
-    @pytest.mark.usefixtures("migrated")
     def test_check_warns_of_what_else_it_has(self, logins, postgres_server):
         login = login_of(logins["serve"])
         assert said_of(logins["serve"]) == []
@@ -488,7 +487,6 @@ class TestScopes:
         with opened(logins["worker"]) as database:
             assert asyncio.run(ask(database)) == [(roles.WEB, mine.org, 1)] * 4
 
-    @pytest.mark.usefixtures("migrated")
     def test_a_login_without_the_roles_acts_for_nobody(self, logins, postgres_server):
         postgres_server.execute(f"REVOKE {roles.WEB}, {roles.OPERATOR} FROM {login_of(logins['worker'])}")
         with opened(logins["worker"]) as database:
@@ -498,11 +496,17 @@ class TestScopes:
 
 
 class TestGrants:
-    def test_an_owner_who_may_not_create_roles_migrates_all_the_same(self, logins):
-        schema.upgrade(logins["owner"])
-        schema.upgrade(logins["owner"])
+    def test_an_owner_who_may_not_create_roles_migrates_all_the_same(self, postgres_server, postgres_url):
+        login = f"owner_{new_id()[-12:]}"
+        postgres_server.execute(f"CREATE ROLE {login} LOGIN")
+        with psycopg.connect(postgres_url, autocommit=True) as superuser:
+            superuser.execute(f"ALTER DATABASE {superuser.info.dbname} OWNER TO {login}")
+        url = postgres_url.replace("postgres@", f"{login}@")
 
-        with acting(logins["owner"]) as owner:
+        schema.upgrade(url)
+        schema.upgrade(url)
+
+        with acting(url) as owner:
             assert count(owner, "runs") == 0
 
     def test_one_login_that_may_create_roles_acts_in_them(self, own_postgres):
@@ -538,7 +542,6 @@ class TestGrants:
 
         assert said_of(worker) == []
 
-    @pytest.mark.usefixtures("migrated")
     def test_rights_that_a_release_before_gave_are_taken_back(self, logins):
         with acting(logins["owner"]) as owner:
             owner.execute(text(f"GRANT SELECT, INSERT, UPDATE, DELETE ON audit, credentials TO {roles.WEB}"))
@@ -548,7 +551,6 @@ class TestGrants:
 
             assert rights_of(owner, roles.WEB).keys() == WRITES.keys()
 
-    @pytest.mark.usefixtures("migrated")
     def test_check_warns_of_a_superuser_an_owner_and_a_login_without_the_web_roles(
         self, logins, postgres, postgres_server
     ):
