@@ -11,7 +11,7 @@ import pytest
 from tests.fakes.clock import START, ManualClock, settle
 from worker.errors import StoreUnavailable
 from worker.execution.attempts.handler_registry import HandlerRegistry
-from worker.execution.loops.scheduler import PUT_OFF, Scheduler
+from worker.execution.loops.scheduler import BATCH, LARGER, PUT_OFF, Scheduler
 from worker.ids import DefinitionId, OrgId
 from worker.runs.run import Decision, DueDefinition, FireReport
 from worker.telemetry.events import Emitted
@@ -28,12 +28,16 @@ class Store:
 
     def __init__(self, *reports: FireReport | Exception) -> None:
         self.reports = list(reports)
-        self.calls = 0
+        self.limits: list[int] = []
         self.due: list[DueDefinition] = []
         self.decisions: list[Decision] = []
 
+    @property
+    def calls(self) -> int:
+        return len(self.limits)
+
     async def fire(self, decide: Callable[[DueDefinition, datetime], Decision], *, limit: int) -> FireReport:
-        self.calls += 1
+        self.limits.append(limit)
         self.decisions += [decide(definition, START) for definition in self.due]
         answer = self.reports.pop(0) if self.reports else FireReport(now=START)
         if isinstance(answer, Exception):
@@ -58,6 +62,15 @@ async def test_a_full_batch_is_followed_by_the_next_at_once(clock: ManualClock) 
     await fired(store, clock, turns=0)
 
     assert store.calls == 3
+
+
+async def test_batches_are_larger_while_more_are_due(clock: ManualClock) -> None:
+    """The first one is small, so that the first run starts at once."""
+    store = Store(FireReport(now=START, more=True), FireReport(now=START, more=True))
+
+    await fired(store, clock)
+
+    assert store.limits == [BATCH, LARGER, LARGER, BATCH]
 
 
 async def test_what_other_workers_are_firing_is_not_asked_for_all_the_time(clock: ManualClock) -> None:

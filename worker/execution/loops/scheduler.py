@@ -16,8 +16,9 @@ from worker.runs.fire import decide
 from worker.runs.run import Decision, DueDefinition, FireReport, NextFire
 from worker.telemetry.events import emit
 
-# Definitions locked by one transaction, about 10 ms of work: larger batches save no more round trips.
-BATCH = 250
+# Definitions locked by one transaction: few at first, so that their runs start at once, and while more are
+# due twice as many, about 10 ms of work, which share the 2 ms that its statements take besides.
+BATCH, LARGER = 250, 500
 # Seconds until another look at what other workers are firing now: its rows are locked.
 LOCKED = 0.02
 # Until a definition that this version cannot read is tried again.
@@ -48,16 +49,18 @@ class Scheduler:
         self.ticked_at = self.clock.monotonic()
 
     async def run(self) -> None:
+        limit = BATCH
         while True:
             self.wake.clear()
-            report = await self._fire()
+            report = await self._fire(limit)
             self.ticked_at = self.clock.monotonic()
+            limit = LARGER if report.more else BATCH
             if not report.more:
                 await wait_for(self.wake, self._pause(report))
 
-    async def _fire(self) -> FireReport:
+    async def _fire(self, limit: int) -> FireReport:
         try:
-            report = await self.store.fire(self._decide, limit=BATCH)
+            report = await self.store.fire(self._decide, limit=limit)
         except Unavailable:
             return FireReport()
         if report.inserted:
