@@ -94,7 +94,7 @@ def run(settings: Settings, *, pool: str | None = None) -> int:
     )
     children.start()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
+    gc.set_threshold(100_000, 20, 50)
     sys.setswitchinterval(SWITCH)
     # From here on this process holds the host's token, and nothing is forked from it.
     try:

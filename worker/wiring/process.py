@@ -125,10 +125,10 @@ def run(settings: Settings) -> int:
             long_lived=True,
         )
         children.start()
-        # The collector skips what is loaded now and runs less often. By default it runs every few runs and
-        # takes a quarter of the time of an inline run.
+        # The collector skips what is loaded now and runs less often: each time it walks what all runs in
+        # flight hold. By default it runs every few runs and takes a quarter of the time of an inline run.
         gc.freeze()
-        gc.set_threshold(20_000, 20, 50)
+        gc.set_threshold(100_000, 20, 50)
         sys.setswitchinterval(SWITCH)
         # From here on this process holds keys, and nothing is forked from it.
         try:
