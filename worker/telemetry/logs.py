@@ -42,6 +42,8 @@ def configure(style: Style | None = None, *, level: str = "info", stream: TextIO
     root.setLevel(level.upper())
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It warns of what follows from an error that it has raised: a rollback on a connection that is lost.
+    logging.getLogger("psycopg").setLevel(logging.ERROR)
     if _log not in listeners:
         listen(_log)
 

@@ -82,6 +82,7 @@ def test_debug_events_and_what_libraries_chat_about_are_left_out(out):
 
     emit("run.admitted", run="019a")
     logging.getLogger("httpx").info("GET https://acme.example/?q=1")
+    logging.getLogger("psycopg").warning("error ignored terminating <psycopg.Pipeline>")
 
     assert out.getvalue() == ""
 
