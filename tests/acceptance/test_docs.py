@@ -162,7 +162,7 @@ def installation(folder: Path, environment: dict[str, str]) -> Iterator[None]:
             line("definitions", "run", f"org_{org}", "nightly-export")
         with (folder / "worker.log").open("wb") as log:
             command = [sys.executable, "-m", "worker", "run"]
-            worker = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+            worker = forked.start(command, cwd=folder, env=environment, output=log)
         try:
             with contextlib.closing(sqlite3.connect(folder / "worker.db", timeout=10)) as connection:
                 failed = "SELECT COUNT(*) FROM runs WHERE state = 'failed'"

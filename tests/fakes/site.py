@@ -131,6 +131,7 @@ write_paths = ["{self.out}"]
 
     def apply(self, text: str, *options: str, check: bool = True) -> Completed:
         """Apply a definitions file."""
+        self._wait_for_the_catalogue()
         path = self.folder / "definitions.toml"
         path.write_text(text)
         return self.cli("apply", str(path), *options, check=check)
@@ -166,6 +167,15 @@ write_paths = ["{self.out}"]
             )
         self._workers.append(worker)
         return worker
+
+    def _wait_for_the_catalogue(self) -> None:
+        """Give the first worker some seconds to store its handlers; a command reads those that are not."""
+        if len(self._workers) == 1:
+            worker, until = self._workers[0], time.monotonic() + 10.0
+            while worker.poll() is None and "handlers.loaded" not in self.log_text():
+                if time.monotonic() > until:
+                    return
+                time.sleep(0.05)
 
     def _wait_for_the_killed(self) -> None:
         """Give what a killed worker has left a second to end: a fork starts at once, and would find it."""

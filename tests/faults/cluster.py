@@ -49,8 +49,6 @@ class Load:
 class Cluster(Site):
     """A site whose workers are many; keeps what befell them. `launcher` starts the next ones."""
 
-    may_fork = False
-
     def __init__(
         self,
         folder: Path,
