@@ -23,6 +23,8 @@ from tests.fakes import forked
 from tests.fakes.cli import Completed, as_process, run_command
 from tests.fakes.log import faults_of
 from worker.demo.provider import Application, Provider
+from worker.errors import Busy
+from worker.store.engine import lock_sqlite_file
 
 T = TypeVar("T")
 
@@ -178,16 +180,17 @@ write_paths = ["{self.out}"]
                 time.sleep(0.05)
 
     def _wait_for_the_killed(self) -> None:
-        """Give what a killed worker has left a second to end: a fork starts at once, and would find it."""
-        killed = [f'"parent": {worker.pid},' for worker in self._workers if worker.poll() is not None]
-        until = time.monotonic() + 1.0
-
-        def left() -> bool:
-            commands = [" ".join(found.info["cmdline"] or ()) for found in psutil.process_iter(["cmdline"])]
-            return any(parent in command for command in commands for parent in killed)
-
-        while killed and left() and time.monotonic() < until:
-            time.sleep(0.02)
+        """Give what a killed worker has left time to end: a fork starts at once and needs its lock."""
+        on_file = self.database_url.startswith("sqlite")
+        until = time.monotonic() + 10.0
+        while on_file and self._workers and all(worker.poll() is not None for worker in self._workers):
+            try:
+                lock_sqlite_file(self.database_url).release()
+                return
+            except Busy:
+                if time.monotonic() > until:
+                    return
+                time.sleep(0.02)
 
     def stop_worker(self, worker: subprocess.Popen[bytes], timeout: float = 45.0) -> int:
         """Drain it by SIGTERM and return its exit code."""
