@@ -9,9 +9,10 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -136,6 +137,12 @@ def build(only: str | None = None) -> typer.Typer:
     return app
 
 
+@cache
+def command(only: str | None) -> Any:
+    """The command of `build`, kept for a process that runs several; building it takes some 20 ms."""
+    return typer.main.get_command(build(only))
+
+
 def main() -> None:
     """Run this process's command, and exit with its code."""
     code = invoke(sys.argv[1:])
@@ -159,8 +166,7 @@ def invoke(arguments: Sequence[str]) -> int:
         register_shells()
     try:
         # A shell that asks for completions needs every command.
-        app = build(None if completes else first(arguments))
-        code = typer.main.get_command(app).main(
+        code = command(None if completes else first(arguments)).main(
             args=list(arguments),
             prog_name=_program(),
             # By default it follows the program's name: under another one, a Tab would start a worker.
