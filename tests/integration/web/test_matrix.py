@@ -319,6 +319,8 @@ class Installation:
     ids: dict[str, str] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)
     names: dict[str, set[str]] = field(default_factory=dict)
+    # By table, what it held when it was last read, and what `marks_of` said of it then.
+    read: dict[str, tuple[object, list[tuple[Any, ...]]]] = field(default_factory=dict)
 
     def token(self, org: str, **claims: Any) -> str:
         return self.issuer.token(App(org, f"m2m-{org}", "s3cret"), **claims)
@@ -375,11 +377,19 @@ class Installation:
             Who("a person of the vendor", "operator", person="kp_sue"),
         ]
 
+    def paused(self, org: str) -> None:
+        """Its definition, which a request may resume."""
+        pause_definition(self.admin, org, "digest", actor="tester")
+
     def state(self) -> State:
         """All that a request may change, as the driver has it: it is read more than a thousand times."""
         with self.admin.autocommit() as connection:
-            results = {name: connection.exec_driver_sql(statement) for name, (statement, _) in READ.items()}
-            return {name: list(result.cursor.fetchall()) for name, result in results.items()}
+            marks = marks_of(connection)
+            for name, mark in marks.items():
+                if self.read.get(name, (None,))[0] != mark:
+                    result = connection.exec_driver_sql(READ[name][0])
+                    self.read[name] = (mark, list(result.cursor.fetchall()))
+        return {name: rows for name, (_, rows) in self.read.items()}
 
     def changes(self, before: State, after: State) -> dict[str, dict[str, list[tuple[Any, ...]]]]:
         """The rows that are only in one of the two, by org and table."""
@@ -387,11 +397,24 @@ class Installation:
         code = {id_: org for org, id_ in self.ids.items()}
         for name, (_, place) in READ.items():
             if before[name] != after[name]:
-                rows = [{str(row): row for row in state[name]} for state in (before, after)]
+                pairs = zip(before[name], after[name], strict=False)
+                same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+                rows = [{str(row): row for row in state[name][same:]} for state in (before, after)]
                 for text in rows[0].keys() ^ rows[1].keys():
                     row = rows[0].get(text) or rows[1][text]
                     found.setdefault(code.get(str(row[place]), ""), {}).setdefault(name, []).append(row)
         return found
+
+
+def marks_of(connection: Connection) -> dict[str, object]:
+    """What is another for each table that has changed: on SQLite, where any has."""
+    if connection.dialect.name == "sqlite":
+        driver: Any = connection.connection.dbapi_connection
+        version = connection.exec_driver_sql("PRAGMA data_version").scalar_one()
+        return dict.fromkeys(READ, (id(driver), version, driver.total_changes))
+    # A changed row has the id of a later transaction.
+    each = (f"SELECT '{name}', count(*), sum(xmin::text::bigint) FROM {name}" for name in READ)
+    return {name: tuple(mark) for name, *mark in connection.exec_driver_sql(" UNION ALL ".join(each))}
 
 
 def fill(made: Installation) -> None:
@@ -575,6 +598,15 @@ async def routes_of(app: Any) -> set[tuple[str, str]]:
     return {(method, route.path) for route in router.routes for method in route.methods}
 
 
+def used_by(path: str) -> str | None:
+    """The method of `Installation` that makes what a request of this path uses up, if it is not refused."""
+    # An answer may come before the run waits for it.
+    if path.endswith(("{run}/cancel", "{run}/answer")) or "/answers/" in path:
+        return "waiting"
+    ends = {"{run}/retry": "cancelled", "/{name}/resume": "paused", "/retire": "new_credential"}
+    return next((thing for end, thing in ends.items() if path.endswith(end)), None)
+
+
 class Matrix:
     """Asks, judges, and keeps what was wrong."""
 
@@ -582,6 +614,8 @@ class Matrix:
         self.made = made
         self.apps = {role: made.app(role) for role in ("viewer", "operator")}
         self.asked = 0
+        # What requests of that kind may still use up, by method of the installation and org.
+        self.unused: dict[tuple[str | None, str], Any] = {}
         # What the last change left, which no reading may change.
         self.known: State = {}
         self.wrong: list[str] = []
@@ -605,16 +639,13 @@ class Matrix:
     ) -> None:
         who, page = client.who, not path.startswith(("/api/", "/livez", "/readyz", "/metrics"))
         writes = rule.kind in ("write", "run_now", "by_staff") and method != "GET"
-        run = self.made.ended[target]
-        # An answer may come before the run waits for it.
-        is_answer = path.endswith("{run}/answer") or "/answers/" in path
-        if path.endswith("{run}/cancel") or is_answer:
-            run = self.made.waiting(target)
-        elif path.endswith("{run}/retry"):
-            run = self.made.cancelled(target)
-        elif path.endswith("/{name}/resume"):
-            pause_definition(self.made.admin, target, "digest", actor="tester")
-        generation = self.made.new_credential(target) if path.endswith("/retire") else 0
+        thing = used_by(path)
+        if thing is not None and (thing, target) not in self.unused:
+            self.unused[thing, target] = getattr(self.made, thing)(target)
+            self.known = {}
+        made = self.unused.get((thing, target))
+        run = made if thing in ("waiting", "cancelled") else self.made.ended[target]
+        generation = made if thing == "new_credential" else 0
         url = path.format(run=run, org=target, name="digest", code="x", generation=generation)
         if rule.kind == "bulk":
             url += f"?q={NOTHING}" if method == "GET" else ""
@@ -626,14 +657,15 @@ class Matrix:
         if session and not page and rule.kind != "open":
             # A cookie opens pages, never the API.
             wanted = 401
-        is_prepared = is_answer or path.endswith(("/cancel", "/retry", "/resume", "/retire"))
-        before = (self.known if self.known and not is_prepared else self.made.state()) if writes else None
+        before = (self.known or self.made.state()) if writes else None
         answer = await client.ask(method, url, session=session)
         called = f"{method} {path} of {target}{' in a session' if session else ''}"
         self.judge(who, called, answer.status_code, wanted)
         self.judge_text(who, called, answer, url)
         if before is not None:
             self.judge_effect(who, called, target, before, done=wanted == rule.status)
+        if wanted == rule.status:
+            self.unused.pop((thing, target), None)
         if method == "GET" and not session:
             head = await client.ask("HEAD", url, session=session)
             self.judge(who, f"HEAD for {called}", head.status_code, wanted)
