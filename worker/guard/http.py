@@ -53,16 +53,15 @@ def open_client(
     for name in ("httpx", "httpcore"):
         # At INFO httpx logs each URL with its query.
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Mozilla's authorities for images that have none, and the system's, which may include a private CA.
-    context = httpx.create_ssl_context()
-    context.load_default_certs(ssl.Purpose.SERVER_AUTH)
-    direct = transport or (pool or _pool)(context)
+    # Loading the authorities takes 20 ms.
+    context = _tls_context() if transport is None else None
+    direct = (pool or _pool)(context) if context else transport
     proxied = transport is None and bool({"https", "all"} & getproxies().keys())
     client = ProviderClient(
         transport=None if proxied else direct,
         # http:// is for loopback addresses only, which never go through a proxy.
         mounts={"http://": direct} if proxied else None,
-        verify=context,
+        verify=context or True,
         timeout=httpx.Timeout(EXCHANGE_SECONDS, connect=CONNECT_SECONDS),
         limits=_LIMITS,
         follow_redirects=False,
@@ -73,6 +72,13 @@ def open_client(
     )
     client.direct = None if proxied else direct
     return client
+
+
+def _tls_context() -> ssl.SSLContext:
+    """Mozilla's authorities for images that have none, and the system's, which may include a private CA."""
+    context = httpx.create_ssl_context()
+    context.load_default_certs(ssl.Purpose.SERVER_AUTH)
+    return context
 
 
 def _pool(context: ssl.SSLContext) -> httpx.AsyncBaseTransport:
