@@ -358,8 +358,9 @@ class Masker:
         if secret not in self._entries:
             self._entries[secret] = entry = _Entry()
             for line in (secret,) if PLAIN.fullmatch(secret) else lines_of(secret):
-                for form in (line,) if PLAIN.fullmatch(line) else encodings(line):
-                    self._add(entry, form)
+                forms = {line} if PLAIN.fullmatch(line) else encodings(line)
+                for form in forms:
+                    self._add(entry, form, is_only=len(forms) == 1)
 
     def _drop(self, secret: str) -> None:
         """Forget a secret for which there is no reason any more."""
@@ -370,7 +371,7 @@ class Masker:
         if entry is not None:
             self._remove(entry)
 
-    def _add(self, entry: _Entry, form: str) -> None:
+    def _add(self, entry: _Entry, form: str, *, is_only: bool) -> None:
         if len(form) < BLOCK or re.search(r"\s", form):
             entry.literals += [form, *in_base64(form)]
             self._patterns = None
@@ -379,10 +380,12 @@ class Masker:
             self._letters.update(form)
             self._patterns = None
         token = as_token(form)
-        if token is None:
+        if token is None or not is_only:
+            # The forms of a secret begin alike, and the table of blocks knows one: each counts as a whole.
             entry.words.append(form)
             self._words[form] += 1
             self._starts.setdefault(hash(form[:BLOCK]), Counter())[len(form)] += 1
+        if token is None:
             return
         number = self._next_token
         self._next_token += 1
