@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -112,20 +112,30 @@ class Stock:
 
     def run(self, org_id: OrgId, definition_id: DefinitionId | None = None, **values: Any) -> NewRun:
         """A run to insert; manual and not serial by default."""
+        [run] = self.runs([org_id], definition_id, **values)
+        return run
+
+    def runs(
+        self, org_ids: Iterable[OrgId], definition_id: DefinitionId | None = None, **values: Any
+    ) -> list[NewRun]:
+        """The same for each org of the sequence; the database is asked for its time once."""
         at = self.now() - timedelta(seconds=1)
-        run = NewRun(
-            id=RunId(new_id()),
-            org_id=org_id,
-            definition_id=definition_id or DefinitionId(new_id()),
-            revision=1,
-            handler=HANDLER,
-            origin="manual",
-            scheduled_for=at,
-            available_at=at,
-            idempotency_key=new_id(),
-            serial=False,
+        runs = (
+            NewRun(
+                id=RunId(new_id()),
+                org_id=org_id,
+                definition_id=definition_id or DefinitionId(new_id()),
+                revision=1,
+                handler=HANDLER,
+                origin="manual",
+                scheduled_for=at,
+                available_at=at,
+                idempotency_key=new_id(),
+                serial=False,
+            )
+            for org_id in org_ids
         )
-        return replace(run, **values)
+        return [replace(run, **values) for run in runs]
 
     def put(self, *runs: NewRun) -> FireReport:
         with self.database.transaction() as connection:

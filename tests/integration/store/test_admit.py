@@ -78,7 +78,7 @@ def test_only_an_active_org_starts_anything(stock: Stock, state: str) -> None:
 
 def test_no_more_of_an_org_than_its_limit(stock: Stock) -> None:
     org, worker = stock.org(limit=3), stock.worker()
-    stock.put(*(stock.run(org) for _ in range(10)))
+    stock.put(*stock.runs([org] * 10))
 
     first = stock.admit(worker)
     assert len(first) == 3
@@ -92,7 +92,7 @@ def test_no_more_of_a_definition_than_its_limit_and_the_others_go_on(stock: Stoc
     """A long queue of the definition at its limit must not stand in the way of its org's others."""
     org, worker = stock.org(limit=10), stock.worker()
     limited = stock.definition(org)
-    stock.put(*(stock.run(org, limited, max_concurrent=2) for _ in range(30)))
+    stock.put(*stock.runs([org] * 30, limited, max_concurrent=2))
     others = [stock.run(org) for _ in range(5)]
     stock.put(*others)
 
@@ -129,8 +129,8 @@ def test_only_handlers_that_are_offered_and_with_variants_all_of_them(stock: Sto
 
 def test_each_isolation_has_its_own_slots(stock: Stock) -> None:
     org, worker = stock.org(limit=50), stock.worker()
-    stock.put(*(stock.run(org) for _ in range(20)))
-    stock.put(*(stock.run(org, isolation="inline") for _ in range(20)))
+    stock.put(*stock.runs([org] * 20))
+    stock.put(*stock.runs([org] * 20, isolation="inline"))
 
     assert Counter(run.isolation for run in stock.admit(worker, 0, inline=4)) == {"inline": 4}
     assert Counter(run.isolation for run in stock.admit(worker, 3, inline=0)) == {"child": 3}
@@ -159,9 +159,9 @@ def test_a_worker_whose_lease_has_passed_admits_nothing(postgres: Database) -> N
 
 def test_an_org_that_adds_few_runs_does_not_wait_behind_one_that_floods(stock: Stock) -> None:
     flood, few, worker = stock.org(limit=100), stock.org(limit=100), stock.worker()
-    stock.put(*(stock.run(flood) for _ in range(50)))
+    stock.put(*stock.runs([flood] * 50))
     held = stock.admit(worker, 10)
-    stock.put(*(stock.run(few) for _ in range(5)))
+    stock.put(*stock.runs([few] * 5))
 
     first_of_few = None
     for n, run in enumerate(held, start=1):
@@ -177,16 +177,16 @@ def test_an_org_that_adds_few_runs_does_not_wait_behind_one_that_floods(stock: S
 
 def test_slots_are_shared_by_weight(stock: Stock) -> None:
     light, heavy, worker = stock.org(limit=100), stock.org(limit=100, weight=3), stock.worker()
-    stock.put(*(stock.run(light) for _ in range(60)), *(stock.run(heavy) for _ in range(60)))
+    stock.put(*stock.runs([light] * 60), *stock.runs([heavy] * 60))
 
     assert by_org(stock, worker, 40) == {light: 10, heavy: 30}
 
 
 def test_held_slots_count_and_whoever_holds_many_waits(stock: Stock) -> None:
     hog, other, worker = stock.org(limit=100), stock.org(limit=100), stock.worker()
-    stock.put(*(stock.run(hog) for _ in range(30)))
+    stock.put(*stock.runs([hog] * 30))
     stock.admit(worker, 10)
-    stock.put(*(stock.run(other) for _ in range(30)))
+    stock.put(*stock.runs([other] * 30))
 
     assert by_org(stock, worker, 10) == {other: 10}
     assert by_org(stock, worker, 10) == {hog: 5, other: 5}
@@ -195,7 +195,7 @@ def test_held_slots_count_and_whoever_holds_many_waits(stock: Stock) -> None:
 def test_the_walk_goes_round_and_nobody_is_left_out(stock: Stock) -> None:
     """More orgs than one step looks at, and one slot at a time."""
     worker, orgs = stock.worker(), [stock.org() for _ in range(40)]
-    stock.put(*(stock.run(org) for org in orgs))
+    stock.put(*stock.runs(orgs))
 
     started = [run.org_id for _ in orgs for run in stock.admit(worker, 1)]
 
@@ -206,7 +206,7 @@ def test_the_walk_goes_round_and_nobody_is_left_out(stock: Stock) -> None:
 def test_orgs_that_can_start_nothing_do_not_hide_those_behind_them(stock: Stock) -> None:
     worker = stock.worker()
     full = [stock.org(limit=1) for _ in range(40)]
-    stock.put(*(stock.run(org) for org in full), *(stock.run(org) for org in full))
+    stock.put(*stock.runs(full), *stock.runs(full))
     assert len(stock.admit(worker)) == 40
     last = stock.run(stock.org())
     stock.put(last)
@@ -322,7 +322,7 @@ def test_what_others_took_after_the_walk_is_replaced_in_the_same_call(
 ) -> None:
     first, second = stock.worker(), stock.worker()
     orgs = [stock.org() for _ in range(40)]
-    stock.put(*(stock.run(org) for org in orgs))
+    stock.put(*stock.runs(orgs))
     walk, taken = stock.walk(second)._walk, list[AdmittedRun]()
 
     def walk_too_late(call: Any) -> Any:
@@ -372,9 +372,9 @@ def _crowd(database: Database, *, seconds: float = 4, until: int | None = None) 
     orgs = [stock.org(limit=3) for _ in range(3)]
     wide = stock.org(limit=1000)
     limited, runs = DefinitionId(new_id()), 50
-    stock.put(*(stock.run(org) for org in orgs for _ in range(runs)))
-    stock.put(*(stock.run(wide, limited, max_concurrent=3) for _ in range(runs)))
-    stock.put(*(stock.run(wide, handler="acme.heavy") for _ in range(runs)))
+    stock.put(*stock.runs(org for org in orgs for _ in range(runs)))
+    stock.put(*stock.runs([wide] * runs, limited, max_concurrent=3))
+    stock.put(*stock.runs([wide] * runs, handler="acme.heavy"))
     offered = {HANDLER: None, "acme.heavy": 3}
     over, most = threading.Event(), Counter[str]()
     failures: list[BaseException] = []

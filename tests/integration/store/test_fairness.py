@@ -34,7 +34,7 @@ def org(stock: Stock, waiting: int, *, weight: int = 1) -> OrgId:
     """An org with room for any number of runs, and so many that wait."""
     made = stock.org(limit=100_000, weight=weight)
     for part in range(0, waiting, 500):
-        stock.put(*(stock.run(made) for _ in range(min(500, waiting - part))))
+        stock.put(*stock.runs([made] * min(500, waiting - part)))
     return made
 
 
@@ -100,7 +100,7 @@ def test_a_half_that_nobody_else_wants_goes_to_who_holds_the_other(stock: Stock)
 def crowd(stock: Stock, orgs: int, waiting: int) -> list[OrgId]:
     """Orgs that wait with so many runs each."""
     made = [stock.org(limit=1000) for _ in range(orgs)]
-    runs = [stock.run(org) for _ in range(waiting) for org in made]
+    runs = stock.runs(made * waiting)
     for part in range(0, len(runs), 500):
         stock.put(*runs[part : part + 500])
     return made

@@ -62,7 +62,7 @@ def crowd(database: Database, url: str, *, locked: bool = True) -> dict[str, int
     for number, org in enumerate(wide):
         definition = stock.definition(org)
         keys = {"handler": free[number % len(free)], "max_concurrent": LIMIT}
-        stock.put(*(stock.run(org, definition, **keys) for _ in range(8)))
+        stock.put(*stock.runs([org] * 8, definition, **keys))
     offered = {handler: LIMIT if handler in LIMITED else None for handler in HANDLERS}
 
     carry(url, workers=WORKERS, slots=SLOTS, offered=offered, locked=locked)

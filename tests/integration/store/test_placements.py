@@ -47,7 +47,7 @@ class Pool:
 
     def put(self, count: int = 1, **values: object) -> None:
         org = self.stock.org(limit=1000)
-        self.stock.put(*(self.stock.run(org, pool=POOL, **values) for _ in range(count)))
+        self.stock.put(*self.stock.runs([org] * count, pool=POOL, **values))
 
     def admit(self, free: int = 1000) -> list[AdmittedRun]:
         return self._walk.admit({HANDLER: None}, {"child": free, "inline": free})

@@ -102,7 +102,7 @@ def test_each_hot_statement_goes_by_its_index(
     if analysed == "empty":
         analyse(postgres)
     for _ in range(10):
-        stock.put(*(stock.run(org) for org in orgs for _ in range(20)))
+        stock.put(*stock.runs(org for org in orgs for _ in range(20)))
     held = stock.admit(worker, 500)
     if analysed == "full":
         analyse(postgres)

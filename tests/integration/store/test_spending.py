@@ -50,7 +50,7 @@ def add_budget(
 
 def admitted(stock: Stock, org_id: OrgId, count: int = 1) -> tuple[WorkerId, list[AdmittedRun]]:
     worker = stock.worker()
-    stock.put(*(stock.run(org_id) for _ in range(count)))
+    stock.put(*stock.runs([org_id] * count))
     return worker, stock.admit(worker)
 
 
@@ -265,7 +265,7 @@ def test_two_workers_admit_no_more_runs_than_the_budget_has(postgres: Database):
     stock = Stock(postgres)
     org_id = stock.org(limit=1000)
     add_budget(stock, org_id, "runs", 40)
-    stock.put(*(stock.run(org_id) for _ in range(100)))
+    stock.put(*stock.runs([org_id] * 100))
     stores = [store_of(stock, stock.worker()) for _ in range(3)]
 
     async def all_admit() -> list[Sequence[AdmittedRun]]:

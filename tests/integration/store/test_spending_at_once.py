@@ -131,7 +131,7 @@ def runs(database: Database) -> dict[OrgId, AdmittedRun]:
     for org_id in orgs:
         add_budget(stock, org_id, limit=random.choice((200, 500, 1000, 2500)))
         add_budget(stock, org_id, limit=10**9, per="month")
-    stock.put(*(stock.run(org_id) for org_id in orgs))
+    stock.put(*stock.runs(orgs))
     return {run.org_id: run for run in stock.admit(stock.worker())}
 
 

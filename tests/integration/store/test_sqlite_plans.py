@@ -82,7 +82,7 @@ def test_each_hot_statement_goes_by_an_index(
     worker, orgs = stock.worker(), [stock.org(limit=60) for _ in range(5)]
     for org in orgs:
         stock.definition(org, due_at=stock.now())
-    stock.put(*(stock.run(org) for org in orgs for _ in range(20)))
+    stock.put(*stock.runs(org for org in orgs for _ in range(20)))
     hour = timedelta(hours=1)
     held = stock.admit(worker, 50)
     with stock.database.transaction() as connection:
@@ -140,7 +140,7 @@ def test_a_batch_of_ends_or_of_admissions_is_as_many_steps_as_one(
     """Each step lets the worker's loop in between: they must not grow with the batch."""
     stock, (_, count) = sqlite_stock, asked
     worker, orgs = stock.worker(), [stock.org(limit=100) for _ in range(10)]
-    stock.put(*(stock.run(org) for org in orgs for _ in range(20)))
+    stock.put(*stock.runs(org for org in orgs for _ in range(20)))
 
     def steps(size: int) -> int:
         count.clear()
@@ -154,7 +154,7 @@ def test_a_batch_of_ends_or_of_admissions_is_as_many_steps_as_one(
 
 def test_more_ends_than_one_statement_takes_are_all_written(sqlite_stock: Stock) -> None:
     worker, org = sqlite_stock.worker(), sqlite_stock.org(limit=2 * MOST)
-    sqlite_stock.put(*(sqlite_stock.run(org) for _ in range(MOST + 3)))
+    sqlite_stock.put(*sqlite_stock.runs([org] * (MOST + 3)))
     admitted = sqlite_stock.admit(worker, MOST + 3)
 
     accepted = sqlite_stock.finish(worker, *(sqlite_stock.ended(run) for run in admitted))
