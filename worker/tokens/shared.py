@@ -35,8 +35,8 @@ NEWER = 2.0
 MAX_VERSIONS = 10_000
 # Rows that `look_up` has read, and the seconds for which they count.
 MAX_LOOKED_UP, LOOKED_UP = 5_000, 2.0
-# Requests whose keys are kept: one acquisition needs its key several times.
-MAX_KEYS = 1_024
+# Requests whose keys are kept: one acquisition needs its key several times, and each slot may be one.
+MAX_KEYS = 4_096
 
 
 class TokenRequest(NamedTuple):
