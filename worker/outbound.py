@@ -141,9 +141,9 @@ class _Body(httpx.AsyncByteStream):
 class Sockets(httpcore.AsyncNetworkBackend):
     """Opens TCP connections of asyncio for httpcore.
 
-    With httpcore's own, on anyio, a token costs a worker a quarter more processor time (`bench.cold_tokens`),
-    and a cold run in `bench.nine` a fifth more of workers and server: each part of a request is sent by itself,
-    and each step yields to the event loop and pauses or resumes reading.
+    With httpcore's own, on anyio, a token costs a worker a quarter more processor time
+    (`bench.cold_tokens`), and a cold run in `bench.nine` a fifth more of workers and server: each part of a
+    request is sent by itself, and each step yields to the event loop and pauses or resumes reading.
     """
 
     async def connect_tcp(
