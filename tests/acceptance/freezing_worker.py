@@ -18,10 +18,10 @@ PATIENCE = 2.0
 _fire = Scheduler._fire
 
 
-async def fire_or_hang(scheduler: Scheduler) -> FireReport:
+async def fire_or_hang(scheduler: Scheduler, limit: int) -> FireReport:
     while Path(os.environ[FILE]).exists():  # noqa: ASYNC110 - a file has no event
         await asyncio.sleep(0.05)
-    return await _fire(scheduler)
+    return await _fire(scheduler, limit)
 
 
 if __name__ == "__main__":
