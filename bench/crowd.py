@@ -226,6 +226,7 @@ class Crowd:
                 # Without the tables of runs: analysed while empty, they would get plans for empty tables.
                 filled = "orgs, org_words, credentials, access_tokens, definitions, definition_revisions"
                 connection.execute(text(f"VACUUM ANALYZE {filled}, schedule"))
+                connection.execute(text("VACUUM live_runs"))
                 connection.execute(text("CHECKPOINT"))
 
     def _put(self, table: str, columns: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> None:
