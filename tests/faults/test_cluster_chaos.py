@@ -182,7 +182,7 @@ def test_four_workers_lose_and_double_nothing_whatever_befalls_them(
     befell = Counter(fault.kind for fault in cluster.faults)
     outcomes = Counter(attempt["outcome"] for attempt in cluster.query("SELECT outcome FROM attempts"))
     told = [
-        (back - gone, of_the_outage(lines_between(path.read_text(), gone, back)))
+        (back - gone, lines_between(path.read_text(), gone, back))
         for gone, back in chaos.outages
         for path in cluster.logs.values()
     ]
@@ -202,13 +202,3 @@ def test_four_workers_lose_and_double_nothing_whatever_befalls_them(
 def lines_between(text: str, since: datetime, until: datetime) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     return [line for line in lines if since <= datetime.fromisoformat(line["at"]) <= until]
-
-
-def of_the_outage(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without each freeze that ends in the outage: it does not come from it.
-
-    A zygote that was stopped reads one message at a time: it first acts on the old leases that it missed.
-    """
-    thaws = [place for place, line in enumerate(lines) if line["event"] == "children.thawed"]
-    ended = {place - 1 for place in thaws if place and lines[place - 1]["event"] == "children.frozen"}
-    return [line for place, line in enumerate(lines) if place not in ended | {place + 1 for place in ended}]

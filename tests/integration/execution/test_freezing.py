@@ -131,3 +131,17 @@ async def test_a_worker_that_stands_still_alone_lets_its_runs_stand_still_in_tim
     finally:
         host.end()
     await all_silent_within(tmp_path, 0.8)
+
+
+async def test_a_zygote_that_was_stopped_goes_by_the_newest_lease_that_it_missed(
+    run: Run, emitted: list[Emitted]
+) -> None:
+    assert run.children.zygote_pid is not None
+    os.kill(run.children.zygote_pid, signal.SIGSTOP)
+    for seconds in (0.01, 0.02, 60):
+        run.renew(seconds)
+    await asyncio.sleep(0.1)  # the first two are over then
+    os.kill(run.children.zygote_pid, signal.SIGCONT)
+
+    await all_writing(run.folder)
+    assert "children.frozen" not in [event.event.name for event in emitted]

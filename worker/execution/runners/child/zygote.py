@@ -53,6 +53,8 @@ MEMORY_TICK = 0.1
 SWEEP_TICK = 0.005
 SWEEP_PATIENCE = 2.0
 DATAGRAM = 65_536
+# Messages that are read before anything else is done.
+AT_ONCE = 16
 # Seconds within which a new process usually calls its handler.
 AFTER_START = 0.01
 # What nearly every handler needs, imported once; `tls_context` imports httpx.
@@ -97,7 +99,7 @@ class Zygote:
                 if descriptor == woken:
                     os.read(woken, DATAGRAM)
                 elif descriptor == self._control.fileno():
-                    alive = alive and (events == select.POLLOUT or self._receive())
+                    alive = alive and (events == select.POLLOUT or self._receive_all())
                 else:  # the worker's own pidfd
                     alive = False
             self._reap()
@@ -133,11 +135,20 @@ class Zygote:
         seconds = min(due) - time.monotonic()
         return None if seconds == float("inf") else max(seconds, 0) * 1000
 
-    def _receive(self) -> bool:
+    def _receive_all(self) -> bool:
+        """Act on what has arrived: the newest of several leases counts. False if the worker is gone."""
+        for _ in range(AT_ONCE):
+            received = self._receive()
+            if received is not True:
+                return received is None
+        return True
+
+    def _receive(self) -> bool | None:
+        """Act on one message; None if there is none, False if the worker is gone."""
         try:
             data, descriptors, _, _ = socket.recv_fds(self._control, DATAGRAM, 3, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
-            return True
+            return None
         except OSError:
             return False
         if not data:
