@@ -85,6 +85,8 @@ class ChildProcess(asyncio.Protocol):
         self._receiver = receiver
         for source, descriptor in self._pipes.items():
             self._loop.add_reader(descriptor, self._read, source, descriptor)
+        # A spare may have died just now: then the work is never sent.
+        self._reset = self._channel is not None and self._channel.is_closing()
         self.send(work)
 
     def send(self, message: Message) -> None:
@@ -155,7 +157,7 @@ class ChildProcess(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._channel_open = False
         # The kernel reports a reset if the other end closes while something is left to read.
-        self._reset = isinstance(error, (ConnectionResetError, BrokenPipeError))
+        self._reset |= isinstance(error, (ConnectionResetError, BrokenPipeError))
         self._check_drained()
 
     # output
