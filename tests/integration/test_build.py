@@ -1,4 +1,7 @@
-"""`./dev build` in two copies of this checkout: what it makes, and that it makes the same twice."""
+"""`./dev build` in two copies of this checkout: what it makes, and that it makes the same twice.
+
+It is called as docs/operating/release.md says, to make a release and to verify one.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.fakes.pages import ROOT, blocks
+
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 COMMITTED_AT = "2030-01-02T03:04:05Z"
 # Equal in all copies, so that the commits are, too.
@@ -54,19 +58,46 @@ def copy_of_checkout(folder: Path) -> Path:
     return folder
 
 
-def build(folder: Path) -> dict[str, Path]:
-    """What `./dev build` puts into dist/, by its name."""
+def commands(page: str, *, by: str) -> list[list[str]]:
+    """The lines of each block of a page that this test runs."""
+    found = blocks((ROOT / "docs" / page).read_text(encoding="utf-8"))
+    return [
+        [line.removeprefix("$ ") for line in block.text.splitlines()]
+        for block in found
+        if block.marks.get("by") == by
+    ]
+
+
+def run(lines: list[str], folder: Path) -> str:
+    """What the commands of a page print in a checkout."""
     done = subprocess.run(
-        ["./dev", "build"], cwd=folder, env=os.environ | OFFLINE, capture_output=True, text=True, timeout=110
+        ["sh", "-c", "\n".join(["set -eu", *lines])],
+        cwd=folder,
+        env=os.environ | OFFLINE,
+        capture_output=True,
+        text=True,
+        timeout=110,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return {path.name: path for path in (folder / "dist").iterdir()}
+    return done.stdout
+
+
+def wheel_built_in(folder: Path, out: Path, commit_of: Path) -> Path:
+    """The wheel of a source tree, with the time of a checkout's commit."""
+    environment = os.environ | {"SOURCE_DATE_EPOCH": git(commit_of, "log", "-1", "--format=%ct")}
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(out)]
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    [wheel] = out.glob("*.whl")
+    return wheel
+
+
+BUILD, VERIFY = commands("operating/release.md", by="test_build")
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = copy_of_checkout(tmp_path_factory.mktemp("one"))
-    build(folder)
+    run(BUILD, folder)
     return folder
 
 
@@ -79,16 +110,25 @@ def wheel_of(built: dict[str, Path]) -> Path:
     return built[f"orgworker-{VERSION}-py3-none-any.whl"]
 
 
-def test_two_builds_of_a_commit_are_equal(built: dict[str, Path], tmp_path: Path):
+def test_two_builds_of_a_commit_are_equal(built: dict[str, Path], checkout: Path, tmp_path: Path):
+    """So whoever was given the hashes can verify them, in a checkout of their own."""
     folder = copy_of_checkout(tmp_path / "a folder of another name")
     # Neither times nor modes of the files are the commit's.
     for path in folder.joinpath("worker").rglob("*.py"):
         os.utime(path, (1, 1))
         path.chmod(0o600)
 
-    again = build(folder)
+    dist = folder / "dist"
+    dist.mkdir()
+    received = shutil.copy(built["SHA256SUMS"], dist / "SHA256SUMS.received")
 
-    assert {name: path.read_bytes() for name, path in again.items()} == {
+    commit = git(checkout, "rev-parse", "HEAD")
+    printed = run([line.replace("COMMIT", commit) for line in VERIFY], folder)
+
+    checked = [line for line in printed.splitlines() if line.endswith(": OK")]
+    assert len(checked) == len(received.read_text().splitlines()) == len(built) - 1 > 2
+    received.unlink()
+    assert {path.name: path.read_bytes() for path in dist.iterdir()} == {
         name: path.read_bytes() for name, path in built.items()
     }
 
@@ -99,7 +139,7 @@ def test_a_change_makes_another_build_and_version(built: dict[str, Path], tmp_pa
     with (folder / "worker" / "ids.py").open("a") as file:
         file.write("# changed\n")
 
-    changed = wheel_of(build(folder))
+    changed = wheel_built_in(folder, tmp_path / "dist", folder)
 
     assert changed.read_bytes() != wheel_of(built).read_bytes()
     with zipfile.ZipFile(changed) as wheel:
@@ -114,12 +154,9 @@ def test_the_wheel_of_the_sdist_is_the_wheel(
         sdist.extractall(tmp_path, filter="data")
     unpacked = tmp_path / f"{name}-{VERSION}"
     wheel = built[f"{name}-{VERSION}-py3-none-any.whl"]
-    environment = os.environ | {"SOURCE_DATE_EPOCH": git(checkout, "log", "-1", "--format=%ct")}
+    again = wheel_built_in(unpacked, tmp_path / "dist", checkout)
 
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
-    subprocess.run(command, cwd=unpacked, env=environment, check=True, capture_output=True)
-
-    assert (tmp_path / wheel.name).read_bytes() == wheel.read_bytes()
+    assert (again.name, again.read_bytes()) == (wheel.name, wheel.read_bytes())
 
 
 def test_the_sums_are_of_all_files(built: dict[str, Path]):

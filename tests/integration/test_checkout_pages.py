@@ -1,4 +1,4 @@
-"""Commands of quickstart.md and release.md that need a checkout, run in one of their own."""
+"""Commands of quickstart.md that need a checkout, run in one of their own."""
 
 from __future__ import annotations
 
@@ -8,21 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.pages import ROOT, blocks
-from tests.integration.test_build import OFFLINE, copy_of_checkout, git
+from tests.integration.test_build import OFFLINE, commands, copy_of_checkout
 
 pytestmark = pytest.mark.timeout(300)
 # What `./dev setup` leaves behind, for a checkout at another place.
 SET_UP = "{ pwd; cat pyproject.toml config/requirements/dev.lock; } | cksum >.venv/stamp"
-
-
-def commands(page: str) -> list[list[str]]:
-    found = blocks((ROOT / "docs" / page).read_text(encoding="utf-8"))
-    return [
-        [line.removeprefix("$ ") for line in block.text.splitlines()]
-        for block in found
-        if block.marks.get("by") == "test_checkout_pages"
-    ]
 
 
 def run(lines: list[str], folder: Path) -> str:
@@ -43,7 +33,7 @@ def run(lines: list[str], folder: Path) -> str:
 
 def test_the_first_steps_of_the_quickstart(tmp_path: Path):
     source = copy_of_checkout(tmp_path / "source")
-    (clone, demo), ahead = commands("quickstart.md")
+    (clone, demo), ahead = commands("quickstart.md", by="test_checkout_pages")
     assert demo == "./dev demo"
 
     printed = run(
@@ -63,17 +53,3 @@ def test_the_first_steps_of_the_quickstart(tmp_path: Path):
 
     assert "http://127.0.0.1:" in (tmp_path / "log").read_text()
     assert printed.splitlines()[-2] == str(tmp_path / "quickstart")
-
-
-def test_a_release_is_built_and_verified(tmp_path: Path):
-    folder = copy_of_checkout(tmp_path / "checkout")
-    build, verify = commands("operating/release.md")
-    received = "cp dist/SHA256SUMS dist/SHA256SUMS.received"
-
-    printed = run(
-        [*build, received, *(line.replace("COMMIT", git(folder, "rev-parse", "HEAD")) for line in verify)],
-        folder,
-    )
-
-    checked = [line for line in printed.splitlines() if line.endswith(": OK")]
-    assert len(checked) == len((folder / "dist" / "SHA256SUMS").read_text().splitlines()) > 2

@@ -94,14 +94,13 @@ def test_it_makes_a_plugin_and_its_fixture_is_there_for_the_test_of_it(bin_folde
     assert "orgworker -- " in fixtures.stdout, fixtures.stdout
 
 
-@pytest.mark.parametrize("command", [["python", "-m", "worker"], ["orgworker"]], ids=["module", "script"])
-def test_it_migrates_a_database_and_finds_its_handlers(bin_folder, tmp_path, command):
-    command = [bin_folder / command[0], *command[1:]]
+def test_it_migrates_a_database_and_finds_its_handlers(bin_folder, tmp_path):
+    module, script = [bin_folder / "python", "-m", "worker"], [bin_folder / "orgworker"]
 
-    upgraded = run(tmp_path, *command, "db", "upgrade")
-    again = run(tmp_path, *command, "db", "upgrade")
-    checked = run(tmp_path, *command, "db", "check")
-    handlers = run(tmp_path, *command, "handlers", "list", "-o", "json")
+    upgraded = run(tmp_path, *module, "db", "upgrade")
+    again = run(tmp_path, *script, "db", "upgrade")
+    checked = run(tmp_path, *module, "db", "check")
+    handlers = run(tmp_path, *script, "handlers", "list", "-o", "json")
 
     assert [done.returncode for done in (upgraded, again, checked)] == [0, 0, 0], upgraded.stderr
     assert (tmp_path / "var" / "worker.db").exists()
