@@ -132,11 +132,11 @@ class Server:
                 self.execute(f"CREATE ROLE {WITH_PASSWORD} SUPERUSER LOGIN PASSWORD 'of-the-tests'")
         return url.replace("postgres@", f"{WITH_PASSWORD}:of-the-tests@")
 
-    def template(self, name: str, fill: Callable[[str], object]) -> str:
-        """The name of a template database that `fill` fills once for all test processes."""
+    def template(self, name: str, fill: Callable[[str], object], *, base: str = "template0") -> str:
+        """The name of a template database, a copy of `base` that `fill` fills once for all test processes."""
         with locked(self.folder / "template.lock", fcntl.LOCK_EX):
             if not self.execute("SELECT 1 FROM pg_database WHERE datname = %s", name):
-                self.execute(f'CREATE DATABASE "{name}_unfinished" TEMPLATE template0')
+                self.execute(f'CREATE DATABASE "{name}_unfinished" TEMPLATE "{base}"')
                 fill(self.url(f"{name}_unfinished"))
                 self.execute(f'ALTER DATABASE "{name}_unfinished" RENAME TO "{name}"')
         return name

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import copied
+from tests.fakes import postgres
 from tests.fakes.cli import CommandLine
-from tests.fakes.handlers import install_handlers
+from tests.fakes.handlers import install_handlers, store_handlers
+from worker.store import schema
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +23,24 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patched.syspath_prepend(folder)
         patched.setenv("PYTHONPATH", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite_file(migrated_sqlite_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the handlers of `plugins` in its catalogue, so that no command starts a process to read them."""
+    folder = tmp_path_factory.mktemp("with_handlers")
+    store_handlers(copied(migrated_sqlite_file, folder))
+    return folder / migrated_sqlite_file.name
+
+
+@pytest.fixture
+def migrated_postgres_url(postgres_server: postgres.Server) -> Iterator[str]:
+    """The same of PostgreSQL."""
+    migrated = postgres_server.template("migrated", schema.upgrade)
+    with postgres_server.new_database(
+        postgres_server.template("with_handlers", store_handlers, base=migrated)
+    ) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
