@@ -18,6 +18,7 @@ import pytest
 from alembic import command
 from alembic.config import Config
 
+from tests.fakes import forked
 from tests.fakes.handlers import install_handlers
 from tests.fakes.site import Site, application, definition, opened
 from worker.demo.provider import serve_provider
@@ -29,24 +30,29 @@ ADD = 'op.add_column("runs", sa.Column("note", sa.Text(), nullable=True))'
 DROP = 'op.drop_column("runs", "note")'
 
 
-def test_this_worker_runs_on_the_schema_of_a_next_release_that_expands_it(tmp_path: Path, database_url: str):
+def test_this_worker_runs_on_the_schema_of_a_next_release_that_expands_it(tmp_path: Path, migrated_url: str):
     after = tmp_path / "after"
     migration = make_the_next(after, upgrade=ADD, downgrade=DROP)
 
-    assert_the_older_runs(tmp_path, database_url, older=ROOT, newer=after)
+    assert_the_older_runs(tmp_path, migrated_url, older=ROOT, newer=after)
 
     assert "Expand first" in migration.read_text()
     assert f"works_with = '{schema.head()}'" in migration.read_text()
 
 
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tree of the commit before the newest migration."""
+    folder = tmp_path_factory.mktemp("release") / "before"
+    check_out_the_commit_before(NEWEST, folder)
+    return folder
+
+
 @pytest.mark.skipif(schema.head() == "0001", reason="there is no migration before this one")
 def test_the_worker_of_the_commit_before_the_newest_migration_runs_on_its_schema(
-    tmp_path: Path, database_url: str
+    tmp_path: Path, migrated_url: str, before: Path
 ):
-    before = tmp_path / "before"
-    check_out_the_commit_before(NEWEST, before)
-
-    assert_the_older_runs(tmp_path, database_url, older=before, newer=ROOT)
+    assert_the_older_runs(tmp_path, migrated_url, older=before, newer=ROOT)
 
 
 def assert_the_older_runs(folder: Path, database_url: str, *, older: Path, newer: Path) -> None:
@@ -129,7 +135,7 @@ def check_out_the_commit_before(migration: Path, folder: Path, repository: Path 
 def make_the_next(folder: Path, *, upgrade: str, downgrade: str) -> Path:
     """Copy this tree's worker and add a migration made from the template; returns that migration."""
     for part in ("worker", "migrations"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / part, folder / part)
     config = Config(ROOT / "alembic.ini")
     config.set_main_option("script_location", str(folder / "migrations"))
     number = f"{int(schema.head()) + 1:04}"
@@ -141,8 +147,13 @@ def make_the_next(folder: Path, *, upgrade: str, downgrade: str) -> Path:
     return made
 
 
-def start(site: Site, tree: Path, *arguments: str) -> subprocess.Popen[bytes]:
+def start(site: Site, tree: Path, *arguments: str) -> forked.Process | subprocess.Popen[bytes]:
     """Start `python -m worker` of a tree in a site; its output goes to the site's log."""
+    if tree == ROOT:
+        with site.log.open("ab") as log:
+            return forked.start(
+                site.command(*arguments), cwd=tree, env=site.process_environment(), output=log
+            )
     environment = site.process_environment()
     environment["PYTHONPATH"] = f"{tree}{os.pathsep}{environment['PYTHONPATH']}"
     with site.log.open("ab") as log:
