@@ -113,7 +113,10 @@ def carry(
     locked: bool = True,
 ) -> None:
     """Let `workers` processes run waiting runs for some rounds; `locked=False` disables the lock."""
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    # Forks of a process that has imported this module.
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(workers, forks) as pool:
         began = time.time() + 2.0
         some = [
             pool.submit(_work, url, number, slots, dict(offered), began, locked) for number in range(workers)

@@ -246,8 +246,8 @@ def test_a_summary_keeps_the_status_of_a_response_and_no_half_of_a_pair_of_quote
 )
 def test_the_cause_of_a_long_message_is_found_in_linear_time(piece):
     """It took a second for 4,000 underscores, and four times as long for twice as many."""
-    assert len(fingerprint(Error("E", piece * 1_000_000))) <= 200
-    assert len(summary({"type": "E", "message": piece * 1_000_000})) <= 200
+    assert len(fingerprint(Error("E", piece * 100_000))) <= 200
+    assert len(summary({"type": "E", "message": piece * 100_000})) <= 200
 
 
 @pytest.mark.parametrize(

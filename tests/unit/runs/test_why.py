@@ -7,9 +7,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-import typer.main
 
-from worker.cli.app import build
+from worker.cli.app import command as command_line
 from worker.runs.why import CAUSES, NEXT, last_error, why_run
 from worker.store.tables import WAITING_REASONS
 
@@ -76,7 +75,7 @@ def test_every_reason_has_its_words_and_a_command_that_exists(state, reason):
     assert "{" not in why.sentence
     assert why.sentence.count("  ") == 0
     noun, verb, *rest = why.next.split()
-    command = typer.main.get_command(build()).commands[noun].commands[verb]
+    command = command_line(None).commands[noun].commands[verb]
     known = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in rest if word.startswith("--")} <= known
 
