@@ -1,12 +1,13 @@
 """Loads entry points in processes of their own and prints what each declares.
 
-`python -m worker.handlers.describe` reads a line of JSON: `seconds` for an import, `at_once`, and
-`distributions`, each with a `descriptor`, a `folder` and its entry `points`, values by name. It imports what
-most handlers need, and forks for each distribution. A fork writes a line of JSON for each entry point to its
-descriptor, in that order. Any of them may hang or end the process; the reader sees which.
+`python -m worker.handlers.describe`, or a process that the zygote of a worker forks, has a socket as standard
+input. It reads a line of JSON: `seconds` for an import, `at_once`, and `distributions`, each with a `folder`
+and its entry `points`, values by name. With the line come their descriptors, in the same order. The process
+imports what most handlers need, and forks for each distribution. A fork writes a line of JSON for each entry
+point to its descriptor, in that order. Any of them may hang or end the process; the reader sees which.
 
-This process prints `[INDEX]` when a fork starts and `[INDEX, EXIT CODE]` when it is gone, with all that it
-started. A line INDEX kills a fork; the end of standard input kills all.
+This process sends `[INDEX]` when a fork starts and `[INDEX, EXIT CODE]` when it is gone, with all that it
+started. A line INDEX kills a fork; the end of what it can read kills all.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import select
 import signal
+import socket
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -31,6 +33,8 @@ from worker.handlers.job import Job
 
 # What most handlers import, and what their models need once they are declared.
 SHARED = ("httpx", "pydantic.fields", "pydantic.type_adapter", "worker.handlers.context")
+# Descriptors that the kernel passes in one message (SCM_MAX_FD).
+_MOST_DESCRIPTORS = 253
 
 
 def offer_of(job: Job) -> dict[str, Any]:
@@ -66,8 +70,11 @@ def described(load: Any, name: str, target: str) -> dict[str, Any]:
 class _Forks:
     """The forks that load plug-ins; this process itself loads none."""
 
-    def __init__(self, given: Mapping[str, Any], confine: Callable[[], None]) -> None:
+    def __init__(
+        self, given: Mapping[str, Any], report: Callable[[list[int]], None], confine: Callable[[], None]
+    ) -> None:
         self._given = given
+        self._report = report
         self._confine = confine
         self._waiting = list(enumerate(given["distributions"]))
         self._running: dict[int, int] = {}
@@ -83,7 +90,7 @@ class _Forks:
                 os.setpgid(pid, pid)
             os.close(entry["descriptor"])
             self._running[index] = pid
-            print(json.dumps([index]), flush=True)
+            self._report([index])
         return bool(self._running)
 
     def reap(self) -> None:
@@ -100,7 +107,7 @@ class _Forks:
         # Until it is waited for, its number is not given to another process.
         os.killpg(pid, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        print(json.dumps([index, code]), flush=True)
+        self._report([index, code])
 
     def end_all(self) -> None:
         self._waiting.clear()
@@ -134,32 +141,64 @@ class _Forks:
             os._exit(code)  # without waiting for threads that an import started
 
 
+class _Reader:
+    """The other end of standard input: reads lines, and sends what happens to the forks."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(fileno=0)
+        self._read = b""
+        self.descriptors: list[int] = []
+
+    def lines(self) -> list[bytes]:
+        """The next whole lines, perhaps none yet; raises EOFError at the end."""
+        data, descriptors, _, _ = socket.recv_fds(self._socket, 65_536, _MOST_DESCRIPTORS)
+        if not data:
+            raise EOFError
+        self.descriptors += descriptors
+        *lines, self._read = (self._read + data).split(b"\n")
+        return lines
+
+    def report(self, message: list[int]) -> None:
+        # If it is gone, the next `lines` raises.
+        with contextlib.suppress(OSError):
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+
 def main(confine: Callable[[], None] = lambda: None) -> None:
-    """Describe what standard input names; each fork calls `confine` in its folder before it loads."""
+    """Describe what is requested; each fork calls `confine` in its folder before it loads."""
     gc.disable()  # what is imported stays
     # httpx imports a command line of its own, with rich and pygments: half of the time of its import.
     sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
-    # Without a buffer, in which `select` would not see the next line.
-    requests = open(0, "rb", buffering=0)  # noqa: SIM115
-    forks = _Forks(json.loads(requests.readline()), confine)
     for module in SHARED:
         import_module(module)
+    reader = _Reader()
+    with contextlib.suppress(EOFError):
+        lines: list[bytes] = []
+        while not lines:
+            lines = reader.lines()
+        request = json.loads(lines.pop(0))
+        for entry, descriptor in zip(request["distributions"], reader.descriptors, strict=True):
+            entry["descriptor"] = descriptor
+        _serve(_Forks(request, reader.report, confine), reader, lines)
+
+
+def _serve(forks: _Forks, reader: _Reader, lines: list[bytes]) -> None:
     ended, wake = os.pipe()
     for end in (ended, wake):
         os.set_blocking(end, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    while forks.start():
-        readable, _, _ = select.select([0, ended], [], [])
-        if ended in readable:
-            os.read(ended, 4096)
-        if 0 in readable:
-            line = requests.readline()
-            if not line:
-                forks.end_all()
-                return
-            forks.end(int(line))
-        forks.reap()
+    try:
+        while forks.start():
+            for line in lines:
+                forks.end(int(line))
+            readable, _, _ = select.select([0, ended], [], [])
+            if ended in readable:
+                os.read(ended, 4096)
+            lines = reader.lines() if 0 in readable else []
+            forks.reap()
+    finally:
+        forks.end_all()
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ def run(settings: Settings, *, pool: str | None = None) -> int:
         sandbox=confinement.rules,
         spares=min(execution.spare_children, execution.max_children),
         long_lived=True,
+        describes=True,
     )
     children.start()
     gc.freeze()
@@ -323,6 +324,7 @@ class HostIncarnation:
             on_offered=wake_taking,
             pass_environment=execution.pass_environment,
             command=self.confinement.describe,
+            describing=self.children.take_describing,
         )
         supervisor = Supervisor(
             intake={"taking": taking.run, "catalogue": catalogue.run},

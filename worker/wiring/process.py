@@ -123,6 +123,7 @@ def run(settings: Settings) -> int:
             sandbox=confinement.rules,
             spares=min(execution.spare_children, execution.max_children),
             long_lived=True,
+            describes=True,
         )
         children.start()
         # The collector skips what is loaded now and runs less often: each time it walks what all runs in
@@ -392,6 +393,7 @@ class Incarnation:
             on_offered=wake_admission,
             pass_environment=execution.pass_environment,
             command=self.confinement.describe,
+            describing=self.children.take_describing,
         )
         renewal = TokenRenewal(
             store, tokens, self._handlers, clock, SystemRandom(), self.settings.tokens.ahead

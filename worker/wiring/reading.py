@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -32,13 +33,17 @@ class CatalogueSink(Protocol):
 
 @dataclass
 class CatalogueReader:
-    """Reads the catalogue once per incarnation; each handler is offered as soon as it has been read."""
+    """Reads the catalogue once per incarnation; each handler is offered as soon as it has been read.
+
+    `describing` returns the socket of a process that waits to read it, if there is one, and only once.
+    """
 
     sink: CatalogueSink
     handlers: HandlerRegistry
     on_offered: Callable[[], None]
     pass_environment: Sequence[str]
     command: Sequence[str]
+    describing: Callable[[], socket.socket | None] = lambda: None
     _has_read: bool = False
 
     async def run(self) -> None:
@@ -46,7 +51,9 @@ class CatalogueReader:
         if not self._has_read:
             versions = installed()
             names: dict[str, set[str]] = {name: set() for name in versions}
-            reading = read_catalogue(pass_environment=self.pass_environment, command=self.command)
+            reading = read_catalogue(
+                pass_environment=self.pass_environment, command=self.command, forked=self.describing()
+            )
             async for entry in reading:
                 names.setdefault(entry.distribution, set()).add(entry.name)
                 await self._take(entry)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,7 +12,9 @@ import pytest
 
 from tests.fakes.plugins import make_plugin
 from tests.fakes.running import until
+from worker.clock import SystemClock
 from worker.execution.runners.child import linux
+from worker.execution.runners.child.pool import ChildPool
 from worker.handlers.catalogue import HandlerEntry, installed, read_catalogue
 
 pytestmark = pytest.mark.anyio
@@ -77,11 +82,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-async def read(*names: str, timeout: float = 3) -> dict[str, HandlerEntry]:
-    return {entry.name: entry async for entry in read_catalogue(names, timeout=timeout)}
+async def read(*names: str, timeout: float = 3, new: bool = False) -> dict[str, HandlerEntry]:
+    """The handlers of these distributions, read by a fork of a zygote, or by a `new` interpreter."""
+    children = ChildPool(SystemClock(), describes=not new)
+    if not new:
+        children.start()
+        children.attach()
+    try:
+        reading = read_catalogue(names, timeout=timeout, forked=children.take_describing())
+        return {entry.name: entry async for entry in reading}
+    finally:
+        await children.close()
 
 
-async def test_a_plug_in_is_described_without_being_imported_here(folder: Path) -> None:
+@pytest.mark.parametrize("new", [False, True])
+async def test_a_plug_in_is_described_without_being_imported_here(folder: Path, new: bool) -> None:
     make_plugin(
         folder,
         dist="acme-jobs",
@@ -97,7 +112,7 @@ async def test_a_plug_in_is_described_without_being_imported_here(folder: Path) 
         },
     )
 
-    found = await read("Acme_Jobs")
+    found = await read("Acme_Jobs", new=new)
 
     digest = found["acme.digest"]
     assert (digest.distribution, digest.version) == ("acme-jobs", "1.2")
@@ -122,7 +137,10 @@ async def test_a_plug_in_is_described_without_being_imported_here(folder: Path) 
     assert "WORKER" not in str(found["acme.environment"].error)
 
 
-async def test_a_broken_plug_in_is_listed_with_its_error_and_the_rest_is_read(folder: Path) -> None:
+@pytest.mark.parametrize("new", [False, True])
+async def test_a_broken_plug_in_is_listed_with_its_error_and_the_rest_is_read(
+    folder: Path, new: bool
+) -> None:
     modules = {f"acme_{name}": source for name, (source, _) in BAD.items()}
     points = {f"z.{name}": f"acme_{name}:f" for name in BAD}
     ok = "from worker import job\n@job('{}')\ndef f(ctx): ..."
@@ -130,7 +148,7 @@ async def test_a_broken_plug_in_is_listed_with_its_error_and_the_rest_is_read(fo
     points |= {"a.first": "acme_first:f", "zz.last": "acme_last:f"}
     make_plugin(folder, dist="acme-broken", version="0.9", modules=modules, entry_points=points)
 
-    found = await read("acme-broken")
+    found = await read("acme-broken", new=new)
 
     assert found.keys() == points.keys()
     for name, (_, error) in BAD.items():
@@ -262,3 +280,42 @@ async def test_processes_that_an_import_starts_end_with_it(folder: Path) -> None
         return process is None or process.state == "Z"
 
     await until(ended)
+
+
+async def test_handlers_are_read_again_if_the_zygote_dies(folder: Path) -> None:
+    """All that it has forked dies with it, which says nothing of a plug-in."""
+    source = (
+        "import os, time\nfrom worker import job\n"
+        f"if not os.path.exists('{folder}/begun'):\n    open('{folder}/begun', 'w')\n    time.sleep(60)\n"
+        "@job('a.slow')\ndef f(ctx): ..."
+    )
+    make_plugin(folder, dist="a-slow", modules={"a_slow": source}, entry_points={"a.slow": "a_slow:f"})
+    children = ChildPool(SystemClock(), describes=True)
+    children.start()
+    children.attach()
+    try:
+        reading = read_catalogue(["a-slow"], timeout=30, forked=children.take_describing())
+        entry = asyncio.ensure_future(anext(reading))
+        await until((folder / "begun").exists)
+        os.kill(children.zygote_pid or 0, signal.SIGKILL)
+
+        assert (await entry).error is None
+        await reading.aclose()
+    finally:
+        await children.close()
+
+
+async def test_the_process_that_has_described_handlers_is_gone(folder: Path) -> None:
+    make_plugin(folder, dist="b-works", modules={"b": "x = 1"}, entry_points={"b.x": "b:x"})
+    children = ChildPool(SystemClock(), describes=True)
+    children.start()
+    children.attach()
+    try:
+        forked = children.take_describing()
+        assert [entry.name async for entry in read_catalogue(["b-works"], forked=forked)] == ["b.x"]
+        assert children.take_describing() is None
+        await until(
+            lambda: [process.pid for process in linux.adopted(linux.processes())] == [children.zygote_pid]
+        )
+    finally:
+        await children.close()

@@ -5,6 +5,7 @@ Processes are found by their ancestry: a process can leave its group or session,
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import fcntl
@@ -146,6 +147,20 @@ def reap(pid: int) -> None:
     """Reap a child if it has ended."""
     with contextlib.suppress(ChildProcessError):  # already reaped
         os.waitpid(pid, os.WNOHANG)
+
+
+async def reap_at_end(pid: int) -> None:
+    """Wait for the end of a child that asyncio did not start, and reap it."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    with contextlib.suppress(ProcessLookupError):  # already reaped
+        pidfd = os.pidfd_open(pid)
+        try:
+            loop.add_reader(pidfd, ended.set)
+            await ended.wait()
+        finally:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+    reap(pid)
 
 
 def adopted(table: Mapping[int, Process]) -> list[Process]:

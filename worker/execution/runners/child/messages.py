@@ -44,7 +44,8 @@ class Setup:
 
     `lock` is the descriptor of the SQLite file's lock, which each run also locks for reading. Without
     `sandbox` the runs are not confined. `spares` if processes are forked ahead of their runs, and
-    `long_lived` if preparing for many runs pays.
+    `long_lived` if preparing for many runs pays. `describing` is the socket of a process that describes
+    handlers for the catalogue.
     """
 
     folder: str
@@ -56,6 +57,7 @@ class Setup:
     sandbox: Rules | None = None
     spares: bool = False
     long_lived: bool = False
+    describing: int | None = None
 
     @classmethod
     def from_json(cls, text: str) -> Setup:

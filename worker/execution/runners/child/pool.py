@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
@@ -111,7 +112,8 @@ class ChildPool:
 
     `lock_fd` is the descriptor of the SQLite file's lock, which the zygote holds while it lives. The zygote
     imports the `preload` modules or distributions. Without `sandbox` the runs are not confined. `spares`
-    processes are forked ahead. A zygote that is `long_lived` takes longer to start, and forks faster.
+    processes are forked ahead. A zygote that is `long_lived` takes longer to start, and forks faster. With
+    `describes` the first zygote also forks a process that describes handlers.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class ChildPool:
         sandbox: Rules | None = None,
         spares: int = 0,
         long_lived: bool = False,
+        describes: bool = False,
     ) -> None:
         self._clock = clock
         self._freezing = freezing
@@ -140,6 +143,8 @@ class ChildPool:
             long_lived=long_lived,
         )
         self._zygote: ZygoteHandle | None = None
+        self._describes = describes
+        self._describing: socket.socket | None = None
         self._closed = False
         self._lease: Message | None = None
         self._numbers = itertools.count(1)
@@ -157,13 +162,23 @@ class ChildPool:
         linux.become_subreaper()
         linux.allow_many_descriptors()
         self._setup = replace(self._setup, folder=tempfile.mkdtemp(prefix=FOLDERS))
-        self._zygote = ZygoteHandle(self._setup)
+        if not self._describes:
+            self._zygote = ZygoteHandle(self._setup)
+            return
+        self._describing, theirs = socket.socketpair()
+        with theirs:
+            self._zygote = ZygoteHandle(replace(self._setup, describing=theirs.fileno()))
 
     def attach(self) -> None:
         """Listen to the zygote on the running loop; `run` does it if needed."""
         if self._reaping is None and self._zygote is not None:
             self._use(self._zygote)
             self._reaping = asyncio.create_task(self._reap_periodically())
+
+    def take_describing(self) -> socket.socket | None:
+        """The socket of the process that describes handlers, once: it does so once."""
+        taken, self._describing = self._describing, None
+        return taken
 
     @property
     def zygote_pid(self) -> int | None:
@@ -235,6 +250,8 @@ class ChildPool:
         self._closed = True
         self._up.set()
         self._spares.close()
+        if (describing := self.take_describing()) is not None:
+            describing.close()
         zygote, self._zygote = self._zygote, None
         if zygote is not None:
             zygote.close()
@@ -289,6 +306,8 @@ class ChildPool:
                 self._up.set()
                 self._pause = RESTART
                 self._spares.refill()
+                if message["describing"] is not None:
+                    self._in_background(linux.reap_at_end(message["describing"]))
                 for name, error in message["preload_failures"]:
                     emit("handler.broken", distribution=name, error=f"preload: {error}")
 
@@ -313,6 +332,7 @@ class ChildPool:
             return
         was_up = self._up.is_set()
         self._up.clear()
+        self._zygote = None  # `close` must not end it again
         zygote.close()
         await zygote.gone(0)
         emit("zygote.died", pid=zygote.pid, runs=len(self._runs))

@@ -227,13 +227,18 @@ def allow_own_proc(ruleset: landlock.Ruleset) -> int:
 
 def main() -> None:
     """`python -m worker.execution.runners.child.sandbox RULES`: what describes handlers, confined."""
-    rules = Rules.of(json.loads(sys.argv.pop(1)))
+    describe_handlers(Rules.of(json.loads(sys.argv.pop(1))))
+
+
+def describe_handlers(rules: Rules | None) -> None:
+    """Describe handlers for the catalogue, each distribution in a confined process if there are rules."""
 
     def confine() -> None:
-        ruleset = Sandbox(rules).ruleset(os.getcwd())
-        allow_own_proc(ruleset)
-        ruleset.restrict()
-        denials.sandboxed()
+        if rules is not None:
+            ruleset = Sandbox(rules).ruleset(os.getcwd())
+            allow_own_proc(ruleset)
+            ruleset.restrict()
+            denials.sandboxed()
 
     describe.main(confine)
 

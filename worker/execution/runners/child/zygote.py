@@ -25,8 +25,9 @@ from worker.execution.runners.child import linux
 from worker.execution.runners.child import main as child
 from worker.execution.runners.child.landlock import Ruleset
 from worker.execution.runners.child.messages import Setup
-from worker.execution.runners.child.sandbox import CHECK_EVERY, Sandbox
+from worker.execution.runners.child.sandbox import CHECK_EVERY, Sandbox, describe_handlers
 from worker.execution.runners.child.shared_pages import freeze_objects, share_pages
+from worker.handlers.describe import SHARED
 from worker.handlers.http import tls_context
 from worker.handlers.installed import preload
 
@@ -58,7 +59,7 @@ AT_ONCE = 16
 # Seconds within which a new process usually calls its handler.
 AFTER_START = 0.01
 # What nearly every handler needs, imported once; `tls_context` imports httpx.
-WARM = ("pydantic.main", "worker.handlers.results", "worker.handlers.context")
+WARM = ("pydantic.main", "pydantic.types", "worker.handlers.results", *SHARED)
 
 
 class Zygote:
@@ -332,19 +333,55 @@ def _run_child(place: child.Place, *, zygote: int, lock: int | None, ruleset: Ru
         os._exit(os.EX_SOFTWARE)
 
 
+def _fork_describing(descriptor: int, setup: Setup) -> int | None:
+    """Fork a process that describes handlers, before any plug-in is preloaded; returns its pid.
+
+    Its parent ends, so the worker adopts it: this zygote freezes and sweeps only runs. None if the kernel
+    refuses; then the worker starts such a process.
+    """
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()
+            if (describing := os.fork()) == 0:
+                _describe(descriptor, setup)
+            os.write(writer, str(describing).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    for number in (writer, descriptor):
+        os.close(number)
+    with open(reader) as file:
+        return int(file.read() or 0) or None
+
+
+def _describe(descriptor: int, setup: Setup) -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream, source in enumerate((descriptor, nothing, nothing)):
+        os.dup2(source, stream)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    del sys.argv[1:]
+    describe_handlers(setup.sandbox)
+
+
 def main() -> None:
     """`python -m worker.execution.runners.child.zygote DESCRIPTOR SETUP`, for the worker only."""
     control = socket.socket(fileno=int(sys.argv[1]))
     setup = Setup.from_json(sys.argv[2])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # only the worker ends runs
-    for name in set(os.environ) - set(setup.environment):
-        del os.environ[name]
-    linux.become_subreaper()
     linux.hide_memory()  # a run that could write to it would control every later run
     tls_context()
     preload(WARM)
     find_spec("a_module_that_is_nowhere")  # makes the finders list every folder of sys.path
+    describing = None if setup.describing is None else _fork_describing(setup.describing, setup)
+    for name in set(os.environ) - set(setup.environment):
+        del os.environ[name]
+    linux.become_subreaper()
     failures = preload(setup.preload)
     child.open_streams()
     if setup.long_lived:
@@ -353,7 +390,8 @@ def main() -> None:
         freeze_objects()
     control.setblocking(False)
     with contextlib.suppress(BrokenPipeError):  # the worker is gone, which the next read reports
-        control.send(json.dumps({"op": "ready", "preload_failures": failures}).encode())
+        ready = {"op": "ready", "describing": describing, "preload_failures": failures}
+        control.send(json.dumps(ready).encode())
     zygote = Zygote(control, setup)
     zygote.serve()
     zygote.end_all()

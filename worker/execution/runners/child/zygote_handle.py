@@ -31,7 +31,7 @@ class ZygoteHandle:
     def __init__(self, setup: Setup) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
-        lock = [] if setup.lock is None else [setup.lock]
+        given = [number for number in (setup.lock, setup.describing) if number is not None]
         with theirs:
             self._process = subprocess.Popen(
                 [
@@ -39,7 +39,7 @@ class ZygoteHandle:
                     *(str(theirs.fileno()), replace(setup, parent=os.getpid()).as_json()),
                 ],
                 env=environment(setup.environment),
-                pass_fds=[theirs.fileno(), *lock],
+                pass_fds=[theirs.fileno(), *given],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
@@ -98,7 +98,8 @@ class ZygoteHandle:
             left = {process.pid for process in linux.adopted(table) if process.started >= self._started}
             if not left:
                 return
-            linux.send(left | linux.descendants(table, left), signal.SIGKILL)
+            # Parents first: one must not report how its children end.
+            linux.send([*left, *linux.descendants(table, left)], signal.SIGKILL)
             await asyncio.sleep(_STEP)
             for pid in left:
                 linux.reap(pid)
