@@ -12,13 +12,17 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from jwt.algorithms import RSAAlgorithm
 
 
+def new_private_key() -> rsa.RSAPrivateKey:
+    return rsa.generate_private_key(public_exponent=65537, key_size=2048)
+
+
 class SigningKey:
     """An RSA key and its kid. An unpublished one signs, but is not in the JWKS yet."""
 
     def __init__(self, *, published: bool = True) -> None:
         self.kid = secrets.token_hex(8)
         self.published = published
-        self.private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        self.private = new_private_key()
         self.public = self.private.public_key()
 
     def as_jwk(self) -> dict[str, Any]:
