@@ -363,11 +363,14 @@ def test_without_the_admission_lock_the_same_crowd_goes_beyond_it(
     monkeypatch.setattr(admit, "LOCK", "SELECT %s")
     monkeypatch.setattr(admit, "COMMIT", "SELECT pg_sleep(0.005)")
 
-    assert max(_crowd(postgres, seconds=20, until=4).values()) > 3
+    assert max(_crowd(postgres, admissions=10_000, until=4).values()) > 3
 
 
-def _crowd(database: Database, *, seconds: float = 4, until: int | None = None) -> Counter[str]:
-    """Four workers on few orgs, each attempt a retry; the most that any limit of 3 ever held."""
+def _crowd(database: Database, *, admissions: int = 1_000, until: int | None = None) -> Counter[str]:
+    """Four workers on few orgs, each attempt a retry; the most that any limit of 3 ever held.
+
+    They end after so many admitted runs, or once the most of a limit is `until`.
+    """
     stock = Stock(database)
     orgs = [stock.org(limit=3) for _ in range(3)]
     wide = stock.org(limit=1000)
@@ -385,6 +388,8 @@ def _crowd(database: Database, *, seconds: float = 4, until: int | None = None) 
             while not over.is_set():
                 admitted = admission.admit(offered, {"child": 5})
                 most["admitted"] += len(admitted)
+                if most["admitted"] >= admissions:
+                    over.set()
                 if admitted:
                     stock.finish(worker, *(stock.ended(run, "waiting") for run in admitted))
         except BaseException as error:
@@ -415,12 +420,10 @@ def _crowd(database: Database, *, seconds: float = 4, until: int | None = None) 
     threads.append(threading.Thread(target=watch))
     for thread in threads:
         thread.start()
-    over.wait(seconds)
-    over.set()
     for thread in threads:
         thread.join()
     assert not failures
-    assert most.pop("admitted") > 0
+    assert most.pop("admitted") > 0 and most["org"] > 0
     return most
 
 

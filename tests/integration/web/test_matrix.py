@@ -626,11 +626,16 @@ class Matrix:
             own = self.made.ended[who.org or "org_a"]
             status = await client.open(own)
             self.judge(who, "POST /login", status, who.refused or 303)
+            # Whoever is not let in has no session: what it is answered without a token shows one of them.
+            sessions = (False, True)
+            if who.refused is not None and who.token:
+                assert not client.session.cookies.get(SESSION_COOKIE)
+                sessions = (False,)
             for (method, path), rule in rules.items():
                 # The answer of the others does not depend on an org.
                 is_of_org = rule.kind in ("list", "own_run", "own_org", "write", "run_now")
                 for target in ("org_a", "org_b") if is_of_org else ("org_a",):
-                    for session in (False, True):
+                    for session in sessions:
                         if rule.kind != "login":
                             await self.cell(client, method, path, rule, target, session=session)
 
