@@ -83,10 +83,10 @@ async def measure_starts(count: int, pause: float) -> None:
     """
     rules = Planner([]).rules([], [])
     kinds = {
-        "sandboxed": ChildPool(SystemClock(), sandbox=rules, long_lived=True),
-        "without sandbox": ChildPool(SystemClock(), long_lived=True),
-        "sandboxed, spare": ChildPool(SystemClock(), sandbox=rules, long_lived=True, spares=2),
-        "without sandbox, spare": ChildPool(SystemClock(), long_lived=True, spares=2),
+        "sandboxed": ChildPool(SystemClock(), sandbox=rules, share_after=0),
+        "without sandbox": ChildPool(SystemClock(), share_after=0),
+        "sandboxed, spare": ChildPool(SystemClock(), sandbox=rules, share_after=0, spares=2),
+        "without sandbox, spare": ChildPool(SystemClock(), share_after=0, spares=2),
     }
     measured = {name: Starts() for name in kinds}
     for children in kinds.values():
@@ -179,7 +179,7 @@ async def measure_children(what: Sequence[str], starts: int, count: int, pause: 
     if "starts" in what:
         await measure_starts(starts, pause)
     if "memory" in what:
-        children = ChildPool(SystemClock(), sandbox=Planner([]).rules([], []), long_lived=True)
+        children = ChildPool(SystemClock(), sandbox=Planner([]).rules([], []), share_after=0)
         children.start()
         children.attach()
         await measure_memory(children, count)

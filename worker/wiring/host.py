@@ -33,7 +33,7 @@ from worker.execution.loops.reconciler import Reconciler, Renewal
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.loops.supervisor import Liveness, Supervisor
-from worker.execution.runners.child.pool import ChildPool
+from worker.execution.runners.child.pool import SHARE_AFTER, ChildPool
 from worker.execution.runners.inline import Inline
 from worker.ids import WorkerId
 from worker.operations.confinement import Confinement, confinement_of
@@ -90,7 +90,7 @@ def run(settings: Settings, *, pool: str | None = None) -> int:
         pass_environment=execution.pass_environment,
         sandbox=confinement.rules,
         spares=min(execution.spare_children, execution.max_children),
-        long_lived=True,
+        share_after=SHARE_AFTER,
         describes=True,
     )
     children.start()

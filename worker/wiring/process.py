@@ -33,7 +33,7 @@ from worker.execution.loops.step_writer import StepWriter
 from worker.execution.loops.supervisor import Liveness, Supervisor
 from worker.execution.loops.token_renewal import TokenRenewal
 from worker.execution.loops.wakeups import Wakeups
-from worker.execution.runners.child.pool import ChildPool
+from worker.execution.runners.child.pool import SHARE_AFTER, ChildPool
 from worker.execution.runners.inline import Inline
 from worker.ids import RunId, WorkerId, new_id
 from worker.operations.confinement import Confinement, confinement_of, readable_management_secrets
@@ -122,7 +122,7 @@ def run(settings: Settings) -> int:
             lock_fd=None if lock is None else lock.fd,
             sandbox=confinement.rules,
             spares=min(execution.spare_children, execution.max_children),
-            long_lived=True,
+            share_after=SHARE_AFTER,
             describes=True,
         )
         children.start()

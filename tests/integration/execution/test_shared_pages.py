@@ -21,7 +21,7 @@ from worker.runs.outcome import Succeeded
 pytestmark = pytest.mark.anyio
 
 FAULTS = "import resource; result = resource.getrusage(resource.RUSAGE_SELF).ru_minflt"
-# Prints what `share_pages` leaves behind, in a process of its own.
+# Prints what preparing leaves behind, in a process of its own.
 LEFT = """
 import logging, os, signal, sys, threading
 from worker.execution.runners.child import shared_pages
@@ -37,6 +37,7 @@ def state():
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 before = state()
+shared_pages.rehearse()
 shared_pages.share_pages()
 assert state() == before, (before, state())
 text, number, kind = "a text " + str(os.getpid()), 10**30, type("Kind", (), {})
@@ -49,12 +50,12 @@ os._exit(0)
 """
 
 
-async def faults(plugin_folder: Path, *, long_lived: bool) -> int:
-    """The page faults of a run until its handler is called, without spares."""
-    children = ChildPool(SystemClock(), long_lived=long_lived)
+async def faults(plugin_folder: Path, share_after: int | None, *, runs: int = 2) -> int:
+    """The page faults of the last of some runs until its handler is called, without spares."""
+    children = ChildPool(SystemClock(), share_after=share_after)
     children.start()
     try:
-        for _ in range(2):
+        for _ in range(runs):
             outcome = await children.run(
                 work("code", params={"code": FAULTS}), RecordingServices(), StopSignal()
             )
@@ -66,9 +67,16 @@ async def faults(plugin_folder: Path, *, long_lived: bool) -> int:
 
 async def test_a_run_copies_fewer_pages(plugin_folder: Path) -> None:
     """The control is a zygote that was not prepared. Python 3.11 has no immortal objects."""
-    ratio = await faults(plugin_folder, long_lived=True) / await faults(plugin_folder, long_lived=False)
+    ratio = await faults(plugin_folder, 0) / await faults(plugin_folder, None)
 
     assert ratio < (0.75 if sys.version_info >= (3, 12) else 1.0)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.11 has no immortal objects")
+async def test_pages_are_shared_only_once_some_runs_have_begun(plugin_folder: Path) -> None:
+    before, after = await faults(plugin_folder, 3, runs=3), await faults(plugin_folder, 3, runs=4)
+
+    assert after < 0.85 * before
 
 
 def test_the_zygote_is_as_it_was() -> None:
@@ -79,7 +87,7 @@ def test_the_zygote_is_as_it_was() -> None:
 
 @pytest.fixture
 async def prepared(plugin_folder: Path, tmp_path: Path) -> AsyncIterator[ChildPool]:
-    children = ChildPool(SystemClock(), sandbox=Planner([]).rules([], []), long_lived=True, spares=1)
+    children = ChildPool(SystemClock(), sandbox=Planner([]).rules([], []), share_after=0, spares=1)
     children.start()
     yield children
     await children.close()

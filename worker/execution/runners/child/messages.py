@@ -43,9 +43,9 @@ class Setup:
     """The settings of a zygote. `max_freeze` is in seconds; `folder` contains the folders of the runs.
 
     `lock` is the descriptor of the SQLite file's lock, which each run also locks for reading. Without
-    `sandbox` the runs are not confined. `spares` if processes are forked ahead of their runs, and
-    `long_lived` if preparing for many runs pays. `describing` is the socket of a process that describes
-    handlers for the catalogue.
+    `sandbox` the runs are not confined. `spares` if processes are forked ahead of their runs. After
+    `share_after` forks the zygote shares its pages; never if that is None. `describing` is the socket of a
+    process that describes handlers for the catalogue.
     """
 
     folder: str
@@ -56,7 +56,7 @@ class Setup:
     max_freeze: float = 600.0
     sandbox: Rules | None = None
     spares: bool = False
-    long_lived: bool = False
+    share_after: int | None = None
     describing: int | None = None
 
     @classmethod

@@ -34,6 +34,8 @@ RESTART = 0.5
 LONGEST_RESTART = 10.0
 CLOSE = 5.0
 REAP_EVERY = 30.0
+# Forks of a worker's zygote after which it shares its pages: as many later ones save what this takes.
+SHARE_AFTER = 30
 # Processes that may end before they read the work of one run; then the run is handed back.
 TRIES = 3
 
@@ -112,8 +114,8 @@ class ChildPool:
 
     `lock_fd` is the descriptor of the SQLite file's lock, which the zygote holds while it lives. The zygote
     imports the `preload` modules or distributions. Without `sandbox` the runs are not confined. `spares`
-    processes are forked ahead. A zygote that is `long_lived` takes longer to start, and forks faster. With
-    `describes` the first zygote also forks a process that describes handlers.
+    processes are forked ahead. After `share_after` forks, if it is given, the zygote shares its pages with
+    later ones. With `describes` the first zygote also forks a process that describes handlers.
     """
 
     def __init__(
@@ -127,7 +129,7 @@ class ChildPool:
         lock_fd: int | None = None,
         sandbox: Rules | None = None,
         spares: int = 0,
-        long_lived: bool = False,
+        share_after: int | None = None,
         describes: bool = False,
     ) -> None:
         self._clock = clock
@@ -140,7 +142,7 @@ class ChildPool:
             max_freeze=max_freeze.total_seconds(),
             sandbox=sandbox,
             spares=spares > 0,
-            long_lived=long_lived,
+            share_after=share_after,
         )
         self._zygote: ZygoteHandle | None = None
         self._describes = describes

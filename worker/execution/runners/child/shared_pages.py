@@ -36,11 +36,10 @@ _HUGE_PAGE = 2 * 1024 * 1024
 
 
 def share_pages() -> None:
-    """Call once everything is imported, before the first of many forks.
+    """Call once everything is imported and rehearsed, when many forks are to be expected.
 
-    It takes a quarter of a second. The caller ends by `os._exit`: the interpreter cannot free what it leaves.
+    It takes a tenth of a second. The caller ends by `os._exit`: the interpreter cannot free what it leaves.
     """
-    rehearse()
     freeze_objects()
     _make_immortal()
     _collapse()

@@ -26,7 +26,7 @@ from worker.execution.runners.child import main as child
 from worker.execution.runners.child.landlock import Ruleset
 from worker.execution.runners.child.messages import Setup
 from worker.execution.runners.child.sandbox import CHECK_EVERY, Sandbox, describe_handlers
-from worker.execution.runners.child.shared_pages import freeze_objects, share_pages
+from worker.execution.runners.child.shared_pages import freeze_objects, rehearse, share_pages
 from worker.handlers.describe import SHARED
 from worker.handlers.http import tls_context
 from worker.handlers.installed import preload
@@ -83,6 +83,8 @@ class Zygote:
         self._unsent: deque[bytes] = deque()
         self._prepare_at = float("inf")
         self._replacements = 0
+        # Forks until pages are shared.
+        self._share_after = setup.share_after
 
     def serve(self) -> None:
         """Execute the worker's requests until it is gone."""
@@ -95,6 +97,7 @@ class Zygote:
             poll.register(descriptor, select.POLLIN)
         alive = os.getppid() == self._setup.parent
         while alive:
+            self._share()
             poll.modify(self._control.fileno(), select.POLLIN | (select.POLLOUT if self._unsent else 0))
             for descriptor, events in poll.poll(self._pause()):
                 if descriptor == woken:
@@ -116,6 +119,13 @@ class Zygote:
             linux.send(left, signal.SIGKILL)
             self._reap()
             time.sleep(0.002)
+
+    def _share(self) -> None:
+        """Share pages once enough processes were forked."""
+        if self._share_after is not None and self._share_after <= 0:
+            self._share_after = None
+            share_pages()
+            self._own_memory = linux.resident(self._pid)
 
     def _prepare(self) -> None:
         """Prepare the rules of the next run, but not while a run starts, which would slow it down."""
@@ -194,6 +204,8 @@ class Zygote:
             self._prepare_at = time.monotonic() + AFTER_START
         if pid is None:
             return
+        if self._share_after is not None:
+            self._share_after -= 1
         self._leaders[pid] = Leader(run, pid, None, grouped=group is not None)
         if self._frozen_at is not None:
             linux.send([pid], signal.SIGSTOP)
@@ -384,10 +396,9 @@ def main() -> None:
     linux.become_subreaper()
     failures = preload(setup.preload)
     child.open_streams()
-    if setup.long_lived:
-        share_pages()
-    else:
-        freeze_objects()
+    if setup.share_after is not None:
+        rehearse()
+    freeze_objects()
     control.setblocking(False)
     with contextlib.suppress(BrokenPipeError):  # the worker is gone, which the next read reports
         ready = {"op": "ready", "describing": describing, "preload_failures": failures}
@@ -396,7 +407,7 @@ def main() -> None:
     zygote.serve()
     zygote.end_all()
     shutil.rmtree(setup.folder, ignore_errors=True)
-    if setup.long_lived:
+    if setup.share_after is not None:
         os._exit(0)  # see `share_pages`
 
 
