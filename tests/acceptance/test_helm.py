@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ import httpx
 import psycopg
 import pytest
 
+from tests.fakes import forked
 from tests.fakes.certificates import make_certificate
 from tests.fakes.handlers import install_handlers, read_journal
 from tests.fakes.helm import MISSING, Rendered, render
@@ -50,7 +50,6 @@ class Pod:
         ports = self.container.get("ports", [])
         self.ports = {port["containerPort"]: free_port() for port in ports}
         self.named = {port["name"]: self.ports[port["containerPort"]] for port in ports}
-        self.process: subprocess.Popen[bytes] | None = None
         self.log = folder / "log"
 
     def _fill(self, place: Path, volume: dict[str, Any], data: dict[str, dict[str, str]]) -> None:
@@ -93,28 +92,18 @@ class Pod:
     def call(self, *arguments: str, stdin: str = "") -> str:
         """What a command prints in this pod, as `kubectl exec` runs it; its failure fails the test."""
         work = self._places["/var/lib/orgworker"]
-        done = subprocess.run(
-            self.command(*arguments),
-            cwd=work,
-            env=self.environment,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
-        return done.stdout
+        done = forked.run(self.command(*arguments), cwd=work, env=self.environment, stdin=stdin)
+        return done.checked(arguments).out
 
     @contextmanager
     def running(self) -> Iterator[Pod]:
         """Until its readiness probe succeeds, and to a drained end afterwards."""
         with self.log.open("wb") as log:
-            process = subprocess.Popen(
+            process = forked.start(
                 self.command(*self.container["args"]),
                 cwd=self._places["/var/lib/orgworker"],
                 env=self.environment,
-                stdout=log,
-                stderr=log,
+                output=log,
             )
         try:
             wait_until(lambda: process.poll() is not None or self.is_ready(), f"readiness, see {self.log}")
@@ -165,7 +154,7 @@ def test_a_release_comes_up_and_a_host_of_it_runs_a_job(
     # As on the page: the file of the URL is there first.
     (ring / "database__url").write_text(urls["worker"])
     generate = [sys.executable, "-P", "-m", "worker", "keys", "generate"]
-    subprocess.run(generate, cwd=ring, env=os.environ | {"WORKER_SECRETS_DIR": str(ring)}, check=True)
+    forked.run(generate, cwd=ring, env=os.environ | {"WORKER_SECRETS_DIR": str(ring)}).checked(generate)
     certificate = make_certificate(tmp_path / "attempts.pem").read_text()
     data = {
         "worker-secrets": {"database__url": urls["worker"], "keyring": (ring / "keyring").read_text()},

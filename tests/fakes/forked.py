@@ -1,8 +1,8 @@
 """`python -m worker …` as a fork of a process that has imported it: a third of a new interpreter's CPU time.
 
-Only its command line and its parent differ. The parent is a server, one per test process:
-`python -m tests.fakes.forked SOCKET`. A client sends a request with three file descriptors, and receives the
-process id and later the exit status.
+Only its command line and its parent differ. The parent is a server, `python -m tests.fakes.forked SOCKET`:
+one for all stages of `./dev test`, or one per test process. A client sends a request with three file
+descriptors, and receives the process id and later the exit status.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,24 +36,26 @@ LATER = ("alembic.command", "opentelemetry.sdk.trace", "psycopg", "sqlalchemy.di
 ONLY_NEW = ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START", "ORGWORKER_SHIFTED_CLOCK")
 
 
-# `python` for a shell: short commands are forks, long-running ones are new interpreters.
+# Modules that `python -m` runs in a fork; `demo` starts its own processes, and is one that users start.
+MODULES = ("worker", "worker.demo.provider", "uvicorn")
+# `python` for a shell: it passes signals on, and the server kills the fork if it is killed itself.
 SHIM = """\
 #!{python} -IS
-import json, os, socket, sys
+import json, os, signal, socket, sys
 given = [word for word in sys.argv[1:] if word != "-P"]
-words = iter(given[2:])
-verb = next((word for word in words if word not in ("--config", "--set") or not next(words)), "run")
-if given[:2] != ["-m", "worker"] or verb in ("run", "serve", "demo", "provision"):
+if given[:1] != ["-m"] or given[1] not in {modules!r} or "demo" in given:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 connection = socket.socket(socket.AF_UNIX)
 connection.connect({server!r})
-request = {{"arguments": given[2:], "cwd": os.getcwd(), "env": dict(os.environ), "session": False}}
-request["python"] = {python!r}
+request = {{"module": given[1], "arguments": given[2:], "cwd": os.getcwd(), "env": dict(os.environ)}}
+request |= {{"session": False, "nice": os.nice(0), "python": {python!r}}}
 text = json.dumps(request).encode()
 socket.send_fds(connection, [len(text).to_bytes(4, "big")], [0, 1, 2])
 connection.sendall(text)
 received = connection.makefile()
-received.readline()
+process = int(received.readline())
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: os.kill(process, number))
 code = int(received.readline())
 sys.exit(code if code >= 0 else 128 - code)
 """
@@ -66,7 +68,7 @@ def commands(folder: Path, python: str = sys.executable) -> Path:
     """
     folder.mkdir()
     shim = folder / "python"
-    shim.write_text(SHIM.format(python=python, server=str(server())))
+    shim.write_text(SHIM.format(python=python, server=str(server()), modules=MODULES))
     shim.chmod(0o755)
     return folder
 
@@ -130,7 +132,8 @@ def start(
 
     `errors` defaults to `output`, standard input to nothing. Without `fork` it is a new interpreter.
     """
-    if command[:3] != [sys.executable, "-m", "worker"] or not (fork and is_possible()):
+    words = [word for word in command if word != "-P"]
+    if words[:3] != [sys.executable, "-m", "worker"] or not (fork and is_possible()):
         return subprocess.Popen(
             command,
             cwd=cwd,
@@ -143,7 +146,8 @@ def start(
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(str(server()))
     with open(os.devnull, "rb") as nothing:
-        request = {"arguments": command[3:], "cwd": str(cwd), "env": dict(env), "session": True}
+        request = {"module": "worker", "arguments": words[3:], "cwd": str(cwd), "env": dict(env)}
+        request |= {"session": True, "nice": os.nice(0)}
         streams = (given or nothing, output, errors or output)
         send(connection, request, [stream.fileno() for stream in streams])
     return Process(connection)
@@ -180,7 +184,9 @@ def is_possible() -> bool:
 
 
 def server() -> Path:
-    """The socket of this process's server, which the first call starts."""
+    """The socket of the server; without one of `./dev test` the first call starts this process's own."""
+    if "ORGWORKER_TEST_RUN" in os.environ:
+        return listening(Path(os.environ["ORGWORKER_TEST_RUN"]) / "forks", lambda: True)
     if os.getpid() not in _servers:
         folder = tempfile.TemporaryDirectory(prefix="orgworker-forked-")
         path = Path(folder.name) / "socket"
@@ -197,13 +203,18 @@ def server() -> Path:
             folder.cleanup()
 
         atexit.register(end)
-        until = time.monotonic() + 60
-        while not path.exists():
-            if started.poll() is not None or time.monotonic() > until:
-                raise RuntimeError("the server of forks did not start")
-            time.sleep(0.02)
-        _servers[os.getpid()] = path
+        _servers[os.getpid()] = listening(path, lambda: started.poll() is None)
     return _servers[os.getpid()]
+
+
+def listening(path: Path, alive: Callable[[], bool]) -> Path:
+    """The socket, once a server listens there."""
+    until = time.monotonic() + 60
+    while not path.exists():
+        if not alive() or time.monotonic() > until:
+            raise RuntimeError("the server of forks did not start")
+        time.sleep(0.02)
+    return path
 
 
 def send(connection: socket.socket, request: dict[str, Any], descriptors: list[int]) -> None:
@@ -230,8 +241,10 @@ def serve(path: Path) -> dict[str, Any] | None:
     listener.listen(50)
     Path(f"{path}.new").rename(path)
     running: dict[int, socket.socket] = {}
+    # Forks that end with their client, a `python` of a shell.
+    tied: dict[socket.socket, int] = {}
     while True:
-        ready, _, _ = select.select([listener, waking, 0], [], [])
+        ready, _, _ = select.select([listener, waking, 0, *tied], [], [])
         if 0 in ready:
             return None
         if waking in ready:
@@ -240,7 +253,10 @@ def serve(path: Path) -> dict[str, Any] | None:
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
                     with contextlib.suppress(OSError), running.pop(pid) as connection:
+                        tied.pop(connection, None)
                         connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+        for connection in tied.keys() & set(ready):
+            os.kill(tied.pop(connection), signal.SIGKILL)
         if listener in ready:
             connection, _ = listener.accept()
             length, descriptors, _, _ = socket.recv_fds(connection, 4, 3)
@@ -258,7 +274,10 @@ def serve(path: Path) -> dict[str, Any] | None:
             for descriptor in descriptors:
                 os.close(descriptor)
             running[pid] = connection
-            connection.sendall(b"%d\n" % pid)
+            if not request["session"]:
+                tied[connection] = pid
+            with contextlib.suppress(OSError):
+                connection.sendall(b"%d\n" % pid)
 
 
 def read(connection: socket.socket, length: int) -> bytes:
@@ -295,6 +314,7 @@ def main() -> None:
     request = serve(Path(sys.argv[1]))
     if request is None:
         return
+    os.nice(max(0, request["nice"] - os.nice(0)))
     if request["session"]:
         os.setsid()
     # New objects: those of the server are pipes.
@@ -305,16 +325,22 @@ def main() -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     time.tzset()
-    sys.path[:] = [*filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep)), *base]
+    added = list(filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep)))
+    sys.path[:] = [*added, *base]
     if request.get("python", sys.executable) != sys.executable:
         sys.executable = request["python"]
         sys.prefix = str(Path(sys.executable).parents[1])
-        [added] = Path(sys.prefix).glob("lib/python3*/site-packages")
-        site.addsitedir(str(added))
+        [packages] = Path(sys.prefix).glob("lib/python3*/site-packages")
+        site.addsitedir(str(packages))
     importlib.invalidate_caches()
+    if any((Path(folder) / "sitecustomize.py").exists() for folder in added):
+        sys.modules.pop("sitecustomize", None)
+        importlib.import_module("sitecustomize")
     sys.argv[1:] = request["arguments"]
+    if not hasattr(sys.modules.get(request["module"]), "__path__"):
+        sys.modules.pop(request["module"], None)  # it is executed again, under another name
     try:
-        runpy.run_module("worker", run_name="__main__", alter_sys=True)
+        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
     except SystemExit as end:
         if isinstance(end.code, int):
             _code.append(end.code)
