@@ -13,7 +13,7 @@ from worker.ids import OrgId
 from worker.store import access_tokens, tables
 from worker.store.bulk import among, insert_many
 from worker.store.dialect import Row, all_rows, chunks, driver, first_row, is_postgresql
-from worker.store.sql.postgresql.arrays import plain, texts
+from worker.store.sql.postgresql.arrays import plain, texts, words
 
 _credentials = tables.credentials
 
@@ -23,6 +23,13 @@ UPDATE credentials c SET last_used_at = %s, uses = c.uses + u.times, last_error 
 FROM unnest((SELECT %s::uuid[]), (SELECT %s::uuid[]), (SELECT %s::integer[]), (SELECT %s::text[]))
   AS u(id, org_id, times, error)
 WHERE c.id = u.id AND c.org_id = u.org_id
+"""
+
+ACTIVE_IDS = """
+SELECT c.org_id, c.id FROM unnest((SELECT %s::uuid[])) AS w(org_id)
+CROSS JOIN LATERAL (
+  SELECT c.org_id, c.id FROM credentials c WHERE c.org_id = w.org_id AND c.state = 'active'
+  ORDER BY c.generation DESC) c
 """
 
 
@@ -102,13 +109,18 @@ def active_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> dic
 
 def active_ids_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> dict[OrgId, list[str]]:
     """The ids of the active credentials of these orgs, newest first."""
-    query = (
-        select(_credentials.c.org_id, _credentials.c.id)
-        .where(among(connection, _credentials.c.org_id, org_ids), _credentials.c.state == "active")
-        .order_by(_credentials.c.generation.desc())
-    )
+    if is_postgresql(connection):
+        # Nearly every run needs this: by SQLAlchemy it takes twice as long.
+        rows = driver(connection).execute(ACTIVE_IDS, (words(org_ids),)).fetchall()
+    else:
+        query = (
+            select(_credentials.c.org_id, _credentials.c.id)
+            .where(_credentials.c.org_id.in_(org_ids), _credentials.c.state == "active")
+            .order_by(_credentials.c.generation.desc())
+        )
+        rows = connection.execute(query).all()
     found: dict[OrgId, list[str]] = {}
-    for org_id, credential_id in connection.execute(query).all():
+    for org_id, credential_id in rows:
         found.setdefault(org_id, []).append(credential_id)
     return found
 

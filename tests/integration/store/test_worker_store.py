@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.fakes.stock import HANDLER, LEASE, Stock
-from worker.ids import WorkerId, new_id
+from worker.ids import DefinitionId, WorkerId, new_id
 from worker.runs.run import Decision, DueDefinition, LogLine, NextFire, StoredProgress
+from worker.store import credentials
 from worker.store.ring_walk import RingWalk
 from worker.store.worker_store import WorkerStore
 
@@ -83,6 +84,43 @@ async def test_a_sweep_tells_what_expired(stock: Stock, store: WorkerStore) -> N
     await store.handlers_changed([])
 
     assert [run.run_id for run in await store.sweep()] == [late.id]
+
+
+@pytest.mark.anyio
+async def test_orgs_and_definitions_are_read_together(stock: Stock, store: WorkerStore) -> None:
+    """Each with the spec of its own revision; what is gone is left out."""
+    acme, globex = stock.org(), stock.org()
+    of_acme, of_globex = stock.definition(acme, spec={"v": 1}), stock.definition(globex, spec={"v": "é"})
+    gone = DefinitionId(new_id())
+
+    found = await store.orgs_and_definitions([(of_globex, 1), (of_acme, 1), (of_acme, 2), (gone, 1)])
+
+    assert {key: (context.org_id, json.loads(context.spec)) for key, context in found.items()} == {
+        (of_acme, 1): (acme, {"v": 1}),
+        (of_globex, 1): (globex, {"v": "é"}),
+    }
+
+
+@pytest.mark.anyio
+async def test_credentials_are_confirmed_together(stock: Stock) -> None:
+    """The active ones of each org, newest first."""
+    acme, globex, without = stock.org(), stock.org(), stock.org()
+    rows = [
+        {"id": new_id(), "org_id": org, "generation": generation, "client_id": "c", "state": state}
+        | {"kind": "client_secret", "created_at": stock.now(), "created_by": "tester"}
+        for org, generation, state in (
+            (acme, 1, "retired"),
+            (acme, 2, "active"),
+            (acme, 3, "active"),
+            (globex, 1, "active"),
+            (globex, 2, "pending"),
+        )
+    ]
+    with stock.database.transaction() as connection:
+        credentials.insert_for_all_orgs(connection, rows)
+        found = credentials.active_ids_for_all_orgs(connection, [globex, without, acme])
+
+    assert found == {acme: [rows[2]["id"], rows[1]["id"]], globex: [rows[3]["id"]]}
 
 
 @pytest.mark.anyio
