@@ -19,6 +19,7 @@ from worker.execution.attempts.dispatcher import BURST, PREPARED, Dispatcher
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
 from worker.execution.loops.admission import FEW, MOMENT, Admission
+from worker.execution.loops.finisher import WORTHWHILE
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
@@ -159,12 +160,12 @@ async def test_ends_are_written_while_the_rest_of_a_large_answer_begins(clock: M
     writing = asyncio.create_task(dispatcher.finisher.run())
     await settle()
 
-    dispatcher.start([admitted(f"r{n}") for n in range(4 * BURST)])
-    assert len(list(inflight_runs)) == 4 * BURST  # every one is inflight before the first begins
+    dispatcher.start([admitted(f"r{n}") for n in range(2 * WORTHWHILE)])
+    assert len(list(inflight_runs)) == 2 * WORTHWHILE  # every one is inflight before the first begins
     await settle(50)
     writing.cancel()
 
-    assert [attempt.run_id for attempt in ends] == [f"r{n}" for n in range(4 * BURST)]
+    assert [attempt.run_id for attempt in ends] == [f"r{n}" for n in range(2 * WORTHWHILE)]
     assert len(store.batches) > 1
     assert dispatcher.running == 0
 

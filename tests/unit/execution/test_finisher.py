@@ -11,7 +11,7 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.execution.runs import admitted, ended
 from worker.errors import StoreUnavailable
-from worker.execution.loops.finisher import BATCH, RETRY, Finisher
+from worker.execution.loops.finisher import BATCH, COLLECT, RETRY, WORTHWHILE, Finisher
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, Isolation
@@ -77,6 +77,39 @@ async def test_all_that_ended_since_the_last_flush_is_one_batch(clock: ManualClo
         await finisher.flushed()
 
     assert [len(batch) for batch in store.batches] == [BATCH, 5]
+
+
+async def test_ends_are_collected_while_runs_start(clock: ManualClock) -> None:
+    store, starting = Store(), True
+    async with running(store, clock) as (finisher, _):
+        finisher.starting = lambda: starting
+        finisher.put(ended("r1"))
+        await settle()
+        finisher.put(ended("r2"))
+        await settle()
+        assert store.batches == []
+
+        starting = False
+        await finisher.flushed()
+
+    assert [len(batch) for batch in store.batches] == [2]
+
+
+async def test_collected_ends_are_written_once_they_are_many_or_wait_for_long(clock: ManualClock) -> None:
+    store = Store()
+    async with running(store, clock) as (finisher, _):
+        finisher.starting = lambda: True
+        for number in range(WORTHWHILE):
+            finisher.put(ended(f"r{number}"))
+        await finisher.flushed()
+
+        finisher.put(ended("last"))
+        await settle()
+        assert len(store.batches) == 1
+        await clock.pass_time(COLLECT)
+        await finisher.flushed()
+
+    assert [len(batch) for batch in store.batches] == [WORTHWHILE, 1]
 
 
 async def test_an_absent_database_is_tried_again_until_it_takes_the_ends(clock: ManualClock) -> None:

@@ -66,7 +66,9 @@ class Dispatcher(Generic[T]):
     _starting: asyncio.Task[None] | None = None
 
     def __post_init__(self, store: FinishStore) -> None:
-        self.finisher = Finisher(store, self.tools.clock, self._written, self._unstorable)
+        self.finisher = Finisher(
+            store, self.tools.clock, self._written, self._unstorable, starting=lambda: bool(self._queue)
+        )
 
     @property
     def running(self) -> int:

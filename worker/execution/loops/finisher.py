@@ -16,6 +16,9 @@ from worker.telemetry.events import emit
 
 # Maximum rows of one statement: on a slow disk a commit is expensive, and more ends share it.
 BATCH = 2000
+# While admitted runs queue for their start, ends are collected: this number, or for this many seconds.
+# A run costs worker and database less in a larger batch.
+WORTHWHILE, COLLECT = 500, 0.05
 # Seconds between tries while the database is unavailable.
 RETRY = 0.5
 
@@ -52,13 +55,15 @@ class Finisher:
     """Writes everything that ended since the last write in one statement.
 
     `on_written` gets each end, and whether it was accepted: not if another incarnation owns the run.
-    `on_unstorable` gets an end that the database rejects, and the error.
+    `on_unstorable` gets an end that the database rejects, and the error. `starting`: whether more ends
+    are likely at once, since runs are just being started.
     """
 
     store: FinishStore
     clock: Clock
     on_written: Callable[[EndedAttempt, bool], None]
     on_unstorable: Callable[[EndedAttempt, Exception], None]
+    starting: Callable[[], bool] = lambda: False
     _refill: tuple[Refill, RefillStore] | None = None
     _pending: list[EndedAttempt] = field(default_factory=list)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -85,12 +90,18 @@ class Finisher:
         """Write until cancelled."""
         while True:
             await self._wake.wait()
+            await self._collect()
             batch, self._pending = self._pending[:BATCH], self._pending[BATCH:]
             if not self._pending:
                 self._wake.clear()
             await self._write(batch)
             if not self._pending:
                 self._idle.set()
+
+    async def _collect(self) -> None:
+        until = self.clock.monotonic() + COLLECT
+        while self.starting() and len(self._pending) < WORTHWHILE and self.clock.monotonic() < until:
+            await self.clock.sleep(0)  # meanwhile the loop starts more of them
 
     async def _write(self, batch: list[EndedAttempt]) -> None:
         while True:
