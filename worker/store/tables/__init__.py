@@ -208,7 +208,6 @@ schedule = Table(
     Column("next_scheduled_for", Instant, doc="The nominal time; null when nothing is due any more."),
     Column("next_fire_at", Instant, doc="The same plus spread: when it is fired."),
     Index("ix_schedule_next_fire_at", "next_fire_at", **partial("next_fire_at IS NOT NULL")),
-    Index("ix_schedule_org_id", "org_id"),
     postgresql_with=UPDATED,
     info={"meaning": "The next scheduled time of each active definition."},
 )
