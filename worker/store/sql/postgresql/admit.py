@@ -48,23 +48,23 @@ hop(org_id, available_at, handler, isolation, pool, n, wrapped) AS (
   WHERE hop.n < %(hops)s
     AND CASE WHEN hop.wrapped OR later.org_id IS NULL
              THEN COALESCE(later.org_id, first.org_id) <= %(cursor)s::uuid ELSE true END
-), looked AS (
-  SELECT hop.org_id, hop.n, o.running, o.most, o.weight, o.running < o.most AND (
-    (hop.available_at <= (SELECT clock_timestamp())
-     AND hop.handler = ANY(%(handlers)s::text[]) AND hop.isolation = ANY(%(isolations)s::text[])
-     AND hop.pool = ANY(%(pools)s::text[]))
-    OR EXISTS (
-      SELECT 1 FROM live_runs l
-      WHERE l.org_id = hop.org_id AND l.state = 'waiting' AND l.available_at <= (SELECT clock_timestamp())
-        AND l.handler = ANY(%(handlers)s::text[]) AND l.isolation = ANY(%(isolations)s::text[])
-        AND l.pool = ANY(%(pools)s::text[]))) AS ready
-  FROM hop LEFT JOIN LATERAL (
-    SELECT o.weight, o.max_concurrent_runs AS most, (
-      SELECT count(*) FROM live_runs l WHERE l.org_id = o.id AND l.state = 'running') AS running
-    FROM orgs o WHERE o.id = hop.org_id AND o.state = 'active' LIMIT 1) o ON true
-  WHERE hop.n > 0
 ), ring AS MATERIALIZED (
-  SELECT org_id, n, ready, running, most, weight FROM looked WHERE ready OR n = %(hops)s LIMIT %(want)s
+  SELECT org_id, n, ready, running, most, weight FROM (
+    SELECT hop.org_id, hop.n, o.running, o.most, o.weight, o.running < o.most AND (
+      (hop.available_at <= (SELECT clock_timestamp())
+       AND hop.handler = ANY(%(handlers)s::text[]) AND hop.isolation = ANY(%(isolations)s::text[])
+       AND hop.pool = ANY(%(pools)s::text[]))
+      OR EXISTS (
+        SELECT 1 FROM live_runs l
+        WHERE l.org_id = hop.org_id AND l.state = 'waiting' AND l.available_at <= (SELECT clock_timestamp())
+          AND l.handler = ANY(%(handlers)s::text[]) AND l.isolation = ANY(%(isolations)s::text[])
+          AND l.pool = ANY(%(pools)s::text[]))) AS ready
+    FROM hop LEFT JOIN LATERAL (
+      SELECT o.weight, o.max_concurrent_runs AS most, (
+        SELECT count(*) FROM live_runs l WHERE l.org_id = o.id AND l.state = 'running') AS running
+      FROM orgs o WHERE o.id = hop.org_id AND o.state = 'active' LIMIT 1) o ON true
+    WHERE hop.n > 0) looked
+  WHERE ready OR n = %(hops)s LIMIT %(want)s
 )"""
 RING = f"WITH RECURSIVE {HOPS} SELECT * FROM ring"
 
@@ -96,30 +96,31 @@ u(id, later, reach, running, weight) AS (
 FOUND = f"""\
 {HOPS}, others(id, later, running, weight) AS MATERIALIZED (
   SELECT n.id, n.later, o.running, o.weight FROM (
-    (SELECT org_id, false FROM (
-       SELECT org_id, min(place) AS place FROM (
-         SELECT n.org_id, row_number() OVER () AS place FROM ({NEWEST}) n) n GROUP BY org_id) n
-     ORDER BY place LIMIT %(newest)s)
-    UNION ALL
-    SELECT id, true FROM unnest(%(passed)s::uuid[]) AS p(id)) AS n(id, later)
+    SELECT id, bool_and(later) AS later FROM (
+      (SELECT org_id, false FROM (
+         SELECT org_id, min(place) AS place FROM (
+           SELECT n.org_id, row_number() OVER () AS place FROM ({NEWEST}) n) n GROUP BY org_id) n
+       ORDER BY place LIMIT %(newest)s)
+      UNION ALL
+      SELECT id, true FROM unnest(%(passed)s::uuid[]) AS p(id)) AS n(id, later)
+    GROUP BY id) n
   CROSS JOIN LATERAL ({COUNTED.format(org="n.id")}) o
   WHERE o.running < o.most
 ), u AS MATERIALIZED (
-  SELECT COALESCE(r.org_id, n.id) AS id, bool_and(COALESCE(n.later, true)) AS later,
-         max(COALESCE(r.reach, 1)) AS reach, max(COALESCE(r.running, n.running)) AS running,
-         max(COALESCE(r.weight, n.weight)) AS weight
+  SELECT COALESCE(r.org_id, n.id) AS id, COALESCE(n.later, true) AS later, COALESCE(r.reach, 1) AS reach,
+         COALESCE(r.running, n.running) AS running, COALESCE(r.weight, n.weight) AS weight, r.n, r.room
   FROM (
-    SELECT org_id, running, weight, CASE WHEN %(whole)s THEN most - running ELSE
+    SELECT org_id, n, running, weight, most - running AS room, CASE WHEN %(whole)s THEN most - running ELSE
       LEAST(most - running, floor((%(slots)s + sum(running + 1) OVER ()) * weight::float8
                                   / sum(weight) OVER ()) - running)::bigint END AS reach
     FROM ring WHERE ready) r
   FULL JOIN others n ON n.id = r.org_id
-  GROUP BY 1
 )"""
 
 LOCK = "SELECT pg_advisory_xact_lock(%s)"
 COMMIT = "COMMIT"
 
+# Most runs have no limit but that of their org; the others go through two more steps.
 # A later statement than the lock, so with a snapshot in which everything that was
 # admitted before it can be counted. How each count says "running", and the UPDATE
 # "waiting", decides which index can serve it: see `tables.live_runs`.
@@ -154,27 +155,28 @@ ADMIT = f"""
   WHERE EXISTS (SELECT 1 FROM workers w WHERE w.id = %(worker)s::uuid AND w.ended_at IS NULL
                 AND w.lease_until > (SELECT clock_timestamp()))
 ), within_definition AS (
-  SELECT id, handler, isolation, available_at, rank, later FROM line WHERE max_concurrent IS NULL
+  SELECT id, handler, isolation, available_at, rank, later
+  FROM line WHERE max_concurrent IS NULL AND handler = ANY(ARRAY(SELECT handler FROM offer WHERE room > 0))
   UNION ALL
   SELECT id, handler, isolation, available_at, rank, later FROM (
     SELECT l.*, row_number() OVER (PARTITION BY definition_id ORDER BY place) AS nth
     FROM line l WHERE max_concurrent IS NOT NULL) l
   WHERE nth <= max_concurrent - (
     SELECT count(*) FROM live_runs d WHERE d.definition_id = l.definition_id AND d.started_at IS NOT NULL)
-), within_handler AS (
-  SELECT w.id, w.isolation, w.available_at, w.rank, w.later
-  FROM within_definition w JOIN offer o ON o.handler = w.handler AND o.room IS NULL
+), within_limits AS (
+  SELECT id, isolation, available_at, rank, later
+  FROM line WHERE max_concurrent IS NULL AND handler <> ALL(ARRAY(SELECT handler FROM offer WHERE room > 0))
   UNION ALL
   SELECT id, isolation, available_at, rank, later FROM (
     SELECT w.*, o.room, row_number() OVER (
       PARTITION BY w.handler ORDER BY w.rank, w.later, w.available_at, w.id) AS nth
-    FROM within_definition w JOIN offer o ON o.handler = w.handler AND o.room IS NOT NULL) w
-  WHERE nth <= room
+    FROM within_definition w JOIN offer o ON o.handler = w.handler) w
+  WHERE (nth <= room) IS NOT FALSE
 ), picked AS MATERIALIZED (
-  (SELECT id, rank, later FROM within_handler WHERE isolation = 'child'
+  (SELECT id, rank, later FROM within_limits WHERE isolation = 'child'
    ORDER BY rank, later, available_at, id LIMIT %(child)s)
   UNION ALL
-  (SELECT id, rank, later FROM within_handler WHERE isolation = 'inline'
+  (SELECT id, rank, later FROM within_limits WHERE isolation = 'inline'
    ORDER BY rank, later, available_at, id LIMIT %(inline)s)
 ), admitted AS (
   UPDATE live_runs SET state = 'running', reason = NULL, detail = NULL, worker_id = %(worker)s::uuid,
@@ -206,13 +208,12 @@ def _hidden(statement: str) -> str:
 CROWD = _hidden(f"""
 WITH RECURSIVE {FOUND}, {ADMIT}
 SELECT w.*, CASE WHEN row_number() OVER ({ORDER}) = 1 THEN ARRAY(
-         SELECT u.id FROM u LEFT JOIN ring r ON r.org_id = u.id
-         WHERE u.later AND NOT EXISTS (SELECT 1 FROM admitted a WHERE a.org_id = u.id)
-         ORDER BY r.n NULLS FIRST LIMIT (SELECT count(*) FROM others WHERE NOT later)) END, a.*
+         SELECT u.id FROM u WHERE u.later AND NOT EXISTS (SELECT 1 FROM admitted a WHERE a.org_id = u.id)
+         ORDER BY u.n NULLS FIRST LIMIT (SELECT count(*) FROM others WHERE NOT later)) END, a.*
 FROM (
-  SELECT count(*), max(r.n), bool_or(u.reach < r.most - r.running),
+  SELECT count(*), max(n), (SELECT bool_or(reach < room) FROM u),
          (SELECT org_id FROM ring ORDER BY n DESC LIMIT 1)
-  FROM ring r LEFT JOIN u ON u.id = r.org_id) w
+  FROM ring) w
 LEFT JOIN (admitted a JOIN picked p ON p.id = a.id) ON true {ORDER}
 """)
 
