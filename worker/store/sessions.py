@@ -11,11 +11,15 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Any, TypeVar
 
 import psycopg
+from psycopg.abc import Buffer
+from psycopg.adapt import Dumper
 from psycopg.conninfo import make_conninfo
+from psycopg.pq import Format
 from psycopg.types.string import TextLoader
 
 from worker.clock import Clock
 from worker.store.dialect import CHANNEL
+from worker.store.sql.postgresql.arrays import Floats, Uuids
 
 T = TypeVar("T")
 
@@ -61,11 +65,30 @@ def _bounded(gen: Generator[Any, Any, T], seconds: float) -> Generator[Any, Any,
         return value
 
 
+class _AsItIs(Dumper):
+    """An array that is in PostgreSQL's binary form already."""
+
+    format = Format.BINARY
+
+    def dump(self, obj: Any) -> Buffer:
+        return obj  # type: ignore[no-any-return]
+
+
+class _UuidsDumper(_AsItIs):
+    oid = psycopg.postgres.types["uuid"].array_oid
+
+
+class _FloatsDumper(_AsItIs):
+    oid = psycopg.postgres.types["float8"].array_oid
+
+
 def connect(arguments: Mapping[str, str], *, deadline: float) -> DeadlineConnection:
     """A connection with libpq's arguments; it returns identifiers as text."""
     connection = DeadlineConnection.connect(make_conninfo(**arguments))
     connection.deadline = deadline
     connection.adapters.register_loader("uuid", TextLoader)
+    connection.adapters.register_dumper(Uuids, _UuidsDumper)
+    connection.adapters.register_dumper(Floats, _FloatsDumper)
     return connection
 
 

@@ -1,20 +1,35 @@
-"""Python lists as PostgreSQL array literals: a tenth of the cost of adapting each element.
+"""Python lists as PostgreSQL arrays: as literals, a tenth of the cost of adapting each element.
 
-A list of only None becomes an empty array, which `unnest` fills up with nulls.
+A list of only None becomes an empty array, which `unnest` fills up with nulls. Identifiers and times of hot
+statements go in PostgreSQL's binary form, which costs it a fifth of what it takes to read their text.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import struct
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from datetime import datetime
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 from worker.store.dialect import compact_json
 
+T = TypeVar("T")
+Value = str | bytes
+
 # Characters; the quoted form of a shorter text is cached, because it recurs.
 SHORT = 1024
+# What separates the texts of `lines`: no JSON text contains it.
+SEPARATOR = "\x1e"
+
+
+class Uuids(bytes):
+    """A `uuid[]` in binary form, as `sessions` sends it."""
+
+
+class Floats(bytes):
+    """A `float8[]` in binary form, as `sessions` sends it."""
 
 
 class Columns:
@@ -23,11 +38,60 @@ class Columns:
     `map` and `attrgetter` take less time than a generator for each array.
     """
 
-    def __init__(self, *columns: tuple[Callable[[Iterable[Any]], str], str]) -> None:
+    def __init__(self, *columns: tuple[Callable[[Iterable[Any]], Value], str]) -> None:
         self._columns = [(form, attrgetter(name)) for form, names in columns for name in names.split()]
+        self.names = [name for _, names in columns for name in names.split()]
 
-    def of(self, rows: Sequence[Any]) -> tuple[str, ...]:
+    def of(self, rows: Sequence[Any]) -> tuple[Value, ...]:
         return tuple([form(map(attribute, rows)) for form, attribute in self._columns])
+
+
+def distinct(rows: Iterable[T], key: Callable[[T], Hashable]) -> tuple[list[T], str]:
+    """The first row of each key, and for every row the number of the one with its key, from 1."""
+    firsts: list[T] = []
+    number_of: dict[Hashable, int] = {}
+    found = []
+    for row in rows:
+        value = key(row)
+        number = number_of.get(value)
+        if number is None:
+            firsts.append(row)
+            number = number_of[value] = len(firsts)
+        found.append(number)
+    return firsts, numbers(found)
+
+
+# A binary array: one dimension (or none), whether there are nulls, the type's OID, and the number of elements
+# and that of the first. Each element follows its size.
+_HEAD = struct.Struct(">iiIii").pack
+_NO_ELEMENTS = struct.Struct(">iiI").pack
+_UUID, _FLOAT8 = 2950, 701
+_UUID_SIZE = "00000010"
+_A_FLOAT = struct.Struct(">id").pack
+_NULL = struct.pack(">i", -1)
+
+
+def uuids(values: Iterable[str]) -> Uuids:
+    """Our identifiers, never None."""
+    items = [*values]
+    if not items:
+        return Uuids(_NO_ELEMENTS(0, 0, _UUID))
+    # One conversion for all: the size of each is part of what is converted.
+    body = bytes.fromhex((_UUID_SIZE + _UUID_SIZE.join(items)).replace("-", ""))
+    return Uuids(_HEAD(1, 0, _UUID, len(items), 1) + body)
+
+
+def epochs(values: Iterable[datetime | None]) -> Floats:
+    """For `to_timestamp`: seconds since 1970."""
+    items = [_NULL if at is None else _A_FLOAT(8, at.timestamp()) for at in values]
+    if not items:
+        return Floats(_NO_ELEMENTS(0, 0, _FLOAT8))
+    return Floats(_HEAD(1, 1, _FLOAT8, len(items), 1) + b"".join(items))
+
+
+def lines(values: Iterable[str | None]) -> str:
+    """JSON texts, not empty, for `string_to_array(%s, chr(30), '')`: nothing has to be quoted."""
+    return SEPARATOR.join([value or "" for value in values])
 
 
 def words(values: Iterable[str]) -> str:
@@ -51,11 +115,6 @@ def flags(values: Iterable[bool]) -> str:
 
 def timestamps(values: Iterable[datetime | None]) -> str:
     return _literal(values, datetime.isoformat)
-
-
-def microseconds(values: Iterable[datetime | None]) -> str:
-    """For `to_timestamp(n / 1e6)`, which takes half the time of a timestamp's text."""
-    return _literal(values, lambda at: f"{at.timestamp() * 1e6:.0f}")
 
 
 def texts(values: Iterable[str | None]) -> str:

@@ -26,34 +26,33 @@ from worker.store.sql.contract import (
 )
 from worker.store.sql.postgresql.arrays import (
     Columns,
+    Value,
+    distinct,
+    epochs,
     flags,
     jsons,
-    microseconds,
+    lines,
     numbers,
     plain,
     texts,
     timestamps,
+    uuids,
     words,
 )
 from worker.store.tables import NEVER
 
 
-class Tokens:
-    """The tokens of a batch: `columns` for a table of them, and `places`: the token's number per attempt."""
-
-    def __init__(self, trails: Sequence[Trail]) -> None:
-        found = [_token(trail) for trail in trails]
-        trail_of = dict(zip(found, trails, strict=True))
-        place_of = {token: place for place, token in enumerate(trail_of, 1)}
-        tokens = trail_of.values()
-        self.places = numbers(map(place_of.__getitem__, found))
-        self.columns = (
-            numbers(place_of.values()),
-            texts(trail.claims for trail in tokens),
-            texts(trail.flags for trail in tokens),
-            texts(trail.jti for trail in tokens),
-            texts(trail.claims_hash for trail in tokens),
-        )
+def tokens_of(trails: Iterable[Trail]) -> tuple[Value, ...]:
+    """The number of each attempt's token, and what is stored of each token."""
+    tokens, numbers_of = distinct(trails, _token)
+    columns = (
+        numbers(range(1, len(tokens) + 1)),
+        lines(trail.claims for trail in tokens),
+        lines(trail.flags for trail in tokens),
+        texts(trail.jti for trail in tokens),
+        texts(trail.claims_hash for trail in tokens),
+    )
+    return numbers_of, *columns
 
 
 def _token(trail: Trail) -> tuple[int, int, str | None, str | None]:
@@ -109,20 +108,25 @@ FROM unnest((SELECT %s::uuid[]), (SELECT %s::text[]), (SELECT %s::text[]), (SELE
 WHERE l.id = e.id
 """
 
-ATTEMPTS = """
+# Of a batch: see `tokens_of`.
+TOKENS = """
+  unnest(%s::integer[], string_to_array(%s::text, chr(30), '')::jsonb[],
+         string_to_array(%s::text, chr(30), '')::jsonb[], %s::text[], %s::text[])
+  AS s(said, claims, flags, jti, claims_hash)
+""".strip()
+
+ATTEMPTS = f"""
 INSERT INTO attempts (run_id, attempt, org_id, worker_id, fencing_token, handler, started_at, token_ready_at,
                       handler_started_at, ended_at, outcome, error, error_cause, claims, flags, jti,
                       claims_hash, peak_memory)
-SELECT a.run_id, a.attempt, a.org_id, %s, a.fencing_token, a.handler, to_timestamp(a.started_at / 1e6),
-       to_timestamp(a.token_ready_at / 1e6), to_timestamp(a.handler_started_at / 1e6),
-       to_timestamp(a.ended_at / 1e6), a.outcome, a.error::jsonb, a.error_cause, s.claims, s.flags, s.jti,
-       s.claims_hash, a.peak_memory
+SELECT a.run_id, a.attempt, a.org_id, %s, a.fencing_token, a.handler, to_timestamp(a.started_at),
+       to_timestamp(a.token_ready_at), to_timestamp(a.handler_started_at), to_timestamp(a.ended_at),
+       a.outcome, a.error::jsonb, a.error_cause, s.claims, s.flags, s.jti, s.claims_hash, a.peak_memory
 FROM unnest(%s::uuid[], %s::integer[], %s::uuid[], %s::bigint[], %s::text[], %s::float8[], %s::float8[],
             %s::float8[], %s::float8[], %s::text[], %s::text[], %s::text[], %s::bigint[], %s::integer[])
   AS a(run_id, attempt, org_id, fencing_token, handler, started_at, token_ready_at, handler_started_at,
        ended_at, outcome, error, error_cause, peak_memory, said)
-JOIN unnest(%s::integer[], %s::jsonb[], %s::jsonb[], %s::text[], %s::text[])
-  AS s(said, claims, flags, jti, claims_hash) ON s.said = a.said
+JOIN {TOKENS} ON s.said = a.said
 """
 
 
@@ -148,13 +152,13 @@ PARKED = Columns(
     (flags, "attempt.counted"),
 )
 ENDED = Columns(
-    (words, "attempt.run_id"),
+    (uuids, "attempt.run_id"),
     (numbers, "attempt.attempt"),
-    (words, "attempt.org_id"),
+    (uuids, "attempt.org_id"),
     (numbers, "attempt.fencing_token"),
     (texts, "attempt.trail.handler"),
-    (microseconds, "attempt.started_at attempt.trail.token_ready_at"),
-    (microseconds, "attempt.trail.handler_started_at ended_at"),
+    (epochs, "attempt.started_at attempt.trail.token_ready_at"),
+    (epochs, "attempt.trail.handler_started_at ended_at"),
     (words, "attempt.outcome"),
     (jsons, "attempt.error"),
     (texts, "attempt.error_cause"),
@@ -170,7 +174,7 @@ def wait_again(
     Returns the runs that go on, the attempts that end their runs, and the sums of what was written
     here. A run whose cancellation was requested ends instead.
     """
-    rows = raw.execute(LOCK, (words(attempt.run_id for attempt in ended), worker_id)).fetchall()
+    rows = raw.execute(LOCK, (uuids(attempt.run_id for attempt in ended), worker_id)).fetchall()
     final = [attempt for attempt in ended if attempt.final]
     if not rows:
         return set(), final, NO_SUMS
@@ -187,14 +191,14 @@ def wait_again(
     final += [replace(ending.attempt, state=ending.state, reason=ending.reason) for ending in cancelled]
     ongoing = [*waiting, *(ending for ending, _ in asleep)]
     if ongoing:
-        tokens = Tokens([ending.attempt.trail for ending in ongoing])
+        tokens = tokens_of(ending.attempt.trail for ending in ongoing)
         with raw.pipeline():
             if waiting:
                 raw.execute(WAIT, WAITING.of(waiting))
             if asleep:
                 until = timestamps(at or NEVER for _, at in asleep)
                 raw.execute(PARK, (*PARKED.of([ending for ending, _ in asleep]), until))
-            raw.execute(ATTEMPTS, (worker_id, *ENDED.of(ongoing), tokens.places, *tokens.columns))
+            raw.execute(ATTEMPTS, (worker_id, *ENDED.of(ongoing), *tokens))
     sums = [(org_id, 0, attempts, seconds) for _, org_id, _, attempts, seconds in sum_up(ongoing, now).days]
     orgs, runs, attempts, seconds = map(plain, zip(*sums, strict=True)) if sums else NO_SUMS
     return {ending.attempt.run_id for ending in ongoing}, final, (orgs, runs, attempts, seconds)
@@ -210,7 +214,7 @@ def _waits_of(raw: Any, parked: Sequence[Ending]) -> dict[RunId, OpenWaits]:
 # rows and looks each up in the given order of ids, so that two batches cannot deadlock; with a known length
 # it plans a merge with the whole index. `state NOT IN` as in LOCK. The sums of orgs come last, in the order
 # of orgs, days first, as in `add_rollups`; they include the attempts whose runs wait again.
-END = """
+END = f"""
 WITH c AS MATERIALIZED (SELECT clock_timestamp() AS now
 ), e AS MATERIALIZED (
   SELECT * FROM unnest((SELECT %s::uuid[]), (SELECT %s::bigint[]), (SELECT %s::text[]), (SELECT %s::text[]),
@@ -227,9 +231,9 @@ WITH c AS MATERIALIZED (SELECT clock_timestamp() AS now
   RETURNING l.id, l.org_id, l.available_at, l.started_at, l.attempt, l.fencing_token, l.worker_id,
             COALESCE(e.progress::jsonb, l.progress) AS progress, e.state, e.reason, e.detail, e.result,
             e.error::jsonb AS error, e.error_cause, e.handler, e.outcome, e.peak_memory, e.said,
-            to_timestamp(e.token_ready_at / 1e6) AS token_ready_at,
-            to_timestamp(e.handler_started_at / 1e6) AS handler_started_at,
-            GREATEST(l.started_at, LEAST(to_timestamp(e.ended_at / 1e6), (SELECT now FROM c))) AS ended_at
+            to_timestamp(e.token_ready_at) AS token_ready_at,
+            to_timestamp(e.handler_started_at) AS handler_started_at,
+            GREATEST(l.started_at, LEAST(to_timestamp(e.ended_at), (SELECT now FROM c))) AS ended_at
 ), written AS (
   INSERT INTO attempts (run_id, attempt, org_id, worker_id, fencing_token, handler, started_at,
                         token_ready_at, handler_started_at, ended_at, outcome, error, error_cause, claims,
@@ -238,8 +242,7 @@ WITH c AS MATERIALIZED (SELECT clock_timestamp() AS now
          g.handler_started_at, g.ended_at, g.outcome, g.error, g.error_cause, s.claims, s.flags, s.jti,
          s.claims_hash, g.peak_memory
   FROM gone g
-  JOIN unnest(%s::integer[], %s::jsonb[], %s::jsonb[], %s::text[], %s::text[])
-    AS s(said, claims, flags, jti, claims_hash) ON s.said = g.said
+  JOIN {TOKENS} ON s.said = g.said
 ), days AS (
   INSERT INTO rollup_days (day, org_id, runs, attempts, handler_seconds)
   SELECT (SELECT now::date FROM c), org_id, sum(runs), sum(attempts), round(sum(seconds))
@@ -326,7 +329,7 @@ PROMOTE_OF = PROMOTE.format(of=" AND h.definition_id = ANY(ARRAY(SELECT unnest((
 
 # Of an `EndedAttempt`.
 FINAL = Columns(
-    (words, "run_id"),
+    (uuids, "run_id"),
     (numbers, "fencing_token"),
     (words, "state"),
     (texts, "reason detail"),
@@ -335,10 +338,10 @@ FINAL = Columns(
     (jsons, "error"),
     (texts, "error_cause trail.handler"),
     (words, "outcome"),
-    (microseconds, "trail.token_ready_at trail.handler_started_at ended_at"),
+    (epochs, "trail.token_ready_at trail.handler_started_at ended_at"),
     (plain, "trail.peak_memory"),
 )
-STATE = Columns((words, "run_id definition_id"), (texts, "definition_state"))
+STATE = Columns((uuids, "run_id definition_id"), (texts, "definition_state"))
 FENCED = Columns((plain, "run_id attempt fencing_token outcome"))
 
 
@@ -350,10 +353,10 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
         waiting, final, sums = wait_again(raw, worker_id, final)
     # With COMMIT in the same pipeline: other workers wait for the sums of the same orgs.
     with raw.pipeline():
-        tokens = Tokens([attempt.trail for attempt in final])
+        number, *tokens = tokens_of(attempt.trail for attempt in final)
         states = [attempt for attempt in final if attempt.definition_state is not None]
         changed = STATE.of(states) if states else ()
-        values = (*FINAL.of(final), tokens.places, worker_id, *tokens.columns, *changed, *sums)
+        values = (*FINAL.of(final), number, worker_id, *tokens, *changed, *sums)
         rows = raw.execute(END_WITH_STATES if states else END, values)
         if final:
             promote(connection, [attempt.definition_id for attempt in final])
@@ -380,7 +383,7 @@ def promote(connection: Connection, definitions: Sequence[DefinitionId] | None) 
     if definitions is None:
         promoted: int = raw.execute(PROMOTE_ALL).rowcount
     else:
-        promoted = raw.execute(PROMOTE_OF, (words(sorted(set(definitions))),)).rowcount
+        promoted = raw.execute(PROMOTE_OF, (uuids(sorted(set(definitions))),)).rowcount
     return promoted
 
 

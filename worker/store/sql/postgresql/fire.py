@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from operator import attrgetter
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -11,7 +13,18 @@ from worker.ids import DefinitionId, new_id
 from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire, StoredSkip, fold
 from worker.store.dialect import driver
 from worker.store.sql.contract import Fired, Specs, shared_spec, shares
-from worker.store.sql.postgresql.arrays import Columns, flags, jsons, numbers, plain, texts, timestamps, words
+from worker.store.sql.postgresql.arrays import (
+    Columns,
+    distinct,
+    flags,
+    jsons,
+    numbers,
+    plain,
+    texts,
+    timestamps,
+    uuids,
+    words,
+)
 
 # The clock is in a subquery: called once, it can be compared along an index. So is the limit: hidden, it does
 # not make PostgreSQL plan each call.
@@ -35,25 +48,30 @@ CROSS JOIN LATERAL (SELECT * FROM orgs o WHERE o.id = d.org_id LIMIT 1) o
 
 CLOCK = "SELECT clock_timestamp()"
 
+# By their keys, as in DUE.
 SPECS = """
 SELECT r.definition_id, r.revision, r.spec::text
-FROM unnest(%s::uuid[], %s::integer[]) AS p(definition_id, revision)
-JOIN definition_revisions r ON r.definition_id = p.definition_id AND r.revision = p.revision
+FROM unnest((SELECT %s::uuid[]), (SELECT %s::integer[])) AS p(definition_id, revision)
+CROSS JOIN LATERAL (SELECT * FROM definition_revisions r
+                    WHERE r.definition_id = p.definition_id AND r.revision = p.revision LIMIT 1) r
 """
 
-# `LIMIT 1` instead of EXISTS, which would be hashed and so read all runs. `IS TRUE` makes PostgreSQL hash
-# the live rows; a join would become a nested loop.
+# What the runs of a template have in common comes once: a `kind`. `LIMIT 1` instead of EXISTS, which would
+# be hashed and so read all runs. `IS TRUE` makes PostgreSQL hash the live rows; a join would become a nested
+# loop. Only a serial run can conflict: all ids are new.
 INSERT = """
 WITH new AS (
-  SELECT * FROM unnest(
-    %s::uuid[], %s::uuid[], %s::uuid[], %s::integer[], %s::text[], %s::text[], %s::timestamptz[],
-    %s::text[], %s::text[], %s::uuid[], %s::uuid[], %s::uuid[], %s::text[], %s::text[], %s::text[],
-    %s::integer[], %s::integer[], %s::boolean[], %s::timestamptz[], %s::timestamptz[],
-    %s::text[]
-  ) WITH ORDINALITY AS n(
-    id, org_id, definition_id, revision, handler, origin, scheduled_for,
-    created_by, request_key, backfill_id, retry_of, idempotency_key, params, variant_handlers, isolation,
-    max_concurrent, priority, serial, available_at, start_by, pool, place)
+  SELECT n.*, k.* FROM unnest(
+    %s::uuid[], %s::uuid[], %s::uuid[], %s::uuid[], %s::integer[]
+  ) WITH ORDINALITY AS n(id, org_id, definition_id, idempotency_key, kind, place)
+  JOIN unnest(
+    %s::integer[], %s::text[], %s::text[], %s::timestamptz[], %s::text[], %s::text[], %s::uuid[],
+    %s::uuid[], %s::jsonb[], %s::jsonb[], %s::text[], %s::integer[], %s::integer[], %s::boolean[],
+    %s::timestamptz[], %s::timestamptz[], %s::text[]
+  ) WITH ORDINALITY AS k(
+    revision, handler, origin, scheduled_for, created_by, request_key, backfill_id,
+    retry_of, params, variant_handlers, isolation, max_concurrent, priority, serial,
+    available_at, start_by, pool, number) ON k.number = n.kind
 ), fresh AS MATERIALIZED (
   SELECT * FROM new n
   WHERE (n.origin <> 'schedule' OR (
@@ -69,16 +87,17 @@ WITH new AS (
   INSERT INTO live_runs (id, org_id, definition_id, revision, handler, variant_handlers, isolation, origin,
                          scheduled_for, idempotency_key, params, backfill_id, max_concurrent, priority,
                          serial, available_at, start_by, pool, state, reason)
-  SELECT id, org_id, definition_id, revision, handler, variant_handlers::jsonb, isolation, origin,
-         scheduled_for, idempotency_key, params::jsonb, backfill_id, max_concurrent, priority,
+  SELECT id, org_id, definition_id, revision, handler, variant_handlers, isolation, origin,
+         scheduled_for, idempotency_key, params, backfill_id, max_concurrent, priority,
          serial, available_at, start_by, pool, 'waiting', 'due'
   FROM fresh ORDER BY place
-  ON CONFLICT DO NOTHING RETURNING id
+  ON CONFLICT (definition_id) WHERE serial AND state IN ('waiting', 'running', 'parked') DO NOTHING
+  RETURNING id
 ), run AS (
   INSERT INTO runs (id, org_id, definition_id, revision, handler, origin, scheduled_for, created_at,
                     created_by, request_key, backfill_id, retry_of, idempotency_key, params, pool)
   SELECT id, org_id, definition_id, revision, handler, origin, scheduled_for, clock_timestamp(),
-         created_by, request_key, backfill_id, retry_of, idempotency_key, params::jsonb, pool
+         created_by, request_key, backfill_id, retry_of, idempotency_key, params, pool
   FROM fresh WHERE (id IN (SELECT id FROM live)) IS TRUE ORDER BY place
 )
 SELECT id, id IN (SELECT id FROM live) FROM fresh
@@ -130,15 +149,14 @@ def _lists(values: Iterable[Sequence[str]]) -> str:
     return jsons(value or None for value in values)
 
 
-RUNS = Columns(
-    (words, "id org_id definition_id"),
+RUNS = Columns((uuids, "id org_id definition_id idempotency_key"))
+KINDS = Columns(
     (numbers, "revision"),
     (texts, "handler"),
     (words, "origin"),
     (timestamps, "scheduled_for"),
     (texts, "created_by request_key"),
     (plain, "backfill_id retry_of"),
-    (words, "idempotency_key"),
     (jsons, "params"),
     (_lists, "variant_handlers"),
     (words, "isolation"),
@@ -148,7 +166,15 @@ RUNS = Columns(
     (timestamps, "available_at start_by"),
     (texts, "pool"),
 )
-NEXT_FIRES = Columns((words, "definition_id"), (timestamps, "next_scheduled_for next_fire_at"))
+_KIND = attrgetter(*(name for name in KINDS.names if name != "params"))
+NEXT_FIRES = Columns((uuids, "definition_id"), (timestamps, "next_scheduled_for next_fire_at"))
+
+
+def _kind(run: NewRun) -> tuple[Any, int]:
+    """Equal for runs that differ only by what `RUNS` has; params, which are not hashable, by identity."""
+    return _KIND(run), id(run.params)
+
+
 GROWN_SKIPS = Columns((plain, "id"), (timestamps, "skip.skipped_until"), (plain, "skip.count"))
 NEW_SKIPS = Columns(
     (plain, "org_id definition_id revision"),
@@ -173,7 +199,7 @@ def fire_lock(connection: Connection, *, limit: int, specs: Specs) -> tuple[date
         (now,) = raw.execute(CLOCK).fetchone()
         return now, []
     with raw.pipeline():
-        rows = raw.execute(DUE, (words(id_ for id_, _ in locked),))
+        rows = raw.execute(DUE, (uuids(id_ for id_, _ in locked),))
         clock = raw.execute(CLOCK)
         found = {row[0]: row for row in rows.fetchall()}
         (now,) = clock.fetchone()
@@ -181,7 +207,7 @@ def fire_lock(connection: Connection, *, limit: int, specs: Specs) -> tuple[date
     # Looked up one by one: a difference of sets would walk the whole cache.
     missing = sorted(pair for row, _ in due if (pair := (row[0], row[5])) not in specs)
     if missing:
-        pairs = words(id_ for id_, _ in missing), numbers(revision for _, revision in missing)
+        pairs = uuids(id_ for id_, _ in missing), numbers(revision for _, revision in missing)
         for id_, revision, spec in raw.execute(SPECS, pairs).fetchall():
             specs[id_, revision] = shared_spec(spec)
     return now, [
@@ -191,10 +217,12 @@ def fire_lock(connection: Connection, *, limit: int, specs: Specs) -> tuple[date
 
 
 def fire_write(connection: Connection, runs: Sequence[NewRun], next_fires: Sequence[NextFire]) -> Fired:
-    raw = driver(connection)
+    raw, made = driver(connection), None
     # One round trip: no statement needs the answer of another.
     with raw.pipeline():
-        made = raw.execute(INSERT, RUNS.of(runs)) if runs else None
+        if runs:
+            kinds, kind_of_each = distinct(runs, _kind)
+            made = raw.execute(INSERT, (*RUNS.of(runs), kind_of_each, *KINDS.of(kinds)))
         if next_fires:
             raw.execute(NEXT, NEXT_FIRES.of(next_fires))
         clock = raw.execute(FIRST)

@@ -10,7 +10,7 @@ from worker.ids import RunId
 from worker.runs.run import RunStep
 from worker.store.dialect import driver
 from worker.store.sql.contract import in_order
-from worker.store.sql.postgresql.arrays import Columns, microseconds, numbers, texts, words
+from worker.store.sql.postgresql.arrays import Columns, epochs, numbers, texts, uuids
 
 # The rows of the runs are locked in the order of ids until the steps are durable: no other worker takes over.
 # `state NOT IN` as in `finish`. A step that is stored already is of this attempt: a place is used once.
@@ -35,7 +35,7 @@ WITH e AS MATERIALIZED (
   INSERT INTO steps (run_id, org_id, fencing_token, attempt, handler, seq, name, key, occurrence, started_at,
                      ended_at, size, result)
   SELECT e.run_id, e.org_id, e.fencing_token, e.attempt, e.handler, e.seq, e.name, e.key, e.occurrence,
-         to_timestamp(e.started_at / 1e6), to_timestamp(e.ended_at / 1e6), e.size, e.result::json
+         to_timestamp(e.started_at), to_timestamp(e.ended_at), e.size, e.result::json
   FROM e JOIN ours ON ours.id = e.run_id AND ours.fencing_token = e.fencing_token
   ON CONFLICT DO NOTHING
 )
@@ -44,13 +44,13 @@ SELECT id, fencing_token FROM ours
 
 # Of a `RunStep`.
 STEPS = Columns(
-    (words, "run.id run.org_id"),
+    (uuids, "run.id run.org_id"),
     (numbers, "run.fencing_token run.attempt"),
     (texts, "handler"),
     (numbers, "step.seq"),
     (texts, "step.name step.key"),
     (numbers, "step.occurrence"),
-    (microseconds, "step.started_at step.ended_at"),
+    (epochs, "step.started_at step.ended_at"),
     (numbers, "size"),
     (texts, "step.result_json"),
 )
