@@ -45,7 +45,7 @@ def store_handlers(url: str) -> None:
 
 
 async def _installed() -> list[HandlerEntry]:
-    return [entry async for entry in read_catalogue()]
+    return [entry async for found in read_catalogue() for entry in found]
 
 
 def read_journal(path: Path, who: str | None = None) -> list[dict[str, Any]]:

@@ -33,6 +33,8 @@ T = TypeVar("T")
 DESCRIBE = (sys.executable, "-P", "-m", "worker.handlers.describe")
 # Concurrent forks, so that one that hangs does not delay the others.
 CONCURRENT_FORKS = 8
+# A host sends so many in one message, with two schemas of at most 256 KiB each.
+MOST_AT_ONCE = 20
 ERROR_LIMIT = 1_000
 _LINE_LIMIT = 4 * 1024 * 1024
 # The kernel passes 253 in one message.
@@ -65,11 +67,6 @@ class HandlerEntry:
     error: str | None = None
 
 
-def installed() -> dict[str, str]:
-    """The installed distributions with handlers, and their versions."""
-    return {found.name: found.version for found in distributions()}
-
-
 async def read_catalogue(
     names: Collection[str] | None = None,
     *,
@@ -77,14 +74,16 @@ async def read_catalogue(
     pass_environment: Sequence[str] = (),
     command: Sequence[str] = DESCRIBE,
     forked: socket.socket | None = None,
-) -> AsyncIterator[HandlerEntry]:
-    """Yield every handler of the installed distributions, or of those named, as soon as it is known.
+    everyone: Sequence[Distribution] | None = None,
+) -> AsyncIterator[list[HandlerEntry]]:
+    """Yield the handlers of the installed distributions, or of those named, as soon as they are known.
 
-    Each entry point has `timeout` seconds to load; one that fails is yielded with its error. `command`
-    starts `worker.handlers.describe`, in a sandbox if the caller wants one. If such a process waits at the
-    other end of `forked`, it is used first; this closes the socket.
+    Those known at the same time come together, at most `MOST_AT_ONCE`. Each entry point has `timeout` seconds
+    to load; one that fails is yielded with its error. `command` starts `worker.handlers.describe`, in a
+    sandbox if the caller wants one. If such a process waits at the other end of `forked`, it is used first;
+    this closes the socket. `everyone` are the installed distributions, if the caller knows them.
     """
-    everyone = distributions()
+    everyone = distributions() if everyone is None else everyone
     counts = Counter(point.name for found in everyone for point in found.points)
     entries: asyncio.Queue[HandlerEntry | None] = asyncio.Queue()
     given: list[_Given] = []
@@ -116,8 +115,13 @@ async def read_catalogue(
 
     reading = asyncio.create_task(read_all())
     try:
-        while (entry := await entries.get()) is not None:
-            yield entry
+        found: list[HandlerEntry | None] = []
+        while None not in found:
+            found = [await entries.get()]
+            while not entries.empty() and len(found) < MOST_AT_ONCE:
+                found.append(entries.get_nowait())
+            if known := [entry for entry in found if entry is not None]:
+                yield known
         await reading
     finally:
         reading.cancel()

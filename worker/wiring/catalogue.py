@@ -43,7 +43,8 @@ def installed_entries(settings: Settings) -> list[HandlerEntry]:
 async def read_entries(settings: Settings, names: Sequence[str]) -> list[HandlerEntry]:
     """The handlers of these distributions, each read in a process of its own."""
     passed, command = settings.execution.pass_environment, confinement_of(settings).describe
-    return [entry async for entry in read_catalogue(names, pass_environment=passed, command=command)]
+    reading = read_catalogue(names, pass_environment=passed, command=command)
+    return [entry async for found in reading for entry in found]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,8 @@ class StoredCatalogue:
     store: WorkerStore
     clock: Clock
 
-    async def put(self, entry: HandlerEntry) -> None:
-        await self.database.call(catalogue.put, [entry], at=self.clock.now())
+    async def put(self, entries: Sequence[HandlerEntry]) -> None:
+        await self.database.call(catalogue.put, entries, at=self.clock.now())
 
     async def offer(self, names: Sequence[str]) -> None:
         await self.store.handlers_changed(names)

@@ -182,7 +182,7 @@ class OverdueMonitor:
         self._health = health
         self._url = settings.deadman_url
         self._every = settings.deadman_every.total_seconds()
-        self._client = client or httpx.Client(timeout=5.0)
+        self._client = client
         self._seen_before = False
         self._reported = False
         self._ping_at = clock.monotonic()
@@ -222,6 +222,8 @@ class OverdueMonitor:
         if not self._url or now < self._ping_at or self._health.stalled():
             return
         self._ping_at = now + self._every
+        if self._client is None:  # to open one takes 20 ms, and most workers have no such switch
+            self._client = httpx.Client(timeout=5.0)
         try:
             self._client.get(self._url).raise_for_status()
             self._ping_failed = False
@@ -240,7 +242,8 @@ class OverdueMonitor:
                     step()
                 except Exception as error:
                     emit("loop.failed", loop="watchman", error=type(error).__name__)
-        self._client.close()
+        if self._client is not None:
+            self._client.close()
 
 
 def _oldest_unfired(database: Database) -> tuple[str, str, float] | None:

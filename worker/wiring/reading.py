@@ -10,7 +10,8 @@ from itertools import islice
 from typing import Protocol
 
 from worker.execution.attempts.handler_registry import HandlerRegistry
-from worker.handlers.catalogue import HandlerEntry, installed, read_catalogue
+from worker.handlers.catalogue import HandlerEntry, read_catalogue
+from worker.handlers.installed import distributions
 from worker.handlers.schema import Schema
 from worker.telemetry.events import emit
 
@@ -21,8 +22,8 @@ MOST_REPORTED = 10
 class CatalogueSink(Protocol):
     """Where a catalogue is stored. Raises Unavailable; then all of it is read again."""
 
-    async def put(self, entry: HandlerEntry) -> None:
-        """Store an entry, broken or not."""
+    async def put(self, entries: Sequence[HandlerEntry]) -> None:
+        """Store entries, broken or not."""
 
     async def offer(self, names: Sequence[str]) -> None:
         """Set the handlers that this process runs."""
@@ -49,14 +50,19 @@ class CatalogueReader:
     async def run(self) -> None:
         """Read it once, then wait for cancellation."""
         if not self._has_read:
-            versions = installed()
+            everyone = distributions()
+            versions = {found.name: found.version for found in everyone}
             names: dict[str, set[str]] = {name: set() for name in versions}
             reading = read_catalogue(
-                pass_environment=self.pass_environment, command=self.command, forked=self.describing()
+                pass_environment=self.pass_environment,
+                command=self.command,
+                forked=self.describing(),
+                everyone=everyone,
             )
-            async for entry in reading:
-                names.setdefault(entry.distribution, set()).add(entry.name)
-                await self._take(entry)
+            async for found in reading:
+                for entry in found:
+                    names.setdefault(entry.distribution, set()).add(entry.name)
+                await self._take(found)
             await self.sink.complete(names)
             for distribution, known in names.items():
                 offered = sum(self.handlers.get(name) is not None for name in known)
@@ -65,20 +71,22 @@ class CatalogueReader:
             self._has_read = True
         await asyncio.Event().wait()
 
-    async def _take(self, entry: HandlerEntry) -> None:
-        # First here: once it is stored, a worker may send runs of it to a host.
-        offered = self.handlers.add(entry)
-        await self.sink.put(entry)
-        if entry.error is not None:
-            emit(
-                "handler.broken",
-                handler=entry.name,
-                distribution=entry.distribution,
-                version=entry.version,
-                error=entry.error,
-            )
-        elif offered:
+    async def _take(self, entries: Sequence[HandlerEntry]) -> None:
+        # First here: once they are stored, a worker may send runs of them to a host.
+        offered = [entry for entry in entries if self.handlers.add(entry)]
+        await self.sink.put(entries)
+        for entry in entries:
+            if entry.error is not None:
+                emit(
+                    "handler.broken",
+                    handler=entry.name,
+                    distribution=entry.distribution,
+                    version=entry.version,
+                    error=entry.error,
+                )
+        for entry in offered:
             _report_unchecked(entry)
+        if offered:
             await self.sink.offer(self.handlers.names())
             self.on_offered()
 

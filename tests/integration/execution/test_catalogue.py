@@ -15,7 +15,8 @@ from tests.fakes.running import until
 from worker.clock import SystemClock
 from worker.execution.runners.child import linux
 from worker.execution.runners.child.pool import ChildPool
-from worker.handlers.catalogue import HandlerEntry, installed, read_catalogue
+from worker.handlers.catalogue import MOST_AT_ONCE, HandlerEntry, read_catalogue
+from worker.handlers.installed import distributions
 
 pytestmark = pytest.mark.anyio
 
@@ -90,7 +91,7 @@ async def read(*names: str, timeout: float = 3, new: bool = False) -> dict[str, 
         children.attach()
     try:
         reading = read_catalogue(names, timeout=timeout, forked=children.take_describing())
-        return {entry.name: entry async for entry in reading}
+        return {entry.name: entry async for found in reading for entry in found}
     finally:
         await children.close()
 
@@ -239,7 +240,8 @@ async def test_one_that_hangs_keeps_no_other_distribution_waiting(folder: Path) 
     make_plugin(folder, dist="a-hangs", modules={"a_hangs": hang}, entry_points={"a.hangs": "a_hangs:f"})
     make_plugin(folder, dist="b-works", modules={"b_works": ok}, entry_points={"b.ok": "b_works:f"})
 
-    order = [entry.name async for entry in read_catalogue(["a-hangs", "b-works"], timeout=2)]
+    reading = read_catalogue(["a-hangs", "b-works"], timeout=2)
+    order = [entry.name async for found in reading for entry in found]
 
     assert order == ["b.ok", "a.hangs"]
 
@@ -249,7 +251,7 @@ async def test_two_distributions_that_offer_one_name_offer_neither(folder: Path)
     make_plugin(folder, dist="one", modules={"one_same": ok}, entry_points={"same": "one_same:f"})
     make_plugin(folder, dist="two", modules={"two_same": ok}, entry_points={"same": "two_same:f"})
 
-    found = [entry async for entry in read_catalogue(["one", "two"], timeout=3)]
+    found = [entry async for read in read_catalogue(["one", "two"], timeout=3) for entry in read]
 
     assert [entry.error for entry in found] == [
         "another installed distribution has a handler of the same name"
@@ -259,7 +261,7 @@ async def test_two_distributions_that_offer_one_name_offer_neither(folder: Path)
 async def test_what_is_installed_is_known_by_metadata(folder: Path) -> None:
     make_plugin(folder, dist="acme-jobs", version="7", entry_points={"x": "nowhere:f"})
 
-    assert installed()["acme-jobs"] == "7"
+    assert [(found.name, found.version) for found in distributions(["acme-jobs"])] == [("acme-jobs", "7")]
 
 
 async def test_processes_that_an_import_starts_end_with_it(folder: Path) -> None:
@@ -295,11 +297,12 @@ async def test_handlers_are_read_again_if_the_zygote_dies(folder: Path) -> None:
     children.attach()
     try:
         reading = read_catalogue(["a-slow"], timeout=30, forked=children.take_describing())
-        entry = asyncio.ensure_future(anext(reading))
+        first = asyncio.ensure_future(anext(reading))
         await until((folder / "begun").exists)
         os.kill(children.zygote_pid or 0, signal.SIGKILL)
 
-        assert (await entry).error is None
+        [entry] = await first
+        assert entry.error is None
         await reading.aclose()
     finally:
         await children.close()
@@ -312,10 +315,29 @@ async def test_the_process_that_has_described_handlers_is_gone(folder: Path) -> 
     children.attach()
     try:
         forked = children.take_describing()
-        assert [entry.name async for entry in read_catalogue(["b-works"], forked=forked)] == ["b.x"]
+        [[entry]] = [found async for found in read_catalogue(["b-works"], forked=forked)]
+        assert entry.name == "b.x"
         assert children.take_describing() is None
         await until(
             lambda: [process.pid for process in linux.adopted(linux.processes())] == [children.zygote_pid]
         )
     finally:
         await children.close()
+
+
+async def test_handlers_that_are_known_at_the_same_time_come_together(folder: Path) -> None:
+    names = [f"many.{number}" for number in range(2 * MOST_AT_ONCE)]
+    source = "from worker import job\n" + "".join(
+        f"@job('{name}')\ndef f{number}(ctx): ...\n" for number, name in enumerate(names)
+    )
+    points = {name: f"many:f{number}" for number, name in enumerate(names)}
+    make_plugin(folder, dist="many", modules={"many": source}, entry_points=points)
+
+    batches = []
+    async for found in read_catalogue(["many"]):
+        await asyncio.sleep(0.1)  # as storing them takes
+        batches.append(len(found))
+
+    assert sum(batches) == len(names)
+    assert max(batches) <= MOST_AT_ONCE
+    assert len(batches) < len(names) / 2

@@ -331,7 +331,8 @@ async def test_the_catalogues_children_are_confined(
 
     async def errors(rules: Rules | None) -> dict[str, str | None]:
         command = Confinement("", landlock.abi(), rules).describe
-        return {entry.name: entry.error async for entry in read_catalogue(["acme-odd"], command=command)}
+        reading = read_catalogue(["acme-odd"], command=command)
+        return {entry.name: entry.error async for found in reading for entry in found}
 
     confined = await errors(Planner([]).rules([], []))
     assert confined["works"] is None

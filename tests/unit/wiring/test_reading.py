@@ -9,6 +9,7 @@ import pytest
 
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.handlers.catalogue import HandlerEntry
+from worker.handlers.installed import Distribution
 from worker.telemetry.events import Emitted
 from worker.wiring import reading as module
 from worker.wiring.reading import MOST_REPORTED, CatalogueReader
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.anyio
 class Sink:
     """Keeps nothing."""
 
-    async def put(self, entry: HandlerEntry) -> None: ...
+    async def put(self, entries: Any) -> None: ...
 
     async def offer(self, names: Any) -> None: ...
 
@@ -31,10 +32,10 @@ async def offered(schema: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Ha
     entry = HandlerEntry("acme.x", "acme-jobs", "1.0", "acme:x", params_schema=schema)
 
     async def read(**_: Any) -> Any:
-        yield entry
+        yield [entry]
 
     monkeypatch.setattr(module, "read_catalogue", read)
-    monkeypatch.setattr(module, "installed", lambda: {"acme-jobs": "1.0"})
+    monkeypatch.setattr(module, "distributions", lambda: [Distribution("acme-jobs", "1.0", ())])
     offers, taken = HandlerRegistry(), asyncio.Event()
     cataloguing = CatalogueReader(
         Sink(),

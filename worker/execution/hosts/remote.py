@@ -78,9 +78,10 @@ class RemoteStore:
             await self.control.call("register", wire.registration_message(registration), repeat=False)
         )
 
-    async def put(self, entry: HandlerEntry) -> None:
-        """Offer this handler too, or report why it does not load."""
-        await self.control.call("handlers", {"entries": [wire.entry_message(entry)], "complete": False})
+    async def put(self, entries: Sequence[HandlerEntry]) -> None:
+        """Offer these handlers too, or report why they do not load."""
+        messages = [wire.entry_message(entry) for entry in entries]
+        await self.control.call("handlers", {"entries": messages, "complete": False})
 
     async def offer(self, names: Sequence[str]) -> None:
         """Nothing: the workers know what was put."""
