@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -10,10 +11,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
 
+from tests.fakes import forked
 from tests.fakes.site import wait_until
 
 COLUMNS = ["time", "org", "definition", "state", "reason", "detail"]
@@ -119,38 +122,48 @@ def test_a_killed_worker_pays_for_no_answered_model_call_again(told):
     assert "the kill repeated " + ("no call" if calls == 7 else "only the call in flight") in ended
 
 
+@dataclass
+class RunningDemo:
+    """A demo that runs until a test ends it; its commands and itself are forks, its worker is not."""
+
+    process: forked.Process | subprocess.Popen[bytes]
+    output: IO[str]
+
+    def family_at_work(self) -> list[psutil.Process]:
+        """The demo's worker, its zygote and a run."""
+        for line in self.output:
+            if "  running  " in line:
+                break
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
 @pytest.fixture
-def running_demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    with start_demo(tmp_path) as demo:
-        yield demo
-        demo.kill()
+def running_demo(tmp_path: Path) -> Iterator[RunningDemo]:
+    reader, writer = os.pipe()
+    with open(reader) as output:
+        with open(writer, "wb") as stream:
+            command = [sys.executable, "-m", "worker", "demo"]
+            process = forked.start(command, cwd=tmp_path, env=os.environ, output=stream)
+        yield RunningDemo(process, output)
+        process.kill()
+        process.wait()
 
 
-def family_at_work(demo: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The demo's worker, its zygote and a run."""
-    assert demo.stdout is not None
-    for line in demo.stdout:
-        if "  running  " in line:
-            break
-    return psutil.Process(demo.pid).children(recursive=True)
+def test_a_demo_that_is_killed_takes_its_worker_and_the_runs_with_it(running_demo: RunningDemo):
+    family = running_demo.family_at_work()
 
-
-def test_a_demo_that_is_killed_takes_its_worker_and_the_runs_with_it(running_demo):
-    family = family_at_work(running_demo)
-
-    running_demo.kill()
+    running_demo.process.kill()
 
     assert family
     wait_until(lambda: not any(alive(process) for process in family), "the demo's processes to end")
 
 
-def test_ctrl_c_stops_everything(running_demo):
-    family = family_at_work(running_demo)
+def test_ctrl_c_stops_everything(running_demo: RunningDemo):
+    family = running_demo.family_at_work()
 
-    running_demo.send_signal(signal.SIGINT)
+    running_demo.process.send_signal(signal.SIGINT)
 
-    output, _ = running_demo.communicate(timeout=20)
-    assert running_demo.returncode == 0, output
+    assert running_demo.process.wait(timeout=20) == 0, running_demo.output.read()
     assert family
     wait_until(lambda: not any(alive(process) for process in family), "the demo's processes to end")
 

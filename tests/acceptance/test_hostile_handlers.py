@@ -15,8 +15,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import pytest
@@ -90,7 +92,7 @@ def hand_over(folder: Path) -> None:
 
 
 class Installation(Site):
-    """A site whose every command is the unprivileged user's, with all that a handler must not reach."""
+    """A site of the unprivileged user, as is every command on it, with all that a handler must not reach."""
 
     def __init__(self, folder: Path, database_url: str, provider: Provider, login_url: str = "") -> None:
         super().__init__(folder, database_url, provider)
@@ -116,7 +118,19 @@ class Installation(Site):
                 "hostile.import": "hostile_import:nothing",
             },
         )
-        hand_over(folder)
+
+    def prepare(self) -> None:
+        """Migrate, and add two orgs with a definition each, in this process; then hand all over."""
+        params = {"out": str(self.out)}
+        with patch.object(self, "cli", partial(Site.cli, self)):
+            self.migrate()
+            self.add_orgs(application("org_hostile"), application("org_victim"))
+            self.apply(
+                definition("org_hostile", "hostile-attacks", "hostile.attacks", params=params)
+                + definition("org_victim", "hostile-victim", "hostile.victim", params=params),
+                "--allow-unknown-handlers",
+            )
+        hand_over(self.folder)
 
     @property
     def keyring(self) -> Path:
@@ -149,14 +163,7 @@ def installation(request: pytest.FixtureRequest, provider: Provider) -> Iterator
                 url = stack.enter_context(server.new_database())
                 login = server.url_with_password(url)
             site = stack.enter_context(opened(Installation(folder, url, provider, login)))
-            site.migrate()
-            site.add_orgs(application("org_hostile"), application("org_victim"))
-            params = {"out": str(site.out)}
-            site.cli(
-                *("apply", "-", "--allow-unknown-handlers"),
-                stdin=definition("org_hostile", "hostile-attacks", "hostile.attacks", params=params)
-                + definition("org_victim", "hostile-victim", "hostile.victim", params=params),
-            )
+            site.prepare()
             yield site
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 from tests.fakes.cli import Completed
@@ -287,6 +288,19 @@ def read(connection: socket.socket, length: int) -> bytes:
     return text
 
 
+def fork_commands_of_demo(server: Path) -> None:
+    """Have the demo in this process run its commands as forks too; its worker stays a new interpreter."""
+    from worker.demo import installation
+
+    _servers[os.getpid()] = server
+
+    def run_fork(command: list[str], *, env: Mapping[str, str], **_: Any) -> SimpleNamespace:
+        done = run(command, cwd=Path.cwd(), env=env)
+        return SimpleNamespace(returncode=done.code, stderr=done.err)
+
+    installation.subprocess = SimpleNamespace(**vars(subprocess) | {"run": run_fork})
+
+
 def import_all() -> None:
     """Import every module of the worker except those with side effects."""
     import worker
@@ -336,6 +350,8 @@ def main() -> None:
     if any((Path(folder) / "sitecustomize.py").exists() for folder in added):
         sys.modules.pop("sitecustomize", None)
         importlib.import_module("sitecustomize")
+    if "demo" in request["arguments"]:
+        fork_commands_of_demo(Path(sys.argv[1]))
     sys.argv[1:] = request["arguments"]
     if not hasattr(sys.modules.get(request["module"]), "__path__"):
         sys.modules.pop(request["module"], None)  # it is executed again, under another name

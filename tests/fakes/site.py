@@ -40,14 +40,16 @@ def wait_until(probe: Callable[[], T], what: str, *, timeout: float = 45.0) -> T
     Raises:
         AssertionError: it did not within `timeout` seconds; with `what` and the last result.
     """
-    until = time.monotonic() + timeout
+    began = time.monotonic()
     while True:
         last = probe()
         if last:
             return last
-        if time.monotonic() > until:
+        waited = time.monotonic() - began
+        if waited > timeout:
             raise AssertionError(f"waited {timeout:g} s for {what}; last: {last!r}")
-        time.sleep(0.05)
+        # Processor time is scarce: the longer it takes, the less often it looks.
+        time.sleep(min(max(0.05, waited / 20), 0.25))
 
 
 class Site:
