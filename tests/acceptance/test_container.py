@@ -21,7 +21,7 @@ from worker.execution.runners.child import landlock
 
 
 class Container(Site):
-    """An installation whose every command is a container of its own; they share the volume."""
+    """An installation whose commands are containers of their own; they share the volume."""
 
     def __init__(self, image: Image, folder: Path, provider: Provider) -> None:
         self.image = image
@@ -31,9 +31,10 @@ class Container(Site):
         self.etc.mkdir()
         super().__init__(self.volume, f"sqlite:///{self.volume}/worker.db", provider)
         install_handlers(self.plugins)
+        # For commands of this process; a container has its own.
+        self.settings = folder / "worker.toml"
         self.configure(execution='drain = "2s"')
         (self.etc / "worker.toml").write_text(self.inside(self.settings.read_text()))
-        self.settings.unlink()
         self.hand_over()
 
     def hand_over(self) -> None:
@@ -91,13 +92,15 @@ def test_nothing_but_the_volume_can_be_written_and_the_user_has_no_rights(contai
 def test_a_worker_runs_children_as_process_1_leaves_no_zombie_and_drains(container: Container):
     journal = container.out / "journal"
     container.migrate()
-    container.add_orgs(application("org_a"))
     params = {"journal": container.inside(str(journal)), "steps": 300, "pause": 0.2}
-    container.apply(
-        definition("org_a", "steps", "acme.steps", params=params)
-        + definition("org_a", "note", "acme.note", params=params)
-        + definition("org_a", "crash", "acme.segfault", max_attempts=1)
-    )
+    with container.in_process():
+        container.add_orgs(application("org_a"))
+        container.apply(
+            definition("org_a", "steps", "acme.steps", params=params)
+            + definition("org_a", "note", "acme.note", params=params)
+            + definition("org_a", "crash", "acme.segfault", max_attempts=1)
+        )
+    container.hand_over()
     outer = container.start_worker()
     container.wait_for_handlers("acme.steps")
     assert ("sandbox.incomplete" in container.log_text()) == (landlock.abi() < landlock.SCOPES)
@@ -106,11 +109,13 @@ def test_a_worker_runs_children_as_process_1_leaves_no_zombie_and_drains(contain
 
     container.cli("definitions", "run", "org_a", "note")
     assert container.wait_for_end(definition="note")["state"] == "succeeded"
-    container.cli("definitions", "run", "org_a", "crash")
+    with container.in_process():
+        container.cli("definitions", "run", "org_a", "crash")
     assert container.wait_for_end(definition="crash")["detail"] == "signal SIGSEGV"
 
     # The zygote's death leaves the run, its grandchild and their zombies to process 1.
-    container.cli("definitions", "run", "org_a", "steps")
+    with container.in_process():
+        container.cli("definitions", "run", "org_a", "steps")
     wait_until(lambda: read_journal(journal, "grandchild"), "the grandchild")
     assert {child.uids().real for child in worker.children(recursive=True)} == {10001}
     [zygote] = [

@@ -15,10 +15,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import httpx
 import pytest
@@ -122,7 +120,7 @@ class Installation(Site):
     def prepare(self) -> None:
         """Migrate, and add two orgs with a definition each, in this process; then hand all over."""
         params = {"out": str(self.out)}
-        with patch.object(self, "cli", partial(Site.cli, self)):
+        with self.in_process():
             self.migrate()
             self.add_orgs(application("org_hostile"), application("org_victim"))
             self.apply(

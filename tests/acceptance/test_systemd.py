@@ -190,8 +190,13 @@ class Machine(Site):
         self.state.mkdir()
         super().__init__(self.state, f"sqlite:///{self.state}/worker.db", provider)
         install_handlers(self.plugins)
+        self._user = [int(number) for number in image.user.split(":")]
+        self.hand_over()
+
+    def hand_over(self) -> None:
+        """Give the state and what is in it to the image's user."""
         for path in (self.state, *self.state.rglob("*")):
-            os.chown(path, *map(int, image.user.split(":")))
+            os.chown(path, *self._user)
 
     def use(self, manager: ServiceManager) -> None:
         self.manager = manager
@@ -231,11 +236,13 @@ def test_the_service_carries_a_run_survives_a_stall_and_drains(machine: Machine)
     assert manager.must("env", *asked, "/usr/local/bin/orgworker").split() == ["org_a"]
     assert "no command is named" in manager.call("/usr/local/bin/orgworker").stderr
     params = {"journal": machine.inside(str(journal)), "steps": 300, "pause": 0.2}
-    machine.apply(
-        definition("org_a", "note", "acme.note", "every 5s", params=params)
-        + definition("org_a", "steps", "acme.steps", params=params),
-        "--allow-unknown-handlers",
-    )
+    with machine.in_process():
+        machine.apply(
+            definition("org_a", "note", "acme.note", "every 5s", params=params)
+            + definition("org_a", "steps", "acme.steps", params=params),
+            "--allow-unknown-handlers",
+        )
+    machine.hand_over()
     # Shorter than the unit's 30 s, so that nobody has to wait.
     manager.drop_in("worker.service", f"Environment=PYTHONPATH={STATE}/plugins {HEALTH}=\nWatchdogSec=3s")
 
@@ -249,7 +256,8 @@ def test_the_service_carries_a_run_survives_a_stall_and_drains(machine: Machine)
     assert "worker.started" in said
     assert ("sandbox.incomplete" in said) == (landlock.abi() < landlock.SCOPES), said
 
-    machine.cli("definitions", "run", "org_a", "steps")
+    with machine.in_process():
+        machine.cli("definitions", "run", "org_a", "steps")
     wait_until(lambda: len(read_journal(journal, "step")) > 1, "the first steps")
     manager.must("systemctl", "kill", "--kill-whom=main", "--signal=STOP", "worker")
     wait_until(lambda: machine.restarts() == 1, "the watchdog to bite", timeout=60)

@@ -12,8 +12,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import psutil
 import psycopg
@@ -108,6 +110,12 @@ write_paths = ["{self.out}"]
         with as_process(self.folder, self.process_environment()):
             done = run_command("--config", str(self.settings), *arguments, stdin=stdin)
         return done.checked(arguments) if check else done
+
+    @contextlib.contextmanager
+    def in_process(self) -> Iterator[None]:
+        """Until its end `cli` runs commands in this process, also on a site where it starts others."""
+        with patch.object(self, "cli", partial(Site.cli, self)):
+            yield
 
     def process(self, *arguments: str, stdin: str = "", check: bool = True) -> Completed:
         """Run one command in its own process, as a user does."""
