@@ -58,7 +58,7 @@ CROSS JOIN LATERAL (SELECT * FROM definition_revisions r
 
 # What the runs of a template have in common comes once: a `kind`. `LIMIT 1` instead of EXISTS, which would
 # be hashed and so read all runs. `IS TRUE` makes PostgreSQL hash the live rows; a join would become a nested
-# loop. Only a serial run can conflict: all ids are new.
+# loop. Only a serial run can conflict: all ids are new. Returns the runs that were not inserted, mostly none.
 INSERT = """
 WITH new AS (
   SELECT n.*, k.* FROM unnest(
@@ -100,7 +100,8 @@ WITH new AS (
          created_by, request_key, backfill_id, retry_of, idempotency_key, params, pool
   FROM fresh WHERE (id IN (SELECT id FROM live)) IS TRUE ORDER BY place
 )
-SELECT id, id IN (SELECT id FROM live) FROM fresh
+SELECT i.id, i.id IN (SELECT id FROM fresh) FROM unnest((SELECT %s::uuid[])) AS i(id)
+WHERE (i.id IN (SELECT id FROM live)) IS NOT TRUE
 """
 
 LAST_SKIPS = """
@@ -222,14 +223,15 @@ def fire_write(connection: Connection, runs: Sequence[NewRun], next_fires: Seque
     with raw.pipeline():
         if runs:
             kinds, kind_of_each = distinct(runs, _kind)
-            made = raw.execute(INSERT, (*RUNS.of(runs), kind_of_each, *KINDS.of(kinds)))
+            ids, *others = RUNS.of(runs)
+            made = raw.execute(INSERT, (ids, *others, kind_of_each, *KINDS.of(kinds), ids))
         if next_fires:
             raw.execute(NEXT, NEXT_FIRES.of(next_fires))
         clock = raw.execute(FIRST)
-        is_live = dict(made.fetchall()) if made else {}
+        overlaps = dict(made.fetchall()) if made else {}
         now, first = clock.fetchone()
-    inserted = [run for run in runs if is_live.get(run.id) is True]
-    overlapped = [run for run in runs if is_live.get(run.id) is False]
+    inserted = [run for run in runs if run.id not in overlaps] if overlaps else runs
+    overlapped = [run for run in runs if overlaps.get(run.id)] if overlaps else []
     return Fired(inserted, overlapped, next_fire_at=first, now=now)
 
 
