@@ -22,11 +22,12 @@ import hypothesis
 import pytest
 from sqlalchemy import Connection, Engine, event
 
-from tests.fakes import postgres, shifted
+from tests.fakes import postgres, sessions, shifted
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import rsa_key
 from worker.demo import keys
 from worker.store import schema
+from worker.store import sessions as store_sessions
 from worker.telemetry import events
 from worker.telemetry.masking import masker
 
@@ -48,6 +49,8 @@ sys.modules.setdefault("rfc3987_syntax", _LATER)
 
 # Imported modules and collected tests are never garbage; see pytest_collection_finish.
 gc.disable()
+
+store_sessions.DeadlineConnection = sessions.Session  # type: ignore[misc]
 
 # A new RSA key takes 60 ms of CPU time: the providers of all tests sign with these eight by turns.
 _NUMBERS = itertools.cycle(range(8))
