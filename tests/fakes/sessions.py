@@ -37,7 +37,7 @@ class Session(DeadlineConnection):
 
     @classmethod
     def connect(cls, conninfo: str = "", **options: Any) -> Self:  # type: ignore[override]
-        kind = (conninfo, conninfo_to_dict(conninfo)["dbname"] in moved)
+        kind = (conninfo, conninfo_to_dict(conninfo).get("dbname") in moved)
         while _idle[kind]:
             session = _idle[kind].pop()
             # One that is readable has been ended.
