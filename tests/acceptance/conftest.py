@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import copied
+from tests.fakes import shared
 from tests.fakes.handlers import install_handlers
 from tests.fakes.hook import Hook
-from tests.fakes.image import Image, built, why_not
+from tests.fakes.image import Image, build, built_at, remove, why_not
 from tests.fakes.site import Site, opened
 from worker.demo.provider import Provider, serve_provider
 
@@ -91,5 +92,5 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     if reason is not None and os.getuid() != 0 and "CI" not in os.environ:
         pytest.skip(f"what is deployed is NOT tested: {reason}")
     assert reason is None, f"what is deployed cannot be tested here: {reason}"
-    with built(tmp_path_factory.mktemp("image")) as made:
-        yield made
+    with shared.used(shared.folder(tmp_path_factory) / "image", build, remove) as folder:
+        yield built_at(folder)

@@ -7,17 +7,17 @@ one volume; its command is process 1 under the image's user.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import os
+import pickle
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,15 +110,23 @@ def why_not() -> str | None:
     return f"no namespaces: {tried.stderr.strip()}" if tried.returncode else None
 
 
-@contextlib.contextmanager
-def built(folder: Path) -> Iterator[Image]:
-    """The image of config/Containerfile, built in memory at the folder."""
+def build(folder: Path) -> None:
+    """Build the image of config/Containerfile in memory at a new folder."""
+    folder.mkdir()
     # In a file system of its own, because an overlay's layers must not contain each other.
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
-    try:
-        yield _build(folder, (ROOT / "config" / "Containerfile").read_text())
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
+    image = _build(folder, (ROOT / "config" / "Containerfile").read_text())
+    (folder / "image").write_bytes(pickle.dumps(image))
+
+
+def built_at(folder: Path) -> Image:
+    image: Image = pickle.loads((folder / "image").read_bytes())
+    return image
+
+
+def remove(folder: Path) -> None:
+    subprocess.run(["umount", "--lazy", folder], check=True)
+    folder.rmdir()
 
 
 def _build(folder: Path, containerfile: str) -> Image:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes import shared
 from tests.fakes.pages import ROOT, blocks
 
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -94,11 +95,16 @@ def wheel_built_in(folder: Path, out: Path, commit_of: Path) -> Path:
 BUILD, VERIFY = commands("operating/release.md", by="test_build")
 
 
+def built_checkout(factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout in which the page's commands have built, for the whole test run."""
+    return shared.made_once(
+        shared.folder(factory) / "checkout", lambda folder: run(BUILD, copy_of_checkout(folder))
+    )
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = copy_of_checkout(tmp_path_factory.mktemp("one"))
-    run(BUILD, folder)
-    return folder
+    return built_checkout(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
