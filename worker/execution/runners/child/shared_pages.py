@@ -40,15 +40,10 @@ def share_pages() -> None:
 
     It takes a tenth of a second. The caller ends by `os._exit`: the interpreter cannot free what it leaves.
     """
-    freeze_objects()
-    _make_immortal()
-    _collapse()
-
-
-def freeze_objects() -> None:
-    """Exempt what exists from collections, whose marks would copy every shared page."""
     gc.collect()
     gc.freeze()
+    _make_immortal()
+    _collapse()
 
 
 def rehearse() -> None:
