@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.fakes.clock import ManualClock, settle
-from tests.fakes.issuer import App, FakeCredentials, FakeIssuer, kinde_issuer, org
+from tests.fakes.issuer import EC_KEY, App, FakeCredentials, FakeIssuer, ec_issuer, org
 from worker.errors import TokenError, Unavailable
 from worker.execution.attempts.attempt import pause_after
 from worker.orgs import OrgRef
@@ -39,7 +39,7 @@ class Simulation:
     def __init__(self, orgs: int, *, rate: float = 100.0, seed: int = 1) -> None:
         self.clock = ManualClock()
         self.random = random.Random(seed)
-        self.issuer, self.credentials = FakeIssuer(self.clock), FakeCredentials()
+        self.issuer, self.credentials = FakeIssuer(self.clock, key=EC_KEY), FakeCredentials()
         self.issuer.answer = self._answer
         self.orgs = [org(number) for number in range(orgs)]
         self.faults: dict[str, str] = {}  # by client, or "*"
@@ -52,7 +52,7 @@ class Simulation:
             self.credentials.add(each, each.code, "secret")
         self._client = self.issuer.client()
         self.tokens = Tokens(
-            {"main": kinde_issuer(max_requests_per_second=rate)},
+            {"main": ec_issuer(max_requests_per_second=rate)},
             self.credentials,
             client=self._client,
             clock=self.clock,

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.fakes.clock import ManualClock
-from tests.fakes.issuer import App, FakeCredentials, FakeIssuer, kinde_issuer, org
+from tests.fakes.issuer import EC_KEY, App, FakeCredentials, FakeIssuer, ec_issuer, org
 from worker.tokens.cache import Tokens
 
 pytestmark = pytest.mark.anyio
@@ -19,7 +19,7 @@ ORGS = 3_000
 async def test_three_thousand_orgs_cold_make_as_many_requests_within_rate_and_connections(
     clock: ManualClock,
 ) -> None:
-    issuer, credentials = FakeIssuer(clock), FakeCredentials()
+    issuer, credentials = FakeIssuer(clock, key=EC_KEY), FakeCredentials()
     orgs = [org(number) for number in range(ORGS)]
     for each in orgs:
         issuer.add(App(each.code, f"client-{each.code}", f"secret-{each.code}"))
@@ -31,9 +31,7 @@ async def test_three_thousand_orgs_cold_make_as_many_requests_within_rate_and_co
 
     issuer.answer = slow
     async with issuer.client() as client:
-        tokens = Tokens(
-            {"main": kinde_issuer()}, credentials, client=client, clock=clock, rng=random.Random(7)
-        )
+        tokens = Tokens({"main": ec_issuer()}, credentials, client=client, clock=clock, rng=random.Random(7))
         # Two runs of each org, at once.
         asking = asyncio.gather(*(tokens.ensure(of, "main") for of in orgs for _ in range(2)))
         started = clock.monotonic()
