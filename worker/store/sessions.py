@@ -19,7 +19,7 @@ from psycopg.types.string import TextLoader
 
 from worker.clock import Clock
 from worker.store.dialect import CHANNEL
-from worker.store.sql.postgresql.arrays import Floats, Uuids
+from worker.store.sql.postgresql.arrays import Instants, Uuids
 
 T = TypeVar("T")
 
@@ -78,8 +78,8 @@ class _UuidsDumper(_AsItIs):
     oid = psycopg.postgres.types["uuid"].array_oid
 
 
-class _FloatsDumper(_AsItIs):
-    oid = psycopg.postgres.types["float8"].array_oid
+class _InstantsDumper(_AsItIs):
+    oid = psycopg.postgres.types["timestamptz"].array_oid
 
 
 def connect(arguments: Mapping[str, str], *, deadline: float) -> DeadlineConnection:
@@ -88,7 +88,7 @@ def connect(arguments: Mapping[str, str], *, deadline: float) -> DeadlineConnect
     connection.deadline = deadline
     connection.adapters.register_loader("uuid", TextLoader)
     connection.adapters.register_dumper(Uuids, _UuidsDumper)
-    connection.adapters.register_dumper(Floats, _FloatsDumper)
+    connection.adapters.register_dumper(Instants, _InstantsDumper)
     return connection
 
 

@@ -11,7 +11,7 @@ from tests.fakes.clock import utc
 from worker.ids import new_id
 from worker.store.database import Database
 from worker.store.dialect import driver
-from worker.store.sql.postgresql.arrays import distinct, epochs, lines, uuids
+from worker.store.sql.postgresql.arrays import distinct, instants, lines, uuids
 
 LINES = "SELECT unnest(string_to_array(%s::text, chr(30), ''))"
 
@@ -34,11 +34,11 @@ def test_identifiers_arrive(postgres: Database, count: int) -> None:
         [],
         [None],
         [utc("2026-11-29T09:00:00.123457"), None, utc("2031-07-01T00:00:00.000001")],
-        [utc("1969-12-31T23:59:59.999999")],
+        [utc("1969-12-31T23:59:59.999999"), utc("9999-12-31T23:59:59.999999")],
     ],
 )
 def test_times_arrive_to_the_microsecond(postgres: Database, given: list[datetime | None]) -> None:
-    assert read(postgres, "SELECT to_timestamp(unnest(%s::float8[]))", epochs(given)) == given
+    assert read(postgres, "SELECT unnest(%s::timestamptz[])", instants(given)) == given
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -28,8 +28,8 @@ class Uuids(bytes):
     """A `uuid[]` in binary form, as `sessions` sends it."""
 
 
-class Floats(bytes):
-    """A `float8[]` in binary form, as `sessions` sends it."""
+class Instants(bytes):
+    """A `timestamptz[]` in binary form, as `sessions` sends it."""
 
 
 class Columns:
@@ -65,9 +65,11 @@ def distinct(rows: Iterable[T], key: Callable[[T], Hashable]) -> tuple[list[T], 
 # and that of the first. Each element follows its size.
 _HEAD = struct.Struct(">iiIii").pack
 _NO_ELEMENTS = struct.Struct(">iiI").pack
-_UUID, _FLOAT8 = 2950, 701
+_UUID, _TIMESTAMPTZ = 2950, 1184
 _UUID_SIZE = "00000010"
-_A_FLOAT = struct.Struct(">id").pack
+# Microseconds since 2000.
+_INSTANT = struct.Struct(">iq").pack
+_ORIGIN, _MICROSECOND = datetime(2000, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
 _NULL = struct.pack(">i", -1)
 
 
@@ -81,12 +83,17 @@ def uuids(values: Iterable[str]) -> Uuids:
     return Uuids(_HEAD(1, 0, _UUID, len(items), 1) + body)
 
 
-def epochs(values: Iterable[datetime | None]) -> Floats:
-    """For `to_timestamp`: seconds since 1970."""
-    items = [_NULL if at is None else _A_FLOAT(8, at.timestamp()) for at in values]
+def instants(values: Iterable[datetime | None]) -> Instants:
+    """Aware times. One that repeats, as in the rows of a template, is converted once."""
+    items: list[bytes] = []
+    last, item = None, _NULL
+    for at in values:
+        if at is not last:
+            last, item = at, _NULL if at is None else _INSTANT(8, (at - _ORIGIN) // _MICROSECOND)
+        items.append(item)
     if not items:
-        return Floats(_NO_ELEMENTS(0, 0, _FLOAT8))
-    return Floats(_HEAD(1, 1, _FLOAT8, len(items), 1) + b"".join(items))
+        return Instants(_NO_ELEMENTS(0, 0, _TIMESTAMPTZ))
+    return Instants(_HEAD(1, 1, _TIMESTAMPTZ, len(items), 1) + b"".join(items))
 
 
 def lines(values: Iterable[str | None]) -> str:

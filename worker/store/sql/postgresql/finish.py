@@ -28,8 +28,8 @@ from worker.store.sql.postgresql.arrays import (
     Columns,
     Value,
     distinct,
-    epochs,
     flags,
+    instants,
     jsons,
     lines,
     numbers,
@@ -119,11 +119,12 @@ ATTEMPTS = f"""
 INSERT INTO attempts (run_id, attempt, org_id, worker_id, fencing_token, handler, started_at, token_ready_at,
                       handler_started_at, ended_at, outcome, error, error_cause, claims, flags, jti,
                       claims_hash, peak_memory)
-SELECT a.run_id, a.attempt, a.org_id, %s, a.fencing_token, a.handler, to_timestamp(a.started_at),
-       to_timestamp(a.token_ready_at), to_timestamp(a.handler_started_at), to_timestamp(a.ended_at),
-       a.outcome, a.error::jsonb, a.error_cause, s.claims, s.flags, s.jti, s.claims_hash, a.peak_memory
-FROM unnest(%s::uuid[], %s::integer[], %s::uuid[], %s::bigint[], %s::text[], %s::float8[], %s::float8[],
-            %s::float8[], %s::float8[], %s::text[], %s::text[], %s::text[], %s::bigint[], %s::integer[])
+SELECT a.run_id, a.attempt, a.org_id, %s, a.fencing_token, a.handler, a.started_at, a.token_ready_at,
+       a.handler_started_at, a.ended_at, a.outcome, a.error::jsonb, a.error_cause, s.claims, s.flags, s.jti,
+       s.claims_hash, a.peak_memory
+FROM unnest(%s::uuid[], %s::integer[], %s::uuid[], %s::bigint[], %s::text[], %s::timestamptz[],
+            %s::timestamptz[], %s::timestamptz[], %s::timestamptz[], %s::text[], %s::text[], %s::text[],
+            %s::bigint[], %s::integer[])
   AS a(run_id, attempt, org_id, fencing_token, handler, started_at, token_ready_at, handler_started_at,
        ended_at, outcome, error, error_cause, peak_memory, said)
 JOIN {TOKENS} ON s.said = a.said
@@ -157,8 +158,8 @@ ENDED = Columns(
     (uuids, "attempt.org_id"),
     (numbers, "attempt.fencing_token"),
     (texts, "attempt.trail.handler"),
-    (epochs, "attempt.started_at attempt.trail.token_ready_at"),
-    (epochs, "attempt.trail.handler_started_at ended_at"),
+    (instants, "attempt.started_at attempt.trail.token_ready_at"),
+    (instants, "attempt.trail.handler_started_at ended_at"),
     (words, "attempt.outcome"),
     (jsons, "attempt.error"),
     (texts, "attempt.error_cause"),
@@ -219,9 +220,9 @@ WITH c AS MATERIALIZED (SELECT clock_timestamp() AS now
 ), e AS MATERIALIZED (
   SELECT * FROM unnest((SELECT %s::uuid[]), (SELECT %s::bigint[]), (SELECT %s::text[]), (SELECT %s::text[]),
                        (SELECT %s::text[]), (SELECT %s::text[]), (SELECT %s::text[]), (SELECT %s::text[]),
-                       (SELECT %s::text[]), (SELECT %s::text[]), (SELECT %s::text[]), (SELECT %s::float8[]),
-                       (SELECT %s::float8[]), (SELECT %s::float8[]), (SELECT %s::bigint[]),
-                       (SELECT %s::integer[]))
+                       (SELECT %s::text[]), (SELECT %s::text[]), (SELECT %s::text[]),
+                       (SELECT %s::timestamptz[]), (SELECT %s::timestamptz[]), (SELECT %s::timestamptz[]),
+                       (SELECT %s::bigint[]), (SELECT %s::integer[]))
     AS e(id, fencing_token, state, reason, detail, progress, result, error, error_cause, handler, outcome,
          token_ready_at, handler_started_at, ended_at, peak_memory, said)
 ), gone AS (
@@ -231,9 +232,8 @@ WITH c AS MATERIALIZED (SELECT clock_timestamp() AS now
   RETURNING l.id, l.org_id, l.available_at, l.started_at, l.attempt, l.fencing_token, l.worker_id,
             COALESCE(e.progress::jsonb, l.progress) AS progress, e.state, e.reason, e.detail, e.result,
             e.error::jsonb AS error, e.error_cause, e.handler, e.outcome, e.peak_memory, e.said,
-            to_timestamp(e.token_ready_at) AS token_ready_at,
-            to_timestamp(e.handler_started_at) AS handler_started_at,
-            GREATEST(l.started_at, LEAST(to_timestamp(e.ended_at), (SELECT now FROM c))) AS ended_at
+            e.token_ready_at, e.handler_started_at,
+            GREATEST(l.started_at, LEAST(e.ended_at, (SELECT now FROM c))) AS ended_at
 ), written AS (
   INSERT INTO attempts (run_id, attempt, org_id, worker_id, fencing_token, handler, started_at,
                         token_ready_at, handler_started_at, ended_at, outcome, error, error_cause, claims,
@@ -338,7 +338,7 @@ FINAL = Columns(
     (jsons, "error"),
     (texts, "error_cause trail.handler"),
     (words, "outcome"),
-    (epochs, "trail.token_ready_at trail.handler_started_at ended_at"),
+    (instants, "trail.token_ready_at trail.handler_started_at ended_at"),
     (plain, "trail.peak_memory"),
 )
 STATE = Columns((uuids, "run_id definition_id"), (texts, "definition_state"))

@@ -17,6 +17,7 @@ from worker.store.sql.postgresql.arrays import (
     Columns,
     distinct,
     flags,
+    instants,
     jsons,
     numbers,
     plain,
@@ -155,7 +156,7 @@ KINDS = Columns(
     (numbers, "revision"),
     (texts, "handler"),
     (words, "origin"),
-    (timestamps, "scheduled_for"),
+    (instants, "scheduled_for"),
     (texts, "created_by request_key"),
     (plain, "backfill_id retry_of"),
     (jsons, "params"),
@@ -164,11 +165,11 @@ KINDS = Columns(
     (plain, "max_concurrent"),
     (numbers, "priority"),
     (flags, "serial"),
-    (timestamps, "available_at start_by"),
+    (instants, "available_at start_by"),
     (texts, "pool"),
 )
 _KIND = attrgetter(*(name for name in KINDS.names if name != "params"))
-NEXT_FIRES = Columns((uuids, "definition_id"), (timestamps, "next_scheduled_for next_fire_at"))
+NEXT_FIRES = Columns((uuids, "definition_id"), (instants, "next_scheduled_for next_fire_at"))
 
 
 def _kind(run: NewRun) -> tuple[Any, int]:

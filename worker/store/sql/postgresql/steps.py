@@ -10,7 +10,7 @@ from worker.ids import RunId
 from worker.runs.run import RunStep
 from worker.store.dialect import driver
 from worker.store.sql.contract import in_order
-from worker.store.sql.postgresql.arrays import Columns, epochs, numbers, texts, uuids
+from worker.store.sql.postgresql.arrays import Columns, instants, numbers, texts, uuids
 
 # The rows of the runs are locked in the order of ids until the steps are durable: no other worker takes over.
 # `state NOT IN` as in `finish`. A step that is stored already is of this attempt: a place is used once.
@@ -19,7 +19,7 @@ WITH e AS MATERIALIZED (
   SELECT * FROM unnest((SELECT %s::uuid[]), (SELECT %s::uuid[]), (SELECT %s::bigint[]),
                        (SELECT %s::integer[]), (SELECT %s::text[]), (SELECT %s::integer[]),
                        (SELECT %s::text[]), (SELECT %s::text[]), (SELECT %s::integer[]),
-                       (SELECT %s::float8[]), (SELECT %s::float8[]), (SELECT %s::integer[]),
+                       (SELECT %s::timestamptz[]), (SELECT %s::timestamptz[]), (SELECT %s::integer[]),
                        (SELECT %s::text[]))
     AS e(run_id, org_id, fencing_token, attempt, handler, seq, name, key, occurrence, started_at, ended_at,
          size, result)
@@ -35,7 +35,7 @@ WITH e AS MATERIALIZED (
   INSERT INTO steps (run_id, org_id, fencing_token, attempt, handler, seq, name, key, occurrence, started_at,
                      ended_at, size, result)
   SELECT e.run_id, e.org_id, e.fencing_token, e.attempt, e.handler, e.seq, e.name, e.key, e.occurrence,
-         to_timestamp(e.started_at), to_timestamp(e.ended_at), e.size, e.result::json
+         e.started_at, e.ended_at, e.size, e.result::json
   FROM e JOIN ours ON ours.id = e.run_id AND ours.fencing_token = e.fencing_token
   ON CONFLICT DO NOTHING
 )
@@ -50,7 +50,7 @@ STEPS = Columns(
     (numbers, "step.seq"),
     (texts, "step.name step.key"),
     (numbers, "step.occurrence"),
-    (epochs, "step.started_at step.ended_at"),
+    (instants, "step.started_at step.ended_at"),
     (numbers, "size"),
     (texts, "step.result_json"),
 )
