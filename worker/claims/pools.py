@@ -56,7 +56,7 @@ class PoolRules:
     def enforce(self, pool: str, claims: Claims) -> None:
         """Raise TokenRefused if the token may not be used for a run in this pool."""
         for rules in (self.own, self.stored):
-            if (missing := pool_mismatch(pool, claims, rules)) is not None:
+            if pool in rules and (missing := pool_mismatch(pool, claims, rules)) is not None:
                 raise TokenRefused("pool_mismatch", missing)
 
     @property

@@ -240,9 +240,9 @@ def enforce(
             "other_client" if claims.client_id else "client_missing",
             f"the token was issued to another client than {org_code}'s",
         )
-    if missing := frozenset(scopes) - claims.scopes:
+    if missing := frozenset(scopes).difference(claims.scopes):
         scope = min(missing)
         raise TokenRefused("scope_missing", scope, f"the token of {org_code} lacks the scope {scope}")
-    if absent := frozenset(properties) - claims.properties.keys():
+    if absent := frozenset(properties).difference(claims.properties):
         name = min(absent)
         raise TokenRefused("property_missing", name, f"the token of {org_code} lacks the property {name}")

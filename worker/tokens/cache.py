@@ -298,8 +298,8 @@ class Tokens:
         cached = self._tokens.get(request)
         if cached is None:
             return None
-        known = any(credential.id == cached.credential_id for credential in credentials)
-        if not known or not cached.is_alive(self._clock):
+        known = [credential.id for credential in credentials]
+        if cached.credential_id not in known or not cached.is_alive(self._clock):
             # Expired, or its generation was retired, perhaps because its secret leaked.
             self._tokens.pop(request)
             return None

@@ -191,7 +191,9 @@ class Plans:
         cached = self._plans.get(key)
         if cached is not None and self.clock.monotonic() - cached[0] < MAX_AGE:
             return cached[1]
-        return self._keep(key, await self.store.org_and_definition(run))
+        plan = self._plan_of(await self.store.org_and_definition(run))
+        self._keep({key: plan})
+        return plan
 
     async def load(self, runs: Sequence[AdmittedRun]) -> list[AttemptPlan]:
         """The plans of these runs, read in one query; without those that cannot be read now."""
@@ -208,16 +210,19 @@ class Plans:
         if missing:
             # `of` meets the same error again, and reports it for its run.
             with suppress(Unavailable):
-                found = await self.store.orgs_and_definitions(sorted(missing))
-                for key, context in found.items():
+                contexts = await self.store.orgs_and_definitions(sorted(missing))
+                found: dict[Revision, AttemptPlan] = {}
+                for key, context in contexts.items():
                     with suppress(DefinitionError, ConfigurationError):
-                        plans.append(self._keep(key, context))
+                        found[key] = self._plan_of(context)
+                self._keep(found)
+                plans.extend(found.values())
         return plans
 
-    def _keep(self, key: Revision, context: RunContext) -> AttemptPlan:
+    def _plan_of(self, context: RunContext) -> AttemptPlan:
         """The plan of a context; raises as `of`."""
         shared = self._shared_of(context)
-        plan = AttemptPlan(
+        return AttemptPlan(
             definition=shared.definition,
             org=OrgRef(context.org_id, context.org_code),
             org_name=context.org_name,
@@ -228,13 +233,17 @@ class Plans:
             api_base_url=shared.api_base_url,
             _limits=shared.limits,
         )
+
+    def _keep(self, plans: Mapping[Revision, AttemptPlan]) -> None:
         now = self.clock.monotonic()
-        self._plans[key] = (now, plan)
-        self._plans.move_to_end(key)
+        for key, plan in plans.items():
+            self._plans[key] = (now, plan)
+            self._plans.move_to_end(key)
         # The oldest are first, and of no use once they are too old.
-        while len(self._plans) > MAX_PLANS or now - next(iter(self._plans.values()))[0] >= MAX_AGE:
+        while len(self._plans) > MAX_PLANS:
             self._plans.popitem(last=False)
-        return plan
+        while self._plans and now - next(iter(self._plans.values()))[0] >= MAX_AGE:
+            self._plans.popitem(last=False)
 
     def _shared_of(self, context: RunContext) -> _Shared:
         key = (context.issuer, context.definition_name, context.spec)
