@@ -19,6 +19,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
@@ -390,7 +391,8 @@ def main() -> None:
     linux.hide_memory()  # a run that could write to it would control every later run
     gc.disable()  # what is imported stays; one collection takes 20 ms
     tls_context()
-    preload(WARM)
+    for name in WARM:
+        import_module(name)
     find_spec("a_module_that_is_nowhere")  # makes the finders list every folder of sys.path
     describing = None if setup.describing is None else _fork_describing(setup.describing, setup)
     for name in set(os.environ) - set(setup.environment):
