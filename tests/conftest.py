@@ -22,7 +22,7 @@ import hypothesis
 import pytest
 from sqlalchemy import Connection, Engine, event
 
-from tests.fakes import postgres, sessions, shifted
+from tests.fakes import postgres, sessions, shifted, unsynced
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import rsa_key
 from worker.demo import keys
@@ -51,6 +51,8 @@ sys.modules.setdefault("rfc3987_syntax", _LATER)
 gc.disable()
 
 store_sessions.DeadlineConnection = sessions.Session  # type: ignore[misc]
+
+unsynced.begin()
 
 # A new RSA key takes 60 ms of CPU time: the providers of all tests sign with these eight by turns.
 _NUMBERS = itertools.cycle(range(8))

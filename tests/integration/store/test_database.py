@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection, text
 
+from tests.fakes import unsynced
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import LEASE, Stock
 from worker.errors import ConfigurationError, StoreUnavailable
@@ -83,11 +84,13 @@ def test_a_table_that_is_missing_is_not_taken_for_an_absent_database(
     database.close()
 
 
-def test_sqlite_writes_every_commit_through(sqlite_stock: Stock) -> None:
-    with sqlite_stock.database.autocommit() as connection:
+def test_sqlite_writes_every_commit_through(migrated_sqlite_url: str, clock: ManualClock) -> None:
+    database = Database.open(migrated_sqlite_url, clock=clock)
+    with unsynced.ended(), database.autocommit() as connection:
         mode, synchronous = (
             connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous")
         )
+    database.close()
     assert (mode, synchronous) == ("wal", 2)
 
 
