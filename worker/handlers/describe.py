@@ -33,6 +33,8 @@ from worker.handlers.job import Job
 
 # What most handlers import, and what their models need once they are declared.
 SHARED = ("httpx", "pydantic.fields", "pydantic.type_adapter", "worker.handlers.context")
+# Above every descriptor, also where their number is not limited; close_range(2) takes no longer for it.
+LAST_DESCRIPTOR = 2**31 - 1
 # Descriptors that the kernel passes in one message (SCM_MAX_FD).
 _MOST_DESCRIPTORS = 253
 
@@ -125,7 +127,7 @@ class _Forks:
             for stream in (0, 1, 2):
                 os.dup2(nothing, stream)
             os.closerange(3, descriptor)
-            os.closerange(descriptor + 1, os.sysconf("SC_OPEN_MAX"))
+            os.closerange(descriptor + 1, LAST_DESCRIPTOR)
             os.chdir(folder)
             os.environ.update(HOME=folder, TMPDIR=folder)
             self._confine()

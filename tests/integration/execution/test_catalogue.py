@@ -341,3 +341,18 @@ async def test_handlers_that_are_known_at_the_same_time_come_together(folder: Pa
     assert sum(batches) == len(names)
     assert max(batches) <= MOST_AT_ONCE
     assert len(batches) < len(names) / 2
+
+
+@pytest.mark.parametrize("new", [False, True])
+async def test_an_import_reaches_no_descriptor_but_its_own(folder: Path, new: bool) -> None:
+    """Neither the socket of the zygote nor the lock of an SQLite file."""
+    source = (
+        "import os, stat\n"
+        "found = [fd for fd in range(3, 1000) if os.path.exists(f'/proc/self/fd/{fd}')]\n"
+        "raise ValueError(sorted(stat.S_ISFIFO(os.fstat(fd).st_mode) for fd in found))"
+    )
+    make_plugin(folder, dist="a-looks", modules={"a_looks": source}, entry_points={"a.looks": "a_looks:f"})
+
+    found = await read("a-looks", new=new)
+
+    assert found["a.looks"].error == "ValueError: [True]"

@@ -30,6 +30,7 @@ from worker.execution.runners.output import log_to_stderr
 from worker.handlers import denials
 from worker.handlers.calling import call, call_blocking, outcome_of_error
 from worker.handlers.context import BlockingContext, Context
+from worker.handlers.describe import LAST_DESCRIPTOR
 from worker.handlers.given import BlockingCancellation, Cancellation, Given
 from worker.handlers.job import Job
 from worker.handlers.models import load
@@ -43,8 +44,6 @@ MAX_FILES = 8192
 # Seconds of processor time beyond the timeout, grace included; and between SIGXCPU and SIGKILL.
 CPU_SLACK = 3600.0
 _CPU_GRACE = 5
-# Above every descriptor; close_range(2) takes no longer for it.
-_LAST = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +100,7 @@ def _keep_only(place: Place, lock: int | None, *others: int) -> None:
     for number in sorted(kept):
         os.closerange(first, number)
         first = number + 1
-    os.closerange(first, _LAST)
+    os.closerange(first, LAST_DESCRIPTOR)
 
 
 def _limit(seconds: float, memory: int | None, cap: int | None) -> None:

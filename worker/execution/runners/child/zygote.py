@@ -29,7 +29,7 @@ from worker.execution.runners.child.landlock import Ruleset
 from worker.execution.runners.child.messages import Setup
 from worker.execution.runners.child.sandbox import CHECK_EVERY, Sandbox, describe_handlers
 from worker.execution.runners.child.shared_pages import rehearse, share_pages
-from worker.handlers.describe import SHARED
+from worker.handlers.describe import LAST_DESCRIPTOR, SHARED
 from worker.handlers.http import tls_context
 from worker.handlers.installed import preload
 
@@ -377,7 +377,7 @@ def _describe(descriptor: int, setup: Setup) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream, source in enumerate((descriptor, nothing, nothing)):
         os.dup2(source, stream)
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    os.closerange(3, LAST_DESCRIPTOR)
     del sys.argv[1:]
     describe_handlers(setup.sandbox)
 
