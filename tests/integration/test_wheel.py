@@ -100,8 +100,8 @@ def test_it_migrates_a_database_and_finds_its_handlers(bin_folder, tmp_path):
     upgraded = run(tmp_path, *module, "db", "upgrade")
     again = run(tmp_path, *script, "db", "upgrade")
     checked = run(tmp_path, *module, "db", "check")
-    handlers = run(tmp_path, *script, "handlers", "list", "-o", "json")
+    handlers = [run(tmp_path, *command, "handlers", "list", "-o", "json") for command in (module, script)]
 
     assert [done.returncode for done in (upgraded, again, checked)] == [0, 0, 0], upgraded.stderr
     assert (tmp_path / "var" / "worker.db").exists()
-    assert '"http.request"' in handlers.stdout, handlers.stderr
+    assert all('"http.request"' in done.stdout for done in handlers), handlers
