@@ -50,11 +50,24 @@ def pids(ctx: BlockingContext) -> list[int]:
 
 
 def run_pytest(folder: Path, source: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run one file of tests in a folder of its own, with no plug-in but the installed ones."""
+    """Run one file of tests in a folder of its own, with the installed plug-ins but schemathesis.
+
+    Only this project's tests use that, and its import takes as long as the rest.
+    """
     (folder / "test_it.py").write_text(source)
     (folder / "pyproject.toml").write_text('[tool.pytest.ini_options]\nfilterwarnings = ["error"]\n')
     environment = {"PATH": os.defpath, "HOME": str(folder)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:schemathesis",
+        *options,
+    ]
     return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=60)
 
 
