@@ -339,8 +339,9 @@ async def test_spares_frozen_for_too_long_are_replaced(plugin_folder: Path) -> N
         await until(lambda: not set(old) & set(pool.below()))
         pool.children.renewed(Lease.begun(timedelta(seconds=60), time.monotonic()))
 
-        assert await pool.result_of("result = 1") == 1
+        # Those forked during the freeze may have been killed just now, with the same reason.
         assert not set(old) & set(await pool.spares())
+        assert await pool.result_of("result = 1") == 1
     finally:
         await pool.children.close()
 
