@@ -128,6 +128,9 @@ def test_each_hot_statement_goes_by_its_index(
                 )
                 assert used <= indexes, f"{mark}: {used - indexes}\n{plan}"
                 assert not re.search(r"Seq Scan on (live_runs|runs|orgs|schedule|workers)", plan), plan
+                # Each row with all of the batch.
+                if mark in ("offer AS", "DELETE FROM live_runs"):
+                    assert not re.search(r"Join Filter: .*\b[alp]\.id\b", plan), plan
                 # Hashed is what the statement itself has just made, never a table.
                 for number in re.findall(r"hashed SubPlan (\d+)", plan):
                     assert re.search(rf"SubPlan {number}\n\s+->  CTE Scan", plan), plan

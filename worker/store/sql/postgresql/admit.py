@@ -188,10 +188,12 @@ ADMIT = f"""
             pool
 )
 """
+# A full join is never a nested loop; a join would be one if the statistics are of a moment without runs. What
+# was picked and not admitted, because it has ended meanwhile, comes as a row of nulls.
 ORDER = "ORDER BY p.rank, p.later, a.available_at, a.id"
 CHOOSE = f"""
 WITH RECURSIVE {GIVEN}, {ADMIT}
-SELECT a.* FROM admitted a JOIN picked p ON p.id = a.id {ORDER}
+SELECT a.* FROM admitted a FULL JOIN picked p ON p.id = a.id {ORDER}
 """
 
 
@@ -208,13 +210,13 @@ def _hidden(statement: str) -> str:
 CROWD = _hidden(f"""
 WITH RECURSIVE {FOUND}, {ADMIT}
 SELECT w.*, CASE WHEN row_number() OVER ({ORDER}) = 1 THEN ARRAY(
-         SELECT u.id FROM u WHERE u.later AND NOT EXISTS (SELECT 1 FROM admitted a WHERE a.org_id = u.id)
+         SELECT u.id FROM u WHERE u.later AND (u.id IN (SELECT org_id FROM admitted)) IS NOT TRUE
          ORDER BY u.n NULLS FIRST LIMIT (SELECT count(*) FROM others WHERE NOT later)) END, a.*
 FROM (
   SELECT count(*), max(n), (SELECT bool_or(reach < room) FROM u),
          (SELECT org_id FROM ring ORDER BY n DESC LIMIT 1)
   FROM ring) w
-LEFT JOIN (admitted a JOIN picked p ON p.id = a.id) ON true {ORDER}
+LEFT JOIN (admitted a FULL JOIN picked p ON p.id = a.id) ON true {ORDER}
 """)
 
 
@@ -291,7 +293,8 @@ def admit_choose(
     values |= {"orgs": plain(orgs), "reach": plain(orgs.values()), "first": plain(first)}
     if placing:
         values["pool"] = compact_json(list(pools))
-    return [AdmittedRun(*row) for row in _locked(connection, PLACE if placing else CHOOSE, values)]
+    rows = _locked(connection, PLACE if placing else CHOOSE, values)
+    return [AdmittedRun(*row) for row in rows if row[0] is not None]
 
 
 def admit_crowd(

@@ -212,8 +212,10 @@ def _waits_of(raw: Any, parked: Sequence[Ending]) -> dict[RunId, OpenWaits]:
 
 # Everything that an end writes, in one statement: a row that the DELETE finds is still the caller's, and
 # only such rows are written. `(SELECT …)` around an array hides its length: PostgreSQL then plans for a few
-# rows and looks each up in the given order of ids, so that two batches cannot deadlock; with a known length
-# it plans a merge with the whole index. `state NOT IN` as in LOCK. The sums of orgs come last, in the order
+# rows; with a known length it plans a merge with the whole index. The array of ids is walked in their order,
+# so that two batches cannot deadlock. A full join is never a nested loop, which a join with `live_runs` would
+# become if its statistics are of a moment without runs: each row with all of the batch. Without CASE it
+# would be no full join. `state NOT IN` as in LOCK. The sums of orgs come last, in the order
 # of orgs, days first, as in `add_rollups`; they include the attempts whose runs wait again.
 END = f"""
 WITH c AS MATERIALIZED (SELECT clock_timestamp() AS now
@@ -225,15 +227,20 @@ WITH c AS MATERIALIZED (SELECT clock_timestamp() AS now
                        (SELECT %s::bigint[]), (SELECT %s::integer[]))
     AS e(id, fencing_token, state, reason, detail, progress, result, error, error_cause, handler, outcome,
          token_ready_at, handler_started_at, ended_at, peak_memory, said)
-), gone AS (
-  DELETE FROM live_runs l USING e
-  WHERE l.id = e.id AND l.fencing_token = e.fencing_token AND l.state NOT IN ('waiting', 'held', 'parked')
+), deleted AS (
+  DELETE FROM live_runs l
+  WHERE l.id = ANY(ARRAY(SELECT id FROM e)) AND l.state NOT IN ('waiting', 'held', 'parked')
     AND l.worker_id IS NOT DISTINCT FROM %s::uuid
-  RETURNING l.id, l.org_id, l.available_at, l.started_at, l.attempt, l.fencing_token, l.worker_id,
-            COALESCE(e.progress::jsonb, l.progress) AS progress, e.state, e.reason, e.detail, e.result,
-            e.error::jsonb AS error, e.error_cause, e.handler, e.outcome, e.peak_memory, e.said,
-            e.token_ready_at, e.handler_started_at,
-            GREATEST(l.started_at, LEAST(e.ended_at, (SELECT now FROM c))) AS ended_at
+    AND ((l.id, l.fencing_token) IN (SELECT id, fencing_token FROM e)) IS TRUE
+  RETURNING l.id, l.org_id, l.available_at, l.started_at, l.attempt, l.fencing_token, l.worker_id, l.progress
+), gone AS MATERIALIZED (
+  SELECT l.id, l.org_id, l.available_at, l.started_at, l.attempt, l.fencing_token, l.worker_id,
+         COALESCE(e.progress::jsonb, l.progress) AS progress, e.state, e.reason, e.detail, e.result,
+         e.error::jsonb AS error, e.error_cause, e.handler, e.outcome, e.peak_memory, e.said,
+         e.token_ready_at, e.handler_started_at,
+         GREATEST(l.started_at, LEAST(e.ended_at, (SELECT now FROM c))) AS ended_at
+  FROM deleted l FULL JOIN e ON e.id = l.id AND e.fencing_token = l.fencing_token
+  WHERE CASE WHEN l.id IS NULL THEN false ELSE true END
 ), written AS (
   INSERT INTO attempts (run_id, attempt, org_id, worker_id, fencing_token, handler, started_at,
                         token_ready_at, handler_started_at, ended_at, outcome, error, error_cause, claims,
@@ -351,6 +358,9 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
     waiting, sums = set[RunId](), NO_SUMS
     if any(not attempt.final for attempt in final):
         waiting, final, sums = wait_again(raw, worker_id, final)
+    if len({attempt.run_id for attempt in final}) < len(final):
+        # Given twice, it is written once.
+        final = [*{(attempt.run_id, attempt.fencing_token): attempt for attempt in final}.values()]
     # With COMMIT in the same pipeline: other workers wait for the sums of the same orgs.
     with raw.pipeline():
         number, *tokens = tokens_of(attempt.trail for attempt in final)
