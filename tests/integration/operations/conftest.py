@@ -79,7 +79,9 @@ class Tables:
     def __getattr__(self, name: str) -> list[dict[str, Any]]:
         table = tables.metadata.tables[name]
         with self._database.autocommit() as connection:
-            return [dict(row) for row in connection.execute(select(table)).mappings()]
+            # PostgreSQL puts new rows where deleted ones were.
+            query = select(table).order_by(*table.primary_key)
+            return [dict(row) for row in connection.execute(query).mappings()]
 
     def everything(self) -> dict[str, list[dict[str, Any]]]:
         """Every row of every table, but the audit."""
