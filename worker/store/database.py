@@ -22,6 +22,7 @@ from worker.store import roles
 from worker.store.dialect import database_now, driver, hint
 from worker.store.engine import (
     BUSY_SECONDS,
+    IDLE,
     STATEMENT_DEADLINE,
     libpq_arguments,
     lock_beside,
@@ -62,8 +63,10 @@ class Database:
         threads: int,
         connectivity: Connectivity,
         own_reads: bool = False,
+        idle: float = IDLE,
     ) -> None:
         self._engine = engine
+        self._idle = idle
         self._clock = clock
         self._connectivity = connectivity
         self._scope: roles.Scope | None = None
@@ -90,11 +93,13 @@ class Database:
         threads: int = 2,
         deadline: float = STATEMENT_DEADLINE,
         own_reads: bool = False,
+        idle: float = IDLE,
     ) -> Database:
         """A database by its URL; it connects at the first query.
 
         On PostgreSQL `role` names the sessions, and `deadline`, in seconds, bounds each statement; with
-        `own_reads`, `call_autocommit` has a thread of its own there.
+        `own_reads`, `call_autocommit` has a thread of its own there. A transaction that is left open for
+        `idle` seconds, as by a worker that is cut off, loses its locks.
 
         Raises:
             ConfigurationError: the URL does not name a supported database.
@@ -102,7 +107,7 @@ class Database:
         parsed = read_url(url)
         # A server's sessions are limited: one pooled connection per thread.
         kept = threads + (2 if parsed.get_backend_name() == "sqlite" else own_reads)
-        engine = open_engine(parsed, clock=clock, role=role, connections=kept, deadline=deadline)
+        engine = open_engine(parsed, clock=clock, role=role, connections=kept, deadline=deadline, idle=idle)
         # Other parts of this process see the same outage: only the worker reports it.
         reports = role == "worker"
         connectivity = Connectivity(
@@ -110,7 +115,14 @@ class Database:
             on_lost=_report_lost if reports else _silent,
             on_back=_report_back if reports else _silent,
         )
-        return cls(engine, clock=clock, threads=threads, connectivity=connectivity, own_reads=own_reads)
+        return cls(
+            engine,
+            clock=clock,
+            threads=threads,
+            connectivity=connectivity,
+            own_reads=own_reads,
+            idle=idle,
+        )
 
     def with_deadline(self, deadline: float) -> Database:
         """The same database over a connection of its own, with at most this deadline, in seconds.
@@ -123,7 +135,12 @@ class Database:
         deadline = min(deadline, STATEMENT_DEADLINE)
         if deadline not in self._with_deadline:
             engine = open_engine(
-                self._engine.url, clock=self._clock, role="worker", connections=1, deadline=deadline
+                self._engine.url,
+                clock=self._clock,
+                role="worker",
+                connections=1,
+                deadline=deadline,
+                idle=self._idle,
             )
             self._with_deadline[deadline] = Database(
                 engine, clock=self._clock, threads=1, connectivity=self._connectivity

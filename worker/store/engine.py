@@ -11,6 +11,7 @@ import socket
 import sqlite3
 import struct
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +113,10 @@ def _refused(path: Path, fd: int, error: OSError, who: str, first: str) -> Busy 
 BUSY_SECONDS = 10.0
 STATEMENT_DEADLINE = 10.0
 
-# A peer that vanishes is noticed within about five seconds. A session that leaves its
-# transaction open loses its locks and its snapshot.
+# Seconds until a session that leaves its transaction open loses its locks and its snapshot.
+IDLE = 5.0
+
+# A peer that vanishes is noticed within about five seconds.
 _KEEPALIVES = {
     "connect_timeout": "3",
     "keepalives": "1",
@@ -122,7 +125,7 @@ _KEEPALIVES = {
     "keepalives_count": "3",
     "tcp_user_timeout": "5000",
 }
-_SESSION = {"timezone": "UTC", "jit": "off", "idle_in_transaction_session_timeout": "5s"}
+_SESSION = {"timezone": "UTC", "jit": "off"}
 # The worker's own statements all use indexes. The planner must not scan a table because it was
 # empty when it was last analysed. A statement that the worker has given up must not keep its locks.
 _WORKER_SESSION = {
@@ -173,11 +176,17 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
-def open_engine(url: URL, *, clock: Clock, role: str, connections: int, deadline: float) -> Engine:
-    """The engine of a URL from `read_url`; it keeps `connections` open."""
+def open_engine(
+    url: URL, *, clock: Clock, role: str, connections: int, deadline: float, idle: float = IDLE
+) -> Engine:
+    """The engine of a URL from `read_url`; it keeps `connections` open.
+
+    PostgreSQL ends a session that leaves its transaction open for `idle` seconds.
+    """
     if url.get_backend_name() == "sqlite":
         return _open_sqlite(url, clock=clock, connections=connections)
-    return _open_postgresql(url, role=role, connections=connections, deadline=deadline)
+    arguments = libpq_arguments(url, role=role, idle=idle)
+    return _open_postgresql(url, arguments, connections=connections, deadline=deadline)
 
 
 def _open_sqlite(url: URL, *, clock: Clock, connections: int) -> Engine:
@@ -238,9 +247,10 @@ def _open_sqlite(url: URL, *, clock: Clock, connections: int) -> Engine:
     return engine
 
 
-def libpq_arguments(url: URL, *, role: str) -> dict[str, str]:
+def libpq_arguments(url: URL, *, role: str, idle: float = IDLE) -> dict[str, str]:
     """The libpq arguments of a PostgreSQL URL with our defaults; the URL takes precedence."""
-    session = _SESSION | (_WORKER_SESSION if role == "worker" else {})
+    session = _SESSION | {"idle_in_transaction_session_timeout": f"{idle * 1000:.0f}ms"}
+    session |= _WORKER_SESSION if role == "worker" else {}
     options = " ".join(f"-c {name}={value}" for name, value in session.items())
     given = dict(url.query)
     place = {
@@ -259,10 +269,9 @@ def libpq_arguments(url: URL, *, role: str) -> dict[str, str]:
     )
 
 
-def _open_postgresql(url: URL, *, role: str, connections: int, deadline: float) -> Engine:
+def _open_postgresql(url: URL, arguments: Mapping[str, str], *, connections: int, deadline: float) -> Engine:
     from worker.store.sessions import connect
 
-    arguments = libpq_arguments(url, role=role)
     engine = create_engine(
         url,
         creator=lambda: connect(arguments, deadline=deadline),

@@ -43,7 +43,7 @@ from worker.runs.run import Isolation, Recovered
 from worker.settings import Settings
 from worker.store import schema
 from worker.store.database import Database
-from worker.store.engine import lock_sqlite_file
+from worker.store.engine import IDLE, lock_sqlite_file
 from worker.store.worker_store import WorkerStore, heartbeat_database
 from worker.telemetry import logs
 from worker.telemetry.events import emit
@@ -101,7 +101,9 @@ def run(settings: Settings) -> int:
         emit("management.exposed", secret=secret)
     on_file = settings.database.sqlite_file is not None
     lock = lock_sqlite_file(settings.database.url, clock=clock) if on_file else None
-    database = Database.open(settings.database.url, clock=clock, own_reads=True)
+    # Runs of a worker that is cut off in a transaction must be free once its lease has expired.
+    idle = min(IDLE, execution.lease.total_seconds())
+    database = Database.open(settings.database.url, clock=clock, own_reads=True, idle=idle)
     try:
         with database.autocommit() as connection:
             schema.check(connection)

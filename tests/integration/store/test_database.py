@@ -215,6 +215,25 @@ def test_a_session_notices_a_peer_that_vanished_and_keeps_no_transaction_open(po
     }
 
 
+def test_a_transaction_that_is_left_open_loses_its_locks(
+    migrated_postgres_url: str, postgres: Database, clock: ManualClock
+) -> None:
+    """As that of a worker which the network cuts off, also over the heartbeat's own connection."""
+    Stock(postgres).org()
+    lock = text("SELECT id FROM orgs FOR UPDATE")
+    cut_off = Database.open(migrated_postgres_url, clock=clock, idle=0.3)
+    locked = 0
+    for database in (cut_off, cut_off.with_deadline(2.0)):
+        with pytest.raises(StoreUnavailable), database.transaction() as connection:
+            connection.execute(lock)
+            with postgres.transaction() as other:
+                other.execute(text("SET LOCAL lock_timeout = '3s'"))
+                locked += len(other.execute(lock).all())
+            connection.execute(text("SELECT 1"))
+    cut_off.close()
+    assert locked == 2
+
+
 @contextmanager
 def hanging_proxy(url: str) -> Iterator[tuple[str, threading.Event]]:
     """A TCP proxy before the database that, once told so, takes bytes and passes none on."""
