@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -13,7 +15,8 @@ import pytest
 from tests.fakes.plugins import make_plugin
 from tests.fakes.running import until
 from worker.clock import SystemClock
-from worker.execution.runners.child import linux
+from worker.execution.runners.child import linux, zygote
+from worker.execution.runners.child.messages import Setup
 from worker.execution.runners.child.pool import ChildPool
 from worker.handlers.catalogue import MOST_AT_ONCE, HandlerEntry, read_catalogue
 from worker.handlers.installed import distributions
@@ -356,3 +359,20 @@ async def test_an_import_reaches_no_descriptor_but_its_own(folder: Path, new: bo
     found = await read("a-looks", new=new)
 
     assert found["a.looks"].error == "ValueError: [True]"
+
+
+def test_without_the_process_that_describes_the_zygote_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel may refuse a fork; the worker starts such a process itself."""
+
+    def refuse() -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    ours, theirs = socket.socketpair()
+    open_before = len(os.listdir("/proc/self/fd"))
+
+    assert zygote.fork_describing(theirs.detach(), Setup(folder="")) is None
+
+    assert len(os.listdir("/proc/self/fd")) == open_before - 1
+    assert ours.recv(1) == b""
+    ours.close()

@@ -157,7 +157,7 @@ class Zygote:
         return True
 
     def _receive(self) -> bool | None:
-        """Act on one message; None if there is none, False if the worker is gone."""
+        """Handle one message. Returns None if none has arrived, and False once the worker has ended."""
         try:
             data, descriptors, _, _ = socket.recv_fds(self._control, DATAGRAM, 3, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
@@ -347,23 +347,24 @@ def _run_child(place: child.Place, *, zygote: int, lock: int | None, ruleset: Ru
         os._exit(os.EX_SOFTWARE)
 
 
-def _fork_describing(descriptor: int, setup: Setup) -> int | None:
+def fork_describing(descriptor: int, setup: Setup) -> int | None:
     """Fork a process that describes handlers, before any plug-in is preloaded; returns its pid.
 
     Its parent ends, so the worker adopts it: this zygote freezes and sweeps only runs. None if the kernel
     refuses; then the worker starts such a process.
     """
     reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setsid()
-            if (describing := os.fork()) == 0:
-                _describe(descriptor, setup)
-            os.write(writer, str(describing).encode())
-        finally:
-            os._exit(0)
-    os.waitpid(pid, 0)
+    with contextlib.suppress(OSError):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.setsid()
+                if (describing := os.fork()) == 0:
+                    _describe(descriptor, setup)
+                os.write(writer, str(describing).encode())
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
     for number in (writer, descriptor):
         os.close(number)
     with open(reader) as file:
@@ -394,7 +395,7 @@ def main() -> None:
     for name in WARM:
         import_module(name)
     find_spec("a_module_that_is_nowhere")  # makes the finders list every folder of sys.path
-    describing = None if setup.describing is None else _fork_describing(setup.describing, setup)
+    describing = None if setup.describing is None else fork_describing(setup.describing, setup)
     for name in set(os.environ) - set(setup.environment):
         del os.environ[name]
     linux.become_subreaper()
