@@ -324,7 +324,7 @@ def manifest(kind: str, *, of: str = "worker") -> dict[str, Any]:
 
     def belongs(one: dict[str, Any]) -> bool:
         name = one.get("metadata", {}).get("name")
-        return (name if name in ("provision", "host", "attempts") else "worker") == of
+        return (name if name in ("provision", "host", "attempts", "upgrade") else "worker") == of
 
     [found] = [one for one in manifests() if one["kind"] == kind and belongs(one)]
     return found
@@ -472,6 +472,10 @@ def test_only_the_proxy_reaches_http_and_only_the_monitor_reaches_health():
         allowed[port["port"]] = peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
     assert allowed == {"http": "ingress-nginx", "health": "monitoring"}
     assert "networkpolicy.yaml" in kustomization["resources"]
+    # The Job listens to nothing.
+    job = manifest("NetworkPolicy", of="upgrade")["spec"]
+    assert (job["policyTypes"], job["ingress"]) == (["Ingress"], [])
+    assert job["podSelector"]["matchLabels"] == manifest("Job")["spec"]["template"]["metadata"]["labels"]
     # The page says which two names to edit.
     page = (ROOT / "docs/operating/kubernetes.md").read_text()
     assert all(f"`{name}`" in page for name in allowed.values())

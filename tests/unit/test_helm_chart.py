@@ -359,8 +359,43 @@ def test_services_policies_and_budgets_select_the_pods_of_one_kind(rendered):
                 continue
             wanted = selector.get("matchLabels", selector)
             chosen = [name for name, given in labels.items() if wanted.items() <= given.items()]
-            assert len(chosen) == 1, (case, each["kind"], each["metadata"]["name"])
-            assert not any(wanted.items() <= given.items() for given in jobs)
+            its_jobs = [given for given in jobs if wanted.items() <= given.items()]
+            # Only the Job's own policy selects its pods.
+            is_of_job = each["kind"] == "NetworkPolicy" and each["metadata"]["name"] == "orgworker-upgrade"
+            expected = (0, 1) if is_of_job else (1, 0)
+            assert (len(chosen), len(its_jobs)) == expected, (case, each["kind"], each["metadata"]["name"])
+
+
+@good
+def test_a_policy_selects_each_pod(rendered, case: str):
+    enabled = case != "without policies"
+
+    # The control: a release without policies is found, each of its pods.
+    assert open_pods(rendered[case].objects) == (
+        set() if enabled else {name for name, _ in pods(rendered[case])}
+    )
+
+
+def test_the_job_is_found_if_only_its_policy_is_missing(rendered):
+    """The control: the policies of the other pods leave the Job open."""
+    others = [
+        each
+        for each in rendered["all"].objects
+        if (each["kind"], each["metadata"]["name"]) != ("NetworkPolicy", "orgworker-upgrade")
+    ]
+
+    assert open_pods(others) == {"orgworker-upgrade"}
+
+
+def test_the_policy_of_the_job_is_there_before_the_job(rendered):
+    """At a first install the release's own objects come after the hooks."""
+    policy = rendered["minimal"].one("NetworkPolicy", "orgworker-upgrade")["metadata"]["annotations"]
+    job = rendered["minimal"].one("Job", "orgworker-upgrade")["metadata"]["annotations"]
+
+    assert policy["helm.sh/hook"] == job["helm.sh/hook"] == "pre-install,pre-upgrade"
+    assert int(policy["helm.sh/hook-weight"]) < int(job.get("helm.sh/hook-weight", 0))
+    # Nothing is created that `helm upgrade` finds in its way.
+    assert policy["helm.sh/hook-delete-policy"] == "before-hook-creation"
 
 
 def test_only_the_proxy_the_monitor_and_hosts_reach_a_pod(rendered):
@@ -374,6 +409,8 @@ def test_only_the_proxy_the_monitor_and_hosts_reach_a_pod(rendered):
         "orgworker-serve": {"http": ["ingress-nginx"], "health": ["monitoring"]},
         "orgworker-provision": {"hooks": ["ingress-nginx"], "health": ["monitoring"]},
         "orgworker-host": {"health": ["monitoring"]},
+        # It listens to nothing.
+        "orgworker-upgrade": {},
     }
 
 
@@ -448,6 +485,7 @@ def test_policies_equal_those_of_the_manifests(rendered):
             plain.setdefault(f"orgworker-{owner}", {}).update(rules(each))
 
     assert plain == {name: peers(rendered["manifests"], name) for name in plain}
+    assert set(plain) == rendered["manifests"].names("NetworkPolicy")
 
 
 def essence(spec: dict[str, Any]) -> dict[str, Any]:
@@ -519,6 +557,21 @@ def config(made: Rendered, spec: dict[str, Any]) -> str:
     [key] = [item["key"] for item in volume.get("items", [{"key": "worker.toml"}])]
     text: str = made.one("ConfigMap", volume["name"])["data"][key]
     return text
+
+
+def open_pods(objects: list[dict[str, Any]]) -> set[str]:
+    """The Deployments and Jobs with pods that no policy selects: anything may connect to them."""
+    policies = [
+        each["spec"]["podSelector"]["matchLabels"].items()
+        for each in objects
+        if each["kind"] == "NetworkPolicy"
+    ]
+    return {
+        each["metadata"]["name"]
+        for each in objects
+        if each["kind"] in ("Deployment", "Job")
+        and not any(wanted <= each["spec"]["template"]["metadata"]["labels"].items() for wanted in policies)
+    }
 
 
 def rules(policy: dict[str, Any]) -> dict[str, list[str]]:
