@@ -9,6 +9,7 @@ from starlette.requests import HTTPConnection
 
 from worker.errors import AccessDenied, TokenError, TokenRefused, Unavailable
 from worker.guard import Guard, bearer_token
+from worker.store import sign_in
 from worker.store.orgs import OrgCaller
 from worker.web.callers import Caller, Role
 from worker.web.clients import Addresses, Limits
@@ -47,6 +48,8 @@ class Access:
         self._find_caller = find_caller
         self._org_role = org_role
         self._org_scope = org_scope
+        # A session keeps only this of the scope that its token had.
+        self._scope_basis = sign_in.sha256(org_scope) if org_scope else ""
         self.addresses = addresses or Addresses()
         self._limits = limits
 
@@ -97,16 +100,21 @@ class Access:
         return await self.confirm(caller)
 
     async def confirm_session(self, caller: Caller) -> Caller:
-        """As `confirm`, for the caller of a session: also check that what it rests on is still there.
+        """As `confirm`, for the caller of a session: by what the settings say now, not at the login.
 
         Raises:
-            TokenError: the operator's token is gone, or the rules for logins have changed.
+            TokenError: the operator's token is gone, the rules for logins have changed, or the session
+                rested on another `[web] org_scope`.
         """
         if caller.kind == "operator":
             operator = await self._operators.with_hash(caller.basis)
             if operator is None:
                 raise TokenError("the token of this session was removed", fix="log in with another token")
             caller = replace(caller, name=operator.name, role=operator.role)
+        if caller.kind == "org":
+            # Sessions of the previous release name no scope: they rest on the credential alone.
+            has_scope = caller.has_org_scope and caller.basis == self._scope_basis != ""
+            caller = replace(caller, role=self._org_role, has_org_scope=has_scope)
         if caller.kind == "person" and caller.basis != self._login_basis:
             raise TokenError("the rules for logins have changed", fix="log in again")
         return await self.confirm(caller)
@@ -166,6 +174,7 @@ class Access:
                 fault = fault or refused
             else:
                 code = claims.org_code
+                has_scope = bool(self._org_scope) and self._org_scope in claims.scopes
                 return Caller(
                     code,
                     self._org_role,
@@ -174,7 +183,8 @@ class Access:
                     until=claims.expires_at,
                     issuer=issuer,
                     client_id=claims.client_id,
-                    has_org_scope=bool(self._org_scope) and self._org_scope in claims.scopes,
+                    has_org_scope=has_scope,
+                    basis=self._scope_basis if has_scope else "",
                 )
         if isinstance(fault, Unavailable):
             raise fault

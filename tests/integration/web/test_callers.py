@@ -7,16 +7,19 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import update
 
 from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
 from worker.ids import ALL_ORGS
 from worker.operations.credentials import add_credential, retire_credential
 from worker.operations.definitions import edit_definition
 from worker.operations.orgs import set_org_state
-from worker.store import orgs
+from worker.store import orgs, tables
 from worker.store.lists import RUNS
 from worker.store.lists.read import read
-from worker.web.sessions import SESSION_COOKIE
+from worker.web.access import Access
+from worker.web.callers import Caller
+from worker.web.sessions import SESSION_COOKIE, Sessions
 
 pytestmark = pytest.mark.anyio
 on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
@@ -95,6 +98,20 @@ async def test_of_several_credentials_each_active_one_is_good_and_a_retired_one_
     assert [(await site.get("/api/v1/runs", token)).status_code for token in (old, new)] == [401, 200]
 
 
+def again(site: Site, browser: httpx.AsyncClient) -> httpx.AsyncClient:
+    """The same browser at a process with the settings of now."""
+    client = site.client()
+    client.cookies = browser.cookies
+    return client
+
+
+async def run_by_form(client: httpx.AsyncClient) -> httpx.Response:
+    """Send the form that runs the definition now."""
+    csrf = csrf_of(await client.get("/orgs/org_a"))
+    form = {"csrf": csrf}
+    return await client.post("/orgs/org_a/definitions/digest/run", data=form, headers={"origin": BASE})
+
+
 class TestSessions:
     """A session is worth what its token would be worth now."""
 
@@ -131,6 +148,81 @@ class TestSessions:
         retire_credential(site.database, "org_a", 1, actor="tester")
 
         assert (await client.get("/orgs/org_a")).status_code == 200
+
+    @on_either
+    async def test_a_session_follows_the_role_of_orgs(self, site: Site, monkeypatch: pytest.MonkeyPatch):
+        opened = await self.opened(site)
+
+        site.org_role = "viewer"
+        lowered = again(site, opened)
+        assert "Run now" not in (await lowered.get("/orgs/org_a/definitions/digest")).text
+        assert (await run_by_form(lowered)).status_code == 403
+        site.org_role = "operator"
+        assert (await run_by_form(again(site, opened))).status_code == 303
+
+        # The control: with the role of the login, a lowered setting changes nothing.
+        site.org_role = "viewer"
+        monkeypatch.setattr(Access, "confirm_session", Access.confirm)
+        assert (await run_by_form(again(site, opened))).status_code == 303
+
+    @on_either
+    @pytest.mark.parametrize("now", ["", "jobs:write"])
+    async def test_a_session_by_scope_ends_with_the_scope(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, now: str
+    ):
+        site.org_scope = "jobs:read"
+        opened = await self.opened(site, **with_scopes("jobs:read"))
+
+        site.org_scope = now
+        with monkeypatch.context() as undefended:
+            # The control: what the row says of the scope is what the setting was.
+            undefended.setattr(Access, "confirm_session", Access.confirm)
+            assert (await again(site, opened).get("/orgs/org_a")).status_code == 200
+        assert (await again(site, opened).get("/orgs/org_a")).status_code == 401
+
+    async def test_a_scope_set_later_gives_no_session_what_its_token_was_not_asked_for(self, site: Site):
+        opened = await self.opened(site, scope="jobs:read", scp=["jobs:read"])
+        retire_credential(site.database, "org_a", 1, actor="tester")
+
+        site.org_scope = "jobs:read"
+
+        assert (await again(site, opened).get("/orgs/org_a")).status_code == 401
+
+    @on_either
+    async def test_a_session_of_the_previous_release_rests_on_its_credential_alone(self, site: Site):
+        """Its row does not say which scope its token had."""
+        site.org_scope = "jobs:read"
+        program = await self.opened(site, scope="jobs:read", scp=["jobs:read"])
+        stranger = await self.opened(site, **with_scopes("jobs:read"))
+        # The control: as this release writes them, both are admitted by the scope.
+        assert [(await each.get("/orgs/org_a")).status_code for each in (program, stranger)] == [200, 200]
+        with site.database.transaction() as connection:
+            connection.execute(update(tables.sessions).values(basis=""))
+
+        assert [(await each.get("/orgs/org_a")).status_code for each in (program, stranger)] == [200, 401]
+        retire_credential(site.database, "org_a", 1, actor="tester")
+        assert (await program.get("/orgs/org_a")).status_code == 401
+
+    async def test_a_persons_role_is_that_of_the_login_rules(self, site: Site):
+        """`org_role` is for programs: it makes no member an operator."""
+        site.login_basis = "rules"
+        person = Caller(
+            *("ann", "member"),
+            org="org_a",
+            kind="person",
+            issuer="main",
+            subject="1",
+            home="org_a",
+            basis="rules",
+        )
+        session = await Sessions(site.database, site.clock).begin(person)
+        client = site.client()
+        client.cookies.set(SESSION_COOKIE, session.key)
+
+        assert (await client.get("/orgs/org_a")).status_code == 200
+        assert (await run_by_form(client)).status_code == 403
+        site.login_basis = "other rules"
+        assert (await again(site, client).get("/orgs/org_a")).status_code == 401
 
     async def test_a_paused_org_still_sees_its_page(self, site: Site):
         client = await self.opened(site)

@@ -46,7 +46,7 @@ sessions = Table(
     required(
         "basis",
         Text,
-        "A hash of what gave access: the operator's token, or the rules of `[web.login]`.",
+        "A hash of what gave access: the operator's token, the rules of `[web.login]`, or `web.org_scope`.",
     ),
     required("created_at", Instant),
     required("until", Instant, "When it ends."),
