@@ -9,14 +9,16 @@ import pytest
 from sqlalchemy import delete, insert, update
 
 from worker.errors import NotFound
+from worker.handlers.catalogue import HandlerEntry
 from worker.ids import ALL_ORGS, new_id
 from worker.operations.orgs import add_org
 from worker.operations.runs import retry, run_now
 from worker.orgs import OrgEntry
 from worker.search import parsed
-from worker.store import orgs, roles, tables
+from worker.store import catalogue, orgs, roles, tables
 from worker.store.lists import Page, matching
 from worker.store.lists import search as search_module
+from worker.store.lists import suggestions as suggestions_module
 from worker.store.lists.search import orgs_of, page_of, runs_of
 from worker.store.lists.suggestions import Suggestion, suggestions
 from worker.wiring.chores import Chores
@@ -161,6 +163,40 @@ def test_an_org_finds_only_its_own_runs_and_words(site, apply):
     assert site.near("definition:payroll", "org_acme") == [Suggestion("payroll", [], "definition")]
     with pytest.raises(NotFound):
         site.find("", "org_nobody")
+
+
+def test_an_org_is_told_only_of_handlers_of_its_definitions(site, database, apply, monkeypatch):
+    """Whether another org's handler exists shows neither in a suggestion nor by the lack of one."""
+    with database.transaction() as connection:
+        entries = [
+            HandlerEntry(name, "acme-jobs", "1.0", "acme_jobs:x")
+            for name in ("acme.plain", "acme.note", "beta.secret_project")
+        ]
+        catalogue.put(connection, entries, at=database.now(connection))
+    asked = (
+        "handler:beta.secret_project",
+        "handler:beta.secret_projekt",
+        "handler:no.such",
+        "handler:acme.plaim",
+    )
+
+    def told(scope):
+        return [[(each.word, each.near) for each in site.near(text, scope)] for text in asked]
+
+    own = [
+        [("beta.secret_project", [])],
+        [("beta.secret_projekt", [])],
+        [("no.such", [])],
+        [("acme.plaim", ["acme.plain"])],
+    ]
+    assert told("org_acme") == own
+    assert site.near("handler:acme.note", "org_acme") == []
+    # An operator is told of all.
+    assert told(ALL_ORGS)[:2] == [[], [("beta.secret_projekt", ["beta.secret_project"])]]
+    # The control: with every handler of the catalogue, an org finds the other's name, and that it is known.
+    everything = suggestions_module.handler_names(ALL_ORGS)
+    monkeypatch.setattr(suggestions_module, "handler_names", lambda scope: everything)
+    assert told("org_acme") == told(ALL_ORGS) != own
 
 
 def test_words_begin_in_name_or_code_and_follow_a_new_name(site, database, apply):

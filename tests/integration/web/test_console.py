@@ -92,6 +92,19 @@ async def test_an_org_finds_its_own_runs_only(site: Site):
 
 
 @EITHER
+async def test_the_page_suggests_an_org_no_handler_of_another(site: Site):
+    async with logged_in(site, site.token("org_a")) as client:
+        other, unknown, own = [
+            (await client.get("/search", params={"q": f"handler:{name}"})).text
+            for name in ("acme.othe", "acme.other", "acme.digst")
+        ]
+
+    assert "acme.other" not in other
+    assert [html.unescape(text).count("There is no handler") for text in (other, unknown, own)] == [1, 1, 1]
+    assert "acme.digest" in own
+
+
+@EITHER
 async def test_runs_of_a_search_are_retried_one_first_and_then_the_rest(staffed: Site):
     runs = [failed(staffed, "org_a") for _ in range(4)]
     failed(staffed, "org_b")

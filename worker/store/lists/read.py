@@ -286,6 +286,17 @@ def _open_definitions(org_id: OrgId, *columns: ColumnElement[Any]) -> Select[Any
     return query.where(_definitions.c.org_id == org_id, _definitions.c.closed_at.is_(None))
 
 
+def handler_names(scope: OrgId | AllOrgs) -> Select[Any]:
+    """The names of handlers: those of workers, or for one org those of its definitions, closed or not.
+
+    What else is installed is other orgs' business.
+    """
+    if isinstance(scope, AllOrgs):
+        return select(_catalogue.c.name).distinct()
+    query = select(_of_spec("handler")).select_from(_definitions).join(_revisions, _IN_FORCE)
+    return query.where(_definitions.c.org_id == scope).distinct()
+
+
 _IN_FORCE = (_revisions.c.definition_id == _definitions.c.id) & (
     _revisions.c.revision == _definitions.c.revision
 )

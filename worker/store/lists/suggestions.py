@@ -10,6 +10,7 @@ from worker.ids import AllOrgs, OrgId, OrgScope
 from worker.search import Query, folded, ids_of, near
 from worker.store import orgs, tables
 from worker.store.lists.matching import begins, in_scope
+from worker.store.lists.read import handler_names
 from worker.store.names import around
 
 # Words compared for a suggestion.
@@ -46,7 +47,7 @@ def suggestions(connection: Connection, scope: OrgScope, query: Query) -> list[S
     if query.definition is not None:
         found += _of_definition(connection, org_id, query.definition)
     if query.handler is not None:
-        known = connection.execute(select(tables.catalogue.c.name).distinct().limit(NEAR)).scalars().all()
+        known = connection.execute(handler_names(org_id).limit(NEAR)).scalars().all()
         # Before a worker has reported its handlers, none is known.
         if known and query.handler not in known:
             found.append(Suggestion(query.handler, near(query.handler, known), "handler"))
