@@ -12,12 +12,13 @@ from sqlalchemy import insert, select, update
 from tests.integration.web.conftest import TOKENS, Site, log_in
 from worker.errors import Busy, ConfigurationError, StoreUnavailable, Unavailable, WorkerError
 from worker.ids import ALL_ORGS, new_id
-from worker.operations.definitions import pause_definition
+from worker.operations.definitions import edit_definition, pause_definition
 from worker.operations.runs import run_now
 from worker.store import lists, tables
 from worker.store.database import Database
-from worker.store.lists import read, rows
+from worker.store.lists import read, redaction, rows
 from worker.store.lists import runs as run_lists
+from worker.store.lists.definition_history import Revision
 from worker.store.lists.redaction import NOT_LOADED, OTHER_ORG, rules_of
 from worker.telemetry.masking import without_paths
 from worker.web.callers import Caller
@@ -221,11 +222,86 @@ async def test_rows_have_the_declared_columns(planted: tuple[Site, dict[str, str
         assert tuple(row) == rows.columns_of(kind), kind
 
 
+SPEC = "canary-spec"
+
+
+@pytest.fixture
+def specified(staffed: Site) -> tuple[Site, dict[str, str]]:
+    """A definition whose spec has a canary in a param; and what may show it, by name."""
+    database = staffed.database
+    params = {"url": f"{SPEC}-1", "collection": "news"}
+    keys = {"params": params, "params_by_hand": ["collection"]}
+    edit_definition(database, "org_a", "digest", keys, actor="mallory")
+    edit_definition(database, "org_a", "digest", {"params": params | {"url": f"{SPEC}-2"}}, actor="mallory")
+    given = {"collection": "faq"}
+    made = run_now(database, "org_a", "digest", params=given, actor="org:org_a", by_org=True)["id"]
+    paths = {
+        "definition": f"{API}/definitions/org_a/digest",
+        "run": f"{API}/runs/{made}",
+        "audit": f"{API}/audit",
+        "page of the definition": "/orgs/org_a/definitions/digest",
+        "page of the run": f"/runs/{made}",
+    }
+    return staffed, paths
+
+
+async def showing(
+    site: Site, token: str, paths: dict[str, str]
+) -> tuple[set[str], dict[str, httpx.Response]]:
+    """Which of the answers show the canary, and all answers."""
+    async with site.client() as browser:
+        await log_in(browser, token)
+        seen = {
+            name: await (site.get(path, token) if path.startswith(API) else browser.get(path))
+            for name, path in paths.items()
+        }
+    assert {name: answer.status_code for name, answer in seen.items()} == dict.fromkeys(paths, 200)
+    return {name for name, answer in seen.items() if SPEC in answer.text}, seen
+
+
+@on_either
+async def test_an_org_sees_no_part_of_a_spec_wherever_it_looks(specified: tuple[Site, dict[str, str]]):
+    site, paths = specified
+
+    showed, seen = await showing(site, site.token("org_a"), paths)
+
+    assert showed == set()
+    assert "spec" not in seen["definition"].json().keys() | seen["run"].json().keys()
+    # What it may give it sees, and that there were changes.
+    assert seen["run"].json()["params"] == {"collection": "faq"}
+    page = seen["page of the definition"].text
+    assert 'name="param.collection"' in page
+    assert "Revision 3" in page
+    assert "Values in force" not in page
+    [change] = [row for row in seen["audit"].json() if row["action"] == "definition.run"]
+    assert change["detail"]["run"]
+
+
+async def test_an_operator_sees_the_spec_in_each_place(specified: tuple[Site, dict[str, str]]):
+    """The control: the canary is where the org looked."""
+    site, paths = specified
+
+    assert (await showing(site, TOKENS["admin"], paths))[0] == set(paths)
+
+
+async def test_all_places_follow_the_one_rule(
+    specified: tuple[Site, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+):
+    """The control: with a rule that shows specs, each place shows it to the org again, but for the audit."""
+    site, paths = specified
+    rules = rules_of
+    monkeypatch.setattr(redaction, "rules_of", lambda kind: {**rules(kind), "spec": redaction.shown})
+
+    assert (await showing(site, site.token("org_a"), paths))[0] == set(paths) - {"audit"}
+
+
 def test_every_column_has_a_rule():
     """A new column is not shown to orgs until somebody has decided about it; here it is missed."""
     left_out = {
         rows.TemplateDetail: {"orgs", "orgs_done", "orgs_total", "updated_by", "spec"},
         rows.DefinitionDetail: {"spec"},
+        rows.RunDetail: {"spec"},
+        Revision: {"spec"},
     }
     for kind in _KINDS:
         hidden = set(rows.columns_of(kind)) - rules_of(kind).keys()
@@ -234,7 +310,7 @@ def test_every_column_has_a_rule():
 
 _KINDS = (
     *(rows.OrgDetail, rows.DefinitionDetail, rows.TemplateDetail, rows.RunDetail, rows.Attempt),
-    *(rows.LogLine, rows.Skip, rows.Handler, rows.CredentialRow, rows.Change),
+    *(rows.LogLine, rows.Skip, rows.Handler, rows.CredentialRow, rows.Change, Revision),
 )
 
 

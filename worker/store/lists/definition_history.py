@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, TypedDict, cast
+from typing import Annotated, TypedDict, cast
 
 from sqlalchemy import Connection, select
 
@@ -11,7 +11,7 @@ from worker.ids import DefinitionId, OrgId, RunId
 from worker.store import tables
 from worker.store.dialect import all_rows
 from worker.store.lists import redaction
-from worker.store.lists.redaction import Shown
+from worker.store.lists.redaction import Shown, Spec
 
 _definitions, _revisions, _runs = tables.definitions, tables.definition_revisions, tables.runs
 
@@ -20,7 +20,7 @@ class Revision(TypedDict):
     """A change of a definition: its spec from then on."""
 
     revision: Shown[int]
-    spec: Shown[Any]
+    spec: Spec
     at: Shown[datetime]
     by: Annotated[str, redaction.actor]
 

@@ -18,6 +18,10 @@ Row = Mapping[str, Any]
 # The value for the org, from the value, its whole row and the org's code.
 Rule = Callable[[Any, Row, str], Any]
 
+# The keys of a definition as an operator wrote them. A column of this type has no rule: an org sees no part
+# of it, in no row and on no page. Its definition's other columns say what concerns it.
+Spec = dict[str, Any]
+
 OTHER_ORG = "the token is for another org"
 NOT_LOADED = "it does not load; an operator can see why"
 # Actors: an org sees itself, its own people and the worker; everyone else appears as OPERATOR.
@@ -112,11 +116,25 @@ def reference(value: Any, row: Row, org: str) -> Any:
     return None if value is None else "file"
 
 
+def by_hand(value: Any, row: Row, org: str) -> Any:
+    """Those params of a run that the org may give; the others come from the spec or from an operator."""
+    if not isinstance(value, Mapping):
+        return None
+    given = (row.get("spec") or {}).get("params_by_hand", ())
+    return {name: each for name, each in value.items() if name in given}
+
+
 def audit_detail(value: Any, row: Row, org: str) -> Any:
-    """Without an operator's notes."""
+    """Without an operator's notes, and without the values of a spec before and after a change."""
     if isinstance(value, Mapping) and actor(row.get("actor"), row, org) == OPERATOR:
         value = {name: each for name, each in value.items() if name not in ("note", "reason", "template")}
+    if isinstance(value, Mapping) and str(row.get("action")).startswith("definition."):
+        value = {name: each for name, each in value.items() if not _is_of_spec(each)}
     return text(value, row, org)
+
+
+def _is_of_spec(value: Any) -> bool:
+    return isinstance(value, Mapping) and set(value) == {"before", "after"}
 
 
 def not_loaded(value: Any, row: Row, org: str) -> Any:

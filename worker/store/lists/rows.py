@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypedDict
 from worker.ids import DefinitionId, OrgId, RunId, TemplateId, WorkerId
 from worker.orgs import OrgState
 from worker.store.lists import redaction
-from worker.store.lists.redaction import Shown
+from worker.store.lists.redaction import Shown, Spec
 
 Json = Any
 
@@ -104,7 +104,7 @@ class DefinitionDetail(Definition):
 
     next_run_for: Shown[datetime | None]
     schedule_in_words: Shown[str]
-    spec: dict[str, Json]
+    spec: Spec
 
 
 class Template(TypedDict):
@@ -127,7 +127,7 @@ class Template(TypedDict):
 
 
 class TemplateDetail(Template):
-    spec: dict[str, Json]
+    spec: Spec
 
 
 class Calendar(TypedDict):
@@ -235,7 +235,7 @@ class RunDetail(Run):
     created_at: Shown[datetime]
     request_key: Shown[str | None]
     idempotency_key: Shown[str]
-    params: Shown[Json]
+    params: Annotated[Json, redaction.by_hand]
     cancel_requested_at: Shown[datetime | None]
     claims: Annotated[Json, redaction.claims]
     attempts: Annotated[list[Attempt], redaction.rows(Attempt)]
@@ -244,7 +244,7 @@ class RunDetail(Run):
     step_count: Shown[int]
     steps: Annotated[list[Step], redaction.rows(Step)]
     spends: Annotated[list[Spent], redaction.rows(Spent)]
-    spec: Shown[Json]
+    spec: Spec
 
 
 class LogLine(TypedDict):

@@ -133,7 +133,13 @@ def list_endpoint(listing: Listing[Any]) -> Endpoint:
     )
 
 
-RUN = Endpoint("show_run", "GET", RUN_PATH, "One run with its attempts, steps, claims and spec.", RunDetail)
+RUN = Endpoint(
+    "show_run",
+    "GET",
+    RUN_PATH,
+    "One run with its attempts, steps and claims; for operators also its spec.",
+    RunDetail,
+)
 ATTEMPTS = Endpoint(
     "list_attempts", "GET", f"{RUN_PATH}/attempts", "The attempts of a run.", Attempt, is_list=True
 )
@@ -315,7 +321,7 @@ DEFINITION = Endpoint(
     "show_definition",
     "GET",
     DEFINITION_PATH,
-    "One definition with its whole spec.",
+    "One definition; for operators with its whole spec.",
     DefinitionDetail,
     errors=(304,),
     returns={"ETag": "What `If-Match` of a change takes."},

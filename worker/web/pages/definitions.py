@@ -77,12 +77,15 @@ class DefinitionPages:
             took = lengths(connection, org_id, id_, limit=CHARTED)
             recent = of_definition(connection, org_id, id_, limit=RECENT)
             is_operator = caller.org is None
+            # An org sees no spec, so none of what the page derives from it.
+            seen = caller.sees(DefinitionDetail, row)
+            spec = seen.get("spec")
             remembered = state(connection, org, name)
             return {
-                "definition": caller.sees(DefinitionDetail, row),
+                "definition": seen,
                 "times": times,
                 "fault": fault,
-                "values": _effective(connection, row, org_row),
+                "values": None if spec is None else _effective(connection, row, org_row),
                 "changes": _changes(caller, changes),
                 "older": changes[REVISIONS - 1]["revision"] if len(changes) > REVISIONS else None,
                 "is_newest": before is None,
@@ -93,8 +96,9 @@ class DefinitionPages:
                 "backfills": read(connection, BACKFILLS, org, Page(definition=name, limit=5))
                 if is_operator
                 else (),
+                # Who may give these is asked for them.
                 "by_hand": row["spec"].get("params_by_hand", []),
-                "params": row["spec"].get("params", {}),
+                "params": (spec or {}).get("params", {}),
                 "may": allowed(request),
                 **problem_of(problem),
                 "base": definition_path(org, name),
@@ -269,12 +273,12 @@ def _cut(value: Any) -> str:
 
 
 def _changes(caller: Caller, found: Sequence[Revision]) -> list[dict[str, Any]]:
-    """The newest revisions, each with what it changed."""
+    """The newest revisions, each with what it changed, if the caller sees specs."""
     changes = []
     for at, revision in enumerate(found[:REVISIONS]):
         older = found[at + 1] if at + 1 < len(found) else None
         seen = caller.sees(Revision, revision)
-        differs = differences(older["spec"] if older else {}, revision["spec"])
+        differs = differences(older["spec"] if older else {}, revision["spec"]) if "spec" in seen else None
         changes.append({**seen, "differences": differs, "is_first": older is None})
     return changes
 
