@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -22,6 +23,7 @@ from worker.operations.runs import run_now
 from worker.store import tables
 from worker.store.lists import AUDIT, Page, runs
 from worker.store.lists.read import read
+from worker.web.pages import runs as run_pages
 
 pytestmark = pytest.mark.anyio
 on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
@@ -186,6 +188,42 @@ async def test_a_retry_from_the_checkpoint_says_why_and_a_second_one_only_again(
     with staffed.database.autocommit() as connection:
         row = runs.run(connection, ALL_ORGS, new)
     assert (row["checkpoint"], row["retry_of"]) == ({"page": 7}, run)
+
+
+# What no button of the page sends.
+NOT_JSON = {
+    "text": "yes",
+    "a beginning": '{"a":',
+    "two values": "1 2",
+    "no number": "NaN",
+    "too large a number": "1" * 5000,
+    "an infinite number": "1e999",
+    "too deep to read": "[" * 50_000,
+    "too deep to store": "[" * 201 + "]" * 201,
+    "half a character": '"\\ud800"',
+    "a NUL": '"\\u0000"',
+}
+
+
+@on_either
+async def test_a_choice_that_is_not_json_is_a_mistake_of_the_caller(
+    staffed: Site, monkeypatch: pytest.MonkeyPatch
+):
+    run = run_now(staffed.database, "org_a", "digest", actor="tester")["id"]
+    async with logged_in(staffed, TOKENS["operator"]) as client:
+        form = {"csrf": csrf_of(await client.get(f"/runs/{run}")), "name": "approval"}
+
+        async def answer(choice: str) -> httpx.Response:
+            return await client.post(f"/runs/{run}/answer", data=form | {"choice": choice}, headers=OURS)
+
+        answers = {name: await answer(choice) for name, choice in NOT_JSON.items()}
+        assert {name: each.status_code for name, each in answers.items()} == dict.fromkeys(NOT_JSON, 400)
+        assert "hoice is not JSON" in answers["text"].text
+        assert (await answer('{"by": 1}')).status_code == 303
+        # The control: read without care, it is an error of the server.
+        monkeypatch.setattr(run_pages, "from_json", lambda text, name: json.loads(text))
+        unread = ("text", "too large a number", "too deep to read")
+        assert [(await answer(NOT_JSON[name])).status_code for name in unread] == [500] * 3
 
 
 @on_either

@@ -58,5 +58,17 @@ def from_typed(text: str) -> Any:
         return text
 
 
+def from_json(text: str, name: str) -> Any:
+    """The value of a field that is JSON, as the page wrote it.
+
+    Raises:
+        UsageError: it is not JSON, or nests too deeply; the message names the field.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        raise UsageError(f"{name} is not JSON", fix="open the page again and use its buttons") from None
+
+
 def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")

@@ -25,7 +25,7 @@ from worker.web.callers import Caller
 from worker.web.charts import Lane, Piece, gantt
 from worker.web.pages.answer import answer_of
 from worker.web.pages.base import Pages, allowed, caller_of, query
-from worker.web.pages.forms import as_text, from_typed, problem_of, reason_of
+from worker.web.pages.forms import as_text, from_json, from_typed, problem_of, reason_of
 from worker.web.pages.links import cause_path
 from worker.web.pages.run_log import page_after, page_before, place_of
 
@@ -123,7 +123,7 @@ class RunPages:
                 f"occurrence {occurrence!r:.80} is not a number", fix="open the run's page again"
             )
         # The value of a button is JSON; what people type may be plain text.
-        data = json.loads(form["choice"]) if "choice" in form else from_typed(form.get("data", ""))
+        data = from_json(form["choice"], "choice") if "choice" in form else from_typed(form.get("data", ""))
         try:
             await self._pages.database.answer(caller, run_id, name, data=data, occurrence=int(occurrence))
         except (Conflict, UsageError) as error:
