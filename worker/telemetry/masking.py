@@ -108,6 +108,8 @@ _OPEN = frozenset({"host", "port", "user", "dbname", "sslmode", "connect_timeout
 _CLOSED = frozenset(
     {"password", "sslpassword", "options", "application_name", "sslrootcert", "sslcert", "sslkey"}
 )
+# Ends user, password, host and port, if no password has such a character (RFC 3986, section 3.2).
+_BEYOND = re.compile(r"[/?#]")
 # Shorter pieces of a URL match ordinary text.
 _LONG_ENOUGH, _LONGER = 12, 16
 
@@ -115,8 +117,8 @@ _LONG_ENOUGH, _LONGER = 12, 16
 def shown_url(url: str, *, path: bool = True) -> str:
     """A URL without password, secret parameters and fragment, and without its path unless `path`.
 
-    Parts that cannot be parsed become `***`. Everything up to the last `@` counts as user and password.
-    The user is shown for databases only: elsewhere it may be a token.
+    Parts that cannot be parsed become `***`, as does all of a URL whose last `@` may end a password with a
+    `/`, `?` or `#`. The user is shown for databases only: elsewhere it may be a token.
     """
     scheme, parted, rest = url.partition("://")
     if not parted or not _SCHEME.fullmatch(scheme):
@@ -124,32 +126,67 @@ def shown_url(url: str, *, path: bool = True) -> str:
     if scheme.startswith("sqlite") and rest.startswith("/"):
         file, asked, _ = rest.partition("?")
         return f"{scheme}://{file}{'?***' if asked else ''}"
-    userinfo, at, place = rest.rpartition("@")
-    found = _PLACE.fullmatch(place)
-    if found is None:
+    is_database = scheme.startswith("postgres")
+    split = _split(rest, is_database=is_database)
+    found = _PLACE.fullmatch(split[2]) if split else None
+    if split is None or found is None:
         return f"{scheme}://***"
+    userinfo, at, _ = split
     user, colon, _ = userinfo.partition(":")
-    if not scheme.startswith("postgres") or not _USER.fullmatch(user):
+    if not is_database or not _USER.fullmatch(user):
         user, colon = ("***", "") if at else ("", "")
     shown = f"{scheme}://{user}{':***' if colon else ''}{at}{found['host']}"
     if not path:
         return shown + ("/***" if (found["path"] or "/") != "/" or found["query"] else "")
-    parameters = (part.partition("=") for part in (found["query"] or "").split("&") if part)
-    query = "&".join(
-        f"{key}={value}" if key in _OPEN else f"{key}=***" if key in _CLOSED else "***"
-        for key, _, value in parameters
-    )
+    query = "&".join(_shown_parameter(part) for part in (found["query"] or "").split("&") if part)
     return f"{shown}{found['path'] or ''}{f'?{query}' if query else ''}"
 
 
+def _shown_parameter(part: str) -> str:
+    key, _, value = part.partition("=")
+    if key in _OPEN and "@" not in value:
+        return part
+    return f"{key}=***" if key in _OPEN or key in _CLOSED else "***"
+
+
+def _split(rest: str, *, is_database: bool) -> tuple[str, str, str] | None:
+    """User and password, `@` or "", and the rest of what follows `://`; None if the password may go on.
+
+    A user without a password ends at its `@`. So if no `:` comes before a database's query, an `@` in the
+    query belongs to a parameter.
+    """
+    authority = _BEYOND.split(rest, maxsplit=1)[0]
+    beyond = rest[len(authority) :]
+    path = beyond.partition("?")[0]
+    if "@" in beyond and (not is_database or ":" in authority + path or "@" in path):
+        return None
+    userinfo, at, host = authority.rpartition("@")
+    return userinfo, at, host + beyond
+
+
 def secrets_of_url(url: str, *, path: bool = False) -> Iterator[str]:
-    """The secrets in a URL: password, the pieces around an @ in it, parameters, with `path` also the path."""
+    """The secrets in a URL: password, the pieces around an @ in it, parameters, with `path` also the path.
+
+    Where a password may end in two places, those of both readings.
+    """
     _, parted, rest = url.partition("://")
-    userinfo, _, place = (rest if parted else url).rpartition("@")
+    rest = rest if parted else url
+    authority = _BEYOND.split(rest, maxsplit=1)[0]
+    beyond = rest[len(authority) :]
+    yield from _secrets_of(*rest.rpartition("@")[::2], path=path)
+    if "@" in beyond:
+        userinfo, _, host = authority.rpartition("@")
+        yield from _secrets_of(userinfo, host + beyond, path=path)
+
+
+def _secrets_of(userinfo: str, place: str, *, path: bool) -> Iterator[str]:
     password = userinfo.partition(":")[2] or userinfo
-    way, _, query = place.partition("#")[0].partition("?")
+    way, _, query = place.partition("?")
+    way = way.partition("#")[0]
     parameters = (part.partition("=") for part in query.split("&"))
-    found = [password, *password.split("@"), *(value for key, _, value in parameters if key not in _OPEN)]
+    values = [value for key, _, value in parameters if key not in _OPEN]
+    # Drivers differ on whether a fragment ends a value.
+    found = [password, *password.split("@"), *values, *(value.partition("#")[0] for value in values)]
     if path:
         # The whole path and its long segments.
         found += [way.partition("/")[2], *(part for part in way.split("/")[1:] if len(part) >= _LONGER)]
