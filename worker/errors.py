@@ -23,6 +23,7 @@ from worker.guard.errors import (
 
 __all__ = [
     "AccessDenied",
+    "AnswerTooLarge",
     "Busy",
     "CanaryFailed",
     "ConfigurationError",
@@ -155,6 +156,18 @@ class RequestRejected(TokenError):
     """The issuer rejected the request itself, such as `invalid_scope` (RFC 6749, 5.2)."""
 
     code = "request_rejected"
+
+
+class AnswerTooLarge(IssuerUnavailable):
+    """The issuer's answer for one org is larger than a token may be; a retry does not help.
+
+    It is about that org's token, so it says nothing about the issuer.
+    """
+
+    code = "answer_too_large"
+    exit_code = 1
+    transient = False
+    detail = "answer_too_large"
 
 
 class Throttled(TokenError):

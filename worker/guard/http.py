@@ -22,6 +22,7 @@ from .timeouts import Timeouts
 CONNECT_SECONDS = 3.0
 EXCHANGE_SECONDS = 10.0
 TOKEN_LIMIT = 64 * 1024  # bytes
+TOO_LARGE = "too_large"
 KEYS_LIMIT = 256 * 1024
 # Of httpx, in seconds; the clock's deadline holds for all of an exchange.
 TIMEOUTS = {"timeout": {"connect": CONNECT_SECONDS}}
@@ -115,7 +116,8 @@ async def exchange(
     `form` and `json` are encoded bodies; pass one of them at most.
 
     A failure is returned as unreachable, timeout, too_large, encoded or protocol, not raised:
-    httpx's exceptions carry the request, and with it the secret in its body.
+    httpx's exceptions carry the request, and with it the secret in its body. Of an error whose body is too
+    large, status and headers are returned.
     """
 
     body = json if form is None else form
@@ -174,10 +176,24 @@ async def _send(client: httpx.AsyncClient, request: httpx.Request, limit: int) -
         async for chunk in response.aiter_bytes():
             content += chunk
             if len(content) > limit:
-                return "too_large"
+                return _cut(response)
         return Reply(response.status_code, response.headers, bytes(content))
     finally:
         await response.aclose()
+
+
+def _cut(response: httpx.Response) -> Reply | str:
+    """A response whose body is too large: an error without its body, or a code."""
+    if response.status_code >= 300:
+        return Reply(response.status_code, response.headers, b"")
+    # A page is not the answer of a token endpoint or an API.
+    is_page = response.headers.get("content-type", "").lower().startswith("text/html")
+    return "protocol" if is_page else TOO_LARGE
+
+
+def what_failed(code: str) -> str:
+    """The failure that `exchange` returned, for a message that begins with who was asked."""
+    return "its answer is too large" if code == TOO_LARGE else f"did not respond: {code}"
 
 
 @lru_cache(256)

@@ -14,6 +14,7 @@ from worker.bounded import drop_where, remember
 from worker.claims.record import ClaimsRecord
 from worker.clock import Clock
 from worker.errors import (
+    AnswerTooLarge,
     CredentialsRejected,
     IssuerUnavailable,
     RequestRejected,
@@ -199,6 +200,10 @@ class Acquirer:
                     raise
                 # A variant's scope that this org lacks must not cost it the definition's own.
                 scopes = request.scopes
+            except AnswerTooLarge as large:
+                await self._count_use(credential, large.detail)
+                self._park(self._refused, request, large, request, credentials)
+                raise
             except IssuerPaused:
                 raise
             except IssuerUnavailable as unavailable:
@@ -239,7 +244,7 @@ class Acquirer:
         self,
         parking: Parking[K],
         key: K,
-        error: CredentialsRejected | RequestRejected,
+        error: CredentialsRejected | RequestRejected | AnswerTooLarge,
         request: TokenRequest,
         credentials: Sequence[Credential],
     ) -> None:

@@ -9,7 +9,13 @@ from typing import NamedTuple
 
 from worker.bounded import remember
 from worker.clock import Clock
-from worker.errors import CredentialsRejected, IssuerUnavailable, RequestRejected, Throttled
+from worker.errors import (
+    AnswerTooLarge,
+    CredentialsRejected,
+    IssuerUnavailable,
+    RequestRejected,
+    Throttled,
+)
 from worker.telemetry.events import emit
 from worker.tokens.budget import BudgetPaused
 
@@ -101,11 +107,11 @@ class Breaker:
             yield
         except BudgetPaused:
             raise  # nothing was sent
+        except (CredentialsRejected, RequestRejected, Throttled, AnswerTooLarge):
+            self._note_response(org)
+            raise
         except IssuerUnavailable:
             self._note_failure(org, asked_at)
-            raise
-        except (CredentialsRejected, RequestRejected, Throttled):
-            self._note_response(org)
             raise
         else:
             self._note_response(org)

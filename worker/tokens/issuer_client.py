@@ -17,9 +17,16 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from worker.clock import Clock
-from worker.errors import CredentialsRejected, IssuerUnavailable, RequestRejected, Throttled, TokenError
+from worker.errors import (
+    AnswerTooLarge,
+    CredentialsRejected,
+    IssuerUnavailable,
+    RequestRejected,
+    Throttled,
+    TokenError,
+)
 from worker.guard.endpoints import Endpoints
-from worker.guard.http import TOKEN_LIMIT, Reply, exchange
+from worker.guard.http import TOKEN_LIMIT, TOO_LARGE, Reply, exchange, what_failed
 from worker.guard.issuer import Issuer
 from worker.guard.jwks import KeySet
 from worker.guard.profile import FailureClass
@@ -98,6 +105,7 @@ class IssuerClient:
             CredentialsRejected: the issuer does not know this client or secret; retrying does not help.
             RequestRejected: it refuses the request itself; `detail` is its error code.
             Throttled: it asks for fewer requests, now or earlier; `retry_after` is in seconds.
+            AnswerTooLarge: the response is larger than a token may be; retrying does not help.
             IssuerUnavailable: no response, a 5xx, or a malformed token response; retrying may help.
             IssuerPaused: nothing was sent; the breaker is open, and it is not this org's turn.
         """
@@ -232,8 +240,10 @@ class IssuerClient:
     ) -> GrantedToken | TokenError | IssuerUnavailable:
         """The token of a response, or what to raise."""
         name = self.issuer.name
+        if reply == TOO_LARGE:
+            return self._too_large(credential)
         if isinstance(reply, str):
-            return IssuerUnavailable(f"issuer {name} did not respond: {reply}")
+            return IssuerUnavailable(f"issuer {name} {what_failed(reply)}")
         try:
             body = reply.json_object()
         except Malformed:
@@ -242,8 +252,10 @@ class IssuerClient:
             return self._failure(reply, body.get("error"), credential)
         text, kind, expires_in = body.get("access_token"), body.get("token_type"), body.get("expires_in")
         longest = self.issuer.profile.max_lifetime.total_seconds()
+        if isinstance(text, str) and len(text) > MAX_TOKEN:
+            return self._too_large(credential)
         # Section 5.1.
-        if not isinstance(text, str) or len(text) > MAX_TOKEN or not _PRINTABLE.fullmatch(text):
+        if not isinstance(text, str) or not _PRINTABLE.fullmatch(text):
             fault = "access_token"
         elif not isinstance(kind, str) or kind.lower() != "bearer":
             fault = "token_type"
@@ -254,6 +266,14 @@ class IssuerClient:
         else:
             fault = "expires_in"
         return IssuerUnavailable(f"issuer {name} sent a malformed token response: {fault}")
+
+    def _too_large(self, credential: Credential) -> AnswerTooLarge:
+        name, title = self.issuer.name, self.issuer.profile.title
+        return AnswerTooLarge(
+            f"issuer {name} gives org {credential.org_code} no usable token: {what_failed(TOO_LARGE)}",
+            fix=f"let {title} put fewer permissions and properties into tokens of the client"
+            f" {credential.client_id}: a token has at most {MAX_TOKEN // 1024} KiB",
+        )
 
     def _failure(self, reply: Reply, error: Any, credential: Credential) -> TokenError | IssuerUnavailable:
         """What a response without a token means (section 5.2). The issuer's own prose is never repeated."""
@@ -294,7 +314,7 @@ def _named(credential: Credential) -> str:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether an immediate retry may help: the issuer failed and asked for no longer pause."""
-    if isinstance(error, IssuerPaused) or not isinstance(error, IssuerUnavailable):
+    if isinstance(error, IssuerPaused | AnswerTooLarge) or not isinstance(error, IssuerUnavailable):
         return False
     return (error.retry_after or 0.0) <= 1.0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from worker.clock import Clock
-from worker.errors import ConfigurationError, CredentialsRejected, RequestRejected
+from worker.errors import AnswerTooLarge, ConfigurationError, CredentialsRejected, RequestRejected
 from worker.ids import OrgId
 from worker.secret import Secret
 from worker.telemetry.masking import masker
@@ -60,7 +60,7 @@ class ManagementToken:
                 fix=f"compare client_id in [issuers.{name}.management] and the secret management__{name} "
                 "with the application at the provider",
             ) from None
-        except RequestRejected as error:
+        except (RequestRejected, AnswerTooLarge) as error:
             raise ConfigurationError(
                 f"issuer {name} gives no token for its management API: {error.detail}",
                 fix=f"authorise the application for the API {self._audience} at the provider, or correct "

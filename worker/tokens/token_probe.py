@@ -11,6 +11,7 @@ import httpx
 
 from worker.clock import Clock
 from worker.errors import (
+    AnswerTooLarge,
     CredentialsRejected,
     Diagnostic,
     IssuerUnavailable,
@@ -69,7 +70,7 @@ class ProbeResult:
     @property
     def rejected(self) -> str | None:
         """The issuer's error code if it rejected the credential or the request."""
-        if isinstance(self.failure, CredentialsRejected | RequestRejected):
+        if isinstance(self.failure, CredentialsRejected | RequestRejected | AnswerTooLarge):
             return self.failure.detail or self.failure.code
         return None
 
@@ -220,6 +221,8 @@ def _times(claims: Claims, expires_in: float | None, asked_at: float) -> Iterato
 def _advice(error: WorkerError, credential: Credential, issuer: Issuer, need: Need) -> str:
     org, client, title = credential.org_code, credential.client_id, issuer.profile.title
     section = f"[issuers.{issuer.name}] of worker.toml"
+    if isinstance(error, AnswerTooLarge):
+        return f"{error.fix}; then {_check(org)}"
     if isinstance(error, Unavailable):
         return f"is {issuer.base} reachable from here? `curl -sS {issuer.base}{issuer.profile.discovery}`"
     code = getattr(error, "detail", "")

@@ -24,7 +24,7 @@ from worker.clock import Clock
 from worker.errors import AccessDenied, ConfigurationError, IssuerUnavailable, TokenError, TokenRefused
 from worker.guard.decode import client_of, invalid, org_of
 from worker.guard.endpoints import Endpoints
-from worker.guard.http import TOKEN_LIMIT, Reply, exchange
+from worker.guard.http import TOKEN_LIMIT, Reply, exchange, what_failed
 from worker.guard.issuer import Issuer
 from worker.guard.jwks import KeySet
 from worker.guard.strict_json import Malformed
@@ -279,7 +279,7 @@ class Login:
     def _judge(self, reply: Reply | str) -> Mapping[str, Any]:
         name = self._issuer.name
         if isinstance(reply, str):
-            raise IssuerUnavailable(f"issuer {name} did not respond: {reply}")
+            raise IssuerUnavailable(f"issuer {name} {what_failed(reply)}")
         try:
             body = reply.json_object()
         except Malformed:

@@ -25,7 +25,7 @@ STEP = 0.1
 POLL = 1.0  # a run that may start again is admitted this late at most
 LIFETIME = 20  # of tokens, in seconds: each org asks again every 10 to 16 s
 LONGEST = 5.0  # seconds that a healthy org may wait for a token
-FAULTS = ("status", "reset", "unreachable", "malformed", "hang", "slow")
+FAULTS = ("status", "reset", "unreachable", "malformed", "large", "hang", "slow")
 QUICK_AND_SLOW = ("status", "hang")
 
 
@@ -120,6 +120,8 @@ class Simulation:
                 raise httpx.ConnectError("no route")
             case "malformed":
                 return httpx.Response(200, text="<html>")
+            case "large":
+                return httpx.Response(200, content=b"x" * 70_000)
             case "hang":
                 return self._hang()
             case "slow":

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.fakes.clock import settle
-from worker.errors import LeaseLost, RequestRejected, StoreUnavailable, Unavailable
+from worker.errors import AnswerTooLarge, LeaseLost, RequestRejected, StoreUnavailable, Unavailable
 from worker.execution.hosts.control import (
     AsyncControl,
     BlockingControl,
@@ -130,6 +130,7 @@ async def test_runs_are_not_taken_twice(controls):
         (problem(422, "invalid"), Malformed),
         (problem(404, "not_found"), Unavailable),
         (problem(401, "request_rejected"), RequestRejected),
+        (problem(422, "answer_too_large"), AnswerTooLarge),
         (problem(503, "database_unavailable"), StoreUnavailable),
         # Of this address, perhaps by another host: what has ended is repeated.
         (problem(429, "too_many_requests"), ControlUnavailable),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from datetime import timedelta
 from email.utils import format_datetime
 
@@ -14,6 +15,7 @@ from tests.fakes.clock import settle
 from tests.fakes.issuer import ORG, App
 from tests.unit.tokens.conftest import World
 from worker.errors import (
+    AnswerTooLarge,
     ConfigurationError,
     CredentialsRejected,
     IssuerUnavailable,
@@ -23,7 +25,9 @@ from worker.errors import (
     Unavailable,
     WorkerError,
 )
+from worker.execution.attempts.attempt import outcome_of_error
 from worker.orgs import OrgRef
+from worker.tokens import breaker
 
 pytestmark = pytest.mark.anyio
 
@@ -353,6 +357,82 @@ async def test_one_org_with_a_broken_application_does_not_stop_the_others(world:
 
     asked = [form for _, _, form in world.issuer.requests if form.get("client_id") == "client-a"]
     assert len(asked) <= 14
+
+
+LARGE = "x" * 70_000
+# Answers for one org: its token does not fit, or what surrounds it does not.
+TOO_LARGE: dict[str, httpx.Response] = {
+    "a token of 17 KiB": httpx.Response(200, json={"access_token": "x" * 17_000, "token_type": "bearer"}),
+    "a body of 70 kB": httpx.Response(200, json={"access_token": LARGE, "token_type": "bearer"}),
+    "70 kB of no type": httpx.Response(200, content=LARGE.encode()),
+}
+
+
+async def pauses_of_two(world: World, emitted: list, answer: httpx.Response) -> list[str]:
+    """The pauses of an issuer that gives one org this answer, while it fails once for another."""
+    failing, other = world.add_org(1), world.add_org(2)
+    for each in (failing, other):
+        await world.ensure(each)
+    await world.clock.pass_time(3600 * 24)
+    faulty = {"client-a": answer, "client-1": httpx.Response(503)}
+    world.issuer.answer = lambda form: faulty.get(form["client_id"])
+    for each in (ORG, failing):
+        with pytest.raises(IssuerUnavailable):
+            await ensure_in_time(world, each)
+    return [seen.event.name for seen in emitted if seen.event.name == "issuer.paused"]
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+async def test_an_answer_that_is_too_large_is_its_orgs_alone(world: World, emitted: list, name: str) -> None:
+    """It parks the request, as its configuration does, and counts for no pause of the issuer."""
+    assert await pauses_of_two(world, emitted, TOO_LARGE[name]) == []
+
+    with pytest.raises(AnswerTooLarge) as large:
+        await world.ensure()
+    asked = [form for _, _, form in world.issuer.requests if form.get("client_id") == "client-a"]
+    assert len(asked) == 1
+    assert 800 < large.value.retry_after <= 900
+    outcome = outcome_of_error(large.value, None, random.Random(1))
+    assert outcome.detail == (
+        "answer_too_large: issuer main gives org org_a no usable token: its answer is too large"
+    )
+    assert "client-a" in large.value.fix
+    [parked] = [seen.fields for seen in emitted if seen.event.name == "org.parked"]
+    assert (parked["org"], parked["error"], parked["seconds"]) == ("org_a", "answer_too_large", 900)
+    # The org goes on at once with other credentials, and the others meanwhile.
+    world.issuer.answer = None
+    world.credentials.add(ORG, "client-a", "secret-a")
+    await world.clock.pass_time(3)
+    await world.ensure()
+
+
+async def test_two_orgs_pause_the_issuer_if_a_large_answer_counts(
+    world: World, emitted: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: as any malformed answer, it and one failure of another org open the breaker."""
+    monkeypatch.setattr(breaker, "AnswerTooLarge", CredentialsRejected)
+
+    assert await pauses_of_two(world, emitted, TOO_LARGE["a body of 70 kB"]) == ["issuer.paused"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "said"),
+    [
+        (httpx.Response(503, text=LARGE), IssuerUnavailable, "responded with status 503"),
+        (httpx.Response(200, html=LARGE), IssuerUnavailable, "did not respond: protocol"),
+        (httpx.Response(429, text=LARGE), Throttled, "asks for fewer requests"),
+        (httpx.Response(401, text=LARGE), CredentialsRejected, "rejects the credentials"),
+    ],
+)
+async def test_an_error_with_a_large_body_is_what_its_status_says(
+    world: World, answer: httpx.Response, error: type[Exception], said: str
+) -> None:
+    """A page of 70 kB is no token: the issuer fails, or a server before it."""
+    world.issuer.answer = lambda form: answer
+
+    with pytest.raises(error, match=said) as raised:
+        await ensure_in_time(world)
+    assert type(raised.value) is error
 
 
 async def test_a_rejected_secret_closes_the_breaker(world: World) -> None:

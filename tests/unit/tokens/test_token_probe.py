@@ -119,6 +119,18 @@ async def test_an_issuer_that_is_away_is_no_verdict_on_the_org(look: Look) -> No
     assert "curl" in named(found, "token").fix
 
 
+async def test_a_token_that_is_too_large_says_what_to_take_out_of_it(look: Look) -> None:
+    look.issuer.answer = lambda form: httpx.Response(200, content=b" " * 70_000)
+
+    found = await look.find()
+
+    assert (found.ok, found.transient, found.rejected) == (False, False, "answer_too_large")
+    token = named(found, "token")
+    assert "its answer is too large" in token.detail
+    assert "fewer permissions and properties" in token.fix
+    assert "client-a" in token.fix and "orgs check org_a" in token.fix
+
+
 async def test_a_client_of_another_org_is_found_out(look: Look) -> None:
     look.app.replace["org_code"] = "org_other"
 

@@ -21,6 +21,7 @@ from worker.definitions.pools import parse_pool
 from worker.definitions.units import parse_duration, parse_memory
 from worker.errors import (
     AccessDenied,
+    AnswerTooLarge,
     Busy,
     CredentialsRejected,
     IssuerUnavailable,
@@ -399,7 +400,7 @@ _ERRORS: Mapping[str, type[WorkerError]] = {
     kind.code: kind
     for kind in (
         *(LeaseLost, StoreUnavailable, IssuerUnavailable, Busy, Unavailable),
-        *(TokenError, CredentialsRejected, RequestRejected, Throttled, TooManyRequests),
+        *(TokenError, CredentialsRejected, RequestRejected, AnswerTooLarge, Throttled, TooManyRequests),
         *(AccessDenied, Malformed),
     )
 }

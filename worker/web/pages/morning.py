@@ -53,6 +53,7 @@ _NO_TOKEN = {
     "issuer_paused": "Issuer {} is paused: it does not respond",
     "issuer_unavailable": "Issuer {} does not respond",
     "throttled": "Issuer {} is paused: it throttles token requests",
+    "answer_too_large": "Issuer {} gives tokens that are too large",
     "credentials_rejected": "Issuer {} rejects credentials",
 }
 _LEVELS = ("bad", "warn", "quiet")

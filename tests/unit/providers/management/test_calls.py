@@ -269,6 +269,14 @@ async def test_an_oversize_answer_is_not_read(clock: ManualClock):
         await finished(clock, read(calls_of(server)))
 
 
+async def test_an_error_with_an_oversize_body_is_its_status(clock: ManualClock):
+    server = Server(clock, httpx.Response(404, text="x" * 5_000_000))
+
+    missing = await finished(clock, read(calls_of(server)))
+
+    assert (missing.status, missing.body) == (404, {})
+
+
 async def test_a_refusal_is_returned_with_its_code_and_not_counted(clock: ManualClock):
     server = Server(clock, httpx.Response(400, json={"errors": [{"code": "APPLICATION_NOT_FOUND"}]}), ok())
     calls = calls_of(server)
