@@ -6,6 +6,7 @@ import asyncio
 
 from worker.clock import Clock
 from worker.errors import AnswerTooLarge, ConfigurationError, CredentialsRejected, RequestRejected
+from worker.guard.http import TOO_LARGE, what_failed
 from worker.ids import OrgId
 from worker.secret import Secret
 from worker.telemetry.masking import masker
@@ -60,7 +61,12 @@ class ManagementToken:
                 fix=f"compare client_id in [issuers.{name}.management] and the secret management__{name} "
                 "with the application at the provider",
             ) from None
-        except (RequestRejected, AnswerTooLarge) as error:
+        except AnswerTooLarge as error:
+            raise ConfigurationError(
+                f"issuer {name} gives no token for its management API: {what_failed(TOO_LARGE)}",
+                fix=error.fix,
+            ) from None
+        except RequestRejected as error:
             raise ConfigurationError(
                 f"issuer {name} gives no token for its management API: {error.detail}",
                 fix=f"authorise the application for the API {self._audience} at the provider, or correct "

@@ -485,6 +485,7 @@ class TestCallback:
             Fault(status=200, body="<html>Down for maintenance</html>"),
             Fault(status=200, body="[]"),
             Fault(status=200, body=""),
+            Fault(status=200, body=" " * 70_000),
         ],
         ids=lambda fault: f"{fault.status}-{(fault.body or '')[:6]}",
     )

@@ -75,8 +75,9 @@ async def test_a_rejected_token_is_replaced_once_and_a_brand_new_one_is_not(
     [
         (httpx.Response(401, json={"error": "invalid_client"}), "management__main"),
         (httpx.Response(400, json={"error": "unauthorized_client"}), AUDIENCE),
+        (httpx.Response(200, content=b" " * 70_000), "fewer permissions"),
     ],
-    ids=["credentials", "audience"],
+    ids=["credentials", "audience", "too large"],
 )
 async def test_a_refusal_says_what_to_correct(
     token: ManagementToken, issuer: FakeIssuer, answer: httpx.Response, fix: str
