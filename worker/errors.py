@@ -32,6 +32,7 @@ __all__ = [
     "DefinitionError",
     "Diagnostic",
     "ForeignApplication",
+    "InstallationMismatch",
     "InvalidTrigger",
     "IssuerUnavailable",
     "KeyNotPublished",
@@ -119,6 +120,12 @@ class RolesMissing(ConfigurationError):
         "GRANT orgworker_web, orgworker_operator TO this process's login; "
         "`python -m worker db check` names it (docs/operating/postgresql.md)"
     )
+
+
+class InstallationMismatch(ConfigurationError):
+    """The database may be a copy of another installation's, so nothing is changed at a provider."""
+
+    code = "installation_mismatch"
 
 
 class DefinitionError(WorkerError):

@@ -13,6 +13,7 @@ from tests.fakes.issuer import FakeIssuer, kinde_issuer
 from tests.fakes.management import MemoryManagement
 from worker.operations import sync
 from worker.operations.check_orgs import Checks
+from worker.operations.installation import Ownership
 from worker.operations.provisioning import Provisioned, Provisioner, exclusive
 from worker.store.database import Database
 from worker.tokens.sealing import KeyRing
@@ -53,7 +54,7 @@ class Place:
 
     def provisioner(self, **changes: Any) -> Provisioner:
         values: dict[str, Any] = {
-            "database": self.database,
+            "ownership": Ownership(self.database, ""),
             "ring": self.ring,
             "management": self.management,
             "checks": self.checks,
@@ -64,7 +65,7 @@ class Place:
         return Provisioner(**values | changes)
 
     async def provision(self, org: str | None = None) -> dict[str, Provisioned]:
-        with exclusive(self.database, "main"):
+        with exclusive(Ownership(self.database, ""), "main"):
             return {each.org: each for each in await self.provisioner().provision(org)}
 
     async def sync(self, only: str | None = None, **rules: Any) -> dict[str, sync.SyncRow]:

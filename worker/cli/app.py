@@ -47,7 +47,7 @@ VERBS = {
 NOUNS = (
     *("orgs", "credentials", "definitions", "templates", "calendars", "runs", "skips", "audit", "handlers"),
     *("budgets", "usage", "operators", "hosts", "pools", "db", "keys", "tokens", "secrets"),
-    *("config", "import"),
+    *("config", "import", "installation"),
 )
 ONLY_LISTED = ("skips", "audit")
 # Python cannot import a module of this name.

@@ -223,13 +223,15 @@ def _rotate_one(
 ) -> None:
     from worker import wiring
     from worker.operations.credentials import Rotation
+    from worker.operations.installation import Ownership
 
     secret = read_text(secret_file).rstrip("\r\n")
     spans = {"quiet": read_duration(quiet, "--quiet"), "timeout": read_duration(timeout, "--timeout")}
 
     async def change_secret(database: Database, checks: Checks) -> list[CredentialRow]:
         ring = wiring.open_keyring(session.settings, database=database)
-        rotation = Rotation(database, ring, checks, org, session.actor, session.clock, report=say)
+        ownership = Ownership(database, session.settings.installation)
+        rotation = Rotation(ownership, ring, checks, org, session.actor, session.clock, report=say)
         return await rotation.run(client_id, secret, kind.value, **spans)
 
     rows = with_checks(session, change_secret)

@@ -15,14 +15,19 @@ app = typer.Typer(help="The database's schema: upgrade it, or check it.")
 def upgrade(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
     """Create the database or upgrade its schema to this release; repeating it changes nothing.
 
-    On PostgreSQL it connects as the role of database.owner_url, if that is set.
+    On PostgreSQL it connects as the role of database.owner_url, if that is set. Stores the
+    installation of worker.toml if the database has none.
     """
-    from worker.store import roles, schema
+    from worker.store import installation, roles, schema
 
     session = session_of(context)
-    settings = session.settings.database
+    settings, word = session.settings.database, session.settings.installation
     with session.database(any_schema=True) as database:
-        before = schema.upgrade(settings.url, settings.owner_url)
+        before = schema.upgrade(
+            settings.url,
+            settings.owner_url,
+            then=lambda connection: word and installation.store_word(connection, word),
+        )
         missing = ""
         if database.dialect == "postgresql":
             with database.autocommit() as connection:

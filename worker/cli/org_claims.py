@@ -38,6 +38,7 @@ def properties(
     Tokens that are requested from then on have them. Needs [issuers.NAME.management]. Values
     are neither stored here nor in the audit; give no secret on a command line.
     """
+    from worker.operations.installation import Ownership
     from worker.operations.properties import change_properties, show_properties
     from worker.store import orgs
     from worker.wiring.management import open_management
@@ -46,7 +47,12 @@ def properties(
     session = session_of(context)
 
     async def run() -> list[PropertyRow]:
-        async with open_management(session.settings, issuer, session.clock) as management:
+        ownership = Ownership(database, session.settings.installation)
+        if changes:
+            await ownership.permit()
+        async with open_management(
+            session.settings, issuer, session.clock, permit=ownership.permit
+        ) as management:
             if changes:
                 return await change_properties(database, management, org, changes, actor=session.actor)
             return await show_properties(database, management, org)

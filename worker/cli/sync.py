@@ -72,6 +72,8 @@ def sync(
     credential, with the scopes of its definitions, and verifies a token of it. After an
     interruption the same command continues. Exit 75 while another process does the same.
 
+    Exit 78 if worker.toml and the database name different installations, except with --dry-run.
+
     Orgs that are gone stay, or are suspended with --absent suspend; an org that returns is
     resumed if this command suspended it. Exit 5 if more are gone than max_suspended, 69 if
     the provider's list is empty or broken: no org is suspended then.
@@ -156,22 +158,25 @@ def with_provisioner(
     If it `changes` something, no other process provisions the issuer meanwhile. Unless it `seals`, it
     needs no key ring.
     """
+    from worker.operations.installation import Ownership
     from worker.operations.provisioning import exclusive
     from worker.wiring.provisioning import open_provisioner
 
     async def run() -> T:
         async with open_provisioner(
-            session.settings, database, issuer, session.clock, actor=session.actor, seals=seals
+            session.settings, ownership, issuer, session.clock, actor=session.actor, seals=seals
         ) as provisioner:
             return await work(provisioner)
 
-    with session.database() as database, exclusive(database, issuer) if changes else nullcontext():
-        try:
-            return asyncio.run(run())
-        except KeyboardInterrupt:
-            if changes:
-                say("interrupted; the same command continues")
-            raise
+    with session.database() as database:
+        ownership = Ownership(database, session.settings.installation)
+        with exclusive(ownership, issuer) if changes else nullcontext():
+            try:
+                return asyncio.run(run())
+            except KeyboardInterrupt:
+                if changes:
+                    say("interrupted; the same command continues")
+                raise
 
 
 async def _sync(

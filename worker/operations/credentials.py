@@ -21,6 +21,7 @@ from worker.errors import (
 )
 from worker.ids import OrgId, new_id
 from worker.operations.check_orgs import Checks, Report
+from worker.operations.installation import Ownership
 from worker.secret import Secret
 from worker.store import audit, credentials, orgs
 from worker.store.database import Database
@@ -193,13 +194,17 @@ class Rotation:
     unused for `quiet`, then retire them.
     """
 
-    database: Database
+    ownership: Ownership
     ring: KeyRing
     checks: Checks
     org: str
     actor: str
     clock: Clock
     report: Callable[[str], None]
+
+    @property
+    def database(self) -> Database:
+        return self.ownership.database
 
     async def run(
         self,
@@ -217,7 +222,9 @@ class Rotation:
             CredentialsRejected: the new secret gives no valid token; nothing was changed.
             IssuerUnavailable: the issuer does not respond; nothing was changed.
             Busy: an older generation was still used after `timeout`; none was retired.
+            InstallationMismatch: the org may be another installation's.
         """
+        self.ownership.require()
         check_client(client_id, secret, None)
         generation = self._stored(client_id, secret)
         await self._verify(client_id, secret, kind, generation)
@@ -236,6 +243,7 @@ class Rotation:
         else:
             self.report(f"it is generation {generation} already")
         await self._wait_until_unused(generation, quiet, timeout)
+        self.ownership.require()
         for row in self._older(generation, self._rows()):
             retire_credential(self.database, self.org, row["generation"], actor=self.actor)
             self.report(f"generation {row['generation']} is retired")

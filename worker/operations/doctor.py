@@ -11,8 +11,10 @@ from worker.clock import to_text
 from worker.definitions.units import format_duration
 from worker.errors import ConfigurationError, Diagnostic
 from worker.operations.confinement import OFF, confinement_of, in_words, readable_management_secrets
+from worker.operations.installation import ADOPT, NO_WORD, difference
 from worker.settings import Settings
 from worker.store import calendars, catalogue, health, placements, pools, roles
+from worker.store import installation as stored_installation
 from worker.store import org_secrets as stored_secrets
 from worker.store.database import Database
 from worker.store.dialect import Row
@@ -58,6 +60,7 @@ def run_checks(
         *(check(database) for check in (held_snapshots, live_rows, web_roles, file_modes)),
         *(check(settings) for check in (insecure_origins, sandbox, trusted_code)),
         *(check(settings) for check in (management_secrets, database_password)),
+        installation(database, settings),
         workers(database),
         credentials(database, org),
         *org_secrets(database, ring, org),
@@ -67,6 +70,29 @@ def run_checks(
         ending_calendars(database),
         *(placed_pool(database, pool) for pool in settings.placed_by_temporal),
     ]
+
+
+def installation(database: Database, settings: Settings) -> Diagnostic:
+    """A copy of a database has what another installation made at the provider; the word tells them apart."""
+    name, word = "installation", settings.installation
+    with database.autocommit() as connection:
+        found = stored_installation.read(connection)
+    state = found.state(word)
+    if state == "matches":
+        return Diagnostic(name, True, f"worker.toml and the database belong to {word}")
+    if state == "differs":
+        return Diagnostic(name, False, difference(word, found), ADOPT)
+    if not word:
+        # Not the database's own word as the line to copy: this may be a copy.
+        has = "" if found.word is None else f', "{found.word}" only if the database is not a copy'
+        fix = f"{NO_WORD}{has}; then run `python -m worker db upgrade`"
+        return Diagnostic(name, True, "worker.toml does not name this installation", fix)
+    return Diagnostic(
+        name,
+        True,
+        f"the database does not name the installation {word} yet",
+        "run `python -m worker db upgrade`; in a copy run `installation adopt --new`",
+    )
 
 
 def workers(database: Database) -> Diagnostic:

@@ -15,7 +15,7 @@ from worker.providers.management.contract import (
     OrgApplication,
     PropertyValue,
 )
-from worker.store import applications, audit, credentials, orgs
+from worker.store import applications, audit, credentials, installation, orgs
 from worker.store.database import Database
 from worker.store.dialect import Row
 
@@ -54,7 +54,9 @@ async def change_properties(
 
     Raises:
         NotFound, ForeignApplication, ProviderRefused, ProviderUnavailable, Unclear: as `show_properties`.
+        Conflict: the credential came with a copy, so the application is another installation's.
     """
+    await database.call_autocommit(_check_own, org)
     application = await _application(database, management, org)
     for key, value in values.items():
         await management.set_property(application, key, value)
@@ -98,6 +100,19 @@ def _stored(connection: Connection, org: str) -> tuple[Row, Row | None]:
     made = applications.of_orgs(connection, [org_id], ("active",))
     row = next((row for row in made if row["credential_id"] == active[0]["id"]), None)
     return active[0], row
+
+
+def _check_own(connection: Connection, org: str) -> None:
+    """Raise Conflict if the credential in use is older than the adoption of a copy."""
+    since = installation.read(connection).new_since
+    if since is None:
+        return
+    newest = next(iter(credentials.active(connection, OrgId(orgs.require(connection, org)["id"]))), None)
+    if newest is not None and newest["created_at"] <= since:
+        raise Conflict(
+            f"the credential of org {org} came with a copy: its application is another installation's",
+            fix=f"`credentials add {org}` with an application for this installation",
+        )
 
 
 def _record(

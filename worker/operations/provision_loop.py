@@ -313,12 +313,15 @@ class ProvisionLoop:
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
-        """Provision the issuer alone within the block; waits while another process does."""
+        """Provision the issuer alone within the block; waits while another process does.
+
+        Raises InstallationMismatch as `exclusive`.
+        """
         database = self.provisioner.database
         async with self._turns:
             if self._stopping:
                 raise asyncio.CancelledError
-            lock = exclusive(database, self.provisioner.issuer)
+            lock = exclusive(self.provisioner.ownership, self.provisioner.issuer)
             while True:
                 try:
                     await database.run(lock.__enter__)
@@ -327,7 +330,7 @@ class ProvisionLoop:
                     if self.doing != "waiting":
                         emit("provisioning.waiting", issuer=self.provisioner.issuer)
                     self.doing = "waiting"
-                    lock = exclusive(database, self.provisioner.issuer)
+                    lock = exclusive(self.provisioner.ownership, self.provisioner.issuer)
                     await self.provisioner.clock.sleep(LOOK_AGAIN)
             self.doing = "working"
             try:

@@ -35,13 +35,14 @@ from worker.operations.application_rights import Rights, name_of
 from worker.operations.application_steps import Steps
 from worker.operations.check_orgs import Checks
 from worker.operations.credentials import credential_row
+from worker.operations.installation import Ownership, lock_of
 from worker.providers.management.contract import (
     ApplicationName,
     ListedApplication,
     Management,
     OrgApplication,
 )
-from worker.store import applications, audit, credentials
+from worker.store import applications, audit, credentials, installation
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.telemetry.events import emit
@@ -69,18 +70,21 @@ class Provisioned:
 
 
 @contextmanager
-def exclusive(database: Database, issuer: str) -> Iterator[None]:
+def exclusive(ownership: Ownership, issuer: str) -> Iterator[None]:
     """Be the only provisioner of an issuer within the block.
 
     Raises:
         Busy: another process is.
+        InstallationMismatch: the applications of the rows may be another installation's.
     """
-    with database.exclusively(f"provisioning-{issuer}") as held:
+    with ownership.database.exclusively(lock_of(issuer)) as held:
         if not held:
             raise Busy(
                 f"another process provisions the orgs of issuer {issuer}",
                 fix="try again in a moment; `python -m worker provision` is one, and does the same by itself",
             )
+        # Under the lock, without which nothing is adopted.
+        ownership.require()
         yield
 
 
@@ -88,7 +92,7 @@ def exclusive(database: Database, issuer: str) -> Iterator[None]:
 class Provisioner:
     """Makes, verifies and activates the applications of one issuer's orgs; call it within `exclusive`."""
 
-    database: Database
+    ownership: Ownership
     ring: KeyRing
     management: Management
     checks: Checks
@@ -97,6 +101,10 @@ class Provisioner:
     clock: Clock
     concurrency: int = 8
     report: Callable[[int, int], None] = lambda done, total: None
+
+    @property
+    def database(self) -> Database:
+        return self.ownership.database
 
     async def provision(self, org: str | None = None) -> list[Provisioned]:
         """Give each active org without a working credential one, or only `org`; one result per org.
@@ -168,11 +176,12 @@ class Provisioner:
 
     def begin(self, connection: Connection, orgs: Sequence[tuple[OrgId, str]]) -> list[Row]:
         """Insert the rows of applications that are about to be made for these orgs (id and code)."""
+        self.ownership.check(connection)
         ids = applications.insert_for_all_orgs(
             connection,
             orgs,
             issuer=self.issuer,
-            installation=applications.installation_key(connection),
+            installation=installation.key_of(connection),
             actor=self.actor,
             at=self.database.now(connection),
         )
@@ -227,12 +236,13 @@ class Provisioner:
             after = page[-1]["id"]
 
     async def listed(self) -> AsyncIterator[tuple[ApplicationName, ListedApplication]]:
-        """The applications of this installation at the provider."""
+        """The applications of this installation at the provider; raises InstallationMismatch."""
         with self.database.transaction() as connection:
-            installation = applications.installation_key(connection)
+            self.ownership.check(connection)
+            key = installation.key_of(connection)
         async for page in self.management.applications():
             for each in page:
-                if each.made_as is not None and each.made_as.installation == installation:
+                if each.made_as is not None and each.made_as.installation == key:
                     yield each.made_as, each
 
     async def _complete_all(

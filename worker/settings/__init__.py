@@ -21,6 +21,7 @@ from worker.settings.sections import (
     DatabaseSettings,
     ExecutionSettings,
     HostSettings,
+    InstallationWord,
     IssuerName,
     IssuerSettings,
     LoginRole,
@@ -53,6 +54,9 @@ TOLD_TO_HOSTS = ("namespace", "place_timeout")
 
 _OF_WEB: Mapping[str, type[BaseModel]] = {"login": LoginSettings, "portal": PortalSettings}
 
+# Variables of settings that are in no section.
+_WITHOUT_SECTION = (f"{PREFIX}SECRETS_DIR", f"{PREFIX}INSTALLATION")
+
 # URLs whose path may be a secret.
 _SECRET_PATHS = ("webhook_url", "deadman_url", "endpoint")
 
@@ -65,6 +69,7 @@ class Settings(Section):
     """All settings."""
 
     secrets_dir: str = ""
+    installation: InstallationWord = ""
     database: DatabaseSettings = DatabaseSettings()
     issuers: dict[IssuerName, IssuerSettings] = Field(default_factory=dict)
     tokens: TokenSettings = TokenSettings()
@@ -331,11 +336,11 @@ def _flat(table: Mapping[str, Any], where: str, above: Keys = ()) -> Sourced:
 
 
 def _from_variables(environ: Mapping[str, str]) -> Sourced:
-    # Only names with a section: container engines set variables such as WORKER_PORT.
+    # Names with a section, and two others: container engines set variables such as WORKER_PORT.
     return {
         tuple(name.removeprefix(PREFIX).lower().split("__")): (value, name)
         for name, value in environ.items()
-        if name.startswith(PREFIX) and ("__" in name or name == f"{PREFIX}SECRETS_DIR")
+        if name.startswith(PREFIX) and ("__" in name or name in _WITHOUT_SECTION)
     }
 
 

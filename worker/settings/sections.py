@@ -143,6 +143,13 @@ Pools = Annotated[tuple[str, ...], _each(parse_pool), AfterValidator(_once)]
 PoolName = Annotated[str, AfterValidator(parse_pool)]
 Requires = Annotated[dict[str, bool | int | float | str], BeforeValidator(_tables)]
 IssuerName = Annotated[str, _matching(r"[a-z0-9][a-z0-9_-]*", "a name of a-z, 0-9, _ and -, such as main")]
+InstallationWord = Annotated[
+    str,
+    _matching(
+        r"|[a-z0-9][a-z0-9._-]{0,62}",
+        "a word of at most 63 characters of a-z, 0-9, ., _ and -, such as production",
+    ),
+]
 
 
 class Section(BaseModel):

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
-from uuid import uuid4
 
-from sqlalchemy import Connection, Select, insert, select, update
+from sqlalchemy import Connection, Select, delete, insert, select, update
 
 from worker.ids import OrgId, new_id
 from worker.providers.management.contract import ApplicationName
-from worker.store import schema, tables
+from worker.store import tables
 from worker.store.dialect import Row, all_rows, chunks, first_row
 
 _applications, _orgs, _credentials = tables.applications, tables.orgs, tables.credentials
-# The fact with the key that the names of this installation's applications begin with.
-INSTALLATION = "installation"
 UNFINISHED = ("making", "made", "announced")
 USED = (*UNFINISHED, "active", "overlapping", "retired")
 
@@ -57,15 +54,6 @@ def _with_what_belongs() -> Select[Any]:
 
 
 _WITH_ORG = _with_what_belongs()
-
-
-def installation_key(connection: Connection) -> str:
-    """The key of this installation, made at the first call."""
-    key = schema.read(connection, INSTALLATION)
-    if key is None:
-        key = uuid4().hex[:12]
-        schema.write(connection, INSTALLATION, key)
-    return key
 
 
 def insert_for_all_orgs(
@@ -250,3 +238,14 @@ def has_running(connection: Connection, org_id: OrgId, before: datetime) -> bool
     live = tables.live_runs
     query = select(live.c.id).where(live.c.org_id == org_id, live.c.state == "running")
     return connection.execute(query.where(live.c.started_at < before).limit(1)).first() is not None
+
+
+def forget_for_all_orgs(connection: Connection, *, at: datetime) -> int:
+    """Delete all rows, and retire the credentials that were to be used next; returns how many rows."""
+    pending = select(_applications.c.credential_id).where(_applications.c.state.in_(UNFINISHED))
+    connection.execute(
+        update(_credentials)
+        .where(_credentials.c.id.in_(pending), _credentials.c.state == "pending")
+        .values(state="retired", retired_at=at)
+    )
+    return connection.execute(delete(_applications)).rowcount

@@ -9,7 +9,7 @@ import sqlite3
 import threading
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from typing import Concatenate, Generic, Literal, ParamSpec, TypeVar
 
@@ -187,29 +187,29 @@ class Database:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
     @contextmanager
-    def exclusively(self, name: str) -> Iterator[bool]:
-        """Hold a lock of this database until the block ends or this process dies.
+    def exclusively(self, *names: str) -> Iterator[bool]:
+        """Hold locks of this database until the block ends or this process dies.
 
-        Yields False, without waiting, if another process holds the lock of that name. On PostgreSQL it is
-        an advisory lock of a session of its own, on SQLite a file beside the database.
+        Yields False, without waiting, if another process holds the lock of one of these names. On
+        PostgreSQL they are advisory locks of a session of its own, on SQLite files beside the database.
         """
-        if self.dialect == "sqlite":
-            lock = lock_beside(self._engine.url, name)
-            try:
-                yield lock is not None
-            finally:
-                if lock is not None:
-                    lock.release()
-            return
-        with translated(), self._engine.connect() as connection:
-            session = connection.execution_options(isolation_level="AUTOCOMMIT")
-            key = {"kind": _EXCLUSIVE, "name": name}
-            held = bool(session.execute(_TRY_LOCK, key).scalar_one())
-            try:
-                yield held
-            finally:
-                if held:
-                    session.execute(_UNLOCK, key)
+        with ExitStack() as stack:
+            if self.dialect == "sqlite":
+                locks = (lock_beside(self._engine.url, name) for name in names)
+                yield all(lock is not None and stack.callback(lock.release) for lock in locks)
+                return
+            stack.enter_context(translated())
+            session = stack.enter_context(self._engine.connect()).execution_options(
+                isolation_level="AUTOCOMMIT"
+            )
+
+            def take(name: str) -> bool:
+                key = {"kind": _EXCLUSIVE, "name": name}
+                if held := bool(session.execute(_TRY_LOCK, key).scalar_one()):
+                    stack.callback(session.execute, _UNLOCK, key)
+                return held
+
+            yield all(map(take, names))
 
     def now(self, connection: Connection) -> datetime:
         """The time that rows are compared with: PostgreSQL's clock, or the injected one."""

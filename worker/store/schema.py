@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,11 +35,10 @@ def write(connection: Connection, name: str, value: str) -> None:
     connection.execute(upsert(connection, _facts, ("name",), ("value",)), {"name": name, "value": value})
 
 
-def installation(connection: Connection) -> str:
-    """A short name of this database, made once: engines that several installations share tell them apart."""
-    made = {"name": "installation", "value": secrets.token_hex(6)}
-    connection.execute(insert_into(connection, _facts).values(made).on_conflict_do_nothing())
-    return read(connection, "installation") or ""
+def write_new(connection: Connection, name: str, value: str) -> bool:
+    """Set a fact unless it is set; returns whether it was not."""
+    made = insert_into(connection, _facts).values({"name": name, "value": value})
+    return connection.execute(made.on_conflict_do_nothing()).rowcount == 1
 
 
 # Two simultaneous migrators, or one that waits for a long query, would make the workers wait: the
@@ -127,8 +125,12 @@ def check_for_web(database: Database) -> None:
         roles.require(connection)
 
 
-def upgrade(url: str, owner_url: str = "") -> str | None:
+def upgrade(
+    url: str, owner_url: str = "", *, then: Callable[[Connection], object] = lambda connection: None
+) -> str | None:
     """Bring the database to this release's version and return the one it had; can be repeated.
+
+    `then` is called in the same transaction, at its end.
 
     On PostgreSQL `owner_url` names the role that owns the tables, if that is not the worker's. One
     migrator runs at a time, in one transaction.
@@ -150,6 +152,7 @@ def upgrade(url: str, owner_url: str = "") -> str | None:
             before = current(connection)
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+            then(connection)
             return before
     except CommandError as error:
         if isinstance(error.__cause__, ResolutionError):

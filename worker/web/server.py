@@ -60,6 +60,7 @@ def build(
     api_origins: IssuerOrigins = NO_ISSUERS,
     open_ring: OpenRing = no_ring,
     secrets_dir: Path | None = None,
+    installation: str = "",
 ) -> ASGIApp:
     """The application; browsers reach it at `public_url`, and people log in by `login`.
 
@@ -77,7 +78,7 @@ def build(
         secrets_dir=secrets_dir,
     )
     live = Live(caller_database, clock, health.draining)
-    console = Console(caller_database, clock, access, sessions, forms, login=login)
+    console = Console(caller_database, clock, access, sessions, forms, login=login, installation=installation)
     routes = [
         *(health.routes() if with_health else ()),
         *Api(caller_database, clock, live.events).routes(),

@@ -10,7 +10,7 @@ from worker.clock import Clock
 from worker.errors import ConfigurationError, NotFound
 from worker.guard.urls import fault_of_url
 from worker.outbound import open_client
-from worker.providers.management.calls import Calls
+from worker.providers.management.calls import Calls, Permit
 from worker.providers.management.contract import Management
 from worker.providers.management.kinde import KindeManagement
 from worker.secret import Secret
@@ -25,8 +25,10 @@ ADAPTERS = {"kinde": KindeManagement}
 
 
 @asynccontextmanager
-async def open_management(settings: Settings, issuer: str, clock: Clock) -> AsyncIterator[Management]:
-    """The management API of an issuer; reads its secret.
+async def open_management(
+    settings: Settings, issuer: str, clock: Clock, *, permit: Permit
+) -> AsyncIterator[Management]:
+    """The management API of an issuer, which asks `permit` before each change; reads its secret.
 
     Raises:
         NotFound: worker.toml has no such issuer.
@@ -70,6 +72,7 @@ async def open_management(settings: Settings, issuer: str, clock: Clock) -> Asyn
             origin,
             client,
             bearer,
+            permit=permit,
             clock=clock,
             per_second=chosen.max_requests_per_second or configured.max_requests_per_second,
             connections=settings.provisioning.concurrency,

@@ -37,11 +37,12 @@ from worker.execution.runners.child.pool import SHARE_AFTER, ChildPool
 from worker.execution.runners.inline import Inline
 from worker.ids import RunId, WorkerId, new_id
 from worker.operations.confinement import Confinement, confinement_of, readable_management_secrets
+from worker.operations.installation import Ownership
 from worker.operations.keys import check_ring
 from worker.outbound import open_client
 from worker.runs.run import Isolation, Recovered
 from worker.settings import Settings
-from worker.store import schema
+from worker.store import installation, schema
 from worker.store.database import Database
 from worker.store.engine import IDLE, lock_sqlite_file
 from worker.store.worker_store import WorkerStore, heartbeat_database
@@ -179,7 +180,7 @@ class Incarnation:
         self.health.starting()
         self.id = WorkerId(new_id())
         self._announced = Announced(self.notifier, self.clock)
-        self._installation = ""
+        self._ownership = Ownership(self.database, self.settings.installation)
         settings, database = self.settings, self.database
         self._pool_rules = PoolRules(settings.pool_rules)
         self._store = WorkerStore(
@@ -214,7 +215,8 @@ class Incarnation:
         # Before the first run is fired: its handler may be one that only a host offers.
         self._handlers.learn(await self._store.look_at_pools())
         if self.settings.placed_by_temporal:
-            self._installation = await self.database.call(schema.installation)
+            key = await self.database.call(installation.key_of)
+            self._ownership = Ownership(self.database, self.settings.installation, key=key)
         if self.settings.database.sqlite_file is not None:
             # This process holds the file lock, so every other worker of this database is dead.
             emit_recovered(await self._store.recover_all_others())
@@ -307,7 +309,7 @@ class Incarnation:
         async def look_at_pools() -> None:
             self._handlers.learn(await store.look_at_pools())
 
-        placing = placing_loops(self.settings, store, self.id, self._installation, clock)
+        placing = placing_loops(self.settings, store, self.id, self._ownership, clock)
         chores = Chores(self.database, on_runs=wake_admission)
         api = self.hosts.api(store, tools, self.settings, self._credentials.ring, chores.ended)
         self.hosts.attempts.api, self.hosts.attempts.draining = api, False

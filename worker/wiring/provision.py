@@ -15,6 +15,7 @@ from typing import Any
 from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError, NotFound, Unavailable
 from worker.execution.runners.child.linux import allow_many_descriptors
+from worker.operations.installation import Ownership
 from worker.operations.provision_loop import LAST_TURN, ProvisionLoop
 from worker.operations.scopes import Scopes
 from worker.operations.sync import Absent
@@ -86,6 +87,7 @@ def provision(settings: Settings, *, issuer: str | None, absent: Absent) -> int:
     Raises:
         NotFound: worker.toml has no such issuer.
         ConfigurationError: no issuer has a management API, or its settings or secret are not usable.
+        InstallationMismatch: the database may be a copy of another installation's.
         Busy: another process uses the port.
         StoreUnavailable: the database does not respond at the start.
     """
@@ -101,10 +103,12 @@ def provision(settings: Settings, *, issuer: str | None, absent: Absent) -> int:
     try:
         with database.autocommit() as connection:
             schema.check(connection)
+        ownership = Ownership(database, settings.installation)
+        ownership.require()
         listeners = _bind(settings)
         with alerting(settings.alerts, watched, clock):
             asyncio.run(
-                _provision(settings, names, absent, database, watched, health, notifier, clock, listeners)
+                _provision(settings, names, absent, ownership, watched, health, notifier, clock, listeners)
             )
     finally:
         database.close()
@@ -141,7 +145,7 @@ async def _provision(
     settings: Settings,
     names: Sequence[str],
     absent: Absent,
-    database: Database,
+    ownership: Ownership,
     watched: Database,
     health: ProvisionHealth,
     notifier: Notifier,
@@ -156,7 +160,7 @@ async def _provision(
         loops: dict[str, ProvisionLoop] = {}
         for name in names:
             provisioner = await stack.enter_async_context(
-                open_provisioner(settings, database, name, clock, actor=ACTOR)
+                open_provisioner(settings, ownership, name, clock, actor=ACTOR)
             )
             loops[name] = ProvisionLoop(
                 provisioner,

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from worker.clock import Clock
 from worker.operations.fleet import Fleet
+from worker.operations.installation import Ownership
 from worker.operations.provisioning import Provisioner
 from worker.operations.sync import Absent, Rules
 from worker.providers.management.mapping import parse_rules
 from worker.settings import Settings
-from worker.store.database import Database
 from worker.tokens.sealing import KeyRing
 from worker.wiring import open_keyring
 from worker.wiring.management import open_management
@@ -22,7 +22,7 @@ from worker.wiring.secrets import open_checks
 
 @asynccontextmanager
 async def open_provisioner(
-    settings: Settings, database: Database, issuer: str, clock: Clock, *, actor: str, seals: bool = True
+    settings: Settings, ownership: Ownership, issuer: str, clock: Clock, *, actor: str, seals: bool = True
 ) -> AsyncIterator[Provisioner]:
     """The provisioner of one issuer; reads the secret of its management credentials.
 
@@ -32,13 +32,14 @@ async def open_provisioner(
         NotFound, ConfigurationError: as `open_management`, or there is no key ring.
     """
     # First: on SQLite a missing one is generated, which the checks then find.
+    database = ownership.database
     ring = open_keyring(settings, database=database) if seals else KeyRing(Path(), {}, {})
     async with (
-        open_management(settings, issuer, clock) as management,
+        open_management(settings, issuer, clock, permit=ownership.permit) as management,
         open_checks(settings, database, clock) as checks,
     ):
         yield Provisioner(
-            database,
+            ownership,
             ring,
             management,
             checks,

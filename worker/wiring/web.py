@@ -165,6 +165,7 @@ class Web:
             api_origins=self._settings.api_origins,
             open_ring=self._open_ring,
             secrets_dir=Path(folder) if (folder := self._settings.secrets_dir) else None,
+            installation=self._settings.installation,
         )
 
     def _login(self, client: httpx.AsyncClient) -> Login | None:

@@ -14,6 +14,7 @@ from tests.fakes.kinde.server import MANAGER, Kinde, serve_kinde
 from tests.fakes.pages import ROOT, blocks
 from worker.demo.provider import Application
 from worker.operations import fleet
+from worker.operations.installation import Ownership
 from worker.operations.provisioning import exclusive
 from worker.settings import load
 from worker.wiring import open_database
@@ -122,5 +123,8 @@ def test_what_cannot_be_done_says_why(cli: CommandLine) -> None:
     for arguments, text in wrong.items():
         refused = cli(*arguments, check=False)
         assert refused.code == 2 and text in refused.err, (arguments, refused.err)
-    with closing(open_database(load(str(cli.settings)))) as database, exclusive(database, "main"):
+    with (
+        closing(open_database(load(str(cli.settings)))) as database,
+        exclusive(Ownership(database, ""), "main"),
+    ):
         assert cli(*ROTATE, check=False).code == 75

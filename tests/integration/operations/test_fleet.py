@@ -14,6 +14,7 @@ from tests.fakes.provisioned import Killed, Passing, Place, opened_place
 from worker.errors import Conflict, ForeignApplication, ProviderUnavailable
 from worker.operations.credentials import add_credential, retire_credential
 from worker.operations.fleet import Fleet, Rotated
+from worker.operations.installation import Ownership
 from worker.operations.orgs import set_org_state
 from worker.operations.provisioning import exclusive
 from worker.operations.runs import run_now
@@ -53,7 +54,7 @@ def fleet(place: Place, *, announce: timedelta = timedelta(), overlap: timedelta
 
 async def rotate(place: Place, *, limit: int | None = None, **spans: timedelta) -> dict[str, Rotated]:
     """Rotate as the command does; it ends when all is over."""
-    with exclusive(place.database, "main"):
+    with exclusive(Ownership(place.database, ""), "main"):
         made = fleet(place, **spans)
         chosen, _ = made.candidates(OLD, limit)
         return {each.org: each for each in await made.rotate(chosen)}

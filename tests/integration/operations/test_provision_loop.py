@@ -16,6 +16,7 @@ from tests.fakes.management import MemoryManagement
 from worker.errors import ProviderRefused, ProviderUnavailable
 from worker.operations.check_orgs import Checks
 from worker.operations.fleet import Fleet
+from worker.operations.installation import Ownership
 from worker.operations.provision_loop import COLLECT, NOTICE_AGAIN, ROUND_AGAIN, ProvisionLoop
 from worker.operations.provisioning import Provisioner, exclusive
 from worker.operations.scopes import Scopes
@@ -92,7 +93,9 @@ async def place(database: Database, keyring: KeyRing, clock: ManualClock, apply:
         watch(client)
         probe = TokenProbe(kinde_issuer(max_requests_per_second=1000), client, clock=at_the_issuer)
         checks = Checks(database, source, {"main": probe})
-        provisioner = Provisioner(database, keyring, management, checks, "main", "provision", clock)
+        provisioner = Provisioner(
+            Ownership(database, ""), keyring, management, checks, "main", "provision", clock
+        )
         made = Place(database, management, provisioner, clock)
         end = events.listen(lambda emitted: made.heard.append((emitted.event.name, dict(emitted.fields))))
         yield made
@@ -174,7 +177,7 @@ async def test_a_refused_scope_is_an_error_of_its_org_until_it_is_given(
 
 async def test_it_waits_while_another_process_provisions(place: Place, running: Any, rows: Any) -> None:
     loop = place.loop()
-    with exclusive(place.database, "main"):
+    with exclusive(Ownership(place.database, ""), "main"):
         end = await running(loop)
         loop.notify(place.notice("org_a"))
         await place.until(lambda: place.names().count("provisioning.waiting") == 1, seconds=5)
@@ -186,7 +189,7 @@ async def test_it_waits_while_another_process_provisions(place: Place, running: 
 
 @once
 async def test_it_ends_at_once_while_it_waits(place: Place, running: Any) -> None:
-    with exclusive(place.database, "main"):
+    with exclusive(Ownership(place.database, ""), "main"):
         end = await running(place.loop())
         await end()
 

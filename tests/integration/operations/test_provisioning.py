@@ -11,6 +11,7 @@ import pytest
 from tests.fakes.issuer import AUDIENCE
 from tests.fakes.provisioned import Killed, Passing, Place, opened_place
 from worker.errors import Busy, Conflict, ForeignApplication, ProviderUnavailable, Unclear
+from worker.operations.installation import Ownership
 from worker.operations.orgs import set_org_state
 from worker.operations.provisioning import exclusive
 from worker.providers.management.mapping import parse_rules
@@ -73,7 +74,7 @@ async def test_a_second_call_makes_nothing(place: Place, rows: Any) -> None:
 
 
 async def test_a_second_provisioner_is_refused(place: Place) -> None:
-    with exclusive(place.database, "main"), pytest.raises(Busy, match="another process"):
+    with exclusive(Ownership(place.database, ""), "main"), pytest.raises(Busy, match="another process"):
         await place.provision()
     await place.provision()
 

@@ -20,6 +20,7 @@ from worker.errors import Busy, ConfigurationError, Conflict, CredentialsRejecte
 from worker.ids import OrgId
 from worker.operations.check_orgs import Checks
 from worker.operations.credentials import Rotation, add_credential, retire_credential
+from worker.operations.installation import Ownership
 from worker.operations.keys import rekey
 from worker.operations.orgs import import_orgs
 from worker.store import tables
@@ -56,7 +57,7 @@ class Place:
         self, secret: str, client_id: str = "client-2", **spans: timedelta
     ) -> list[dict[str, Any]]:
         rotation = Rotation(
-            self.database,
+            Ownership(self.database, ""),
             self.ring,
             self.checks,
             "org_a",

@@ -52,10 +52,14 @@ def kinde(served: Kinde) -> Iterator[Kinde]:
     assert served.undocumented() == []
 
 
+async def allowed() -> None:
+    """Every change is this installation's."""
+
+
 @pytest.fixture
 async def management(kinde: Kinde, tmp_path: Path) -> AsyncIterator[Management]:
     (tmp_path / "management__main").write_text(f"{kinde.secret}\n")
-    async with open_management(kinde.settings(tmp_path), "main", SystemClock()) as opened:
+    async with open_management(kinde.settings(tmp_path), "main", SystemClock(), permit=allowed) as opened:
         yield opened
 
 
@@ -283,7 +287,7 @@ async def test_thirty_orgs_through_a_storm_of_faults_have_one_application_each(k
         await management.authorise(made, AUDIENCE)
         await management.add_scopes(made, AUDIENCE, ["read:kb"])
 
-    async with open_management(kinde.settings(tmp_path), "main", SystemClock()) as management:
+    async with open_management(kinde.settings(tmp_path), "main", SystemClock(), permit=allowed) as management:
         await asyncio.gather(*(provision(management, code) for code in kinde.api.orgs))
 
     for code in kinde.api.orgs:
@@ -498,7 +502,7 @@ async def test_opening_needs_an_issuer_a_client_a_secret_an_adapter_and_encrypti
     kinde: Kinde, tmp_path: Path
 ):
     async def opened(settings: Any, issuer: str = "main") -> None:
-        async with open_management(settings, issuer, SystemClock()):
+        async with open_management(settings, issuer, SystemClock(), permit=allowed):
             pass
 
     with pytest.raises(NotFound, match="no issuer 'other'"):

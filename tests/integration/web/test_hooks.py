@@ -23,6 +23,7 @@ from tests.fakes.kinde.webhooks import payload, signed
 from worker.clock import SystemClock
 from worker.demo.keys import KeyRotation
 from worker.errors import Busy, IssuerUnavailable
+from worker.operations.installation import Ownership
 from worker.operations.provision_loop import MAX_QUEUED, ProvisionLoop
 from worker.operations.scopes import Scopes
 from worker.providers.management.contract import Notice
@@ -57,7 +58,8 @@ async def loop(kinde: Kinde, migrated_sqlite_url: str, tmp_path: Path) -> AsyncI
     settings = kinde.settings(tmp_path, audience=AUDIENCE)
     clock = SystemClock()
     database = Database.open(migrated_sqlite_url, clock=clock)
-    async with open_provisioner(settings, database, "main", clock, actor="provision") as provisioner:
+    ownership = Ownership(database, "")
+    async with open_provisioner(settings, ownership, "main", clock, actor="provision") as provisioner:
         rules = rules_of(settings, "main", absent="keep")
         made = ProvisionLoop(
             provisioner,

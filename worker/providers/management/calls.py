@@ -63,6 +63,14 @@ class Bearer(Protocol):
         ...
 
 
+class Permit(Protocol):
+    """Says whether this process may change anything at the provider."""
+
+    async def __call__(self) -> None:
+        """Raises InstallationMismatch if it may not, and StoreUnavailable without the database."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Response:
     """A response with status 2xx or 4xx; without a body, `body` is an empty mapping."""
@@ -107,6 +115,8 @@ class Pace:
 class Calls:
     """Requests to the management API of one issuer at one origin.
 
+    `permit` is asked immediately before each request that is not a GET, repeated ones included, so that no
+    adapter can change anything without it.
     `carried_out` counts by method and route the requests that the provider answered with success.
     """
 
@@ -117,6 +127,7 @@ class Calls:
         client: httpx.AsyncClient,
         bearer: Bearer,
         *,
+        permit: Permit,
         clock: Clock,
         per_second: float,
         connections: int = CONNECTIONS,
@@ -127,6 +138,7 @@ class Calls:
         self._origin = origin.rstrip("/")
         self._client = client
         self._bearer = bearer
+        self._permit = permit
         self._clock = clock
         self._pace = Pace(per_second, connections, clock=clock)
         self._reset_headers = reset_headers
@@ -156,7 +168,7 @@ class Calls:
     ) -> Response:
         """Change something. It is sent again only if nothing was carried out, or it is `repeatable`.
 
-        Raises as `read` does, and Unclear if the change may have been carried out.
+        Raises as `read` and `Permit` do, and Unclear if the change may have been carried out.
         """
         content = None if body is None else json.dumps(body, ensure_ascii=False).encode()
         retrying = self._retrying(lambda error: repeatable or not isinstance(error, Unclear))
@@ -177,6 +189,9 @@ class Calls:
         bearer = await self._token()
         while True:
             async with self._pace.turn():
+                if method != "GET":
+                    # Only now: the token and the pace can take minutes.
+                    await self._permit()
                 reply = await self._exchange(method, path, bearer, content)
             if not isinstance(reply, str) and reply.status in (401, 403) and not renewed:
                 # Kinde's document has 403 for invalid credentials, its guides 401.

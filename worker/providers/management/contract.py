@@ -106,6 +106,7 @@ class Management(Protocol):
         ForeignApplication: a response names another application than the one asked for, or another
             org's; nothing was written with it.
         ConfigurationError: the provider does not accept the management credentials, or they lack a scope.
+        InstallationMismatch: a change was not sent, since the applications may be another installation's.
     """
 
     @property

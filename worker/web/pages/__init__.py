@@ -41,15 +41,17 @@ class Console:
         forms: Forms,
         *,
         login: Login | None = None,
+        installation: str = "",
     ) -> None:
         self._pages = Pages(database, clock, access, sessions, forms)
+        self._installation = installation
         self._login = LoginPages(self._pages, login)
         self._search = SearchPages(self._pages)
 
     def routes(self) -> Sequence[Route]:
         return (
             *static_routes(),
-            *MorningPage(self._pages).routes(),
+            *MorningPage(self._pages, self._installation).routes(),
             *OrgPages(self._pages).routes(),
             *RunPages(self._pages).routes(),
             *DefinitionPages(self._pages).routes(),

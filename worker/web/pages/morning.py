@@ -14,6 +14,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from worker.store.health import oldest_unfired
+from worker.store.installation import read as read_installation
 from worker.store.lists import failures, morning
 from worker.web.charts import Series, bars
 from worker.web.pages.base import Pages, caller_of, query
@@ -71,8 +72,9 @@ class Matter:
 
 
 class MorningPage:
-    def __init__(self, pages: Pages) -> None:
+    def __init__(self, pages: Pages, installation: str) -> None:
         self._pages = pages
+        self._installation = installation
         self._hours = EndedByHour()
         self._due = DueByHour(pages.database, pages.clock)
 
@@ -90,7 +92,9 @@ class MorningPage:
         def work(connection: Connection) -> dict[str, Any]:
             ended = self._hours.read(connection, now)
             return {
-                "matters": matters(connection, now, is_admin=caller.role == "admin"),
+                "matters": matters(
+                    connection, now, is_admin=caller.role == "admin", installation=self._installation
+                ),
                 "running": morning.running_for_all_orgs(connection),
                 "ended": _ended_chart(ended),
                 "due": _due_chart(due, now),
@@ -124,9 +128,10 @@ class EndedByHour:
         return self._kept
 
 
-def matters(connection: Connection, now: datetime, *, is_admin: bool) -> list[Matter]:
-    """What needs attention, most harmful first."""
+def matters(connection: Connection, now: datetime, *, is_admin: bool, installation: str) -> list[Matter]:
+    """What needs attention, most harmful first; `installation` is the word of worker.toml."""
     found = [
+        *_of_installation(connection, installation),
         *_of_workers(connection, now),
         *_of_causes(connection, "failed", now),
         *_of_causes(connection, "refused", now),
@@ -135,6 +140,19 @@ def matters(connection: Connection, now: datetime, *, is_admin: bool) -> list[Ma
         *_of_waiting(connection, now),
     ]
     return sorted(found, key=lambda matter: _LEVELS.index(matter.level))
+
+
+def _of_installation(connection: Connection, word: str) -> Iterator[Matter]:
+    found = read_installation(connection)
+    if found.state(word) == "differs":
+        yield Matter(
+            "bad",
+            f"The database belongs to the installation {found.word}, and worker.toml to {word}",
+            "Nothing is provisioned, rotated or deleted at a provider. Correct the setting, or run "
+            "installation adopt --same after a restore, --new for a copy.",
+            "/orgs",
+            "Orgs",
+        )
 
 
 def _of_workers(connection: Connection, now: datetime) -> Iterator[Matter]:

@@ -67,9 +67,18 @@ class Server:
             self.open -= 1
 
 
+async def allowed() -> None:
+    """Every change is this installation's."""
+
+
 def calls_of(server: Server, tokens: Tokens | None = None, **options: Any) -> Calls:
     client = open_client(httpx.MockTransport(server.handle))
-    values = {"clock": server.clock, "per_second": 1_000, "reset_headers": ("RateLimit-Reset",)} | options
+    values = {
+        "permit": allowed,
+        "clock": server.clock,
+        "per_second": 1_000,
+        "reset_headers": ("RateLimit-Reset",),
+    } | options
     return Calls("main", ORIGIN, client, tokens or Tokens(), **values)
 
 

@@ -1,0 +1,87 @@
+"""`installation`: which one the database belongs to, and how a copy or a restore is adopted."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from worker.cli.options import OutputOption
+from worker.cli.output import Format, confirmed, print_row, say
+from worker.cli.session import session_of
+from worker.errors import UsageError
+
+app = typer.Typer(help="The installation that the database belongs to: show it; adopt a copy or a restore.")
+
+
+@app.command("show")
+def show(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
+    """Show the installation of worker.toml and of the database, and the key of its applications.
+
+    State `matches`, `unset` if one of them has no word, or `differs`: then nothing is
+    provisioned, rotated or deleted at a provider, and `installation adopt` is the way on.
+    """
+    from worker.operations.installation import show
+
+    session = session_of(context)
+    with session.database() as database:
+        row = show(database, session.settings.installation)
+    print_row(row, output, key="state")
+
+
+@app.command("adopt")
+def adopt(
+    context: typer.Context,
+    same: Annotated[
+        bool,
+        typer.Option("--same", help="After a restore: what the database made at a provider is its own."),
+    ] = False,
+    new: Annotated[
+        bool, typer.Option("--new", help="For a copy: nothing at a provider is its own any more.")
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Skip confirmation (the default when stdin is not a terminal).")
+    ] = False,
+    output: OutputOption = Format.TABLE,
+) -> None:
+    """Give the database the installation of worker.toml, once they differ.
+
+    On a terminal, asks for confirmation; exit 1 if the answer is no. --same keeps the key: the
+    next `orgs sync`, rotation or deletion treats the applications of the key as its own.
+
+    --new makes a new key, and forgets the applications. Credentials stay in use. Processes that
+    run must be started again: `provision`, and workers that place runs with Temporal.
+
+    Exit 75 while another process provisions an issuer.
+    """
+    from worker.operations.installation import adopt
+
+    if same == new:
+        raise UsageError(
+            "name one of --same and --new",
+            fix="`installation adopt --same` after a restore, `installation adopt --new` for a copy",
+        )
+    session = session_of(context)
+    settings = session.settings
+    word = settings.installation
+    question = (
+        f"Forget all applications that this database made at providers, and be the new installation {word!r}?"
+        if new
+        else f"Is no other installation in use whose applications this database has, so that {word!r} may "
+        "rotate and delete them?"
+    )
+    if word and not yes and sys.stdin.isatty() and not confirmed(question):
+        say("nothing was changed")
+        raise typer.Exit(1)
+    with session.database() as database:
+        row = adopt(
+            database,
+            word,
+            "new" if new else "same",
+            actor=session.actor,
+            issuers=[name for name, each in settings.issuers.items() if each.management.client_id],
+        )
+    print_row(row, output, key="state")
+    if new and output is Format.TABLE:
+        say("start `provision` again, and workers that place runs with Temporal")
