@@ -578,3 +578,25 @@ def test_a_host_does_not_decide_what_its_workers_tell_it(tmp_path: Path, setting
 
     with pytest.raises(ConfigurationError, match=r"a host does not take temporal\."):
         load_for_host(str(file), environ={})
+
+
+class TestInstallation:
+    def test_a_variable_of_its_own_wins_over_the_file(self):
+        file = written('installation = "production"\n')
+
+        assert load(file, environ={}).installation == "production"
+        assert load(file, environ={"WORKER_INSTALLATION": "staging"}).installation == "staging"
+        assert load(file, {"installation": "dev"}, {"WORKER_INSTALLATION": "staging"}).installation == "dev"
+        assert load(written(""), environ={}).installation == ""
+
+    @pytest.mark.parametrize("word", ["Production", "-a", "a b", "a\n", "a" * 64, "ä", "a/b"])
+    def test_what_is_no_word_is_named_with_its_source(self, word: str):
+        with pytest.raises(ConfigurationError, match="WORKER_INSTALLATION: installation: write a word"):
+            load(written(""), environ={"WORKER_INSTALLATION": word})
+
+    def test_it_may_be_as_long_as_the_name_of_a_pool(self):
+        assert load(written(""), environ={"WORKER_INSTALLATION": "a" * 63}).installation == "a" * 63
+
+    def test_a_host_has_none(self):
+        with pytest.raises(ConfigurationError, match="a host does not take installation"):
+            load_for_host(written('installation = "production"\n'), environ={})

@@ -83,15 +83,16 @@ def installation(database: Database, settings: Settings) -> Diagnostic:
     if state == "differs":
         return Diagnostic(name, False, difference(word, found), ADOPT)
     if not word:
-        # Not the database's own word as the line to copy: this may be a copy.
-        has = "" if found.word is None else f', "{found.word}" only if the database is not a copy'
-        fix = f"{NO_WORD}{has}; then run `python -m worker db upgrade`"
+        fix = f"{NO_WORD}, then run `python -m worker db upgrade`"
+        if found.word is not None:
+            # A copy must not take over the word of what it was copied from.
+            fix = f'add installation = "{found.word}" at the top of worker.toml, or another word in a copy'
         return Diagnostic(name, True, "worker.toml does not name this installation", fix)
     return Diagnostic(
         name,
         True,
-        f"the database does not name the installation {word} yet",
-        "run `python -m worker db upgrade`; in a copy run `installation adopt --new`",
+        f"the database does not name its installation, worker.toml does: {word}",
+        "run `python -m worker db upgrade`, or in a copy `installation adopt --new`",
     )
 
 

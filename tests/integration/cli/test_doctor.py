@@ -40,7 +40,7 @@ def test_doctor_exits_0_where_all_is_well(asked_for_password: CommandLine):
     assert [row["check"] for row in done.json()] == [
         *("held_snapshots", "live_rows", "web_roles", "file_modes"),
         *("insecure_origins", "sandbox", "trusted_code", "management_secrets", "database_password"),
-        *("workers", "credentials", "handlers", "pools", "pool_rules", "calendars"),
+        *("installation", "workers", "credentials", "handlers", "pools", "pool_rules", "calendars"),
     ]
     assert all(row["ok"] for row in done.json())
 

@@ -20,7 +20,8 @@ from tests.fakes.one_row_each import Owner, fill, row
 from tests.fakes.postgres import Server, kept_session
 from worker.errors import RolesMissing
 from worker.ids import OrgId, new_id
-from worker.store import orgs, roles, schema, tables
+from worker.operations.installation import adopt
+from worker.store import installation, orgs, roles, schema, tables
 from worker.store.database import Database
 from worker.store.dialect import database_now
 from worker.store.roles import Scope
@@ -690,3 +691,20 @@ def said_of(url: str) -> list[str]:
 
 def login_of(url: str) -> str:
     return url.split("//")[1].split("@")[0]
+
+
+def test_a_worker_adopts_and_the_web_side_only_reads_the_installation(logins, clock: ManualClock):
+    """A web role that could change the word or the key could open production's applications to a copy."""
+    schema.upgrade(logins["owner"], then=lambda connection: installation.store_word(connection, "production"))
+    database = Database.open(logins["worker"], clock=clock)
+
+    adopted = adopt(database, "staging", "new", actor="ops", issuers=["main"])
+
+    database.close()
+    assert adopted["before"] == "production" and adopted["forgotten"] == 2
+    for scope in (roles.NOBODY, roles.ALL_ORGS):
+        with acting(logins["serve"], scope) as web:
+            assert installation.read(web).word == "staging"
+            with pytest.raises(ProgrammingError) as refused, web.begin_nested():
+                installation.change_word(web, "production")
+            assert isinstance(refused.value.orig, DENIED)

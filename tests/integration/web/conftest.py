@@ -79,6 +79,7 @@ class Site:
         self.org_role: Role = "operator"
         self.org_scope = ""
         self.public_url = ""
+        self.installation = ""
         self.trusted_proxies: tuple[str, ...] = ()
         self.limits = no_limits(clock)
         self.login: Login | None = None
@@ -121,6 +122,7 @@ class Site:
             public_url=self.public_url,
             login=self.login,
             open_ring=self.open_ring,
+            installation=self.installation,
         )
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
         transport = httpx.ASGITransport(app, client=(address, 40000), raise_app_exceptions=False)

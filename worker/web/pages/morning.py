@@ -149,7 +149,7 @@ def _of_installation(connection: Connection, word: str) -> Iterator[Matter]:
             "bad",
             f"The database belongs to the installation {found.word}, and worker.toml to {word}",
             "Nothing is provisioned, rotated or deleted at a provider. Correct the setting, or run "
-            "installation adopt --same after a restore, --new for a copy.",
+            "installation adopt --same after a restore, installation adopt --new for a copy.",
             "/orgs",
             "Orgs",
         )

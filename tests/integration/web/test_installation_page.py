@@ -1,0 +1,26 @@
+"""The morning page of a copy of another installation's database."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.integration.web.conftest import TOKENS, Site
+from worker.store import installation
+
+pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)]
+
+
+@pytest.mark.parametrize(("word", "shown"), [("staging", True), ("production", False), ("", False)])
+async def test_the_morning_page_says_that_the_installations_differ(
+    staffed: Site, word: str, shown: bool
+) -> None:
+    """The control: with the same word, or none in worker.toml, there is nothing to say."""
+    with staffed.database.transaction() as connection:
+        installation.store_word(connection, "production")
+    staffed.installation = word
+
+    page = await staffed.get("/", TOKENS["viewer"])
+
+    assert page.status_code == 200
+    title = "The database belongs to the installation production, and worker.toml to staging"
+    assert (title in page.text) == ("installation adopt --new" in page.text) == shown
