@@ -68,8 +68,8 @@ def adopt(
     question = (
         f"Forget all applications that this database made at providers, and be the new installation {word!r}?"
         if new
-        else f"Is no other installation in use whose applications this database has, so that {word!r} may "
-        "rotate and delete them?"
+        else f"Let {word!r} rotate and delete all applications that this database made at providers? "
+        "Only if the original is not in use any more."
     )
     if word and not yes and sys.stdin.isatty() and not confirmed(question):
         say("nothing was changed")
