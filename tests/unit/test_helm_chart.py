@@ -55,6 +55,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "serve only": MINIMAL | {"worker": {"enabled": False}, "serve": {"enabled": True}},
     "without policies": MINIMAL | {"networkPolicy": {"enabled": False}},
     "without an owner": MINIMAL | {"secrets": {"owner": ""}},
+    "named": MINIMAL | {"config": 'installation = "eu-1"\n' + MINIMAL["config"]},
     "without a job": MINIMAL | {"upgrade": {"enabled": False}},
 }
 # Values that are refused, and what the error names.
@@ -290,6 +291,18 @@ def test_the_job_upgrades_before_install_and_upgrade_and_not_at_a_rollback(rende
         "database__owner_url",
     ]
     assert rendered["all"].one("Job", "orgworker-upgrade")["spec"]["template"]["spec"]["imagePullSecrets"]
+
+
+def test_the_job_stores_the_installation_of_the_settings(rendered):
+    """Without the file that has it; the control has no installation."""
+    named, control = (
+        rendered[case].one("Job", "orgworker-upgrade")["spec"]["template"]["spec"]["containers"][0]
+        for case in ("named", "minimal")
+    )
+
+    assert named["env"] == [{"name": "WORKER_INSTALLATION", "value": "eu-1"}]
+    assert named | {"env": None} == control | {"env": None}
+    assert "env" not in control
 
 
 def test_a_pod_takes_the_settings_that_the_chart_gives_it(rendered, tmp_path: Path):
