@@ -112,6 +112,8 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "secrets rotate": (("org_acme", "openai"), SECRET),
     "secrets remove": (("org_acme", "openai"), ""),
     "config show": ((), ""),
+    "installation show": ((), ""),
+    "installation adopt": (("--same",), ""),
     "import crontab": (("-", "--org", "org_acme", "--handler", "acme.note"), "0 3 * * * true\n"),
     "import celery-beat": (("-", "--org", "org_acme"), BEAT),
     "import apscheduler": (("-", "--org", "org_acme"), "scheduler.add_job(tick, 'cron', hour=3)\n"),

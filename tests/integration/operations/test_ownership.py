@@ -229,3 +229,21 @@ async def test_two_first_calls_make_one_key(database: Database, other: Database)
             keys.append(installation.key_of(connection))
 
     assert len(set(keys)) == 1 and keys[0]
+
+
+async def test_locks_are_taken_together_or_not_at_all(database: Database, other: Database) -> None:
+    """Adopting holds the lock of every issuer; one that another process holds leaves the rest free."""
+    with database.exclusively("provisioning-b"):
+        with other.exclusively("provisioning-a", "provisioning-b") as held:
+            assert not held
+        with other.exclusively("provisioning-a") as held:
+            assert held
+            with database.exclusively("provisioning-c", "provisioning-a") as both:
+                assert not both
+    with (
+        other.exclusively("provisioning-a", "provisioning-b") as held,
+        database.exclusively("provisioning-b") as second,
+    ):
+        assert held and not second
+    with database.exclusively() as held:
+        assert held
