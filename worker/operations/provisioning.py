@@ -77,13 +77,15 @@ def exclusive(ownership: Ownership, issuer: str) -> Iterator[None]:
         Busy: another process is.
         InstallationMismatch: the applications of the rows may be another installation's.
     """
+    # A process that is refused takes no lock, which would keep `adopt` out.
+    ownership.require()
     with ownership.database.exclusively(lock_of(issuer)) as held:
         if not held:
             raise Busy(
                 f"another process provisions the orgs of issuer {issuer}",
                 fix="try again in a moment; `python -m worker provision` is one, and does the same by itself",
             )
-        # Under the lock, without which nothing is adopted.
+        # Again under the lock, without which nothing is adopted.
         ownership.require()
         yield
 
