@@ -7,10 +7,10 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from worker.errors import ConfigurationError
-from worker.execution.runners.child import landlock
+from worker.execution.runners.child import landlock, seccomp
 from worker.execution.runners.child.sandbox import Narrowed, Planner, Rules, Secret, level
 from worker.handlers.catalogue import DESCRIBE
 from worker.handlers.installed import FOLDERS
@@ -37,7 +37,7 @@ class Confinement:
 
     def warn(self) -> None:
         """Emit what is missing, and what was left out."""
-        if self.rules is None or self.version < landlock.SCOPES:
+        if self.rules is None or self.version < landlock.SCOPES or not self.rules.filtered:
             emit("sandbox.incomplete", sandbox=self.level)
         for narrowed in self.narrowed:
             emit("sandbox.narrowed", path=narrowed.root, error=in_words(narrowed))
@@ -54,14 +54,18 @@ def confinement_of(settings: Settings, *, version: int | None = None) -> Confine
     if execution.sandbox == "off":
         return Confinement(OFF, 0)
     version = landlock.abi() if version is None else version
+    unfiltered = seccomp.lacking()
+    described = level(version, unfiltered)
     required = execution.sandbox == "require"
-    if required and version < landlock.SCOPES:
+    # Where this release has no filter for the architecture, handlers can be required to have the rest.
+    incomplete = version < landlock.SCOPES or (unfiltered is not None and seccomp.known())
+    if required and incomplete:
         raise ConfigurationError(
-            f'[execution] sandbox = "require": {level(version)}',
-            fix="use Linux 6.12 or newer with Landlock turned on, or set sandbox to auto",
+            f'[execution] sandbox = "require": {described}',
+            fix="use Linux 6.12 or newer with Landlock and seccomp turned on, or set sandbox to auto",
         )
     if version == 0:
-        return Confinement(level(version), version)
+        return Confinement(described, version)
     planner = Planner(list(_secrets(settings)), planted=list(_configuration(CONFIG_PLACES)))
     rules = planner.rules(execution.read_paths, execution.write_paths)
     if required and planner.narrowed:
@@ -69,7 +73,8 @@ def confinement_of(settings: Settings, *, version: int | None = None) -> Confine
             f'[execution] sandbox = "require": {_found_in(planner.narrowed[0])}',
             fix="move it elsewhere, or allow handlers a smaller folder",
         )
-    return Confinement(level(version), version, rules, tuple(planner.narrowed))
+    rules = replace(rules, filtered=unfiltered is None)
+    return Confinement(described, version, rules, tuple(planner.narrowed))
 
 
 def in_words(narrowed: Narrowed) -> str:

@@ -109,7 +109,7 @@ async def test_a_run_has_limits_of_its_own(children: ChildPool) -> None:
     limits = result(await children.run(given, RecordingServices(), StopSignal()))["limits"]
 
     assert limits["NOFILE"] == [1024, 8192]
-    assert limits["CORE"] == [0, 0]
+    assert max(limits["CORE"]) <= 1  # 0 if that is the limit of this process
     soft, hard = limits["CPU"]
     # An hour beyond the timeout on every processor, then SIGXCPU, then SIGKILL.
     assert 0 <= 3660 - soft / (os.cpu_count() or 1) <= 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import os
 import socket
@@ -15,7 +17,7 @@ import pytest
 
 from tests.fakes.kernel import require_landlock
 from tests.fakes.plugins import make_plugin
-from tests.fakes.running import RecordingServices, work
+from tests.fakes.running import RecordingServices, until, work
 from worker.clock import SystemClock
 from worker.execution.runners.child import landlock
 from worker.execution.runners.child.pool import ChildPool
@@ -23,7 +25,10 @@ from worker.execution.runners.child.sandbox import Planner, Rules, Sandbox
 from worker.execution.runners.contract import StopSignal
 from worker.handlers.catalogue import read_catalogue
 from worker.operations.confinement import Confinement
+from worker.operations.guarded_files import FileWatch
 from worker.runs.outcome import Failed, Outcome, Succeeded
+from worker.settings import load
+from worker.telemetry.events import Emitted
 
 pytestmark = pytest.mark.anyio
 
@@ -204,6 +209,128 @@ result = [os.getcwd(), home, os.path.dirname(made), *said, oct(os.stat(".").st_m
 
     assert len(set(folders)) == 1
     assert mode == "0o40700"
+
+
+@pytest.fixture(scope="module")
+async def unfiltered(plugin: Path, data: Path) -> AsyncIterator[ChildPool]:
+    """A runner with the same sandbox, but without the filter of system calls, for the controls."""
+    rules = Planner([]).rules([str(data / "readable")], [str(data / "writable")])
+    runner = ChildPool(SystemClock(), sandbox=replace(rules, filtered=False))
+    runner.start()
+    runner.attach()
+    yield runner
+    await runner.close()
+
+
+# Calls by which a run reaches others, or memory that outlives it. Each cleans up after itself.
+CALLS = {
+    "watch a folder": "done = libc.inotify_add_watch(libc.inotify_init(), b'{data}', 0x100)",
+    # FAN_REPORT_FID, without which only root may use it; FAN_CREATE.
+    "watch a folder with fanotify": "done = libc.fanotify_mark(libc.fanotify_init(0x200, 0), 1, "
+    "ctypes.c_uint64(0x100), -100, b'{data}')",
+    "shared memory": "done = libc.shmget(0, 4096, 0o1600); done < 0 or libc.shmctl(done, 0, None)",
+    "message queue": "done = libc.msgget(0, 0o1600); done < 0 or libc.msgctl(done, 0, None)",
+    "semaphores": "done = libc.semget(0, 1, 0o1600); done < 0 or libc.semctl(done, 0, 0)",
+    "by a program": "import os, subprocess; made = subprocess.run(['ipcmk', '-Q'], capture_output=True); "
+    "done = made.returncode and -1; done and ctypes.set_errno(errno.EACCES * (b'denied' in made.stderr)); "
+    "done or subprocess.run(['ipcrm', '-q', made.stdout.split()[-1]], check=True)",
+}
+TRY_CALL = """
+import ctypes, errno
+libc = ctypes.CDLL(None, use_errno=True)
+{call}
+result = "worked" if done >= 0 else errno.errorcode[ctypes.get_errno()]
+"""
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_calls_that_reach_other_runs_are_denied(
+    call: str, confined: ChildPool, unfiltered: ChildPool, data: Path
+) -> None:
+    code = TRY_CALL.format(call=CALLS[call].format(data=data))
+
+    assert await result_of(confined, code) == "EACCES"
+    # The control: Landlock alone does not deny them.
+    assert await result_of(unfiltered, code) == "worked"
+
+
+# shmget, as a 32-bit program calls it.
+OLD_INTERFACES = r"""
+import ctypes, mmap, struct
+registers = struct.pack("<BIBIBI", 0xB8, 395, 0xB9, 4096, 0xBA, 0o1600)
+memory = mmap.mmap(-1, 4096, prot=7)
+memory.write(b"\x53\x31\xdb" + registers + b"\xcd\x80\x5b\xc3")
+done = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(memory)))()
+if done >= 0:
+    ctypes.CDLL(None).shmctl(done, 0, None)
+result = done
+"""
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="instructions of this architecture")
+async def test_the_32_bit_interface_is_filtered_too(confined: ChildPool, unfiltered: ChildPool) -> None:
+    assert await result_of(confined, OLD_INTERFACES) == -errno.EACCES
+    # The control; -ENOSYS on a kernel without that interface.
+    assert await result_of(unfiltered, OLD_INTERFACES) >= 0
+
+
+async def test_a_handler_can_open_files_to_others_until_the_worker_looks(
+    confined: ChildPool, tmp_path: Path, emitted: list[Emitted]
+) -> None:
+    """Nothing denies `chmod`. So the first part is the control: what is left without the look."""
+    files = [tmp_path / name for name in ("keyring", "worker.db", "worker.db-wal", "worker.toml")]
+    for file in files:
+        file.touch(0o600)
+    (tmp_path / "worker.toml").write_text(f'[database]\nurl = "sqlite:///{tmp_path}/worker.db"\n')
+    watch = FileWatch(load(str(tmp_path / "worker.toml"), environ={}), SystemClock())
+    paths = [str(file) for file in files]
+    await result_of(confined, f"import os; [os.chmod(path, 0o644) for path in {paths}]")
+    assert [oct(file.stat().st_mode) for file in files] == ["0o100644"] * 4
+
+    watch.look()
+
+    assert [oct(file.stat().st_mode) for file in files] == ["0o100600"] * 4
+    told = {event.fields["path"] for event in emitted if event.event.name == "files.opened"}
+    assert told == set(paths)
+
+
+WATCHES = """
+import ctypes, os, pathlib, struct
+libc = ctypes.CDLL(None, use_errno=True)
+notices = libc.inotify_init()
+def watch(path):
+    if libc.inotify_add_watch(notices, os.fsencode(path), 0x100) < 0:
+        raise PermissionError(ctypes.get_errno(), "watch")
+def seen():
+    return os.read(notices, 4096)[16:].partition(bytes(1))[0].decode()
+runs = os.path.dirname(os.getcwd())
+watch(runs)
+pathlib.Path("{data}/writable/watches").touch()
+other = os.path.join(runs, seen())
+watch(other)
+pathlib.Path("{data}/writable/watches-it").touch()
+result = seen()
+"""
+
+
+async def test_names_of_another_runs_files_are_not_seen(
+    confined: ChildPool, unfiltered: ChildPool, data: Path
+) -> None:
+    code = WATCHES.format(data=data)
+    denied = await run(confined, code)
+    assert isinstance(denied, Failed) and denied.error.type == "PermissionError"
+
+    # The control: even the random name of another run's folder is seen, and then what is in it.
+    watching = asyncio.create_task(result_of(unfiltered, code))
+    await until((data / "writable" / "watches").exists)
+    victim = f"""
+import pathlib, time
+while not pathlib.Path("{data}/writable/watches-it").exists():
+    time.sleep(0.01)
+pathlib.Path("customer-42.csv").touch()
+"""
+    await result_of(unfiltered, victim)
+    assert await watching == "customer-42.csv"
 
 
 WORKS = {

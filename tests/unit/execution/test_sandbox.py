@@ -155,9 +155,10 @@ def test_auto_takes_what_there_is_and_says_what_is_missing(tmp_path: Path, emitt
     assert files.rules == full.rules is not None
     assert none.level == "none: the kernel has no Landlock, or it is turned off or filtered"
     assert files.level == (
-        "partial: Landlock 4, which does not confine ioctl on devices, signals and abstract sockets"
+        "partial: Landlock 4 and seccomp, which does not confine ioctl on devices, "
+        "signals and abstract sockets"
     )
-    assert full.level == "full: Landlock 7"
+    assert full.level == "full: Landlock 7 and seccomp"
     for confinement in (none, files, full):
         confinement.warn()
     assert [event.fields["sandbox"] for event in emitted] == [none.level, files.level]
@@ -213,4 +214,6 @@ def test_older_interfaces_are_asked_for_what_they_know():
     assert landlock.handled(1) < landlock.handled(2) < landlock.handled(3) < landlock.handled(5)
     assert landlock.handled(3) == landlock.handled(4)
     assert landlock.handled(5) == landlock.handled(7)
-    assert sandbox.level(1).startswith("partial: Landlock 1, which does not confine truncating files")
+    assert sandbox.level(1).startswith(
+        "partial: Landlock 1 and seccomp, which does not confine truncating files"
+    )

@@ -43,8 +43,9 @@ class Receiver(Protocol):
 class ChildProcess(asyncio.Protocol):
     """`open` it, have it forked, `serve` one run, and `close` it once it has `ended`."""
 
-    def __init__(self, number: int, tell_zygote: Callable[[Message], None]) -> None:
+    def __init__(self, number: int, folder: str, tell_zygote: Callable[[Message], None]) -> None:
         self.number = number
+        self.folder = folder
         self._tell_zygote = tell_zygote
         self._loop = asyncio.get_running_loop()
         self._receiver: Receiver | None = None

@@ -92,14 +92,19 @@ class Ruleset:
 
     def restrict(self) -> None:
         """Confine this thread and its descendants for good; closes the ruleset."""
-        if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
-            _checked(-1, "no_new_privs")
+        gain_no_privileges()
         if _restrict_self(_RESTRICT_SELF, self.descriptor, 0) != 0:
             _checked(-1, "restrict_self")
         os.close(self.descriptor)
 
     def close(self) -> None:
         os.close(self.descriptor)
+
+
+def gain_no_privileges() -> None:
+    """Let this process gain no rights by exec, which the kernel requires before restrictions."""
+    if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        _checked(-1, "no_new_privs")
 
 
 def handled(version: int) -> int:

@@ -24,6 +24,8 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 DESCRIPTORS = 65_536
+# Descriptors of runs that one look for files in memory reads.
+MOST_LOOKED_AT = 4096
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 WORKER_CGROUP = "worker"
@@ -54,6 +56,11 @@ def die_with_parent() -> None:
 def hide_memory() -> None:
     """Hide this process's memory from others of the same user (PR_SET_DUMPABLE); exec undoes this."""
     _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def show_memory() -> None:
+    """Undo `hide_memory`, in a process that the sandbox protects from other runs."""
+    _prctl(_PR_SET_DUMPABLE, 1)
 
 
 def hold_shared(descriptor: int) -> int:
@@ -188,18 +195,74 @@ def stop_all(find: Callable[[], set[int]]) -> None:
         stopped |= fresh
 
 
-def memory(pids: Iterable[int], *, own: int, limit: int) -> int:
-    """The memory of descendants of this process, in bytes.
+def memory(pids: Iterable[int], *, own: int, limit: int, files: int = 0) -> int:
+    """The memory of descendants of this process, in bytes; `files` is that of files in memory.
 
     Up to `limit` the sum of their resident sizes, which is cheap and never too low; above it their
     proportional set size, which counts shared memory once. One that hides its memory was forked without
-    exec, and shares `own` bytes with this process.
+    exec, and shares `own` bytes with this process. Files in memory may be mapped, and then count once.
     """
     pids = list(pids)
-    total = sum(resident(pid) for pid in pids)
+    total = sum(resident(pid) for pid in pids) + files
     if total <= limit:
         return total
-    return sum(max(resident(pid) - own, 0) if (size := _proportional(pid)) is None else size for pid in pids)
+    private = shared = 0
+    for pid in pids:
+        size = _proportional(pid)
+        if size is None:
+            private += max(resident(pid) - own, 0)
+        else:
+            private += size[0] - size[1]
+            shared += size[1]
+    return private + max(shared, files)
+
+
+class MemoryFiles:
+    """Files in memory that processes hold (memfd_create): no resident size counts what is not mapped.
+
+    One `look` reads some 4,000 descriptors, and the next one goes on with other processes. So a run with
+    many delays when it is found, and not the process that looks.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, dict[tuple[int, int], int]] = {}
+        self._last = 0
+
+    def look(self, pids: Iterable[int]) -> None:
+        """Read what these processes hold now, as far as they do not hide it; forget all others."""
+        ordered = sorted(pids)
+        self._sizes = {pid: self._sizes.get(pid, {}) for pid in ordered}
+        later = [pid for pid in ordered if pid > self._last]
+        seen = 0
+        for pid in [*later, *ordered[: len(ordered) - len(later)]]:
+            count, self._sizes[pid] = _memory_files(pid)
+            self._last = pid
+            seen += count
+            if seen >= MOST_LOOKED_AT:
+                return
+
+    def size(self, pids: Iterable[int]) -> int:
+        """The bytes in these processes' files, each file once."""
+        files: dict[tuple[int, int], int] = {}
+        for pid in pids:
+            files |= self._sizes.get(pid, {})
+        return sum(files.values())
+
+
+def _memory_files(pid: int) -> tuple[int, dict[tuple[int, int], int]]:
+    """The number of a process's descriptors, and the bytes in each file in memory among them."""
+    folder, files = f"/proc/{pid}/fd", {}
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return 0, {}
+    for name in names:
+        with contextlib.suppress(OSError):  # it was closed meanwhile
+            # Only what is in memory is asked for its size: a file system could keep this process waiting.
+            if os.readlink(f"{folder}/{name}").startswith("/memfd:"):
+                found = os.stat(f"{folder}/{name}")
+                files[found.st_dev, found.st_ino] = found.st_blocks * 512
+    return len(names), files
 
 
 def resident(pid: int) -> int:
@@ -213,14 +276,14 @@ def data_size() -> int:
     return int(line.split()[5]) * _PAGE if line else 0
 
 
-def _proportional(pid: int) -> int | None:
+def _proportional(pid: int) -> tuple[int, int] | None:
+    """The proportional set size, and the part of it in shared memory; None if the process hides it."""
     text = _read(f"/proc/{pid}/smaps_rollup")
     if text is None:
         return None
-    for line in text.splitlines():
-        if line.startswith(b"Pss:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    lines = (line.split() for line in text.splitlines())
+    sizes = {line[0]: int(line[1]) * 1024 for line in lines if line[0] in (b"Pss:", b"Pss_Shmem:")}
+    return sizes.get(b"Pss:", 0), sizes.get(b"Pss_Shmem:", 0)
 
 
 def _read(path: str) -> bytes | None:

@@ -71,12 +71,14 @@ def isolate(place: Place, *, zygote: int, lock: int | None, ruleset: Ruleset | N
     _default_signals()
     own_proc = () if ruleset is None else (ruleset.descriptor, allow_own_proc(ruleset))
     _keep_only(place, lock, *own_proc, *(() if cap is None else (cap,)))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would contain the token
+    # A core would contain the token. 1 also turns off a program that the kernel would give it to.
+    _lower(resource.RLIMIT_CORE, 1, 1)
     _lower(resource.RLIMIT_NOFILE, FILES, MAX_FILES)
     os.chdir(place.folder)
     tempfile.tempdir = os.environ["HOME"] = os.environ["TMPDIR"] = place.folder
     if ruleset is not None:
         ruleset.restrict()
+        linux.show_memory()  # the zygote counts its files in memory
         denials.sandboxed()
     return cap
 

@@ -6,7 +6,6 @@ import asyncio
 import errno
 import itertools
 import os
-import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Coroutine, Sequence
@@ -16,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from worker.clock import Clock
-from worker.execution.runners.child import linux
+from worker.execution.runners.child import linux, run_folders
 from worker.execution.runners.child.child_process import ChildProcess, Ended
 from worker.execution.runners.child.child_run import ChildRun, exit_detail
 from worker.execution.runners.child.messages import Setup
@@ -236,16 +235,16 @@ class ChildPool:
         zygote, number = self._zygote, next(self._numbers)
         if zygote is None or not self._up.is_set():
             raise OSError(errno.ECHILD, "the zygote is gone")
-        process = ChildProcess(number, zygote.send)
+        process = ChildProcess(number, run_folders.name_in(self._setup.folder), zygote.send)
         self._processes[number] = process  # before the next await, so that it ends if the zygote dies
-        folder = self._folder(number)
         try:
-            os.makedirs(folder, 0o700)
+            os.makedirs(process.folder, 0o700)
             descriptors = await process.open()
         except OSError:
             self._end(number, Ended(why="no_process"))
             raise
-        zygote.send({"op": "start", "run": number, "folder": folder, "grouped": grouped}, descriptors)
+        start = {"op": "start", "run": number, "folder": process.folder, "grouped": grouped}
+        zygote.send(start, descriptors)
         return process
 
     async def close(self) -> None:
@@ -264,7 +263,7 @@ class ChildPool:
             self._reaping.cancel()
         if self._background:
             await asyncio.wait(self._background)
-        shutil.rmtree(self._setup.folder, ignore_errors=True)
+        run_folders.remove(self._setup.folder)
 
     async def _ready(self, stop: StopSignal) -> ZygoteHandle | None:
         """The zygote, once it is up; None if the run or the worker is stopped before that."""
@@ -319,14 +318,10 @@ class ChildPool:
             process.end(ended)
             if number not in self._runs:
                 process.close()
+            self._remove(process.folder)
         if self._spares.died(number) and not self._closed:
             emit("spare.died", reason=ended.detail or ended.why or exit_detail(ended.status))
         self._spares.started(number)
-        folder = self._folder(number)
-        try:
-            os.rmdir(folder)
-        except OSError:  # the handler has left files in it
-            self._in_background(asyncio.to_thread(shutil.rmtree, folder, True))
 
     async def _replace(self, zygote: ZygoteHandle) -> None:
         """Kill the runs of a dead zygote, which are lost, and start another zygote."""
@@ -369,8 +364,11 @@ class ChildPool:
                 if process.state == "Z" and self._zygote is not None and process.pid != self._zygote.pid:
                     linux.reap(process.pid)
 
-    def _folder(self, number: int) -> str:
-        return os.path.join(self._setup.folder, str(number))
+    def _remove(self, folder: str) -> None:
+        try:
+            os.rmdir(folder)
+        except OSError:  # the handler has left files in it
+            self._in_background(asyncio.to_thread(run_folders.remove, folder))
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

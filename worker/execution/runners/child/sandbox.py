@@ -17,9 +17,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from glob import escape, glob
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from worker.execution.runners.child import landlock
+from worker.execution.runners.child import landlock, seccomp
 from worker.handlers import denials, describe
 
 # A root that contains a secret is split into at most this number of paths, or else left out.
@@ -73,15 +74,20 @@ class Narrowed:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Paths by access, which others can read. `write` allows everything except making device nodes."""
+    """Paths by access, which others can read. `write` allows everything except making device nodes.
+
+    With `filtered` system calls are filtered, from the process on that forks those of handlers.
+    """
 
     execute: tuple[str, ...] = ()
     read: tuple[str, ...] = ()
     write: tuple[str, ...] = ()
+    filtered: bool = True
 
     @classmethod
-    def of(cls, given: Mapping[str, Iterable[str]]) -> Rules:
-        return cls(**{name: tuple(paths) for name, paths in given.items()})
+    def of(cls, given: Mapping[str, Any]) -> Rules:
+        paths = {name: tuple(given[name]) for name in ("execute", "read", "write")}
+        return cls(**paths, filtered=given["filtered"])
 
     def as_json(self) -> str:
         """For the command line of a process that confines itself."""
@@ -238,19 +244,24 @@ def describe_handlers(rules: Rules | None) -> None:
             ruleset = Sandbox(rules).ruleset(os.getcwd())
             allow_own_proc(ruleset)
             ruleset.restrict()
+            if rules.filtered:
+                seccomp.restrict()
             denials.sandboxed()
 
     describe.main(confine)
 
 
-def level(version: int) -> str:
-    """What this version of the kernel's interface confines, in words."""
+def level(version: int, unfiltered: str | None = None) -> str:
+    """What this version of Landlock confines, in words; `unfiltered` is why system calls are not filtered."""
     if version == 0:
         return "none: the kernel has no Landlock, or it is turned off or filtered"
     lacks = [what for since, what in landlock.LATER.items() if version < since]
+    if unfiltered is not None:
+        lacks.append("watches of folders and System V IPC")
+    used = f"Landlock {version}" + (f" without seccomp ({unfiltered})" if unfiltered else " and seccomp")
     if lacks:
-        return f"partial: Landlock {version}, which does not confine {', '.join(lacks)}"
-    return f"full: Landlock {version}"
+        return f"partial: {used}, which does not confine {', '.join(lacks)}"
+    return f"full: {used}"
 
 
 def _code() -> Iterator[str]:

@@ -12,18 +12,18 @@ import gc
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from worker.execution.runners.child import linux
+from worker.execution.runners.child import linux, run_folders, seccomp
 from worker.execution.runners.child import main as child
 from worker.execution.runners.child.landlock import Ruleset
 from worker.execution.runners.child.messages import Setup
@@ -76,6 +76,7 @@ class Zygote:
         self._memory_due_at = float("inf")
         self._groups = linux.RunGroups.find()
         self._relatives = linux.Relatives()
+        self._memory_files = linux.MemoryFiles()
         # The living leaders by pid. They are subreapers, so every other child comes from a dead run.
         self._leaders: dict[int, Leader] = {}
         self._ending: list[Leader] = []  # reaped; their descendants may be alive
@@ -230,8 +231,10 @@ class Zygote:
     def _kill(self, run: int) -> None:
         if self._frozen_at is not None:
             # Orphans would be thawed with the others before they are swept.
+            table = self._relatives.table()
             roots = [leader.pid for leader in self._leaders.values() if leader.run == run]
-            linux.send(linux.descendants(self._relatives.table(), roots), signal.SIGKILL)
+            strays = [pid for pid, session in self._strays(table).items() if session in roots]
+            linux.send([*strays, *linux.descendants(table, [*roots, *strays])], signal.SIGKILL)
         self._signal(run, signal.SIGKILL)
 
     def _signal(self, run: int, number: signal.Signals) -> None:
@@ -259,10 +262,22 @@ class Zygote:
         except ChildProcessError:  # no children, so skip the process table
             return set()
         table = self._relatives.table()
-        adopted = {pid for pid in table if table[pid].parent == self._pid and pid not in self._leaders}
+        adopted = self._strays(table).keys()
         found = adopted | linux.descendants(table, adopted)
         # Dead ones that are not yet reaped count: a run is over once none of its processes is left.
         return {pid for pid in found if table[pid].state != "X"}
+
+    def _strays(self, table: Mapping[int, linux.Process]) -> dict[int, int]:
+        """The processes that this zygote has adopted, each with its session.
+
+        A handler can have them leave its run while that lasts: by CLONE_PARENT, or as no subreaper any more.
+        Their session is that of the leader, or new: a process can leave a session, but not join one.
+        """
+        return {
+            process.pid: process.session
+            for process in table.values()
+            if process.parent == self._pid and process.pid not in self._leaders
+        }
 
     def _everyone(self) -> set[int]:
         table = self._relatives.table()
@@ -308,10 +323,23 @@ class Zygote:
             return
         caps = {pid: leader.memory for pid, leader in self._leaders.items() if leader.memory is not None}
         self._memory_due_at = time.monotonic() + MEMORY_TICK if caps else float("inf")
-        table = self._relatives.table() if caps else {}
+        if not caps:
+            return
+        table = self._relatives.table()
+        strays = self._strays(table)
+        # It is not known whose these are, and the run that they have left does not need them.
+        lost = [pid for pid, session in strays.items() if session not in self._leaders]
+        linux.send([*lost, *linux.descendants(table, lost)], signal.SIGKILL)
+        runs = {}
+        for leader in caps:
+            roots = [leader, *(pid for pid, session in strays.items() if session == leader)]
+            runs[leader] = {*roots} | linux.descendants(table, roots)
+        # In a cgroup the kernel counts them.
+        uncounted = [runs[pid] for pid in caps if not self._leaders[pid].grouped]
+        self._memory_files.look(set().union(*uncounted))
         for pid, cap in caps.items():
-            run = {pid} | linux.descendants(table, [pid])
-            if linux.memory(run, own=self._own_memory, limit=cap) > cap:
+            files = self._memory_files.size(runs[pid])
+            if linux.memory(runs[pid], own=self._own_memory, limit=cap, files=files) > cap:
                 self._leaders[pid].why = self._leaders[pid].why or "out_of_memory"
                 linux.send([pid], signal.SIGKILL)
 
@@ -390,6 +418,8 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # only the worker ends runs
     linux.hide_memory()  # a run that could write to it would control every later run
+    if setup.sandbox is not None and setup.sandbox.filtered:
+        seccomp.restrict()  # here, so that no run pays for it
     gc.disable()  # what is imported stays; one collection takes 20 ms
     tls_context()
     for name in WARM:
@@ -414,7 +444,7 @@ def main() -> None:
     zygote = Zygote(control, setup)
     zygote.serve()
     zygote.end_all()
-    shutil.rmtree(setup.folder, ignore_errors=True)
+    run_folders.remove(setup.folder)
     if setup.share_after is not None:
         os._exit(0)  # see `share_pages`
 
