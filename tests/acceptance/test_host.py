@@ -321,11 +321,16 @@ def test_health_says_whether_the_host_takes_runs(machine: Machine, attempts: Att
 
 
 def test_doctor_on_a_host_says_what_it_lacks(machine: Machine) -> None:
-    def doctor() -> tuple[int, dict[str, bool]]:
-        command = [sys.executable, "-m", "worker", "--config", str(machine.config), "doctor", "-o", "json"]
-        done = forked.run(command, cwd=machine.folder, env=os.environ)
-        return done.code, {row["check"]: row["ok"] for row in done.json()}
+    checks = ("token", "control", "sandbox", "changeable_files", "trusted_code")
 
-    assert doctor() == (0, {"token": True, "control": True, "sandbox": True, "trusted_code": True})
+    def failed(mode: str) -> tuple[int, list[str]]:
+        command = [sys.executable, "-m", "worker", "--config", str(machine.config), "doctor", "-o", "json"]
+        done = forked.run(command, cwd=machine.folder, env=os.environ | {"WORKER_EXECUTION__SANDBOX": mode})
+        assert tuple(row["check"] for row in done.json()) == checks
+        return done.code, [row["check"] for row in done.json() if not row["ok"]]
+
+    assert failed("auto") == (0, [])
+    # The token belongs to the account of the host, so a handler could open it to others.
+    assert failed("require") == (1, ["changeable_files"])
     machine.token.write_text("another")
-    assert doctor() == (1, {"token": True, "control": False, "sandbox": True, "trusted_code": True})
+    assert failed("auto") == (1, ["control"])

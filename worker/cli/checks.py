@@ -227,12 +227,13 @@ def doctor(
 
 
 def _of_host(session: Invocation) -> list[Diagnostic]:
-    from worker.operations.doctor import sandbox, trusted_code
+    from worker.operations.doctor import changeable_files, sandbox, trusted_code
     from worker.operations.host_access import check_access
     from worker.settings import load_for_host
 
     settings = load_for_host(session.config, session.overrides)
-    return [*check_access(settings.host), sandbox(settings), trusted_code(settings)]
+    checks = (sandbox, changeable_files, trusted_code)
+    return [*check_access(settings.host), *(check(settings) for check in checks)]
 
 
 def _write(path: str, session: Invocation, database: Database) -> None:

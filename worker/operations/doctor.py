@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.claims.pools import PoolRules
@@ -11,6 +13,7 @@ from worker.clock import to_text
 from worker.definitions.units import format_duration
 from worker.errors import ConfigurationError, Diagnostic
 from worker.operations.confinement import OFF, confinement_of, in_words, readable_management_secrets
+from worker.operations.guarded_files import changeable, guarded
 from worker.operations.installation import ADOPT, NO_WORD, difference
 from worker.settings import Settings
 from worker.store import calendars, catalogue, health, placements, pools, roles
@@ -58,7 +61,7 @@ def run_checks(
     """
     return [
         *(check(database) for check in (held_snapshots, live_rows, web_roles, file_modes)),
-        *(check(settings) for check in (insecure_origins, sandbox, trusted_code)),
+        *(check(settings) for check in (insecure_origins, sandbox, changeable_files, trusted_code)),
         *(check(settings) for check in (management_secrets, database_password)),
         installation(database, settings),
         workers(database),
@@ -376,11 +379,16 @@ def file_modes(database: Database) -> Diagnostic:
     searched = folder.stat().st_mode
     found = [path for path in (*sorted(folder.glob(f"{file.name}*")), folder / "keyring") if path.is_file()]
     # Others need r on the file and x on the folder.
-    open_to = [path for path in found if path.stat().st_mode >> 2 & searched & 0o011]
+    open_to = [path for path in found if path.stat().st_mode >> 2 & searched & _others(path)]
     if not open_to:
         return Diagnostic(name, True, f"only their owner can read the files in {folder}")
     names = " ".join(path.name for path in open_to)
     return Diagnostic(name, True, f"others can read in {folder}: {names}", f"there: chmod go= {names}")
+
+
+def _others(path: Path) -> int:
+    """The bits of x of those who must not use the file: a file of another account is read by its group."""
+    return 0o011 if path.stat().st_uid == os.geteuid() else 0o001
 
 
 def sandbox(settings: Settings) -> Diagnostic:
@@ -398,6 +406,23 @@ def sandbox(settings: Settings) -> Diagnostic:
     if confinement.rules is None:
         return Diagnostic(name, False, confinement.level, "use Linux 6.12 or newer with Landlock turned on")
     return Diagnostic(name, True, confinement.level)
+
+
+def changeable_files(settings: Settings) -> Diagnostic:
+    """Files with secrets that handlers could open to other accounts, if workers run as this user."""
+    name = "changeable_files"
+    found = changeable(guarded(settings))
+    if not found:
+        return Diagnostic(name, True, "handlers cannot change the modes of key ring and settings")
+    detail = f"handlers could open {found[0]} to other accounts (chmod){_and_more(found)}"
+    if settings.execution.sandbox != "require":
+        return Diagnostic(name, True, f"{detail}; a worker restores modes, and require forbids it")
+    return Diagnostic(
+        name,
+        False,
+        f"{detail}; from the next release on, a worker or host exits with 78",
+        "let another account own it (chown root:GROUP, chmod 0640), or mount it read-only",
+    )
 
 
 def trusted_code(settings: Settings) -> Diagnostic:

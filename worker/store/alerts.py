@@ -62,7 +62,10 @@ RECOVERED: Mapping[Kind, tuple[str, str]] = {
     "provisioning_failed": _PROVISIONED,
     "waiting": _ANSWERED,
 }
-MAY_GO_QUIET: tuple[Kind, ...] = ("failed", "refused", "credential_dead", "provisioning_failed")
+MAY_GO_QUIET: tuple[Kind, ...] = (
+    *("failed", "refused", "credential_dead", "provisioning_failed"),
+    *("files_opened", "files_changeable"),
+)
 
 
 def note(connection: Connection, strikes: Sequence[Strike]) -> None:

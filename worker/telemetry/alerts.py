@@ -19,7 +19,17 @@ from worker.clock import Clock, to_text
 from worker.telemetry.events import Emitted
 from worker.telemetry.masking import masker
 
-Kind = Literal["failed", "refused", "overdue", "paused", "credential_dead", "provisioning_failed", "waiting"]
+Kind = Literal[
+    "failed",
+    "refused",
+    "overdue",
+    "paused",
+    "credential_dead",
+    "provisioning_failed",
+    "waiting",
+    "files_opened",
+    "files_changeable",
+]
 Status = Literal["firing", "resolved"]
 
 # Maximum open alerts; more than these have one common cause, which has been reported by then.
@@ -170,6 +180,13 @@ def _cause(event: str, fields: Mapping[str, Any]) -> tuple[Kind, tuple[str | Non
             issuer, error = fields.get("issuer"), fields.get("error")
             summary = f"orgs of issuer {issuer} are not compared with the provider's: {error}"
             return "provisioning_failed", ("issuer", issuer, error), summary
+        case "files.opened", _:
+            undone = "its mode is restored" if fields.get("restored") else "another account owns it"
+            summary = f"{fields.get('path')} was opened to other accounts ({fields.get('mode')}); {undone}"
+            return "files_opened", (fields.get("path"),), summary
+        case "files.changeable", _:
+            summary = f"handlers could open {fields.get('path')} to other accounts; `doctor` has the fix"
+            return "files_changeable", (fields.get("path"),), summary
         case _:
             return "credential_dead", (org,), f"{org} gets no token: {fields.get('error')}"
 
@@ -185,6 +202,8 @@ _STATES: Mapping[str, frozenset[str | None]] = {
     "schedule.overdue": frozenset({None}),
     "provisioning.failed": frozenset({None}),
     "provisioning.unavailable": frozenset({None}),
+    "files.opened": frozenset({None}),
+    "files.changeable": frozenset({None}),
 }
 
 

@@ -226,6 +226,16 @@ _ROWS = (
         "sandbox.incomplete", "sandbox", "handlers are not fully confined; `sandbox` says what is missing"
     ),
     _warning("sandbox.narrowed", "path error", "a path open to handlers contains a secret, which is hidden"),
+    _error(
+        "files.opened",
+        "path mode restored",
+        "a file with secrets was opened to other accounts by this `mode`; `restored` if that is undone",
+    ),
+    _warning(
+        "files.changeable",
+        "path files",
+        "handlers could open `files` files with secrets to other accounts, which `require` will refuse",
+    ),
     _warning("children.frozen", "runs", "froze `runs` runs until the lease is renewed"),
     _info("children.thawed", "runs seconds", "the lease was renewed in time; `runs` runs continue"),
     _warning("child.killed", "org run attempt reason", "killed the processes of a run"),

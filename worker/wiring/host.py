@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from random import SystemRandom
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ from worker.execution.runners.child.pool import SHARE_AFTER, ChildPool
 from worker.execution.runners.inline import Inline
 from worker.ids import WorkerId
 from worker.operations.confinement import Confinement, confinement_of
+from worker.operations.guarded_files import FileWatch
 from worker.operations.host_access import read_token, trusting
 from worker.runs.run import Isolation
 from worker.settings import Settings
@@ -105,10 +107,11 @@ def run(settings: Settings, *, pool: str | None = None) -> int:
         raise
     controls = Controls(settings.host.control, token, clock, context=context)
 
+    files = FileWatch(settings, clock)
+
     def incarnate(signals: Signals) -> HostIncarnation:
-        return HostIncarnation(
-            settings, controls, children, notifier, signals, clock, health, confinement, pool
-        )
+        given = (settings, controls, children, notifier, signals, clock, health)
+        return HostIncarnation(*given, confinement, files, pool)
 
     async def serve() -> int:
         with traces:
@@ -145,6 +148,7 @@ class HostIncarnation:
     clock: Clock
     health: Health
     confinement: Confinement
+    files: FileWatch
     pool: str | None
     id: WorkerId = field(default=WorkerId(""), init=False)
 
@@ -167,6 +171,7 @@ class HostIncarnation:
         control = AsyncControl(self.controls)
         heartbeat = BlockingControl(self.controls, PATIENCE)
         try:
+            await asyncio.to_thread(self.files.look)
             store = RemoteStore(control, heartbeat, self._inflight_runs, self.clock.now)
             registered = await self._register(store)
             heartbeat.deadline = PATIENCE * registered.lease
@@ -326,6 +331,8 @@ class HostIncarnation:
             command=self.confinement.describe,
             describing=self.children.take_describing,
         )
+        housekeeping = Housekeeping()
+        housekeeping.every(self.files.every, "files", partial(asyncio.to_thread, self.files.look))
         supervisor = Supervisor(
             intake={"taking": taking.run, "catalogue": catalogue.run},
             outlet={
@@ -338,7 +345,7 @@ class HostIncarnation:
             dispatcher=dispatcher,
             run_log=run_log,
             heartbeat=heartbeat,
-            housekeeping=Housekeeping(),
+            housekeeping=housekeeping,
             clock=clock,
             drain=execution.drain,
             on_draining=self._draining,

@@ -37,6 +37,7 @@ from worker.execution.runners.child.pool import SHARE_AFTER, ChildPool
 from worker.execution.runners.inline import Inline
 from worker.ids import RunId, WorkerId, new_id
 from worker.operations.confinement import Confinement, confinement_of, readable_management_secrets
+from worker.operations.guarded_files import FileWatch
 from worker.operations.installation import Ownership
 from worker.operations.keys import check_ring
 from worker.outbound import open_client
@@ -142,10 +143,11 @@ def run(settings: Settings) -> int:
             asyncio.run(children.close())
             raise
 
+        files = FileWatch(settings, clock)
+
         def incarnate(signals: Signals) -> Incarnation:
-            return Incarnation(
-                settings, database, keyring, children, notifier, signals, clock, health, confinement, hosts
-            )
+            given = (settings, database, keyring, children, notifier, signals, clock, health)
+            return Incarnation(*given, confinement, hosts, files)
 
         async def serve() -> int:
             own_connection = heartbeat_database(database, execution.lease)
@@ -175,6 +177,7 @@ class Incarnation:
     health: Health
     confinement: Confinement
     hosts: AttemptListener
+    files: FileWatch
 
     def __post_init__(self) -> None:
         self.health.starting()
@@ -214,6 +217,7 @@ class Incarnation:
         )
         # Before the first run is fired: its handler may be one that only a host offers.
         self._handlers.learn(await self._store.look_at_pools())
+        await asyncio.to_thread(self.files.look)
         if self.settings.placed_by_temporal:
             key = await self.database.call(installation.key_of)
             self._ownership = Ownership(self.database, self.settings.installation, key=key)
@@ -372,6 +376,7 @@ class Incarnation:
         housekeeping.every(BUDGETS_EVERY, "budgets", store.look_at_budgets)
         chores.add_to(housekeeping)
         retention = Retention(store, ages_of(self.settings.retention), clock)
+        housekeeping.every(self.files.every, "files", partial(asyncio.to_thread, self.files.look))
         housekeeping.every(RETENTION_EVERY, "retention", retention.tidy)
         # The loops that a drain ends first must tick.
         liveness = Liveness(

@@ -14,7 +14,7 @@ from tests.fakes.cli import CommandLine
 from tests.fakes.postgres import Server
 from tests.fakes.site import definition
 from worker.clock import SystemClock
-from worker.execution.runners.child import landlock
+from worker.execution.runners.child import landlock, seccomp
 from worker.execution.runners.child.sandbox import level
 from worker.ids import new_id
 from worker.store import health, orgs, tables
@@ -39,7 +39,8 @@ def test_doctor_exits_0_where_all_is_well(asked_for_password: CommandLine):
     assert done.code == 0
     assert [row["check"] for row in done.json()] == [
         *("held_snapshots", "live_rows", "web_roles", "file_modes"),
-        *("insecure_origins", "sandbox", "trusted_code", "management_secrets", "database_password"),
+        *("insecure_origins", "sandbox", "changeable_files", "trusted_code"),
+        *("management_secrets", "database_password"),
         *("installation", "workers", "credentials", "handlers", "pools", "pool_rules", "calendars"),
     ]
     assert all(row["ok"] for row in done.json())
@@ -76,7 +77,7 @@ def test_doctor_says_how_far_handlers_are_confined_and_what_is_trusted(
     monkeypatch.setenv("WORKER_EXECUTION__INLINE", "acme-jobs")
 
     rows = {row["check"]: row for row in cli("doctor", "-o", "json").json()}
-    assert rows["sandbox"]["detail"] == level(landlock.abi())
+    assert rows["sandbox"]["detail"] == level(landlock.abi(), seccomp.lacking())
     assert rows["trusted_code"]["detail"] == "preload: acme-models; inline: acme-jobs"
 
     monkeypatch.setenv("WORKER_EXECUTION__READ_PATHS", folder)

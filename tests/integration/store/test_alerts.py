@@ -298,6 +298,17 @@ def test_a_cause_that_strikes_no_more_is_over_after_longer_than_a_day(ledger, st
     assert "it has not occurred again" in end.summary
 
 
+@pytest.mark.parametrize("kind", ["files_opened", "files_changeable"])
+def test_files_that_were_opened_no_more_are_over_after_longer_than_a_day(ledger, stock, kind):
+    ledger.note(strike(ledger, kind))
+    ledger.settle()
+    assert ledger.briefly() == [(kind, "firing")]
+    ledger.change(struck_at=stock.now() - QUIET - timedelta(seconds=1))
+    ledger.settle()
+
+    assert ledger.briefly() == [(kind, "resolved")]
+
+
 def test_causes_without_end_do_not_fill_the_table_or_the_mailbox(ledger):
     ledger.note(*(strike(ledger, cause=f"c{number}") for number in range(MOST_OPEN + 10)))
     ledger.note(strike(ledger, cause="one more"), strike(ledger, cause="c5"))

@@ -140,7 +140,20 @@ def test_each_kind_comes_of_an_event_of_the_table_and_of_no_other(heard):
 
     assert set(heard.kinds()) == {
         *("failed", "paused", "credential_dead", "overdue", "provisioning_failed", "waiting"),
+        *("files_opened", "files_changeable"),
     }
+
+
+def test_each_file_that_was_opened_is_a_cause(heard):
+    for path, restored in (("/etc/a", True), ("/etc/a", True), ("/etc/b", False)):
+        emit("files.opened", path=path, mode="0644", restored=restored)
+    emit("files.changeable", path="/etc/a", files=2)
+
+    assert [(strike.kind, strike.count, strike.summary) for strike in heard.taken()] == [
+        ("files_opened", 2, "/etc/a was opened to other accounts (0644); its mode is restored"),
+        ("files_opened", 1, "/etc/b was opened to other accounts (0644); another account owns it"),
+        ("files_changeable", 1, "handlers could open /etc/a to other accounts; `doctor` has the fix"),
+    ]
 
 
 def test_what_could_not_be_written_down_comes_again_with_what_struck_meanwhile(heard):

@@ -367,7 +367,10 @@ rollup_hours = Table(
     info={"meaning": "Sums by hour, org and state. They are kept when the runs are deleted."},
 )
 
-ALERT_KINDS = ("failed", "refused", "overdue", "paused", "credential_dead", "provisioning_failed", "waiting")
+ALERT_KINDS = (
+    *("failed", "refused", "overdue", "paused", "credential_dead", "provisioning_failed", "waiting"),
+    *("files_opened", "files_changeable"),
+)
 
 alerts = Table(
     "alerts",
@@ -377,7 +380,8 @@ alerts = Table(
     required(
         "kind",
         Text,
-        "`failed`, `refused`, `overdue`, `paused`, `credential_dead`, `provisioning_failed` or `waiting`.",
+        "`failed`, `refused`, `overdue`, `paused`, `credential_dead`, `provisioning_failed`, `waiting`, "
+        "`files_opened` or `files_changeable`.",
     ),
     required("summary", Text, "A sentence for people."),
     required("fields", json_type(), "The fields of the first event."),
