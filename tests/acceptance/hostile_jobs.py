@@ -6,6 +6,7 @@ the result of each attack: `worked`, or the error.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import os
@@ -81,6 +82,11 @@ def _files(targets: Targets) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "read another run's file", lambda: _contains(f"{folder}/file", SECRET)
     yield "list another run's folder", lambda: os.listdir(folder)
     yield "list the folder of all runs", lambda: os.listdir(os.path.dirname(folder))
+    yield (
+        "watch another run's folder",
+        lambda: _called("inotify_add_watch", _notices(), folder.encode(), 0x100),
+    )
+    yield "make memory that outlives the run", lambda: _called("shmget", 0, 4096, 0o1600, undo="shmctl")
     yield "write into another run's folder", lambda: Path(folder, "planted").write_text("x")
     yield "empty a file of the state by its path", lambda: os.truncate(targets["decoy"], 0)
     yield "remove a file of the state", lambda: os.remove(targets["decoy"])
@@ -116,6 +122,22 @@ def _sqlite(database: str) -> Iterator[tuple[str, Callable[[], object]]]:
 def _read(path: str) -> bytes:
     with open(path, "rb") as file:
         return file.read()
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _notices() -> int:
+    """A descriptor for watches of folders."""
+    return int(_libc.inotify_init())
+
+
+def _called(name: str, *arguments: Any, undo: str = "") -> None:
+    result = _libc[name](*arguments)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), name)
+    if undo:
+        _libc[undo](result, 0, None)
 
 
 def _contains(path: str, text: str) -> None:
