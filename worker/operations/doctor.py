@@ -387,7 +387,7 @@ def file_modes(database: Database) -> Diagnostic:
 
 
 def _others(path: Path) -> int:
-    """The bits of x of those who must not use the file: a file of another account is read by its group."""
+    """x for group and others; not for the group, by which this account reads a file that another one owns."""
     return 0o011 if path.stat().st_uid == os.geteuid() else 0o001
 
 

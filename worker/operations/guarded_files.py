@@ -23,8 +23,9 @@ from worker.telemetry.events import emit
 REMIND_EVERY = timedelta(hours=24)
 # What SQLite keeps beside a database, with its mode.
 JOURNALS = ("", "-wal", "-shm", "-journal")
-# Rights of group and others.
+# Rights of group and others, and what gives rights to single accounts.
 OF_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+ACCESS_LIST = "system.posix_acl_access"
 # Capabilities of root by which a process changes the mode of what it does not own: CHOWN, FOWNER, SETUID.
 _OF_ROOT = 1 << 0 | 1 << 3 | 1 << 7
 
@@ -35,7 +36,8 @@ def guarded(settings: Settings) -> list[str]:
     They are the key ring, the settings, and a host's token.
     """
     named = [settings.config_file, settings.host.token_file, settings.attempts.key, settings.temporal.key]
-    named.append(_key_ring(settings))
+    with suppress(ConfigurationError):  # no key ring is configured
+        named.append(str(settings.keyring_file))
     with suppress(OSError):
         named += sorted(entry.path for entry in os.scandir(settings.secrets_dir or os.devnull))
     # A mounted secret is a link, beside folders with its versions.
@@ -75,30 +77,47 @@ def _capabilities() -> int:
     return 0
 
 
-def _key_ring(settings: Settings) -> str:
-    with suppress(ConfigurationError):  # none is configured
-        return str(settings.keyring_file.absolute())
-    return ""
-
-
 class _Seen(NamedTuple):
-    """A file, and its mode."""
+    """A file or folder, its mode and its access list; of a folder only the right to search it counts."""
 
     device: int
     inode: int
     mode: int
+    of_others: int
+    access_list: bytes | None
 
     @classmethod
     def at(cls, path: str) -> _Seen:
         found = os.stat(path)
-        return cls(found.st_dev, found.st_ino, stat.S_IMODE(found.st_mode))
+        of_others = 0o011 if stat.S_ISDIR(found.st_mode) else OF_OTHERS
+        return cls(found.st_dev, found.st_ino, stat.S_IMODE(found.st_mode), of_others, _access_list(path))
+
+    def has_opened(self, since: _Seen) -> bool:
+        """Whether others may do more than before. An access list adds accounts without changing the mode."""
+        added = self.access_list is not None and self.access_list != since.access_list
+        return added or bool(self.mode & self.of_others & ~since.mode)
+
+    def restore(self, path: str) -> None:
+        """Give the path this mode and access list; raises OSError."""
+        if self.access_list is not None:
+            os.setxattr(path, ACCESS_LIST, self.access_list)
+        elif _access_list(path) is not None:
+            os.removexattr(path, ACCESS_LIST)
+        os.chmod(path, self.mode)
+
+
+def _access_list(path: str) -> bytes | None:
+    try:
+        return os.getxattr(path, ACCESS_LIST)
+    except OSError:  # it has none, or the file system knows none
+        return None
 
 
 class FileWatch:
     """Restores the modes that files with secrets had at first, if others may use one more than then.
 
-    A handler cannot replace a file, so one that was replaced keeps its new mode. A stricter mode is left
-    alone.
+    A handler cannot replace a file, so one that was replaced keeps its new mode. So does one whose mode is
+    stricter now.
     """
 
     # Seconds between two looks.
@@ -108,11 +127,11 @@ class FileWatch:
         self._settings = settings
         self._clock = clock
         self._first: dict[str, _Seen] = {}
-        self._reported: dict[str, int] = {}
+        self._reported: dict[str, _Seen] = {}
         self._remind_at = clock.monotonic()
         for path, like in self._watched():
             with suppress(OSError):
-                self._mode_of(path, like, _Seen.at(path))
+                self._first_of(path, like, _Seen.at(path))
 
     def look(self) -> None:
         """Restore and report modes that were opened; report what handlers could open, once a day."""
@@ -125,35 +144,34 @@ class FileWatch:
                 emit("files.changeable", path=found[0], files=len(found))
 
     def _watched(self) -> Iterator[tuple[str, str]]:
-        """Each file and folder, and the one whose mode it should have."""
-        ring, database = _key_ring(self._settings), self._settings.database.sqlite_file
-        files = guarded(self._settings)
-        folders = [os.path.dirname(ring)] if ring in files else []
+        """Each file and the folder with it, and the one whose mode it should have."""
+        files, database = guarded(self._settings), self._settings.database.sqlite_file
         if database is not None and database.exists():
             # SQLite gives its journals, which come and go, the mode of the database.
             yield from ((f"{database}{journal}", str(database)) for journal in JOURNALS)
-            folders.append(str(database.absolute().parent))
+            files.append(str(database))
+        folders = [os.path.dirname(os.path.abspath(path)) for path in files]
         yield from ((path, path) for path in dict.fromkeys([*files, *folders]))
 
-    def _mode_of(self, path: str, like: str, now: _Seen) -> int:
-        """The mode that the file had at first."""
+    def _first_of(self, path: str, like: str, now: _Seen) -> _Seen:
+        """The file as it was at first."""
         first = self._first.get(path)
         if first is None or first[:2] != now[:2]:
-            mode = now.mode if path == like or like not in self._first else self._first[like].mode
-            first = self._first[path] = now._replace(mode=mode)
-        return first.mode
+            of = now if path == like else self._first.get(like, now)
+            first = self._first[path] = now._replace(mode=of.mode, access_list=of.access_list)
+        return first
 
     def _look_at(self, path: str, like: str) -> None:
         now = _Seen.at(path)
-        mode = self._mode_of(path, like, now)
-        if not now.mode & OF_OTHERS & ~mode:
+        first = self._first_of(path, like, now)
+        if not now.has_opened(first):
             self._reported.pop(path, None)
             return
         restored = True
         try:
-            os.chmod(path, mode)
+            first.restore(path)
         except OSError:  # another account owns it: no handler did this
             restored = False
-        if restored or self._reported.get(path) != now.mode:
-            self._reported[path] = now.mode
+        if restored or self._reported.get(path) != now:
+            self._reported[path] = now
             emit("files.opened", path=path, mode=f"{now.mode:04o}", restored=restored)

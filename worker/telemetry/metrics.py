@@ -142,6 +142,7 @@ METRICS: tuple[Metric, ...] = (
         "children_frozen_total", "", "runs frozen because of an unrenewed lease", "children.frozen", "runs"
     ),
     _counter("children_killed_total", "", "runs whose processes were killed", "child.killed"),
+    _counter("files_opened_total", "", "files with secrets opened to other accounts", "files.opened"),
     _counter("handlers_broken_total", "", "handlers that failed to load", "handler.broken"),
     _counter(
         "web_connections_closed_total", "reason", "connections closed by the server", "web.connection_closed"

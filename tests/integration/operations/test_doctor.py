@@ -14,7 +14,7 @@ from tests.fakes.stock import Stock
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import new_id
 from worker.operations import doctor
-from worker.operations.doctor import held_snapshots, live_rows, run_checks, too_old
+from worker.operations.doctor import file_modes, held_snapshots, live_rows, run_checks, too_old
 from worker.settings import Settings
 from worker.store import catalogue, tables
 from worker.store.database import Database
@@ -60,6 +60,22 @@ def test_files_that_others_may_read_are_named(migrated_sqlite_url: str, clock: M
     for path in (file, keyring):
         path.chmod(0o600)
     assert found() == (False, False)
+    database.close()
+
+
+def test_the_group_by_which_this_account_reads_a_key_ring_of_root_is_no_other(
+    migrated_sqlite_url: str, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+):
+    """As `require` wants it: root owns the key ring, and the worker's group may read it."""
+    database = Database.open(migrated_sqlite_url, clock=clock)
+    file = Path(migrated_sqlite_url.removeprefix("sqlite:///"))
+    file.with_name("keyring").touch(0o640)
+    file.with_name("keyring").chmod(0o640)
+    file.parent.chmod(0o755)
+
+    assert "keyring" in file_modes(database).fix
+    monkeypatch.setattr("worker.operations.doctor.os.geteuid", lambda: file.stat().st_uid + 1)
+    assert file_modes(database).fix == ""
     database.close()
 
 

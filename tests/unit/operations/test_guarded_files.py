@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from tests.fakes.clock import ManualClock
 from worker.operations import guarded_files
 from worker.operations.doctor import changeable_files
-from worker.operations.guarded_files import FileWatch, changeable, guarded
+from worker.operations.guarded_files import ACCESS_LIST, FileWatch, changeable, guarded
 from worker.operations.host_access import read_token
 from worker.settings import Settings, load, load_for_host
 from worker.telemetry.events import Emitted
@@ -216,6 +217,57 @@ def test_a_mode_that_was_opened_is_restored_and_reported(
 
     assert mode(path) == before
     assert opened(emitted) == [(path.name, "0755" if path.is_dir() else "0644", True)]
+
+
+def access_list(*, account: int) -> bytes:
+    """Reading for one account more, and the mode 0640 as before: version, then tag, rights and id of each."""
+    entries = ((0x01, 6, -1), (0x02, 4, account), (0x04, 4, -1), (0x10, 4, -1), (0x20, 0, -1))
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+
+
+def test_an_access_list_that_adds_an_account_is_removed(
+    installed: Settings, clock: ManualClock, emitted: list[Emitted]
+):
+    """The mode shows nothing of it."""
+    ring = installed.keyring_file
+    ring.chmod(0o640)
+    watch = FileWatch(installed, clock)
+    os.setxattr(ring, ACCESS_LIST, access_list(account=65534))
+    assert mode(ring) == "0640"
+
+    watch.look()
+
+    assert ACCESS_LIST not in os.listxattr(ring)
+    assert mode(ring) == "0640"
+    assert opened(emitted) == [("keyring", "0640", True)]
+
+
+def test_an_access_list_that_was_there_at_first_is_kept(
+    installed: Settings, clock: ManualClock, emitted: list[Emitted]
+):
+    ring = installed.keyring_file
+    given = access_list(account=65534)
+    os.setxattr(ring, ACCESS_LIST, given)
+    watch = FileWatch(installed, clock)
+    watch.look()
+    assert opened(emitted) == []
+    os.setxattr(ring, ACCESS_LIST, access_list(account=65533))
+    watch.look()
+
+    assert os.getxattr(ring, ACCESS_LIST) == given
+    assert len(opened(emitted)) == 1
+
+
+def test_of_a_folder_only_the_right_to_search_it_counts(
+    installed: Settings, tmp_path: Path, clock: ManualClock, emitted: list[Emitted]
+):
+    watch = FileWatch(installed, clock)
+    (tmp_path / "state").chmod(0o766)
+
+    watch.look()
+
+    assert mode(tmp_path / "state") == "0766"
+    assert opened(emitted) == []
 
 
 @pytest.mark.parametrize("given", [0o600, 0o400, 0o700])
