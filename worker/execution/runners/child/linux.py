@@ -13,7 +13,7 @@ import os
 import resource
 import signal
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +24,9 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 DESCRIPTORS = 65_536
-# Descriptors of runs that one look for files in memory reads.
-MOST_LOOKED_AT = 4096
+# Descriptors of runs that one look for files in memory reads, in some 4 ms.
+MOST_LOOKED_AT = 512
+END = object()
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 WORKER_CGROUP = "worker"
@@ -220,25 +221,22 @@ def memory(pids: Iterable[int], *, own: int, limit: int, files: int = 0) -> int:
 class MemoryFiles:
     """Files in memory that processes hold (memfd_create): no resident size counts what is not mapped.
 
-    One `look` reads some 4,000 descriptors, and the next one goes on with other processes. So a run with
-    many delays when it is found, and not the process that looks.
+    A look reads at most MOST_LOOKED_AT descriptors, and the next one goes on from there. So many descriptors
+    delay when files are found, but not the process that looks.
     """
 
     def __init__(self) -> None:
         self._sizes: dict[int, dict[tuple[int, int], int]] = {}
-        self._last = 0
+        self._pass: Iterator[None] | None = None
 
     def look(self, pids: Iterable[int]) -> None:
         """Read what these processes hold now, as far as they do not hide it; forget all others."""
-        ordered = sorted(pids)
-        self._sizes = {pid: self._sizes.get(pid, {}) for pid in ordered}
-        later = [pid for pid in ordered if pid > self._last]
-        seen = 0
-        for pid in [*later, *ordered[: len(ordered) - len(later)]]:
-            count, self._sizes[pid] = _memory_files(pid)
-            self._last = pid
-            seen += count
-            if seen >= MOST_LOOKED_AT:
+        self._sizes = {pid: self._sizes.get(pid, {}) for pid in sorted(pids)}
+        if self._pass is None:
+            self._pass = self._read(list(self._sizes))
+        for _ in range(MOST_LOOKED_AT):
+            if next(self._pass, END) is END:
+                self._pass = None
                 return
 
     def size(self, pids: Iterable[int]) -> int:
@@ -248,21 +246,20 @@ class MemoryFiles:
             files |= self._sizes.get(pid, {})
         return sum(files.values())
 
-
-def _memory_files(pid: int) -> tuple[int, dict[tuple[int, int], int]]:
-    """The number of a process's descriptors, and the bytes in each file in memory among them."""
-    folder, files = f"/proc/{pid}/fd", {}
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return 0, {}
-    for name in names:
-        with contextlib.suppress(OSError):  # it was closed meanwhile
-            # Only what is in memory is asked for its size: a file system could keep this process waiting.
-            if os.readlink(f"{folder}/{name}").startswith("/memfd:"):
-                found = os.stat(f"{folder}/{name}")
-                files[found.st_dev, found.st_ino] = found.st_blocks * 512
-    return len(names), files
+    def _read(self, pids: Iterable[int]) -> Iterator[None]:
+        """Read the descriptors of processes, one at each step."""
+        for pid in pids:
+            files = {}
+            with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
+                for entry in entries:
+                    yield
+                    with contextlib.suppress(OSError):  # it was closed meanwhile
+                        # Nothing else is asked for its size: a file system could keep this process waiting.
+                        if os.readlink(entry.path).startswith("/memfd:"):
+                            found = os.stat(entry.path)
+                            files[found.st_dev, found.st_ino] = found.st_blocks * 512
+            if pid in self._sizes:
+                self._sizes[pid] = files
 
 
 def resident(pid: int) -> int:
