@@ -221,8 +221,8 @@ def memory(pids: Iterable[int], *, own: int, limit: int, files: int = 0) -> int:
 class MemoryFiles:
     """Files in memory that processes hold (memfd_create): no resident size counts what is not mapped.
 
-    A look reads at most MOST_LOOKED_AT descriptors, and the next one goes on from there. So many descriptors
-    delay when files are found, but not the process that looks.
+    A look reads at most MOST_LOOKED_AT descriptors, and the next one goes on from there. A run with thousands
+    delays when files are found, but not the process that looks.
     """
 
     def __init__(self) -> None:
