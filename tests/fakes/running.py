@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from worker.errors import LeaseLost, WorkerError
-from worker.execution.runners.contract import Work
+from worker.execution.runners.contract import GivenErrors, Work
 from worker.guard.claims import Claims, Flag
 from worker.ids import RunId
 from worker.runs.budgets import BudgetState
@@ -79,20 +79,24 @@ class RecordingServices:
     spends: list[tuple[str, int, int]] = field(default_factory=list)
     budget_states: list[BudgetState] = field(default_factory=list)
     tokens_asked: list[bool] = field(default_factory=list)
+    errors: GivenErrors = field(default_factory=GivenErrors)
     has_started: bool = False
     closed: bool = False
     peak_memory: int = 0
 
     async def save(self, data_json: str) -> None:
         if self.closed:
-            raise LeaseLost("the run has ended")
-        self.on_save(data_json)
+            raise self._given(LeaseLost("the run has ended"))
+        try:
+            self.on_save(data_json)
+        except WorkerError as error:
+            raise self._given(error) from None
         self.saved.append(json.loads(data_json))
 
     async def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
         self.tokens_asked.append(fresh)
         if self.refuses is not None:
-            raise self.refuses
+            raise self._given(self.refuses)
         return self.renewed or (token("token-two"), claims(n="two"))
 
     async def load_steps(self, after: int) -> StepPage:
@@ -100,7 +104,7 @@ class RecordingServices:
 
     async def open_wait(self, wait: NewWait) -> WaitState:
         if self.closed:
-            raise LeaseLost("the run has ended")
+            raise self._given(LeaseLost("the run has ended"))
         self.waits.append(wait)
         return self.states.get(wait.name, WaitState(wait.kind, "pending"))
 
@@ -109,13 +113,13 @@ class RecordingServices:
 
     async def spend(self, meter: str, amount: int, number: int) -> list[BudgetState]:
         if self.closed:
-            raise LeaseLost("the run has ended")
+            raise self._given(LeaseLost("the run has ended"))
         self.spends.append((meter, amount, number))
         return self.budget_states
 
     async def store_step(self, step: NewStep) -> str:
         if self.closed:
-            raise LeaseLost("the run has ended")
+            raise self._given(LeaseLost("the run has ended"))
         if "secret" in step.result_json:
             step = replace(step, result_json=step.result_json.replace("secret", "[masked]"))
         self.steps.append(step)
@@ -135,6 +139,10 @@ class RecordingServices:
 
     def close(self) -> None:
         self.closed = True
+
+    def _given(self, error: WorkerError) -> WorkerError:
+        self.errors.note(error)
+        return error
 
     def text(self) -> str:
         """All lines as one text."""

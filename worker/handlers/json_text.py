@@ -37,7 +37,8 @@ def to_json_text(value: Any, what: str, limit: int = LIMIT) -> str:
         raise NotStorable(_TOO_DEEP.format(what)) from None
     except (TypeError, ValueError) as error:
         raise NotStorable(f"the {what} is not JSON: {_reason(error)}") from None
-    _check_size(text, what, limit)
+    check_size(text, what, limit)
+    _check_nul(text, what)
     if text.count("[") + text.count("{") > DEEPEST:
         _value(text, what)
     return text
@@ -45,7 +46,8 @@ def to_json_text(value: Any, what: str, limit: int = LIMIT) -> str:
 
 def check_json_text(text: str, what: str, limit: int = LIMIT) -> None:
     """Raise NotStorable for text that `to_json_text` would not write: a run's process may send anything."""
-    _check_size(text, what, limit)
+    check_size(text, what, limit)
+    _check_nul(text, what)
     value = _value(text, what)
     try:
         # A surrogate may be escaped.
@@ -54,12 +56,16 @@ def check_json_text(text: str, what: str, limit: int = LIMIT) -> None:
         raise NotStorable(_SURROGATE.format(what)) from None
 
 
-def _check_size(text: str, what: str, limit: int) -> None:
+def check_size(text: str, what: str, limit: int) -> None:
+    """Raise NotStorable for text of more than `limit` bytes."""
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > limit:
         unit, name = (1024 * 1024, "MiB") if limit >= 1024 * 1024 else (1024, "KiB")
         most = limit // unit
         raise NotStorable(f"the {what} is {size / unit:.1f} {name} of JSON; the maximum is {most} {name}")
+
+
+def _check_nul(text: str, what: str) -> None:
     if _NUL.search(text):
         raise NotStorable(f"the {what} contains a NUL character, which databases cannot store")
 

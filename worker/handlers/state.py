@@ -37,16 +37,17 @@ class State:
 def to_state_text(value: Mapping[str, Any]) -> str:
     """A state as JSON text; raises NotStorable."""
     text = to_json_text(value, "state", limit=LIMIT)
-    _check_object(text)
+    check_object(text)
     return text
 
 
 def check_state_text(text: str) -> None:
     """Raise NotStorable for text that `to_state_text` would not write: a run's process may send anything."""
     check_json_text(text, "state", limit=LIMIT)
-    _check_object(text)
+    check_object(text)
 
 
-def _check_object(text: str) -> None:
+def check_object(text: str) -> None:
+    """Raise NotStorable for JSON text that is not an object."""
     if not text.lstrip().startswith("{"):
         raise NotStorable("the state is not a JSON object")

@@ -131,7 +131,6 @@ async def test_a_runs_folder_is_empty_at_first_and_gone_afterwards(children: Chi
         ("worker.Retry('5m', 'soon')", Retried(timedelta(minutes=5), "soon")),
         ("worker.Snooze(90)", Snoozed(timedelta(seconds=90))),
         ("worker.Cancel('not needed')", Cancelled("by_handler", "not needed")),
-        ("worker.HandBack()", HandedBack()),
         ("None", Succeeded(None)),
         ("7", Succeeded("7")),
         ("'text'", Succeeded('"text"')),

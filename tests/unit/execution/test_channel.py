@@ -9,11 +9,8 @@ from typing import Any
 import pytest
 
 from tests.fakes.running import NOW, claims, token, work
+from worker.execution.runners.child.frames import LIMIT, BrokenMessage, Unframer, frame
 from worker.execution.runners.child.messages import (
-    LIMIT,
-    BrokenFrame,
-    Unframer,
-    frame,
     outcome_message,
     outcome_of_message,
     page_message,
@@ -61,7 +58,7 @@ def test_messages_come_out_whole_however_they_are_cut() -> None:
     ],
 )
 def test_what_is_no_message_is_refused(data: bytes) -> None:
-    with pytest.raises(BrokenFrame):
+    with pytest.raises(BrokenMessage):
         list(Unframer().feed(data))
 
 

@@ -27,7 +27,7 @@ from worker.execution.attempts import events
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.plan import DEFAULT_LIMITS, Limits, state_without_order
 from worker.execution.attempts.run_services import AttemptServices, HandlerTools, Tools, redacted
-from worker.execution.runners.contract import Work, outcome_of_stop
+from worker.execution.runners.contract import LONGEST_PAUSE, Work, outcome_of_stop
 from worker.guard.claims import flag_is
 from worker.guard.decode import enforce
 from worker.runs import outcome as outcomes
@@ -35,9 +35,8 @@ from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded,
 from worker.runs.run import StoredProgress
 from worker.telemetry.events import emit
 
-# Default and maximum pause of a run without a token, in seconds: a new secret may fix it at any time.
+# Default pause of a run without a token, in seconds.
 PAUSE = 5.0
-LONGEST_PAUSE = 60.0
 NOTHING_STORED = StoredProgress()
 # Why a run is refused whose token is right.
 SECRET_MISSING = "secret_missing"  # noqa: S105 - a reason, not a secret

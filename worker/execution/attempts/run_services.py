@@ -14,12 +14,12 @@ from worker.claims.digests import Digests
 from worker.claims.pools import PoolRules
 from worker.claims.record import ClaimsRecord
 from worker.clock import Clock
-from worker.errors import LeaseLost, TokenRefused, Unavailable
+from worker.errors import LeaseLost, TokenError, TokenRefused, Unavailable
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import Deadlines, InflightRun
 from worker.execution.attempts.plan import AttemptPlan, Limits, Plans
 from worker.execution.loops.run_log_writer import RunLogWriter
-from worker.execution.runners.contract import Runner
+from worker.execution.runners.contract import GivenErrors, Runner
 from worker.guard.claims import Claims
 from worker.guard.decode import enforce
 from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
@@ -43,6 +43,8 @@ from worker.telemetry.masking import masker
 # Seconds between two tries to save a checkpoint, at first and at most.
 RETRY_SAVE = 0.1
 LONGEST_RETRY_SAVE = 2.0
+# Characters of a checkpoint that is parsed to compare it with the last one; that holds the interpreter lock.
+COMPARED = 32 * 1024
 
 T = TypeVar("T")
 
@@ -321,6 +323,7 @@ class AttemptServices:
     checkpoint: Any
     tools: RunTools
     refused: TokenRefused | None = field(default=None, init=False)
+    errors: GivenErrors = field(default_factory=GivenErrors, init=False)
     _closed: bool = field(default=False, init=False)
     _saves: int = field(default=0, init=False)
     # Of the run's steps: the places taken in this attempt, the last one before it, and the bytes of all.
@@ -336,7 +339,13 @@ class AttemptServices:
                 lambda: self.tools.checkpoints.save_checkpoint(run, self.trail.handler, masked, number)
             )
         )
-        self.inflight.moved = self.inflight.moved or json.loads(data_json) != self.checkpoint
+        self.inflight.moved = self.inflight.moved or self._differs(data_json)
+
+    def _differs(self, data_json: str) -> bool:
+        """Whether a checkpoint is another one than the attempt began with; a large one counts as such."""
+        if len(data_json) > COMPARED or self.checkpoint is None:
+            return data_json != "null"
+        return bool(json.loads(data_json) != self.checkpoint)
 
     async def load_steps(self, after: int) -> StepPage:
         """The stored steps of earlier attempts; wait while the database is away."""
@@ -442,6 +451,9 @@ class AttemptServices:
             self.inflight.stop.kill()
             # The org can read what its handler logs, so this must not name the other org.
             raise TokenRefused(refused.reason, refused.detail) from None
+        except (TokenError, Unavailable) as error:
+            self.errors.note(error)
+            raise
         return token, claims
 
     def progress(self, done: float, total: float | None, note: str | None) -> None:
@@ -479,7 +491,9 @@ class AttemptServices:
 
     def _lost(self) -> LeaseLost:
         self.inflight.stop.kill()
-        return LeaseLost(f"run {self.inflight.run.id} is no longer ours")
+        lost = LeaseLost(f"run {self.inflight.run.id} is no longer ours")
+        self.errors.note(lost)
+        return lost
 
     def _check_open(self) -> None:
         if self._closed:

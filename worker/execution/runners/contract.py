@@ -8,12 +8,14 @@ import logging
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeVar
 
 from worker.clock import Clock
+from worker.errors import LeaseLost, TokenError, Unavailable
 from worker.guard.claims import Claims
+from worker.handlers.calling import TOKEN_PAUSE
 from worker.handlers.context import WorkerPort
 from worker.handlers.given import Given, HeldToken, Org, ThisRun
 from worker.handlers.job import Job
@@ -24,6 +26,9 @@ from worker.runs import outcome as outcomes
 from worker.runs.budgets import BudgetState
 from worker.runs.outcome import Error, Failed, Outcome
 from worker.secret import AccessToken
+
+# Maximum pause of a run without a token, in seconds: a new secret may fix it at any time.
+LONGEST_PAUSE = 60.0
 
 StopReason = Literal["drain", "cancel", "timeout", "suspended", "replaced", "closed"]
 LEASE_LOST = outcomes.Lost("the lease on the run is lost")
@@ -105,8 +110,26 @@ class Work:
         )
 
 
+@dataclass(slots=True)
+class GivenErrors:
+    """The errors that the worker gave to the handler of an attempt, the newest of each kind."""
+
+    no_token: TokenError | Unavailable | None = None
+    lost: LeaseLost | None = None
+
+    def note(self, error: BaseException) -> None:
+        if isinstance(error, TokenError | Unavailable):
+            self.no_token = error
+        elif isinstance(error, LeaseLost):
+            self.lost = error
+
+
 class RunServices(WorkerPort, Protocol):
     """What a running handler may ask of the worker, for its own run. Used on the worker's loop."""
+
+    @property
+    def errors(self) -> GivenErrors:
+        """What of it was answered with an error."""
 
     def log(self, level: str, source: str, text: str, at: datetime | None = None) -> None:
         """Add a line to the run's log; `source` is log, stdout or stderr, `at` defaults to now."""
@@ -249,6 +272,46 @@ def outcome_of_stop(stop: StopSignal) -> Outcome:
             return outcomes.Cancelled("requested")
         case reason:
             return outcomes.Cancelled(reason)
+
+
+# The reasons of a failure that the process of a run decides.
+OWN_FAILURES = frozenset({"error", "result_invalid", "out_of_memory", "budget"})
+
+
+def after_handler(reported: Outcome, stop: StopSignal, errors: GivenErrors) -> Outcome:
+    """The outcome of an attempt whose handler, or the process that it runs in, reported one."""
+    return after_stop(believed(reported, stop, errors), stop)
+
+
+def believed(reported: Outcome, stop: StopSignal, errors: GivenErrors) -> Outcome:
+    """A reported outcome, if the process of a run may report it: what it says is a claim.
+
+    It decides whether it succeeded, when to be called again, and that its settings are wrong. What only the
+    worker can know has to be so: that it asked for a stop, or that it gave an error, whose pause is the
+    worker's. Otherwise a handler could forge a refused token, be called again at once without being counted,
+    or wait for years as a run without a token. Anything else is `handler_exited`.
+    """
+    match reported:
+        case outcomes.Succeeded() | outcomes.Retried() | outcomes.Snoozed() | outcomes.Parked():
+            return reported
+        case outcomes.NoHandler() | outcomes.Refused("settings_invalid") | outcomes.Cancelled("by_handler"):
+            return reported
+        case Failed(reason=reason) if reason in OWN_FAILURES:
+            return reported
+        case outcomes.Cancelled(reason) if stop.reason is not None:
+            asked = outcome_of_stop(stop)
+            if isinstance(asked, outcomes.Cancelled) and asked.reason == reason:
+                return reported
+        case outcomes.HandedBack() if stop.reason == "drain":
+            return reported
+        case outcomes.HandedBack():
+            return handler_exited("it handed back without a drain")
+        case outcomes.NoToken() if (error := errors.no_token) is not None:
+            seconds = TOKEN_PAUSE.total_seconds() if error.retry_after is None else error.retry_after
+            return outcomes.NoToken(timedelta(seconds=min(seconds, LONGEST_PAUSE)), error.code)
+        case outcomes.Lost() if (lost := errors.lost) is not None:
+            return outcomes.Lost(lost.message)
+    return handler_exited("it reported what only the worker decides")
 
 
 def after_stop(returned: Outcome, stop: StopSignal) -> Outcome:

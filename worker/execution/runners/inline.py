@@ -19,10 +19,12 @@ from typing import Any, ParamSpec, TypeVar
 from worker.clock import Clock
 from worker.execution.runners.contract import (
     LEASE_LOST,
+    GivenErrors,
     Interrupted,
     RunServices,
     StopSignal,
     Work,
+    after_handler,
     after_stop,
     handler_exited,
     outcome_of_stop,
@@ -43,7 +45,7 @@ from worker.handlers.given import BlockingCancellation, Cancellation, Given
 from worker.handlers.job import Job
 from worker.handlers.models import load
 from worker.runs.budgets import BudgetState
-from worker.runs.outcome import Outcome, Parked
+from worker.runs.outcome import Failed, Outcome, Parked
 from worker.runs.run import NewStep, StepPage
 from worker.runs.waits import NewWait, WaitState
 from worker.secret import AccessToken
@@ -153,7 +155,7 @@ class Inline:
             log.close()
             if not task.done():
                 self._abandon(task)
-        return _outcome(task, stop, parking)
+        return _outcome(task, stop, parking, services.errors)
 
     async def _body(
         self,
@@ -220,7 +222,7 @@ class Blocking:
             port.close()
             log.close()
             ended.cancel()
-        return _outcome(ended, stop, parking)
+        return _outcome(ended, stop, parking, services.errors)
 
     def _body(
         self,
@@ -379,14 +381,19 @@ class _Parking:
             self._listener()
 
 
-def _outcome(ended: asyncio.Future[Outcome], stop: StopSignal, parking: _Parking) -> Outcome:
+def _outcome(
+    ended: asyncio.Future[Outcome], stop: StopSignal, parking: _Parking, errors: GivenErrors
+) -> Outcome:
     if stop.killed:
         return LEASE_LOST
     if parking.outcome is not None:
-        return after_stop(parking.outcome, stop)
+        return after_handler(parking.outcome, stop, errors)
     if not ended.done() or ended.cancelled():
         return outcome_of_stop(stop)
-    return after_stop(ended.result(), stop)
+    outcome = ended.result()
+    if isinstance(outcome, Failed) and outcome.reason == "handler_exited":  # from `_exited`
+        return after_stop(outcome, stop)
+    return after_handler(outcome, stop, errors)
 
 
 def _exited(exit_: SystemExit) -> Outcome:

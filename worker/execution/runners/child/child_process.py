@@ -15,8 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-from worker.execution.runners.child import messages
-from worker.execution.runners.child.messages import Message
+from worker.execution.runners.child.frames import Message, frame
 
 _READ = 65_536
 _SOURCES = ("stdout", "stderr")
@@ -39,6 +38,8 @@ class Receiver(Protocol):
 
     def on_output(self, source: str, data: bytes) -> None: ...
 
+    def on_room(self) -> None: ...
+
 
 class ChildProcess(asyncio.Protocol):
     """`open` it, have it forked, `serve` one run, and `close` it once it has `ended`."""
@@ -56,6 +57,8 @@ class ChildProcess(asyncio.Protocol):
         self._drained = asyncio.Event()
         self._heard = False
         self._reset = False
+        # Whether it leaves unread what was sent to it.
+        self.is_behind = False
         self.ended: asyncio.Future[Ended] = self._loop.create_future()
 
     async def open(self) -> list[int]:
@@ -92,7 +95,7 @@ class ChildProcess(asyncio.Protocol):
 
     def send(self, message: Message) -> None:
         if self._channel is not None and not self._channel.is_closing():
-            self._channel.write(messages.frame(message))
+            self._channel.write(frame(message))
 
     def signal(self, op: str, **fields: Any) -> None:
         """Have the zygote do something: interrupt, kill, check or cap."""
@@ -154,6 +157,14 @@ class ChildProcess(asyncio.Protocol):
             self._receiver.on_data(data)
         else:  # nothing was asked of it
             self.signal("kill")
+
+    def pause_writing(self) -> None:
+        self.is_behind = True
+
+    def resume_writing(self) -> None:
+        self.is_behind = False
+        if self._receiver is not None:
+            self._receiver.on_room()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._channel_open = False

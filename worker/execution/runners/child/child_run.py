@@ -5,27 +5,32 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from worker.clock import Clock
-from worker.errors import Unavailable, WorkerError
+from worker.errors import LeaseLost, Unavailable, WorkerError
 from worker.execution.runners.child import messages
 from worker.execution.runners.child.child_process import ChildProcess, Ended
-from worker.execution.runners.child.messages import Message
+from worker.execution.runners.child.frames import MALFORMED, BrokenMessage, Message
+from worker.execution.runners.child.inbox import CHECKED_AT_ONCE, Inbox, Turns
 from worker.execution.runners.child.worker_channel import error_message
 from worker.execution.runners.contract import (
     LEASE_LOST,
+    GivenErrors,
     RunServices,
     StopSignal,
     Work,
+    after_handler,
     after_stop,
     handler_exited,
     outcome_of_stop,
 )
 from worker.execution.runners.output import RunOutput
-from worker.handlers.json_text import NotStorable, check_json_text
-from worker.handlers.steps import StepError
+from worker.handlers.json_text import LIMIT, NotStorable, check_json_text
+from worker.handlers.steps import MOST_STEPS, StepError
 from worker.runs.outcome import Error, Failed, Lost, Outcome
 from worker.runs.run import NewStep
 from worker.runs.waits import NewWait
@@ -37,6 +42,10 @@ LAST_STEPS = 2.0
 UNREAD = 1.0
 # Requests of one run that are answered at the same time; more of them wait.
 MAX_REQUESTS = 16
+# JSON texts with a name and a limit each, as `Inbox.check` takes them.
+Unchecked = Sequence[tuple[str, str, int]]
+# The end of a run whose process does not keep to the protocol.
+BROKEN = handler_exited("it sent an invalid message")
 _LOST = {
     "lost": "the process that forked it is gone",
     "frozen": "frozen for longer than max_freeze",
@@ -55,6 +64,7 @@ class ChildRun:
         stop: StopSignal,
         clock: Clock,
         on_started: Callable[[], None],
+        turns: Turns,
     ) -> None:
         self._process = process
         self._on_started = on_started
@@ -62,12 +72,23 @@ class ChildRun:
         self._services = services
         self._loop = asyncio.get_running_loop()
         self._output = RunOutput(services.log, clock)
-        self._unframer = messages.Unframer()
+        self._inbox = Inbox(
+            turns,
+            process,
+            self._receive,
+            holds=lambda: len(self._requests) >= MAX_REQUESTS or process.is_behind,
+            on_broken=self._refuse,
+            time=self._loop.time,
+            call_later=self._loop.call_later,
+        )
         self._requests: set[asyncio.Task[None]] = set()
         self._saving = asyncio.Lock()
         self._returned: Outcome | None = None
         self._linger: asyncio.TimerHandle | None = None
         self._begun = False
+        self._ending: asyncio.Task[None] | None = None
+        self.on_data = self._inbox.feed
+        self.on_room = self._inbox.go_on
         self.on_output = self._output.feed
         self.stop = stop
         process.serve(self, messages.work_message(work, (work.timeout_at - clock.now()).total_seconds()))
@@ -83,6 +104,11 @@ class ChildRun:
             ended = await self._process.ended
             # All its processes are gone: read what they have written.
             await self._process.drained(LAST_STEPS)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_STEPS):
+                    await self._inbox.emptied()
+            if self._ending is not None:
+                await asyncio.wait({self._ending})
         finally:
             stopping.cancel()
             self.close()
@@ -93,14 +119,19 @@ class ChildRun:
             self._emit_killed(ended.why)
         if ended.memory:
             self._services.used(ended.memory)
-        outcome = outcome_of_end(self._returned, ended, self.stop, memory=self._work.memory)
-        if isinstance(outcome, Failed) and self._returned is None:
+        outcome = outcome_of_end(
+            self._returned, ended, self.stop, memory=self._work.memory, errors=self._services.errors
+        )
+        if isinstance(outcome, Failed) and (self._returned is None or outcome.reason == "handler_exited"):
             self._services.log("error", "log", outcome.error.message)
         return outcome
 
     def close(self) -> None:
         """Close every descriptor."""
         self._process.close()
+        self._inbox.close()
+        if self._ending is not None:
+            self._ending.cancel()
         for task in self._requests:
             task.cancel()
         self._unread.cancel()
@@ -119,72 +150,111 @@ class ChildRun:
             self._process.signal("check")
             self._unread = self._loop.call_later(UNREAD, self._check_read)
 
-    def on_data(self, data: bytes) -> None:
-        try:
-            for message in self._unframer.feed(data):
-                self._handle(message)
-        except (messages.BrokenFrame, KeyError, TypeError, ValueError, StepError):
-            error = Error("BrokenChannel", "the run's process sent an invalid message")
-            self._returned = Failed(error, "result_invalid")
-            self._process.signal("kill")
-
     # messages of the process
 
-    def _handle(self, message: Message) -> None:
+    def _receive(self, message: Message) -> None:
+        """Act on one message. Raises BrokenMessage for any that our own code does not send."""
+        try:
+            act = self._read(message)
+        except MALFORMED as error:
+            raise BrokenMessage("not a message") from error
+        act()
+
+    def _read(self, message: Message) -> Callable[[], None]:
+        """What a message asks for. Raises one of `MALFORMED`."""
+        texts = _Texts()
         match message["op"]:
             case "started":
-                self._begun = True
-                self._unread.cancel()
-                self._services.started()
-                self._on_started()
+                return self._start
             case "progress":
-                self._services.progress(*messages.progress_of(message))
+                return partial(self._progress, *messages.progress_of(message))
             case "save":
-                self._answer_later(message, self._save(message["data"]))
+                return self._answering(message, partial(self._save, _text(message["data"])))
             case "token":
-                self._answer_later(message, self._token(bool(message["fresh"])))
+                return self._answering(message, partial(self._token, message["fresh"] is True))
             case "steps":
-                self._answer_later(message, self._load_steps(int(message["after"])))
+                after = messages.count_of(message["after"], MOST_STEPS)
+                return self._answering(message, partial(self._load_steps, after))
             case "step":
-                self._answer_later(message, self._store_step(messages.step_of(message["step"])))
+                step = messages.step_of(message["step"], texts.check)
+                return self._answering(message, partial(self._store_step, step, texts.unchecked))
             case "wait":
-                self._answer_later(message, self._open_wait(messages.wait_of(message["wait"])))
+                return self._answering(message, partial(self._open_wait, messages.wait_of(message["wait"])))
             case "budgets":
-                self._answer_later(message, self._budgets())
+                return self._answering(message, self._budgets)
             case "spend":
-                self._answer_later(message, self._spend(*messages.spend_of(message)))
+                return self._answering(message, partial(self._spend, *messages.spend_of(message)))
             case "end":
-                self._returned = messages.outcome_of_message(message["outcome"])
-                self._linger = self._loop.call_later(LAST_STEPS, self._process.signal, "kill")
+                outcome = messages.outcome_of_message(message["outcome"], texts.check)
+                return partial(self._end, outcome, texts.unchecked)
+        raise ValueError("no such message")
 
-    def _answer_later(self, message: Message, work: Awaitable[Message]) -> None:
-        task = asyncio.create_task(self._answer(message["n"], work))
+    def _start(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self._unread.cancel()
+            self._services.started()
+            self._on_started()
+
+    def _progress(self, done: float, total: float | None, note: str | None) -> None:
+        with suppress(LeaseLost):
+            self._services.progress(done, total, note)
+
+    def _end(self, outcome: Outcome, unchecked: Unchecked) -> None:
+        """Take the outcome; only the first one counts."""
+        if self._linger is not None:
+            return
+        self._linger = self._loop.call_later(LAST_STEPS, self._process.signal, "kill")
+        if unchecked:
+            self._ending = asyncio.create_task(self._check_end(outcome, unchecked))
+        else:
+            self._returned = outcome
+
+    async def _check_end(self, outcome: Outcome, unchecked: Unchecked) -> None:
+        try:
+            for text in unchecked:
+                await self._inbox.check(*text)
+        except NotStorable:
+            self._refuse()
+        else:
+            self._returned = self._returned or outcome
+
+    def _refuse(self) -> None:
+        """End a run whose process does not keep to the protocol."""
+        self._returned = BROKEN
+        self._inbox.close()
+        self._process.signal("kill")
+
+    def _answering(self, message: Message, work: Callable[[], Awaitable[Message]]) -> Callable[[], None]:
+        return partial(self._answer_later, messages.count_of(message["n"], 2**53), work)
+
+    def _answer_later(self, number: int, work: Callable[[], Awaitable[Message]]) -> None:
+        task = asyncio.create_task(self._answer(number, work))
         self._requests.add(task)
         task.add_done_callback(self._answered)
-        if len(self._requests) >= MAX_REQUESTS:
-            self._process.pause_reading()
 
     def _answered(self, task: asyncio.Task[None]) -> None:
         self._requests.discard(task)
-        self._process.resume_reading()
+        self._inbox.go_on()
 
-    async def _answer(self, number: int, work: Awaitable[Message]) -> None:
+    async def _answer(self, number: int, work: Callable[[], Awaitable[Message]]) -> None:
         try:
-            answer = await work
+            answer = await work()
+        except NotStorable:
+            self._refuse()
+            return
         except (WorkerError, StepError) as error:
+            self._services.errors.note(error)
             answer = {"error": error_message(error)}
         except Exception as error:  # of the store: the handler's call fails
-            answer = {"error": error_message(Unavailable(f"not possible now ({type(error).__name__})"))}
+            unavailable = Unavailable(f"not possible now ({type(error).__name__})")
+            self._services.errors.note(unavailable)
+            answer = {"error": error_message(unavailable)}
         self._process.send({"op": "answer", "n": number, **answer})
 
-    async def _save(self, data: Any) -> Message:
-        if not isinstance(data, str):
-            raise Unavailable("a checkpoint is JSON text")
-        try:
-            check_json_text(data, "checkpoint")
-        except NotStorable as error:
-            raise Unavailable(str(error)) from None
+    async def _save(self, data: str) -> Message:
         async with self._saving:  # in the order they were sent
+            await self._inbox.check(data, "checkpoint", LIMIT)
             await self._services.save(data)
         return {}
 
@@ -194,7 +264,9 @@ class ChildRun:
     async def _load_steps(self, after: int) -> Message:
         return messages.page_message(await self._services.load_steps(after))
 
-    async def _store_step(self, step: NewStep) -> Message:
+    async def _store_step(self, step: NewStep, unchecked: Unchecked) -> Message:
+        for text in unchecked:
+            await self._inbox.check(*text)
         stored = await self._services.store_step(step)
         return {"stored": None if stored == step.result_json else stored}
 
@@ -223,14 +295,43 @@ class ChildRun:
         emit("child.killed", org=work.org_code, run=work.run_id, attempt=work.attempt, reason=reason)
 
 
+class _Texts:
+    """The JSON texts of a message that are too long to be checked at once."""
+
+    def __init__(self) -> None:
+        self.unchecked: list[tuple[str, str, int]] = []
+
+    def check(self, text: str, what: str, limit: int) -> None:
+        if len(text) <= CHECKED_AT_ONCE:
+            check_json_text(text, what, limit)
+        else:
+            self.unchecked.append((_text(text), what, limit))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return value
+
+
 def outcome_of_end(
-    returned: Outcome | None, ended: Ended, stop: StopSignal, *, memory: int | None = None
+    returned: Outcome | None,
+    ended: Ended,
+    stop: StopSignal,
+    *,
+    memory: int | None = None,
+    errors: GivenErrors | None = None,
 ) -> Outcome:
-    """The outcome of an attempt whose process is gone. `returned` is what it sent, `memory` is in bytes."""
+    """The outcome of an attempt whose process is gone.
+
+    `returned` is what it sent, `memory` is in bytes, and `errors` are those that it was given.
+    """
     if stop.killed:
         return LEASE_LOST
-    if returned is not None:
+    if returned is BROKEN:
         return after_stop(returned, stop)
+    if returned is not None:
+        return after_handler(returned, stop, errors or GivenErrors())
     if ended.why == "out_of_memory":
         cap = f" of {memory // (1024 * 1024)} MiB" if memory else ""
         return Failed(Error("OutOfMemory", f"the run used more than its cap{cap}"), "out_of_memory")

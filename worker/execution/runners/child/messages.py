@@ -1,26 +1,28 @@
-"""Messages between worker, zygote and run: work, claims and outcomes as JSON frames."""
+"""Messages between worker, zygote and run: work, claims and outcomes as JSON objects."""
 
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from typing import Any, get_args
 
 from worker.clock import from_text, to_text
 from worker.definitions.budgets import MAX_AMOUNT, OWN_METERS
+from worker.execution.runners.child.frames import MALFORMED
+from worker.execution.runners.child.frames import Message as Message
 from worker.execution.runners.child.sandbox import Rules
 from worker.execution.runners.contract import Work
 from worker.guard.claims import Claims, Flag
 from worker.handlers.calling import DETAIL_LIMIT, MESSAGE_LIMIT, TRACE_LIMIT
 from worker.handlers.context import NOTE_LIMIT, check_progress
 from worker.handlers.installed import ENVIRONMENT
-from worker.handlers.json_text import check_json_text, clean
+from worker.handlers.json_text import LIMIT, check_json_text, clean
 from worker.handlers.results import as_timedelta
-from worker.handlers.state import check_state_text
-from worker.handlers.steps import MOST_STEPS, RESULT_LIMIT, check_key, check_name
+from worker.handlers.state import LIMIT as STATE_LIMIT
+from worker.handlers.state import check_object
+from worker.handlers.steps import MOST_STEPS, RESULT_LIMIT, StepError, check_key, check_name
 from worker.ids import RunId
 from worker.runs import outcome as outcomes
 from worker.runs.budgets import MOST_SPENDS, BudgetState
@@ -31,11 +33,8 @@ from worker.secret import AccessToken
 
 # Exit code of a run's process that cannot reach the worker, for instance after closing all descriptors.
 CHANNEL_CLOSED = 81
-# Maximum bytes of a frame: 1 MiB of JSON, such as a result, can grow sixfold as text within JSON.
-LIMIT = 8 * 1024 * 1024
-_LENGTH = struct.Struct("!I")
-
-Message = dict[str, Any]
+# Spends of one step, of as many meters: those of one meter are added up.
+MOST_METERS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,42 +67,6 @@ class Setup:
     def as_json(self) -> str:
         """For the command line of the zygote."""
         return json.dumps(asdict(self))
-
-
-class BrokenFrame(Exception):
-    """Invalid data: a frame that is too long, or not a JSON object."""
-
-
-def frame(message: Mapping[str, Any]) -> bytes:
-    body = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-    return _LENGTH.pack(len(body)) + body
-
-
-class Unframer:
-    """Decodes messages from data that arrives in pieces."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> Iterator[Message]:
-        """The messages that are complete now; raises BrokenFrame."""
-        self._buffer += data
-        while len(self._buffer) >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._buffer)
-            if length > LIMIT:
-                raise BrokenFrame(f"a frame of {length} bytes")
-            end = _LENGTH.size + length
-            if len(self._buffer) < end:
-                return
-            body = bytes(self._buffer[_LENGTH.size : end])
-            del self._buffer[:end]
-            try:
-                message = json.loads(body)
-            except (ValueError, RecursionError) as error:
-                raise BrokenFrame("a frame that is not JSON") from error
-            if not isinstance(message, dict):
-                raise BrokenFrame("a frame that is not a JSON object")
-            yield message
 
 
 def work_message(work: Work, seconds: float) -> Message:
@@ -172,7 +135,10 @@ def granted_of(message: Mapping[str, Any]) -> tuple[AccessToken, Claims]:
     return AccessToken(message["text"], from_text(message["expires_at"])), claims
 
 
-# The outcomes that a run's process may report.
+# Raises NotStorable unless a text is JSON of at most so many bytes; it gets the text, a name and the limit.
+TextCheck = Callable[[str, str, int], None]
+
+# The outcomes that have a message; `runners/contract.py` says which of them count, and when.
 _OUTCOMES: dict[str, type[Any]] = {
     kind.__name__: kind for kind in get_args(Outcome) if kind not in (outcomes.TimedOut, outcomes.Gated)
 }
@@ -185,22 +151,22 @@ def outcome_message(outcome: Outcome) -> Message:
     return {"kind": type(outcome).__name__} | values | spans
 
 
-def outcome_of_message(message: Mapping[str, Any]) -> Outcome:
+def outcome_of_message(message: Mapping[str, Any], check: TextCheck = check_json_text) -> Outcome:
     """Parse the output of `outcome_message`. Raises ValueError: the process that sent it is not trusted."""
     try:
         kind = _OUTCOMES[message["kind"]]
         names = [field.name for field in fields(kind) if field.name in message]
-        outcome: Outcome = kind(**{name: _field(name, message[name]) for name in names})
+        outcome: Outcome = kind(**{name: _field(name, message[name], check) for name in names})
         if isinstance(outcome, outcomes.Snoozed) and outcome.after is None:
             raise ValueError("not an outcome")
         if isinstance(outcome, outcomes.Parked) and outcome.reason not in outcomes.PARKED_REASONS:
             raise ValueError("not an outcome")
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+    except MALFORMED as error:
         raise ValueError("not an outcome") from error
     return outcome
 
 
-def _field(name: str, value: Any) -> Any:
+def _field(name: str, value: Any, check: TextCheck) -> Any:
     """A field of an outcome, cut to the limits that our own code keeps in the run's process."""
     match name:
         case "error":
@@ -220,10 +186,11 @@ def _field(name: str, value: Any) -> Any:
         case "after":
             return as_timedelta(float(value))
         case "result":
-            check_json_text(value, "result")
+            check(value, "result", LIMIT)
             return value
         case "state":
-            check_state_text(value)
+            check(value, "state", STATE_LIMIT)
+            check_object(value)
             return value
         case _:
             return clean(value, MESSAGE_LIMIT)
@@ -238,13 +205,30 @@ def progress_of(message: Mapping[str, Any]) -> tuple[float, float | None, str | 
 
 def step_message(step: NewStep) -> Message:
     values = {name: getattr(step, name) for name in _STEP}
-    return values | {"started_at": to_text(step.started_at), "ended_at": to_text(step.ended_at)}
+    times = {"started_at": to_text(step.started_at), "ended_at": to_text(step.ended_at)}
+    return values | times | {"spends": _by_meter(step)}
+
+
+def _by_meter(step: NewStep) -> list[tuple[str, int]]:
+    """The spends of a step, those of one meter added up as far as one spend may go."""
+    spends: list[tuple[str, int]] = []
+    places: dict[str, int] = {}
+    for meter, amount in step.spends:
+        place = places.get(meter)
+        if place is not None and spends[place][1] + amount <= MAX_AMOUNT:
+            spends[place] = (meter, spends[place][1] + amount)
+        else:
+            places[meter] = len(spends)
+            spends.append((meter, amount))
+    if len(spends) > MOST_METERS:
+        raise StepError(f"step {step.name}: it has spends of more than {MOST_METERS:,} meters, the limit")
+    return spends
 
 
 _STEP = [field.name for field in fields(NewStep)]
 
 
-def step_of(message: Mapping[str, Any]) -> NewStep:
+def step_of(message: Mapping[str, Any], check: TextCheck = check_json_text) -> NewStep:
     """A step as a run's process sent it. Raises ValueError or StepError: that process is not trusted."""
     key, seq, occurrence = message["key"], message["seq"], message["occurrence"]
     if not (type(seq) is type(occurrence) is int and 1 <= seq <= MOST_STEPS and 1 <= occurrence <= 2**31 - 1):
@@ -252,7 +236,7 @@ def step_of(message: Mapping[str, Any]) -> NewStep:
     if len(message["spends"]) > MOST_SPENDS:
         raise ValueError("not a step")
     name = check_name("step", message["name"])
-    check_json_text(message["result_json"], f"result of step {name}", RESULT_LIMIT)
+    check(message["result_json"], f"result of step {name}", RESULT_LIMIT)
     return NewStep(
         name=name,
         key=None if key is None else check_key(f"step {name}", key),
@@ -286,6 +270,13 @@ def wait_of(message: Mapping[str, Any]) -> NewWait:
         ask_json=message["ask_json"],
         alert=message["alert"] is True,
     )
+
+
+def count_of(value: Any, most: int) -> int:
+    """A number from 0 to `most`. Raises ValueError."""
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"not a number from 0 to {most}")
+    return value
 
 
 def wait_state_message(state: WaitState) -> Message:

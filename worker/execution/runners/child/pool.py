@@ -18,6 +18,7 @@ from worker.clock import Clock
 from worker.execution.runners.child import linux, run_folders
 from worker.execution.runners.child.child_process import ChildProcess, Ended
 from worker.execution.runners.child.child_run import ChildRun, exit_detail
+from worker.execution.runners.child.inbox import Turns
 from worker.execution.runners.child.messages import Setup
 from worker.execution.runners.child.sandbox import Rules
 from worker.execution.runners.child.zygote_handle import Message, ZygoteHandle
@@ -156,6 +157,7 @@ class ChildPool:
         self._background: set[asyncio.Task[None]] = set()
         self._reaping: asyncio.Task[None] | None = None
         self._pause = RESTART
+        self._turns: Turns | None = None
 
     def start(self) -> None:
         """Start the zygote. Needs no running loop."""
@@ -219,9 +221,11 @@ class ChildPool:
         self, process: ChildProcess, work: Work, services: RunServices, stop: StopSignal
     ) -> Outcome | None:
         number = process.number
+        if self._turns is None:
+            self._turns = Turns(asyncio.get_running_loop().call_soon)
         self._spares.starting(number)
         started = partial(self._spares.started, number)
-        self._runs[number] = run = ChildRun(process, work, services, stop, self._clock, started)
+        self._runs[number] = run = ChildRun(process, work, services, stop, self._clock, started, self._turns)
         try:
             return await run.finish()
         except asyncio.CancelledError:

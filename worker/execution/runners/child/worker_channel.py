@@ -16,12 +16,9 @@ from dataclasses import asdict
 from typing import Any
 
 from worker.errors import LeaseLost, Unavailable, WorkerError
+from worker.execution.runners.child.frames import BrokenMessage, Message, Unframer, run_frame
 from worker.execution.runners.child.messages import (
-    BrokenFrame,
-    Message,
-    Unframer,
     budgets_of,
-    frame,
     granted_of,
     page_of,
     step_message,
@@ -75,7 +72,7 @@ class WorkerChannel:
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send one message; raises ChannelClosed."""
-        data = frame(message)
+        data = run_frame(message)
         try:
             with self._lock:
                 self._own_channel().sendall(data)
@@ -148,7 +145,7 @@ class WorkerChannel:
                     for message in self._unframer.feed(self._read()):
                         self._handle(message, on_stop)
                 self._send_progress(time.monotonic() - PROGRESS_EVERY)
-        except (ChannelClosed, BrokenFrame, OSError):
+        except (ChannelClosed, BrokenMessage, OSError):
             for answer in list(self._waiting.values()):
                 answer.set_exception(ChannelClosed("the worker cannot be reached"))
 
