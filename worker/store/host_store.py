@@ -101,6 +101,14 @@ class HostStore:
         """Of these attempts those whose end is stored already."""
         return await self._database.call_autocommit(hosts.ended, worker, fences)
 
+    async def stops(self, worker: WorkerId, fences: Mapping[RunId, int]) -> Mapping[RunId, str]:
+        """Of these runs of an incarnation those that are asked to stop, and why."""
+        return await self._database.call_autocommit(hosts.stops, worker, fences)
+
+    async def often_handed_back(self, run_ids: Sequence[RunId]) -> set[RunId]:
+        """Of these running runs those that were handed back too often in a row, and stored nothing new."""
+        return await self._database.call_autocommit(hosts.often_handed_back, run_ids)
+
     async def is_due(self, pool: str) -> bool:
         """Whether a run of a pool waits for a slot now."""
         return await self._database.call_autocommit(hosts.is_due, pool)

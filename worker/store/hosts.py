@@ -10,7 +10,18 @@ from dataclasses import fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, insert, literal_column, select, tuple_, update
+from sqlalchemy import (
+    Connection,
+    and_,
+    case,
+    exists,
+    func,
+    insert,
+    literal_column,
+    select,
+    tuple_,
+    update,
+)
 
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId, WorkerId
@@ -19,6 +30,9 @@ from worker.runs.run import AdmittedRun
 from worker.store import tables
 from worker.store.dialect import Row, all_rows, database_now, first_row
 from worker.store.workers import register
+
+# Attempts of a run in a row that its hosts may hand back without one that stores a checkpoint or a step.
+MOST_HAND_BACKS = 10
 
 _hosts = tables.hosts
 _workers = tables.workers
@@ -146,6 +160,41 @@ def ended(connection: Connection, worker_id: WorkerId, fences: Mapping[RunId, in
         )
     )
     return {(run_id, fence) for run_id, fence in rows if fences[run_id] == fence}
+
+
+def stops(connection: Connection, worker_id: WorkerId, fences: Mapping[RunId, int]) -> dict[RunId, str]:
+    """Of these runs of an incarnation those that are asked to stop, and why, as a renewal says it."""
+    orgs = tables.orgs
+    gone = case((orgs.c.state.in_(("suspended", "removed")), "suspended"))
+    reason = func.coalesce(_live.c.cancel_reason, gone).label("reason")
+    rows = connection.execute(
+        select(_live.c.id, _live.c.fencing_token, reason)
+        .join_from(_live, orgs, orgs.c.id == _live.c.org_id)
+        .where(_live.c.id.in_(sorted(fences)), _live.c.worker_id == worker_id, _live.c.state == "running")
+    )
+    return {id_: why for id_, fence, why in rows if why is not None and fences[id_] == fence}
+
+
+def often_handed_back(connection: Connection, run_ids: Sequence[RunId]) -> set[RunId]:
+    """Of these running runs those handed back `MOST_HAND_BACKS` times in a row that stored nothing then."""
+    since = _live.c.attempt - MOST_HAND_BACKS
+    of, saved, done = tables.attempts.c, tables.checkpoints.c, tables.steps.c
+    handed_back = (
+        select(func.count())
+        .where(of.run_id == _live.c.id, of.attempt >= since, of.attempt < _live.c.attempt)
+        .where(of.outcome == "handed_back")
+        .scalar_subquery()
+    )
+    rows = connection.execute(
+        select(_live.c.id).where(
+            _live.c.id.in_(sorted(run_ids)),
+            _live.c.attempt > MOST_HAND_BACKS,
+            handed_back >= MOST_HAND_BACKS,
+            ~exists().where(saved.run_id == _live.c.id, saved.attempt >= since),
+            ~exists().where(done.run_id == _live.c.id, done.attempt >= since),
+        )
+    )
+    return {row.id for row in rows}
 
 
 def add(connection: Connection, row: Mapping[str, Any]) -> None:

@@ -19,7 +19,6 @@ from worker.execution.runners.contract import StopSignal
 from worker.runs.outcome import (
     Cancelled,
     Failed,
-    HandedBack,
     Lost,
     NoHandler,
     NoToken,

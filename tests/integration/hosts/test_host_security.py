@@ -282,19 +282,6 @@ async def test_state_is_only_changed_by_a_run_that_may(fleet: Fleet) -> None:
     assert (state["run_id"], state["data"]) == (remembering, {"seen": 1})
 
 
-@pytest.mark.parametrize("outcome", ["Gated", "Nothing"])
-async def test_an_outcome_that_only_workers_have_is_refused(fleet: Fleet, outcome: str) -> None:
-    host = await fleet.host()
-    fleet.start()
-    [taken] = await host.take(fleet.one)
-    message = wire.end_message(end_of(taken))
-
-    answer = await host.send(fleet.one, "finish", {"ends": [{**message, "outcome": {"kind": outcome}}]})
-
-    assert answer.status_code == 422
-    assert await host.finish(fleet.one, end_of(taken)) == [taken.run.id]
-
-
 async def test_a_large_body_is_refused_before_it_is_read(fleet: Fleet) -> None:
     host = await fleet.host()
     fleet.start()

@@ -164,11 +164,6 @@ def test_an_end_arrives_as_it_was_sent(outcome: outcomes.Outcome) -> None:
 @pytest.mark.parametrize(
     "changed",
     [
-        {"outcome": {"kind": "Gated", "reason": "flag_off"}},
-        {"outcome": {"kind": "Succeeded", "result": "{"}},
-        {"outcome": {"kind": "Parked", "reason": "forever"}},
-        {"outcome": {"kind": "TimedOut"}},
-        {"outcome": "Succeeded"},
         {"fencing_token": "7"},
         {"fencing_token": True},
         {"run": "r\n1"},
@@ -179,9 +174,37 @@ def test_an_end_arrives_as_it_was_sent(outcome: outcomes.Outcome) -> None:
         {"sealed": None, "run": None},
     ],
 )
-def test_an_end_that_is_none_is_refused(changed: dict[str, Any]) -> None:
+def test_an_end_that_names_no_run_is_refused(changed: dict[str, Any]) -> None:
     with pytest.raises(Malformed):
         wire.ends_of({"ends": [wire.end_message(END) | changed]})
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        {"kind": "Gated", "reason": "flag_off"},
+        {"kind": "Succeeded", "result": "{"},
+        {"kind": "Parked", "reason": "forever"},
+        {"kind": "Snoozed", "after": 1e300},
+        {"kind": "Snoozed", "after": 10**400},
+        {"kind": "TimedOut"},
+        {},
+        "Succeeded",
+        None,
+    ],
+)
+def test_an_invalid_outcome_ends_its_own_attempt_and_no_other(outcome: Any) -> None:
+    """A refused call would be sent again, for ever, with the other ends of the host."""
+    rows = [{**wire.end_message(END), "outcome": outcome}, wire.end_message(END)]
+
+    bad, good = wire.ends_of({"ends": rows})
+
+    assert isinstance(bad.outcome, outcomes.Failed)
+    assert (bad.outcome.reason, bad.outcome.detail) == (
+        "handler_exited",
+        "its host sent an invalid outcome",
+    )
+    assert good == END
 
 
 @pytest.mark.parametrize(

@@ -201,12 +201,9 @@ def outcome_of_error(error: Exception, inflight: InflightRun, random: Random) ->
 
 async def conclude(inflight: InflightRun, outcome: Outcome, trail: Trail, tools: Tools) -> EndedAttempt:
     """What is written for an attempt that has just ended, with all of its texts masked."""
-    run, plan, limits = inflight.run, inflight.plan, limits_of(inflight, tools)
-    of_token = isinstance(outcome, outcomes.Refused) and outcome.reason != SECRET_MISSING
-    if of_token and plan is not None:
-        # Its claims may be corrected before the next run.
-        with suppress(WorkerError):
-            await tools.tokens.outdate(plan.org, plan.issuer, **tools.token_of(plan, limits))
+    run, limits = inflight.run, limits_of(inflight, tools)
+    if isinstance(outcome, outcomes.Refused) and outcome.reason != SECRET_MISSING:
+        await outdate_token(inflight, tools)
     if inflight.moved:
         # Recoveries are counted from the last checkpoint that moved.
         run = replace(run, recoveries=0)
@@ -219,6 +216,14 @@ async def conclude(inflight: InflightRun, outcome: Outcome, trail: Trail, tools:
         random=tools.random,
         parked_counts=limits.parked_counts,
     )
+
+
+async def outdate_token(inflight: InflightRun, tools: Tools) -> None:
+    """Have the org's next run ask for another token: the claims of this one may have been corrected."""
+    if (plan := inflight.plan) is not None:
+        with suppress(WorkerError):
+            wanted = tools.token_of(plan, limits_of(inflight, tools))
+            await tools.tokens.outdate(plan.org, plan.issuer, **wanted)
 
 
 def limits_of(inflight: InflightRun, tools: Tools) -> Limits:

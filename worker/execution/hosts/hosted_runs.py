@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from worker.bounded import remember
@@ -28,9 +28,11 @@ from worker.errors import (
 )
 from worker.execution.attempts import events
 from worker.execution.attempts.attempt import (
+    PAUSE,
     conclude,
     limits_of,
     outcome_of_error,
+    outdate_token,
     without_state,
 )
 from worker.execution.attempts.inflight import InflightRun
@@ -39,11 +41,18 @@ from worker.execution.hosts import wire
 from worker.execution.hosts.delivery import Delivery, HostedStore, HostTools, Key, place_of
 from worker.execution.hosts.wire import End, Malformed
 from worker.execution.loops.finisher import Finisher
-from worker.execution.runners.contract import StopSignal, stop_reason_of
+from worker.execution.runners.contract import (
+    FORGED,
+    LONGEST_PAUSE,
+    StopSignal,
+    handler_exited,
+    is_own,
+    stop_reason_of,
+)
 from worker.ids import RunId, WorkerId
 from worker.runs import outcome as outcomes
 from worker.runs.hosts import HostCaller
-from worker.runs.outcome import EndedAttempt, Trail
+from worker.runs.outcome import EndedAttempt, Failed, Outcome, Trail
 from worker.runs.run import AdmittedRun, OwnedRun
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
@@ -53,6 +62,14 @@ WRITTEN_WITHIN = 5.0
 TOKEN_WITHIN = 2.0
 # Seconds between two renewals whose runs are compared with those that are known here.
 COMPARED_EVERY = 60.0
+# Why a run may be refused whose renewed token another worker has checked.
+OF_TOKENS = frozenset(
+    {
+        *("org_mismatch", "client_mismatch", "scope_missing", "property_missing"),
+        *("pool_mismatch", "token_invalid"),
+    }
+)
+TOO_OFTEN = "its hosts handed it back too often in a row without a new checkpoint or step"
 # Ends that are remembered: a host repeats those whose answer was lost.
 MOST_ENDS = 10_000
 
@@ -196,7 +213,7 @@ class HostedRuns:
         """Extend the lease; the runs that the host should hold, without those that were not delivered."""
         if unasked := self.delivery.unasked():
             with suppress(Unavailable):  # the next renewal tries again
-                await self.hand_back([OwnedRun(*key, None) for key in unasked])
+                await self._return([OwnedRun(*key, None) for key in unasked])
                 for key in unasked:
                     self.delivery.forget(key)
         undelivered = self.delivery.undelivered
@@ -220,11 +237,26 @@ class HostedRuns:
     async def hand_back_undelivered(self) -> None:
         """Let the runs wait again that the host never got."""
         if rest := [OwnedRun(*key, None) for key in self.delivery.undelivered]:
-            await self.hand_back(rest)
+            await self._return(rest)
 
     async def hand_back(self, owned: Sequence[OwnedRun]) -> set[RunId]:
-        """Let runs of this incarnation wait again; returns those that do."""
+        """Let runs of this incarnation wait again that the host does not hold; returns those that it loses.
+
+        One that was handed back too often in a row has failed instead.
+        """
         owned = [run for run in owned if wire.ID.fullmatch(run.id)]
+        often = await self._store.often_handed_back([run.id for run in owned]) if owned else set()
+        handed = await self._return([run for run in owned if run.id not in often])
+        keys = [(run.id, run.fencing_token) for run in owned if run.id in often]
+        tools, waiting = await self.delivery.tools(), {}
+        for key, hosted in (await self.known(keys)).items():
+            trail = Trail(hosted.handler or hosted.run.handler)
+            ended = await conclude(hosted.inflight, handler_exited(TOO_OFTEN), trail, tools)
+            waiting[key] = self._writing.get(key) or self._write(key, ended)
+        return handed | {run_id for run_id, _ in await _written(waiting)}
+
+    async def _return(self, owned: Sequence[OwnedRun]) -> set[RunId]:
+        """Let runs of this incarnation wait again; returns those that do."""
         handed = await self._store.hand_back(self.worker, owned) if owned else set()
         for run in owned:
             if run.id in handed:
@@ -255,11 +287,7 @@ class HostedRuns:
                 waiting[key] = self._write(key, await self._conclude(end, hosted[key], tools))
         if unknown := keys - waiting.keys() - self._ended.keys():
             done |= await self._store.ended(self.worker, dict(unknown))
-        if waiting:
-            _, pending = await asyncio.wait(waiting.values(), timeout=WRITTEN_WITHIN)
-            if pending:
-                raise StoreUnavailable("the database did not take the ends in time")
-        done |= {key for key, written in waiting.items() if written.result()}
+        done |= await _written(waiting)
         return [run_id for run_id, _ in done]
 
     async def _conclude(self, end: End, hosted: HostedRun, tools: Tools) -> EndedAttempt:
@@ -283,15 +311,49 @@ class HostedRuns:
             trail.progress = {**end.progress, "note": None if note is None else masker.mask(note)}
         trail.asks = end.asks
         inflight.moved = inflight.moved or end.moved
-        outcome = end.outcome
         if hosted.refused is not None:
             outcome = outcome_of_error(hosted.refused, inflight, tools.random)
-        elif not commits:
-            outcome = without_state(outcome)
-        if isinstance(outcome, outcomes.NoToken):
-            most = timedelta(minutes=1)
-            outcome = replace(outcome, retry_after=min(max(outcome.retry_after, timedelta()), most))
-        return await conclude(inflight, outcome, trail, tools)
+        else:
+            outcome = await self._believed(end.outcome, hosted, tools)
+        return await conclude(inflight, outcome if commits else without_state(outcome), trail, tools)
+
+    async def _believed(self, reported: Outcome, hosted: HostedRun, tools: Tools) -> Outcome:
+        """A reported outcome, as far as a host may decide it: what it says is a claim.
+
+        It may also time a run out, which is counted, and lose it, as it can by not renewing its lease. It
+        drains on its own, so no worker can check that: its hand-backs are limited in a row instead. What it
+        says of tokens no single worker can check either, since any of them may have answered: the run waits,
+        by the workers' pause, and its next attempt asks the issuer. Anything else is `handler_exited`.
+        """
+        run = hosted.run
+        match reported:
+            case outcomes.TimedOut() | outcomes.Lost():
+                return reported
+            case Failed(reason="handler_exited" | "result_unstorable"):
+                return reported
+            case _ if is_own(reported):
+                return reported
+            case outcomes.NoToken(retry_after, detail):
+                seconds = min(max(retry_after.total_seconds(), PAUSE), LONGEST_PAUSE)
+                return outcomes.NoToken(timedelta(seconds=seconds), detail)
+            case outcomes.Refused(reason) if reason in OF_TOKENS:
+                await outdate_token(hosted.inflight, tools)
+                return outcomes.NoToken(timedelta(seconds=PAUSE), "its host says that its token was refused")
+            case outcomes.Cancelled():
+                asked = await self._store.stops(self.worker, {run.id: run.fencing_token})
+                if run.id not in asked:
+                    return await self._handed_back(run, None)
+                reason = stop_reason_of(asked[run.id])
+                return outcomes.Cancelled("requested" if reason == "cancel" else reason)
+            case outcomes.HandedBack(detail):
+                return await self._handed_back(run, detail)
+        return handler_exited(FORGED)
+
+    async def _handed_back(self, run: AdmittedRun, detail: str | None) -> Outcome:
+        """A hand-back, unless the run was handed back too often in a row without storing anything."""
+        if await self._store.often_handed_back([run.id]):
+            return handler_exited(TOO_OFTEN)
+        return outcomes.HandedBack(detail)
 
     def _write(self, key: Key, ended: EndedAttempt) -> asyncio.Future[bool]:
         written = self._writing[key] = asyncio.get_running_loop().create_future()
@@ -319,6 +381,15 @@ class HostedRuns:
         org = hosted and hosted.inflight.org_code
         kind = type(error).__name__
         emit("result.unstorable", org=org, run=ended.run_id, attempt=ended.attempt, error=kind)
+
+
+async def _written(waiting: Mapping[Key, asyncio.Future[bool]]) -> set[Key]:
+    """Wait until ends are written; returns those that are stored. Raises StoreUnavailable."""
+    if waiting:
+        _, pending = await asyncio.wait(waiting.values(), timeout=WRITTEN_WITHIN)
+        if pending:
+            raise StoreUnavailable("the database did not take the ends in time")
+    return {key for key, written in waiting.items() if written.result()}
 
 
 def _seconds(seconds: float, now: datetime) -> timedelta:

@@ -35,8 +35,9 @@ from worker.errors import (
     WorkerError,
 )
 from worker.execution.runners.child import messages
+from worker.execution.runners.child.frames import MALFORMED
 from worker.execution.runners.child.messages import Message
-from worker.execution.runners.contract import Work
+from worker.execution.runners.contract import Work, handler_exited
 from worker.guard.claims import Claims
 from worker.handlers.catalogue import ERROR_LIMIT, HandlerEntry, check_secrets
 from worker.handlers.json_text import clean
@@ -84,7 +85,7 @@ def reader(read: Callable[P, T]) -> Callable[P, T]:
     def read_message(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return read(*args, **kwargs)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        except MALFORMED as error:
             what = read.__name__.removesuffix("_of")
             reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
             raise Malformed(clean(f"not a valid {what}: {reason}", 300)) from error
@@ -351,11 +352,17 @@ def _end(row: Mapping[str, Any]) -> End:
 
 
 def _outcome(message: Mapping[str, Any]) -> Outcome:
-    """An outcome that a host may report: that of a run's process, or that it has timed out."""
-    if message["kind"] != TimedOut.__name__:
-        return messages.outcome_of_message(message)
-    failed = messages.outcome_of_message({**message, "kind": "Failed"})
-    return TimedOut(cast(Error, getattr(failed, "error")))  # noqa: B009 - of Failed
+    """An outcome as a host reports it: that of a run's process, or that it has timed out.
+
+    An invalid one ends its attempt, as that of a process does: it must not keep the other ends of the call.
+    """
+    try:
+        if message["kind"] != TimedOut.__name__:
+            return messages.outcome_of_message(message)
+        failed = messages.outcome_of_message({**message, "kind": "Failed"})
+        return TimedOut(cast(Error, getattr(failed, "error")))  # noqa: B009 - of Failed
+    except MALFORMED:
+        return handler_exited("its host sent an invalid outcome")
 
 
 def fence_message(run: AdmittedRun) -> Message:

@@ -276,11 +276,24 @@ def outcome_of_stop(stop: StopSignal) -> Outcome:
 
 # The reasons of a failure that the process of a run decides.
 OWN_FAILURES = frozenset({"error", "result_invalid", "out_of_memory", "budget"})
+FORGED = "it reported what only the worker decides"
 
 
 def after_handler(reported: Outcome, stop: StopSignal, errors: GivenErrors) -> Outcome:
     """The outcome of an attempt whose handler, or the process that it runs in, reported one."""
     return after_stop(believed(reported, stop, errors), stop)
+
+
+def is_own(reported: Outcome) -> bool:
+    """Whether the process of a run alone decides this outcome."""
+    match reported:
+        case outcomes.Succeeded() | outcomes.Retried() | outcomes.Snoozed() | outcomes.Parked():
+            return True
+        case outcomes.NoHandler() | outcomes.Refused("settings_invalid") | outcomes.Cancelled("by_handler"):
+            return True
+        case Failed(reason=reason):
+            return reason in OWN_FAILURES
+    return False
 
 
 def believed(reported: Outcome, stop: StopSignal, errors: GivenErrors) -> Outcome:
@@ -291,13 +304,9 @@ def believed(reported: Outcome, stop: StopSignal, errors: GivenErrors) -> Outcom
     worker's. Otherwise a handler could forge a refused token, be called again at once without being counted,
     or wait for years as a run without a token. Anything else is `handler_exited`.
     """
+    if is_own(reported):
+        return reported
     match reported:
-        case outcomes.Succeeded() | outcomes.Retried() | outcomes.Snoozed() | outcomes.Parked():
-            return reported
-        case outcomes.NoHandler() | outcomes.Refused("settings_invalid") | outcomes.Cancelled("by_handler"):
-            return reported
-        case Failed(reason=reason) if reason in OWN_FAILURES:
-            return reported
         case outcomes.Cancelled(reason) if stop.reason is not None:
             asked = outcome_of_stop(stop)
             if isinstance(asked, outcomes.Cancelled) and asked.reason == reason:
@@ -311,7 +320,7 @@ def believed(reported: Outcome, stop: StopSignal, errors: GivenErrors) -> Outcom
             return outcomes.NoToken(timedelta(seconds=min(seconds, LONGEST_PAUSE)), error.code)
         case outcomes.Lost() if (lost := errors.lost) is not None:
             return outcomes.Lost(lost.message)
-    return handler_exited("it reported what only the worker decides")
+    return handler_exited(FORGED)
 
 
 def after_stop(returned: Outcome, stop: StopSignal) -> Outcome:

@@ -156,7 +156,7 @@ class ChildRun:
         """Act on one message. Raises BrokenMessage for any that our own code does not send."""
         try:
             act = self._read(message)
-        except MALFORMED as error:
+        except (*MALFORMED, StepError) as error:
             raise BrokenMessage("not a message") from error
         act()
 

@@ -12,8 +12,6 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from worker.handlers.steps import StepError
-
 Message = dict[str, Any]
 
 # Maximum bytes of a frame of the worker: a checkpoint of 1 MiB and the rest of a run's work.
@@ -34,7 +32,7 @@ _TOO_MANY = re.compile(
     re.DOTALL,
 )
 # What readers of a message raise for one that is not as our own code sends it.
-MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, StepError)
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
 class BrokenMessage(Exception):

@@ -1,0 +1,204 @@
+"""How a host may say that an attempt ended: what only workers decide it cannot forge.
+
+Each attack has a control: without the defence it succeeds.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from tests.integration.hosts.conftest import HANDLER, Fleet, Host, end_of, fence
+from worker.execution.hosts import wire
+from worker.execution.hosts.hosted_runs import HostedRuns
+from worker.operations.runs import cancel
+from worker.runs import outcome as outcomes
+from worker.runs.outcome import Error, Failed, Outcome
+from worker.store import hosts, tables
+
+pytestmark = pytest.mark.anyio
+
+
+async def report(fleet: Fleet, host: Host, outcome: Outcome) -> str:
+    """Have a run of `host` end so; returns the run."""
+    run = fleet.start()
+    [taken] = await host.take(fleet.one)
+    assert await host.finish(fleet.one, end_of(taken, outcome)) == [run]
+    return run
+
+
+def live(fleet: Fleet, run: str) -> dict[str, Any]:
+    row = fleet.rows.live(run)
+    assert row is not None
+    return row
+
+
+async def believe(runs: HostedRuns, reported: Outcome, *_: Any) -> Outcome:
+    """In place of the defence."""
+    return reported
+
+
+FORGED = [
+    outcomes.Refused("secret_missing", "openai"),
+    outcomes.Refused("forged"),
+    Failed(Error("Lost", "forged"), "lost"),
+    outcomes.Parked("asleep"),
+]
+
+
+@pytest.mark.parametrize("outcome", FORGED[:3])
+async def test_what_only_workers_decide_is_a_failed_attempt(fleet: Fleet, outcome: Outcome) -> None:
+    run = await report(fleet, await fleet.host(), outcome)
+
+    assert [row["outcome"] for row in fleet.rows.attempts(run)] == ["failed"]
+    assert (live(fleet, run)["reason"], live(fleet, run)["failures"]) == ("retry", 1)
+
+
+async def test_control_without_the_check_a_host_forges_a_refusal(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HostedRuns, "_believed", believe)
+
+    run = await report(fleet, await fleet.host(), FORGED[0])
+
+    assert (fleet.rows.run(run)["state"], fleet.rows.run(run)["reason"]) == ("refused", "secret_missing")
+
+
+@pytest.mark.parametrize("message", [{"kind": "Gated"}, {"kind": "Nothing"}, {}, [], "Succeeded"])
+async def test_an_invalid_outcome_is_a_failed_attempt_and_the_next_end_counts(
+    fleet: Fleet, message: Any
+) -> None:
+    host = await fleet.host()
+    runs = [fleet.start(), fleet.start()]
+    bad, good = await host.take_all(fleet.one, 2)
+    ends = [{**wire.end_message(end_of(bad)), "outcome": message}, wire.end_message(end_of(good))]
+
+    answer = await host.call(fleet.one, "finish", ends=ends)
+
+    assert answer["accepted"] == sorted(runs)
+    assert [row["outcome"] for row in fleet.rows.attempts(bad.run.id)] == ["failed"]
+    assert fleet.rows.run(good.run.id)["state"] == "succeeded"
+
+
+@pytest.mark.parametrize("outcome", [FORGED[3], outcomes.Snoozed(timedelta(days=900)), outcomes.NoHandler()])
+async def test_what_a_handler_may_decide_counts(fleet: Fleet, outcome: Outcome) -> None:
+    run = await report(fleet, await fleet.host(), outcome)
+
+    assert (live(fleet, run)["state"], live(fleet, run)["failures"]) == ("waiting", 0)
+
+
+async def test_a_refused_token_that_this_worker_has_not_seen_is_checked_by_the_next_attempt(
+    fleet: Fleet,
+) -> None:
+    """Any worker may have answered the host's request for a token."""
+    host = await fleet.host()
+    run = await report(fleet, host, outcomes.Refused("org_mismatch"))
+    assert (live(fleet, run)["reason"], live(fleet, run)["failures"]) == ("no_token", 0)
+    make_due(fleet, run)
+    fleet.tokens.of_org = "org_b"
+
+    assert await host.take(fleet.two, wait=0.5) == []
+
+    assert (fleet.rows.run(run)["state"], fleet.rows.run(run)["reason"]) == ("refused", "org_mismatch")
+
+
+@pytest.mark.parametrize(("asked", "least", "most"), [(0.0, 5, 8), (40.0, 38, 43), (10.0**8, 58, 63)])
+async def test_the_pause_without_a_token_is_within_the_workers_limits(
+    fleet: Fleet, asked: float, least: float, most: float
+) -> None:
+    with fleet.database.autocommit() as connection:
+        now = fleet.database.now(connection)
+
+    run = await report(fleet, await fleet.host(), outcomes.NoToken(timedelta(seconds=asked)))
+
+    assert timedelta(seconds=least) <= live(fleet, run)["available_at"] - now <= timedelta(seconds=most + 15)
+
+
+async def test_a_stop_counts_only_if_it_was_asked_for(fleet: Fleet) -> None:
+    host = await fleet.host()
+    asked, forged = fleet.start(), fleet.start()
+    taken = {one.run.id: one for one in await host.take_all(fleet.one, 2)}
+    cancel(fleet.database, asked, actor="test")
+
+    await host.finish(fleet.one, *(end_of(one, outcomes.Cancelled("requested")) for one in taken.values()))
+
+    assert (fleet.rows.run(asked)["state"], fleet.rows.run(asked)["reason"]) == ("cancelled", "requested")
+    assert live(fleet, forged)["reason"] == "handed_back"
+
+
+async def test_a_run_of_a_suspended_org_ends_as_that(fleet: Fleet) -> None:
+    host = await fleet.host()
+    run = fleet.start()
+    [taken] = await host.take(fleet.one)
+    with fleet.database.transaction() as connection:
+        of = tables.orgs
+        connection.execute(of.update().where(of.c.code == "org_a").values(state="suspended"))
+
+    await host.finish(fleet.one, end_of(taken, outcomes.Cancelled("replaced")))
+
+    assert (fleet.rows.run(run)["state"], fleet.rows.run(run)["reason"]) == ("cancelled", "suspended")
+
+
+def make_due(fleet: Fleet, run: str) -> None:
+    of = tables.live_runs
+    with fleet.database.transaction() as connection:
+        now = fleet.database.now(connection)
+        connection.execute(of.update().where(of.c.id == run).values(available_at=now))
+    for worker in fleet.workers:
+        assert worker.api is not None
+        worker.api.wake()
+
+
+async def hand_back(fleet: Fleet, host: Host, *, by_call: bool = False, save: bool = False) -> None:
+    [taken] = await host.take(fleet.one)
+    if save:
+        await host.call(fleet.one, "save", **fence(taken), handler=HANDLER, data=str(taken.run.attempt))
+    if by_call:
+        assert await host.call(fleet.one, "hand_back", runs=[fence(taken)]) == {"runs": [taken.run.id]}
+    else:
+        assert await host.finish(fleet.one, end_of(taken, outcomes.HandedBack())) == [taken.run.id]
+
+
+@pytest.fixture
+def fewer(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(hosts, "MOST_HAND_BACKS", 3)
+    return 3
+
+
+@pytest.mark.parametrize("by_call", [False, True])
+async def test_a_run_that_is_handed_back_again_and_again_fails(
+    fleet: Fleet, fewer: int, by_call: bool
+) -> None:
+    host = await fleet.host()
+    run = fleet.start()
+    for _ in range(fewer):
+        await hand_back(fleet, host, by_call=by_call)
+        assert live(fleet, run)["reason"] == "handed_back"
+
+    await hand_back(fleet, host, by_call=by_call)
+
+    assert (live(fleet, run)["reason"], live(fleet, run)["failures"]) == ("retry", 1)
+
+
+async def test_control_without_the_limit_it_goes_on(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "MOST_HAND_BACKS", 1_000)
+    host = await fleet.host()
+    run = fleet.start()
+
+    for _ in range(5):
+        await hand_back(fleet, host)
+
+    assert (live(fleet, run)["reason"], live(fleet, run)["attempt"]) == ("handed_back", 5)
+
+
+async def test_deploys_do_not_fail_a_run_that_goes_on(fleet: Fleet, fewer: int) -> None:
+    """A run of days is handed back at each of many deploys, and saves in between."""
+    host = await fleet.host()
+    run = fleet.start()
+
+    for number in range(2 * fewer + 1):
+        await hand_back(fleet, host, save=number == fewer)
+
+    assert (live(fleet, run)["reason"], live(fleet, run)["failures"]) == ("handed_back", 0)
