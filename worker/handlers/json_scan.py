@@ -70,7 +70,7 @@ class Scan:
         self._keyed = False
 
     def step(self, work: int = STEP) -> bool:
-        """Go on for so much work; True at the end. Raises NotStorable for what databases do not accept."""
+        """Go on for `work`; True at the end. Raises NotStorable for what databases do not accept."""
         while work > 0:
             before = self._at
             match self._due:

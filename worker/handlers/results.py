@@ -14,7 +14,7 @@ Duration = timedelta | float | str
 class Retry:
     """Try again after a while (default: the definition's backoff); counts against `max_attempts`.
 
-    `after` is a timedelta, seconds, or text such as `5m`.
+    `after` is a timedelta, seconds, or text such as `5m`, at most a hundred years.
     """
 
     after: Duration | None = None
@@ -38,7 +38,10 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class HandBack:
-    """Let the run wait for another worker, after a drain. Does not count against `max_attempts`."""
+    """Let the run wait for another worker, after a drain. Does not count against `max_attempts`.
+
+    Without a drain the attempt has failed.
+    """
 
 
 class PermanentError(Exception):

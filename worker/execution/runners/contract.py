@@ -318,6 +318,8 @@ def believed(reported: Outcome, stop: StopSignal, errors: GivenErrors) -> Outcom
         case outcomes.NoToken() if (error := errors.no_token) is not None:
             seconds = TOKEN_PAUSE.total_seconds() if error.retry_after is None else error.retry_after
             return outcomes.NoToken(timedelta(seconds=min(seconds, LONGEST_PAUSE)), error.code)
+        case outcomes.NoToken():
+            return handler_exited("it reported that it has no token, without such an error of the worker")
         case outcomes.Lost() if (lost := errors.lost) is not None:
             return outcomes.Lost(lost.message)
     return handler_exited(FORGED)

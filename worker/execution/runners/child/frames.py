@@ -1,7 +1,7 @@
 """Frames: messages as JSON with a length before each, between the worker and the process of a run.
 
 A run's process is not trusted. In its frames long texts follow the JSON as they are, so that what the worker
-parses is short, and nobody has to parse JSON within JSON.
+parses is short, and JSON within JSON needs no second parser.
 """
 
 from __future__ import annotations

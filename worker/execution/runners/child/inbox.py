@@ -45,7 +45,7 @@ class Turns:
 
     @property
     def free(self) -> bool:
-        """Whether that is so and nobody waits for it."""
+        """Whether that is so and no other run waits for it."""
         return self._left > 0 and not self._waiting
 
     def spend(self, work: int) -> None:

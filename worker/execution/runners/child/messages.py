@@ -135,7 +135,7 @@ def granted_of(message: Mapping[str, Any]) -> tuple[AccessToken, Claims]:
     return AccessToken(message["text"], from_text(message["expires_at"])), claims
 
 
-# Raises NotStorable unless a text is JSON of at most so many bytes; it gets the text, a name and the limit.
+# Raises NotStorable unless a text is JSON within its limit in bytes; gets the text, its name and the limit.
 TextCheck = Callable[[str, str, int], None]
 
 # The outcomes that have a message; `runners/contract.py` says which of them count, and when.
