@@ -10,8 +10,8 @@ from enum import Enum
 
 from worker.handlers.json_text import DEEPEST, NotStorable
 
-# Work of one step, one to two milliseconds: each match costs one, and one more for each 64 characters.
-STEP = 2_000
+# Work of one step, three to five milliseconds: each match costs one, and one more for each 64 characters.
+STEP = 4_000
 # Values that one match reads, and escapes in a string that one match reads.
 _RUN = 64
 _ESCAPES = 500

@@ -5,6 +5,8 @@ They use the channel of their own process, which no sandbox can keep from them.
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from tests.fakes.running import RecordingServices, work
 from worker.errors import IssuerUnavailable
 from worker.execution.runners import contract
+from worker.execution.runners.child.child_process import ChildProcess
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import GivenErrors, StopSignal
 from worker.runs.outcome import Failed, HandedBack, NoToken, Outcome, Refused, Succeeded
@@ -87,6 +90,47 @@ async def test_what_is_not_a_message_ends_the_run_and_no_other(children: ChildPo
     assert isinstance(outcome, Failed)
     assert (outcome.reason, outcome.detail) == ("handler_exited", "it sent an invalid message")
     assert await run(children, "result = 1") == Succeeded("1")
+
+
+class Receiver:
+    def __init__(self) -> None:
+        self.data = b""
+
+    def on_data(self, data: bytes) -> None:
+        self.data += data
+
+    def on_output(self, source: str, data: bytes) -> None: ...
+    def on_room(self) -> None: ...
+
+
+async def last_words() -> bytes:
+    """What the worker has of a process that sent something and ended, while reading was paused."""
+    process, receiver = ChildProcess(1, lambda message: None), Receiver()
+    descriptors = await process.open()
+    process.serve(receiver, {"op": "work"})
+    process.pause_reading()
+    theirs = socket.socket(fileno=descriptors[0])
+    theirs.recv(1_000)
+    theirs.sendall(b"its last words")
+    theirs.close()
+    for descriptor in descriptors[1:]:
+        os.close(descriptor)
+
+    process.send({"op": "answer"})  # it cannot be written
+    await process.drained(20)
+
+    process.close()
+    return receiver.data
+
+
+async def test_an_answer_that_comes_too_late_does_not_lose_the_outcome() -> None:
+    assert await last_words() == b"its last words"
+
+
+async def test_control_asyncio_drops_what_was_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ChildProcess, "_read_rest", lambda self: None)
+
+    assert await last_words() == b""
 
 
 async def test_nothing_of_a_flood_is_dropped(children: ChildPool) -> None:

@@ -77,7 +77,7 @@ def test_it_refuses_what_cannot(text: str) -> None:
 @pytest.mark.parametrize("part", ["[]", "[0]", "[[0]]", '{"a":{}}', '"x"', "12", '{"a":1,"b":[1,2]}'])
 def test_a_step_reads_little_of_a_hostile_text(part: str) -> None:
     """Without the bound, as the control, one step reads all of it."""
-    text = "[" + ",".join([part] * (1_000_000 // (len(part) + 1))) + "]"
+    text = "[" + ",".join([part] * (500_000 // (len(part) + 1))) + "]"
 
-    assert scan(text) > 5
+    assert scan(text) > 2
     assert scan(text, 10**9) == 1

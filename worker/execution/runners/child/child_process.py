@@ -12,12 +12,15 @@ import socket
 import struct
 import termios
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from worker.execution.runners.child.frames import Message, frame
 
 _READ = 65_536
+# Reads of a closed channel: more than its buffer in the kernel has.
+_MOST_REST = 32
 _SOURCES = ("stdout", "stderr")
 
 
@@ -168,9 +171,24 @@ class ChildProcess(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._channel_open = False
+        if error is not None:
+            self._read_rest()
+        if self.is_behind:
+            self.resume_writing()
         # The kernel reports a reset if the other end closes while something is left to read.
         self._reset |= isinstance(error, (ConnectionResetError, BrokenPipeError))
         self._check_drained()
+
+    def _read_rest(self) -> None:
+        """Read what a process sent before it closed its end.
+
+        asyncio drops that if an answer cannot be written while reading is paused.
+        """
+        with suppress(OSError):
+            for _ in range(_MOST_REST):  # it may have closed only what it reads from, and go on sending
+                if self._socket is None or not (data := self._socket.recv(_READ)):
+                    break
+                self.data_received(data)
 
     # output
 

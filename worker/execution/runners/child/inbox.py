@@ -59,6 +59,9 @@ class Turns:
 
     async def whole(self) -> None:
         """Wait for a turn of which others use nothing."""
+        if self._left == TURN and not self._waiting:
+            self.spend(TURN)
+            return
         given = asyncio.get_running_loop().create_future()
 
         def give() -> None:
