@@ -105,7 +105,7 @@ class Receiver:
 
 async def last_words() -> bytes:
     """What the worker has of a process that sent something and ended, while reading was paused."""
-    process, receiver = ChildProcess(1, lambda message: None), Receiver()
+    process, receiver = ChildProcess(1, "", lambda message: None), Receiver()
     descriptors = await process.open()
     process.serve(receiver, {"op": "work"})
     process.pause_reading()
