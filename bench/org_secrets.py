@@ -34,9 +34,9 @@ async def cost(source: OpenedSecrets, orgs: list[OrgRef], names: list[str]) -> f
     async def attempt(org: OrgRef) -> None:
         found = await source.of(org, names)
         for value in found.values():
-            masker.hold(value)
+            masker.hold(value, org.id, private=True)
         for value in found.values():
-            masker.release(value)
+            masker.release(value, org.id, private=True)
 
     async def burst() -> None:
         await asyncio.gather(*(attempt(org) for org in orgs))

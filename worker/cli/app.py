@@ -27,6 +27,7 @@ from worker.errors import (
     WorkerError,
     did_you_mean,
 )
+from worker.ids import ALL_ORGS
 from worker.telemetry.masking import masker
 
 # Module and function of each verb.
@@ -217,7 +218,7 @@ def _unexpected(error: Exception, arguments: Sequence[str], output: Format) -> i
     first_line = str(error).strip().partition("\n")[0]
     fix = "run it again with --debug before the verb, and report what it prints"
     if "--debug" in arguments or os.environ.get("WORKER_DEBUG", "0") not in ("", "0"):
-        print(masker.mask("".join(traceback.format_exception(error))), file=sys.stderr, end="")
+        print(masker.mask("".join(traceback.format_exception(error)), ALL_ORGS), file=sys.stderr, end="")
         fix = "report what is printed above"
     print_error("unexpected", f"unexpected {type(error).__name__}: {first_line}", fix, output)
     return 1

@@ -13,6 +13,7 @@ from typing import Any
 
 from worker.clock import to_text
 from worker.definitions.units import json_default
+from worker.ids import ALL_ORGS
 from worker.runs.traces import trimmed
 from worker.telemetry.masking import masker
 
@@ -61,7 +62,7 @@ def print_rows(
 
 def as_json(value: Any) -> str:
     """JSON as every command prints it, masked."""
-    return masker.mask(json.dumps(value, default=json_default, indent=2))
+    return masker.mask(json.dumps(value, default=json_default, indent=2), ALL_ORGS)
 
 
 def print_row(row: Row, output: Format, *, key: str = "id") -> None:
@@ -120,7 +121,7 @@ def _print_for_programs(document: Any, rows: Sequence[Row], output: Format, key:
 
 def say(text: str) -> None:
     """Print a message for people on stderr, away from what programs read."""
-    print(printable(masker.mask(text)), file=sys.stderr)
+    print(printable(masker.mask(text, ALL_ORGS)), file=sys.stderr)
 
 
 def confirmed(question: str) -> bool:
@@ -133,7 +134,7 @@ def print_error(code: str, message: str, fix: str, output: Format) -> None:
     """Print an error on stderr: lines for people, one object for programs."""
     if output in (Format.JSON, Format.JSONL):
         text = json.dumps({"error": {"code": code, "message": message, "fix": fix}})
-        print(masker.mask(text), file=sys.stderr)
+        print(masker.mask(text, ALL_ORGS), file=sys.stderr)
         return
     say(f"error: {message}")
     if fix:

@@ -137,7 +137,7 @@ class FakeTokens:
         claims = decode(payload, profile.load("kinde"))
         text = f"made-up.{secrets.token_urlsafe(32)}"
         # As for a real token, so that a handler that prints it sees it masked.
-        masker.register(text)
+        masker.register(text, org.id)
         return FakeToken(AccessToken(text, claims.expires_at), claims)
 
 
@@ -323,7 +323,7 @@ class Trial:
         for each in pending:
             key = each.wait.name if each.wait.occurrence == 1 else f"{each.wait.name}#{each.wait.occurrence}"
             if each.wait.kind == "answer" and key in self._answers:
-                each.answer_json = masker.mask(json.dumps(self._answers[key]))
+                each.answer_json = masker.mask(json.dumps(self._answers[key]), self._subject.org.id)
                 answered = each.is_answered = True
         if answered:
             return timedelta()

@@ -13,7 +13,7 @@ from worker.handlers import denials
 from worker.handlers.blocking import finish
 from worker.handlers.context import BlockingContext, Context, state_of
 from worker.handlers.job import Job
-from worker.handlers.json_text import NotStorable, clean, to_json_text
+from worker.handlers.json_text import UNMASKED_LIMIT, NotStorable, clean, to_json_text
 from worker.handlers.models import CheckpointInvalid, HandlerMissing, ParamsInvalid, SettingsInvalid
 from worker.handlers.results import Cancel, HandBack, PermanentError, Retry, Snooze, as_timedelta
 from worker.handlers.spending import BudgetExceeded
@@ -36,6 +36,7 @@ from worker.runs.outcome import (
     Succeeded,
 )
 
+# Characters that are stored, once the worker has masked them.
 MESSAGE_LIMIT = 4_000
 TRACE_LIMIT = 16_000
 DETAIL_LIMIT = 500
@@ -125,14 +126,19 @@ def outcome_of_error(error: BaseException) -> Outcome:
 
 
 def error_of(error: BaseException) -> Error:
-    """The exception's type, message and trace, truncated. The trace begins at the handler's own frames."""
+    """The exception's type, message and trace, at most 64 KiB each, as they are not masked yet.
+
+    The trace begins at the handler's own frames.
+    """
     kind = type(error)
     try:
         message = str(error)
     except Exception:
         message = "(its message cannot be formatted)"
     if (denied := denials.hint(error)) is not None:
-        message = f"{message[: MESSAGE_LIMIT // 2]}; {denied}"
+        # A long message is cut at its end.
+        is_long = len(message) > MESSAGE_LIMIT // 2
+        message = f"{denied}; {message}" if is_long else f"{message}; {denied}"
     try:
         lines = traceback.TracebackException(
             kind, error, _from_the_handler_on(error.__traceback__), limit=-50, compact=True
@@ -140,11 +146,12 @@ def error_of(error: BaseException) -> Error:
         trace = "".join(lines)
     except Exception:
         trace = ""
-    if len(trace) > TRACE_LIMIT:  # the end is the most useful part
-        trace = "…\n" + trace[-TRACE_LIMIT:]
+    if len(trace) > UNMASKED_LIMIT:  # the end is the most useful part
+        trace = "…\n" + trace[-UNMASKED_LIMIT:]
     prefix = "" if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}."
     name = prefix + kind.__qualname__
-    return Error(clean(name, DETAIL_LIMIT), clean(message, MESSAGE_LIMIT), clean(trace, TRACE_LIMIT + 2))
+    most = UNMASKED_LIMIT
+    return Error(clean(name, most), clean(message, most), clean(trace, most + 2))
 
 
 def _from_the_handler_on(trace: TracebackType | None) -> TracebackType | None:
@@ -154,4 +161,4 @@ def _from_the_handler_on(trace: TracebackType | None) -> TracebackType | None:
 
 
 def _detail(text: str | None) -> str | None:
-    return None if text is None else clean(str(text), DETAIL_LIMIT)
+    return None if text is None else clean(str(text), UNMASKED_LIMIT)

@@ -22,7 +22,7 @@ from worker.handlers.given import (
     S,
     ThisRun,
 )
-from worker.handlers.json_text import clean
+from worker.handlers.json_text import UNMASKED_LIMIT, clean
 from worker.handlers.models import checkpoint_text
 from worker.handlers.results import Duration
 from worker.handlers.spending import (
@@ -59,6 +59,7 @@ from worker.secret import AccessToken
 if TYPE_CHECKING:
     import httpx
 
+# Characters that are stored, once the worker has masked them.
 NOTE_LIMIT = 500
 # The members that are HTTP clients, each created on first use.
 CLIENTS = ("http", "public_http")
@@ -138,7 +139,7 @@ class _Shared(Generic[P, S]):
     def secret(self, name: str, /) -> str:
         """The value of one of the org's secrets, such as its own model key; declared by `@job(secrets={…})`.
 
-        It is as it was when the attempt began. It is masked in all that the run writes.
+        It is as it was when the attempt began. It is masked in all that runs of the org write.
         """
         try:
             return self._given.secrets[name]
@@ -152,7 +153,7 @@ class _Shared(Generic[P, S]):
     def progress(self, done: float, total: float | None = None, note: str | None = None) -> None:
         """Report progress. May be called often; only the newest value is kept."""
         check_progress(done, total)
-        self._progress(done, total, None if note is None else clean(note, NOTE_LIMIT))
+        self._progress(done, total, None if note is None else clean(note, UNMASKED_LIMIT))
 
     async def _token(self, fresh: bool = False) -> AccessToken:
         held = self._given.held

@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 from worker.definitions.units import depth_of
 
 LIMIT = 1024 * 1024
+# Characters of any other text before it is masked; only then is it cut to its final size.
+UNMASKED_LIMIT = 64 * 1024
 # Parsers, encoders and databases recurse.
 DEEPEST = 200
 # An escaped NUL whose backslash is not itself escaped.

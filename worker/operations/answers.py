@@ -44,11 +44,14 @@ def answer(
         Conflict: it was answered already, its deadline has passed, or the run has ended.
     """
     _check(name, occurrence)
-    stored = _checked(data)
+    text = _checked(data)
     if org is not None and name.startswith(BUDGET):
         raise AccessDenied("only an operator may answer this question", fix="ask the operator of this worker")
     if name.startswith(BUDGET):
-        return answer_budget(database, run_id, name, stored, actor=actor, occurrence=occurrence)
+        return answer_budget(database, run_id, name, json.loads(text), actor=actor, occurrence=occurrence)
+    with database.autocommit() as connection:
+        owner = OrgId(require_run(connection, run_id, org)["org_id"])
+    stored = json.loads(masker.mask(text, owner))
     with database.transaction() as connection:
         run = require_run(connection, run_id, org)
         org_id, wanted = OrgId(run["org_id"]), RunId(run["id"])
@@ -97,10 +100,9 @@ def _check(name: str, occurrence: int) -> None:
         )
 
 
-def _checked(data: Any) -> Any:
-    """The answer as it is stored. Raises UsageError."""
+def _checked(data: Any) -> str:
+    """The answer as JSON text. Raises UsageError."""
     try:
-        text = to_json_text(data, "answer", MOST_ANSWERED)
+        return to_json_text(data, "answer", MOST_ANSWERED)
     except NotStorable as error:
         raise UsageError(str(error), fix="give JSON of at most 64 KiB") from None
-    return json.loads(masker.mask(text))

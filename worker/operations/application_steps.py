@@ -43,7 +43,7 @@ class Steps:
 
     def note_error(self, row_id: str, error: WorkerError) -> None:
         """Store why the last step failed."""
-        self.note(row_id, {"last_error": masker.mask(error.message)})
+        self.note(row_id, {"last_error": masker.mask(error.message, None)})
 
     def announce(self, row_id: str, after: timedelta) -> None:
         """Let a verified application be used `after` this; its client id is announced now."""

@@ -67,10 +67,10 @@ def add_credential(
         UsageError: see `check_client`.
     """
     check_client(client_id, secret, reference, secrets_dir)
-    if secret is not None:
-        masker.register(secret)
     with database.transaction() as connection:
         row = orgs.require(connection, org, lock=True)
+        if secret is not None:
+            masker.register(secret, OrgId(row["id"]))
         if row["state"] == "removed":
             raise Conflict(f"org {org} was removed", fix="`orgs add` brings it back")
         now = database.now(connection)

@@ -10,13 +10,14 @@ from sqlalchemy import Connection
 
 from worker.errors import Conflict, Diagnostic, NotFound, UsageError
 from worker.handlers.job import MOST_SECRET_BYTES, SECRET_NAME
-from worker.ids import new_id
+from worker.ids import OrgId, new_id
 from worker.store import audit, org_secrets, orgs
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.lists.read import secret as shown_secret
 from worker.store.lists.rows import SecretRow
-from worker.telemetry.masking import SHORTEST, lines_of, masker
+from worker.telemetry.masking import masker
+from worker.telemetry.secret_forms import SHORTEST, lines_of
 
 if TYPE_CHECKING:
     from worker.operations.handlers import Handlers
@@ -37,9 +38,9 @@ def add_secret(
         Conflict: it has one of that name, or was removed.
     """
     check_secret(name, value)
-    masker.register(value)
     with database.transaction() as connection:
         row = orgs.require(connection, org, lock=True)
+        masker.register(value, OrgId(row["id"]), private=True)
         if row["state"] == "removed":
             raise Conflict(f"org {org} was removed", fix=f"`orgs add {org}` brings it back")
         if org_secrets.find(connection, row["id"], name) is not None:
@@ -67,9 +68,9 @@ def rotate_secret(
         NotFound: no such org, or it has no such secret.
     """
     check_secret(name, value)
-    masker.register(value)
     with database.transaction() as connection:
         row, stored = _require(connection, org, name)
+        masker.register(value, OrgId(row["id"]), private=True)
         now, generation = database.now(connection), stored["generation"] + 1
         sealed, key_id = ring.seal_secret(value, org_id=row["id"], name=name, generation=generation)
         new = {"generation": generation, "sealed": sealed, "key_id": key_id}

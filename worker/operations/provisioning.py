@@ -320,7 +320,7 @@ class Provisioner:
         """Seal its secret in a pending credential. Refuses an application that another org has."""
         org_id, org, issuer = OrgId(row["org_id"]), row["org"], self.issuer
         secret = application.secret.reveal()
-        masker.register(secret)
+        masker.register(secret, org_id)
         with self.database.transaction() as connection:
             row = applications.find(connection, row["id"], lock=True) or row
             other = applications.owner_of_client(connection, issuer, application.client_id, but=org_id)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import httpx
 
 from worker.clock import Clock, to_text
+from worker.ids import ALL_ORGS
 from worker.telemetry.events import Emitted
 from worker.telemetry.masking import masker
 
@@ -232,7 +233,7 @@ class Webhook:
 
     def post(self, alert: Alert) -> str | None:
         """Post it once; returns why it was not accepted, or None."""
-        body = masker.mask(json.dumps(alert.as_json(), default=str)).encode()
+        body = masker.mask(json.dumps(alert.as_json(), default=str), ALL_ORGS).encode()
         timestamp = int(self._clock.now().timestamp())
         message_id = f"{alert.id}-{alert.status}"
         headers = {

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
 from worker.clock import to_text
+from worker.ids import ALL_ORGS
 from worker.telemetry.events import Emitted, Level, listen, listeners
 from worker.telemetry.masking import masker
 
@@ -71,7 +72,7 @@ class _Line(logging.Formatter):
         at = to_text(datetime.fromtimestamp(record.created, UTC))
         shown = {name: value for name, value in fields.items() if value is not None}
         return masker.mask(
-            self._write({"at": at, "level": record.levelname.lower(), "event": event, **shown})
+            self._write({"at": at, "level": record.levelname.lower(), "event": event, **shown}), ALL_ORGS
         )
 
 

@@ -109,12 +109,12 @@ class IssuerClient:
             IssuerUnavailable: no response, a 5xx, or a malformed token response; retrying may help.
             IssuerPaused: nothing was sent; the breaker is open, and it is not this org's turn.
         """
-        masker.hold(credential.secret.reveal())
+        masker.hold(credential.secret.reveal(), credential.org_id)
         try:
             granted = await self._request_again(tries, credential, audience, scopes, ahead)
         finally:
-            masker.release(credential.secret.reveal())
-        masker.note(granted.text)
+            masker.release(credential.secret.reveal(), credential.org_id)
+        masker.note(granted.text, credential.org_id)
         return granted
 
     async def verify(self, text: str, audience: str) -> Mapping[str, Any]:
@@ -281,7 +281,7 @@ class IssuerClient:
         org, client_id = credential.org_code, credential.client_id
         code = error if isinstance(error, str) and _ERROR_CODE.fullmatch(error) else ""
         # It is stored with the run for longer than the secret is masked.
-        code = code if masker.mask(code) == code else ""
+        code = code if masker.mask(code, credential.org_id) == code else ""
         wait = retry_delay(reply.headers, profile.reset_headers, self._clock.now().timestamp())
         match _classify(reply.status, code, profile.errors):
             case "throttle":

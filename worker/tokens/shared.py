@@ -190,7 +190,7 @@ class SharedTokens:
         if text is None:
             await self._reject(request, stored, "its key is missing, or it is damaged or from another row")
             return None
-        masker.note(text)
+        masker.note(text, request.org.id)
         return GrantedToken(text, credential, received_at, stored.age + stored.left)
 
     async def look_up(self, requests: Collection[TokenRequest]) -> None:
@@ -214,7 +214,7 @@ class SharedTokens:
         if credential is None or text is None:
             return None
         del self._looked_up[key]
-        masker.note(text)
+        masker.note(text, request.org.id)
         stored = found.token
         return GrantedToken(text, credential, self._clock.monotonic() - stored.age, stored.age + stored.left)
 

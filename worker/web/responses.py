@@ -132,7 +132,7 @@ def error_response(
     headers = wait_headers(status, retry_after)
     if status == 401:
         headers["www-authenticate"] = 'Bearer realm="orgworker"'
-    message, fix = masker.mask(message), masker.mask(fix)
+    message, fix = masker.mask(message, None), masker.mask(fix, None)
     problem = {
         "type": f"urn:orgworker:problem:{code}",
         "title": TITLES.get(code) or HTTPStatus(status).phrase,

@@ -142,6 +142,24 @@ async def test_an_answer_becomes_its_outcome(children: ChildPool, answer: str, o
     assert await children.run(given, RecordingServices(), StopSignal()) == outcome
 
 
+async def test_a_text_leaves_the_process_uncut_until_it_is_masked(children: ChildPool) -> None:
+    """A secret at the place where an error and a line are cut is whole when the worker masks it."""
+    secret = "canary-5ecret-value-0123456789"
+    code = (
+        "import logging; secret = 'canary-5ecret-value-0123456789'\n"
+        "logging.getLogger('x').warning('.' * 16380 + secret + '.' * 9000)\n"
+        "raise ValueError('.' * 3990 + secret + '.' * 9000)"
+    )
+    link = RecordingServices()
+
+    outcome = await children.run(work("code", params={"code": code}), link, StopSignal())
+
+    assert isinstance(outcome, Failed)
+    assert outcome.error.message == "." * 3990 + secret + "." * 9000
+    assert secret in outcome.error.trace
+    assert ("warning", "log", "." * 16380 + secret + "." * 9000) in link.lines
+
+
 async def test_a_permanent_error_is_told_apart(children: ChildPool) -> None:
     given = work("code", params={"code": "import worker; raise worker.PermanentError('no use')"})
 

@@ -22,7 +22,7 @@ from worker.operations.org_secrets import add_secret
 from worker.runs import outcome as outcomes
 from worker.store import tables
 from worker.store import workers as store_workers
-from worker.telemetry.masking import MASK, masker
+from worker.telemetry.masking import MASK, Masker, masker
 from worker.web import attempts as web
 
 pytestmark = pytest.mark.anyio
@@ -378,6 +378,40 @@ async def test_secrets_come_with_the_attempt_and_are_masked_again_at_every_worke
 
         stored = str([fleet.rows.run(run), fleet.rows.attempts(run), fleet.rows.all(tables.run_logs)])
         assert (key in stored, MASK in stored) == (False, True)
+
+
+@pytest.mark.parametrize("scoped", [True, False])
+async def test_what_a_host_sends_tells_nothing_of_another_orgs_secret(
+    fleet: Fleet, scoped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host's own calls and ends, with 60,000 guesses; the control is one mask for all orgs."""
+    if not scoped:
+        monkeypatch.setattr(Masker, "_indexes", lambda self, org: [self._all])
+    host, key, two = await fleet.host(), "sk-041234", fleet.two
+    add_secret(fleet.database, fleet.one.ring, "org_a", "openai", key, actor="test")
+    masker.clear()
+    fleet.start("keyed")
+    [holder] = await host.take(two)
+    assert holder.work.secrets == {"openai": key}
+    run = fleet.start("render", "org_b")
+    [taken] = await host.take(fleet.one)
+    guesses = [f"sk-{number:06}" for number in range(60_000)]
+    near = " ".join(guesses[41_200:41_240])
+
+    await host.call(two, "save", **fence(taken), handler=HANDLER, data=json.dumps(guesses))
+    line = {**fence(taken), "seq": 1, "at": NOW, "level": "info", "source": "log", "text": near}
+    await host.call(two, "logs", lines=[line])
+    error = outcomes.Error("E", near, near)
+    progress = {"done": 1, "total": 2, "note": near}
+    end = end_of(taken, outcomes.Failed(error, detail=near, permanent=True), progress=progress)
+    [checkpoint] = fleet.rows.all(tables.checkpoints)
+    await host.finish(two, end)
+
+    [attempt] = fleet.rows.attempts(run)
+    [row] = fleet.rows.all(tables.run_logs)
+    told = [str(one).count(MASK) for one in (checkpoint["data"], row["text"], attempt, fleet.rows.run(run))]
+    assert (sum(told) == 0) == scoped
+    assert all(told[:3]) == (not scoped)
 
 
 async def test_an_org_without_a_secret_is_refused_and_the_host_hears_nothing(fleet: Fleet) -> None:

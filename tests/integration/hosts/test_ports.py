@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from random import Random
 from typing import Any
@@ -18,6 +19,7 @@ from worker.errors import IssuerUnavailable, LeaseLost, StoreUnavailable, TokenR
 from worker.execution.attempts.attempt import Prepared, conclude, prepare
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
+from worker.execution.attempts.masked import redacted
 from worker.execution.attempts.run_services import AttemptServices
 from worker.execution.hosts.control import AsyncControl, Controls
 from worker.execution.hosts.hosted import HostTools
@@ -26,14 +28,14 @@ from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.runners.contract import StopSignal
 from worker.handlers.steps import StepError
-from worker.ids import RunId
+from worker.ids import ALL_ORGS, RunId
 from worker.operations.apply import apply
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import Trail
 from worker.runs.run import NewStep
 from worker.runs.waits import NewWait
 from worker.store import tables
-from worker.telemetry.masking import MASK, masker
+from worker.telemetry.masking import MASK, Masker, masker
 
 pytestmark = pytest.mark.anyio
 
@@ -173,7 +175,7 @@ async def place(request: pytest.FixtureRequest, fleet: Fleet) -> AsyncIterator[L
 
 async def test_a_checkpoint_is_stored_masked(place: Local | Remote) -> None:
     attempt = await place.begin(place.fleet.start())
-    [token] = attempt.inflight.tokens
+    [(token, _)] = attempt.inflight.masked
 
     await attempt.services.save('{"done":3}')
     await attempt.services.save(f'{{"leak":"{token}"}}')
@@ -186,7 +188,7 @@ async def test_a_checkpoint_is_stored_masked(place: Local | Remote) -> None:
 async def test_steps_are_stored_once_and_read_by_the_next_attempt(place: Local | Remote) -> None:
     run = place.fleet.start()
     first = await place.begin(run)
-    [token] = first.inflight.tokens
+    [(token, _)] = first.inflight.masked
 
     assert await first.services.store_step(step(1)) == "[1]"
     assert await first.services.store_step(step(2, f'"{token}"')) == f'"{MASK}"'
@@ -216,7 +218,7 @@ async def test_many_steps_at_once(place: Local | Remote) -> None:
 
 async def test_a_wait_is_opened_once(place: Local | Remote) -> None:
     attempt = await place.begin(place.fleet.start())
-    [token] = attempt.inflight.tokens
+    [(token, _)] = attempt.inflight.masked
     wait = NewWait("ok", 1, "answer", ask_json=f'"{token}"', alert=True)
 
     first = await attempt.services.open_wait(wait)
@@ -259,7 +261,7 @@ async def test_a_renewed_token_is_another_one_and_masked(place: Local | Remote) 
 
     assert token.reveal() in place.fleet.tokens.texts[1:]
     assert (claims.org_code, claims.properties) == ("org_a", {"region": "eu"})
-    assert masker.mask(f"x {token.reveal()} y") == f"x {MASK} y"
+    assert masker.mask(f"x {token.reveal()} y", ALL_ORGS) == f"x {MASK} y"
 
 
 async def test_a_token_of_another_org_ends_the_run(place: Local | Remote) -> None:
@@ -286,7 +288,7 @@ async def test_an_issuer_that_is_away_is_an_error_of_the_call(place: Local | Rem
 
 async def test_lines_and_progress_are_stored_masked(place: Local | Remote) -> None:
     attempt = await place.begin(place.fleet.start())
-    [token] = attempt.inflight.tokens
+    [(token, _)] = attempt.inflight.masked
 
     attempt.services.log("info", "log", "hello")
     attempt.services.log("error", "stderr", f"leaks {token}")
@@ -299,6 +301,71 @@ async def test_lines_and_progress_are_stored_masked(place: Local | Remote) -> No
     live = place.fleet.rows.live(attempt.run)
     assert live is not None
     assert live["progress"] == {"done": 1, "total": 2, "note": f"at {MASK}"}
+
+
+@pytest.mark.parametrize("scoped", [True, False])
+async def test_guesses_tell_nothing_of_another_orgs_secret(
+    place: Local | Remote, scoped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run writes 60,000 guesses while a run of another org holds the secret.
+
+    The control is one mask for all orgs: in each text it tells which guess is right.
+    """
+    if not scoped:
+        monkeypatch.setattr(Masker, "_indexes", lambda self, org: [self._all])
+    fleet, secret = place.fleet, "sk-041234"
+    attempt = await place.begin(fleet.start())
+    services, run = attempt.services, attempt.inflight.run
+    other = InflightRun(replace(run, org_id=fleet.org("org_b")), StopSignal())
+    other.hold_secrets({"openai": secret})
+    guesses = [f"sk-{number:06}" for number in range(60_000)]
+    answers: dict[str, list[str]] = {}
+
+    await services.save(json.dumps(guesses))
+    answers["checkpoint"] = attempt.rows(tables.checkpoints)[0]["data"]
+    answers["step"] = json.loads(await services.store_step(step(1, json.dumps(guesses[40_000:60_000]))))
+    await services.open_wait(NewWait("ok", 1, "answer", ask_json=json.dumps(guesses[41_000:41_500])))
+    answers["wait"] = attempt.rows(tables.waits)[0]["ask"]
+    services.log("info", "log", " ".join(guesses[41_000:42_000]))
+    services.progress(1, 2, " ".join(guesses[41_210:41_250]))
+    await attempt.run_log.flush()
+    answers["log"] = attempt.rows(tables.run_logs)[0]["text"].split(" ")
+    live = fleet.rows.live(attempt.run)
+    assert live is not None
+    answers["progress"] = live["progress"]["note"].split(" ")
+    failed = outcomes.Failed(outcomes.Error("E", " ".join(guesses[41_200:41_300])))
+    masked = redacted(failed, run.org_id)
+    assert isinstance(masked, outcomes.Failed)
+    answers["error"] = masked.error.message.split(" ")
+    refused = []
+    for name in (secret, "sk-041235"):
+        for call in (
+            services.store_step(step(2 if name == secret else 3, name=name)),
+            services.open_wait(NewWait(name, 1, "sleep", seconds=1.0)),
+            services.spend(name, 1, 1),
+        ):
+            try:
+                await call
+            except StepError:
+                refused.append(name)
+
+    told = {what: sum(MASK in answer for answer in told) for what, told in answers.items()}
+    assert told == dict.fromkeys(told, 0 if scoped else 1)
+    assert refused == ([] if scoped else [secret] * 3)
+    other.drop_tokens()
+
+
+async def test_a_secret_of_the_org_is_masked_in_all_that_its_runs_write(place: Local | Remote) -> None:
+    """As guesses of it, so that the test above would see one that is masked."""
+    secret = "sk-041234"
+    attempt = await place.begin(place.fleet.start())
+    attempt.inflight.hold_secrets({"openai": secret})
+
+    await attempt.services.save(json.dumps([secret]))
+    stored = await attempt.services.store_step(step(1, json.dumps([secret])))
+
+    assert attempt.rows(tables.checkpoints)[0]["data"] == [MASK]
+    assert json.loads(stored) == [MASK]
 
 
 @pytest.mark.parametrize("call", ["save", "store_step", "open_wait", "spend"])

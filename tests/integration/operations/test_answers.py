@@ -15,6 +15,7 @@ from tests.fakes.stock import Stock
 from worker.errors import AccessDenied, Conflict, NotFound, UsageError
 from worker.ids import new_id
 from worker.operations.answers import answer
+from worker.operations.org_secrets import add_secret, rotate_secret
 from worker.operations.runs import cancel, run_now
 from worker.operations.why import why
 from worker.runs.run import AdmittedRun
@@ -22,6 +23,7 @@ from worker.runs.waits import NewWait
 from worker.store import tables
 from worker.store.lists import runs as run_lists
 from worker.store.sql import statements
+from worker.telemetry.masking import MASK, Masker
 
 FILE = """
 [[org]]
@@ -91,6 +93,29 @@ def test_an_answer_wakes_the_run_and_is_in_its_row_and_the_audit(parked, databas
     [entry] = stock.all(tables.audit, tables.audit.c.action == "run.answer")
     assert (entry["actor"], entry["subject"]) == ("operator:kim", run.id)
     assert entry["detail"] == {"wait": "approval", "occurrence": 1}
+
+
+@pytest.mark.parametrize("scoped", [True, False])
+def test_an_answer_does_not_tell_another_orgs_secret(parked, database, keyring, scoped, monkeypatch):
+    """An org answers its own run with guesses; the control is one mask for all orgs."""
+    if not scoped:
+        monkeypatch.setattr(Masker, "_indexes", lambda self, org: [self._all])
+    guesses = [f"sk-{number:05}" for number in range(5_900)]
+    add_secret(database, keyring, "org_globex", "openai", "sk-04123", actor="ops")
+
+    row = give(database, parked(APPROVAL), guesses, org="org_acme")
+
+    told = [guess for guess, stored in zip(guesses, row["answer"], strict=True) if stored != guess]
+    assert told == ([] if scoped else ["sk-04123"])
+
+
+def test_an_answer_is_masked_with_the_secrets_of_its_org(parked, database, keyring):
+    add_secret(database, keyring, "org_acme", "openai", "sk-canary-acme", actor="ops")
+    rotate_secret(database, keyring, "org_acme", "openai", "sk-canary-next", actor="ops")
+
+    row = give(database, parked(APPROVAL), ["sk-canary-acme", {"sk": "sk-canary-next"}])
+
+    assert row["answer"] == [MASK, {"sk": MASK}]
 
 
 def test_the_first_answer_wins(parked, database):

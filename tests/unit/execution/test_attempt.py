@@ -35,7 +35,7 @@ from worker.execution.trial_budgets import TrialFound
 from worker.guard.claims import Claims, Flag
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
-from worker.ids import OrgId, RunId
+from worker.ids import ALL_ORGS, OrgId, RunId
 from worker.orgs import OrgRef
 from worker.runs.budgets import BudgetState
 from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded
@@ -235,7 +235,7 @@ async def test_a_run_gets_the_secrets_that_its_handler_declares_masked_before_it
     site.secrets.values = {"openai": KEY, "mail": "mail-canary-0123456789", "other": "not-declared-1"}
 
     async def leak(work: Work, services: RunServices, stop: StopSignal) -> None:
-        assert masker.mask(f"a {KEY} b") == "a [masked] b"
+        assert masker.mask(f"a {KEY} b", ALL_ORGS) == "a [masked] b"
 
     site.during = leak
     site.outcome = Failed(Error("ValueError", f"{KEY} is wrong", f"trace {KEY}"))

@@ -21,7 +21,7 @@ from worker.execution.attempts.inflight import InflightRun, InflightRuns
 from worker.execution.loops.admission import FEW, MOMENT, Admission
 from worker.execution.loops.finisher import WORTHWHILE
 from worker.execution.loops.run_log_writer import RunLogWriter
-from worker.ids import RunId
+from worker.ids import ALL_ORGS, RunId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, Isolation
 from worker.secret import AccessToken
@@ -282,9 +282,9 @@ async def test_the_tokens_of_each_run_in_flight_are_masked(
     dispatcher.start([admitted(f"r{n}") for n in range(30)])
     await settle(20)
 
-    assert known.mask(" ".join(texts)) == " ".join([MASK] * 30)
+    assert known.mask(" ".join(texts), ALL_ORGS) == " ".join([MASK] * 30)
     go_on.set()
     await settle(50)
     writing.cancel()
     assert len(ends) == 30
-    assert known.mask(" ".join(texts)) == " ".join([*texts[:28], MASK, MASK])
+    assert known.mask(" ".join(texts), ALL_ORGS) == " ".join([*texts[:28], MASK, MASK])

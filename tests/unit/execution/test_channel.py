@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.running import NOW, claims, token, work
+from worker.execution.attempts.masked import redacted
 from worker.execution.runners.child.frames import LIMIT, BrokenMessage, Unframer, frame
 from worker.execution.runners.child.messages import (
     outcome_message,
@@ -22,6 +23,7 @@ from worker.execution.runners.child.messages import (
     work_of,
 )
 from worker.handlers.steps import StepError
+from worker.ids import OrgId
 from worker.runs.outcome import (
     Cancelled,
     Error,
@@ -157,10 +159,14 @@ def test_texts_of_an_outcome_are_cut_and_cleaned_on_arrival() -> None:
     outcome = outcome_of_message({"kind": "Failed", "error": error, "permanent": "yes"})
 
     assert isinstance(outcome, Failed)
-    assert (len(outcome.error.type), len(outcome.error.message)) == (500, 4_000)
-    assert len(outcome.error.trace) == 16_002
+    assert (len(outcome.error.type), len(outcome.error.message)) == (9_000, 65_536)
+    assert len(outcome.error.trace) == 65_538
     assert "\0" not in outcome.error.trace
     assert outcome.permanent is False
+    stored = redacted(outcome, OrgId("acme"))
+    assert isinstance(stored, Failed)
+    assert (len(stored.error.type), len(stored.error.message)) == (500, 4_000)
+    assert len(stored.error.trace) == 16_002
 
 
 @pytest.mark.parametrize(("done", "total"), [("1", None), (float("nan"), 1), (1, [])])

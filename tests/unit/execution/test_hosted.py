@@ -279,7 +279,7 @@ async def test_a_renewed_token_comes_from_the_workers(clock: ManualClock) -> Non
     assert fresh[0][0].reveal() == "the-next-token"
     assert workers.sent("token")[0]["fresh"] is True
     inflight = host.inflight_runs.get(RUN.id)
-    assert inflight is not None and "the-next-token" in inflight.tokens
+    assert inflight is not None and ("the-next-token", False) in inflight.masked
 
 
 async def test_a_refused_token_ends_the_run_refused(clock: ManualClock) -> None:

@@ -7,7 +7,8 @@ from datetime import datetime
 import pytest
 
 from tests.fakes.clock import START, ManualClock
-from worker.execution.runners.output import LINE_COST, LINE_LIMIT, RunOutput, marked, unmarked
+from worker.execution.runners.output import LINE_COST, LINE_LIMIT, RunOutput, marked, stored_lines, unmarked
+from worker.handlers.json_text import UNMASKED_LIMIT
 
 
 class Log:
@@ -71,7 +72,10 @@ def test_a_long_record_is_cut_and_stays_one(log: Log) -> None:
     ((level, source, text),) = log.lines
     assert (level, source) == ("info", "log")
     assert text.endswith("…")
-    assert len(marked("info", text)) <= LINE_LIMIT
+    assert len(marked("info", text)) <= UNMASKED_LIMIT
+    ((stored),) = stored_lines(source, text)
+    assert stored.endswith("…")
+    assert len(stored) <= LINE_LIMIT
 
 
 def test_bytes_that_are_no_text_are_shown_all_the_same(log: Log) -> None:
@@ -82,12 +86,27 @@ def test_bytes_that_are_no_text_are_shown_all_the_same(log: Log) -> None:
 
 def test_a_line_without_end_is_cut_where_no_token_is(log: Log) -> None:
     word = b"x" * 3000
-    log.output.feed("stdout", b" ".join([word] * 12))
+    log.output.feed("stdout", b" ".join([word] * 45))
     log.output.close()
 
-    assert len(log.lines) > 1
-    assert max(map(len, log.texts())) <= LINE_LIMIT
-    assert {piece for text in log.texts() for piece in text.split()} == {word.decode()}
+    texts = log.texts()
+    assert len(texts) > 1
+    assert max(len(text.encode()) for text in texts) <= UNMASKED_LIMIT
+    assert {piece for text in texts for piece in text.replace("…", "").split()} == {word.decode()}
+    # The cut is marked on both sides, so that the masker looks for what it has left of a secret.
+    assert [text.endswith("…") for text in texts] == [True] * (len(texts) - 1) + [False]
+    assert [text.startswith("…") for text in texts] == [False] + [True] * (len(texts) - 1)
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "☃"])
+def test_a_long_line_is_stored_as_several(letter: str) -> None:
+    text = letter * (40_000 // len(letter.encode()))
+
+    lines = stored_lines("stdout", text)
+
+    assert len(lines) == 3
+    assert "".join(lines) == text
+    assert max(len(line.encode()) for line in lines) <= LINE_LIMIT
 
 
 def test_what_exceeds_the_cap_leaves_head_and_tail_and_a_count(clock: ManualClock) -> None:

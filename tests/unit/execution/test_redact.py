@@ -6,7 +6,8 @@ from datetime import timedelta
 
 import pytest
 
-from worker.execution.attempts.run_services import redacted
+from worker.execution.attempts.masked import redacted
+from worker.ids import OrgId
 from worker.runs.outcome import (
     Cancelled,
     Error,
@@ -42,12 +43,12 @@ ERROR = Error(SECRET, f"got {SECRET}", f"line: {SECRET}")
 def test_no_known_secret_leaves_in_an_outcome(said: Outcome) -> None:
     masker.register(SECRET)
 
-    clean = redacted(said)
+    clean = redacted(said, OrgId("acme"))
 
     assert "canary" not in repr(clean)
     assert type(clean) is type(said)
 
 
 def test_an_outcome_without_texts_stays_as_it_is() -> None:
-    assert redacted(HandedBack()) == HandedBack()
-    assert redacted(Succeeded(None)) == Succeeded(None)
+    assert redacted(HandedBack(), OrgId("acme")) == HandedBack()
+    assert redacted(Succeeded(None), OrgId("acme")) == Succeeded(None)

@@ -12,6 +12,7 @@ from tests.fakes.clock import settle
 from tests.fakes.issuer import ORG, App, jwk
 from tests.unit.tokens.conftest import World
 from worker.errors import CredentialsRejected, IssuerUnavailable, StoreUnavailable, TokenRefused
+from worker.ids import ALL_ORGS
 from worker.telemetry.masking import masker
 
 pytestmark = pytest.mark.anyio
@@ -293,7 +294,7 @@ async def test_secret_and_token_are_masked_and_have_no_readable_form(world: Worl
     enforced = await world.ensure()
     text = enforced.token.reveal()
 
-    assert masker.mask(f"a {text} b secret-a c") == "a [masked] b [masked] c"
+    assert masker.mask(f"a {text} b secret-a c", ALL_ORGS) == "a [masked] b [masked] c"
     shown = repr([enforced, enforced.token, world.credentials.orgs])
     assert text not in shown
     assert "secret-a" not in shown

@@ -11,6 +11,7 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from tests.fakes.issuer import App, FakeIssuer, kinde_issuer
 from worker.errors import ConfigurationError, IssuerUnavailable
+from worker.ids import ALL_ORGS
 from worker.secret import Secret
 from worker.telemetry.masking import masker
 from worker.tokens.issuer_client import IssuerClient
@@ -90,7 +91,7 @@ async def test_a_refusal_says_what_to_correct(
     assert fix in raised.value.fix
     assert SECRET not in f"{raised.value!r}{raised.value}{raised.value.fix}"
     assert "credentials add" not in raised.value.fix
-    assert SECRET not in masker.mask(f"said {SECRET}")
+    assert SECRET not in masker.mask(f"said {SECRET}", ALL_ORGS)
 
 
 async def test_an_issuer_that_does_not_respond_is_asked_again_then_reported(

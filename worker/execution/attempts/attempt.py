@@ -25,8 +25,9 @@ from worker.errors import (
 )
 from worker.execution.attempts import events
 from worker.execution.attempts.inflight import InflightRun
+from worker.execution.attempts.masked import redacted
 from worker.execution.attempts.plan import DEFAULT_LIMITS, Limits, state_without_order
-from worker.execution.attempts.run_services import AttemptServices, HandlerTools, Tools, redacted
+from worker.execution.attempts.run_services import AttemptServices, HandlerTools, Tools
 from worker.execution.runners.contract import LONGEST_PAUSE, Work, outcome_of_stop
 from worker.guard.claims import flag_is
 from worker.guard.decode import enforce
@@ -209,7 +210,7 @@ async def conclude(inflight: InflightRun, outcome: Outcome, trail: Trail, tools:
         run = replace(run, recoveries=0)
     return end_attempt(
         run,
-        redacted(outcome),
+        redacted(outcome, run.org_id),
         trail,
         limits.retry,
         now=tools.clock.now(),

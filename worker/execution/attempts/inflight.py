@@ -15,7 +15,8 @@ from worker.execution.runners.contract import StopSignal
 from worker.ids import RunId
 from worker.runs.run import AdmittedRun
 from worker.secret import AccessToken
-from worker.telemetry.masking import masker, parts_of
+from worker.telemetry.masking import masker
+from worker.telemetry.secret_forms import parts_of
 
 T = TypeVar("T")
 
@@ -26,7 +27,7 @@ class InflightRun:
 
     `moved` once the attempt has stored a new checkpoint or step; `storing` are steps that are being
     stored, which a process may leave behind that dies. `scopes` are those that its tokens must have. A host
-    knows no `plan`.
+    knows no `plan`. `masked` are its tokens, and its secrets, which are private to the org.
     """
 
     run: AdmittedRun
@@ -37,7 +38,7 @@ class InflightRun:
     scopes: frozenset[str] = frozenset()
     moved: bool = False
     storing: set[asyncio.Future[bool]] | None = None
-    tokens: tuple[str, ...] = field(default=(), repr=False)
+    masked: tuple[tuple[str, bool], ...] = field(default=(), repr=False)
 
     def begin(self, plan: AttemptPlan) -> None:
         """Keep what the attempt needs to know."""
@@ -47,25 +48,23 @@ class InflightRun:
 
     def hold(self, token: AccessToken) -> None:
         """Mask a token of this run in all that the worker writes, until `drop_tokens`."""
-        self.hold_text(token.reveal(), is_token=True)
+        if (key := (token.reveal(), False)) not in self.masked:
+            masker.hold(token.reveal(), self.run.org_id, is_token=True)
+            self.masked += (key,)
 
     def hold_secrets(self, secrets: Mapping[str, str]) -> None:
-        """Mask the org's secrets that the run gets, as `hold`; also the long texts in one that is JSON."""
+        """Mask secrets that the run gets in texts of its org; also the long texts in one that is JSON."""
         for value in secrets.values():
             for text in parts_of(value):
-                self.hold_text(text)
-
-    def hold_text(self, text: str, *, is_token: bool = False) -> None:
-        """As `hold`, for any text."""
-        if text not in self.tokens:
-            masker.hold(text, is_token=is_token)
-            self.tokens += (text,)
+                if (key := (text, True)) not in self.masked:
+                    masker.hold(text, self.run.org_id, private=True)
+                    self.masked += (key,)
 
     def drop_tokens(self) -> None:
         """The attempt has ended: all of its output is masked."""
-        for text in self.tokens:
-            masker.release(text)
-        self.tokens = ()
+        for text, private in self.masked:
+            masker.release(text, self.run.org_id, private=private)
+        self.masked = ()
 
     async def store(self, storing: Coroutine[Any, Any, bool]) -> bool:
         """The result of storing a step. It goes on if the caller is cancelled: the call was made and paid."""

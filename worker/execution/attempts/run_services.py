@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from random import Random
 from typing import Any, Protocol, TypeVar
@@ -17,6 +17,7 @@ from worker.clock import Clock
 from worker.errors import LeaseLost, TokenError, TokenRefused, Unavailable
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import Deadlines, InflightRun
+from worker.execution.attempts.masked import masked_note
 from worker.execution.attempts.plan import AttemptPlan, Limits, Plans
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import GivenErrors, Runner
@@ -26,7 +27,7 @@ from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.ids import OrgId, RunId
 from worker.orgs import OrgRef, TokenWant
 from worker.runs.budgets import BudgetState
-from worker.runs.outcome import SUCCEEDED, Error, Outcome, Trail
+from worker.runs.outcome import Trail
 from worker.runs.run import (
     AdmittedRun,
     Isolation,
@@ -47,20 +48,6 @@ LONGEST_RETRY_SAVE = 2.0
 COMPARED = 32 * 1024
 
 T = TypeVar("T")
-
-
-def redacted(outcome: Outcome) -> Outcome:
-    """The same outcome with every text masked: result, detail, message, error and trace."""
-    if outcome is SUCCEEDED:
-        return outcome
-    changes: dict[str, str | Error] = {}
-    for field_ in fields(outcome):
-        value = getattr(outcome, field_.name)
-        if isinstance(value, str):
-            changes[field_.name] = masker.mask(value)
-        elif isinstance(value, Error):
-            changes[field_.name] = Error(*map(masker.mask, (value.type, value.message, value.trace)))
-    return replace(outcome, **changes) if changes else outcome  # type: ignore[arg-type]
 
 
 class EnforcedToken(Protocol):
@@ -332,7 +319,7 @@ class AttemptServices:
 
     async def save(self, data_json: str) -> None:
         """Store a checkpoint, fenced and durable; wait while the database is away. Raises LeaseLost."""
-        run, masked = self.inflight.run, masker.mask(data_json)
+        run, masked = self.inflight.run, self._mask(data_json)
         self._saves = number = self._saves + 1
         self._check_ours(
             await self._when_available(
@@ -363,11 +350,11 @@ class AttemptServices:
         """
         run = self.inflight.run
         self._check_open()
-        if step.name != masker.mask(step.name) or (step.key and step.key != masker.mask(step.key)):
-            raise StepError(f"step {masker.mask(step.name)}: its name or key contains a secret; use another")
+        if step.name != self._mask(step.name) or (step.key and step.key != self._mask(step.key)):
+            raise StepError(f"step {self._mask(step.name)}: its name or key contains a secret; use another")
         for meter, _ in step.spends:
-            if meter != masker.mask(meter):
-                raise StepError(f"spend {masker.mask(meter)}: its name contains a secret; use another")
+            if meter != self._mask(meter):
+                raise StepError(f"spend {self._mask(meter)}: its name contains a secret; use another")
         if self._places is None:
             self._places = set()
         if self._totals is None:
@@ -375,7 +362,7 @@ class AttemptServices:
             if run.may_have_checkpoint:
                 totals = await self._when_available(lambda: self.tools.steps.step_totals(run.id))
             self._totals = self._totals or totals
-        masked = masker.mask(step.result_json)
+        masked = self._mask(step.result_json)
         row = RunStep(run, self.trail.handler, replace(step, result_json=masked), len(masked.encode()))
         last, size = self._totals
         if step.seq <= last or step.seq in self._places:
@@ -397,10 +384,10 @@ class AttemptServices:
             LeaseLost: the run is no longer ours.
         """
         run = self.inflight.run
-        if wait.name != masker.mask(wait.name):
-            raise StepError(f"wait {masker.mask(wait.name)}: its name contains a secret; use another")
+        if wait.name != self._mask(wait.name):
+            raise StepError(f"wait {self._mask(wait.name)}: its name contains a secret; use another")
         if wait.ask_json is not None:
-            wait = replace(wait, ask_json=masker.mask(wait.ask_json))
+            wait = replace(wait, ask_json=self._mask(wait.ask_json))
         state = await self._when_available(lambda: self.tools.waits.open_wait(run, wait))
         if state is None:
             raise self._lost()
@@ -426,12 +413,15 @@ class AttemptServices:
             TokenRefused: as `budgets`.
         """
         run = self.inflight.run
-        if meter != masker.mask(meter):
-            raise StepError(f"spend {masker.mask(meter)}: its name contains a secret; use another")
+        if meter != self._mask(meter):
+            raise StepError(f"spend {self._mask(meter)}: its name contains a secret; use another")
         key = f"{run.attempt}:{number}"
         found = await self._when_available(lambda: self.tools.budgets.spend(run, meter, amount, key))
         self._check_ours(found is not None)
         return () if found is None else self._allowed(found)
+
+    def _mask(self, text: str) -> str:
+        return masker.mask(text, self.inflight.run.org_id)
 
     def _allowed(self, found: FoundBudgets) -> Sequence[BudgetState]:
         if found.missing is not None:
@@ -458,7 +448,7 @@ class AttemptServices:
 
     def progress(self, done: float, total: float | None, note: str | None) -> None:
         self._check_open()
-        progress = {"done": done, "total": total, "note": None if note is None else masker.mask(note)}
+        progress = {"done": done, "total": total, "note": masked_note(note, self.inflight.run.org_id)}
         self.trail.progress = progress
         self.tools.run_log.progress(self.inflight.run, progress)
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from worker.bounded import remember
 from worker.errors import AccessDenied, LeaseLost, TokenError, TokenRefused, Unavailable
+from worker.execution.attempts.masked import masked_note
 from worker.execution.attempts.run_services import FoundBudgets
 from worker.execution.hosts import wire, wire_calls
 from worker.execution.hosts.delivery import HostTools, Key
@@ -29,7 +30,6 @@ from worker.ids import RunId, WorkerId
 from worker.runs.hosts import HostCaller
 from worker.runs.run import LogLine, NewStep, RunStep
 from worker.telemetry.events import emit
-from worker.telemetry.masking import masker
 
 # Seconds that a token is remembered, also for renewals: their statement checks the incarnation.
 CALLER_AGE, RENEWAL_AGE = 5.0, 60.0
@@ -265,7 +265,7 @@ class AttemptApi:
         hosted = await runs.one(wire.fence_of(message))
         handler = await runs.handler_of(hosted, wire_calls.handler_of(message))
         checkpoints = self.shared.tools.checkpoints
-        stored = await checkpoints.save_checkpoint(hosted.run, handler, masker.mask(data), number)
+        stored = await checkpoints.save_checkpoint(hosted.run, handler, hosted.mask(data), number)
         if not stored:
             raise _lost(hosted)
         return {}
@@ -301,13 +301,13 @@ class AttemptApi:
     async def _step(self, hosted: HostedRun, handler: str, step: NewStep) -> RunStep:
         """A step as it is stored, masked. Raises StepError as `AttemptServices.store_step`."""
         for name in (step.name, step.key or "", *(meter for meter, _ in step.spends)):
-            if name != masker.mask(name):
-                raise StepError(f"step {masker.mask(step.name)}: its name, key or meter contains a secret")
+            if name != hosted.mask(name):
+                raise StepError(f"step {hosted.mask(step.name)}: its name, key or meter contains a secret")
         if hosted.stored is None:
             hosted.stored = 0
             if hosted.run.may_have_checkpoint or hosted.handler is None:
                 _, hosted.stored = await self.shared.tools.steps.step_totals(hosted.run.id)
-        result = masker.mask(step.result_json)
+        result = hosted.mask(step.result_json)
         size = hosted.sizes[step.seq] = len(result.encode())
         # One that is sent again may be counted twice.
         if hosted.stored + sum(hosted.sizes.values()) > TOTAL_LIMIT + size:
@@ -321,10 +321,10 @@ class AttemptApi:
     async def _wait(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
         wait = wire_calls.wait_of(message)
         hosted = await runs.one(wire.fence_of(message))
-        if wait.name != masker.mask(wait.name):
-            raise StepError(f"wait {masker.mask(wait.name)}: its name contains a secret; use another")
+        if wait.name != hosted.mask(wait.name):
+            raise StepError(f"wait {hosted.mask(wait.name)}: its name contains a secret; use another")
         if wait.ask_json is not None:
-            wait = replace(wait, ask_json=masker.mask(wait.ask_json))
+            wait = replace(wait, ask_json=hosted.mask(wait.ask_json))
         state = await self.shared.tools.waits.open_wait(hosted.run, wait)
         if state is None:
             raise _lost(hosted)
@@ -339,8 +339,8 @@ class AttemptApi:
         hosted = await runs.one(wire.fence_of(message))
         if key.partition(":")[0] != str(hosted.run.attempt):
             raise Malformed("key: it is of another attempt")
-        if meter != masker.mask(meter):
-            raise StepError(f"spend {masker.mask(meter)}: its name contains a secret; use another")
+        if meter != hosted.mask(meter):
+            raise StepError(f"spend {hosted.mask(meter)}: its name contains a secret; use another")
         found = await self.shared.tools.budgets.spend(hosted.run, meter, amount, key)
         if found is None:
             raise _lost(hosted)
@@ -359,7 +359,7 @@ class AttemptApi:
                 at=min(row.at, now),
                 level=row.level,
                 source=row.source,
-                text=masker.mask(row.text),
+                text=hosted.mask(row.text),
             )
             for row in rows
             if (hosted := known.get((row.run_id, row.fencing_token))) is not None
@@ -373,15 +373,9 @@ class AttemptApi:
         known = await runs.known({(run_id, fencing_token) for run_id, fencing_token, _ in rows})
         ours = []
         for run_id, fencing_token, progress in rows:
-            if (run_id, fencing_token) in known:
-                note = progress["note"]
-                ours.append(
-                    (
-                        run_id,
-                        fencing_token,
-                        {**progress, "note": None if note is None else masker.mask(note)},
-                    )
-                )
+            if (hosted := known.get((run_id, fencing_token))) is not None:
+                note = masked_note(progress["note"], hosted.run.org_id)
+                ours.append((run_id, fencing_token, {**progress, "note": note}))
         if ours:
             await self.rows.write_progress(ours)
         return {}

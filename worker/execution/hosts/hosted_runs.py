@@ -36,6 +36,7 @@ from worker.execution.attempts.attempt import (
     without_state,
 )
 from worker.execution.attempts.inflight import InflightRun
+from worker.execution.attempts.masked import masked_note
 from worker.execution.attempts.run_services import Tools
 from worker.execution.hosts import wire
 from worker.execution.hosts.delivery import Delivery, HostedStore, HostTools, Key, place_of
@@ -91,6 +92,9 @@ class HostedRun:
     @property
     def run(self) -> AdmittedRun:
         return self.inflight.run
+
+    def mask(self, text: str) -> str:
+        return masker.mask(text, self.run.org_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,8 +311,8 @@ class HostedRuns:
             trail.handler_started_at = max(earliest, now - _seconds(end.handler_seconds, now))
         trail.peak_memory = end.peak_memory
         if end.progress is not None:
-            note = end.progress["note"]
-            trail.progress = {**end.progress, "note": None if note is None else masker.mask(note)}
+            note = masked_note(end.progress["note"], inflight.run.org_id)
+            trail.progress = {**end.progress, "note": note}
         trail.asks = end.asks
         inflight.moved = inflight.moved or end.moved
         if hosted.refused is not None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from worker.clock import Clock
 from worker.errors import Unavailable
+from worker.execution.runners.output import stored_lines
 from worker.ids import RunId
 from worker.runs.run import AdmittedRun, LogLine
 from worker.telemetry.events import emit
@@ -44,20 +45,22 @@ class RunLogWriter:
     _writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def line(self, run: AdmittedRun, level: str, source: str, text: str, at: datetime | None = None) -> None:
+        """Add a line, masked; one that is too long to be stored is cut after that, or becomes several."""
         key = (run.id, run.attempt)
-        self._seq[key] = seq = self._seq.get(key, 0) + 1
-        self._lines.append(
-            LogLine(
-                run_id=run.id,
-                attempt=run.attempt,
-                seq=seq,
-                org_id=run.org_id,
-                at=at or self.clock.now(),
-                level=level,
-                source=source,
-                text=masker.mask(text),
+        for part in stored_lines(source, masker.mask(text, run.org_id)):
+            self._seq[key] = seq = self._seq.get(key, 0) + 1
+            self._lines.append(
+                LogLine(
+                    run_id=run.id,
+                    attempt=run.attempt,
+                    seq=seq,
+                    org_id=run.org_id,
+                    at=at or self.clock.now(),
+                    level=level,
+                    source=source,
+                    text=part,
+                )
             )
-        )
 
     def progress(self, run: AdmittedRun, progress: Mapping[str, Any]) -> None:
         self._progress[run.id] = (run.id, run.fencing_token, progress)

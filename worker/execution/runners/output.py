@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from worker.clock import Clock
-from worker.handlers.json_text import clean
+from worker.handlers.json_text import UNMASKED_LIMIT, clean
 
 MARK = b"\x1e"
-# Maximum bytes of a line. Longer records are cut, so that a record stays one line.
+# Maximum bytes of a line of output as it is stored, and characters of a record, which stays one line.
 LINE_LIMIT = 16 * 1024
 LEVELS = frozenset({"debug", "info", "warning", "error", "critical"})
 
@@ -50,8 +50,8 @@ def log_to_stderr() -> None:
 
 def marked(level: str, text: str) -> bytes:
     line = _line(level, text)
-    while len(line) > LINE_LIMIT:
-        text = text[: len(text) * LINE_LIMIT // len(line) - 8]
+    while len(line) > UNMASKED_LIMIT:
+        text = text[: len(text) * UNMASKED_LIMIT // len(line) - 8]
         line = _line(level, text + "…")
     return line
 
@@ -76,7 +76,8 @@ def _line(level: str, text: str) -> bytes:
 CAP = 256 * 1024
 LINE_COST = 16
 _LEVELS = {"stdout": "info", "stderr": "error"}
-# Where a long line may be cut: none of these occurs in a token or secret.
+_CUT = "…".encode()
+# Where a long line is best cut: few secrets, and no tokens, have one of these.
 _SEAMS = b" \t,;\"'<>(){}[]"
 _SEAM_REACH = 4 * 1024
 
@@ -110,9 +111,9 @@ class RunOutput:
     def feed(self, source: str, data: bytes) -> None:
         whole, newline, rest = (self._partial[source] + data).rpartition(b"\n")
         lines = whole + newline
-        while len(rest) > LINE_LIMIT:
-            piece = _cut(rest)
-            lines, rest = lines + piece + b"\n", rest[len(piece) :]
+        while len(rest) > UNMASKED_LIMIT:
+            piece, rest = _parted(rest)
+            lines += piece + b"\n"
         self._partial[source] = rest
         if lines:
             self._take(_Block(source, lines, self._clock.now()))
@@ -173,12 +174,11 @@ class RunOutput:
         self._dropped_bytes += len(block.data)
 
     def _pass_on(self, source: str, line: bytes, at: datetime) -> None:
-        while len(line) > LINE_LIMIT:
-            piece = _cut(line)
+        while len(line) > UNMASKED_LIMIT:
+            piece, line = _parted(line)
             self._pass_on(source, piece, at)
-            line = line[len(piece) :]
         level, text = unmarked(line) or (None, line.decode("utf-8", "replace").rstrip("\r"))
-        text = clean(text, LINE_LIMIT)
+        text = clean(text, UNMASKED_LIMIT)
         if level is None:
             self._sink(_LEVELS[source], source, text, at)
         else:
@@ -189,6 +189,30 @@ def _cost(block: _Block) -> int:
     return len(block.data) + LINE_COST * block.data.count(b"\n")
 
 
-def _cut(line: bytes) -> bytes:
-    seam = max(line.rfind(bytes([mark]), LINE_LIMIT - _SEAM_REACH, LINE_LIMIT) for mark in _SEAMS)
-    return line[: seam + 1] if seam >= 0 else line[:LINE_LIMIT]
+def stored_lines(source: str, text: str) -> list[str]:
+    """A masked line as it is stored: a record is cut to one line, other output becomes several."""
+    if source == "log":
+        return [clean(text, LINE_LIMIT)]
+    lines, left = [], text.encode("utf-8", "replace")
+    while len(left) > LINE_LIMIT:
+        end = _seam(left, LINE_LIMIT)
+        lines.append(left[:end].decode("utf-8", "replace"))
+        left = left[end:]
+    return [*lines, left.decode("utf-8", "replace")]
+
+
+def _parted(line: bytes) -> tuple[bytes, bytes]:
+    """A line before and after a cut; marks in both show it, also to the masker."""
+    end = _seam(line, UNMASKED_LIMIT - len(_CUT))
+    return line[:end] + _CUT, _CUT + line[end:]
+
+
+def _seam(line: bytes, limit: int) -> int:
+    """Where to cut a line of more than `limit` bytes."""
+    seam = max(line.rfind(bytes([mark]), limit - _SEAM_REACH, limit) for mark in _SEAMS)
+    if seam >= 0:
+        return seam + 1
+    end = limit
+    while end > limit - 3 and line[end] & 0xC0 == 0x80:  # within a character
+        end -= 1
+    return end

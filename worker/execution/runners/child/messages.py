@@ -15,10 +15,9 @@ from worker.execution.runners.child.frames import Message as Message
 from worker.execution.runners.child.sandbox import Rules
 from worker.execution.runners.contract import Work
 from worker.guard.claims import Claims, Flag
-from worker.handlers.calling import DETAIL_LIMIT, MESSAGE_LIMIT, TRACE_LIMIT
-from worker.handlers.context import NOTE_LIMIT, check_progress
+from worker.handlers.context import check_progress
 from worker.handlers.installed import ENVIRONMENT
-from worker.handlers.json_text import LIMIT, check_json_text, clean
+from worker.handlers.json_text import LIMIT, UNMASKED_LIMIT, check_json_text, clean
 from worker.handlers.results import as_timedelta
 from worker.handlers.state import LIMIT as STATE_LIMIT
 from worker.handlers.state import check_object
@@ -171,14 +170,14 @@ def _field(name: str, value: Any, check: TextCheck) -> Any:
     match name:
         case "error":
             return Error(
-                clean(value["type"], DETAIL_LIMIT),
-                clean(value["message"], MESSAGE_LIMIT),
-                clean(value["trace"], TRACE_LIMIT + 2),
+                clean(value["type"], UNMASKED_LIMIT),
+                clean(value["message"], UNMASKED_LIMIT),
+                clean(value["trace"], UNMASKED_LIMIT + 2),
             )
         case "permanent":
             return value is True
         case "reason" | "message":
-            return clean(value, MESSAGE_LIMIT)
+            return clean(value, UNMASKED_LIMIT)
         case "retry_after":
             return as_timedelta(float(value))
         case _ if value is None:
@@ -193,14 +192,14 @@ def _field(name: str, value: Any, check: TextCheck) -> Any:
             check_object(value)
             return value
         case _:
-            return clean(value, MESSAGE_LIMIT)
+            return clean(value, UNMASKED_LIMIT)
 
 
 def progress_of(message: Mapping[str, Any]) -> tuple[float, float | None, str | None]:
     """Progress as a run's process sent it. Raises ValueError: that process is not trusted."""
     done, total, note = message["done"], message["total"], message["note"]
     check_progress(done, total)
-    return done, total, None if note is None else clean(str(note), NOTE_LIMIT)
+    return done, total, None if note is None else clean(str(note), UNMASKED_LIMIT)
 
 
 def step_message(step: NewStep) -> Message:
