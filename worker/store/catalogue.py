@@ -1,29 +1,66 @@
-"""Catalogue: the handlers of the installed distributions, as child processes reported them."""
+"""Catalogue: the handlers of the workers' distributions, as child processes reported them.
+
+What hosts declare is in `host_handlers.py`. The previous release stored both in this table: of its rows,
+whose `of_worker` is null, those count that a worker lists, until this release has read the handler.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, fields, replace
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import Connection, delete, select
+from sqlalchemy import Boolean, ColumnElement, Connection, Select, delete, select
+from sqlalchemy.ext.compiler import compiles
 
 from worker.handlers.catalogue import HandlerEntry
 from worker.runs.run import Declared
 from worker.store import tables
-from worker.store.dialect import Row, all_rows, upsert
+from worker.store.dialect import Row, all_rows, chunks, database_now, upsert
 
-_catalogue = tables.catalogue
+_catalogue, _workers = tables.catalogue, tables.workers
 _KEY = ("name", "distribution")
 _COLUMNS = tuple(column.name for column in _catalogue.columns)
 # More than any installation's plug-ins offer.
 MOST = 10_000
 _REPLACED = tuple(name for name in _COLUMNS if name not in _KEY)
+# What tells how a handler runs, without its schemas.
+DECLARED = (
+    *("name", "distribution", "version", "entry_point", "isolation", "scopes", "timeout", "max_attempts"),
+    *("memory", "max_concurrent", "state", "secrets", "error"),
+)
+_ENTRY = frozenset(each.name for each in fields(HandlerEntry))
+
+
+class _OfWorkers(ColumnElement[bool]):
+    """Whether a row of `catalogue` is of a handler that a worker offers or offered."""
+
+    inherit_cache = True
+    type = Boolean()
+
+
+_CONDITION = """(catalogue.of_worker OR catalogue.of_worker IS NULL
+ AND catalogue.name NOT IN (SELECT read.name FROM catalogue read WHERE read.of_worker)
+ AND catalogue.name IN ({listed}))"""
+_LISTED = {
+    "postgresql": "SELECT jsonb_array_elements_text(w.handlers) FROM workers w WHERE w.host_id IS NULL",
+    "sqlite": "SELECT j.value FROM workers w, json_each(w.handlers) j WHERE w.host_id IS NULL",
+}
+
+
+@compiles(_OfWorkers)
+def _of_workers(element: _OfWorkers, compiler: Any, **_: Any) -> str:
+    return _CONDITION.format(listed=_LISTED[compiler.dialect.name])
+
+
+# Every reader of the table has this condition: all other rows are claims of hosts.
+OF_WORKERS: ColumnElement[bool] = _OfWorkers()
 
 
 def put(connection: Connection, entries: Iterable[HandlerEntry], *, at: datetime) -> None:
-    """Store reported handlers, one row per name and distribution."""
-    rows = [as_row(entry) | {"seen_at": at} for entry in entries]
+    """Store handlers that a worker or command has read, one row per name and distribution."""
+    rows = [as_row(entry) | {"seen_at": at, "of_worker": True} for entry in entries]
     if rows:
         connection.execute(upsert(connection, _catalogue, _KEY, _REPLACED), rows)
 
@@ -32,6 +69,12 @@ def as_row(entry: HandlerEntry) -> Row:
     """A reported handler with the names of the columns."""
     row = {name: value for name, value in asdict(entry).items() if name in _COLUMNS}
     return row | {"scopes": sorted(entry.scopes)}
+
+
+def entry_of(row: Row) -> HandlerEntry:
+    """The handler of a row; columns that the row lacks are as if they were not declared."""
+    entry = HandlerEntry(**{name: value for name, value in row.items() if name in _ENTRY})
+    return replace(entry, scopes=tuple(entry.scopes), secrets=tuple(entry.secrets))
 
 
 def forget(connection: Connection, distribution: str, *, but: Iterable[str] = ()) -> None:
@@ -43,16 +86,31 @@ def forget(connection: Connection, distribution: str, *, but: Iterable[str] = ()
     )
 
 
+def forget_name(connection: Connection, name: str) -> int:
+    """Delete all rows of a handler and return how many: it is then no longer the workers'."""
+    return connection.execute(delete(_catalogue).where(_catalogue.c.name == name)).rowcount
+
+
+def offering(connection: Connection, name: str) -> list[str]:
+    """The machines of the live workers that offer a handler."""
+    alive = (_workers.c.ended_at.is_(None), _workers.c.lease_until > database_now(connection))
+    query = select(_workers.c.host, _workers.c.handlers).where(_workers.c.host_id.is_(None), *alive)
+    return sorted({host for host, names in connection.execute(query) if name in names})
+
+
 def offered(connection: Connection) -> set[tuple[str, str, str]]:
-    """Distribution, version and name of every row."""
+    """Distribution, version and name of every row that a worker or command of this release has read."""
     query = select(_catalogue.c.distribution, _catalogue.c.version, _catalogue.c.name)
+    query = query.where(_catalogue.c.of_worker)
     return {(distribution, version, name) for distribution, version, name in connection.execute(query)}
 
 
 def declared(connection: Connection) -> dict[str, Declared]:
-    """Where each handler of any worker or host asks to run, without broken ones."""
+    """Where each handler of any worker asks to run, without broken ones."""
     columns = (_catalogue.c.name, _catalogue.c.isolation, _catalogue.c.pool)
-    query = select(*columns).where(_catalogue.c.error.is_(None)).limit(MOST)
+    query = select(*columns).where(OF_WORKERS, _catalogue.c.error.is_(None))
+    # Of several distributions the first, as `entries` has them.
+    query = query.order_by(_catalogue.c.name.desc(), _catalogue.c.distribution.desc()).limit(MOST)
     return {
         name: Declared("inline" if isolation == "inline" else "child", pool)
         for name, isolation, pool in connection.execute(query)
@@ -60,8 +118,41 @@ def declared(connection: Connection) -> dict[str, Declared]:
 
 
 def entries(connection: Connection, name: str | None = None) -> list[Row]:
-    """All rows, or those of one name, by name and distribution; broken handlers too."""
-    query = select(_catalogue).order_by(_catalogue.c.name, _catalogue.c.distribution)
+    """The workers' rows, or those of one name, by name and distribution; broken handlers too."""
+    query = select(_catalogue).where(OF_WORKERS).order_by(_catalogue.c.name, _catalogue.c.distribution)
     if name is not None:
         query = query.where(_catalogue.c.name == name)
     return all_rows(connection, query.limit(MOST))
+
+
+def names() -> Select[tuple[str]]:
+    """A query of the names of the workers' handlers."""
+    return select(_catalogue.c.name).where(OF_WORKERS).distinct()
+
+
+def is_of_workers(connection: Connection, wanted: Collection[str]) -> set[str]:
+    """Of these handlers those that any worker has or had: no host's declaration counts for them."""
+    return set(of_workers(connection, wanted))
+
+
+def of_workers(connection: Connection, wanted: Collection[str]) -> dict[str, list[HandlerEntry]]:
+    """The workers' own declarations of these handlers, the newest last; without schemas, broken ones too."""
+    found: dict[str, list[HandlerEntry]] = {}
+    for part in chunks(sorted(wanted)):
+        query = select(*(_catalogue.c[name] for name in DECLARED))
+        query = query.where(OF_WORKERS, _catalogue.c.name.in_(part)).order_by(_catalogue.c.seen_at)
+        for row in all_rows(connection, query):
+            found.setdefault(row["name"], []).append(entry_of(row))
+    return found
+
+
+def reported_to_older(connection: Connection, wanted: Sequence[str]) -> dict[str, HandlerEntry]:
+    """What hosts declared of these handlers to a worker of the previous release."""
+    found: dict[str, HandlerEntry] = {}
+    for part in chunks(wanted):
+        query = select(*(_catalogue.c[name] for name in DECLARED)).order_by(_catalogue.c.seen_at)
+        query = query.where(
+            _catalogue.c.of_worker.is_(None), _catalogue.c.error.is_(None), _catalogue.c.name.in_(part)
+        )
+        found |= {row["name"]: entry_of(row) for row in all_rows(connection, query)}
+    return found

@@ -27,7 +27,7 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId, WorkerId
 from worker.runs.hosts import HostCaller
 from worker.runs.run import AdmittedRun
-from worker.store import tables
+from worker.store import host_handlers, tables
 from worker.store.dialect import Row, all_rows, database_now, first_row
 from worker.store.workers import register
 
@@ -232,5 +232,6 @@ def listed(connection: Connection, *, limit: int) -> list[Row]:
 def remove(connection: Connection, host_id: str, *, at: datetime) -> int:
     """Remove a host: its token ends, and so do its incarnations, whose number is returned."""
     connection.execute(update(_hosts).where(_hosts.c.id == host_id).values(removed_at=at))
+    host_handlers.forget_host(connection, host_id)
     mine = (_workers.c.host_id == host_id, _workers.c.ended_at.is_(None))
     return connection.execute(update(_workers).where(*mine).values(ended_at=at)).rowcount

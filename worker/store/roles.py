@@ -65,9 +65,11 @@ SECRETS: Mapping[str, frozenset[str]] = {
 _NOT_FOR_ORGS = frozenset(
     {
         *("workers", "hosts", "alerts", "alert_strikes", "operators", "sessions", "login_transactions"),
-        *("applications", "access_tokens", "pools", "placements", "calendars"),
+        *("applications", "access_tokens", "pools", "placements", "calendars", "pool_approvals"),
     }
 )
+# Columns of those tables that an org reads after all: which handlers are the workers'.
+_SHOWN_TO_ORGS: Mapping[str, Sequence[str]] = {"workers": ("host_id", "handlers")}
 # No role changes or deletes these rows; triggers prevent the owner, too.
 APPEND_ONLY = frozenset({"audit"})
 
@@ -122,6 +124,7 @@ _OPERATOR_WRITES: Mapping[str, Sequence[str]] = {
     # an org sends can read or open a session.
     "sessions": ("INSERT", "DELETE"),
     "login_transactions": ("INSERT", "DELETE"),
+    "pool_approvals": ("INSERT", "UPDATE (digest, ceiling, approved_at, approved_by)"),
 }
 
 # A role may exist already, created manually or by a migration of another database.
@@ -219,6 +222,8 @@ def _grants(role: str) -> list[str]:
             column.name for column in tables.metadata.tables[name].c if column.name not in secret
         )
         statements.append(f"GRANT SELECT ({shown}) ON {name} TO {role}")
+    for name, columns in _SHOWN_TO_ORGS.items() if role == WEB else ():
+        statements.append(f"GRANT SELECT ({', '.join(columns)}) ON {name} TO {role}")
     for writes in (_WRITES, _OPERATOR_WRITES if role == OPERATOR else {}):
         statements += [f"GRANT {', '.join(rights)} ON {name} TO {role}" for name, rights in writes.items()]
     if role == WEB:

@@ -37,10 +37,13 @@ NOT_OF_ORGS = {
     "sessions",
     "login_transactions",
     "calendars",
+    "host_handlers",
+    "pool_approvals",
 }
 # Rows that name machines or many orgs at once; nobody who acts for one org may read them.
 NOT_FOR_ORGS = {
     *("workers", "hosts", "alerts", "alert_strikes", "applications", "access_tokens", "pools", "calendars"),
+    "pool_approvals",
 }
 # All that API and console write, and no right more: by table, the columns of its UPDATE.
 WRITES = {
@@ -82,6 +85,7 @@ OPERATOR_WRITES = WRITES | {
     # Logins are kept before a caller is known, in this role; an org's role has no right to them.
     "sessions": ("INSERT", "DELETE"),
     "login_transactions": ("INSERT", "DELETE"),
+    "pool_approvals": ("INSERT", "UPDATE approved_at approved_by ceiling digest"),
 }
 ORG_COLUMNS = """
 SELECT c.relname, c.relrowsecurity AND c.relforcerowsecurity AND EXISTS (

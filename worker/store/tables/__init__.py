@@ -8,12 +8,15 @@ The migrations also make views, triggers and functions: `tests/migrations/ddl.py
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import (
     BigInteger,
     Boolean,
     CheckConstraint,
     Column,
     Date,
+    DefaultClause,
     ForeignKey,
     Index,
     Integer,
@@ -250,6 +253,11 @@ workers = Table(
     required("capacity", json_type(), "Its slots: `children`, `inline`."),
     required("pools", json_type(), "The pools that it serves.", server_default='["default"]'),
     Column("host_id", Id, doc="The host of which this is an incarnation; null for a worker."),
+    Column(
+        "offers",
+        json_type(),
+        doc="What this incarnation of a host declares of each handler; null for a worker.",
+    ),
     Index("ix_workers_lease_until", "lease_until", **partial("ended_at IS NULL")),
     postgresql_with=UPDATED,
     info={
@@ -293,7 +301,54 @@ catalogue = Table(
     required("state", Boolean, "Whether it uses `ctx.state`, as `@job` says.", server_default=false()),
     Column("pool", Text, doc="The pool of its runs, as `@job` says."),
     required("secrets", json_type(), "The org's secrets that it gets, as `@job` says.", server_default="[]"),
-    info={"meaning": "What the installed plug-ins offer."},
+    Column(
+        "of_worker",
+        Boolean,
+        doc="True: a worker or command of this release read it. Null: written by the previous release, maybe "
+        "for a host; it counts if a worker lists the handler.",
+    ),
+    info={"meaning": "What the plug-ins of the workers offer."},
+)
+
+
+def like(column: Column[Any]) -> Column[Any]:
+    """A column of another table with the type, default and meaning of this one."""
+    default = column.server_default
+    given: Any = default.arg if isinstance(default, DefaultClause) else None
+    return Column(column.name, column.type, nullable=column.nullable, server_default=given, doc=column.doc)
+
+
+host_handlers = Table(
+    "host_handlers",
+    metadata,
+    Column("pool", Text, primary_key=True, doc="The pool of the host."),
+    Column("name", Text, primary_key=True, doc="The handler's name."),
+    Column("distribution", Text, primary_key=True, doc="The plug-in."),
+    Column("host_id", Id, primary_key=True, doc="The host that declares it."),
+    *(
+        like(of)
+        for of in catalogue.c
+        if of.name not in ("name", "distribution", "pool", "of_worker", "seen_at")
+    ),
+    required("bytes", Integer, "The size of this row's declaration."),
+    required("seen_at", Instant, "When the host last declared it, or was last seen running it."),
+    Index("ix_host_handlers_host_id", "host_id"),
+    info={
+        "meaning": "What the plug-ins of hosts declare. It places no run and grants nothing: see "
+        "`pool_approvals`."
+    },
+)
+
+pool_approvals = Table(
+    "pool_approvals",
+    metadata,
+    Column("pool", Text, primary_key=True, doc="The pool whose hosts may run the handler so."),
+    Column("handler", Text, primary_key=True, doc="The handler's name."),
+    required("digest", Text, "The digest that was approved."),
+    required("ceiling", json_type(), "What was approved, with the version of its form."),
+    required("approved_at", Instant),
+    required("approved_by", Text),
+    info={"meaning": "What handlers that hosts declare may get in a pool beyond the defaults."},
 )
 
 placements = Table(

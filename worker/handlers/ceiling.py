@@ -1,0 +1,179 @@
+"""Ceiling: what a handler that a host declares may get in a pool, and what goes beyond it. Pure.
+
+Without an approval that is nothing beyond the defaults: no secrets, no scopes of the handler's own, and the
+default timeout and attempts. What the workers themselves declare of the handler, and what an administrator
+approved for it in that pool, is added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Self
+
+from worker.definitions import MAX_ATTEMPTS, TIMEOUT
+from worker.definitions.units import format_duration, parse_duration
+from worker.handlers.catalogue import HandlerEntry
+
+# Of the digest and of a stored ceiling. A field that a later version adds is not approved by this one.
+VERSION = 1
+# Hexadecimal digits of a digest: a host could search two declarations that share a shorter one.
+DIGITS = 40
+
+SECRETS, SCOPES, TIMEOUT_KEY, ATTEMPTS, CONCURRENCY = KEYS = (
+    *("secrets", "scopes", "timeout", "max_attempts", "max_concurrent"),
+)
+# A definition decides these for its runs, if it sets them: the handler's value is only a default.
+OF_DEFINITIONS = frozenset({SCOPES, TIMEOUT_KEY, ATTEMPTS})
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """What a handler declares for itself, or may. `max_concurrent` None is no limit."""
+
+    secrets: frozenset[str] = frozenset()
+    scopes: frozenset[str] = frozenset()
+    timeout: timedelta = TIMEOUT
+    max_attempts: int = MAX_ATTEMPTS
+    max_concurrent: int | None = None
+
+    @classmethod
+    def of(cls, entry: HandlerEntry) -> Self:
+        """What a handler declares; what it leaves out is the default."""
+        return cls(
+            frozenset(entry.secrets),
+            frozenset(entry.scopes),
+            TIMEOUT if entry.timeout is None else parse_duration(entry.timeout),
+            entry.max_attempts or MAX_ATTEMPTS,
+            entry.max_concurrent,
+        )
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Self:
+        """A stored ceiling; a field that it lacks is the default."""
+        timeout = stored.get(TIMEOUT_KEY)
+        return cls(
+            frozenset(stored.get(SECRETS, ())),
+            frozenset(stored.get(SCOPES, ())),
+            TIMEOUT if timeout is None else parse_duration(timeout),
+            stored.get(ATTEMPTS, MAX_ATTEMPTS),
+            stored.get(CONCURRENCY),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            SECRETS: sorted(self.secrets),
+            SCOPES: sorted(self.scopes),
+            TIMEOUT_KEY: format_duration(self.timeout),
+            ATTEMPTS: self.max_attempts,
+            CONCURRENCY: self.max_concurrent,
+        }
+
+
+def digest(pool: str, handler: str, ceiling: Ceiling) -> str:
+    """What an administrator approves: the same for every host of the pool that declares the same."""
+    content = {"pool": pool, "handler": handler, **ceiling.as_json()}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return f"{VERSION}-{hashlib.sha256(text.encode()).hexdigest()[:DIGITS]}"
+
+
+def allowed(workers: Ceiling | None = None, approved: Ceiling | None = None) -> Ceiling:
+    """The ceiling of a handler in a pool: the defaults, what workers declare of it, and what is approved."""
+    given = [one for one in (workers, approved) if one is not None]
+    limits = [one.max_concurrent for one in given]
+    return Ceiling(
+        frozenset[str]().union(*(one.secrets for one in given)),
+        frozenset[str]().union(*(one.scopes for one in given)),
+        max([TIMEOUT, *(one.timeout for one in given)]),
+        max([MAX_ATTEMPTS, *(one.max_attempts for one in given)]),
+        max((most for most in limits if most is not None), default=None) if None not in limits else None,
+    )
+
+
+def excess(declared: Ceiling, ceiling: Ceiling) -> frozenset[str]:
+    """The keys in which a declaration goes beyond a ceiling."""
+    most = ceiling.max_concurrent
+    beyond = {
+        SECRETS: not declared.secrets <= ceiling.secrets,
+        SCOPES: not declared.scopes <= ceiling.scopes,
+        TIMEOUT_KEY: declared.timeout > ceiling.timeout,
+        ATTEMPTS: declared.max_attempts > ceiling.max_attempts,
+        CONCURRENCY: most is not None and (declared.max_concurrent is None or declared.max_concurrent > most),
+    }
+    return frozenset(key for key, is_beyond in beyond.items() if is_beyond)
+
+
+def clamped(entry: HandlerEntry, ceiling: Ceiling) -> HandlerEntry:
+    """The entry without what goes beyond the ceiling, whatever becomes of its runs."""
+    declared = Ceiling.of(entry)
+    beyond = excess(declared, ceiling)
+    return replace(
+        entry,
+        secrets=tuple(name for name in entry.secrets if name in ceiling.secrets),
+        scopes=tuple(scope for scope in entry.scopes if scope in ceiling.scopes),
+        timeout=format_duration(ceiling.timeout) if TIMEOUT_KEY in beyond else entry.timeout,
+        max_attempts=ceiling.max_attempts if ATTEMPTS in beyond else entry.max_attempts,
+        max_concurrent=ceiling.max_concurrent if CONCURRENCY in beyond else entry.max_concurrent,
+    )
+
+
+def may_run(
+    beyond: Collection[str], own: Mapping[str, Any], *, scopes: Collection[str], is_variant: bool = False
+) -> bool:
+    """Whether a run may be of a handler that goes beyond its ceiling in these keys.
+
+    It may if its definition sets all of them, so that the handler's values are not used: `own` has the values
+    of the definition by key, or its spec. A variant takes its limits from the definition's handler, and adds
+    the `scopes` that it declares: the definition must list them.
+    """
+    if not OF_DEFINITIONS.issuperset(beyond):
+        return False
+    if is_variant:
+        return SCOPES not in beyond or set(own.get(SCOPES) or ()).issuperset(scopes)
+    return all(own.get(key) is not None for key in beyond)
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What an incarnation of a host may do with a handler that it declares.
+
+    `entry` is within the ceiling, `beyond` are the keys in which the declaration is not. `scopes` are those
+    that it declares, `digest` is what an administrator would approve.
+    """
+
+    entry: HandlerEntry
+    beyond: frozenset[str] = frozenset()
+    scopes: frozenset[str] = frozenset()
+    digest: str = ""
+
+    @classmethod
+    def of(
+        cls, pool: str, declared: HandlerEntry, workers: HandlerEntry | None, approved: Ceiling | None
+    ) -> Self:
+        """The grant of a declaration, where workers have the same handler or an administrator approved one.
+
+        What workers declare is used where the host declares no more than that.
+        """
+        own, of_workers = Ceiling.of(declared), None if workers is None else Ceiling.of(workers)
+        if workers is not None and of_workers is not None and not excess(own, allowed(of_workers)):
+            return cls(workers)
+        ceiling = allowed(of_workers, approved)
+        return cls(
+            clamped(declared, ceiling),
+            excess(own, ceiling),
+            own.scopes,
+            digest(pool, declared.name, own),
+        )
+
+    def may_run(self, own: Mapping[str, Any], *, is_variant: bool = False) -> bool:
+        """Whether a run may be of it whose definition sets these values."""
+        return may_run(self.beyond, own, scopes=self.scopes, is_variant=is_variant)
+
+    @property
+    def never_runs(self) -> bool:
+        """Whether no definition can set what goes beyond the ceiling."""
+        return not self.beyond <= OF_DEFINITIONS

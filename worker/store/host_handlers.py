@@ -1,0 +1,244 @@
+"""Handlers that hosts declare: stored for each token, and what an incarnation may do with them.
+
+They are looked at for runs that are in the host's pool already, and place none. A handler that workers have
+is theirs. `handlers/ceiling.py` says what of a declaration is granted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, or_, select, update
+
+from worker.errors import LeaseLost
+from worker.handlers.catalogue import HandlerEntry
+from worker.handlers.ceiling import Ceiling, Grant
+from worker.ids import WorkerId
+from worker.store import catalogue, tables
+from worker.store.dialect import Row, all_rows, chunks, compact_json, database_now, upsert
+
+_handlers, _hosts, _workers = tables.host_handlers, tables.hosts, tables.workers
+_approvals = tables.pool_approvals
+_KEY = tuple(column.name for column in _handlers.primary_key.columns)
+_REPLACED = tuple(column.name for column in _handlers.columns if column.name not in _KEY)
+# What one token may declare: rows, and bytes of all of them.
+MOST_HANDLERS, MOST_BYTES = 500, 4 * 1024 * 1024
+# How long a declaration is kept that its host no longer makes, and how exactly that is known.
+KEPT, SEEN_EVERY = timedelta(days=30), timedelta(days=1)
+# Rows that one reader looks at.
+MOST = 10_000
+# Rows of hosts that have their token, and are still in this pool.
+VALID = and_(
+    _hosts.c.id == _handlers.c.host_id, _hosts.c.pool == _handlers.c.pool, _hosts.c.removed_at.is_(None)
+)
+
+
+class TooManyHandlers(ValueError):
+    """A host declares more than is stored for one token; the message names the limit."""
+
+
+def report(connection: Connection, worker_id: WorkerId, entries: Iterable[HandlerEntry]) -> None:
+    """Store what an incarnation of a host declares, besides what it declared before.
+
+    Raises:
+        TooManyHandlers: it is more than one token may declare; nothing is stored.
+        LeaseLost: the incarnation is not, or no longer, that of a host.
+    """
+    mine = _workers.c.id == worker_id
+    host_id: str | None = connection.execute(select(_workers.c.host_id).where(mine)).scalar()
+    # Two calls of one token store one after the other, so that both count the same rows.
+    kept = (_hosts.c.id == host_id, _hosts.c.removed_at.is_(None))
+    pool = connection.execute(select(_hosts.c.pool).where(*kept).with_for_update()).scalar()
+    if host_id is None or pool is None:
+        raise LeaseLost("this incarnation is not one of a host")
+    named = {(entry.name, entry.distribution): entry for entry in entries}
+    at = database_now(connection)
+    rows = [_row(entry) | {"pool": pool, "host_id": host_id, "seen_at": at} for entry in named.values()]
+    _make_room(connection, host_id, pool, {key: row["bytes"] for key, row in zip(named, rows, strict=True)})
+    connection.execute(upsert(connection, _handlers, _KEY, _REPLACED), rows)
+    before = connection.execute(select(_workers.c.handlers, _workers.c.offers).where(mine)).one()
+    usable = [row for row in rows if row["error"] is None]
+    offers = (before.offers or {}) | {row["name"]: _offer(row) for row in usable}
+    connection.execute(
+        update(_workers).where(mine).values(handlers=sorted({*before.handlers, *offers}), offers=offers)
+    )
+
+
+def _row(entry: HandlerEntry) -> Row:
+    row = catalogue.as_row(entry)
+    del row["pool"]  # where its runs are is not the host's to say
+    return row | {"bytes": len(compact_json(row).encode())}
+
+
+def _offer(row: Row) -> Row:
+    return {name: row[name] for name in catalogue.DECLARED if name not in ("name", "error")}
+
+
+def _make_room(connection: Connection, host_id: str, pool: str, added: dict[tuple[str, str], int]) -> None:
+    """Raise TooManyHandlers if these rows do not fit, after deleting those that no live incarnation has."""
+    other = (_handlers.c.host_id == host_id, _handlers.c.pool != pool)
+    connection.execute(delete(_handlers).where(*other))
+    columns = (_handlers.c.name, _handlers.c.distribution, _handlers.c.bytes)
+    query = select(*columns).where(_handlers.c.host_id == host_id)
+    stored = {(name, distribution): size for name, distribution, size in connection.execute(query)}
+    if _fits(stored | added):
+        return
+    alive = (_workers.c.ended_at.is_(None), _workers.c.lease_until > database_now(connection))
+    live = select(_workers.c.handlers).where(_workers.c.host_id == host_id, *alive)
+    listed = {name for names in connection.execute(live).scalars() for name in names}
+    gone = [key for key in stored if key[0] not in listed and key not in added]
+    if not _fits({key: size for key, size in (stored | added).items() if key not in gone}):
+        raise TooManyHandlers(
+            f"handlers: one host may declare {MOST_HANDLERS} handlers, and "
+            f"{MOST_BYTES // 1024**2} MiB of declarations"
+        )
+    for part in chunks(sorted({name for name, _ in gone})):
+        connection.execute(
+            delete(_handlers).where(_handlers.c.host_id == host_id, _handlers.c.name.in_(part))
+        )
+
+
+def _fits(rows: Mapping[tuple[str, str], int]) -> bool:
+    return len(rows) <= MOST_HANDLERS and sum(rows.values()) <= MOST_BYTES
+
+
+def forget_host(connection: Connection, host_id: str) -> None:
+    """Delete what a host declares: its token is removed."""
+    connection.execute(delete(_handlers).where(_handlers.c.host_id == host_id))
+
+
+def forget_unseen(connection: Connection, age: timedelta = KEPT) -> int:
+    """Delete what hosts have not declared for this long, or whose token is removed; returns how many rows.
+
+    A live incarnation still declares what it has declared since its start.
+    """
+    now = database_now(connection)
+    alive = (_workers.c.ended_at.is_(None), _workers.c.lease_until > now)
+    still = exists().where(
+        _workers.c.host_id == _handlers.c.host_id, _workers.c.started_at <= _handlers.c.seen_at, *alive
+    )
+    connection.execute(
+        update(_handlers).where(_handlers.c.seen_at < now - SEEN_EVERY, still).values(seen_at=now)
+    )
+    has_token = exists().where(VALID)
+    return connection.execute(
+        delete(_handlers).where(or_(_handlers.c.seen_at < now - age, ~has_token))
+    ).rowcount
+
+
+def host_entries(connection: Connection, name: str, pool: str) -> list[Row]:
+    """The hosts' declarations of a handler in a pool, newest last, broken ones too; with their schemas.
+
+    Empty if workers have the handler: it is theirs.
+    """
+    if catalogue.is_of_workers(connection, [name]):
+        return []
+    return _rows(connection, _handlers.c.name == name, _handlers.c.pool == pool)
+
+
+def rows_for_all_pools(connection: Connection) -> list[Row]:
+    """All that hosts declare, with the names of the hosts, by name, pool and distribution."""
+    return sorted(_rows(connection), key=lambda row: (row["name"], row["pool"], row["distribution"]))
+
+
+def _rows(connection: Connection, *where: ColumnElement[bool]) -> list[Row]:
+    query = select(_handlers, _hosts.c.name.label("host")).join(_hosts, VALID).where(*where)
+    return all_rows(connection, query.order_by(_handlers.c.seen_at, _handlers.c.host_id).limit(MOST))
+
+
+# What incarnations may do
+
+
+@dataclass(frozen=True, slots=True)
+class Incarnation:
+    """A row of `workers`; `offers` is None for a worker, and for a host that registered at an older one."""
+
+    id: WorkerId
+    host_id: str | None
+    pools: Sequence[str]
+    handlers: Sequence[str]
+    offers: Mapping[str, Any] | None
+
+
+_INCARNATION = tuple(_workers.c[name] for name in ("id", "host_id", "pools", "handlers", "offers"))
+
+
+def incarnation(connection: Connection, worker_id: WorkerId) -> Incarnation | None:
+    """One incarnation, alive or not."""
+    row = connection.execute(select(*_INCARNATION).where(_workers.c.id == worker_id)).first()
+    return None if row is None else Incarnation(*row)
+
+
+def live_incarnations(connection: Connection) -> list[Incarnation]:
+    """The workers and hosts that hold their lease."""
+    alive = (_workers.c.ended_at.is_(None), _workers.c.lease_until > database_now(connection))
+    query = select(*_INCARNATION).where(*alive).order_by(_workers.c.id).limit(MOST)
+    return [Incarnation(*row) for row in connection.execute(query)]
+
+
+def declarations(
+    connection: Connection, incarnations: Sequence[Incarnation]
+) -> dict[WorkerId, dict[str, HandlerEntry]]:
+    """What each of these incarnations of hosts declares, by handler, without schemas."""
+    older = [one for one in incarnations if one.offers is None]
+    stored: dict[str, dict[str, HandlerEntry]] = {}
+    elsewhere: dict[str, HandlerEntry] = {}
+    if older:
+        columns = (_handlers.c.host_id, *(_handlers.c[name] for name in catalogue.DECLARED))
+        for part in chunks(sorted({one.host_id for one in older if one.host_id is not None})):
+            mine = (_handlers.c.host_id.in_(part), _handlers.c.error.is_(None))
+            for row in all_rows(connection, select(*columns).where(*mine).order_by(_handlers.c.seen_at)):
+                stored.setdefault(row["host_id"], {})[row["name"]] = catalogue.entry_of(row)
+        names = sorted({name for one in older for name in one.handlers})
+        elsewhere = catalogue.reported_to_older(connection, names)
+    found: dict[WorkerId, dict[str, HandlerEntry]] = {}
+    for one in incarnations:
+        if one.offers is not None:
+            offers = one.offers.items()
+            found[one.id] = {name: catalogue.entry_of({**row, "name": name}) for name, row in offers}
+            continue
+        own = stored.get(one.host_id or "", {})
+        found[one.id] = {
+            name: own.get(name) or elsewhere.get(name) or HandlerEntry(name, "", "", "")
+            for name in one.handlers
+        }
+    return found
+
+
+def grants(connection: Connection, incarnations: Sequence[Incarnation]) -> dict[WorkerId, dict[str, Grant]]:
+    """What each of these incarnations of hosts may do with the handlers that it declares."""
+    declared = declarations(connection, incarnations)
+    names = {name for handlers in declared.values() for name in handlers}
+    of_workers = catalogue.of_workers(connection, names)
+    approved = approved_in(connection, {pool for one in incarnations for pool in one.pools})
+    found: dict[WorkerId, dict[str, Grant]] = {}
+    for one in incarnations:
+        pool = one.pools[0] if one.pools else ""
+        found[one.id] = {
+            name: Grant.of(
+                pool,
+                entry,
+                workers_entry(of_workers.get(name, ()), entry.distribution),
+                approved.get((pool, name)),
+            )
+            for name, entry in declared[one.id].items()
+        }
+    return found
+
+
+def workers_entry(rows: Sequence[HandlerEntry], distribution: str) -> HandlerEntry | None:
+    """The workers' declaration that a host's is compared with: of the same plug-in, else the newest."""
+    usable = [entry for entry in rows if entry.error is None]
+    same = [entry for entry in usable if entry.distribution == distribution]
+    known = same or usable
+    return known[-1] if known else None
+
+
+def approved_in(connection: Connection, pools: Collection[str]) -> dict[tuple[str, str], Ceiling]:
+    """The approved ceilings of these pools, by pool and handler."""
+    query = select(_approvals.c.pool, _approvals.c.handler, _approvals.c.ceiling)
+    rows = connection.execute(query.where(_approvals.c.pool.in_(sorted(pools))))
+    return {(pool, handler): Ceiling.from_json(ceiling) for pool, handler, ceiling in rows}
