@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -81,6 +82,11 @@ def digest(pool: str, handler: str, ceiling: Ceiling) -> str:
     return f"{VERSION}-{hashlib.sha256(text.encode()).hexdigest()[:DIGITS]}"
 
 
+def approve_command(pool: str, handler: str, ceiling: Ceiling) -> str:
+    """The command that approves a declaration."""
+    return f"pools approve {pool} {shlex.quote(handler)} {digest(pool, handler, ceiling)}"
+
+
 def allowed(workers: Ceiling | None = None, approved: Ceiling | None = None) -> Ceiling:
     """The ceiling of a handler in a pool: the defaults, what workers declare of it, and what is approved."""
     given = [one for one in (workers, approved) if one is not None]
@@ -142,13 +148,13 @@ class Grant:
     """What an incarnation of a host may do with a handler that it declares.
 
     `entry` is within the ceiling, `beyond` are the keys in which the declaration is not. `scopes` are those
-    that it declares, `digest` is what an administrator would approve.
+    that it declares, `command` approves it.
     """
 
     entry: HandlerEntry
     beyond: frozenset[str] = frozenset()
     scopes: frozenset[str] = frozenset()
-    digest: str = ""
+    command: str = ""
 
     @classmethod
     def of(
@@ -162,18 +168,33 @@ class Grant:
         if workers is not None and of_workers is not None and not excess(own, allowed(of_workers)):
             return cls(workers)
         ceiling = allowed(of_workers, approved)
-        return cls(
-            clamped(declared, ceiling),
-            excess(own, ceiling),
-            own.scopes,
-            digest(pool, declared.name, own),
-        )
+        beyond = excess(own, ceiling)
+        if not beyond:
+            return cls(declared)
+        return cls(clamped(declared, ceiling), beyond, own.scopes, approve_command(pool, declared.name, own))
 
     def may_run(self, own: Mapping[str, Any], *, is_variant: bool = False) -> bool:
         """Whether a run may be of it whose definition sets these values."""
         return may_run(self.beyond, own, scopes=self.scopes, is_variant=is_variant)
 
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """What an incarnation of a host may do with the handlers that it declares, by name.
+
+    Those in `free` it may run for all definitions, those in `conditional` only for some. `admitted` are those
+    of them that are due for such a definition.
+    """
+
+    pool: str
+    grants: Mapping[str, Grant]
+    admitted: frozenset[str] = frozenset()
+
     @property
-    def never_runs(self) -> bool:
-        """Whether no definition can set what goes beyond the ceiling."""
-        return not self.beyond <= OF_DEFINITIONS
+    def free(self) -> list[str]:
+        return [name for name, grant in self.grants.items() if not grant.beyond]
+
+    @property
+    def conditional(self) -> list[str]:
+        of_some = (name for name, grant in self.grants.items() if grant.beyond)
+        return [name for name in of_some if self.grants[name].beyond <= OF_DEFINITIONS]

@@ -187,10 +187,8 @@ def decide(due: DueDefinition, now: datetime, declared: DeclaredBy) -> Decision:
     definition = read.definition
     decided = _decide(read, due.next_scheduled_for, now, _spread_within(read.window, due.org_code, due.name))
     wants = declared(definition.handler)
-    isolation, pool = (
-        definition.isolation or wants.isolation,
-        pool_of(definition.pool, wants.pool, due.org_pool),
-    )
+    pool = pool_of(definition.pool, wants.pool, due.org_pool)
+    isolation = definition.isolation or wants.isolation_in(pool)
 
     def run_of(scheduled_for: datetime, available_at: datetime, start_by: datetime | None) -> NewRun:
         # Admission finds the newest that are due by their ids.

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from worker.ids import WorkerId
 
 
+class TooManyHandlers(ValueError):
+    """A host declares more handlers than are stored for one token; the message names the limit."""
+
+
 @dataclass(frozen=True, slots=True)
 class HostCaller:
     """A host that makes a call, and its incarnation: None if that is another host's or unknown.

@@ -124,6 +124,13 @@ class NoHandler:
 
 
 @dataclass(frozen=True, slots=True)
+class NotApproved:
+    """The host declares more of the handler than it may get in its pool; `detail` is the command for it."""
+
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class Gated:
     """A feature flag or the start deadline prevents the run. `reason` is flag_off or expired."""
 
@@ -153,6 +160,7 @@ Outcome = (
     | Refused
     | NoToken
     | NoHandler
+    | NotApproved
     | Gated
     | Parked
 )
@@ -228,6 +236,8 @@ UNENDED = frozenset({"waiting", "parked"})
 NEVER_RETRIED = frozenset({"result_invalid", "result_unstorable"})
 # Delay of a run whose handler was removed between admission and start.
 NO_HANDLER_WAIT = timedelta(seconds=5)
+# Of a run that an approval of its handler would let go on: that makes it due at once.
+NOT_APPROVED_WAIT = timedelta(seconds=30)
 
 
 def end_attempt(
@@ -335,6 +345,8 @@ def end_attempt(
             return ended("no_token", "waiting", "no_token", detail, retry_after)
         case NoHandler(detail):
             return ended("handed_back", "waiting", "no_handler", detail, NO_HANDLER_WAIT)
+        case NotApproved(detail):
+            return ended("handed_back", "waiting", "not_approved", detail, NOT_APPROVED_WAIT)
         case Cancelled(reason, detail):
             return ended("cancelled", "cancelled", reason, detail)
         case Refused(reason, detail, message):

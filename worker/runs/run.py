@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
@@ -18,10 +18,18 @@ SkipReason = Literal["missed", "overlap", "calendar"]
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """Where a handler asks to run, as `@job` says; an unknown one in a child process, in any pool."""
+    """Where a handler asks to run, as `@job` says; an unknown one in a child process, in any pool.
+
+    `on_hosts` are the isolations that hosts declare of it, by pool: for runs that are in that pool already.
+    """
 
     isolation: Isolation = "child"
     pool: str | None = None
+    on_hosts: Mapping[str, Isolation] = field(default_factory=dict)
+
+    def isolation_in(self, pool: str) -> Isolation:
+        """The isolation of a run in this pool whose definition does not set one."""
+        return self.on_hosts.get(pool, self.isolation)
 
 
 # Not frozen: to make one would take three times as long, and that for each run.

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, delete, select, update
 from worker.definitions.units import format_duration
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import KEYS, Ceiling, allowed, digest, excess
-from worker.store import catalogue, host_handlers, tables
+from worker.store import catalogue, host_grants, host_handlers, tables
 from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, hint, upsert
 
 _approvals, _hosts, _handlers = tables.pool_approvals, tables.hosts, tables.host_handlers
@@ -42,7 +42,7 @@ def declared_by_hosts(connection: Connection, pool: str | None = None) -> list[R
 
 def _shown(key: tuple[str, str, str], row: Row, of_workers: list[HandlerEntry], approval: Row | None) -> Row:
     (pool, handler, of_digest), entry, ceiling = key, row["entry"], row["ceiling"]
-    theirs = host_handlers.workers_entry(of_workers, entry.distribution)
+    theirs = host_grants.workers_entry(of_workers, entry.distribution)
     free = None if theirs is None else Ceiling.of(theirs)
     approved = None if approval is None else Ceiling.from_json(approval["ceiling"])
     beyond, pending = excess(ceiling, allowed(free)), excess(ceiling, allowed(free, approved))
@@ -78,9 +78,9 @@ def _declarations(connection: Connection, pool: str | None) -> Iterator[tuple[st
         yield row["pool"], row["host"], catalogue.entry_of(row)
     # Of two versions under one token, as in a rolling update, the table has the one that reported last.
     names = {id_: name for id_, name in connection.execute(select(_hosts.c.id, _hosts.c.name))}
-    live = [one for one in host_handlers.live_incarnations(connection) if one.host_id in names]
+    live = [one for one in host_grants.live_incarnations(connection) if one.host_id in names]
     live = [one for one in live if one.pools and pool in (None, one.pools[0])]
-    declared = host_handlers.declarations(connection, live)
+    declared = host_grants.declarations(connection, live)
     for one in live:
         for entry in declared[one.id].values():
             if entry.distribution:
@@ -108,7 +108,7 @@ def approve(
     key = {"pool": pool, "handler": handler}
     given = {"digest": of_digest, "ceiling": ceiling.as_json(), "approved_at": at, "approved_by": by}
     connection.execute(upsert(connection, _approvals, tuple(key), _REPLACED), key | given)
-    _wake(connection, pool, handler)
+    _wake(connection, pool)
     return key | given
 
 
@@ -124,12 +124,12 @@ def revoke(connection: Connection, pool: str, handler: str) -> bool:
     return bool(connection.execute(delete(_approvals).where(*mine)).rowcount)
 
 
-def _wake(connection: Connection, pool: str, handler: str) -> None:
-    """Let the runs of a pool look again at once that wait for this approval."""
-    waiting = (_live.c.state == "waiting", _live.c.reason == "not_approved", _live.c.pool == pool)
-    query = select(_live.c.id).where(*waiting).order_by(_live.c.id).limit(WOKEN)
-    ids = connection.execute(query.with_for_update(skip_locked=True)).scalars().all()
+def _wake(connection: Connection, pool: str) -> None:
+    """Make the runs of a pool due that wait for an approval."""
     now = database_now(connection)
+    waiting = (_live.c.state == "waiting", _live.c.reason == "not_approved", _live.c.pool == pool)
+    query = select(_live.c.id).where(*waiting, _live.c.available_at > now).order_by(_live.c.id).limit(WOKEN)
+    ids = connection.execute(query.with_for_update(skip_locked=True)).scalars().all()
     for part in chunks(ids):
         connection.execute(update(_live).where(_live.c.id.in_(part)).values(available_at=now))
     hint(connection)

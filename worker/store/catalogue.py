@@ -125,7 +125,7 @@ def entries(connection: Connection, name: str | None = None) -> list[Row]:
     return all_rows(connection, query.limit(MOST))
 
 
-def names() -> Select[tuple[str]]:
+def names() -> Select[Any]:
     """A query of the names of the workers' handlers."""
     return select(_catalogue.c.name).where(OF_WORKERS).distinct()
 

@@ -6,17 +6,30 @@ is theirs. `handlers/ceiling.py` says what of a declaration is granted.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    and_,
+    case,
+    delete,
+    exists,
+    func,
+    or_,
+    select,
+    union,
+    update,
+)
 
 from worker.errors import LeaseLost
 from worker.handlers.catalogue import HandlerEntry
-from worker.handlers.ceiling import Ceiling, Grant
 from worker.ids import WorkerId
+from worker.runs.hosts import TooManyHandlers
+from worker.runs.run import Declared, Isolation
 from worker.store import catalogue, tables
 from worker.store.dialect import Row, all_rows, chunks, compact_json, database_now, upsert
 
@@ -34,10 +47,6 @@ MOST = 10_000
 VALID = and_(
     _hosts.c.id == _handlers.c.host_id, _hosts.c.pool == _handlers.c.pool, _hosts.c.removed_at.is_(None)
 )
-
-
-class TooManyHandlers(ValueError):
-    """A host declares more than is stored for one token; the message names the limit."""
 
 
 def report(connection: Connection, worker_id: WorkerId, entries: Iterable[HandlerEntry]) -> None:
@@ -149,96 +158,24 @@ def _rows(connection: Connection, *where: ColumnElement[bool]) -> list[Row]:
     return all_rows(connection, query.order_by(_handlers.c.seen_at, _handlers.c.host_id).limit(MOST))
 
 
-# What incarnations may do
+def names_with_workers() -> Select[Any]:
+    """A query of the names of all handlers, of workers and of hosts."""
+    both = union(catalogue.names(), select(_handlers.c.name)).subquery()
+    return select(both.c.name)
 
 
-@dataclass(frozen=True, slots=True)
-class Incarnation:
-    """A row of `workers`; `offers` is None for a worker, and for a host that registered at an older one."""
-
-    id: WorkerId
-    host_id: str | None
-    pools: Sequence[str]
-    handlers: Sequence[str]
-    offers: Mapping[str, Any] | None
-
-
-_INCARNATION = tuple(_workers.c[name] for name in ("id", "host_id", "pools", "handlers", "offers"))
-
-
-def incarnation(connection: Connection, worker_id: WorkerId) -> Incarnation | None:
-    """One incarnation, alive or not."""
-    row = connection.execute(select(*_INCARNATION).where(_workers.c.id == worker_id)).first()
-    return None if row is None else Incarnation(*row)
-
-
-def live_incarnations(connection: Connection) -> list[Incarnation]:
-    """The workers and hosts that hold their lease."""
-    alive = (_workers.c.ended_at.is_(None), _workers.c.lease_until > database_now(connection))
-    query = select(*_INCARNATION).where(*alive).order_by(_workers.c.id).limit(MOST)
-    return [Incarnation(*row) for row in connection.execute(query)]
-
-
-def declarations(
-    connection: Connection, incarnations: Sequence[Incarnation]
-) -> dict[WorkerId, dict[str, HandlerEntry]]:
-    """What each of these incarnations of hosts declares, by handler, without schemas."""
-    older = [one for one in incarnations if one.offers is None]
-    stored: dict[str, dict[str, HandlerEntry]] = {}
-    elsewhere: dict[str, HandlerEntry] = {}
-    if older:
-        columns = (_handlers.c.host_id, *(_handlers.c[name] for name in catalogue.DECLARED))
-        for part in chunks(sorted({one.host_id for one in older if one.host_id is not None})):
-            mine = (_handlers.c.host_id.in_(part), _handlers.c.error.is_(None))
-            for row in all_rows(connection, select(*columns).where(*mine).order_by(_handlers.c.seen_at)):
-                stored.setdefault(row["host_id"], {})[row["name"]] = catalogue.entry_of(row)
-        names = sorted({name for one in older for name in one.handlers})
-        elsewhere = catalogue.reported_to_older(connection, names)
-    found: dict[WorkerId, dict[str, HandlerEntry]] = {}
-    for one in incarnations:
-        if one.offers is not None:
-            offers = one.offers.items()
-            found[one.id] = {name: catalogue.entry_of({**row, "name": name}) for name, row in offers}
-            continue
-        own = stored.get(one.host_id or "", {})
-        found[one.id] = {
-            name: own.get(name) or elsewhere.get(name) or HandlerEntry(name, "", "", "")
-            for name in one.handlers
-        }
+def isolations(connection: Connection) -> dict[str, dict[str, Isolation]]:
+    """Where hosts run a handler inline, by name and pool: only if all hosts of that pool say so."""
+    found: dict[str, dict[str, Isolation]] = {}
+    inline = func.min(case((_handlers.c.isolation == "inline", 1), else_=0)) == 1
+    query = select(_handlers.c.name, _handlers.c.pool).where(_handlers.c.error.is_(None))
+    query = query.group_by(_handlers.c.name, _handlers.c.pool).having(inline).limit(MOST)
+    for name, pool in connection.execute(query):
+        found.setdefault(name, {})[pool] = "inline"
     return found
 
 
-def grants(connection: Connection, incarnations: Sequence[Incarnation]) -> dict[WorkerId, dict[str, Grant]]:
-    """What each of these incarnations of hosts may do with the handlers that it declares."""
-    declared = declarations(connection, incarnations)
-    names = {name for handlers in declared.values() for name in handlers}
-    of_workers = catalogue.of_workers(connection, names)
-    approved = approved_in(connection, {pool for one in incarnations for pool in one.pools})
-    found: dict[WorkerId, dict[str, Grant]] = {}
-    for one in incarnations:
-        pool = one.pools[0] if one.pools else ""
-        found[one.id] = {
-            name: Grant.of(
-                pool,
-                entry,
-                workers_entry(of_workers.get(name, ()), entry.distribution),
-                approved.get((pool, name)),
-            )
-            for name, entry in declared[one.id].items()
-        }
-    return found
-
-
-def workers_entry(rows: Sequence[HandlerEntry], distribution: str) -> HandlerEntry | None:
-    """The workers' declaration that a host's is compared with: of the same plug-in, else the newest."""
-    usable = [entry for entry in rows if entry.error is None]
-    same = [entry for entry in usable if entry.distribution == distribution]
-    known = same or usable
-    return known[-1] if known else None
-
-
-def approved_in(connection: Connection, pools: Collection[str]) -> dict[tuple[str, str], Ceiling]:
-    """The approved ceilings of these pools, by pool and handler."""
-    query = select(_approvals.c.pool, _approvals.c.handler, _approvals.c.ceiling)
-    rows = connection.execute(query.where(_approvals.c.pool.in_(sorted(pools))))
-    return {(pool, handler): Ceiling.from_json(ceiling) for pool, handler, ceiling in rows}
+def declared(connection: Connection) -> dict[str, Declared]:
+    """Where each handler asks to run: those of workers, and others as the hosts of each pool run them."""
+    on_hosts = {name: Declared(on_hosts=pools) for name, pools in isolations(connection).items()}
+    return on_hosts | catalogue.declared(connection)

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import TypeVar
 
 from sqlalchemy import Connection
 
+from worker.clock import Clock
 from worker.handlers.catalogue import HandlerEntry
+from worker.handlers.ceiling import Offered
 from worker.ids import RunId, WorkerId, new_id
 from worker.runs.hosts import HostCaller
 from worker.runs.outcome import EndedAttempt
 from worker.runs.placing import Ticket
 from worker.runs.run import AdmittedRun, Isolation, OwnedRun
-from worker.store import catalogue, hosts, placements, workers
-from worker.store.dialect import database_now
+from worker.store import host_grants, host_handlers, hosts, placements, workers
 from worker.store.ring_walk import RingWalk
 from worker.store.sql import statements
 from worker.store.worker_store import WorkerStore
+
+# Seconds for which it is remembered who may run what.
+SERVING_AGE = 5.0
 
 T = TypeVar("T")
 Admit = Mapping[str, int | None]
@@ -27,11 +32,15 @@ Admit = Mapping[str, int | None]
 class HostStore:
     """What a worker does in the database for hosts. Budgets are those that `store`, its own, watches."""
 
-    def __init__(self, store: WorkerStore, lease: timedelta) -> None:
+    def __init__(self, store: WorkerStore, lease: timedelta, clock: Clock) -> None:
         self._store = store
         self._database = store.database
         self._lease = lease
+        self._clock = clock
         self._walks: dict[WorkerId, RingWalk] = {}
+        # Who else may run what, for all incarnations.
+        self._serving: Sequence[host_grants.Serving] = ()
+        self._serving_at = float("-inf")
 
     async def find(self, token_sha256: str, incarnation: str | None) -> HostCaller | None:
         """The host with this token, and whether the incarnation is one of its own."""
@@ -76,22 +85,20 @@ class HostStore:
         await self._database.call(workers.unregister, worker)
 
     async def offer(self, worker: WorkerId, entries: Sequence[HandlerEntry]) -> None:
-        """Add handlers to what an incarnation offers, and to the catalogue.
+        """Add handlers to what an incarnation declares. Raises TooManyHandlers."""
+        await self._database.call(host_handlers.report, worker, entries)
 
-        A host does not change what the catalogue says of a handler that workers offer.
-        """
-
-        def work(connection: Connection) -> None:
-            theirs = hosts.of_workers(connection, [entry.name for entry in entries])
-            mine = [entry for entry in entries if entry.name not in theirs]
-            catalogue.put(connection, mine, at=database_now(connection))
-            hosts.offer(connection, worker, (entry.name for entry in entries if entry.error is None))
-
-        await self._database.call(work)
-
-    async def offered(self, worker: WorkerId) -> list[HandlerEntry]:
-        """The handlers that an incarnation offers."""
-        return await self._database.call_autocommit(hosts.offered_by, worker)
+    async def offered(self, worker: WorkerId) -> Offered:
+        """What an incarnation may do now with the handlers that it declares."""
+        offered = await self._database.call_autocommit(host_grants.offered, worker)
+        if not offered.conditional:
+            return offered
+        now = self._clock.monotonic()
+        if now - self._serving_at > SERVING_AGE:
+            self._serving = await self._database.call_autocommit(host_grants.serving)
+            self._serving_at = now
+        admitted = await self._database.call(host_grants.look, offered, self._serving)
+        return replace(offered, admitted=admitted)
 
     async def owned(self, worker: WorkerId, fences: Mapping[RunId, int]) -> list[AdmittedRun]:
         """Of these runs those that the incarnation owns under these fencing tokens."""

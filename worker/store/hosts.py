@@ -5,8 +5,8 @@ A host is found by the SHA-256 of its token, in lower-case hexadecimal. The call
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import fields
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -23,7 +23,6 @@ from sqlalchemy import (
     update,
 )
 
-from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId, WorkerId
 from worker.runs.hosts import HostCaller
 from worker.runs.run import AdmittedRun
@@ -37,7 +36,6 @@ MOST_HAND_BACKS = 10
 _hosts = tables.hosts
 _workers = tables.workers
 _live = tables.live_runs
-_catalogue = tables.catalogue
 _SHOWN = ("id", "name", "pool", "created_at", "created_by", "seen_at")
 # Fields of an admitted run that are columns of the same name.
 _RUN = [key.name for key in fields(AdmittedRun)]
@@ -112,43 +110,6 @@ def is_due(connection: Connection, pool: str) -> bool:
     waits = (_live.c.state == literal_column("'waiting'"), _live.c.pool == pool)
     due = select(_live.c.id).where(*waits, _live.c.available_at <= database_now(connection))
     return connection.execute(due.limit(1)).first() is not None
-
-
-def offered_by(connection: Connection, worker_id: WorkerId) -> list[HandlerEntry]:
-    """The handlers that an incarnation offers, as the catalogue describes them."""
-    names: list[str] = (
-        connection.execute(select(_workers.c.handlers).where(_workers.c.id == worker_id)).scalar_one_or_none()
-        or []
-    )
-    columns = [key.name for key in fields(HandlerEntry)]
-    rows = connection.execute(
-        select(*(_catalogue.c[name] for name in columns))
-        .where(_catalogue.c.name.in_(names), _catalogue.c.error.is_(None))
-        .order_by(_catalogue.c.seen_at)
-    )
-    entries = (HandlerEntry(**row._mapping) for row in rows)
-    # Of several distributions the one that was seen last.
-    named = {
-        entry.name: replace(entry, scopes=tuple(entry.scopes), secrets=tuple(entry.secrets))
-        for entry in entries
-    }
-    return list(named.values())
-
-
-def offer(connection: Connection, worker_id: WorkerId, names: Iterable[str]) -> None:
-    """Add to the handlers that an incarnation offers."""
-    mine = _workers.c.id == worker_id
-    known = connection.execute(select(_workers.c.handlers).where(mine).with_for_update()).scalar_one()
-    connection.execute(update(_workers).where(mine).values(handlers=sorted({*known, *names})))
-
-
-def of_workers(connection: Connection, names: Sequence[str]) -> set[str]:
-    """Of these handlers those that workers offer now, whose rows in the catalogue no host changes."""
-    alive = (_workers.c.ended_at.is_(None), _workers.c.host_id.is_(None))
-    offered = {
-        name for row in connection.execute(select(_workers.c.handlers).where(*alive)) for name in row[0]
-    }
-    return offered.intersection(names)
 
 
 def ended(connection: Connection, worker_id: WorkerId, fences: Mapping[RunId, int]) -> set[tuple[RunId, int]]:

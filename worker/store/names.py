@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Connection, Select, select, union
 
-from worker.store import tables
+from worker.store import host_handlers, tables
 
 Kind = Literal["org", "definition", "template", "calendar", "handler"]
 
@@ -56,4 +56,5 @@ def _names(kind: Kind, org: str | None) -> tuple[Select[Any], ColumnElement[str]
         case "calendar":
             return select(tables.calendars.c.name), tables.calendars.c.name
         case "handler":
-            return select(tables.catalogue.c.name).distinct(), tables.catalogue.c.name
+            known = host_handlers.names_with_workers().subquery()
+            return select(known.c.name), known.c.name

@@ -17,12 +17,11 @@ from worker.ids import RunId, WorkerId
 from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.placing import Fence, Placed, Placement, PoolRoom
 from worker.runs.run import AdmittedRun, Isolation
-from worker.store import tables
+from worker.store import host_grants, tables
 from worker.store.dialect import chunks, database_now, upsert
 from worker.store.sql import statements
 
 _live, _placements, _workers = tables.live_runs, tables.placements, tables.workers
-_catalogue = tables.catalogue
 # Rows that one call of `mark` changes.
 MARKED = 500
 _ADMITTED = tuple(
@@ -57,12 +56,9 @@ def room_of(connection: Connection, pool: str) -> PoolRoom:
         "child": sum(int(row.capacity.get("children", 0)) for row in hosts) - used["child"],
         "inline": sum(int(row.capacity.get("inline", 0)) for row in hosts) - used["inline"],
     }
-    names = set.intersection(*(set(row.handlers) for row in hosts))
-    limits = select(_catalogue.c.name, func.min(_catalogue.c.max_concurrent)).group_by(_catalogue.c.name)
-    limit_of = {name: most for name, most in connection.execute(limits)}
     return PoolRoom(
         {isolation: max(0, slots) for isolation, slots in free.items()},
-        {name: limit_of.get(name) for name in sorted(names)},
+        host_grants.common(connection, pool, [row.id for row in hosts]),
     )
 
 
@@ -214,7 +210,7 @@ def mark(connection: Connection, pool: str, detail: str | None) -> int:
     if detail is None:
         wrong = _live.c.reason == "unplaced"
     else:
-        wrong = _live.c.reason.not_in(("unplaced", "no_pool", "no_handler"))
+        wrong = _live.c.reason.not_in(("unplaced", "no_pool", "no_handler", "not_approved"))
         wrong &= _live.c.available_at <= database_now(connection)
     rows = select(_live.c.id).where(due, wrong).order_by(_live.c.id).limit(MARKED)
     ids = connection.execute(rows.with_for_update(skip_locked=True)).scalars().all()

@@ -25,7 +25,7 @@ class PlacingStore:
 
     async def room(self) -> PoolRoom:
         """What the pool's hosts could take now."""
-        return await self._database.call_autocommit(placements.room_of, self._pool)
+        return await self._database.call(placements.room_of, self._pool)
 
     async def admit(self, room: PoolRoom) -> Sequence[AdmittedRun]:
         """Mark waiting runs running for the pool's hosts, within their room and every other limit."""

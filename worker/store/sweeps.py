@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, timedelta
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from sqlalchemy import ARRAY, Connection, bindparam, delete, literal_column, sel
 
 from worker.ids import ALL_ORGS, AllOrgs, OrgId, RunId
 from worker.runs.run import Swept
-from worker.store import tables
+from worker.store import host_grants, tables
 from worker.store.bulk import among
 from worker.store.definitions import names_of
 from worker.store.dialect import Instant, chunks, database_now, is_postgresql
@@ -46,24 +46,27 @@ CHECKED = 5_000
 
 _live = tables.live_runs
 _runs = tables.runs
-_workers = tables.workers
+
+
+# The reasons that it sets, and clears again.
+MARKED = ("no_pool", "no_handler", "not_approved")
 
 
 def mark_no_handler(connection: Connection, after: RunId | None = None) -> tuple[int, RunId | None]:
     """Set the reason of due runs that no worker would admit, and clear it once one would.
 
     It is `no_pool` if none serves their pool, which is then the detail, else `no_handler` if none of those
-    that do offers their handler. Looks at `CHECKED` unfinished runs after `after`. Returns how many rows
+    that do offers their handler, or `not_approved` if only hosts do that declare too much: the detail is then
+    the command that approves it. Looks at `CHECKED` unfinished runs after `after`. Returns how many rows
     changed, and the run to continue after, or None at the end. Admission does not read the reason: it is
     for people.
     """
     now = database_now(connection)
-    live = (_workers.c.ended_at.is_(None), _workers.c.lease_until > now)
-    offers = [
-        (set(pools), set(names))
-        for pools, names in connection.execute(select(_workers.c.pools, _workers.c.handlers).where(*live))
-    ]
-    columns = (_live.c.id, _live.c.handler, _live.c.variant_handlers, _live.c.pool, _live.c.reason)
+    serving = host_grants.serving(connection)
+    columns = (
+        *(_live.c[name] for name in ("id", "handler", "variant_handlers", "pool", "reason", "detail")),
+        *(_live.c[name] for name in ("definition_id", "revision")),
+    )
     # Parked runs may be many: a call looks at a bounded number of rows, whatever their state.
     following = () if after is None else (_live.c.id > after,)
     looked_at = select(_live.c.id).where(*following).order_by(_live.c.id)
@@ -72,16 +75,13 @@ def mark_no_handler(connection: Connection, after: RunId | None = None) -> tuple
     query = select(*columns, _live.c.attempt).where(_live.c.state.not_in(("running", "held", "parked")))
     query = query.where(_live.c.available_at <= now, *following).order_by(_live.c.id)
     rows = connection.execute(query if last is None else query.where(_live.c.id <= last)).all()
-    known: dict[tuple[str, ...], str | None] = {}
+    obstacles = _Obstacles(connection, serving, rows)
     wrong: dict[tuple[str, str | None], list[RunId]] = {}
     for row in rows:
-        needed = (row.pool, row.handler, *(row.variant_handlers or ()))
-        if needed not in known:
-            known[needed] = _obstacle(offers, *needed)
-        reason = known[needed]
-        if reason != (row.reason if row.reason in ("no_pool", "no_handler") else None):
-            reason = reason or ("due" if row.attempt == 0 else "retry")
-            wrong.setdefault((reason, row.pool if reason == "no_pool" else None), []).append(row.id)
+        marked = obstacles.of(row)
+        if _is_marked(row, marked):
+            continue
+        wrong.setdefault(marked or ("due" if row.attempt == 0 else "retry", None), []).append(row.id)
     changed = 0
     for (reason, detail), ids in wrong.items():
         for part in chunks(ids):
@@ -89,12 +89,52 @@ def mark_no_handler(connection: Connection, after: RunId | None = None) -> tuple
     return changed, last
 
 
-def _obstacle(offers: Sequence[tuple[set[str], set[str]]], pool: str, *handlers: str) -> str | None:
-    """Why no worker would admit a run of this pool that needs these handlers; None if one would."""
-    in_pool = [names for pools, names in offers if pool in pools]
-    if not in_pool:
-        return "no_pool"
-    return None if any(names.issuperset(handlers) for names in in_pool) else "no_handler"
+def _is_marked(row: Any, marked: tuple[str, str | None] | None) -> bool:
+    """Whether a run has the reason that it should have; the command that approves a handler may change."""
+    if marked is None or row.reason != marked[0]:
+        return marked is None and row.reason not in MARKED
+    return marked[0] != "not_approved" or row.detail == marked[1]
+
+
+class _Obstacles:
+    """Why no worker would admit a run: reason and detail, or None if one would."""
+
+    def __init__(
+        self, connection: Connection, serving: Sequence[host_grants.Serving], rows: Sequence[Any]
+    ) -> None:
+        self._serving = serving
+        self._known: dict[tuple[Any, ...], tuple[str, str | None] | None] = {}
+        self._in_pool: dict[str, list[host_grants.Serving]] = {}
+        for pool in {row.pool for row in rows}:
+            self._in_pool[pool] = [one for one in serving if pool in one.pools]
+        conditional = {(row.definition_id, row.revision) for row in rows if self._is_conditional(row)}
+        self._specs = host_grants.specs(connection, conditional)
+
+    def _is_conditional(self, row: Any) -> bool:
+        return host_grants.conditional(self._in_pool[row.pool], _needed(row))
+
+    def of(self, row: Any) -> tuple[str, str | None] | None:
+        handlers = _needed(row)
+        revision = (row.definition_id, row.revision)
+        key = (row.pool, *handlers, revision if revision in self._specs else None)
+        if key not in self._known:
+            self._known[key] = self._look(row.pool, handlers, self._specs.get(revision, {}))
+        return self._known[key]
+
+    def _look(
+        self, pool: str, handlers: Sequence[str], own: Mapping[str, Any]
+    ) -> tuple[str, str | None] | None:
+        if not (in_pool := self._in_pool[pool]):
+            return "no_pool", pool
+        found = host_grants.obstacle(in_pool, handlers, own)
+        if found is None:
+            return None
+        return ("not_approved", found) if found else ("no_handler", None)
+
+
+def _needed(row: Any) -> tuple[str, ...]:
+    """The handlers that a run may be of, its definition's first."""
+    return (row.handler, *(name for name in row.variant_handlers or () if name != row.handler))
 
 
 def _mark(connection: Connection, ids: Sequence[RunId], reason: str, detail: str | None) -> int:

@@ -37,8 +37,8 @@ from worker.runs.run import (
 from worker.runs.waits import NewWait, WaitState
 from worker.store import (
     budgets,
-    catalogue,
     firing,
+    host_handlers,
     pools,
     spending,
     states,
@@ -250,10 +250,10 @@ class WorkerStore:
         self._budgets = await self.database.call_autocommit(budgets.watched_for_all_orgs, known)
 
     async def look_at_pools(self) -> Mapping[str, Declared]:
-        """Learn the rules that other workers stored; returns what the handlers of all workers declare."""
+        """Learn the rules that other workers stored; returns where handlers ask to run."""
 
         def read(connection: Connection) -> tuple[Rules, Mapping[str, Declared]]:
-            return pools.rules(connection), catalogue.declared(connection)
+            return pools.rules(connection), host_handlers.declared(connection)
 
         stored, declared = await self.database.call_autocommit(read)
         self._take_rules(stored)

@@ -12,7 +12,7 @@ from worker.definitions.pools import DEFAULT_POOL
 from worker.ids import ALL_ORGS, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import OwnedRun, Recovered
-from worker.store import placements, tables
+from worker.store import host_handlers, placements, tables
 from worker.store.definitions import names_of
 from worker.store.dialect import database_now
 from worker.store.sql import statements
@@ -68,8 +68,9 @@ def unregister(connection: Connection, worker_id: WorkerId) -> None:
 def forget_workers(connection: Connection, age: timedelta) -> int:
     """Delete workers that ended longer than `age` ago and own no runs; returns how many.
 
-    Hosts that were removed as long ago go with them.
+    Hosts that were removed as long ago go with them, and what hosts declared that nobody has seen since.
     """
+    host_handlers.forget_unseen(connection)
     gone = tables.hosts.c.removed_at < database_now(connection) - age
     connection.execute(delete(tables.hosts).where(gone))
     owned = select(_live.c.worker_id).where(_live.c.state == "running")

@@ -101,7 +101,7 @@ class AttemptListener:
             return None
         execution, temporal = settings.execution, settings.temporal
         place = TemporalPlace(temporal.address, temporal.namespace, temporal.tls)
-        poll, of_hosts = execution.poll.total_seconds(), HostStore(store, execution.lease)
+        poll, of_hosts = execution.poll.total_seconds(), HostStore(store, execution.lease, self._clock)
         due = DueRuns(of_hosts, self._clock, poll / 2)
         shared = HostTools(tools, of_hosts, RingSealer(ring), due, on_end)
         return AttemptApi(

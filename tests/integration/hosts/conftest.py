@@ -113,12 +113,16 @@ class Tokens:
         self.may_answer = asyncio.Event()
         self.may_answer.set()
         self.of_org = ""
+        self.scopes = frozenset({"read:kb", "ask:model"})
         self.texts: list[str] = []
+        # What each was requested for.
+        self.wanted: list[dict[str, Any]] = []
 
     def at_hand(self, org: OrgRef, issuer: str, **wanted: Any) -> None:
         return None
 
     async def ensure(self, org: OrgRef, issuer: str, **wanted: Any) -> Enforced:
+        self.wanted.append(wanted)
         await self.may_answer.wait()
         if self.error is not None:
             raise self.error
@@ -128,7 +132,7 @@ class Tokens:
         claims = Claims(
             org_code=self.of_org or org.code,
             client_id="client",
-            scopes=frozenset({"read:kb", "ask:model"}),
+            scopes=self.scopes,
             properties={"region": "eu"},
             flags={},
             issued_at=now,

@@ -275,11 +275,11 @@ async def test_a_result_that_the_database_does_not_take_fails_its_run_alone(flee
     assert fleet.rows.run(second.run.id)["state"] == "succeeded"
 
 
-async def test_handlers_of_a_host_enter_the_catalogue(fleet: Fleet) -> None:
+async def test_handlers_of_a_host_are_kept_apart_from_those_of_workers(fleet: Fleet) -> None:
     host = await fleet.host()
     entry = {
         **{"name": "gpu.only", "distribution": "gpu", "version": "2", "entry_point": "gpu:only"},
-        **{"isolation": "child", "scopes": ["render"], "memory": "1GiB", "unknown": 1},
+        **{"isolation": "child", "scopes": ["render"], "memory": "1GiB", "pool": "eu", "unknown": 1},
     }
     broken = {
         "name": "gpu.broken",
@@ -291,11 +291,13 @@ async def test_handlers_of_a_host_enter_the_catalogue(fleet: Fleet) -> None:
 
     await host.call(fleet.two, "handlers", entries=[entry, broken], complete=True)
 
-    found = {row["name"]: row for row in fleet.rows.all(tables.catalogue)}
+    found = {row["name"]: row for row in fleet.rows.all(tables.host_handlers)}
     assert (found["gpu.only"]["scopes"], found["gpu.only"]["memory"]) == (["render"], "1GiB")
-    assert found["gpu.broken"]["error"] == "no"
+    assert (found["gpu.broken"]["error"], found["gpu.broken"]["pool"]) == ("no", "default")
+    assert not {row["name"] for row in fleet.rows.all(tables.catalogue)} & {"gpu.only", "gpu.broken"}
     [row] = fleet.rows.all(tables.workers, tables.workers.c.id == host.id)
     assert "gpu.only" in row["handlers"]
+    assert row["offers"]["gpu.only"]["scopes"] == ["render"]
     assert "gpu.broken" not in row["handlers"]
 
 

@@ -430,11 +430,16 @@ async def test_a_host_does_not_change_the_handlers_of_workers(fleet: Fleet) -> N
     harmless = HandlerEntry(HANDLER, "acme", "666", "acme:evil", scopes=())
     own = HandlerEntry("gpu.own", "gpu", "1", "gpu:own", scopes=("render",))
 
-    await fleet.host(entries=[*ENTRIES[1:], harmless, own])
+    host = await fleet.host(entries=[*ENTRIES[1:], harmless, own])
 
     found = {row["name"]: row for row in fleet.rows.all(tables.catalogue)}
     assert (found[HANDLER]["scopes"], found[HANDLER]["version"]) == (["read:kb"], "1")
-    assert found["gpu.own"]["scopes"] == ["render"]
+    assert "gpu.own" not in found
+    fleet.start()
+    [taken] = await host.take(fleet.one)
+    # As the workers declare it: the scopes, and what is called is the host's own.
+    assert fleet.tokens.wanted[-1]["scopes"] == {"read:kb"}
+    assert taken.work.handler == HANDLER
 
 
 async def test_problems_name_neither_secrets_nor_the_machine(fleet: Fleet) -> None:

@@ -15,7 +15,7 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import Ceiling, digest
 from worker.ids import WorkerId
 from worker.operations import hosts as operations
-from worker.runs.hosts import HostCaller
+from worker.runs.hosts import HostCaller, TooManyHandlers
 from worker.store import approvals, catalogue, host_handlers, tables
 from worker.store.dialect import Row
 
@@ -113,13 +113,13 @@ def test_one_token_declares_no_more_than_its_share(stock: Stock, what: str) -> N
     count = 501 if what == "rows" else 21
     many = [replace(RENDER, name=f"gpu.h{n}", params_schema=schema) for n in range(count)]
 
-    with pytest.raises(host_handlers.TooManyHandlers, match="500 handlers, and 4 MiB"):
+    with pytest.raises(TooManyHandlers, match="500 handlers, and 4 MiB"):
         declare(stock, worker, *many)
     assert stored(stock) == set()
     # The control, and not by several calls either: also not by another incarnation of the token.
     declare(stock, worker, *many[:-1])
     assert len(stored(stock)) == count - 1
-    with pytest.raises(host_handlers.TooManyHandlers):
+    with pytest.raises(TooManyHandlers):
         declare(stock, worker, many[-1])
     declare(stock, worker, *many[:3])
     _, other = in_eu(stock, "gpu2")

@@ -7,11 +7,10 @@ from datetime import timedelta
 from typing import Any
 
 from tests.fakes.stock import LEASE, Stock
-from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId, WorkerId, new_id
 from worker.operations import hosts as operations
 from worker.runs.hosts import HostCaller
-from worker.store import catalogue, hosts, sign_in, tables, workers
+from worker.store import hosts, sign_in, tables, workers
 
 SLOTS: Mapping[str, Any] = {"children": 2, "inline": 5}
 
@@ -132,23 +131,6 @@ def test_runs_of_a_pool_are_due_or_not(stock: Stock) -> None:
     assert due("eu")
     stock.admit(stock.worker())
     assert not due("default")
-
-
-def test_what_a_host_offers_is_read_from_the_catalogue(stock: Stock) -> None:
-    _, host = added(stock)
-    worker = begin(stock, host)
-    entry = HandlerEntry("acme.render", "acme", "1", "acme:render", scopes=("read:kb",), memory="1GiB")
-    broken = HandlerEntry("acme.broken", "acme", "1", "acme:broken", error="no")
-    with stock.database.transaction() as connection:
-        catalogue.put(connection, [entry, broken], at=stock.now())
-        workers.update_handlers(connection, worker, ["acme.render", "acme.broken", "acme.gone"])
-
-    with stock.database.autocommit() as connection:
-        offered = hosts.offered_by(connection, worker)
-        theirs = hosts.of_workers(connection, ["acme.render"])
-
-    assert offered == [entry]
-    assert theirs == set()  # no worker offers it
 
 
 def test_hosts_do_not_count_as_workers_that_request_tokens(stock: Stock) -> None:

@@ -80,6 +80,8 @@ async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared
     limits, definition, org = limits_of(inflight, tools), plan.definition, plan.org
     if run.start_by is not None and tools.clock.now() > run.start_by:
         return outcomes.Gated("expired")
+    if (command := tools.handlers.unapproved(run.handler, definition)) is not None:
+        return outcomes.NotApproved(command)
 
     # token: a verified and enforced one, mostly from the cache
     scopes, audience, max_age = limits.scopes, definition.audience, definition.max_claims_age
@@ -123,6 +125,8 @@ async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared
     if entry is None or (run.isolation == "inline" and not tools.handlers.allows_inline(entry)):
         return outcomes.NoHandler(trail.handler)
     if trail.handler != run.handler:
+        if (command := tools.handlers.unapproved(trail.handler, definition, is_variant=True)) is not None:
+            return outcomes.NotApproved(command)
         scopes = scopes | frozenset(entry.scopes)
         enforce(claims, org_code=org.code, client_id=None, scopes=scopes)
     inflight.scopes = scopes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from worker.definitions.definition import Definition
 from worker.handlers.catalogue import HandlerEntry
 from worker.runs.run import Declared
 
@@ -32,6 +33,10 @@ class HandlerRegistry:
 
     def get(self, name: str) -> HandlerEntry | None:
         return self._entries.get(name)
+
+    def unapproved(self, name: str, definition: Definition, *, is_variant: bool = False) -> str | None:
+        """The command that approves a handler, if a run of this definition may not be of it until then."""
+        return None
 
     def allows_inline(self, entry: HandlerEntry) -> bool:
         """Whether the operator allows this entry's distribution in the worker's process."""

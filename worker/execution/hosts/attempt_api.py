@@ -24,10 +24,11 @@ from worker.execution.hosts.hosted_runs import HostedRun, HostedRuns
 from worker.execution.hosts.wire import Malformed, Registered, TemporalPlace
 from worker.execution.runners.child import messages
 from worker.execution.runners.child.messages import Message
+from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.json_text import clean
 from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.ids import RunId, WorkerId
-from worker.runs.hosts import HostCaller
+from worker.runs.hosts import HostCaller, TooManyHandlers
 from worker.runs.run import LogLine, NewStep, RunStep
 from worker.telemetry.events import emit
 
@@ -188,7 +189,7 @@ class AttemptApi:
             caller, capacity=capacity, host=given.host, pid=given.pid, version=given.version
         )
         if given.handlers:
-            await store.offer(worker, given.handlers)
+            await self._offer(worker, given.handlers)
         emit("host.registered", host=caller.name, pool=caller.pool, worker=worker, version=given.version)
         return wire.registered_message(
             Registered(
@@ -204,9 +205,15 @@ class AttemptApi:
     async def _handlers(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
         entries = wire.entries_of(message.get("entries", []))
         if entries:
-            await self.shared.store.offer(runs.worker, entries)
+            await self._offer(runs.worker, entries)
             runs.delivery.handlers_changed()
         return {}
+
+    async def _offer(self, worker: WorkerId, entries: Sequence[HandlerEntry]) -> None:
+        try:
+            await self.shared.store.offer(worker, entries)
+        except TooManyHandlers as error:
+            raise Malformed(str(error), fix="declare fewer handlers on this host, or add a host") from None
 
     async def _renew(self, runs: HostedRuns, message: Mapping[str, Any]) -> bytes:
         registered, answer = await runs.renew_as_json()

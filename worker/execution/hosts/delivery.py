@@ -17,13 +17,14 @@ from typing import Protocol
 from worker.clock import Clock, to_text
 from worker.errors import Busy, LeaseLost, Unavailable
 from worker.execution.attempts.attempt import Prepared, conclude, outcome_of_error, prepare
-from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.run_services import Tools
 from worker.execution.hosts import wire
+from worker.execution.hosts.granted import GrantedHandlers
 from worker.execution.hosts.wire import Taken
 from worker.execution.runners.contract import StopSignal
 from worker.handlers.catalogue import HandlerEntry
+from worker.handlers.ceiling import Offered
 from worker.ids import RunId, WorkerId
 from worker.runs.hosts import HostCaller
 from worker.runs.outcome import EndedAttempt, Outcome, Trail
@@ -55,7 +56,7 @@ class HostedStore(Protocol):
     async def renew_as_json(self, worker: WorkerId) -> tuple[bool, str]: ...
     async def unregister(self, worker: WorkerId) -> None: ...
     async def offer(self, worker: WorkerId, entries: Sequence[HandlerEntry]) -> None: ...
-    async def offered(self, worker: WorkerId) -> list[HandlerEntry]: ...
+    async def offered(self, worker: WorkerId) -> Offered: ...
     async def owned(self, worker: WorkerId, fences: Mapping[RunId, int]) -> list[AdmittedRun]: ...
     async def ended(self, worker: WorkerId, fences: Mapping[RunId, int]) -> set[Key]: ...
     async def stops(self, worker: WorkerId, fences: Mapping[RunId, int]) -> Mapping[RunId, str]: ...
@@ -371,15 +372,11 @@ class Delivery:
         )
 
     async def tools(self) -> Tools:
-        """What attempts of this incarnation use: the handlers are those that the host offers."""
+        """What attempts of this incarnation use: its handlers are what it declares, as far as it may."""
         now = self._clock.monotonic()
         if now >= self._handlers_until:
-            entries = await self._store.offered(self._worker)
-            # The host has already left out what its operator does not allow.
-            registry = HandlerRegistry(frozenset(entry.distribution for entry in entries))
-            for entry in entries:
-                registry.add(entry)
-            self._tools = replace(self._shared.tools, handlers=registry)
+            handlers = GrantedHandlers(await self._store.offered(self._worker))
+            self._tools = replace(self._shared.tools, handlers=handlers)
             self._handlers_until = now + HANDLERS_AGE
         return self._tools
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypedDict, cast
 from sqlalchemy import ColumnElement, Connection, func, literal_column, select, union_all
 
 from worker.store import tables
+from worker.store.catalogue import OF_WORKERS
 from worker.store.dialect import Row, all_rows
 
 # Rows that are counted; a count that reaches this means "at least".
@@ -119,10 +120,11 @@ def paused_definitions_for_all_orgs(connection: Connection) -> Counted:
 
 
 def broken_handlers(connection: Connection) -> Counted:
-    """Handlers that do not load, by name."""
+    """Handlers of workers that do not load, by name."""
     query = select(_catalogue.c.name, _catalogue.c.distribution, _catalogue.c.error)
     rows = all_rows(
-        connection, query.where(_catalogue.c.error.is_not(None)).order_by(_catalogue.c.name).limit(MOST)
+        connection,
+        query.where(OF_WORKERS, _catalogue.c.error.is_not(None)).order_by(_catalogue.c.name).limit(MOST),
     )
     return Counted(len(rows), rows[:SHOWN])
 

@@ -27,7 +27,9 @@ from worker.ids import AllOrgs, OrgId, OrgScope, RunId, lowest_id
 from worker.search import Query, states_of
 from worker.store import calendars, orgs, states, tables
 from worker.store import definitions as definition_rows
+from worker.store.catalogue import OF_WORKERS
 from worker.store.dialect import all_rows, first_row
+from worker.store.host_handlers import names_with_workers
 from worker.store.lists import (
     AUDIT,
     BACKFILLS,
@@ -273,7 +275,8 @@ def _of_spec(key: str, table: Table = _revisions) -> ColumnElement[Any]:
 
 _POOL_OF_HANDLER = (
     select(_catalogue.c.pool)
-    .where(_catalogue.c.name == _of_spec("handler"), _catalogue.c.error.is_(None))
+    .where(_catalogue.c.name == _of_spec("handler"), _catalogue.c.error.is_(None), OF_WORKERS)
+    .order_by(_catalogue.c.distribution)
     .limit(1)
     .correlate(_revisions)
     .scalar_subquery()
@@ -287,12 +290,12 @@ def _open_definitions(org_id: OrgId, *columns: ColumnElement[Any]) -> Select[Any
 
 
 def handler_names(scope: OrgId | AllOrgs) -> Select[Any]:
-    """The names of handlers: those of workers, or for one org those of its definitions, closed or not.
+    """The names of handlers: those of workers and hosts, or for one org those of its definitions, closed or not.
 
     What else is installed is other orgs' business.
     """
     if isinstance(scope, AllOrgs):
-        return select(_catalogue.c.name).distinct()
+        return names_with_workers()
     query = select(_of_spec("handler")).select_from(_definitions).join(_revisions, _IN_FORCE)
     return query.where(_definitions.c.org_id == scope).distinct()
 
@@ -354,6 +357,7 @@ _SOURCES: Mapping[Listing[Any], _Source] = {
     HANDLERS: _Source(
         HANDLERS,
         _catalogue,
+        by_default=OF_WORKERS,
         of_org=lambda org_id: _catalogue.c.name.in_(_open_definitions(org_id, _of_spec("handler"))),
     ),
     CREDENTIALS: _Source(CREDENTIALS, _credentials),

@@ -164,7 +164,7 @@ UNFINISHED = {"waiting": ("waiting", "held", "parked"), "running": ("running",)}
 UNSTARTED = UNFINISHED["waiting"]
 WAITING_REASONS = (
     *("due", "held", "retry", "snoozed", "handed_back", "recovered", "no_token", "no_handler", "no_pool"),
-    *("unplaced", "asleep", "answer", "budget", "resumed"),
+    *("not_approved", "unplaced", "asleep", "answer", "budget", "resumed"),
 )
 # When a parked run goes on that waits without a deadline.
 NEVER = datetime(9999, 12, 31, tzinfo=UTC)

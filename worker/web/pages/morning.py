@@ -42,6 +42,7 @@ _WAITS = {
     "no_token": "wait for a token of their org",
     "no_handler": "wait for a worker that offers their handler",
     "no_pool": "wait for a worker or host of their pool",
+    "not_approved": "wait until an administrator approves what the hosts of their pool declare",
     "unplaced": "wait for the engine that places them on hosts",
     "budget": "wait for a budget of their org",
     "asleep": "sleep, as their handler asked",
@@ -232,7 +233,13 @@ def _of_waiting(connection: Connection, now: datetime) -> Iterator[Matter]:
             continue
         since = now - wait["since"]
         is_long = since > LONG_WAIT and reason in ("due", "handed_back", "recovered", "resumed")
-        level = "bad" if reason in ("no_handler", "no_pool", "unplaced") else "warn" if is_long else "quiet"
+        level = (
+            "bad"
+            if reason in ("no_handler", "no_pool", "not_approved", "unplaced")
+            else "warn"
+            if is_long
+            else "quiet"
+        )
         about = f"In {_count(wait['orgs'], 'org')}."
         if since > timedelta():
             about += f" The oldest could have started {took(since)} ago."
