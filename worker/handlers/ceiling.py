@@ -33,7 +33,7 @@ OF_DEFINITIONS = frozenset({SCOPES, TIMEOUT_KEY, ATTEMPTS})
 
 @dataclass(frozen=True, slots=True)
 class Ceiling:
-    """What a handler declares for itself, or may. `max_concurrent` None is no limit."""
+    """What a handler declares for itself, or may. `max_concurrent` is None without a limit."""
 
     secrets: frozenset[str] = frozenset()
     scopes: frozenset[str] = frozenset()

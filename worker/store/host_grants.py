@@ -205,8 +205,8 @@ def handlers_of(spec: Mapping[str, Any], handler: str) -> tuple[str, ...]:
 def look(connection: Connection, offered: Offered, others: Sequence[Serving]) -> frozenset[str]:
     """Of the conditional handlers of an incarnation those that runs of its pool may start with now.
 
-    None that one of `others` in the pool may run for all: it takes those runs. Marks due runs that nobody in
-    the pool may start (`not_approved`), so that they are not admitted in vain. Looks at `LOOKED_AT`
+    A handler that one of `others` in the pool may run for all is left to it. Marks due runs that no worker
+    or host of the pool may start (`not_approved`), so that they are not admitted. Looks at `LOOKED_AT`
     definitions.
     """
     pool = offered.pool

@@ -68,7 +68,7 @@ def unregister(connection: Connection, worker_id: WorkerId) -> None:
 def forget_workers(connection: Connection, age: timedelta) -> int:
     """Delete workers that ended longer than `age` ago and own no runs; returns how many.
 
-    Hosts that were removed as long ago go with them, and what hosts declared that nobody has seen since.
+    Hosts that were removed as long ago go with them, and what hosts have not declared for a month.
     """
     host_handlers.forget_unseen(connection)
     gone = tables.hosts.c.removed_at < database_now(connection) - age
