@@ -38,7 +38,7 @@ from worker.operations.hosts import add_host
 from worker.runs.hosts import HostCaller
 from worker.settings import Settings
 from worker.settings.sections import AttemptsSettings, ExecutionSettings
-from worker.store import catalogue, hosts, sign_in
+from worker.store import catalogue, host_handlers, hosts, sign_in
 from worker.store.ring_walk import RingWalk
 from worker.store.worker_store import WorkerStore
 from worker.telemetry import logs
@@ -65,7 +65,7 @@ def with_hosts(database: Filled, count: int, runs: int) -> list[tuple[str, str]]
                 connection, caller, worker, lease=LEASE, capacity=capacity, host="h", pid=1, version="1"
             )
             catalogue.put(connection, [ENTRY], at=database.database.now(connection))
-            hosts.offer(connection, worker, [HANDLER])
+            host_handlers.report(connection, worker, [ENTRY])
         walk = RingWalk(database.database, worker)
         left = runs // count
         while left > 0:

@@ -139,7 +139,7 @@ def test_what_is_broken_is_counted_with_examples(database: Database, stock: Stoc
             connection.execute(
                 tables.catalogue.insert().values(
                     name=name, distribution="acme", version="1", entry_point="a:b", scopes=[], error=error,
-                    seen_at=at,
+                    seen_at=at, of_worker=True,
                 )
             )  # fmt: skip
     stock.change(tables.definitions, definition, paused_at=at, paused_by="ada")
