@@ -346,8 +346,8 @@ pool_approvals = Table(
     Column("handler", Text, primary_key=True, doc="The handler's name."),
     required("digest", Text, "The digest that was approved."),
     required("ceiling", json_type(), "What was approved, with the version of its form."),
-    required("approved_at", Instant),
-    required("approved_by", Text),
+    required("approved_at", Instant, "When an administrator approved it."),
+    required("approved_by", Text, "The administrator."),
     info={"meaning": "What handlers that hosts declare may get in a pool beyond the defaults."},
 )
 
