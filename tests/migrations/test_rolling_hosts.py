@@ -6,7 +6,9 @@ the oldest that speaks version 1 of the attempt API, and is kept as long as that
 
 from __future__ import annotations
 
+import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +17,20 @@ import pytest
 
 from tests.fakes.handlers import install_handlers
 from tests.fakes.hosts import opened_hosts
+from tests.fakes.plugins import make_plugin
 from tests.fakes.ports import free_port
 from tests.fakes.site import FINAL, Site, application, definition, opened, wait_until
 from tests.migrations.test_rolling_deploy import ROOT, git, start
 from worker.demo.provider import serve_provider
 
+# A handler that only hosts have.
+ONLY = """
+from worker import job
+
+@job("gpu.only")
+async def only(ctx) -> int:
+    return 1
+"""
 FIRST = "tests/acceptance/test_where_runs_execute.py"
 ORGS = 3
 
@@ -47,14 +58,22 @@ def fleet(folder: Path, database_url: str, port: int) -> Iterator[Site]:
             extra=f'[attempts]\nlisten = "127.0.0.1:{port}"\n',
         )
         install_handlers(site.plugins)
+        plugin = {"modules": {"gpu_jobs": ONLY}, "entry_points": {"gpu.only": "gpu_jobs:only"}}
+        make_plugin(site.folder / "gpu", "gpu-jobs", **plugin)
         site.migrate()
         site.add_orgs(*(application(f"org_{number}") for number in range(ORGS)))
         params = {"journal": str(site.out / "journal"), "steps": 3}
-        keys = {"pool": "eu", "params": params, "overlap": "allow", "max_attempts": 1}
-        names = ("acme.note", "acme.steps")
+        keys = {"pool": "eu", "overlap": "allow", "max_attempts": 1}
+        names = ("acme.note", "acme.steps", "gpu.only")
         site.apply(
             "".join(
-                definition(f"org_{number}", handler, handler, "every 1s", **keys)
+                definition(
+                    f"org_{number}",
+                    handler,
+                    handler,
+                    "every 1s",
+                    **keys | ({} if handler == "gpu.only" else {"params": params}),
+                )
                 for number in range(ORGS)
                 for handler in names
             ),
@@ -73,7 +92,7 @@ def test_runs_go_on_while_one_side_is_of_the_other_release(
         worker = start(site, older, "run")
         # It compiles the older tree for the host as well.
         wait_until(site.log_text, "the worker's first event")
-        host = hosts.start("h1", "eu", tree=older)
+        host = hosts.start("h1", "eu", tree=older, environment=with_gpu(site, older))
         succeeded(site, 10)
 
         if upgraded == "worker":
@@ -83,7 +102,7 @@ def test_runs_go_on_while_one_side_is_of_the_other_release(
         else:
             host.terminate()
             assert host.wait(timeout=60) == 0, hosts.log("h1").read_text()[-3000:]
-            host = hosts.start("h1", "eu")
+            host = hosts.start("h1", "eu", environment=with_gpu(site))
         succeeded(site, 30)
 
         for process in (host, worker):
@@ -97,8 +116,23 @@ def test_runs_go_on_while_one_side_is_of_the_other_release(
         }
 
 
+def with_gpu(site: Site, *trees: Path) -> dict[str, str]:
+    """The environment of a host that has a plug-in which no worker has."""
+    folders = (*trees, site.plugins, site.folder / "gpu")
+    return {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+
+
 def succeeded(site: Site, more: int) -> None:
-    """Wait until that many runs more have succeeded."""
-    count = "SELECT count(*) AS n FROM runs WHERE state = 'succeeded'"
-    before = site.query(count)[0]["n"]
-    wait_until(lambda: site.query(count)[0]["n"] >= before + more, f"{more} more runs", timeout=60)
+    """Wait until that many runs more have succeeded, and some of each handler."""
+    count = "SELECT handler, count(*) AS n FROM runs WHERE state = 'succeeded' GROUP BY handler"
+
+    def counted() -> Counter[str]:
+        return Counter({row["handler"]: row["n"] for row in site.query(count)})
+
+    before = counted()
+
+    def grown() -> bool:
+        new = counted() - before
+        return new.total() >= more and len(new) == 3
+
+    wait_until(grown, f"{more} more runs", timeout=60)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Self
@@ -47,7 +48,7 @@ class Ceiling:
         return cls(
             frozenset(entry.secrets),
             frozenset(entry.scopes),
-            TIMEOUT if entry.timeout is None else parse_duration(entry.timeout),
+            _timeout(entry.timeout),
             entry.max_attempts or MAX_ATTEMPTS,
             entry.max_concurrent,
         )
@@ -55,11 +56,10 @@ class Ceiling:
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Self:
         """A stored ceiling; a field that it lacks is the default."""
-        timeout = stored.get(TIMEOUT_KEY)
         return cls(
             frozenset(stored.get(SECRETS, ())),
             frozenset(stored.get(SCOPES, ())),
-            TIMEOUT if timeout is None else parse_duration(timeout),
+            _timeout(stored.get(TIMEOUT_KEY)),
             stored.get(ATTEMPTS, MAX_ATTEMPTS),
             stored.get(CONCURRENCY),
         )
@@ -73,6 +73,13 @@ class Ceiling:
             ATTEMPTS: self.max_attempts,
             CONCURRENCY: self.max_concurrent,
         }
+
+
+def _timeout(text: str | None) -> timedelta:
+    """A declared timeout; the default for none, and for one that no attempt could have."""
+    with suppress(ValueError):
+        return TIMEOUT if text is None else parse_duration(text)
+    return TIMEOUT
 
 
 def digest(pool: str, handler: str, ceiling: Ceiling) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -304,6 +305,37 @@ def test_the_room_of_a_pool_is_what_all_of_its_hosts_offer(pool: Pool, stock: St
 
     assert room == PoolRoom({"child": 7, "inline": 2}, {HANDLER: None})
     assert nowhere == PoolRoom({}, {})
+
+
+def test_what_hosts_of_a_pool_declare_beyond_their_ceiling_is_not_placed(stock: Stock) -> None:
+    """Nor does a host limit what another pool's hosts may take."""
+    pool, org = Pool(stock), stock.org(limit=1000)
+    one, two = pool.host(), pool.host()
+    elsewhere = pool.host()
+    stock.change(tables.workers, elsewhere, pools=["elsewhere"])
+    plain = {"distribution": "gpu", "version": "1", "entry_point": "g:f", "isolation": "child", "scopes": []}
+    plain |= {"secrets": [], "timeout": None, "max_attempts": None, "memory": None, "state": False}
+    plain |= {"max_concurrent": None}
+
+    def declare(host: WorkerId, **changed: Any) -> None:
+        stock.change(tables.workers, host, offers={HANDLER: plain | changed})
+
+    def room() -> Mapping[str, int | None]:
+        with stock.database.transaction() as connection:
+            return placements.room_of(connection, POOL).handlers
+
+    declare(one)
+    declare(two, max_concurrent=3)
+    declare(elsewhere, max_concurrent=0)
+    assert room() == {HANDLER: 3}
+    declare(two, secrets=["openai"])
+    assert room() == {}
+    # With a definition that lists its scopes, the handler's are not used.
+    declare(two, scopes=["admin"])
+    assert room() == {}
+    scoped = stock.definition(org, spec={"handler": HANDLER, "scopes": ["read"]})
+    stock.put(stock.run(org, scoped, pool=POOL))
+    assert room() == {HANDLER: None}
 
 
 def test_what_a_worker_has_placed_is_listed_until_it_is_taken(pool: Pool, stock: Stock) -> None:
