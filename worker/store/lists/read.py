@@ -290,7 +290,7 @@ def _open_definitions(org_id: OrgId, *columns: ColumnElement[Any]) -> Select[Any
 
 
 def handler_names(scope: OrgId | AllOrgs) -> Select[Any]:
-    """The names of handlers: those of workers and hosts, or for one org those of its definitions, closed or not.
+    """The names of all handlers, or for one org those of its definitions, closed or not.
 
     What else is installed is other orgs' business.
     """
