@@ -155,6 +155,13 @@ def test_a_declaration_goes_with_its_token_or_when_it_was_not_seen_for_30_days(s
         assert host_handlers.forget_unseen(connection, timedelta(days=28)) == 1
     assert stored(stock) == {("eu", "gpu.b")}
 
+    # The previous release removes a host without them.
+    with stock.database.transaction() as connection:
+        connection.execute(tables.hosts.update().values(removed_at=stock.now()))
+    assert stored(stock) == set()
+    with stock.database.transaction() as connection:
+        assert host_handlers.forget_unseen(connection) == 1
+
 
 def test_what_goes_beyond_the_defaults_is_approved_by_its_digest(stock: Stock) -> None:
     _, worker = in_eu(stock)
