@@ -47,7 +47,8 @@ class Job:
     checkpoint: type[BaseModel] | None = None
     """A pydantic model of its checkpoints; without one `ctx.checkpoint` is plain JSON data."""
     pool: str | None = None
-    """The pool that its runs execute in; default the org's, else `default`. The definition overrides it."""
+    """The pool that its runs execute in; default the org's, else `default`. The definition overrides it, and
+    a host's is ignored."""
     secrets: frozenset[str] = frozenset()
     """The org's secrets that it gets as `ctx.secret(NAME)`; a run whose org lacks one is refused."""
 
