@@ -5,7 +5,7 @@ A host is found by the SHA-256 of its token, in lower-case hexadecimal. The call
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime, timedelta
 from typing import Any
