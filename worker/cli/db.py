@@ -8,6 +8,9 @@ from worker.cli.options import OutputOption
 from worker.cli.output import Format, print_row, say
 from worker.cli.session import session_of
 
+# Changes of one upgrade that are printed; all are in the audit.
+MOST_REVIEWED = 200
+
 app = typer.Typer(help="The database's schema: upgrade it, or check it.")
 
 
@@ -16,27 +19,39 @@ def upgrade(context: typer.Context, output: OutputOption = Format.TABLE) -> None
     """Create the database or upgrade its schema to this release; repeating it changes nothing.
 
     On PostgreSQL it connects as the role of database.owner_url, if that is set. Stores the
-    installation of worker.toml if the database has none.
+    installation of worker.toml if the database has none. Names on stderr, and as `review` in JSON,
+    what it changed that somebody should look at.
     """
     from worker.store import installation, roles, schema
 
     session = session_of(context)
     settings, word = session.settings.database, session.settings.installation
     with session.database(any_schema=True) as database:
+        review: list[str] = []
         before = schema.upgrade(
             settings.url,
             settings.owner_url,
             then=lambda connection: word and installation.store_word(connection, word),
+            report=review.append,
         )
         missing = ""
         if database.dialect == "postgresql":
             with database.autocommit() as connection:
                 missing = roles.missing(connection)
         print_row(
-            {"database": database.url_shown, "before": before, "version": schema.head()},
+            {
+                "database": database.url_shown,
+                "before": before,
+                "version": schema.head(),
+                **({} if output is Format.TABLE else {"review": review}),
+            },
             output,
             key="version",
         )
+    for line in review[:MOST_REVIEWED]:
+        say(f"review: {line}")
+    if len(review) > MOST_REVIEWED:
+        say(f"{len(review) - MOST_REVIEWED} more are in the audit: `audit list`")
     if missing:
         say(f"warning: {missing}")
 

@@ -126,14 +126,18 @@ def check_for_web(database: Database) -> None:
 
 
 def upgrade(
-    url: str, owner_url: str = "", *, then: Callable[[Connection], object] = lambda connection: None
+    url: str,
+    owner_url: str = "",
+    *,
+    then: Callable[[Connection], object] = lambda connection: None,
+    report: Callable[[str], None] | None = None,
 ) -> str | None:
     """Bring the database to this release's version and return the one it had; can be repeated.
 
     `then` is called in the same transaction, at its end.
 
     On PostgreSQL `owner_url` names the role that owns the tables, if that is not the worker's. One
-    migrator runs at a time, in one transaction.
+    migrator runs at a time, in one transaction. `report` gets a line for each change to review.
 
     Raises:
         ConfigurationError: the URL is unusable, or the database belongs to a newer release.
@@ -151,6 +155,7 @@ def upgrade(
         with migrating(owner_url or url, setting=setting) as connection:
             before = current(connection)
             config.attributes["connection"] = connection
+            config.attributes["report"] = report
             command.upgrade(config, "head")
             then(connection)
             return before
