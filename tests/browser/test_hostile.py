@@ -78,11 +78,33 @@ def fill(connection: Connection, now: datetime) -> str:
         put(
             tables.catalogue,
             **{"name": evil, "distribution": evil, "version": evil, "entry_point": evil, "scopes": [evil]},
-            **{"error": evil if number % 2 else None, "seen_at": now},
+            **{"error": evil if number % 2 else None, "seen_at": now, "of_worker": True},
             params_schema={"type": "object", "properties": {evil: {"type": "string", "description": evil}}},
         )
+        fill_host(connection, evil, number, now)
         fill_definition(connection, org, worker, number, now)
     return first_run(connection)
+
+
+def fill_host(connection: Connection, evil: str, number: int, now: datetime) -> None:
+    """A host that declares a handler with hostile text wherever it can; pages show some of each pool."""
+    host, pool, digest = new_id(), f"pool-{number // 10}", hashlib.sha256(evil.encode()).hexdigest()
+    named = {"id": host, "name": f"host-{number}", "pool": pool, "token_sha256": digest}
+    connection.execute(insert(tables.hosts).values(**named, created_at=now, created_by=evil))
+    text = {"name": f"gpu.{evil}", "distribution": evil, "version": evil, "entry_point": evil}
+    lists = {"scopes": [evil], "secrets": [evil], "bytes": 100, "seen_at": now}
+    schema = {"type": "object", "properties": {evil: {"type": "string", "description": evil}}}
+    connection.execute(
+        insert(tables.host_handlers).values(
+            **text, **lists, pool=pool, host_id=host, params_schema=schema,
+            error=evil if number % 7 == 0 else None,
+        )
+    )  # fmt: skip
+    approved = {"pool": pool, "handler": f"gpu.{evil}", "digest": evil, "ceiling": {"version": 1}}
+    if number % 2:
+        connection.execute(
+            insert(tables.pool_approvals).values(**approved, approved_at=now, approved_by=evil)
+        )
 
 
 def fill_definition(connection: Connection, org: str, worker: str, number: int, now: datetime) -> None:

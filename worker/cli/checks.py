@@ -131,10 +131,12 @@ def check(
     It uses the newest run of each definition. Assumptions about handlers without runs fail
     nothing.
 
-    Secrets: orgs that lack one which a handler of their definitions declares.
+    Secrets: orgs that lack one which a handler of their definitions declares. Approvals: what hosts declare
+    of their handlers that no administrator has approved; fails if definitions need it.
 
     Warns if this user may read the secret of a management API, as workers must not.
     """
+    from worker.operations import approvals
     from worker.operations.capacity import Machine, capacity
     from worker.operations.confinement import readable_management_secrets
     from worker.operations.org_secrets import lacking_of_all_orgs
@@ -148,6 +150,7 @@ def check(
         forecasts, now = ([], None) if only_capacity else forecast_tokens(database, issuers, tokens)
         found = capacity(database, session.settings.execution, Machine.here())
         lacking = [] if only_capacity else lacking_of_all_orgs(database)
+        unapproved = None if only_capacity else approvals.check(database)
     rows = [forecast.as_row(issuers.get(forecast.issuer), now, tokens) for forecast in forecasts if now]
     if not only_capacity:
         print_rows(rows, output, columns=FORECAST_COLUMNS, key="issuer")
@@ -181,7 +184,14 @@ def check(
         say(f"fix: {each.diagnostic().fix}")
     if len(lacking) > MOST_LACKING:
         say(f"{len(lacking) - MOST_LACKING} more secrets are missing; `orgs check ORG` names those of an org")
-    failed = any(row["problem"] for row in rows) or not all(measure.ok for measure in found.measures)
+    if unapproved is not None and unapproved.fix:
+        say(f"{'warning' if unapproved.ok else 'approvals'}: {unapproved.detail}")
+        say(f"fix: {unapproved.fix}")
+    failed = (
+        (unapproved is not None and not unapproved.ok)
+        or any(row["problem"] for row in rows)
+        or not all(measure.ok for measure in found.measures)
+    )
     return FAILED if failed or lacking else 0
 
 

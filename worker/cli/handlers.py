@@ -27,6 +27,7 @@ def list_(
 ) -> None:
     """List handlers by name; those that do not load have an error.
 
+    `source` is worker, or host for what hosts of the pool declare. A handler that workers have is theirs.
     Without a database, lists those of the plug-ins that are installed here, and says so.
     """
     Page(limit=limit)
@@ -52,8 +53,8 @@ def show(
 ) -> None:
     """Show one handler with the schemas of its params and settings.
 
-    If several distributions offer the name, shows the one that loads. Names on stderr the
-    rules that are not checked when params are stored.
+    If several offer the name, shows one that loads, of workers before hosts. Names on stderr the others, and
+    the rules that are not checked when params are stored.
     """
     from worker.operations.handlers import schema_of
 
@@ -61,19 +62,57 @@ def show(
     if not entries:
         close = did_you_mean(name, (entry["name"] for entry in _entries(context)))
         raise NotFound(
-            f"no installed distribution offers a handler {name}",
+            f"no worker and no host offers a handler {name}",
             fix=f"{close} `handlers list` lists them".strip(),
         )
-    entry = min(entries, key=lambda entry: entry["error"] is not None)
+    entry = min(entries, key=lambda entry: (entry["error"] is not None, entry["source"] == "host"))
     print_row(entry, output, key="name")
+    for other in entries:
+        if other is not entry:
+            say(f"also: {_place(other)}")
     schema = schema_of(entry["params_schema"])
     for left in () if schema is None else schema.unchecked():
         say(f"params: {left.place} is checked only by the run's own process: {left.reason}")
 
 
+@app.command("forget")
+def forget(
+    context: typer.Context,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="The handler's name, as `handlers list` prints it.",
+            autocompletion=names("handler"),
+        ),
+    ],
+    output: OutputOption = Format.TABLE,
+) -> None:
+    """Forget a handler that no live worker offers, even if hosts do: it is then the hosts' alone.
+
+    Exit 3 if no worker has it, 5 if a live worker offers it. Definitions of a handler that only hosts offer
+    must name the pool of their runs; `doctor` lists those that do not.
+    """
+    from worker.operations.handlers import forget as forget_handler
+
+    session = session_of(context)
+    with session.database() as database:
+        row = forget_handler(database, name, actor=session.actor)
+    print_row(row, output, key="name")
+
+
+def _place(entry: dict[str, Any]) -> str:
+    """Who offers a handler."""
+    of = f"{entry['distribution']} {entry['version']}"
+    where = f" on hosts of pool {entry['pool']}" if entry["source"] == "host" else ""
+    return f"{of}{where}" + ("" if entry["error"] is None else ", which does not load")
+
+
 def _entries(context: typer.Context, name: str | None = None) -> list[dict[str, Any]]:
     """The handlers of the database, or without one those installed here; all, or those of one name."""
+    from worker.ids import ALL_ORGS
     from worker.store import catalogue
+    from worker.store.lists import handlers
     from worker.wiring.catalogue import installed_entries, store_unknown
 
     session = session_of(context)
@@ -86,6 +125,7 @@ def _entries(context: typer.Context, name: str | None = None) -> list[dict[str, 
         with session.database() as database:
             store_unknown(settings, database)
             with database.autocommit() as connection:
-                return catalogue.entries(connection, name)
-    rows = (catalogue.as_row(entry) | {"seen_at": None} for entry in installed_entries(settings))
+                return handlers.listed(connection, ALL_ORGS, name=name)
+    own = {"source": "worker", "seen_at": None}
+    rows = (catalogue.as_row(entry) | own for entry in installed_entries(settings))
     return [row for row in rows if name in (None, row["name"])]

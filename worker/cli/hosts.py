@@ -12,7 +12,7 @@ from worker.cli.session import session_of
 
 app = typer.Typer(help="Machines that run handlers without the database, each with a token.")
 
-COLUMNS = ("name", "pool", "state", "machine", "version", "seen_at", "created_by")
+COLUMNS = ("name", "pool", "state", "machine", "version", "seen_at", "pending", "created_by")
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="1 to 63 letters, digits and . _ -")]
 PoolOption = Annotated[
     str, typer.Option("--pool", metavar="POOL", help="The only pool that it takes runs of.")
@@ -40,7 +40,10 @@ def add(
 
 @app.command("list")
 def list_(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
-    """List the hosts: ready, late (its lease has expired), stopped, or absent (it never started)."""
+    """List the hosts: ready, late (its lease has expired), stopped, or absent (it never started).
+
+    `pending` are the handlers of which a host declares more than is approved; see `pools approvals`.
+    """
     from worker.operations.hosts import list_hosts
 
     session = session_of(context)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 
 from sqlalchemy import Connection
 
@@ -37,12 +38,14 @@ from worker.operations.changes import (
 from worker.operations.handlers import Handlers
 from worker.operations.orgs import changed_columns, check_entry, columns_of
 from worker.operations.templates import materialise_first
-from worker.orgs import OrgEntry
-from worker.store import audit, calendars, definitions, orgs, templates
+from worker.orgs import OrgEntry, Selector
+from worker.store import audit, calendars, definitions, orgs, places, templates
 from worker.store.database import Database
 from worker.store.dialect import Row, chunks
 
 Report = Callable[[int, int, str], None]
+# The pools of the orgs that have a definition; None for an org without one.
+OrgPools = Callable[[], Collection[str | None]]
 
 
 def apply(
@@ -77,8 +80,14 @@ def apply(
     with database.transaction() as connection:
         handlers = Handlers(connection)
 
-        def check(definition: Definition, entry: str, of: Collection[str]) -> None:
-            handlers.check(definition, entry, inline=inline, allow_unknown=allow_unknown_handlers)
+        def check(definition: Definition, entry: str, of: Collection[str], org_pools: OrgPools) -> None:
+            handlers.check(
+                definition,
+                entry,
+                org_pools=org_pools,
+                inline=inline,
+                allow_unknown=allow_unknown_handlers,
+            )
             check_encrypted(definition.api_origins, insecure_origins, entry=entry)
             for origins in in_force(definition.api_origins, of, api_origins):
                 check_base_url(definition.api_base_url, origins, entry=entry)
@@ -134,12 +143,12 @@ def _make_plan(
     *,
     prune: bool,
     issuers: Collection[str] | None,
-    check: Callable[[Definition, str, Collection[str]], None],
+    check: Callable[[Definition, str, Collection[str], OrgPools], None],
     report: Report,
 ) -> _Plan:
     """Check the whole file and compare it with the stored rows, which stay locked.
 
-    `check` is called with each definition, its entry and the issuers whose orgs may run it.
+    `check` is called with each definition, its entry, the issuers whose orgs may run it, and their pools.
 
     Raises:
         DefinitionError: names the entry and field that is refused.
@@ -171,6 +180,8 @@ def _make_plan(
     }
     issuer_of = {code: row["issuer"] for code, row in stored_orgs.items()}
     issuer_of |= {entry.code: entry.issuer for entry in file.orgs}
+    pool_of_org = {code: row["pool"] for code, row in stored_orgs.items()}
+    pool_of_org |= {entry.code: entry.pool for entry in file.orgs}
     for done, each in enumerate(file.definitions):
         report(done, len(file.definitions), "definitions checked")
         name = f"definition {each.org}/{each.name}"
@@ -178,7 +189,7 @@ def _make_plan(
             fix = f'add [[org]] code = "{each.org}" to the file, or `orgs add {each.org}`'
             raise refusal(f"there is no org {each.org}", name, "org", fix=fix)
         each = dated(each, dates, name)
-        check(each, name, (issuer_of[each.org],))
+        check(each, name, (issuer_of[each.org],), partial(_pool_in, pool_of_org, each.org))
         before = stored.get((each.org, each.name))
         if before is not None and before["closed_at"] is None and before["template_id"] is not None:
             fix = "choose another name, or take the org out of the template's selector"
@@ -191,7 +202,8 @@ def _make_plan(
         of = issuers or () if selected is None else (selected,)
         dated_definition = dated(template_entry.definition, dates, f"template {template_entry.name}")
         template_entry = replace(template_entry, definition=dated_definition)
-        check(template_entry.definition, f"template {template_entry.name}", of)
+        selected_pools = partial(_pools_of, connection, template_entry.selector, file.orgs)
+        check(template_entry.definition, f"template {template_entry.name}", of, selected_pools)
         template = _template_change(template_entry, templates.find(connection, template_entry.name), issuers)
         if template is not None:
             plan.templates.append(template)
@@ -210,6 +222,19 @@ def _make_plan(
     pruned = frozenset(ids.values()) if prune else frozenset[OrgId]()
     plan.budgets += budget_changes(connection, file.budgets, ids, issuers, prune=pruned)
     return plan
+
+
+def _pool_in(pools: Mapping[str, str | None], org: str) -> tuple[str | None]:
+    return (pools[org],)
+
+
+def _pools_of(connection: Connection, selector: Selector, entries: Collection[OrgEntry]) -> set[str | None]:
+    """The pools of all orgs that a template selects once the file is applied."""
+    found = {
+        row["code"]: (row["tags"], row["issuer"], row["pool"]) for row in places.orgs_for_all_orgs(connection)
+    }
+    found |= {entry.code: (entry.tags, entry.issuer, entry.pool) for entry in entries}
+    return {pool for tags, issuer, pool in found.values() if selector.matches(tags=tags, issuer=issuer)}
 
 
 def _org_change(entry: OrgEntry, before: Row | None, issuers: Collection[str] | None) -> OrgChange | None:

@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 
 from worker.clock import to_text
 from worker.definitions.definition import Definition
-from worker.definitions.pools import DEFAULT_POOL, pool_of
+from worker.definitions.pools import DEFAULT_POOL
 from worker.definitions.triggers import Trigger
 from worker.definitions.units import format_duration
 from worker.ids import DefinitionId
@@ -195,9 +195,8 @@ class _Demand:
     ) -> tuple[Trigger, timedelta, _History, bool, str, str]:
         trigger = definition.trigger(org.timezone)
         history = self._history(definition)
-        wants = self._handlers.declared(definition.handler)
-        isolation = definition.isolation or wants.isolation
-        pool = pool_of(definition.pool, wants.pool, org.pool)
+        pool = self._handlers.pool_of(definition, org.pool)
+        isolation = self._handlers.isolation_of(definition, pool)
         window = window_of(definition.schedule, trigger, definition.spread)
         count = trigger.count(self._start, self._children.end)
         if count and history.known:

@@ -11,7 +11,6 @@ from sqlalchemy import Connection
 
 from worker.claims.digests import DIGESTS, ClaimChange, Digests, compare
 from worker.claims.pools import Rules, pool_mismatch
-from worker.definitions.pools import pool_of
 from worker.errors import ConfigurationError, Diagnostic, NotFound, Unavailable
 from worker.guard.issuer import Issuer
 from worker.operations import org_secrets
@@ -203,7 +202,7 @@ class Checks:
         with self.database.autocommit() as connection:
             last = history.last_token(connection, org.org.id)
             handlers = Handlers(connection)
-            readers, rules = handlers.readers(org.definitions), pools.rules(connection)
+            readers, rules = handlers.readers(org.definitions, org.pool), pools.rules(connection)
         denied = tuple(_denied_pools(org, report, handlers, rules))
         report = replace(report, general=(*report.general, *denied))
         # A pool reads what its rules name.
@@ -280,7 +279,7 @@ def _requirements_of(org: OrgDefinitions, issuer: Issuer | None, handlers: Handl
     needs: dict[str, Need] = {}
     for definition in org.definitions:
         audience = (definition.audience or default).replace("{org}", org.org.code)
-        own, variants = scopes_of(definition, handlers)
+        own, variants = scopes_of(definition, handlers, org.pool)
         before = needs.get(audience, Need(audience))
         needs[audience] = Need(
             audience,
@@ -307,7 +306,7 @@ def _denied_pools(
     }
     found: dict[tuple[str, str], str] = {}
     for definition in org.definitions:
-        pool = pool_of(definition.pool, handlers.declared(definition.handler).pool, org.pool)
+        pool = handlers.pool_of(definition, org.pool)
         if pool in rules and definition.name in claims:
             name = pool_mismatch(pool, claims[definition.name], rules)
             if name is not None:

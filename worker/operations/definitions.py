@@ -94,7 +94,9 @@ def edit_definition(
             wanted = replace(wanted, calendar_dates=read_dates(row["spec"].get(CALENDAR_DATES, [])))
         change = DefinitionChange.to(row["org_id"], wanted, row)
         if change is not None:
-            Handlers(connection).check(wanted, entry, inline=inline, allow_unknown=False)
+            Handlers(connection).check(
+                wanted, entry, org_pools=lambda: (row["org_pool"],), inline=inline, allow_unknown=False
+            )
             check_encrypted(wanted.api_origins, insecure_origins, entry=entry)
             issuer = orgs.require(connection, org)["issuer"]
             for origins in in_force(wanted.api_origins, [issuer], api_origins):

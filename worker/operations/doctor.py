@@ -12,11 +12,12 @@ from worker.claims.pools import PoolRules
 from worker.clock import to_text
 from worker.definitions.units import format_duration
 from worker.errors import ConfigurationError, Diagnostic
+from worker.operations import approvals
 from worker.operations.confinement import OFF, confinement_of, in_words, readable_management_secrets
 from worker.operations.guarded_files import changeable, guarded
 from worker.operations.installation import ADOPT, NO_WORD, difference
 from worker.settings import Settings
-from worker.store import calendars, catalogue, health, placements, pools, roles
+from worker.store import calendars, catalogue, health, placements, places, pools, roles
 from worker.store import installation as stored_installation
 from worker.store import org_secrets as stored_secrets
 from worker.store.database import Database
@@ -68,6 +69,8 @@ def run_checks(
         credentials(database, org),
         *org_secrets(database, ring, org),
         handlers(database),
+        *unapproved(database),
+        *homeless(database, org),
         served_pools(database, org),
         pool_rules(database, settings),
         ending_calendars(database),
@@ -182,6 +185,18 @@ def handlers(database: Database) -> Diagnostic:
     name = "handlers"
     with database.autocommit() as connection:
         broken = [row for row in catalogue.entries(connection) if row["error"] is not None]
+        on_hosts = [] if broken else places.broken(connection)
+    if on_hosts:
+        first = on_hosts[0]
+        place = (
+            f"{first['name']} of {first['distribution']} {first['version']} on hosts of pool {first['pool']}"
+        )
+        return Diagnostic(
+            name,
+            True,
+            f"{place} does not load: {type_of(first['error'])}{_and_more(on_hosts, places.BROKEN)}",
+            f"install a fixed version and restart these hosts; `handlers show {first['name']}` shows why",
+        )
     if not broken:
         return Diagnostic(name, True, "every handler loads")
     first = broken[0]
@@ -192,6 +207,33 @@ def handlers(database: Database) -> Diagnostic:
         f"{place} does not load: {type_of(first['error'])}{_and_more(broken)}",
         f"install a fixed version and restart the workers; `handlers show {first['name']}` shows why",
     )
+
+
+def unapproved(database: Database) -> Iterator[Diagnostic]:
+    """What hosts declare that is not approved: the runs of such a handler wait. Nothing without hosts."""
+    with database.autocommit() as connection:
+        rows = approvals.declared(connection)
+        if rows:
+            yield approvals.diagnostic(connection, rows)
+
+
+def homeless(database: Database, org: Named = _as_it_is) -> Iterator[Diagnostic]:
+    """Definitions of handlers that only hosts offer, without a pool: their runs reach no host."""
+    with database.autocommit() as connection:
+        used = places.uses_for_all_orgs(connection, places.only_of_hosts(connection))
+        found = [row for row in used if row["pool"] is None]
+        pools_of = places.pools_with(connection, found[0]["handler"]) if found else []
+    if found:
+        first = found[0]
+        written = "its template" if first["template_id"] is not None else "it"
+        yield Diagnostic(
+            "hosts_only",
+            False,
+            f"only hosts offer {first['handler']}, and a definition of {org(first['org'])} names no pool"
+            f"{_and_more(found)}",
+            f'give {written} pool = "{pools_of[0] if pools_of else "POOL"}", or its org a pool; '
+            f"`handlers show {first['handler']}` shows who offers it",
+        )
 
 
 def served_pools(database: Database, org: Named = _as_it_is) -> Diagnostic:

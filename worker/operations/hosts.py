@@ -8,6 +8,7 @@ import secrets
 from worker.definitions.pools import parse_pool
 from worker.errors import Conflict, NotFound, UsageError
 from worker.ids import new_id
+from worker.operations import approvals
 from worker.store import audit, hosts, sign_in
 from worker.store.database import Database
 from worker.store.dialect import Row
@@ -49,11 +50,16 @@ def add_host(database: Database, name: str, pool: str, *, actor: str) -> Row:
 
 
 def list_hosts(database: Database) -> list[Row]:
-    """The hosts by name; `state` is ready, late, stopped or absent, as their newest incarnation is."""
+    """The hosts by name; `state` is ready, late, stopped or absent, as their newest incarnation is.
+
+    `pending` are the handlers of which they declare more than is approved.
+    """
     with database.autocommit() as connection:
         now = database.now(connection)
         rows = hosts.listed(connection, limit=MOST)
+        unapproved = approvals.pending(connection)
     for row in rows:
+        row["pending"] = sorted({one["handler"] for one in unapproved if row["name"] in one["hosts"]})
         lease_until, ended_at = row.pop("lease_until"), row.pop("ended_at")
         row["machine"] = row.pop("host")
         row["seen_at"] = max(filter(None, (row["seen_at"], row.pop("renewed_at"))), default=None)

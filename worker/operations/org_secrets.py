@@ -154,7 +154,7 @@ def lacking(connection: Connection, org: OrgDefinitions, handlers: Handlers) -> 
         name: (definition.name, handler)
         for definition in reversed(org.definitions)
         for handler in definition.handlers
-        for name in handlers.secrets_of(handler)
+        for name in handlers.secrets_of(handler, handlers.pool_of(definition, org.pool))
     }
     if not wanted:
         return

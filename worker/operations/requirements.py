@@ -106,10 +106,13 @@ def _load(connection: Connection, rows: list[dict[str, Any]]) -> list[OrgDefinit
     return list(found.values())
 
 
-def scopes_of(definition: Definition, handlers: Handlers) -> tuple[frozenset[str], frozenset[str]]:
+def scopes_of(
+    definition: Definition, handlers: Handlers, org_pool: str | None
+) -> tuple[frozenset[str], frozenset[str]]:
     """The scopes that a definition's token must have, and those that its variants add."""
-    own = handlers.scopes_of(definition.handler) if definition.scopes is None else definition.scopes
-    variants = [handlers.scopes_of(variant.handler) for variant in definition.variants]
+    pool = handlers.pool_of(definition, org_pool)
+    own = handlers.scopes_of(definition.handler, pool) if definition.scopes is None else definition.scopes
+    variants = [handlers.scopes_of(variant.handler, pool) for variant in definition.variants]
     return own, frozenset().union(*variants) - own
 
 
@@ -194,7 +197,7 @@ class TokenForecast:
             audience = definition.audience or (issuer.audience if issuer else None) or ""
             trigger = definition.trigger(org.timezone)
             count = trigger.count(now, now + DAY - timedelta(microseconds=1))
-            token = (audience, *scopes_of(definition, handlers))
+            token = (audience, *scopes_of(definition, handlers, org.pool))
             shared.setdefault(token, []).append((count, definition.max_claims_age))
             self._streams[trigger, window_of(definition.schedule, trigger, definition.spread)] += 1
         for runs in shared.values():

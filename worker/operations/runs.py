@@ -12,7 +12,6 @@ from sqlalchemy import Connection
 
 from worker.definitions import fields
 from worker.definitions.definition import Definition, from_spec
-from worker.definitions.pools import pool_of
 from worker.errors import AccessDenied, Conflict, DefinitionError, NotFound, UsageError
 from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, new_id
 from worker.operations.changes import because, differing
@@ -20,7 +19,6 @@ from worker.operations.handlers import Handlers, as_taken
 from worker.runs.run import NewRun, Origin
 from worker.store import (
     audit,
-    catalogue,
     definitions,
     edit_runs,
     firing,
@@ -316,7 +314,7 @@ def new_run(
 ) -> NewRun:
     """A run of a definition row's revision that can start at once."""
     run_id = RunId(new_id())
-    wants = handlers.declared(definition.handler)
+    pool = handlers.pool_of(definition, row["org_pool"])
     return NewRun(
         id=run_id,
         org_id=row["org_id"],
@@ -327,8 +325,8 @@ def new_run(
         scheduled_for=scheduled_for,
         available_at=at,
         idempotency_key=run_id,
-        isolation=definition.isolation or wants.isolation,
-        pool=pool_of(definition.pool, wants.pool, row["org_pool"]),
+        isolation=handlers.isolation_of(definition, pool),
+        pool=pool,
         serial=definition.serial,
         overlap=definition.overlap,
         priority=definition.priority,
@@ -362,13 +360,14 @@ def _place(
     definition = from_spec(row["org"], row["name"], row["spec"])
     handlers = Handlers(connection)
     if params is not None:
+        pool = handlers.pool_of(definition, row["org_pool"])
         try:
             params = fields.json_table(params)
         except ValueError as error:
             raise fields.refusal(str(error), entry, "params") from error
         for handler in definition.handlers:
-            params = as_taken(handlers.schema(handler), params, typed or {})
-            handlers.check_params(handler, params, entry)
+            params = as_taken(handlers.schema(handler, pool), params, typed or {})
+            handlers.check_params(handler, params, entry, pool)
     run = new_run(row, definition, handlers, origin=origin, scheduled_for=scheduled_for, at=at)
     run = replace(run, created_by=actor, params=params, **identity)
     blocking = firing.place(connection, run, at=at)
@@ -401,8 +400,9 @@ def _continue(
         )
     if handler is None:
         return
-    named = handler in from_spec(row["org"], row["name"], row["spec"]).handlers
-    if named and any(entry["error"] is None for entry in catalogue.entries(connection, handler)):
+    definition = from_spec(row["org"], row["name"], row["spec"])
+    named, handlers = handler in definition.handlers, Handlers(connection)
+    if named and handlers.is_offered(handler, handlers.pool_of(definition, row["org_pool"])):
         return
     gone = "no installed distribution offers" if named else "its definition no longer names"
     raise Conflict(

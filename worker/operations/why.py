@@ -13,10 +13,12 @@ from worker.clock import to_text
 from worker.definitions.definition import Definition, from_spec
 from worker.definitions.triggers import Trigger
 from worker.definitions.zones import parse_zone
+from worker.handlers.ceiling import OF_DEFINITIONS
 from worker.ids import ALL_ORGS, OrgId
+from worker.operations import approvals
 from worker.runs.fire import is_closed
 from worker.runs.why import Why, last_error, why_run
-from worker.store import definitions, health, history, orgs
+from worker.store import catalogue, definitions, health, history, orgs, places
 from worker.store.dialect import database_now
 from worker.store.lists import runs as run_lists
 
@@ -130,6 +132,10 @@ def _blocked(connection: Connection, run: Row, org: Row, found: Why) -> Why:
             f"its org was paused by {org['state_by']} at {to_text(org['state_at'])}: none of its runs start"
         )
         return replace(found, cause=cause, next=f"orgs resume {run['org']}")
+    if run["reason"] == "not_approved":
+        return _not_approved(connection, run, org, found)
+    if run["reason"] == "no_handler":
+        return _elsewhere(connection, run, found)
     if run["reason"] not in _READY:
         return found
     if run["available_at"] is not None and run["available_at"] > database_now(connection):
@@ -144,6 +150,41 @@ def _blocked(connection: Connection, run: Row, org: Row, found: Why) -> Why:
         cause = f"its org already runs as many as its max_concurrent_runs allows: {limit}"
         return replace(found, cause=cause, next=f"runs list --org {run['org']} --state running")
     return found
+
+
+def _not_approved(connection: Connection, run: Row, org: Row, found: Why) -> Why:
+    """The same, with what hosts of the run's pool declare now, and the command that approves it."""
+    row = definitions.require(connection, org["id"], run["org"], run["definition"])
+    handlers = {run["handler"], *from_spec(run["org"], run["definition"], row["spec"]).handlers}
+    pending = [one for one in approvals.pending(connection, run["pool"]) if one["handler"] in handlers]
+    if not pending:
+        cause = f"it waited for an approval, which is not needed any more; it starts at {_at(run)}"
+        return replace(found, cause=cause, next=f"runs show {run['id']}")
+    first = pending[0]
+    cause = (
+        f"hosts of pool {run['pool']} declare {approvals.what_of(first)} for {first['handler']}, "
+        "which no administrator has approved"
+    )
+    if OF_DEFINITIONS.issuperset(first["pending"]):
+        cause += f"; a definition that sets {' and '.join(first['pending'])} itself needs no approval"
+    return replace(found, cause=cause, next=approvals.command_of(first))
+
+
+def _at(run: Row) -> str:
+    return "once" if run["available_at"] is None else to_text(run["available_at"])
+
+
+def _elsewhere(connection: Connection, run: Row, found: Why) -> Why:
+    """The same; for a handler that only hosts of other pools offer, with these pools."""
+    handler = run["handler"]
+    pools = places.pools_with(connection, handler)
+    if not pools or run["pool"] in pools or catalogue.is_of_workers(connection, [handler]):
+        return found
+    cause = (
+        f"only hosts offer its handler {handler}, those of pool {', '.join(pools)}, and its pool is "
+        f"{run['pool']}: the definition must name the pool"
+    )
+    return replace(found, cause=cause, next=f"definitions show {run['org']} {run['definition']}")
 
 
 def _skipped(

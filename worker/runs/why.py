@@ -83,8 +83,8 @@ CAUSES: Mapping[tuple[str, str | None], str] = {
     "when the budget is raised",
     ("waiting", "no_handler"): "no running worker offers its handler {handler}",
     ("waiting", "no_pool"): "no worker or host serves pool {detail}",
-    ("waiting", "not_approved"): "the hosts of its pool ask for more than their handler may get there, until "
-    "an administrator approves it ({detail})",
+    ("waiting", "not_approved"): "hosts of pool {pool} declare more for its handler {handler} than an "
+    "administrator approved",
     ("waiting", "unplaced"): "it could not be placed on a host of its pool: {detail}",
     ("waiting", "asleep"): "its handler sleeps until {available_at}, without a process",
     ("waiting", "answer"): "its handler waits for an answer to {waits}, without a process",
@@ -110,6 +110,7 @@ NEXT: Mapping[tuple[str, str | None], str] = {
     ("waiting", "no_token"): "orgs check {org}",
     ("waiting", "no_handler"): "handlers list",
     ("waiting", "no_pool"): "definitions show {org} {definition}",
+    ("waiting", "not_approved"): "pools approvals {pool}",
     ("waiting", "answer"): "runs answer {id} {wait} --data JSON",
     ("waiting", "budget"): "budgets list --org {org}",
     ("running", None): "runs logs {id} --follow",

@@ -16,6 +16,8 @@ from worker.store.dialect import Row, all_rows, chunks, database_now, first_row,
 _approvals, _hosts, _handlers = tables.pool_approvals, tables.hosts, tables.host_handlers
 _live = tables.live_runs
 _REPLACED = ("digest", "ceiling", "approved_at", "approved_by")
+# Hosts and approvals, more than any installation has.
+MOST = 10_000
 # Runs that an approval lets start at once; others wait a little longer.
 WOKEN = 10_000
 
@@ -77,7 +79,7 @@ def _declarations(connection: Connection, pool: str | None) -> Iterator[tuple[st
     for row in all_rows(connection, query.order_by(_handlers.c.seen_at).limit(host_handlers.MOST)):
         yield row["pool"], row["host"], catalogue.entry_of(row)
     # Of two versions under one token, as in a rolling update, the table has the one that reported last.
-    names = {id_: name for id_, name in connection.execute(select(_hosts.c.id, _hosts.c.name))}
+    names = {id_: name for id_, name in connection.execute(select(_hosts.c.id, _hosts.c.name).limit(MOST))}
     live = [one for one in host_grants.live_incarnations(connection) if one.host_id in names]
     live = [one for one in live if one.pools and pool in (None, one.pools[0])]
     declared = host_grants.declarations(connection, live)
@@ -89,7 +91,8 @@ def _declarations(connection: Connection, pool: str | None) -> Iterator[tuple[st
 
 def approvals(connection: Connection) -> list[Row]:
     """All approvals, by pool and handler; `ceiling` is JSON."""
-    return all_rows(connection, select(_approvals).order_by(_approvals.c.pool, _approvals.c.handler))
+    query = select(_approvals).order_by(_approvals.c.pool, _approvals.c.handler)
+    return all_rows(connection, query.limit(MOST))
 
 
 def approve(

@@ -16,6 +16,7 @@ from worker.errors import AccessDenied, Conflict, NotFound
 from worker.ids import ALL_ORGS, OrgId, OrgScope
 from worker.operations import bulk
 from worker.operations.answers import answer
+from worker.operations.approvals import approve
 from worker.operations.backfill import backfill, planned_backfill
 from worker.operations.budgets import raise_budget
 from worker.operations.credentials import add_credential, retire_credential
@@ -72,8 +73,9 @@ Action = Literal[
     "budget",
     "credentials",
     "state",
+    "approve",
 ]
-BY_ADMINS: frozenset[Action] = frozenset({"credentials"})
+BY_ADMINS: frozenset[Action] = frozenset({"credentials", "approve"})
 BY_ORGS: frozenset[Action] = frozenset({"run", "retry", "cancel", "pause", "answer"})
 
 
@@ -345,6 +347,10 @@ class CallerDatabase:
         }
         what = {"revision": revision, "reason": reason, **allowed}
         return await self._change_of(caller, "edit", edit_definition, org, name, changes, **what)
+
+    async def approve(self, caller: Caller, pool: str, handler: str, digest: str) -> Row:
+        """Approve what hosts of a pool declare of a handler."""
+        return await self._change(caller, "approve", approve, pool, handler, digest)
 
     async def set_state(
         self, caller: Caller, org: str, name: str, data: Mapping[str, Any]

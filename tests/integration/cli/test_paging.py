@@ -98,9 +98,9 @@ def test_orgs_are_narrowed_to_one(filled: CommandLine):
 def test_a_page_of_handlers_never_ends_within_a_name(filled: CommandLine, monkeypatch: pytest.MonkeyPatch):
     """Two distributions may offer one name; --after goes on with the next name."""
     offered = [{"name": name, "distribution": f"d{n}"} for n, name in enumerate(("a", "b", "b", "c"))]
-    keys = ("version", "isolation", "scopes", "error")
+    keys = ("source", "pool", "version", "isolation", "scopes", "error")
     entries = [entry | dict.fromkeys(keys) for entry in offered]
-    monkeypatch.setattr("worker.store.catalogue.entries", lambda connection, name=None: entries)
+    monkeypatch.setattr("worker.store.lists.handlers.listed", lambda *_, **__: entries)
 
     first = rows(filled, "handlers list", "--limit", "2")
     second = rows(filled, "handlers list", "--limit", "2", "--after", "a")

@@ -35,14 +35,16 @@ from tests.integration.web.test_callers import PERSON, with_scopes
 from worker.definitions.file import parse_file
 from worker.guard import Guard
 from worker.handlers.catalogue import HandlerEntry
-from worker.ids import ALL_ORGS, OrgScope, RunId, new_id
+from worker.handlers.ceiling import Ceiling, digest
+from worker.ids import ALL_ORGS, OrgScope, RunId, WorkerId, new_id
 from worker.operations.apply import apply
 from worker.operations.credentials import add_credential
 from worker.operations.definitions import pause_definition
+from worker.operations.hosts import add_host
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import cancel, run_now
 from worker.operations.templates import materialise
-from worker.store import catalogue, edit_runs, orgs, roles, tables
+from worker.store import catalogue, edit_runs, host_handlers, hosts, orgs, roles, sign_in, tables
 from worker.store.database import Database
 from worker.store.orgs import OrgCaller
 from worker.telemetry.metrics import Metrics
@@ -105,12 +107,13 @@ CHANGED = (
     "run_logs",
     "credentials",
     "budget_raises",
+    "pool_approvals",
 )
-# How each of these is read, and the place of its org.
+# How each of these is read, and the place of its org: what is of no org is kept by its first column.
 READ = {
     name: (
         f"SELECT {', '.join(table.c.keys())} FROM {name} ORDER BY {', '.join(table.primary_key.c.keys())}",
-        table.c.keys().index("org_id"),
+        table.c.keys().index("org_id") if "org_id" in table.c else 0,
     )
     for name, table in ((name, tables.metadata.tables[name]) for name in CHANGED)
 }
@@ -158,6 +161,7 @@ Kind = Literal[
     "staff",
     "zone",
     "bulk",
+    "approve",
 ]
 
 
@@ -226,6 +230,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("POST", "/orgs/{org}/pause"): BY_STAFF,
     ("POST", "/orgs/{org}/resume"): BY_STAFF,
     ("POST", "/usage/{org}/raise"): BY_STAFF,
+    ("POST", "/pools/approve"): Rule("approve", role="admin", status=303),
     ("GET", "/runs/{run}"): Rule("own_run"),
     ("GET", "/runs/{run}/log"): Rule("own_run"),
     ("GET", "/runs/{run}/live"): Rule("own_run"),
@@ -273,12 +278,14 @@ def expected(rule: Rule, who: Who, target: str, *, session: bool, page: bool, pa
         return 200 if who.org is None else 403
     if rule.kind == "login":
         return rule.status
-    is_form = rule.kind in ("write", "run_now", "logout", "zone") or rule == BY_STAFF
+    is_form = rule.kind in ("write", "run_now", "logout", "zone", "approve") or rule == BY_STAFF
     if page and not session and is_form:
         # A form is taken from a page of ours only.
         return 401
     if rule.kind in ("logout", "zone", "document"):
         return rule.status
+    if rule.kind == "approve":
+        return rule.status if who.org is None and RANK[who.role] >= RANK[rule.role] else 403
     if rule.kind == "bulk":
         if rule.status == 303 and not session:
             return 401
@@ -316,6 +323,9 @@ class Installation:
     clock: ManualClock
     issuer: FakeIssuer
     guard: Guard
+    # The incarnation of a host of pool eu, and the digest of what it declares last.
+    host: WorkerId = field(default_factory=lambda: WorkerId(""))
+    digest: str = ""
     ids: dict[str, str] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)
     names: dict[str, set[str]] = field(default_factory=dict)
@@ -355,6 +365,14 @@ class Installation:
         """The generation of another credential."""
         row = add_credential(self.admin, None, org, client_id="m2m-more", actor="tester", reference="absent")
         return row["generation"]
+
+    def unapproved(self, org: str) -> str:
+        """The digest of what a host declares, which is not approved yet."""
+        entry = HandlerEntry("gpu.render", "gpu", "1.0", "gpu:render", max_attempts=10 + next(NUMBERS))
+        with self.admin.transaction() as connection:
+            host_handlers.report(connection, self.host, [entry])
+        self.digest = digest("eu", entry.name, Ceiling.of(entry))
+        return self.digest
 
     def callers(self) -> list[Who]:
         org = {role: f"of org_a as {role}" for role in ("viewer", "operator")}
@@ -473,6 +491,18 @@ def fill(made: Installation) -> None:
             made.names[code] = {code, mark, run, org_id, definition}
 
 
+def begin_host(database: Database) -> WorkerId:
+    """A live host of pool eu."""
+    token, worker = add_host(database, "gpu1", "eu", actor="tester")["token"], WorkerId(new_id())
+    with database.transaction() as connection:
+        found = hosts.find(connection, sign_in.sha256(token), None)
+        assert found is not None
+        slots = {"children": 1, "inline": 1}
+        what = {"capacity": slots, "host": "gpu1.local", "pid": 7, "version": "1"}
+        hosts.begin(connection, found, worker, lease=timedelta(hours=9), **what)
+    return worker
+
+
 @contextmanager
 def login_of_serve(server: postgres.Server, url: str) -> Iterator[str]:
     """The URL of a login as docs/operating/postgresql.md makes it for `serve`."""
@@ -514,6 +544,7 @@ async def made(
         stack.push_async_callback(guard.close)
         installation = Installation(admin, served, served_url, clock, issuer, guard)
         fill(installation)
+        installation.host = begin_host(admin)
         set_org_state(admin, "org_z", "suspended", actor="tester")
         yield installation
 
@@ -522,7 +553,7 @@ class Client:
     """One caller at one application: by its bearer token, and by a session that the token opened."""
 
     def __init__(self, app: Any, who: Who, made: Installation) -> None:
-        self.served, self.clock = made.served, made.clock
+        self.made, self.served, self.clock = made, made.served, made.clock
         headers = {} if who.token is None else {"authorization": f"Bearer {who.token}"}
         self.bearer = self._client(app, headers)
         self.session = self._client(app, {"origin": BASE})
@@ -576,6 +607,8 @@ class Client:
             org = path.split("/")[-2]
             by: Any = next(NUMBERS) if path.startswith(API) else str(next(NUMBERS))
             return {"meter": f"canary-{org}-tokens", "per": "day", "by": by}
+        if path.endswith("/approve"):
+            return {"pool": "eu", "handler": "gpu.render", "digest": self.made.digest}
         if path.endswith("/answer"):
             return {"name": "approval", "choice": "true"}
         if "/answers/" in path:
@@ -603,7 +636,12 @@ def used_by(path: str) -> str | None:
     # An answer may come before the run waits for it.
     if path.endswith(("{run}/cancel", "{run}/answer")) or "/answers/" in path:
         return "waiting"
-    ends = {"{run}/retry": "cancelled", "/{name}/resume": "paused", "/retire": "new_credential"}
+    ends = {
+        "{run}/retry": "cancelled",
+        "/{name}/resume": "paused",
+        "/retire": "new_credential",
+        "/approve": "unapproved",
+    }
     return next((thing for end, thing in ends.items() if path.endswith(end)), None)
 
 
@@ -643,7 +681,7 @@ class Matrix:
         self, client: Client, method: str, path: str, rule: Rule, target: str, *, session: bool
     ) -> None:
         who, page = client.who, not path.startswith(("/api/", "/livez", "/readyz", "/metrics"))
-        writes = rule.kind in ("write", "run_now", "by_staff") and method != "GET"
+        writes = rule.kind in ("write", "run_now", "by_staff", "approve") and method != "GET"
         thing = used_by(path)
         if thing is not None and (thing, target) not in self.unused:
             self.unused[thing, target] = getattr(self.made, thing)(target)
@@ -668,7 +706,9 @@ class Matrix:
         self.judge(who, called, answer.status_code, wanted)
         self.judge_text(who, called, answer, url)
         if before is not None:
-            self.judge_effect(who, called, target, before, done=wanted == rule.status)
+            # An approval is of a pool, and of no org.
+            changed = "" if rule.kind == "approve" else target
+            self.judge_effect(who, called, changed, before, done=wanted == rule.status)
         if wanted == rule.status:
             self.unused.pop((thing, target), None)
         if method == "GET" and not session:

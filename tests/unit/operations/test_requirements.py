@@ -58,7 +58,10 @@ def forecast(
 
 
 class NoHandlers:
-    def scopes_of(self, handler: str) -> frozenset[str]:
+    def pool_of(self, definition: Definition, org_pool: str | None) -> str:
+        return "default"
+
+    def scopes_of(self, handler: str, pool: str) -> frozenset[str]:
         return frozenset()
 
 

@@ -50,6 +50,7 @@ def run(state: str, reason: str | None, **changes: Any) -> dict[str, Any]:
         "org": "org_acme",
         "definition": "digest",
         "handler": "acme.digest",
+        "pool": "eu",
         "scheduled_for": AT,
         "state": state,
         "reason": reason,

@@ -21,7 +21,7 @@ def row(state: str, reason: str | None, **values: Any) -> dict[str, Any]:
         "id": RUN, "org": "org a", "definition": "my digest", "handler": "acme.digest", "state": state,
         "reason": reason, "detail": "x", "error": None, "attempt": 1, "scheduled_for": START,
         "available_at": START, "worker": OTHER, "started_at": START, "checkpoint": None, "attempts": [],
-        "created_at": START, "retried_as": None,
+        "created_at": START, "retried_as": None, "pool": "eu",
     }  # fmt: skip
     return run | values
 

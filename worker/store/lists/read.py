@@ -45,6 +45,7 @@ from worker.store.lists import (
     TEMPLATES,
     Listing,
     Page,
+    handlers,
     redaction,
     runs,
     search,
@@ -88,6 +89,8 @@ def read(connection: Connection, listing: Listing[R], org: OrgScope, page: Page 
         if query.is_of_runs:
             raise UsageError("orgs have no such keys", fix="search for orgs by words, or by org:NAME")
         return cast(list[R], search.orgs_of(connection, org, query, page))
+    if listing is HANDLERS:
+        return cast(list[R], handlers.listed(connection, scope, most=MAX_LIMIT))
     source = _SOURCES[listing]
     statement = source.query
     if not isinstance(scope, AllOrgs):
@@ -105,15 +108,11 @@ def read(connection: Connection, listing: Listing[R], org: OrgScope, page: Page 
         statement = statement.where(source.by_default)
     if page.since is not None and source.since is not None:
         statement = statement.where(source.since >= page.since)
-        if source.since_bounds_key and source.key is not None:
+        if source.since_bounds_key:
             statement = statement.where(source.key >= lowest_id(page.since))
-    if source.key is not None:
-        if page.after is not None:
-            statement = statement.where(source.key < page.after)
-        statement = statement.order_by(source.key.desc()).limit(limit)
-    else:
-        # What is installed is few.
-        statement = statement.order_by(_catalogue.c.name, _catalogue.c.distribution).limit(MAX_LIMIT)
+    if page.after is not None:
+        statement = statement.where(source.key < page.after)
+    statement = statement.order_by(source.key.desc()).limit(limit)
     return cast(list[R], all_rows(connection, statement))
 
 
@@ -260,8 +259,8 @@ class _Source:
         for other, condition in joined:
             self.query = self.query.outerjoin(other, condition)
         self.columns = columns | ({"definition": _definitions.c.name} if listing is DEFINITIONS else {})
-        # A UUIDv7, so newer rows have greater keys. Handlers have none, and no pages.
-        self.key = table.c.get("id")
+        # A UUIDv7, so newer rows have greater keys.
+        self.key = table.c["id"]
         self.of_org = of_org or (lambda org_id: table.c.org_id == org_id)
         self.since = table.c.get(since)
         self.since_bounds_key = since_bounds_key
@@ -354,12 +353,6 @@ _SOURCES: Mapping[Listing[Any], _Source] = {
         state=case((_templates.c.closed_at.is_(None), literal("open")), else_=literal("closed")),
     ),
     SKIPS: _Source(SKIPS, _skips, since="skipped_until", since_bounds_key=False),
-    HANDLERS: _Source(
-        HANDLERS,
-        _catalogue,
-        by_default=OF_WORKERS,
-        of_org=lambda org_id: _catalogue.c.name.in_(_open_definitions(org_id, _of_spec("handler"))),
-    ),
     CREDENTIALS: _Source(CREDENTIALS, _credentials),
     SECRETS: _Source(SECRETS, tables.org_secrets),
     AUDIT: _Source(AUDIT, _audit, since="at"),

@@ -7,7 +7,7 @@ The classes `…Detail` are for the verb `show`.
 from __future__ import annotations
 
 from datetime import date, datetime
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 from worker.ids import DefinitionId, OrgId, RunId, TemplateId, WorkerId
 from worker.orgs import OrgState
@@ -272,7 +272,10 @@ class Skip(TypedDict):
 
 
 class Handler(TypedDict):
+    """`source` says whether workers offer it, in any pool, or hosts of the pool `pool` declare it."""
+
     name: Shown[str]
+    source: Shown[Literal["worker", "host"]]
     distribution: Shown[str]
     version: Shown[str]
     entry_point: Shown[str]

@@ -99,6 +99,8 @@ def step_of(command: str, run: Mapping[str, Any]) -> Step | None:
             return Step("Open the definition", definition_path(org, run["definition"]))
         case "handlers", _:
             return Step("See the handlers", "/handlers")
+        case "pools", _:
+            return Step("See what hosts declare", "/workers#approvals", "approve")
         case "doctor", _:
             return Step("See the workers", "/workers")
     return None

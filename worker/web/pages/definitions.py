@@ -14,10 +14,12 @@ from starlette.routing import Route
 
 from worker.definitions.effective import effective
 from worker.definitions.fields import refusal
+from worker.definitions.pools import pool_of
 from worker.definitions.units import parse_time
 from worker.errors import Conflict, DefinitionError, UsageError, WorkerError
 from worker.ids import DefinitionId
 from worker.operations.changes import shown_keys
+from worker.operations.handlers import Handlers
 from worker.runs.preview import preview_definition
 from worker.store import catalogue, orgs
 from worker.store.lists import BACKFILLS, Page
@@ -224,8 +226,12 @@ def _next_times(
 def _effective(
     connection: Connection, row: DefinitionDetail, org: Mapping[str, Any]
 ) -> dict[str, list[dict[str, Any]]]:
-    handlers = catalogue.entries(connection, row["handler"])
-    usable = next((one for one in handlers if one["error"] is None), None)
+    usable: Mapping[str, Any] | None
+    if of_workers := catalogue.entries(connection, row["handler"]):
+        usable = next((one for one in of_workers if one["error"] is None), None)
+    else:
+        pool = pool_of(row["spec"].get("pool"), org["pool"])
+        usable = Handlers(connection).effective(row["handler"], pool)
     try:
         groups = effective(
             row["spec"],

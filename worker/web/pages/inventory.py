@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from worker.errors import AccessDenied, UsageError
+from worker.errors import AccessDenied, Conflict, NotFound, UsageError, WorkerError
 from worker.ids import ALL_ORGS
+from worker.operations import approvals
 from worker.store import health, pools
 from worker.store.lists import (
     AUDIT,
@@ -26,9 +28,12 @@ from worker.store.lists import (
 from worker.store.lists.morning import lease_state
 from worker.store.lists.read import read
 from worker.web.callers import Caller
-from worker.web.pages.base import ROWS, Pages, caller_of, next_page, query
+from worker.web.pages.base import ROWS, Pages, allowed, caller_of, next_page, query
+from worker.web.pages.forms import problem_of
 
 R = TypeVar("R")
+# Declarations of hosts of one pool that the page of workers shows; characters of secrets and scopes of one.
+APPROVALS, MOST_DECLARED = 20, 2_000
 RISKS = ("dead", "old", "all")
 
 
@@ -43,6 +48,7 @@ class InventoryPages:
             Route("/handlers", self._handlers),
             Route("/credentials", self._credentials),
             Route("/workers", self._workers),
+            Route("/pools/approve", self._approve, methods=["POST"]),
             Route("/audit", self._audit),
         )
 
@@ -110,9 +116,13 @@ class InventoryPages:
         return await self._pages.show(request, "credentials.html", work)
 
     async def _workers(self, request: Request) -> Response:
+        query(request)
+        return await self._workers_page(request)
+
+    async def _workers_page(self, request: Request, problem: WorkerError | None = None) -> Response:
+        """The page; after an approval that was refused, with its problem."""
         if caller_of(request).org is not None:
             raise AccessDenied("the page of workers is for operators", fix="open the page of your org")
-        query(request)
         now = self._pages.clock.now()
 
         def work(connection: Connection) -> dict[str, Any]:
@@ -122,15 +132,52 @@ class InventoryPages:
                 for row in health.workers(connection)
             ]
             workers.sort(key=lambda row: ("missing", "late", "up", "stopped").index(row["state"]))
-            return {"workers": workers, "pools": pools.overview(connection)}
+            return {
+                "workers": workers,
+                "pools": pools.overview(connection),
+                "approvals": shown_approvals(approvals.declared(connection)),
+                "may": allowed(request),
+                **problem_of(problem),
+            }
 
         return await self._pages.show(request, "workers.html", work)
+
+    async def _approve(self, request: Request) -> Response:
+        _, form = await self._pages.checked_form(request)
+        given = (form.get(name, "") for name in ("pool", "handler", "digest"))
+        try:
+            await self._pages.database.approve(caller_of(request), *given)
+        except (Conflict, NotFound) as error:
+            return await self._workers_page(request, problem=error)
+        return RedirectResponse("/workers#approvals", 303)
 
 
 def require_admin(caller: Caller) -> None:
     """As in the API: the role admin for operators; an org sees its own rows."""
     if caller.org is None:
         caller.require("admin")
+
+
+def shown_approvals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Hosts' declarations with the command for each; a few of each pool, so that none hides another's.
+
+    `left_out` is the number of a pool's further rows, at its last one. What is too long to read here has
+    `is_long`: it is to be approved with the command.
+    """
+    of_pool = Counter(row["pool"] for row in rows)
+    seen: Counter[str] = Counter()
+    shown = []
+    for row in rows:
+        seen[row["pool"]] += 1
+        if seen[row["pool"]] > APPROVALS:
+            continue
+        is_last = seen[row["pool"]] == APPROVALS
+        long = sum(map(len, (*row["secrets"], *row["scopes"]))) > MOST_DECLARED
+        names = {key: [] if long else row[key] for key in ("secrets", "scopes")}
+        left_out = of_pool[row["pool"]] - APPROVALS if is_last else 0
+        command = approvals.command_of(row)
+        shown.append({**row, **names, "is_long": long, "left_out": left_out, "command": command})
+    return shown
 
 
 def _state_of(worker: Mapping[str, Any], now: datetime) -> str:

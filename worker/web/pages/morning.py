@@ -13,6 +13,8 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
+from worker.operations import approvals
+from worker.store import places
 from worker.store.health import oldest_unfired
 from worker.store.installation import read as read_installation
 from worker.store.lists import failures, morning
@@ -58,6 +60,8 @@ _NO_TOKEN = {
     "answer_too_large": "Issuer {} gives tokens that are too large",
     "credentials_rejected": "Issuer {} rejects credentials",
 }
+# Reasons of waiting that nothing ends but a person.
+_STUCK = ("no_handler", "no_pool", "not_approved", "unplaced")
 _LEVELS = ("bad", "warn", "quiet")
 
 
@@ -233,13 +237,7 @@ def _of_waiting(connection: Connection, now: datetime) -> Iterator[Matter]:
             continue
         since = now - wait["since"]
         is_long = since > LONG_WAIT and reason in ("due", "handed_back", "recovered", "resumed")
-        level = (
-            "bad"
-            if reason in ("no_handler", "no_pool", "not_approved", "unplaced")
-            else "warn"
-            if is_long
-            else "quiet"
-        )
+        level = "bad" if reason in _STUCK else "warn" if is_long else "quiet"
         about = f"In {_count(wait['orgs'], 'org')}."
         if since > timedelta():
             about += f" The oldest could have started {took(since)} ago."
@@ -253,6 +251,16 @@ def _of_inventory(connection: Connection) -> Iterator[Matter]:
         names = _some([row["name"] for row in broken.examples], broken.total)
         title = f"{_count(broken.total, 'handler')} {'does' if broken.total == 1 else 'do'} not load"
         yield Matter("bad", title, names, "/handlers", "Handlers")
+    if of_hosts := places.broken(connection):
+        names = _some(list(dict.fromkeys(f"{row['name']} in pool {row['pool']}" for row in of_hosts)))
+        title = (
+            f"{_count(len(of_hosts), 'handler')} of hosts {'does' if len(of_hosts) == 1 else 'do'} not load"
+        )
+        yield Matter("warn", title, names, "/handlers", "Handlers")
+    if pending := approvals.pending(connection):
+        names = _some(list(dict.fromkeys(f"{row['handler']} in pool {row['pool']}" for row in pending)))
+        title = f"{_count(len(pending), 'declaration')} of hosts not approved"
+        yield Matter("warn", title, names, "/workers#approvals", "Workers")
     paused = morning.paused_definitions_for_all_orgs(connection)
     if paused.total:
         names = _some([f"{row['org']}/{row['name']}" for row in paused.examples], paused.total)

@@ -1,0 +1,163 @@
+"""Approvals: list what hosts of a pool declare beyond what they may, and approve it by its digest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from sqlalchemy import Connection
+
+from worker.definitions.pools import DEFAULT_POOL
+from worker.errors import Conflict, Diagnostic, NotFound
+from worker.handlers.ceiling import Ceiling, approve_command, may_run
+from worker.store import approvals, audit, places, pools
+from worker.store.database import Database
+from worker.store.dialect import Row
+
+# What an administrator decides on, besides pool, handler and digest.
+DECLARED = ("secrets", "scopes", "timeout", "max_attempts", "max_concurrent")
+
+
+def list_approvals(database: Database, pool: str | None = None) -> list[Row]:
+    """What hosts declare beyond the defaults and what workers declare, approved or not; pending first.
+
+    Raises:
+        NotFound: no host is of this pool.
+    """
+    with database.autocommit() as connection:
+        if pool is not None:
+            _require_pool(connection, pool)
+        return declared(connection, pool)
+
+
+def declared(connection: Connection, pool: str | None = None) -> list[Row]:
+    """As `list_approvals`, without a check of the pool."""
+    rows = [row for row in approvals.declared_by_hosts(connection, pool) if row["beyond"]]
+    return sorted(rows, key=lambda row: row["approved"])
+
+
+def pending(connection: Connection, pool: str | None = None) -> list[Row]:
+    """What hosts declare that nothing approved covers: they are not offered these handlers as they are."""
+    return [row for row in declared(connection, pool) if not row["approved"]]
+
+
+def command_of(row: Mapping[str, Any]) -> str:
+    """The command that approves a row."""
+    return approve_command(row["pool"], row["handler"], Ceiling.from_json(row))
+
+
+def what_of(row: Mapping[str, Any]) -> str:
+    """What a row declares of each key that is not approved, in words."""
+    return ", ".join(f"{key} {_in_words(row[key])}" for key in row["pending"])
+
+
+def approve(database: Database, pool: str, handler: str, digest: str, *, actor: str) -> Row:
+    """Approve what hosts of a pool declare of a handler, in place of an earlier approval; returns it.
+
+    Runs that wait for it can start at once. The same again changes nothing.
+
+    Raises:
+        NotFound: no host is of this pool, or none of them declares the handler.
+        Conflict: they declare something else than what has this digest.
+    """
+    with database.transaction() as connection:
+        _require_pool(connection, pool)
+        before = approvals.approved(connection, pool, handler)
+        if before is not None and before["digest"] == digest:
+            return _shown(before)
+        now = database.now(connection)
+        given = approvals.approve(connection, pool, handler, digest, by=actor, at=now)
+        if given is None:
+            raise _not_declared(pool, handler, approvals.declared_by_hosts(connection, pool))
+        replaced = {"replaces": before["digest"]} if before is not None else {}
+        detail = {"digest": digest, "ceiling": given["ceiling"], **replaced}
+        entry = audit.Entry(None, "pool.approve", f"{pool} {handler}", detail)
+        audit.record(connection, [entry], at=now, actor=actor)
+        return _shown(given)
+
+
+def revoke(database: Database, pool: str, handler: str, *, actor: str) -> Row:
+    """Withdraw an approval and return it: runs that need it wait from now on, running ones go on.
+
+    Raises:
+        NotFound: nothing is approved for it.
+    """
+    with database.transaction() as connection:
+        before = approvals.approved(connection, pool, handler)
+        if before is None or not approvals.revoke(connection, pool, handler):
+            raise NotFound(
+                f"nothing is approved for {handler} in pool {pool}", fix="`pools approvals` lists approvals"
+            )
+        detail = {"digest": before["digest"], "ceiling": before["ceiling"]}
+        entry = audit.Entry(None, "pool.revoke", f"{pool} {handler}", detail)
+        audit.record(connection, [entry], at=database.now(connection), actor=actor)
+        return _shown(before)
+
+
+def diagnostic(connection: Connection, rows: Iterable[Row]) -> Diagnostic:
+    """What waits for an administrator; a warning unless a definition's runs wait, too.
+
+    Names keys and not their values, which hosts choose.
+    """
+    waiting = [row for row in rows if not row["approved"]]
+    if not waiting:
+        return Diagnostic("approvals", True, "all that hosts declare is approved")
+    uses = places.uses_for_all_orgs(connection, {row["handler"] for row in waiting})
+    blocking = [row for row in waiting if any(map(partial(_waits, row), uses))]
+    first = (blocking or waiting)[0]
+    more = f"; and {len(waiting) - 1} more" if len(waiting) > 1 else ""
+    runs = "; its runs wait" if blocking else ""
+    return Diagnostic(
+        "approvals",
+        not blocking,
+        f"hosts of pool {first['pool']} declare {', '.join(first['pending'])} for {first['handler']} beyond "
+        f"what is approved{runs}{more}",
+        f"look at it with `pools approvals`; `{command_of(first)}` approves it",
+    )
+
+
+def check(database: Database) -> Diagnostic:
+    """As `diagnostic`, of all that hosts declare."""
+    with database.autocommit() as connection:
+        return diagnostic(connection, declared(connection))
+
+
+def _waits(row: Row, use: Row) -> bool:
+    """Whether runs of a definition wait for the approval of a row."""
+    if (use["handler"], use["pool"] or DEFAULT_POOL) != (row["handler"], row["pool"]):
+        return False
+    return not may_run(row["pending"], use["spec"], scopes=row["scopes"])
+
+
+def _shown(approval: Row) -> Row:
+    """An approval with its ceiling as columns."""
+    ceiling = approval["ceiling"]
+    named = {key: approval[key] for key in ("pool", "handler", "digest")}
+    decided = {key: ceiling.get(key) for key in DECLARED}
+    return named | decided | {key: approval[key] for key in ("approved_at", "approved_by")}
+
+
+def _require_pool(connection: Connection, pool: str) -> None:
+    if pool not in pools.of_hosts(connection):
+        raise NotFound(f"there is no host of pool {pool}", fix="`hosts list` shows the pools of hosts")
+
+
+def _not_declared(pool: str, handler: str, rows: Iterable[Row]) -> NotFound | Conflict:
+    now = [row for row in rows if row["handler"] == handler]
+    if not now:
+        return NotFound(
+            f"no host of pool {pool} declares a handler {handler}",
+            fix=f"`pools approvals {pool}` lists what they declare",
+        )
+    known = next((row for row in now if not row["approved"]), now[0])
+    return Conflict(
+        f"no host of pool {pool} declares for {handler} what has this digest",
+        fix=f"look at `pools approvals {pool}`; `{command_of(known)}` approves what one declares now",
+    )
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(value) or "none"
+    return "unlimited" if value is None else str(value)

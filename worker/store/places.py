@@ -1,0 +1,111 @@
+"""Places: handlers that only hosts offer, as the pool of a run decides which declaration counts.
+
+An org's role may read all of it: nothing here joins `hosts`. Declarations go with their token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from sqlalchemy import Connection, func, select
+
+from worker.store import catalogue, tables
+from worker.store.dialect import Row, all_rows, chunks
+
+_handlers, _orgs, _approvals = tables.host_handlers, tables.orgs, tables.pool_approvals
+_definitions, _revisions = tables.definitions, tables.definition_revisions
+# Declarations of one handler in one pool that are looked at, the newest.
+DECLARATIONS = 20
+# Broken handlers that are counted.
+BROKEN = 100
+# Pools that a message names.
+NAMED = 5
+# Names of one pool that a misspelt one is compared with, and orgs that are read at a time.
+NAMES, PAGE = 500, 1_000
+# More approvals, and handlers, than any installation has.
+MOST = 10_000
+# Open definitions that are looked at, the newest ones.
+DEFINITIONS = 10_000
+
+
+def declared_in(connection: Connection, name: str, pool: str) -> list[Row]:
+    """What hosts of a pool declare of a handler, the newest first; with schemas, broken ones too."""
+    mine = (_handlers.c.name == name, _handlers.c.pool == pool)
+    order = (_handlers.c.seen_at.desc(), _handlers.c.host_id, _handlers.c.distribution)
+    return all_rows(connection, select(_handlers).where(*mine).order_by(*order).limit(DECLARATIONS))
+
+
+def pools_with(connection: Connection, name: str) -> list[str]:
+    """The first pools by name whose hosts offer a handler."""
+    usable = (_handlers.c.name == name, _handlers.c.error.is_(None))
+    query = select(_handlers.c.pool).where(*usable).distinct().order_by(_handlers.c.pool)
+    return list(connection.execute(query.limit(NAMED)).scalars())
+
+
+def names_in(connection: Connection, pool: str) -> list[str]:
+    """Handlers that hosts of a pool declare."""
+    query = select(_handlers.c.name).where(_handlers.c.pool == pool).distinct().order_by(_handlers.c.name)
+    return list(connection.execute(query.limit(NAMES)).scalars())
+
+
+def broken(connection: Connection) -> list[Row]:
+    """Name, pool, distribution, version and error of hosts' handlers that do not load, by name; the first."""
+    columns = (_handlers.c[name] for name in ("name", "pool", "distribution", "version", "error"))
+    query = select(*columns).where(_handlers.c.error.is_not(None), _handlers.c.name.not_in(catalogue.names()))
+    return all_rows(connection, query.order_by(_handlers.c.name, _handlers.c.pool).limit(BROKEN))
+
+
+def is_any_secret_approved(connection: Connection) -> bool:
+    """Whether an administrator approved a secret for any handler of hosts."""
+    query = select(_approvals.c.ceiling).limit(MOST)
+    return any(ceiling.get("secrets") for ceiling in connection.execute(query).scalars())
+
+
+def orgs_for_all_orgs(connection: Connection) -> Iterator[Row]:
+    """Code, issuer, tags and pool of every org that is not removed."""
+    columns = (_orgs.c[name] for name in ("code", "issuer", "tags", "pool"))
+    query = select(*columns).where(_orgs.c.state != "removed").order_by(_orgs.c.code).limit(PAGE)
+    rows = all_rows(connection, query)
+    while rows:
+        yield from rows
+        rows = all_rows(connection, query.where(_orgs.c.code > rows[-1]["code"])) if len(rows) == PAGE else []
+
+
+def uses_for_all_orgs(connection: Connection, handlers: Collection[str]) -> list[Row]:
+    """Open definitions of these handlers of hosts: org, name, handler, spec, `template_id` and pool, if any.
+
+    The newest first, among the newest definitions.
+    """
+    handler, pool = (_revisions.c.spec[key].as_string() for key in ("handler", "pool"))
+    place = func.coalesce(func.nullif(pool, ""), _orgs.c.pool).label("pool")
+    newest = (
+        select(*(_definitions.c[name] for name in ("id", "org_id", "name", "revision", "template_id")))
+        .where(_definitions.c.closed_at.is_(None))
+        .order_by(_definitions.c.id.desc())
+        .limit(DEFINITIONS)
+        .subquery()
+    )
+    its = (_revisions.c.definition_id == newest.c.id) & (_revisions.c.revision == newest.c.revision)
+    own = (newest.c.name, newest.c.template_id, handler.label("handler"), _revisions.c.spec)
+    query = (
+        select(_orgs.c.code.label("org"), place, *own)
+        .select_from(newest)
+        .join(_orgs, _orgs.c.id == newest.c.org_id)
+        .join(_revisions, its)
+        .where(_orgs.c.state != "removed")
+        .order_by(newest.c.id.desc())
+    )
+    found = (
+        row
+        for part in chunks(sorted(handlers))
+        for row in all_rows(connection, query.where(handler.in_(part)))
+    )
+    return list(found)
+
+
+def only_of_hosts(connection: Connection) -> set[str]:
+    """The handlers that hosts of any pool offer and no worker has."""
+    query = select(_handlers.c.name).where(
+        _handlers.c.error.is_(None), _handlers.c.name.not_in(catalogue.names())
+    )
+    return set(connection.execute(query.distinct().limit(MOST)).scalars())
