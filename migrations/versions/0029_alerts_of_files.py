@@ -3,7 +3,7 @@
 Expand first: the workers of the previous release run on this schema, and deliver such alerts too.
 
 Revision ID: 0029
-Revises: 0026
+Revises: 0027
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0029"
-down_revision = "0026"
+down_revision = "0027"
 # The oldest schema version whose workers run on this one: 0022 to 0029 change nothing that these need.
 works_with = "0021"
 branch_labels = None
