@@ -12,7 +12,7 @@ from tests.migrations.test_schema import alembic, connected
 from worker.clock import SystemClock
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import new_id
-from worker.store import approvals, catalogue, host_handlers, schema, tables
+from worker.store import approvals, catalogue, places, schema, tables
 from worker.store.database import Database
 
 AT = datetime(2020, 1, 1, tzinfo=UTC)
@@ -79,7 +79,8 @@ def test_what_hosts_declared_is_copied_under_their_pools(database_url: str) -> N
         # A worker that has read its own settles what of the name is the workers'.
         catalogue.put(connection, [HandlerEntry("acme.note", "d", "1", "m:f")], at=AT)
         assert [row["distribution"] for row in catalogue.entries(connection)] == ["d"]
-        assert host_handlers.host_entries(connection, "gpu.render", "us")[0]["host"] == "two"
+        [of_us] = places.declared_in(connection, "gpu.render", "us")
+        assert of_us["host_id"] != places.declared_in(connection, "gpu.render", "eu")[0]["host_id"]
     database.close()
 
 

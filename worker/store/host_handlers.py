@@ -11,7 +11,6 @@ from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import (
-    ColumnElement,
     Connection,
     Select,
     and_,
@@ -31,7 +30,7 @@ from worker.ids import WorkerId
 from worker.runs.hosts import TooManyHandlers
 from worker.runs.run import Declared, Isolation
 from worker.store import catalogue, tables
-from worker.store.dialect import Row, all_rows, chunks, compact_json, database_now, upsert
+from worker.store.dialect import Row, chunks, compact_json, database_now, upsert
 
 _handlers, _hosts, _workers = tables.host_handlers, tables.hosts, tables.workers
 _approvals = tables.pool_approvals
@@ -136,26 +135,6 @@ def forget_unseen(connection: Connection, age: timedelta = KEPT) -> int:
     return connection.execute(
         delete(_handlers).where(or_(_handlers.c.seen_at < now - age, ~has_token))
     ).rowcount
-
-
-def host_entries(connection: Connection, name: str, pool: str) -> list[Row]:
-    """The hosts' declarations of a handler in a pool, newest last, broken ones too; with their schemas.
-
-    Empty if workers have the handler: it is theirs.
-    """
-    if catalogue.is_of_workers(connection, [name]):
-        return []
-    return _rows(connection, _handlers.c.name == name, _handlers.c.pool == pool)
-
-
-def rows_for_all_pools(connection: Connection) -> list[Row]:
-    """All that hosts declare, with the names of the hosts, by name, pool and distribution."""
-    return sorted(_rows(connection), key=lambda row: (row["name"], row["pool"], row["distribution"]))
-
-
-def _rows(connection: Connection, *where: ColumnElement[bool]) -> list[Row]:
-    query = select(_handlers, _hosts.c.name.label("host")).join(_hosts, VALID).where(*where)
-    return all_rows(connection, query.order_by(_handlers.c.seen_at, _handlers.c.host_id).limit(MOST))
 
 
 def names_with_workers() -> Select[Any]:

@@ -41,7 +41,7 @@ class Installation:
 def read(connection: Connection) -> Installation:
     """What the database holds now, in one statement."""
     facts = tables.facts
-    query = select(facts.c.name, facts.c.value).where(facts.c.name.in_((KEY, WORD, NEW_SINCE)))
+    query = select(facts.c.name, facts.c.value).where(facts.c.name.in_((KEY, WORD, NEW_SINCE))).limit(3)
     found: dict[str, str] = {name: value for name, value in connection.execute(query)}
     since = found.get(NEW_SINCE)
     return Installation(found.get(WORD), found.get(KEY), None if since is None else from_text(since))

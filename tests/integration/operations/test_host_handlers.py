@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from tests.fakes.stock import Stock
 from tests.integration.operations.conftest import Apply, Tables
@@ -25,6 +26,7 @@ from worker.operations.runs import run_now
 from worker.operations.why import why
 from worker.store import catalogue, host_handlers, places, tables
 from worker.store.database import Database
+from worker.store.dialect import all_rows
 from worker.store.lists import handlers as handler_list
 
 RENDER = HandlerEntry(
@@ -85,8 +87,9 @@ def use_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: what any host declares counts for every pool, as in the release before."""
 
     def everywhere(connection: Any, name: str, pool: str) -> list[dict[str, Any]]:
-        rows = host_handlers.rows_for_all_pools(connection)
-        return sorted((row for row in rows if row["name"] == name), key=lambda row: row["distribution"])
+        of_hosts = tables.host_handlers.c
+        query = select(tables.host_handlers).where(of_hosts.name == name)
+        return all_rows(connection, query.order_by(of_hosts.distribution))
 
     monkeypatch.setattr(places, "declared_in", everywhere)
 

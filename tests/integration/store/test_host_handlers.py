@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import Connection
+from sqlalchemy import Connection, select
 
 from tests.fakes.stock import Stock
 from tests.integration.store.test_hosts import added, begin
@@ -16,7 +16,7 @@ from worker.handlers.ceiling import Ceiling, digest
 from worker.ids import WorkerId
 from worker.operations import hosts as operations
 from worker.runs.hosts import HostCaller, TooManyHandlers
-from worker.store import approvals, catalogue, host_handlers, tables
+from worker.store import approvals, catalogue, host_handlers, places, tables
 from worker.store.dialect import Row
 
 RENDER = HandlerEntry("gpu.render", "gpu", "1", "gpu:render")
@@ -45,7 +45,8 @@ def in_eu(stock: Stock, name: str = "gpu1") -> tuple[HostCaller, WorkerId]:
 
 def stored(stock: Stock) -> set[tuple[str, str]]:
     with stock.database.autocommit() as connection:
-        return {(row["pool"], row["name"]) for row in host_handlers.rows_for_all_pools(connection)}
+        rows = connection.execute(select(tables.host_handlers.c.pool, tables.host_handlers.c.name))
+        return {(pool, name) for pool, name in rows}
 
 
 def test_what_a_host_declares_is_of_its_pool_and_not_in_the_catalogue(stock: Stock) -> None:
@@ -53,11 +54,11 @@ def test_what_a_host_declares_is_of_its_pool_and_not_in_the_catalogue(stock: Sto
     declare(stock, worker, replace(RENDER, pool="us"), replace(RENDER, name="gpu.broken", error="no"))
 
     with stock.database.autocommit() as connection:
-        here = host_handlers.host_entries(connection, "gpu.render", "eu")
-        elsewhere = host_handlers.host_entries(connection, "gpu.render", "us")
+        here = places.declared_in(connection, "gpu.render", "eu")
+        elsewhere = places.declared_in(connection, "gpu.render", "us")
         assert catalogue.entries(connection) == []
         assert catalogue.declared(connection) == {}
-    assert [(row["host"], row["version"], row["error"]) for row in here] == [("gpu1", "1", None)]
+    assert [(row["version"], row["error"]) for row in here] == [("1", None)]
     assert elsewhere == []
     assert stored(stock) == {("eu", "gpu.render"), ("eu", "gpu.broken")}
 
@@ -69,10 +70,10 @@ def test_a_handler_of_workers_is_theirs(stock: Stock) -> None:
         assert catalogue.is_of_workers(connection, ["gpu.render"]) == set()
         catalogue.put(connection, [replace(RENDER, error="no")], at=stock.now())
         assert catalogue.is_of_workers(connection, ["gpu.render", "x"]) == {"gpu.render"}
-        assert host_handlers.host_entries(connection, "gpu.render", "eu") == []
+        assert places.only_of_hosts(connection) == set()
 
         assert catalogue.forget_name(connection, "gpu.render") == 1
-        assert len(host_handlers.host_entries(connection, "gpu.render", "eu")) == 1
+        assert places.only_of_hosts(connection) == {"gpu.render"}
 
 
 def test_rows_of_the_previous_release_count_if_a_worker_lists_the_handler(stock: Stock) -> None:
@@ -158,9 +159,8 @@ def test_a_declaration_goes_with_its_token_or_when_it_was_not_seen_for_30_days(s
     # The previous release removes a host without them.
     with stock.database.transaction() as connection:
         connection.execute(tables.hosts.update().values(removed_at=stock.now()))
-    assert stored(stock) == set()
-    with stock.database.transaction() as connection:
         assert host_handlers.forget_unseen(connection) == 1
+    assert stored(stock) == set()
 
 
 def test_what_goes_beyond_the_defaults_is_approved_by_its_digest(stock: Stock) -> None:
