@@ -139,7 +139,7 @@ class Attempts:
     def _handlers(self, message: dict[str, Any]) -> dict[str, Any]:
         for entry in wire.entries_of(message["entries"]):
             self.entries[entry.name] = entry
-        self.complete = self.complete or message["complete"]
+        self.complete = self.complete or message.get("complete") is True
         return {}
 
     def _renew(self, message: dict[str, Any]) -> dict[str, Any]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import accumulate
 from typing import Any, NoReturn
-
-from worker.definitions.units import depth_of
 
 LIMIT = 1024 * 1024
 # Characters of any other text before it is masked; only then is it cut to its final size.
@@ -46,8 +45,22 @@ def to_json_text(value: Any, what: str, limit: int = LIMIT) -> str:
     return text
 
 
+class CheckedText(str):
+    """JSON text that passed `check_json_text` in another process, which spares this one the work."""
+
+    __slots__ = ()
+
+
+class CheckedObject(dict[str, Any]):
+    """The same for an object, such as a JSON Schema."""
+
+    __slots__ = ()
+
+
 def check_json_text(text: str, what: str, limit: int = LIMIT) -> None:
     """Raise NotStorable for text that `to_json_text` would not write: a run's process may send anything."""
+    if isinstance(text, CheckedText):
+        return
     check_size(text, what, limit)
     _check_nul(text, what)
     value = _value(text, what)
@@ -68,7 +81,7 @@ def check_size(text: str, what: str, limit: int) -> None:
 
 
 def _check_nul(text: str, what: str) -> None:
-    if _NUL.search(text):
+    if "\\u0000" in text and _NUL.search(text):
         raise NotStorable(f"the {what} contains a NUL character, which databases cannot store")
 
 
@@ -80,9 +93,21 @@ def _value(text: str, what: str) -> Any:
         raise NotStorable(_TOO_DEEP.format(what)) from None
     except ValueError:
         raise NotStorable(f"the {what} is not JSON") from None
-    if depth_of(value) > DEEPEST:
+    if text.count("[") + text.count("{") > DEEPEST and _depth_of(text) > DEEPEST:
         raise NotStorable(_TOO_DEEP.format(what))
     return value
+
+
+def _depth_of(text: str) -> int:
+    """The levels of JSON text, several times faster than those of its value."""
+    brackets = _TEXTS.sub(b"", text.encode("utf-8", "surrogatepass")).translate(_STEPS, _OTHERS)
+    return max(accumulate(memoryview(brackets).cast("b")), default=0)
+
+
+_TEXTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_OTHERS = bytes(set(range(256)) - set(b"[]{}"))
+# One level down, or back up, as a signed byte.
+_STEPS = bytes.maketrans(b"[{]}", b"\1\1\xff\xff")
 
 
 def _no_constant(name: str) -> NoReturn:

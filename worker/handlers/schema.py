@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from worker.definitions.units import MAX_DEPTH, depth_of
-from worker.handlers.json_text import NotStorable, to_json_text
+from worker.handlers.json_text import CheckedObject, NotStorable, to_json_text
 from worker.handlers.keywords import PARTS, RULES, TYPES, Part, Verdict, all_of, canonical
 from worker.handlers.patterns import Pattern, UnusablePattern, cost_of
 
@@ -55,6 +55,8 @@ class TooCostly(Exception):
 
 def check_schema(schema: object, what: str) -> None:
     """Raise ValueError for a schema that is not an object, too large, too deep, or not storable."""
+    if isinstance(schema, CheckedObject):
+        return
     if not isinstance(schema, Mapping):
         raise ValueError(f"the {what} is not an object")
     try:

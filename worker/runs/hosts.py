@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from worker.ids import WorkerId
 
+# Handlers that one host may declare.
+MOST_HANDLERS = 500
+
 
 class TooManyHandlers(ValueError):
     """A host declares more handlers than are stored for one token; the message names the limit."""

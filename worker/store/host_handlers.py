@@ -27,7 +27,7 @@ from sqlalchemy import (
 from worker.errors import LeaseLost
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import WorkerId
-from worker.runs.hosts import TooManyHandlers
+from worker.runs.hosts import MOST_HANDLERS, TooManyHandlers
 from worker.runs.run import Declared, Isolation
 from worker.store import catalogue, tables
 from worker.store.dialect import Row, chunks, compact_json, database_now, upsert
@@ -36,8 +36,8 @@ _handlers, _hosts, _workers = tables.host_handlers, tables.hosts, tables.workers
 _approvals = tables.pool_approvals
 _KEY = tuple(column.name for column in _handlers.primary_key.columns)
 _REPLACED = tuple(column.name for column in _handlers.columns if column.name not in _KEY)
-# What one token may declare: rows, and bytes of all of them.
-MOST_HANDLERS, MOST_BYTES = 500, 4 * 1024 * 1024
+# Bytes of all that one token may declare.
+MOST_BYTES = 4 * 1024 * 1024
 # How long a declaration is kept that its host no longer makes, and how exactly that is known.
 KEPT, SEEN_EVERY = timedelta(days=30), timedelta(days=1)
 # Rows that one reader looks at.

@@ -12,22 +12,26 @@ from typing import Any
 
 from sqlalchemy import (
     Connection,
+    LargeBinary,
     and_,
     case,
+    cast,
     exists,
     func,
     insert,
     literal_column,
+    or_,
     select,
     tuple_,
     update,
 )
 
+from worker.errors import TooManyRequests
 from worker.ids import RunId, WorkerId
 from worker.runs.hosts import HostCaller
 from worker.runs.run import AdmittedRun
 from worker.store import host_handlers, tables
-from worker.store.dialect import Row, all_rows, database_now, first_row
+from worker.store.dialect import Row, all_rows, database_now, first_row, is_postgresql
 from worker.store.workers import register
 
 # Attempts of a run in a row that its hosts may hand back without one that stores a checkpoint or a step.
@@ -39,6 +43,9 @@ _live = tables.live_runs
 _SHOWN = ("id", "name", "pool", "created_at", "created_by", "seen_at")
 # Fields of an admitted run that are columns of the same name.
 _RUN = [key.name for key in fields(AdmittedRun)]
+# Incarnations that a host may start within a minute, and that may hold a lease at a time.
+MOST_BEGUN = 60
+MOST_ALIVE = 500
 
 
 def find(connection: Connection, token_sha256: str, incarnation: str | None) -> HostCaller | None:
@@ -73,7 +80,15 @@ def begin(
     pid: int,
     version: str,
 ) -> None:
-    """Start an incarnation of a host; its lease starts now."""
+    """Start an incarnation of a host; its lease starts now.
+
+    Raises:
+        TooManyRequests: the host has started `MOST_BEGUN` within a minute, or `MOST_ALIVE` hold a lease.
+    """
+    seen = database_now(connection)
+    # It also locks the row: others that start at the same time are counted afterwards.
+    connection.execute(update(_hosts).where(_hosts.c.id == caller.id).values(seen_at=seen))
+    _check_number(connection, caller)
     register(
         connection,
         worker_id,
@@ -86,8 +101,47 @@ def begin(
         pid=pid,
         version=version,
     )
-    seen = database_now(connection)
-    connection.execute(update(_hosts).where(_hosts.c.id == caller.id).values(seen_at=seen))
+
+
+def _check_number(connection: Connection, caller: HostCaller) -> None:
+    now = database_now(connection)
+    of, minute = _workers.c, timedelta(minutes=1)
+    is_alive = and_(of.ended_at.is_(None), of.lease_until > now)
+    begun, first, alive = connection.execute(
+        select(
+            func.count(case((of.started_at > now - minute, 1))),
+            func.min(case((of.started_at > now - minute, of.started_at))),
+            func.count(case((is_alive, 1))),
+        ).where(of.host_id == caller.id, or_(of.started_at > now - minute, is_alive))
+    ).one()
+    if begun >= MOST_BEGUN:
+        raise TooManyRequests(
+            f"host {caller.name} has started {begun} times within a minute",
+            fix="see why its processes end; give those of several machines a token each",
+            retry_after=max(1.0, (first + minute - now).total_seconds()),
+        )
+    if alive >= MOST_ALIVE:
+        raise TooManyRequests(
+            f"host {caller.name} has {alive} processes that hold a lease",
+            fix="give the processes of several machines a token each",
+            retry_after=minute.total_seconds(),
+        )
+
+
+def log_size(
+    connection: Connection, run_id: RunId, attempt: int, seqs: Sequence[int]
+) -> tuple[int, int, set[int]]:
+    """The lines of an attempt's stored log, their bytes, and which of these are stored.
+
+    A byte that was not UTF-8 is stored as a character of three, and counts once.
+    """
+    of = tables.run_logs.c
+    mine = (of.run_id == run_id, of.attempt == attempt)
+    text = func.replace(of.text, "\ufffd", "?")
+    octets = func.octet_length(text) if is_postgresql(connection) else func.length(cast(text, LargeBinary))
+    lines, size = connection.execute(select(func.count(), func.sum(octets)).where(*mine)).one()
+    stored = connection.execute(select(of.seq).where(*mine, of.seq.in_(sorted(set(seqs)))))
+    return lines, int(size or 0), set(stored.scalars())
 
 
 def owned(connection: Connection, worker_id: WorkerId, fences: Mapping[RunId, int]) -> list[AdmittedRun]:

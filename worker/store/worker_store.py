@@ -39,6 +39,7 @@ from worker.store import (
     budgets,
     firing,
     host_handlers,
+    hosts,
     pools,
     spending,
     states,
@@ -370,6 +371,10 @@ class WorkerStore:
     async def append_logs(self, rows: Sequence[LogLine]) -> None:
         """Append lines to runs' logs."""
         await self.database.call(lambda connection: statements(connection).append_logs(connection, rows))
+
+    async def log_size(self, run_id: RunId, attempt: int, seqs: Sequence[int]) -> tuple[int, int, set[int]]:
+        """The lines of an attempt's stored log, their bytes, and which of these are stored."""
+        return await self.database.call_autocommit(hosts.log_size, run_id, attempt, seqs)
 
     async def recover(self, still: Callable[[], bool], *, max_recoveries: int = 3) -> list[Recovered]:
         """Take over the runs of workers that are gone, if `still` holds once the database has answered."""

@@ -259,6 +259,11 @@ _ROWS = (
     _info("traces.back", "spans", "the collector accepts spans again; `spans` were dropped"),
     _info("host.registered", "host pool worker version", "a host has started an incarnation, here `worker`"),
     _info("attempts.listening", "address", "the attempt API, for hosts, listens on this address"),
+    _warning(
+        "checker.died",
+        "call bytes exit_code",
+        "the process that checks large bodies of hosts ended at this one, which is refused",
+    ),
     _info("web.listening", "address", "the web server listens on this address"),
     _warning("web.unavailable", "address error", "cannot listen on this address; retrying, the worker runs"),
     _error(

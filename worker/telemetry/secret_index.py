@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+from worker.pacing import in_steps
 from worker.telemetry.cut_secrets import Span, is_cut, pieces_at_cuts
 from worker.telemetry.escapes import ESCAPES, FORM, PERCENT, SIGNS, Undone
 from worker.telemetry.secret_forms import (
@@ -309,7 +310,7 @@ class SecretIndex:
 def to_search(text: str, indexes: Sequence[SecretIndex]) -> list[SecretIndex]:
     """Those of the indexes that may have a secret in the text, prepared for it."""
     for index in indexes:
-        if index.pending and (is_cut(text) or any(word[1] for word in PERHAPS_TOKEN.finditer(text))):
+        if index.pending and (is_cut(text) or any(word[1] for word in in_steps(PERHAPS_TOKEN, text))):
             for each in indexes:
                 each.prepare()
             break
@@ -341,7 +342,7 @@ class Search:
                 found += index.ends(text)
         if "%2" in text:
             # A URL may escape the plus and the slash of base64.
-            for word in ESCAPED_BASE64.finditer(text):
+            for word in in_steps(ESCAPED_BASE64, text):
                 undone = PERCENT.undo(word[0], frozenset("+/"))
                 if undone is not None:
                     spans = _originals(undone, self._encoded(undone.text))
@@ -384,7 +385,7 @@ class Search:
     def _encoded(self, text: str) -> list[Span]:
         """Secrets that are encoded in base64, at any alignment."""
         found = []
-        for word in BASE64.finditer(text):
+        for word in in_steps(BASE64, text):
             if not word[1]:
                 continue
             letters, first = word[1].translate(STANDARD), word.start()

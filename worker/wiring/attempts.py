@@ -85,8 +85,11 @@ class AttemptListener:
             tls=self._tls,
             event="attempts.listening",
         )
-        async with server.serving():
-            yield
+        try:
+            async with server.serving():
+                yield
+        finally:
+            await self.attempts.checker.close()
 
     def api(
         self,

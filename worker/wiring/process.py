@@ -316,7 +316,7 @@ class Incarnation:
         placing = placing_loops(self.settings, store, self.id, self._ownership, clock)
         chores = Chores(self.database, on_runs=wake_admission)
         api = self.hosts.api(store, tools, self.settings, self._credentials.ring, chores.ended)
-        self.hosts.attempts.api, self.hosts.attempts.draining = api, False
+        self.hosts.attempts.begin(api)
         dispatcher = Dispatcher(tools, attempt, inflight_runs, store, on_free=wake_own, on_end=chores.ended)
         admission = Admission(
             store,
@@ -403,6 +403,7 @@ class Incarnation:
             pass_environment=execution.pass_environment,
             command=self.confinement.describe,
             describing=self.children.take_describing,
+            on_read=self.hosts.attempts.catalogue_read,
         )
         renewal = TokenRenewal(
             store, tokens, self._handlers, clock, SystemRandom(), self.settings.tokens.ahead

@@ -37,6 +37,7 @@ class CatalogueReader:
     """Reads the catalogue once per incarnation; each handler is offered as soon as it has been read.
 
     `describing` returns the socket of a process that waits to read it, if there is one, and only once.
+    `on_read` is called when all of it is stored.
     """
 
     sink: CatalogueSink
@@ -45,6 +46,7 @@ class CatalogueReader:
     pass_environment: Sequence[str]
     command: Sequence[str]
     describing: Callable[[], socket.socket | None] = lambda: None
+    on_read: Callable[[], None] = lambda: None
     _has_read: bool = False
 
     async def run(self) -> None:
@@ -69,6 +71,7 @@ class CatalogueReader:
                 version = versions.get(distribution)
                 emit("handlers.loaded", distribution=distribution, version=version, handlers=offered)
             self._has_read = True
+            self.on_read()
         await asyncio.Event().wait()
 
     async def _take(self, entries: Sequence[HandlerEntry]) -> None:

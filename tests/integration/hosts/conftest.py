@@ -295,6 +295,11 @@ class Fleet:
         row = run_now(self.database, org, definition, params=params or None, actor="test")
         return RunId(row["id"])
 
+    async def flush(self) -> None:
+        """Write the progress that hosts have sent, as each worker does twice a second."""
+        for worker in self.workers:
+            await worker.tools.run_log.flush()
+
     def org(self, code: str) -> OrgId:
         [row] = self.rows.all(tables.orgs, tables.orgs.c.code == code)
         return OrgId(row["id"])

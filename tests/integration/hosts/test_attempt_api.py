@@ -57,6 +57,7 @@ async def test_any_worker_goes_on_where_another_stopped(fleet: Fleet) -> None:
     line = {**mine, "seq": 1, "at": now, "level": "info", "source": "log", "text": "hello"}
     await host.call(two, "logs", lines=[line, line])
     await host.call(two, "progress", rows=[{**mine, "progress": {"done": 1, "total": 2, "note": "half"}}])
+    await fleet.flush()
     granted = await host.call(two, "token", **mine, handler=HANDLER, fresh=True)
     wait = {"name": "ok", "occurrence": 1, "kind": "answer", "seconds": None, "ask_json": None, "alert": True}
     waits = await host.call(two, "wait", **mine, wait=wait)

@@ -30,6 +30,7 @@ from worker.runs import outcome as outcomes
 from worker.runs.fire import decide
 from worker.store import approvals, catalogue, host_handlers, host_store, sweeps, tables
 from worker.store.dialect import database_now
+from worker.web import attempts as web
 
 pytestmark = pytest.mark.anyio
 
@@ -198,6 +199,9 @@ async def test_many_handlers_push_no_others_out(
 ) -> None:
     """10,000 in one call made `apply` refuse the workers' own and lost the pools that they declare."""
     monkeypatch.setattr(catalogue, "MOST", 600)
+    if before:
+        monkeypatch.setattr(wire, "MOST_HANDLERS", 10_000)
+        monkeypatch.setattr(web, "OWN_BYTES", 2**30)
     with fleet.database.transaction() as connection:
         mine = HandlerEntry("m.placed", "m", "1", "m:placed", pool="eu")
         catalogue.put(connection, [mine], at=database_now(connection))

@@ -204,6 +204,7 @@ async def test_batches_write_only_what_is_owned(fleet: Fleet) -> None:
         await host.call(
             fleet.one, "progress", rows=[{**theirs, "progress": {"done": 1, "total": 2, "note": "x"}}]
         )
+        await fleet.flush()
         assert (stored["stored"] == []) is forged
         assert (fleet.rows.all(tables.steps) == []) is forged
         assert (fleet.rows.all(tables.run_logs) == []) is forged

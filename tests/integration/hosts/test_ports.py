@@ -295,6 +295,7 @@ async def test_lines_and_progress_are_stored_masked(place: Local | Remote) -> No
     attempt.services.progress(1, 2, f"at {token}")
     await attempt.run_log.flush()
     await attempt.run_log.flush()
+    await place.fleet.flush()
 
     lines = [(row["seq"], row["level"], row["source"], row["text"]) for row in attempt.rows(tables.run_logs)]
     assert lines == [(1, "info", "log", "hello"), (2, "error", "stderr", f"leaks {MASK}")]
@@ -329,6 +330,7 @@ async def test_guesses_tell_nothing_of_another_orgs_secret(
     services.log("info", "log", " ".join(guesses[41_000:42_000]))
     services.progress(1, 2, " ".join(guesses[41_210:41_250]))
     await attempt.run_log.flush()
+    await place.fleet.flush()
     answers["log"] = attempt.rows(tables.run_logs)[0]["text"].split(" ")
     live = fleet.rows.live(attempt.run)
     assert live is not None

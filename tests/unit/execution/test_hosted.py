@@ -22,7 +22,13 @@ from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
 from worker.execution.hosts import remote as remote_module
 from worker.execution.hosts import wire, wire_calls
-from worker.execution.hosts.control import AsyncControl, BlockingControl, Controls
+from worker.execution.hosts.control import (
+    AsyncControl,
+    BlockingControl,
+    ControlDenied,
+    Controls,
+    ControlUnavailable,
+)
 from worker.execution.hosts.hosted import HostTools, hosted_attempt
 from worker.execution.hosts.remote import HostedEnd, RemoteStore
 from worker.execution.hosts.taking import WAIT, Taking
@@ -317,7 +323,7 @@ async def test_what_runs_ask_for_is_answered_as_the_store_answers(clock: ManualC
 
 
 async def test_a_large_batch_is_sent_in_parts(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_module, "PART_BYTES", 2_000)
+    monkeypatch.setattr(remote_module, "PART", 2_000 / wire.BODY_BYTES["store"])
     workers = Workers(store=lambda message: {"stored": [[row["run"], 1] for row in message["steps"]]})
     host = Host(clock, workers)
     rows = [
@@ -326,6 +332,49 @@ async def test_a_large_batch_is_sent_in_parts(clock: ManualClock, monkeypatch: p
 
     assert await host.store.store_steps(rows) == {(f"r{n}", 1) for n in range(5)}
     assert [len(message["steps"]) for message in workers.sent("store")] == [1, 1, 1, 1, 1]
+
+
+async def test_handlers_are_sent_in_parts_and_again_to_a_worker_that_asks_for_them_later(
+    clock: ManualClock,
+) -> None:
+    answers: list[Any] = [{}, (503, "busy"), (503, "busy"), {}]
+    workers = Workers(handlers=lambda message: answers.pop(0))
+    host = Host(clock, workers)
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    host.store.sleep = sleep
+    schema = {"x": "y" * 200_000}
+    entries = [HandlerEntry(f"acme.h{n}", "acme", "1", "a:b", params_schema=schema) for n in range(5)]
+
+    await host.store.put(entries)
+
+    sent = [[entry["name"] for entry in message["entries"]] for message in workers.sent("handlers")]
+    assert sent == [["acme.h0", "acme.h1", "acme.h2"], *[["acme.h3", "acme.h4"]] * 3]
+    assert slept == [5.0, 5.0]
+
+
+async def test_a_host_that_may_not_register_yet_tries_later(clock: ManualClock) -> None:
+    """As one of the previous release does: it does not end, as it would without its token."""
+    host = Host(clock, Workers(register=(429, "too_many_requests")))
+
+    with pytest.raises(ControlUnavailable) as raised:
+        await host.store.register(wire.Registration("h", 1, "1", {"child": 1}))
+    assert not isinstance(raised.value, ControlDenied)
+
+
+async def test_a_batch_that_is_too_large_for_the_workers_is_dropped(clock: ManualClock) -> None:
+    """An older host's: it would send it again and again, and never the lines after it."""
+    workers = Workers(logs=(409, "lease_lost"), progress=(409, "lease_lost"))
+    host = Host(clock, workers)
+    host.took()
+
+    await host.store.append_logs([LogLine(RUN.id, 1, 1, RUN.org_id, clock.now(), "info", "log", "x")])
+    await host.store.write_progress([(RUN.id, 1, {"done": 1, "total": 2, "note": None})])
+
+    assert [name for name, _ in workers.calls] == ["logs", "progress"]
 
 
 async def test_lines_of_a_run_that_is_not_held_are_dropped(clock: ManualClock) -> None:

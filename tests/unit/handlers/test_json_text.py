@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker.definitions.units import depth_of
+from worker.handlers import json_text
 from worker.handlers.json_text import DEEPEST, NotStorable, check_json_text, to_json_text
 
 
@@ -50,3 +53,15 @@ def test_what_is_written_is_taken(value: Any) -> None:
     except NotStorable:
         return
     check_json_text(text, "result")
+
+
+@given(VALUES)
+def test_the_levels_of_a_text_are_those_of_its_value(value: Any) -> None:
+    text = json.dumps([value], ensure_ascii=False)
+
+    assert json_text._depth_of(text) == depth_of([value])
+
+
+@pytest.mark.parametrize("text", ['["[[[{{{"]', r'["\\", "]\"]"]', '"[{"', "1"])
+def test_brackets_in_texts_are_no_levels(text: str) -> None:
+    assert json_text._depth_of(text) == depth_of(json.loads(text))

@@ -31,8 +31,18 @@ from worker.execution.attempts.run_services import AttemptServices, HandlerTools
 from worker.execution.runners.contract import LONGEST_PAUSE, Work, outcome_of_stop
 from worker.guard.claims import flag_is
 from worker.guard.decode import enforce
+from worker.pacing import pace
 from worker.runs import outcome as outcomes
-from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded, Trail, end_attempt
+from worker.runs.outcome import (
+    EndedAttempt,
+    Error,
+    Failed,
+    Outcome,
+    Succeeded,
+    Trail,
+    end_attempt,
+    length_of,
+)
 from worker.runs.run import StoredProgress
 from worker.telemetry.events import emit
 
@@ -214,7 +224,7 @@ async def conclude(inflight: InflightRun, outcome: Outcome, trail: Trail, tools:
         run = replace(run, recoveries=0)
     return end_attempt(
         run,
-        redacted(outcome, run.org_id),
+        await pace(length_of(outcome), redacted, outcome, run.org_id),
         trail,
         limits.retry,
         now=tools.clock.now(),

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any, Protocol
 
 from worker.bounded import remember
@@ -19,17 +20,20 @@ from worker.errors import AccessDenied, LeaseLost, TokenError, TokenRefused, Una
 from worker.execution.attempts.masked import masked_note
 from worker.execution.attempts.run_services import FoundBudgets
 from worker.execution.hosts import wire, wire_calls
+from worker.execution.hosts.attempt_log import LogSizes
 from worker.execution.hosts.delivery import HostTools, Key
 from worker.execution.hosts.hosted_runs import HostedRun, HostedRuns
 from worker.execution.hosts.wire import Malformed, Registered, TemporalPlace
+from worker.execution.hosts.wire_calls import LineRow
 from worker.execution.runners.child import messages
 from worker.execution.runners.child.messages import Message
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.json_text import clean
 from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
-from worker.ids import RunId, WorkerId
+from worker.ids import WorkerId
+from worker.pacing import pace
 from worker.runs.hosts import HostCaller, TooManyHandlers
-from worker.runs.run import LogLine, NewStep, RunStep
+from worker.runs.run import AdmittedRun, LogLine, NewStep, RunStep
 from worker.telemetry.events import emit
 
 # Seconds that a token is remembered, also for renewals: their statement checks the incarnation.
@@ -40,10 +44,9 @@ IDLE = 600.0
 NOT_A_HOST = "hosts need a token of `python -m worker hosts add` that was not removed"
 
 
-class HostLogStore(Protocol):
+class HostLogStore(LogSizes, Protocol):
     """The writes that need no answer for each row."""
 
-    async def write_progress(self, rows: Sequence[tuple[RunId, int, Mapping[str, Any]]]) -> None: ...
     async def append_logs(self, rows: Sequence[LogLine]) -> None: ...
     async def store_steps(self, rows: Sequence[RunStep]) -> set[Key]: ...
 
@@ -272,7 +275,8 @@ class AttemptApi:
         hosted = await runs.one(wire.fence_of(message))
         handler = await runs.handler_of(hosted, wire_calls.handler_of(message))
         checkpoints = self.shared.tools.checkpoints
-        stored = await checkpoints.save_checkpoint(hosted.run, handler, hosted.mask(data), number)
+        masked = await pace(len(data), hosted.mask, data)
+        stored = await checkpoints.save_checkpoint(hosted.run, handler, masked, number)
         if not stored:
             raise _lost(hosted)
         return {}
@@ -314,7 +318,7 @@ class AttemptApi:
             hosted.stored = 0
             if hosted.run.may_have_checkpoint or hosted.handler is None:
                 _, hosted.stored = await self.shared.tools.steps.step_totals(hosted.run.id)
-        result = hosted.mask(step.result_json)
+        result = await pace(len(step.result_json), hosted.mask, step.result_json)
         size = hosted.sizes[step.seq] = len(result.encode())
         # One that is sent again may be counted twice.
         if hosted.stored + sum(hosted.sizes.values()) > TOTAL_LIMIT + size:
@@ -356,36 +360,42 @@ class AttemptApi:
     async def _logs(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
         rows = wire_calls.lines_of(message)
         known = await runs.known({(row.run_id, row.fencing_token) for row in rows})
+        of_run: dict[Key, list[LineRow]] = {}
+        for row in rows:
+            of_run.setdefault((row.run_id, row.fencing_token), []).append(row)
         now = self.shared.tools.clock.now()
-        lines = [
-            LogLine(
-                run_id=row.run_id,
-                attempt=hosted.run.attempt,
-                seq=row.seq,
-                org_id=hosted.run.org_id,
-                at=min(row.at, now),
-                level=row.level,
-                source=row.source,
-                text=hosted.mask(row.text),
-            )
-            for row in rows
-            if (hosted := known.get((row.run_id, row.fencing_token))) is not None
-        ]
-        if lines:
-            await self.rows.append_logs(lines)
+        async with runs.logging:
+            lines = []
+            for key, hosted in known.items():
+                for row in await hosted.log.accept(hosted.run, of_run[key], self.rows, now):
+                    text = await pace(len(row.text), hosted.mask, row.text)
+                    lines.append(_line(hosted.run, row, text, now))
+            if lines:
+                await self.rows.append_logs(lines)
         return {}
 
     async def _progress(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
         rows = wire_calls.progress_of(message)
         known = await runs.known({(run_id, fencing_token) for run_id, fencing_token, _ in rows})
-        ours = []
         for run_id, fencing_token, progress in rows:
             if (hosted := known.get((run_id, fencing_token))) is not None:
-                note = masked_note(progress["note"], hosted.run.org_id)
-                ours.append((run_id, fencing_token, {**progress, "note": note}))
-        if ours:
-            await self.rows.write_progress(ours)
+                masked = {**progress, "note": masked_note(progress["note"], hosted.run.org_id)}
+                # As often as that of a local run: the last one twice a second.
+                self.shared.tools.run_log.progress(hosted.run, masked)
         return {}
+
+
+def _line(run: AdmittedRun, row: LineRow, text: str, now: datetime) -> LogLine:
+    return LogLine(
+        run_id=run.id,
+        attempt=run.attempt,
+        seq=row.seq,
+        org_id=run.org_id,
+        at=min(row.at, now),
+        level=row.level,
+        source=row.source,
+        text=text,
+    )
 
 
 def _lost(hosted: HostedRun) -> LeaseLost:

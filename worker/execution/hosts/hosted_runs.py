@@ -39,6 +39,7 @@ from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.masked import masked_note
 from worker.execution.attempts.run_services import Tools
 from worker.execution.hosts import wire
+from worker.execution.hosts.attempt_log import AttemptLog
 from worker.execution.hosts.delivery import Delivery, HostedStore, HostTools, Key, place_of
 from worker.execution.hosts.wire import End, Malformed
 from worker.execution.loops.finisher import Finisher
@@ -88,6 +89,7 @@ class HostedRun:
     refused: TokenRefused | None = None
     stored: int | None = None
     sizes: dict[int, int] = field(default_factory=dict)
+    log: AttemptLog = field(default_factory=AttemptLog)
 
     @property
     def run(self) -> AdmittedRun:
@@ -124,6 +126,8 @@ class HostedRuns:
         )
         self._writing: dict[Key, asyncio.Future[bool]] = {}
         self._ended: OrderedDict[Key, bool] = OrderedDict()
+        # Held while lines are counted and appended.
+        self.logging = asyncio.Lock()
         self._compared_until = float("-inf")
         ends = _Ends(self._store, worker)
         self._finisher = Finisher(ends, self._clock, self._written, self._unstorable)
@@ -288,7 +292,12 @@ class HostedRuns:
         for end in ends:
             key = end.run_id, end.fencing_token
             if key in hosted and key not in waiting:
-                waiting[key] = self._write(key, await self._conclude(end, hosted[key], tools))
+                ended = await self._conclude(end, hosted[key], tools)
+                # The same end may have come by another call meanwhile.
+                if key not in self._ended:
+                    waiting[key] = self._writing.get(key) or self._write(key, ended)
+                elif self._ended[key]:
+                    done.add(key)
         if unknown := keys - waiting.keys() - self._ended.keys():
             done |= await self._store.ended(self.worker, dict(unknown))
         done |= await _written(waiting)

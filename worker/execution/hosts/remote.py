@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from worker.bounded import remember
-from worker.errors import LeaseLost, TokenRefused
+from worker.errors import Busy, LeaseLost, TokenRefused
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
 from worker.execution.hosts import wire, wire_calls
 from worker.execution.hosts.control import AsyncControl, BlockingControl, ControlDenied, encode
@@ -24,12 +25,14 @@ from worker.runs.run import AdmittedRun, Isolation, LogLine, OwnedRun, RunStep, 
 from worker.runs.waits import NewWait, WaitState
 from worker.secret import AccessToken
 
-# Bytes and rows of the body of one call.
-PART_BYTES = wire.MOST_BYTES * 3 // 4
+# The share of the bytes that a call may have which its rows take.
+PART = 0.75
 # Seconds that a call may take beyond the wait of a take.
 ANSWER_SECONDS = 10.0
 # Seconds that a worker may take to prepare the attempt of a ticket before it is asked again.
 TICKET_WAIT = 10.0
+# Maximum seconds until handlers are offered again to a worker that asked for them later.
+LATER = 5.0
 # Attempts that are remembered as handed back.
 MOST_HANDED_BACK = 10_000
 
@@ -67,6 +70,7 @@ class RemoteStore:
     heartbeat: BlockingControl
     inflight_runs: InflightRuns
     now: Callable[[], datetime]
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     # Attempts that were handed back: the answer that brings one may still be on its way.
     _handed_back: OrderedDict[tuple[RunId, int], None] = field(default_factory=OrderedDict)
 
@@ -80,8 +84,14 @@ class RemoteStore:
 
     async def put(self, entries: Sequence[HandlerEntry]) -> None:
         """Offer these handlers too, or report why they do not load."""
-        messages = [wire.entry_message(entry) for entry in entries]
-        await self.control.call("handlers", {"entries": messages, "complete": False})
+        for part in _parts("handlers", "entries", map(wire.entry_message, entries)):
+            while True:
+                try:
+                    await self.control.call("handlers", part)
+                    break
+                except Busy as busy:
+                    # Its worker still reads its own. Reading all of ours again would cost more.
+                    await self.sleep(min(busy.retry_after or LATER, LATER))
 
     async def offer(self, names: Sequence[str]) -> None:
         """Nothing: the workers know what was put."""
@@ -114,7 +124,7 @@ class RemoteStore:
         for run in owned:
             remember(self._handed_back, (run.id, run.fencing_token), None, MOST_HANDED_BACK)
         rows = [{"run": run.id, "fencing_token": run.fencing_token} for run in owned]
-        answers = [await self.control.call("hand_back", part) for part in _parts("runs", rows)]
+        answers = [await self.control.call("hand_back", part) for part in _parts("hand_back", "runs", rows)]
         return {RunId(run_id) for answer in answers for run_id in answer["runs"]}
 
     # attempts
@@ -149,7 +159,7 @@ class RemoteStore:
     async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
         """Report how attempts ended; the runs whose end was accepted."""
         accepted: set[RunId] = set()
-        for part in _parts("ends", (wire.end_message(self._end_of(end)) for end in ended)):
+        for part in _parts("finish", "ends", (wire.end_message(self._end_of(end)) for end in ended)):
             answer = await self._fenced("finish", part)
             if answer is None:
                 break
@@ -196,7 +206,7 @@ class RemoteStore:
         """Store steps with their spends; the runs, with fencing tokens, that are still ours."""
         ours: set[tuple[RunId, int]] = set()
         steps = (wire_calls.step_message(row.run, row.handler, row.step) for row in rows)
-        for part in _parts("steps", steps):
+        for part in _parts("store", "steps", steps):
             answer = await self._fenced("store", part)
             if answer is None:
                 break
@@ -224,12 +234,12 @@ class RemoteStore:
         return None if answer is None else _found(answer)
 
     async def write_progress(self, rows: Sequence[tuple[RunId, int, Mapping[str, Any]]]) -> None:
-        for part in _parts("rows", (wire_calls.progress_message(*row) for row in rows)):
+        for part in _parts("progress", "rows", (wire_calls.progress_message(*row) for row in rows)):
             await self._fenced("progress", part)
 
     async def append_logs(self, rows: Sequence[LogLine]) -> None:
         """Append lines to the logs of runs that this host holds."""
-        for part in _parts("lines", self._lines(rows)):
+        for part in _parts("logs", "lines", self._lines(rows)):
             await self._fenced("logs", part)
 
     def _lines(self, rows: Sequence[LogLine]) -> Iterator[dict[str, Any]]:
@@ -256,13 +266,13 @@ def _found(answer: Mapping[str, Any]) -> Found:
     return Found(messages.budgets_of(answer), answer.get("missing"))
 
 
-def _parts(name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
+def _parts(call: str, name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
     """The bodies of calls with these rows, none larger than the API takes."""
     part: list[bytes] = []
-    size = 0
+    size, most = 0, PART * wire.BODY_BYTES[call]
     for row in rows:
         encoded = encode(row)
-        if part and (size + len(encoded) > PART_BYTES or len(part) == wire.MOST_ROWS):
+        if part and (size + len(encoded) > most or len(part) == wire.MOST_ROWS):
             yield _body(name, part)
             part, size = [], 0
         part.append(encoded)

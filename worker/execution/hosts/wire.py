@@ -40,10 +40,11 @@ from worker.execution.runners.child.messages import Message
 from worker.execution.runners.contract import Work, handler_exited
 from worker.guard.claims import Claims
 from worker.handlers.catalogue import ERROR_LIMIT, HandlerEntry, check_secrets
-from worker.handlers.json_text import clean
+from worker.handlers.json_text import LIMIT, clean
 from worker.handlers.schema import check_schema
 from worker.handlers.steps import StepError
 from worker.ids import RunId
+from worker.runs.hosts import MOST_HANDLERS
 from worker.runs.outcome import Error, Outcome, TimedOut
 from worker.runs.placing import Ticket
 from worker.runs.run import AdmittedRun, Isolation, OwnedRun
@@ -54,17 +55,28 @@ VERSIONS = ("v1",)
 PREFIX = "/attempts/v1"
 # The header that names the incarnation of a host, beside `Authorization: Bearer TOKEN`.
 INCARNATION = "orgworker-incarnation"
-# Bytes of a request or response, and the seconds that a take may wait.
+# Bytes of a response, and of a request with results or steps; of one with a checkpoint, which may double
+# when it is quoted; of other batches and handlers; and of any that a worker parses itself.
 MOST_BYTES = 16 * 1024 * 1024
+CHECKPOINT_BYTES = 2 * LIMIT + 64 * 1024
+BATCH_BYTES = 1024 * 1024
+OWN_BYTES = 32 * 1024
+# Seconds that a take may wait.
 LONGEST_WAIT = 20.0
-# Rows of one call: ends, steps, lines or values of progress. Slots of one host, and handlers of one.
+# Rows of one call: ends, steps, lines or values of progress. Slots of one host.
 MOST_ROWS = 2000
 MOST_SLOTS = 100_000
-MOST_HANDLERS = 10_000
 # Characters of a name or id.
 NAME_LIMIT = 200
 # The form of all ids; the database takes no other.
 ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+# The bytes of a call's body; what is not here has no large one.
+BODY_BYTES: Mapping[str, int] = {
+    **dict.fromkeys(("finish", "store"), MOST_BYTES),
+    "save": CHECKPOINT_BYTES,
+    **dict.fromkeys(("handlers", "hand_back", "wait", "logs", "progress"), BATCH_BYTES),
+}
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -196,7 +208,7 @@ def entry_message(entry: HandlerEntry) -> Message:
 @reader
 def entries_of(rows: Sequence[Mapping[str, Any]]) -> list[HandlerEntry]:
     if not isinstance(rows, list) or len(rows) > MOST_HANDLERS:
-        raise ValueError(f"handlers is not a list of at most {MOST_HANDLERS}")
+        raise ValueError(f"handlers is not a list: one host may declare {MOST_HANDLERS} handlers")
     return [_entry(row) for row in rows]
 
 

@@ -19,14 +19,15 @@ from worker.execution.hosts.wire import (
 )
 from worker.execution.runners.child import messages
 from worker.execution.runners.child.messages import Message
+from worker.execution.runners.output import LINE_LIMIT
 from worker.handlers.json_text import check_json_text, clean
 from worker.handlers.steps import StepError
 from worker.ids import RunId
 from worker.runs.run import AdmittedRun, LogLine, NewStep
 from worker.runs.waits import NewWait
 
-# Characters of a line of a log.
-LINE_LIMIT = 64 * 1024
+# The number of the last line of a log, which is the worker's own; those of hosts are lower.
+LAST_LINE = 2**31 - 1
 LEVELS = ("debug", "info", "warning", "error", "critical")
 SOURCES = ("log", "stdout", "stderr")
 
@@ -133,7 +134,7 @@ def _line(row: Mapping[str, Any]) -> LineRow:
         raise ValueError(f"level or source of line {row['seq']}")
     return LineRow(
         *fence_of(row),
-        seq=count_in(row["seq"], "seq", 2**31 - 1),
+        seq=count_in(row["seq"], "seq", LAST_LINE - 1),
         at=from_text(row["at"]),
         level=level,
         source=source,

@@ -1,0 +1,400 @@
+"""A host's token floods the workers: with logs, large bodies, incarnations and open calls.
+
+Each attack has a control: it succeeds without the limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from tests.fakes.running import until
+from tests.integration.hosts.conftest import HANDLER, Fleet, Host, Worker, end_of, fence
+from worker.clock import to_text
+from worker.execution.hosts import attempt_log, checker, wire
+from worker.execution.hosts.attempt_log import LAST_LINE, TOO_MUCH, TRUSTED
+from worker.execution.runners.output import CAP, LINE_COST, LINE_LIMIT, RunOutput
+from worker.handlers.steps import RESULT_LIMIT
+from worker.runs import outcome as outcomes
+from worker.store import hosts as store_hosts
+from worker.store import tables
+from worker.telemetry.events import Emitted
+from worker.web import attempts as web
+
+pytestmark = pytest.mark.anyio
+
+NOW = "2030-01-01T00:00:00Z"
+MIB = 1024 * 1024
+
+
+async def status(host: Host, worker: Worker, name: str, message: Any = b"{}") -> int:
+    return (await host.send(worker, name, message)).status_code
+
+
+# the log of an attempt
+
+
+def lines(taken: wire.Taken, first: int, count: int, text: str = "x" * 1000) -> list[dict[str, Any]]:
+    line = {**fence(taken), "at": NOW, "level": "info", "source": "log", "text": text}
+    return [{**line, "seq": first + n} for n in range(count)]
+
+
+def stored_log(fleet: Fleet) -> tuple[int, list[dict[str, Any]]]:
+    """The bytes of the log of the only run, and its lines."""
+    rows = fleet.rows.all(tables.run_logs)
+    return sum(len(row["text"].encode()) + LINE_COST for row in rows), rows
+
+
+async def flood(fleet: Fleet, host: Host, taken: wire.Taken) -> tuple[int, list[dict[str, Any]]]:
+    """1 MB of log, to both workers in turns."""
+    for call in range(10):
+        worker = fleet.workers[call % 2]
+        assert await status(host, worker, "logs", {"lines": lines(taken, 100 * call + 1, 100)}) == 200
+    return stored_log(fleet)
+
+
+async def test_the_log_of_an_attempt_is_cut_whichever_workers_get_it(fleet: Fleet) -> None:
+    host = await fleet.host()
+    fleet.start()
+    [taken] = await host.take(fleet.one)
+
+    size, rows = await flood(fleet, host, taken)
+
+    assert CAP < size <= attempt_log.MOST + len(fleet.workers) * TRUSTED
+    assert (rows[-1]["seq"], rows[-1]["level"], rows[-1]["text"]) == (LAST_LINE, "warning", TOO_MUCH)
+    assert await flood(fleet, host, taken) == (size, rows)
+
+
+async def test_without_the_limit_all_of_it_is_stored(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control."""
+    monkeypatch.setattr(attempt_log, "MOST", 2**40)
+    host = await fleet.host()
+    fleet.start()
+    [taken] = await host.take(fleet.one)
+
+    size, rows = await flood(fleet, host, taken)
+
+    assert (size, len(rows)) == (1000 * 1016, 1000)
+
+
+async def test_a_worker_that_did_not_ask_would_count_for_itself_alone(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of the count in the database: with it off, each worker takes a whole log."""
+    monkeypatch.setattr(attempt_log, "TRUSTED", 2**40)
+    monkeypatch.setattr(attempt_log, "MOST", 100_000)
+    host = await fleet.host()
+    fleet.start()
+    [taken] = await host.take(fleet.one)
+    for first in range(1, 180, 90):
+        for call in range(3):
+            worker = fleet.workers[first > 1]
+            message = {"lines": lines(taken, first + 30 * call, 30)}
+            assert await status(host, worker, "logs", message) == 200
+
+    assert stored_log(fleet)[0] > 150_000
+
+
+async def test_the_whole_log_of_a_local_run_is_taken_from_a_host(fleet: Fleet) -> None:
+    """Also if its bytes are no text, or its lines are sent again by a host that got no answer."""
+    host = await fleet.host()
+    fleet.start()
+    [taken] = await host.take(fleet.one)
+    given: list[dict[str, Any]] = []
+
+    def sink(level: str, source: str, text: str, at: Any) -> None:
+        line = {"at": to_text(at), "level": level, "source": source, "text": text}
+        given.append({**fence(taken), "seq": len(given) + 1, **line})
+
+    output = RunOutput(sink, fleet.one.tools.clock)
+    for _ in range(300):
+        output.feed("stdout", (b"\xff" * 30 + b"abc \xe2\x82\xac" * 10 + b"\n") * 20)
+    output.close()
+    assert given and any("were dropped" in line["text"] for line in given)
+    for start in range(0, len(given), 500):
+        for worker in (fleet.one, fleet.two):
+            body = {"lines": given[start : start + 500]}
+            assert await status(host, worker, "logs", body) == 200
+
+    stored = [(row["seq"], row["text"]) for row in stored_log(fleet)[1]]
+    assert stored == [(line["seq"], line["text"]) for line in given]
+
+
+async def test_a_host_neither_writes_the_last_line_nor_one_that_is_too_long(fleet: Fleet) -> None:
+    host = await fleet.host()
+    fleet.start()
+    [taken] = await host.take(fleet.one)
+    last, before = ({"lines": lines(taken, seq, 1, "x" * 60_000)} for seq in (LAST_LINE, LAST_LINE - 1))
+
+    assert await status(host, fleet.one, "logs", last) == 422
+    assert await status(host, fleet.one, "logs", before) == 200
+
+    [row] = stored_log(fleet)[1]
+    assert (row["seq"], len(row["text"])) == (LAST_LINE - 1, LINE_LIMIT)
+
+
+async def test_progress_is_written_as_often_as_that_of_a_local_run(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = await fleet.host()
+    run = fleet.start()
+    [taken] = await host.take(fleet.one)
+    written: list[int] = []
+    real = fleet.one.store.write_progress
+
+    async def write(rows: Any) -> None:
+        written.append(len(rows))
+        await real(rows)
+
+    monkeypatch.setattr(fleet.one.store, "write_progress", write)
+    for done in range(30):
+        rows = [{**fence(taken), "progress": {"done": done, "total": 30, "note": None}}]
+        await host.call(fleet.one, "progress", rows=rows)
+    await fleet.flush()
+
+    live = fleet.rows.live(run)
+    assert live is not None
+    assert (written, live["progress"]["done"]) == ([1], 29)
+
+
+# large bodies
+
+
+def longest_parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """The longest JSON that this process, which is the worker, parses from now on."""
+    sizes = [0]
+    real = json.loads
+
+    def loads(text: Any, **given: Any) -> Any:
+        sizes.append(len(text))
+        return real(text, **given)
+
+    monkeypatch.setattr(json, "loads", loads)
+    return lambda: max(sizes)
+
+
+def large_calls(taken: wire.Taken) -> Mapping[str, Mapping[str, Any]]:
+    """Valid calls with as large texts as they may have."""
+    step = {
+        **{"name": "s", "key": None, "occurrence": 1, "seq": 1, "spends": []},
+        **{"started_at": NOW, "ended_at": NOW, "result_json": f'"{"é" * (RESULT_LIMIT // 2 - 10)}"'},
+    }
+    value = json.dumps({"text": 'a "quoted" word ' * 50_000, "lists": [[]] * 20_000}, separators=(",", ":"))
+    assert MIB * 0.8 < len(value) < MIB
+    return {
+        "save": {**fence(taken), "handler": HANDLER, "data": value},
+        "store": {
+            "steps": [{**fence(taken), "handler": HANDLER, "step": {**step, "seq": n + 1}} for n in range(3)]
+        },
+        "finish": {"ends": [wire.end_message(end_of(taken, outcomes.Succeeded(value)))]},
+    }
+
+
+async def test_a_worker_never_parses_a_large_body_itself(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = await fleet.host()
+    run = fleet.start()
+    [taken] = await host.take(fleet.one)
+    calls = large_calls(taken)
+    longest = longest_parsed(monkeypatch)
+    for name, message in calls.items():
+        assert await status(host, fleet.one, name, message) == 200, name
+
+    assert longest() <= wire.OWN_BYTES
+    monkeypatch.undo()
+    [checkpoint] = fleet.rows.all(tables.checkpoints)
+    steps = fleet.rows.all(tables.steps)
+    for row in (checkpoint["data"], fleet.rows.run(run)["result"]):
+        assert row == json.loads(calls["save"]["data"])
+    assert [row["result"] for row in steps] == ["é" * (RESULT_LIMIT // 2 - 10)] * 3
+
+
+async def test_without_the_other_process_a_worker_parses_all_of_a_body(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control."""
+    host = await fleet.host()
+    fleet.start()
+    [taken] = await host.take(fleet.one)
+    calls = large_calls(taken)
+    monkeypatch.setattr(web, "OWN_BYTES", 2**30)
+    longest = longest_parsed(monkeypatch)
+
+    for name, message in calls.items():
+        assert await status(host, fleet.one, name, message) == 200, name
+    assert longest() > MIB
+
+
+async def test_a_large_body_that_is_no_call_is_refused_and_the_next_one_is_answered(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = await fleet.host()
+    fleet.start()
+    [taken] = await host.take(fleet.one)
+    longest = longest_parsed(monkeypatch)
+    end = wire.end_message(end_of(taken))
+    wrong = {**end, "fencing_token": -1, "sealed": "x" * 40_000}
+
+    for body in (
+        b'{"ends":[' + b"[]," * 5_500_000 + b"[]]}",
+        b"[" * 200_000,
+        b"\xff" * 200_000,
+        json.dumps({"ends": [wrong]}).encode(),
+        json.dumps({"ends": [end] * 2001}).encode(),
+    ):
+        response = await host.send(fleet.one, "finish", body)
+        assert (response.status_code, response.json()["code"]) == (422, "invalid"), body[:20]
+    deep = {**fence(taken), "handler": HANDLER, "data": "[" * 300 + "]" * 300 + " " * 40_000}
+    assert await status(host, fleet.one, "save", deep) == 422
+    assert longest() <= wire.OWN_BYTES
+    assert await status(host, fleet.one, "finish", large_calls(taken)["finish"]) == 200
+
+
+async def test_a_body_that_ends_the_process_is_refused_and_another_process_is_started(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, emitted: list[Emitted]
+) -> None:
+    host = await fleet.host()
+    fleet.start()
+    [taken] = await host.take(fleet.one)
+    given = fleet.one.listener.attempts.checker
+    monkeypatch.setattr(given, "_command", ("/bin/true",))
+
+    assert await status(host, fleet.one, "save", large_calls(taken)["save"]) == 422
+    monkeypatch.setattr(given, "_command", checker.COMMAND)
+    assert await status(host, fleet.one, "save", large_calls(taken)["save"]) == 200
+    assert [(one.fields["call"]) for one in emitted if one.event.name == "checker.died"] == ["save"]
+
+
+async def test_a_check_that_takes_too_long_is_tried_later(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = await fleet.host()
+    fleet.start()
+    [taken] = await host.take(fleet.one)
+    given = fleet.one.listener.attempts.checker
+    monkeypatch.setattr(given, "_command", ("/bin/sleep", "60"))
+    monkeypatch.setattr(given, "_deadline", 0.1)
+
+    response = await host.send(fleet.one, "save", large_calls(taken)["save"])
+    assert (response.status_code, response.json()["code"]) == (503, "busy")
+    monkeypatch.undo()
+    assert await status(host, fleet.one, "save", large_calls(taken)["save"]) == 200
+
+
+@pytest.mark.parametrize("name", [*wire.BODY_BYTES, "take", "register", "token", "nothing"])
+async def test_a_body_beyond_its_calls_limit_is_refused_unread(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    host = await fleet.host()
+    most = wire.BODY_BYTES.get(name, wire.OWN_BYTES)
+    assert most <= MIB or name in ("finish", "store", "save")
+    read: list[int] = []
+
+    async def check(name: str, body: bytes) -> Any:
+        read.append(len(body))
+        raise wire.Malformed("read")
+
+    monkeypatch.setattr(fleet.one.listener.attempts.checker, "check", check)
+
+    response = await host.send(fleet.one, name, b" " * (most + 1))
+    # Hosts of the previous release send their lines again and again, unless the run is lost.
+    assert response.status_code == (409 if name in ("logs", "progress") else 413)
+    assert read == []
+    # The control: one byte less is read.
+    assert await status(host, fleet.one, name, b" " * most) == 422
+    assert read == ([most] if most > wire.OWN_BYTES else [])
+
+
+async def test_one_token_holds_one_large_body_and_others_have_theirs(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web, "LARGE_WAIT", 0.05)
+    mine, other = await fleet.host("h1"), await fleet.host("h2")
+    entered, may_go = asyncio.Event(), asyncio.Event()
+
+    async def check(name: str, body: bytes) -> Any:
+        entered.set()
+        await may_go.wait()
+        raise wire.Malformed("checked")
+
+    monkeypatch.setattr(fleet.one.listener.attempts.checker, "check", check)
+    body = b" " * (wire.OWN_BYTES + 1)
+    first = asyncio.create_task(status(mine, fleet.one, "save", body))
+    await entered.wait()
+    entered.clear()
+
+    assert await status(mine, fleet.one, "save", body) == 503
+    theirs = asyncio.create_task(status(other, fleet.one, "save", body))
+    await entered.wait()
+    may_go.set()
+    assert await asyncio.gather(first, theirs) == [422, 422]
+    # The control: once it is free, the same token gets a place.
+    assert await status(mine, fleet.one, "save", body) == 422
+
+
+# calls and incarnations
+
+
+async def test_one_token_does_not_take_all_calls(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, other = await fleet.host("h1"), await fleet.host("h2")
+    monkeypatch.setattr(web, "MOST_OF_A_TOKEN", 2)
+    attempts = fleet.one.listener.attempts
+    waiting = [asyncio.create_task(mine.take(fleet.one, wait=5.0)) for _ in range(2)]
+    await until(lambda: attempts._calls.total() == 2)
+
+    assert await status(mine, fleet.one, "renew") == 503
+    assert await status(other, fleet.one, "renew") == 200
+    monkeypatch.setattr(web, "MOST_OF_A_TOKEN", 3)
+    assert await status(mine, fleet.one, "renew") == 200
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await until(lambda: not attempts._calls)
+
+
+REGISTRATION = wire.registration_message(wire.Registration("gpu1", 7, "1", {"child": 10, "inline": 10}))
+
+
+async def register(host: Host, fleet: Fleet, times: int) -> list[int]:
+    calls = (status(host, fleet.workers[n % 2], "register", REGISTRATION) for n in range(times))
+    return sorted(await asyncio.gather(*calls))
+
+
+@pytest.mark.parametrize("limit", ["MOST_BEGUN", "MOST_ALIVE"])
+async def test_the_incarnations_of_a_token_are_limited_also_at_once_at_several_workers(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    host, other = await fleet.host("h1"), await fleet.host("h2")
+    # The control: without the limit.
+    assert await register(host, fleet, 5) == [200] * 5
+    monkeypatch.setattr(store_hosts, limit, 9)
+
+    assert await register(host, fleet, 6) == [200] * 3 + [429] * 3
+
+    response = await host.send(fleet.one, "register", REGISTRATION)
+    assert response.json()["code"] == "too_many_requests"
+    assert 1 <= int(response.headers["retry-after"]) <= 60
+    assert await register(other, fleet, 1) == [200]
+    # Those that it has go on.
+    assert await status(host, fleet.one, "renew") == 200
+
+
+async def test_incarnations_that_ended_or_lost_their_lease_make_room(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = await fleet.host()
+    monkeypatch.setattr(store_hosts, "MOST_ALIVE", 1)
+    assert await register(host, fleet, 1) == [429]
+
+    await host.call(fleet.one, "unregister")
+    await host.register(fleet.one)
+    assert await register(host, fleet, 1) == [429]
+    with fleet.database.transaction() as connection:
+        lost = tables.workers.c.started_at
+        connection.execute(tables.workers.update().values(lease_until=lost))
+    assert await register(host, fleet, 1) == [200]
