@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from docs.generate.pages import PAGES, renewed
+from pathlib import Path
+
+from docs.generate import chart, llms
+from docs.generate.pages import COMMANDS, PAGES, new_pages, renewed
 
 
 def main() -> None:
-    for page in PAGES:
-        before = page.read_text(encoding="utf-8")
-        after = renewed(before)
-        if after != before:
-            page.write_text(after, encoding="utf-8")
-            print(page)
+    COMMANDS.mkdir(exist_ok=True)
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES} | new_pages()
+    for page, text in texts.items():
+        _write(page, renewed(text))
+    # These two are made from the pages.
+    _write(chart.FILE, chart.drawn())
+    _write(llms.FILE, llms.text())
+
+
+def _write(file: Path, text: str) -> None:
+    if not file.exists() or file.read_text(encoding="utf-8") != text:
+        file.write_text(text, encoding="utf-8")
+        print(file)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The command line: every verb with its arguments and options, and the exit code of each error."""
+"""The command line: a page for each noun with its verbs, an index, and the exit code of each error."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 import re
@@ -18,8 +19,10 @@ from worker.errors import WorkerError
 from worker.web.responses import STATUS
 
 PROGRAM = "python -m worker"
-# Options of many verbs, described once above the first verb. A verb only names those whose help text is the
-# common one; its own table describes the others.
+# The page of the verbs that belong to no noun, such as `run`.
+NO_NOUN = "without-a-noun"
+# Options of many verbs, described once, on the index. A verb only names those whose help text is the common
+# one; its own table describes the others.
 COMMON = ("-o", "--org", "--definition", "--state", "--since", "--limit", "--after", "--note")
 HELP = ("--help", "Print the help of a verb, or of all, and exit.")
 
@@ -27,23 +30,47 @@ HELP = ("--help", "Print the help of a verb, or of all, and exit.")
 Record = tuple[str, str]
 
 
-def commands() -> str:
-    """Return the general and the common options, then each verb with its help and its own options."""
-    root = typer.main.get_command(build())
-    context = root.context_class(root, info_name=PROGRAM)
-    records = {verb: list(_records(command, inside)) for verb, command, inside in verbs(root, context)}
-    common = _common(records.values())
+def index() -> str:
+    """Return the general and the common options, then a table of the pages with links to each verb."""
+    root, context = _root()
     text = f"## Options before the verb\n\n{_options(_records(root, context))}\n"
-    text += f"## Common options\n\n{_options([*common, HELP])}\n"
-    for verb, command, inside in verbs(root, context):
+    text += f"## Common options\n\n{_options([*_common(), HELP])}\n"
+    rows = []
+    for noun in nouns():
+        address = f"commands/{noun}.md"
+        named = [words for words, _, _ in _verbs_of(noun)]
+        links = ", ".join(
+            f"[{words.removeprefix(noun).strip()}]({address}#{words.replace(' ', '-')})" for words in named
+        )
+        rows.append((f"[{_title(noun)}]({address})", sentence(_about(noun)), links))
+    return f"{text}## Pages\n\n{table(('commands', 'about', 'verbs'), rows)}"
+
+
+def page(noun: str) -> str:
+    """Return what a noun is about, then each of its verbs with its help and its own options."""
+    common = _common()
+    text = f"{_help(_about(noun))}\n\n"
+    for words, command, inside in _verbs_of(noun):
         usage = command.get_usage(inside).removeprefix("Usage: ")
-        text += f"## {verb}\n\n```text output\n{' '.join(usage.split())}\n```\n\n{_help(command.help)}\n"
-        own = [record for record in records[verb] if record not in common]
+        text += f"## {words}\n\n```text output\n{' '.join(usage.split())}\n```\n\n{_help(command.help)}\n"
+        records = list(_records(command, inside))
+        own = [record for record in records if record not in common]
         text += f"\n{_options(own)}" if own else ""
-        named = [_name(record) for record in records[verb] if record in common]
-        text += f"\n[Common](#common-options): {codes(named)}.\n" if named else ""
+        named = [_name(record) for record in records if record in common]
+        text += f"\n[Common](../command-line.md#common-options): {codes(named)}.\n" if named else ""
         text += "\n"
     return text.rstrip("\n") + "\n"
+
+
+def nouns() -> list[str]:
+    """Return the names of the pages: the verbs without a noun, then each noun in the order of the help."""
+    root, _ = _root()
+    return [NO_NOUN, *(name for name, command in root.commands.items() if hasattr(command, "commands"))]
+
+
+def heading(noun: str) -> str:
+    """Return the heading of a new page."""
+    return "Commands without a noun" if noun == NO_NOUN else f"Commands: {noun}"
 
 
 def verbs(group: Any, context: Any, above: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -55,6 +82,27 @@ def verbs(group: Any, context: Any, above: str = "") -> Iterator[tuple[str, Any,
             yield from verbs(command, inside, words)
         elif not command.hidden:
             yield words, command, inside
+
+
+@functools.cache
+def _root() -> tuple[Any, Any]:
+    """Return the command line and its context."""
+    root = typer.main.get_command(build())
+    return root, root.context_class(root, info_name=PROGRAM)
+
+
+def _verbs_of(noun: str) -> list[tuple[str, Any, Any]]:
+    every = verbs(*_root())
+    return [each for each in every if (each[0].partition(" ")[0] if " " in each[0] else NO_NOUN) == noun]
+
+
+def _title(noun: str) -> str:
+    return "without a noun" if noun == NO_NOUN else code(noun)
+
+
+def _about(noun: str) -> str:
+    root, _ = _root()
+    return "Start and try things, and look after them." if noun == NO_NOUN else root.commands[noun].help
 
 
 def exit_codes() -> str:
@@ -98,9 +146,10 @@ def _records(command: Any, context: Any) -> Iterator[Record]:
         yield names, re.sub(r"\[(.*)]$", lambda found: f"({_bounds(found[1])})", words)
 
 
-def _common(verbs: Iterable[list[Record]]) -> list[Record]:
+@functools.cache
+def _common() -> list[Record]:
     """Return the most frequent record of each common option, in the order of COMMON."""
-    counts = Counter(record for records in verbs for record in records)
+    counts = Counter(each for _, command, inside in verbs(*_root()) for each in _records(command, inside))
     return [max((each for each in counts if _name(each) == name), key=counts.__getitem__) for name in COMMON]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from docs.generate import (
@@ -21,6 +22,7 @@ from docs.generate import (
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COMMANDS = ROOT / "docs" / "reference" / "commands"
 
 PARTS: Mapping[str, Callable[[], str]] = {
     "assistant-params": builtin.assistant_params,
@@ -28,7 +30,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "budget-keys": files.budget_keys,
     "calendar-keys": files.calendar_keys,
     "claims": handlers.claims,
-    "commands": commands.commands,
+    "commands": commands.index,
     "context": handlers.context,
     "database": database.database,
     "definition-keys": files.definition_keys,
@@ -46,8 +48,17 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "settings": settings.settings,
     "testing-faults": testing.testing_faults,
     "testing-finished": testing.testing_finished,
-}
+} | {f"commands-{noun}": partial(commands.page, noun) for noun in commands.nouns()}
 _PART = re.compile(r"^<!-- generated: ([\w-]+) -->\n.*?^<!-- end -->$", re.DOTALL | re.MULTILINE)
+
+
+def new_pages() -> dict[Path, str]:
+    """Return the pages of new nouns of the command line, to be filled by `renewed`."""
+    return {
+        page: f"# {commands.heading(noun)}\n\n<!-- generated: commands-{noun} -->\n<!-- end -->\n"
+        for noun in commands.nouns()
+        if not (page := COMMANDS / f"{noun}.md").exists()
+    }
 
 
 def renewed(page: str) -> str:

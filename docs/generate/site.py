@@ -20,6 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from docs.generate import llms
 from docs.generate.figures import FIGURE, picture_of
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +74,7 @@ def stage(pages: Path) -> list[dict[str, str]]:
             if target not in wanted:
                 wanted.append(target)
         _write(pages / page.relative_to(DOCS), for_site(page))
+    _write(pages / llms.FILE.name, llms.text(".html"))
     for folder in ("images", "vendor"):
         shutil.copytree(DOCS / folder, pages / folder)
     names = {}

@@ -27,7 +27,12 @@ import typer
 from worker.cli.app import build
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "SECURITY.md",
+    ROOT / "bench" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w+) *(?P<argument>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$"
@@ -40,6 +45,15 @@ _CODE = re.compile(r"`([^`\n]+)`")
 _PROGRAM = re.compile(
     r"(?:^|[\s(]|/bin/)(?:python3?(?: -P)? -m worker|orgworker)(?= )([^\n|;&>)]*)", re.MULTILINE
 )
+
+_INSTALLER = re.compile(
+    r"\b(?:(?:pip3?|pipx|uv(?: pip| tool)?|poetry)(?: -[\w=-]+)* (?:install|download|add|run)|uvx)\b"
+    r"([^`|;&)]*)"
+)
+# A command over two lines: in a shell, or in a sentence or comment that breaks around `install`.
+_WRAPPED = re.compile(r"\\\n\s*|(?<=install)\n(?:# )?|(?<=pip|ipx)\n(?:# )?(?=install)")
+# A requirement by name, unlike the path of a wheel.
+_OURS = re.compile(r"['\"]?orgworker([-_]guard)?(\[[\w,-]*\])?([=<>~!@].*)?['\"]?[.,:]?$")
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,13 @@ def blocks(page: str) -> list[Block]:
             text = textwrap.dedent(match["text"])
             found.append(Block(match["language"], match["argument"].strip(), text, line))
     return found
+
+
+def installs_by_name(text: str) -> list[str]:
+    """The commands that would install a distribution of ours from an index, where the names are not ours."""
+    text = _WRAPPED.sub(" ", text)
+    found = {call[0].strip(): call[1] for line in text.splitlines() for call in _INSTALLER.finditer(line)}
+    return [call for call, words in found.items() if any(map(_OURS.match, words.split()))]
 
 
 def section(page: str, heading: str) -> str:

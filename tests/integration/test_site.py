@@ -52,6 +52,14 @@ def test_every_page_is_on_the_site(built: Path):
         assert built.joinpath(page.relative_to(site.DOCS)).with_suffix(".html").is_file(), page
 
 
+def test_llms_txt_is_at_the_root_and_leads_to_each_page(built: Path):
+    text = (built / "llms.txt").read_text(encoding="utf-8")
+    found = re.findall(r"(?m)^- \[[^]]+\]\(([^)]+)\)", text)
+
+    assert len(found) == len(list(site.DOCS.rglob("*.md")))
+    assert [address for address in found if not (built / address).is_file()] == []
+
+
 def test_no_page_loads_anything_from_another_site(built: Path):
     for page in built.rglob("*.html"):
         loaded = Loaded()

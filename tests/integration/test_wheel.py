@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import sysconfig
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.fakes.pages import blocks
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,10 +50,12 @@ def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin"
 
 
-def run(folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *command: str | Path, timeout: int = 60) -> subprocess.CompletedProcess[str]:
     """Run a command in an empty folder with nothing of this environment."""
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder)}
-    return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=60)
+    return subprocess.run(
+        command, cwd=folder, env=environment, text=True, capture_output=True, timeout=timeout
+    )
 
 
 def test_the_wheel_holds_two_packages_and_what_they_need(wheel):
@@ -92,6 +97,30 @@ def test_it_makes_a_plugin_and_its_fixture_is_there_for_the_test_of_it(bin_folde
     assert made.returncode == 0, made.stderr
     assert (tmp_path / "acme-digest" / "acme_digest.py").exists()
     assert "orgworker -- " in fixtures.stdout, fixtures.stdout
+
+
+def test_the_demo_runs_in_an_empty_folder_as_the_pages_say(bin_folder, wheel, tmp_path):
+    """README.md and install.md, but for `./dev build`, pipx and how long the demo runs."""
+    ours = [
+        re.findall(r"(?m)^\$ (.*)", block.text)
+        for page in ("README.md", "docs/install.md")
+        for block in blocks((ROOT / page).read_text(encoding="utf-8"))
+        if block.marks.get("by") == "test_wheel"
+    ]
+    [[build, install, *first], second] = ours
+    assert (build, first) == ("./dev build", [second[0].replace("try-", "../try-"), second[1]])
+    [_, _, file] = install.split()
+    checkout = tmp_path / "orgworker"
+    (checkout / "dist").mkdir(parents=True)
+    (checkout / "dist" / wheel.name).symlink_to(wheel)
+    assert [each.resolve() for each in checkout.glob(file)] == [wheel.resolve()]
+    script = [f"PATH={bin_folder}:$PATH", "set -e", *first[:-1], f"{first[-1]} --seconds 1"]
+
+    done = run(checkout, "sh", "-c", "\n".join(script), timeout=110)
+
+    assert done.returncode == 0, done.stderr
+    assert "OPEN THIS in a browser: http://127.0.0.1:" in done.stdout + done.stderr
+    assert list((tmp_path / "try-orgworker").iterdir()) == [], "install.md: the demo leaves nothing"
 
 
 def test_it_migrates_a_database_and_finds_its_handlers(bin_folder, tmp_path):

@@ -20,6 +20,7 @@ from tests.fakes.pages import (
     anchors,
     blocks,
     commands,
+    installs_by_name,
     links,
     missing_lines,
     treatment,
@@ -182,6 +183,53 @@ def named_in(nav: object) -> Iterator[str]:
             yield from named_in(each)
 
 
+def test_no_page_installs_by_a_name_that_is_not_ours():
+    """Pages, and the files that readers get: another distribution may have the name on the index."""
+    files = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "dev", "worker/guard/README.md"))]
+    for folder in ("config", "worker/cli/skeleton"):
+        files += [file for file in sorted((ROOT / folder).rglob("*")) if file.is_file()]
+
+    found = {file: installs_by_name(file.read_text(encoding="utf-8", errors="replace")) for file in files}
+
+    assert {str(file.relative_to(ROOT)): calls for file, calls in found.items() if calls} == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "$ pip install orgworker\n",
+        "Then `pip install 'orgworker[otel]'`.\n",
+        "(PostgreSQL 15 or newer, `pip install\n'orgworker[postgresql]'`)\n",
+        "# so many workers (pip install\n# 'orgworker[postgresql]').\n",
+        "pip install --quiet django \\\n    orgworker>=0.1\n",
+        "python -m pip install --upgrade orgworker-guard==0.1.0\n",
+        "Use `pip\ninstall orgworker`.\n",
+        "pipx install orgworker\n",
+        "uv tool install orgworker\n",
+        "uv pip install orgworker_guard\n",
+        "uvx orgworker demo\n",
+        "RUN /opt/orgworker/bin/pip install --no-cache-dir orgworker\n",
+    ],
+)
+def test_an_installation_by_name_is_found(text: str):
+    assert len(installs_by_name(text)) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "$ pipx install dist/orgworker-*.whl\n$ orgworker demo\n",
+        "$ /opt/orgworker/bin/pip install 'dist/orgworker-VERSION-py3-none-any.whl[otel]'\n",
+        "```sh\npip install --quiet -e ./acme-greet\norgworker try acme.greet\n```\n",
+        "`pip install` takes the wheel; orgworker is not on the index.\n",
+        "pipx uninstall orgworker, pipx inject orgworker ./acme-greet\n",
+        "pip install --no-deps --no-index dist/orgworker_guard-0.1.0-py3-none-any.whl\n",
+    ],
+)
+def test_an_installation_from_a_file_is_not(text: str):
+    assert installs_by_name(text) == []
+
+
 def test_every_figure_has_its_picture():
     """`python -m docs.generate.figures` makes it."""
     assert {figures.picture_of(text) for text in figures.sources()} == set(figures.FOLDER.iterdir())
@@ -202,13 +250,21 @@ def test_every_measurement_that_is_named_can_be_repeated(page: Path):
     assert {name for name in named if not (ROOT / "bench" / f"{name}.py").exists()} == set()
 
 
-def test_each_measurement_has_a_command_a_date_and_a_machine():
-    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    head, *sections = page.split("\n## ")
+@pytest.mark.parametrize("name", ["docs/benchmarks.md", "bench/README.md"])
+def test_each_measurement_has_a_command_a_date_and_a_machine(name: str):
+    head, *sections = (ROOT / name).read_text(encoding="utf-8").split("\n## ")
 
-    assert re.search(r"Linux with 2 processors on \d+ \w+ 20\d\d", head)
+    assert re.search(r"Linux with 2 processors on (\d+ to )?\d+ \w+ 20\d\d", head)
     lacking = [each.partition("\n")[0] for each in sections if not re.search(r"\bbench\.\w|pytest ", each)]
     assert lacking == []
+
+
+def test_the_benchmarks_are_ten_numbers_each_with_its_date():
+    _, *numbers = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").split("\n## ")
+
+    assert len(numbers) == 10
+    assert [each for each in numbers if not re.search(r"`, \d+ \w+ 20\d\d", each)] == []
+    assert [each for each in numbers if not re.search(r"\n\*\*[^*]+\*\*", each)] == []
 
 
 @pytest.mark.parametrize(

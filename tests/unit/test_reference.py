@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from docs.generate import database, handlers, pages, settings
+from docs.generate import chart, commands, database, handlers, llms, pages, settings
 from worker.handlers.context import BlockingContext, Context
 from worker.handlers.given import BlockingCancellation, Cancellation
 
 GENERATED = [page for page in pages.PAGES if pages.parts_of(page.read_text(encoding="utf-8"))]
 
 
-@pytest.mark.parametrize("page", GENERATED, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", GENERATED, ids=lambda page: str(page.relative_to(pages.ROOT)))
 def test_a_generated_page_is_up_to_date(page: Path):
     text = page.read_text(encoding="utf-8")
 
@@ -24,6 +25,52 @@ def test_every_part_stands_on_a_page():
     assert sorted(part for page in GENERATED for part in pages.parts_of(page.read_text())) == sorted(
         pages.PARTS
     )
+
+
+def test_each_noun_of_the_command_line_has_a_page_with_its_verbs():
+    for noun in commands.nouns():
+        page = pages.COMMANDS / f"{noun}.md"
+        assert pages.parts_of(page.read_text(encoding="utf-8")) == [f"commands-{noun}"]
+    index = (pages.COMMANDS.parent / "command-line.md").read_text(encoding="utf-8")
+    every = re.findall(r"\]\(commands/[\w-]+\.md#([\w-]+)\)", index)
+
+    assert len(every) == len(set(every)) > 80
+    assert {"run", "orgs-add", "definitions-state-show"} <= set(every)
+
+
+def test_a_new_noun_gets_a_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    assert pages.new_pages() == {}
+    monkeypatch.setattr(pages, "COMMANDS", tmp_path)
+
+    text = pages.new_pages()[tmp_path / "orgs.md"]
+
+    assert "\n## orgs add\n" in pages.renewed(text)
+
+
+def test_the_chart_is_that_of_the_numbers():
+    assert chart.FILE.read_text(encoding="utf-8") == chart.drawn(), "./dev docs brings it up to date"
+    assert len(chart.rows()) == 4
+
+
+def test_another_number_is_another_chart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    page = tmp_path / "benchmarks.md"
+    page.write_text(chart.PAGE.read_text(encoding="utf-8").replace("| 10.9 s |", "| 11.9 s |"))
+    monkeypatch.setattr(chart, "PAGE", page)
+
+    assert ">11.9 s<" in chart.drawn()
+    assert ">10.9 s<" not in chart.drawn()
+
+
+def test_llms_txt_has_a_line_for_each_page_of_the_menu():
+    text = llms.FILE.read_text(encoding="utf-8")
+    assert text == llms.text(), "./dev docs brings it up to date"
+
+    title, empty, summary, *_ = text.splitlines()
+    found = re.findall(r"(?m)^- \[[^]]+\]\(([^)]+)\): \S.{15,}[.?]$", text)
+
+    assert (title, empty) == ("# orgworker", "")
+    assert summary.startswith("> orgworker runs scheduled, long-running background jobs")
+    assert sorted(found) == sorted(str(page.relative_to(llms.DOCS)) for page in llms.DOCS.rglob("*.md"))
 
 
 def test_a_part_that_is_out_of_date_is_made_anew():
