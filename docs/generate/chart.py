@@ -12,8 +12,9 @@ FILE = DOCS / "images" / "nine-o-clock.svg"
 
 # A row of the table: where the tokens are, the first start, and when all have started.
 _ROW = re.compile(r"^\| ([^|]+?) \| [\d.]+ s \| ([\d.]+) s \|", re.MULTILINE)
-_WIDTH, _LABELS, _BAR, _STEP, _TOP = 800, 330, 390, 40, 62
+_WIDTH, _LABELS, _BAR, _STEP, _TOP = 800, 330, 390, 40, 78
 _TITLE = "100,000 orgs are due at nine o'clock: seconds until the last run has started"
+_HEAD = "where the orgs' tokens are"
 _STYLE = (
     "text{font:14px system-ui,sans-serif;fill:#1f2328}.title{font-size:16px;font-weight:600}"
     ".small{font-size:12px;fill:#59636e}.bar{fill:#4051b5}"
@@ -37,6 +38,7 @@ def drawn() -> str:
         f"<style>{_STYLE}</style>",
         f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
         f'<text class="title" x="20" y="34">{escape(_TITLE)}</text>',
+        f'<text class="small" x="{_LABELS - 10}" y="{_TOP - 12}" text-anchor="end">{_HEAD}</text>',
     ]
     for place, (name, seconds) in enumerate(cases):
         top, width = _TOP + _STEP * place, seconds / longest * _BAR
