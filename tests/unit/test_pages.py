@@ -184,8 +184,12 @@ def named_in(nav: object) -> Iterator[str]:
 
 
 def test_no_page_installs_by_a_name_that_is_not_ours():
-    """Pages, and the files that readers get: another distribution may have the name on the index."""
-    files = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "dev", "worker/guard/README.md"))]
+    """Pages, and the files and messages that readers get: the name may be another's on the index."""
+    files = [
+        *PAGES,
+        *sorted((ROOT / "worker").rglob("*.py")),
+        *(ROOT / name for name in ("CHANGELOG.md", "dev", "worker/guard/README.md")),
+    ]
     for folder in ("config", "worker/cli/skeleton"):
         files += [file for file in sorted((ROOT / folder).rglob("*")) if file.is_file()]
 

@@ -48,7 +48,7 @@ try:
     from pydantic_ai.toolsets import AbstractToolset, ToolsetTool, WrapperToolset
 except ImportError as missing:
     raise ImportError(
-        f"durable needs pydantic-ai 2.68 or later ({missing}): pip install 'orgworker[pydantic-ai]'"
+        f"durable needs pydantic-ai 2.68 or later ({missing}): install orgworker with its extra pydantic-ai"
     ) from missing
 
 # What counts the tokens of responses.

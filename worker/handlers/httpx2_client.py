@@ -14,7 +14,8 @@ try:
     import httpx2
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(
-        "httpx2_client needs the package httpx2: pip install 'orgworker[pydantic-ai]'", name=missing.name
+        "httpx2_client needs the package httpx2: install orgworker with its extra pydantic-ai",
+        name=missing.name,
     ) from missing
 
 # `ctx.http` sets these itself. It adds the org's token only to requests without an Authorization header.
