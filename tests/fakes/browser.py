@@ -1,10 +1,14 @@
-"""A real browser: Debian's Chromium, driven by Playwright, and pages that report what must not happen."""
+"""A real browser, driven by Playwright, and pages that report what must not happen.
+
+`python -m tests.fakes.browser` prints its path, or says how to install one; `./dev test` does so first.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +32,7 @@ document.addEventListener('securitypolicyviolation', event => console.error(
 
 
 def executable() -> str:
-    """The browser's path.
+    """The browser's path: one of the machine, else the one that Playwright has installed.
 
     Raises:
         RuntimeError: there is none on this machine; a missing browser is an error, never a skipped test.
@@ -36,8 +40,13 @@ def executable() -> str:
     for name in NAMES:
         if (found := shutil.which(name)) is not None:
             return found
+    with sync_playwright() as playwright:
+        if os.access(path := playwright.chromium.executable_path, os.X_OK):
+            return path
     raise RuntimeError(
-        f"no browser: `apt-get install chromium`, which .ci/run does; one of {', '.join(NAMES)}"
+        f"no browser ({', '.join(NAMES)}) for the browser tests. Install one, then call this again:\n"
+        "  Debian:     sudo apt-get install chromium\n"
+        "  elsewhere:  .venv/bin/playwright install --with-deps chromium"
     )
 
 
@@ -46,9 +55,10 @@ def launched() -> Iterator[Browser]:
     """A headless browser; its profile is gone afterwards."""
     # Debian's wrapper reads the memory of the machine from /proc, and prints about it.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CHROMIUM")}
+    path = executable()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=executable(), args=list(ARGUMENTS), env=dict(environment)
+            executable_path=path, args=list(ARGUMENTS), env=dict(environment)
         )
         try:
             yield browser
@@ -163,3 +173,10 @@ def tab(
         yield opened
     finally:
         context.close()
+
+
+if __name__ == "__main__":
+    try:
+        print(executable())
+    except RuntimeError as missing:
+        sys.exit(str(missing))
