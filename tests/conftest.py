@@ -4,82 +4,32 @@ from __future__ import annotations
 
 import fcntl
 import functools
-import gc
-import importlib
-import itertools
 import os
 import shutil
 import signal
 import sys
 import tempfile
-import types
-from collections import defaultdict
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 import hypothesis
 import pytest
-from sqlalchemy import Connection, Engine, event
 
-from tests.fakes import postgres, sessions, shifted, unsynced
+from tests import speed
+from tests.fakes import postgres, shifted
 from tests.fakes.clock import ManualClock
-from tests.fakes.issuer import rsa_key
-from worker.demo import keys
 from worker.store import schema
-from worker.store import sessions as store_sessions
 from worker.telemetry import events
 from worker.telemetry.masking import masker
 
 HERE = Path(__file__).parent
 
 
-def _is_valid_syntax(rule: str, text: str) -> bool:
-    """That of rfc3987_syntax, which makes 38 parsers at its import: a second of CPU time in each process."""
-    if sys.modules["rfc3987_syntax"] is _LATER:
-        del sys.modules["rfc3987_syntax"]
-    valid: bool = importlib.import_module("rfc3987_syntax").is_valid_syntax(rule, text)
-    return valid
-
-
-# jsonschema imports it to check IRIs.
-_LATER = types.ModuleType("rfc3987_syntax")
-vars(_LATER)["is_valid_syntax"] = _is_valid_syntax
-sys.modules.setdefault("rfc3987_syntax", _LATER)
-
-# Imported modules and collected tests are never garbage; see pytest_collection_finish.
-gc.disable()
-
-store_sessions.DeadlineConnection = sessions.Session  # type: ignore[misc]
-
-unsynced.begin()
-
-# A new RSA key takes 60 ms of CPU time: the providers of all tests sign with these eight by turns.
-_NUMBERS = itertools.cycle(range(8))
-keys.new_private_key = lambda: rsa_key(f"provider-{next(_NUMBERS)}")
+speed.begin()
 
 # Timings say nothing on a shared machine; a gate that all changes pass tries the same examples each time.
 hypothesis.settings.register_profile("worker", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("worker")
-
-
-class Compiled(dict[Any, Any]):
-    """Statements compiled for a driver, whatever engine they are compiled for."""
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        return super().get(key[1:], default)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(key[1:], value)
-
-
-_COMPILED: dict[str, Compiled] = defaultdict(Compiled)
-
-
-@event.listens_for(Engine, "engine_connect")
-def compile_once(connection: Connection) -> None:
-    """Each test has an engine of its own; compiling its statements again took an eighth of the time."""
-    connection.execution_options(compiled_cache=_COMPILED[connection.dialect.driver])
 
 
 # Each file runs in one process: those that take longest begin first, so that none begins last.
@@ -134,9 +84,7 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
-    """Exclude modules and collected tests from garbage collection, which took a quarter of the CPU time."""
-    gc.freeze()
-    gc.enable()
+    speed.collected()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

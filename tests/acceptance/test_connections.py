@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes import sessions
 from tests.fakes.handlers import install_handlers
 from tests.fakes.site import Site, application, definition, opened, wait_until
 
@@ -44,8 +43,6 @@ def busy(tmp_path: Path, provider, migrated_postgres_url: str) -> Iterator[Site]
                 for name in ("acme.note", "acme.inline")
             )
         )
-        # Those of the commands above, which this process keeps.
-        sessions.forget(migrated_postgres_url.rsplit("/", 1)[1])
         yield site
 
 

@@ -17,7 +17,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tests.fakes import sessions
 from tests.fakes.postgres import Server
 from tests.fakes.site import Site, application, definition, wait_until
 from worker.demo.provider import Provider
@@ -199,7 +198,6 @@ def backup(site: Site, server: Server) -> Iterator[Callable[[], None]]:
     name = site.database_url.rsplit("/", 1)[1]
     site.disconnect()
     # A database that is copied has no session.
-    sessions.forget(name)
     server.execute(f'CREATE DATABASE "{name}_backup" TEMPLATE "{name}"')
 
     def restore() -> None:

@@ -8,7 +8,6 @@ import heapq
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 
-from tests.fakes import sessions
 from tests.fakes.postgres import kept_session
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
@@ -95,12 +94,10 @@ class ManualClock:
         connection.execute(f'ALTER DATABASE "{name}" SET search_path = public, pg_catalog')
         move(self._now)
         self._on_change = move
-        sessions.moved.add(name)
         try:
             yield
         finally:
             self._on_change = lambda now: None
-            sessions.moved.discard(name)
             # As it was: only an unchanged database is used again by the next test.
             connection.execute("DROP FUNCTION public.clock_timestamp()")
             connection.execute(f'ALTER DATABASE "{name}" RESET search_path')

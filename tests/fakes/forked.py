@@ -33,8 +33,13 @@ from tests.fakes.cli import Completed
 ROOT = Path(__file__).parents[2]
 # Imported by a worker or a command only once it needs them.
 LATER = ("alembic.command", "opentelemetry.sdk.trace", "psycopg", "sqlalchemy.dialects.postgresql.psycopg")
-# With one of these a new interpreter starts with code that a fork would skip.
-ONLY_NEW = ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START", "ORGWORKER_SHIFTED_CLOCK")
+# With one of the first three a new interpreter starts with code that a fork would skip.
+ONLY_NEW = (
+    "COVERAGE_PROCESS_CONFIG",
+    "COVERAGE_PROCESS_START",
+    "ORGWORKER_SHIFTED_CLOCK",
+    "ORGWORKER_TEST_PLAIN",
+)
 
 
 # Modules that `python -m` runs in a fork; `demo` starts its own processes, and is one that users start.

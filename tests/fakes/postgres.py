@@ -27,7 +27,6 @@ from typing import Any
 
 import psycopg
 
-from tests.fakes import sessions
 from tests.fakes.ports import free_port
 
 INITDB = ("-U", "postgres", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C")
@@ -110,15 +109,12 @@ class Server:
         """
         emptied = self._emptied.setdefault(template, [])
         name = emptied.pop() if emptied else self._created(template, owner)
-        if template in self._contents:
-            sessions.reused.add(name)
         try:
             yield self.url(name)
         finally:
             if template in self._contents and self._contents[template].restore(self.url(name)):
                 emptied.append(name)
             else:
-                sessions.forget(name)
                 forget_session(self.url(name))
                 self.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
 
@@ -211,7 +207,7 @@ DATABASE = """
     ) FROM pg_database AS d WHERE datname = current_database()"""
 END_OTHERS = """
     SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
-    WHERE datname = current_database() AND pid <> pg_backend_pid() AND pid <> ALL(%s)"""
+    WHERE datname = current_database() AND pid <> pg_backend_pid()"""
 LARGEST = "SELECT max(pg_relation_size(oid)) FROM pg_class WHERE relkind = 'r' AND oid >= 16384"
 # A table that a test made larger is dropped with its database.
 MOST_BYTES = 256 * 1024
@@ -234,8 +230,7 @@ class Contents:
     def restore(self, url: str) -> bool:
         """End the sessions that a test has left and restore the rows; False if more than rows has changed."""
         connection = kept_session(url)
-        kept = [session.info.backend_pid for session in sessions.kept(connection.info.dbname)]
-        connection.execute(END_OTHERS, (kept,))
+        connection.execute(END_OTHERS)
         [(largest,)] = connection.execute(LARGEST).fetchall()
         if (largest or 0) > MOST_BYTES or _definitions(connection) != self._fingerprint:
             return False

@@ -24,11 +24,14 @@ def begin() -> None:
 @contextlib.contextmanager
 def ended() -> Iterator[None]:
     """Connections that are made meanwhile are as the store makes them."""
-    event.remove(Engine, "engine_connect", _turn_off)
+    begun = event.contains(Engine, "engine_connect", _turn_off)
+    if begun:
+        event.remove(Engine, "engine_connect", _turn_off)
     try:
         yield
     finally:
-        begin()
+        if begun:
+            begin()
 
 
 def _turn_off(connection: Connection) -> None:
