@@ -1,4 +1,8 @@
-"""Budgets in a real worker: runs fail, wait or are held back at the limit, and go on when it is raised."""
+"""Budgets in a real worker: runs fail, wait or are held back at the limit, and go on when it is raised.
+
+What the database decides is tested on both in tests/integration/store/test_spending.py; here only the
+runs that are killed or held back.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +47,7 @@ def spent(site: Site) -> int:
 
 
 @pytest.mark.parametrize("handler", HANDLERS)
-def test_a_run_waits_without_a_process_until_its_budget_is_raised(
-    site_on_either: Site, journal: Path, handler: str
-):
-    site = site_on_either
+def test_a_run_waits_without_a_process_until_its_budget_is_raised(site: Site, journal: Path, handler: str):
     begin(site, journal, handler, budget(25))
 
     run = site.wait_for_state("agent", "waiting", attempt=1, timeout=30)
@@ -64,8 +65,7 @@ def test_a_run_waits_without_a_process_until_its_budget_is_raised(
     assert spent(site) == 41
 
 
-def test_a_run_fails_for_good_at_a_limit_that_says_so(site_on_either: Site, journal: Path):
-    site = site_on_either
+def test_a_run_fails_for_good_at_a_limit_that_says_so(site: Site, journal: Path):
     begin(site, journal, "acme.spender", budget(25, "fail", per="run"))
 
     run = site.wait_for_state("agent", "failed", attempt=1, timeout=30)
@@ -74,8 +74,7 @@ def test_a_run_fails_for_good_at_a_limit_that_says_so(site_on_either: Site, jour
     assert "llm_tokens per run" in run["error"]["message"]
 
 
-def test_an_operator_answers_a_budget_that_asks(site_on_either: Site, journal: Path):
-    site = site_on_either
+def test_an_operator_answers_a_budget_that_asks(site: Site, journal: Path):
     begin(site, journal, "acme.spender", budget(25, "ask"))
     run = site.wait_for_state("agent", "waiting", attempt=1, timeout=30)
 
@@ -90,8 +89,7 @@ def test_an_operator_answers_a_budget_that_asks(site_on_either: Site, journal: P
     assert (calls(journal), spent(site)) == ([0, 1, 2, 3], 41)
 
 
-def test_a_no_fails_the_run(site_on_either: Site, journal: Path):
-    site = site_on_either
+def test_a_no_fails_the_run(site: Site, journal: Path):
     begin(site, journal, "acme.spender", budget(25, "ask"))
     run = site.wait_for_state("agent", "waiting", attempt=1, timeout=30)
 
