@@ -1,4 +1,8 @@
-"""Workers and hosts that die or hang: runs of hosts go on or are taken over, and nothing is done twice."""
+"""Workers that die and hosts that hang: runs of hosts go on or are taken over, and nothing is done twice.
+
+Hosts that are killed are tested in tests/faults/test_hosts.py, one without any worker in test_host.py,
+and workers that drain in tests/integration/hosts/test_attempt_api.py.
+"""
 
 from __future__ import annotations
 
@@ -94,9 +98,7 @@ def in_use(fleet: Fleet) -> subprocess.Popen[bytes]:
     return worker
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM], ids=["kill -9", "SIGSTOP", "SIGTERM"]
-)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["kill -9", "SIGSTOP"])
 def test_a_worker_that_goes_away_does_not_disturb_a_hosts_runs(fleet: Fleet, number: signal.Signals) -> None:
     fleet.hosts.start()
     run = fleet.begin("count", "acme.steps", steps=60, pause=0.1)
@@ -109,24 +111,6 @@ def test_a_worker_that_goes_away_does_not_disturb_a_hosts_runs(fleet: Fleet, num
     assert ended["result"] == {"first": 0, "attempt": 1}
     assert fleet.steps() == list(range(1, 61))
     assert [row["outcome"] for row in fleet.site.attempts(run["id"])] == ["succeeded"]
-
-
-def test_another_host_goes_on_with_the_runs_of_a_killed_one(fleet: Fleet) -> None:
-    host = fleet.hosts.start("h1")
-    run = fleet.begin("count", "acme.steps", steps=60, pause=0.1)
-    fleet.until(lambda: len(fleet.steps()) > 5, "steps")
-    fleet.hosts.start("h2")
-    pids = {line["pid"] for line in read_journal(fleet.journal)}
-
-    host.kill()
-
-    fleet.until(lambda: not any(map(psutil.pid_exists, pids)), "the end of its runs' processes", 5)
-    ended = fleet.site.wait_for_state("count", "succeeded", attempt=2, timeout=60)
-    assert ended["id"] == run["id"]
-    assert [row["outcome"] for row in fleet.site.attempts(run["id"])] == ["lost", "succeeded"]
-    # From its checkpoint: at most the step that was under way is done again.
-    steps = fleet.steps()
-    assert len(steps) - len(set(steps)) <= 1 and set(steps) == set(range(1, 61))
 
 
 def test_a_host_that_hangs_for_longer_than_its_lease_has_no_effect_afterwards(fleet: Fleet) -> None:
@@ -168,24 +152,6 @@ def test_a_host_that_is_removed_stops_and_another_one_goes_on(fleet: Fleet) -> N
     assert not any(map(psutil.pid_exists, pids))
     fleet.site.wait_for_state("count", "succeeded", attempt=2, timeout=60)
     assert [row["outcome"] for row in fleet.site.attempts(run["id"])] == ["lost", "succeeded"]
-
-
-def test_a_host_without_any_worker_freezes_and_goes_on(fleet: Fleet) -> None:
-    fleet.hosts.start()
-    run = fleet.begin("count", "acme.steps", steps=60, pause=0.05)
-    fleet.until(lambda: len(fleet.steps()) > 5, "steps")
-
-    for worker in fleet.workers:
-        worker.send_signal(signal.SIGSTOP)
-    fleet.until(lambda: fleet.hosts.events("children.frozen"), "frozen runs", 10)
-    for worker in fleet.workers:
-        worker.send_signal(signal.SIGCONT)
-
-    fleet.until(lambda: fleet.site.runs(definition="count")[0]["state"] == "succeeded", "the end", 60)
-    outcomes = [row["outcome"] for row in fleet.site.attempts(run["id"])]
-    assert outcomes[-1] == "succeeded"
-    # Beyond the lease the workers may have taken it over; within it, it has gone on.
-    assert outcomes in (["succeeded"], ["lost", "succeeded"])
 
 
 def test_a_host_knows_nothing_of_the_database_and_its_keys(fleet: Fleet) -> None:

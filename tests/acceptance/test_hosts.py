@@ -1,4 +1,7 @@
-"""A host runs handlers for a worker, over the attempt API, without the database and the key ring."""
+"""A host runs handlers for a worker, over the attempt API, without the database and the key ring.
+
+On SQLite; those on PostgreSQL are in test_host_faults.py and test_where_runs_execute.py.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ EXECUTION = 'lease = "4s"\nrenew = "500ms"\npoll = "200ms"\nmax_children = 0\nma
 
 
 @pytest.fixture
-def hosts(site_on_either: Site) -> Iterator[Hosts]:
+def hosts(site: Site) -> Iterator[Hosts]:
     port = free_port()
-    site_on_either.configure(execution=EXECUTION, extra=f'[attempts]\nlisten = "127.0.0.1:{port}"')
-    with opened_hosts(site_on_either, port) as made:
+    site.configure(execution=EXECUTION, extra=f'[attempts]\nlisten = "127.0.0.1:{port}"')
+    with opened_hosts(site, port) as made:
         yield made
 
 
