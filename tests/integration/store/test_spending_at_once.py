@@ -1,4 +1,4 @@
-"""Sixteen connections spend at once for fifty orgs: exact sums, and no call begins above a limit.
+"""Sixteen connections spend at once for 25 orgs: exact sums, and no call begins above a limit.
 
 The meter may end above its limit by the calls that were in flight when it was reached, and no more.
 """
@@ -24,7 +24,7 @@ from worker.runs.run import AdmittedRun
 from worker.store import spending, tables
 from worker.store.database import Database
 
-SPENDERS, ORGS, CALLS = 16, 50, 800
+SPENDERS, ORGS, CALLS = 16, 25, 400
 # Tokens of a call: most are short, some are very long.
 SIZES = (5, 8, 12, 20, 20, 35, 60, 110, 400, 1500)
 Check = Callable[[Database, AdmittedRun], bool]
