@@ -16,7 +16,7 @@ import hypothesis
 import pytest
 
 from tests import speed
-from tests.fakes import postgres, shifted
+from tests.fakes import postgres, shared, shifted
 from tests.fakes.clock import ManualClock
 from worker.store import schema
 from worker.telemetry import events
@@ -167,10 +167,14 @@ def own_postgres() -> Iterator[postgres.Server]:
 
 @pytest.fixture(scope="session")
 def migrated_sqlite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An SQLite file with the current schema, to copy."""
-    path = tmp_path_factory.mktemp("migrated") / "worker.db"
-    schema.upgrade(f"sqlite:///{path}")
-    return path
+    """An SQLite file with the current schema, to copy; made once for all processes."""
+    folder = shared.made_once(shared.folder(tmp_path_factory) / "migrated", migrate)
+    return folder / "worker.db"
+
+
+def migrate(folder: Path) -> None:
+    folder.mkdir()
+    schema.upgrade(f"sqlite:///{folder / 'worker.db'}")
 
 
 @pytest.fixture

@@ -54,6 +54,7 @@ class Server:
         self._user = unprivileged_user()
         self._process: subprocess.Popen[bytes] | None = None
         self._names = (f"test_{os.getpid()}_{number}" for number in itertools.count(1))
+        self._templates: set[str] = set()
         # Emptied databases by template, and what each template holds.
         self._emptied: dict[str, list[str]] = {}
         self._contents: dict[str, Contents] = {}
@@ -134,11 +135,15 @@ class Server:
 
     def template(self, name: str, fill: Callable[[str], object], *, base: str = "template0") -> str:
         """The name of a template database, a copy of `base` that `fill` fills once for all test processes."""
+        if name in self._templates:
+            return name
         with locked(self.folder / "template.lock", fcntl.LOCK_EX):
             if not self.execute("SELECT 1 FROM pg_database WHERE datname = %s", name):
                 self.execute(f'CREATE DATABASE "{name}_unfinished" TEMPLATE "{base}"')
                 fill(self.url(f"{name}_unfinished"))
                 self.execute(f'ALTER DATABASE "{name}_unfinished" RENAME TO "{name}"')
+        # It stays; looking again takes a new session.
+        self._templates.add(name)
         return name
 
     def execute(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
