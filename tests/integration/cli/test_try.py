@@ -182,12 +182,11 @@ def test_a_state_goes_in_and_comes_out(line):
     file = line.settings.parent / "state.json"
     file.write_text('{"runs": 6}')
 
-    first = line("try", "acme.count", "-o", "json").json()
-    second = line("try", "acme.count", "--state", json.dumps(first["definition_state"]), "-o", "json").json()
-    third = line("try", "acme.count", "--state", f"@{file}", "-o", "json").json()
+    given = line("try", "acme.count", "--state", f"@{file}", "-o", "json").json()
+    again = line("try", "acme.count", "--state", json.dumps(given["definition_state"]), "-o", "json").json()
 
-    assert [row["result"] for row in (first, second, third)] == [1, 2, 7]
-    assert third["definition_state"] == {"runs": 7}
+    assert (given["result"], given["definition_state"]) == (7, {"runs": 7})
+    assert again["result"] == 8
 
 
 @pytest.mark.parametrize(
@@ -222,19 +221,21 @@ def test_it_confines_the_handler_as_a_worker_does(line, tmp_path):
     assert allowed.json()["result"] == unconfined.json()["result"] == "numbers"
 
 
-def test_for_people_it_is_a_line_a_key(line):
-    done = line("try", "acme.read", "--param", "pages=1", "--property", "max_tokens=500")
+def test_for_people_it_is_a_line_a_key_and_a_remark_on_what_is_no_setting(line):
+    given = ("max_tokens=500", "max_token=5", "zone=eu")
+    done = line("try", "acme.read", "--param", "pages=1", *(f"--property={one}" for one in given))
 
     words = [text.split() for text in done.out.splitlines()]
     assert ["state", "succeeded"] in words
     assert ["progress", "1/1", "pages"] in words
     assert ["max_tokens", "property", "500"] in words
+    assert "property max_token is not a setting of the handler; did you mean max_tokens?" in done.err
+    assert "property zone is not a setting of the handler\n" in done.err
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason", "fix"),
     [
-        (["acme.read"], "error", "the handler takes pages (needed), title"),
         (["acme.read", "--param", "page=2"], "error", "the handler takes pages (needed), title"),
         (
             ["acme.read", "--param", "pages=1", "--property", "max_tokens=many"],
@@ -246,7 +247,6 @@ def test_for_people_it_is_a_line_a_key(line):
             "scope_missing",
             "--scope read:kb as well",
         ),
-        (["acme.fail"], "error", "--pdb opens the debugger where it failed"),
         (["acme.exit"], "handler_exited", ""),
         (["acme.snooze"], "snoozed", "a worker tries it again later"),
         (["acme.slow"], "timed_out", "give @job a longer timeout"),
@@ -262,7 +262,9 @@ def test_what_does_not_succeed_ends_with_1_and_says_what_to_do(line, arguments, 
 def test_an_error_is_shown_with_its_trace_from_the_handler_on(line):
     done = line("try", "acme.fail", check=False)
 
+    assert done.code == 1
     assert "about to fail" in done.err
+    assert "--pdb opens the debugger where it failed" in done.err
     trace = done.err[done.err.index("Traceback") :].splitlines()
     assert "acme_jobs_of_try.py" in trace[1]
     assert "KeyError: 'missing'" in trace
@@ -292,15 +294,6 @@ def test_ctrl_c_cancels_it(line):
 
     assert tried.returncode == 1
     assert (json.loads(out)["state"], json.loads(out)["reason"]) == ("cancelled", "requested")
-
-
-def test_a_property_that_is_no_setting_is_remarked_on(line):
-    done = line(
-        "try", "acme.read", "--param", "pages=1", "--property", "max_token=5", "--property", "zone=eu"
-    )
-
-    assert "property max_token is not a setting of the handler; did you mean max_tokens?" in done.err
-    assert "property zone is not a setting of the handler\n" in done.err
 
 
 def test_without_a_model_all_properties_are_settings(line):
