@@ -16,6 +16,8 @@ from tests.fakes.image import Image, build, built_at, remove, why_not
 from tests.fakes.site import Site, opened
 from worker.demo.provider import Provider, serve_provider
 
+SHORT_LEASE = 'lease = "4s"\nrenew = "500ms"'
+
 
 @pytest.fixture(scope="module")
 def provider() -> Iterator[Provider]:
@@ -48,10 +50,20 @@ def site(bare_site: Site, migrated_sqlite_url: str) -> Site:
 
 
 @pytest.fixture
+def short_site(site: Site) -> Site:
+    """The same with a short lease."""
+    site.configure(execution=SHORT_LEASE)
+    return site
+
+
+@pytest.fixture
 def site_on_either(tmp_path: Path, provider: Provider, migrated_url: str) -> Iterator[Site]:
-    """The same on SQLite and on PostgreSQL, with a short lease."""
+    """The same on SQLite and on PostgreSQL, for what a worker does with its database.
+
+    What a database decides is tested on both in tests/integration, at a hundredth of the time.
+    """
     with opened(Site(tmp_path, migrated_url, provider)) as made:
-        made.configure(execution='lease = "4s"\nrenew = "500ms"')
+        made.configure(execution=SHORT_LEASE)
         install_handlers(made.plugins)
         made.migrate()
         yield made

@@ -12,8 +12,8 @@ from tests.fakes.site import Site, application, definition, wait_until
 CALLS = 5
 
 
-def test_a_killed_worker_repeats_no_request_that_was_answered(site_on_either: Site, journal: Path):
-    site = site_on_either
+def test_a_killed_worker_repeats_no_request_that_was_answered(short_site: Site, journal: Path):
+    site = short_site
     site.add_orgs(application("org_acme"))
     params = {"journal": str(journal), "calls": CALLS, "pause": 0.1}
     site.apply(definition("org_acme", "agent", "acme.agent", params=params))
@@ -39,8 +39,8 @@ def test_a_killed_worker_repeats_no_request_that_was_answered(site_on_either: Si
     assert steps == {"model:counter": CALLS + 1, "tool:look": 2 * CALLS}
 
 
-def test_tools_that_need_approval_wait_for_it_without_a_process(site_on_either: Site, journal: Path):
-    site = site_on_either
+def test_tools_that_need_approval_wait_for_it_without_a_process(short_site: Site, journal: Path):
+    site = short_site
     site.add_orgs(application("org_acme"))
     site.apply(definition("org_acme", "agent", "acme.approving_agent", params={"journal": str(journal)}))
     site.cli("definitions", "run", "org_acme", "agent")

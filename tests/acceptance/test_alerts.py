@@ -12,9 +12,9 @@ FAILURES = 100
 FAILING = "acme.wants_file_inline"
 
 
-def test_a_hundred_failures_of_one_cause_are_one_alert_and_one_resolved(site_on_either, hook, tmp_path):
+def test_a_hundred_failures_of_one_cause_are_one_alert_and_one_resolved(short_site, hook, tmp_path):
     """On PostgreSQL two workers meet the cause side by side."""
-    site, mended = site_on_either, tmp_path / "mended"
+    site, mended = short_site, tmp_path / "mended"
     site.configure(
         execution='inline = ["acme-jobs"]\nmax_inline = 4\nlease = "4s"\nrenew = "500ms"',
         extra=hook.settings(),

@@ -69,8 +69,8 @@ def test_many_orgs_follow_by_the_worker_alone(site, monkeypatch):
     assert site.stop_worker(worker) == 0
 
 
-def test_a_backfill_runs_every_instant_of_the_past_once(site_on_either, journal):
-    site = site_on_either
+def test_a_backfill_runs_every_instant_of_the_past_once(short_site, journal):
+    site = short_site
     worker = site.start_worker()
     site.add_orgs(application("org_acme"))
     site.wait_for_handlers("acme.note")
@@ -132,8 +132,8 @@ def test_a_definition_that_keeps_failing_is_paused_by_the_worker(site):
     assert site.stop_worker(worker) == 0
 
 
-def test_replace_ends_the_old_run_before_the_new_one_starts(site_on_either, journal):
-    site = site_on_either
+def test_replace_ends_the_old_run_before_the_new_one_starts(short_site, journal):
+    site = short_site
     site.start_worker()
     site.add_orgs(application("org_acme"))
     site.wait_for_handlers("acme.steps")
@@ -164,8 +164,8 @@ def test_replace_ends_the_old_run_before_the_new_one_starts(site_on_either, jour
     assert site.query("SELECT * FROM skips") == []
 
 
-def test_queue_one_starts_the_one_that_was_held(site_on_either, journal):
-    site = site_on_either
+def test_queue_one_starts_the_one_that_was_held(short_site, journal):
+    site = short_site
     site.start_worker()
     site.add_orgs(application("org_acme"))
     site.wait_for_handlers("acme.steps")

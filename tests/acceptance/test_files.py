@@ -21,8 +21,8 @@ def opens(ctx):
 OFTEN = "from worker.operations.guarded_files import FileWatch\nFileWatch.every = 0.2\n"
 
 
-def test_files_that_a_handler_opened_are_closed_again_and_told(site_on_either: Site, hook: Hook) -> None:
-    site = site_on_either
+def test_files_that_a_handler_opened_are_closed_again_and_told(short_site: Site, hook: Hook) -> None:
+    site = short_site
     make_plugin(
         site.plugins,
         dist="acme-opens",

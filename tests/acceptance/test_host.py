@@ -1,4 +1,8 @@
-"""`python -m worker host` as its workers see it: what it takes, sends and leaves behind."""
+"""`python -m worker host` as its workers see it: what it takes, sends and leaves behind.
+
+Runs that are cancelled or take too long are tested in test_where_runs_execute.py, a drain that hands them
+back in test_hosts.py.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -152,30 +155,6 @@ def test_what_a_handler_saves_and_prints_reaches_the_workers_masked(machine: Mac
     assert {"printed [masked]", "logged [masked]"} <= {line.text for line in machine.attempts.lines}
     assert [end.moved for end in machine.attempts.ends].count(True) == 1
     assert "org-token-canary" not in machine.text()
-
-
-def test_a_run_that_is_cancelled_or_takes_too_long_is_stopped(machine: Machine, attempts: Attempts) -> None:
-    machine.started()
-    cancelled = machine.give("block")
-    machine.until(lambda: read_journal(machine.journal, "block"), "the handler")
-    attempts.cancel(cancelled.run.id)
-    assert machine.ended() == [outcomes.Cancelled("requested")]
-
-    machine.give("block", timeout=timedelta(seconds=0.5))
-    assert isinstance(machine.ended(2)[1], outcomes.TimedOut)
-
-
-def test_a_drain_hands_back_what_does_not_end_in_time(machine: Machine, attempts: Attempts) -> None:
-    machine.configure(execution='drain = "1s"')
-    host = machine.started()
-    machine.give("block")
-    machine.until(lambda: read_journal(machine.journal, "block"), "the handler")
-
-    host.terminate()
-
-    assert host.wait(20) == 0
-    assert machine.ended() == [outcomes.HandedBack()]
-    assert attempts.owned == {}
 
 
 def test_runs_freeze_at_80_percent_of_an_unrenewed_lease_and_go_on(

@@ -68,8 +68,8 @@ def test_a_killed_workers_run_goes_on_after_the_restart(site_on_either, journal)
     assert_gone_on(site, journal, run["id"])
 
 
-def test_a_killed_zygote_is_replaced_and_its_run_goes_on(site_on_either, journal):
-    site = site_on_either
+def test_a_killed_zygote_is_replaced_and_its_run_goes_on(short_site, journal):
+    site = short_site
     worker = site.start_worker()
     run = begin(site, journal)
     zygote = site.zygote(worker)

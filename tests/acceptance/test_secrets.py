@@ -86,9 +86,9 @@ def run(site: Site, name: str) -> dict[str, Any]:
 
 
 def test_an_attempt_gets_the_secrets_of_its_org_and_the_next_one_the_rotated_ones(
-    site_on_either: Site, journal: Path
+    short_site: Site, journal: Path
 ) -> None:
-    site = site_on_either
+    site = short_site
     prepared(site, openai=KEY, mail=MAIL)
     gate = site.out / "gate"
     params = {"journal": str(journal), "gate": str(gate)}

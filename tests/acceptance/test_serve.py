@@ -94,10 +94,10 @@ def test_a_port_that_is_taken_exits_75_though_it_is_the_default(site_on_either: 
     assert "fix: " in done.err
 
 
-def test_with_nowhere_to_listen_it_exits_78(site_on_either: Site):
-    site_on_either.configure(web='listen = ""')
+def test_with_nowhere_to_listen_it_exits_78(site: Site):
+    site.configure(web='listen = ""')
 
-    done = site_on_either.process("serve", check=False)
+    done = site.process("serve", check=False)
 
     assert done.code == 78
     assert "web.listen=127.0.0.1:8470" in done.err

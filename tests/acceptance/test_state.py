@@ -38,8 +38,8 @@ def run(site: Site, count: int) -> None:
     )
 
 
-def test_a_definition_remembers_what_its_successes_left(site_on_either, journal):
-    site = site_on_either
+def test_a_definition_remembers_what_its_successes_left(short_site, journal):
+    site = short_site
     entry_points = {"acme.remembers": "acme_state:remembers"}
     make_plugin(site.plugins, dist="acme-state", modules={"acme_state": SOURCE}, entry_points=entry_points)
     site.add_orgs(application("org_acme"))

@@ -25,8 +25,8 @@ def paid(journal: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("handler", ["acme.paid", "acme.paid_inline", "acme.paid_blocking"])
-def test_a_retry_calls_nothing_again(site_on_either: Site, journal: Path, handler: str) -> None:
-    site = site_on_either
+def test_a_retry_calls_nothing_again(short_site: Site, journal: Path, handler: str) -> None:
+    site = short_site
     site.configure(execution='lease = "4s"\nrenew = "500ms"\ninline = ["acme-jobs"]')
     begin(site, journal, handler, steps=5, fails=5)
 

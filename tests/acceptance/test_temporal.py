@@ -133,9 +133,11 @@ def test_temporal_places_runs_on_a_host_of_the_pool(pool: TemporalPool, journal:
     assert pool.placements() == 0
 
 
-def test_a_run_that_no_host_takes_waits_again_and_is_placed_again(pool: TemporalPool, journal: Any) -> None:
+def test_a_run_that_no_host_takes_waits_again_and_is_placed_again(
+    pool_on_file: TemporalPool, journal: Any
+) -> None:
     """Its host is stopped for less than its lease, but for longer than the place_timeout."""
-    site = pool.site
+    pool, site = pool_on_file, pool_on_file.site
     host = pool.serve()
     pool.apply("note", "acme.note", params={"journal": str(journal)})
     host.send_signal(signal.SIGSTOP)

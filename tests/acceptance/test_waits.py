@@ -34,8 +34,8 @@ def answer(site: Site, run: dict[str, Any], data: Any, *more: str, check: bool =
     return site.cli("runs", "answer", run["id"], "approval", "--data", json.dumps(data), *more, check=check)
 
 
-def test_a_run_sleeps_waits_and_goes_on_where_it_was(site_on_either, journal):
-    site = site_on_either
+def test_a_run_sleeps_waits_and_goes_on_where_it_was(short_site, journal):
+    site = short_site
     site.start_worker()
     run = begin(site, "acme.approved", journal, sleep="1s")
 
