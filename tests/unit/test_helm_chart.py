@@ -23,8 +23,8 @@ CHART = ROOT / "config" / "helm" / "orgworker"
 KUBERNETES = ROOT / "config" / "kubernetes"
 PAGE = ROOT / "docs" / "operating" / "helm.md"
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-# The release that the chart names as its oldest, one in between, and the newest with a schema.
-RELEASES = ("1.25", "1.31", "1.37")
+# The release that the chart names as its oldest, and the newest with a schema.
+RELEASES = ("1.25", "1.37")
 COMPONENTS = ("worker", "serve", "provision", "host")
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
