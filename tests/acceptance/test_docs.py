@@ -37,6 +37,20 @@ PORTS = ("8470", "8480", "8490", "9000")
 AUDIENCE = "https://api.example.com"
 ORGS = ("acme", "globex")
 NEW = "new-secret-of-both"
+# A page for people who have no account anywhere.
+ALONE = ROOT / "docs" / "migration.md"
+# Whoever opens a connection to another machine, or asks for its address, gets an error.
+ONLY_THIS_MACHINE = """\
+import sys
+
+def refuse(event, arguments):
+    if event == "socket.connect" and isinstance(arguments[1], tuple) and arguments[1][0] != "127.0.0.1":
+        raise RuntimeError(f"{event} {arguments[1][0]} in a test that needs no account")
+    if event == "socket.getaddrinfo" and arguments[0] not in ("127.0.0.1", b"127.0.0.1", "localhost", None):
+        raise RuntimeError(f"{event} {arguments[0]} in a test that needs no account")
+
+sys.addaudithook(refuse)
+"""
 
 
 def commands(page: list[Block], tmp_path: Path) -> str:
@@ -65,6 +79,9 @@ def test_a_page_does_what_it_says(page: Path, tmp_path: Path, migrated_sqlite_fi
         "WORKER_WEB__LISTEN": f"127.0.0.1:{ports['8470']}",
     }
 
+    if page == ALONE:
+        environment["PYTHONPATH"] = str(only_this_machine(tmp_path))
+
     with contextlib.ExitStack() as stack:
         stack.callback(stop_what_is_left, tmp_path)
         if "<!-- provider: kinde -->" in text:
@@ -82,6 +99,25 @@ def test_a_page_does_what_it_says(page: Path, tmp_path: Path, migrated_sqlite_fi
             missing = missing_lines(block.text, printed[before.line])
             assert missing == [], f"{page.name}:{before.line} printed\n{printed[before.line]}"
     assert "secret-of" not in log_of(folder) + "".join(printed.values())
+
+
+def only_this_machine(folder: Path) -> Path:
+    """A folder in which Python finds the rule that no other machine is reached."""
+    made = folder / "alone"
+    made.mkdir()
+    (made / "sitecustomize.py").write_text(ONLY_THIS_MACHINE)
+    return made
+
+
+def test_a_page_for_people_without_an_account_reaches_no_other_machine(tmp_path: Path):
+    """The control of the page above: what it is executed under refuses a connection."""
+    outside = "import socket; socket.create_connection(('192.0.2.1', 9), timeout=1)"
+    environment = {"PYTHONPATH": str(only_this_machine(tmp_path))}
+
+    done = subprocess.run([sys.executable, "-c", outside], env=environment, capture_output=True, text=True)
+
+    assert done.returncode == 1
+    assert "needs no account" in done.stderr
 
 
 @contextlib.contextmanager

@@ -13,8 +13,6 @@ import pytest
 
 from tests.fakes import forked
 from tests.fakes.environments import make_environment
-from tests.fakes.pages import ROOT, commands_of, section
-from tests.fakes.ports import free_port
 from tests.fakes.site import AUDIENCE, Completed, application, definition, wait_until
 from worker.demo.provider import Provider
 
@@ -25,19 +23,6 @@ import sys
 def refuse(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
         raise RuntimeError(f"{event} in a test that needs no network")
-
-sys.addaudithook(refuse)
-"""
-
-# Whoever opens a connection to another machine, or asks for its address, gets an error.
-ONLY_THIS_MACHINE = """\
-import sys
-
-def refuse(event, arguments):
-    if event == "socket.connect" and isinstance(arguments[1], tuple) and arguments[1][0] != "127.0.0.1":
-        raise RuntimeError(f"{event} {arguments[1][0]} in a test that needs no account")
-    if event == "socket.getaddrinfo" and arguments[0] not in ("127.0.0.1", b"127.0.0.1", "localhost", None):
-        raise RuntimeError(f"{event} {arguments[0]} in a test that needs no account")
 
 sys.addaudithook(refuse)
 """
@@ -112,30 +97,6 @@ def newcomer(tmp_path: Path) -> Iterator[Newcomer]:
     made = Newcomer(tmp_path)
     yield made
     made.close()
-
-
-@pytest.mark.timeout(180)
-def test_a_crontab_becomes_the_log_of_its_first_run_without_an_account(newcomer: Newcomer, tmp_path: Path):
-    """The path of docs/migration.md, in an empty folder."""
-    page = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8").replace("8480", str(free_port()))
-    path = commands_of(section(page, "From cron"))
-    assert 10 < len(path) < 25
-    (tmp_path / "alone").mkdir()
-    (tmp_path / "alone" / "sitecustomize.py").write_text(ONLY_THIS_MACHINE)
-    alone = {"PYTHONPATH": str(tmp_path / "alone"), "WORKER_WEB__LISTEN": f"127.0.0.1:{free_port()}"}
-    outside = "import socket; socket.create_connection(('192.0.2.1', 9), timeout=1)"
-    assert "needs no account" in newcomer("python", "-c", outside, code=1, **alone).err
-    assert list(newcomer.folder.iterdir()) == []
-
-    done = newcomer("bash", "-c", "set -euo pipefail\nset -m\n" + "\n".join(path), **alone)
-
-    assert "not taken over: @reboot" in done.err
-    assert "info    exporting 20" in done.out
-    with contextlib.closing(sqlite3.connect(newcomer.folder / "worker.db")) as connection:
-        runs = connection.execute("SELECT state FROM runs WHERE origin = 'manual'").fetchall()
-        names = connection.execute("SELECT name FROM definitions ORDER BY name").fetchall()
-    assert runs == [("succeeded",)]
-    assert names == [("nightly-export",), ("sync",)]
 
 
 @pytest.mark.timeout(180)
