@@ -116,25 +116,6 @@ def installs_by_name(text: str) -> list[str]:
     return [call for call, words in found.items() if any(map(_OURS.match, words.split()))]
 
 
-def section(page: str, heading: str) -> str:
-    """The text below a heading of the second level, up to the next one."""
-    return page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-
-
-def commands_of(page: str) -> list[str]:
-    """The commands of the `sh` blocks, each with its here-document and its continued lines."""
-    found: list[str] = []
-    until = ""
-    for line in "".join(block.text for block in blocks(page) if block.language == "sh").splitlines():
-        if until or (found and found[-1].endswith("\\")):
-            found[-1] += f"\n{line}"
-            until = "" if line == until else until
-        elif line.strip() and not line.startswith("#"):
-            found.append(line)
-            until = (re.findall(r"<<'?(\w+)'?", line) or [""])[0]
-    return found
-
-
 def links(page: str) -> list[str]:
     """The targets of the page's links, without other sites."""
     prose = _ANY_FENCE.sub("", page)
