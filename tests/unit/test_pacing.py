@@ -1,20 +1,13 @@
-"""Work that arrives at once is spread over iterations of the loop, and work on large texts leaves it."""
+"""Work that arrives at once is spread over iterations of the loop."""
 
 from __future__ import annotations
 
 import asyncio
-import re
-import threading
 from collections import Counter
-from typing import Any, cast
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from worker import pacing
-from worker.pacing import AT_ONCE, Turns, pace
-from worker.telemetry import secret_index
+from worker.pacing import Turns
 
 pytestmark = pytest.mark.anyio
 
@@ -91,60 +84,3 @@ def test_turns_outlive_a_loop() -> None:
 
     asyncio.run(leave_one_waiting())
     asyncio.run(turns.take(10))
-
-
-async def test_little_text_is_worked_on_at_once_and_much_in_a_thread() -> None:
-    def here(text: str) -> bool:
-        return threading.current_thread() is threading.main_thread()
-
-    await asyncio.sleep(0)  # an iteration of its own
-    small, large = "x" * (AT_ONCE // 2), "x" * (AT_ONCE + 1)
-
-    assert await pace(len(small), here, small)
-    assert not await pace(len(large), here, large)
-
-
-async def test_many_small_texts_of_one_iteration_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    def here() -> bool:
-        return threading.current_thread() is threading.main_thread()
-
-    monkeypatch.setattr(pacing, "_turns", Turns(AT_ONCE))
-    size = AT_ONCE // 4
-    found = await asyncio.gather(*(pace(size, here) for _ in range(6)))
-    monkeypatch.setattr(pacing, "_turns", Turns(10**9))
-    control = await asyncio.gather(*(pace(size, here) for _ in range(6)))
-
-    assert found == [True] * 4 + [False] * 2
-    assert control == [True] * 6
-
-
-PATTERNS = (secret_index.BASE64, secret_index.ESCAPED_BASE64, secret_index.PERHAPS_TOKEN)
-
-
-@given(
-    st.lists(
-        st.sampled_from(["a" * 15, "b" * 17, " ", "-", "00000000-0000-0000-0000-000000000001", "é", "="])
-    )
-)
-def test_a_text_is_searched_in_steps_as_at_once(pieces: list[str]) -> None:
-    text = "".join(pieces)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pacing, "AT_ONCE", 8)
-        for pattern in PATTERNS:
-            in_steps = [word.span() for word in pacing.in_steps(pattern, text)]
-            assert in_steps == [word.span() for word in pattern.finditer(text)]
-
-
-def test_a_search_does_not_go_over_a_whole_text_at_once() -> None:
-    """The control is `finditer`, which has only one step for it."""
-    steps: list[int] = []
-
-    class Pattern:
-        def finditer(self, text: str, start: int, end: int) -> list[Any]:
-            steps.append(end - start)
-            return []
-
-    list(pacing.in_steps(cast("re.Pattern[str]", Pattern()), "[]," * 100_000))
-
-    assert sum(steps) == 300_000
-    assert max(steps) <= AT_ONCE + 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from random import Random
 from typing import Any
@@ -164,20 +164,6 @@ Outcome = (
     | Gated
     | Parked
 )
-
-
-def length_of(outcome: Outcome) -> int:
-    """The characters of all texts of an outcome."""
-    if outcome is SUCCEEDED:
-        return 0
-    length = 0
-    for field_ in fields(outcome):
-        value = getattr(outcome, field_.name)
-        if isinstance(value, Error):
-            length += len(value.type) + len(value.message) + len(value.trace)
-        elif isinstance(value, str):
-            length += len(value)
-    return length
 
 
 @dataclass(slots=True)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import functools
 import html
 import re
+from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from html.entities import name2codepoint
 from itertools import accumulate
 from operator import add, sub
 
+from worker.telemetry.slices import SLICE
+
 UNKNOWN = "\ufffd"
+# Characters of the longest escape, a surrogate pair.
+LONGEST = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +28,10 @@ class Undone:
     """
 
     text: str
-    at: list[int]
-    shifts: list[int]
-    characters: list[str]
+    # Arrays, which are dropped at once: freeing a million objects holds the interpreter lock.
+    at: array[int]
+    shifts: array[int]
+    characters: str
 
     def original(self, place: int) -> int:
         """The place in the text with escapes: of a character's start, or of the end of the one before."""
@@ -49,17 +55,47 @@ class Escape:
         """The text without these escapes; None if no character of `wanted`, or none at all, is escaped."""
         if self.sign not in text:
             return None
-        parts = self.pattern.split(text)
-        escapes = parts[1::2]
-        characters = list(map(self.meaning, escapes))
-        if not characters or (wanted is not None and wanted.isdisjoint(characters)):
+        texts, characters = list[str](), list[str]()
+        at, shifts = array("i"), array("i", [0])
+        plain = escaped = 0
+        # Without a loop in Python for each of them: a hostile text may have half a million escapes.
+        for parts in self._slices(text):
+            escapes = parts[1::2]
+            meant = list(map(self.meaning, escapes))
+            count = len(at)
+            places = accumulate(map(len, parts[:-1:2]), initial=plain)
+            next(places)
+            at.extend(map(add, places, range(count, count + len(meant))))
+            ends = accumulate(map(len, escapes), initial=escaped)
+            next(ends)
+            shifts.extend(map(sub, ends, range(count + 1, count + 1 + len(meant))))
+            plain += sum(map(len, parts[::2]))
+            escaped += sum(map(len, escapes))
+            parts[1::2] = meant
+            texts.append("".join(parts))
+            characters.append("".join(meant))
+        found = "".join(characters)
+        if not found or (wanted is not None and wanted.isdisjoint(found)):
             return None
-        # Without a loop in Python: a hostile text may have half a million escapes.
-        at = list(map(add, accumulate(map(len, parts[:-1:2])), range(len(escapes))))
-        ends = accumulate(map(len, escapes), initial=0)
-        shifts = list(map(sub, ends, range(len(escapes) + 1)))
-        parts[1::2] = characters
-        return Undone("".join(parts), at, shifts, characters)
+        return Undone("".join(texts), at, shifts, found)
+
+    def _slices(self, text: str) -> Iterator[list[str]]:
+        """What the pattern splits a text into, slice by slice, as it splits the whole."""
+        start = 0
+        while len(text) - start > SLICE:
+            end = start + SLICE
+            parts = self.pattern.split(text[start:end])
+            # An escape that begins near the end may go on after it.
+            certain = end - LONGEST + 1
+            at = end - len(parts[-1])
+            while len(parts) > 1 and at - len(parts[-2]) >= certain:
+                at -= len(parts[-2]) + len(parts[-3])
+                del parts[-2:]
+            upto = max(at, certain)
+            parts[-1] = parts[-1][: upto - at]
+            yield parts
+            start = upto
+        yield self.pattern.split(text[start:])
 
 
 def _character(code: int) -> str:

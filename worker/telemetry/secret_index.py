@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from worker.pacing import in_steps
 from worker.telemetry.cut_secrets import Span, is_cut, pieces_at_cuts
 from worker.telemetry.escapes import ESCAPES, FORM, PERCENT, SIGNS, Undone
 from worker.telemetry.secret_forms import (
@@ -26,16 +25,17 @@ from worker.telemetry.secret_forms import (
     lines_of,
     readings,
 )
+from worker.telemetry.slices import Literals, Words
 
 # Characters of secrets; registered secrets add theirs.
 ORDINARY = string.ascii_letters + string.digits + "_-.+/=~"
 RUN_ID = r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"
 # Possible base64; excludes run ids, which are in every log line.
-BASE64 = re.compile(RUN_ID + r"|([A-Za-z0-9+/_-]{16,})")
-ESCAPED_BASE64 = re.compile(r"[A-Za-z0-9+/_%-]{16,}")
+BASE64 = Words(r"A-Za-z0-9+/_-", RUN_ID + r"|([A-Za-z0-9+/_-]{16,})")
+ESCAPED_BASE64 = Words(r"A-Za-z0-9+/_%-", r"[A-Za-z0-9+/_%-]{16,}")
 # Text without such a word has no PLAIN secret and no piece of a token: 16 characters are the shortest.
 LEAST = 16
-PERHAPS_TOKEN = re.compile(RUN_ID + r"|([A-Za-z0-9+/_.=~-]{16,})")
+PERHAPS_TOKEN = Words(r"A-Za-z0-9+/_.=~-", RUN_ID + r"|([A-Za-z0-9+/_.=~-]{16,})")
 # Characters from a special one on, or before it, by which a secret is looked up.
 WINDOW = 3
 
@@ -65,7 +65,7 @@ class Letters:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._letters = set(ORDINARY)
-        self._words: re.Pattern[str] | None = None
+        self._words: Words | None = None
 
     def add(self, form: str) -> None:
         if not self._letters.issuperset(form):
@@ -74,13 +74,13 @@ class Letters:
                 self._words = None
 
     @property
-    def words(self) -> re.Pattern[str]:
-        """The pattern of words that may contain a secret."""
+    def words(self) -> Words:
+        """The words that may contain a secret."""
         words = self._words
         if words is None:
             with self._lock:
                 letters = re.escape("".join(sorted(self._letters)))
-                words = self._words = re.compile(f"[{letters}]{{{BLOCK},}}")
+                words = self._words = Words(letters, f"[{letters}]{{{BLOCK},}}")
         return words
 
 
@@ -110,8 +110,10 @@ class SecretIndex:
         self._anchors: dict[str, int | dict[int, int]] = {}
         # Characters that some encoder escapes, of all secrets so far.
         self.special: set[str] = set()
-        self._literals: re.Pattern[str] | None = None
-        self._is_compiled = True
+        self._literals: Literals | None = None
+        # How often the literals have changed, and the change that `_literals` has.
+        self._changes = 0
+        self._compiled = 0
 
     def __bool__(self) -> bool:
         return bool(self._counts)
@@ -142,19 +144,25 @@ class SecretIndex:
 
     def prepare(self) -> None:
         """Compare texts also with the secrets that were just added."""
-        with self._lock:
-            while self.pending:
-                self._index(next(iter(self.pending)))
-
-    def literals(self) -> re.Pattern[str] | None:
-        """The pattern of short secrets, and of those with spaces."""
-        if not self._is_compiled:
+        while self.pending:
+            # Not all of them under one lock: another thread may wait to add a secret.
             with self._lock:
-                literals = {text for entry in self.entries.values() for text in entry.literals}
-                longest_first = sorted(literals, key=len, reverse=True)
-                self._literals = re.compile("|".join(map(re.escape, longest_first))) if literals else None
-                self._is_compiled = True
-        return self._literals
+                if (secret := next(iter(self.pending), None)) is not None:
+                    self._index(secret)
+
+    def literals(self) -> Literals | None:
+        """The short secrets, and those with spaces."""
+        if self._compiled == self._changes:
+            return self._literals
+        with self._lock:
+            changes, entries = self._changes, tuple(self.entries.values())
+        texts = {text for entry in entries for text in entry.literals}
+        # Without the lock, as it may take long.
+        literals = Literals(texts) if texts else None
+        with self._lock:
+            if self._compiled < changes:
+                self._literals, self._compiled = literals, changes
+        return literals
 
     def at(self, text: str, at: int, key: int) -> Span | None:
         """The secret with a block at this place; `key` is the block's hash."""
@@ -229,7 +237,7 @@ class SecretIndex:
             self._anchor(entry, form)
         if len(form) < BLOCK or re.search(r"\s", form):
             entry.literals.append(form)
-            self._is_compiled = False
+            self._changes += 1
             return
         self._letters.add(form)
         token = as_token(form) if is_same else None
@@ -304,13 +312,13 @@ class SecretIndex:
                 if not known or isinstance(known, int):
                     del self._anchors[window]
         if entry.literals:
-            self._is_compiled = False
+            self._changes += 1
 
 
 def to_search(text: str, indexes: Sequence[SecretIndex]) -> list[SecretIndex]:
     """Those of the indexes that may have a secret in the text, prepared for it."""
     for index in indexes:
-        if index.pending and (is_cut(text) or any(word[1] for word in in_steps(PERHAPS_TOKEN, text))):
+        if index.pending and (is_cut(text) or any(word[1] for word in PERHAPS_TOKEN.find(text))):
             for each in indexes:
                 each.prepare()
             break
@@ -323,9 +331,9 @@ class Search:
     def __init__(self, text: str, indexes: Sequence[SecretIndex], letters: Letters) -> None:
         self._text = text
         self._indexes = indexes
-        self._words = letters.words.finditer
+        self._words = letters.words.find
         self._blocks = indexes[0].blocks, indexes[-1].blocks
-        self._literals = [pattern for index in indexes if (pattern := index.literals())]
+        self._literals = [literals for index in indexes if (literals := index.literals())]
         self._special: Set[str] = indexes[0].special
         if len(indexes) > 1:
             self._special = indexes[0].special | indexes[1].special
@@ -342,7 +350,7 @@ class Search:
                 found += index.ends(text)
         if "%2" in text:
             # A URL may escape the plus and the slash of base64.
-            for word in in_steps(ESCAPED_BASE64, text):
+            for word in ESCAPED_BASE64.find(text):
                 undone = PERCENT.undo(word[0], frozenset("+/"))
                 if undone is not None:
                     spans = _originals(undone, self._encoded(undone.text))
@@ -351,8 +359,8 @@ class Search:
 
     def _plain(self, text: str) -> list[Span]:
         found: list[Span] = []
-        for pattern in self._literals:
-            found += [match.span() for match in pattern.finditer(text)]
+        for literals in self._literals:
+            found += literals.spans(text)
         first, second = self._blocks
         for word in self._words(text):
             at, end = word.span()
@@ -385,7 +393,7 @@ class Search:
     def _encoded(self, text: str) -> list[Span]:
         """Secrets that are encoded in base64, at any alignment."""
         found = []
-        for word in in_steps(BASE64, text):
+        for word in BASE64.find(text):
             if not word[1]:
                 continue
             letters, first = word[1].translate(STANDARD), word.start()

@@ -153,7 +153,8 @@ def test_a_hostile_process_cannot_send_what_nobody_can_read(message: dict[str, A
         outcome_of_message(message)
 
 
-def test_texts_of_an_outcome_are_cut_and_cleaned_on_arrival() -> None:
+@pytest.mark.anyio
+async def test_texts_of_an_outcome_are_cut_and_cleaned_on_arrival() -> None:
     error = {"type": "E" * 9_000, "message": "_" * 8_000_000, "trace": "t\0" * 1_000_000}
 
     outcome = outcome_of_message({"kind": "Failed", "error": error, "permanent": "yes"})
@@ -163,7 +164,7 @@ def test_texts_of_an_outcome_are_cut_and_cleaned_on_arrival() -> None:
     assert len(outcome.error.trace) == 65_538
     assert "\0" not in outcome.error.trace
     assert outcome.permanent is False
-    stored = redacted(outcome, OrgId("acme"))
+    stored = await redacted(outcome, OrgId("acme"))
     assert isinstance(stored, Failed)
     assert (len(stored.error.type), len(stored.error.message)) == (500, 4_000)
     assert len(stored.error.trace) == 16_002

@@ -16,7 +16,7 @@ import pytest
 from tests.fakes.clock import ManualClock
 from tests.unit.execution.runs import admitted
 from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.masked import AHEAD, masked_note, redacted
+from worker.execution.attempts.masked import AHEAD, mask_trail, masked_progress, redacted
 from worker.execution.attempts.run_services import AttemptServices, RunTools
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.child import messages
@@ -62,11 +62,13 @@ def secret(request: pytest.FixtureRequest) -> str:
 class Store:
     def __init__(self) -> None:
         self.lines: list[LogLine] = []
+        self.progress: list[Any] = []
 
     async def append_logs(self, rows: Any) -> None:
         self.lines += rows
 
-    async def write_progress(self, rows: Any) -> None: ...
+    async def write_progress(self, rows: Any) -> None:
+        self.progress += rows
 
 
 def sent(failed: Failed) -> Failed:
@@ -76,11 +78,11 @@ def sent(failed: Failed) -> Failed:
     return outcome
 
 
-def test_the_end_of_an_error_is_cut_after_it_is_masked(secret: str) -> None:
+async def test_the_end_of_an_error_is_cut_after_it_is_masked(secret: str) -> None:
     """The control is the order of before: cut to 4,000, and mask what is left."""
     for left in range(LEAST_PIECE, len(secret), 3):
         text = "." * (MESSAGE_LIMIT - 1 - left) + secret + " and more" * 600
-        stored = redacted(sent(Failed(error_of(ValueError(text)))), ORG)
+        stored = await redacted(sent(Failed(error_of(ValueError(text)))), ORG)
         before = clean(text, MESSAGE_LIMIT)
 
         assert isinstance(stored, Failed)
@@ -106,12 +108,12 @@ def test_what_is_left_of_a_secret_at_the_mark_of_a_cut_is_masked(secret: str, fo
 
 
 @pytest.mark.parametrize("most", [MESSAGE_LIMIT, AHEAD * MESSAGE_LIMIT])
-def test_a_message_that_masking_makes_short_is_stored_up_to_its_limit(secret: str, most: int) -> None:
+async def test_a_message_that_masking_makes_short_is_stored_up_to_its_limit(secret: str, most: int) -> None:
     """Only the first part of a long one is masked at first, which may be too little."""
     filled = f"{secret} " * (most // (len(secret) + 1) + 1)
     text = filled + "." * (UNMASKED_LIMIT - len(filled))
 
-    stored = redacted(Failed(Error("E", text, text[::-1].replace(secret[::-1], secret))), ORG)
+    stored = await redacted(Failed(Error("E", text, text[::-1].replace(secret[::-1], secret))), ORG)
 
     assert isinstance(stored, Failed)
     assert stored.error.message == clean(text.replace(secret, MASK), MESSAGE_LIMIT)
@@ -132,11 +134,11 @@ def test_a_secret_at_the_cut_of_64_kib_is_masked(secret: str, monkeypatch: pytes
             assert masker.mask(message, ORG).endswith(f"{MASK} {secret[:left]}…")
 
 
-def test_the_beginning_of_a_trace_is_cut_after_it_is_masked(secret: str) -> None:
+async def test_the_beginning_of_a_trace_is_cut_after_it_is_masked(secret: str) -> None:
     for left in range(LEAST_PIECE, len(secret), 3):
         text = secret + "." * (TRACE_LIMIT - left)
-        stored = redacted(sent(Failed(Error("E", "m", text))), ORG)
-        first = redacted(sent(Failed(Error("E", "m", "…\n" + text[-TRACE_LIMIT:]))), ORG)
+        stored = await redacted(sent(Failed(Error("E", "m", text))), ORG)
+        first = await redacted(sent(Failed(Error("E", "m", "…\n" + text[-TRACE_LIMIT:]))), ORG)
 
         for outcome in (stored, first):
             assert isinstance(outcome, Failed)
@@ -145,13 +147,13 @@ def test_the_beginning_of_a_trace_is_cut_after_it_is_masked(secret: str) -> None
         assert secret[-left:] in text[-TRACE_LIMIT:]
 
 
-def test_a_reason_and_a_note_are_cut_after_they_are_masked(secret: str) -> None:
+async def test_a_reason_and_a_note_are_cut_after_they_are_masked(secret: str) -> None:
     text = "." * (NOTE_LIMIT - 1 - LEAST_PIECE) + secret + "." * NOTE_LIMIT
 
     retried = outcome_of(Retry(1, text))
     assert isinstance(retried, Retried)
-    stored = redacted(retried, ORG)
-    note = masked_note(text, ORG)
+    stored = await redacted(retried, ORG)
+    note = (await masked_progress({"note": text}, ORG))["note"]
 
     assert isinstance(stored, Retried)
     assert stored.detail == note == clean(text.replace(secret, MASK), NOTE_LIMIT)
@@ -159,17 +161,23 @@ def test_a_reason_and_a_note_are_cut_after_they_are_masked(secret: str) -> None:
     assert secret[:LEAST_PIECE] in clean(text, NOTE_LIMIT)  # the control
 
 
-def test_progress_is_cut_after_it_is_masked(secret: str, clock: ManualClock) -> None:
+async def test_progress_is_cut_after_it_is_masked(secret: str, clock: ManualClock) -> None:
     text = "." * (NOTE_LIMIT - 1 - LEAST_PIECE) + secret + "." * NOTE_LIMIT
     message = json.loads(json.dumps({"done": 1, "total": 2, "note": text}))
-    run_log = RunLogWriter(Store(), clock)
+    store = Store()
+    run_log = RunLogWriter(store, clock)
     tools = cast(RunTools, SimpleNamespace(run_log=run_log, clock=clock))
     services = AttemptServices(InflightRun(admitted(), StopSignal()), Trail("h"), None, tools)
 
     services.progress(*messages.progress_of(message))
 
+    await mask_trail(services.trail, ORG)
+    await run_log.flush()
+
     assert services.trail.progress is not None
-    assert services.trail.progress["note"] == clean(text.replace(secret, MASK), NOTE_LIMIT)
+    ((_, _, written),) = store.progress
+    for progress in (services.trail.progress, written):
+        assert progress["note"] == clean(text.replace(secret, MASK), NOTE_LIMIT)
 
 
 async def logged(clock: ManualClock, source: str, *data: bytes) -> list[str]:
@@ -225,11 +233,11 @@ async def test_a_record_larger_than_64_kib_shows_no_piece_of_a_secret(
     assert line.startswith(f"{MASK} {MASK}")
 
 
-def test_a_result_is_masked_and_never_cut(secret: str) -> None:
+async def test_a_result_is_masked_and_never_cut(secret: str) -> None:
     outcome = outcome_of(["." * 900_000, secret])
     assert isinstance(outcome, Succeeded)
 
-    stored = redacted(outcome, ORG)
+    stored = await redacted(outcome, ORG)
 
     assert isinstance(stored, Succeeded)
     assert json.loads(stored.result or "") == ["." * 900_000, MASK]

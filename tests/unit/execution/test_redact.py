@@ -23,6 +23,8 @@ from worker.runs.outcome import (
 )
 from worker.telemetry.masking import masker
 
+pytestmark = pytest.mark.anyio
+
 SECRET = "canary-5ecret-0123456789"
 ERROR = Error(SECRET, f"got {SECRET}", f"line: {SECRET}")
 
@@ -40,15 +42,15 @@ ERROR = Error(SECRET, f"got {SECRET}", f"line: {SECRET}")
         NoToken(timedelta(1), SECRET),
     ],
 )
-def test_no_known_secret_leaves_in_an_outcome(said: Outcome) -> None:
+async def test_no_known_secret_leaves_in_an_outcome(said: Outcome) -> None:
     masker.register(SECRET)
 
-    clean = redacted(said, OrgId("acme"))
+    clean = await redacted(said, OrgId("acme"))
 
     assert "canary" not in repr(clean)
     assert type(clean) is type(said)
 
 
-def test_an_outcome_without_texts_stays_as_it_is() -> None:
-    assert redacted(HandedBack(), OrgId("acme")) == HandedBack()
-    assert redacted(Succeeded(None), OrgId("acme")) == Succeeded(None)
+async def test_an_outcome_without_texts_stays_as_it_is() -> None:
+    assert await redacted(HandedBack(), OrgId("acme")) == HandedBack()
+    assert await redacted(Succeeded(None), OrgId("acme")) == Succeeded(None)

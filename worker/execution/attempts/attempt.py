@@ -25,13 +25,12 @@ from worker.errors import (
 )
 from worker.execution.attempts import events
 from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.masked import redacted
+from worker.execution.attempts.masked import mask_trail, redacted
 from worker.execution.attempts.plan import DEFAULT_LIMITS, Limits, state_without_order
 from worker.execution.attempts.run_services import AttemptServices, HandlerTools, Tools
 from worker.execution.runners.contract import LONGEST_PAUSE, Work, outcome_of_stop
 from worker.guard.claims import flag_is
 from worker.guard.decode import enforce
-from worker.pacing import pace
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import (
     EndedAttempt,
@@ -41,7 +40,6 @@ from worker.runs.outcome import (
     Succeeded,
     Trail,
     end_attempt,
-    length_of,
 )
 from worker.runs.run import StoredProgress
 from worker.telemetry.events import emit
@@ -222,9 +220,10 @@ async def conclude(inflight: InflightRun, outcome: Outcome, trail: Trail, tools:
     if inflight.moved:
         # Recoveries are counted from the last checkpoint that moved.
         run = replace(run, recoveries=0)
+    await mask_trail(trail, run.org_id)
     return end_attempt(
         run,
-        await pace(length_of(outcome), redacted, outcome, run.org_id),
+        await redacted(outcome, run.org_id),
         trail,
         limits.retry,
         now=tools.clock.now(),

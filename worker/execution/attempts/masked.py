@@ -6,14 +6,16 @@ secret is found no longer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
+from typing import Any
 
 from worker.handlers.calling import DETAIL_LIMIT, MESSAGE_LIMIT, TRACE_LIMIT
 from worker.handlers.context import NOTE_LIMIT
 from worker.handlers.json_text import clean
 from worker.ids import OrgId
-from worker.runs.outcome import SUCCEEDED, Cancelled, Error, Outcome, Retried, Snoozed
-from worker.telemetry.masking import masker
+from worker.runs.outcome import SUCCEEDED, Cancelled, Error, Outcome, Retried, Snoozed, Trail
+from worker.telemetry.mask_in_turn import mask_in_turn
 
 # What these outcomes are stored with is the handler's reason for them.
 _REASONED = (Retried, Snoozed, Cancelled)
@@ -24,7 +26,7 @@ CUT_BEFORE = "…\n"
 _JSON = frozenset({"result", "state"})
 
 
-def redacted(outcome: Outcome, org: OrgId) -> Outcome:
+async def redacted(outcome: Outcome, org: OrgId) -> Outcome:
     """The same outcome with every text masked: result, detail, message, error and trace.
 
     All but JSON are cut to their final size.
@@ -37,42 +39,51 @@ def redacted(outcome: Outcome, org: OrgId) -> Outcome:
         if isinstance(value, str):
             most = DETAIL_LIMIT if isinstance(outcome, _REASONED) else MESSAGE_LIMIT
             changes[field_.name] = (
-                masker.mask(value, org) if field_.name in _JSON else masked_start(value, most, org)
+                await mask_in_turn(value, org)
+                if field_.name in _JSON
+                else await masked_start(value, most, org)
             )
         elif isinstance(value, Error):
-            changes[field_.name] = _redacted(value, org)
+            changes[field_.name] = await _redacted(value, org)
     return replace(outcome, **changes) if changes else outcome  # type: ignore[arg-type]
 
 
-def _redacted(error: Error, org: OrgId) -> Error:
+async def _redacted(error: Error, org: OrgId) -> Error:
     return Error(
-        masked_start(error.type, DETAIL_LIMIT, org),
-        masked_start(error.message, MESSAGE_LIMIT, org),
-        _masked_end(error.trace, TRACE_LIMIT, org),
+        await masked_start(error.type, DETAIL_LIMIT, org),
+        await masked_start(error.message, MESSAGE_LIMIT, org),
+        await _masked_end(error.trace, TRACE_LIMIT, org),
     )
 
 
-def masked_note(note: str | None, org: OrgId) -> str | None:
-    """The note of a run's progress, masked and at its final size."""
-    return None if note is None else masked_start(note, NOTE_LIMIT, org)
+async def mask_trail(trail: Trail, org: OrgId) -> None:
+    """Mask the note of the last progress."""
+    if trail.progress is not None:
+        trail.progress = await masked_progress(trail.progress, org)
 
 
-def masked_start(text: str, most: int, org: OrgId) -> str:
+async def masked_progress(progress: Mapping[str, Any], org: OrgId) -> Mapping[str, Any]:
+    """A run's progress with its note masked and at its final size."""
+    note = progress["note"]
+    return progress if note is None else {**progress, "note": await masked_start(note, NOTE_LIMIT, org)}
+
+
+async def masked_start(text: str, most: int, org: OrgId) -> str:
     """A text, masked, then cut to `most` characters."""
-    # Mostly this part has no secret. To mask all of a long text takes the loop several milliseconds.
+    # Mostly this part has no secret, and is short enough to be masked at once.
     part = clean(text, most * AHEAD)
-    masked = masker.mask(part, org)
+    masked = await mask_in_turn(part, org)
     if masked != part and len(part) < len(text):
-        masked = masker.mask(text, org)
+        masked = await mask_in_turn(text, org)
     return clean(masked, most)
 
 
-def _masked_end(text: str, most: int, org: OrgId) -> str:
+async def _masked_end(text: str, most: int, org: OrgId) -> str:
     """The end of a text, which is the most useful part of a trace, masked and cut as `masked_start`."""
     part = _end_of(text, most * AHEAD)
-    masked = masker.mask(part, org)
+    masked = await mask_in_turn(part, org)
     if masked != part and len(part) < len(text):
-        masked = masker.mask(text, org)
+        masked = await mask_in_turn(text, org)
     return _end_of(masked, most)
 
 

@@ -17,7 +17,6 @@ from worker.clock import Clock
 from worker.errors import LeaseLost, TokenError, TokenRefused, Unavailable
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import Deadlines, InflightRun
-from worker.execution.attempts.masked import masked_note
 from worker.execution.attempts.plan import AttemptPlan, Limits, Plans
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import GivenErrors, Runner
@@ -39,7 +38,7 @@ from worker.runs.run import (
 )
 from worker.runs.waits import NewWait, WaitState
 from worker.secret import AccessToken
-from worker.telemetry.masking import masker
+from worker.telemetry.mask_in_turn import mask_in_turn
 
 # Seconds between two tries to save a checkpoint, at first and at most.
 RETRY_SAVE = 0.1
@@ -319,8 +318,9 @@ class AttemptServices:
 
     async def save(self, data_json: str) -> None:
         """Store a checkpoint, fenced and durable; wait while the database is away. Raises LeaseLost."""
-        run, masked = self.inflight.run, self._mask(data_json)
+        run = self.inflight.run
         self._saves = number = self._saves + 1
+        masked = await self._mask(data_json)
         self._check_ours(
             await self._when_available(
                 lambda: self.tools.checkpoints.save_checkpoint(run, self.trail.handler, masked, number)
@@ -350,11 +350,12 @@ class AttemptServices:
         """
         run = self.inflight.run
         self._check_open()
-        if step.name != self._mask(step.name) or (step.key and step.key != self._mask(step.key)):
-            raise StepError(f"step {self._mask(step.name)}: its name or key contains a secret; use another")
+        name, key = await self._mask(step.name), step.key and await self._mask(step.key)
+        if (step.name, step.key) != (name, key):
+            raise StepError(f"step {name}: its name or key contains a secret; use another")
         for meter, _ in step.spends:
-            if meter != self._mask(meter):
-                raise StepError(f"spend {self._mask(meter)}: its name contains a secret; use another")
+            if meter != await self._mask(meter):
+                raise StepError(f"spend {await self._mask(meter)}: its name contains a secret; use another")
         if self._places is None:
             self._places = set()
         if self._totals is None:
@@ -362,7 +363,8 @@ class AttemptServices:
             if run.may_have_checkpoint:
                 totals = await self._when_available(lambda: self.tools.steps.step_totals(run.id))
             self._totals = self._totals or totals
-        masked = self._mask(step.result_json)
+        masked = await self._mask(step.result_json)
+        self._check_open()
         row = RunStep(run, self.trail.handler, replace(step, result_json=masked), len(masked.encode()))
         last, size = self._totals
         if step.seq <= last or step.seq in self._places:
@@ -384,10 +386,10 @@ class AttemptServices:
             LeaseLost: the run is no longer ours.
         """
         run = self.inflight.run
-        if wait.name != self._mask(wait.name):
-            raise StepError(f"wait {self._mask(wait.name)}: its name contains a secret; use another")
+        if wait.name != await self._mask(wait.name):
+            raise StepError(f"wait {await self._mask(wait.name)}: its name contains a secret; use another")
         if wait.ask_json is not None:
-            wait = replace(wait, ask_json=self._mask(wait.ask_json))
+            wait = replace(wait, ask_json=await self._mask(wait.ask_json))
         state = await self._when_available(lambda: self.tools.waits.open_wait(run, wait))
         if state is None:
             raise self._lost()
@@ -413,15 +415,15 @@ class AttemptServices:
             TokenRefused: as `budgets`.
         """
         run = self.inflight.run
-        if meter != self._mask(meter):
-            raise StepError(f"spend {self._mask(meter)}: its name contains a secret; use another")
+        if meter != await self._mask(meter):
+            raise StepError(f"spend {await self._mask(meter)}: its name contains a secret; use another")
         key = f"{run.attempt}:{number}"
         found = await self._when_available(lambda: self.tools.budgets.spend(run, meter, amount, key))
         self._check_ours(found is not None)
         return () if found is None else self._allowed(found)
 
-    def _mask(self, text: str) -> str:
-        return masker.mask(text, self.inflight.run.org_id)
+    async def _mask(self, text: str) -> str:
+        return await mask_in_turn(text, self.inflight.run.org_id)
 
     def _allowed(self, found: FoundBudgets) -> Sequence[BudgetState]:
         if found.missing is not None:
@@ -448,7 +450,8 @@ class AttemptServices:
 
     def progress(self, done: float, total: float | None, note: str | None) -> None:
         self._check_open()
-        progress = {"done": done, "total": total, "note": masked_note(note, self.inflight.run.org_id)}
+        # Masked when it is written: a run may report its progress thousands of times a second.
+        progress = {"done": done, "total": total, "note": note}
         self.trail.progress = progress
         self.tools.run_log.progress(self.inflight.run, progress)
 

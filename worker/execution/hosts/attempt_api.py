@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 from worker.bounded import remember
 from worker.errors import AccessDenied, LeaseLost, TokenError, TokenRefused, Unavailable
-from worker.execution.attempts.masked import masked_note
 from worker.execution.attempts.run_services import FoundBudgets
 from worker.execution.hosts import wire, wire_calls
 from worker.execution.hosts.attempt_log import LogSizes
@@ -31,10 +30,10 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.json_text import clean
 from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.ids import WorkerId
-from worker.pacing import pace
 from worker.runs.hosts import HostCaller, TooManyHandlers
 from worker.runs.run import AdmittedRun, LogLine, NewStep, RunStep
 from worker.telemetry.events import emit
+from worker.telemetry.mask_in_turn import mask_each
 
 # Seconds that a token is remembered, also for renewals: their statement checks the incarnation.
 CALLER_AGE, RENEWAL_AGE = 5.0, 60.0
@@ -275,8 +274,7 @@ class AttemptApi:
         hosted = await runs.one(wire.fence_of(message))
         handler = await runs.handler_of(hosted, wire_calls.handler_of(message))
         checkpoints = self.shared.tools.checkpoints
-        masked = await pace(len(data), hosted.mask, data)
-        stored = await checkpoints.save_checkpoint(hosted.run, handler, masked, number)
+        stored = await checkpoints.save_checkpoint(hosted.run, handler, await hosted.mask(data), number)
         if not stored:
             raise _lost(hosted)
         return {}
@@ -312,13 +310,14 @@ class AttemptApi:
     async def _step(self, hosted: HostedRun, handler: str, step: NewStep) -> RunStep:
         """A step as it is stored, masked. Raises StepError as `AttemptServices.store_step`."""
         for name in (step.name, step.key or "", *(meter for meter, _ in step.spends)):
-            if name != hosted.mask(name):
-                raise StepError(f"step {hosted.mask(step.name)}: its name, key or meter contains a secret")
+            if name != await hosted.mask(name):
+                shown = await hosted.mask(step.name)
+                raise StepError(f"step {shown}: its name, key or meter contains a secret")
         if hosted.stored is None:
             hosted.stored = 0
             if hosted.run.may_have_checkpoint or hosted.handler is None:
                 _, hosted.stored = await self.shared.tools.steps.step_totals(hosted.run.id)
-        result = await pace(len(step.result_json), hosted.mask, step.result_json)
+        result = await hosted.mask(step.result_json)
         size = hosted.sizes[step.seq] = len(result.encode())
         # One that is sent again may be counted twice.
         if hosted.stored + sum(hosted.sizes.values()) > TOTAL_LIMIT + size:
@@ -332,10 +331,10 @@ class AttemptApi:
     async def _wait(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
         wait = wire_calls.wait_of(message)
         hosted = await runs.one(wire.fence_of(message))
-        if wait.name != hosted.mask(wait.name):
-            raise StepError(f"wait {hosted.mask(wait.name)}: its name contains a secret; use another")
+        if wait.name != await hosted.mask(wait.name):
+            raise StepError(f"wait {await hosted.mask(wait.name)}: its name contains a secret; use another")
         if wait.ask_json is not None:
-            wait = replace(wait, ask_json=hosted.mask(wait.ask_json))
+            wait = replace(wait, ask_json=await hosted.mask(wait.ask_json))
         state = await self.shared.tools.waits.open_wait(hosted.run, wait)
         if state is None:
             raise _lost(hosted)
@@ -350,8 +349,8 @@ class AttemptApi:
         hosted = await runs.one(wire.fence_of(message))
         if key.partition(":")[0] != str(hosted.run.attempt):
             raise Malformed("key: it is of another attempt")
-        if meter != hosted.mask(meter):
-            raise StepError(f"spend {hosted.mask(meter)}: its name contains a secret; use another")
+        if meter != await hosted.mask(meter):
+            raise StepError(f"spend {await hosted.mask(meter)}: its name contains a secret; use another")
         found = await self.shared.tools.budgets.spend(hosted.run, meter, amount, key)
         if found is None:
             raise _lost(hosted)
@@ -365,11 +364,13 @@ class AttemptApi:
             of_run.setdefault((row.run_id, row.fencing_token), []).append(row)
         now = self.shared.tools.clock.now()
         async with runs.logging:
-            lines = []
-            for key, hosted in known.items():
-                for row in await hosted.log.accept(hosted.run, of_run[key], self.rows, now):
-                    text = await pace(len(row.text), hosted.mask, row.text)
-                    lines.append(_line(hosted.run, row, text, now))
+            ours = [
+                (row, hosted.run)
+                for key, hosted in known.items()
+                for row in await hosted.log.accept(hosted.run, of_run[key], self.rows, now)
+            ]
+            texts = await mask_each([(row.text, run.org_id) for row, run in ours])
+            lines = [_line(run, row, text, now) for (row, run), text in zip(ours, texts, strict=True)]
             if lines:
                 await self.rows.append_logs(lines)
         return {}
@@ -379,9 +380,8 @@ class AttemptApi:
         known = await runs.known({(run_id, fencing_token) for run_id, fencing_token, _ in rows})
         for run_id, fencing_token, progress in rows:
             if (hosted := known.get((run_id, fencing_token))) is not None:
-                masked = {**progress, "note": masked_note(progress["note"], hosted.run.org_id)}
-                # As often as that of a local run: the last one twice a second.
-                self.shared.tools.run_log.progress(hosted.run, masked)
+                # As often as that of a local run: the last one twice a second, which is masked then.
+                self.shared.tools.run_log.progress(hosted.run, progress)
         return {}
 
 

@@ -11,7 +11,7 @@ from worker.definitions import RetryPolicy
 from worker.execution.attempts.attempt import Prepared, outcome_of_error, run_handler
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import Deadlines, InflightRun
-from worker.execution.attempts.masked import redacted
+from worker.execution.attempts.masked import mask_trail, redacted
 from worker.execution.attempts.plan import Limits
 from worker.execution.hosts.remote import HostedEnd, RemoteStore
 from worker.execution.hosts.wire import Taken
@@ -94,7 +94,8 @@ async def hosted_attempt(inflight: InflightRun, tools: HostTools) -> HostedEnd:
         outcome = await _run(inflight, taken, trail, tools)
     except Exception as error:
         outcome = outcome_of_error(error, inflight, tools.random)
-    outcome = redacted(outcome, run.org_id)
+    outcome = await redacted(outcome, run.org_id)
+    await mask_trail(trail, run.org_id)
     ended = end_attempt(run, outcome, trail, _POLICY, now=tools.clock.now(), random=tools.random)
     if traced_here and (tracer := tracing.in_use()) is not None:
         tracer.end(_traced(taken, ended), tracer.marks(run.id, run.fencing_token))

@@ -36,7 +36,6 @@ from worker.execution.attempts.attempt import (
     without_state,
 )
 from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.masked import masked_note
 from worker.execution.attempts.run_services import Tools
 from worker.execution.hosts import wire
 from worker.execution.hosts.attempt_log import AttemptLog
@@ -57,7 +56,7 @@ from worker.runs.hosts import HostCaller
 from worker.runs.outcome import EndedAttempt, Failed, Outcome, Trail
 from worker.runs.run import AdmittedRun, OwnedRun
 from worker.telemetry.events import emit
-from worker.telemetry.masking import masker
+from worker.telemetry.mask_in_turn import mask_in_turn
 
 # Seconds that a call waits until its ends are written, and that a run unknown here waits for its token.
 WRITTEN_WITHIN = 5.0
@@ -95,8 +94,8 @@ class HostedRun:
     def run(self) -> AdmittedRun:
         return self.inflight.run
 
-    def mask(self, text: str) -> str:
-        return masker.mask(text, self.run.org_id)
+    async def mask(self, text: str) -> str:
+        return await mask_in_turn(text, self.run.org_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +259,7 @@ class HostedRuns:
         for key, hosted in (await self.known(keys)).items():
             trail = Trail(hosted.handler or hosted.run.handler)
             ended = await conclude(hosted.inflight, handler_exited(TOO_OFTEN), trail, tools)
-            waiting[key] = self._writing.get(key) or self._write(key, ended)
+            waiting[key] = self._write_once(key, ended)
         return handed | {run_id for run_id, _ in await _written(waiting)}
 
     async def _return(self, owned: Sequence[OwnedRun]) -> set[RunId]:
@@ -293,11 +292,7 @@ class HostedRuns:
             key = end.run_id, end.fencing_token
             if key in hosted and key not in waiting:
                 ended = await self._conclude(end, hosted[key], tools)
-                # The same end may have come by another call meanwhile.
-                if key not in self._ended:
-                    waiting[key] = self._writing.get(key) or self._write(key, ended)
-                elif self._ended[key]:
-                    done.add(key)
+                waiting[key] = self._write_once(key, ended)
         if unknown := keys - waiting.keys() - self._ended.keys():
             done |= await self._store.ended(self.worker, dict(unknown))
         done |= await _written(waiting)
@@ -319,9 +314,7 @@ class HostedRuns:
             earliest = trail.token_ready_at or inflight.run.started_at
             trail.handler_started_at = max(earliest, now - _seconds(end.handler_seconds, now))
         trail.peak_memory = end.peak_memory
-        if end.progress is not None:
-            note = masked_note(end.progress["note"], inflight.run.org_id)
-            trail.progress = {**end.progress, "note": note}
+        trail.progress = end.progress
         trail.asks = end.asks
         inflight.moved = inflight.moved or end.moved
         if hosted.refused is not None:
@@ -367,6 +360,16 @@ class HostedRuns:
         if await self._store.often_handed_back([run.id]):
             return handler_exited(TOO_OFTEN)
         return outcomes.HandedBack(detail)
+
+    def _write_once(self, key: Key, ended: EndedAttempt) -> asyncio.Future[bool]:
+        """Write an end unless another call has meanwhile: to mask its texts may take a while."""
+        if (writing := self._writing.get(key)) is not None:
+            return writing
+        if (accepted := self._ended.get(key)) is None:
+            return self._write(key, ended)
+        written = asyncio.get_running_loop().create_future()
+        written.set_result(accepted)
+        return written
 
     def _write(self, key: Key, ended: EndedAttempt) -> asyncio.Future[bool]:
         written = self._writing[key] = asyncio.get_running_loop().create_future()

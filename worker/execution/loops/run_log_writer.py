@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
 
 from worker.clock import Clock
 from worker.errors import Unavailable
+from worker.execution.attempts.masked import masked_progress
 from worker.execution.runners.output import stored_lines
 from worker.ids import RunId
 from worker.runs.run import AdmittedRun, LogLine
 from worker.telemetry.events import emit
-from worker.telemetry.masking import masker
+from worker.telemetry.mask_in_turn import mask_each
 
 # Seconds between flushes.
 FLUSH = 0.5
 # Rows of one statement, and lines kept while the database is unavailable.
 BATCH = 500
 MAX_LINES = 50_000
+# Characters of several lines that are masked at once.
+MASKED_AT_ONCE = 64 * 1024
 
 Progress = tuple[RunId, int, Mapping[str, Any]]
+# Level, source, text and time of a line of a run, before it is masked.
+_Said = tuple[AdmittedRun, str, str, str, datetime]
 
 
 class RunLogStore(Protocol):
@@ -39,31 +44,21 @@ class RunLogWriter:
 
     store: RunLogStore
     clock: Clock
+    _said: list[_Said] = field(default_factory=list)
+    # Masked lines that are not written yet.
     _lines: list[LogLine] = field(default_factory=list)
-    _progress: dict[RunId, Progress] = field(default_factory=dict)
+    _progress: dict[RunId, tuple[AdmittedRun, Mapping[str, Any]]] = field(default_factory=dict)
     _seq: dict[tuple[RunId, int], int] = field(default_factory=dict)
     _writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def line(self, run: AdmittedRun, level: str, source: str, text: str, at: datetime | None = None) -> None:
-        """Add a line, masked; one that is too long to be stored is cut after that, or becomes several."""
-        key = (run.id, run.attempt)
-        for part in stored_lines(source, masker.mask(text, run.org_id)):
-            self._seq[key] = seq = self._seq.get(key, 0) + 1
-            self._lines.append(
-                LogLine(
-                    run_id=run.id,
-                    attempt=run.attempt,
-                    seq=seq,
-                    org_id=run.org_id,
-                    at=at or self.clock.now(),
-                    level=level,
-                    source=source,
-                    text=part,
-                )
-            )
+        """Add a line. It is masked by the next flush, and cut after that, or becomes several."""
+        self._seq.setdefault((run.id, run.attempt), 0)
+        self._said.append((run, level, source, text, at or self.clock.now()))
 
     def progress(self, run: AdmittedRun, progress: Mapping[str, Any]) -> None:
-        self._progress[run.id] = (run.id, run.fencing_token, progress)
+        """Set the progress of a run; its note is masked by the next flush."""
+        self._progress[run.id] = (run, progress)
 
     def ended(self, run: AdmittedRun) -> None:
         """Drop what only a running attempt needs."""
@@ -87,13 +82,14 @@ class RunLogWriter:
             await self.flush()
 
     async def flush(self) -> None:
-        """Write everything taken so far; keep what cannot be written for the next flush."""
+        """Mask and write everything taken so far; keep what cannot be written for the next flush."""
         async with self._writing:
+            await self._mask()
             progress, self._progress = self._progress, {}
             lines, self._lines = self._lines, []
             try:
                 if progress:
-                    await self.store.write_progress(list(progress.values()))
+                    await self.store.write_progress([await _row(*each) for each in progress.values()])
                     progress = {}
                 while lines:
                     await self.store.append_logs(lines[:BATCH])
@@ -104,3 +100,32 @@ class RunLogWriter:
                 if dropped := len(lines) + len(self._lines) - len(kept):
                     emit("logs.dropped", lines=dropped)
                 self._lines = kept
+
+    async def _mask(self) -> None:
+        """Mask what was said so far, a little at once, in its order."""
+        left = len(self._said)
+        while left:
+            said, size = list[_Said](), 0
+            for each in self._said[: min(left, BATCH)]:
+                size += len(each[3])
+                if said and size > MASKED_AT_ONCE:
+                    break
+                said.append(each)
+            texts = await mask_each([(text, run.org_id) for run, _, _, text, _ in said])
+            for each, text in zip(said, texts, strict=True):
+                self._lines += self._stored(each, text)
+            # Only now: a flush may be cancelled.
+            del self._said[: len(said)]
+            left -= len(said)
+            await asyncio.sleep(0)
+
+    def _stored(self, said: _Said, masked: str) -> Iterator[LogLine]:
+        run, level, source, _, at = said
+        key = (run.id, run.attempt)
+        for text in stored_lines(source, masked):
+            self._seq[key] = seq = self._seq.get(key, 0) + 1
+            yield LogLine(run.id, run.attempt, seq, run.org_id, at, level, source, text)
+
+
+async def _row(run: AdmittedRun, progress: Mapping[str, Any]) -> Progress:
+    return run.id, run.fencing_token, await masked_progress(progress, run.org_id)
