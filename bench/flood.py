@@ -2,8 +2,9 @@
 
     .venv/bin/python -m bench.flood [NAME …]
 
-Each handler floods the channel of its own process, or sends JSON that is slow to parse. Shown is the longest
-turn of the loop: the processor time of its thread, and by the wall, which includes other processes.
+Each handler floods the channel of its own process, or sends JSON that is slow to parse, or text that is slow
+to mask while the worker holds a secret with quotes and backslashes. Shown is the longest turn of the loop:
+the processor time of its thread, and by the wall, which includes other threads and processes.
 """
 
 from __future__ import annotations
@@ -12,20 +13,34 @@ import asyncio
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from random import SystemRandom
+from types import SimpleNamespace
+from typing import Any, cast
 
 from tests.fakes.plugins import make_plugin
-from tests.fakes.running import RecordingServices, work
+from tests.fakes.running import work
+from tests.unit.execution.runs import admitted
 from worker.clock import SystemClock
+from worker.execution.attempts.attempt import conclude
+from worker.execution.attempts.inflight import InflightRun
+from worker.execution.attempts.run_services import AttemptServices, RunTools, Tools
+from worker.execution.loops.run_log_writer import Progress, RunLogWriter
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import StopSignal
+from worker.runs.outcome import Trail
+from worker.runs.run import LogLine, RunStep
 
 MODULE = "flood_jobs"
 JOBS = """
 import json, os, struct, time
+from datetime import datetime, timezone
 from worker import BlockingContext, job
 from worker.execution.runners.child import main
 from worker.execution.runners.child.frames import run_frame
+from worker.execution.runners.child.messages import step_message
+from worker.runs.run import NewStep
 
 def raw(text):
     return struct.pack("!II", len(text), 0) + text.encode()
@@ -43,6 +58,16 @@ def save(text, count):
         send(run_frame({"op": "save", "n": number, "data": text}))
     time.sleep(2)
 
+def steps(text, count):
+    now = datetime.now(timezone.utc)
+    for number in range(1, count + 1):
+        step = step_message(NewStep("s", None, number, number, text, now, now))
+        send(run_frame({"op": "step", "n": number, "step": step}))
+    time.sleep(5)
+
+def fail(text):
+    raise ValueError(text)
+
 def of(item, count):
     return "[" + ",".join([item] * count) + "]"
 
@@ -50,6 +75,7 @@ def of(item, count):
 def flood(ctx: BlockingContext):
     return eval(ctx.params["code"])
 """
+HELD = 'pa"ss\\wörd & more'
 FLOODS = {
     "nothing": "time.sleep(1)",
     "progress": """repeat(raw('{"op":"progress","done":1,"total":null,"note":null}'))""",
@@ -60,16 +86,32 @@ FLOODS = {
     "saves of escapes": "save(json.dumps(chr(34) * 500_000), 30)",
     "result [[],…]": "[[] for _ in range(340_000)]",
     "result of objects": "[{'id': n, 'name': f'name {n}', 'tags': ['a', 'b']} for n in range(16_000)]",
+    "result of escapes": "chr(34) * 500_000",
+    "result of base64": "'QUFBQUFBQUFBQUFB ' * 60_000",
+    "result of mixes": """chr(92).join(['"%22+&quot;'] * 50_000)""",
+    "steps of escapes": "steps(json.dumps(chr(34) * 130_000), 20)",
+    "steps of 8 KiB": "steps(json.dumps(chr(92) * 4_000), 2000)",
+    "errors of escapes": "fail(chr(92) * 65_000)",
+    "errors of secrets": f"fail({HELD!r} + chr(92) * 65_000)",
+    "notes of escapes": "[ctx.progress(1, note=chr(92) * 65_000) for _ in range(300)]",
+    "lines of escapes": "[os.write(1, chr(92).encode() * 65_535 + b'\\n') for _ in range(50)]",
+    "short lines": "[os.write(1, (chr(92).encode() * 99 + b'\\n') * 655) for _ in range(50)]",
     "unknown [[],…]": """send(raw('{"op":"save","n":1,"x":' + of('[]', 80_000) + ',"data":"1"}'))""",
     "empty lines": "[os.write(1, b'\\n' * 65_536) for _ in range(50)]",
 }
 
 
-class Services(RecordingServices):
-    """Does not parse what it is given."""
+class Store:
+    """Stores nothing."""
 
-    async def save(self, data_json: str) -> None:
-        await asyncio.sleep(0)
+    async def save_checkpoint(self, *values: Any) -> bool:
+        return True
+
+    async def store_step(self, row: RunStep) -> bool:
+        return True
+
+    async def append_logs(self, rows: Sequence[LogLine]) -> None: ...
+    async def write_progress(self, rows: Sequence[Progress]) -> None: ...
 
 
 async def measure(pool: ChildPool, code: str) -> str:
@@ -85,13 +127,30 @@ async def measure(pool: ChildPool, code: str) -> str:
             used, now = time.thread_time(), time.perf_counter()
             processor, wall = max(processor, used - used_before), max(wall, now - before)
 
+    store = Store()
+    run_log = RunLogWriter(store, SystemClock())
+    tools = SimpleNamespace(
+        run_log=run_log,
+        checkpoints=store,
+        steps=store,
+        clock=SystemClock(),
+        random=SystemRandom(),
+        handlers={},
+    )
+    inflight, trail = InflightRun(admitted(), StopSignal()), Trail("flood")
+    inflight.hold_secrets({"key": HELD})
+    services = AttemptServices(inflight, trail, None, cast(RunTools, tools))
     watching = asyncio.create_task(watch())
+    writing = asyncio.create_task(run_log.run())
     began = time.perf_counter()
     given = work("flood", entry_point=f"{MODULE}:flood", params={"code": code})
-    outcome = await pool.run(given, Services(), StopSignal())
+    outcome = await pool.run(given, services, inflight.stop)
+    await conclude(inflight, outcome, trail, cast(Tools, tools))
+    await run_log.flush()
     took = time.perf_counter() - began
     going = False
     await watching
+    writing.cancel()
     ended = getattr(outcome, "detail", None) or type(outcome).__name__.lower()
     return f"{processor * 1000:7.1f} ms {wall * 1000:7.1f} ms   {took:5.2f} s  {ended}"
 
