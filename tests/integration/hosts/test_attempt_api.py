@@ -11,7 +11,11 @@ from tests.fakes.running import until
 from tests.integration.hosts.conftest import HANDLER, Fleet, end_of, fence
 from worker.errors import IssuerUnavailable, StoreUnavailable
 from worker.execution.hosts import wire
+from worker.execution.hosts.hosted_runs import HostedRuns
+from worker.execution.loops.finisher import Finisher
+from worker.ids import OrgId
 from worker.runs import outcome as outcomes
+from worker.runs.outcome import EndedAttempt
 from worker.store import tables
 
 pytestmark = pytest.mark.anyio
@@ -102,6 +106,44 @@ async def test_two_workers_that_get_an_end_at_once_write_it_once(fleet: Fleet) -
     assert len(fleet.rows.attempts(run)) == 1
     [days] = fleet.rows.all(tables.rollup_days)
     assert (days["runs"], days["attempts"]) == (1, 1)
+
+
+@pytest.mark.parametrize("once", [True, False], ids=["", "control"])
+async def test_an_end_that_comes_again_while_it_is_masked_is_written_once(
+    fleet: Fleet, once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masked, written, go = list[str](), list[str](), asyncio.Event()
+    put = Finisher.put
+
+    async def mask(text: str, org: OrgId) -> str:
+        masked.append(text)
+        await go.wait()
+        return text
+
+    def put_first(self: Finisher, ended: EndedAttempt) -> None:
+        written.append(ended.run_id)
+        if len(written) == 1:
+            put(self, ended)
+
+    monkeypatch.setattr("worker.execution.attempts.masked.mask_in_turn", mask)
+    monkeypatch.setattr(Finisher, "put", put_first)
+    if not once:
+        monkeypatch.setattr(HostedRuns, "_write_once", HostedRuns._write)
+    host = await fleet.host()
+    run = fleet.start()
+    [taken] = await host.take(fleet.one)
+
+    both = [asyncio.create_task(host.finish(fleet.one, end_of(taken))) for _ in range(2)]
+    await until(lambda: len(masked) == 2)
+    go.set()
+    if once:
+        assert await asyncio.gather(*both) == [[run], [run]]
+    else:
+        await until(lambda: len(written) == 2)
+        for task in both:
+            task.cancel()
+
+    assert written == [run] * (1 if once else 2)
 
 
 async def test_a_host_that_waits_gets_a_run_as_soon_as_it_is_due(fleet: Fleet) -> None:
