@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable, Iterator
 
 # Characters that one step reads: a few milliseconds of the slowest pattern.
-SLICE = 64 * 1024
+SLICE = 32 * 1024
 # Comparisons of one step, one for each literal at each character.
-_COMPARED = 2 * 1024 * 1024
+_COMPARED = 1 * 1024 * 1024
 _SHORTEST_STEP = 1024
 
 

@@ -177,12 +177,14 @@ class RunOutput:
         while len(line) > UNMASKED_LIMIT:
             piece, line = _parted(line)
             self._pass_on(source, piece, at)
-        level, text = unmarked(line) or (None, line.decode("utf-8", "replace").rstrip("\r"))
-        text = clean(text, UNMASKED_LIMIT)
-        if level is None:
-            self._sink(_LEVELS[source], source, text, at)
+        # A flood may have thousands of empty lines, so each costs as little as possible.
+        record = unmarked(line) if line.startswith(MARK) else None
+        if record is not None:
+            level, text = record
+            self._sink(level, "log", clean(text, UNMASKED_LIMIT), at)
         else:
-            self._sink(level, "log", text, at)
+            text = line.decode("utf-8", "replace").rstrip("\r")
+            self._sink(_LEVELS[source], source, clean(text, UNMASKED_LIMIT) if "\0" in text else text, at)
 
 
 def _cost(block: _Block) -> int:
