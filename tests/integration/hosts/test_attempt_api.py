@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
 from typing import Any
 
 import pytest
@@ -17,6 +19,9 @@ from worker.ids import OrgId
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import EndedAttempt
 from worker.store import tables
+from worker.telemetry import mask_in_turn
+from worker.telemetry.mask_in_turn import AT_ONCE
+from worker.telemetry.masking import Masker
 
 pytestmark = pytest.mark.anyio
 
@@ -106,6 +111,47 @@ async def test_two_workers_that_get_an_end_at_once_write_it_once(fleet: Fleet) -
     assert len(fleet.rows.attempts(run)) == 1
     [days] = fleet.rows.all(tables.rollup_days)
     assert (days["runs"], days["attempts"]) == (1, 1)
+
+
+@pytest.mark.parametrize("limited", [True, False], ids=["", "control"])
+async def test_what_a_host_sends_is_masked_off_the_loop_if_it_is_long(
+    fleet: Fleet, limited: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_loop, loop, mask = list[int](), threading.get_ident(), Masker.mask
+
+    def watched(self: Masker, text: str, org: Any) -> str:
+        if threading.get_ident() == loop:
+            on_loop.append(len(text))
+        return mask(self, text, org)
+
+    monkeypatch.setattr(Masker, "mask", watched)
+    if not limited:
+        monkeypatch.setattr(mask_in_turn, "AT_ONCE", 10_000_000)
+        monkeypatch.setattr(mask_in_turn._masking, "_left", 10_000_000)
+    host = await fleet.host()
+    run = fleet.start()
+    [taken] = await host.take(fleet.one)
+    mine, now, text = fence(taken), taken.run.started_at.isoformat(), "x " * 20_000
+    step: dict[str, Any] = {
+        **{"name": "fetch", "key": None, "occurrence": 1, "seq": 1, "spends": []},
+        **{"result_json": json.dumps(text), "started_at": now, "ended_at": now},
+    }
+    lines = [
+        {**mine, "seq": number, "at": now, "level": "info", "source": "log", "text": "x " * 500}
+        for number in range(1, 30)
+    ]
+
+    for name, message in {
+        "save": {**mine, "handler": HANDLER, "data": json.dumps(text)},
+        "store": {"steps": [{**mine, "handler": HANDLER, "step": step}]},
+        "logs": {"lines": lines},
+    }.items():
+        on_loop.clear()
+        await host.call(fleet.one, name, **message)
+        assert (sum(on_loop) <= AT_ONCE) == limited, name
+    on_loop.clear()
+    assert await host.finish(fleet.one, end_of(taken, outcomes.Succeeded(json.dumps(text)))) == [run]
+    assert (sum(on_loop) <= AT_ONCE) == limited
 
 
 @pytest.mark.parametrize("once", [True, False], ids=["", "control"])

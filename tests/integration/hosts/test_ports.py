@@ -336,7 +336,7 @@ async def test_guesses_tell_nothing_of_another_orgs_secret(
     assert live is not None
     answers["progress"] = live["progress"]["note"].split(" ")
     failed = outcomes.Failed(outcomes.Error("E", " ".join(guesses[41_200:41_300])))
-    masked = redacted(failed, run.org_id)
+    masked = await redacted(failed, run.org_id)
     assert isinstance(masked, outcomes.Failed)
     answers["error"] = masked.error.message.split(" ")
     refused = []

@@ -11,7 +11,8 @@ import pytest
 from tests.fakes.clock import ManualClock
 from tests.unit.execution.runs import admitted
 from worker.errors import StoreUnavailable
-from worker.execution.loops.run_log_writer import RunLogWriter
+from worker.execution.loops import run_log_writer
+from worker.execution.loops.run_log_writer import BATCH, RunLogWriter
 from worker.ids import RunId
 from worker.runs.run import LogLine
 from worker.telemetry.masking import masker
@@ -81,3 +82,53 @@ async def test_lines_wait_while_the_database_is_away_and_keep_their_order(clock:
     await run_log.flush()
 
     assert store.written == ["one [masked]", "two"]
+
+
+async def test_long_and_short_lines_keep_their_order(clock: ManualClock) -> None:
+    masker.register("canary-5ecret-value")
+    store, run = Store(), admitted("r1")
+    run_log = RunLogWriter(store, clock)
+    texts = ["one", "canary-5ecret-value " * 3000, "three", "x" * 20_000, "five"]
+    for text in texts:
+        run_log.line(run, "info", "log", text)
+
+    await run_log.flush()
+
+    assert [line[:9].rstrip() for line in store.written] == ["one", "[masked]", "three", "x" * 9, "five"]
+
+
+@pytest.mark.parametrize("batch", [BATCH, 1_000_000], ids=["", "control"])
+async def test_a_turn_of_the_loop_has_a_few_lines_only(
+    batch: int, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_log_writer, "BATCH", batch)
+    run_log, run = RunLogWriter(Store(), clock), admitted("r1")
+    for _ in range(7_000):
+        run_log.line(run, "info", "stdout", "")
+    flushing, most, left = asyncio.create_task(run_log.flush()), 0, 7_000
+    while not flushing.done():
+        await asyncio.sleep(0)
+        most, left = max(most, left - len(run_log._said)), len(run_log._said)
+
+    assert left == 0
+    assert (most <= BATCH) == (batch == BATCH)
+
+
+async def test_a_flush_that_is_cancelled_while_it_masks_loses_nothing(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, run = Store(), admitted("r1")
+    run_log = RunLogWriter(store, clock)
+    run_log.line(run, "info", "log", "first")
+    never = asyncio.Event()
+    with monkeypatch.context() as patched:
+        patched.setattr(run_log_writer, "mask_each", lambda texts: never.wait())
+        flushing = asyncio.create_task(run_log.flush())
+        await asyncio.sleep(0)
+        flushing.cancel()
+        await asyncio.gather(flushing, return_exceptions=True)
+    run_log.line(run, "info", "log", "second")
+
+    await run_log.flush_run(run)
+
+    assert store.written == ["first", "second"]
