@@ -16,6 +16,7 @@ from worker.execution.hosts import wire
 from worker.execution.hosts.hosted_runs import HostedRuns
 from worker.execution.loops.finisher import Finisher
 from worker.ids import OrgId
+from worker.pacing import Turns
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import EndedAttempt
 from worker.store import tables
@@ -127,7 +128,7 @@ async def test_what_a_host_sends_is_masked_off_the_loop_if_it_is_long(
     monkeypatch.setattr(Masker, "mask", watched)
     if not limited:
         monkeypatch.setattr(mask_in_turn, "AT_ONCE", 10_000_000)
-        monkeypatch.setattr(mask_in_turn._masking, "_left", 10_000_000)
+        monkeypatch.setattr(mask_in_turn._masking, "_turns", Turns(10_000_000))
     host = await fleet.host()
     run = fleet.start()
     [taken] = await host.take(fleet.one)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from worker.ids import OrgId
+from worker.pacing import Turns
 from worker.telemetry import mask_in_turn as module
 from worker.telemetry.mask_in_turn import AT_ONCE, Masking
 from worker.telemetry.masking import MASK, masker
@@ -100,8 +101,8 @@ async def test_without_a_limit_all_would_be_masked_in_one_turn(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the test before."""
-    monkeypatch.setattr(Masking, "_has_turn", lambda self, size: True)
     masking = Masking()
+    monkeypatch.setattr(masking, "_turns", Turns(10**9))
 
     tasks = [asyncio.create_task(masking.each([("x" * (AT_ONCE // 2), A)])) for _ in range(10)]
     await asyncio.sleep(0)
