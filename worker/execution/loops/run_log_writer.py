@@ -105,6 +105,8 @@ class RunLogWriter:
         """Mask what was said so far, a little at once, in its order."""
         left = len(self._said)
         while left:
+            # The rest of this turn belongs to the caller, who may have added thousands of lines.
+            await asyncio.sleep(0)
             said, size = list[_Said](), 0
             for each in self._said[: min(left, BATCH)]:
                 size += len(each[3])
@@ -117,7 +119,6 @@ class RunLogWriter:
             # Only now: a flush may be cancelled.
             del self._said[: len(said)]
             left -= len(said)
-            await asyncio.sleep(0)
 
     def _stored(self, said: _Said, masked: str) -> Iterator[LogLine]:
         run, level, source, _, at = said
