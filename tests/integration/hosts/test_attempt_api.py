@@ -189,6 +189,7 @@ async def test_an_end_that_comes_again_while_it_is_masked_is_written_once(
         await until(lambda: len(written) == 2)
         for task in both:
             task.cancel()
+        await asyncio.gather(*both, return_exceptions=True)
 
     assert written == [run] * (1 if once else 2)
 
