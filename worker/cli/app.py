@@ -108,7 +108,7 @@ def before_the_verb(
 ) -> None:
     """Scheduled, long-running background jobs for each customer org, each run under a token scoped to it.
 
-    Without a command, starts the worker, as `run` does.
+    Without a command, `python -m worker` starts the worker, as `run` does; `orgworker` prints this.
     """
     if version:
         from worker import release
@@ -121,6 +121,9 @@ def before_the_verb(
             raise UsageError(
                 "no command is named", fix="`orgworker --help` lists them; `run` starts a worker"
             )
+        if not _is_module():
+            print(context.get_help())
+            raise typer.Exit
         from worker.cli.run import run
 
         run(context)
@@ -250,9 +253,13 @@ def _wanted_output(arguments: Sequence[str]) -> Format:
     return Format.TABLE
 
 
+def _is_module() -> bool:
+    """Whether this process is `python -m worker`, and not a console script."""
+    return Path(sys.argv[0]).name == "__main__.py"
+
+
 def _program() -> str:
-    name = Path(sys.argv[0]).name
-    return "python -m worker" if name == "__main__.py" else name
+    return "python -m worker" if _is_module() else Path(sys.argv[0]).name
 
 
 def from_driver(error: Exception) -> WorkerError | None:

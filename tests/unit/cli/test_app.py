@@ -151,8 +151,9 @@ def test_an_interrupt_exits_130(failing: Callable[[BaseException], None]):
 
 
 @pytest.mark.parametrize("verb", [[], ["run"]])
-def test_no_verb_means_run(verb: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_the_module_without_a_verb_means_run(verb: list[str], monkeypatch: pytest.MonkeyPatch):
     seen = []
+    monkeypatch.setattr("sys.argv", ["/opt/worker/__main__.py"])
     monkeypatch.setattr("worker.wiring.process.run", lambda settings: seen.append(settings) or 75)
     Path("var").mkdir()
     Path("var/worker.db").touch()
@@ -209,3 +210,17 @@ def test_a_preview_of_a_schedule_that_cannot_be_is_refused(capsys: pytest.Captur
     assert invoke(["definitions", "next", "--schedule", "0 0 31 2 *"]) == 78
 
     assert "0 0 31 2 *" in capsys.readouterr().err
+
+
+def test_the_console_script_without_a_verb_prints_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("sys.argv", ["/opt/bin/orgworker"])
+    monkeypatch.setattr(run, "run", lambda context: pytest.fail("a worker was started"))
+
+    assert invoke([]) == 0
+
+    printed = capsys.readouterr()
+    assert printed.out.startswith("Usage: orgworker ")
+    assert "definitions" in printed.out
+    assert printed.err == ""
