@@ -126,7 +126,8 @@ class _Server(uvicorn.Server):
 class WebServer:
     """Serves one application for as long as the `async with` lasts, and restarts after failures.
 
-    Without a `listener` it retries until the address is free. With `tls` it speaks HTTPS only.
+    Without a `listener` it retries until the address is free; `told` is whether somebody was told that it
+    is not. With `tls` it speaks HTTPS only.
     """
 
     def __init__(
@@ -140,10 +141,12 @@ class WebServer:
         deadlines: Deadlines | None = None,
         tls: ssl.SSLContext | None = None,
         event: str = "web.listening",
+        told: bool = False,
     ) -> None:
         self._app = app
         self._tls = tls
         self._event = event
+        self._told = told
         self._connections = Connections() if connections is None else connections
         self._deadlines = deadlines or Deadlines()
         self._listen = listen
@@ -168,7 +171,7 @@ class WebServer:
                 self._listener.close()
 
     async def _serve_forever(self) -> None:
-        reported = False
+        reported = self._told
         while self._server is None or not self._server.should_exit:
             try:
                 if self._listener is None:

@@ -46,6 +46,10 @@ from worker.wiring.secrets import issuers_of, login_secret
 
 # Seconds between two database checks of `serve`, and the timeout of each.
 CHECK_EVERY = 5.0
+_TAKEN = (
+    "no console yet: another process has {}; the worker runs, and opens the port once it is free. "
+    "Another port: --set web.listen=127.0.0.1:PORT before the verb; none: --set web.listen="
+)
 
 
 def metrics_of(settings: Settings, *, version: str) -> Metrics:
@@ -64,6 +68,7 @@ class Web:
         self._settings = settings
         self._clock = clock
         self._listener: socket.socket | None = None
+        self._told = False
         self._health_listener: socket.socket | None = None
         self._health = health
         self._open_ring = open_ring
@@ -71,8 +76,8 @@ class Web:
     def bind(self, *, required: bool = False) -> None:
         """Bind the addresses, before the worker starts anything else.
 
-        If `listen` is not configured and its default port is in use, a worker starts without it and
-        retries, unless `required`: several workers can share a machine.
+        If `listen` is not configured and its default port is in use, a worker says so, starts without it
+        and retries, unless `required`: several workers can share a machine.
 
         Raises:
             Busy: another process uses the port.
@@ -91,6 +96,10 @@ class Web:
         except Busy:
             if required or "listen" in web.model_fields_set:
                 raise
+            # Who asked for JSON gets the event of the listener.
+            if self._settings.log.style != "json":
+                self._told = True
+                print(_TAKEN.format(web.listen), file=sys.stderr, flush=True)
 
     def print_link(self, database: Database) -> None:
         """On a terminal, print a link that logs in once, if this machine's browser can reach the console."""
@@ -184,7 +193,8 @@ class Web:
     ) -> AbstractAsyncContextManager[None]:
         web = self._settings.web
         connections = Connections(web.connections_per_address, Addresses(web.trusted_proxies))
-        return WebServer(app, listen, listener, self._clock, connections=connections).serving()
+        told = self._told and listener is None
+        return WebServer(app, listen, listener, self._clock, connections=connections, told=told).serving()
 
     def _access(
         self, guards: Mapping[str, Guard], find_caller: FindCaller, stored: StoredOperators | None = None

@@ -8,7 +8,7 @@ import hashlib
 import signal
 import socket
 from collections.abc import AsyncIterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import httpx
 import pytest
@@ -21,7 +21,7 @@ from tests.fakes.ports import free_port
 from worker.clock import SystemClock
 from worker.errors import Busy, ConfigurationError
 from worker.settings import Settings, load
-from worker.settings.sections import WebSettings
+from worker.settings.sections import LogSettings, WebSettings
 from worker.telemetry.metrics import Metrics
 from worker.web import listener as module
 from worker.web.access import Access
@@ -220,21 +220,57 @@ def test_an_address_is_bound_or_refused_with_what_to_do():
         bind("no-such-host.invalid:8470")
 
 
+def default_listen(listen: str) -> WebSettings:
+    """Settings as of a file that does not name `listen`, with another default."""
+    default = WebSettings.model_construct(listen=listen, metrics_top_orgs=0)
+    default.model_fields_set.clear()
+    return default
+
+
+class Said:
+    def __init__(self, web: WebSettings, style: Literal["", "console", "json"] = "") -> None:
+        self.web = web
+        self.log = LogSettings(style=style)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("style", ["", "json"])
+async def test_a_taken_default_port_is_one_plain_line_with_the_fix(
+    style: Literal["", "json"], monkeypatch, emitted, capsys
+):
+    """Who asked for a log in JSON gets the event instead: the control."""
+    monkeypatch.setattr(module, "AGAIN", 0.02)
+    with bind("127.0.0.1:0") as other:
+        taken = f"127.0.0.1:{other.getsockname()[1]}"
+        settings = Said(default_listen(taken), style)
+        web = Web(settings, SystemClock(), Health(Metrics(version="1.0")))  # type: ignore[arg-type]
+        web.bind()
+        line = capsys.readouterr().err
+        async with web._server(application(), taken, web._listener):
+            await asyncio.sleep(0.1)
+            other.close()
+            assert await wait_for(f"http://{taken}/livez") == 200
+
+    events = [one.event.name for one in emitted]
+    assert events[-1] == "web.listening"
+    if style == "json":
+        assert line == ""
+        assert events[0] == "web.unavailable"
+    else:
+        assert line.count("\n") == 1
+        assert f"another process has {taken}" in line
+        assert "--set web.listen=127.0.0.1:PORT" in line
+        assert "web.unavailable" not in events
+
+
 def test_only_a_port_that_was_asked_for_ends_the_worker(monkeypatch):
     """Two workers of one machine on PostgreSQL need no [web] in their worker.toml."""
-
-    class Said:
-        def __init__(self, web: WebSettings) -> None:
-            self.web = web
-
     health = Health(Metrics(version="1.0"))
     with bind("127.0.0.1:0") as other:
         taken = f"127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(Busy):
             Web(Said(WebSettings(listen=taken)), SystemClock(), health).bind()  # type: ignore[arg-type]
-        default = WebSettings.model_construct(listen=taken, metrics_top_orgs=0)
-        default.model_fields_set.clear()
-        worker = Web(Said(default), SystemClock(), health)  # type: ignore[arg-type]
+        worker = Web(Said(default_listen(taken)), SystemClock(), health)  # type: ignore[arg-type]
         worker.bind()
         with pytest.raises(Busy):
             worker.bind(required=True)
