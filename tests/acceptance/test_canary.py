@@ -77,9 +77,12 @@ def test_a_secret_given_on_standard_input_is_not_echoed(site):
     site.add_orgs(application("org_acme"))
 
     done = site.cli(
-        "credentials", "add", "org_acme", "--client-id", "m2m", "--secret-file", "-", stdin=SECRET
+        *("credentials", "add", "org_acme", "--client-id", "m2m", "--secret-file", "-"),
+        stdin=SECRET,
+        check=False,
     )
 
+    assert done.code == 1  # the provider has no such client
     assert SECRET not in done.out + done.err
     assert all(SECRET.encode() not in path.read_bytes() for path in site.folder.glob("worker.db*"))
 

@@ -65,7 +65,7 @@ def check_orgs(
     else:
         print_rows([report.as_row() for report in reports], output, columns=COLUMNS, key="org")
         for report in reports:
-            _say_problems(report)
+            say_problems(report)
     return FAILED if any(not report.ok for report in reports) else 0
 
 
@@ -88,13 +88,14 @@ def print_report(report: Report, output: Format) -> int:
         print_rows(rows, output, columns=("check", "ok", "detail"), key="check")
     else:
         print_row(report.as_row(), output, key="org")
-    _say_problems(report)
+    say_problems(report)
     if report.ok:
         return 0
     return IssuerUnavailable.exit_code if report.transient else FAILED
 
 
-def _say_problems(report: Report) -> None:
+def say_problems(report: Report) -> None:
+    """Print on stderr what is wrong with an org's token, each with its fix."""
     for finding in report.diagnostics:
         if not finding.ok:
             say(f"{report.org}: {finding.check}: {finding.detail}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worker.cli.checks import print_report, with_checks
+from worker.cli.checks import FAILED, print_report, say_problems, with_checks
 from worker.cli.completion import names
 from worker.cli.lists import add_list
 from worker.cli.options import OrgArgument, OutputOption, read_duration, read_text
@@ -60,9 +60,15 @@ def add(
         ),
     ] = None,
     kind: KindOption = Kind.CLIENT_SECRET,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Only store it: request no token with it.")
+    ] = False,
     output: OutputOption = Format.TABLE,
-) -> None:
+) -> int:
     """Add a generation, which is tried first from now on; older ones stay until they are retired.
+
+    Then requests a token with it, as `credentials verify` does: exit 1 if it is unusable; it
+    stays stored. A provider that does not respond is a warning.
 
     The secret is sealed before it is stored. It is read from a file or standard input,
     since every process of the machine can read arguments.
@@ -90,6 +96,22 @@ def add(
             actor=session.actor,
         )
     print_row(row, output)
+    return 0 if no_verify else _verify_stored(session, org, row["generation"])
+
+
+def _verify_stored(session: Invocation, org: str, generation: int) -> int:
+    """Report on stderr whether a new generation gets a token; returns the exit code."""
+    report = with_checks(session, lambda _, checks: checks.verify(org, generation))
+    if report.ok:
+        say(f"verified: issuer {report.issuer} gives a usable token for generation {generation}")
+        return 0
+    if report.transient:
+        say(f"warning: stored, but not verified: issuer {report.issuer} does not respond")
+        say(f"fix: `credentials verify {org} {generation}` once it does")
+        return 0
+    say_problems(report)
+    say(f"generation {generation} is stored; `credentials retire {org} {generation}` undoes it")
+    return FAILED
 
 
 add_list(app, CREDENTIALS, org_argument=True)

@@ -23,7 +23,9 @@ def test_the_whole_command_line_works_on_either_database(cli_on_either: CommandL
     assert given("db", "check")
     assert given("orgs", "add", "org_a", "--tag", "pro")
     assert given("orgs", "import", "-", stdin=json.dumps(entry))
-    assert given("credentials", "add", "org_b", "--client-id", "b", "--secret-file", "-", stdin=SECRET)
+    assert given(
+        "credentials", "add", "org_b", "--no-verify", "--client-id", "b", "--secret-file", "-", stdin=SECRET
+    )
     assert len(cli("credentials", "list", "-o", "id").out.split()) == 2
     assert given("credentials", "retire", "org_b", "1")
     assert [row["code"] for row in given("orgs", "list")] == ["org_b", "org_a"]

@@ -52,7 +52,7 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "orgs sync": ((), ""),
     "orgs properties": (("org_acme",), ""),
     "orgs diff": (("org_acme",), ""),
-    "credentials add": (("org_acme", *CREDENTIAL), SECRET),
+    "credentials add": (("org_acme", *CREDENTIAL, "--no-verify"), SECRET),
     "credentials list": ((), ""),
     "credentials verify": (("org_acme",), ""),
     "credentials rotate": (("org_acme", *CREDENTIAL), SECRET),

@@ -100,7 +100,16 @@ def test_credentials_are_generations_and_their_secret_never_comes_out(cli: Comma
     secret_file = tmp_path / "secret"
     secret_file.write_text(SECRET + "-new\n")
 
-    cli("credentials", "add", "org_cred", "--client-id", "m2m-new", "--secret-file", str(secret_file))
+    cli(
+        "credentials",
+        "add",
+        "org_cred",
+        "--no-verify",
+        "--client-id",
+        "m2m-new",
+        "--secret-file",
+        str(secret_file),
+    )
     listed = cli("credentials", "list", "org_cred", "-o", "json")
     retired = cli("credentials", "retire", "org_cred", "1", "-o", "json")
     again = cli("credentials", "retire", "org_cred", "1", check=False)
