@@ -114,8 +114,9 @@ def try_(
 
     It runs like any run: in its own process, with its params and settings validated and its
     scopes enforced. Progress and log lines are printed on stderr. It skips sleeps, and goes
-    on with the answers of --answer. Without --real, no API
-    accepts its token; with --real, the handler's effects are real.
+    on with the answers of --answer. Without --real, no API accepts its token; relative URLs of
+    `ctx.http` begin with the api_base_url of worker.toml's issuer, if it has only one. With
+    --real, that of the org's issuer counts, and the handler's effects are real.
     """
     from worker.operations.handlers import as_taken, schema_of
     from worker.wiring import trying

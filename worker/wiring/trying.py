@@ -169,7 +169,17 @@ def _subject(settings: Settings, entry: HandlerEntry, request: TryRequest) -> Su
     if request.database is None:
         org = OrgRef(OrgId(new_id()), request.org)
         definition = definition_of(request.org, entry.name, keys)
-        return Subject(org, request.org, definition, private_origins=execution.private_origins)
+        # A made-up org uses the only issuer; with several, any choice would be a guess.
+        only = next(iter(settings.issuers.values())) if len(settings.issuers) == 1 else None
+        return Subject(
+            org,
+            request.org,
+            definition,
+            api_origins=only.api_origins if only else (),
+            private_origins=execution.private_origins,
+            insecure_origins=execution.insecure_origins,
+            api_base_url=only.api_base_url if only else "",
+        )
     if request.scopes is not None:
         keys["scopes"] = list(request.scopes)
     with request.database.autocommit() as connection:

@@ -89,6 +89,10 @@ def opens(ctx: BlockingContext) -> str:
     with open(ctx.params["file"]) as file:
         return file.read()
 
+@job("acme.fetch")
+async def fetch(ctx: Context) -> str:
+    return str((await ctx.http.get("contacts")).request.url)
+
 @job("acme.list")
 def lists(ctx: BlockingContext) -> dict:
     return dict(ctx.settings)
@@ -104,6 +108,7 @@ HANDLERS = {
     "acme.snooze": "snooze",
     "acme.slow": "slow",
     "acme.wait": "wait",
+    "acme.fetch": "fetch",
     "acme.list": "lists",
     "acme.open": "opens",
 }
@@ -384,3 +389,25 @@ def test_what_a_run_spends_is_printed_and_limited(line):
     assert (free["state"], free["spends"]) == ("succeeded", {"llm_tokens": 20})
     assert (limited.code, wrong.code) == (1, 2)
     assert (limited.json()["reason"], limited.json()["spends"]) == ("budget", {"llm_tokens": 10})
+
+
+SECOND = """
+[issuers.second]
+url = "https://second.kinde.com"
+audience = "https://api.acme.com"
+"""
+
+
+def test_a_made_up_org_uses_the_base_url_of_the_only_issuer(line):
+    """With a second issuer, the control, a relative URL has no base."""
+    provider, thread = serve_provider()
+    with thread:
+        api = f'api_origins = ["{provider.url}"]\napi_base_url = "{provider.url}/api/"\n'
+        line.settings.write_text(line.settings.read_text() + api)
+        tried = line("try", "acme.fetch", "-o", "json")
+        line.settings.write_text(line.settings.read_text() + SECOND)
+        unclear = line("try", "acme.fetch", "-o", "json", check=False)
+
+    assert tried.json()["result"] == f"{provider.url}/api/contacts"
+    assert unclear.code == 1
+    assert unclear.json()["state"] == "failed"
