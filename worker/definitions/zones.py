@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zoneinfo
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -16,6 +17,9 @@ from worker.errors import InvalidTrigger
 
 # Every time zone database has this file; the first folder that has it is the one in use.
 _PROBE = "Europe/Berlin"
+# The longest name of a zone has 32 letters.
+_LONGEST = 50
+_OFFSET = re.compile(r"[+-]\d")
 _SECOND = timedelta(seconds=1)
 _DAY = timedelta(days=1)
 
@@ -45,16 +49,42 @@ def _of_folder(folder: Path) -> str:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
-def parse_zone(name: str) -> ZoneInfo:
-    """The zone with this IANA name, such as `Europe/Berlin`; raises InvalidTrigger if it is unknown."""
+def find_zone(name: str) -> ZoneInfo | None:
+    """The zone with this IANA name, such as `Europe/Berlin`, or None."""
+    # ZoneInfo recurses into each folder of a name.
+    if len(name) > _LONGEST:
+        return None
     try:
         return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        return None
+
+
+def parse_zone(name: str) -> ZoneInfo:
+    """As `find_zone`; raises InvalidTrigger, which names the nearest zone, if it is unknown."""
+    zone = find_zone(name)
+    if zone is None:
+        near = nearest(name)
         raise InvalidTrigger(
             f"unknown time zone {name!r}",
             field="timezone",
-            fix='use an IANA name, such as "Europe/Berlin" or "UTC"',
-        ) from error
+            fix=f"did you mean {near}?" if near else 'use an IANA name, such as "Europe/Berlin" or "UTC"',
+        )
+    return zone
+
+
+def nearest(name: str) -> str | None:
+    """The zone whose name, or whose city, is closest to this one; None if none is close."""
+    # Comparing takes some milliseconds, longer for a long text. An offset such as GMT+2 names no zone:
+    # Etc/GMT+2 is the opposite.
+    if len(name) > _LONGEST or _OFFSET.search(name):
+        return None
+    from difflib import get_close_matches
+
+    zones = sorted(zoneinfo.available_timezones())
+    known = {zone.rpartition("/")[2].lower(): zone for zone in zones} | {zone.lower(): zone for zone in zones}
+    close = get_close_matches(name.strip().lower().replace(" ", "_"), known, n=1, cutoff=0.7)
+    return known[close[0]] if close else None
 
 
 class Change(NamedTuple):

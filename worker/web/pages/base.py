@@ -15,8 +15,8 @@ from starlette.routing import Route
 from starlette.types import Scope
 
 from worker.clock import Clock
-from worker.definitions.zones import parse_zone
-from worker.errors import InvalidTrigger, TokenError, UsageError, WorkerError
+from worker.definitions.zones import find_zone, parse_zone
+from worker.errors import TokenError, UsageError, WorkerError
 from worker.search import hint_of
 from worker.web.access import Access
 from worker.web.callers import BY_ORGS, Action, Caller, CallerDatabase
@@ -152,12 +152,7 @@ def _links(caller: Caller | None) -> Sequence[tuple[str, str]]:
     return [(org_path(caller.org), "Your org"), *_OF_ORGS]
 
 
-@functools.lru_cache(maxsize=1000)
-def _zone(name: str) -> ZoneInfo | None:
-    try:
-        return parse_zone(name)
-    except InvalidTrigger:
-        return None
+_zone = functools.lru_cache(maxsize=1000)(find_zone)
 
 
 def may_act(caller: Caller | None, session: Session | None) -> bool:
