@@ -129,7 +129,7 @@ class InstallationMismatch(ConfigurationError):
 
 
 class DefinitionError(WorkerError):
-    """A definition is invalid; `entry` and `field` name the place."""
+    """A definition is invalid; `entry` and `field` name the place, `others` are later errors of its file."""
 
     code = "definition"
     exit_code = 78
@@ -139,6 +139,7 @@ class DefinitionError(WorkerError):
         super().__init__(message, fix=fix)
         self.entry = entry
         self.field = field
+        self.others: tuple[DefinitionError, ...] = ()
 
 
 class InvalidTrigger(DefinitionError):

@@ -210,11 +210,21 @@ def _usage_fix(error: typer.TyperException) -> str:
 
 
 def _failed(error: WorkerError, output: Format) -> int:
-    # Entry and field of a file, unless the message names them.
-    place = [error.entry, error.field] if isinstance(error, DefinitionError) else []
-    words = [*(word for word in place if word and word not in error.message), error.message]
-    print_error(error.code, ": ".join(words), error.fix, output)
+    others = error.others if isinstance(error, DefinitionError) else ()
+    print_error(
+        error.code,
+        _placed(error),
+        error.fix,
+        output,
+        others=[{"code": each.code, "message": _placed(each), "fix": each.fix} for each in others],
+    )
     return error.exit_code
+
+
+def _placed(error: WorkerError) -> str:
+    """The message, after entry and field of a file unless it names them."""
+    place = [error.entry, error.field] if isinstance(error, DefinitionError) else []
+    return ": ".join([*(word for word in place if word and word not in error.message), error.message])
 
 
 def _unexpected(error: Exception, arguments: Sequence[str], output: Format) -> int:

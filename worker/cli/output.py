@@ -130,15 +130,19 @@ def confirmed(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def print_error(code: str, message: str, fix: str, output: Format) -> None:
-    """Print an error on stderr: lines for people, one object for programs."""
+def print_error(
+    code: str, message: str, fix: str, output: Format, others: Sequence[Mapping[str, str]] = ()
+) -> None:
+    """Print an error on stderr: lines for people, one object for programs. `others` of a file follow it."""
+    error = {"code": code, "message": message, "fix": fix}
     if output in (Format.JSON, Format.JSONL):
-        text = json.dumps({"error": {"code": code, "message": message, "fix": fix}})
+        text = json.dumps({"error": error | ({"others": list(others)} if others else {})})
         print(masker.mask(text, ALL_ORGS), file=sys.stderr)
         return
-    say(f"error: {message}")
-    if fix:
-        say(f"fix: {fix}")
+    for each in (error, *others):
+        say(f"error: {each['message']}")
+        if each["fix"]:
+            say(f"fix: {each['fix']}")
 
 
 def in_words(progress: Mapping[str, Any] | None) -> str | None:

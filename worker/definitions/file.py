@@ -15,6 +15,7 @@ from worker.definitions import fields
 from worker.definitions.budgets import BudgetEntry, parse_budget
 from worker.definitions.calendars import CalendarEntry, ReadFile, no_files, parse_calendar
 from worker.definitions.definition import Definition, from_spec, parse_definition, to_spec
+from worker.definitions.faults import Faults
 from worker.definitions.fields import Fields, refusal
 from worker.definitions.pools import parse_pool
 from worker.definitions.units import MAX_DEPTH
@@ -27,6 +28,11 @@ T = TypeVar("T")
 
 # Replaces the org in the definition of a template.
 ANY_ORG = "*"
+# Valid values for required keys, so that the others are checked too if one is missing or invalid.
+_STAND_INS = dict.fromkeys(("code", "issuer", "org", "name", "handler"), "x") | {
+    "schedule": "@hourly",
+    "orgs": "all",
+}
 _ORG_KEYS = ("code", "name", "issuer", "max_concurrent_runs", "weight", "tags", "timezone", "pool")
 
 
@@ -63,25 +69,30 @@ def format_of(path: str) -> Format:
 def parse_file(
     content: str | bytes, format: Format = "toml", *, read_file: ReadFile = no_files
 ) -> DefinitionsFile:
-    """The entries of a file; raises DefinitionError for the first error in it.
+    """The entries of a file. `read_file` reads the iCalendar files that calendars name.
 
-    `read_file` reads the iCalendar files that calendars name.
+    Raises DefinitionError: the first error, with the `others` of the file.
     """
-    values = _load(content, format)
+    values, faults = _load(content, format), Faults()
     for key in values:
         if key not in ("org", "definition", "template", "budget", "calendar"):
-            raise DefinitionError(
-                f"unknown key {key!r}",
-                field=key,
-                fix="a file has [[org]], [[definition]], [[template]], [[calendar]] and [[budget]]",
+            faults.add(
+                DefinitionError(
+                    f"unknown key {key!r}",
+                    field=key,
+                    fix="a file has [[org]], [[definition]], [[template]], [[calendar]] and [[budget]]",
+                )
             )
-    return DefinitionsFile(
-        _entries(values, "org", ("code",), parse_org),
-        _entries(values, "definition", ("org", "name"), parse_definition),
-        _entries(values, "template", ("name",), parse_template),
-        _budgets(values),
-        _entries(values, "calendar", ("name",), partial(parse_calendar, read_file=read_file)),
+    read_calendar = partial(parse_calendar, read_file=read_file)
+    file = DefinitionsFile(
+        _entries(values, "org", ("code",), parse_org, faults),
+        _entries(values, "definition", ("org", "name"), parse_definition, faults),
+        _entries(values, "template", ("name",), parse_template, faults),
+        _budgets(values, faults),
+        _entries(values, "calendar", ("name",), read_calendar, faults, each_key=False),
     )
+    faults.check()
+    return file
 
 
 def parse_org(values: Any, entry: str) -> OrgEntry:
@@ -159,42 +170,79 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entries(
-    values: Mapping[str, Any], kind: str, names: tuple[str, ...], parse: Callable[[Any, str], T]
+    values: Mapping[str, Any],
+    kind: str,
+    names: tuple[str, ...],
+    parse: Callable[[Any, str], T],
+    faults: Faults,
+    *,
+    each_key: bool = True,
 ) -> tuple[T, ...]:
-    """The parsed entries of one kind; each has other names than those before it."""
-    items = _items(values, kind)
+    """The parsed entries of one kind; each has other names than those before it.
+
+    With `each_key` the other keys of an entry are checked also if one is invalid.
+    """
+    items = _items(values, kind, faults)
     found: list[T] = []
     seen: set[str] = set()
     for number, item in enumerate(items, start=1):
         parts: list[Any] = [item.get(name) for name in names] if isinstance(item, Mapping) else []
         known = len(parts) == len(names) and all(isinstance(part, str) and part for part in parts)
         entry = f"{kind} {'/'.join(parts)}" if known else f"{kind} number {number}"
-        found.append(parse(item, entry))
-        # Names are parsed without spaces around them.
-        identity = "/".join(part.strip() for part in parts)
-        if identity in seen:
-            raise refusal("appears twice in the file", entry, names[-1], fix="remove one, or rename it")
-        seen.add(identity)
+        parsed = _parsed(item, entry, parse, faults, each_key=each_key)
+        if parsed is not None:
+            found.append(parsed)
+        if known:
+            # Names are parsed without spaces around them.
+            identity = "/".join(part.strip() for part in parts)
+            if identity in seen:
+                faults.add(
+                    refusal("appears twice in the file", entry, names[-1], fix="remove one, or rename it")
+                )
+            seen.add(identity)
     return tuple(found)
 
 
-def _items(values: Mapping[str, Any], kind: str) -> list[Any]:
+def _parsed(
+    item: Any, entry: str, parse: Callable[[Any, str], T], faults: Faults, *, each_key: bool
+) -> T | None:
+    """An entry; None if it is invalid. With `each_key` it is parsed again without what is wrong."""
+    wrong: set[str] = set()
+    while True:
+        try:
+            parsed = parse(item, entry)
+        except DefinitionError as error:
+            if error.field in wrong:
+                return None
+            faults.add(error)
+            if not each_key or not (error.field in item or error.field in _STAND_INS):
+                return None
+            wrong.add(error.field)
+            rest = {key: value for key, value in item.items() if key != error.field}
+            item = rest | {key: value for key, value in _STAND_INS.items() if key == error.field}
+        else:
+            return None if wrong else parsed
+
+
+def _items(values: Mapping[str, Any], kind: str, faults: Faults) -> list[Any]:
     items = values.get(kind, [])
     if not isinstance(items, list):
-        raise DefinitionError(f"{kind} is not a list", field=kind, fix=f"write each as [[{kind}]]")
+        faults.add(DefinitionError(f"{kind} is not a list", field=kind, fix=f"write each as [[{kind}]]"))
+        return []
     return items
 
 
-def _budgets(values: Mapping[str, Any]) -> tuple[BudgetEntry, ...]:
+def _budgets(values: Mapping[str, Any], faults: Faults) -> tuple[BudgetEntry, ...]:
     """The parsed budgets; the same orgs have one of each meter and period."""
     found: dict[tuple[str, str, str], BudgetEntry] = {}
-    for number, item in enumerate(_items(values, "budget"), start=1):
+    for number, item in enumerate(_items(values, "budget", faults), start=1):
         meter = item.get("meter") if isinstance(item, Mapping) else None
         entry = f"budget number {number}" + (f" ({meter})" if isinstance(meter, str) else "")
-        budget = parse_budget(item, entry)
-        identity = (budget.target, budget.meter, budget.per)
-        if identity in found:
-            problem = "the same orgs, meter and period appear twice in the file"
-            raise refusal(problem, entry, "per", fix="remove one: of several limits, the lowest counts")
-        found[identity] = budget
+        with faults.collecting():
+            budget = parse_budget(item, entry)
+            identity = (budget.target, budget.meter, budget.per)
+            if identity in found:
+                problem = "the same orgs, meter and period appear twice in the file"
+                raise refusal(problem, entry, "per", fix="remove one: of several limits, the lowest counts")
+            found[identity] = budget
     return tuple(found.values())

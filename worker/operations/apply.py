@@ -10,6 +10,7 @@ from functools import partial
 from sqlalchemy import Connection
 
 from worker.definitions.definition import Definition
+from worker.definitions.faults import Faults
 from worker.definitions.fields import refusal
 from worker.definitions.file import DefinitionsFile, TemplateEntry
 from worker.definitions.origins import NO_ISSUERS, IssuerOrigins, check_base_url, check_encrypted, in_force
@@ -75,24 +76,29 @@ def apply(
     each. `report` gets the number of definitions that are checked, then written, and of all.
 
     Raises:
-        DefinitionError: names the entry and field that is refused; nothing was changed.
+        DefinitionError: names the entry and field that is refused, with the `others`; nothing was changed.
     """
     with database.transaction() as connection:
-        handlers = Handlers(connection)
+        handlers, faults = Handlers(connection), Faults()
 
         def check(definition: Definition, entry: str, of: Collection[str], org_pools: OrgPools) -> None:
-            handlers.check(
-                definition,
-                entry,
-                org_pools=org_pools,
-                inline=inline,
-                allow_unknown=allow_unknown_handlers,
-            )
-            check_encrypted(definition.api_origins, insecure_origins, entry=entry)
-            for origins in in_force(definition.api_origins, of, api_origins):
-                check_base_url(definition.api_base_url, origins, entry=entry)
+            with faults.collecting():
+                handlers.check(
+                    definition,
+                    entry,
+                    org_pools=org_pools,
+                    inline=inline,
+                    allow_unknown=allow_unknown_handlers,
+                )
+                check_encrypted(definition.api_origins, insecure_origins, entry=entry)
+                for origins in in_force(definition.api_origins, of, api_origins):
+                    check_base_url(definition.api_base_url, origins, entry=entry)
 
-        plan = _make_plan(connection, file, prune=prune, issuers=issuers, check=check, report=report)
+        with faults.collecting():
+            plan = _make_plan(
+                connection, file, prune=prune, issuers=issuers, check=check, faults=faults, report=report
+            )
+        faults.check()
         if not dry_run:
             _carry_out(connection, plan, actor=actor, at=database.now(connection), report=report)
         return [change.shown() for change in plan.all]
@@ -144,11 +150,13 @@ def _make_plan(
     prune: bool,
     issuers: Collection[str] | None,
     check: Callable[[Definition, str, Collection[str], OrgPools], None],
+    faults: Faults,
     report: Report,
 ) -> _Plan:
     """Check the whole file and compare it with the stored rows, which stay locked.
 
     `check` is called with each definition, its entry, the issuers whose orgs may run it, and their pools.
+    `faults` gets errors after which the check can go on.
 
     Raises:
         DefinitionError: names the entry and field that is refused.
@@ -187,7 +195,8 @@ def _make_plan(
         name = f"definition {each.org}/{each.name}"
         if each.org not in ids:
             fix = f'add [[org]] code = "{each.org}" to the file, or `orgs add {each.org}`'
-            raise refusal(f"there is no org {each.org}", name, "org", fix=fix)
+            faults.add(refusal(f"there is no org {each.org}", name, "org", fix=fix))
+            continue
         each = dated(each, dates, name)
         check(each, name, (issuer_of[each.org],), partial(_pool_in, pool_of_org, each.org))
         before = stored.get((each.org, each.name))

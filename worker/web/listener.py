@@ -126,8 +126,8 @@ class _Server(uvicorn.Server):
 class WebServer:
     """Serves one application for as long as the `async with` lasts, and restarts after failures.
 
-    Without a `listener` it retries until the address is free; `told` is whether somebody was told that it
-    is not. With `tls` it speaks HTTPS only.
+    Without a `listener` it retries until the address is free; `told` is whether its first failure was
+    reported already. With `tls` it speaks HTTPS only.
     """
 
     def __init__(

@@ -297,3 +297,22 @@ def test_a_thousand_definitions_are_applied_at_once(apply, rows):
     assert reported[-2:] == [(500, 1000, "definitions written"), (1000, 1000, "definitions written")]
     assert apply(ORG + many) == []
     assert len(rows.schedule) == 1000
+
+
+def test_all_that_the_database_refuses_is_reported_at_once(apply, rows):
+    """The control is the last one alone: it is refused just the same."""
+    unknown = DIGEST.replace("acme.note", "acme.nothing")
+    wrong = unknown + DIGEST.replace("org_acme", "org_nobody") + unknown.replace('"digest"', '"other"')
+    with pytest.raises(UnknownHandler) as refused:
+        apply(ORG + wrong)
+
+    found = [(each.entry, each.field) for each in (refused.value, *refused.value.others)]
+    assert found == [
+        ("definition org_acme/digest", "handler"),
+        ("definition org_nobody/digest", "org"),
+        ("definition org_acme/other", "handler"),
+    ]
+    assert rows.orgs == []
+    with pytest.raises(UnknownHandler) as alone:
+        apply(ORG + unknown.replace('"digest"', '"other"'))
+    assert alone.value.others == ()

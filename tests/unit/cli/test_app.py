@@ -224,3 +224,22 @@ def test_the_console_script_without_a_verb_prints_help(
     assert printed.out.startswith("Usage: orgworker ")
     assert "definitions" in printed.out
     assert printed.err == ""
+
+
+def test_all_errors_of_a_file_are_printed(
+    failing: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
+):
+    error = DefinitionError("a: no such", entry="a", field="b", fix="one")
+    error.others = (DefinitionError("c: nor this", entry="c", fix="two"),)
+    failing(error)
+    assert invoke(["runs", "list"]) == 78
+    shown = capsys.readouterr().err.splitlines()
+    assert invoke(["runs", "list", "-o", "json"]) == 78
+
+    assert shown == ["error: b: a: no such", "fix: one", "error: c: nor this", "fix: two"]
+    assert json.loads(capsys.readouterr().err)["error"] == {
+        "code": "definition",
+        "message": "b: a: no such",
+        "fix": "one",
+        "others": [{"code": "definition", "message": "c: nor this", "fix": "two"}],
+    }

@@ -7,6 +7,7 @@ import tomllib
 
 import pytest
 
+from worker.definitions.faults import MOST
 from worker.definitions.file import format_of, parse_file
 from worker.errors import DefinitionError, InvalidTrigger
 from worker.orgs import OrgEntry, Selector
@@ -140,3 +141,64 @@ def test_a_refusal_does_not_repeat_a_secret_that_stands_beside_the_mistake():
         parse_file("[[org]]\ncode = 'a'\nissuer = 'main'\nclient_secret = 'hush-hush'")
 
     assert "hush-hush" not in str(refused.value) + refused.value.fix
+
+
+SEVERAL = """
+[[org]]
+code = "a"
+weight = 0
+colour = "red"
+
+[[definition]]
+org = "a"
+name = "one"
+handler = "acme.one"
+schedule = "61 * * * *"
+timeout = "soon"
+overlap = "maybe"
+
+[[definition]]
+org = "a"
+name = "two"
+handler = "acme.two"
+schedule = "@daily"
+
+[[definition]]
+name = "three"
+
+[[calendar]]
+name = "c"
+ics = "absent.ics"
+
+[[budget]]
+meter = "runs"
+"""
+
+
+def test_all_errors_of_a_file_are_reported_at_once():
+    with pytest.raises(DefinitionError) as refused:
+        parse_file(SEVERAL)
+
+    found = [(each.entry, each.field) for each in (refused.value, *refused.value.others)]
+    assert found[:-2] == [
+        ("org a", "colour"),
+        ("org a", "issuer"),
+        ("org a", "weight"),
+        ("definition a/one", "timeout"),
+        ("definition a/one", "overlap"),
+        ("definition a/one", "schedule"),
+        ("definition number 3", "org"),
+        ("definition number 3", "handler"),
+        ("definition number 3", "schedule"),
+    ]
+    assert [entry for entry, _ in found[-2:]] == ["budget number 1 (runs)", "calendar c"]
+
+
+def test_a_file_with_thousands_of_errors_reports_the_first_few():
+    wrong = "".join(
+        f"[[definition]]\norg='a'\nname='n{n}'\nhandler='h'\nschedule='no'\n" for n in range(2000)
+    )
+    with pytest.raises(DefinitionError) as refused:
+        parse_file(wrong)
+
+    assert len(refused.value.others) == MOST - 1
