@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -13,6 +14,7 @@ from worker.definitions.units import format_duration, parse_duration
 
 _ANY_TIME = datetime(2000, 1, 1)
 _DAY = timedelta(days=1)
+_MINUTES = re.compile(r"\*/([1-9]|[1-5][0-9]) +\* +\* +\* +\*")
 _UNITS = {"d": "day", "h": "hour", "m": "minute", "s": "second"}
 
 
@@ -52,6 +54,8 @@ def _at(at: datetime, zone_name: str) -> str:
 
 
 def _crontab(text: str) -> str:
+    if (step := _MINUTES.fullmatch(text)) and not 60 % (minutes := int(step[1])):
+        return "Every minute" if minutes == 1 else f"Every {minutes} minutes"
     words = str(CronSim(text, _ANY_TIME).explain())
     day, weekday = text.split()[-3], text.split()[-1]
     # Cron joins two restricted day fields with "or"; a field that begins with * restricts with "and".

@@ -12,7 +12,12 @@ from worker.definitions.words import in_words
     [
         ("0 3 * * *", "Europe/Berlin", "At 03:00 every day, Europe/Berlin time"),
         ("0 9 * * 1-5", "UTC", "At 09:00 on Monday through Friday, UTC"),
-        ("*/15 * * * *", "UTC", "Every 15th minute of every hour, UTC"),
+        ("*/15 * * * *", "UTC", "Every 15 minutes, UTC"),
+        ("*/5  * * * *", "Asia/Kolkata", "Every 5 minutes, Asia/Kolkata time"),
+        ("*/1 * * * *", "UTC", "Every minute, UTC"),
+        # 7 does not divide an hour: the last step of each is shorter.
+        ("*/7 * * * *", "UTC", "Every seventh minute of every hour, UTC"),
+        ("*/15 9 * * *", "UTC", "Every 15th minute from 09:00 through 09:59, UTC"),
         ("30 0 3 * * *", "UTC", "At 03:00:30 every day, UTC"),
         # Two restricted day fields are joined by "or", unless one begins with a star.
         ("0 3 1 * 1", "UTC", "At 03:00 on the first day of month or on Monday, UTC"),
