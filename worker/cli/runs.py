@@ -33,8 +33,9 @@ from worker.definitions.units import parse_time
 from worker.errors import CanaryFailed, Conflict, UsageError
 from worker.ids import ALL_ORGS
 from worker.runs.run import step_label
+from worker.runs.waits import is_open_question
 from worker.store.lists import RUNS
-from worker.store.lists.rows import LogLine, RunDetail
+from worker.store.lists.rows import LogLine, RunDetail, Wait
 
 if TYPE_CHECKING:
     from worker.store.database import Database
@@ -147,7 +148,8 @@ def retry(
     """Make a new run of an ended one, for the same scheduled time, and print it.
 
     Without RUN, retries all runs that match the options and were not retried yet, oldest
-    end first; failed ones unless --state selects others.
+    end first; failed ones unless --state selects others. Exit 1 if one of --canary did not
+    succeed, or waits for an answer: the rest is not retried.
     """
     from worker.operations import runs as operation
     from worker.store.edit_runs import Retryable
@@ -260,7 +262,7 @@ def _try_first(database: Database, changes: Iterator[Row], count: int, rows: lis
     """Retry `count` runs and wait for their ends.
 
     Raises:
-        CanaryFailed: one did not succeed.
+        CanaryFailed: one did not succeed, or waits for an answer.
     """
     canaries: list[Row] = []
     while len(canaries) < count and (row := next(changes, None)) is not None:
@@ -269,18 +271,33 @@ def _try_first(database: Database, changes: Iterator[Row], count: int, rows: lis
             canaries.append(row)
     if not canaries:
         return
-    for row, end in zip(canaries, _ends(database, canaries), strict=True):
+    ends = _ends(database, canaries)
+    for row, end in zip(canaries, ends, strict=True):
         row["state"] = end["state"]
-    bad = [row for row in canaries if row["state"] != "succeeded"]
+    bad = [row for row in canaries if row["state"] not in ("succeeded", "waiting")]
     if bad:
         raise CanaryFailed(
             f"{len(bad)} of the {len(canaries)} retried first did not succeed; nothing else was retried",
             fix=f"`runs why {bad[0]['id']}` explains it",
         )
+    for end in ends:
+        if (wait := _question_of(end)) is not None:
+            number = "" if wait["occurrence"] == 1 else f" --occurrence {wait['occurrence']}"
+            raise CanaryFailed(
+                f"run {end['id']} of {end['org']}/{end['definition']} waits for an answer to {wait['name']}; "
+                "nothing else was retried",
+                fix=f"`runs answer {end['id']} {wait['name']}{number} --data JSON`, "
+                "and repeat the command for the rest once the run has succeeded",
+            )
+
+
+def _question_of(run: RunDetail) -> Wait | None:
+    """The first thing that somebody must answer before this run goes on; None if it runs or has ended."""
+    return next(filter(is_open_question, run["waits"]), None) if run["state"] == "waiting" else None
 
 
 def _ends(database: Database, runs: Iterable[Row]) -> list[RunDetail]:
-    """The rows of these runs once all have ended; prints their progress on stderr."""
+    """The rows of these runs once each has ended or waits for an answer; prints their progress on stderr."""
     from worker.store.lists import runs as run_lists
 
     ids = [row["id"] for row in runs]
@@ -295,7 +312,7 @@ def _ends(database: Database, runs: Iterable[Row]) -> list[RunDetail]:
                 said[row["id"]] = now
                 name = f"{row['org']}/{row['definition']}"
                 say(f"{ended} of {len(ids)} ended; run {row['id']} of {name}: {now}")
-        if ended == len(ids):
+        if all(row["finished_at"] is not None or _question_of(row) is not None for row in found):
             return found
         time.sleep(POLL)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 WaitKind = Literal["sleep", "answer", "budget"]
 KINDS: tuple[WaitKind, ...] = get_args(WaitKind)
@@ -16,6 +17,12 @@ MOST_ASKED = 16 * 1024
 MOST_ANSWERED = 64 * 1024
 # Answers to waits that a run has not reached yet.
 MOST_EARLY = 100
+
+
+def is_open_question(wait: Mapping[str, Any]) -> bool:
+    """Whether somebody can answer this wait, a row of `runs show`, now: no sleep, not answered, not over."""
+    asks = wait["kind"] == "answer" or (wait["kind"] == "budget" and wait["ask"] is not None)
+    return asks and wait["answered_at"] is None and wait["timed_out_at"] is None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from worker.clock import to_text
 from worker.runs.run import step_label
+from worker.runs.waits import is_open_question
 
 Row = Mapping[str, Any]
 
@@ -243,13 +244,7 @@ def _values(run: Row) -> dict[str, str]:
     values = {name: _word(value) for name, value in run.items()}
     error = run.get("error") or {}
     message = (str(error.get("message") or "").splitlines() or [""])[0]
-    open_waits = [
-        each
-        for each in run.get("waits") or ()
-        if (each["kind"] == "answer" or (each["kind"] == "budget" and each["ask"] is not None))
-        and each["answered_at"] is None
-        and each["timed_out_at"] is None
-    ]
+    open_waits = list(filter(is_open_question, run.get("waits") or ()))
     values["wait"] = _as_argument(open_waits[0]) if open_waits else "NAME"
     values["waits"] = ", ".join(map(_in_words, open_waits)) or values.get("detail", "none")
     values["error"] = ": ".join(filter(None, (error.get("type", "an error"), message)))

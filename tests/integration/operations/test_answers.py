@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from tests.fakes.stock import Stock
-from worker.errors import AccessDenied, Conflict, NotFound, UsageError
+from worker.cli import runs as cli_runs
+from worker.errors import AccessDenied, CanaryFailed, Conflict, NotFound, UsageError
 from worker.ids import new_id
 from worker.operations.answers import answer
 from worker.operations.org_secrets import add_secret, rotate_secret
@@ -218,6 +219,39 @@ def test_why_says_what_it_waits_for_and_how_to_answer(parked, database):
 
     assert "waits for an answer to approval (since" in found.cause
     assert found.next == f"runs answer {run.id} approval --data JSON"
+
+
+class StillWaiting(Exception):
+    pass
+
+
+def test_a_canary_that_waits_for_a_person_ends_the_retry_and_says_how_to_answer(
+    parked, database, monkeypatch, capsys
+):
+    """One that sleeps, and the same one once it was answered, the controls, are waited for."""
+
+    def first(run: AdmittedRun) -> None:
+        row = {"id": run.id, "org": "org_acme", "definition": "digest", "state": "waiting"}
+        cli_runs._try_first(database, iter([row]), 1, [])
+
+    def sleep(seconds: float) -> None:
+        raise StillWaiting
+
+    monkeypatch.setattr("worker.cli.runs.time.sleep", sleep)
+    asleep = parked(NewWait("sleep", 1, "sleep", 3600.0))
+    with pytest.raises(StillWaiting):
+        first(asleep)
+    cancel(database, asleep.id, actor="tester")
+    run = parked(APPROVAL)
+
+    with pytest.raises(CanaryFailed) as ended:
+        first(run)
+
+    assert "org_acme/digest waits for an answer to approval; nothing else was retried" in ended.value.message
+    assert ended.value.fix.startswith(f"`runs answer {run.id} approval --data JSON`")
+    give(database, run)
+    with pytest.raises(StillWaiting):
+        first(run)
 
 
 def test_two_answers_at_the_same_instant_have_one_winner(parked, database, stock):
