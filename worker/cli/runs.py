@@ -27,7 +27,7 @@ from worker.cli.options import (
 from worker.cli.output import Format, in_lines, in_words, print_log, print_row, print_rows, say
 from worker.cli.progress import shown
 from worker.cli.run_table import CELLS
-from worker.cli.session import session_of
+from worker.cli.session import Invocation, session_of
 from worker.clock import to_text
 from worker.definitions.units import parse_time
 from worker.errors import CanaryFailed, Conflict, UsageError
@@ -38,6 +38,7 @@ from worker.store.lists import RUNS
 from worker.store.lists.rows import LogLine, RunDetail, Wait
 
 if TYPE_CHECKING:
+    from worker.search import Query
     from worker.store.database import Database
 
 # The most runs that one command changes, by default.
@@ -50,6 +51,7 @@ WIDTH = 100
 
 FOUND = ("id", "org", "definition", "state", "reason", "detail", "scheduled_for")
 CANCELLED = ("id", "org", "definition", "scheduled_for", "state", "left")
+ANSWERED = ("id", "org", "definition", "scheduled_for", "name", "left")
 RETRIED = ("id", "retry_of", "org", "definition", "scheduled_for", "state", "left")
 
 Row = dict[str, Any]
@@ -352,37 +354,92 @@ def why(
 
 def answer(
     context: typer.Context,
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `runs list` prints it.")],
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="The run's id, as `runs list` prints it.")
+    ] = None,
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="What it waits for, as `runs show` lists it in `waits`.")
-    ],
+        str | None,
+        typer.Argument(metavar="NAME", help="What it waits for, as `runs show` lists it in `waits`."),
+    ] = None,
     data: Annotated[
-        str, typer.Option("--data", metavar="JSON", help='The answer, such as true or {"approved": true}.')
-    ],
+        str | None,
+        typer.Option("--data", metavar="JSON", help='The answer, such as true or {"approved": true}.'),
+    ] = None,
+    query: QueryOption = None,
     occurrence: Annotated[
         int, typer.Option("--occurrence", metavar="N", min=1, help="Which wait of that name in the run.")
     ] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With -q: only list the runs that would be answered.")
+    ] = False,
+    limit: Annotated[
+        int, typer.Option("--limit", metavar="N", min=1, help="With -q: answer at most N runs.")
+    ] = LIMIT,
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Answer what a run waits for, so that it goes on; the first answer counts.
 
     An answer that comes before the run waits is kept. Exit 5 if it was answered already, its
     deadline has passed, or the run has ended.
+
+    With -q instead of RUN, gives the same answer to all matching runs that wait for NAME now,
+    oldest first; `left` says why one was left out, and the exit code is then 5.
     """
     from worker.operations.answers import answer as operation
 
     session = session_of(context)
+    if query is not None and name is None:
+        # The only one of the two that was given.
+        run, name = None, run
+    if name is None or data is None or (run is None) == (query is None):
+        raise UsageError(
+            "an answer needs a run or a search, what is waited for, and --data",
+            fix="`runs answer RUN NAME --data true`, or `runs answer -q 'org:acme' NAME --data true`",
+        )
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
         raise UsageError(
             f"--data: {data!r:.80} is not JSON", fix="""quote text, as in --data '"yes"'"""
         ) from None
+    if run is None:
+        _answer_many(session, read_query(query, session.clock), name, value, output, limit, dry_run=dry_run)
+        return
     with session.database() as database:
         row = operation(
             database, _whole(database, run), name, value, actor=session.actor, occurrence=occurrence
         )
     print_row(row, output, key="name")
+
+
+def _answer_many(
+    session: Invocation,
+    query: Query | None,
+    name: str,
+    value: Any,
+    output: Format,
+    limit: int,
+    *,
+    dry_run: bool,
+) -> None:
+    """Answer all runs that match a search and wait for a name; raises Conflict if any was left."""
+    from worker.handlers.waits import BUDGET
+    from worker.operations.answers import answer_many
+    from worker.store.edit_runs import Cancellable
+
+    which = Cancellable(
+        query=query, state="waiting", reason="budget" if name.startswith(BUDGET) else "answer"
+    )
+    with session.database() as database:
+        changes = answer_many(database, which, name, value, actor=session.actor, limit=limit, dry_run=dry_run)
+        rows = _carry_out(changes, output, ANSWERED, limit)
+    left = [row for row in rows if row["left"] is not None]
+    say(f"{len(rows) - len(left)} {'would be answered' if dry_run else 'answered'}")
+    if left:
+        raise Conflict(
+            f"{len(left)} of {len(rows)} runs were left: {left[0]['id']}: {left[0]['left']}",
+            fix=f"`runs show {left[0]['id']}` lists what it waits for",
+        )
 
 
 app = typer.Typer(help="Runs: list, show, why, answer, cancel, retry, logs.")

@@ -8,19 +8,19 @@ import typer
 
 from worker.cli.completion import names
 from worker.cli.lists import add_list
-from worker.cli.options import FromOption, OutputOption, UntilOption
+from worker.cli.options import FromOption, OutputOption, UntilOption, read_pairs, split_pairs
 from worker.cli.output import Format, print_row, print_rows, say
 from worker.cli.progress import Progress, shown
 from worker.cli.session import Invocation, session_of
 from worker.definitions.units import parse_time
 from worker.errors import Conflict, UsageError
-from worker.ids import ALL_ORGS
+from worker.ids import ALL_ORGS, new_id
 from worker.store.lists import TEMPLATES
 
 if TYPE_CHECKING:
     from worker.store.database import Database
 
-app = typer.Typer(help="Templates: list, show, backfill, close. `apply` adds and changes them.")
+app = typer.Typer(help="Templates: list, show, run, backfill, close. `apply` adds and changes them.")
 
 NameArgument = Annotated[
     str,
@@ -28,6 +28,7 @@ NameArgument = Annotated[
 ]
 
 Row = dict[str, Any]
+RAN = ("id", "org", "definition", "state", "left")
 BACKFILLED = ("org", "definition", "instants", "made", "left")
 # Orgs that are counted for the progress, and those of one transaction.
 MOST, AT_ONCE = 100_000, 500
@@ -71,6 +72,70 @@ def close(context: typer.Context, name: NameArgument, output: OutputOption = For
     with session.database() as database:
         print_row(close_template(database, name, actor=session.actor), output)
         apply_templates(session, database)
+
+
+@app.command("run")
+def run(
+    context: typer.Context,
+    name: NameArgument,
+    request_key: Annotated[
+        str | None,
+        typer.Option(
+            "--request-key", metavar="K", help="The same key again makes no second runs (default: random)."
+        ),
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--param",
+            metavar="K=V",
+            help="A param for these runs only: JSON if the handler accepts it, else text; repeatable.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the orgs.")] = False,
+    output: OutputOption = Format.TABLE,
+) -> None:
+    """Run a template's definition now, for each org that has it; paused ones are left out.
+
+    Prints a row for each org; `left` says why one was left out. After an interruption, repeat
+    it with the same --request-key: only what is left runs.
+    """
+    from worker.operations.run_template import run_template
+    from worker.store.lists.read import template
+    from worker.store.templates import count_definitions
+
+    session = session_of(context)
+    key = request_key or new_id()
+    rows: list[Row] = []
+    with session.database() as database:
+        with database.autocommit() as connection:
+            total = count_definitions(connection, template(connection, ALL_ORGS, name)["id"], most=MOST)
+        changes = run_template(
+            database,
+            name,
+            actor=session.actor,
+            request_key=key,
+            params=read_pairs(param or (), option="--param") or None,
+            typed=split_pairs(param or (), option="--param"),
+            dry_run=dry_run,
+        )
+        try:
+            rows.extend(shown(changes, "runs", total))
+        except BaseException:
+            say(f"the same runs again, without those that were made: --request-key {key}")
+            raise
+        finally:
+            # Also what was done before an error or Ctrl-C.
+            if rows or output is not Format.TABLE:
+                made = [row for row in rows if row["id"] is not None or output is not Format.ID]
+                print_rows(made, output, columns=RAN)
+    left = [row for row in rows if row["left"] is not None]
+    say(f"{len(rows) - len(left)} runs {'would be made' if dry_run else 'made'}")
+    if left:
+        raise Conflict(
+            f"{len(left)} of {len(rows)} orgs were left out: {left[0]['org']}: {left[0]['left']}",
+            fix=f"repeat the command with --request-key {key} once nothing blocks them",
+        )
 
 
 @app.command("backfill")

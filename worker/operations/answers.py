@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
-from worker.errors import AccessDenied, Conflict, UsageError
+from worker.errors import AccessDenied, Conflict, NotFound, UsageError
 from worker.handlers.json_text import NotStorable, to_json_text
 from worker.handlers.steps import StepError, check_name
 from worker.handlers.waits import BUDGET, SLEEP
 from worker.ids import OrgId, RunId
 from worker.operations.budgets import answer_budget
-from worker.operations.runs import require_run
-from worker.runs.waits import MOST_ANSWERED, MOST_EARLY, MOST_WAITS
+from worker.operations.runs import matching, require_run
+from worker.runs.waits import MOST_ANSWERED, MOST_EARLY, MOST_WAITS, is_open_question
 from worker.store import audit, waits
 from worker.store.database import Database
+from worker.store.dialect import Row
+from worker.store.edit_runs import Cancellable
 from worker.store.lists import runs as run_lists
 from worker.store.lists.rows import Wait
 from worker.telemetry.masking import masker
@@ -82,6 +85,45 @@ def answer(
         detail = {"wait": name, "occurrence": occurrence}
         audit.record(connection, [audit.Entry(org_id, "run.answer", wanted, detail)], at=now, actor=actor)
         return run_lists.wait(connection, org_id, wanted, name, occurrence)
+
+
+def answer_many(
+    database: Database,
+    which: Cancellable,
+    name: str,
+    data: Any,
+    *,
+    actor: str,
+    limit: int,
+    dry_run: bool = False,
+) -> Iterator[Row]:
+    """Give the same answer to each matching run that waits for `name`, as it is taken; yields the outcomes.
+
+    Nothing is kept for runs that do not wait for it yet. `left` says why a run was left, else None. With
+    `dry_run` nothing is answered.
+
+    Raises:
+        UsageError: an invalid name or answer.
+    """
+    _check(name, 1)
+    _checked(data)
+    for run in matching(database, which, org=None, limit=limit):
+        row: Row = {key: run[key] for key in ("id", "org", "definition", "scheduled_for")}
+        with database.autocommit() as connection:
+            org_id = OrgId(require_run(connection, run["id"], None)["org_id"])
+            found = list(filter(is_open_question, run_lists.waits_of(connection, org_id, RunId(run["id"]))))
+        wait = next((each for each in found if each["name"] == name), None)
+        row |= {"name": name, "occurrence": wait and wait["occurrence"], "left": None}
+        if wait is None:
+            waits_for = ", ".join(each["name"] for each in found) or "nothing"
+            yield row | {"left": f"waits for {waits_for}, not {name}"}
+            continue
+        try:
+            if not dry_run:
+                answer(database, run["id"], name, data, actor=actor, occurrence=wait["occurrence"])
+            yield row
+        except (Conflict, NotFound, UsageError) as error:
+            yield row | {"left": error.message}
 
 
 def _check(name: str, occurrence: int) -> None:

@@ -13,12 +13,13 @@ from sqlalchemy import Connection
 from worker.definitions.definition import from_spec
 from worker.definitions.triggers import Trigger
 from worker.errors import Conflict, DefinitionError, NotFound, UsageError, WorkerError
-from worker.ids import ALL_ORGS, DefinitionId, OrgId, TemplateId, new_id
+from worker.ids import ALL_ORGS, OrgId, TemplateId, new_id
 from worker.operations.changes import because
 from worker.operations.handlers import Handlers
+from worker.operations.run_template import definitions_of
 from worker.operations.runs import new_run, require_active
 from worker.runs.run import NewRun
-from worker.store import audit, backfills, definitions, firing, orgs, templates
+from worker.store import audit, backfills, definitions, firing, orgs
 from worker.store.database import Database
 from worker.store.dialect import Row, database_now
 from worker.store.lists import read as lists
@@ -29,8 +30,6 @@ from worker.telemetry.events import emit
 BACKFILLS = 50
 RUNS = 200
 MAX_LIMIT = 1000
-# Definitions of a template that are read at a time.
-PAGE = 500
 _TICK = timedelta(microseconds=1)
 
 
@@ -308,27 +307,20 @@ def backfill_template(
             return cancel_backfill(database, org, definition, start=start, until=until, actor=actor)
         return backfill(database, org, definition, start=start, until=until, limit=limit, actor=actor)
 
-    after: DefinitionId | None = None
-    while True:
-        with database.autocommit() as connection:
-            page = templates.definitions_of_for_all_orgs(connection, template_id, after=after, limit=PAGE)
-        for row in page:
-            outcome: Row = {
-                "org": row["org"],
-                "definition": row["name"],
-                "id": None,
-                "instants": 0,
-                "made": 0,
-            }
-            try:
-                changed = change(row["org"], row["name"])
-                yield outcome | {key: changed[key] for key in ("id", "instants", "made")} | {"left": None}
-            except UsageError:
-                # The range is right: this schedule has no time in it.
-                yield outcome | {"left": None}
-            except (Conflict, NotFound, DefinitionError) as error:
-                if not cancel:
-                    yield outcome | {"left": error.message}
-        if len(page) < PAGE:
-            return
-        after = page[-1]["id"]
+    for row in definitions_of(database, template_id):
+        outcome: Row = {
+            "org": row["org"],
+            "definition": row["name"],
+            "id": None,
+            "instants": 0,
+            "made": 0,
+        }
+        try:
+            changed = change(row["org"], row["name"])
+            yield outcome | {key: changed[key] for key in ("id", "instants", "made")} | {"left": None}
+        except UsageError:
+            # The range is right: this schedule has no time in it.
+            yield outcome | {"left": None}
+        except (Conflict, NotFound, DefinitionError) as error:
+            if not cancel:
+                yield outcome | {"left": error.message}

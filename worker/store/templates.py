@@ -39,10 +39,10 @@ def find(connection: Connection, name: str) -> Row | None:
 def definitions_of_for_all_orgs(
     connection: Connection, template_id: TemplateId, *, after: DefinitionId | None, limit: int
 ) -> list[Row]:
-    """The next open definitions that the template made: id, org, name."""
+    """The next open definitions that the template made: id, org, name, paused_at."""
     made = tables.definitions
     query = (
-        select(made.c.id, _orgs.c.code.label("org"), made.c.name)
+        select(made.c.id, _orgs.c.code.label("org"), made.c.name, made.c.paused_at)
         .join(_orgs, _orgs.c.id == made.c.org_id)
         .where(made.c.template_id == template_id, made.c.closed_at.is_(None))
     )

@@ -72,6 +72,7 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "definitions resume": (("org_acme", "tick"), ""),
     "templates list": ((), ""),
     "templates show": (("export",), ""),
+    "templates run": (("export",), ""),
     "templates backfill": (("nightly", "--from", "2026-01-01", "--until", "2026-01-02"), ""),
     "templates close": (("export",), ""),
     "calendars list": ((), ""),

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -15,13 +15,15 @@ from tests.fakes.stock import Stock
 from worker.cli import runs as cli_runs
 from worker.errors import AccessDenied, CanaryFailed, Conflict, NotFound, UsageError
 from worker.ids import new_id
-from worker.operations.answers import answer
+from worker.operations.answers import answer, answer_many
 from worker.operations.org_secrets import add_secret, rotate_secret
 from worker.operations.runs import cancel, run_now
 from worker.operations.why import why
 from worker.runs.run import AdmittedRun
 from worker.runs.waits import NewWait
+from worker.search import parsed
 from worker.store import tables
+from worker.store.edit_runs import Cancellable
 from worker.store.lists import runs as run_lists
 from worker.store.sql import statements
 from worker.telemetry.masking import MASK, Masker
@@ -209,6 +211,27 @@ def test_what_cannot_be_an_answer_is_refused(parked, database, name, data, occur
 
     with pytest.raises(UsageError, match=problem):
         give(database, run, data, name=name, occurrence=occurrence)
+
+
+def test_all_that_match_a_search_are_answered_but_only_what_waits_for_that_name(parked, database):
+    """The control is a single answer, which is kept for a wait to come: of many, none is."""
+    run = parked(APPROVAL)
+
+    def give_all(name: str = "approval", text: str = "org:org_acme", **options: Any) -> list[Any]:
+        query = parsed(text, now=datetime.now(UTC))
+        which = Cancellable(query=query, state="waiting", reason="answer")
+        return list(answer_many(database, which, name, True, actor="kim", limit=10, **options))
+
+    assert [row["left"] for row in give_all("aproval")] == ["waits for approval, not aproval"]
+    assert give_all(text="org:org_globex") == []
+    assert [(row["id"], row["left"]) for row in give_all(dry_run=True)] == [(run.id, None)]
+    [given] = give_all()
+    assert (given["id"], given["occurrence"], given["left"]) == (run.id, 1, None)
+    assert give_all() == []
+    with database.autocommit() as connection:
+        shown = run_lists.run(connection, "org_acme", run.id)
+    assert [(wait["name"], wait["answered_by"]) for wait in shown["waits"]] == [("approval", "kim")]
+    assert give(database, run, name="aproval")["answer"] is True
 
 
 def test_why_says_what_it_waits_for_and_how_to_answer(parked, database):
