@@ -213,6 +213,7 @@ def doctor(
     no secrets, tokens, params, results, logs or error messages.
     """
     from worker.operations.doctor import run_checks
+    from worker.operations.shadow import shadow
     from worker.wiring import find_keyring
 
     session = session_of(context)
@@ -225,6 +226,8 @@ def doctor(
             findings = run_checks(database, session.settings, find_keyring(session.settings))
             if bundle is not None:
                 _write(bundle, session, database)
+    if (shadowed := shadow(Path.cwd())) is not None:
+        findings = [*findings, shadowed]
     rows = [asdict(finding) for finding in findings]
     print_rows(rows, output, columns=("check", "ok", "detail"), key="check")
     for finding in findings:

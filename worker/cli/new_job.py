@@ -16,6 +16,7 @@ import typer
 from worker.cli.output import printable, say
 from worker.errors import Conflict, UsageError
 from worker.handlers.installed import distributions, normalised
+from worker.operations.shadow import warning
 
 EXAMPLE = "such as `new-job acme.digest`"
 # Names that are valid for a handler and for a distribution, which also ends with a letter or digit.
@@ -53,6 +54,8 @@ def new_job(
         raise UsageError(
             f"{folder} cannot be created: {error.strerror}", fix="go to a folder that you can write to"
         ) from None
+    if (shadowed := warning(Path.cwd())) is not None:
+        say(shadowed)
     say(f"next: `pip install -e './{folder}[test]'`, then `pytest {folder}`")
     say(f"then: `try {name} --param 'items=[\"Ada\"]'`; {folder}/README.md has the next steps")
 

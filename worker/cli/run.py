@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from worker.cli.output import say
 from worker.cli.session import session_of
 
 
@@ -62,5 +64,8 @@ def demo(
     Needs no account, no service and no settings, and keeps nothing.
     """
     from worker.demo.run import run as run_demo
+    from worker.operations.shadow import warning
 
+    if (shadowed := warning(Path.cwd())) is not None:
+        say(shadowed)
     raise typer.Exit(run_demo(seconds=seconds))
