@@ -40,6 +40,7 @@ VERBS = {
     "apply": ("apply", "apply"),
     "try": ("try_run", "try_"),
     "new-job": ("new_job", "new_job"),
+    "login": ("login", "login"),
     "check": ("checks", "check"),
     "doctor": ("checks", "doctor"),
     "completion": ("completion", "completion"),

@@ -42,6 +42,7 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "completion": (("bash",), ""),
     "orgs add": (("org_new",), ""),
     "orgs import": (("-",), LINE),
+    "login": ((), ""),
     "orgs list": ((), ""),
     "orgs show": (("org_acme",), ""),
     "orgs pause": (("org_acme",), ""),
