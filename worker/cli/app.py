@@ -41,6 +41,8 @@ VERBS = {
     "try": ("try_run", "try_"),
     "new-job": ("new_job", "new_job"),
     "login": ("login", "login"),
+    "status": ("morning", "status"),
+    "failures": ("morning", "failures"),
     "check": ("checks", "check"),
     "doctor": ("checks", "doctor"),
     "completion": ("completion", "completion"),
