@@ -118,7 +118,7 @@ class RolesMissing(ConfigurationError):
     code = "roles_missing"
     usual_fix = (
         "GRANT orgworker_web, orgworker_operator TO this process's login; "
-        "`python -m worker db check` names it (docs/operating/postgresql.md)"
+        "`python -m worker db check` names it (the documentation's page Many workers on one PostgreSQL)"
     )
 
 
@@ -133,7 +133,9 @@ class DefinitionError(WorkerError):
 
     code = "definition"
     exit_code = 78
-    usual_fix = "correct it and try again, nothing was changed; docs/reference/files.md lists every key"
+    usual_fix = (
+        "correct it and try again, nothing was changed; the documentation's page Files lists every key"
+    )
 
     def __init__(self, message: str, *, entry: str = "", field: str = "", fix: str = "") -> None:
         super().__init__(message, fix=fix)

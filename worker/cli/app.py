@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from worker.cli.completion import COMPLETION_VARIABLE, register_shells
-from worker.cli.output import Format, print_error
+from worker.cli.output import MODULE, REQUIRE_COMMAND, Format, print_error
 from worker.cli.session import Invocation
 from worker.errors import (
     AccessDenied,
@@ -83,8 +83,6 @@ def first(arguments: Sequence[str]) -> str | None:
 
 
 INTERRUPTED = 130
-# Set by config/orgworker: where the worker is a service, a slip must not start another one.
-REQUIRE_COMMAND = "ORGWORKER_REQUIRE_COMMAND"
 BEFORE_THE_VERB = ("--config", "--set", "--debug", "--version")
 
 
@@ -272,7 +270,7 @@ def _is_module() -> bool:
 
 
 def _program() -> str:
-    return "python -m worker" if _is_module() else Path(sys.argv[0]).name
+    return MODULE if _is_module() else Path(sys.argv[0]).name
 
 
 def from_driver(error: Exception) -> WorkerError | None:
@@ -296,7 +294,7 @@ def from_driver(error: Exception) -> WorkerError | None:
     if type(cause).__module__.startswith("psycopg") and type(cause).__name__ == "InsufficientPrivilege":
         return AccessDenied(
             f"the database's login lacks the right: {text}",
-            fix="grant it the rights of a worker, listed in docs/operating/postgresql.md; "
-            "`db upgrade` needs database.owner_url",
+            fix="grant it the rights of a worker, listed in the documentation's page Many workers on one "
+            "PostgreSQL; `db upgrade` needs database.owner_url",
         )
     return None

@@ -189,7 +189,8 @@ def _print(imported: Import, file: str, output: Format) -> None:
                 say(str(remark))
         raise NothingImported(
             f"no entry of {file} was taken over{first}" if left else f"{file} has no entries",
-            fix="check that it is the right file; docs/migration.md lists what each import reads",
+            fix="check that it is the right file; the documentation's page Migrating from cron, Celery "
+            "beat and APScheduler lists what each import reads",
         )
     for remark in remarks:
         say(str(remark))

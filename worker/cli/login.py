@@ -25,7 +25,7 @@ def login(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
     """Print a link that logs in to the console once, within ten minutes, as an administrator.
 
     The console is that of a worker or of `serve`, at web.public_url, else at web.listen. Needs
-    the rights of `operators add`. Whoever has the link can use it: send it to nobody.
+    the rights of `operators add`. The link is a secret until it is used.
     """
     from worker.operations.operators import LINK_LASTS, make_link
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from worker.clock import to_text
@@ -19,6 +20,9 @@ from worker.telemetry.masking import masker
 
 Row = Mapping[str, Any]
 
+MODULE, SCRIPT = "python -m worker", "orgworker"
+# Set by config/orgworker: where the worker is a service, a slip must not start another one.
+REQUIRE_COMMAND = "ORGWORKER_REQUIRE_COMMAND"
 WIDEST_CELL = 80
 _TRACE = "Traceback (most recent call last):"
 NOTHING = "-"
@@ -121,7 +125,14 @@ def _print_for_programs(document: Any, rows: Sequence[Row], output: Format, key:
 
 def say(text: str) -> None:
     """Print a message for people on stderr, away from what programs read."""
-    print(printable(masker.mask(text, ALL_ORGS)), file=sys.stderr)
+    print(printable(masker.mask(as_called(text), ALL_ORGS)), file=sys.stderr)
+
+
+def as_called(text: str) -> str:
+    """A text with the commands in it named as the person calls them: `orgworker` if this process is it."""
+    if Path(sys.argv[0]).name == SCRIPT or REQUIRE_COMMAND in os.environ:
+        return text.replace(f"{MODULE} ", f"{SCRIPT} ")
+    return text
 
 
 def confirmed(question: str) -> bool:
@@ -134,7 +145,7 @@ def print_error(
     code: str, message: str, fix: str, output: Format, others: Sequence[Mapping[str, str]] = ()
 ) -> None:
     """Print an error on stderr: lines for people, one object for programs. `others` of a file follow it."""
-    error = {"code": code, "message": message, "fix": fix}
+    error = {"code": code, "message": as_called(message), "fix": as_called(fix)}
     if output in (Format.JSON, Format.JSONL):
         text = json.dumps({"error": error | ({"others": list(others)} if others else {})})
         print(masker.mask(text, ALL_ORGS), file=sys.stderr)

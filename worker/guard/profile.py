@@ -151,7 +151,7 @@ def parse(text: str, *, source: str) -> Profile:
     return profile
 
 
-_SEE = "docs/providers/rfc9068.md explains each key of a profile"
+_SEE = "the documentation's page Any other provider explains each key of a profile"
 _TYPES = get_type_hints(Profile)
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 

@@ -303,7 +303,7 @@ def serve_warnings(connection: Connection) -> list[str]:
     if who.is_worker and not (who.is_above or who.is_owner):
         found.append(
             f"the login {who.login} is a member of {WORKER}, which `serve` does not need: "
-            "give `serve` a separate login (docs/operating/postgresql.md)"
+            "give `serve` a separate login (the documentation's page Many workers on one PostgreSQL)"
         )
     return found
 

@@ -42,14 +42,14 @@ async def open_management(
     if not chosen.client_id:
         raise ConfigurationError(
             f"issuer {issuer} has no management API",
-            fix=f"add [issuers.{issuer}.management] to worker.toml; docs/providers/kinde.md shows how",
+            fix=f"add [issuers.{issuer}.management] to worker.toml; the documentation's page Kinde shows how",
         )
     adapter = ADAPTERS.get(configured.profile.name)
     if adapter is None:
         raise ConfigurationError(
             f"issuer {issuer}: there is no management adapter for {configured.profile.title}",
             fix="add its orgs and credentials with `orgs import` and `credentials add`; "
-            "docs/providers/adapter.md says how to write an adapter",
+            "the documentation's page Write a management adapter says how to write an adapter",
         )
     secret = management_secret(issuer, settings.secrets_dir)
     origin = (chosen.url or configured.base).rstrip("/")

@@ -126,7 +126,7 @@ def _issuers(settings: Settings, issuer: str | None) -> list[str]:
     if issuer is None and not managed:
         raise ConfigurationError(
             "no issuer has a management API: there is nothing to provision",
-            fix="add [issuers.NAME.management] to worker.toml; docs/providers/kinde.md shows how",
+            fix="add [issuers.NAME.management] to worker.toml; the documentation's page Kinde shows how",
         )
     # One without a management API is refused when it is opened.
     return managed if issuer is None else [issuer]

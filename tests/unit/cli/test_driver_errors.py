@@ -21,7 +21,7 @@ def test_a_login_that_may_not_do_this_is_denied():
     assert isinstance(known, AccessDenied)
     assert known.exit_code == 4
     assert known.message.endswith("permission denied for table orgs")
-    assert "postgresql.md" in known.fix
+    assert "Many workers on one PostgreSQL" in known.fix
 
 
 @pytest.mark.parametrize("code", [sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT])

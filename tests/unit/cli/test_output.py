@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from datetime import date, timedelta
+from pathlib import Path
 
 import pytest
 
+import worker
 from tests.fakes.clock import utc
 from worker.cli.output import Format, print_error, print_log, print_row, print_rows, say
 from worker.telemetry.masking import masker
@@ -141,3 +145,44 @@ def test_a_known_secret_is_masked_in_errors(output: Format, capsys: pytest.Captu
     print_error("x", "it said correct-horse-battery", "", output)
 
     assert "correct-horse-battery" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("called", "variable", "shown"),
+    [
+        ("/opt/bin/orgworker", "", "orgworker"),
+        ("/opt/worker/__main__.py", "ORGWORKER_REQUIRE_COMMAND", "orgworker"),
+        # The control: called as a module, a command is named as one.
+        ("/opt/worker/__main__.py", "", "python -m worker"),
+    ],
+)
+def test_a_fix_names_the_command_as_it_was_called(
+    called: str,
+    variable: str,
+    shown: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr("sys.argv", [called])
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    print_error(
+        "x", "no schema", "run `python -m worker db upgrade`; `python -m worker` alone stays", Format.TABLE
+    )
+
+    assert capsys.readouterr().err.splitlines()[1] == (
+        f"fix: run `{shown} db upgrade`; `python -m worker` alone stays"
+    )
+
+
+def test_no_text_of_the_product_names_a_file_of_the_checkout():
+    """An installed orgworker has no docs/: its texts name the page."""
+    found = [
+        f"{path.name}: {node.value[:80]}"
+        for path in Path(worker.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.search(r"docs/[\w/-]+\.md", node.value)
+    ]
+    assert found == []

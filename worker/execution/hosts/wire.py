@@ -87,7 +87,7 @@ class Malformed(WorkerError):
     """A call is not what the attempt API takes; the message names the key."""
 
     code = "invalid"
-    usual_fix = "docs/reference/attempts.md lists what each call takes; is the host's version supported?"
+    usual_fix = "the documentation's page The attempt API lists each call; is the host's version supported?"
 
 
 def reader(read: Callable[P, T]) -> Callable[P, T]:
