@@ -11,6 +11,9 @@ import pytest
 from tests.fakes.plugins import make_plugin
 from tests.fakes.site import Site, application, definition, wait_until
 from worker.demo.provider import Fault, Provider
+from worker.operations.properties import _record
+from worker.settings import load
+from worker.wiring import open_database
 
 ORGS = [f"org_{number}" for number in range(4)]
 
@@ -169,6 +172,29 @@ def test_what_leaked_is_dropped_with_its_tokens_at_once(site: Site, provider: Pr
     assert held_up(site) == []
     [row] = site.query("SELECT sealed FROM credentials WHERE generation = 1")
     assert row["sealed"] is None
+
+
+def test_a_property_that_was_changed_here_is_in_the_next_token(site: Site, provider: Provider):
+    """A token would live for a day. The control: without a change, later runs use the same one."""
+    app = application("org_property")
+    site.add_orgs(app)
+    site.apply(definition("org_property", "note", "acme.poll", "every 1s", **QUICK))
+    site.start_worker()
+    wait_until(lambda: succeeded(site) >= 2, "the first runs")
+    go_on(site, runs=3)
+    assert provider.token_requests[app.client_id] == 1
+
+    database = open_database(load(str(site.settings), {}, site.process_environment()))
+    try:
+        with database.transaction() as connection:
+            _record(connection, "org_property", "plan", is_set=True, actor="kim", database=database)
+    finally:
+        database.close()
+
+    wait_until(lambda: provider.token_requests[app.client_id] == 2, "another token")
+    go_on(site, runs=3)
+    assert provider.token_requests[app.client_id] == 2
+    assert held_up(site) == []
 
 
 def test_a_new_secret_releases_at_once_what_waits_for_a_token(site: Site):

@@ -35,10 +35,13 @@ def properties(
 ) -> None:
     """Show the properties of the org's application at the provider, and change them.
 
-    Tokens that are requested from then on have them. Needs [issuers.NAME.management]. Values
-    are neither stored here nor in the audit; give no secret on a command line.
+    A change outdates the org's tokens: it returns once workers have dropped theirs, so that the
+    next run has the value. A running run keeps its token until it requests another. Needs
+    [issuers.NAME.management]. Values are neither stored here nor in the audit; give no secret
+    on a command line.
     """
     from worker.operations.installation import Ownership
+    from worker.operations.new_claims import EVERY
     from worker.operations.properties import change_properties, show_properties
     from worker.store import orgs
     from worker.wiring.management import open_management
@@ -54,7 +57,10 @@ def properties(
             session.settings, issuer, session.clock, permit=ownership.permit
         ) as management:
             if changes:
-                return await change_properties(database, management, org, changes, actor=session.actor)
+                changed = await change_properties(database, management, org, changes, actor=session.actor)
+                # Workers look every two seconds, and a moment is left for what they do then.
+                await session.clock.sleep(EVERY + 0.5)
+                return changed
             return await show_properties(database, management, org)
 
     with session.database() as database:
@@ -63,7 +69,7 @@ def properties(
         rows = asyncio.run(run())
     print_rows(rows, output, columns=("name", "value"), key="name")
     if changes and output is Format.TABLE:
-        say(f"tokens that are requested from now on have them; `orgs diff {org}` requests one and compares")
+        say(f"runs that start from now on have them; `orgs diff {org}` requests one and compares")
 
 
 def diff(context: typer.Context, org: OrgArgument, output: OutputOption = Format.TABLE) -> int:

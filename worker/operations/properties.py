@@ -15,7 +15,7 @@ from worker.providers.management.contract import (
     OrgApplication,
     PropertyValue,
 )
-from worker.store import applications, audit, credentials, installation, orgs
+from worker.store import access_tokens, applications, audit, credentials, installation, orgs
 from worker.store.database import Database
 from worker.store.dialect import Row
 
@@ -49,8 +49,8 @@ async def change_properties(
 ) -> list[PropertyRow]:
     """Set properties of the application; None unsets one. Returns all as they are then.
 
-    The next token has them: within its lifetime, or within a definition's `max_claims_age`. Each key that
-    was changed is in the audit, without its value.
+    The org's stored tokens are dropped, and workers drop theirs within `new_claims.EVERY` seconds of the row
+    in the audit, so that the next run has them. Each key that was changed is in the audit, without its value.
 
     Raises:
         NotFound, ForeignApplication, ProviderRefused, ProviderUnavailable, Unclear: as `show_properties`.
@@ -122,3 +122,4 @@ def _record(
     action = "property.set" if is_set else "property.unset"
     entry = audit.Entry(org_id, action, f"{org} {key}")
     audit.record(connection, [entry], at=database.now(connection), actor=actor)
+    access_tokens.drop_of_org(connection, org_id)

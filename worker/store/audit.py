@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, select
 
 from worker.ids import OrgId, new_id
 from worker.store import tables
 from worker.store.bulk import insert_many
+
+PROPERTY_CHANGES = ("property.set", "property.unset")
+# Changes that are read at once: as many as a program makes in a minute.
+MOST_CHANGES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +46,14 @@ def record(connection: Connection, entries: Sequence[Entry], *, at: datetime, ac
             for entry in entries
         ],
     )
+
+
+def property_changes_for_all_orgs(connection: Connection, since: str) -> list[tuple[str, OrgId]]:
+    """Changes of orgs' properties at the provider that have an id after `since`: id and org."""
+    rows = connection.execute(
+        select(tables.audit.c.id, tables.audit.c.org_id)
+        .where(tables.audit.c.id > since, tables.audit.c.action.in_(PROPERTY_CHANGES))
+        .order_by(tables.audit.c.id.desc())
+        .limit(MOST_CHANGES)
+    )
+    return [(str(change), OrgId(str(org_id))) for change, org_id in rows]

@@ -40,6 +40,8 @@ from worker.operations.confinement import Confinement, confinement_of, readable_
 from worker.operations.guarded_files import FileWatch
 from worker.operations.installation import Ownership
 from worker.operations.keys import check_ring
+from worker.operations.new_claims import EVERY as NEW_CLAIMS_EVERY
+from worker.operations.new_claims import NewClaims
 from worker.outbound import open_client
 from worker.runs.run import Isolation, Recovered
 from worker.settings import Settings
@@ -372,6 +374,13 @@ class Incarnation:
         housekeeping.every(WAKE_EVERY, "waits", wake_parked)
         housekeeping.every(NO_HANDLER_EVERY, "no_handler", store.mark_no_handler)
         housekeeping.every(POOLS_EVERY, "pools", look_at_pools)
+        new_claims = NewClaims(self.database, clock)
+
+        async def outdate_tokens() -> None:
+            for org_id in await new_claims.look():
+                tokens.drop(org_id)
+
+        housekeeping.every(NEW_CLAIMS_EVERY, "new_claims", outdate_tokens)
         housekeeping.every(COUNT_EVERY, "backlog", store.count_waiting)
         housekeeping.every(BUDGETS_EVERY, "budgets", store.look_at_budgets)
         chores.add_to(housekeeping)
