@@ -33,7 +33,7 @@ from worker.demo.serving import ServerThread, bind_loopback, url_of
 
 RUN = [page for page in PAGES if any(block.language == "sh" for block in blocks(page.read_text()))]
 # Addresses that pages name; here each is a free port.
-PORTS = ("8470", "8480", "8490", "9000")
+PORTS = ("8460", "8470", "8480", "8490", "9000")
 AUDIENCE = "https://api.example.com"
 ORGS = ("acme", "globex")
 NEW = "new-secret-of-both"
