@@ -161,7 +161,7 @@ def read_url(url: str, *, setting: str = "database.url") -> URL:
         if importlib.util.find_spec("psycopg") is None:
             raise ConfigurationError(
                 f"{setting} names PostgreSQL, and its driver is not installed",
-                fix="install orgworker with its extra postgresql (docs/install.md)",
+                fix="install orgworker with its extra postgresql (the documentation's page Install)",
             )
         return parsed.set(drivername="postgresql+psycopg")
     if kind != "sqlite":

@@ -11,7 +11,7 @@ from worker.execution.hosts.wire import TemporalPlace
 from worker.execution.placers import TlsFiles
 from worker.settings.sections import TemporalSettings
 
-INSTALL = "install orgworker with its extra temporal (docs/install.md)"
+INSTALL = "install orgworker with its extra temporal (the documentation's page Install)"
 
 
 def require_client(why: str) -> None:

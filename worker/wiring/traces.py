@@ -29,7 +29,8 @@ def traces_of(settings: TracingSettings, clock: Clock, *, version: str) -> Abstr
     except ImportError as error:
         raise ConfigurationError(
             f"tracing.enabled is true, but OpenTelemetry is not installed ({error.name} is missing)",
-            fix="install orgworker with its extra otel (docs/install.md), or set tracing.enabled to false",
+            fix="install orgworker with its extra otel (the documentation's page Install), "
+            "or set tracing.enabled to false",
         ) from error
     for headers in (settings.headers, *(os.environ.get(name, "") for name in HEADERS)):
         for part in headers.split(","):

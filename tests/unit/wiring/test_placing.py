@@ -37,7 +37,7 @@ def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigurationError, match="pools.gpu.placer is temporal") as raised:
         check_placers(PLACED)
 
-    assert raised.value.fix == "install orgworker with its extra temporal (docs/install.md)"
+    assert raised.value.fix == "install orgworker with its extra temporal (the documentation's page Install)"
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path):
