@@ -205,6 +205,7 @@ def test_a_secret_in_a_file_is_read_again_by_a_worker_that_is_up(provider: Provi
         "m2m-org_file",
         "--reference",
         "file:acme",
+        "--no-verify",
         "-o",
         "json",
     )

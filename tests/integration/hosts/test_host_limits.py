@@ -286,6 +286,20 @@ async def test_a_check_that_takes_too_long_is_tried_later(
     assert await status(host, fleet.one, "save", large_calls(taken)["save"]) == 200
 
 
+async def test_a_worker_that_stops_leaves_large_bodies_to_others(fleet: Fleet) -> None:
+    host = await fleet.host()
+    fleet.start()
+    [taken] = await host.take(fleet.one)
+    body = large_calls(taken)["finish"]
+    await fleet.one.listener.attempts.checker.close()
+
+    response = await host.send(fleet.one, "finish", body)
+    assert (response.status_code, response.json()["code"]) == (503, "busy")
+    # The control: the end is not lost, and one that still checks takes it.
+    fleet.one.listener.attempts.checker = checker.Checker()
+    assert await status(host, fleet.one, "finish", body) == 200
+
+
 @pytest.mark.parametrize("name", [*wire.BODY_BYTES, "take", "register", "token", "nothing"])
 async def test_a_body_beyond_its_calls_limit_is_refused_unread(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch, name: str

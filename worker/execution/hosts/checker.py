@@ -35,6 +35,7 @@ class Checker:
         self._command = command
         self._deadline = deadline
         self._process: asyncio.subprocess.Process | None = None
+        self._closed = False
         self._turn = asyncio.Lock()
 
     async def check(self, name: str, body: bytes | bytearray) -> list[Message]:
@@ -42,9 +43,11 @@ class Checker:
 
         Raises:
             Malformed: it is not valid, or ended the process.
-            Busy: it took too long, or no process can be started.
+            Busy: it took too long, or no process can be started, or this was closed.
         """
         async with self._turn:
+            if self._closed:
+                raise Busy("the worker is stopping", fix="ask another worker")
             try:
                 async with asyncio.timeout(self._deadline):
                     return await self._ask(name, body)
@@ -53,6 +56,8 @@ class Checker:
                 raise Busy(f"the body of {name} was not checked in time", fix="try again") from None
             except (asyncio.IncompleteReadError, ConnectionError):
                 code = await self._kill()
+                if self._closed:
+                    raise Busy("the worker is stopping", fix="ask another worker") from None
                 emit("checker.died", call=name, bytes=len(body), exit_code=code)
                 raise Malformed(f"the body of {name} cannot be checked") from None
             except asyncio.CancelledError:
@@ -61,7 +66,8 @@ class Checker:
                 raise
 
     async def close(self) -> None:
-        """End the process."""
+        """End the process for good; a body that is being checked is to be sent to another worker."""
+        self._closed = True
         await self._kill()
 
     async def _ask(self, name: str, body: bytes | bytearray) -> list[Message]:
