@@ -244,7 +244,7 @@ def main() -> None:
     sys.modules[module.__name__] = module
     # As in a worker.
     gc.freeze()
-    gc.set_threshold(100_000, 20, 50)
+    gc.set_threshold(20_000, 100, 50)
     profile = None if given.profile is None else cProfile.Profile()
     rounds = asyncio.run(measure(given.runs, given.orgs, given.apart, profile))
     if profile is not None:

@@ -222,7 +222,7 @@ def main() -> None:
     with_secrets()
     # As a worker does.
     gc.freeze()
-    gc.set_threshold(100_000, 20, 50)
+    gc.set_threshold(20_000, 100, 50)
     sys.setswitchinterval(SWITCH)
     with filled(given.database) as database:
         [caller] = with_hosts(database, 1, 20)
