@@ -105,7 +105,7 @@ def revoke(
     handler: HandlerArgument,
     output: OutputOption = Format.TABLE,
 ) -> None:
-    """Withdraw the approval of a handler in a pool; exit 3 if there is none. Running runs go on."""
+    """Withdraw the approval of a handler in a pool; exit with 3 if it has no approval. Running runs go on."""
     from worker.operations.approvals import revoke as revoke_approval
 
     session = session_of(context)

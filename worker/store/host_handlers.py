@@ -1,4 +1,4 @@
-"""Handlers that hosts declare: stored for each token, and what an incarnation may do with them.
+"""Handlers that hosts declare, stored for each token. `host_grants.py` has what an incarnation may do.
 
 They are looked at for runs that are in the host's pool already, and place none. A handler that workers have
 is theirs. `handlers/ceiling.py` says what of a declaration is granted.

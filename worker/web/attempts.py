@@ -199,7 +199,7 @@ class LargeBodies:
 
     @asynccontextmanager
     async def place(self, digest: str) -> AsyncIterator[None]:
-        """Hold a place. Raises Busy if there is none in time."""
+        """Hold a place. Raises Busy if none becomes free in time."""
         mine = self._of_token.setdefault(digest, asyncio.Lock())
         async with AsyncExitStack() as held:
             try:
