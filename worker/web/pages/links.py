@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import date, datetime, timedelta
 from urllib.parse import quote, urlencode
 
+from worker.runs.next_steps import NextStep
 from worker.store.lists.failures import Cause
 
 # Characters of a cause that a link searches for.
@@ -31,6 +32,15 @@ def search_path(text: str) -> str:
 def search_of(*terms: tuple[str, str]) -> str:
     """The address of the search for runs with these keys and values, those without a value left out."""
     return search_path(" ".join(f"{key}:{_quoted(value)}" for key, value in terms if value))
+
+
+def step_path(step: NextStep) -> str:
+    """The address of the page for a next step."""
+    verb = step.declared
+    if verb.search:
+        terms = [(key, value.format_map(step.subject)) for key, value in verb.search]
+        return search_path(" ".join(f"{key}:{_quoted(value)}" if key else value for key, value in terms))
+    return verb.page.format_map({name: quote(value, safe="") for name, value in step.subject.items()})
 
 
 def cause_path(cause: str) -> str:
