@@ -15,7 +15,7 @@ from difflib import get_close_matches
 
 from worker.definitions.units import time_of
 from worker.errors import UsageError
-from worker.runs.why import CAUSES
+from worker.runs.causes import CAUSES
 
 STATES = tuple(dict.fromkeys(state for state, _ in CAUSES))
 """Every state of a run."""

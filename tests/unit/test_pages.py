@@ -31,7 +31,7 @@ from worker.definitions.file import parse_file
 from worker.guard.profile import parse as parse_profile
 from worker.handlers.job import Job
 from worker.providers.management.kinde import SCOPES
-from worker.runs.why import CAUSES
+from worker.runs.causes import CAUSES
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

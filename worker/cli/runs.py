@@ -332,6 +332,7 @@ def why(
 ) -> None:
     """Explain the state of a run, or why a scheduled time has no run; what is retained, and what to do."""
     from worker.operations import why as operation
+    from worker.runs.clauses import row_of, sentence
     from worker.store.lists import runs as run_lists
 
     session = session_of(context)
@@ -347,9 +348,9 @@ def why(
                 fix="name either a RUN, or a scheduled time by --org ORG --definition NAME --at T",
             )
     if output is Format.TABLE:
-        print(textwrap.fill(found.sentence, WIDTH, break_long_words=False, break_on_hyphens=False))
+        print(textwrap.fill(sentence(found), WIDTH, break_long_words=False, break_on_hyphens=False))
     else:
-        print_row(found.as_row(), output, key="run")
+        print_row(row_of(found), output, key="run")
 
 
 def answer(

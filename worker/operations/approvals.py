@@ -10,7 +10,8 @@ from sqlalchemy import Connection
 
 from worker.definitions.pools import DEFAULT_POOL
 from worker.errors import Conflict, Diagnostic, NotFound
-from worker.handlers.ceiling import Ceiling, approve_command, may_run
+from worker.handlers.ceiling import Ceiling, digest, may_run
+from worker.runs.next_steps import NextStep
 from worker.store import approvals, audit, places, pools
 from worker.store.database import Database
 from worker.store.dialect import Row
@@ -44,7 +45,14 @@ def pending(connection: Connection, pool: str | None = None) -> list[Row]:
 
 def command_of(row: Mapping[str, Any]) -> str:
     """The command that approves a row."""
-    return approve_command(row["pool"], row["handler"], Ceiling.from_json(row))
+    return step_of(row).command
+
+
+def step_of(row: Mapping[str, Any]) -> NextStep:
+    """What approves a row."""
+    ceiling = Ceiling.from_json(row)
+    subject = {name: row[name] for name in ("pool", "handler")}
+    return NextStep("approve", {**subject, "digest": digest(row["pool"], row["handler"], ceiling)})
 
 
 def what_of(row: Mapping[str, Any]) -> str:

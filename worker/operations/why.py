@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -14,23 +15,27 @@ from worker.definitions.definition import Definition, from_spec
 from worker.definitions.triggers import Trigger
 from worker.definitions.zones import parse_zone
 from worker.handlers.ceiling import OF_DEFINITIONS
-from worker.ids import ALL_ORGS, OrgId
+from worker.ids import ALL_ORGS, OrgId, RunId
 from worker.operations import approvals
+from worker.runs.causes import READY, last_reason
 from worker.runs.fire import is_closed
-from worker.runs.why import Why, last_error, why_run
-from worker.store import catalogue, definitions, health, history, orgs, places
+from worker.runs.next_steps import NextStep
+from worker.runs.outcome import Error, fingerprint
+from worker.runs.why import SinceThen, Why, blocked, last_error, solved, why_run
+from worker.store import catalogue, definitions, health, history, org_secrets, orgs, places
 from worker.store.dialect import database_now
 from worker.store.lists import runs as run_lists
+from worker.store.lists.morning import lease_state
 
 Row = Mapping[str, Any]
 
+# States of a run whose work was not done.
+BAD = ("failed", "refused", "skipped")
 _TICK = timedelta(microseconds=1)
 _HALF_HOUR = timedelta(minutes=30)
 # Retries of retries that are followed.
 _MOST_RETRIES = 20
 _YEAR = timedelta(days=366)
-# Reasons of a run that starts as soon as a slot is free.
-_READY = ("due", "handed_back", "recovered", "resumed")
 _STOPS = {
     "definition.pause": "the definition was paused",
     "definition.close": "the definition was closed",
@@ -49,8 +54,8 @@ def why(connection: Connection, run_id: str, *, org: str | None = None) -> Why:
         NotFound: no such run.
     """
     if org is None:
-        return _why_run(connection, run_lists.run(connection, ALL_ORGS, run_id))
-    return _why_run(connection, run_lists.run(connection, org, run_id))
+        return explain(connection, run_lists.run(connection, ALL_ORGS, run_id))
+    return explain(connection, run_lists.run(connection, org, run_id))
 
 
 def why_time(connection: Connection, org: str, name: str, at: datetime, *, now: datetime) -> Why:
@@ -63,15 +68,15 @@ def why_time(connection: Connection, org: str, name: str, at: datetime, *, now: 
     row = definitions.require(connection, org_id, org, name)
     run_id = history.run_of(connection, org_id, row["id"], at)
     if run_id is not None:
-        return _why_run(connection, run_lists.run(connection, org, run_id))
+        return explain(connection, run_lists.run(connection, org, run_id))
     revision = history.revision_at(connection, row["id"], at)
     definition = from_spec(org, name, revision["spec"] if revision else row["spec"])
     trigger = definition.trigger(row["org_timezone"])
-    backfill = f"definitions backfill {org} {name} --from {to_text(at)} --until {to_text(at + _TICK)}"
-    preview = f"definitions next {org} {name}"
+    place = {"org": org, "definition": name, "from": to_text(at), "until": to_text(at + _TICK)}
+    backfill, preview = NextStep.of("backfill", place), NextStep.of("next_times", place)
     if trigger.nominal.after(at, inclusive=True) != at:
         around = _around(trigger.nominal, at)
-        return _no_run(row, at, "is not a scheduled time of", around, f"{preview} --from {to_text(at)}")
+        return _no_run(row, at, "is not a scheduled time of", around, NextStep.of("next_times_from", place))
     skip = history.skip_of(connection, org_id, row["id"], at)
     if skip is not None:
         return _skipped(connection, row, at, skip, backfill, definition)
@@ -95,21 +100,73 @@ def why_time(connection: Connection, org: str, name: str, at: datetime, *, now: 
     return _no_run(row, at, "left no trace in", cause, backfill)
 
 
-def _why_run(connection: Connection, run: Row) -> Why:
-    """The run's own explanation, and how many other orgs have the same problem."""
+def explain(connection: Connection, run: Row, *, across_orgs: bool = True) -> Why:
+    """Explain a run by its row; without `across_orgs`, nothing of other orgs and of workers is read."""
     org = orgs.require(connection, run["org"])
     org_id = org["id"]
-    retried = _last_retry(connection, org_id, run)
+    known: dict[str, Any] = {
+        "retried": _last_retry(connection, org_id, run),
+        "since_then": _since_then(connection, org_id, run),
+    }
+    if not across_orgs:
+        return why_run(run, **known)
     attempt = last_error(run)
+    others = None
     if attempt is not None:
         around = attempt["ended_at"] - _HALF_HOUR, attempt["ended_at"] + _HALF_HOUR
-        found = history.others_that_failed(connection, org_id, attempt["error_cause"], *around)
+        others = history.others_that_failed(connection, org_id, attempt["error_cause"], *around)
     elif run["reason"] == "no_token":
-        found = history.others_without_token(connection, org_id)
-    else:
-        return _blocked(connection, run, org, why_run(run, retried=retried))
-    explained = why_run(run, others=found.orgs, more=found.more, retried=retried)
-    return _blocked(connection, run, org, explained)
+        others = history.others_without_token(connection, org_id)
+    if others is not None:
+        known |= {"others": others.orgs, "more": others.more}
+    found = why_run(run, **known)
+    if run["state"] == "waiting":
+        return _blocked(connection, run, org, found)
+    return solved(found) if _is_solved(connection, org_id, run, found) else found
+
+
+def _since_then(connection: Connection, org_id: OrgId, run: Row) -> SinceThen | None:
+    """How the other runs of the definition went; None for a run that has no problem."""
+    if run["state"] == "waiting" and run["reason"] == "no_token":
+        return SinceThen(since=history.without_token_since(connection, org_id))
+    if run["state"] not in (*BAD, "cancelled"):
+        return None
+    found = history.around(connection, org_id, RunId(run["id"]))
+    like = _how(run)
+    first, row = run["finished_at"], 1
+    for earlier in found.before:
+        if _how(earlier) != like:
+            break
+        first, row = earlier["finished_at"], row + 1
+    later = dict(Counter(each["state"] for each in found.after))
+    return SinceThen(first, row, later, more=found.more)
+
+
+def _how(run: Row) -> tuple[object, ...]:
+    """What the ends of two runs have in common if they ended for the same reason."""
+    error = run["error"]
+    cause = fingerprint(Error(str(error.get("type")), str(error.get("message")))) if error else None
+    return run["state"], run["reason"], cause
+
+
+def _is_solved(connection: Connection, org_id: OrgId, run: Row, found: Why) -> bool:
+    """Whether what prevented a run that never started does so no more, as far as it is stored."""
+    if run["state"] not in ("refused", "skipped") or found.retried is not None or run["reason"] == "flag_off":
+        return False
+    if found.since_then is not None and found.since_then.later.get("succeeded"):
+        return True
+    if run["reason"] == "secret_missing":
+        return org_secrets.find(connection, org_id, str(run["detail"])) is not None
+    if run["reason"] != "expired":
+        return False
+    match last_reason(run["detail"])[0]:
+        case "no_token":
+            return not history.is_rejected(connection, org_id)
+        case "no_handler":
+            return bool(catalogue.offering(connection, run["handler"]))
+        case "no_pool":
+            return any(run["pool"] in one["pools"] for one in health.live_workers(connection))
+    return False
 
 
 def _last_retry(connection: Connection, org_id: OrgId, run: Row) -> Row | None:
@@ -125,30 +182,57 @@ def _last_retry(connection: Connection, org_id: OrgId, run: Row) -> Row | None:
 
 def _blocked(connection: Connection, run: Row, org: Row, found: Why) -> Why:
     """The same, with what blocks a waiting run, unless its reason says that already."""
-    if run["state"] != "waiting":
-        return found
+    reason = run["reason"]
     if org["state"] == "paused":
-        cause = (
-            f"its org was paused by {org['state_by']} at {to_text(org['state_at'])}: none of its runs start"
+        return blocked(
+            found, "org_paused", since=org["state_at"], state_by=org["state_by"], state_at=org["state_at"]
         )
-        return replace(found, cause=cause, next=f"orgs resume {run['org']}")
-    if run["reason"] == "not_approved":
+    if reason == "not_approved":
         return _not_approved(connection, run, org, found)
-    if run["reason"] == "no_handler":
-        return _elsewhere(connection, run, found)
-    if run["reason"] not in _READY:
+    if reason == "no_handler":
+        return _without_handler(connection, run, found)
+    if reason not in READY:
         return found
-    if run["available_at"] is not None and run["available_at"] > database_now(connection):
-        return replace(found, cause=f"{found.cause}; it can start at {to_text(run['available_at'])}")
+    now = database_now(connection)
+    if run["available_at"] is not None and run["available_at"] > now:
+        return blocked(found, "not_yet")
     alive = health.live_workers(connection)
     if not alive:
-        return replace(found, cause="no worker is up to run it", next="doctor")
-    if not any(run["pool"] in worker["pools"] for worker in alive):
-        return replace(found, cause=f"no worker or host serves pool {run['pool']}", next="doctor")
+        return blocked(found, "no_worker")
+    serving = [one for one in alive if run["pool"] in one["pools"]]
+    if not serving:
+        return blocked(found, "pool_not_served")
+    if reason == "due" and not catalogue.offering(connection, run["handler"]):
+        lacking = _without_handler(connection, run, found)
+        if lacking is not found:
+            return lacking
     limit = org["max_concurrent_runs"]
     if history.running(connection, org["id"], limit=limit) >= limit:
-        cause = f"its org already runs as many as its max_concurrent_runs allows: {limit}"
-        return replace(found, cause=cause, next=f"runs list --org {run['org']} --state running")
+        return blocked(found, "org_limit", limit=limit)
+    silent = [one for one in serving if lease_state(one["renewed_at"], one["lease_until"], now) == "late"]
+    if len(silent) == len(serving):
+        names = ", ".join(f"worker {one['id'][:8]} on {one['host']}" for one in silent[:3])
+        since = max(one["renewed_at"] for one in silent)
+        words = f"{names} may be down"
+        return blocked(found, "silent_worker", since=since, worker_may_be_down=words, silent_since=since)
+    return found
+
+
+def _without_handler(connection: Connection, run: Row, found: Why) -> Why:
+    """The same, with what is known of a handler that no running worker offers."""
+    handler = run["handler"]
+    entries = catalogue.entries(connection, handler)
+    pools = places.pools_with(connection, handler)
+    if pools and run["pool"] not in pools and not entries:
+        return blocked(found, "other_pools", pools=", ".join(pools))
+    if entries and not pools and not catalogue.offering(connection, handler):
+        broken = [entry["error"] for entry in entries]
+        if all(broken):
+            return blocked(found, "handler_broken", load_error=broken[-1].partition(":")[0])
+        if health.live_workers(connection):
+            newest = max(entries, key=lambda entry: entry["seen_at"])
+            offered = f"{newest['distribution']} {newest['version']}"
+            return blocked(found, "not_restarted", offered=offered)
     return found
 
 
@@ -158,37 +242,18 @@ def _not_approved(connection: Connection, run: Row, org: Row, found: Why) -> Why
     handlers = {run["handler"], *from_spec(run["org"], run["definition"], row["spec"]).handlers}
     pending = [one for one in approvals.pending(connection, run["pool"]) if one["handler"] in handlers]
     if not pending:
-        cause = f"it waited for an approval, which is not needed any more; it starts at {_at(run)}"
-        return replace(found, cause=cause, next=f"runs show {run['id']}")
+        starts = "once" if run["available_at"] is None else run["available_at"]
+        return blocked(found, "approved_meanwhile", starts_at=starts)
     first = pending[0]
-    cause = (
-        f"hosts of pool {run['pool']} declare {approvals.what_of(first)} for {first['handler']}, "
-        "which no administrator has approved"
-    )
+    unless = ""
     if OF_DEFINITIONS.issuperset(first["pending"]):
-        cause += f"; a definition that sets {' and '.join(first['pending'])} itself needs no approval"
-    return replace(found, cause=cause, next=approvals.command_of(first))
-
-
-def _at(run: Row) -> str:
-    return "once" if run["available_at"] is None else to_text(run["available_at"])
-
-
-def _elsewhere(connection: Connection, run: Row, found: Why) -> Why:
-    """The same; for a handler that only hosts of other pools offer, with these pools."""
-    handler = run["handler"]
-    pools = places.pools_with(connection, handler)
-    if not pools or run["pool"] in pools or catalogue.is_of_workers(connection, [handler]):
-        return found
-    cause = (
-        f"only hosts offer its handler {handler}, those of pool {', '.join(pools)}, and its pool is "
-        f"{run['pool']}: the definition must name the pool"
-    )
-    return replace(found, cause=cause, next=f"definitions show {run['org']} {run['definition']}")
+        unless = f"; a definition that sets {' and '.join(first['pending'])} itself needs no approval"
+    declared = {"declared": approvals.what_of(first), "pending": first["handler"], "unless": unless}
+    return replace(blocked(found, "not_approved", **declared, digest=""), step=approvals.step_of(first))
 
 
 def _skipped(
-    connection: Connection, row: Row, at: datetime, skip: Row, backfill: str, definition: Definition
+    connection: Connection, row: Row, at: datetime, skip: Row, step: NextStep, definition: Definition
 ) -> Why:
     if skip["reason"] == "overlap":
         other = history.run_in_the_way(connection, row["org_id"], row["id"], at)
@@ -199,7 +264,7 @@ def _skipped(
         day = at.astimezone(parse_zone(zone)).date()
         cause = f"{day}, its date in {zone}, is in the calendar {definition.calendar}"
         # A backfill skips it, too.
-        backfill = f"calendars show {definition.calendar}"
+        step = NextStep("show_calendar", {**step.subject, "calendar": str(definition.calendar)})
     else:
         misfire = row["spec"].get("misfire", "once")
         cause = f"no worker fired it in time, and misfire = {misfire} ran nothing or a newer one instead"
@@ -207,28 +272,24 @@ def _skipped(
         f"it is one of {skip['count']} scheduled times in a skip from {to_text(skip['skipped_from'])} "
         f"until {to_text(skip['skipped_until'])}"
     )
-    found = _no_run(row, at, "was skipped for", cause, backfill)
-    return replace(found, kept=kept, facts={**found.facts, "reason": skip["reason"]})
+    found = _no_run(row, at, "was skipped for", cause, step)
+    reason = skip["reason"]
+    return replace(found, kind=f"no_run.{reason}", kept=kept, run={**found.run, "reason": reason})
 
 
-def _no_run(row: Row, at: datetime, is_what: str, cause: str, command: str) -> Why:
-    can_backfill = command.startswith("definitions backfill")
+def _no_run(row: Row, at: datetime, is_what: str, cause: str, step: NextStep) -> Why:
+    can_backfill = step.verb == "backfill"
     return Why(
+        kind="no_run",
+        text="{cause}",
+        values={"cause": cause},
+        whose=None,
+        probably=False,
+        step=step,
+        run={"org": row["org"], "definition": row["name"], "scheduled_for": at},
         what=f"{to_text(at)} {is_what} {row['org']}/{row['name']}",
-        cause=cause,
         kept="it never ran, so nothing was retained",
         retry="a backfill is safe, since it never ran" if can_backfill else "there is nothing to retry",
-        next=command,
-        facts={
-            "run": None,
-            "org": row["org"],
-            "definition": row["name"],
-            "scheduled_for": at,
-            "state": None,
-            "reason": None,
-            "retried_as": None,
-            "other_orgs": None,
-        },
     )
 
 

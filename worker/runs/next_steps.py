@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ class Verb:
     """How one verb reads on the command line and on the console. Names in braces are of its subject.
 
     `page` is an address of the console, with `search` that of a search for these terms. `right` is a change
-    that the page offers only to those who may make it.
+    that the page offers only to callers with that right.
     """
 
     command: str
@@ -107,6 +108,14 @@ class NextStep:
 
     verb: str
     subject: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, verb: str, values: Mapping[str, str]) -> NextStep:
+        """The step with those of these values that the verb uses."""
+        declared = VERBS[verb]
+        templates = (declared.command, declared.page, *(value for _, value in declared.search))
+        used = {name for text in templates for _, name, _, _ in string.Formatter().parse(text) if name}
+        return cls(verb, {name: values[name] for name in sorted(used)})
 
     @property
     def declared(self) -> Verb:

@@ -375,6 +375,12 @@ def summary(error: Mapping[str, str]) -> str:
     return _without_variables(error["type"], message).translate(_DIGITS)
 
 
+def names_http_status(message: str) -> bool:
+    """Whether the message of an error has the status of an HTTP response that is an error."""
+    line = _HTTPX.sub(r"\1\2", message.split("\n", 1)[0][:1_000])
+    return any(re.search(r"[45]\d\d", found[0]) for found in _STATUS.finditer(line))
+
+
 def _without_variables(kind: str, message: str) -> str:
     for pattern, placeholder in _VARIABLE:
         message = pattern.sub(placeholder, message)

@@ -1,170 +1,182 @@
-"""Why: what happened to a run in words, what is retained, whether a retry is safe, what to do next. Pure."""
+"""Why: what happened to a run, whose it is, what is retained, whether a retry is safe, what to do next. Pure.
+
+`Why` is data; `worker.runs.clauses` puts it into words.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from worker.clock import to_text
-from worker.runs.run import step_label
+from worker.runs.causes import (
+    BLOCKS,
+    CAUSES,
+    VERB_OF_STATE,
+    Meaning,
+    Whose,
+    last_reason,
+    whose_error,
+    whose_token,
+)
+from worker.runs.next_steps import NextStep
 from worker.runs.waits import is_open_question
 
 Row = Mapping[str, Any]
 
-# Maximum length of a checkpoint in a sentence.
-SHORT = 80
+# Options of a question that its command names.
+OPTIONS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class SinceThen:
+    """How the other runs of the run's definition went.
+
+    `row` runs in a row ended like this one, the first of them at `since`. `later` counts the runs after this
+    one by state; with `more` there are others.
+    """
+
+    since: datetime | None = None
+    row: int = 1
+    later: Mapping[str, int] = field(default_factory=dict)
+    more: bool = False
+
+    @property
+    def count(self) -> int:
+        return sum(self.later.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a run asks. With `binds` only `options` are taken; `for_budget`: it asks to raise a budget."""
+
+    name: str
+    occurrence: int
+    ask: Any
+    options: Sequence[Any]
+    binds: bool
+    since: datetime
+    until: datetime | None
+    for_budget: bool
+
+    @property
+    def data(self) -> str:
+        """The answer as the command line takes it; several options in a form that is refused as it stands."""
+        if self.for_budget:
+            return '{"by": N}'
+        if not 0 < len(self.options) <= OPTIONS:
+            return "JSON"
+        return " | ".join(json.dumps(option, ensure_ascii=False) for option in self.options)
+
+    def as_row(self) -> dict[str, Any]:
+        names = ("name", "occurrence", "ask", "options", "binds", "since", "until")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True)
 class Why:
-    """Clauses without a full stop. `next` is a command, `facts` are values of the row.
+    """The answer as data. `kind` is a stable word, `text` the cause as a template of `values`.
 
-    `others` is about other orgs with the same error, None if unknown.
+    `since` is when this began for the org, `other_orgs` the number of others with the same error; None for
+    what is unknown. `run` is the row of `runs show`, or the time of a definition that has no run.
     """
 
-    what: str
-    cause: str
-    kept: str
-    retry: str
-    next: str
-    facts: Mapping[str, Any]
-    others: str | None = None
-
-    @property
-    def sentence(self) -> str:
-        """All clauses as text."""
-        clauses = [f"{self.what}: {self.cause}", self.others, self.kept, self.retry]
-        return " ".join(f"{_up(clause)}." for clause in clauses if clause) + f" Next: `{self.next}`."
-
-    def as_row(self) -> dict[str, Any]:
-        names = ("what", "cause", "others", "kept", "retry", "next", "sentence")
-        return {**self.facts, **{name: getattr(self, name) for name in names}}
-
-
-# What each reason means; the names in braces are columns of the run.
-CAUSES: Mapping[tuple[str, str | None], str] = {
-    ("succeeded", None): "its handler returned a result",
-    ("failed", "error"): "its handler raised {error}",
-    ("failed", "timed_out"): "its handler did not return within its timeout",
-    ("failed", "handler_exited"): "its process exited without a result ({detail})",
-    ("failed", "result_invalid"): "the result of its handler is not JSON or is too large: {error}",
-    ("failed", "result_unstorable"): "the database rejects the result of its handler: {error}",
-    ("failed", "out_of_memory"): "it exceeded its memory limit",
-    ("failed", "budget"): "{error}",
-    ("failed", "lost"): "its worker died too often without a new checkpoint",
-    ("cancelled", "requested"): "it was cancelled on request",
-    ("cancelled", "suspended"): "its org was suspended or removed",
-    ("cancelled", "replaced"): "a newer run replaced it (overlap = replace)",
-    ("cancelled", "closed"): "its definition was closed",
-    ("cancelled", "by_handler"): "its handler cancelled it: {detail}",
-    ("refused", "org_mismatch"): "the issuer returned a token of another org",
-    ("refused", "client_mismatch"): "the token was issued to another client",
-    ("refused", "scope_missing"): "its token lacks the scope {detail}",
-    ("refused", "property_missing"): "its token lacks the property {detail}",
-    ("refused", "settings_invalid"): "the property {detail} of its token is invalid for the handler",
-    (
-        "refused",
-        "pool_mismatch",
-    ): "its token does not allow its pool: the property {detail} has another value",
-    ("refused", "secret_missing"): "its org has no secret {detail}, which its handler needs",
-    ("refused", "token_invalid"): "its token failed verification ({detail})",
-    ("skipped", "flag_off"): "the flag {detail} is off for its org",
-    ("skipped", "expired"): "no worker could start it within its start_deadline",
-    ("waiting", "due"): "no worker had a free slot for it yet",
-    ("waiting", "held"): "an earlier run of its definition is unfinished (overlap = queue_one or replace)",
-    ("waiting", "retry"): "its last attempt failed; it is retried at {available_at}",
-    ("waiting", "snoozed"): "its handler asked to be called again at {available_at}",
-    ("waiting", "handed_back"): "its worker was stopped while it ran",
-    ("waiting", "recovered"): "its worker died while it ran",
-    ("waiting", "no_token"): "its org has no token ({detail}); it is requested again at {available_at}",
-    ("waiting", "budget"): "its org has used up its budget of {detail}; it goes on at {available_at}, or "
-    "when the budget is raised",
-    ("waiting", "no_handler"): "no running worker offers its handler {handler}",
-    ("waiting", "no_pool"): "no worker or host serves pool {detail}",
-    ("waiting", "not_approved"): "hosts of pool {pool} declare more for its handler {handler} than an "
-    "administrator approved",
-    ("waiting", "unplaced"): "it could not be placed on a host of its pool: {detail}",
-    ("waiting", "asleep"): "its handler sleeps until {available_at}, without a process",
-    ("waiting", "answer"): "its handler waits for an answer to {waits}, without a process",
-    ("waiting", "resumed"): "what it waited for has come, and no worker had a free slot for it yet",
-    ("running", None): "it has been running on worker {worker} since {started_at}",
-}
-
-# The next command.
-NEXT: Mapping[tuple[str, str | None], str] = {
-    ("succeeded", None): "runs show {id}",
-    ("cancelled", "suspended"): "orgs show {org}",
-    ("cancelled", "replaced"): "runs list --org {org} --definition {definition}",
-    ("cancelled", "closed"): "definitions show {org} {definition}",
-    ("failed", "result_invalid"): "runs logs {id}",
-    ("failed", "result_unstorable"): "runs logs {id}",
-    ("failed", "lost"): "runs logs {id}",
-    ("refused", "settings_invalid"): "handlers show {handler}",
-    ("refused", "secret_missing"): "secrets add {org} {detail}",
-    # A retry gives the same outcome until the token of the org has another flag.
-    ("skipped", "flag_off"): "orgs check {org}",
-    ("waiting", "due"): "orgs show {org}",
-    ("waiting", "held"): "runs list --org {org} --definition {definition} --state running",
-    ("waiting", "no_token"): "orgs check {org}",
-    ("waiting", "no_handler"): "handlers list",
-    ("waiting", "no_pool"): "definitions show {org} {definition}",
-    ("waiting", "not_approved"): "pools approvals {pool}",
-    ("waiting", "answer"): "runs answer {id} {wait} --data JSON",
-    ("waiting", "budget"): "budgets list --org {org}",
-    ("running", None): "runs logs {id} --follow",
-}
-# Of a budget that asks.
-ANSWER_BUDGET = "runs answer {id} {wait} --data '{{\"by\": N}}'"
-_NEXT_OF_STATE = {
-    "failed": "runs retry {id}",
-    "cancelled": "runs retry {id}",
-    "refused": "orgs check {org}",
-    "skipped": "runs retry {id}",
-    "waiting": "runs show {id}",
-}
+    kind: str
+    text: str
+    values: Mapping[str, Any]
+    whose: Whose | None
+    probably: bool
+    step: NextStep
+    run: Row
+    customer: str = ""
+    since: datetime | None = None
+    since_then: SinceThen | None = None
+    questions: Sequence[Question] = ()
+    other_orgs: int | None = None
+    more_orgs: bool = False
+    retried: Row | None = None
+    # Instead of what follows from the run, for a time without one.
+    what: str = ""
+    kept: str = ""
+    retry: str = ""
 
 
-def why_run(run: Row, *, others: int | None = None, more: bool = False, retried: Row | None = None) -> Why:
+def why_run(
+    run: Row,
+    *,
+    others: int | None = None,
+    more: bool = False,
+    retried: Row | None = None,
+    since_then: SinceThen | None = None,
+) -> Why:
     """Explain one run, from its row of `runs show`.
 
     `others` is the number of other orgs with the same error in the hour around it (None if unknown),
     a minimum with `more`. `retried` is the last run of its retries, if it was retried.
     """
     state, reason = str(run["state"]), run["reason"]
-    values = _values(run)
-    cause = CAUSES.get((state, reason), "its reason is {reason}").format_map(values)
+    known = CAUSES.get((state, reason))
+    meaning = known or Meaning("its reason is {reason}", None)
+    questions = tuple(_question(wait) for wait in run.get("waits") or () if is_open_question(wait))
+    values = _values(run, questions)
+    text, whose, probably = meaning.text, meaning.whose, meaning.probably
+    match state, reason:
+        case ("failed", "error") | ("waiting", "retry"):
+            whose = whose_error(_error_of(run))
+        case "waiting", "no_token":
+            whose, probably = whose_token(run["detail"])
+        case "skipped", "expired":
+            text, whose, probably = _expired(run, meaning)
     if state == "running" and run.get("cancel_requested_at"):
-        cause += ", and was asked to stop"
-    command = NEXT.get((state, reason), _NEXT_OF_STATE.get(state, "runs show {id}"))
-    if command == "runs retry {id}" and _can_continue(run):
-        command += " --from-checkpoint"
-    if (state, reason) == ("waiting", "budget") and values["wait"] != "NAME":
-        command = ANSWER_BUDGET
-    retry = _retry(run, state)
+        text += ", and was asked to stop"
+    found = Why(
+        kind=".".join(filter(None, (state, reason))),
+        text=text,
+        values=values,
+        whose=whose,
+        probably=probably,
+        step=NextStep.of(_verb(run, meaning, questions), values),
+        run=run,
+        customer=meaning.customer,
+        since=_since(run, since_then, questions),
+        since_then=since_then,
+        questions=questions,
+        other_orgs=others,
+        more_orgs=more,
+        retried=retried,
+    )
     if retried is not None:
-        retry, command = _retried(retried)
-    tried = f" at attempt {run['attempt']}" if run["attempt"] else ""
-    return Why(
-        what=f"Run {run['id']} of {run['org']}/{run['definition']} for {to_text(run['scheduled_for'])} "
-        f"{_is(state)}{tried}",
-        cause=cause,
-        kept=_kept(run, state),
-        retry=retry,
-        next=command.format_map(values),
-        facts={
-            "run": run["id"],
-            "org": run["org"],
-            "definition": run["definition"],
-            "scheduled_for": run["scheduled_for"],
-            "state": state,
-            "reason": reason,
-            "retried_as": run.get("retried_as"),
-            "other_orgs": others,
-        },
-        others=None if others is None else _others(reason, others, more),
+        verb = "show_run" if retried["state"] == "succeeded" else "explain_run"
+        found = replace(found, step=NextStep.of(verb, {"run": str(retried["id"])}))
+    return found
+
+
+def blocked(found: Why, block: str, *, since: datetime | None = None, **values: Any) -> Why:
+    """The same with what blocks the run, one of `BLOCKS`; `values` are those of its text."""
+    meaning = BLOCKS[block]
+    known = {**found.values, **values}
+    words = {name: str(value) for name, value in known.items()}
+    return replace(
+        found,
+        kind=f"waiting.{block}",
+        text=meaning.text.replace("{cause}", found.text),
+        values=known,
+        whose=meaning.whose or found.whose,
+        probably=meaning.probably if meaning.whose else found.probably,
+        customer=meaning.customer or found.customer,
+        since=since or found.since,
+        step=NextStep.of(meaning.verb, words) if meaning.verb else found.step,
+    )
+
+
+def solved(found: Why) -> Why:
+    """The same for what prevented a run and does so no more: a retry is what comes next."""
+    return replace(
+        found,
+        step=NextStep.of("retry", {"run": str(found.run["id"])}),
+        retry="what prevented it is over: a retry is safe, since its handler has not started",
     )
 
 
@@ -176,99 +188,92 @@ def last_error(run: Row) -> Row | None:
     return ended[-1] if ended and ended[-1]["error_cause"] is not None else None
 
 
-def _others(reason: str | None, count: int, more: bool) -> str:
-    met = "had the same error in the hour around it"
-    if reason == "no_token":
-        met = "is waiting for a token" if count < 2 else "are waiting for a token"
-    if not count:
-        return f"no other org {met}"
-    return f"{'at least ' if more else ''}{count} other org{'s' if count > 1 else ''} {met}"
+def _verb(run: Row, meaning: Meaning, questions: Sequence[Question]) -> str:
+    state, reason = str(run["state"]), run["reason"]
+    verb = meaning.verb or VERB_OF_STATE.get(state, "show_run")
+    if state == "skipped" and reason == "expired" and (last := last_reason(run["detail"])[0]):
+        verb = CAUSES["waiting", last].verb or verb
+    if questions and (state, reason) in (("waiting", "budget"), ("waiting", "answer")):
+        return "answer" if questions[0].occurrence == 1 else "answer_again"
+    if verb == "answer":
+        return "show_run"
+    return "retry_from_checkpoint" if verb == "retry" and can_continue(run) else verb
 
 
-def _is(state: str) -> str:
-    words = {"succeeded": "succeeded", "failed": "failed", "waiting": "is waiting", "running": "is running"}
-    return words.get(state, f"was {state}")
+def _expired(run: Row, meaning: Meaning) -> tuple[str, Whose | None, bool]:
+    """What kept a run from starting within its start_deadline: the reason that it had last."""
+    reason, detail = last_reason(run["detail"])
+    last = CAUSES.get(("waiting", reason))
+    if last is None:
+        return meaning.text, meaning.whose, meaning.probably
+    text = (last.expired or "it had another reason to wait ({last})") + ", until its start_deadline passed"
+    whose, probably = whose_token(detail) if reason == "no_token" else (last.whose, last.probably)
+    return text, whose, probably
 
 
-def _kept(run: Row, state: str) -> str:
-    kept = []
+def _since(run: Row, since_then: SinceThen | None, questions: Sequence[Question]) -> datetime | None:
+    """When the problem of the run began, for its org."""
+    if questions:
+        return min(question.since for question in questions)
+    if since_then is not None and since_then.since is not None:
+        return since_then.since
+    state = run["state"]
     if state == "succeeded":
-        kept.append("its result")
-    checkpoint = run.get("checkpoint")
-    if checkpoint is not None:
-        text = json.dumps(checkpoint)
-        kept.append("its last checkpoint" + (f" ({text})" if len(text) <= SHORT else ""))
-    if count := run.get("step_count"):
-        last = run["steps"][-1]
-        label = step_label(last["name"], last["key"], last["occurrence"])
-        kept.append("its step " + label if count == 1 else f"its {count:,} steps, the last one {label}")
-    if run.get("attempts"):
-        kept.append("its attempts and their log")
-    if not kept:
-        return "it had not started, so only this row is retained"
-    if not _can_continue(run) and state != "succeeded" and _had_started(run):
-        kept[-1] += ", but no checkpoint: it would start from the beginning"
-    return f"retained: {', '.join(kept)}"
+        return None
+    if state == "running":
+        found: datetime | None = run["started_at"]
+        return found
+    ended = [one["ended_at"] for one in run.get("attempts") or () if one.get("ended_at")]
+    first = min(ended, default=None)
+    return run.get("finished_at") or first or run.get("created_at")
 
 
-def _can_continue(run: Row) -> bool:
+def can_continue(run: Row) -> bool:
     return run.get("checkpoint") is not None or bool(run.get("step_count"))
 
 
-def _retry(run: Row, state: str) -> str:
-    if state == "running":
-        return "a retry is possible after it has ended"
-    if state == "waiting":
-        return "no retry is needed: it continues automatically"
-    if not _had_started(run):
-        return "a retry is safe: its handler has not started"
-    if state == "succeeded":
-        return "a retry repeats its work, with the same idempotency key"
-    return "its handler had started: a retry is safe if it sends the idempotency key, which stays the same"
+def _question(wait: Row) -> Question:
+    """An open wait as a question; options within `ask` are suggestions, those of the wait bind."""
+    ask, bound = wait["ask"], wait.get("options")
+    offered = bound if bound is not None else ask.get("options") if isinstance(ask, Mapping) else None
+    return Question(
+        name=wait["name"],
+        occurrence=wait["occurrence"],
+        ask=ask,
+        options=tuple(offered) if isinstance(offered, list) else (),
+        binds=bound is not None,
+        since=wait["opened_at"],
+        until=wait["until"],
+        for_budget=wait["kind"] == "budget",
+    )
 
 
-def _retried(run: Row) -> tuple[str, str]:
-    """How the last of its retries went, and the command that shows more."""
-    state = str(run["state"])
-    how = f"it was retried as run {run['id']}, which {_is(state)}"
-    if state == "succeeded":
-        return f"{how}: no other retry is needed", f"runs show {run['id']}"
-    return how, f"runs why {run['id']}"
-
-
-def _had_started(run: Row) -> bool:
-    return any(attempt["handler_started_at"] for attempt in run.get("attempts") or ())
-
-
-def _values(run: Row) -> dict[str, str]:
-    values = {name: _word(value) for name, value in run.items()}
-    error = run.get("error") or {}
+def _values(run: Row, questions: Sequence[Question]) -> dict[str, Any]:
+    """The values of templates: the run's columns, its error and its first question. Times stay times."""
+    values: dict[str, Any] = {
+        name: value if isinstance(value, datetime) else "none" if value is None else str(value)
+        for name, value in run.items()
+        if name not in ("attempts", "waits", "steps", "spends", "spec", "claims", "checkpoint", "result")
+    }
+    error = _error_of(run)
     message = (str(error.get("message") or "").splitlines() or [""])[0]
-    open_waits = list(filter(is_open_question, run.get("waits") or ()))
-    values["wait"] = _as_argument(open_waits[0]) if open_waits else "NAME"
-    values["waits"] = ", ".join(map(_in_words, open_waits)) or values.get("detail", "none")
-    values["error"] = ": ".join(filter(None, (error.get("type", "an error"), message)))
+    text = ": ".join(filter(None, (error.get("type", "an error"), message)))
+    first = questions[0] if questions else None
+    values |= {
+        "run": str(run["id"]),
+        "error": text,
+        "with_error": f" with {text}" if error else "",
+        "last": last_reason(run["detail"])[1].partition(": ")[2] or last_reason(run["detail"])[1],
+        "secret": values["detail"],
+        "waits": values["detail"],
+        "wait": first.name if first else "NAME",
+        "occurrence": str(first.occurrence) if first else "1",
+        "data": first.data if first else "JSON",
+    }
     return values
 
 
-def _as_argument(wait: Row) -> str:
-    """A wait as arguments of `runs answer`."""
-    other = "" if wait["occurrence"] == 1 else f" --occurrence {wait['occurrence']}"
-    return f"{wait['name']}{other}"
-
-
-def _in_words(wait: Row) -> str:
-    """A wait with its times."""
-    number = "" if wait["occurrence"] == 1 else f"#{wait['occurrence']}"
-    until = "" if wait["until"] is None else f", until {to_text(wait['until'])}"
-    return f"{wait['name']}{number} (since {to_text(wait['opened_at'])}{until})"
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, datetime):
-        return to_text(value)
-    return "none" if value is None else str(value)
-
-
-def _up(clause: str) -> str:
-    return clause[:1].upper() + clause[1:]
+def _error_of(run: Row) -> Mapping[str, Any]:
+    """The error of the run; of one that waits, that of its last attempt."""
+    attempts = [one for one in run.get("attempts") or () if one.get("error")]
+    return run.get("error") or (attempts[-1]["error"] if attempts else {})

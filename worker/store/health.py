@@ -218,8 +218,8 @@ def dead_credentials(connection: Connection) -> list[Row]:
 
 
 def live_workers(connection: Connection) -> list[Row]:
-    """Machine, capacity and pools of the workers and hosts that hold their lease."""
+    """Machine, capacity, pools and lease of the workers and hosts that hold their lease."""
     workers = tables.workers
     alive = (workers.c.ended_at.is_(None), workers.c.lease_until > database_now(connection))
-    query = select(workers.c.host, workers.c.capacity, workers.c.pools).where(*alive).order_by(workers.c.id)
-    return all_rows(connection, query)
+    columns = (workers.c[name] for name in ("id", "host", "capacity", "pools", "renewed_at", "lease_until"))
+    return all_rows(connection, select(*columns).where(*alive).order_by(workers.c.id))

@@ -11,10 +11,13 @@ from sqlalchemy import Connection, Select, func, select
 from worker.definitions import MISFIRE_GRACE
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.store import tables
-from worker.store.dialect import Row, chunks, first_row
+from worker.store.dialect import Row, all_rows, chunks, first_row
 
 # Rows that are read before the answer is "at least": a broken release fails a hundred times a second.
 MOST = 10_000
+
+# Runs before and after one that are read.
+NEIGHBOURS = 1_000
 
 # Outcomes of attempts that nothing outside cut short.
 OWN_ENDS = ("succeeded", "failed", "retry", "timed_out", "snoozed")
@@ -58,6 +61,56 @@ def others_without_token(connection: Connection, org_id: OrgId) -> Others:
             _live.c.state == "waiting", _live.c.reason == "no_token", _live.c.org_id != org_id
         ),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """Ended runs of a definition around one: those before it, newest first, and those after it, oldest first.
+
+    Each has state, reason, error and finished_at. `more`: there are others after them.
+    """
+
+    before: Sequence[Row]
+    after: Sequence[Row]
+    more: bool = False
+
+
+def around(connection: Connection, org_id: OrgId, run_id: RunId) -> Around:
+    """The runs of the run's definition around it, up to `NEIGHBOURS` on each side."""
+    mine = select(_runs.c.definition_id).where(_runs.c.id == run_id, _runs.c.org_id == org_id)
+    query = select(_runs.c.state, _runs.c.reason, _runs.c.error, _runs.c.finished_at).where(
+        _runs.c.definition_id == mine.scalar_subquery(), _runs.c.org_id == org_id
+    )
+    sides = (
+        query.where(_runs.c.id < run_id).order_by(_runs.c.id.desc()),
+        query.where(_runs.c.id > run_id).order_by(_runs.c.id),
+    )
+    # With those that have not ended yet, which are left out.
+    read = [all_rows(connection, side.limit(NEIGHBOURS)) for side in sides]
+    before, after = ([row for row in rows if row["state"] is not None] for rows in read)
+    return Around(before, after, len(read[1]) == NEIGHBOURS)
+
+
+def without_token_since(connection: Connection, org_id: OrgId) -> datetime | None:
+    """When the first of the org's runs that wait for a token ended its first attempt without one."""
+    waiting = select(_live.c.id).where(
+        _live.c.state == "waiting", _live.c.reason == "no_token", _live.c.org_id == org_id
+    )
+    query = select(func.min(_attempts.c.ended_at)).where(
+        _attempts.c.run_id.in_(waiting.limit(NEIGHBOURS).subquery().select()),
+        _attempts.c.outcome == "no_token",
+    )
+    found: datetime | None = connection.execute(query).scalar_one_or_none()
+    return found
+
+
+def is_rejected(connection: Connection, org_id: OrgId) -> bool:
+    """Whether the org has no active credential but rejected ones."""
+    table = tables.credentials
+    works = select(table.c.id).where(
+        table.c.org_id == org_id, table.c.state == "active", table.c.last_error.is_(None)
+    )
+    return connection.execute(works.limit(1)).first() is None
 
 
 def _others(connection: Connection, query: Select[tuple[str]]) -> Others:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import ARRAY, Connection, bindparam, delete, literal_column, select, text, update
 
 from worker.ids import ALL_ORGS, AllOrgs, OrgId, RunId
+from worker.runs.causes import kept_reason
 from worker.runs.run import Swept
 from worker.store import host_grants, tables
 from worker.store.bulk import among
@@ -205,6 +206,8 @@ def end_waiting(
                 .values(
                     state=state,
                     reason=reason,
+                    # What it waited for: without that, an expired run would only say that no worker was free.
+                    detail=kept_reason(row.reason, row.detail) if reason == "expired" else None,
                     available_at=row.available_at,
                     finished_at=now,
                     attempt=row.attempt,

@@ -19,6 +19,7 @@ from worker.operations.answers import answer, answer_many
 from worker.operations.org_secrets import add_secret, rotate_secret
 from worker.operations.runs import cancel, run_now
 from worker.operations.why import why
+from worker.runs.clauses import clauses
 from worker.runs.run import AdmittedRun
 from worker.runs.waits import NewWait
 from worker.search import parsed
@@ -240,8 +241,8 @@ def test_why_says_what_it_waits_for_and_how_to_answer(parked, database):
     with database.autocommit() as connection:
         found = why(connection, run.id)
 
-    assert "waits for an answer to approval (since" in found.cause
-    assert found.next == f"runs answer {run.id} approval --data JSON"
+    assert "waits for an answer to approval (since" in clauses(found).cause
+    assert found.step.command == f"runs answer {run.id} approval --data JSON"
 
 
 class StillWaiting(Exception):

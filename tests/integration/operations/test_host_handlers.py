@@ -24,6 +24,7 @@ from worker.operations.org_secrets import lacking_of_all_orgs
 from worker.operations.requirements import load_org, scopes_of
 from worker.operations.runs import run_now
 from worker.operations.why import why
+from worker.runs.clauses import clauses
 from worker.store import catalogue, host_handlers, places, tables
 from worker.store.database import Database
 from worker.store.dialect import all_rows
@@ -329,8 +330,11 @@ def test_an_approval_makes_waiting_runs_due_at_once_and_why_names_its_command(
 
     with database.autocommit() as connection:
         found = why(connection, run)
-    assert "secrets openai, scopes read:gpu for gpu.keyed, which no administrator has approved" in found.cause
-    assert found.next == f"pools approve eu gpu.keyed {row['digest']}"
+    assert (
+        "secrets openai, scopes read:gpu for gpu.keyed, which no administrator has approved"
+        in clauses(found).cause
+    )
+    assert found.step.command == f"pools approve eu gpu.keyed {row['digest']}"
 
     approve(database, "eu", "gpu.keyed", row["digest"], actor="ana")
     [live] = stock.all(tables.live_runs)
@@ -348,8 +352,8 @@ def test_why_says_what_a_definition_may_set_itself_and_quotes_names(
     with database.autocommit() as connection:
         found = why(connection, run)
 
-    assert found.cause.endswith("a definition that sets timeout itself needs no approval")
-    assert found.next.startswith("pools approve eu 'gpu; rm -rf ~' 1-")
+    assert clauses(found).cause.endswith("a definition that sets timeout itself needs no approval")
+    assert found.step.command.startswith("pools approve eu 'gpu; rm -rf ~' 1-")
 
 
 def test_why_names_the_pools_of_a_handler_that_hosts_offer_elsewhere(
@@ -363,7 +367,10 @@ def test_why_names_the_pools_of_a_handler_that_hosts_offer_elsewhere(
     with database.autocommit() as connection:
         found = why(connection, run)
 
-    assert "only hosts offer its handler gpu.render, those of pool eu, and its pool is default" in found.cause
+    assert (
+        "only hosts offer its handler gpu.render, those of pool eu, and its pool is default"
+        in clauses(found).cause
+    )
 
 
 # Whose a handler is

@@ -21,6 +21,7 @@ from worker.operations.pools import forget_rules, list_pools
 from worker.operations.runs import cancel, retry, run_now
 from worker.operations.why import why
 from worker.orgs import OrgEntry
+from worker.runs.clauses import clauses
 from worker.runs.fire import decide
 from worker.settings import Settings
 from worker.settings.sections import ExecutionSettings, PoolSettings
@@ -198,7 +199,7 @@ def test_a_run_that_no_worker_or_host_would_take_says_which_pool_is_missing(
     def explained() -> tuple[str | None, str]:
         with database.autocommit() as connection:
             found = why(connection, run["id"])
-        return found.facts["reason"], found.cause
+        return found.run["reason"], clauses(found).cause
 
     assert explained() == ("due", "no worker or host serves pool eu-gpu")
 

@@ -14,6 +14,7 @@ from worker.operations.definitions import pause_definition
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import cancel, retry, run_now
 from worker.operations.why import why
+from worker.runs.clauses import clauses, sentence
 from worker.store import catalogue, tables
 from worker.store.lists import RUNS, Page
 from worker.store.lists import runs as run_lists
@@ -291,9 +292,12 @@ def test_why_follows_the_retries_of_a_failure_to_the_last(site, database, rows):
     with database.autocommit() as connection:
         found = why(connection, old["id"])
 
-    assert found.facts["retried_as"] == first["id"]
-    assert found.retry == f"it was retried as run {last['id']}, which succeeded: no other retry is needed"
-    assert found.next == f"runs show {last['id']}"
+    assert found.run["retried_as"] == first["id"]
+    assert (
+        clauses(found).retry
+        == f"it was retried as run {last['id']}, which succeeded: no other retry is needed"
+    )
+    assert found.step.command == f"runs show {last['id']}"
 
 
 def test_a_retry_may_begin_from_the_old_checkpoint(site, database, rows):
@@ -426,7 +430,7 @@ def test_a_run_shows_its_newest_steps_and_the_results_that_fit(site, database, m
         (6, 6, 40),
     ]
     with database.autocommit() as connection:
-        assert "its 6 steps, the last one ask#6" in why(connection, run["id"]).sentence
+        assert "its 6 steps, the last one ask#6" in sentence(why(connection, run["id"]))
 
 
 def test_closing_cancels_what_waits_and_leaves_what_runs(site, database, rows):

@@ -11,6 +11,7 @@ from worker.definitions.file import parse_file
 from worker.operations.apply import apply
 from worker.operations.definitions import edit_definition
 from worker.operations.why import why_time
+from worker.runs.clauses import clauses
 from worker.runs.preview import preview_definition
 from worker.store.lists.read import definition
 
@@ -118,10 +119,10 @@ def test_why_names_the_calendar_before_and_after(timeline: Timeline) -> None:
         with timeline.database.autocommit() as connection:
             return why_time(connection, ORG, NAME, at, now=timeline.clock.now())
 
-    assert "it will be skipped, since its date is in the calendar holidays" in why().cause
+    assert "it will be skipped, since its date is in the calendar holidays" in clauses(why()).cause
     timeline.fire_until(utc("2026-12-24T19:00"))
     # The reason stays right when the calendar has changed.
     calendar(timeline, "2027-12-25")
 
-    assert why().cause == "2026-12-25, its date in Asia/Tokyo, is in the calendar holidays"
-    assert why().facts["reason"] == "calendar"
+    assert clauses(why()).cause == "2026-12-25, its date in Asia/Tokyo, is in the calendar holidays"
+    assert why().run["reason"] == "calendar"

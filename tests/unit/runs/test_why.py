@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import string
+import re
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
-from worker.cli.app import command as command_line
-from worker.runs.why import CAUSES, NEXT, last_error, why_run
+from worker.runs.causes import BLOCKS, CAUSES, FOR_CUSTOMER, kept_reason, last_reason
+from worker.runs.clauses import clauses, row_of, sentence
+from worker.runs.next_steps import VERBS
+from worker.runs.why import SinceThen, Why, blocked, last_error, solved, why_run
 from worker.store.tables import WAITING_REASONS
+from worker.web.pages.links import step_path
 
 AT = datetime(2030, 1, 1, 3, tzinfo=UTC)
 RUN = "0192aaaa-0000-7000-8000-000000000001"
@@ -41,6 +44,11 @@ REASONS = {
     "succeeded": [None],
     "running": [None],
 }
+# Values of blocks that are no columns of a run.
+FILLED = (
+    "state_by", "state_at", "limit", "worker_may_be_down", "silent_since", "offered", "load_error", "pools",
+    "declared", "pending", "unless", "digest", "starts_at",
+)  # fmt: skip
 ALL = [(state, reason) for state, reasons in REASONS.items() for reason in reasons]
 
 
@@ -57,6 +65,7 @@ def run(state: str, reason: str | None, **changes: Any) -> dict[str, Any]:
         "detail": "agent-v2",
         "available_at": AT,
         "attempt": 1,
+        "created_at": AT,
         "worker": "w1",
         "started_at": AT,
         "error": {"type": "KeyError", "message": "'title'\nmore"},
@@ -67,39 +76,69 @@ def run(state: str, reason: str | None, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-@pytest.mark.parametrize(("state", "reason"), ALL)
-def test_every_reason_has_its_words_and_a_command_that_exists(state, reason):
-    assert (state, reason) in CAUSES
-    why = why_run(run(state, reason))
+QUESTION = {
+    "name": "approval", "occurrence": 1, "kind": "answer", "ask": "Send it?", "options": ["yes", "no"],
+    "opened_at": AT, "until": None, "answered_at": None, "timed_out_at": None,
+}  # fmt: skip
+# Words that a customer must not read: handlers, workers, ids, errors and other orgs.
+INTERNAL = re.compile(
+    r"acme\.digest|w1|agent-v2|KeyError|title|org_acme|worker|handler|run [0-9a-f]|0192aaaa", re.I
+)
+RENDERED = [
+    *((f"{state}.{reason}", why_run(run(state, reason))) for state, reason in ALL),
+    *(
+        (f"skipped.expired.{reason}", why_run(run("skipped", "expired", detail=f"{reason}: why")))
+        for reason in WAITING_REASONS
+    ),
+    *(
+        (f"blocked by {block}", blocked(why_run(run("waiting", "due")), block, **dict.fromkeys(FILLED, "x")))
+        for block in BLOCKS
+    ),
+    ("waiting.answer, asked", why_run(run("waiting", "answer", waits=[QUESTION]))),
+    ("waiting.budget, asked", why_run(run("waiting", "budget", waits=[QUESTION | {"kind": "budget"}]))),
+]
 
-    assert why.what.startswith(f"Run {RUN} of org_acme/digest for 2030-01-01T03:00:00.000000Z ")
-    assert "{" not in why.sentence
-    assert why.sentence.count("  ") == 0
-    noun, verb, *rest = why.next.split()
-    command = command_line(None).commands[noun].commands[verb]
-    known = {option for parameter in command.params for option in parameter.opts}
-    assert {word for word in rest if word.startswith("--")} <= known
+
+@pytest.mark.parametrize("found", [why for _, why in RENDERED], ids=[name for name, _ in RENDERED])
+def test_every_state_and_reason_is_an_answer_on_each_surface(found: Why):
+    said = clauses(found)
+    row = row_of(found)
+
+    assert said.what.startswith(f"Run {RUN} of org_acme/digest for 2030-01-01T03:00:00.000000Z ")
+    assert "{" not in sentence(found).replace('{"by": N}', "")
+    assert "  " not in sentence(found)
+    # Data: kind, whose, since, subject, verb.
+    assert row["kind"].startswith(str(found.run["state"]))
+    assert row["whose"] in (None, *FOR_CUSTOMER)
+    assert (row["whose"] is None) == (found.run["state"] in ("succeeded", "running"))
+    assert row["since"] == (None if found.run["state"] == "succeeded" else AT)
+    assert row["verb"] in VERBS
+    assert all(isinstance(value, str) for value in row["subject"].values())
+    # The same step on the command line and on the console.
+    assert row["next"] == found.step.command
+    assert step_path(found.step).startswith("/")
+    # What a customer is told has no internals.
+    assert said.customer.startswith("The job digest, planned for ")
+    assert not INTERNAL.search(said.customer), said.customer
 
 
 def test_no_words_are_for_a_reason_that_no_run_has():
     assert set(CAUSES) == set(ALL)
-    assert set(NEXT) <= set(ALL)
 
 
-def test_every_word_that_is_filled_in_is_a_column():
-    known = {*run("failed", None), "wait"}  # the first of `waits`
-    for text in [*CAUSES.values(), *NEXT.values()]:
-        assert {name for _, name, _, _ in string.Formatter().parse(text) if name} <= known
+def test_a_text_for_the_customer_is_about_the_job_alone():
+    """The control: what the operator reads does have what the customer must not."""
+    assert INTERNAL.search(clauses(why_run(run("failed", "error"))).cause)
 
 
 def test_a_failure_names_the_error_and_what_is_kept():
     attempts = [{"handler_started_at": AT}]
     why = why_run(run("failed", "error", attempts=attempts, checkpoint={"done": 3}))
 
-    assert why.cause == "its handler raised KeyError: 'title'"
-    assert why.kept == 'retained: its last checkpoint ({"done": 3}), its attempts and their log'
-    assert "idempotency key" in why.retry
-    assert why.next == f"runs retry {RUN} --from-checkpoint"
+    assert clauses(why).cause == "its handler raised KeyError: 'title'"
+    assert clauses(why).kept == 'retained: its last checkpoint ({"done": 3}), its attempts and their log'
+    assert "idempotency key" in clauses(why).retry
+    assert why.step.command == f"runs retry {RUN} --from-checkpoint"
 
 
 @pytest.mark.parametrize(
@@ -113,42 +152,44 @@ def test_a_failure_names_the_error_and_what_is_kept():
 def test_a_retried_failure_says_how_its_retry_went(state, says, command):
     why = why_run(run("failed", "error", retried_as="r1"), retried={"id": "r2", "state": state})
 
-    assert (why.retry, why.next, why.facts["retried_as"]) == (says, command, "r1")
+    assert (clauses(why).retry, why.step.command, row_of(why)["retried_as"]) == (says, command, "r1")
 
 
 def test_what_never_started_is_safe_to_retry():
     why = why_run(run("refused", "scope_missing", detail="read:kb", attempts=[{"handler_started_at": None}]))
 
-    assert why.cause == "its token lacks the scope read:kb"
-    assert why.retry == "a retry is safe: its handler has not started"
-    assert why.next == "orgs check org_acme"
+    assert clauses(why).cause == "its token lacks the scope read:kb"
+    assert clauses(why).retry == "retry it once that is fixed; that is safe: its handler has not started"
+    assert why.step.command == "orgs check org_acme"
 
 
 def test_a_retry_is_not_named_where_a_flag_that_is_off_would_end_it_the_same():
-    assert why_run(run("skipped", "flag_off")).next == "orgs check org_acme"
+    assert why_run(run("skipped", "flag_off")).step.command == "orgs check org_acme"
 
 
 def test_a_run_that_is_asked_to_stop_says_so():
-    assert why_run(run("running", None, cancel_requested_at=AT)).cause.endswith("and was asked to stop")
+    assert clauses(why_run(run("running", None, cancel_requested_at=AT))).cause.endswith(
+        "and was asked to stop"
+    )
 
 
 def test_an_unknown_reason_of_a_newer_release_is_named():
-    assert why_run(run("failed", "eclipse")).cause == "its reason is eclipse"
+    assert clauses(why_run(run("failed", "eclipse"))).cause == "its reason is eclipse"
 
 
 def test_a_long_checkpoint_is_not_quoted():
     why = why_run(run("failed", "error", checkpoint={"seen": ["article"] * 20}))
 
-    assert why.kept == "retained: its last checkpoint"
+    assert clauses(why).kept == "retained: its last checkpoint"
 
 
 def test_without_a_checkpoint_it_says_where_a_retry_begins():
     why = why_run(run("failed", "error", attempts=[{"handler_started_at": AT}]))
 
-    assert why.kept.endswith(
+    assert clauses(why).kept.endswith(
         "its attempts and their log, but no checkpoint: it would start from the beginning"
     )
-    assert why.next == f"runs retry {RUN}"
+    assert why.step.command == f"runs retry {RUN}"
 
 
 @pytest.mark.parametrize(
@@ -166,15 +207,15 @@ def test_without_a_checkpoint_it_says_where_a_retry_begins():
 def test_it_says_whether_it_is_this_org_alone(reason: str, others: int, more: bool, said: str):
     why = why_run(run("waiting" if reason == "no_token" else "failed", reason), others=others, more=more)
 
-    assert said in why.sentence
-    assert why.as_row()["other_orgs"] == others
+    assert said in sentence(why)
+    assert row_of(why)["other_orgs"] == others
 
 
 def test_where_nobody_looked_nothing_is_said_of_others():
     why = why_run(run("succeeded", None))
 
-    assert (why.others, why.facts["other_orgs"]) == (None, None)
-    assert "other org" not in why.sentence
+    assert (clauses(why).others, why.other_orgs) == (None, None)
+    assert "other org" not in sentence(why)
 
 
 def test_only_an_end_that_is_the_runs_reason_is_compared_with_others():
@@ -196,5 +237,131 @@ def test_a_budget_that_asks_says_how_to_answer_it():
     asking = why_run(run("waiting", "budget", waits=[wait]))
     silent = why_run(run("waiting", "budget", waits=[wait | {"ask": None}]))
 
-    assert asking.next == f"runs answer {RUN} budget:llm_tokens --occurrence 2 --data '{{\"by\": N}}'"
-    assert silent.next == "budgets list --org org_acme"
+    assert asking.step.command == f"runs answer {RUN} budget:llm_tokens --occurrence 2 --data '{{\"by\": N}}'"
+    assert silent.step.command == "budgets list --org org_acme"
+
+
+def test_a_question_is_shown_with_its_options_since_when_and_the_command():
+    why = why_run(run("waiting", "answer", waits=[QUESTION]))
+    said = clauses(why)
+
+    assert said.cause == (
+        "its handler waits for an answer to approval (since 2030-01-01T03:00:00.000000Z), without a process"
+    )
+    assert said.question == "it asks: Send it?"
+    assert said.retry == "it goes on when somebody answers: yes / no"
+    # As it stands it is refused: nobody gives an answer by pasting it.
+    assert why.step.command == f"""runs answer {RUN} approval --data '"yes" | "no"'"""
+    assert row_of(why)["questions"] == [
+        {
+            "name": "approval", "occurrence": 1, "ask": "Send it?", "options": ("yes", "no"), "binds": True,
+            "since": AT, "until": None,
+        }
+    ]  # fmt: skip
+
+
+def test_options_within_a_question_are_suggestions():
+    why = why_run(run("waiting", "answer", waits=[QUESTION | {"ask": {"options": ["a"]}, "options": None}]))
+
+    assert (list(why.questions[0].options), why.questions[0].binds) == (["a"], False)
+
+
+def test_a_run_that_expired_says_what_it_waited_for():
+    detail = kept_reason("no_token", "credentials_rejected: issuer main rejects those of ACME")
+    why = why_run(run("skipped", "expired", detail=detail))
+    said = clauses(why)
+
+    assert said.cause == (
+        "its org had no token: issuer main rejects those of ACME, until its start_deadline passed"
+    )
+    assert (why.whose, why.probably) == ("org", False)
+    assert why.step.command == "orgs check org_acme"
+    assert said.retry.startswith("retry it once that is fixed")
+    # Once it is fixed, a retry comes next. The control: of a run that was only due it always does.
+    assert solved(why).step.command == f"runs retry {RUN}"
+    assert why_run(run("skipped", "expired", detail=None)).step.command == f"runs retry {RUN}"
+
+
+@pytest.mark.parametrize(
+    ("reason", "detail", "kept"),
+    [
+        ("due", None, None),
+        (None, None, None),
+        ("no_handler", None, "no_handler"),
+        ("no_pool", "eu", "no_pool: eu"),
+    ],
+)
+def test_an_expired_run_keeps_the_last_reason_other_than_due(reason, detail, kept):
+    assert kept_reason(reason, detail) == kept
+    assert last_reason(kept) == (("", "") if kept is None else (reason, detail or ""))
+
+
+@pytest.mark.parametrize(
+    ("error", "whose"),
+    [
+        (
+            {"type": "HTTPStatusError", "message": "Server error '503 Service Unavailable' for url 'x'"},
+            "remote_api",
+        ),
+        ({"type": "RuntimeError", "message": "the CRM answered 502"}, "remote_api"),
+        ({"type": "ConnectTimeout", "message": ""}, "remote_api"),
+        ({"type": "KeyError", "message": "'title'"}, "handler"),
+        ({"type": "ValueError", "message": "503 rows are too many"}, "handler"),
+        ({"type": "MemoryError", "message": ""}, "limit"),
+    ],
+)
+def test_whose_an_error_probably_is_by_its_type_and_status(error, whose):
+    why = why_run(run("failed", "error", error=error))
+
+    assert (why.whose, why.probably) == (whose, True)
+    assert "probably" in (clauses(why).whose or "")
+
+
+@pytest.mark.parametrize(
+    ("code", "whose"),
+    [("credentials_rejected", "org"), ("issuer_unavailable", "provider"), ("issuer_paused", "provider")],
+)
+def test_whose_it_is_that_there_is_no_token(code, whose):
+    why = why_run(run("waiting", "no_token", detail=f"{code}: issuer main says so"))
+
+    assert (why.whose, why.probably) == (whose, False)
+
+
+EARLIER = AT.replace(hour=2)
+
+
+@pytest.mark.parametrize(
+    ("since_then", "says"),
+    [
+        (SinceThen(AT, 1, {"succeeded": 7}), "7 later runs succeeded"),
+        (SinceThen(AT, 1, {"succeeded": 1}), "1 later run succeeded"),
+        (SinceThen(EARLIER, 3, {"failed": 9}), "all 12 runs since 2030-01-01T02:00:00.000000Z failed"),
+        (SinceThen(AT, 1, {"failed": 2, "succeeded": 7}), "of 9 later runs 7 succeeded and 2 did not"),
+        (SinceThen(AT, 1, {"refused": 2}), "2 later runs were refused"),
+        (SinceThen(AT, 1, {}), "no later run has ended"),
+        (
+            SinceThen(EARLIER, 3, {}),
+            "3 runs in a row ended like this since 2030-01-01T02:00:00.000000Z; no later run has ended",
+        ),
+        (SinceThen(AT, 1, {"succeeded": 1000}, more=True), "at least 1,000 later runs succeeded"),
+    ],
+)
+def test_it_says_what_came_since(since_then, says):
+    why = why_run(run("failed", "error"), since_then=since_then)
+
+    assert clauses(why).since_then == says
+    assert why.since == since_then.since
+    assert row_of(why)["later_runs"] == dict(since_then.later)
+
+
+def test_the_customer_is_told_of_the_success_that_came_since():
+    failed = run("failed", "error")
+    after = clauses(why_run(failed, since_then=SinceThen(AT, 1, {"succeeded": 2}))).customer
+    retried = clauses(why_run(failed, retried={"id": "r2", "state": "succeeded"})).customer
+
+    assert after.endswith("It has run successfully since then.")
+    assert retried.endswith("It was run again and has succeeded.")
+    assert clauses(why_run(failed)).customer == (
+        "The job digest, planned for 2030-01-01T03:00:00.000000Z, did not run to its end, "
+        "because of an error on our side. We are looking into it."
+    )

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tests.fakes.clock import START
-from worker.runs.why import CAUSES, why_run
-from worker.web.pages.answer import Step, answer, step_of
+from worker.runs.causes import CAUSES
+from worker.runs.why import why_run
+from worker.web.pages.answer import Step, answer
 from worker.web.pages.runs import MOST_LANES, lanes_of
 
 RUN = "01900000-0000-7000-8000-000000000001"
@@ -31,41 +32,30 @@ def test_every_state_has_sentences_without_commands_and_a_step_to_a_page(state: 
     found = answer(why_run(row(state, reason)), row(state, reason))
 
     assert found.lead.startswith(f"{state.capitalize()} at attempt 1: ")
-    for sentence in (found.lead, found.kept, found.retry):
+    for sentence in filter(None, (found.lead, found.whose, found.kept, found.retry)):
         assert sentence.endswith(".")
         assert "`" not in sentence
         assert "runs retry" not in sentence
     if found.step is not None:
+        assert found.command
         assert found.step.href.startswith(("/", "#"))
         assert " " not in found.step.href
     assert OTHER not in found.lead
 
 
-@pytest.mark.parametrize(
-    ("command", "step"),
-    [
-        (f"runs retry {RUN}", Step("Retry it", "#retry", "retry")),
-        (
-            f"runs retry {RUN} --from-checkpoint",
-            Step("Retry it from its checkpoint", "#retry-from-checkpoint", "retry"),
-        ),
-        (f"runs show {RUN}", None),
-        (f"runs why {OTHER}", Step("Open the retry", f"/runs/{OTHER}")),
-        (f"runs logs {RUN} --follow", Step("Read its log", "#log")),
-        ("orgs check org a", Step("Check the org's credentials and claims", "/orgs/org%20a")),
-        ("definitions show org a x", Step("Open the definition", "/orgs/org%20a/definitions/a%2F%22b%22")),
-        (
-            "runs list --org org a --definition x y --state running",
-            Step(
-                "See its other runs",
-                "/search?q=org%3A%22org+a%22+definition%3A%22a%2F+b%22+state%3Arunning",
-            ),
-        ),
-        ("doctor", Step("See the workers", "/workers")),
-    ],
-)
-def test_a_command_becomes_a_page(command: str, step: Step | None):
-    assert step_of(command, row("failed", "error", org="org a", definition='a/"b"')) == step
+def test_a_secret_that_is_missing_and_a_budget_have_a_step_on_the_console():
+    missing = answer(why_run(row("refused", "secret_missing")), row("refused", "secret_missing"))
+    budget = answer(why_run(row("waiting", "budget")), row("waiting", "budget"))
+
+    assert missing.step == Step("Open the org that lacks the secret", "/orgs/org%20a")
+    assert budget.step == Step("See the org's budgets", "/usage?org=org%20a")
+
+
+def test_a_step_on_the_runs_own_page_is_a_part_of_it():
+    failed = row("failed", "error")
+
+    assert answer(why_run(failed), failed).step == Step("Retry it", "#retry", "retry")
+    assert answer(why_run(row("waiting", "snoozed")), row("waiting", "snoozed")).step is None
 
 
 def attempt(number: int, start: float, **seconds: float | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from worker.claims.digests import without_digests
+from worker.runs.causes import last_reason
 from worker.telemetry.masking import without_paths
 
 T = TypeVar("T")
@@ -100,10 +101,16 @@ def error_cause(value: Any, row: Row, org: str) -> Any:
 
 
 def detail(value: Any, row: Row, org: str) -> Any:
-    if value is None or row.get("reason") in _DETAILED:
+    reason = row.get("reason")
+    if reason == "expired" and value is not None:
+        # The reason that it had before, with that reason's detail.
+        last, rest = last_reason(value)
+        known = detail(rest or None, {"reason": last}, org)
+        return last if known is None else f"{last}: {known}"
+    if value is None or reason in _DETAILED:
         return text(value, row, org)
     # For a run without a token, the error's code; the message names files and other orgs.
-    return value.partition(":")[0] if row.get("reason") == "no_token" else None
+    return value.partition(":")[0] if reason == "no_token" else None
 
 
 def claims(value: Any, row: Row, org: str) -> Any:

@@ -247,6 +247,36 @@ class RunDetail(Run):
     spec: Spec
 
 
+class Explanation(TypedDict):
+    """Why a run has its state: data first, then the same in words. `next` is a command."""
+
+    run: Shown[RunId | None]
+    org: Shown[str]
+    definition: Shown[str]
+    scheduled_for: Shown[datetime]
+    state: Shown[str | None]
+    reason: Shown[str | None]
+    retried_as: Shown[RunId | None]
+    other_orgs: Annotated[int | None, redaction.hidden]
+    kind: Shown[str]
+    whose: Shown[str | None]
+    probably: Shown[bool]
+    since: Shown[datetime | None]
+    later_runs: Shown[Json]
+    questions: Shown[Json]
+    verb: Shown[str]
+    subject: Annotated[Json, redaction.hidden]
+    what: Shown[str]
+    cause: Annotated[str, redaction.text]
+    since_then: Shown[str | None]
+    others: Annotated[str | None, redaction.hidden]
+    kept: Shown[str]
+    retry: Shown[str]
+    customer: Shown[str]
+    next: Annotated[str | None, redaction.hidden]
+    sentence: Annotated[str | None, redaction.hidden]
+
+
 class LogLine(TypedDict):
     """A line that a run logged or printed."""
 

@@ -20,6 +20,7 @@ from worker.store.lists.rows import (
     Bulk,
     CredentialRow,
     DefinitionDetail,
+    Explanation,
     LogLine,
     OrgDetail,
     PlannedBackfill,
@@ -139,6 +140,14 @@ RUN = Endpoint(
     RUN_PATH,
     "One run with its attempts, steps and claims; for operators also its spec.",
     RunDetail,
+)
+WHY = Endpoint(
+    "explain_run",
+    "GET",
+    f"{RUN_PATH}/why",
+    "Why a run has its state: the cause, whose it is, since when, how later runs ended, the next step, and a "
+    "text for the customer.",
+    Explanation,
 )
 ATTEMPTS = Endpoint(
     "list_attempts", "GET", f"{RUN_PATH}/attempts", "The attempts of a run.", Attempt, is_list=True

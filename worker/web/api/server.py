@@ -17,6 +17,8 @@ from worker.clock import Clock
 from worker.definitions.units import parse_time
 from worker.errors import AccessDenied, NotFound, PreconditionFailed, UsageError
 from worker.operations.runs import require_run
+from worker.operations.why import explain
+from worker.runs.clauses import row_of
 from worker.search import of_pool, parsed, states_of
 from worker.store.lists import MAX_LIMIT, RUNS, Listing, Page, runs, search
 from worker.store.lists import read as lists
@@ -27,6 +29,7 @@ from worker.store.lists.rows import (
     Bulk,
     CredentialRow,
     DefinitionDetail,
+    Explanation,
     LogLine,
     OrgDetail,
     PlannedBackfill,
@@ -63,6 +66,7 @@ class Api:
             endpoints.ADD_CREDENTIAL: self._add_credential,
             endpoints.RETIRE_CREDENTIAL: self._retire_credential,
             endpoints.RUN: self._run,
+            endpoints.WHY: self._why,
             endpoints.ATTEMPTS: self._attempts,
             endpoints.LOGS: self._logs,
             endpoints.EVENTS: watch,
@@ -198,6 +202,17 @@ class Api:
         def work(connection: Connection) -> Response:
             row = caller.sees(RunDetail, runs.run(connection, caller.scope(), run))
             return json_response(row if part is None else row[part])
+
+        return await self._database.read(caller, work)
+
+    async def _why(self, request: Request) -> Response:
+        caller, run_id = caller_of(request), request.path_params["run"]
+        query_of(request, (), "a run")
+
+        def work(connection: Connection) -> Response:
+            run = caller.sees(RunDetail, runs.run(connection, caller.scope(), run_id))
+            found = explain(connection, run, across_orgs=caller.org is None)
+            return json_response(caller.sees(Explanation, row_of(found)))
 
         return await self._database.read(caller, work)
 
