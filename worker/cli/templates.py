@@ -16,6 +16,7 @@ from worker.definitions.units import parse_time
 from worker.errors import Conflict, UsageError
 from worker.ids import ALL_ORGS, new_id
 from worker.store.lists import TEMPLATES
+from worker.store.lists.rows import Template
 
 if TYPE_CHECKING:
     from worker.store.database import Database
@@ -33,7 +34,19 @@ BACKFILLED = ("org", "definition", "instants", "made", "left")
 # Orgs that are counted for the progress, and those of one transaction.
 MOST, AT_ONCE = 100_000, 500
 
-add_list(app, TEMPLATES, cells={"reached": lambda row: f"{row['orgs_done']}/{row['orgs_total']} orgs"})
+
+def _reaches(row: Template) -> str:
+    """`4 orgs`, and how far its last change is if that is not everywhere yet."""
+    from worker.store.templates import COUNTED
+
+    count = row["definitions"]
+    text = f"{count}{'+' if count == COUNTED else ''} {'org' if count == 1 else 'orgs'}"
+    if row["orgs_done"] < row["orgs_total"]:
+        text += f", change at {row['orgs_done']}/{row['orgs_total']}"
+    return text
+
+
+add_list(app, TEMPLATES, cells={"reaches": _reaches})
 
 
 def apply_templates(session: Invocation, database: Database) -> None:

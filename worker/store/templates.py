@@ -21,6 +21,8 @@ _templates = tables.templates
 _orgs = tables.orgs
 _facts = tables.facts
 
+# Definitions of a template that a list counts.
+COUNTED = 10_000
 _CHANGES = "templates_change"
 # The row stays locked until the transaction ends, so numbers are committed in order.
 _NEXT = """
@@ -53,9 +55,24 @@ def definitions_of_for_all_orgs(
 
 def count_definitions(connection: Connection, template_id: TemplateId, *, most: int) -> int:
     """The number of open definitions that the template made, up to `most`."""
+    return reach_for_all_orgs(connection, [template_id], most=most)[template_id]
+
+
+def reach_for_all_orgs(
+    connection: Connection, ids: Sequence[TemplateId], *, most: int = COUNTED
+) -> dict[TemplateId, int]:
+    """How many open definitions each of these templates made, one an org; up to `most` each are counted."""
     made = tables.definitions
-    some = select(made.c.id).where(made.c.template_id == template_id, made.c.closed_at.is_(None)).limit(most)
-    return connection.execute(select(func.count()).select_from(some.subquery())).scalar_one()
+    some = (
+        select(made.c.id)
+        .where(made.c.template_id == _templates.c.id, made.c.closed_at.is_(None))
+        .limit(most)
+        .correlate(_templates)
+        .subquery()
+    )
+    count = select(func.count()).select_from(some).scalar_subquery()
+    rows = connection.execute(select(_templates.c.id, count).where(_templates.c.id.in_(ids)))
+    return {row.id: row[1] for row in rows}
 
 
 def every(connection: Connection) -> list[Row]:

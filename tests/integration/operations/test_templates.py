@@ -21,7 +21,7 @@ from worker.operations.templates import close_template, materialise
 from worker.orgs import OrgEntry
 from worker.store import audit, tables
 from worker.store.database import Database
-from worker.store.lists import DEFINITIONS, Page
+from worker.store.lists import DEFINITIONS, TEMPLATES, Page
 from worker.store.lists import read as lists
 
 TEMPLATE = """
@@ -225,6 +225,47 @@ def test_many_orgs_follow_in_batches_with_progress(apply, database, monkeypatch,
     assert (shown["orgs_done"], shown["orgs_total"]) == (45, 45)
     assert shown["materialised_at"] is not None
     assert len(made(database)) == 45
+
+
+def reach(database, org_scope=ALL_ORGS) -> dict[str, int | None]:
+    """What the list counts, by template."""
+    with database.autocommit() as connection:
+        rows = lists.read(connection, TEMPLATES, org_scope)
+    return {row["name"]: row["definitions"] for row in rows}
+
+
+def test_a_list_counts_the_orgs_that_have_the_definition(apply, database, rows):
+    """Neither orgs that the selector leaves out, nor one whose own definition has the name; up to a limit."""
+    own = '[[definition]]\norg = "org_own"\nname = "export"\nhandler = "acme.plain"\nschedule = "@daily"\n'
+    every = TEMPLATE.replace('{ tags = ["pro"] }', '"all"').replace("export", "sync")
+    apply(TEMPLATE + every)
+    assert reach(database) == {"export": 0, "sync": 0}
+    apply(org("org_a", "pro") + org("org_b", "pro") + org("org_own", "pro") + org("org_free") + own)
+
+    # The progress of the template's last change says nothing about orgs that came later.
+    assert template(database)["orgs_total"] == 0
+    assert reach(database) == {"export": 2, "sync": 4}
+    assert template(database)["definitions"] == 2
+    with database.autocommit() as connection:
+        some = module.templates.reach_for_all_orgs(connection, [template(database, "sync")["id"]], most=3)
+    assert list(some.values()) == [3]
+    set_org_state(database, "org_a", "removed", actor="tester")
+    carry_on(database)
+    assert reach(database) == {"export": 1, "sync": 3}
+
+
+def test_an_orgs_own_request_counts_no_other_org(apply, database, monkeypatch):
+    apply(org("org_a", "pro") + org("org_b", "pro") + TEMPLATE)
+    counted = []
+    monkeypatch.setattr(lists.templates, "reach_for_all_orgs", lambda *_, **__: counted.append(1) or {})
+
+    assert reach(database, "org_a") == {"export": None}
+    with database.autocommit() as connection:
+        assert lists.template(connection, "org_a", "export")["definitions"] is None
+    assert counted == []
+    with pytest.raises(KeyError):  # the control
+        reach(database)
+    assert counted == [1]
 
 
 def test_a_change_amid_another_leaves_every_org_with_the_newest(apply, database, monkeypatch):

@@ -130,8 +130,8 @@ DEFINITIONS = Listing(
 TEMPLATES = Listing(
     "templates",
     Template,
-    "List templates, newest first, with how many orgs the last change has reached.",
-    ("name", "orgs", "handler", "schedule", "state", "revision", "reached"),
+    "List templates, newest first, with how many orgs have their definition.",
+    ("name", "orgs", "handler", "schedule", "state", "revision", "reaches"),
     filters=("state", "since"),
     states=("open", "closed"),
     few_per_org=True,

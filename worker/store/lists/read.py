@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, TypedDict, TypeVar, cast
 
@@ -15,6 +15,7 @@ from sqlalchemy import (
     case,
     func,
     literal,
+    null,
     select,
     true,
 )
@@ -25,10 +26,10 @@ from worker.definitions.words import in_words
 from worker.errors import DefinitionError, InvalidTrigger, NotFound, UsageError
 from worker.ids import AllOrgs, OrgId, OrgScope, RunId, lowest_id
 from worker.search import Query, states_of
-from worker.store import calendars, orgs, states, tables
+from worker.store import calendars, orgs, states, tables, templates
 from worker.store import definitions as definition_rows
 from worker.store.catalogue import OF_WORKERS
-from worker.store.dialect import all_rows, first_row
+from worker.store.dialect import Row, all_rows, first_row
 from worker.store.host_handlers import names_with_workers
 from worker.store.lists import (
     AUDIT,
@@ -112,8 +113,10 @@ def read(connection: Connection, listing: Listing[R], org: OrgScope, page: Page 
             statement = statement.where(source.key >= lowest_id(page.since))
     if page.after is not None:
         statement = statement.where(source.key < page.after)
-    statement = statement.order_by(source.key.desc()).limit(limit)
-    return cast(list[R], all_rows(connection, statement))
+    rows = all_rows(connection, statement.order_by(source.key.desc()).limit(limit))
+    if listing is TEMPLATES and isinstance(scope, AllOrgs):
+        _add_reach(connection, rows)
+    return cast(list[R], rows)
 
 
 def org(connection: Connection, code: str) -> OrgDetail:
@@ -203,7 +206,16 @@ def template(connection: Connection, org: OrgScope, name: str) -> TemplateDetail
             fix="`templates list` shows the templates",
             sought=("template", name, None),
         )
+    if isinstance(scope, AllOrgs):
+        _add_reach(connection, [row])
     return cast(TemplateDetail, row)
+
+
+def _add_reach(connection: Connection, rows: Sequence[Row]) -> None:
+    """Add how many definitions each template has. An org does not see it, and its requests do not count."""
+    reach = templates.reach_for_all_orgs(connection, [row["id"] for row in rows])
+    for row in rows:
+        row["definitions"] = reach[row["id"]]
 
 
 def calendar(connection: Connection, name: str) -> CalendarDetail:
@@ -348,6 +360,7 @@ _SOURCES: Mapping[Listing[Any], _Source] = {
         by_default=_templates.c.closed_at.is_(None),
         by_default_of_org=False,
         orgs=_templates.c.selector,
+        definitions=null(),
         handler=_of_spec("handler", _templates),
         schedule=_of_spec("schedule", _templates),
         state=case((_templates.c.closed_at.is_(None), literal("open")), else_=literal("closed")),

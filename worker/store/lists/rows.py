@@ -108,11 +108,16 @@ class DefinitionDetail(Definition):
 
 
 class Template(TypedDict):
-    """One definition for many orgs. Which orgs, and how many, is for operators only."""
+    """One definition for many orgs. Which orgs, and how many, is for operators only.
+
+    `definitions` is how many open definitions it made, one an org; at most 10,000 are counted.
+    `orgs_done` of `orgs_total` orgs, selected or not, have been compared with its last change.
+    """
 
     id: Shown[TemplateId]
     name: Shown[str]
     orgs: Json
+    definitions: int
     handler: Shown[str]
     schedule: Shown[str]
     state: Shown[str]

@@ -27,6 +27,7 @@ from worker.store.lists import (
 )
 from worker.store.lists.morning import lease_state
 from worker.store.lists.read import read
+from worker.store.templates import COUNTED
 from worker.web.callers import Caller
 from worker.web.pages.base import ROWS, Pages, allowed, caller_of, next_page, query
 from worker.web.pages.forms import problem_of
@@ -77,6 +78,7 @@ class InventoryPages:
             return {
                 "rows": [caller.sees(listing.row, row) for row in rows],
                 "states": listing.states,
+                "counted": COUNTED,
                 "given": dict.fromkeys(filters, "") | given,
                 "next": next_page(request.url.path, given, rows),
             }
