@@ -41,7 +41,7 @@ def test_the_first_steps_of_the_quickstart(tmp_path: Path):
             clone.replace("<this repository>", str(source)),
             f"cp -a {source}/.venv . && {SET_UP}",
             f"{demo} >../log 2>&1 &",
-            'until grep --quiet "  succeeded  " ../log; do',
+            'until grep --quiet "  succeeded in " ../log; do',
             "    kill -0 %1 || { cat ../log; exit 1; }; sleep 0.2",
             "done",
             "kill -INT %1; wait %1",

@@ -15,7 +15,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from worker.demo import handlers
 from worker.demo.api import CustomerApi
+from worker.demo.handlers import METER
 from worker.demo.people import Person, WebApplication
 from worker.demo.provider import Application, Fault, Provider, serve_provider
 from worker.demo.serving import ServerThread, bind_loopback, url_of
@@ -29,6 +31,10 @@ DIGEST = "support-digest"
 FLAG = "agent-v2"
 # The definition in the middle of whose run the demo kills its worker, and its org.
 HANDBOOK, HANDBOOK_ORG = "handbook", "org_globex"
+# The definition that waits for an approval, and its org.
+REFUND, REFUND_ORG = "refund", "org_acme"
+# The template for orgs with the tag `pro`, and the one of them whose budget its run uses up.
+LETTERS, LETTERS_ORG = "letters", "org_globex"
 # The org of the people who run the installation, the console's client id, and the folder with secrets.
 VENDOR = "org_vendor"
 CONSOLE = "console"
@@ -280,8 +286,8 @@ params = {{ {articles} }}
     return "\n".join(tables)
 
 
-def handbook_file(api_url: str) -> str:
-    """The file for a digest of many pages, with a model call for each, that is run by hand."""
+def later_file(api_url: str) -> str:
+    """The file for the third `apply`: what runs only by hand, with the budget that one of it uses up."""
     return f"""\
 [[definition]]
 org = "{HANDBOOK_ORG}"
@@ -290,6 +296,26 @@ handler = "assistant.digest"
 schedule = "@yearly"
 scopes = ["{SCOPE}"]
 params = {{ {_services(api_url)}, collection = "handbook", page_size = 1 }}
+
+[[definition]]
+org = "{REFUND_ORG}"
+name = "{REFUND}"
+handler = "demo.refund"
+schedule = "@yearly"
+params = {{ customer = "Ada", euros = 40 }}
+
+[[template]]
+name = "{LETTERS}"
+orgs = {{ tags = ["pro"] }}
+handler = "demo.letters"
+schedule = "@yearly"
+params = {{ customers = 12 }}
+
+[[budget]]
+org = "{LETTERS_ORG}"
+meter = "{METER}"
+per = "day"
+limit = 8
 """
 
 
@@ -324,19 +350,30 @@ class Installation:
         self.database = folder / "demo.db"
         self.settings = folder / "worker.toml"
         self.log = folder / "worker.log"
-        self._environment = environment
+        plugins = folder / "plugins"
+        handlers.install(plugins)
+        path = os.pathsep.join(filter(None, (str(plugins), environment.get("PYTHONPATH"))))
+        self._environment = environment | {"PYTHONPATH": path}
+        self._script = folder / "orgworker"
+        self._script.write_text(self._script_text(path), encoding="utf-8")
+        self._script.chmod(0o700)
         self._worker: subprocess.Popen[bytes] | None = None
 
     def _command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-P", "-m", "worker", "--config", str(self.settings), *arguments]
 
+    def _script_text(self, path: str) -> str:
+        return f'#!/bin/sh\nPYTHONPATH={shlex.quote(path)} exec {shlex.join(self._command())} "$@"\n'
+
     def command_line(self) -> str:
         """What runs a command on this installation, as text for a shell in any folder."""
-        return shlex.join(self._command())
+        script = shlex.quote(str(self._script))
+        # No file may be executed on a file system that is mounted with `noexec`.
+        return script if os.access(self._script, os.X_OK) else f"sh {script}"
 
     def run(self, *arguments: str) -> None:
         """Run one command; its failure ends the demo."""
-        say(f"$ python -m worker {' '.join(Path(item).name for item in arguments)}")
+        say(f"$ orgworker {' '.join(Path(item).name for item in arguments)}")
         done = subprocess.run(
             self._command(*arguments),
             env=self._environment,

@@ -1,4 +1,4 @@
-"""`python -m worker demo`: four orgs, one worker, and a line for each change of a run's state.
+"""`orgworker demo`: four orgs, one worker, and a line for what happens to each run.
 
 Provider and API run in threads of this process. The commands and the worker are the same child
 processes that an operator would start.
@@ -9,32 +9,38 @@ from __future__ import annotations
 import secrets
 import signal
 import socket
-import sqlite3
 import sys
 import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from worker.clock import Clock, SystemClock, to_text
+from worker.clock import Clock, SystemClock
 from worker.demo.api import TOPICS
 from worker.demo.installation import (
     DIGEST,
+    FLAG,
     HANDBOOK,
     HANDBOOK_ORG,
+    LETTERS,
+    REFUND,
+    REFUND_ORG,
     DemoFailed,
     Installation,
     begin,
     free_address,
-    handbook_file,
+    later_file,
     say,
     settings_file,
     world,
 )
+from worker.demo.journal import Change, Journal
+from worker.demo.keyboard import Keyboard
+from worker.demo.lines import ASKED, HEAD, Quiet, advice_on, line, words_of
+from worker.errors import WorkerError
 from worker.operations.operators import make_link
 from worker.store.database import Database
 
@@ -42,136 +48,89 @@ POLL = 0.05
 # Seconds until the knowledge base of each org has another article.
 NEWS_EVERY = 2.0
 
-# Polling `run_view` would miss states that last a few milliseconds, so triggers write a journal.
-JOURNAL = """
-CREATE TABLE demo_changes (
-    seq INTEGER PRIMARY KEY, run_id TEXT NOT NULL, definition_id TEXT NOT NULL,
-    state TEXT NOT NULL, reason TEXT, detail TEXT
-);
-CREATE TRIGGER demo_run_made AFTER INSERT ON live_runs BEGIN
-    INSERT INTO demo_changes (run_id, definition_id, state, reason, detail)
-    VALUES (NEW.id, NEW.definition_id, CASE NEW.state WHEN 'held' THEN 'waiting' ELSE NEW.state END,
-            CASE NEW.state WHEN 'held' THEN 'held' ELSE NEW.reason END, NEW.detail);
-END;
-CREATE TRIGGER demo_run_moved AFTER UPDATE ON live_runs
-WHEN OLD.state IS NOT NEW.state
-     OR NEW.state = 'waiting' AND (OLD.reason IS NOT NEW.reason OR OLD.detail IS NOT NEW.detail) BEGIN
-    INSERT INTO demo_changes (run_id, definition_id, state, reason, detail)
-    VALUES (NEW.id, NEW.definition_id, CASE NEW.state WHEN 'parked' THEN 'waiting' ELSE NEW.state END,
-            CASE NEW.state WHEN 'running' THEN NULL ELSE NEW.reason END,
-            CASE NEW.state WHEN 'running' THEN NULL ELSE NEW.detail END);
-END;
-CREATE TRIGGER demo_run_ended AFTER UPDATE ON runs WHEN OLD.state IS NOT NEW.state BEGIN
-    INSERT INTO demo_changes (run_id, definition_id, state, reason, detail)
-    VALUES (NEW.id, NEW.definition_id, NEW.state, NEW.reason, NEW.detail);
-END;
-"""
-
-READ_CHANGES = """
-SELECT c.seq, o.code, d.name, c.state, c.reason, c.detail, a.handler, a.handler_started_at,
-       (SELECT client_id FROM credentials k WHERE k.org_id = o.id AND k.state = 'active'
-        ORDER BY generation DESC LIMIT 1)
-FROM demo_changes c JOIN definitions d ON d.id = c.definition_id JOIN orgs o ON o.id = d.org_id
-LEFT JOIN attempts a ON a.run_id = c.run_id
-     AND a.attempt = (SELECT max(attempt) FROM attempts WHERE run_id = c.run_id)
-WHERE c.seq > ? ORDER BY c.seq
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A run entered a state; `handler` is that of its last attempt, `client_id` the org's newest."""
-
-    org: str
-    definition: str
-    state: str
-    reason: str | None
-    detail: str | None
-    handler: str | None
-    handler_started_at: str | None
-    client_id: str | None
-
-
-class Journal:
-    """Creates the journal in a migrated SQLite file, and reads each change once."""
-
-    def __init__(self, path: Path) -> None:
-        self._connection = sqlite3.connect(path, timeout=5, isolation_level=None)
-        self._connection.executescript(JOURNAL)
-        self._seq = 0
-
-    def read(self) -> list[Change]:
-        """The changes since the last call."""
-        rows = self._connection.execute(READ_CHANGES, (self._seq,)).fetchall()
-        if rows:
-            self._seq = rows[-1][0]
-        return [Change(*row[1:]) for row in rows]
-
-    def close(self) -> None:
-        self._connection.close()
-
 
 class Narrator:
-    """Prints each change of a run's state, and explains those of the digests once for each org.
+    """Prints a line for what happens to runs, and says what the reader can do about those that wait.
 
-    `command` is what runs a command on this installation from anywhere.
+    `command` is what runs a command on this installation from anywhere, `console` its console's address.
     """
 
-    def __init__(self, journal: Journal, clock: Clock, started: float, command: str) -> None:
+    def __init__(self, journal: Journal, clock: Clock, started: float, *, command: str, console: str) -> None:
         self._command = command
+        self._console = console
         self._journal = journal
         self._clock = clock
         self._started = started
-        self._explained: set[tuple[str, str, str | None]] = set()
+        self._quiet = Quiet()
+        self._advised: set[tuple[str, str | None]] = set()
         self._ends: Counter[tuple[str, str]] = Counter()
         self._latest: dict[str, Change] = {}
+        self._open: dict[str, Change] = {}
         self.succeeded: set[tuple[str, str]] = set()
         """The orgs and definitions of which a run has succeeded."""
 
     def narrate(self) -> None:
         for change in self._journal.read():
-            at = to_text(self._clock.now())[:-4] + "Z"
-            print_line(at, change.org, change.definition, change.state, change.reason, change.detail)
-            self._latest[change.org] = change
-            if change.state not in ("waiting", "running"):
-                self._ends[change.org, change.state] += 1
-            first = not self.succeeded
-            if change.state == "succeeded":
-                self.succeeded.add((change.org, change.definition))
-            key = (change.org, change.state, change.reason)
-            if change.definition == DIGEST and key not in self._explained:
-                self._explained.add(key)
-                self._explain(change, first)
-
-    def _explain(self, change: Change, first: bool) -> None:
-        if change.state == "succeeded":
-            if first:
+            words = self._quiet.words_of(change, self._clock.monotonic())
+            is_first = change.state == "succeeded" and (change.org, change.definition) not in self.succeeded
+            if words is not None:
+                told = f"{words}{flag_of(change)}" if is_first and change.definition == DIGEST else words
+                print(line(self._clock.now(), change, told), flush=True)
+            if is_first and not self.succeeded:
                 elapsed = self._clock.monotonic() - self._started
                 say(f"the first run succeeded {elapsed:.1f} s after the worker's start")
-            new = (change.handler or "").endswith("_v2")
-            which = "on: the new agent" if new else "off: the old agent"
-            say(f"{change.org}: the flag agent-v2 is {which}, {change.handler}, answered")
-        elif change.state == "refused":
-            began = "was started" if change.handler_started_at else "was not started"
-            say(f"{change.org}: the provider returned a token of another org; the handler {began}")
-        elif change.reason == "no_token":
-            say(f"{change.org}: the provider no longer takes its secret; its runs wait. To fix this:")
-            client = change.client_id or "ID"
-            say(f"    python -m worker credentials add {change.org} --client-id {client} --secret-file FILE")
-            say("or let orgworker make another application, in another terminal:")
-            say(f"    {self._command} orgs sync --provision --org {change.org}")
+            self._note(change)
+            if words is not None:
+                self._advise(change)
+
+    def say_what_waits(self) -> None:
+        """Repeat what waits for the reader."""
+        for change in self._open.values():
+            say(f"{change.definition} of {change.org} {words_of(change)}")
+            self._say_advice(change)
 
     def sum_up(self) -> None:
         """Print the outcomes of each org's runs, or the state of its latest run if none has ended."""
         for org, latest in sorted(self._latest.items()):
-            ends = [f"{count} {state}" for (of, state), count in sorted(self._ends.items()) if of == org]
-            say(f"{org}: {', '.join(ends) or f'still {latest.state} ({latest.reason})'}")
+            counts = [f"{count} {state}" for (of, state), count in sorted(self._ends.items()) if of == org]
+            counts += [
+                f"{each.definition} {words_of(each)}" for each in self._open.values() if each.org == org
+            ]
+            say(f"{org}: {', '.join(counts) or f'no run has ended, {words_of(latest) or latest.state}'}")
+
+    def _note(self, change: Change) -> None:
+        self._latest[change.org] = change
+        if change.state not in ("waiting", "running"):
+            self._ends[change.org, change.state] += 1
+        if change.state == "succeeded":
+            self.succeeded.add((change.org, change.definition))
+        if change.reason in ASKED:
+            self._open[change.run] = change
+        else:
+            self._open.pop(change.run, None)
+
+    def _advise(self, change: Change) -> None:
+        # A secret is rejected for all runs of an org alike.
+        key = (change.run if change.reason in ASKED else change.org), change.reason
+        if key not in self._advised:
+            self._advised.add(key)
+            self._say_advice(change)
+
+    def _say_advice(self, change: Change) -> None:
+        for text in advice_on(change, console=self._console, command=self._command):
+            say(f"    {text}")
 
 
-class Accident:
-    """Kills the worker in the middle of a run with many model calls, and says which calls were made again.
+def flag_of(change: Change) -> str:
+    """How the org's flag chose the handler of a digest."""
+    state = "on" if (change.handler or "").endswith("_v2") else "off"
+    return f": {FLAG} is {state}, by {change.handler}"
 
-    `asked` returns how many calls that run has made.
+
+class Story:
+    """What happens once: the worker is killed in the middle of a run, then two runs wait for the reader.
+
+    `asked` returns how many model calls the killed run has made.
     """
 
     CALLS_BEFORE = 3
@@ -180,7 +139,7 @@ class Accident:
         self._installation = installation
         self._narrator = narrator
         self._asked = asked
-        self._steps = iter((self._begin, self._kill, self._sum_up))
+        self._steps = iter((self._begin, self._kill, self._sum_up, self._ask_the_reader))
         self._next: Callable[[], bool] | None = next(self._steps)
 
     def advance(self) -> None:
@@ -201,7 +160,7 @@ class Accident:
             return False
         self._installation.kill_worker()
         say(f"kill -9 of the worker, in {HANDBOOK} of {HANDBOOK_ORG}, after {before} model calls")
-        say("$ python -m worker run")
+        say("$ orgworker run")
         self._installation.start_worker()
         return True
 
@@ -213,12 +172,39 @@ class Accident:
         say(f"{HANDBOOK} of {HANDBOOK_ORG}: {calls} model calls for {pages} pages; the kill repeated {again}")
         return True
 
+    def _ask_the_reader(self) -> bool:
+        say("Your turn: approve a refund and raise a budget, on the console or in another terminal.")
+        self._installation.run("definitions", "run", REFUND_ORG, REFUND)
+        self._installation.run("templates", "run", LETTERS)
+        return True
 
-def print_line(
-    time: str, org: str, definition: str, state: str, reason: str | None, detail: str | None
-) -> None:
-    flat = " ".join((detail or "-").split())
-    print(f"{time:<24}  {org:<12}  {definition:<14}  {state:<9}  {reason or '-':<16}  {flat}", flush=True)
+
+class Console:
+    """The console's address, and links that log in to it once."""
+
+    # Seconds in which Enter makes one link.
+    PAUSE = 1.0
+
+    def __init__(self, listen: str, database: Database, clock: Clock) -> None:
+        self.origin = f"http://{listen}"
+        self._database = database
+        self._clock = clock
+        self._made_at: float | None = None
+
+    def link(self) -> str:
+        return self.origin + make_link(self._database, "demo", at=self._clock.now())
+
+    def say_link(self) -> bool:
+        """Print a new link, unless one was printed a moment ago; returns whether it did."""
+        now = self._clock.monotonic()
+        if self._made_at is not None and now - self._made_at < self.PAUSE:
+            return False
+        self._made_at = now
+        try:
+            say(f"a new link to the console: {self.link()}")
+        except WorkerError as error:
+            say(f"no new link: {error.message}; press Enter again")
+        return True
 
 
 def run(seconds: float | None = None) -> int:
@@ -251,16 +237,16 @@ def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: 
 
     say("adding what these orgs' jobs did in the last 24 hours")
     history.add(f"sqlite:///{installation.database}", around.orgs, around.api_url, until=clock.now())
-    handbook = folder / "handbook.toml"
-    handbook.write_text(handbook_file(around.api_url), encoding="utf-8")
-    installation.run("apply", str(handbook))
+    later = folder / "later.toml"
+    later.write_text(later_file(around.api_url), encoding="utf-8")
+    installation.run("apply", str(later))
     # After the past, which it does not tell.
     journal = Journal(installation.database)
     stack.callback(journal.close)
     database = Database.open(f"sqlite:///{installation.database}", clock=clock)
-    link = make_link(database, "demo", at=clock.now())
-    database.close()
-    say("$ python -m worker run")
+    stack.callback(database.close)
+    console, keyboard = Console(listen, database, clock), Keyboard.of_terminal()
+    say("$ orgworker run")
     started = clock.monotonic()
     ends_at = None if seconds is None else started + seconds
     installation.start_worker()
@@ -268,19 +254,23 @@ def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: 
     # The link works as soon as it is seen.
     while not stop.is_set() and not answers(listen):
         wait_for(installation, stop)
+    command = installation.command_line()
     say("")
-    say(f"OPEN THIS in a browser: http://{listen}{link}")
-    say("It logs in once, within ten minutes, on this machine: what went wrong last night, why, what to do.")
-    say(f"Later: http://{listen}/ with the token {token}, or as a person of the provider.")
-    say("Ctrl-C ends the demo.")
+    say(f"OPEN THIS in a browser: {console.link()}")
+    say("It logs in once, within ten minutes, on this machine. See what went wrong last night, and why.")
+    say(f"Later, log in with the token {token}, or as a person of the provider.")
+    again = "Enter prints a new link" if keyboard.is_there else f"`{command} login` prints a new link"
+    say(f"{again}, Ctrl-C ends the demo.")
     say("")
-    print_line("time", "org", "definition", "state", "reason", "detail")
-    narrator = Narrator(journal, clock, started, installation.command_line())
-    accident = Accident(installation, narrator, around.api.chat.asked_about_handbooks)
+    print(HEAD, flush=True)
+    narrator = Narrator(journal, clock, started, command=command, console=console.origin)
+    story = Story(installation, narrator, around.api.chat.asked_about_handbooks)
     while not stop.is_set() and (ends_at is None or clock.monotonic() < ends_at):
         narrator.narrate()
-        accident.advance()
-        wait_for(installation, stop)
+        story.advance()
+        installation.check_worker()
+        if keyboard.wait(stop, POLL) and console.say_link():
+            narrator.say_what_waits()
     say("stopping: the worker drains")
     installation.end_worker()
     narrator.narrate()

@@ -1,14 +1,18 @@
-"""The demo's narrator: a line in columns for each change, and once what it means."""
+"""The demo's narrator and story: lines with what to do, a summary, and what happens once."""
 
 from __future__ import annotations
 
-import re
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
-from worker.demo.run import Accident, Change, Narrator
+from worker.demo.journal import Change
+from worker.demo.lines import QUIET
+from worker.demo.run import Console, Narrator, Story
+from worker.errors import Unavailable
 
-COMMAND = "python -m worker --config /tmp/demo/worker.toml"
+COMMAND, CONSOLE = "/tmp/demo/orgworker", "http://127.0.0.1:8470"
 
 
 class FakeJournal:
@@ -21,80 +25,121 @@ class FakeJournal:
         return changes
 
 
-def tell(clock, journal: FakeJournal, *changes: Change) -> Narrator:
-    narrator = Narrator(journal, clock, clock.monotonic(), COMMAND)
+def narrator_of(clock, journal: FakeJournal) -> Narrator:
+    return Narrator(journal, clock, clock.monotonic(), command=COMMAND, console=CONSOLE)
+
+
+def tell(clock, *changes: Change) -> Narrator:
+    journal = FakeJournal()
+    narrator = narrator_of(clock, journal)
     journal.changes = list(changes)
     narrator.narrate()
     return narrator
 
 
-def change(
-    state: str, reason: str | None = None, detail: str | None = None, *, started: bool = True
-) -> Change:
-    at = "2030-01-01T00:00:00Z" if started else None
-    return Change("org_acme", "support-digest", state, reason, detail, "assistant.digest_v2", at, "3f0c")
+def change(state: str, reason: str | None = None, detail: str | None = None, **values: Any) -> Change:
+    named = {"run": "01a2", "definition": "support-digest", "handler": "assistant.digest_v2"} | values
+    return Change(**named, attempt=1, org="org_acme", state=state, reason=reason, detail=detail)
 
 
-def test_a_change_is_one_line_in_columns(clock, capsys):
-    tell(clock, FakeJournal(), change("waiting", "retry", "two\nlines"))
-
-    [line] = capsys.readouterr().out.splitlines()
-    assert re.split(r" {2,}", line) == [
-        "2030-01-01T00:00:00.000Z",
-        "org_acme",
-        "support-digest",
-        "waiting",
-        "retry",
-        "two lines",
-    ]
-
-
-def test_the_first_success_tells_how_long_it_took_and_by_which_agent(clock, capsys):
+def test_the_first_success_says_how_long_it_took_and_by_which_agent(clock, capsys):
     journal = FakeJournal()
-    narrator = Narrator(journal, clock, clock.monotonic(), COMMAND)
+    narrator = narrator_of(clock, journal)
     clock.advance(2.5)
-    journal.changes = [change("succeeded"), change("succeeded")]
+    journal.changes = [change("succeeded", took=0.4), change("succeeded", took=0.3)]
 
     narrator.narrate()
 
-    captions = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# ")]
-    assert captions == [
-        "# the first run succeeded 2.5 s after the worker's start",
-        "# org_acme: the flag agent-v2 is on: the new agent, assistant.digest_v2, answered",
-    ]
+    line, caption = capsys.readouterr().out.splitlines()
+    assert line.endswith("  succeeded in 0.4 s: agent-v2 is on, by assistant.digest_v2")
+    assert caption == "# the first run succeeded 2.5 s after the worker's start"
 
 
-def test_a_dead_secret_prints_what_to_do(clock, capsys):
-    tell(clock, FakeJournal(), change("waiting", "no_token"))
+def test_a_dead_secret_prints_what_to_do_once_for_its_org(clock, capsys):
+    """Another run of the org has the same cause, even when its line is printed again."""
+    journal = FakeJournal()
+    narrator = narrator_of(clock, journal)
+    for run in ("1", "2"):
+        journal.changes = [change("waiting", "no_token", "credentials_rejected: …", run=run)]
+        narrator.narrate()
+        clock.advance(QUIET)
 
     printed = capsys.readouterr().out
-    assert "credentials add org_acme --client-id 3f0c --secret-file FILE" in printed
-    assert f"{COMMAND} orgs sync --provision --org org_acme" in printed
+    assert printed.count("the provider rejects its secret") == 2
+    assert printed.count(f"{COMMAND} orgs sync --provision --org org_acme") == 1
 
 
-@pytest.mark.parametrize(("started", "words"), [(False, "was not started"), (True, "was started")])
-def test_a_refusal_says_whether_the_handler_was_started(clock, capsys, started, words):
-    tell(clock, FakeJournal(), change("refused", "org_mismatch", started=started))
+def test_each_question_is_printed_with_what_to_do_and_again_on_enter_while_it_is_open(clock, capsys):
+    asked = [change("waiting", "answer", "approval", run=run, definition="refund") for run in ("1", "2")]
+    journal = FakeJournal()
+    narrator = narrator_of(clock, journal)
+    journal.changes = asked
+    narrator.narrate()
+    first = capsys.readouterr().out
+    journal.changes = [change("waiting", "resumed", run="1", definition="refund")]
+    narrator.narrate()
+    capsys.readouterr()
 
-    assert f"the handler {words}" in capsys.readouterr().out
+    narrator.say_what_waits()
+
+    again = capsys.readouterr().out
+    assert [f"runs answer {run} approval" in first for run in "12"] == [True, True]
+    assert [f"runs answer {run} approval" in again for run in "12"] == [False, True]
+    assert again.startswith("# refund of org_acme waits for an answer: approval\n")
 
 
 def test_the_end_counts_what_came_of_each_org(clock, capsys):
-    narrator = tell(clock, FakeJournal(), change("succeeded"), change("succeeded"), change("refused", "x"))
+    ended = [change(state, run=str(n)) for n, state in enumerate(("succeeded", "succeeded", "refused"))]
+    narrator = tell(clock, *ended, change("waiting", "budget", "letters", definition="letters"))
     capsys.readouterr()
 
     narrator.sum_up()
 
-    assert capsys.readouterr().out == "# org_acme: 1 refused, 2 succeeded\n"
+    assert (
+        capsys.readouterr().out
+        == "# org_acme: 1 refused, 2 succeeded, letters used up its budget of letters\n"
+    )
 
 
 def test_the_end_says_where_an_org_stands_that_no_run_has_ended_for(clock, capsys):
-    narrator = tell(clock, FakeJournal(), change("running"), change("waiting", "no_token"))
+    narrator = tell(clock, change("running"), change("waiting", "no_token"))
     capsys.readouterr()
 
     narrator.sum_up()
 
-    assert capsys.readouterr().out == "# org_acme: still waiting (no_token)\n"
+    said = "# org_acme: no run has ended, waits: no token, the provider does not answer\n"
+    assert capsys.readouterr().out == said
+
+
+class FakeDatabase:
+    """Fails while it is down; what it stores is of no interest."""
+
+    def __init__(self) -> None:
+        self.links = 0
+        self.is_down = False
+
+    @contextmanager
+    def transaction(self) -> Any:
+        if self.is_down:
+            raise Unavailable("the database is locked", fix="wait")
+        self.links += 1
+        yield None
+
+
+def test_enter_prints_one_link_a_second_and_none_if_the_database_is_busy(clock, capsys, monkeypatch):
+    monkeypatch.setattr("worker.operations.operators.sign_in.begin_login", lambda *_, **__: None)
+    database = FakeDatabase()
+    console = Console("127.0.0.1:8470", database, clock)
+
+    made = [console.say_link() for _ in range(30)]
+    clock.advance(1)
+    database.is_down = True
+    console.say_link()
+
+    first, second = capsys.readouterr().out.splitlines()
+    assert (made.count(True), database.links) == (1, 1)
+    assert first.startswith(f"# a new link to the console: {CONSOLE}/login/once/")
+    assert second == "# no new link: the database is locked; press Enter again"
 
 
 class FakeInstallation:
@@ -114,30 +159,32 @@ class FakeInstallation:
 
 
 @pytest.mark.parametrize(("calls", "words"), [(7, "no call"), (8, "only the call in flight")])
-def test_the_accident_waits_for_its_moments_and_tells_what_it_cost(clock, capsys, calls, words):
-    narrator = Narrator(FakeJournal(), clock, clock.monotonic(), COMMAND)
+def test_the_story_waits_for_its_moments_and_tells_what_the_kill_cost(clock, capsys, calls, words):
+    narrator = narrator_of(clock, FakeJournal())
     installation = FakeInstallation()
     asked = 0
-    accident = Accident(installation, narrator, lambda: asked)
+    story = Story(installation, narrator, lambda: asked)
 
-    accident.advance()
+    story.advance()
     assert installation.done == []
     narrator.succeeded.add(("org_globex", "support-digest"))
-    accident.advance()
+    story.advance()
     asked = 2
-    accident.advance()
+    story.advance()
     assert installation.done == ["definitions run org_globex handbook"]
     asked = 3
-    accident.advance()
-    accident.advance()
+    story.advance()
+    story.advance()
     assert installation.done[1:] == ["kill", "start"]
     asked = calls
     narrator.succeeded.add(("org_globex", "handbook"))
-    accident.advance()
-    accident.advance()
+    story.advance()
+    story.advance()
 
     told = [line for line in capsys.readouterr().out.splitlines() if "handbook" in line]
     assert told == [
         "# kill -9 of the worker, in handbook of org_globex, after 3 model calls",
         f"# handbook of org_globex: {calls} model calls for 7 pages; the kill repeated {words}",
     ]
+    story.advance()
+    assert installation.done[3:] == ["definitions run org_acme refund", "templates run letters"]
