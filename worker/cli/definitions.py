@@ -269,7 +269,7 @@ def clear_state(
 def _print_state(row: DefinitionState, output: Format) -> None:
     # As JSON, what the handler gets.
     whole = output in (Format.TABLE, Format.ID)
-    print_row({**row} if whole else row["data"], output, key="definition")
+    print_row({**row} if whole else row["data"], output, key="definition", verbatim=True)
 
 
 @app.command("pause")

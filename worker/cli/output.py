@@ -52,8 +52,9 @@ def print_rows(
     A table fits the terminal, with its states in colour. With `titles` the names of its columns
     are in capitals. `cells` computes columns of the table from a row.
     """
+    rows = [_with_commands(row) for row in rows]
     if output is not Format.TABLE:
-        _print_for_programs(list(rows), rows, output, key)
+        _print_for_programs(rows, rows, output, key)
     elif not rows:
         say("none")
     else:
@@ -69,8 +70,13 @@ def as_json(value: Any) -> str:
     return masker.mask(json.dumps(value, default=json_default, indent=2), ALL_ORGS)
 
 
-def print_row(row: Row, output: Format, *, key: str = "id") -> None:
-    """Print one row: an object in JSON; for people a line for each key, with nested values indented."""
+def print_row(row: Row, output: Format, *, key: str = "id", verbatim: bool = False) -> None:
+    """Print one row: an object in JSON; for people a line for each key, with nested values indented.
+
+    `verbatim` is for data of a handler, whose keys mean nothing here.
+    """
+    if not verbatim:
+        row = _with_commands(row)
     if output is not Format.TABLE:
         _print_for_programs(row, [row], output, key)
         return
@@ -135,6 +141,16 @@ def as_called(text: str) -> str:
     return text
 
 
+def _with_commands(row: Row) -> Row:
+    """The row with `as_called` applied to its `fix`, and to those of its `diagnostics`."""
+    changed: dict[str, Any] = {}
+    if isinstance(row.get("fix"), str):
+        changed["fix"] = as_called(row["fix"])
+    if isinstance(row.get("diagnostics"), list):
+        changed["diagnostics"] = [_with_commands(each) for each in row["diagnostics"]]
+    return {**row, **changed} if changed else row
+
+
 def confirmed(question: str) -> bool:
     """Ask the person at the terminal, on stderr; anything but yes is no."""
     print(printable(question), "[y/N] ", end="", file=sys.stderr, flush=True)
@@ -147,7 +163,7 @@ def print_error(
     """Print an error on stderr: lines for people, one object for programs. `others` of a file follow it."""
     error = {"code": code, "message": as_called(message), "fix": as_called(fix)}
     if output in (Format.JSON, Format.JSONL):
-        text = json.dumps({"error": error | ({"others": list(others)} if others else {})})
+        text = json.dumps({"error": error | ({"others": [*map(_with_commands, others)]} if others else {})})
         print(masker.mask(text, ALL_ORGS), file=sys.stderr)
         return
     for each in (error, *others):

@@ -175,6 +175,45 @@ def test_a_fix_names_the_command_as_it_was_called(
     )
 
 
+@pytest.mark.parametrize(
+    ("called", "shown"), [("orgworker", "orgworker"), ("__main__.py", "python -m worker")]
+)
+@pytest.mark.parametrize("output", [Format.TABLE, Format.JSON, Format.JSONL])
+def test_a_fix_in_a_row_names_the_command_as_it_was_called(
+    called: str,
+    shown: str,
+    output: Format,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr("sys.argv", [called])
+    fix = {"fix": "`python -m worker orgs check acme`"}
+    print_rows([{"id": 1, **fix}], output, columns=("id", "fix"))
+    print_row({"id": 1, **fix, "diagnostics": [fix]}, output)
+    print_error("x", "wrong", "", output, others=[{"code": "x", "message": "too", **fix}])
+
+    out, err = capsys.readouterr()
+    assert (out + err).count(f"`{shown} orgs check acme`") == 4
+    assert (out + err).count("orgs check acme") == 4
+
+
+def test_what_is_not_ours_is_printed_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A handler may return or keep a `fix` of its own."""
+    monkeypatch.setattr("sys.argv", ["orgworker"])
+    own = {"fix": "python -m worker runs list"}
+
+    print_row({"result": own, "results": [own]}, Format.JSONL)
+    print_row(own, Format.JSONL, verbatim=True)
+    # The control: a row of ours.
+    print_row(own, Format.JSONL)
+
+    returned, state, ours = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (returned["result"], returned["results"], state) == (own, [own], own)
+    assert ours == {"fix": "orgworker runs list"}
+
+
 def test_no_text_of_the_product_names_a_file_of_the_checkout():
     """An installed orgworker has no docs/: its texts name the page."""
     found = [
