@@ -13,12 +13,13 @@ def main() -> None:
     """Run this process's command, and exit with its code.
 
     First hides memory and environment, which can hold the database's password, from other processes of
-    the same user. `--help` and `-h` read no secrets and skip the import.
+    the same user, and sets the name that `ps` shows. `--help` and `-h` read no secrets and skip the import.
     """
     if not {"-h", "--help"} & set(sys.argv):
-        from worker.execution.runners.child.linux import hide_memory
+        from worker.execution.runners.child.linux import ProcessName, hide_memory, name_process
 
         hide_memory()
+        name_process(ProcessName.WORKER)
     from worker.cli.app import main as run
 
     run()

@@ -31,9 +31,11 @@ def host(
 
     Its configuration is that of config/host.toml. SIGTERM or Ctrl-C drains it.
     """
+    from worker.execution.runners.child.linux import ProcessName, name_process
     from worker.settings import load_for_host
     from worker.wiring.host import run as run_host
 
+    name_process(ProcessName.HOST)
     session = session_of(context)
     raise typer.Exit(run_host(load_for_host(session.config, session.overrides), pool=pool))
 
@@ -44,8 +46,10 @@ def serve(context: typer.Context) -> None:
     A worker serves them too. This is for a separate machine, next to workers whose
     web.listen is "". /readyz says whether the database answers.
     """
+    from worker.execution.runners.child.linux import ProcessName, name_process
     from worker.wiring.web import serve as serve_web
 
+    name_process(ProcessName.SERVE)
     session = session_of(context)
     session.require_database()
     raise typer.Exit(serve_web(session.settings))

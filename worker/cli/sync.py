@@ -127,8 +127,10 @@ def provision(
     provisions the same issuer, it waits. It holds a secret that opens those of all orgs, so
     run it as a user of its own; workers need no access to it.
     """
+    from worker.execution.runners.child.linux import ProcessName, name_process
     from worker.wiring.provision import provision as run_provision
 
+    name_process(ProcessName.PROVISION)
     session = session_of(context)
     session.require_database()
     raise typer.Exit(run_provision(session.settings, issuer=issuer, absent=absent.value))

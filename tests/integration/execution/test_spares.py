@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -105,6 +107,26 @@ async def pool(plugin_folder: Path, tmp_path: Path) -> AsyncIterator[Pool]:
     await started.result_of("result = 1", token=token(SECRETS[1]))
     yield started
     await started.children.close()
+
+
+async def test_ps_shows_zygote_spares_and_runs(pool: Pool) -> None:
+    [first, second] = await pool.spares()
+    names = [Path(f"/proc/{pid}/comm").read_text() for pid in (pool.children.zygote_pid, first, second)]
+
+    assert names == ["orgworker-zyg\n", "orgworker-run\n", "orgworker-run\n"]
+    assert await pool.result_of("result = open('/proc/self/comm').read()") == "orgworker-run\n"
+
+
+def test_a_name_fits_and_a_longer_one_would_be_cut() -> None:
+    """In an interpreter of its own, with the control: without a name it shows the interpreter's."""
+    code = (
+        "from worker.execution.runners.child import linux; own = open('/proc/self/comm'); print(own.read());"
+        "linux._prctl(linux._PR_SET_NAME, b'orgworker-provision'); own.seek(0); print(own.read())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.split() == [Path(sys.executable).name[:15], "orgworker-provi"]
+    assert all(len(name.encode()) <= 15 for name in linux.ProcessName)
 
 
 async def test_a_spare_serves_one_run_and_is_replaced(pool: Pool) -> None:

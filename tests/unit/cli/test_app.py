@@ -163,6 +163,25 @@ def test_the_module_without_a_verb_means_run(verb: list[str], monkeypatch: pytes
     assert run.run is not None
 
 
+@pytest.mark.parametrize(
+    ("verb", "shown"),
+    [
+        *(("host", "orgworker-host"), ("serve", "orgworker-serve"), ("provision", "orgworker-prov")),
+        # The control: a command that ends at once has the name that `main` gave it.
+        ("runs list", None),
+    ],
+)
+def test_ps_shows_what_a_process_does(verb: str, shown: str | None):
+    own = Path("/proc/self/comm")
+    before = own.read_text()
+    try:
+        assert invoke(verb.split()) == 78
+
+        assert own.read_text() == (f"{shown}\n" if shown else before)
+    finally:
+        own.write_text(before)
+
+
 def test_a_list_without_a_database_says_how_to_make_one_and_makes_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -221,6 +221,7 @@ def _peak() -> int:
 
 
 def main() -> None:
+    linux.name_process(linux.ProcessName.CHECK)
     linux.hide_memory()
     linux.die_with_parent()
     resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))

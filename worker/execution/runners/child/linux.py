@@ -14,11 +14,13 @@ import resource
 import signal
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
+_PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -32,6 +34,19 @@ OWN_CGROUP = Path("/proc/self/cgroup")
 WORKER_CGROUP = "worker"
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+class ProcessName(StrEnum):
+    """What `ps` and `top` show, in the 15 bytes that the kernel keeps. Every user sees it: no org, no run."""
+
+    WORKER = "orgworker"
+    HOST = "orgworker-host"
+    SERVE = "orgworker-serve"
+    PROVISION = "orgworker-prov"
+    ZYGOTE = "orgworker-zyg"
+    RUN = "orgworker-run"
+    DESCRIBE = "orgworker-desc"
+    CHECK = "orgworker-check"
 
 
 class Process(NamedTuple):
@@ -52,6 +67,11 @@ def become_subreaper() -> None:
 def die_with_parent() -> None:
     """Die when the thread that forked this process ends (PR_SET_PDEATHSIG); fork clears this."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def name_process(name: ProcessName) -> None:
+    """Set the name of this process (PR_SET_NAME), from its main thread; fork keeps it, exec does not."""
+    _prctl(_PR_SET_NAME, name.encode())
 
 
 def hide_memory() -> None:
@@ -296,7 +316,7 @@ def _read(path: str) -> bytes | None:
         os.close(descriptor)
 
 
-def _prctl(option: int, value: int) -> None:
+def _prctl(option: int, value: int | bytes) -> None:
     if _libc.prctl(option, value, 0, 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), f"prctl({option})")

@@ -67,6 +67,7 @@ def isolate(place: Place, *, zygote: int, lock: int | None, ruleset: Ruleset | N
     if os.getppid() != zygote:  # it died before the line above
         os._exit(os.EX_UNAVAILABLE)
     linux.become_subreaper()
+    linux.name_process(linux.ProcessName.RUN)
     cap = None if place.group is None else linux.join_cgroup(place.group)
     _default_signals()
     own_proc = () if ruleset is None else (ruleset.descriptor, allow_own_proc(ruleset))

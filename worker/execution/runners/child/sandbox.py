@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from worker.execution.runners.child import landlock, seccomp
+from worker.execution.runners.child import landlock, linux, seccomp
 from worker.handlers import denials, describe
 
 # A root that contains a secret is split into at most this number of paths, or else left out.
@@ -248,6 +248,7 @@ def describe_handlers(rules: Rules | None) -> None:
                 seccomp.restrict()
             denials.sandboxed()
 
+    linux.name_process(linux.ProcessName.DESCRIBE)
     describe.main(confine)
 
 

@@ -417,6 +417,7 @@ def main() -> None:
     setup = Setup.from_json(sys.argv[2])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # only the worker ends runs
+    linux.name_process(linux.ProcessName.ZYGOTE)
     linux.hide_memory()  # a run that could write to it would control every later run
     if setup.sandbox is not None and setup.sandbox.filtered:
         seccomp.restrict()  # here, so that no run pays for it
