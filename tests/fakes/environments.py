@@ -7,6 +7,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+# As installers write it.
+ORGWORKER = "#!{folder}/bin/python\nfrom worker.cli import main\n\nmain()\n"
 PIP = """\
 #!/bin/sh
 if [ "$1" = install ]; then
@@ -26,7 +28,8 @@ def make_environment(folder: Path) -> Path:
     [site] = (folder / "lib").glob("python3*/site-packages")
     # site.addsitedir, unlike a plain line, also reads the .pth file by which the checkout is installed.
     (site / "lent.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
-    pip = folder / "bin" / "pip"
-    pip.write_text(PIP.format(python=sys.executable, folder=folder))
-    pip.chmod(0o755)
+    for name, text in {"pip": PIP, "orgworker": ORGWORKER}.items():
+        script = folder / "bin" / name
+        script.write_text(text.format(python=sys.executable, folder=folder))
+        script.chmod(0o755)
     return folder / "bin"

@@ -44,17 +44,21 @@ ONLY_NEW = (
 
 # Modules that `python -m` runs in a fork; `demo` starts its own processes, and is one that users start.
 MODULES = ("worker", "worker.demo.provider", "uvicorn")
-# `python` for a shell: it passes signals on, and the server kills the fork if it is killed itself.
+# `python` or `orgworker` for a shell: passes signals on; if it is killed itself, the server kills the fork.
 SHIM = """\
 #!{python} -IS
 import json, os, signal, socket, sys
+program = os.path.basename(sys.argv[0])
 given = [word for word in sys.argv[1:] if word != "-P"]
+if program == "orgworker":
+    given = ["-m", "worker", *sys.argv[1:]]
 if given[:1] != ["-m"] or given[1] not in {modules!r} or "demo" in given:
-    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+    real = os.path.join(os.path.dirname({python!r}), program) if program == "orgworker" else {python!r}
+    os.execv(real, [real, *sys.argv[1:]])
 connection = socket.socket(socket.AF_UNIX)
 connection.connect({server!r})
 request = {{"module": given[1], "arguments": given[2:], "cwd": os.getcwd(), "env": dict(os.environ)}}
-request |= {{"session": False, "nice": os.nice(0), "python": {python!r}}}
+request |= {{"session": False, "nice": os.nice(0), "python": {python!r}, "program": program}}
 text = json.dumps(request).encode()
 socket.send_fds(connection, [len(text).to_bytes(4, "big")], [0, 1, 2])
 connection.sendall(text)
@@ -68,14 +72,15 @@ sys.exit(code if code >= 0 else 128 - code)
 
 
 def commands(folder: Path, python: str = sys.executable) -> Path:
-    """Create a folder with a `python` that comes before this one in PATH.
+    """Create a folder with a `python` and an `orgworker` that come before these in PATH.
 
-    It may be that of a virtual environment that adds to the server's, see `environments`.
+    They may be those of a virtual environment that adds to the server's, see `environments`.
     """
     folder.mkdir()
-    shim = folder / "python"
-    shim.write_text(SHIM.format(python=python, server=str(server()), modules=MODULES))
-    shim.chmod(0o755)
+    for name in ("python", "orgworker"):
+        shim = folder / name
+        shim.write_text(SHIM.format(python=python, server=str(server()), modules=MODULES))
+        shim.chmod(0o755)
     return folder
 
 
@@ -361,7 +366,11 @@ def main() -> None:
     if not hasattr(sys.modules.get(request["module"]), "__path__"):
         sys.modules.pop(request["module"], None)  # it is executed again, under another name
     try:
-        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+        if request.get("program") == "orgworker":
+            sys.argv[0] = "orgworker"
+            importlib.import_module("worker.cli").main()
+        else:
+            runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
     except SystemExit as end:
         if isinstance(end.code, int):
             _code.append(end.code)
