@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.fakes.handlers import install_handlers, read_journal
+from tests.fakes.history import files_before
 from tests.fakes.image import ROOT, Image
 from tests.fakes.pages import blocks
 from tests.fakes.ports import free_port
@@ -29,7 +30,8 @@ from worker.execution.runners.child import landlock, linux
 SYSTEMD = Path("/lib/systemd/systemd")
 STATE = "/var/lib/orgworker"
 NAMESPACES = ["--mount", "--pid", "--ipc", "--uts", "--cgroup"]
-UNITS = ("worker.service", "worker-upgrade.service")
+UNITS = ("orgworker.service", "orgworker-upgrade.service")
+UPGRADE = ROOT / "docs" / "operating" / "upgrade.md"
 
 pytestmark = [
     pytest.mark.skipif(
@@ -123,7 +125,7 @@ class ServiceManager:
     def must(self, *command: str) -> str:
         """The output of the command; a failure fails the test and shows the journal."""
         done = self.call(*command)
-        journal = self.call("journalctl", "--no-pager", "--unit=worker*").stdout if done.returncode else ""
+        journal = self.call("journalctl", "--no-pager", "--unit=orgworker*").stdout if done.returncode else ""
         assert done.returncode == 0, f"{command} ended with {done.returncode}: {done.stderr}\n{journal}"
         return done.stdout
 
@@ -203,7 +205,7 @@ class Machine(Site):
         self.configure(execution='drain = "2s"')
         settings = self.settings.read_text().replace('secrets_dir = ""\n', "")
         manager.write("/etc/orgworker/worker.toml", self.inside(settings))
-        manager.drop_in("worker.service", f"Environment=PYTHONPATH={STATE}/plugins")
+        manager.drop_in("orgworker.service", f"Environment=PYTHONPATH={STATE}/plugins")
 
     def inside(self, text: str) -> str:
         return text.replace(str(self.state), STATE)
@@ -214,7 +216,7 @@ class Machine(Site):
         return self.manager.inside("/usr/local/bin/orgworker", *map(self.inside, arguments))
 
     def restarts(self) -> int:
-        return int(self.manager.show("worker", "NRestarts"))
+        return int(self.manager.show("orgworker", "NRestarts"))
 
 
 @pytest.fixture
@@ -229,7 +231,7 @@ def machine(image: Image, tmp_path: Path, provider: Provider) -> Iterator[Machin
 
 def test_the_service_carries_a_run_survives_a_stall_and_drains(machine: Machine):
     manager, journal = machine.manager, machine.out / "journal"
-    manager.must("systemctl", "start", "worker-upgrade")
+    manager.must("systemctl", "start", "orgworker-upgrade")
     machine.add_orgs(application("org_a"))
     # A Tab of bash, as root: systemd passes the words on, and the wrapper starts nothing without a verb.
     asked = ["_ORGWORKER_COMPLETE=complete_bash", "COMP_WORDS=orgworker\norgs\nshow\norg_", "COMP_CWORD=3"]
@@ -244,28 +246,29 @@ def test_the_service_carries_a_run_survives_a_stall_and_drains(machine: Machine)
         )
     machine.hand_over()
     # Shorter than the unit's 30 s, so that nobody has to wait.
-    manager.drop_in("worker.service", f"Environment=PYTHONPATH={STATE}/plugins {HEALTH}=\nWatchdogSec=3s")
+    manager.drop_in("orgworker.service", f"Environment=PYTHONPATH={STATE}/plugins {HEALTH}=\nWatchdogSec=3s")
 
     # It comes back once READY=1 has come, and that only once runs are admitted.
-    manager.must("systemctl", "start", "worker")
-    assert manager.show("worker", "StatusText").startswith("runs: 0 of 50 child")
+    manager.must("systemctl", "start", "orgworker")
+    assert manager.show("orgworker", "StatusText").startswith("runs: 0 of 50 child")
     machine.wait_for_handlers("acme.steps", timeout=60)
     assert machine.wait_for_end(definition="note", timeout=60)["state"] == "succeeded"
     # The unit's filter of system calls lets the worker confine its runs as far as the kernel can.
-    said = manager.must("journalctl", "--no-pager", "--unit=worker")
+    said = manager.must("journalctl", "--no-pager", "--unit=orgworker")
     assert "worker.started" in said
     assert ("sandbox.incomplete" in said) == (landlock.abi() < landlock.SCOPES), said
 
     with machine.in_process():
         machine.cli("definitions", "run", "org_a", "steps")
     wait_until(lambda: len(read_journal(journal, "step")) > 1, "the first steps")
-    manager.must("systemctl", "kill", "--kill-whom=main", "--signal=STOP", "worker")
+    manager.must("systemctl", "kill", "--kill-whom=main", "--signal=STOP", "orgworker")
     wait_until(lambda: machine.restarts() == 1, "the watchdog to bite", timeout=60)
     wait_until(lambda: len(read_journal(journal, "start")) == 2, "the second attempt", timeout=60)
     assert read_journal(journal, "start")[-1]["first"] > 0
 
-    manager.must("systemctl", "stop", "worker")
-    assert (manager.show("worker", "Result"), manager.show("worker", "ExecMainStatus")) == ("success", "0")
+    manager.must("systemctl", "stop", "orgworker")
+    ended = manager.show("orgworker", "Result"), manager.show("orgworker", "ExecMainStatus")
+    assert ended == ("success", "0")
     [run] = machine.runs(definition="steps")
     assert (run["state"], run["reason"]) == ("waiting", "handed_back")
 
@@ -308,7 +311,7 @@ def test_the_page_does_what_it_says(
     """All its commands in order, and those of an upgrade, on a machine that has only a Python."""
     port, health_port = str(free_port()), str(free_port())
     text = (ROOT / "docs" / "operating" / "systemd.md").read_text().replace("8471", health_port)
-    upgrade = commands((ROOT / "docs" / "operating" / "upgrade.md").read_text(), "systemd")
+    upgrade = commands(UPGRADE.read_text(), "systemd")
     state = tmp_path / "state"
     folder = state / "page"
     (folder / "secrets").mkdir(parents=True)
@@ -337,7 +340,7 @@ def test_the_page_does_what_it_says(
         manager.write("/usr/local/bin/python3", f'#!/bin/sh\nexec {python} "$@"\n')
         manager.must("chmod", "0755", "/usr/local/bin/python3")
         addresses = f"WORKER_WEB__LISTEN=127.0.0.1:{port} {HEALTH}=127.0.0.1:{health_port}"
-        manager.drop_in("worker.service", f"Environment={addresses}")
+        manager.drop_in("orgworker.service", f"Environment={addresses}")
 
         def run(lines: list[str]) -> str:
             at = f"export PATH={PATH_OF_ROOT} PIP_CONFIG_FILE=/dev/null; cd {STATE}/page"
@@ -349,25 +352,64 @@ def test_the_page_does_what_it_says(
         assert "acme.note" in shown
         assert re.search(r"database +postgresql\S*://", shown)
         status = next(block.text for block in page if block.language == "text").partition(";")[0]
-        assert status in manager.must("systemctl", "status", "--no-pager", "worker")
-        given = manager.must("ls", "/run/credentials/worker.service").split()
+        assert status in manager.must("systemctl", "status", "--no-pager", "orgworker")
+        given = manager.must("ls", "/run/credentials/orgworker.service").split()
         assert given == ["database__url", "keyring"]
         assert not (state / "keyring").exists()
-        environment = manager.must("sh", "-c", "cat /proc/$(systemctl show -P MainPID worker)/environ")
+        environment = manager.must("sh", "-c", "cat /proc/$(systemctl show -P MainPID orgworker)/environ")
         assert postgres_url not in environment
-        first = manager.show("worker", "MainPID")
+        first = manager.show("orgworker", "MainPID")
         run(upgrade)
-        assert manager.show("worker", "MainPID") != first
-        assert (manager.show("worker", "Result"), manager.show("worker", "NRestarts")) == ("success", "0")
+        assert manager.show("orgworker", "MainPID") != first
+        result = manager.show("orgworker", "Result"), manager.show("orgworker", "NRestarts")
+        assert result == ("success", "0")
         assert run(["orgworker db check"])
-        manager.must("systemctl", "stop", "worker")
+        manager.must("systemctl", "stop", "orgworker")
+
+
+def test_the_note_on_new_names_renames_a_worker_that_runs(machine: Machine):
+    """On a machine of the previous release. The controls are in tests/integration/test_new_names.py."""
+    manager = machine.manager
+    manager.must("sh", "-c", "cd /etc/systemd/system; rm -r orgworker*")
+    previous = [f"config/worker{part}.service" for part in ("", "-upgrade")]
+    for name, text in files_before(previous[0], *previous).items():
+        manager.write(f"/etc/systemd/system/{Path(name).name}", text)
+    manager.drop_in("worker.service", f"Environment=PYTHONPATH={STATE}/plugins {HEALTH}=\nMemoryMax=8G")
+    for unit in UNITS:
+        manager.write(f"/root/config/{unit}", (ROOT / "config" / unit).read_text())
+    manager.write("/usr/local/bin/sudo", '#!/bin/sh\nexec "$@"\n')
+    manager.must("chmod", "0755", "/usr/local/bin/sudo")
+    manager.must("systemctl", "start", "worker-upgrade")
+    machine.add_orgs(application("org_a"))
+    manager.must("systemctl", "enable", "--now", "worker")
+    [note, _] = [
+        each.text for each in blocks(UPGRADE.read_text()) if each.marks.get("by") == "test_new_names"
+    ]
+
+    manager.must("sh", "-euxc", "\n".join(["cd /root", *(line[2:] for line in note.splitlines())]))
+
+    assert manager.call("systemctl", "is-active", "worker", "orgworker").stdout.split() == [
+        "inactive",
+        "active",
+    ]
+    assert manager.must("systemctl", "is-enabled", "orgworker").strip() == "enabled"
+    assert manager.show("worker", "LoadState") == "not-found"
+    assert manager.show("orgworker", "DropInPaths").split() == [
+        "/etc/systemd/system/orgworker.service.d/test.conf"
+    ]
+    assert manager.show("orgworker", "MemoryMax") == str(8 * 2**30)
+    # The same database, and the drop-in's plug-ins.
+    assert "org_a" in manager.must("/usr/local/bin/orgworker", "orgs", "list")
+    machine.wait_for_handlers("acme.note", timeout=60)
+    assert manager.must("sh", "-c", "cat /proc/$(systemctl show -P MainPID orgworker)/comm") == "orgworker\n"
+    manager.must("systemctl", "stop", "orgworker")
 
 
 def test_a_database_without_its_schema_is_told_and_no_restart_is_tried(machine: Machine):
     manager = machine.manager
 
-    assert manager.call("systemctl", "start", "worker").returncode != 0
+    assert manager.call("systemctl", "start", "orgworker").returncode != 0
 
-    assert (manager.show("worker", "ExecMainStatus"), machine.restarts()) == ("78", 0)
-    told = manager.must("journalctl", "--no-pager", "--unit=worker")
+    assert (manager.show("orgworker", "ExecMainStatus"), machine.restarts()) == ("78", 0)
+    told = manager.must("journalctl", "--no-pager", "--unit=orgworker")
     assert "db upgrade" in told

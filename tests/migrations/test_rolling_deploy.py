@@ -20,6 +20,7 @@ from alembic.config import Config
 
 from tests.fakes import forked
 from tests.fakes.handlers import install_handlers
+from tests.fakes.history import commit_before, git
 from tests.fakes.site import Site, application, definition, opened
 from worker.demo.provider import serve_provider
 from worker.store import schema
@@ -116,18 +117,10 @@ def check_out_the_commit_before(migration: Path, folder: Path, repository: Path 
     Raises:
         RuntimeError: the history is missing; the message says how to get it.
     """
-    if git(repository, "rev-parse", "--is-shallow-repository").strip() == "true":
-        raise RuntimeError(
-            "this clone is shallow, and the test needs the release before the newest migration: "
-            "`git fetch --unshallow`, or clone with all of it"
-        )
-    name = str(migration.relative_to(repository))
-    added = git(repository, "log", "--diff-filter=A", "--format=%H", "--", name).split()
-    if not added:
-        raise RuntimeError(f"no commit adds {name}: commit it to test the release before it")
+    commit = commit_before(str(migration.relative_to(repository)), repository)
     folder.mkdir()
     archive = folder / "tree.tar"
-    git(repository, "archive", "--output", str(archive), f"{added[-1]}^")
+    git(repository, "archive", "--output", str(archive), commit)
     with tarfile.open(archive) as tree:
         tree.extractall(folder, filter="data")
 
@@ -165,10 +158,3 @@ def start(site: Site, tree: Path, *arguments: str) -> forked.Process | subproces
             stdout=log,
             stderr=log,
         )
-
-
-def git(repository: Path, *arguments: str) -> str:
-    """The output of a git command."""
-    done = subprocess.run(["git", "-C", repository, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, f"git {' '.join(arguments)}: {done.stderr}"
-    return done.stdout

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.handlers import install_handlers
+from tests.fakes.history import git
 from tests.fakes.hosts import opened_hosts
 from tests.fakes.plugins import make_plugin
 from tests.fakes.ports import free_port
 from tests.fakes.site import FINAL, Site, application, definition, opened, wait_until
-from tests.migrations.test_rolling_deploy import ROOT, git, start
+from tests.migrations.test_rolling_deploy import ROOT, start
 from worker.demo.provider import serve_provider
 
 # A handler that only hosts have.

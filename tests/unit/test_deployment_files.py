@@ -62,10 +62,15 @@ HARDENING = {
     "MemoryDenyWriteExecute": "yes",
     "SystemCallArchitectures": "native",
 }
-UNITS = ("worker.service", "worker-upgrade.service", "worker-provision.service", "worker-host.service")
+UNITS = (
+    "orgworker.service",
+    "orgworker-upgrade.service",
+    "orgworker-provision.service",
+    "orgworker-host.service",
+)
 # Of units with a user of their own.
-USERS = {"worker-provision.service": "orgworker-provision", "worker-host.service": "orgworker-host"}
-RUN_HANDLERS = ("worker.service", "worker-host.service")
+USERS = {"orgworker-provision.service": "orgworker-provision", "orgworker-host.service": "orgworker-host"}
+RUN_HANDLERS = ("orgworker.service", "orgworker-host.service")
 ANALYZE = shutil.which("systemd-analyze")
 
 
@@ -81,7 +86,7 @@ def unit(name: str) -> dict[str, str]:
 
 @pytest.fixture
 def service() -> dict[str, str]:
-    return unit("worker.service")
+    return unit("orgworker.service")
 
 
 def test_the_service_waits_for_readiness_and_signals_the_worker_alone(service):
@@ -109,7 +114,7 @@ def test_the_service_does_not_restart_what_a_restart_cannot_mend(service):
 
 
 def test_the_schema_is_upgraded_once_and_by_the_owner_alone(service):
-    upgrade = unit("worker-upgrade.service")
+    upgrade = unit("orgworker-upgrade.service")
 
     assert (upgrade["Type"], upgrade["ExecStart"]) == ("oneshot", service["ExecStart"][:-3] + "db upgrade")
     assert "database__owner_url" in upgrade["LoadCredential"]
@@ -117,13 +122,13 @@ def test_the_schema_is_upgraded_once_and_by_the_owner_alone(service):
 
 
 def test_only_the_provisioner_gets_the_management_secret(service):
-    provision = unit("worker-provision.service")
+    provision = unit("orgworker-provision.service")
     holders = {
         name: unit(name)["LoadCredential"] for name in UNITS if "management" in unit(name)["LoadCredential"]
     }
     command = service["ExecStart"]
 
-    assert set(holders) == {"worker-provision.service"}
+    assert set(holders) == {"orgworker-provision.service"}
     assert provision["ExecStart"] == command.removesuffix("run") + "provision"
     assert provision["User"] != service["User"]
     assert (provision["Type"], provision["NotifyAccess"]) == ("notify", "main")
@@ -140,13 +145,13 @@ def test_only_the_provisioner_gets_the_management_secret(service):
 
 
 def test_a_host_has_no_secret_but_its_token(service):
-    host = unit("worker-host.service")
+    host = unit("orgworker-host.service")
 
     assert host["LoadCredential"] == "host_token:orgworker.host_token"
     assert "WORKER_HOST__TOKEN_FILE=%d/host_token" in host["Environment"].split("\n")
     assert is_setting("host__token_file")
     assert host["ExecStart"] == service["ExecStart"].replace("worker.toml run", "host.toml host")
-    assert host["User"] not in (service["User"], unit("worker-provision.service")["User"])
+    assert host["User"] not in (service["User"], unit("orgworker-provision.service")["User"])
     for key in ("Type", "NotifyAccess", "KillMode", "WatchdogSec", "Restart", "RestartPreventExitStatus"):
         assert host[key] == service[key]
     assert parse_duration(host["TimeoutStopSec"]).total_seconds() > DRAINED
@@ -155,7 +160,7 @@ def test_a_host_has_no_secret_but_its_token(service):
 
 
 @pytest.mark.parametrize(
-    "name", ["worker.service", "worker-upgrade.service", "worker-provision.service", "orgworker"]
+    "name", ["orgworker.service", "orgworker-upgrade.service", "orgworker-provision.service", "orgworker"]
 )
 def test_a_credential_is_a_setting_or_the_key_ring_and_may_be_missing(name: str):
     text = (CONFIG / name).read_text()
@@ -323,7 +328,7 @@ def manifest(kind: str, *, of: str = "worker") -> dict[str, Any]:
     """The manifest of a kind; `of` names it if it is not one of the workers'."""
 
     def belongs(one: dict[str, Any]) -> bool:
-        name = one.get("metadata", {}).get("name")
+        name = one.get("metadata", {}).get("name", "").removeprefix("orgworker-")
         return (name if name in ("provision", "host", "attempts", "upgrade") else "worker") == of
 
     [found] = [one for one in manifests() if one["kind"] == kind and belongs(one)]
@@ -555,8 +560,8 @@ def test_nothing_that_is_shipped_imports_from_its_working_directory():
     starts = {name: len(_STARTS.findall(text)) for name, text in texts.items() if _STARTS.search(text)}
 
     assert {Path(name).name for name in starts} >= {
-        *("worker.service", "worker-upgrade.service", "worker-provision.service", "orgworker"),
-        *("worker-host.service", "Containerfile", "dev"),
+        *("orgworker.service", "orgworker-upgrade.service", "orgworker-provision.service", "orgworker"),
+        *("orgworker-host.service", "Containerfile", "dev"),
         *("installation.py", "zygote_handle.py", "catalogue.py"),
     }
     assert starts == {name: len(_SAFELY.findall(texts[name])) for name in starts}

@@ -467,9 +467,7 @@ def test_a_pod_equals_that_of_the_manifests(rendered, component: str):
 def test_it_is_rolled_out_as_the_manifests(rendered, component: str):
     chart = rendered["manifests"].one("Deployment", f"orgworker-{component}")["spec"]
     [plain] = [
-        each["spec"]
-        for each in manifests()
-        if each["kind"] == "Deployment" and each["metadata"]["name"] == component
+        each["spec"] for each in manifests() if each["kind"] == "Deployment" and name_of(each) == component
     ]
 
     for key in ("replicas", "minReadySeconds", "strategy"):
@@ -543,8 +541,10 @@ def manifests() -> Iterator[dict[str, Any]]:
 
 
 def name_of(made: dict[str, Any]) -> str:
+    """The part of the installation that a Deployment or Job of the manifests is."""
     metadata = made["metadata"]
-    return str(metadata.get("name") or metadata["generateName"].rstrip("-"))
+    name: str = metadata.get("name") or metadata["generateName"].rstrip("-")
+    return name.removeprefix("orgworker-").replace("orgworker", "worker")
 
 
 def pods(made: Rendered) -> list[tuple[str, dict[str, Any]]]:

@@ -112,7 +112,7 @@ def workers(database: Database) -> Diagnostic:
     if lost:
         first = lost[0]
         detail = f"worker {first['id']} (process {first['pid']}) is dead: its lease"
-        how = f"{alive} live ones take" if alive else "start one (`systemctl start worker`): it takes"
+        how = f"{alive} live ones take" if alive else "start one (`systemctl start orgworker`): it takes"
         return Diagnostic(
             name,
             False,
@@ -125,7 +125,7 @@ def workers(database: Database) -> Diagnostic:
         late = format_duration(timedelta(seconds=round(overdue[2])))
         detail = f"no worker is up, and what has been due for {late} does not run"
         return Diagnostic(
-            name, False, detail, "start one: `python -m worker run`, or `systemctl start worker`"
+            name, False, detail, "start one: `python -m worker run`, or `systemctl start orgworker`"
         )
     return Diagnostic(name, True, "no worker is up, and nothing is due")
 

@@ -134,7 +134,7 @@ def test_a_dead_worker_is_found_and_one_that_stopped_or_lives_is_not(stock, cloc
     dead = doctor.workers(stock.database)
     assert not dead.ok
     assert "is dead: its lease expired at " in dead.detail
-    assert "systemctl start worker" in dead.fix
+    assert "systemctl start orgworker" in dead.fix
 
     with stock.database.transaction() as connection:
         connection.execute(tables.workers.update().values(ended_at=now))

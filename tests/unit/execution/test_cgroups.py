@@ -13,14 +13,14 @@ from worker.execution.runners.child.linux import RunGroups, write_cap
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """/sys/fs/cgroup with a service to which a place is delegated, its worker in `worker`."""
-    delegated = tmp_path / "system.slice" / "worker.service"
+    delegated = tmp_path / "system.slice" / "orgworker.service"
     (delegated / "worker").mkdir(parents=True)
     (delegated / "cgroup.controllers").write_text("cpu memory pids\n")
     (delegated / "cgroup.subtree_control").write_text("")
     return tmp_path
 
 
-def groups(tree: Path, path: str = "/system.slice/worker.service/worker") -> RunGroups | None:
+def groups(tree: Path, path: str = "/system.slice/orgworker.service/worker") -> RunGroups | None:
     own = tree / "own"
     own.write_text(f"1:name=systemd:/x\n0::{path}\n")
     return RunGroups.find(tree, own)
@@ -34,7 +34,7 @@ def test_a_run_gets_a_cgroup_beside_the_workers(tree: Path) -> None:
 
     assert made is not None
     group = Path(made)
-    assert group.parent.name == "worker.service"
+    assert group.parent.name == "orgworker.service"
     assert (group / "memory.oom.group").read_text() == "1"
     assert (group.parent / "cgroup.subtree_control").read_text() == "+memory"
 
@@ -81,7 +81,7 @@ def test_a_cgroup_that_is_still_busy_is_taken_away_with_a_later_one(tree: Path) 
 @pytest.mark.parametrize(
     "path",
     [
-        "/system.slice/worker.service",  # nothing delegated: the worker is in the unit's own
+        "/system.slice/orgworker.service",  # nothing delegated: the worker is in the unit's own
         "/user.slice/session-1.scope",  # somebody's shell, root's perhaps
         "/",
         "/nowhere/worker",
@@ -94,7 +94,7 @@ def test_cgroups_that_are_not_meant_for_us_are_left_alone(tree: Path, path: str)
 
 
 def test_without_the_memory_controller_or_a_unified_tree_there_are_none(tree: Path) -> None:
-    (tree / "system.slice" / "worker.service" / "cgroup.controllers").write_text("cpu pids\n")
+    (tree / "system.slice" / "orgworker.service" / "cgroup.controllers").write_text("cpu pids\n")
     assert groups(tree) is None
 
     own = tree / "v1"
