@@ -14,6 +14,7 @@ from typing import Any, Literal
 from worker.claims.record import ClaimsRecord
 from worker.clock import Clock
 from worker.definitions.definition import Definition, parse_definition, to_spec
+from worker.errors import UsageError
 from worker.execution.attempts.attempt import attempt
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun
@@ -40,7 +41,8 @@ from worker.runs.run import (
     StoredProgress,
     StoredStep,
 )
-from worker.runs.waits import NewWait, WaitState
+from worker.runs.waits import NewWait, WaitState, is_option, label
+from worker.search import hint_of
 from worker.secret import AccessToken
 from worker.telemetry.masking import masker
 
@@ -315,23 +317,43 @@ class Trial:
         """Let the parked run go on: give the answers that it waits for, or let the first deadline pass.
 
         Returns how long that takes; None if it would wait forever, since no answer is given.
+
+        Raises:
+            UsageError: an answer is not among the options of its wait, or its name is misspelt.
         """
         now = self._tools.clock.now()
         last = self._run.attempt - 1
         pending = [each for each in self.waits.values() if each.attempt == last and each.is_open]
         answered = False
         for each in pending:
-            key = each.wait.name if each.wait.occurrence == 1 else f"{each.wait.name}#{each.wait.occurrence}"
+            key = label(each.wait.name, each.wait.occurrence)
             if each.wait.kind == "answer" and key in self._answers:
+                if each.wait.options and not is_option(each.wait.options, self._answers[key]):
+                    options = ", ".join(map(json.dumps, each.wait.options))
+                    raise UsageError(f"the answer to {key} is not one of its options", fix=f"give {options}")
                 each.answer_json = masker.mask(json.dumps(self._answers[key]), self._subject.org.id)
                 answered = each.is_answered = True
         if answered:
             return timedelta()
         first = min(pending, key=TrialWait.deadline, default=None)
         if first is None or first.until is None:
+            self._check_names(pending)
             return None
         first.is_over = True
         return max(first.deadline() - now, timedelta())
+
+    def _check_names(self, pending: Sequence[TrialWait]) -> None:
+        """Raise UsageError if the run waits forever, and an answer was meant for one of these waits."""
+        opened = {label(name, occurrence) for name, occurrence in self.waits}
+        waited = [
+            label(each.wait.name, each.wait.occurrence) for each in pending if each.wait.kind == "answer"
+        ]
+        for name in self._answers.keys() - opened:
+            if "#" not in name and (hint := hint_of(name, waited)):
+                raise UsageError(
+                    f"the run waits for {', '.join(waited)}, and there is an answer to {name}",
+                    fix=hint.strip(),
+                )
 
     # The stores that an attempt needs.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, Protocol
@@ -54,6 +54,7 @@ from worker.handlers.waits import (
     WaitPort,
     no_runner,
 )
+from worker.runs.waits import Option
 from worker.secret import AccessToken
 
 if TYPE_CHECKING:
@@ -251,16 +252,25 @@ class Context(_Shared[P, S]):
         return self._waits.sleep(duration, name)
 
     def wait_for(
-        self, name: str, /, *, timeout: Duration | None = None, ask: Any = None, alert: bool = False
+        self,
+        name: str,
+        /,
+        *,
+        timeout: Duration | None = None,
+        ask: Any = None,
+        options: Sequence[Option] | None = None,
+        alert: bool = False,
     ) -> Coroutine[Any, Any, Any]:
         """Wait for a person's or a program's answer, without a process, and return its JSON data.
 
-        `runs answer RUN NAME`, the console and the API give the answer; the first one counts. `ask` is
-        at most 16 KiB of JSON for the people asked; those that it has as a list `options` become
-        buttons. After `timeout`, which counts from the first call in the run, WaitTimeout is raised.
-        With `alert` an alert fires while the run waits.
+        `runs answer RUN NAME`, the console and the API give the answer; the first one counts. With
+        `options`, a list of 1 to 50 texts, numbers, true, false or None, any other answer is refused.
+        `ask` is JSON for the people asked, with the options at most 16 KiB; without `options`, a list
+        `options` in it becomes buttons and binds nothing. After `timeout` WaitTimeout is raised. `ask`,
+        `options` and the time are those of the first call in the run. With `alert` an alert fires while
+        the run waits.
         """
-        return self._waits.wait_for(name, timeout, ask, alert)
+        return self._waits.wait_for(name, timeout, ask, alert, options)
 
     def spend(self, meter: str, amount: int, /) -> Awaitable[None]:
         """Add `amount`, a whole number, to what the org's runs have spent of a meter, such as `llm_tokens`.
@@ -386,10 +396,17 @@ class BlockingContext(_Shared[P, S]):
         self._waits.sleep(duration, name)
 
     def wait_for(
-        self, name: str, /, *, timeout: Duration | None = None, ask: Any = None, alert: bool = False
+        self,
+        name: str,
+        /,
+        *,
+        timeout: Duration | None = None,
+        ask: Any = None,
+        options: Sequence[Option] | None = None,
+        alert: bool = False,
     ) -> Any:
         """As `Context.wait_for`. Ends the handler by a BaseException, which it must not catch."""
-        return self._waits.wait_for(name, timeout, ask, alert)
+        return self._waits.wait_for(name, timeout, ask, alert, options)
 
     def spend(self, meter: str, amount: int, /) -> None:
         """As `Context.spend`."""

@@ -9,15 +9,24 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from types import CoroutineType
 from typing import Any, NoReturn, Protocol
 
-from worker.handlers.json_text import NotStorable, to_json_text
+from worker.handlers.json_text import NotStorable, check_size, to_json_text
 from worker.handlers.results import Duration, as_timedelta
 from worker.handlers.steps import Occurrences, StepError, StepJournal, check_name
 from worker.runs.outcome import Parked
-from worker.runs.waits import MOST_ASKED, MOST_WAITS, NewWait, WaitKind, WaitState
+from worker.runs.waits import (
+    MOST_ASKED,
+    MOST_WAITS,
+    NewWait,
+    Option,
+    WaitKind,
+    WaitState,
+    check_options,
+    label,
+)
 
 SLEEP = "sleep"
 # Names that begin so are those of budgets.
@@ -78,7 +87,14 @@ class _Waits:
             "ctx.sleep", check_name("sleep", name), "sleep", as_timedelta(duration).total_seconds()
         )
 
-    def _question(self, name: str, timeout: Duration | None, ask: Any, alert: bool) -> NewWait:
+    def _question(
+        self,
+        name: str,
+        timeout: Duration | None,
+        ask: Any,
+        alert: bool,
+        options: Sequence[Option] | None,
+    ) -> NewWait:
         what = f"wait_for {check_name('wait_for', name)}"
         if name == SLEEP or name.startswith(BUDGET):
             raise StepError(f"{what}: this name is reserved; use another one")
@@ -87,7 +103,8 @@ class _Waits:
             asked = None if ask is None else to_json_text(ask, f"ask of {what}", MOST_ASKED)
         except NotStorable as error:
             raise StepError(f"{error}; ask for less, and store the rest elsewhere") from None
-        return self._new(what, name, "answer", seconds, asked, alert)
+        bound = () if options is None else _options(options, what, asked)
+        return self._new(what, name, "answer", seconds, asked, alert, bound)
 
     def _new(
         self,
@@ -97,10 +114,11 @@ class _Waits:
         seconds: float | None,
         ask: str | None = None,
         alert: bool = False,
+        options: tuple[Option, ...] = (),
     ) -> NewWait:
         self._journal.refuse_inside(what)
         occurrence = self._occurrences.take(what.partition(" ")[0], name)
-        return NewWait(name, occurrence, kind, seconds, ask, alert)
+        return NewWait(name, occurrence, kind, seconds, ask, alert, options)
 
     def _known(self, wait: NewWait, state: WaitState) -> bool:
         """Whether the wait is over; raises StepError."""
@@ -119,9 +137,7 @@ class _Waits:
         reason = "answer" if "answer" in kinds else "budget" if "budget" in kinds else "asleep"
         # A budget's wait is named after its meter, and how often the run waited for it says nothing.
         names = [
-            wait.name.removeprefix(BUDGET)
-            if wait.occurrence == 1 or wait.kind == "budget"
-            else f"{wait.name}#{wait.occurrence}"
+            wait.name.removeprefix(BUDGET) if wait.kind == "budget" else label(wait.name, wait.occurrence)
             for wait in waits
             if wait.name != SLEEP
         ]
@@ -159,10 +175,15 @@ class AsyncWaits(_Waits):
         return self._slept(self._sleep(duration, name))
 
     def wait_for(
-        self, name: str, timeout: Duration | None, ask: Any, alert: bool
+        self,
+        name: str,
+        timeout: Duration | None,
+        ask: Any,
+        alert: bool,
+        options: Sequence[Option] | None = None,
     ) -> Coroutine[Any, Any, Any]:
         """As `Context.wait_for`. The occurrence is taken now."""
-        return self._answered(self._question(name, timeout, ask, alert))
+        return self._answered(self._question(name, timeout, ask, alert, options))
 
     async def _slept(self, wait: NewWait) -> None:
         await self.park(wait)
@@ -260,9 +281,16 @@ class BlockingWaits(_Waits):
         """As `BlockingContext.sleep`."""
         self.park(self._sleep(duration, name))
 
-    def wait_for(self, name: str, timeout: Duration | None, ask: Any, alert: bool) -> Any:
+    def wait_for(
+        self,
+        name: str,
+        timeout: Duration | None,
+        ask: Any,
+        alert: bool,
+        options: Sequence[Option] | None = None,
+    ) -> Any:
         """As `BlockingContext.wait_for`."""
-        wait = self._question(name, timeout, ask, alert)
+        wait = self._question(name, timeout, ask, alert, options)
         return answer_of(wait, self.park(wait))
 
     def park(self, wait: NewWait) -> WaitState:
@@ -289,6 +317,19 @@ class BlockingWaits(_Waits):
 
     def _end(self) -> NoReturn:
         raise Parking("the attempt is parked: let this exception pass")
+
+
+def _options(options: Sequence[Option], what: str, asked: str | None) -> tuple[Option, ...]:
+    """The answers that a wait is limited to, as plain JSON values. Raises StepError."""
+    field = f"options of {what}"
+    try:
+        text = to_json_text(check_options(options), field, MOST_ASKED)
+        check_size(text + (asked or ""), f"ask and options of {what}", MOST_ASKED)
+    except NotStorable as error:
+        raise StepError(f"{error}; offer less") from None
+    except ValueError as error:
+        raise StepError(f"{field}: {error}") from None
+    return tuple(json.loads(text))
 
 
 def answer_of(wait: NewWait, state: WaitState) -> Any:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from datetime import datetime
 from typing import Any
+
+from sqlalchemy import Connection
 
 from worker.errors import AccessDenied, Conflict, NotFound, UsageError
 from worker.handlers.json_text import NotStorable, to_json_text
@@ -13,7 +16,8 @@ from worker.handlers.waits import BUDGET, SLEEP
 from worker.ids import OrgId, RunId
 from worker.operations.budgets import answer_budget
 from worker.operations.runs import matching, require_run
-from worker.runs.waits import MOST_ANSWERED, MOST_EARLY, MOST_WAITS, is_open_question
+from worker.runs.waits import MOST_ANSWERED, MOST_EARLY, MOST_WAITS, is_allowed, is_open_question, label
+from worker.search import hint_of
 from worker.store import audit, waits
 from worker.store.database import Database
 from worker.store.dialect import Row
@@ -21,6 +25,9 @@ from worker.store.edit_runs import Cancellable
 from worker.store.lists import runs as run_lists
 from worker.store.lists.rows import Wait
 from worker.telemetry.masking import masker
+
+# Open questions that an error names.
+MOST_NAMED = 5
 
 
 def answer(
@@ -35,16 +42,17 @@ def answer(
 ) -> Wait:
     """Answer a wait of an unfinished run, and let the run go on; returns the wait as `runs show` has it.
 
-    The first answer counts. One that comes before the run waits is kept, at most `MOST_EARLY` of a run.
-    With `org`, only that org's runs are found, and its budgets cannot be answered. The answer to a budget's
-    question is `{"by": N}`, which raises the budget until its period ends (that of one run for this run), or
-    false, which fails the run.
+    The first answer counts. One that comes before the run waits is kept, at most `MOST_EARLY` of a run; while
+    it has an open question, only what it waits for is answered. With `org`, only that org's runs are found,
+    and its budgets cannot be answered. The answer to a budget's question is `{"by": N}`, which raises the
+    budget until its period ends (that of one run for this run), or false, which fails the run.
 
     Raises:
         NotFound: no such run.
-        UsageError: an invalid name, occurrence or answer.
+        UsageError: an invalid name, occurrence or answer, or one that is not among the wait's options.
         AccessDenied: the question is for operators only.
-        Conflict: it was answered already, its deadline has passed, or the run has ended.
+        Conflict: it was answered already, its deadline has passed, the run waits for something else, or it
+            has ended.
     """
     _check(name, occurrence)
     text = _checked(data)
@@ -63,9 +71,11 @@ def answer(
             raise Conflict(f"run {wanted} has ended", fix=f"see `runs show {wanted}`")
         now = database.now(connection)
         found = waits.find(connection, org_id, wanted, name, occurrence)
-        what = name if occurrence == 1 else f"{name}#{occurrence}"
+        what = label(name, occurrence)
         see = f"see `runs show {wanted}`"
         if found is None:
+            # The run's row is locked: no question opens between this look and the write.
+            _refuse_another(connection, org_id, wanted, name, occurrence, now)
             if waits.early(connection, org_id, wanted, most=MOST_EARLY) >= MOST_EARLY:
                 raise Conflict(
                     f"run {wanted} has {MOST_EARLY} answers to waits that it has not reached, the limit",
@@ -79,6 +89,7 @@ def answer(
         elif found["timed_out_at"] is not None or (found["until"] is not None and found["until"] <= now):
             raise Conflict(f"{what} of run {wanted} was not answered in time", fix=see)
         else:
+            _check_option(found, stored)
             waits.answer(connection, found, stored, at=now, by=actor)
             if found["pending_attempt"] == attempt:
                 waits.wake(connection, org_id, wanted, at=now)
@@ -119,11 +130,39 @@ def answer_many(
             yield row | {"left": f"waits for {waits_for}, not {name}"}
             continue
         try:
+            _check_option(wait, data)
             if not dry_run:
                 answer(database, run["id"], name, data, actor=actor, occurrence=wait["occurrence"])
             yield row
         except (Conflict, NotFound, UsageError) as error:
             yield row | {"left": error.message}
+
+
+def _refuse_another(
+    connection: Connection, org_id: OrgId, run_id: RunId, name: str, occurrence: int, now: datetime
+) -> None:
+    """Raise Conflict if the run waits for answers now, of which none has this name and occurrence.
+
+    A misspelt name would be kept for a wait that never comes, and the run would go on waiting.
+    """
+    asked = waits.open_questions(connection, org_id, run_id, at=now)
+    if not asked:
+        return
+    names = [label(wait["name"], wait["occurrence"]) for wait in asked]
+    what = label(name, occurrence)
+    raise Conflict(
+        f"run {run_id} waits for {', '.join(names[:MOST_NAMED])}, not {what}",
+        fix=f"{hint_of(what, names)}`runs show {run_id}` lists what it waits for; an answer to a later wait is "
+        "kept only while none is open",
+    )
+
+
+def _check_option(wait: Mapping[str, Any], data: Any) -> None:
+    """Raise UsageError for an answer that is not among the options of a wait."""
+    if not is_allowed(wait, data):
+        what = label(wait["name"], wait["occurrence"])
+        options = " / ".join(json.dumps(option, ensure_ascii=False) for option in wait["options"])
+        raise UsageError(f"the answer to {what} is one of {options}", fix="give one of them, as JSON")
 
 
 def _check(name: str, occurrence: int) -> None:

@@ -16,6 +16,7 @@ from worker.errors import Conflict, NotFound, UsageError
 from worker.ids import OrgId, RunId, new_id
 from worker.operations.changes import Change, because, differing
 from worker.operations.runs import require_run
+from worker.search import hint_of
 from worker.store import audit, budgets, orgs, waits
 from worker.store.database import Database
 from worker.store.dialect import Row, hint
@@ -223,7 +224,9 @@ def answer_budget(
         asks = found is not None and found["kind"] == "budget" and found["ask"] is not None
         see = f"see `runs show {wanted}`"
         if attempt is None or found is None or not asks:
-            raise Conflict(f"run {wanted} does not ask {name}", fix=f"{see}, or use `budgets raise`")
+            asked = [each["name"] for each in waits.open_questions(connection, org_id, wanted, at=now)]
+            fix = f"{hint_of(name, asked)}{see}, or use `budgets raise`"
+            raise Conflict(f"run {wanted} does not ask {name}", fix=fix)
         if found["answered_at"] is not None:
             raise Conflict(f"{name} of run {wanted} was answered already, by {found['answered_by']}", fix=see)
         if found["timed_out_at"] is not None or (found["until"] is not None and found["until"] <= now):

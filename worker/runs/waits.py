@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, get_args
@@ -12,11 +13,20 @@ KINDS: tuple[WaitKind, ...] = get_args(WaitKind)
 
 # Waits of one run.
 MOST_WAITS = 10_000
-# Bytes of JSON text in UTF-8: what a handler asks, and an answer.
+# Bytes of JSON text in UTF-8: what a handler asks, with its options, and an answer.
 MOST_ASKED = 16 * 1024
 MOST_ANSWERED = 64 * 1024
 # Answers to waits that a run has not reached yet.
 MOST_EARLY = 100
+# Answers that one wait can be limited to.
+MOST_OPTIONS = 50
+
+Option = str | int | float | bool | None
+
+
+def label(name: str, occurrence: int) -> str:
+    """How people name a wait: `approval`, or `approval#2` for the second of that name."""
+    return name if occurrence == 1 else f"{name}#{occurrence}"
 
 
 def is_open_question(wait: Mapping[str, Any]) -> bool:
@@ -25,11 +35,36 @@ def is_open_question(wait: Mapping[str, Any]) -> bool:
     return asks and wait["answered_at"] is None and wait["timed_out_at"] is None
 
 
+def check_options(options: object) -> tuple[Option, ...]:
+    """The answers that a wait is limited to. Raises ValueError."""
+    if not isinstance(options, list | tuple) or not 1 <= len(options) <= MOST_OPTIONS:
+        raise ValueError(f"give a list of 1 to {MOST_OPTIONS}")
+    for place, option in enumerate(options):
+        if not (option is None or isinstance(option, str | int | float)):
+            raise ValueError(f"number {place + 1} is not a text, a number, true, false or null")
+        if is_option(options[:place], option):
+            raise ValueError(f"number {place + 1} is there twice")
+    return tuple(options)
+
+
+def is_option(options: Sequence[Option], answer: object) -> bool:
+    """Whether an answer is one of these, by its JSON value: `true` is not `1`, but `1.0` is."""
+    return any(
+        isinstance(option, bool) == isinstance(answer, bool) and option == answer for option in options
+    )
+
+
+def is_allowed(wait: Mapping[str, Any], answer: object) -> bool:
+    """Whether a wait, a row of `runs show`, takes this answer."""
+    return wait["options"] is None or is_option(wait["options"], answer)
+
+
 @dataclass(frozen=True, slots=True)
 class NewWait:
     """A wait of one attempt. `seconds` is the time until its deadline, None for no deadline.
 
-    `ask_json` is what people are asked, as JSON text. With `alert` an alert fires while it is open.
+    `ask_json` is what people are asked, as JSON text. With `alert` an alert fires while it is open. With
+    `options` no other answer is taken.
     """
 
     name: str
@@ -38,6 +73,12 @@ class NewWait:
     seconds: float | None = None
     ask_json: str | None = None
     alert: bool = False
+    options: tuple[Option, ...] = ()
+
+
+def options_text(wait: NewWait) -> str | None:
+    """The options of a wait as JSON text; None if it takes any answer."""
+    return json.dumps(wait.options) if wait.options else None
 
 
 @dataclass(frozen=True, slots=True)

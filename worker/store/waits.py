@@ -5,13 +5,16 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, or_, select, update
+from sqlalchemy import Connection, func, insert, or_, select, text, update
 
 from worker.ids import OrgId, RunId
+from worker.runs.waits import is_open_question
 from worker.store import tables
-from worker.store.dialect import Row, first_row, hint
+from worker.store.dialect import Row, all_rows, first_row, hint
 
 _waits, _live = tables.waits, tables.live_runs
+# Open questions of a run that are read.
+MOST_OPEN = 100
 
 
 def lock_attempt(connection: Connection, org_id: OrgId, run_id: RunId) -> int | None:
@@ -33,6 +36,14 @@ def find(connection: Connection, org_id: OrgId, run_id: RunId, name: str, occurr
         _waits.c.occurrence == occurrence,
     )
     return first_row(connection, query)
+
+
+def open_questions(connection: Connection, org_id: OrgId, run_id: RunId, *, at: datetime) -> list[Row]:
+    """What a run asks and somebody can answer at this time, oldest first, by the index of open waits."""
+    asks = (_waits.c.run_id == run_id, _waits.c.org_id == org_id, _waits.c.kind != "sleep")
+    is_open = (text(tables.OPEN), or_(_waits.c.until.is_(None), _waits.c.until > at))
+    query = select(_waits).where(*asks, *is_open).order_by(_waits.c.opened_at, _waits.c.name)
+    return list(filter(is_open_question, all_rows(connection, query.limit(MOST_OPEN))))
 
 
 def early(connection: Connection, org_id: OrgId, run_id: RunId, *, most: int) -> int:

@@ -101,6 +101,8 @@ class Wait:
     """`sleep` or `answer`."""
     ask: Any
     """What the handler asked."""
+    options: tuple[str | int | float | bool | None, ...] | None
+    """The only answers that it takes; None for any."""
     until: datetime | None
     """Its deadline by the test's clock; None without one."""
     answered: bool
@@ -304,6 +306,7 @@ def _finished(
                 occurrence=each.wait.occurrence,
                 kind=each.wait.kind,
                 ask=None if each.wait.ask_json is None else json.loads(each.wait.ask_json),
+                options=each.wait.options or None,
                 until=each.until,
                 answered=each.is_answered,
                 answer=None if each.answer_json is None else json.loads(each.answer_json),

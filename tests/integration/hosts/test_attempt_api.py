@@ -12,9 +12,10 @@ import pytest
 from tests.fakes.running import until
 from tests.integration.hosts.conftest import HANDLER, Fleet, end_of, fence
 from worker.errors import IssuerUnavailable, StoreUnavailable
-from worker.execution.hosts import wire
+from worker.execution.hosts import attempt_api, wire
 from worker.execution.hosts.hosted_runs import HostedRuns
 from worker.execution.loops.finisher import Finisher
+from worker.execution.runners.child import messages
 from worker.ids import OrgId
 from worker.pacing import Turns
 from worker.runs import outcome as outcomes
@@ -444,3 +445,27 @@ async def test_the_versions_are_listed_without_a_token(fleet: Fleet) -> None:
     response = await fleet.client.get(f"{fleet.one.url}/attempts")
 
     assert response.json() == {"versions": ["v1"]}
+
+
+async def test_options_of_a_host_bind_at_workers_that_know_them(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control is a worker of the previous release: asked with `wait`, it stores none."""
+    host = await fleet.host()
+    fleet.start()
+    [taken] = await host.take(fleet.one)
+    wait: dict[str, Any] = {"name": "ok", "occurrence": 1, "kind": "answer", "seconds": None}
+    wait |= {"ask_json": None, "alert": False, "options": ["yes", "no"]}
+    with monkeypatch.context() as previous:
+        previous.delitem(attempt_api.CALLS, "choose")
+        previous.setattr(messages, "check_options", lambda options: ())
+        unknown = await host.send(fleet.one, "choose", {**fence(taken), "wait": wait})
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (422, "invalid")
+        assert fleet.rows.all(tables.waits) == []
+        await host.call(fleet.one, "wait", **fence(taken), wait={**wait, "name": "unbound"})
+
+    answer = await host.call(fleet.one, "choose", **fence(taken), wait=wait)
+
+    assert answer["state"]["state"] == "pending"
+    stored = {row["name"]: row["options"] for row in fleet.rows.all(tables.waits)}
+    assert stored == {"ok": ["yes", "no"], "unbound": None}

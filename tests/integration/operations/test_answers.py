@@ -15,6 +15,7 @@ from tests.fakes.stock import Stock
 from worker.cli import runs as cli_runs
 from worker.errors import AccessDenied, CanaryFailed, Conflict, NotFound, UsageError
 from worker.ids import new_id
+from worker.operations import answers
 from worker.operations.answers import answer, answer_many
 from worker.operations.org_secrets import add_secret, rotate_secret
 from worker.operations.runs import cancel, run_now
@@ -139,12 +140,16 @@ def test_an_early_answer_is_kept_and_a_second_one_conflicts(parked, database):
 
 
 def test_an_answer_is_for_one_occurrence(parked, database, stock):
-    run = parked(APPROVAL)
+    """One that does not exist is refused like another name."""
+    run = parked(APPROVAL, replace(APPROVAL, occurrence=2))
 
-    give(database, run, "second", occurrence=2)
+    assert give(database, run, "second", occurrence=2)["occurrence"] == 2
+    with pytest.raises(Conflict, match="waits for approval, not approval#3") as refused:
+        give(database, run, "third", occurrence=3)
 
-    live = stock.live(run.id)
-    assert live is not None and live["state"] == "parked"
+    assert refused.value.fix.startswith("did you mean approval? ")
+    [first, _] = sorted(stock.all(tables.waits), key=lambda row: row["occurrence"])
+    assert first["answered_at"] is None
 
 
 def test_an_answer_after_the_deadline_conflicts(parked, database, stock):
@@ -309,3 +314,107 @@ def test_the_deadline_is_the_database_s(parked, database, stock):
     stock.change(tables.live_runs, run.id, available_at=stock.now() + timedelta(days=400))
 
     assert give(database, run)["until"] is None
+
+
+BOUND = replace(APPROVAL, options=("yes", "no", 1))
+
+
+@pytest.mark.parametrize("data", ["maybe", "Yes", ["yes"], {"answer": "yes"}, None, True])
+def test_an_answer_that_is_no_option_is_refused(parked, database, stock, data):
+    """The control: without options the same answer is taken."""
+    run = parked(BOUND, replace(APPROVAL, name="free"))
+
+    with pytest.raises(UsageError, match='the answer to approval is one of "yes" / "no" / 1'):
+        give(database, run, data)
+
+    live = stock.live(run.id)
+    assert live is not None and live["state"] == "parked"
+    assert stock.all(tables.audit, tables.audit.c.action == "run.answer") == []
+    row = give(database, run, "no")
+    assert (row["answer"], row["options"], row["refused"]) == ("no", ["yes", "no", 1], None)
+    assert give(database, run, data, name="free")["answer"] == data
+
+
+def test_of_many_those_are_left_whose_options_have_no_such_answer(parked, database):
+    run = parked(BOUND)
+    which = Cancellable(query=parsed("org:org_acme", now=datetime.now(UTC)), state="waiting", reason="answer")
+
+    def give_all(data: Any, **options: Any) -> list[Any]:
+        rows = answer_many(database, which, "approval", data, actor="kim", limit=10, **options)
+        return [(row["id"], row["left"]) for row in rows]
+
+    left = 'the answer to approval is one of "yes" / "no" / 1'
+    assert give_all("maybe", dry_run=True) == give_all("maybe") == [(run.id, left)]
+    assert give_all("yes", dry_run=True) == give_all("yes") == [(run.id, None)]
+
+
+def test_a_misspelt_name_is_refused_while_the_run_waits(parked, database, stock, monkeypatch):
+    """The control takes it without the look at what is open: nobody is told, and the run waits on."""
+    run = parked(APPROVAL, NewWait("sleep", 1, "sleep", 60.0))
+
+    with pytest.raises(Conflict, match="waits for approval, not aproval") as refused:
+        give(database, run, name="aproval")
+
+    assert refused.value.fix.startswith(f"did you mean approval? `runs show {run.id}`")
+    assert {row["name"] for row in stock.all(tables.waits)} == {"approval", "sleep"}
+    monkeypatch.setattr(answers, "_refuse_another", lambda *args: None)
+    assert give(database, run, name="aproval")["opened_at"] is None
+    live = stock.live(run.id)
+    assert live is not None and live["state"] == "parked"
+
+
+def test_an_early_answer_is_kept_while_nothing_is_asked(parked, database, stock):
+    """Neither a sleep, nor what was answered, nor what nobody can answer any more is open."""
+    asleep = parked(NewWait("sleep", 1, "sleep", 60.0), NewWait("budget:calls", 1, "budget", 60.0))
+    assert give(database, asleep)["opened_at"] is None
+    cancel(database, asleep.id, actor="tester")
+    answered = parked(APPROVAL)
+    give(database, answered)
+    assert give(database, answered, name="publish")["opened_at"] is None
+    cancel(database, answered.id, actor="tester")
+    late = parked(APPROVAL)
+    stock.change(tables.waits, late.id, until=stock.now() - timedelta(seconds=1))
+    assert give(database, late, name="publish")["opened_at"] is None
+
+
+def test_the_question_of_a_budget_is_open_too(parked, database):
+    run = parked(NewWait("budget:llm_tokens", 1, "budget", 60.0, '{"per":"day","meter":"llm_tokens"}'))
+
+    with pytest.raises(Conflict, match="waits for budget:llm_tokens, not approval"):
+        give(database, run)
+    with pytest.raises(Conflict, match="does not ask budget:llm_token") as refused:
+        give(database, run, False, name="budget:llm_token")
+
+    assert refused.value.fix.startswith("did you mean budget:llm_tokens? ")
+
+
+def test_a_question_that_opens_meanwhile_is_seen(parked, database, monkeypatch):
+    """Its opening and the answer lock the run's row. Without the lock, the control, the answer comes first."""
+    run = parked()
+
+    def race(name: str, wrong: str) -> list[str]:
+        """Give a misspelt answer while the transaction that opens the wait is not committed."""
+        outcomes = list[str]()
+
+        def late() -> None:
+            try:
+                outcomes.append(give(database, run, name=wrong)["name"])
+            except Conflict as refused:
+                outcomes.append(refused.message)
+
+        with database.transaction() as connection:
+            statements(connection).open_wait(
+                connection, run.id, run.fencing_token, attempt=1, wait=replace(APPROVAL, name=name)
+            )
+            answering = threading.Thread(target=late)
+            answering.start()
+            answering.join(0.3)
+        answering.join()
+        return outcomes
+
+    assert race("approval", "aproval") == [f"run {run.id} waits for approval, not aproval"]
+    give(database, run)
+    if database.dialect == "postgresql":
+        # SQLite has one writer at a time anyway.
+        monkeypatch.setattr(answers.waits, "lock_attempt", lambda connection, org_id, run_id: 1)
+        assert race("publish", "publsh") == ["publsh"]

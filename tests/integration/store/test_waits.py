@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -389,3 +390,149 @@ def test_the_page_of_an_org_lists_parked_runs_after_waiting_ones(stock: Stock, w
 
     assert {row["id"]: row["reason"] for row in found} == {next_one.id: "due", run.id: "answer"}
     assert (answer["reason"], answer["runs"], due["reason"], due["runs"]) == ("answer", 1, "due", 1)
+
+
+def refused(stock: Stock, run: AdmittedRun) -> list[Any]:
+    return [row["refused"] for row in stock.all(tables.waits, tables.waits.c.run_id == run.id)]
+
+
+def test_the_options_of_the_first_call_stay(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    open_wait(stock, run, options=("yes", "no"))
+    open_wait(stock, run, options=("maybe",))
+    open_wait(stock, run)
+    open_wait(stock, run, "free")
+    open_wait(stock, run, "free", options=("yes",))
+
+    rows = {row["name"]: (row["options"], row["refused"]) for row in stock.all(tables.waits)}
+    assert rows == {"approval": (["yes", "no"], None), "free": (None, None)}
+
+
+@pytest.mark.parametrize(
+    ("options", "data"),
+    [
+        (("yes", "no"), "yes"),
+        ((True, False), False),
+        ((1, 2.5), 1),
+        ((1, 2.5), 2.5),
+        (("1", None), None),
+        (("7", "8"), "7"),
+        (("é☃", "x"), "é☃"),
+    ],
+)
+def test_an_early_answer_among_the_options_is_taken(
+    stock: Stock, worker: WorkerId, options: Any, data: Any
+) -> None:
+    run = admitted(stock, worker)
+    give(stock, run, data)
+
+    state = open_wait(stock, run, options=options)
+
+    assert state is not None and state.state == "answered"
+    assert (None if state.answer_json is None else json.loads(state.answer_json)) == data
+    assert refused(stock, run) == [None]
+
+
+@pytest.mark.parametrize(
+    ("options", "data"),
+    [
+        (("yes", "no"), "maybe"),
+        (("yes", "no"), ["yes"]),
+        (("yes", "no"), {"yes": True}),
+        (("yes", "no"), None),
+        ((1, 0), True),
+        ((True,), 1),
+        (("7",), 7),
+        ((7,), "7"),
+    ],
+)
+def test_an_early_answer_that_is_no_option_is_kept_and_not_taken(
+    stock: Stock, worker: WorkerId, options: Any, data: Any
+) -> None:
+    """The wait stays open, so the run is not stuck. The control is a wait without options, which takes it."""
+    run = admitted(stock, worker)
+    give(stock, run, data)
+    give(stock, run, data, "free")
+
+    state, free = open_wait(stock, run, options=options), open_wait(stock, run, "free")
+
+    assert state is not None and (state.state, state.answer_json) == ("pending", None)
+    assert free is not None and free.state == "answered"
+    rows = {row["name"]: row for row in stock.all(tables.waits)}
+    assert (rows["approval"]["refused"], rows["free"]["refused"]) == ({"answer": data}, None)
+    assert rows["approval"]["answered_at"] is rows["approval"]["answered_by"] is None
+    stock.finish(worker, parked(stock, run))
+    live = stock.live(run.id)
+    assert live is not None and live["state"] == "parked"
+
+    assert give(stock, run, options[0])
+    [again] = stock.admit(worker)
+    state = open_wait(stock, again, options=options)
+    assert state is not None and state.state == "answered"
+
+
+def test_an_answer_that_the_previous_release_took_is_not_handed_to_the_handler(
+    stock: Stock, worker: WorkerId
+) -> None:
+    """Its console knows no options. The run asks again, until somebody gives one of them."""
+    run = admitted(stock, worker)
+    open_wait(stock, run, options=("yes", "no"))
+    stock.finish(worker, parked(stock, run))
+    assert give(stock, run, "maybe")
+    [again] = stock.admit(worker)
+
+    state = open_wait(stock, again, options=("yes", "no"))
+    stock.finish(worker, parked(stock, again))
+
+    assert state is not None and state.state == "pending"
+    live = stock.live(run.id)
+    assert live is not None and live["state"] == "parked"
+    assert refused(stock, run) == [{"answer": "maybe"}]
+    assert give(stock, again, "no")
+
+
+def test_a_refused_answer_does_not_outlive_the_deadline(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    open_wait(stock, run, options=("yes",), seconds=60.0)
+    give(stock, run, "maybe")
+    stock.change(tables.waits, run.id, until=stock.now() - timedelta(seconds=1))
+
+    state = open_wait(stock, run, options=("yes",), seconds=60.0)
+
+    assert state is not None and state.state == "over"
+    assert refused(stock, run) == [{"answer": "maybe"}]
+
+
+def test_a_retry_keeps_the_options_of_what_was_answered(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    open_wait(stock, run, options=("yes", "no"))
+    give(stock, run, "yes")
+    to = stock.run(run.org_id)
+    stock.put(to)
+
+    with stock.database.transaction() as connection:
+        waits.copy(connection, run.org_id, run.id, to.id)
+
+    [copied] = stock.all(tables.waits, tables.waits.c.run_id == to.id)
+    assert (copied["options"], copied["answer"]) == (["yes", "no"], "yes")
+
+
+def test_open_questions_are_what_somebody_can_answer_now(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    open_wait(stock, run, "slept", kind="sleep", seconds=60.0)
+    open_wait(stock, run, "budget:quiet", kind="budget", seconds=60.0)
+    give(stock, run, 1, "early")
+    open_wait(stock, run, "late", seconds=0.0)
+    open_wait(stock, run, "given")
+    give(stock, run, 1, "given")
+
+    def found(after: float = 0.0) -> list[str]:
+        with stock.database.autocommit() as connection:
+            at = stock.database.now(connection) + timedelta(seconds=after)
+            return [row["name"] for row in waits.open_questions(connection, run.org_id, run.id, at=at)]
+
+    assert found() == []
+    open_wait(stock, run, "approval", seconds=60.0)
+    open_wait(stock, run, "budget:tokens", kind="budget", ask_json="{}")
+    assert found() == ["approval", "budget:tokens"]
+    assert found(after=61.0) == ["budget:tokens"]

@@ -62,6 +62,13 @@ MESSAGES: dict[str, dict[str, Any]] = {
             "ask_json": json.dumps(LONG),
         },
     },
+    "choose": {
+        **RUN,
+        "wait": {
+            **{"name": "ok", "occurrence": 1, "kind": "answer", "seconds": None, "alert": False},
+            **{"ask_json": json.dumps(LONG), "options": ["yes", LONG[:100], 1, None]},
+        },
+    },
     "handlers": {
         "entries": [
             wire.entry_message(
@@ -84,6 +91,7 @@ READERS: dict[str, Any] = {
     "progress": wire_calls.progress_of,
     "hand_back": wire.owned_of,
     "wait": lambda message: (wire.fence_of(message), wire_calls.wait_of(message)),
+    "choose": lambda message: (wire.fence_of(message), wire_calls.wait_of(message)),
     "handlers": lambda message: (wire.entries_of(message["entries"]), message["complete"]),
 }
 

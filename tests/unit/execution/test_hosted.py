@@ -38,6 +38,7 @@ from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.runners.contract import RunServices, StopSignal, Work
 from worker.handlers.catalogue import HandlerEntry
+from worker.handlers.steps import StepError
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import Error, Failed, Outcome, Succeeded
 from worker.runs.run import LogLine, NewStep, OwnedRun, RunStep
@@ -567,3 +568,33 @@ async def test_nothing_is_taken_before_there_is_a_handler(clock: ManualClock) ->
 
 
 STEP = NewStep("fetch", None, 1, 1, '{"n":1}', CLAIMS.issued_at, CLAIMS.issued_at + timedelta(seconds=1))
+
+
+async def test_a_wait_with_options_fails_at_a_worker_that_does_not_know_them(clock: ManualClock) -> None:
+    """The control: as a key of `wait` such a worker ignores them, and takes any answer."""
+    state = {"state": {"kind": "answer", "state": "pending", "answer_json": None, "until": None}}
+    workers = Workers(wait=state, choose=(422, "invalid"))
+    host = Host(clock, workers)
+    host.took()
+    bound = NewWait("approval", 1, "answer", options=("yes", "no"))
+
+    with pytest.raises(StepError, match=r"options of wait_for approval: .* upgrade the workers before"):
+        await host.store.open_wait(RUN, bound)
+
+    assert workers.sent("wait") == []
+    workers.answers["choose"] = state
+    assert (await host.store.open_wait(RUN, bound)) is not None
+    assert [call["wait"]["options"] for call in workers.sent("choose")] == [["yes", "no"]] * 2
+    assert (await host.store.control.call("wait", workers.sent("choose")[0])) == state
+
+
+async def test_a_wait_without_options_is_the_call_of_the_previous_release(clock: ManualClock) -> None:
+    state = {"state": {"kind": "answer", "state": "pending", "answer_json": None, "until": None}}
+    workers = Workers(wait=state)
+    host = Host(clock, workers)
+    host.took()
+
+    await host.store.open_wait(RUN, NewWait("approval", 1, "answer"))
+
+    [call] = workers.sent("wait")
+    assert call["wait"].keys() == {"name", "occurrence", "kind", "seconds", "ask_json", "alert"}

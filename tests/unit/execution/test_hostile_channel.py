@@ -140,6 +140,8 @@ NOT_OURS: list[Any] = [
     {"op": "save", "n": 1, "data": "[" * 100_000},
     {"op": "save", "n": "1", "data": "1"},
     {"op": "step", "n": 1, "step": {**STEP, "result_json": "[" + "1," * 10_000}},
+    {"op": "wait", "n": 1, "wait": {**WAIT, "options": ["yes"]}},
+    {"op": "wait", "n": 1, "wait": {**WAIT, "kind": "answer", "options": [["yes"]]}},
     {"op": "end", "outcome": {"kind": "Succeeded", "result": "[" + "1," * 10_000}},
     {"op": "end", "outcome": {"kind": "TimedOut"}},
     {"op": "end"},

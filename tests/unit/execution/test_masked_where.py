@@ -19,6 +19,7 @@ from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.run_services import AttemptServices, Tools
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import StopSignal
+from worker.handlers.steps import StepError
 from worker.runs.outcome import Error, Failed, Outcome, Succeeded, Trail
 from worker.runs.run import NewStep
 from worker.runs.waits import NewWait, WaitState
@@ -168,3 +169,15 @@ async def test_saves_are_numbered_as_they_were_sent(clock: ManualClock) -> None:
 
 def test_the_secret_is_masked_only_while_it_is_held() -> None:
     assert masker.mask(SECRET, admitted().org_id) == SECRET
+
+
+async def test_an_option_that_contains_a_secret_is_refused(clock: ManualClock) -> None:
+    """Two of them would be the same answer. The control: other options are stored."""
+    attempt = Attempt(clock)
+
+    for option in (SECRET, f"not {SECRET}"):
+        with pytest.raises(StepError, match="an option contains a secret"):
+            await attempt.services.open_wait(NewWait("w", 1, "answer", options=("yes", option)))
+    assert attempt.store.texts == []
+    await attempt.services.open_wait(NewWait("w", 1, "answer", options=("yes", "no")))
+    assert attempt.store.texts == [""]

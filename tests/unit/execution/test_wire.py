@@ -269,3 +269,34 @@ def test_a_spend_without_a_number_of_the_attempt_is_refused(key: str) -> None:
 def test_the_error_of_a_worker_is_raised_at_the_host(code: str | None, kind: type[Exception]) -> None:
     body = {} if code is None else {"error": {"code": code, "message": "no", "fix": ""}}
     assert type(wire.error_of(body, 3.0)) is kind
+
+
+BOUND = NewWait("approve", 1, "answer", options=("yes", 1, True, None))
+
+
+def test_a_wait_without_options_is_what_the_previous_release_sends() -> None:
+    plain = {"name": "w", "occurrence": 2, "kind": "answer", "seconds": 5.0, "ask_json": "1", "alert": True}
+
+    assert wire_calls.wait_message(NewWait("w", 2, "answer", 5.0, "1", alert=True)) == {"wait": plain}
+    assert wire_calls.wait_of({"wait": plain}).options == ()
+    assert wire_calls.wait_of(sent(wire_calls.wait_message(BOUND))) == BOUND
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"options": "yes"},
+        {"options": []},
+        {"options": ["x"] * 2},
+        {"options": list(range(51))},
+        {"options": [["yes"]]},
+        {"options": ["\0"]},
+        {"options": [float("inf")]},
+        {"options": ["x" * 16_400]},
+        {"kind": "sleep"},
+        {"kind": "budget"},
+    ],
+)
+def test_options_of_a_host_that_are_none_are_refused(changed: dict[str, Any]) -> None:
+    with pytest.raises(Malformed):
+        wire_calls.wait_of({"wait": {**wire_calls.wait_message(BOUND)["wait"], **changed}})

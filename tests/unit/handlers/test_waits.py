@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from enum import StrEnum
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.opened: list[str] = []
+        self.waits: list[NewWait] = []
         self.states: dict[str, WaitState] = {}
         self.steps: list[NewStep] = []
         self.parks: list[Parked] = []
@@ -45,6 +47,7 @@ class Worker:
     def open(self, wait: NewWait) -> WaitState:
         key = wait.name if wait.occurrence == 1 else f"{wait.name}#{wait.occurrence}"
         self.opened.append(key)
+        self.waits.append(wait)
         return self.states.get(key, WaitState(wait.kind, "pending"))
 
     def page(self, after: int) -> StepPage:
@@ -500,3 +503,53 @@ def test_a_blocking_wait_lets_steps_of_other_threads_end(worker: Worker, clock: 
 
     assert isinstance(worker.run_blocking(clock, handler), Parked)
     assert [step.result_json for step in worker.steps] == ['"receipt"']
+
+
+async def test_options_are_sent_as_plain_values(worker: Worker, clock: ManualClock) -> None:
+    class Answer(StrEnum):
+        YES = "yes"
+        NO = "no"
+
+    async def handler(ctx: Context[Any, Any]) -> Any:
+        return await ctx.wait_for("approval", options=list(Answer))
+
+    def blocking(ctx: BlockingContext[Any, Any]) -> Any:
+        return ctx.wait_for("number", options=(1, None))
+
+    assert await worker.run(clock, handler) == Parked("answer", "approval")
+    assert worker.run_blocking(clock, blocking) == Parked("answer", "number")
+
+    assert [wait.options for wait in worker.waits] == [("yes", "no"), (1, None)]
+    assert type(worker.waits[0].options[0]) is str
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ([], "options of wait_for approval: give a list of 1 to 50"),
+        ("yes", "options of wait_for approval: give a list of 1 to 50"),
+        (["yes", {}], "options of wait_for approval: number 2 is not a text"),
+        ([float("nan")], "options of wait_for approval is not JSON"),
+        (["\0"], "options of wait_for approval contains a NUL"),
+        (["x" * 16_400], "options of wait_for approval is 16.0 KiB of JSON; the maximum is 16 KiB"),
+        (["x" * 9_000], "ask and options of wait_for approval is 17"),
+    ],
+)
+async def test_options_that_cannot_be_stored_fail_the_call(
+    worker: Worker, clock: ManualClock, options: Any, problem: str
+) -> None:
+    """The control: without options the same `ask` is sent."""
+    ask = "y" * 9_000
+
+    async def handler(ctx: Context[Any, Any]) -> Any:
+        return await ctx.wait_for("approval", ask=ask, options=options)
+
+    def blocking(ctx: BlockingContext[Any, Any]) -> Any:
+        return ctx.wait_for("approval", ask=ask, options=options)
+
+    for outcome in (await worker.run(clock, handler), worker.run_blocking(clock, blocking)):
+        assert isinstance(outcome, Failed)
+        assert problem in outcome.error.message
+    assert worker.waits == []
+    options = None
+    assert await worker.run(clock, handler) == Parked("answer", "approval")

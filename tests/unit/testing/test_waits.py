@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from worker import BlockingContext, Context, WaitTimeout, job
+from worker.errors import UsageError
 from worker.testing import Crash, Orgworker
 
 
@@ -77,3 +78,34 @@ def test_a_crash_after_the_step_repeats_nothing(orgworker: Orgworker) -> None:
 @pytest.mark.parametrize("place", ["here", "child"])
 def test_a_blocking_handler_goes_on_too(orgworker: Orgworker, place: Any) -> None:
     assert orgworker.run(publish_blocking, answers={"approval": 7}, place=place).result == 7
+
+
+@job("acme.bound")
+async def bound(ctx: Context[Any, Any]) -> Any:
+    return await ctx.wait_for("approval", options=["yes", "no"])
+
+
+@pytest.mark.parametrize("place", ["here", "child"])
+def test_an_answer_is_one_of_the_options(orgworker: Orgworker, place: Any) -> None:
+    run = orgworker.run(bound, answers={"approval": "no"}, place=place)
+
+    assert (run.result, run.waits[0].options) == ("no", ("yes", "no"))
+
+
+def test_an_answer_that_is_no_option_fails_the_test(orgworker: Orgworker) -> None:
+    """The control: the same answer to a wait without options."""
+    with pytest.raises(UsageError, match="the answer to approval is not one of its options") as refused:
+        orgworker.run(bound, answers={"approval": "maybe"})
+
+    assert refused.value.fix == 'give "yes", "no"'
+    run = orgworker.run(publish_blocking, answers={"approval": "maybe"})
+    assert (run.result, run.waits[1].options) == ("maybe", None)
+
+
+def test_a_misspelt_answer_fails_the_test_if_the_run_waits_forever(orgworker: Orgworker) -> None:
+    """The controls: an answer to something else, and one to a wait that was there before."""
+    with pytest.raises(UsageError, match="waits for approval, and there is an answer to aproval") as refused:
+        orgworker.run(publish_blocking, answers={"aproval": 1})
+
+    assert refused.value.fix == "did you mean approval?"
+    assert orgworker.run(publish_blocking, answers={"release": 1, "approval#2": 1}).state == "waiting"

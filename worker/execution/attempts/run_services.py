@@ -382,14 +382,11 @@ class AttemptServices:
         """Store what the run waits for, masked; wait while the database is away.
 
         Raises:
-            StepError: the name contains a secret.
+            StepError: the name or an option contains a secret.
             LeaseLost: the run is no longer ours.
         """
         run = self.inflight.run
-        if wait.name != await self._mask(wait.name):
-            raise StepError(f"wait {await self._mask(wait.name)}: its name contains a secret; use another")
-        if wait.ask_json is not None:
-            wait = replace(wait, ask_json=await self._mask(wait.ask_json))
+        wait = await masked_wait(wait, self._mask)
         state = await self._when_available(lambda: self.tools.waits.open_wait(run, wait))
         if state is None:
             raise self._lost()
@@ -491,3 +488,14 @@ class AttemptServices:
     def _check_open(self) -> None:
         if self._closed:
             raise LeaseLost("the run has ended")
+
+
+async def masked_wait(wait: NewWait, mask: Callable[[str], Awaitable[str]]) -> NewWait:
+    """A wait with what it asks masked. Raises StepError if its name or an option contains a secret."""
+    if wait.name != (shown := await mask(wait.name)):
+        raise StepError(f"wait {shown}: its name contains a secret; use another")
+    # Two masked options would be the same answer.
+    for option in wait.options:
+        if isinstance(option, str) and option != await mask(option):
+            raise StepError(f"wait {wait.name}: an option contains a secret; use another")
+    return wait if wait.ask_json is None else replace(wait, ask_json=await mask(wait.ask_json))

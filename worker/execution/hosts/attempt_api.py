@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from worker.bounded import remember
 from worker.errors import AccessDenied, LeaseLost, TokenError, TokenRefused, Unavailable
-from worker.execution.attempts.run_services import FoundBudgets
+from worker.execution.attempts.run_services import FoundBudgets, masked_wait
 from worker.execution.hosts import wire, wire_calls
 from worker.execution.hosts.attempt_log import LogSizes
 from worker.execution.hosts.delivery import HostTools, Key
@@ -331,14 +331,13 @@ class AttemptApi:
     async def _wait(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
         wait = wire_calls.wait_of(message)
         hosted = await runs.one(wire.fence_of(message))
-        if wait.name != await hosted.mask(wait.name):
-            raise StepError(f"wait {await hosted.mask(wait.name)}: its name contains a secret; use another")
-        if wait.ask_json is not None:
-            wait = replace(wait, ask_json=await hosted.mask(wait.ask_json))
-        state = await self.shared.tools.waits.open_wait(hosted.run, wait)
+        state = await self.shared.tools.waits.open_wait(hosted.run, await masked_wait(wait, hosted.mask))
         if state is None:
             raise _lost(hosted)
         return {"state": messages.wait_state_message(state)}
+
+    # A call of its own: a worker that does not know it refuses it, where it would ignore a key of `wait`.
+    _choose = _wait
 
     async def _budgets(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
         hosted = await runs.one(wire.fence_of(message))
@@ -414,6 +413,18 @@ CALLS: Mapping[str, Method] = {
     name: getattr(AttemptApi, f"_{name}")
     for name in (
         *("handlers", "renew", "unregister", "hand_back", "finish"),
-        *("token", "save", "steps", "totals", "store", "wait", "budgets", "spend", "logs", "progress"),
+        *(
+            "token",
+            "save",
+            "steps",
+            "totals",
+            "store",
+            "wait",
+            "choose",
+            "budgets",
+            "spend",
+            "logs",
+            "progress",
+        ),
     )
 }

@@ -132,7 +132,7 @@ def _wait(message: Message) -> Message:
     return {"run": run_id, "fencing_token": fencing_token, **wait}
 
 
-CALLS: Mapping[str, Callable[[Message], Message]] = {"save": _save, "wait": _wait}
+CALLS: Mapping[str, Callable[[Message], Message]] = {"save": _save, "wait": _wait, "choose": _wait}
 
 
 def checked(name: str, body: bytes) -> Iterator[tuple[int, Message]]:

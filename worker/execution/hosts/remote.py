@@ -18,6 +18,7 @@ from worker.execution.hosts.wire import Registered, Registration, Taken
 from worker.execution.runners.child import messages
 from worker.guard.claims import Claims
 from worker.handlers.catalogue import HandlerEntry
+from worker.handlers.steps import StepError
 from worker.ids import RunId
 from worker.runs.budgets import BudgetState
 from worker.runs.outcome import SUCCEEDED, EndedAttempt, Error, Failed, Outcome
@@ -221,7 +222,17 @@ class RemoteStore:
         return answer["last"], answer["bytes"]
 
     async def open_wait(self, run: AdmittedRun, wait: NewWait) -> WaitState | None:
-        answer = await self._fenced("wait", {**wire.fence_message(run), **wire_calls.wait_message(wait)})
+        """As `WorkerStore.open_wait`. Raises StepError if the worker does not know options."""
+        message = {**wire.fence_message(run), **wire_calls.wait_message(wait)}
+        try:
+            answer = await self._fenced("choose" if wait.options else "wait", message)
+        except wire.Malformed as error:
+            if not wait.options:
+                raise
+            raise StepError(
+                f"options of wait_for {wait.name}: the worker does not take them ({error.message}); "
+                "upgrade the workers before handlers that use them"
+            ) from None
         state = None if answer is None else answer["state"]
         return None if state is None else messages.wait_state_of(state)
 

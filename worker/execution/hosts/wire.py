@@ -75,7 +75,7 @@ ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 BODY_BYTES: Mapping[str, int] = {
     **dict.fromkeys(("finish", "store"), MOST_BYTES),
     "save": CHECKPOINT_BYTES,
-    **dict.fromkeys(("handlers", "hand_back", "wait", "logs", "progress"), BATCH_BYTES),
+    **dict.fromkeys(("handlers", "hand_back", "wait", "choose", "logs", "progress"), BATCH_BYTES),
 }
 
 P = ParamSpec("P")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -73,7 +73,7 @@ def steps_of(message: Mapping[str, Any]) -> list[StepRow]:
 
 
 def wait_message(wait: NewWait) -> Message:
-    return {"wait": asdict(wait)}
+    return {"wait": messages.wait_message(wait)}
 
 
 @reader

@@ -200,6 +200,8 @@ class Wait(TypedDict):
     occurrence: Shown[int]
     kind: Shown[str]
     ask: Shown[Json]
+    options: Shown[list[Any] | None]
+    refused: Shown[Json]
     opened_at: Shown[datetime | None]
     until: Shown[datetime | None]
     answered_at: Shown[datetime | None]

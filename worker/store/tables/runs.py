@@ -331,6 +331,8 @@ waits = Table(
     Column("answered_by", Text, doc="The person or program that answered."),
     Column("answer", json_type(), doc="The answer's data."),
     Column("timed_out_at", Instant, doc="When the handler learned that the deadline had passed."),
+    Column("options", json_type(), doc="The list of the only answers that it takes; null for any."),
+    Column("refused", json_type(), doc="With `answer`: one that was kept before, and is not an option."),
     CheckConstraint(one_of("kind", WAIT_KINDS), name="kind"),
     CheckConstraint("answered_at IS NULL OR timed_out_at IS NULL", name="over"),
     Index("ix_waits_open_org_id", "org_id", "run_id", **partial(OPEN)),

@@ -172,26 +172,33 @@ def _trace_of(attempt: Mapping[str, Any] | None) -> list[Part]:
 
 
 class Question(NamedTuple):
-    """An open wait for an answer: what the handler asks, and the answers that it offers, as JSON texts."""
+    """An open wait for an answer: what the handler asks, and the answers that it offers, as JSON texts.
+
+    With `bound` it takes no other answer. `refused` is an early one that it did not take, as JSON.
+    """
 
     wait: Wait
     ask: Value | None
     choices: Sequence[tuple[str, str]]
+    bound: bool
+    refused: str | None
 
 
 def _questions_of(run: Mapping[str, Any]) -> list[Question]:
-    """What a person can answer now. An `ask` with a list `options` has a button for each of them."""
+    """What a person can answer now, with a button for each option, or for those that `ask` lists."""
     if run["state"] not in ("waiting", "running"):
         return []
     questions = []
     for wait in run["waits"]:
         if wait["kind"] == "sleep" or wait["answered_at"] is not None or wait["timed_out_at"] is not None:
             continue
-        ask = wait["ask"]
+        ask, bound, refused = wait["ask"], wait["options"], wait["refused"]
         options = ask.get("options") if isinstance(ask, Mapping) else None
-        offered = options[:OPTIONS] if isinstance(options, list) else [True, False]
-        choices = [(as_text(each) or "null", json.dumps(each)) for each in offered]
-        questions.append(Question(wait, None if ask is None else value_of("what it asks", ask), choices))
+        offered = bound or (options[:OPTIONS] if isinstance(options, list) else [True, False])
+        choices = [(as_text(each) or json.dumps(each), json.dumps(each)) for each in offered]
+        shown_ask = None if ask is None else value_of("what it asks", ask)
+        early = None if refused is None else json.dumps(refused["answer"], ensure_ascii=False)[:STEP_TEXT]
+        questions.append(Question(wait, shown_ask, choices, bound is not None, early))
     return questions[:WAITS]
 
 

@@ -17,7 +17,7 @@ from worker.execution.runners.contract import Work
 from worker.guard.claims import Claims, Flag
 from worker.handlers.context import check_progress
 from worker.handlers.installed import ENVIRONMENT
-from worker.handlers.json_text import LIMIT, UNMASKED_LIMIT, check_json_text, clean
+from worker.handlers.json_text import LIMIT, UNMASKED_LIMIT, check_json_text, clean, to_json_text
 from worker.handlers.results import as_timedelta
 from worker.handlers.state import LIMIT as STATE_LIMIT
 from worker.handlers.state import check_object
@@ -27,7 +27,7 @@ from worker.runs import outcome as outcomes
 from worker.runs.budgets import MOST_SPENDS, BudgetState
 from worker.runs.outcome import Error, Outcome
 from worker.runs.run import NewStep, StepPage, StoredStep
-from worker.runs.waits import KINDS, MOST_ASKED, MOST_WAITS, NewWait, WaitState
+from worker.runs.waits import KINDS, MOST_ASKED, MOST_WAITS, NewWait, Option, WaitState, check_options
 from worker.secret import AccessToken
 
 # Exit code of a run's process that cannot reach the worker, for instance after closing all descriptors.
@@ -254,6 +254,14 @@ def _spend(meter: Any, amount: Any) -> tuple[str, int]:
     return check_name("spend", meter), amount
 
 
+def wait_message(wait: NewWait) -> Message:
+    """A wait; without `options` as the previous release writes it."""
+    message = asdict(wait)
+    if not wait.options:
+        del message["options"]
+    return message
+
+
 def wait_of(message: Mapping[str, Any]) -> NewWait:
     """A wait as a run's process sent it. Raises ValueError or StepError: that process is not trusted."""
     name, occurrence, seconds = check_name("wait", message["name"]), message["occurrence"], message["seconds"]
@@ -261,6 +269,12 @@ def wait_of(message: Mapping[str, Any]) -> NewWait:
         raise ValueError("not a wait")
     if message["ask_json"] is not None:
         check_json_text(message["ask_json"], f"ask of {name}", MOST_ASKED)
+    options: tuple[Option, ...] = ()
+    if message.get("options") is not None:
+        if message["kind"] != "answer":
+            raise ValueError("only a wait for an answer has options")
+        options = check_options(message["options"])
+        to_json_text(options, f"options of {name}", MOST_ASKED)
     return NewWait(
         name=name,
         occurrence=occurrence,
@@ -268,6 +282,7 @@ def wait_of(message: Mapping[str, Any]) -> NewWait:
         seconds=None if seconds is None else as_timedelta(float(seconds)).total_seconds(),
         ask_json=message["ask_json"],
         alert=message["alert"] is True,
+        options=options,
     )
 
 

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict
 from typing import Any
 
 from worker.errors import LeaseLost, Unavailable, WorkerError
@@ -22,6 +21,7 @@ from worker.execution.runners.child.messages import (
     granted_of,
     page_of,
     step_message,
+    wait_message,
     wait_state_of,
 )
 from worker.guard.claims import Claims
@@ -97,7 +97,7 @@ class WorkerChannel:
         return page_of(self.ask({"op": "steps", "after": after}).result())
 
     def open_wait(self, wait: NewWait) -> WaitState:
-        return wait_state_of(self.ask({"op": "wait", "wait": asdict(wait)}).result())
+        return wait_state_of(self.ask({"op": "wait", "wait": wait_message(wait)}).result())
 
     def store_step(self, step: NewStep) -> str:
         return _as_stored(step, self.ask({"op": "step", "step": step_message(step)}).result())
@@ -197,7 +197,7 @@ class AsyncPort:
         return page_of(answer)
 
     async def open_wait(self, wait: NewWait) -> WaitState:
-        answer = await asyncio.wrap_future(self._channel.ask({"op": "wait", "wait": asdict(wait)}))
+        answer = await asyncio.wrap_future(self._channel.ask({"op": "wait", "wait": wait_message(wait)}))
         return wait_state_of(answer)
 
     async def store_step(self, step: NewStep) -> str:

@@ -5,31 +5,41 @@ from __future__ import annotations
 from sqlalchemy import Connection
 
 from worker.ids import RunId
-from worker.runs.waits import MOST_WAITS, NewWait, WaitState
+from worker.runs.waits import MOST_WAITS, NewWait, WaitState, options_text
 from worker.store.dialect import driver
 
+# The options of the first call stay. An answer that came before them may not be one of them.
+_OPTIONS = "(CASE WHEN w.opened_at IS NULL THEN excluded.options ELSE w.options END)"
+_ANSWERED = f"(w.answered_at IS NOT NULL AND COALESCE({_OPTIONS} @> jsonb_build_array(w.answer), true))"
+
 # Locks the run first, as an answer does. The deadline of the first call stays.
-OPEN = """
+OPEN = f"""
 WITH ours AS MATERIALIZED (
   SELECT id, org_id FROM live_runs
   WHERE id = %(run)s AND fencing_token = %(token)s AND state NOT IN ('waiting', 'held', 'parked') FOR UPDATE
 )
-INSERT INTO waits AS w (run_id, name, occurrence, org_id, kind, ask, opened_at, until, pending_attempt,
-                        timed_out_at)
-SELECT o.id, %(name)s, %(occurrence)s, o.org_id, %(kind)s, %(ask)s::jsonb, c.now,
+INSERT INTO waits AS w (run_id, name, occurrence, org_id, kind, ask, options, opened_at, until,
+                        pending_attempt, timed_out_at)
+SELECT o.id, %(name)s, %(occurrence)s, o.org_id, %(kind)s, %(ask)s::jsonb, %(options)s::jsonb, c.now,
        c.now + make_interval(secs => %(seconds)s::float8),
        CASE WHEN %(seconds)s::float8 <= 0 THEN NULL ELSE %(attempt)s::integer END,
        CASE WHEN %(seconds)s::float8 <= 0 THEN c.now END
 FROM ours o, (SELECT clock_timestamp() AS now) c
 ON CONFLICT (run_id, name, occurrence) DO UPDATE SET
   ask = CASE WHEN w.opened_at IS NULL THEN excluded.ask ELSE w.ask END,
+  options = {_OPTIONS},
+  refused = CASE WHEN w.answered_at IS NOT NULL AND NOT {_ANSWERED}
+    THEN jsonb_build_object('answer', w.answer) ELSE w.refused END,
+  answered_at = CASE WHEN {_ANSWERED} THEN w.answered_at END,
+  answered_by = CASE WHEN {_ANSWERED} THEN w.answered_by END,
+  answer = CASE WHEN {_ANSWERED} THEN w.answer END,
   until = CASE WHEN w.opened_at IS NULL THEN excluded.until ELSE w.until END,
   opened_at = COALESCE(w.opened_at, excluded.opened_at),
   pending_attempt = CASE
-    WHEN w.answered_at IS NULL AND w.timed_out_at IS NULL
+    WHEN NOT {_ANSWERED} AND w.timed_out_at IS NULL
          AND (w.opened_at IS NULL OR w.until IS NULL OR w.until > excluded.opened_at)
     THEN excluded.pending_attempt END,
-  timed_out_at = CASE WHEN w.answered_at IS NULL
+  timed_out_at = CASE WHEN NOT {_ANSWERED}
     THEN COALESCE(w.timed_out_at, CASE WHEN w.until <= excluded.opened_at THEN excluded.opened_at END) END
 RETURNING kind, answered_at IS NOT NULL, answer::text, timed_out_at IS NOT NULL, until, xmax = 0
 """
@@ -59,6 +69,7 @@ def open_wait(
         "occurrence": wait.occurrence,
         "kind": wait.kind,
         "ask": wait.ask_json,
+        "options": options_text(wait),
         "seconds": wait.seconds,
         "attempt": attempt,
     }

@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 
 from sqlalchemy import Connection
 
 from worker.clock import from_text
 from worker.ids import RunId
-from worker.runs.waits import MOST_WAITS, NewWait, WaitState
+from worker.runs.waits import MOST_WAITS, NewWait, WaitState, is_option, options_text
 from worker.store.dialect import driver, file_now
 from worker.store.sql.sqlite.values import instant
 
 OURS = "SELECT org_id FROM live_runs WHERE id = ? AND fencing_token = ? AND state = 'running'"
 
 FIND = """
-SELECT kind, opened_at, until, answered_at, CAST(answer AS TEXT), timed_out_at FROM waits
+SELECT kind, opened_at, until, answered_at, CAST(answer AS TEXT), timed_out_at, options FROM waits
 WHERE run_id = ? AND name = ? AND occurrence = ?
 """
 
 COUNT = "SELECT count(*) FROM (SELECT 1 FROM waits WHERE run_id = ? LIMIT ?)"
 
 NEW = """
-INSERT INTO waits (run_id, name, occurrence, org_id, kind, ask, opened_at, until, pending_attempt,
+INSERT INTO waits (run_id, name, occurrence, org_id, kind, ask, options, opened_at, until, pending_attempt,
                    timed_out_at)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 
 AGAIN = """
-UPDATE waits SET ask = CASE WHEN opened_at IS NULL THEN ? ELSE ask END, until = ?,
+UPDATE waits SET ask = CASE WHEN opened_at IS NULL THEN ? ELSE ask END, options = ?, until = ?,
                  opened_at = COALESCE(opened_at, ?), pending_attempt = ?, timed_out_at = ?
+WHERE run_id = ? AND name = ? AND occurrence = ?
+"""
+
+# An answer that came before the options, and is not one of them.
+REFUSE = """
+UPDATE waits SET refused = json_object('answer', json(COALESCE(answer, 'null'))),
+                 answered_at = NULL, answered_by = NULL, answer = NULL
 WHERE run_id = ? AND name = ? AND occurrence = ?
 """
 
@@ -57,15 +65,21 @@ def open_wait(
         over_at = now if until is not None and until <= now else None
         pending = attempt if over_at is None else None
         times = instant(now), instant(until), pending, instant(over_at)
-        cursor.execute(NEW, (*key, ours[0], wait.kind, wait.ask_json, *times))
+        cursor.execute(NEW, (*key, ours[0], wait.kind, wait.ask_json, options_text(wait), *times))
         return WaitState(wait.kind, "pending" if over_at is None else "over", None, until)
-    kind, opened, ends, answered, answer, over = row
-    if opened is not None:
+    kind, opened, ends, answered, answer, over, options = row
+    if opened is None:
+        options = options_text(wait)
+    else:
         until = None if ends is None else from_text(ends)
+    said = None if answered is None else json.loads(answer or "null")
+    if answered is not None and options is not None and not is_option(json.loads(options), said):
+        cursor.execute(REFUSE, key)
+        answered = answer = None
     if answered is None and over is None and until is not None and until <= now:
         over = instant(now)
     pending = attempt if answered is None and over is None else None
-    cursor.execute(AGAIN, (wait.ask_json, instant(until), instant(now), pending, over, *key))
+    cursor.execute(AGAIN, (wait.ask_json, options, instant(until), instant(now), pending, over, *key))
     return WaitState(kind, "answered" if answered else "over" if over else "pending", answer, until)
 
 
