@@ -49,6 +49,8 @@ def test_a_run_sleeps_waits_and_goes_on_where_it_was(short_site, journal):
         ("approval", "answer", {"publish": "draft"}),
     ]
 
+    misspelt = site.cli("runs", "answer", run["id"], "aproval", "--data", "true", check=False)
+    assert misspelt.code == 5 and "did you mean approval?" in misspelt.err
     answer(site, run, {"yes": True})
 
     ended = site.wait_for_state("ask", "succeeded", attempt=3, timeout=30)
@@ -90,6 +92,8 @@ def test_an_inline_run_waits_without_a_task(site):
     site.start_worker()
     run = begin(site, "acme.approved_inline")
 
+    other = answer(site, run, "maybe", check=False)
+    assert other.code == 2 and 'the answer to approval is one of "inline" / "other"' in other.err
     answer(site, run, "inline")
 
     assert site.wait_for_state("ask", "succeeded", attempt=2, timeout=30)["result"] == "inline"

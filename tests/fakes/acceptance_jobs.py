@@ -326,8 +326,8 @@ def approved_blocking(ctx: BlockingContext[Any, Any]) -> Any:
 
 @job("acme.approved_inline", isolation="inline")
 async def approved_inline(ctx: Context[Any, Any]) -> Any:
-    """Wait for a person's word in the worker's own process."""
-    return await ctx.wait_for("approval")
+    """Wait for one of two words in the worker's own process."""
+    return await ctx.wait_for("approval", options=["inline", "other"])
 
 
 @job("acme.impatient")

@@ -380,8 +380,9 @@ def answer(
 ) -> None:
     """Answer what a run waits for, so that it goes on; the first answer counts.
 
-    An answer that comes before the run waits is kept. Exit 5 if it was answered already, its
-    deadline has passed, or the run has ended.
+    An answer that comes before the run waits is kept. Exit 2 if it is not one of the wait's
+    options; exit 5 if it was answered already, its deadline has passed, the run waits for
+    something else, or it has ended.
 
     With -q instead of RUN, gives the same answer to all matching runs that wait for NAME now,
     oldest first; `left` says why one was left out, and the exit code is then 5.

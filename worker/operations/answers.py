@@ -152,8 +152,8 @@ def _refuse_another(
     what = label(name, occurrence)
     raise Conflict(
         f"run {run_id} waits for {', '.join(names[:MOST_NAMED])}, not {what}",
-        fix=f"{hint_of(what, names)}`runs show {run_id}` lists what it waits for; an answer to a later wait is "
-        "kept only while none is open",
+        fix=f"{hint_of(what, names)}`runs show {run_id}` lists what it waits for; an answer to a later wait "
+        "is kept only while none is open",
     )
 
 

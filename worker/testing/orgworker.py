@@ -195,6 +195,7 @@ class Orgworker:
 
         Raises:
             NotFound: no installed distribution has a handler of that name.
+            UsageError: an answer is not among the options of its wait, or its name is misspelt.
             DefinitionError: a key of `definition` is unknown or invalid.
             AssertionError: one of the faults never happened.
         """

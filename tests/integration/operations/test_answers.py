@@ -389,7 +389,7 @@ def test_the_question_of_a_budget_is_open_too(parked, database):
 
 
 def test_a_question_that_opens_meanwhile_is_seen(parked, database, monkeypatch):
-    """Its opening and the answer lock the run's row. Without the lock, the control, the answer comes first."""
+    """Its opening and the answer lock the run's row. The control, without the lock, keeps the answer."""
     run = parked()
 
     def race(name: str, wrong: str) -> list[str]:

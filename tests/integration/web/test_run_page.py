@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from html import unescape
 from html.parser import HTMLParser
 from typing import Any
 from urllib.parse import parse_qs
@@ -17,12 +18,15 @@ import httpx
 import pytest
 from sqlalchemy import insert, select, update
 
+from tests.fakes.stock import Stock
 from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
 from worker.ids import ALL_ORGS, RunId, new_id
 from worker.operations.runs import run_now
+from worker.runs.waits import NewWait
 from worker.store import tables
 from worker.store.lists import AUDIT, Page, runs
 from worker.store.lists.read import read
+from worker.store.sql import statements
 from worker.web.pages import runs as run_pages
 
 pytestmark = pytest.mark.anyio
@@ -224,6 +228,78 @@ async def test_a_choice_that_is_not_json_is_a_mistake_of_the_caller(
         monkeypatch.setattr(run_pages, "from_json", lambda text, name: json.loads(text))
         unread = ("text", "too large a number", "too deep to read")
         assert [(await answer(NOT_JSON[name])).status_code for name in unread] == [500] * 3
+
+
+def asks(site: Site, *waits: NewWait) -> str:
+    """A run whose handler waits for these."""
+    stock = Stock(site.database)
+    worker = stock.worker(handlers=("acme.digest",))
+    run_id = run_now(site.database, "org_a", "digest", actor="tester")["id"]
+    [run] = stock.admit(worker, offered={"acme.digest": None})
+    for wait in waits:
+        with site.database.transaction() as connection:
+            statements(connection).open_wait(
+                connection, run.id, run.fencing_token, attempt=run.attempt, wait=wait
+            )
+    stock.finish(worker, stock.ended(run, "parked", outcome="parked", reason="answer", result=None))
+    assert run.id == run_id
+    return run_id
+
+
+def forms_of(page: str) -> tuple[list[str], int]:
+    """The values of the buttons of the questions, and how many fields take any answer."""
+    card = page.partition('id="waits"')[2].partition("</section>")[0]
+    return [unescape(value) for value in re.findall(r'name="choice" value="([^"]*)"', card)], card.count(
+        "<textarea"
+    )
+
+
+@on_either
+async def test_options_bind_on_the_page_and_in_the_api(staffed: Site):
+    """The control is an `ask` with options: its buttons are beside a field for any answer, which is taken."""
+    options = ("yes", '"<no>"', True, None, *range(20))
+    run = asks(
+        staffed,
+        NewWait("approval", 1, "answer", ask_json='{"options":["maybe"]}', options=options),
+        NewWait("free", 1, "answer", ask_json='{"options":["a","b"]}'),
+    )
+    headers = {"authorization": f"Bearer {TOKENS['operator']}"}
+    async with logged_in(staffed, TOKENS["operator"]) as client:
+        page = await client.get(f"/runs/{run}")
+        values, fields = forms_of(page.text)
+        assert sorted(values) == sorted(map(json.dumps, [*options, "a", "b"]))
+        assert fields == 1
+        form = {"csrf": csrf_of(page)}
+        for given in ({"data": "maybe"}, {"choice": "1.5"}, {"data": '"yes" '.upper()}):
+            refused = await client.post(
+                f"/runs/{run}/answer", data=form | given | {"name": "approval"}, headers=OURS
+            )
+            assert refused.status_code == 400
+            assert "The answer to approval is one of " in refused.text
+        free = await client.post(
+            f"/runs/{run}/answer", data=form | {"data": "maybe", "name": "free"}, headers=OURS
+        )
+        assert free.status_code == 303
+    async with staffed.client() as client:
+        path = f"/api/v1/runs/{run}/answers"
+        refused = await client.post(f"{path}/approval", json={"data": "maybe"}, headers=headers)
+        misspelt = await client.post(f"{path}/aproval", json={"data": "yes"}, headers=headers)
+        taken = await client.post(f"{path}/approval", json={"data": "yes"}, headers=headers)
+    assert (refused.status_code, misspelt.status_code, taken.status_code) == (400, 409, 200)
+    assert refused.headers["content-type"] == "application/problem+json"
+    assert "is one of" in refused.json()["detail"]
+    assert misspelt.json()["error"]["fix"].startswith("did you mean approval? ")
+    assert taken.json()["options"] == list(options)
+
+
+@on_either
+async def test_the_page_says_which_early_answer_was_not_taken(staffed: Site):
+    run = asks(staffed, NewWait("approval", 1, "answer", options=("yes", "no")))
+    Stock(staffed.database).change(tables.waits, run, refused={"answer": EVIL})
+    async with logged_in(staffed, TOKENS["viewer"]) as client:
+        page = (await client.get(f"/runs/{run}")).text
+    assert "not one of the options: <code>" in page and "alert(1)" in page
+    assert dangers(page) == []
 
 
 @on_either

@@ -203,8 +203,8 @@ ANSWER = Endpoint(
     "answer_run",
     "POST",
     f"{RUN_PATH}/answers/{{name}}",
-    "Answer what a run waits for, so that it goes on. 409 if it was answered already, its deadline has "
-    "passed, or the run has ended.",
+    "Answer what a run waits for, so that it goes on. 400 if the answer is not one of its options; 409 if it "
+    "was answered already, its deadline has passed, the run waits for something else, or it has ended.",
     Wait,
     body=(
         Field("data", {}, "The answer: any JSON, at most 64 KiB.", required=True),
