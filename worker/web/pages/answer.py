@@ -31,7 +31,7 @@ class Step:
 class Answer:
     """Sentences in the order in which they are read; None for one that does not apply.
 
-    `customer` is a text without internals, to copy. `command` is the next step on the command line.
+    `customer` is a text without internals, to copy.
     """
 
     lead: str
@@ -44,7 +44,6 @@ class Answer:
     retry: str
     customer: str
     step: Step | None
-    command: str
     tone: str
 
 
@@ -71,7 +70,6 @@ def answer(why: Why, run: Mapping[str, Any]) -> Answer:
         customer=said.customer,
         # A part of this page, or another page; not this page as a whole.
         step=None if href == own else Step(why.step.text, href.removeprefix(own), why.step.declared.right),
-        command=why.step.command,
         tone=_TONES.get(str(run["state"]), "good" if run["state"] == "succeeded" else "busy"),
     )
 
