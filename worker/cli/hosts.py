@@ -40,8 +40,10 @@ def add(
 
 @app.command("list")
 def list_(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
-    """List the hosts: ready, late (its lease has expired), stopped, or absent (it never started).
+    """List the hosts: ready, late (its lease has expired), stopped, crashed, silent or absent.
 
+    Crashed: its lease expired while it ran something. Silent: while it ran nothing; it crashed, was cut off,
+    or stopped while no worker answered. Absent: it has never started.
     `pending` are the handlers of which a host declares more than is approved; see `pools approvals`.
     """
     from worker.operations.hosts import list_hosts
@@ -49,7 +51,9 @@ def list_(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
     session = session_of(context)
     with session.database() as database:
         rows = list_hosts(database)
-    print_rows(rows, output, columns=COLUMNS, key="name")
+    print_rows(
+        rows, output, columns=COLUMNS, key="name", cells={"state": lambda row: row["end"] or row["state"]}
+    )
 
 
 @app.command("remove")

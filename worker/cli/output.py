@@ -16,6 +16,7 @@ from worker.clock import to_text
 from worker.definitions.units import json_default
 from worker.ids import ALL_ORGS
 from worker.runs.traces import trimmed
+from worker.runs.worker_ends import SOURCE
 from worker.telemetry.masking import masker
 
 Row = Mapping[str, Any]
@@ -114,7 +115,9 @@ def print_log(lines: Sequence[Row], output: Format) -> None:
         else:
             text = line["text"]
             shown = trimmed(text).splitlines() if _TRACE in text else [text]
-            print(f"{to_text(line['at'])} {line['level']:<7} {printable(shown[0])}")
+            # What a worker says of the attempt, no handler can print.
+            level = SOURCE if line["source"] == SOURCE else line["level"]
+            print(f"{to_text(line['at'])} {level:<7} {printable(shown[0])}")
             for more in shown[1:]:
                 print(f"    {printable(more)}")
     sys.stdout.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,18 +16,22 @@ from worker.operations import approvals
 from worker.operations.confinement import OFF, confinement_of, in_words, readable_management_secrets
 from worker.operations.guarded_files import changeable, guarded
 from worker.operations.installation import ADOPT, NO_WORD, difference
+from worker.runs import worker_ends
 from worker.settings import Settings
 from worker.store import calendars, catalogue, health, placements, places, pools, roles
 from worker.store import installation as stored_installation
 from worker.store import org_secrets as stored_secrets
 from worker.store.database import Database
 from worker.store.dialect import Row
+from worker.store.lists.morning import Counted, crashed_for_all_orgs
 
 if TYPE_CHECKING:
     from worker.tokens.sealing import KeyRing
 
 # Seconds after which a held snapshot makes the hot tables grow; the worker's transactions last milliseconds.
 SNAPSHOT_SECONDS = 60.0
+# Crashed workers and hosts that are named.
+MOST_CRASHES = 3
 # Seconds after which a scheduled time should have been fired.
 OVERDUE_SECONDS = 60.0
 # A calendar with no date after this needs new ones.
@@ -106,28 +110,43 @@ def workers(database: Database) -> Diagnostic:
     """A worker that died holds its runs until another one takes over; without one, nothing runs."""
     name = "workers"
     with database.autocommit() as connection:
+        now = database.now(connection)
+        crashed = crashed_for_all_orgs(connection, now - timedelta(days=1))
         lost = health.lost_workers(connection)
         alive = len(health.live_workers(connection))
         overdue = health.oldest_unfired(connection)
     if lost:
         first = lost[0]
-        detail = f"worker {first['id']} (process {first['pid']}) is dead: its lease"
+        who = f"host {first['of_host']}" if first["of_host"] else "worker"
+        detail = (
+            f"{who} {first['id']} (process {first['pid']}) is silent since {to_text(first['renewed_at'])}"
+        )
         how = f"{alive} live ones take" if alive else "start one (`systemctl start orgworker`): it takes"
         return Diagnostic(
             name,
             False,
-            f"{detail} expired at {to_text(first['lease_until'])}{_and_more(lost)}",
-            f"{how} over its runs within the length of a lease; the log of the dead one says why it died",
+            f"{detail}: its lease expired at {to_text(first['lease_until'])}{_and_more(lost)}",
+            f"{how} over its runs within the length of a lease; its log says whether it died or was cut off",
         )
+    since = _crashes(crashed, now)
     if alive:
-        return Diagnostic(name, True, "1 worker is up" if alive == 1 else f"{alive} workers are up")
+        return Diagnostic(name, True, ("1 worker is up" if alive == 1 else f"{alive} workers are up") + since)
     if overdue is not None and overdue[2] > OVERDUE_SECONDS:
         late = format_duration(timedelta(seconds=round(overdue[2])))
-        detail = f"no worker is up, and what has been due for {late} does not run"
+        detail = f"no worker is up, and what has been due for {late} does not run{since}"
         return Diagnostic(
             name, False, detail, "start one: `python -m worker run`, or `systemctl start orgworker`"
         )
-    return Diagnostic(name, True, "no worker is up, and nothing is due")
+    return Diagnostic(name, True, f"no worker is up, and nothing is due{since}")
+
+
+def _crashes(found: Counted, now: datetime) -> str:
+    """Which workers and hosts crashed within the last day, and who recovered how many of their runs."""
+    if not found.total:
+        return ""
+    ends = [worker_ends.named_end(row, now) for row in found.examples[:MOST_CRASHES]]
+    rest = [f"{found.total - len(ends):,} more"] if found.total > len(ends) else []
+    return f"; within a day: {'; '.join([*ends, *rest])}"
 
 
 def credentials(database: Database, org: Named = _as_it_is) -> Diagnostic:

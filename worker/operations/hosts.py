@@ -9,6 +9,7 @@ from worker.definitions.pools import parse_pool
 from worker.errors import Conflict, NotFound, UsageError
 from worker.ids import new_id
 from worker.operations import approvals
+from worker.runs import worker_ends
 from worker.store import audit, hosts, sign_in
 from worker.store.database import Database
 from worker.store.dialect import Row
@@ -50,8 +51,9 @@ def add_host(database: Database, name: str, pool: str, *, actor: str) -> Row:
 
 
 def list_hosts(database: Database) -> list[Row]:
-    """The hosts by name; `state` is ready, late, stopped or absent, as their newest incarnation is.
+    """The hosts by name; `state` of the newest incarnation: ready, late, absent or as `worker_ends.end_of`.
 
+    `end` says in words how that ended, and who recovered how many of its runs; None while it has not.
     `pending` are the handlers of which they declare more than is approved.
     """
     with database.autocommit() as connection:
@@ -60,15 +62,18 @@ def list_hosts(database: Database) -> list[Row]:
         unapproved = approvals.pending(connection)
     for row in rows:
         row["pending"] = sorted({one["handler"] for one in unapproved if row["name"] in one["hosts"]})
-        lease_until, ended_at = row.pop("lease_until"), row.pop("ended_at")
+        lease_until, end = row.pop("lease_until"), None
+        if row["ended_at"] is not None:
+            end = worker_ends.end_in_words(row, now)
         row["machine"] = row.pop("host")
         row["seen_at"] = max(filter(None, (row["seen_at"], row.pop("renewed_at"))), default=None)
         if row["worker"] is None:
             row["state"] = "absent"
-        elif ended_at is not None:
-            row["state"] = "stopped"
         else:
-            row["state"] = "ready" if lease_until > now else "late"
+            alive = "ready" if lease_until > now else "late"
+            row["state"] = worker_ends.end_of(row) or alive
+        row["end"] = end
+        del row["outcome"], row["host_id"]
     return rows
 
 

@@ -241,7 +241,7 @@ class Recovered:
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """A line of a run log; `seq` counts from 1 in each attempt, `source` is log, stdout or stderr."""
+    """A line of a run log; `seq` counts from 1 in each attempt, `source` is log, stdout, stderr or worker."""
 
     run_id: RunId
     attempt: int

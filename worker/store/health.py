@@ -20,6 +20,19 @@ from worker.store.engine import libpq_arguments, read_url
 SOCKETS = ("/run/postgresql", "/var/run/postgresql", "/tmp")  # noqa: S108 - PostgreSQL's own default
 NOWHERE = "/nonexistent"
 
+_workers = tables.workers
+# What `worker_ends` reads of a worker or an incarnation of a host, and the name of that host.
+ENDS = tuple(
+    _workers.c[name]
+    for name in ("host_id", "renewed_at", "ended_at", "outcome", "recovered_runs", "recovered_by")
+)
+OF_HOST = (
+    select(tables.hosts.c.name)
+    .where(tables.hosts.c.id == _workers.c.host_id)
+    .scalar_subquery()
+    .label("of_host")
+)
+
 # Other sessions that vacuum or a lock waits for (a replica's feedback has no transaction of its own),
 # prepared transactions and replication slots.
 HOLDERS = """
@@ -180,20 +193,17 @@ def ended_for_all_orgs(connection: Connection, now: datetime) -> list[Row]:
 
 def workers(connection: Connection) -> list[Row]:
     """The newest workers and incarnations of hosts, with machine, capacity and end; `of_host`: its name."""
-    newest, hosts = tables.workers, tables.hosts
-    host = select(hosts.c.name).where(hosts.c.id == newest.c.host_id).scalar_subquery().label("of_host")
-    names = "id host version started_at renewed_at lease_until ended_at capacity pools handlers"
-    columns = (*(newest.c[name] for name in names.split()), host)
-    query = select(*columns).order_by(newest.c.id.desc()).limit(NEWEST)
-    return all_rows(connection, query)
+    names = "id host version started_at lease_until capacity pools handlers"
+    query = select(*(_workers.c[name] for name in names.split()), *ENDS, OF_HOST)
+    return all_rows(connection, query.order_by(_workers.c.id.desc()).limit(NEWEST))
 
 
 def lost_workers(connection: Connection) -> list[Row]:
-    """The newest workers whose lease has expired and that neither stopped nor were taken over."""
-    workers = tables.workers
-    lost = (workers.c.ended_at.is_(None), workers.c.lease_until <= database_now(connection))
-    query = select(workers.c.id, workers.c.host, workers.c.pid, workers.c.lease_until).where(*lost)
-    return all_rows(connection, query.order_by(workers.c.id.desc()).limit(NEWEST))
+    """The newest workers and hosts whose lease has expired and that neither stopped nor were taken over."""
+    lost = (_workers.c.ended_at.is_(None), _workers.c.lease_until <= database_now(connection))
+    columns = (_workers.c[name] for name in ("id", "host", "pid", "renewed_at", "lease_until"))
+    query = select(*columns, OF_HOST).where(*lost)
+    return all_rows(connection, query.order_by(_workers.c.id.desc()).limit(NEWEST))
 
 
 def dead_credentials(connection: Connection) -> list[Row]:

@@ -30,7 +30,7 @@ from worker.errors import TooManyRequests
 from worker.ids import RunId, WorkerId
 from worker.runs.hosts import HostCaller
 from worker.runs.run import AdmittedRun
-from worker.store import host_handlers, tables
+from worker.store import health, host_handlers, tables
 from worker.store.dialect import Row, all_rows, database_now, first_row, is_postgresql
 from worker.store.workers import register
 
@@ -234,10 +234,11 @@ def listed(connection: Connection, *, limit: int) -> list[Row]:
     joined = _hosts.outerjoin(
         _workers, and_(_workers.c.host_id == _hosts.c.id, _workers.c.started_at == newest)
     )
-    of_worker = ("host", "version", "capacity", "handlers", "renewed_at", "lease_until", "ended_at")
+    of_worker = ("host", "version", "capacity", "handlers", "lease_until")
     columns = (
         *(_hosts.c[name] for name in _SHOWN),
         *(_workers.c[name] for name in of_worker),
+        *health.ENDS,
         _workers.c.id.label("worker"),
     )
     query = select(*columns).select_from(joined).where(_hosts.c.removed_at.is_(None))
@@ -249,4 +250,4 @@ def remove(connection: Connection, host_id: str, *, at: datetime) -> int:
     connection.execute(update(_hosts).where(_hosts.c.id == host_id).values(removed_at=at))
     host_handlers.forget_host(connection, host_id)
     mine = (_workers.c.host_id == host_id, _workers.c.ended_at.is_(None))
-    return connection.execute(update(_workers).where(*mine).values(ended_at=at)).rowcount
+    return connection.execute(update(_workers).where(*mine).values(ended_at=at, outcome="removed")).rowcount

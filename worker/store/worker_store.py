@@ -378,13 +378,18 @@ class WorkerStore:
 
     async def recover(self, still: Callable[[], bool], *, max_recoveries: int = 3) -> list[Recovered]:
         """Take over the runs of workers that are gone, if `still` holds once the database has answered."""
-        return await self.database.call(workers.recover, max_recoveries=max_recoveries, still=still)
+        return await self.database.call(
+            workers.recover, max_recoveries=max_recoveries, by=self._worker_id, still=still
+        )
 
     async def recover_all_others(self, *, max_recoveries: int = 3) -> list[Recovered]:
         """Take over the runs of every other worker: at the start of a SQLite file's one worker."""
         recovered: list[Recovered] = []
         while part := await self.database.call(
-            workers.recover, max_recoveries=max_recoveries, others_than=self._worker_id
+            workers.recover,
+            max_recoveries=max_recoveries,
+            by=self._worker_id,
+            others_than=self._worker_id,
         ):
             recovered += part
         return recovered

@@ -6,15 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, tuple_, update
+from sqlalchemy import Connection, and_, delete, func, insert, literal, or_, select, tuple_, update
 
 from worker.definitions.pools import DEFAULT_POOL
 from worker.ids import ALL_ORGS, RunId, WorkerId
+from worker.runs import worker_ends
 from worker.runs.outcome import EndedAttempt, Trail
-from worker.runs.run import OwnedRun, Recovered
+from worker.runs.run import LogLine, OwnedRun, Recovered
 from worker.store import host_handlers, placements, tables
 from worker.store.definitions import names_of
-from worker.store.dialect import database_now
+from worker.store.dialect import Row, all_rows, database_now
 from worker.store.sql import statements
 from worker.store.sql.contract import AbandonedRun
 
@@ -57,11 +58,16 @@ def update_handlers(connection: Connection, worker_id: WorkerId, handlers: Seque
 
 
 def unregister(connection: Connection, worker_id: WorkerId) -> None:
-    """End an incarnation; another worker recovers the runs that it still owns."""
+    """End an incarnation that has stopped; another worker recovers the runs that it still owns.
+
+    One that was found with an expired lease, and with no run, has stopped after all: it says so late.
+    """
+    now = database_now(connection)
+    taken_for_dead = and_(_workers.c.outcome == worker_ends.CRASHED, _workers.c.recovered_runs == 0)
     connection.execute(
         update(_workers)
-        .where(_workers.c.id == worker_id, _workers.c.ended_at.is_(None))
-        .values(ended_at=database_now(connection))
+        .where(_workers.c.id == worker_id, or_(_workers.c.ended_at.is_(None), taken_for_dead))
+        .values(ended_at=now, outcome=worker_ends.STOPPED, recovered_by=None)
     )
 
 
@@ -138,14 +144,15 @@ def recover(
     connection: Connection,
     *,
     max_recoveries: int,
+    by: WorkerId | None = None,
     others_than: WorkerId | None = None,
     still: Callable[[], bool] = lambda: True,
 ) -> list[Recovered]:
-    """Take over the runs of workers that ended or whose lease has passed.
+    """Take over the runs of workers that ended or whose lease has passed; `by` is the worker that does so.
 
-    Their attempts are `lost`. The runs wait again (recovered), or fail (lost) after their
-    definition's `max_recoveries`, by default the given one. A run that was on its way to a host waits again
-    without being counted. On SQLite only ended workers count.
+    Their attempts are `lost`, and a line in the run's log says so. The runs wait again (recovered), or fail
+    (lost) after their definition's `max_recoveries`, by default the given one. A run that was on its way to a
+    host waits again without being counted. On SQLite only ended workers count.
     With `others_than` all other workers count as dead: for the holder of a SQLite file's lock.
     `still` is checked once the database has answered, since this connection may have hung.
     """
@@ -153,7 +160,7 @@ def recover(
     if not still():
         return []
     hot = statements(connection)
-    abandoned = hot.recover_lock(connection, others_than=others_than, limit=RECOVERED_AT_ONCE)
+    abandoned = hot.recover_lock(connection, by=by, others_than=others_than, limit=RECOVERED_AT_ONCE)
     if not abandoned:
         return []
     if placed := placements.on_their_way(connection, [run.id for run in abandoned]):
@@ -163,13 +170,22 @@ def recover(
     names = names_of(connection, ALL_ORGS, (run.definition_id for run in abandoned))
     now = database_now(connection)
     recovered: list[Recovered] = []
-    for worker_id in sorted({run.worker_id for run in abandoned}):
+    owners = sorted({run.worker_id for run in abandoned})
+    ends = _ends_of(connection, owners)
+    lines: list[LogLine] = []
+    for worker_id in owners:
         ended = [
             _lost(run, most[run.definition_id, run.revision], now)
             for run in abandoned
             if run.worker_id == worker_id
         ]
         taken = hot.finish(connection, worker_id, ended)
+        _count_recovered(connection, worker_id, len(taken), by)
+        lines += [
+            _line(attempt, worker_id, ends.get(worker_id), by, now)
+            for attempt in ended
+            if attempt.run_id in taken
+        ]
         recovered += [
             Recovered(
                 attempt.run_id,
@@ -183,7 +199,30 @@ def recover(
             for attempt in ended
             if attempt.run_id in taken
         ]
+    hot.append_logs(connection, lines)
     return recovered
+
+
+def _ends_of(connection: Connection, owners: Sequence[WorkerId]) -> dict[WorkerId, Row]:
+    columns = (_workers.c[name] for name in ("id", "outcome", "renewed_at"))
+    return {row["id"]: row for row in all_rows(connection, select(*columns).where(_workers.c.id.in_(owners)))}
+
+
+def _count_recovered(connection: Connection, owner: WorkerId, runs: int, by: WorkerId | None) -> None:
+    values = {
+        "recovered_runs": _workers.c.recovered_runs + runs,
+        "recovered_by": func.coalesce(_workers.c.recovered_by, literal(by, _workers.c.recovered_by.type)),
+    }
+    connection.execute(update(_workers).where(_workers.c.id == owner).values(values))
+
+
+def _line(
+    lost: EndedAttempt, owner: WorkerId, row: Row | None, by: WorkerId | None, now: datetime
+) -> LogLine:
+    waits = lost.state == "waiting"
+    text = worker_ends.lost_line(lost.attempt, owner, row, by, waits=waits)
+    place = lost.run_id, lost.attempt, worker_ends.LOST_LINE, lost.org_id
+    return LogLine(*place, now, "warning", worker_ends.SOURCE, text)
 
 
 def _undo(connection: Connection, abandoned: Sequence[AbandonedRun]) -> None:

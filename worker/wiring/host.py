@@ -33,7 +33,7 @@ from worker.execution.loops.maintenance import Housekeeping
 from worker.execution.loops.reconciler import Reconciler, Renewal
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
-from worker.execution.loops.supervisor import Liveness, Supervisor
+from worker.execution.loops.supervisor import LAST_FLUSH, Liveness, Supervisor
 from worker.execution.runners.child.pool import SHARE_AFTER, ChildPool
 from worker.execution.runners.inline import Inline
 from worker.ids import WorkerId
@@ -49,7 +49,15 @@ from worker.telemetry.vitals import Notifier, Vitals
 from worker.web.connections import Connections
 from worker.web.health import Health
 from worker.web.listener import WebServer, bind, build_health
-from worker.wiring.incarnations import EXIT_OK, EXIT_TRY_LATER, Announced, Signals, run_incarnations
+from worker.wiring.incarnations import (
+    EXIT_OK,
+    EXIT_TRY_LATER,
+    FAREWELL,
+    Announced,
+    Signals,
+    farewell,
+    run_incarnations,
+)
 from worker.wiring.reading import CatalogueReader
 from worker.wiring.temporal import place_of, require_client, tls_of
 from worker.wiring.traces import traces_of
@@ -151,6 +159,7 @@ class HostIncarnation:
     files: FileWatch
     pool: str | None
     id: WorkerId = field(default=WorkerId(""), init=False)
+    _stopping_at: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.health.starting()
@@ -181,10 +190,10 @@ class HostIncarnation:
             unwritten = not await supervisor.run()
             if supervisor.lost and not self.signals.count:
                 return None
-            # If no worker answers, the lease simply expires.
-            with suppress(Unavailable):
-                await store.hand_back_rest()
-                await store.unregister()
+            # If no worker answers in time, the lease expires, and the host counts as silent.
+            await farewell(
+                partial(self._unregister, store), self.signals, self.clock, until=self._stop_until()
+            )
         finally:
             await control.aclose()
             heartbeat.close()
@@ -226,6 +235,20 @@ class HostIncarnation:
             pool=registered.pool,
         )
         return registered
+
+    async def _unregister(self, store: RemoteStore) -> None:
+        try:
+            await store.hand_back_rest()
+            await store.unregister()
+        except ControlDenied:
+            # The host was removed, or got another pool: nobody waits for this.
+            return
+
+    def _stop_until(self) -> float:
+        """When to give up the farewell: the service manager allows the drain and `LAST_FLUSH`."""
+        now = self.clock.monotonic()
+        drain = self.settings.execution.drain.total_seconds()
+        return min(now + FAREWELL, (self._stopping_at or now) + drain + LAST_FLUSH)
 
     def _assemble(self, store: RemoteStore, registered: Registered) -> Supervisor:
         execution, clock, inflight_runs = self.settings.execution, self.clock, self._inflight_runs
@@ -353,4 +376,5 @@ class HostIncarnation:
         return supervisor
 
     def _draining(self, running: int) -> None:
+        self._stopping_at = self.clock.monotonic()
         self._announced.draining(self.id, running, self.settings.execution.drain)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Protocol
 
@@ -20,6 +21,8 @@ EXIT_OK = 0
 EXIT_TRY_LATER = 75
 # Seconds until a new incarnation tries again to register.
 REGISTER_AGAIN = 1.0
+# Seconds for which a host tells the workers that it has stopped, and between two tries.
+FAREWELL, TELL_AGAIN = 10.0, 0.5
 
 
 class Runs(Protocol):
@@ -75,6 +78,22 @@ class Signals:
         self.count += 1
         if self._stop is not None:
             self._stop()
+
+
+async def farewell(
+    tell: Callable[[], Awaitable[object]], signals: Signals, clock: Clock, *, until: float
+) -> bool:
+    """Tell the workers that this incarnation has stopped; returns whether one has heard it.
+
+    Those of a host may be restarting right now: it tells them again until then, or until a second signal.
+    """
+    while True:
+        with suppress(Unavailable):
+            await tell()
+            return True
+        if signals.count > 1 or clock.monotonic() + TELL_AGAIN > until:
+            return False
+        await clock.sleep(TELL_AGAIN)
 
 
 async def run_incarnations(

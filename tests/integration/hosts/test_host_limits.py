@@ -15,11 +15,12 @@ import pytest
 from tests.fakes.running import until
 from tests.integration.hosts.conftest import HANDLER, Fleet, Host, Worker, end_of, fence
 from worker.clock import to_text
-from worker.execution.hosts import attempt_log, checker, wire
+from worker.execution.hosts import attempt_log, checker, wire, wire_calls
 from worker.execution.hosts.attempt_log import LAST_LINE, TOO_MUCH, TRUSTED
 from worker.execution.runners.output import CAP, LINE_COST, LINE_LIMIT, RunOutput
 from worker.handlers.steps import RESULT_LIMIT
 from worker.runs import outcome as outcomes
+from worker.runs.worker_ends import LOST_LINE
 from worker.store import hosts as store_hosts
 from worker.store import tables
 from worker.telemetry.events import Emitted
@@ -128,13 +129,36 @@ async def test_a_host_neither_writes_the_last_line_nor_one_that_is_too_long(flee
     host = await fleet.host()
     fleet.start()
     [taken] = await host.take(fleet.one)
-    last, before = ({"lines": lines(taken, seq, 1, "x" * 60_000)} for seq in (LAST_LINE, LAST_LINE - 1))
+    places = (LAST_LINE, LOST_LINE, LOST_LINE - 1)
+    last, lost, before = ({"lines": lines(taken, seq, 1, "x" * 60_000)} for seq in places)
 
     assert await status(host, fleet.one, "logs", last) == 422
+    assert await status(host, fleet.one, "logs", lost) == 422
     assert await status(host, fleet.one, "logs", before) == 200
 
     [row] = stored_log(fleet)[1]
-    assert (row["seq"], len(row["text"])) == (LAST_LINE - 1, LINE_LIMIT)
+    assert (row["seq"], len(row["text"])) == (LOST_LINE - 1, LINE_LIMIT)
+
+
+@pytest.mark.parametrize("is_reserved", [True, False])
+async def test_a_host_cannot_take_the_place_of_the_line_that_says_it_crashed(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, is_reserved: bool
+) -> None:
+    if not is_reserved:
+        monkeypatch.setattr(wire_calls, "LOST_LINE", LAST_LINE)
+    host = await fleet.host()
+    fleet.start()
+    [taken] = await host.take(fleet.one)
+    line = {"lines": lines(taken, LOST_LINE, 1, "all is well")}
+
+    assert await status(host, fleet.one, "logs", line) == (422 if is_reserved else 200)
+    with fleet.database.transaction() as connection:
+        connection.execute(tables.workers.update().values(lease_until=tables.workers.c.started_at))
+    await fleet.one.store.recover(lambda: True)
+
+    [row] = stored_log(fleet)[1]
+    crashed = f"attempt 1 was lost: worker {host.id} crashed"
+    assert row["text"].startswith(crashed if is_reserved else "all is well")
 
 
 async def test_progress_is_written_as_often_as_that_of_a_local_run(

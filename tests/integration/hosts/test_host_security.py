@@ -17,7 +17,7 @@ from tests.integration.hosts.conftest import ENTRIES, HANDLER, OTHER, Fleet, Hos
 from worker.execution.hosts import attempt_api, wire
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import WorkerId, new_id
-from worker.operations.hosts import remove_host
+from worker.operations.hosts import list_hosts, remove_host
 from worker.operations.org_secrets import add_secret
 from worker.runs import outcome as outcomes
 from worker.store import tables
@@ -146,6 +146,30 @@ async def test_an_ended_incarnation_hears_which_of_its_ends_were_written(
         store_workers.unregister(connection, WorkerId(host.id))
 
     assert await host.finish(fleet.two, end_of(first), end_of(second)) == [first.run.id]
+
+
+async def test_a_late_farewell_is_a_stop_and_takes_back_no_crash(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host has stopped while no worker answered; one that ran something cannot hide that it was lost."""
+    monkeypatch.setattr(attempt_api, "CALLER_AGE", -1.0)
+    idle, busy = await fleet.host("idle"), await fleet.host("busy")
+    fleet.start()
+    await busy.take(fleet.one)
+    with fleet.database.transaction() as connection:
+        connection.execute(tables.workers.update().values(lease_until=tables.workers.c.started_at))
+    await fleet.one.store.recover(lambda: True)
+
+    def states() -> dict[str, str]:
+        return {row["name"]: row["state"] for row in list_hosts(fleet.database)}
+
+    assert states() == {"idle": "silent", "busy": "crashed"}
+    for host in (idle, busy):
+        assert await host.call(fleet.two, "unregister") == {}
+    assert states() == {"idle": "stopped", "busy": "crashed"}
+    [row] = [row for row in list_hosts(fleet.database) if row["name"] == "busy"]
+    assert (row["recovered_runs"], row["recovered_by"]) == (1, fleet.one.id)
+    assert row["end"].endswith(f" UTC, 1 run recovered by {fleet.one.id}")
 
 
 async def test_a_removed_host_is_refused(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from worker.ids import new_id
 from worker.operations import doctor
 from worker.operations.doctor import file_modes, held_snapshots, live_rows, run_checks, too_old
 from worker.settings import Settings
-from worker.store import catalogue, tables
+from worker.store import catalogue, tables, workers
 from worker.store.database import Database
 from worker.store.health import Holder
 
@@ -133,12 +133,37 @@ def test_a_dead_worker_is_found_and_one_that_stopped_or_lives_is_not(stock, cloc
         connection.execute(tables.workers.update().values(lease_until=now - timedelta(seconds=1)))
     dead = doctor.workers(stock.database)
     assert not dead.ok
-    assert "is dead: its lease expired at " in dead.detail
+    assert "is silent since " in dead.detail
+    assert ": its lease expired at " in dead.detail
     assert "systemctl start orgworker" in dead.fix
 
     with stock.database.transaction() as connection:
         connection.execute(tables.workers.update().values(ended_at=now))
-    assert doctor.workers(stock.database).ok
+    stopped = doctor.workers(stock.database)
+    assert (stopped.ok, stopped.detail) == (True, "no worker is up, and nothing is due")
+
+
+def test_who_crashed_within_a_day_is_named_with_who_recovered_the_runs(stock):
+    """Three of them; a host that ran nothing may have stopped."""
+    dead, *others = [stock.worker() for _ in range(5)]
+    silent, me = stock.worker(), stock.worker()
+    stock.put(stock.run(stock.org()))
+    stock.admit(dead)
+    stock.change(tables.workers, dead, host="app1")
+    stock.change(tables.workers, silent, host_id=new_id(), outcome="crashed", ended_at=stock.now())
+    with stock.database.transaction() as connection:
+        workers.recover(connection, max_recoveries=3, by=me, others_than=me)
+    stock.change(tables.workers, dead, ended_at=stock.now() + timedelta(seconds=1))
+
+    found = doctor.workers(stock.database)
+
+    assert found.ok
+    assert found.detail.startswith("1 worker is up; within a day: app1 crashed ")
+    assert f" UTC, 1 run recovered by {me}; here crashed " in found.detail
+    assert (found.detail.count("crashed"), found.detail[-8:]) == (3, "; 2 more")
+    for worker in (dead, *others):
+        stock.change(tables.workers, worker, ended_at=stock.now() - timedelta(days=2))
+    assert doctor.workers(stock.database).detail == "1 worker is up"
 
 
 def test_a_calendar_in_use_that_ends_soon_is_named(database, apply):

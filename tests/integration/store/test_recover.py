@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+
+import pytest
 
 from tests.fakes.stock import LEASE, Stock
-from worker.ids import WorkerId
-from worker.runs.run import OwnedRun, Recovered
-from worker.store import tables, workers
+from worker.ids import ALL_ORGS, RunId, WorkerId, new_id
+from worker.runs import worker_ends
+from worker.runs.run import LogLine, OwnedRun, Recovered
+from worker.store import hosts, tables, workers
 from worker.store.database import Database
+from worker.store.dialect import Row
+from worker.store.lists import runs as run_lists
 from worker.store.sql import statements
+
+AT = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 def renew(stock: Stock, worker: WorkerId) -> tuple[bool, list[OwnedRun]]:
@@ -271,3 +278,126 @@ def test_a_recovery_that_was_held_up_is_asked_for_once_more(stock: Stock) -> Non
         assert workers.recover(connection, max_recoveries=3, still=lambda: False) == []
 
     assert [found.worker for found in recover(stock)] == [worker]
+
+
+def take_over(stock: Stock, by: WorkerId) -> list[Recovered]:
+    """As the next worker does: on PostgreSQL after the leases, on SQLite with the file's lock."""
+    with stock.database.transaction() as connection:
+        return workers.recover(connection, max_recoveries=3, by=by, others_than=by)
+
+
+def row_of(stock: Stock, worker: WorkerId) -> Row:
+    (row,) = stock.all(tables.workers, tables.workers.c.id == worker)
+    return row
+
+
+def silent_host(stock: Stock) -> WorkerId:
+    """An incarnation of a host whose lease has expired."""
+    host = stock.worker()
+    stock.change(tables.workers, host, host_id=new_id())
+    stock.let_lease_pass(host)
+    return host
+
+
+def test_a_crash_is_stored_with_who_recovered_how_many_runs(stock: Stock) -> None:
+    dead, idle, stopped = stock.worker(), stock.worker(), stock.worker()
+    stock.put(*(stock.run(stock.org()) for _ in range(3)))
+    stock.admit(dead, 2)
+    stock.admit(stopped, 1)
+    end(stock, stopped)
+    me = stock.worker()
+
+    assert len(take_over(stock, me)) == 3
+
+    ends = [row_of(stock, worker) for worker in (dead, idle, stopped, me)]
+    assert [worker_ends.end_of(row) for row in ends] == ["crashed", "crashed", "stopped", None]
+    assert [row["recovered_runs"] for row in ends] == [2, 0, 1, 0]
+    assert [row["recovered_by"] for row in ends] == [me, me, me, None]
+    # The control: what the previous release writes of a crash reads as a stop.
+    stock.change(tables.workers, dead, outcome=None)
+    assert worker_ends.end_of(row_of(stock, dead)) == "stopped"
+
+
+def test_a_host_that_was_taken_for_dead_says_late_that_it_has_stopped(stock: Stock) -> None:
+    idle, busy, me = silent_host(stock), stock.worker(), stock.worker()
+    stock.put(stock.run(stock.org()))
+    stock.admit(busy, 1)
+    stock.change(tables.workers, busy, host_id=new_id())
+    stock.let_lease_pass(busy)
+    with stock.database.transaction() as connection:
+        workers.recover(connection, max_recoveries=3, by=me)
+    found = [worker_ends.end_of(row_of(stock, host)) for host in (idle, busy)]
+
+    for host in (idle, busy):
+        end(stock, host)
+
+    assert found == ["silent", "crashed"]
+    # It cannot take back what was lost with it.
+    assert [worker_ends.end_of(row_of(stock, host)) for host in (idle, busy)] == ["stopped", "crashed"]
+    assert row_of(stock, idle)["recovered_by"] is None
+
+
+def test_the_incarnations_of_a_removed_host_end_as_such(stock: Stock) -> None:
+    host, other = silent_host(stock), silent_host(stock)
+    with stock.database.transaction() as connection:
+        hosts.remove(connection, row_of(stock, host)["host_id"], at=stock.now())
+        workers.recover(connection, max_recoveries=3, by=other)
+
+    assert [worker_ends.end_of(row_of(stock, one)) for one in (host, other)] == ["removed", "silent"]
+
+
+def logged(run_id: RunId, org_id: str, *places: tuple[int, int]) -> list[LogLine]:
+    return [
+        LogLine(run_id, attempt, seq, org_id, AT, "info", "log", f"line {seq} of {attempt}")  # type: ignore[arg-type]
+        for attempt, seq in places
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 10])
+def test_the_log_says_between_the_attempts_why_one_was_lost(stock: Stock, size: int) -> None:
+    dead = stock.worker()
+    stock.put(stock.run(stock.org()))
+    (run,) = stock.admit(dead)
+    me = stock.worker()
+    take_over(stock, me)
+    with stock.database.transaction() as connection:
+        lines = logged(run.id, run.org_id, (1, 1), (1, 2), (2, 1))
+        # A line of the dead worker may come late.
+        statements(connection).append_logs(connection, lines[1:])
+        statements(connection).append_logs(connection, lines[:1])
+
+    def pages() -> list[Row]:
+        found: list[Row] = []
+        last = run_lists.START
+        with stock.database.autocommit() as connection:
+            while page := run_lists.lines(connection, ALL_ORGS, run.id, after=last, limit=size):
+                found += page
+                last = (page[-1]["attempt"], page[-1]["seq"])
+        return found
+
+    def pages_back() -> list[Row]:
+        found: list[Row] = []
+        before = None
+        with stock.database.autocommit() as connection:
+            while page := run_lists.newest_lines(connection, ALL_ORGS, run.id, before=before, limit=size):
+                found = [*page, *found]
+                before = (page[0]["attempt"], page[0]["seq"])
+        return found
+
+    seen = f"{row_of(stock, dead)['renewed_at']:%H:%M:%S}"
+    lost = f"attempt 1 was lost: worker {dead} crashed, last seen {seen} UTC; recovered by worker {me}"
+    assert [row["text"] for row in pages()] == ["line 1 of 1", "line 2 of 1", lost, "line 1 of 2"]
+    assert pages_back() == pages()
+    (line,) = [row for row in pages() if row["source"] == "worker"]
+    assert (line["level"], line["attempt"]) == ("warning", 1)
+
+
+def test_a_run_that_fails_with_its_worker_is_not_called_recovered(stock: Stock) -> None:
+    stock.put(stock.run(stock.org()))
+    (run,) = stock.admit(stock.worker())
+    me = stock.worker()
+    with stock.database.transaction() as connection:
+        workers.recover(connection, max_recoveries=0, by=me, others_than=me)
+
+    (line,) = stock.all(tables.run_logs, tables.run_logs.c.run_id == run.id)
+    assert line["text"].endswith(f" UTC; found by worker {me}")

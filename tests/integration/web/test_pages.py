@@ -19,7 +19,7 @@ from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
 from worker.ids import new_id
 from worker.operations.hosts import add_host
 from worker.operations.runs import run_now
-from worker.store import pools, tables
+from worker.store import pools, tables, workers
 from worker.web.pages import Console
 from worker.web.pages.rendering import static_url
 from worker.web.sessions import SESSION_COOKIE as COOKIE
@@ -186,6 +186,38 @@ async def test_the_page_of_workers_shows_hosts_by_pool_and_what_waits_for_each(s
     assert "region = &lt;eu&gt;" in rows["eu"]
     assert "<dt>Pool</dt><dd><code>eu-gpu</code></dd>" in of_run
     assert run in found.text
+
+
+async def test_a_crash_is_on_the_pages_of_workers_and_of_the_morning_and_a_stop_is_not(staffed: Site):
+    stock = Stock(staffed.database)
+    dead, stopped, silent, me = (stock.worker() for _ in range(4))
+    stock.put(stock.run(stock.org()))
+    stock.admit(dead)
+    stock.change(tables.workers, dead, host="<app1>")
+    stock.change(tables.workers, silent, host_id=new_id(), outcome="crashed", ended_at=stock.now())
+    async with logged_in(staffed, TOKENS["viewer"]) as client:
+        before = (await client.get("/")).text
+        with staffed.database.transaction() as connection:
+            workers.unregister(connection, stopped)
+            workers.recover(connection, max_recoveries=3, by=me, others_than=me)
+        page, morning = (await client.get("/workers")).text, (await client.get("/")).text
+
+    rows = {
+        one: row
+        for row in page.split("<tr>")
+        for one in (dead, stopped, silent, me)
+        if f">{one[-12:]}</code></span></th>" in row
+    }
+    for one, state in ((dead, "crashed"), (stopped, "stopped"), (silent, "silent"), (me, "up")):
+        assert f'class="chip {state}"' in rows[one], state
+    assert f', 1 run recovered by <code class="small muted">{me[-12:]}</code>' in rows[dead]
+    assert "recovered" not in rows[stopped]
+    # The control: the page before anybody had noticed.
+    assert "crashed" not in before
+    assert "1 worker crashed" in morning
+    assert "&lt;app1&gt; crashed " in morning
+    assert f" UTC, 1 run recovered by {me}." in morning
+    assert "1 worker went silent" in morning
 
 
 async def test_an_error_page_says_where_to_go_instead_of_commands(staffed: Site):

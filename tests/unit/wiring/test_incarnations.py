@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from tests.fakes.clock import settle
+from tests.fakes.clock import ManualClock, settle
 from worker.errors import StoreUnavailable
+from worker.execution.hosts.control import ControlUnavailable
 from worker.telemetry.vitals import Notifier
-from worker.wiring.incarnations import Signals, run_incarnations
+from worker.wiring.incarnations import FAREWELL, TELL_AGAIN, Signals, farewell, run_incarnations
 
 pytestmark = pytest.mark.anyio
 
@@ -98,3 +101,52 @@ async def test_it_ends_when_it_is_told_to_although_the_database_is_away():
 async def test_the_first_start_needs_the_database():
     with pytest.raises(StoreUnavailable):
         await lived(Sleeps(), AWAY)
+
+
+class Workers:
+    """Workers that answer only from the given try on."""
+
+    def __init__(self, back_at: int) -> None:
+        self.tries = 0
+        self._back_at = back_at
+
+    async def tell(self) -> None:
+        self.tries += 1
+        if self.tries < self._back_at:
+            raise ControlUnavailable("no worker answers unregister: ConnectError")
+
+
+@dataclass
+class Count:
+    """Signals without a process."""
+
+    count: int = 1
+
+
+async def say_farewell(workers: Workers, seconds: float, signals: Count | None = None) -> bool:
+    clock = ManualClock()
+    signals = signals or Count()
+    until = clock.monotonic() + seconds
+    saying = asyncio.create_task(farewell(workers.tell, signals, clock, until=until))  # type: ignore[arg-type]
+    await settle()
+    while not saying.done():
+        await clock.pass_time(TELL_AGAIN)
+    return await saying
+
+
+async def test_a_host_tells_workers_that_restart_until_one_hears_that_it_has_stopped():
+    workers = Workers(back_at=7)
+
+    assert await say_farewell(workers, FAREWELL)
+    assert workers.tries == 7
+    # The control: told once, as before, nobody has heard it.
+    assert not await say_farewell(Workers(back_at=7), 0.0)
+
+
+async def test_the_farewell_ends_in_time_and_at_a_second_signal():
+    away, twice = Workers(back_at=1000), Workers(back_at=1000)
+
+    assert not await say_farewell(away, FAREWELL)
+    assert away.tries == FAREWELL / TELL_AGAIN + 1
+    assert not await say_farewell(twice, FAREWELL, Count(2))
+    assert twice.tries == 1

@@ -158,7 +158,11 @@ class AttemptApi:
                 return {"stored": []}
             case "hand_back":
                 return {"runs": []}
-            case "logs" | "progress" | "unregister":
+            case "unregister":
+                # Its lease may have expired while no worker answered.
+                await self.shared.store.unregister(worker)
+                return {}
+            case "logs" | "progress":
                 return {}
         raise LeaseLost("this incarnation has ended")
 

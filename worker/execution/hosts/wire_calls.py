@@ -25,8 +25,10 @@ from worker.handlers.steps import StepError
 from worker.ids import RunId
 from worker.runs.run import AdmittedRun, LogLine, NewStep
 from worker.runs.waits import NewWait
+from worker.runs.worker_ends import LOST_LINE
 
-# The number of the last line of a log, which is the worker's own; those of hosts are lower.
+# The number of the last line of a log, which is the worker's own. Those of hosts are lower, also than that of
+# the line that says why an attempt was lost.
 LAST_LINE = 2**31 - 1
 LEVELS = ("debug", "info", "warning", "error", "critical")
 SOURCES = ("log", "stdout", "stderr")
@@ -134,7 +136,7 @@ def _line(row: Mapping[str, Any]) -> LineRow:
         raise ValueError(f"level or source of line {row['seq']}")
     return LineRow(
         *fence_of(row),
-        seq=count_in(row["seq"], "seq", LAST_LINE - 1),
+        seq=count_in(row["seq"], "seq", LOST_LINE - 1),
         at=from_text(row["at"]),
         level=level,
         source=source,

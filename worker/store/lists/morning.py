@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, TypedDict, cast
 
-from sqlalchemy import ColumnElement, Connection, func, literal_column, select, union_all
+from sqlalchemy import ColumnElement, Connection, and_, func, literal_column, not_, select, union_all
 
 from worker.store import tables
 from worker.store.catalogue import OF_WORKERS
 from worker.store.dialect import Row, all_rows
+from worker.store.health import ENDS, OF_HOST
 
 # Rows that are counted; a count that reaches this means "at least".
 MOST = 10_000
@@ -138,6 +139,21 @@ def workers_for_all_orgs(connection: Connection, now: datetime) -> Workers:
     states = [(lease_state(row["renewed_at"], row["lease_until"], now), row) for row in rows]
     missing, late = ([row for state, row in states if state == wanted] for wanted in ("missing", "late"))
     return Workers(len(rows) - len(missing), late, missing)
+
+
+def crashed_for_all_orgs(connection: Connection, since: datetime, *, silent: bool = False) -> Counted:
+    """Workers and hosts whose lease was found expired since then, the last one first.
+
+    With `silent` those hosts that ran nothing, else all others. The examples are as `worker_ends` reads them.
+    """
+    ran_nothing = and_(_workers.c.host_id.is_not(None), _workers.c.recovered_runs == 0)
+    query = select(_workers.c.id, _workers.c.host, OF_HOST, *ENDS).where(
+        # As the condition of the index has it.
+        _workers.c.outcome == literal_column("'crashed'"),
+        _workers.c.ended_at > since,
+        ran_nothing if silent else not_(ran_nothing),
+    )
+    return _counted(connection, query, _workers.c.ended_at)
 
 
 def lease_state(renewed_at: datetime, lease_until: datetime, now: datetime) -> str:

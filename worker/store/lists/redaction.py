@@ -7,14 +7,17 @@ stays hidden until someone decides. Operators see rows as they are.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from worker.claims.digests import without_digests
 from worker.runs.causes import last_reason
+from worker.runs.worker_ends import SOURCE
 from worker.telemetry.masking import without_paths
 
 T = TypeVar("T")
+_WORKER_ID = re.compile(r"\bworker [0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 Row = Mapping[str, Any]
 # The value for the org, from the value, its whole row and the org's code.
 Rule = Callable[[Any, Row, str], Any]
@@ -69,6 +72,11 @@ def text(value: Any, row: Row, org: str) -> Any:
     if isinstance(value, list):
         return [text(inner, row, org) for inner in value]
     return value
+
+
+def line(value: Any, row: Row, org: str) -> Any:
+    """A line of a run's log. What a worker says of itself has no worker's id."""
+    return text(_WORKER_ID.sub("a worker", value) if row.get("source") == SOURCE else value, row, org)
 
 
 def actor(value: Any, row: Row, org: str) -> Any:

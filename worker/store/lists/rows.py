@@ -285,14 +285,14 @@ class Explanation(TypedDict):
 
 
 class LogLine(TypedDict):
-    """A line that a run logged or printed."""
+    """A line that a run logged or printed, or by which a worker says why an attempt was lost."""
 
     attempt: Shown[int]
     seq: Shown[int]
     at: Shown[datetime]
     level: Shown[str]
     source: Shown[str]
-    text: Annotated[str, redaction.text]
+    text: Annotated[str, redaction.line]
 
 
 class Skip(TypedDict):

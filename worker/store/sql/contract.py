@@ -434,10 +434,10 @@ class Statements(Protocol):
         ...
 
     def recover_lock(
-        self, connection: Connection, *, others_than: WorkerId | None, limit: int
+        self, connection: Connection, *, by: WorkerId | None, others_than: WorkerId | None, limit: int
     ) -> list[AbandonedRun]:
         """End the workers whose lease has passed and lock running rows of ended ones.
 
-        With `others_than`, every other worker counts as dead.
+        `by` is the worker that does so. With `others_than`, every other worker counts as dead.
         """
         ...

@@ -248,7 +248,7 @@ workers = Table(
     required("started_at", Instant, "When it started."),
     required("renewed_at", Instant, "When its lease was last renewed."),
     required("lease_until", Instant, "The end of its lease, until which it owns its runs."),
-    Column("ended_at", Instant, doc="When it stopped, or was found dead."),
+    Column("ended_at", Instant, doc="When it stopped, or when a worker found its lease expired."),
     required("handlers", json_type(), "The handlers that it offers."),
     required("capacity", json_type(), "Its slots: `children`, `inline`."),
     required("pools", json_type(), "The pools that it serves.", server_default='["default"]'),
@@ -258,6 +258,15 @@ workers = Table(
         json_type(),
         doc="What this incarnation of a host declares of each handler; null for a worker.",
     ),
+    Column(
+        "outcome",
+        Text,
+        doc="How it ended: `stopped` (it said so), `crashed` (lease expired) or `removed` (with its host); "
+        "null while it lives, and if a release before this column wrote its end.",
+    ),
+    count("recovered_runs", "Its runs that others took over after its end."),
+    Column("recovered_by", Id, doc="The worker that found its lease expired, or took over its first run."),
+    Index("ix_workers_crashed", "ended_at", **partial("outcome = 'crashed'")),
     Index("ix_workers_lease_until", "lease_until", **partial("ended_at IS NULL")),
     postgresql_with=UPDATED,
     info={

@@ -389,7 +389,7 @@ run_logs = Table(
     required("org_id", Id),
     required("at", Instant, "When it was written."),
     required("level", Text, "`debug` to `critical`."),
-    required("source", Text, "`log`, `stdout` or `stderr`."),
+    required("source", Text, "`log`, `stdout` or `stderr`; `worker` for a line of the worker itself."),
     required("text", Text, "Without the secrets that the worker knows."),
     Index("ix_run_logs_at", "at"),
     info={"meaning": "The lines of the runs' logs."},

@@ -15,6 +15,7 @@ from starlette.routing import Route
 from worker.errors import AccessDenied, Conflict, NotFound, UsageError, WorkerError
 from worker.ids import ALL_ORGS
 from worker.operations import approvals
+from worker.runs import worker_ends
 from worker.store import health, pools
 from worker.store.lists import (
     AUDIT,
@@ -36,6 +37,10 @@ R = TypeVar("R")
 # Declarations of hosts of one pool that the page of workers shows; characters of secrets and scopes of one.
 APPROVALS, MOST_DECLARED = 20, 2_000
 RISKS = ("dead", "old", "all")
+
+
+# The states of workers and hosts, as the page of workers sorts them.
+_STATES = ("missing", "late", "up", "crashed", "silent", "stopped", "removed")
 
 
 class InventoryPages:
@@ -130,10 +135,10 @@ class InventoryPages:
         def work(connection: Connection) -> dict[str, Any]:
             running = inventory.running_by_worker_for_all_orgs(connection)
             workers = [
-                {**row, "state": _state_of(row, now), "running": running.get(row["id"], 0)}
+                {**row, **_state_of(row, now), "running": running.get(row["id"], 0)}
                 for row in health.workers(connection)
             ]
-            workers.sort(key=lambda row: ("missing", "late", "up", "stopped").index(row["state"]))
+            workers.sort(key=lambda row: _STATES.index(row["state"]))
             return {
                 "workers": workers,
                 "pools": pools.overview(connection),
@@ -182,11 +187,11 @@ def shown_approvals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return shown
 
 
-def _state_of(worker: Mapping[str, Any], now: datetime) -> str:
-    """`stopped`, or as `lease_state`."""
-    if worker["ended_at"] is not None:
-        return "stopped"
-    return lease_state(worker["renewed_at"], worker["lease_until"], now)
+def _state_of(worker: Mapping[str, Any], now: datetime) -> dict[str, Any]:
+    """The `state`, as `lease_state` or `worker_ends.end_of`, and in `recovered` how many runs others took."""
+    state = worker_ends.end_of(worker) or lease_state(worker["renewed_at"], worker["lease_until"], now)
+    runs = worker["recovered_runs"]
+    return {"state": state, "recovered": worker_ends.recovered(runs) if runs else None}
 
 
 def shown_handler(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from worker.operations import approvals
+from worker.runs import worker_ends
 from worker.store import places
 from worker.store.health import oldest_unfired
 from worker.store.installation import read as read_installation
@@ -31,6 +32,8 @@ LONG_WAIT = timedelta(minutes=15)
 OVERDUE = 60.0
 # Causes that the page names; /failures has all.
 CAUSES = 5
+# Crashed workers and hosts that the page names.
+CRASHES = 3
 # The layers of the chart, from the bottom.
 _ENDED = ("succeeded", "skipped", "cancelled", "refused", "failed")
 # What each reason of waiting means for people.
@@ -138,6 +141,7 @@ def matters(connection: Connection, now: datetime, *, is_admin: bool, installati
     found = [
         *_of_installation(connection, installation),
         *_of_workers(connection, now),
+        *_of_crashes(connection, now),
         *_of_causes(connection, "failed", now),
         *_of_causes(connection, "refused", now),
         *_of_tokens(connection, is_admin=is_admin),
@@ -187,6 +191,20 @@ def _of_workers(connection: Connection, now: datetime) -> Iterator[Matter]:
             definition_path(org, name),
             "Definition",
         )
+
+
+def _of_crashes(connection: Connection, now: datetime) -> Iterator[Matter]:
+    # A host that ran nothing may have stopped while no worker answered.
+    for level, silent, what in (("warn", False, "crashed"), ("quiet", True, "went silent")):
+        found = morning.crashed_for_all_orgs(connection, now - DAY, silent=silent)
+        if not found.total:
+            continue
+        shown = found.examples[:CRASHES]
+        rest = f"; and {found.total - len(shown):,} more" if found.total > len(shown) else ""
+        ends = "; ".join(worker_ends.named_end(row, now) for row in shown)
+        noun = "host" if all(row["of_host"] for row in shown) else "worker"
+        title = f"{_count(found.total, noun)} {what}"
+        yield Matter(level, title, f"{ends}{rest}.", "/workers", "Workers")
 
 
 def _of_causes(connection: Connection, state: str, now: datetime) -> Iterator[Matter]:

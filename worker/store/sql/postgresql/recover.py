@@ -17,7 +17,8 @@ WITH gone AS (
   WHERE ended_at IS NULL AND id IS DISTINCT FROM %s::uuid
     AND (%s::uuid IS NOT NULL OR lease_until < (SELECT clock_timestamp()))
   ORDER BY id FOR UPDATE SKIP LOCKED)
-UPDATE workers SET ended_at = clock_timestamp() WHERE id = ANY(ARRAY(SELECT id FROM gone))
+UPDATE workers SET ended_at = clock_timestamp(), outcome = 'crashed', recovered_by = %s::uuid
+WHERE id = ANY(ARRAY(SELECT id FROM gone))
 """
 
 OWNERS = f"""
@@ -35,10 +36,12 @@ ORDER BY id LIMIT %s FOR UPDATE SKIP LOCKED
 """
 
 
-def recover_lock(connection: Connection, *, others_than: WorkerId | None, limit: int) -> list[AbandonedRun]:
+def recover_lock(
+    connection: Connection, *, by: WorkerId | None, others_than: WorkerId | None, limit: int
+) -> list[AbandonedRun]:
     raw = driver(connection)
     with raw.pipeline():
-        raw.execute(END, (others_than, others_than))
+        raw.execute(END, (others_than, others_than, by))
         owners = [id_ for (id_,) in raw.execute(OWNERS, (others_than,))]
     if not owners:
         return []

@@ -13,10 +13,9 @@ from worker.store.dialect import driver, file_now
 from worker.store.sql.contract import AbandonedRun
 from worker.store.sql.sqlite.values import instant
 
-END_OTHERS = "UPDATE workers SET ended_at = ? WHERE id <> ? AND ended_at IS NULL AND host_id IS NULL"
-END_HOSTS = """
-UPDATE workers SET ended_at = ? WHERE lease_until < ? AND ended_at IS NULL AND host_id IS NOT NULL
-"""
+END = "UPDATE workers SET ended_at = ?, outcome = 'crashed', recovered_by = ? WHERE ended_at IS NULL"
+END_OTHERS = f"{END} AND id <> ? AND host_id IS NULL"
+END_HOSTS = f"{END} AND lease_until < ? AND host_id IS NOT NULL"
 
 ABANDONED = """
 SELECT l.id, l.org_id, l.definition_id, l.revision, l.handler, l.worker_id, l.fencing_token, l.attempt,
@@ -28,12 +27,14 @@ LIMIT ?
 """
 
 
-def recover_lock(connection: Connection, *, others_than: WorkerId | None, limit: int) -> list[AbandonedRun]:
+def recover_lock(
+    connection: Connection, *, by: WorkerId | None, others_than: WorkerId | None, limit: int
+) -> list[AbandonedRun]:
     cursor = driver(connection).cursor()
     now = instant(file_now(connection))
     if others_than is not None:
-        cursor.execute(END_OTHERS, (now, others_than))
+        cursor.execute(END_OTHERS, (now, by, others_than))
     else:
-        cursor.execute(END_HOSTS, (now, now))
+        cursor.execute(END_HOSTS, (now, by, now))
     rows = cursor.execute(ABANDONED, (others_than or "", limit)).fetchall()
     return [AbandonedRun(*(*row[:-1], from_text(row[-1]))) for row in rows]
