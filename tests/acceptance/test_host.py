@@ -134,7 +134,12 @@ def test_a_host_runs_child_and_inline_handlers_and_drains(machine: Machine, atte
     assert ends[child.run.id].sealed == "c2VhbGVk"
     assert {line["who"] for line in read_journal(machine.journal)} == {"note", "inline"}
 
+    # Its only worker restarts: it says until the next one hears it that it has stopped.
+    attempts.instead = lambda name: problem(503, "busy", "later") if name == "unregister" else None
     host.terminate()
+    machine.until(lambda: attempts.calls.count("unregister") > 1, "a second farewell")
+    assert host.poll() is None
+    attempts.instead = lambda name: None
     assert host.wait(20) == 0
     assert attempts.unregistered
     assert len(machine.events("host.stopped")) == 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -66,6 +68,15 @@ def test_a_killed_workers_run_goes_on_after_the_restart(site_on_either, journal)
     assert_all_dead(journal)
     site.start_worker()
     assert_gone_on(site, journal, run["id"])
+    log = json.loads(site.cli("runs", "logs", str(run["id"]), "-o", "json").out)
+    [lost] = [line for line in log if line["source"] == "worker"]
+    [[dead, by]] = [re.findall(r"worker (\S+)", lost["text"])]
+    assert lost["attempt"] == 1
+    assert lost["text"].startswith(f"attempt 1 was lost: worker {dead} crashed, last seen ")
+    assert (
+        f"crashed {lost['text'].split()[-6][:5]} UTC, 1 run recovered by {by}"
+        in site.cli("doctor", "-o", "json", check=False).out
+    )
 
 
 def test_a_killed_zygote_is_replaced_and_its_run_goes_on(short_site, journal):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 SNAPSHOT_SECONDS = 60.0
 # Crashed workers and hosts that are named.
 MOST_CRASHES = 3
+CRASHED = "the log of that machine says why"
 # Seconds after which a scheduled time should have been fired.
 OVERDUE_SECONDS = 60.0
 # A calendar with no date after this needs new ones.
@@ -130,14 +131,15 @@ def workers(database: Database) -> Diagnostic:
         )
     since = _crashes(crashed, now)
     if alive:
-        return Diagnostic(name, True, ("1 worker is up" if alive == 1 else f"{alive} workers are up") + since)
+        up = "1 worker is up" if alive == 1 else f"{alive} workers are up"
+        return Diagnostic(name, True, up + since, CRASHED if since else "")
     if overdue is not None and overdue[2] > OVERDUE_SECONDS:
         late = format_duration(timedelta(seconds=round(overdue[2])))
         detail = f"no worker is up, and what has been due for {late} does not run{since}"
         return Diagnostic(
             name, False, detail, "start one: `python -m worker run`, or `systemctl start orgworker`"
         )
-    return Diagnostic(name, True, f"no worker is up, and nothing is due{since}")
+    return Diagnostic(name, True, f"no worker is up, and nothing is due{since}", CRASHED if since else "")
 
 
 def _crashes(found: Counted, now: datetime) -> str:

@@ -241,7 +241,7 @@ class HostIncarnation:
             await store.hand_back_rest()
             await store.unregister()
         except ControlDenied:
-            # The host was removed, or got another pool: nobody waits for this.
+            # The host was removed, or got another pool: the row has ended.
             return
 
     def _stop_until(self) -> float:

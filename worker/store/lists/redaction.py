@@ -75,7 +75,7 @@ def text(value: Any, row: Row, org: str) -> Any:
 
 
 def line(value: Any, row: Row, org: str) -> Any:
-    """A line of a run's log. What a worker says of itself has no worker's id."""
+    """A line of a run's log; one that a worker wrote is without the ids of workers."""
     return text(_WORKER_ID.sub("a worker", value) if row.get("source") == SOURCE else value, row, org)
 
 

@@ -262,7 +262,7 @@ workers = Table(
         "outcome",
         Text,
         doc="How it ended: `stopped` (it said so), `crashed` (lease expired) or `removed` (with its host); "
-        "null while it lives, and if a release before this column wrote its end.",
+        "null while it lives, and if the previous release wrote its end.",
     ),
     count("recovered_runs", "Its runs that others took over after its end."),
     Column("recovered_by", Id, doc="The worker that found its lease expired, or took over its first run."),
