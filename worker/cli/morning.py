@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated
-from urllib.parse import parse_qs, urlsplit
+from typing import Annotated
 
 import typer
 
@@ -14,22 +12,10 @@ from worker.cli.output import Format, print_row, print_rows, say
 from worker.cli.session import session_of
 from worker.errors import UsageError
 
-if TYPE_CHECKING:
-    from worker.web.pages.morning import Matter
-
 DAY = timedelta(days=1)
 MATTERS = ("level", "title", "about", "next")
 CAUSES = ("open_runs", "open_orgs", "runs", "last_at", "message", "run")
 STATES = ("failed", "refused")
-# The command for each page of the console that a matter leads to.
-_NEXT = {
-    "/workers": "doctor",
-    "/credentials": "credentials list",
-    "/orgs": "orgs list --broken",
-    "/handlers": "handlers list",
-    "/definitions": "definitions list",
-    "/failures": "failures",
-}
 
 
 def status(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
@@ -38,8 +24,9 @@ def status(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
     `level` is bad, warn or quiet. With it, the runs that run now and those that ended in the
     last 24 hours. The exit code is 0 also if something is bad; `doctor` has one.
     """
+    from worker.operations.matters import matters
     from worker.store.lists import morning
-    from worker.web.pages.morning import EndedByHour, matters
+    from worker.web.pages.morning import EndedByHour
 
     session = session_of(context)
     word = session.settings.installation
@@ -49,7 +36,8 @@ def status(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
         running = morning.running_for_all_orgs(connection)
         hours = EndedByHour().read(connection, now).values()
     rows = [
-        {"level": each.level, "title": each.title, "about": each.about, "next": _next(each)} for each in found
+        {"level": each.level, "title": each.title, "about": each.about, "next": each.step.command}
+        for each in found
     ]
     ended = {state: sum(hour.get(state, 0) for hour in hours) for state in sorted(set().union(*hours))}
     if output is Format.JSON:
@@ -58,19 +46,6 @@ def status(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
     print_rows(rows, output, columns=MATTERS, key="title")
     counts = ", ".join(f"{count} {state}" for state, count in ended.items()) or "none"
     say(f"{running} running; ended in the last 24 hours: {counts}")
-
-
-def _next(matter: Matter) -> str:
-    """The command that shows what the console's page behind a matter shows."""
-    parts = urlsplit(matter.href)
-    if parts.path == "/search":
-        # A handler chose part of it, and the reader may paste it into a shell.
-        return f"runs list -q {shlex.quote(parse_qs(parts.query)['q'][0])}"
-    if parts.path.startswith("/definitions/"):
-        return "definitions list"
-    given = parse_qs(parts.query)
-    more = f" --state {given['state'][0]}" if "state" in given else ""
-    return _NEXT.get(parts.path, "doctor") + more
 
 
 def failures(

@@ -70,6 +70,24 @@ def format_duration(duration: timedelta) -> str:
     return "".join(parts) or "0s"
 
 
+def took(value: timedelta | None) -> str:
+    """A duration in its two largest units at most, such as `2 min 5 s`."""
+    if value is None:
+        return ""
+    seconds = value.total_seconds()
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    for size, unit, smaller, name in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if seconds >= size:
+            rest = int(seconds % size // smaller)
+            return f"{int(seconds // size)} {unit}" + (f" {rest} {name}" if rest else "")
+    return f"{int(seconds)} s"
+
+
 # As `datetime.weekday` counts.
 _WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 

@@ -90,6 +90,7 @@ VERBS: Mapping[str, Verb] = {
     "list_handlers": Verb("handlers list", "See the handlers", "/handlers"),
     "show_handler": Verb("handlers show {handler}", "See the handlers", "/handlers"),
     "list_approvals": Verb("pools approvals {pool}", "See what hosts declare", "/workers#approvals"),
+    "list_all_approvals": Verb("pools approvals", "See what hosts declare", "/workers#approvals"),
     "approve": Verb(
         "pools approve {pool} {handler} {digest}",
         "See what hosts declare",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, TypedDict, cast
 
 from sqlalchemy import ColumnElement, Connection, Text, case, func, literal, select
@@ -16,6 +16,8 @@ from worker.store.dialect import all_rows
 MOST = 2_000
 # Causes that are shown.
 CAUSES = 50
+# Characters of a cause that a search looks for.
+MOST_OF_CAUSE = 120
 
 _ends, _runs, _attempts, _orgs = tables.run_ends, tables.runs, tables.attempts, tables.orgs
 
@@ -124,3 +126,20 @@ def _cause() -> ColumnElement[Any]:
     )
     detail = func.coalesce(literal(": ") + _runs.c.detail, literal(""))
     return func.coalesce(of_attempt, func.coalesce(_runs.c.reason, literal("error")) + detail)
+
+
+def cause_text(cause: Cause) -> str:
+    """The text of the search for the runs of a cause, from the day before its first one."""
+    since = cause["first_at"] - timedelta(days=1)
+    begin = f"state:{cause['state']} since:{since:%Y-%m-%d}"
+    # Without an error the cause is the reason and its detail.
+    if cause["cause"].partition(": ")[0] == cause["reason"]:
+        return f"{begin} reason:{cause['reason']}"
+    return f"{begin} {cause_term(cause['cause'])}"
+
+
+def cause_term(cause: str) -> str:
+    """The term of a search for the runs that failed with a cause."""
+    # A quoted value ends at the next quote: the longest part without one finds the same runs.
+    part = max(cause.split('"'), key=len).strip()[:MOST_OF_CAUSE]
+    return f'cause:"{part}"'

@@ -13,8 +13,9 @@ from starlette.routing import Route
 
 from worker.errors import AccessDenied, UsageError
 from worker.store.lists import failures
+from worker.store.lists.failures import cause_text
 from worker.web.pages.base import Pages, caller_of, query
-from worker.web.pages.links import cause_text, search_path
+from worker.web.pages.links import search_path
 
 STATES = ("failed", "refused")
 # How far back the page looks, and the words for it.

@@ -8,10 +8,7 @@ from datetime import date, datetime, timedelta
 from urllib.parse import quote, urlencode
 
 from worker.runs.next_steps import NextStep
-from worker.store.lists.failures import Cause
-
-# Characters of a cause that a link searches for.
-MOST_OF_CAUSE = 120
+from worker.store.lists.failures import cause_term
 
 
 def org_path(org: str) -> str:
@@ -45,17 +42,7 @@ def step_path(step: NextStep) -> str:
 
 def cause_path(cause: str) -> str:
     """The search for the runs that failed with a cause."""
-    return search_path(_cause_term(cause))
-
-
-def cause_text(cause: Cause) -> str:
-    """The text of the search for the runs of a cause, from the day before its first one."""
-    since = cause["first_at"] - timedelta(days=1)
-    begin = f"state:{cause['state']} since:{since:%Y-%m-%d}"
-    # Without an error the cause is the reason and its detail.
-    if cause["cause"].partition(": ")[0] == cause["reason"]:
-        return f"{begin} reason:{cause['reason']}"
-    return f"{begin} {_cause_term(cause['cause'])}"
+    return search_path(cause_term(cause))
 
 
 def hour_path(hour: datetime, by_state: Mapping[str, int]) -> str:
@@ -76,12 +63,6 @@ def day_path(org: str, definition: str, day: date, worst: str) -> str:
     return search_of(
         ("org", org), ("definition", definition), ("state", harmed), ("since", since), ("until", until)
     )
-
-
-def _cause_term(cause: str) -> str:
-    # A quoted value ends at the next quote: the longest part without one finds the same runs.
-    part = max(cause.split('"'), key=len).strip()[:MOST_OF_CAUSE]
-    return f'cause:"{part}"'
 
 
 def _quoted(word: str) -> str:

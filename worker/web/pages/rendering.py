@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from worker.clock import to_text
+from worker.definitions.units import took
 from worker.web.sessions import STATIC
 
 _WEB = Path(__file__).parents[1]
@@ -64,24 +65,6 @@ def _ago(context: Context, value: datetime | None) -> str:
     now: datetime = context["now"]
     span = took(abs(now - value))
     return f"{span} ago" if value <= now else f"in {span}"
-
-
-def took(value: timedelta | None) -> str:
-    """A duration in its two largest units at most, such as `2 min 5 s`."""
-    if value is None:
-        return ""
-    seconds = value.total_seconds()
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    for size, unit, smaller, name in (
-        (86400, "d", 3600, "h"),
-        (3600, "h", 60, "min"),
-        (60, "min", 1, "s"),
-    ):
-        if seconds >= size:
-            rest = int(seconds % size // smaller)
-            return f"{int(seconds // size)} {unit}" + (f" {rest} {name}" if rest else "")
-    return f"{int(seconds)} s"
 
 
 def _path(value: object) -> str:
