@@ -186,6 +186,12 @@ class Stock:
         )
         return replace(end, **values)
 
+    def code(self, org_id: str) -> str:
+        """The code of an org."""
+        row = self._one(tables.orgs, tables.orgs.c.id == org_id)
+        assert row is not None
+        return str(row["code"])
+
     def live(self, run_id: str) -> Row | None:
         """The row of `live_runs`, or None once the run has ended."""
         return self._one(tables.live_runs, tables.live_runs.c.id == run_id)

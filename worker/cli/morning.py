@@ -21,31 +21,22 @@ STATES = ("failed", "refused")
 def status(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
     """What needs attention over all orgs, most harmful first, as on the console's morning page.
 
-    `level` is bad, warn or quiet. With it, the runs that run now and those that ended in the
-    last 24 hours. The exit code is 0 also if something is bad; `doctor` has one.
+    `level` is bad, warn or quiet, and `next` the command to go on with. -o json also has `kind`, a stable
+    word; `whose` the cause is (operator, handler, org, provider, remote_api or limit); `since`; and `subject`
+    and `verb`, which `next` is made of. Then come the runs that run now and those that ended in the last 24
+    hours. The exit code is 0 also if something is bad; `doctor` has one.
     """
-    from worker.operations.matters import matters
-    from worker.store.lists import morning
-    from worker.web.pages.morning import EndedByHour
+    from worker.operations.matters import overview
 
     session = session_of(context)
-    word = session.settings.installation
     with session.database() as database, database.autocommit() as connection:
-        now = database.now(connection)
-        found = matters(connection, now, is_admin=True, installation=word)
-        running = morning.running_for_all_orgs(connection)
-        hours = EndedByHour().read(connection, now).values()
-    rows = [
-        {"level": each.level, "title": each.title, "about": each.about, "next": each.step.command}
-        for each in found
-    ]
-    ended = {state: sum(hour.get(state, 0) for hour in hours) for state in sorted(set().union(*hours))}
+        found = overview(connection, database.now(connection), installation=session.settings.installation)
     if output is Format.JSON:
-        print_row({"matters": rows, "running": running, "ended": ended}, output)
+        print_row(found, output)
         return
-    print_rows(rows, output, columns=MATTERS, key="title")
-    counts = ", ".join(f"{count} {state}" for state, count in ended.items()) or "none"
-    say(f"{running} running; ended in the last 24 hours: {counts}")
+    print_rows(found["matters"], output, columns=MATTERS, key="title")
+    counts = ", ".join(f"{count} {state}" for state, count in found["ended"].items()) or "none"
+    say(f"{found['running']} running; ended in the last 24 hours: {counts}")
 
 
 def failures(
@@ -56,10 +47,12 @@ def failures(
 ) -> None:
     """Failed or refused runs by cause, most runs without a retry first; by default of the last day.
 
-    `open_runs` are those without a retry, in `open_orgs` orgs; `run` is the newest one, which
-    `runs why` explains. `runs retry --cause` takes the `cause` of -o json.
+    `open_runs` are those without a retry, in `open_orgs` orgs, of which up to three are `named`; `run` is
+    the newest one, which `runs why` explains. `runs retry --cause` takes the `cause` of -o json.
     """
+    from worker.operations.matters import listed
     from worker.store.lists.failures import by_cause_for_all_orgs
+    from worker.store.lists.morning import Named
 
     if state not in STATES:
         raise UsageError(f"--state {state} is not one of {', '.join(STATES)}", fix="--state refused")
@@ -67,6 +60,7 @@ def failures(
     start = read_since(since, session.clock)
     with session.database() as database, database.autocommit() as connection:
         rows, more = by_cause_for_all_orgs(connection, state, start or database.now(connection) - DAY)
-    print_rows(rows, output, columns=CAUSES, key="run")
+    named = {"open_orgs": lambda row: listed(Named(row["open_orgs"], row["named"]))}
+    print_rows(rows, output, columns=CAUSES, key="run", cells=named)
     if more:
         say("older runs were not read: give --since a later time")

@@ -16,14 +16,17 @@ from worker.operations import approvals
 from worker.operations.confinement import OFF, confinement_of, in_words, readable_management_secrets
 from worker.operations.guarded_files import changeable, guarded
 from worker.operations.installation import ADOPT, NO_WORD, difference
+from worker.operations.matters import DAY, listed, what_of
 from worker.runs import worker_ends
+from worker.runs.next_steps import NextStep
 from worker.settings import Settings
 from worker.store import calendars, catalogue, health, placements, places, pools, roles
 from worker.store import installation as stored_installation
 from worker.store import org_secrets as stored_secrets
 from worker.store.database import Database
 from worker.store.dialect import Row
-from worker.store.lists.morning import Counted, crashed_for_all_orgs
+from worker.store.lists.mismatches import mismatches_for_all_orgs
+from worker.store.lists.morning import NAMED, Counted, Named, crashed_for_all_orgs
 
 if TYPE_CHECKING:
     from worker.tokens.sealing import KeyRing
@@ -43,7 +46,7 @@ SNAPSHOT_TRANSACTIONS = 100_000
 MOST_OPENED = 1_000
 
 
-Named = Callable[[str], str]
+NameOf = Callable[[str], str]
 
 
 def _as_it_is(name: str) -> str:
@@ -55,7 +58,7 @@ def run_checks(
     settings: Settings,
     ring: KeyRing | None = None,
     *,
-    org: Named = _as_it_is,
+    org: NameOf = _as_it_is,
 ) -> list[Diagnostic]:
     """Every check, in reading order. An `ok` one with a `fix` is a warning.
 
@@ -72,6 +75,7 @@ def run_checks(
         installation(database, settings),
         workers(database),
         credentials(database, org),
+        *tokens(database, org),
         *org_secrets(database, ring, org),
         handlers(database),
         *unapproved(database),
@@ -151,7 +155,7 @@ def _crashes(found: Counted, now: datetime) -> str:
     return f"; within a day: {'; '.join([*ends, *rest])}"
 
 
-def credentials(database: Database, org: Named = _as_it_is) -> Diagnostic:
+def credentials(database: Database, org: NameOf = _as_it_is) -> Diagnostic:
     """An org whose credentials are all rejected gets no token: its runs wait."""
     name = "credentials"
     with database.autocommit() as connection:
@@ -164,11 +168,30 @@ def credentials(database: Database, org: Named = _as_it_is) -> Diagnostic:
         False,
         f"{code} gets no token: {dead[0]['last_error']}{_and_more(dead)}",
         f"`credentials rotate {code} --client-id ID --secret-file FILE` stores a new secret; "
-        f"`orgs check {code}` tries it",
+        f"{_command('check_org', org=code)} tries it",
     )
 
 
-def org_secrets(database: Database, ring: KeyRing | None, org: Named = _as_it_is) -> Iterator[Diagnostic]:
+def tokens(database: Database, org: NameOf = _as_it_is) -> Iterator[Diagnostic]:
+    """A provider that gave orgs the tokens of others in the last day: their runs are refused."""
+    name = "tokens"
+    with database.autocommit() as connection:
+        found = mismatches_for_all_orgs(connection, database.now(connection) - DAY)
+    for one in found:
+        orgs = [org(code) for code in one.orgs[:NAMED]]
+        yield Diagnostic(
+            name,
+            False,
+            f"the provider returns {what_of(one)} for {listed(Named(len(one.orgs), orgs))}; runs are refused "
+            f"since {to_text(one.first_at)}",
+            f"{_command('check_org', org=orgs[0])} says whose token it is; correct the credentials, or the "
+            "provider or proxy that mixes orgs up",
+        )
+    if not found:
+        yield Diagnostic(name, True, "in the last day no org had the token of another one")
+
+
+def org_secrets(database: Database, ring: KeyRing | None, org: NameOf = _as_it_is) -> Iterator[Diagnostic]:
     """A secret that the key ring does not open: runs that need it wait. Nothing if no org has secrets.
 
     Tries the newest ones.
@@ -216,7 +239,8 @@ def handlers(database: Database) -> Diagnostic:
             name,
             True,
             f"{place} does not load: {type_of(first['error'])}{_and_more(on_hosts, places.BROKEN)}",
-            f"install a fixed version and restart these hosts; `handlers show {first['name']}` shows why",
+            "install a fixed version and restart these hosts; "
+            f"{_command('show_handler', handler=first['name'])} shows why",
         )
     if not broken:
         return Diagnostic(name, True, "every handler loads")
@@ -226,7 +250,8 @@ def handlers(database: Database) -> Diagnostic:
         name,
         False,
         f"{place} does not load: {type_of(first['error'])}{_and_more(broken)}",
-        f"install a fixed version and restart the workers; `handlers show {first['name']}` shows why",
+        "install a fixed version and restart the workers; "
+        f"{_command('show_handler', handler=first['name'])} shows why",
     )
 
 
@@ -238,7 +263,7 @@ def unapproved(database: Database) -> Iterator[Diagnostic]:
             yield approvals.diagnostic(connection, rows)
 
 
-def homeless(database: Database, org: Named = _as_it_is) -> Iterator[Diagnostic]:
+def homeless(database: Database, org: NameOf = _as_it_is) -> Iterator[Diagnostic]:
     """Definitions of handlers that only hosts offer, without a pool: their runs reach no host."""
     with database.autocommit() as connection:
         used = places.uses_for_all_orgs(connection, places.only_of_hosts(connection))
@@ -253,11 +278,11 @@ def homeless(database: Database, org: Named = _as_it_is) -> Iterator[Diagnostic]
             f"only hosts offer {first['handler']}, and a definition of {org(first['org'])} names no pool"
             f"{_and_more(found)}",
             f'give {written} pool = "{pools_of[0] if pools_of else "POOL"}", or its org a pool; '
-            f"`handlers show {first['handler']}` shows who offers it",
+            f"{_command('show_handler', handler=first['handler'])} shows who offers it",
         )
 
 
-def served_pools(database: Database, org: Named = _as_it_is) -> Diagnostic:
+def served_pools(database: Database, org: NameOf = _as_it_is) -> Diagnostic:
     """A definition whose pool no worker or host serves: its runs wait. Looks at the newest definitions."""
     name = "pools"
     with database.autocommit() as connection:
@@ -347,6 +372,10 @@ def _rule(required: Mapping[str, str]) -> str:
 def type_of(error: str) -> str:
     """The type of an error only: its message comes from the plug-in's import."""
     return error.partition(":")[0][:80]
+
+
+def _command(verb: str, **subject: str) -> str:
+    return f"`{NextStep(verb, subject).command}`"
 
 
 def _and_more(found: Sequence[object], most: int = health.NEWEST) -> str:

@@ -11,10 +11,19 @@ from typing import Any, Literal
 
 from worker.runs.outcome import names_http_status
 
-# Whose a cause is: the team that runs the workers, the handler's author, the org, its identity provider, an
-# API that the handler calls, or a limit that somebody set.
+# Whose a cause is: the installation and its operators, the handler and its author, the org, its identity
+# provider, an API that the handler calls, or a limit that somebody set.
 Whose = Literal["operator", "handler", "org", "provider", "remote_api", "limit"]
 
+# What each cause lies with, in words.
+WHOSE: Mapping[Whose, str] = {
+    "operator": "the installation",
+    "handler": "the handler",
+    "org": "the org",
+    "provider": "the identity provider",
+    "remote_api": "a remote API",
+    "limit": "a limit",
+}
 # What a customer reads of each, after "because".
 FOR_CUSTOMER: Mapping[Whose, str] = {
     "operator": "of an interruption on our side",

@@ -8,19 +8,12 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from worker.clock import to_text
-from worker.runs.causes import FOR_CUSTOMER, STUCK, Whose, last_reason
+from worker.runs.causes import FOR_CUSTOMER, STUCK, WHOSE, Whose, last_reason
 from worker.runs.run import step_label
 from worker.runs.why import OPTIONS, Question, Row, Why, can_continue
 
 InWords = Callable[[datetime], str]
 
-_WHOSE: Mapping[Whose, str] = {
-    "operator": "the team that runs the workers",
-    "handler": "the handler",
-    "org": "the org",
-    "provider": "the org's identity provider",
-    "remote_api": "an API that the handler calls",
-}
 # Maximum length of a checkpoint in a sentence, and of a question.
 SHORT = 80
 MOST_ASKED = 200
@@ -123,12 +116,7 @@ def _what(run: Row, when: InWords) -> str:
 def _whose(whose: Whose | None, probably: bool) -> str | None:
     if whose is None:
         return None
-    assumed = "probably " if probably else ""
-    return (
-        f"the cause is {assumed}a limit"
-        if whose == "limit"
-        else f"the cause {assumed}lies with {_WHOSE[whose]}"
-    )
+    return f"the cause {'probably ' if probably else ''}lies with {WHOSE[whose]}"
 
 
 def _since_then(why: Why, when: InWords) -> str | None:

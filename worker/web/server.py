@@ -81,7 +81,7 @@ def build(
     console = Console(caller_database, clock, access, sessions, forms, login=login, installation=installation)
     routes = [
         *(health.routes() if with_health else ()),
-        *Api(caller_database, clock, live.events).routes(),
+        *Api(caller_database, clock, live.events, installation=installation).routes(),
         Route("/runs/{run}/live", live.events),
         *console.routes(),
     ]

@@ -41,7 +41,7 @@ def test_doctor_exits_0_where_all_is_well(asked_for_password: CommandLine):
         *("held_snapshots", "live_rows", "web_roles", "file_modes"),
         *("insecure_origins", "sandbox", "changeable_files", "trusted_code"),
         *("management_secrets", "database_password"),
-        *("installation", "workers", "credentials", "handlers", "pools", "pool_rules", "calendars"),
+        *("installation", "workers", "credentials", "tokens", "handlers", "pools", "pool_rules", "calendars"),
     ]
     assert all(row["ok"] for row in done.json())
 

@@ -9,6 +9,7 @@ import pytest
 from tests.fakes.cli import CommandLine
 from tests.fakes.site import definition
 from tests.fakes.stock import Stock
+from worker.runs.next_steps import NextStep
 from worker.settings import load
 from worker.wiring import open_database
 
@@ -40,10 +41,21 @@ def test_status_is_the_morning_page(site: CommandLine):
     lines = site("status")
 
     assert matter["level"] == "bad"
-    assert matter["about"].startswith("1 run failed in 1 org.")
+    assert matter["about"].startswith("1 run failed in org_a.")
     assert (found["running"], found["ended"]) == (0, {"failed": 1})
     assert "0 running; ended in the last 24 hours: 1 failed" in lines.err
     assert lines.out.splitlines()[1].startswith("bad ")
+
+
+def test_a_matter_is_data(site: CommandLine):
+    """`next` is the command of `verb` and `subject`, which has the names of orgs, too."""
+    [matter] = [row for row in site("status", "-o", "json").json()["matters"] if "OSError" in row["title"]]
+
+    subject = matter["subject"]
+    assert {"level", "title", "about", "next", "kind", "whose", "since", "subject", "verb"} == matter.keys()
+    assert (matter["kind"], matter["verb"]) == ("failed_runs", "search_runs")
+    assert (subject["orgs"], matter["since"][-1]) == (["org_a"], "Z")
+    assert NextStep(matter["verb"], {"query": subject["query"]}).command == matter["next"]
 
 
 def test_the_next_command_can_be_pasted_and_finds_the_runs(site: CommandLine):

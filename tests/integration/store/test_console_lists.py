@@ -69,6 +69,7 @@ def test_failures_are_counted_by_cause_and_a_retried_one_is_no_longer_open(datab
     with database.autocommit() as connection:
         found, more = failures.by_cause_for_all_orgs(connection, "failed", database.now(connection) - DAY)
     assert (found[0]["run"], found[1]["run"], more) == (full[2], gone, False)
+    assert [row["named"] for row in found] == [[stock.code(first)], [stock.code(second)]]
     # The newest error as it was; without one the cause.
     assert (found[0]["message"], found[1]["message"]) == ('OSError: "disk" 3 is full', "error")
 
@@ -105,7 +106,8 @@ def test_failures_beyond_the_bound_are_reported_as_more(database: Database, stoc
 
 def test_waiting_runs_are_counted_by_reason(database: Database, stock: Stock):
     orgs = [stock.org(), stock.org()]
-    runs = [stock.run(org, stock.definition(org)) for org in (*orgs, orgs[0])]
+    codes = [stock.code(org) for org in orgs]
+    runs = [stock.run(org, stock.definition(org)) for org in (*orgs, orgs[1], orgs[0])]
     stock.put(*runs)
     stock.change(tables.live_runs, runs[0].id, reason="no_token", detail="issuer_paused: issuer main rests")
 
@@ -113,11 +115,30 @@ def test_waiting_runs_are_counted_by_reason(database: Database, stock: Stock):
         waiting = morning.waiting_for_all_orgs(connection)
         tokens = morning.without_token_for_all_orgs(connection)
         running = morning.running_for_all_orgs(connection)
-    assert [(row["reason"], row["runs"], row["orgs"]) for row in waiting] == [
-        ("due", 2, 2),
-        ("no_token", 1, 1),
+    # The org of most runs comes first.
+    assert [(row.reason, row.runs, row.orgs, row.whats) for row in waiting] == [
+        ("due", 3, (2, codes[::-1]), (0, [])),
+        ("no_token", 1, (1, codes[:1]), (0, [])),
     ]
-    assert (tokens, running) == ({("main", "issuer_paused"): 1}, 0)
+    assert (tokens, running) == ([("main", "issuer_paused", 1, (1, codes[:1]))], 0)
+
+
+def test_what_waiting_runs_wait_for_is_named(database: Database, stock: Stock):
+    """Three of five pools, those of most runs first; the orgs are counted apart."""
+    org = stock.org()
+    runs = [
+        stock.run(org, stock.definition(org), pool=pool)
+        for pool, count in (("a", 1), ("b", 3), ("c", 2), ("d", 1), ("e", 1))
+        for _ in range(count)
+    ]
+    stock.put(*runs)
+    for run in runs:
+        stock.change(tables.live_runs, run.id, reason="no_pool", detail=run.pool)
+
+    with database.autocommit() as connection:
+        [wait] = morning.waiting_for_all_orgs(connection)
+    assert (wait.runs, wait.orgs, wait.whats) == (8, (1, [stock.code(org)]), (5, ["b", "c", "a"]))
+    assert wait.since == runs[0].available_at
 
 
 def test_what_is_broken_is_counted_with_examples(database: Database, stock: Stock, clock: ManualClock):

@@ -386,10 +386,10 @@ def test_the_page_of_an_org_lists_parked_runs_after_waiting_ones(stock: Stock, w
 
     with stock.database.autocommit() as connection:
         found = open_waits(connection, run.org_id, limit=5)
-        [answer, due] = sorted(waiting_for_all_orgs(connection), key=lambda row: str(row["reason"]))
+        [answer, due] = sorted(waiting_for_all_orgs(connection), key=lambda row: row.reason)
 
     assert {row["id"]: row["reason"] for row in found} == {next_one.id: "due", run.id: "answer"}
-    assert (answer["reason"], answer["runs"], due["reason"], due["runs"]) == ("answer", 1, "due", 1)
+    assert (answer.reason, answer.runs, due.reason, due.runs) == ("answer", 1, "due", 1)
 
 
 def refused(stock: Stock, run: AdmittedRun) -> list[Any]:

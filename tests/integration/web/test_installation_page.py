@@ -24,3 +24,19 @@ async def test_the_morning_page_says_that_the_installations_differ(
     assert page.status_code == 200
     title = "The database belongs to the installation production, and worker.toml to staging"
     assert (title in page.text) == ("installation adopt --new" in page.text) == shown
+
+
+async def test_the_api_has_the_same_list(staffed: Site) -> None:
+    """For operators; an org gets 403, as `test_matrix` has it."""
+    with staffed.database.transaction() as connection:
+        installation.store_word(connection, "production")
+    staffed.installation = "staging"
+
+    answer = await staffed.get("/api/v1/status", TOKENS["viewer"])
+
+    found = answer.json()
+    assert (answer.status_code, found["running"], found["ended"]) == (200, 0, {})
+    first = found["matters"][0]
+    assert (first["kind"], first["whose"], first["level"]) == ("installation_differs", "operator", "bad")
+    assert (first["verb"], first["next"]) == ("correct_installation", "installation show")
+    assert found["matters"][1]["kind"] == "no_worker"

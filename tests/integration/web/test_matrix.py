@@ -201,6 +201,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     # Each pause is undone by the next rule.
     ("POST", f"{API}/orgs/{{org}}/pause"): replace(BY_STAFF, status=200),
     ("POST", f"{API}/orgs/{{org}}/resume"): replace(BY_STAFF, status=200),
+    ("GET", f"{API}/status"): Rule("staff"),
     ("GET", f"{API}/usage"): Rule("list"),
     ("GET", f"{API}/budgets/{{org}}"): Rule("by_staff"),
     ("POST", f"{API}/budgets/{{org}}/raise"): replace(BY_STAFF, status=200),

@@ -250,7 +250,7 @@ async def test_nothing_needs_attention_where_all_is_well(staffed: Site):
     assert "No worker is running" in idle.text
     assert "Nothing needs attention" in well.text
     assert "Nothing needs attention" not in worse.text
-    assert "1 run failed in 1 org" in worse.text
+    assert "1 run failed in org_a" in worse.text
     assert re.search(r'href="/search\?q=state%3Afailed[^"]*reason%3Aerror', worse.text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, TypedDict, cast
@@ -11,6 +12,7 @@ from sqlalchemy import cast as sql_cast
 
 from worker.store import tables
 from worker.store.dialect import all_rows
+from worker.store.lists.morning import NAMED, codes_of
 
 # The newest ended runs that are read: about 20 ms. A broken release fails a hundred times a second.
 MOST = 2_000
@@ -25,8 +27,8 @@ _ends, _runs, _attempts, _orgs = tables.run_ends, tables.runs, tables.attempts, 
 class Cause(TypedDict):
     """Failures with the same error, numbers and quoted texts aside.
 
-    `open_runs` are those without a retry, in `open_orgs` orgs; `run` is the newest one, and `message` its
-    error as it was.
+    `open_runs` are those without a retry, in `open_orgs` orgs, of which `named` are those with most of them;
+    `run` is the newest run, and `message` its error as it was.
     """
 
     state: str
@@ -36,6 +38,7 @@ class Cause(TypedDict):
     orgs: int
     open_runs: int
     open_orgs: int
+    named: list[str]
     first_at: datetime
     last_at: datetime
     run: str
@@ -80,6 +83,8 @@ def by_cause_for_all_orgs(connection: Connection, state: str, since: datetime) -
             func.count(each.c.org_id.distinct()).label("orgs"),
             open_runs.label("open_runs"),
             func.count(each.c.open_org.distinct()).label("open_orgs"),
+            # At most MOST ids, in all causes.
+            func.aggregate_strings(sql_cast(each.c.open_org, Text), ",").label("named"),
             func.min(each.c.finished_at).label("first_at"),
             func.max(each.c.finished_at).label("last_at"),
             # Ids sort by creation. PostgreSQL has no max(uuid) before version 18.
@@ -91,12 +96,27 @@ def by_cause_for_all_orgs(connection: Connection, state: str, since: datetime) -
     )
     rows_found = all_rows(connection, query)
     messages = _messages(connection, [row["run"] for row in rows_found])
+    named = _named(connection, [row["named"] or "" for row in rows_found])
     found = cast(
         list[Cause],
-        [{**row, "message": messages.get(str(row["run"])) or row["cause"]} for row in rows_found],
+        [
+            {**row, "named": names, "message": messages.get(str(row["run"])) or row["cause"]}
+            for row, names in zip(rows_found, named, strict=True)
+        ],
     )
     size = connection.execute(select(func.count()).select_from(newest)).scalar_one() if found else 0
     return found, size == MOST
+
+
+def _named(connection: Connection, joined: Sequence[str]) -> list[list[str]]:
+    """Of each text of ids of orgs, the codes of those that are in it most often."""
+    ids = [
+        # The first of those that are equally often in it is the oldest org.
+        [org for org, _ in Counter(sorted(text.split(","))).most_common(NAMED)] if text else []
+        for text in joined
+    ]
+    codes = codes_of(connection, {org for few in ids for org in few})
+    return [[codes[org] for org in few if org in codes] for few in ids]
 
 
 def _messages(connection: Connection, runs: Sequence[str]) -> dict[str, str]:

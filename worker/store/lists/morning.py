@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, and_, func, literal_column, not_, select, union_all
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    FromClause,
+    and_,
+    case,
+    func,
+    literal_column,
+    not_,
+    select,
+    union_all,
+)
 
 from worker.store import tables
 from worker.store.catalogue import OF_WORKERS
@@ -16,28 +27,53 @@ from worker.store.health import ENDS, OF_HOST
 
 # Rows that are counted; a count that reaches this means "at least".
 MOST = 10_000
-# Rows that are listed as examples.
-SHOWN = 5
+# Orgs, pools, handlers and others that are named; of more, their number.
+NAMED = 3
+# Errors without a token that are listed.
+ERRORS = 5
 
 _live, _orgs, _definitions = tables.live_runs, tables.orgs, tables.definitions
 _credentials, _catalogue, _workers = tables.credentials, tables.catalogue, tables.workers
 _hours = tables.rollup_hours
+# What runs of a reason wait for.
+_WHATS: Mapping[str, ColumnElement[Any]] = {
+    "no_pool": _live.c.pool,
+    "no_handler": _live.c.handler,
+    "not_approved": _live.c.handler + " in pool " + _live.c.pool,
+    "unplaced": _live.c.pool,
+    "budget": _live.c.detail,
+}
+_WHAT = case(*((_live.c.reason == reason, what) for reason, what in _WHATS.items()))
 
 
-class Waiting(TypedDict):
-    """Unfinished runs of one reason; `since` is the earliest start that has come."""
+class Named(NamedTuple):
+    """How many there are, and the names of a few."""
+
+    total: int
+    names: Sequence[str]
+
+
+class Waiting(NamedTuple):
+    """Unfinished runs of one reason; `since` is the earliest start that has come.
+
+    `whats` are the pools, handlers or budgets that they wait for, if the reason has one. Those of most runs
+    are named.
+    """
 
     reason: str
     runs: int
-    orgs: int
     since: datetime
+    orgs: Named
+    whats: Named
 
 
 class NoToken(NamedTuple):
-    """Why runs wait for a token: the issuer, and the error's code."""
+    """Runs that wait for a token: the issuer, the error's code, and their orgs."""
 
     issuer: str
     code: str
+    runs: int
+    orgs: Named
 
 
 class Counted(NamedTuple):
@@ -56,26 +92,67 @@ class Workers(NamedTuple):
 
 
 def waiting_for_all_orgs(connection: Connection) -> list[Waiting]:
-    """Waiting and held runs by reason, up to MOST of them, and as many parked ones."""
-    columns = (_live.c.reason, _live.c.org_id, _live.c.available_at)
+    """Waiting and held runs by reason, up to MOST of them, and as many parked ones; most runs first."""
+    columns = (_live.c.reason, _live.c.org_id, _live.c.available_at, _WHAT.label("what"))
     parts = [
         select(select(*columns).where(_live.c.state.in_(states)).limit(MOST).subquery())
         for states in (("waiting", "held"), ("parked",))
     ]
     some = union_all(*parts).subquery()
-    runs = func.count()
-    query = (
-        select(
-            some.c.reason,
-            runs.label("runs"),
-            func.count(some.c.org_id.distinct()).label("orgs"),
-            func.min(some.c.available_at).label("since"),
+    by_org = _first(connection, _ranked(some, some.c.org_id))
+    by_what = _first(connection, _ranked(some, some.c.what)) if by_org.keys() & _WHATS.keys() else {}
+    # Not as a join, for which PostgreSQL may read all orgs.
+    codes = codes_of(connection, {row["one"] for rows in by_org.values() for row in rows})
+    return [
+        Waiting(
+            reason,
+            runs=int(rows[0]["all_runs"]),
+            since=rows[0]["since"],
+            orgs=Named(rows[0]["total"], [codes[row["one"]] for row in rows]),
+            whats=_named(by_what.get(reason, ())),
         )
-        .group_by(some.c.reason)
-        .order_by(runs.desc())
-        .limit(len(tables.WAITING_REASONS))
-    )
-    return cast(list[Waiting], all_rows(connection, query))
+        for reason, rows in by_org.items()
+    ]
+
+
+def codes_of(connection: Connection, ids: Collection[str]) -> dict[str, str]:
+    """The codes of a few orgs by id."""
+    if not ids:
+        return {}
+    query = select(_orgs.c.id, _orgs.c.code).where(_orgs.c.id.in_(ids)).limit(len(ids))
+    return {str(row["id"]): row["code"] for row in all_rows(connection, query)}
+
+
+def _ranked(some: FromClause, column: ColumnElement[Any]) -> FromClause:
+    """Of each reason, `one` value of the column a row: its `place` by runs, and all values' numbers."""
+    runs = func.count().label("runs")
+    since = func.min(some.c.available_at).label("since")
+    grouped = select(some.c.reason, column.label("one"), runs, since).group_by(some.c.reason, column)
+    each = grouped.where(column.is_not(None)).subquery()
+    place = func.row_number().over(partition_by=each.c.reason, order_by=(each.c.runs.desc(), each.c.one))
+    whole = {
+        name: value.over(partition_by=each.c.reason).label(name)
+        for name, value in (
+            ("total", func.count()),
+            ("all_runs", func.sum(each.c.runs)),
+            ("since", func.min(each.c.since)),
+        )
+    }
+    return select(each.c.reason, each.c.one, place.label("place"), *whole.values()).subquery()
+
+
+def _first(connection: Connection, ranked: FromClause) -> dict[str, list[Row]]:
+    """The first NAMED rows of each reason, those of most runs first."""
+    query = select(ranked).where(ranked.c.place <= NAMED)
+    ordered = query.order_by(ranked.c.all_runs.desc(), ranked.c.reason, ranked.c.place)
+    found: dict[str, list[Row]] = {}
+    for row in all_rows(connection, ordered.limit(len(tables.WAITING_REASONS) * NAMED)):
+        found.setdefault(row["reason"], []).append(row)
+    return found
+
+
+def _named(rows: Sequence[Row]) -> Named:
+    return Named(rows[0]["total"] if rows else 0, [row["one"] for row in rows])
 
 
 def running_for_all_orgs(connection: Connection) -> int:
@@ -84,18 +161,22 @@ def running_for_all_orgs(connection: Connection) -> int:
     return connection.execute(select(func.count()).select_from(some)).scalar_one()
 
 
-def without_token_for_all_orgs(connection: Connection) -> Mapping[NoToken, int]:
+def without_token_for_all_orgs(connection: Connection) -> list[NoToken]:
     """Runs that wait for a token by issuer and error code, most first."""
     query = (
-        select(_orgs.c.issuer, _live.c.detail)
+        select(_orgs.c.issuer, _live.c.detail, _orgs.c.code)
         .join(_orgs, _orgs.c.id == _live.c.org_id)
         .where(_live.c.state == "waiting", _live.c.reason == "no_token")
         .limit(MOST)
     )
-    found: Counter[NoToken] = Counter()
-    for issuer, detail in connection.execute(query):
-        found[NoToken(issuer, (detail or "unknown").partition(":")[0])] += 1
-    return dict(found.most_common(SHOWN))
+    found: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for issuer, detail, org in connection.execute(query):
+        found[issuer, (detail or "unknown").partition(":")[0]][org] += 1
+    every = [
+        NoToken(*key, orgs.total(), Named(len(orgs), [org for org, _ in orgs.most_common(NAMED)]))
+        for key, orgs in found.items()
+    ]
+    return sorted(every, key=lambda each: each.runs, reverse=True)[:ERRORS]
 
 
 def dead_credentials_for_all_orgs(connection: Connection) -> Counted:
@@ -127,7 +208,7 @@ def broken_handlers(connection: Connection) -> Counted:
         connection,
         query.where(OF_WORKERS, _catalogue.c.error.is_not(None)).order_by(_catalogue.c.name).limit(MOST),
     )
-    return Counted(len(rows), rows[:SHOWN])
+    return Counted(len(rows), rows[:NAMED])
 
 
 def workers_for_all_orgs(connection: Connection, now: datetime) -> Workers:
@@ -167,7 +248,7 @@ def lease_state(renewed_at: datetime, lease_until: datetime, now: datetime) -> s
 def _counted(connection: Connection, query: Any, key: ColumnElement[Any]) -> Counted:
     some = query.with_only_columns(key.label("key")).limit(MOST).subquery()
     count = connection.execute(select(func.count()).select_from(some)).scalar_one()
-    examples = all_rows(connection, query.order_by(key.desc()).limit(SHOWN)) if count else []
+    examples = all_rows(connection, query.order_by(key.desc()).limit(NAMED)) if count else []
     return Counted(count, examples)
 
 

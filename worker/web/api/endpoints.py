@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from worker.definitions.definition import EDITABLE
+from worker.operations.matters import Overview
 from worker.runs.waits import MOST_WAITS
 from worker.store.lists import LISTS, MAX_LIMIT, Listing
 from worker.store.lists.read import DefinitionState
@@ -134,6 +135,13 @@ def list_endpoint(listing: Listing[Any]) -> Endpoint:
     )
 
 
+OVERVIEW = Endpoint(
+    "show_overview",
+    "GET",
+    "/status",
+    "What needs attention over all orgs, most harmful first, as `status -o json` prints it. Only operators.",
+    Overview,
+)
 RUN = Endpoint(
     "show_run",
     "GET",
@@ -432,7 +440,7 @@ DOCUMENT = Endpoint("openapi", "GET", "/openapi.json", "This document.", {"type"
 LIST_ENDPOINTS: Mapping[Endpoint, Listing[Any]] = {list_endpoint(listing): listing for listing in LISTS}
 ENDPOINTS: tuple[Endpoint, ...] = (
     *LIST_ENDPOINTS,
-    *(USAGE, BUDGETS, RAISE),
+    *(OVERVIEW, USAGE, BUDGETS, RAISE),
     *(ORG, PAUSE_ORG, RESUME_ORG, ADD_CREDENTIAL, RETIRE_CREDENTIAL),
     *(RUN, WHY, ATTEMPTS, LOGS, EVENTS, CANCEL, RETRY, ANSWER, CANCEL_MANY, RETRY_MANY),
     *(DEFINITION, EDIT, RUN_NOW, PAUSE, RESUME, BACKFILL),

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from worker.clock import Clock
 from worker.definitions.units import parse_time
 from worker.errors import AccessDenied, NotFound, PreconditionFailed, UsageError
+from worker.operations.matters import overview
 from worker.operations.runs import require_run
 from worker.operations.why import explain
 from worker.runs.clauses import row_of
@@ -51,15 +52,22 @@ _REVISION = re.compile(r'\s*(?:W/)?"(\d{1,9})-[0-9a-f]*"\s*')
 
 
 class Api:
-    """The API's routes, one for each endpoint. `watch` answers with the events of a run."""
+    """The API's routes, one for each endpoint.
 
-    def __init__(self, database: CallerDatabase, clock: Clock, watch: Handler) -> None:
+    `watch` answers with the events of a run, `installation` is the word of worker.toml.
+    """
+
+    def __init__(
+        self, database: CallerDatabase, clock: Clock, watch: Handler, *, installation: str = ""
+    ) -> None:
         self._database = database
         self._clock = clock
+        self._installation = installation
         self._handlers: Mapping[Endpoint, Handler] = {
             endpoints.ORG: self._org,
             endpoints.PAUSE_ORG: functools.partial(self._move_org, endpoints.PAUSE_ORG),
             endpoints.RESUME_ORG: functools.partial(self._move_org, endpoints.RESUME_ORG),
+            endpoints.OVERVIEW: self._overview,
             endpoints.USAGE: self._usage,
             endpoints.BUDGETS: self._budgets,
             endpoints.RAISE: self._raise,
@@ -124,6 +132,20 @@ class Api:
         body, caller = await body_of(request, endpoint), caller_of(request)
         move = self._database.pause_org if endpoint is endpoints.PAUSE_ORG else self._database.resume_org
         return json_response(caller.sees(OrgDetail, await move(caller, request.path_params["org"], **body)))
+
+    async def _overview(self, request: Request) -> Response:
+        caller = caller_of(request)
+        if caller.org is not None:
+            raise AccessDenied("what needs attention over all orgs is for operators", fix="GET /runs")
+        query_of(request, (), "status")
+        now = self._clock.now()
+
+        def work(connection: Connection) -> Response:
+            is_admin = caller.role == "admin"
+            found = overview(connection, now, installation=self._installation, is_admin=is_admin)
+            return json_response(found)
+
+        return await self._database.read(caller, work)
 
     async def _usage(self, request: Request) -> Response:
         caller = caller_of(request)

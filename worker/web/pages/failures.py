@@ -12,8 +12,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from worker.errors import AccessDenied, UsageError
+from worker.operations.matters import listed
 from worker.store.lists import failures
 from worker.store.lists.failures import cause_text
+from worker.store.lists.morning import Named
 from worker.web.pages.base import Pages, caller_of, query
 from worker.web.pages.links import search_path
 
@@ -45,7 +47,12 @@ class FailurePages:
             causes, more = failures.by_cause_for_all_orgs(connection, state, start)
             return {
                 "causes": [
-                    {**cause, "text": cause_text(cause), "href": search_path(cause_text(cause))}
+                    {
+                        **cause,
+                        "text": cause_text(cause),
+                        "href": search_path(cause_text(cause)),
+                        "open_in": listed(Named(cause["open_orgs"], cause["named"])),
+                    }
                     for cause in causes
                 ],
                 "more": more,

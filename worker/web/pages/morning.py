@@ -13,6 +13,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from worker.operations.matters import matters
+from worker.runs.causes import WHOSE
 from worker.store.lists import morning
 from worker.web.charts import Series, bars
 from worker.web.pages.base import Pages, caller_of, query
@@ -48,6 +49,7 @@ class MorningPage:
                     connection, now, is_admin=caller.role == "admin", installation=self._installation
                 ),
                 "path": step_path,
+                "whose": WHOSE,
                 "running": morning.running_for_all_orgs(connection),
                 "ended": _ended_chart(ended),
                 "due": _due_chart(due, now),
