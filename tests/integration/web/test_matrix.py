@@ -189,6 +189,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", f"{API}/credentials"): Rule("list", role="admin"),
     ("GET", f"{API}/audit"): Rule("list", role="admin"),
     ("GET", f"{API}/runs/{{run}}"): Rule("own_run"),
+    ("GET", f"{API}/runs/{{run}}/why"): Rule("own_run"),
     ("GET", f"{API}/runs/{{run}}/attempts"): Rule("own_run"),
     ("GET", f"{API}/runs/{{run}}/logs"): Rule("own_run"),
     ("POST", f"{API}/runs/{{run}}/cancel"): Rule("write", role="operator"),
