@@ -10,17 +10,15 @@ import json
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Protocol
 
-from worker.clock import Clock, to_text
+from worker.clock import Clock
 from worker.definitions.budgets import MAX_AMOUNT, OWN_METERS
 from worker.handlers.steps import StepError, check_name, open_step
-from worker.runs.budgets import MOST_SPENDS, BudgetState, decisive, tightest
-from worker.runs.waits import NewWait, WaitState
+from worker.runs.budgets import MOST_SPENDS, BudgetState, decisive, tightest, wait_of
+from worker.runs.waits import BUDGET, NewWait, WaitState
 
-# What is added to the time until a period ends: the clocks of run and database differ a little.
-MARGIN = timedelta(seconds=1)
 # Waits for one meter that one call passes, before it gives up.
 MOST_WAITS = 1000
 
@@ -138,24 +136,10 @@ class _Spending:
         """The wait of a run that is stopped; raises BudgetExceeded."""
         if state.at_limit == "fail":
             raise BudgetExceeded(f"{in_words(state)}; an operator can raise it: `budgets raise`")
-        seconds = None
-        if state.resets_at is not None:
-            seconds = max(0.0, (state.resets_at + MARGIN - self._clock.now()).total_seconds())
-        ask = None
-        if state.at_limit == "ask":
-            question = {
-                "meter": state.meter,
-                "per": state.per,
-                "limit": state.limit,
-                "used": state.used,
-                "resets_at": None if state.resets_at is None else to_text(state.resets_at),
-            }
-            ask = json.dumps(question)
-        name = f"budget:{state.meter}"
-        occurrence = self._waited.get(name, 0) + 1
+        occurrence = self._waited.get(f"{BUDGET}{state.meter}", 0) + 1
         if occurrence > MOST_WAITS:
             raise BudgetExceeded(f"{in_words(state)}, and the run has waited for it {MOST_WAITS} times")
-        return NewWait(name, occurrence, "budget", seconds, ask)
+        return wait_of(state, occurrence, self._clock.now())
 
     def _go_on(self, wait: NewWait, found: WaitState, state: BudgetState) -> None:
         """Continue after a wait; raises BudgetExceeded if an operator did not raise the budget."""

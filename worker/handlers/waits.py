@@ -17,6 +17,7 @@ from worker.handlers.json_text import NotStorable, check_size, to_json_text
 from worker.handlers.results import Duration, as_timedelta
 from worker.handlers.steps import Occurrences, StepError, StepJournal, check_name
 from worker.runs.outcome import Parked
+from worker.runs.waits import BUDGET as BUDGET
 from worker.runs.waits import (
     MOST_ASKED,
     MOST_WAITS,
@@ -29,8 +30,6 @@ from worker.runs.waits import (
 )
 
 SLEEP = "sleep"
-# Names that begin so are those of budgets.
-BUDGET = "budget:"
 # Turns of the loop before an attempt parks: tasks that start together then wait together.
 TURNS = 10
 # Seconds between two looks at a handler that is busy, though one of its tasks waits.

@@ -16,6 +16,7 @@ from worker.errors import Conflict, NotFound, UsageError
 from worker.ids import OrgId, RunId, new_id
 from worker.operations.changes import Change, because, differing
 from worker.operations.runs import require_run
+from worker.runs.waits import BUDGET
 from worker.search import hint_of
 from worker.store import audit, budgets, orgs, waits
 from worker.store.database import Database
@@ -231,19 +232,20 @@ def answer_budget(
             raise Conflict(f"{name} of run {wanted} was answered already, by {found['answered_by']}", fix=see)
         if found["timed_out_at"] is not None or (found["until"] is not None and found["until"] <= now):
             raise Conflict(f"{name} of run {wanted} is over: its period has ended, or it was raised", fix=see)
-        per, meter = found["ask"]["per"], found["ask"]["meter"]
+        per = None
         if by:
-            of_run = per == "run"
+            meter = name.removeprefix(BUDGET)
+            per, until = _asked(connection, org_id, wanted, meter, found, now)
             budgets.raise_limit(
                 connection,
                 org_id,
                 meter=meter,
                 per=per,
                 amount=by,
-                until=now + OF_RUN if of_run else found["until"],
+                until=until,
                 actor=actor,
                 at=now,
-                run_id=wanted if of_run else None,
+                run_id=wanted if per == "run" else None,
             )
         waits.answer(connection, found, {"by": by} if by else False, at=now, by=actor)
         if found["pending_attempt"] == attempt:
@@ -251,12 +253,33 @@ def answer_budget(
         detail = {"wait": name, "occurrence": occurrence, "by": by}
         audit.record(connection, [audit.Entry(org_id, "run.answer", wanted, detail)], at=now, actor=actor)
         row = run_lists.wait(connection, org_id, wanted, name, occurrence)
-    if by and per != "run":
+    if per not in (None, "run"):
         # In a transaction of its own: here runs are locked in the order of their ids.
         with database.transaction() as connection:
             budgets.wake(connection, [org_id], database.now(connection))
             hint(connection)
     return row
+
+
+def _asked(
+    connection: Connection, org_id: OrgId, run_id: RunId, meter: str, wait: Row, now: datetime
+) -> tuple[Per, datetime]:
+    """The period of the budget that a question is about, and until when a raise of it counts.
+
+    Workers of the previous release store what the run's process wrote, so this believes no more of it than
+    the name of a budget that the org has. Raises Conflict.
+    """
+    ask = wait["ask"] if isinstance(wait["ask"], dict) else {}
+    found = budgets.of_orgs(connection, [org_id], [meter], now, run_id).get(org_id, [])
+    same = [budget for budget in found if budget.per == ask.get("per")]
+    if ask.get("meter") != meter or not same:
+        raise Conflict(
+            f"{wait['name']} of run {run_id} is not a question about a budget of its org",
+            fix="use `budgets raise`, or cancel the run",
+        )
+    ends = [budget.period.end for budget in same if budget.period is not None]
+    until = max(ends) if ends else now + OF_RUN
+    return same[0].per, until if wait["until"] is None else min(until, wait["until"])
 
 
 def _by(data: Any) -> int:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
+from worker.clock import to_text
 from worker.definitions.budgets import AtLimit, Per
+from worker.runs.waits import BUDGET, NewWait
 
 # Spends of an attempt outside of steps, and those noted in one step.
 MOST_SPENDS = 100_000
+# What is added to the time until a period ends: the clocks of run and database differ a little.
+MARGIN = timedelta(seconds=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,24 @@ def decisive(states: Sequence[BudgetState]) -> BudgetState | None:
     reached = [state for state in states if state.reached]
     order = ("fail", "ask", "wait")
     return min(reached, key=lambda state: (order.index(state.at_limit), -_end(state)), default=None)
+
+
+def wait_of(state: BudgetState, occurrence: int, now: datetime) -> NewWait:
+    """The wait of a run that this budget stops, with a question if the budget asks."""
+    seconds = None
+    if state.resets_at is not None:
+        seconds = max(0.0, (state.resets_at + MARGIN - now).total_seconds())
+    ask = None
+    if state.at_limit == "ask":
+        question = {
+            "meter": state.meter,
+            "per": state.per,
+            "limit": state.limit,
+            "used": state.used,
+            "resets_at": None if state.resets_at is None else to_text(state.resets_at),
+        }
+        ask = json.dumps(question)
+    return NewWait(f"{BUDGET}{state.meter}", occurrence, "budget", seconds, ask)
 
 
 def _end(state: BudgetState) -> float:

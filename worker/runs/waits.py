@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args
 WaitKind = Literal["sleep", "answer", "budget"]
 KINDS: tuple[WaitKind, ...] = get_args(WaitKind)
 
+# Names that begin so are those of budgets.
+BUDGET = "budget:"
 # Waits of one run.
 MOST_WAITS = 10_000
 # Bytes of JSON text in UTF-8: what a handler asks, with its options, and an answer.

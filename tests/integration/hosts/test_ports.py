@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import Any
 
@@ -16,11 +16,13 @@ from tests.integration.hosts.conftest import ENTRIES, HANDLER, Fleet, end_of
 from worker.clock import SystemClock
 from worker.definitions.file import parse_file
 from worker.errors import IssuerUnavailable, LeaseLost, StoreUnavailable, TokenRefused
+from worker.execution.attempts import run_services
 from worker.execution.attempts.attempt import Prepared, conclude, prepare
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
 from worker.execution.attempts.masked import redacted
 from worker.execution.attempts.run_services import AttemptServices
+from worker.execution.hosts import attempt_api
 from worker.execution.hosts.control import AsyncControl, Controls
 from worker.execution.hosts.hosted import HostTools
 from worker.execution.hosts.remote import RemoteStore
@@ -228,7 +230,7 @@ async def test_a_wait_is_opened_once(place: Local | Remote) -> None:
     assert (first.kind, first.state) == ("answer", "pending")
     [row] = attempt.rows(tables.waits)
     assert token not in str(row)
-    assert attempt.services.trail.asks == ("ok", "ok")
+    assert attempt.services.trail.asks == ("ok",)
     with pytest.raises(StepError, match="contains a secret"):
         await attempt.services.open_wait(NewWait(f"w{token}"[:90], 1, "sleep", seconds=1.0))
 
@@ -243,6 +245,63 @@ async def test_spends_count_once_and_budgets_say_what_is_left(place: Local | Rem
 
     assert (before.used, after.used, again.used, more.used) == (0, 4, 4, 11)
     assert (more.meter, more.limit, more.reached, more.resets_at is not None) == ("llm", 10, True, True)
+
+
+LIMITS = """
+[[budget]]
+org = "org_a"
+meter = "tickets"
+limit = 5
+per = "day"
+at_limit = "ask"
+
+[[budget]]
+org = "org_a"
+meter = "dear"
+limit = 5
+per = "day"
+at_limit = "ask"
+"""
+
+
+@pytest.mark.parametrize("checked", [True, False], ids=["", "control"])
+async def test_the_question_of_a_budget_is_the_workers_own(
+    place: Local | Remote, checked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run opens the wait for one budget with a question about another, for a hundred years.
+
+    The control believes it: the operator who answers about tickets would be shown, and raise, `dear`.
+    """
+    if not checked:
+
+        async def believe(wait: NewWait, *_: Any) -> NewWait:
+            return wait
+
+        for module in (run_services, attempt_api):
+            monkeypatch.setattr(module, "believed_wait", believe)
+    apply(place.fleet.database, parse_file(LIMITS), actor="test")
+    attempt = await place.begin(place.fleet.start())
+    services = attempt.services
+    await services.spend("tickets", 6, 1)
+    claimed = {"meter": "dear", "per": "month", "limit": 1, "used": 1, "resets_at": None}
+    lie = NewWait("budget:tickets", 1, "budget", 3e9, json.dumps(claimed), alert=True)
+
+    state = await services.open_wait(lie)
+    unreached = await services.open_wait(replace(lie, name="budget:dear"))
+    unknown = await services.open_wait(replace(lie, name="budget:none"))
+
+    [row] = [row for row in attempt.rows(tables.waits) if row["name"] == "budget:tickets"]
+    found = row["ask"]["meter"], row["ask"]["per"], row["ask"]["limit"], row["ask"]["used"]
+    assert state.until is not None
+    if not checked:
+        assert (found, unreached.state) == (("dear", "month", 1, 1), "pending")
+        return
+    assert found == ("tickets", "day", 5, 6)
+    assert state.until - datetime.now(UTC) < timedelta(days=1, seconds=10)
+    assert (state.state, unreached.state, unknown.state) == ("pending", "over", "over")
+    assert services.trail.asks == ()
+    with pytest.raises(StepError, match="reserved"):
+        await services.open_wait(NewWait("tickets", 1, "budget"))
 
 
 async def test_a_spend_of_a_step_is_stored_with_it(place: Local | Remote) -> None:

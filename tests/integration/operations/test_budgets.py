@@ -11,6 +11,7 @@ from sqlalchemy import insert, update
 from worker.clock import to_text
 from worker.errors import AccessDenied, Conflict, DefinitionError, NotFound, UsageError
 from worker.ids import ALL_ORGS, new_id
+from worker.operations import budgets as operations_budgets
 from worker.operations.answers import answer
 from worker.operations.budgets import raise_budget, remove_budget
 from worker.operations.runs import run_now
@@ -260,10 +261,59 @@ def test_a_yes_raises_the_budget_until_its_period_ends(asking, rows, database: D
     [raised] = rows.budget_raises
     [wait] = rows.waits
     assert (raised["amount"], raised["per"], raised["run_id"]) == (500, "day", None)
-    assert raised["until"] == wait["until"]
+    assert raised["until"] <= wait["until"]
+    assert raised["until"] > rows.now()
     assert rows.audit[-1]["detail"] == {"wait": WAIT, "occurrence": 1, "by": 500}
     with pytest.raises(Conflict, match="answered already"):
         answer(database, run, WAIT, {"by": 1}, actor="bob")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        {"meter": "calls", "per": "day"},
+        {"meter": "llm_tokens", "per": "month"},
+        {"meter": "llm_tokens", "per": ["day"]},
+        {"question": "more?"},
+        "more?",
+    ],
+)
+def test_a_question_that_a_run_wrote_itself_raises_nothing(asking, rows, database: Database, ask):
+    """Workers of the previous release store it."""
+    run = asking()
+    with database.transaction() as connection:
+        connection.execute(tables.waits.update().values(ask=ask))
+
+    with pytest.raises(Conflict, match="is not a question about a budget of its org"):
+        answer(database, run, WAIT, {"by": 500}, actor="ann")
+    assert rows.budget_raises == []
+    assert answer(database, run, WAIT, False, actor="ann")["answer"] is False
+
+
+def test_believed_such_a_question_raises_what_it_names(asking, rows, database: Database, monkeypatch):
+    """The control of the test above."""
+    run = asking()
+    with database.transaction() as connection:
+        connection.execute(tables.waits.update().values(ask={"meter": "llm_tokens", "per": "month"}))
+
+    def believed(connection, org_id, run_id, meter, wait, now):
+        return wait["ask"]["per"], wait["until"]
+
+    monkeypatch.setattr(operations_budgets, "_asked", believed)
+    answer(database, run, WAIT, {"by": 500}, actor="ann")
+
+    assert [raised["per"] for raised in rows.budget_raises] == ["month"]
+
+
+def test_a_raise_ends_with_its_period_whatever_the_run_waits_for(asking, rows, database: Database):
+    run = asking()
+    until = rows.now() + timedelta(days=36_500)
+    with database.transaction() as connection:
+        connection.execute(tables.waits.update().values(until=until))
+
+    answer(database, run, WAIT, {"by": 500}, actor="ann")
+
+    assert rows.budget_raises[0]["until"] <= rows.now() + timedelta(days=1, hours=2)
 
 
 def test_a_budget_of_one_run_is_raised_for_this_run_alone(asking, rows, database: Database):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import Any
 
@@ -49,7 +49,7 @@ from worker.runs.run import (
     StepPage,
     StoredProgress,
 )
-from worker.runs.waits import NewWait, WaitState
+from worker.runs.waits import MOST_WAITS, NewWait, WaitState
 from worker.secret import AccessToken
 from worker.telemetry.masking import masker
 
@@ -726,6 +726,78 @@ async def test_a_run_keeps_the_variant_that_stored_progress(site: Site) -> None:
     site.kept_handler, site.claims = "acme.gone", on
     gone = await site.attempt(attempt=2)
     assert (gone.state, gone.reason, gone.detail) == ("waiting", "no_handler", "acme.gone")
+
+
+@pytest.mark.parametrize("once", [True, False], ids=["", "control"])
+async def test_a_wait_that_is_opened_again_asks_once(
+    site: Site, once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler that repeats one wait; the control notes each call, as before."""
+    repeats = MOST_WAITS + 1
+
+    class Unknown(set[Any]):
+        def __contains__(self, key: object) -> bool:
+            return False
+
+        def __len__(self) -> int:
+            return 0
+
+    async def during(work: Work, services: Any, stop: StopSignal) -> None:
+        if not once:
+            services._asked = Unknown()
+        for _ in range(repeats):
+            await services.open_wait(NewWait("ok", 1, "answer", alert=True))
+        await services.open_wait(NewWait("ok", 2, "answer", alert=True))
+
+    site.during = during
+    asks = (await site.attempt()).trail.asks
+
+    assert asks == (("ok", "ok") if once else ("ok",) * (repeats + 1))
+    # What a host reports of it is valid either way.
+    assert len(asks) <= MOST_WAITS or not once
+
+
+async def test_a_run_asks_no_more_than_it_may_wait_for(site: Site) -> None:
+    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
+        for number in range(MOST_WAITS + 5):
+            await services.open_wait(NewWait(f"w{number}", 1, "answer", alert=True))
+
+    site.during = during
+    assert len((await site.attempt()).trail.asks) == MOST_WAITS
+
+
+@pytest.mark.parametrize("clamped", [True, False], ids=["", "control"])
+async def test_a_steps_times_are_within_its_attempt(
+    site: Site, clamped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's process writes them; the control believes it."""
+    if not clamped:
+        monkeypatch.setattr(run_services, "believed_step", lambda step, run, now: step)
+    first, last = datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
+
+    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
+        await services.store_step(step(1, started_at=first, ended_at=last))
+        await services.store_step(step(2, started_at=last, ended_at=first))
+
+    site.during = during
+    await site.attempt()
+
+    times = [(row.step.started_at, row.step.ended_at) for row in site.steps]
+    began, now = min(admitted().started_at, site.clock.now()), site.clock.now()
+    assert times == ([(began, now), (began, began)] if clamped else [(first, last), (last, first)])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llm_tokens", "budget"), ("sleep", "answer"), ("budget:llm_tokens", "answer")]
+)
+async def test_a_wait_under_a_name_of_another_kind_is_refused(site: Site, name: str, kind: Any) -> None:
+    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
+        with pytest.raises(StepError, match="reserved"):
+            await services.open_wait(NewWait(name, 1, kind))
+
+    site.during = during
+    assert (await site.attempt()).state == "succeeded"
+    assert site.waits == []
 
 
 BUDGET = BudgetState("llm_tokens", "day", 100, 40, START + timedelta(hours=9), "wait")

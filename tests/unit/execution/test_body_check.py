@@ -225,7 +225,7 @@ def test_texts_may_be_as_long_as_their_call_allows() -> None:
         (
             "store",
             {"steps": [{**RUN, "handler": "h", "step": {**STEP, "spends": [["llm", 1]] * 2001}}]},
-            "step s has more than 2000 spends",
+            "not a valid steps: not a step",
         ),
         ("save", {**MESSAGES["save"], "data": json.dumps("x" * 1_100_000)}, "the maximum is 1 MiB"),
     ],

@@ -11,7 +11,17 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.execution.runs import admitted, ended
 from worker.errors import StoreUnavailable
-from worker.execution.loops.finisher import BATCH, COLLECT, RETRY, WORTHWHILE, Finisher
+from worker.execution.hosts.wire import Malformed
+from worker.execution.loops import finisher as finisher_module
+from worker.execution.loops.finisher import (
+    BATCH,
+    COLLECT,
+    RETRY,
+    RETRY_ASIDE,
+    TOGETHER,
+    WORTHWHILE,
+    Finisher,
+)
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, Isolation
@@ -26,6 +36,9 @@ class Store:
         self.batches: list[list[EndedAttempt]] = []
         self.away = False
         self.fenced: set[RunId] = set()
+        # An end that is refused for good, whatever it says, and one for which no answer comes.
+        self.refused: RunId | None = None
+        self.unanswered: RunId | None = None
         self.admission_fails = False
         self.hangs: asyncio.Event | None = None
         self.unstorable: list[tuple[RunId, type[Exception]]] = []
@@ -35,6 +48,10 @@ class Store:
             raise StoreUnavailable("away")
         if any("\0" in f"{one.result}{one.definition_state}" for one in ended):
             raise ValueError("unsupported Unicode escape sequence")
+        if self.refused in {one.run_id for one in ended}:
+            raise Malformed("sealed: it is not that of the run")
+        if self.unanswered in {one.run_id for one in ended}:
+            raise StoreUnavailable("the database did not take the ends in time")
         self.batches.append(list(ended))
         return {one.run_id for one in ended} - self.fenced
 
@@ -141,6 +158,105 @@ async def test_one_unstorable_result_fails_alone(clock: ManualClock) -> None:
         "worse": ("failed", "result_unstorable"),
     }
     assert store.unstorable == [("bad", ValueError), ("worse", ValueError)]
+
+
+@pytest.mark.parametrize("aside", [True, False], ids=["", "control"])
+async def test_an_end_that_is_refused_for_good_keeps_no_other(
+    clock: ManualClock, aside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control repeats it until it is taken, as before: no end of the process is written any more."""
+    store = Store()
+    store.refused = RunId("bad")
+    if not aside:
+
+        async def repeat(self: Finisher, batch: list[EndedAttempt]) -> None:
+            while batch:
+                try:
+                    self._report(batch, await self.store.finish(batch))
+                    return
+                except Malformed:
+                    await self.clock.sleep(RETRY)
+
+        monkeypatch.setattr(Finisher, "_write", repeat)
+    async with running(store, clock) as (finisher, written):
+        finisher.put(ended("bad"))
+        finisher.put(ended("good"))
+        await settle()
+        finisher.put(ended("later"))
+        await clock.pass_time(RETRY_ASIDE * 2, step=RETRY)
+
+        assert [one.run_id for one, _ in written] == (["good", "later"] if aside else [])
+        assert not finisher._idle.is_set()
+        store.refused = None
+        await clock.pass_time(RETRY_ASIDE, step=RETRY)
+        await finisher.flushed()
+        await settle()
+
+    if aside:
+        last, accepted = written[-1]
+        assert (last.run_id, last.state, last.reason, accepted) == (
+            "bad",
+            "failed",
+            "result_unstorable",
+            True,
+        )
+        assert (last.error or {})["message"] == (
+            "the worker does not take this end: sealed: it is not that of the run"
+        )
+        assert store.unstorable == [("bad", Malformed)]
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["", "control"])
+async def test_an_end_without_an_answer_keeps_no_other(
+    clock: ManualClock, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one whose row is locked, or at which a host's worker fails. The control never parts a batch."""
+    if not apart:
+        monkeypatch.setattr(finisher_module, "TOGETHER", 10**9)
+    store = Store()
+    store.unanswered = RunId("stuck")
+    async with running(store, clock) as (finisher, written):
+        finisher.put(ended("stuck"))
+        await settle()
+        finisher.put(ended("good"))
+        await clock.pass_time(RETRY * (TOGETHER + 1), step=RETRY)
+        finisher.put(ended("later"))
+        await settle()
+
+        assert [one.run_id for one, _ in written] == (["good", "later"] if apart else [])
+        store.unanswered = None
+        await clock.pass_time(RETRY_ASIDE, step=RETRY)
+        await finisher.flushed()
+
+    assert sorted((one.run_id, one.state) for one, _ in written) == [
+        ("good", "succeeded"),
+        ("later", "succeeded"),
+        ("stuck", "succeeded"),
+    ]
+
+
+async def test_an_absent_database_is_not_asked_for_each_end(clock: ManualClock) -> None:
+    store = Store()
+    calls = 0
+    finish = store.finish
+
+    async def counted(batch: Sequence[EndedAttempt]) -> set[RunId]:
+        nonlocal calls
+        calls += 1
+        return await finish(batch)
+
+    store.finish = counted  # type: ignore[method-assign]
+    store.away = True
+    async with running(store, clock) as (finisher, written):
+        for number in range(500):
+            finisher.put(ended(f"r{number}"))
+        await clock.pass_time(RETRY * TOGETHER * 2, step=RETRY)
+        assert calls <= 2 * (TOGETHER + finisher_module.PROBES) + 1
+        store.away = False
+        await clock.pass_time(RETRY)
+        await finisher.flushed()
+
+    assert len(written) == 500
 
 
 async def test_an_end_that_was_fenced_out_is_told_as_such(clock: ManualClock) -> None:

@@ -250,7 +250,9 @@ async def test_what_a_handler_saves_goes_to_the_workers_under_its_fence(clock: M
 
     fence = {"run": RUN.id, "fencing_token": RUN.fencing_token}
     assert workers.sent("save") == [{**fence, "handler": "acme.digest", "data": '{"done":4}', "number": 1}]
-    assert wire_calls.steps_of(workers.sent("store")[0])[0].step == STEP
+    # Not before its attempt began.
+    sent = replace(STEP, started_at=RUN.started_at, ended_at=RUN.started_at)
+    assert wire_calls.steps_of(workers.sent("store")[0])[0].step == sent
     assert wire_calls.progress_of(workers.sent("progress")[0])[0][2] == {
         "done": 1,
         "total": 2,

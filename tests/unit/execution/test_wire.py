@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,6 +15,7 @@ from tests.unit.execution.runs import admitted
 from worker.errors import LeaseLost, StoreUnavailable, Throttled, Unavailable
 from worker.execution.hosts import wire, wire_calls
 from worker.execution.hosts.wire import End, Malformed, Registration, Taken
+from worker.execution.runners.child import messages
 from worker.execution.runners.contract import Work
 from worker.guard.claims import Claims, Flag
 from worker.handlers.catalogue import HandlerEntry
@@ -21,7 +24,7 @@ from worker.ids import RunId
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import Error
 from worker.runs.run import LogLine, NewStep, OwnedRun
-from worker.runs.waits import NewWait
+from worker.runs.waits import MOST_WAITS, NewWait
 from worker.secret import AccessToken
 
 NOW = datetime(2030, 1, 1, 12, 0, 0, 250_000, UTC)
@@ -167,16 +170,51 @@ def test_an_end_arrives_as_it_was_sent(outcome: outcomes.Outcome) -> None:
         {"fencing_token": "7"},
         {"fencing_token": True},
         {"run": "r\n1"},
-        {"peak_memory": -1},
-        {"handler_seconds": "soon"},
-        {"progress": {"done": float("nan"), "total": None, "note": None}},
-        {"asks": "approve"},
         {"sealed": None, "run": None},
     ],
 )
 def test_an_end_that_names_no_run_is_refused(changed: dict[str, Any]) -> None:
     with pytest.raises(Malformed):
         wire.ends_of({"ends": [wire.end_message(END) | changed]})
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"peak_memory": -1},
+        {"handler_seconds": "soon"},
+        {"progress": {"done": float("nan"), "total": None, "note": None}},
+        {"asks": "approve"},
+        {"asks": ["a\n"]},
+    ],
+)
+@pytest.mark.parametrize("alone", [True, False], ids=["", "control"])
+def test_an_invalid_end_fails_its_own_attempt_and_no_other(
+    changed: dict[str, Any], alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control is a reader that refuses the call, and with it all ends of the host."""
+    rows = [wire.end_message(END) | changed, wire.end_message(END)]
+    if not alone:
+        monkeypatch.setattr(wire, "_end", lambda row: wire._reported(RunId("r1"), 7, row))
+        with pytest.raises(Malformed):
+            wire.ends_of({"ends": rows})
+        return
+
+    bad, good = wire.ends_of({"ends": rows})
+
+    assert isinstance(bad.outcome, outcomes.Failed)
+    assert bad.outcome.reason == "handler_exited"
+    assert "its host sent an invalid end: " in (bad.outcome.detail or "")
+    assert (bad.run_id, bad.fencing_token, bad.sealed) == (END.run_id, END.fencing_token, END.sealed)
+    assert good == END
+
+
+def test_an_end_with_more_questions_than_a_run_may_have_is_cut() -> None:
+    """Hosts of the previous release name a wait as often as its handler opened it."""
+    [end] = wire.ends_of({"ends": [wire.end_message(END) | {"asks": ["ok"] * (MOST_WAITS + 1)}]})
+
+    assert end.asks == ("ok",) * MOST_WAITS
+    assert end.outcome == END.outcome
 
 
 @pytest.mark.parametrize(
@@ -249,10 +287,44 @@ def test_what_a_running_attempt_asks_for_arrives() -> None:
     assert wire.renewed_of(sent(wire.renewed_message(True, owned))) == (True, owned)
 
 
-@pytest.mark.parametrize("key", ["7", "x:1", "1:x", "1:0", f"1:{10**9}"])
+@pytest.mark.parametrize(
+    "key", ["7", "x:1", "1:x", "1:0", f"1:{10**9}", "1:01", "01:1", "1:١", "١:1", " 1:1", "1:1\n", "1:1_0"]
+)
 def test_a_spend_without_a_number_of_the_attempt_is_refused(key: str) -> None:
     with pytest.raises(Malformed):
         wire_calls.spend_of({"meter": "tokens", "amount": 5, "key": key})
+
+
+def test_each_number_of_a_spend_has_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control is a reader that takes any decimal digits: the same number counts several times."""
+
+    def keys_taken() -> set[str]:
+        taken = set()
+        for key in ("1:1", "1:01", "1:001", "1:١"):
+            with suppress(Malformed):
+                taken.add(wire_calls.spend_of({"meter": "tokens", "amount": 5, "key": key})[2])
+        return taken
+
+    assert keys_taken() == {"1:1"}
+    monkeypatch.setattr(wire_calls, "_SPEND_KEY", re.compile(r"\d+:(\d+)"))
+    assert len(keys_taken()) == 4
+
+
+@pytest.mark.parametrize("after", [-1, 10_001, 2**70, True, "1"])
+def test_the_place_after_which_steps_are_read_is_one_of_a_run(after: Any) -> None:
+    assert wire_calls.after_of({"after": 10_000}) == 10_000
+    with pytest.raises(Malformed):
+        wire_calls.after_of({"after": after})
+
+
+def test_a_step_has_no_more_spends_than_our_own_code_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a row. The control is the limit of spends outside of steps, which held for this."""
+    message = messages.step_message(STEP) | {"spends": [["tokens", 1]] * (messages.MOST_METERS + 1)}
+
+    with pytest.raises(ValueError, match="not a step"):
+        messages.step_of(message)
+    monkeypatch.setattr(messages, "MOST_METERS", 100_000)
+    assert len(messages.step_of(message).spends) == 1001
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from worker.claims.pools import PoolRules
 from worker.claims.record import ClaimsRecord
 from worker.clock import Clock
 from worker.errors import LeaseLost, TokenError, TokenRefused, Unavailable
+from worker.execution.attempts.claimed import believed_step, believed_wait
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import Deadlines, InflightRun
 from worker.execution.attempts.plan import AttemptPlan, Limits, Plans
@@ -36,7 +37,7 @@ from worker.runs.run import (
     StepPage,
     StoredProgress,
 )
-from worker.runs.waits import NewWait, WaitState
+from worker.runs.waits import MOST_WAITS, NewWait, WaitState
 from worker.secret import AccessToken
 from worker.telemetry.mask_in_turn import mask_in_turn
 
@@ -315,6 +316,8 @@ class AttemptServices:
     # Of the run's steps: the places taken in this attempt, the last one before it, and the bytes of all.
     _places: set[int] | None = field(default=None, init=False)
     _totals: tuple[int, int] | None = field(default=None, init=False)
+    # The waits in `trail.asks`, with their occurrences.
+    _asked: set[tuple[str, int]] = field(default_factory=set, init=False)
 
     async def save(self, data_json: str) -> None:
         """Store a checkpoint, fenced and durable; wait while the database is away. Raises LeaseLost."""
@@ -365,7 +368,8 @@ class AttemptServices:
             self._totals = self._totals or totals
         masked = await self._mask(step.result_json)
         self._check_open()
-        row = RunStep(run, self.trail.handler, replace(step, result_json=masked), len(masked.encode()))
+        believed = believed_step(replace(step, result_json=masked), run, self.tools.clock.now())
+        row = RunStep(run, self.trail.handler, believed, len(masked.encode()))
         last, size = self._totals
         if step.seq <= last or step.seq in self._places:
             raise StepError(f"step {step.name}: place {step.seq} is taken by another step")
@@ -382,15 +386,25 @@ class AttemptServices:
         """Store what the run waits for, masked; wait while the database is away.
 
         Raises:
-            StepError: the name or an option contains a secret.
+            StepError: the name or an option contains a secret, or the name is reserved.
             LeaseLost: the run is no longer ours.
+            TokenRefused: as `budgets`, which a wait for a budget asks.
         """
         run = self.inflight.run
         wait = await masked_wait(wait, self._mask)
+        wait = await believed_wait(wait, self.budgets, self.tools.clock.now)
         state = await self._when_available(lambda: self.tools.waits.open_wait(run, wait))
         if state is None:
             raise self._lost()
-        if wait.alert and state.state == "pending":
+        key = wait.name, wait.occurrence
+        # A handler may open a wait as often as it likes; the store limits how many there are.
+        if (
+            wait.alert
+            and state.state == "pending"
+            and key not in self._asked
+            and len(self._asked) < MOST_WAITS
+        ):
+            self._asked.add(key)
             self.trail.asks += (wait.name,)
         return state
 

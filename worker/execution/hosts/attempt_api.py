@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from worker.bounded import remember
 from worker.errors import AccessDenied, LeaseLost, TokenError, TokenRefused, Unavailable
+from worker.execution.attempts.claimed import believed_step, believed_wait
 from worker.execution.attempts.run_services import FoundBudgets, masked_wait
 from worker.execution.hosts import wire, wire_calls
 from worker.execution.hosts.attempt_log import LogSizes
@@ -30,6 +31,7 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.json_text import clean
 from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.ids import WorkerId
+from worker.runs.budgets import BudgetState
 from worker.runs.hosts import HostCaller, TooManyHandlers
 from worker.runs.run import AdmittedRun, LogLine, NewStep, RunStep
 from worker.telemetry.events import emit
@@ -285,9 +287,7 @@ class AttemptApi:
 
     async def _steps(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
         hosted = await runs.one(wire.fence_of(message))
-        after = message.get("after", 0)
-        if type(after) is not int or after < 0:
-            raise Malformed("after: it is not the place of a step")
+        after = wire_calls.after_of(message)
         return messages.page_message(await self.shared.tools.steps.load_steps(hosted.run.id, after))
 
     async def _totals(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
@@ -326,16 +326,19 @@ class AttemptApi:
         # One that is sent again may be counted twice.
         if hosted.stored + sum(hosted.sizes.values()) > TOTAL_LIMIT + size:
             raise StepError(f"step {step.name}: {TOTAL_FULL}")
-        now = self.shared.tools.clock.now()
-        ended_at = min(step.ended_at, now)
-        started_at = min(step.started_at, ended_at)
-        step = replace(step, result_json=result, started_at=started_at, ended_at=ended_at)
+        step = believed_step(replace(step, result_json=result), hosted.run, self.shared.tools.clock.now())
         return RunStep(hosted.run, handler, step, size)
 
     async def _wait(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
         wait = wire_calls.wait_of(message)
         hosted = await runs.one(wire.fence_of(message))
-        state = await self.shared.tools.waits.open_wait(hosted.run, await masked_wait(wait, hosted.mask))
+        tools = self.shared.tools
+
+        async def budgets() -> Sequence[BudgetState]:
+            return (await tools.budgets.budgets_of(hosted.run)).states
+
+        wait = await believed_wait(await masked_wait(wait, hosted.mask), budgets, tools.clock.now)
+        state = await tools.waits.open_wait(hosted.run, wait)
         if state is None:
             raise _lost(hosted)
         return {"state": messages.wait_state_message(state)}

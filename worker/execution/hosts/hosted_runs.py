@@ -71,6 +71,7 @@ OF_TOKENS = frozenset(
     }
 )
 TOO_OFTEN = "its hosts handed it back too often in a row without a new checkpoint or step"
+NOT_SEALED = "its host did not return what its worker sealed, or the key ring no longer has the key"
 # Ends that are remembered: a host repeats those whose answer was lost.
 MOST_ENDS = 10_000
 
@@ -302,12 +303,14 @@ class HostedRuns:
         inflight, key = hosted.inflight, (end.run_id, end.fencing_token)
         text = self._shared.sealer.open(end.sealed, place_of(key, self.worker))
         if text is None:
-            raise Malformed(f"sealed: it is not that of run {end.run_id}, or was changed")
+            # To refuse it would keep all ends of the host, which repeats it.
+            trail = Trail(hosted.handler or hosted.run.handler)
+            return await conclude(inflight, handler_exited(NOT_SEALED), trail, tools)
         kept = json.loads(text)
         commits = kept.pop("commits")
         if kept["token_ready_at"] is not None:
             kept["token_ready_at"] = from_text(kept["token_ready_at"])
-        trail = Trail(**kept)
+        trail = Trail(**wire.known_in(Trail, kept))
         now = self._clock.now()
         if end.handler_seconds is not None:
             # By the host's clock, within what this one allows.

@@ -345,10 +345,21 @@ def ends_of(message: Mapping[str, Any]) -> list[End]:
 
 
 def _end(row: Mapping[str, Any]) -> End:
+    """An end as a host reports it. An invalid one fails its attempt, so that the host need not repeat it."""
     run_id, fencing_token = fence_of(row)
+    try:
+        return _reported(run_id, fencing_token, row)
+    except MALFORMED as error:
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        outcome = handler_exited(clean(f"its host sent an invalid end: {reason}", 300))
+        sealed = row.get("sealed")
+        return End(run_id, fencing_token, outcome, sealed if isinstance(sealed, str) else "")
+
+
+def _reported(run_id: RunId, fencing_token: int, row: Mapping[str, Any]) -> End:
     seconds, memory, progress = (row.get(name) for name in ("handler_seconds", "peak_memory", "progress"))
     asks = row.get("asks", [])
-    if not isinstance(asks, list) or len(asks) > MOST_WAITS:
+    if not isinstance(asks, list):
         raise ValueError("asks is not a list")
     return End(
         run_id=run_id,
@@ -359,7 +370,8 @@ def _end(row: Mapping[str, Any]) -> End:
         peak_memory=None if memory is None else count_in(memory, "peak_memory", 2**63 - 1),
         progress=None if progress is None else progress_in(progress),
         moved=row.get("moved") is True,
-        asks=tuple(text_in({"asks": name}, "asks") for name in asks),
+        # A host of the previous release reports a wait as often as its handler opened it.
+        asks=tuple(text_in({"asks": name}, "asks") for name in asks[:MOST_WAITS]),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,7 +22,7 @@ from worker.execution.runners.child import messages
 from worker.execution.runners.child.messages import Message
 from worker.execution.runners.output import LINE_LIMIT
 from worker.handlers.json_text import check_json_text, clean
-from worker.handlers.steps import StepError
+from worker.handlers.steps import MOST_STEPS, StepError
 from worker.ids import RunId
 from worker.runs.run import AdmittedRun, LogLine, NewStep
 from worker.runs.waits import NewWait
@@ -32,6 +33,7 @@ from worker.runs.worker_ends import LOST_LINE
 LAST_LINE = 2**31 - 1
 LEVELS = ("debug", "info", "warning", "error", "critical")
 SOURCES = ("log", "stdout", "stderr")
+_SPEND_KEY = re.compile(r"[1-9][0-9]*:([1-9][0-9]*)")
 
 
 @reader
@@ -74,6 +76,12 @@ def steps_of(message: Mapping[str, Any]) -> list[StepRow]:
         raise ValueError(str(error)) from error
 
 
+@reader
+def after_of(message: Mapping[str, Any]) -> int:
+    """The place after which a host reads the steps of a run."""
+    return count_in(message.get("after", 0), "after", MOST_STEPS)
+
+
 def wait_message(wait: NewWait) -> Message:
     return {"wait": messages.wait_message(wait)}
 
@@ -90,11 +98,11 @@ def wait_of(message: Mapping[str, Any]) -> NewWait:
 def spend_of(message: Mapping[str, Any]) -> tuple[str, int, str]:
     """A meter, an amount, and the key of the spend: `attempt:number`."""
     key = text_in(message, "key")
-    attempt, _, number = key.partition(":")
-    if not attempt.isdecimal() or not number.isdecimal():
-        raise ValueError("key is not attempt:number")
+    # One number has one form: each key counts once.
+    if (found := _SPEND_KEY.fullmatch(key)) is None:
+        raise ValueError("key is not attempt:number, such as 1:25")
     try:
-        meter, amount, _ = messages.spend_of({**message, "number": int(number)})
+        meter, amount, _ = messages.spend_of({**message, "number": int(found[1])})
     except StepError as error:
         raise ValueError(str(error)) from error
     return meter, amount, key

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from worker.clock import Clock
-from worker.errors import Unavailable
+from worker.errors import Unavailable, WorkerError
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, Isolation
@@ -21,6 +21,11 @@ BATCH = 2000
 WORTHWHILE, COLLECT = 500, 0.05
 # Seconds between tries while the database is unavailable.
 RETRY = 0.5
+# Tries after which the ends of a batch are tried one by one, since one of them may keep the others: this many
+# while none is written.
+TOGETHER, PROBES = 10, 3
+# Seconds between tries of an end that was put aside.
+RETRY_ASIDE = 5.0
 
 
 class FinishStore(Protocol):
@@ -66,6 +71,9 @@ class Finisher:
     starting: Callable[[], bool] = lambda: False
     _refill: tuple[Refill, RefillStore] | None = None
     _pending: list[EndedAttempt] = field(default_factory=list)
+    # Ends that the store does not take while it takes others.
+    _aside: list[EndedAttempt] = field(default_factory=list)
+    _trying: asyncio.Task[None] | None = None
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -88,15 +96,22 @@ class Finisher:
 
     async def run(self) -> None:
         """Write until cancelled."""
-        while True:
-            await self._wake.wait()
-            await self._collect()
-            batch, self._pending = self._pending[:BATCH], self._pending[BATCH:]
-            if not self._pending:
-                self._wake.clear()
-            await self._write(batch)
-            if not self._pending:
-                self._idle.set()
+        try:
+            while True:
+                await self._wake.wait()
+                await self._collect()
+                await self._write(self._next(BATCH))
+                if not self._pending and not self._aside:
+                    self._idle.set()
+        finally:
+            if self._trying is not None:
+                self._trying.cancel()
+
+    def _next(self, most: int) -> list[EndedAttempt]:
+        batch, self._pending = self._pending[:most], self._pending[most:]
+        if not self._pending:
+            self._wake.clear()
+        return batch
 
     async def _collect(self) -> None:
         until = self.clock.monotonic() + COLLECT
@@ -104,7 +119,8 @@ class Finisher:
             await self.clock.sleep(0)  # meanwhile the loop starts more of them
 
     async def _write(self, batch: list[EndedAttempt]) -> None:
-        while True:
+        tries = 0
+        while batch:
             if self._refill is not None and await self._refilled(*self._refill, batch):
                 return
             try:
@@ -112,20 +128,80 @@ class Finisher:
             except Unavailable:
                 # The ends wait here; the next renewal says which runs are still ours.
                 await self.clock.sleep(RETRY)
+                batch = [*batch, *self._next(BATCH - len(batch))]
+                tries += 1
+                if tries % TOGETHER == 0:
+                    batch = await self._apart(batch)
                 continue
             except Exception as error:
                 if len(batch) > 1:
                     for ended in batch:
                         await self._write([ended])
                     return
-                if batch[0].reason == "result_unstorable":
-                    emit("loop.failed", loop="finisher", error=type(error).__name__)
-                    await self.clock.sleep(RETRY)
-                self.on_unstorable(batch[0], error)
-                batch = [unstorable(batch[0], error)]
+                if _is_bare(batch[0]):
+                    self._put_aside(batch[0], error)
+                    return
+                batch = [self._stripped(batch[0], error)]
                 continue
             self._report(batch, accepted)
             return
+
+    async def _apart(self, batch: list[EndedAttempt]) -> list[EndedAttempt]:
+        """Write the ends of a batch one by one; returns those that still wait together.
+
+        Once the store has taken one, those that it did not take are put aside.
+        """
+        failed: list[tuple[EndedAttempt, Exception]] = []
+        is_any_written = False
+        for place, ended in enumerate(batch):
+            try:
+                accepted = await self.store.finish([ended])
+            except Exception as error:
+                failed.append((ended, error))
+                if not is_any_written and len(failed) == PROBES:
+                    # Others are tried first in the next round.
+                    return [*batch[place + 1 :], *(one for one, _ in failed)]
+            else:
+                is_any_written = True
+                self._report([ended], accepted)
+        if not is_any_written:
+            return batch
+        for each in failed:
+            self._put_aside(*each)
+        return []
+
+    def _put_aside(self, ended: EndedAttempt, error: Exception) -> None:
+        """Try this end on its own from now on: it must not keep the others."""
+        emit("loop.failed", loop="finisher", error=type(error).__name__)
+        self._aside.append(ended)
+        if self._trying is None or self._trying.done():
+            self._trying = asyncio.create_task(self._write_aside(), name="ends put aside")
+
+    async def _write_aside(self) -> None:
+        while self._aside:
+            await self.clock.sleep(RETRY_ASIDE)
+            waiting, self._aside = self._aside, []
+            for place, ended in enumerate(waiting):
+                kept = ended
+                try:
+                    accepted = await self.store.finish([ended])
+                except asyncio.CancelledError:
+                    self._aside += waiting[place:]
+                    raise
+                except Exception as error:
+                    if isinstance(error, Unavailable) or _is_bare(ended):
+                        emit("loop.failed", loop="finisher", error=type(error).__name__)
+                    else:
+                        kept = self._stripped(ended, error)
+                    self._aside.append(kept)
+                else:
+                    self._report([ended], accepted)
+        if not self._pending:
+            self._wake.set()  # to look whether all is written
+
+    def _stripped(self, ended: EndedAttempt, error: Exception) -> EndedAttempt:
+        self.on_unstorable(ended, error)
+        return unstorable(ended, error)
 
     async def _refilled(self, refill: Refill, store: RefillStore, batch: list[EndedAttempt]) -> bool:
         """Write the batch and fill its slots; False if nothing was written."""
@@ -149,7 +225,10 @@ class Finisher:
 
 
 def unstorable(ended: EndedAttempt, error: Exception) -> EndedAttempt:
-    """The same end as failed(result_unstorable), without what the database rejected."""
+    """The same end as failed(result_unstorable), without what the database or a host's worker rejected."""
+    message = "the database does not take this result"
+    if isinstance(error, WorkerError):
+        message = f"the worker does not take this end: {error.message}"
     return replace(
         ended,
         outcome="failed",
@@ -158,7 +237,15 @@ def unstorable(ended: EndedAttempt, error: Exception) -> EndedAttempt:
         detail=type(error).__name__,
         result=None,
         definition_state=None,
-        error={"type": "ResultUnstorable", "message": "the database does not take this result"},
+        error={"type": "ResultUnstorable", "message": message},
         error_cause="result_unstorable",
-        trail=replace(ended.trail, claims=None, flags=None, progress=None),
+        trail=replace(ended.trail, claims=None, flags=None, jti=None, progress=None, asks=()),
     )
+
+
+def _is_bare(ended: EndedAttempt) -> bool:
+    """Whether an end has nothing left that `unstorable` would drop."""
+    trail = ended.trail
+    parts = (ended.result, ended.definition_state, trail.claims, trail.flags, trail.jti, trail.progress)
+    is_empty = all(part is None for part in parts) and not trail.asks
+    return is_empty and ended.reason == "result_unstorable"

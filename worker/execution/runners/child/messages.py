@@ -232,7 +232,7 @@ def step_of(message: Mapping[str, Any], check: TextCheck = check_json_text) -> N
     key, seq, occurrence = message["key"], message["seq"], message["occurrence"]
     if not (type(seq) is type(occurrence) is int and 1 <= seq <= MOST_STEPS and 1 <= occurrence <= 2**31 - 1):
         raise ValueError("not a step")
-    if len(message["spends"]) > MOST_SPENDS:
+    if len(message["spends"]) > MOST_METERS:
         raise ValueError("not a step")
     name = check_name("step", message["name"])
     check(message["result_json"], f"result of step {name}", RESULT_LIMIT)
