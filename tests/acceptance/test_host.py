@@ -1,7 +1,7 @@
 """`python -m worker host` as its workers see it: what it takes, sends and leaves behind.
 
 Runs that are cancelled or take too long are tested in test_where_runs_execute.py, a drain that hands them
-back in test_hosts.py.
+back in test_temporal.py, a lost lease and the worker that is asked next in test_host_faults.py.
 """
 
 from __future__ import annotations
@@ -188,25 +188,6 @@ def test_runs_freeze_at_80_percent_of_an_unrenewed_lease_and_go_on(
     machine.until(lambda: len(read_journal(machine.journal)) > lines + 5, "thawed children")
 
 
-def test_an_incarnation_that_lost_its_lease_is_followed_by_another(
-    machine: Machine, attempts: Attempts
-) -> None:
-    machine.started()
-    machine.give("block")
-    machine.until(lambda: read_journal(machine.journal, "block"), "the handler")
-    (pid,) = [line["pid"] for line in read_journal(machine.journal, "block")]
-
-    attempts.registered = False
-    attempts.owned.clear()
-    machine.until(lambda: len(attempts.incarnations) == 2, "another incarnation")
-
-    machine.until(lambda: not psutil.pid_exists(pid), "the end of its run")
-    machine.until(lambda: attempts.complete, "the catalogue again")
-    machine.give("note")
-    machine.until(lambda: attempts.ends, "a run of the next incarnation")
-    assert [type(end.outcome) for end in attempts.ends] == [outcomes.Succeeded]
-
-
 def test_no_process_of_a_run_survives_a_killed_host(machine: Machine) -> None:
     host = machine.started()
     machine.give("steps", params={"steps": 10_000})
@@ -230,14 +211,6 @@ def test_a_host_survives_its_zygote(machine: Machine, attempts: Attempts) -> Non
     assert isinstance(machine.ended()[0], outcomes.Lost)
     machine.give("note")
     assert isinstance(machine.ended(2)[1], outcomes.Succeeded)
-
-
-def test_the_next_worker_is_asked_when_one_is_away(machine: Machine, attempts: Attempts) -> None:
-    machine.configure(control=[f"http://127.0.0.1:{free_port()}", attempts.url])
-    machine.started()
-    machine.give("note")
-
-    assert isinstance(machine.ended()[0], outcomes.Succeeded)
 
 
 def test_a_host_waits_for_the_first_worker(machine: Machine, attempts: Attempts) -> None:

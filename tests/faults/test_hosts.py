@@ -248,7 +248,7 @@ def test_runs_on_hosts_survive_whatever_befalls_workers_hosts_engine_and_network
         fleet = Fleet(cluster, own_postgres, engine, stack, seed())
         loads = [
             Load("fault.steps", 2.0, {"steps": 8 + 2 * number}, pool=pool)
-            for number in range(2)
+            for number in range(2 if full else 1)
             for pool in (*POOLS, "default")
         ]
         load(cluster, [*loads, *(Load("fault.acts", 1.0, {"seconds": 6}, pool=pool) for pool in POOLS)])
