@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tests.conftest import copied
-from tests.fakes import forked
+from tests.fakes import curl, forked
 from tests.fakes.cli import CommandLine
 from tests.fakes.environments import make_environment
 from tests.fakes.kinde.server import MANAGER, serve_kinde
@@ -73,8 +73,11 @@ def test_a_page_does_what_it_says(page: Path, tmp_path: Path, migrated_sqlite_fi
     folder, out = tmp_path / "page", tmp_path / "out"
     folder.mkdir()
     out.mkdir()
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    curl.install(tools)
     environment = {
-        "PATH": f"{commands(blocks(text), tmp_path)}:{os.defpath}",
+        "PATH": f"{commands(blocks(text), tmp_path)}:{tools}:{os.defpath}",
         "HOME": str(tmp_path),
         "WORKER_WEB__LISTEN": f"127.0.0.1:{ports['8470']}",
     }

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.fakes import curl
 from tests.fakes.handlers import install_handlers, read_journal
 from tests.fakes.history import files_before
 from tests.fakes.image import ROOT, Image
@@ -341,6 +342,9 @@ def test_the_page_does_what_it_says(
         python = Path(sys.executable).resolve()
         manager.write("/usr/local/bin/python3", f'#!/bin/sh\nexec {python} "$@"\n')
         manager.must("chmod", "0755", "/usr/local/bin/python3")
+        if shutil.which("curl") is None:
+            manager.write("/usr/local/bin/curl", curl.script())
+            manager.must("chmod", "0755", "/usr/local/bin/curl")
         addresses = f"WORKER_WEB__LISTEN=127.0.0.1:{port} {HEALTH}=127.0.0.1:{health_port}"
         manager.drop_in("orgworker.service", f"Environment={addresses}")
 
