@@ -49,7 +49,7 @@ class Letters(BaseModel):
 async def refund(ctx: Context[Refund, Any]) -> dict[str, Any]:
     """Refund a payment once a person has approved it."""
     ask = {"text": f"Refund {ctx.params.euros} EUR to {ctx.params.customer}?", "options": OPTIONS}
-    decision = await ctx.wait_for(APPROVAL, ask=ask)
+    decision = await ctx.wait_for(APPROVAL, ask=ask, options=OPTIONS)
     paid = await ctx.step("pay", pay, ctx) if decision == "yes" else 0
     return {"decision": decision, "refunded": paid}
 
