@@ -11,7 +11,7 @@ from worker.demo.handlers import HANDLERS, METER, install, letters, refund
 from worker.testing import Orgworker
 
 
-@pytest.mark.parametrize(("answer", "refunded"), [("yes", 40), ("no", 0), ({"any": 1}, 0)])
+@pytest.mark.parametrize(("answer", "refunded"), [("yes", 40), ("no", 0)])
 def test_only_an_approval_pays(orgworker: Orgworker, answer: object, refunded: int):
     run = orgworker.run(refund, params={"customer": "Ada", "euros": 40}, answers={"approval": answer})
 
