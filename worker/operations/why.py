@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
+from itertools import takewhile
 from typing import Any
 
 from sqlalchemy import Connection
@@ -132,14 +133,10 @@ def _since_then(connection: Connection, org_id: OrgId, run: Row) -> SinceThen | 
     if run["state"] not in (*BAD, "cancelled"):
         return None
     found = history.around(connection, org_id, RunId(run["id"]))
-    like = _how(run)
-    first, row = run["finished_at"], 1
-    for earlier in found.before:
-        if _how(earlier) != like:
-            break
-        first, row = earlier["finished_at"], row + 1
+    # The run itself is the first: as it is stored, an org's own people read less of it.
+    row = list(takewhile(lambda one: _how(one) == _how(found.before[0]), found.before))
     later = dict(Counter(each["state"] for each in found.after))
-    return SinceThen(first, row, later, more=found.more)
+    return SinceThen(row[-1]["finished_at"], len(row), later, more=found.more)
 
 
 def _how(run: Row) -> tuple[object, ...]:

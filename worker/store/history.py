@@ -65,7 +65,7 @@ def others_without_token(connection: Connection, org_id: OrgId) -> Others:
 
 @dataclass(frozen=True, slots=True)
 class Around:
-    """Ended runs of a definition around one: those before it, newest first, and those after it, oldest first.
+    """Ended runs of a definition: one and those before it, newest first, and those after it, oldest first.
 
     Each has state, reason, error and finished_at. `more`: there are others after them.
     """
@@ -82,7 +82,7 @@ def around(connection: Connection, org_id: OrgId, run_id: RunId) -> Around:
         _runs.c.definition_id == mine.scalar_subquery(), _runs.c.org_id == org_id
     )
     sides = (
-        query.where(_runs.c.id < run_id).order_by(_runs.c.id.desc()),
+        query.where(_runs.c.id <= run_id).order_by(_runs.c.id.desc()),
         query.where(_runs.c.id > run_id).order_by(_runs.c.id),
     )
     # With those that have not ended yet, which are left out.
