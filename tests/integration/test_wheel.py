@@ -67,6 +67,8 @@ def test_the_wheel_holds_two_packages_and_what_they_need(wheel):
     assert "worker/guard/profiles/kinde.toml" in names
     skeleton = {name.removeprefix("worker/cli/skeleton/") for name in names if "/skeleton/" in name}
     assert skeleton == {"README.md.txt", "job.py.txt", "pyproject.toml.txt", "test_job.py.txt"}
+    statements = {name.rpartition("/")[2] for name in names if name.endswith(".sql")}
+    assert statements == {"ring.sql", "newest.sql", "choose.sql", "place.sql", "crowd.sql"}
     assert "worker/migrations/env.py" in names
     assert "worker/migrations/script.py.mako" in names
     assert any(name.startswith("worker/migrations/versions/0001_") for name in names)
@@ -74,7 +76,8 @@ def test_the_wheel_holds_two_packages_and_what_they_need(wheel):
     assert not [name for name in names if "__pycache__" in name or "/tests/" in name]
 
 
-@pytest.mark.parametrize("name", ["worker", "jobs"])
+# The statements of admission are files that are read while this imports them.
+@pytest.mark.parametrize("name", ["worker", "jobs", "worker.store.sql.postgresql"])
 def test_the_packages_can_be_imported(bin_folder, tmp_path, name):
     code = f"import {name}; print({name}.__file__)"
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,42 @@ def test_each_verb_has_a_file_in_both_dialects() -> None:
 
     assert verbs["sqlite"] == verbs["postgresql"]
     assert {"fire", "admit", "finish", "renew", "recover"} <= verbs["sqlite"]
+
+
+# As a module: the package exports its functions only.
+ADMIT = import_module("worker.store.sql.postgresql.admit")
+TYPE = r"(?:::[a-z]+(?:\[\])?)?"
+
+
+def alike(statement: str) -> str:
+    """The text in one line, parameters not in subqueries, without the limits of a pool's hosts."""
+    text = re.sub(rf"\(SELECT (%\(\w+\)s{TYPE})\){TYPE}", r"\1", re.sub(r"--.*", "", statement))
+    text = " ".join(text.split())
+    return re.sub(r"GREATEST\(0, LEAST\((%\((?:child|inline)\)s), .*?\){5}", r"\1)", text)
+
+
+def how_it_admits(statement: str) -> str:
+    found = re.search(r"owner\(id\) AS .* RETURNING [^)]*\)", alike(statement))
+    assert found
+    return found[0]
+
+
+@pytest.mark.parametrize("name", ["PLACE", "CROWD"])
+def test_the_variants_of_admission_admit_alike(name: str) -> None:
+    variant, admits = getattr(ADMIT, name), how_it_admits(ADMIT.CHOOSE)
+
+    assert how_it_admits(variant) == admits
+    # The control: a change in only one of them is found.
+    assert how_it_admits(variant.replace("'parked'", "'held'", 1)) != admits
+    assert len(admits.split()) > 500
+
+
+def test_the_crowd_is_found_as_without_the_lock() -> None:
+    walk = alike(ADMIT.RING).removesuffix(") SELECT * FROM ring")
+
+    assert walk in alike(ADMIT.CROWD)
+    assert alike(ADMIT.NEWEST) in alike(ADMIT.CROWD)
+    assert walk not in alike(ADMIT.CROWD.replace("hop.n > 0", "hop.n > 1"))
 
 
 def test_sqlite_alone_needs_no_psycopg(tmp_path: Path) -> None:

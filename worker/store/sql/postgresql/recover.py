@@ -7,7 +7,6 @@ from sqlalchemy import Connection
 from worker.ids import WorkerId
 from worker.store.dialect import driver
 from worker.store.sql.contract import AbandonedRun
-from worker.store.sql.postgresql.admit import OWNER
 from worker.store.sql.postgresql.arrays import plain
 
 # A simultaneous renewal waits for this lock, or holds it and is skipped.
@@ -21,8 +20,14 @@ UPDATE workers SET ended_at = clock_timestamp(), outcome = 'crashed', recovered_
 WHERE id = ANY(ARRAY(SELECT id FROM gone))
 """
 
-OWNERS = f"""
-WITH RECURSIVE {OWNER}
+OWNERS = """
+WITH RECURSIVE owner(id) AS (
+  (SELECT worker_id FROM live_runs WHERE worker_id IS NOT NULL ORDER BY worker_id LIMIT 1)
+  UNION ALL
+  SELECT (SELECT l.worker_id FROM live_runs l WHERE l.worker_id > owner.id
+          ORDER BY l.worker_id LIMIT 1)
+  FROM owner WHERE owner.id IS NOT NULL
+)
 SELECT o.id FROM owner o LEFT JOIN workers w ON w.id = o.id
 WHERE o.id IS NOT NULL AND (w.id IS NULL OR w.ended_at IS NOT NULL) AND o.id IS DISTINCT FROM %s::uuid
 """
