@@ -15,15 +15,22 @@ from worker.store.dialect import driver, file_now
 from worker.store.sql.contract import Fired, Specs, shared_spec, shares
 from worker.store.sql.sqlite.values import instant, json_list, json_text
 
-_DUE = """
+OLDEST = """
 SELECT s.definition_id, s.org_id, o.code, o.timezone, d.name, d.revision, s.next_scheduled_for, o.pool
 FROM (SELECT definition_id, org_id, next_scheduled_for, next_fire_at FROM schedule
-      WHERE next_fire_at <= ? ORDER BY next_fire_at {order} LIMIT ?) s
+      WHERE next_fire_at <= ? ORDER BY next_fire_at LIMIT ?) s
 CROSS JOIN definitions d ON d.id = s.definition_id
 CROSS JOIN orgs o ON o.id = s.org_id
 ORDER BY s.next_fire_at
 """
-OLDEST, NEWEST = _DUE.format(order=""), _DUE.format(order="DESC")
+NEWEST = """
+SELECT s.definition_id, s.org_id, o.code, o.timezone, d.name, d.revision, s.next_scheduled_for, o.pool
+FROM (SELECT definition_id, org_id, next_scheduled_for, next_fire_at FROM schedule
+      WHERE next_fire_at <= ? ORDER BY next_fire_at DESC LIMIT ?) s
+CROSS JOIN definitions d ON d.id = s.definition_id
+CROSS JOIN orgs o ON o.id = s.org_id
+ORDER BY s.next_fire_at
+"""
 
 SPEC = "SELECT spec FROM definition_revisions WHERE definition_id = ? AND revision = ?"
 
