@@ -116,9 +116,8 @@ def test_what_a_handler_says_cannot_move_the_terminal(capsys: pytest.CaptureFixt
 
     print_rows([{"id": hostile}], Format.TABLE, columns=("id",))
     print_row({"id": hostile}, Format.TABLE)
-    print_log(
-        [{"at": utc("2030-01-01"), "level": "info", "text": hostile, "attempt": 1, "seq": 1}], Format.TABLE
-    )
+    line = {"at": utc("2030-01-01"), "level": "info", "source": "log", "attempt": 1, "seq": 1}
+    print_log([line | {"text": hostile}], Format.TABLE)
     say(hostile)
 
     printed = capsys.readouterr()
