@@ -19,14 +19,8 @@ from tests.fakes.browser import Tab
 from tests.fakes.console import Console, serving
 from worker.store import schema
 
-HERE = Path(__file__).parent
 FULL = os.environ.get("BROWSER") == "full"
 DATABASES = ("sqlite", "postgresql") if FULL else ("sqlite",)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The demo's worker fires all the time: it starts once the tests without its console are over."""
-    items.sort(key=lambda item: item.path.parent == HERE and "console" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="package")
