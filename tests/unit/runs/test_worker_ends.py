@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 
-from worker.ids import WorkerId, new_id
+from worker.ids import WorkerId
 from worker.runs.worker_ends import end_in_words, end_of, lost_line, named_end
 from worker.store.lists import redaction
 from worker.store.lists.redaction import redacted
 from worker.store.lists.rows import LogLine
 
 NOW = datetime(2026, 11, 30, 3, 0, tzinfo=UTC)
-DEAD, OTHER = WorkerId(new_id()), WorkerId(new_id())
+# Fixed: they are part of the ids of the tests, which every process of a run has to agree on.
+DEAD = WorkerId("01a22c71-8b88-78e5-b312-5077d97be175")
+OTHER = WorkerId("01a22c71-9c40-7a01-8a6e-2f1c7be0d3a4")
 
 
 def row(
