@@ -241,7 +241,7 @@ def run(text: str, folder: Path, environment: dict[str, str], shown: Path) -> in
             stdout=stream,
             stderr=stream,
             start_new_session=True,
-            timeout=570,
+            timeout=300,
         ).returncode
 
 

@@ -19,6 +19,8 @@ FINAL = {"succeeded", "failed", "cancelled", "refused", "skipped"}
 BLUR = timedelta(milliseconds=20)
 # What a worker admits before it has noticed that its zygote is dead is lost as well.
 NOTICED = timedelta(milliseconds=200)
+# As is what a worker starts for a host whose call it is answering while the host dies.
+ANSWERED = timedelta(seconds=1)
 
 
 @dataclass(frozen=True)
@@ -162,15 +164,17 @@ def slow_recoveries(history: History) -> Iterator[str]:
     """
     attempts = by_run(history.attempts)
     pools = {run["id"]: run.get("pool", "") for run in history.runs}
+    hosts = hosts_of(history)
     for lost in history.attempts:
         if lost["outcome"] != "lost":
             continue
+        unnoticed = ANSWERED if lost["worker_id"] in hosts else NOTICED
         causes = [
             fault.at
             for fault in history.faults
             if fault.worker == lost["worker_id"]
             and fault.target in ("worker", "zygote")
-            and lost["started_at"] - NOTICED <= (fault.until or fault.at)
+            and lost["started_at"] - unnoticed <= (fault.until or fault.at)
             and fault.at <= lost["ended_at"]
         ]
         if not causes:
@@ -201,8 +205,9 @@ def earliest_contact(history: History, at: datetime) -> datetime:
     """Since when the survivor longest in unbroken contact at `at` has had it."""
     ended = {fault.worker: fault.at for fault in history.faults if is_death(fault)}
     since: list[datetime] = []
+    hosts = hosts_of(history)
     for worker in history.workers:
-        if worker.get("host_id") is not None:
+        if worker["id"] in hosts:
             continue  # a host recovers nothing
         breaks = [
             fault.until or fault.at
@@ -223,10 +228,15 @@ def last_fault_of_control(history: History, before: datetime) -> datetime:
 
     With hosts only: a worker that dies while it places a run delays it for its lease.
     """
-    hosts = {worker["id"] for worker in history.workers if worker.get("host_id") is not None}
+    hosts = hosts_of(history)
     faults = [fault for fault in history.faults if hosts and fault.worker not in hosts]
     ends = [fault.until or fault.at for fault in faults if fault.at < before]
     return max(ends, default=history.workers[0]["started_at"])
+
+
+def hosts_of(history: History) -> set[Any]:
+    """The incarnations of hosts."""
+    return {worker["id"] for worker in history.workers if worker.get("host_id") is not None}
 
 
 def is_death(fault: Fault) -> bool:

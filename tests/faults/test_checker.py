@@ -177,3 +177,14 @@ def test_a_recovery_is_counted_from_the_start_of_the_survivors_contact() -> None
     told = history(attempts=late, journal=journal, checkpoints=[])
     assert judge(replace(told, workers=survivor(5))) == []
     assert judge(replace(told, workers=survivor(-60))) != []
+
+
+def test_what_a_worker_starts_for_a_host_while_it_dies_may_be_lost() -> None:
+    late = [attempt(1, 1.8, 4.9, "lost"), attempt(2, 5, 6, "succeeded")]
+    first, second = history().workers
+    first["ended_at"] = at(4.9)
+    told = history(attempts=late, journal=[], checkpoints=[])
+
+    assert judge(replace(told, workers=[first | {"host_id": "h1"}, second])) == []
+    found = judge(replace(told, workers=[first, second]))
+    assert any("nothing had happened" in words for words in found), found

@@ -44,9 +44,9 @@ def clauses(why: Why, when: InWords = to_text) -> Clauses:
         whose=_whose(why.whose, why.probably),
         since_then=_since_then(why, when),
         others=None if why.other_orgs is None else _others(why),
-        question=_asked(why.questions, when),
+        question=_asked(why.questions),
         kept=why.kept or _kept(why.run),
-        retry=why.retry or _retry(why, when),
+        retry=why.retry or _retry(why),
         customer=_customer(why, when),
     )
 
@@ -186,7 +186,7 @@ def _kept(run: Row) -> str:
     return f"retained: {', '.join(kept)}"
 
 
-def _retry(why: Why, when: InWords) -> str:
+def _retry(why: Why) -> str:
     run, retried = why.run, why.retried
     state = str(run["state"])
     if retried is not None:
@@ -195,7 +195,7 @@ def _retry(why: Why, when: InWords) -> str:
     if state == "running":
         return "a retry is possible after it has ended"
     if state == "waiting":
-        return _goes_on(why, when)
+        return _goes_on(why)
     if not _had_started(run):
         once = why.step.verb not in ("retry", "retry_from_checkpoint") and state in ("refused", "skipped")
         after = "retry it once that is fixed; that" if once else "a retry"
@@ -205,7 +205,7 @@ def _retry(why: Why, when: InWords) -> str:
     return "its handler had started: a retry is safe if it sends the idempotency key, which stays the same"
 
 
-def _goes_on(why: Why, when: InWords) -> str:
+def _goes_on(why: Why) -> str:
     """What a waiting run goes on by."""
     if why.questions:
         first = why.questions[0]
@@ -244,13 +244,13 @@ def _customer(why: Why, when: InWords) -> str:
         return (
             job if state == "cancelled" or run["reason"] == "flag_off" else f"{job} We are looking into it."
         )
-    if state == "waiting" and not why.questions and _goes_on(why, when).endswith("automatically"):
+    if state == "waiting" and not why.questions and _goes_on(why).endswith("automatically"):
         return f"{job} It continues by itself."
     return job
 
 
-def _asked(questions: Sequence[Question], when: InWords) -> str | None:
-    """The first question in words; None if there is none, or it says nothing."""
+def _asked(questions: Sequence[Question]) -> str | None:
+    """What the first question asks, in words; None without one, or if its handler gave no text."""
     if not questions or questions[0].ask is None:
         return None
     text = _plain(questions[0].ask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from hashlib import sha256
 
 import pytest
 
@@ -83,6 +84,22 @@ async def test_a_run_that_the_host_no_longer_asks_for_waits_again(
     assert (live["state"], live["reason"], live["recoveries"]) == ("waiting", "handed_back", 0)
     fleet.tokens.may_answer.set()
     assert await take_by(host, fleet, ticket) == ([], False)
+
+
+async def test_the_ticket_of_a_host_that_has_gone_is_not_taken(fleet: Fleet) -> None:
+    """Its call waited while the worker was busy; a run taken for nobody would start again after a lease."""
+    host = await fleet.host(pool="eu")
+    run, ticket = place(fleet)
+    caller = await fleet.one.api.caller(sha256(host.token.encode()).hexdigest(), host.id, "take")
+
+    answer = await fleet.one.api.call(caller, "take", {"ticket": ticket.reveal(), "wait": 0.1}, lambda: True)
+
+    assert answer == b'{"attempts":[],"again":true}'
+    live = fleet.rows.live(run)
+    assert live is not None and str(live["worker_id"]) != host.id
+    # The control: the same call of one that is there starts it.
+    [taken], _ = await take_by(host, fleet, ticket)
+    assert taken.run.id == run
 
 
 async def test_a_run_whose_token_is_refused_ends_without_the_host(fleet: Fleet) -> None:

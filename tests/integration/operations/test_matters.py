@@ -14,6 +14,7 @@ from tests.fakes.stock import Stock
 from worker.ids import DefinitionId, OrgId
 from worker.operations import doctor, matters
 from worker.operations.matters import Matter
+from worker.runs.causes import WHOSE
 from worker.runs.next_steps import VERBS
 from worker.store import installation, tables
 from worker.store.database import Database
@@ -243,7 +244,7 @@ def test_every_matter_is_data_with_a_step_for_both_surfaces(database: Database, 
         assert row["verb"] in VERBS
         assert row["next"] == matter.step.command
         assert step_path(matter.step).startswith("/")
-        assert matter.whose in matters.WHOSE
+        assert matter.whose in WHOSE
     steps = {matter.kind: matter.step.command for matter in every}
     assert steps["installation_differs"] == "installation show"
     assert steps["overdue"].startswith(f"definitions show {code} ")

@@ -240,6 +240,8 @@ class Delivery:
             tools = await self.tools()
             if not tools.pool_rules.usable([self._pool]):
                 raise Busy(f"this worker has other rules of pool {self._pool} than the stored ones")
+            if gone():  # its call waited while the worker was busy: another host has the run sooner
+                return [], True
             run = await self._store.take_ticket(self._worker, ticket)
             if run is None:
                 return [], False
