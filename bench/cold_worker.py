@@ -18,7 +18,7 @@ from worker.clock import SystemClock
 from worker.guard.issuer import Issuer
 from worker.guard.profile import load
 from worker.ids import OrgId
-from worker.orgs import OrgRef
+from worker.orgs import OrgRef, TokenWant
 from worker.outbound import open_client
 from worker.store.database import Database
 from worker.telemetry.events import listen
@@ -51,7 +51,7 @@ async def measure(task: dict[str, Any]) -> dict[str, float]:
 
         async def request(left: list[OrgRef]) -> None:
             while left:
-                await tokens.ensure(left.pop(), "main", scopes=SCOPES)
+                await tokens.ensure(TokenWant(left.pop(), "main", scopes=SCOPES))
 
         async def request_all(left: list[OrgRef]) -> None:
             async with asyncio.TaskGroup() as group:

@@ -33,7 +33,7 @@ from worker.store.dialect import compact_json, driver
 from worker.tokens.credentials import Credential
 from worker.tokens.issuer_client import GrantedToken
 from worker.tokens.sealing import KeyRing
-from worker.tokens.shared import Found, NewToken, SharedTokens, TokenKey, TokenRequest
+from worker.tokens.shared import Found, SharedTokens, StoredToken, TokenRequest
 
 ISSUER = "main"
 SCOPES = ("read:kb",)
@@ -155,10 +155,10 @@ class Crowd:
         store = _Stored()
         asyncio.run(self._seal_all(store))
         rows = []
-        for each in store.tokens:
-            received, left = now.timestamp() - each.received_ago, now.timestamp() + each.left
+        for request, each in store.tokens:
+            received, left = now.timestamp() - each.age, now.timestamp() + each.left
             times = [to_text(datetime.fromtimestamp(at, UTC)) for at in (received, left)]
-            row = (each.key.id, each.key.org_id, each.issuer, 1, each.credential_id)
+            row = (request.id, request.org.id, request.issuer, 1, each.credential_id)
             rows.append((*row, each.sealed, each.key_id, *times))
         self._put("access_tokens", TOKENS, rows)
         self.settle()
@@ -243,28 +243,28 @@ class _Stored:
     """A token store that keeps what it gets."""
 
     def __init__(self) -> None:
-        self.tokens: list[NewToken] = []
+        self.tokens: list[tuple[TokenRequest, StoredToken]] = []
 
-    async def find(self, key: TokenKey) -> Found:
+    async def find(self, request: TokenRequest) -> Found:
         return Found()
 
-    async def find_all(self, keys: Sequence[TokenKey]) -> dict[TokenKey, Found]:
+    async def find_all(self, requests: Sequence[TokenRequest]) -> dict[TokenRequest, Found]:
         return {}
 
-    async def lives(self, keys: Sequence[TokenKey]) -> dict[TokenKey, tuple[float, float]]:
+    async def lives(self, requests: Sequence[TokenRequest]) -> dict[TokenRequest, tuple[float, float]]:
         return {}
 
-    async def reserve(self, key: TokenKey, issuer: str, version: int, seconds: float) -> bool:
+    async def reserve(self, request: TokenRequest, version: int, seconds: float) -> bool:
         return True
 
-    async def renew(self, keys: Collection[TokenKey], seconds: float) -> None: ...
+    async def renew(self, requests: Collection[TokenRequest], seconds: float) -> None: ...
 
-    async def put(self, token: NewToken) -> None:
-        self.tokens.append(token)
+    async def put(self, request: TokenRequest, token: StoredToken) -> None:
+        self.tokens.append((request, token))
 
-    async def release(self, key: TokenKey) -> None: ...
+    async def release(self, request: TokenRequest) -> None: ...
 
-    async def drop(self, key: TokenKey) -> None: ...
+    async def drop(self, request: TokenRequest) -> None: ...
 
 
 def spec_of(handler: str, schedule: str) -> str:

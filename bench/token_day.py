@@ -27,7 +27,7 @@ from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.loops.token_renewal import TokenRenewal
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId
-from worker.orgs import OrgRef
+from worker.orgs import OrgRef, TokenWant
 from worker.runs.run import Upcoming
 from worker.tokens.cache import Tokens
 
@@ -113,7 +113,7 @@ class Day:
     async def _run_all(self) -> None:
         for start in range(0, len(self.orgs), 200):
             chosen = self.orgs[start : start + 200]
-            runs = [self.random.choice(self.workers)[0].ensure(each, "main") for each in chosen]
+            runs = [self.random.choice(self.workers)[0].ensure(TokenWant(each, "main")) for each in chosen]
             await self._finish(asyncio.gather(*runs))
 
     async def _finish(self, work: object) -> None:

@@ -31,7 +31,7 @@ from worker.guard.jwks import KeySet
 from worker.guard.profile import load
 from worker.guard.verify import verify
 from worker.ids import OrgId
-from worker.orgs import OrgRef
+from worker.orgs import OrgRef, TokenWant
 from worker.outbound import open_client
 from worker.secret import Secret
 from worker.tokens.cache import Tokens
@@ -106,11 +106,11 @@ async def ours(url: str, apps: Sequence[dict[str, Any]], lookups: int) -> None:
             tokens = Tokens({"main": issuer}, Given(apps), client=client, clock=clock)
             began = time.perf_counter()
             for org in orgs:
-                enforced = await tokens.ensure(org, "main", scopes=scopes)
+                enforced = await tokens.ensure(TokenWant(org, "main", scopes=scopes))
             cold.append((time.perf_counter() - began) / len(orgs))
             began = time.perf_counter()
             for number in range(lookups):
-                await tokens.ensure(orgs[number % len(orgs)], "main", scopes=scopes)
+                await tokens.ensure(TokenWant(orgs[number % len(orgs)], "main", scopes=scopes))
             warm.append((time.perf_counter() - began) / lookups)
             await tokens.close()
 

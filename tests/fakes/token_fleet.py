@@ -6,16 +6,16 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import ORG, App, FakeCredentials, FakeIssuer, kinde_issuer, org
+from worker.claims.enforced import Enforced
 from worker.orgs import OrgRef
-from worker.tokens.acquirer import EnforcedToken
 from worker.tokens.cache import MEMORY, Tokens
 from worker.tokens.sealing import KeyRing
-from worker.tokens.shared import Found, NewToken, SharedTokens, StoredToken, TokenKey
+from worker.tokens.shared import Found, SharedTokens, StoredToken, TokenRequest
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Kept:
     """A row of the fake store."""
 
     version: int = 0
-    token: NewToken | None = None
+    token: StoredToken | None = None
     received_at: float = 0.0
     expires_at: float = 0.0
     reserved_by: str = ""
@@ -50,63 +50,54 @@ class FakeStore:
         self._rows = rows
         self._holder = holder
 
-    def _at(self, key: TokenKey) -> Kept:
+    def _at(self, request: TokenRequest) -> Kept:
         if self._rows.fault is not None:
             raise self._rows.fault
-        return self._rows.rows.setdefault(key.id, Kept())
+        return self._rows.rows.setdefault(request.id, Kept())
 
     @property
     def _now(self) -> float:
         return self._rows.clock.monotonic()
 
-    async def find(self, key: TokenKey) -> Found:
-        row = self._at(key)
+    async def find(self, request: TokenRequest) -> Found:
+        row = self._at(request)
         if row.token is None or row.expires_at <= self._now:
             return Found(row.version)
-        token, now = row.token, self._now
-        return Found(
-            row.version,
-            StoredToken(
-                token.sealed,
-                token.key_id,
-                token.credential_id,
-                now - row.received_at,
-                row.expires_at - now,
-            ),
-        )
+        age, left = self._now - row.received_at, row.expires_at - self._now
+        return Found(row.version, replace(row.token, age=age, left=left))
 
-    async def find_all(self, keys: Sequence[TokenKey]) -> dict[TokenKey, Found]:
-        return {key: await self.find(key) for key in keys}
+    async def find_all(self, requests: Sequence[TokenRequest]) -> dict[TokenRequest, Found]:
+        return {each: await self.find(each) for each in requests}
 
-    async def lives(self, keys: Sequence[TokenKey]) -> dict[TokenKey, tuple[float, float]]:
-        found = {key: (await self.find(key)).token for key in keys}
-        return {key: (token.age, token.left) for key, token in found.items() if token is not None}
+    async def lives(self, requests: Sequence[TokenRequest]) -> dict[TokenRequest, tuple[float, float]]:
+        found = {each: (await self.find(each)).token for each in requests}
+        return {each: (token.age, token.left) for each, token in found.items() if token is not None}
 
-    async def reserve(self, key: TokenKey, issuer: str, version: int, seconds: float) -> bool:
-        row = self._at(key)
+    async def reserve(self, request: TokenRequest, version: int, seconds: float) -> bool:
+        row = self._at(request)
         if row.version != version or row.reserved_until > self._now:
             return False
         row.reserved_by, row.reserved_until = self._holder, self._now + seconds
         return True
 
-    async def renew(self, keys: Collection[TokenKey], seconds: float) -> None:
-        for key in keys:
-            row = self._at(key)
+    async def renew(self, requests: Collection[TokenRequest], seconds: float) -> None:
+        for request in requests:
+            row = self._at(request)
             if row.reserved_by == self._holder:
                 row.reserved_until = self._now + seconds
 
-    async def put(self, token: NewToken) -> None:
-        row = self._at(token.key)
+    async def put(self, request: TokenRequest, token: StoredToken) -> None:
+        row = self._at(request)
         row.version, row.token, row.reserved_until = row.version + 1, token, 0.0
-        row.received_at, row.expires_at = self._now - token.received_ago, self._now + token.left
+        row.received_at, row.expires_at = self._now - token.age, self._now + token.left
 
-    async def release(self, key: TokenKey) -> None:
-        row = self._at(key)
+    async def release(self, request: TokenRequest) -> None:
+        row = self._at(request)
         if row.reserved_by == self._holder:
             row.reserved_until = 0.0
 
-    async def drop(self, key: TokenKey) -> None:
-        self._at(key).token = None
+    async def drop(self, request: TokenRequest) -> None:
+        self._at(request).token = None
 
 
 @dataclass
@@ -134,7 +125,7 @@ class Fleet:
         self.credentials.add(added, f"client-{number}", f"secret-{number}")
         return added
 
-    async def until(self, waiting: asyncio.Future[EnforcedToken]) -> EnforcedToken:
+    async def until(self, waiting: asyncio.Future[Enforced]) -> Enforced:
         while not waiting.done():
             await self.clock.pass_time(0.5)
         return waiting.result()

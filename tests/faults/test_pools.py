@@ -19,8 +19,8 @@ import pytest
 
 from tests.fakes.clock import START, ManualClock
 from tests.fakes.stock import HANDLER, Stock
+from worker.claims.enforced import Enforced
 from worker.claims.pools import PoolRules, Rules
-from worker.claims.record import ClaimsRecord
 from worker.definitions.pools import pool_of
 from worker.errors import TokenRefused
 from worker.execution.attempts.attempt import Prepared, prepare
@@ -33,9 +33,9 @@ from worker.execution.runners.contract import StopSignal
 from worker.guard.claims import Claims
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import OrgId, WorkerId, new_id
+from worker.orgs import TokenWant
 from worker.runs.outcome import Trail
 from worker.runs.run import AdmittedRun, RunContext
-from worker.secret import AccessToken
 from worker.store.database import Database
 from worker.store.worker_store import WorkerStore
 
@@ -50,13 +50,6 @@ RULES: dict[str, dict[str, Any]] = {
 REGIONS = ("eu", "us", "EU", None)
 GPUS = ("true", "false", True, 1, None)
 BATCH = 200
-
-
-@dataclass
-class Enforced:
-    claims: Claims
-    token: AccessToken = field(default_factory=lambda: AccessToken("ey.t", START + timedelta(hours=1)))
-    record: ClaimsRecord | None = None
 
 
 class Orgs:
@@ -89,11 +82,11 @@ class Orgs:
             org, "client", frozenset(), dict(self.properties[org]), {}, now, now + timedelta(hours=1)
         )
 
-    def at_hand(self, org: Any, issuer: str, **wanted: Any) -> Enforced:
-        return Enforced(self._claims(org.id))
+    def at_hand(self, want: TokenWant) -> Enforced:
+        return Enforced.of("ey.t", self._claims(want.org.id), ManualClock())
 
-    async def ensure(self, org: Any, issuer: str, **wanted: Any) -> Enforced:
-        return Enforced(self._claims(org.id))
+    async def ensure(self, want: TokenWant) -> Enforced:
+        return self.at_hand(want)
 
     async def org_and_definition(self, run: AdmittedRun) -> RunContext:
         spec = json.dumps({"handler": HANDLER, "schedule": "@hourly"})

@@ -6,12 +6,12 @@ import asyncio
 import json
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from random import SystemRandom
 from typing import Any, Literal
 
-from worker.claims.record import ClaimsRecord
+from worker.claims.enforced import Enforced
 from worker.clock import Clock
 from worker.definitions.definition import Definition, parse_definition, to_spec
 from worker.errors import UsageError
@@ -24,7 +24,6 @@ from worker.execution.loops.run_log_writer import Progress, RunLogWriter
 from worker.execution.runners.contract import Runner, StopSignal
 from worker.execution.trial_budgets import TrialBudgets, budgets_of
 from worker.guard import profile
-from worker.guard.claims import Claims
 from worker.guard.decode import decode
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId, OrgId, RunId, new_id
@@ -43,21 +42,11 @@ from worker.runs.run import (
 )
 from worker.runs.waits import NewWait, WaitState, is_option, label
 from worker.search import hint_of
-from worker.secret import AccessToken
 from worker.telemetry.masking import masker
 
 LIFETIME = timedelta(hours=1)
 # A token with less life left is not returned.
 MARGIN = timedelta(seconds=30)
-
-
-@dataclass(slots=True)
-class FakeToken:
-    """A token that only a test's own API accepts, and its claims."""
-
-    token: AccessToken
-    claims: Claims = field(repr=False)
-    record: ClaimsRecord | None = None
 
 
 @dataclass(eq=False, repr=False)
@@ -69,50 +58,23 @@ class FakeTokens:
     flags: Mapping[str, Any] | None = None
     scopes: Iterable[str] | None = None
     lifetime: timedelta = LIFETIME
-    _newest: FakeToken | None = None
+    _newest: Enforced | None = None
 
-    async def ensure(
-        self,
-        org: OrgRef,
-        issuer: str,
-        *,
-        audience: str | None,
-        scopes: frozenset[str],
-        also_ask: frozenset[str] = frozenset(),
-        max_claims_age: timedelta | None = None,
-        fresh: bool = False,
-    ) -> FakeToken:
+    async def ensure(self, want: TokenWant) -> Enforced:
         """The newest token while it is fresh enough, or a new one. Raises TokenRefused: impossible claims."""
         newest, now = self._newest, self.clock.now()
-        if newest is not None and not fresh:
-            old = max_claims_age is not None and now - newest.claims.issued_at >= max_claims_age
+        if newest is not None and not want.fresh:
+            old = want.max_age is not None and now - newest.claims.issued_at >= want.max_age
             if not old and newest.token.expires_at - now > min(MARGIN, self.lifetime / 5):
                 return newest
-        self._newest = newest = self.mint(org, scopes | also_ask)
+        self._newest = newest = self.mint(want.org, want.scopes | want.also_ask)
         return newest
 
-    async def outdate(
-        self,
-        org: OrgRef,
-        issuer: str,
-        *,
-        audience: str | None,
-        scopes: frozenset[str],
-        also_ask: frozenset[str],
-    ) -> None:
+    async def outdate(self, want: TokenWant) -> None:
         """Mint a new token for the next run."""
         self._newest = None
 
-    def at_hand(
-        self,
-        org: OrgRef,
-        issuer: str,
-        *,
-        audience: str | None,
-        scopes: frozenset[str],
-        also_ask: frozenset[str],
-        max_claims_age: timedelta | None,
-    ) -> FakeToken | None:
+    def at_hand(self, want: TokenWant) -> Enforced | None:
         """None: `ensure` decides."""
         return None
 
@@ -121,7 +83,8 @@ class FakeTokens:
 
     async def look_up(self, wanted: Sequence[TokenWant]) -> None: ...
 
-    def mint(self, org: OrgRef, scopes: frozenset[str]) -> FakeToken:
+    def mint(self, org: OrgRef, scopes: frozenset[str]) -> Enforced:
+        """A token that only a test's own API accepts."""
         issued_at = self.clock.now()
         granted = scopes if self.scopes is None else set(self.scopes)
         payload = {
@@ -140,7 +103,7 @@ class FakeTokens:
         text = f"made-up.{secrets.token_urlsafe(32)}"
         # As for a real token, so that a handler that prints it sees it masked.
         masker.register(text, org.id)
-        return FakeToken(AccessToken(text, claims.expires_at), claims)
+        return Enforced.of(text, claims, self.clock)
 
 
 def _flag_type(value: Any) -> str:

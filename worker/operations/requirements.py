@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from worker.claims.enforced import MIN_CLAIMS_AGE, usable_life
 from worker.clock import from_text
 from worker.definitions.definition import Definition, from_spec
 from worker.definitions.triggers import Trigger
@@ -28,7 +29,7 @@ from worker.settings.sections import TokenSettings
 from worker.store import definitions, health, history, orgs
 from worker.store.database import Database
 from worker.store.dialect import Row
-from worker.tokens.acquirer import MIN_CLAIMS_AGE, RENEW_FROM, RENEW_UNTIL, usable_life
+from worker.tokens.acquirer import RENEW_FROM, RENEW_UNTIL
 
 PAGE = 500
 DAY = timedelta(days=1)

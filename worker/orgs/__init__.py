@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, NamedTuple
 
 from worker.errors import DefinitionError
@@ -23,17 +24,22 @@ class OrgRef(NamedTuple):
 
 
 class TokenWant(NamedTuple):
-    """A token of an org that will be needed: usable `covers` seconds from now.
+    """A request for a token of an org.
 
-    It has the `scopes`, and those in `also_ask` if the org may have them.
+    The token must have the `scopes`; `also_ask`, the scopes of variants, are requested too but may be
+    missing. It is usable `covers` seconds from now, and received within `max_age`, which counts as at least
+    60 s. `fresh` requests a new one, unless one was minted so in the last two seconds. An `audience` of None
+    is the issuer's.
     """
 
     org: OrgRef
     issuer: str
-    audience: str | None
-    scopes: frozenset[str]
-    also_ask: frozenset[str]
-    covers: float
+    audience: str | None = None
+    scopes: frozenset[str] = frozenset()
+    also_ask: frozenset[str] = frozenset()
+    covers: float = 0.0
+    max_age: timedelta | None = None
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True)

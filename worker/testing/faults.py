@@ -9,9 +9,10 @@ from typing import Any
 
 import httpx
 
+from worker.claims.enforced import Enforced
 from worker.errors import IssuerUnavailable
 from worker.execution.runners.contract import StopReason
-from worker.execution.trial import FakeToken, FakeTokens, Trial
+from worker.execution.trial import FakeTokens, Trial
 from worker.handlers.results import Duration, as_timedelta
 from worker.orgs import OrgRef
 from worker.testing.clock import SettableClock
@@ -190,6 +191,6 @@ class FaultyTokens(FakeTokens):
         super().__init__(clock, **options)
         self._faults = faults
 
-    def mint(self, org: OrgRef, scopes: frozenset[str]) -> FakeToken:
+    def mint(self, org: OrgRef, scopes: frozenset[str]) -> Enforced:
         wrong = self._faults.token_requested()
         return super().mint(org if wrong is None else OrgRef(org.id, wrong.org), scopes)

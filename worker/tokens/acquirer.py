@@ -6,12 +6,10 @@ import random
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 from worker.bounded import drop_where, remember
-from worker.claims.record import ClaimsRecord
+from worker.claims.enforced import Enforced
 from worker.clock import Clock
 from worker.errors import (
     AnswerTooLarge,
@@ -22,10 +20,8 @@ from worker.errors import (
     Unavailable,
     WorkerError,
 )
-from worker.guard.claims import Claims
 from worker.guard.decode import decode, enforce
 from worker.ids import OrgId
-from worker.secret import AccessToken
 from worker.telemetry.events import emit
 from worker.tokens.breaker import IssuerPaused
 from worker.tokens.credentials import Credential, CredentialSource
@@ -42,48 +38,7 @@ WINNER_KEPT = 900.0  # an older generation that worked is tried first for this l
 NO_VERDICT_KEPT = 120.0
 SCOPE_REFUSED = ("invalid_scope", "access_denied")
 MAX_REMEMBERED = 10_000
-MIN_CLAIMS_AGE = 60.0  # the smallest max_claims_age of a definition
-# The last part of a token's life is not handed out: a share of it, at most MARGIN.
-MARGIN_SHARE, MARGIN = 0.2, 30.0
 RENEW_FROM, RENEW_UNTIL = 0.6, 0.9  # renewed in the background at a random share of its usable life
-# An API that answers every token with 401 must not use up the budget of all orgs.
-MINTED_SERVES = 2.0
-
-
-def usable_life(lifetime: float) -> float:
-    """The part of a token's life in which it is handed out; both in seconds."""
-    return lifetime - min(MARGIN, MARGIN_SHARE * lifetime)
-
-
-@dataclass(slots=True)
-class EnforcedToken:
-    """A token that was verified and whose org, client and scopes were enforced; its times are monotonic.
-
-    `minted` if a caller insisted on a new one. `record` is what its first run stored of its claims.
-    """
-
-    token: AccessToken
-    claims: Claims = field(repr=False)
-    credential_id: str
-    received_at: float
-    renew_at: float
-    usable_until: float
-    expires_at: float
-    minted: bool
-    record: ClaimsRecord | None = None
-
-    def is_alive(self, clock: Clock) -> bool:
-        """Whether it has not expired on either clock: the monotonic one stops while a machine sleeps."""
-        return clock.monotonic() < self.expires_at and clock.now() < self.token.expires_at
-
-    def serves(self, max_age: timedelta | None, fresh: bool, now: float) -> bool:
-        """Whether one that is alive is usable for long enough, and as new as required."""
-        age = now - self.received_at
-        if fresh:
-            return self.minted and age < MINTED_SERVES
-        if max_age is not None and age >= max(max_age.total_seconds(), MIN_CLAIMS_AGE):
-            return False
-        return now < self.usable_until
 
 
 class Acquirer:
@@ -121,7 +76,7 @@ class Acquirer:
         *,
         minted: bool = False,
         ahead: bool = False,
-    ) -> tuple[EnforcedToken, GrantedToken]:
+    ) -> tuple[Enforced, GrantedToken]:
         """A new token of the org, verified and enforced; raises as `Tokens.ensure` does.
 
         `ahead` of the run that needs it, it lets all other requests pass.
@@ -134,7 +89,7 @@ class Acquirer:
 
     async def enforce(
         self, request: TokenRequest, granted: GrantedToken, *, minted: bool = False
-    ) -> EnforcedToken:
+    ) -> Enforced:
         """Verify and enforce a token; raises as `Tokens.ensure` does."""
         try:
             return await self._enforce(request, granted, minted)
@@ -146,7 +101,7 @@ class Acquirer:
             emit("token.refused", **request.labels, reason=refused.reason, detail=refused.detail)
             raise
 
-    def enforce_at_once(self, request: TokenRequest, granted: GrantedToken) -> EnforcedToken | None:
+    def enforce_at_once(self, request: TokenRequest, granted: GrantedToken) -> Enforced | None:
         """As `enforce`, without waiting; None if the token is refused, or without a verdict."""
         try:
             payload = self.client.verify_at_once(granted.text, request.audience)
@@ -256,30 +211,23 @@ class Acquirer:
         with suppress(Unavailable):
             await self._source.used(credential, error)
 
-    async def _enforce(self, request: TokenRequest, granted: GrantedToken, minted: bool) -> EnforcedToken:
+    async def _enforce(self, request: TokenRequest, granted: GrantedToken, minted: bool) -> Enforced:
         payload = await self.client.verify(granted.text, request.audience)
         return self._enforced(payload, request, granted, minted)
 
     def _enforced(
         self, payload: Mapping[str, Any], request: TokenRequest, granted: GrantedToken, minted: bool
-    ) -> EnforcedToken:
+    ) -> Enforced:
         claims = decode(payload, self.client.issuer.profile)
         client_id = granted.credential.client_id
         enforce(claims, org_code=request.org.code, client_id=client_id, scopes=request.scopes)
-        received_at, now = granted.received_at, self._clock.now()
-        age = self._clock.monotonic() - received_at
-        left = (claims.expires_at - now).total_seconds()
-        if granted.expires_in is not None:
-            left = min(left, granted.expires_in - age)
-        lifetime = age + left
-        usable = usable_life(lifetime)
-        return EnforcedToken(
-            token=AccessToken(granted.text, now + timedelta(seconds=left)),
-            claims=claims,
+        return Enforced.of(
+            granted.text,
+            claims,
+            self._clock,
+            received_at=granted.received_at,
+            expires_in=granted.expires_in,
             credential_id=granted.credential.id,
-            received_at=received_at,
-            renew_at=received_at + usable * self._rng.uniform(RENEW_FROM, RENEW_UNTIL),
-            usable_until=received_at + usable,
-            expires_at=received_at + lifetime,
+            renewed_at_share=self._rng.uniform(RENEW_FROM, RENEW_UNTIL),
             minted=minted,
         )

@@ -7,12 +7,12 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 
 import httpx
 
 from worker.bounded import Sized, remember
+from worker.claims.enforced import MIN_CLAIMS_AGE, MINTED_SERVES, Enforced, usable_life
 from worker.clock import Clock
 from worker.errors import (
     ConfigurationError,
@@ -28,7 +28,7 @@ from worker.guard.single_flight import SingleFlight
 from worker.ids import OrgId
 from worker.orgs import OrgRef, TokenWant
 from worker.telemetry.events import emit
-from worker.tokens.acquirer import MIN_CLAIMS_AGE, MINTED_SERVES, Acquirer, EnforcedToken, usable_life
+from worker.tokens.acquirer import Acquirer
 from worker.tokens.credentials import Credential, CredentialSource, Generations
 from worker.tokens.issuer_client import IssuerClient
 from worker.tokens.shared import SharedTokens, TokenRequest
@@ -64,28 +64,16 @@ class Tokens:
             name: Acquirer(IssuerClient(issuer, client, clock=clock), credentials, clock=clock, rng=rng)
             for name, issuer in issuers.items()
         }
-        self._tokens: Sized[TokenRequest, EnforcedToken] = Sized(memory, _size_of)
+        self._tokens: Sized[TokenRequest, Enforced] = Sized(memory, _size_of)
         self._outdated: OrderedDict[TokenRequest, float] = OrderedDict()
-        self._refreshing: SingleFlight[TokenRequest, EnforcedToken] = SingleFlight(report=emit)
+        self._refreshing: SingleFlight[TokenRequest, Enforced] = SingleFlight(report=emit)
 
-    async def ensure(
-        self,
-        org: OrgRef,
-        issuer: str,
-        *,
-        audience: str | None = None,
-        scopes: frozenset[str] = frozenset(),
-        also_ask: frozenset[str] = frozenset(),
-        max_claims_age: timedelta | None = None,
-        fresh: bool = False,
-    ) -> EnforcedToken:
-        """A usable token of this org, from the cache or newly requested.
+    async def ensure(self, want: TokenWant) -> Enforced:
+        """A usable token, from the cache or newly requested.
 
-        `scopes` are enforced; `also_ask`, the scopes of variants, are requested too but may
-        be missing. Concurrent callers share one request, which a caller's cancellation does
-        not end. `fresh` requests a new token, unless one was minted so in the last two
-        seconds; so does `max_claims_age` (at least 60 s) if the cached one is older. If
-        that fails, a token that is still valid is returned, except with `fresh`.
+        Concurrent callers share one request, which a caller's cancellation does not end. A cached token
+        that is too old for `max_age` is replaced; if that fails, one that is still valid is returned,
+        except with `fresh`.
 
         Raises:
             TokenRefused: the issuer's token fails verification or enforcement.
@@ -93,36 +81,26 @@ class Tokens:
                 or until the org has other credentials.
             Throttled, Unavailable: no token, or no verdict on it, yet; see `.retry_after`.
         """
-        acquirer = self._acquirer(issuer)
-        request = _request_of(acquirer.client.issuer, org, audience, scopes, also_ask)
-        credentials = await self._generations.of(org)
+        acquirer = self._acquirer(want.issuer)
+        request = _request_of(want, acquirer.client.issuer)
+        credentials = await self._generations.of(want.org)
         cached = self._cached(request, credentials)
         now = self._clock.monotonic()
-        if cached is not None and cached.serves(max_claims_age, fresh, now):
+        if cached is not None and cached.serves(want, now):
             if now >= cached.renew_at and acquirer.may_ask(request, credentials):
-                self._refreshing.start(request, lambda: self._refresh(acquirer, request, max_claims_age))
+                renewal = want._replace(fresh=False)
+                self._refreshing.start(request, lambda: self._refresh(acquirer, request, renewal))
             return cached
         if request in self._refreshing:
-            acquirer.client.hurry(org.code)
+            acquirer.client.hurry(want.org.code)
         try:
-            return await self._refreshing.join(
-                request, lambda: self._refresh(acquirer, request, max_claims_age, fresh)
-            )
+            return await self._refreshing.join(request, lambda: self._refresh(acquirer, request, want))
         except (CredentialsRejected, RequestRejected, Throttled, Unavailable):
-            if cached is None or fresh or not cached.is_alive(self._clock):
+            if cached is None or want.fresh or not cached.is_alive(self._clock):
                 raise
             return cached
 
-    def at_hand(
-        self,
-        org: OrgRef,
-        issuer: str,
-        *,
-        audience: str | None = None,
-        scopes: frozenset[str] = frozenset(),
-        also_ask: frozenset[str] = frozenset(),
-        max_claims_age: timedelta | None = None,
-    ) -> EnforcedToken | None:
+    def at_hand(self, want: TokenWant) -> Enforced | None:
         """The cached token that `ensure` would return if it need not be renewed soon, else None.
 
         Most runs find theirs so, without a coroutine or a request; after a restart in what `look_up` read.
@@ -130,15 +108,15 @@ class Tokens:
         Raises:
             RequestRejected: the issuer has no audience.
         """
-        acquirer, credentials = self._acquirers.get(issuer), self._generations.confirmed(org)
+        acquirer, credentials = self._acquirers.get(want.issuer), self._generations.confirmed(want.org)
         if acquirer is None or credentials is None:
             return None
-        request = _request_of(acquirer.client.issuer, org, audience, scopes, also_ask)
+        request = _request_of(want, acquirer.client.issuer)
         cached = self._cached(request, credentials) or self._looked_up(acquirer, request, credentials)
         if cached is None:
             return None
         now = self._clock.monotonic()
-        return cached if now < cached.renew_at and cached.serves(max_claims_age, False, now) else None
+        return cached if now < cached.renew_at and cached.serves(want, now) else None
 
     async def load(self, orgs: Sequence[OrgRef]) -> Collection[OrgId]:
         """Confirm the credentials of these orgs in one query, so that `ensure` need not wait for them.
@@ -154,24 +132,16 @@ class Tokens:
             with suppress(Unavailable):
                 await self._shared.look_up([each for each in requests if self._tokens.peek(each) is None])
 
-    async def outdate(
-        self,
-        org: OrgRef,
-        issuer: str,
-        *,
-        audience: str | None,
-        scopes: frozenset[str],
-        also_ask: frozenset[str],
-    ) -> None:
+    async def outdate(self, want: TokenWant) -> None:
         """Request a new token for the next run: the claims of the present one were refused.
 
         They may be corrected by then. At most once a minute for a token; until a new one comes, the
         present one serves.
         """
-        acquirer, now = self._acquirers.get(issuer), self._clock.monotonic()
+        acquirer, now = self._acquirers.get(want.issuer), self._clock.monotonic()
         if acquirer is None:
             return
-        request = _request_of(acquirer.client.issuer, org, audience, scopes, also_ask)
+        request = _request_of(want, acquirer.client.issuer)
         known = self._tokens.peek(request)
         if known is None or now - self._outdated.get(request, float("-inf")) < OUTDATE_EVERY:
             return
@@ -180,35 +150,26 @@ class Tokens:
         if self._shared is not None:
             await self._shared.drop(request)
 
-    async def prepare(
-        self,
-        org: OrgRef,
-        issuer: str,
-        *,
-        audience: str | None,
-        scopes: frozenset[str],
-        also_ask: frozenset[str],
-        covers: float,
-    ) -> float | None:
+    async def prepare(self, want: TokenWant) -> float | None:
         """Request a token, ahead of the run that needs it, that is usable `covers` seconds from now.
 
         Not if a stored one is, if another process requests it, or if the org is parked; other requests
         pass it. Returns the seconds after which to call it again, or None if there is nothing left to
         do. Whatever fails is left to the run: nothing is raised.
         """
-        shared, acquirer = self._shared, self._acquirers.get(issuer)
+        shared, acquirer = self._shared, self._acquirers.get(want.issuer)
         if shared is None or acquirer is None:
             return None
         with suppress(WorkerError):
-            request = _request_of(acquirer.client.issuer, org, audience, scopes, also_ask)
-            credentials = await self._generations.of(org)
+            request = _request_of(want, acquirer.client.issuer)
+            credentials = await self._generations.of(want.org)
             if (life := await shared.life(request)) is not None:
                 usable = usable_life(sum(life))
-                if life[0] + covers < usable:
+                if life[0] + want.covers < usable:
                     return None
-                if covers >= usable:
+                if want.covers >= usable:
                     # No token lives that long: the next one must be newer.
-                    return max(covers - usable / 2, 1.0)
+                    return max(want.covers - usable / 2, 1.0)
             if not acquirer.may_ask(request, credentials) or request in self._refreshing:
                 return None
             if await shared.reserve(request):
@@ -276,14 +237,12 @@ class Tokens:
         for want in wanted:
             if (acquirer := self._acquirers.get(want.issuer)) is not None:
                 with suppress(RequestRejected):
-                    issuer = acquirer.client.issuer
-                    request = _request_of(issuer, want.org, want.audience, want.scopes, want.also_ask)
-                    found.append((want, request))
+                    found.append((want, _request_of(want, acquirer.client.issuer)))
         return found
 
     def _looked_up(
         self, acquirer: Acquirer, request: TokenRequest, credentials: tuple[Credential, ...]
-    ) -> EnforcedToken | None:
+    ) -> Enforced | None:
         """The stored token that was looked up; None unless it serves, which `ensure` then handles."""
         if self._shared is None or request in self._refreshing:
             return None
@@ -294,33 +253,28 @@ class Tokens:
         self._tokens.put(request, enforced)
         return enforced
 
-    def _cached(self, request: TokenRequest, credentials: tuple[Credential, ...]) -> EnforcedToken | None:
+    def _cached(self, request: TokenRequest, credentials: tuple[Credential, ...]) -> Enforced | None:
         cached = self._tokens.get(request)
         if cached is None:
             return None
-        known = [credential.id for credential in credentials]
-        if cached.credential_id not in known or not cached.is_alive(self._clock):
-            # Expired, or its generation was retired, perhaps because its secret leaked.
-            self._tokens.pop(request)
-            return None
-        return cached
+        if cached.is_alive(self._clock):
+            for credential in credentials:
+                if credential.id == cached.credential_id:
+                    return cached
+        # Expired, or its generation was retired, perhaps because its secret leaked.
+        self._tokens.pop(request)
+        return None
 
-    async def _refresh(
-        self,
-        acquirer: Acquirer,
-        request: TokenRequest,
-        max_age: timedelta | None,
-        minted: bool = False,
-    ) -> EnforcedToken:
+    async def _refresh(self, acquirer: Acquirer, request: TokenRequest, want: TokenWant) -> Enforced:
         if self._shared is not None:
-            stored = await self._stored(self._shared, acquirer, request, max_age, minted)
+            stored = await self._stored(self._shared, acquirer, request, want)
             if stored is not None:
                 return stored
-        return await self._request(acquirer, request, minted=minted)
+        return await self._request(acquirer, request, minted=want.fresh)
 
     async def _request(
         self, acquirer: Acquirer, request: TokenRequest, *, minted: bool, ahead: bool = False
-    ) -> EnforcedToken:
+    ) -> Enforced:
         """Request a new token, and store it for other processes; ends a reservation."""
         credentials = await self._generations.of(request.org)
         if acquirer.is_parked(request, credentials):
@@ -349,15 +303,10 @@ class Tokens:
         return enforced
 
     async def _stored(
-        self,
-        shared: SharedTokens,
-        acquirer: Acquirer,
-        request: TokenRequest,
-        max_age: timedelta | None,
-        minted: bool,
-    ) -> EnforcedToken | None:
+        self, shared: SharedTokens, acquirer: Acquirer, request: TokenRequest, want: TokenWant
+    ) -> Enforced | None:
         """A token that another process received, or None once this process may request one."""
-        longest = None if max_age is None else max(max_age.total_seconds(), MIN_CLAIMS_AGE)
+        longest = None if want.max_age is None else max(want.max_age.total_seconds(), MIN_CLAIMS_AGE)
         while True:
             credentials = await self._generations.of(request.org)
             known = self._tokens.peek(request)
@@ -366,11 +315,11 @@ class Tokens:
                 credentials,
                 newest=partial(self._generations.of, request.org, newest=True),
                 newer_than=None if known is None else known.received_at,
-                max_age=MINTED_SERVES if minted else longest,
+                max_age=MINTED_SERVES if want.fresh else longest,
             )
             if found is not None:
                 try:
-                    enforced = await acquirer.enforce(request, found, minted=minted)
+                    enforced = await acquirer.enforce(request, found, minted=want.fresh)
                 except TokenRefused:
                     await shared.drop(request)
                 else:
@@ -383,16 +332,14 @@ class Tokens:
             await shared.wait()
 
 
-def _size_of(enforced: EnforcedToken) -> int:
+def _size_of(enforced: Enforced) -> int:
     # The claims are written in the text: what they take grows with it.
     return SIZE_OF_TOKEN + 2 * len(enforced.token.reveal())
 
 
-def _request_of(
-    issuer: Issuer, org: OrgRef, audience: str | None, scopes: frozenset[str], also_ask: frozenset[str]
-) -> TokenRequest:
+def _request_of(want: TokenWant, issuer: Issuer) -> TokenRequest:
     """The request; `{org}` in its audience is the org's code. Raises RequestRejected without an audience."""
-    audience = audience or issuer.audience
+    org, audience, scopes, also_ask = want.org, want.audience or issuer.audience, want.scopes, want.also_ask
     if not audience:
         raise RequestRejected(
             f"issuer {issuer.name} has no audience, and without one no token can be verified",

@@ -35,14 +35,14 @@ NEWER = 2.0
 MAX_VERSIONS = 10_000
 # Rows that `look_up` has read, and the seconds for which they count.
 MAX_LOOKED_UP, LOOKED_UP = 5_000, 2.0
-# Requests whose keys are kept: one acquisition needs its key several times, and each slot may be one.
-MAX_KEYS = 4_096
+# Requests whose ids are kept: one acquisition needs its id several times, and each slot may be one.
+MAX_IDS = 4_096
 
 
 class TokenRequest(NamedTuple):
-    """What a token is requested for; `scopes` are enforced, `also_ask` are only requested.
+    """What a `TokenWant` comes to at its issuer, and the key of its token in memory and in the table.
 
-    The cache key of every run: a tuple's hash costs a tenth of a dataclass's.
+    `scopes` are enforced, `also_ask` are only requested. A tuple's hash costs a tenth of a dataclass's.
     """
 
     issuer: str
@@ -61,22 +61,20 @@ class TokenRequest(NamedTuple):
         """What it is for, without the org's code, which may change."""
         return [self.issuer, self.org.id, self.audience, sorted(self.scopes), sorted(self.also_ask)]
 
+    @property
+    def id(self) -> str:
+        """The primary key of its stored token."""
+        return _id_of(self)
 
-class TokenKey(NamedTuple):
-    """The primary key of a stored token, and its org."""
 
-    id: str
-    org_id: OrgId
-
-    @classmethod
-    @lru_cache(MAX_KEYS)
-    def of(cls, request: TokenRequest) -> TokenKey:
-        return cls(hashlib.sha256(json.dumps(request.parts).encode()).hexdigest(), request.org.id)
+@lru_cache(MAX_IDS)
+def _id_of(request: TokenRequest) -> str:
+    return hashlib.sha256(json.dumps(request.parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class StoredToken:
-    """A row: `age` and `left` are seconds since it was received and until it expires, by the database."""
+    """A row: `age` and `left` are seconds since it was received and until it expires."""
 
     sealed: bytes = field(repr=False)
     key_id: str
@@ -86,53 +84,40 @@ class StoredToken:
 
 
 class Found(NamedTuple):
-    """What is stored for a key: `version` counts the tokens that were put there, `token` is the newest."""
+    """What is stored: `version` counts the tokens that were put there, `token` is the newest."""
 
     version: int = 0
     token: StoredToken | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class NewToken:
-    """A token to store; `received_ago` and `left` in seconds."""
-
-    key: TokenKey
-    issuer: str
-    credential_id: str
-    sealed: bytes = field(repr=False)
-    key_id: str
-    received_ago: float
-    left: float
-
-
 class TokenStore(Protocol):
     """Each method raises Unavailable. Concurrent calls share one statement."""
 
-    async def find(self, key: TokenKey) -> Found:
+    async def find(self, request: TokenRequest) -> Found:
         """The stored token that has not expired."""
 
-    async def find_all(self, keys: Sequence[TokenKey]) -> Mapping[TokenKey, Found]:
-        """The same of several keys in one query, without those that have no row."""
+    async def find_all(self, requests: Sequence[TokenRequest]) -> Mapping[TokenRequest, Found]:
+        """The same of several requests in one query, without those that have no row."""
 
-    async def lives(self, keys: Sequence[TokenKey]) -> Mapping[TokenKey, tuple[float, float]]:
+    async def lives(self, requests: Sequence[TokenRequest]) -> Mapping[TokenRequest, tuple[float, float]]:
         """The age of each stored token and what is left of its life, in seconds, in one query."""
 
-    async def reserve(self, key: TokenKey, issuer: str, version: int, seconds: float) -> bool:
+    async def reserve(self, request: TokenRequest, version: int, seconds: float) -> bool:
         """Reserve the request for a new token.
 
         False while another process has reserved it, or if a token was stored since `version`.
         """
 
-    async def renew(self, keys: Collection[TokenKey], seconds: float) -> None:
+    async def renew(self, requests: Collection[TokenRequest], seconds: float) -> None:
         """Extend these reservations of this process."""
 
-    async def put(self, token: NewToken) -> None:
+    async def put(self, request: TokenRequest, token: StoredToken) -> None:
         """Store a token and end the reservation, unless its credential is no longer active."""
 
-    async def release(self, key: TokenKey) -> None:
+    async def release(self, request: TokenRequest) -> None:
         """End the reservation of this process, and keep the token that is there."""
 
-    async def drop(self, key: TokenKey) -> None:
+    async def drop(self, request: TokenRequest) -> None:
         """Delete the stored token."""
 
 
@@ -144,11 +129,11 @@ class SharedTokens:
         self._store = store
         self._ring = ring
         self._clock = clock
-        self._versions: OrderedDict[TokenKey, int] = OrderedDict()
+        self._versions: OrderedDict[TokenRequest, int] = OrderedDict()
         # With the monotonic time of the look.
-        self._looked_up: OrderedDict[TokenKey, tuple[float, Found]] = OrderedDict()
+        self._looked_up: OrderedDict[TokenRequest, tuple[float, Found]] = OrderedDict()
         # When each was reserved or renewed, monotonic.
-        self._reserved: dict[TokenKey, float] = {}
+        self._reserved: dict[TokenRequest, float] = {}
         self._renewing: asyncio.Task[None] | None = None
 
     async def find(
@@ -166,14 +151,13 @@ class SharedTokens:
         `max_age` seconds. One that does not open, or whose credential is neither among `credentials` nor
         among the `newest`, is deleted and reported. Raises what `newest` raises.
         """
-        key = TokenKey.of(request)
-        found = self._found(key)
-        self._looked_up.pop(key, None)
+        found = self._found(request)
+        self._looked_up.pop(request, None)
         try:
-            version, stored = found if found is not None else await self._store.find(key)
+            version, stored = found if found is not None else await self._store.find(request)
         except Unavailable:
             return None
-        remember(self._versions, key, version, MAX_VERSIONS)
+        remember(self._versions, request, version, MAX_VERSIONS)
         if stored is None or (max_age is not None and stored.age >= max_age):
             return None
         received_at = self._clock.monotonic() - stored.age
@@ -193,34 +177,32 @@ class SharedTokens:
         masker.note(text, request.org.id)
         return GrantedToken(text, credential, received_at, stored.age + stored.left)
 
-    async def look_up(self, requests: Collection[TokenRequest]) -> None:
+    async def look_up(self, requests: Sequence[TokenRequest]) -> None:
         """Read what is stored for these requests in one query, for `at_hand` and `find` shortly after.
 
         Raises Unavailable.
         """
-        keys = [TokenKey.of(request) for request in requests]
-        found, now = await self._store.find_all(keys), self._clock.monotonic()
-        for key in keys:
-            remember(self._looked_up, key, (now, found.get(key, Found())), MAX_LOOKED_UP)
+        found, now = await self._store.find_all(requests), self._clock.monotonic()
+        for request in requests:
+            remember(self._looked_up, request, (now, found.get(request, Found())), MAX_LOOKED_UP)
 
     def at_hand(self, request: TokenRequest, credentials: Sequence[Credential]) -> GrantedToken | None:
         """A stored token that `look_up` has read and that opens, once; all else is left to `find`."""
-        key = TokenKey.of(request)
-        found = self._found(key)
+        found = self._found(request)
         if found is None or found.token is None:
             return None
         credential = _named(found.token.credential_id, credentials)
         text = None if credential is None else self._open(request, found.token, credential)
         if credential is None or text is None:
             return None
-        del self._looked_up[key]
+        del self._looked_up[request]
         masker.note(text, request.org.id)
         stored = found.token
         return GrantedToken(text, credential, self._clock.monotonic() - stored.age, stored.age + stored.left)
 
-    def _found(self, key: TokenKey) -> Found | None:
+    def _found(self, request: TokenRequest) -> Found | None:
         """What `look_up` has read a moment ago, with the ages of now."""
-        at, found = self._looked_up.get(key, (float("-inf"), Found()))
+        at, found = self._looked_up.get(request, (float("-inf"), Found()))
         passed = self._clock.monotonic() - at
         if passed >= LOOKED_UP:
             return None
@@ -247,73 +229,68 @@ class SharedTokens:
 
     def settle(self, request: TokenRequest) -> None:
         """Forget what `find` remembered for `reserve`: its token serves."""
-        self._versions.pop(TokenKey.of(request), None)
+        self._versions.pop(request, None)
 
     async def life(self, request: TokenRequest) -> tuple[float, float] | None:
         """The age of the stored token and what is left of its life, in seconds, or None.
 
         Raises Unavailable.
         """
-        key = TokenKey.of(request)
-        version, stored = await self._store.find(key)
-        remember(self._versions, key, version, MAX_VERSIONS)
+        version, stored = await self._store.find(request)
+        remember(self._versions, request, version, MAX_VERSIONS)
         return None if stored is None else (stored.age, stored.left)
 
     async def lives(self, requests: Sequence[TokenRequest]) -> list[tuple[float, float] | None]:
         """As `life`, of many in one query. Raises Unavailable."""
-        keys = [TokenKey.of(request) for request in requests]
-        found = await self._store.lives(keys)
-        return [found.get(key) for key in keys]
+        found = await self._store.lives(requests)
+        return [found.get(request) for request in requests]
 
     async def reserve(self, request: TokenRequest) -> bool:
         """Whether this process may request a token now, after `find`; if so, `put` or `release` follows."""
-        key = TokenKey.of(request)
         try:
-            if not await self._store.reserve(key, request.issuer, self._versions.pop(key, 0), RESERVED):
+            if not await self._store.reserve(request, self._versions.pop(request, 0), RESERVED):
                 return False
         except Unavailable:
             return True
-        self._reserved[key] = self._clock.monotonic()
+        self._reserved[request] = self._clock.monotonic()
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._renew())
         return True
 
     async def put(self, request: TokenRequest, granted: GrantedToken, *, left: float) -> None:
         """Store a verified and enforced token with `left` seconds to live, and end the reservation."""
-        key, ring = TokenKey.of(request), self._ring(None)
-        self._reserved.pop(key, None)
+        ring = self._ring(None)
+        self._reserved.pop(request, None)
         if ring is None:
             return
         sealed, key_id = ring.seal_token(granted.text, _place(request, granted.credential))
         age = self._clock.monotonic() - granted.received_at
-        token = NewToken(key, request.issuer, granted.credential.id, sealed, key_id, age, left)
+        token = StoredToken(sealed, key_id, granted.credential.id, age, left)
         try:
-            await self._store.put(token)
+            await self._store.put(request, token)
         except Unavailable:
             # The reservation ends by itself, and the next process requests another token.
             return
 
     async def release(self, request: TokenRequest) -> None:
         """End the reservation: no token came."""
-        key = TokenKey.of(request)
-        if self._reserved.pop(key, None) is not None:
+        if self._reserved.pop(request, None) is not None:
             try:
-                await self._store.release(key)
+                await self._store.release(request)
             except Unavailable:
                 return
 
     async def drop(self, request: TokenRequest) -> None:
         """Delete the stored token: it must not be used, or shows rights that the org no longer has."""
-        key = TokenKey.of(request)
-        self._looked_up.pop(key, None)
+        self._looked_up.pop(request, None)
         try:
-            await self._store.drop(key)
+            await self._store.drop(request)
         except Unavailable:
             return
 
     def forget(self, org_id: OrgId) -> None:
         """Forget what was looked up of an org."""
-        drop_where(self._looked_up, lambda key: key.org_id == org_id)
+        drop_where(self._looked_up, lambda request: request.org.id == org_id)
 
     async def wait(self) -> None:
         """Pause before the next look at a token that another process requests."""
@@ -333,7 +310,7 @@ class SharedTokens:
                     return
                 now = self._clock.monotonic()
                 # Most tokens come before that.
-                old = [key for key, since in self._reserved.items() if since <= now - RENEW]
+                old = [request for request, since in self._reserved.items() if since <= now - RENEW]
                 if not old:
                     continue
                 try:

@@ -27,7 +27,7 @@ from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
 from worker.tokens.credentials import Credential, read_reference
 from worker.tokens.sealing import KeyRing
-from worker.tokens.shared import Found, NewToken, StoredToken, TokenKey
+from worker.tokens.shared import Found, StoredToken, TokenRequest
 from worker.tokens.token_probe import TokenProbe, watch
 from worker.wiring import find_keyring
 
@@ -229,46 +229,50 @@ class StoredTokens:
     def __init__(self, database: Database, holder: str) -> None:
         self._database = database
         self._holder = holder
-        self._found: BatchLoader[TokenKey, Found] = BatchLoader(self._find)
+        self._found: BatchLoader[TokenRequest, Found] = BatchLoader(self._find)
         self._reserved: BatchLoader[access_tokens.Reservation, bool] = BatchLoader(self._reserve)
-        self._put: BatchLoader[NewToken, bool] = BatchLoader(self._store, linger=LINGER)
-
-    async def find(self, key: TokenKey) -> Found:
-        return await self._found.of(key) or Found()
-
-    async def find_all(self, keys: Sequence[TokenKey]) -> Mapping[TokenKey, Found]:
-        return await self._find(keys)
-
-    async def lives(self, keys: Sequence[TokenKey]) -> Mapping[TokenKey, tuple[float, float]]:
-        found = await self._database.call_autocommit(
-            access_tokens.lives_for_all_orgs, [key.id for key in keys]
+        self._put: BatchLoader[tuple[TokenRequest, StoredToken], bool] = BatchLoader(
+            self._store, linger=LINGER
         )
-        return {key: found[key.id] for key in keys if key.id in found}
 
-    async def reserve(self, key: TokenKey, issuer: str, version: int, seconds: float) -> bool:
-        wanted = access_tokens.Reservation(key.id, key.org_id, issuer, version, seconds)
+    async def find(self, request: TokenRequest) -> Found:
+        return await self._found.of(request) or Found()
+
+    async def find_all(self, requests: Sequence[TokenRequest]) -> Mapping[TokenRequest, Found]:
+        return await self._find(requests)
+
+    async def lives(self, requests: Sequence[TokenRequest]) -> Mapping[TokenRequest, tuple[float, float]]:
+        ids = [each.id for each in requests]
+        found = await self._database.call_autocommit(access_tokens.lives_for_all_orgs, ids)
+        return {each: found[id_] for each, id_ in zip(requests, ids, strict=True) if id_ in found}
+
+    async def reserve(self, request: TokenRequest, version: int, seconds: float) -> bool:
+        wanted = access_tokens.Reservation(request.id, request.org.id, request.issuer, version, seconds)
         return await self._reserved.of(wanted) or False
 
-    async def renew(self, keys: Collection[TokenKey], seconds: float) -> None:
+    async def renew(self, requests: Collection[TokenRequest], seconds: float) -> None:
         await self._database.call(
             access_tokens.renew_for_all_orgs,
-            [key.id for key in keys],
+            [each.id for each in requests],
             holder=self._holder,
             lasts=timedelta(seconds=seconds),
         )
 
-    async def put(self, token: NewToken) -> None:
-        await self._put.of(token)
+    async def put(self, request: TokenRequest, token: StoredToken) -> None:
+        await self._put.of((request, token))
 
-    async def release(self, key: TokenKey) -> None:
-        await self._database.call(access_tokens.release, key.id, holder=self._holder)
+    async def release(self, request: TokenRequest) -> None:
+        await self._database.call(access_tokens.release, request.id, holder=self._holder)
 
-    async def drop(self, key: TokenKey) -> None:
-        await self._database.call(access_tokens.drop, key.id)
+    async def drop(self, request: TokenRequest) -> None:
+        await self._database.call(access_tokens.drop, request.id)
 
-    async def _find(self, keys: Sequence[TokenKey]) -> Mapping[TokenKey, Found]:
-        rows = await self._database.call_autocommit(access_tokens.find_for_all_orgs, [key.id for key in keys])
-        return {TokenKey(row.id, row.org_id): _found(row) for row in rows}
+    async def _find(self, requests: Sequence[TokenRequest]) -> Mapping[TokenRequest, Found]:
+        ids = [each.id for each in requests]
+        rows = await self._database.call_autocommit(access_tokens.find_for_all_orgs, ids)
+        found = {(row.id, row.org_id): _found(row) for row in rows}
+        keys = zip(requests, ids, strict=True)
+        return {each: found[id_, each.org.id] for each, id_ in keys if (id_, each.org.id) in found}
 
     async def _reserve(
         self, wanted: Sequence[access_tokens.Reservation]
@@ -276,17 +280,24 @@ class StoredTokens:
         ours = await self._database.call(access_tokens.reserve_for_all_orgs, wanted, holder=self._holder)
         return {each: each.id in ours for each in wanted}
 
-    async def _store(self, tokens: Sequence[NewToken]) -> Mapping[NewToken, bool]:
+    async def _store(
+        self, tokens: Sequence[tuple[TokenRequest, StoredToken]]
+    ) -> Mapping[tuple[TokenRequest, StoredToken], bool]:
         rows = [
-            {"id": token.key.id, "org_id": token.key.org_id}
-            | {name: getattr(token, name) for name in _COLUMNS}
-            for token in tokens
+            {
+                "id": request.id,
+                "org_id": request.org.id,
+                "issuer": request.issuer,
+                "credential_id": token.credential_id,
+                "sealed": token.sealed,
+                "key_id": token.key_id,
+                "received_ago": token.age,
+                "left": token.left,
+            }
+            for request, token in tokens
         ]
         stored = await self._database.call(access_tokens.put_for_all_orgs, rows)
-        return {token: token.key.id in stored for token in tokens}
-
-
-_COLUMNS = ("issuer", "credential_id", "sealed", "key_id", "received_ago", "left")
+        return {each: each[0].id in stored for each in tokens}
 
 
 def _found(row: access_tokens.Stored) -> Found:

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from tests.fakes.ports import free_port
-from worker.claims.record import ClaimsRecord
+from worker.claims.enforced import Enforced
 from worker.clock import SystemClock
 from worker.definitions.file import parse_file
 from worker.execution.attempts.handler_registry import HandlerRegistry
@@ -36,7 +36,6 @@ from worker.operations.runs import run_now
 from worker.orgs import OrgRef, TokenWant
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import EndedAttempt
-from worker.secret import AccessToken
 from worker.settings import Settings
 from worker.settings.sections import AttemptsSettings, ExecutionSettings
 from worker.store import catalogue, tables
@@ -98,13 +97,6 @@ pool = "eu"
 LEASE = timedelta(seconds=30)
 
 
-@dataclass
-class Enforced:
-    token: AccessToken
-    claims: Claims
-    record: ClaimsRecord | None = None
-
-
 class Tokens:
     """A `TokenSource` without an issuer: a token of each org, whose text only the attempts make known."""
 
@@ -116,21 +108,22 @@ class Tokens:
         self.scopes = frozenset({"read:kb", "ask:model"})
         self.texts: list[str] = []
         # What each was requested for.
-        self.wanted: list[dict[str, Any]] = []
+        self.wanted: list[TokenWant] = []
 
-    def at_hand(self, org: OrgRef, issuer: str, **wanted: Any) -> None:
+    def at_hand(self, want: TokenWant) -> None:
         return None
 
-    async def ensure(self, org: OrgRef, issuer: str, **wanted: Any) -> Enforced:
-        self.wanted.append(wanted)
+    async def ensure(self, want: TokenWant) -> Enforced:
+        self.wanted.append(want)
         await self.may_answer.wait()
         if self.error is not None:
             raise self.error
-        now = SystemClock().now()
+        clock = SystemClock()
+        now = clock.now()
         expires_at = now + timedelta(hours=1)
         self.texts.append(secrets.token_urlsafe(40))
         claims = Claims(
-            org_code=self.of_org or org.code,
+            org_code=self.of_org or want.org.code,
             client_id="client",
             scopes=self.scopes,
             properties={"region": "eu"},
@@ -140,9 +133,9 @@ class Tokens:
             issuer="https://id.test",
             jti="j",
         )
-        return Enforced(AccessToken(self.texts[-1], expires_at), claims)
+        return Enforced.of(self.texts[-1], claims, clock)
 
-    async def outdate(self, org: OrgRef, issuer: str, **wanted: Any) -> None: ...
+    async def outdate(self, want: TokenWant) -> None: ...
 
     async def load(self, orgs: Sequence[OrgRef]) -> Sequence[OrgId]:
         return ()

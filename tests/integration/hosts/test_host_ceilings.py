@@ -291,7 +291,7 @@ async def test_scopes_are_not_the_hosts_to_choose(fleet: Fleet, before: bool) ->
 
     taken = await host.take(fleet.one, 2, wait=1.0)
 
-    asked = [wanted["scopes"] for wanted in fleet.tokens.wanted]
+    asked = [wanted.scopes for wanted in fleet.tokens.wanted]
     if before:
         assert frozenset({"admin:all"}) in asked
         return
@@ -344,7 +344,7 @@ async def test_a_variant_adds_no_scope_that_was_not_approved(fleet: Fleet, befor
 
     taken = await host.take(fleet.one, wait=5.0 if before else 0.2)
 
-    asked = [wanted["also_ask"] for wanted in fleet.tokens.wanted]
+    asked = [wanted.also_ask for wanted in fleet.tokens.wanted]
     assert (frozenset({"admin:all"}) in asked) is before
     assert bool(taken) is before
     if not before:
@@ -364,7 +364,7 @@ async def test_a_worker_that_did_not_prepare_the_attempt_adds_no_scope_either(
 
     await host.send(fleet.two, "token", {**fence(taken), "handler": OWN.name, "fresh": True})
 
-    assert any("admin:all" in wanted["scopes"] for wanted in fleet.tokens.wanted) is before
+    assert any("admin:all" in wanted.scopes for wanted in fleet.tokens.wanted) is before
 
 
 async def test_a_handler_of_workers_needs_no_approval_for_what_they_declare(fleet: Fleet) -> None:
@@ -424,7 +424,7 @@ async def test_an_approval_lets_waiting_runs_start(fleet: Fleet) -> None:
 
     assert [one.run.id for one in await host.take(fleet.one)] == [run]
     [wanted] = fleet.tokens.wanted
-    assert wanted["scopes"] == {"admin:all"}
+    assert wanted.scopes == {"admin:all"}
 
 
 async def test_a_run_that_was_admitted_meanwhile_is_not_started(

@@ -466,7 +466,7 @@ async def test_a_host_does_not_change_the_handlers_of_workers(fleet: Fleet) -> N
     fleet.start()
     [taken] = await host.take(fleet.one)
     # As the workers declare it: the scopes, and what is called is the host's own.
-    assert fleet.tokens.wanted[-1]["scopes"] == {"read:kb"}
+    assert fleet.tokens.wanted[-1].scopes == {"read:kb"}
     assert taken.work.handler == HANDLER
 
 

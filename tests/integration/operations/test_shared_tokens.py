@@ -8,22 +8,25 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.exc import DBAPIError
 
 from tests.fakes.clock import ManualClock
 from tests.integration.operations.conftest import Tables
 from tests.integration.operations.test_keys import add_orgs
 from worker.errors import NotFound
-from worker.ids import OrgId
+from worker.ids import OrgId, new_id
 from worker.operations.credentials import add_credential, retire_credential
 from worker.operations.keys import drop_tokens, rekey, remove_key
 from worker.operations.orgs import set_org_state
+from worker.orgs import OrgRef
 from worker.store import access_tokens, credentials, roles, tables
 from worker.store.access_tokens import Reservation
 from worker.store.credentials import Use
 from worker.store.database import Database
 from worker.tokens.sealing import KeyRing
+from worker.tokens.shared import Found, StoredToken, TokenRequest
+from worker.wiring.secrets import StoredTokens
 
 LASTS = 15.0
 
@@ -243,3 +246,29 @@ def test_no_role_of_the_web_side_reads_tokens(migrated_postgres_url, keyring, cl
         ):
             connection.execute(select(tables.access_tokens.c.sealed))
     database.close()
+
+
+@pytest.mark.anyio
+async def test_a_worker_reserves_stores_and_finds_the_token_of_a_request(database, rows, org_ids):
+    """By the id of its row, and only if that row is the org's own."""
+    first, second, third = (
+        TokenRequest("main", OrgRef(id_, id_), "https://api", frozenset({"read:kb"})) for id_ in org_ids
+    )
+    [credential] = [row["id"] for row in rows.credentials if row["org_id"] == first.org.id]
+    store, other = StoredTokens(database, str(new_id())), StoredTokens(database, str(new_id()))
+
+    assert await store.find(first) == Found()
+    assert await store.reserve(first, 0, LASTS)
+    assert not await other.reserve(first, 0, LASTS)
+    await store.put(first, StoredToken(b"sealed", "key", credential, 2.0, 3600.0))
+
+    version, token = await other.find(first)
+    assert (version, token and token.sealed, token and token.credential_id) == (1, b"sealed", credential)
+    assert set(await other.find_all([first, second, third])) == {first}
+    assert (await other.lives([second, first])).keys() == {first}
+    with database.transaction() as connection:
+        tokens = tables.access_tokens
+        connection.execute(update(tokens).values(org_id=second.org.id))
+    assert await other.find(first) == Found()
+    await other.drop(first)
+    assert rows.access_tokens == []

@@ -16,7 +16,7 @@ from tests.fakes.clock import ManualClock, settle
 from tests.fakes.issuer import EC_KEY, App, FakeCredentials, FakeIssuer, ec_issuer, org
 from worker.errors import TokenError, Unavailable
 from worker.execution.attempts.attempt import pause_after
-from worker.orgs import OrgRef
+from worker.orgs import OrgRef, TokenWant
 from worker.telemetry import events
 from worker.tokens.cache import Tokens
 
@@ -100,7 +100,7 @@ class Simulation:
         while True:
             self.needed.setdefault(of.code, self.clock.monotonic())
             try:
-                await self.tokens.ensure(of, "main")
+                await self.tokens.ensure(TokenWant(of, "main"))
             except (TokenError, Unavailable) as error:
                 pause = pause_after(error, self.random).total_seconds()
                 await self.clock.sleep(pause + self.random.uniform(0, POLL))

@@ -10,6 +10,7 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import EC_KEY, App, FakeCredentials, FakeIssuer, ec_issuer, org
+from worker.orgs import TokenWant
 from worker.tokens.cache import Tokens
 
 pytestmark = pytest.mark.anyio
@@ -33,7 +34,7 @@ async def test_three_thousand_orgs_cold_make_as_many_requests_within_rate_and_co
     async with issuer.client() as client:
         tokens = Tokens({"main": ec_issuer()}, credentials, client=client, clock=clock, rng=random.Random(7))
         # Two runs of each org, at once.
-        asking = asyncio.gather(*(tokens.ensure(of, "main") for of in orgs for _ in range(2)))
+        asking = asyncio.gather(*(tokens.ensure(TokenWant(of, "main")) for of in orgs for _ in range(2)))
         started = clock.monotonic()
         while not asking.done():
             clock.advance(0.1)

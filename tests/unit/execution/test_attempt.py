@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import Any
@@ -13,8 +13,8 @@ import pytest
 
 from tests.fakes.clock import START, ManualClock
 from tests.unit.execution.runs import admitted
+from worker.claims.enforced import Enforced
 from worker.claims.pools import PoolRules
-from worker.claims.record import ClaimsRecord
 from worker.errors import (
     ConfigurationError,
     CredentialsRejected,
@@ -36,7 +36,7 @@ from worker.guard.claims import Claims, Flag
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.ids import ALL_ORGS, OrgId, RunId
-from worker.orgs import OrgRef
+from worker.orgs import OrgRef, TokenWant
 from worker.runs.budgets import BudgetState
 from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded
 from worker.runs.run import (
@@ -50,7 +50,6 @@ from worker.runs.run import (
     StoredProgress,
 )
 from worker.runs.waits import MOST_WAITS, NewWait, WaitState
-from worker.secret import AccessToken
 from worker.telemetry.masking import masker
 
 pytestmark = pytest.mark.anyio
@@ -64,13 +63,6 @@ CLAIMS = Claims(
     issued_at=START,
     expires_at=START + timedelta(hours=1),
 )
-
-
-@dataclass
-class Enforced:
-    token: AccessToken
-    claims: Claims
-    record: ClaimsRecord | None = None
 
 
 class Secrets:
@@ -101,7 +93,7 @@ class Site:
         self.still_ours = True
         self.works: list[Work] = []
         self.origins: dict[str, tuple[str, ...]] = {}
-        self.asked: list[dict[str, Any]] = []
+        self.asked: list[TokenWant] = []
         self.during: Any = None
         self.kept_handler: str | None = None
         self.steps: list[RunStep] = []
@@ -112,7 +104,7 @@ class Site:
         self.budgets_found: TrialFound | None = None
         self.pages: list[int] = []
         self.totals = (0, 0)
-        self.outdated: list[dict[str, Any]] = []
+        self.outdated: list[TokenWant] = []
         self.pool_rules = PoolRules()
         self.secrets = Secrets()
         self.handlers = HandlerRegistry()
@@ -124,17 +116,17 @@ class Site:
     async def org_and_definition(self, run: AdmittedRun) -> RunContext:
         return RunContext(OrgId("o1"), "org_acme", "Acme", None, "main", "nightly", json.dumps(self.spec))
 
-    def at_hand(self, org: Any, issuer: str, **wanted: Any) -> None:
+    def at_hand(self, want: TokenWant) -> None:
         return None
 
-    async def ensure(self, org: Any, issuer: str, **wanted: Any) -> Enforced:
-        self.asked.append(wanted)
+    async def ensure(self, want: TokenWant) -> Enforced:
+        self.asked.append(want)
         if self.token_error is not None:
             raise self.token_error
-        return Enforced(AccessToken("ey.the.token", START + timedelta(hours=1)), self.claims)
+        return Enforced.of("ey.the.token", self.claims, self.clock)
 
-    async def outdate(self, org: Any, issuer: str, **wanted: Any) -> None:
-        self.outdated.append(wanted)
+    async def outdate(self, want: TokenWant) -> None:
+        self.outdated.append(want)
 
     async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str, number: int = 0) -> bool:
         return self.still_ours
@@ -380,8 +372,8 @@ async def test_the_handlers_scopes_are_asked_for_where_the_definition_names_none
     site.spec = site.spec | {"scopes": ["write:kb"]}
     await site.attempt()
 
-    assert site.asked[0]["scopes"] == frozenset({"read:kb"})
-    assert site.asked[1]["scopes"] == frozenset({"write:kb"})
+    assert site.asked[0].scopes == frozenset({"read:kb"})
+    assert site.asked[1].scopes == frozenset({"write:kb"})
 
 
 @pytest.mark.parametrize(
@@ -445,7 +437,8 @@ async def test_a_required_property_that_is_missing_refuses_the_run(site: Site) -
 
     assert (ended.state, ended.reason, ended.detail) == ("refused", "property_missing", "region")
     # The property may be there by the next run, whose token must then be a new one.
-    assert site.outdated == [{"audience": None, "scopes": {"read:kb"}, "also_ask": frozenset()}]
+    org = OrgRef(OrgId("o1"), "org_acme")
+    assert site.outdated == [TokenWant(org, "main", scopes=frozenset({"read:kb"}))]
 
 
 async def test_the_variant_whose_flag_is_on_runs_under_its_own_scopes(site: Site) -> None:
@@ -458,7 +451,7 @@ async def test_the_variant_whose_flag_is_on_runs_under_its_own_scopes(site: Site
 
     ended = await site.attempt()
 
-    assert site.asked[0]["also_ask"] == frozenset({"read:kb", "ask:model"})
+    assert site.asked[0].also_ask == frozenset({"read:kb", "ask:model"})
     assert (ended.state, ended.trail.handler) == ("succeeded", "acme.digest_v2")
 
 

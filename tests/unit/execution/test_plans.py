@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 
 import pytest
 
 from tests.fakes.clock import ManualClock
 from tests.unit.execution.runs import admitted
 from worker.errors import ConfigurationError, DefinitionError, StoreUnavailable
-from worker.execution.attempts.plan import MAX_AGE, Plans, Revision
+from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.plan import MAX_AGE, AttemptPlan, Plans, Revision
+from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId, OrgId
+from worker.orgs import TokenWant
 from worker.runs.run import AdmittedRun, RunContext
 
 pytestmark = pytest.mark.anyio
@@ -122,3 +126,25 @@ async def test_a_database_that_is_away_is_reported_for_each_run(plans: Plans, st
     assert await plans.load(runs_of("a")) == []
     with pytest.raises(StoreUnavailable):
         await plans.of(runs_of("a")[0])
+
+
+@pytest.mark.parametrize("variants", [[], [{"flag": "v2", "handler": "acme.digest_v2"}]], ids=["one", "two"])
+async def test_the_token_of_a_plan_is_the_orgs_own_and_follows_the_handlers(
+    plans: Plans, store: Store, variants: list[dict[str, str]]
+) -> None:
+    """A request is cached with its plan: not for another org, and not once other scopes are declared."""
+    store.specs = {id_: SPEC | {"max_claims_age": "5m", "variants": variants} for id_ in ("d1", "d2")}
+    handlers = HandlerRegistry()
+    first, second = [await plans.of(run) for run in runs_of("d1", "d2")]
+
+    def want(plan: AttemptPlan) -> TokenWant:
+        return plan.want(plan.limits("acme.digest", handlers.get("acme.digest")), handlers)
+
+    none = frozenset[str]()
+    assert want(first) == TokenWant(first.org, "main", max_age=timedelta(minutes=5))
+    assert (want(second).org, want(first).org) == (second.org, first.org)
+    handlers.add(HandlerEntry("acme.digest", "acme-jobs", "1", "acme:digest", scopes=("read:kb",)))
+    assert (want(first).scopes, want(first).also_ask) == ({"read:kb"}, none)
+    assert (want(first) is want(first)) is not bool(variants)
+    handlers.add(HandlerEntry("acme.digest_v2", "acme-jobs", "1", "acme:v2", scopes=("ask:model",)))
+    assert want(first).also_ask == (frozenset({"ask:model"}) if variants else none)

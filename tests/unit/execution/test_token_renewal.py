@@ -15,7 +15,7 @@ from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.loops.token_renewal import LEFT, TokenRenewal
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId, OrgId
-from worker.orgs import OrgRef, TokenWant
+from worker.orgs import TokenWant
 from worker.runs.run import Upcoming
 
 pytestmark = pytest.mark.anyio
@@ -87,22 +87,13 @@ class Preparer:
         self.looked_up.append(len(wanted))
         return [want for want in wanted if want.org.code not in self.covered]
 
-    async def prepare(
-        self,
-        org: OrgRef,
-        issuer: str,
-        *,
-        audience: str | None,
-        scopes: frozenset[str],
-        also_ask: frozenset[str],
-        covers: float,
-    ) -> float | None:
+    async def prepare(self, want: TokenWant) -> float | None:
         second = int(self.clock.monotonic())
         self._sent[second] = self._sent.get(second, 0) + 1
-        self.prepared.append((org.code, self.clock.monotonic(), covers))
-        self.scopes.append(scopes)
-        self.also_ask.append(also_ask)
-        return self.again.pop(org.code, None)
+        self.prepared.append((want.org.code, self.clock.monotonic(), want.covers))
+        self.scopes.append(want.scopes)
+        self.also_ask.append(want.also_ask)
+        return self.again.pop(want.org.code, None)
 
     def ahead_in(self, issuer: str) -> float:
         return 1.0 if self._sent.get(int(self.clock.monotonic()), 0) >= self.rate else 0.0

@@ -11,8 +11,8 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import ORG, App, FakeCredentials, FakeIssuer, kinde_issuer, org
-from worker.orgs import OrgRef
-from worker.tokens.acquirer import EnforcedToken
+from worker.claims.enforced import Enforced
+from worker.orgs import OrgRef, TokenWant
 from worker.tokens.cache import Tokens
 
 
@@ -33,9 +33,9 @@ class World:
         self.credentials.add(added, f"client-{number}", f"secret-{number}")
         return added
 
-    async def ensure(self, of: OrgRef = ORG, **asked: Any) -> EnforcedToken:
-        at_hand = None if "fresh" in asked else self.tokens.at_hand(of, "main", **asked)
-        enforced = await self.tokens.ensure(of, "main", **asked)
+    async def ensure(self, of: OrgRef = ORG, **asked: Any) -> Enforced:
+        at_hand = None if "fresh" in asked else self.tokens.at_hand(TokenWant(of, "main", **asked))
+        enforced = await self.tokens.ensure(TokenWant(of, "main", **asked))
         assert at_hand is None or at_hand is enforced
         return enforced
 

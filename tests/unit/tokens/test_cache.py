@@ -13,6 +13,7 @@ from tests.fakes.issuer import ORG, App, jwk
 from tests.unit.tokens.conftest import World
 from worker.errors import CredentialsRejected, IssuerUnavailable, StoreUnavailable, TokenRefused
 from worker.ids import ALL_ORGS
+from worker.orgs import TokenWant
 from worker.telemetry.masking import masker
 
 pytestmark = pytest.mark.anyio
@@ -126,13 +127,13 @@ async def test_valid_tokens_serve_while_the_issuer_is_away(world: World) -> None
 async def test_claims_older_than_a_definition_allows_are_asked_for_again(world: World) -> None:
     """A flag flipped at the provider is seen by the next run once `max_claims_age` has passed."""
     age = timedelta(minutes=5)
-    await world.ensure(max_claims_age=age)
+    await world.ensure(max_age=age)
     world.app.flags = {"agent-v2": {"t": "b", "v": True}}
     world.clock.advance(299)
-    assert not (await world.ensure(max_claims_age=age)).claims.flags
+    assert not (await world.ensure(max_age=age)).claims.flags
 
     world.clock.advance(1)
-    answers = await asyncio.gather(*(world.ensure(max_claims_age=age) for _ in range(20)))
+    answers = await asyncio.gather(*(world.ensure(max_age=age) for _ in range(20)))
 
     assert all(enforced.claims.flags["agent-v2"].value is True for enforced in answers)
     assert world.issuer.count() == 2
@@ -140,9 +141,9 @@ async def test_claims_older_than_a_definition_allows_are_asked_for_again(world: 
 
 async def test_a_definition_cannot_ask_for_claims_newer_than_a_minute(world: World) -> None:
     """The floor protects the issuer's budget."""
-    await world.ensure(max_claims_age=timedelta(seconds=1))
+    await world.ensure(max_age=timedelta(seconds=1))
     world.clock.advance(59)
-    await world.ensure(max_claims_age=timedelta(seconds=1))
+    await world.ensure(max_age=timedelta(seconds=1))
 
     assert world.issuer.count() == 1
 
@@ -390,27 +391,27 @@ async def test_a_secret_replaced_in_its_file_keeps_live_tokens(world: World) -> 
 async def test_a_token_is_at_hand_only_while_nothing_needs_to_be_asked(world: World) -> None:
     """Without a request: not for other scopes, not unconfirmed, not when it must be renewed."""
     scopes = frozenset({"read:kb"})
-    assert world.tokens.at_hand(ORG, "main", scopes=scopes) is None
+    assert world.tokens.at_hand(TokenWant(ORG, "main", scopes=scopes)) is None
     assert world.issuer.count() == 0
 
     enforced = await world.ensure(scopes=scopes)
-    assert world.tokens.at_hand(ORG, "main", scopes=scopes) is enforced
-    assert world.tokens.at_hand(ORG, "main", scopes=scopes | {"write:kb"}) is None
-    assert world.tokens.at_hand(ORG, "other", scopes=scopes) is None
+    assert world.tokens.at_hand(TokenWant(ORG, "main", scopes=scopes)) is enforced
+    assert world.tokens.at_hand(TokenWant(ORG, "main", scopes=scopes | {"write:kb"})) is None
+    assert world.tokens.at_hand(TokenWant(ORG, "other", scopes=scopes)) is None
 
     world.clock.advance(timedelta(seconds=2))
-    assert world.tokens.at_hand(ORG, "main", scopes=scopes) is None
+    assert world.tokens.at_hand(TokenWant(ORG, "main", scopes=scopes)) is None
     assert await world.ensure(scopes=scopes) is enforced
-    assert world.tokens.at_hand(ORG, "main", scopes=scopes) is enforced
+    assert world.tokens.at_hand(TokenWant(ORG, "main", scopes=scopes)) is enforced
 
     world.clock.advance(timedelta(minutes=10))
     await world.ensure(scopes=scopes)
     age = timedelta(minutes=5)
-    assert world.tokens.at_hand(ORG, "main", scopes=scopes, max_claims_age=age) is None
+    assert world.tokens.at_hand(TokenWant(ORG, "main", scopes=scopes, max_age=age)) is None
 
     world.clock.advance(timedelta(hours=23))
     assert await world.ensure(scopes=scopes) is enforced
-    assert world.tokens.at_hand(ORG, "main", scopes=scopes) is None
+    assert world.tokens.at_hand(TokenWant(ORG, "main", scopes=scopes)) is None
 
 
 async def test_a_token_of_a_retired_generation_is_not_at_hand(world: World) -> None:
@@ -420,4 +421,4 @@ async def test_a_token_of_a_retired_generation_is_not_at_hand(world: World) -> N
     world.clock.advance(timedelta(seconds=2))
     await world.tokens.load([ORG])
 
-    assert world.tokens.at_hand(ORG, "main") is None
+    assert world.tokens.at_hand(TokenWant(ORG, "main")) is None

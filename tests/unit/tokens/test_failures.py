@@ -26,7 +26,7 @@ from worker.errors import (
     WorkerError,
 )
 from worker.execution.attempts.attempt import outcome_of_error
-from worker.orgs import OrgRef
+from worker.orgs import OrgRef, TokenWant
 from worker.tokens import breaker
 
 pytestmark = pytest.mark.anyio
@@ -514,7 +514,7 @@ async def test_secrets_that_do_not_open_make_only_their_org_wait(world: World) -
 async def test_an_unknown_issuer_is_named(world: World) -> None:
     """An org whose issuer is not in worker.toml says which table is missing."""
     with pytest.raises(ConfigurationError) as unknown:
-        await world.tokens.ensure(ORG, "other")
+        await world.tokens.ensure(TokenWant(ORG, "other"))
 
     assert "[issuers.other]" in unknown.value.fix
 

@@ -16,6 +16,7 @@ from tests.fakes.issuer import ORG, URL, App, FakeCredentials, FakeIssuer, jwk, 
 from tests.unit.tokens.conftest import World
 from worker.errors import IssuerUnavailable, WorkerError
 from worker.guard.endpoints import Endpoints
+from worker.orgs import TokenWant
 from worker.outbound import open_client
 from worker.tokens.cache import Tokens
 
@@ -331,11 +332,13 @@ async def test_hostile_orgs_do_not_delay_the_others(clock: ManualClock) -> None:
         issuer.answer = lambda form: hang() if form["client_id"] != "client-a" else None
         for number in range(50):
             credentials.add(org(number), f"bad-{number}", "secret")
-        waiting = [asyncio.ensure_future(tokens.ensure(org(number), "bad")) for number in range(50)]
+        waiting = [
+            asyncio.ensure_future(tokens.ensure(TokenWant(org(number), "bad"))) for number in range(50)
+        ]
         await settle()
         before = clock.monotonic()
 
-        assert (await tokens.ensure(ORG, "main")).claims.org_code == "org_a"
+        assert (await tokens.ensure(TokenWant(ORG, "main"))).claims.org_code == "org_a"
 
         assert clock.monotonic() == before
         for task in waiting:

@@ -15,18 +15,19 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from tests.fakes.issuer import AUDIENCE, ORG, App, org
 from tests.fakes.token_fleet import FakeStore, Fleet, opened
+from worker.claims.enforced import Enforced
 from worker.errors import ConfigurationError, RequestRejected, StoreUnavailable, TokenRefused
 from worker.ids import OrgId
 from worker.orgs import OrgRef, TokenWant
 from worker.telemetry.events import Emitted
 from worker.tokens import shared as shared_module
-from worker.tokens.acquirer import Acquirer, EnforcedToken
+from worker.tokens.acquirer import Acquirer
 from worker.tokens.cache import MEMORY, Tokens
 from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import (
     RENEW,
     RESERVED,
-    TokenKey,
+    TokenRequest,
 )
 
 pytestmark = pytest.mark.anyio
@@ -40,10 +41,10 @@ async def fleet(clock: ManualClock, tmp_path: Path) -> AsyncIterator[Fleet]:
 
 async def test_the_second_process_takes_the_token_of_the_first(fleet: Fleet) -> None:
     """A restart or a further worker costs no request, and the token is verified again."""
-    first = await fleet.start().ensure(ORG, "main")
+    first = await fleet.start().ensure(TokenWant(ORG, "main"))
     fleet.clock.advance(600)
 
-    second = await fleet.start().ensure(ORG, "main")
+    second = await fleet.start().ensure(TokenWant(ORG, "main"))
 
     assert fleet.issuer.count() == 1
     assert second.token.reveal() == first.token.reveal()
@@ -60,7 +61,7 @@ async def test_processes_that_ask_at_once_make_one_request(fleet: Fleet) -> None
         return fleet.issuer.grant(form)
 
     fleet.issuer.answer = slow
-    waiting = [asyncio.ensure_future(fleet.start().ensure(ORG, "main")) for _ in range(4)]
+    waiting = [asyncio.ensure_future(fleet.start().ensure(TokenWant(ORG, "main"))) for _ in range(4)]
     await settle(50)
     gate.set()
     tokens = {(await fleet.until(one)).token.reveal() for one in waiting}
@@ -78,9 +79,9 @@ async def test_a_reservation_lasts_as_long_as_its_request(fleet: Fleet) -> None:
         return fleet.issuer.grant(form)
 
     fleet.issuer.answer = slow
-    first = asyncio.ensure_future(fleet.start().ensure(ORG, "main"))
+    first = asyncio.ensure_future(fleet.start().ensure(TokenWant(ORG, "main")))
     await settle(50)
-    second = asyncio.ensure_future(fleet.start().ensure(ORG, "main"))
+    second = asyncio.ensure_future(fleet.start().ensure(TokenWant(ORG, "main")))
     for _ in range(9):
         await fleet.clock.pass_time(RENEW / 4)
     before = fleet.issuer.count()
@@ -93,9 +94,9 @@ async def test_a_reservation_lasts_as_long_as_its_request(fleet: Fleet) -> None:
 async def test_a_reservation_of_a_dead_process_ends(fleet: Fleet) -> None:
     """After `kill -9` of the one that requests, another does so within the reservation: one request more."""
     dead = FakeStore(fleet.rows, "dead")
-    key = TokenKey.of(shared_module.TokenRequest("main", ORG, "https://api.acme.com", frozenset()))
-    assert await dead.reserve(key, "main", 0, RESERVED)
-    waiting = asyncio.ensure_future(fleet.start().ensure(ORG, "main"))
+    request = TokenRequest("main", ORG, AUDIENCE, frozenset())
+    assert await dead.reserve(request, 0, RESERVED)
+    waiting = asyncio.ensure_future(fleet.start().ensure(TokenWant(ORG, "main")))
     await fleet.clock.pass_time(RESERVED - 1)
     before = fleet.issuer.count()
 
@@ -107,11 +108,11 @@ async def test_a_reservation_of_a_dead_process_ends(fleet: Fleet) -> None:
 async def test_a_token_that_was_stored_meanwhile_is_not_requested_again(fleet: Fleet) -> None:
     """Between the look and the reservation another process may have stored its token."""
     store = FakeStore(fleet.rows, "late")
-    key = TokenKey.of(shared_module.TokenRequest("main", ORG, "https://api.acme.com", frozenset()))
-    version, _ = await store.find(key)
-    await fleet.start().ensure(ORG, "main")
+    request = TokenRequest("main", ORG, AUDIENCE, frozenset())
+    version, _ = await store.find(request)
+    await fleet.start().ensure(TokenWant(ORG, "main"))
 
-    assert not await store.reserve(key, "main", version, RESERVED)
+    assert not await store.reserve(request, version, RESERVED)
 
 
 async def test_one_process_renews_and_the_others_take_it(fleet: Fleet) -> None:
@@ -120,7 +121,7 @@ async def test_one_process_renews_and_the_others_take_it(fleet: Fleet) -> None:
     fleet_of = [fleet.start() for _ in range(4)]
     for _ in range(24 * 12):
         for tokens in fleet_of:
-            await fleet.until(asyncio.ensure_future(tokens.ensure(ORG, "main")))
+            await fleet.until(asyncio.ensure_future(tokens.ensure(TokenWant(ORG, "main"))))
         fleet.clock.advance(300)
         await settle(20)
 
@@ -130,12 +131,12 @@ async def test_one_process_renews_and_the_others_take_it(fleet: Fleet) -> None:
 
 async def test_a_credential_that_was_retired_serves_nobody(fleet: Fleet, emitted: list[Emitted]) -> None:
     """Also if its row came back, as from a backup: it is reported and replaced."""
-    await fleet.start().ensure(ORG, "main")
+    await fleet.start().ensure(TokenWant(ORG, "main"))
     fleet.credentials.add(ORG, "client-b", "secret-b")
     del fleet.credentials.orgs[ORG.id][1:]
     fleet.issuer.add(App("org_a", "client-b", "secret-b"))
 
-    token = await fleet.start().ensure(ORG, "main")
+    token = await fleet.start().ensure(TokenWant(ORG, "main"))
 
     assert token.claims.client_id == "client-b"
     assert fleet.issuer.count() == 2
@@ -149,11 +150,11 @@ async def test_a_token_of_a_generation_added_just_now_is_taken(fleet: Fleet, emi
     fleet.issuer.add(App("org_a", "client-b", "secret-b"))
     newest = fleet.credentials.orgs[ORG.id].pop(0)
     late = fleet.start()
-    await late.ensure(ORG, "main", scopes=frozenset({"read:kb"}))
+    await late.ensure(TokenWant(ORG, "main", scopes=frozenset({"read:kb"})))
     fleet.credentials.orgs[ORG.id].insert(0, newest)
-    stored = await fleet.start().ensure(ORG, "main")
+    stored = await fleet.start().ensure(TokenWant(ORG, "main"))
 
-    taken = await late.ensure(ORG, "main")
+    taken = await late.ensure(TokenWant(ORG, "main"))
 
     assert taken.token.reveal() == stored.token.reveal()
     assert taken.claims.client_id == "client-b"
@@ -174,10 +175,10 @@ async def test_a_row_that_does_not_open_costs_one_request(
 ) -> None:
     """A clear event, and a new token instead; the handler never sees another org's."""
     other = fleet.add_org(1)
-    foreign = (await fleet.start().ensure(other, "main")).token.reveal()
+    foreign = (await fleet.start().ensure(TokenWant(other, "main"))).token.reveal()
     stolen = fleet.rows.one()
     assert stolen.token is not None
-    await fleet.start().ensure(ORG, "main")
+    await fleet.start().ensure(TokenWant(ORG, "main"))
     mine = next(row for row in fleet.rows.rows.values() if row is not stolen)
     assert mine.token is not None
     match how:
@@ -186,7 +187,7 @@ async def test_a_row_that_does_not_open_costs_one_request(
         case "truncated":
             mine.token = replace(mine.token, sealed=mine.token.sealed[:20])
         case "other scopes":
-            await fleet.start().ensure(ORG, "main", scopes=frozenset({"read:kb"}))
+            await fleet.start().ensure(TokenWant(ORG, "main", scopes=frozenset({"read:kb"})))
             [wider] = [row for row in fleet.rows.rows.values() if row not in (mine, stolen)]
             assert wider.token is not None
             mine.token = replace(mine.token, sealed=wider.token.sealed)
@@ -206,7 +207,7 @@ async def test_a_row_that_does_not_open_costs_one_request(
     tokens = await looked_up_by(fleet, ORG) if looked_up else fleet.start()
     requests = fleet.issuer.count()
 
-    token = tokens.at_hand(ORG, "main") or await tokens.ensure(ORG, "main")
+    token = tokens.at_hand(TokenWant(ORG, "main")) or await tokens.ensure(TokenWant(ORG, "main"))
 
     assert token.claims.org_code == "org_a"
     assert token.token.reveal() != foreign
@@ -222,49 +223,49 @@ async def looked_up_by(fleet: Fleet, *orgs: OrgRef) -> Tokens:
     known = org(99)
     if known.id not in fleet.credentials.orgs:
         fleet.add_org(99)
-    await tokens.ensure(known, "main")
+    await tokens.ensure(TokenWant(known, "main"))
     assert set(await tokens.load([known, *orgs])) == {each.id for each in orgs}
     await tokens.look_up([want(each) for each in orgs])
     return tokens
 
 
 def want(of: OrgRef) -> TokenWant:
-    return TokenWant(of, "main", None, frozenset(), frozenset(), 0.0)
+    return TokenWant(of, "main")
 
 
 async def test_a_looked_up_token_is_at_hand_for_a_moment(fleet: Fleet) -> None:
     """Verified and enforced as any other, without another look; then it stays in memory."""
-    stored = await fleet.start().ensure(ORG, "main")
+    stored = await fleet.start().ensure(TokenWant(ORG, "main"))
     late, prompt = await looked_up_by(fleet, ORG), await looked_up_by(fleet, ORG)
     requests = fleet.issuer.count()
     fleet.rows.fault = StoreUnavailable("down")
     fleet.clock.advance(1)
 
-    token = prompt.at_hand(ORG, "main")
+    token = prompt.at_hand(TokenWant(ORG, "main"))
 
     assert token is not None
     assert token.token.reveal() == stored.token.reveal()
     assert (token.claims, token.expires_at) == (stored.claims, stored.expires_at)
-    assert prompt.at_hand(ORG, "main") is token
+    assert prompt.at_hand(TokenWant(ORG, "main")) is token
     fleet.clock.advance(1.5)
     await late.load([ORG])
-    assert late.at_hand(ORG, "main") is None
+    assert late.at_hand(TokenWant(ORG, "main")) is None
     assert fleet.issuer.count() == requests
 
 
 async def test_without_the_issuers_keys_no_token_is_at_hand(fleet: Fleet) -> None:
-    stored = await fleet.start().ensure(ORG, "main")
+    stored = await fleet.start().ensure(TokenWant(ORG, "main"))
     tokens = fleet.start()
     await tokens.load([ORG])
     await tokens.look_up([want(ORG)])
 
-    assert tokens.at_hand(ORG, "main") is None
-    assert (await tokens.ensure(ORG, "main")).token.reveal() == stored.token.reveal()
+    assert tokens.at_hand(TokenWant(ORG, "main")) is None
+    assert (await tokens.ensure(TokenWant(ORG, "main"))).token.reveal() == stored.token.reveal()
     assert fleet.issuer.count() == 1
 
 
 async def test_a_looked_up_token_of_a_retired_credential_is_not_used(fleet: Fleet) -> None:
-    await fleet.start().ensure(ORG, "main")
+    await fleet.start().ensure(TokenWant(ORG, "main"))
     tokens = await looked_up_by(fleet, ORG)
     requests = fleet.issuer.count()
     fleet.credentials.add(ORG, "client-b", "secret-b")
@@ -273,8 +274,8 @@ async def test_a_looked_up_token_of_a_retired_credential_is_not_used(fleet: Flee
     tokens._generations.forget(ORG.id)
     await tokens.load([ORG])
 
-    assert tokens.at_hand(ORG, "main") is None
-    assert (await tokens.ensure(ORG, "main")).claims.client_id == "client-b"
+    assert tokens.at_hand(TokenWant(ORG, "main")) is None
+    assert (await tokens.ensure(TokenWant(ORG, "main"))).claims.client_id == "client-b"
     assert fleet.issuer.count() == requests + 1
 
 
@@ -282,11 +283,11 @@ async def test_a_token_that_lacks_a_scope_is_looked_up_and_refused(
     fleet: Fleet, emitted: list[Emitted]
 ) -> None:
     """Reported as ever, and only then."""
-    await fleet.start().ensure(ORG, "main")
+    await fleet.start().ensure(TokenWant(ORG, "main"))
     [row] = fleet.rows.rows.values()
     tokens = await looked_up_by(fleet)
     wider = want(ORG)._replace(scopes=frozenset({"write:all"}))
-    request = shared_module.TokenRequest("main", ORG, AUDIENCE, wider.scopes)
+    request = TokenRequest("main", ORG, AUDIENCE, wider.scopes)
     await tokens.load([ORG])
     assert row.token is not None
     [credential] = fleet.credentials.orgs[ORG.id]
@@ -297,14 +298,14 @@ async def test_a_token_that_lacks_a_scope_is_looked_up_and_refused(
     )
     assert text is not None
     sealed, key_id = fleet.ring.seal_token(text, shared_module._place(request, credential))
-    row_of_wider = replace(row.token, key=TokenKey.of(request), sealed=sealed, key_id=key_id)
-    await FakeStore(fleet.rows, "another").put(row_of_wider)
+    token_of_wider = replace(row.token, sealed=sealed, key_id=key_id)
+    await FakeStore(fleet.rows, "another").put(request, token_of_wider)
     await tokens.look_up([wider])
 
-    assert tokens.at_hand(ORG, "main", scopes=wider.scopes) is None
+    assert tokens.at_hand(TokenWant(ORG, "main", scopes=wider.scopes)) is None
     assert [seen for seen in emitted if seen.event.name == "token.refused"] == []
     with pytest.raises(RequestRejected, match="invalid_scope"):
-        await tokens.ensure(ORG, "main", scopes=wider.scopes)
+        await tokens.ensure(TokenWant(ORG, "main", scopes=wider.scopes))
     assert [seen.fields["reason"] for seen in emitted if seen.event.name == "token.refused"] == [
         "scope_missing"
     ]
@@ -314,18 +315,18 @@ async def test_what_is_not_stored_needs_no_second_look(fleet: Fleet, monkeypatch
     """A reservation holds only if nothing was stored since the look."""
     tokens = await looked_up_by(fleet, ORG)
     requests = fleet.issuer.count()
-    looks: list[TokenKey] = []
+    looks: list[TokenRequest] = []
     find = FakeStore.find
 
-    async def counted(self: FakeStore, key: TokenKey) -> shared_module.Found:
-        looks.append(key)
-        return await find(self, key)
+    async def counted(self: FakeStore, request: TokenRequest) -> shared_module.Found:
+        looks.append(request)
+        return await find(self, request)
 
     monkeypatch.setattr(FakeStore, "find", counted)
-    another = await fleet.start().ensure(ORG, "main")
+    another = await fleet.start().ensure(TokenWant(ORG, "main"))
     assert len(looks) == 1
 
-    taken = await fleet.until(asyncio.ensure_future(tokens.ensure(ORG, "main")))
+    taken = await fleet.until(asyncio.ensure_future(tokens.ensure(TokenWant(ORG, "main"))))
 
     assert taken.token.reveal() == another.token.reveal()
     assert len(looks) == 2
@@ -338,16 +339,16 @@ async def test_without_the_seal_of_its_org_a_swapped_row_would_reach_enforcement
     """The control: sealed without a place the row opens, and only enforcement still stops it."""
     monkeypatch.setattr(shared_module, "_place", lambda request, credential: [])
     other = fleet.add_org(1)
-    await fleet.start().ensure(other, "main")
+    await fleet.start().ensure(TokenWant(other, "main"))
     stolen = fleet.rows.one()
-    await fleet.start().ensure(ORG, "main")
+    await fleet.start().ensure(TokenWant(ORG, "main"))
     mine = next(row for row in fleet.rows.rows.values() if row is not stolen)
     assert mine.token is not None and stolen.token is not None
     mine.token = replace(mine.token, sealed=stolen.token.sealed)
     opened_tokens: list[str] = []
     enforce = Acquirer.enforce
 
-    async def watched(self: object, request: object, granted: object, **rest: object) -> EnforcedToken:
+    async def watched(self: object, request: object, granted: object, **rest: object) -> Enforced:
         try:
             return await enforce(self, request, granted, **rest)  # type: ignore[arg-type]
         except TokenRefused as refused:
@@ -356,7 +357,7 @@ async def test_without_the_seal_of_its_org_a_swapped_row_would_reach_enforcement
 
     monkeypatch.setattr("worker.tokens.acquirer.Acquirer.enforce", watched)
 
-    token = await fleet.start().ensure(ORG, "main")
+    token = await fleet.start().ensure(TokenWant(ORG, "main"))
 
     assert opened_tokens == ["org_mismatch"]
     assert token.claims.org_code == "org_a"
@@ -364,10 +365,10 @@ async def test_without_the_seal_of_its_org_a_swapped_row_would_reach_enforcement
 
 async def test_a_token_older_than_a_definition_allows_is_not_taken(fleet: Fleet) -> None:
     """`max_claims_age` counts from when the token was received, in whatever process."""
-    await fleet.start().ensure(ORG, "main")
+    await fleet.start().ensure(TokenWant(ORG, "main"))
     fleet.clock.advance(301)
 
-    await fleet.start().ensure(ORG, "main", max_claims_age=timedelta(minutes=5))
+    await fleet.start().ensure(TokenWant(ORG, "main", max_age=timedelta(minutes=5)))
 
     assert fleet.issuer.count() == 2
 
@@ -375,11 +376,11 @@ async def test_a_token_older_than_a_definition_allows_is_not_taken(fleet: Fleet)
 async def test_fresh_requests_a_new_token_for_all(fleet: Fleet) -> None:
     """After a 401 the stored token is worth nothing; the new one is stored."""
     first, second = fleet.start(), fleet.start()
-    await first.ensure(ORG, "main")
+    await first.ensure(TokenWant(ORG, "main"))
     fleet.clock.advance(60)
-    minted = await first.ensure(ORG, "main", fresh=True)
+    minted = await first.ensure(TokenWant(ORG, "main", fresh=True))
 
-    served = await second.ensure(ORG, "main")
+    served = await second.ensure(TokenWant(ORG, "main"))
 
     assert fleet.issuer.count() == 2
     assert served.token.reveal() == minted.token.reveal()
@@ -389,11 +390,11 @@ async def test_a_renewal_without_a_right_deletes_the_stored_token(fleet: Fleet) 
     """The older token does not show that the org has fewer rights now."""
     scopes = frozenset({"read:kb"})
     tokens = fleet.start()
-    await tokens.ensure(ORG, "main", scopes=scopes)
+    await tokens.ensure(TokenWant(ORG, "main", scopes=scopes))
     fleet.clock.advance(60)
     fleet.app.replace = {"scope": "", "scp": []}
     with pytest.raises(TokenRefused):
-        await tokens.ensure(ORG, "main", scopes=scopes, fresh=True)
+        await tokens.ensure(TokenWant(ORG, "main", scopes=scopes, fresh=True))
 
     assert fleet.rows.one().token is None
 
@@ -401,11 +402,11 @@ async def test_a_renewal_without_a_right_deletes_the_stored_token(fleet: Fleet) 
 async def test_an_invalid_renewal_leaves_the_stored_token(fleet: Fleet) -> None:
     """A fault of the issuer says nothing about the older token."""
     tokens = fleet.start()
-    await tokens.ensure(ORG, "main")
+    await tokens.ensure(TokenWant(ORG, "main"))
     fleet.clock.advance(60)
     fleet.app.replace = {"iss": "https://elsewhere.example"}
     with pytest.raises(TokenRefused):
-        await tokens.ensure(ORG, "main", fresh=True)
+        await tokens.ensure(TokenWant(ORG, "main", fresh=True))
 
     assert fleet.rows.one().token is not None
 
@@ -414,7 +415,7 @@ async def test_a_failed_request_leaves_no_reservation(fleet: Fleet) -> None:
     """The next process need not wait for it."""
     fleet.issuer.answer = lambda form: httpx.Response(400, json={"error": "invalid_request"})
     with pytest.raises(RequestRejected):
-        await fleet.start().ensure(ORG, "main")
+        await fleet.start().ensure(TokenWant(ORG, "main"))
 
     assert fleet.rows.one().reserved_until == 0.0
 
@@ -423,45 +424,42 @@ async def test_without_the_database_each_process_requests_its_own(fleet: Fleet) 
     """A long run needs its token renewed also while the database is away."""
     fleet.rows.fault = StoreUnavailable("the database is away")
     for _ in range(2):
-        await fleet.start().ensure(ORG, "main")
+        await fleet.start().ensure(TokenWant(ORG, "main"))
 
     assert fleet.issuer.count() == 2
 
 
 async def test_after_claims_were_refused_the_next_run_gets_a_new_token(fleet: Fleet) -> None:
     """In any process: the property may have been corrected. Not more often than once a minute."""
-    wanted = {"audience": None, "scopes": frozenset[str](), "also_ask": frozenset[str]()}
     tokens = fleet.start()
-    await tokens.ensure(ORG, "main")
-    await tokens.outdate(ORG, "main", **wanted)
+    await tokens.ensure(TokenWant(ORG, "main"))
+    await tokens.outdate(want(ORG))
     fleet.app.properties = {"plan": "gold"}
     fleet.clock.advance(5)
 
-    assert (await fleet.start().ensure(ORG, "main")).claims.properties == {"plan": "gold"}
-    assert (await tokens.ensure(ORG, "main")).claims.properties == {"plan": "gold"}
+    assert (await fleet.start().ensure(TokenWant(ORG, "main"))).claims.properties == {"plan": "gold"}
+    assert (await tokens.ensure(TokenWant(ORG, "main"))).claims.properties == {"plan": "gold"}
     assert fleet.issuer.count() == 2
     for _ in range(6):
-        await tokens.outdate(ORG, "main", **wanted)
-        await tokens.ensure(ORG, "main")
+        await tokens.outdate(want(ORG))
+        await tokens.ensure(TokenWant(ORG, "main"))
         fleet.clock.advance(13)
     assert fleet.issuer.count() == 3
-    await tokens.outdate(OrgRef(OrgId("nobody"), "nobody"), "main", **wanted)
+    await tokens.outdate(want(OrgRef(OrgId("nobody"), "nobody")))
 
 
 async def test_an_outdated_token_serves_until_a_new_one_comes(fleet: Fleet) -> None:
     tokens = fleet.start()
-    old = await tokens.ensure(ORG, "main")
-    await tokens.outdate(ORG, "main", audience=None, scopes=frozenset(), also_ask=frozenset())
+    old = await tokens.ensure(TokenWant(ORG, "main"))
+    await tokens.outdate(want(ORG))
     fleet.issuer.answer = lambda form: httpx.Response(503)
 
-    waiting = asyncio.ensure_future(tokens.ensure(ORG, "main"))
+    waiting = asyncio.ensure_future(tokens.ensure(TokenWant(ORG, "main")))
     assert (await fleet.until(waiting)).token.reveal() == old.token.reveal()
 
 
 async def prepare(tokens: Tokens, covers: float, of: OrgRef = ORG) -> float | None:
-    return await tokens.prepare(
-        of, "main", audience=None, scopes=frozenset(), also_ask=frozenset(), covers=covers
-    )
+    return await tokens.prepare(TokenWant(of, "main", covers=covers))
 
 
 async def test_a_token_is_prepared_for_a_run_of_any_process(fleet: Fleet) -> None:
@@ -469,14 +467,14 @@ async def test_a_token_is_prepared_for_a_run_of_any_process(fleet: Fleet) -> Non
     assert await prepare(fleet.start(), covers=900) is None
     fleet.clock.advance(900)
 
-    await fleet.start().ensure(ORG, "main")
+    await fleet.start().ensure(TokenWant(ORG, "main"))
 
     assert fleet.issuer.count() == 1
 
 
 async def test_a_token_that_covers_the_run_is_left(fleet: Fleet) -> None:
     fleet.app.lifetime = 3600
-    await fleet.start().ensure(ORG, "main")
+    await fleet.start().ensure(TokenWant(ORG, "main"))
 
     assert await prepare(fleet.start(), covers=3000) is None
     assert fleet.issuer.count() == 1
@@ -488,11 +486,11 @@ async def test_a_token_that_covers_the_run_is_left(fleet: Fleet) -> None:
 async def test_stored_tokens_that_cover_the_runs_are_found_without_credentials(fleet: Fleet) -> None:
     """Those of a full hour are looked up together, and no secret is opened."""
     fleet.app.lifetime = 3600
-    await fleet.start().ensure(ORG, "main")
-    tokens, nothing = fleet.start(), frozenset[str]()
-    wants = [TokenWant(ORG, "main", None, nothing, nothing, covers) for covers in (3000.0, 3599.0)]
-    other = TokenWant(org(2), "main", None, nothing, nothing, 10.0)
-    unknown = TokenWant(ORG, "nowhere", None, nothing, nothing, 10.0)
+    await fleet.start().ensure(TokenWant(ORG, "main"))
+    tokens = fleet.start()
+    wants = [TokenWant(ORG, "main", covers=covers) for covers in (3000.0, 3599.0)]
+    other = TokenWant(org(2), "main", covers=10.0)
+    unknown = TokenWant(ORG, "nowhere", covers=10.0)
     fleet.credentials.reads = 0
 
     assert await tokens.not_covered([*wants, other, unknown]) == [wants[1], other]
@@ -503,7 +501,7 @@ async def test_no_token_is_prepared_longer_ahead_than_it_lives(fleet: Fleet) -> 
     """One that expires before the run would be requested in vain."""
     fleet.app.lifetime = 300
     tokens = fleet.start()
-    await tokens.ensure(ORG, "main")
+    await tokens.ensure(TokenWant(ORG, "main"))
 
     again = await prepare(tokens, covers=600)
 
@@ -512,7 +510,7 @@ async def test_no_token_is_prepared_longer_ahead_than_it_lives(fleet: Fleet) -> 
     fleet.clock.advance(again)
     assert await prepare(tokens, covers=600 - again) is None
     fleet.clock.advance(600 - again)
-    await tokens.ensure(ORG, "main")
+    await tokens.ensure(TokenWant(ORG, "main"))
     assert fleet.issuer.count() == 2
 
 
@@ -520,7 +518,7 @@ async def test_nothing_is_prepared_for_a_parked_org(fleet: Fleet) -> None:
     tokens = fleet.start()
     fleet.issuer.answer = lambda form: httpx.Response(400, json={"error": "invalid_request"})
     with pytest.raises(RequestRejected):
-        await tokens.ensure(ORG, "main")
+        await tokens.ensure(TokenWant(ORG, "main"))
     fleet.clock.advance(60)
 
     assert await prepare(tokens, covers=600) is None
@@ -549,7 +547,7 @@ async def test_a_run_that_needs_the_token_meanwhile_shares_the_request(fleet: Fl
     tokens = fleet.start()
     ahead = asyncio.ensure_future(prepare(tokens, covers=600))
     await settle(20)
-    run = asyncio.ensure_future(tokens.ensure(ORG, "main"))
+    run = asyncio.ensure_future(tokens.ensure(TokenWant(ORG, "main")))
     await settle(20)
     again = asyncio.ensure_future(prepare(tokens, covers=600))
     await settle(20)
@@ -566,9 +564,9 @@ async def test_requests_of_runs_pass_those_ahead_of_time(fleet: Fleet) -> None:
     tokens = fleet.start()
     first = [asyncio.ensure_future(prepare(tokens, 600, of)) for of in orgs[:16]]
     await settle(50)
-    runs = [asyncio.ensure_future(tokens.ensure(of, "main")) for of in orgs[16:]]
+    runs = [asyncio.ensure_future(tokens.ensure(TokenWant(of, "main"))) for of in orgs[16:]]
     await settle(50)
-    hurried = asyncio.ensure_future(tokens.ensure(orgs[15], "main"))
+    hurried = asyncio.ensure_future(tokens.ensure(TokenWant(orgs[15], "main")))
     for _ in range(200):
         await fleet.clock.pass_time(0.1)
         if hurried.done():
@@ -591,7 +589,8 @@ async def test_several_workers_share_the_rate(fleet: Fleet) -> None:
         tokens.share(2)
     began = fleet.clock.monotonic()
     waiting = [
-        asyncio.ensure_future(workers[number % 2].ensure(of, "main")) for number, of in enumerate(orgs)
+        asyncio.ensure_future(workers[number % 2].ensure(TokenWant(of, "main")))
+        for number, of in enumerate(orgs)
     ]
     while not all(one.done() for one in waiting):
         await fleet.clock.pass_time(0.1)
@@ -617,7 +616,7 @@ async def test_the_rest_of_what_the_issuer_allows_is_kept_for_runs(
 
     fleet.issuer.answer = answer
     assert tokens.ahead_in("main") == 0
-    await tokens.ensure(ORG, "main")
+    await tokens.ensure(TokenWant(ORG, "main"))
     fleet.clock.advance(2)
 
     assert tokens.ahead_in("main") == pytest.approx(28 if waits else 0)
@@ -632,13 +631,11 @@ async def test_a_token_is_verified_once_in_a_process_while_it_is_in_memory(
     orgs = [fleet.add_org(number) for number in range(30)]
     first = fleet.start()
     for each in orgs:
-        await fleet.until(asyncio.ensure_future(first.ensure(each, "main")))
+        await fleet.until(asyncio.ensure_future(first.ensure(TokenWant(each, "main"))))
     enforced: list[str] = []
     enforce = Acquirer.enforce
 
-    async def counted(
-        self: Acquirer, request: shared_module.TokenRequest, *rest: Any, **more: Any
-    ) -> EnforcedToken:
+    async def counted(self: Acquirer, request: TokenRequest, *rest: Any, **more: Any) -> Enforced:
         enforced.append(request.org.code)
         return await enforce(self, request, *rest, **more)
 
@@ -647,7 +644,7 @@ async def test_a_token_is_verified_once_in_a_process_while_it_is_in_memory(
     for _ in range(3):
         await second.load(orgs)
         for each in orgs:
-            await second.ensure(each, "main")
+            await second.ensure(TokenWant(each, "main"))
         fleet.clock.advance(60)
 
     assert len(enforced) == verified

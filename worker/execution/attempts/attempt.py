@@ -92,18 +92,12 @@ async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared
         return outcomes.NotApproved(command)
 
     # token: a verified and enforced one, mostly from the cache
-    scopes, audience, max_age = limits.scopes, definition.audience, definition.max_claims_age
-    also_ask = tools.handlers.scopes([variant.handler for variant in definition.variants])
-    enforced = tools.tokens.at_hand(
-        org, plan.issuer, audience=audience, scopes=scopes, also_ask=also_ask, max_claims_age=max_age
-    )
+    scopes, want = limits.scopes, plan.want(limits, tools.handlers)
+    enforced = tools.tokens.at_hand(want)
     if inflight.stop.asked:
         return outcome_of_stop(inflight.stop)
     if enforced is None:
-        asking = tools.tokens.ensure(
-            org, plan.issuer, audience=audience, scopes=scopes, also_ask=also_ask, max_claims_age=max_age
-        )
-        enforced = await inflight.unless_stopped(asking)
+        enforced = await inflight.unless_stopped(tools.tokens.ensure(want))
     if enforced is None:
         return outcome_of_stop(inflight.stop)
     inflight.hold(enforced.token)
@@ -154,17 +148,7 @@ async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared
             return outcomes.Refused(SECRET_MISSING, lacking[0], message)
     if run.may_have_checkpoint or entry.state or secrets:
         now = tools.clock.now()  # the database was read
-    work = plan.work(
-        run,
-        entry,
-        enforced.token,
-        claims,
-        checkpoint=stored.checkpoint,
-        state=None if state is None else state.value,
-        secrets=secrets,
-        limits=limits,
-        now=now,
-    )
+    work = plan.work(run, entry, enforced, stored, state, secrets, limits, now=now)
     if tools.budgets.is_limited(org.id):
         found = await tools.budgets.budgets_of(run)
         if found.missing is not None:
@@ -236,8 +220,7 @@ async def outdate_token(inflight: InflightRun, tools: Tools) -> None:
     """Have the org's next run ask for another token: the claims of this one may have been corrected."""
     if (plan := inflight.plan) is not None:
         with suppress(WorkerError):
-            wanted = tools.token_of(plan, limits_of(inflight, tools))
-            await tools.tokens.outdate(plan.org, plan.issuer, **wanted)
+            await tools.tokens.outdate(plan.want(limits_of(inflight, tools), tools.handlers))
 
 
 def limits_of(inflight: InflightRun, tools: Tools) -> Limits:

@@ -8,23 +8,23 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from worker.bounded import Sized
+from worker.claims.enforced import Enforced
 from worker.clock import Clock
 from worker.definitions import CANCEL_GRACE, TIMEOUT, RetryPolicy
 from worker.definitions.definition import Definition, from_spec
 from worker.definitions.origins import check_base_url, check_encrypted, is_listed
 from worker.definitions.units import parse_duration, parse_memory
 from worker.errors import ConfigurationError, DefinitionError, Unavailable
+from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.runners.contract import Work
-from worker.guard.claims import Claims
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId
-from worker.orgs import OrgRef
+from worker.orgs import OrgRef, TokenWant
 from worker.runs.outcome import Error, Failed
-from worker.runs.run import AdmittedRun, RunContext
-from worker.secret import AccessToken
+from worker.runs.run import AdmittedRun, LoadedState, RunContext, StoredProgress
 from worker.telemetry.tracing import traceparent
 
 # Seconds that a plan is cached: an org's new name or issuer takes effect within that time.
@@ -86,6 +86,7 @@ class AttemptPlan:
     insecure_origins: tuple[str, ...] = ()
     api_base_url: str = ""
     _limits: dict[str, tuple[HandlerEntry | None, Limits]] = field(default_factory=dict, repr=False)
+    _want: TokenWant | None = field(default=None, repr=False)
 
     def limits(self, handler: str, entry: HandlerEntry | None) -> Limits:
         """The limits of an attempt by this handler, cached for all runs of the plan."""
@@ -94,17 +95,26 @@ class AttemptPlan:
             cached = self._limits[handler] = (entry, Limits.of(self.definition, entry))
         return cached[1]
 
+    def want(self, limits: Limits, handlers: HandlerRegistry) -> TokenWant:
+        """The token of an attempt, which may have the scopes of its variants too."""
+        definition, want = self.definition, self._want
+        # Cached unless the scopes change with the handlers that are offered.
+        if want is None or want.scopes is not limits.scopes or definition.variants:
+            also_ask = handlers.scopes([variant.handler for variant in definition.variants])
+            asked = (self.org, self.issuer, definition.audience, limits.scopes, also_ask)
+            want = self._want = TokenWant(*asked, max_age=definition.max_claims_age)
+        return want
+
     def work(
         self,
         run: AdmittedRun,
         entry: HandlerEntry,
-        token: AccessToken,
-        claims: Claims,
-        *,
-        checkpoint: Any,
-        state: Mapping[str, Any] | None = None,
+        enforced: Enforced,
+        stored: StoredProgress,
+        state: LoadedState | None,
         secrets: Mapping[str, str],
         limits: Limits,
+        *,
         now: datetime,
     ) -> Work:
         """The work of a run for the handler `entry`, which starts now."""
@@ -119,17 +129,17 @@ class AttemptPlan:
             handler=entry.name,
             entry_point=entry.entry_point,
             params={**self.definition.params, **(run.params or {})},
-            claims=claims,
-            token=token,
+            claims=enforced.claims,
+            token=enforced.token,
             api_origins=self.api_origins,
             timeout_at=now + limits.timeout,
-            checkpoint=checkpoint,
+            checkpoint=stored.checkpoint,
             memory=limits.memory,
             traceparent=traceparent(run.id, run.fencing_token),
             private_origins=self.private_origins,
             insecure_origins=self.insecure_origins,
             replays=run.may_have_checkpoint,
-            state=state,
+            state=None if state is None else state.value,
             api_base_url=self.api_base_url,
             meter_usage=self.definition.meter_usage,
             secrets=secrets,

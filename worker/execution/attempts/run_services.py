@@ -6,19 +6,19 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from random import Random
 from typing import Any, Protocol, TypeVar
 
 from worker.claims.digests import Digests
+from worker.claims.enforced import Enforced
 from worker.claims.pools import PoolRules
-from worker.claims.record import ClaimsRecord
 from worker.clock import Clock
 from worker.errors import LeaseLost, TokenError, TokenRefused, Unavailable
 from worker.execution.attempts.claimed import believed_step, believed_wait
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import Deadlines, InflightRun
-from worker.execution.attempts.plan import AttemptPlan, Limits, Plans
+from worker.execution.attempts.plan import AttemptPlan, Plans
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import GivenErrors, Runner
 from worker.guard.claims import Claims
@@ -50,56 +50,18 @@ COMPARED = 32 * 1024
 T = TypeVar("T")
 
 
-class EnforcedToken(Protocol):
-    """A token that was verified and enforced for its org; `record` is kept for its next run."""
-
-    record: ClaimsRecord | None
-
-    @property
-    def token(self) -> AccessToken: ...
-    @property
-    def claims(self) -> Claims: ...
-
-
 class TokenSource(Protocol):
-    def at_hand(
-        self,
-        org: OrgRef,
-        issuer: str,
-        *,
-        audience: str | None,
-        scopes: frozenset[str],
-        also_ask: frozenset[str],
-        max_claims_age: timedelta | None,
-    ) -> EnforcedToken | None:
+    def at_hand(self, want: TokenWant) -> Enforced | None:
         """What `ensure` would return at once and without any request, else None. Raises TokenError."""
 
-    async def ensure(
-        self,
-        org: OrgRef,
-        issuer: str,
-        *,
-        audience: str | None,
-        scopes: frozenset[str],
-        also_ask: frozenset[str] = frozenset(),
-        max_claims_age: timedelta | None = None,
-        fresh: bool = False,
-    ) -> EnforcedToken:
-        """A verified and enforced token of this org with some life left.
+    async def ensure(self, want: TokenWant) -> Enforced:
+        """A verified and enforced token with some life left.
 
-        It may lack the scopes in `also_ask`. Raises TokenRefused if the issuer's token must not be used,
-        TokenError and Unavailable if there is no token, or no verdict on it, for now.
+        Raises TokenRefused if the issuer's token must not be used, TokenError and Unavailable if there is
+        no token, or no verdict on it, for now.
         """
 
-    async def outdate(
-        self,
-        org: OrgRef,
-        issuer: str,
-        *,
-        audience: str | None,
-        scopes: frozenset[str],
-        also_ask: frozenset[str],
-    ) -> None:
+    async def outdate(self, want: TokenWant) -> None:
         """Request a new token for the next run: the claims of this one were refused."""
 
     async def load(self, orgs: Sequence[OrgRef]) -> Collection[OrgId]:
@@ -261,17 +223,7 @@ class Tools:
 
     def _want(self, plan: AttemptPlan) -> TokenWant:
         handler = plan.definition.handler
-        token = self.token_of(plan, plan.limits(handler, self.handlers.get(handler)))
-        return TokenWant(plan.org, plan.issuer, covers=0.0, **token)
-
-    def token_of(self, plan: AttemptPlan, limits: Limits) -> dict[str, Any]:
-        """What a token of this plan is requested for."""
-        variants = [variant.handler for variant in plan.definition.variants]
-        return {
-            "audience": plan.definition.audience,
-            "scopes": limits.scopes,
-            "also_ask": self.handlers.scopes(variants),
-        }
+        return plan.want(plan.limits(handler, self.handlers.get(handler)), self.handlers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,12 +238,14 @@ class _Renewals:
             raise LeaseLost(f"run {inflight.run.id} has not started")
         definition, org = plan.definition, plan.org
         enforced = await tools.tokens.ensure(
-            org,
-            plan.issuer,
-            audience=definition.audience,
-            scopes=inflight.scopes,
-            max_claims_age=definition.max_claims_age,
-            fresh=fresh,
+            TokenWant(
+                org,
+                plan.issuer,
+                definition.audience,
+                inflight.scopes,
+                max_age=definition.max_claims_age,
+                fresh=fresh,
+            )
         )
         inflight.hold(enforced.token)
         enforce(enforced.claims, org_code=org.code, client_id=None, scopes=inflight.scopes)

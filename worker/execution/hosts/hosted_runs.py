@@ -183,7 +183,9 @@ class HostedRuns:
         inflight.scopes = limits.scopes
         with suppress(WorkerError, TimeoutError):
             async with asyncio.timeout(TOKEN_WITHIN):
-                enforced = await tools.tokens.ensure(plan.org, plan.issuer, **tools.token_of(plan, limits))
+                # Its age does not matter: it is only masked.
+                want = plan.want(limits, tools.handlers)._replace(max_age=None)
+                enforced = await tools.tokens.ensure(want)
                 inflight.hold(enforced.token)
                 variants = [variant.handler for variant in plan.definition.variants]
                 if names := tools.handlers.secrets([inflight.run.handler, *variants]):

@@ -52,17 +52,8 @@ class TokenPreparer(Protocol):
     async def not_covered(self, wanted: Sequence[TokenWant]) -> Sequence[TokenWant]:
         """Those whose stored token does not last `covers` seconds, in one query; raises Unavailable."""
 
-    async def prepare(
-        self,
-        org: OrgRef,
-        issuer: str,
-        *,
-        audience: str | None,
-        scopes: frozenset[str],
-        also_ask: frozenset[str],
-        covers: float,
-    ) -> float | None:
-        """Make sure that a token is usable `covers` seconds from now; or the seconds to call it again."""
+    async def prepare(self, want: TokenWant) -> float | None:
+        """Make sure that the token is there; or the seconds to call it again."""
 
     def ahead_in(self, issuer: str) -> float:
         """Seconds until the issuer has room for such requests: none that a run needs is waiting."""
@@ -230,14 +221,7 @@ class TokenRenewal:
                 # Its run asks for it.
                 continue
             try:
-                again = await self.tokens.prepare(
-                    wanted.want.org,
-                    wanted.want.issuer,
-                    audience=wanted.want.audience,
-                    scopes=wanted.want.scopes,
-                    also_ask=wanted.want.also_ask,
-                    covers=covers,
-                )
+                again = await self.tokens.prepare(wanted.want._replace(covers=covers))
             except Unavailable:
                 again = LOOK
             if again is not None:
