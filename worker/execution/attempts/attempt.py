@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from random import Random
 
+from worker.claims.enforced import Enforced
 from worker.claims.record import ClaimsRecord
 from worker.errors import (
     ConfigurationError,
@@ -26,12 +27,14 @@ from worker.errors import (
 from worker.execution.attempts import events
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.masked import mask_trail, redacted
-from worker.execution.attempts.plan import DEFAULT_LIMITS, Limits, state_without_order
+from worker.execution.attempts.plan import DEFAULT_LIMITS, AttemptPlan, Limits, state_without_order
 from worker.execution.attempts.run_services import AttemptServices, HandlerTools, Tools
-from worker.execution.runners.contract import LONGEST_PAUSE, Work, outcome_of_stop
-from worker.guard.claims import flag_is
+from worker.execution.runners.contract import LONGEST_PAUSE, Stopped, Work, outcome_of_stop
+from worker.guard.claims import Claims, flag_is
 from worker.guard.decode import enforce
+from worker.handlers.catalogue import HandlerEntry
 from worker.runs import outcome as outcomes
+from worker.runs.budgets import BudgetState
 from worker.runs.outcome import (
     EndedAttempt,
     Error,
@@ -41,12 +44,13 @@ from worker.runs.outcome import (
     Trail,
     end_attempt,
 )
-from worker.runs.run import StoredProgress
+from worker.runs.run import AdmittedRun, StoredProgress
 from worker.telemetry.events import emit
 
 # Default pause of a run without a token, in seconds.
 PAUSE = 5.0
 NOTHING_STORED = StoredProgress()
+NO_SECRETS: Mapping[str, str] = {}
 # Why a run is refused whose token is right.
 SECRET_MISSING = "secret_missing"  # noqa: S105 - a reason, not a secret
 
@@ -85,34 +89,60 @@ async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared
     plan = await tools.plans.of(run)
     inflight.begin(plan)
     events.run_admitted(run, plan)
-    limits, definition, org = limits_of(inflight, tools), plan.definition, plan.org
+    limits = limits_of(inflight, tools)
     if run.start_by is not None and tools.clock.now() > run.start_by:
         return outcomes.Gated("expired")
-    if (command := tools.handlers.unapproved(run.handler, definition)) is not None:
+    if (command := tools.handlers.unapproved(run.handler, plan.definition)) is not None:
         return outcomes.NotApproved(command)
 
-    # token: a verified and enforced one, mostly from the cache
-    scopes, want = limits.scopes, plan.want(limits, tools.handlers)
+    enforced = await _token(inflight, plan, limits, trail, tools)
+    if not isinstance(enforced, Enforced):
+        return enforced
+    if (gated := _claims(enforced.claims, inflight, plan, trail, tools)) is not None:
+        return gated
+    stored = await tools.checkpoints.load_progress(run.id) if run.may_have_checkpoint else NOTHING_STORED
+    entry = _handler(stored, enforced.claims, inflight, plan, trail, tools)
+    if not isinstance(entry, HandlerEntry):
+        return entry
+    state = await tools.checkpoints.load_state(run) if entry.state else None
+    secrets = await _secrets(entry, inflight, plan, tools) if entry.secrets else NO_SECRETS
+    if isinstance(secrets, outcomes.Refused):
+        return secrets
+    work = plan.work(run, entry, enforced, stored, state, secrets, limits, now=tools.clock.now())
+    if tools.budgets.is_limited(plan.org.id):
+        work.budgets = await _budgets(run, tools)
+    return Prepared(work, limits, commits=state is not None and state.commits)
+
+
+async def _token(
+    inflight: InflightRun, plan: AttemptPlan, limits: Limits, trail: Trail, tools: Tools
+) -> Enforced | Stopped:
+    """A verified and enforced token, mostly from the cache, whose claims are recorded."""
+    inflight.scopes = limits.scopes
+    want = plan.want(limits, tools.handlers)
     enforced = tools.tokens.at_hand(want)
-    if inflight.stop.asked:
-        return outcome_of_stop(inflight.stop)
-    if enforced is None:
+    if enforced is None or inflight.stop.asked:
         enforced = await inflight.unless_stopped(tools.tokens.ensure(want))
     if enforced is None:
         return outcome_of_stop(inflight.stop)
     inflight.hold(enforced.token)
-    claims = enforced.claims
     if (record := enforced.record) is None:
-        record = enforced.record = ClaimsRecord.of(claims, tools.digests)
-    now = tools.clock.now()
-    events.record_claims(trail, record, now)
+        record = enforced.record = ClaimsRecord.of(enforced.claims, tools.digests)
+    events.record_claims(trail, record, tools.clock.now())
     if tools.budgets.limits_in_claims:
-        await tools.budgets.note_claims(org.id, claims)
+        await tools.budgets.note_claims(plan.org.id, enforced.claims)
+    return enforced
 
-    # claims: enforced again, then flag and variant. `ensure` has compared the client, which it alone knows.
+
+def _claims(
+    claims: Claims, inflight: InflightRun, plan: AttemptPlan, trail: Trail, tools: Tools
+) -> outcomes.Gated | None:
+    """Enforces the claims again, then flag and variant. Raises TokenRefused."""
+    definition = plan.definition
     properties = definition.requires_properties
-    enforce(claims, org_code=org.code, client_id=None, scopes=scopes, properties=properties)
-    tools.pool_rules.enforce(run.pool, claims)
+    # `ensure` has compared the client, which it alone knows.
+    enforce(claims, org_code=plan.org.code, client_id=None, scopes=inflight.scopes, properties=properties)
+    tools.pool_rules.enforce(inflight.run.pool, claims)
     flag = definition.requires_flag
     if flag is not None and not flag_is(claims, flag.name, flag.equals):
         return outcomes.Gated("flag_off", flag.name)
@@ -120,41 +150,52 @@ async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared
         if flag_is(claims, variant.flag.name, variant.flag.equals):
             trail.handler = variant.handler
             break
-    # A run keeps the handler that first stored progress: another version would not understand it.
-    stored = await tools.checkpoints.load_progress(run.id) if run.may_have_checkpoint else NOTHING_STORED
-    trail.handler = stored.handler or trail.handler
-    entry = tools.handlers.get(trail.handler)
-    if entry is None or (run.isolation == "inline" and not tools.handlers.allows_inline(entry)):
-        return outcomes.NoHandler(trail.handler)
-    if trail.handler != run.handler:
-        if (command := tools.handlers.unapproved(trail.handler, definition, is_variant=True)) is not None:
-            return outcomes.NotApproved(command)
-        scopes = scopes | frozenset(entry.scopes)
-        enforce(claims, org_code=org.code, client_id=None, scopes=scopes)
-    inflight.scopes = scopes
+    return None
 
-    # handler: what its process needs
-    state = None
-    if entry.state:
-        if not definition.serial:
-            return state_without_order(plan, entry.name)
-        state = await tools.checkpoints.load_state(run)
-    secrets: Mapping[str, str] = {}
-    if entry.secrets:
-        secrets = await tools.secrets.of(org, entry.secrets)
-        inflight.hold_secrets(secrets)
-        if lacking := [name for name in entry.secrets if name not in secrets]:
-            message = f"org {org.code} has no secret {lacking[0]}, which {entry.name} declares"
-            return outcomes.Refused(SECRET_MISSING, lacking[0], message)
-    if run.may_have_checkpoint or entry.state or secrets:
-        now = tools.clock.now()  # the database was read
-    work = plan.work(run, entry, enforced, stored, state, secrets, limits, now=now)
-    if tools.budgets.is_limited(org.id):
-        found = await tools.budgets.budgets_of(run)
-        if found.missing is not None:
-            raise TokenRefused("property_missing", found.missing)
-        work.budgets = tuple(found.states)
-    return Prepared(work, limits, commits=state is not None and state.commits)
+
+def _handler(
+    stored: StoredProgress,
+    claims: Claims,
+    inflight: InflightRun,
+    plan: AttemptPlan,
+    trail: Trail,
+    tools: Tools,
+) -> HandlerEntry | outcomes.NoHandler | outcomes.NotApproved | Failed:
+    """The handler, whose scopes are enforced too if it is a variant. Raises TokenRefused."""
+    run, handlers = inflight.run, tools.handlers
+    # A run keeps the handler that first stored progress: another version would not understand it.
+    name = trail.handler = stored.handler or trail.handler
+    entry = handlers.get(name)
+    if entry is None or (run.isolation == "inline" and not handlers.allows_inline(entry)):
+        return outcomes.NoHandler(name)
+    if name != run.handler:
+        if (command := handlers.unapproved(name, plan.definition, is_variant=True)) is not None:
+            return outcomes.NotApproved(command)
+        inflight.scopes |= frozenset(entry.scopes)
+        enforce(claims, org_code=plan.org.code, client_id=None, scopes=inflight.scopes)
+    if entry.state and not plan.definition.serial:
+        return state_without_order(plan, name)
+    return entry
+
+
+async def _secrets(
+    entry: HandlerEntry, inflight: InflightRun, plan: AttemptPlan, tools: Tools
+) -> Mapping[str, str] | outcomes.Refused:
+    """The secrets that the handler declares."""
+    secrets = await tools.secrets.of(plan.org, entry.secrets)
+    inflight.hold_secrets(secrets)
+    if lacking := [name for name in entry.secrets if name not in secrets]:
+        message = f"org {plan.org.code} has no secret {lacking[0]}, which {entry.name} declares"
+        return outcomes.Refused(SECRET_MISSING, lacking[0], message)
+    return secrets
+
+
+async def _budgets(run: AdmittedRun, tools: Tools) -> tuple[BudgetState, ...]:
+    """The budgets of the org. Raises TokenRefused without a property that one of them needs."""
+    found = await tools.budgets.budgets_of(run)
+    if found.missing is not None:
+        raise TokenRefused("property_missing", found.missing)
+    return tuple(found.states)
 
 
 async def run_handler(

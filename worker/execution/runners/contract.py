@@ -258,7 +258,10 @@ def stop_reason_of(cancel_reason: str) -> StopReason:
             return "cancel"
 
 
-def outcome_of_stop(stop: StopSignal) -> Outcome:
+Stopped = outcomes.Cancelled | outcomes.HandedBack | outcomes.Lost | outcomes.TimedOut
+
+
+def outcome_of_stop(stop: StopSignal) -> Stopped:
     match stop.reason:
         case None:
             return outcomes.Lost("no longer ours")
