@@ -1,11 +1,16 @@
-"""A host as the workers know it when it makes a call. Pure."""
+"""A host as the workers know it when it makes a call, and the hosts of a pool. Pure."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from worker.ids import WorkerId
+from worker.runs.run import AdmittedRun, Isolation
 
+# The capacity of an incarnation, by isolation.
+SLOTS: Mapping[Isolation, str] = {"child": "children", "inline": "inline"}
 # Handlers that one host may declare.
 MOST_HANDLERS = 500
 
@@ -28,3 +33,67 @@ class HostCaller:
     ended: bool = False
     moved: bool = False
     token_sha256: str = field(default="", repr=False)
+
+
+@dataclass(slots=True)
+class PoolLoad:
+    """What waits in a pool, and the slots of the live incarnations of its hosts, by isolation.
+
+    `due` counts no more runs than there are slots. The oldest of them has been due for `waited` seconds.
+    `shares` are the shares of free slots of each isolation, the smallest first.
+    """
+
+    due: Counter[Isolation]
+    waited: float
+    slots: Mapping[WorkerId, Mapping[Isolation, int]]
+    used: Mapping[WorkerId, Counter[Isolation]]
+    shares: dict[WorkerId, tuple[float, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shares = {worker: self._share(worker) for worker in self.slots}
+
+    def part(self, worker: WorkerId, free: Mapping[Isolation, int]) -> dict[Isolation, int]:
+        """The runs that a host may be given of what is due, given its free slots.
+
+        While others have free slots as well, at most half of all its slots at a time: what is due may be
+        more than limits allow.
+        """
+        return {isolation: self._part(worker, isolation, count) for isolation, count in free.items()}
+
+    def admitted(self, worker: WorkerId, runs: Iterable[AdmittedRun]) -> None:
+        """Count runs that a host was given."""
+        given = Counter(run.isolation for run in runs)
+        self.due -= given
+        self.used[worker].update(given)
+        self.shares[worker] = self._share(worker)
+
+    def _share(self, worker: WorkerId) -> tuple[float, ...]:
+        kinds = ((kind, slots) for kind, slots in self.slots[worker].items() if slots)
+        return tuple(sorted(self._free(worker, kind) / slots for kind, slots in kinds))
+
+    def _free(self, worker: WorkerId, isolation: Isolation) -> int:
+        return max(0, self.slots[worker][isolation] - self.used[worker][isolation])
+
+    def _part(self, worker: WorkerId, isolation: Isolation, free: int) -> int:
+        slots = self.slots[worker][isolation]
+        # Its own word, as an end that frees a slot may not be written yet; at most what it registered.
+        own = min(free, slots)
+        if not own or not any(self._free(one, isolation) for one in self.slots if one != worker):
+            return own
+        # As full as all hosts are once they have what is due.
+        total = sum(each[isolation] for each in self.slots.values())
+        full = (
+            slots
+            - own
+            + sum(
+                each[isolation] - self._free(one, isolation)
+                for one, each in self.slots.items()
+                if one != worker
+            )
+        )
+        level = min(full + self.due[isolation], total)
+        return max(1, min(own, _ceil(slots * level, total) - (slots - own), _ceil(slots, 2)))
+
+
+def _ceil(number: int, by: int) -> int:
+    return -(-number // by)

@@ -13,7 +13,7 @@ from worker.clock import Clock
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import Offered
 from worker.ids import RunId, WorkerId, new_id
-from worker.runs.hosts import HostCaller
+from worker.runs.hosts import HostCaller, PoolLoad
 from worker.runs.outcome import EndedAttempt
 from worker.runs.placing import Ticket
 from worker.runs.run import AdmittedRun, Isolation, OwnedRun
@@ -116,9 +116,9 @@ class HostStore:
         """Of these running runs those that were handed back too often in a row, and stored nothing new."""
         return await self._database.call_autocommit(hosts.often_handed_back, run_ids)
 
-    async def is_due(self, pool: str) -> bool:
-        """Whether a run of a pool waits for a slot now."""
-        return await self._database.call_autocommit(hosts.is_due, pool)
+    async def load(self, pool: str) -> PoolLoad | None:
+        """What waits in a pool now, and how full its hosts are; None if nothing is due."""
+        return await self._database.call_autocommit(hosts.load, pool)
 
     async def admit(
         self, worker: WorkerId, pool: str, offered: Admit, free: Mapping[Isolation, int]

@@ -5,6 +5,7 @@ A host is found by the SHA-256 of its token, in lower-case hexadecimal. The call
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime, timedelta
@@ -28,8 +29,8 @@ from sqlalchemy import (
 
 from worker.errors import TooManyRequests
 from worker.ids import RunId, WorkerId
-from worker.runs.hosts import HostCaller
-from worker.runs.run import AdmittedRun
+from worker.runs.hosts import SLOTS, HostCaller, PoolLoad
+from worker.runs.run import AdmittedRun, Isolation
 from worker.store import health, host_handlers, tables
 from worker.store.dialect import Row, all_rows, database_now, first_row, is_postgresql
 from worker.store.workers import register
@@ -46,6 +47,8 @@ _RUN = [key.name for key in fields(AdmittedRun)]
 # Incarnations that a host may start within a minute, and that may hold a lease at a time.
 MOST_BEGUN = 60
 MOST_ALIVE = 500
+# Due runs that are counted for the hosts of a pool.
+MOST_DUE = 10_000
 
 
 def find(connection: Connection, token_sha256: str, incarnation: str | None) -> HostCaller | None:
@@ -158,12 +161,41 @@ def owned(connection: Connection, worker_id: WorkerId, fences: Mapping[RunId, in
     return [AdmittedRun(*row) for row in rows]
 
 
-def is_due(connection: Connection, pool: str) -> bool:
-    """Whether a run of a pool waits for a slot now, by the database's clock; takes no lock."""
+def load(connection: Connection, pool: str) -> PoolLoad | None:
+    """What waits in a pool now, and how full its hosts are; None if nothing is due. Takes no lock."""
+    now = database_now(connection)
     # A literal, so that the partial index serves prepared statements too.
     waits = (_live.c.state == literal_column("'waiting'"), _live.c.pool == pool)
-    due = select(_live.c.id).where(*waits, _live.c.available_at <= database_now(connection))
-    return connection.execute(due.limit(1)).first() is not None
+    due = select(_live.c.isolation, _live.c.available_at).where(*waits, _live.c.available_at <= now)
+    if connection.execute(due.limit(1)).first() is None:
+        return None
+    of = _workers.c
+    rows = connection.execute(
+        select(of.id, of.capacity)
+        .join_from(_workers, _hosts, _hosts.c.id == of.host_id)
+        .where(_hosts.c.pool == pool, _hosts.c.removed_at.is_(None))
+        .where(of.ended_at.is_(None), of.lease_until > now)
+    )
+    slots = {row.id: {kind: int(row.capacity.get(name, 0)) for kind, name in SLOTS.items()} for row in rows}
+    used: dict[WorkerId, Counter[Isolation]] = {worker: Counter() for worker in slots}
+    owned = select(_live.c.worker_id, _live.c.isolation, func.count()).where(_live.c.worker_id.in_(slots))
+    if not is_postgresql(connection):
+        owned = owned.where(_live.c.state == literal_column("'running'"))  # of which there is an index
+    for worker, isolation, count in connection.execute(owned.group_by(_live.c.worker_id, _live.c.isolation)):
+        used[worker][isolation] = count
+    counted = due.limit(min(MOST_DUE, sum(sum(each.values()) for each in slots.values()))).subquery()
+    found = connection.execute(
+        select(counted.c.isolation, func.count(), func.min(counted.c.available_at)).group_by(
+            counted.c.isolation
+        )
+    ).all()
+    oldest = min((row[2] for row in found), default=now)
+    return PoolLoad(
+        due=Counter({row[0]: row[1] for row in found}),
+        waited=(now - oldest).total_seconds(),
+        slots=slots,
+        used=used,
+    )
 
 
 def ended(connection: Connection, worker_id: WorkerId, fences: Mapping[RunId, int]) -> set[tuple[RunId, int]]:

@@ -13,7 +13,8 @@ from worker.errors import ConfigurationError
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.run_services import Tools
 from worker.execution.hosts.attempt_api import AttemptApi
-from worker.execution.hosts.delivery import DueRuns, HostTools
+from worker.execution.hosts.delivery import HostTools
+from worker.execution.hosts.sharing import Sharing
 from worker.execution.hosts.wire import TemporalPlace
 from worker.runs.outcome import EndedAttempt
 from worker.settings import Settings
@@ -105,8 +106,8 @@ class AttemptListener:
         execution, temporal = settings.execution, settings.temporal
         place = TemporalPlace(temporal.address, temporal.namespace, temporal.tls)
         poll, of_hosts = execution.poll.total_seconds(), HostStore(store, execution.lease, self._clock)
-        due = DueRuns(of_hosts, self._clock, poll / 2)
-        shared = HostTools(tools, of_hosts, RingSealer(ring), due, on_end)
+        sharing = Sharing(of_hosts, self._clock, poll)
+        shared = HostTools(tools, of_hosts, RingSealer(ring), sharing, on_end)
         return AttemptApi(
             shared,
             store,

@@ -124,7 +124,7 @@ def test_runs_of_a_pool_are_due_or_not(stock: Stock) -> None:
 
     def due(pool: str) -> bool:
         with stock.database.autocommit() as connection:
-            return hosts.is_due(connection, pool)
+            return hosts.load(connection, pool) is not None
 
     assert (due("default"), due("eu"), due("us")) == (True, False, False)
     stock.make_available(later.id)

@@ -32,7 +32,7 @@ from worker.handlers.json_text import clean
 from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.ids import WorkerId
 from worker.runs.budgets import BudgetState
-from worker.runs.hosts import HostCaller, TooManyHandlers
+from worker.runs.hosts import SLOTS, HostCaller, TooManyHandlers
 from worker.runs.run import AdmittedRun, LogLine, NewStep, RunStep
 from worker.telemetry.events import emit
 from worker.telemetry.mask_in_turn import mask_each
@@ -76,7 +76,7 @@ class AttemptApi:
 
     def wake(self) -> None:
         """Look for waiting runs now, for all hosts that wait."""
-        self.shared.due.wake()
+        self.shared.sharing.wake()
         for runs in self._incarnations.values():
             runs.delivery.changed.set()
 
@@ -191,7 +191,7 @@ class AttemptApi:
 
     async def _register(self, caller: HostCaller, message: Mapping[str, Any]) -> Message:
         given = wire.registration_of(message)
-        capacity = {"children": given.slots["child"], "inline": given.slots["inline"]}
+        capacity = {name: given.slots[isolation] for isolation, name in SLOTS.items()}
         store = self.shared.store
         worker = await store.begin(
             caller, capacity=capacity, host=given.host, pid=given.pid, version=given.version
@@ -251,7 +251,7 @@ class AttemptApi:
                 f"the runs of pool {runs.pool} come with tickets of Temporal",
                 fix="restart the host: the placer of its pool has changed",
             )
-        taken = await runs.delivery.take(free, wait, poll=self.poll, gone=gone)
+        taken = await runs.delivery.take(free, wait, gone=gone)
         if taken and gone():
             runs.delivery.put_back(taken)
             taken = []

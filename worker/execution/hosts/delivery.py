@@ -12,21 +12,23 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
-from worker.clock import Clock, to_text
+from worker.clock import to_text
 from worker.errors import Busy, LeaseLost, Unavailable
 from worker.execution.attempts.attempt import Prepared, conclude, outcome_of_error, prepare
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.run_services import Tools
 from worker.execution.hosts import wire
 from worker.execution.hosts.granted import GrantedHandlers
+from worker.execution.hosts.sharing import Sharing
 from worker.execution.hosts.wire import Taken
 from worker.execution.runners.contract import StopSignal
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import Offered
 from worker.ids import RunId, WorkerId
-from worker.runs.hosts import HostCaller
+from worker.runs.hosts import HostCaller, PoolLoad
 from worker.runs.outcome import EndedAttempt, Outcome, Trail
 from worker.runs.placing import Ticket
 from worker.runs.run import AdmittedRun, Isolation, OwnedRun
@@ -71,7 +73,7 @@ class HostedStore(Protocol):
     async def take_ticket(self, worker: WorkerId, ticket: Ticket) -> AdmittedRun | None: ...
     async def finish(self, worker: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]: ...
     async def hand_back(self, worker: WorkerId, owned: Sequence[OwnedRun]) -> set[RunId]: ...
-    async def is_due(self, pool: str) -> bool: ...
+    async def load(self, pool: str) -> PoolLoad | None: ...
     def forget(self, worker: WorkerId) -> None: ...
 
 
@@ -89,42 +91,8 @@ class HostTools:
     tools: Tools
     store: HostedStore
     sealer: Sealer
-    due: DueRuns
+    sharing: Sharing
     on_end: Callable[[EndedAttempt, InflightRun | None], None]
-
-
-class DueRuns:
-    """Whether runs of a pool wait to be admitted, looked up once for all hosts of the pool.
-
-    Without this, each of them would walk the ring of orgs at each poll. `age` is in seconds.
-    """
-
-    def __init__(self, store: HostedStore, clock: Clock, age: float) -> None:
-        self._store = store
-        self._clock = clock
-        self._age = age
-        # Until when it is known that there are none.
-        self._none_until: dict[str, float] = {}
-        self._turns: dict[str, asyncio.Lock] = {}
-
-    def turn(self, pool: str) -> asyncio.Lock:
-        """Held while one host of a pool admits: the others then know whether anything is left."""
-        return self._turns.setdefault(pool, asyncio.Lock())
-
-    async def any(self, pool: str) -> bool:
-        """Whether a run of this pool may be due."""
-        now = self._clock.monotonic()
-        if now < self._none_until.get(pool, now):
-            return False
-        self._none_until.pop(pool, None)
-        if await self._store.is_due(pool):
-            return True
-        self._none_until[pool] = now + self._age
-        return False
-
-    def wake(self) -> None:
-        """Look again for every pool."""
-        self._none_until.clear()
 
 
 @dataclass(slots=True)
@@ -200,7 +168,7 @@ class Delivery:
         return [key for key, ticket in self._tickets.items() if ticket.asked_at < before]
 
     async def take(
-        self, free: Mapping[Isolation, int], wait: float, *, poll: float, gone: Callable[[], bool]
+        self, free: Mapping[Isolation, int], wait: float, *, gone: Callable[[], bool]
     ) -> list[Ready]:
         """Attempts for these slots as JSON, as soon as one is ready, at most after `wait` seconds.
 
@@ -208,24 +176,27 @@ class Delivery:
         """
         mine: set[Key] = set()
         self._takes.append(mine)
+        opened = self._shared.sharing.takes(self._pool)
+        opened.append(self.changed)
         deadline = self._clock.monotonic() + wait
         try:
             while not gone():
                 self.changed.clear()
                 if not self._deliverable(mine):
-                    mine |= await self._admit(free, mine)
+                    mine |= await self._admit(free, mine, gone)
                 if (taken := self._deliverable(mine)) and not gone():
                     return self._deliver(taken)
                 left = deadline - self._clock.monotonic()
                 if left <= 0:
                     break
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(min(left, poll)):
+                    async with asyncio.timeout(min(left, self._shared.sharing.pause(self._pool))):
                         await self.changed.wait()
             return []
         finally:
             # What it has admitted goes to the next take.
             self._takes.remove(mine)
+            opened.remove(self.changed)
 
     async def take_by(
         self, ticket: Ticket, wait: float, *, gone: Callable[[], bool]
@@ -295,7 +266,9 @@ class Delivery:
             self._ready[ready.key] = ready
         self.changed.set()
 
-    async def _admit(self, free: Mapping[Isolation, int], mine: set[Key]) -> set[Key]:
+    async def _admit(
+        self, free: Mapping[Isolation, int], mine: set[Key], gone: Callable[[], bool]
+    ) -> set[Key]:
         async with self._admitting:
             others = set[Key]().union(*(take for take in self._takes if take is not mine), self._tickets)
             coming = Counter(
@@ -304,8 +277,8 @@ class Delivery:
             left = {isolation: max(0, slots - coming[isolation]) for isolation, slots in free.items()}
             if not any(left.values()):
                 return set()
-            async with self._shared.due.turn(self._pool):
-                runs = await self._admit_due(left)
+            admit = partial(self._admit_due, gone)
+            runs = await self._shared.sharing.share(self._pool, self._worker, left, admit)
             if not runs:
                 return set()
             tools = await self.tools()
@@ -319,8 +292,10 @@ class Delivery:
         await asyncio.sleep(0)
         return {(run.id, run.fencing_token) for run in runs}
 
-    async def _admit_due(self, free: Mapping[Isolation, int]) -> Sequence[AdmittedRun]:
-        if not await self._shared.due.any(self._pool):
+    async def _admit_due(
+        self, gone: Callable[[], bool], free: Mapping[Isolation, int]
+    ) -> Sequence[AdmittedRun]:
+        if gone():  # while it waited for its turn
             return ()
         tools = await self.tools()
         # While the rules of its pool differ from the stored ones, this worker takes no run of it.
