@@ -1,6 +1,6 @@
 """Requests to other services: pooled connections, and how long a response asks to wait.
 
-`Connections` is an httpx transport for HTTP/1.1 that keeps idle connections, for many small requests.
+`OutboundConnections` is an httpx transport for HTTP/1.1 that keeps idle connections, for many small requests.
 
 httpx's own pool looks at every connection at the start and the end of each request, which cost a fifth of
 a token request. Here a request takes the connection that was used last. It is sent as a whole, by
@@ -49,7 +49,7 @@ class _Idle(NamedTuple):
     connection: httpcore.AsyncHTTPConnection
 
 
-class Connections(httpx.AsyncBaseTransport):
+class OutboundConnections(httpx.AsyncBaseTransport):
     """Connections to any number of origins, without a limit: the callers have theirs."""
 
     def __init__(
@@ -117,7 +117,7 @@ class Connections(httpx.AsyncBaseTransport):
 class _Body(httpx.AsyncByteStream):
     def __init__(
         self,
-        connections: Connections,
+        connections: OutboundConnections,
         place: Place,
         connection: httpcore.AsyncHTTPConnection,
         response: httpcore.Response,
@@ -305,7 +305,7 @@ def _as_httpx() -> Iterator[None]:
 
 def open_client(transport: httpx.AsyncBaseTransport | None = None) -> http.ProviderClient:
     """The client that all issuers share, as `worker.guard.http.open_client`; it keeps idle connections."""
-    return http.open_client(transport, pool=Connections)
+    return http.open_client(transport, pool=OutboundConnections)
 
 
 def retry_delay(headers: httpx.Headers, reset_headers: tuple[str, ...], now: float) -> float | None:

@@ -69,7 +69,7 @@ class Place:
             return {each.org: each for each in await self.provisioner().provision(org)}
 
     async def sync(self, only: str | None = None, **rules: Any) -> dict[str, sync.SyncRow]:
-        rule = sync.Rules("main", **rules)
+        rule = sync.SyncRules("main", **rules)
         listed = await sync.read_orgs(self.management, rule, only)
         made = sync.planned(self.database, listed, rule, only)
         rows = sync.apply(self.database, made, rule, actor="ops", issuers=["main"])

@@ -12,7 +12,7 @@ import pytest
 
 from tests.fakes.clock import settle
 from worker import outbound as connections
-from worker.outbound import Connections
+from worker.outbound import OutboundConnections
 
 pytestmark = pytest.mark.anyio
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -59,7 +59,7 @@ class Network(httpcore.AsyncNetworkBackend):
         return stream
 
 
-async def get(pool: Connections, url: str = "http://127.0.0.1:8080/a?b=c") -> httpx.Response:
+async def get(pool: OutboundConnections, url: str = "http://127.0.0.1:8080/a?b=c") -> httpx.Response:
     response = await pool.handle_async_request(httpx.Request("GET", url))
     await response.aread()
     await response.aclose()
@@ -68,7 +68,7 @@ async def get(pool: Connections, url: str = "http://127.0.0.1:8080/a?b=c") -> ht
 
 async def test_a_connection_is_used_for_the_next_request():
     network = Network(Stream([OK, OK]))
-    pool = Connections(None, backend=network)
+    pool = OutboundConnections(None, backend=network)
 
     responses = [await get(pool) for _ in range(2)]
 
@@ -83,7 +83,7 @@ async def test_a_connection_is_used_for_the_next_request():
 async def test_requests_at_the_same_time_and_to_other_origins_have_their_own_connections():
     streams = [Stream([OK, OK]) for _ in range(3)]
     network = Network(*streams)
-    pool = Connections(None, backend=network)
+    pool = OutboundConnections(None, backend=network)
     open_responses = [
         await pool.handle_async_request(httpx.Request("GET", "http://127.0.0.1:8080/")) for _ in range(2)
     ]
@@ -112,7 +112,7 @@ async def test_a_connection_that_is_closed_or_old_is_not_used_again(
     first: bytes, readable: bool, kept: float
 ):
     streams = [Stream([first]), Stream([OK])]
-    pool = Connections(None, kept=kept, backend=Network(*streams))
+    pool = OutboundConnections(None, kept=kept, backend=Network(*streams))
     await get(pool)
     streams[0].is_readable = readable
 
@@ -123,7 +123,7 @@ async def test_a_connection_that_is_closed_or_old_is_not_used_again(
 
 async def test_a_response_that_is_not_read_to_its_end_closes_its_connection():
     streams = [Stream([OK[:-1]]), Stream([OK])]
-    pool = Connections(None, backend=Network(*streams))
+    pool = OutboundConnections(None, backend=Network(*streams))
     response = await pool.handle_async_request(httpx.Request("GET", "http://127.0.0.1:8080/"))
 
     await response.aclose()
@@ -134,7 +134,7 @@ async def test_a_response_that_is_not_read_to_its_end_closes_its_connection():
 
 async def test_a_cancelled_request_closes_its_connection():
     streams = [Stream([]), Stream([OK])]
-    pool = Connections(None, backend=Network(*streams))
+    pool = OutboundConnections(None, backend=Network(*streams))
     hanging = asyncio.ensure_future(get(pool))
     await settle()
 
@@ -149,7 +149,7 @@ async def test_a_cancelled_request_closes_its_connection():
 async def test_only_so_many_idle_connections_are_kept(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(connections, "MAX_IDLE", 2)
     streams = [Stream([OK]) for _ in range(3)]
-    pool = Connections(None, backend=Network(*streams))
+    pool = OutboundConnections(None, backend=Network(*streams))
     responses = [
         await pool.handle_async_request(httpx.Request("GET", "http://127.0.0.1:8080/")) for _ in range(3)
     ]
@@ -174,7 +174,7 @@ async def test_only_so_many_idle_connections_are_kept(monkeypatch: pytest.Monkey
     ids=["refused", "late", "reset", "read late", "closed", "malformed", "reset in the body"],
 )
 async def test_failures_are_those_of_httpx(failure: Stream | Exception, expected: type[Exception]):
-    pool = Connections(None, backend=Network(failure, Stream([OK])))
+    pool = OutboundConnections(None, backend=Network(failure, Stream([OK])))
 
     with pytest.raises(expected):
         await get(pool)

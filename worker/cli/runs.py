@@ -35,7 +35,7 @@ from worker.ids import ALL_ORGS
 from worker.runs.run import step_label
 from worker.runs.waits import is_open_question
 from worker.store.lists import RUNS
-from worker.store.lists.rows import LogLine, RunDetail, Wait
+from worker.store.lists.rows import LogRow, RunDetail, WaitRow
 
 if TYPE_CHECKING:
     from worker.search import Query
@@ -293,7 +293,7 @@ def _try_first(database: Database, changes: Iterator[Row], count: int, rows: lis
             )
 
 
-def _question_of(run: RunDetail) -> Wait | None:
+def _question_of(run: RunDetail) -> WaitRow | None:
     """The first thing that somebody must answer before this run goes on; None if it runs or has ended."""
     return next(filter(is_open_question, run["waits"]), None) if run["state"] == "waiting" else None
 
@@ -505,7 +505,7 @@ def logs(
 
     if follow and output is Format.JSON:
         raise UsageError("--follow prints line by line", fix="use -o jsonl")
-    rows: list[LogLine] = []
+    rows: list[LogRow] = []
     with session_of(context).database() as database, database.autocommit() as connection:
         last, errors = run_lists.START, _Errors(output)
         run = run_lists.resolve(connection, run)

@@ -158,7 +158,7 @@ def _second_of_day(wall: datetime) -> int:
     return wall.hour * 3600 + wall.minute * 60 + wall.second
 
 
-class Piece(NamedTuple):
+class RangePiece(NamedTuple):
     """A range, both ends included; `closed` if all of it is on dates of a calendar."""
 
     start: datetime
@@ -231,9 +231,9 @@ class Trigger(BaseTrigger):  # type: ignore[misc]
         """All scheduled times, also those on the dates of a calendar."""
         return self
 
-    def pieces(self, start: datetime, until: datetime) -> Iterator[Piece]:
+    def pieces(self, start: datetime, until: datetime) -> Iterator[RangePiece]:
         """What lies from `start` to `until`, divided where a date of the calendar begins or ends."""
-        yield Piece(start, until, closed=False)
+        yield RangePiece(start, until, closed=False)
 
     def get_next_fire_time(self, previous_fire_time: datetime | None, now: datetime) -> datetime | None:
         """APScheduler's interface: the next time after the previous one, else from now on."""
@@ -375,16 +375,16 @@ class OpenTrigger(Trigger):
     def nominal(self) -> Trigger:
         return self._nominal
 
-    def pieces(self, start: datetime, until: datetime) -> Iterator[Piece]:
+    def pieces(self, start: datetime, until: datetime) -> Iterator[RangePiece]:
         for first, end in self._closed_from(start):
             if first > until:
                 break
             if start < first:
-                yield Piece(start, first - _TICK, closed=False)
-            yield Piece(max(start, first), min(until, end - _TICK), closed=True)
+                yield RangePiece(start, first - _TICK, closed=False)
+            yield RangePiece(max(start, first), min(until, end - _TICK), closed=True)
             start = end
         if start <= until:
-            yield Piece(start, until, closed=False)
+            yield RangePiece(start, until, closed=False)
 
     def _next(self, start: datetime) -> datetime | None:
         at = self._nominal._next(start)

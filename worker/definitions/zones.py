@@ -87,7 +87,7 @@ def nearest(name: str) -> str | None:
     return known[close[0]] if close else None
 
 
-class Change(NamedTuple):
+class OffsetChange(NamedTuple):
     """The offset changes at the naive UTC time `at`."""
 
     at: datetime
@@ -114,7 +114,7 @@ def stretches(zone: ZoneInfo, start: datetime) -> Iterator[Stretch]:
     before = offset = _offset(zone, begin)
     while year < datetime.max.year:
         # A year without a change ends its stretch anyway, so that a caller can stop.
-        for change in changes_of(zone, year) or (Change(datetime(year + 1, 1, 1), offset, offset),):
+        for change in changes_of(zone, year) or (OffsetChange(datetime(year + 1, 1, 1), offset, offset),):
             if change.at > start:
                 yield Stretch(begin, change.at, offset, before)
             begin, before, offset = change
@@ -122,7 +122,7 @@ def stretches(zone: ZoneInfo, start: datetime) -> Iterator[Stretch]:
 
 
 @lru_cache(maxsize=16_384)
-def changes_of(zone: ZoneInfo, year: int) -> tuple[Change, ...]:
+def changes_of(zone: ZoneInfo, year: int) -> tuple[OffsetChange, ...]:
     """The changes of a zone's offset within one UTC year, oldest first."""
     found = []
     at, end = datetime(year, 1, 1), datetime(year + 1, 1, 1)
@@ -132,7 +132,7 @@ def changes_of(zone: ZoneInfo, year: int) -> tuple[Change, ...]:
         until = at + _DAY
         after = _offset(zone, until - _SECOND)
         if after != before:
-            found.append(Change(_time_of_change(zone, at - _SECOND, until - _SECOND), before, after))
+            found.append(OffsetChange(_time_of_change(zone, at - _SECOND, until - _SECOND), before, after))
             before = after
         at = until
     return tuple(found)

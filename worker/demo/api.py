@@ -47,7 +47,7 @@ def articles_of(org_name: str, prefix: str, count: int) -> list[dict[str, str]]:
 ARTICLE = re.compile(r"\[(?P<id>[\w-]+)\]\s*(?P<title>.*?)\n(?P<text>.*)")
 
 
-class Refusal(Exception):
+class ApiRefusal(Exception):
     """An error response in OpenAI's form."""
 
     def __init__(self, message: str, *, code: str, status: int = 400) -> None:
@@ -86,16 +86,16 @@ class ChatEndpoint:
         try:
             expected, given = f"Bearer {self._api_key}", request.headers.get("authorization", "")
             if not secrets.compare_digest(given.encode(), expected.encode()):
-                raise Refusal("Incorrect API key provided", code="invalid_api_key", status=401)
+                raise ApiRefusal("Incorrect API key provided", code="invalid_api_key", status=401)
             body = await request.json()
             # A caller that is gone by then still pays, as it does elsewhere.
             await asyncio.sleep(self._delay)
             return JSONResponse(self._answer(body))
-        except Refusal as refusal:
+        except ApiRefusal as refusal:
             self.refused += 1
             return refusal.as_response()
         except ValueError:
-            return Refusal("the body is not JSON", code="invalid_json").as_response()
+            return ApiRefusal("the body is not JSON", code="invalid_json").as_response()
 
     def _answer(self, body: Any) -> dict[str, Any]:
         model, limit, messages = check_request(body)
@@ -116,18 +116,18 @@ class ChatEndpoint:
 
 
 def check_request(body: Any) -> tuple[str, int, list[dict[str, str]]]:
-    """The model, word limit and messages of a request; raises Refusal."""
+    """The model, word limit and messages of a request; raises ApiRefusal."""
     if not isinstance(body, dict):
-        raise Refusal("the body must be an object", code="invalid_type")
+        raise ApiRefusal("the body must be an object", code="invalid_type")
     model, messages, limit = body.get("model"), body.get("messages"), body.get("max_tokens", 1000)
     if not isinstance(model, str) or not model:
-        raise Refusal("model must be text", code="invalid_model")
+        raise ApiRefusal("model must be text", code="invalid_model")
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-        raise Refusal("max_tokens must be a whole number above 0", code="invalid_max_tokens")
+        raise ApiRefusal("max_tokens must be a whole number above 0", code="invalid_max_tokens")
     if not isinstance(messages, list) or not messages:
-        raise Refusal("messages must be a list that is not empty", code="invalid_messages")
+        raise ApiRefusal("messages must be a list that is not empty", code="invalid_messages")
     if not all(isinstance(each, dict) and isinstance(each.get("content"), str) for each in messages):
-        raise Refusal("each message needs role and content", code="invalid_messages")
+        raise ApiRefusal("each message needs role and content", code="invalid_messages")
     return model, limit, messages
 
 

@@ -19,7 +19,7 @@ from sqlalchemy import Connection, update
 from worker.claims.record import ClaimsRecord
 from worker.definitions.definition import from_spec
 from worker.definitions.pools import DEFAULT_POOL
-from worker.demo.installation import SCOPE, Org, last_night
+from worker.demo.installation import SCOPE, DemoOrg, last_night
 from worker.execution.attempts.events import record_claims
 from worker.guard.claims import Claims, Flag
 from worker.ids import OrgId, RunId, WorkerId
@@ -75,7 +75,7 @@ class Scripted:
     """A run and its attempts; the last one is repeated while the retry policy asks for another."""
 
     run: NewRun
-    org: Org
+    org: DemoOrg
     row: Row
     tries: list[Try]
 
@@ -190,7 +190,7 @@ class Replay:
         credentials.used_for_all_orgs(self.connection, uses, at=now)
 
 
-def claims_of(org: Org, client_id: str, at: datetime) -> Claims:
+def claims_of(org: DemoOrg, client_id: str, at: datetime) -> Claims:
     """The claims of a token that the demo's provider would have issued."""
     return Claims(
         org_code=org.code,
@@ -204,7 +204,7 @@ def claims_of(org: Org, client_id: str, at: datetime) -> Claims:
     )
 
 
-def add(url: str, orgs_of_demo: Sequence[Org], api_url: str, *, until: datetime) -> None:
+def add(url: str, orgs_of_demo: Sequence[DemoOrg], api_url: str, *, until: datetime) -> None:
     """Write the runs of the day before `until`, for orgs and definitions that are already there."""
     clock = ReplayClock(until - SPAN)
     database = Database.open(url, clock=clock, role="demo")
@@ -221,7 +221,7 @@ def add(url: str, orgs_of_demo: Sequence[Org], api_url: str, *, until: datetime)
 
 
 def _replayed(
-    connection: Connection, clock: ReplayClock, orgs_of_demo: Sequence[Org], api_url: str, until: datetime
+    connection: Connection, clock: ReplayClock, orgs_of_demo: Sequence[DemoOrg], api_url: str, until: datetime
 ) -> str:
     numbers = random.Random(13)  # noqa: S311 - the same story each time
     replay = Replay(connection, clock, numbers, until - GAP, WorkerId(""))
@@ -236,7 +236,7 @@ def _replayed(
         pid=1,
         version="yesterday",
     )
-    story = Story(replay, api_url, night=last_night(until))
+    story = PastStory(replay, api_url, night=last_night(until))
     for org in orgs_of_demo:
         org_id = orgs.require(connection, org.code)["id"]
         replay.clients[org.code] = credentials.active(connection, org_id)[0]["client_id"]
@@ -274,14 +274,14 @@ worker.handlers.results.PermanentError: the chat endpoint responded with 402
 
 
 @dataclass
-class Story:
+class PastStory:
     """The CRM was down at night, a digest broke halfway, a secret died, and a token was of another org."""
 
     replay: Replay
     api_url: str
     night: datetime
 
-    def schedule(self, org: Org, row: Row, handlers: Handlers) -> None:
+    def schedule(self, org: DemoOrg, row: Row, handlers: Handlers) -> None:
         """Put every scheduled time of a definition on the agenda, and what people did about it."""
         step, first = STEPS[row["name"]]
         at = first(self.replay.clock.at, self.night)
@@ -292,7 +292,7 @@ class Story:
             self.replay.at(at, lambda script=script: self.replay.fire(script))  # type: ignore[misc]
             at += step
 
-    def _script(self, org: Org, row: Row, handlers: Handlers, at: datetime) -> Scripted:
+    def _script(self, org: DemoOrg, row: Row, handlers: Handlers, at: datetime) -> Scripted:
         definition = from_spec(org.code, row["name"], row["spec"])
         run = new_run(row, definition, handlers, origin="schedule", scheduled_for=at, at=at)
         id_ = RunId(self.replay.new_id(at))
@@ -305,7 +305,7 @@ class Story:
             )
         return script
 
-    def _tries(self, org: Org, name: str, at: datetime) -> list[Try]:
+    def _tries(self, org: DemoOrg, name: str, at: datetime) -> list[Try]:
         since = at - self.night
         if org.name == "Initech" and since >= timedelta(hours=2):
             detail = (
@@ -325,7 +325,7 @@ class Story:
             return [Try(Lost("worker demo:1 stopped renewing its lease"), 31.0), self._request(200)]
         return [self._request(200)]
 
-    def _is_down(self, org: Org, since: timedelta) -> bool:
+    def _is_down(self, org: DemoOrg, since: timedelta) -> bool:
         return org.name in ("Acme", "Globex") and timedelta(hours=1) <= since < timedelta(hours=2)
 
     def _request(self, status: int) -> Try:
@@ -338,7 +338,7 @@ class Story:
         error = Error("UnexpectedAnswer", f"GET {url} returned {status}")
         return Try(Failed(error), self.replay.random.uniform(2.0, 12.0), [line])
 
-    def _digest(self, org: Org, at: datetime) -> list[Try]:
+    def _digest(self, org: DemoOrg, at: datetime) -> list[Try]:
         pages = [("info", f"page {number} of the knowledge base is summed up") for number in range(1, 8)]
         if org.name == "Acme" and at >= self.night:
             saved = {"next": 3, "articles": 3, "digest": "Passwords are reset under Security."}

@@ -57,7 +57,7 @@ CHAT_DELAY = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Org:
+class DemoOrg:
     """One org of the demo: its name, and what its tokens carry."""
 
     name: str
@@ -70,11 +70,11 @@ class Org:
         return f"org_{self.name.lower()}"
 
 
-def make_org(name: str, *, model: str = "gpt-4", plan: str = "free", **flags: bool) -> Org:
-    return Org(name, plan, {"model_version": model, "max_tokens": 400, "language": "en"}, flags)
+def make_org(name: str, *, model: str = "gpt-4", plan: str = "free", **flags: bool) -> DemoOrg:
+    return DemoOrg(name, plan, {"model_version": model, "max_tokens": 400, "language": "en"}, flags)
 
 
-def make_orgs() -> list[Org]:
+def make_orgs() -> list[DemoOrg]:
     """Acme has the flag, Globex does not; Initech and Umbrella are about to have trouble."""
     return [
         make_org("Acme", model="gpt-4o", plan="pro", **{FLAG: True, "beta-tools": False}),
@@ -88,7 +88,7 @@ def make_orgs() -> list[Org]:
 class World:
     """What surrounds the demo's worker: the identity provider, the customer API and their orgs."""
 
-    orgs: list[Org]
+    orgs: list[DemoOrg]
     provider: Provider
     api: CustomerApi
     api_url: str
@@ -123,7 +123,7 @@ def world(*, delay: float = CHAT_DELAY, news_every: float | None = None) -> Iter
         yield World(orgs, provider, api, url_of(listener), chat_key, secret)
 
 
-def add_orgs(provider: Provider, orgs: Iterable[Org], management_secret: str) -> None:
+def add_orgs(provider: Provider, orgs: Iterable[DemoOrg], management_secret: str) -> None:
     """Add the orgs, the API and the application that manages others; the orgs have no application yet."""
     management = provider.management
     management.add_api("Knowledge base", AUDIENCE, (SCOPE,))
@@ -202,7 +202,7 @@ role = "member"
 """
 
 
-def add_people(provider: Provider, folder: Path, orgs: Iterable[Org], listen: str) -> None:
+def add_people(provider: Provider, folder: Path, orgs: Iterable[DemoOrg], listen: str) -> None:
     """People at the provider, and the console's application there; its secret is a file of `folder`."""
     secret = secrets.token_urlsafe(24)
     (folder / "login__main").write_text(secret, encoding="utf-8")
@@ -245,7 +245,7 @@ params = {{ {_services(api_url)} }}
 """
 
 
-def definitions_file(orgs: list[Org], api_url: str, *, now: datetime) -> str:
+def definitions_file(orgs: list[DemoOrg], api_url: str, *, now: datetime) -> str:
     """The file for the second `apply`: what each org ran yesterday, too."""
     zone = zone_of(last_night(now))
     articles = f'url = "{api_url}/v1/collections/faq/articles"'
@@ -342,7 +342,7 @@ class DemoFailed(Exception):
     """A command of the demo failed, or its worker ended unexpectedly."""
 
 
-class Installation:
+class DemoInstallation:
     """The folder of one demo: its files, its environment and its worker."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:

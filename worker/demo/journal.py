@@ -54,7 +54,7 @@ WHERE c.seq > ? ORDER BY c.seq
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class RunChange:
     """A run entered a state.
 
     `handler` is that of its last attempt, and `took` its seconds once the run has ended. `ask` is what its
@@ -85,7 +85,7 @@ class Journal:
         self._connection.executescript(JOURNAL)
         self._seq = 0
 
-    def read(self) -> list[Change]:
+    def read(self) -> list[RunChange]:
         """The changes since the last call."""
         rows = self._connection.execute(READ_CHANGES, (self._seq,)).fetchall()
         if rows:
@@ -108,10 +108,10 @@ def _change(
     handler_started: int,
     took: float | None,
     *texts: str | None,
-) -> Change:
+) -> RunChange:
     *values, answered_by = texts
     error, ask, answer = (None if text is None else json.loads(text) for text in values)
-    return Change(
+    return RunChange(
         *(run, attempt or 0, org, definition, state, reason, detail, handler, bool(handler_started), took),
         *(error, ask, answer, answered_by),
     )

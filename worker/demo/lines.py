@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
-from worker.demo.journal import Change
+from worker.demo.journal import RunChange
 
 WIDTH = 100
 # The beginning of a run's id that is its own among the demo's.
@@ -42,14 +42,14 @@ _WORDS: Mapping[tuple[str, str | None], str] = {
 }
 
 
-def line(at: datetime, change: Change, words: str) -> str:
+def line(at: datetime, change: RunChange, words: str) -> str:
     """A line of at most `WIDTH` columns, without characters that control a terminal."""
     flat = " ".join(f"{at:%H:%M:%S}  {change.org:<12}  {change.definition:<14}  {words}".splitlines())
     shown = "".join(letter if letter.isprintable() else "?" for letter in flat)
     return shown if len(shown) <= WIDTH else shown[: WIDTH - 1] + "…"
 
 
-def words_of(change: Change, before: Change | None = None) -> str | None:
+def words_of(change: RunChange, before: RunChange | None = None) -> str | None:
     """What happened, or None for what needs no line; `before` is the run's last change."""
     state, reason = change.state, change.reason
     if (state, reason) in _SILENT:
@@ -77,7 +77,7 @@ def words_of(change: Change, before: Change | None = None) -> str | None:
     return f"{'waits' if state == 'waiting' else state}{f': {why}' if why else ''}"
 
 
-def advice_on(change: Change, *, console: str, command: str) -> Sequence[str]:
+def advice_on(change: RunChange, *, console: str, command: str) -> Sequence[str]:
     """What the reader can do about a run that waits for them: a page or reason, and a command.
 
     `console` is its address without a path, `command` what runs a command on this installation.
@@ -113,12 +113,12 @@ class Quiet:
     """
 
     def __init__(self) -> None:
-        self._before: dict[str, Change] = {}
+        self._before: dict[str, RunChange] = {}
         self._asked: set[str] = set()
         # When a line was printed last, and how many like it were left out since.
         self._last: dict[tuple[str, str, str], tuple[float, int]] = {}
 
-    def words_of(self, change: Change, now: float) -> str | None:
+    def words_of(self, change: RunChange, now: float) -> str | None:
         """The words of this change's line, or None; `now` is in seconds."""
         is_end = change.state not in ("waiting", "running")
         words = words_of(change, self._before.get(change.run))
@@ -146,14 +146,14 @@ def _without_token(detail: str | None) -> str:
     return f"waits: no token, {detail or 'the provider does not answer'}"
 
 
-def _question(change: Change) -> str:
+def _question(change: RunChange) -> str:
     ask = change.ask
     text = ask.get("text") if isinstance(ask, Mapping) else None
     asked = text if isinstance(text, str) else change.detail or "its handler asks"
     return " ".join([asked, " / ".join(map(str, as_options(ask)))]).strip()
 
 
-def _resumed(change: Change, before: Change | None) -> str:
+def _resumed(change: RunChange, before: RunChange | None) -> str:
     if before is not None and before.reason == "budget":
         return "goes on: there is budget again"
     if change.answered_by is None:

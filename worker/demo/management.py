@@ -53,7 +53,7 @@ class Organization:
 
 
 @dataclass(slots=True)
-class Api:
+class RegisteredApi:
     """An API that tokens can be requested for; `scopes` are its scopes' keys by id."""
 
     id: str
@@ -72,7 +72,7 @@ class Api:
         return item | ({"scopes": listed} if scopes else {})
 
 
-class Refusal(Exception):
+class ManagementRefusal(Exception):
     """A 400 response with an error code."""
 
     def __init__(self, code: str) -> None:
@@ -99,7 +99,7 @@ class ManagementApi:
     def __init__(self, provider: Provider) -> None:
         self._provider = provider
         self.orgs: dict[str, Organization] = {}
-        self.apis: dict[str, Api] = {}
+        self.apis: dict[str, RegisteredApi] = {}
         self.org_properties: set[str] = set()
         self.application_properties: set[str] = set()
         self.others: list[dict[str, str]] = []
@@ -110,8 +110,10 @@ class ManagementApi:
         self.orgs[code] = Organization(code, name, **values)
         return self.orgs[code]
 
-    def add_api(self, name: str, audience: str, scopes: Sequence[str], *, id: str = "") -> Api:
-        api = Api(id or secrets.token_hex(8), name, audience, {secrets.token_hex(8): key for key in scopes})
+    def add_api(self, name: str, audience: str, scopes: Sequence[str], *, id: str = "") -> RegisteredApi:
+        api = RegisteredApi(
+            id or secrets.token_hex(8), name, audience, {secrets.token_hex(8): key for key in scopes}
+        )
         self.apis[api.id] = api
         return api
 
@@ -159,7 +161,7 @@ class ManagementApi:
             try:
                 body = json.loads(await request.body() or b"{}")
                 answer = work(request, body)
-            except Refusal as refusal:
+            except ManagementRefusal as refusal:
                 return errors(refusal.code, 400)
             except (ValueError, TypeError, KeyError, AttributeError):
                 return errors("INVALID_REQUEST", 400)
@@ -182,7 +184,7 @@ class ManagementApi:
     def _page(self, request: Request, keys: Sequence[str]) -> tuple[Sequence[str], dict[str, Any]]:
         size = int(request.query_params.get("page_size", PAGE))
         if not 0 < size <= LARGEST_PAGE:
-            raise Refusal("PAGE_SIZE_LIMIT_EXCEEDED")
+            raise ManagementRefusal("PAGE_SIZE_LIMIT_EXCEEDED")
         after = request.query_params.get("next_token")
         start = keys.index(after) + 1 if after else 0
         page = keys[start : start + size]
@@ -211,7 +213,7 @@ class ManagementApi:
 
     def _make(self, request: Request, body: Mapping[str, Any]) -> dict[str, Any]:
         if body["type"] != "m2m":
-            raise Refusal("INVALID_TYPE")
+            raise ManagementRefusal("INVALID_TYPE")
         if body.get("org_code"):
             self._org(body["org_code"])
         app = self._provider.make_application(body["name"], body.get("org_code") or "")
@@ -235,7 +237,7 @@ class ManagementApi:
     def _set_property(self, request: Request, body: Mapping[str, Any]) -> dict[str, Any]:
         app, key = self._application(request), request.path_params["property_key"]
         if key not in self.application_properties:
-            raise Refusal("PROPERTY_NOT_FOUND")
+            raise ManagementRefusal("PROPERTY_NOT_FOUND")
         app.properties[key] = body["value"]
         return done("PROPERTY_UPDATED")
 
@@ -252,7 +254,7 @@ class ManagementApi:
         for entry in body["applications"]:
             app = self._provider.applications.get(entry["id"])
             if app is None:
-                raise Refusal("APPLICATION_NOT_FOUND")
+                raise ManagementRefusal("APPLICATION_NOT_FOUND")
             connects = entry.get("operation") != "delete"
             others = tuple(audience for audience in app.audiences if audience != api.audience)
             app.audiences = (*others, api.audience) if connects else others
@@ -266,39 +268,39 @@ class ManagementApi:
     def _add_scope(self, request: Request, _: Any) -> None:
         app, key = self._application(request), self._scope(request)
         if key in app.scopes:
-            raise Refusal("SCOPE_ALREADY_ADDED")
+            raise ManagementRefusal("SCOPE_ALREADY_ADDED")
         app.scopes = (*app.scopes, key)
 
     def _remove_scope(self, request: Request, _: Any) -> None:
         app, key = self._application(request), self._scope(request)
         if key not in app.scopes:
-            raise Refusal("SCOPE_NOT_FOUND")
+            raise ManagementRefusal("SCOPE_NOT_FOUND")
         app.scopes = tuple(scope for scope in app.scopes if scope != key)
 
     def _org(self, code: str) -> Organization:
         if code not in self.orgs:
-            raise Refusal("ORGANIZATION_NOT_FOUND")
+            raise ManagementRefusal("ORGANIZATION_NOT_FOUND")
         return self.orgs[code]
 
     def _application(self, request: Request) -> Application:
         app = self._provider.applications.get(request.path_params["application_id"])
         if app is None:
-            raise Refusal("APPLICATION_NOT_FOUND")
+            raise ManagementRefusal("APPLICATION_NOT_FOUND")
         return app
 
-    def _api(self, request: Request) -> Api:
+    def _api(self, request: Request) -> RegisteredApi:
         api = self.apis.get(request.path_params["api_id"])
         if api is None:
-            raise Refusal("API_NOT_FOUND")
+            raise ManagementRefusal("API_NOT_FOUND")
         return api
 
     def _scope(self, request: Request) -> str:
         api = self._api(request)
         if api.audience not in self._application(request).audiences:
-            raise Refusal("API_NOT_CONNECTED")
+            raise ManagementRefusal("API_NOT_CONNECTED")
         key = api.scopes.get(request.path_params["scope_id"])
         if key is None:
-            raise Refusal("SCOPE_NOT_FOUND")
+            raise ManagementRefusal("SCOPE_NOT_FOUND")
         return key
 
 

@@ -29,7 +29,7 @@ from worker.demo.installation import (
     REFUND,
     REFUND_ORG,
     DemoFailed,
-    Installation,
+    DemoInstallation,
     begin,
     free_address,
     later_file,
@@ -37,7 +37,7 @@ from worker.demo.installation import (
     settings_file,
     world,
 )
-from worker.demo.journal import Change, Journal
+from worker.demo.journal import Journal, RunChange
 from worker.demo.keyboard import Keyboard
 from worker.demo.lines import ASKED, HEAD, Quiet, advice_on, line, words_of
 from worker.errors import WorkerError
@@ -64,8 +64,8 @@ class Narrator:
         self._quiet = Quiet()
         self._advised: set[tuple[str, str | None]] = set()
         self._ends: Counter[tuple[str, str]] = Counter()
-        self._latest: dict[str, Change] = {}
-        self._open: dict[str, Change] = {}
+        self._latest: dict[str, RunChange] = {}
+        self._open: dict[str, RunChange] = {}
         self.succeeded: set[tuple[str, str]] = set()
         """The orgs and definitions of which a run has succeeded."""
 
@@ -98,7 +98,7 @@ class Narrator:
             ]
             say(f"{org}: {', '.join(counts) or f'no run has ended, {words_of(latest) or latest.state}'}")
 
-    def _note(self, change: Change) -> None:
+    def _note(self, change: RunChange) -> None:
         self._latest[change.org] = change
         if change.state not in ("waiting", "running"):
             self._ends[change.org, change.state] += 1
@@ -109,19 +109,19 @@ class Narrator:
         else:
             self._open.pop(change.run, None)
 
-    def _advise(self, change: Change) -> None:
+    def _advise(self, change: RunChange) -> None:
         # A secret is rejected for all runs of an org alike.
         key = (change.run if change.reason in ASKED else change.org), change.reason
         if key not in self._advised:
             self._advised.add(key)
             self._say_advice(change)
 
-    def _say_advice(self, change: Change) -> None:
+    def _say_advice(self, change: RunChange) -> None:
         for text in advice_on(change, console=self._console, command=self._command):
             say(f"    {text}")
 
 
-def flag_of(change: Change) -> str:
+def flag_of(change: RunChange) -> str:
     """How the org's flag chose the handler of a digest."""
     state = "on" if (change.handler or "").endswith("_v2") else "off"
     return f": {FLAG} is {state}, by {change.handler}"
@@ -135,7 +135,7 @@ class Story:
 
     CALLS_BEFORE = 3
 
-    def __init__(self, installation: Installation, narrator: Narrator, asked: Callable[[], int]) -> None:
+    def __init__(self, installation: DemoInstallation, narrator: Narrator, asked: Callable[[], int]) -> None:
         self._installation = installation
         self._narrator = narrator
         self._asked = asked
@@ -179,7 +179,7 @@ class Story:
         return True
 
 
-class Console:
+class ConsoleLinks:
     """The console's address, and links that log in to it once."""
 
     # Seconds in which Enter makes one link.
@@ -226,7 +226,7 @@ def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: 
     """Set up the demo, start the worker and print what it does."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orgworker-demo-")))
     around = stack.enter_context(world(news_every=NEWS_EVERY))
-    installation = Installation(folder, around.environment())
+    installation = DemoInstallation(folder, around.environment())
     listen, token = free_address(), secrets.token_urlsafe(24)
     installation.settings.write_text(settings_file(installation.database, around, listen=listen, token=token))
     say(f"a development provider at {around.provider.url}, a customer API at {around.api_url}")
@@ -245,7 +245,7 @@ def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: 
     stack.callback(journal.close)
     database = Database.open(f"sqlite:///{installation.database}", clock=clock)
     stack.callback(database.close)
-    console, keyboard = Console(listen, database, clock), Keyboard.of_terminal()
+    console, keyboard = ConsoleLinks(listen, database, clock), Keyboard.of_terminal()
     say("$ orgworker run")
     started = clock.monotonic()
     ends_at = None if seconds is None else started + seconds
@@ -277,7 +277,7 @@ def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: 
     narrator.sum_up()
 
 
-def wait_for(installation: Installation, stop: threading.Event) -> None:
+def wait_for(installation: DemoInstallation, stop: threading.Event) -> None:
     """Wait a moment; raises DemoFailed if the worker has ended."""
     installation.check_worker()
     stop.wait(POLL)

@@ -69,7 +69,7 @@ class Denied(Exception):
         return "Bearer " + ", ".join(parts)
 
 
-class Rules(Generic[R]):
+class AccessRules(Generic[R]):
     """What a request needs: a valid token, with these scopes, of its org and its client.
 
     `org_of`, `client_of` and `scopes_of` get the request. None from one of the first two means any.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
-from .access import Denied, Rules, guard_of
+from .access import AccessRules, Denied, guard_of
 from .guard import Guard, texts
 from .issuer import Issuer
 
@@ -41,7 +41,7 @@ class RequireToken:
         open_paths: Iterable[str] = (),
     ) -> None:
         self._app = app
-        self._rules: Rules[Scope] = Rules(
+        self._rules: AccessRules[Scope] = AccessRules(
             guard_of(guard, issuer, audience, profile),
             scopes=scopes,
             org_of=org_of,

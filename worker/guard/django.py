@@ -13,7 +13,7 @@ from django.core.signals import setting_changed
 from django.http import HttpRequest, HttpResponse
 from django.utils.module_loading import import_string
 
-from .access import Denied, Rules, guard_of, parted
+from .access import AccessRules, Denied, guard_of, parted
 from .errors import ConfigurationError
 from .guard import Guard, texts
 from .issuer import Issuer
@@ -106,7 +106,7 @@ class RequireTokenMiddleware:
         setting = _setting()
         self._get_response = get_response
         self._open_paths = setting.open_paths
-        self._rules: Rules[HttpRequest] = Rules(
+        self._rules: AccessRules[HttpRequest] = AccessRules(
             setting.guard,
             scopes=setting.scopes,
             org_of=setting.org_of,
@@ -156,11 +156,11 @@ def require_token(
     own = guard_of(guard, issuer, audience, profile) if guard is not None or issuer else None
     wanted = frozenset(texts("scopes", scopes))
 
-    def rules() -> Rules[HttpRequest]:
+    def rules() -> AccessRules[HttpRequest]:
         if own is not None:
-            return Rules(own, scopes=wanted, org_of=org_of, client_of=client_of)
+            return AccessRules(own, scopes=wanted, org_of=org_of, client_of=client_of)
         setting = _setting()
-        return Rules(
+        return AccessRules(
             setting.guard,
             scopes=wanted.union(setting.scopes),
             org_of=org_of or setting.org_of,

@@ -8,7 +8,7 @@ from fastapi.openapi.models import HTTPBearer
 from fastapi.requests import HTTPConnection
 from fastapi.security.base import SecurityBase
 
-from .access import Denied, Rules, guard_of
+from .access import AccessRules, Denied, guard_of
 from .claims import Claims
 from .guard import Guard
 from .issuer import Issuer
@@ -32,14 +32,16 @@ def require_token(
     names the bearer token.
     """
     return TokenClaims(
-        Rules(guard_of(guard, issuer, audience, profile), scopes=scopes, org_of=org_of, client_of=client_of)
+        AccessRules(
+            guard_of(guard, issuer, audience, profile), scopes=scopes, org_of=org_of, client_of=client_of
+        )
     )
 
 
 class TokenClaims(SecurityBase):
     """The dependency that `require_token` makes."""
 
-    def __init__(self, rules: Rules[HTTPConnection]) -> None:
+    def __init__(self, rules: AccessRules[HTTPConnection]) -> None:
         self.model = HTTPBearer(bearerFormat="JWT", description="The access token of an org's client.")
         self.scheme_name = "orgToken"
         self._rules = rules

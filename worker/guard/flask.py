@@ -8,7 +8,7 @@ from typing import Any
 
 from flask import Request, Response, current_app, g, request
 
-from .access import Denied, Rules, guard_of, parted
+from .access import AccessRules, Denied, guard_of, parted
 from .guard import Guard
 from .issuer import Issuer
 
@@ -30,7 +30,7 @@ def require_token(
     Put it below `@app.route`. `org_of` and `client_of` get the request, which has the parameters of
     the route in `view_args`. Responses without access are those of the ASGI `RequireToken`.
     """
-    rules: Rules[Request] = Rules(
+    rules: AccessRules[Request] = AccessRules(
         guard_of(guard, issuer, audience, profile), scopes=scopes, org_of=org_of, client_of=client_of
     )
 

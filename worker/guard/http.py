@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import httpx
 
 from .clock import Clock
-from .strict_json import MAX_MEMBERS, Malformed, loads
+from .strict_json import MAX_MEMBERS, MalformedJson, loads
 from .timeouts import Timeouts
 
 CONNECT_SECONDS = 3.0
@@ -95,7 +95,7 @@ class Reply:
     content: bytes = field(repr=False)
 
     def json_object(self, *, max_members: int = MAX_MEMBERS) -> dict[str, Any]:
-        """The body's JSON object, empty if it is another JSON value; raises Malformed."""
+        """The body's JSON object, empty if it is another JSON value; raises MalformedJson."""
         body = loads(self.content, max_members=max_members)
         return body if isinstance(body, dict) else {}
 
@@ -212,5 +212,5 @@ async def fetch_json(
         return f"status_{reply.status}"
     try:
         return reply.json_object()
-    except Malformed as malformed:
+    except MalformedJson as malformed:
         return malformed.code

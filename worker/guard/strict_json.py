@@ -14,7 +14,7 @@ MAX_DIGITS = 20
 _STRINGS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 
 
-class Malformed(Exception):
+class MalformedJson(Exception):
     """Rejected JSON; `code` is one of json, duplicate_member, depth, members, number, text."""
 
     def __init__(self, code: str) -> None:
@@ -23,7 +23,7 @@ class Malformed(Exception):
 
 
 def loads(raw: bytes, *, max_members: int = MAX_MEMBERS) -> Any:
-    """The value of a JSON text in UTF-8 (RFC 8259) of about that many members; raises Malformed."""
+    """The value of a JSON text in UTF-8 (RFC 8259) of about that many members; raises MalformedJson."""
     try:
         text = raw.decode("utf-8")
         _check_size(text, max_members)
@@ -32,18 +32,18 @@ def loads(raw: bytes, *, max_members: int = MAX_MEMBERS) -> Any:
             # Half a surrogate pair or a NUL, written as an escape, would fail later, in a database.
             shown = json.dumps(value, ensure_ascii=False)
             if "\\u0000" in shown:
-                raise Malformed("text")
+                raise MalformedJson("text")
             shown.encode("utf-8")
     except UnicodeError:
-        raise Malformed("text") from None
+        raise MalformedJson("text") from None
     except (ValueError, RecursionError):
-        raise Malformed("json") from None
+        raise MalformedJson("json") from None
     return value
 
 
 def _check_size(text: str, max_members: int) -> None:
     if text.count(",") > max_members:
-        raise Malformed("members")
+        raise MalformedJson("members")
     if text.count("{") + text.count("[") <= MAX_DEPTH:
         return
     depth = 0
@@ -51,7 +51,7 @@ def _check_size(text: str, max_members: int) -> None:
         if letter in "{[":
             depth += 1
             if depth > MAX_DEPTH:
-                raise Malformed("depth")
+                raise MalformedJson("depth")
         elif letter in "}]":
             depth -= 1
 
@@ -59,20 +59,20 @@ def _check_size(text: str, max_members: int) -> None:
 def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
-        raise Malformed("duplicate_member")
+        raise MalformedJson("duplicate_member")
     return members
 
 
 def _integer(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
-        raise Malformed("number")
+        raise MalformedJson("number")
     return int(digits)
 
 
 def _float(text: str) -> float:
     number = float(text)  # of NaN and Infinity too
     if not math.isfinite(number):
-        raise Malformed("number")
+        raise MalformedJson("number")
     return number
 
 

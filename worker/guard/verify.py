@@ -17,7 +17,7 @@ from .clock import Clock
 from .decode import invalid
 from .issuer import Issuer
 from .profile import ALGORITHMS
-from .strict_json import Malformed, loads
+from .strict_json import MalformedJson, loads
 
 MAX_TOKEN = 16 * 1024
 MAX_KID = 256
@@ -155,7 +155,7 @@ def decode_base64url(text: str) -> bytes | None:
 def _json_object(raw: bytes, part: str) -> Mapping[str, Any]:
     try:
         value = loads(raw)
-    except Malformed as malformed:
+    except MalformedJson as malformed:
         raise invalid(malformed.code, f"its {part} is not acceptable JSON") from None
     if not isinstance(value, dict):
         raise invalid(part, f"its {part} is not a JSON object")

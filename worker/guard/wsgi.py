@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any
 
-from .access import Denied, Rules, guard_of, parted
+from .access import AccessRules, Denied, guard_of, parted
 from .guard import Guard, texts
 from .issuer import Issuer
 
@@ -37,7 +37,7 @@ class RequireToken:
         open_paths: Iterable[str] = (),
     ) -> None:
         self._app = app
-        self._rules: Rules[Environ] = Rules(
+        self._rules: AccessRules[Environ] = AccessRules(
             guard_of(guard, issuer, audience, profile),
             scopes=scopes,
             org_of=org_of,

@@ -23,7 +23,7 @@ from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.edit_runs import Cancellable
 from worker.store.lists import runs as run_lists
-from worker.store.lists.rows import Wait
+from worker.store.lists.rows import WaitRow
 from worker.telemetry.masking import masker
 
 # Open questions that an error names.
@@ -39,7 +39,7 @@ def answer(
     actor: str,
     occurrence: int = 1,
     org: str | None = None,
-) -> Wait:
+) -> WaitRow:
     """Answer a wait of an unfinished run, and let the run go on; returns the wait as `runs show` has it.
 
     The first answer counts. One that comes before the run waits is kept, at most `MOST_EARLY` of a run; while

@@ -22,7 +22,7 @@ from worker.store import audit, budgets, orgs, waits
 from worker.store.database import Database
 from worker.store.dialect import Row, hint
 from worker.store.lists import runs as run_lists
-from worker.store.lists.rows import Wait
+from worker.store.lists.rows import WaitRow
 from worker.store.lists.usage import Raise, name_of
 
 # How long a raise for one run is kept: longer than any run lasts.
@@ -205,7 +205,7 @@ def raise_budget(
 
 def answer_budget(
     database: Database, run_id: str, name: str, data: Any, *, actor: str, occurrence: int
-) -> Wait:
+) -> WaitRow:
     """Answer the question of a budget that is used up: raise it for its period, or let the run fail.
 
     Raises:

@@ -26,7 +26,7 @@ Change = Callable[[str], Run]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class BulkCursor:
     """Where a bulk change is: the last run that it has passed, and how far it goes.
 
     Runs that are made or end after its begin are not its own.
@@ -43,7 +43,7 @@ class Place:
         return f"{until}~{self.after['id']}{'' if ended is None else f'~{to_text(ended)}'}"
 
     @classmethod
-    def read(cls, which: Cancellable | Retryable, text: str) -> Place:
+    def read(cls, which: Cancellable | Retryable, text: str) -> BulkCursor:
         """The place that a client gives back; raises UsageError if it is not one of this kind."""
         parts = text.split("~")
         try:
@@ -56,23 +56,23 @@ class Place:
             raise UsageError("after is not `next` of such a change", fix="give `next` as it came") from None
 
 
-def begin(database: Database, which: Cancellable | Retryable, *, org: str | None) -> Place | None:
+def begin(database: Database, which: Cancellable | Retryable, *, org: str | None) -> BulkCursor | None:
     """The place before the first run, None if there is no run at all; raises as `step`."""
     with database.autocommit() as connection:
         scope = orgs.scope_of(connection, ALL_ORGS if org is None else org)
         until = edit_runs.last_match(connection, scope, which)
-    return None if until is None else Place(until)
+    return None if until is None else BulkCursor(until)
 
 
 def step(
     database: Database,
     which: Cancellable | Retryable,
-    place: Place,
+    place: BulkCursor,
     *,
     org: str | None,
     most: int,
     change: Change | None = None,
-) -> tuple[list[BulkRow], Place | None]:
+) -> tuple[list[BulkRow], BulkCursor | None]:
     """Change at most `most` of the runs that match, oldest first; returns them and where to continue.
 
     Without `change` it only says which they are. With `org`, only its runs match.
@@ -84,7 +84,7 @@ def step(
         scope = orgs.scope_of(connection, ALL_ORGS if org is None else org)
         found = edit_runs.page(connection, scope, which, until=place.until, after=place.after, limit=most)
     done = [_changed(row, which, change) for row in found]
-    return done, Place(place.until, found[-1]) if len(found) == most else None
+    return done, BulkCursor(place.until, found[-1]) if len(found) == most else None
 
 
 def _changed(row: Row, which: Cancellable | Retryable, change: Change | None) -> BulkRow:

@@ -273,7 +273,7 @@ def _write_rows(
     new: list[Row] = []
     rows: list[dict[str, Any]] = []
     revisions: list[dict[str, Any]] = []
-    changed: list[definitions.Changed] = []
+    changed: list[definitions.DefinitionUpdate] = []
     for change in changes:
         before, template = change.before, change.template
         values: dict[str, Any] = {
@@ -299,7 +299,9 @@ def _write_rows(
                 values["consecutive_failures"] = 0
             if differing(before["spec"], change.spec):
                 values["revision"] = revision = revision + 1
-            changed.append(definitions.Changed(change.org_id, definition_id, before["revision"], values))
+            changed.append(
+                definitions.DefinitionUpdate(change.org_id, definition_id, before["revision"], values)
+            )
             if revision == before["revision"]:
                 continue
         revisions.append(

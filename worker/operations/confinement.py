@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from worker.errors import ConfigurationError
 from worker.execution.runners.child import landlock, seccomp
-from worker.execution.runners.child.sandbox import Narrowed, Planner, Rules, Secret, level
+from worker.execution.runners.child.sandbox import Narrowed, Planner, SandboxRules, SecretPath, level
 from worker.handlers.catalogue import DESCRIBE
 from worker.handlers.installed import FOLDERS
 from worker.settings import CONFIG_PLACES, MOUNTED_SECRETS, Settings
@@ -27,7 +27,7 @@ class Confinement:
 
     level: str
     version: int
-    rules: Rules | None = None
+    rules: SandboxRules | None = None
     narrowed: tuple[Narrowed, ...] = ()
 
     @property
@@ -96,27 +96,27 @@ def _found_in(narrowed: Narrowed) -> str:
     return f"{narrowed.root} is open to handlers and contains {secret.name} ({secret.path})"
 
 
-def _secrets(settings: Settings) -> Iterator[Secret]:
+def _secrets(settings: Settings) -> Iterator[SecretPath]:
     """What handlers must not reach; a path need not exist."""
-    yield Secret("/proc", "all of /proc")
+    yield SecretPath("/proc", "all of /proc")
     folders = {settings.secrets_dir, os.environ.get("CREDENTIALS_DIRECTORY", ""), MOUNTED_SECRETS}
-    yield from (Secret(os.path.realpath(folder), "secrets_dir") for folder in sorted(folders) if folder)
+    yield from (SecretPath(os.path.realpath(folder), "secrets_dir") for folder in sorted(folders) if folder)
     with suppress(ConfigurationError):  # no key ring is configured
-        yield Secret(os.path.realpath(settings.keyring_file), "the key ring")
+        yield SecretPath(os.path.realpath(settings.keyring_file), "the key ring")
     if settings.host.token_file:
-        yield Secret(os.path.realpath(settings.host.token_file), "the host's token")
+        yield SecretPath(os.path.realpath(settings.host.token_file), "the host's token")
     file = settings.database.sqlite_file
     if file is not None:
         # The names of its journals, its lock and copies begin with its own.
-        yield Secret(os.path.realpath(file), "the database", stem=True)
+        yield SecretPath(os.path.realpath(file), "the database", stem=True)
     named = (settings.config_file, os.environ.get("WORKER_CONFIG", ""))
     yield from _configuration((*named, *filter(os.path.exists, CONFIG_PLACES)))
-    yield Secret(
+    yield SecretPath(
         os.path.join(os.path.realpath(tempfile.gettempdir()), FOLDERS), "the runs' folders", stem=True
     )
 
 
-def _configuration(places: Iterable[str]) -> Iterator[Secret]:
+def _configuration(places: Iterable[str]) -> Iterator[SecretPath]:
     for place in dict.fromkeys(places):
         if place:
-            yield Secret(os.path.realpath(place), "the configuration")
+            yield SecretPath(os.path.realpath(place), "the configuration")

@@ -26,7 +26,7 @@ from worker.store import org_secrets as stored_secrets
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.lists.mismatches import mismatches_for_all_orgs
-from worker.store.lists.morning import NAMED, Counted, Named, crashed_for_all_orgs
+from worker.store.lists.morning import NAMED, CappedCount, Named, crashed_for_all_orgs
 
 if TYPE_CHECKING:
     from worker.tokens.sealing import KeyRing
@@ -146,7 +146,7 @@ def workers(database: Database) -> Diagnostic:
     return Diagnostic(name, True, f"no worker is up, and nothing is due{since}", CRASHED if since else "")
 
 
-def _crashes(found: Counted, now: datetime) -> str:
+def _crashes(found: CappedCount, now: datetime) -> str:
     """Which workers and hosts crashed within the last day, and who recovered how many of their runs."""
     if not found.total:
         return ""

@@ -19,7 +19,7 @@ from worker.operations import sync
 from worker.operations.fleet import Fleet
 from worker.operations.provisioning import Provisioned, Provisioner, exclusive
 from worker.operations.scopes import Scopes
-from worker.operations.sync import Rules
+from worker.operations.sync import SyncRules
 from worker.providers.management.contract import Notice
 from worker.telemetry.events import emit
 
@@ -44,7 +44,7 @@ class ProvisionLoop:
     """Follows one issuer. `fleet` makes what rotates credentials older than `rotate_after` (0: none)."""
 
     provisioner: Provisioner
-    rules: Rules
+    rules: SyncRules
     issuers: Collection[str]
     every: timedelta
     scopes: Scopes
@@ -155,7 +155,7 @@ class ProvisionLoop:
         """
         provisioner, code = self.provisioner, notice.org or ""
         # Only a round can tell whether too many orgs are gone at once.
-        rules = Rules(self.rules.issuer, self.rules.tags, "keep")
+        rules = SyncRules(self.rules.issuer, self.rules.tags, "keep")
         listed = await sync.read_orgs(provisioner.management, rules, code)
         self._newer.add(code)
         made = await provisioner.database.run(sync.planned, provisioner.database, listed, rules, code)

@@ -149,7 +149,7 @@ def _is_active(row: Row) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class SettledPage:
     """One step of `recompute`: where the next starts (None at the end), and the definitions moved."""
 
     after: DefinitionId | None
@@ -168,7 +168,7 @@ def outdated(database: Database, version: str) -> bool:
     return known is not None and known != version
 
 
-def recompute(database: Database, *, after: DefinitionId | None = None) -> Page:
+def recompute(database: Database, *, after: DefinitionId | None = None) -> SettledPage:
     """Recompute the next scheduled times of some definitions with this machine's zone data.
 
     Those that move are settled first. What has fired does not fire again; what is due
@@ -185,7 +185,7 @@ def recompute(database: Database, *, after: DefinitionId | None = None) -> Page:
             locked = definitions.lock_by_id_for_all_orgs(connection, moved)
             settle(connection, locked, at=now)
             schedule_next(connection, locked, at=now)
-    return Page(rows[-1]["id"] if len(rows) == PAGE else None, len(moved))
+    return SettledPage(rows[-1]["id"] if len(rows) == PAGE else None, len(moved))
 
 
 def recomputed(database: Database, version: str, *, moved: int) -> None:

@@ -47,7 +47,7 @@ class SyncRow(TypedDict):
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class SyncRules:
     """How orgs follow the provider.
 
     `most_suspended` is the share of the issuer's orgs that may be suspended at once, or None for any number.
@@ -97,7 +97,7 @@ class Plan:
         self.suspend = [row for row in self.suspend if row["code"] not in codes]
         self.resume = [row for row in self.resume if row["code"] not in codes]
 
-    def check_suspended(self, rules: Rules) -> None:
+    def check_suspended(self, rules: SyncRules) -> None:
         """Check that no more orgs are gone than may be suspended at once: a share of all, but at least one.
 
         Raises:
@@ -111,11 +111,11 @@ class Plan:
             fix="if that is right, call `orgs sync --absent suspend --yes`",
         )
 
-    def suspended(self, rules: Rules) -> list[Row]:
+    def suspended(self, rules: SyncRules) -> list[Row]:
         """The orgs to suspend: none if they are too many."""
         return [] if self._suspends_too_many(rules) else self.suspend
 
-    def _suspends_too_many(self, rules: Rules) -> bool:
+    def _suspends_too_many(self, rules: SyncRules) -> bool:
         if rules.most_suspended is None:
             return False
         # Rounded: 29 % of 100 orgs are 28.999999999999996.
@@ -124,7 +124,7 @@ class Plan:
 
 async def read_orgs(
     management: Management,
-    rules: Rules,
+    rules: SyncRules,
     only: str | None,
     *,
     concurrency: int = 8,
@@ -152,7 +152,7 @@ async def read_orgs(
 
 
 async def _read_all(
-    management: Management, rules: Rules, report: Callable[[int, int | None], None]
+    management: Management, rules: SyncRules, report: Callable[[int, int | None], None]
 ) -> dict[str, Listed]:
     """All orgs of the provider, by code; raises as `read_orgs`."""
     found: dict[str, Listed] = {}
@@ -198,7 +198,7 @@ async def _read_properties(
         raise failed.exceptions[0] from None
 
 
-def plan(stored: Iterable[Row], listed: Sequence[Listed], rules: Rules, *, only: str | None) -> Plan:
+def plan(stored: Iterable[Row], listed: Sequence[Listed], rules: SyncRules, *, only: str | None) -> Plan:
     """Compare the stored orgs (of all issuers) with the provider's; pure."""
     made = Plan()
     by_code = {row["code"]: row for row in stored}
@@ -227,7 +227,7 @@ def plan(stored: Iterable[Row], listed: Sequence[Listed], rules: Rules, *, only:
 
 
 def apply(
-    database: Database, made: Plan, rules: Rules, *, actor: str, issuers: Iterable[str]
+    database: Database, made: Plan, rules: SyncRules, *, actor: str, issuers: Iterable[str]
 ) -> list[SyncRow]:
     """Carry out a plan in small transactions; returns a row for each org that changed or failed.
 
@@ -262,7 +262,7 @@ def apply(
     return list(rows.values())
 
 
-def planned(database: Database, listed: Sequence[Listed], rules: Rules, only: str | None) -> Plan:
+def planned(database: Database, listed: Sequence[Listed], rules: SyncRules, only: str | None) -> Plan:
     """What a sync is to do, by the orgs that are stored."""
     with database.autocommit() as connection:
         if only is not None:
@@ -274,7 +274,7 @@ def planned(database: Database, listed: Sequence[Listed], rules: Rules, only: st
     return plan(stored, listed, rules, only=only)
 
 
-def describe(made: Plan, rules: Rules) -> list[SyncRow]:
+def describe(made: Plan, rules: SyncRules) -> list[SyncRow]:
     """The rows that `apply` would return, for a dry run."""
     rows = {row["org"]: row for row in made.failed}
     named = [
@@ -314,7 +314,7 @@ def _row(org: str, name: str, *, error: str | None = None, fix: str | None = Non
     return SyncRow(org=org, name=name, changes=[], client_id=None, error=error, warning=None, fix=fix)
 
 
-def _fault(each: Listed, row: Row | None, rules: Rules) -> SyncRow | None:
+def _fault(each: Listed, row: Row | None, rules: SyncRules) -> SyncRow | None:
     """The row of an org that cannot be taken over, or None."""
     code = each.org.code
     if row is not None and row["issuer"] != rules.issuer:
@@ -349,7 +349,7 @@ def _entry_of(row: Row) -> OrgEntry:
     )
 
 
-def _entry(row: Row | None, each: Listed, rules: Rules) -> OrgEntry:
+def _entry(row: Row | None, each: Listed, rules: SyncRules) -> OrgEntry:
     """The org as it should be: the name of the provider, and the tags of the mapping; all else stays."""
     name = "".join(letter for letter in each.org.name if letter.isprintable()).strip()[:MAX_NAME]
     before = OrgEntry(each.org.code, "", rules.issuer) if row is None else _entry_of(row)
@@ -363,7 +363,7 @@ def _differences(before: OrgEntry, entry: OrgEntry) -> Row:
     return values if entry.tags == before.tags else values | {"tags": sorted(entry.tags)}
 
 
-def _changed(row: Row, each: Listed, rules: Rules) -> list[tuple[str, str]]:
+def _changed(row: Row, each: Listed, rules: SyncRules) -> list[tuple[str, str]]:
     """The new name of an org, with each change."""
     entry = _entry(row, each, rules)
     return [(entry.name, _CHANGED[column]) for column in _differences(_entry_of(row), entry)]
@@ -372,7 +372,7 @@ def _changed(row: Row, each: Listed, rules: Rules) -> list[tuple[str, str]]:
 def _write(
     connection: Connection,
     part: Sequence[tuple[Row | None, Listed]],
-    rules: Rules,
+    rules: SyncRules,
     issuers: set[str],
     *,
     actor: str,

@@ -331,7 +331,7 @@ def wake(connection: Connection, org_ids: Collection[OrgId] | None, now: datetim
 
 
 @dataclass(frozen=True, slots=True)
-class Watched:
+class WatchedBudgets:
     """What workers keep of the budgets: whom they hold back, whose runs they limit, properties to store."""
 
     holding: frozenset[OrgId] = frozenset()
@@ -344,7 +344,7 @@ class Watched:
     """The budgets that this was made of."""
 
 
-def watched_for_all_orgs(connection: Connection, known: Watched | None = None) -> Watched:
+def watched_for_all_orgs(connection: Connection, known: WatchedBudgets | None = None) -> WatchedBudgets:
     """What workers keep of the budgets of all orgs; `known` if the budgets are as they were."""
     rows = all_rows(connection, select(_budgets).order_by(_budgets.c.id))
     version = tuple((row["id"], row["updated_at"]) for row in rows)
@@ -362,7 +362,7 @@ def watched_for_all_orgs(connection: Connection, known: Watched | None = None) -
                 if applies(row, org):
                     found[row["meter"] in OWN_METERS].add(org["id"])
     properties = frozenset(row["property"] for row in rows if row["property"] is not None)
-    return Watched(frozenset(found[True]), frozenset(found[False]), properties, version)
+    return WatchedBudgets(frozenset(found[True]), frozenset(found[False]), properties, version)
 
 
 def store_properties(connection: Connection, org_id: OrgId, claims: Claims, names: Iterable[str]) -> None:

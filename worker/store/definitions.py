@@ -308,7 +308,7 @@ def change(
         )
 
 
-class Changed(NamedTuple):
+class DefinitionUpdate(NamedTuple):
     """Columns to change of a definition that is still at `revision`."""
 
     org_id: OrgId
@@ -317,7 +317,7 @@ class Changed(NamedTuple):
     values: Mapping[str, Any]
 
 
-def change_for_all_orgs(connection: Connection, changes: Iterable[Changed], *, at: datetime) -> None:
+def change_for_all_orgs(connection: Connection, changes: Iterable[DefinitionUpdate], *, at: datetime) -> None:
     """As `change`, for many definitions: one statement for those whose same columns change.
 
     Raises:

@@ -27,7 +27,7 @@ LOOKED_AT, MARKED = 200, 500
 
 
 @dataclass(frozen=True, slots=True)
-class Incarnation:
+class IncarnationRow:
     """A row of `workers`; `offers` is None for a worker, and for a host that registered at an older one."""
 
     id: WorkerId
@@ -40,21 +40,21 @@ class Incarnation:
 _INCARNATION = tuple(_workers.c[name] for name in ("id", "host_id", "pools", "handlers", "offers"))
 
 
-def incarnation(connection: Connection, worker_id: WorkerId) -> Incarnation | None:
+def incarnation(connection: Connection, worker_id: WorkerId) -> IncarnationRow | None:
     """One incarnation, alive or not."""
     row = connection.execute(select(*_INCARNATION).where(_workers.c.id == worker_id)).first()
-    return None if row is None else Incarnation(*row)
+    return None if row is None else IncarnationRow(*row)
 
 
-def live_incarnations(connection: Connection) -> list[Incarnation]:
+def live_incarnations(connection: Connection) -> list[IncarnationRow]:
     """The workers and hosts that hold their lease."""
     alive = (_workers.c.ended_at.is_(None), _workers.c.lease_until > database_now(connection))
     query = select(*_INCARNATION).where(*alive).order_by(_workers.c.id).limit(MOST)
-    return [Incarnation(*row) for row in connection.execute(query)]
+    return [IncarnationRow(*row) for row in connection.execute(query)]
 
 
 def declarations(
-    connection: Connection, incarnations: Sequence[Incarnation]
+    connection: Connection, incarnations: Sequence[IncarnationRow]
 ) -> dict[WorkerId, dict[str, HandlerEntry]]:
     """What each of these incarnations of hosts declares, by handler, without schemas."""
     older = [one for one in incarnations if one.offers is None]
@@ -82,7 +82,9 @@ def declarations(
     return found
 
 
-def grants(connection: Connection, incarnations: Sequence[Incarnation]) -> dict[WorkerId, dict[str, Grant]]:
+def grants(
+    connection: Connection, incarnations: Sequence[IncarnationRow]
+) -> dict[WorkerId, dict[str, Grant]]:
     """What each of these incarnations of hosts may do with the handlers that it declares."""
     declared = declarations(connection, incarnations)
     names = {name for handlers in declared.values() for name in handlers}
@@ -245,7 +247,7 @@ def look(connection: Connection, offered: Offered, others: Sequence[Serving]) ->
 def common(connection: Connection, pool: str, hosts: Collection[WorkerId]) -> dict[str, int | None]:
     """The handlers that all of these hosts of a pool may run, with their limits."""
     query = select(*_INCARNATION).where(_workers.c.id.in_(sorted(hosts))).order_by(_workers.c.id)
-    found = [Incarnation(*row) for row in connection.execute(query)]
+    found = [IncarnationRow(*row) for row in connection.execute(query)]
     granted = list(grants(connection, found).values())
     merged: dict[str, Grant] = {}
     for name in sorted(set.intersection(*(set(own) for own in granted)) if granted else ()):

@@ -40,7 +40,7 @@ class Spend:
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class CountedSpends:
     """The budgets of each org after its spends were counted, and those whose warning was just passed.
 
     `spent` is what was counted of meters that have a budget.
@@ -63,7 +63,7 @@ def lock_running(connection: Connection, fencing_tokens: Mapping[RunId, int]) ->
     return {id_ for id_, token, state in rows if state == "running" and fencing_tokens[id_] == token}
 
 
-def record(connection: Connection, spends: Sequence[Spend], now: datetime) -> Counted:
+def record(connection: Connection, spends: Sequence[Spend], now: datetime) -> CountedSpends:
     """Count spends of runs that this transaction has locked; those that are stored already do not count.
 
     Rows are locked in one order: `spends` by key, `meter_days`, then `meters`.
@@ -101,7 +101,7 @@ def record(connection: Connection, spends: Sequence[Spend], now: datetime) -> Co
     for (org_id, meter), amount in added.items():
         if (org_id, meter) in limited:
             spent[meter] += amount
-    return Counted(levels, warned, spent)
+    return CountedSpends(levels, warned, spent)
 
 
 def _insert(connection: Connection, spends: Sequence[Spend], now: datetime) -> list[Spend]:
@@ -147,24 +147,24 @@ def uses(connection: Connection, definition_id: DefinitionId, meters: Collection
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class RunBudgets:
     """The budgets of a run's org, `missing` a property that one of them needs, and what a spend counted."""
 
     states: Sequence[BudgetState]
     missing: str | None = None
-    counted: Counted | None = None
+    counted: CountedSpends | None = None
 
 
-def states_of(connection: Connection, run: AdmittedRun) -> Found:
+def states_of(connection: Connection, run: AdmittedRun) -> RunBudgets:
     """The budgets of a run's org that its runs check, as they are now."""
     return _states(connection, run, database_now(connection))
 
 
-def _states(connection: Connection, run: AdmittedRun, now: datetime) -> Found:
+def _states(connection: Connection, run: AdmittedRun, now: datetime) -> RunBudgets:
     found = budgets.of_orgs(connection, [run.org_id], None, now, run.id).get(run.org_id, [])
     found = [budget for budget in found if budget.meter not in OWN_METERS]
     if not found:
-        return Found(())
+        return RunBudgets(())
     used = uses(connection, run.definition_id, {budget.meter for budget in found})
     states, missing = [], None
     for level in budgets.levels(connection, found, run.id):
@@ -184,10 +184,10 @@ def _states(connection: Connection, run: AdmittedRun, now: datetime) -> Found:
                 uses=budget.meter in used,
             )
         )
-    return Found(states, missing)
+    return RunBudgets(states, missing)
 
 
-def spend(connection: Connection, run: AdmittedRun, meter: str, amount: int, key: str) -> Found | None:
+def spend(connection: Connection, run: AdmittedRun, meter: str, amount: int, key: str) -> RunBudgets | None:
     """Count a spend, fenced; returns the budgets after it, or None if the run is no longer ours."""
     if not lock_running(connection, {run.id: run.fencing_token}):
         return None
@@ -197,7 +197,9 @@ def spend(connection: Connection, run: AdmittedRun, meter: str, amount: int, key
     return replace(_states(connection, run, now), counted=counted)
 
 
-def store_steps(connection: Connection, rows: Sequence[RunStep]) -> tuple[set[tuple[RunId, int]], Counted]:
+def store_steps(
+    connection: Connection, rows: Sequence[RunStep]
+) -> tuple[set[tuple[RunId, int]], CountedSpends]:
     """Store steps with their spends in one transaction, fenced; returns the runs that still run."""
     ours = statements(connection).store_steps(connection, rows, commit=False)
     totals: dict[tuple[int, str], int] = defaultdict(int)
@@ -226,7 +228,7 @@ def copy(connection: Connection, org_id: OrgId, of: RunId, to: RunId) -> int:
 # --- Meters that orgworker fills itself: they hold admission. ---
 
 
-def hold_back(connection: Connection, runs: Sequence[AdmittedRun]) -> tuple[list[AdmittedRun], Counted]:
+def hold_back(connection: Connection, runs: Sequence[AdmittedRun]) -> tuple[list[AdmittedRun], CountedSpends]:
     """Count runs that were just admitted, and let those wait again that are above a budget of their org.
 
     The runs belong to orgs with a budget of `runs` or `run_seconds`, in the order of admission. Returns
@@ -326,7 +328,7 @@ def _held(budget: OrgBudget, now: datetime) -> dict[str, object]:
     }
 
 
-def charge_seconds(connection: Connection, ended: Sequence[EndedAttempt]) -> Counted:
+def charge_seconds(connection: Connection, ended: Sequence[EndedAttempt]) -> CountedSpends:
     """Count the time of handlers whose attempt ends, before the end is written; each attempt counts once."""
     ours = lock_running(connection, {attempt.run_id: attempt.fencing_token for attempt in ended})
     spends = []

@@ -161,7 +161,7 @@ class WorkerStore:
         self._nothing_was_due = False
         self._marked_until: RunId | None = None
         self._specs = _SpecCache()
-        self._budgets = budgets.Watched()
+        self._budgets = budgets.WatchedBudgets()
         self._looks = 0
         # Of each org the newest token whose limits are stored: when it was issued, and what they were.
         self._limits_of: OrderedDict[OrgId, tuple[datetime, tuple[int | None, ...]]] = OrderedDict()
@@ -295,11 +295,11 @@ class WorkerStore:
         if len(self._limits_of) > LIMITS_KEPT:
             self._limits_of.popitem(last=False)
 
-    async def budgets_of(self, run: AdmittedRun) -> spending.Found:
+    async def budgets_of(self, run: AdmittedRun) -> spending.RunBudgets:
         """The budgets of a run's org now."""
         return await self.database.call_autocommit(spending.states_of, run)
 
-    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> spending.Found | None:
+    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> spending.RunBudgets | None:
         """Count a spend, fenced, once for each key; None if the run is no longer ours."""
         found = await self.database.call(spending.spend, run, meter, amount, key)
         if found is not None and found.counted is not None:
@@ -307,7 +307,7 @@ class WorkerStore:
         return found
 
     @staticmethod
-    def _report(counted: spending.Counted) -> None:
+    def _report(counted: spending.CountedSpends) -> None:
         for meter, amount in counted.spent.items():
             emit("meter.spent", meter=meter, amount=amount)
         for level in counted.warned:

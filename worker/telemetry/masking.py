@@ -19,7 +19,7 @@ from urllib.parse import unquote
 from worker.ids import AllOrgs, OrgId
 from worker.telemetry.cut_secrets import LEAST_PIECE, Span
 from worker.telemetry.secret_forms import SHORTEST
-from worker.telemetry.secret_index import Letters, Search, SecretIndex, to_search
+from worker.telemetry.secret_index import Search, SecretCharacters, SecretIndex, to_search
 from worker.telemetry.slices import SLICE
 
 # Only matching parts of a URL are shown: a malformed one may contain its password anywhere.
@@ -144,7 +144,7 @@ class Masker:
         self._limit = limit
         self._kept = kept
         self._lock = threading.Lock()
-        self._letters = Letters()
+        self._letters = SecretCharacters()
         self._registered: OrderedDict[_Key, None] = OrderedDict()
         self._held: dict[_Key, int] = {}
         self._released: dict[bool, OrderedDict[_Key, None]] = {False: OrderedDict(), True: OrderedDict()}

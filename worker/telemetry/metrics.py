@@ -160,7 +160,7 @@ METRICS: tuple[Metric, ...] = (
 )
 
 
-class Series:
+class MetricSeries:
     """The values of one metric by its labels. The caller must hold a lock.
 
     The client library locks and validates at each step; for the events of one run that takes as long
@@ -271,11 +271,11 @@ class Metrics(Collector):
         self._top_orgs = top_orgs
         self._attempts: dict[str, Tally[str]] = {}
         self._counts = dict.fromkeys(EVENTS, 0)
-        self._series: dict[str, Series] = {}
+        self._series: dict[str, MetricSeries] = {}
         self._follow: dict[str, list[Callable[[Fields], None]]] = {name: [] for name in EVENTS}
         for metric in METRICS:
             if metric.event:
-                series = self._series.setdefault(metric.name, Series(metric))
+                series = self._series.setdefault(metric.name, MetricSeries(metric))
                 self._follow[metric.event].append(series.follower(metric.value))
         for state in STATES:
             self._series[f"{PREFIX}attempt_states_total"].begin(state)

@@ -59,7 +59,7 @@ class _Start:
     packed: int | None = None
 
 
-class Letters:
+class SecretCharacters:
     """The characters of secrets of all indexes; thread-safe."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class SecretIndex:
     cut. Without, it finds only whole secrets: what is masked of a piece tells how far a guess is right.
     """
 
-    def __init__(self, letters: Letters, *, pieces: bool) -> None:
+    def __init__(self, letters: SecretCharacters, *, pieces: bool) -> None:
         self._letters = letters
         self._pieces = pieces
         self._lock = threading.Lock()
@@ -328,7 +328,7 @@ def to_search(text: str, indexes: Sequence[SecretIndex]) -> list[SecretIndex]:
 class Search:
     """One search for the secrets of one or two indexes."""
 
-    def __init__(self, text: str, indexes: Sequence[SecretIndex], letters: Letters) -> None:
+    def __init__(self, text: str, indexes: Sequence[SecretIndex], letters: SecretCharacters) -> None:
         self._text = text
         self._indexes = indexes
         self._words = letters.words.find

@@ -61,7 +61,7 @@ class _ThrottledOrg:
     until: float = 0.0
 
 
-class Budget:
+class RequestBudget:
     """Limits the token requests of one issuer to its configured rate; none is sent during a pause.
 
     A throttle pauses the org for as long as the issuer asks, and all others for a minute at

@@ -30,13 +30,13 @@ from worker.guard.http import TOKEN_LIMIT, TOO_LARGE, Reply, exchange, what_fail
 from worker.guard.issuer import Issuer
 from worker.guard.jwks import KeySet
 from worker.guard.profile import FailureClass
-from worker.guard.strict_json import Malformed
+from worker.guard.strict_json import MalformedJson
 from worker.guard.verify import MAX_TOKEN, read, verify, verify_message
 from worker.outbound import retry_delay, room_left
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
 from worker.tokens.breaker import Breaker, IssuerPaused
-from worker.tokens.budget import Budget
+from worker.tokens.budget import RequestBudget
 from worker.tokens.credentials import Credential
 
 # Seconds; full jitter: a retry waits between 0 and these, doubling.
@@ -67,7 +67,7 @@ class IssuerClient:
         self._client = client
         self._clock = clock
         self._keys = KeySet(issuer, self.endpoints, clock=clock, report=emit)
-        self._budget = Budget(issuer, clock=clock)
+        self._budget = RequestBudget(issuer, clock=clock)
         self._breaker = Breaker(issuer.name, clock=clock)
 
     @property
@@ -246,7 +246,7 @@ class IssuerClient:
             return IssuerUnavailable(f"issuer {name} {what_failed(reply)}")
         try:
             body = reply.json_object()
-        except Malformed:
+        except MalformedJson:
             body = {}
         if reply.status != 200:
             return self._failure(reply, body.get("error"), credential)

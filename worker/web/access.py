@@ -12,7 +12,7 @@ from worker.guard import Guard, bearer_token
 from worker.store import sign_in
 from worker.store.orgs import OrgCaller
 from worker.web.callers import Caller, Role
-from worker.web.clients import Addresses, Limits
+from worker.web.clients import Addresses, ClientLimits
 from worker.web.operators import Operator as Operator
 from worker.web.operators import Operators, StoredOperators
 
@@ -35,7 +35,7 @@ class Access:
         *,
         org_role: Role,
         org_scope: str = "",
-        limits: Limits,
+        limits: ClientLimits,
         addresses: Addresses | None = None,
         stored: StoredOperators | None = None,
         login_basis: str = "",

@@ -26,7 +26,7 @@ from worker.handlers.steps import StepError
 from worker.pacing import Turns
 from worker.runs.hosts import HostCaller
 from worker.web.clients import Addresses, Buckets
-from worker.web.connections import Deadlines
+from worker.web.connections import ClientDeadlines
 from worker.web.responses import ErrorMiddleware, error_response, json_response
 
 # Calls that are answered at a time, also of one token: each host has a few open.
@@ -41,7 +41,7 @@ A_CALL = 1024
 # Tokens of no host that one address may send at once, and a second.
 BURST, RATE = 20, 5
 # Seconds that the body of a call may take.
-DEADLINES = Deadlines(body=30.0)
+DEADLINES = ClientDeadlines(body=30.0)
 NOT_NOW = "the worker is starting or stopping"
 SOON = "try again in a moment"
 NOT_READ = "the worker is still reading its own handlers"

@@ -40,7 +40,7 @@ from worker.store.lists.rows import (
     OrgDetail,
     PlannedBackfill,
     Run,
-    Wait,
+    WaitRow,
 )
 from worker.store.lists.usage import Raise
 
@@ -243,7 +243,7 @@ class CallerDatabase:
         by_org = caller.org is not None
         return await self._change(caller, "retry", retry, run, org=caller.org, by_org=by_org, **what)
 
-    async def answer(self, caller: Caller, run: str, name: str, *, data: Any, occurrence: int = 1) -> Wait:
+    async def answer(self, caller: Caller, run: str, name: str, *, data: Any, occurrence: int = 1) -> WaitRow:
         """Answer what a run waits for."""
         what = {"occurrence": occurrence, "org": caller.org}
         return await self._change(caller, "answer", answer, run, name, data, **what)
@@ -409,10 +409,10 @@ class CallerDatabase:
     ) -> Bulk:
         caller.require_may(action)
         database = self._as(caller)
-        place: bulk.Place | None
+        place: bulk.BulkCursor | None
         most = min(many.limit, many.canary or MAX_LIMIT)
         if many.after is not None:
-            place = bulk.Place.read(which, many.after)
+            place = bulk.BulkCursor.read(which, many.after)
         else:
             place = await database.run(bulk.begin, database, which, org=caller.org)
         rows: list[BulkRow] = []

@@ -33,7 +33,7 @@ _HATCHES = {
 }
 
 
-class Series(NamedTuple):
+class ChartSeries(NamedTuple):
     """One layer of stacked bars: its name, its kind (a CSS class), and a value for each bar."""
 
     name: str
@@ -42,7 +42,7 @@ class Series(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class LanePiece:
     """What a lane of a Gantt was doing, from `start` until `end`."""
 
     name: str
@@ -56,7 +56,7 @@ class Lane:
     """A row of a Gantt: its pieces in order, and a note behind its name."""
 
     name: str
-    pieces: Sequence[Piece] = field(default=())
+    pieces: Sequence[LanePiece] = field(default=())
     note: str = ""
 
 
@@ -70,7 +70,7 @@ class Dot(NamedTuple):
 
 
 def bars(
-    series: Sequence[Series],
+    series: Sequence[ChartSeries],
     labels: Sequence[str],
     *,
     title: str,

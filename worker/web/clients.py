@@ -153,7 +153,7 @@ class Buckets:
             self._full_at = dict(ordered[len(ordered) - self._most + room :])
 
 
-class Limits:
+class ClientLimits:
     """Counts by address until the caller is known, and by caller from then on.
 
     A trusted proxy's own requests are not counted by address. Each method raises

@@ -33,7 +33,7 @@ Phase = Literal["headers", "body", "idle"]
 
 
 @dataclass(frozen=True, slots=True)
-class Deadlines:
+class ClientDeadlines:
     """Seconds that a client may take; no deadline runs while a response is prepared or sent.
 
     `headers` starts at the first byte of a request, for the first request at the start of
@@ -132,7 +132,7 @@ class Connection(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
         *,
         connections: Connections,
-        deadlines: Deadlines,
+        deadlines: ClientDeadlines,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.logger = _log

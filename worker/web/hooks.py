@@ -27,7 +27,7 @@ MALFORMED = frozenset({"text", "parts", "base64url", "header", "payload"})
 
 
 @dataclass(frozen=True, slots=True)
-class Receiver:
+class HookReceiver:
     """What takes the webhooks of one issuer; `notify` raises Busy if it cannot take more."""
 
     management: Management
@@ -37,7 +37,7 @@ class Receiver:
 class Hooks:
     """The route of webhooks; `receivers` by issuer."""
 
-    def __init__(self, receivers: Mapping[str, Receiver], clock: Clock, addresses: Addresses) -> None:
+    def __init__(self, receivers: Mapping[str, HookReceiver], clock: Clock, addresses: Addresses) -> None:
         self._receivers = receivers
         self._addresses = addresses
         self._buckets = Buckets(clock, size=BURST, rate=RATE)
@@ -59,7 +59,7 @@ class Hooks:
         emit("webhook.received", issuer=issuer, status=response.status_code, reason=reason)
         return response
 
-    async def _answer(self, receiver: Receiver, request: Request) -> tuple[Response, str | None]:
+    async def _answer(self, receiver: HookReceiver, request: Request) -> tuple[Response, str | None]:
         """The response, and for the log why it is not 204. Senders do not learn which check failed."""
         try:
             receiver.notify(await receiver.management.webhook(await _read(request)))

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from worker.clock import Clock
 from worker.errors import Busy, ConfigurationError
 from worker.telemetry.events import emit
-from worker.web.connections import Connection, Connections, Deadlines
+from worker.web.connections import ClientDeadlines, Connection, Connections
 from worker.web.health import PATHS, Health
 from worker.web.responses import ErrorMiddleware
 
@@ -138,7 +138,7 @@ class WebServer:
         clock: Clock,
         *,
         connections: Connections | None = None,
-        deadlines: Deadlines | None = None,
+        deadlines: ClientDeadlines | None = None,
         tls: ssl.SSLContext | None = None,
         event: str = "web.listening",
         told: bool = False,
@@ -148,7 +148,7 @@ class WebServer:
         self._event = event
         self._told = told
         self._connections = Connections() if connections is None else connections
-        self._deadlines = deadlines or Deadlines()
+        self._deadlines = deadlines or ClientDeadlines()
         self._listen = listen
         self._listener = listener
         self._clock = clock

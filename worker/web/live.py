@@ -28,7 +28,7 @@ from worker.errors import AccessDenied, Busy, NotFound, TokenError, TooManyReque
 from worker.ids import OrgId, RunId
 from worker.store.lists import live, runs
 from worker.store.lists.redaction import Row
-from worker.store.lists.rows import LogLine, Run
+from worker.store.lists.rows import LogRow, Run
 from worker.store.tables import FINAL_STATES
 from worker.web.api.requests import caller_of, log_place, query_of
 from worker.web.callers import Caller, CallerDatabase
@@ -53,7 +53,7 @@ Check = Callable[[], Awaitable[Caller]]
 
 
 @dataclass(slots=True, eq=False)
-class Watched:
+class WatchedRun:
     """One watched run: its newest row and lines, each encoded at most once for each view."""
 
     run: Row
@@ -90,7 +90,7 @@ class Watched:
             if at <= place:
                 break
             if caller.org not in encoded:
-                encoded[caller.org] = _data(caller.sees(LogLine, line))
+                encoded[caller.org] = _data(caller.sees(LogRow, line))
             found.append((at, encoded[caller.org]))
         return found[::-1]
 
@@ -157,7 +157,7 @@ class Live:
         self._database = database
         self._clock = clock
         self._draining = draining
-        self._watched: dict[RunId, Watched] = {}
+        self._watched: dict[RunId, WatchedRun] = {}
         self._of_caller: dict[str, int] = {}
         self._streams = 0
         self._reading: asyncio.Task[None] | None = None
@@ -179,8 +179,8 @@ class Live:
             raise Busy("this process is stopping", fix="connect again in a moment")
         self._check_room(caller)
 
-        def work(connection: Connection) -> Watched:
-            return Watched(*live.watched(connection, caller.scope(), request.path_params["run"]))
+        def work(connection: Connection) -> WatchedRun:
+            return WatchedRun(*live.watched(connection, caller.scope(), request.path_params["run"]))
 
         watched = await self._database.read(caller, work)
         if watched.ended and digest == watched.state_of(caller)[0]:
@@ -199,7 +199,7 @@ class Live:
             raise TooManyRequests(f"{caller.actor} has too many event streams", retry_after=CHECK)
 
     async def _stream(
-        self, caller: Caller, found: Watched, place: Place, digest: str, check: Check | None
+        self, caller: Caller, found: WatchedRun, place: Place, digest: str, check: Check | None
     ) -> AsyncGenerator[bytes, None]:
         """The events of a run, from a place in its log and the state with this digest."""
         self._check_room(caller)
@@ -242,7 +242,7 @@ class Live:
                 await turn.wait()
 
     @contextlib.contextmanager
-    def _counted(self, caller: Caller, found: Watched) -> Iterator[Watched]:
+    def _counted(self, caller: Caller, found: WatchedRun) -> Iterator[WatchedRun]:
         """Watch a run, with all others who do, as long as the block lasts."""
         run_id = found.run["id"]
         watched = self._watched.setdefault(run_id, found)
@@ -264,13 +264,13 @@ class Live:
             if not self._watched:
                 self._reading.cancel()
 
-    async def _missed(self, caller: Caller, watched: Watched, place: Place) -> list[tuple[Place, bytes]]:
+    async def _missed(self, caller: Caller, watched: WatchedRun, place: Place) -> list[tuple[Place, bytes]]:
         """A page of lines after a place that are not in the window."""
         run_id = watched.run["id"]
 
         def work(connection: Connection) -> list[tuple[Place, bytes]]:
             lines = runs.lines(connection, caller.scope(), run_id, after=place, limit=WINDOW_LINES)
-            return [((line["attempt"], line["seq"]), _data(caller.sees(LogLine, line))) for line in lines]
+            return [((line["attempt"], line["seq"]), _data(caller.sees(LogRow, line))) for line in lines]
 
         return await self._database.read(caller, work)
 

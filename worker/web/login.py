@@ -27,7 +27,7 @@ from worker.guard.endpoints import Endpoints
 from worker.guard.http import TOKEN_LIMIT, Reply, exchange, what_failed
 from worker.guard.issuer import Issuer
 from worker.guard.jwks import KeySet
-from worker.guard.strict_json import Malformed
+from worker.guard.strict_json import MalformedJson
 from worker.guard.verify import verify
 from worker.settings.sections import OVER_ALL_ORGS, LoginSettings
 from worker.store import roles, sign_in
@@ -282,7 +282,7 @@ class Login:
             raise IssuerUnavailable(f"issuer {name} {what_failed(reply)}")
         try:
             body = reply.json_object()
-        except Malformed:
+        except MalformedJson:
             body = {}
         if reply.status == 200 and body:
             return body

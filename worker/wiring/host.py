@@ -24,7 +24,7 @@ from worker.execution.attempts.dispatcher import Dispatcher
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.hosts.control import AsyncControl, BlockingControl, ControlDenied, Controls
-from worker.execution.hosts.hosted import HostTools, hosted_attempt
+from worker.execution.hosts.hosted import RemoteTools, hosted_attempt
 from worker.execution.hosts.remote import RemoteStore
 from worker.execution.hosts.taking import Taking
 from worker.execution.hosts.wire import Registered, Registration, Taken
@@ -253,7 +253,7 @@ class HostIncarnation:
     def _assemble(self, store: RemoteStore, registered: Registered) -> Supervisor:
         execution, clock, inflight_runs = self.settings.execution, self.clock, self._inflight_runs
         run_log, steps = RunLogWriter(store, clock), StepWriter(store, clock)
-        tools = HostTools(
+        tools = RemoteTools(
             store=store,
             handlers=self._handlers,
             runners={"child": self.children, "inline": Inline(clock)},

@@ -29,7 +29,7 @@ from worker.telemetry.vitals import Notifier
 from worker.web.clients import Addresses
 from worker.web.connections import Connections
 from worker.web.health import Health
-from worker.web.hooks import Hooks, Receiver
+from worker.web.hooks import HookReceiver, Hooks
 from worker.web.listener import WebServer, bind, build_health
 from worker.web.server import build_hooks
 from worker.wiring.monitoring import alerting
@@ -177,7 +177,7 @@ async def _provision(
             await stack.enter_async_context(server.serving())
         if (listener := listeners.get("[provisioning] listen")) is not None:
             receivers = {
-                name: Receiver(loop.provisioner.management, loop.notify) for name, loop in loops.items()
+                name: HookReceiver(loop.provisioner.management, loop.notify) for name, loop in loops.items()
             }
             addresses = Addresses(web.trusted_proxies)
             app = build_hooks(health, Hooks(receivers, clock, addresses))

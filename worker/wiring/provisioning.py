@@ -11,7 +11,7 @@ from worker.clock import Clock
 from worker.operations.fleet import Fleet
 from worker.operations.installation import Ownership
 from worker.operations.provisioning import Provisioner
-from worker.operations.sync import Absent, Rules
+from worker.operations.sync import Absent, SyncRules
 from worker.providers.management.mapping import parse_rules
 from worker.settings import Settings
 from worker.tokens.sealing import KeyRing
@@ -61,9 +61,9 @@ def fleet_of(settings: Settings, provisioner: Provisioner, *, overlap: timedelta
     )
 
 
-def rules_of(settings: Settings, issuer: str, *, absent: Absent, any_number: bool = False) -> Rules:
+def rules_of(settings: Settings, issuer: str, *, absent: Absent, any_number: bool = False) -> SyncRules:
     """How the orgs of an issuer follow the provider; `any_number` of them may be suspended at once."""
-    return Rules(
+    return SyncRules(
         issuer,
         parse_rules(settings.issuers[issuer].management.tags),
         absent,

@@ -35,7 +35,7 @@ from worker.telemetry.metrics import Metrics
 from worker.telemetry.vitals import Notifier
 from worker.web.access import Access, FindCaller, Operator
 from worker.web.callers import OpenRing, no_ring
-from worker.web.clients import Addresses, Limits
+from worker.web.clients import Addresses, ClientLimits
 from worker.web.connections import Connections
 from worker.web.health import Health
 from worker.web.listener import WebServer, bind, build_health
@@ -210,7 +210,7 @@ class Web:
             stored=stored,
             login_basis=basis_of(web.login),
             portal=web.portal.may,
-            limits=Limits(
+            limits=ClientLimits(
                 self._clock, logins_per_minute=web.logins_per_minute, calls_per_second=web.calls_per_second
             ),
         )

@@ -21,7 +21,7 @@ from tests.fakes.running import RecordingServices, until, work
 from worker.clock import SystemClock
 from worker.execution.runners.child import landlock
 from worker.execution.runners.child.pool import ChildPool
-from worker.execution.runners.child.sandbox import Planner, Rules, Sandbox
+from worker.execution.runners.child.sandbox import Planner, Sandbox, SandboxRules
 from worker.execution.runners.contract import StopSignal
 from worker.handlers.catalogue import read_catalogue
 from worker.operations.confinement import Confinement
@@ -412,7 +412,7 @@ async def test_a_replaced_file_of_the_system_is_found_again(
     """A resolv.conf that a change of the network has replaced is another inode."""
     file = tmp_path / "resolv.conf"
     file.write_text("old")
-    sandbox = Sandbox(Rules(read=(str(file),), execute=("/usr",)))
+    sandbox = Sandbox(SandboxRules(read=(str(file),), execute=("/usr",)))
     file.with_name("new").write_text("new")
     file.with_name("new").rename(file)
     # The rules that were prepared before are still there, as where no run has started for long.
@@ -456,7 +456,7 @@ async def test_the_catalogues_children_are_confined(
     )
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    async def errors(rules: Rules | None) -> dict[str, str | None]:
+    async def errors(rules: SandboxRules | None) -> dict[str, str | None]:
         command = Confinement("", landlock.abi(), rules).describe
         reading = read_catalogue(["acme-odd"], command=command)
         return {entry.name: entry.error async for found in reading for entry in found}

@@ -24,7 +24,7 @@ from worker.execution.attempts.masked import redacted
 from worker.execution.attempts.run_services import AttemptServices
 from worker.execution.hosts import attempt_api
 from worker.execution.hosts.control import AsyncControl, Controls
-from worker.execution.hosts.hosted import HostTools
+from worker.execution.hosts.hosted import RemoteTools
 from worker.execution.hosts.remote import RemoteStore
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
@@ -115,7 +115,7 @@ class Remote:
 
     fleet: Fleet
     _host: Any = None
-    _tools: HostTools | None = None
+    _tools: RemoteTools | None = None
     _taken: dict[RunId, Any] = field(default_factory=dict)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -144,7 +144,7 @@ class Remote:
         controls.incarnation = self._host.id
         store = RemoteStore(AsyncControl(controls), None, InflightRuns(), clock.now)  # type: ignore[arg-type]
         steps = StepWriter(store, clock)
-        self._tools = HostTools(
+        self._tools = RemoteTools(
             store=store,
             handlers=HandlerRegistry(),
             runners={},

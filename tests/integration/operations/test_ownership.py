@@ -19,7 +19,7 @@ from worker.operations.fleet import Fleet
 from worker.operations.installation import Ownership, adopt
 from worker.operations.provision_loop import ProvisionLoop
 from worker.operations.scopes import Scopes
-from worker.operations.sync import Rules
+from worker.operations.sync import SyncRules
 from worker.providers.management.contract import Notice
 from worker.runs.placing import Placement, Ticket
 from worker.store import installation
@@ -68,7 +68,7 @@ def loop_of(place: Place, word: str) -> ProvisionLoop:
     fleet = Fleet(provisioner, announce=timedelta(), overlap=timedelta(), per_second=1000)
     return ProvisionLoop(
         provisioner,
-        Rules("main", absent="keep"),
+        SyncRules("main", absent="keep"),
         ["main"],
         timedelta(hours=1),
         Scopes(provisioner, False),

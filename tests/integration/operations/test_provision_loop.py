@@ -20,7 +20,7 @@ from worker.operations.installation import Ownership
 from worker.operations.provision_loop import COLLECT, NOTICE_AGAIN, ROUND_AGAIN, ProvisionLoop
 from worker.operations.provisioning import Provisioner, exclusive
 from worker.operations.scopes import Scopes
-from worker.operations.sync import Absent, Rules
+from worker.operations.sync import Absent, SyncRules
 from worker.providers.management.contract import Notice, NoticeKind
 from worker.store.database import Database
 from worker.telemetry import events
@@ -58,7 +58,7 @@ class Place:
     def loop(
         self, *, absent: Absent = "keep", trim: bool = False, rotate_after: timedelta = timedelta()
     ) -> ProvisionLoop:
-        rules = Rules("main", absent=absent)
+        rules = SyncRules("main", absent=absent)
         scopes = Scopes(self.provisioner, trim)
         return ProvisionLoop(self.provisioner, rules, ["main"], EVERY, scopes, self.new_fleet, rotate_after)
 

@@ -328,7 +328,7 @@ def store_steps(stock: Stock, *rows: RunStep) -> set[tuple[str, int]]:
         return spending.store_steps(connection, rows)[0]
 
 
-def states(stock: Stock, run: AdmittedRun) -> spending.Found:
+def states(stock: Stock, run: AdmittedRun) -> spending.RunBudgets:
     with stock.database.autocommit() as connection:
         return spending.states_of(connection, run)
 
@@ -387,7 +387,7 @@ def test_the_limit_in_the_newest_token_counts(stock: Stock):
     seen(200, 10)
     assert [state.limit for state in states(stock, run).states] == [200]
     seen(None, 5)
-    assert states(stock, run) == spending.Found([], missing=None)
+    assert states(stock, run) == spending.RunBudgets([], missing=None)
     spend(stock, run, 1)
     assert states(stock, run).missing == "daily_tokens"
 

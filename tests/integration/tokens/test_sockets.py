@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from worker import outbound
-from worker.outbound import Connections, Sockets
+from worker.outbound import OutboundConnections, Sockets
 
 pytestmark = pytest.mark.anyio
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -43,7 +43,7 @@ async def test_a_request_is_sent_as_a_whole() -> None:
         writer.write(OK)
 
     async with server(answer) as port:
-        pool = Connections(None)
+        pool = OutboundConnections(None)
         request = httpx.Request("POST", f"http://127.0.0.1:{port}/token", content=b"a=b")
         response = await pool.handle_async_request(request)
         assert await response.aread() == b"ok"

@@ -14,7 +14,7 @@ import pytest
 from tests.fakes.certificates import make_certificate
 from worker.clock import SystemClock
 from worker.guard.http import Reply, exchange
-from worker.outbound import Connections, open_client
+from worker.outbound import OutboundConnections, open_client
 
 pytestmark = pytest.mark.anyio
 RESPONSE = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -48,7 +48,7 @@ async def serving(certificate: Path) -> AsyncIterator[tuple[str, list[str]]]:
 
 async def test_one_connection_serves_several_requests(certificate: Path) -> None:
     async with serving(certificate) as (url, peers):
-        transport = Connections(ssl.create_default_context(cafile=str(certificate)))
+        transport = OutboundConnections(ssl.create_default_context(cafile=str(certificate)))
         async with open_client(transport) as client:
             for _ in range(3):
                 reply = await exchange(client, "GET", url, clock=SystemClock(), limit=100)
@@ -61,9 +61,9 @@ async def test_one_connection_serves_several_requests(certificate: Path) -> None
 async def test_a_certificate_of_no_known_authority_is_refused(certificate: Path) -> None:
     async with serving(certificate) as (url, _):
         async with open_client() as client:
-            assert isinstance(client._transport, Connections)
+            assert isinstance(client._transport, OutboundConnections)
             assert await exchange(client, "GET", url, clock=SystemClock(), limit=100) == "unreachable"
-        transport = Connections(ssl.create_default_context())
+        transport = OutboundConnections(ssl.create_default_context())
         with pytest.raises(httpx.ConnectError):
             await transport.handle_async_request(httpx.Request("GET", url))
 

@@ -34,7 +34,7 @@ from worker.telemetry.metrics import Metrics
 from worker.tokens.sealing import KeyRing
 from worker.web.clients import Addresses
 from worker.web.health import Health
-from worker.web.hooks import BURST, MAX_BODY, Hooks, Receiver
+from worker.web.hooks import BURST, MAX_BODY, HookReceiver, Hooks
 from worker.web.server import build_hooks
 from worker.wiring.provisioning import fleet_of, open_provisioner, rules_of
 
@@ -76,7 +76,7 @@ async def loop(kinde: Kinde, migrated_sqlite_url: str, tmp_path: Path) -> AsyncI
 
 
 @asynccontextmanager
-async def served(receiver: Receiver, *, clock: Any = None) -> AsyncIterator[httpx.AsyncClient]:
+async def served(receiver: HookReceiver, *, clock: Any = None) -> AsyncIterator[httpx.AsyncClient]:
     hooks = Hooks({"main": receiver}, clock or SystemClock(), Addresses())
     app = build_hooks(Health(Metrics(version="1.0")), hooks)
     transport = httpx.ASGITransport(app)
@@ -134,7 +134,7 @@ async def test_only_a_genuine_webhook_changes_something(kinde: Kinde, loop: Prov
     kinde.api.add_org("org_new", "New")
     database = loop.provisioner.database
     before, requests = everything(database), kinde.carried_out()
-    receiver = Receiver(loop.provisioner.management, loop.notify)
+    receiver = HookReceiver(loop.provisioner.management, loop.notify)
     async with served(receiver) as client:
         bodies = set()
         for name, (message, status) in hostile(kinde).items():
@@ -193,7 +193,7 @@ async def test_what_cannot_be_taken_now_is_to_be_sent_again() -> None:
     def full(notice: Notice) -> None:
         raise Busy("the queue of org_a is full", fix="wait")
 
-    async with served(Receiver(management, full)) as client:  # type: ignore[arg-type]
+    async with served(HookReceiver(management, full)) as client:  # type: ignore[arg-type]
         busy = await client.post("/hooks/main", content="org_a")
         management.error = IssuerUnavailable("no keys at http://10.0.0.7")
         unknown = await client.post("/hooks/main", content="org_a")
@@ -215,7 +215,7 @@ async def test_an_address_may_send_so_many_and_a_body_is_read_only_so_far() -> N
             assert sent <= MAX_BODY + 2 * 8192, "the body is read to its end"
             yield b"a" * 8192
 
-    async with served(Receiver(Management(), taken.append), clock=clock) as client:  # type: ignore[arg-type]
+    async with served(HookReceiver(Management(), taken.append), clock=clock) as client:  # type: ignore[arg-type]
         assert (await client.post("/hooks/main", content=endless())).status_code == 413
         statuses = [(await client.post("/hooks/main", content="org")).status_code for _ in range(BURST)]
         assert statuses == [204] * (BURST - 1) + [429]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.web.conftest import TOKENS, Site, csrf_of, log_in
 from worker.settings.sections import WebSettings
-from worker.web.clients import Limits
+from worker.web.clients import ClientLimits
 
 pytestmark = pytest.mark.anyio
 RUNS = "/api/v1/runs"
@@ -19,7 +19,7 @@ RUNS = "/api/v1/runs"
 def limited(staffed: Site) -> Site:
     """With the limits as they are by default, shared by all clients of the test."""
     web = WebSettings()
-    staffed.limits = Limits(
+    staffed.limits = ClientLimits(
         staffed.clock, logins_per_minute=web.logins_per_minute, calls_per_second=web.calls_per_second
     )
     return staffed

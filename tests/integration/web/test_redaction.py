@@ -309,8 +309,8 @@ def test_every_column_has_a_rule():
 
 
 _KINDS = (
-    *(rows.OrgDetail, rows.DefinitionDetail, rows.TemplateDetail, rows.RunDetail, rows.Attempt),
-    *(rows.LogLine, rows.Skip, rows.Handler, rows.CredentialRow, rows.Change, Revision),
+    *(rows.OrgDetail, rows.DefinitionDetail, rows.TemplateDetail, rows.RunDetail, rows.AttemptRow),
+    *(rows.LogRow, rows.Skip, rows.Handler, rows.CredentialRow, rows.ChangeRow, Revision),
 )
 
 
@@ -324,8 +324,8 @@ def _rows(database: Database, run: str) -> dict[type, Any]:
             rows.DefinitionDetail: read.definition(connection, "org_a", "digest"),
             rows.TemplateDetail: read.template(connection, ALL_ORGS, "nightly"),
             rows.RunDetail: shown,
-            rows.Attempt: shown["attempts"][0],
-            rows.LogLine: run_lists.lines(connection, "org_a", shown["id"])[0],
+            rows.AttemptRow: shown["attempts"][0],
+            rows.LogRow: run_lists.lines(connection, "org_a", shown["id"])[0],
         }
 
 

@@ -25,7 +25,7 @@ from worker.settings.sections import LogSettings, WebSettings
 from worker.telemetry.metrics import Metrics
 from worker.web import listener as module
 from worker.web.access import Access
-from worker.web.connections import Connections, Deadlines
+from worker.web.connections import ClientDeadlines, Connections
 from worker.web.health import PATHS, Health
 from worker.web.listener import WebServer, bind, build_health
 from worker.web.server import build
@@ -137,7 +137,7 @@ async def test_idle_connections_do_not_keep_health_or_api_out(count: int, contro
 )
 async def test_a_slow_client_is_told_that_it_was_too_slow_and_is_closed(head: bytes):
     listen = f"127.0.0.1:{free_port()}"
-    deadlines = Deadlines(headers=0.2, body=0.2)
+    deadlines = ClientDeadlines(headers=0.2, body=0.2)
     server = WebServer(application(), listen, bind(listen), SystemClock(), deadlines=deadlines)
     async with asyncio.timeout(10), server.serving():
         reader, writer = await asyncio.open_connection(*listen.split(":"))

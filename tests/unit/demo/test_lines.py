@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from worker.demo.journal import Change
+from worker.demo.journal import RunChange
 from worker.demo.lines import HEAD, QUIET, WIDTH, Quiet, advice_on, line, words_of
 from worker.search import REASONS
 
@@ -18,8 +18,8 @@ RUN = "01a22bc8-b44c-765d-9469-11f105793048"
 ASK = {"text": "Refund 40 EUR to Ada?", "options": ["yes", "no"]}
 
 
-def change(state: str, reason: str | None = None, detail: str | None = None, **values: Any) -> Change:
-    return Change(RUN, values.pop("attempt", 1), "org_acme", "refund", state, reason, detail, **values)
+def change(state: str, reason: str | None = None, detail: str | None = None, **values: Any) -> RunChange:
+    return RunChange(RUN, values.pop("attempt", 1), "org_acme", "refund", state, reason, detail, **values)
 
 
 KEY_ERROR = {"type": "KeyError", "message": "'name'"}
@@ -52,7 +52,7 @@ KEY_ERROR = {"type": "KeyError", "message": "'name'"}
         (change("waiting", "something_new", "of it"), "waits: something new: of it"),
     ],
 )
-def test_what_happened_in_words(happened: Change, words: str | None):
+def test_what_happened_in_words(happened: RunChange, words: str | None):
     assert words_of(happened) == words
 
 
@@ -69,7 +69,9 @@ def test_what_happened_in_words(happened: Change, words: str | None):
         (change("waiting", "resumed"), change("running", attempt=2), None),
     ],
 )
-def test_what_a_run_waited_for_decides_how_it_goes_on(before: Change, happened: Change, words: str | None):
+def test_what_a_run_waited_for_decides_how_it_goes_on(
+    before: RunChange, happened: RunChange, words: str | None
+):
     assert words_of(happened, before) == words
 
 
@@ -95,7 +97,7 @@ def test_a_line_is_plain_and_fits():
     assert HEAD.index("what happened") == text.index("failed")
 
 
-def of_other_run(happened: Change, run: str) -> Change:
+def of_other_run(happened: RunChange, run: str) -> RunChange:
     return replace(happened, run=run)
 
 

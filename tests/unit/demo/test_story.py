@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from worker.demo.journal import Change
+from worker.demo.journal import RunChange
 from worker.demo.lines import QUIET
-from worker.demo.run import Console, Narrator, Story
+from worker.demo.run import ConsoleLinks, Narrator, Story
 from worker.errors import Unavailable
 
 COMMAND, CONSOLE = "/tmp/demo/orgworker", "http://127.0.0.1:8470"
@@ -18,9 +18,9 @@ COMMAND, CONSOLE = "/tmp/demo/orgworker", "http://127.0.0.1:8470"
 class FakeJournal:
     """A journal whose changes come from a test."""
 
-    changes: list[Change]
+    changes: list[RunChange]
 
-    def read(self) -> list[Change]:
+    def read(self) -> list[RunChange]:
         changes, self.changes = self.changes, []
         return changes
 
@@ -29,7 +29,7 @@ def narrator_of(clock, journal: FakeJournal) -> Narrator:
     return Narrator(journal, clock, clock.monotonic(), command=COMMAND, console=CONSOLE)
 
 
-def tell(clock, *changes: Change) -> Narrator:
+def tell(clock, *changes: RunChange) -> Narrator:
     journal = FakeJournal()
     narrator = narrator_of(clock, journal)
     journal.changes = list(changes)
@@ -37,9 +37,9 @@ def tell(clock, *changes: Change) -> Narrator:
     return narrator
 
 
-def change(state: str, reason: str | None = None, detail: str | None = None, **values: Any) -> Change:
+def change(state: str, reason: str | None = None, detail: str | None = None, **values: Any) -> RunChange:
     named = {"run": "01a2", "definition": "support-digest", "handler": "assistant.digest_v2"} | values
-    return Change(**named, attempt=1, org="org_acme", state=state, reason=reason, detail=detail)
+    return RunChange(**named, attempt=1, org="org_acme", state=state, reason=reason, detail=detail)
 
 
 def test_the_first_success_says_how_long_it_took_and_by_which_agent(clock, capsys):
@@ -129,7 +129,7 @@ class FakeDatabase:
 def test_enter_prints_one_link_a_second_and_none_if_the_database_is_busy(clock, capsys, monkeypatch):
     monkeypatch.setattr("worker.operations.operators.sign_in.begin_login", lambda *_, **__: None)
     database = FakeDatabase()
-    console = Console("127.0.0.1:8470", database, clock)
+    console = ConsoleLinks("127.0.0.1:8470", database, clock)
 
     made = [console.say_link() for _ in range(30)]
     clock.advance(1)

@@ -29,7 +29,7 @@ from worker.execution.hosts.control import (
     Controls,
     ControlUnavailable,
 )
-from worker.execution.hosts.hosted import HostTools, hosted_attempt
+from worker.execution.hosts.hosted import RemoteTools, hosted_attempt
 from worker.execution.hosts.remote import HostedEnd, RemoteStore
 from worker.execution.hosts.taking import WAIT, Taking
 from worker.execution.hosts.wire import Taken
@@ -111,7 +111,7 @@ class Host:
         self.runner = runner or Runner()
         handlers = HandlerRegistry(frozenset({"acme"}))
         handlers.add(HandlerEntry("acme.digest", "acme", "1", "here:digest"))
-        self.tools = HostTools(
+        self.tools = RemoteTools(
             store=self.store,
             handlers=handlers,
             runners={"child": self.runner, "inline": self.runner},

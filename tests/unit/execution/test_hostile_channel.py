@@ -25,7 +25,7 @@ from worker.execution.runners.child.frames import (
     RunFrames,
     run_frame,
 )
-from worker.execution.runners.child.inbox import Turns
+from worker.execution.runners.child.inbox import InboxTurns
 from worker.execution.runners.contract import OWN_FAILURES, StopSignal
 from worker.handlers.steps import StepError
 from worker.runs.outcome import (
@@ -92,7 +92,7 @@ def outcome_of(*parts: bytes) -> Outcome:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, context: raised.append(context))
         process: Any = Process()
-        turns = Turns(loop.call_soon)
+        turns = InboxTurns(loop.call_soon)
         clock = ManualClock()
         run = ChildRun(process, work("ok"), RecordingServices(), StopSignal(), clock, lambda: None, turns)
         for part in parts:

@@ -10,7 +10,7 @@ import pytest
 
 from worker.execution.runners.child import inbox as inbox_module
 from worker.execution.runners.child.frames import BrokenMessage, Message, run_frame
-from worker.execution.runners.child.inbox import BURST, MESSAGE, RATE, TURN, Inbox, Turns
+from worker.execution.runners.child.inbox import BURST, MESSAGE, RATE, TURN, Inbox, InboxTurns
 from worker.handlers.json_text import LIMIT, NotStorable
 
 pytestmark = pytest.mark.anyio
@@ -25,7 +25,7 @@ class Loop:
         self.soon: list[Callable[[], None]] = []
         self.now = 0.0
         self.later: list[tuple[float, Callable[[], None]]] = []
-        self.turns = Turns(self.soon.append)
+        self.turns = InboxTurns(self.soon.append)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Any:
         self.later.append((self.now + seconds, callback))
@@ -196,7 +196,7 @@ async def test_nothing_is_read_after_a_broken_message() -> None:
 @pytest.mark.parametrize(("text", "fits"), [("[" + "[]," * 300_000 + "1]", True), ("[" * 50_000, False)])
 async def test_a_hostile_text_takes_a_turn_for_each_part(text: str, fits: bool) -> None:
     running = asyncio.get_running_loop()
-    turns, ticks, done = Turns(running.call_soon), 0, False
+    turns, ticks, done = InboxTurns(running.call_soon), 0, False
 
     def tick() -> None:
         nonlocal ticks

@@ -11,17 +11,19 @@ import pytest
 from worker.errors import ConfigurationError
 from worker.execution.runners.child import landlock, sandbox
 from worker.execution.runners.child.messages import Setup
-from worker.execution.runners.child.sandbox import MAX_PARTS, Planner, Rules, Secret
+from worker.execution.runners.child.sandbox import MAX_PARTS, Planner, SandboxRules, SecretPath
 from worker.operations.confinement import confinement_of
 from worker.settings import Settings
 from worker.settings.sections import DatabaseSettings, ExecutionSettings
 
 
-def planned(secrets: list[Secret], *, read: tuple[str, ...] = (), write: tuple[str, ...] = ()) -> Rules:
+def planned(
+    secrets: list[SecretPath], *, read: tuple[str, ...] = (), write: tuple[str, ...] = ()
+) -> SandboxRules:
     return Planner(secrets).rules(read, write)
 
 
-def allowed(rules: Rules, path: Path) -> bool:
+def allowed(rules: SandboxRules, path: Path) -> bool:
     """Whether the rules reach the path, as the kernel would see it."""
     roots = (*rules.execute, *rules.read, *rules.write)
     return any(str(path) == root or str(path).startswith(f"{root}/") for root in roots)
@@ -56,7 +58,7 @@ def test_a_root_with_a_secret_is_allowed_in_its_other_parts(tmp_path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     (tmp_path / "data" / "link").symlink_to(tmp_path / "data" / "state" / "keyring")
-    keyring = Secret(str(tmp_path / "data/state/keyring"), "the key ring")
+    keyring = SecretPath(str(tmp_path / "data/state/keyring"), "the key ring")
     planner = Planner([keyring])
 
     rules = planner.rules([str(tmp_path / "data")], [])
@@ -73,7 +75,7 @@ def test_a_root_with_a_secret_is_allowed_in_its_other_parts(tmp_path: Path):
 @pytest.mark.parametrize("root", ["secrets", "secrets/deeper"])
 def test_a_root_that_is_a_secret_or_lies_in_one_is_left_out(tmp_path: Path, root: str):
     (tmp_path / "secrets" / "deeper").mkdir(parents=True)
-    planner = Planner([Secret(str(tmp_path / "secrets"), "secrets_dir")])
+    planner = Planner([SecretPath(str(tmp_path / "secrets"), "secrets_dir")])
 
     rules = planner.rules([str(tmp_path / root)], [])
 
@@ -84,7 +86,7 @@ def test_a_root_that_is_a_secret_or_lies_in_one_is_left_out(tmp_path: Path, root
 def test_a_link_does_not_hide_that_a_root_leads_to_a_secret(tmp_path: Path):
     (tmp_path / "secrets").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "secrets")
-    planner = Planner([Secret(str(tmp_path / "secrets"), "secrets_dir")])
+    planner = Planner([SecretPath(str(tmp_path / "secrets"), "secrets_dir")])
 
     rules = planner.rules([str(tmp_path / "link")], [])
 
@@ -95,7 +97,7 @@ def test_a_link_does_not_hide_that_a_root_leads_to_a_secret(tmp_path: Path):
 def test_a_root_of_too_many_parts_is_left_out(tmp_path: Path):
     for number in range(MAX_PARTS + 1):
         (tmp_path / f"part{number}").touch()
-    planner = Planner([Secret(str(tmp_path / "keyring"), "the key ring")])
+    planner = Planner([SecretPath(str(tmp_path / "keyring"), "the key ring")])
 
     rules = planner.rules([str(tmp_path)], [])
 
@@ -107,7 +109,9 @@ def test_what_is_called_like_the_database_is_kept_with_it(tmp_path: Path):
     for name in ("worker.db", "worker.db-wal", "worker.db.lock", "other"):
         (tmp_path / name).touch()
 
-    rules = planned([Secret(str(tmp_path / "worker.db"), "the database", stem=True)], read=(str(tmp_path),))
+    rules = planned(
+        [SecretPath(str(tmp_path / "worker.db"), "the database", stem=True)], read=(str(tmp_path),)
+    )
 
     assert [name for name in sorted(os.listdir(tmp_path)) if allowed(rules, tmp_path / name)] == ["other"]
 
@@ -204,7 +208,7 @@ def test_never_all_of_proc(tmp_path: Path, root: str):
 
 
 def test_rules_reach_the_zygote_as_they_are():
-    rules = Rules(execute=("/usr",), read=("/etc/hosts",), write=("/srv/out",))
+    rules = SandboxRules(execute=("/usr",), read=("/etc/hosts",), write=("/srv/out",))
 
     assert Setup.from_json(Setup(folder="x", sandbox=rules).as_json()).sandbox == rules
     assert Setup.from_json(Setup(folder="x").as_json()).sandbox is None

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.guard.strict_json import MAX_DEPTH, Malformed, loads
+from worker.guard.strict_json import MAX_DEPTH, MalformedJson, loads
 
 DEEP = "[" * (MAX_DEPTH + 1)
 
@@ -20,7 +20,7 @@ DEEP = "[" * (MAX_DEPTH + 1)
 def test_quotes_and_backslashes_without_end_are_read_in_linear_time(piece: str, end: str) -> None:
     text = DEEP + '"' + piece * 500_000 + end
 
-    with pytest.raises(Malformed):
+    with pytest.raises(MalformedJson):
         loads(text.encode())
 
 
@@ -37,7 +37,7 @@ def test_brackets_within_strings_do_not_count_as_depth(value: Any) -> None:
 
     try:
         assert loads(text.encode()) == value
-    except Malformed as refused:
+    except MalformedJson as refused:
         assert refused.code == "depth"
         assert _depth(value) > MAX_DEPTH
 
@@ -55,5 +55,5 @@ def test_it_nests_so_deep_and_no_deeper(levels: int, taken: bool) -> None:
     if taken:
         loads(text.encode())
     else:
-        with pytest.raises(Malformed, match="depth"):
+        with pytest.raises(MalformedJson, match="depth"):
             loads(text.encode())

@@ -11,7 +11,7 @@ from worker.ids import WorkerId
 from worker.runs.worker_ends import end_in_words, end_of, lost_line, named_end
 from worker.store.lists import redaction
 from worker.store.lists.redaction import redacted
-from worker.store.lists.rows import LogLine
+from worker.store.lists.rows import LogRow
 
 NOW = datetime(2026, 11, 30, 3, 0, tzinfo=UTC)
 # Fixed: they are part of the ids of the tests, which every process of a run has to agree on.
@@ -78,7 +78,7 @@ def test_the_log_says_why_an_attempt_was_lost(of_worker: dict[str, Any] | None, 
 
 def seen_by_an_org(source: str, text: str) -> str:
     line = {"attempt": 1, "seq": 1, "at": NOW, "level": "warning", "source": source, "text": text}
-    shown: str = redacted(LogLine, line, "org_a")["text"]
+    shown: str = redacted(LogRow, line, "org_a")["text"]
     return shown
 
 

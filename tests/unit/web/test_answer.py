@@ -10,7 +10,7 @@ import pytest
 from tests.fakes.clock import START
 from worker.runs.causes import CAUSES
 from worker.runs.why import why_run
-from worker.web.pages.answer import Step, answer
+from worker.web.pages.answer import StepLink, answer
 from worker.web.pages.runs import MOST_LANES, lanes_of
 
 RUN = "01900000-0000-7000-8000-000000000001"
@@ -46,14 +46,14 @@ def test_a_secret_that_is_missing_and_a_budget_have_a_step_on_the_console():
     missing = answer(why_run(row("refused", "secret_missing")), row("refused", "secret_missing"))
     budget = answer(why_run(row("waiting", "budget")), row("waiting", "budget"))
 
-    assert missing.step == Step("Open the org that lacks the secret", "/orgs/org%20a")
-    assert budget.step == Step("See the org's budgets", "/usage?org=org%20a")
+    assert missing.step == StepLink("Open the org that lacks the secret", "/orgs/org%20a")
+    assert budget.step == StepLink("See the org's budgets", "/usage?org=org%20a")
 
 
 def test_a_step_on_the_runs_own_page_is_a_part_of_it():
     failed = row("failed", "error")
 
-    assert answer(why_run(failed), failed).step == Step("Retry it", "#retry", "retry")
+    assert answer(why_run(failed), failed).step == StepLink("Retry it", "#retry", "retry")
     assert answer(why_run(row("waiting", "snoozed")), row("waiting", "snoozed")).step is None
 
 

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from markupsafe import Markup
 
-from worker.web.charts import Dot, Lane, Piece, Series, bars, gantt, lengths, percentile, short
+from worker.web.charts import ChartSeries, Dot, Lane, LanePiece, bars, gantt, lengths, percentile, short
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 EVIL = '"><script>alert(1)</script>'
@@ -25,7 +25,7 @@ def after(seconds: float) -> datetime:
 
 def hourly(title: str = "Ended by hour") -> Markup:
     return bars(
-        [Series("succeeded", "succeeded", [3, 0, 5]), Series("failed", "failed", [1, 0, 0])],
+        [ChartSeries("succeeded", "succeeded", [3, 0, 5]), ChartSeries("failed", "failed", [1, 0, 0])],
         ["00:00", "01:00", "02:00"],
         title=title,
         ticks=["0h", "", "2h"],
@@ -76,11 +76,11 @@ def test_a_gantt_has_one_lane_an_attempt_on_one_time_line():
         Lane(
             "Attempt 1",
             [
-                Piece("waiting", "waiting", START, after(50)),
-                Piece("running", "running", after(50), after(75)),
+                LanePiece("waiting", "waiting", START, after(50)),
+                LanePiece("running", "running", after(50), after(75)),
             ],
         ),
-        Lane("Attempt 2", [Piece("running", "running", after(75), after(100))], "failed"),
+        Lane("Attempt 2", [LanePiece("running", "running", after(75), after(100))], "failed"),
     ]
     chart = gantt(lanes, title="Attempts", now=after(100))
 
@@ -100,8 +100,8 @@ def test_a_short_piece_after_a_long_wait_is_still_seen_and_within_the_chart():
         Lane(
             "Attempt 1",
             [
-                Piece("waiting", "waiting", START, after(86_400)),
-                Piece("running", "running", after(86_400), after(86_401)),
+                LanePiece("waiting", "waiting", START, after(86_400)),
+                LanePiece("running", "running", after(86_400), after(86_401)),
             ],
         )
     ]
@@ -125,8 +125,8 @@ def test_run_lengths_have_lines_at_the_median_and_the_95th_percentile():
 @pytest.mark.parametrize(
     "chart",
     [
-        bars([Series(EVIL, "failed", [1])], [EVIL], title=EVIL, ticks=[EVIL], links=[EVIL]),
-        gantt([Lane(EVIL, [Piece(EVIL, "failed", START, after(1))], EVIL)], title=EVIL, now=START),
+        bars([ChartSeries(EVIL, "failed", [1])], [EVIL], title=EVIL, ticks=[EVIL], links=[EVIL]),
+        gantt([Lane(EVIL, [LanePiece(EVIL, "failed", START, after(1))], EVIL)], title=EVIL, now=START),
         lengths([Dot(EVIL, 1, "failed", EVIL)], title=EVIL),
     ],
 )
@@ -141,14 +141,14 @@ def test_hostile_texts_stay_texts_and_nothing_is_inline(chart: Markup):
 
 def test_a_kind_is_a_class_name_only():
     with pytest.raises(ValueError, match="not a kind"):
-        bars([Series("x", 'failed" onload="x', [1])], ["a"], title="t")
+        bars([ChartSeries("x", 'failed" onload="x', [1])], ["a"], title="t")
 
 
 @pytest.mark.parametrize(
     "chart",
     [
         bars([], [], title="Nothing"),
-        bars([Series("failed", "failed", [0, 0])], ["a", "b"], title="Nothing"),
+        bars([ChartSeries("failed", "failed", [0, 0])], ["a", "b"], title="Nothing"),
         gantt([], title="Nothing", now=START),
         lengths([], title="Nothing"),
     ],

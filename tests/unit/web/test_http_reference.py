@@ -10,6 +10,7 @@ from worker.store.lists import BACKFILLS, LISTS
 from worker.store.lists.rows import columns_of
 from worker.telemetry.alerts import Alert
 from worker.web.api import BASE, Api
+from worker.web.api.openapi import document
 from worker.web.responses import STATUS
 
 REFERENCE = (Path(__file__).parents[3] / "docs" / "reference" / "http.md").read_text()
@@ -53,3 +54,14 @@ def test_every_member_of_an_alert_is_documented():
     members = set(Alert.__slots__) - {"id", "fields"}
 
     assert {name for name in members if f"`{name}`" not in REFERENCE} == set()
+
+
+def test_the_published_schemas_keep_their_names():
+    # Clients generate their classes from these; what a class is called here is another matter.
+    published = (
+        "Attempt Backfill BudgetLevel Bulk BulkRow Change CredentialRow Definition DefinitionDetail "
+        "DefinitionState Explanation Handler LogLine MatterRow Org OrgDetail Overview PlannedBackfill "
+        "Problem Raise Run RunDetail Skip Spent Step Template Usage Wait"
+    )
+
+    assert set(published.split()) <= set(document()["components"]["schemas"])

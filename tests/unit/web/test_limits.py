@@ -8,16 +8,16 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from worker.errors import TooManyRequests
-from worker.web.clients import Buckets, Client, Limits
+from worker.web.clients import Buckets, Client, ClientLimits
 
 ALICE, BOB = (Client(ip_address(address)) for address in ("198.51.100.1", "198.51.100.2"))
 
 
-def limits(clock: ManualClock) -> Limits:
-    return Limits(clock, logins_per_minute=10, calls_per_second=50)
+def limits(clock: ManualClock) -> ClientLimits:
+    return ClientLimits(clock, logins_per_minute=10, calls_per_second=50)
 
 
-def wait_of(clock: ManualClock, count: int, made: Limits, client: Client = ALICE) -> float:
+def wait_of(clock: ManualClock, count: int, made: ClientLimits, client: Client = ALICE) -> float:
     """After `count` logins: how long the next one has to wait."""
     for _ in range(count):
         made.login(client)

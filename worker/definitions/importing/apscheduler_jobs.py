@@ -32,7 +32,7 @@ from worker.definitions.importing.cron_fields import (
     refuse_unknown,
     seconds,
 )
-from worker.definitions.importing.python_source import Found, PythonSource
+from worker.definitions.importing.python_source import FoundNode, PythonSource
 from worker.definitions.units import format_duration
 from worker.definitions.zones import parse_zone
 from worker.errors import InvalidTrigger
@@ -148,7 +148,7 @@ class _Reader:
                 if key in _DEFAULTS:
                     self._defaults[key] = self._source.value(value)
 
-    def _job(self, call: ast.Call, found: Found, function: str | None) -> None:
+    def _job(self, call: ast.Call, found: FoundNode, function: str | None) -> None:
         line = call.lineno
         with self._imported.entry(line, _label(call, function)):
             if found.context == "loop":

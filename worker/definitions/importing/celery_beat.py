@@ -20,7 +20,7 @@ from worker.definitions.importing.cron_fields import (
     refuse_unknown,
     seconds,
 )
-from worker.definitions.importing.python_source import Found, PythonSource
+from worker.definitions.importing.python_source import FoundNode, PythonSource
 from worker.definitions.units import format_duration
 from worker.definitions.zones import parse_zone
 from worker.errors import InvalidTrigger
@@ -120,7 +120,7 @@ class _Reader:
             return set()
         return {zone}
 
-    def _read_node(self, found: Found) -> None:
+    def _read_node(self, found: FoundNode) -> None:
         node = found.node
         if isinstance(node, ast.Assign | ast.AugAssign):
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
@@ -151,7 +151,7 @@ class _Reader:
             return node.slice.value in _SCHEDULES
         return getattr(node, "attr", getattr(node, "id", "")) in self._names
 
-    def _entries(self, node: ast.expr, found: Found) -> None:
+    def _entries(self, node: ast.expr, found: FoundNode) -> None:
         with self._imported.entry(node.lineno, ""):
             pairs = self._source.resolve(node, changed=True)
             if pairs in self._dicts:
@@ -169,7 +169,7 @@ class _Reader:
                 for name, value in self._source.pairs(pairs):
                     self._entry(name, value, found, value.lineno)
 
-    def _entry(self, key: Any, node: ast.expr, found: Found, line: int) -> None:
+    def _entry(self, key: Any, node: ast.expr, found: FoundNode, line: int) -> None:
         name = str(key)
         with self._imported.entry(line, name):
             if found.context == "loop":
@@ -192,7 +192,7 @@ class _Reader:
                 options=dict(self._source.pairs(given["options"])) if "options" in given else {},
             )
 
-    def _periodic(self, call: ast.Call, found: Found) -> None:
+    def _periodic(self, call: ast.Call, found: FoundNode) -> None:
         names = ("schedule", "sig", "args", "kwargs", "name")
         line = call.lineno
         named = next((keyword.value for keyword in call.keywords if keyword.arg == "name"), None)
@@ -275,7 +275,7 @@ class _Reader:
         self,
         name: str,
         line: int,
-        found: Found,
+        found: FoundNode,
         *,
         handler: Any,
         schedule: ast.expr | None,
@@ -339,7 +339,7 @@ class _Reader:
         return _line({key: self._source.value(value) for key, value in given.items() if key in _FULL})
 
 
-def _settings(source: PythonSource, found: Found) -> list[tuple[str, ast.expr]]:
+def _settings(source: PythonSource, found: FoundNode) -> list[tuple[str, ast.expr]]:
     """Names and values that a node assigns as settings of Celery, in whichever way."""
     node = found.node
     if isinstance(node, ast.Assign):
@@ -365,7 +365,7 @@ def _settings(source: PythonSource, found: Found) -> list[tuple[str, ast.expr]]:
     return []
 
 
-def _variables(found: Found) -> list[str]:
+def _variables(found: FoundNode) -> list[str]:
     """The variables that an assignment outside of functions binds."""
     targets = found.node.targets if isinstance(found.node, ast.Assign) else []
     return [target.id for target in targets if isinstance(target, ast.Name) and not found.function]
@@ -381,7 +381,7 @@ def _of_dict(node: ast.expr) -> list[tuple[str, ast.expr]]:
     ]
 
 
-def _setting(target: ast.expr, found: Found) -> str:
+def _setting(target: ast.expr, found: FoundNode) -> str:
     """The setting that an assignment sets: `app.conf.NAME`, `app.conf["NAME"]`, or a module's NAME."""
     if isinstance(target, ast.Attribute):
         owner, name = target.value, target.attr

@@ -46,7 +46,7 @@ _UTC = ("timezone.utc", "datetime.UTC", "pytz.utc", "pytz.UTC", "UTC", "utc")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundNode:
     """A node; `context` is `loop`, `condition` or empty, `function` the innermost function's name."""
 
     node: ast.AST
@@ -81,9 +81,9 @@ class PythonSource:
         for each in self.found:
             self._bind(each.node)
 
-    def _walk(self) -> Iterator[Found]:
+    def _walk(self) -> Iterator[FoundNode]:
         """All nodes, in the order of the source."""
-        waiting = [Found(self.tree)]
+        waiting = [FoundNode(self.tree)]
         while waiting:
             here = waiting.pop()
             yield here
@@ -97,7 +97,7 @@ class PythonSource:
             elif isinstance(here.node, ast.FunctionDef | ast.AsyncFunctionDef):
                 function = here.node.name
             children = list(ast.iter_child_nodes(here.node))
-            waiting.extend(Found(child, context, function) for child in reversed(children))
+            waiting.extend(FoundNode(child, context, function) for child in reversed(children))
 
     def _imported(self) -> Iterator[tuple[str, str]]:
         for each in self.found:

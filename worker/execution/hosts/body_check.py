@@ -41,12 +41,12 @@ Path = tuple[str, ...]
 _TEXTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 
-class Refused(Exception):
+class BodyRefused(Exception):
     """A body that is not a call; the message says why."""
 
 
 def parse(body: bytes) -> Message:
-    """The JSON object of a body. Raises Refused, before anything is built, for one of too many values."""
+    """The JSON object of a body. Raises BodyRefused, before anything is built, for one of too many values."""
     structure = end = 0
     for text in _TEXTS.finditer(body):
         # Each text counts as one byte more: it is an object, too.
@@ -55,13 +55,13 @@ def parse(body: bytes) -> Message:
         if structure > MOST_STRUCTURE:
             break
     if structure + len(body) - end > MOST_STRUCTURE:
-        raise Refused(f"the body has more than {MOST_STRUCTURE} bytes besides its texts")
+        raise BodyRefused(f"the body has more than {MOST_STRUCTURE} bytes besides its texts")
     try:
         message = json.loads(body)
     except (ValueError, RecursionError):
-        raise Refused("the body is not JSON") from None
+        raise BodyRefused("the body is not JSON") from None
     if not isinstance(message, dict):
-        raise Refused("the body is not a JSON object")
+        raise BodyRefused("the body is not a JSON object")
     return message
 
 
@@ -72,7 +72,7 @@ Rows = Iterator[Message]
 def _ends(message: Message) -> Rows:
     for end in wire.ends_of(message):
         if len(end.sealed) > MOST_SEALED:
-            raise Refused(f"sealed: it is longer than {MOST_SEALED} characters")
+            raise BodyRefused(f"sealed: it is longer than {MOST_SEALED} characters")
         yield wire.end_message(end)
 
 
@@ -134,7 +134,7 @@ CALLS: Mapping[str, Callable[[Message], Message]] = {"save": _save, "wait": _wai
 
 
 def checked(name: str, body: bytes) -> Iterator[tuple[int, Message]]:
-    """What a call has of its body. Raises Refused, and Malformed and others as its readers."""
+    """What a call has of its body. Raises BodyRefused, and Malformed and others as its readers."""
     message = parse(body)
     if name in ROWS:
         _, read = ROWS[name]
@@ -144,7 +144,7 @@ def checked(name: str, body: bytes) -> Iterator[tuple[int, Message]]:
     elif name in CALLS:
         yield CALL, CALLS[name](message)
     else:
-        raise Refused(f"no call {name} is larger than {wire.OWN_BYTES} bytes")
+        raise BodyRefused(f"no call {name} is larger than {wire.OWN_BYTES} bytes")
 
 
 def in_frames(kind: int, message: Message) -> Iterator[tuple[int, bytes]]:
@@ -186,7 +186,7 @@ def answer(name: str, body: bytes) -> Iterator[tuple[int, bytes]]:
     try:
         # All is checked before the first frame goes out.
         found = list(checked(name, body))
-    except (Refused, Malformed) as refused:
+    except (BodyRefused, Malformed) as refused:
         yield REFUSED, str(getattr(refused, "message", refused)).encode("utf-8", "replace")
         return
     except MemoryError:

@@ -19,7 +19,7 @@ from worker.clock import Clock
 from worker.errors import AccessDenied, TokenError, Unavailable, WorkerError
 from worker.execution.hosts import wire
 from worker.handlers.steps import StepError
-from worker.outbound import Connections
+from worker.outbound import OutboundConnections
 from worker.telemetry.connectivity import Connectivity
 from worker.telemetry.events import emit
 
@@ -89,7 +89,7 @@ class AsyncControl:
 
     def __init__(self, controls: Controls, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._controls = controls
-        self._transport = transport or Connections(controls.context, kept=KEPT)
+        self._transport = transport or OutboundConnections(controls.context, kept=KEPT)
         # The calls that wait for an answer, and those of them whose worker is silent.
         self._open: dict[asyncio.Task[Any], str] = {}
         self._silent: set[asyncio.Task[Any]] = set()

@@ -42,7 +42,7 @@ class RemoteRenewals:
 
 
 @dataclass(frozen=True, slots=True)
-class HostTools:
+class RemoteTools:
     """What all attempts of a host share. `taken` are those that have not started."""
 
     store: RemoteStore
@@ -80,7 +80,7 @@ class HostTools:
         return [taken.run for taken in attempts]
 
 
-async def hosted_attempt(inflight: InflightRun, tools: HostTools) -> HostedEnd:
+async def hosted_attempt(inflight: InflightRun, tools: RemoteTools) -> HostedEnd:
     """Call the handler of one taken attempt. Errors become outcomes, never exceptions."""
     run = inflight.run
     taken = tools.taken.pop((run.id, run.fencing_token))
@@ -130,7 +130,7 @@ def _traced(taken: Taken, ended: EndedAttempt) -> Traced:
     )
 
 
-async def _run(inflight: InflightRun, taken: Taken, trail: Trail, tools: HostTools) -> Outcome:
+async def _run(inflight: InflightRun, taken: Taken, trail: Trail, tools: RemoteTools) -> Outcome:
     if inflight.stop.asked:
         return outcome_of_stop(inflight.stop)
     work, entry = taken.work, tools.handlers.get(taken.work.handler)

@@ -52,7 +52,7 @@ class HostedEnd(EndedAttempt):
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class RemoteBudgets:
     """The budgets of a run's org, and a property that one of them needs and the org's tokens lack."""
 
     states: Sequence[BudgetState]
@@ -236,10 +236,10 @@ class RemoteStore:
         state = None if answer is None else answer["state"]
         return None if state is None else messages.wait_state_of(state)
 
-    async def budgets_of(self, run: AdmittedRun) -> Found:
+    async def budgets_of(self, run: AdmittedRun) -> RemoteBudgets:
         return _found(await self.control.call("budgets", wire.fence_message(run)))
 
-    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> Found | None:
+    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> RemoteBudgets | None:
         fence = wire.fence_message(run)
         answer = await self._fenced("spend", {**fence, "meter": meter, "amount": amount, "key": key})
         return None if answer is None else _found(answer)
@@ -273,8 +273,8 @@ class RemoteStore:
             return None
 
 
-def _found(answer: Mapping[str, Any]) -> Found:
-    return Found(messages.budgets_of(answer), answer.get("missing"))
+def _found(answer: Mapping[str, Any]) -> RemoteBudgets:
+    return RemoteBudgets(messages.budgets_of(answer), answer.get("missing"))
 
 
 def _parts(call: str, name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:

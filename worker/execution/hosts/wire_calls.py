@@ -52,7 +52,7 @@ def handler_of(message: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class StepRow:
+class SentStep:
     """A step of one of a host's runs."""
 
     run_id: RunId
@@ -66,10 +66,10 @@ def step_message(run: AdmittedRun, handler: str, step: NewStep) -> Message:
 
 
 @reader
-def steps_of(message: Mapping[str, Any]) -> list[StepRow]:
+def steps_of(message: Mapping[str, Any]) -> list[SentStep]:
     try:
         return [
-            StepRow(*fence_of(row), handler_of(row), messages.step_of(row["step"]))
+            SentStep(*fence_of(row), handler_of(row), messages.step_of(row["step"]))
             for row in rows_in(message, "steps")
         ]
     except StepError as error:

@@ -34,7 +34,7 @@ LONGEST_TRY = 15.0
 LEAVE = 3.0
 
 
-class PlacingStore(Protocol):
+class PoolRuns(Protocol):
     async def room(self) -> PoolRoom:
         """What the pool's hosts could take now."""
 
@@ -63,7 +63,7 @@ class Placing:
     loop ends.
     """
 
-    store: PlacingStore
+    store: PoolRuns
     placer: Placer
     pool: str
     clock: Clock

@@ -29,7 +29,7 @@ from worker.errors import (
     Unclear,
 )
 from worker.guard.http import Reply, exchange
-from worker.guard.strict_json import Malformed
+from worker.guard.strict_json import MalformedJson
 from worker.outbound import retry_delay
 from worker.secret import Secret
 
@@ -261,7 +261,7 @@ class Calls:
             raise error
         try:
             body = reply.json_object(max_members=MAX_MEMBERS) if reply.content.strip() else {}
-        except Malformed as malformed:
+        except MalformedJson as malformed:
             if reply.status < 300:
                 raise self._failed(method, f"{what}: a malformed response: {malformed.code}") from None
             body = {}

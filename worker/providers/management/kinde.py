@@ -70,7 +70,7 @@ SCOPES = (
 )
 
 
-class Api:
+class KindeApi:
     """An API of the provider: its id, and its scopes' ids by key."""
 
     def __init__(self, id: str, scopes: Mapping[str, str]) -> None:
@@ -95,7 +95,7 @@ class KindeManagement:
         self._calls = calls
         self._verify_message = verify_message
         self._clock = clock
-        self._apis: dict[str, Api] = {}
+        self._apis: dict[str, KindeApi] = {}
         self._apis_read_at: float | None = None
         self._reading_apis = asyncio.Lock()
         # The name of each id that a response had: a client id that belongs to another name is refused.
@@ -289,7 +289,7 @@ class KindeManagement:
         needed = "create:api_application_scopes"
         return await self._calls.write("POST", API_SCOPE, path, scope=needed, repeatable=True)
 
-    async def _api(self, audience: str, scopes: Collection[str] = ()) -> Api:
+    async def _api(self, audience: str, scopes: Collection[str] = ()) -> KindeApi:
         """The API of an audience; it has these scopes."""
         for attempt in range(2):
             await self._read_apis(again=bool(attempt))
@@ -316,9 +316,9 @@ class KindeManagement:
             if self._apis_read_at is None or now - self._apis_read_at >= age:
                 self._apis, self._apis_read_at = await self._fetch_apis(), now
 
-    async def _fetch_apis(self) -> dict[str, Api]:
+    async def _fetch_apis(self) -> dict[str, KindeApi]:
         response = await self._calls.read(APIS, APIS, scope="read:apis", query={"expand": "scopes"})
-        found: dict[str, Api] = {}
+        found: dict[str, KindeApi] = {}
         for entry in self._items(self._accept(response, "the APIs"), "apis"):
             if entry.get("is_management_api") is True:
                 continue
@@ -332,7 +332,7 @@ class KindeManagement:
                 shown = self._accept(response, f"the scopes of {audience}")
             listed = self._items(shown, "scopes")
             scopes = {self._text(each, "key"): self._text(each, "id") for each in listed}
-            found[audience] = Api(id, scopes)
+            found[audience] = KindeApi(id, scopes)
         return found
 
     async def _pages(self, route: str, member: str, scope: str) -> AsyncIterator[list[dict[str, Any]]]:

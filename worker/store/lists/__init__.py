@@ -17,11 +17,11 @@ from worker.orgs import OrgState
 from worker.store.lists.rows import (
     Backfill,
     Calendar,
-    Change,
+    ChangeRow,
     CredentialRow,
-    Definition,
+    DefinitionRow,
     Handler,
-    Org,
+    OrgRow,
     Run,
     SecretRow,
     Skip,
@@ -113,7 +113,7 @@ class Listing(Generic[R]):
 
 ORGS = Listing(
     "orgs",
-    Org,
+    OrgRow,
     "List orgs, newest first.",
     ("code", "name", "issuer", "state", "max_concurrent_runs", "weight", "tags", "timezone", "created_at"),
     filters=("org", "state", "since", "q", "broken"),
@@ -121,7 +121,7 @@ ORGS = Listing(
 )
 DEFINITIONS = Listing(
     "definitions",
-    Definition,
+    DefinitionRow,
     "List definitions, newest first; closed ones only with --state closed.",
     ("org", "name", "handler", "schedule", "timezone", "state", "next_scheduled_for", "revision"),
     filters=("org", "definition", "state", "since"),
@@ -185,7 +185,7 @@ SECRETS = Listing(
 )
 AUDIT = Listing(
     "audit",
-    Change,
+    ChangeRow,
     "List changes, newest first.",
     ("at", "actor", "action", "org", "subject", "detail"),
     admin_only=True,

@@ -19,7 +19,7 @@ MOST = 1_000
 _audit, _runs, _live = tables.audit, tables.runs, tables.live_runs
 
 
-class Changed(NamedTuple):
+class ChangedRuns(NamedTuple):
     """The states of the runs, newest change first, and the reason that was given for it."""
 
     states: Mapping[RunId, str]
@@ -28,7 +28,7 @@ class Changed(NamedTuple):
 
 def changed_runs(
     connection: Connection, scope: OrgScope, *, actor: str, action: str, since: datetime
-) -> Changed:
+) -> ChangedRuns:
     """The newest runs that the audit says were changed since then; of a retry, the new runs.
 
     Raises:
@@ -51,4 +51,4 @@ def changed_runs(
         each = each.where(_runs.c.org_id == org_id)
     states = {RunId(row[0]): str(row[1]) for row in connection.execute(each.limit(MOST))}
     reason = (found[0][1] or {}).get("reason", "") if found else ""
-    return Changed({id_: states[id_] for id_ in ids if id_ in states}, reason)
+    return ChangedRuns({id_: states[id_] for id_ in ids if id_ in states}, reason)

@@ -19,7 +19,7 @@ MOST = 10_000
 _credentials, _orgs, _live = tables.credentials, tables.orgs, tables.live_runs
 
 
-class Credential(CredentialRow):
+class CredentialWithOrg(CredentialRow):
     """A credential with its org's name and state."""
 
     org_name: Shown[str]
@@ -28,7 +28,7 @@ class Credential(CredentialRow):
 
 def credentials(
     connection: Connection, org: OrgScope, risk: str, *, after: str | None, limit: int
-) -> list[Credential]:
+) -> list[CredentialWithOrg]:
     """Active credentials by risk, those that the issuer rejected (`dead`), or `all`, oldest first.
 
     `old` leaves out the rejected ones. `after` is the id of the last row of the page before.
@@ -58,7 +58,7 @@ def credentials(
         query = query.where(_credentials.c.org_id == scope)
     if after is not None:
         query = query.where(_credentials.c.id > checked_id(after))
-    return cast(list[Credential], all_rows(connection, query.order_by(_credentials.c.id).limit(limit)))
+    return cast(list[CredentialWithOrg], all_rows(connection, query.order_by(_credentials.c.id).limit(limit)))
 
 
 def running_by_worker_for_all_orgs(connection: Connection) -> dict[WorkerId, int]:

@@ -11,10 +11,10 @@ from worker.ids import OrgId, OrgScope, RunId
 from worker.store import orgs, tables
 from worker.store.dialect import Instant, Row, all_rows, chunks, is_postgresql
 from worker.store.lists import runs as run_lists
-from worker.store.lists.rows import LogLine, Run, columns_of
+from worker.store.lists.rows import LogRow, Run, columns_of
 
 _logs = tables.run_logs
-_COLUMNS = ", ".join(("run_id", *columns_of(LogLine)))
+_COLUMNS = ", ".join(("run_id", *columns_of(LogRow)))
 # SQLite has no LATERAL, and at most 500 SELECTs in a UNION.
 _EACH = (
     f"SELECT * FROM (SELECT {_COLUMNS} FROM run_logs WHERE run_id = :run{{0}} AND org_id = :org{{0}} "

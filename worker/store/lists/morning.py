@@ -67,7 +67,7 @@ class Waiting(NamedTuple):
     whats: Named
 
 
-class NoToken(NamedTuple):
+class TokenlessRuns(NamedTuple):
     """Runs that wait for a token: the issuer, the error's code, and their orgs."""
 
     issuer: str
@@ -76,7 +76,7 @@ class NoToken(NamedTuple):
     orgs: Named
 
 
-class Counted(NamedTuple):
+class CappedCount(NamedTuple):
     """A number up to MOST, with the newest rows as examples."""
 
     total: int
@@ -161,7 +161,7 @@ def running_for_all_orgs(connection: Connection) -> int:
     return connection.execute(select(func.count()).select_from(some)).scalar_one()
 
 
-def without_token_for_all_orgs(connection: Connection) -> list[NoToken]:
+def without_token_for_all_orgs(connection: Connection) -> list[TokenlessRuns]:
     """Runs that wait for a token by issuer and error code, most first."""
     query = (
         select(_orgs.c.issuer, _live.c.detail, _orgs.c.code)
@@ -173,13 +173,13 @@ def without_token_for_all_orgs(connection: Connection) -> list[NoToken]:
     for issuer, detail, org in connection.execute(query):
         found[issuer, (detail or "unknown").partition(":")[0]][org] += 1
     every = [
-        NoToken(*key, orgs.total(), Named(len(orgs), [org for org, _ in orgs.most_common(NAMED)]))
+        TokenlessRuns(*key, orgs.total(), Named(len(orgs), [org for org, _ in orgs.most_common(NAMED)]))
         for key, orgs in found.items()
     ]
     return sorted(every, key=lambda each: each.runs, reverse=True)[:ERRORS]
 
 
-def dead_credentials_for_all_orgs(connection: Connection) -> Counted:
+def dead_credentials_for_all_orgs(connection: Connection) -> CappedCount:
     """Active credentials whose last request the issuer rejected, of the newest orgs first."""
     query = (
         select(_credentials.c.id, _orgs.c.code.label("org"), _credentials.c.last_error)
@@ -190,7 +190,7 @@ def dead_credentials_for_all_orgs(connection: Connection) -> Counted:
     return _counted(connection, query, _credentials.c.org_id)
 
 
-def paused_definitions_for_all_orgs(connection: Connection) -> Counted:
+def paused_definitions_for_all_orgs(connection: Connection) -> CappedCount:
     """Paused definitions that are not closed, newest first."""
     columns = (_definitions.c[name] for name in ("name", "paused_at", "paused_by", "pause_note"))
     query = (
@@ -201,14 +201,14 @@ def paused_definitions_for_all_orgs(connection: Connection) -> Counted:
     return _counted(connection, query, _definitions.c.id)
 
 
-def broken_handlers(connection: Connection) -> Counted:
+def broken_handlers(connection: Connection) -> CappedCount:
     """Handlers of workers that do not load, by name."""
     query = select(_catalogue.c.name, _catalogue.c.distribution, _catalogue.c.error)
     rows = all_rows(
         connection,
         query.where(OF_WORKERS, _catalogue.c.error.is_not(None)).order_by(_catalogue.c.name).limit(MOST),
     )
-    return Counted(len(rows), rows[:NAMED])
+    return CappedCount(len(rows), rows[:NAMED])
 
 
 def workers_for_all_orgs(connection: Connection, now: datetime) -> Workers:
@@ -222,7 +222,7 @@ def workers_for_all_orgs(connection: Connection, now: datetime) -> Workers:
     return Workers(len(rows) - len(missing), late, missing)
 
 
-def crashed_for_all_orgs(connection: Connection, since: datetime, *, silent: bool = False) -> Counted:
+def crashed_for_all_orgs(connection: Connection, since: datetime, *, silent: bool = False) -> CappedCount:
     """Workers and hosts whose lease was found expired since then, the last one first.
 
     With `silent` those hosts that ran nothing, else all others. The examples are as `worker_ends` reads them.
@@ -245,11 +245,11 @@ def lease_state(renewed_at: datetime, lease_until: datetime, now: datetime) -> s
     return "late" if now - renewed_at > (lease_until - renewed_at) / 2 else "up"
 
 
-def _counted(connection: Connection, query: Any, key: ColumnElement[Any]) -> Counted:
+def _counted(connection: Connection, query: Any, key: ColumnElement[Any]) -> CappedCount:
     some = query.with_only_columns(key.label("key")).limit(MOST).subquery()
     count = connection.execute(select(func.count()).select_from(some)).scalar_one()
     examples = all_rows(connection, query.order_by(key.desc()).limit(NAMED)) if count else []
-    return Counted(count, examples)
+    return CappedCount(count, examples)
 
 
 def ended_by_hour_for_all_orgs(

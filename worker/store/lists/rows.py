@@ -50,7 +50,7 @@ class SecretRow(TypedDict):
     rotated_by: str | None
 
 
-class Org(TypedDict):
+class OrgRow(TypedDict):
     id: Shown[OrgId]
     code: Shown[str]
     name: Shown[str]
@@ -68,11 +68,11 @@ class Org(TypedDict):
     updated_at: Shown[datetime]
 
 
-class OrgDetail(Org):
+class OrgDetail(OrgRow):
     credentials: Annotated[list[CredentialRow], redaction.rows(CredentialRow)]
 
 
-class Definition(TypedDict):
+class DefinitionRow(TypedDict):
     """What an org asked for; `timezone` and `pool` are those in force."""
 
     id: Shown[DefinitionId]
@@ -99,7 +99,7 @@ class Definition(TypedDict):
     closed_at: Shown[datetime | None]
 
 
-class DefinitionDetail(Definition):
+class DefinitionDetail(DefinitionRow):
     """`next_run_for` is the next scheduled time that is not on a date of the calendar."""
 
     next_run_for: Shown[datetime | None]
@@ -156,7 +156,7 @@ class CalendarDetail(Calendar):
     templates: list[str]
 
 
-class Attempt(TypedDict):
+class AttemptRow(TypedDict):
     attempt: Shown[int]
     worker: Annotated[WorkerId | None, redaction.hidden]
     fencing_token: Shown[int]
@@ -170,7 +170,7 @@ class Attempt(TypedDict):
     error_cause: Annotated[str | None, redaction.error_cause]
 
 
-class Step(TypedDict):
+class StepRow(TypedDict):
     """A stored step; `result` is null if the results of newer steps take the room."""
 
     seq: Shown[int]
@@ -193,7 +193,7 @@ class Spent(TypedDict):
     spends: Shown[int]
 
 
-class Wait(TypedDict):
+class WaitRow(TypedDict):
     """What a run waits for, or has waited for: a sleep, or an answer."""
 
     name: Shown[str]
@@ -245,11 +245,11 @@ class RunDetail(Run):
     params: Annotated[Json, redaction.by_hand]
     cancel_requested_at: Shown[datetime | None]
     claims: Annotated[Json, redaction.claims]
-    attempts: Annotated[list[Attempt], redaction.rows(Attempt)]
-    waits: Annotated[list[Wait], redaction.rows(Wait)]
+    attempts: Annotated[list[AttemptRow], redaction.rows(AttemptRow)]
+    waits: Annotated[list[WaitRow], redaction.rows(WaitRow)]
     checkpoint: Shown[Json]
     step_count: Shown[int]
-    steps: Annotated[list[Step], redaction.rows(Step)]
+    steps: Annotated[list[StepRow], redaction.rows(StepRow)]
     spends: Annotated[list[Spent], redaction.rows(Spent)]
     spec: Spec
 
@@ -284,7 +284,7 @@ class Explanation(TypedDict):
     sentence: Annotated[str | None, redaction.hidden]
 
 
-class LogLine(TypedDict):
+class LogRow(TypedDict):
     """A line that a run logged or printed, or by which a worker says why an attempt was lost."""
 
     attempt: Shown[int]
@@ -331,7 +331,7 @@ class Handler(TypedDict):
     seen_at: Shown[datetime]
 
 
-class Change(TypedDict):
+class ChangeRow(TypedDict):
     """A row of the audit: who changed what."""
 
     id: Shown[str]

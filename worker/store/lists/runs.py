@@ -30,7 +30,7 @@ from worker.search import ids_of
 from worker.store import orgs, tables
 from worker.store.dialect import Id, Instant, all_rows, first_row, json_type
 from worker.store.lists import MAX_LIMIT, Page, checked_id
-from worker.store.lists.rows import Attempt, LogLine, Run, RunDetail, Spent, Step, Wait, columns_of
+from worker.store.lists.rows import AttemptRow, LogRow, Run, RunDetail, Spent, StepRow, WaitRow, columns_of
 
 # Runs examined under one condition: about 20 ms on SQLite.
 WINDOW = 20_000
@@ -271,10 +271,10 @@ def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
         .order_by(_attempts.c.attempt.desc())
         .limit(MAX_LIMIT),
     )[::-1]
-    attempts = [{name: attempt[name] for name in columns_of(Attempt)} for attempt in ended]
+    attempts = [{name: attempt[name] for name in columns_of(AttemptRow)} for attempt in ended]
     if found["state"] == "running":
         known = ("attempt", "worker", "fencing_token", "handler", "started_at")
-        attempts.append(dict.fromkeys(columns_of(Attempt)) | {name: found[name] for name in known})
+        attempts.append(dict.fromkeys(columns_of(AttemptRow)) | {name: found[name] for name in known})
     checkpoint = select(_checkpoints.c.data).where(
         _checkpoints.c.run_id == id_, _checkpoints.c.org_id == org_id
     )
@@ -321,7 +321,7 @@ def _spends_of(connection: Connection, org_id: OrgId, run_id: RunId) -> list[Spe
     ]
 
 
-def newest_steps(connection: Connection, org_id: OrgId, run_id: RunId) -> list[Step]:
+def newest_steps(connection: Connection, org_id: OrgId, run_id: RunId) -> list[StepRow]:
     """The newest steps of a run, oldest first; results only of those that fit into `RESULT_BYTES`."""
     size = func.sum(_steps.c.size).over(order_by=_steps.c.seq.desc()).label("with_newer")
     newest = (
@@ -332,8 +332,8 @@ def newest_steps(connection: Connection, org_id: OrgId, run_id: RunId) -> list[S
         .subquery()
     )
     result = case((newest.c.with_newer <= RESULT_BYTES, newest.c.result)).label("result")
-    columns = [result if name == "result" else newest.c[name] for name in columns_of(Step)]
-    return cast(list[Step], all_rows(connection, select(*columns).order_by(newest.c.seq)))
+    columns = [result if name == "result" else newest.c[name] for name in columns_of(StepRow)]
+    return cast(list[StepRow], all_rows(connection, select(*columns).order_by(newest.c.seq)))
 
 
 def _step_count(connection: Connection, org_id: OrgId, run_id: RunId) -> int:
@@ -343,24 +343,24 @@ def _step_count(connection: Connection, org_id: OrgId, run_id: RunId) -> int:
     return connection.execute(select(func.count()).select_from(some)).scalar_one()
 
 
-def waits_of(connection: Connection, org_id: OrgId, run_id: RunId) -> list[Wait]:
+def waits_of(connection: Connection, org_id: OrgId, run_id: RunId) -> list[WaitRow]:
     """What a run waits or has waited for, oldest first: the newest `MAX_LIMIT`."""
     since = func.coalesce(_waits.c.opened_at, _waits.c.answered_at)
-    query = select(*(_waits.c[name] for name in columns_of(Wait))).where(
+    query = select(*(_waits.c[name] for name in columns_of(WaitRow))).where(
         _waits.c.run_id == run_id, _waits.c.org_id == org_id
     )
     newest = query.order_by(since.desc(), _waits.c.name, _waits.c.occurrence).limit(MAX_LIMIT)
-    return cast(list[Wait], all_rows(connection, newest)[::-1])
+    return cast(list[WaitRow], all_rows(connection, newest)[::-1])
 
 
-def wait(connection: Connection, org_id: OrgId, run_id: RunId, name: str, occurrence: int) -> Wait:
+def wait(connection: Connection, org_id: OrgId, run_id: RunId, name: str, occurrence: int) -> WaitRow:
     """An existing wait of a run."""
-    query = select(*(_waits.c[column] for column in columns_of(Wait))).where(
+    query = select(*(_waits.c[column] for column in columns_of(WaitRow))).where(
         *(_waits.c.run_id == run_id, _waits.c.org_id == org_id),
         *(_waits.c.name == name, _waits.c.occurrence == occurrence),
     )
     [found] = all_rows(connection, query)
-    return cast(Wait, found)
+    return cast(WaitRow, found)
 
 
 def unfinished(connection: Connection, org: str, definition_id: DefinitionId) -> list[SerialRun]:
@@ -381,20 +381,20 @@ def lines(
     *,
     after: tuple[int, int] = START,
     limit: int = 1000,
-) -> list[LogLine]:
+) -> list[LogRow]:
     """The first `limit` log lines of a run that follow (attempt, seq), oldest first.
 
     Raises:
         NotFound: there is no such org.
     """
     query = (
-        select(*(_logs.c[name] for name in columns_of(LogLine)))
+        select(*(_logs.c[name] for name in columns_of(LogRow)))
         .where(_logs.c.run_id == run_id, tuple_(_logs.c.attempt, _logs.c.seq) > tuple_(*after))
         .order_by(_logs.c.attempt, _logs.c.seq)
         .limit(limit)
     )
     scoped = _in_scope(query, _logs.c.org_id, orgs.scope_of(connection, org))
-    return cast(list[LogLine], all_rows(connection, scoped))
+    return cast(list[LogRow], all_rows(connection, scoped))
 
 
 def newest_lines(
@@ -404,18 +404,18 @@ def newest_lines(
     *,
     before: tuple[int, int] | None = None,
     limit: int,
-) -> list[LogLine]:
+) -> list[LogRow]:
     """The last `limit` lines of a run, or the last ones before (attempt, seq); oldest first.
 
     Raises:
         NotFound: there is no such org.
     """
-    query = select(*(_logs.c[name] for name in columns_of(LogLine))).where(_logs.c.run_id == run_id)
+    query = select(*(_logs.c[name] for name in columns_of(LogRow))).where(_logs.c.run_id == run_id)
     if before is not None:
         query = query.where(tuple_(_logs.c.attempt, _logs.c.seq) < tuple_(*before))
     query = query.order_by(_logs.c.attempt.desc(), _logs.c.seq.desc()).limit(limit)
     scoped = _in_scope(query, _logs.c.org_id, orgs.scope_of(connection, org))
-    return cast(list[LogLine], all_rows(connection, scoped)[::-1])
+    return cast(list[LogRow], all_rows(connection, scoped)[::-1])
 
 
 def _in_scope(query: Select[Any], org_id: ColumnElement[Any], scope: OrgId | AllOrgs) -> Select[Any]:

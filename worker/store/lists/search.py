@@ -38,7 +38,7 @@ from worker.store.lists.matching import (
     kept_states,
     orgs_that_match,
 )
-from worker.store.lists.rows import Org, Run, columns_of
+from worker.store.lists.rows import OrgRow, Run, columns_of
 
 # Runs examined by one statement: few first, since most searches find a page among the newest runs.
 WINDOWS = (500, 2_000, 3_000)
@@ -71,7 +71,7 @@ SELECT cause FROM causes WHERE cause IS NOT NULL LIMIT :limit
 FIRST_PAGE = Page()
 
 
-class Found(NamedTuple):
+class FoundRuns(NamedTuple):
     """A page of runs. `next` is the id to continue after; None if there are no more."""
 
     runs: list[Run]
@@ -87,7 +87,7 @@ def runs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = 
     return page_of(connection, scope, query, page).runs
 
 
-def page_of(connection: Connection, scope: OrgScope, query: Query, page: Page = FIRST_PAGE) -> Found:
+def page_of(connection: Connection, scope: OrgScope, query: Query, page: Page = FIRST_PAGE) -> FoundRuns:
     """A page of the runs that match, and the key of the next one. It may have fewer rows than fit.
 
     `definition`, `state` and `since` of the page narrow the query.
@@ -99,10 +99,10 @@ def page_of(connection: Connection, scope: OrgScope, query: Query, page: Page = 
     limit = page.limit or DEFAULT_LIMIT
     search = _Search(connection, org_id, query, page, limit)
     ids = search.ids()
-    return Found(run_lists.rows_of(connection, org_id, ids), search.next_of(ids))
+    return FoundRuns(run_lists.rows_of(connection, org_id, ids), search.next_of(ids))
 
 
-def orgs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = FIRST_PAGE) -> list[Org]:
+def orgs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = FIRST_PAGE) -> list[OrgRow]:
     """A page of the orgs that the words and `org:` match, newest first.
 
     `state`, `since` and `broken` of the page narrow them.
@@ -111,7 +111,7 @@ def orgs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = 
         NotFound: there is no org of the scope.
     """
     org_id = orgs.scope_of(connection, scope)
-    statement = select(*(_orgs.c[name] for name in columns_of(Org)))
+    statement = select(*(_orgs.c[name] for name in columns_of(OrgRow)))
     few = few_orgs(connection, org_id, query)
     if few is None:
         statement = statement.where(*orgs_that_match(connection, org_id, query, _orgs.c.id))
@@ -126,7 +126,7 @@ def orgs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = 
     if page.after is not None:
         statement = statement.where(_orgs.c.id < page.after)
     statement = statement.order_by(_orgs.c.id.desc()).limit(page.limit or DEFAULT_LIMIT)
-    return cast(list[Org], all_rows(connection, statement))
+    return cast(list[OrgRow], all_rows(connection, statement))
 
 
 class _Source(NamedTuple):

@@ -16,18 +16,18 @@ from worker.runs.waits import MOST_WAITS
 from worker.store.lists import LISTS, MAX_LIMIT, Listing
 from worker.store.lists.read import DefinitionState
 from worker.store.lists.rows import (
-    Attempt,
+    AttemptRow,
     Backfill,
     Bulk,
     CredentialRow,
     DefinitionDetail,
     Explanation,
-    LogLine,
+    LogRow,
     OrgDetail,
     PlannedBackfill,
     Run,
     RunDetail,
-    Wait,
+    WaitRow,
 )
 from worker.store.lists.usage import BYS, BudgetLevel, Raise, Usage
 from worker.web.callers import Role
@@ -158,14 +158,14 @@ WHY = Endpoint(
     Explanation,
 )
 ATTEMPTS = Endpoint(
-    "list_attempts", "GET", f"{RUN_PATH}/attempts", "The attempts of a run.", Attempt, is_list=True
+    "list_attempts", "GET", f"{RUN_PATH}/attempts", "The attempts of a run.", AttemptRow, is_list=True
 )
 LOGS = Endpoint(
     "list_logs",
     "GET",
     f"{RUN_PATH}/logs",
     "Log lines of a run, oldest first.",
-    LogLine,
+    LogRow,
     is_list=True,
     query=(
         Field("limit", LIMIT, f"Lines of a page, {MAX_LIMIT} by default."),
@@ -213,7 +213,7 @@ ANSWER = Endpoint(
     f"{RUN_PATH}/answers/{{name}}",
     "Answer what a run waits for, so that it goes on. 400 if the answer is not one of its options; 409 if it "
     "was answered already, its deadline has passed, the run waits for something else, or it has ended.",
-    Wait,
+    WaitRow,
     body=(
         Field("data", {}, "The answer: any JSON, at most 64 KiB.", required=True),
         Field(

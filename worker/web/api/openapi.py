@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from worker.store.lists.redaction import rules_of
+from worker.store.lists.rows import AttemptRow, ChangeRow, DefinitionRow, LogRow, OrgRow, StepRow, WaitRow
 from worker.web.api.endpoints import BASE, ENDPOINTS, Endpoint, Field
 from worker.web.api.requests import object_of
 from worker.web.responses import PROBLEM, TITLES
@@ -24,6 +25,16 @@ _SIMPLE: Mapping[Any, dict[str, Any]] = {
     date: {"type": "string", "format": "date"},
     types.NoneType: {"type": "null"},
     Any: {},
+}
+# The published names of rows whose class is named differently; a published name never changes.
+_NAMES: Mapping[type, str] = {
+    AttemptRow: "Attempt",
+    ChangeRow: "Change",
+    DefinitionRow: "Definition",
+    LogRow: "LogLine",
+    OrgRow: "Org",
+    StepRow: "Step",
+    WaitRow: "Wait",
 }
 _PROBLEM: dict[str, Any] = {
     "type": "object",
@@ -154,10 +165,11 @@ def _schema(kind: Any, schemas: dict[str, Any]) -> dict[str, Any]:
     if origin is dict:
         return {"type": "object"}
     if is_typeddict(kind):
-        if kind.__name__ not in schemas:
-            schemas[kind.__name__] = {}
-            schemas[kind.__name__] = _row(kind, schemas)
-        return {"$ref": f"#/components/schemas/{kind.__name__}"}
+        name = _NAMES.get(kind, kind.__name__)
+        if name not in schemas:
+            schemas[name] = {}
+            schemas[name] = _row(kind, schemas)
+        return {"$ref": f"#/components/schemas/{name}"}
     # A NewType is its base.
     return dict(_SIMPLE[getattr(kind, "__supertype__", kind)])
 

@@ -31,12 +31,12 @@ from worker.store.lists.rows import (
     CredentialRow,
     DefinitionDetail,
     Explanation,
-    LogLine,
+    LogRow,
     OrgDetail,
     PlannedBackfill,
     Run,
     RunDetail,
-    Wait,
+    WaitRow,
 )
 from worker.store.lists.usage import BudgetLevel, Raise, Usage, budgets_of, usage
 from worker.web.api import endpoints
@@ -249,7 +249,7 @@ class Api:
         def work(connection: Connection) -> Response:
             run = require_run(connection, request.path_params["run"], caller.org)
             lines = runs.lines(connection, caller.scope(), run["id"], after=after, limit=limit)
-            return json_response([caller.sees(LogLine, line) for line in lines])
+            return json_response([caller.sees(LogRow, line) for line in lines])
 
         return await self._database.read(caller, work)
 
@@ -265,7 +265,7 @@ class Api:
         body, caller = await body_of(request, endpoints.ANSWER), caller_of(request)
         name = request.path_params["name"]
         return json_response(
-            caller.sees(Wait, await self._database.answer(caller, _run_id(request), name, **body))
+            caller.sees(WaitRow, await self._database.answer(caller, _run_id(request), name, **body))
         )
 
     async def _many(self, endpoint: Endpoint, request: Request) -> Response:

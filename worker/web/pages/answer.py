@@ -19,7 +19,7 @@ _TONES = {"failed": "bad", "refused": "bad", "waiting": "warn", "skipped": "warn
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class StepLink:
     """A next step: its text and the page that it leads to; `right` is a change that this page offers."""
 
     text: str
@@ -43,7 +43,7 @@ class Answer:
     kept: str
     retry: str
     customer: str
-    step: Step | None
+    step: StepLink | None
     tone: str
 
 
@@ -69,7 +69,9 @@ def answer(why: Why, run: Mapping[str, Any]) -> Answer:
         retry=_sentence(said.retry) or "",
         customer=said.customer,
         # A part of this page, or another page; not this page as a whole.
-        step=None if href == own else Step(why.step.text, href.removeprefix(own), why.step.declared.right),
+        step=None
+        if href == own
+        else StepLink(why.step.text, href.removeprefix(own), why.step.declared.right),
         tone=_TONES.get(str(run["state"]), "good" if run["state"] == "succeeded" else "busy"),
     )
 

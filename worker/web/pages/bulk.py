@@ -40,7 +40,7 @@ MOST_FIRST = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Verb:
+class BulkVerb:
     """What a page does to runs: in which states they can be, and which are meant without `state:`."""
 
     action: Literal["retry", "cancel"]
@@ -49,8 +49,8 @@ class Verb:
     default: frozenset[str]
 
 
-RETRY = Verb("retry", "retried", CHANGEABLE["retry"], frozenset({"failed", "refused"}))
-CANCEL = Verb("cancel", "cancelled", CHANGEABLE["cancel"], CHANGEABLE["cancel"])
+RETRY = BulkVerb("retry", "retried", CHANGEABLE["retry"], frozenset({"failed", "refused"}))
+CANCEL = BulkVerb("cancel", "cancelled", CHANGEABLE["cancel"], CHANGEABLE["cancel"])
 
 
 class BulkPages:
@@ -65,13 +65,13 @@ class BulkPages:
             for method, handler in (("GET", self._show), ("POST", self._change))
         ]
 
-    async def _show(self, verb: Verb, request: Request) -> Response:
+    async def _show(self, verb: BulkVerb, request: Request) -> Response:
         given = query(request, "q", "after", "began")
         # First the person has to say which runs.
         return await self._page(verb, request, given) if given.get("q") else RedirectResponse("/search", 303)
 
     async def _page(
-        self, verb: Verb, request: Request, given: Mapping[str, str], left: Sequence[str] = ()
+        self, verb: BulkVerb, request: Request, given: Mapping[str, str], left: Sequence[str] = ()
     ) -> Response:
         """The newest runs still to be changed, what became of the changed ones, and why runs were `left`."""
         caller, (text, wanted) = caller_of(request), self._wanted(verb, request, given)
@@ -110,7 +110,7 @@ class BulkPages:
 
         return await self._pages.show(request, "bulk.html", work)
 
-    async def _change(self, verb: Verb, request: Request) -> Response:
+    async def _change(self, verb: BulkVerb, request: Request) -> Response:
         _, form = await self._pages.checked_form(request)
         caller = caller_of(request)
         caller.require_may(verb.action)
@@ -136,7 +136,7 @@ class BulkPages:
             )
         return RedirectResponse(_address(verb, text, began, done["next"]), 303)
 
-    def _wanted(self, verb: Verb, request: Request, given: Mapping[str, str]) -> tuple[str, Query]:
+    def _wanted(self, verb: BulkVerb, request: Request, given: Mapping[str, str]) -> tuple[str, Query]:
         """The text and its query, which only finds runs that this can be done to."""
         text = given.get("q", "").strip()
         if not text:
@@ -150,7 +150,7 @@ class BulkPages:
         return text, replace(wanted, states=wanted.states or verb.default)
 
 
-def _address(verb: Verb, text: str, began: str | None, after: str | None) -> str:
+def _address(verb: BulkVerb, text: str, began: str | None, after: str | None) -> str:
     """The address of the page, from the place where a change goes on."""
     given = {"q": text, "began": began, "after": after}
     return f"/{verb.action}?{urlencode({name: value for name, value in given.items() if value})}"

@@ -37,7 +37,7 @@ OPEN = ("What runs", "When")
 
 
 @dataclass(frozen=True, slots=True)
-class Field:
+class FormField:
     """One key of the form: the typed text, the value without one, and what is wrong with it."""
 
     key: str
@@ -153,7 +153,7 @@ def _fields(
     given: Mapping[str, str],
     named: str,
     problem: WorkerError | None,
-) -> dict[str, list[Field]]:
+) -> dict[str, list[FormField]]:
     bare: dict[str, Any] = {key: row["spec"][key] for key in ("handler", "schedule")}
     try:
         groups = effective(bare, enabled=True, org_timezone=org["timezone"], org_pool=org["pool"])
@@ -162,7 +162,7 @@ def _fields(
         defaults = {}
     return {
         name: [
-            Field(
+            FormField(
                 key,
                 given[key],
                 "" if key in bare else defaults.get(key, ""),

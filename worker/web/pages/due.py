@@ -30,7 +30,7 @@ _TICK = timedelta(microseconds=1)
 
 
 @dataclass(frozen=True, slots=True)
-class Due:
+class DueHours:
     """Scheduled times by hour; `is_part` if there are more than MOST_DEFINITIONS definitions."""
 
     by_hour: Mapping[datetime, int]
@@ -46,11 +46,11 @@ class DueByHour:
     def __init__(self, database: CallerDatabase, clock: Clock) -> None:
         self._database = database
         self._clock = clock
-        self._kept: Due | None = None
+        self._kept: DueHours | None = None
         self._until = 0.0
-        self._counting: asyncio.Task[Due] | None = None
+        self._counting: asyncio.Task[DueHours] | None = None
 
-    async def read(self, caller: Caller) -> Due:
+    async def read(self, caller: Caller) -> DueHours:
         """The next 24 hours, the rest of the current one included."""
         counting = self._counting
         if counting is None or (counting.done() and self._clock.monotonic() >= self._until):
@@ -59,7 +59,7 @@ class DueByHour:
             counting.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(counting) if self._kept is None else self._kept
 
-    async def _count(self, caller: Caller) -> Due:
+    async def _count(self, caller: Caller) -> DueHours:
         now = self._clock.now()
         end = hour_of(now) + HOUR * HOURS
         hours: dict[Timing, Mapping[datetime, int]] = {}
@@ -80,7 +80,7 @@ class DueByHour:
             after = await self._database.read(caller, add_page)
             if after is None:
                 break
-        self._kept = Due(total, is_part=after is not None)
+        self._kept = DueHours(total, is_part=after is not None)
         self._until = self._clock.monotonic() + KEPT
         return self._kept
 

@@ -114,7 +114,7 @@ class InventoryPages:
                 connection, caller.scope(), risk, after=given.get("after"), limit=ROWS
             )
             return {
-                "rows": [caller.sees(inventory.Credential, row) for row in rows],
+                "rows": [caller.sees(inventory.CredentialWithOrg, row) for row in rows],
                 "risk": risk,
                 "risks": RISKS,
                 "next": next_page("/credentials", {"risk": risk}, rows),

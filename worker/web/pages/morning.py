@@ -15,9 +15,9 @@ from starlette.routing import Route
 from worker.operations.matters import matters
 from worker.runs.causes import WHOSE
 from worker.store.lists import morning
-from worker.web.charts import Series, bars
+from worker.web.charts import ChartSeries, bars
 from worker.web.pages.base import Pages, caller_of, query
-from worker.web.pages.due import HOUR, HOURS, MOST_DEFINITIONS, Due, DueByHour, hour_of
+from worker.web.pages.due import HOUR, HOURS, MOST_DEFINITIONS, DueByHour, DueHours, hour_of
 from worker.web.pages.links import hour_path, org_path, step_path
 
 # The layers of the chart, from the bottom.
@@ -85,7 +85,7 @@ class EndedByHour:
 
 def _ended_chart(ended: Mapping[datetime, Mapping[str, int]]) -> Markup:
     series = [
-        Series(state, state, [by_state.get(state, 0) for by_state in ended.values()]) for state in _ENDED
+        ChartSeries(state, state, [by_state.get(state, 0) for by_state in ended.values()]) for state in _ENDED
     ]
     labels, ticks = _axis(ended)
     return bars(
@@ -97,12 +97,12 @@ def _ended_chart(ended: Mapping[datetime, Mapping[str, int]]) -> Markup:
     )
 
 
-def _due_chart(due: Due, now: datetime) -> Markup:
+def _due_chart(due: DueHours, now: datetime) -> Markup:
     hours = [hour_of(now) + HOUR * ahead for ahead in range(HOURS)]
     labels, ticks = _axis(hours)
     counts = [due.by_hour.get(hour, 0) for hour in hours]
     return bars(
-        [Series("due", "due", counts)],
+        [ChartSeries("due", "due", counts)],
         labels,
         title="Scheduled times that come due, by hour (UTC)",
         ticks=ticks,

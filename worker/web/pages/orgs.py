@@ -21,7 +21,7 @@ from worker.store.lists import DEFINITIONS, ORGS, RUNS, Page, broken
 from worker.store.lists.broken import Broken
 from worker.store.lists.grid import grid, open_waits
 from worker.store.lists.read import org, read
-from worker.store.lists.rows import Definition, OrgDetail, Run, RunDetail
+from worker.store.lists.rows import DefinitionRow, OrgDetail, Run, RunDetail
 from worker.web.pages.base import ROWS, Pages, allowed, caller_of, next_page, query
 from worker.web.pages.forms import problem_of, reason_of
 from worker.web.pages.links import day_path, org_path
@@ -110,8 +110,8 @@ class OrgPages:
                 "may": allowed(request),
                 **problem_of(problem),
                 "has_more": len(definitions) == MOST_DEFINITIONS,
-                "definitions": [caller.sees(Definition, row) for row in definitions],
-                "due": [caller.sees(Definition, row) for row in due[:SHOWN]],
+                "definitions": [caller.sees(DefinitionRow, row) for row in definitions],
+                "due": [caller.sees(DefinitionRow, row) for row in due[:SHOWN]],
                 "runs": [caller.sees(Run, row) for row in runs],
                 "waiting": [caller.sees(Run, row) for row in waiting],
                 "broken": [caller.sees(Broken, row) for row in faults],

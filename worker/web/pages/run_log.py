@@ -11,7 +11,7 @@ from worker.clock import to_text
 from worker.errors import NotFound
 from worker.ids import RunId
 from worker.store.lists import runs
-from worker.store.lists.rows import LogLine
+from worker.store.lists.rows import LogRow
 from worker.store.lists.runs import newest_lines
 from worker.web.callers import Caller
 
@@ -82,7 +82,7 @@ def _fitting(lines: Iterable[Row], caller: Caller) -> list[Row]:
             break
         at = line["at"]
         when = {"instant": to_text(at), "day": f"{at:%Y-%m-%d}", "clock": f"{at:%H:%M:%S}"}
-        kept.append({**caller.sees(LogLine, {**line, "text": text}), **when})
+        kept.append({**caller.sees(LogRow, {**line, "text": text}), **when})
     return kept
 
 

@@ -20,9 +20,9 @@ from worker.operations.runs import require_run
 from worker.runs.run import step_label
 from worker.runs.traces import Part, parts_of
 from worker.store.lists import runs
-from worker.store.lists.rows import Run, RunDetail, Wait
+from worker.store.lists.rows import Run, RunDetail, WaitRow
 from worker.web.callers import Caller
-from worker.web.charts import Lane, Piece, gantt
+from worker.web.charts import Lane, LanePiece, gantt
 from worker.web.pages.answer import answer_of
 from worker.web.pages.base import Pages, allowed, caller_of, query
 from worker.web.pages.forms import as_text, from_json, from_typed, problem_of, reason_of
@@ -171,20 +171,20 @@ def _trace_of(attempt: Mapping[str, Any] | None) -> list[Part]:
     return parts_of(trace) if trace else []
 
 
-class Question(NamedTuple):
+class OpenQuestion(NamedTuple):
     """An open wait for an answer: what the handler asks, and the answers that it offers, as JSON texts.
 
     With `bound` it takes no other answer. `refused` is an early one that it did not take, as JSON.
     """
 
-    wait: Wait
+    wait: WaitRow
     ask: Value | None
     choices: Sequence[tuple[str, str]]
     bound: bool
     refused: str | None
 
 
-def _questions_of(run: Mapping[str, Any]) -> list[Question]:
+def _questions_of(run: Mapping[str, Any]) -> list[OpenQuestion]:
     """What a person can answer now, with a button for each option, or for those that `ask` lists."""
     if run["state"] not in ("waiting", "running"):
         return []
@@ -198,7 +198,7 @@ def _questions_of(run: Mapping[str, Any]) -> list[Question]:
         choices = [(as_text(each) or json.dumps(each), json.dumps(each)) for each in offered]
         shown_ask = None if ask is None else value_of("what it asks", ask)
         early = None if refused is None else json.dumps(refused["answer"], ensure_ascii=False)[:STEP_TEXT]
-        questions.append(Question(wait, shown_ask, choices, bound is not None, early))
+        questions.append(OpenQuestion(wait, shown_ask, choices, bound is not None, early))
     return questions[:WAITS]
 
 
@@ -244,18 +244,18 @@ def lanes_of(run: Mapping[str, Any], now: datetime) -> list[Lane]:
         since = end
     if run["state"] == "waiting" and now > since:
         note = run["reason"] or ""
-        lanes.append(Lane("Now", [Piece("waiting", "waiting", since, now)], note.replace("_", " ")))
+        lanes.append(Lane("Now", [LanePiece("waiting", "waiting", since, now)], note.replace("_", " ")))
     return lanes[-MOST_LANES:]
 
 
-def _pieces(marks: Sequence[tuple[str, str, datetime | None]], end: datetime) -> list[Piece]:
+def _pieces(marks: Sequence[tuple[str, str, datetime | None]], end: datetime) -> list[LanePiece]:
     """Each mark until the next one that was reached; none without a length."""
     reached = [(name, kind, at) for name, kind, at in marks if at is not None]
     pieces = []
     for at, (name, kind, start) in enumerate(reached):
         until = reached[at + 1][2] if at + 1 < len(reached) else end
         if until > start or (name == "running" and until == start):
-            pieces.append(Piece(name, kind, start, until))
+            pieces.append(LanePiece(name, kind, start, until))
     return pieces
 
 

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from worker.errors import NotFound, UsageError
 from worker.search import KEYS, Query, parsed
 from worker.store.lists import Page, runs, search
-from worker.store.lists.rows import Org, Run
+from worker.store.lists.rows import OrgRow, Run
 from worker.store.lists.suggestions import suggestions
 from worker.web.callers import Caller
 from worker.web.pages.base import ROWS, Pages, caller_of, next_page, query
@@ -71,7 +71,7 @@ def _found(connection: Connection, caller: Caller, wanted: Query, given: dict[st
     text = given.get("q", "")
     following = [] if found.next is None else [{"id": found.next}]
     return {
-        "orgs": [caller.sees(Org, row) for row in orgs],
+        "orgs": [caller.sees(OrgRow, row) for row in orgs],
         "runs": [caller.sees(Run, row) for row in found.runs],
         # The search may have stopped before the page was full.
         "next": next_page("/search", given, following, limit=1),

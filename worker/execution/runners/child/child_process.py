@@ -34,7 +34,7 @@ class Ended:
     detail: str | None = None
 
 
-class Receiver(Protocol):
+class ChildReceiver(Protocol):
     """What a process sends is for the run that it serves."""
 
     def on_data(self, data: bytes) -> None: ...
@@ -52,7 +52,7 @@ class ChildProcess(asyncio.Protocol):
         self.folder = folder
         self._tell_zygote = tell_zygote
         self._loop = asyncio.get_running_loop()
-        self._receiver: Receiver | None = None
+        self._receiver: ChildReceiver | None = None
         self._channel: asyncio.Transport | None = None
         self._socket: socket.socket | None = None
         self._channel_open = False
@@ -87,7 +87,7 @@ class ChildProcess(asyncio.Protocol):
         """Whether it may still be given a run."""
         return self._channel_open and not self.ended.done()
 
-    def serve(self, receiver: Receiver, work: Message) -> None:
+    def serve(self, receiver: ChildReceiver, work: Message) -> None:
         """Send the first message, and pass on what the process sends."""
         self._receiver = receiver
         for source, descriptor in self._pipes.items():

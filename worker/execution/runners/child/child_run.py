@@ -15,7 +15,7 @@ from worker.errors import LeaseLost, Unavailable, WorkerError
 from worker.execution.runners.child import messages
 from worker.execution.runners.child.child_process import ChildProcess, Ended
 from worker.execution.runners.child.frames import MALFORMED, BrokenMessage, Message
-from worker.execution.runners.child.inbox import CHECKED_AT_ONCE, Inbox, Turns
+from worker.execution.runners.child.inbox import CHECKED_AT_ONCE, Inbox, InboxTurns
 from worker.execution.runners.child.worker_channel import error_message
 from worker.execution.runners.contract import (
     LEASE_LOST,
@@ -64,7 +64,7 @@ class ChildRun:
         stop: StopSignal,
         clock: Clock,
         on_started: Callable[[], None],
-        turns: Turns,
+        turns: InboxTurns,
     ) -> None:
         self._process = process
         self._on_started = on_started

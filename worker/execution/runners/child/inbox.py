@@ -29,7 +29,7 @@ BURST = 16 * 1024 * 1024
 CHECKED_AT_ONCE = 4 * 1024
 
 
-class Turns:
+class InboxTurns:
     """Shares the turns of the loop between runs, in the order in which they ask."""
 
     def __init__(self, call_soon: Callable[[Callable[[], None]], object]) -> None:
@@ -106,7 +106,7 @@ class Inbox:
 
     def __init__(
         self,
-        turns: Turns,
+        turns: InboxTurns,
         channel: Channel,
         receive: Callable[[Message], None],
         *,

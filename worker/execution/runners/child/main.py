@@ -47,7 +47,7 @@ _CPU_GRACE = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RunPlace:
     """Where a run lives: descriptors, its own folder, and that of its cgroup."""
 
     channel: int
@@ -57,7 +57,7 @@ class Place:
     group: str | None = None
 
 
-def isolate(place: Place, *, zygote: int, lock: int | None, ruleset: Ruleset | None) -> int | None:
+def isolate(place: RunPlace, *, zygote: int, lock: int | None, ruleset: Ruleset | None) -> int | None:
     """Turn a process that was just forked into a run's own; raises OSError if the kernel refuses.
 
     Returns a descriptor for the cap of its cgroup, for `main`.
@@ -91,7 +91,7 @@ def _default_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _keep_only(place: Place, lock: int | None, *others: int) -> None:
+def _keep_only(place: RunPlace, lock: int | None, *others: int) -> None:
     kept = {place.channel, *others}
     if lock is not None:
         kept.add(linux.hold_shared(lock))

@@ -12,7 +12,7 @@ from worker.clock import from_text, to_text
 from worker.definitions.budgets import MAX_AMOUNT, OWN_METERS
 from worker.execution.runners.child.frames import MALFORMED
 from worker.execution.runners.child.frames import Message as Message
-from worker.execution.runners.child.sandbox import Rules
+from worker.execution.runners.child.sandbox import SandboxRules
 from worker.execution.runners.contract import Work
 from worker.guard.claims import Claims, Flag
 from worker.handlers.context import check_progress
@@ -52,7 +52,7 @@ class Setup:
     environment: tuple[str, ...] = ENVIRONMENT
     preload: tuple[str, ...] = ()
     max_freeze: float = 600.0
-    sandbox: Rules | None = None
+    sandbox: SandboxRules | None = None
     spares: bool = False
     share_after: int | None = None
     describing: int | None = None
@@ -61,7 +61,7 @@ class Setup:
     def from_json(cls, text: str) -> Setup:
         given = json.loads(text)
         rules = given.pop("sandbox", None)
-        return cls(**given, sandbox=None if rules is None else Rules.of(rules))
+        return cls(**given, sandbox=None if rules is None else SandboxRules.of(rules))
 
     def as_json(self) -> str:
         """For the command line of the zygote."""

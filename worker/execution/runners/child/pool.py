@@ -18,9 +18,9 @@ from worker.clock import Clock
 from worker.execution.runners.child import linux, run_folders
 from worker.execution.runners.child.child_process import ChildProcess, Ended
 from worker.execution.runners.child.child_run import ChildRun, exit_detail
-from worker.execution.runners.child.inbox import Turns
+from worker.execution.runners.child.inbox import InboxTurns
 from worker.execution.runners.child.messages import Setup
-from worker.execution.runners.child.sandbox import Rules
+from worker.execution.runners.child.sandbox import SandboxRules
 from worker.execution.runners.child.zygote_handle import Message, ZygoteHandle
 from worker.execution.runners.contract import LEASE_LOST, RunServices, StopSignal, Work, outcome_of_stop
 from worker.handlers.installed import ENVIRONMENT, FOLDERS
@@ -127,7 +127,7 @@ class ChildPool:
         preload: Sequence[str] = (),
         pass_environment: Sequence[str] = (),
         lock_fd: int | None = None,
-        sandbox: Rules | None = None,
+        sandbox: SandboxRules | None = None,
         spares: int = 0,
         share_after: int | None = None,
         describes: bool = False,
@@ -157,7 +157,7 @@ class ChildPool:
         self._background: set[asyncio.Task[None]] = set()
         self._reaping: asyncio.Task[None] | None = None
         self._pause = RESTART
-        self._turns: Turns | None = None
+        self._turns: InboxTurns | None = None
 
     def start(self) -> None:
         """Start the zygote. Needs no running loop."""
@@ -222,7 +222,7 @@ class ChildPool:
     ) -> Outcome | None:
         number = process.number
         if self._turns is None:
-            self._turns = Turns(asyncio.get_running_loop().call_soon)
+            self._turns = InboxTurns(asyncio.get_running_loop().call_soon)
         self._spares.starting(number)
         started = partial(self._spares.started, number)
         self._runs[number] = run = ChildRun(process, work, services, stop, self._clock, started, self._turns)

@@ -16,19 +16,19 @@ class Params(BaseModel):
     number: int = 0
 
 
-class Settings(BaseModel):
+class RehearsalSettings(BaseModel):
     """As most handlers have."""
 
     text: str = ""
 
 
-@job("rehearsal.async", params=Params, settings=Settings)
-async def asynchronous(ctx: Context[Params, Settings]) -> dict[str, Any]:
+@job("rehearsal.async", params=Params, settings=RehearsalSettings)
+async def asynchronous(ctx: Context[Params, RehearsalSettings]) -> dict[str, Any]:
     ctx.log.debug("rehearsal")
     return {"text": ctx.settings.text}
 
 
-@job("rehearsal.blocking", params=Params, settings=Settings)
-def blocking(ctx: BlockingContext[Params, Settings]) -> dict[str, Any]:
+@job("rehearsal.blocking", params=Params, settings=RehearsalSettings)
+def blocking(ctx: BlockingContext[Params, RehearsalSettings]) -> dict[str, Any]:
     ctx.log.debug("rehearsal")
     return {"number": ctx.params.number}

@@ -50,7 +50,7 @@ AUTHORITIES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_B
 
 
 @dataclass(frozen=True, slots=True)
-class Secret:
+class SecretPath:
     """A path that handlers may not reach; with `stem` also each sibling whose name starts with its own."""
 
     path: str
@@ -68,12 +68,12 @@ class Narrowed:
     """A root that contains a secret, and so is allowed only in part, or left out."""
 
     root: str
-    secret: Secret
+    secret: SecretPath
     left_out: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class SandboxRules:
     """Paths by access, which others can read. `write` allows everything except making device nodes.
 
     With `filtered` system calls are filtered, from the process on that forks those of handlers.
@@ -85,7 +85,7 @@ class Rules:
     filtered: bool = True
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Rules:
+    def of(cls, given: Mapping[str, Any]) -> SandboxRules:
         paths = {name: tuple(given[name]) for name in ("execute", "read", "write")}
         return cls(**paths, filtered=given["filtered"])
 
@@ -101,14 +101,14 @@ class Planner:
     The latter are paths that the worker would read if a handler created them.
     """
 
-    secrets: Sequence[Secret]
-    planted: Sequence[Secret] = ()
+    secrets: Sequence[SecretPath]
+    planted: Sequence[SecretPath] = ()
     narrowed: list[Narrowed] = field(default_factory=list)
 
-    def rules(self, read_paths: Iterable[str], write_paths: Iterable[str]) -> Rules:
+    def rules(self, read_paths: Iterable[str], write_paths: Iterable[str]) -> SandboxRules:
         """The rules for a process of this interpreter, with the operator's paths."""
         code = list(_code())
-        modules = [Secret(os.path.realpath(path), "code that the worker imports") for path in code]
+        modules = [SecretPath(os.path.realpath(path), "code that the worker imports") for path in code]
         kept = [*self.secrets, *self.planted, *modules]
         write = _outermost(self._allowed(write_paths, kept, within=modules))
         read = _outermost(self._allowed([*FOLDERS_READ, *_authorities()], self.secrets))
@@ -119,10 +119,10 @@ class Planner:
         files = [
             file for file in FILES if not any(_is_below(os.path.realpath(file), root) for root in execute)
         ]
-        return Rules(execute=execute, read=(*files, *read), write=write)
+        return SandboxRules(execute=execute, read=(*files, *read), write=write)
 
     def _allowed(
-        self, roots: Iterable[str], secrets: Sequence[Secret], within: Sequence[Secret] = ()
+        self, roots: Iterable[str], secrets: Sequence[SecretPath], within: Sequence[SecretPath] = ()
     ) -> Iterator[str]:
         """The roots without the secrets in them; a root in one of `within` is the operator's choice."""
         for root in dict.fromkeys(os.path.realpath(root) for root in roots):
@@ -142,7 +142,7 @@ class Sandbox:
     once no process holds it. A system file that was replaced is opened again; a replaced folder is denied.
     """
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: SandboxRules) -> None:
         self._version = landlock.abi()
         self._rules: dict[str, bytes] = {}
         # The system files, each with its descriptor, access and inode.
@@ -233,10 +233,10 @@ def allow_own_proc(ruleset: landlock.Ruleset) -> int:
 
 def main() -> None:
     """`python -m worker.execution.runners.child.sandbox RULES`: what describes handlers, confined."""
-    describe_handlers(Rules.of(json.loads(sys.argv.pop(1))))
+    describe_handlers(SandboxRules.of(json.loads(sys.argv.pop(1))))
 
 
-def describe_handlers(rules: Rules | None) -> None:
+def describe_handlers(rules: SandboxRules | None) -> None:
     """Describe handlers for the catalogue, each distribution in a confined process if there are rules."""
 
     def confine() -> None:
@@ -285,7 +285,7 @@ def _authorities() -> Iterator[str]:
     yield from (path for path in (paths.openssl_cafile, paths.openssl_capath, *named) if path)
 
 
-def _without(root: str, secrets: Sequence[Secret]) -> Iterator[str]:
+def _without(root: str, secrets: Sequence[SecretPath]) -> Iterator[str]:
     """The current parts of a root that contain none of the secrets."""
     if any(secret.covers(root) for secret in secrets):
         return

@@ -189,7 +189,7 @@ class Zygote:
         if message["grouped"] and self._groups is not None:
             group = self._groups.make(run)
         channel, stdout, stderr = descriptors
-        place = child.Place(channel, stdout, stderr, message["folder"], group)
+        place = child.RunPlace(channel, stdout, stderr, message["folder"], group)
         ruleset = None
         try:
             ruleset = None if self._sandbox is None else self._sandbox.ruleset(place.folder)
@@ -365,7 +365,7 @@ class Zygote:
             return
 
 
-def _run_child(place: child.Place, *, zygote: int, lock: int | None, ruleset: Ruleset | None) -> NoReturn:
+def _run_child(place: child.RunPlace, *, zygote: int, lock: int | None, ruleset: Ruleset | None) -> NoReturn:
     try:
         cap = child.isolate(place, zygote=zygote, lock=lock, ruleset=ruleset)
         child.main(place.channel, cap)

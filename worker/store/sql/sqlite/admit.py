@@ -54,7 +54,7 @@ SELECT '[' || COALESCE(group_concat(line), '') || ']' FROM (
 RUNNING_OF_DEFINITION = "SELECT count(*) FROM live_runs WHERE definition_id = ? AND started_at IS NOT NULL"
 
 
-class Limits:
+class RoomLeft:
     """How many more runs may start in this transaction: by isolation, handler and definition."""
 
     def __init__(
@@ -119,7 +119,7 @@ class QueueReader:
     """Reads queues in portions: first as many runs as the free slots reach if all queues are long."""
 
     def __init__(
-        self, cursor: Any, limits: Limits, offered: Iterable[str], pools: Sequence[str], now: str
+        self, cursor: Any, limits: RoomLeft, offered: Iterable[str], pools: Sequence[str], now: str
     ) -> None:
         self._cursor = cursor
         self._statement = _with_names(len(limits.handlers), len(pools))
@@ -164,7 +164,7 @@ def _with_names(handlers: int, pools: int) -> str:
 def best(
     reader: QueueReader,
     counted: Sequence[tuple[OrgId, OrgQueue]],
-    limits: Limits,
+    limits: RoomLeft,
     first: Collection[OrgId] = (),
 ) -> list[Candidate]:
     """The runs to start, in order of (running runs of the org + place in its queue) / weight."""
@@ -307,7 +307,7 @@ def admit_choose(
     ).fetchone()
     if not registered:
         return []
-    limits = Limits(cursor, offered, json.loads(of_handlers), free)
+    limits = RoomLeft(cursor, offered, json.loads(of_handlers), free)
     if not limits.handlers:
         return []
     reader = QueueReader(cursor, limits, offered, pools, to_text(now))
