@@ -1,0 +1,396 @@
+"""Every call of the attempt API v1 that a host makes, as `record.py` records it: with what is fixed in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any
+
+from tests.fakes.clock import START
+from tests.unit.execution.runs import admitted
+from worker.clock import to_text
+from worker.errors import (
+    AccessDenied,
+    AnswerTooLarge,
+    Busy,
+    ConfigurationError,
+    CredentialsRejected,
+    IssuerUnavailable,
+    LeaseLost,
+    RequestRejected,
+    StoreUnavailable,
+    Throttled,
+    TokenError,
+    TokenRefused,
+    TooManyRequests,
+    Unavailable,
+)
+from worker.execution.hosts.control import (
+    ControlDenied,
+    ControlUnavailable,
+)
+from worker.execution.hosts.remote import Found, HostedEnd, RemoteStore
+from worker.execution.hosts.wire import Malformed, Registered, Registration, Taken, TemporalPlace
+from worker.execution.runners.contract import FORGED, Work
+from worker.guard.claims import Claims, Flag
+from worker.handlers.catalogue import HandlerEntry
+from worker.handlers.steps import StepError
+from worker.ids import RunId, WorkerId
+from worker.runs import outcome as outcomes
+from worker.runs.budgets import BudgetState
+from worker.runs.hosts import HostCaller
+from worker.runs.outcome import Error, Outcome, Trail
+from worker.runs.run import (
+    Isolation,
+    LogLine,
+    NewStep,
+    OwnedRun,
+    RunStep,
+    StepPage,
+    StoredStep,
+)
+from worker.runs.waits import NewWait, WaitState
+from worker.secret import AccessToken
+
+
+def compact(message: Any) -> str:
+    return json.dumps(message, separators=(",", ":"))
+
+
+WORKER = WorkerId("0f0e0d0c-89ab-7def-8123-456789abcdef")
+TOKEN = "owh_token-of-the-host"
+CALLER = HostCaller("h1", "gpu1", "default", WORKER, token_sha256=hashlib.sha256(TOKEN.encode()).hexdigest())
+LATER = START + timedelta(hours=1)
+RUN = replace(
+    admitted("01234567-89ab-7def-8123-456789abcdef", fencing_token=7),
+    attempt=2,
+    params={"since": "2029 ü"},
+    available_at=START + timedelta(microseconds=250_000),
+)
+ENTRY = HandlerEntry(
+    "acme.digest",
+    "acme",
+    "1.0",
+    "acme:digest",
+    scopes=("read:kb",),
+    timeout="2h",
+    memory="512MiB",
+    secrets=("openai",),
+)
+BROKEN = HandlerEntry("acme.broken", "acme", "1.0", "acme:broken", error="ImportError: no module ü")
+CLAIMS = Claims(
+    org_code="org_acme",
+    client_id="client",
+    scopes=frozenset({"read:kb", "ask:model"}),
+    properties={"region": "eu", "note": "ü"},
+    flags={"agent-v2": Flag("boolean", True)},
+    issued_at=START,
+    expires_at=LATER,
+    issuer="https://id.example",
+    jti="j",
+)
+ACCESS = AccessToken("ey.the.token", LATER)
+STEP = NewStep("fetch", "k/1", 2, 3, '{"n":1,"text":"ü"}', START, START, (("tokens", 5), ("pages", 0)))
+SLEEP = NewWait("nap", 1, "sleep", 90.5)
+ASK = NewWait("approve", 2, "answer", 86_400.0, '{"text":"go on? ü"}', alert=True)
+CHOICE = NewWait("approve", 1, "answer", None, '"which?"', options=("yes", 1, True, None))
+LIMIT = NewWait("budget:tokens", 1, "budget", 60.0)
+BUDGETS = (
+    BudgetState("tokens", "day", 10, 4, LATER, "ask"),
+    BudgetState("pages", "run", 5, 5, None, "wait", uses=False),
+)
+PAGE = StepPage(
+    [StoredStep(3, "fetch", "k/1", 2, 9, '{"n":"ü"}'), StoredStep(4, "all", None, 1, 4, "null")], more=True
+)
+LINES = [
+    LogLine(RUN.id, 2, 1, RUN.org_id, START, "info", "log", "hello ü"),
+    LogLine(RUN.id, 2, 2, RUN.org_id, START, "error", "stderr", "a\nb"),
+]
+OWNED = [OwnedRun(RUN.id, 7, None), OwnedRun(RunId("r2"), 8, "requested")]
+PROGRESS = {"done": 1.0, "total": 2, "note": "half ü"}
+TICKET = f"{RUN.id}.7.{'a' * 43}"
+SECRETS = {"openai": "sk-canary-1234567890"}
+SPEC = json.dumps({"handler": "acme.digest", "schedule": "@hourly", "params": {"of": "all"}})
+# What the worker kept of the token, sealed with the attempt.
+TIMES = {"issued_at": to_text(START), "expires_at": to_text(LATER)}
+KEPT = {
+    "handler": "acme.digest",
+    "token_ready_at": to_text(START),
+    "claims": compact(
+        {"org_code": "org_acme", "client_id": "client", "scopes": ["ask:model", "read:kb"]}
+        | {"properties": {"note": "str", "region": "str"}, **TIMES}
+    ),
+    "flags": '{"agent-v2":true}',
+    "jti": "j",
+    "claims_hash": "05b1ef3822767e6c73194d40c0cf29fa",
+}
+SEALED = compact(KEPT | {"commits": True})
+FREE: dict[Isolation, int] = {"child": 2, "inline": 0}
+STEPS = [STEP, replace(STEP, key=None, seq=4, spends=())]
+WORK = Work(
+    run_id=RUN.id,
+    attempt=2,
+    fencing_token=7,
+    idempotency_key=RUN.idempotency_key,
+    scheduled_for=START,
+    org_code="org_acme",
+    org_name="Acme",
+    handler="acme.digest",
+    entry_point="acme:digest",
+    params={"of": "all", "since": "2029 ü"},
+    claims=CLAIMS,
+    token=ACCESS,
+    api_origins=("https://api.acme.test",),
+    timeout_at=START + timedelta(hours=2),
+    checkpoint={"done": [1, "ü"]},
+    memory=512 * 1024 * 1024,
+    budgets=BUDGETS,
+    secrets=SECRETS,
+    replays=True,
+)
+TAKEN = Taken(
+    RUN,
+    "org_acme",
+    "nightly",
+    timedelta(seconds=10),
+    timedelta(hours=2),
+    WORK,
+    compact(KEPT | {"commits": False}),
+)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One call: what a host asks and is given, and what the worker's store is asked and answers.
+
+    `gives` is a value, or the exception that is raised at the host; `asked` are calls with their arguments.
+    """
+
+    call: str
+    case: str
+    ask: Callable[[RemoteStore], Any]
+    gives: Any = None
+    asked: Sequence[tuple[Any, ...]] = ()
+    answers: Mapping[str, Any] = field(default_factory=dict)
+
+
+def register(*entries: HandlerEntry) -> Callable[[RemoteStore], Any]:
+    return lambda store: store.register(Registration("gpu1", 7, "9.1", FREE, entries))
+
+
+def put(store: RemoteStore) -> Any:
+    return store.put([ENTRY, BROKEN])
+
+
+def take(store: RemoteStore) -> Any:
+    return store.take(FREE, 0.0)
+
+
+def take_by(store: RemoteStore) -> Any:
+    return store.take_by(TICKET)
+
+
+def token(fresh: bool) -> Callable[[RemoteStore], Any]:
+    def renew(store: RemoteStore) -> Any:
+        inflight = store.inflight_runs.get(RUN.id)
+        assert inflight is not None
+        return store.renew_token(inflight, "acme.digest", fresh=fresh)
+
+    return renew
+
+
+def save(data: str, number: int) -> Callable[[RemoteStore], Any]:
+    return lambda store: store.save_checkpoint(RUN, "acme.digest", data, number)
+
+
+def store_steps(store: RemoteStore) -> Any:
+    return store.store_steps([RunStep(RUN, "acme.digest", step, 0) for step in STEPS])
+
+
+def wait(wait: NewWait) -> Callable[[RemoteStore], Any]:
+    return lambda store: store.open_wait(RUN, wait)
+
+
+def budgets(store: RemoteStore) -> Any:
+    return store.budgets_of(RUN)
+
+
+def spend(store: RemoteStore) -> Any:
+    return store.spend(RUN, "tokens", 5, "2:7")
+
+
+def finish(case: str, outcome: Outcome) -> Callable[[RemoteStore], Any]:
+    """Report the end of the run."""
+    told: Any = {"asks": ("approve",), "peak_memory": 5, "progress": PROGRESS} if case == "succeeded" else {}
+    end = HostedEnd(
+        *(RUN.id, RUN.org_id, RUN.definition_id, RUN.fencing_token, RUN.attempt, START, START, "", ""),
+        reason="result_unstorable" if case == "unstorable" else None,
+        trail=Trail("acme.digest", handler_started_at=START - timedelta(seconds=1.5), **told),
+        returned=outcome,
+        sealed=SEALED,
+        moved=True,
+    )
+    return lambda store: store.finish([end])
+
+
+REFUSED = TokenRefused("org_mismatch", "other_org")
+PENDING = WaitState("sleep", "pending", None, LATER)
+ANSWERED = WaitState("answer", "answered", '{"ok":"ü"}', LATER)
+OVER, CHOSEN = WaitState("budget", "over"), WaitState("answer", "pending")
+ROWS = [RunStep(RUN, "acme.digest", step, 19) for step in STEPS]
+TOLD = [(RUN.id, RUN.fencing_token, PROGRESS)]
+TEMPORAL = TemporalPlace("t:7233", "prod", tls=True)
+REGISTERED = Registered(WORKER, "default", 30.0, 10.0, 0.5)
+OFFERED = [("offer", WORKER, [ENTRY, BROKEN])]
+ADMITTED = [("admit", WORKER, "default", {"acme.digest": None}, FREE)]
+SAVED = [("save_checkpoint", RUN, "acme.digest", '{"done":[1,"ü"]}', 4)]
+
+CALLS = [
+    Exchange("register", "handlers", register(ENTRY, BROKEN), REGISTERED, OFFERED),
+    Exchange(
+        "register",
+        "temporal",
+        register(),
+        replace(REGISTERED, pool="eu", temporal=TEMPORAL),
+        answers={"find": replace(CALLER, pool="eu")},
+    ),
+    Exchange("handlers", "put", put, None, OFFERED),
+    Exchange("handlers", "complete", lambda store: store.complete({})),
+    Exchange("renew", "owned", RemoteStore.renew, (True, OWNED), answers={"renew": (True, OWNED)}),
+    Exchange("renew", "lost", RemoteStore.renew, (False, []), answers={"renew": (False, [])}),
+    Exchange("unregister", "", RemoteStore.unregister, None, [("unregister", WORKER)]),
+    Exchange(
+        "hand_back",
+        "",
+        lambda store: store.hand_back(OWNED[:1]),
+        {RUN.id},
+        [("hand_back", WORKER, OWNED[:1])],
+        {"hand_back": {RUN.id}},
+    ),
+    Exchange("take", "one", take, [TAKEN], ADMITTED, {"is_due": True, "admit": [RUN]}),
+    Exchange("take", "none", take, [], answers={"is_due": False}),
+    Exchange("take", "ticket", take_by, [TAKEN], answers={"take_ticket": RUN}),
+    Exchange("take", "ticket of another", take_by, []),
+    Exchange("token", "held", token(fresh=False), (ACCESS, CLAIMS)),
+    Exchange("token", "fresh", token(fresh=True), (ACCESS, CLAIMS)),
+    Exchange("token", "refused", token(fresh=True), REFUSED, answers={"ensure": REFUSED}),
+    Exchange("save", "", save('{"done":[1,"ü"]}', 4), True, SAVED, {"save_checkpoint": True}),
+    Exchange("save", "lost", save("null", 1), False, answers={"save_checkpoint": False}),
+    Exchange(
+        "steps",
+        "",
+        lambda store: store.load_steps(RUN.id, 2),
+        PAGE,
+        [("load_steps", RUN.id, 2)],
+        {"load_steps": PAGE},
+    ),
+    Exchange("totals", "", lambda store: store.step_totals(RUN.id), (2, 17), [("step_totals", RUN.id)]),
+    Exchange(
+        "store", "", store_steps, {(RUN.id, 7)}, [("store_steps", ROWS)], {"store_steps": {(RUN.id, 7)}}
+    ),
+    Exchange("store", "lost", store_steps, set(), answers={"owned": []}),
+    Exchange("wait", "sleep", wait(SLEEP), PENDING, [("open_wait", RUN, SLEEP)], {"open_wait": PENDING}),
+    Exchange("wait", "answered", wait(ASK), ANSWERED, [("open_wait", RUN, ASK)], {"open_wait": ANSWERED}),
+    Exchange("wait", "budget", wait(LIMIT), OVER, answers={"open_wait": OVER}),
+    Exchange("wait", "lost", wait(SLEEP), None),
+    Exchange("choose", "", wait(CHOICE), CHOSEN, [("open_wait", RUN, CHOICE)], {"open_wait": CHOSEN}),
+    Exchange("budgets", "", budgets, Found(BUDGETS), [("budgets_of", RUN)]),
+    Exchange("budgets", "missing", budgets, Found((), "cap"), answers={"budgets_of": Found((), "cap")}),
+    Exchange(
+        "spend", "", spend, Found(BUDGETS), [("spend", RUN, "tokens", 5, "2:7")], {"spend": Found(BUDGETS)}
+    ),
+    Exchange("spend", "lost", spend, None),
+    Exchange("progress", "", lambda store: store.write_progress(TOLD), None, [("write_progress", TOLD)]),
+    Exchange("logs", "", lambda store: store.append_logs(LINES), None, [("append_logs", LINES)]),
+    Exchange("finish", "of another", finish("", outcomes.SUCCEEDED), set(), answers={"owned": []}),
+]
+
+ERROR = Error("ValueError", "no ü", "Traceback:\n…")
+# How the handler ended, and what the worker stores: outcome, state, reason, detail, result, the definition's
+# state, peak memory and questions.
+ENDS: Mapping[str, tuple[Outcome, str]] = {
+    "succeeded": (
+        outcomes.Succeeded('{"n":"ü"}', '{"seen":2}'),
+        'succeeded succeeded - - {"n":"ü"} {"seen":2} 5 approve',
+    ),
+    "nothing": (outcomes.SUCCEEDED, "succeeded succeeded - - - - -"),
+    "failed": (outcomes.Failed(ERROR), "failed waiting retry - - - -"),
+    "permanent": (outcomes.Failed(ERROR, permanent=True), "failed failed error - - - -"),
+    "exited": (
+        outcomes.Failed(ERROR, "handler_exited", "SIGSEGV"),
+        "failed waiting retry SIGSEGV - - -",
+    ),
+    "unstorable": (outcomes.SUCCEEDED, "failed failed result_unstorable - - - -"),
+    "timed out": (outcomes.TimedOut(ERROR), "timed_out waiting retry - - - -"),
+    "retried": (outcomes.Retried(timedelta(seconds=3), "ü"), "retry waiting retry ü - - -"),
+    "retried soon": (outcomes.Retried(), "retry waiting retry - - - -"),
+    "snoozed": (outcomes.Snoozed(timedelta(minutes=3), "ü"), "snoozed waiting snoozed ü - - -"),
+    "parked": (outcomes.Parked("answer", "approve"), "parked parked answer approve - - -"),
+    "cancelled": (outcomes.Cancelled("by_handler", "ü"), "cancelled cancelled by_handler ü - - -"),
+    "handed back": (outcomes.HandedBack("drain"), "handed_back waiting handed_back drain - - -"),
+    "lost": (outcomes.Lost("zygote"), "lost waiting recovered zygote - - -"),
+    "refused": (
+        outcomes.Refused("settings_invalid", "model", "model: wrong"),
+        "refused refused settings_invalid model - - -",
+    ),
+    "no token": (
+        outcomes.NoToken(timedelta(seconds=30), "throttled"),
+        "no_token waiting no_token throttled - - -",
+    ),
+    "no handler": (
+        outcomes.NoHandler("acme.digest"),
+        "handed_back waiting no_handler acme.digest - - -",
+    ),
+    "not approved": (outcomes.NotApproved("approve it"), f"failed waiting retry {FORGED} - - -"),
+}
+OUTCOMES = [outcome for outcome, _ in ENDS.values() if not isinstance(outcome, outcomes.TimedOut)]
+
+# What the worker's store raises, and the class at the host.
+PROBLEMS: Mapping[str, tuple[Exception, type[Exception]]] = {
+    "lost": (LeaseLost("run ü is lost"), LeaseLost),
+    "database": (StoreUnavailable("no database"), StoreUnavailable),
+    "issuer": (IssuerUnavailable("no issuer", retry_after=3.0), IssuerUnavailable),
+    "busy": (Busy("busy", fix="wait"), Busy),
+    "unavailable": (Unavailable("away"), Unavailable),
+    "configuration": (ConfigurationError("no key ring", fix="make one"), Unavailable),
+    "token": (TokenError("no token"), TokenError),
+    "credentials": (CredentialsRejected("wrong secret"), CredentialsRejected),
+    "request": (RequestRejected("no audience"), RequestRejected),
+    "too large": (AnswerTooLarge("11 MiB"), AnswerTooLarge),
+    "throttled": (Throttled("slow down", retry_after=20.0), Throttled),
+    "too many": (TooManyRequests("too many", retry_after=2.0), ControlUnavailable),
+    "denied": (AccessDenied("no"), ControlDenied),
+    "invalid": (Malformed("not a valid wait: kind is missing"), Malformed),
+    "step": (StepError("step ü: no room"), StepError),
+}
+
+MOVED = "its host is in another pool now"
+
+
+def problem(case: str, error: Exception, kind: type[Exception]) -> Exchange:
+    """An error of the worker's store; Retry-After is in whole seconds, 5 if the error does not say."""
+    given: Any = kind(str(error))
+    if issubclass(kind, Unavailable | Throttled) and kind is not ControlDenied:
+        given.retry_after = getattr(error, "retry_after", None) or 5.0
+    return Exchange("problems", case, budgets, given, answers={"budgets_of": error})
+
+
+EXCHANGES = [
+    *CALLS,
+    *(
+        Exchange("finish", case, finish(case, outcome), {RUN.id}, [("finish", WORKER, [end])])
+        for case, (outcome, end) in ENDS.items()
+    ),
+    *(problem(case, error, kind) for case, (error, kind) in PROBLEMS.items()),
+    *(
+        Exchange("problems", case, budgets, kind(message), answers={"find": caller, "owned": []})
+        for case, caller, kind, message in (
+            ("not ours", CALLER, LeaseLost, f"run {RUN.id} is not, or no longer, this host's"),
+            ("no host", None, ControlDenied, "this is not the token of a host"),
+            ("moved", replace(CALLER, moved=True), ControlDenied, f"this incarnation has ended, or {MOVED}"),
+        )
+    ),
+]

@@ -1,0 +1,124 @@
+"""The attempt API v1 stays as it is, byte by byte: hosts and workers of both releases run side by side.
+
+`tests/fakes/record.py` says what is recorded and how.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.fakes import exchanges, record
+from tests.fakes.exchanges import ACCESS, CLAIMS, EXCHANGES, TOKEN, WORKER, Exchange
+from tests.fakes.record import Recorded, comparable, head_of, host, worker
+from worker.execution.hosts import attempt_api, wire
+from worker.execution.runners.child import messages
+
+pytestmark = pytest.mark.anyio
+
+RECORDS = record.read()
+BY_CASE = {(one.call, one.case): one for one in EXCHANGES}
+each = pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda one: f"{one.call}-{one.case}")
+
+
+async def check_host(exchange: Exchange, recorded: Recorded) -> None:
+    """A host sends what is recorded, and reads the recorded answer."""
+    request, given = await host(exchange, recorded.head, recorded.answer)
+
+    assert (request.url.path, request.content) == (recorded.path, recorded.request)
+    assert comparable(given) == comparable(exchange.gives)
+    headers = request.headers
+    assert (headers["authorization"], headers["orgworker-incarnation"]) == (f"Bearer {TOKEN}", WORKER)
+
+
+async def check_worker(exchange: Exchange, recorded: Recorded) -> None:
+    """A worker reads what is recorded, and gives the recorded answer."""
+    response, store = await worker(exchange, recorded.path, recorded.request)
+
+    # As Python before 3.13 names the status for people.
+    answer = response.content.replace(b"Unprocessable Entity", b"Unprocessable Content")
+    assert (head_of(response), answer) == (recorded.head, recorded.answer)
+    asked = store.asked(*(name for name, *_ in exchange.asked))
+    assert comparable(asked) == comparable(exchange.asked)
+
+
+@each
+async def test_a_host_of_this_release_speaks_as_the_recorded_one(exchange: Exchange) -> None:
+    await check_host(exchange, RECORDS[exchange.call, exchange.case])
+
+
+@each
+async def test_a_worker_of_this_release_answers_as_the_recorded_one(exchange: Exchange) -> None:
+    await check_worker(exchange, RECORDS[exchange.call, exchange.case])
+
+
+def test_every_call_is_recorded_and_every_record_is_tried() -> None:
+    calls = {recorded.path.removeprefix(f"{wire.PREFIX}/") for recorded in RECORDS.values()}
+
+    assert calls == {*attempt_api.CALLS, "register", "take"}
+    assert RECORDS.keys() == BY_CASE.keys()
+
+
+@pytest.mark.parametrize(
+    ("written", "read", "value"),
+    [
+        (messages.step_message, messages.step_of, exchanges.STEP),
+        (messages.wait_message, messages.wait_of, exchanges.ASK),
+        (messages.wait_message, messages.wait_of, exchanges.CHOICE),
+        (messages.wait_state_message, messages.wait_state_of, exchanges.ANSWERED),
+        (messages.budgets_message, messages.budgets_of, [*exchanges.BUDGETS]),
+        (messages.page_message, messages.page_of, exchanges.PAGE),
+        (lambda work: messages.work_message(work, 9.0), messages.work_of, exchanges.WORK),
+        (lambda held: messages.granted_message(*held), messages.granted_of, (ACCESS, CLAIMS)),
+        *((messages.outcome_message, messages.outcome_of_message, one) for one in exchanges.OUTCOMES),
+    ],
+)
+def test_what_crosses_the_childs_socket_is_read_as_it_was_sent(
+    written: Callable[[Any], Any], read: Callable[[Any], Any], value: Any
+) -> None:
+    """Its format may change: worker and child are of one release."""
+    assert comparable(read(json.loads(json.dumps(written(value))))) == comparable(value)
+
+
+def turned(message: dict[str, Any]) -> dict[str, Any]:
+    return dict(reversed(message.items()))
+
+
+def longer(message: dict[str, Any]) -> dict[str, Any]:
+    return message | {"new": 1}
+
+
+@pytest.mark.parametrize("change", [turned, longer])
+async def test_control_another_order_of_keys_or_one_more_is_found(
+    change: Callable[[dict[str, Any]], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In what a host sends, in what a worker answers, and in a part of both."""
+    save, wait = BY_CASE["save", ""], BY_CASE["wait", "sleep"]
+    fence, state = wire.fence_message, messages.wait_state_message
+    recorded = RECORDS["save", ""]
+    await check_host(save, recorded)
+    await check_worker(wait, RECORDS["wait", "sleep"])
+
+    monkeypatch.setattr(wire, "fence_message", lambda run: change(fence(run)))
+    with pytest.raises(AssertionError):
+        await check_host(save, recorded)
+    monkeypatch.setattr(messages, "wait_state_message", lambda one: change(state(one)))
+    with pytest.raises(AssertionError):
+        await check_worker(wait, RECORDS["wait", "sleep"])
+
+
+async def test_control_another_value_is_found() -> None:
+    """Bytes of the same length that mean something else, read by either side."""
+    save, totals = BY_CASE["save", ""], BY_CASE["totals", ""]
+    recorded = RECORDS["save", ""]
+    number = recorded.request.replace(b'"number":4', b'"number":5')
+    assert number != recorded.request
+    with pytest.raises(AssertionError):
+        await check_worker(save, replace(recorded, request=number))
+    answer = json.dumps({"last": 3, "bytes": 17}, separators=(",", ":")).encode()
+    with pytest.raises(AssertionError):
+        await check_host(totals, replace(RECORDS["totals", ""], answer=answer))
