@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.integration.hosts.conftest import ENTRIES, HANDLER, Fleet, end_of
+from tests.integration.hosts.conftest import ENTRIES, Fleet, end_of
 from worker.clock import SystemClock
 from worker.definitions.file import parse_file
-from worker.errors import IssuerUnavailable, LeaseLost, StoreUnavailable, TokenRefused
+from worker.errors import LeaseLost, StoreUnavailable, TokenRefused
 from worker.execution.attempts import run_services
 from worker.execution.attempts.attempt import Prepared, conclude, prepare
 from worker.execution.attempts.handler_registry import HandlerRegistry
@@ -175,18 +175,6 @@ async def place(request: pytest.FixtureRequest, fleet: Fleet) -> AsyncIterator[L
     await made.close()
 
 
-async def test_a_checkpoint_is_stored_masked(place: Local | Remote) -> None:
-    attempt = await place.begin(place.fleet.start())
-    [(token, _)] = attempt.inflight.masked
-
-    await attempt.services.save('{"done":3}')
-    await attempt.services.save(f'{{"leak":"{token}"}}')
-
-    [row] = attempt.rows(tables.checkpoints)
-    assert (row["data"], row["handler"]) == ({"leak": MASK}, HANDLER)
-    assert attempt.inflight.moved
-
-
 async def test_steps_are_stored_once_and_read_by_the_next_attempt(place: Local | Remote) -> None:
     run = place.fleet.start()
     first = await place.begin(run)
@@ -334,33 +322,6 @@ async def test_a_token_of_another_org_ends_the_run(place: Local | Remote) -> Non
     assert "org_b" not in refused.value.message
     assert attempt.services.refused is not None
     assert attempt.inflight.stop.killed
-
-
-async def test_an_issuer_that_is_away_is_an_error_of_the_call(place: Local | Remote) -> None:
-    attempt = await place.begin(place.fleet.start())
-    place.fleet.tokens.error = IssuerUnavailable("issuer main does not respond", retry_after=3.0)
-
-    with pytest.raises(IssuerUnavailable):
-        await attempt.services.token(fresh=True)
-    assert not attempt.inflight.stop.asked
-
-
-async def test_lines_and_progress_are_stored_masked(place: Local | Remote) -> None:
-    attempt = await place.begin(place.fleet.start())
-    [(token, _)] = attempt.inflight.masked
-
-    attempt.services.log("info", "log", "hello")
-    attempt.services.log("error", "stderr", f"leaks {token}")
-    attempt.services.progress(1, 2, f"at {token}")
-    await attempt.run_log.flush()
-    await attempt.run_log.flush()
-    await place.fleet.flush()
-
-    lines = [(row["seq"], row["level"], row["source"], row["text"]) for row in attempt.rows(tables.run_logs)]
-    assert lines == [(1, "info", "log", "hello"), (2, "error", "stderr", f"leaks {MASK}")]
-    live = place.fleet.rows.live(attempt.run)
-    assert live is not None
-    assert live["progress"] == {"done": 1, "total": 2, "note": f"at {MASK}"}
 
 
 @pytest.mark.parametrize("scoped", [True, False])

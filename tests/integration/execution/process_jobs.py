@@ -443,26 +443,3 @@ IMPORTED_BY = os.getpid()
 @job("preloaded")
 def preloaded(ctx: BlockingContext[Any, Any]) -> bool:
     return os.getppid() == IMPORTED_BY
-
-
-@job("stepwise")
-async def stepwise(ctx: Context[Any, Any]) -> list[Any]:
-    async def ask(prompt: str) -> dict[str, Any]:
-        return {"answer": prompt, "attempt": ctx.run.attempt}
-
-    first = await ctx.step("ask", ask, "secret")
-    blocking = await ctx.step("blocking", os.getpid)
-    return [first, blocking, *await ctx.map("all", ask, ["a", "b", "c"])]
-
-
-@job("stepwise_blocking")
-def stepwise_blocking(ctx: BlockingContext[Any, Any]) -> list[Any]:
-    def ask(prompt: str) -> dict[str, Any]:
-        return {"answer": prompt, "attempt": ctx.run.attempt}
-
-    return [ctx.step("ask", ask, "secret"), *ctx.map("all", ask, ["a", "b", "c"])]
-
-
-@job("step_refused")
-async def step_refused(ctx: Context[Any, Any]) -> None:
-    await ctx.step("refused", str)

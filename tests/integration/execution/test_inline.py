@@ -7,15 +7,14 @@ import contextvars
 import json
 import time
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.fakes.running import RecordingServices, claims, token, until, work
+from tests.fakes.running import RecordingServices, claims, until, work
 from worker.clock import SystemClock
-from worker.errors import IssuerUnavailable, LeaseLost
+from worker.errors import LeaseLost
 from worker.execution.runners.contract import StopSignal
 from worker.execution.runners.inline import Inline
 from worker.runs.outcome import (
@@ -23,7 +22,6 @@ from worker.runs.outcome import (
     Failed,
     HandedBack,
     Lost,
-    NoToken,
     Outcome,
     Refused,
     Succeeded,
@@ -102,13 +100,6 @@ async def test_settings_that_do_not_fit_are_refused(inline: Inline) -> None:
     assert isinstance(outcome, Refused)
     assert outcome.detail == "max_tokens"
     assert not link.has_started
-
-
-async def test_no_token_in_the_middle_of_a_run_is_no_failure_of_it(inline: Inline) -> None:
-    link = RecordingServices(refuses=IssuerUnavailable("no answer"))
-    old = work("renew", token=token("old", timedelta(0)), claims=claims(n="one"))
-
-    assert isinstance(await inline.run(old, link, StopSignal()), NoToken)
 
 
 async def test_a_lost_lease_ends_a_run_that_saves(inline: Inline) -> None:

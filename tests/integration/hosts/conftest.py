@@ -150,12 +150,13 @@ class Worker:
     database: Database
     ring: KeyRing
     tokens: Tokens
+    lease: timedelta = LEASE
     ended: list[EndedAttempt] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         clock = SystemClock()
         self.id = WorkerId(new_id())
-        self.store = store = WorkerStore(self.database, self.id, LEASE)
+        self.store = store = WorkerStore(self.database, self.id, self.lease)
         self.tools = Tools(
             plans=Plans(store, clock, api_origins={"main": ()}),
             tokens=self.tokens,
@@ -172,7 +173,7 @@ class Worker:
         )
         settings = Settings(
             attempts=AttemptsSettings(listen=f"127.0.0.1:{free_port()}"),
-            execution=ExecutionSettings(lease=LEASE, poll=timedelta(milliseconds=50)),
+            execution=ExecutionSettings(lease=self.lease, poll=timedelta(milliseconds=50)),
         )
         self.url = f"http://{settings.attempts.listen}"
         self.listener = AttemptListener(settings.attempts, clock)
@@ -268,12 +269,14 @@ class Rows:
 class Fleet:
     """Two workers and any number of hosts on one database, with two orgs."""
 
-    def __init__(self, database: Database, ring: KeyRing, client: httpx.AsyncClient) -> None:
+    def __init__(
+        self, database: Database, ring: KeyRing, client: httpx.AsyncClient, lease: timedelta = LEASE
+    ) -> None:
         self.database = database
         self.client = client
         self.tokens = Tokens()
         self.rows = Rows(database)
-        self.workers = [Worker(database, ring, self.tokens) for _ in range(2)]
+        self.workers = [Worker(database, ring, self.tokens, lease) for _ in range(2)]
         self.one, self.two = self.workers
 
     async def host(self, name: str = "h1", pool: str = "default", **register: Any) -> Host:

@@ -691,18 +691,6 @@ async def test_what_a_process_may_not_store_is_refused(
     assert len(site.steps) == len(seqs) - 1
 
 
-async def test_a_step_of_a_run_that_is_no_longer_ours_ends_the_attempt(site: Site) -> None:
-    site.still_ours = False
-
-    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-        with pytest.raises(LeaseLost):
-            await services.store_step(step())
-        assert stop.killed
-
-    site.during = during
-    await site.attempt()
-
-
 async def test_a_run_keeps_the_variant_that_stored_progress(site: Site) -> None:
     """A flag that flips between two attempts hands no version the progress of the other."""
     site.spec["variants"] = [{"flag": "agent-v2", "handler": "acme.digest_v2"}]

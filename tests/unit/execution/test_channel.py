@@ -12,31 +12,17 @@ from tests.fakes.running import NOW, claims, token, work
 from worker.execution.attempts.masked import redacted
 from worker.execution.runners.child.frames import LIMIT, BrokenMessage, Unframer, frame
 from worker.execution.runners.child.messages import (
-    outcome_message,
     outcome_of_message,
-    page_message,
-    page_of,
     progress_of,
     step_message,
     step_of,
-    work_message,
-    work_of,
 )
 from worker.handlers.steps import StepError
 from worker.ids import OrgId
 from worker.runs.outcome import (
-    Cancelled,
-    Error,
     Failed,
-    HandedBack,
-    NoToken,
-    Outcome,
-    Refused,
-    Retried,
-    Snoozed,
-    Succeeded,
 )
-from worker.runs.run import NewStep, StepPage, StoredStep
+from worker.runs.run import NewStep
 
 
 def test_messages_come_out_whole_however_they_are_cut() -> None:
@@ -68,53 +54,10 @@ def test_a_lone_surrogate_does_not_break_a_frame() -> None:
     assert list(Unframer().feed(frame({"text": "\ud800"}))) == [{"text": "?"}]
 
 
-def test_work_arrives_as_it_was_sent() -> None:
-    sent = work(
-        "ok",
-        claims=claims(max_tokens="5"),
-        token=token("text"),
-        checkpoint={"n": 1},
-        memory=7,
-        api_origins=("https://api.acme.test",),
-        private_origins=("http://10.0.0.5:8080",),
-        insecure_origins=("http://api.acme.test",),
-    )
-
-    (message,) = Unframer().feed(frame(work_message(sent, 60.0)))
-    got = work_of(message)
-
-    assert got.token.reveal() == "text"
-    assert got.token.expires_at == sent.token.expires_at
-    assert got.claims == sent.claims
-    for name in ("run_id", "params", "scheduled_for", "timeout_at", "checkpoint", "memory"):
-        assert getattr(got, name) == getattr(sent, name)
-    for name in ("api_origins", "private_origins", "insecure_origins"):
-        assert getattr(got, name) == getattr(sent, name)
-
-
 def test_work_shows_neither_token_nor_claims() -> None:
     shown = repr(work("ok", token=token("secret-text"), claims=claims(key="secret-property")))
 
     assert "secret" not in shown
-
-
-@pytest.mark.parametrize(
-    "outcome",
-    [
-        Succeeded('{"a":1}'),
-        Failed(Error("ValueError", "x", "trace"), "result_invalid", "d", permanent=True),
-        Retried(None),
-        Snoozed(timedelta(seconds=1.5), "later"),
-        Cancelled("by_handler", "x"),
-        HandedBack(),
-        Refused("settings_invalid", "max_tokens", "m"),
-        NoToken(timedelta(seconds=3), "issuer_unavailable"),
-    ],
-)
-def test_an_outcome_arrives_as_it_was_sent(outcome: Outcome) -> None:
-    (message,) = Unframer().feed(frame(outcome_message(outcome)))
-
-    assert outcome_of_message(message) == outcome
 
 
 @pytest.mark.parametrize(
@@ -177,22 +120,6 @@ def test_progress_that_cannot_be_shown_is_refused(done: Any, total: Any) -> None
 
 
 STEP = NewStep("ask", "k", 2, 3, '{"a":"é"}', NOW, NOW + timedelta(seconds=1.5), (("llm_tokens", 5),))
-
-
-def test_a_step_arrives_as_it_was_sent() -> None:
-    (message,) = Unframer().feed(frame({"step": step_message(STEP)}))
-
-    assert step_of(message["step"]) == STEP
-
-
-def test_a_page_arrives_as_it_was_sent() -> None:
-    page = StepPage(
-        [StoredStep(1, "ask", None, 1, 3, '"é"'), StoredStep(2, "ask", "k", 1, 1, "2")], more=True
-    )
-
-    (message,) = Unframer().feed(frame(page_message(page)))
-
-    assert page_of(message) == page
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from random import Random
@@ -17,7 +16,7 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.execution.runs import admitted
 from tests.unit.execution.test_wire import CLAIMS, TAKEN
-from worker.errors import LeaseLost, TokenRefused
+from worker.errors import TokenRefused
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
 from worker.execution.hosts import remote as remote_module
@@ -262,35 +261,6 @@ async def test_what_a_handler_saves_goes_to_the_workers_under_its_fence(clock: M
     assert ended.moved
 
 
-async def test_a_save_under_a_lost_lease_stops_the_run(clock: ManualClock) -> None:
-    async def during(services: RunServices, stop: StopSignal) -> None:
-        with suppress(LeaseLost):
-            await services.save("1")
-        assert stop.killed
-
-    host = Host(clock, Workers(save=(409, "lease_lost")), Runner(during=during))
-
-    await host.attempt()
-
-
-async def test_a_renewed_token_comes_from_the_workers(clock: ManualClock) -> None:
-    fresh: list[Any] = []
-
-    async def during(services: RunServices, stop: StopSignal) -> None:
-        fresh.append(await services.token(fresh=True))
-
-    granted = wire.granted_message(AccessToken("the-next-token", clock.now()), CLAIMS)
-    workers = Workers(token=granted)
-    host = Host(clock, workers, Runner(during=during))
-
-    await host.attempt()
-
-    assert fresh[0][0].reveal() == "the-next-token"
-    assert workers.sent("token")[0]["fresh"] is True
-    inflight = host.inflight_runs.get(RUN.id)
-    assert inflight is not None and ("the-next-token", False) in inflight.masked
-
-
 async def test_a_refused_token_ends_the_run_refused(clock: ManualClock) -> None:
     async def during(services: RunServices, stop: StopSignal) -> None:
         with pytest.raises(TokenRefused):
@@ -304,25 +274,6 @@ async def test_a_refused_token_ends_the_run_refused(clock: ManualClock) -> None:
 
     assert isinstance(ended.returned, outcomes.Refused)
     assert (ended.returned.reason, ended.returned.detail) == ("pool_mismatch", "region")
-
-
-async def test_what_runs_ask_for_is_answered_as_the_store_answers(clock: ManualClock) -> None:
-    workers = Workers(
-        wait={"state": {"kind": "sleep", "state": "pending", "answer_json": None, "until": None}},
-        budgets={"budgets": [], "missing": None},
-        spend=(409, "lease_lost"),
-        steps={"steps": [], "more": False},
-        totals={"last": 2, "bytes": 10},
-    )
-    store = (host := Host(clock, workers)).store
-    host.took()
-
-    wait = await store.open_wait(RUN, NewWait("nap", 1, "sleep", 60.0, None, False))
-    assert wait is not None and wait.state == "pending"
-    assert (await store.budgets_of(RUN)).states == []
-    assert await store.spend(RUN, "tokens", 3, "1:1") is None
-    assert (await store.load_steps(RUN.id, 0)).more is False
-    assert await store.step_totals(RUN.id) == (2, 10)
 
 
 async def test_a_large_batch_is_sent_in_parts(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -588,15 +539,3 @@ async def test_a_wait_with_options_fails_at_a_worker_that_does_not_know_them(clo
     assert (await host.store.open_wait(RUN, bound)) is not None
     assert [call["wait"]["options"] for call in workers.sent("choose")] == [["yes", "no"]] * 2
     assert (await host.store.control.call("wait", workers.sent("choose")[0])) == state
-
-
-async def test_a_wait_without_options_is_the_call_of_the_previous_release(clock: ManualClock) -> None:
-    state = {"state": {"kind": "answer", "state": "pending", "answer_json": None, "until": None}}
-    workers = Workers(wait=state)
-    host = Host(clock, workers)
-    host.took()
-
-    await host.store.open_wait(RUN, NewWait("approval", 1, "answer"))
-
-    [call] = workers.sent("wait")
-    assert call["wait"].keys() == {"name", "occurrence", "kind", "seconds", "ask_json", "alert"}

@@ -21,6 +21,7 @@ from worker.execution.runners.child import messages
 pytestmark = pytest.mark.anyio
 
 RECORDS = record.read()
+CLOSE = replace(exchanges.WORK, private_origins=("http://10.0.0.5",), insecure_origins=("http://a.test",))
 BY_CASE = {(one.call, one.case): one for one in EXCHANGES}
 each = pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda one: f"{one.call}-{one.case}")
 
@@ -72,7 +73,7 @@ def test_every_call_is_recorded_and_every_record_is_tried() -> None:
         (messages.wait_state_message, messages.wait_state_of, exchanges.ANSWERED),
         (messages.budgets_message, messages.budgets_of, [*exchanges.BUDGETS]),
         (messages.page_message, messages.page_of, exchanges.PAGE),
-        (lambda work: messages.work_message(work, 9.0), messages.work_of, exchanges.WORK),
+        (lambda work: messages.work_message(work, 9.0), messages.work_of, CLOSE),
         (lambda held: messages.granted_message(*held), messages.granted_of, (ACCESS, CLAIMS)),
         *((messages.outcome_message, messages.outcome_of_message, one) for one in exchanges.OUTCOMES),
     ],

@@ -285,9 +285,7 @@ def test_a_step_has_no_more_spends_than_our_own_code_sends(monkeypatch: pytest.M
         (None, Unavailable),
     ],
 )
-def test_an_error_that_is_not_known_is_one_for_now(
-    code: str | None, kind: type[Exception]
-) -> None:
+def test_an_error_that_is_not_known_is_one_for_now(code: str | None, kind: type[Exception]) -> None:
     body = {} if code is None else {"error": {"code": code, "message": "no", "fix": ""}}
     assert type(wire.error_of(body, 3.0)) is kind
 

@@ -1,0 +1,91 @@
+"""A handler that does what its params say, one call of `ctx` after another, async and blocking.
+
+A call is `[name, *arguments]`; `$token` in an argument is the run's token. The result is what each call gave,
+or the type of the error that it raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from worker import BlockingContext, Context, Retry, job
+
+# How often a step's function was called in this attempt.
+Calls = list[Any]
+
+
+def plain(value: Any) -> Any:
+    """A result as JSON; a token is only named."""
+    return "a token" if type(value).__name__ == "AccessToken" else value
+
+
+def calls_of(ctx: Any, token: str) -> Iterator[list[Any]]:
+    yield from json.loads(json.dumps(ctx.params["calls"]).replace("$token", token))
+
+
+def started(ctx: Any, done: Calls, name: str, args: list[Any]) -> Any:
+    """What the call of `ctx` returns: a value, or a coroutine of an async one."""
+    match name:
+        case "step":
+            step, value, *key = args
+
+            def compute() -> Any:
+                done.append(step)
+                return value
+
+            return ctx.step(step, compute, **({"key": key[0]} if key else {}))
+        case "map":
+            step, count = args
+            return ctx.map(step, lambda n: n, list(range(count)))
+        case "budget":
+            return ctx.budget(*args)
+        case "secret" | "progress":
+            return getattr(ctx, name)(*args)
+        case "log":
+            return ctx.log.warning(*args)
+        case "wait_for":
+            wait, options = args
+            return ctx.wait_for(wait, **options)
+        case "state":
+            return ctx.state.update(*args)
+    return getattr(ctx, name)(*args)
+
+
+def outcome(ctx: Any, given: list[Any], done: Calls) -> Any:
+    if ctx.params.get("retries") and ctx.run.attempt == 1:
+        return Retry(0)
+    return {"given": given, "done": done}
+
+
+def shown(ctx: Any, error: Exception) -> str:
+    if ctx.params.get("raises") or isinstance(error, (TypeError, AttributeError)):
+        raise error
+    return type(error).__name__
+
+
+@job("acme.script")
+async def script(ctx: Context[Any, Any]) -> Any:
+    given, done = [], Calls()
+    for name, *args in calls_of(ctx, (await ctx.token()).reveal()):
+        try:
+            value = started(ctx, done, name, args)
+            if asyncio.iscoroutine(value) or hasattr(value, "__await__"):
+                value = await value
+            given.append(plain(value))
+        except Exception as error:
+            given.append(shown(ctx, error))
+    return outcome(ctx, given, done)
+
+
+@job("acme.script")
+def script_blocking(ctx: BlockingContext[Any, Any]) -> Any:
+    given, done = [], Calls()
+    for name, *args in calls_of(ctx, ctx.token().reveal()):
+        try:
+            given.append(plain(started(ctx, done, name, args)))
+        except Exception as error:
+            given.append(shown(ctx, error))
+    return outcome(ctx, given, done)

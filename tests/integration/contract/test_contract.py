@@ -1,0 +1,150 @@
+"""What a handler asks means the same by every carrier, on both databases: a promise a test, seen in rows."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from tests.integration.contract.carriers import Carrier
+from worker.errors import IssuerUnavailable, TokenRefused
+from worker.operations.answers import answer
+from worker.secret import AccessToken
+from worker.store import tables
+from worker.telemetry.masking import MASK
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_checkpoint_is_stored_masked_and_the_last_one_counts(carrier: Carrier) -> None:
+    told = await carrier.run(["save", {"done": 1}], ["save", {"leak": "x $token y"}])
+
+    [row] = told.rows(tables.checkpoints)
+    assert (row["data"], row["handler"]) == ({"leak": f"x {MASK} y"}, "acme.script")
+    assert told.given == [None, None]
+
+
+async def test_steps_are_called_once_and_replayed_by_the_next_attempt(carrier: Carrier) -> None:
+    calls: list[list[Any]] = [
+        ["step", "a", {"n": 1}],
+        ["step", "b", "$token", "key/1"],
+        ["map", "all", 3],
+        ["step", "a", 2],
+    ]
+    run = carrier.start(*calls, retries=True)
+
+    first = await carrier.attempt(run)
+    told = await carrier.attempt(run)
+
+    assert told.outcomes == ["retry", "succeeded"]
+    rows = told.rows(tables.steps)
+    assert sorted(row["seq"] for row in rows) == list(range(1, 7))
+    assert sorted((row["name"], row["occurrence"]) for row in rows if row["name"] != "all") == [
+        *(("a", 1), ("a", 2), ("b", 1))
+    ]
+    assert told.result == {"given": [{"n": 1}, MASK, [0, 1, 2], 2], "done": []}
+    assert not any(token in told.everything() for token in first.tokens + told.tokens)
+
+
+async def test_a_handler_waits_without_an_attempt_and_gets_the_answer(carrier: Carrier) -> None:
+    run = carrier.start(
+        ["wait_for", "ok", {"ask": {"text": "$token?"}, "options": ["yes", 1], "alert": True}]
+    )
+
+    parked = await carrier.attempt(run)
+    [wait] = parked.rows(tables.waits)
+    assert parked.outcomes == ["parked"]
+    assert (wait["name"], wait["kind"], wait["ask"]["text"]) == ("ok", "answer", f"{MASK}?")
+    answer(carrier.site.fleet.database, run, "ok", "yes", actor="test")
+    told = await carrier.attempt(run)
+
+    assert (told.outcomes, told.given) == (["parked", "succeeded"], ["yes"])
+    assert len(told.rows(tables.waits)) == 1
+
+
+async def test_a_sleep_is_a_wait_that_ends(carrier: Carrier) -> None:
+    told = await carrier.run(["sleep", 3600])
+
+    [wait] = told.rows(tables.waits)
+    assert (told.outcomes, wait["kind"], wait["name"]) == (["parked"], "sleep", "sleep")
+    assert wait["until"] is not None
+
+
+async def test_spends_count_once_and_a_used_up_budget_stops_the_next_step(carrier: Carrier) -> None:
+    told = await carrier.run(["spend", "tickets", 4], ["spend", "tickets", 1], ["step", "a", 1])
+
+    spends = sorted(row["amount"] for row in told.rows(tables.spends))
+    assert (spends, told.given[:2]) == ([1, 4], [None, None])
+    assert told.given[2] == "BudgetExceeded"
+    assert told.rows(tables.steps) == []
+
+
+async def test_a_renewed_token_is_masked(carrier: Carrier) -> None:
+    told = await carrier.run(["token"], ["save", "$token"])
+
+    assert told.given == ["a token", None]
+    assert [row["data"] for row in told.rows(tables.checkpoints)] == [MASK]
+    assert not any(token in told.everything() for token in told.tokens)
+
+
+async def test_lines_and_progress_are_stored_masked(carrier: Carrier) -> None:
+    told = await carrier.run(["log", "hello"], ["log", "leaks $token"], ["progress", 1, 2, "at $token"])
+
+    lines = [(row["seq"], row["level"], row["text"]) for row in told.rows(tables.run_logs)]
+    assert lines == [(1, "warning", "hello"), (2, "warning", f"leaks {MASK}")]
+    assert told.row["progress"] == {"done": 1, "total": 2, "note": f"at {MASK}"}
+
+
+@pytest.mark.parametrize("call", [["step", "s$token", 1], ["spend", "m$token", 1]])
+async def test_a_name_with_a_secret_is_refused_and_the_handler_goes_on(carrier: Carrier, call: Any) -> None:
+    told = await carrier.run(call, ["save", 1])
+
+    assert told.given == ["StepError", None]
+    assert told.rows(tables.steps) == told.rows(tables.spends) == []
+
+
+async def test_a_refusal_that_the_handler_does_not_catch_fails_the_run_for_good(carrier: Carrier) -> None:
+    told = await carrier.run(["step", "s$token", 1], ["save", 1], raises=True)
+
+    error = told.row["error"]
+    assert (told.row["state"], error["type"]) == ("failed", "worker.handlers.steps.StepError")
+    assert "its name or key contains a secret" in error["message"]
+    assert told.rows(tables.checkpoints) == []
+    assert not any(token in told.everything() for token in told.tokens)
+
+
+@pytest.mark.parametrize(
+    ("renewed", "outcome", "why"),
+    [
+        (None, "succeeded", ("succeeded", None)),
+        (IssuerUnavailable("issuer main does not respond"), "no_token", ("waiting", "no_token")),
+        (TokenRefused("org_mismatch", "other_org"), "refused", ("refused", "org_mismatch")),
+    ],
+    ids=["renewed", "issuer away", "other org"],
+)
+async def test_a_token_that_ends_during_a_run_is_renewed_or_ends_the_attempt(
+    carrier: Carrier,
+    monkeypatch: pytest.MonkeyPatch,
+    renewed: Exception | None,
+    outcome: str,
+    why: tuple[str, str | None],
+) -> None:
+    tokens = carrier.site.fleet.tokens
+    ensure, texts = tokens.ensure, len(tokens.texts)
+
+    async def ending(*args: Any, **wanted: Any) -> Any:
+        if len(tokens.texts) > texts and renewed is not None:
+            raise renewed
+        enforced = await ensure(*args, **wanted)
+        if len(tokens.texts) == texts + 1:
+            enforced.token = AccessToken(enforced.token.reveal(), datetime.now(UTC))
+        return enforced
+
+    monkeypatch.setattr(tokens, "ensure", ending)
+    told = await carrier.run(["save", "$token"])
+
+    row = told.row
+    assert (told.outcomes, (row["state"], row["reason"])) == ([outcome], why)
+    assert len(told.tokens) == (2 if renewed is None else 1)
+    assert [row["data"] for row in told.rows(tables.checkpoints)] == ([MASK] if renewed is None else [])
