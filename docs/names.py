@@ -20,9 +20,7 @@ ENFORCED = frozenset({"class"})
 MAX_EXCEPTIONS = 5
 # Classes that may have several homes, and why.
 EXCEPTIONS: Mapping[str, str] = {
-    "EnforcedToken": "the protocol of execution, which may not import tokens",
     "LogLine": "worker.testing publishes it as what a test of a handler reads",
-    "Parking": "handlers raise one, tokens parks keys in the other",
     "RequireToken": "worker.guard publishes it for ASGI and for WSGI",
 }
 

@@ -32,7 +32,7 @@ from worker.execution.hosts.control import (
     ControlDenied,
     ControlUnavailable,
 )
-from worker.execution.hosts.remote import Found, HostedEnd, RemoteStore
+from worker.execution.hosts.remote import HostedEnd, RemoteBudgets, RemoteStore
 from worker.execution.hosts.wire import Malformed, Registered, Registration, Taken, TemporalPlace
 from worker.execution.runners.contract import FORGED, Work
 from worker.guard.claims import Claims, Flag
@@ -297,10 +297,21 @@ CALLS = [
     Exchange("wait", "budget", wait(LIMIT), OVER, answers={"open_wait": OVER}),
     Exchange("wait", "lost", wait(SLEEP), None),
     Exchange("choose", "", wait(CHOICE), CHOSEN, [("open_wait", RUN, CHOICE)], {"open_wait": CHOSEN}),
-    Exchange("budgets", "", budgets, Found(BUDGETS), [("budgets_of", RUN)]),
-    Exchange("budgets", "missing", budgets, Found((), "cap"), answers={"budgets_of": Found((), "cap")}),
+    Exchange("budgets", "", budgets, RemoteBudgets(BUDGETS), [("budgets_of", RUN)]),
     Exchange(
-        "spend", "", spend, Found(BUDGETS), [("spend", RUN, "tokens", 5, "2:7")], {"spend": Found(BUDGETS)}
+        "budgets",
+        "missing",
+        budgets,
+        RemoteBudgets((), "cap"),
+        answers={"budgets_of": RemoteBudgets((), "cap")},
+    ),
+    Exchange(
+        "spend",
+        "",
+        spend,
+        RemoteBudgets(BUDGETS),
+        [("spend", RUN, "tokens", 5, "2:7")],
+        {"spend": RemoteBudgets(BUDGETS)},
     ),
     Exchange("spend", "lost", spend, None),
     Exchange("progress", "", lambda store: store.write_progress(TOLD), None, [("write_progress", TOLD)]),

@@ -30,7 +30,7 @@ from worker.execution.hosts import wire
 from worker.execution.hosts.attempt_api import AttemptApi
 from worker.execution.hosts.control import AsyncControl, BlockingControl, Controls
 from worker.execution.hosts.delivery import DueRuns, HostTools
-from worker.execution.hosts.remote import Found, RemoteStore
+from worker.execution.hosts.remote import RemoteBudgets, RemoteStore
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.guard.claims import Claims
 from worker.handlers.ceiling import Grant, Offered
@@ -117,7 +117,7 @@ async def worker(exchange: Exchange, path: str, request: bytes) -> tuple[httpx.R
         "orgs_and_definitions": {},
         "load_progress": StoredProgress({"done": [1, "ü"]}, ENTRY.name),
         "step_totals": (2, 17),
-        "budgets_of": Found(exchanges.BUDGETS),
+        "budgets_of": RemoteBudgets(exchanges.BUDGETS),
         "is_limited": True,
         "log_size": (0, 0, set()),
         "finish": lambda _, ended: {end.run_id for end in ended},

@@ -26,7 +26,7 @@ from worker.telemetry.events import emit
 from worker.tokens.breaker import IssuerPaused
 from worker.tokens.credentials import Credential, CredentialSource
 from worker.tokens.issuer_client import GrantedToken, IssuerClient
-from worker.tokens.parking import K, Parking
+from worker.tokens.parking import K, ParkedKeys
 from worker.tokens.shared import TokenRequest
 
 # All in seconds, unless a share.
@@ -51,9 +51,9 @@ class Acquirer:
         self._source = source
         self._clock = clock
         self._rng = rng
-        self._rejected: Parking[OrgId] = Parking(*CREDENTIAL_PARK, clock=clock)
-        self._refused: Parking[TokenRequest] = Parking(*REQUEST_PARK, clock=clock)
-        self._failing: Parking[OrgId] = Parking(*TRANSIENT_PARK, clock=clock)
+        self._rejected: ParkedKeys[OrgId] = ParkedKeys(*CREDENTIAL_PARK, clock=clock)
+        self._refused: ParkedKeys[TokenRequest] = ParkedKeys(*REQUEST_PARK, clock=clock)
+        self._failing: ParkedKeys[OrgId] = ParkedKeys(*TRANSIENT_PARK, clock=clock)
         self._winners: OrderedDict[OrgId, tuple[str, float]] = OrderedDict()
         self._no_verdict: OrderedDict[TokenRequest, GrantedToken] = OrderedDict()
 
@@ -197,7 +197,7 @@ class Acquirer:
 
     def _park(
         self,
-        parking: Parking[K],
+        parking: ParkedKeys[K],
         key: K,
         error: CredentialsRejected | RequestRejected | AnswerTooLarge,
         request: TokenRequest,

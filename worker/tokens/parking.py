@@ -27,7 +27,7 @@ class _Parked(NamedTuple):
 
 
 @dataclass(eq=False, repr=False)
-class Parking(Generic[K]):
+class ParkedKeys(Generic[K]):
     """Keys parked after a failure, for `first` to `last` seconds; new credentials release them at once."""
 
     first: float

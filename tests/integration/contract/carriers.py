@@ -24,7 +24,7 @@ from worker.execution.attempts.attempt import attempt
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
 from worker.execution.hosts.control import AsyncControl, Controls
-from worker.execution.hosts.hosted import HostTools, hosted_attempt
+from worker.execution.hosts.hosted import RemoteTools, hosted_attempt
 from worker.execution.hosts.remote import RemoteStore
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
@@ -81,7 +81,7 @@ class Site:
     applications: Applications
     children: ChildPool
     host: Host
-    tools: HostTools
+    tools: RemoteTools
 
 
 @asynccontextmanager
@@ -106,7 +106,7 @@ async def opened(database: Database, folder: Path, children: ChildPool) -> Async
         store = RemoteStore(control, None, InflightRuns(), clock.now)  # type: ignore[arg-type]
         handlers = HandlerRegistry()
         handlers.add(ENTRY)
-        tools = HostTools(
+        tools = RemoteTools(
             store=store,
             handlers=handlers,
             runners={"child": Inline(clock, watched=False)},
