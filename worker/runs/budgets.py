@@ -42,6 +42,14 @@ class BudgetState:
         return self.uses and self.used >= self.limit
 
 
+@dataclass(frozen=True, slots=True)
+class OrgBudgets:
+    """The budgets of a run's org, and a property that one of them needs and the org's tokens lack."""
+
+    states: Sequence[BudgetState]
+    missing: str | None = None
+
+
 def tightest(states: Iterable[BudgetState], meter: str) -> BudgetState | None:
     """The budget of a meter with the least left; of equal ones, the one that resets last."""
     of_meter = [state for state in states if state.meter == meter]

@@ -1,0 +1,386 @@
+"""Calls: what a running handler may ask of the worker, each declared once.
+
+A call is a frozen dataclass whose annotations say what its fields may contain. From the declaration come how
+it is written and read (`parts.py`), what of it is masked, and how it is sent: within a process, over the
+socket of a run's process, or over the attempt API of a host. `execution/attempts/answers.py` answers it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
+
+from worker.clock import from_text, to_text
+from worker.definitions.budgets import MAX_AMOUNT
+from worker.guard.claims import Claims
+from worker.guard.claims import Flag as ClaimFlag
+from worker.handlers.json_text import LIMIT, check_json_text, clean, to_json_text
+from worker.handlers.parts import (
+    Count,
+    Flag,
+    JsonText,
+    Key,
+    Many,
+    Maybe,
+    Meter,
+    Name,
+    OneOf,
+    Part,
+    Row,
+    Seconds,
+    TextCheck,
+    Together,
+    When,
+    row_of,
+)
+from worker.handlers.steps import MOST_STEPS, RESULT_LIMIT, StepError
+from worker.runs.budgets import MOST_SPENDS, BudgetState, OrgBudgets
+from worker.runs.run import NewStep, StepPage, StoredStep
+from worker.runs.waits import KINDS, MOST_ASKED, MOST_WAITS, NewWait, WaitState, check_options
+from worker.secret import AccessToken
+
+A = TypeVar("A")
+C = TypeVar("C", bound="type[Call[Any]]")
+
+# Spends of one step, of as many meters: those of one meter are added up.
+MAX_METERS = 1000
+# Bytes that the body of a host's call may have: of a small one, of a batch, of one with a checkpoint, which
+# may double when it is quoted, and of one with results.
+OWN_BYTES = 32 * 1024
+BATCH_BYTES = 1024 * 1024
+CHECKPOINT_BYTES = 2 * LIMIT + 64 * 1024
+MAX_BYTES = 16 * 1024 * 1024
+
+# What readers raise for a message that does not fit.
+_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, StepError)
+_SPEND_KEY = re.compile(r"[1-9][0-9]*:([1-9][0-9]*)")
+
+
+class NotACall(ValueError):
+    """A message is no call, or breaks a limit of one; the text names the key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a call travels; what it may contain stands at its fields.
+
+    `name` is its name in a message, and its path in the attempt API, where it may have others, `also`.
+    """
+
+    name: str
+    also: tuple[str, ...] = ()
+    waits: bool = True
+    """It is repeated while the database is away. If not, the handler gets Unavailable."""
+    notified: bool = False
+    """Nobody waits for an answer, and only the newest counts."""
+    from_process: bool = True
+    """A run's process may send it. If not, only a host does."""
+    with_handler: bool = False
+    """A host names the handler beside the run."""
+    batch: str = ""
+    """Hosts send many of them at once, as rows under this key."""
+    body: int = OWN_BYTES
+    """Bytes that a host's call may have."""
+
+
+class Call(Generic[A]):
+    """A call whose answer is an `A`; None for one that only tells."""
+
+    way: ClassVar[Way]
+    row: ClassVar[Row[Any]]
+    answer: ClassVar[Answer[Any]]
+
+    @property
+    def path(self) -> str:
+        """The name under which it is sent."""
+        return self.way.name
+
+
+class Answer(Generic[A]):
+    """The answer of a call as keys of a message. The base is that of a call which has none."""
+
+    def write(self, value: A) -> dict[str, Any]:
+        return {}
+
+    def read(self, message: Mapping[str, Any]) -> A:
+        """The answer in a message of the worker, which is trusted."""
+        return None  # type: ignore[return-value]
+
+
+NOTHING: Answer[None] = Answer()
+
+
+class Granted(Answer[tuple[AccessToken, Claims]]):
+    """A token and its claims; only for the process of its own run."""
+
+    def write(self, value: tuple[AccessToken, Claims]) -> dict[str, Any]:
+        token, claims = value
+        times = {"issued_at": to_text(claims.issued_at), "expires_at": to_text(claims.expires_at)}
+        return {
+            "granted": {
+                "text": token.reveal(),
+                "expires_at": to_text(token.expires_at),
+                "claims": asdict(claims) | {"scopes": sorted(claims.scopes)} | times,
+            }
+        }
+
+    def read(self, message: Mapping[str, Any]) -> tuple[AccessToken, Claims]:
+        granted = message["granted"]
+        given = known_in(Claims, granted["claims"])
+        claims = Claims(
+            **given
+            | {
+                "scopes": frozenset(given["scopes"]),
+                "flags": {name: ClaimFlag(**flag) for name, flag in given["flags"].items()},
+                "issued_at": from_text(given["issued_at"]),
+                "expires_at": from_text(given["expires_at"]),
+            }
+        )
+        return AccessToken(granted["text"], from_text(granted["expires_at"])), claims
+
+
+class Page(Answer[StepPage]):
+    """Stored steps, each as a list."""
+
+    def write(self, value: StepPage) -> dict[str, Any]:
+        steps = [
+            (step.seq, step.name, step.key, step.occurrence, step.size, step.result_json)
+            for step in value.steps
+        ]
+        return {"steps": steps, "more": value.more}
+
+    def read(self, message: Mapping[str, Any]) -> StepPage:
+        return StepPage([StoredStep(*values) for values in message["steps"]], message["more"])
+
+
+class Sums(Answer[tuple[int, int]]):
+    """The last place of a run's steps, and the bytes of their results."""
+
+    def write(self, value: tuple[int, int]) -> dict[str, Any]:
+        return {"last": value[0], "bytes": value[1]}
+
+    def read(self, message: Mapping[str, Any]) -> tuple[int, int]:
+        return message["last"], message["bytes"]
+
+
+class Stored(Answer["str | None"]):
+    """The JSON text that was stored; None if it is as it was sent."""
+
+    def write(self, value: str | None) -> dict[str, Any]:
+        return {"stored": value}
+
+    def read(self, message: Mapping[str, Any]) -> str | None:
+        stored: str | None = message["stored"]
+        return stored
+
+
+class State(Answer[WaitState]):
+    """How a wait stands."""
+
+    def write(self, value: WaitState) -> dict[str, Any]:
+        until = None if value.until is None else to_text(value.until)
+        return {"state": asdict(value) | {"until": until}}
+
+    def read(self, message: Mapping[str, Any]) -> WaitState:
+        state = message["state"]
+        until = None if state["until"] is None else from_text(state["until"])
+        return WaitState(state["kind"], state["state"], state["answer_json"], until)
+
+
+class Budgets(Answer[OrgBudgets]):
+    """The budgets of the run's org now."""
+
+    def write(self, value: OrgBudgets) -> dict[str, Any]:
+        return {"budgets": budget_rows(value.states), "missing": value.missing}
+
+    def read(self, message: Mapping[str, Any]) -> OrgBudgets:
+        return OrgBudgets(budgets_in(message["budgets"]), message.get("missing"))
+
+
+def budget_rows(states: Any) -> list[dict[str, Any]]:
+    """Budgets as JSON."""
+    rows = [asdict(state) for state in states]
+    for row in rows:
+        row["resets_at"] = None if row["resets_at"] is None else to_text(row["resets_at"])
+    return rows
+
+
+def budgets_in(rows: Any) -> tuple[BudgetState, ...]:
+    """What `budget_rows` writes."""
+    return tuple(
+        BudgetState(**row | {"resets_at": None if row["resets_at"] is None else from_text(row["resets_at"])})
+        for row in rows
+    )
+
+
+class SpendKey(Part[str]):
+    """The key of a spend, `attempt:number`; each counts once."""
+
+    def read(self, value: Any, check: TextCheck) -> str:
+        # One number has one form.
+        found = _SPEND_KEY.fullmatch(value) if isinstance(value, str) else None
+        if found is None or int(found[1]) > MOST_SPENDS:
+            raise ValueError("not attempt:number, such as 1:25")
+        return str(value)
+
+
+class Options(Part[Any]):
+    """The answers that a wait is limited to."""
+
+    def read(self, value: Any, check: TextCheck) -> Any:
+        if value is None:
+            return ()
+        options = check_options(value)
+        to_json_text(options, "options", MOST_ASKED)
+        return options
+
+    def names(self, value: Any) -> Any:
+        # Two masked options would be the same answer.
+        return (option for option in value if isinstance(option, str))
+
+
+STEP = Row(
+    NewStep,
+    {
+        "name": Name("step"),
+        "key": Maybe(Key("step")),
+        "occurrence": Count(2**31 - 1, 1),
+        "seq": Count(MOST_STEPS, 1),
+        "result_json": JsonText("result of the step", RESULT_LIMIT),
+        "started_at": When(),
+        "ended_at": When(),
+        "spends": Many(Together(Meter("spend"), Count(MAX_AMOUNT)), MAX_METERS),
+    },
+)
+
+
+def _only_answers_have_options(wait: NewWait) -> None:
+    if wait.options and wait.kind != "answer":
+        raise ValueError("only a wait for an answer has options")
+
+
+WAIT = Row(
+    NewWait,
+    {
+        "name": Name("wait"),
+        "occurrence": Count(MOST_WAITS, 1),
+        "kind": OneOf(KINDS),
+        "seconds": Maybe(Seconds()),
+        "ask_json": Maybe(JsonText("ask", MOST_ASKED)),
+        "alert": Flag(),
+        "options": Options(),
+    },
+    lean=("options",),
+    then=_only_answers_have_options,
+)
+
+CALLS: dict[str, type[Call[Any]]] = {}
+
+
+def declared(way: Way, answer: Answer[Any]) -> Any:
+    """Complete the class of a call, and make it known under its names."""
+
+    def declare(kind: C) -> C:
+        kind.way, kind.answer, kind.row = way, answer, row_of(kind)
+        CALLS.update(dict.fromkeys((way.name, *way.also), kind))
+        return kind
+
+    return declare
+
+
+@declared(Way("save", with_handler=True, body=CHECKPOINT_BYTES), NOTHING)
+@dataclass(frozen=True, slots=True)
+class Save(Call[None]):
+    """Store a checkpoint. `number` counts the saves of the attempt: a late one overwrites no later one."""
+
+    data: Annotated[str, JsonText("checkpoint", LIMIT)]
+    number: Annotated[int, Count(2**31 - 1)] = 0
+
+
+@declared(Way("token", waits=False, with_handler=True), Granted())
+@dataclass(frozen=True, slots=True)
+class Token(Call[tuple[AccessToken, Claims]]):
+    """A token with some life left; with `fresh` a new one."""
+
+    fresh: Annotated[bool, Flag()] = False
+
+
+@declared(Way("steps"), Page())
+@dataclass(frozen=True, slots=True)
+class LoadSteps(Call[StepPage]):
+    """The stored steps of earlier attempts after this place."""
+
+    after: Annotated[int, Count(MOST_STEPS)] = 0
+
+
+@declared(Way("totals", from_process=False), Sums())
+@dataclass(frozen=True, slots=True)
+class StepTotals(Call[tuple[int, int]]):
+    """The last place of the run's steps, and the bytes of their results."""
+
+
+@declared(Way("store", with_handler=True, batch="steps", body=MAX_BYTES), Stored())
+@dataclass(frozen=True, slots=True)
+class StoreStep(Call["str | None"]):
+    """Store the result of a step, with what it has spent."""
+
+    step: Annotated[NewStep, STEP]
+
+
+@declared(Way("wait", also=("choose",), body=BATCH_BYTES), State())
+@dataclass(frozen=True, slots=True)
+class OpenWait(Call[WaitState]):
+    """Store what the run waits for, and say how that stands."""
+
+    wait: Annotated[NewWait, WAIT]
+
+    @property
+    def path(self) -> str:
+        # A name of its own: a worker that does not know it refuses it, where it would ignore a key of `wait`.
+        return "choose" if self.wait.options else "wait"
+
+
+@declared(Way("budgets"), Budgets())
+@dataclass(frozen=True, slots=True)
+class AskBudgets(Call[OrgBudgets]):
+    """The budgets of the run's org now."""
+
+
+@declared(Way("spend"), Budgets())
+@dataclass(frozen=True, slots=True)
+class Spend(Call[OrgBudgets]):
+    """Count what was spent, once for each key; the budgets after it."""
+
+    meter: Annotated[str, Meter("spend")]
+    amount: Annotated[int, Count(MAX_AMOUNT)]
+    key: Annotated[str, SpendKey()]
+
+
+def message_of(call: Call[Any]) -> dict[str, Any]:
+    """The keys of a call's message."""
+    return call.row.write(call)
+
+
+def read(name: Any, message: Mapping[str, Any], check: TextCheck = check_json_text) -> Call[Any]:
+    """The call of a message that is not trusted; `check` may put off the check of long JSON text.
+
+    Raises:
+        NotACall: it is none, or breaks a limit.
+    """
+    try:
+        kind = CALLS[name]
+    except (KeyError, TypeError):
+        raise NotACall(f"there is no call {clean(str(name), 50)}") from None
+    try:
+        call: Call[Any] = kind.row.read(message, check)
+    except _MALFORMED as error:
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        raise NotACall(clean(f"not a valid {kind.way.name}: {reason}", 300)) from error
+    return call
+
+
+def known_in(kind: type[Any], message: Mapping[str, Any]) -> dict[str, Any]:
+    """What a message has of a class's fields."""
+    return {key.name: message[key.name] for key in fields(kind) if key.name in message}

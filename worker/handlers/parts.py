@@ -1,0 +1,303 @@
+"""Parts: the kinds of values of which calls are made.
+
+Each writes its value as JSON, and reads it again from a process or a host that is not trusted: what does not
+fit raises one of `MALFORMED`. A part also says which texts of a value are masked, and which names may not
+contain a secret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
+from datetime import datetime
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
+
+from worker.clock import from_text, to_text
+from worker.definitions.budgets import OWN_METERS
+from worker.handlers.json_text import check_json_text, clean
+from worker.handlers.results import as_timedelta
+from worker.handlers.steps import StepError, check_key, check_name
+
+V = TypeVar("V")
+
+# Checks JSON text: gets the text, its name and its limit in bytes. Raises NotStorable, now or later.
+TextCheck = Callable[[str, str, int], None]
+# The masked form of a text.
+Masked = Callable[[str], str]
+
+
+class Part(Generic[V]):
+    """A kind of value. The base writes a value as it is, and reads nothing."""
+
+    def write(self, value: V) -> Any:
+        """The value as JSON."""
+        return value
+
+    def read(self, value: Any, check: TextCheck) -> V:
+        """The value of JSON that is not trusted. Raises one of `MALFORMED`, or StepError."""
+        raise NotImplementedError
+
+    def names(self, value: V) -> Iterator[str]:
+        """The texts that name things, and are refused if they contain a secret."""
+        return iter(())
+
+    def texts(self, value: V) -> Iterator[str]:
+        """The texts that are stored masked."""
+        return iter(())
+
+    def masked(self, value: V, mask: Masked) -> V:
+        """The value with its texts masked."""
+        return value
+
+
+class Flag(Part[bool]):
+    """True, or anything else for False."""
+
+    def read(self, value: Any, check: TextCheck) -> bool:
+        return value is True
+
+
+@dataclass(frozen=True)
+class Count(Part[int]):
+    """A whole number from `least` to `most`."""
+
+    most: int
+    least: int = 0
+
+    def read(self, value: Any, check: TextCheck) -> int:
+        if type(value) is not int or not self.least <= value <= self.most:
+            raise ValueError(f"not a whole number from {self.least} to {self.most}")
+        return value
+
+
+@dataclass(frozen=True)
+class OneOf(Part[Any]):
+    """One of these values."""
+
+    values: Sequence[Any]
+
+    def read(self, value: Any, check: TextCheck) -> Any:
+        if value not in self.values:
+            raise ValueError("not one of the known values")
+        return value
+
+
+@dataclass(frozen=True)
+class Name(Part[str]):
+    """The name of a step, wait or meter."""
+
+    what: str
+
+    def read(self, value: Any, check: TextCheck) -> str:
+        return check_name(self.what, value)
+
+    def names(self, value: str) -> Iterator[str]:
+        yield value
+
+
+class Meter(Name):
+    """The name of a meter of handlers."""
+
+    def read(self, value: Any, check: TextCheck) -> str:
+        if value in OWN_METERS:
+            raise ValueError("orgworker counts this meter itself")
+        return super().read(value, check)
+
+
+@dataclass(frozen=True)
+class Key(Part[str]):
+    """The key of a step."""
+
+    what: str
+
+    def read(self, value: Any, check: TextCheck) -> str:
+        if not isinstance(value, str):
+            raise TypeError("not a text")
+        return check_key(self.what, value)
+
+    def names(self, value: str) -> Iterator[str]:
+        yield value
+
+
+class When(Part[datetime]):
+    """An aware time, as text."""
+
+    def write(self, value: datetime) -> str:
+        return to_text(value)
+
+    def read(self, value: Any, check: TextCheck) -> datetime:
+        return from_text(value)
+
+
+class Seconds(Part[float]):
+    """A duration in seconds of at most the longest that a handler may name."""
+
+    def read(self, value: Any, check: TextCheck) -> float:
+        return as_timedelta(float(value)).total_seconds()
+
+
+@dataclass(frozen=True)
+class Text(Part[str]):
+    """Text for people, cut to so many characters."""
+
+    most: int
+
+    def read(self, value: Any, check: TextCheck) -> str:
+        if not isinstance(value, str):
+            raise TypeError("not a text")
+        return clean(value, self.most)
+
+
+@dataclass(frozen=True)
+class JsonText(Part[str]):
+    """JSON text of at most so many bytes, which is stored masked. Long text is checked later."""
+
+    what: str
+    most: int
+
+    def read(self, value: Any, check: TextCheck) -> str:
+        if not isinstance(value, str):
+            raise TypeError("not a text")
+        check(value, self.what, self.most)
+        return value
+
+    def texts(self, value: str) -> Iterator[str]:
+        yield value
+
+    def masked(self, value: str, mask: Masked) -> str:
+        return mask(value)
+
+
+@dataclass(frozen=True)
+class Maybe(Part[V | None]):
+    """The value of a part, or None."""
+
+    part: Part[V]
+
+    def write(self, value: V | None) -> Any:
+        return None if value is None else self.part.write(value)
+
+    def read(self, value: Any, check: TextCheck) -> V | None:
+        return None if value is None else self.part.read(value, check)
+
+    def names(self, value: V | None) -> Iterator[str]:
+        return iter(()) if value is None else self.part.names(value)
+
+    def texts(self, value: V | None) -> Iterator[str]:
+        return iter(()) if value is None else self.part.texts(value)
+
+    def masked(self, value: V | None, mask: Masked) -> V | None:
+        return None if value is None else self.part.masked(value, mask)
+
+
+@dataclass(frozen=True)
+class Many(Part[tuple[V, ...]]):
+    """At most so many values of a part."""
+
+    part: Part[V]
+    most: int
+
+    def write(self, value: Iterable[V]) -> list[Any]:
+        return [self.part.write(each) for each in value]
+
+    def read(self, value: Any, check: TextCheck) -> tuple[V, ...]:
+        if not isinstance(value, list) or len(value) > self.most:
+            raise ValueError(f"not a list of at most {self.most}")
+        return tuple(self.part.read(each, check) for each in value)
+
+    def names(self, value: Iterable[V]) -> Iterator[str]:
+        for each in value:
+            yield from self.part.names(each)
+
+    def texts(self, value: Iterable[V]) -> Iterator[str]:
+        for each in value:
+            yield from self.part.texts(each)
+
+    def masked(self, value: Iterable[V], mask: Masked) -> tuple[V, ...]:
+        return tuple(self.part.masked(each, mask) for each in value)
+
+
+class Together(Part[tuple[Any, ...]]):
+    """A list of fixed length, each value of its own part."""
+
+    def __init__(self, *parts: Part[Any]) -> None:
+        self._parts = parts
+
+    def write(self, value: Sequence[Any]) -> list[Any]:
+        return [part.write(each) for part, each in zip(self._parts, value, strict=True)]
+
+    def read(self, value: Any, check: TextCheck) -> tuple[Any, ...]:
+        return tuple(part.read(each, check) for part, each in zip(self._parts, value, strict=True))
+
+    def names(self, value: Sequence[Any]) -> Iterator[str]:
+        for part, each in zip(self._parts, value, strict=True):
+            yield from part.names(each)
+
+
+class Row(Part[V]):
+    """An object of a dataclass, with a part for each of its fields. A missing key takes the field's default.
+
+    `lean` are keys that are left out while they have the default: a release that does not know them can
+    read the others. `then` checks what no field says alone; it raises one of `MALFORMED`.
+    """
+
+    def __init__(
+        self,
+        kind: type[V],
+        parts: Mapping[str, Part[Any]],
+        *,
+        lean: Sequence[str] = (),
+        then: Callable[[V], object] | None = None,
+    ) -> None:
+        known = {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]
+        self._kind: Callable[..., V] = kind
+        self._fields = [(name, part, known[name]) for name, part in parts.items()]
+        self._lean = frozenset(lean)
+        self._then = then
+        nothing = Part[Any]
+        self._named = [each for each in self._fields if type(each[1]).names is not nothing.names]
+        self._texts = [each for each in self._fields if type(each[1]).texts is not nothing.texts]
+
+    def write(self, value: V) -> dict[str, Any]:
+        return {
+            name: part.write(getattr(value, name))
+            for name, part, default in self._fields
+            if name not in self._lean or getattr(value, name) != default
+        }
+
+    def read(self, value: Any, check: TextCheck = check_json_text) -> V:
+        """The object of a message, of which other keys are ignored."""
+        given = {}
+        for name, part, default in self._fields:
+            if name in value:
+                try:
+                    given[name] = part.read(value[name], check)
+                except (TypeError, ValueError, StepError) as error:
+                    raise ValueError(f"{name}: {error}") from error
+            elif default is MISSING:
+                raise KeyError(name)
+        found = self._kind(**given)
+        if self._then is not None:
+            self._then(found)
+        return found
+
+    def names(self, value: V) -> Iterator[str]:
+        for name, part, _ in self._named:
+            yield from part.names(getattr(value, name))
+
+    def texts(self, value: V) -> Iterator[str]:
+        for name, part, _ in self._texts:
+            yield from part.texts(getattr(value, name))
+
+    def masked(self, value: V, mask: Masked) -> V:
+        changed = {name: part.masked(getattr(value, name), mask) for name, part, _ in self._texts}
+        return replace(value, **changed) if changed else value  # type: ignore[type-var]
+
+
+def row_of(kind: type[V], **options: Any) -> Row[V]:
+    """The row of a dataclass whose annotations name the parts: `name: Annotated[str, Name("step")]`."""
+    parts = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        if get_origin(hint) is Annotated:
+            parts[name] = next(each for each in get_args(hint) if isinstance(each, Part))
+    return Row(kind, parts, **options)
