@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -41,7 +42,7 @@ from worker.handlers.steps import StepError
 from worker.ids import RunId, WorkerId
 from worker.runs import outcome as outcomes
 from worker.runs.budgets import BudgetState
-from worker.runs.hosts import HostCaller
+from worker.runs.hosts import HostCaller, PoolLoad
 from worker.runs.outcome import Error, Outcome, Trail
 from worker.runs.run import (
     Isolation,
@@ -109,6 +110,7 @@ LINES = [
     LogLine(RUN.id, 2, 1, RUN.org_id, START, "info", "log", "hello ü"),
     LogLine(RUN.id, 2, 2, RUN.org_id, START, "error", "stderr", "a\nb"),
 ]
+LOAD = PoolLoad(Counter({"child": 1}), 0.0, {WORKER: {"child": 4, "inline": 4}}, {WORKER: Counter()})
 OWNED = [OwnedRun(RUN.id, 7, None), OwnedRun(RunId("r2"), 8, "requested")]
 PROGRESS = {"done": 1.0, "total": 2, "note": "half ü"}
 TICKET = f"{RUN.id}.7.{'a' * 43}"
@@ -270,8 +272,8 @@ CALLS = [
         [("hand_back", WORKER, OWNED[:1])],
         {"hand_back": {RUN.id}},
     ),
-    Exchange("take", "one", take, [TAKEN], ADMITTED, {"is_due": True, "admit": [RUN]}),
-    Exchange("take", "none", take, [], answers={"is_due": False}),
+    Exchange("take", "one", take, [TAKEN], ADMITTED, {"pool_load": LOAD, "admit": [RUN]}),
+    Exchange("take", "none", take, [], answers={"pool_load": None}),
     Exchange("take", "ticket", take_by, [TAKEN], answers={"take_ticket": RUN}),
     Exchange("take", "ticket of another", take_by, []),
     Exchange("token", "held", token(fresh=False), (ACCESS, CLAIMS)),

@@ -22,6 +22,7 @@ from tests.fakes import exchanges
 from tests.fakes.answering import Answering
 from tests.fakes.clock import ManualClock
 from tests.fakes.exchanges import ENTRY, RUN, Exchange
+from worker.claims.enforced import Enforced
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.attempts.plan import Plans
@@ -29,10 +30,10 @@ from worker.execution.attempts.run_services import GivenSecrets, Tools
 from worker.execution.hosts import wire
 from worker.execution.hosts.attempt_api import AttemptApi
 from worker.execution.hosts.control import AsyncControl, BlockingControl, Controls
-from worker.execution.hosts.delivery import DueRuns, HostTools
+from worker.execution.hosts.delivery import HostTools
 from worker.execution.hosts.remote import RemoteBudgets, RemoteStore
+from worker.execution.hosts.sharing import Sharing
 from worker.execution.loops.run_log_writer import RunLogWriter
-from worker.guard.claims import Claims
 from worker.handlers.ceiling import Grant, Offered
 from worker.ids import OrgId
 from worker.runs.outcome import EndedAttempt
@@ -98,11 +99,18 @@ async def host(exchange: Exchange, head: Mapping[str, Any], answer: bytes) -> tu
     return request, given
 
 
-@dataclass
-class Enforced:
-    token: AccessToken = exchanges.ACCESS
-    claims: Claims = exchanges.CLAIMS
-    record: Any = None
+def enforced() -> Enforced:
+    """The token of the run, which serves for longer than any test takes."""
+    return Enforced(
+        exchanges.ACCESS,
+        exchanges.CLAIMS,
+        credential_id="",
+        received_at=0.0,
+        renew_at=0.0,
+        usable_until=1e9,
+        expires_at=1e9,
+        minted=False,
+    )
 
 
 async def worker(exchange: Exchange, path: str, request: bytes) -> tuple[httpx.Response, Answering]:
@@ -121,7 +129,7 @@ async def worker(exchange: Exchange, path: str, request: bytes) -> tuple[httpx.R
         "is_limited": True,
         "log_size": (0, 0, set()),
         "finish": lambda _, ended: {end.run_id for end in ended},
-        **dict.fromkeys(("at_hand", "ensure"), Enforced()),
+        **dict.fromkeys(("at_hand", "ensure"), enforced()),
         **dict.fromkeys(("seal", "open"), lambda text, place: text),
         **dict.fromkeys(("hand_back", "ended", "often_handed_back", "load"), frozenset()),
     }
@@ -143,7 +151,7 @@ async def worker(exchange: Exchange, path: str, request: bytes) -> tuple[httpx.R
         random=Random(1),
         secrets=GivenSecrets(exchanges.SECRETS),
     )
-    shared = HostTools(tools, fake, fake, DueRuns(fake, clock, 1.0), lambda ended, inflight: None)
+    shared = HostTools(tools, fake, fake, Sharing(fake, clock, 2.0), lambda ended, inflight: None)
     places = {"eu": exchanges.TEMPORAL}
     attempts = Attempts(clock)
     attempts.api = AttemptApi(shared, fake, lease=30.0, renew_every=10.0, poll=0.5, temporal=places)

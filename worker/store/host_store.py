@@ -116,7 +116,7 @@ class HostStore:
         """Of these running runs those that were handed back too often in a row, and stored nothing new."""
         return await self._database.call_autocommit(hosts.often_handed_back, run_ids)
 
-    async def load(self, pool: str) -> PoolLoad | None:
+    async def pool_load(self, pool: str) -> PoolLoad | None:
         """What waits in a pool now, and how full its hosts are; None if nothing is due."""
         return await self._database.call_autocommit(hosts.load, pool)
 

@@ -36,7 +36,7 @@ class Pool:
         # Whom runs were given to, in order.
         self.given = list[str]()
 
-    async def load(self, pool: str) -> PoolLoad | None:
+    async def pool_load(self, pool: str) -> PoolLoad | None:
         self.loads += 1
         await asyncio.sleep(0)
         if not self.due:

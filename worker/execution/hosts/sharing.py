@@ -24,7 +24,7 @@ Free = Mapping[Isolation, int]
 
 
 class LoadStore(Protocol):
-    async def load(self, pool: str) -> PoolLoad | None:
+    async def pool_load(self, pool: str) -> PoolLoad | None:
         """What waits in a pool and how full its hosts are; None if nothing is due."""
 
 
@@ -148,7 +148,7 @@ class Sharing:
         line.read_at, line.read_until = now, now + self._patience
         none_known = load is None or not any(load.due.values())
         try:
-            line.load = load = await self._store.load(pool)
+            line.load = load = await self._store.pool_load(pool)
         except BaseException:
             line.read_until = float("-inf")
             raise
