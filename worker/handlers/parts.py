@@ -49,6 +49,10 @@ class Part(Generic[V]):
         """The value with its texts masked."""
         return value
 
+    def json_paths(self) -> Iterator[tuple[str, ...]]:
+        """Where a message has JSON text, which takes long to check."""
+        return iter(())
+
 
 class Flag(Part[bool]):
     """True, or anything else for False."""
@@ -167,6 +171,9 @@ class JsonText(Part[str]):
     def masked(self, value: str, mask: Masked) -> str:
         return mask(value)
 
+    def json_paths(self) -> Iterator[tuple[str, ...]]:
+        yield ()
+
 
 @dataclass(frozen=True)
 class Maybe(Part[V | None]):
@@ -188,6 +195,9 @@ class Maybe(Part[V | None]):
 
     def masked(self, value: V | None, mask: Masked) -> V | None:
         return None if value is None else self.part.masked(value, mask)
+
+    def json_paths(self) -> Iterator[tuple[str, ...]]:
+        return self.part.json_paths()
 
 
 @dataclass(frozen=True)
@@ -292,6 +302,9 @@ class Row(Part[V]):
     def masked(self, value: V, mask: Masked) -> V:
         changed = {name: part.masked(getattr(value, name), mask) for name, part, _ in self._texts}
         return replace(value, **changed) if changed else value  # type: ignore[type-var]
+
+    def json_paths(self) -> Iterator[tuple[str, ...]]:
+        return ((name, *path) for name, part, _ in self._fields for path in part.json_paths())
 
 
 def row_of(kind: type[V], **options: Any) -> Row[V]:
