@@ -8,30 +8,29 @@ socket of a run's process, or over the attempt API of a host. `execution/attempt
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 from worker.clock import from_text, to_text
 from worker.definitions.budgets import MAX_AMOUNT
-from worker.guard.claims import Claims
-from worker.guard.claims import Flag as ClaimFlag
+from worker.guard.claims import Claims, Flag
 from worker.handlers.json_text import LIMIT, check_json_text, clean, to_json_text
 from worker.handlers.parts import (
+    CallPart,
     Count,
-    Flag,
     JsonText,
-    Key,
-    Many,
+    KeyText,
     Maybe,
     Meter,
     Name,
     OneOf,
-    Part,
     Row,
     Seconds,
+    Several,
     TextCheck,
     Together,
+    Truth,
     When,
     row_of,
 )
@@ -73,6 +72,8 @@ class Way:
     also: tuple[str, ...] = ()
     waits: bool = True
     """It is repeated while the database is away. If not, the handler gets Unavailable."""
+    kept: bool = False
+    """It goes on if its handler is stopped meanwhile: what it stores was made and paid."""
     notified: bool = False
     """Nobody waits for an answer, and only the newest counts."""
     from_process: bool = True
@@ -90,7 +91,7 @@ class Call(Generic[A]):
 
     way: ClassVar[Way]
     row: ClassVar[Row[Any]]
-    answer: ClassVar[Answer[Any]]
+    answer: ClassVar[CallAnswer[Any]]
 
     @property
     def path(self) -> str:
@@ -98,7 +99,7 @@ class Call(Generic[A]):
         return self.way.name
 
 
-class Answer(Generic[A]):
+class CallAnswer(Generic[A]):
     """The answer of a call as keys of a message. The base is that of a call which has none."""
 
     def write(self, value: A) -> dict[str, Any]:
@@ -109,10 +110,10 @@ class Answer(Generic[A]):
         return None  # type: ignore[return-value]
 
 
-NOTHING: Answer[None] = Answer()
+NOTHING: CallAnswer[None] = CallAnswer()
 
 
-class Granted(Answer[tuple[AccessToken, Claims]]):
+class GrantedAnswer(CallAnswer[tuple[AccessToken, Claims]]):
     """A token and its claims; only for the process of its own run."""
 
     def write(self, value: tuple[AccessToken, Claims]) -> dict[str, Any]:
@@ -133,7 +134,7 @@ class Granted(Answer[tuple[AccessToken, Claims]]):
             **given
             | {
                 "scopes": frozenset(given["scopes"]),
-                "flags": {name: ClaimFlag(**flag) for name, flag in given["flags"].items()},
+                "flags": {name: Flag(**flag) for name, flag in given["flags"].items()},
                 "issued_at": from_text(given["issued_at"]),
                 "expires_at": from_text(given["expires_at"]),
             }
@@ -141,7 +142,7 @@ class Granted(Answer[tuple[AccessToken, Claims]]):
         return AccessToken(granted["text"], from_text(granted["expires_at"])), claims
 
 
-class Page(Answer[StepPage]):
+class PageAnswer(CallAnswer[StepPage]):
     """Stored steps, each as a list."""
 
     def write(self, value: StepPage) -> dict[str, Any]:
@@ -155,7 +156,7 @@ class Page(Answer[StepPage]):
         return StepPage([StoredStep(*values) for values in message["steps"]], message["more"])
 
 
-class Sums(Answer[tuple[int, int]]):
+class SumsAnswer(CallAnswer[tuple[int, int]]):
     """The last place of a run's steps, and the bytes of their results."""
 
     def write(self, value: tuple[int, int]) -> dict[str, Any]:
@@ -165,7 +166,7 @@ class Sums(Answer[tuple[int, int]]):
         return message["last"], message["bytes"]
 
 
-class Stored(Answer["str | None"]):
+class StoredAnswer(CallAnswer["str | None"]):
     """The JSON text that was stored; None if it is as it was sent."""
 
     def write(self, value: str | None) -> dict[str, Any]:
@@ -176,7 +177,7 @@ class Stored(Answer["str | None"]):
         return stored
 
 
-class State(Answer[WaitState]):
+class StateAnswer(CallAnswer[WaitState]):
     """How a wait stands."""
 
     def write(self, value: WaitState) -> dict[str, Any]:
@@ -189,7 +190,7 @@ class State(Answer[WaitState]):
         return WaitState(state["kind"], state["state"], state["answer_json"], until)
 
 
-class Budgets(Answer[OrgBudgets]):
+class BudgetsAnswer(CallAnswer[OrgBudgets]):
     """The budgets of the run's org now."""
 
     def write(self, value: OrgBudgets) -> dict[str, Any]:
@@ -215,7 +216,7 @@ def budgets_in(rows: Any) -> tuple[BudgetState, ...]:
     )
 
 
-class SpendKey(Part[str]):
+class SpendKey(CallPart[str]):
     """The key of a spend, `attempt:number`; each counts once."""
 
     def read(self, value: Any, check: TextCheck) -> str:
@@ -226,7 +227,7 @@ class SpendKey(Part[str]):
         return str(value)
 
 
-class Options(Part[Any]):
+class Options(CallPart[Any]):
     """The answers that a wait is limited to."""
 
     def read(self, value: Any, check: TextCheck) -> Any:
@@ -236,22 +237,22 @@ class Options(Part[Any]):
         to_json_text(options, "options", MOST_ASKED)
         return options
 
-    def names(self, value: Any) -> Any:
+    def names(self, value: Any) -> Iterator[tuple[str, str]]:
         # Two masked options would be the same answer.
-        return (option for option in value if isinstance(option, str))
+        return (("an option of a wait", option) for option in value if isinstance(option, str))
 
 
 STEP = Row(
     NewStep,
     {
         "name": Name("step"),
-        "key": Maybe(Key("step")),
+        "key": Maybe(KeyText("step")),
         "occurrence": Count(2**31 - 1, 1),
         "seq": Count(MOST_STEPS, 1),
         "result_json": JsonText("result of the step", RESULT_LIMIT),
         "started_at": When(),
         "ended_at": When(),
-        "spends": Many(Together(Meter("spend"), Count(MAX_AMOUNT)), MAX_METERS),
+        "spends": Several(Together(Meter("spend"), Count(MAX_AMOUNT)), MAX_METERS),
     },
 )
 
@@ -269,7 +270,7 @@ WAIT = Row(
         "kind": OneOf(KINDS),
         "seconds": Maybe(Seconds()),
         "ask_json": Maybe(JsonText("ask", MOST_ASKED)),
-        "alert": Flag(),
+        "alert": Truth(),
         "options": Options(),
     },
     lean=("options",),
@@ -279,7 +280,7 @@ WAIT = Row(
 CALLS: dict[str, type[Call[Any]]] = {}
 
 
-def declared(way: Way, answer: Answer[Any]) -> Any:
+def declared(way: Way, answer: CallAnswer[Any]) -> Any:
     """Complete the class of a call, and make it known under its names."""
 
     def declare(kind: C) -> C:
@@ -299,15 +300,15 @@ class Save(Call[None]):
     number: Annotated[int, Count(2**31 - 1)] = 0
 
 
-@declared(Way("token", waits=False, with_handler=True), Granted())
+@declared(Way("token", waits=False, with_handler=True), GrantedAnswer())
 @dataclass(frozen=True, slots=True)
-class Token(Call[tuple[AccessToken, Claims]]):
+class AskToken(Call[tuple[AccessToken, Claims]]):
     """A token with some life left; with `fresh` a new one."""
 
-    fresh: Annotated[bool, Flag()] = False
+    fresh: Annotated[bool, Truth()] = False
 
 
-@declared(Way("steps"), Page())
+@declared(Way("steps"), PageAnswer())
 @dataclass(frozen=True, slots=True)
 class LoadSteps(Call[StepPage]):
     """The stored steps of earlier attempts after this place."""
@@ -315,13 +316,13 @@ class LoadSteps(Call[StepPage]):
     after: Annotated[int, Count(MOST_STEPS)] = 0
 
 
-@declared(Way("totals", from_process=False), Sums())
+@declared(Way("totals", from_process=False), SumsAnswer())
 @dataclass(frozen=True, slots=True)
 class StepTotals(Call[tuple[int, int]]):
     """The last place of the run's steps, and the bytes of their results."""
 
 
-@declared(Way("store", with_handler=True, batch="steps", body=MAX_BYTES), Stored())
+@declared(Way("store", kept=True, with_handler=True, batch="steps", body=MAX_BYTES), StoredAnswer())
 @dataclass(frozen=True, slots=True)
 class StoreStep(Call["str | None"]):
     """Store the result of a step, with what it has spent."""
@@ -329,7 +330,7 @@ class StoreStep(Call["str | None"]):
     step: Annotated[NewStep, STEP]
 
 
-@declared(Way("wait", also=("choose",), body=BATCH_BYTES), State())
+@declared(Way("wait", also=("choose",), body=BATCH_BYTES), StateAnswer())
 @dataclass(frozen=True, slots=True)
 class OpenWait(Call[WaitState]):
     """Store what the run waits for, and say how that stands."""
@@ -342,15 +343,15 @@ class OpenWait(Call[WaitState]):
         return "choose" if self.wait.options else "wait"
 
 
-@declared(Way("budgets"), Budgets())
+@declared(Way("budgets"), BudgetsAnswer())
 @dataclass(frozen=True, slots=True)
 class AskBudgets(Call[OrgBudgets]):
     """The budgets of the run's org now."""
 
 
-@declared(Way("spend"), Budgets())
+@declared(Way("spend"), BudgetsAnswer())
 @dataclass(frozen=True, slots=True)
-class Spend(Call[OrgBudgets]):
+class CountSpend(Call[OrgBudgets]):
     """Count what was spent, once for each key; the budgets after it."""
 
     meter: Annotated[str, Meter("spend")]

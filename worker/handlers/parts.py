@@ -26,7 +26,7 @@ TextCheck = Callable[[str, str, int], None]
 Masked = Callable[[str], str]
 
 
-class Part(Generic[V]):
+class CallPart(Generic[V]):
     """A kind of value. The base writes a value as it is, and reads nothing."""
 
     def write(self, value: V) -> Any:
@@ -37,8 +37,8 @@ class Part(Generic[V]):
         """The value of JSON that is not trusted. Raises one of `MALFORMED`, or StepError."""
         raise NotImplementedError
 
-    def names(self, value: V) -> Iterator[str]:
-        """The texts that name things, and are refused if they contain a secret."""
+    def names(self, value: V) -> Iterator[tuple[str, str]]:
+        """What it names, and the name, which is refused if it contains a secret."""
         return iter(())
 
     def texts(self, value: V) -> Iterator[str]:
@@ -54,7 +54,7 @@ class Part(Generic[V]):
         return iter(())
 
 
-class Flag(Part[bool]):
+class Truth(CallPart[bool]):
     """True, or anything else for False."""
 
     def read(self, value: Any, check: TextCheck) -> bool:
@@ -62,7 +62,7 @@ class Flag(Part[bool]):
 
 
 @dataclass(frozen=True)
-class Count(Part[int]):
+class Count(CallPart[int]):
     """A whole number from `least` to `most`."""
 
     most: int
@@ -75,7 +75,7 @@ class Count(Part[int]):
 
 
 @dataclass(frozen=True)
-class OneOf(Part[Any]):
+class OneOf(CallPart[Any]):
     """One of these values."""
 
     values: Sequence[Any]
@@ -87,7 +87,7 @@ class OneOf(Part[Any]):
 
 
 @dataclass(frozen=True)
-class Name(Part[str]):
+class Name(CallPart[str]):
     """The name of a step, wait or meter."""
 
     what: str
@@ -95,8 +95,8 @@ class Name(Part[str]):
     def read(self, value: Any, check: TextCheck) -> str:
         return check_name(self.what, value)
 
-    def names(self, value: str) -> Iterator[str]:
-        yield value
+    def names(self, value: str) -> Iterator[tuple[str, str]]:
+        yield self.what, value
 
 
 class Meter(Name):
@@ -109,7 +109,7 @@ class Meter(Name):
 
 
 @dataclass(frozen=True)
-class Key(Part[str]):
+class KeyText(CallPart[str]):
     """The key of a step."""
 
     what: str
@@ -119,11 +119,11 @@ class Key(Part[str]):
             raise TypeError("not a text")
         return check_key(self.what, value)
 
-    def names(self, value: str) -> Iterator[str]:
-        yield value
+    def names(self, value: str) -> Iterator[tuple[str, str]]:
+        yield f"the key of a {self.what}", value
 
 
-class When(Part[datetime]):
+class When(CallPart[datetime]):
     """An aware time, as text."""
 
     def write(self, value: datetime) -> str:
@@ -133,7 +133,7 @@ class When(Part[datetime]):
         return from_text(value)
 
 
-class Seconds(Part[float]):
+class Seconds(CallPart[float]):
     """A duration in seconds of at most the longest that a handler may name."""
 
     def read(self, value: Any, check: TextCheck) -> float:
@@ -141,7 +141,7 @@ class Seconds(Part[float]):
 
 
 @dataclass(frozen=True)
-class Text(Part[str]):
+class Text(CallPart[str]):
     """Text for people, cut to so many characters."""
 
     most: int
@@ -153,7 +153,7 @@ class Text(Part[str]):
 
 
 @dataclass(frozen=True)
-class JsonText(Part[str]):
+class JsonText(CallPart[str]):
     """JSON text of at most so many bytes, which is stored masked. Long text is checked later."""
 
     what: str
@@ -176,10 +176,10 @@ class JsonText(Part[str]):
 
 
 @dataclass(frozen=True)
-class Maybe(Part[V | None]):
+class Maybe(CallPart[V | None]):
     """The value of a part, or None."""
 
-    part: Part[V]
+    part: CallPart[V]
 
     def write(self, value: V | None) -> Any:
         return None if value is None else self.part.write(value)
@@ -187,7 +187,7 @@ class Maybe(Part[V | None]):
     def read(self, value: Any, check: TextCheck) -> V | None:
         return None if value is None else self.part.read(value, check)
 
-    def names(self, value: V | None) -> Iterator[str]:
+    def names(self, value: V | None) -> Iterator[tuple[str, str]]:
         return iter(()) if value is None else self.part.names(value)
 
     def texts(self, value: V | None) -> Iterator[str]:
@@ -201,10 +201,10 @@ class Maybe(Part[V | None]):
 
 
 @dataclass(frozen=True)
-class Many(Part[tuple[V, ...]]):
+class Several(CallPart[tuple[V, ...]]):
     """At most so many values of a part."""
 
-    part: Part[V]
+    part: CallPart[V]
     most: int
 
     def write(self, value: Iterable[V]) -> list[Any]:
@@ -215,7 +215,7 @@ class Many(Part[tuple[V, ...]]):
             raise ValueError(f"not a list of at most {self.most}")
         return tuple(self.part.read(each, check) for each in value)
 
-    def names(self, value: Iterable[V]) -> Iterator[str]:
+    def names(self, value: Iterable[V]) -> Iterator[tuple[str, str]]:
         for each in value:
             yield from self.part.names(each)
 
@@ -227,10 +227,10 @@ class Many(Part[tuple[V, ...]]):
         return tuple(self.part.masked(each, mask) for each in value)
 
 
-class Together(Part[tuple[Any, ...]]):
+class Together(CallPart[tuple[Any, ...]]):
     """A list of fixed length, each value of its own part."""
 
-    def __init__(self, *parts: Part[Any]) -> None:
+    def __init__(self, *parts: CallPart[Any]) -> None:
         self._parts = parts
 
     def write(self, value: Sequence[Any]) -> list[Any]:
@@ -239,12 +239,12 @@ class Together(Part[tuple[Any, ...]]):
     def read(self, value: Any, check: TextCheck) -> tuple[Any, ...]:
         return tuple(part.read(each, check) for part, each in zip(self._parts, value, strict=True))
 
-    def names(self, value: Sequence[Any]) -> Iterator[str]:
+    def names(self, value: Sequence[Any]) -> Iterator[tuple[str, str]]:
         for part, each in zip(self._parts, value, strict=True):
             yield from part.names(each)
 
 
-class Row(Part[V]):
+class Row(CallPart[V]):
     """An object of a dataclass, with a part for each of its fields. A missing key takes the field's default.
 
     `lean` are keys that are left out while they have the default: a release that does not know them can
@@ -254,7 +254,7 @@ class Row(Part[V]):
     def __init__(
         self,
         kind: type[V],
-        parts: Mapping[str, Part[Any]],
+        parts: Mapping[str, CallPart[Any]],
         *,
         lean: Sequence[str] = (),
         then: Callable[[V], object] | None = None,
@@ -264,7 +264,7 @@ class Row(Part[V]):
         self._fields = [(name, part, known[name]) for name, part in parts.items()]
         self._lean = frozenset(lean)
         self._then = then
-        nothing = Part[Any]
+        nothing = CallPart[Any]
         self._named = [each for each in self._fields if type(each[1]).names is not nothing.names]
         self._texts = [each for each in self._fields if type(each[1]).texts is not nothing.texts]
 
@@ -291,7 +291,7 @@ class Row(Part[V]):
             self._then(found)
         return found
 
-    def names(self, value: V) -> Iterator[str]:
+    def names(self, value: V) -> Iterator[tuple[str, str]]:
         for name, part, _ in self._named:
             yield from part.names(getattr(value, name))
 
@@ -312,5 +312,5 @@ def row_of(kind: type[V], **options: Any) -> Row[V]:
     parts = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
         if get_origin(hint) is Annotated:
-            parts[name] = next(each for each in get_args(hint) if isinstance(each, Part))
+            parts[name] = next(each for each in get_args(hint) if isinstance(each, CallPart))
     return Row(kind, parts, **options)

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, insert, literal, select, update
 
 from worker.definitions.budgets import OWN_METERS, RUN_SECONDS, RUNS
 from worker.ids import DefinitionId, OrgId, RunId
-from worker.runs.budgets import BudgetState
+from worker.runs.budgets import BudgetState, OrgBudgets
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, RunStep
 from worker.store import budgets, tables
@@ -147,11 +147,9 @@ def uses(connection: Connection, definition_id: DefinitionId, meters: Collection
 
 
 @dataclass(frozen=True, slots=True)
-class RunBudgets:
-    """The budgets of a run's org, `missing` a property that one of them needs, and what a spend counted."""
+class RunBudgets(OrgBudgets):
+    """The budgets of a run's org, and what a spend counted."""
 
-    states: Sequence[BudgetState]
-    missing: str | None = None
     counted: CountedSpends | None = None
 
 

@@ -37,7 +37,7 @@ class InflightRun:
     cancel_grace: timedelta = CANCEL_GRACE
     scopes: frozenset[str] = frozenset()
     moved: bool = False
-    storing: set[asyncio.Future[bool]] | None = None
+    storing: set[asyncio.Future[Any]] | None = None
     masked: tuple[tuple[str, bool], ...] = field(default=(), repr=False)
 
     def begin(self, plan: AttemptPlan) -> None:
@@ -66,7 +66,7 @@ class InflightRun:
             masker.release(text, self.run.org_id, private=private)
         self.masked = ()
 
-    async def store(self, storing: Coroutine[Any, Any, bool]) -> bool:
+    async def store(self, storing: Coroutine[Any, Any, T]) -> T:
         """The result of storing a step. It goes on if the caller is cancelled: the call was made and paid."""
         task = asyncio.ensure_future(storing)
         self.storing = self.storing or set()
