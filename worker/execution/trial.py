@@ -194,6 +194,8 @@ class Trial:
         self._answers = dict(answers or {})
         self.budgets = TrialBudgets(clock, budgets_of(subject.org.code, budgets or {}))
         self._checkpoint = None if checkpoint is None else json.dumps(checkpoint)
+        # The attempt and number of the last save.
+        self._saved = (0, 0)
         self._state = json.dumps(state or {})
         now, run_id = clock.now(), RunId(new_id())
         self._run = AdmittedRun(
@@ -341,6 +343,10 @@ class Trial:
     async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str, number: int = 0) -> bool:
         if self.inflight.stop.killed:
             return False
+        save = run.attempt, number
+        if save < self._saved:
+            return True
+        self._saved = save
         self._kept = self._kept or handler
         self._checkpoint = data_json
         if self._on_saved is not None:

@@ -13,18 +13,10 @@ from worker.clock import Clock
 from worker.definitions.budgets import BudgetEntry, limit_of_property, parse_budget, period_of
 from worker.guard.claims import Claims
 from worker.ids import OrgId
-from worker.runs.budgets import BudgetState
+from worker.runs.budgets import BudgetState, OrgBudgets
 from worker.runs.run import AdmittedRun, RunStep
 
 _UTC = ZoneInfo("UTC")
-
-
-@dataclass(frozen=True, slots=True)
-class TrialFound:
-    """The budgets of the run's org, and the property that one of them lacks."""
-
-    states: Sequence[BudgetState]
-    missing: str | None = None
 
 
 def budgets_of(org: str, given: Mapping[str, Any]) -> list[BudgetEntry]:
@@ -75,7 +67,7 @@ class TrialBudgets:
     async def note_claims(self, org_id: OrgId, claims: Claims) -> None:
         self._claims = claims
 
-    async def budgets_of(self, run: AdmittedRun) -> TrialFound:
+    async def budgets_of(self, run: AdmittedRun) -> OrgBudgets:
         now, states, missing = self.clock.now(), [], None
         spent = self.spent
         for entry in self.entries:
@@ -99,9 +91,9 @@ class TrialBudgets:
             states.append(
                 BudgetState(entry.meter, entry.per, limit, used, resets_at, entry.at_limit, uses=uses)
             )
-        return TrialFound(states, missing)
+        return OrgBudgets(states, missing)
 
-    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> TrialFound | None:
+    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> OrgBudgets | None:
         self._count(meter, amount, key)
         return await self.budgets_of(run)
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
 from worker.clock import from_text, to_text
 from worker.definitions.budgets import MAX_AMOUNT
 from worker.guard.claims import Claims, Flag
-from worker.handlers.json_text import LIMIT, check_json_text, clean, to_json_text
+from worker.handlers.json_text import LIMIT, UNMASKED_LIMIT, check_json_text, clean, to_json_text
 from worker.handlers.parts import (
     CallPart,
     Count,
@@ -24,10 +24,12 @@ from worker.handlers.parts import (
     Maybe,
     Meter,
     Name,
+    Number,
     OneOf,
     Row,
     Seconds,
     Several,
+    Text,
     TextCheck,
     Together,
     Truth,
@@ -74,8 +76,6 @@ class Way:
     """It is repeated while the database is away. If not, the handler gets Unavailable."""
     kept: bool = False
     """It goes on if its handler is stopped meanwhile: what it stores was made and paid."""
-    notified: bool = False
-    """Nobody waits for an answer, and only the newest counts."""
     from_process: bool = True
     """A run's process may send it. If not, only a host does."""
     with_handler: bool = False
@@ -97,6 +97,10 @@ class Call(Generic[A]):
     def path(self) -> str:
         """The name under which it is sent."""
         return self.way.name
+
+
+class Notice(Call[None]):
+    """A call that only tells: nobody waits for an answer, and of each kind only the newest counts."""
 
 
 class CallAnswer(Generic[A]):
@@ -140,6 +144,9 @@ class GrantedAnswer(CallAnswer[tuple[AccessToken, Claims]]):
             }
         )
         return AccessToken(granted["text"], from_text(granted["expires_at"])), claims
+
+
+GRANTED = GrantedAnswer()
 
 
 class PageAnswer(CallAnswer[StepPage]):
@@ -278,20 +285,22 @@ WAIT = Row(
 )
 
 CALLS: dict[str, type[Call[Any]]] = {}
+NOTICES: dict[str, type[Notice]] = {}
 
 
-def declared(way: Way, answer: CallAnswer[Any]) -> Any:
+def declared(way: Way, answer: CallAnswer[Any] = NOTHING) -> Any:
     """Complete the class of a call, and make it known under its names."""
 
     def declare(kind: C) -> C:
         kind.way, kind.answer, kind.row = way, answer, row_of(kind)
-        CALLS.update(dict.fromkeys((way.name, *way.also), kind))
+        known: dict[str, Any] = NOTICES if issubclass(kind, Notice) else CALLS
+        known.update(dict.fromkeys((way.name, *way.also), kind))
         return kind
 
     return declare
 
 
-@declared(Way("save", with_handler=True, body=CHECKPOINT_BYTES), NOTHING)
+@declared(Way("save", with_handler=True, body=CHECKPOINT_BYTES))
 @dataclass(frozen=True, slots=True)
 class Save(Call[None]):
     """Store a checkpoint. `number` counts the saves of the attempt: a late one overwrites no later one."""
@@ -300,7 +309,7 @@ class Save(Call[None]):
     number: Annotated[int, Count(2**31 - 1)] = 0
 
 
-@declared(Way("token", waits=False, with_handler=True), GrantedAnswer())
+@declared(Way("token", waits=False, with_handler=True), GRANTED)
 @dataclass(frozen=True, slots=True)
 class AskToken(Call[tuple[AccessToken, Claims]]):
     """A token with some life left; with `fresh` a new one."""
@@ -359,9 +368,35 @@ class CountSpend(Call[OrgBudgets]):
     key: Annotated[str, SpendKey()]
 
 
+@declared(Way("progress"))
+@dataclass(frozen=True, slots=True)
+class Progress(Notice):
+    """Show how far the run is."""
+
+    done: Annotated[float, Number()]
+    total: Annotated[float | None, Maybe(Number())] = None
+    note: Annotated[str | None, Maybe(Text(UNMASKED_LIMIT))] = None
+
+
+class Port(Protocol):
+    """How a handler reaches its worker. That of a handler that blocks blocks in `ask`; see `finish`."""
+
+    async def ask(self, call: Call[A], /) -> A:
+        """The answer. Raises LeaseLost, StepError, TokenRefused, TokenError and Unavailable."""
+
+    def tell(self, notice: Notice, /) -> None:
+        """Tell the worker, without an answer."""
+
+
 def message_of(call: Call[Any]) -> dict[str, Any]:
     """The keys of a call's message."""
     return call.row.write(call)
+
+
+def answer_in(call: Call[A], message: Mapping[str, Any]) -> A:
+    """The answer to a call in a message of the worker, which is trusted."""
+    given: A = call.answer.read(message)
+    return given
 
 
 def read(name: Any, message: Mapping[str, Any], check: TextCheck = check_json_text) -> Call[Any]:
@@ -371,7 +406,7 @@ def read(name: Any, message: Mapping[str, Any], check: TextCheck = check_json_te
         NotACall: it is none, or breaks a limit.
     """
     try:
-        kind = CALLS[name]
+        kind = CALLS.get(name) or NOTICES[name]
     except (KeyError, TypeError):
         raise NotACall(f"there is no call {clean(str(name), 50)}") from None
     try:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Generic, Protocol
+from typing import TYPE_CHECKING, Any, Generic
 
 from worker.guard.claims import Claims, flag_value
 from worker.handlers.blocking import finish
+from worker.handlers.calls import AskToken, Port, Progress, Save
 from worker.handlers.given import (
     BlockingCancellation,
     Cancellation,
     Given,
-    Granted,
     Org,
     P,
     S,
@@ -26,32 +27,26 @@ from worker.handlers.json_text import UNMASKED_LIMIT, clean
 from worker.handlers.models import checkpoint_text
 from worker.handlers.results import Duration
 from worker.handlers.spending import (
-    AsyncSpending,
-    BlockingSpending,
-    BlockingSpendPort,
+    DONE,
     Budget,
     KnownBudget,
-    SpendPort,
+    Spending,
 )
 from worker.handlers.state import State
 from worker.handlers.step_calls import (
     BACKOFF,
     CONCURRENCY,
     BlockingStepCalls,
-    BlockingStepPort,
     KeyOf,
     StepCalls,
-    StepPort,
     Tries,
 )
 from worker.handlers.steps import StepJournal
 from worker.handlers.waits import (
     SLEEP,
     AsyncWaits,
-    BlockingWaitPort,
     BlockingWaits,
     OnPark,
-    WaitPort,
     no_runner,
 )
 from worker.runs.waits import Option
@@ -66,28 +61,8 @@ NOTE_LIMIT = 500
 CLIENTS = ("http", "public_http")
 
 
-class _ReportsProgress(Protocol):
-    def progress(self, done: float, total: float | None, note: str | None) -> None: ...
-
-
-class WorkerPort(_ReportsProgress, StepPort, WaitPort, SpendPort, Protocol):
-    """How a context reaches the worker from an event loop."""
-
-    async def save(self, data_json: str) -> None: ...
-
-    async def token(self, *, fresh: bool) -> Granted: ...
-
-
-class BlockingWorkerPort(_ReportsProgress, BlockingStepPort, BlockingWaitPort, BlockingSpendPort, Protocol):
-    """The same for a handler that blocks."""
-
-    def save(self, data_json: str) -> None: ...
-
-    def token(self, *, fresh: bool) -> Granted: ...
-
-
 class _Shared(Generic[P, S]):
-    """The members that do not wait for anything."""
+    """The members that both forms share."""
 
     org: Org
     """The org that the run acts for."""
@@ -104,9 +79,10 @@ class _Shared(Generic[P, S]):
     log: logging.Logger
     """Writes to the run's log, as `logging` and `print` do."""
 
-    def __init__(
-        self, given: Given[P, S], port: _ReportsProgress, renew: Callable[[bool], Awaitable[Granted]]
-    ) -> None:
+    # How steps and spends wait.
+    _waits: cached_property[Any]
+
+    def __init__(self, given: Given[P, S], port: Port, on_park: OnPark) -> None:
         self.org = given.org
         self.run = given.run
         self.params = given.params
@@ -115,12 +91,19 @@ class _Shared(Generic[P, S]):
         self.deadline = given.deadline
         self.log = given.log
         self._given = given
-        self._progress = port.progress
-        self._renew = renew
+        self._port = port
+        self._on_park = on_park
+        # Numbers of the saves of this attempt, in the order in which they were called.
+        self._saves = itertools.count(1)
 
     @cached_property
     def _journal(self) -> StepJournal:
         return StepJournal(replays=self._given.replays)
+
+    @cached_property
+    def _spending(self) -> Spending:
+        given = self._given
+        return Spending(self._port, self._waits, given.budgets, given.run.attempt, given.held.clock)
 
     @property
     def claims(self) -> Claims:
@@ -154,13 +137,16 @@ class _Shared(Generic[P, S]):
     def progress(self, done: float, total: float | None = None, note: str | None = None) -> None:
         """Report progress. May be called often; only the newest value is kept."""
         check_progress(done, total)
-        self._progress(done, total, None if note is None else clean(note, UNMASKED_LIMIT))
+        self._port.tell(Progress(done, total, None if note is None else clean(note, UNMASKED_LIMIT)))
 
     async def _token(self, fresh: bool = False) -> AccessToken:
         held = self._given.held
         if fresh or held.stale:
-            held.token, held.claims = await self._renew(fresh)
+            held.token, held.claims = await self._port.ask(AskToken(fresh))
         return held.token
+
+    def _save(self, data: Any) -> Save:
+        return Save(checkpoint_text(self._given.job, data), next(self._saves))
 
 
 class Context(_Shared[P, S]):
@@ -173,25 +159,19 @@ class Context(_Shared[P, S]):
     def __init__(
         self,
         given: Given[P, S],
-        port: WorkerPort,
+        port: Port,
         cancelled: Cancellation,
         transports: Mapping[str, httpx.AsyncBaseTransport] | None = None,
         on_park: OnPark = no_runner,
     ) -> None:
-        super().__init__(given, port, lambda fresh: port.token(fresh=fresh))
+        super().__init__(given, port, on_park)
         self.cancelled = cancelled
-        self._port = port
         self._transports = transports or {}
-        self._on_park = on_park
         self._task = _current_task()
 
     @cached_property
     def _steps(self) -> StepCalls:
         return StepCalls(self._journal, self._port, self._given.held.clock, self._spending)
-
-    @cached_property
-    def _spending(self) -> AsyncSpending:
-        return AsyncSpending(self._port, self._waits, self._given.budgets, self._given.held.clock)
 
     @cached_property
     def _waits(self) -> AsyncWaits:
@@ -279,7 +259,7 @@ class Context(_Shared[P, S]):
         durable when this returns. If a budget of the org is used up, the run stops before its next new
         step or its next spend outside of steps: it waits without a process, or BudgetExceeded is raised.
         """
-        return self._spending.spend(meter, amount)
+        return self._spending.spend(meter, amount) or DONE
 
     def budget(self, meter: str, /) -> KnownBudget:
         """The tightest budget of a meter: `limit`, `used`, `left` and `resets_at`.
@@ -323,7 +303,7 @@ class Context(_Shared[P, S]):
 
         Returns once it is durable. Fails if another worker has taken the run over.
         """
-        await self._port.save(checkpoint_text(self._given.job, data))
+        await self._port.ask(self._save(data))
 
 
 class BlockingContext(_Shared[P, S]):
@@ -332,27 +312,18 @@ class BlockingContext(_Shared[P, S]):
     def __init__(
         self,
         given: Given[P, S],
-        port: BlockingWorkerPort,
+        port: Port,
         cancelled: BlockingCancellation,
         transports: Mapping[str, httpx.BaseTransport] | None = None,
         on_park: OnPark = no_runner,
     ) -> None:
-        async def renew(fresh: bool) -> Granted:
-            return port.token(fresh=fresh)
-
-        super().__init__(given, port, renew)
+        super().__init__(given, port, on_park)
         self.cancelled = cancelled
-        self._port = port
         self._transports = transports or {}
-        self._on_park = on_park
 
     @cached_property
     def _steps(self) -> BlockingStepCalls:
         return BlockingStepCalls(self._journal, self._port, self._given.held.clock, self._spending)
-
-    @cached_property
-    def _spending(self) -> BlockingSpending:
-        return BlockingSpending(self._port, self._waits, self._given.budgets, self._given.held.clock)
 
     @cached_property
     def _waits(self) -> BlockingWaits:
@@ -410,11 +381,12 @@ class BlockingContext(_Shared[P, S]):
 
     def spend(self, meter: str, amount: int, /) -> None:
         """As `Context.spend`."""
-        self._spending.spend(meter, amount)
+        if (spent := self._spending.spend(meter, amount)) is not None:
+            finish(spent)
 
     def budget(self, meter: str, /) -> Budget:
         """As `Context.budget`, as it is now."""
-        return self._spending.budget(meter)
+        return finish(self._spending.now(meter))
 
     @cached_property
     def http(self) -> httpx.Client:
@@ -426,7 +398,7 @@ class BlockingContext(_Shared[P, S]):
         from worker.handlers.model_usage import LLM_TOKENS
 
         def count(tokens: int) -> None:
-            self._spending.count(LLM_TOKENS, tokens)
+            finish(self._spending.count(LLM_TOKENS, tokens))
 
         given = self._given
         transport, counted = self._transports.get("http"), count if given.meter_usage else None
@@ -450,7 +422,7 @@ class BlockingContext(_Shared[P, S]):
         """As `Context.save`."""
         if "_waits" in self.__dict__:
             self._waits.refuse()
-        self._port.save(checkpoint_text(self._given.job, data))
+        finish(self._port.ask(self._save(data)))
 
 
 def state_of(ctx: Context[Any, Any] | BlockingContext[Any, Any]) -> State | None:

@@ -7,6 +7,7 @@ contain a secret.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from datetime import datetime
@@ -138,6 +139,15 @@ class Seconds(CallPart[float]):
 
     def read(self, value: Any, check: TextCheck) -> float:
         return as_timedelta(float(value)).total_seconds()
+
+
+class Number(CallPart[float]):
+    """A finite number."""
+
+    def read(self, value: Any, check: TextCheck) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError("not a finite number")
+        return value
 
 
 @dataclass(frozen=True)

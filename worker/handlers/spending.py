@@ -11,10 +11,12 @@ import threading
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any, Protocol
 
 from worker.clock import Clock
 from worker.definitions.budgets import MAX_AMOUNT, OWN_METERS
+from worker.handlers.calls import AskBudgets, CountSpend, Port
 from worker.handlers.steps import StepError, check_name, open_step
 from worker.runs.budgets import MOST_SPENDS, BudgetState, decisive, tightest, wait_of
 from worker.runs.waits import BUDGET, NewWait, WaitState
@@ -62,31 +64,9 @@ class KnownBudget(Awaitable[Budget]):
         return self._ask().__await__()
 
 
-class SpendPort(Protocol):
-    """How a run reaches its budgets from an event loop; each call returns those of its org."""
-
-    async def budgets(self) -> States:
-        """The budgets of the run's org now."""
-
-    async def spend(self, meter: str, amount: int, number: int) -> States:
-        """Count a spend, fenced; the same `number` of the same attempt counts once."""
-
-
-class BlockingSpendPort(Protocol):
-    """The same for a handler that blocks."""
-
-    def budgets(self) -> States: ...
-
-    def spend(self, meter: str, amount: int, number: int) -> States: ...
-
-
-class AsyncParks(Protocol):
+class Parks(Protocol):
     async def park(self, wait: NewWait) -> WaitState:
         """How a wait stands once it is over; until then the attempt parks, and this never returns."""
-
-
-class BlockingParks(Protocol):
-    def park(self, wait: NewWait) -> WaitState: ...
 
 
 class _Done(Awaitable[None]):
@@ -100,15 +80,44 @@ class _Done(Awaitable[None]):
 DONE = _Done()
 
 
-class _Spending:
-    """What both forms share: the newest states of the budgets of the org; None for an org without any."""
+class Spending:
+    """The spends of a run; for a handler that blocks nothing here suspends.
 
-    def __init__(self, known: States | None, clock: Clock) -> None:
+    `known` are the newest budgets of the org; None for an org without any.
+    """
+
+    def __init__(self, port: Port, parks: Parks, known: States | None, attempt: int, clock: Clock) -> None:
+        self._port = port
+        self._parks = parks
         self._known = known
+        self._attempt = attempt
         self._clock = clock
         self._lock = threading.Lock()
         self._number = 0
         self._waited: dict[str, int] = {}
+
+    def spend(self, meter: str, amount: int) -> Coroutine[Any, Any, None] | None:
+        """As `Context.spend`. None inside a step: it is noted, and there is nothing to wait for."""
+        if check_name("meter", meter) in OWN_METERS:
+            raise StepError(f"spend {meter}: orgworker counts this meter itself; use another name")
+        if isinstance(amount, bool) or not isinstance(amount, int) or not 0 <= amount <= MAX_AMOUNT:
+            raise StepError(
+                f"spend {meter}: the amount is a whole number from 0 to {MAX_AMOUNT:,}, "
+                f"not {str(amount)[:40]}; count smaller units instead of fractions"
+            )
+        return None if self._in_step(meter, amount) else self._spent(meter, amount)
+
+    async def _spent(self, meter: str, amount: int) -> None:
+        """Count a spend, unless a budget stops the run before it."""
+        while (state := await self.reached()) is not None:
+            await self.stop(state)
+        await self.count(meter, amount)
+
+    async def count(self, meter: str, amount: int) -> None:
+        """Count what was spent already, without a stop before it."""
+        if not self._in_step(meter, amount):
+            spend = CountSpend(meter, amount, f"{self._attempt}:{self._next_number()}")
+            self._learn((await self._port.ask(spend)).states)
 
     def _in_step(self, meter: str, amount: int) -> bool:
         """Note the spend with the open step, if there is one; it is stored with the step's result."""
@@ -116,11 +125,6 @@ class _Spending:
         if step is not None:
             step.spends.append((meter, amount))
         return step is not None
-
-    def _learn(self, states: States) -> States:
-        if self._known is not None or states:
-            self._known = states
-        return states
 
     def _next_number(self) -> int:
         with self._lock:
@@ -132,128 +136,45 @@ class _Spending:
             self._number += 1
             return self._number
 
-    def _stop(self, state: BudgetState) -> NewWait:
-        """The wait of a run that is stopped; raises BudgetExceeded."""
+    def budget(self, meter: str) -> KnownBudget:
+        """As `Context.budget`."""
+        check_name("meter", meter)
+        return KnownBudget(Budget.of(self._known or (), meter), partial(self.now, meter))
+
+    async def now(self, meter: str) -> Budget:
+        """The budget of a meter as it is now."""
+        check_name("meter", meter)
+        return Budget.of(await self._states(), meter)
+
+    async def reached(self) -> BudgetState | None:
+        """The budget that stops the run now, or None."""
+        return decisive(await self._states())
+
+    async def _states(self) -> States:
+        return () if self._known is None else self._learn((await self._port.ask(AskBudgets())).states)
+
+    def _learn(self, states: States) -> States:
+        if self._known is not None or states:
+            self._known = states
+        return states
+
+    async def stop(self, state: BudgetState) -> None:
+        """Stop at this budget: park until it may have changed.
+
+        Raises BudgetExceeded if it does not let the run wait, or an operator did not raise it.
+        """
         if state.at_limit == "fail":
             raise BudgetExceeded(f"{in_words(state)}; an operator can raise it: `budgets raise`")
         occurrence = self._waited.get(f"{BUDGET}{state.meter}", 0) + 1
         if occurrence > MOST_WAITS:
             raise BudgetExceeded(f"{in_words(state)}, and the run has waited for it {MOST_WAITS} times")
-        return wait_of(state, occurrence, self._clock.now())
-
-    def _go_on(self, wait: NewWait, found: WaitState, state: BudgetState) -> None:
-        """Continue after a wait; raises BudgetExceeded if an operator did not raise the budget."""
+        wait = wait_of(state, occurrence, self._clock.now())
+        found = await self._parks.park(wait)
         self._waited[wait.name] = wait.occurrence
         if found.answer_json is not None and json.loads(found.answer_json) is False:
             raise BudgetExceeded(f"{in_words(state)}; an operator did not raise it")
 
 
-class AsyncSpending(_Spending):
-    """The spends of an async handler."""
-
-    def __init__(self, port: SpendPort, parks: AsyncParks, known: States | None, clock: Clock) -> None:
-        super().__init__(known, clock)
-        self._port = port
-        self._parks = parks
-
-    def spend(self, meter: str, amount: int) -> Awaitable[None]:
-        """As `Context.spend`. Inside a step it is noted now, and there is nothing to wait for."""
-        _check(meter, amount)
-        if self._in_step(meter, amount):
-            return DONE
-        return self._spent(meter, amount)
-
-    async def _spent(self, meter: str, amount: int) -> None:
-        await self.before()
-        await self.count(meter, amount)
-
-    async def count(self, meter: str, amount: int) -> None:
-        """Count what was spent already, without a stop before it."""
-        if not self._in_step(meter, amount):
-            self._learn(await self._port.spend(meter, amount, self._next_number()))
-
-    def budget(self, meter: str) -> KnownBudget:
-        """As `Context.budget`."""
-        check_name("meter", meter)
-
-        async def ask() -> Budget:
-            return Budget.of(await self._now(), meter)
-
-        return KnownBudget(Budget.of(self._known or (), meter), ask)
-
-    async def reached(self) -> BudgetState | None:
-        """The budget that stops the run now, or None."""
-        return decisive(await self._now())
-
-    async def _now(self) -> States:
-        return () if self._known is None else self._learn(await self._port.budgets())
-
-    async def stop(self, state: BudgetState) -> None:
-        """Stop at this budget: park until it may have changed. Raises BudgetExceeded."""
-        wait = self._stop(state)
-        self._go_on(wait, await self._parks.park(wait), state)
-
-    async def before(self) -> None:
-        """Return when no budget stops the run; called before each new step and spend."""
-        while (state := await self.reached()) is not None:
-            await self.stop(state)
-
-
-class BlockingSpending(_Spending):
-    """The spends of a handler that blocks."""
-
-    def __init__(
-        self, port: BlockingSpendPort, parks: BlockingParks, known: States | None, clock: Clock
-    ) -> None:
-        super().__init__(known, clock)
-        self._port = port
-        self._parks = parks
-
-    def spend(self, meter: str, amount: int) -> None:
-        """As `BlockingContext.spend`."""
-        _check(meter, amount)
-        if open_step() is None:
-            self.before()
-        self.count(meter, amount)
-
-    def count(self, meter: str, amount: int) -> None:
-        """Count what was spent already, without a stop before it."""
-        if not self._in_step(meter, amount):
-            self._learn(self._port.spend(meter, amount, self._next_number()))
-
-    def budget(self, meter: str) -> Budget:
-        """As `BlockingContext.budget`."""
-        check_name("meter", meter)
-        return Budget.of(self._now(), meter)
-
-    def reached(self) -> BudgetState | None:
-        """The budget that stops the run now, or None."""
-        return decisive(self._now())
-
-    def _now(self) -> States:
-        return () if self._known is None else self._learn(self._port.budgets())
-
-    def stop(self, state: BudgetState) -> None:
-        """Stop at this budget: park until it may have changed. Raises BudgetExceeded."""
-        wait = self._stop(state)
-        self._go_on(wait, self._parks.park(wait), state)
-
-    def before(self) -> None:
-        """Return when no budget stops the run; called before each new step and spend."""
-        while (state := self.reached()) is not None:
-            self.stop(state)
-
-
 def in_words(state: BudgetState) -> str:
     """A budget that is used up, for people."""
     return f"the budget of {state.meter} per {state.per} is used up: {state.used:,} of {state.limit:,}"
-
-
-def _check(meter: str, amount: int) -> None:
-    if check_name("meter", meter) in OWN_METERS:
-        raise StepError(f"spend {meter}: orgworker counts this meter itself; use another name")
-    if isinstance(amount, bool) or not isinstance(amount, int) or not 0 <= amount <= MAX_AMOUNT:
-        raise StepError(
-            f"spend {meter}: the amount is a whole number from 0 to {MAX_AMOUNT:,}, "
-            f"not {str(amount)[:40]}; count smaller units instead of fractions"
-        )

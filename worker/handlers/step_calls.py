@@ -17,8 +17,10 @@ from functools import partial
 from typing import Any, Protocol
 
 from worker.clock import Clock
+from worker.definitions.budgets import MAX_AMOUNT
 from worker.errors import WorkerError
-from worker.handlers.blocking import DaemonThread
+from worker.handlers.blocking import DaemonThread, finish
+from worker.handlers.calls import MAX_METERS, LoadSteps, Port, StoreStep
 from worker.handlers.json_text import NotStorable, to_json_text
 from worker.handlers.results import Duration, PermanentError, as_timedelta
 from worker.handlers.steps import (
@@ -32,7 +34,7 @@ from worker.handlers.steps import (
     digest_of,
 )
 from worker.runs.budgets import BudgetState
-from worker.runs.run import NewStep, StepPage
+from worker.runs.run import NewStep
 
 # Calls of one `ctx.map` at the same time: by default, and at most.
 CONCURRENCY, MOST_CONCURRENCY = 8, 1_000
@@ -45,40 +47,17 @@ Call = Callable[[], Any]
 KeyOf = Callable[[Any], str | int]
 
 
-class StepPort(Protocol):
-    """How the steps of a run reach the worker from an event loop."""
-
-    async def load_steps(self, after: int) -> StepPage:
-        """The stored steps after the place `after`, in pages."""
-
-    async def store_step(self, step: NewStep) -> str:
-        """Store a result, fenced and durable; returns the JSON text as stored, without secrets."""
-
-
-class BlockingStepPort(Protocol):
-    """The same for a handler that blocks."""
-
-    def load_steps(self, after: int) -> StepPage: ...
-
-    def store_step(self, step: NewStep) -> str: ...
-
-
 class Gate(Protocol):
-    """What may stop a run before a new step, such as a budget that is used up."""
+    """What may stop a run before a new step, such as a budget that is used up.
+
+    That of a handler that blocks never suspends.
+    """
 
     async def reached(self) -> BudgetState | None:
         """What stops the run now; None if nothing does."""
 
     async def stop(self, state: BudgetState) -> None:
         """Stop there until it may have changed; the attempt may park meanwhile."""
-
-
-class BlockingGate(Protocol):
-    """The same for a handler that blocks."""
-
-    def reached(self) -> BudgetState | None: ...
-
-    def stop(self, state: BudgetState) -> None: ...
 
 
 class _Stopped(Exception):
@@ -112,6 +91,11 @@ class Tries:
         for number in range(self.retries):
             longest = min(self.backoff * 2.0 ** min(number, 60), LONGEST_BACKOFF)
             yield random.uniform(longest / 2, longest)  # noqa: S311
+
+
+def _text_of(step: NewStep, stored: str | None) -> str:
+    """The result as it is stored, without secrets."""
+    return step.result_json if stored is None else stored
 
 
 class _Calls:
@@ -153,14 +137,30 @@ class _Calls:
             result_json=text,
             started_at=started_at,
             ended_at=self._clock.now(),
-            spends=tuple(opened.spends),
+            spends=_by_meter(step, opened.spends),
         )
+
+
+def _by_meter(step: StepId, spends: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+    """The spends of a step, those of one meter added up as far as one spend may go. Raises StepError."""
+    added: list[tuple[str, int]] = []
+    places: dict[str, int] = {}
+    for meter, amount in spends:
+        place = places.get(meter)
+        if place is not None and added[place][1] + amount <= MAX_AMOUNT:
+            added[place] = (meter, added[place][1] + amount)
+        else:
+            places[meter] = len(added)
+            added.append((meter, amount))
+    if len(added) > MAX_METERS:
+        raise StepError(f"step {step}: it has spends of more than {MAX_METERS:,} meters, the limit")
+    return tuple(added)
 
 
 class StepCalls(_Calls):
     """The steps of an async handler."""
 
-    def __init__(self, journal: StepJournal, port: StepPort, clock: Clock, gate: Gate | None = None) -> None:
+    def __init__(self, journal: StepJournal, port: Port, clock: Clock, gate: Gate | None = None) -> None:
         super().__init__(journal, clock)
         self._port = port
         self._gate = gate
@@ -265,7 +265,7 @@ class StepCalls(_Calls):
         while (text := self.journal.replayed(step)) is None and not self.journal.complete:
             async with self._loading:
                 if not self.journal.complete:
-                    self.journal.add(await self._port.load_steps(self.journal.last))
+                    self.journal.add(await self._port.ask(LoadSteps(self.journal.last)))
         return text
 
     async def _tried(self, opened: OpenStep, call: Call, tries: Tries, is_async: bool) -> Any:
@@ -282,9 +282,9 @@ class StepCalls(_Calls):
             await asyncio.sleep(delay)
 
     async def _stored(self, step: NewStep) -> str:
-        storing = asyncio.ensure_future(self._port.store_step(step))
+        storing = asyncio.ensure_future(self._port.ask(StoreStep(step)))
         try:
-            return await asyncio.shield(storing)
+            return _text_of(step, await asyncio.shield(storing))
         except asyncio.CancelledError:
             if not storing.done():
                 # The call was made and paid: a cancellation waits until its result is stored.
@@ -297,9 +297,7 @@ class StepCalls(_Calls):
 class BlockingStepCalls(_Calls):
     """The steps of a handler that blocks."""
 
-    def __init__(
-        self, journal: StepJournal, port: BlockingStepPort, clock: Clock, gate: BlockingGate | None = None
-    ) -> None:
+    def __init__(self, journal: StepJournal, port: Port, clock: Clock, gate: Gate | None = None) -> None:
         super().__init__(journal, clock)
         self._port = port
         self._gate = gate
@@ -336,7 +334,7 @@ class BlockingStepCalls(_Calls):
         while left:
             left, stopped = self._some(left, results, name, concurrency, tries)
             if stopped is not None and self._gate is not None:
-                self._gate.stop(stopped)
+                finish(self._gate.stop(stopped))
         return results
 
     def _some(
@@ -389,21 +387,22 @@ class BlockingStepCalls(_Calls):
     def _run(self, step: StepId, call: Call, tries: Tries, *, parks: bool = True) -> Any:
         text = self._replayed(step)
         if text is None:
-            while self._gate is not None and (stopped := self._gate.reached()) is not None:
+            while self._gate is not None and (stopped := finish(self._gate.reached())) is not None:
                 if not parks:
                     raise _Stopped(stopped)
-                self._gate.stop(stopped)
+                finish(self._gate.stop(stopped))
             with self.journal.open(step) as opened:
                 started_at = self._clock.now()
                 value = self._tried(opened, call, tries)
-                text = self._port.store_step(self._new_step(opened, value, started_at))
+                made = self._new_step(opened, value, started_at)
+                text = _text_of(made, finish(self._port.ask(StoreStep(made))))
         return json.loads(text)
 
     def _replayed(self, step: StepId) -> str | None:
         while (text := self.journal.replayed(step)) is None and not self.journal.complete:
             with self._loading:
                 if not self.journal.complete:
-                    self.journal.add(self._port.load_steps(self.journal.last))
+                    self.journal.add(finish(self._port.ask(LoadSteps(self.journal.last))))
         return text
 
     def _tried(self, opened: OpenStep, call: Call, tries: Tries) -> Any:

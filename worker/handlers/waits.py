@@ -11,8 +11,10 @@ import json
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from types import CoroutineType
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
+from worker.handlers.blocking import finish
+from worker.handlers.calls import OpenWait, Port
 from worker.handlers.json_text import NotStorable, check_size, to_json_text
 from worker.handlers.results import Duration, as_timedelta
 from worker.handlers.steps import Occurrences, StepError, StepJournal, check_name
@@ -53,19 +55,6 @@ class WaitTimeout(Exception):
 
 class Parking(BaseException):
     """Ends a handler that blocks, because it waits. Whatever the handler does with it, the attempt parks."""
-
-
-class WaitPort(Protocol):
-    """How the waits of a run reach the worker from an event loop."""
-
-    async def open_wait(self, wait: NewWait) -> WaitState:
-        """Store what the run waits for, fenced, and return how that stands."""
-
-
-class BlockingWaitPort(Protocol):
-    """The same for a handler that blocks."""
-
-    def open_wait(self, wait: NewWait) -> WaitState: ...
 
 
 class _Waits:
@@ -156,7 +145,7 @@ class AsyncWaits(_Waits):
     _ends = asyncio.CancelledError
 
     def __init__(
-        self, journal: StepJournal, port: WaitPort, on_park: OnPark, task: asyncio.Task[Any] | None
+        self, journal: StepJournal, port: Port, on_park: OnPark, task: asyncio.Task[Any] | None
     ) -> None:
         super().__init__(journal, on_park)
         self._port = port
@@ -197,7 +186,7 @@ class AsyncWaits(_Waits):
         self._loop = asyncio.get_running_loop()
         self._opening += 1
         try:
-            state = await self._port.open_wait(wait)
+            state = await self._port.ask(OpenWait(wait))
         finally:
             self._opening -= 1
             self._consider()
@@ -269,7 +258,7 @@ class BlockingWaits(_Waits):
 
     _ends = Parking
 
-    def __init__(self, journal: StepJournal, port: BlockingWaitPort, on_park: OnPark) -> None:
+    def __init__(self, journal: StepJournal, port: Port, on_park: OnPark) -> None:
         super().__init__(journal, on_park)
         self._port = port
         self._parking = threading.Lock()
@@ -278,7 +267,7 @@ class BlockingWaits(_Waits):
 
     def sleep(self, duration: Duration, name: str = SLEEP) -> None:
         """As `BlockingContext.sleep`."""
-        self.park(self._sleep(duration, name))
+        finish(self.park(self._sleep(duration, name)))
 
     def wait_for(
         self,
@@ -290,11 +279,14 @@ class BlockingWaits(_Waits):
     ) -> Any:
         """As `BlockingContext.wait_for`."""
         wait = self._question(name, timeout, ask, alert, options)
-        return answer_of(wait, self.park(wait))
+        return answer_of(wait, finish(self.park(wait)))
 
-    def park(self, wait: NewWait) -> WaitState:
-        """How a wait stands once it is over; until then the attempt parks, and this raises Parking."""
-        state = self._port.open_wait(wait)
+    async def park(self, wait: NewWait) -> WaitState:
+        """How a wait stands once it is over; until then the attempt parks, and this raises Parking.
+
+        It blocks, and never suspends.
+        """
+        state = await self._port.ask(OpenWait(wait))
         if self._known(wait, state):
             self.refuse()
             return state

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
 
@@ -26,7 +26,9 @@ from worker.handlers.calls import (
     Call,
     CountSpend,
     NotACall,
+    Notice,
     OpenWait,
+    Progress,
     Save,
     StepTotals,
     StoreStep,
@@ -124,6 +126,14 @@ class Running:
     async def ask(self, call: Call[A]) -> A:
         """The answer to a call of the handler, as `answer`."""
         return await answer(call, self)
+
+    def tell(self, notice: Notice) -> None:
+        """Take what the handler tells. Raises LeaseLost."""
+        self.check_open()
+        if isinstance(notice, Progress):
+            # Masked when it is written: a run may report its progress thousands of times a second.
+            self.trail.progress = progress = asdict(notice)
+            self.run_log.progress(self.run, progress)
 
     def log(self, level: str, source: str, text: str, at: datetime | None = None) -> None:
         self.run_log.line(self.run, level, source, text, at)

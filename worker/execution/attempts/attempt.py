@@ -25,10 +25,11 @@ from worker.errors import (
     WorkerError,
 )
 from worker.execution.attempts import events
+from worker.execution.attempts.answers import Running
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.masked import mask_trail, redacted
 from worker.execution.attempts.plan import DEFAULT_LIMITS, AttemptPlan, Limits, state_without_order
-from worker.execution.attempts.run_services import AttemptServices, HandlerTools, Tools
+from worker.execution.attempts.run_services import HandlerTools, Tools
 from worker.execution.runners.contract import LONGEST_PAUSE, Stopped, Work, outcome_of_stop
 from worker.guard.claims import Claims, flag_is
 from worker.guard.decode import enforce
@@ -203,14 +204,14 @@ async def run_handler(
 ) -> Outcome:
     """The handler: in its own process, or inline if the operator allows it."""
     limits, work = prepared.limits, prepared.work
-    services = AttemptServices(inflight, trail, checkpoint=work.checkpoint, tools=tools)
+    running = Running(inflight, trail, tools.acts, tools.run_log, tools.clock, work.checkpoint)
     tools.deadlines.add(inflight.stop, limits.timeout, limits.cancel_grace)
     try:
-        outcome = await tools.runners[inflight.run.isolation].run(work, services, inflight.stop)
+        outcome = await tools.runners[inflight.run.isolation].run(work, running, inflight.stop)
     finally:
         tools.deadlines.discard(inflight.stop)
-    if services.refused is not None:
-        raise services.refused
+    if running.refused is not None:
+        raise running.refused
     return outcome if prepared.commits else without_state(outcome)
 
 

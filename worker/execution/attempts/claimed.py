@@ -41,3 +41,14 @@ async def believed_wait(
     if wait.kind == "budget" or (wait.kind == "answer" and (of_budget or wait.name == SLEEP)):
         raise StepError(f"wait {wait.name}: this name is reserved; use another one")
     return wait
+
+
+async def masked_wait(wait: NewWait, mask: Callable[[str], Awaitable[str]]) -> NewWait:
+    """A wait with what it asks masked. Raises StepError if its name or an option contains a secret."""
+    if wait.name != (shown := await mask(wait.name)):
+        raise StepError(f"wait {shown}: its name contains a secret; use another")
+    # Two masked options would be the same answer.
+    for option in wait.options:
+        if isinstance(option, str) and option != await mask(option):
+            raise StepError(f"wait {wait.name}: an option contains a secret; use another")
+    return wait if wait.ask_json is None else replace(wait, ask_json=await mask(wait.ask_json))

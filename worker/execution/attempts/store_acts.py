@@ -1,4 +1,4 @@
-"""Store acts: what a worker does with the calls of its running handlers, in its stores or those of a trial."""
+"""Store acts: what a worker does with the calls of its running handlers, in its stores or a trial's."""
 
 from __future__ import annotations
 

@@ -17,8 +17,7 @@ from typing import Any, Protocol
 
 from worker.bounded import remember
 from worker.errors import AccessDenied, LeaseLost, TokenError, TokenRefused, Unavailable
-from worker.execution.attempts.claimed import believed_step, believed_wait
-from worker.execution.attempts.run_services import FoundBudgets, masked_wait
+from worker.execution.attempts.claimed import believed_step, believed_wait, masked_wait
 from worker.execution.hosts import wire, wire_calls
 from worker.execution.hosts.attempt_log import LogSizes
 from worker.execution.hosts.delivery import HostTools, Key
@@ -31,7 +30,7 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.json_text import clean
 from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.ids import WorkerId
-from worker.runs.budgets import BudgetState
+from worker.runs.budgets import BudgetState, OrgBudgets
 from worker.runs.hosts import SLOTS, HostCaller, TooManyHandlers
 from worker.runs.run import AdmittedRun, LogLine, NewStep, RunStep
 from worker.telemetry.events import emit
@@ -408,7 +407,7 @@ def _lost(hosted: HostedRun) -> LeaseLost:
     return LeaseLost(f"run {hosted.run.id} is no longer this host's")
 
 
-def _found(hosted: HostedRun, found: FoundBudgets) -> Message:
+def _found(hosted: HostedRun, found: OrgBudgets) -> Message:
     if found.missing is not None:
         hosted.refused = TokenRefused("property_missing", found.missing)
     return {**messages.budgets_message(found.states), "missing": found.missing}

@@ -13,6 +13,7 @@ from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import Deadlines, InflightRun
 from worker.execution.attempts.masked import mask_trail, redacted
 from worker.execution.attempts.plan import Limits
+from worker.execution.attempts.store_acts import StoreActs
 from worker.execution.hosts.remote import HostedEnd, RemoteStore
 from worker.execution.hosts.wire import Taken
 from worker.execution.loops.run_log_writer import RunLogWriter
@@ -54,6 +55,10 @@ class RemoteTools:
     random: Random
     deadlines: Deadlines = field(default_factory=Deadlines)
     taken: dict[tuple[RunId, int], Taken] = field(default_factory=dict)
+
+    @property
+    def acts(self) -> StoreActs:
+        return StoreActs(self)
 
     @property
     def renewals(self) -> RemoteRenewals:

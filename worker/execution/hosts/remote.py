@@ -20,7 +20,7 @@ from worker.guard.claims import Claims
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.ids import RunId
-from worker.runs.budgets import BudgetState
+from worker.runs.budgets import OrgBudgets
 from worker.runs.outcome import SUCCEEDED, EndedAttempt, Error, Failed, Outcome
 from worker.runs.run import AdmittedRun, Isolation, LogLine, OwnedRun, RunStep, StepPage
 from worker.runs.waits import NewWait, WaitState
@@ -49,14 +49,6 @@ class HostedEnd(EndedAttempt):
     returned: Outcome = SUCCEEDED
     sealed: str = field(default="", repr=False)
     moved: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteBudgets:
-    """The budgets of a run's org, and a property that one of them needs and the org's tokens lack."""
-
-    states: Sequence[BudgetState]
-    missing: str | None = None
 
 
 @dataclass(eq=False, repr=False)
@@ -236,10 +228,10 @@ class RemoteStore:
         state = None if answer is None else answer["state"]
         return None if state is None else messages.wait_state_of(state)
 
-    async def budgets_of(self, run: AdmittedRun) -> RemoteBudgets:
+    async def budgets_of(self, run: AdmittedRun) -> OrgBudgets:
         return _found(await self.control.call("budgets", wire.fence_message(run)))
 
-    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> RemoteBudgets | None:
+    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> OrgBudgets | None:
         fence = wire.fence_message(run)
         answer = await self._fenced("spend", {**fence, "meter": meter, "amount": amount, "key": key})
         return None if answer is None else _found(answer)
@@ -273,8 +265,8 @@ class RemoteStore:
             return None
 
 
-def _found(answer: Mapping[str, Any]) -> RemoteBudgets:
-    return RemoteBudgets(messages.budgets_of(answer), answer.get("missing"))
+def _found(answer: Mapping[str, Any]) -> OrgBudgets:
+    return OrgBudgets(messages.budgets_of(answer), answer.get("missing"))
 
 
 def _parts(call: str, name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:

@@ -16,7 +16,7 @@ from worker.clock import Clock
 from worker.errors import LeaseLost, TokenError, Unavailable
 from worker.guard.claims import Claims
 from worker.handlers.calling import TOKEN_PAUSE
-from worker.handlers.context import WorkerPort
+from worker.handlers.calls import Port
 from worker.handlers.given import Given, HeldToken, Org, ThisRun
 from worker.handlers.job import Job
 from worker.handlers.models import HandlerMissing, read_checkpoint, read_params, read_settings
@@ -124,7 +124,7 @@ class GivenErrors:
             self.lost = error
 
 
-class RunServices(WorkerPort, Protocol):
+class RunServices(Port, Protocol):
     """What a running handler may ask of the worker, for its own run. Used on the worker's loop."""
 
     @property

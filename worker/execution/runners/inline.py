@@ -10,11 +10,11 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec
 
 from worker.clock import Clock
 from worker.execution.runners.contract import (
@@ -31,9 +31,9 @@ from worker.execution.runners.contract import (
     start_task,
 )
 from worker.execution.runners.output import RunOutput, Sink, marked
-from worker.guard.claims import Claims
 from worker.handlers.blocking import DaemonThread
 from worker.handlers.calling import call, call_blocking, outcome_of_error
+from worker.handlers.calls import A, Call, Notice
 from worker.handlers.context import (
     BlockingContext,
     Context,
@@ -44,15 +44,10 @@ from worker.handlers.context import (
 from worker.handlers.given import BlockingCancellation, Cancellation, Given
 from worker.handlers.job import Job
 from worker.handlers.models import load
-from worker.runs.budgets import BudgetState
 from worker.runs.outcome import Failed, Outcome, Parked
-from worker.runs.run import NewStep, StepPage
-from worker.runs.waits import NewWait, WaitState
-from worker.secret import AccessToken
 from worker.telemetry.events import emit
 
 P = ParamSpec("P")
-T = TypeVar("T")
 
 # Seconds without an iteration of the loop before it counts as blocked, and between two checks.
 PATIENCE = 1.0
@@ -248,6 +243,8 @@ class Blocking:
 
 
 class _ThreadPort:
+    """The port of a handler in a thread of its own."""
+
     def __init__(self, services: RunServices, loop: asyncio.AbstractEventLoop) -> None:
         self._services = services
         self._loop = loop
@@ -255,29 +252,22 @@ class _ThreadPort:
         self._interrupted = self._closed = False
         self._waiting: set[Future[Any]] = set()
 
-    def save(self, data_json: str) -> None:
-        self._wait_for(lambda: self._services.save(data_json))
+    async def ask(self, call: Call[A]) -> A:
+        """The answer; blocks this thread until the loop has it."""
+        with self._lock:
+            self._check()
+            waiting = asyncio.run_coroutine_threadsafe(self._services.ask(call), self._loop)
+            self._waiting.add(waiting)
+        try:
+            return waiting.result()
+        except CancelledError:
+            raise Interrupted("the run is being stopped") from None
+        finally:
+            with self._lock:
+                self._waiting.discard(waiting)
 
-    def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
-        return self._wait_for(lambda: self._services.token(fresh=fresh))
-
-    def open_wait(self, wait: NewWait) -> WaitState:
-        return self._wait_for(lambda: self._services.open_wait(wait))
-
-    def load_steps(self, after: int) -> StepPage:
-        return self._wait_for(lambda: self._services.load_steps(after))
-
-    def store_step(self, step: NewStep) -> str:
-        return self._wait_for(lambda: self._services.store_step(step))
-
-    def budgets(self) -> Sequence[BudgetState]:
-        return self._wait_for(lambda: self._services.budgets())
-
-    def spend(self, meter: str, amount: int, number: int) -> Sequence[BudgetState]:
-        return self._wait_for(lambda: self._services.spend(meter, amount, number))
-
-    def progress(self, done: float, total: float | None, note: str | None) -> None:
-        self._send(self._services.progress, done, total, note)
+    def tell(self, notice: Notice) -> None:
+        self._send(self._services.tell, notice)
 
     def started(self) -> None:
         self._send(self._services.started)
@@ -292,20 +282,6 @@ class _ThreadPort:
         """Raise Interrupted in every further call: the run has ended."""
         self._closed = True
         self.interrupt()
-
-    def _wait_for(self, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        with self._lock:
-            self._check()
-            waiting = asyncio.run_coroutine_threadsafe(start(), self._loop)
-            self._waiting.add(waiting)
-        try:
-            result: T = waiting.result()
-            return result
-        except CancelledError:
-            raise Interrupted("the run is being stopped") from None
-        finally:
-            with self._lock:
-                self._waiting.discard(waiting)
 
     def _send(self, callback: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         with self._lock:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from worker.clock import Clock
-from worker.errors import LeaseLost, Unavailable, WorkerError
+from worker.errors import LeaseLost, WorkerError
 from worker.execution.runners.child import messages
 from worker.execution.runners.child.child_process import ChildProcess, Ended
 from worker.execution.runners.child.frames import MALFORMED, BrokenMessage, Message
@@ -29,11 +29,11 @@ from worker.execution.runners.contract import (
     outcome_of_stop,
 )
 from worker.execution.runners.output import RunOutput
-from worker.handlers.json_text import LIMIT, NotStorable, check_json_text
-from worker.handlers.steps import MOST_STEPS, StepError
+from worker.handlers.calls import Call, NotACall, Notice, read
+from worker.handlers.json_text import NotStorable, check_json_text
+from worker.handlers.parts import Count
+from worker.handlers.steps import StepError
 from worker.runs.outcome import Error, Failed, Lost, Outcome
-from worker.runs.run import NewStep
-from worker.runs.waits import NewWait
 from worker.telemetry.events import emit
 
 # Seconds that a process may take to end after it sent its outcome, or was killed.
@@ -42,6 +42,8 @@ LAST_STEPS = 2.0
 UNREAD = 1.0
 # Requests of one run that are answered at the same time; more of them wait.
 MAX_REQUESTS = 16
+# The numbers of requests.
+_NUMBER = Count(2**53)
 # JSON texts with a name and a limit each, as `Inbox.check` takes them.
 Unchecked = Sequence[tuple[str, str, int]]
 # The end of a run whose process does not keep to the protocol.
@@ -82,7 +84,6 @@ class ChildRun:
             call_later=self._loop.call_later,
         )
         self._requests: set[asyncio.Task[None]] = set()
-        self._saving = asyncio.Lock()
         self._returned: Outcome | None = None
         self._linger: asyncio.TimerHandle | None = None
         self._begun = False
@@ -166,28 +167,17 @@ class ChildRun:
         match message["op"]:
             case "started":
                 return self._start
-            case "progress":
-                return partial(self._progress, *messages.progress_of(message))
-            case "save":
-                return self._answering(message, partial(self._save, _text(message["data"])))
-            case "token":
-                return self._answering(message, partial(self._token, message["fresh"] is True))
-            case "steps":
-                after = messages.count_of(message["after"], MOST_STEPS)
-                return self._answering(message, partial(self._load_steps, after))
-            case "step":
-                step = messages.step_of(message["step"], texts.check)
-                return self._answering(message, partial(self._store_step, step, texts.unchecked))
-            case "wait":
-                return self._answering(message, partial(self._open_wait, messages.wait_of(message["wait"])))
-            case "budgets":
-                return self._answering(message, self._budgets)
-            case "spend":
-                return self._answering(message, partial(self._spend, *messages.spend_of(message)))
             case "end":
                 outcome = messages.outcome_of_message(message["outcome"], texts.check)
                 return partial(self._end, outcome, texts.unchecked)
-        raise ValueError("no such message")
+            case name:
+                call = read(name, message, texts.check)
+        if isinstance(call, Notice):
+            return partial(self._tell, call)
+        if not call.way.from_process:
+            raise NotACall(f"{name} is not a call of a run's process")
+        number = _NUMBER.read(message["n"], texts.check)
+        return partial(self._answer_later, number, call, texts.unchecked)
 
     def _start(self) -> None:
         if not self._begun:
@@ -196,9 +186,9 @@ class ChildRun:
             self._services.started()
             self._on_started()
 
-    def _progress(self, done: float, total: float | None, note: str | None) -> None:
+    def _tell(self, notice: Notice) -> None:
         with suppress(LeaseLost):
-            self._services.progress(done, total, note)
+            self._services.tell(notice)
 
     def _end(self, outcome: Outcome, unchecked: Unchecked) -> None:
         """Take the outcome; only the first one counts."""
@@ -225,11 +215,8 @@ class ChildRun:
         self._inbox.close()
         self._process.signal("kill")
 
-    def _answering(self, message: Message, work: Callable[[], Awaitable[Message]]) -> Callable[[], None]:
-        return partial(self._answer_later, messages.count_of(message["n"], 2**53), work)
-
-    def _answer_later(self, number: int, work: Callable[[], Awaitable[Message]]) -> None:
-        task = asyncio.create_task(self._answer(number, work))
+    def _answer_later(self, number: int, call: Call[Any], unchecked: Unchecked) -> None:
+        task = asyncio.create_task(self._answer(number, call, unchecked))
         self._requests.add(task)
         task.add_done_callback(self._answered)
 
@@ -237,47 +224,17 @@ class ChildRun:
         self._requests.discard(task)
         self._inbox.go_on()
 
-    async def _answer(self, number: int, work: Callable[[], Awaitable[Message]]) -> None:
+    async def _answer(self, number: int, call: Call[Any], unchecked: Unchecked) -> None:
         try:
-            answer = await work()
-        except NotStorable:
+            for text in unchecked:
+                await self._inbox.check(*text)
+            answer = call.answer.write(await self._services.ask(call))
+        except (NotStorable, NotACall):
             self._refuse()
             return
         except (WorkerError, StepError) as error:
-            self._services.errors.note(error)
             answer = {"error": error_message(error)}
-        except Exception as error:  # of the store: the handler's call fails
-            unavailable = Unavailable(f"not possible now ({type(error).__name__})")
-            self._services.errors.note(unavailable)
-            answer = {"error": error_message(unavailable)}
         self._process.send({"op": "answer", "n": number, **answer})
-
-    async def _save(self, data: str) -> Message:
-        async with self._saving:  # in the order they were sent
-            await self._inbox.check(data, "checkpoint", LIMIT)
-            await self._services.save(data)
-        return {}
-
-    async def _token(self, fresh: bool) -> Message:
-        return {"granted": messages.granted_message(*await self._services.token(fresh=fresh))}
-
-    async def _load_steps(self, after: int) -> Message:
-        return messages.page_message(await self._services.load_steps(after))
-
-    async def _store_step(self, step: NewStep, unchecked: Unchecked) -> Message:
-        for text in unchecked:
-            await self._inbox.check(*text)
-        stored = await self._services.store_step(step)
-        return {"stored": None if stored == step.result_json else stored}
-
-    async def _open_wait(self, wait: NewWait) -> Message:
-        return messages.wait_state_message(await self._services.open_wait(wait))
-
-    async def _budgets(self) -> Message:
-        return messages.budgets_message(await self._services.budgets())
-
-    async def _spend(self, meter: str, amount: int, number: int) -> Message:
-        return messages.budgets_message(await self._services.spend(meter, amount, number))
 
     # stopping
 
@@ -305,13 +262,7 @@ class _Texts:
         if len(text) <= CHECKED_AT_ONCE:
             check_json_text(text, what, limit)
         else:
-            self.unchecked.append((_text(text), what, limit))
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("not a text")
-    return value
+            self.unchecked.append((text, what, limit))
 
 
 def outcome_of_end(

@@ -15,6 +15,7 @@ from worker.execution.runners.child.frames import Message as Message
 from worker.execution.runners.child.sandbox import SandboxRules
 from worker.execution.runners.contract import Work
 from worker.guard.claims import Claims, Flag
+from worker.handlers.calls import GRANTED, budget_rows, budgets_in
 from worker.handlers.context import check_progress
 from worker.handlers.installed import ENVIRONMENT
 from worker.handlers.json_text import LIMIT, UNMASKED_LIMIT, check_json_text, clean, to_json_text
@@ -81,15 +82,16 @@ def work_message(work: Work, seconds: float) -> Message:
         "secrets": dict(work.secrets),
         "scheduled_for": to_text(work.scheduled_for),
         "timeout_at": to_text(work.timeout_at),
-        "granted": granted_message(token, claims),
-        "budgets": None if work.budgets is None else budgets_message(work.budgets)["budgets"],
+        "budgets": None if work.budgets is None else budget_rows(work.budgets),
+        **GRANTED.write((token, claims)),
     }
 
 
 def work_of(message: Mapping[str, Any]) -> Work:
     given = dict(message)
     del given["seconds"]
-    token, claims = granted_of(given.pop("granted"))
+    token, claims = GRANTED.read(given)
+    del given["granted"]
     return Work(
         **given
         | {
@@ -99,7 +101,7 @@ def work_of(message: Mapping[str, Any]) -> Work:
             "api_origins": tuple(given["api_origins"]),
             "private_origins": tuple(given["private_origins"]),
             "insecure_origins": tuple(given["insecure_origins"]),
-            "budgets": None if given["budgets"] is None else tuple(budgets_of(given)),
+            "budgets": None if given["budgets"] is None else budgets_in(given["budgets"]),
             "token": token,
             "claims": claims,
         }

@@ -10,29 +10,17 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
 from worker.errors import LeaseLost, Unavailable, WorkerError
 from worker.execution.runners.child.frames import BrokenMessage, Message, Unframer, run_frame
-from worker.execution.runners.child.messages import (
-    budgets_of,
-    granted_of,
-    page_of,
-    step_message,
-    wait_message,
-    wait_state_of,
-)
-from worker.guard.claims import Claims
+from worker.handlers.calls import A, Call, Notice, answer_in, message_of
 from worker.handlers.steps import StepError
-from worker.runs.budgets import BudgetState
-from worker.runs.run import NewStep, StepPage
-from worker.runs.waits import NewWait, WaitState
-from worker.secret import AccessToken
 
-# Seconds between two progress messages at least; the newest counts.
-PROGRESS_EVERY = 0.1
+# Seconds between two notices at least; of each kind the newest counts.
+TOLD_EVERY = 0.1
 _TICK = 1.0
 _RECEIVE = 65_536
 
@@ -42,7 +30,7 @@ class ChannelClosed(Exception):
 
 
 class WorkerChannel:
-    """The channel of one run, and the `BlockingWorkerPort` of its handler; thread-safe."""
+    """The channel of one run, and the port of a handler that blocks; thread-safe."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel: socket.socket | None = channel
@@ -52,8 +40,8 @@ class WorkerChannel:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._waiting: dict[int, Future[Message]] = {}
-        self._progress: Message | None = None
-        self._progress_at = 0.0
+        self._told: dict[str, Message] = {}
+        self._told_at = 0.0
         self._ended = False
 
     def receive(self) -> Message:
@@ -79,45 +67,29 @@ class WorkerChannel:
         except OSError as error:
             raise ChannelClosed(f"the worker cannot be reached: {error.strerror}") from error
 
-    def ask(self, message: Mapping[str, Any]) -> Future[Message]:
-        """Send a request; the future gets the answer, or the worker's error."""
+    def request(self, call: Call[Any]) -> Future[Message]:
+        """Send a call; the future gets the message with its answer, or the worker's error."""
         number = next(self._numbers)
         answer: Future[Message] = Future()
         self._waiting[number] = answer
-        self.send({**message, "n": number})
+        self.send({"op": call.path, **message_of(call), "n": number})
         return answer
 
-    def save(self, data_json: str) -> None:
-        self.ask({"op": "save", "data": data_json}).result()
+    async def ask(self, call: Call[A]) -> A:
+        """The answer to a call of a handler that blocks."""
+        return answer_in(call, self.request(call).result())
 
-    def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
-        return granted_of(self.ask({"op": "token", "fresh": fresh}).result()["granted"])
-
-    def load_steps(self, after: int) -> StepPage:
-        return page_of(self.ask({"op": "steps", "after": after}).result())
-
-    def open_wait(self, wait: NewWait) -> WaitState:
-        return wait_state_of(self.ask({"op": "wait", "wait": wait_message(wait)}).result())
-
-    def store_step(self, step: NewStep) -> str:
-        return _as_stored(step, self.ask({"op": "step", "step": step_message(step)}).result())
-
-    def budgets(self) -> Sequence[BudgetState]:
-        return budgets_of(self.ask({"op": "budgets"}).result())
-
-    def spend(self, meter: str, amount: int, number: int) -> Sequence[BudgetState]:
-        return budgets_of(self.ask(_spend(meter, amount, number)).result())
-
-    def progress(self, done: float, total: float | None, note: str | None) -> None:
-        self._progress = {"op": "progress", "done": done, "total": total, "note": note}
-        self._send_progress(time.monotonic() - PROGRESS_EVERY)
+    def tell(self, notice: Notice) -> None:
+        """Send a notice soon, unless a newer one of its kind replaces it."""
+        self._told[notice.path] = {"op": notice.path, **message_of(notice)}
+        self._send_told(time.monotonic() - TOLD_EVERY)
 
     def send_end(self, outcome: Mapping[str, Any]) -> None:
         """Send how the attempt ended; only the first call counts."""
         if self._ended:
             return
         self._ended = True
-        self._send_progress(float("inf"))
+        self._send_told(float("inf"))
         self.send({"op": "end", "outcome": outcome})
 
     def disown(self) -> None:
@@ -127,11 +99,13 @@ class WorkerChannel:
         if channel is not None:
             channel.close()
 
-    def _send_progress(self, sent_before: float) -> None:
-        if self._progress is not None and self._progress_at <= sent_before:
-            progress, self._progress = self._progress, None
-            self._progress_at = time.monotonic()
-            self.send(progress)
+    def _send_told(self, sent_before: float) -> None:
+        if self._told and self._told_at <= sent_before:
+            self._told_at = time.monotonic()
+            for name in list(self._told):
+                # The handler and the thread that listens may both be here.
+                if (message := self._told.pop(name, None)) is not None:
+                    self.send(message)
 
     def _listen(self, on_stop: Callable[[str], None]) -> None:
         try:
@@ -144,7 +118,7 @@ class WorkerChannel:
                 if poll.poll(_TICK * 1000):
                     for message in self._unframer.feed(self._read()):
                         self._handle(message, on_stop)
-                self._send_progress(time.monotonic() - PROGRESS_EVERY)
+                self._send_told(time.monotonic() - TOLD_EVERY)
         except (ChannelClosed, BrokenMessage, OSError):
             for answer in list(self._waiting.values()):
                 answer.set_exception(ChannelClosed("the worker cannot be reached"))
@@ -179,48 +153,15 @@ class WorkerChannel:
 
 
 class AsyncPort:
-    """The `WorkerPort` of an async handler."""
+    """The port of an async handler."""
 
     def __init__(self, channel: WorkerChannel) -> None:
         self._channel = channel
-        self.progress = channel.progress
+        self.tell = channel.tell
 
-    async def save(self, data_json: str) -> None:
-        await asyncio.wrap_future(self._channel.ask({"op": "save", "data": data_json}))
-
-    async def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
-        answer = await asyncio.wrap_future(self._channel.ask({"op": "token", "fresh": fresh}))
-        return granted_of(answer["granted"])
-
-    async def load_steps(self, after: int) -> StepPage:
-        answer = await asyncio.wrap_future(self._channel.ask({"op": "steps", "after": after}))
-        return page_of(answer)
-
-    async def open_wait(self, wait: NewWait) -> WaitState:
-        answer = await asyncio.wrap_future(self._channel.ask({"op": "wait", "wait": wait_message(wait)}))
-        return wait_state_of(answer)
-
-    async def store_step(self, step: NewStep) -> str:
-        answer = await asyncio.wrap_future(self._channel.ask({"op": "step", "step": step_message(step)}))
-        return _as_stored(step, answer)
-
-    async def budgets(self) -> Sequence[BudgetState]:
-        answer = await asyncio.wrap_future(self._channel.ask({"op": "budgets"}))
-        return budgets_of(answer)
-
-    async def spend(self, meter: str, amount: int, number: int) -> Sequence[BudgetState]:
-        answer = await asyncio.wrap_future(self._channel.ask(_spend(meter, amount, number)))
-        return budgets_of(answer)
-
-
-def _spend(meter: str, amount: int, number: int) -> Message:
-    return {"op": "spend", "meter": meter, "amount": amount, "number": number}
-
-
-def _as_stored(step: NewStep, answer: Message) -> str:
-    """The text that the worker has stored; it sends only one that differs."""
-    stored: str | None = answer["stored"]
-    return step.result_json if stored is None else stored
+    async def ask(self, call: Call[A]) -> A:
+        answer: Message = await asyncio.wrap_future(self._channel.request(call))
+        return answer_in(call, answer)
 
 
 # The code of a StepError, which is the author's.
