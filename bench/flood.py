@@ -23,9 +23,11 @@ from tests.fakes.plugins import make_plugin
 from tests.fakes.running import work
 from tests.unit.execution.runs import admitted
 from worker.clock import SystemClock
+from worker.execution.attempts.answers import Running
 from worker.execution.attempts.attempt import conclude
 from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.run_services import AttemptServices, RunTools, Tools
+from worker.execution.attempts.run_services import Tools
+from worker.execution.attempts.store_acts import RunStores, StoreActs
 from worker.execution.loops.run_log_writer import Progress, RunLogWriter
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import StopSignal
@@ -139,7 +141,8 @@ async def measure(pool: ChildPool, code: str) -> str:
     )
     inflight, trail = InflightRun(admitted(), StopSignal()), Trail("flood")
     inflight.hold_secrets({"key": HELD})
-    services = AttemptServices(inflight, trail, None, cast(RunTools, tools))
+    acts = StoreActs(cast(RunStores, tools))
+    services = Running(inflight, trail, acts, run_log, SystemClock())
     watching = asyncio.create_task(watch())
     writing = asyncio.create_task(run_log.run())
     began = time.perf_counter()

@@ -27,8 +27,9 @@ import psutil
 from sqlalchemy import text
 
 from bench.installation import Installation, installation
+from tests.fakes.answering import AnsweringWorker
 from tests.fakes.plugins import make_plugin
-from tests.fakes.running import RecordingServices, until, work
+from tests.fakes.running import until, work
 from worker.clock import SystemClock
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.child.sandbox import Planner
@@ -61,7 +62,7 @@ ENTRY_POINTS = {f"bench.{name}": f"bench_jobs:{name}" for name in ("noop", "wait
 WARM_UP = 10
 
 
-class TimedServices(RecordingServices):
+class TimedServices(AnsweringWorker):
     """Records when the handler was called."""
 
     started_at = 0.0

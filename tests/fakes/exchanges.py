@@ -33,7 +33,7 @@ from worker.execution.hosts.control import (
     ControlDenied,
     ControlUnavailable,
 )
-from worker.execution.hosts.remote import HostedEnd, RemoteBudgets, RemoteStore
+from worker.execution.hosts.remote import HostedEnd, RemoteStore
 from worker.execution.hosts.wire import Malformed, Registered, Registration, Taken, TemporalPlace
 from worker.execution.runners.contract import FORGED, Work
 from worker.guard.claims import Claims, Flag
@@ -41,7 +41,7 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.ids import RunId, WorkerId
 from worker.runs import outcome as outcomes
-from worker.runs.budgets import BudgetState
+from worker.runs.budgets import BudgetState, OrgBudgets
 from worker.runs.hosts import HostCaller, PoolLoad
 from worker.runs.outcome import Error, Outcome, Trail
 from worker.runs.run import (
@@ -299,21 +299,21 @@ CALLS = [
     Exchange("wait", "budget", wait(LIMIT), OVER, answers={"open_wait": OVER}),
     Exchange("wait", "lost", wait(SLEEP), None),
     Exchange("choose", "", wait(CHOICE), CHOSEN, [("open_wait", RUN, CHOICE)], {"open_wait": CHOSEN}),
-    Exchange("budgets", "", budgets, RemoteBudgets(BUDGETS), [("budgets_of", RUN)]),
+    Exchange("budgets", "", budgets, OrgBudgets(BUDGETS), [("budgets_of", RUN)]),
     Exchange(
         "budgets",
         "missing",
         budgets,
-        RemoteBudgets((), "cap"),
-        answers={"budgets_of": RemoteBudgets((), "cap")},
+        OrgBudgets((), "cap"),
+        answers={"budgets_of": OrgBudgets((), "cap")},
     ),
     Exchange(
         "spend",
         "",
         spend,
-        RemoteBudgets(BUDGETS),
+        OrgBudgets(BUDGETS),
         [("spend", RUN, "tokens", 5, "2:7")],
-        {"spend": RemoteBudgets(BUDGETS)},
+        {"spend": OrgBudgets(BUDGETS)},
     ),
     Exchange("spend", "lost", spend, None),
     Exchange("progress", "", lambda store: store.write_progress(TOLD), None, [("write_progress", TOLD)]),

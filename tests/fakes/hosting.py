@@ -16,7 +16,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from tests.fakes.running import RecordingServices, sizes, until, work
+from tests.fakes.answering import AnsweringWorker
+from tests.fakes.running import sizes, until, work
 from worker.clock import SystemClock
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import StopSignal
@@ -101,7 +102,7 @@ async def main() -> None:
     if lease is not None:
         threading.Thread(target=renew, args=(children, lease), daemon=True).start()
     tell(zygote=children.zygote_pid)
-    link = RecordingServices(on_save=lambda data: tell(saved=json.loads(data)))
+    link = AnsweringWorker(on_save=lambda data: tell(saved=json.loads(data)))
     outcome = await children.run(work(handler, params=json.loads(params)), link, StopSignal())
     tell(outcome=type(outcome).__name__)
     await children.close()

@@ -31,11 +31,12 @@ from worker.execution.hosts import wire
 from worker.execution.hosts.attempt_api import AttemptApi
 from worker.execution.hosts.control import AsyncControl, BlockingControl, Controls
 from worker.execution.hosts.delivery import HostTools
-from worker.execution.hosts.remote import RemoteBudgets, RemoteStore
+from worker.execution.hosts.remote import RemoteStore
 from worker.execution.hosts.sharing import Sharing
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.handlers.ceiling import Grant, Offered
 from worker.ids import OrgId
+from worker.runs.budgets import OrgBudgets
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import RunContext, StoredProgress
 from worker.secret import AccessToken
@@ -125,7 +126,7 @@ async def worker(exchange: Exchange, path: str, request: bytes) -> tuple[httpx.R
         "orgs_and_definitions": {},
         "load_progress": StoredProgress({"done": [1, "ü"]}, ENTRY.name),
         "step_totals": (2, 17),
-        "budgets_of": RemoteBudgets(exchanges.BUDGETS),
+        "budgets_of": OrgBudgets(exchanges.BUDGETS),
         "is_limited": True,
         "log_size": (0, 0, set()),
         "finish": lambda _, ended: {end.run_id for end in ended},

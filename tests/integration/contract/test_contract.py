@@ -109,7 +109,7 @@ async def test_a_refusal_that_the_handler_does_not_catch_fails_the_run_for_good(
 
     error = told.row["error"]
     assert (told.row["state"], error["type"]) == ("failed", "worker.handlers.steps.StepError")
-    assert "its name or key contains a secret" in error["message"]
+    assert "it contains a secret" in error["message"]
     assert told.rows(tables.checkpoints) == []
     assert not any(token in told.everything() for token in told.tokens)
 

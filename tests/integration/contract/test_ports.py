@@ -16,19 +16,30 @@ from tests.integration.hosts.conftest import ENTRIES, Fleet, end_of
 from worker.clock import SystemClock
 from worker.definitions.file import parse_file
 from worker.errors import LeaseLost, StoreUnavailable, TokenRefused
-from worker.execution.attempts import run_services
+from worker.execution.attempts import answers as answering
+from worker.execution.attempts.answers import Running
 from worker.execution.attempts.attempt import Prepared, conclude, prepare
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
 from worker.execution.attempts.masked import redacted
-from worker.execution.attempts.run_services import AttemptServices
+from worker.execution.attempts.run_services import HandlerTools
 from worker.execution.hosts import attempt_api
 from worker.execution.hosts.control import AsyncControl, Controls
 from worker.execution.hosts.hosted import RemoteTools
 from worker.execution.hosts.remote import RemoteStore
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
-from worker.execution.runners.contract import StopSignal
+from worker.execution.runners.contract import StopSignal, Work
+from worker.handlers.calls import (
+    AskBudgets,
+    AskToken,
+    CountSpend,
+    LoadSteps,
+    OpenWait,
+    Progress,
+    Save,
+    StoreStep,
+)
 from worker.handlers.steps import StepError
 from worker.ids import ALL_ORGS, RunId
 from worker.operations.apply import apply
@@ -55,14 +66,23 @@ def step(seq: int, result: str = "[1]", name: str = "fetch", **values: Any) -> N
     return NewStep(name, None, seq, seq, result, NOW, NOW, **values)
 
 
+def running(inflight: InflightRun, trail: Trail, work: Work, tools: HandlerTools) -> Running:
+    return Running(inflight, trail, tools.acts, tools.run_log, tools.clock, work.checkpoint)
+
+
 @dataclass
 class Attempt:
     """One running attempt, and the writers that its process shares with others."""
 
-    services: AttemptServices
+    services: Running
     inflight: InflightRun
     run_log: RunLogWriter
     fleet: Fleet
+
+    async def store(self, step: NewStep) -> str:
+        """The result as it is stored."""
+        stored = await self.services.ask(StoreStep(step))
+        return step.result_json if stored is None else stored
 
     @property
     def run(self) -> RunId:
@@ -95,7 +115,7 @@ class Local:
         inflight, trail = InflightRun(admitted, StopSignal()), Trail(admitted.handler)
         prepared = await prepare(inflight, trail, worker.tools)
         assert isinstance(prepared, Prepared)
-        services = AttemptServices(inflight, trail, checkpoint=prepared.work.checkpoint, tools=worker.tools)
+        services = running(inflight, trail, prepared.work, worker.tools)
         return Attempt(services, inflight, worker.tools.run_log, self.fleet)
 
     async def hand_back(self, attempt: Attempt) -> None:
@@ -131,9 +151,7 @@ class Remote:
         self._taken[run] = taken
         inflight = tools.store.inflight_runs.add(taken.run)
         inflight.hold(taken.work.token)
-        services = AttemptServices(
-            inflight, Trail(taken.work.handler), checkpoint=taken.work.checkpoint, tools=tools
-        )
+        services = running(inflight, Trail(taken.work.handler), taken.work, tools)
         return Attempt(services, inflight, tools.run_log, self.fleet)
 
     async def _connect(self) -> None:
@@ -180,28 +198,28 @@ async def test_steps_are_stored_once_and_read_by_the_next_attempt(place: Local |
     first = await place.begin(run)
     [(token, _)] = first.inflight.masked
 
-    assert await first.services.store_step(step(1)) == "[1]"
-    assert await first.services.store_step(step(2, f'"{token}"')) == f'"{MASK}"'
+    assert await first.store(step(1)) == "[1]"
+    assert await first.store(step(2, f'"{token}"')) == f'"{MASK}"'
     with pytest.raises(StepError, match="place 2 is taken"):
-        await first.services.store_step(step(2))
+        await first.services.ask(StoreStep(step(2)))
     with pytest.raises(StepError, match="contains a secret"):
-        await first.services.store_step(step(3, name=f"s{token}"))
-    assert not (await first.services.load_steps(0)).steps
+        await first.services.ask(StoreStep(step(3, name=f"s{token}")))
+    assert not (await first.services.ask(LoadSteps(0))).steps
     await place.hand_back(first)
 
     second = await place.begin(run)
-    page = await second.services.load_steps(0)
+    page = await second.services.ask(LoadSteps(0))
     assert [(one.seq, one.result_json) for one in page.steps] == [(1, "[1]"), (2, f'"{MASK}"')]
     with pytest.raises(StepError, match="place 1 is taken"):
-        await second.services.store_step(step(1))
-    await second.services.store_step(step(3))
+        await second.services.ask(StoreStep(step(1)))
+    await second.services.ask(StoreStep(step(3)))
     assert [row["seq"] for row in second.rows(tables.steps)] == [1, 2, 3]
 
 
 async def test_many_steps_at_once(place: Local | Remote) -> None:
     attempt = await place.begin(place.fleet.start())
 
-    await asyncio.gather(*(attempt.services.store_step(step(n)) for n in range(1, 41)))
+    await asyncio.gather(*(attempt.services.ask(StoreStep(step(n))) for n in range(1, 41)))
 
     assert [row["seq"] for row in attempt.rows(tables.steps)] == list(range(1, 41))
 
@@ -211,8 +229,8 @@ async def test_a_wait_is_opened_once(place: Local | Remote) -> None:
     [(token, _)] = attempt.inflight.masked
     wait = NewWait("ok", 1, "answer", ask_json=f'"{token}"', alert=True)
 
-    first = await attempt.services.open_wait(wait)
-    again = await attempt.services.open_wait(wait)
+    first = await attempt.services.ask(OpenWait(wait))
+    again = await attempt.services.ask(OpenWait(wait))
 
     assert first == again
     assert (first.kind, first.state) == ("answer", "pending")
@@ -220,16 +238,16 @@ async def test_a_wait_is_opened_once(place: Local | Remote) -> None:
     assert token not in str(row)
     assert attempt.services.trail.asks == ("ok",)
     with pytest.raises(StepError, match="contains a secret"):
-        await attempt.services.open_wait(NewWait(f"w{token}"[:90], 1, "sleep", seconds=1.0))
+        await attempt.services.ask(OpenWait(NewWait(f"w{token}"[:90], 1, "sleep", seconds=1.0)))
 
 
 async def test_spends_count_once_and_budgets_say_what_is_left(place: Local | Remote) -> None:
     attempt = await place.begin(place.fleet.start())
 
-    [before] = await attempt.services.budgets()
-    [after] = await attempt.services.spend("llm", 4, 1)
-    [again] = await attempt.services.spend("llm", 4, 1)
-    [more] = await attempt.services.spend("llm", 7, 2)
+    [before] = (await attempt.services.ask(AskBudgets())).states
+    [after] = (await attempt.services.ask(CountSpend("llm", 4, "1:1"))).states
+    [again] = (await attempt.services.ask(CountSpend("llm", 4, "1:1"))).states
+    [more] = (await attempt.services.ask(CountSpend("llm", 7, "1:2"))).states
 
     assert (before.used, after.used, again.used, more.used) == (0, 4, 4, 11)
     assert (more.meter, more.limit, more.reached, more.resets_at is not None) == ("llm", 10, True, True)
@@ -265,18 +283,18 @@ async def test_the_question_of_a_budget_is_the_workers_own(
         async def believe(wait: NewWait, *_: Any) -> NewWait:
             return wait
 
-        for module in (run_services, attempt_api):
+        for module in (answering, attempt_api):
             monkeypatch.setattr(module, "believed_wait", believe)
     apply(place.fleet.database, parse_file(LIMITS), actor="test")
     attempt = await place.begin(place.fleet.start())
     services = attempt.services
-    await services.spend("tickets", 6, 1)
+    await services.ask(CountSpend("tickets", 6, "1:1"))
     claimed = {"meter": "dear", "per": "month", "limit": 1, "used": 1, "resets_at": None}
     lie = NewWait("budget:tickets", 1, "budget", 3e9, json.dumps(claimed), alert=True)
 
-    state = await services.open_wait(lie)
-    unreached = await services.open_wait(replace(lie, name="budget:dear"))
-    unknown = await services.open_wait(replace(lie, name="budget:none"))
+    state = await services.ask(OpenWait(lie))
+    unreached = await services.ask(OpenWait(replace(lie, name="budget:dear")))
+    unknown = await services.ask(OpenWait(replace(lie, name="budget:none")))
 
     [row] = [row for row in attempt.rows(tables.waits) if row["name"] == "budget:tickets"]
     found = row["ask"]["meter"], row["ask"]["per"], row["ask"]["limit"], row["ask"]["used"]
@@ -289,22 +307,22 @@ async def test_the_question_of_a_budget_is_the_workers_own(
     assert (state.state, unreached.state, unknown.state) == ("pending", "over", "over")
     assert services.trail.asks == ()
     with pytest.raises(StepError, match="reserved"):
-        await services.open_wait(NewWait("tickets", 1, "budget"))
+        await services.ask(OpenWait(NewWait("tickets", 1, "budget")))
 
 
 async def test_a_spend_of_a_step_is_stored_with_it(place: Local | Remote) -> None:
     attempt = await place.begin(place.fleet.start())
 
-    await attempt.services.store_step(step(1, spends=(("llm", 3),)))
+    await attempt.services.ask(StoreStep(step(1, spends=(("llm", 3),))))
 
-    [state] = await attempt.services.budgets()
+    [state] = (await attempt.services.ask(AskBudgets())).states
     assert state.used == 3
 
 
 async def test_a_renewed_token_is_another_one_and_masked(place: Local | Remote) -> None:
     attempt = await place.begin(place.fleet.start())
 
-    token, claims = await attempt.services.token(fresh=True)
+    token, claims = await attempt.services.ask(AskToken(fresh=True))
 
     assert token.reveal() in place.fleet.tokens.texts[1:]
     assert (claims.org_code, claims.properties) == ("org_a", {"region": "eu"})
@@ -316,7 +334,7 @@ async def test_a_token_of_another_org_ends_the_run(place: Local | Remote) -> Non
     place.fleet.tokens.of_org = "org_b"
 
     with pytest.raises(TokenRefused) as refused:
-        await attempt.services.token(fresh=True)
+        await attempt.services.ask(AskToken(fresh=True))
 
     assert (refused.value.reason, refused.value.detail) == ("org_mismatch", "other_org")
     assert "org_b" not in refused.value.message
@@ -342,13 +360,13 @@ async def test_guesses_tell_nothing_of_another_orgs_secret(
     guesses = [f"sk-{number:06}" for number in range(60_000)]
     answers: dict[str, list[str]] = {}
 
-    await services.save(json.dumps(guesses))
+    await services.ask(Save(json.dumps(guesses)))
     answers["checkpoint"] = attempt.rows(tables.checkpoints)[0]["data"]
-    answers["step"] = json.loads(await services.store_step(step(1, json.dumps(guesses[40_000:60_000]))))
-    await services.open_wait(NewWait("ok", 1, "answer", ask_json=json.dumps(guesses[41_000:41_500])))
+    answers["step"] = json.loads(await attempt.store(step(1, json.dumps(guesses[40_000:60_000]))))
+    await services.ask(OpenWait(NewWait("ok", 1, "answer", ask_json=json.dumps(guesses[41_000:41_500]))))
     answers["wait"] = attempt.rows(tables.waits)[0]["ask"]
     services.log("info", "log", " ".join(guesses[41_000:42_000]))
-    services.progress(1, 2, " ".join(guesses[41_210:41_250]))
+    services.tell(Progress(1, 2, " ".join(guesses[41_210:41_250])))
     await attempt.run_log.flush()
     await place.fleet.flush()
     answers["log"] = attempt.rows(tables.run_logs)[0]["text"].split(" ")
@@ -362,9 +380,9 @@ async def test_guesses_tell_nothing_of_another_orgs_secret(
     refused = []
     for name in (secret, "sk-041235"):
         for call in (
-            services.store_step(step(2 if name == secret else 3, name=name)),
-            services.open_wait(NewWait(name, 1, "sleep", seconds=1.0)),
-            services.spend(name, 1, 1),
+            services.ask(StoreStep(step(2 if name == secret else 3, name=name))),
+            services.ask(OpenWait(NewWait(name, 1, "sleep", seconds=1.0))),
+            services.ask(CountSpend(name, 1, "1:1")),
         ):
             try:
                 await call
@@ -383,8 +401,8 @@ async def test_a_secret_of_the_org_is_masked_in_all_that_its_runs_write(place: L
     attempt = await place.begin(place.fleet.start())
     attempt.inflight.hold_secrets({"openai": secret})
 
-    await attempt.services.save(json.dumps([secret]))
-    stored = await attempt.services.store_step(step(1, json.dumps([secret])))
+    await attempt.services.ask(Save(json.dumps([secret])))
+    stored = await attempt.store(step(1, json.dumps([secret])))
 
     assert attempt.rows(tables.checkpoints)[0]["data"] == [MASK]
     assert json.loads(stored) == [MASK]
@@ -395,10 +413,10 @@ async def test_what_is_no_longer_ours_is_not_written(place: Local | Remote, call
     attempt = await place.begin(place.fleet.start())
     services = attempt.services
     calls: dict[str, Callable[[], Awaitable[object]]] = {
-        "save": lambda: services.save("1"),
-        "store_step": lambda: services.store_step(step(1)),
-        "open_wait": lambda: services.open_wait(NewWait("ok", 1, "answer")),
-        "spend": lambda: services.spend("llm", 1, 1),
+        "save": lambda: services.ask(Save("1")),
+        "store_step": lambda: services.ask(StoreStep(step(1))),
+        "open_wait": lambda: services.ask(OpenWait(NewWait("ok", 1, "answer"))),
+        "spend": lambda: services.ask(CountSpend("llm", 1, "1:1")),
     }
     with place.fleet.database.transaction() as connection:
         connection.execute(tables.live_runs.update().values(fencing_token=99))
@@ -438,13 +456,13 @@ async def test_a_call_outlasts_an_outage_of_the_database(
 
     match call:
         case "save":
-            await services.save("1")
+            await services.ask(Save("1"))
         case "store_step":
-            await services.store_step(step(1))
+            await services.ask(StoreStep(step(1)))
         case "open_wait":
-            await services.open_wait(NewWait("ok", 1, "answer"))
+            await services.ask(OpenWait(NewWait("ok", 1, "answer")))
         case _:
-            await services.spend("llm", 1, 1)
+            await services.ask(CountSpend("llm", 1, "1:1"))
 
     assert faults > 3
     stored = {

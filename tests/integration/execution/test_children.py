@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.running import NOW, RecordingServices, claims, token, until, work
+from tests.fakes.answering import AnsweringWorker
+from tests.fakes.running import NOW, claims, token, until, work
 from worker.clock import SystemClock
 from worker.errors import IssuerUnavailable, LeaseLost
 from worker.execution.runners.child.pool import ChildPool
@@ -38,7 +39,7 @@ def result(outcome: Outcome) -> Any:
 
 
 async def test_an_async_handler_gets_all_its_context_says(children: ChildPool) -> None:
-    link = RecordingServices()
+    link = AnsweringWorker()
     given = work("ok", claims=claims(max_tokens="5", other="x"), checkpoint={"done": 3})
 
     outcome = await children.run(given, link, StopSignal())
@@ -60,7 +61,7 @@ async def test_an_async_handler_gets_all_its_context_says(children: ChildPool) -
 
 
 async def test_a_handler_that_blocks_has_the_same_methods(children: ChildPool) -> None:
-    link = RecordingServices()
+    link = AnsweringWorker()
 
     outcome = await children.run(work("ok_blocking"), link, StopSignal())
 
@@ -70,7 +71,7 @@ async def test_a_handler_that_blocks_has_the_same_methods(children: ChildPool) -
 
 
 async def test_what_is_printed_and_logged_reaches_the_runs_log(children: ChildPool) -> None:
-    link = RecordingServices()
+    link = AnsweringWorker()
 
     await children.run(work("ok"), link, StopSignal())
 
@@ -83,7 +84,7 @@ async def test_what_is_printed_and_logged_reaches_the_runs_log(children: ChildPo
 
 
 async def test_a_run_sees_nothing_of_the_worker(children: ChildPool) -> None:
-    seen = result(await children.run(work("surroundings"), RecordingServices(), StopSignal()))
+    seen = result(await children.run(work("surroundings"), AnsweringWorker(), StopSignal()))
 
     assert seen["environment"].keys() <= {"PATH", "HOME", "LANG", "TZ", "TMPDIR"}
     assert seen["environment"]["HOME"] == seen["environment"]["TMPDIR"] == seen["cwd"]
@@ -105,7 +106,7 @@ async def test_a_run_has_limits_of_its_own(children: ChildPool) -> None:
         "surroundings", memory=512 * 1024 * 1024, timeout_at=SystemClock().now() + timedelta(seconds=60)
     )
 
-    limits = result(await children.run(given, RecordingServices(), StopSignal()))["limits"]
+    limits = result(await children.run(given, AnsweringWorker(), StopSignal()))["limits"]
 
     assert limits["NOFILE"] == [1024, 8192]
     assert max(limits["CORE"]) <= 1  # 0 if that is the limit of this process
@@ -117,8 +118,8 @@ async def test_a_run_has_limits_of_its_own(children: ChildPool) -> None:
 
 
 async def test_a_runs_folder_is_empty_at_first_and_gone_afterwards(children: ChildPool) -> None:
-    first = result(await children.run(work("surroundings"), RecordingServices(), StopSignal()))
-    second = result(await children.run(work("surroundings"), RecordingServices(), StopSignal()))
+    first = result(await children.run(work("surroundings"), AnsweringWorker(), StopSignal()))
+    second = result(await children.run(work("surroundings"), AnsweringWorker(), StopSignal()))
 
     assert first["cwd"] != second["cwd"]
     await until(lambda: not Path(first["cwd"]).exists() and not Path(second["cwd"]).exists())
@@ -139,7 +140,7 @@ async def test_a_runs_folder_is_empty_at_first_and_gone_afterwards(children: Chi
 async def test_an_answer_becomes_its_outcome(children: ChildPool, answer: str, outcome: Outcome) -> None:
     given = work("code", params={"code": f"import worker; result = {answer}"})
 
-    assert await children.run(given, RecordingServices(), StopSignal()) == outcome
+    assert await children.run(given, AnsweringWorker(), StopSignal()) == outcome
 
 
 async def test_a_text_leaves_the_process_uncut_until_it_is_masked(children: ChildPool) -> None:
@@ -150,7 +151,7 @@ async def test_a_text_leaves_the_process_uncut_until_it_is_masked(children: Chil
         "logging.getLogger('x').warning('.' * 16380 + secret + '.' * 9000)\n"
         "raise ValueError('.' * 3990 + secret + '.' * 9000)"
     )
-    link = RecordingServices()
+    link = AnsweringWorker()
 
     outcome = await children.run(work("code", params={"code": code}), link, StopSignal())
 
@@ -163,7 +164,7 @@ async def test_a_text_leaves_the_process_uncut_until_it_is_masked(children: Chil
 async def test_a_permanent_error_is_told_apart(children: ChildPool) -> None:
     given = work("code", params={"code": "import worker; raise worker.PermanentError('no use')"})
 
-    outcome = await children.run(given, RecordingServices(), StopSignal())
+    outcome = await children.run(given, AnsweringWorker(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.permanent
@@ -173,7 +174,7 @@ async def test_a_permanent_error_is_told_apart(children: ChildPool) -> None:
 async def test_a_property_that_does_not_fit_is_refused_by_name_before_the_handler(
     children: ChildPool,
 ) -> None:
-    link = RecordingServices()
+    link = AnsweringWorker()
 
     outcome = await children.run(work("ok", claims=claims(max_tokens="many-secret")), link, StopSignal())
 
@@ -186,7 +187,7 @@ async def test_a_property_that_does_not_fit_is_refused_by_name_before_the_handle
 
 @pytest.mark.parametrize("params", [{"count": "5"}, {"cuont": 5}])
 async def test_params_that_do_not_fit_fail_for_good(children: ChildPool, params: dict[str, Any]) -> None:
-    link = RecordingServices()
+    link = AnsweringWorker()
 
     outcome = await children.run(work("ok", params=params), link, StopSignal())
 
@@ -198,16 +199,16 @@ async def test_params_that_do_not_fit_fail_for_good(children: ChildPool, params:
 
 async def test_a_handler_that_is_gone_is_no_handler(children: ChildPool) -> None:
     missing = work("ok", entry_point="no_such_module:ok")
-    outcome = await children.run(missing, RecordingServices(), StopSignal())
+    outcome = await children.run(missing, AnsweringWorker(), StopSignal())
     assert isinstance(outcome, NoHandler)
 
     missing = work("ok", entry_point="process_jobs:nothing")
-    outcome = await children.run(missing, RecordingServices(), StopSignal())
+    outcome = await children.run(missing, AnsweringWorker(), StopSignal())
     assert isinstance(outcome, NoHandler)
 
 
 async def test_a_token_at_its_end_is_renewed_and_the_claims_follow(children: ChildPool) -> None:
-    link = RecordingServices(renewed=(token("token-two"), claims(n="two")))
+    link = AnsweringWorker(renewed=(token("token-two"), claims(n="two")))
     old = work("renew", token=token("token-one", timedelta(minutes=-1)), claims=claims(n="one"))
 
     assert result(await children.run(old, link, StopSignal())) == ["one", "token-two", "two"]
@@ -215,7 +216,7 @@ async def test_a_token_at_its_end_is_renewed_and_the_claims_follow(children: Chi
 
 
 async def test_no_token_in_the_middle_of_a_run_is_no_failure_of_it(children: ChildPool) -> None:
-    link = RecordingServices(refuses=IssuerUnavailable("the issuer does not answer"))
+    link = AnsweringWorker(refuses=IssuerUnavailable("the issuer does not answer"))
     old = work("renew", token=token("token-one", timedelta(minutes=-1)), claims=claims(n="one"))
 
     outcome = await children.run(old, link, StopSignal())
@@ -228,20 +229,20 @@ async def test_a_lost_lease_ends_a_run_that_saves(children: ChildPool) -> None:
     def lost(data: str) -> None:
         raise LeaseLost("a newer fencing token exists")
 
-    assert isinstance(await children.run(work("ok"), RecordingServices(on_save=lost), StopSignal()), Lost)
+    assert isinstance(await children.run(work("ok"), AnsweringWorker(on_save=lost), StopSignal()), Lost)
 
 
 async def test_a_checkpoint_that_is_no_json_is_the_handlers_error(children: ChildPool) -> None:
     given = work("code", params={"code": "ctx.save({'n': float('nan')})"})
 
-    outcome = await children.run(given, RecordingServices(), StopSignal())
+    outcome = await children.run(given, AnsweringWorker(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.error.message == "the checkpoint is not JSON: NaN and infinity cannot be written as JSON"
 
 
 async def test_progress_is_thinned_out_but_the_last_is_shown(children: ChildPool) -> None:
-    link = RecordingServices()
+    link = AnsweringWorker()
 
     await children.run(work("hurries", params={"count": 20_000}), link, StopSignal())
 
@@ -250,7 +251,7 @@ async def test_progress_is_thinned_out_but_the_last_is_shown(children: ChildPool
 
 
 async def test_errors_carry_type_message_and_the_handlers_own_trace(children: ChildPool) -> None:
-    outcome = await children.run(work("connects"), RecordingServices(), StopSignal())
+    outcome = await children.run(work("connects"), AnsweringWorker(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.error.type == "httpx.ConnectError"
@@ -261,10 +262,10 @@ async def test_errors_carry_type_message_and_the_handlers_own_trace(children: Ch
 
 async def test_many_runs_at_once_keep_apart(children: ChildPool) -> None:
     runs = [work("ok_blocking", org_code=f"org_{number}") for number in range(30)]
-    outcomes = await asyncio.gather(*(children.run(run, RecordingServices(), StopSignal()) for run in runs))
+    outcomes = await asyncio.gather(*(children.run(run, AnsweringWorker(), StopSignal()) for run in runs))
 
     assert [result(outcome)["org"] for outcome in outcomes] == [f"org_{number}" for number in range(30)]
 
 
 async def test_a_handler_may_use_processes_of_its_own(children: ChildPool) -> None:
-    assert result(await children.run(work("pools"), RecordingServices(), StopSignal())) == [1, 2, 1, 2]
+    assert result(await children.run(work("pools"), AnsweringWorker(), StopSignal())) == [1, 2, 1, 2]

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.answering import AnsweringWorker
 from tests.fakes.hosting import Host, all_silent_within, all_up
-from tests.fakes.running import RecordingServices, until, work
+from tests.fakes.running import until, work
 from worker.clock import SystemClock
 from worker.errors import Busy
 from worker.execution.runners.child import linux
@@ -86,7 +87,7 @@ async def test_a_stopped_zygote_does_not_keep_the_runs_of_a_dead_worker_alive_fo
 async def test_the_zygotes_death_loses_its_runs_and_another_takes_its_place(
     own_children: ChildPool, tmp_path: Path, emitted: list[Emitted]
 ) -> None:
-    link = RecordingServices()
+    link = AnsweringWorker()
     params = {"folder": str(tmp_path)}
     running = asyncio.create_task(own_children.run(work("family", params=params), link, StopSignal()))
     await all_up(tmp_path)
@@ -100,7 +101,7 @@ async def test_the_zygotes_death_loses_its_runs_and_another_takes_its_place(
     assert isinstance(await running, Lost)
     assert time.monotonic() - killed < 1
     assert [pid for pid in below if not gone(pid)] == []
-    outcome = await own_children.run(work("ok_blocking"), RecordingServices(), StopSignal())
+    outcome = await own_children.run(work("ok_blocking"), AnsweringWorker(), StopSignal())
     assert isinstance(outcome, Succeeded)
     assert own_children.zygote_pid != first
     assert [event.event.name for event in emitted] == ["zygote.died", "zygote.started"]
@@ -113,7 +114,7 @@ async def test_a_zygote_that_dies_while_idle_is_replaced(own_children: ChildPool
     os.kill(first, signal.SIGKILL)
     await until(lambda: own_children.zygote_pid not in (None, first))
 
-    outcome = await own_children.run(work("ok_blocking"), RecordingServices(), StopSignal())
+    outcome = await own_children.run(work("ok_blocking"), AnsweringWorker(), StopSignal())
 
     assert isinstance(outcome, Succeeded)
 
@@ -237,7 +238,7 @@ def lockable(url: str) -> bool:
 async def test_closing_ends_what_still_runs(own_children: ChildPool, tmp_path: Path) -> None:
     params = {"folder": str(tmp_path)}
     running = asyncio.create_task(
-        own_children.run(work("family", params=params), RecordingServices(), StopSignal())
+        own_children.run(work("family", params=params), AnsweringWorker(), StopSignal())
     )
     await all_up(tmp_path)
 
@@ -250,7 +251,7 @@ async def test_closing_ends_what_still_runs(own_children: ChildPool, tmp_path: P
 async def test_cancelling_the_runner_kills_the_run(own_children: ChildPool, tmp_path: Path) -> None:
     params = {"folder": str(tmp_path)}
     running = asyncio.create_task(
-        own_children.run(work("family", params=params), RecordingServices(), StopSignal())
+        own_children.run(work("family", params=params), AnsweringWorker(), StopSignal())
     )
     await all_up(tmp_path)
 
@@ -263,7 +264,7 @@ async def test_cancelling_the_runner_kills_the_run(own_children: ChildPool, tmp_
 async def test_a_run_that_ends_takes_its_family_with_it(own_children: ChildPool, tmp_path: Path) -> None:
     params = {"folder": str(tmp_path), "count": 1}
 
-    outcome = await own_children.run(work("family", params=params), RecordingServices(), StopSignal())
+    outcome = await own_children.run(work("family", params=params), AnsweringWorker(), StopSignal())
 
     assert outcome == Succeeded(None)
     await all_silent_within(tmp_path, 0)
@@ -288,7 +289,7 @@ async def test_a_preloaded_module_that_breaks_the_zygote_is_told_and_left_out(
     children = ChildPool(SystemClock(), preload=[name])
     children.start()
     try:
-        outcome = await children.run(work("ok_blocking"), RecordingServices(), StopSignal())
+        outcome = await children.run(work("ok_blocking"), AnsweringWorker(), StopSignal())
     finally:
         await children.close()
 
@@ -302,7 +303,7 @@ async def test_a_preloaded_distribution_is_there_before_its_runs(plugin_folder: 
     children = ChildPool(SystemClock(), preload=["acme-jobs"])
     children.start()
     try:
-        outcome = await children.run(work("preloaded"), RecordingServices(), StopSignal())
+        outcome = await children.run(work("preloaded"), AnsweringWorker(), StopSignal())
     finally:
         await children.close()
 
@@ -315,7 +316,7 @@ async def test_a_run_that_waits_for_a_zygote_can_be_stopped(plugin_folder: Path)
     stop = StopSignal()
     stop.request("drain", 10)
     try:
-        assert await children.run(work("ok"), RecordingServices(), stop) == HandedBack()
+        assert await children.run(work("ok"), AnsweringWorker(), stop) == HandedBack()
     finally:
         await children.close()
 

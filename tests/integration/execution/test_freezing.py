@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.answering import AnsweringWorker
 from tests.fakes.hosting import FAMILY, Host, all_silent_within, all_up, all_writing
-from tests.fakes.running import RecordingServices, sizes, until, work
+from tests.fakes.running import sizes, until, work
 from worker.clock import SystemClock
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import StopSignal
@@ -37,7 +38,7 @@ class Run:
         self.renew(60)
         given = work("family", params={"folder": str(folder)})
         self.task: asyncio.Task[Outcome] = asyncio.create_task(
-            self.children.run(given, RecordingServices(), self.stop)
+            self.children.run(given, AnsweringWorker(), self.stop)
         )
 
     def renew(self, seconds: float) -> None:
@@ -94,7 +95,7 @@ async def test_a_run_that_starts_while_all_are_frozen_waits_as_well(run: Run) ->
     run.renew(0)
     await until(run.frozen)
 
-    late = asyncio.create_task(run.children.run(work("ok_blocking"), RecordingServices(), StopSignal()))
+    late = asyncio.create_task(run.children.run(work("ok_blocking"), AnsweringWorker(), StopSignal()))
     await asyncio.sleep(0.3)
     assert not late.done()
     run.renew(60)

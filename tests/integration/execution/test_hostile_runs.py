@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.fakes.running import RecordingServices, work
+from tests.fakes.answering import AnsweringWorker
+from tests.fakes.running import work
 from worker.errors import IssuerUnavailable
 from worker.execution.runners import contract
 from worker.execution.runners.child.child_process import ChildProcess
@@ -35,9 +36,9 @@ HANDED_BACK = CHANNEL + 'say("HandedBack", detail=None)'
 YEARS = CHANNEL + 'say("NoToken", retry_after=1e8, detail="forged")'
 
 
-async def run(children: ChildPool, code: str, services: RecordingServices | None = None) -> Outcome:
+async def run(children: ChildPool, code: str, services: AnsweringWorker | None = None) -> Outcome:
     given = work("code", params={"code": code})
-    return await children.run(given, services or RecordingServices(), StopSignal())
+    return await children.run(given, services or AnsweringWorker(), StopSignal())
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def believing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 @pytest.mark.parametrize("code", [REFUSED, HANDED_BACK, YEARS])
 async def test_a_forged_outcome_is_handler_exited(children: ChildPool, code: str) -> None:
-    services = RecordingServices()
+    services = AnsweringWorker()
 
     outcome = await run(children, code, services)
 
@@ -73,7 +74,7 @@ async def test_control_without_the_check_it_counts(
 
 
 async def test_a_run_without_a_token_waits_as_long_as_the_worker_says(children: ChildPool) -> None:
-    services = RecordingServices(refuses=IssuerUnavailable("away", retry_after=7.0))
+    services = AnsweringWorker(refuses=IssuerUnavailable("away", retry_after=7.0))
 
     asking = "try:\n    channel.token(fresh=True)\nexcept Exception:\n    pass\n"
     outcome = await run(children, f"{CHANNEL}{asking}{YEARS}", services)
@@ -135,7 +136,7 @@ async def test_control_asyncio_drops_what_was_not_read(monkeypatch: pytest.Monke
 
 async def test_nothing_of_a_flood_is_dropped(children: ChildPool) -> None:
     """More messages than the worker reads at once, and a large result after them."""
-    services = RecordingServices()
+    services = AnsweringWorker()
     flood = b'{"op":"progress","done":1,"total":null,"note":null}'
     code = f"{CHANNEL}for _ in range(3_000): raw({flood!r})\nresult = [[] for _ in range(100_000)]"
 

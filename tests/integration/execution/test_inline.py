@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.running import RecordingServices, claims, until, work
+from tests.fakes.answering import AnsweringWorker
+from tests.fakes.running import claims, until, work
 from worker.clock import SystemClock
 from worker.errors import LeaseLost
 from worker.execution.runners.contract import StopSignal
@@ -39,14 +40,12 @@ def inline() -> Inline:
     return Inline(SystemClock())
 
 
-async def run(
-    inline: Inline, handler: str, *, link: RecordingServices | None = None, **params: Any
-) -> Outcome:
-    return await inline.run(work(handler, params=params), link or RecordingServices(), StopSignal())
+async def run(inline: Inline, handler: str, *, link: AnsweringWorker | None = None, **params: Any) -> Outcome:
+    return await inline.run(work(handler, params=params), link or AnsweringWorker(), StopSignal())
 
 
 async def test_a_handler_gets_the_same_context_as_in_a_process(inline: Inline) -> None:
-    link = RecordingServices()
+    link = AnsweringWorker()
 
     outcome = await inline.run(work("ok", claims=claims(max_tokens="5")), link, StopSignal())
 
@@ -93,7 +92,7 @@ async def test_what_is_raised_ends_the_run_and_not_the_worker(
 
 
 async def test_settings_that_do_not_fit_are_refused(inline: Inline) -> None:
-    link = RecordingServices()
+    link = AnsweringWorker()
 
     outcome = await inline.run(work("ok", claims=claims(max_tokens="many")), link, StopSignal())
 
@@ -106,11 +105,11 @@ async def test_a_lost_lease_ends_a_run_that_saves(inline: Inline) -> None:
     def lost(data: str) -> None:
         raise LeaseLost("a newer fencing token exists")
 
-    assert isinstance(await run(inline, "ok", link=RecordingServices(on_save=lost)), Lost)
+    assert isinstance(await run(inline, "ok", link=AnsweringWorker(on_save=lost)), Lost)
 
 
 async def test_a_handler_that_listens_ends_by_itself(inline: Inline, tmp_path: Path) -> None:
-    stop, link = StopSignal(), RecordingServices()
+    stop, link = StopSignal(), AnsweringWorker()
     task = asyncio.create_task(inline.run(work("patient", params={"folder": str(tmp_path)}), link, stop))
     await until((tmp_path / "up").exists)
 
@@ -121,7 +120,7 @@ async def test_a_handler_that_listens_ends_by_itself(inline: Inline, tmp_path: P
 
 
 async def test_half_the_grace_is_left_to_clean_up(inline: Inline, tmp_path: Path) -> None:
-    stop, link = StopSignal(), RecordingServices()
+    stop, link = StopSignal(), AnsweringWorker()
     task = asyncio.create_task(inline.run(work("cleaning", params={"folder": str(tmp_path)}), link, stop))
     await until((tmp_path / "up").exists)
 
@@ -153,7 +152,7 @@ async def test_a_handler_that_swallows_its_cancellation_is_given_up_and_cut_off(
     monkeypatch.setattr(process_jobs.ok, "function", clings)
     monkeypatch.setattr("worker.execution.runners.inline.LAST_STEPS", 0.1)
     monkeypatch.setattr("worker.execution.runners.inline.NAG", 0.05)
-    stop, link = StopSignal(), RecordingServices()
+    stop, link = StopSignal(), AnsweringWorker()
     task = asyncio.create_task(inline.run(work("ok"), link, stop))
     await until((tmp_path / "up").exists)
 
@@ -168,7 +167,7 @@ async def test_a_handler_that_swallows_its_cancellation_is_given_up_and_cut_off(
 async def test_a_run_whose_lease_is_lost_is_cancelled_at_once(inline: Inline, tmp_path: Path) -> None:
     stop = StopSignal()
     given = work("patient", params={"folder": str(tmp_path)})
-    task = asyncio.create_task(inline.run(given, RecordingServices(), stop))
+    task = asyncio.create_task(inline.run(given, AnsweringWorker(), stop))
     await until((tmp_path / "up").exists)
     began = time.monotonic()
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.fakes.running import RecordingServices, work
+from tests.fakes.answering import AnsweringWorker
+from tests.fakes.running import work
 from tests.fakes.unprivileged import in_account
 from worker.execution.runners.child import linux
 from worker.execution.runners.child.pool import ChildPool
@@ -46,7 +47,7 @@ result = "ended" if select.select([watched], [], [], {patience})[0] else "alive"
 
 async def run(children: ChildPool, code: str, memory: int | None) -> Outcome:
     given = work("code", params={"code": code}, memory=memory)
-    return await children.run(given, RecordingServices(), StopSignal())
+    return await children.run(given, AnsweringWorker(), StopSignal())
 
 
 async def test_a_file_in_memory_counts_towards_the_cap(children: ChildPool) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.running import RecordingServices, until, work
+from tests.fakes.answering import AnsweringWorker
+from tests.fakes.running import until, work
 from worker.execution.runners.child import linux
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import StopSignal
@@ -31,14 +32,14 @@ async def _neighbour_and_worker_are_unharmed(children: ChildPool) -> Any:
     before = os.getpid(), len(os.listdir("/proc/self/fd"))
     yield
     await with_its_spare(children)
-    assert isinstance(await children.run(work("ok_blocking"), RecordingServices(), StopSignal()), Succeeded)
+    assert isinstance(await children.run(work("ok_blocking"), AnsweringWorker(), StopSignal()), Succeeded)
     await with_its_spare(children)
     assert before == (os.getpid(), len(os.listdir("/proc/self/fd")))
 
 
 async def with_its_spare(children: ChildPool) -> None:
     """Have the pool fork its spare; besides it there is nothing below the zygote."""
-    await children.run(work("ok_blocking"), RecordingServices(), StopSignal())
+    await children.run(work("ok_blocking"), AnsweringWorker(), StopSignal())
     assert len(left_behind(children)) <= 1
     await until(lambda: len(left_behind(children)) == 1)
 
@@ -50,9 +51,9 @@ def left_behind(children: ChildPool) -> set[int]:
 
 
 async def run(
-    children: ChildPool, handler: str, *, link: RecordingServices | None = None, **params: Any
+    children: ChildPool, handler: str, *, link: AnsweringWorker | None = None, **params: Any
 ) -> Outcome:
-    return await children.run(work(handler, params=params), link or RecordingServices(), StopSignal())
+    return await children.run(work(handler, params=params), link or AnsweringWorker(), StopSignal())
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ async def test_what_cannot_be_interrupted_is_killed_at_the_end_of_the_grace(
     stop = StopSignal()
     running = work(handler, params={"folder": str(tmp_path)})
 
-    task = asyncio.create_task(children.run(running, RecordingServices(), stop))
+    task = asyncio.create_task(children.run(running, AnsweringWorker(), stop))
     await until((tmp_path / "up").exists)
     asked = time.monotonic()
     stop.request("timeout", 0.5)
@@ -206,7 +207,7 @@ async def test_what_cannot_be_interrupted_is_killed_at_the_end_of_the_grace(
 async def test_a_run_over_its_cap_of_memory_is_killed(children: ChildPool) -> None:
     greedy = work("takes_memory", params={"count": 200}, memory=128 * 1024 * 1024)
 
-    outcome = await children.run(greedy, RecordingServices(), StopSignal())
+    outcome = await children.run(greedy, AnsweringWorker(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.reason == "out_of_memory"
@@ -215,7 +216,7 @@ async def test_a_run_over_its_cap_of_memory_is_killed(children: ChildPool) -> No
 async def test_memory_of_a_runs_own_processes_counts(children: ChildPool) -> None:
     greedy = work("children_take_memory", params={"count": 2}, memory=150 * 1024 * 1024)
 
-    outcome = await children.run(greedy, RecordingServices(), StopSignal())
+    outcome = await children.run(greedy, AnsweringWorker(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.reason == "out_of_memory"
@@ -226,7 +227,7 @@ async def test_memory_that_is_taken_faster_than_watched_is_refused_by_the_kernel
     params = {"code": "result = len(bytearray(4_000_000_000))"}
     greedy = work("code", params=params, memory=256 * 1024 * 1024)
 
-    outcome = await children.run(greedy, RecordingServices(), StopSignal())
+    outcome = await children.run(greedy, AnsweringWorker(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.reason == "out_of_memory"
@@ -234,14 +235,14 @@ async def test_memory_that_is_taken_faster_than_watched_is_refused_by_the_kernel
 
 async def test_memory_below_the_cap_is_left_alone(children: ChildPool) -> None:
     modest = work("takes_memory", params={"count": 3}, memory=256 * 1024 * 1024)
-    link = RecordingServices()
+    link = AnsweringWorker()
 
     assert await children.run(modest, link, StopSignal()) == Succeeded('"3 times 10 MiB"')
     assert link.peak_memory > 30 * 1024 * 1024
 
 
 async def test_a_flood_of_output_keeps_its_head_and_tail_and_counts_the_rest(children: ChildPool) -> None:
-    link = RecordingServices()
+    link = AnsweringWorker()
 
     assert await run(children, "prints", link=link, count=200_000) == Succeeded('"printed"')
 
@@ -271,7 +272,7 @@ async def test_the_worker_has_its_memory_back_after_100_mb_of_output_and_a_huge_
 
 
 async def test_a_crash_keeps_its_last_words(children: ChildPool) -> None:
-    link = RecordingServices()
+    link = AnsweringWorker()
 
     await run(children, "segfault", link=link)
 
@@ -281,7 +282,7 @@ async def test_a_crash_keeps_its_last_words(children: ChildPool) -> None:
 
 
 async def test_output_below_python_is_kept_line_by_line(children: ChildPool) -> None:
-    link = RecordingServices()
+    link = AnsweringWorker()
 
     outcome = await run(children, "writes_raw", link=link)
 

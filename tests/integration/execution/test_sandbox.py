@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.answering import AnsweringWorker
 from tests.fakes.kernel import require_landlock
 from tests.fakes.plugins import make_plugin
-from tests.fakes.running import RecordingServices, until, work
+from tests.fakes.running import until, work
 from worker.clock import SystemClock
 from worker.execution.runners.child import landlock
 from worker.execution.runners.child.pool import ChildPool
@@ -78,7 +79,7 @@ async def confined(plugin: Path, data: Path) -> AsyncIterator[ChildPool]:
 
 async def run(children: ChildPool, code: str, **fields: Any) -> Outcome:
     given = work("code", entry_point=f"{MODULE}:code", params={"code": code}, **fields)
-    return await children.run(given, RecordingServices(), StopSignal())
+    return await children.run(given, AnsweringWorker(), StopSignal())
 
 
 async def result_of(children: ChildPool, code: str, **fields: Any) -> Any:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.running import RecordingServices, claims, work
+from tests.fakes.answering import AnsweringWorker
+from tests.fakes.running import claims, work
 from worker.clock import SystemClock
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.child.sandbox import Planner
@@ -57,7 +58,7 @@ async def faults(plugin_folder: Path, share_after: int | None, *, runs: int = 2)
     try:
         for _ in range(runs):
             outcome = await children.run(
-                work("code", params={"code": FAULTS}), RecordingServices(), StopSignal()
+                work("code", params={"code": FAULTS}), AnsweringWorker(), StopSignal()
             )
     finally:
         await children.close()
@@ -95,7 +96,7 @@ async def prepared(plugin_folder: Path, tmp_path: Path) -> AsyncIterator[ChildPo
 
 async def test_runs_of_a_prepared_zygote_work_as_ever(prepared: ChildPool) -> None:
     for _ in range(3):
-        link = RecordingServices()
+        link = AnsweringWorker()
         given = work("ok", claims=claims(max_tokens="5"), checkpoint={"done": 3})
 
         outcome = await prepared.run(given, link, StopSignal())
@@ -128,7 +129,7 @@ async def test_runs_of_a_prepared_zygote_work_as_ever(prepared: ChildPool) -> No
 async def test_a_run_of_a_prepared_zygote_may_do_anything(
     prepared: ChildPool, code: str, result: Any
 ) -> None:
-    outcome = await prepared.run(work("code", params={"code": code}), RecordingServices(), StopSignal())
+    outcome = await prepared.run(work("code", params={"code": code}), AnsweringWorker(), StopSignal())
 
     assert isinstance(outcome, Succeeded), outcome
     assert json.loads(outcome.result or "null") == result

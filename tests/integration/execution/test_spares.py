@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.running import RecordingServices, token, until, work
+from tests.fakes.answering import AnsweringWorker
+from tests.fakes.running import token, until, work
 from worker.clock import SystemClock
 from worker.execution.runners.child import linux
 from worker.execution.runners.child.pool import ChildPool
@@ -72,9 +73,9 @@ class Pool:
         await until(lambda: len(self.below()) == 2 and all(map(waits, self.below())))
         return sorted(self.below(), key=lambda pid: self.below()[pid].started * 1000 + pid / 1e7)
 
-    async def run(self, code: str, *, link: RecordingServices | None = None, **fields: Any) -> Outcome:
+    async def run(self, code: str, *, link: AnsweringWorker | None = None, **fields: Any) -> Outcome:
         given = work("code", params={"code": code}, **fields)
-        return await self.children.run(given, link or RecordingServices(), StopSignal())
+        return await self.children.run(given, link or AnsweringWorker(), StopSignal())
 
     async def result_of(self, code: str, **fields: Any) -> Any:
         outcome = await self.run(code, **fields)
@@ -168,7 +169,7 @@ async def test_the_limits_of_a_run_apply_before_its_module_is_imported(
         timeout_at=SystemClock().now() + timedelta(seconds=60),
     )
 
-    outcome = await pool.children.run(given, RecordingServices(), StopSignal())
+    outcome = await pool.children.run(given, AnsweringWorker(), StopSignal())
 
     assert isinstance(outcome, Succeeded), outcome
     limits = json.loads(outcome.result or "")
@@ -179,7 +180,7 @@ async def test_the_limits_of_a_run_apply_before_its_module_is_imported(
 async def test_the_memory_cap_of_a_run_applies_to_a_spare(pool: Pool) -> None:
     spares = await pool.spares()
     code = "import os, time; x = os.urandom(1024) * 200_000; ctx.save(os.getpid()); time.sleep(600)"
-    link = RecordingServices()
+    link = AnsweringWorker()
 
     outcome = await pool.run(code, link=link, memory=64 * 1024 * 1024)
 
@@ -272,7 +273,7 @@ async def test_a_run_whose_processes_die_unread_again_and_again_is_handed_back(
 
 async def test_a_spare_killed_after_its_handler_was_called_fails_its_attempt(pool: Pool) -> None:
     spares = await pool.spares()
-    link = RecordingServices()
+    link = AnsweringWorker()
     code = "import os, time; ctx.save(os.getpid()); time.sleep(600)"
     running = asyncio.create_task(pool.run(code, link=link))
     await until(lambda: link.saved)
@@ -303,7 +304,7 @@ async def test_a_run_that_stops_itself_is_left_alone(pool: Pool, monkeypatch: py
     """Only a process that has not read its work is checked."""
     monkeypatch.setattr("worker.execution.runners.child.child_run.UNREAD", 0.05)
     await pool.spares()
-    link, stop = RecordingServices(), StopSignal()
+    link, stop = AnsweringWorker(), StopSignal()
     code = "import os, signal; ctx.save(os.getpid()); os.kill(os.getpid(), signal.SIGSTOP)"
     running = asyncio.create_task(pool.children.run(work("code", params={"code": code}), link, stop))
     await until(lambda: link.saved)
@@ -320,7 +321,7 @@ async def test_a_run_can_be_stopped_before_its_spare_has_read_it(pool: Pool) -> 
         await stopped(spare)
     stop = StopSignal()
     running = asyncio.create_task(
-        pool.children.run(work("code", params={"code": "result = 1"}), RecordingServices(), stop)
+        pool.children.run(work("code", params={"code": "result = 1"}), AnsweringWorker(), stop)
     )
     await asyncio.sleep(0.05)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.running import RecordingServices, until, work
+from tests.fakes.answering import AnsweringWorker
+from tests.fakes.running import until, work
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import StopReason, StopSignal
 from worker.runs.outcome import Cancelled, HandedBack, Lost, Outcome, Succeeded, TimedOut
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.anyio
 class Running:
     """A run of a handler that says when it is up, and how to stop it."""
 
-    def __init__(self, children: ChildPool, handler: str, folder: Path, link: RecordingServices) -> None:
+    def __init__(self, children: ChildPool, handler: str, folder: Path, link: AnsweringWorker) -> None:
         self.stop = StopSignal()
         given = work(handler, params={"folder": str(folder)})
         self._task = asyncio.create_task(children.run(given, link, self.stop))
@@ -38,23 +39,23 @@ class Running:
 
 
 @pytest.fixture
-def link() -> RecordingServices:
-    return RecordingServices()
+def link() -> AnsweringWorker:
+    return AnsweringWorker()
 
 
 @pytest.fixture
-def start(children: ChildPool, tmp_path: Path, link: RecordingServices) -> Any:
+def start(children: ChildPool, tmp_path: Path, link: AnsweringWorker) -> Any:
     return lambda handler: Running(children, handler, tmp_path, link)
 
 
-async def test_a_handler_that_listens_ends_by_itself(start: Any, link: RecordingServices) -> None:
+async def test_a_handler_that_listens_ends_by_itself(start: Any, link: AnsweringWorker) -> None:
     outcome = await start("patient").stopped("cancel", 30)
 
     assert outcome == Succeeded('{"ended for":"cancel"}')
     assert link.saved == [{"reason": "cancel"}]
 
 
-async def test_a_handler_hands_itself_back_on_a_drain(start: Any, link: RecordingServices) -> None:
+async def test_a_handler_hands_itself_back_on_a_drain(start: Any, link: AnsweringWorker) -> None:
     assert await start("patient").stopped("drain", 30) == HandedBack()
     assert link.saved == [{"reason": "drain"}]
 
@@ -64,7 +65,7 @@ async def test_a_handler_that_blocks_hears_it_too(start: Any) -> None:
 
 
 @pytest.mark.parametrize("handler", ["cleaning", "cleaning_blocking"])
-async def test_half_the_grace_is_left_to_clean_up(start: Any, link: RecordingServices, handler: str) -> None:
+async def test_half_the_grace_is_left_to_clean_up(start: Any, link: AnsweringWorker, handler: str) -> None:
     began = time.monotonic()
 
     outcome = await start(handler).stopped("timeout", 2)
@@ -100,9 +101,7 @@ async def test_a_second_request_shortens_the_grace_but_keeps_the_reason(start: A
     assert time.monotonic() - began < 10
 
 
-async def test_a_run_whose_lease_is_lost_is_killed_without_a_word(
-    start: Any, link: RecordingServices
-) -> None:
+async def test_a_run_whose_lease_is_lost_is_killed_without_a_word(start: Any, link: AnsweringWorker) -> None:
     assert isinstance(await start("cleaning").killed(), Lost)
     assert link.saved == []
 
@@ -111,7 +110,7 @@ async def test_a_stop_before_the_handler_is_up_ends_it_as_well(children: ChildPo
     stop = StopSignal()
     stop.request("cancel", 0.2)
 
-    outcome = await children.run(work("deaf", params={"folder": str(tmp_path)}), RecordingServices(), stop)
+    outcome = await children.run(work("deaf", params={"folder": str(tmp_path)}), AnsweringWorker(), stop)
 
     assert outcome == Cancelled("requested")
 

@@ -23,7 +23,7 @@ from worker.errors import (
     StoreUnavailable,
     TokenRefused,
 )
-from worker.execution.attempts import run_services
+from worker.execution.attempts import answers
 from worker.execution.attempts.attempt import attempt
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun
@@ -31,13 +31,22 @@ from worker.execution.attempts.plan import Plans
 from worker.execution.attempts.run_services import Tools
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import RunServices, StopSignal, Work
-from worker.execution.trial_budgets import TrialFound
 from worker.guard.claims import Claims, Flag
+from worker.handlers.calls import (
+    AskBudgets,
+    AskToken,
+    CountSpend,
+    LoadSteps,
+    OpenWait,
+    Progress,
+    Save,
+    StoreStep,
+)
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.ids import ALL_ORGS, OrgId, RunId
 from worker.orgs import OrgRef, TokenWant
-from worker.runs.budgets import BudgetState
+from worker.runs.budgets import BudgetState, OrgBudgets
 from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded
 from worker.runs.run import (
     AdmittedRun,
@@ -101,7 +110,7 @@ class Site:
         self.spends: list[tuple[str, int, str]] = []
         self.noted: list[Claims] = []
         self.limits_in_claims = True
-        self.budgets_found: TrialFound | None = None
+        self.budgets_found: OrgBudgets | None = None
         self.pages: list[int] = []
         self.totals = (0, 0)
         self.outdated: list[TokenWant] = []
@@ -140,10 +149,10 @@ class Site:
     async def note_claims(self, org_id: OrgId, claims: Claims) -> None:
         self.noted.append(claims)
 
-    async def budgets_of(self, run: AdmittedRun) -> TrialFound:
-        return self.budgets_found or TrialFound(())
+    async def budgets_of(self, run: AdmittedRun) -> OrgBudgets:
+        return self.budgets_found or OrgBudgets(())
 
-    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> TrialFound | None:
+    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> OrgBudgets | None:
         self.spends.append((meter, amount, key))
         return await self.budgets_of(run) if self.still_ours else None
 
@@ -524,7 +533,7 @@ async def test_a_renewed_token_that_the_pool_no_longer_allows_ends_the_run_refus
     async def renew(work: Work, services: RunServices, stop: StopSignal) -> None:
         site.claims = replace(CLAIMS, properties={"model_version": "gpt-3"})
         with pytest.raises(TokenRefused):
-            await services.token(fresh=True)
+            await services.ask(AskToken(fresh=True))
         assert stop.killed
 
     site.during = renew
@@ -538,7 +547,7 @@ async def test_a_token_renewed_for_another_org_ends_the_run_refused(site: Site) 
     async def renew(work: Work, services: RunServices, stop: StopSignal) -> None:
         site.claims = replace(CLAIMS, org_code="org_other")
         with pytest.raises(TokenRefused) as refused:
-            await services.token(fresh=True)
+            await services.ask(AskToken(fresh=True))
         assert stop.killed
         # The handler may log it, and the org reads that log.
         assert "org_other" not in str(refused.value)
@@ -557,7 +566,7 @@ async def test_being_lost_is_counted_from_the_last_checkpoint_that_moved(site: S
 
     async def save(text: str) -> EndedAttempt:
         async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-            await services.save(text)
+            await services.ask(Save(text))
 
         site.during = during
         return await site.attempt(attempt=2, recoveries=2)
@@ -588,11 +597,11 @@ async def test_services_reject_the_calls_of_an_abandoned_handler(site: Site) -> 
     async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
         services.close()
         with pytest.raises(LeaseLost):
-            await services.save("{}")
+            await services.ask(Save("{}"))
         with pytest.raises(LeaseLost):
-            await services.token(fresh=True)
+            await services.ask(AskToken(fresh=True))
         with pytest.raises(LeaseLost):
-            services.progress(1, None, None)
+            services.tell(Progress(1, None, None))
 
     site.during = during
 
@@ -603,22 +612,22 @@ async def test_services_reject_the_calls_of_an_abandoned_handler(site: Site) -> 
 async def test_a_checkpoint_waits_for_a_database_that_is_unavailable(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_services, "RETRY_SAVE", 0.001)
-    answers = [StoreUnavailable("away"), StoreUnavailable("away")]
+    monkeypatch.setattr(answers, "RETRY", 0.001)
+    errors = [StoreUnavailable("away"), StoreUnavailable("away")]
 
     async def save_checkpoint(run: AdmittedRun, handler: str, data_json: str, number: int) -> bool:
-        if answers:
-            raise answers.pop()
+        if errors:
+            raise errors.pop()
         return True
 
     async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-        await services.save('{"done": 1}')
+        await services.ask(Save('{"done": 1}'))
 
     monkeypatch.setattr(site, "save_checkpoint", save_checkpoint)
     site.during = during
 
     assert (await site.attempt()).state == "succeeded"
-    assert answers == []
+    assert errors == []
 
 
 def step(seq: int = 1, result: str = "1", **values: Any) -> NewStep:
@@ -638,10 +647,10 @@ def step(seq: int = 1, result: str = "1", **values: Any) -> NewStep:
 
 async def test_a_step_is_stored_masked_and_forgives_lost_workers(site: Site) -> None:
     masker.register("canary-5ecret-step")
-    returned: list[str] = []
+    returned: list[str | None] = []
 
     async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-        returned.append(await services.store_step(step(1, '["canary-5ecret-step"]')))
+        returned.append(await services.ask(StoreStep(step(1, '["canary-5ecret-step"]'))))
 
     site.during = during
     ended = await site.attempt(attempt=2, recoveries=2)
@@ -654,13 +663,10 @@ async def test_a_step_is_stored_masked_and_forgives_lost_workers(site: Site) -> 
 
 async def test_replayed_steps_do_not_forgive_lost_workers(site: Site) -> None:
     async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-        await services.load_steps(0)
+        await services.ask(LoadSteps(0))
 
     site.during = during
     assert (await site.attempt(attempt=2, recoveries=2)).recoveries == 2
-    assert site.pages == [0]
-    # A first attempt has none to read.
-    await site.attempt()
     assert site.pages == [0]
 
 
@@ -670,7 +676,7 @@ async def test_replayed_steps_do_not_forgive_lost_workers(site: Site) -> None:
         ([7], 1, None, "step ask: place 7 is taken by another step"),
         ([8, 8], 1, None, "step ask: place 8 is taken by another step"),
         ([8, 9], 100, None, "step ask: the results of the run's steps reach 64 MiB, the limit"),
-        ([8], 1, "canary-5ecret-key", "step ask: its name or key contains a secret"),
+        ([8], 1, "canary-5ecret-key", "the key of a step .masked.: it contains a secret"),
     ],
 )
 async def test_what_a_process_may_not_store_is_refused(
@@ -682,9 +688,9 @@ async def test_what_a_process_may_not_store_is_refused(
     async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
         *good, bad = seqs
         for seq in good:
-            await services.store_step(step(seq, "1" * size))
+            await services.ask(StoreStep(step(seq, "1" * size)))
         with pytest.raises(StepError, match=message):
-            await services.store_step(step(bad, "1" * size, key=key))
+            await services.ask(StoreStep(step(bad, "1" * size, key=key)))
 
     site.during = during
     assert (await site.attempt(attempt=2)).state == "succeeded"
@@ -725,10 +731,10 @@ async def test_a_wait_that_is_opened_again_asks_once(
 
     async def during(work: Work, services: Any, stop: StopSignal) -> None:
         if not once:
-            services._asked = Unknown()
+            services.asked = Unknown()
         for _ in range(repeats):
-            await services.open_wait(NewWait("ok", 1, "answer", alert=True))
-        await services.open_wait(NewWait("ok", 2, "answer", alert=True))
+            await services.ask(OpenWait(NewWait("ok", 1, "answer", alert=True)))
+        await services.ask(OpenWait(NewWait("ok", 2, "answer", alert=True)))
 
     site.during = during
     asks = (await site.attempt()).trail.asks
@@ -741,7 +747,7 @@ async def test_a_wait_that_is_opened_again_asks_once(
 async def test_a_run_asks_no_more_than_it_may_wait_for(site: Site) -> None:
     async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
         for number in range(MOST_WAITS + 5):
-            await services.open_wait(NewWait(f"w{number}", 1, "answer", alert=True))
+            await services.ask(OpenWait(NewWait(f"w{number}", 1, "answer", alert=True)))
 
     site.during = during
     assert len((await site.attempt()).trail.asks) == MOST_WAITS
@@ -753,12 +759,12 @@ async def test_a_steps_times_are_within_its_attempt(
 ) -> None:
     """A run's process writes them; the control believes it."""
     if not clamped:
-        monkeypatch.setattr(run_services, "believed_step", lambda step, run, now: step)
+        monkeypatch.setattr(answers, "believed_step", lambda step, run, now: step)
     first, last = datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
 
     async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-        await services.store_step(step(1, started_at=first, ended_at=last))
-        await services.store_step(step(2, started_at=last, ended_at=first))
+        await services.ask(StoreStep(step(1, started_at=first, ended_at=last)))
+        await services.ask(StoreStep(step(2, started_at=last, ended_at=first)))
 
     site.during = during
     await site.attempt()
@@ -774,7 +780,7 @@ async def test_a_steps_times_are_within_its_attempt(
 async def test_a_wait_under_a_name_of_another_kind_is_refused(site: Site, name: str, kind: Any) -> None:
     async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
         with pytest.raises(StepError, match="reserved"):
-            await services.open_wait(NewWait(name, 1, kind))
+            await services.ask(OpenWait(NewWait(name, 1, kind)))
 
     site.during = during
     assert (await site.attempt()).state == "succeeded"
@@ -786,7 +792,7 @@ BUDGET = BudgetState("llm_tokens", "day", 100, 40, START + timedelta(hours=9), "
 
 async def test_the_handler_gets_the_budgets_of_its_org(site: Site):
     await site.attempt()
-    site.budgets_found = TrialFound([BUDGET])
+    site.budgets_found = OrgBudgets([BUDGET])
     await site.attempt()
 
     assert [work.budgets for work in site.works] == [None, (BUDGET,)]
@@ -794,7 +800,7 @@ async def test_the_handler_gets_the_budgets_of_its_org(site: Site):
 
 
 async def test_a_budget_whose_limit_the_token_lacks_refuses_the_run_before_its_handler(site: Site):
-    site.budgets_found = TrialFound([], missing="daily_tokens")
+    site.budgets_found = OrgBudgets([], missing="daily_tokens")
 
     ended = await site.attempt()
 
@@ -803,14 +809,14 @@ async def test_a_budget_whose_limit_the_token_lacks_refuses_the_run_before_its_h
 
 
 async def test_a_spend_is_keyed_by_attempt_and_number_and_fenced(site: Site):
-    site.budgets_found = TrialFound([BUDGET])
+    site.budgets_found = OrgBudgets([BUDGET])
 
     async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-        assert await services.spend("llm_tokens", 7, 2) == [BUDGET]
-        assert await services.budgets() == [BUDGET]
+        assert await services.ask(CountSpend("llm_tokens", 7, "3:2")) == OrgBudgets([BUDGET])
+        assert await services.ask(AskBudgets()) == OrgBudgets([BUDGET])
         site.still_ours = False
         with pytest.raises(LeaseLost):
-            await services.spend("llm_tokens", 7, 3)
+            await services.ask(CountSpend("llm_tokens", 7, "3:3"))
         assert stop.killed
 
     site.during = during
@@ -821,9 +827,9 @@ async def test_a_spend_is_keyed_by_attempt_and_number_and_fenced(site: Site):
 
 async def test_a_spend_of_a_budget_without_a_limit_ends_the_run_refused(site: Site):
     async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-        site.budgets_found = TrialFound([], missing="daily_tokens")
+        site.budgets_found = OrgBudgets([], missing="daily_tokens")
         with pytest.raises(TokenRefused):
-            await services.spend("llm_tokens", 7, 1)
+            await services.ask(CountSpend("llm_tokens", 7, "1:1"))
 
     site.during = during
     ended = await site.attempt()
@@ -836,10 +842,10 @@ async def test_a_meter_whose_name_is_a_secret_is_not_stored(site: Site):
 
     async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
         spent = replace(step(1, "1"), spends=(("canary-5ecret-meter", 1),))
-        with pytest.raises(StepError, match="its name contains a secret"):
-            await services.store_step(spent)
-        with pytest.raises(StepError, match="its name contains a secret"):
-            await services.spend("canary-5ecret-meter", 1, 1)
+        with pytest.raises(StepError, match="contains a secret"):
+            await services.ask(StoreStep(spent))
+        with pytest.raises(StepError, match="contains a secret"):
+            await services.ask(CountSpend("canary-5ecret-meter", 1, "1:1"))
 
     site.during = during
     await site.attempt()

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.running import RecordingServices, work
+from tests.fakes.answering import AnsweringWorker
+from tests.fakes.running import work
 from worker import BlockingContext, job
 from worker.clock import SystemClock
 from worker.execution.runners import inline
 from worker.execution.runners.contract import StopSignal
 from worker.execution.runners.inline import Blocking
+from worker.handlers.calls import Save
 from worker.runs.outcome import Cancelled, Failed, Lost, Outcome
 
 pytestmark = pytest.mark.anyio
@@ -25,7 +27,7 @@ class Run:
 
     def __init__(self, function: Callable[[BlockingContext], Any]) -> None:
         self.started = threading.Event()
-        self.services, self.stop = RecordingServices(), StopSignal()
+        self.services, self.stop = AnsweringWorker(), StopSignal()
 
         @job("t.blocking")
         def handler(ctx: BlockingContext) -> Any:
@@ -98,10 +100,10 @@ async def test_a_killed_run_is_lost_and_the_call_that_waits_is_interrupted() -> 
     run = Run(handler)
     stored = asyncio.Event()
 
-    async def save(data_json: str) -> None:
+    async def save(call: Save) -> None:
         await stored.wait()
 
-    run.services.save = save  # type: ignore[method-assign]
+    run.services.answers = {Save: save}
     await asyncio.to_thread(run.started.wait, 10)
     run.stop.kill()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from datetime import timedelta
 from typing import Any
@@ -11,13 +12,8 @@ import pytest
 from tests.fakes.running import NOW, claims, token, work
 from worker.execution.attempts.masked import redacted
 from worker.execution.runners.child.frames import LIMIT, BrokenMessage, Unframer, frame
-from worker.execution.runners.child.messages import (
-    outcome_of_message,
-    progress_of,
-    step_message,
-    step_of,
-)
-from worker.handlers.steps import StepError
+from worker.execution.runners.child.messages import outcome_of_message
+from worker.handlers.calls import NotACall, StoreStep, message_of, read
 from worker.ids import OrgId
 from worker.runs.outcome import (
     Failed,
@@ -115,8 +111,8 @@ async def test_texts_of_an_outcome_are_cut_and_cleaned_on_arrival() -> None:
 
 @pytest.mark.parametrize(("done", "total"), [("1", None), (float("nan"), 1), (1, [])])
 def test_progress_that_cannot_be_shown_is_refused(done: Any, total: Any) -> None:
-    with pytest.raises(ValueError, match="finite number"):
-        progress_of({"done": done, "total": total, "note": None})
+    with pytest.raises(NotACall, match="finite number"):
+        read("progress", {"done": done, "total": total, "note": None})
 
 
 STEP = NewStep("ask", "k", 2, 3, '{"a":"é"}', NOW, NOW + timedelta(seconds=1.5), (("llm_tokens", 5),))
@@ -148,5 +144,8 @@ STEP = NewStep("ask", "k", 2, 3, '{"a":"é"}', NOW, NOW + timedelta(seconds=1.5)
     ],
 )
 def test_a_hostile_process_cannot_store_what_is_no_step(changes: dict[str, Any]) -> None:
-    with pytest.raises((ValueError, TypeError, AttributeError, StepError)):
-        step_of(step_message(STEP) | changes)
+    message = message_of(StoreStep(STEP))
+    assert read("store", json.loads(json.dumps(message))) == StoreStep(STEP)
+
+    with pytest.raises(NotACall):
+        read("store", {"step": message["step"] | changes})

@@ -7,7 +7,6 @@ import html
 import json
 import re
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any, cast
 from urllib.parse import quote
 
@@ -15,14 +14,15 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from tests.unit.execution.runs import admitted
+from worker.execution.attempts.answers import Acts, Running
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.masked import AHEAD, mask_trail, masked_progress, redacted
-from worker.execution.attempts.run_services import AttemptServices, RunTools
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.child import messages
 from worker.execution.runners.contract import StopSignal
 from worker.execution.runners.output import LINE_LIMIT, RunOutput, marked
 from worker.handlers.calling import MESSAGE_LIMIT, TRACE_LIMIT, error_of, outcome_of
+from worker.handlers.calls import Progress, read
 from worker.handlers.context import NOTE_LIMIT
 from worker.handlers.json_text import UNMASKED_LIMIT, clean
 from worker.handlers.results import Retry
@@ -166,10 +166,12 @@ async def test_progress_is_cut_after_it_is_masked(secret: str, clock: ManualCloc
     message = json.loads(json.dumps({"done": 1, "total": 2, "note": text}))
     store = Store()
     run_log = RunLogWriter(store, clock)
-    tools = cast(RunTools, SimpleNamespace(run_log=run_log, clock=clock))
-    services = AttemptServices(InflightRun(admitted(), StopSignal()), Trail("h"), None, tools)
+    inflight = InflightRun(admitted(), StopSignal())
+    services = Running(inflight, Trail("h"), cast(Acts, None), run_log, clock)
 
-    services.progress(*messages.progress_of(message))
+    notice = read("progress", message)
+    assert isinstance(notice, Progress)
+    services.tell(notice)
 
     await mask_trail(services.trail, ORG)
     await run_log.flush()

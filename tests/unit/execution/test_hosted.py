@@ -36,6 +36,7 @@ from worker.execution.loops.finisher import unstorable
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.runners.contract import RunServices, StopSignal, Work
+from worker.handlers.calls import AskToken, Progress, Save, StoreStep
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.runs import outcome as outcomes
@@ -233,9 +234,9 @@ async def test_a_run_that_is_cancelled_before_it_starts_is_not_started(clock: Ma
 
 async def test_what_a_handler_saves_goes_to_the_workers_under_its_fence(clock: ManualClock) -> None:
     async def during(services: RunServices, stop: StopSignal) -> None:
-        await services.save('{"done":4}')
-        await services.store_step(STEP)
-        services.progress(1, 2, "half")
+        await services.ask(Save('{"done":4}', 1))
+        await services.ask(StoreStep(STEP))
+        services.tell(Progress(1, 2, "half"))
         services.log("info", "stdout", "hello")
 
     workers = Workers(store={"stored": [[RUN.id, RUN.fencing_token]]}, totals={"last": 0, "bytes": 0})
@@ -264,7 +265,7 @@ async def test_what_a_handler_saves_goes_to_the_workers_under_its_fence(clock: M
 async def test_a_refused_token_ends_the_run_refused(clock: ManualClock) -> None:
     async def during(services: RunServices, stop: StopSignal) -> None:
         with pytest.raises(TokenRefused):
-            await services.token(fresh=False)
+            await services.ask(AskToken(fresh=False))
         assert stop.killed
 
     refused = {"refused": {"reason": "pool_mismatch", "detail": "region"}}

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fakes.answering import AnsweringWorker
 from tests.fakes.clock import ManualClock
-from tests.fakes.running import RecordingServices, work
+from tests.fakes.running import work
 from worker.execution.runners.child import messages
 from worker.execution.runners.child.child_run import BROKEN, ChildRun, Ended
 from worker.execution.runners.child.frames import (
@@ -27,6 +28,7 @@ from worker.execution.runners.child.frames import (
 )
 from worker.execution.runners.child.inbox import InboxTurns
 from worker.execution.runners.contract import OWN_FAILURES, StopSignal
+from worker.handlers.calls import OpenWait, Progress
 from worker.handlers.steps import StepError
 from worker.runs.outcome import (
     Cancelled,
@@ -52,10 +54,10 @@ GOOD: list[dict[str, Any]] = [
     {"op": "save", "n": 1, "data": "1"},
     {"op": "token", "n": 2, "fresh": False},
     {"op": "steps", "n": 3, "after": 0},
-    {"op": "step", "n": 4, "step": STEP},
+    {"op": "store", "n": 4, "step": STEP},
     {"op": "wait", "n": 5, "wait": WAIT},
     {"op": "budgets", "n": 6},
-    {"op": "spend", "n": 7, "meter": "llm", "amount": 1, "number": 1},
+    {"op": "spend", "n": 7, "meter": "llm", "amount": 1, "key": "1:1"},
 ]
 
 
@@ -94,7 +96,7 @@ def outcome_of(*parts: bytes) -> Outcome:
         process: Any = Process()
         turns = InboxTurns(loop.call_soon)
         clock = ManualClock()
-        run = ChildRun(process, work("ok"), RecordingServices(), StopSignal(), clock, lambda: None, turns)
+        run = ChildRun(process, work("ok"), AnsweringWorker(), StopSignal(), clock, lambda: None, turns)
         for part in parts:
             run.on_data(part)
         for _ in range(20):
@@ -128,7 +130,7 @@ OVERFLOWS: list[dict[str, Any]] = [
     {"op": "steps", "n": 1, "after": 10**30},
     {"op": "wait", "n": 1, "wait": {**WAIT, "seconds": 1e300}},
     {"op": "wait", "n": 1, "wait": {**WAIT, "seconds": 10**400}},
-    {"op": "step", "n": 1, "step": {**STEP, "started_at": "0001-01-01T00:00:00+14:00"}},
+    {"op": "store", "n": 1, "step": {**STEP, "started_at": "0001-01-01T00:00:00+14:00"}},
     {"op": "token", "n": 10**400, "fresh": True},
 ]
 
@@ -139,11 +141,13 @@ NOT_OURS: list[Any] = [
     {"op": "save", "n": 1, "data": "{"},
     {"op": "save", "n": 1, "data": "[" * 100_000},
     {"op": "save", "n": "1", "data": "1"},
-    {"op": "step", "n": 1, "step": {**STEP, "result_json": "[" + "1," * 10_000}},
+    {"op": "store", "n": 1, "step": {**STEP, "result_json": "[" + "1," * 10_000}},
     {"op": "wait", "n": 1, "wait": {**WAIT, "options": ["yes"]}},
     {"op": "wait", "n": 1, "wait": {**WAIT, "kind": "answer", "options": [["yes"]]}},
     {"op": "end", "outcome": {"kind": "Succeeded", "result": "[" + "1," * 10_000}},
     {"op": "end", "outcome": {"kind": "TimedOut"}},
+    {"op": "totals", "n": 1},
+    {"op": "spend", "n": 1, "meter": "llm", "amount": 1, "key": "1:01"},
     {"op": "end"},
     {"op": "unknown"},
     {"op": ["end"]},
@@ -161,9 +165,7 @@ def test_what_it_does_not_send_ends_the_run(message: Any) -> None:
     assert outcome_of(START, framed(message), framed(END)) is BROKEN
 
 
-@pytest.mark.parametrize(
-    ("place", "read"), [(0, messages.progress_of), (3, lambda sent: messages.wait_of(sent["wait"]))]
-)
+@pytest.mark.parametrize(("place", "read"), [(0, Progress.row.read), (3, OpenWait.row.read)])
 def test_control_their_readers_do_overflow(place: int, read: Any) -> None:
     with pytest.raises(OverflowError):
         read(OVERFLOWS[place])

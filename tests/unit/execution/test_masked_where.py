@@ -14,11 +14,14 @@ import pytest
 
 from tests.fakes.clock import START, ManualClock
 from tests.unit.execution.runs import admitted
+from worker.execution.attempts.answers import Running
 from worker.execution.attempts.attempt import conclude
 from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.run_services import AttemptServices, Tools
+from worker.execution.attempts.run_services import Tools
+from worker.execution.attempts.store_acts import RunStores, StoreActs
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import StopSignal
+from worker.handlers.calls import OpenWait, Progress, Save, StoreStep
 from worker.handlers.steps import StepError
 from worker.runs.outcome import Error, Failed, Outcome, Succeeded, Trail
 from worker.runs.run import NewStep
@@ -70,7 +73,8 @@ class Attempt:
         names: dict[str, Any] = {"checkpoints": store, "steps": store, "waits": store, "handlers": {}}
         fake = SimpleNamespace(run_log=self.run_log, clock=clock, random=random, **names)
         self.tools = cast(Tools, fake)
-        self.services = AttemptServices(self.inflight, self.trail, None, self.tools)
+        acts = StoreActs(cast(RunStores, fake))
+        self.services = Running(self.inflight, self.trail, acts, self.run_log, clock)
 
     async def end(self, outcome: Outcome) -> None:
         ended = await conclude(self.inflight, outcome, self.trail, self.tools)
@@ -84,7 +88,7 @@ class Attempt:
         await self.run_log.flush()
 
     async def report(self, note: str) -> None:
-        self.services.progress(1, None, note)
+        self.services.tell(Progress(1, None, note))
         await self.run_log.flush()
 
 
@@ -93,9 +97,9 @@ def step(text: str) -> NewStep:
 
 
 WAYS: dict[str, Callable[[Attempt], Awaitable[object]]] = {
-    "checkpoint": lambda attempt: attempt.services.save(JSON),
-    "step": lambda attempt: attempt.services.store_step(step(JSON)),
-    "wait": lambda attempt: attempt.services.open_wait(NewWait("w", 1, "answer", ask_json=JSON)),
+    "checkpoint": lambda attempt: attempt.services.ask(Save(JSON)),
+    "step": lambda attempt: attempt.services.ask(StoreStep(step(JSON))),
+    "wait": lambda attempt: attempt.services.ask(OpenWait(NewWait("w", 1, "answer", ask_json=JSON))),
     "line": lambda attempt: attempt.log(LONG),
     "lines": lambda attempt: attempt.log(*[f"{SECRET} " * 30] * 20),
     "result": lambda attempt: attempt.end(Succeeded(JSON)),
@@ -141,7 +145,7 @@ async def test_of_many_notes_only_the_last_is_masked(on_loop: list[int], clock: 
     """The control is what each of them would cost: a run may send thousands in a second."""
     attempt = Attempt(clock)
     for number in range(500):
-        attempt.services.progress(number, 500, f"{SECRET} {number}")
+        attempt.services.tell(Progress(number, 500, f"{SECRET} {number}"))
     assert on_loop == []
 
     await attempt.report(f"{SECRET} 500")
@@ -162,7 +166,7 @@ async def test_saves_are_numbered_as_they_were_sent(clock: ManualClock) -> None:
 
     attempt.store.save_checkpoint = save  # type: ignore[method-assign]
 
-    await asyncio.gather(attempt.services.save(JSON), attempt.services.save('"short"'))
+    await asyncio.gather(attempt.services.ask(Save(JSON, 1)), attempt.services.ask(Save('"short"', 2)))
 
     assert [number for number, _ in sorted(numbers, key=lambda each: -each[1])] == [1, 2]
 
@@ -176,8 +180,8 @@ async def test_an_option_that_contains_a_secret_is_refused(clock: ManualClock) -
     attempt = Attempt(clock)
 
     for option in (SECRET, f"not {SECRET}"):
-        with pytest.raises(StepError, match="an option contains a secret"):
-            await attempt.services.open_wait(NewWait("w", 1, "answer", options=("yes", option)))
+        with pytest.raises(StepError, match="an option of a wait .* contains a secret"):
+            await attempt.services.ask(OpenWait(NewWait("w", 1, "answer", options=("yes", option))))
     assert attempt.store.texts == []
-    await attempt.services.open_wait(NewWait("w", 1, "answer", options=("yes", "no")))
+    await attempt.services.ask(OpenWait(NewWait("w", 1, "answer", options=("yes", "no"))))
     assert attempt.store.texts == [""]

@@ -28,12 +28,14 @@ from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.test import TestModel
 from pydantic_ai.tools import RunContext
 
+from tests.fakes.answering import AnsweringWorker
 from tests.fakes.clock import ManualClock
 from worker import Context, StepError, durable, job
+from worker.handlers.calls import StoreStep
 from worker.handlers.spending import DONE
 from worker.handlers.step_calls import StepCalls
 from worker.handlers.steps import StepJournal, open_step
-from worker.runs.run import NewStep, StepPage, StoredStep
+from worker.runs.run import NewStep
 from worker.testing import Crash, Orgworker
 
 pytestmark = pytest.mark.anyio
@@ -56,22 +58,15 @@ class Store:
     def names(self) -> Counter[str]:
         return Counter(step.name for step in self.steps)
 
-    async def load_steps(self, after: int) -> StepPage:
-        return StepPage(
-            [
-                StoredStep(step.seq, step.name, step.key, step.occurrence, 1, step.result_json)
-                for step in self.steps
-                if step.seq > after
-            ]
-        )
-
-    async def store_step(self, step: NewStep) -> str:
+    def store(self, call: StoreStep) -> None:
         if self.kill_after is not None:
             if self.kill_after == 0:
                 raise Killed
             self.kill_after -= 1
-        self.steps.append(step)
-        return step.result_json
+        self.steps.append(call.step)
+
+    def port(self) -> AnsweringWorker:
+        return AnsweringWorker({StoreStep: self.store}, steps=self.steps)
 
 
 class Attempt(Context[Any, Any]):
@@ -79,7 +74,7 @@ class Attempt(Context[Any, Any]):
 
     def __init__(self, store: Store) -> None:
         self.run = SimpleNamespace(id="run-1")  # type: ignore[assignment]
-        self.steps_of = StepCalls(StepJournal(replays=True), store, ManualClock())
+        self.steps_of = StepCalls(StepJournal(replays=True), store.port(), ManualClock())
 
         self.store = store
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.answering import AnsweringWorker
 from tests.fakes.clock import START, ManualClock
 from tests.fakes.running import NOW
 from worker.guard.claims import Claims, Flag
+from worker.handlers.calls import Save
 from worker.handlers.context import BlockingContext, Context, close_blocking_http, close_http
 from worker.handlers.given import BlockingCancellation, Cancellation, Given, HeldToken, Org, ThisRun
 from worker.handlers.json_text import NotStorable
@@ -45,38 +47,6 @@ MEMBERS = {
 }
 
 
-class Line:
-    """A line that keeps what goes over it."""
-
-    def __init__(self) -> None:
-        self.saved: list[str] = []
-        self.progressed: list[Any] = []
-
-    def save(self, data_json: str) -> Any:
-        self.saved.append(data_json)
-
-    def load_steps(self, after: int) -> Any:
-        raise AssertionError("a first attempt has no steps")
-
-    def open_wait(self, wait: Any) -> Any:
-        raise AssertionError("no wait here")
-
-    def store_step(self, step: Any) -> Any:
-        raise AssertionError("no step here")
-
-    def budgets(self) -> Any:
-        raise AssertionError("no budget here")
-
-    def spend(self, meter: str, amount: int, number: int) -> Any:
-        raise AssertionError("no spend here")
-
-    def token(self, *, fresh: bool) -> Any:
-        raise AssertionError("the token at hand is good")
-
-    def progress(self, done: float, total: float | None, note: str | None) -> None:
-        self.progressed.append((done, total, note))
-
-
 def given(clock: ManualClock, **properties: Any) -> Given[Any, Any]:
     ends = START + timedelta(hours=1)
     flags = {"agent-v2": Flag("boolean", True), "model": Flag("string", "big"), "off": Flag("boolean", False)}
@@ -94,7 +64,7 @@ def given(clock: ManualClock, **properties: Any) -> Given[Any, Any]:
     )
 
 
-def blocking(clock: ManualClock, line: Line, **properties: Any) -> BlockingContext[Any, Any]:
+def blocking(clock: ManualClock, line: AnsweringWorker, **properties: Any) -> BlockingContext[Any, Any]:
     return BlockingContext(given(clock, **properties), line, BlockingCancellation())
 
 
@@ -104,7 +74,7 @@ def public(thing: Any) -> set[str]:
 
 @pytest.mark.anyio
 async def test_both_contexts_have_the_documented_members_with_the_same_parameters(clock: ManualClock) -> None:
-    line: Any = Line()
+    line = AnsweringWorker()
     waiting: Context[Any, Any] = Context(given(clock), line, Cancellation())
     blocks = blocking(clock, line)
 
@@ -118,7 +88,7 @@ async def test_both_contexts_have_the_documented_members_with_the_same_parameter
 
 
 def test_a_declared_secret_is_a_text_and_another_name_says_how_to_declare_it(clock: ManualClock) -> None:
-    line: Any = Line()
+    line = AnsweringWorker()
     data = replace(given(clock), secrets={"openai": "sk-1234567890"})
     for ctx in (
         Context(data, line, Cancellation()),
@@ -133,7 +103,7 @@ def test_a_declared_secret_is_a_text_and_another_name_says_how_to_declare_it(clo
 
 @pytest.mark.anyio
 async def test_the_clients_that_were_used_are_closed_at_the_end(clock: ManualClock) -> None:
-    line: Any = Line()
+    line = AnsweringWorker()
     waiting: Context[Any, Any] = Context(given(clock), line, Cancellation())
     blocks = blocking(clock, line)
     clients = [waiting.http, waiting.public_http, blocks.http, blocks.public_http]
@@ -149,7 +119,7 @@ async def test_no_client_is_made_to_be_closed(clock: ManualClock, monkeypatch: p
     made: list[object] = []
     for name in ("org_client", "blocking_org_client"):
         monkeypatch.setattr(f"worker.handlers.http.{name}", lambda *given: made.append(given))
-    line: Any = Line()
+    line = AnsweringWorker()
 
     await close_http(Context(given(clock), line, Cancellation()))
     close_blocking_http(blocking(clock, line))
@@ -169,7 +139,7 @@ def test_both_say_alike_whether_to_stop() -> None:
 
 
 def test_a_flag_has_its_value_and_is_off_where_it_is_absent(clock: ManualClock) -> None:
-    ctx = blocking(clock, Line(), **{"beta-tools": "true", "seats": "12"})
+    ctx = blocking(clock, AnsweringWorker(), **{"beta-tools": "true", "seats": "12"})
 
     assert ctx.flag("agent-v2") is True
     assert ctx.flag("model") == "big"
@@ -180,16 +150,16 @@ def test_a_flag_has_its_value_and_is_off_where_it_is_absent(clock: ManualClock) 
 
 
 def test_a_checkpoint_is_stored_as_json_text(clock: ManualClock) -> None:
-    line = Line()
+    line = AnsweringWorker()
 
     blocking(clock, line).save({"done": 3, "who": "Zoë"})
 
-    assert line.saved == ['{"done":3,"who":"Zoë"}']
+    assert line.calls == [Save('{"done":3,"who":"Zoë"}', 1)]
 
 
 @pytest.mark.parametrize("data", [float("nan"), "\ud800", "\0", object(), "x" * 1024 * 1024])
 def test_a_checkpoint_that_no_database_takes_is_refused_here(clock: ManualClock, data: Any) -> None:
-    line = Line()
+    line = AnsweringWorker()
 
     with pytest.raises(NotStorable, match="the checkpoint"):
         blocking(clock, line).save(data)
@@ -197,7 +167,7 @@ def test_a_checkpoint_that_no_database_takes_is_refused_here(clock: ManualClock,
 
 
 def test_progress_is_cut_to_what_can_be_sent(clock: ManualClock) -> None:
-    line = Line()
+    line = AnsweringWorker()
 
     blocking(clock, line).progress(1, total=3, note="x" * 100_000 + "\0")
 
@@ -209,4 +179,4 @@ def test_progress_is_cut_to_what_can_be_sent(clock: ManualClock) -> None:
 @pytest.mark.parametrize("done", ["1", None, True, float("nan"), float("inf")])
 def test_progress_is_a_number(clock: ManualClock, done: Any) -> None:
     with pytest.raises(ValueError, match="done is a finite number"):
-        blocking(clock, Line()).progress(done)
+        blocking(clock, AnsweringWorker()).progress(done)

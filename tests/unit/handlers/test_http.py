@@ -10,8 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.fakes.answering import AnsweringWorker
 from tests.fakes.clock import ManualClock
 from worker.guard.claims import Claims
+from worker.handlers.calls import AskToken
 from worker.handlers.context import BlockingContext, Context
 from worker.handlers.given import BlockingCancellation, Cancellation, Given, HeldToken, Org, ThisRun
 from worker.handlers.http import origin_of
@@ -25,7 +27,7 @@ Answer = Callable[[httpx.Request], httpx.Response]
 
 
 class Minting:
-    """Both kinds of line to the worker: each renewal gives the next token."""
+    """A line to the worker: each renewal gives the next token."""
 
     def __init__(self, clock: ManualClock) -> None:
         self.clock = clock
@@ -38,27 +40,12 @@ class Minting:
         token = AccessToken(f"token-{len(self.asked)}", ends)
         return token, Claims("org_acme", "client", frozenset(), {}, {}, now, ends)
 
-    def take(self, fresh: bool) -> tuple[AccessToken, Claims]:
-        self.asked.append(fresh)
+    def take(self, call: AskToken) -> tuple[AccessToken, Claims]:
+        self.asked.append(call.fresh)
         return self.granted()
 
-
-class Async(Minting):
-    async def save(self, data_json: str) -> None: ...
-
-    def progress(self, done: float, total: float | None, note: str | None) -> None: ...
-
-    async def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
-        return self.take(fresh)
-
-
-class Blocking(Minting):
-    def save(self, data_json: str) -> None: ...
-
-    def progress(self, done: float, total: float | None, note: str | None) -> None: ...
-
-    def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
-        return self.take(fresh)
+    def port(self) -> AnsweringWorker:
+        return AnsweringWorker({AskToken: self.take})
 
 
 def given(line: Minting, origins: list[str], base_url: str = "") -> Given[Any, Any]:
@@ -93,15 +80,13 @@ class Caller:
         transport = httpx.MockTransport(handle)
         origins = [API, *PLAIN, *LOOPBACK, "http://unlisted.acme.com"]
         self._client: Any
-        self.line: Minting
+        self.line = line = Minting(clock)
         transports = {"http": transport}
         if kind == "async":
-            self.line = line = Async(clock)
-            self._client = Context(given(line, origins), line, Cancellation(), transports).http
+            self._client = Context(given(line, origins), line.port(), Cancellation(), transports).http
         else:
-            self.line = blocking = Blocking(clock)
             cancelled = BlockingCancellation()
-            self._client = BlockingContext(given(blocking, origins), blocking, cancelled, transports).http
+            self._client = BlockingContext(given(line, origins), line.port(), cancelled, transports).http
 
     async def send(self, method: str, url: str, **options: Any) -> httpx.Response:
         response = self._client.request(method, url, **options)
@@ -148,10 +133,10 @@ async def test_a_base_url_is_for_relative_urls_of_http_alone(clock: ManualClock)
         return httpx.Response(200)
 
     transport = httpx.MockTransport(handle)
-    line, blocking = Async(clock), Blocking(clock)
+    line = Minting(clock)
     transports = {"http": transport, "public_http": transport}
-    ctx = Context(given(line, [API], f"{API}/v1"), line, Cancellation(), transports)
-    blocks = BlockingContext(given(blocking, [API], API), blocking, BlockingCancellation(), transports)
+    ctx = Context(given(line, [API], f"{API}/v1"), line.port(), Cancellation(), transports)
+    blocks = BlockingContext(given(line, [API], API), line.port(), BlockingCancellation(), transports)
 
     await ctx.http.get("/articles")
     await ctx.http.get("https://evil.example/articles")
@@ -295,7 +280,7 @@ async def test_a_streamed_body_is_not_sent_twice(make: Make) -> None:
     async def chunks() -> Any:
         yield b"x"
 
-    content = chunks() if isinstance(caller.line, Async) else iter([b"x"])
+    content = chunks() if isinstance(caller._client, httpx.AsyncClient) else iter([b"x"])
     response = await caller.send("POST", f"{API}/x", content=content)
 
     assert response.status_code == 401

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
+from tests.fakes.answering import AnsweringWorker
 from tests.fakes.clock import ManualClock, settle
-from tests.fakes.running import page
 from tests.unit.handlers.test_context import given
 from worker import BudgetExceeded, StepError
 from worker.handlers import spending
 from worker.handlers.calling import outcome_of_error
+from worker.handlers.calls import AskBudgets, CountSpend, OpenWait
 from worker.handlers.context import BlockingContext, Context
 from worker.handlers.given import BlockingCancellation, Cancellation
 from worker.handlers.spending import Budget
-from worker.runs.budgets import BudgetState
+from worker.runs.budgets import BudgetState, OrgBudgets
 from worker.runs.outcome import Failed, Parked
-from worker.runs.run import NewStep, StepPage
+from worker.runs.run import NewStep
 from worker.runs.waits import NewWait, WaitState
 
 pytestmark = pytest.mark.anyio
@@ -72,9 +72,18 @@ class Org:
             return WaitState("budget", "over" if answer is None else "answered", answer)
         return WaitState("budget", "pending")
 
-    def store(self, step: NewStep) -> str:
-        self.steps.append(step)
-        return step.result_json
+    def port(self, *, suspends: bool = False) -> AnsweringWorker:
+        def spend(call: CountSpend) -> OrgBudgets:
+            attempt, _, number = call.key.partition(":")
+            assert attempt == "1"
+            return OrgBudgets(self.spend(call.meter, call.amount, int(number)))
+
+        answers = {
+            AskBudgets: lambda call: OrgBudgets(self.budgets()),
+            CountSpend: spend,
+            OpenWait: lambda call: self.open_wait(call.wait),
+        }
+        return AnsweringWorker(answers, suspends, steps=self.steps)
 
     def given(self) -> Any:
         data = given(self.clock)
@@ -83,54 +92,10 @@ class Org:
         return data
 
     def context(self) -> Context[Any, Any]:
-        return Context(self.given(), Port(self), Cancellation(), on_park=self.parked.append)
+        return Context(self.given(), self.port(suspends=True), Cancellation(), on_park=self.parked.append)
 
     def blocking(self) -> BlockingContext[Any, Any]:
-        return BlockingContext(
-            self.given(), BlockingPort(self), BlockingCancellation(), on_park=self.parked.append
-        )
-
-
-class BlockingPort:
-    def __init__(self, org: Org) -> None:
-        self.budgets, self.spend, self.open_wait = org.budgets, org.spend, org.open_wait
-        self.store_step = org.store
-        self.load_steps: Callable[[int], StepPage] = lambda after: page(org.steps, after)
-
-    def progress(self, done: float, total: float | None, note: str | None) -> None: ...
-
-    def save(self, data_json: str) -> None: ...
-
-    def token(self, *, fresh: bool) -> Any: ...
-
-
-class Port:
-    def __init__(self, org: Org) -> None:
-        self._org = org
-
-    async def budgets(self) -> list[BudgetState]:
-        await asyncio.sleep(0)
-        return self._org.budgets()
-
-    async def spend(self, meter: str, amount: int, number: int) -> list[BudgetState]:
-        return self._org.spend(meter, amount, number)
-
-    async def open_wait(self, wait: NewWait) -> WaitState:
-        await asyncio.sleep(0)
-        return self._org.open_wait(wait)
-
-    async def load_steps(self, after: int) -> StepPage:
-        return page(self._org.steps, after)
-
-    async def store_step(self, step: NewStep) -> str:
-        await asyncio.sleep(0)
-        return self._org.store(step)
-
-    def progress(self, done: float, total: float | None, note: str | None) -> None: ...
-
-    async def save(self, data_json: str) -> None: ...
-
-    async def token(self, *, fresh: bool) -> Any: ...
+        return BlockingContext(self.given(), self.port(), BlockingCancellation(), on_park=self.parked.append)
 
 
 async def test_a_spend_inside_a_step_is_stored_with_the_step_and_not_made_again(clock: ManualClock):
@@ -146,7 +111,7 @@ async def test_a_spend_inside_a_step_is_stored_with_the_step_and_not_made_again(
         ctx = org.context()
         assert await ctx.step("ask", ask, ctx) == "hi"
 
-    assert [step.spends for step in org.steps] == [((METER, 30), (METER, 5), ("calls", 1))]
+    assert [step.spends for step in org.steps] == [((METER, 35), ("calls", 1))]
     assert org.spent == []
 
 

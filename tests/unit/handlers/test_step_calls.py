@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from tests.fakes.answering import AnsweringWorker, page
 from tests.fakes.clock import ManualClock, settle
-from tests.fakes.running import page
 from tests.unit.handlers.test_context import given
 from worker import PermanentError
 from worker.errors import LeaseLost
 from worker.handlers import step_calls
+from worker.handlers.calls import LoadSteps, StoreStep
 from worker.handlers.context import BlockingContext, Context
 from worker.handlers.given import BlockingCancellation, Cancellation
 from worker.handlers.steps import RESULT_LIMIT, StepError, open_step
@@ -43,47 +44,25 @@ class Stored:
         self.steps.append(replace(step, result_json=step.result_json.replace("hidden", "[masked]")))
         return self.steps[-1].result_json
 
+    def port(self, *, suspends: bool = False) -> AnsweringWorker:
+        async def store(call: StoreStep) -> str:
+            if self.gate is not None:
+                await self.gate.wait()
+            return self.store(call.step)
+
+        answers = {LoadSteps: lambda call: self.load(call.after), StoreStep: store}
+        return AnsweringWorker(answers, suspends)
+
     def context(self, clock: ManualClock, *, replays: bool = True) -> Context[Any, Any]:
-        return Context(self._given(clock, replays), Port(self), Cancellation())
+        return Context(self._given(clock, replays), self.port(suspends=True), Cancellation())
 
     def blocking(self, clock: ManualClock) -> BlockingContext[Any, Any]:
-        return BlockingContext(self._given(clock, True), BlockingPort(self), BlockingCancellation())
+        return BlockingContext(self._given(clock, True), self.port(), BlockingCancellation())
 
     def _given(self, clock: ManualClock, replays: bool) -> Any:
         data = given(clock)
         data.replays = replays
         return data
-
-
-class BlockingPort:
-    def __init__(self, stored: Stored) -> None:
-        self.load_steps, self.store_step = stored.load, stored.store
-
-    def progress(self, done: float, total: float | None, note: str | None) -> None: ...
-
-    def save(self, data_json: str) -> None: ...
-
-    def token(self, *, fresh: bool) -> Any: ...
-
-
-class Port:
-    def __init__(self, stored: Stored) -> None:
-        self._stored = stored
-
-    async def load_steps(self, after: int) -> StepPage:
-        await asyncio.sleep(0)
-        return self._stored.load(after)
-
-    async def store_step(self, step: NewStep) -> str:
-        if self._stored.gate is not None:
-            await self._stored.gate.wait()
-        return self._stored.store(step)
-
-    def progress(self, done: float, total: float | None, note: str | None) -> None: ...
-
-    async def save(self, data_json: str) -> None: ...
-
-    async def token(self, *, fresh: bool) -> Any: ...
 
 
 class Calls:

@@ -11,17 +11,19 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.answering import AnsweringWorker
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.handlers.test_context import given
 from worker import WaitTimeout, job
 from worker.handlers import waits
 from worker.handlers.calling import call, call_blocking, outcome_of_error
+from worker.handlers.calls import OpenWait
 from worker.handlers.context import BlockingContext, Context
 from worker.handlers.given import BlockingCancellation, Cancellation
 from worker.handlers.steps import StepError
 from worker.handlers.waits import Parking
 from worker.runs.outcome import Failed, Outcome, Parked, Succeeded
-from worker.runs.run import NewStep, StepPage
+from worker.runs.run import NewStep
 from worker.runs.waits import NewWait, WaitState
 
 pytestmark = pytest.mark.anyio
@@ -50,16 +52,17 @@ class Worker:
         self.waits.append(wait)
         return self.states.get(key, WaitState(wait.kind, "pending"))
 
-    def page(self, after: int) -> StepPage:
-        from tests.fakes.running import page
-
-        return page(self.steps, after)
+    def port(self, *, suspends: bool = False) -> AnsweringWorker:
+        answers = {OpenWait: lambda call: self.open(call.wait)}
+        return AnsweringWorker(answers, suspends, self.saved.append, steps=self.steps)
 
     async def run(self, clock: ManualClock, handler: Handler) -> Outcome:
         """One attempt of an async handler."""
         data = given(clock)
         data.replays = True
-        ctx: Context[Any, Any] = Context(data, Port(self), Cancellation(), None, self.parks.append)
+        ctx: Context[Any, Any] = Context(
+            data, self.port(suspends=True), Cancellation(), None, self.parks.append
+        )
 
         @job("acme.waits")
         async def body(ctx: Context[Any, Any]) -> Any:
@@ -71,7 +74,7 @@ class Worker:
         """One attempt of a handler that blocks."""
         data = given(clock)
         data.replays = True
-        port = BlockingPort(self)
+        port = self.port()
         ctx: BlockingContext[Any, Any] = BlockingContext(
             data, port, BlockingCancellation(), None, self.parks.append
         )
@@ -81,46 +84,6 @@ class Worker:
             return handler(ctx)
 
         return call_blocking(body, ctx)
-
-
-class BlockingPort:
-    def __init__(self, worker: Worker) -> None:
-        self.open_wait, self.load_steps = worker.open, worker.page
-        self._worker = worker
-
-    def store_step(self, step: NewStep) -> str:
-        self._worker.steps.append(step)
-        return step.result_json
-
-    def save(self, data_json: str) -> None:
-        self._worker.saved.append(data_json)
-
-    def progress(self, done: float, total: float | None, note: str | None) -> None: ...
-
-    def token(self, *, fresh: bool) -> Any: ...
-
-
-class Port:
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-
-    async def open_wait(self, wait: NewWait) -> WaitState:
-        await asyncio.sleep(0)
-        return self._worker.open(wait)
-
-    async def load_steps(self, after: int) -> StepPage:
-        return self._worker.page(after)
-
-    async def store_step(self, step: NewStep) -> str:
-        await asyncio.sleep(0)
-        self._worker.steps.append(step)
-        return step.result_json
-
-    async def save(self, data_json: str) -> None: ...
-
-    async def token(self, *, fresh: bool) -> Any: ...
-
-    def progress(self, done: float, total: float | None, note: str | None) -> None: ...
 
 
 @pytest.fixture
