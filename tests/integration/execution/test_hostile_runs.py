@@ -76,7 +76,7 @@ async def test_control_without_the_check_it_counts(
 async def test_a_run_without_a_token_waits_as_long_as_the_worker_says(children: ChildPool) -> None:
     services = AnsweringWorker(refuses=IssuerUnavailable("away", retry_after=7.0))
 
-    asking = "try:\n    channel.token(fresh=True)\nexcept Exception:\n    pass\n"
+    asking = "try:\n    from worker.handlers.calls import AskToken\n    channel.request(AskToken(True)).result()\nexcept Exception:\n    pass\n"
     outcome = await run(children, f"{CHANNEL}{asking}{YEARS}", services)
 
     assert isinstance(outcome, NoToken)
