@@ -34,7 +34,7 @@ from worker.execution.attempts.dispatcher import Dispatcher
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.attempts.plan import Plans, Revision
-from worker.execution.attempts.run_services import Tools
+from worker.execution.attempts.tools import Tools
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.inline import Inline
 from worker.handlers.catalogue import HandlerEntry

@@ -26,7 +26,7 @@ from bench.filling import HANDLER, Filled, filled
 from worker.clock import SystemClock
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.plan import Plans
-from worker.execution.attempts.run_services import Tools
+from worker.execution.attempts.tools import Tools
 from worker.execution.hosts.attempt_api import AttemptApi
 from worker.execution.hosts.wire import PREFIX
 from worker.execution.loops.run_log_writer import RunLogWriter

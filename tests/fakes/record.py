@@ -26,7 +26,7 @@ from worker.claims.enforced import Enforced
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.attempts.plan import Plans
-from worker.execution.attempts.run_services import GivenSecrets, Tools
+from worker.execution.attempts.tools import GivenSecrets, Tools
 from worker.execution.hosts import wire
 from worker.execution.hosts.attempt_api import AttemptApi
 from worker.execution.hosts.control import AsyncControl, BlockingControl, Controls

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import httpx
 
 from worker.errors import NotFound, UsageError, WorkerError
-from worker.execution.attempts.run_services import GivenSecrets
+from worker.execution.attempts.tools import GivenSecrets
 from worker.execution.runners.contract import Runner
 from worker.execution.trial import LIFETIME, Subject, Trial, definition_of
 from worker.handlers.catalogue import HandlerEntry

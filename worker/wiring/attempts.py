@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from worker.clock import Clock
 from worker.errors import ConfigurationError
 from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.run_services import Tools
+from worker.execution.attempts.tools import Tools
 from worker.execution.hosts.attempt_api import AttemptApi
 from worker.execution.hosts.delivery import HostTools
 from worker.execution.hosts.sharing import Sharing

@@ -22,7 +22,7 @@ from worker.execution.attempts.dispatcher import Dispatcher
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.attempts.plan import Plans
-from worker.execution.attempts.run_services import Tools
+from worker.execution.attempts.tools import Tools
 from worker.execution.loops.admission import Admission
 from worker.execution.loops.heartbeat import Heartbeat
 from worker.execution.loops.maintenance import Housekeeping, Retention, sweep

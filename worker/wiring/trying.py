@@ -17,7 +17,7 @@ from worker.clock import Clock
 from worker.definitions import CANCEL_GRACE
 from worker.definitions.units import format_duration
 from worker.errors import Conflict, NotFound, did_you_mean
-from worker.execution.attempts.run_services import GivenSecrets, SecretSource, TokenSource
+from worker.execution.attempts.tools import GivenSecrets, SecretSource, TokenSource
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import Runner
 from worker.execution.runners.inline import Blocking, Inline

@@ -22,7 +22,7 @@ from worker.execution.attempts.attempt import Prepared, conclude, prepare
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
 from worker.execution.attempts.masked import redacted
-from worker.execution.attempts.run_services import HandlerTools
+from worker.execution.attempts.tools import HandlerTools
 from worker.execution.hosts import attempt_api
 from worker.execution.hosts.control import AsyncControl, Controls
 from worker.execution.hosts.hosted import RemoteTools

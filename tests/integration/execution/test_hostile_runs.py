@@ -25,6 +25,7 @@ pytestmark = pytest.mark.anyio
 CHANNEL = """
 import json, struct
 from worker.execution.runners.child import main
+from worker.handlers.calls import AskToken
 channel = main._channel
 def say(kind, **fields):
     channel.send({"op": "end", "outcome": {"kind": kind, **fields}})
@@ -76,7 +77,7 @@ async def test_control_without_the_check_it_counts(
 async def test_a_run_without_a_token_waits_as_long_as_the_worker_says(children: ChildPool) -> None:
     services = AnsweringWorker(refuses=IssuerUnavailable("away", retry_after=7.0))
 
-    asking = "try:\n    from worker.handlers.calls import AskToken\n    channel.request(AskToken(True)).result()\nexcept Exception:\n    pass\n"
+    asking = "try:\n    channel.request(AskToken(True)).result()\nexcept Exception:\n    pass\n"
     outcome = await run(children, f"{CHANNEL}{asking}{YEARS}", services)
 
     assert isinstance(outcome, NoToken)

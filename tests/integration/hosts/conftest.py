@@ -23,7 +23,7 @@ from worker.definitions.file import parse_file
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.plan import Plans
-from worker.execution.attempts.run_services import Tools
+from worker.execution.attempts.tools import Tools
 from worker.execution.hosts import wire
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter

@@ -28,7 +28,7 @@ from worker.execution.attempts.attempt import attempt
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.plan import Plans
-from worker.execution.attempts.run_services import Tools
+from worker.execution.attempts.tools import Tools
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import RunServices, StopSignal, Work
 from worker.guard.claims import Claims, Flag

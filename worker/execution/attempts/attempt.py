@@ -29,7 +29,7 @@ from worker.execution.attempts.answers import Running
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.masked import mask_trail, redacted
 from worker.execution.attempts.plan import DEFAULT_LIMITS, AttemptPlan, Limits, state_without_order
-from worker.execution.attempts.run_services import HandlerTools, Tools
+from worker.execution.attempts.tools import HandlerTools, Tools
 from worker.execution.runners.contract import LONGEST_PAUSE, Stopped, Work, outcome_of_stop
 from worker.guard.claims import Claims, flag_is
 from worker.guard.decode import enforce

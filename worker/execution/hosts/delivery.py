@@ -19,7 +19,7 @@ from worker.clock import to_text
 from worker.errors import Busy, LeaseLost, Unavailable
 from worker.execution.attempts.attempt import Prepared, conclude, outcome_of_error, prepare
 from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.run_services import Tools
+from worker.execution.attempts.tools import Tools
 from worker.execution.hosts import wire
 from worker.execution.hosts.granted import GrantedHandlers
 from worker.execution.hosts.sharing import Sharing

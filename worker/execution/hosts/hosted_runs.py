@@ -36,7 +36,7 @@ from worker.execution.attempts.attempt import (
     without_state,
 )
 from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.run_services import Tools
+from worker.execution.attempts.tools import Tools
 from worker.execution.hosts import wire
 from worker.execution.hosts.attempt_log import AttemptLog
 from worker.execution.hosts.delivery import Delivery, HostedStore, HostTools, Key, place_of
