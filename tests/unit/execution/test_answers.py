@@ -1,0 +1,223 @@
+"""What becomes of a call of a running handler before anything is done, and after it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+
+from tests.fakes.clock import START, ManualClock, settle
+from tests.unit.execution.runs import admitted
+from worker.errors import LeaseLost, StoreUnavailable, TokenRefused, Unavailable, WorkerError
+from worker.execution.attempts import answers
+from worker.execution.attempts.answers import RunLog, Running, answer
+from worker.execution.attempts.inflight import InflightRun
+from worker.execution.runners.contract import StopSignal
+from worker.handlers.calls import (
+    AskBudgets,
+    Call,
+    CountSpend,
+    NotACall,
+    OpenWait,
+    Save,
+    StepTotals,
+    StoreStep,
+)
+from worker.handlers.steps import TOTAL_LIMIT, StepError
+from worker.runs.budgets import OrgBudgets
+from worker.runs.outcome import Trail
+from worker.runs.run import NewStep
+from worker.runs.waits import NewWait, WaitState
+from worker.telemetry.mask_in_turn import mask_each
+
+pytestmark = pytest.mark.anyio
+
+
+class Acting:
+    """`Acts` that answer as scripted, and keep what they did."""
+
+    def __init__(self) -> None:
+        self.done: list[Call[Any]] = []
+        self.answers: dict[type[Call[Any]], Callable[[], Any]] = {
+            StepTotals: lambda: (0, 0),
+            OpenWait: lambda: WaitState("sleep", "pending"),
+            AskBudgets: lambda: OrgBudgets([]),
+            CountSpend: lambda: OrgBudgets([]),
+        }
+
+    async def act(self, call: Call[Any], of: Running) -> Any:
+        self.done.append(call)
+        return self.answers.get(type(call), lambda: None)()
+
+    def fail(self, kind: type[Call[Any]], *errors: Exception) -> None:
+        left = list(errors)
+
+        def scripted() -> None:
+            if left:
+                raise left.pop(0)
+
+        self.answers[kind] = scripted
+
+
+@pytest.fixture
+def acts() -> Acting:
+    return Acting()
+
+
+def running(acts: Acting, clock: ManualClock, *, hosted: bool = False, **run: Any) -> Running:
+    inflight = InflightRun(admitted(**run), StopSignal())
+    return Running(inflight, Trail("h"), cast(Any, acts), cast(RunLog, None), clock, hosted=hosted)
+
+
+def step(seq: int = 1, text: str = "1") -> StoreStep:
+    return StoreStep(NewStep("s", None, seq, seq, text, START, START))
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "RETRY", 0.0)
+
+
+async def test_a_call_is_repeated_while_the_database_is_away_but_not_for_a_host(
+    acts: Acting, clock: ManualClock
+) -> None:
+    """A host repeats it itself, at another worker."""
+    away = StoreUnavailable("away")
+    acts.fail(Save, away, away)
+    await answer(Save("1"), running(acts, clock))
+    assert len(acts.done) == 3
+
+    acts.fail(Save, away)
+    with pytest.raises(StoreUnavailable):
+        await answer(Save("1"), running(acts, clock, hosted=True))
+    assert len(acts.done) == 4
+
+
+@pytest.mark.parametrize("error", [LeaseLost("taken"), TokenRefused("org_mismatch", "secret")])
+async def test_what_ends_a_run_kills_it_and_nothing_is_done_after_it(
+    acts: Acting, clock: ManualClock, error: WorkerError
+) -> None:
+    of = running(acts, clock)
+    acts.fail(Save, error)
+
+    with pytest.raises(type(error)):
+        await answer(Save("1"), of)
+    assert of.inflight.stop.killed
+    with pytest.raises(LeaseLost):
+        await answer(Save("2"), of)
+
+    assert acts.done == [Save("1")]
+    of.inflight.stop = StopSignal()  # the control
+    await answer(Save("2"), of)
+    assert acts.done == [Save("1"), Save("2")]
+
+
+async def test_an_error_of_a_store_is_one_that_a_handler_knows(acts: Acting, clock: ManualClock) -> None:
+    of = running(acts, clock)
+    acts.fail(Save, RuntimeError("the row of sk-secret"))
+
+    with pytest.raises(Unavailable, match="RuntimeError") as raised:
+        await answer(Save("1"), of)
+
+    assert "sk-secret" not in str(raised.value)
+    assert of.errors.no_token is raised.value
+
+
+async def test_a_place_may_come_again_from_a_host_only(acts: Acting, clock: ManualClock) -> None:
+    of, behind = running(acts, clock), running(acts, clock, hosted=True)
+    for each in (of, behind):
+        await answer(step(), each)
+
+    with pytest.raises(StepError, match="place 1 is taken"):
+        await answer(step(), of)
+    await answer(step(), behind)
+
+    assert len([call for call in acts.done if isinstance(call, StoreStep)]) == 3
+
+
+@pytest.mark.parametrize(("hosted", "fits"), [(False, 1), (True, 2)])
+async def test_one_result_more_fits_if_it_may_be_one_that_was_sent_again(
+    acts: Acting, clock: ManualClock, hosted: bool, fits: int
+) -> None:
+    acts.answers[StepTotals] = lambda: (1, TOTAL_LIMIT - 10)
+    of = running(acts, clock, hosted=hosted, attempt=2)
+
+    for seq in range(2, 2 + fits):
+        await answer(step(seq, "1" * 10), of)
+    with pytest.raises(StepError, match="64 MiB"):
+        await answer(step(2 + fits, "1" * 10), of)
+
+
+async def test_a_property_that_a_budget_lacks_is_left_to_the_host_of_a_run(
+    acts: Acting, clock: ManualClock
+) -> None:
+    acts.answers[AskBudgets] = lambda: OrgBudgets([], "cap")
+    of, behind = running(acts, clock), running(acts, clock, hosted=True)
+
+    with pytest.raises(TokenRefused):
+        await answer(AskBudgets(), of)
+    assert (await answer(AskBudgets(), behind)).missing == "cap"
+
+    assert [each.refused is not None for each in (of, behind)] == [True, True]
+    assert [each.inflight.stop.killed for each in (of, behind)] == [True, False]
+
+
+async def test_a_spend_of_another_attempt_is_not_a_call(
+    acts: Acting, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would count as one of an earlier attempt, which counts once."""
+    of, spend = running(acts, clock, attempt=2), CountSpend("llm", 1, "1:1")
+
+    with pytest.raises(NotACall):
+        await answer(spend, of)
+    await answer(replace(spend, key="2:1"), of)
+    assert [call for call in acts.done if isinstance(call, CountSpend)] == [replace(spend, key="2:1")]
+
+    monkeypatch.delitem(answers._LIMITS, CountSpend)  # the control
+    await answer(spend, of)
+    assert acts.done[-1] == spend
+
+
+async def test_all_of_a_call_is_masked_at_once(
+    acts: Acting, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masked: list[int] = []
+
+    async def watched(texts: Any) -> list[str]:
+        masked.append(len(texts))
+        return await mask_each(texts)
+
+    monkeypatch.setattr(answers, "mask_each", watched)
+    of = running(acts, clock)
+    spends = (("llm", 1), ("tickets", 1))
+
+    await answer(StoreStep(replace(step().step, key="k", spends=spends)), of)
+    await answer(OpenWait(NewWait("ok", 1, "answer", ask_json='"?"', options=("yes", "no", 1))), of)
+    await answer(AskBudgets(), of)
+
+    assert masked == [5, 4]
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["", "control"])
+async def test_a_result_is_stored_although_its_handler_is_cancelled(
+    acts: Acting, clock: ManualClock, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StoreStep, "way", replace(StoreStep.way, kept=kept))
+    written, stored = asyncio.Event(), list[StoreStep]()
+
+    async def act(call: Any, of: Running) -> Any:
+        await written.wait()
+        stored.append(call)
+
+    acts.act = act  # type: ignore[method-assign]
+    task = asyncio.create_task(answer(step(), running(acts, clock)))
+    await settle()
+    task.cancel()
+    written.set()
+    await settle()
+
+    assert task.cancelled()
+    assert len(stored) == kept
