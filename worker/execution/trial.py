@@ -153,6 +153,37 @@ class TrialWait:
         return self.until or datetime.max.replace(tzinfo=UTC)
 
 
+def _first_run(subject: Subject, isolation: Isolation, now: datetime, *, continues: bool) -> AdmittedRun:
+    """The first attempt of a manual run, or of one that continues another and so has a checkpoint to load."""
+    run_id = RunId(new_id())
+    return AdmittedRun(
+        id=run_id,
+        org_id=subject.org.id,
+        definition_id=DefinitionId(new_id()),
+        revision=1,
+        handler=subject.definition.handler,
+        isolation=isolation,
+        origin="retry" if continues else "manual",
+        scheduled_for=now,
+        available_at=now,
+        start_by=None,
+        started_at=now,
+        attempt=1,
+        failures=0,
+        recoveries=0,
+        fencing_token=1,
+        idempotency_key=run_id,
+        params=None,
+    )
+
+
+def _handlers(entries: Sequence[HandlerEntry]) -> HandlerRegistry:
+    handlers = HandlerRegistry(frozenset(entry.distribution for entry in entries))
+    for entry in entries:
+        handlers.add(entry)
+    return handlers
+
+
 class Trial:
     """A run; each call of `attempt` makes its next attempt.
 
@@ -197,32 +228,8 @@ class Trial:
         # The attempt and number of the last save.
         self._saved = (0, 0)
         self._state = json.dumps(state or {})
-        now, run_id = clock.now(), RunId(new_id())
-        self._run = AdmittedRun(
-            id=run_id,
-            org_id=subject.org.id,
-            definition_id=DefinitionId(new_id()),
-            revision=1,
-            handler=subject.definition.handler,
-            isolation=isolation,
-            # The first attempt of a manual run has no checkpoint to load.
-            origin="manual" if checkpoint is None else "retry",
-            scheduled_for=now,
-            available_at=now,
-            start_by=None,
-            started_at=now,
-            attempt=1,
-            failures=0,
-            recoveries=0,
-            fencing_token=1,
-            idempotency_key=run_id,
-            params=None,
-        )
+        self._run = _first_run(subject, isolation, clock.now(), continues=checkpoint is not None)
         self.inflight = InflightRun(self._run, StopSignal())
-        offered = list(entries)
-        handlers = HandlerRegistry(frozenset(entry.distribution for entry in offered))
-        for entry in offered:
-            handlers.add(entry)
         self._tools = Tools(
             plans=Plans(
                 self,
@@ -233,7 +240,7 @@ class Trial:
                 api_base_urls={subject.issuer: subject.api_base_url},
             ),
             tokens=tokens,
-            handlers=handlers,
+            handlers=_handlers(list(entries)),
             runners={isolation: runner},
             checkpoints=self,
             steps=self,

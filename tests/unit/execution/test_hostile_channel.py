@@ -28,8 +28,9 @@ from worker.execution.runners.child.frames import (
 )
 from worker.execution.runners.child.inbox import InboxTurns
 from worker.execution.runners.contract import OWN_FAILURES, StopSignal
-from worker.handlers.calls import OpenWait, Progress
+from worker.handlers.calls import CountSpend, NotACall, OpenWait, Progress
 from worker.handlers.steps import StepError
+from worker.runs.budgets import OrgBudgets
 from worker.runs.outcome import (
     Cancelled,
     Failed,
@@ -86,7 +87,7 @@ class Process:
         self.signals.append(op)
 
 
-def outcome_of(*parts: bytes) -> Outcome:
+def outcome_of(*parts: bytes, services: AnsweringWorker | None = None) -> Outcome:
     """The outcome of a run whose process sent this; fails if anything is raised in the loop."""
 
     async def main() -> Outcome:
@@ -96,7 +97,8 @@ def outcome_of(*parts: bytes) -> Outcome:
         process: Any = Process()
         turns = InboxTurns(loop.call_soon)
         clock = ManualClock()
-        run = ChildRun(process, work("ok"), AnsweringWorker(), StopSignal(), clock, lambda: None, turns)
+        answering = services or AnsweringWorker()
+        run = ChildRun(process, work("ok"), answering, StopSignal(), clock, lambda: None, turns)
         for part in parts:
             run.on_data(part)
         for _ in range(20):
@@ -163,6 +165,19 @@ NOT_OURS: list[Any] = [
 @pytest.mark.parametrize("message", NOT_OURS, ids=[str(place) for place in range(len(NOT_OURS))])
 def test_what_it_does_not_send_ends_the_run(message: Any) -> None:
     assert outcome_of(START, framed(message), framed(END)) is BROKEN
+
+
+@pytest.mark.parametrize("error", [NotACall("of another attempt"), None], ids=["", "control"])
+def test_a_call_that_is_not_one_of_its_attempt_ends_the_run(error: NotACall | None) -> None:
+    def spend(call: CountSpend) -> OrgBudgets:
+        if error is not None:
+            raise error
+        return OrgBudgets([])
+
+    services = AnsweringWorker({CountSpend: spend})
+    outcome = outcome_of(START, framed(GOOD[-1]), framed(END), services=services)
+
+    assert outcome == (Succeeded() if error is None else BROKEN)
 
 
 @pytest.mark.parametrize(("place", "read"), [(0, Progress.row.read), (3, OpenWait.row.read)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from datetime import timedelta
@@ -20,6 +21,7 @@ from starlette.routing import Route
 from tests.fakes.clock import utc
 from worker import BlockingContext, Cancel, Context, PermanentError, Retry, Snooze, job
 from worker.errors import DefinitionError, NotFound, UsageError
+from worker.handlers.calls import Save
 from worker.testing import Crash
 
 URL = "https://api.example.com/articles"
@@ -244,6 +246,22 @@ def test_the_clock_waits_for_threads_that_work(orgworker, how):
 
     # A clock that leaped to what else there is to wait for would have come to the timeout.
     assert finished.result == "done"
+
+
+@job("t.saves")
+async def saves(ctx: Context) -> None:
+    await asyncio.gather(ctx.save(["long"] * 10_000), ctx.save("short"))
+
+
+@pytest.mark.parametrize("numbered", [True, False], ids=["", "control"])
+def test_the_save_that_was_called_last_stays(orgworker, numbered, monkeypatch):
+    """A long checkpoint is masked longer, and arrives after a short one."""
+    if not numbered:
+        monkeypatch.setattr(Context, "_save", lambda self, data: Save(json.dumps(data)))
+
+    checkpoint = orgworker.run(saves).checkpoint
+
+    assert checkpoint == ("short" if numbered else ["long"] * 10_000)
 
 
 def test_a_checkpoint_may_be_given(orgworker):
