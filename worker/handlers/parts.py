@@ -272,18 +272,23 @@ class Row(CallPart[V]):
         known = {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]
         self._kind: Callable[..., V] = kind
         self._fields = [(name, part, known[name]) for name, part in parts.items()]
-        self._lean = frozenset(lean)
+        self._lean = [(name, known[name]) for name in lean]
         self._then = then
         nothing = CallPart[Any]
+        # What is not written as it is.
+        self._written = [each for each in self._fields if type(each[1]).write is not nothing.write]
+        self._names = [name for name, _, _ in self._fields]
         self._named = [each for each in self._fields if type(each[1]).names is not nothing.names]
         self._texts = [each for each in self._fields if type(each[1]).texts is not nothing.texts]
 
     def write(self, value: V) -> dict[str, Any]:
-        return {
-            name: part.write(getattr(value, name))
-            for name, part, default in self._fields
-            if name not in self._lean or getattr(value, name) != default
-        }
+        message = {name: getattr(value, name) for name in self._names}
+        for name, part, _ in self._written:
+            message[name] = part.write(message[name])
+        for name, default in self._lean:
+            if message[name] == default:
+                del message[name]
+        return message
 
     def read(self, value: Any, check: TextCheck = check_json_text) -> V:
         """The object of a message, of which other keys are ignored."""

@@ -199,7 +199,10 @@ async def _masked(call: C, of: Running) -> C:
     if not names and not texts:
         return call
     plain = [name for _, name in names] + texts
-    masks = dict(zip(plain, await mask_each([(text, org) for text in plain]), strict=True))
+    masked = await mask_each([(text, org) for text in plain])
+    if masked == plain:
+        return call
+    masks = dict(zip(plain, masked, strict=True))
     for what, name in names:
         if name != masks[name]:
             raise StepError(f"{what} {masks[name]}: it contains a secret; use another")
@@ -253,7 +256,8 @@ async def _within_room(call: StoreStep, of: Running) -> StoreStep:
     of.room.take(call.step, len(call.step.result_json.encode()), resent=of.hosted)
     # Before it is stored: the process may die first.
     of.inflight.moved = True
-    return StoreStep(believed_step(call.step, of.run, of.clock.now()))
+    step = believed_step(call.step, of.run, of.clock.now())
+    return call if step is call.step else StoreStep(step)
 
 
 @_limits(OpenWait)
@@ -272,7 +276,10 @@ def believed_step(step: NewStep, run: AdmittedRun, now: datetime) -> NewStep:
     """The step with its times within those of its attempt: what a process or a host says is a claim."""
     earliest = min(run.started_at, now)
     ended_at = max(earliest, min(step.ended_at, now))
-    return replace(step, started_at=max(earliest, min(step.started_at, ended_at)), ended_at=ended_at)
+    started_at = max(earliest, min(step.started_at, ended_at))
+    if (started_at, ended_at) == (step.started_at, step.ended_at):
+        return step
+    return replace(step, started_at=started_at, ended_at=ended_at)
 
 
 async def believed_wait(wait: NewWait, of: Running) -> NewWait:
