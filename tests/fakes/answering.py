@@ -21,7 +21,7 @@ from worker.handlers.calls import (
     Call,
     CountSpend,
     LoadSteps,
-    Notice,
+    OneWayCall,
     OpenWait,
     Progress,
     Save,
@@ -126,7 +126,7 @@ class AnsweringWorker:
                 return OrgBudgets(self.budget_states)
         raise AssertionError(f"no answer to {call}")
 
-    def tell(self, notice: Notice) -> None:
+    def tell(self, notice: OneWayCall) -> None:
         assert isinstance(notice, Progress)
         self.progressed.append((notice.done, notice.total, notice.note))
 

@@ -11,7 +11,7 @@ import typer
 
 from worker.cli.options import FileArgument, OutputOption, read_text
 from worker.cli.output import Format, print_rows, say
-from worker.cli.progress import Progress
+from worker.cli.progress import ProgressBar
 from worker.cli.session import session_of
 from worker.cli.templates import apply_templates
 
@@ -57,7 +57,7 @@ def apply(
     wanted = _parsed(file)
     with session.database() as database:
         store_unknown(session.settings, database)
-        with Progress("definitions") as progress:
+        with ProgressBar("definitions") as progress:
             changes = apply_file(
                 database,
                 wanted,

@@ -13,7 +13,7 @@ from worker.cli.lists import add_list
 from worker.cli.options import FileArgument, NoteOption, OrgArgument, OutputOption, read_text
 from worker.cli.org_claims import diff, properties
 from worker.cli.output import Format, confirmed, print_row, say
-from worker.cli.progress import Progress, shown
+from worker.cli.progress import ProgressBar, shown
 from worker.cli.session import change, session_of
 from worker.cli.sync import IssuerOption, only_issuer, sync
 from worker.cli.templates import apply_templates
@@ -86,7 +86,7 @@ def import_(context: typer.Context, file: FileArgument, output: OutputOption = F
     with session.database() as database:
         ring = wiring.open_keyring(session.settings, database=database)
         checked = shown(lines, "lines", len(lines))
-        with Progress("orgs", len(lines)) as progress:
+        with ProgressBar("orgs", len(lines)) as progress:
             row = import_orgs(
                 database, ring, checked, actor=session.actor, issuers=issuers, report=progress.at
             )

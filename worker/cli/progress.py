@@ -18,7 +18,7 @@ EVERY = 0.1
 _CLEAR = "\r\033[K"
 
 
-class Progress:
+class ProgressBar:
     """Draws how many of `total` are done, or only how many if that is unknown; also a context manager.
 
     Draws nothing if stderr is not a terminal that can rewrite a line.
@@ -59,7 +59,7 @@ class Progress:
             print(_CLEAR, end="", file=sys.stderr, flush=True)
             self._drawn = False
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(
@@ -70,7 +70,7 @@ class Progress:
 
 def shown(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """The items, with a line that counts those that have been taken."""
-    with Progress(what, total) as progress:
+    with ProgressBar(what, total) as progress:
         for done, item in enumerate(items, start=1):
             yield item
             progress.at(done)

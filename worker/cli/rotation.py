@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from worker.cli.output import Format, print_rows, say
-from worker.cli.progress import Progress
+from worker.cli.progress import ProgressBar
 from worker.cli.session import Invocation
 from worker.cli.sync import FAILED, only_issuer, with_provisioner
 
@@ -30,7 +30,7 @@ def rotate_fleet(
 ) -> int:
     """Rotate what orgworker made longer ago, print a row for each org, and return the exit code."""
     name = issuer or only_issuer(session)
-    with Progress("rotations") as progress:
+    with ProgressBar("rotations") as progress:
 
         def tell(text: str) -> None:
             progress.close()

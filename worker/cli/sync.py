@@ -13,7 +13,7 @@ import typer
 from worker.cli.completion import names
 from worker.cli.options import OutputOption
 from worker.cli.output import Format, print_rows, say
-from worker.cli.progress import Progress
+from worker.cli.progress import ProgressBar
 from worker.cli.session import Invocation, session_of
 from worker.errors import NotFound, UsageError
 
@@ -197,7 +197,7 @@ async def _sync(
 
     database, settings = provisioner.database, session.settings
     rules = rules_of(settings, provisioner.issuer, absent=absent, any_number=yes)
-    with Progress("orgs") as progress:
+    with ProgressBar("orgs") as progress:
         listed = await operation.read_orgs(
             provisioner.management, rules, org, concurrency=provisioner.concurrency, report=progress.at
         )
@@ -216,7 +216,7 @@ async def _sync(
             operation.apply, database, made, rules, actor=session.actor, issuers=list(settings.issuers)
         )
         if provision:
-            with Progress("applications") as progress:
+            with ProgressBar("applications") as progress:
                 provisioner.report = progress.at
                 rows = operation.with_results(rows, await provisioner.provision(org), made)
     shown = [{**row, "changes": ", ".join(row["changes"])} for row in rows]

@@ -10,7 +10,7 @@ from worker.cli.completion import names
 from worker.cli.lists import add_list
 from worker.cli.options import FromOption, OutputOption, UntilOption, read_pairs, split_pairs
 from worker.cli.output import Format, print_row, print_rows, say
-from worker.cli.progress import Progress, shown
+from worker.cli.progress import ProgressBar, shown
 from worker.cli.session import Invocation, session_of
 from worker.definitions.units import parse_time
 from worker.errors import Conflict, UsageError
@@ -60,7 +60,7 @@ def apply_templates(session: Invocation, database: Database) -> None:
     with database.autocommit() as connection:
         total = count_behind_for_all_orgs(connection)
     done = 0
-    with Progress("orgs of templates", total) as progress:
+    with ProgressBar("orgs of templates", total) as progress:
         while orgs := materialise(database, limit=AT_ONCE, actor=session.actor).orgs:
             done += orgs
             progress.at(done)

@@ -60,7 +60,7 @@ _SPEND_KEY = re.compile(r"[1-9][0-9]*:([1-9][0-9]*)")
 
 
 class NotACall(ValueError):
-    """A message is no call, or breaks a limit of one; the text names the key."""
+    """A message is not a call, or exceeds a limit of one; the text names the key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +99,8 @@ class Call(Generic[A]):
         return self.way.name
 
 
-class Notice(Call[None]):
-    """A call that only tells: nobody waits for an answer, and of each kind only the newest counts."""
+class OneWayCall(Call[None]):
+    """A call without an answer; of each kind only the newest counts."""
 
 
 class CallAnswer(Generic[A]):
@@ -285,7 +285,7 @@ WAIT = Row(
 )
 
 CALLS: dict[str, type[Call[Any]]] = {}
-NOTICES: dict[str, type[Notice]] = {}
+ONE_WAY: dict[str, type[OneWayCall]] = {}
 
 
 def declared(way: Way, answer: CallAnswer[Any] = NOTHING) -> Any:
@@ -293,7 +293,7 @@ def declared(way: Way, answer: CallAnswer[Any] = NOTHING) -> Any:
 
     def declare(kind: C) -> C:
         kind.way, kind.answer, kind.row = way, answer, row_of(kind)
-        known: dict[str, Any] = NOTICES if issubclass(kind, Notice) else CALLS
+        known: dict[str, Any] = ONE_WAY if issubclass(kind, OneWayCall) else CALLS
         known.update(dict.fromkeys((way.name, *way.also), kind))
         return kind
 
@@ -370,7 +370,7 @@ class CountSpend(Call[OrgBudgets]):
 
 @declared(Way("progress"))
 @dataclass(frozen=True, slots=True)
-class Progress(Notice):
+class Progress(OneWayCall):
     """Show how far the run is."""
 
     done: Annotated[float, Number()]
@@ -384,7 +384,7 @@ class Port(Protocol):
     async def ask(self, call: Call[A], /) -> A:
         """The answer. Raises LeaseLost, StepError, TokenRefused, TokenError and Unavailable."""
 
-    def tell(self, notice: Notice, /) -> None:
+    def tell(self, notice: OneWayCall, /) -> None:
         """Tell the worker, without an answer."""
 
 
@@ -403,10 +403,10 @@ def read(name: Any, message: Mapping[str, Any], check: TextCheck = check_json_te
     """The call of a message that is not trusted; `check` may put off the check of long JSON text.
 
     Raises:
-        NotACall: it is none, or breaks a limit.
+        NotACall: it is not a known call, or exceeds a limit.
     """
     try:
-        kind = CALLS.get(name) or NOTICES[name]
+        kind = CALLS.get(name) or ONE_WAY[name]
     except (KeyError, TypeError):
         raise NotACall(f"there is no call {clean(str(name), 50)}") from None
     try:

@@ -152,7 +152,7 @@ class Number(CallPart[float]):
 
 @dataclass(frozen=True)
 class Text(CallPart[str]):
-    """Text for people, cut to so many characters."""
+    """Text for people, cut to `most` characters."""
 
     most: int
 
@@ -164,7 +164,7 @@ class Text(CallPart[str]):
 
 @dataclass(frozen=True)
 class JsonText(CallPart[str]):
-    """JSON text of at most so many bytes, which is stored masked. Long text is checked later."""
+    """JSON text of at most `most` bytes, which is stored masked. Long text is checked later."""
 
     what: str
     most: int
@@ -212,7 +212,7 @@ class Maybe(CallPart[V | None]):
 
 @dataclass(frozen=True)
 class Several(CallPart[tuple[V, ...]]):
-    """At most so many values of a part."""
+    """At most `most` values of a part."""
 
     part: CallPart[V]
     most: int

@@ -9,7 +9,7 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from worker.cli import progress
-from worker.cli.progress import Progress, shown
+from worker.cli.progress import ProgressBar, shown
 
 
 class Terminal(io.StringIO):
@@ -32,7 +32,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 
 def test_a_bar_grows_says_what_is_left_and_goes(terminal: Terminal, clock: ManualClock):
-    with Progress("orgs", 200, monotonic=clock.monotonic) as bar:
+    with ProgressBar("orgs", 200, monotonic=clock.monotonic) as bar:
         bar.at(1)
         clock.advance(10)
         bar.at(100)
@@ -48,7 +48,7 @@ def test_a_bar_grows_says_what_is_left_and_goes(terminal: Terminal, clock: Manua
 
 
 def test_the_next_step_starts_from_nothing(terminal: Terminal, clock: ManualClock):
-    with Progress("definitions", monotonic=clock.monotonic) as bar:
+    with ProgressBar("definitions", monotonic=clock.monotonic) as bar:
         clock.advance(60)
         bar.at(100, 100, "definitions checked")
         bar.at(1, 100, "definitions written")
@@ -71,7 +71,7 @@ def test_a_long_line_is_cut_at_the_width_of_the_terminal(
     terminal: Terminal, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("COLUMNS", "20")
-    with Progress("orgs", 200, monotonic=clock.monotonic) as bar:
+    with ProgressBar("orgs", 200, monotonic=clock.monotonic) as bar:
         clock.advance(1)
         bar.at(100)
 
@@ -85,7 +85,7 @@ def test_nothing_is_drawn_in_a_pipe_or_on_a_dumb_terminal(
     if term == "xterm":
         monkeypatch.setattr(terminal, "isatty", lambda: False)
     monkeypatch.setenv("TERM", term)
-    with Progress("orgs", 2, monotonic=clock.monotonic) as bar:
+    with ProgressBar("orgs", 2, monotonic=clock.monotonic) as bar:
         clock.advance(1)
         bar.at(1)
 

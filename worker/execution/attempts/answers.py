@@ -26,7 +26,7 @@ from worker.handlers.calls import (
     Call,
     CountSpend,
     NotACall,
-    Notice,
+    OneWayCall,
     OpenWait,
     Progress,
     Save,
@@ -127,7 +127,7 @@ class Running:
         """The answer to a call of the handler, as `answer`."""
         return await answer(call, self)
 
-    def tell(self, notice: Notice) -> None:
+    def tell(self, notice: OneWayCall) -> None:
         """Take what the handler tells. Raises LeaseLost."""
         self.check_open()
         if isinstance(notice, Progress):

@@ -33,7 +33,7 @@ from worker.execution.runners.contract import (
 from worker.execution.runners.output import RunOutput, Sink, marked
 from worker.handlers.blocking import DaemonThread
 from worker.handlers.calling import call, call_blocking, outcome_of_error
-from worker.handlers.calls import A, Call, Notice
+from worker.handlers.calls import A, Call, OneWayCall
 from worker.handlers.context import (
     BlockingContext,
     Context,
@@ -266,7 +266,7 @@ class _ThreadPort:
             with self._lock:
                 self._waiting.discard(waiting)
 
-    def tell(self, notice: Notice) -> None:
+    def tell(self, notice: OneWayCall) -> None:
         self._send(self._services.tell, notice)
 
     def started(self) -> None:

@@ -29,7 +29,7 @@ from worker.execution.runners.contract import (
     outcome_of_stop,
 )
 from worker.execution.runners.output import RunOutput
-from worker.handlers.calls import Call, NotACall, Notice, read
+from worker.handlers.calls import Call, NotACall, OneWayCall, read
 from worker.handlers.json_text import NotStorable, check_json_text
 from worker.handlers.parts import Count
 from worker.handlers.steps import StepError
@@ -172,7 +172,7 @@ class ChildRun:
                 return partial(self._end, outcome, texts.unchecked)
             case name:
                 call = read(name, message, texts.check)
-        if isinstance(call, Notice):
+        if isinstance(call, OneWayCall):
             return partial(self._tell, call)
         if not call.way.from_process:
             raise NotACall(f"{name} is not a call of a run's process")
@@ -186,7 +186,7 @@ class ChildRun:
             self._services.started()
             self._on_started()
 
-    def _tell(self, notice: Notice) -> None:
+    def _tell(self, notice: OneWayCall) -> None:
         with suppress(LeaseLost):
             self._services.tell(notice)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from worker.errors import LeaseLost, Unavailable, WorkerError
 from worker.execution.runners.child.frames import BrokenMessage, Message, Unframer, run_frame
-from worker.handlers.calls import A, Call, Notice, answer_in, message_of
+from worker.handlers.calls import A, Call, OneWayCall, answer_in, message_of
 from worker.handlers.steps import StepError
 
 # Seconds between two notices at least; of each kind the newest counts.
@@ -79,7 +79,7 @@ class WorkerChannel:
         """The answer to a call of a handler that blocks."""
         return answer_in(call, self.request(call).result())
 
-    def tell(self, notice: Notice) -> None:
+    def tell(self, notice: OneWayCall) -> None:
         """Send a notice soon, unless a newer one of its kind replaces it."""
         self._told[notice.path] = {"op": notice.path, **message_of(notice)}
         self._send_told(time.monotonic() - TOLD_EVERY)
