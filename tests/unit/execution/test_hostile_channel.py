@@ -148,6 +148,9 @@ NOT_OURS: list[Any] = [
     {"op": "wait", "n": 1, "wait": {**WAIT, "kind": "answer", "options": [["yes"]]}},
     {"op": "end", "outcome": {"kind": "Succeeded", "result": "[" + "1," * 10_000}},
     {"op": "end", "outcome": {"kind": "TimedOut"}},
+    # Longer than what is checked at once, as a text would be.
+    {"op": "end", "outcome": {"kind": "Succeeded", "result": [1] * 5_000}},
+    {"op": "save", "n": 1, "data": [1] * 5_000},
     {"op": "totals", "n": 1},
     {"op": "spend", "n": 1, "meter": "llm", "amount": 1, "key": "1:01"},
     {"op": "end"},

@@ -259,6 +259,8 @@ class _Texts:
         self.unchecked: list[tuple[str, str, int]] = []
 
     def check(self, text: str, what: str, limit: int) -> None:
+        if not isinstance(text, str):
+            raise TypeError("not a text")
         if len(text) <= CHECKED_AT_ONCE:
             check_json_text(text, what, limit)
         else:
