@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -13,9 +14,10 @@ from tests.fakes.answering import AnsweringWorker
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.handlers.test_context import given
 from worker import BudgetExceeded, StepError
+from worker.definitions.budgets import MAX_AMOUNT
 from worker.handlers import spending
 from worker.handlers.calling import outcome_of_error
-from worker.handlers.calls import AskBudgets, CountSpend, OpenWait
+from worker.handlers.calls import MAX_METERS, AskBudgets, CountSpend, OpenWait
 from worker.handlers.context import BlockingContext, Context
 from worker.handlers.given import BlockingCancellation, Cancellation
 from worker.handlers.spending import Budget
@@ -113,6 +115,34 @@ async def test_a_spend_inside_a_step_is_stored_with_the_step_and_not_made_again(
 
     assert [step.spends for step in org.steps] == [((METER, 35), ("calls", 1))]
     assert org.spent == []
+
+
+async def test_the_spends_of_a_step_are_added_up_as_far_as_one_may_go(clock: ManualClock):
+    org = Org(clock)
+
+    async def spend(ctx: Context[Any, Any]) -> None:
+        for amount in (MAX_AMOUNT - 1, 1, 5, 5):
+            await ctx.spend(METER, amount)
+
+    ctx = org.context()
+    await ctx.step("ask", spend, ctx)
+
+    assert org.steps[0].spends == ((METER, MAX_AMOUNT), (METER, 10))
+
+
+@pytest.mark.parametrize("more", [0, 1], ids=["control", ""])
+async def test_a_step_spends_of_no_more_meters_than_a_worker_takes(clock: ManualClock, more: int):
+    org = Org(clock)
+
+    async def spend(ctx: Context[Any, Any]) -> None:
+        for number in range(MAX_METERS + more):
+            await ctx.spend(f"m{number}", 1)
+
+    ctx = org.context()
+    with pytest.raises(StepError, match="more than 1,000 meters") if more else nullcontext():
+        await ctx.step("ask", spend, ctx)
+
+    assert [len(step.spends) for step in org.steps] == ([] if more else [MAX_METERS])
 
 
 async def test_a_function_that_blocks_spends_without_waiting(clock: ManualClock):
