@@ -41,7 +41,7 @@ from datetime import datetime, timezone
 from worker import BlockingContext, job
 from worker.execution.runners.child import main
 from worker.execution.runners.child.frames import run_frame
-from worker.execution.runners.child.messages import step_message
+from worker.handlers.calls import StoreStep, message_of
 from worker.runs.run import NewStep
 
 def raw(text):
@@ -63,8 +63,8 @@ def save(text, count):
 def steps(text, count):
     now = datetime.now(timezone.utc)
     for number in range(1, count + 1):
-        step = step_message(NewStep("s", None, number, number, text, now, now))
-        send(run_frame({"op": "step", "n": number, "step": step}))
+        call = StoreStep(NewStep("s", None, number, number, text, now, now))
+        send(run_frame({"op": call.path, "n": number, **message_of(call)}))
     time.sleep(5)
 
 def fail(text):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import gc
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -124,6 +126,36 @@ async def test_an_error_of_a_store_is_one_that_a_handler_knows(acts: Acting, clo
 
     assert "sk-secret" not in str(raised.value)
     assert of.errors.no_token is raised.value
+
+
+async def careless(call: Call[Any], of: Running) -> None:
+    """As `answer`, with the error in a variable that outlives its `except`."""
+    try:
+        await answer(call, of)
+    except Unavailable as error:
+        kept = error
+        raise kept from None
+
+
+@pytest.mark.parametrize("ask", [answer, careless], ids=["", "control"])
+async def test_a_flood_of_failing_calls_is_no_work_for_the_garbage_collector(
+    acts: Acting, clock: ManualClock, ask: Callable[[Call[Any], Running], Awaitable[None]]
+) -> None:
+    """A collection stops the worker's loop for 20 ms and more."""
+    of = running(acts, clock)
+    acts.fail(Save, *[RuntimeError() for _ in range(100)])
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(100):
+            with suppress(Unavailable):
+                await ask(Save("1"), of)
+        left = [each for each in gc.get_objects() if type(each) is Unavailable]
+    finally:
+        gc.enable()
+
+    # All but the one that is noted.
+    assert len(left) >= 99 if ask is careless else len(left) <= 1
 
 
 async def test_a_place_may_come_again_from_a_host_only(acts: Acting, clock: ManualClock) -> None:

@@ -179,9 +179,14 @@ async def answer(call: Call[A], of: Running) -> A:
         of.errors.note(error)
         raise
     except Exception as error:
-        unavailable = Unavailable(f"not possible now ({type(error).__name__})")
-        of.errors.note(unavailable)
-        raise unavailable from None
+        # Not in a variable of this frame, which its traceback has: a flood of such cycles costs collections.
+        raise _not_now(error, of) from None
+
+
+def _not_now(error: Exception, of: Running) -> Unavailable:
+    unavailable = Unavailable(f"not possible now ({type(error).__name__})")
+    of.errors.note(unavailable)
+    return unavailable
 
 
 async def admitted(call: C, of: Running) -> C:
