@@ -14,6 +14,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+from worker.adapters.secrets import OpenedCredentials, StoredTokens
 from worker.clock import SystemClock
 from worker.guard.issuer import Issuer
 from worker.guard.profile import load
@@ -25,7 +26,6 @@ from worker.telemetry.events import listen
 from worker.tokens.cache import Tokens
 from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import SharedTokens
-from worker.wiring.secrets import OpenedCredentials, StoredTokens
 
 SCOPES = frozenset({"read:kb"})
 HOLDER = "00000000-0000-7000-8000-000000000001"

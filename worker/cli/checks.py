@@ -71,7 +71,7 @@ def check_orgs(
 
 def with_checks(session: Invocation, ask: Callable[[Database, Checks], Coroutine[Any, Any, T]]) -> T:
     """The result of `ask`, called with the open database and the checks of its orgs."""
-    from worker.wiring.secrets import open_checks
+    from worker.wiring.issuers import open_checks
 
     async def run(database: Database) -> T:
         async with open_checks(session.settings, database, session.clock) as checks:
@@ -142,7 +142,7 @@ def check(
     from worker.operations.confinement import readable_management_secrets
     from worker.operations.org_secrets import lacking_of_all_orgs
     from worker.operations.requirements import forecast_tokens
-    from worker.wiring.secrets import issuers_of
+    from worker.wiring.issuers import issuers_of
 
     session = session_of(context)
     issuers = issuers_of(session.settings)
@@ -254,7 +254,7 @@ def _write(path: str, session: Invocation, database: Database) -> None:
     """Write the bundle to a new file that only its owner can read."""
     from worker.operations.bundle import gather
     from worker.wiring import find_keyring
-    from worker.wiring.secrets import issuers_of
+    from worker.wiring.issuers import issuers_of
 
     ring = find_keyring(session.settings)
     text = as_json(gather(database, session.settings, issuers_of(session.settings), ring))

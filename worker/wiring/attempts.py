@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
+from worker.adapters.sealing import RingSealer
 from worker.clock import Clock
 from worker.errors import ConfigurationError
 from worker.execution.attempts.inflight import InflightRun
@@ -25,25 +25,6 @@ from worker.tokens.sealing import KeyRing
 from worker.web.attempts import DEADLINES, MOST_CALLS, Attempts
 from worker.web.connections import Connections
 from worker.web.listener import WebServer, bind
-
-
-@dataclass(frozen=True, slots=True)
-class RingSealer:
-    """Seals with the key ring; `ring` returns it, read again if it lacks the given key."""
-
-    ring: Callable[[str | None], KeyRing | None]
-
-    def seal(self, text: str, place: Sequence[object]) -> str:
-        ring = self.ring(None)
-        if ring is None:
-            raise ConfigurationError(
-                "without a key ring no run can execute on a host", fix="`python -m worker keys generate`"
-            )
-        return ring.seal_attempt(text, place)
-
-    def open(self, sealed: str, place: Sequence[object]) -> str | None:
-        ring = self.ring(sealed.partition(".")[0])
-        return None if ring is None else ring.open_attempt(sealed, place)
 
 
 class AttemptListener:

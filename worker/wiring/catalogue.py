@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from worker.clock import Clock, SystemClock
+from worker.clock import SystemClock
 from worker.handlers.catalogue import HandlerEntry, read_catalogue
 from worker.handlers.installed import distributions
 from worker.operations.confinement import confinement_of
 from worker.settings import Settings
 from worker.store import catalogue
 from worker.store.database import Database
-from worker.store.worker_store import WorkerStore
 
 
 def store_unknown(settings: Settings, database: Database) -> None:
@@ -45,22 +43,3 @@ async def read_entries(settings: Settings, names: Sequence[str]) -> list[Handler
     passed, command = settings.execution.pass_environment, confinement_of(settings).describe
     reading = read_catalogue(names, pass_environment=passed, command=command)
     return [entry async for found in reading for entry in found]
-
-
-@dataclass(frozen=True, slots=True)
-class StoredCatalogue:
-    """The `CatalogueSink` of a worker: the tables `catalogue` and `workers`."""
-
-    database: Database
-    store: WorkerStore
-    clock: Clock
-
-    async def put(self, entries: Sequence[HandlerEntry]) -> None:
-        await self.database.call(catalogue.put, entries, at=self.clock.now())
-
-    async def offer(self, names: Sequence[str]) -> None:
-        await self.store.handlers_changed(names)
-
-    async def complete(self, known: Mapping[str, Collection[str]]) -> None:
-        for distribution, names in known.items():
-            await self.database.call(catalogue.forget, distribution, but=names)

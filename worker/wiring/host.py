@@ -28,8 +28,18 @@ from worker.execution.hosts.hosted import RemoteTools, hosted_attempt
 from worker.execution.hosts.remote import RemoteStore
 from worker.execution.hosts.taking import Taking
 from worker.execution.hosts.wire import Registered, Registration, Taken
+from worker.execution.incarnation import (
+    EXIT_OK,
+    EXIT_TRY_LATER,
+    FAREWELL,
+    Announced,
+    Signals,
+    farewell,
+    run_incarnations,
+)
 from worker.execution.loops.heartbeat import Heartbeat
 from worker.execution.loops.maintenance import Housekeeping
+from worker.execution.loops.reading import CatalogueReader
 from worker.execution.loops.reconciler import Reconciler, Renewal
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
@@ -49,16 +59,6 @@ from worker.telemetry.vitals import Notifier, Vitals
 from worker.web.connections import Connections
 from worker.web.health import Health
 from worker.web.listener import WebServer, bind, build_health
-from worker.wiring.incarnations import (
-    EXIT_OK,
-    EXIT_TRY_LATER,
-    FAREWELL,
-    Announced,
-    Signals,
-    farewell,
-    run_incarnations,
-)
-from worker.wiring.reading import CatalogueReader
 from worker.wiring.temporal import place_of, require_client, tls_of
 from worker.wiring.traces import traces_of
 

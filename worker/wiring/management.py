@@ -18,7 +18,7 @@ from worker.settings import Settings
 from worker.telemetry.masking import masker, shown_url
 from worker.tokens.issuer_client import IssuerClient
 from worker.tokens.management_token import ManagementToken
-from worker.wiring.secrets import issuers_of
+from worker.wiring.issuers import issuers_of
 
 # By the name of the provider's profile.
 ADAPTERS = {"kinde": KindeManagement}

@@ -14,6 +14,8 @@ from functools import partial
 from importlib.metadata import version
 from random import SystemRandom
 
+from worker.adapters.catalogue import StoredCatalogue
+from worker.adapters.secrets import OpenedCredentials, OpenedSecrets, StoredTokens
 from worker.claims.pools import PoolRules
 from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError, Unavailable
@@ -23,9 +25,11 @@ from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.attempts.plan import Plans
 from worker.execution.attempts.tools import Tools
+from worker.execution.incarnation import EXIT_OK, EXIT_TRY_LATER, Announced, Signals, run_incarnations
 from worker.execution.loops.admission import Admission
 from worker.execution.loops.heartbeat import Heartbeat
 from worker.execution.loops.maintenance import Housekeeping, Retention, sweep
+from worker.execution.loops.reading import CatalogueReader
 from worker.execution.loops.reconciler import Reconciler, Renewal, emit_recovered, recover_dead_workers
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.scheduler import Scheduler
@@ -36,10 +40,12 @@ from worker.execution.loops.wakeups import Wakeups
 from worker.execution.runners.child.pool import SHARE_AFTER, ChildPool
 from worker.execution.runners.inline import Inline
 from worker.ids import RunId, WorkerId, new_id
+from worker.operations.chores import Chores, ages_of
 from worker.operations.confinement import Confinement, confinement_of, readable_management_secrets
 from worker.operations.guarded_files import FileWatch
 from worker.operations.installation import Ownership
 from worker.operations.keys import check_ring
+from worker.operations.monitoring import monitoring
 from worker.operations.new_claims import EVERY as NEW_CLAIMS_EVERY
 from worker.operations.new_claims import NewClaims
 from worker.outbound import open_client
@@ -58,13 +64,8 @@ from worker.tokens.shared import SharedTokens
 from worker.web.health import Health
 from worker.wiring import find_keyring, open_keyring
 from worker.wiring.attempts import AttemptListener
-from worker.wiring.catalogue import StoredCatalogue
-from worker.wiring.chores import Chores, ages_of
-from worker.wiring.incarnations import EXIT_OK, EXIT_TRY_LATER, Announced, Signals, run_incarnations
-from worker.wiring.monitoring import monitoring
+from worker.wiring.issuers import issuers_of
 from worker.wiring.placing import check_placers, placing_loops
-from worker.wiring.reading import CatalogueReader
-from worker.wiring.secrets import OpenedCredentials, OpenedSecrets, StoredTokens, issuers_of
 from worker.wiring.traces import traces_of
 from worker.wiring.web import Web, metrics_of
 

@@ -16,6 +16,7 @@ from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError, NotFound, Unavailable
 from worker.execution.runners.child.linux import allow_many_descriptors
 from worker.operations.installation import Ownership
+from worker.operations.monitoring import alerting
 from worker.operations.provision_loop import LAST_TURN, ProvisionLoop
 from worker.operations.scopes import Scopes
 from worker.operations.sync import Absent
@@ -32,7 +33,6 @@ from worker.web.health import Health
 from worker.web.hooks import HookReceiver, Hooks
 from worker.web.listener import WebServer, bind, build_health
 from worker.web.server import build_hooks
-from worker.wiring.monitoring import alerting
 from worker.wiring.provisioning import fleet_of, open_provisioner, rules_of
 from worker.wiring.web import metrics_of
 

@@ -16,8 +16,8 @@ from worker.providers.management.mapping import parse_rules
 from worker.settings import Settings
 from worker.tokens.sealing import KeyRing
 from worker.wiring import open_keyring
+from worker.wiring.issuers import open_checks
 from worker.wiring.management import open_management
-from worker.wiring.secrets import open_checks
 
 
 @asynccontextmanager

@@ -13,6 +13,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+from worker.adapters.secrets import OpenedCredentials, OpenedSecrets
 from worker.clock import Clock
 from worker.definitions import CANCEL_GRACE
 from worker.definitions.units import format_duration
@@ -39,7 +40,7 @@ from worker.tokens.cache import Tokens
 from worker.tokens.credentials import Credential
 from worker.wiring import find_keyring
 from worker.wiring.catalogue import read_entries
-from worker.wiring.secrets import OpenedCredentials, OpenedSecrets, issuers_of
+from worker.wiring.issuers import issuers_of
 
 # The handler's timeout does not interrupt a debugger.
 NO_TIMEOUT = "365d"

@@ -42,7 +42,7 @@ from worker.web.listener import WebServer, bind, build_health
 from worker.web.login import Login, basis_of
 from worker.web.operators import StoredOperators
 from worker.web.server import build
-from worker.wiring.secrets import issuers_of, login_secret
+from worker.wiring.issuers import issuers_of, login_secret
 
 # Seconds between two database checks of `serve`, and the timeout of each.
 CHECK_EVERY = 5.0

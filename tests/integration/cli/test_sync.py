@@ -20,7 +20,7 @@ from worker.execution.attempts.events import record_claims
 from worker.guard.claims import Claims
 from worker.runs.outcome import Trail
 from worker.store import tables
-from worker.wiring.secrets import open_checks
+from worker.wiring.issuers import open_checks
 
 AUDIENCE = "https://api.acme.com"
 ORGS = 6

@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from tests.fakes.ports import free_port
+from worker.adapters.secrets import OpenedSecrets
 from worker.claims.enforced import Enforced
 from worker.clock import SystemClock
 from worker.definitions.file import parse_file
@@ -43,7 +44,6 @@ from worker.store.database import Database
 from worker.store.worker_store import WorkerStore
 from worker.tokens.sealing import KeyRing
 from worker.wiring.attempts import AttemptListener
-from worker.wiring.secrets import OpenedSecrets
 
 HANDLER, OTHER = "acme.render", "acme.render_v2"
 ENTRIES = [

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from tests.integration.hosts.conftest import ENTRIES, HANDLER, Fleet, Host, end_of, fence
+from worker.adapters.catalogue import StoredCatalogue
 from worker.clock import SystemClock
 from worker.execution.hosts import wire
+from worker.execution.loops import reading as module
+from worker.execution.loops.reading import CatalogueReader
 from worker.handlers.installed import Distribution
 from worker.store import tables
-from worker.wiring import reading as module
-from worker.wiring.catalogue import StoredCatalogue
-from worker.wiring.reading import CatalogueReader
 
 pytestmark = pytest.mark.anyio
 

@@ -8,6 +8,7 @@ import json
 import pytest
 from sqlalchemy import update
 
+from worker.adapters.secrets import OpenedSecrets
 from worker.errors import ConfigurationError, Conflict, NotFound, UsageError
 from worker.handlers.catalogue import HandlerEntry
 from worker.operations import doctor
@@ -17,7 +18,6 @@ from worker.operations.orgs import add_org, set_org_state
 from worker.orgs import OrgEntry, OrgRef
 from worker.store import catalogue, tables
 from worker.tokens.sealing import KeyRing
-from worker.wiring.secrets import OpenedSecrets
 
 KEY = "sk-canary-0123456789"
 

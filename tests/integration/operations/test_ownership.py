@@ -11,6 +11,7 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.provisioned import Passing, Place, opened_place
+from worker.adapters.placing import ASK_AGAIN, OwnedPlacer
 from worker.errors import InstallationMismatch
 from worker.execution.placers import EngineUnavailable, Placer, Standing
 from worker.execution.placers.temporal import TemporalPlacer
@@ -26,7 +27,6 @@ from worker.store import installation
 from worker.store.database import Database
 from worker.telemetry import events
 from worker.tokens.sealing import KeyRing
-from worker.wiring.placing import ASK_AGAIN, OwnedPlacer
 
 pytestmark = pytest.mark.anyio
 

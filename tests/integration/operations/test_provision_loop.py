@@ -13,6 +13,7 @@ import pytest
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import AUDIENCE, FakeIssuer, kinde_issuer
 from tests.fakes.management import MemoryManagement
+from worker.adapters.secrets import OpenedCredentials
 from worker.errors import ProviderRefused, ProviderUnavailable
 from worker.operations.check_orgs import Checks
 from worker.operations.fleet import Fleet
@@ -26,7 +27,6 @@ from worker.store.database import Database
 from worker.telemetry import events
 from worker.tokens.sealing import KeyRing
 from worker.tokens.token_probe import TokenProbe, watch
-from worker.wiring.secrets import OpenedCredentials
 
 pytestmark = pytest.mark.anyio
 EVERY = timedelta(minutes=15)

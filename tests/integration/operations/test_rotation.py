@@ -16,6 +16,7 @@ from sqlalchemy import update
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import App, FakeIssuer, kinde_issuer
+from worker.adapters.secrets import OpenedCredentials
 from worker.errors import Busy, ConfigurationError, Conflict, CredentialsRejected, IssuerUnavailable
 from worker.ids import OrgId
 from worker.operations.check_orgs import Checks
@@ -26,7 +27,6 @@ from worker.operations.orgs import import_orgs
 from worker.store import tables
 from worker.tokens.sealing import KeyRing
 from worker.tokens.token_probe import TokenProbe, watch
-from worker.wiring.secrets import OpenedCredentials
 
 pytestmark = pytest.mark.anyio
 

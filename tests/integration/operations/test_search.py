@@ -11,6 +11,7 @@ from sqlalchemy import delete, insert, update
 from worker.errors import NotFound
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import ALL_ORGS, new_id
+from worker.operations.chores import Chores
 from worker.operations.orgs import add_org
 from worker.operations.runs import retry, run_now
 from worker.orgs import OrgEntry
@@ -21,7 +22,6 @@ from worker.store.lists import search as search_module
 from worker.store.lists import suggestions as suggestions_module
 from worker.store.lists.search import orgs_of, page_of, runs_of
 from worker.store.lists.suggestions import Suggestion, suggestions
-from worker.wiring.chores import Chores
 
 FILE = """
 [[org]]

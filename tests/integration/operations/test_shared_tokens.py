@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from tests.fakes.clock import ManualClock
 from tests.integration.operations.conftest import Tables
 from tests.integration.operations.test_keys import add_orgs
+from worker.adapters.secrets import StoredTokens
 from worker.errors import NotFound
 from worker.ids import OrgId, new_id
 from worker.operations.credentials import add_credential, retire_credential
@@ -26,7 +27,6 @@ from worker.store.credentials import Use
 from worker.store.database import Database
 from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import Found, StoredToken, TokenRequest
-from worker.wiring.secrets import StoredTokens
 
 LASTS = 15.0
 

@@ -9,9 +9,9 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from worker.execution.loops.maintenance import BATCH, PARTS, Ages, Retention
+from worker.operations.chores import ages_of
 from worker.settings.sections import RetentionSettings
 from worker.store.tables import FINAL_STATES
-from worker.wiring.chores import ages_of
 
 DAY = timedelta(days=1)
 AGES = Ages(runs={"succeeded": 30 * DAY, "failed": 90 * DAY}, skips=7 * DAY, logs=14 * DAY)

@@ -11,7 +11,7 @@ from worker.errors import ConfigurationError
 from worker.settings import Settings
 from worker.telemetry.metrics import Metrics
 from worker.web.health import Health
-from worker.wiring.secrets import login_secret
+from worker.wiring.issuers import login_secret
 from worker.wiring.web import Web
 
 

@@ -13,8 +13,8 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from worker.errors import StoreUnavailable
 from worker.execution.hosts.control import ControlUnavailable
+from worker.execution.incarnation import FAREWELL, TELL_AGAIN, Signals, farewell, run_incarnations
 from worker.telemetry.vitals import Notifier
-from worker.wiring.incarnations import FAREWELL, TELL_AGAIN, Signals, farewell, run_incarnations
 
 pytestmark = pytest.mark.anyio
 

@@ -1,78 +1,29 @@
-"""Issuers and credentials from the settings and the database."""
+"""Credentials, secrets and shared tokens in the database, opened with the key ring."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from worker.claims.digests import Digests
 from worker.clock import Clock
 from worker.errors import ConfigurationError
-from worker.guard import profile
-from worker.guard.issuer import Issuer
 from worker.ids import OrgId
-from worker.operations.check_orgs import Checks
 from worker.orgs import OrgRef
-from worker.outbound import open_client
 from worker.secret import Secret
-from worker.settings import Settings
 from worker.store import access_tokens, credentials, org_secrets
 from worker.store.database import BatchLoader, Database
 from worker.telemetry.events import emit
-from worker.telemetry.masking import masker
 from worker.tokens.credentials import Credential, read_reference
 from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import Found, StoredToken, TokenRequest
-from worker.tokens.token_probe import TokenProbe, watch
-from worker.wiring import find_keyring
 
 # Seconds: tokens that arrive one after another are stored together.
 LINGER = 0.05
-
-
-def issuers_of(settings: Settings) -> dict[str, Issuer]:
-    """The issuers of `worker.toml` by name.
-
-    Raises ConfigurationError for an unknown profile or a URL that must not receive a secret.
-    """
-    return {
-        name: Issuer(
-            name=name,
-            profile=profile.load(issuer.profile),
-            url=issuer.url,
-            audience=issuer.audience or None,
-            api_origins=issuer.api_origins,
-            max_requests_per_second=issuer.max_requests_per_second,
-            token_endpoint=issuer.token_endpoint,
-            keys_url=issuer.keys_url,
-        )
-        for name, issuer in settings.issuers.items()
-    }
-
-
-def login_secret(issuer: str, secrets_dir: str) -> str:
-    """The secret of the console's own client at an issuer: the file `login__NAME` in `secrets_dir`.
-
-    Raises ConfigurationError if it cannot be read.
-    """
-    name = f"login__{issuer}"
-    fix = f"put the client's secret into the file {name} in secrets_dir, readable by the worker's user"
-    if not secrets_dir:
-        raise ConfigurationError("web.login needs a client secret, and secrets_dir is not set", fix=fix)
-    try:
-        secret = (Path(secrets_dir) / name).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigurationError(f"web.login: the secret {name} cannot be read: {why}", fix=fix) from None
-    if not secret:
-        raise ConfigurationError(f"web.login: the secret {name} is empty", fix=fix)
-    masker.register(secret)
-    return secret
 
 
 class OpenedCredentials:
@@ -304,27 +255,3 @@ def _found(row: access_tokens.Stored) -> Found:
     if row.sealed is None or row.left <= 0:
         return Found(row.version)
     return Found(row.version, StoredToken(row.sealed, row.key_id, row.credential_id, row.age, row.left))
-
-
-@asynccontextmanager
-async def open_checks(settings: Settings, database: Database, clock: Clock) -> AsyncIterator[Checks]:
-    """Token checks at the configured issuers, with the stored credentials.
-
-    Raises ConfigurationError if an issuer or the key ring is not usable.
-    """
-    ring = find_keyring(settings)
-    source = OpenedCredentials(database, ring, settings.secrets_dir, clock)
-
-    def digests(key_id: str) -> Digests | None:
-        return ring.digests(key_id) if ring is not None and key_id else None
-
-    async with open_client() as client:
-        watch(client)
-        probes = {
-            name: TokenProbe(issuer, client, clock=clock) for name, issuer in issuers_of(settings).items()
-        }
-        try:
-            yield Checks(database, source, probes, digests)
-        finally:
-            for probe in probes.values():
-                await probe.close()

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.loops import reading as module
+from worker.execution.loops.reading import MOST_REPORTED, CatalogueReader
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.installed import Distribution
 from worker.telemetry.events import Emitted
-from worker.wiring import reading as module
-from worker.wiring.reading import MOST_REPORTED, CatalogueReader
 
 pytestmark = pytest.mark.anyio
 

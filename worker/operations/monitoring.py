@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Protocol
 
 import httpx
 
@@ -18,7 +19,6 @@ from worker.store.health import oldest_unfired
 from worker.telemetry import events
 from worker.telemetry.alerts import Alert, Strikes, Webhook
 from worker.telemetry.events import emit
-from worker.web.health import Health
 
 # Seconds between two rounds, and seconds in which simultaneous causes are collected.
 ROUND_EVERY = 2.0
@@ -34,8 +34,18 @@ LAST_ROUND = 5.0
 LOOKS = 4
 
 
+class LoopHealth(Protocol):
+    def draining(self) -> bool:
+        """Whether the worker is stopping."""
+
+    def stalled(self) -> list[str]:
+        """The loops that do not tick; none during a drain."""
+
+
 @contextlib.contextmanager
-def monitoring(settings: AlertSettings, database: Database, clock: Clock, health: Health) -> Iterator[None]:
+def monitoring(
+    settings: AlertSettings, database: Database, clock: Clock, health: LoopHealth
+) -> Iterator[None]:
     """Run the overdue monitor and, if a webhook is configured, deliver alerts, in threads of their own."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(alerting(settings, database, clock))
@@ -172,7 +182,7 @@ class OverdueMonitor:
         oldest: Callable[[], tuple[str, str, float] | None],
         clock: Clock,
         settings: AlertSettings,
-        health: Health,
+        health: LoopHealth,
         *,
         client: httpx.Client | None = None,
     ) -> None:

@@ -1,0 +1,1 @@
+"""Adapters: what joins rooms that must not import each other."""

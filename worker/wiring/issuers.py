@@ -1,0 +1,85 @@
+"""Issuers from the settings, the checks of their tokens, and the secret of the console's login."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from worker.adapters.secrets import OpenedCredentials
+from worker.claims.digests import Digests
+from worker.clock import Clock
+from worker.errors import ConfigurationError
+from worker.guard import profile
+from worker.guard.issuer import Issuer
+from worker.operations.check_orgs import Checks
+from worker.outbound import open_client
+from worker.settings import Settings
+from worker.store.database import Database
+from worker.telemetry.masking import masker
+from worker.tokens.token_probe import TokenProbe, watch
+from worker.wiring import find_keyring
+
+
+def issuers_of(settings: Settings) -> dict[str, Issuer]:
+    """The issuers of `worker.toml` by name.
+
+    Raises ConfigurationError for an unknown profile or a URL that must not receive a secret.
+    """
+    return {
+        name: Issuer(
+            name=name,
+            profile=profile.load(issuer.profile),
+            url=issuer.url,
+            audience=issuer.audience or None,
+            api_origins=issuer.api_origins,
+            max_requests_per_second=issuer.max_requests_per_second,
+            token_endpoint=issuer.token_endpoint,
+            keys_url=issuer.keys_url,
+        )
+        for name, issuer in settings.issuers.items()
+    }
+
+
+def login_secret(issuer: str, secrets_dir: str) -> str:
+    """The secret of the console's own client at an issuer: the file `login__NAME` in `secrets_dir`.
+
+    Raises ConfigurationError if it cannot be read.
+    """
+    name = f"login__{issuer}"
+    fix = f"put the client's secret into the file {name} in secrets_dir, readable by the worker's user"
+    if not secrets_dir:
+        raise ConfigurationError("web.login needs a client secret, and secrets_dir is not set", fix=fix)
+    try:
+        secret = (Path(secrets_dir) / name).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigurationError(f"web.login: the secret {name} cannot be read: {why}", fix=fix) from None
+    if not secret:
+        raise ConfigurationError(f"web.login: the secret {name} is empty", fix=fix)
+    masker.register(secret)
+    return secret
+
+
+@asynccontextmanager
+async def open_checks(settings: Settings, database: Database, clock: Clock) -> AsyncIterator[Checks]:
+    """Token checks at the configured issuers, with the stored credentials.
+
+    Raises ConfigurationError if an issuer or the key ring is not usable.
+    """
+    ring = find_keyring(settings)
+    source = OpenedCredentials(database, ring, settings.secrets_dir, clock)
+
+    def digests(key_id: str) -> Digests | None:
+        return ring.digests(key_id) if ring is not None and key_id else None
+
+    async with open_client() as client:
+        watch(client)
+        probes = {
+            name: TokenProbe(issuer, client, clock=clock) for name, issuer in issuers_of(settings).items()
+        }
+        try:
+            yield Checks(database, source, probes, digests)
+        finally:
+            for probe in probes.values():
+                await probe.close()
