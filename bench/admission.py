@@ -38,7 +38,7 @@ from worker.runs.run import AdmittedRun, Isolation
 from worker.store.database import Database
 from worker.store.ring_walk import RingWalk
 from worker.store.sql import statements
-from worker.wiring.process import SWITCH
+from worker.wiring.start import SWITCH
 
 # The runs of a token share these texts.
 CLAIMS = json.dumps(

@@ -35,7 +35,7 @@ from worker.execution.hosts.wire import PREFIX
 from worker.telemetry import logs
 from worker.telemetry.masking import masker
 from worker.tokens.sealing import KeyRing
-from worker.wiring.process import SWITCH
+from worker.wiring.start import SWITCH
 
 MIB = 1024 * 1024
 NOW = "2030-01-01T00:00:00Z"

@@ -19,7 +19,8 @@ from tests.fakes.pages import unknown_words
 from worker import settings as places
 from worker.definitions.units import parse_duration
 from worker.errors import ConfigurationError
-from worker.execution.loops.supervisor import LAST_FLUSH, PATIENCE
+from worker.execution.incarnation import LAST_FLUSH
+from worker.execution.loops.supervisor import PATIENCE
 from worker.operations.provision_loop import LAST_TURN
 from worker.settings import Settings
 from worker.web.health import PATHS

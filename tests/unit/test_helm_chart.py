@@ -16,7 +16,7 @@ import yaml
 from tests.fakes.helm import MISSING, Rendered, render
 from tests.fakes.pages import blocks, unknown_words
 from worker import settings as places
-from worker.execution.loops.supervisor import LAST_FLUSH
+from worker.execution.incarnation import LAST_FLUSH
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "config" / "helm" / "orgworker"

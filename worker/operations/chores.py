@@ -43,7 +43,7 @@ def ages_of(settings: RetentionSettings) -> Ages:
 
 
 class Chores:
-    """Each chore works in short transactions of its own. `on_runs` is called after a backfill made runs."""
+    """Each chore works in short transactions of its own. `on_runs` is called when runs wait."""
 
     def __init__(self, database: Database, *, on_runs: Callable[[], None]) -> None:
         self._database = database
@@ -66,8 +66,9 @@ class Chores:
             self._backfill_waits.set()
 
     def recovered(self, recovered: Sequence[Recovered]) -> None:
-        """Record runs taken over from a dead worker."""
+        """Record runs taken over from a dead worker; they wait again."""
         self._failures.recovered(recovered)
+        self._on_runs()
 
     async def backfills(self) -> None:
         """Continue backfills whenever a run of one has ended or a look finds one. Ends by cancellation."""

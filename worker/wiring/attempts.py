@@ -98,6 +98,16 @@ class AttemptListener:
             temporal=dict.fromkeys(settings.placed_by_temporal, place),
         )
 
+    def drain(self) -> None:
+        """Give out no more runs."""
+        self.attempts.draining = True
+
+    async def end(self) -> None:
+        """Answer no host any more, and write what hosts have reported."""
+        api, self.attempts.api = self.attempts.api, None
+        if api is not None:
+            await api.close()
+
 
 def _tls(settings: AttemptsSettings) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

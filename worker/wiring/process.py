@@ -3,53 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import socket
-import sys
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from random import SystemRandom
 
 from worker.adapters.catalogue import StoredCatalogue
 from worker.adapters.secrets import OpenedCredentials, OpenedSecrets, StoredTokens
 from worker.claims.pools import PoolRules
-from worker.clock import Clock, SystemClock
-from worker.errors import ConfigurationError, Unavailable
+from worker.clock import SystemClock
+from worker.errors import ConfigurationError
 from worker.execution.attempts.attempt import attempt
 from worker.execution.attempts.dispatcher import Dispatcher
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.attempts.plan import Plans
 from worker.execution.attempts.tools import Tools
-from worker.execution.incarnation import EXIT_OK, EXIT_TRY_LATER, Announced, Signals, run_incarnations
+from worker.execution.incarnation import Incarnation, Process, run_incarnations
 from worker.execution.loops.admission import Admission
-from worker.execution.loops.heartbeat import Heartbeat
 from worker.execution.loops.maintenance import Housekeeping, Retention, sweep
-from worker.execution.loops.reading import CatalogueReader
-from worker.execution.loops.reconciler import Reconciler, Renewal, emit_recovered, recover_dead_workers
+from worker.execution.loops.reconciler import emit_recovered, recover_dead_workers
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.scheduler import Scheduler
 from worker.execution.loops.step_writer import StepWriter
-from worker.execution.loops.supervisor import Liveness, Supervisor
 from worker.execution.loops.token_renewal import TokenRenewal
 from worker.execution.loops.wakeups import Wakeups
-from worker.execution.runners.child.pool import SHARE_AFTER, ChildPool
 from worker.execution.runners.inline import Inline
+from worker.execution.signals import Signals
 from worker.ids import RunId, WorkerId, new_id
 from worker.operations.chores import Chores, ages_of
-from worker.operations.confinement import Confinement, confinement_of, readable_management_secrets
-from worker.operations.guarded_files import FileWatch
+from worker.operations.confinement import confinement_of, readable_management_secrets
 from worker.operations.installation import Ownership
 from worker.operations.keys import check_ring
 from worker.operations.monitoring import monitoring
 from worker.operations.new_claims import EVERY as NEW_CLAIMS_EVERY
 from worker.operations.new_claims import NewClaims
 from worker.outbound import open_client
-from worker.runs.run import Isolation, Recovered
 from worker.settings import Settings
 from worker.store import installation, schema
 from worker.store.database import Database
@@ -57,7 +49,7 @@ from worker.store.engine import IDLE, lock_sqlite_file
 from worker.store.worker_store import WorkerStore, heartbeat_database
 from worker.telemetry import logs
 from worker.telemetry.events import emit
-from worker.telemetry.vitals import Notifier, Vitals
+from worker.telemetry.vitals import Notifier
 from worker.tokens.cache import Tokens
 from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import SharedTokens
@@ -66,13 +58,12 @@ from worker.wiring import find_keyring, open_keyring
 from worker.wiring.attempts import AttemptListener
 from worker.wiring.issuers import issuers_of
 from worker.wiring.placing import check_placers, placing_loops
+from worker.wiring.start import VERSION, process_of, start_children
 from worker.wiring.traces import traces_of
 from worker.wiring.web import Web, metrics_of
 
-VERSION = version("orgworker")
-# Seconds for which a thread keeps the interpreter while another asks for it. The database threads ask
-# at each step: with Python's default of 5 ms a busy loop slows them to a tenth of their speed.
-SWITCH = 0.0001
+# A collection of the newest objects stops the loop: 100,000 take some 20 ms, and these some 5.
+COLLECT = (20_000, 100, 50)
 # Seconds between two searches for runs whose handler no worker offers; each reads all waiting runs.
 NO_HANDLER_EVERY = 5.0
 # Seconds after which a worker knows of a budget of `runs` or `run_seconds`.
@@ -98,16 +89,15 @@ def run(settings: Settings) -> int:
     logs.configure(settings.log.style or None, level=settings.log.level)
     traces = traces_of(settings.tracing, clock, version=VERSION)
     notifier = Notifier()
-    execution = settings.execution
     check_placers(settings)
     confinement = confinement_of(settings)
     confinement.warn()
     for secret in readable_management_secrets(settings):
         emit("management.exposed", secret=secret)
-    on_file = settings.database.sqlite_file is not None
+    on_file, lease = settings.database.sqlite_file is not None, settings.execution.lease
     lock = lock_sqlite_file(settings.database.url, clock=clock) if on_file else None
     # Runs of a worker that is cut off in a transaction must be free once its lease has expired.
-    idle = min(IDLE, execution.lease.total_seconds())
+    idle = min(IDLE, lease.total_seconds())
     database = Database.open(settings.database.url, clock=clock, own_reads=True, idle=idle)
     try:
         with database.autocommit() as connection:
@@ -119,26 +109,11 @@ def run(settings: Settings) -> int:
         hosts.bind()
         if not settings.keyring_file.exists():
             check_ring(database, None, settings.keyring_file)
-        children = ChildPool(
-            clock,
-            # On SQLite the file lock decides, not the lease: nothing is frozen.
-            freezing=not on_file,
-            max_freeze=execution.max_freeze,
-            preload=execution.preload,
-            pass_environment=execution.pass_environment,
-            lock_fd=None if lock is None else lock.fd,
-            sandbox=confinement.rules,
-            spares=min(execution.spare_children, execution.max_children),
-            share_after=SHARE_AFTER,
-            describes=True,
+        # On SQLite the file lock decides, not the lease: nothing is frozen.
+        lock_fd = None if lock is None else lock.fd
+        children = start_children(
+            settings, clock, confinement, collect=COLLECT, freezing=not on_file, lock_fd=lock_fd
         )
-        children.start()
-        # The collector skips what is loaded now and runs less often: each time it walks what all runs in
-        # flight hold. By default it runs every few runs and takes a quarter of the time of an inline run.
-        gc.freeze()
-        # A collection of the newest stops the loop: 100,000 objects take some 20 ms, and these some 5.
-        gc.set_threshold(20_000, 100, 50)
-        sys.setswitchinterval(SWITCH)
         # From here on this process holds keys, and nothing is forked from it.
         try:
             keyring = open_keyring(settings, database=database)
@@ -146,21 +121,15 @@ def run(settings: Settings) -> int:
         except ConfigurationError:
             asyncio.run(children.close())
             raise
-
-        files = FileWatch(settings, clock)
-
-        def incarnate(signals: Signals) -> Incarnation:
-            given = (settings, database, keyring, children, notifier, signals, clock, health)
-            return Incarnation(*given, confinement, hosts, files)
+        process = process_of("worker", settings, clock, children, notifier, health, confinement.describe)
+        worker = Worker(settings, database, keyring, process, hosts)
 
         async def serve() -> int:
-            own_connection = heartbeat_database(database, execution.lease)
+            own_connection = heartbeat_database(database, lease)
             with traces, monitoring(settings.alerts, own_connection, clock, health):
                 async with web.serving(), hosts.serving():
                     await database.run(web.print_link, database)
-                    return await run_incarnations(
-                        incarnate, children, notifier, clock, waiting="waiting for the database"
-                    )
+                    return await run_incarnations(worker.begin, process, waiting="waiting for the database")
 
         return asyncio.run(serve())
     finally:
@@ -168,293 +137,199 @@ def run(settings: Settings) -> int:
 
 
 @dataclass
-class Incarnation:
-    """A worker's life under one lease: its loops and what they share."""
+class Worker:
+    """Puts together the incarnations of a worker."""
 
     settings: Settings
     database: Database
     keyring: KeyRing
-    children: ChildPool
-    notifier: Notifier
-    signals: Signals
-    clock: Clock
-    health: Health
-    confinement: Confinement
+    process: Process
     hosts: AttemptListener
-    files: FileWatch
 
-    def __post_init__(self) -> None:
-        self.health.starting()
-        self.id = WorkerId(new_id())
-        self._announced = Announced(self.notifier, self.clock)
-        self._ownership = Ownership(self.database, self.settings.installation)
-        settings, database = self.settings, self.database
-        self._pool_rules = PoolRules(settings.pool_rules)
-        self._store = WorkerStore(
-            database,
-            self.id,
-            settings.execution.lease,
-            pools=settings.execution.pools,
-            pool_rules=self._pool_rules,
-        )
-        self._handlers = HandlerRegistry(frozenset(settings.execution.inline))
-        self._credentials = OpenedCredentials(database, self.keyring, settings.secrets_dir, self.clock)
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[Incarnation]:
+        """Register an incarnation and put it together. Raises Unavailable."""
+        settings, database, execution = self.settings, self.database, self.settings.execution
+        worker_id, rules = WorkerId(new_id()), PoolRules(settings.pool_rules)
+        handlers = HandlerRegistry(frozenset(execution.inline))
+        store = WorkerStore(database, worker_id, execution.lease, pools=execution.pools, pool_rules=rules)
+        await self._register(worker_id, store, handlers)
+        ownership = Ownership(database, settings.installation)
+        if settings.placed_by_temporal:
+            key = await database.call(installation.key_of)
+            ownership = Ownership(database, settings.installation, key=key)
+        if settings.database.sqlite_file is not None:
+            # This process holds the file lock, so every other worker of this database is dead.
+            emit_recovered(await store.recover_all_others())
+        async with AsyncExitStack() as resources:
+            credentials = OpenedCredentials(database, self.keyring, settings.secrets_dir, self.process.clock)
+            tokens = await self._tokens(worker_id, credentials, resources)
+            parts = _Parts(self, worker_id, store, handlers, rules, credentials, tokens, ownership)
+            yield parts.assemble(resources)
 
-    async def run(self) -> int | None:
-        """Run until SIGTERM or SIGINT; returns the exit code: 0, or 75 if not everything could be written.
-
-        Returns None if the lease was lost: other workers own the runs, and only a new incarnation may
-        admit more.
-        """
+    async def _register(self, worker_id: WorkerId, store: WorkerStore, handlers: HandlerRegistry) -> None:
         emit(
             "worker.started",
-            worker=self.id,
+            worker=worker_id,
             host=socket.gethostname(),
             pid=os.getpid(),
             version=VERSION,
             database=self.database.url_shown,
         )
-        execution = self.settings.execution
-        capacity = {"children": execution.max_children, "inline": execution.max_inline}
-        await self.database.run(
-            self._store.register, version=VERSION, handlers=self._handlers.names(), capacity=capacity
-        )
+        slots = self.process.slots
+        capacity = {"children": slots["child"], "inline": slots["inline"]}
+        await self.database.run(store.register, version=VERSION, handlers=handlers.names(), capacity=capacity)
         # Before the first run is fired: its handler may be one that only a host offers.
-        self._handlers.learn(await self._store.look_at_pools())
-        await asyncio.to_thread(self.files.look)
-        if self.settings.placed_by_temporal:
-            key = await self.database.call(installation.key_of)
-            self._ownership = Ownership(self.database, self.settings.installation, key=key)
-        if self.settings.database.sqlite_file is not None:
-            # This process holds the file lock, so every other worker of this database is dead.
-            emit_recovered(await self._store.recover_all_others())
-        async with open_client() as client:
-            issuers = issuers_of(self.settings)
-            shared = None
-            if self.settings.tokens.shared:
-                stored = StoredTokens(self.database, self.id)
-                shared = SharedTokens(stored, self._credentials.ring, self.clock)
-            tokens = Tokens(
-                issuers,
-                self._credentials,
-                client=client,
-                clock=self.clock,
-                shared=shared,
-                memory=self.settings.tokens.memory_bytes,
-            )
-            supervisor = self._assemble(tokens)
-            self.children.attach()
-            self.signals.pass_to(supervisor.stop)
-            try:
-                unwritten = not await supervisor.run()
-            finally:
-                api, self.hosts.attempts.api = self.hosts.attempts.api, None
-                if api is not None:
-                    await api.close()
-                await tokens.close()
-        if supervisor.lost and not self.signals.count:
-            return None
-        # If the database is unavailable, the lease simply expires.
-        with suppress(Unavailable):
-            await self.database.run(self._store.unregister)
-        exit_code = EXIT_TRY_LATER if unwritten else EXIT_OK
-        emit("worker.stopped", worker=self.id, exit_code=exit_code)
-        return exit_code
+        handlers.learn(await store.look_at_pools())
+        await asyncio.to_thread(self.process.files.look)
 
-    def _assemble(self, tokens: Tokens) -> Supervisor:
-        execution, clock, store = self.settings.execution, self.clock, self._store
+    async def _tokens(
+        self, worker_id: WorkerId, credentials: OpenedCredentials, resources: AsyncExitStack
+    ) -> Tokens:
+        clock, shared = self.process.clock, None
+        if self.settings.tokens.shared:
+            shared = SharedTokens(StoredTokens(self.database, worker_id), credentials.ring, clock)
+        tokens = Tokens(
+            issuers_of(self.settings),
+            credentials,
+            client=await resources.enter_async_context(open_client()),
+            clock=clock,
+            shared=shared,
+            memory=self.settings.tokens.memory_bytes,
+        )
+        resources.push_async_callback(tokens.close)
+        return tokens
+
+
+@dataclass
+class _Parts:
+    """What one incarnation is put together from."""
+
+    worker: Worker
+    id: WorkerId
+    store: WorkerStore
+    handlers: HandlerRegistry
+    rules: PoolRules
+    credentials: OpenedCredentials
+    tokens: Tokens
+    ownership: Ownership
+    signals: Signals = field(default_factory=Signals)
+
+    def assemble(self, resources: AsyncExitStack) -> Incarnation:
+        """The incarnation, which closes `resources` after its drain."""
+        settings, database, hosts = self.worker.settings, self.worker.database, self.worker.hosts
+        process, store, handlers, signals = self.worker.process, self.store, self.handlers, self.signals
+        clock, execution = process.clock, settings.execution
         poll = execution.poll.total_seconds()
-        slots: dict[Isolation, int] = {"child": execution.max_children, "inline": execution.max_inline}
-        inflight_runs = InflightRuns()
-        run_log, steps = RunLogWriter(store, clock), StepWriter(store, clock)
+        steps, wakeups = StepWriter(store, clock), Wakeups(database.hint, clock)
+        tools, chores = self._tools(steps), Chores(database, on_runs=signals.runs_due)
+        api = hosts.api(store, tools, settings, self.credentials.ring, chores.ended)
+        hosts.attempts.begin(api)
+        resources.push_async_callback(hosts.end)
+        inflight_runs, free = InflightRuns(), signals.slots_free
+        dispatcher = Dispatcher(tools, attempt, inflight_runs, store, on_free=free, on_end=chores.ended)
+        admission = Admission(
+            store, inflight_runs, handlers, clock, process.slots, poll, dispatcher.start, signals.ready
+        )
+        if store.refills:
+            dispatcher.finisher.refill_with(admission, store)
+        scheduler = Scheduler(store, handlers, clock, poll=poll, on_fired=signals.fired)
+        placing = placing_loops(settings, store, self.id, self.ownership, clock)
+        signals.runs_due.calls(*(loop.wake.set for loop in placing.values()))
+        if api is not None:
+            signals.runs_due.calls(api.wake)
+        signals.fired.calls(signals.runs_due, wakeups.request)
+        signals.notified.calls(scheduler.wake.set, signals.runs_due)
+        signals.catalogue_read.calls(hosts.attempts.catalogue_read)
+        signals.draining.calls(hosts.drain)
+        incarnation = Incarnation(
+            process,
+            self.id,
+            store,
+            admission,
+            {"scheduler": scheduler, "admission": admission},
+            dispatcher,
+            steps,
+            handlers,
+            StoredCatalogue(database, store, clock),
+            signals,
+            execution.lease,
+            execution.renew.total_seconds(),
+            leave=partial(database.run, store.unregister),
+            cancel=partial(self._cancel, dispatcher),
+            is_placed=lambda run: any(loop.holds(run) for loop in placing.values()),
+            resources=resources,
+        )
+        recovery = partial(recover_dead_workers, may_recover=incarnation.may_recover)
+        incarnation.intake |= {
+            "recovery": partial(recovery, store, clock, poll=poll, on_recovered=chores.recovered),
+            "backfills": chores.backfills,
+            "hints": wakeups.run,
+            "listener": partial(database.listen, signals.notified),
+            **{f"placing {pool}": loop.run for pool, loop in placing.items()},
+        }
+        if settings.tokens.shared:
+            ahead = settings.tokens.ahead
+            renewal = TokenRenewal(store, self.tokens, handlers, clock, SystemRandom(), ahead)
+            incarnation.intake["tokens"] = renewal.run
+        self._add_chores(incarnation.housekeeping, max(poll, 1.0))
+        chores.add_to(incarnation.housekeeping)
+        return incarnation
+
+    def _tools(self, steps: StepWriter) -> Tools:
+        worker, store, settings = self.worker, self.store, self.worker.settings
+        clock, execution = worker.process.clock, settings.execution
         plans = Plans(
             store,
             clock,
-            api_origins=self.settings.api_origins,
+            api_origins=settings.api_origins,
             private_origins=execution.private_origins,
             insecure_origins=execution.insecure_origins,
-            api_base_urls={name: issuer.api_base_url for name, issuer in self.settings.issuers.items()},
+            api_base_urls={name: issuer.api_base_url for name, issuer in settings.issuers.items()},
         )
-        tools = Tools(
+        return Tools(
             plans=plans,
-            tokens=tokens,
-            handlers=self._handlers,
-            runners={"child": self.children, "inline": Inline(clock)},
+            tokens=self.tokens,
+            handlers=self.handlers,
+            runners={"child": worker.process.children, "inline": Inline(clock)},
             checkpoints=store,
             waits=store,
             budgets=store,
             steps=steps,
-            run_log=run_log,
+            run_log=RunLogWriter(store, clock),
             clock=clock,
             random=SystemRandom(),
-            digests=self.keyring.digests(),
-            pool_rules=self._pool_rules,
-            secrets=OpenedSecrets(self.database, self._credentials.ring),
+            digests=worker.keyring.digests(),
+            pool_rules=self.rules,
+            secrets=OpenedSecrets(worker.database, self.credentials.ring),
         )
 
-        def wake_own() -> None:
-            admission.wake.set()
-
-        def wake_admission() -> None:
-            admission.wake.set()
-            for loop in placing.values():
-                loop.wake.set()
-            if api is not None:
-                api.wake()
-
-        def wake_loops() -> None:
-            scheduler.wake.set()
-            wake_admission()
-
-        def on_fired() -> None:
-            wake_admission()
-            wakeups.request()
-
-        async def wake_parked() -> None:
-            if await store.wake_parked():
-                on_fired()
-
-        async def look_at_pools() -> None:
-            self._handlers.learn(await store.look_at_pools())
-
-        placing = placing_loops(self.settings, store, self.id, self._ownership, clock)
-        chores = Chores(self.database, on_runs=wake_admission)
-        api = self.hosts.api(store, tools, self.settings, self._credentials.ring, chores.ended)
-        self.hosts.attempts.begin(api)
-        dispatcher = Dispatcher(tools, attempt, inflight_runs, store, on_free=wake_own, on_end=chores.ended)
-        admission = Admission(
-            store,
-            inflight_runs,
-            self._handlers,
-            clock,
-            slots=slots,
-            poll=poll,
-            start=dispatcher.start,
-            on_admitting=lambda: self._announced.ready(self.id, vitals.in_words()),
-        )
-        if store.refills:
-            dispatcher.finisher.refill_with(admission, store)
-        wakeups = Wakeups(self.database.hint, clock)
-        scheduler = Scheduler(store, self._handlers, clock, poll=poll, on_fired=on_fired)
-
-        def cancel(run_id: RunId, reason: str) -> None:
-            held = inflight_runs.get(run_id)
-            if held is not None and reason == "suspended":
-                tokens.drop(held.run.org_id)
-            dispatcher.cancel(run_id, reason)
-
-        reconciler = Reconciler(
-            inflight_runs,
-            store,
-            cancel=cancel,
-            on_lease=self.children.renewed,
-            on_lost=lambda: supervisor.give_up(),
-            is_placed=lambda run: any(loop.holds(run) for loop in placing.values()),
-        )
-
-        def on_renewal(renewal: Renewal) -> None:
-            reconciler.take(renewal)
-            # After an outage, admission waits for the renewal of the lease.
-            admission.wake.set()
-
-        heartbeat = Heartbeat(
-            store,
-            inflight_runs,
-            clock,
-            duration=execution.lease,
-            renew=execution.renew.total_seconds(),
-            on_lease=self.children.renewed,
-            on_renewal=on_renewal,
-        )
-
-        def on_recovered(recovered: Sequence[Recovered]) -> None:
-            chores.recovered(recovered)
-            wake_admission()
-
-        housekeeping = Housekeeping()
-        housekeeping.every(max(poll, 1.0), "sweep", partial(sweep, store))
-        housekeeping.every(WAKE_EVERY, "waits", wake_parked)
+    def _add_chores(self, housekeeping: Housekeeping, often: float) -> None:
+        store, clock, settings = self.store, self.worker.process.clock, self.worker.settings
+        new_claims = NewClaims(self.worker.database, clock)
+        housekeeping.every(often, "sweep", partial(sweep, store))
+        housekeeping.every(WAKE_EVERY, "waits", self._wake_parked)
         housekeeping.every(NO_HANDLER_EVERY, "no_handler", store.mark_no_handler)
-        housekeeping.every(POOLS_EVERY, "pools", look_at_pools)
-        new_claims = NewClaims(self.database, clock)
-
-        async def outdate_tokens() -> None:
-            for org_id in await new_claims.look():
-                tokens.drop(org_id)
-
-        housekeeping.every(NEW_CLAIMS_EVERY, "new_claims", outdate_tokens)
+        housekeeping.every(POOLS_EVERY, "pools", self._look_at_pools)
+        housekeeping.every(NEW_CLAIMS_EVERY, "new_claims", partial(self._outdate_tokens, new_claims))
         housekeeping.every(COUNT_EVERY, "backlog", store.count_waiting)
         housekeeping.every(BUDGETS_EVERY, "budgets", store.look_at_budgets)
-        chores.add_to(housekeeping)
-        retention = Retention(store, ages_of(self.settings.retention), clock)
-        housekeeping.every(self.files.every, "files", partial(asyncio.to_thread, self.files.look))
+        retention = Retention(store, ages_of(settings.retention), clock)
         housekeeping.every(RETENTION_EVERY, "retention", retention.tidy)
-        # The loops that a drain ends first must tick.
-        liveness = Liveness(
-            {"scheduler": lambda: scheduler.ticked_at, "admission": lambda: admission.ticked_at},
-            self.notifier,
-            clock,
-            resting=lambda: self.signals.count > 0,
-            status=lambda: vitals.in_words(),
-        )
-        vitals = Vitals(
-            ages=liveness.ages,
-            stalled=liveness.stalled,
-            lease_remaining=lambda: heartbeat.lease.expires_at - clock.monotonic(),
-            admitting=lambda: admission.admitting,
-            draining=liveness.resting,
-            slots={str(isolation): count for isolation, count in slots.items()},
-            used=inflight_runs.used,
-        )
-        self.health.watch(vitals)
-        catalogue = CatalogueReader(
-            StoredCatalogue(self.database, store, clock),
-            self._handlers,
-            on_offered=wake_admission,
-            pass_environment=execution.pass_environment,
-            command=self.confinement.describe,
-            describing=self.children.take_describing,
-            on_read=self.hosts.attempts.catalogue_read,
-        )
-        renewal = TokenRenewal(
-            store, tokens, self._handlers, clock, SystemRandom(), self.settings.tokens.ahead
-        )
-        supervisor = Supervisor(
-            intake={
-                "scheduler": scheduler.run,
-                "admission": admission.run,
-                "recovery": partial(
-                    recover_dead_workers,
-                    store,
-                    clock,
-                    poll=poll,
-                    may_recover=heartbeat.may_recover,
-                    on_recovered=on_recovered,
-                ),
-                "backfills": chores.backfills,
-                "hints": wakeups.run,
-                "listener": partial(self.database.listen, wake_loops),
-                "catalogue": catalogue.run,
-                **{f"placing {pool}": loop.run for pool, loop in placing.items()},
-                **({"tokens": renewal.run} if self.settings.tokens.shared else {}),
-            },
-            outlet={
-                "finisher": dispatcher.finisher.run,
-                "steps": steps.run,
-                "journal": run_log.run,
-                "reconciler": reconciler.run,
-                "pulse": liveness.run,
-            },
-            dispatcher=dispatcher,
-            run_log=run_log,
-            heartbeat=heartbeat,
-            housekeeping=housekeeping,
-            clock=clock,
-            drain=execution.drain,
-            on_draining=self._draining,
-        )
-        return supervisor
 
-    def _draining(self, running: int) -> None:
-        self.hosts.attempts.draining = True
-        self._announced.draining(self.id, running, self.settings.execution.drain)
+    def _cancel(self, dispatcher: Dispatcher[Tools], run_id: RunId, reason: str) -> None:
+        held = dispatcher.inflight_runs.get(run_id)
+        if held is not None and reason == "suspended":
+            self.tokens.drop(held.run.org_id)
+        dispatcher.cancel(run_id, reason)
+
+    async def _wake_parked(self) -> None:
+        if await self.store.wake_parked():
+            self.signals.fired()
+
+    async def _look_at_pools(self) -> None:
+        self.handlers.learn(await self.store.look_at_pools())
+
+    async def _outdate_tokens(self, new_claims: NewClaims) -> None:
+        for org_id in await new_claims.look():
+            self.tokens.drop(org_id)

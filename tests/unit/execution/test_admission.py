@@ -43,13 +43,13 @@ async def test_ready_is_what_the_database_answered_and_again_after_each_outage(c
         slots={"child": 1},
         poll=60.0,
         start=lambda run: None,
-        on_admitting=lambda: told.append(admission.admitting),
+        on_taking=lambda: told.append(admission.taking),
     )
     task = asyncio.create_task(admission.run())
     seen = []
     for away in (0, 0, 0, 1, 0):
         await settle()
-        seen.append((admission.admitting, len(told)))
+        seen.append((admission.taking, len(told)))
         store.away += away
         admission.wake.set()
     await settle()
@@ -76,7 +76,7 @@ async def test_only_the_slots_of_runs_that_end_here_are_filled_with_their_ends(c
         slots={"inline": 2},
         poll=60.0,
         start=start,
-        on_admitting=lambda: None,
+        on_taking=lambda: None,
     )
     assert admission.begin([ended("r1")])[1] == {}  # it does not run yet
     task = asyncio.create_task(admission.run())
@@ -106,7 +106,7 @@ async def test_no_slots_are_filled_with_ends_while_no_more_runs_wait(clock: Manu
         slots={"inline": 2},
         poll=60.0,
         start=lambda runs: None,
-        on_admitting=lambda: None,
+        on_taking=lambda: None,
     )
     inflight_runs.add(admitted("r1", isolation="inline"))
     task = asyncio.create_task(admission.run())

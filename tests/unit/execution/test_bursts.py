@@ -69,7 +69,7 @@ def admission(store: Backlog, inflight_runs: InflightRuns, clock: ManualClock, s
         slots={"inline": slots},
         poll=1.0,
         start=start,
-        on_admitting=lambda: None,
+        on_taking=lambda: None,
     )
 
 

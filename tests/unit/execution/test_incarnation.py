@@ -1,20 +1,46 @@
-"""A worker whose lease was lost and whose database is away: alive, and ready to be told to stop."""
+"""Incarnations: alive while the database is away, and ended in an order in which nothing is lost."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.fakes.clock import ManualClock, settle
+from tests.unit.execution.runs import admitted, ended
 from worker.errors import StoreUnavailable
+from worker.execution.attempts.dispatcher import Dispatcher
+from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.inflight import InflightRun, InflightRuns
 from worker.execution.hosts.control import ControlUnavailable
-from worker.execution.incarnation import FAREWELL, TELL_AGAIN, Signals, farewell, run_incarnations
-from worker.telemetry.vitals import Notifier
+from worker.execution.incarnation import (
+    FAREWELL,
+    TELL_AGAIN,
+    Incarnation,
+    Process,
+    farewell,
+    run_incarnations,
+)
+from worker.execution.loops import reading
+from worker.execution.loops.reconciler import Renewal
+from worker.execution.loops.run_log_writer import RunLogWriter
+from worker.execution.loops.step_writer import StepWriter
+from worker.execution.signals import Signals
+from worker.handlers.catalogue import HandlerEntry
+from worker.ids import RunId, WorkerId
+from worker.runs.lease import Lease
+from worker.runs.outcome import EndedAttempt
+from worker.runs.run import OwnedRun
+from worker.telemetry.events import Emitted
+from worker.telemetry.vitals import Notifier, Vitals
 
 pytestmark = pytest.mark.anyio
 
@@ -32,6 +58,12 @@ class Manager(Notifier):
     def alive(self) -> None:
         self.told.append("alive")
 
+    def ready(self, status: str) -> None:
+        self.told.append(f"ready: {status}")
+
+    def stopping(self, seconds: float) -> None:
+        self.told.append(f"stopping: {seconds:g}")
+
 
 class Children:
     def attach(self) -> None:
@@ -40,8 +72,43 @@ class Children:
     async def close(self) -> None:
         self.closed = True
 
+    def renewed(self, lease: Lease) -> None:
+        """Nothing is frozen."""
 
-class Incarnation:
+    def take_describing(self) -> None:
+        """No process describes handlers."""
+
+
+class Health:
+    def starting(self) -> None:
+        self.vitals: Vitals | None = None
+
+    def watch(self, vitals: Vitals) -> None:
+        self.vitals = vitals
+
+
+class Files:
+    every = 60.0
+
+    def look(self) -> None:
+        """No file is watched."""
+
+
+def process_of(clock: Any, kind: Any = "worker", farewell: float = 0.0) -> Process:
+    return Process(
+        kind,
+        Children(),  # type: ignore[arg-type]
+        Manager(),
+        clock,
+        Health(),
+        Files(),
+        {"child": 1, "inline": 0},
+        timedelta(seconds=5),
+        farewell=farewell,
+    )
+
+
+class Ends:
     """Ends as it is told: with an exit code, without one for a lost lease, or with an error."""
 
     def __init__(self, end: int | Exception | None) -> None:
@@ -60,6 +127,9 @@ class Sleeps:
         self.count = 0
         self._stop_at = stop_at
 
+    def monotonic(self) -> float:
+        return float(self.count)
+
     async def sleep(self, seconds: float) -> None:
         self.count += 1
         if self.count == self._stop_at:
@@ -72,15 +142,15 @@ AWAY = StoreUnavailable("the database is away")
 
 async def lived(clock: Sleeps, *ends: int | Exception | None) -> tuple[int, list[str]]:
     """The exit code, and what the service manager was told, where the incarnations end so."""
-    manager, left = Manager(), list(ends)
-    children, fakes = Children(), [Incarnation(end) for end in left]
+    process, left = process_of(clock), [Ends(end) for end in ends]
 
-    def incarnate(signals: Signals) -> Any:
-        return fakes.pop(0)
+    @asynccontextmanager
+    async def begin() -> AsyncIterator[Any]:
+        yield left.pop(0)
 
-    code = await run_incarnations(incarnate, children, manager, clock, waiting="waiting for the database")  # type: ignore[arg-type]
-    assert children.closed
-    return code, manager.told
+    code = await run_incarnations(begin, process, waiting="waiting for the database")
+    assert process.children.closed  # type: ignore[attr-defined]
+    return code, process.notifier.told  # type: ignore[attr-defined]
 
 
 async def test_the_watchdog_is_fed_while_the_next_incarnation_waits_for_the_database():
@@ -123,11 +193,11 @@ class Count:
     count: int = 1
 
 
-async def say_farewell(workers: Workers, seconds: float, signals: Count | None = None) -> bool:
+async def say_farewell(workers: Workers, seconds: float, requests: Count | None = None) -> bool:
     clock = ManualClock()
-    signals = signals or Count()
+    requests = requests or Count()
     until = clock.monotonic() + seconds
-    saying = asyncio.create_task(farewell(workers.tell, signals, clock, until=until))  # type: ignore[arg-type]
+    saying = asyncio.create_task(farewell(workers.tell, requests, clock, until=until))  # type: ignore[arg-type]
     await settle()
     while not saying.done():
         await clock.pass_time(TELL_AGAIN)
@@ -150,3 +220,143 @@ async def test_the_farewell_ends_in_time_and_at_a_second_signal():
     assert away.tries == FAREWELL / TELL_AGAIN + 1
     assert not await say_farewell(twice, FAREWELL, Count(2))
     assert twice.tries == 1
+
+
+async def nothing_installed(**given: object) -> AsyncIterator[list[HandlerEntry]]:
+    for entries in ():
+        yield entries
+
+
+class Life:
+    """An incarnation with one run, which ends once it is asked to stop. Keeps what happens, in order."""
+
+    def __init__(self, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, kind: Any = "worker") -> None:
+        monkeypatch.setattr(reading, "distributions", list)
+        monkeypatch.setattr(reading, "read_catalogue", nothing_installed)
+        self.happened: list[str] = []
+        self.wake, self.taking, self.ticked_at = asyncio.Event(), True, clock.monotonic()
+        self.reached_times = 0
+        self.process, signals = process_of(clock, kind), Signals()
+        tools: Any = SimpleNamespace(run_log=RunLogWriter(self, clock), clock=clock, prepare=self._prepare)
+        self.dispatcher: Dispatcher[Any] = Dispatcher(
+            tools,
+            self._attempt,
+            InflightRuns(),
+            self,
+            on_free=signals.slots_free,
+            on_end=lambda ended, inflight: None,
+            report=lambda ended, inflight: self.happened.append("the end is written"),
+        )
+        signals.draining.calls(lambda: self.happened.append("draining"))
+        self.incarnation = Incarnation(
+            self.process,
+            WorkerId("w1"),
+            self,
+            self,
+            {"admission": self},
+            self.dispatcher,
+            StepWriter(self, clock),
+            HandlerRegistry(),
+            self,
+            signals,
+            timedelta(seconds=30),
+            60.0,
+            leave=self._leave,
+            cancel=self.dispatcher.cancel,
+        )
+        self.incarnation.resources.callback(self.happened.append, "closed")
+        self.living = asyncio.create_task(self.incarnation.run())
+
+    # the source
+
+    async def run(self) -> None:
+        try:
+            self.dispatcher.start([admitted("r1")])
+            await asyncio.Event().wait()
+        finally:
+            self.happened.append("nothing is taken")
+
+    def reached(self) -> None:
+        self.reached_times += 1
+
+    async def _prepare(self, runs: object) -> None: ...
+
+    async def _attempt(self, inflight: InflightRun, tools: object) -> EndedAttempt:
+        await inflight.stop.requested.wait()
+        return ended("r1")
+
+    # the sink and the catalogue
+
+    def renew(self) -> tuple[bool, Sequence[OwnedRun]]:
+        return True, ()
+
+    async def finish(self, ends: Sequence[EndedAttempt]) -> set[RunId]:
+        return {end.run_id for end in ends}
+
+    async def hand_back(self, owned: Sequence[OwnedRun]) -> None: ...
+    async def put(self, entries: object) -> None: ...
+    async def offer(self, names: object) -> None: ...
+    async def complete(self, known: object) -> None: ...
+    async def append_logs(self, rows: object) -> None: ...
+    async def write_progress(self, rows: object) -> None: ...
+    async def store_steps(self, rows: object) -> Any: ...
+    async def load_steps(self, run_id: object, after: int) -> Any: ...
+    async def step_totals(self, run_id: object) -> Any: ...
+
+    async def _leave(self) -> None:
+        self.happened.append("left")
+
+
+@pytest.mark.parametrize("kind", ["worker", "host"])
+async def test_a_drain_ends_what_brings_work_then_writes_closes_and_leaves(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch, emitted: list[Emitted], kind: str
+):
+    life = Life(clock, monkeypatch, kind)
+    await settle()
+    assert life.happened == []
+
+    life.incarnation.stop()
+
+    assert await life.living == 0
+    assert life.happened == ["nothing is taken", "draining", "the end is written", "closed", "left"]
+    assert life.process.notifier.told[-1] == "stopping: 15"  # type: ignore[attr-defined]
+    assert [one.event.name for one in emitted] == ["worker.draining", f"{kind}.stopped"]
+
+
+async def test_without_its_lease_an_incarnation_announces_no_drain_and_is_not_ended_by_name(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+):
+    life = Life(clock, monkeypatch)
+    await settle()
+
+    life.incarnation._renewed(Renewal({}, (), registered=False, lease=Lease.begun(timedelta(0), 0.0)))
+
+    assert await life.living is None
+    assert {"draining", "left"}.isdisjoint(life.happened)
+    assert "closed" in life.happened
+    assert life.wake.is_set() and life.reached_times == 1
+
+
+async def test_it_is_ready_once_and_each_signal_wakes_its_own_listeners(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+):
+    life = Life(clock, monkeypatch)
+    signals = life.incarnation.signals
+    await settle()
+    for each, wakes in (
+        (signals.runs_due, True),
+        (signals.handlers_changed, True),
+        (signals.slots_free, True),
+        (signals.fired, False),  # the wiring decides whom it wakes
+        (signals.draining, False),
+    ):
+        life.wake.clear()
+        each()
+        assert life.wake.is_set() is wakes
+    signals.ready()
+    signals.ready()
+    life.incarnation.stop()
+    await life.living
+
+    told = life.process.notifier.told  # type: ignore[attr-defined]
+    assert [line for line in told if line.startswith("ready")] == ["ready: runs: 1 of 1 child; lease: 30 s"]

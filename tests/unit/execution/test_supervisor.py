@@ -25,21 +25,27 @@ class Watchdog(Notifier):
         self.told.append(text)
 
 
-def make(clock: ManualClock, *, resting: bool = False) -> tuple[Liveness, dict[str, float], Watchdog]:
-    ticked = {"scheduler": clock.monotonic(), "admission": clock.monotonic()}
-    dog = Watchdog()
-    ticks = {"scheduler": lambda: ticked["scheduler"], "admission": lambda: ticked["admission"]}
-    pulse = Liveness(ticks, dog, clock, resting=lambda: resting, status=lambda: f"stalled: {pulse.stalled()}")
-    return pulse, ticked, dog
+class Loop:
+    def __init__(self, clock: ManualClock) -> None:
+        self.ticked_at = clock.monotonic()
+
+    async def run(self) -> None:
+        """Nothing runs here."""
+
+
+def make(clock: ManualClock, *, resting: bool = False) -> tuple[Liveness, dict[str, Loop], Watchdog]:
+    loops, dog = {"scheduler": Loop(clock), "admission": Loop(clock)}, Watchdog()
+    pulse = Liveness(loops, dog, clock, resting=lambda: resting, status=lambda: f"stalled: {pulse.stalled()}")
+    return pulse, loops, dog
 
 
 def test_a_loop_is_stalled_once_patience_is_over(clock):
-    pulse, ticked, _ = make(clock)
+    pulse, loops, _ = make(clock)
     clock.advance(PATIENCE)
     assert pulse.stalled() == []
 
     clock.advance(1)
-    ticked["admission"] = clock.monotonic()
+    loops["admission"].ticked_at = clock.monotonic()
 
     assert pulse.stalled() == ["scheduler"]
     assert pulse.ages() == {"scheduler": PATIENCE + 1, "admission": 0}
@@ -54,7 +60,7 @@ def test_loops_that_a_drain_has_ended_are_not_stalled(clock):
 
 @pytest.mark.anyio
 async def test_the_watchdog_is_fed_only_while_every_loop_ticks_and_the_status_says_which_does_not(clock):
-    pulse, ticked, dog = make(clock)
+    pulse, loops, dog = make(clock)
     task = asyncio.create_task(pulse.run())
     await asyncio.sleep(0)
     assert dog.fed == 1
@@ -65,7 +71,8 @@ async def test_the_watchdog_is_fed_only_while_every_loop_ticks_and_the_status_sa
     assert dog.fed == 1
     assert dog.told == ["stalled: []", "stalled: ['scheduler', 'admission']"]
 
-    ticked.update(dict.fromkeys(ticked, clock.monotonic() + PATIENCE))
+    for loop in loops.values():
+        loop.ticked_at = clock.monotonic() + PATIENCE
     clock.advance(PATIENCE)
     for _ in range(3):
         await asyncio.sleep(0)

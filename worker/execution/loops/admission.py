@@ -33,7 +33,7 @@ class AdmitStore(Protocol):
 class Admission:
     """Fills this worker's free slots. Woken by the scheduler, by written ends, and by each poll.
 
-    `start` gets the admitted runs in rank order. `on_admitting` is called when the database lets this
+    `start` gets the admitted runs in rank order. `on_taking` is called when the database lets this
     worker admit, for the first time and after each outage.
     """
 
@@ -44,9 +44,9 @@ class Admission:
     slots: Mapping[Isolation, int]
     poll: float
     start: Callable[[Sequence[AdmittedRun]], None]
-    on_admitting: Callable[[], None]
+    on_taking: Callable[[], None]
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    admitting: bool = False
+    taking: bool = False
     _more_wait: bool = False
     _running: bool = False
     # Slots that are being filled by the transaction that writes ends, and whether that has returned.
@@ -70,6 +70,9 @@ class Admission:
         finally:
             self._running = False
             await self._refilled.wait()
+
+    def reached(self) -> None:
+        """Nothing: whether runs are admitted is what the database answers to `admit`."""
 
     def begin(
         self, ended: Sequence[EndedAttempt]
@@ -112,12 +115,12 @@ class Admission:
             await asyncio.wait({admitting})
             raise
         except Unavailable:
-            self.admitting = False
+            self.taking = False
             return False
         self._more_wait = len(runs) == sum(free.values())
-        if not self.admitting:
-            self.admitting = True
-            self.on_admitting()
+        if not self.taking:
+            self.taking = True
+            self.on_taking()
         return bool(runs)
 
     def _free(self) -> dict[Isolation, int]:

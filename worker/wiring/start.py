@@ -1,0 +1,85 @@
+"""The start of a worker's or host's process, before and after its secrets are read."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Literal
+
+from worker.clock import Clock
+from worker.execution.incarnation import Process
+from worker.execution.runners.child.pool import SHARE_AFTER, ChildPool
+from worker.operations.confinement import Confinement
+from worker.operations.guarded_files import FileWatch
+from worker.runs.run import Isolation
+from worker.settings import Settings
+from worker.telemetry.vitals import Notifier
+from worker.web.health import Health
+
+VERSION = version("orgworker")
+# Seconds for which a thread keeps the interpreter while another asks for it. The database threads ask
+# at each step: with Python's default of 5 ms a busy loop slows them to a tenth of their speed.
+SWITCH = 0.0001
+
+
+def start_children(
+    settings: Settings,
+    clock: Clock,
+    confinement: Confinement,
+    *,
+    collect: tuple[int, int, int],
+    freezing: bool = True,
+    lock_fd: int | None = None,
+) -> ChildPool:
+    """Start the zygote, and set how this process collects garbage and switches threads."""
+    execution = settings.execution
+    children = ChildPool(
+        clock,
+        freezing=freezing,
+        max_freeze=execution.max_freeze,
+        preload=execution.preload,
+        pass_environment=execution.pass_environment,
+        lock_fd=lock_fd,
+        sandbox=confinement.rules,
+        spares=min(execution.spare_children, execution.max_children),
+        share_after=SHARE_AFTER,
+        describes=True,
+    )
+    children.start()
+    # The collector skips what is loaded now and runs less often: each time it walks what all runs in
+    # flight hold. By default it runs every few runs and takes a quarter of the time of an inline run.
+    gc.freeze()
+    gc.set_threshold(*collect)
+    sys.setswitchinterval(SWITCH)
+    return children
+
+
+def process_of(
+    kind: Literal["worker", "host"],
+    settings: Settings,
+    clock: Clock,
+    children: ChildPool,
+    notifier: Notifier,
+    health: Health,
+    describe: Sequence[str],
+    *,
+    farewell: float = 0.0,
+) -> Process:
+    """What the incarnations of this process share, once its secrets are read."""
+    execution = settings.execution
+    slots: dict[Isolation, int] = {"child": execution.max_children, "inline": execution.max_inline}
+    return Process(
+        kind,
+        children,
+        notifier,
+        clock,
+        health,
+        FileWatch(settings, clock),
+        slots,
+        execution.drain,
+        pass_environment=execution.pass_environment,
+        describe=describe,
+        farewell=farewell,
+    )
