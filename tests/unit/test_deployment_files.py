@@ -23,8 +23,8 @@ from worker.execution.incarnation import LAST_FLUSH
 from worker.execution.loops.supervisor import PATIENCE
 from worker.operations.provision_loop import LAST_TURN
 from worker.settings import Settings
+from worker.web.database_health import CHECK_EVERY
 from worker.web.health import PATHS
-from worker.wiring.provision import CHECK_EVERY
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config"

@@ -51,7 +51,7 @@ def apply(
     that templates make, org by org; interrupted, the workers do the rest.
     """
     from worker.operations.apply import apply as apply_file
-    from worker.wiring.catalogue import store_unknown
+    from worker.operations.installed_handlers import store_unknown
 
     session = session_of(context)
     wanted = _parsed(file)

@@ -192,7 +192,7 @@ def edit(
 ) -> None:
     """Change keys of a definition; the next `apply` of a file that has it overrides them."""
     from worker.operations.definitions import edit_definition
-    from worker.wiring.catalogue import store_unknown
+    from worker.operations.installed_handlers import store_unknown
 
     session = session_of(context)
     with session.database() as database:

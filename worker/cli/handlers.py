@@ -111,9 +111,9 @@ def _place(entry: dict[str, Any]) -> str:
 def _entries(context: typer.Context, name: str | None = None) -> list[dict[str, Any]]:
     """The handlers of the database, or without one those installed here; all, or those of one name."""
     from worker.ids import ALL_ORGS
+    from worker.operations.installed_handlers import installed_entries, store_unknown
     from worker.store import catalogue
     from worker.store.lists import handlers
-    from worker.wiring.catalogue import installed_entries, store_unknown
 
     session = session_of(context)
     settings = session.settings

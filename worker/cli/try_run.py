@@ -119,6 +119,7 @@ def try_(
     --real, that of the org's issuer counts, and the handler's effects are real.
     """
     from worker.operations.handlers import as_taken, schema_of
+    from worker.operations.installed_handlers import find_handler
     from worker.wiring import trying
 
     if real and (flag or property_):
@@ -141,7 +142,7 @@ def try_(
                 f"--flag {name} has a value that a flag cannot have", fix="use true, false, a number or text"
             )
     before = None if state is None else _read_state(state)
-    entry = asyncio.run(trying.find_handler(handler, session.settings))
+    entry = asyncio.run(find_handler(handler, session.settings))
     if before is not None and not entry.state:
         raise UsageError(
             f"handler {handler} declares no state", fix="leave --state out, or write @job(..., state=True)"

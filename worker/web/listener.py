@@ -77,6 +77,29 @@ def build_health(health: Health) -> ASGIApp:
     return ErrorMiddleware(RequestLimit(Router(routes=health.routes(), redirect_slashes=False), health))
 
 
+def server_tls(certificate: str, key: str, section: str) -> ssl.SSLContext:
+    """TLS with these PEM files. Raises ConfigurationError, which names the settings of `section`."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    for setting, path in (("certificate", certificate), ("key", key)):
+        try:
+            with open(path, "rb"):
+                pass
+        except OSError as error:
+            raise ConfigurationError(
+                f"[{section}] {setting}: {path} cannot be read: {error.strerror}",
+                fix="name a PEM file that the worker's user can read",
+            ) from None
+    try:
+        context.load_cert_chain(certificate, key)
+    except (ssl.SSLError, ValueError) as error:
+        raise ConfigurationError(
+            f"[{section}] certificate and key do not belong together, or are not PEM: {error}",
+            fix="name the certificate with its chain, and the private key of it without a password",
+        ) from None
+    return context
+
+
 def bind(listen: str, setting: str = "[web] listen") -> socket.socket:
     """Open a listening socket on `host:port`; for a name with several addresses, on the first.
 

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 
 from worker.adapters.sealing import RingSealer
 from worker.clock import Clock
-from worker.errors import ConfigurationError
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.tools import Tools
 from worker.execution.hosts.attempt_api import AttemptApi
@@ -24,7 +23,7 @@ from worker.store.worker_store import WorkerStore
 from worker.tokens.sealing import KeyRing
 from worker.web.attempts import DEADLINES, MOST_CALLS, Attempts
 from worker.web.connections import Connections
-from worker.web.listener import WebServer, bind
+from worker.web.listener import WebServer, bind, server_tls
 
 
 class AttemptListener:
@@ -48,7 +47,7 @@ class AttemptListener:
         if not settings.listen:
             return
         if settings.certificate:
-            self._tls = _tls(settings)
+            self._tls = server_tls(settings.certificate, settings.key, "attempts")
         self._listener = bind(settings.listen, "[attempts] listen")
 
     @asynccontextmanager
@@ -107,25 +106,3 @@ class AttemptListener:
         api, self.attempts.api = self.attempts.api, None
         if api is not None:
             await api.close()
-
-
-def _tls(settings: AttemptsSettings) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    for setting in ("certificate", "key"):
-        try:
-            with open(getattr(settings, setting), "rb"):
-                pass
-        except OSError as error:
-            raise ConfigurationError(
-                f"[attempts] {setting}: {getattr(settings, setting)} cannot be read: {error.strerror}",
-                fix="name a PEM file that the worker's user can read",
-            ) from None
-    try:
-        context.load_cert_chain(settings.certificate, settings.key)
-    except (ssl.SSLError, ValueError) as error:
-        raise ConfigurationError(
-            f"[attempts] certificate and key do not belong together, or are not PEM: {error}",
-            fix="name the certificate with its chain, and the private key of it without a password",
-        ) from None
-    return context

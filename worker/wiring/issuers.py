@@ -50,13 +50,18 @@ def login_secret(issuer: str, secrets_dir: str) -> str:
     fix = f"put the client's secret into the file {name} in secrets_dir, readable by the worker's user"
     if not secrets_dir:
         raise ConfigurationError("web.login needs a client secret, and secrets_dir is not set", fix=fix)
+    return read_secret(name, secrets_dir, "web.login: ", fix)
+
+
+def read_secret(name: str, secrets_dir: str, whose: str, fix: str) -> str:
+    """The text of a secret file, masked from now on. Raises ConfigurationError, which begins with `whose`."""
     try:
         secret = (Path(secrets_dir) / name).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigurationError(f"web.login: the secret {name} cannot be read: {why}", fix=fix) from None
+        raise ConfigurationError(f"{whose}the secret {name} cannot be read: {why}", fix=fix) from None
     if not secret:
-        raise ConfigurationError(f"web.login: the secret {name} is empty", fix=fix)
+        raise ConfigurationError(f"{whose}the secret {name} is empty", fix=fix)
     masker.register(secret)
     return secret
 

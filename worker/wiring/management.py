@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from worker.clock import Clock
 from worker.errors import ConfigurationError, NotFound
@@ -15,10 +14,10 @@ from worker.providers.management.contract import Management
 from worker.providers.management.kinde import KindeManagement
 from worker.secret import Secret
 from worker.settings import Settings
-from worker.telemetry.masking import masker, shown_url
+from worker.telemetry.masking import shown_url
 from worker.tokens.issuer_client import IssuerClient
 from worker.tokens.management_token import ManagementToken
-from worker.wiring.issuers import issuers_of
+from worker.wiring.issuers import issuers_of, read_secret
 
 # By the name of the provider's profile.
 ADAPTERS = {"kinde": KindeManagement}
@@ -95,12 +94,4 @@ def management_secret(issuer: str, secrets_dir: str) -> Secret:
         raise ConfigurationError(
             f"issuer {issuer}: its management API needs a secret, and secrets_dir is not set", fix=fix
         )
-    try:
-        text = (Path(secrets_dir) / name).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigurationError(f"the secret {name} cannot be read: {why}", fix=fix) from None
-    if not text:
-        raise ConfigurationError(f"the secret {name} is empty", fix=fix)
-    masker.register(text)
-    return Secret(text)
+    return Secret(read_secret(name, secrets_dir, "", fix))

@@ -7,13 +7,12 @@ import os
 import signal
 import socket
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from functools import partial
 from importlib.metadata import version
-from typing import Any
 
 from worker.clock import Clock, SystemClock
-from worker.errors import ConfigurationError, NotFound, Unavailable
+from worker.errors import ConfigurationError, NotFound
 from worker.execution.runners.child.linux import allow_many_descriptors
 from worker.operations.installation import Ownership
 from worker.operations.monitoring import alerting
@@ -25,11 +24,10 @@ from worker.store import schema
 from worker.store.database import Database
 from worker.telemetry import logs
 from worker.telemetry.events import emit
-from worker.telemetry.metrics import Metrics
 from worker.telemetry.vitals import Notifier
 from worker.web.clients import Addresses
 from worker.web.connections import Connections
-from worker.web.health import Health
+from worker.web.database_health import ProvisionHealth
 from worker.web.hooks import HookReceiver, Hooks
 from worker.web.listener import WebServer, bind, build_health
 from worker.web.server import build_hooks
@@ -37,48 +35,7 @@ from worker.wiring.provisioning import fleet_of, open_provisioner, rules_of
 from worker.wiring.web import metrics_of
 
 ACTOR = "provision"
-# Seconds between two database checks, and the timeout of each.
-CHECK_EVERY = 5.0
 EXIT_OK = 0
-
-
-class ProvisionHealth(Health):
-    """Ready while the database responds and has this release's schema."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        super().__init__(metrics)
-        self._lacking: tuple[str, ...] = ("starting",)
-        self._loops: Mapping[str, ProvisionLoop] = {}
-
-    def follow(self, loops: Mapping[str, ProvisionLoop]) -> None:
-        """Tell what these loops do, by issuer."""
-        self._loops = loops
-
-    def lacking(self) -> list[str]:
-        return list(self._lacking)
-
-    def details(self) -> Mapping[str, Any]:
-        return {"issuers": {name: loop.doing for name, loop in self._loops.items()}}
-
-    def in_words(self) -> str:
-        """One line for `systemctl status`."""
-        lacking = [f"no {name}" for name in self._lacking]
-        return "; ".join([*lacking, *(f"{name}: {loop.doing}" for name, loop in self._loops.items())])
-
-    async def check(self, database: Database) -> None:
-        """Query the database once."""
-        try:
-            async with asyncio.timeout(CHECK_EVERY):
-                await database.call_autocommit(schema.check)
-        except (Unavailable, TimeoutError):
-            self._lacking = ("database",)
-        except ConfigurationError:
-            self._lacking = ("schema",)
-        else:
-            self._lacking = ()
-
-    def stopping(self) -> None:
-        self._lacking = ("draining",)
 
 
 def provision(settings: Settings, *, issuer: str | None, absent: Absent) -> int:
@@ -96,10 +53,11 @@ def provision(settings: Settings, *, issuer: str | None, absent: Absent) -> int:
     logs.configure(settings.log.style or None, level=settings.log.level)
     allow_many_descriptors()
     notifier = Notifier()
-    health = ProvisionHealth(metrics_of(settings, version=version("orgworker")))
     # More threads than a command has: two for each issuer, and one for the lock that it holds meanwhile.
     database = Database.open(settings.database.url, clock=clock, role="provision", threads=3 * len(names))
     watched = Database.open(settings.database.url, clock=clock, role="provision", threads=1)
+    metrics = metrics_of(settings, version=version("orgworker"))
+    health = ProvisionHealth(metrics, partial(watched.call_autocommit, schema.check))
     try:
         with database.autocommit() as connection:
             schema.check(connection)
@@ -107,9 +65,7 @@ def provision(settings: Settings, *, issuer: str | None, absent: Absent) -> int:
         ownership.require()
         listeners = _bind(settings)
         with alerting(settings.alerts, watched, clock):
-            asyncio.run(
-                _provision(settings, names, absent, ownership, watched, health, notifier, clock, listeners)
-            )
+            asyncio.run(_provision(settings, names, absent, ownership, health, notifier, clock, listeners))
     finally:
         database.close()
         watched.close()
@@ -146,7 +102,6 @@ async def _provision(
     names: Sequence[str],
     absent: Absent,
     ownership: Ownership,
-    watched: Database,
     health: ProvisionHealth,
     notifier: Notifier,
     clock: Clock,
@@ -186,16 +141,6 @@ async def _provision(
             await stack.enter_async_context(server.serving())
         emit("provisioning.started", issuers=", ".join(names), address=listen or None, pid=os.getpid())
         running = asyncio.gather(*(loop.run(stop) for loop in loops.values()))
-        ready = False
-        while not stop.is_set() and not running.done():
-            await health.check(watched)
-            if not ready and not health.lacking():
-                ready = True
-                notifier.ready(health.in_words())
-            notifier.status(health.in_words())
-            notifier.alive()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), CHECK_EVERY)
-        health.stopping()
-        notifier.stopping(LAST_TURN + CHECK_EVERY)
+        running.add_done_callback(lambda _: stop.set())
+        await health.look_until(stop, notifier, last=LAST_TURN)
         await running

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import copy
-import inspect
 import signal
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
 from worker.adapters.secrets import OpenedCredentials, OpenedSecrets
 from worker.clock import Clock
-from worker.definitions import CANCEL_GRACE
-from worker.definitions.units import format_duration
-from worker.errors import Conflict, NotFound, did_you_mean
+from worker.errors import Conflict
 from worker.execution.attempts.tools import GivenSecrets, SecretSource, TokenSource
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import Runner
 from worker.execution.runners.inline import Blocking, Inline
 from worker.execution.trial import FakeTokens, Subject, Trial, definition_of
+from worker.execution.trial_attempts import OnError, interrupt, run_to_end, with_on_error
 from worker.handlers.catalogue import HandlerEntry
-from worker.handlers.installed import distributions
-from worker.handlers.job import Job
 from worker.handlers.models import load
 from worker.ids import OrgId, new_id
 from worker.operations.confinement import confinement_of
@@ -39,13 +33,10 @@ from worker.store.database import Database
 from worker.tokens.cache import Tokens
 from worker.tokens.credentials import Credential
 from worker.wiring import find_keyring
-from worker.wiring.catalogue import read_entries
 from worker.wiring.issuers import issuers_of
 
 # The handler's timeout does not interrupt a debugger.
 NO_TIMEOUT = "365d"
-
-OnError = Callable[[Exception], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,25 +74,6 @@ class Tried:
     checkpoint: Any
     state: Any
     spends: Mapping[str, int]
-
-
-async def find_handler(name: str, settings: Settings) -> HandlerEntry:
-    """The handler of that name, read from its distribution in a separate process.
-
-    Raises NotFound if no installed distribution offers it or it cannot be loaded.
-    """
-    offering = [found.name for found in distributions() if any(point.name == name for point in found.points)]
-    entry = next((entry for entry in await read_entries(settings, offering) if entry.name == name), None)
-    if entry is None:
-        close = did_you_mean(name, (point.name for found in distributions() for point in found.points))
-        fix = f"install its distribution, or create the handler with `new-job {name}`"
-        raise NotFound(f"no installed distribution offers a handler {name}", fix=f"{close} {fix}".strip())
-    if entry.error is not None:
-        raise NotFound(
-            f"handler {name} of {entry.distribution} {entry.version} cannot be loaded: {entry.error}",
-            fix=f"fix {entry.entry_point.partition(':')[0]}, or the entry point in pyproject.toml",
-        )
-    return entry
 
 
 async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest, clock: Clock) -> Tried:
@@ -145,20 +117,9 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
             on_progress=request.on_progress,
         )
         if request.on_error is None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, partial(_interrupt, trial))
-        ended = await trial.attempt()
-        while ended.state == "parked" and (delay := trial.resume()) is not None:
-            request.on_resume(_resumed(ended, delay))
-            ended = await trial.attempt()
+            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, partial(interrupt, trial))
+        ended = await run_to_end(trial, request.on_resume)
         return Tried(ended, trial.checkpoint, trial.state, trial.budgets.spent)
-
-
-def _resumed(ended: EndedAttempt, delay: timedelta) -> str:
-    what = f" ({ended.detail})" if ended.detail else ""
-    if not delay:
-        return f"it waits for an answer{what}, which --answer gives: the next attempt goes on"
-    doing = "sleeps" if ended.reason == "asleep" else "waits for an answer"
-    return f"it {doing}{what} for {format_duration(delay)}, which is skipped here: the next attempt goes on"
 
 
 def _subject(settings: Settings, entry: HandlerEntry, request: TryRequest) -> Subject:
@@ -210,7 +171,7 @@ def _runner(
 ) -> Runner:
     if request.on_error is not None:
         job = load(entry.entry_point)
-        find = partial(_with_on_error, on_error=request.on_error)
+        find = partial(with_on_error, on_error=request.on_error)
         return Inline(clock, find=find, watched=False) if job.is_async else Blocking(clock, find=find)
     # Inline handlers too: they work in a process, and inline brings nothing for one run.
     passed, sandbox = settings.execution.pass_environment, confinement_of(settings).rules
@@ -238,34 +199,3 @@ class _WithGiven:
         given = {name: self.given[name] for name in names if name in self.given}
         left = [name for name in names if name not in given]
         return {**given, **(await self.stored.of(org, left) if left else {})}
-
-
-def _interrupt(trial: Trial) -> None:
-    stop = trial.inflight.stop
-    if stop.requested.is_set():
-        stop.kill()
-    else:
-        stop.request("cancel", CANCEL_GRACE.total_seconds())
-
-
-def _with_on_error(entry_point: str, *, on_error: OnError) -> Job:
-    """The handler, wrapped so that `on_error` receives its exception first."""
-    job = copy.copy(load(entry_point))
-    function = job.function
-
-    async def call(ctx: Any) -> Any:
-        try:
-            return await function(ctx)
-        except Exception as error:
-            on_error(error)
-            raise
-
-    def call_blocking(ctx: Any) -> Any:
-        try:
-            return function(ctx)
-        except Exception as error:
-            on_error(error)
-            raise
-
-    job.function = call if inspect.iscoroutinefunction(function) else call_blocking
-    return job

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import pwd
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 from importlib.metadata import version
-from ipaddress import ip_address
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 from starlette.types import ASGIApp
 
 from worker.clock import Clock, SystemClock
-from worker.errors import Busy, ConfigurationError, RolesMissing, Unavailable
+from worker.errors import Busy, ConfigurationError
 from worker.execution.runners.child.linux import allow_many_descriptors
 from worker.guard import Guard
-from worker.operations.operators import make_link
 from worker.outbound import open_client
 from worker.settings import Settings
 from worker.store import orgs, roles, schema
@@ -37,6 +33,8 @@ from worker.web.access import Access, FindCaller, Operator
 from worker.web.callers import OpenRing, no_ring
 from worker.web.clients import Addresses, ClientLimits
 from worker.web.connections import Connections
+from worker.web.database_health import DatabaseHealth
+from worker.web.first_login import local_origin, print_login_link
 from worker.web.health import Health
 from worker.web.listener import WebServer, bind, build_health
 from worker.web.login import Login, basis_of
@@ -44,8 +42,6 @@ from worker.web.operators import StoredOperators
 from worker.web.server import build
 from worker.wiring.issuers import issuers_of, login_secret
 
-# Seconds between two database checks of `serve`, and the timeout of each.
-CHECK_EVERY = 5.0
 _TAKEN = (
     "no console yet: another process has {}; the worker runs, and opens the port once it is free. "
     "Another port: --set web.listen=127.0.0.1:PORT before the verb; none: --set web.listen="
@@ -103,28 +99,9 @@ class Web:
 
     def print_link(self, database: Database) -> None:
         """On a terminal, print a link that logs in once, if this machine's browser can reach the console."""
-        origin = self._local_origin()
-        if origin is None or not sys.stderr.isatty():
-            return
-        path = make_link(database, user_name(), at=self._clock.now())
-        print(
-            f"log in once, within ten minutes, on this machine: {origin}{path}", file=sys.stderr, flush=True
-        )
-
-    def _local_origin(self) -> str | None:
-        """The console's address on the loopback interface, or None."""
-        host = urlsplit(self._settings.web.public_url).hostname
-        if self._listener is None or host not in (None, "localhost", "127.0.0.1", "::1"):
-            # A form from another address than public_url would be refused.
-            return None
-        if host is not None:
-            return self._settings.web.public_url.rstrip("/")
-        address = ip_address(self._listener.getsockname()[0])
-        if not (address.is_loopback or address.is_unspecified):
-            return None
-        shown = "127.0.0.1" if address.is_unspecified else str(address)
-        port = self._listener.getsockname()[1]
-        return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+        if self._listener is not None:
+            public_url, address = self._settings.web.public_url, self._listener.getsockname()[:2]
+            print_login_link(database, local_origin(public_url, *address), at=self._clock.now())
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
@@ -216,45 +193,8 @@ class Web:
         )
 
 
-def user_name() -> str:
-    """The OS user of this process, or its number if it has no name."""
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())
-
-
 async def _no_org(code: str, client_id: str) -> None:
     """Finds no org: health and metrics know operators only."""
-
-
-class WebHealth(Health):
-    """Ready while the database responds and has this release's schema; there are no loops to watch."""
-
-    _lacking: tuple[str, ...] = ("starting",)
-
-    def lacking(self) -> list[str]:
-        return list(self._lacking)
-
-    async def check(self, database: Database) -> None:
-        """Query the database once."""
-        try:
-            async with asyncio.timeout(CHECK_EVERY):
-                await database.run(schema.check_for_web, database)
-        except (Unavailable, TimeoutError):
-            self._lacking = ("database",)
-        except RolesMissing:
-            self._lacking = ("roles",)
-        except ConfigurationError:
-            self._lacking = ("schema",)
-        else:
-            self._lacking = ()
-
-    def stopping(self) -> None:
-        self._lacking = ("draining",)
-
-    def draining(self) -> bool:
-        return self._lacking == ("draining",)
 
 
 def serve(settings: Settings) -> int:
@@ -274,8 +214,9 @@ def serve(settings: Settings) -> int:
     clock = SystemClock()
     logs.configure(settings.log.style or None, level=settings.log.level)
     allow_many_descriptors()
-    health = WebHealth(metrics_of(settings, version=version("orgworker")))
     database = Database.open(settings.database.url, clock=clock, role="web")
+    check = partial(database.run, schema.check_for_web, database)
+    health = DatabaseHealth(metrics_of(settings, version=version("orgworker")), check)
     try:
         schema.check_for_web(database)
         if database.dialect == "postgresql":
@@ -284,23 +225,16 @@ def serve(settings: Settings) -> int:
                     emit("web.rights", detail=warning)
         web = Web(settings, clock, health)
         web.bind(required=True)
-        asyncio.run(_serve(web, health, database))
+        asyncio.run(_serve(web, health))
     finally:
         database.close()
     return 0
 
 
-async def _serve(web: Web, health: WebHealth, database: Database) -> None:
-    notifier = Notifier()
-    stop = asyncio.Event()
+async def _serve(web: Web, health: DatabaseHealth) -> None:
+    notifier, stop = Notifier(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with web.serving():
         notifier.ready("serving")
-        while not stop.is_set():
-            await health.check(database)
-            notifier.alive()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), CHECK_EVERY)
-        health.stopping()
-        notifier.stopping(CHECK_EVERY)
+        await health.look_until(stop, notifier)
