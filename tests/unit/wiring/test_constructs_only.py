@@ -1,0 +1,59 @@
+"""The wiring and the adapters construct, and nothing else: what runs stands in other rooms."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3] / "worker"
+WIRING = (ROOT / "wiring", ROOT / "adapters")
+MAX_LINES = 2_200
+MAX_FUNCTION = 60
+# A function and why it may be longer.
+LONGER = {"execution/trial.py:__init__": "the trial's state"}
+
+Function = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def trees(*folders: Path) -> Iterator[tuple[str, ast.Module]]:
+    for folder in folders:
+        for file in sorted(folder.rglob("*.py")):
+            yield file.relative_to(ROOT).as_posix(), ast.parse(file.read_text(encoding="utf-8"))
+
+
+def loops(tree: ast.Module) -> list[int]:
+    """The lines with a loop that may have no end, or a function that is one."""
+    found = (node for node in ast.walk(tree))
+    return [
+        node.lineno
+        for node in found
+        if isinstance(node, ast.While | ast.AsyncFor)
+        or (isinstance(node, ast.AsyncFunctionDef) and node.name == "run")
+    ]
+
+
+def long_functions(tree: ast.Module) -> list[str]:
+    nodes = (node for node in ast.walk(tree) if isinstance(node, Function))
+    return [node.name for node in nodes if (node.end_lineno or 0) - node.lineno + 1 > MAX_FUNCTION]
+
+
+def test_the_wiring_has_no_loop():
+    assert {name: found for name, tree in trees(*WIRING) if (found := loops(tree))} == {}
+    assert loops(ast.parse("async def run():\n    while True:\n        pass")) == [1, 2]
+
+
+def test_the_wiring_and_the_adapters_stay_small():
+    files = [file for folder in WIRING for file in folder.rglob("*.py")]
+    assert len(files) > 10
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) <= MAX_LINES
+
+
+def test_functions_of_the_wiring_and_of_execution_fit_on_a_page():
+    found = {
+        f"{name}:{function}"
+        for name, tree in trees(*WIRING, ROOT / "execution")
+        for function in long_functions(tree)
+    }
+    assert found <= LONGER.keys()
+    assert long_functions(ast.parse("def long():\n" + "    pass\n" * MAX_FUNCTION)) == ["long"]
