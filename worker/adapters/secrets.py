@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,25 @@ class OpenedSecrets:
 
     async def _read(self, wanted: Sequence[tuple[OrgId, str]]) -> Mapping[tuple[OrgId, str], dict[str, Any]]:
         return await self._database.call_autocommit(org_secrets.sealed_of_for_all_orgs, wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class RingSealer:
+    """Seals with the key ring; `ring` returns it, read again if it lacks the given key."""
+
+    ring: Callable[[str | None], KeyRing | None]
+
+    def seal(self, text: str, place: Sequence[object]) -> str:
+        ring = self.ring(None)
+        if ring is None:
+            raise ConfigurationError(
+                "without a key ring no run can execute on a host", fix="`python -m worker keys generate`"
+            )
+        return ring.seal_attempt(text, place)
+
+    def open(self, sealed: str, place: Sequence[object]) -> str | None:
+        ring = self.ring(sealed.partition(".")[0])
+        return None if ring is None else ring.open_attempt(sealed, place)
 
 
 class StoredTokens:

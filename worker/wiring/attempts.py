@@ -7,7 +7,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from worker.adapters.sealing import RingSealer
+from worker.adapters.secrets import RingSealer
 from worker.clock import Clock
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.tools import Tools

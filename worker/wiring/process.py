@@ -30,9 +30,8 @@ from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.scheduler import Scheduler
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.loops.token_renewal import TokenRenewal
-from worker.execution.loops.wakeups import Wakeups
 from worker.execution.runners.inline import Inline
-from worker.execution.signals import Signals
+from worker.execution.signals import Signals, Wakeups
 from worker.ids import RunId, WorkerId, new_id
 from worker.operations.chores import Chores, ages_of
 from worker.operations.confinement import confinement_of, readable_management_secrets

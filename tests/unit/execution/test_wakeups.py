@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from worker.errors import StoreUnavailable
-from worker.execution.loops.wakeups import PAUSE, Wakeups
+from worker.execution.signals import PAUSE, Wakeups
 
 pytestmark = pytest.mark.anyio
 

@@ -12,7 +12,7 @@ from worker.clock import Clock
 from worker.errors import Unavailable
 from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.hosts.wire import Taken
-from worker.execution.loops.wakeups import wait_for
+from worker.execution.signals import wait_for
 from worker.runs.run import Isolation
 from worker.telemetry.events import emit
 

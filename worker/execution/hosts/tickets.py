@@ -21,9 +21,9 @@ from worker.clock import Clock
 from worker.errors import Unavailable, WorkerError
 from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.hosts.wire import Taken, TemporalPlace
-from worker.execution.loops.wakeups import wait_for
 from worker.execution.placers import TlsFiles
 from worker.execution.placers.temporal import ACTIVITY, HEARTBEAT, connect, queue_of
+from worker.execution.signals import wait_for
 from worker.runs.placing import Fence
 from worker.runs.run import Isolation
 from worker.telemetry.events import emit

@@ -12,8 +12,8 @@ from typing import Protocol
 
 from worker.clock import Clock
 from worker.errors import Unavailable
-from worker.execution.loops.wakeups import wait_for
 from worker.execution.placers import EngineUnavailable, Placer
+from worker.execution.signals import wait_for
 from worker.runs.placing import Fence, Placed, Placement, PoolRoom, Ticket
 from worker.runs.run import AdmittedRun, OwnedRun
 from worker.telemetry.events import emit
