@@ -41,7 +41,7 @@ from worker.telemetry.vitals import Notifier
 from worker.web.connections import Connections
 from worker.web.health import Health
 from worker.web.listener import WebServer, bind, build_health
-from worker.wiring.start import VERSION, process_of, start_children
+from worker.wiring.start import VERSION, start
 from worker.wiring.temporal import place_of, require_client, tls_of
 from worker.wiring.traces import traces_of
 
@@ -70,16 +70,15 @@ def run(settings: Settings, *, pool: str | None = None) -> int:
     health = Health(metrics, sandbox=confinement.level)
     context = trusting(settings.host.ca_file)
     web = _health_server(settings, health, clock)
-    children = start_children(settings, clock, confinement, collect=COLLECT)
+    given = (settings, clock, notifier, health, confinement)
+    process = start("host", *given, collect=COLLECT, farewell=FAREWELL)
     # From here on this process holds the host's token, and nothing is forked from it.
     try:
         token = read_token(settings.host.token_file)
     except ConfigurationError:
-        asyncio.run(children.close())
+        asyncio.run(process.children.close())
         raise
     controls = Controls(settings.host.control, token, clock, context=context)
-    describe = confinement.describe
-    process = process_of("host", settings, clock, children, notifier, health, describe, farewell=FAREWELL)
     host = Host(settings, controls, process, pool)
 
     async def serve() -> int:

@@ -57,7 +57,7 @@ from worker.wiring import find_keyring, open_keyring
 from worker.wiring.attempts import AttemptListener
 from worker.wiring.issuers import issuers_of
 from worker.wiring.placing import check_placers, placing_loops
-from worker.wiring.start import VERSION, process_of, start_children
+from worker.wiring.start import VERSION, start
 from worker.wiring.traces import traces_of
 from worker.wiring.web import Web, metrics_of
 
@@ -110,17 +110,15 @@ def run(settings: Settings) -> int:
             check_ring(database, None, settings.keyring_file)
         # On SQLite the file lock decides, not the lease: nothing is frozen.
         lock_fd = None if lock is None else lock.fd
-        children = start_children(
-            settings, clock, confinement, collect=COLLECT, freezing=not on_file, lock_fd=lock_fd
-        )
+        given = (settings, clock, notifier, health, confinement)
+        process = start("worker", *given, collect=COLLECT, freezing=not on_file, lock_fd=lock_fd)
         # From here on this process holds keys, and nothing is forked from it.
         try:
             keyring = open_keyring(settings, database=database)
             check_ring(database, keyring, keyring.path)
         except ConfigurationError:
-            asyncio.run(children.close())
+            asyncio.run(process.children.close())
             raise
-        process = process_of("worker", settings, clock, children, notifier, health, confinement.describe)
         worker = Worker(settings, database, keyring, process, hosts)
 
         async def serve() -> int:

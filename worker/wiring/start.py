@@ -1,10 +1,9 @@
-"""The start of a worker's or host's process, before and after its secrets are read."""
+"""The start of a worker's or host's process, before its secrets are read."""
 
 from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Literal
 
@@ -24,17 +23,25 @@ VERSION = version("orgworker")
 SWITCH = 0.0001
 
 
-def start_children(
+def start(
+    kind: Literal["worker", "host"],
     settings: Settings,
     clock: Clock,
+    notifier: Notifier,
+    health: Health,
     confinement: Confinement,
     *,
     collect: tuple[int, int, int],
     freezing: bool = True,
     lock_fd: int | None = None,
-) -> ChildPool:
-    """Start the zygote, and set how this process collects garbage and switches threads."""
+    farewell: float = 0.0,
+) -> Process:
+    """Start the zygote, and set how this process collects garbage and switches threads.
+
+    Call it before this process holds a secret: the zygote is forked from it.
+    """
     execution = settings.execution
+    slots: dict[Isolation, int] = {"child": execution.max_children, "inline": execution.max_inline}
     children = ChildPool(
         clock,
         freezing=freezing,
@@ -53,33 +60,7 @@ def start_children(
     gc.freeze()
     gc.set_threshold(*collect)
     sys.setswitchinterval(SWITCH)
-    return children
-
-
-def process_of(
-    kind: Literal["worker", "host"],
-    settings: Settings,
-    clock: Clock,
-    children: ChildPool,
-    notifier: Notifier,
-    health: Health,
-    describe: Sequence[str],
-    *,
-    farewell: float = 0.0,
-) -> Process:
-    """What the incarnations of this process share, once its secrets are read."""
-    execution = settings.execution
-    slots: dict[Isolation, int] = {"child": execution.max_children, "inline": execution.max_inline}
+    files, passed, describe = FileWatch(settings, clock), execution.pass_environment, confinement.describe
     return Process(
-        kind,
-        children,
-        notifier,
-        clock,
-        health,
-        FileWatch(settings, clock),
-        slots,
-        execution.drain,
-        pass_environment=execution.pass_environment,
-        describe=describe,
-        farewell=farewell,
+        kind, children, notifier, clock, health, files, slots, execution.drain, passed, describe, farewell
     )

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.clock import ManualClock, settle
+from tests.fakes.manager import Manager
 from tests.unit.execution.runs import admitted, ended
 from worker.errors import StoreUnavailable
 from worker.execution.attempts.dispatcher import Dispatcher
@@ -40,29 +41,9 @@ from worker.runs.lease import Lease
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import OwnedRun
 from worker.telemetry.events import Emitted
-from worker.telemetry.vitals import Notifier, Vitals
+from worker.telemetry.vitals import Vitals
 
 pytestmark = pytest.mark.anyio
-
-
-class Manager(Notifier):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        super().__init__("")
-        self.told: list[str] = []
-
-    def status(self, text: str) -> None:
-        self.told.append(text)
-
-    def alive(self) -> None:
-        self.told.append("alive")
-
-    def ready(self, status: str) -> None:
-        self.told.append(f"ready: {status}")
-
-    def stopping(self, seconds: float) -> None:
-        self.told.append(f"stopping: {seconds:g}")
 
 
 class Children:

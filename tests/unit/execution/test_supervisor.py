@@ -8,21 +8,8 @@ import contextlib
 import pytest
 
 from tests.fakes.clock import ManualClock
+from tests.fakes.manager import Manager
 from worker.execution.loops.supervisor import PATIENCE, Liveness
-from worker.telemetry.vitals import Notifier
-
-
-class Watchdog(Notifier):
-    def __init__(self) -> None:
-        super().__init__("")
-        self.fed = 0
-        self.told: list[str] = []
-
-    def alive(self) -> None:
-        self.fed += 1
-
-    def status(self, text: str) -> None:
-        self.told.append(text)
 
 
 class Loop:
@@ -33,8 +20,8 @@ class Loop:
         """Nothing runs here."""
 
 
-def make(clock: ManualClock, *, resting: bool = False) -> tuple[Liveness, dict[str, Loop], Watchdog]:
-    loops, dog = {"scheduler": Loop(clock), "admission": Loop(clock)}, Watchdog()
+def make(clock: ManualClock, *, resting: bool = False) -> tuple[Liveness, dict[str, Loop], Manager]:
+    loops, dog = {"scheduler": Loop(clock), "admission": Loop(clock)}, Manager()
     pulse = Liveness(loops, dog, clock, resting=lambda: resting, status=lambda: f"stalled: {pulse.stalled()}")
     return pulse, loops, dog
 
@@ -63,20 +50,20 @@ async def test_the_watchdog_is_fed_only_while_every_loop_ticks_and_the_status_sa
     pulse, loops, dog = make(clock)
     task = asyncio.create_task(pulse.run())
     await asyncio.sleep(0)
-    assert dog.fed == 1
+    assert dog.told.count("alive") == 1
 
     clock.advance(PATIENCE + 1)
     for _ in range(3):
         await asyncio.sleep(0)
-    assert dog.fed == 1
-    assert dog.told == ["stalled: []", "stalled: ['scheduler', 'admission']"]
+    assert dog.told.count("alive") == 1
+    assert dog.told == ["stalled: []", "alive", "stalled: ['scheduler', 'admission']"]
 
     for loop in loops.values():
         loop.ticked_at = clock.monotonic() + PATIENCE
     clock.advance(PATIENCE)
     for _ in range(3):
         await asyncio.sleep(0)
-    assert dog.fed == 2
+    assert dog.told.count("alive") == 2
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task

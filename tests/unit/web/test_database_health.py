@@ -8,31 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from tests.fakes.clock import settle
+from tests.fakes.manager import Manager
 from worker.errors import ConfigurationError, RolesMissing, StoreUnavailable
 from worker.telemetry.metrics import Metrics
-from worker.telemetry.vitals import Notifier
 from worker.web import database_health as module
 from worker.web.database_health import CHECK_EVERY, DatabaseHealth, ProvisionHealth
 
 pytestmark = pytest.mark.anyio
-
-
-class Manager(Notifier):
-    def __init__(self) -> None:
-        super().__init__("")
-        self.told: list[str] = []
-
-    def ready(self, status: str) -> None:
-        self.told.append(f"ready: {status}")
-
-    def status(self, text: str) -> None:
-        self.told.append(text)
-
-    def alive(self) -> None:
-        self.told.append("alive")
-
-    def stopping(self, seconds: float) -> None:
-        self.told.append(f"stopping: {seconds:g}")
 
 
 class Schema:
