@@ -49,9 +49,6 @@ class Source(Paced, Protocol):
     wake: asyncio.Event
     taking: bool
 
-    def reached(self) -> None:
-        """A renewal of the lease was answered."""
-
 
 class Sink(FinishStore, LeaseStore, HandBackStore, Protocol):
     """Where the ends of runs go, and who grants the lease."""
@@ -179,7 +176,8 @@ class Incarnation:
             used=inflight_runs.used,
         )
         process.health.watch(self._vitals)
-        for each in (self.signals.runs_due, self.signals.slots_free):
+        # After an outage, runs are taken only once the lease is renewed.
+        for each in (self.signals.runs_due, self.signals.slots_free, self.signals.lease_answered):
             each.calls(self.source.wake.set)
         self.signals.handlers_changed.calls(self.signals.runs_due)
         self.signals.ready.calls(self._ready)
@@ -283,9 +281,7 @@ class Incarnation:
 
     def _renewed(self, renewal: Renewal) -> None:
         self._reconciler.take(renewal)
-        self.source.reached()
-        # After an outage, runs are taken only once the lease is renewed.
-        self.source.wake.set()
+        self.signals.lease_answered()
 
     def _give_up(self) -> None:
         """End, because the lease is lost: nothing that this incarnation writes counts any more."""

@@ -41,6 +41,8 @@ class Signals:
         # The slots of attempts whose ends are written are free.
         self.slots_free = Signal()
         self.handlers_changed = Signal()
+        # A renewal of the lease was answered.
+        self.lease_answered = Signal()
         # All handlers that are installed here are read and stored.
         self.catalogue_read = Signal()
         # The source can be given runs, for the first time or again.

@@ -221,7 +221,9 @@ class Host:
             "on_taking": signals.ready,
         }
         if registered.temporal is None:
-            return Taking(store, store.inflight_runs, clock, **common)
+            taking = Taking(store, store.inflight_runs, clock, **common)
+            signals.lease_answered.calls(taking.reached)
+            return taking
         require_client(f"the runs of pool {pool} come from Temporal")
         from worker.execution.hosts.tickets import TicketTaking
 

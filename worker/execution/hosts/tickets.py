@@ -89,9 +89,6 @@ class TicketTaking:
                 polling.cancel()
                 await asyncio.wait({polling})
 
-    def reached(self) -> None:
-        """Nothing: whether this host takes runs depends on Temporal."""
-
     async def _poll(self) -> None:
         """Poll the queues of the pool until cancelled; connects again after an error."""
         pause = TRY_AGAIN

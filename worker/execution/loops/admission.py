@@ -71,9 +71,6 @@ class Admission:
             self._running = False
             await self._refilled.wait()
 
-    def reached(self) -> None:
-        """Nothing: whether runs are admitted is what the database answers to `admit`."""
-
     def begin(
         self, ended: Sequence[EndedAttempt]
     ) -> tuple[Mapping[str, int | None], Mapping[Isolation, int]]:
