@@ -96,7 +96,7 @@ class StopRequests:
 
 
 @dataclass(eq=False, repr=False)
-class Process:
+class ProcessTools:
     """What the incarnations of a worker or host share. `farewell` is in seconds, at most.
 
     Child processes read the catalogue by the command `describe`, with `pass_environment`.
@@ -130,7 +130,7 @@ class Incarnation:
     drain ends all of these first. Then `resources` are closed, and `leave` tells that the lease is given up.
     """
 
-    process: Process
+    process: ProcessTools
     id: WorkerId
     sink: Sink
     source: Source
@@ -319,7 +319,7 @@ async def farewell(
 
 async def run_incarnations(
     begin: Callable[[], AbstractAsyncContextManager[Incarnation]],
-    process: Process,
+    process: ProcessTools,
     *,
     waiting: str,
     patient: bool = False,
@@ -353,7 +353,7 @@ async def run_incarnations(
 
 
 async def _live(
-    begin: Callable[[], AbstractAsyncContextManager[Incarnation]], process: Process
+    begin: Callable[[], AbstractAsyncContextManager[Incarnation]], process: ProcessTools
 ) -> int | None:
     process.starting()
     async with begin() as incarnation:

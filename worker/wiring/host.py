@@ -25,7 +25,7 @@ from worker.execution.hosts.hosted import RemoteTools, hosted_attempt
 from worker.execution.hosts.remote import RemoteStore
 from worker.execution.hosts.taking import Taking
 from worker.execution.hosts.wire import Registered, Registration, Taken
-from worker.execution.incarnation import FAREWELL, Incarnation, Process, Source, run_incarnations
+from worker.execution.incarnation import FAREWELL, Incarnation, ProcessTools, Source, run_incarnations
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.runners.inline import Inline
@@ -105,7 +105,7 @@ class Host:
 
     settings: Settings
     controls: Controls
-    process: Process
+    process: ProcessTools
     pool: str | None
 
     @asynccontextmanager

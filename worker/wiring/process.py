@@ -22,7 +22,7 @@ from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.attempts.plan import Plans
 from worker.execution.attempts.tools import Tools
-from worker.execution.incarnation import Incarnation, Process, run_incarnations
+from worker.execution.incarnation import Incarnation, ProcessTools, run_incarnations
 from worker.execution.loops.admission import Admission
 from worker.execution.loops.maintenance import Housekeeping, Retention, sweep
 from worker.execution.loops.reconciler import emit_recovered, recover_dead_workers
@@ -140,7 +140,7 @@ class Worker:
     settings: Settings
     database: Database
     keyring: KeyRing
-    process: Process
+    process: ProcessTools
     hosts: AttemptListener
 
     @asynccontextmanager

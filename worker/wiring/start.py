@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Literal
 
 from worker.clock import Clock
-from worker.execution.incarnation import Process
+from worker.execution.incarnation import ProcessTools
 from worker.execution.runners.child.pool import SHARE_AFTER, ChildPool
 from worker.operations.confinement import Confinement
 from worker.operations.guarded_files import FileWatch
@@ -35,7 +35,7 @@ def start(
     freezing: bool = True,
     lock_fd: int | None = None,
     farewell: float = 0.0,
-) -> Process:
+) -> ProcessTools:
     """Start the zygote, and set how this process collects garbage and switches threads.
 
     Call it before this process holds a secret: the zygote is forked from it.
@@ -61,6 +61,6 @@ def start(
     gc.set_threshold(*collect)
     sys.setswitchinterval(SWITCH)
     files, passed, describe = FileWatch(settings, clock), execution.pass_environment, confinement.describe
-    return Process(
+    return ProcessTools(
         kind, children, notifier, clock, health, files, slots, execution.drain, passed, describe, farewell
     )

@@ -26,7 +26,7 @@ from worker.execution.incarnation import (
     FAREWELL,
     TELL_AGAIN,
     Incarnation,
-    Process,
+    ProcessTools,
     farewell,
     run_incarnations,
 )
@@ -75,8 +75,8 @@ class Files:
         """No file is watched."""
 
 
-def process_of(clock: Any, kind: Any = "worker", farewell: float = 0.0) -> Process:
-    return Process(
+def process_of(clock: Any, kind: Any = "worker", farewell: float = 0.0) -> ProcessTools:
+    return ProcessTools(
         kind,
         Children(),  # type: ignore[arg-type]
         Manager(),
