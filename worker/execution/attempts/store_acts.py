@@ -163,4 +163,5 @@ async def _spend(stores: RunStores, call: CountSpend, of: Running) -> OrgBudgets
 
 
 def _lost(of: Running) -> LeaseLost:
-    return LeaseLost(f"run {of.run.id} is no longer ours")
+    whose = "this host's" if of.hosted else "ours"
+    return LeaseLost(f"run {of.run.id} is no longer {whose}")
