@@ -17,9 +17,11 @@ from starlette.routing import Route
 
 from tests.unit.execution.runs import admitted
 from worker.demo.serving import ServerThread, bind_loopback
-from worker.execution.hosts import wire, wire_calls
-from worker.execution.hosts.wire import End, Registered, Taken
-from worker.execution.hosts.wire_calls import LineRow
+from worker.execution.hosts import wire
+from worker.execution.hosts.attempt_log import LINE, PROGRESS, LineRow
+from worker.execution.hosts.ends import END, End
+from worker.execution.hosts.sent import calls_of
+from worker.execution.hosts.wire import Registered, Taken
 from worker.execution.runners.contract import Work
 from worker.guard.claims import Claims
 from worker.handlers.catalogue import HandlerEntry
@@ -137,7 +139,7 @@ class Attempts:
         )
 
     def _handlers(self, message: dict[str, Any]) -> dict[str, Any]:
-        for entry in wire.entries_of(message["entries"]):
+        for entry in wire.entries_of(message):
             self.entries[entry.name] = entry
         self.complete = self.complete or message.get("complete") is True
         return {}
@@ -151,28 +153,28 @@ class Attempts:
 
     def _finish(self, message: dict[str, Any]) -> dict[str, Any]:
         accepted = []
-        for end in wire.ends_of(message):
-            owned = self.owned.get(end.run_id)
+        for end in wire.rows_of(message, "ends", END):
+            owned = self.owned.get(end.run)
             if owned is not None and owned.fencing_token == end.fencing_token:
-                del self.owned[end.run_id]
+                del self.owned[end.run]
                 self.ends.append(end)
-                accepted.append(end.run_id)
+                accepted.append(end.run)
         return {"accepted": accepted}
 
     def _save(self, message: dict[str, Any]) -> dict[str, Any]:
-        self.saved.append(wire_calls.checkpoint_of(message)[0])
+        self.saved.append(calls_of("save", message)[0].call.data)
         return {}
 
     def _logs(self, message: dict[str, Any]) -> dict[str, Any]:
-        self.lines += wire_calls.lines_of(message)
+        self.lines += wire.rows_of(message, "lines", LINE)
         return {}
 
     def _progress(self, message: dict[str, Any]) -> dict[str, Any]:
-        wire_calls.progress_of(message)
+        wire.rows_of(message, "rows", PROGRESS)
         return {}
 
     def _hand_back(self, message: dict[str, Any]) -> dict[str, Any]:
-        runs = [run.id for run in wire.owned_of(message)]
+        runs = [fence.run for fence in wire.rows_of(message, "runs", wire.FENCE)]
         for run_id in runs:
             self.owned.pop(run_id, None)
         return {"runs": runs}

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
-from tests.fakes.clock import START
+from tests.fakes.clock import START, ManualClock
 from tests.unit.execution.runs import admitted
 from worker.clock import to_text
 from worker.errors import (
@@ -29,14 +29,26 @@ from worker.errors import (
     TooManyRequests,
     Unavailable,
 )
-from worker.execution.hosts.control import (
-    ControlDenied,
-    ControlUnavailable,
-)
-from worker.execution.hosts.remote import HostedEnd, RemoteStore
+from worker.execution.attempts.answers import Running
+from worker.execution.attempts.inflight import InflightRun
+from worker.execution.hosts.control import ControlUnavailable
+from worker.execution.hosts.remote import HostedEnd, RemoteActs, RemoteStore, SentRow
+from worker.execution.hosts.sent import Sent
 from worker.execution.hosts.wire import Malformed, Registered, Registration, Taken, TemporalPlace
-from worker.execution.runners.contract import FORGED, Work
+from worker.execution.loops.step_writer import StepWriter
+from worker.execution.runners.contract import FORGED, StopSignal, Work
 from worker.guard.claims import Claims, Flag
+from worker.handlers.calls import (
+    AskBudgets,
+    AskToken,
+    Call,
+    CountSpend,
+    LoadSteps,
+    OpenWait,
+    Save,
+    StepTotals,
+    StoreStep,
+)
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.ids import RunId, WorkerId
@@ -112,6 +124,7 @@ LINES = [
 ]
 LOAD = PoolLoad(Counter({"child": 1}), 0.0, {WORKER: {"child": 4, "inline": 4}}, {WORKER: Counter()})
 OWNED = [OwnedRun(RUN.id, 7, None), OwnedRun(RunId("r2"), 8, "requested")]
+SPEND = CountSpend("tokens", 5, "2:7")
 PROGRESS = {"done": 1.0, "total": 2, "note": "half ü"}
 TICKET = f"{RUN.id}.7.{'a' * 43}"
 SECRETS = {"openai": "sk-canary-1234567890"}
@@ -195,33 +208,22 @@ def take_by(store: RemoteStore) -> Any:
     return store.take_by(TICKET)
 
 
-def token(fresh: bool) -> Callable[[RemoteStore], Any]:
-    def renew(store: RemoteStore) -> Any:
-        inflight = store.inflight_runs.get(RUN.id)
-        assert inflight is not None
-        return store.renew_token(inflight, "acme.digest", fresh=fresh)
+def asks(call: Call[Any]) -> Callable[[RemoteStore], Any]:
+    """Ask as a handler of the run, without what `answers.py` does before."""
 
-    return renew
+    def ask(store: RemoteStore) -> Any:
+        acts = RemoteActs(store, StepWriter(store, ManualClock()))
+        of = Running(
+            InflightRun(RUN, StopSignal()), Trail("acme.digest"), acts, cast(Any, None), ManualClock()
+        )
+        return acts.act(call, of)
 
-
-def save(data: str, number: int) -> Callable[[RemoteStore], Any]:
-    return lambda store: store.save_checkpoint(RUN, "acme.digest", data, number)
+    return ask
 
 
 def store_steps(store: RemoteStore) -> Any:
-    return store.store_steps([RunStep(RUN, "acme.digest", step, 0) for step in STEPS])
-
-
-def wait(wait: NewWait) -> Callable[[RemoteStore], Any]:
-    return lambda store: store.open_wait(RUN, wait)
-
-
-def budgets(store: RemoteStore) -> Any:
-    return store.budgets_of(RUN)
-
-
-def spend(store: RemoteStore) -> Any:
-    return store.spend(RUN, "tokens", 5, "2:7")
+    calls = [StoreStep(step) for step in STEPS]
+    return store.store_steps([SentRow(RUN, Sent(RUN.id, 7, "acme.digest", call), 0) for call in calls])
 
 
 def finish(case: str, outcome: Outcome) -> Callable[[RemoteStore], Any]:
@@ -238,6 +240,7 @@ def finish(case: str, outcome: Outcome) -> Callable[[RemoteStore], Any]:
     return lambda store: store.finish([end])
 
 
+LOST = LeaseLost(f"run {RUN.id} is no longer this host's")
 REFUSED = TokenRefused("org_mismatch", "other_org")
 PENDING = WaitState("sleep", "pending", None, LATER)
 ANSWERED = WaitState("answer", "answered", '{"ok":"ü"}', LATER)
@@ -276,46 +279,52 @@ CALLS = [
     Exchange("take", "none", take, [], answers={"pool_load": None}),
     Exchange("take", "ticket", take_by, [TAKEN], answers={"take_ticket": RUN}),
     Exchange("take", "ticket of another", take_by, []),
-    Exchange("token", "held", token(fresh=False), (ACCESS, CLAIMS)),
-    Exchange("token", "fresh", token(fresh=True), (ACCESS, CLAIMS)),
-    Exchange("token", "refused", token(fresh=True), REFUSED, answers={"ensure": REFUSED}),
-    Exchange("save", "", save('{"done":[1,"ü"]}', 4), True, SAVED, {"save_checkpoint": True}),
-    Exchange("save", "lost", save("null", 1), False, answers={"save_checkpoint": False}),
+    Exchange("token", "held", asks(AskToken(fresh=False)), (ACCESS, CLAIMS)),
+    Exchange("token", "fresh", asks(AskToken(fresh=True)), (ACCESS, CLAIMS)),
+    Exchange("token", "refused", asks(AskToken(fresh=True)), REFUSED, answers={"ensure": REFUSED}),
+    Exchange("save", "", asks(Save('{"done":[1,"ü"]}', 4)), None, SAVED, {"save_checkpoint": True}),
+    Exchange("save", "lost", asks(Save("null", 1)), LOST, answers={"save_checkpoint": False}),
     Exchange(
         "steps",
         "",
-        lambda store: store.load_steps(RUN.id, 2),
+        asks(LoadSteps(2)),
         PAGE,
         [("load_steps", RUN.id, 2)],
         {"load_steps": PAGE},
     ),
-    Exchange("totals", "", lambda store: store.step_totals(RUN.id), (2, 17), [("step_totals", RUN.id)]),
+    Exchange("totals", "", asks(StepTotals()), (2, 17), [("step_totals", RUN.id)]),
     Exchange(
         "store", "", store_steps, {(RUN.id, 7)}, [("store_steps", ROWS)], {"store_steps": {(RUN.id, 7)}}
     ),
     Exchange("store", "lost", store_steps, set(), answers={"owned": []}),
-    Exchange("wait", "sleep", wait(SLEEP), PENDING, [("open_wait", RUN, SLEEP)], {"open_wait": PENDING}),
-    Exchange("wait", "answered", wait(ASK), ANSWERED, [("open_wait", RUN, ASK)], {"open_wait": ANSWERED}),
-    Exchange("wait", "budget", wait(LIMIT), OVER, answers={"open_wait": OVER}),
-    Exchange("wait", "lost", wait(SLEEP), None),
-    Exchange("choose", "", wait(CHOICE), CHOSEN, [("open_wait", RUN, CHOICE)], {"open_wait": CHOSEN}),
-    Exchange("budgets", "", budgets, OrgBudgets(BUDGETS), [("budgets_of", RUN)]),
+    Exchange(
+        "wait", "sleep", asks(OpenWait(SLEEP)), PENDING, [("open_wait", RUN, SLEEP)], {"open_wait": PENDING}
+    ),
+    Exchange(
+        "wait", "answered", asks(OpenWait(ASK)), ANSWERED, [("open_wait", RUN, ASK)], {"open_wait": ANSWERED}
+    ),
+    Exchange("wait", "budget", asks(OpenWait(LIMIT)), OVER, answers={"open_wait": OVER}),
+    Exchange("wait", "lost", asks(OpenWait(SLEEP)), LOST),
+    Exchange(
+        "choose", "", asks(OpenWait(CHOICE)), CHOSEN, [("open_wait", RUN, CHOICE)], {"open_wait": CHOSEN}
+    ),
+    Exchange("budgets", "", asks(AskBudgets()), OrgBudgets(BUDGETS), [("budgets_of", RUN)]),
     Exchange(
         "budgets",
         "missing",
-        budgets,
+        asks(AskBudgets()),
         OrgBudgets((), "cap"),
         answers={"budgets_of": OrgBudgets((), "cap")},
     ),
     Exchange(
         "spend",
         "",
-        spend,
+        asks(SPEND),
         OrgBudgets(BUDGETS),
         [("spend", RUN, "tokens", 5, "2:7")],
         {"spend": OrgBudgets(BUDGETS)},
     ),
-    Exchange("spend", "lost", spend, None),
+    Exchange("spend", "lost", asks(SPEND), LOST),
     Exchange("progress", "", lambda store: store.write_progress(TOLD), None, [("write_progress", TOLD)]),
     Exchange("logs", "", lambda store: store.append_logs(LINES), None, [("append_logs", LINES)]),
     Exchange("finish", "of another", finish("", outcomes.SUCCEEDED), set(), answers={"owned": []}),
@@ -375,7 +384,7 @@ PROBLEMS: Mapping[str, tuple[Exception, type[Exception]]] = {
     "too large": (AnswerTooLarge("11 MiB"), AnswerTooLarge),
     "throttled": (Throttled("slow down", retry_after=20.0), Throttled),
     "too many": (TooManyRequests("too many", retry_after=2.0), ControlUnavailable),
-    "denied": (AccessDenied("no"), ControlDenied),
+    "denied": (AccessDenied("no"), LeaseLost),
     "invalid": (Malformed("not a valid wait: kind is missing"), Malformed),
     "step": (StepError("step ü: no room"), StepError),
 }
@@ -386,9 +395,9 @@ MOVED = "its host is in another pool now"
 def problem(case: str, error: Exception, kind: type[Exception]) -> Exchange:
     """An error of the worker's store; Retry-After is in whole seconds, 5 if the error does not say."""
     given: Any = kind(str(error))
-    if issubclass(kind, Unavailable | Throttled) and kind is not ControlDenied:
+    if issubclass(kind, Unavailable | Throttled) and kind is not LeaseLost:
         given.retry_after = getattr(error, "retry_after", None) or 5.0
-    return Exchange("problems", case, budgets, given, answers={"budgets_of": error})
+    return Exchange("problems", case, asks(AskBudgets()), given, answers={"budgets_of": error})
 
 
 EXCHANGES = [
@@ -399,11 +408,11 @@ EXCHANGES = [
     ),
     *(problem(case, error, kind) for case, (error, kind) in PROBLEMS.items()),
     *(
-        Exchange("problems", case, budgets, kind(message), answers={"find": caller, "owned": []})
+        Exchange("problems", case, asks(AskBudgets()), kind(message), answers={"find": caller, "owned": []})
         for case, caller, kind, message in (
             ("not ours", CALLER, LeaseLost, f"run {RUN.id} is not, or no longer, this host's"),
-            ("no host", None, ControlDenied, "this is not the token of a host"),
-            ("moved", replace(CALLER, moved=True), ControlDenied, f"this incarnation has ended, or {MOVED}"),
+            ("no host", None, LeaseLost, "this is not the token of a host"),
+            ("moved", replace(CALLER, moved=True), LeaseLost, f"this incarnation has ended, or {MOVED}"),
         )
     ),
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from worker.execution.hosts import wire
 from worker.execution.hosts.attempt_api import CALLS
+from worker.handlers.calls import MAX_BYTES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "attempts.md").read_text()
 
@@ -18,7 +19,7 @@ def test_the_page_lists_every_call() -> None:
 
 
 def test_the_page_has_the_limits_and_the_version() -> None:
-    assert f"| `finish`, `store` | {wire.MOST_BYTES // 2**20} MiB |" in PAGE
+    assert f"| `finish`, `store` | {MAX_BYTES // 2**20} MiB |" in PAGE
     assert f"| all others | {wire.OWN_BYTES // 2**10} KiB |" in PAGE
     assert re.search(rf"at\s+most {wire.MOST_ROWS} rows", PAGE)
     assert f"at most {wire.LONGEST_WAIT:g}" in PAGE

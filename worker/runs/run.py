@@ -283,6 +283,11 @@ class RunStep:
     step: NewStep
     size: int
 
+    @property
+    def what(self) -> str:
+        """The step for people."""
+        return f"step {self.step.name}"
+
 
 @dataclass(slots=True)
 class StoredStep:

@@ -23,7 +23,6 @@ from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
 from worker.execution.attempts.masked import redacted
 from worker.execution.attempts.tools import HandlerTools
-from worker.execution.hosts import attempt_api
 from worker.execution.hosts.control import AsyncControl, Controls
 from worker.execution.hosts.hosted import RemoteTools
 from worker.execution.hosts.remote import RemoteStore
@@ -282,8 +281,7 @@ async def test_the_question_of_a_budget_is_the_workers_own(
         async def believe(wait: NewWait, *_: Any) -> NewWait:
             return wait
 
-        for module in (answering, attempt_api):
-            monkeypatch.setattr(module, "believed_wait", believe)
+        monkeypatch.setattr(answering, "believed_wait", believe)
     apply(place.fleet.database, parse_file(LIMITS), actor="test")
     attempt = await place.begin(place.fleet.start())
     services = attempt.services

@@ -26,6 +26,7 @@ from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.plan import Plans
 from worker.execution.attempts.tools import Tools
 from worker.execution.hosts import wire
+from worker.execution.hosts.ends import END, End
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
 from worker.guard.claims import Claims
@@ -227,16 +228,16 @@ class Host:
                 taken += await self.take(worker, count - len(taken))
         return sorted(taken, key=lambda one: one.run.id)
 
-    async def finish(self, worker: Worker, *ends: wire.End) -> list[str]:
-        answer = await self.call(worker, "finish", ends=[wire.end_message(end) for end in ends])
+    async def finish(self, worker: Worker, *ends: End) -> list[str]:
+        answer = await self.call(worker, "finish", ends=[END.write(end) for end in ends])
         accepted: list[str] = answer["accepted"]
         return accepted
 
 
-def end_of(taken: wire.Taken, outcome: outcomes.Outcome | None = None, **values: Any) -> wire.End:
+def end_of(taken: wire.Taken, outcome: outcomes.Outcome | None = None, **values: Any) -> End:
     run = taken.run
     given = {"handler_seconds": 0.0, "sealed": taken.sealed, **values}
-    return wire.End(run.id, run.fencing_token, outcome or outcomes.Succeeded('{"n":1}'), **given)
+    return End(run.id, run.fencing_token, outcome or outcomes.Succeeded('{"n":1}'), **given)
 
 
 def fence(taken: wire.Taken) -> dict[str, Any]:

@@ -12,10 +12,12 @@ import pytest
 from tests.fakes.running import until
 from tests.integration.hosts.conftest import HANDLER, Fleet, end_of, fence
 from worker.errors import IssuerUnavailable, StoreUnavailable
-from worker.execution.hosts import attempt_api, wire
+from worker.execution.hosts import attempt_api
+from worker.execution.hosts.ends import END
 from worker.execution.hosts.hosted_runs import HostedRuns
 from worker.execution.loops.finisher import Finisher
-from worker.execution.runners.child import messages
+from worker.handlers import calls
+from worker.handlers.calls import GrantedAnswer
 from worker.ids import OrgId
 from worker.pacing import Turns
 from worker.runs import outcome as outcomes
@@ -76,7 +78,7 @@ async def test_any_worker_goes_on_where_another_stopped(fleet: Fleet) -> None:
     assert stored == again == {"stored": [[run, taken.run.fencing_token]]}
     assert totals == {"last": 1, "bytes": 3}
     assert waits["state"]["state"] == "pending"
-    assert wire.granted_of(granted)[0].reveal() in fleet.tokens.texts
+    assert GrantedAnswer().read(granted)[0].reveal() in fleet.tokens.texts
     live = fleet.rows.live(run)
     assert live is not None
     assert live["progress"]["note"] == "half"
@@ -330,7 +332,7 @@ async def test_a_call_says_that_the_database_is_away_and_may_be_repeated(
     monkeypatch.setattr("worker.execution.hosts.hosted_runs.WRITTEN_WITHIN", 0.2)
     message = {**fence(taken), "handler": HANDLER, "data": "1"}
     saved = await host.send(fleet.one, "save", message)
-    ended = await host.send(fleet.one, "finish", {"ends": [wire.end_message(end_of(taken))]})
+    ended = await host.send(fleet.one, "finish", {"ends": [END.write(end_of(taken))]})
     for response in (saved, ended):
         assert (response.status_code, response.json()["code"]) == (503, "database_unavailable")
         assert int(response.headers["retry-after"]) > 0
@@ -458,7 +460,7 @@ async def test_options_of_a_host_bind_at_workers_that_know_them(
     wait |= {"ask_json": None, "alert": False, "options": ["yes", "no"]}
     with monkeypatch.context() as previous:
         previous.delitem(attempt_api.CALLS, "choose")
-        previous.setattr(messages, "check_options", lambda options: ())
+        previous.setattr(calls, "check_options", lambda options: ())
         unknown = await host.send(fleet.one, "choose", {**fence(taken), "wait": wait})
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (422, "invalid")
         assert fleet.rows.all(tables.waits) == []

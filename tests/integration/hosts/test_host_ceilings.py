@@ -208,7 +208,7 @@ async def test_many_handlers_push_no_others_out(
     host = await in_eu(fleet, OWN, pool="pa")
     # Before and after it in the alphabet, so that neither order of reading helps.
     many = [replace(OWN, name=f"{letter}.{n}") for letter in "az" for n in range(600)]
-    message = {"entries": [wire.entry_message(entry) for entry in many]}
+    message = {"entries": [wire.ENTRY.write(entry) for entry in many]}
 
     answer = await host.send(fleet.one, "handlers", message)
 
@@ -359,7 +359,7 @@ async def test_a_worker_that_did_not_prepare_the_attempt_adds_no_scope_either(
     host = await in_eu(fleet, HandlerEntry(HANDLER, "acme", "1", "acme:render"), OWN)
     fleet.start("varied")
     [taken] = await host.take(fleet.one)
-    await host.call(fleet.two, "handlers", entries=[wire.entry_message(SCOPED)])
+    await host.call(fleet.two, "handlers", entries=[wire.ENTRY.write(SCOPED)])
     fleet.tokens.wanted.clear()
 
     await host.send(fleet.two, "token", {**fence(taken), "handler": OWN.name, "fresh": True})
@@ -450,7 +450,7 @@ async def test_reasons_change_with_what_is_approved(fleet: Fleet) -> None:
     mark(fleet)
     assert waits(fleet, run) == ("not_approved", host_grants_command(KEYED))
     more = replace(KEYED, secrets=("openai", "stripe"))
-    await host.call(fleet.one, "handlers", entries=[wire.entry_message(more)])
+    await host.call(fleet.one, "handlers", entries=[wire.ENTRY.write(more)])
     mark(fleet)
     assert waits(fleet, run) == ("not_approved", host_grants_command(more))
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import pytest
 
 from tests.fakes.running import until
 from tests.integration.hosts.conftest import HANDLER, Fleet, Host, Worker, end_of, fence
 from worker.clock import to_text
-from worker.execution.hosts import attempt_log, checker, wire, wire_calls
-from worker.execution.hosts.attempt_log import LAST_LINE, TOO_MUCH, TRUSTED
+from worker.execution.hosts import attempt_api, attempt_log, checker, wire
+from worker.execution.hosts.attempt_log import LAST_LINE, TOO_MUCH, TRUSTED, LineRow
+from worker.execution.hosts.ends import END
 from worker.execution.runners.output import CAP, LINE_COST, LINE_LIMIT, RunOutput
+from worker.handlers.parts import Count, row_of
 from worker.handlers.steps import RESULT_LIMIT
 from worker.runs import outcome as outcomes
 from worker.runs.worker_ends import LOST_LINE
@@ -140,12 +143,19 @@ async def test_a_host_neither_writes_the_last_line_nor_one_that_is_too_long(flee
     assert (row["seq"], len(row["text"])) == (LOST_LINE - 1, LINE_LIMIT)
 
 
+@dataclass(frozen=True, slots=True)
+class AnyLine(LineRow):
+    """A line in any place."""
+
+    seq: Annotated[int, Count(LAST_LINE)]
+
+
 @pytest.mark.parametrize("is_reserved", [True, False])
 async def test_a_host_cannot_take_the_place_of_the_line_that_says_it_crashed(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch, is_reserved: bool
 ) -> None:
     if not is_reserved:
-        monkeypatch.setattr(wire_calls, "LOST_LINE", LAST_LINE)
+        monkeypatch.setattr(attempt_api, "LINE", row_of(AnyLine))
     host = await fleet.host()
     fleet.start()
     [taken] = await host.take(fleet.one)
@@ -214,7 +224,7 @@ def large_calls(taken: wire.Taken) -> Mapping[str, Mapping[str, Any]]:
         "store": {
             "steps": [{**fence(taken), "handler": HANDLER, "step": {**step, "seq": n + 1}} for n in range(3)]
         },
-        "finish": {"ends": [wire.end_message(end_of(taken, outcomes.Succeeded(value)))]},
+        "finish": {"ends": [END.write(end_of(taken, outcomes.Succeeded(value)))]},
     }
 
 
@@ -261,7 +271,7 @@ async def test_a_large_body_that_is_no_call_is_refused_and_the_next_one_is_answe
     fleet.start()
     [taken] = await host.take(fleet.one)
     longest = longest_parsed(monkeypatch)
-    end = wire.end_message(end_of(taken))
+    end = END.write(end_of(taken))
     wrong = {**end, "fencing_token": -1, "sealed": "x" * 40_000}
 
     for body in (

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.integration.hosts.conftest import HANDLER, Fleet, Host, end_of, fence
-from worker.execution.hosts import wire
+from worker.execution.hosts.ends import END
 from worker.execution.hosts.hosted_runs import HostedRuns
 from worker.operations.runs import cancel
 from worker.runs import outcome as outcomes
@@ -73,7 +73,7 @@ async def test_an_invalid_outcome_is_a_failed_attempt_and_the_next_end_counts(
     host = await fleet.host()
     runs = [fleet.start(), fleet.start()]
     bad, good = await host.take_all(fleet.one, 2)
-    ends = [{**wire.end_message(end_of(bad)), "outcome": message}, wire.end_message(end_of(good))]
+    ends = [{**END.write(end_of(bad)), "outcome": message}, END.write(end_of(good))]
 
     answer = await host.call(fleet.one, "finish", ends=ends)
 

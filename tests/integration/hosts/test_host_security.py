@@ -9,12 +9,15 @@ import asyncio
 import json
 import secrets
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
 from tests.integration.hosts.conftest import ENTRIES, HANDLER, OTHER, Fleet, Host, end_of, fence
+from worker.execution.attempts import answers
 from worker.execution.hosts import attempt_api, wire
+from worker.handlers.calls import MAX_BYTES, GrantedAnswer
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import WorkerId, new_id
 from worker.operations.hosts import list_hosts, remove_host
@@ -214,6 +217,67 @@ async def test_another_hosts_run_is_out_of_reach(fleet: Fleet, name: str) -> Non
     assert await status(mine, fleet, name, message) == 200
 
 
+@pytest.mark.parametrize("alone", [True, False], ids=["", "control"])
+async def test_a_run_that_is_lost_keeps_no_other_of_its_batch_from_its_step(
+    fleet: Fleet, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control is an answer as to a single call: its host gives up all runs of the batch."""
+    if not alone:
+        monkeypatch.setattr(attempt_api, "suppress", nullcontext)
+    host = await fleet.host()
+    fleet.start()
+    fleet.start()
+    lost, kept = await host.take_all(fleet.one, 2)
+    fleet.tokens.of_org = "org_b"
+    answer = await host.call(fleet.one, "token", **fence(lost), handler=HANDLER, fresh=True)
+    assert answer["refused"]["reason"] == "org_mismatch"
+
+    steps = [{**fence(taken), "handler": HANDLER, "step": STEP} for taken in (lost, kept)]
+    response = await host.send(fleet.one, "store", {"steps": steps})
+
+    assert response.status_code == (200 if alone else 409)
+    stored = {row["run_id"] for row in fleet.rows.all(tables.steps)}
+    assert stored == ({kept.run.id} if alone else set())
+    if alone:
+        assert response.json()["stored"] == [[kept.run.id, kept.run.fencing_token]]
+
+
+@pytest.mark.parametrize("checked", [True, False], ids=["", "control"])
+async def test_what_a_host_claims_of_a_step_or_a_wait_is_checked_as_a_processs(
+    fleet: Fleet, checked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control is a worker that believes it."""
+    if not checked:
+
+        async def believe(wait: Any, of: Any) -> Any:
+            return wait
+
+        monkeypatch.setattr(answers, "believed_step", lambda step, run, now: step)
+        monkeypatch.setattr(answers, "believed_wait", believe)
+    host = await fleet.host()
+    fleet.start()
+    [taken] = await host.take(fleet.one)
+    mine = fence(taken)
+    question = {
+        **WAIT,
+        "name": "budget:llm",
+        "kind": "budget",
+        "ask_json": '{"meter":"tokens"}',
+        "alert": True,
+    }
+    step = {**STEP, "started_at": "1970-01-01T00:00:00Z", "ended_at": "9999-01-01T00:00:00Z"}
+
+    await host.call(fleet.one, "store", steps=[{**mine, "handler": HANDLER, "step": step}])
+    await host.call(fleet.two, "wait", **mine, wait=question)
+    reserved = await status(host, fleet, "wait", {**mine, "wait": {**question, "kind": "answer"}})
+
+    [stored] = fleet.rows.all(tables.steps)
+    assert (stored["started_at"].year > 1970, stored["ended_at"].year < 9999) == (checked, checked)
+    [wait] = fleet.rows.all(tables.waits)[:1]
+    assert (wait["ask"] is None) == checked
+    assert (reserved == 422) == checked
+
+
 async def test_batches_write_only_what_is_owned(fleet: Fleet) -> None:
     mine, other = await fleet.host("h1"), await fleet.host("h2")
     run = fleet.start()
@@ -316,11 +380,11 @@ async def test_a_large_body_is_refused_before_it_is_read(fleet: Fleet) -> None:
     [taken] = await host.take(fleet.one)
     save = {**fence(taken), "handler": HANDLER}
 
-    assert await status(host, fleet, "save", b" " * (wire.MOST_BYTES + 1)) == 413
+    assert await status(host, fleet, "save", b" " * (MAX_BYTES + 1)) == 413
 
     async def chunks() -> Any:
         for _ in range(20):
-            yield b" " * (wire.MOST_BYTES // 16)
+            yield b" " * (MAX_BYTES // 16)
 
     response = await fleet.client.post(
         f"{fleet.one.url}{wire.PREFIX}/save",
@@ -354,7 +418,7 @@ async def test_tokens_are_masked_again_in_all_that_is_stored(fleet: Fleet) -> No
         mine = fence(taken)
         first = taken.work.token.reveal()
         granted = await host.call(worker, "token", **mine, handler=HANDLER, fresh=True)
-        texts = [wire.granted_of(granted)[0].reveal(), first]
+        texts = [GrantedAnswer().read(granted)[0].reveal(), first]
         leak = " ".join(texts)
 
         line = {**mine, "seq": 1, "at": NOW, "level": "info", "source": "log", "text": leak}

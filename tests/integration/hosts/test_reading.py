@@ -23,7 +23,7 @@ from worker.store import tables
 pytestmark = pytest.mark.anyio
 
 REGISTRATION = wire.registration_message(wire.Registration("gpu1", 7, "1", {"child": 10}, ENTRIES))
-OFFER = {"entries": [wire.entry_message(entry) for entry in ENTRIES]}
+OFFER = {"entries": [wire.ENTRY.write(entry) for entry in ENTRIES]}
 
 
 class Reading:

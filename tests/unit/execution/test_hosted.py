@@ -16,11 +16,13 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.execution.runs import admitted
 from tests.unit.execution.test_wire import CLAIMS, TAKEN
-from worker.errors import TokenRefused
+from worker.errors import LeaseLost, TokenRefused
+from worker.execution.attempts.answers import Running
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
 from worker.execution.hosts import remote as remote_module
-from worker.execution.hosts import wire, wire_calls
+from worker.execution.hosts import wire
+from worker.execution.hosts.attempt_log import LINE, PROGRESS
 from worker.execution.hosts.control import (
     AsyncControl,
     BlockingControl,
@@ -28,20 +30,22 @@ from worker.execution.hosts.control import (
     Controls,
     ControlUnavailable,
 )
+from worker.execution.hosts.ends import END
 from worker.execution.hosts.hosted import RemoteTools, hosted_attempt
-from worker.execution.hosts.remote import HostedEnd, RemoteStore
+from worker.execution.hosts.remote import HostedEnd, RemoteStore, SentRow
+from worker.execution.hosts.sent import Sent, calls_of
 from worker.execution.hosts.taking import WAIT, Taking
-from worker.execution.hosts.wire import Taken
+from worker.execution.hosts.wire import Malformed, Taken
 from worker.execution.loops.finisher import unstorable
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.runners.contract import RunServices, StopSignal, Work
-from worker.handlers.calls import AskToken, Progress, Save, StoreStep
+from worker.handlers.calls import CALLS, AskToken, Call, OpenWait, Progress, Save, StoreStep
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.runs import outcome as outcomes
-from worker.runs.outcome import Error, Failed, Outcome, Succeeded
-from worker.runs.run import LogLine, NewStep, OwnedRun, RunStep
+from worker.runs.outcome import Error, Failed, Outcome, Succeeded, Trail
+from worker.runs.run import AdmittedRun, LogLine, NewStep, OwnedRun
 from worker.runs.waits import NewWait
 from worker.secret import AccessToken
 from worker.telemetry import tracing
@@ -67,7 +71,7 @@ class Workers(httpx.AsyncBaseTransport, httpx.BaseTransport):
         answer = self.answers.get(name, {})
         if callable(answer):
             answer = answer(message)
-        status = 200
+        status = 422 if "error" in answer else 200
         if isinstance(answer, tuple):
             status, code = answer
             answer = {"error": {"code": code, "message": "it is so"}}
@@ -130,6 +134,20 @@ class Host:
     async def attempt(self, taken: Taken = TAKEN) -> HostedEnd:
         return await hosted_attempt(self.took(taken), self.tools)
 
+    async def ask(self, call: Call[Any]) -> Any:
+        """What the workers answer to a handler of the run."""
+        tools, inflight = self.tools, InflightRun(RUN, StopSignal())
+        of = Running(inflight, Trail("acme.digest"), tools.acts, tools.run_log, tools.clock)
+        writing = asyncio.create_task(tools.steps.run())
+        try:
+            return await tools.acts.act(call, of)
+        finally:
+            writing.cancel()
+
+
+def sent_row(run: AdmittedRun, step: NewStep) -> SentRow:
+    return SentRow(run, Sent(run.id, run.fencing_token, "h", StoreStep(step)), len(step.result_json))
+
 
 async def test_the_handler_that_is_installed_here_gets_the_workers_work(clock: ManualClock) -> None:
     host = Host(clock, Workers())
@@ -155,7 +173,7 @@ async def test_an_end_says_how_long_ago_the_handler_was_called(clock: ManualCloc
 
     assert await host.store.finish([ended]) == {RUN.id}
 
-    (end,) = wire.ends_of(workers.sent("finish")[0])
+    (end,) = wire.rows_of(workers.sent("finish")[0], "ends", END)
     assert (end.handler_seconds, end.sealed, end.moved) == (2.5, TAKEN.sealed, False)
     assert end.outcome == Succeeded('{"n":1}')
 
@@ -189,7 +207,7 @@ async def test_a_failure_keeps_its_error_and_its_permanence(clock: ManualClock) 
     host = Host(clock, workers, Runner(failed))
 
     assert await host.store.finish([await host.attempt()]) == set()
-    assert wire.ends_of(workers.sent("finish")[0])[0].outcome == failed
+    assert wire.rows_of(workers.sent("finish")[0], "ends", END)[0].outcome == failed
 
 
 async def test_a_result_that_the_workers_reject_is_reported_as_that(clock: ManualClock) -> None:
@@ -198,7 +216,7 @@ async def test_a_result_that_the_workers_reject_is_reported_as_that(clock: Manua
 
     await host.store.finish([unstorable(await host.attempt(), ValueError("no"))])
 
-    (end,) = wire.ends_of(workers.sent("finish")[0])
+    (end,) = wire.rows_of(workers.sent("finish")[0], "ends", END)
     assert isinstance(end.outcome, Failed)
     assert (end.outcome.reason, end.outcome.detail) == ("result_unstorable", "ValueError")
 
@@ -252,13 +270,13 @@ async def test_what_a_handler_saves_goes_to_the_workers_under_its_fence(clock: M
     assert workers.sent("save") == [{**fence, "handler": "acme.digest", "data": '{"done":4}', "number": 1}]
     # Not before its attempt began.
     sent = replace(STEP, started_at=RUN.started_at, ended_at=RUN.started_at)
-    assert wire_calls.steps_of(workers.sent("store")[0])[0].step == sent
-    assert wire_calls.progress_of(workers.sent("progress")[0])[0][2] == {
+    assert calls_of("store", workers.sent("store")[0])[0].call == StoreStep(sent)
+    assert wire.rows_of(workers.sent("progress")[0], "rows", PROGRESS)[0].progress == {
         "done": 1,
         "total": 2,
         "note": "half",
     }
-    assert [line.text for line in wire_calls.lines_of(workers.sent("logs")[0])] == ["hello"]
+    assert [line.text for line in wire.rows_of(workers.sent("logs")[0], "lines", LINE)] == ["hello"]
     assert ended.moved
 
 
@@ -281,9 +299,8 @@ async def test_a_large_batch_is_sent_in_parts(clock: ManualClock, monkeypatch: p
     monkeypatch.setattr(remote_module, "PART", 2_000 / wire.BODY_BYTES["store"])
     workers = Workers(store=lambda message: {"stored": [[row["run"], 1] for row in message["steps"]]})
     host = Host(clock, workers)
-    rows = [
-        RunStep(admitted(f"r{n}"), "h", replace(STEP, result_json=f'"{"x" * 900}"'), 902) for n in range(5)
-    ]
+    step = replace(STEP, result_json=f'"{"x" * 900}"')
+    rows = [sent_row(admitted(f"r{n}"), step) for n in range(5)]
 
     assert await host.store.store_steps(rows) == {(f"r{n}", 1) for n in range(5)}
     assert [len(message["steps"]) for message in workers.sent("store")] == [1, 1, 1, 1, 1]
@@ -369,8 +386,9 @@ async def test_what_a_removed_host_still_sends_counts_for_nothing(clock: ManualC
     ended = await host.attempt()
 
     assert await host.store.finish([ended]) == set()
-    assert await host.store.store_steps([RunStep(RUN, "h", STEP, 7)]) == set()
-    assert await host.store.save_checkpoint(RUN, "h", "1") is False
+    assert await host.store.store_steps([sent_row(RUN, STEP)]) == set()
+    with pytest.raises(LeaseLost):
+        await host.ask(Save("1"))
     await host.store.append_logs([LogLine(RUN.id, 1, 1, RUN.org_id, clock.now(), "info", "log", "late")])
     await host.store.write_progress([(RUN.id, RUN.fencing_token, {"done": 1, "total": 2, "note": None})])
 
@@ -389,7 +407,9 @@ async def test_runs_whose_admission_was_not_answered_wait_again_after_a_drain(cl
 
     await host.store.hand_back_rest()
 
-    assert wire.owned_of(workers.sent("hand_back")[0]) == [other]
+    assert wire.rows_of(workers.sent("hand_back")[0], "runs", wire.FENCE) == [
+        wire.Fence(other.id, other.fencing_token)
+    ]
 
 
 class Tracer:
@@ -524,19 +544,44 @@ async def test_nothing_is_taken_before_there_is_a_handler(clock: ManualClock) ->
 STEP = NewStep("fetch", None, 1, 1, '{"n":1}', CLAIMS.issued_at, CLAIMS.issued_at + timedelta(seconds=1))
 
 
-async def test_a_wait_with_options_fails_at_a_worker_that_does_not_know_them(clock: ManualClock) -> None:
-    """The control: as a key of `wait` such a worker ignores them, and takes any answer."""
-    state = {"state": {"kind": "answer", "state": "pending", "answer_json": None, "until": None}}
-    workers = Workers(wait=state, choose=(422, "invalid"))
+OF_EACH: Mapping[str, Any] = {
+    "save": ("1",),
+    "store": (STEP,),
+    "wait": (NewWait("nap", 1, "sleep", 1.0),),
+    "choose": (NewWait("approval", 1, "answer", options=("yes", "no")),),
+    "spend": ("llm", 1, "1:1"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_a_call_that_the_workers_do_not_know_is_an_error_of_the_handler(
+    clock: ManualClock, name: str
+) -> None:
+    """The control is a call that they know and refuse."""
+    call = CALLS[name](*OF_EACH.get(name, ()))
+    error = {"code": "invalid", "message": f"there is no call {name}"}
+    workers = Workers(**{name: lambda message: {"error": error}})
     host = Host(clock, workers)
     host.took()
-    bound = NewWait("approval", 1, "answer", options=("yes", "no"))
 
-    with pytest.raises(StepError, match=r"options of wait_for approval: .* upgrade the workers before"):
-        await host.store.open_wait(RUN, bound)
+    with pytest.raises(StepError, match=f"does not know the call {name}; upgrade the workers before"):
+        await host.ask(call)
+
+    assert [name for name, _ in workers.calls] == [name]
+    error["message"] = f"not a valid {name}: it is so"
+    with pytest.raises(StepError if call.way.batch else Malformed, match=r"it is so|\(Malformed\)"):
+        await host.ask(call)
+
+
+async def test_a_wait_with_options_is_not_sent_to_a_worker_that_would_ignore_them(clock: ManualClock) -> None:
+    """The control: as a key of `wait` such a worker ignores them, and takes any answer."""
+    state = {"state": {"kind": "answer", "state": "pending", "answer_json": None, "until": None}}
+    workers = Workers(wait=state, choose=state)
+    host = Host(clock, workers)
+    host.took()
+
+    assert (await host.ask(OpenWait(*OF_EACH["choose"]))).state == "pending"
 
     assert workers.sent("wait") == []
-    workers.answers["choose"] = state
-    assert (await host.store.open_wait(RUN, bound)) is not None
-    assert [call["wait"]["options"] for call in workers.sent("choose")] == [["yes", "no"]] * 2
+    assert [call["wait"]["options"] for call in workers.sent("choose")] == [["yes", "no"]]
     assert (await host.store.control.call("wait", workers.sent("choose")[0])) == state

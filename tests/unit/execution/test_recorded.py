@@ -17,6 +17,7 @@ from tests.fakes.exchanges import ACCESS, CLAIMS, EXCHANGES, TOKEN, WORKER, Exch
 from tests.fakes.record import Recorded, comparable, head_of, host, worker
 from worker.execution.hosts import attempt_api, wire
 from worker.execution.runners.child import messages
+from worker.handlers.calls import StateAnswer
 
 pytestmark = pytest.mark.anyio
 
@@ -99,15 +100,15 @@ async def test_control_another_order_of_keys_or_one_more_is_found(
 ) -> None:
     """In what a host sends, in what a worker answers, and in a part of both."""
     save, wait = BY_CASE["save", ""], BY_CASE["wait", "sleep"]
-    fence, state = wire.fence_message, messages.wait_state_message
+    fence, state = wire.FENCE.write, StateAnswer.write
     recorded = RECORDS["save", ""]
     await check_host(save, recorded)
     await check_worker(wait, RECORDS["wait", "sleep"])
 
-    monkeypatch.setattr(wire, "fence_message", lambda run: change(fence(run)))
+    monkeypatch.setattr(wire.FENCE, "write", lambda of: change(fence(of)))
     with pytest.raises(AssertionError):
         await check_host(save, recorded)
-    monkeypatch.setattr(messages, "wait_state_message", lambda one: change(state(one)))
+    monkeypatch.setattr(StateAnswer, "write", lambda *of: {"state": change(state(*of)["state"])})
     with pytest.raises(AssertionError):
         await check_worker(wait, RECORDS["wait", "sleep"])
 

@@ -13,15 +13,19 @@ import pytest
 
 from tests.unit.execution.runs import admitted
 from worker.errors import Throttled, Unavailable
-from worker.execution.hosts import wire, wire_calls
-from worker.execution.hosts.wire import End, Malformed, Registration, Taken
-from worker.execution.runners.child import messages
+from worker.execution.hosts import ends, wire
+from worker.execution.hosts.attempt_log import LINE, LineRow
+from worker.execution.hosts.ends import END, End
+from worker.execution.hosts.sent import Sent, calls_of, sent_message
+from worker.execution.hosts.wire import Malformed, Registration, Taken
 from worker.execution.runners.contract import Work
 from worker.guard.claims import Claims, Flag
+from worker.handlers import calls
+from worker.handlers.calls import MAX_METERS, OpenWait, StoreStep
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId
 from worker.runs import outcome as outcomes
-from worker.runs.run import LogLine, NewStep
+from worker.runs.run import NewStep
 from worker.runs.waits import MOST_WAITS, NewWait
 from worker.secret import AccessToken
 
@@ -66,7 +70,7 @@ ENTRY = HandlerEntry(
     memory="512MiB",
     secrets=("openai",),
 )
-END = End(RunId("r1"), 7, outcomes.Succeeded('{"n":1}'), "c2VhbGVk", handler_seconds=1.5)
+ENDED = End(RunId("r1"), 7, outcomes.Succeeded('{"n":1}'), "c2VhbGVk", handler_seconds=1.5)
 STEP = NewStep("fetch", None, 1, 1, '{"n":1}', NOW, NOW)
 
 
@@ -93,7 +97,7 @@ def test_a_worker_of_the_previous_version_sends_no_secrets() -> None:
 @pytest.mark.parametrize("secrets", ["all", {"openai": 1}, ["a b"], [7], ["a"] * 21])
 def test_a_host_offers_only_names_of_secrets(secrets: Any) -> None:
     with pytest.raises(Malformed):
-        wire.entries_of([{**sent(wire.entry_message(ENTRY)), "secrets": secrets}])
+        wire.entries_of({"entries": [{**sent(wire.ENTRY.write(ENTRY)), "secrets": secrets}]})
 
 
 def test_a_host_of_the_previous_version_ignores_new_keys() -> None:
@@ -110,7 +114,7 @@ def test_a_worker_ignores_new_keys_and_takes_defaults() -> None:
         "pid": 7,
         "version": "9",
         "slots": {"child": 2, "threads": 3},
-        "handlers": [{**sent(wire.entry_message(ENTRY)), "new": {"nested": True}}],
+        "handlers": [{**sent(wire.ENTRY.write(ENTRY)), "new": {"nested": True}}],
     }
     assert wire.registration_of(registration) == Registration(
         "gpu1", 7, "9", {"child": 2, "inline": 0}, [ENTRY]
@@ -123,7 +127,9 @@ def test_a_worker_ignores_new_keys_and_takes_defaults() -> None:
         "sealed": "c2VhbGVk",
         "new": 1,
     }
-    assert wire.ends_of({"ends": [bare]}) == [End(RunId("r1"), 7, outcomes.Succeeded(), "c2VhbGVk")]
+    assert wire.rows_of({"ends": [bare]}, "ends", END) == [
+        End(RunId("r1"), 7, outcomes.Succeeded(), "c2VhbGVk")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +143,7 @@ def test_a_worker_ignores_new_keys_and_takes_defaults() -> None:
 )
 def test_an_end_that_names_no_run_is_refused(changed: dict[str, Any]) -> None:
     with pytest.raises(Malformed):
-        wire.ends_of({"ends": [wire.end_message(END) | changed]})
+        wire.rows_of({"ends": [END.write(ENDED) | changed]}, "ends", END)
 
 
 @pytest.mark.parametrize(
@@ -155,28 +161,28 @@ def test_an_invalid_end_fails_its_own_attempt_and_no_other(
     changed: dict[str, Any], alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control is a reader that refuses the call, and with it all ends of the host."""
-    rows = [wire.end_message(END) | changed, wire.end_message(END)]
+    rows = [END.write(ENDED) | changed, END.write(ENDED)]
     if not alone:
-        monkeypatch.setattr(wire, "_end", lambda row: wire._reported(RunId("r1"), 7, row))
+        monkeypatch.setattr(type(END), "read", lambda self, row, check: ends.REPORTED.read(row, check))
         with pytest.raises(Malformed):
-            wire.ends_of({"ends": rows})
+            wire.rows_of({"ends": rows}, "ends", END)
         return
 
-    bad, good = wire.ends_of({"ends": rows})
+    bad, good = wire.rows_of({"ends": rows}, "ends", END)
 
     assert isinstance(bad.outcome, outcomes.Failed)
     assert bad.outcome.reason == "handler_exited"
     assert "its host sent an invalid end: " in (bad.outcome.detail or "")
-    assert (bad.run_id, bad.fencing_token, bad.sealed) == (END.run_id, END.fencing_token, END.sealed)
-    assert good == END
+    assert (*bad.key, bad.sealed) == (*ENDED.key, ENDED.sealed)
+    assert good == ENDED
 
 
 def test_an_end_with_more_questions_than_a_run_may_have_is_cut() -> None:
     """Hosts of the previous release name a wait as often as its handler opened it."""
-    [end] = wire.ends_of({"ends": [wire.end_message(END) | {"asks": ["ok"] * (MOST_WAITS + 1)}]})
+    [end] = wire.rows_of({"ends": [END.write(ENDED) | {"asks": ["ok"] * (MOST_WAITS + 1)}]}, "ends", END)
 
     assert end.asks == ("ok",) * MOST_WAITS
-    assert end.outcome == END.outcome
+    assert end.outcome == ENDED.outcome
 
 
 @pytest.mark.parametrize(
@@ -195,16 +201,16 @@ def test_an_end_with_more_questions_than_a_run_may_have_is_cut() -> None:
 )
 def test_an_invalid_outcome_ends_its_own_attempt_and_no_other(outcome: Any) -> None:
     """A refused call would be sent again, for ever, with the other ends of the host."""
-    rows = [{**wire.end_message(END), "outcome": outcome}, wire.end_message(END)]
+    rows = [{**END.write(ENDED), "outcome": outcome}, END.write(ENDED)]
 
-    bad, good = wire.ends_of({"ends": rows})
+    bad, good = wire.rows_of({"ends": rows}, "ends", END)
 
     assert isinstance(bad.outcome, outcomes.Failed)
     assert (bad.outcome.reason, bad.outcome.detail) == (
         "handler_exited",
         "its host sent an invalid outcome",
     )
-    assert good == END
+    assert good == ENDED
 
 
 @pytest.mark.parametrize(
@@ -224,25 +230,33 @@ def test_an_invalid_outcome_ends_its_own_attempt_and_no_other(outcome: Any) -> N
 )
 def test_a_handler_that_is_none_is_refused(changed: dict[str, Any]) -> None:
     with pytest.raises(Malformed):
-        wire.entries_of([wire.entry_message(ENTRY) | changed])
+        wire.entries_of({"entries": [wire.ENTRY.write(ENTRY) | changed]})
 
 
 def test_more_rows_than_a_call_may_have_are_refused() -> None:
-    line = wire_calls.line_message(LogLine(RunId("r1"), 1, 1, RUN.org_id, NOW, "info", "log", "x"), 7)
+    line = LINE.write(LineRow(RunId("r1"), 7, 1, NOW, "info", "log", "x"))
 
-    assert len(wire_calls.lines_of(sent({"lines": [line]}))) == 1
+    assert len(wire.rows_of(sent({"lines": [line]}), "lines", LINE)) == 1
     with pytest.raises(Malformed, match="list of at most"):
-        wire_calls.lines_of({"lines": [line] * (wire.MOST_ROWS + 1)})
-    with pytest.raises(Malformed, match="level or source"):
-        wire_calls.lines_of({"lines": [line | {"level": "shout"}]})
+        wire.rows_of({"lines": [line] * (wire.MOST_ROWS + 1)}, "lines", LINE)
+    with pytest.raises(Malformed, match="not a valid lines: level: not one of"):
+        wire.rows_of({"lines": [line | {"level": "shout"}]}, "lines", LINE)
+
+
+FENCE = {"run": "r1", "fencing_token": 7}
+
+
+def spend(key: str) -> Sent:
+    [sent] = calls_of("spend", {**FENCE, "meter": "tokens", "amount": 5, "key": key})
+    return sent
 
 
 @pytest.mark.parametrize(
     "key", ["7", "x:1", "1:x", "1:0", f"1:{10**9}", "1:01", "01:1", "1:١", "١:1", " 1:1", "1:1\n", "1:1_0"]
 )
 def test_a_spend_without_a_number_of_the_attempt_is_refused(key: str) -> None:
-    with pytest.raises(Malformed):
-        wire_calls.spend_of({"meter": "tokens", "amount": 5, "key": key})
+    with pytest.raises(Malformed, match="not a valid spend: key: not attempt:number"):
+        spend(key)
 
 
 def test_each_number_of_a_spend_has_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,29 +266,43 @@ def test_each_number_of_a_spend_has_one_key(monkeypatch: pytest.MonkeyPatch) -> 
         taken = set()
         for key in ("1:1", "1:01", "1:001", "1:١"):
             with suppress(Malformed):
-                taken.add(wire_calls.spend_of({"meter": "tokens", "amount": 5, "key": key})[2])
+                taken.add(spend(key).call.key)
         return taken
 
     assert keys_taken() == {"1:1"}
-    monkeypatch.setattr(wire_calls, "_SPEND_KEY", re.compile(r"\d+:(\d+)"))
+    monkeypatch.setattr(calls, "_SPEND_KEY", re.compile(r"\d+:(\d+)"))
     assert len(keys_taken()) == 4
 
 
 @pytest.mark.parametrize("after", [-1, 10_001, 2**70, True, "1"])
 def test_the_place_after_which_steps_are_read_is_one_of_a_run(after: Any) -> None:
-    assert wire_calls.after_of({"after": 10_000}) == 10_000
-    with pytest.raises(Malformed):
-        wire_calls.after_of({"after": after})
+    assert calls_of("steps", FENCE | {"after": 10_000})[0].call.after == 10_000
+    with pytest.raises(Malformed, match="not a valid steps: after"):
+        calls_of("steps", FENCE | {"after": after})
 
 
-def test_a_step_has_no_more_spends_than_our_own_code_sends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is a row. The control is the limit of spends outside of steps, which held for this."""
-    message = messages.step_message(STEP) | {"spends": [["tokens", 1]] * (messages.MOST_METERS + 1)}
+@pytest.mark.parametrize("spends", [MAX_METERS, MAX_METERS + 1])
+def test_a_step_has_no_more_spends_than_our_own_code_sends(spends: int) -> None:
+    """Each is a row. The control is one spend less."""
+    row = sent_message(Sent(RunId("r1"), 7, "h", StoreStep(STEP)))
+    row["step"]["spends"] = [["tokens", 1]] * spends
 
-    with pytest.raises(ValueError, match="not a step"):
-        messages.step_of(message)
-    monkeypatch.setattr(messages, "MOST_METERS", 100_000)
-    assert len(messages.step_of(message).spends) == 1001
+    if spends <= MAX_METERS:
+        assert len(calls_of("store", {"steps": [row]})[0].call.step.spends) == spends
+        return
+    with pytest.raises(Malformed, match="spends: not a list of at most 1000"):
+        calls_of("store", {"steps": [row]})
+
+
+@pytest.mark.parametrize(
+    "changed", [{"run": "r\n1"}, {"fencing_token": "7"}, {"handler": ""}, {"handler": 1}]
+)
+def test_a_call_without_its_run_or_handler_is_refused(changed: dict[str, Any]) -> None:
+    message = {**FENCE, "handler": "h", "fresh": False}
+
+    assert [(*one.key, one.handler) for one in calls_of("token", message)] == [("r1", 7, "h")]
+    with pytest.raises(Malformed, match="not a valid token: "):
+        calls_of("token", message | changed)
 
 
 @pytest.mark.parametrize(
@@ -309,5 +337,9 @@ BOUND = NewWait("approve", 1, "answer", options=("yes", 1, True, None))
     ],
 )
 def test_options_of_a_host_that_are_none_are_refused(changed: dict[str, Any]) -> None:
+    message = sent_message(Sent(RunId("r1"), 7, "", OpenWait(BOUND)))
+    assert calls_of("choose", message)[0].call == OpenWait(BOUND)
+    message["wait"] |= changed
+
     with pytest.raises(Malformed):
-        wire_calls.wait_of({"wait": {**wire_calls.wait_message(BOUND)["wait"], **changed}})
+        calls_of("choose", message)

@@ -44,14 +44,14 @@ class SaveStore(Protocol):
         `number` counts the saves of the attempt: a request that arrives late overwrites no later save.
         """
 
-
-class StepStore(Protocol):
     async def load_steps(self, run_id: RunId, after: int) -> StepPage:
         """The stored steps of a run after the place `after`."""
 
     async def step_totals(self, run_id: RunId) -> tuple[int, int]:
         """The last place of a run's steps, and the bytes of their results."""
 
+
+class StepStore(Protocol):
     async def store_step(self, step: RunStep) -> bool:
         """Store a step, fenced and durable; returns whether the run was still ours."""
 
@@ -122,12 +122,12 @@ async def _token(stores: RunStores, call: AskToken, of: Running) -> tuple[Access
 
 @_acts(LoadSteps)
 async def _load_steps(stores: RunStores, call: LoadSteps, of: Running) -> StepPage:
-    return await stores.steps.load_steps(of.run.id, call.after)
+    return await stores.checkpoints.load_steps(of.run.id, call.after)
 
 
 @_acts(StepTotals)
 async def _step_totals(stores: RunStores, call: StepTotals, of: Running) -> tuple[int, int]:
-    return await stores.steps.step_totals(of.run.id)
+    return await stores.checkpoints.step_totals(of.run.id)
 
 
 @_acts(StoreStep)

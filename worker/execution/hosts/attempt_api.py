@@ -11,28 +11,30 @@ import hmac
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
 from worker.bounded import remember
 from worker.errors import AccessDenied, LeaseLost, TokenError, TokenRefused, Unavailable
-from worker.execution.attempts.claimed import believed_step, believed_wait, masked_wait
-from worker.execution.hosts import wire, wire_calls
-from worker.execution.hosts.attempt_log import LogSizes
+from worker.execution.attempts.answers import admitted, answer
+from worker.execution.attempts.store_acts import row_of
+from worker.execution.hosts import wire
+from worker.execution.hosts.attempt_log import LINE, PROGRESS, LineRow, LogSizes
 from worker.execution.hosts.delivery import HostTools, Key
-from worker.execution.hosts.hosted_runs import HostedRun, HostedRuns
+from worker.execution.hosts.ends import END
+from worker.execution.hosts.hosted_runs import HostedRuns
+from worker.execution.hosts.sent import calls_of
 from worker.execution.hosts.wire import Malformed, Registered, TemporalPlace
-from worker.execution.hosts.wire_calls import LineRow
-from worker.execution.runners.child import messages
-from worker.execution.runners.child.messages import Message
+from worker.execution.runners.child.frames import Message
+from worker.handlers import calls
+from worker.handlers.calls import NotACall, StoreStep
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.json_text import clean
-from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.ids import WorkerId
-from worker.runs.budgets import BudgetState, OrgBudgets
 from worker.runs.hosts import SLOTS, HostCaller, TooManyHandlers
-from worker.runs.run import AdmittedRun, LogLine, NewStep, RunStep
+from worker.runs.run import AdmittedRun, LogLine, OwnedRun, RunStep
 from worker.telemetry.events import emit
 from worker.telemetry.mask_in_turn import mask_each
 
@@ -135,7 +137,7 @@ class AttemptApi:
         if name == "register":
             return await self._register(caller, message)
         if name not in CALLS and name != "take":
-            raise Malformed(f"there is no call {clean(name, 50)}")
+            raise Malformed(f"{wire.NO_CALL} {clean(name, 50)}")
         if caller.ended and caller.worker is not None:
             return await self._after_the_end(caller.worker, name, message)
         runs = self._runs(caller)
@@ -151,11 +153,11 @@ class AttemptApi:
             case "renew":
                 return wire.renewed_message(registered=False, owned=())
             case "finish":
-                fences = {end.run_id: end.fencing_token for end in wire.ends_of(message)}
+                fences = dict(end.key for end in wire.rows_of(message, "ends", END))
                 known = {run_id: fence for run_id, fence in fences.items() if wire.ID.fullmatch(run_id)}
                 written = await self.shared.store.ended(worker, known)
                 return {"accepted": sorted(run_id for run_id, _ in written)}
-            case "store":
+            case _ if name in calls.CALLS and calls.CALLS[name].way.batch:
                 return {"stored": []}
             case "hand_back":
                 return {"runs": []}
@@ -210,7 +212,7 @@ class AttemptApi:
         )
 
     async def _handlers(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        entries = wire.entries_of(message.get("entries", []))
+        entries = wire.entries_of(message)
         if entries:
             await self._offer(runs.worker, entries)
             runs.delivery.handlers_changed()
@@ -235,7 +237,8 @@ class AttemptApi:
         return {}
 
     async def _hand_back(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        return {"runs": sorted(await runs.hand_back(wire.owned_of(message)))}
+        owned = [OwnedRun(*fence.key, None) for fence in wire.rows_of(message, "runs", wire.FENCE)]
+        return {"runs": sorted(await runs.hand_back(owned))}
 
     # attempts
 
@@ -257,116 +260,44 @@ class AttemptApi:
         return b'{"attempts":[%s]}' % b",".join(ready.encoded for ready in taken)
 
     async def _finish(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        return {"accepted": sorted(await runs.finish(wire.ends_of(message)))}
+        return {"accepted": sorted(await runs.finish(wire.rows_of(message, "ends", END)))}
 
     # running attempts
 
-    async def _token(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        hosted = await runs.one(wire.fence_of(message))
-        handler = await runs.handler_of(hosted, wire_calls.handler_of(message))
-        tools = await runs.delivery.tools()
+    async def _declared(self, runs: HostedRuns, message: Mapping[str, Any], *, name: str) -> Message:
+        """The answer to a call that a running handler makes."""
+        [sent] = calls_of(name, message)
+        hosted = await runs.one(sent.key)
+        if sent.call.way.with_handler:
+            await runs.check_handler(hosted, sent.handler)
         try:
-            token, claims = await tools.renewals.renew(
-                hosted.inflight, handler, fresh=message.get("fresh") is True
-            )
+            return sent.call.answer.write(await answer(sent.call, hosted.running))
+        except NotACall as error:
+            raise Malformed(str(error)) from None
         except TokenRefused as refused:
-            hosted.refused = refused
             return {"refused": {"reason": refused.reason, "detail": refused.detail}}
-        return wire.granted_message(token, claims)
 
-    async def _save(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        data, number = wire_calls.checkpoint_of(message)
-        hosted = await runs.one(wire.fence_of(message))
-        handler = await runs.handler_of(hosted, wire_calls.handler_of(message))
-        checkpoints = self.shared.tools.checkpoints
-        stored = await checkpoints.save_checkpoint(hosted.run, handler, await hosted.mask(data), number)
-        if not stored:
-            raise _lost(hosted)
-        return {}
-
-    async def _steps(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        hosted = await runs.one(wire.fence_of(message))
-        after = wire_calls.after_of(message)
-        return messages.page_message(await self.shared.tools.steps.load_steps(hosted.run.id, after))
-
-    async def _totals(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        hosted = await runs.one(wire.fence_of(message))
-        last, size = await self.shared.tools.steps.step_totals(hosted.run.id)
-        return {"last": last, "bytes": size}
-
-    async def _store(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        rows = wire_calls.steps_of(message)
-        known = await runs.known((row.run_id, row.fencing_token) for row in rows)
-        steps = []
-        for row in rows:
-            hosted = known.get((row.run_id, row.fencing_token))
-            if hosted is None:
+    async def _batch(self, runs: HostedRuns, message: Mapping[str, Any], *, name: str) -> Message:
+        """The same for calls that come at once. The answer names the runs that are still the host's."""
+        rows = []
+        sent = calls_of(name, message)
+        known = await runs.known(one.key for one in sent)
+        for one in sent:
+            if (hosted := known.get(one.key)) is None:
                 continue
-            handler = await runs.handler_of(hosted, row.handler)
-            steps.append(await self._step(hosted, handler, row.step))
-        stored = await self.rows.store_steps(steps) if steps else set()
-        for run_id, fencing_token in stored:
-            if (hosted := known.get((run_id, fencing_token))) is not None:
-                hosted.inflight.moved = True
-        return {"stored": sorted(stored)}
-
-    async def _step(self, hosted: HostedRun, handler: str, step: NewStep) -> RunStep:
-        """A step as it is stored, masked. Raises StepError as `AttemptServices.store_step`."""
-        for name in (step.name, step.key or "", *(meter for meter, _ in step.spends)):
-            if name != await hosted.mask(name):
-                shown = await hosted.mask(step.name)
-                raise StepError(f"step {shown}: its name, key or meter contains a secret")
-        if hosted.stored is None:
-            hosted.stored = 0
-            if hosted.run.may_have_checkpoint or hosted.handler is None:
-                _, hosted.stored = await self.shared.tools.steps.step_totals(hosted.run.id)
-        result = await hosted.mask(step.result_json)
-        size = hosted.sizes[step.seq] = len(result.encode())
-        # One that is sent again may be counted twice.
-        if hosted.stored + sum(hosted.sizes.values()) > TOTAL_LIMIT + size:
-            raise StepError(f"step {step.name}: {TOTAL_FULL}")
-        step = believed_step(replace(step, result_json=result), hosted.run, self.shared.tools.clock.now())
-        return RunStep(hosted.run, handler, step, size)
-
-    async def _wait(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        wait = wire_calls.wait_of(message)
-        hosted = await runs.one(wire.fence_of(message))
-        tools = self.shared.tools
-
-        async def budgets() -> Sequence[BudgetState]:
-            return (await tools.budgets.budgets_of(hosted.run)).states
-
-        wait = await believed_wait(await masked_wait(wait, hosted.mask), budgets, tools.clock.now)
-        state = await tools.waits.open_wait(hosted.run, wait)
-        if state is None:
-            raise _lost(hosted)
-        return {"state": messages.wait_state_message(state)}
-
-    # A call of its own: a worker that does not know it refuses it, where it would ignore a key of `wait`.
-    _choose = _wait
-
-    async def _budgets(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        hosted = await runs.one(wire.fence_of(message))
-        return _found(hosted, await self.shared.tools.budgets.budgets_of(hosted.run))
-
-    async def _spend(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        meter, amount, key = wire_calls.spend_of(message)
-        hosted = await runs.one(wire.fence_of(message))
-        if key.partition(":")[0] != str(hosted.run.attempt):
-            raise Malformed("key: it is of another attempt")
-        if meter != await hosted.mask(meter):
-            raise StepError(f"spend {await hosted.mask(meter)}: its name contains a secret; use another")
-        found = await self.shared.tools.budgets.spend(hosted.run, meter, amount, key)
-        if found is None:
-            raise _lost(hosted)
-        return _found(hosted, found)
+            await runs.check_handler(hosted, one.handler)
+            # One run that is lost must not keep what others have stored.
+            with suppress(LeaseLost):
+                step = await admitted(cast(StoreStep, one.call), hosted.running)
+                rows.append(row_of(step, hosted.running))
+        return {"stored": sorted(await self.rows.store_steps(rows)) if rows else []}
 
     async def _logs(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        rows = wire_calls.lines_of(message)
-        known = await runs.known({(row.run_id, row.fencing_token) for row in rows})
+        rows = wire.rows_of(message, "lines", LINE)
+        known = await runs.known(row.key for row in rows)
         of_run: dict[Key, list[LineRow]] = {}
         for row in rows:
-            of_run.setdefault((row.run_id, row.fencing_token), []).append(row)
+            of_run.setdefault(row.key, []).append(row)
         now = self.shared.tools.clock.now()
         async with runs.logging:
             ours = [
@@ -381,12 +312,12 @@ class AttemptApi:
         return {}
 
     async def _progress(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        rows = wire_calls.progress_of(message)
-        known = await runs.known({(run_id, fencing_token) for run_id, fencing_token, _ in rows})
-        for run_id, fencing_token, progress in rows:
-            if (hosted := known.get((run_id, fencing_token))) is not None:
+        rows = wire.rows_of(message, "rows", PROGRESS)
+        known = await runs.known(row.key for row in rows)
+        for row in rows:
+            if (hosted := known.get(row.key)) is not None:
                 # As often as that of a local run: the last one twice a second, which is masked then.
-                self.shared.tools.run_log.progress(hosted.run, progress)
+                self.shared.tools.run_log.progress(hosted.run, row.progress)
         return {}
 
 
@@ -403,34 +334,12 @@ def _line(run: AdmittedRun, row: LineRow, text: str, now: datetime) -> LogLine:
     )
 
 
-def _lost(hosted: HostedRun) -> LeaseLost:
-    return LeaseLost(f"run {hosted.run.id} is no longer this host's")
-
-
-def _found(hosted: HostedRun, found: OrgBudgets) -> Message:
-    if found.missing is not None:
-        hosted.refused = TokenRefused("property_missing", found.missing)
-    return {**messages.budgets_message(found.states), "missing": found.missing}
-
-
 Method = Callable[[AttemptApi, HostedRuns, Mapping[str, Any]], Awaitable[Message | bytes]]
 # All calls but register and take, which are special.
 CALLS: Mapping[str, Method] = {
     name: getattr(AttemptApi, f"_{name}")
-    for name in (
-        *("handlers", "renew", "unregister", "hand_back", "finish"),
-        *(
-            "token",
-            "save",
-            "steps",
-            "totals",
-            "store",
-            "wait",
-            "choose",
-            "budgets",
-            "spend",
-            "logs",
-            "progress",
-        ),
-    )
+    for name in ("handlers", "renew", "unregister", "hand_back", "finish", "logs", "progress")
+} | {
+    name: partial(AttemptApi._batch if call.way.batch else AttemptApi._declared, name=name)
+    for name, call in calls.CALLS.items()
 }

@@ -1,22 +1,52 @@
-"""The log of an attempt on a host: as long as a local one at most, whichever workers the host sends it to."""
+"""What an attempt on a host tells: its progress, and its log, as long as a local one at most."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol
+from typing import Annotated, Any, Protocol
 
-from worker.execution.hosts.wire_calls import LAST_LINE, LineRow
+from worker.execution.hosts.wire import Fence, ShownProgress
 from worker.execution.runners.output import CAP, LINE_COST, LINE_LIMIT
+from worker.handlers.parts import Count, OneOf, Text, When, row_of
 from worker.ids import RunId
 from worker.runs.run import AdmittedRun
+from worker.runs.worker_ends import LOST_LINE
+
+# The number of the last line of a log, which is the worker's own. Those of hosts are lower, also than that of
+# the line that says why an attempt was lost.
+LAST_LINE = 2**31 - 1
+LEVELS = ("debug", "info", "warning", "error", "critical")
+SOURCES = ("log", "stdout", "stderr")
 
 # Bytes of a log. The host has cut it to `CAP` already, beside a line that says so and that of an error.
 MOST = CAP + LINE_LIMIT
 # Bytes that a worker counts by itself before it asks the database, where other workers append as well.
 TRUSTED = 32 * 1024
 TOO_MUCH = f"the host sent more than {CAP // 1024} KiB of log: the rest was dropped"
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressRow(Fence):
+    """The progress of one of a host's runs."""
+
+    progress: Annotated[Mapping[str, Any], ShownProgress()]
+
+
+@dataclass(frozen=True, slots=True)
+class LineRow(Fence):
+    """A line of the log of one of a host's runs; `at` is by the host's clock."""
+
+    seq: Annotated[int, Count(LOST_LINE - 1)]
+    at: Annotated[datetime, When()]
+    level: Annotated[str, OneOf(LEVELS)]
+    source: Annotated[str, OneOf(SOURCES)]
+    text: Annotated[str, Text(LINE_LIMIT)]
+
+
+PROGRESS = row_of(ProgressRow)
+LINE = row_of(LineRow)
 
 
 class LogSizes(Protocol):
@@ -51,8 +81,7 @@ class AttemptLog:
             size = cost(row)
             if self.used + size > MOST:
                 self.is_full = True
-                key = row.run_id, row.fencing_token
-                yield LineRow(*key, seq=LAST_LINE, at=now, level="warning", source="log", text=TOO_MUCH)
+                yield LineRow(*row.key, LAST_LINE, now, level="warning", source="log", text=TOO_MUCH)
                 return
             self.used += size
             self.unread += size

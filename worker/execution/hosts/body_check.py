@@ -12,14 +12,17 @@ import re
 import resource
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, BinaryIO
 
-from worker.clock import to_text
-from worker.execution.hosts import wire, wire_calls
+from worker.execution.hosts import wire
+from worker.execution.hosts.attempt_log import LINE, PROGRESS
+from worker.execution.hosts.ends import END, End
+from worker.execution.hosts.sent import SENT, calls_of, sent_message
 from worker.execution.hosts.wire import Malformed
-from worker.execution.runners.child import linux, messages
-from worker.handlers.catalogue import HandlerEntry
+from worker.execution.runners.child import linux
+from worker.handlers.calls import CALLS
+from worker.handlers.parts import CallPart, TextCheck
 
 # The frames of an answer. It ends with REFUSED or DONE, after an ENDING if the process ends as well.
 REFUSED, CALL, ROW, TEXT, DONE, ENDING = range(6)
@@ -65,116 +68,77 @@ def parse(body: bytes) -> Message:
     return message
 
 
-# What each call has of a message that may be large: its own keys, or the name of its rows with their reader.
-Rows = Iterator[Message]
+class _Sealed(CallPart[End]):
+    """An end, of which `sealed` is no longer than what a worker seals."""
 
-
-def _ends(message: Message) -> Rows:
-    for end in wire.ends_of(message):
+    def read(self, value: Any, check: TextCheck) -> End:
+        end = END.read(value, check)
         if len(end.sealed) > MOST_SEALED:
             raise BodyRefused(f"sealed: it is longer than {MOST_SEALED} characters")
-        yield wire.end_message(end)
+        return end
+
+    write, json_paths = END.write, END.json_paths
 
 
-def _steps(message: Message) -> Rows:
-    for row in wire_calls.steps_of(message):
-        step = messages.step_message(row.step)
-        yield {"run": row.run_id, "fencing_token": row.fencing_token, "handler": row.handler, "step": step}
-
-
-def _lines(message: Message) -> Rows:
-    for line in wire_calls.lines_of(message):
-        given = {name: getattr(line, name) for name in ("fencing_token", "seq", "level", "source", "text")}
-        yield {"run": line.run_id, "at": to_text(line.at), **given}
-
-
-def _values(message: Message) -> Rows:
-    for row in wire_calls.progress_of(message):
-        yield wire_calls.progress_message(*row)
-
-
-def _owned(message: Message) -> Rows:
-    for run in wire.owned_of(message):
-        yield {"run": run.id, "fencing_token": run.fencing_token}
-
-
-def _entries(message: Message) -> Rows:
-    entries: Sequence[HandlerEntry] = wire.entries_of(message.get("entries", []))
-    return map(wire.entry_message, entries)
-
-
-# The name of a call's rows, and what reads and checks them.
-ROWS: Mapping[str, tuple[str, Callable[[Message], Rows]]] = {
-    "finish": ("ends", _ends),
-    "store": ("steps", _steps),
-    "logs": ("lines", _lines),
-    "progress": ("rows", _values),
-    "hand_back": ("runs", _owned),
-    "handlers": ("entries", _entries),
+# The rows of a call, and what reads and checks each of them.
+ROWS: Mapping[str, tuple[str, CallPart[Any]]] = {
+    "finish": ("ends", _Sealed()),
+    "logs": ("lines", LINE),
+    "progress": ("rows", PROGRESS),
+    "hand_back": ("runs", wire.FENCE),
+    "handlers": ("entries", wire.ENTRY),
+    **{name: (call.way.batch, SENT[name]) for name, call in CALLS.items() if call.way.batch},
 }
-# Texts that were checked as JSON, and objects that were checked as a JSON Schema.
-JSON_TEXTS = {("outcome", "result"), ("outcome", "state"), ("step", "result_json"), ("data",)}
-SCHEMAS = {("params_schema",), ("settings_schema",)}
-
-
-def _save(message: Message) -> Message:
-    data, number = wire_calls.checkpoint_of(message)
-    run_id, fencing_token = wire.fence_of(message)
-    handler = wire_calls.handler_of(message)
-    return {"run": run_id, "fencing_token": fencing_token, "handler": handler, "data": data, "number": number}
-
-
-def _wait(message: Message) -> Message:
-    run_id, fencing_token = wire.fence_of(message)
-    wait = wire_calls.wait_message(wire_calls.wait_of(message))
-    return {"run": run_id, "fencing_token": fencing_token, **wait}
-
-
-CALLS: Mapping[str, Callable[[Message], Message]] = {"save": _save, "wait": _wait, "choose": _wait}
+# By call, texts that were checked as JSON, and objects that were checked as a JSON Schema.
+JSON_TEXTS: Mapping[str, Collection[Path]] = {
+    name: frozenset(part.json_paths())
+    for name, part in (SENT | {name: part for name, (_, part) in ROWS.items()}).items()
+}
+SCHEMAS: Mapping[str, Collection[Path]] = {"handlers": {("params_schema",), ("settings_schema",)}}
 
 
 def checked(name: str, body: bytes) -> Iterator[tuple[int, Message]]:
     """What a call has of its body. Raises BodyRefused, and Malformed and others as its readers."""
     message = parse(body)
-    if name in ROWS:
-        _, read = ROWS[name]
-        if name == "handlers":
-            yield CALL, {"complete": message.get("complete") is True}
-        yield from ((ROW, row) for row in read(message))
-    elif name in CALLS:
-        yield CALL, CALLS[name](message)
-    else:
+    if name not in wire.BODY_BYTES:
         raise BodyRefused(f"no call {name} is larger than {wire.OWN_BYTES} bytes")
+    if name not in ROWS:
+        yield from ((CALL, sent_message(sent)) for sent in calls_of(name, message))
+        return
+    rows, part = ROWS[name]
+    if name == "handlers":
+        yield CALL, {"complete": message.get("complete") is True}
+        found: list[Any] = wire.entries_of(message)
+    else:
+        found = wire.rows_of(message, rows, part)
+    yield from ((ROW, part.write(row)) for row in found)
 
 
-def in_frames(kind: int, message: Message) -> Iterator[tuple[int, bytes]]:
+def in_frames(name: str, kind: int, message: Message) -> Iterator[tuple[int, bytes]]:
     """A message and its long texts, each after where it belongs: `[path, is JSON, is a schema]`."""
-    texts: list[tuple[Path, bytes]] = []
-    _take_out(message, (), texts)
-    places = [(path, path in JSON_TEXTS, path in SCHEMAS) for path, _ in texts]
-    yield (
-        kind,
-        json.dumps([message, places], ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"),
-    )
-    yield from ((TEXT, text) for _, text in texts)
+    json_texts, schemas = JSON_TEXTS.get(name, ()), SCHEMAS.get(name, ())
+    places: list[tuple[Path, bool, bool]] = []
+    texts: list[bytes] = []
 
-
-def _take_out(message: Message, above: Path, texts: list[tuple[Path, bytes]]) -> None:
-    for name, value in message.items():
-        path = (*above, name)
-        if path in SCHEMAS:
-            if value is None:
+    def take_out(part: Message, above: Path) -> None:
+        for key, value in part.items():
+            path = (*above, key)
+            if path in schemas and value is not None:
+                content = _json(value)
+            elif isinstance(value, str) and (len(value) >= LONG or path in json_texts):
+                content = value.encode("utf-8", "replace")
+            elif isinstance(value, dict):
+                take_out(value, path)
                 continue
-            content = _json(value)
-        elif isinstance(value, str) and (len(value) >= LONG or path in JSON_TEXTS):
-            content = value.encode("utf-8", "replace")
-        elif isinstance(value, dict):
-            _take_out(value, path, texts)
-            continue
-        else:
-            continue
-        message[name] = None
-        texts.append((path, content))
+            else:
+                continue
+            part[key] = None
+            places.append((path, path in json_texts, path in schemas))
+            texts.append(content)
+
+    take_out(message, ())
+    yield kind, _json([message, places])
+    yield from ((TEXT, text) for text in texts)
 
 
 def _json(value: Any) -> bytes:
@@ -193,7 +157,7 @@ def answer(name: str, body: bytes) -> Iterator[tuple[int, bytes]]:
         yield REFUSED, b"the body takes too much memory"
         return
     for kind, message in found:
-        yield from in_frames(kind, message)
+        yield from in_frames(name, kind, message)
     yield DONE, b""
 
 

@@ -13,33 +13,20 @@ from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import Deadlines, InflightRun
 from worker.execution.attempts.masked import mask_trail, redacted
 from worker.execution.attempts.plan import Limits
-from worker.execution.attempts.store_acts import StoreActs
-from worker.execution.hosts.remote import HostedEnd, RemoteStore
+from worker.execution.hosts.remote import HostedEnd, RemoteActs, RemoteStore
 from worker.execution.hosts.wire import Taken
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.runners.contract import Runner, outcome_of_stop
-from worker.guard.claims import Claims
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt, NoHandler, Outcome, Trail, end_attempt
 from worker.runs.run import AdmittedRun, Isolation
-from worker.secret import AccessToken
 from worker.telemetry import tracing
 from worker.telemetry.tracing import Traced
 
 _FIELDS = [one.name for one in fields(EndedAttempt)]
 # The worker behind the host counts attempts; this only gives each end its name.
 _POLICY = RetryPolicy()
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteRenewals:
-    """Tokens of running attempts, from the workers."""
-
-    store: RemoteStore
-
-    async def renew(self, inflight: InflightRun, handler: str, *, fresh: bool) -> tuple[AccessToken, Claims]:
-        return await self.store.renew_token(inflight, handler, fresh=fresh)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +44,8 @@ class RemoteTools:
     taken: dict[tuple[RunId, int], Taken] = field(default_factory=dict)
 
     @property
-    def acts(self) -> StoreActs:
-        return StoreActs(self)
-
-    @property
-    def renewals(self) -> RemoteRenewals:
-        return RemoteRenewals(self.store)
-
-    @property
-    def checkpoints(self) -> RemoteStore:
-        return self.store
-
-    @property
-    def waits(self) -> RemoteStore:
-        return self.store
-
-    @property
-    def budgets(self) -> RemoteStore:
-        return self.store
+    def acts(self) -> RemoteActs:
+        return RemoteActs(self.store, self.steps)
 
     async def prepare(self, runs: Sequence[AdmittedRun]) -> None:
         """Nothing: the worker has prepared them."""

@@ -22,11 +22,11 @@ from worker.errors import (
     LeaseLost,
     NotFound,
     StoreUnavailable,
-    TokenRefused,
     Unavailable,
     WorkerError,
 )
 from worker.execution.attempts import events
+from worker.execution.attempts.answers import Running
 from worker.execution.attempts.attempt import (
     PAUSE,
     conclude,
@@ -36,11 +36,13 @@ from worker.execution.attempts.attempt import (
     without_state,
 )
 from worker.execution.attempts.inflight import InflightRun
+from worker.execution.attempts.store_acts import StoreActs
 from worker.execution.attempts.tools import Tools
 from worker.execution.hosts import wire
 from worker.execution.hosts.attempt_log import AttemptLog
 from worker.execution.hosts.delivery import Delivery, HostedStore, HostTools, Key, place_of
-from worker.execution.hosts.wire import End, Malformed
+from worker.execution.hosts.ends import End
+from worker.execution.hosts.wire import Malformed
 from worker.execution.loops.finisher import Finisher
 from worker.execution.runners.contract import (
     FORGED,
@@ -56,7 +58,6 @@ from worker.runs.hosts import HostCaller
 from worker.runs.outcome import EndedAttempt, Failed, Outcome, Trail
 from worker.runs.run import AdmittedRun, OwnedRun
 from worker.telemetry.events import emit
-from worker.telemetry.mask_in_turn import mask_in_turn
 
 # Seconds that a call waits until its ends are written, and that a run unknown here waits for its token.
 WRITTEN_WITHIN = 5.0
@@ -78,25 +79,19 @@ MOST_ENDS = 10_000
 
 @dataclass(slots=True, eq=False)
 class HostedRun:
-    """A run that a host holds, as this worker knows it.
+    """A run that a host holds, as this worker knows it; `handler` is None if another worker prepared it."""
 
-    `handler` is None if another worker prepared the attempt. `refused` is the error of a renewed token.
-    `sizes` are the bytes of the results of its steps by place, beside `stored` bytes of earlier ones.
-    """
-
-    inflight: InflightRun
+    running: Running
     handler: str | None = None
-    refused: TokenRefused | None = None
-    stored: int | None = None
-    sizes: dict[int, int] = field(default_factory=dict)
     log: AttemptLog = field(default_factory=AttemptLog)
 
     @property
-    def run(self) -> AdmittedRun:
-        return self.inflight.run
+    def inflight(self) -> InflightRun:
+        return self.running.inflight
 
-    async def mask(self, text: str) -> str:
-        return await mask_in_turn(text, self.run.org_id)
+    @property
+    def run(self) -> AdmittedRun:
+        return self.running.inflight.run
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +141,12 @@ class HostedRuns:
         self._store.forget(self.worker)
 
     def _prepared(self, key: Key, inflight: InflightRun, trail: Trail) -> None:
-        self._known[key] = HostedRun(inflight, trail.handler)
+        self._known[key] = HostedRun(self._running(inflight, trail.handler), trail.handler)
+
+    def _running(self, inflight: InflightRun, handler: str, *, resumed: bool = False) -> Running:
+        tools, trail = self._shared.tools, Trail(handler)
+        acts = StoreActs(tools)
+        return Running(inflight, trail, acts, tools.run_log, tools.clock, hosted=True, resumed=resumed)
 
     # running
 
@@ -160,7 +160,8 @@ class HostedRuns:
             if runs:
                 await tools.plans.load(runs)
             for run in runs:
-                hosted = HostedRun(InflightRun(run, StopSignal()))
+                inflight = InflightRun(run, StopSignal())
+                hosted = HostedRun(self._running(inflight, run.handler, resumed=True))
                 await self._learn(hosted, tools)
                 found[run.id, run.fencing_token] = self._known[run.id, run.fencing_token] = hosted
         return found
@@ -191,8 +192,8 @@ class HostedRuns:
                 if names := tools.handlers.secrets([inflight.run.handler, *variants]):
                     inflight.hold_secrets(await tools.secrets.of(plan.org, names))
 
-    async def handler_of(self, hosted: HostedRun, named: str) -> str:
-        """The handler that a host names for its run, if the attempt may be of it. Raises Malformed."""
+    async def check_handler(self, hosted: HostedRun, named: str) -> None:
+        """Raise Malformed unless the attempt may be one of the handler that its host names."""
         if hosted.handler is None:
             plan, run = hosted.inflight.plan, hosted.run
             variants = () if plan is None else plan.definition.variants
@@ -201,13 +202,12 @@ class HostedRuns:
                 possible.add((await self._shared.tools.checkpoints.load_progress(run.id)).handler or "")
             if named not in possible:
                 raise Malformed(f"handler: run {run.id} is not one of {named}")
-            hosted.handler = named
+            hosted.handler = hosted.running.trail.handler = named
             entry = (await self.delivery.tools()).handlers.get(named)
             if named != run.handler and entry is not None:
                 hosted.inflight.scopes |= frozenset(entry.scopes)
         if named != hosted.handler:
             raise Malformed(f"handler: the attempt of run {hosted.run.id} is one of {hosted.handler}")
-        return named
 
     async def renew_as_json(self) -> tuple[bool, bytes]:
         """The answer to a renewal. Mostly it is passed on as the database gives it."""
@@ -286,13 +286,13 @@ class HostedRuns:
         Raises:
             StoreUnavailable: not all are written yet. The host sends them again.
         """
-        keys = {(end.run_id, end.fencing_token) for end in ends if wire.ID.fullmatch(end.run_id)}
+        keys = {end.key for end in ends if wire.ID.fullmatch(end.run)}
         waiting = {key: self._writing[key] for key in keys if key in self._writing}
         done = {key for key in keys if self._ended.get(key)}
         hosted = await self.known(keys - waiting.keys() - self._ended.keys())
         tools = await self.delivery.tools()
         for end in ends:
-            key = end.run_id, end.fencing_token
+            key = end.key
             if key in hosted and key not in waiting:
                 ended = await self._conclude(end, hosted[key], tools)
                 waiting[key] = self._write_once(key, ended)
@@ -302,7 +302,7 @@ class HostedRuns:
         return [run_id for run_id, _ in done]
 
     async def _conclude(self, end: End, hosted: HostedRun, tools: Tools) -> EndedAttempt:
-        inflight, key = hosted.inflight, (end.run_id, end.fencing_token)
+        inflight, key = hosted.inflight, end.key
         text = self._shared.sealer.open(end.sealed, place_of(key, self.worker))
         if text is None:
             # To refuse it would keep all ends of the host, which repeats it.
@@ -322,8 +322,8 @@ class HostedRuns:
         trail.progress = end.progress
         trail.asks = end.asks
         inflight.moved = inflight.moved or end.moved
-        if hosted.refused is not None:
-            outcome = outcome_of_error(hosted.refused, inflight, tools.random)
+        if (refused := hosted.running.refused) is not None:
+            outcome = outcome_of_error(refused, inflight, tools.random)
         else:
             outcome = await self._believed(end.outcome, hosted, tools)
         return await conclude(inflight, outcome if commits else without_state(outcome), trail, tools)
@@ -414,4 +414,4 @@ async def _written(waiting: Mapping[Key, asyncio.Future[bool]]) -> set[Key]:
 
 
 def _seconds(seconds: float, now: datetime) -> timedelta:
-    return timedelta(seconds=min(seconds, now.timestamp()))
+    return timedelta(seconds=max(0.0, min(seconds, now.timestamp())))

@@ -11,20 +11,21 @@ from typing import Any
 
 from worker.bounded import remember
 from worker.errors import Busy, LeaseLost, TokenRefused
-from worker.execution.attempts.inflight import InflightRun, InflightRuns
-from worker.execution.hosts import wire, wire_calls
+from worker.execution.attempts.answers import Running
+from worker.execution.attempts.inflight import InflightRuns
+from worker.execution.hosts import wire
+from worker.execution.hosts.attempt_log import LINE, PROGRESS, LineRow, ProgressRow
 from worker.execution.hosts.control import AsyncControl, BlockingControl, ControlDenied, encode
-from worker.execution.hosts.wire import Registered, Registration, Taken
-from worker.execution.runners.child import messages
-from worker.guard.claims import Claims
+from worker.execution.hosts.ends import END, End
+from worker.execution.hosts.sent import Sent, sent_message
+from worker.execution.hosts.wire import FENCE, Fence, Malformed, Registered, Registration, Taken
+from worker.execution.loops.step_writer import StepWriter
+from worker.handlers.calls import A, Call, answer_in
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.ids import RunId
-from worker.runs.budgets import OrgBudgets
 from worker.runs.outcome import SUCCEEDED, EndedAttempt, Error, Failed, Outcome
-from worker.runs.run import AdmittedRun, Isolation, LogLine, OwnedRun, RunStep, StepPage
-from worker.runs.waits import NewWait, WaitState
-from worker.secret import AccessToken
+from worker.runs.run import AdmittedRun, Isolation, LogLine, OwnedRun
 
 # The share of the bytes that a call may have which its rows take.
 PART = 0.75
@@ -77,7 +78,7 @@ class RemoteStore:
 
     async def put(self, entries: Sequence[HandlerEntry]) -> None:
         """Offer these handlers too, or report why they do not load."""
-        for part in _parts("handlers", "entries", map(wire.entry_message, entries)):
+        for part in _parts("handlers", "entries", map(wire.ENTRY.write, entries)):
             while True:
                 try:
                     await self.control.call("handlers", part)
@@ -116,7 +117,7 @@ class RemoteStore:
         """Let runs wait again that this incarnation owns but does not know."""
         for run in owned:
             remember(self._handed_back, (run.id, run.fencing_token), None, MOST_HANDED_BACK)
-        rows = [{"run": run.id, "fencing_token": run.fencing_token} for run in owned]
+        rows = [FENCE.write(Fence(run.id, run.fencing_token)) for run in owned]
         answers = [await self.control.call("hand_back", part) for part in _parts("hand_back", "runs", rows)]
         return {RunId(run_id) for answer in answers for run_id in answer["runs"]}
 
@@ -152,14 +153,14 @@ class RemoteStore:
     async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
         """Report how attempts ended; the runs whose end was accepted."""
         accepted: set[RunId] = set()
-        for part in _parts("finish", "ends", (wire.end_message(self._end_of(end)) for end in ended)):
+        for part in _parts("finish", "ends", (END.write(self._end_of(end)) for end in ended)):
             answer = await self._fenced("finish", part)
             if answer is None:
                 break
             accepted.update(RunId(run_id) for run_id in answer["accepted"])
         return accepted
 
-    def _end_of(self, ended: EndedAttempt) -> wire.End:
+    def _end_of(self, ended: EndedAttempt) -> End:
         if not isinstance(ended, HostedEnd):
             raise TypeError(f"the end of run {ended.run_id} is not that of a host")
         outcome = ended.returned
@@ -167,8 +168,8 @@ class RemoteStore:
             error = ended.error or {"type": "ResultUnstorable", "message": ""}
             outcome = Failed(Error(error["type"], error["message"]), "result_unstorable", ended.detail)
         trail, began = ended.trail, ended.trail.handler_started_at
-        return wire.End(
-            run_id=ended.run_id,
+        return End(
+            run=ended.run_id,
             fencing_token=ended.fencing_token,
             outcome=outcome,
             sealed=ended.sealed,
@@ -179,65 +180,26 @@ class RemoteStore:
             asks=trail.asks,
         )
 
-    # what running handlers ask for
+    # what running handlers ask for, and tell
 
-    async def renew_token(
-        self, inflight: InflightRun, handler: str, *, fresh: bool
-    ) -> tuple[AccessToken, Claims]:
-        """Another token of a running attempt. Raises TokenRefused and TokenError as the worker does."""
-        fence = wire.fence_message(inflight.run)
-        answer = await self.control.call("token", {**fence, "handler": handler, "fresh": fresh})
-        if (refused := answer.get("refused")) is not None:
-            raise TokenRefused(refused["reason"], refused["detail"])
-        return wire.granted_of(answer)
+    async def ask(self, sent: Sent) -> dict[str, Any]:
+        """The answer to a call of a run that this host holds. Raises as `_call`."""
+        return await self._call(sent.call.path, sent_message(sent))
 
-    async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str, number: int = 0) -> bool:
-        message = {**wire.fence_message(run), "handler": handler, "data": data_json, "number": number}
-        return await self._fenced("save", message) is not None
-
-    async def store_steps(self, rows: Sequence[RunStep]) -> set[tuple[RunId, int]]:
-        """Store steps with their spends; the runs, with fencing tokens, that are still ours."""
+    async def store_steps(self, rows: Sequence[SentRow]) -> set[tuple[RunId, int]]:
+        """Send calls that travel together; the runs, with fencing tokens, that are still ours."""
         ours: set[tuple[RunId, int]] = set()
-        steps = (wire_calls.step_message(row.run, row.handler, row.step) for row in rows)
-        for part in _parts("store", "steps", steps):
-            answer = await self._fenced("store", part)
-            if answer is None:
-                break
-            ours.update((RunId(run_id), fencing_token) for run_id, fencing_token in answer["stored"])
+        for way in dict.fromkeys(row.sent.call.way for row in rows):
+            of_way = (sent_message(row.sent) for row in rows if row.sent.call.way == way)
+            for part in _parts(way.name, way.batch, of_way):
+                answer = await self._fenced(way.name, part)
+                if answer is None:
+                    return ours
+                ours.update((RunId(run_id), fencing_token) for run_id, fencing_token in answer["stored"])
         return ours
 
-    async def load_steps(self, run_id: RunId, after: int) -> StepPage:
-        return messages.page_of(await self.control.call("steps", {**self._fence(run_id), "after": after}))
-
-    async def step_totals(self, run_id: RunId) -> tuple[int, int]:
-        answer = await self.control.call("totals", self._fence(run_id))
-        return answer["last"], answer["bytes"]
-
-    async def open_wait(self, run: AdmittedRun, wait: NewWait) -> WaitState | None:
-        """As `WorkerStore.open_wait`. Raises StepError if the worker does not know options."""
-        message = {**wire.fence_message(run), **wire_calls.wait_message(wait)}
-        try:
-            answer = await self._fenced("choose" if wait.options else "wait", message)
-        except wire.Malformed as error:
-            if not wait.options:
-                raise
-            raise StepError(
-                f"options of wait_for {wait.name}: the worker does not take them ({error.message}); "
-                "upgrade the workers before handlers that use them"
-            ) from None
-        state = None if answer is None else answer["state"]
-        return None if state is None else messages.wait_state_of(state)
-
-    async def budgets_of(self, run: AdmittedRun) -> OrgBudgets:
-        return _found(await self.control.call("budgets", wire.fence_message(run)))
-
-    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> OrgBudgets | None:
-        fence = wire.fence_message(run)
-        answer = await self._fenced("spend", {**fence, "meter": meter, "amount": amount, "key": key})
-        return None if answer is None else _found(answer)
-
     async def write_progress(self, rows: Sequence[tuple[RunId, int, Mapping[str, Any]]]) -> None:
-        for part in _parts("progress", "rows", (wire_calls.progress_message(*row) for row in rows)):
+        for part in _parts("progress", "rows", (PROGRESS.write(ProgressRow(*row)) for row in rows)):
             await self._fenced("progress", part)
 
     async def append_logs(self, rows: Sequence[LogLine]) -> None:
@@ -249,24 +211,70 @@ class RemoteStore:
         for line in rows:
             inflight = self.inflight_runs.get(line.run_id)
             if inflight is not None and inflight.run.attempt == line.attempt:
-                yield wire_calls.line_message(line, inflight.run.fencing_token)
+                said = line.seq, line.at, line.level, line.source, line.text
+                yield LINE.write(LineRow(line.run_id, inflight.run.fencing_token, *said))
 
-    def _fence(self, run_id: RunId) -> dict[str, Any]:
-        inflight = self.inflight_runs.get(run_id)
-        if inflight is None:
-            raise LeaseLost(f"run {run_id} has ended")
-        return wire.fence_message(inflight.run)
-
-    async def _fenced(self, name: str, message: Mapping[str, Any] | bytes) -> dict[str, Any] | None:
+    async def _fenced(self, name: str, message: bytes) -> dict[str, Any] | None:
         """The answer, or None if the run, or none at all, is ours any more."""
         try:
-            return await self.control.call(name, message)
-        except (LeaseLost, ControlDenied):
+            return await self._call(name, message)
+        except LeaseLost:
             return None
 
+    async def _call(self, name: str, message: Mapping[str, Any] | bytes) -> dict[str, Any]:
+        """The answer of a worker.
 
-def _found(answer: Mapping[str, Any]) -> OrgBudgets:
-    return OrgBudgets(messages.budgets_of(answer), answer.get("missing"))
+        Raises:
+            LeaseLost: the run, or none at all, is ours any more.
+            StepError: the worker does not know the call.
+        """
+        try:
+            return await self.control.call(name, message)
+        except ControlDenied as denied:
+            raise LeaseLost(denied.message) from None
+        except Malformed as error:
+            if not error.message.startswith(wire.NO_CALL):
+                raise
+            raise StepError(
+                f"the worker does not know the call {name}; upgrade the workers before handlers that use it"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class SentRow:
+    """A call that waits for others to be sent with; `size` are the bytes of its texts."""
+
+    run: AdmittedRun
+    sent: Sent
+    size: int
+
+    @property
+    def what(self) -> str:
+        """What the call stores, for people."""
+        call = self.sent.call
+        return next((f"{what} {name}" for what, name in call.row.names(call)), call.way.name)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteActs:
+    """Lets the workers do what the handlers on this host ask; `rows` sends together what may be."""
+
+    store: RemoteStore
+    rows: StepWriter
+
+    async def act(self, call: Call[A], of: Running) -> A:
+        """As `Acts.act`. Raises StepError as well, if the worker does not know the call."""
+        run = of.run
+        sent = Sent(run.id, run.fencing_token, of.trail.handler, call)
+        if call.way.batch:
+            size = sum(len(text.encode()) for text in call.row.texts(call))
+            if not await self.rows.store_step(SentRow(run, sent, size)):
+                raise LeaseLost(f"run {run.id} is no longer ours")
+            return None  # type: ignore[return-value]
+        answer = await self.store.ask(sent)
+        if (refused := answer.get("refused")) is not None:
+            raise TokenRefused(refused["reason"], refused["detail"])
+        return answer_in(call, answer)
 
 
 def _parts(call: str, name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from worker.clock import Clock
 from worker.errors import Unavailable
 from worker.handlers.steps import StepError
 from worker.ids import RunId
-from worker.runs.run import RunStep, StepPage
+from worker.runs.run import AdmittedRun
 
 # Maximum rows of one statement, and bytes of their results.
 BATCH = 500
@@ -20,16 +20,23 @@ BATCH_BYTES = 4 * 1024 * 1024
 RETRY = 0.5
 
 
+class BatchRow(Protocol):
+    """A step of a running run: `size` are the bytes of its result, `what` is its name for people."""
+
+    @property
+    def run(self) -> AdmittedRun: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def what(self) -> str: ...
+
+
 class StepsStore(Protocol):
-    async def store_steps(self, rows: Sequence[RunStep]) -> set[tuple[RunId, int]]:
+    async def store_steps(self, rows: Sequence[Any]) -> set[tuple[RunId, int]]:
         """Store steps, fenced; returns the runs, with their fencing tokens, that still run."""
 
-    async def load_steps(self, run_id: RunId, after: int) -> StepPage: ...
 
-    async def step_totals(self, run_id: RunId) -> tuple[int, int]: ...
-
-
-Waiting = tuple[RunStep, "asyncio.Future[bool]"]
+Waiting = tuple[BatchRow, "asyncio.Future[bool]"]
 
 
 @dataclass(eq=False, repr=False)
@@ -41,7 +48,7 @@ class StepWriter:
     _pending: list[Waiting] = field(default_factory=list)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def store_step(self, step: RunStep) -> bool:
+    async def store_step(self, step: BatchRow) -> bool:
         """Store a step; returns once it is durable, or False if the run is no longer ours.
 
         A cancelled caller does not stop the write: the call behind the result was made.
@@ -50,12 +57,6 @@ class StepWriter:
         self._pending.append((step, stored))
         self._wake.set()
         return await stored
-
-    async def load_steps(self, run_id: RunId, after: int) -> StepPage:
-        return await self.store.load_steps(run_id, after)
-
-    async def step_totals(self, run_id: RunId) -> tuple[int, int]:
-        return await self.store.step_totals(run_id)
 
     async def run(self) -> None:
         """Write until cancelled."""
@@ -98,8 +99,8 @@ class StepWriter:
                 await self._write([waiting])
             return
         step, stored = batch[0]
-        kind = type(error).__name__
+        if not isinstance(error, StepError):
+            kind = type(error).__name__
+            error = StepError(f"{step.what}: the database does not take its result ({kind})")
         if not stored.done():
-            stored.set_exception(
-                StepError(f"step {step.step.name}: the database does not take its result ({kind})")
-            )
+            stored.set_exception(error)
