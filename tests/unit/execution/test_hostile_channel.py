@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,7 +28,6 @@ from worker.execution.runners.child.frames import (
 from worker.execution.runners.child.inbox import InboxTurns
 from worker.execution.runners.contract import OWN_FAILURES, StopSignal
 from worker.handlers.calls import CountSpend, NotACall, OpenWait, Progress
-from worker.handlers.steps import StepError
 from worker.runs.budgets import OrgBudgets
 from worker.runs.outcome import (
     Cancelled,
@@ -303,13 +301,3 @@ def test_a_frame_with_too_many_parts_is_refused_before_it_is_parsed(monkeypatch:
         frames.next()
 
     assert parsed == []
-
-
-def test_spends_of_one_meter_are_added_up() -> None:
-    step = replace(messages.step_of(STEP), spends=(("llm", 2), ("calls", 1)) * 50_000)
-
-    assert messages.step_message(step)["spends"] == [("llm", 100_000), ("calls", 50_000)]
-
-    step = replace(step, spends=tuple((f"meter-{number}", 1) for number in range(1_001)))
-    with pytest.raises(StepError, match="1,000 meters"):
-        messages.step_message(step)

@@ -17,13 +17,20 @@ from tests.fakes.exchanges import ACCESS, CLAIMS, EXCHANGES, TOKEN, WORKER, Exch
 from tests.fakes.record import Recorded, comparable, head_of, host, worker
 from worker.execution.hosts import attempt_api, wire
 from worker.execution.runners.child import messages
-from worker.handlers.calls import StateAnswer
+from worker.handlers.calls import GRANTED, STEP, WAIT, BudgetsAnswer, CallAnswer, PageAnswer, StateAnswer
+from worker.runs.budgets import OrgBudgets
 
 pytestmark = pytest.mark.anyio
 
 RECORDS = record.read()
 CLOSE = replace(exchanges.WORK, private_origins=("http://10.0.0.5",), insecure_origins=("http://a.test",))
 BY_CASE = {(one.call, one.case): one for one in EXCHANGES}
+ANSWERS: list[tuple[CallAnswer[Any], Any]] = [
+    (StateAnswer(), exchanges.ANSWERED),
+    (BudgetsAnswer(), OrgBudgets(tuple(exchanges.BUDGETS))),
+    (PageAnswer(), exchanges.PAGE),
+    (GRANTED, (ACCESS, CLAIMS)),
+]
 each = pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda one: f"{one.call}-{one.case}")
 
 
@@ -68,14 +75,11 @@ def test_every_call_is_recorded_and_every_record_is_tried() -> None:
 @pytest.mark.parametrize(
     ("written", "read", "value"),
     [
-        (messages.step_message, messages.step_of, exchanges.STEP),
-        (messages.wait_message, messages.wait_of, exchanges.ASK),
-        (messages.wait_message, messages.wait_of, exchanges.CHOICE),
-        (messages.wait_state_message, messages.wait_state_of, exchanges.ANSWERED),
-        (messages.budgets_message, messages.budgets_of, [*exchanges.BUDGETS]),
-        (messages.page_message, messages.page_of, exchanges.PAGE),
+        (STEP.write, STEP.read, exchanges.STEP),
+        (WAIT.write, WAIT.read, exchanges.ASK),
+        (WAIT.write, WAIT.read, exchanges.CHOICE),
+        *((answer.write, answer.read, value) for answer, value in ANSWERS),
         (lambda work: messages.work_message(work, 9.0), messages.work_of, CLOSE),
-        (lambda held: messages.granted_message(*held), messages.granted_of, (ACCESS, CLAIMS)),
         *((messages.outcome_message, messages.outcome_of_message, one) for one in exchanges.OUTCOMES),
     ],
 )
