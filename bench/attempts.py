@@ -165,10 +165,8 @@ async def measure(runs: int, count: int, apart: float, profile: cProfile.Profile
             tokens=tokens,
             handlers=handlers,
             runners={"inline": Inline(clock)},
-            checkpoints=store,  # type: ignore[arg-type]
+            store=store,  # type: ignore[arg-type]
             steps=store,  # type: ignore[arg-type]
-            waits=store,  # type: ignore[arg-type]
-            budgets=store,  # type: ignore[arg-type]
             run_log=RunLogWriter(store, clock),  # type: ignore[arg-type]
             clock=clock,
             random=Random(1),  # noqa: S311

@@ -133,7 +133,7 @@ async def measure(pool: ChildPool, code: str) -> str:
     run_log = RunLogWriter(store, SystemClock())
     tools = SimpleNamespace(
         run_log=run_log,
-        checkpoints=store,
+        store=store,
         steps=store,
         clock=SystemClock(),
         random=SystemRandom(),

@@ -83,10 +83,8 @@ def listener_of(database: Filled, ring: KeyRing) -> AttemptListener:
         tokens=FakeTokens(clock),
         handlers=HandlerRegistry(),
         runners={},
-        checkpoints=store,
+        store=store,
         steps=StepWriter(store, clock),
-        waits=store,
-        budgets=store,
         run_log=RunLogWriter(store, clock),
         clock=clock,
         random=Random(1),  # noqa: S311

@@ -184,7 +184,7 @@ def _handlers(entries: Sequence[HandlerEntry]) -> HandlerRegistry:
     return handlers
 
 
-class Trial:
+class Trial(TrialBudgets):
     """A run; each call of `attempt` makes its next attempt.
 
     `on_line` and `on_progress` get what the run logs and shows, masked: within half a second if `live`,
@@ -212,6 +212,7 @@ class Trial:
         budgets: Mapping[str, Any] | None = None,
         secrets: SecretSource | None = None,
     ) -> None:
+        super().__init__(clock, budgets_of(subject.org.code, budgets or {}))
         self._subject = subject
         self._live = live
         self._on_line = on_line
@@ -223,7 +224,6 @@ class Trial:
         self._kept: str | None = None
         self.waits: dict[tuple[str, int], TrialWait] = {}
         self._answers = dict(answers or {})
-        self.budgets = TrialBudgets(clock, budgets_of(subject.org.code, budgets or {}))
         self._checkpoint = None if checkpoint is None else json.dumps(checkpoint)
         # The attempt and number of the last save.
         self._saved = (0, 0)
@@ -242,10 +242,8 @@ class Trial:
             tokens=tokens,
             handlers=_handlers(list(entries)),
             runners={isolation: runner},
-            checkpoints=self,
+            store=self,
             steps=self,
-            waits=self,
-            budgets=self.budgets,
             run_log=RunLogWriter(self, clock),
             clock=clock,
             random=SystemRandom(),
@@ -368,7 +366,7 @@ class Trial:
             return False
         self._kept = self._kept or step.handler
         self.steps.append(step)
-        self.budgets.stored(step)
+        self.count(step)
         if self._on_step is not None:
             await self._on_step(self)
         return True

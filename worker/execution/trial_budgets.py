@@ -49,7 +49,7 @@ class TrialBudgets:
             total[meter] += amount
         return dict(total)
 
-    def stored(self, step: RunStep) -> None:
+    def count(self, step: RunStep) -> None:
         """Count the spends of a step that was stored."""
         amounts: Counter[str] = Counter()
         for meter, amount in step.step.spends:

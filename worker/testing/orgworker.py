@@ -290,7 +290,7 @@ def _finished(
         error=last.error,
         checkpoint=trial.checkpoint,
         definition_state=trial.state,
-        spends=trial.budgets.spent,
+        spends=trial.spent,
         steps=tuple(
             Step(
                 name=row.step.name,

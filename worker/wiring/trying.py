@@ -119,7 +119,7 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
         if request.on_error is None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGINT, partial(interrupt, trial))
         ended = await run_to_end(trial, request.on_resume)
-        return Tried(ended, trial.checkpoint, trial.state, trial.budgets.spent)
+        return Tried(ended, trial.checkpoint, trial.state, trial.spent)
 
 
 def _subject(settings: Settings, entry: HandlerEntry, request: TryRequest) -> Subject:

@@ -70,7 +70,7 @@ class Attempt:
         self.trail = Trail("h")
         self.run_log = RunLogWriter(self.store, clock)
         store, random = self.store, Random(1)
-        names: dict[str, Any] = {"checkpoints": store, "steps": store, "waits": store, "handlers": {}}
+        names: dict[str, Any] = {"store": store, "steps": store, "handlers": {}}
         fake = SimpleNamespace(run_log=self.run_log, clock=clock, random=random, **names)
         self.tools = cast(Tools, fake)
         acts = StoreActs(cast(RunStores, fake))

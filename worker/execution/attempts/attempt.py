@@ -101,16 +101,16 @@ async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared
         return enforced
     if (gated := _claims(enforced.claims, inflight, plan, trail, tools)) is not None:
         return gated
-    stored = await tools.checkpoints.load_progress(run.id) if run.may_have_checkpoint else NOTHING_STORED
+    stored = await tools.store.load_progress(run.id) if run.may_have_checkpoint else NOTHING_STORED
     entry = _handler(stored, enforced.claims, inflight, plan, trail, tools)
     if not isinstance(entry, HandlerEntry):
         return entry
-    state = await tools.checkpoints.load_state(run) if entry.state else None
+    state = await tools.store.load_state(run) if entry.state else None
     secrets = await _secrets(entry, inflight, plan, tools) if entry.secrets else NO_SECRETS
     if isinstance(secrets, outcomes.Refused):
         return secrets
     work = plan.work(run, entry, enforced, stored, state, secrets, limits, now=tools.clock.now())
-    if tools.budgets.is_limited(plan.org.id):
+    if tools.store.is_limited(plan.org.id):
         work.budgets = await _budgets(run, tools)
     return Prepared(work, limits, commits=state is not None and state.commits)
 
@@ -130,8 +130,8 @@ async def _token(
     if (record := enforced.record) is None:
         record = enforced.record = ClaimsRecord.of(enforced.claims, tools.digests)
     events.record_claims(trail, record, tools.clock.now())
-    if tools.budgets.limits_in_claims:
-        await tools.budgets.note_claims(plan.org.id, enforced.claims)
+    if tools.store.limits_in_claims:
+        await tools.store.note_claims(plan.org.id, enforced.claims)
     return enforced
 
 
@@ -193,7 +193,7 @@ async def _secrets(
 
 async def _budgets(run: AdmittedRun, tools: Tools) -> tuple[BudgetState, ...]:
     """The budgets of the org. Raises TokenRefused without a property that one of them needs."""
-    found = await tools.budgets.budgets_of(run)
+    found = await tools.store.budgets_of(run)
     if found.missing is not None:
         raise TokenRefused("property_missing", found.missing)
     return tuple(found.states)

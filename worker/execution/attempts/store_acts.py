@@ -37,7 +37,9 @@ class TokenRenewals(Protocol):
         """
 
 
-class SaveStore(Protocol):
+class RunStore(Protocol):
+    """What running attempts store and read, but for steps."""
+
     async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str, number: int = 0) -> bool:
         """Store a run's checkpoint, fenced; returns whether the run was still ours.
 
@@ -50,23 +52,19 @@ class SaveStore(Protocol):
     async def step_totals(self, run_id: RunId) -> tuple[int, int]:
         """The last place of a run's steps, and the bytes of their results."""
 
-
-class StepStore(Protocol):
-    async def store_step(self, step: RunStep) -> bool:
-        """Store a step, fenced and durable; returns whether the run was still ours."""
-
-
-class WaitStore(Protocol):
     async def open_wait(self, run: AdmittedRun, wait: NewWait) -> WaitState | None:
         """Store what a run waits for, fenced, and return how that stands; None if it was no longer ours."""
 
-
-class SpendStore(Protocol):
     async def budgets_of(self, run: AdmittedRun) -> OrgBudgets:
         """The budgets of a run's org now."""
 
     async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> OrgBudgets | None:
         """Count a spend, fenced, once for each key; None if the run is no longer ours."""
+
+
+class StepStore(Protocol):
+    async def store_step(self, step: RunStep) -> bool:
+        """Store a step, fenced and durable; returns whether the run was still ours."""
 
 
 class RunStores(Protocol):
@@ -75,13 +73,9 @@ class RunStores(Protocol):
     @property
     def renewals(self) -> TokenRenewals: ...
     @property
-    def checkpoints(self) -> SaveStore: ...
+    def store(self) -> RunStore: ...
     @property
     def steps(self) -> StepStore: ...
-    @property
-    def waits(self) -> WaitStore: ...
-    @property
-    def budgets(self) -> SpendStore: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +105,7 @@ def _acts(kind: Callable[..., Call[A]]) -> Callable[[_Act[A]], _Act[A]]:
 @_acts(Save)
 async def _save(stores: RunStores, call: Save, of: Running) -> None:
     handler = of.trail.handler
-    if not await stores.checkpoints.save_checkpoint(of.run, handler, call.data, call.number):
+    if not await stores.store.save_checkpoint(of.run, handler, call.data, call.number):
         raise _lost(of)
 
 
@@ -122,12 +116,12 @@ async def _token(stores: RunStores, call: AskToken, of: Running) -> tuple[Access
 
 @_acts(LoadSteps)
 async def _load_steps(stores: RunStores, call: LoadSteps, of: Running) -> StepPage:
-    return await stores.checkpoints.load_steps(of.run.id, call.after)
+    return await stores.store.load_steps(of.run.id, call.after)
 
 
 @_acts(StepTotals)
 async def _step_totals(stores: RunStores, call: StepTotals, of: Running) -> tuple[int, int]:
-    return await stores.checkpoints.step_totals(of.run.id)
+    return await stores.store.step_totals(of.run.id)
 
 
 @_acts(StoreStep)
@@ -143,7 +137,7 @@ def row_of(call: StoreStep, of: Running) -> RunStep:
 
 @_acts(OpenWait)
 async def _open_wait(stores: RunStores, call: OpenWait, of: Running) -> WaitState:
-    state = await stores.waits.open_wait(of.run, call.wait)
+    state = await stores.store.open_wait(of.run, call.wait)
     if state is None:
         raise _lost(of)
     return state
@@ -151,12 +145,12 @@ async def _open_wait(stores: RunStores, call: OpenWait, of: Running) -> WaitStat
 
 @_acts(AskBudgets)
 async def _budgets(stores: RunStores, call: AskBudgets, of: Running) -> OrgBudgets:
-    return await stores.budgets.budgets_of(of.run)
+    return await stores.store.budgets_of(of.run)
 
 
 @_acts(CountSpend)
 async def _spend(stores: RunStores, call: CountSpend, of: Running) -> OrgBudgets:
-    found = await stores.budgets.spend(of.run, call.meter, call.amount, call.key)
+    found = await stores.store.spend(of.run, call.meter, call.amount, call.key)
     if found is None:
         raise _lost(of)
     return found

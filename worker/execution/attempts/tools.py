@@ -16,14 +16,7 @@ from worker.execution.attempts.answers import Acts, RunLog
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import Deadlines, InflightRun
 from worker.execution.attempts.plan import AttemptPlan, Plans
-from worker.execution.attempts.store_acts import (
-    SaveStore,
-    SpendStore,
-    StepStore,
-    StoreActs,
-    TokenRenewals,
-    WaitStore,
-)
+from worker.execution.attempts.store_acts import RunStore, StepStore, StoreActs, TokenRenewals
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import Runner
 from worker.guard.claims import Claims
@@ -81,15 +74,13 @@ class GivenSecrets:
         return {name: self.values[name] for name in names if name in self.values}
 
 
-class CheckpointStore(SaveStore, Protocol):
+class AttemptStore(RunStore, Protocol):
     async def load_progress(self, run_id: RunId) -> StoredProgress:
         """The newest checkpoint, and the handler that stored the first checkpoint or step."""
 
     async def load_state(self, run: AdmittedRun) -> LoadedState:
         """The state of the run's definition."""
 
-
-class BudgetStore(SpendStore, Protocol):
     def is_limited(self, org_id: OrgId) -> bool:
         """Whether an org has a budget that its runs check before steps and spends."""
 
@@ -124,10 +115,8 @@ class Tools:
     tokens: TokenSource
     handlers: HandlerRegistry
     runners: Mapping[Isolation, Runner]
-    checkpoints: CheckpointStore
+    store: AttemptStore
     steps: StepStore
-    waits: WaitStore
-    budgets: BudgetStore
     run_log: RunLogWriter
     clock: Clock
     random: Random
@@ -181,6 +170,6 @@ class _Renewals:
         inflight.hold(enforced.token)
         enforce(enforced.claims, org_code=org.code, client_id=None, scopes=inflight.scopes)
         tools.pool_rules.enforce(inflight.run.pool, enforced.claims)
-        if tools.budgets.limits_in_claims:
-            await tools.budgets.note_claims(org.id, enforced.claims)
+        if tools.store.limits_in_claims:
+            await tools.store.note_claims(org.id, enforced.claims)
         return enforced.token, enforced.claims

@@ -199,7 +199,7 @@ class HostedRuns:
             variants = () if plan is None else plan.definition.variants
             possible = {run.handler, *(variant.handler for variant in variants)}
             if named not in possible:
-                possible.add((await self._shared.tools.checkpoints.load_progress(run.id)).handler or "")
+                possible.add((await self._shared.tools.store.load_progress(run.id)).handler or "")
             if named not in possible:
                 raise Malformed(f"handler: run {run.id} is not one of {named}")
             hosted.handler = hosted.running.trail.handler = named
