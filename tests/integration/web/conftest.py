@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.conftest import copied
+from tests.fakes import postgres, shared
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import App, FakeIssuer, kinde_issuer
 from tests.fakes.limits import no_limits
@@ -18,7 +21,7 @@ from worker.guard import Guard
 from worker.handlers.catalogue import HandlerEntry
 from worker.operations.apply import apply
 from worker.operations.credentials import add_credential
-from worker.store import catalogue, orgs
+from worker.store import catalogue, orgs, schema
 from worker.store.database import Database
 from worker.store.orgs import OrgCaller
 from worker.telemetry.metrics import Metrics
@@ -151,11 +154,31 @@ async def log_in(client: httpx.AsyncClient, token: str, **headers: str) -> httpx
     return await client.post("/login", data=form, headers=headers or {"origin": str(client.base_url)})
 
 
+@pytest.fixture(scope="session")
+def filled_sqlite_file(tmp_path_factory: pytest.TempPathFactory, migrated_sqlite_file: Path) -> Path:
+    """An SQLite file with the orgs, to copy: to fill one takes ten times as long."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        fill(copied(migrated_sqlite_file, folder))
+
+    return shared.made_once(shared.folder(tmp_path_factory) / "web", make) / migrated_sqlite_file.name
+
+
 @pytest.fixture
-def database(request: pytest.FixtureRequest, clock: ManualClock) -> Iterator[Database]:
-    """On SQLite, but where a test asks for either."""
-    url = request.getfixturevalue(f"migrated_{URLS[getattr(request, 'param', 'sqlite')]}")
-    opened = Database.open(url, clock=clock)
+def filled_sqlite_url(tmp_path: Path, filled_sqlite_file: Path) -> str:
+    return copied(filled_sqlite_file, tmp_path)
+
+
+@pytest.fixture
+def filled_postgres_url(postgres_server: postgres.Server) -> Iterator[str]:
+    migrated = postgres_server.template("migrated", schema.upgrade)
+    with postgres_server.new_database(postgres_server.template("web", fill, base=migrated)) as url:
+        yield url
+
+
+def fill(url: str) -> None:
+    opened = Database.open(url, clock=ManualClock())
     names = ("acme.digest", "acme.other")
     entries = [HandlerEntry(name, "acme-jobs", "1.0", "acme_jobs:x") for name in names]
     with opened.transaction() as connection:
@@ -164,6 +187,14 @@ def database(request: pytest.FixtureRequest, clock: ManualClock) -> Iterator[Dat
     for code in ("org_a", "org_b", "org_c"):
         client_id = f"m2m-{code}"
         add_credential(opened, None, code, client_id=client_id, actor="tester", reference="absent-secret")
+    opened.close()
+
+
+@pytest.fixture
+def database(request: pytest.FixtureRequest, clock: ManualClock) -> Iterator[Database]:
+    """On SQLite, but where a test asks for either."""
+    url = request.getfixturevalue(f"filled_{URLS[getattr(request, 'param', 'sqlite')]}")
+    opened = Database.open(url, clock=clock)
     yield opened
     opened.close()
 
