@@ -9,7 +9,8 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -188,6 +189,33 @@ def copied(file: Path, folder: Path) -> str:
     for path in file.parent.glob(f"{file.name}*"):
         shutil.copy(path, folder / path.name)
     return f"sqlite:///{folder / file.name}"
+
+
+class Filled:
+    """Databases with what `fill` puts into one with the current schema: filled once, and copied."""
+
+    def __init__(self, name: str, fill: Callable[[str], object]) -> None:
+        self._name = name
+        self._fill = fill
+
+    @contextmanager
+    def url(self, kind: str, request: pytest.FixtureRequest) -> Iterator[str]:
+        """The URL of a fresh copy, on `sqlite` or `postgresql`."""
+        if kind == "postgresql":
+            server: postgres.Server = request.getfixturevalue("postgres_server")
+            migrated = server.template("migrated", schema.upgrade)
+            with server.new_database(server.template(self._name, self._fill, base=migrated)) as url:
+                yield url
+            return
+        migrated_file: Path = request.getfixturevalue("migrated_sqlite_file")
+
+        def make(folder: Path) -> None:
+            folder.mkdir()
+            self._fill(copied(migrated_file, folder))
+
+        factory = request.getfixturevalue("tmp_path_factory")
+        folder = shared.made_once(shared.folder(factory) / self._name, make)
+        yield copied(folder / migrated_file.name, request.getfixturevalue("tmp_path"))
 
 
 @pytest.fixture

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.conftest import copied
-from tests.fakes import postgres, shared
+from tests.conftest import Filled
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import App, FakeIssuer, kinde_issuer
 from tests.fakes.limits import no_limits
@@ -21,7 +19,7 @@ from worker.guard import Guard
 from worker.handlers.catalogue import HandlerEntry
 from worker.operations.apply import apply
 from worker.operations.credentials import add_credential
-from worker.store import catalogue, orgs, schema
+from worker.store import catalogue, orgs
 from worker.store.database import Database
 from worker.store.orgs import OrgCaller
 from worker.telemetry.metrics import Metrics
@@ -58,7 +56,6 @@ overlap = "allow"
         ("org_c", "elsewhere", "acme.other"),
     )
 )
-URLS = {"sqlite": "sqlite_url", "postgresql": "postgres_url"}
 TEMPLATE = """
 [[template]]
 name = "export"
@@ -154,29 +151,6 @@ async def log_in(client: httpx.AsyncClient, token: str, **headers: str) -> httpx
     return await client.post("/login", data=form, headers=headers or {"origin": str(client.base_url)})
 
 
-@pytest.fixture(scope="session")
-def filled_sqlite_file(tmp_path_factory: pytest.TempPathFactory, migrated_sqlite_file: Path) -> Path:
-    """An SQLite file with the orgs, to copy: to fill one takes ten times as long."""
-
-    def make(folder: Path) -> None:
-        folder.mkdir()
-        fill(copied(migrated_sqlite_file, folder))
-
-    return shared.made_once(shared.folder(tmp_path_factory) / "web", make) / migrated_sqlite_file.name
-
-
-@pytest.fixture
-def filled_sqlite_url(tmp_path: Path, filled_sqlite_file: Path) -> str:
-    return copied(filled_sqlite_file, tmp_path)
-
-
-@pytest.fixture
-def filled_postgres_url(postgres_server: postgres.Server) -> Iterator[str]:
-    migrated = postgres_server.template("migrated", schema.upgrade)
-    with postgres_server.new_database(postgres_server.template("web", fill, base=migrated)) as url:
-        yield url
-
-
 def fill(url: str) -> None:
     opened = Database.open(url, clock=ManualClock())
     names = ("acme.digest", "acme.other")
@@ -190,13 +164,16 @@ def fill(url: str) -> None:
     opened.close()
 
 
+FILLED = Filled("web", fill)
+
+
 @pytest.fixture
 def database(request: pytest.FixtureRequest, clock: ManualClock) -> Iterator[Database]:
     """On SQLite, but where a test asks for either."""
-    url = request.getfixturevalue(f"filled_{URLS[getattr(request, 'param', 'sqlite')]}")
-    opened = Database.open(url, clock=clock)
-    yield opened
-    opened.close()
+    with FILLED.url(getattr(request, "param", "sqlite"), request) as url:
+        opened = Database.open(url, clock=clock)
+        yield opened
+        opened.close()
 
 
 @pytest.fixture
