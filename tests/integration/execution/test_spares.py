@@ -98,16 +98,25 @@ async def stopped(pid: int) -> None:
     await until(lambda: (found := linux.process_of(pid)) is not None and found.state == "T")
 
 
-@pytest.fixture
-async def pool(plugin_folder: Path, tmp_path: Path) -> AsyncIterator[Pool]:
-    """A pool that has had its first run, so that it has its spares."""
+@pytest.fixture(scope="module")
+async def running_pool(plugin_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pool]:
+    """One for the tests of this module: a zygote that starts takes as long as ten of its runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORKER_DATABASE__URL", f"postgresql://{SECRETS[0]}@somewhere")
-        rules = replace(Planner([]).rules([], []), write=(str(tmp_path),))
+        rules = replace(Planner([]).rules([], []), write=(str(tmp_path_factory.getbasetemp()),))
         started = Pool(sandbox=rules)
-    await started.result_of("result = 1", token=token(SECRETS[1]))
     yield started
     await started.children.close()
+
+
+@pytest.fixture
+async def pool(running_pool: Pool) -> Pool:
+    """A pool that has had a run of another org, and two spares that were forked since the last test."""
+    await running_pool.result_of("result = 1", token=token(SECRETS[1]))
+    await running_pool.spares()
+    await running_pool.result_of("result = 1")
+    await running_pool.spares()
+    return running_pool
 
 
 async def test_ps_shows_zygote_spares_and_runs(pool: Pool) -> None:
