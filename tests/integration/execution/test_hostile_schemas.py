@@ -19,21 +19,20 @@ from worker.handlers.schema import Schema
 BAD_PATTERN = r"^([a-zA-Z0-9_.-]+)+@acme\.com$"
 OF_THE_REVIEW = {"type": "object", "properties": {"mail": {"type": "string", "pattern": BAD_PATTERN}}}
 CHECK = """
-import math, resource, time
+import signal
 {imports}
 schema = {schema!r}
 value = {value!r}
-seconds = math.ceil(time.process_time()) + 1
-resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+signal.setitimer(signal.ITIMER_PROF, 0.5)
 print({call})
 """
 
 
 def _in_a_process(imports: str, call: str, *, schema: Any, value: Any) -> str | None:
-    """What a Python of its own prints, or None where it computes for more than a second."""
+    """What a Python of its own prints, or None where it computes for more than half a second."""
     code = CHECK.format(imports=imports, schema=schema, value=value, call=call)
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if ended.returncode == -signal.SIGKILL:
+    if ended.returncode == -signal.SIGPROF:
         return None
     assert ended.returncode == 0, ended.stderr
     return ended.stdout.strip()
