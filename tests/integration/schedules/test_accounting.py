@@ -131,7 +131,7 @@ def new_timeline(migrated: Path) -> Iterator[Timeline]:
             timeline.close()
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(STEPS)
 def test_every_instant_due_is_a_run_or_counted_in_a_skip(
     migrated_sqlite_file: Path, steps: list[tuple[str, Any]]

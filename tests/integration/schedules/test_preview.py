@@ -28,11 +28,11 @@ def preview(timeline: Timeline, count: int, start: datetime | None = None) -> li
     ("schedule", "zone", "start"),
     [
         ("30 2 * * *", "Europe/Berlin", "2026-03-01"),
-        ("*/20 * * * *", "Europe/Berlin", "2026-03-22"),
-        ("*/20 * * * *", "Europe/Berlin", "2026-10-18"),
+        ("*/20 * * * *", "Europe/Berlin", "2026-03-28"),
+        ("*/20 * * * *", "Europe/Berlin", "2026-10-24"),
         ("15 0,1,2,3 * * *", "America/New_York", "2026-03-01"),
         ("0 */6 * * *", "Australia/Lord_Howe", "2026-03-20"),
-        ("@hourly", "Africa/Cairo", "2026-04-10"),
+        ("@hourly", "Africa/Cairo", "2026-04-20"),
     ],
 )
 def test_hundreds_of_instants_are_those_that_are_inserted(
@@ -41,12 +41,12 @@ def test_hundreds_of_instants_are_those_that_are_inserted(
     """Across the nights in which clocks change, with a worker that wakes for each instant."""
     timeline.clock.set(utc(start) + timedelta(milliseconds=500))
     timeline.define(timezone=zone, schedule=schedule, overlap="allow", spread="7m")
-    shown = preview(timeline, 600)
+    shown = preview(timeline, 200)
     changes = {row["local"][-6:] for row in shown}
 
     timeline.fire_until(shown[-1]["scheduled_for"] + timedelta(minutes=10))
 
-    inserted = timeline.runs()[:600]
+    inserted = timeline.runs()[:200]
     assert [run["scheduled_for"] for run in inserted] == [row["scheduled_for"] for row in shown]
     assert len({run["created_at"] - run["scheduled_for"] for run in inserted}) == 1, "not at its spread"
     assert timeline.skips() == []
