@@ -12,16 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.pages import blocks
+from tests.integration.test_build import built_checkout
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(out)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    [built] = out.glob("*.whl")
+    [built] = built_checkout(tmp_path_factory).glob("dist/orgworker-*.whl")
     return built
 
 

@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tests.fakes.key_server import KeyServer, key_server
+from tests.integration.test_build import built_checkout
 
 ROOT = Path(__file__).parents[3]
 GUARD = ROOT / "worker" / "guard"
@@ -38,10 +39,7 @@ def needed(requirements: list[str]) -> dict[str, Distribution]:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("guard-dist")
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(out)]
-    subprocess.run(command, cwd=ROOT / "worker" / "guard", check=True, capture_output=True)
-    [built] = out.glob("*.whl")
+    [built] = built_checkout(tmp_path_factory).glob("dist/orgworker_guard-*.whl")
     return built
 
 
