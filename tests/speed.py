@@ -40,6 +40,8 @@ def collected() -> None:
     """Collect garbage in the tests themselves as ever, without looking at what was imported for them."""
     if not PLAIN:
         gc.freeze()
+        # A collection of the youngest looks at what the tests of a second have left, and few survive it.
+        gc.set_threshold(20_000, 20, 20)
         gc.enable()
 
 
