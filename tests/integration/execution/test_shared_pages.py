@@ -86,8 +86,8 @@ def test_the_zygote_is_as_it_was() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "same\n", "")
 
 
-@pytest.fixture
-async def prepared(plugin_folder: Path, tmp_path: Path) -> AsyncIterator[ChildPool]:
+@pytest.fixture(scope="module")
+async def prepared(plugin_folder: Path) -> AsyncIterator[ChildPool]:
     children = ChildPool(SystemClock(), sandbox=Planner([]).rules([], []), share_after=0, spares=1)
     children.start()
     yield children
