@@ -41,7 +41,7 @@ from worker.store.worker_store import WorkerStore
 
 pytestmark = pytest.mark.anyio
 
-HISTORIES = 500 if os.environ.get("FAULTS") == "full" else 12
+HISTORIES = 500 if os.environ.get("FAULTS") == "full" else 6
 STEPS = 12
 HANDLER = "acme.state"
 ENTRY = HandlerEntry(HANDLER, "acme-jobs", "1.0", "acme_jobs:state", state=True)
