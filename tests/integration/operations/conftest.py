@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from tests.conftest import Filled
-from tests.fakes.clock import START, ManualClock
+from tests.fakes.clock import ManualClock
 from worker.definitions.file import parse_file
 from worker.handlers.catalogue import HandlerEntry
 from worker.operations.apply import apply as apply_file
@@ -40,33 +39,15 @@ CATALOGUE = (
 )
 
 
-# Not on an instant of any schedule, as it would never be in life.
-PASSED = timedelta(seconds=123.456)
-
-
-def fill(url: str) -> None:
-    opened = Database.open(url, clock=ManualClock())
-    with opened.transaction() as connection:
-        catalogue.put(connection, CATALOGUE, at=START + PASSED)
-    opened.close()
-
-
-FILLED = Filled("operations", fill)
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def filled_url(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of a database with the schema of this release and handlers in its catalogue."""
-    with FILLED.url(request.param, request) as url:
-        yield url
-
-
 @pytest.fixture
-def database(filled_url: str, clock: ManualClock) -> Iterator[Database]:
-    """The same, opened; its time is `clock`."""
-    clock.advance(PASSED)
-    with clock.moves(filled_url):
-        opened = Database.open(filled_url, clock=clock)
+def database(migrated_url: str, clock: ManualClock) -> Iterator[Database]:
+    """A database with the schema of this release and handlers in its catalogue; its time is `clock`."""
+    # Not on an instant of any schedule, as it would never be in life.
+    clock.advance(123.456)
+    with clock.moves(migrated_url):
+        opened = Database.open(migrated_url, clock=clock)
+        with opened.transaction() as connection:
+            catalogue.put(connection, CATALOGUE, at=opened.now(connection))
         yield opened
         opened.close()
 

@@ -206,9 +206,9 @@ def test_a_range_without_an_instant_is_refused(database, now):
         ask(database, now - HOUR + timedelta(minutes=1), now - timedelta(minutes=1))
 
 
-def test_workers_that_fill_at_once_never_exceed_the_limit(database, filled_url, clock, rows, now):
+def test_workers_that_fill_at_once_never_exceed_the_limit(database, migrated_url, clock, rows, now):
     ask(database, now - 40 * HOUR, now, limit=3)
-    other = Database.open(filled_url, clock=clock)
+    other = Database.open(migrated_url, clock=clock)
     try:
         for _ in range(8):
             end_waiting(rows)

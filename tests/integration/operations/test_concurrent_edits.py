@@ -35,9 +35,9 @@ spread = "off"
 
 
 @pytest.fixture
-def other(filled_url, clock, database):
+def other(migrated_url, clock, database):
     """Another process's way into the same database."""
-    opened = Database.open(filled_url, clock=clock)
+    opened = Database.open(migrated_url, clock=clock)
     yield opened
     opened.close()
 

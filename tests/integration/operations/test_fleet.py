@@ -25,7 +25,7 @@ from worker.tokens.sealing import KeyRing
 pytestmark = pytest.mark.anyio
 
 # What does not depend on the database is tested on one.
-once = pytest.mark.parametrize("filled_url", ["sqlite"], indirect=True)
+once = pytest.mark.parametrize("migrated_url", ["sqlite"], indirect=True)
 
 OLD = timedelta(days=90)
 OVERLAP = timedelta(minutes=5)

@@ -48,9 +48,9 @@ async def place(database: Database, keyring: KeyRing, clock: Passing, apply: Any
 
 
 @pytest.fixture
-def other(filled_url: str, database: Database, clock: ManualClock) -> Iterator[Database]:
+def other(migrated_url: str, database: Database, clock: ManualClock) -> Iterator[Database]:
     """The database as another process has it."""
-    opened = Database.open(filled_url, clock=clock)
+    opened = Database.open(migrated_url, clock=clock)
     yield opened
     opened.close()
 

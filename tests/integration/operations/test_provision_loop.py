@@ -42,7 +42,7 @@ scopes = %s
 
 
 # What does not depend on the database is tested on one.
-once = pytest.mark.parametrize("filled_url", ["sqlite"], indirect=True)
+once = pytest.mark.parametrize("migrated_url", ["sqlite"], indirect=True)
 
 
 @dataclass
@@ -307,7 +307,7 @@ async def test_old_credentials_are_rotated_across_restarts(place: Place, rows: A
     assert {row["actor"] for row in rows.audit if row["action"] == "application.delete"} == {"provision"}
 
 
-@pytest.mark.parametrize("filled_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("migrated_url", ["postgresql"], indirect=True)
 async def test_a_lost_session_ends_the_lock_and_the_next_round_takes_it_again(
     place: Place, running: Any, rows: Any
 ) -> None:

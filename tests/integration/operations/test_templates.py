@@ -295,11 +295,11 @@ def test_an_org_that_cannot_follow_keeps_none_of_the_others_waiting(apply, datab
     assert [event.fields["org"] for event in emitted if event.event.name == "definition.failed"] == ["org_2"]
 
 
-def test_two_workers_share_the_orgs(apply, database, filled_url, clock, monkeypatch):
+def test_two_workers_share_the_orgs(apply, database, migrated_url, clock, monkeypatch):
     monkeypatch.setattr(module, "BATCH", 5)
     apply("".join(org(f"org_{n}", "pro") for n in range(60)))
     apply(TEMPLATE)
-    other = Database.open(filled_url, clock=clock)
+    other = Database.open(migrated_url, clock=clock)
     try:
         with ThreadPoolExecutor(2) as pool:
             for done in [pool.submit(carry_on, database), pool.submit(carry_on, other)]:
@@ -313,13 +313,13 @@ def test_two_workers_share_the_orgs(apply, database, filled_url, clock, monkeypa
 
 
 def test_an_org_that_is_added_while_a_template_changes_gets_the_new_one(
-    apply, database, filled_url, clock, monkeypatch
+    apply, database, migrated_url, clock, monkeypatch
 ):
     """Its transaction began before, and ends after every other org has followed."""
     if database.dialect == "sqlite":
         pytest.skip("one writer at a time")
     apply(org("org_a", "pro") + TEMPLATE)
-    other = Database.open(filled_url, clock=clock)
+    other = Database.open(migrated_url, clock=clock)
     adding, followed = threading.Event(), threading.Event()
     record = audit.record
 
