@@ -26,6 +26,7 @@ from tests.fakes.handlers import install_handlers, read_journal
 from tests.fakes.pages import ROOT, blocks
 from tests.fakes.ports import free_port
 from tests.fakes.site import wait_until
+from worker.execution.runners.child import linux
 from worker.runs import outcome as outcomes
 
 
@@ -204,7 +205,7 @@ def test_a_host_survives_its_zygote(machine: Machine, attempts: Attempts) -> Non
     machine.give("block")
     machine.until(lambda: read_journal(machine.journal, "block"), "the handler")
     children = psutil.Process(host.pid).children()
-    [zygote] = [child for child in children if "zygote" in " ".join(child.cmdline())]
+    [zygote] = [child for child in children if child.name() == linux.ProcessName.ZYGOTE]
 
     zygote.kill()
 

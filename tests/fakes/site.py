@@ -26,6 +26,7 @@ from tests.fakes.cli import Completed, as_process, run_command
 from tests.fakes.log import faults_of
 from worker.demo.provider import Application, Provider
 from worker.errors import Busy
+from worker.execution.runners.child import linux
 from worker.store.engine import lock_sqlite_file
 
 T = TypeVar("T")
@@ -280,7 +281,7 @@ write_paths = ["{self.out}"]
         def found() -> list[psutil.Process]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 children = psutil.Process(worker.pid).children()
-                return [child for child in children if "zygote" in " ".join(child.cmdline())]
+                return [child for child in children if child.name() == linux.ProcessName.ZYGOTE]
             return []
 
         return self._wait(found, "the zygote", 10.0)[0]

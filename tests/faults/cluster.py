@@ -20,6 +20,7 @@ from tests.fakes.plugins import make_plugin
 from tests.fakes.site import FINAL, NEVER, Site, application, definition
 from tests.faults.checker import Fault, History, judge
 from worker.demo.provider import Provider
+from worker.execution.runners.child import linux
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).with_name("fault_jobs.py")
@@ -172,8 +173,7 @@ class Cluster(Site):
             zygotes = [
                 child
                 for child in psutil.Process(worker.pid).children()
-                if "worker.execution.runners.child.zygote" in child.cmdline()
-                and child.status() != psutil.STATUS_ZOMBIE
+                if child.name() == linux.ProcessName.ZYGOTE and child.status() != psutil.STATUS_ZOMBIE
             ]
             if target == "zygote":
                 return zygotes

@@ -76,6 +76,10 @@ def test_another_worker_goes_on_within_a_poll(cluster_at: MakeCluster, migrated_
         assert live["started_at"] - ended[live["id"]]["ended_at"] <= timedelta(seconds=cluster.poll + 1.0)
 
 
+def busy(cluster: Cluster, worker: subprocess.Popen[bytes]) -> bool:
+    return bool(cluster.query("SELECT id FROM live_runs WHERE worker_id = ?", cluster.id_of(worker)))
+
+
 @pytest.mark.timeout(600)
 def test_rolling_restarts_under_load_lose_nothing(on_server: Cluster, full: bool) -> None:
     cluster = on_server
@@ -83,8 +87,9 @@ def test_rolling_restarts_under_load_lose_nothing(on_server: Cluster, full: bool
     load(cluster)
 
     for number in range(20 if full else 4):
-        new = cluster.up()
-        cluster.drain(workers[number % 2], timeout=60.0)
+        old, new = workers[number % 2], cluster.up()
+        cluster.wait_for(lambda old=old: busy(cluster, old), "a run of the worker that is drained")
+        cluster.drain(old, timeout=60.0)
         workers[number % 2] = new
 
     end_load(cluster)
