@@ -181,7 +181,9 @@ def test_each_event_is_a_plain_line_that_fits(told: Told):
     """Its commands may be longer. A digest that succeeds every 3 s has a line every 20 s."""
     rows = told.rows()
 
-    assert {row.definition for row in rows} == {"support-digest", "handbook", "refund", "letters"}
+    # The syncs are due on the quarter of an hour.
+    named = {row.definition for row in rows} - {"crm-sync"}
+    assert named == {"support-digest", "handbook", "refund", "letters"}
     assert max(len(row.text) for row in rows) <= WIDTH
     assert not [row for row in rows if set(row.happened) & set("{}[]\x1b") or not row.happened]
     assert len(told.of("org_globex")) <= 1 + told.seconds() / QUIET

@@ -128,7 +128,7 @@ def test_a_host_runs_child_and_inline_handlers_and_drains(machine: Machine, atte
     inline = machine.give("inline", isolation="inline")
     machine.ended(2)
 
-    ends = {end.run_id: end for end in attempts.ends}
+    ends = {end.run: end for end in attempts.ends}
     assert isinstance(ends[child.run.id].outcome, outcomes.Succeeded)
     assert json.loads(ends[child.run.id].outcome.result)["org"] == "org_acme"
     assert isinstance(ends[inline.run.id].outcome, outcomes.Succeeded)
