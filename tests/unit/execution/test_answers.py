@@ -117,7 +117,9 @@ async def test_what_ends_a_run_kills_it_and_nothing_is_done_after_it(
     assert acts.done == [Save("1"), Save("2")]
 
 
-async def test_an_error_of_a_store_is_one_that_a_handler_knows(acts: Acting, clock: ManualClock) -> None:
+async def test_an_error_of_a_store_is_one_that_a_handler_knows(
+    acts: Acting, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
     of = running(acts, clock)
     acts.fail(Save, RuntimeError("the row of sk-secret"))
 
@@ -126,6 +128,10 @@ async def test_an_error_of_a_store_is_one_that_a_handler_knows(acts: Acting, clo
 
     assert "sk-secret" not in str(raised.value)
     assert of.errors.no_token is raised.value
+    # The operator learns which.
+    [record] = caplog.records
+    assert record.getMessage() == f"the call save of run {of.run.id} failed"
+    assert record.exc_info is not None and record.exc_info[0] is RuntimeError
 
 
 async def careless(call: Call[Any], of: Running) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -49,6 +50,8 @@ LONGEST_RETRY = 2.0
 COMPARED = 32 * 1024
 
 C = TypeVar("C", bound=Call[Any])
+
+_log = logging.getLogger(__name__)
 
 
 class Acts(Protocol):
@@ -179,6 +182,8 @@ async def answer(call: Call[A], of: Running) -> A:
         of.errors.note(error)
         raise
     except Exception as error:
+        # Of the store: the handler may only know that its call failed.
+        _log.exception("the call %s of run %s failed", call.way.name, of.run.id)
         # Not in a variable of this frame, which its traceback has: a flood of such cycles costs collections.
         raise _not_now(error, of) from None
 
