@@ -22,8 +22,8 @@ from bench.history import history
 
 ROUNDS = 5
 # On a shared machine, a slow command is timed again.
-MOST_ROUNDS = 12
-MOST = 0.5
+MAX_ROUNDS = 12
+MAX_SECONDS = 0.5
 # The exit code of a check that reports a problem: the machine has no room for a million runs a month.
 FAILED = 1
 HELP = ("--help", "runs --help")
@@ -67,7 +67,7 @@ OTHERS = ("runs show RUN", "runs why RUN", "doctor", "check")
 def measure(folder: Path, command: str, most: float) -> tuple[float, float]:
     """Wall and processor seconds of one command: the best of a few rounds, or of more while above `most`."""
     best = (float("inf"), float("inf"))
-    for number in range(MOST_ROUNDS):
+    for number in range(MAX_ROUNDS):
         if number >= ROUNDS and best[0] <= most:
             break
         began = time.perf_counter()
@@ -82,7 +82,7 @@ def measure(folder: Path, command: str, most: float) -> tuple[float, float]:
     return best
 
 
-def report(folder: Path, commands: Iterable[str], *, most: float = MOST) -> int:
+def report(folder: Path, commands: Iterable[str], *, most: float = MAX_SECONDS) -> int:
     """Print the cost of each; returns how many took longer than `most` seconds."""
     late = 0
     for command in commands:
@@ -120,7 +120,7 @@ def main() -> None:
                 report(folder, (command.replace("RUN", run) for command in OTHERS), most=float("inf"))
                 os.setpriority(os.PRIO_PROCESS, 0, max(given.nice, 0))
                 print(f"load {os.getloadavg()[0]:.0f}", flush=True)
-    raise SystemExit(f"{late} took more than {MOST} s" if late else 0)
+    raise SystemExit(f"{late} took more than {MAX_SECONDS} s" if late else 0)
 
 
 if __name__ == "__main__":

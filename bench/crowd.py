@@ -39,7 +39,8 @@ ISSUER = "main"
 SCOPES = ("read:kb",)
 PROPERTIES = {"model_version": "gpt-4", "max_tokens": 1000}
 FLAGS = {"agent-v2": True}
-HANDLER, OTHER = "bench.nine", "bench.other"
+HANDLER = "bench.nine"
+OTHER = "bench.other"
 JOBS = """\
 from worker import job
 

@@ -50,7 +50,8 @@ EARLY = 1.2
 # Token requests a second that the workers make at least, if the issuer has no limit.
 COLD_RATE = 150
 # Seconds between two looks at the progress, and until it is printed again.
-LOOK, SHOW = 0.5, 10.0
+LOOK = 0.5
+SHOW = 10.0
 
 
 @dataclass(frozen=True, slots=True)

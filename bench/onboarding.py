@@ -40,7 +40,10 @@ from worker.store import firing, schema, tables
 from worker.store.database import Database
 
 # Seconds, for 100,000 orgs.
-IMPORT, MATERIALISE, LIST, READY = 15.0, 20.0, 0.5, 2.0
+IMPORT = 15.0
+MATERIALISE = 20.0
+LIST = 0.5
+READY = 2.0
 ROUNDS = 5
 BATCH = 500
 LISTS = (

@@ -27,7 +27,7 @@ from pathlib import Path
 from bench.server import own_server
 from tests.fakes.cli import Completed
 from tests.fakes.kinde.faults import Script
-from tests.fakes.provisioning import MOST_REQUESTS, Fleet, fleet
+from tests.fakes.provisioning import MAX_REQUESTS, Fleet, fleet
 from worker.store import schema
 
 SEED = 14
@@ -60,8 +60,8 @@ def judged(made: Fleet, before: int) -> list[str]:
     """Print the requests of an org; returns what is wrong."""
     each = (made.requests() - before) / len(made.codes)
     wrong = made.wrongs()
-    print(f"  requests of an org, carried out: {each:.2f} of at most {MOST_REQUESTS}", flush=True)
-    if each > MOST_REQUESTS:
+    print(f"  requests of an org, carried out: {each:.2f} of at most {MAX_REQUESTS}", flush=True)
+    if each > MAX_REQUESTS:
         wrong.append(f"{each:.2f} requests of an org")
     orphans = made.run("orgs", "sync", "--orphans", "-o", "json", fork=False).checked("orphans").json()
     wrong += [f"an orphan: {row['name']}" for row in orphans]

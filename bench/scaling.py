@@ -34,9 +34,11 @@ SPEC = (
     '{{"handler": "{handler}", "schedule": "{minute} {hour} * * *", "isolation": "inline", '
     '"scopes": ["read:kb"]}}'
 )
-FIRED, ADMITTED = 100, 500
+FIRED = 100
+ADMITTED = 500
 # Bytes of a sealed secret, and of a sealed token with some properties.
-SECRET, TOKEN = 72, 1_000
+SECRET = 72
+TOKEN = 1_000
 
 
 def fill(made: Filled, orgs: int, due: int) -> None:

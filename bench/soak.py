@@ -48,7 +48,8 @@ HOT = ("live_runs", "schedule", "runs", "attempts", "run_logs", "checkpoints", "
 SUMS = ("rollup_days", "rollup_hours")
 EVERY = 10.0
 # Growth that is tolerated, because vacuums come a little earlier or later.
-SLACK_SHARE, SLACK_BYTES = 0.15, 2**20
+SLACK_SHARE = 0.15
+SLACK_BYTES = 2**20
 # Due but unfinished runs, as a multiple of a second's runs, above which the workers do not keep up.
 BEHIND = 30
 

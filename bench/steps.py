@@ -27,7 +27,9 @@ from bench.installation import Installation, installation
 from worker.store import tables
 
 RUNS = 64
-CALLS, SECONDS, CONCURRENCY = 1_000, 0.1, 8
+CALLS = 1_000
+SECONDS = 0.1
+CONCURRENCY = 8
 
 
 def ours(dialect: str, handler: str, isolation: str, steps: int) -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-ENFORCED = frozenset({"class"})
+ENFORCED = frozenset({"class", "max", "tuple"})
 MAX_EXCEPTIONS = 5
 # Classes that may have several homes, and why.
 EXCEPTIONS: Mapping[str, str] = {

@@ -18,7 +18,8 @@ from tests.fakes.site import wait_until
 
 FOLDER = Path(__file__).parent / "images"
 PAGE = Path(__file__).parent / "console.md"
-SIZE, PHONE = (1280, 860), (390, 860)
+SIZE = (1280, 860)
+PHONE = (390, 860)
 # The digests of every three seconds that a picture of a busy console needs.
 ENDED = 4
 

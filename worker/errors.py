@@ -286,7 +286,7 @@ class Busy(Unavailable):
 # Names that share only a prefix such as org_ are not close.
 _CLOSE = 0.7
 # Names that are suggested.
-_MOST = 3
+_MAX_CLOSE = 3
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -300,8 +300,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = sorted(set(known))
     words = [one for one in names if name.lower() in re.split(r"[_.\-\s]+", one.lower())]
     # A word of many, such as org, says nothing.
-    words = words if len(words) <= _MOST else []
-    close = [*dict.fromkeys([*words, *get_close_matches(name, names, n=_MOST, cutoff=_CLOSE)])][:_MOST]
+    words = words if len(words) <= _MAX_CLOSE else []
+    close = [*dict.fromkeys([*words, *get_close_matches(name, names, n=_MAX_CLOSE, cutoff=_CLOSE)])][
+        :_MAX_CLOSE
+    ]
     if not close:
         return ""
     return f"did you mean {' or '.join(filter(None, (', '.join(close[:-1]), close[-1])))}?"

@@ -25,9 +25,11 @@ import httpx
 from worker.guard import http
 
 # Seconds that an idle connection is kept, and idle connections of each origin.
-KEPT, MAX_IDLE = 5.0, 50
+KEPT = 5.0
+MAX_IDLE = 50
 # Bytes that are collected before they are sent, and that may have arrived before reading pauses.
-UNSENT, UNREAD = 64 * 1024, 256 * 1024
+UNSENT = 64 * 1024
+UNREAD = 256 * 1024
 # Seconds until an address of another family is tried too (RFC 8305).
 NEXT_ADDRESS = 0.25
 

@@ -12,7 +12,11 @@ FILE = DOCS / "images" / "nine-o-clock.svg"
 
 # A row of the table: where the tokens are, the first start, and when all have started.
 _ROW = re.compile(r"^\| ([^|]+?) \| [\d.]+ s \| ([\d.]+) s \|", re.MULTILINE)
-_WIDTH, _LABELS, _BAR, _STEP, _TOP = 800, 330, 390, 40, 78
+_WIDTH = 800
+_LABELS = 330
+_BAR = 390
+_STEP = 40
+_TOP = 78
 _TITLE = "100,000 orgs are due at nine o'clock: seconds until the last run has started"
 _HEAD = "where the orgs' tokens are"
 _STYLE = (

@@ -27,7 +27,8 @@ INSTANT = sa.String(27).with_variant(sa.DateTime(timezone=True), "postgresql")
 JSON = sa.JSON(none_as_null=True).with_variant(postgresql.JSONB(), "postgresql")
 ORG = "NULLIF(current_setting('app.org', true), '')::uuid"
 
-BEFORE, NOW = "state IN ('active', 'retired')", "state IN ('pending', 'active', 'retired')"
+BEFORE = "state IN ('active', 'retired')"
+NOW = "state IN ('pending', 'active', 'retired')"
 REJECTED = "last_error IS NOT NULL AND state = 'active'"
 UNFINISHED = "state IN ('making', 'made', 'announced')"
 KINDS_BEFORE = "kind IN ('failed', 'refused', 'overdue', 'paused', 'credential_dead')"

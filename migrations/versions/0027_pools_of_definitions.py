@@ -34,7 +34,9 @@ depends_on = None
 ID = sa.String(36).with_variant(postgresql.UUID(as_uuid=False), "postgresql")
 INSTANT = sa.String(27).with_variant(sa.DateTime(timezone=True), "postgresql")
 JSON = sa.JSON(none_as_null=True).with_variant(postgresql.JSONB(none_as_null=True), "postgresql")
-DEFAULT, ACTOR, PAGE = "default", "db upgrade", 500
+DEFAULT = "default"
+ACTOR = "db upgrade"
+PAGE = 500
 
 workers = sa.table("workers", sa.column("host_id", ID), sa.column("handlers", JSON))
 catalogue = sa.table(

@@ -16,7 +16,8 @@ SESSIONS = """
 SELECT application_name AS name, pid FROM pg_stat_activity
 WHERE datname = current_database() AND application_name LIKE 'orgworker %' AND pid <> pg_backend_pid()
 """
-ORGS, RUNS = 8, 120
+ORGS = 8
+RUNS = 120
 # Whatever was there for so many seconds is no passer-by.
 STAYS = 0.5
 

@@ -7,7 +7,8 @@ from collections import Counter
 from tests.fakes.handlers import read_journal
 from tests.fakes.site import application, definition, wait_until
 
-ORGS, EACH = 30, 10
+ORGS = 30
+EACH = 10
 
 
 def test_300_inline_runs_due_at_once_succeed_once_each(site_on_either, journal):

@@ -11,7 +11,8 @@ from tests.fakes.site import Site, application, definition, wait_until
 from worker.demo.provider import Fault, Provider
 
 ORGS = [f"org_{number:02}" for number in range(98)]
-BROKEN, HONEST = ORGS[:3], ORGS[3:]
+BROKEN = ORGS[:3]
+HONEST = ORGS[3:]
 
 
 @pytest.fixture

@@ -173,7 +173,9 @@ def written(site: Site) -> dict[str, bytes]:
     return sinks
 
 
-SHOW, LOGS, WHY = ("runs", "show"), ("runs", "logs"), ("runs", "why")
+SHOW = ("runs", "show")
+LOGS = ("runs", "logs")
+WHY = ("runs", "why")
 
 
 def served(site: Site, address: str) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ import httpx
 UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # Not pages: what programs ask for, files, streams, and what ends the session.
 LEFT_OUT = re.compile(r"/(api|static|livez|readyz|metrics|logout)\b|/(live|events)$")
-MOST_PAGES = 400
+MAX_PAGES = 400
 
 
 class _Links(HTMLParser):
@@ -58,7 +58,7 @@ def crawl(
     ahead = deque(first)
     wrong: list[str] = []
     with client_of(base, state) as client:
-        while ahead and len(seen) < MOST_PAGES:
+        while ahead and len(seen) < MAX_PAGES:
             address = ahead.popleft().partition("#")[0]
             kind = kind_of(address)
             if address in seen or len(found.get(kind, ())) >= each or LEFT_OUT.search(urlsplit(address).path):

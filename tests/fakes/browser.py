@@ -23,7 +23,8 @@ NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chro
 AXE = Path(__file__).parents[1] / "browser" / "vendor" / "axe.min.js"
 # The sandbox of Chromium does not start for root.
 ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking")
-DESKTOP, PHONE = (1280, 800), (390, 844)
+DESKTOP = (1280, 800)
+PHONE = (390, 844)
 
 # Runs in each document before its own scripts: the browser's reports of the policy reach the console.
 REPORTER = """

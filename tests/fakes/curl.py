@@ -10,7 +10,8 @@ import urllib.request
 from pathlib import Path
 
 # Exit codes of curl.
-REFUSED, NOT_FOUND = 7, 22
+REFUSED = 7
+NOT_FOUND = 22
 
 
 def install(folder: Path) -> None:

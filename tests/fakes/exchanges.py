@@ -244,7 +244,8 @@ LOST = LeaseLost(f"run {RUN.id} is no longer this host's")
 REFUSED = TokenRefused("org_mismatch", "other_org")
 PENDING = WaitState("sleep", "pending", None, LATER)
 ANSWERED = WaitState("answer", "answered", '{"ok":"ü"}', LATER)
-OVER, CHOSEN = WaitState("budget", "over"), WaitState("answer", "pending")
+OVER = WaitState("budget", "over")
+CHOSEN = WaitState("answer", "pending")
 ROWS = [RunStep(RUN, "acme.digest", step, 19) for step in STEPS]
 TOLD = [(RUN.id, RUN.fencing_token, PROGRESS)]
 TEMPORAL = TemporalPlace("t:7233", "prod", tls=True)

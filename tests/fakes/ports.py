@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 # Below the ports that Linux gives to outgoing connections: one of those may be taken a moment later.
-FIRST, COUNT = 20_000, 12_000
+FIRST = 20_000
+COUNT = 12_000
 # How often a port was given away, over all test processes of this user.
 GIVEN = Path(tempfile.gettempdir()) / f"orgworker-ports-{os.getuid()}"
 

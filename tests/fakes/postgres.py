@@ -215,7 +215,7 @@ END_OTHERS = """
     WHERE datname = current_database() AND pid <> pg_backend_pid()"""
 LARGEST = "SELECT max(pg_relation_size(oid)) FROM pg_class WHERE relkind = 'r' AND oid >= 16384"
 # A table that a test made larger is dropped with its database.
-MOST_BYTES = 256 * 1024
+MAX_BYTES = 256 * 1024
 
 
 class Contents:
@@ -237,7 +237,7 @@ class Contents:
         connection = kept_session(url)
         connection.execute(END_OTHERS)
         [(largest,)] = connection.execute(LARGEST).fetchall()
-        if (largest or 0) > MOST_BYTES or _definitions(connection) != self._fingerprint:
+        if (largest or 0) > MAX_BYTES or _definitions(connection) != self._fingerprint:
             return False
         connection.execute(self._empty.encode())
         for table, rows in self._rows.items():

@@ -42,10 +42,11 @@ schedule = "0 3 * * *"
 scopes = ["{SCOPES[0]}", "{SCOPES[1]}"]
 """
 # Management and token requests of one org that were carried out, lists and those of all orgs included.
-MOST_REQUESTS = 5 + len(SCOPES)
-BUSY, FAILED = 75, 1
+MAX_REQUESTS = 5 + len(SCOPES)
+BUSY = 75
+FAILED = 1
 # Calls without a kill until every org has a credential; a few end with orgs that failed for now.
-MOST_CALLS = 6
+MAX_CALLS = 6
 
 Moment = Literal["before", "after", "answered"]
 MOMENTS: tuple[Moment, ...] = ("before", "after", "answered")
@@ -163,7 +164,7 @@ class Fleet:
     def finish(self, *, timeout: float = 90, fork: bool = True) -> list[Completed]:
         """Provision until every org has a credential; returns the calls that it took."""
         made: list[Completed] = []
-        while len(made) < MOST_CALLS:
+        while len(made) < MAX_CALLS:
             done = self.run("orgs", "sync", "--provision", "-o", "jsonl", timeout=timeout, fork=fork)
             if done.code == BUSY:  # the server has not noticed yet that the last one is dead
                 time.sleep(0.1)

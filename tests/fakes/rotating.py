@@ -43,7 +43,8 @@ scopes = ["{scope}"]
 params = {{ seconds = {seconds} }}
 """
 # Seconds: how long the old credential stays usable, and how long a run may be without a token.
-OVERLAP, LONGEST_WITHOUT = 2, 1.0
+OVERLAP = 2
+LONGEST_WITHOUT = 1.0
 
 
 class Deletions(dict[str, Any]):

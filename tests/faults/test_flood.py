@@ -16,7 +16,7 @@ import pytest
 from tests.fakes.ports import free_port
 from tests.fakes.site import Site, opened, wait_until
 from worker.demo.provider import Provider
-from worker.web.connections import MOST_CONNECTIONS, ClientDeadlines
+from worker.web.connections import MAX_CONNECTIONS, ClientDeadlines
 
 # Seconds by which a connection may be older: the server's and the client's loops share a machine.
 SLACK = 1.5
@@ -71,7 +71,7 @@ def flood(site: Site, verb: str, web: str, sources: int, *, count: int, seconds:
     )
     print(said, flush=True)
     assert (done["failed"], done["opened"] >= count) == (0, True), said
-    assert done["still_open"] <= MOST_CONNECTIONS
+    assert done["still_open"] <= MAX_CONNECTIONS
     deadlines = ClientDeadlines()
     for kind, limit in (
         ("idle", deadlines.headers),

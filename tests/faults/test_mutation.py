@@ -16,7 +16,8 @@ from tests.faults.watches import holder
 
 STEPS = 4
 # The whole stop has to be shorter than the ten seconds after which the held statement's own client gives up.
-LEASE, RENEW = 1.6, 0.4
+LEASE = 1.6
+RENEW = 0.4
 UNCOMMITTED = """
 SELECT pid FROM pg_stat_activity WHERE datname = current_database()
 AND state = 'idle in transaction' AND query LIKE '%INSERT INTO checkpoints%'

@@ -11,7 +11,8 @@ from tests.faults.cluster import Cluster
 from tests.faults.conftest import MakeCluster
 from tests.faults.proxy import Mode, Proxy
 
-LEASE, RENEW = 5.0, 1.0
+LEASE = 5.0
+RENEW = 1.0
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import pytest
 
 from tests.faults.cluster import Cluster, alive
 
-TIMEOUT, GRACE = 2.0, 1.0
+TIMEOUT = 2.0
+GRACE = 1.0
 
 
 @pytest.mark.parametrize("handler", ["spin", "spin_async", "sleep_in_c"])

@@ -21,7 +21,7 @@ def test_the_page_lists_every_call() -> None:
 def test_the_page_has_the_limits_and_the_version() -> None:
     assert f"| `finish`, `store` | {MAX_BYTES // 2**20} MiB |" in PAGE
     assert f"| all others | {wire.OWN_BYTES // 2**10} KiB |" in PAGE
-    assert re.search(rf"at\s+most {wire.MOST_ROWS} rows", PAGE)
+    assert re.search(rf"at\s+most {wire.MAX_ROWS} rows", PAGE)
     assert f"at most {wire.LONGEST_WAIT:g}" in PAGE
     assert f"POST {wire.PREFIX}/CALL" in PAGE
     assert all(f"Version `{version}`" in PAGE for version in wire.VERSIONS)

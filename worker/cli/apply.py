@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from worker.operations.changes import Change
 
 # The largest iCalendar file that is read.
-MOST_BYTES = 4 * 2**20
+MAX_BYTES = 4 * 2**20
 COLUMNS = ("kind", "action", "org", "name", "fields")
 
 
@@ -103,11 +103,11 @@ def _beside(folder: Path, name: str) -> bytes:
     path = folder / name
     try:
         with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"{path} is larger than {MOST_BYTES // 2**20} MiB")
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{path} is larger than {MAX_BYTES // 2**20} MiB")
     return content
 
 

@@ -33,7 +33,7 @@ CAPACITY_COLUMNS = ("what", "needs", "mean", "has", "unit", "at", "wait", "ok")
 # Orgs between two progress messages.
 EVERY = 100
 # Missing secrets that `check` names.
-MOST_LACKING = 20
+MAX_LACKING = 20
 
 
 def check_orgs(
@@ -180,11 +180,11 @@ def check(
     for measure in found.measures:
         if measure.change:
             say(f"{'better' if measure.ok else 'fix'}: {measure.what}: {measure.change}")
-    for each in lacking[:MOST_LACKING]:
+    for each in lacking[:MAX_LACKING]:
         say(f"{each.org}: {each.diagnostic().detail}")
         say(f"fix: {each.diagnostic().fix}")
-    if len(lacking) > MOST_LACKING:
-        say(f"{len(lacking) - MOST_LACKING} more secrets are missing; `orgs check ORG` names those of an org")
+    if len(lacking) > MAX_LACKING:
+        say(f"{len(lacking) - MAX_LACKING} more secrets are missing; `orgs check ORG` names those of an org")
     if unapproved is not None and unapproved.fix:
         say(f"{'warning' if unapproved.ok else 'approvals'}: {unapproved.detail}")
         say(f"fix: {unapproved.fix}")

@@ -9,7 +9,7 @@ from worker.cli.output import Format, print_row, say
 from worker.cli.session import session_of
 
 # Changes of one upgrade that are printed; all are in the audit.
-MOST_REVIEWED = 200
+MAX_REVIEWED = 200
 
 app = typer.Typer(help="The database's schema: upgrade it, or check it.")
 
@@ -48,10 +48,10 @@ def upgrade(context: typer.Context, output: OutputOption = Format.TABLE) -> None
             output,
             key="version",
         )
-    for line in review[:MOST_REVIEWED]:
+    for line in review[:MAX_REVIEWED]:
         say(f"review: {line}")
-    if len(review) > MOST_REVIEWED:
-        say(f"{len(review) - MOST_REVIEWED} more are in the audit: `audit list`")
+    if len(review) > MAX_REVIEWED:
+        say(f"{len(review) - MAX_REVIEWED} more are in the audit: `audit list`")
     if missing:
         say(f"warning: {missing}")
 

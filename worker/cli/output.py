@@ -21,7 +21,8 @@ from worker.telemetry.masking import masker
 
 Row = Mapping[str, Any]
 
-MODULE, SCRIPT = "python -m worker", "orgworker"
+MODULE = "python -m worker"
+SCRIPT = "orgworker"
 # Set by config/orgworker: where the worker is a service, a slip must not start another one.
 REQUIRE_COMMAND = "ORGWORKER_REQUIRE_COMMAND"
 WIDEST_CELL = 80

@@ -32,7 +32,8 @@ Row = dict[str, Any]
 RAN = ("id", "org", "definition", "state", "left")
 BACKFILLED = ("org", "definition", "instants", "made", "left")
 # Orgs that are counted for the progress, and those of one transaction.
-MOST, AT_ONCE = 100_000, 500
+MAX_DEFINITIONS = 100_000
+AT_ONCE = 500
 
 
 def _reaches(row: Template) -> str:
@@ -122,7 +123,9 @@ def run(
     rows: list[Row] = []
     with session.database() as database:
         with database.autocommit() as connection:
-            total = count_definitions(connection, template(connection, ALL_ORGS, name)["id"], most=MOST)
+            total = count_definitions(
+                connection, template(connection, ALL_ORGS, name)["id"], most=MAX_DEFINITIONS
+            )
         changes = run_template(
             database,
             name,
@@ -188,7 +191,9 @@ def backfill(
     rows: list[Row] = []
     with session.database() as database:
         with database.autocommit() as connection:
-            total = count_definitions(connection, template(connection, ALL_ORGS, name)["id"], most=MOST)
+            total = count_definitions(
+                connection, template(connection, ALL_ORGS, name)["id"], most=MAX_DEFINITIONS
+            )
         changes = backfill_template(
             database,
             name,

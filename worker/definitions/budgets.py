@@ -23,7 +23,8 @@ PERS: tuple[Per, ...] = ("run", "day", "month")
 AT_LIMIT: tuple[AtLimit, ...] = ("wait", "fail", "ask")
 WARN_AT = 0.8
 # Meters that orgworker fills itself. They hold admission; nothing else happens at their limit.
-RUNS, RUN_SECONDS = "runs", "run_seconds"
+RUNS = "runs"
+RUN_SECONDS = "run_seconds"
 OWN_METERS = (RUNS, RUN_SECONDS)
 MAX_AMOUNT = 10**15
 """The largest limit, and the largest amount of one spend."""

@@ -13,8 +13,9 @@ from worker.definitions import fields
 from worker.definitions.fields import Fields, refusal
 from worker.definitions.ics import InvalidCalendar, all_day_dates
 
-MOST_DATES = 2000
-FIRST_YEAR, LAST_YEAR = 1970, 2199
+MAX_DATES = 2000
+FIRST_YEAR = 1970
+LAST_YEAR = 2199
 _ISO = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 ReadFile = Callable[[str], bytes]
@@ -80,10 +81,8 @@ def _read_date(value: Any) -> date:
 
 def _checked(dates: set[date]) -> tuple[date, ...]:
     found = sorted(dates)
-    if len(found) > MOST_DATES:
-        raise ValueError(
-            f"it has {len(found)} dates, more than {MOST_DATES}; split it, or leave out old ones"
-        )
+    if len(found) > MAX_DATES:
+        raise ValueError(f"it has {len(found)} dates, more than {MAX_DATES}; split it, or leave out old ones")
     for day in (*found[:1], *found[-1:]):
         if not FIRST_YEAR <= day.year <= LAST_YEAR:
             raise ValueError(f"{day} is not between {FIRST_YEAR} and {LAST_YEAR}")
@@ -92,6 +91,6 @@ def _checked(dates: set[date]) -> tuple[date, ...]:
 
 def _of_file(path: str, read_file: ReadFile) -> tuple[date, ...]:
     try:
-        return _checked(all_day_dates(read_file(path), most=MOST_DATES))
+        return _checked(all_day_dates(read_file(path), most=MAX_DATES))
     except InvalidCalendar as error:
         raise ValueError(f"{path}, {error}") from error

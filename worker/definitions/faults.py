@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from worker.errors import DefinitionError
 
 # Errors that are reported at once; a file that a program made can have thousands of the same one.
-MOST = 20
+MAX_ERRORS = 20
 
 
 class Faults:
-    """Collects errors; raises the first one with the others, at the latest when there are MOST."""
+    """Collects errors; raises the first one with the others, at the latest when there are MAX_ERRORS."""
 
     def __init__(self) -> None:
         self._found: list[DefinitionError] = []
@@ -20,7 +20,7 @@ class Faults:
     def add(self, error: DefinitionError) -> None:
         """Note an error; raises DefinitionError if it is the last one that is reported."""
         self._found.append(error)
-        if len(self._found) >= MOST:
+        if len(self._found) >= MAX_ERRORS:
             self.check()
 
     @contextmanager

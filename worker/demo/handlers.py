@@ -21,7 +21,8 @@ APPROVAL = "approval"
 OPTIONS = ["yes", "no"]
 # Seconds that a letter takes.
 PACE = 0.05
-DISTRIBUTION, VERSION = "orgworker-demo", "1.0"
+DISTRIBUTION = "orgworker-demo"
+VERSION = "1.0"
 HANDLERS = {"demo.refund": "refund", "demo.letters": "letters"}
 
 

@@ -30,11 +30,14 @@ SCOPE = "read:kb"
 DIGEST = "support-digest"
 FLAG = "agent-v2"
 # The definition in the middle of whose run the demo kills its worker, and its org.
-HANDBOOK, HANDBOOK_ORG = "handbook", "org_globex"
+HANDBOOK = "handbook"
+HANDBOOK_ORG = "org_globex"
 # The definition that waits for an approval, and its org.
-REFUND, REFUND_ORG = "refund", "org_acme"
+REFUND = "refund"
+REFUND_ORG = "org_acme"
 # The template for orgs with the tag `pro`, and the one of them whose budget its run uses up.
-LETTERS, LETTERS_ORG = "letters", "org_globex"
+LETTERS = "letters"
+LETTERS_ORG = "org_globex"
 # The org of the people who run the installation, the console's client id, and the folder with secrets.
 VENDOR = "org_vendor"
 CONSOLE = "console"

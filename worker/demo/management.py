@@ -21,7 +21,8 @@ from starlette.routing import Route
 if TYPE_CHECKING:
     from worker.demo.provider import Application, Provider
 
-LARGEST_PAGE, PAGE = 500, 10
+LARGEST_PAGE = 500
+PAGE = 10
 MANAGEMENT = "management"  # the id of the management API itself
 
 

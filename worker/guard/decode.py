@@ -21,7 +21,8 @@ FLAG_TYPES = {
 
 
 # Thousands of orgs have the same names, scopes and flags: they share the objects.
-ON, OFF = Flag("boolean", True), Flag("boolean", False)
+ON = Flag("boolean", True)
+OFF = Flag("boolean", False)
 
 
 @lru_cache(1024)

@@ -36,10 +36,10 @@ from worker.handlers.parts import (
     When,
     row_of,
 )
-from worker.handlers.steps import MOST_STEPS, RESULT_LIMIT, StepError
-from worker.runs.budgets import MOST_SPENDS, BudgetState, OrgBudgets
+from worker.handlers.steps import MAX_STEPS, RESULT_LIMIT, StepError
+from worker.runs.budgets import MAX_SPENDS, BudgetState, OrgBudgets
 from worker.runs.run import NewStep, StepPage, StoredStep
-from worker.runs.waits import KINDS, MOST_ASKED, MOST_WAITS, NewWait, WaitState, check_options
+from worker.runs.waits import KINDS, MAX_ASKED, MAX_WAITS, NewWait, WaitState, check_options
 from worker.secret import AccessToken
 
 A = TypeVar("A")
@@ -229,7 +229,7 @@ class SpendKey(CallPart[str]):
     def read(self, value: Any, check: TextCheck) -> str:
         # One number has one form.
         found = _SPEND_KEY.fullmatch(value) if isinstance(value, str) else None
-        if found is None or int(found[1]) > MOST_SPENDS:
+        if found is None or int(found[1]) > MAX_SPENDS:
             raise ValueError("not attempt:number, such as 1:25")
         return str(value)
 
@@ -241,7 +241,7 @@ class Options(CallPart[Any]):
         if value is None:
             return ()
         options = check_options(value)
-        to_json_text(options, "options", MOST_ASKED)
+        to_json_text(options, "options", MAX_ASKED)
         return options
 
     def names(self, value: Any) -> Iterator[tuple[str, str]]:
@@ -255,7 +255,7 @@ STEP = Row(
         "name": Name("step"),
         "key": Maybe(KeyText("step")),
         "occurrence": Count(2**31 - 1, 1),
-        "seq": Count(MOST_STEPS, 1),
+        "seq": Count(MAX_STEPS, 1),
         "result_json": JsonText("result of the step", RESULT_LIMIT),
         "started_at": When(),
         "ended_at": When(),
@@ -273,10 +273,10 @@ WAIT = Row(
     NewWait,
     {
         "name": Name("wait"),
-        "occurrence": Count(MOST_WAITS, 1),
+        "occurrence": Count(MAX_WAITS, 1),
         "kind": OneOf(KINDS),
         "seconds": Maybe(Seconds()),
-        "ask_json": Maybe(JsonText("ask", MOST_ASKED)),
+        "ask_json": Maybe(JsonText("ask", MAX_ASKED)),
         "alert": Truth(),
         "options": Options(),
     },
@@ -322,7 +322,7 @@ class AskToken(Call[tuple[AccessToken, Claims]]):
 class LoadSteps(Call[StepPage]):
     """The stored steps of earlier attempts after this place."""
 
-    after: Annotated[int, Count(MOST_STEPS)] = 0
+    after: Annotated[int, Count(MAX_STEPS)] = 0
 
 
 @declared(Way("totals", from_process=False), SumsAnswer())

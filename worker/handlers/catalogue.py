@@ -24,7 +24,7 @@ from typing import Any, Self, TypeVar
 
 from worker.definitions.pools import parse_pool
 from worker.handlers.installed import FOLDERS, Distribution, distributions, environment, normalised
-from worker.handlers.job import MOST_SECRETS, SECRET_NAME
+from worker.handlers.job import MAX_SECRETS, SECRET_NAME
 from worker.handlers.json_text import clean
 from worker.handlers.schema import check_schema
 
@@ -34,7 +34,7 @@ DESCRIBE = (sys.executable, "-P", "-m", "worker.handlers.describe")
 # Concurrent forks, so that one that hangs does not delay the others.
 CONCURRENT_FORKS = 8
 # A host sends so many in one message, with two schemas of at most 256 KiB each.
-MOST_AT_ONCE = 20
+MAX_AT_ONCE = 20
 ERROR_LIMIT = 1_000
 _LINE_LIMIT = 4 * 1024 * 1024
 # The kernel passes 253 in one message.
@@ -78,7 +78,7 @@ async def read_catalogue(
 ) -> AsyncIterator[list[HandlerEntry]]:
     """Yield the handlers of the installed distributions, or of those named, as soon as they are known.
 
-    Those known at the same time come together, at most `MOST_AT_ONCE`. Each entry point has `timeout` seconds
+    Those known at the same time come together, at most `MAX_AT_ONCE`. Each entry point has `timeout` seconds
     to load; one that fails is yielded with its error. `command` starts `worker.handlers.describe`, in a
     sandbox if the caller wants one. If such a process waits at the other end of `forked`, it is used first;
     this closes the socket. `everyone` are the installed distributions, if the caller knows them.
@@ -118,7 +118,7 @@ async def read_catalogue(
         found: list[HandlerEntry | None] = []
         while None not in found:
             found = [await entries.get()]
-            while not entries.empty() and len(found) < MOST_AT_ONCE:
+            while not entries.empty() and len(found) < MAX_AT_ONCE:
                 found.append(entries.get_nowait())
             if known := [entry for entry in found if entry is not None]:
                 yield known
@@ -331,15 +331,17 @@ def _declared(described: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_secrets(names: Sequence[Any]) -> None:
     """Raise ValueError unless these are names of secrets that a handler may declare."""
-    if len(names) > MOST_SECRETS:
-        raise ValueError(f"secrets are more than {MOST_SECRETS}")
+    if len(names) > MAX_SECRETS:
+        raise ValueError(f"secrets are more than {MAX_SECRETS}")
     if not all(isinstance(name, str) and SECRET_NAME.fullmatch(name) for name in names):
         raise ValueError("secrets has something that is not the name of a secret")
 
 
 _DUPLICATE = "another installed distribution has a handler of the same name"
 _FORGED = "its import wrote into the catalogue's pipe"
-_TEXT, _COUNT, _SCHEMA = (str, type(None)), (int, type(None)), (dict, type(None))
+_TEXT = (str, type(None))
+_COUNT = (int, type(None))
+_SCHEMA = (dict, type(None))
 _FIELDS: Mapping[str, tuple[type, ...]] = {
     "isolation": (str,),
     "scopes": (list,),

@@ -25,9 +25,12 @@ VERSION = 1
 # Hexadecimal digits of a digest: a host could search two declarations that share a shorter one.
 DIGITS = 40
 
-SECRETS, SCOPES, TIMEOUT_KEY, ATTEMPTS, CONCURRENCY = KEYS = (
-    *("secrets", "scopes", "timeout", "max_attempts", "max_concurrent"),
-)
+SECRETS = "secrets"
+SCOPES = "scopes"
+TIMEOUT_KEY = "timeout"
+ATTEMPTS = "max_attempts"
+CONCURRENCY = "max_concurrent"
+KEYS = (SECRETS, SCOPES, TIMEOUT_KEY, ATTEMPTS, CONCURRENCY)
 # A definition decides these for its runs, if it sets them: the handler's value is only a default.
 OF_DEFINITIONS = frozenset({SCOPES, TIMEOUT_KEY, ATTEMPTS})
 

@@ -36,7 +36,7 @@ SHARED = ("httpx", "pydantic.fields", "pydantic.type_adapter", "worker.handlers.
 # Above every descriptor, also where their number is not limited; close_range(2) takes no longer for it.
 LAST_DESCRIPTOR = 2**31 - 1
 # Descriptors that the kernel passes in one message (SCM_MAX_FD).
-_MOST_DESCRIPTORS = 253
+_MAX_DESCRIPTORS = 253
 
 
 def offer_of(job: Job) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class _Reader:
 
     def lines(self) -> list[bytes]:
         """The next whole lines, perhaps none yet; raises EOFError at the end."""
-        data, descriptors, _, _ = socket.recv_fds(self._socket, 65_536, _MOST_DESCRIPTORS)
+        data, descriptors, _, _ = socket.recv_fds(self._socket, 65_536, _MAX_DESCRIPTORS)
         if not data:
             raise EOFError
         self.descriptors += descriptors

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 SECRET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # Secrets of one handler, and the bytes of a value.
-MOST_SECRETS = 20
-MOST_SECRET_BYTES = 16 * 1024
+MAX_SECRETS = 20
+MAX_SECRET_BYTES = 16 * 1024
 
 
 @dataclass(eq=False, repr=False)
@@ -124,8 +124,8 @@ def job(
                 f"{secret!r} of {name} is not the name of a secret: "
                 "use at most 64 letters, digits, '.', '_' and '-'"
             )
-    if len(named) > MOST_SECRETS:
-        raise TypeError(f"secrets of {name} must be at most {MOST_SECRETS}")
+    if len(named) > MAX_SECRETS:
+        raise TypeError(f"secrets of {name} must be at most {MAX_SECRETS}")
     for what, count in (("max_attempts", max_attempts), ("max_concurrent", max_concurrent)):
         if count is not None and count < 1:
             raise TypeError(f"{what} of {name} must be at least 1")

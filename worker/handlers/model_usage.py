@@ -12,7 +12,7 @@ from worker.definitions.budgets import MAX_AMOUNT
 
 LLM_TOKENS = "llm_tokens"
 # Bytes of an answer that are looked at; a larger one has no usage of a model.
-MOST = 16 * 1024 * 1024
+MAX_BYTES = 16 * 1024 * 1024
 
 Count = Callable[[int], Awaitable[None]]
 BlockingCount = Callable[[int], None]
@@ -100,7 +100,7 @@ def blocking_counting(count: BlockingCount) -> Callable[[httpx.Response], None]:
 
 
 def _tokens_of_body(response: httpx.Response) -> int | None:
-    return tokens_of(_parsed(response.content)) if len(response.content) <= MOST else None
+    return tokens_of(_parsed(response.content)) if len(response.content) <= MAX_BYTES else None
 
 
 class _Seen:

@@ -17,7 +17,9 @@ LONGEST = 1_000
 
 # Compile cost of an atom. Unicode classes are automata over UTF-8 bytes: `\w` alone takes 300
 # times as long as a letter.
-_HEAVY, _MEDIUM, _LIGHT = 300, 60, 10
+_HEAVY = 300
+_MEDIUM = 60
+_LIGHT = 10
 _BASE = 50
 _NUMBERS = re.compile(r"[0-9]+")
 _ESCAPE = r"\\(?:[pPux]\{[^}]*\}?|.?)"

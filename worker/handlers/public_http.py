@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 # Seconds to wait for one address to accept a connection before trying the next.
 NEXT_ADDRESS = 3.0
-MOST_ADDRESSES = 4
+MAX_ADDRESSES = 4
 
 # (host, port) -> its addresses, the best first; raises OSError or ValueError.
 Resolve = Callable[[str, int], Awaitable[list[str]]]
@@ -215,7 +215,7 @@ async def _connect(
     if kind := _first_kind(addresses):
         raise _NotPublic(kind)
     failure: Exception = httpcore.ConnectError(f"{host} cannot be resolved: it has no address")
-    addresses = list(dict.fromkeys(addresses))[:MOST_ADDRESSES]
+    addresses = list(dict.fromkeys(addresses))[:MAX_ADDRESSES]
     soon = NEXT_ADDRESS if timeout is None else min(NEXT_ADDRESS, timeout)
     for number, address in enumerate(addresses, start=1):
         try:

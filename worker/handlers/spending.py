@@ -18,11 +18,11 @@ from worker.clock import Clock
 from worker.definitions.budgets import MAX_AMOUNT, OWN_METERS
 from worker.handlers.calls import AskBudgets, CountSpend, Port
 from worker.handlers.steps import StepError, check_name, open_step
-from worker.runs.budgets import MOST_SPENDS, BudgetState, decisive, tightest, wait_of
+from worker.runs.budgets import MAX_SPENDS, BudgetState, decisive, tightest, wait_of
 from worker.runs.waits import BUDGET, NewWait, WaitState
 
 # Waits for one meter that one call passes, before it gives up.
-MOST_WAITS = 1000
+MAX_WAITS = 1000
 
 States = Sequence[BudgetState]
 
@@ -128,9 +128,9 @@ class Spending:
 
     def _next_number(self) -> int:
         with self._lock:
-            if self._number >= MOST_SPENDS:
+            if self._number >= MAX_SPENDS:
                 raise StepError(
-                    f"spend: the attempt has {MOST_SPENDS:,} spends outside of steps, the limit; "
+                    f"spend: the attempt has {MAX_SPENDS:,} spends outside of steps, the limit; "
                     "add them up, or spend inside steps"
                 )
             self._number += 1
@@ -166,8 +166,8 @@ class Spending:
         if state.at_limit == "fail":
             raise BudgetExceeded(f"{in_words(state)}; an operator can raise it: `budgets raise`")
         occurrence = self._waited.get(f"{BUDGET}{state.meter}", 0) + 1
-        if occurrence > MOST_WAITS:
-            raise BudgetExceeded(f"{in_words(state)}, and the run has waited for it {MOST_WAITS} times")
+        if occurrence > MAX_WAITS:
+            raise BudgetExceeded(f"{in_words(state)}, and the run has waited for it {MAX_WAITS} times")
         wait = wait_of(state, occurrence, self._clock.now())
         found = await self._parks.park(wait)
         self._waited[wait.name] = wait.occurrence

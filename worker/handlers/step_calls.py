@@ -37,9 +37,11 @@ from worker.runs.budgets import BudgetState
 from worker.runs.run import NewStep
 
 # Calls of one `ctx.map` at the same time: by default, and at most.
-CONCURRENCY, MOST_CONCURRENCY = 8, 1_000
+CONCURRENCY = 8
+MAX_CONCURRENCY = 1_000
 # Seconds before the first retry of a step; each further one takes twice as long, up to the longest.
-BACKOFF, LONGEST_BACKOFF = 1.0, 3600.0
+BACKOFF = 1.0
+LONGEST_BACKOFF = 3600.0
 # A retry inside the step would not help.
 _NOT_RETRIED = (StepError, PermanentError, WorkerError)
 
@@ -423,8 +425,8 @@ def _place(held: tuple[int, Any]) -> int:
 
 
 def _check_concurrency(concurrency: int) -> None:
-    if not isinstance(concurrency, int) or not 1 <= concurrency <= MOST_CONCURRENCY:
-        raise TypeError(f"concurrency= is a number of calls from 1 to {MOST_CONCURRENCY:,}")
+    if not isinstance(concurrency, int) or not 1 <= concurrency <= MAX_CONCURRENCY:
+        raise TypeError(f"concurrency= is a number of calls from 1 to {MAX_CONCURRENCY:,}")
 
 
 def _check_function(what: str, function: Any, timeout: float | None) -> bool:

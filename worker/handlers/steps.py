@@ -20,7 +20,7 @@ from worker.runs.run import StepPage, step_label
 # Bytes of the JSON text of one result and of all results of a run, and steps of a run.
 RESULT_LIMIT = 256 * 1024
 TOTAL_LIMIT = 64 * 1024 * 1024
-MOST_STEPS = 10_000
+MAX_STEPS = 10_000
 NAME_LIMIT = 200
 
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.:/-]{{0,{NAME_LIMIT - 1}}}")
@@ -195,8 +195,8 @@ class StepJournal:
         if self._closed is not None:
             raise self._closed("the attempt is parked")
         with self._lock:
-            if self._last + self._unplaced >= MOST_STEPS:
-                raise StepError(f"step {step}: the run has {MOST_STEPS:,} steps, the limit; split the work")
+            if self._last + self._unplaced >= MAX_STEPS:
+                raise StepError(f"step {step}: the run has {MAX_STEPS:,} steps, the limit; split the work")
             if self._size >= TOTAL_LIMIT:
                 raise StepError(f"step {step}: {TOTAL_FULL}")
             self._unplaced += 1

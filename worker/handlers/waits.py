@@ -21,8 +21,8 @@ from worker.handlers.steps import Occurrences, StepError, StepJournal, check_nam
 from worker.runs.outcome import Parked
 from worker.runs.waits import BUDGET as BUDGET
 from worker.runs.waits import (
-    MOST_ASKED,
-    MOST_WAITS,
+    MAX_ASKED,
+    MAX_WAITS,
     NewWait,
     Option,
     WaitKind,
@@ -88,7 +88,7 @@ class _Waits:
             raise StepError(f"{what}: this name is reserved; use another one")
         seconds = None if timeout is None else as_timedelta(timeout).total_seconds()
         try:
-            asked = None if ask is None else to_json_text(ask, f"ask of {what}", MOST_ASKED)
+            asked = None if ask is None else to_json_text(ask, f"ask of {what}", MAX_ASKED)
         except NotStorable as error:
             raise StepError(f"{error}; ask for less, and store the rest elsewhere") from None
         bound = () if options is None else _options(options, what, asked)
@@ -111,7 +111,7 @@ class _Waits:
     def _known(self, wait: NewWait, state: WaitState) -> bool:
         """Whether the wait is over; raises StepError."""
         if state.state == "too_many":
-            raise StepError(f"wait {wait.name}: the run has {MOST_WAITS:,} waits, the limit; split the work")
+            raise StepError(f"wait {wait.name}: the run has {MAX_WAITS:,} waits, the limit; split the work")
         if state.kind != wait.kind:
             raise StepError(
                 f"wait {wait.name}: an earlier attempt used this name for a {state.kind}; use another one"
@@ -314,8 +314,8 @@ def _options(options: Sequence[Option], what: str, asked: str | None) -> tuple[O
     """The answers that a wait is limited to, as plain JSON values. Raises StepError."""
     field = f"options of {what}"
     try:
-        text = to_json_text(check_options(options), field, MOST_ASKED)
-        check_size(text + (asked or ""), f"ask and options of {what}", MOST_ASKED)
+        text = to_json_text(check_options(options), field, MAX_ASKED)
+        check_size(text + (asked or ""), f"ask and options of {what}", MAX_ASKED)
     except NotStorable as error:
         raise StepError(f"{error}; offer less") from None
     except ValueError as error:

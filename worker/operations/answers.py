@@ -16,7 +16,7 @@ from worker.handlers.waits import BUDGET, SLEEP
 from worker.ids import OrgId, RunId
 from worker.operations.budgets import answer_budget
 from worker.operations.runs import matching, require_run
-from worker.runs.waits import MOST_ANSWERED, MOST_EARLY, MOST_WAITS, is_allowed, is_open_question, label
+from worker.runs.waits import MAX_ANSWERED, MAX_EARLY, MAX_WAITS, is_allowed, is_open_question, label
 from worker.search import hint_of
 from worker.store import audit, waits
 from worker.store.database import Database
@@ -27,7 +27,7 @@ from worker.store.lists.rows import WaitRow
 from worker.telemetry.masking import masker
 
 # Open questions that an error names.
-MOST_NAMED = 5
+MAX_NAMED = 5
 
 
 def answer(
@@ -42,7 +42,7 @@ def answer(
 ) -> WaitRow:
     """Answer a wait of an unfinished run, and let the run go on; returns the wait as `runs show` has it.
 
-    The first answer counts. One that comes before the run waits is kept, at most `MOST_EARLY` of a run; while
+    The first answer counts. One that comes before the run waits is kept, at most `MAX_EARLY` of a run; while
     it has an open question, only what it waits for is answered. With `org`, only that org's runs are found,
     and its budgets cannot be answered. The answer to a budget's question is `{"by": N}`, which raises the
     budget until its period ends (that of one run for this run), or false, which fails the run.
@@ -76,9 +76,9 @@ def answer(
         if found is None:
             # The run's row is locked: no question opens between this look and the write.
             _refuse_another(connection, org_id, wanted, name, occurrence, now)
-            if waits.early(connection, org_id, wanted, most=MOST_EARLY) >= MOST_EARLY:
+            if waits.early(connection, org_id, wanted, most=MAX_EARLY) >= MAX_EARLY:
                 raise Conflict(
-                    f"run {wanted} has {MOST_EARLY} answers to waits that it has not reached, the limit",
+                    f"run {wanted} has {MAX_EARLY} answers to waits that it has not reached, the limit",
                     fix=see,
                 )
             waits.answer_early(connection, org_id, wanted, name, occurrence, stored, at=now, by=actor)
@@ -151,7 +151,7 @@ def _refuse_another(
     names = [label(wait["name"], wait["occurrence"]) for wait in asked]
     what = label(name, occurrence)
     raise Conflict(
-        f"run {run_id} waits for {', '.join(names[:MOST_NAMED])}, not {what}",
+        f"run {run_id} waits for {', '.join(names[:MAX_NAMED])}, not {what}",
         fix=f"{hint_of(what, names)}`runs show {run_id}` lists what it waits for; an answer to a later wait "
         "is kept only while none is open",
     )
@@ -174,9 +174,9 @@ def _check(name: str, occurrence: int) -> None:
         raise UsageError(
             "a sleep has no answer", fix="name what the handler waits for, as `runs show` lists it"
         )
-    if not 1 <= occurrence <= MOST_WAITS:
+    if not 1 <= occurrence <= MAX_WAITS:
         raise UsageError(
-            f"occurrence {occurrence} is not between 1 and {MOST_WAITS}",
+            f"occurrence {occurrence} is not between 1 and {MAX_WAITS}",
             fix="1 is the first wait of that name",
         )
 
@@ -184,6 +184,6 @@ def _check(name: str, occurrence: int) -> None:
 def _checked(data: Any) -> str:
     """The answer as JSON text. Raises UsageError."""
     try:
-        return to_json_text(data, "answer", MOST_ANSWERED)
+        return to_json_text(data, "answer", MAX_ANSWERED)
     except NotStorable as error:
         raise UsageError(str(error), fix="give JSON of at most 64 KiB") from None

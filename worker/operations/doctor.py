@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # Seconds after which a held snapshot makes the hot tables grow; the worker's transactions last milliseconds.
 SNAPSHOT_SECONDS = 60.0
 # Crashed workers and hosts that are named.
-MOST_CRASHES = 3
+MAX_CRASHES = 3
 CRASHED = "the log of that machine says why"
 # Seconds after which a scheduled time should have been fired.
 OVERDUE_SECONDS = 60.0
@@ -43,7 +43,7 @@ CALENDAR_AHEAD = timedelta(days=30)
 # Transactions that a replica, a slot or a prepared transaction can lag behind.
 SNAPSHOT_TRANSACTIONS = 100_000
 # Secrets of orgs that are opened to see whether they can be.
-MOST_OPENED = 1_000
+MAX_OPENED = 1_000
 
 
 NameOf = Callable[[str], str]
@@ -150,7 +150,7 @@ def _crashes(found: CappedCount, now: datetime) -> str:
     """Which workers and hosts crashed within the last day, and who recovered how many of their runs."""
     if not found.total:
         return ""
-    ends = [worker_ends.named_end(row, now) for row in found.examples[:MOST_CRASHES]]
+    ends = [worker_ends.named_end(row, now) for row in found.examples[:MAX_CRASHES]]
     rest = [f"{found.total - len(ends):,} more"] if found.total > len(ends) else []
     return f"; within a day: {'; '.join([*ends, *rest])}"
 
@@ -198,7 +198,7 @@ def org_secrets(database: Database, ring: KeyRing | None, org: NameOf = _as_it_i
     """
     name = "secrets"
     with database.autocommit() as connection:
-        rows = stored_secrets.newest_for_all_orgs(connection, limit=MOST_OPENED)
+        rows = stored_secrets.newest_for_all_orgs(connection, limit=MAX_OPENED)
     closed = [row for row in rows if not _opens(ring, row)]
     if closed:
         first = closed[0]
@@ -206,7 +206,7 @@ def org_secrets(database: Database, ring: KeyRing | None, org: NameOf = _as_it_i
         yield Diagnostic(
             name,
             False,
-            f"the key ring here does not open the secret {secret} of {code}{_and_more(closed, MOST_OPENED)}",
+            f"the key ring here does not open the secret {secret} of {code}{_and_more(closed, MAX_OPENED)}",
             f"put the key {first['key_id']} back into the key ring, or `secrets rotate {code} {secret}`",
         )
     elif rows:

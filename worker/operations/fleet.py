@@ -38,7 +38,8 @@ DROPPED = timedelta(seconds=READ_AGAIN + 10)
 # Clocks of issuers and APIs may differ by as much when they decide whether a token has expired.
 LEEWAY = timedelta(seconds=60)
 # Seconds between two looks at what is due, and at runs that still use an old token.
-LONGEST_WAIT, LOOK = 15.0, 1.0
+LONGEST_WAIT = 15.0
+LOOK = 1.0
 # The share of the issuer's rate at which credentials are exchanged: each makes workers request new tokens.
 EXCHANGED_SHARE = 0.5
 

@@ -16,7 +16,7 @@ from worker.store.dialect import Row
 
 # Distinguishes them from other tokens, and lets scanners of source code find them.
 TOKEN_PREFIX = "orgworker_host_"  # noqa: S105 - not a secret
-MOST = 1000
+MAX_HOSTS = 1000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -58,7 +58,7 @@ def list_hosts(database: Database) -> list[Row]:
     """
     with database.autocommit() as connection:
         now = database.now(connection)
-        rows = hosts.listed(connection, limit=MOST)
+        rows = hosts.listed(connection, limit=MAX_HOSTS)
         unapproved = approvals.pending(connection)
     for row in rows:
         row["pending"] = sorted({one["handler"] for one in unapproved if row["name"] in one["hosts"]})

@@ -23,7 +23,8 @@ from worker.store.lists import failures, morning
 from worker.store.lists.mismatches import Mismatch, mismatches_for_all_orgs
 from worker.store.lists.morning import NAMED, Named
 
-DAY, HOUR = timedelta(days=1), timedelta(hours=1)
+DAY = timedelta(days=1)
+HOUR = timedelta(hours=1)
 # A run that could have started so long ago waits for more than a free slot.
 LONG_WAIT = timedelta(minutes=15)
 # A scheduled time is overdue after this.
@@ -353,7 +354,7 @@ def _of_tokens(connection: Connection, *, is_admin: bool) -> Iterator[Matter]:
             "warn",
             whose_token(code)[0],
             f"{what} ({code})",
-            f"{_count(runs, 'run')} of {listed(named, at_least=runs >= morning.MOST)} "
+            f"{_count(runs, 'run')} of {listed(named, at_least=runs >= morning.MAX_ROWS)} "
             f"{'waits' if runs == 1 else 'wait'} for a token.{own}",
             _search("state:waiting reason:no_token"),
             {"issuers": [issuer], "orgs": named.names},
@@ -366,7 +367,7 @@ def _of_waiting(connection: Connection, now: datetime) -> Iterator[Matter]:
             continue
         since = now - start
         is_long = since > LONG_WAIT and reason in READY
-        least = runs >= morning.MOST
+        least = runs >= morning.MAX_ROWS
         about = f"In {listed(orgs, at_least=least)}."
         if since > timedelta():
             about += f" The oldest could have started {took(since)} ago."
@@ -468,5 +469,5 @@ def listed(named: Named, *, at_least: bool = False) -> str:
 
 def _count(number: int, noun: str) -> str:
     """The number with its noun; the bound of a count reads as "at least"."""
-    least = "at least " if number >= morning.MOST else ""
+    least = "at least " if number >= morning.MAX_ROWS else ""
     return f"{least}{number:,} {noun}{'' if number == 1 else 's'}"

@@ -15,7 +15,7 @@ from worker.store.database import Database
 EVERY = 2.0
 # A change is found although clocks differ by so much, or its transaction took so long.
 LATE = timedelta(seconds=60)
-MOST = 10_000
+MAX_CHANGES = 10_000
 
 
 class NewClaims:
@@ -32,5 +32,5 @@ class NewClaims:
         rows = await self._database.call_autocommit(audit.property_changes_for_all_orgs, since)
         new = [(change, org_id) for change, org_id in rows if change not in self._seen]
         for change, _ in new:
-            remember(self._seen, change, None, MOST)
+            remember(self._seen, change, None, MAX_CHANGES)
         return {org_id for _, org_id in new}

@@ -16,10 +16,10 @@ from worker.store.tables import OPERATOR_ROLES
 
 # Distinguishes them from the tokens of orgs, and lets scanners of source code find them.
 TOKEN_PREFIX = "orgworker_op_"  # noqa: S105 - not a secret
-MOST = 1000
+MAX_OPERATORS = 1000
 # How long a link is valid, and links of one user at a time; another one replaces the oldest.
 LINK_LASTS = timedelta(minutes=10)
-MOST_LINKS = 5
+MAX_LINKS = 5
 _NAME = re.compile(r"[^\s:][^\n:]{0,99}")
 
 
@@ -61,7 +61,7 @@ def add_operator(database: Database, name: str, role: str, *, taken: Collection[
 def list_operators(database: Database) -> list[Row]:
     """The operators of the database by name, without the hashes of their tokens."""
     with database.autocommit() as connection:
-        return sign_in.list_operators(connection, limit=MOST)
+        return sign_in.list_operators(connection, limit=MAX_OPERATORS)
 
 
 def remove_operator(database: Database, name: str, *, configured: Collection[str], actor: str) -> Row:
@@ -105,5 +105,5 @@ def make_link(database: Database, user: str, *, at: datetime) -> str:
         "until": at + LINK_LASTS,
     }
     with database.transaction() as connection:
-        sign_in.begin_login(connection, row, most=MOST_LINKS)
+        sign_in.begin_login(connection, row, most=MAX_LINKS)
     return f"/login/once/{code}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection
 
 from worker.errors import Conflict, Diagnostic, NotFound, UsageError
-from worker.handlers.job import MOST_SECRET_BYTES, SECRET_NAME
+from worker.handlers.job import MAX_SECRET_BYTES, SECRET_NAME
 from worker.ids import OrgId, new_id
 from worker.store import audit, org_secrets, orgs
 from worker.store.database import Database
@@ -117,9 +117,9 @@ def check_secret(name: str, value: str) -> None:
         )
     if not value.strip():
         raise UsageError("the secret is empty", fix="check that it is the right file")
-    if len(value.encode()) > MOST_SECRET_BYTES:
+    if len(value.encode()) > MAX_SECRET_BYTES:
         raise UsageError(
-            f"the secret has more than {MOST_SECRET_BYTES} bytes", fix="store the key, not the data it opens"
+            f"the secret has more than {MAX_SECRET_BYTES} bytes", fix="store the key, not the data it opens"
         )
     if not lines_of(value):
         raise UsageError(

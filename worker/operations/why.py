@@ -35,7 +35,7 @@ BAD = ("failed", "refused", "skipped")
 _TICK = timedelta(microseconds=1)
 _HALF_HOUR = timedelta(minutes=30)
 # Retries of retries that are followed.
-_MOST_RETRIES = 20
+_MAX_RETRIES = 20
 _YEAR = timedelta(days=366)
 _STOPS = {
     "definition.pause": "the definition was paused",
@@ -169,7 +169,7 @@ def _is_solved(connection: Connection, org_id: OrgId, run: Row, found: Why) -> b
 def _last_retry(connection: Connection, org_id: OrgId, run: Row) -> Row | None:
     """The run that the run's retries led to: the newest retry, or the newest retry of that one."""
     last, newer = None, run["retried_as"]
-    for _ in range(_MOST_RETRIES):
+    for _ in range(_MAX_RETRIES):
         if newer is None:
             break
         last = run_lists.row(connection, org_id, newer)

@@ -12,7 +12,7 @@ from worker.definitions.budgets import AtLimit, Per
 from worker.runs.waits import BUDGET, NewWait
 
 # Spends of an attempt outside of steps, and those noted in one step.
-MOST_SPENDS = 100_000
+MAX_SPENDS = 100_000
 # What is added to the time until a period ends: the clocks of run and database differ a little.
 MARGIN = timedelta(seconds=1)
 

@@ -16,7 +16,7 @@ InWords = Callable[[datetime], str]
 
 # Maximum length of a checkpoint in a sentence, and of a question.
 SHORT = 80
-MOST_ASKED = 200
+MAX_ASKED = 200
 
 
 class Clauses(NamedTuple):
@@ -254,7 +254,7 @@ def _asked(questions: Sequence[Question]) -> str | None:
     if not questions or questions[0].ask is None:
         return None
     text = _plain(questions[0].ask)
-    return f"it asks: {text if len(text) <= MOST_ASKED else text[:MOST_ASKED] + '…'}"
+    return f"it asks: {text if len(text) <= MAX_ASKED else text[:MAX_ASKED] + '…'}"
 
 
 def _plain(value: Any) -> str:

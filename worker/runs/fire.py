@@ -19,7 +19,7 @@ from worker.ids import DefinitionId, OrgId, RunId, new_id_at
 from worker.runs.run import Decision, Declared, DueDefinition, NewRun, NewSkip, NextFire
 
 # More runs than this are left to the next call, which follows at once.
-MOST_RUNS = 1000
+MAX_RUNS = 1000
 # The automatic spread is at most this long.
 WIDEST = timedelta(hours=1)
 _DAY = timedelta(days=1)
@@ -74,7 +74,7 @@ def decide_due(
     following: datetime | None = None
     if run_from is not None and newest is not None:
         for scheduled_for in trigger.occurrences(run_from):
-            if scheduled_for > newest or len(runs) == MOST_RUNS:
+            if scheduled_for > newest or len(runs) == MAX_RUNS:
                 following = scheduled_for
                 break
             runs.append(scheduled_for)

@@ -12,7 +12,7 @@ from worker.runs.run import AdmittedRun, Isolation
 # The capacity of an incarnation, by isolation.
 SLOTS: Mapping[Isolation, str] = {"child": "children", "inline": "inline"}
 # Handlers that one host may declare.
-MOST_HANDLERS = 500
+MAX_HANDLERS = 500
 
 
 class TooManyHandlers(ValueError):

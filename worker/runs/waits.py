@@ -14,14 +14,14 @@ KINDS: tuple[WaitKind, ...] = get_args(WaitKind)
 # Names that begin so are those of budgets.
 BUDGET = "budget:"
 # Waits of one run.
-MOST_WAITS = 10_000
+MAX_WAITS = 10_000
 # Bytes of JSON text in UTF-8: what a handler asks, with its options, and an answer.
-MOST_ASKED = 16 * 1024
-MOST_ANSWERED = 64 * 1024
+MAX_ASKED = 16 * 1024
+MAX_ANSWERED = 64 * 1024
 # Answers to waits that a run has not reached yet.
-MOST_EARLY = 100
+MAX_EARLY = 100
 # Answers that one wait can be limited to.
-MOST_OPTIONS = 50
+MAX_OPTIONS = 50
 
 Option = str | int | float | bool | None
 
@@ -39,8 +39,8 @@ def is_open_question(wait: Mapping[str, Any]) -> bool:
 
 def check_options(options: object) -> tuple[Option, ...]:
     """The answers that a wait is limited to. Raises ValueError."""
-    if not isinstance(options, list | tuple) or not 1 <= len(options) <= MOST_OPTIONS:
-        raise ValueError(f"give a list of 1 to {MOST_OPTIONS}")
+    if not isinstance(options, list | tuple) or not 1 <= len(options) <= MAX_OPTIONS:
+        raise ValueError(f"give a list of 1 to {MAX_OPTIONS}")
     for place, option in enumerate(options):
         if not (option is None or isinstance(option, str | int | float)):
             raise ValueError(f"number {place + 1} is not a text, a number, true, false or null")
@@ -87,7 +87,7 @@ def options_text(wait: NewWait) -> str | None:
 class WaitState:
     """How a wait stands: answered, with `answer_json`; over, when its deadline has passed; or pending.
 
-    With `too_many` the run has `MOST_WAITS` others, and this one is not stored. `kind` is the stored one:
+    With `too_many` the run has `MAX_WAITS` others, and this one is not stored. `kind` is the stored one:
     it differs from the asked one if the handler's code has changed.
     """
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from worker.ids import WorkerId
 
-STOPPED, CRASHED, REMOVED = "stopped", "crashed", "removed"
+STOPPED = "stopped"
+CRASHED = "crashed"
+REMOVED = "removed"
 # A host whose lease expired and that left no run behind. It may have stopped while no worker answered.
 SILENT = "silent"
 

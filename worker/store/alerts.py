@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, lite
 from worker.store import tables
 from worker.store.dialect import Instant, chunks, database_now, insert_into
 from worker.store.health import oldest_unfired
-from worker.telemetry.alerts import MOST_OPEN, Alert, Kind, Strike
+from worker.telemetry.alerts import MAX_OPEN, Alert, Kind, Strike
 
 # A cause that does not occur again is resolved after this; longer than the period of a daily job.
 QUIET = timedelta(hours=25)
@@ -72,7 +72,7 @@ def note(connection: Connection, strikes: Sequence[Strike]) -> None:
     """Record strikes: open new causes, and continue those whose end is not delivered yet."""
     now = database_now(connection)
     known = set(connection.execute(select(_alerts.c.cause)).scalars())
-    room = MOST_OPEN - len(known)
+    room = MAX_OPEN - len(known)
     taken = [strike for strike in strikes if strike.cause in known]
     taken += [strike for strike in strikes if strike.cause not in known][: max(room, 0)]
     if not taken:

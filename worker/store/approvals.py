@@ -17,7 +17,7 @@ _approvals, _hosts, _handlers = tables.pool_approvals, tables.hosts, tables.host
 _live = tables.live_runs
 _REPLACED = ("digest", "ceiling", "approved_at", "approved_by")
 # Hosts and approvals, more than any installation has.
-MOST = 10_000
+MAX_ROWS = 10_000
 # Runs that an approval lets start at once; others wait a little longer.
 WOKEN = 10_000
 
@@ -76,10 +76,12 @@ def _declarations(connection: Connection, pool: str | None) -> Iterator[tuple[st
     query = query.where(_handlers.c.error.is_(None))
     if pool is not None:
         query = query.where(_handlers.c.pool == pool)
-    for row in all_rows(connection, query.order_by(_handlers.c.seen_at).limit(host_handlers.MOST)):
+    for row in all_rows(connection, query.order_by(_handlers.c.seen_at).limit(host_handlers.MAX_ROWS)):
         yield row["pool"], row["host"], catalogue.entry_of(row)
     # Of two versions under one token, as in a rolling update, the table has the one that reported last.
-    names = {id_: name for id_, name in connection.execute(select(_hosts.c.id, _hosts.c.name).limit(MOST))}
+    names = {
+        id_: name for id_, name in connection.execute(select(_hosts.c.id, _hosts.c.name).limit(MAX_ROWS))
+    }
     live = [one for one in host_grants.live_incarnations(connection) if one.host_id in names]
     live = [one for one in live if one.pools and pool in (None, one.pools[0])]
     declared = host_grants.declarations(connection, live)
@@ -92,7 +94,7 @@ def _declarations(connection: Connection, pool: str | None) -> Iterator[tuple[st
 def approvals(connection: Connection) -> list[Row]:
     """All approvals, by pool and handler; `ceiling` is JSON."""
     query = select(_approvals).order_by(_approvals.c.pool, _approvals.c.handler)
-    return all_rows(connection, query.limit(MOST))
+    return all_rows(connection, query.limit(MAX_ROWS))
 
 
 def approve(

@@ -15,7 +15,7 @@ from worker.store.bulk import insert_many
 
 PROPERTY_CHANGES = ("property.set", "property.unset")
 # Changes that are read at once: as many as a program makes in a minute.
-MOST_CHANGES = 10_000
+MAX_CHANGES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,6 @@ def property_changes_for_all_orgs(connection: Connection, since: str) -> list[tu
         select(tables.audit.c.id, tables.audit.c.org_id)
         .where(tables.audit.c.id > since, tables.audit.c.action.in_(PROPERTY_CHANGES))
         .order_by(tables.audit.c.id.desc())
-        .limit(MOST_CHANGES)
+        .limit(MAX_CHANGES)
     )
     return [(str(change), OrgId(str(org_id))) for change, org_id in rows]

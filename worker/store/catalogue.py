@@ -23,7 +23,7 @@ _catalogue, _workers = tables.catalogue, tables.workers
 _KEY = ("name", "distribution")
 _COLUMNS = tuple(column.name for column in _catalogue.columns)
 # More than any installation's plug-ins offer.
-MOST = 10_000
+MAX_ENTRIES = 10_000
 _REPLACED = tuple(name for name in _COLUMNS if name not in _KEY)
 # What tells how a handler runs, without its schemas.
 DECLARED = (
@@ -110,7 +110,7 @@ def declared(connection: Connection) -> dict[str, Declared]:
     columns = (_catalogue.c.name, _catalogue.c.isolation, _catalogue.c.pool)
     query = select(*columns).where(OF_WORKERS, _catalogue.c.error.is_(None))
     # Of several distributions the first, as `entries` has them.
-    query = query.order_by(_catalogue.c.name.desc(), _catalogue.c.distribution.desc()).limit(MOST)
+    query = query.order_by(_catalogue.c.name.desc(), _catalogue.c.distribution.desc()).limit(MAX_ENTRIES)
     return {
         name: Declared("inline" if isolation == "inline" else "child", pool)
         for name, isolation, pool in connection.execute(query)
@@ -122,7 +122,7 @@ def entries(connection: Connection, name: str | None = None) -> list[Row]:
     query = select(_catalogue).where(OF_WORKERS).order_by(_catalogue.c.name, _catalogue.c.distribution)
     if name is not None:
         query = query.where(_catalogue.c.name == name)
-    return all_rows(connection, query.limit(MOST))
+    return all_rows(connection, query.limit(MAX_ENTRIES))
 
 
 def names() -> Select[Any]:

@@ -39,7 +39,8 @@ _definitions = tables.definitions
 _attempts = tables.attempts
 
 # Runs that one statement examines for those that match, first and at most.
-FIRST, WINDOW = 500, 20_000
+FIRST = 500
+WINDOW = 20_000
 
 
 def unfinished(connection: Connection, org_id: OrgId, definition_id: DefinitionId) -> list[Row]:

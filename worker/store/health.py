@@ -136,7 +136,7 @@ def strayed(connection: Connection) -> Sequence[tuple[RunId, str]]:
 
 
 # Unfinished runs that are counted; tables are never counted whole.
-MOST = 10_000
+MAX_COUNTED = 10_000
 # Rows that are listed.
 NEWEST = 50
 
@@ -170,9 +170,9 @@ def sizes(connection: Connection) -> list[Row]:
 
 
 def unfinished_for_all_orgs(connection: Connection) -> list[Row]:
-    """Unfinished runs by state and reason, up to `MOST`."""
+    """Unfinished runs by state and reason, up to `MAX_COUNTED`."""
     live = tables.live_runs
-    some = select(live.c.state, live.c.reason).limit(MOST).subquery()
+    some = select(live.c.state, live.c.reason).limit(MAX_COUNTED).subquery()
     query = select(some.c.state, some.c.reason, func.count().label("runs")).group_by(
         some.c.state, some.c.reason
     )

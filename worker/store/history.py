@@ -14,7 +14,7 @@ from worker.store import tables
 from worker.store.dialect import Row, all_rows, chunks, first_row
 
 # Rows that are read before the answer is "at least": a broken release fails a hundred times a second.
-MOST = 10_000
+MAX_ROWS = 10_000
 
 # Runs before and after one that are read.
 NEIGHBOURS = 1_000
@@ -114,11 +114,11 @@ def is_rejected(connection: Connection, org_id: OrgId) -> bool:
 
 
 def _others(connection: Connection, query: Select[tuple[str]]) -> Others:
-    found = query.limit(MOST).subquery()
+    found = query.limit(MAX_ROWS).subquery()
     orgs, rows = connection.execute(
         select(func.count(found.c.org_id.distinct()), func.count(found.c.org_id))
     ).one()
-    return Others(orgs, rows == MOST)
+    return Others(orgs, rows == MAX_ROWS)
 
 
 # Runs that `run_in_the_way` reads: those made within the grace of a scheduled time.

@@ -18,12 +18,13 @@ from worker.ids import DefinitionId, RunId, WorkerId
 from worker.runs.outcome import NOT_APPROVED_WAIT
 from worker.store import catalogue, tables
 from worker.store.dialect import all_rows, chunks, database_now
-from worker.store.host_handlers import MOST
+from worker.store.host_handlers import MAX_ROWS
 
 _handlers, _workers, _approvals = tables.host_handlers, tables.workers, tables.pool_approvals
 _live, _revisions = tables.live_runs, tables.definition_revisions
 # Definitions of due runs that one look reads, and runs that it marks.
-LOOKED_AT, MARKED = 200, 500
+LOOKED_AT = 200
+MARKED = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def incarnation(connection: Connection, worker_id: WorkerId) -> IncarnationRow |
 def live_incarnations(connection: Connection) -> list[IncarnationRow]:
     """The workers and hosts that hold their lease."""
     alive = (_workers.c.ended_at.is_(None), _workers.c.lease_until > database_now(connection))
-    query = select(*_INCARNATION).where(*alive).order_by(_workers.c.id).limit(MOST)
+    query = select(*_INCARNATION).where(*alive).order_by(_workers.c.id).limit(MAX_ROWS)
     return [IncarnationRow(*row) for row in connection.execute(query)]
 
 

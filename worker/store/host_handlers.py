@@ -27,7 +27,7 @@ from sqlalchemy import (
 from worker.errors import LeaseLost
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import WorkerId
-from worker.runs.hosts import MOST_HANDLERS, TooManyHandlers
+from worker.runs.hosts import MAX_HANDLERS, TooManyHandlers
 from worker.runs.run import Declared, Isolation
 from worker.store import catalogue, tables
 from worker.store.dialect import Row, chunks, compact_json, database_now, upsert
@@ -37,11 +37,12 @@ _approvals = tables.pool_approvals
 _KEY = tuple(column.name for column in _handlers.primary_key.columns)
 _REPLACED = tuple(column.name for column in _handlers.columns if column.name not in _KEY)
 # Bytes of all that one token may declare.
-MOST_BYTES = 4 * 1024 * 1024
+MAX_BYTES = 4 * 1024 * 1024
 # How long a declaration is kept that its host no longer makes, and how exactly that is known.
-KEPT, SEEN_EVERY = timedelta(days=30), timedelta(days=1)
+KEPT = timedelta(days=30)
+SEEN_EVERY = timedelta(days=1)
 # Rows that one reader looks at.
-MOST = 10_000
+MAX_ROWS = 10_000
 # Rows of hosts that have their token, and are still in this pool.
 VALID = and_(
     _hosts.c.id == _handlers.c.host_id, _hosts.c.pool == _handlers.c.pool, _hosts.c.removed_at.is_(None)
@@ -100,8 +101,8 @@ def _make_room(connection: Connection, host_id: str, pool: str, added: dict[tupl
     gone = [key for key in stored if key[0] not in listed and key not in added]
     if not _fits({key: size for key, size in (stored | added).items() if key not in gone}):
         raise TooManyHandlers(
-            f"handlers: one host may declare {MOST_HANDLERS} handlers, and "
-            f"{MOST_BYTES // 1024**2} MiB of declarations"
+            f"handlers: one host may declare {MAX_HANDLERS} handlers, and "
+            f"{MAX_BYTES // 1024**2} MiB of declarations"
         )
     for part in chunks(sorted({name for name, _ in gone})):
         connection.execute(
@@ -110,7 +111,7 @@ def _make_room(connection: Connection, host_id: str, pool: str, added: dict[tupl
 
 
 def _fits(rows: Mapping[tuple[str, str], int]) -> bool:
-    return len(rows) <= MOST_HANDLERS and sum(rows.values()) <= MOST_BYTES
+    return len(rows) <= MAX_HANDLERS and sum(rows.values()) <= MAX_BYTES
 
 
 def forget_host(connection: Connection, host_id: str) -> None:
@@ -148,7 +149,7 @@ def isolations(connection: Connection) -> dict[str, dict[str, Isolation]]:
     found: dict[str, dict[str, Isolation]] = {}
     inline = func.min(case((_handlers.c.isolation == "inline", 1), else_=0)) == 1
     query = select(_handlers.c.name, _handlers.c.pool).where(_handlers.c.error.is_(None))
-    query = query.group_by(_handlers.c.name, _handlers.c.pool).having(inline).limit(MOST)
+    query = query.group_by(_handlers.c.name, _handlers.c.pool).having(inline).limit(MAX_ROWS)
     for name, pool in connection.execute(query):
         found.setdefault(name, {})[pool] = "inline"
     return found

@@ -36,7 +36,7 @@ from worker.store.dialect import Row, all_rows, database_now, first_row, is_post
 from worker.store.workers import register
 
 # Attempts of a run in a row that its hosts may hand back without one that stores a checkpoint or a step.
-MOST_HAND_BACKS = 10
+MAX_HAND_BACKS = 10
 
 _hosts = tables.hosts
 _workers = tables.workers
@@ -45,10 +45,10 @@ _SHOWN = ("id", "name", "pool", "created_at", "created_by", "seen_at")
 # Fields of an admitted run that are columns of the same name.
 _RUN = [key.name for key in fields(AdmittedRun)]
 # Incarnations that a host may start within a minute, and that may hold a lease at a time.
-MOST_BEGUN = 60
-MOST_ALIVE = 500
+MAX_BEGUN = 60
+MAX_ALIVE = 500
 # Due runs that are counted for the hosts of a pool.
-MOST_DUE = 10_000
+MAX_DUE = 10_000
 
 
 def find(connection: Connection, token_sha256: str, incarnation: str | None) -> HostCaller | None:
@@ -86,7 +86,7 @@ def begin(
     """Start an incarnation of a host; its lease starts now.
 
     Raises:
-        TooManyRequests: the host has started `MOST_BEGUN` within a minute, or `MOST_ALIVE` hold a lease.
+        TooManyRequests: the host has started `MAX_BEGUN` within a minute, or `MAX_ALIVE` hold a lease.
     """
     seen = database_now(connection)
     # It also locks the row: others that start at the same time are counted afterwards.
@@ -117,13 +117,13 @@ def _check_number(connection: Connection, caller: HostCaller) -> None:
             func.count(case((is_alive, 1))),
         ).where(of.host_id == caller.id, or_(of.started_at > now - minute, is_alive))
     ).one()
-    if begun >= MOST_BEGUN:
+    if begun >= MAX_BEGUN:
         raise TooManyRequests(
             f"host {caller.name} has started {begun} times within a minute",
             fix="see why its processes end; give those of several machines a token each",
             retry_after=max(1.0, (first + minute - now).total_seconds()),
         )
-    if alive >= MOST_ALIVE:
+    if alive >= MAX_ALIVE:
         raise TooManyRequests(
             f"host {caller.name} has {alive} processes that hold a lease",
             fix="give the processes of several machines a token each",
@@ -183,7 +183,7 @@ def load(connection: Connection, pool: str) -> PoolLoad | None:
         owned = owned.where(_live.c.state == literal_column("'running'"))  # of which there is an index
     for worker, isolation, count in connection.execute(owned.group_by(_live.c.worker_id, _live.c.isolation)):
         used[worker][isolation] = count
-    counted = due.limit(min(MOST_DUE, sum(sum(each.values()) for each in slots.values()))).subquery()
+    counted = due.limit(min(MAX_DUE, sum(sum(each.values()) for each in slots.values()))).subquery()
     found = connection.execute(
         select(counted.c.isolation, func.count(), func.min(counted.c.available_at)).group_by(
             counted.c.isolation
@@ -223,8 +223,8 @@ def stops(connection: Connection, worker_id: WorkerId, fences: Mapping[RunId, in
 
 
 def often_handed_back(connection: Connection, run_ids: Sequence[RunId]) -> set[RunId]:
-    """Of these running runs those handed back `MOST_HAND_BACKS` times in a row that stored nothing then."""
-    since = _live.c.attempt - MOST_HAND_BACKS
+    """Of these running runs those handed back `MAX_HAND_BACKS` times in a row that stored nothing then."""
+    since = _live.c.attempt - MAX_HAND_BACKS
     of, saved, done = tables.attempts.c, tables.checkpoints.c, tables.steps.c
     handed_back = (
         select(func.count())
@@ -235,8 +235,8 @@ def often_handed_back(connection: Connection, run_ids: Sequence[RunId]) -> set[R
     rows = connection.execute(
         select(_live.c.id).where(
             _live.c.id.in_(sorted(run_ids)),
-            _live.c.attempt > MOST_HAND_BACKS,
-            handed_back >= MOST_HAND_BACKS,
+            _live.c.attempt > MAX_HAND_BACKS,
+            handed_back >= MAX_HAND_BACKS,
             ~exists().where(saved.run_id == _live.c.id, saved.attempt >= since),
             ~exists().where(done.run_id == _live.c.id, done.attempt >= since),
         )

@@ -17,7 +17,9 @@ from worker.clock import from_text, to_text
 from worker.store import schema, tables
 
 # Facts: the key, the word, and since when a copy has a key of its own.
-KEY, WORD, NEW_SINCE = "installation", "installation.word", "installation.new_since"
+KEY = "installation"
+WORD = "installation.word"
+NEW_SINCE = "installation.new_since"
 
 # `unset`: worker.toml or the database has no word, so they are not compared.
 State = Literal["matches", "unset", "differs"]

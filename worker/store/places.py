@@ -21,9 +21,10 @@ BROKEN = 100
 # Pools that a message names.
 NAMED = 5
 # Names of one pool that a misspelt one is compared with, and orgs that are read at a time.
-NAMES, PAGE = 500, 1_000
+NAMES = 500
+PAGE = 1_000
 # More approvals, and handlers, than any installation has.
-MOST = 10_000
+MAX_ROWS = 10_000
 # Open definitions that are looked at, the newest ones.
 DEFINITIONS = 10_000
 
@@ -57,7 +58,7 @@ def broken(connection: Connection) -> list[Row]:
 
 def is_any_secret_approved(connection: Connection) -> bool:
     """Whether an administrator approved a secret for any handler of hosts."""
-    query = select(_approvals.c.ceiling).limit(MOST)
+    query = select(_approvals.c.ceiling).limit(MAX_ROWS)
     return any(ceiling.get("secrets") for ceiling in connection.execute(query).scalars())
 
 
@@ -108,4 +109,4 @@ def only_of_hosts(connection: Connection) -> set[str]:
     query = select(_handlers.c.name).where(
         _handlers.c.error.is_(None), _handlers.c.name.not_in(catalogue.names())
     )
-    return set(connection.execute(query.distinct().limit(MOST)).scalars())
+    return set(connection.execute(query.distinct().limit(MAX_ROWS)).scalars())

@@ -17,9 +17,11 @@ _pools, _live, _workers, _hosts = tables.pools, tables.live_runs, tables.workers
 _definitions, _revisions, _orgs = tables.definitions, tables.definition_revisions, tables.orgs
 _REPLACED = ("requires", "changed_at", "changed_by")
 # Runs that are counted for the metric, and for people: of more, the numbers are too low.
-MOST, SHOWN = 100_000, 10_000
+MAX_COUNTED = 100_000
+SHOWN = 10_000
 # Pools, and workers and hosts that serve them: more than any installation has.
-NAMES, SERVING = 1_000, 10_000
+NAMES = 1_000
+SERVING = 10_000
 # Open definitions that are looked at, the newest ones.
 DEFINITIONS = 10_000
 
@@ -67,7 +69,7 @@ def of_hosts(connection: Connection) -> set[str]:
     return set(connection.execute(query).scalars())
 
 
-def waiting(connection: Connection, most: int = MOST) -> dict[str, int]:
+def waiting(connection: Connection, most: int = MAX_COUNTED) -> dict[str, int]:
     """The runs of each pool that could start now if there were slots for them."""
     due = (_live.c.state == literal_column("'waiting'"), _live.c.available_at <= database_now(connection))
     return _count(connection, most, *due)

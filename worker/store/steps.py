@@ -13,7 +13,8 @@ from worker.store import tables
 _steps = tables.steps
 
 # Steps of one page, and bytes of results after which it ends.
-PAGE, PAGE_BYTES = 500, 1024 * 1024
+PAGE = 500
+PAGE_BYTES = 1024 * 1024
 
 
 def load_steps(connection: Connection, run_id: RunId, after: int) -> StepPage:

@@ -14,7 +14,7 @@ from worker.store.dialect import Row, all_rows, first_row, hint
 
 _waits, _live = tables.waits, tables.live_runs
 # Open questions of a run that are read.
-MOST_OPEN = 100
+MAX_OPEN = 100
 
 
 def lock_attempt(connection: Connection, org_id: OrgId, run_id: RunId) -> int | None:
@@ -43,7 +43,7 @@ def open_questions(connection: Connection, org_id: OrgId, run_id: RunId, *, at: 
     asks = (_waits.c.run_id == run_id, _waits.c.org_id == org_id, _waits.c.kind != "sleep")
     is_open = (text(tables.OPEN), or_(_waits.c.until.is_(None), _waits.c.until > at))
     query = select(_waits).where(*asks, *is_open).order_by(_waits.c.opened_at, _waits.c.name)
-    return list(filter(is_open_question, all_rows(connection, query.limit(MOST_OPEN))))
+    return list(filter(is_open_question, all_rows(connection, query.limit(MAX_OPEN))))
 
 
 def early(connection: Connection, org_id: OrgId, run_id: RunId, *, most: int) -> int:

@@ -34,7 +34,7 @@ Kind = Literal[
 Status = Literal["firing", "resolved"]
 
 # Maximum open alerts; more than these have one common cause, which has been reported by then.
-MOST_OPEN = 1000
+MAX_OPEN = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class Strikes:
                 known = self._gathered.get(strike.cause)
                 if known is not None:
                     known.join(strike)
-                elif len(self._gathered) < MOST_OPEN:
+                elif len(self._gathered) < MAX_OPEN:
                     self._gathered[strike.cause] = strike
 
     def _strike(self, event: str, fields: Mapping[str, Any]) -> Strike:

@@ -37,7 +37,8 @@ _CLOSED = frozenset(
 # Ends user, password, host and port, if no password has such a character (RFC 3986, section 3.2).
 _BEYOND = re.compile(r"[/?#]")
 # Shorter pieces of a URL match ordinary text.
-_LONG_ENOUGH, _LONGER = 12, 16
+_LONG_ENOUGH = 12
+_LONGER = 16
 
 
 def shown_url(url: str, *, path: bool = True) -> str:

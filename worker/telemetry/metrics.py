@@ -31,7 +31,7 @@ PREFIX = "orgworker_"
 SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0)
 _BOUNDS: list[str] = [floatToGoString(bound) for bound in (*SECONDS, float("inf"))]  # type: ignore[no-untyped-call]
 # `metrics_top_orgs` tracks at most this many orgs; later ones are not counted.
-MOST_ORGS = 100_000
+MAX_ORGS = 100_000
 # The run states after an attempt.
 STATES = ("waiting", "succeeded", "failed", "cancelled", "refused", "skipped")
 
@@ -336,7 +336,7 @@ class Metrics(Collector):
 
     def _count_org(self, fields: Fields) -> None:
         org, state = fields.get("org"), fields.get("state")
-        if org and (org in self._attempts or len(self._attempts) < MOST_ORGS):
+        if org and (org in self._attempts or len(self._attempts) < MAX_ORGS):
             self._attempts.setdefault(org, Tally())[_text(state)] += 1
 
     def _busiest_orgs(self) -> Iterator[tuple[Labels, int]]:

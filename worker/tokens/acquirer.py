@@ -38,7 +38,9 @@ WINNER_KEPT = 900.0  # an older generation that worked is tried first for this l
 NO_VERDICT_KEPT = 120.0
 SCOPE_REFUSED = ("invalid_scope", "access_denied")
 MAX_REMEMBERED = 10_000
-RENEW_FROM, RENEW_UNTIL = 0.6, 0.9  # renewed in the background at a random share of its usable life
+# Renewed in the background at a random share of its usable life.
+RENEW_FROM = 0.6
+RENEW_UNTIL = 0.9
 
 
 class Acquirer:

@@ -20,15 +20,21 @@ from worker.telemetry.events import emit
 from worker.tokens.budget import BudgetPaused
 
 MAX_ORGS = 10_000
-WINDOW_ORGS, WINDOW_SECONDS = 20, 10.0
+WINDOW_ORGS = 20
+WINDOW_SECONDS = 10.0
 FEW = 5  # with fewer orgs in the window, all must fail, and at least PAIR
 PAIR = 2
-OPEN_SHARE, CLOSE_SHARE = 0.5, 0.25  # of the orgs in the window
+# Of the orgs in the window.
+OPEN_SHARE = 0.5
+CLOSE_SHARE = 0.25
 CERTAIN = 100  # failures in a row of different orgs: no org can be expected to be healthy
 # Seconds between two turns: a share of the time that the breaker has been open, within limits.
-TURN_FIRST, TURN_LAST, TURN_SHARE = 4.0, 15.0, 0.25
+TURN_FIRST = 4.0
+TURN_LAST = 15.0
+TURN_SHARE = 0.25
 # Waiting orgs return at this rate per second in total, and each after this many seconds at most.
-RETURNS, RETURN_LAST = 20.0, 60.0
+RETURNS = 20.0
+RETURN_LAST = 60.0
 RETURN_LATE = 1.5  # a run may wait longer than requested by this factor
 
 

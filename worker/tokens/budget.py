@@ -21,16 +21,21 @@ from worker.telemetry.events import emit
 TOKEN_CONNECTIONS = 6
 # A request without a response for this many seconds frees its slot, and sooner once TOKEN_CONNECTIONS
 # requests hang, so that one hanging application delays no other org.
-SLOT_SECONDS, SLOT_SECONDS_HUNG, MAX_CONNECTIONS = 1.0, 0.2, 100
+SLOT_SECONDS = 1.0
+SLOT_SECONDS_HUNG = 0.2
+MAX_CONNECTIONS = 100
 # An org whose last request failed lets this many requests of others pass; one ahead of time lets all pass.
-LET_PASS, LET_ALL_PASS = 50, 2**62
+LET_PASS = 50
+LET_ALL_PASS = 2**62
 # Of what the issuer allows, the share that is kept for runs: below it, none is requested ahead of time.
 KEPT_FOR_RUNS = 0.1
 TURN_AHEAD = 0.5  # seconds until another look whether requests of runs wait
 # Requests bunch up on their way; this slack keeps the rate at the issuer's end.
 SLACK = 1.05
 # Seconds: the first pause without a Retry-After, its maximum after doubling, and the maximum with one.
-PAUSE_FIRST, PAUSE_LAST, PAUSE_LONGEST = 10.0, 300.0, 3600.0
+PAUSE_FIRST = 10.0
+PAUSE_LAST = 300.0
+PAUSE_LONGEST = 3600.0
 # The longest first pause of all orgs, doubling with each in a row: a throttle may mean one org's quota.
 PAUSE_OF_ALL = 60.0
 OWN_QUOTA = 3600.0  # seconds after an org's pause in which a throttle may still count as its own

@@ -20,7 +20,8 @@ from worker.telemetry.events import emit
 
 CredentialKind = Literal["client_secret", "private_key"]
 # Seconds: how long credentials are cached, and the pause for an org without usable ones.
-READ_AGAIN, UNUSABLE_PAUSE = 2.0, 60.0
+READ_AGAIN = 2.0
+UNUSABLE_PAUSE = 60.0
 MAX_ORGS = 200_000
 KEYRING = "keyring"
 REFERENCE_FIX = (

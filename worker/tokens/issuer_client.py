@@ -40,7 +40,8 @@ from worker.tokens.budget import RequestBudget
 from worker.tokens.credentials import Credential
 
 # Seconds; full jitter: a retry waits between 0 and these, doubling.
-RETRY_FIRST, RETRY_LAST = 0.5, 4.0
+RETRY_FIRST = 0.5
+RETRY_LAST = 4.0
 ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 ASSERTION_LIFETIME = 60  # seconds
 _PRINTABLE = re.compile(r"[!-~]+")

@@ -16,7 +16,9 @@ from worker.tokens.issuer_client import IssuerClient
 TRIES = 4
 # All in seconds: a token without expires_in is used this long; a new one is requested this long before
 # the end, at most a tenth of the lifetime; a rejected one that is younger is not replaced.
-LIFETIME, EARLY, BRAND_NEW = 300.0, 60.0, 30.0
+LIFETIME = 300.0
+EARLY = 60.0
+BRAND_NEW = 30.0
 
 
 class ManagementToken:

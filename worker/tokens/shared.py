@@ -27,14 +27,17 @@ from worker.tokens.issuer_client import GrantedToken
 from worker.tokens.sealing import KeyRing
 
 # Seconds that a reservation lasts, how often it is renewed, and how often others look meanwhile.
-RESERVED, RENEW, LOOK = 15.0, 4.0, 0.25
+RESERVED = 15.0
+RENEW = 4.0
+LOOK = 0.25
 # A stored token counts as newer than a known one if it was received this much later, in seconds: the age of
 # a row is measured by two clocks.
 NEWER = 2.0
 # Versions that are remembered from a look until the reservation; a forgotten one costs another look.
 MAX_VERSIONS = 10_000
 # Rows that `look_up` has read, and the seconds for which they count.
-MAX_LOOKED_UP, LOOKED_UP = 5_000, 2.0
+MAX_LOOKED_UP = 5_000
+LOOKED_UP = 2.0
 # Requests whose ids are kept: one acquisition needs its id several times, and each slot may be one.
 MAX_IDS = 4_096
 

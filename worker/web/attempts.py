@@ -30,8 +30,8 @@ from worker.web.connections import ClientDeadlines
 from worker.web.responses import ErrorMiddleware, error_response, json_response
 
 # Calls that are answered at a time, also of one token: each host has a few open.
-MOST_CALLS = 2000
-MOST_OF_A_TOKEN = 500
+MAX_CALLS = 2000
+MAX_CALLS_OF_A_TOKEN = 500
 # Bodies above OWN_BYTES that are held at a time, one for each token, and the seconds that one waits for that.
 LARGE_AT_ONCE = 4
 LARGE_WAIT = 5.0
@@ -39,7 +39,8 @@ LARGE_WAIT = 5.0
 TURN = 32 * 1024
 A_CALL = 1024
 # Tokens of no host that one address may send at once, and a second.
-BURST, RATE = 20, 5
+BURST = 20
+RATE = 5
 # Seconds that the body of a call may take.
 DEADLINES = ClientDeadlines(body=30.0)
 NOT_NOW = "the worker is starting or stopping"
@@ -96,9 +97,9 @@ class Attempts:
     @contextmanager
     def _counted(self, digest: str) -> Iterator[None]:
         """One more call, also of its token. Raises Busy."""
-        if self._calls.total() >= MOST_CALLS or self._calls[digest] >= MOST_OF_A_TOKEN:
+        if self._calls.total() >= MAX_CALLS or self._calls[digest] >= MAX_CALLS_OF_A_TOKEN:
             raise Busy(
-                f"{MOST_CALLS} calls, or {MOST_OF_A_TOKEN} of this token, are being answered", fix=SOON
+                f"{MAX_CALLS} calls, or {MAX_CALLS_OF_A_TOKEN} of this token, are being answered", fix=SOON
             )
         self._calls[digest] += 1
         try:

@@ -22,7 +22,8 @@ _KIND = re.compile(r"[a-z][a-z_-]*")
 _NARROWEST = 0.6
 _ZERO = timedelta(0)
 # Heights of the charts, in pixels.
-BARS, LENGTHS = 160, 170
+BARS = 160
+LENGTHS = 170
 # The lines of each hatched kind within a tile of 6 by 6 pixels.
 _HATCHES = {
     "failed": "M-1,1 l2,-2 M0,6 l6,-6 M5,7 l2,-2",

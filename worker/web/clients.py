@@ -100,9 +100,9 @@ def _address(text: str) -> Address | None:
 
 
 # Keys remembered at once. A forgotten key starts with a full bucket.
-MOST_KEYS = 20_000
+MAX_KEYS = 20_000
 # Tokens remembered as valid.
-MOST_TOKENS = 10_000
+MAX_TOKENS = 10_000
 
 
 class Buckets:
@@ -112,7 +112,7 @@ class Buckets:
     of keys drops its own buckets before that of a key that has reached its limit.
     """
 
-    def __init__(self, clock: Clock, *, size: float, rate: float, most: int = MOST_KEYS) -> None:
+    def __init__(self, clock: Clock, *, size: float, rate: float, most: int = MAX_KEYS) -> None:
         self._clock = clock
         self._rate = rate
         self._longest = size / rate
@@ -197,7 +197,7 @@ class ClientLimits:
             self._new.give_back(client.key)
         self._good[digest] = None
         self._good.move_to_end(digest)
-        if len(self._good) > MOST_TOKENS:
+        if len(self._good) > MAX_TOKENS:
             self._good.popitem(last=False)
 
     def was_bad(self, token: str, client: Client) -> None:

@@ -21,8 +21,8 @@ from worker.telemetry.events import emit
 from worker.web.clients import Addresses, counted_as
 from worker.web.responses import HEADERS, error_response
 
-# Connections of one listener. MOST_REQUESTS in server.py is lower, which keeps health reachable.
-MOST_CONNECTIONS = 600
+# Connections of one listener. MAX_REQUESTS in server.py is lower, which keeps health reachable.
+MAX_CONNECTIONS = 600
 
 # Without uvicorn's warnings about invalid requests, with which anyone could fill the log.
 _log = logging.getLogger("uvicorn.error.requests")
@@ -72,7 +72,7 @@ class Connections:
     """
 
     def __init__(
-        self, per_address: int = 0, addresses: Addresses | None = None, *, most: int = MOST_CONNECTIONS
+        self, per_address: int = 0, addresses: Addresses | None = None, *, most: int = MAX_CONNECTIONS
     ) -> None:
         self._per_address = per_address
         self._addresses = addresses or Addresses()

@@ -19,7 +19,8 @@ from worker.web.responses import error_response
 
 MAX_BODY = 16 * 1024  # bytes; webhooks about orgs have less than 1 KiB
 # Webhooks that one address may send at once, and a second.
-BURST, RATE = 200, 50
+BURST = 200
+RATE = 50
 # Seconds after which the provider may send one again that could not be taken.
 AGAIN = 5.0
 # Faults of a body that is not a signed message. All others are about whether it is genuine.

@@ -26,7 +26,7 @@ from worker.web.health import PATHS, Health
 from worker.web.responses import ErrorMiddleware
 
 # Concurrent requests of API and console; fewer than the connections of a listener.
-MOST_REQUESTS = 500
+MAX_REQUESTS = 500
 # Seconds before an occupied address, or a server that failed, is tried again.
 AGAIN = 5.0
 # Seconds that running requests get at the end.
@@ -40,7 +40,7 @@ UNREAD = 30_000
 
 
 class RequestLimit:
-    """ASGI middleware: answers 503 beyond MOST_REQUESTS, but always serves health.
+    """ASGI middleware: answers 503 beyond MAX_REQUESTS, but always serves health.
 
     Metrics that name orgs are counted: verifying their token may take a while.
     """
@@ -54,8 +54,8 @@ class RequestLimit:
         if scope["path"] in self._exempt:
             await self._app(scope, receive, send)
             return
-        if self._serving >= MOST_REQUESTS:
-            raise Busy(f"{MOST_REQUESTS} requests are being served", fix="try again in a moment")
+        if self._serving >= MAX_REQUESTS:
+            raise Busy(f"{MAX_REQUESTS} requests are being served", fix="try again in a moment")
         self._serving += 1
         counted = True
 

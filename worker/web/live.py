@@ -37,8 +37,9 @@ from worker.web.callers import Caller, CallerDatabase
 EVERY = 1.0
 CHECK = 15.0
 # Streams of a process and of one caller; fewer than the connections of a listener.
-MOST = 400
-MOST_OF_OPERATOR, MOST_OF_ORG = 250, 25
+MAX_STREAMS = 400
+MAX_STREAMS_OF_OPERATOR = 250
+MAX_STREAMS_OF_ORG = 25
 # Lines of one read for each run, and the window of a run, in lines and characters.
 LINES = 200
 WINDOW_LINES = 500
@@ -194,8 +195,8 @@ class Live:
         return EventStream(self._stream(caller, watched, place, digest, check))
 
     def _check_room(self, caller: Caller) -> None:
-        most = MOST_OF_OPERATOR if caller.org is None else MOST_OF_ORG
-        if self._streams >= MOST or self._of_caller.get(caller.key, 0) >= most:
+        most = MAX_STREAMS_OF_OPERATOR if caller.org is None else MAX_STREAMS_OF_ORG
+        if self._streams >= MAX_STREAMS or self._of_caller.get(caller.key, 0) >= most:
             raise TooManyRequests(f"{caller.actor} has too many event streams", retry_after=CHECK)
 
     async def _stream(

@@ -39,7 +39,7 @@ from worker.web.callers import Caller, Role
 # How long a login may take at the provider, and a link is valid.
 LASTS = timedelta(minutes=10)
 # Logins that have begun, of one client; another one ends its oldest.
-MOST = 50
+MAX_TRANSACTIONS = 50
 _CODE = re.compile(r"[!-~]{1,2048}")
 _ERROR = re.compile(r"[a-z][a-z0-9_]{0,63}")
 # A person's `sub`: at most 255 ASCII characters (OpenID Connect Core, section 2).
@@ -79,7 +79,7 @@ class Transactions:
             "created_at": now,
             "until": now + LASTS,
         }
-        await self._acting().call(sign_in.begin_login, row, most=MOST)
+        await self._acting().call(sign_in.begin_login, row, most=MAX_TRANSACTIONS)
         return state
 
     async def use(self, state: str, *, browser: str) -> Begun:

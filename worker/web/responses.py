@@ -257,16 +257,16 @@ def redacted_error(error: WorkerError, caller: CallerOf | None) -> tuple[str, st
 
 
 # Enough for a run's params; tokens and forms are far smaller.
-MOST_BYTES = 256 * 1024
+MAX_BYTES = 256 * 1024
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body; raises HTTPException 413 if it is larger than MOST_BYTES."""
+    """The whole body; raises HTTPException 413 if it is larger than MAX_BYTES."""
     body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > MOST_BYTES:
-            raise HTTPException(413, f"the body is larger than {MOST_BYTES} bytes")
+        if len(body) > MAX_BYTES:
+            raise HTTPException(413, f"the body is larger than {MAX_BYTES} bytes")
     return bytes(body)
 
 

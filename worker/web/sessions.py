@@ -32,7 +32,7 @@ LOGIN = "/login"
 STATIC = "/static/"
 LASTS = timedelta(hours=12)
 # Sessions of one caller; another one ends its oldest.
-MOST = 50
+MAX_SESSIONS = 50
 
 
 class AuthMiddleware:
@@ -112,7 +112,7 @@ class Sessions:
         row = {name: getattr(caller, name) for name in _STORED}
         row |= {"key_sha256": sign_in.sha256(session.key), "caller": caller.key}
         row |= {"created_at": now, "until": until}
-        await self._acting().call(sign_in.begin_session, row, most=MOST)
+        await self._acting().call(sign_in.begin_session, row, most=MAX_SESSIONS)
         return session
 
     async def find(self, key: str | None) -> Session | None:

@@ -21,7 +21,7 @@ from worker.settings.sections import AttemptsSettings
 from worker.store.host_store import HostStore
 from worker.store.worker_store import WorkerStore
 from worker.tokens.sealing import KeyRing
-from worker.web.attempts import DEADLINES, MOST_CALLS, Attempts
+from worker.web.attempts import DEADLINES, MAX_CALLS, Attempts
 from worker.web.connections import Connections
 from worker.web.listener import WebServer, bind, server_tls
 
@@ -61,7 +61,7 @@ class AttemptListener:
             self._settings.listen,
             self._listener,
             self._clock,
-            connections=Connections(most=MOST_CALLS),
+            connections=Connections(most=MAX_CALLS),
             deadlines=DEADLINES,
             tls=self._tls,
             event="attempts.listening",

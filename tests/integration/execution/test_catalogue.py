@@ -18,7 +18,7 @@ from worker.clock import SystemClock
 from worker.execution.runners.child import linux, zygote
 from worker.execution.runners.child.messages import Setup
 from worker.execution.runners.child.pool import ChildPool
-from worker.handlers.catalogue import MOST_AT_ONCE, HandlerEntry, read_catalogue
+from worker.handlers.catalogue import MAX_AT_ONCE, HandlerEntry, read_catalogue
 from worker.handlers.installed import distributions
 
 pytestmark = pytest.mark.anyio
@@ -330,7 +330,7 @@ async def test_the_process_that_has_described_handlers_is_gone(folder: Path) -> 
 
 
 async def test_handlers_that_are_known_at_the_same_time_come_together(folder: Path) -> None:
-    names = [f"many.{number}" for number in range(2 * MOST_AT_ONCE)]
+    names = [f"many.{number}" for number in range(2 * MAX_AT_ONCE)]
     source = "from worker import job\n" + "".join(
         f"@job('{name}')\ndef f{number}(ctx): ...\n" for number, name in enumerate(names)
     )
@@ -343,7 +343,7 @@ async def test_handlers_that_are_known_at_the_same_time_come_together(folder: Pa
         batches.append(len(found))
 
     assert sum(batches) == len(names)
-    assert max(batches) <= MOST_AT_ONCE
+    assert max(batches) <= MAX_AT_ONCE
     assert len(batches) < len(names) / 2
 
 

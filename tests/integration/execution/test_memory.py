@@ -148,7 +148,7 @@ def test_a_look_is_bounded_and_the_next_goes_on(monkeypatch: pytest.MonkeyPatch)
     files = linux.MemoryFiles()
     with holding_a_file_in_memory() as pid:
         monkeypatch.setattr(os, "readlink", counted_readlink)
-        monkeypatch.setattr(linux, "MOST_LOOKED_AT", 2)
+        monkeypatch.setattr(linux, "MAX_LOOKED_AT", 2)
         looks = 0
         while not files.size([pid]):
             before = len(read)

@@ -46,7 +46,8 @@ from worker.store.worker_store import WorkerStore
 from worker.tokens.sealing import KeyRing
 from worker.wiring.attempts import AttemptListener
 
-HANDLER, OTHER = "acme.render", "acme.render_v2"
+HANDLER = "acme.render"
+OTHER = "acme.render_v2"
 ENTRIES = [
     HandlerEntry(HANDLER, "acme", "1", "acme:render", scopes=("read:kb",)),
     HandlerEntry(OTHER, "acme", "1", "acme:render_v2", scopes=("read:kb", "ask:model")),

@@ -198,9 +198,9 @@ async def test_many_handlers_push_no_others_out(
     fleet: Fleet, before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """10,000 in one call made `apply` refuse the workers' own and lost the pools that they declare."""
-    monkeypatch.setattr(catalogue, "MOST", 600)
+    monkeypatch.setattr(catalogue, "MAX_ENTRIES", 600)
     if before:
-        monkeypatch.setattr(wire, "MOST_HANDLERS", 10_000)
+        monkeypatch.setattr(wire, "MAX_HANDLERS", 10_000)
         monkeypatch.setattr(web, "OWN_BYTES", 2**30)
     with fleet.database.transaction() as connection:
         mine = HandlerEntry("m.placed", "m", "1", "m:placed", pool="eu")

@@ -68,14 +68,14 @@ async def test_the_log_of_an_attempt_is_cut_whichever_workers_get_it(fleet: Flee
 
     size, rows = await flood(fleet, host, taken)
 
-    assert CAP < size <= attempt_log.MOST + len(fleet.workers) * TRUSTED
+    assert CAP < size <= attempt_log.MAX_BYTES + len(fleet.workers) * TRUSTED
     assert (rows[-1]["seq"], rows[-1]["level"], rows[-1]["text"]) == (LAST_LINE, "warning", TOO_MUCH)
     assert await flood(fleet, host, taken) == (size, rows)
 
 
 async def test_without_the_limit_all_of_it_is_stored(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control."""
-    monkeypatch.setattr(attempt_log, "MOST", 2**40)
+    monkeypatch.setattr(attempt_log, "MAX_BYTES", 2**40)
     host = await fleet.host()
     fleet.start()
     [taken] = await host.take(fleet.one)
@@ -90,7 +90,7 @@ async def test_a_worker_that_did_not_ask_would_count_for_itself_alone(
 ) -> None:
     """The control of the count in the database: with it off, each worker takes a whole log."""
     monkeypatch.setattr(attempt_log, "TRUSTED", 2**40)
-    monkeypatch.setattr(attempt_log, "MOST", 100_000)
+    monkeypatch.setattr(attempt_log, "MAX_BYTES", 100_000)
     host = await fleet.host()
     fleet.start()
     [taken] = await host.take(fleet.one)
@@ -390,14 +390,14 @@ async def test_one_token_holds_one_large_body_and_others_have_theirs(
 
 async def test_one_token_does_not_take_all_calls(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, other = await fleet.host("h1"), await fleet.host("h2")
-    monkeypatch.setattr(web, "MOST_OF_A_TOKEN", 2)
+    monkeypatch.setattr(web, "MAX_CALLS_OF_A_TOKEN", 2)
     attempts = fleet.one.listener.attempts
     waiting = [asyncio.create_task(mine.take(fleet.one, wait=5.0)) for _ in range(2)]
     await until(lambda: attempts._calls.total() == 2)
 
     assert await status(mine, fleet.one, "renew") == 503
     assert await status(other, fleet.one, "renew") == 200
-    monkeypatch.setattr(web, "MOST_OF_A_TOKEN", 3)
+    monkeypatch.setattr(web, "MAX_CALLS_OF_A_TOKEN", 3)
     assert await status(mine, fleet.one, "renew") == 200
     for task in waiting:
         task.cancel()
@@ -413,7 +413,7 @@ async def register(host: Host, fleet: Fleet, times: int) -> list[int]:
     return sorted(await asyncio.gather(*calls))
 
 
-@pytest.mark.parametrize("limit", ["MOST_BEGUN", "MOST_ALIVE"])
+@pytest.mark.parametrize("limit", ["MAX_BEGUN", "MAX_ALIVE"])
 async def test_the_incarnations_of_a_token_are_limited_also_at_once_at_several_workers(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
@@ -436,7 +436,7 @@ async def test_incarnations_that_ended_or_lost_their_lease_make_room(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = await fleet.host()
-    monkeypatch.setattr(store_hosts, "MOST_ALIVE", 1)
+    monkeypatch.setattr(store_hosts, "MAX_ALIVE", 1)
     assert await register(host, fleet, 1) == [429]
 
     await host.call(fleet.one, "unregister")

@@ -163,7 +163,7 @@ async def hand_back(fleet: Fleet, host: Host, *, by_call: bool = False, save: bo
 
 @pytest.fixture
 def fewer(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(hosts, "MOST_HAND_BACKS", 3)
+    monkeypatch.setattr(hosts, "MAX_HAND_BACKS", 3)
     return 3
 
 
@@ -183,7 +183,7 @@ async def test_a_run_that_is_handed_back_again_and_again_fails(
 
 
 async def test_control_without_the_limit_it_goes_on(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "MOST_HAND_BACKS", 1_000)
+    monkeypatch.setattr(hosts, "MAX_HAND_BACKS", 1_000)
     host = await fleet.host()
     run = fleet.start()
 

@@ -21,7 +21,8 @@ from worker.store import hosts
 pytestmark = pytest.mark.anyio
 
 # Slots of each host: `Host.register` says 10. Half the load of three.
-SLOTS, HALF = 10, 15
+SLOTS = 10
+HALF = 15
 
 
 class Taker:

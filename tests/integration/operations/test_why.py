@@ -238,7 +238,7 @@ def test_a_waiting_run_without_a_token_counts_the_orgs_that_wait_too(database, f
 
 
 def test_more_rows_than_are_looked_at_are_at_least_so_many(database, failed, monkeypatch):
-    monkeypatch.setattr(history, "MOST", 2)
+    monkeypatch.setattr(history, "MAX_ROWS", 2)
     mine = failed("org_a", "KeyError: <text>")
     for org in ("org_b", "org_c", "org_b"):
         failed(org, "KeyError: <text>")

@@ -16,7 +16,7 @@ from worker.store import alerts, tables, waits
 from worker.store.alerts import CLAIM, QUIET
 from worker.store.database import Database
 from worker.store.sql import statements
-from worker.telemetry.alerts import MOST_OPEN, Alert, Strike
+from worker.telemetry.alerts import MAX_OPEN, Alert, Strike
 
 OVERDUE = 10.0
 
@@ -310,10 +310,10 @@ def test_files_that_were_opened_no_more_are_over_after_longer_than_a_day(ledger,
 
 
 def test_causes_without_end_do_not_fill_the_table_or_the_mailbox(ledger):
-    ledger.note(*(strike(ledger, cause=f"c{number}") for number in range(MOST_OPEN + 10)))
+    ledger.note(*(strike(ledger, cause=f"c{number}") for number in range(MAX_OPEN + 10)))
     ledger.note(strike(ledger, cause="one more"), strike(ledger, cause="c5"))
 
-    assert ledger.rows() == MOST_OPEN
+    assert ledger.rows() == MAX_OPEN
 
 
 def test_two_workers_that_meet_a_cause_at_once_tell_it_once(postgres: Database, clock: ManualClock):

@@ -16,7 +16,8 @@ from worker.store.lists import failures, inventory, morning
 from worker.store.lists.due import timings_for_all_orgs
 from worker.store.lists.grid import Grid, grid
 
-DAY, HOUR = timedelta(days=1), timedelta(hours=1)
+DAY = timedelta(days=1)
+HOUR = timedelta(hours=1)
 
 
 def end(stock: Stock, org: OrgId, definition: DefinitionId, state: str = "failed", **values: Any) -> RunId:
@@ -94,7 +95,7 @@ def test_refused_runs_are_grouped_by_reason_and_detail(database: Database, stock
 
 
 def test_failures_beyond_the_bound_are_reported_as_more(database: Database, stock: Stock, monkeypatch: Any):
-    monkeypatch.setattr(failures, "MOST", 2)
+    monkeypatch.setattr(failures, "MAX_RUNS", 2)
     org = stock.org()
     for _ in range(3):
         end(stock, org, stock.definition(org))
@@ -266,7 +267,7 @@ def test_the_grid_counts_a_skip_on_each_day_of_its_range(database: Database, sto
 def test_a_grid_of_too_many_runs_says_since_when_it_is_complete(
     database: Database, stock: Stock, monkeypatch: Any
 ):
-    monkeypatch.setattr("worker.store.lists.grid.MOST_RUNS", 2)
+    monkeypatch.setattr("worker.store.lists.grid.MAX_RUNS", 2)
     org = stock.org()
     definition = stock.definition(org)
     for _ in range(3):

@@ -21,16 +21,21 @@ from worker.store.database import Database
 from worker.store.ring_walk import RingWalk
 from worker.store.sql.postgresql import admit
 
-LIMIT, WORKERS, SLOTS, ORGS = 3, 4, 60, 50
+LIMIT = 3
+WORKERS = 4
+SLOTS = 60
+ORGS = 50
 HANDLERS = tuple(f"acme.h{number}" for number in range(10))
 # Handlers with a limit of their own; the others would keep that of orgs and definitions from showing.
 LIMITED = HANDLERS[:5]
 # Orgs with room for any number of runs, and one definition with a limit.
 WIDE = 10
 # What a worker does, so that a busy machine takes longer and does not less; and its share of deaths.
-ROUNDS, DIES = 80, 0.04
+ROUNDS = 80
+DIES = 0.04
 
-NO_LOCK, LATE_COMMIT = "SELECT %s", "SELECT pg_sleep(0.005)"
+NO_LOCK = "SELECT %s"
+LATE_COMMIT = "SELECT pg_sleep(0.005)"
 ALWAYS = 1_000_000
 
 Row = dict[str, Any]

@@ -24,7 +24,9 @@ from worker.runs.run import AdmittedRun
 from worker.store import spending, tables
 from worker.store.database import Database
 
-SPENDERS, ORGS, CALLS = 16, 25, 240
+SPENDERS = 16
+ORGS = 25
+CALLS = 240
 # Tokens of a call: most are short, some are very long.
 SIZES = (5, 8, 12, 20, 20, 35, 60, 110, 400, 1500)
 Check = Callable[[Database, AdmittedRun], bool]

@@ -18,7 +18,7 @@ from worker.store import dialect as driver_module
 from worker.store import firing, workers
 from worker.store.dialect import driver
 from worker.store.sql import statements
-from worker.store.sql.sqlite.values import MOST
+from worker.store.sql.sqlite.values import MAX_ROWS
 
 MODULES = ("admit", "finish", "fire", "recover", "renew", "waits")
 # What comes and goes, or grows: none of it is read from end to end.
@@ -153,14 +153,14 @@ def test_a_batch_of_ends_or_of_admissions_is_as_many_steps_as_one(
 
 
 def test_more_ends_than_one_statement_takes_are_all_written(sqlite_stock: Stock) -> None:
-    worker, org = sqlite_stock.worker(), sqlite_stock.org(limit=2 * MOST)
-    sqlite_stock.put(*sqlite_stock.runs([org] * (MOST + 3)))
-    admitted = sqlite_stock.admit(worker, MOST + 3)
+    worker, org = sqlite_stock.worker(), sqlite_stock.org(limit=2 * MAX_ROWS)
+    sqlite_stock.put(*sqlite_stock.runs([org] * (MAX_ROWS + 3)))
+    admitted = sqlite_stock.admit(worker, MAX_ROWS + 3)
 
     accepted = sqlite_stock.finish(worker, *(sqlite_stock.ended(run) for run in admitted))
 
     assert accepted == {run.id for run in admitted}
-    assert len(accepted) == MOST + 3
+    assert len(accepted) == MAX_ROWS + 3
     for run in (admitted[0], admitted[-1]):
         assert sqlite_stock.stored(run.id)["state"] == "succeeded"
         assert sqlite_stock.live(run.id) is None

@@ -19,7 +19,7 @@ from worker.store.lists import AUDIT, CREDENTIALS
 from worker.store.lists.read import org, read
 from worker.telemetry.masking import masker
 from worker.tokens.sealing import KeyRing
-from worker.web.responses import MOST_BYTES
+from worker.web.responses import MAX_BYTES
 
 pytestmark = pytest.mark.anyio
 on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
@@ -138,7 +138,7 @@ async def test_what_is_refused_names_the_field_and_never_quotes_the_secret(
 ):
     given, status, said = REFUSED[name]
     body = given if isinstance(given, str) else json.dumps(given)
-    assert (len(body) > MOST_BYTES) == (status == 413)
+    assert (len(body) > MAX_BYTES) == (status == 413)
     # The masker would hide it, if an earlier test had registered it.
     masker.forget(CANARY)
 

@@ -238,8 +238,8 @@ async def test_a_stream_ends_within_seconds_of_losing_access_without_an_end_of_t
 
 
 async def test_streams_are_bounded_by_caller_and_process(staffed: Site, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(live, "MOST_OF_ORG", 1)
-    monkeypatch.setattr(live, "MOST", 2)
+    monkeypatch.setattr(live, "MAX_STREAMS_OF_ORG", 1)
+    monkeypatch.setattr(live, "MAX_STREAMS", 2)
     app, path = app_of(staffed), f"{API}/runs/{make_run(staffed)}/events"
     first = Reader(staffed, app, path, staffed.token("org_a"))
     await first.until(1)

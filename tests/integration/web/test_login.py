@@ -28,7 +28,7 @@ from worker.outbound import open_client
 from worker.settings.sections import LoginSettings
 from worker.store import tables
 from worker.store.database import Database
-from worker.web.login import LASTS, MOST, Login, basis_of, local_path
+from worker.web.login import LASTS, MAX_TRANSACTIONS, Login, basis_of, local_path
 from worker.web.sessions import LOGIN_COOKIE, SESSION_COOKIE
 
 pytestmark = pytest.mark.anyio
@@ -36,7 +36,8 @@ on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indire
 
 PROVIDER = "http://127.0.0.1:9400"
 AUDIENCE = "https://api.acme.com"
-CLIENT, SECRET = "console", "s3cret-of-the-console"
+CLIENT = "console"
+SECRET = "s3cret-of-the-console"
 SUPPORT = {"claim": "permissions", "value": "jobs:support", "role": "operator", "org": "org_vendor"}
 MANAGES = {"claim": "permissions", "value": "jobs:manage", "role": "manager"}
 READS = {"claim": "permissions", "value": "jobs:read", "role": "member"}
@@ -357,10 +358,10 @@ async def test_changed_rules_end_the_sessions_that_rest_on_them(portal: Portal):
 async def test_logins_that_have_begun_are_bounded_and_expire(portal: Portal):
     async with portal.site.client() as browser:
         first = await portal.at_provider(await portal.begin(browser), "kp_ann")
-        for _ in range(MOST):
+        for _ in range(MAX_TRANSACTIONS):
             portal.site.clock.advance(1)
             last = await portal.begin(browser)
-        assert len(rows(portal.site.database, tables.login_transactions)) == MOST
+        assert len(rows(portal.site.database, tables.login_transactions)) == MAX_TRANSACTIONS
         assert (await browser.get(first)).status_code == 403
         callback = await portal.at_provider(last, "kp_ann")
         portal.site.clock.advance(LASTS.total_seconds())

@@ -16,11 +16,12 @@ from worker.store import orgs, roles, sign_in, tables
 from worker.store.lists import AUDIT
 from worker.store.lists.read import read
 from worker.web.callers import Caller
-from worker.web.sessions import LASTS, MOST, SESSION_COOKIE, Sessions
+from worker.web.sessions import LASTS, MAX_SESSIONS, SESSION_COOKIE, Sessions
 
 pytestmark = pytest.mark.anyio
 on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
-ADA, BEN = Caller("ada", "admin"), Caller("ben", "viewer")
+ADA = Caller("ada", "admin")
+BEN = Caller("ben", "viewer")
 RUNS = "/api/v1/runs"
 
 
@@ -34,7 +35,7 @@ async def test_a_caller_ends_its_own_oldest_session_and_no_other_callers(site: S
     sessions = Sessions(site.database, site.clock)
     theirs = await sessions.begin(BEN)
     mine = []
-    for _ in range(MOST + 3):
+    for _ in range(MAX_SESSIONS + 3):
         site.clock.advance(1)
         mine.append(await sessions.begin(ADA))
 
@@ -45,7 +46,7 @@ async def test_a_caller_ends_its_own_oldest_session_and_no_other_callers(site: S
 async def test_two_clients_of_an_org_are_two_callers(site: Site):
     sessions = Sessions(site.database, site.clock)
     one = await sessions.begin(Caller("org_a", "viewer", org="org_a", kind="org", client_id="m2m-1"))
-    for _ in range(MOST + 1):
+    for _ in range(MAX_SESSIONS + 1):
         await sessions.begin(Caller("org_a", "viewer", org="org_a", kind="org", client_id="m2m-2"))
 
     assert await sessions.find(one.key) == one

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fakes.clock import utc
-from worker.definitions.calendars import MOST_DATES, parse_calendar
+from worker.definitions.calendars import MAX_DATES, parse_calendar
 from worker.definitions.definition import from_spec, parse_definition, to_spec
 from worker.definitions.triggers import Trigger, parse_schedule, without_dates
 from worker.definitions.zones import parse_zone
@@ -48,7 +48,7 @@ def test_dates_are_texts_or_dates_of_toml_sorted_and_each_once():
         ({"dates": ["0001-01-01"]}, "dates", "not between 1970 and 2199"),
         ({"dates": ["9999-12-31"]}, "dates", "not between 1970 and 2199"),
         (
-            {"dates": [date(2000, 1, 1) + timedelta(day) for day in range(MOST_DATES + 1)]},
+            {"dates": [date(2000, 1, 1) + timedelta(day) for day in range(MAX_DATES + 1)]},
             "dates",
             "2001 dates",
         ),

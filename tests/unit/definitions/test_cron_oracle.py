@@ -27,7 +27,8 @@ ZONES = {
     # Samoa left out 30 December 2011, and gave up its summer time in 2021.
     "Pacific/Apia": (2011, 2012),
 }
-BEFORE, AFTER = timedelta(hours=30), timedelta(hours=54)
+BEFORE = timedelta(hours=30)
+AFTER = timedelta(hours=54)
 
 
 def test_random_crontab_lines_fire_as_the_oracle_says_around_every_change_of_the_clock():

@@ -387,7 +387,7 @@ def test_the_decision_equals_the_rule_applied_to_a_list(where, dates, start, pol
         "all": missed[-policy.limit :],
     }[policy.mode]
     expected = [instant for instant in chosen if late[instant] <= within] + on_time
-    assert due.runs == expected[: due_module.MOST_RUNS]
-    if len(expected) <= due_module.MOST_RUNS:
+    assert due.runs == expected[: due_module.MAX_RUNS]
+    if len(expected) <= due_module.MAX_RUNS:
         missed = [span.count for span in due.skipped if span.reason == "missed"]
         assert sum(missed) == len(listed) - len(expected)

@@ -7,7 +7,7 @@ import tomllib
 
 import pytest
 
-from worker.definitions.faults import MOST
+from worker.definitions.faults import MAX_ERRORS
 from worker.definitions.file import format_of, parse_file
 from worker.errors import DefinitionError, InvalidTrigger
 from worker.orgs import OrgEntry, Selector
@@ -201,4 +201,4 @@ def test_a_file_with_thousands_of_errors_reports_the_first_few():
     with pytest.raises(DefinitionError) as refused:
         parse_file(wrong)
 
-    assert len(refused.value.others) == MOST - 1
+    assert len(refused.value.others) == MAX_ERRORS - 1

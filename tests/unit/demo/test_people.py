@@ -17,7 +17,8 @@ from worker.demo.people import CODE_LASTS, Person, WebApplication
 from worker.demo.provider import Provider
 
 pytestmark = pytest.mark.anyio
-URL, BACK = "http://127.0.0.1:9000", "http://127.0.0.1:8470/login/callback"
+URL = "http://127.0.0.1:9000"
+BACK = "http://127.0.0.1:8470/login/callback"
 VERIFIER = "v" * 43
 CHALLENGE = base64.urlsafe_b64encode(hashlib.sha256(VERIFIER.encode()).digest()).rstrip(b"=").decode()
 ASKED = {

@@ -12,7 +12,8 @@ from worker.demo.lines import QUIET
 from worker.demo.run import ConsoleLinks, Narrator, Story
 from worker.errors import Unavailable
 
-COMMAND, CONSOLE = "/tmp/demo/orgworker", "http://127.0.0.1:8470"
+COMMAND = "/tmp/demo/orgworker"
+CONSOLE = "http://127.0.0.1:8470"
 
 
 class FakeJournal:

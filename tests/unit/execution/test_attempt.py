@@ -58,7 +58,7 @@ from worker.runs.run import (
     StepPage,
     StoredProgress,
 )
-from worker.runs.waits import MOST_WAITS, NewWait, WaitState
+from worker.runs.waits import MAX_WAITS, NewWait, WaitState
 from worker.telemetry.masking import masker
 
 pytestmark = pytest.mark.anyio
@@ -718,7 +718,7 @@ async def test_a_wait_that_is_opened_again_asks_once(
     site: Site, once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A handler that repeats one wait; the control notes each call, as before."""
-    repeats = MOST_WAITS + 1
+    repeats = MAX_WAITS + 1
 
     class Unknown(set[Any]):
         def __contains__(self, key: object) -> bool:
@@ -739,16 +739,16 @@ async def test_a_wait_that_is_opened_again_asks_once(
 
     assert asks == (("ok", "ok") if once else ("ok",) * (repeats + 1))
     # What a host reports of it is valid either way.
-    assert len(asks) <= MOST_WAITS or not once
+    assert len(asks) <= MAX_WAITS or not once
 
 
 async def test_a_run_asks_no_more_than_it_may_wait_for(site: Site) -> None:
     async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-        for number in range(MOST_WAITS + 5):
+        for number in range(MAX_WAITS + 5):
             await services.ask(OpenWait(NewWait(f"w{number}", 1, "answer", alert=True)))
 
     site.during = during
-    assert len((await site.attempt()).trail.asks) == MOST_WAITS
+    assert len((await site.attempt()).trail.asks) == MAX_WAITS
 
 
 @pytest.mark.parametrize("clamped", [True, False], ids=["", "control"])

@@ -214,7 +214,7 @@ def test_bodies_with_many_values_are_refused_before_they_are_parsed(monkeypatch:
     assert "besides its texts" in refusal("finish", body)
     assert parsed == []
     # The control: it is this limit that keeps it from being built.
-    monkeypatch.setattr(body_check, "MOST_STRUCTURE", 2**30)
+    monkeypatch.setattr(body_check, "MAX_STRUCTURE", 2**30)
     assert "not a list of at most" in refusal("finish", body)
     assert parsed == [len(body)]
 

@@ -19,7 +19,7 @@ from worker.execution.runners.child.child_run import BROKEN, ChildRun, Ended
 from worker.execution.runners.child.frames import (
     JSON_LIMIT,
     LONG,
-    MOST_TOKENS,
+    MAX_TOKENS,
     TEXTS_LIMIT,
     BrokenMessage,
     RunFrames,
@@ -295,7 +295,7 @@ def test_a_frame_with_too_many_parts_is_refused_before_it_is_parsed(monkeypatch:
     loads = json.loads
     monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))
     frames = RunFrames()
-    frames.add(framed(b'{"op":"x","a":[' + b"[]," * MOST_TOKENS + b"1]}"))
+    frames.add(framed(b'{"op":"x","a":[' + b"[]," * MAX_TOKENS + b"1]}"))
 
     with pytest.raises(BrokenMessage):
         frames.next()

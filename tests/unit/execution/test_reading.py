@@ -9,7 +9,7 @@ import pytest
 
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.loops import reading as module
-from worker.execution.loops.reading import MOST_REPORTED, CatalogueReader
+from worker.execution.loops.reading import MAX_REPORTED, CatalogueReader
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.installed import Distribution
 from worker.telemetry.events import Emitted
@@ -72,4 +72,4 @@ async def test_a_plug_in_cannot_flood_the_log(
 ) -> None:
     await offered({"allOf": [{"pattern": "("}] * 1_000}, monkeypatch)
 
-    assert len([each for each in emitted if each.event.name == "handler.unchecked"]) == MOST_REPORTED
+    assert len([each for each in emitted if each.event.name == "handler.unchecked"]) == MAX_REPORTED

@@ -16,8 +16,15 @@ from worker.operations.confinement import confinement_of
 from worker.settings import Settings
 from worker.settings.sections import DatabaseSettings, ExecutionSettings
 
-ALLOWED, DENIED, NO_CALL, KILLED = 0x7FFF0000, 0x50000 | errno.EACCES, 0x50000 | errno.ENOSYS, 0x80000000
-X86_64, I386, AARCH64, ARM, RISCV64 = 0xC000003E, 0x40000003, 0xC00000B7, 0x40000028, 0xC00000F3
+ALLOWED = 0x7FFF0000
+DENIED = 0x50000 | errno.EACCES
+NO_CALL = 0x50000 | errno.ENOSYS
+KILLED = 0x80000000
+X86_64 = 0xC000003E
+I386 = 0x40000003
+AARCH64 = 0xC00000B7
+ARM = 0x40000028
+RISCV64 = 0xC00000F3
 # Numbers as the kernel's tables have them, with the result for each.
 CALLS: Mapping[str, Mapping[int, Mapping[int, int]]] = {
     "x86_64": {

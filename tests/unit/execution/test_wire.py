@@ -26,7 +26,7 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId
 from worker.runs import outcome as outcomes
 from worker.runs.run import NewStep
-from worker.runs.waits import MOST_WAITS, NewWait
+from worker.runs.waits import MAX_WAITS, NewWait
 from worker.secret import AccessToken
 
 NOW = datetime(2030, 1, 1, 12, 0, 0, 250_000, UTC)
@@ -179,9 +179,9 @@ def test_an_invalid_end_fails_its_own_attempt_and_no_other(
 
 def test_an_end_with_more_questions_than_a_run_may_have_is_cut() -> None:
     """Hosts of the previous release name a wait as often as its handler opened it."""
-    [end] = wire.rows_of({"ends": [END.write(ENDED) | {"asks": ["ok"] * (MOST_WAITS + 1)}]}, "ends", END)
+    [end] = wire.rows_of({"ends": [END.write(ENDED) | {"asks": ["ok"] * (MAX_WAITS + 1)}]}, "ends", END)
 
-    assert end.asks == ("ok",) * MOST_WAITS
+    assert end.asks == ("ok",) * MAX_WAITS
     assert end.outcome == ENDED.outcome
 
 
@@ -238,7 +238,7 @@ def test_more_rows_than_a_call_may_have_are_refused() -> None:
 
     assert len(wire.rows_of(sent({"lines": [line]}), "lines", LINE)) == 1
     with pytest.raises(Malformed, match="list of at most"):
-        wire.rows_of({"lines": [line] * (wire.MOST_ROWS + 1)}, "lines", LINE)
+        wire.rows_of({"lines": [line] * (wire.MAX_ROWS + 1)}, "lines", LINE)
     with pytest.raises(Malformed, match="not a valid lines: level: not one of"):
         wire.rows_of({"lines": [line | {"level": "shout"}]}, "lines", LINE)
 

@@ -17,7 +17,8 @@ from worker.outbound import open_client
 
 pytestmark = pytest.mark.anyio
 
-TENANT, OTHER_TENANT = "aaaabbbb-0000-cccc-1111-dddd2222eeee", "99990000-0000-cccc-1111-dddd2222eeee"
+TENANT = "aaaabbbb-0000-cccc-1111-dddd2222eeee"
+OTHER_TENANT = "99990000-0000-cccc-1111-dddd2222eeee"
 ENTRA = f"https://login.microsoftonline.com/{TENANT}/v2.0"
 ROLES = "urn:zitadel:iam:org:project:229185001:roles"
 # The url, the audience, and the payload without its times.

@@ -369,7 +369,7 @@ def test_a_handler_that_blocks_has_the_same(clock: ManualClock):
 async def test_an_attempt_has_a_limit_of_spends_outside_of_steps(
     clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(spending, "MOST_SPENDS", 2)
+    monkeypatch.setattr(spending, "MAX_SPENDS", 2)
     org = Org(clock)
     ctx = org.context()
     for _ in range(2):

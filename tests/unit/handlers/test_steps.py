@@ -146,7 +146,7 @@ def test_idle_is_reported_when_the_last_step_ends() -> None:
 
 
 def test_a_run_that_is_full_refuses_a_step_before_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "MOST_STEPS", 2)
+    monkeypatch.setattr(steps, "MAX_STEPS", 2)
     journal = StepJournal(replays=True)
     journal.add(StepPage([stored(1), stored(2, occurrence=2)]))
 
@@ -157,7 +157,7 @@ def test_a_run_that_is_full_refuses_a_step_before_its_call(monkeypatch: pytest.M
 
 def test_the_last_step_that_fits_may_be_one_of_a_map(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the map itself nor a result that is being stored takes a place of its own."""
-    monkeypatch.setattr(steps, "MOST_STEPS", 3)
+    monkeypatch.setattr(steps, "MAX_STEPS", 3)
     journal = StepJournal(replays=False)
 
     with journal.busy(), journal.open(journal.take("a")) as first:

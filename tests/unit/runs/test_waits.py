@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from worker.runs.waits import MOST_OPTIONS, check_options, is_allowed, is_option
+from worker.runs.waits import MAX_OPTIONS, check_options, is_allowed, is_option
 
 
 @pytest.mark.parametrize("options", [["yes", "no"], (True, False), [None], [1, 2.5, "1", True], ["x"] * 1])
@@ -21,7 +21,7 @@ def test_a_list_of_distinct_scalars_is_taken(options: Any) -> None:
         ([], "a list of 1 to 50"),
         ("yes", "a list of 1 to 50"),
         ({"yes": 1}, "a list of 1 to 50"),
-        (list(range(MOST_OPTIONS + 1)), "a list of 1 to 50"),
+        (list(range(MAX_OPTIONS + 1)), "a list of 1 to 50"),
         (["yes", ["no"]], "number 2 is not a text, a number, true, false or null"),
         ([{"a": 1}], "number 1 is not"),
         (["yes", "no", "yes"], "number 3 is there twice"),

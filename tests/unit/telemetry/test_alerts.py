@@ -8,7 +8,7 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from worker.telemetry import events
-from worker.telemetry.alerts import MOST_OPEN, Alert, Strike, Strikes
+from worker.telemetry.alerts import MAX_OPEN, Alert, Strike, Strikes
 from worker.telemetry.events import EVENTS, emit
 
 
@@ -167,10 +167,10 @@ def test_what_could_not_be_written_down_comes_again_with_what_struck_meanwhile(h
 
 
 def test_causes_without_end_do_not_fill_the_memory(heard):
-    for number in range(MOST_OPEN + 10):
+    for number in range(MAX_OPEN + 10):
         fail(error_cause=f"Error {number}")
 
-    assert len(heard.taken()) == MOST_OPEN
+    assert len(heard.taken()) == MAX_OPEN
 
 
 def test_the_message_names_what_to_look_at_and_no_more(heard, clock):

@@ -17,7 +17,8 @@ from worker.telemetry.secret_index import SecretIndex
 
 pytestmark = pytest.mark.anyio
 
-A, B = OrgId("a"), OrgId("b")
+A = OrgId("a")
+B = OrgId("b")
 SECRET = 'cañary"5ecret\\value&with%more☃'
 
 

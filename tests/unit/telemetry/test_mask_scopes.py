@@ -12,7 +12,8 @@ from worker.ids import ALL_ORGS, AllOrgs, OrgId
 from worker.telemetry.masking import MASK, Masker
 from worker.telemetry.secret_index import SecretIndex
 
-ACME, OTHER = OrgId("acme"), OrgId("other")
+ACME = OrgId("acme")
+OTHER = OrgId("other")
 SECRET = "sk-041234"
 TOKEN = made_up_token(7)
 

@@ -164,7 +164,7 @@ def test_ten_thousand_orgs_make_no_more_series_than_ten(top_orgs: int):
 
 
 def test_no_more_orgs_are_counted_one_by_one_than_memory_allows(monkeypatch):
-    monkeypatch.setattr(module, "MOST_ORGS", 3)
+    monkeypatch.setattr(module, "MAX_ORGS", 3)
     metrics = listening(Metrics(version="1.0", top_orgs=1000))
     for org in ("org_a", "org_b", "org_c", "org_d", "org_a"):
         end_run(org)

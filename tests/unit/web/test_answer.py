@@ -11,7 +11,7 @@ from tests.fakes.clock import START
 from worker.runs.causes import CAUSES
 from worker.runs.why import why_run
 from worker.web.pages.answer import StepLink, answer
-from worker.web.pages.runs import MOST_LANES, lanes_of
+from worker.web.pages.runs import MAX_LANES, lanes_of
 
 RUN = "01900000-0000-7000-8000-000000000001"
 OTHER = "01900000-0000-7000-8000-000000000002"
@@ -89,7 +89,7 @@ def test_a_waiting_run_has_a_lane_of_its_own_and_old_attempts_are_left_out():
     run["attempts"] = [attempt(n, n, ended_at=n + 0.5) for n in range(1, 101)]
     lanes = lanes_of(run, START + timedelta(seconds=200))
 
-    assert len(lanes) == MOST_LANES
+    assert len(lanes) == MAX_LANES
     assert (lanes[-1].name, lanes[-1].note) == ("Now", "no token")
     assert lengths(row("waiting", "due"), 5) == [[("waiting", 5)]]
     assert lengths(row("cancelled", "requested"), 5) == []

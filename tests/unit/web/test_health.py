@@ -14,9 +14,9 @@ from tests.fakes.limits import no_limits
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.vitals import Vitals
 from worker.web.access import Access, Operator
-from worker.web.connections import MOST_CONNECTIONS
+from worker.web.connections import MAX_CONNECTIONS
 from worker.web.health import PATHS, Health
-from worker.web.listener import MOST_REQUESTS, build_health
+from worker.web.listener import MAX_REQUESTS, build_health
 from worker.web.server import build
 
 pytestmark = pytest.mark.anyio
@@ -178,14 +178,14 @@ async def test_while_as_many_requests_as_may_be_are_served_health_is_answered_an
     class Slow(Access):
         async def caller_of(self, connection: Any) -> Any:
             asked.append(connection)
-            if len(asked) == MOST_REQUESTS:
+            if len(asked) == MAX_REQUESTS:
                 full.set()
             await go_on.wait()
             return None
 
     nothing: Any = None
     app = build(watched(), nothing, Slow([], {}, nothing, org_role="viewer", limits=no_limits()), nothing)
-    served = [asyncio.create_task(ask(app, "/api/v1/runs")) for _ in range(MOST_REQUESTS)]
+    served = [asyncio.create_task(ask(app, "/api/v1/runs")) for _ in range(MAX_REQUESTS)]
     await full.wait()
 
     refused = await ask(app, "/api/v1/runs")
@@ -197,4 +197,4 @@ async def test_while_as_many_requests_as_may_be_are_served_health_is_answered_an
     assert {answer.status_code for answer in await asyncio.gather(*served)} == {401}
     assert (await ask(app, "/api/v1/runs")).status_code == 401
     # What is over lets health in.
-    assert MOST_CONNECTIONS - MOST_REQUESTS >= 100
+    assert MAX_CONNECTIONS - MAX_REQUESTS >= 100

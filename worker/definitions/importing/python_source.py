@@ -22,8 +22,8 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.FloorDiv: operator.floordiv,
 }
 # Names may refer to names; more than this is a cycle.
-_MOST_REFERENCES = 20
-_MOST_ITEMS = 1000
+_MAX_REFERENCES = 20
+_MAX_ITEMS = 1000
 # Methods that change a list, a set or a dict.
 _CHANGES = {
     *("append", "extend", "insert", "remove", "pop", "clear", "sort", "reverse"),
@@ -159,7 +159,7 @@ class PythonSource:
 
         A list or dict that the code changes later is accepted only if `changed`.
         """
-        for _ in range(_MOST_REFERENCES):
+        for _ in range(_MAX_REFERENCES):
             if not isinstance(node, ast.Name) or node.id not in self._bound:
                 return node
             bound = self._bound[node.id]
@@ -254,7 +254,7 @@ class PythonSource:
                 return timedelta(*positional, **named)
             if name == "range" and not named:
                 found = range(*positional)
-                if len(found) <= _MOST_ITEMS:
+                if len(found) <= _MAX_ITEMS:
                     return list(found)
             if name == "datetime":
                 return datetime(*positional, **named)

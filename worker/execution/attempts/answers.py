@@ -39,7 +39,7 @@ from worker.handlers.waits import SLEEP
 from worker.runs.budgets import OrgBudgets, decisive, wait_of
 from worker.runs.outcome import Trail
 from worker.runs.run import AdmittedRun, NewStep
-from worker.runs.waits import BUDGET, MOST_WAITS, NewWait, WaitState
+from worker.runs.waits import BUDGET, MAX_WAITS, NewWait, WaitState
 from worker.secret import AccessToken
 from worker.telemetry.mask_in_turn import mask_each
 
@@ -350,7 +350,7 @@ def _note_alert(call: OpenWait, made: OpenWait, given: WaitState, of: Running) -
     wait = made.wait
     key = wait.name, wait.occurrence
     # A handler may open a wait as often as it likes; the store limits how many there are.
-    if wait.alert and given.state == "pending" and key not in of.asked and len(of.asked) < MOST_WAITS:
+    if wait.alert and given.state == "pending" and key not in of.asked and len(of.asked) < MAX_WAITS:
         of.asked.add(key)
         of.trail.asks += (wait.name,)
     return given

@@ -32,7 +32,8 @@ MAX_AGE = 5.0
 MAX_PLANS = 10_000
 # Bytes of what plans share; of one about so many, and so many for each character of its spec.
 SHARED_BYTES = 32 * 1024 * 1024
-SHARED_SIZE, SIZE_OF_SPEC = 3_000, 6
+SHARED_SIZE = 3_000
+SIZE_OF_SPEC = 6
 
 
 @dataclass(frozen=True, slots=True)

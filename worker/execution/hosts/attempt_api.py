@@ -39,8 +39,9 @@ from worker.telemetry.events import emit
 from worker.telemetry.mask_in_turn import mask_each
 
 # Seconds that a token is remembered, also for renewals: their statement checks the incarnation.
-CALLER_AGE, RENEWAL_AGE = 5.0, 60.0
-MOST_CALLERS = 10_000
+CALLER_AGE = 5.0
+RENEWAL_AGE = 60.0
+MAX_CALLERS = 10_000
 # Seconds without a call after which an incarnation is no longer remembered here.
 IDLE = 600.0
 NOT_A_HOST = "hosts need a token of `python -m worker hosts add` that was not removed"
@@ -110,8 +111,8 @@ class AttemptApi:
             if caller is None or not hmac.compare_digest(caller.token_sha256, token_sha256):
                 self._tokens.pop(token_sha256, None)
                 raise TokenError("this is not the token of a host", fix=NOT_A_HOST)
-            remember(self._callers, key, (now, caller), MOST_CALLERS)
-            remember(self._tokens, token_sha256, None, MOST_CALLERS)
+            remember(self._callers, key, (now, caller), MAX_CALLERS)
+            remember(self._tokens, token_sha256, None, MAX_CALLERS)
         if name == "register":
             return caller
         if caller.worker is None:

@@ -21,7 +21,7 @@ LEVELS = ("debug", "info", "warning", "error", "critical")
 SOURCES = ("log", "stdout", "stderr")
 
 # Bytes of a log. The host has cut it to `CAP` already, beside a line that says so and that of an error.
-MOST = CAP + LINE_LIMIT
+MAX_BYTES = CAP + LINE_LIMIT
 # Bytes that a worker counts by itself before it asks the database, where other workers append as well.
 TRUSTED = 32 * 1024
 TOO_MUCH = f"the host sent more than {CAP // 1024} KiB of log: the rest was dropped"
@@ -69,7 +69,7 @@ class AttemptLog:
         if self.is_full:
             return []
         size = sum(map(cost, rows))
-        if self.used + size > MOST or self.unread + size > TRUSTED:
+        if self.used + size > MAX_BYTES or self.unread + size > TRUSTED:
             # Lines that are sent again count once.
             lines, size, stored = await sizes.log_size(run.id, run.attempt, [row.seq for row in rows])
             self.used, self.unread = size + LINE_COST * lines, 0
@@ -79,7 +79,7 @@ class AttemptLog:
     def _fitting(self, rows: Sequence[LineRow], now: datetime) -> Iterator[LineRow]:
         for row in rows:
             size = cost(row)
-            if self.used + size > MOST:
+            if self.used + size > MAX_BYTES:
                 self.is_full = True
                 yield LineRow(*row.key, LAST_LINE, now, level="warning", source="log", text=TOO_MUCH)
                 return

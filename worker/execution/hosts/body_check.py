@@ -26,15 +26,16 @@ from worker.handlers.parts import CallPart, TextCheck
 
 # The frames of an answer. It ends with REFUSED or DONE, after an ENDING if the process ends as well.
 REFUSED, CALL, ROW, TEXT, DONE, ENDING = range(6)
-REQUEST, FRAME = struct.Struct("!HI"), struct.Struct("!BI")
+REQUEST = struct.Struct("!HI")
+FRAME = struct.Struct("!BI")
 # Texts from this length on are frames of their own.
 LONG = 1024
 # Bytes of a body besides its texts: 2000 ends or steps take less than a third.
-MOST_STRUCTURE = 1024 * 1024
+MAX_STRUCTURE = 1024 * 1024
 # Characters of what `sealed` has: claims and flags of a token of at most 16 KiB.
-MOST_SEALED = 256 * 1024
+MAX_SEALED = 256 * 1024
 # Bytes of data of this process, and from which peak on another one takes over.
-MOST_MEMORY = 512 * 1024 * 1024
+MAX_MEMORY = 512 * 1024 * 1024
 TOO_LARGE = 128 * 1024 * 1024
 
 Message = dict[str, Any]
@@ -55,10 +56,10 @@ def parse(body: bytes) -> Message:
         # Each text counts as one byte more: it is an object, too.
         structure += text.start() - end + 1
         end = text.end()
-        if structure > MOST_STRUCTURE:
+        if structure > MAX_STRUCTURE:
             break
-    if structure + len(body) - end > MOST_STRUCTURE:
-        raise BodyRefused(f"the body has more than {MOST_STRUCTURE} bytes besides its texts")
+    if structure + len(body) - end > MAX_STRUCTURE:
+        raise BodyRefused(f"the body has more than {MAX_STRUCTURE} bytes besides its texts")
     try:
         message = json.loads(body)
     except (ValueError, RecursionError):
@@ -73,8 +74,8 @@ class _Sealed(CallPart[End]):
 
     def read(self, value: Any, check: TextCheck) -> End:
         end = END.read(value, check)
-        if len(end.sealed) > MOST_SEALED:
-            raise BodyRefused(f"sealed: it is longer than {MOST_SEALED} characters")
+        if len(end.sealed) > MAX_SEALED:
+            raise BodyRefused(f"sealed: it is longer than {MAX_SEALED} characters")
         return end
 
     write, json_paths = END.write, END.json_paths
@@ -186,7 +187,7 @@ def main() -> None:
     linux.name_process(linux.ProcessName.CHECK)
     linux.hide_memory()
     linux.die_with_parent()
-    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY, MAX_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     serve(sys.stdin.buffer, sys.stdout.buffer)
 

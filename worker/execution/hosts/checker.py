@@ -23,7 +23,8 @@ DEADLINE = 20.0
 # Bytes that are passed on at a time.
 PIECE = 256 * 1024
 # Rows of a part of a call, and bytes of them without their long texts.
-PART_ROWS, PART_BYTES = 100, 32 * 1024
+PART_ROWS = 100
+PART_BYTES = 32 * 1024
 
 Message = dict[str, Any]
 

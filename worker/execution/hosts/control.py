@@ -23,7 +23,8 @@ from worker.outbound import OutboundConnections
 from worker.telemetry.connectivity import Connectivity
 from worker.telemetry.events import emit
 
-CONNECT_SECONDS, CALL_SECONDS = 3.0, 10.0
+CONNECT_SECONDS = 3.0
+CALL_SECONDS = 10.0
 # Maximum bytes of an answer: one of `take` has the work of several runs.
 ANSWER_LIMIT = 64 * 1024 * 1024
 # Seconds that an idle connection is kept; the listener closes it later.

@@ -36,7 +36,7 @@ from worker.runs.run import AdmittedRun, Isolation, OwnedRun
 # Seconds for which the handlers of an incarnation are remembered.
 HANDLERS_AGE = 5.0
 # Maximum attempts that one take returns, and roughly their maximum bytes.
-MOST_TAKEN = 500
+MAX_TAKEN = 500
 TAKEN_BYTES = 8 * 1024 * 1024
 # Seconds between two looks whether a host still waits for the run of a ticket, and after which it does not.
 TICKET_LOOK = 1.0
@@ -251,7 +251,7 @@ class Delivery:
         size = 0
         for key in keys:
             ready = self._ready[key]
-            if taken and (size + len(ready.encoded) > TAKEN_BYTES or len(taken) >= MOST_TAKEN):
+            if taken and (size + len(ready.encoded) > TAKEN_BYTES or len(taken) >= MAX_TAKEN):
                 break
             del self._ready[key]
             del self.undelivered[key]

@@ -14,7 +14,7 @@ from worker.handlers.calls import MAX_BYTES
 from worker.handlers.json_text import clean
 from worker.handlers.parts import CallPart, Count, Maybe, Number, Text, TextCheck, Truth, row_of
 from worker.runs.outcome import Error, Outcome, TimedOut
-from worker.runs.waits import MOST_WAITS
+from worker.runs.waits import MAX_WAITS
 
 
 class _ReportedOutcome(CallPart[Outcome]):
@@ -48,7 +48,7 @@ class _Asks(CallPart[tuple[str, ...]]):
     def read(self, value: Any, check: TextCheck) -> tuple[str, ...]:
         if not isinstance(value, list):
             raise ValueError("not a list")
-        return tuple(Label().read(name, check) for name in value[:MOST_WAITS])
+        return tuple(Label().read(name, check) for name in value[:MAX_WAITS])
 
 
 @dataclass(frozen=True, slots=True)

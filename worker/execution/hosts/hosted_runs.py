@@ -74,7 +74,7 @@ OF_TOKENS = frozenset(
 TOO_OFTEN = "its hosts handed it back too often in a row without a new checkpoint or step"
 NOT_SEALED = "its host did not return what its worker sealed, or the key ring no longer has the key"
 # Ends that are remembered: a host repeats those whose answer was lost.
-MOST_ENDS = 10_000
+MAX_ENDS = 10_000
 
 
 @dataclass(slots=True, eq=False)
@@ -391,7 +391,7 @@ class HostedRuns:
         else:
             events.run_fenced_out(ended.run_id, ended.attempt, ended.fencing_token, inflight)
         self._forget(key)
-        remember(self._ended, key, accepted, MOST_ENDS)
+        remember(self._ended, key, accepted, MAX_ENDS)
         written = self._writing.pop(key)
         if not written.done():
             written.set_result(accepted)

@@ -36,7 +36,7 @@ TICKET_WAIT = 10.0
 # Maximum seconds until handlers are offered again to a worker that asked for them later.
 LATER = 5.0
 # Attempts that are remembered as handed back.
-MOST_HANDED_BACK = 10_000
+MAX_HANDED_BACK = 10_000
 
 
 # Not frozen, as `EndedAttempt`.
@@ -116,7 +116,7 @@ class RemoteStore:
     async def hand_back(self, owned: Sequence[OwnedRun]) -> set[RunId]:
         """Let runs wait again that this incarnation owns but does not know."""
         for run in owned:
-            remember(self._handed_back, (run.id, run.fencing_token), None, MOST_HANDED_BACK)
+            remember(self._handed_back, (run.id, run.fencing_token), None, MAX_HANDED_BACK)
         rows = [FENCE.write(Fence(run.id, run.fencing_token)) for run in owned]
         answers = [await self.control.call("hand_back", part) for part in _parts("hand_back", "runs", rows)]
         return {RunId(run_id) for answer in answers for run_id in answer["runs"]}
@@ -283,7 +283,7 @@ def _parts(call: str, name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[
     size, most = 0, PART * wire.BODY_BYTES[call]
     for row in rows:
         encoded = encode(row)
-        if part and (size + len(encoded) > most or len(part) == wire.MOST_ROWS):
+        if part and (size + len(encoded) > most or len(part) == wire.MAX_ROWS):
             yield _body(name, part)
             part, size = [], 0
         part.append(encoded)

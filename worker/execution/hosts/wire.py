@@ -49,7 +49,7 @@ from worker.handlers.parts import CallPart, Count, TextCheck, row_of
 from worker.handlers.schema import check_schema
 from worker.handlers.steps import StepError
 from worker.ids import RunId
-from worker.runs.hosts import MOST_HANDLERS
+from worker.runs.hosts import MAX_HANDLERS
 from worker.runs.placing import Ticket
 from worker.runs.run import AdmittedRun, Isolation, OwnedRun
 
@@ -60,8 +60,8 @@ INCARNATION = "orgworker-incarnation"
 # Seconds that a take may wait.
 LONGEST_WAIT = 20.0
 # Rows of one call: ends, steps, lines or values of progress. Slots of one host.
-MOST_ROWS = 2000
-MOST_SLOTS = 100_000
+MAX_ROWS = 2000
+MAX_SLOTS = 100_000
 # Characters of a name or id.
 NAME_LIMIT = 200
 # The form of all ids; the database takes no other.
@@ -140,8 +140,8 @@ def rows_of(message: Mapping[str, Any], name: str, part: CallPart[V]) -> list[V]
     """The rows of a message under this name. Raises Malformed."""
     with reading(name):
         rows = message[name]
-        if not isinstance(rows, list) or len(rows) > MOST_ROWS:
-            raise ValueError(f"{name} is not a list of at most {MOST_ROWS}")
+        if not isinstance(rows, list) or len(rows) > MAX_ROWS:
+            raise ValueError(f"{name} is not a list of at most {MAX_ROWS}")
         return [part.read(row, check_json_text) for row in rows]
 
 
@@ -218,7 +218,7 @@ def registered_of(message: Mapping[str, Any]) -> Registered:
 @reading("slots")
 def slots_of(message: Mapping[str, Any]) -> dict[Isolation, int]:
     """Slots by isolation; one that is missing has none."""
-    return {isolation: count_in(message.get(isolation, 0), isolation, MOST_SLOTS) for isolation in ISOLATIONS}
+    return {isolation: count_in(message.get(isolation, 0), isolation, MAX_SLOTS) for isolation in ISOLATIONS}
 
 
 @reading("take")
@@ -286,8 +286,8 @@ ENTRY = _Entry()
 def entries_of(message: Mapping[str, Any], name: str = "entries") -> list[HandlerEntry]:
     """The handlers of a message; none if there is no such key. Raises Malformed."""
     entries = rows_of({name: message.get(name, [])}, name, ENTRY)
-    if len(entries) > MOST_HANDLERS:
-        raise Malformed(f"{name}: one host may declare {MOST_HANDLERS} handlers")
+    if len(entries) > MAX_HANDLERS:
+        raise Malformed(f"{name}: one host may declare {MAX_HANDLERS} handlers")
     return entries
 
 

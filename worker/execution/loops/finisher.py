@@ -18,12 +18,14 @@ from worker.telemetry.events import emit
 BATCH = 2000
 # While admitted runs queue for their start, ends are collected: this number, or for this many seconds.
 # A run costs worker and database less in a larger batch.
-WORTHWHILE, COLLECT = 500, 0.05
+WORTHWHILE = 500
+COLLECT = 0.05
 # Seconds between tries while the database is unavailable.
 RETRY = 0.5
 # Tries after which the ends of a batch are tried one by one, since one of them may keep the others: this many
 # while none is written.
-TOGETHER, PROBES = 10, 3
+TOGETHER = 10
+PROBES = 3
 # Seconds between tries of an end that was put aside.
 RETRY_ASIDE = 5.0
 

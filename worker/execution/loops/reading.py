@@ -16,7 +16,7 @@ from worker.handlers.schema import Schema
 from worker.telemetry.events import emit
 
 # At most this many unchecked rules of one handler are reported.
-MOST_REPORTED = 10
+MAX_REPORTED = 10
 
 
 class CatalogueSink(Protocol):
@@ -97,7 +97,7 @@ class CatalogueReader:
 def _report_unchecked(entry: HandlerEntry) -> None:
     """Report the rules of the params schema that only the run's own process checks."""
     if entry.params_schema is not None:
-        for rule in islice(Schema(entry.params_schema).unchecked(), MOST_REPORTED):
+        for rule in islice(Schema(entry.params_schema).unchecked(), MAX_REPORTED):
             emit(
                 "handler.unchecked",
                 handler=entry.name,

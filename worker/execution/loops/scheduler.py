@@ -18,7 +18,8 @@ from worker.telemetry.events import emit
 
 # Definitions locked by one transaction: few at first, so that their runs start at once, and while more are
 # due twice as many, about 10 ms of work, which share the 2 ms that its statements take besides.
-BATCH, LARGER = 250, 500
+BATCH = 250
+LARGER = 500
 # Seconds until another look at what other workers are firing now: its rows are locked.
 LOCKED = 0.02
 # Until a definition that this version cannot read is tried again.

@@ -29,11 +29,14 @@ from worker.runs.fire import is_closed
 from worker.runs.run import Upcoming
 
 # Definitions of one query, tokens that are looked up by one, and tokens that are prepared at the same time.
-PAGE, LOOKED_UP, CONCURRENCY = 5_000, 1_000, 8
+PAGE = 5_000
+LOOKED_UP = 1_000
+CONCURRENCY = 8
 # The last part of the time ahead, a fifteenth, in which nothing should be left to do.
 MARGIN_SHARE = 1 / 15
 # Seconds between two looks at the schedule at least, and at what is ready.
-LOOK, TICK = 5.0, 1.0
+LOOK = 5.0
+TICK = 1.0
 # Seconds of life that a token must have left at the scheduled time.
 LEFT = 5.0
 

@@ -37,12 +37,17 @@ RESPONSE_LIMIT = 4 * 1024 * 1024  # bytes; a page of 500 orgs has about 100 KiB
 MAX_MEMBERS = 50_000
 CONNECTIONS = 8
 # Of a request with a broken response, of one that finds no connection, and of one that gets no token.
-TRIES, CONNECT_TRIES, TOKEN_TRIES = 10, 6, 3
+TRIES = 10
+CONNECT_TRIES = 6
+TOKEN_TRIES = 3
 # Seconds; full jitter: a repeated request waits between 0 and these, doubling.
-RETRY_FIRST, RETRY_LAST = 0.5, 8.0
+RETRY_FIRST = 0.5
+RETRY_LAST = 8.0
 # Throttles of one request in a row; the pause if the provider names none, doubling; the longest accepted one.
 THROTTLES = 12
-PAUSE_FIRST, PAUSE_LAST, PAUSE_LONGEST = 1.0, 60.0, 300.0
+PAUSE_FIRST = 1.0
+PAUSE_LAST = 60.0
+PAUSE_LONGEST = 300.0
 # Requests bunch up on their way; this slack keeps the rate at the provider's end.
 SLACK = 1.05
 _jitter = wait_random_exponential(multiplier=RETRY_FIRST, max=RETRY_LAST)

@@ -35,9 +35,11 @@ MAX_PAGES = 2_000
 DELETIONS = 3
 # Seconds: how long the APIs and their scopes are cached, and the pause before they are read again for an
 # unknown audience or scope.
-APIS_CACHED, APIS_READ_AGAIN = 300.0, 10.0
+APIS_CACHED = 300.0
+APIS_READ_AGAIN = 10.0
 # Codes of 400: an API or scope that was read before is gone; an application is.
-STALE, UNKNOWN = ("API_NOT_FOUND", "SCOPE_NOT_FOUND"), ("APPLICATION_NOT_FOUND", "APPLICATION_REQUIRED")
+STALE = ("API_NOT_FOUND", "SCOPE_NOT_FOUND")
+UNKNOWN = ("APPLICATION_NOT_FOUND", "APPLICATION_REQUIRED")
 LONGEST_TEXT = 1_000
 _CODE = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 

@@ -11,7 +11,8 @@ from worker.errors import TokenRefused, WebhookRefused
 from worker.providers.management.contract import Notice, NoticeKind
 
 # Kinde repeats a webhook for 36 hours.
-OLDEST, LEEWAY = timedelta(hours=37), timedelta(minutes=5)
+OLDEST = timedelta(hours=37)
+LEEWAY = timedelta(minutes=5)
 MAX_BODY = 16 * 1024  # bytes; those of organizations have less than 1 KiB
 # A token has these and a webhook does not: a token of the same issuer has the same signature.
 OF_TOKENS = frozenset({"iss", "aud", "exp", "nbf", "iat", "sub", "azp", "gty", "scp", "scope", "jti"})

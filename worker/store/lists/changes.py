@@ -14,7 +14,7 @@ from worker.store.lists.matching import shown_state
 
 # Rows of the audit that are looked through, and runs that are found.
 EXAMINED = 5_000
-MOST = 1_000
+MAX_FOUND = 1_000
 
 _audit, _runs, _live = tables.audit, tables.runs, tables.live_runs
 
@@ -42,13 +42,13 @@ def changed_runs(
         select(row.subject, row.detail)
         .where(row.actor == actor, row.action == action, row.at >= since)
         .order_by(row.id.desc())
-        .limit(MOST)
+        .limit(MAX_FOUND)
     ).all()
     ids = [RunId(subject) for subject, _ in found]
     state = func.coalesce(_runs.c.state, shown_state(_live.c.state))
     each = select(_runs.c.id, state).outerjoin(_live, _live.c.id == _runs.c.id).where(_runs.c.id.in_(ids))
     if isinstance(org_id, str):
         each = each.where(_runs.c.org_id == org_id)
-    states = {RunId(row[0]): str(row[1]) for row in connection.execute(each.limit(MOST))}
+    states = {RunId(row[0]): str(row[1]) for row in connection.execute(each.limit(MAX_FOUND))}
     reason = (found[0][1] or {}).get("reason", "") if found else ""
     return ChangedRuns({id_: states[id_] for id_ in ids if id_ in states}, reason)

@@ -15,11 +15,11 @@ from worker.store.dialect import all_rows
 from worker.store.lists.morning import NAMED, codes_of
 
 # The newest ended runs that are read: about 20 ms. A broken release fails a hundred times a second.
-MOST = 2_000
+MAX_RUNS = 2_000
 # Causes that are shown.
 CAUSES = 50
 # Characters of a cause that a search looks for.
-MOST_OF_CAUSE = 120
+MAX_CAUSE = 120
 
 _ends, _runs, _attempts, _orgs = tables.run_ends, tables.runs, tables.attempts, tables.orgs
 
@@ -48,13 +48,13 @@ class Cause(TypedDict):
 def by_cause_for_all_orgs(connection: Connection, state: str, since: datetime) -> tuple[list[Cause], bool]:
     """The causes of runs that ended in this state since then, most open runs first.
 
-    Only the newest MOST runs are read; the second value says whether there may be more.
+    Only the newest MAX_RUNS runs are read; the second value says whether there may be more.
     """
     newest = (
         select(_ends.c.run_id, _ends.c.org_id, _ends.c.finished_at)
         .where(_ends.c.state == state, _ends.c.finished_at >= since)
         .order_by(_ends.c.finished_at.desc())
-        .limit(MOST)
+        .limit(MAX_RUNS)
         .subquery("newest")
     )
     retry = _runs.alias("retry")
@@ -83,7 +83,7 @@ def by_cause_for_all_orgs(connection: Connection, state: str, since: datetime) -
             func.count(each.c.org_id.distinct()).label("orgs"),
             open_runs.label("open_runs"),
             func.count(each.c.open_org.distinct()).label("open_orgs"),
-            # At most MOST ids, in all causes.
+            # At most MAX_RUNS ids, in all causes.
             func.aggregate_strings(sql_cast(each.c.open_org, Text), ",").label("named"),
             func.min(each.c.finished_at).label("first_at"),
             func.max(each.c.finished_at).label("last_at"),
@@ -105,7 +105,7 @@ def by_cause_for_all_orgs(connection: Connection, state: str, since: datetime) -
         ],
     )
     size = connection.execute(select(func.count()).select_from(newest)).scalar_one() if found else 0
-    return found, size == MOST
+    return found, size == MAX_RUNS
 
 
 def _named(connection: Connection, joined: Sequence[str]) -> list[list[str]]:
@@ -161,5 +161,5 @@ def cause_text(cause: Cause) -> str:
 def cause_term(cause: str) -> str:
     """The term of a search for the runs that failed with a cause."""
     # A quoted value ends at the next quote: the longest part without one finds the same runs.
-    part = max(cause.split('"'), key=len).strip()[:MOST_OF_CAUSE]
+    part = max(cause.split('"'), key=len).strip()[:MAX_CAUSE]
     return f'cause:"{part}"'

@@ -18,8 +18,8 @@ from worker.store.lists.rows import Run
 
 DAYS = 30
 # The newest runs that are read: about 20 ms.
-MOST_RUNS = 5_000
-MOST_SKIPS = 1_000
+MAX_RUNS = 5_000
+MAX_SKIPS = 1_000
 # States of a day, the one that matters most first. `retried`: failed, then its retry succeeded.
 WORST = ("failed", "refused", "running", "waiting", "retried", "cancelled", "skipped", "succeeded")
 
@@ -56,7 +56,7 @@ def grid(connection: Connection, org_id: OrgId, now: datetime) -> Grid:
         select(_runs.c.id, _runs.c.definition_id, _runs.c.scheduled_for, _runs.c.state, _runs.c.created_at)
         .where(_runs.c.org_id == org_id, _runs.c.id >= lowest_id(start))
         .order_by(_runs.c.id.desc())
-        .limit(MOST_RUNS)
+        .limit(MAX_RUNS)
         .subquery("newest")
     )
     retry = _runs.alias("retry")
@@ -83,7 +83,7 @@ def grid(connection: Connection, org_id: OrgId, now: datetime) -> Grid:
             func.min(newest.c.created_at).label("first_at"),
         )
         .group_by(newest.c.definition_id, day, state)
-        .limit(MOST_RUNS)
+        .limit(MAX_RUNS)
     )
     cells: dict[tuple[str, date], dict[str, int]] = {}
     total, first_at = 0, now
@@ -93,7 +93,7 @@ def grid(connection: Connection, org_id: OrgId, now: datetime) -> Grid:
         total += row["runs"]
         first_at = min(first_at, row["first_at"])
     _add_skips(connection, org_id, start, days, cells)
-    return Grid(days, cells, first_at if total == MOST_RUNS else None)
+    return Grid(days, cells, first_at if total == MAX_RUNS else None)
 
 
 def open_waits(connection: Connection, org_id: OrgId, *, limit: int) -> list[Run]:
@@ -129,7 +129,7 @@ def _add_skips(
         select(_skips.c.definition_id, _skips.c.skipped_from, _skips.c.skipped_until, _skips.c.count)
         .where(_skips.c.org_id == org_id)
         .order_by(_skips.c.id.desc())
-        .limit(MOST_SKIPS)
+        .limit(MAX_SKIPS)
     )
     for row in all_rows(connection, query):
         if row["skipped_until"] < start:

@@ -16,14 +16,15 @@ from worker.store.lists.rows import Handler, columns_of
 _catalogue, _handlers = tables.catalogue, tables.host_handlers
 _definitions, _revisions, _orgs = tables.definitions, tables.definition_revisions, tables.orgs
 # Rows of hosts of one pool that are listed, and bytes of their schemas: no pool crowds out another.
-OF_POOL, SCHEMA_BYTES = 200, 1024 * 1024
-MOST = 10_000
+OF_POOL = 200
+SCHEMA_BYTES = 1024 * 1024
+MAX_HANDLERS = 10_000
 _SCHEMAS = ("params_schema", "settings_schema")
 _NAMES = columns_of(Handler)
 
 
 def listed(
-    connection: Connection, scope: OrgId | AllOrgs, *, name: str | None = None, most: int = MOST
+    connection: Connection, scope: OrgId | AllOrgs, *, name: str | None = None, most: int = MAX_HANDLERS
 ) -> list[Row]:
     """Handlers by name: the workers' first, then those that hosts declare, each once a pool and plug-in.
 

@@ -14,7 +14,7 @@ from worker.store.lists.redaction import Shown
 from worker.store.lists.rows import CredentialRow
 
 # Running runs that are counted.
-MOST = 10_000
+MAX_COUNTED = 10_000
 
 _credentials, _orgs, _live = tables.credentials, tables.orgs, tables.live_runs
 
@@ -62,8 +62,8 @@ def credentials(
 
 
 def running_by_worker_for_all_orgs(connection: Connection) -> dict[WorkerId, int]:
-    """The number of running runs of each worker, up to MOST in all."""
-    some = select(_live.c.worker_id).where(_live.c.state == "running").limit(MOST).subquery()
+    """The number of running runs of each worker, up to MAX_COUNTED in all."""
+    some = select(_live.c.worker_id).where(_live.c.state == "running").limit(MAX_COUNTED).subquery()
     count = func.count()
-    query = select(some.c.worker_id, count.label("runs")).group_by(some.c.worker_id).limit(MOST)
+    query = select(some.c.worker_id, count.label("runs")).group_by(some.c.worker_id).limit(MAX_COUNTED)
     return {row["worker_id"]: row["runs"] for row in all_rows(connection, query)}

@@ -15,9 +15,11 @@ from worker.store.dialect import all_rows
 REASONS = ("org_mismatch", "client_mismatch")
 # The newest refused runs that are read, and the definitions that fail: other orgs' trouble fills one of them
 # only if it is in many runs, the other only if it is in many definitions.
-NEWEST, FAILING = 2_000, 1_000
+NEWEST = 2_000
+FAILING = 1_000
 # Orgs that are listed, and the newest runs of each that may show that its tokens are right again.
-ORGS, LATER = 200, 100
+ORGS = 200
+LATER = 100
 
 _ends, _failing = tables.run_ends, tables.failing_definitions
 _runs, _orgs = tables.runs, tables.orgs

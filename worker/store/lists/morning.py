@@ -26,7 +26,7 @@ from worker.store.dialect import Row, all_rows
 from worker.store.health import ENDS, OF_HOST
 
 # Rows that are counted; a count that reaches this means "at least".
-MOST = 10_000
+MAX_ROWS = 10_000
 # Orgs, pools, handlers and others that are named; of more, their number.
 NAMED = 3
 # Errors without a token that are listed.
@@ -77,7 +77,7 @@ class TokenlessRuns(NamedTuple):
 
 
 class CappedCount(NamedTuple):
-    """A number up to MOST, with the newest rows as examples."""
+    """A number up to MAX_ROWS, with the newest rows as examples."""
 
     total: int
     examples: Sequence[Row]
@@ -92,10 +92,10 @@ class Workers(NamedTuple):
 
 
 def waiting_for_all_orgs(connection: Connection) -> list[Waiting]:
-    """Waiting and held runs by reason, up to MOST of them, and as many parked ones; most runs first."""
+    """Waiting and held runs by reason, up to MAX_ROWS of them, and as many parked ones; most runs first."""
     columns = (_live.c.reason, _live.c.org_id, _live.c.available_at, _WHAT.label("what"))
     parts = [
-        select(select(*columns).where(_live.c.state.in_(states)).limit(MOST).subquery())
+        select(select(*columns).where(_live.c.state.in_(states)).limit(MAX_ROWS).subquery())
         for states in (("waiting", "held"), ("parked",))
     ]
     some = union_all(*parts).subquery()
@@ -156,8 +156,8 @@ def _named(rows: Sequence[Row]) -> Named:
 
 
 def running_for_all_orgs(connection: Connection) -> int:
-    """The number of running runs, up to MOST."""
-    some = select(_live.c.id).where(_live.c.state == "running").limit(MOST).subquery()
+    """The number of running runs, up to MAX_ROWS."""
+    some = select(_live.c.id).where(_live.c.state == "running").limit(MAX_ROWS).subquery()
     return connection.execute(select(func.count()).select_from(some)).scalar_one()
 
 
@@ -167,7 +167,7 @@ def without_token_for_all_orgs(connection: Connection) -> list[TokenlessRuns]:
         select(_orgs.c.issuer, _live.c.detail, _orgs.c.code)
         .join(_orgs, _orgs.c.id == _live.c.org_id)
         .where(_live.c.state == "waiting", _live.c.reason == "no_token")
-        .limit(MOST)
+        .limit(MAX_ROWS)
     )
     found: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for issuer, detail, org in connection.execute(query):
@@ -206,16 +206,17 @@ def broken_handlers(connection: Connection) -> CappedCount:
     query = select(_catalogue.c.name, _catalogue.c.distribution, _catalogue.c.error)
     rows = all_rows(
         connection,
-        query.where(OF_WORKERS, _catalogue.c.error.is_not(None)).order_by(_catalogue.c.name).limit(MOST),
+        query.where(OF_WORKERS, _catalogue.c.error.is_not(None)).order_by(_catalogue.c.name).limit(MAX_ROWS),
     )
     return CappedCount(len(rows), rows[:NAMED])
 
 
 def workers_for_all_orgs(connection: Connection, now: datetime) -> Workers:
-    """Workers that have not ended, by their lease, up to MOST."""
+    """Workers that have not ended, by their lease, up to MAX_ROWS."""
     query = select(*(_workers.c[name] for name in ("id", "host", "renewed_at", "lease_until")))
     rows = all_rows(
-        connection, query.where(_workers.c.ended_at.is_(None)).order_by(_workers.c.lease_until).limit(MOST)
+        connection,
+        query.where(_workers.c.ended_at.is_(None)).order_by(_workers.c.lease_until).limit(MAX_ROWS),
     )
     states = [(lease_state(row["renewed_at"], row["lease_until"], now), row) for row in rows]
     missing, late = ([row for state, row in states if state == wanted] for wanted in ("missing", "late"))
@@ -246,7 +247,7 @@ def lease_state(renewed_at: datetime, lease_until: datetime, now: datetime) -> s
 
 
 def _counted(connection: Connection, query: Any, key: ColumnElement[Any]) -> CappedCount:
-    some = query.with_only_columns(key.label("key")).limit(MOST).subquery()
+    some = query.with_only_columns(key.label("key")).limit(MAX_ROWS).subquery()
     count = connection.execute(select(func.count()).select_from(some)).scalar_one()
     examples = all_rows(connection, query.order_by(key.desc()).limit(NAMED)) if count else []
     return CappedCount(count, examples)

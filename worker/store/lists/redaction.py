@@ -29,7 +29,8 @@ Spec = dict[str, Any]
 OTHER_ORG = "the token is for another org"
 NOT_LOADED = "it does not load; an operator can see why"
 # Actors: an org sees itself, its own people and the worker; everyone else appears as OPERATOR.
-WORKER, OPERATOR = "worker", "operator"
+WORKER = "worker"
+OPERATOR = "operator"
 
 # Reasons whose detail is a code or the handler's own text. Other details are the worker's text.
 _DETAILED = {

@@ -23,9 +23,9 @@ from sqlalchemy import (
 )
 
 from worker.errors import NotFound, UsageError
-from worker.handlers.steps import MOST_STEPS
+from worker.handlers.steps import MAX_STEPS
 from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, OrgId, OrgScope, RunId, lowest_id
-from worker.runs.budgets import MOST_SPENDS
+from worker.runs.budgets import MAX_SPENDS
 from worker.search import ids_of
 from worker.store import orgs, tables
 from worker.store.dialect import Id, Instant, all_rows, first_row, json_type
@@ -307,7 +307,7 @@ def _spends_of(connection: Connection, org_id: OrgId, run_id: RunId) -> list[Spe
         select(spends.c.meter, spends.c.amount)
         .where(spends.c.run_id == run_id, spends.c.org_id == org_id)
         .order_by(spends.c.run_id, spends.c.meter, spends.c.key)
-        .limit(MOST_SPENDS)
+        .limit(MAX_SPENDS)
         .subquery()
     )
     query = (
@@ -337,9 +337,9 @@ def newest_steps(connection: Connection, org_id: OrgId, run_id: RunId) -> list[S
 
 
 def _step_count(connection: Connection, org_id: OrgId, run_id: RunId) -> int:
-    # At most MOST_STEPS of `ctx.step`, and a few more that were in flight together.
+    # At most MAX_STEPS of `ctx.step`, and a few more that were in flight together.
     mine = (_steps.c.run_id == run_id, _steps.c.org_id == org_id)
-    some = select(_steps.c.seq).where(*mine).limit(MOST_STEPS + MAX_LIMIT).subquery()
+    some = select(_steps.c.seq).where(*mine).limit(MAX_STEPS + MAX_LIMIT).subquery()
     return connection.execute(select(func.count()).select_from(some)).scalar_one()
 
 

@@ -20,7 +20,7 @@ By = Literal["meter", "definition", "day"]
 BYS: tuple[By, ...] = get_args(By)
 # Days that are listed by default, and the most that one query sums up.
 DAYS = 30
-MOST_DAYS = 400
+MAX_DAYS = 400
 
 _days, _definitions, _orgs = tables.meter_days, tables.definitions, tables.orgs
 
@@ -101,8 +101,8 @@ def window(connection: Connection, since: datetime | None, until: datetime | Non
     first = since.astimezone(UTC).date() if since is not None else last - timedelta(days=DAYS - 1)
     if first > last:
         raise UsageError(f"since {first} is after until {last}", fix="swap them, or leave one out")
-    if (last - first).days >= MOST_DAYS:
-        raise UsageError(f"{first} to {last} is more than {MOST_DAYS} days", fix="ask for fewer days")
+    if (last - first).days >= MAX_DAYS:
+        raise UsageError(f"{first} to {last} is more than {MAX_DAYS} days", fix="ask for fewer days")
     return first, last
 
 

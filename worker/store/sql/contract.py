@@ -94,7 +94,8 @@ class OrgQueue(NamedTuple):
 
 # Waiting runs that are read for each of the newest orgs wanted, and rows that are passed for them at most:
 # one org may have many, and others may have started already.
-PER_ORG, WINDOW = 4, 2000
+PER_ORG = 4
+WINDOW = 2000
 
 
 def distinct(orgs: Iterable[OrgId], count: int) -> list[OrgId]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from worker.definitions.definition import EDITABLE
 from worker.operations.matters import Overview
-from worker.runs.waits import MOST_WAITS
+from worker.runs.waits import MAX_WAITS
 from worker.store.lists import LISTS, MAX_LIMIT, Listing
 from worker.store.lists.read import DefinitionState
 from worker.store.lists.rows import (
@@ -35,7 +35,7 @@ from worker.web.callers import Role
 BASE = "/api/v1"
 # Every operation may answer these; 404 for what does not exist, or belongs to another org.
 ALWAYS = (400, 401, 403, 404, 429, 503)
-MOST_TEXT = 500
+MAX_TEXT = 500
 
 Schema = Mapping[str, Any]
 
@@ -77,7 +77,7 @@ class Endpoint:
         return sorted({*ALWAYS, *self.errors, *with_body})
 
 
-def _text(most: int = MOST_TEXT) -> Schema:
+def _text(most: int = MAX_TEXT) -> Schema:
     return {"type": "string", "minLength": 1, "maxLength": most}
 
 
@@ -96,7 +96,7 @@ FILTERS: Mapping[str, tuple[Schema, str]] = {
     "since": (TIME, "The earliest time: `2027-01-01T08:00:00Z`, `2027-01-01`, or `2h` (ago)."),
     "limit": (LIMIT, "Rows of a page, 50 by default."),
     "after": (UUID, "The id of the last row of the page before."),
-    "q": ({"type": "string", "maxLength": MOST_TEXT}, "A search, as `runs list -q` takes it."),
+    "q": ({"type": "string", "maxLength": MAX_TEXT}, "A search, as `runs list -q` takes it."),
     "pool": ({"type": "string"}, "A pool; only the newest runs are searched, as with `q`."),
     "broken": ({"enum": ["true", "false"]}, "Only broken orgs."),
 }
@@ -218,14 +218,14 @@ ANSWER = Endpoint(
         Field("data", {}, "The answer: any JSON, at most 64 KiB.", required=True),
         Field(
             "occurrence",
-            {"type": "integer", "minimum": 1, "maximum": MOST_WAITS},
+            {"type": "integer", "minimum": 1, "maximum": MAX_WAITS},
             "Which wait of that name in the run, 1 by default.",
         ),
     ),
     role="operator",
 )
 _MANY = (
-    Field("q", {"type": "string", "minLength": 1, "maxLength": MOST_TEXT}, "A search.", required=True),
+    Field("q", {"type": "string", "minLength": 1, "maxLength": MAX_TEXT}, "A search.", required=True),
     Field("dry_run", BOOLEAN, "Change nothing, only say which."),
     Field("canary", LIMIT, "Stop after this number; `next` continues."),
     REASON,

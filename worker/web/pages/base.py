@@ -27,7 +27,7 @@ from worker.web.sessions import SESSION_COOKIE, Forms, Session, Sessions
 # Rows of a page of a list.
 ROWS = 25
 ZONE_COOKIE = "orgworker_zone"
-MOST_OF_ZONE = 64
+MAX_ZONE = 64
 # Links of the navigation: address, text, whether only admins see them.
 _OF_OPERATORS = (
     ("/", "Overview", False),
@@ -99,7 +99,7 @@ class Pages:
     def zone(self, connection: HTTPConnection) -> ZoneInfo | None:
         """The viewer's time zone, by their cookie; None for UTC or an unknown one."""
         name = unquote(self.forms.cookie(connection, ZONE_COOKIE) or "").strip('"')
-        return _zone(name) if name and name != "UTC" and len(name) <= MOST_OF_ZONE else None
+        return _zone(name) if name and name != "UTC" and len(name) <= MAX_ZONE else None
 
     async def checked_form(self, request: Request) -> tuple[Session, dict[str, str]]:
         """The session whose page sent this form, and its fields.
@@ -127,7 +127,7 @@ class ZonePages:
         _, form = await self._pages.checked_form(request)
         name = form.get("zone", "").strip()
         try:
-            zone = parse_zone(name[: MOST_OF_ZONE + 1])
+            zone = parse_zone(name[: MAX_ZONE + 1])
         except WorkerError as error:
             raise UsageError(error.message, fix=error.fix) from None
         response = RedirectResponse(_own_path(form.get("back", "/")), 303)

@@ -36,7 +36,7 @@ from worker.web.pages.search import CHANGEABLE, SearchPages
 # Runs of the search that are looked at for those to show.
 LOOKED_AT = 30
 # A canary has at most this many runs.
-MOST_FIRST = 100
+MAX_CANARY = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class BulkPages:
                 "more": len(still) > ROWS or found.next is not None,
                 "changed": [caller.sees(Run, row) for row in newest],
                 "states": states,
-                "all_states": len(changed) < changes.MOST,
+                "all_states": len(changed) < changes.MAX_FOUND,
                 "is_moving": bool(states["waiting"] or states["running"]),
                 "left": list(dict.fromkeys(left)),
                 "back": search_path(text),
@@ -121,7 +121,7 @@ class BulkPages:
         _instant(began)
         many = Many(
             wanted,
-            canary=_number(form, "first", MOST_FIRST) if form.get("only") == "first" else None,
+            canary=_number(form, "first", MAX_CANARY) if form.get("only") == "first" else None,
             reason=reason,
             limit=_number(form, "most", MAX_LIMIT) if form.get("most") else MAX_LIMIT,
             after=form.get("after") or None,

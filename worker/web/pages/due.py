@@ -25,13 +25,14 @@ HOURS = 25
 # Seconds for which a count is kept.
 KEPT = 300.0
 # Definitions read by one statement, and those that are counted.
-PAGE, MOST_DEFINITIONS = 1_000, 50_000
+PAGE = 1_000
+MAX_DEFINITIONS = 50_000
 _TICK = timedelta(microseconds=1)
 
 
 @dataclass(frozen=True, slots=True)
 class DueHours:
-    """Scheduled times by hour; `is_part` if there are more than MOST_DEFINITIONS definitions."""
+    """Scheduled times by hour; `is_part` if there are more than MAX_DEFINITIONS definitions."""
 
     by_hour: Mapping[datetime, int]
     is_part: bool = False
@@ -75,7 +76,7 @@ class DueByHour:
                     total[hour] += times * definitions
             return last
 
-        for _ in range(MOST_DEFINITIONS // PAGE):
+        for _ in range(MAX_DEFINITIONS // PAGE):
             # Each page gives the database's thread back.
             after = await self._database.read(caller, add_page)
             if after is None:

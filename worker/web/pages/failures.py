@@ -56,7 +56,7 @@ class FailurePages:
                     for cause in causes
                 ],
                 "more": more,
-                "most": failures.MOST,
+                "most": failures.MAX_RUNS,
                 "state": state,
                 "since": since,
                 "states": STATES,

@@ -10,7 +10,7 @@ from worker.errors import UsageError, WorkerError
 from worker.web.pages.errors import fix_of
 from worker.web.responses import status_of
 
-MOST_OF_REASON = 500
+MAX_REASON = 500
 # How numbers, quoted strings, lists and objects begin.
 _STARTS = tuple('"[{-0123456789')
 
@@ -22,8 +22,8 @@ def reason_of(form: Mapping[str, str], name: str = "reason") -> str | None:
         UsageError: it is longer than its field allows.
     """
     text = form.get(name, "").strip()
-    if len(text) > MOST_OF_REASON:
-        raise UsageError(f"the {name} is longer than {MOST_OF_REASON} characters", fix="shorten it")
+    if len(text) > MAX_REASON:
+        raise UsageError(f"the {name} is longer than {MAX_REASON} characters", fix="shorten it")
     return text or None
 
 

@@ -35,7 +35,8 @@ from worker.web.pages.forms import problem_of
 
 R = TypeVar("R")
 # Declarations of hosts of one pool that the page of workers shows; characters of secrets and scopes of one.
-APPROVALS, MOST_DECLARED = 20, 2_000
+APPROVALS = 20
+MAX_DECLARED = 2_000
 RISKS = ("dead", "old", "all")
 
 
@@ -179,7 +180,7 @@ def shown_approvals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if seen[row["pool"]] > APPROVALS:
             continue
         is_last = seen[row["pool"]] == APPROVALS
-        long = sum(map(len, (*row["secrets"], *row["scopes"]))) > MOST_DECLARED
+        long = sum(map(len, (*row["secrets"], *row["scopes"]))) > MAX_DECLARED
         names = {key: [] if long else row[key] for key in ("secrets", "scopes")}
         left_out = of_pool[row["pool"]] - APPROVALS if is_last else 0
         command = approvals.command_of(row)

@@ -32,7 +32,9 @@ from worker.web.responses import wait_headers
 from worker.web.sessions import LOGIN, LOGIN_COOKIE, SESSION_COOKIE
 
 _ORG = re.compile(r"[A-Za-z0-9_.-]{1,200}")
-START, CALLBACK, ONCE = f"{LOGIN}/start", f"{LOGIN}/callback", f"{LOGIN}/once/"
+START = f"{LOGIN}/start"
+CALLBACK = f"{LOGIN}/callback"
+ONCE = f"{LOGIN}/once/"
 
 
 class LoginPages:

@@ -17,7 +17,7 @@ from worker.runs.causes import WHOSE
 from worker.store.lists import morning
 from worker.web.charts import ChartSeries, bars
 from worker.web.pages.base import Pages, caller_of, query
-from worker.web.pages.due import HOUR, HOURS, MOST_DEFINITIONS, DueByHour, DueHours, hour_of
+from worker.web.pages.due import HOUR, HOURS, MAX_DEFINITIONS, DueByHour, DueHours, hour_of
 from worker.web.pages.links import hour_path, org_path, step_path
 
 # The layers of the chart, from the bottom.
@@ -53,7 +53,7 @@ class MorningPage:
                 "running": morning.running_for_all_orgs(connection),
                 "ended": _ended_chart(ended),
                 "due": _due_chart(due, now),
-                "due_of": MOST_DEFINITIONS if due.is_part else None,
+                "due_of": MAX_DEFINITIONS if due.is_part else None,
                 "totals": _totals(ended),
             }
 

@@ -27,7 +27,7 @@ from worker.web.pages.forms import problem_of, reason_of
 from worker.web.pages.links import day_path, org_path
 
 # Definitions in the grid, and next times and open waits beside it.
-MOST_DEFINITIONS = 40
+MAX_DEFINITIONS = 40
 SHOWN = 10
 
 
@@ -99,7 +99,7 @@ class OrgPages:
             org_id = orgs.require(connection, code)["id"]
             runs = read(connection, RUNS, scope, Page(limit=ROWS, after=after))
             waiting = open_waits(connection, org_id, limit=SHOWN)
-            definitions = read(connection, DEFINITIONS, scope, Page(limit=MOST_DEFINITIONS))
+            definitions = read(connection, DEFINITIONS, scope, Page(limit=MAX_DEFINITIONS))
             definitions.sort(key=lambda row: row["name"])
             due = [row for row in definitions if row["next_scheduled_for"] and row["state"] == "active"]
             due.sort(key=lambda row: row["next_scheduled_for"] or now)
@@ -109,7 +109,7 @@ class OrgPages:
                 "org": caller.sees(OrgDetail, org(connection, code)),
                 "may": allowed(request),
                 **problem_of(problem),
-                "has_more": len(definitions) == MOST_DEFINITIONS,
+                "has_more": len(definitions) == MAX_DEFINITIONS,
                 "definitions": [caller.sees(DefinitionRow, row) for row in definitions],
                 "due": [caller.sees(DefinitionRow, row) for row in due[:SHOWN]],
                 "runs": [caller.sees(Run, row) for row in runs],

@@ -23,7 +23,7 @@ LINES = 200
 LINE = 2_000
 TEXT = 120_000
 # The largest number of a column.
-_MOST = 2**31 - 1
+_MAX_NUMBER = 2**31 - 1
 
 
 class LogPage(NamedTuple):
@@ -55,7 +55,7 @@ def page_after(connection: Connection, caller: Caller, run_id: str, after: Place
     kept = _fitting(lines, caller)
     newest = _text(kept[-1]) if kept else f"{after[0]}.{after[1]}"
     # Pages before this one end with the line `after` itself.
-    older = _text(kept[0]) if kept else f"{after[0]}.{min(after[1] + 1, _MOST)}"
+    older = _text(kept[0]) if kept else f"{after[0]}.{min(after[1] + 1, _MAX_NUMBER)}"
     return LogPage(kept, older, newest if len(kept) < len(lines) else None, newest)
 
 
@@ -66,7 +66,7 @@ def place_of(text: str) -> Place:
         raise NotFound(
             "that is not a place in a log", fix="open the page of the run, and page back from there"
         )
-    return min(int(attempt), _MOST), min(int(seq), _MOST)
+    return min(int(attempt), _MAX_NUMBER), min(int(seq), _MAX_NUMBER)
 
 
 def _fitting(lines: Iterable[Row], caller: Caller) -> list[Row]:

@@ -34,13 +34,14 @@ VALUE = 8_000
 # Attempts that the table lists, the newest.
 ATTEMPTS = 25
 # Steps that the table lists, the newest, and characters of the result of each.
-STEPS, STEP_TEXT = 50, 160
+STEPS = 50
+STEP_TEXT = 160
 # Waits that the page shows, the newest, and the answers to one that have a button.
 WAITS = 25
 OPTIONS = 10
 _OCCURRENCE = re.compile(r"[1-9][0-9]{0,4}")
 # Attempts that the chart draws; a run without a token may have thousands.
-MOST_LANES = 12
+MAX_LANES = 12
 
 
 class RunPages:
@@ -245,7 +246,7 @@ def lanes_of(run: Mapping[str, Any], now: datetime) -> list[Lane]:
     if run["state"] == "waiting" and now > since:
         note = run["reason"] or ""
         lanes.append(Lane("Now", [LanePiece("waiting", "waiting", since, now)], note.replace("_", " ")))
-    return lanes[-MOST_LANES:]
+    return lanes[-MAX_LANES:]
 
 
 def _pieces(marks: Sequence[tuple[str, str, datetime | None]], end: datetime) -> list[LanePiece]:

@@ -23,7 +23,7 @@ from worker.web.pages.links import search_path
 from worker.web.pages.rendering import page
 
 # Orgs that the page shows above the runs.
-MOST_ORGS = 8
+MAX_ORGS = 8
 # What can be done to all runs of a search, and the states that they must be in.
 CHANGEABLE: Mapping[Literal["retry", "cancel"], frozenset[str]] = {
     "retry": frozenset({"failed", "refused", "cancelled"}),
@@ -65,7 +65,7 @@ def _found(connection: Connection, caller: Caller, wanted: Query, given: dict[st
     scope, after = caller.scope(), given.get("after")
     has_words = bool(wanted.words or wanted.org)
     has_names = has_words or bool(wanted.definition or wanted.handler)
-    orgs = search.orgs_of(connection, scope, wanted, Page(limit=MOST_ORGS)) if has_words and not after else []
+    orgs = search.orgs_of(connection, scope, wanted, Page(limit=MAX_ORGS)) if has_words and not after else []
     found = search.page_of(connection, scope, wanted, Page(limit=ROWS, after=after))
     near = suggestions(connection, scope, wanted) if has_names and not (orgs or found.runs) else []
     text = given.get("q", "")

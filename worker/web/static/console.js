@@ -23,7 +23,7 @@ document.addEventListener("keydown", (event) => {
 })();
 
 // The page of an unfinished run follows its stream of events, or asks for the page again every few seconds.
-const POLL = 5000, MOST_LINES = 2000;
+const POLL = 5000, MAX_LINES = 2000;
 let following = null;
 
 function after(line, place) {
@@ -43,7 +43,7 @@ function addLine(list, line) {
   item.append(time, " ", level, " ", text);
   list.append(item);
   list.dataset.newest = `${line.attempt}.${line.seq}`;
-  while (list.children.length > MOST_LINES) list.firstElementChild.remove();
+  while (list.children.length > MAX_LINES) list.firstElementChild.remove();
   list.parentElement.classList.remove("nothing");
   document.querySelector("#log-empty")?.remove();
 }

@@ -21,7 +21,8 @@ def exchange(
 MADE = {"name": "an app", "type": "m2m", "org_code": "org_a"}
 ANSWER = {"code": "APPLICATION_CREATED", "application": {"id": "a", "client_id": "a", "client_secret": "s"}}
 ORG = {"code": "org_a", "name": "Acme", "external_id": None}
-APPS, ORGS = "/api/v1/applications", "/api/v1/organizations"
+APPS = "/api/v1/applications"
+ORGS = "/api/v1/organizations"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from worker.execution.runners.child.frames import Message, frame
 
 _READ = 65_536
 # Reads of a closed channel: more than its buffer in the kernel has.
-_MOST_REST = 32
+_MAX_REST = 32
 _SOURCES = ("stdout", "stderr")
 
 
@@ -185,7 +185,7 @@ class ChildProcess(asyncio.Protocol):
         asyncio drops that if an answer cannot be written while reading is paused.
         """
         with suppress(OSError):
-            for _ in range(_MOST_REST):  # it may have closed only what it reads from, and go on sending
+            for _ in range(_MAX_REST):  # it may have closed only what it reads from, and go on sending
                 if self._socket is None or not (data := self._socket.recv(_READ)):
                     break
                 self.data_received(data)

@@ -22,13 +22,13 @@ TEXTS_LIMIT = 3 * 1024 * 1024
 # Characters from which a text follows the JSON.
 LONG = 1024
 # Marks and texts in the JSON of a run's frame: a step has up to 1,000 spends.
-MOST_TOKENS = 8192
+MAX_TOKENS = 8192
 _LENGTH = struct.Struct("!I")
 _LENGTHS = struct.Struct("!II")
 _TEXTS = "texts"
-# Matches as many as `MOST_TOKENS` without building anything.
+# Matches as many as `MAX_TOKENS` without building anything.
 _TOO_MANY = re.compile(
-    r'(?:[^"\[\]{},:]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},:])){%d}' % MOST_TOKENS,  # noqa: UP031
+    r'(?:[^"\[\]{},:]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},:])){%d}' % MAX_TOKENS,  # noqa: UP031
     re.DOTALL,
 )
 # What readers of a message raise for one that is not as our own code sends it.
@@ -141,7 +141,7 @@ def _object(body: bytes, *, untrusted: bool = False) -> Message:
     try:
         text = body.decode()
         if untrusted and _TOO_MANY.match(text) is not None:
-            raise BrokenMessage(f"a frame with more than {MOST_TOKENS} parts")
+            raise BrokenMessage(f"a frame with more than {MAX_TOKENS} parts")
         message = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BrokenMessage("a frame that is not JSON") from error

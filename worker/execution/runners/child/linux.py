@@ -27,7 +27,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 DESCRIPTORS = 65_536
 # Descriptors of runs that one look for files in memory reads, in some 4 ms.
-MOST_LOOKED_AT = 512
+MAX_LOOKED_AT = 512
 END = object()
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
@@ -241,7 +241,7 @@ def memory(pids: Iterable[int], *, own: int, limit: int, files: int = 0) -> int:
 class MemoryFiles:
     """Files in memory that processes hold (memfd_create): no resident size counts what is not mapped.
 
-    A look reads at most MOST_LOOKED_AT descriptors, and the next one goes on from there. A run with thousands
+    A look reads at most MAX_LOOKED_AT descriptors, and the next one goes on from there. A run with thousands
     delays when files are found, but not the process that looks.
     """
 
@@ -254,7 +254,7 @@ class MemoryFiles:
         self._sizes = {pid: self._sizes.get(pid, {}) for pid in sorted(pids)}
         if self._pass is None:
             self._pass = self._read(list(self._sizes))
-        for _ in range(MOST_LOOKED_AT):
+        for _ in range(MAX_LOOKED_AT):
             if next(self._pass, END) is END:
                 self._pass = None
                 return

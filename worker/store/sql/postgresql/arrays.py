@@ -65,11 +65,13 @@ def distinct(rows: Iterable[T], key: Callable[[T], Hashable]) -> tuple[list[T], 
 # and that of the first. Each element follows its size.
 _HEAD = struct.Struct(">iiIii").pack
 _NO_ELEMENTS = struct.Struct(">iiI").pack
-_UUID, _TIMESTAMPTZ = 2950, 1184
+_UUID = 2950
+_TIMESTAMPTZ = 1184
 _UUID_SIZE = "00000010"
 # Microseconds since 2000.
 _INSTANT = struct.Struct(">iq").pack
-_ORIGIN, _MICROSECOND = datetime(2000, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
+_ORIGIN = datetime(2000, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
 _NULL = struct.pack(">i", -1)
 
 

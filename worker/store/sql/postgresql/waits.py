@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import Connection
 
 from worker.ids import RunId
-from worker.runs.waits import MOST_WAITS, NewWait, WaitState, options_text
+from worker.runs.waits import MAX_WAITS, NewWait, WaitState, options_text
 from worker.store.dialect import driver
 
 # The options of the first call stay. An answer that came before them may not be one of them.
@@ -77,7 +77,7 @@ def open_wait(
     if row is None:
         return None
     kind, answered, answer, over, until, is_new = row
-    if is_new and raw.execute(COUNT, (run_id, MOST_WAITS + 1)).fetchone()[0] > MOST_WAITS:
+    if is_new and raw.execute(COUNT, (run_id, MAX_WAITS + 1)).fetchone()[0] > MAX_WAITS:
         raw.execute(FORGET, (run_id, wait.name, wait.occurrence))
         return WaitState(kind, "too_many")
     return WaitState(kind, "answered" if answered else "over" if over else "pending", answer, until)

@@ -26,7 +26,13 @@ Candidate = Sequence[Any]
 # Rank, whether others of that rank go first, due time, id, run.
 _Ranked = tuple[float, bool, str, str, Candidate]
 
-ID, _DEFINITION, _HANDLER, _ISOLATION, _AVAILABLE_AT, _MOST, _POOL = 0, 2, 4, 5, 8, 16, 17
+ID = 0
+_DEFINITION = 2
+_HANDLER = 4
+_ISOLATION = 5
+_AVAILABLE_AT = 8
+_MAX_CONCURRENT = 16
+_POOL = 17
 
 # The same portion of each org's queue. `{names}` and `{pools}` become one parameter for each.
 # JSON is joined as text: `json_group_array(json(line))` would parse it again.
@@ -70,7 +76,7 @@ class RoomLeft:
 
     def take(self, run: Candidate) -> bool:
         """Count the run against every limit; False if one is reached."""
-        handler, isolation, most = run[_HANDLER], run[_ISOLATION], run[_MOST]
+        handler, isolation, most = run[_HANDLER], run[_ISOLATION], run[_MAX_CONCURRENT]
         if self._free.get(isolation, 0) <= 0 or self._handlers.get(handler, 1) <= 0:
             return False
         if most is not None:

@@ -17,7 +17,7 @@ from worker.clock import to_text
 from worker.store.dialect import compact_json
 
 # Rows in one statement; with 18 columns a third of the parameters that SQLite allows by default.
-MOST = 512
+MAX_ROWS = 512
 
 
 def instant(value: datetime | None) -> str | None:
@@ -46,8 +46,8 @@ def in_one_step(
     Rows of nulls pad it to a power of two, so that there are few different statements: the text must
     ignore them, as by `WHERE column1 IS NOT NULL`. `first` are the parameters before the rows.
     """
-    for part in range(0, len(rows), MOST):
-        some = rows[part : part + MOST]
+    for part in range(0, len(rows), MAX_ROWS):
+        some = rows[part : part + MAX_ROWS]
         length, width = 1 << (len(some) - 1).bit_length(), len(some[0])
         values = list(itertools.chain(first, *some))
         values += [None] * (length * width + len(first) - len(values))

@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 
 from worker.clock import from_text
 from worker.ids import RunId
-from worker.runs.waits import MOST_WAITS, NewWait, WaitState, is_option, options_text
+from worker.runs.waits import MAX_WAITS, NewWait, WaitState, is_option, options_text
 from worker.store.dialect import driver, file_now
 from worker.store.sql.sqlite.values import instant
 
@@ -60,7 +60,7 @@ def open_wait(
     key = run_id, wait.name, wait.occurrence
     row = cursor.execute(FIND, key).fetchone()
     if row is None:
-        if cursor.execute(COUNT, (run_id, MOST_WAITS)).fetchone()[0] >= MOST_WAITS:
+        if cursor.execute(COUNT, (run_id, MAX_WAITS)).fetchone()[0] >= MAX_WAITS:
             return WaitState(wait.kind, "too_many")
         over_at = now if until is not None and until <= now else None
         pending = attempt if over_at is None else None
