@@ -8,6 +8,7 @@ contain a secret.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from datetime import datetime
@@ -27,16 +28,16 @@ TextCheck = Callable[[str, str, int], None]
 Masked = Callable[[str], str]
 
 
-class CallPart(Generic[V]):
-    """A kind of value. The base writes a value as it is, and reads nothing."""
+class CallPart(ABC, Generic[V]):
+    """A kind of value. The base writes a value as it is, and names and masks nothing."""
 
     def write(self, value: V) -> Any:
         """The value as JSON."""
         return value
 
+    @abstractmethod
     def read(self, value: Any, check: TextCheck) -> V:
         """The value of JSON that is not trusted. Raises one of `MALFORMED`, or StepError."""
-        raise NotImplementedError
 
     def names(self, value: V) -> Iterator[tuple[str, str]]:
         """What it names, and the name, which is refused if it contains a secret."""
