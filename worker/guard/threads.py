@@ -56,6 +56,9 @@ class _Process:
                 for name in _LAZY:
                     with suppress(ImportError):
                         import_module(name)
+                with suppress(ImportError):
+                    # Reads a file of its package, unless SSL_CERT_FILE or SSL_CERT_DIR names another.
+                    import_module("certifi").where()
                 self.of_parent.append(self.loop)
                 loop = asyncio.SelectorEventLoop(_Selector(self.lock))
                 thread = threading.Thread(target=_run, args=(loop, self.lock), name="guard-keys", daemon=True)

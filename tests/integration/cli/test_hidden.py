@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import pytest
 
 from tests.conftest import copied
 
-WORKER = [sys.executable, "-P", "-m", "worker"]
+ROOT = Path(__file__).parents[3]
 # As root every process may be read: the owner of the commands and who spies on them is nobody then.
 NOBODY: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []} if os.getuid() == 0 else {}
 SPY = """
@@ -48,6 +51,35 @@ main()
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _reachable() -> Iterator[None]:
+    """Copies of the packages for nobody, where the checkout lies in a folder that is closed to others."""
+    if not NOBODY or all(path.stat().st_mode & 0o001 for path in ROOT.parents):
+        yield
+        return
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as changed:
+        os.chmod(name, 0o755)
+        for package in ("worker", "jobs", "migrations"):
+            shutil.copytree(ROOT / package, Path(name, package))
+        locked = (ROOT / "config/requirements/run.lock").read_text()
+        for required in re.findall(r"^([\w.-]+)(?:\[.*\])?==", locked, re.MULTILINE):
+            try:
+                files = distribution(required).files or []
+            except PackageNotFoundError:
+                continue  # of another system
+            for file in files:
+                if ".." not in file.parts:
+                    Path(name, file).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(str(file.locate()), Path(name, file))
+        changed.setenv("PYTHONPATH", name)
+        changed.setattr(sys, "executable", os.path.realpath(sys.executable))
+        yield
+
+
+def worker() -> list[str]:
+    return [sys.executable, "-P", "-m", "worker"]
+
+
 @pytest.fixture
 def folder(migrated_sqlite_file: Path) -> Iterator[Path]:
     """An installation of nobody, with a setting in a secret file and a password in the environment."""
@@ -68,7 +100,7 @@ def folder(migrated_sqlite_file: Path) -> Iterator[Path]:
 
 
 def called(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [*WORKER, "--config", str(folder / "worker.toml"), *arguments]
+    command = [*worker(), "--config", str(folder / "worker.toml"), *arguments]
     return subprocess.run(
         command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, **NOBODY
     )
@@ -97,7 +129,7 @@ ADD = ("credentials", "add", "org_a", "--client-id", "one", "--secret-file", "-"
 
 @pytest.mark.parametrize("arguments", [["serve"], ["run"], ADD], ids=["serve", "run", "credentials add"])
 def test_no_other_process_of_the_user_reads_a_command(folder: Path, arguments: list[str]) -> None:
-    process = started(folder, *WORKER, "--config", str(folder / "worker.toml"), *arguments)
+    process = started(folder, *worker(), "--config", str(folder / "worker.toml"), *arguments)
     try:
         until = time.monotonic() + 30
         while (seen := spied(process.pid)) != "denied" and time.monotonic() < until:
@@ -149,7 +181,7 @@ def test_memory_is_hidden_before_settings_and_secrets_are_read(folder: Path, nam
 def test_a_hidden_command_reads_and_writes_what_it_is_given(folder: Path) -> None:
     """What belongs to a hidden process in /proc is root's: descriptors by name must open all the same."""
     given = ["--set", "issuers.main.url=https://acme.kinde.com"]
-    command = shlex.join([*WORKER, "--config", "worker.toml", *given, "orgs", "import"])
+    command = shlex.join([*worker(), "--config", "worker.toml", *given, "orgs", "import"])
 
     for place in ("-", "/dev/stdin", "/proc/self/fd/0"):
         line = json.dumps({"code": f"org_{len(place)}", "name": "A", "issuer": "main"})
@@ -185,7 +217,7 @@ def test_a_worker_started_without_safe_path_drops_its_working_folder(folder: Pat
 
 
 def test_help_imports_neither_what_is_hidden_nor_the_database_library(folder: Path) -> None:
-    command = [sys.executable, "-X", "importtime", *WORKER[1:], "--help"]
+    command = [sys.executable, "-X", "importtime", *worker()[1:], "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
 
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
