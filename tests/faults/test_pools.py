@@ -19,8 +19,7 @@ import pytest
 
 from tests.fakes.clock import START, ManualClock
 from tests.fakes.stock import HANDLER, Stock
-from worker.claims.enforced import Enforced
-from worker.claims.pools import PoolRules, Rules
+from worker.claims.enforced import Enforced, PoolRules, Rules
 from worker.definitions.pools import pool_of
 from worker.errors import TokenRefused
 from worker.execution.attempts.attempt import Prepared, prepare

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worker.claims.digests import without_digests
+from worker.claims.enforced import without_digests
 from worker.cli.lists import add_list
 from worker.cli.options import (
     DefinitionOption,

@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, update
 
-from worker.claims.record import ClaimsRecord
+from worker.claims.enforced import ClaimsRecord
 from worker.definitions.definition import from_spec
 from worker.definitions.pools import DEFAULT_POOL
 from worker.demo.installation import SCOPE, DemoOrg, last_night

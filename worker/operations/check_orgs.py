@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from sqlalchemy import Connection
 
-from worker.claims.digests import DIGESTS, ClaimChange, Digests, compare
-from worker.claims.pools import Rules, pool_mismatch
+from worker.claims.enforced import DIGESTS, ClaimChange, Digests, Rules, compare, pool_mismatch
 from worker.errors import ConfigurationError, Diagnostic, NotFound, Unavailable
 from worker.guard.issuer import Issuer
 from worker.operations import org_secrets

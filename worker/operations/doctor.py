@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worker.claims.pools import PoolRules
+from worker.claims.enforced import PoolRules
 from worker.clock import to_text
 from worker.definitions.units import format_duration
 from worker.errors import ConfigurationError, Diagnostic

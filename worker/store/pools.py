@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from sqlalchemy import ColumnElement, Connection, delete, func, literal_column, select
 
-from worker.claims.pools import Rules
+from worker.claims.enforced import Rules
 from worker.definitions.pools import pool_of
 from worker.runs.run import Declared
 from worker.store import catalogue, tables

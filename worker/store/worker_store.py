@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Text, cast, select
 
-from worker.claims.pools import PoolRules, Rules
+from worker.claims.enforced import PoolRules, Rules
 from worker.definitions.budgets import limit_of_property
 from worker.definitions.pools import DEFAULT_POOL
 from worker.errors import NotFound, StoreUnavailable

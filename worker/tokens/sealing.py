@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from worker.claims.digests import Digests
+from worker.claims.enforced import Digests
 from worker.errors import ConfigurationError, Conflict
 
 NONCE_BYTES = 12

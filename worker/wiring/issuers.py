@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from worker.adapters.secrets import OpenedCredentials
-from worker.claims.digests import Digests
+from worker.claims.enforced import Digests
 from worker.clock import Clock
 from worker.errors import ConfigurationError
 from worker.guard import profile

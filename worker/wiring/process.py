@@ -13,7 +13,7 @@ from random import SystemRandom
 
 from worker.adapters.catalogue import StoredCatalogue
 from worker.adapters.secrets import OpenedCredentials, OpenedSecrets, StoredTokens
-from worker.claims.pools import PoolRules
+from worker.claims.enforced import PoolRules
 from worker.clock import SystemClock
 from worker.errors import ConfigurationError
 from worker.execution.attempts.attempt import attempt

@@ -14,7 +14,7 @@ from tests.fakes.cli import CommandLine
 from tests.fakes.kinde.faults import Script
 from tests.fakes.kinde.server import MANAGER, Kinde, serve_kinde
 from worker import settings, wiring
-from worker.claims.record import ClaimsRecord
+from worker.claims.enforced import ClaimsRecord
 from worker.clock import SystemClock
 from worker.execution.attempts.events import record_claims
 from worker.guard.claims import Claims

@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 
 from tests.fakes.stock import HANDLER, Stock
-from worker.claims.pools import PoolRules, Rules
+from worker.claims.enforced import PoolRules, Rules
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import WorkerId, new_id
 from worker.runs.run import AdmittedRun, Declared

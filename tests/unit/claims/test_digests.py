@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from worker.claims.digests import DIGESTS, ClaimChange, Digests, compare
+from worker.claims.enforced import DIGESTS, ClaimChange, Digests, compare
 from worker.guard.claims import Claims, Flag
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

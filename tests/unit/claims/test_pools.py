@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from worker.claims.pools import PoolRules, pool_mismatch
+from worker.claims.enforced import PoolRules, pool_mismatch
 from worker.errors import TokenRefused
 from worker.guard.claims import Claims, Flag
 

@@ -13,8 +13,7 @@ import pytest
 
 from tests.fakes.clock import START, ManualClock
 from tests.unit.execution.runs import admitted
-from worker.claims.enforced import Enforced
-from worker.claims.pools import PoolRules
+from worker.claims.enforced import Enforced, PoolRules
 from worker.errors import (
     ConfigurationError,
     CredentialsRejected,

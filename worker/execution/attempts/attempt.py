@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from random import Random
 
-from worker.claims.enforced import Enforced
-from worker.claims.record import ClaimsRecord
+from worker.claims.enforced import ClaimsRecord, Enforced
 from worker.errors import (
     ConfigurationError,
     LeaseLost,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from worker.claims.record import ClaimsRecord
+from worker.claims.enforced import ClaimsRecord
 from worker.definitions.definition import Definition
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.plan import AttemptPlan

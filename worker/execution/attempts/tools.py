@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Protocol
 
-from worker.claims.digests import Digests
-from worker.claims.enforced import Enforced
-from worker.claims.pools import PoolRules
+from worker.claims.enforced import Digests, Enforced, PoolRules
 from worker.clock import Clock
 from worker.errors import LeaseLost
 from worker.execution.attempts.answers import Acts, RunLog

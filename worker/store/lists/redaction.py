@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-from worker.claims.digests import without_digests
+from worker.claims.enforced import without_digests
 from worker.runs.causes import last_reason
 from worker.runs.worker_ends import SOURCE
 from worker.telemetry.masking import without_paths

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from worker.claims.digests import without_digests
+from worker.claims.enforced import without_digests
 from worker.errors import Conflict, UsageError, WorkerError
 from worker.ids import ALL_ORGS
 from worker.search import parsed

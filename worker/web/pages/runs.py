@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from worker.claims.digests import without_digests
+from worker.claims.enforced import without_digests
 from worker.errors import Conflict, DefinitionError, UsageError, WorkerError
 from worker.ids import OrgId, RunId
 from worker.operations.runs import require_run
