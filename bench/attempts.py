@@ -31,11 +31,10 @@ from tests.fakes.issuer import App, FakeCredentials, FakeIssuer, kinde_issuer
 from worker.clock import SystemClock
 from worker.execution.attempts.attempt import attempt
 from worker.execution.attempts.dispatcher import Dispatcher
-from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRuns
-from worker.execution.attempts.plan import Plans, Revision
+from worker.execution.attempts.plan import HandlerRegistry, Plans, Revision
+from worker.execution.attempts.run_log import RunLogWriter
 from worker.execution.attempts.tools import Tools
-from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.inline import Inline
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.context import Context

@@ -26,9 +26,8 @@ from worker.clock import SystemClock
 from worker.execution.attempts.answers import Running
 from worker.execution.attempts.attempt import conclude
 from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.store_acts import RunStores, StoreActs
-from worker.execution.attempts.tools import Tools
-from worker.execution.loops.run_log_writer import Progress, RunLogWriter
+from worker.execution.attempts.run_log import Progress, RunLogWriter
+from worker.execution.attempts.tools import RunStores, StoreActs, Tools
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import StopSignal
 from worker.runs.outcome import Trail

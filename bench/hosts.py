@@ -24,12 +24,11 @@ from typing import Any, cast
 
 from bench.filling import HANDLER, Filled, filled
 from worker.clock import SystemClock
-from worker.execution.attempts.handler_registry import HandlerRegistry
-from worker.execution.attempts.plan import Plans
+from worker.execution.attempts.plan import HandlerRegistry, Plans
+from worker.execution.attempts.run_log import RunLogWriter
 from worker.execution.attempts.tools import Tools
 from worker.execution.hosts.attempt_api import AttemptApi
 from worker.execution.hosts.wire import PREFIX
-from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.trial import FakeTokens
 from worker.handlers.catalogue import HandlerEntry

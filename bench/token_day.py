@@ -23,7 +23,7 @@ from time import perf_counter
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.token_fleet import Fleet, opened
-from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.plan import HandlerRegistry
 from worker.execution.loops.token_renewal import TokenRenewal
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId

@@ -23,9 +23,9 @@ from tests.fakes.answering import Answering
 from tests.fakes.clock import ManualClock
 from tests.fakes.exchanges import ENTRY, RUN, Exchange
 from worker.claims.enforced import Enforced
-from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRuns
-from worker.execution.attempts.plan import Plans
+from worker.execution.attempts.plan import HandlerRegistry, Plans
+from worker.execution.attempts.run_log import RunLogWriter
 from worker.execution.attempts.tools import GivenSecrets, Tools
 from worker.execution.hosts import wire
 from worker.execution.hosts.attempt_api import AttemptApi
@@ -33,7 +33,6 @@ from worker.execution.hosts.control import AsyncControl, BlockingControl, Contro
 from worker.execution.hosts.delivery import HostTools
 from worker.execution.hosts.remote import RemoteStore
 from worker.execution.hosts.sharing import Sharing
-from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.handlers.ceiling import Grant, Offered
 from worker.ids import OrgId
 from worker.runs.budgets import OrgBudgets

@@ -23,11 +23,10 @@ from worker.claims.enforced import Enforced, PoolRules, Rules
 from worker.definitions.pools import pool_of
 from worker.errors import TokenRefused
 from worker.execution.attempts.attempt import Prepared, prepare
-from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.plan import Plans
+from worker.execution.attempts.plan import HandlerRegistry, Plans
+from worker.execution.attempts.run_log import RunLogWriter
 from worker.execution.attempts.tools import Tools
-from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import StopSignal
 from worker.guard.claims import Claims
 from worker.handlers.catalogue import HandlerEntry

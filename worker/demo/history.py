@@ -20,7 +20,7 @@ from worker.claims.enforced import ClaimsRecord
 from worker.definitions.definition import from_spec
 from worker.definitions.pools import DEFAULT_POOL
 from worker.demo.installation import SCOPE, DemoOrg, last_night
-from worker.execution.attempts.events import record_claims
+from worker.execution.attempts.inflight import record_claims
 from worker.guard.claims import Claims, Flag
 from worker.ids import OrgId, RunId, WorkerId
 from worker.operations.definitions import pause_definition

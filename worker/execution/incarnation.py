@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 from worker.clock import Clock
 from worker.errors import Unavailable
 from worker.execution.attempts.dispatcher import Dispatcher
-from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.plan import HandlerRegistry
 from worker.execution.loops.finisher import FinishStore
 from worker.execution.loops.heartbeat import Heartbeat, LeaseStore
 from worker.execution.loops.maintenance import Housekeeping

@@ -16,11 +16,10 @@ from worker.clock import Clock
 from worker.definitions.definition import Definition, parse_definition, to_spec
 from worker.errors import UsageError
 from worker.execution.attempts.attempt import attempt
-from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.plan import Plans
+from worker.execution.attempts.plan import HandlerRegistry, Plans
+from worker.execution.attempts.run_log import Progress, RunLogWriter
 from worker.execution.attempts.tools import GivenSecrets, SecretSource, TokenSource, Tools
-from worker.execution.loops.run_log_writer import Progress, RunLogWriter
 from worker.execution.runners.contract import Runner, StopSignal
 from worker.execution.trial_budgets import TrialBudgets, budgets_of
 from worker.guard import profile

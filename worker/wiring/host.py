@@ -16,17 +16,16 @@ from typing import Any
 
 from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError, Unavailable
-from worker.execution.attempts import events as attempt_events
 from worker.execution.attempts.dispatcher import Dispatcher
-from worker.execution.attempts.handler_registry import HandlerRegistry
-from worker.execution.attempts.inflight import InflightRuns
+from worker.execution.attempts.inflight import InflightRuns, attempt_ended
+from worker.execution.attempts.plan import HandlerRegistry
+from worker.execution.attempts.run_log import RunLogWriter
 from worker.execution.hosts.control import AsyncControl, BlockingControl, ControlDenied, Controls
 from worker.execution.hosts.hosted import RemoteTools, hosted_attempt
 from worker.execution.hosts.remote import RemoteStore
 from worker.execution.hosts.taking import Taking
 from worker.execution.hosts.wire import Registered, Registration, Taken
 from worker.execution.incarnation import FAREWELL, Incarnation, ProcessTools, Source, run_incarnations
-from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.runners.inline import Inline
 from worker.execution.signals import Signals
@@ -181,7 +180,7 @@ class Host:
             store,
             on_free=signals.slots_free,
             on_end=lambda ended, inflight: None,
-            report=attempt_events.attempt_ended,
+            report=attempt_ended,
         )
         taking = self._source(store, registered, dispatcher, signals)
         return Incarnation(

@@ -18,15 +18,14 @@ from worker.clock import SystemClock
 from worker.errors import ConfigurationError
 from worker.execution.attempts.attempt import attempt
 from worker.execution.attempts.dispatcher import Dispatcher
-from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRuns
-from worker.execution.attempts.plan import Plans
+from worker.execution.attempts.plan import HandlerRegistry, Plans
+from worker.execution.attempts.run_log import RunLogWriter
 from worker.execution.attempts.tools import Tools
 from worker.execution.incarnation import Incarnation, ProcessTools, run_incarnations
 from worker.execution.loops.admission import Admission
 from worker.execution.loops.maintenance import Housekeeping, Retention, sweep
 from worker.execution.loops.reconciler import emit_recovered, recover_dead_workers
-from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.scheduler import Scheduler
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.loops.token_renewal import TokenRenewal

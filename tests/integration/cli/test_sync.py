@@ -16,7 +16,7 @@ from tests.fakes.kinde.server import MANAGER, Kinde, serve_kinde
 from worker import settings, wiring
 from worker.claims.enforced import ClaimsRecord
 from worker.clock import SystemClock
-from worker.execution.attempts.events import record_claims
+from worker.execution.attempts.inflight import record_claims
 from worker.guard.claims import Claims
 from worker.runs.outcome import Trail
 from worker.store import tables

@@ -21,12 +21,12 @@ import httpx
 from tests.integration.hosts.conftest import Fleet, Host
 from worker.clock import SystemClock
 from worker.execution.attempts.attempt import attempt
-from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
+from worker.execution.attempts.plan import HandlerRegistry
+from worker.execution.attempts.run_log import RunLogWriter
 from worker.execution.hosts.control import AsyncControl, Controls
 from worker.execution.hosts.hosted import RemoteTools, hosted_attempt
 from worker.execution.hosts.remote import RemoteStore
-from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import Runner, StopSignal

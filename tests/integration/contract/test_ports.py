@@ -19,14 +19,13 @@ from worker.errors import LeaseLost, StoreUnavailable, TokenRefused
 from worker.execution.attempts import answers as answering
 from worker.execution.attempts.answers import Running
 from worker.execution.attempts.attempt import Prepared, conclude, prepare
-from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
-from worker.execution.attempts.masked import redacted
+from worker.execution.attempts.plan import HandlerRegistry
+from worker.execution.attempts.run_log import RunLogWriter, redacted
 from worker.execution.attempts.tools import HandlerTools
 from worker.execution.hosts.control import AsyncControl, Controls
 from worker.execution.hosts.hosted import RemoteTools
 from worker.execution.hosts.remote import RemoteStore
-from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.runners.contract import StopSignal, Work
 from worker.handlers.calls import (

@@ -21,13 +21,12 @@ from worker.adapters.secrets import OpenedSecrets
 from worker.claims.enforced import Enforced
 from worker.clock import SystemClock
 from worker.definitions.file import parse_file
-from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.plan import Plans
+from worker.execution.attempts.plan import HandlerRegistry, Plans
+from worker.execution.attempts.run_log import RunLogWriter
 from worker.execution.attempts.tools import Tools
 from worker.execution.hosts import wire
 from worker.execution.hosts.ends import END, End
-from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
 from worker.guard.claims import Claims
 from worker.handlers.catalogue import HandlerEntry

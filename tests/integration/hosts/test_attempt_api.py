@@ -175,7 +175,7 @@ async def test_an_end_that_comes_again_while_it_is_masked_is_written_once(
         if len(written) == 1:
             put(self, ended)
 
-    monkeypatch.setattr("worker.execution.attempts.masked.mask_in_turn", mask)
+    monkeypatch.setattr("worker.execution.attempts.run_log.mask_in_turn", mask)
     monkeypatch.setattr(Finisher, "put", put_first)
     if not once:
         monkeypatch.setattr(HostedRuns, "_write_once", HostedRuns._write)

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, update
 from tests.integration.hosts.conftest import FILE, HANDLER, OTHER, Fleet, Host, end_of, fence
 from worker.definitions.file import parse_file
 from worker.errors import UnknownHandler
-from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.plan import HandlerRegistry
 from worker.execution.hosts import delivery, wire
 from worker.execution.hosts.granted import GrantedHandlers
 from worker.handlers.catalogue import HandlerEntry

@@ -18,11 +18,10 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.stock import Stock
 from worker.errors import Conflict
 from worker.execution.attempts.attempt import attempt
-from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.plan import Plans
+from worker.execution.attempts.plan import HandlerRegistry, Plans
+from worker.execution.attempts.run_log import RunLogWriter
 from worker.execution.attempts.tools import Tools
-from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.runners.contract import RunServices, StopSignal, Work
 from worker.execution.trial import FakeTokens

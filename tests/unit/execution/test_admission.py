@@ -10,8 +10,8 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.execution.runs import admitted, ended
 from worker.errors import StoreUnavailable
-from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRuns
+from worker.execution.attempts.plan import HandlerRegistry
 from worker.execution.loops.admission import Admission
 from worker.runs.run import AdmittedRun, Isolation
 

@@ -24,11 +24,10 @@ from worker.errors import (
 )
 from worker.execution.attempts import answers
 from worker.execution.attempts.attempt import attempt
-from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.plan import Plans
+from worker.execution.attempts.plan import HandlerRegistry, Plans
+from worker.execution.attempts.run_log import RunLogWriter
 from worker.execution.attempts.tools import Tools
-from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import RunServices, StopSignal, Work
 from worker.guard.claims import Claims, Flag
 from worker.handlers.calls import (

@@ -16,11 +16,11 @@ from tests.unit.execution.runs import admitted, ended
 from worker.errors import StoreUnavailable
 from worker.execution.attempts import inflight as inflight_module
 from worker.execution.attempts.dispatcher import BURST, PREPARED, Dispatcher
-from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
+from worker.execution.attempts.plan import HandlerRegistry
+from worker.execution.attempts.run_log import RunLogWriter
 from worker.execution.loops.admission import FEW, MOMENT, Admission
 from worker.execution.loops.finisher import WORTHWHILE
-from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.ids import ALL_ORGS, RunId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, Isolation

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.running import NOW, claims, token, work
-from worker.execution.attempts.masked import redacted
+from worker.execution.attempts.run_log import redacted
 from worker.execution.runners.child.frames import LIMIT, BrokenMessage, Unframer, frame
 from worker.execution.runners.child.messages import outcome_of_message
 from worker.handlers.calls import NotACall, StoreStep, message_of, read

@@ -16,8 +16,7 @@ from tests.fakes.clock import ManualClock
 from tests.unit.execution.runs import admitted
 from worker.execution.attempts.answers import Acts, Running
 from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.masked import AHEAD, mask_trail, masked_progress, redacted
-from worker.execution.loops.run_log_writer import RunLogWriter
+from worker.execution.attempts.run_log import AHEAD, RunLogWriter, mask_trail, masked_progress, redacted
 from worker.execution.runners.child import messages
 from worker.execution.runners.contract import StopSignal
 from worker.execution.runners.output import LINE_LIMIT, RunOutput, marked

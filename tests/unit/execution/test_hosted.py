@@ -18,8 +18,9 @@ from tests.unit.execution.runs import admitted
 from tests.unit.execution.test_wire import CLAIMS, TAKEN
 from worker.errors import LeaseLost, TokenRefused
 from worker.execution.attempts.answers import Running
-from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
+from worker.execution.attempts.plan import HandlerRegistry
+from worker.execution.attempts.run_log import RunLogWriter
 from worker.execution.hosts import remote as remote_module
 from worker.execution.hosts import wire
 from worker.execution.hosts.attempt_log import LINE, PROGRESS
@@ -37,7 +38,6 @@ from worker.execution.hosts.sent import Sent, calls_of
 from worker.execution.hosts.taking import WAIT, Taking
 from worker.execution.hosts.wire import Malformed, Taken
 from worker.execution.loops.finisher import unstorable
-from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.runners.contract import RunServices, StopSignal, Work
 from worker.handlers.calls import CALLS, AskToken, Call, OpenWait, Progress, Save, StoreStep

@@ -19,8 +19,9 @@ from tests.fakes.manager import Manager
 from tests.unit.execution.runs import admitted, ended
 from worker.errors import StoreUnavailable
 from worker.execution.attempts.dispatcher import Dispatcher
-from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
+from worker.execution.attempts.plan import HandlerRegistry
+from worker.execution.attempts.run_log import RunLogWriter
 from worker.execution.hosts.control import ControlUnavailable
 from worker.execution.incarnation import (
     FAREWELL,
@@ -32,7 +33,6 @@ from worker.execution.incarnation import (
 )
 from worker.execution.loops import reading
 from worker.execution.loops.reconciler import Renewal
-from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.signals import Signals
 from worker.handlers.catalogue import HandlerEntry

@@ -17,9 +17,8 @@ from tests.unit.execution.runs import admitted
 from worker.execution.attempts.answers import Running
 from worker.execution.attempts.attempt import conclude
 from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.store_acts import RunStores, StoreActs
-from worker.execution.attempts.tools import Tools
-from worker.execution.loops.run_log_writer import RunLogWriter
+from worker.execution.attempts.run_log import RunLogWriter
+from worker.execution.attempts.tools import RunStores, StoreActs, Tools
 from worker.execution.runners.contract import StopSignal
 from worker.handlers.calls import OpenWait, Progress, Save, StoreStep
 from worker.handlers.steps import StepError
@@ -136,7 +135,7 @@ async def test_a_long_text_is_masked_off_the_loop(
     with monkeypatch.context() as patched:  # the control
         patched.setattr(mask_in_turn, "AT_ONCE", 10_000_000)
         patched.setattr(mask_in_turn, "mask_each", mask_in_turn.Masking().each)
-        patched.setattr("worker.execution.loops.run_log_writer.mask_each", mask_in_turn.Masking().each)
+        patched.setattr("worker.execution.attempts.run_log.mask_each", mask_in_turn.Masking().each)
         await WAYS[way](Attempt(clock))
     assert sum(on_loop) > AT_ONCE
 

@@ -11,8 +11,7 @@ import pytest
 from tests.fakes.clock import ManualClock
 from tests.unit.execution.runs import admitted
 from worker.errors import ConfigurationError, DefinitionError, StoreUnavailable
-from worker.execution.attempts.handler_registry import HandlerRegistry
-from worker.execution.attempts.plan import MAX_AGE, AttemptPlan, Plans, Revision
+from worker.execution.attempts.plan import MAX_AGE, AttemptPlan, HandlerRegistry, Plans, Revision
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId, OrgId
 from worker.orgs import TokenWant

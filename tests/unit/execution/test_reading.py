@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.plan import HandlerRegistry
 from worker.execution.loops import reading as module
 from worker.execution.loops.reading import MAX_REPORTED, CatalogueReader
 from worker.handlers.catalogue import HandlerEntry

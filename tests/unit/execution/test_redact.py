@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from worker.execution.attempts.masked import redacted
+from worker.execution.attempts.run_log import redacted
 from worker.ids import OrgId
 from worker.runs.outcome import (
     Cancelled,

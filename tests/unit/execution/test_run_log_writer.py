@@ -11,8 +11,8 @@ import pytest
 from tests.fakes.clock import ManualClock
 from tests.unit.execution.runs import admitted
 from worker.errors import StoreUnavailable
-from worker.execution.loops import run_log_writer
-from worker.execution.loops.run_log_writer import BATCH, RunLogWriter
+from worker.execution.attempts import run_log as run_log_module
+from worker.execution.attempts.run_log import BATCH, RunLogWriter
 from worker.ids import RunId
 from worker.runs.run import LogLine
 from worker.telemetry.masking import masker
@@ -101,7 +101,7 @@ async def test_long_and_short_lines_keep_their_order(clock: ManualClock) -> None
 async def test_a_turn_of_the_loop_has_a_few_lines_only(
     batch: int, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_log_writer, "BATCH", batch)
+    monkeypatch.setattr(run_log_module, "BATCH", batch)
     run_log, run = RunLogWriter(Store(), clock), admitted("r1")
     for _ in range(7_000):
         run_log.line(run, "info", "stdout", "")
@@ -122,7 +122,7 @@ async def test_a_flush_that_is_cancelled_while_it_masks_loses_nothing(
     run_log.line(run, "info", "log", "first")
     never = asyncio.Event()
     with monkeypatch.context() as patched:
-        patched.setattr(run_log_writer, "mask_each", lambda texts: never.wait())
+        patched.setattr(run_log_module, "mask_each", lambda texts: never.wait())
         flushing = asyncio.create_task(run_log.flush())
         await asyncio.sleep(0)
         flushing.cancel()

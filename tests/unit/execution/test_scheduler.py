@@ -10,7 +10,7 @@ import pytest
 
 from tests.fakes.clock import START, ManualClock, settle
 from worker.errors import StoreUnavailable
-from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.plan import HandlerRegistry
 from worker.execution.loops.scheduler import BATCH, LARGER, PUT_OFF, Scheduler
 from worker.ids import DefinitionId, OrgId
 from worker.runs.run import Decision, DueDefinition, FireReport

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.clock import ManualClock, utc
-from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.plan import HandlerRegistry
 from worker.execution.loops.token_renewal import LEFT, TokenRenewal
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId, OrgId

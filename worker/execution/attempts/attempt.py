@@ -23,11 +23,10 @@ from worker.errors import (
     Unavailable,
     WorkerError,
 )
-from worker.execution.attempts import events
 from worker.execution.attempts.answers import Running
-from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.masked import mask_trail, redacted
+from worker.execution.attempts.inflight import InflightRun, record_claims, run_admitted
 from worker.execution.attempts.plan import DEFAULT_LIMITS, AttemptPlan, Limits, state_without_order
+from worker.execution.attempts.run_log import mask_trail, redacted
 from worker.execution.attempts.tools import HandlerTools, Tools
 from worker.execution.runners.contract import LONGEST_PAUSE, Stopped, Work, outcome_of_stop
 from worker.guard.claims import Claims, flag_is
@@ -88,7 +87,7 @@ async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared
     run = inflight.run
     plan = await tools.plans.of(run)
     inflight.begin(plan)
-    events.run_admitted(run, plan)
+    run_admitted(run, plan)
     limits = limits_of(inflight, tools)
     if run.start_by is not None and tools.clock.now() > run.start_by:
         return outcomes.Gated("expired")
@@ -128,7 +127,7 @@ async def _token(
     inflight.hold(enforced.token)
     if (record := enforced.record) is None:
         record = enforced.record = ClaimsRecord.of(enforced.claims, tools.digests)
-    events.record_claims(trail, record, tools.clock.now())
+    record_claims(trail, record, tools.clock.now())
     if tools.store.limits_in_claims:
         await tools.store.note_claims(plan.org.id, enforced.claims)
     return enforced

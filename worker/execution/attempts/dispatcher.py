@@ -13,10 +13,9 @@ from typing import Generic, Protocol, TypeVar
 
 from worker.clock import Clock
 from worker.errors import Unavailable
-from worker.execution.attempts import events
-from worker.execution.attempts.inflight import InflightRun, InflightRuns
+from worker.execution.attempts.inflight import InflightRun, InflightRuns, run_ended, run_fenced_out
+from worker.execution.attempts.run_log import RunLogWriter
 from worker.execution.loops.finisher import Finisher, FinishStore
-from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import start_task, stop_reason_of
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
@@ -57,7 +56,7 @@ class Dispatcher(Generic[T]):
     store: InitVar[FinishStore]
     on_free: Callable[[], None]
     on_end: Callable[[EndedAttempt, InflightRun | None], None]
-    report: Callable[[EndedAttempt, InflightRun | None], None] = events.run_ended
+    report: Callable[[EndedAttempt, InflightRun | None], None] = run_ended
     _attempts: set[asyncio.Task[None]] = field(default_factory=set)
     # Admitted runs, until what they need is read; then until they start.
     _admitted: deque[InflightRun] = field(default_factory=deque)
@@ -166,7 +165,7 @@ class Dispatcher(Generic[T]):
             self.report(ended, inflight)
             self.on_end(ended, inflight)
         else:
-            events.run_fenced_out(ended.run_id, ended.attempt, ended.fencing_token, inflight)
+            run_fenced_out(ended.run_id, ended.attempt, ended.fencing_token, inflight)
         self.on_free()
 
     def _unstorable(self, ended: EndedAttempt, error: Exception) -> None:

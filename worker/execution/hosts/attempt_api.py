@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast
 from worker.bounded import remember
 from worker.errors import AccessDenied, LeaseLost, TokenError, TokenRefused, Unavailable
 from worker.execution.attempts.answers import admitted, answer
-from worker.execution.attempts.store_acts import row_of
+from worker.execution.attempts.tools import row_of
 from worker.execution.hosts import wire
 from worker.execution.hosts.attempt_log import LINE, PROGRESS, LineRow, LogSizes
 from worker.execution.hosts.delivery import HostTools, Key

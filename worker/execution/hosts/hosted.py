@@ -9,13 +9,11 @@ from random import Random
 from worker.clock import Clock
 from worker.definitions import RetryPolicy
 from worker.execution.attempts.attempt import Prepared, outcome_of_error, run_handler
-from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import Deadlines, InflightRun
-from worker.execution.attempts.masked import mask_trail, redacted
-from worker.execution.attempts.plan import Limits
+from worker.execution.attempts.plan import HandlerRegistry, Limits
+from worker.execution.attempts.run_log import RunLogWriter, mask_trail, redacted
 from worker.execution.hosts.remote import HostedEnd, RemoteActs, RemoteStore
 from worker.execution.hosts.wire import Taken
-from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.runners.contract import Runner, outcome_of_stop
 from worker.ids import RunId

@@ -25,7 +25,6 @@ from worker.errors import (
     Unavailable,
     WorkerError,
 )
-from worker.execution.attempts import events
 from worker.execution.attempts.answers import Running
 from worker.execution.attempts.attempt import (
     PAUSE,
@@ -35,9 +34,8 @@ from worker.execution.attempts.attempt import (
     outdate_token,
     without_state,
 )
-from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.store_acts import StoreActs
-from worker.execution.attempts.tools import Tools
+from worker.execution.attempts.inflight import InflightRun, run_ended, run_fenced_out
+from worker.execution.attempts.tools import StoreActs, Tools
 from worker.execution.hosts import wire
 from worker.execution.hosts.attempt_log import AttemptLog
 from worker.execution.hosts.delivery import Delivery, HostedStore, HostTools, Key, place_of
@@ -386,10 +384,10 @@ class HostedRuns:
         hosted = self._known.get(key)
         inflight = self.delivery.undelivered.get(key) if hosted is None else hosted.inflight
         if accepted:
-            events.run_ended(ended, inflight)
+            run_ended(ended, inflight)
             self._shared.on_end(ended, inflight)
         else:
-            events.run_fenced_out(ended.run_id, ended.attempt, ended.fencing_token, inflight)
+            run_fenced_out(ended.run_id, ended.attempt, ended.fencing_token, inflight)
         self._forget(key)
         remember(self._ended, key, accepted, MAX_ENDS)
         written = self._writing.pop(key)

@@ -10,8 +10,8 @@ from typing import Protocol
 
 from worker.clock import Clock
 from worker.errors import Unavailable
-from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRuns
+from worker.execution.attempts.plan import HandlerRegistry
 from worker.execution.signals import wait_for
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, Isolation

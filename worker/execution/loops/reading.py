@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
-from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.plan import HandlerRegistry
 from worker.handlers.catalogue import HandlerEntry, read_catalogue
 from worker.handlers.installed import distributions
 from worker.handlers.schema import Schema

@@ -10,8 +10,7 @@ from typing import Protocol
 
 from worker.clock import Clock
 from worker.errors import Unavailable
-from worker.execution.attempts import events
-from worker.execution.attempts.inflight import InflightRuns
+from worker.execution.attempts.inflight import InflightRuns, run_fenced_out
 from worker.ids import RunId
 from worker.runs.lease import Lease
 from worker.runs.run import OwnedRun, Recovered
@@ -73,7 +72,7 @@ class Reconciler:
             if inflight is None or inflight.run.fencing_token != fencing_token:
                 continue
             if owned.get(run_id) != fencing_token:
-                events.run_fenced_out(run_id, inflight.run.attempt, fencing_token, inflight)
+                run_fenced_out(run_id, inflight.run.attempt, fencing_token, inflight)
                 inflight.stop.kill()
         if not renewal.registered:
             self.on_lost()

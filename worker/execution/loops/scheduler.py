@@ -10,7 +10,7 @@ from typing import Protocol
 
 from worker.clock import Clock
 from worker.errors import Unavailable, WorkerError
-from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.plan import HandlerRegistry
 from worker.execution.signals import wait_for
 from worker.runs.fire import decide
 from worker.runs.run import Decision, DueDefinition, FireReport, NextFire

@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 from worker.clock import Clock
 from worker.definitions.definition import Definition, from_spec
 from worker.errors import DefinitionError, InvalidTrigger, Unavailable
-from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.plan import HandlerRegistry
 from worker.ids import DefinitionId
 from worker.orgs import OrgRef, TokenWant
 from worker.runs.fire import is_closed

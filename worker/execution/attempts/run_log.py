@@ -1,21 +1,28 @@
-"""Run log writer: writes log lines and progress of running runs in batches, masked."""
+"""Run log: writes log lines and progress of running runs in batches, and masks all texts that a run leaves.
+
+These are without its org's secrets and at their final size. A run's process cuts texts at 64 KiB only. They
+are cut to what is stored after they are masked: a cut secret is found no longer.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any, Protocol
 
 from worker.clock import Clock
 from worker.errors import Unavailable
-from worker.execution.attempts.masked import masked_progress
 from worker.execution.runners.output import stored_lines
-from worker.ids import RunId
+from worker.handlers.calling import DETAIL_LIMIT, MESSAGE_LIMIT, TRACE_LIMIT
+from worker.handlers.context import NOTE_LIMIT
+from worker.handlers.json_text import clean
+from worker.ids import OrgId, RunId
+from worker.runs.outcome import SUCCEEDED, Cancelled, Error, Outcome, Retried, Snoozed, Trail
 from worker.runs.run import AdmittedRun, LogLine
 from worker.telemetry.events import emit
-from worker.telemetry.mask_in_turn import mask_each
+from worker.telemetry.mask_in_turn import mask_each, mask_in_turn
 
 # Seconds between flushes.
 FLUSH = 0.5
@@ -130,3 +137,77 @@ class RunLogWriter:
 
 async def _row(run: AdmittedRun, progress: Mapping[str, Any]) -> Progress:
     return run.id, run.fencing_token, await masked_progress(progress, run.org_id)
+
+
+# What these outcomes are stored with is the handler's reason for them.
+_REASONED = (Retried, Snoozed, Cancelled)
+# How much more of a text is masked at first than is stored.
+AHEAD = 2
+CUT_BEFORE = "…\n"
+# JSON text, which was refused if it is too large.
+_JSON = frozenset({"result", "state"})
+
+
+async def redacted(outcome: Outcome, org: OrgId) -> Outcome:
+    """The same outcome with every text masked: result, detail, message, error and trace.
+
+    All but JSON are cut to their final size.
+    """
+    if outcome is SUCCEEDED:
+        return outcome
+    changes: dict[str, str | Error] = {}
+    for field_ in fields(outcome):
+        value = getattr(outcome, field_.name)
+        if isinstance(value, str):
+            most = DETAIL_LIMIT if isinstance(outcome, _REASONED) else MESSAGE_LIMIT
+            changes[field_.name] = (
+                await mask_in_turn(value, org)
+                if field_.name in _JSON
+                else await masked_start(value, most, org)
+            )
+        elif isinstance(value, Error):
+            changes[field_.name] = await _redacted(value, org)
+    return replace(outcome, **changes) if changes else outcome  # type: ignore[arg-type]
+
+
+async def _redacted(error: Error, org: OrgId) -> Error:
+    return Error(
+        await masked_start(error.type, DETAIL_LIMIT, org),
+        await masked_start(error.message, MESSAGE_LIMIT, org),
+        await _masked_end(error.trace, TRACE_LIMIT, org),
+    )
+
+
+async def mask_trail(trail: Trail, org: OrgId) -> None:
+    """Mask the note of the last progress."""
+    if trail.progress is not None:
+        trail.progress = await masked_progress(trail.progress, org)
+
+
+async def masked_progress(progress: Mapping[str, Any], org: OrgId) -> Mapping[str, Any]:
+    """A run's progress with its note masked and at its final size."""
+    note = progress["note"]
+    return progress if note is None else {**progress, "note": await masked_start(note, NOTE_LIMIT, org)}
+
+
+async def masked_start(text: str, most: int, org: OrgId) -> str:
+    """A text, masked, then cut to `most` characters."""
+    # Mostly this part has no secret, and is short enough to be masked at once.
+    part = clean(text, most * AHEAD)
+    masked = await mask_in_turn(part, org)
+    if masked != part and len(part) < len(text):
+        masked = await mask_in_turn(text, org)
+    return clean(masked, most)
+
+
+async def _masked_end(text: str, most: int, org: OrgId) -> str:
+    """The end of a text, which is the most useful part of a trace, masked and cut as `masked_start`."""
+    part = _end_of(text, most * AHEAD)
+    masked = await mask_in_turn(part, org)
+    if masked != part and len(part) < len(text):
+        masked = await mask_in_turn(text, org)
+    return _end_of(masked, most)
+
+
+def _end_of(text: str, most: int) -> str:
+    return text if len(text) <= most + len(CUT_BEFORE) else CUT_BEFORE + text[-most:]
