@@ -18,9 +18,7 @@ from starlette.routing import Route
 from tests.unit.execution.runs import admitted
 from worker.demo.serving import ServerThread, bind_loopback
 from worker.execution.hosts import wire
-from worker.execution.hosts.attempt_log import LINE, PROGRESS, LineRow
-from worker.execution.hosts.ends import END, End
-from worker.execution.hosts.sent import calls_of
+from worker.execution.hosts.sent import END, LINE, PROGRESS, End, LineRow, calls_of
 from worker.execution.hosts.wire import Registered, Taken
 from worker.execution.runners.contract import Work
 from worker.guard.claims import Claims

@@ -26,7 +26,7 @@ from worker.execution.attempts.plan import HandlerRegistry, Plans
 from worker.execution.attempts.run_log import RunLogWriter
 from worker.execution.attempts.tools import Tools
 from worker.execution.hosts import wire
-from worker.execution.hosts.ends import END, End
+from worker.execution.hosts.sent import END, End
 from worker.execution.loops.step_writer import StepWriter
 from worker.guard.claims import Claims
 from worker.handlers.catalogue import HandlerEntry

@@ -13,8 +13,8 @@ from tests.fakes.running import until
 from tests.integration.hosts.conftest import HANDLER, Fleet, end_of, fence
 from worker.errors import IssuerUnavailable, StoreUnavailable
 from worker.execution.hosts import attempt_api
-from worker.execution.hosts.ends import END
 from worker.execution.hosts.hosted_runs import HostedRuns
+from worker.execution.hosts.sent import END
 from worker.execution.loops.finisher import Finisher
 from worker.handlers import calls
 from worker.handlers.calls import GrantedAnswer

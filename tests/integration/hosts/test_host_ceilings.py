@@ -19,7 +19,7 @@ from worker.definitions.file import parse_file
 from worker.errors import UnknownHandler
 from worker.execution.attempts.plan import HandlerRegistry
 from worker.execution.hosts import delivery, wire
-from worker.execution.hosts.granted import GrantedHandlers
+from worker.execution.hosts.delivery import GrantedHandlers
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import Grant
 from worker.ids import RunId, WorkerId

@@ -16,9 +16,8 @@ import pytest
 from tests.fakes.running import until
 from tests.integration.hosts.conftest import HANDLER, Fleet, Host, Worker, end_of, fence
 from worker.clock import to_text
-from worker.execution.hosts import attempt_api, attempt_log, checker, wire
-from worker.execution.hosts.attempt_log import LAST_LINE, TOO_MUCH, TRUSTED, LineRow
-from worker.execution.hosts.ends import END
+from worker.execution.hosts import attempt_api, checker, sent, wire
+from worker.execution.hosts.sent import END, LAST_LINE, TOO_MUCH, TRUSTED, LineRow
 from worker.execution.runners.output import CAP, LINE_COST, LINE_LIMIT, RunOutput
 from worker.handlers.parts import Count, row_of
 from worker.handlers.steps import RESULT_LIMIT
@@ -68,14 +67,14 @@ async def test_the_log_of_an_attempt_is_cut_whichever_workers_get_it(fleet: Flee
 
     size, rows = await flood(fleet, host, taken)
 
-    assert CAP < size <= attempt_log.MAX_BYTES + len(fleet.workers) * TRUSTED
+    assert CAP < size <= sent.MAX_LOG + len(fleet.workers) * TRUSTED
     assert (rows[-1]["seq"], rows[-1]["level"], rows[-1]["text"]) == (LAST_LINE, "warning", TOO_MUCH)
     assert await flood(fleet, host, taken) == (size, rows)
 
 
 async def test_without_the_limit_all_of_it_is_stored(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control."""
-    monkeypatch.setattr(attempt_log, "MAX_BYTES", 2**40)
+    monkeypatch.setattr(sent, "MAX_LOG", 2**40)
     host = await fleet.host()
     fleet.start()
     [taken] = await host.take(fleet.one)
@@ -89,8 +88,8 @@ async def test_a_worker_that_did_not_ask_would_count_for_itself_alone(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the count in the database: with it off, each worker takes a whole log."""
-    monkeypatch.setattr(attempt_log, "TRUSTED", 2**40)
-    monkeypatch.setattr(attempt_log, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(sent, "TRUSTED", 2**40)
+    monkeypatch.setattr(sent, "MAX_LOG", 100_000)
     host = await fleet.host()
     fleet.start()
     [taken] = await host.take(fleet.one)

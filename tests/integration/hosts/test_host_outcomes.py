@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.integration.hosts.conftest import HANDLER, Fleet, Host, end_of, fence
-from worker.execution.hosts.ends import END
 from worker.execution.hosts.hosted_runs import HostedRuns
+from worker.execution.hosts.sent import END
 from worker.operations.runs import cancel
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import Error, Failed, Outcome

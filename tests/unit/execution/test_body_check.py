@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 
 from worker.execution.hosts import body_check, wire
-from worker.execution.hosts.attempt_log import LINE, PROGRESS
 from worker.execution.hosts.body_check import CALL, DONE, ENDING, FRAME, REFUSED, REQUEST, ROW, TEXT
 from worker.execution.hosts.checker import _Parts, joined
-from worker.execution.hosts.ends import END
-from worker.execution.hosts.sent import calls_of
+from worker.execution.hosts.sent import END, LINE, PROGRESS, calls_of
 from worker.handlers.calls import CALLS
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.json_text import CheckedObject, CheckedText

@@ -23,7 +23,6 @@ from worker.execution.attempts.plan import HandlerRegistry
 from worker.execution.attempts.run_log import RunLogWriter
 from worker.execution.hosts import remote as remote_module
 from worker.execution.hosts import wire
-from worker.execution.hosts.attempt_log import LINE, PROGRESS
 from worker.execution.hosts.control import (
     AsyncControl,
     BlockingControl,
@@ -31,10 +30,9 @@ from worker.execution.hosts.control import (
     Controls,
     ControlUnavailable,
 )
-from worker.execution.hosts.ends import END
 from worker.execution.hosts.hosted import RemoteTools, hosted_attempt
 from worker.execution.hosts.remote import HostedEnd, RemoteStore, SentRow
-from worker.execution.hosts.sent import Sent, calls_of
+from worker.execution.hosts.sent import END, LINE, PROGRESS, Sent, calls_of
 from worker.execution.hosts.taking import WAIT, Taking
 from worker.execution.hosts.wire import Malformed, Taken
 from worker.execution.loops.finisher import unstorable

@@ -13,10 +13,9 @@ import pytest
 
 from tests.unit.execution.runs import admitted
 from worker.errors import Throttled, Unavailable
-from worker.execution.hosts import ends, wire
-from worker.execution.hosts.attempt_log import LINE, LineRow
-from worker.execution.hosts.ends import END, End
-from worker.execution.hosts.sent import Sent, calls_of, sent_message
+from worker.execution.hosts import sent as sent_module
+from worker.execution.hosts import wire
+from worker.execution.hosts.sent import END, LINE, End, LineRow, Sent, calls_of, sent_message
 from worker.execution.hosts.wire import Malformed, Registration, Taken
 from worker.execution.runners.contract import Work
 from worker.guard.claims import Claims, Flag
@@ -163,7 +162,7 @@ def test_an_invalid_end_fails_its_own_attempt_and_no_other(
     """The control is a reader that refuses the call, and with it all ends of the host."""
     rows = [END.write(ENDED) | changed, END.write(ENDED)]
     if not alone:
-        monkeypatch.setattr(type(END), "read", lambda self, row, check: ends.REPORTED.read(row, check))
+        monkeypatch.setattr(type(END), "read", lambda self, row, check: sent_module.REPORTED.read(row, check))
         with pytest.raises(Malformed):
             wire.rows_of({"ends": rows}, "ends", END)
         return

@@ -21,11 +21,9 @@ from worker.errors import AccessDenied, LeaseLost, TokenError, TokenRefused, Una
 from worker.execution.attempts.answers import admitted, answer
 from worker.execution.attempts.tools import row_of
 from worker.execution.hosts import wire
-from worker.execution.hosts.attempt_log import LINE, PROGRESS, LineRow, LogSizes
 from worker.execution.hosts.delivery import HostTools, Key
-from worker.execution.hosts.ends import END
 from worker.execution.hosts.hosted_runs import HostedRuns
-from worker.execution.hosts.sent import calls_of
+from worker.execution.hosts.sent import END, LINE, PROGRESS, LineRow, LogSizes, calls_of
 from worker.execution.hosts.wire import Malformed, Registered, TemporalPlace
 from worker.execution.runners.child.frames import Message
 from worker.handlers import calls

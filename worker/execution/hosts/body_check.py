@@ -16,9 +16,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from worker.execution.hosts import wire
-from worker.execution.hosts.attempt_log import LINE, PROGRESS
-from worker.execution.hosts.ends import END, End
-from worker.execution.hosts.sent import SENT, calls_of, sent_message
+from worker.execution.hosts.sent import END, LINE, PROGRESS, SENT, End, calls_of, sent_message
 from worker.execution.hosts.wire import Malformed
 from worker.execution.runners.child import linux
 from worker.handlers.calls import CALLS

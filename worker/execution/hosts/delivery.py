@@ -1,7 +1,7 @@
 """Delivery: admits runs for one incarnation of a host, and prepares their attempts until the host takes them.
 
 What is not delivered is left out of the host's renewals, so that it does not hand it back. If this worker
-stops, another one cannot know that, and the host does.
+stops, another one cannot know that, and the host does. Only handlers that the host may run are granted.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from functools import partial
 from typing import Protocol
 
 from worker.clock import to_text
+from worker.definitions.definition import Definition
 from worker.errors import Busy, LeaseLost, Unavailable
 from worker.execution.attempts.attempt import Prepared, conclude, outcome_of_error, prepare
 from worker.execution.attempts.inflight import InflightRun
+from worker.execution.attempts.plan import HandlerRegistry
 from worker.execution.attempts.tools import Tools
 from worker.execution.hosts import wire
-from worker.execution.hosts.granted import GrantedHandlers
 from worker.execution.hosts.sharing import Sharing
 from worker.execution.hosts.wire import Taken
 from worker.execution.runners.contract import StopSignal
@@ -366,3 +367,30 @@ class Delivery:
 def place_of(key: Key, worker: WorkerId) -> list[object]:
     """What the record of an attempt is sealed for."""
     return [*key, worker]
+
+
+class GrantedHandlers(HandlerRegistry):
+    """The registry for its attempts: no entry goes beyond the ceiling, whatever the host declares."""
+
+    def __init__(self, offered: Offered) -> None:
+        # The host has already left out what its operator does not allow inline.
+        super().__init__(frozenset(grant.entry.distribution for grant in offered.grants.values()))
+        self._grants = offered.grants
+        self._admitted = offered.admitted.union(offered.free)
+        for grant in offered.grants.values():
+            self.add(grant.entry)
+
+    def unapproved(self, name: str, definition: Definition, *, is_variant: bool = False) -> str | None:
+        grant = self._grants.get(name)
+        if grant is None or not grant.beyond:
+            return None
+        own = {
+            "scopes": definition.scopes,
+            "timeout": definition.timeout,
+            "max_attempts": definition.max_attempts,
+        }
+        return None if grant.may_run(own, is_variant=is_variant) else grant.command
+
+    def limits(self) -> Mapping[str, int | None]:
+        """The limit of each handler that may be admitted now: it bounds only what this incarnation takes."""
+        return {name: most for name, most in super().limits().items() if name in self._admitted}

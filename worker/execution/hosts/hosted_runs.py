@@ -37,9 +37,8 @@ from worker.execution.attempts.attempt import (
 from worker.execution.attempts.inflight import InflightRun, run_ended, run_fenced_out
 from worker.execution.attempts.tools import StoreActs, Tools
 from worker.execution.hosts import wire
-from worker.execution.hosts.attempt_log import AttemptLog
 from worker.execution.hosts.delivery import Delivery, HostedStore, HostTools, Key, place_of
-from worker.execution.hosts.ends import End
+from worker.execution.hosts.sent import AttemptLog, End
 from worker.execution.hosts.wire import Malformed
 from worker.execution.loops.finisher import Finisher
 from worker.execution.runners.contract import (

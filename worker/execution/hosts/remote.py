@@ -14,10 +14,8 @@ from worker.errors import Busy, LeaseLost, TokenRefused
 from worker.execution.attempts.answers import Running
 from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.hosts import wire
-from worker.execution.hosts.attempt_log import LINE, PROGRESS, LineRow, ProgressRow
 from worker.execution.hosts.control import AsyncControl, BlockingControl, ControlDenied, encode
-from worker.execution.hosts.ends import END, End
-from worker.execution.hosts.sent import Sent, sent_message
+from worker.execution.hosts.sent import END, LINE, PROGRESS, End, LineRow, ProgressRow, Sent, sent_message
 from worker.execution.hosts.wire import FENCE, Fence, Malformed, Registered, Registration, Taken
 from worker.execution.loops.step_writer import StepWriter
 from worker.handlers.calls import A, Call, answer_in

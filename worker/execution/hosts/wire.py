@@ -1,7 +1,7 @@
 """Wire: the attempt API as JSON, for the worker that answers and the host that asks.
 
-Here are incarnations, attempts and errors; `sent.py` has what a running attempt asks for, and
-`attempt_log.py` what it tells.
+Here are incarnations, attempts and errors; `sent.py` has what a running attempt asks for,
+what it tells, and how it ended.
 
 `X_message` writes what `X_of` reads. A reader ignores keys that it does not know, and takes the default of an
 optional one that is missing, so that either side may be one version ahead. A worker does not trust a

@@ -15,7 +15,7 @@ from typing import Any
 Message = dict[str, Any]
 
 # Maximum bytes of a frame of the worker: a checkpoint of 1 MiB and the rest of a run's work.
-LIMIT = 8 * 1024 * 1024
+MAX_FRAME = 8 * 1024 * 1024
 # Maximum bytes of a run's frame: its JSON, and the texts after it, such as a result of 1 MiB.
 JSON_LIMIT = 256 * 1024
 TEXTS_LIMIT = 3 * 1024 * 1024
@@ -56,7 +56,7 @@ class Unframer:
         self._buffer += data
         while len(self._buffer) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._buffer)
-            if length > LIMIT:
+            if length > MAX_FRAME:
                 raise BrokenMessage(f"a frame of {length} bytes")
             end = _LENGTH.size + length
             if len(self._buffer) < end:
