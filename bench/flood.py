@@ -39,7 +39,7 @@ import json, os, struct, time
 from datetime import datetime, timezone
 from worker import BlockingContext, job
 from worker.execution.runners.child import main
-from worker.execution.runners.child.frames import run_frame
+from worker.execution.runners.child.messages import run_frame
 from worker.handlers.calls import StoreStep, message_of
 from worker.runs.run import NewStep
 

@@ -1,15 +1,19 @@
-"""Calls a handler and turns its result or exception into an outcome."""
+"""Calls a handler and turns its result or exception into an outcome.
+
+Detects errors caused by the sandbox and names the setting to change.
+"""
 
 from __future__ import annotations
 
+import os
 import traceback
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from worker.errors import LeaseLost, TokenError, Unavailable
-from worker.handlers import denials
 from worker.handlers.blocking import finish
 from worker.handlers.context import BlockingContext, Context, state_of
 from worker.handlers.job import Job
@@ -19,7 +23,7 @@ from worker.handlers.results import Cancel, HandBack, PermanentError, Retry, Sno
 from worker.handlers.spending import BudgetExceeded
 from worker.handlers.state import State
 from worker.handlers.steps import StepError
-from worker.handlers.waits import WaitTimeout, parked_of
+from worker.handlers.waits import WaitTimeout
 from worker.runs.outcome import (
     SUCCEEDED,
     Cancelled,
@@ -30,6 +34,7 @@ from worker.runs.outcome import (
     NoHandler,
     NoToken,
     Outcome,
+    Parked,
     Refused,
     Retried,
     Snoozed,
@@ -51,18 +56,24 @@ async def call(job: Job, ctx: Context[Any, Any] | BlockingContext[Any, Any]) -> 
         result = job(ctx)
         outcome = _with_state(outcome_of(await result if job.is_async else result), state_of(ctx))
     except SystemExit:
-        if parked_of(ctx) is None:
+        if _parked(ctx) is None:
             raise
         outcome = Succeeded()
     except BaseException as error:
         outcome = outcome_of_error(error)
     # Once the attempt parks, what the handler returns or raises does not count.
-    return parked_of(ctx) or outcome
+    return _parked(ctx) or outcome
 
 
 def call_blocking(job: Job, ctx: BlockingContext[Any, Any]) -> Outcome:
     """The same without an event loop, for a handler that blocks."""
     return finish(call(job, ctx))
+
+
+def _parked(ctx: object) -> Parked | None:
+    """The outcome of the attempt of a context if it parks."""
+    waits = ctx.__dict__.get("_waits")
+    return None if waits is None else waits.parked
 
 
 def outcome_of(result: Any) -> Outcome:
@@ -135,7 +146,7 @@ def error_of(error: BaseException) -> Error:
         message = str(error)
     except Exception:
         message = "(its message cannot be formatted)"
-    if (denied := denials.hint(error)) is not None:
+    if (denied := hint(error)) is not None:
         # A long message is cut at its end.
         is_long = len(message) > MESSAGE_LIMIT // 2
         message = f"{denied}; {message}" if is_long else f"{message}; {denied}"
@@ -162,3 +173,62 @@ def _from_the_handler_on(trace: TracebackType | None) -> TracebackType | None:
 
 def _detail(text: str | None) -> str | None:
     return None if text is None else clean(str(text), UNMASKED_LIMIT)
+
+
+_HINT = "the sandbox denies {paths}: add it to [execution] read_paths or write_paths"
+_MULTIPROCESSING = "the sandbox may have denied it; multiprocessing needs /dev/shm in [execution] write_paths"
+_sandboxed = False
+
+
+def sandboxed() -> None:
+    """Record that this process is in the sandbox."""
+    global _sandboxed
+    _sandboxed = True
+
+
+def hint(error: BaseException) -> str | None:
+    """What to do if the sandbox caused the error, or None if it did not.
+
+    It did if the file's own permissions allow the access.
+    """
+    if not _sandboxed:
+        return None
+    denied = [cause for cause in _causes(error) if isinstance(cause, PermissionError)]
+    paths = [
+        path
+        for cause in denied
+        for path in (cause.filename, cause.filename2)
+        if isinstance(path, (str, bytes)) and _permitted(path)
+    ]
+    if paths:
+        names = dict.fromkeys(repr(os.path.abspath(os.fsdecode(path))) for path in paths)
+        return _HINT.format(paths=" and ".join(names))
+    if any(cause.filename is None and _in_multiprocessing(cause) for cause in denied):
+        return _MULTIPROCESSING
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    queue: list[BaseException | None] = [error]
+    while queue:
+        cause = queue.pop(0)
+        if cause is None or id(cause) in seen:
+            continue
+        seen.add(id(cause))
+        yield cause
+        queue += [cause.__cause__, cause.__context__]
+        if isinstance(cause, BaseExceptionGroup):
+            queue += cause.exceptions
+
+
+def _permitted(path: str | bytes) -> bool:
+    """Whether the permissions of the file, or of the folder to create it in, allow access."""
+    if os.path.exists(path):
+        return any(os.access(path, mode) for mode in (os.R_OK, os.W_OK, os.X_OK))
+    return os.access(os.path.dirname(path) or os.curdir, os.W_OK | os.X_OK)
+
+
+def _in_multiprocessing(error: BaseException) -> bool:
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__", "").startswith("multiprocessing.") for frame in frames)

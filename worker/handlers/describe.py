@@ -27,7 +27,7 @@ from typing import Any
 
 from worker.definitions.pools import parse_pool
 from worker.definitions.units import parse_duration, parse_memory
-from worker.handlers import denials
+from worker.handlers.calling import hint
 from worker.handlers.installed import GROUP
 from worker.handlers.job import Job
 
@@ -65,7 +65,7 @@ def described(load: Any, name: str, target: str) -> dict[str, Any]:
     except SystemExit as end:
         return {"error": f"SystemExit: its import calls sys.exit({end.code!r})"}
     except BaseException as error:
-        denied = denials.hint(error)
+        denied = hint(error)
         return {"error": f"{type(error).__name__}: {error}" + (f"; {denied}" if denied else "")}
 
 

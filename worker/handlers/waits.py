@@ -330,11 +330,5 @@ def answer_of(wait: NewWait, state: WaitState) -> Any:
     return None if state.answer_json is None else json.loads(state.answer_json)
 
 
-def parked_of(ctx: object) -> Parked | None:
-    """The outcome of the attempt of a context if it parks."""
-    waits = ctx.__dict__.get("_waits")
-    return None if waits is None else waits.parked
-
-
 def no_runner(parked: Parked) -> None:
     """Of a context without a runner that has to know."""

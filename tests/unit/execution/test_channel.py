@@ -11,8 +11,13 @@ import pytest
 
 from tests.fakes.running import NOW, claims, token, work
 from worker.execution.attempts.run_log import redacted
-from worker.execution.runners.child.frames import LIMIT, BrokenMessage, Unframer, frame
-from worker.execution.runners.child.messages import outcome_of_message
+from worker.execution.runners.child.messages import (
+    MAX_FRAME,
+    BrokenMessage,
+    Unframer,
+    frame,
+    outcome_of_message,
+)
 from worker.handlers.calls import NotACall, StoreStep, message_of, read
 from worker.ids import OrgId
 from worker.runs.outcome import (
@@ -34,7 +39,7 @@ def test_messages_come_out_whole_however_they_are_cut() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        struct.pack("!I", LIMIT + 1),
+        struct.pack("!I", MAX_FRAME + 1),
         struct.pack("!I", 2) + b"{]",
         struct.pack("!I", 2) + b"[]",
         struct.pack("!I", 1) + b"\xff",

@@ -15,8 +15,9 @@ from tests.fakes.answering import AnsweringWorker
 from tests.fakes.clock import ManualClock
 from tests.fakes.running import work
 from worker.execution.runners.child import messages
+from worker.execution.runners.child.child_process import InboxTurns
 from worker.execution.runners.child.child_run import BROKEN, ChildRun, Ended
-from worker.execution.runners.child.frames import (
+from worker.execution.runners.child.messages import (
     JSON_LIMIT,
     LONG,
     MAX_TOKENS,
@@ -25,7 +26,6 @@ from worker.execution.runners.child.frames import (
     RunFrames,
     run_frame,
 )
-from worker.execution.runners.child.inbox import InboxTurns
 from worker.execution.runners.contract import OWN_FAILURES, StopSignal
 from worker.handlers.calls import CountSpend, NotACall, OpenWait, Progress
 from worker.runs.budgets import OrgBudgets

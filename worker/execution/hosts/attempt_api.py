@@ -25,7 +25,7 @@ from worker.execution.hosts.delivery import HostTools, Key
 from worker.execution.hosts.hosted_runs import HostedRuns
 from worker.execution.hosts.sent import END, LINE, PROGRESS, LineRow, LogSizes, calls_of
 from worker.execution.hosts.wire import Malformed, Registered, TemporalPlace
-from worker.execution.runners.child.frames import Message
+from worker.execution.runners.child.messages import Message
 from worker.handlers import calls
 from worker.handlers.calls import NotACall, StoreStep
 from worker.handlers.catalogue import HandlerEntry

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Protocol, cast
 
 from worker.execution.hosts.wire import FENCE, Fence, Label, ShownProgress, reading, reason_of, rows_of
 from worker.execution.runners.child import messages
-from worker.execution.runners.child.frames import MALFORMED, Message
+from worker.execution.runners.child.messages import MALFORMED, Message
 from worker.execution.runners.contract import handler_exited
 from worker.execution.runners.output import CAP, LINE_COST, LINE_LIMIT
 from worker.handlers.calls import CALLS, MAX_BYTES, Call, message_of, read

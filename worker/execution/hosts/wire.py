@@ -36,8 +36,7 @@ from worker.errors import (
     WorkerError,
 )
 from worker.execution.runners.child import messages
-from worker.execution.runners.child.frames import MALFORMED
-from worker.execution.runners.child.messages import Message
+from worker.execution.runners.child.messages import MALFORMED, Message
 from worker.execution.runners.contract import Work
 from worker.guard.claims import Claims
 from worker.handlers.calls import BATCH_BYTES, CALLS, MAX_BYTES, NotACall, Progress

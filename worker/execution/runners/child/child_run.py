@@ -13,10 +13,14 @@ from typing import Any
 from worker.clock import Clock
 from worker.errors import LeaseLost, WorkerError
 from worker.execution.runners.child import messages
-from worker.execution.runners.child.child_process import ChildProcess, Ended
-from worker.execution.runners.child.frames import MALFORMED, BrokenMessage, Message
-from worker.execution.runners.child.inbox import CHECKED_AT_ONCE, Inbox, InboxTurns
-from worker.execution.runners.child.worker_channel import error_message
+from worker.execution.runners.child.child_process import (
+    CHECKED_AT_ONCE,
+    ChildProcess,
+    Ended,
+    Inbox,
+    InboxTurns,
+)
+from worker.execution.runners.child.messages import MALFORMED, BrokenMessage, Message
 from worker.execution.runners.contract import (
     LEASE_LOST,
     GivenErrors,
@@ -233,7 +237,7 @@ class ChildRun:
             self._refuse()
             return
         except (WorkerError, StepError) as error:
-            answer = {"error": error_message(error)}
+            answer = {"error": messages.error_message(error)}
         self._process.send({"op": "answer", "n": number, **answer})
 
     # stopping

@@ -16,9 +16,8 @@ from typing import Any
 
 from worker.clock import Clock
 from worker.execution.runners.child import linux, run_folders
-from worker.execution.runners.child.child_process import ChildProcess, Ended
+from worker.execution.runners.child.child_process import ChildProcess, Ended, InboxTurns
 from worker.execution.runners.child.child_run import ChildRun, exit_detail
-from worker.execution.runners.child.inbox import InboxTurns
 from worker.execution.runners.child.messages import Setup
 from worker.execution.runners.child.sandbox import SandboxRules
 from worker.execution.runners.child.zygote_handle import Message, ZygoteHandle

@@ -21,7 +21,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from worker.execution.runners.child import landlock, linux, seccomp
-from worker.handlers import denials, describe
+from worker.handlers import describe
+from worker.handlers.calling import sandboxed
 
 # A root that contains a secret is split into at most this number of paths, or else left out.
 MAX_PARTS = 256
@@ -246,7 +247,7 @@ def describe_handlers(rules: SandboxRules | None) -> None:
             ruleset.restrict()
             if rules.filtered:
                 seccomp.restrict()
-            denials.sandboxed()
+            sandboxed()
 
     linux.name_process(linux.ProcessName.DESCRIBE)
     describe.main(confine)

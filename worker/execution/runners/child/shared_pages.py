@@ -21,9 +21,8 @@ from typing import Any
 
 from worker.clock import SystemClock
 from worker.execution.runners.child import main as child
-from worker.execution.runners.child.frames import frame
-from worker.execution.runners.child.messages import outcome_message, work_message, work_of
-from worker.execution.runners.child.worker_channel import WorkerChannel
+from worker.execution.runners.child.main import WorkerChannel
+from worker.execution.runners.child.messages import frame, outcome_message, work_message, work_of
 from worker.execution.runners.contract import Work
 from worker.guard.claims import Claims, Flag
 from worker.ids import RunId
