@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
 from worker.clock import from_text, to_text
 from worker.definitions.budgets import MAX_AMOUNT
-from worker.guard.claims import Claims, Flag
+from worker.guard.claims import Claims
 from worker.handlers.json_text import LIMIT, UNMASKED_LIMIT, check_json_text, clean, to_json_text
 from worker.handlers.parts import (
     CallPart,
@@ -31,10 +31,12 @@ from worker.handlers.parts import (
     Several,
     Text,
     TextCheck,
+    Those,
     Together,
     Truth,
     When,
     row_of,
+    trusted,
 )
 from worker.handlers.steps import MAX_STEPS, RESULT_LIMIT, StepError
 from worker.runs.budgets import MAX_SPENDS, BudgetState, OrgBudgets
@@ -117,33 +119,23 @@ class CallAnswer(Generic[A]):
 NOTHING: CallAnswer[None] = CallAnswer()
 
 
+_CLAIMS = trusted(Claims)
+_WAIT_STATE = trusted(WaitState)
+_BUDGETS = Those(tuple, trusted(BudgetState))
+
+
 class GrantedAnswer(CallAnswer[tuple[AccessToken, Claims]]):
     """A token and its claims; only for the process of its own run."""
 
     def write(self, value: tuple[AccessToken, Claims]) -> dict[str, Any]:
         token, claims = value
-        times = {"issued_at": to_text(claims.issued_at), "expires_at": to_text(claims.expires_at)}
-        return {
-            "granted": {
-                "text": token.reveal(),
-                "expires_at": to_text(token.expires_at),
-                "claims": asdict(claims) | {"scopes": sorted(claims.scopes)} | times,
-            }
-        }
+        text, expires_at = token.reveal(), to_text(token.expires_at)
+        return {"granted": {"text": text, "expires_at": expires_at, "claims": _CLAIMS.write(claims)}}
 
     def read(self, message: Mapping[str, Any]) -> tuple[AccessToken, Claims]:
         granted = message["granted"]
-        given = known_in(Claims, granted["claims"])
-        claims = Claims(
-            **given
-            | {
-                "scopes": frozenset(given["scopes"]),
-                "flags": {name: Flag(**flag) for name, flag in given["flags"].items()},
-                "issued_at": from_text(given["issued_at"]),
-                "expires_at": from_text(given["expires_at"]),
-            }
-        )
-        return AccessToken(granted["text"], from_text(granted["expires_at"])), claims
+        token = AccessToken(granted["text"], from_text(granted["expires_at"]))
+        return token, _CLAIMS.read(granted["claims"])
 
 
 GRANTED = GrantedAnswer()
@@ -188,39 +180,20 @@ class StateAnswer(CallAnswer[WaitState]):
     """How a wait stands."""
 
     def write(self, value: WaitState) -> dict[str, Any]:
-        until = None if value.until is None else to_text(value.until)
-        return {"state": asdict(value) | {"until": until}}
+        return {"state": _WAIT_STATE.write(value)}
 
     def read(self, message: Mapping[str, Any]) -> WaitState:
-        state = message["state"]
-        until = None if state["until"] is None else from_text(state["until"])
-        return WaitState(state["kind"], state["state"], state["answer_json"], until)
+        return _WAIT_STATE.read(message["state"])
 
 
 class BudgetsAnswer(CallAnswer[OrgBudgets]):
     """The budgets of the run's org now."""
 
     def write(self, value: OrgBudgets) -> dict[str, Any]:
-        return {"budgets": budget_rows(value.states), "missing": value.missing}
+        return {"budgets": _BUDGETS.write(value.states), "missing": value.missing}
 
     def read(self, message: Mapping[str, Any]) -> OrgBudgets:
-        return OrgBudgets(budgets_in(message["budgets"]), message.get("missing"))
-
-
-def budget_rows(states: Any) -> list[dict[str, Any]]:
-    """Budgets as JSON."""
-    rows = [asdict(state) for state in states]
-    for row in rows:
-        row["resets_at"] = None if row["resets_at"] is None else to_text(row["resets_at"])
-    return rows
-
-
-def budgets_in(rows: Any) -> tuple[BudgetState, ...]:
-    """What `budget_rows` writes."""
-    return tuple(
-        BudgetState(**row | {"resets_at": None if row["resets_at"] is None else from_text(row["resets_at"])})
-        for row in rows
-    )
+        return OrgBudgets(_BUDGETS.read(message["budgets"], check_json_text), message.get("missing"))
 
 
 class SpendKey(CallPart[str]):

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
-from datetime import datetime
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from datetime import datetime, timedelta
+from types import NoneType
 from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 from worker.clock import from_text, to_text
@@ -142,6 +143,16 @@ class Seconds(CallPart[float]):
         return as_timedelta(float(value)).total_seconds()
 
 
+class Span(CallPart[timedelta]):
+    """A duration as long as a handler may name, in seconds."""
+
+    def write(self, value: timedelta) -> float:
+        return value.total_seconds()
+
+    def read(self, value: Any, check: TextCheck) -> timedelta:
+        return as_timedelta(float(value))
+
+
 class Number(CallPart[float]):
     """A finite number."""
 
@@ -270,7 +281,10 @@ class Row(CallPart[V]):
         lean: Sequence[str] = (),
         then: Callable[[V], object] | None = None,
     ) -> None:
-        known = {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]
+        known: dict[str, Any] = {
+            field.name: field.default_factory if field.default is MISSING else field.default
+            for field in fields(kind)  # type: ignore[arg-type]
+        }
         self._kind: Callable[..., V] = kind
         self._fields = [(name, part, known[name]) for name, part in parts.items()]
         self._lean = [(name, known[name]) for name in lean]
@@ -291,8 +305,8 @@ class Row(CallPart[V]):
                 del message[name]
         return message
 
-    def read(self, value: Any, check: TextCheck = check_json_text) -> V:
-        """The object of a message, of which other keys are ignored."""
+    def read(self, value: Any, check: TextCheck = check_json_text, **others: Any) -> V:
+        """The object of a message, of which other keys are ignored; `others` are fields without a part."""
         given = {}
         for name, part, default in self._fields:
             if name in value:
@@ -302,7 +316,7 @@ class Row(CallPart[V]):
                     raise ValueError(f"{name}: {error}") from error
             elif default is MISSING:
                 raise KeyError(name)
-        found = self._kind(**given)
+        found = self._kind(**given, **others)
         if self._then is not None:
             self._then(found)
         return found
@@ -330,3 +344,48 @@ def row_of(kind: type[V], **options: Any) -> Row[V]:
         if get_origin(hint) is Annotated:
             parts[name] = next(each for each in get_args(hint) if isinstance(each, CallPart))
     return Row(kind, parts, **options)
+
+
+class AsItIs(CallPart[Any]):
+    """A value that JSON has, of a side that is trusted."""
+
+    def read(self, value: Any, check: TextCheck) -> Any:
+        return value
+
+
+@dataclass(frozen=True)
+class Those(CallPart[Any]):
+    """Values of a side that is trusted, by name or in a collection of this kind; sets are sorted."""
+
+    kind: type[Any]
+    part: CallPart[Any]
+
+    def write(self, value: Any) -> Any:
+        if self.kind is dict:
+            return {name: self.part.write(each) for name, each in value.items()}
+        return [self.part.write(each) for each in (sorted(value) if self.kind is frozenset else value)]
+
+    def read(self, value: Any, check: TextCheck) -> Any:
+        if self.kind is dict:
+            return {name: self.part.read(each, check) for name, each in value.items()}
+        return self.kind(self.part.read(each, check) for each in value)
+
+
+def trusted(kind: type[V], without: Collection[str] = ()) -> Row[V]:
+    """The row of a dataclass that a trusted side writes; the parts follow from the types of its fields."""
+    hints = get_type_hints(kind)
+    return Row(kind, {name: _trusted_part(hints[name]) for name in hints if name not in without})
+
+
+def _trusted_part(hint: Any) -> CallPart[Any]:
+    kind, arguments = get_origin(hint) or hint, get_args(hint)
+    if NoneType in arguments:
+        part = _trusted_part(next(each for each in arguments if each is not NoneType))
+        return part if isinstance(part, AsItIs) else Maybe(part)
+    if kind in (tuple, frozenset):
+        return Those(kind, _trusted_part(arguments[0]))
+    if kind is Mapping:
+        return Those(dict, _trusted_part(arguments[1]))
+    if is_dataclass(kind):
+        return trusted(kind)  # type: ignore[arg-type]
+    return {datetime: When(), timedelta: Span()}.get(kind, AsItIs())

@@ -13,11 +13,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Annotated, Any, TypeVar, cast
 
-from worker.clock import from_text, to_text
 from worker.definitions.pools import parse_pool
 from worker.definitions.units import parse_duration, parse_memory
 from worker.errors import (
@@ -38,13 +37,12 @@ from worker.errors import (
 from worker.execution.runners.child import messages
 from worker.execution.runners.child.messages import MALFORMED, Message
 from worker.execution.runners.contract import Work
-from worker.guard.claims import Claims
 from worker.handlers.calls import BATCH_BYTES, CALLS, MAX_BYTES, NotACall, Progress
 from worker.handlers.calls import OWN_BYTES as OWN_BYTES
 from worker.handlers.calls import known_in as known_in
 from worker.handlers.catalogue import ERROR_LIMIT, HandlerEntry, check_secrets
 from worker.handlers.json_text import check_json_text, clean
-from worker.handlers.parts import CallPart, Count, TextCheck, row_of
+from worker.handlers.parts import CallPart, Count, TextCheck, row_of, trusted
 from worker.handlers.schema import check_schema
 from worker.handlers.steps import StepError
 from worker.ids import RunId
@@ -147,99 +145,6 @@ def rows_of(message: Mapping[str, Any], name: str, part: CallPart[V]) -> list[V]
 # incarnations
 
 
-@dataclass(frozen=True, slots=True)
-class Registration:
-    """A host that starts: its machine, its process, its slots and what it offers so far."""
-
-    host: str
-    pid: int
-    version: str
-    slots: Mapping[Isolation, int]
-    handlers: Sequence[HandlerEntry] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class TemporalPlace:
-    """Where the Temporal is from which a host of the pool gets its tickets."""
-
-    address: str
-    namespace: str
-    tls: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Registered:
-    """The answer: the incarnation's id, the pool of the host's token, and durations in seconds.
-
-    With `temporal` the host takes runs by tickets that it gets there, and not by free slots.
-    """
-
-    worker: str
-    pool: str
-    lease: float
-    renew: float
-    poll: float
-    temporal: TemporalPlace | None = None
-
-
-def registration_message(registration: Registration) -> Message:
-    return {
-        "host": registration.host,
-        "pid": registration.pid,
-        "version": registration.version,
-        "slots": dict(registration.slots),
-        "handlers": [ENTRY.write(entry) for entry in registration.handlers],
-    }
-
-
-@reading("registration")
-def registration_of(message: Mapping[str, Any]) -> Registration:
-    return Registration(
-        host=text_in(message, "host"),
-        pid=count_in(message["pid"], "pid", 2**31 - 1),
-        version=text_in(message, "version"),
-        slots=slots_of(message["slots"]),
-        handlers=entries_of(message, "handlers"),
-    )
-
-
-def registered_message(registered: Registered) -> Message:
-    return asdict(registered)
-
-
-def registered_of(message: Mapping[str, Any]) -> Registered:
-    given = known_in(Registered, message)
-    if (place := given.get("temporal")) is not None:
-        given["temporal"] = TemporalPlace(**known_in(TemporalPlace, place))
-    return Registered(**given)
-
-
-@reading("slots")
-def slots_of(message: Mapping[str, Any]) -> dict[Isolation, int]:
-    """Slots by isolation; one that is missing has none."""
-    return {isolation: count_in(message.get(isolation, 0), isolation, MAX_SLOTS) for isolation in ISOLATIONS}
-
-
-@reading("take")
-def take_of(message: Mapping[str, Any]) -> tuple[dict[Isolation, int], float]:
-    """The free slots of a host, and the seconds that it waits for attempts."""
-    wait = float(message.get("wait", 0.0))
-    if not wait >= 0.0:
-        raise ValueError("wait is not a number of seconds")
-    return slots_of(message.get("free", {})), min(wait, LONGEST_WAIT)
-
-
-@reading("ticket")
-def ticket_of(message: Mapping[str, Any]) -> Ticket | None:
-    """The ticket with which a host takes one run; None if it asks for any runs."""
-    if message.get("ticket") is None:
-        return None
-    ticket = Ticket.parse(text_in(message, "ticket"))
-    if ticket is None:
-        raise ValueError("ticket is not RUN.FENCING_TOKEN.SECRET")
-    return ticket
-
-
 class _Entry(CallPart[HandlerEntry]):
     """A handler that a host offers, or why it does not load."""
 
@@ -290,6 +195,104 @@ def entries_of(message: Mapping[str, Any], name: str = "entries") -> list[Handle
     return entries
 
 
+class _Entries(CallPart[Sequence[HandlerEntry]]):
+    def write(self, value: Sequence[HandlerEntry]) -> list[Message]:
+        return [ENTRY.write(entry) for entry in value]
+
+    def read(self, value: Any, check: TextCheck) -> list[HandlerEntry]:
+        return entries_of({"handlers": value}, "handlers")
+
+
+@reading("slots")
+def slots_of(message: Mapping[str, Any]) -> dict[Isolation, int]:
+    """Slots by isolation; one that is missing has none."""
+    return {isolation: count_in(message.get(isolation, 0), isolation, MAX_SLOTS) for isolation in ISOLATIONS}
+
+
+class _Slots(CallPart[Mapping[Isolation, int]]):
+    def write(self, value: Mapping[Isolation, int]) -> Message:
+        return dict(value)
+
+    def read(self, value: Any, check: TextCheck) -> dict[Isolation, int]:
+        return slots_of(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """A host that starts: its machine, its process, its slots and what it offers so far."""
+
+    host: Annotated[str, Label()]
+    pid: Annotated[int, Count(2**31 - 1)]
+    version: Annotated[str, Label()]
+    slots: Annotated[Mapping[Isolation, int], _Slots()]
+    handlers: Annotated[Sequence[HandlerEntry], _Entries()] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TemporalPlace:
+    """Where the Temporal is from which a host of the pool gets its tickets."""
+
+    address: str
+    namespace: str
+    tls: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """The answer: the incarnation's id, the pool of the host's token, and durations in seconds.
+
+    With `temporal` the host takes runs by tickets that it gets there, and not by free slots.
+    """
+
+    worker: str
+    pool: str
+    lease: float
+    renew: float
+    poll: float
+    temporal: TemporalPlace | None = None
+
+
+_REGISTRATION = row_of(Registration)
+_REGISTERED = trusted(Registered)
+
+
+def registration_message(registration: Registration) -> Message:
+    return _REGISTRATION.write(registration)
+
+
+@reading("registration")
+def registration_of(message: Mapping[str, Any]) -> Registration:
+    return _REGISTRATION.read(message)
+
+
+def registered_message(registered: Registered) -> Message:
+    return _REGISTERED.write(registered)
+
+
+def registered_of(message: Mapping[str, Any]) -> Registered:
+    return _REGISTERED.read(message)
+
+
+@reading("take")
+def take_of(message: Mapping[str, Any]) -> tuple[dict[Isolation, int], float]:
+    """The free slots of a host, and the seconds that it waits for attempts."""
+    wait = float(message.get("wait", 0.0))
+    if not wait >= 0.0:
+        raise ValueError("wait is not a number of seconds")
+    return slots_of(message.get("free", {})), min(wait, LONGEST_WAIT)
+
+
+@reading("ticket")
+def ticket_of(message: Mapping[str, Any]) -> Ticket | None:
+    """The ticket with which a host takes one run; None if it asks for any runs."""
+    if message.get("ticket") is None:
+        return None
+    ticket = Ticket.parse(text_in(message, "ticket"))
+    if ticket is None:
+        raise ValueError("ticket is not RUN.FENCING_TOKEN.SECRET")
+    return ticket
+
+
 def renewed_message(registered: bool, owned: Iterable[OwnedRun]) -> Message:
     rows = [(run.id, run.fencing_token, run.cancel_reason) for run in owned]
     return {"registered": registered, "owned": rows}
@@ -319,41 +322,17 @@ class Taken:
     sealed: str = field(repr=False)
 
 
-_RUN_TIMES = ("scheduled_for", "available_at", "start_by", "started_at")
+_TAKEN = trusted(Taken, without=("work",))
 
 
 def taken_message(taken: Taken) -> Message:
-    run = {key.name: getattr(taken.run, key.name) for key in fields(AdmittedRun)}
-    for name in _RUN_TIMES:
-        run[name] = None if run[name] is None else to_text(run[name])
-    return {
-        "run": run,
-        "org": taken.org,
-        "definition": taken.definition,
-        "cancel_grace": taken.cancel_grace.total_seconds(),
-        "timeout": taken.timeout.total_seconds(),
-        "work": messages.work_message(taken.work, taken.timeout.total_seconds()),
-        "sealed": taken.sealed,
-    }
+    message = _TAKEN.write(taken)
+    work, sealed = messages.work_message(taken.work, message["timeout"]), message.pop("sealed")
+    return message | {"work": work, "sealed": sealed}
 
 
 def taken_of(message: Mapping[str, Any]) -> Taken:
-    run = known_in(AdmittedRun, message["run"])
-    for name in _RUN_TIMES:
-        run[name] = None if run[name] is None else from_text(run[name])
-    names = {key.name for key in fields(Work)} | {"seconds", "granted"}
-    work = {name: value for name, value in message["work"].items() if name in names}
-    granted = work["granted"]
-    work["granted"] = {**granted, "claims": known_in(Claims, granted["claims"])}
-    return Taken(
-        run=AdmittedRun(**run),
-        org=message["org"],
-        definition=message["definition"],
-        cancel_grace=timedelta(seconds=message["cancel_grace"]),
-        timeout=timedelta(seconds=message["timeout"]),
-        work=messages.work_of(work),
-        sealed=message["sealed"],
-    )
+    return _TAKEN.read(message, work=messages.work_of(message["work"]))
 
 
 # errors

@@ -11,22 +11,18 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from typing import Any, get_args
 
-from worker.clock import from_text, to_text
 from worker.errors import LeaseLost, Unavailable, WorkerError
 from worker.execution.runners.child.sandbox import SandboxRules
 from worker.execution.runners.contract import Work
-from worker.handlers.calls import GRANTED, budget_rows, budgets_in
+from worker.handlers.calls import GRANTED
 from worker.handlers.installed import ENVIRONMENT
-from worker.handlers.json_text import LIMIT, UNMASKED_LIMIT, check_json_text, clean
-from worker.handlers.parts import TextCheck
-from worker.handlers.results import as_timedelta
+from worker.handlers.json_text import LIMIT, UNMASKED_LIMIT, check_json_text
+from worker.handlers.parts import CallPart, JsonText, Maybe, Row, Span, Text, TextCheck, Truth, trusted
 from worker.handlers.state import LIMIT as STATE_LIMIT
 from worker.handlers.state import check_object
 from worker.handlers.steps import StepError
-from worker.ids import RunId
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import Error, Outcome
 
@@ -195,13 +191,14 @@ class Setup:
 
     @classmethod
     def from_json(cls, text: str) -> Setup:
-        given = json.loads(text)
-        rules = given.pop("sandbox", None)
-        return cls(**given, sandbox=None if rules is None else SandboxRules.of(rules))
+        return trusted(cls).read(json.loads(text))
 
     def as_json(self) -> str:
         """For the command line of the zygote."""
         return json.dumps(asdict(self))
+
+
+WORK = trusted(Work, without=("claims", "token"))
 
 
 def work_message(work: Work, seconds: float) -> Message:
@@ -209,96 +206,62 @@ def work_message(work: Work, seconds: float) -> Message:
 
     `seconds` are left until its timeout, by the worker's clock.
     """
-    values = {field.name: getattr(work, field.name) for field in fields(work)}
-    token, claims = values.pop("token"), values.pop("claims")
-    return values | {
-        "seconds": seconds,
-        "params": dict(work.params),
-        "secrets": dict(work.secrets),
-        "scheduled_for": to_text(work.scheduled_for),
-        "timeout_at": to_text(work.timeout_at),
-        "budgets": None if work.budgets is None else budget_rows(work.budgets),
-        **GRANTED.write((token, claims)),
-    }
+    return WORK.write(work) | {"seconds": seconds} | GRANTED.write((work.token, work.claims))
 
 
 def work_of(message: Mapping[str, Any]) -> Work:
-    given = dict(message)
-    del given["seconds"]
-    token, claims = GRANTED.read(given)
-    del given["granted"]
-    return Work(
-        **given
-        | {
-            "run_id": RunId(given["run_id"]),
-            "scheduled_for": from_text(given["scheduled_for"]),
-            "timeout_at": from_text(given["timeout_at"]),
-            "api_origins": tuple(given["api_origins"]),
-            "private_origins": tuple(given["private_origins"]),
-            "insecure_origins": tuple(given["insecure_origins"]),
-            "budgets": None if given["budgets"] is None else budgets_in(given["budgets"]),
-            "token": token,
-            "claims": claims,
-        }
-    )
+    token, claims = GRANTED.read(message)
+    return WORK.read(message, token=token, claims=claims)
 
 
-# The outcomes that have a message; `runners/contract.py` says which of them count, and when.
-_OUTCOMES: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in get_args(Outcome) if kind not in (outcomes.TimedOut, outcomes.Gated)
+class StateText(JsonText):
+    """The JSON text of a definition's new state."""
+
+    def read(self, value: Any, check: TextCheck) -> str:
+        text = super().read(value, check)
+        check_object(text)
+        return text
+
+
+# The fields of outcomes by name, cut to the limits that our own code keeps in the run's process.
+_TEXT = Text(UNMASKED_LIMIT)
+_FIELDS: Mapping[str, CallPart[Any]] = {
+    "error": Row(Error, {"type": _TEXT, "message": _TEXT, "trace": Text(UNMASKED_LIMIT + 2)}),
+    "permanent": Truth(),
+    "reason": _TEXT,
+    "message": _TEXT,
+    "detail": Maybe(_TEXT),
+    "retry_after": Span(),
+    "after": Maybe(Span()),
+    "result": Maybe(JsonText("result", LIMIT)),
+    "state": Maybe(StateText("state", STATE_LIMIT)),
 }
+_OUTCOMES = {
+    kind.__name__: Row(kind, {field.name: _FIELDS[field.name] for field in fields(kind)})
+    for kind in get_args(Outcome)
+}
+# Those that only the worker finds; `runners/contract.py` says which of the others count, and when.
+_NOT_SENT = (outcomes.TimedOut.__name__, outcomes.Gated.__name__)
 
 
 def outcome_message(outcome: Outcome) -> Message:
     """An outcome as a message; durations in seconds."""
-    values = asdict(outcome)
-    spans = {name: value.total_seconds() for name, value in values.items() if isinstance(value, timedelta)}
-    return {"kind": type(outcome).__name__} | values | spans
+    kind = type(outcome).__name__
+    return {"kind": kind} | _OUTCOMES[kind].write(outcome)
 
 
 def outcome_of_message(message: Mapping[str, Any], check: TextCheck = check_json_text) -> Outcome:
     """Parse the output of `outcome_message`. Raises ValueError: the process that sent it is not trusted."""
     try:
-        kind = _OUTCOMES[message["kind"]]
-        names = [field.name for field in fields(kind) if field.name in message]
-        outcome: Outcome = kind(**{name: _field(name, message[name], check) for name in names})
-        if isinstance(outcome, outcomes.Snoozed) and outcome.after is None:
+        kind = message["kind"]
+        outcome: Outcome = _OUTCOMES[kind].read(message, check)
+        if kind in _NOT_SENT or (isinstance(outcome, outcomes.Snoozed) and outcome.after is None):
             raise ValueError("not an outcome")
         if isinstance(outcome, outcomes.Parked) and outcome.reason not in outcomes.PARKED_REASONS:
             raise ValueError("not an outcome")
     except MALFORMED as error:
         raise ValueError("not an outcome") from error
     return outcome
-
-
-def _field(name: str, value: Any, check: TextCheck) -> Any:
-    """A field of an outcome, cut to the limits that our own code keeps in the run's process."""
-    match name:
-        case "error":
-            return Error(
-                clean(value["type"], UNMASKED_LIMIT),
-                clean(value["message"], UNMASKED_LIMIT),
-                clean(value["trace"], UNMASKED_LIMIT + 2),
-            )
-        case "permanent":
-            return value is True
-        case "reason" | "message":
-            return clean(value, UNMASKED_LIMIT)
-        case "retry_after":
-            return as_timedelta(float(value))
-        case _ if value is None:
-            return None
-        case "after":
-            return as_timedelta(float(value))
-        case "result":
-            check(value, "result", LIMIT)
-            return value
-        case "state":
-            check(value, "state", STATE_LIMIT)
-            check_object(value)
-            return value
-        case _:
-            return clean(value, UNMASKED_LIMIT)
 
 
 # The code of a StepError, which is the author's.
