@@ -27,7 +27,7 @@ from worker.execution.attempts.answers import Running
 from worker.execution.attempts.attempt import conclude
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.run_log import Progress, RunLogWriter
-from worker.execution.attempts.tools import RunStores, StoreActs, Tools
+from worker.execution.attempts.tools import StoreActs, Tools
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import StopSignal
 from worker.runs.outcome import Trail
@@ -140,7 +140,7 @@ async def measure(pool: ChildPool, code: str) -> str:
     )
     inflight, trail = InflightRun(admitted(), StopSignal()), Trail("flood")
     inflight.hold_secrets({"key": HELD})
-    acts = StoreActs(cast(RunStores, tools))
+    acts = StoreActs(cast(Tools, tools))
     services = Running(inflight, trail, acts, run_log, SystemClock())
     watching = asyncio.create_task(watch())
     writing = asyncio.create_task(run_log.run())

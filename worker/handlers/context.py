@@ -40,6 +40,7 @@ from worker.handlers.step_calls import (
     KeyOf,
     StepCalls,
     Tries,
+    done,
 )
 from worker.handlers.steps import StepJournal
 from worker.handlers.waits import (
@@ -343,7 +344,7 @@ class BlockingContext(_Shared[P, S]):
     ) -> Any:
         """As `Context.step`, for a function that blocks; `timeout` is a TypeError."""
         tries = Tries.of(retries, backoff, timeout)
-        return self._steps.step(name, function, args, kwargs, key, tries)
+        return done(self._steps.step(name, function, args, kwargs, key, tries))
 
     def map(
         self,
@@ -360,11 +361,11 @@ class BlockingContext(_Shared[P, S]):
     ) -> list[Any]:
         """As `Context.map`, with a thread for each concurrent call."""
         tries = Tries.of(retries, backoff, timeout)
-        return self._steps.map(name, function, items, concurrency, key, tries)
+        return done(self._steps.map(name, function, items, concurrency, key, tries))
 
     def sleep(self, duration: Duration, /, *, name: str = SLEEP) -> None:
         """As `Context.sleep`. Ends the handler by a BaseException, which it must not catch."""
-        self._waits.sleep(duration, name)
+        finish(self._waits.sleep(duration, name))
 
     def wait_for(
         self,
@@ -377,7 +378,7 @@ class BlockingContext(_Shared[P, S]):
         alert: bool = False,
     ) -> Any:
         """As `Context.wait_for`. Ends the handler by a BaseException, which it must not catch."""
-        return self._waits.wait_for(name, timeout, ask, alert, options)
+        return finish(self._waits.wait_for(name, timeout, ask, alert, options))
 
     def spend(self, meter: str, amount: int, /) -> None:
         """As `Context.spend`."""

@@ -388,4 +388,4 @@ def _trusted_part(hint: Any) -> CallPart[Any]:
         return Those(dict, _trusted_part(arguments[1]))
     if is_dataclass(kind):
         return trusted(kind)  # type: ignore[arg-type]
-    return {datetime: When(), timedelta: Span()}.get(kind, AsItIs())
+    return When() if kind is datetime else Span() if kind is timedelta else AsItIs()

@@ -12,14 +12,15 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from worker.clock import Clock
 from worker.definitions.budgets import MAX_AMOUNT, OWN_METERS
 from worker.handlers.calls import AskBudgets, CountSpend, Port
 from worker.handlers.steps import StepError, check_name, open_step
+from worker.handlers.waits import AnyWaits
 from worker.runs.budgets import MAX_SPENDS, BudgetState, decisive, tightest, wait_of
-from worker.runs.waits import BUDGET, NewWait, WaitState
+from worker.runs.waits import BUDGET
 
 # Waits for one meter that one call passes, before it gives up.
 MAX_WAITS = 1000
@@ -64,11 +65,6 @@ class KnownBudget(Awaitable[Budget]):
         return self._ask().__await__()
 
 
-class Parks(Protocol):
-    async def park(self, wait: NewWait) -> WaitState:
-        """How a wait stands once it is over; until then the attempt parks, and this never returns."""
-
-
 class _Done(Awaitable[None]):
     """Nothing to wait for: a spend inside a step is stored with the step."""
 
@@ -86,9 +82,9 @@ class Spending:
     `known` are the newest budgets of the org; None for an org without any.
     """
 
-    def __init__(self, port: Port, parks: Parks, known: States | None, attempt: int, clock: Clock) -> None:
+    def __init__(self, port: Port, waits: AnyWaits, known: States | None, attempt: int, clock: Clock) -> None:
         self._port = port
-        self._parks = parks
+        self._waits = waits
         self._known = known
         self._attempt = attempt
         self._clock = clock
@@ -169,7 +165,7 @@ class Spending:
         if occurrence > MAX_WAITS:
             raise BudgetExceeded(f"{in_words(state)}, and the run has waited for it {MAX_WAITS} times")
         wait = wait_of(state, occurrence, self._clock.now())
-        found = await self._parks.park(wait)
+        found = await self._waits.park(wait)
         self._waited[wait.name] = wait.occurrence
         if found.answer_json is not None and json.loads(found.answer_json) is False:
             raise BudgetExceeded(f"{in_words(state)}; an operator did not raise it")

@@ -11,10 +11,11 @@ import random
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 from worker.clock import Clock
 from worker.definitions.budgets import MAX_AMOUNT
@@ -23,6 +24,7 @@ from worker.handlers.blocking import DaemonThread, finish
 from worker.handlers.calls import MAX_METERS, LoadSteps, Port, StoreStep
 from worker.handlers.json_text import NotStorable, to_json_text
 from worker.handlers.results import Duration, PermanentError, as_timedelta
+from worker.handlers.spending import Spending
 from worker.handlers.steps import (
     RESULT_LIMIT,
     OpenStep,
@@ -47,19 +49,7 @@ _NOT_RETRIED = (StepError, PermanentError, WorkerError)
 
 Call = Callable[[], Any]
 KeyOf = Callable[[Any], str | int]
-
-
-class Gate(Protocol):
-    """What may stop a run before a new step, such as a budget that is used up.
-
-    That of a handler that blocks never suspends.
-    """
-
-    async def reached(self) -> BudgetState | None:
-        """What stops the run now; None if nothing does."""
-
-    async def stop(self, state: BudgetState) -> None:
-        """Stop there until it may have changed; the attempt may park meanwhile."""
+T = TypeVar("T")
 
 
 class _Stopped(Exception):
@@ -100,12 +90,48 @@ def _text_of(step: NewStep, stored: str | None) -> str:
     return step.result_json if stored is None else stored
 
 
-class _Calls:
-    """What both forms share: ids, checks and results."""
+# A call of `ctx.map` and the place of its item.
+_Placed = tuple[int, tuple[StepId, Call]]
 
-    def __init__(self, journal: StepJournal, clock: Clock) -> None:
+
+class StepCalls:
+    """The steps of an async handler."""
+
+    def __init__(self, journal: StepJournal, port: Port, clock: Clock, gate: Spending | None = None) -> None:
         self.journal = journal
+        self._port = port
         self._clock = clock
+        self._gate = gate
+        self._loading: AbstractAsyncContextManager[object] = asyncio.Lock()
+
+    def step(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        key: str | int | None,
+        tries: Tries,
+    ) -> Coroutine[Any, Any, Any]:
+        """As `Context.step`. The occurrence is taken now, not when the step is awaited."""
+        is_async = self._check(f"step {name}", function, tries.timeout)
+        call = partial(function, *args, **kwargs)
+        return self._run(self._id(name, key), call, tries, is_async)
+
+    def map(
+        self,
+        name: str,
+        function: Callable[[Any], Any],
+        items: Iterable[Any],
+        concurrency: int,
+        key: KeyOf | None,
+        tries: Tries,
+    ) -> Coroutine[Any, Any, list[Any]]:
+        """As `Context.map`. The occurrences are taken now."""
+        if not isinstance(concurrency, int) or not 1 <= concurrency <= MAX_CONCURRENCY:
+            raise TypeError(f"concurrency= is a number of calls from 1 to {MAX_CONCURRENCY:,}")
+        is_async = self._check(f"map {name}", function, tries.timeout)
+        return self._map(self._items(name, function, items, key), concurrency, tries, is_async)
 
     def _id(self, name: str, key: str | int | None) -> StepId:
         self.journal.refuse_inside(f"step {check_name('step', name)}")
@@ -142,59 +168,15 @@ class _Calls:
             spends=_by_meter(step, opened.spends),
         )
 
-
-def _by_meter(step: StepId, spends: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
-    """The spends of a step, those of one meter added up as far as one spend may go. Raises StepError."""
-    added: list[tuple[str, int]] = []
-    places: dict[str, int] = {}
-    for meter, amount in spends:
-        place = places.get(meter)
-        if place is not None and added[place][1] + amount <= MAX_AMOUNT:
-            added[place] = (meter, added[place][1] + amount)
-        else:
-            places[meter] = len(added)
-            added.append((meter, amount))
-    if len(added) > MAX_METERS:
-        raise StepError(f"step {step}: it has spends of more than {MAX_METERS:,} meters, the limit")
-    return tuple(added)
-
-
-class StepCalls(_Calls):
-    """The steps of an async handler."""
-
-    def __init__(self, journal: StepJournal, port: Port, clock: Clock, gate: Gate | None = None) -> None:
-        super().__init__(journal, clock)
-        self._port = port
-        self._gate = gate
-        self._loading = asyncio.Lock()
-
-    def step(
-        self,
-        name: str,
-        function: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        key: str | int | None,
-        tries: Tries,
-    ) -> Coroutine[Any, Any, Any]:
-        """As `Context.step`. The occurrence is taken now, not when the step is awaited."""
-        is_async = _check_function(f"step {name}", function, tries.timeout)
-        call = partial(function, *args, **kwargs)
-        return self._run(self._id(name, key), call, tries, is_async)
-
-    def map(
-        self,
-        name: str,
-        function: Callable[[Any], Any],
-        items: Iterable[Any],
-        concurrency: int,
-        key: KeyOf | None,
-        tries: Tries,
-    ) -> Coroutine[Any, Any, list[Any]]:
-        """As `Context.map`. The occurrences are taken now."""
-        _check_concurrency(concurrency)
-        is_async = _check_function(f"map {name}", function, tries.timeout)
-        return self._map(self._items(name, function, items, key), concurrency, tries, is_async)
+    def _check(self, what: str, function: Any, timeout: float | None) -> bool:
+        """Whether the function is async; raises TypeError."""
+        is_async = _is_async(what, function)
+        if timeout is not None and not is_async:
+            raise TypeError(
+                f"{what}: timeout= works for async functions only, since a thread cannot be stopped; "
+                "set a timeout inside the function"
+            )
+        return is_async
 
     async def _map(
         self, calls: Sequence[tuple[StepId, Call]], concurrency: int, tries: Tries, is_async: bool
@@ -209,16 +191,16 @@ class StepCalls(_Calls):
 
     async def _some(
         self,
-        calls: Sequence[tuple[int, tuple[StepId, Call]]],
+        calls: Sequence[_Placed],
         results: list[Any],
         concurrency: int,
         tries: Tries,
         is_async: bool,
-    ) -> tuple[list[tuple[int, tuple[StepId, Call]]], BudgetState | None]:
+    ) -> tuple[list[_Placed], BudgetState | None]:
         """Call until all are done, or the gate stops the run; returns those that are left, and why."""
         left = iter(calls)
         errors: list[BaseException] = []
-        held: list[tuple[int, tuple[StepId, Call]]] = []
+        held: list[_Placed] = []
         stopped: list[BudgetState] = []
 
         async def work() -> None:
@@ -296,62 +278,43 @@ class StepCalls(_Calls):
             raise
 
 
-class BlockingStepCalls(_Calls):
-    """The steps of a handler that blocks."""
+class _ThreadLock:
+    """A lock of threads, which blocks where a lock of tasks suspends."""
 
-    def __init__(self, journal: StepJournal, port: Port, clock: Clock, gate: Gate | None = None) -> None:
-        super().__init__(journal, clock)
-        self._port = port
-        self._gate = gate
-        self._loading = threading.Lock()
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
 
-    def step(
+    async def __aenter__(self) -> None:
+        self._lock.acquire()
+
+    async def __aexit__(self, *error: object) -> None:
+        self._lock.release()
+
+
+class BlockingStepCalls(StepCalls):
+    """The steps of a handler that blocks: `done` gives the result of each. `map` uses threads."""
+
+    def __init__(self, journal: StepJournal, port: Port, clock: Clock, gate: Spending | None = None) -> None:
+        super().__init__(journal, port, clock, gate)
+        self._loading = _ThreadLock()
+
+    def _check(self, what: str, function: Any, timeout: float | None) -> bool:
+        if super()._check(what, function, timeout):
+            raise TypeError(f"{what}: the function is async; declare the handler as async def, too")
+        return False
+
+    async def _some(
         self,
-        name: str,
-        function: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        key: str | int | None,
-        tries: Tries,
-    ) -> Any:
-        """As `BlockingContext.step`."""
-        _check_blocking(f"step {name}", function, tries.timeout)
-        return self._run(self._id(name, key), partial(function, *args, **kwargs), tries)
-
-    def map(
-        self,
-        name: str,
-        function: Callable[[Any], Any],
-        items: Iterable[Any],
-        concurrency: int,
-        key: KeyOf | None,
-        tries: Tries,
-    ) -> list[Any]:
-        """As `BlockingContext.map`: the calls run in threads, at most `concurrency` at a time."""
-        _check_concurrency(concurrency)
-        _check_blocking(f"map {name}", function, tries.timeout)
-        calls = self._items(name, function, items, key)
-        results: list[Any] = [None] * len(calls)
-        left = list(enumerate(calls))
-        while left:
-            left, stopped = self._some(left, results, name, concurrency, tries)
-            if stopped is not None and self._gate is not None:
-                finish(self._gate.stop(stopped))
-        return results
-
-    def _some(
-        self,
-        calls: Sequence[tuple[int, tuple[StepId, Call]]],
+        calls: Sequence[_Placed],
         results: list[Any],
-        name: str,
         concurrency: int,
         tries: Tries,
-    ) -> tuple[list[tuple[int, tuple[StepId, Call]]], BudgetState | None]:
-        """As `StepCalls._some`."""
-        left = iter(calls)
+        is_async: bool,
+    ) -> tuple[list[_Placed], BudgetState | None]:
+        left, name = iter(calls), calls[0][1][0].name
         taking = threading.Lock()
         errors: list[BaseException] = []
-        held: list[tuple[int, tuple[StepId, Call]]] = []
+        held: list[_Placed] = []
         stopped: list[BudgetState] = []
 
         def work() -> None:
@@ -361,7 +324,7 @@ class BlockingStepCalls(_Calls):
                 if item is None:
                     return
                 try:
-                    results[place] = self._run(*item, tries, parks=False)
+                    results[place] = done(self._run(*item, tries, is_async, parks=False))
                 except _Stopped as found:
                     held.append((place, item))
                     stopped.append(found.state)
@@ -386,28 +349,7 @@ class BlockingStepCalls(_Calls):
             raise errors[0]
         return [*sorted(held, key=_place), *left], stopped[0] if stopped else None
 
-    def _run(self, step: StepId, call: Call, tries: Tries, *, parks: bool = True) -> Any:
-        text = self._replayed(step)
-        if text is None:
-            while self._gate is not None and (stopped := finish(self._gate.reached())) is not None:
-                if not parks:
-                    raise _Stopped(stopped)
-                finish(self._gate.stop(stopped))
-            with self.journal.open(step) as opened:
-                started_at = self._clock.now()
-                value = self._tried(opened, call, tries)
-                made = self._new_step(opened, value, started_at)
-                text = _text_of(made, finish(self._port.ask(StoreStep(made))))
-        return json.loads(text)
-
-    def _replayed(self, step: StepId) -> str | None:
-        while (text := self.journal.replayed(step)) is None and not self.journal.complete:
-            with self._loading:
-                if not self.journal.complete:
-                    self.journal.add(finish(self._port.ask(LoadSteps(self.journal.last))))
-        return text
-
-    def _tried(self, opened: OpenStep, call: Call, tries: Tries) -> Any:
+    async def _tried(self, opened: OpenStep, call: Call, tries: Tries, is_async: bool) -> Any:
         for delay in itertools.chain(tries.delays(), (None,)):
             opened.begin_try()
             try:
@@ -417,32 +359,40 @@ class BlockingStepCalls(_Calls):
             except Exception:
                 if delay is None:
                     raise
-            time.sleep(delay)
+            time.sleep(delay)  # noqa: ASYNC251 - it blocks
+
+    async def _stored(self, step: NewStep) -> str:
+        return _text_of(step, await self._port.ask(StoreStep(step)))
 
 
-def _place(held: tuple[int, Any]) -> int:
+def done(call: Coroutine[Any, Any, T]) -> T:
+    """The result of a step of a handler that blocks."""
+    try:
+        return finish(call)
+    except RuntimeError as error:
+        if isinstance(error.__cause__, StopIteration):  # of the function; no coroutine lets it pass
+            raise error.__cause__ from None
+        raise
+
+
+def _place(held: _Placed) -> int:
     return held[0]
 
 
-def _check_concurrency(concurrency: int) -> None:
-    if not isinstance(concurrency, int) or not 1 <= concurrency <= MAX_CONCURRENCY:
-        raise TypeError(f"concurrency= is a number of calls from 1 to {MAX_CONCURRENCY:,}")
-
-
-def _check_function(what: str, function: Any, timeout: float | None) -> bool:
-    """Whether the function is async; raises TypeError."""
-    is_async = _is_async(what, function)
-    if timeout is not None and not is_async:
-        raise TypeError(
-            f"{what}: timeout= works for async functions only, since a thread cannot be stopped; "
-            "set a timeout inside the function"
-        )
-    return is_async
-
-
-def _check_blocking(what: str, function: Any, timeout: float | None) -> None:
-    if _check_function(what, function, timeout):
-        raise TypeError(f"{what}: the function is async; declare the handler as async def, too")
+def _by_meter(step: StepId, spends: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+    """The spends of a step, those of one meter added up as far as one spend may go. Raises StepError."""
+    added: list[tuple[str, int]] = []
+    places: dict[str, int] = {}
+    for meter, amount in spends:
+        place = places.get(meter)
+        if place is not None and added[place][1] + amount <= MAX_AMOUNT:
+            added[place] = (meter, added[place][1] + amount)
+        else:
+            places[meter] = len(added)
+            added.append((meter, amount))
+    if len(added) > MAX_METERS:
+        raise StepError(f"step {step}: it has spends of more than {MAX_METERS:,} meters, the limit")
+    return tuple(added)
 
 
 def _is_async(what: str, function: Any) -> bool:

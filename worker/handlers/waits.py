@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from types import CoroutineType
 from typing import Any, NoReturn
 
-from worker.handlers.blocking import finish
 from worker.handlers.calls import OpenWait, Port
 from worker.handlers.json_text import NotStorable, check_size, to_json_text
 from worker.handlers.results import Duration, as_timedelta
@@ -57,13 +57,14 @@ class Parking(BaseException):
     """Ends a handler that blocks, because it waits. Whatever the handler does with it, the attempt parks."""
 
 
-class _Waits:
+class AnyWaits(ABC):
     """What both forms share. `parked` is the outcome once the attempt parks."""
 
     # What a step raises after that.
     _ends: type[BaseException]
 
-    def __init__(self, journal: StepJournal, on_park: OnPark) -> None:
+    def __init__(self, journal: StepJournal, port: Port, on_park: OnPark) -> None:
+        self._port = port
         self.parked: Parked | None = None
         self._journal = journal
         self._on_park = on_park
@@ -108,6 +109,31 @@ class _Waits:
         occurrence = self._occurrences.take(what.partition(" ")[0], name)
         return NewWait(name, occurrence, kind, seconds, ask, alert, options)
 
+    def sleep(self, duration: Duration, name: str = SLEEP) -> Coroutine[Any, Any, None]:
+        """As `Context.sleep`. The occurrence is taken now."""
+        return self._slept(self._sleep(duration, name))
+
+    def wait_for(
+        self,
+        name: str,
+        timeout: Duration | None,
+        ask: Any,
+        alert: bool,
+        options: Sequence[Option] | None = None,
+    ) -> Coroutine[Any, Any, Any]:
+        """As `Context.wait_for`. The occurrence is taken now."""
+        return self._answered(self._question(name, timeout, ask, alert, options))
+
+    async def _slept(self, wait: NewWait) -> None:
+        await self.park(wait)
+
+    async def _answered(self, wait: NewWait) -> Any:
+        return answer_of(wait, await self.park(wait))
+
+    @abstractmethod
+    async def park(self, wait: NewWait) -> WaitState:
+        """How a wait stands once it is over; until then the attempt parks, and this never returns."""
+
     def _known(self, wait: NewWait, state: WaitState) -> bool:
         """Whether the wait is over; raises StepError."""
         if state.state == "too_many":
@@ -135,7 +161,7 @@ class _Waits:
         self._on_park(self.parked)
 
 
-class AsyncWaits(_Waits):
+class AsyncWaits(AnyWaits):
     """The waits of an async handler, which runs in `task`.
 
     The attempt parks when no step is in flight and the handler can only go on by one of its waits: its own
@@ -147,8 +173,7 @@ class AsyncWaits(_Waits):
     def __init__(
         self, journal: StepJournal, port: Port, on_park: OnPark, task: asyncio.Task[Any] | None
     ) -> None:
-        super().__init__(journal, on_park)
-        self._port = port
+        super().__init__(journal, port, on_park)
         self._task = task
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opening = 0
@@ -158,29 +183,7 @@ class AsyncWaits(_Waits):
         self._never: set[asyncio.Future[None]] = set()
         journal.on_idle(self._consider_soon)
 
-    def sleep(self, duration: Duration, name: str = SLEEP) -> Coroutine[Any, Any, None]:
-        """As `Context.sleep`. The occurrence is taken now."""
-        return self._slept(self._sleep(duration, name))
-
-    def wait_for(
-        self,
-        name: str,
-        timeout: Duration | None,
-        ask: Any,
-        alert: bool,
-        options: Sequence[Option] | None = None,
-    ) -> Coroutine[Any, Any, Any]:
-        """As `Context.wait_for`. The occurrence is taken now."""
-        return self._answered(self._question(name, timeout, ask, alert, options))
-
-    async def _slept(self, wait: NewWait) -> None:
-        await self.park(wait)
-
-    async def _answered(self, wait: NewWait) -> Any:
-        return answer_of(wait, await self.park(wait))
-
     async def park(self, wait: NewWait) -> WaitState:
-        """How a wait stands once it is over; until then the attempt parks, and this never returns."""
         if self.parked is not None:
             raise asyncio.CancelledError("the attempt is parked")
         self._loop = asyncio.get_running_loop()
@@ -253,39 +256,19 @@ class AsyncWaits(_Waits):
         return module in _BETWEEN_TASKS or (module == "asyncio.tasks" and name in _OF_TASKS)
 
 
-class BlockingWaits(_Waits):
+class BlockingWaits(AnyWaits):
     """The waits of a handler that blocks: a wait that is not over ends the attempt by raising `Parking`."""
 
     _ends = Parking
 
     def __init__(self, journal: StepJournal, port: Port, on_park: OnPark) -> None:
-        super().__init__(journal, on_park)
-        self._port = port
+        super().__init__(journal, port, on_park)
         self._parking = threading.Lock()
         self._idle = threading.Event()
         journal.on_idle(self._idle.set)
 
-    def sleep(self, duration: Duration, name: str = SLEEP) -> None:
-        """As `BlockingContext.sleep`."""
-        finish(self.park(self._sleep(duration, name)))
-
-    def wait_for(
-        self,
-        name: str,
-        timeout: Duration | None,
-        ask: Any,
-        alert: bool,
-        options: Sequence[Option] | None = None,
-    ) -> Any:
-        """As `BlockingContext.wait_for`."""
-        wait = self._question(name, timeout, ask, alert, options)
-        return answer_of(wait, finish(self.park(wait)))
-
     async def park(self, wait: NewWait) -> WaitState:
-        """How a wait stands once it is over; until then the attempt parks, and this raises Parking.
-
-        It blocks, and never suspends.
-        """
+        """As `AnyWaits.park`, but it blocks, and raises Parking where that one never returns."""
         state = await self._port.ask(OpenWait(wait))
         if self._known(wait, state):
             self.refuse()

@@ -18,7 +18,7 @@ from worker.execution.attempts.answers import Running
 from worker.execution.attempts.attempt import conclude
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.run_log import RunLogWriter
-from worker.execution.attempts.tools import RunStores, StoreActs, Tools
+from worker.execution.attempts.tools import StoreActs, Tools
 from worker.execution.runners.contract import StopSignal
 from worker.handlers.calls import OpenWait, Progress, Save, StoreStep
 from worker.handlers.steps import StepError
@@ -72,7 +72,7 @@ class Attempt:
         names: dict[str, Any] = {"store": store, "steps": store, "handlers": {}}
         fake = SimpleNamespace(run_log=self.run_log, clock=clock, random=random, **names)
         self.tools = cast(Tools, fake)
-        acts = StoreActs(cast(RunStores, fake))
+        acts = StoreActs(self.tools)
         self.services = Running(self.inflight, self.trail, acts, self.run_log, clock)
 
     async def end(self, outcome: Outcome) -> None:

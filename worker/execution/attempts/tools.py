@@ -47,136 +47,9 @@ from worker.runs.waits import NewWait, WaitState
 from worker.secret import AccessToken
 
 
-class TokenRenewals(Protocol):
-    async def renew(self, inflight: InflightRun, handler: str, *, fresh: bool) -> tuple[AccessToken, Claims]:
-        """A token of a running attempt with some life left, enforced; with `fresh` a new one.
-
-        Raises TokenRefused, and TokenError and Unavailable as `TokenSource.ensure`.
-        """
-
-
-class RunStore(Protocol):
-    """What running attempts store and read, but for steps."""
-
-    async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str, number: int = 0) -> bool:
-        """Store a run's checkpoint, fenced; returns whether the run was still ours.
-
-        `number` counts the saves of the attempt: a request that arrives late overwrites no later save.
-        """
-
-    async def load_steps(self, run_id: RunId, after: int) -> StepPage:
-        """The stored steps of a run after the place `after`."""
-
-    async def step_totals(self, run_id: RunId) -> tuple[int, int]:
-        """The last place of a run's steps, and the bytes of their results."""
-
-    async def open_wait(self, run: AdmittedRun, wait: NewWait) -> WaitState | None:
-        """Store what a run waits for, fenced, and return how that stands; None if it was no longer ours."""
-
-    async def budgets_of(self, run: AdmittedRun) -> OrgBudgets:
-        """The budgets of a run's org now."""
-
-    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> OrgBudgets | None:
-        """Count a spend, fenced, once for each key; None if the run is no longer ours."""
-
-
 class StepStore(Protocol):
     async def store_step(self, step: RunStep) -> bool:
         """Store a step, fenced and durable; returns whether the run was still ours."""
-
-
-class RunStores(Protocol):
-    """Where the calls of running handlers are stored."""
-
-    @property
-    def renewals(self) -> TokenRenewals: ...
-    @property
-    def store(self) -> RunStore: ...
-    @property
-    def steps(self) -> StepStore: ...
-
-
-@dataclass(frozen=True, slots=True)
-class StoreActs:
-    """Does what handlers ask in stores: of a worker, or of a trial."""
-
-    stores: RunStores
-
-    async def act(self, call: Call[A], of: Running) -> A:
-        """As `Acts.act`."""
-        given: A = await _ACTS[type(call)](self.stores, call, of)
-        return given
-
-
-_Act = Callable[[RunStores, Any, Running], Awaitable[A]]
-_ACTS: dict[object, _Act[Any]] = {}
-
-
-def _acts(kind: Callable[..., Call[A]]) -> Callable[[_Act[A]], _Act[A]]:
-    def declare(act: _Act[A]) -> _Act[A]:
-        _ACTS[kind] = act
-        return act
-
-    return declare
-
-
-@_acts(Save)
-async def _save(stores: RunStores, call: Save, of: Running) -> None:
-    handler = of.trail.handler
-    if not await stores.store.save_checkpoint(of.run, handler, call.data, call.number):
-        raise _lost(of)
-
-
-@_acts(AskToken)
-async def _token(stores: RunStores, call: AskToken, of: Running) -> tuple[AccessToken, Claims]:
-    return await stores.renewals.renew(of.inflight, of.trail.handler, fresh=call.fresh)
-
-
-@_acts(LoadSteps)
-async def _load_steps(stores: RunStores, call: LoadSteps, of: Running) -> StepPage:
-    return await stores.store.load_steps(of.run.id, call.after)
-
-
-@_acts(StepTotals)
-async def _step_totals(stores: RunStores, call: StepTotals, of: Running) -> tuple[int, int]:
-    return await stores.store.step_totals(of.run.id)
-
-
-@_acts(StoreStep)
-async def _store_step(stores: RunStores, call: StoreStep, of: Running) -> None:
-    if not await stores.steps.store_step(row_of(call, of)):
-        raise _lost(of)
-
-
-def row_of(call: StoreStep, of: Running) -> RunStep:
-    """The row of an admitted step."""
-    return RunStep(of.run, of.trail.handler, call.step, len(call.step.result_json.encode()))
-
-
-@_acts(OpenWait)
-async def _open_wait(stores: RunStores, call: OpenWait, of: Running) -> WaitState:
-    state = await stores.store.open_wait(of.run, call.wait)
-    if state is None:
-        raise _lost(of)
-    return state
-
-
-@_acts(AskBudgets)
-async def _budgets(stores: RunStores, call: AskBudgets, of: Running) -> OrgBudgets:
-    return await stores.store.budgets_of(of.run)
-
-
-@_acts(CountSpend)
-async def _spend(stores: RunStores, call: CountSpend, of: Running) -> OrgBudgets:
-    found = await stores.store.spend(of.run, call.meter, call.amount, call.key)
-    if found is None:
-        raise _lost(of)
-    return found
-
-
-def _lost(of: Running) -> LeaseLost:
-    whose = "this host's" if of.hosted else "ours"
-    return LeaseLost(f"run {of.run.id} is no longer {whose}")
 
 
 class TokenSource(Protocol):
@@ -221,7 +94,30 @@ class GivenSecrets:
         return {name: self.values[name] for name in names if name in self.values}
 
 
-class AttemptStore(RunStore, Protocol):
+class AttemptStore(Protocol):
+    """What running attempts store and read, but for steps."""
+
+    async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str, number: int = 0) -> bool:
+        """Store a run's checkpoint, fenced; returns whether the run was still ours.
+
+        `number` counts the saves of the attempt: a request that arrives late overwrites no later save.
+        """
+
+    async def load_steps(self, run_id: RunId, after: int) -> StepPage:
+        """The stored steps of a run after the place `after`."""
+
+    async def step_totals(self, run_id: RunId) -> tuple[int, int]:
+        """The last place of a run's steps, and the bytes of their results."""
+
+    async def open_wait(self, run: AdmittedRun, wait: NewWait) -> WaitState | None:
+        """Store what a run waits for, fenced, and return how that stands; None if it was no longer ours."""
+
+    async def budgets_of(self, run: AdmittedRun) -> OrgBudgets:
+        """The budgets of a run's org now."""
+
+    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> OrgBudgets | None:
+        """Count a spend, fenced, once for each key; None if the run is no longer ours."""
+
     async def load_progress(self, run_id: RunId) -> StoredProgress:
         """The newest checkpoint, and the handler that stored the first checkpoint or step."""
 
@@ -284,27 +180,20 @@ class Tools:
     def acts(self) -> StoreActs:
         return StoreActs(self)
 
-    @property
-    def renewals(self) -> TokenRenewals:
-        return _Renewals(self)
-
     def _want(self, plan: AttemptPlan) -> TokenWant:
         handler = plan.definition.handler
         return plan.want(plan.limits(handler, self.handlers.get(handler)), self.handlers)
 
-
-@dataclass(frozen=True, slots=True)
-class _Renewals:
-    """Renews tokens as attempts first get them: from the cache or the issuer."""
-
-    tools: Tools
-
     async def renew(self, inflight: InflightRun, handler: str, *, fresh: bool) -> tuple[AccessToken, Claims]:
-        plan, tools = inflight.plan, self.tools
+        """A token of a running attempt with some life left, enforced; with `fresh` a new one.
+
+        Raises TokenRefused, and TokenError and Unavailable as `TokenSource.ensure`.
+        """
+        plan = inflight.plan
         if plan is None:
             raise LeaseLost(f"run {inflight.run.id} has not started")
         definition, org = plan.definition, plan.org
-        enforced = await tools.tokens.ensure(
+        enforced = await self.tokens.ensure(
             TokenWant(
                 org,
                 plan.issuer,
@@ -316,7 +205,90 @@ class _Renewals:
         )
         inflight.hold(enforced.token)
         enforce(enforced.claims, org_code=org.code, client_id=None, scopes=inflight.scopes)
-        tools.pool_rules.enforce(inflight.run.pool, enforced.claims)
-        if tools.store.limits_in_claims:
-            await tools.store.note_claims(org.id, enforced.claims)
+        self.pool_rules.enforce(inflight.run.pool, enforced.claims)
+        if self.store.limits_in_claims:
+            await self.store.note_claims(org.id, enforced.claims)
         return enforced.token, enforced.claims
+
+
+@dataclass(frozen=True, slots=True)
+class StoreActs:
+    """Does what handlers ask in stores: of a worker, or of a trial."""
+
+    tools: Tools
+
+    async def act(self, call: Call[A], of: Running) -> A:
+        """As `Acts.act`."""
+        given: A = await _ACTS[type(call)](self.tools, call, of)
+        return given
+
+
+_Act = Callable[[Tools, Any, Running], Awaitable[A]]
+_ACTS: dict[object, _Act[Any]] = {}
+
+
+def _acts(kind: Callable[..., Call[A]]) -> Callable[[_Act[A]], _Act[A]]:
+    def declare(act: _Act[A]) -> _Act[A]:
+        _ACTS[kind] = act
+        return act
+
+    return declare
+
+
+@_acts(Save)
+async def _save(tools: Tools, call: Save, of: Running) -> None:
+    handler = of.trail.handler
+    if not await tools.store.save_checkpoint(of.run, handler, call.data, call.number):
+        raise _lost(of)
+
+
+@_acts(AskToken)
+async def _token(tools: Tools, call: AskToken, of: Running) -> tuple[AccessToken, Claims]:
+    return await tools.renew(of.inflight, of.trail.handler, fresh=call.fresh)
+
+
+@_acts(LoadSteps)
+async def _load_steps(tools: Tools, call: LoadSteps, of: Running) -> StepPage:
+    return await tools.store.load_steps(of.run.id, call.after)
+
+
+@_acts(StepTotals)
+async def _step_totals(tools: Tools, call: StepTotals, of: Running) -> tuple[int, int]:
+    return await tools.store.step_totals(of.run.id)
+
+
+@_acts(StoreStep)
+async def _store_step(tools: Tools, call: StoreStep, of: Running) -> None:
+    if not await tools.steps.store_step(row_of(call, of)):
+        raise _lost(of)
+
+
+def row_of(call: StoreStep, of: Running) -> RunStep:
+    """The row of an admitted step."""
+    return RunStep(of.run, of.trail.handler, call.step, len(call.step.result_json.encode()))
+
+
+@_acts(OpenWait)
+async def _open_wait(tools: Tools, call: OpenWait, of: Running) -> WaitState:
+    state = await tools.store.open_wait(of.run, call.wait)
+    if state is None:
+        raise _lost(of)
+    return state
+
+
+@_acts(AskBudgets)
+async def _budgets(tools: Tools, call: AskBudgets, of: Running) -> OrgBudgets:
+    return await tools.store.budgets_of(of.run)
+
+
+@_acts(CountSpend)
+async def _spend(tools: Tools, call: CountSpend, of: Running) -> OrgBudgets:
+    found = await tools.store.spend(of.run, call.meter, call.amount, call.key)
+    if found is None:
+        raise _lost(of)
+    return found
+
+
+def _lost(of: Running) -> LeaseLost:
+    whose = "this host's" if of.hosted else "ours"
+    return LeaseLost(f"run {of.run.id} is no longer {whose}")

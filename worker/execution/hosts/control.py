@@ -10,7 +10,7 @@ import asyncio
 import json
 import ssl
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -18,6 +18,7 @@ import httpx
 from worker.clock import Clock
 from worker.errors import AccessDenied, TokenError, Unavailable, WorkerError
 from worker.execution.hosts import wire
+from worker.handlers.blocking import finish
 from worker.handlers.steps import StepError
 from worker.outbound import OutboundConnections
 from worker.telemetry.connectivity import Connectivity
@@ -31,6 +32,8 @@ ANSWER_LIMIT = 64 * 1024 * 1024
 KEPT = 60.0
 
 Message = dict[str, Any]
+# Status, body, and the seconds of Retry-After.
+Reply = tuple[int, bytes, float | None]
 
 
 class ControlUnavailable(Unavailable):
@@ -120,36 +123,17 @@ class AsyncControl:
             WorkerError, StepError: as the worker that answers raised it.
         """
         content = encode(message) if isinstance(message, Mapping) else message
-        failure: WorkerError | StepError = ControlUnavailable(f"no worker answers {name}")
-        for url in self._controls.in_order():
-            started = self._controls.connectivity.started()
-            try:
-                status, body, retry_after = await self._open_call(url, name, content, seconds)
-            except (httpx.TransportError, OSError) as error:
-                kind = type(error).__name__
-                failure = ControlUnavailable(f"no worker answers {name}: {kind}")
-                self._controls.leave(url)
-                self._controls.connectivity.failed(kind, started)
-                if not repeat and not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-                    break
-                continue
-            self._controls.connectivity.answered(started)
-            answer = _read(status, body, retry_after)
-            if isinstance(answer, dict):
-                return answer
-            failure = answer
-            if not isinstance(answer, Unavailable) or isinstance(answer, ControlDenied):
-                break
-            self._controls.leave(url)
-        raise failure
+
+        async def send(url: str, left: int) -> Reply:
+            return await self._open_call(url, name, content, seconds)
+
+        return await _answered(self._controls, name, send, repeat=repeat)
 
     async def aclose(self) -> None:
         self._controls.on_silence = lambda url: None
         await self._transport.aclose()
 
-    async def _open_call(
-        self, url: str, name: str, content: bytes, seconds: float
-    ) -> tuple[int, bytes, float | None]:
+    async def _open_call(self, url: str, name: str, content: bytes, seconds: float) -> Reply:
         """As `_send`; raises ReadTimeout if the worker turns out to be silent."""
         task = asyncio.current_task()
         if task is None:
@@ -171,9 +155,7 @@ class AsyncControl:
                 self._silent.add(task)
                 task.cancel()
 
-    async def _send(
-        self, url: str, name: str, content: bytes, seconds: float
-    ) -> tuple[int, bytes, float | None]:
+    async def _send(self, url: str, name: str, content: bytes, seconds: float) -> Reply:
         request = _request(self._controls, url, name, content, seconds)
         try:
             response = await self._transport.handle_async_request(request)
@@ -207,36 +189,56 @@ class BlockingControl:
     def call(self, name: str, message: Mapping[str, Any]) -> Message:
         """As `AsyncControl.call`."""
         content, monotonic = encode(message), self._controls.clock.monotonic
-        failure: WorkerError | StepError = ControlUnavailable(f"no worker answers {name}")
         ends_at = monotonic() + self.deadline
-        urls = self._controls.in_order()
-        for place, url in enumerate(urls):
-            started = self._controls.connectivity.started()
-            seconds = max((ends_at - monotonic()) / (len(urls) - place), 0.01)
-            try:
-                response = self._transport.handle_request(
-                    _request(self._controls, url, name, content, seconds)
-                )
-                body = response.read()
-                response.close()
-            except (httpx.TransportError, OSError) as error:
-                kind = type(error).__name__
-                failure = ControlUnavailable(f"no worker answers {name}: {kind}")
-                self._controls.leave(url, silent=True)
-                self._controls.connectivity.failed(kind, started)
-                continue
-            self._controls.connectivity.answered(started)
-            answer = _read(response.status_code, body, _retry_after(response))
-            if isinstance(answer, dict):
-                return answer
-            failure = answer
-            if not isinstance(answer, Unavailable) or isinstance(answer, ControlDenied):
-                break
-            self._controls.leave(url)
-        raise failure
+
+        async def send(url: str, left: int) -> Reply:
+            seconds = max((ends_at - monotonic()) / left, 0.01)
+            response = self._transport.handle_request(_request(self._controls, url, name, content, seconds))
+            body = response.read()
+            response.close()
+            return response.status_code, body, _retry_after(response)
+
+        return finish(_answered(self._controls, name, send, silences=True))
 
     def close(self) -> None:
         self._transport.close()
+
+
+async def _answered(
+    controls: Controls,
+    name: str,
+    send: Callable[[str, int], Awaitable[Reply]],
+    *,
+    repeat: bool = True,
+    silences: bool = False,
+) -> Message:
+    """As `AsyncControl.call`. `send` gets an address and how many are left with it; it may block.
+
+    A worker that does not answer a call that `silences` is silent for the others, too.
+    """
+    failure: WorkerError | StepError = ControlUnavailable(f"no worker answers {name}")
+    urls = controls.in_order()
+    for place, url in enumerate(urls):
+        started = controls.connectivity.started()
+        try:
+            reply = await send(url, len(urls) - place)
+        except (httpx.TransportError, OSError) as error:
+            kind = type(error).__name__
+            failure = ControlUnavailable(f"no worker answers {name}: {kind}")
+            controls.leave(url, silent=silences)
+            controls.connectivity.failed(kind, started)
+            if not repeat and not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+                break
+            continue
+        controls.connectivity.answered(started)
+        answer = _read(*reply)
+        if isinstance(answer, dict):
+            return answer
+        failure = answer
+        if not isinstance(answer, Unavailable) or isinstance(answer, ControlDenied):
+            break
+        controls.leave(url)
+    raise failure
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
