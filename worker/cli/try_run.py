@@ -209,8 +209,8 @@ def _read_secrets(given: Sequence[str]) -> dict[str, str]:
 
 def _read_state(given: str) -> Mapping[str, Any]:
     """The value of `--state`: JSON, or `@` and a file of it; raises UsageError."""
+    from worker.handlers.given import to_state_text
     from worker.handlers.json_text import NotStorable
-    from worker.handlers.state import to_state_text
 
     text = read_text(given[1:]) if given.startswith("@") else given
     state = read_json(text, option="--state")

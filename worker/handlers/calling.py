@@ -16,12 +16,12 @@ from typing import Any
 from worker.errors import LeaseLost, TokenError, Unavailable
 from worker.handlers.blocking import finish
 from worker.handlers.context import BlockingContext, Context, state_of
+from worker.handlers.given import State
 from worker.handlers.job import Job
 from worker.handlers.json_text import UNMASKED_LIMIT, NotStorable, clean, to_json_text
 from worker.handlers.models import CheckpointInvalid, HandlerMissing, ParamsInvalid, SettingsInvalid
 from worker.handlers.results import Cancel, HandBack, PermanentError, Retry, Snooze, as_timedelta
 from worker.handlers.spending import BudgetExceeded
-from worker.handlers.state import State
 from worker.handlers.steps import StepError
 from worker.handlers.waits import WaitTimeout
 from worker.runs.outcome import (

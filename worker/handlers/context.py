@@ -21,6 +21,7 @@ from worker.handlers.given import (
     Org,
     P,
     S,
+    State,
     ThisRun,
 )
 from worker.handlers.json_text import UNMASKED_LIMIT, clean
@@ -32,7 +33,6 @@ from worker.handlers.spending import (
     KnownBudget,
     Spending,
 )
-from worker.handlers.state import State
 from worker.handlers.step_calls import (
     BACKOFF,
     CONCURRENCY,

@@ -1,9 +1,15 @@
-"""Given: the data of one attempt that a context is made of, and how a handler learns that it must stop."""
+"""Given: the data of one attempt that a context is made of, and how a handler learns that it must stop.
+
+Also the state: what a definition remembers between its runs, a JSON object of at most 64 KiB. Each attempt
+loads it, and what the handler changed is committed with the run's success.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +19,7 @@ from typing import Any, Generic, TypeVar
 from worker.clock import Clock
 from worker.guard.claims import Claims
 from worker.handlers.job import Job
-from worker.handlers.state import State
+from worker.handlers.json_text import NotStorable, check_json_text, to_json_text
 from worker.runs.budgets import BudgetState
 from worker.secret import AccessToken
 
@@ -152,3 +158,44 @@ class Given(Generic[P, S]):
     def trusted_origins(self) -> tuple[str, ...]:
         """The origins for which `public_http` connects to any address."""
         return self.api_origins + self.private_origins
+
+
+STATE_LIMIT = 64 * 1024
+
+
+class State:
+    """The state of one attempt: the handler's own copy, and how it was loaded."""
+
+    __slots__ = ("_loaded", "value")
+
+    def __init__(self, loaded: Mapping[str, Any]) -> None:
+        # Without a limit: numbers that the database has normalised can be longer.
+        self._loaded = to_json_text(loaded, "state", limit=sys.maxsize)
+        self.value: dict[str, Any] = json.loads(self._loaded)
+
+    def changed(self) -> str | None:
+        """The JSON text to commit, or None if nothing changed; raises NotStorable."""
+        text = to_json_text(self.value, "state", limit=sys.maxsize)
+        if text == self._loaded:
+            return None
+        check_state_text(text)
+        return text
+
+
+def to_state_text(value: Mapping[str, Any]) -> str:
+    """A state as JSON text; raises NotStorable."""
+    text = to_json_text(value, "state", limit=STATE_LIMIT)
+    check_object(text)
+    return text
+
+
+def check_state_text(text: str) -> None:
+    """Raise NotStorable for text that `to_state_text` would not write: a run's process may send anything."""
+    check_json_text(text, "state", limit=STATE_LIMIT)
+    check_object(text)
+
+
+def check_object(text: str) -> None:
+    """Raise NotStorable for JSON text that is not an object."""
+    if not text.lstrip().startswith("{"):
+        raise NotStorable("the state is not a JSON object")

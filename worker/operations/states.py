@@ -9,8 +9,8 @@ from typing import Any
 from sqlalchemy import Connection
 
 from worker.errors import Conflict, UsageError
+from worker.handlers.given import to_state_text
 from worker.handlers.json_text import NotStorable
-from worker.handlers.state import to_state_text
 from worker.store import audit, definitions, orgs, states
 from worker.store.database import Database
 from worker.store.dialect import Row

@@ -26,7 +26,7 @@ from worker.execution.loops.step_writer import StepWriter
 from worker.execution.runners.contract import RunServices, StopSignal, Work
 from worker.execution.trial import FakeTokens
 from worker.handlers.catalogue import HandlerEntry
-from worker.handlers.state import State
+from worker.handlers.given import State
 from worker.ids import RunId, WorkerId, new_id
 from worker.operations.definitions import edit_definition
 from worker.operations.orgs import set_org_state

@@ -8,7 +8,7 @@ import pytest
 
 from worker.errors import Conflict, DefinitionError, NotFound, UsageError
 from worker.handlers.catalogue import HandlerEntry
-from worker.handlers.state import LIMIT
+from worker.handlers.given import LIMIT
 from worker.operations.definitions import edit_definition
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import run_now

@@ -9,8 +9,8 @@ import pytest
 from pydantic import BaseModel, Field
 
 from worker import BlockingContext, Context, PermanentError, Retry, job
+from worker.handlers.given import LIMIT, State, check_state_text, to_state_text
 from worker.handlers.json_text import NotStorable
-from worker.handlers.state import LIMIT, State, check_state_text, to_state_text
 
 
 def test_what_did_not_change_is_not_committed():

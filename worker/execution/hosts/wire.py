@@ -211,7 +211,7 @@ def slots_of(message: Mapping[str, Any]) -> dict[Isolation, int]:
 
 class _Slots(CallPart[Mapping[Isolation, int]]):
     def write(self, value: Mapping[Isolation, int]) -> Message:
-        return {**value}
+        return {isolation: count for isolation, count in value.items()}
 
     def read(self, value: Any, check: TextCheck) -> dict[Isolation, int]:
         return slots_of(value)

@@ -17,10 +17,9 @@ from worker.errors import LeaseLost, TokenError, Unavailable
 from worker.guard.claims import Claims
 from worker.handlers.calling import TOKEN_PAUSE
 from worker.handlers.calls import Port
-from worker.handlers.given import Given, HeldToken, Org, ThisRun
+from worker.handlers.given import Given, HeldToken, Org, State, ThisRun
 from worker.handlers.job import Job
 from worker.handlers.models import HandlerMissing, read_checkpoint, read_params, read_settings
-from worker.handlers.state import State
 from worker.ids import RunId
 from worker.runs import outcome as outcomes
 from worker.runs.budgets import BudgetState

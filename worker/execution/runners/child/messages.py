@@ -17,11 +17,10 @@ from worker.errors import LeaseLost, Unavailable, WorkerError
 from worker.execution.runners.child.sandbox import SandboxRules
 from worker.execution.runners.contract import Work
 from worker.handlers.calls import GRANTED
+from worker.handlers.given import STATE_LIMIT, check_object
 from worker.handlers.installed import ENVIRONMENT
 from worker.handlers.json_text import LIMIT, UNMASKED_LIMIT, check_json_text
 from worker.handlers.parts import CallPart, JsonText, Maybe, Row, Span, Text, TextCheck, Truth, trusted
-from worker.handlers.state import LIMIT as STATE_LIMIT
-from worker.handlers.state import check_object
 from worker.handlers.steps import StepError
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import Error, Outcome
