@@ -131,41 +131,35 @@ async def read_catalogue(
 _Given = tuple[Distribution, list[EntryPoint]]
 
 
+@dataclass(eq=False, repr=False)
 class _Child:
     """A process of `worker.handlers.describe`, which forks for each of these distributions.
 
     It is started, unless it waits at the other end of `forked`.
     """
 
-    def __init__(
-        self,
-        put: Callable[[HandlerEntry], None],
-        command: Sequence[str],
-        env: Mapping[str, str],
-        timeout: float,
-        given: Sequence[_Given],
-        forked: socket.socket | None = None,
-    ) -> None:
-        self._put = put
-        self._command = command
-        self._env = env
-        self._timeout = timeout
-        self._given = given
-        self._forked = forked
+    put: Callable[[HandlerEntry], None]
+    command: Sequence[str]
+    env: Mapping[str, str]
+    timeout: float
+    given: Sequence[_Given]
+    forked: socket.socket | None = None
+
+    def __post_init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
         self._ending = False
         self._stack = contextlib.AsyncExitStack()
         self._streams: list[asyncio.StreamReader] = []
         loop = asyncio.get_running_loop()
-        self._started: list[asyncio.Future[None]] = [loop.create_future() for _ in given]
+        self._started: list[asyncio.Future[None]] = [loop.create_future() for _ in self.given]
         # The exit code of each fork; None if the process is gone, and was not started here.
-        self._ended: list[asyncio.Future[int | None]] = [loop.create_future() for _ in given]
+        self._ended: list[asyncio.Future[int | None]] = [loop.create_future() for _ in self.given]
 
     async def __aenter__(self) -> Self:
         async with self._stack as stack:
             written = []
             forks = []
-            for _, points in self._given:
+            for _, points in self.given:
                 folder = tempfile.TemporaryDirectory(prefix=FOLDERS, ignore_cleanup_errors=True)
                 written.append(await self._pipe(stack))
                 forks.append(
@@ -175,14 +169,14 @@ class _Child:
                     }
                 )
             try:
-                ours = self._forked or await self._start()
+                ours = self.forked or await self._start()
                 _send(ours, written)
             finally:
                 for descriptor in written:
                     os.close(descriptor)
             self._reader, self._writer = await asyncio.open_connection(sock=ours)
             stack.push_async_callback(self._end)
-            work = {"seconds": self._timeout, "at_once": CONCURRENT_FORKS, "distributions": forks}
+            work = {"seconds": self.timeout, "at_once": CONCURRENT_FORKS, "distributions": forks}
             self._tell(json.dumps(work))
             self._listening = asyncio.create_task(self._listen())
             self._stack = stack.pop_all()
@@ -193,14 +187,14 @@ class _Child:
 
     async def read(self, index: int) -> list[EntryPoint]:
         """Read entry points; returns those after one that hung or ended its process."""
-        distribution, points = self._given[index]
+        distribution, points = self.given[index]
         await self._started[index]
         try:
             for done, point in enumerate(points):
                 described = await self._next_line(index)
                 if described is None:
                     return points[done:]
-                self._put(_entry(distribution, point, described))
+                self.put(_entry(distribution, point, described))
                 if "fatal" in described:
                     return points[done + 1 :]
             return []
@@ -211,10 +205,10 @@ class _Child:
     async def _next_line(self, index: int) -> Mapping[str, Any] | None:
         """What the next entry point declares; None if its import has not ended the process."""
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self.timeout):
                 line = await self._streams[index].readline()
         except TimeoutError:
-            return {"fatal": f"its import took longer than {self._timeout:g} s"}
+            return {"fatal": f"its import took longer than {self.timeout:g} s"}
         except ValueError:
             return {"fatal": "its declaration is longer than 4 MiB"}
         if not line:
@@ -244,8 +238,8 @@ class _Child:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
-                *self._command,
-                env=self._env,
+                *self.command,
+                env=self.env,
                 stdin=theirs.fileno(),
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.DEVNULL,

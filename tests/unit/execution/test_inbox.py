@@ -205,7 +205,7 @@ async def test_a_hostile_text_takes_a_turn_for_each_part(text: str, fits: bool) 
             running.call_soon(tick)
 
     inbox = Run(Loop()).inbox
-    inbox._turns = turns
+    inbox.turns = turns
     tick()
     try:
         await inbox.check(text, "result", LIMIT)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -50,25 +51,19 @@ async def connect(address: str, namespace: str, *, identity: str, tls: TlsFiles 
     )
 
 
+@dataclass(eq=False, repr=False)
 class TemporalPlacer:
     """Starts an activity for each placement; `installation` tells apart databases that share a namespace."""
 
-    def __init__(
-        self,
-        address: str,
-        namespace: str,
-        *,
-        installation: str,
-        place_timeout: timedelta,
-        identity: str,
-        tls: TlsFiles | None = None,
-    ) -> None:
-        self._address = address
-        self._namespace = namespace
-        self._installation = installation
-        self._place_timeout = place_timeout
-        self._identity = identity
-        self._tls = tls
+    address: str
+    namespace: str
+    _: KW_ONLY
+    installation: str
+    place_timeout: timedelta
+    identity: str
+    tls: TlsFiles | None = None
+
+    def __post_init__(self) -> None:
         self._client: Client | None = None
         self._connecting = asyncio.Lock()
 
@@ -79,7 +74,7 @@ class TemporalPlacer:
             ticket.reveal(),
             id=self._id(placement),
             task_queue=queue_of(placement.pool, placement.isolation),
-            schedule_to_start_timeout=self._place_timeout,
+            schedule_to_start_timeout=self.place_timeout,
             start_to_close_timeout=LONGEST,
             heartbeat_timeout=HEARTBEAT_TIMEOUT,
             retry_policy=RetryPolicy(maximum_attempts=1),
@@ -113,12 +108,12 @@ class TemporalPlacer:
         await self._answered(client.service_client.check_health(timeout=timedelta(seconds=PATIENCE)))
 
     def _id(self, placement: Placement) -> str:
-        return f"{self._installation}.{placement.run_id}.{placement.fencing_token}"
+        return f"{self.installation}.{placement.run_id}.{placement.fencing_token}"
 
     async def _connected(self) -> Client:
         async with self._connecting:
             if self._client is None:
-                connecting = connect(self._address, self._namespace, identity=self._identity, tls=self._tls)
+                connecting = connect(self.address, self.namespace, identity=self.identity, tls=self.tls)
                 self._client = await self._answered(connecting)
             return self._client
 
@@ -131,10 +126,10 @@ class TemporalPlacer:
         except RPCError as error:
             if error.status == RPCStatusCode.NOT_FOUND and self._client is not None:
                 raise _NotKnown from error
-            raise EngineUnavailable(f"Temporal at {self._address}: {error.status.name.lower()}") from error
+            raise EngineUnavailable(f"Temporal at {self.address}: {error.status.name.lower()}") from error
         except (TimeoutError, RuntimeError) as error:
             # RuntimeError is what the client raises if it cannot connect.
-            raise EngineUnavailable(f"Temporal at {self._address} does not respond") from error
+            raise EngineUnavailable(f"Temporal at {self.address} does not respond") from error
 
 
 class _NotKnown(Exception):

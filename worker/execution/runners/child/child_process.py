@@ -17,7 +17,7 @@ import termios
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol, cast
 
 from worker.execution.runners.child.messages import BrokenMessage, Message, RunFrames, frame
@@ -106,6 +106,7 @@ class Channel(Protocol):
     def resume_reading(self) -> None: ...
 
 
+@dataclass(eq=False, repr=False)
 class Inbox:
     """The messages of one run, each passed to `receive` when its turn has come.
 
@@ -113,28 +114,20 @@ class Inbox:
     called and nothing more is read.
     """
 
-    def __init__(
-        self,
-        turns: InboxTurns,
-        channel: Channel,
-        receive: Callable[[Message], None],
-        *,
-        holds: Callable[[], bool],
-        on_broken: Callable[[], None],
-        time: Callable[[], float],
-        call_later: Callable[[float, Callable[[], None]], Timer],
-    ) -> None:
-        self._turns = turns
-        self._channel = channel
-        self._receive = receive
-        self._holds = holds
-        self._on_broken = on_broken
-        self._time = time
-        self._call_later = call_later
+    turns: InboxTurns
+    channel: Channel
+    receive: Callable[[Message], None]
+    _: KW_ONLY
+    holds: Callable[[], bool]
+    on_broken: Callable[[], None]
+    time: Callable[[], float]
+    call_later: Callable[[float, Callable[[], None]], Timer]
+
+    def __post_init__(self) -> None:
         self._frames = RunFrames()
         # Bytes that were read beyond the rate, at that time.
         self._ahead = 0.0
-        self._ahead_at = time()
+        self._ahead_at = self.time()
         # Whether the rest waits for its turn, or for its rate.
         self._queued = False
         self._timer: Timer | None = None
@@ -150,7 +143,7 @@ class Inbox:
     def go_on(self) -> None:
         """Read on, unless the rest waits for its turn already."""
         if not self._queued and self._timer is None and not self._closed:
-            self._read(self._turns.free)
+            self._read(self.turns.free)
 
     async def emptied(self) -> None:
         """Wait until all that has come is read."""
@@ -166,9 +159,9 @@ class Inbox:
         check_size(text, what, limit)
         scan = Scan(text, what)
         async with self._checking:
-            await self._turns.whole()
+            await self.turns.whole()
             while not scan.step():
-                await self._turns.whole()
+                await self.turns.whole()
 
     def close(self) -> None:
         """Drop the rest: the run has ended, or its process does not keep to the protocol."""
@@ -181,42 +174,42 @@ class Inbox:
     def _in_turn(self) -> None:
         self._queued = False
         if not self._closed:
-            self._read(self._turns.left)
+            self._read(self.turns.left)
 
     def _in_time(self) -> None:
         self._timer = None
         if not self._closed:
-            self._read(self._turns.free)
+            self._read(self.turns.free)
 
     def _read(self, has_turn: bool) -> None:
         try:
-            while not self._holds():
+            while not self.holds():
                 if not has_turn:
                     self._queued = True
-                    self._turns.wait(self._in_turn)
+                    self.turns.wait(self._in_turn)
                     break
                 if (early := self._early()) > 0:
-                    self._timer = self._call_later(early, self._in_time)
+                    self._timer = self.call_later(early, self._in_time)
                     break
                 found = self._frames.next()
                 if found is None:
-                    self._channel.resume_reading()
+                    self.channel.resume_reading()
                     self._empty.set()
                     return
                 message, size = found
                 self._ahead += MESSAGE + size
-                self._turns.spend(MESSAGE + size)
-                self._receive(message)
-                has_turn = self._turns.left
+                self.turns.spend(MESSAGE + size)
+                self.receive(message)
+                has_turn = self.turns.left
         except BrokenMessage:
             self.close()
-            self._on_broken()
+            self.on_broken()
             return
-        self._channel.pause_reading()
+        self.channel.pause_reading()
 
     def _early(self) -> float:
         """Seconds until the next message may be read."""
-        now = self._time()
+        now = self.time()
         self._ahead = max(0.0, self._ahead - (now - self._ahead_at) * RATE)
         self._ahead_at = now
         return (self._ahead - BURST) / RATE
