@@ -1,16 +1,10 @@
-"""Signals: what the loops of one incarnation tell each other, and, as hints, other workers."""
+"""Signals: what the loops of one incarnation tell each other."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
-
-from worker.clock import Clock
-from worker.errors import Unavailable
-
-# Seconds between two notifications: each is a transaction that delays other commits.
-PAUSE = 0.1
 
 
 class Signal:
@@ -56,23 +50,3 @@ async def wait_for(event: asyncio.Event, seconds: float) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await event.wait()
-
-
-class Wakeups:
-    """Notifies other workers of new work. A lost notification is harmless, because they also poll."""
-
-    def __init__(self, send: Callable[[], Awaitable[None]], clock: Clock) -> None:
-        self._send = send
-        self._clock = clock
-        self._requested = asyncio.Event()
-
-    def request(self) -> None:
-        self._requested.set()
-
-    async def run(self) -> None:
-        while True:
-            await self._requested.wait()
-            self._requested.clear()
-            with suppress(Unavailable):
-                await self._send()
-            await self._clock.sleep(PAUSE)

@@ -26,11 +26,11 @@ from worker.execution.incarnation import Incarnation, ProcessTools, run_incarnat
 from worker.execution.loops.admission import Admission
 from worker.execution.loops.maintenance import Housekeeping, Retention, sweep
 from worker.execution.loops.reconciler import emit_recovered, recover_dead_workers
-from worker.execution.loops.scheduler import Scheduler
+from worker.execution.loops.scheduler import Scheduler, Wakeups
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.loops.token_renewal import TokenRenewal
 from worker.execution.runners.inline import Inline
-from worker.execution.signals import Signals, Wakeups
+from worker.execution.signals import Signals
 from worker.ids import RunId, WorkerId, new_id
 from worker.operations.chores import Chores, ages_of
 from worker.operations.confinement import confinement_of, readable_management_secrets

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from worker.errors import StoreUnavailable
-from worker.execution.signals import PAUSE, Wakeups
+from worker.execution.loops.scheduler import PAUSE, Wakeups
 
 pytestmark = pytest.mark.anyio
 

@@ -1,9 +1,13 @@
-"""Scheduler: definition → due → run. Every replica fires; firing twice is harmless."""
+"""Scheduler: definition → due → run. Every replica fires; firing twice is harmless.
+
+Other workers get a hint that there are runs.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Protocol
@@ -24,6 +28,8 @@ LARGER = 500
 LOCKED = 0.02
 # Until a definition that this version cannot read is tried again.
 PUT_OFF = timedelta(minutes=1)
+# Seconds between two notifications: each is a transaction that delays other commits.
+PAUSE = 0.1
 
 
 class FireStore(Protocol):
@@ -99,3 +105,23 @@ class Scheduler:
             emit("clock.went_back", seconds=round(back, 1))
             self._newest = now
         self._newest = now if self._newest is None else max(self._newest, now)
+
+
+class Wakeups:
+    """Notifies other workers of new work. A lost notification is harmless, because they also poll."""
+
+    def __init__(self, send: Callable[[], Awaitable[None]], clock: Clock) -> None:
+        self._send = send
+        self._clock = clock
+        self._requested = asyncio.Event()
+
+    def request(self) -> None:
+        self._requested.set()
+
+    async def run(self) -> None:
+        while True:
+            await self._requested.wait()
+            self._requested.clear()
+            with suppress(Unavailable):
+                await self._send()
+            await self._clock.sleep(PAUSE)
