@@ -15,7 +15,7 @@ from tests.fakes.clock import START, ManualClock, settle
 from tests.unit.execution.runs import admitted
 from worker.errors import LeaseLost, StoreUnavailable, TokenRefused, Unavailable, WorkerError
 from worker.execution.attempts import answers
-from worker.execution.attempts.answers import RunLog, Running, answer
+from worker.execution.attempts.answers import Running, answer
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.runners.contract import StopSignal
 from worker.handlers.calls import (
@@ -71,7 +71,7 @@ def acts() -> Acting:
 
 def running(acts: Acting, clock: ManualClock, *, hosted: bool = False, **run: Any) -> Running:
     inflight = InflightRun(admitted(**run), StopSignal())
-    return Running(inflight, Trail("h"), cast(Any, acts), cast(RunLog, None), clock, hosted=hosted)
+    return Running(inflight, Trail("h"), cast(Any, acts), cast(Any, None), clock, hosted=hosted)
 
 
 def step(seq: int = 1, text: str = "1") -> StoreStep:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 from worker.clock import Clock
 from worker.errors import LeaseLost, TokenRefused, Unavailable, WorkerError
 from worker.execution.attempts.inflight import InflightRun
+from worker.execution.attempts.run_log import RunLogWriter
 from worker.execution.runners.contract import GivenErrors
 from worker.guard.claims import Claims
 from worker.handlers.calls import (
@@ -67,16 +68,6 @@ class Acts(Protocol):
         """
 
 
-class RunLog(Protocol):
-    """Takes what a run says, and writes it masked."""
-
-    def line(self, run: AdmittedRun, level: str, source: str, text: str, at: datetime | None = None) -> None:
-        """Add a line to the log of a run."""
-
-    def progress(self, run: AdmittedRun, progress: Mapping[str, Any]) -> None:
-        """Set the progress of a run."""
-
-
 @dataclass(eq=False, slots=True)
 class StepRoom:
     """What the steps of a run have taken: the places up to `last` and those in `sizes`, and `size` bytes."""
@@ -110,7 +101,7 @@ class Running:
     inflight: InflightRun
     trail: Trail
     acts: Acts
-    run_log: RunLog
+    run_log: RunLogWriter
     clock: Clock
     checkpoint: Any = None
     hosted: bool = False

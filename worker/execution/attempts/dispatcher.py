@@ -9,12 +9,11 @@ from dataclasses import InitVar, dataclass, field
 from datetime import timedelta
 from heapq import nlargest
 from itertools import islice
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
-from worker.clock import Clock
 from worker.errors import Unavailable
 from worker.execution.attempts.inflight import InflightRun, InflightRuns, run_ended, run_fenced_out
-from worker.execution.attempts.run_log import RunLogWriter
+from worker.execution.attempts.tools import HandlerTools
 from worker.execution.loops.finisher import Finisher, FinishStore
 from worker.execution.runners.contract import start_task, stop_reason_of
 from worker.ids import RunId
@@ -28,18 +27,7 @@ BURST = 50
 PREPARED = 500
 
 
-class DispatchTools(Protocol):
-    """What all attempts of a process share, as the dispatcher uses it."""
-
-    @property
-    def run_log(self) -> RunLogWriter: ...
-    @property
-    def clock(self) -> Clock: ...
-    async def prepare(self, runs: Sequence[AdmittedRun]) -> None:
-        """Read what the attempts of these runs need, so that they need not wait one by one."""
-
-
-T = TypeVar("T", bound=DispatchTools)
+T = TypeVar("T", bound=HandlerTools)
 
 
 @dataclass(eq=False, repr=False)

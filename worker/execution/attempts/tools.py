@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from worker.claims.enforced import Digests, Enforced, PoolRules
 from worker.clock import Clock
 from worker.errors import LeaseLost
-from worker.execution.attempts.answers import Acts, RunLog, Running
+from worker.execution.attempts.answers import Acts, Running
 from worker.execution.attempts.inflight import Deadlines, InflightRun
 from worker.execution.attempts.plan import AttemptPlan, HandlerRegistry, Plans
 from worker.execution.attempts.run_log import RunLogWriter
@@ -136,18 +136,20 @@ class AttemptStore(Protocol):
 
 
 class HandlerTools(Protocol):
-    """What it takes to run a handler, of a worker or of a host."""
+    """What all attempts of a worker or of a host share, to run handlers."""
 
     @property
     def acts(self) -> Acts: ...
     @property
-    def run_log(self) -> RunLog: ...
+    def run_log(self) -> RunLogWriter: ...
     @property
     def clock(self) -> Clock: ...
     @property
     def runners(self) -> Mapping[Isolation, Runner]: ...
     @property
     def deadlines(self) -> Deadlines: ...
+    async def prepare(self, runs: Sequence[AdmittedRun]) -> None:
+        """Read what the attempts of these runs need, so that they need not wait one by one."""
 
 
 @dataclass(frozen=True, slots=True)

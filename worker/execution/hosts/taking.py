@@ -6,11 +6,11 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from worker.clock import Clock
 from worker.errors import Unavailable
 from worker.execution.attempts.inflight import InflightRuns
+from worker.execution.hosts.remote import RemoteStore
 from worker.execution.hosts.wire import Taken
 from worker.execution.signals import wait_for
 from worker.runs.run import Isolation
@@ -18,11 +18,6 @@ from worker.telemetry.events import emit
 
 # Seconds that a worker may wait for runs before it answers: the loop must iterate more often than `PATIENCE`.
 WAIT = 10.0
-
-
-class TakeStore(Protocol):
-    async def take(self, free: Mapping[Isolation, int], wait: float) -> Sequence[Taken]:
-        """Attempts for these slots, as soon as there are any, at most after `wait` seconds."""
 
 
 @dataclass(eq=False, repr=False)
@@ -33,7 +28,7 @@ class Taking:
     time and after each outage. `offers` is false until it has a handler.
     """
 
-    store: TakeStore
+    store: RemoteStore
     inflight_runs: InflightRuns
     clock: Clock
     slots: Mapping[Isolation, int]

@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from temporalio import activity
 from temporalio.client import Client
@@ -20,6 +19,7 @@ from temporalio.worker import Worker
 from worker.clock import Clock
 from worker.errors import Unavailable, WorkerError
 from worker.execution.attempts.inflight import InflightRuns
+from worker.execution.hosts.remote import RemoteStore
 from worker.execution.hosts.wire import Taken, TemporalPlace
 from worker.execution.placers import TlsFiles
 from worker.execution.placers.temporal import ACTIVITY, HEARTBEAT, connect, queue_of
@@ -33,11 +33,6 @@ TRY_AGAIN = 1.0
 LONGEST_TRY = 15.0
 
 
-class TicketStore(Protocol):
-    async def take_by(self, ticket: str) -> Sequence[Taken]:
-        """The run of a ticket; nothing if the ticket is not valid, or the attempt has ended already."""
-
-
 @dataclass(eq=False, repr=False)
 class TicketTaking:
     """Fills this host's slots with the runs that Temporal offers to its pool; as `Taking` does by polls.
@@ -46,7 +41,7 @@ class TicketTaking:
     outage at the start. `offers` is false until this host has a handler.
     """
 
-    store: TicketStore
+    store: RemoteStore
     inflight_runs: InflightRuns
     clock: Clock
     pool: str

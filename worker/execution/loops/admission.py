@@ -76,7 +76,8 @@ class Admission:
     ) -> tuple[Mapping[str, int | None], Mapping[Isolation, int]]:
         """What the transaction that writes these ends may admit to their slots, if more runs wait.
 
-        Only to theirs: all others are `_admit`'s, which may be waiting for the database.
+        The offered handlers, and only their slots: all others are `_admit`'s, which may be waiting for the
+        database. Without slots neither `end` nor a start follows.
         """
         free: Counter[Isolation] = Counter()
         if self._running and self._more_wait:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from worker.clock import Clock
 from worker.errors import Unavailable, WorkerError
+from worker.execution.loops.admission import Admission
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, Isolation
@@ -45,18 +46,6 @@ class RefillStore(Protocol):
         """As `FinishStore.finish`, and the runs that were admitted in the same transaction."""
 
 
-class Refill(Protocol):
-    """Admits runs to the slots that ends free, in the transaction that writes these ends."""
-
-    def begin(
-        self, ended: Sequence[EndedAttempt]
-    ) -> tuple[Mapping[str, int | None], Mapping[Isolation, int]]:
-        """The offered handlers, and the slots to fill. Without slots neither `end` nor a start follows."""
-
-    def end(self, admitted: Sequence[AdmittedRun]) -> None:
-        """Start what was admitted, once the ends have freed their slots."""
-
-
 @dataclass(eq=False, repr=False)
 class Finisher:
     """Writes everything that ended since the last write in one statement.
@@ -71,7 +60,7 @@ class Finisher:
     on_written: Callable[[EndedAttempt, bool], None]
     on_unstorable: Callable[[EndedAttempt, Exception], None]
     starting: Callable[[], bool] = lambda: False
-    _refill: tuple[Refill, RefillStore] | None = None
+    _refill: tuple[Admission, RefillStore] | None = None
     _pending: list[EndedAttempt] = field(default_factory=list)
     # Ends that the store does not take while it takes others.
     _aside: list[EndedAttempt] = field(default_factory=list)
@@ -82,7 +71,7 @@ class Finisher:
     def __post_init__(self) -> None:
         self._idle.set()
 
-    def refill_with(self, refill: Refill, store: RefillStore) -> None:
+    def refill_with(self, refill: Admission, store: RefillStore) -> None:
         """Admit runs to the slots that ends free as these are written, for a store where that is faster."""
         self._refill = (refill, store)
 
@@ -205,7 +194,7 @@ class Finisher:
         self.on_unstorable(ended, error)
         return unstorable(ended, error)
 
-    async def _refilled(self, refill: Refill, store: RefillStore, batch: list[EndedAttempt]) -> bool:
+    async def _refilled(self, refill: Admission, store: RefillStore, batch: list[EndedAttempt]) -> bool:
         """Write the batch and fill its slots; False if nothing was written."""
         offered, free = refill.begin(batch)
         if not any(free.values()):

@@ -95,33 +95,22 @@ class InboxTurns:
             self._begin_soon()
 
 
-class Timer(Protocol):
-    def cancel(self) -> None: ...
-
-
-class Channel(Protocol):
-    """Where the data comes from. It stays with the process while `pause_reading` holds."""
-
-    def pause_reading(self) -> None: ...
-    def resume_reading(self) -> None: ...
-
-
 @dataclass(eq=False, repr=False)
 class Inbox:
     """The messages of one run, each passed to `receive` when its turn has come.
 
-    `holds` says that the run has to wait, until `go_on` is called. Once a message is broken, `on_broken` is
-    called and nothing more is read.
+    The data stays with the process while `channel` pauses reading. `holds` says that the run has to wait,
+    until `go_on` is called. Once a message is broken, `on_broken` is called and nothing more is read.
     """
 
     turns: InboxTurns
-    channel: Channel
+    channel: ChildProcess
     receive: Callable[[Message], None]
     _: KW_ONLY
     holds: Callable[[], bool]
     on_broken: Callable[[], None]
     time: Callable[[], float]
-    call_later: Callable[[float, Callable[[], None]], Timer]
+    call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle]
 
     def __post_init__(self) -> None:
         self._frames = RunFrames()
@@ -130,7 +119,7 @@ class Inbox:
         self._ahead_at = self.time()
         # Whether the rest waits for its turn, or for its rate.
         self._queued = False
-        self._timer: Timer | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._empty = asyncio.Event()
         self._checking = asyncio.Lock()
