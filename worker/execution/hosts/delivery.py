@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-from worker.clock import to_text
 from worker.definitions.definition import Definition
 from worker.errors import Busy, LeaseLost, Unavailable
 from worker.execution.attempts.attempt import Prepared, conclude, outcome_of_error, prepare
@@ -28,6 +27,7 @@ from worker.execution.hosts.wire import Taken
 from worker.execution.runners.contract import StopSignal
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import Offered
+from worker.handlers.parts import trusted
 from worker.ids import RunId, WorkerId
 from worker.runs.hosts import HostCaller, PoolLoad
 from worker.runs.outcome import EndedAttempt, Outcome, Trail
@@ -43,7 +43,7 @@ TAKEN_BYTES = 8 * 1024 * 1024
 TICKET_LOOK = 1.0
 TICKET_AGE = 15.0
 # What an attempt has recorded when its handler may be called.
-_SEALED = ("handler", "token_ready_at", "claims", "flags", "jti", "claims_hash")
+RECORDED = trusted(Trail, without=("handler_started_at", "progress", "peak_memory", "asks"))
 
 Key = tuple[RunId, int]
 
@@ -218,10 +218,7 @@ class Delivery:
             if run is None:
                 return [], False
             known = self._tickets[key] = _Ticket(ticket.sha256, self._clock.monotonic())
-            self.undelivered[key] = InflightRun(run, StopSignal())
-            with suppress(Unavailable):  # the attempt reads for itself what is missing
-                await tools.prepare([run])
-            self._start(run, tools)
+            await self._start([run], tools)
         elif known.sha256 != ticket.sha256:
             return [], False
         known.asked_at = self._clock.monotonic()
@@ -283,12 +280,7 @@ class Delivery:
             if not runs:
                 return set()
             tools = await self.tools()
-            for run in runs:
-                self.undelivered[run.id, run.fencing_token] = InflightRun(run, StopSignal())
-            with suppress(Unavailable):  # each attempt reads for itself what is missing
-                await tools.prepare(runs)
-            for run in runs:
-                self._start(run, tools)
+            await self._start(runs, tools)
         # Mostly their tokens are in the cache, and all are ready after one turn.
         await asyncio.sleep(0)
         return {(run.id, run.fencing_token) for run in runs}
@@ -304,11 +296,15 @@ class Delivery:
             return ()
         return await self._store.admit(self._worker, self._pool, offered, free)
 
-    def _start(self, run: AdmittedRun, tools: Tools) -> None:
-        key = run.id, run.fencing_token
-        task = asyncio.create_task(self._prepare(key, self.undelivered[key], tools))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    async def _start(self, runs: Sequence[AdmittedRun], tools: Tools) -> None:
+        keys = [(run.id, run.fencing_token) for run in runs]
+        self.undelivered |= {key: InflightRun(run, StopSignal()) for key, run in zip(keys, runs, strict=True)}
+        with suppress(Unavailable):  # each attempt reads for itself what is missing
+            await tools.prepare(runs)
+        for key in keys:
+            task = asyncio.create_task(self._prepare(key, self.undelivered[key], tools))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _prepare(self, key: Key, inflight: InflightRun, tools: Tools) -> None:
         trail = Trail(inflight.run.handler)
@@ -335,10 +331,7 @@ class Delivery:
         run, plan = inflight.run, inflight.plan
         if plan is None:
             raise LeaseLost(f"run {run.id} was not prepared")
-        kept = {name: getattr(trail, name) for name in _SEALED}
-        if trail.token_ready_at is not None:
-            kept["token_ready_at"] = to_text(trail.token_ready_at)
-        text = json.dumps(kept | {"commits": prepared.commits}, separators=(",", ":"))
+        text = json.dumps(RECORDED.write(trail) | {"commits": prepared.commits}, separators=(",", ":"))
         return Taken(
             run=run,
             org=plan.org.code,

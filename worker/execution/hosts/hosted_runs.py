@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from worker.bounded import remember
-from worker.clock import from_text
 from worker.errors import (
     ConfigurationError,
     DefinitionError,
@@ -37,7 +36,7 @@ from worker.execution.attempts.attempt import (
 from worker.execution.attempts.inflight import InflightRun, run_ended, run_fenced_out
 from worker.execution.attempts.tools import StoreActs, Tools
 from worker.execution.hosts import wire
-from worker.execution.hosts.delivery import Delivery, HostedStore, HostTools, Key, place_of
+from worker.execution.hosts.delivery import RECORDED, Delivery, HostedStore, HostTools, Key, place_of
 from worker.execution.hosts.sent import AttemptLog, End
 from worker.execution.hosts.wire import Malformed
 from worker.execution.loops.finisher import Finisher
@@ -307,9 +306,7 @@ class HostedRuns:
             return await conclude(inflight, handler_exited(NOT_SEALED), trail, tools)
         kept = json.loads(text)
         commits = kept.pop("commits")
-        if kept["token_ready_at"] is not None:
-            kept["token_ready_at"] = from_text(kept["token_ready_at"])
-        trail = Trail(**wire.known_in(Trail, kept))
+        trail = RECORDED.read(kept)
         now = self._clock.now()
         if end.handler_seconds is not None:
             # By the host's clock, within what this one allows.
