@@ -143,7 +143,7 @@ class Seconds(CallPart[float]):
         return as_timedelta(float(value)).total_seconds()
 
 
-class Span(CallPart[timedelta]):
+class TimeSpan(CallPart[timedelta]):
     """A duration as long as a handler may name, in seconds."""
 
     def write(self, value: timedelta) -> float:
@@ -388,4 +388,4 @@ def _trusted_part(hint: Any) -> CallPart[Any]:
         return Those(dict, _trusted_part(arguments[1]))
     if is_dataclass(kind):
         return trusted(kind)  # type: ignore[arg-type]
-    return When() if kind is datetime else Span() if kind is timedelta else AsItIs()
+    return When() if kind is datetime else TimeSpan() if kind is timedelta else AsItIs()

@@ -20,7 +20,7 @@ from worker.handlers.calls import GRANTED
 from worker.handlers.given import STATE_LIMIT, check_object
 from worker.handlers.installed import ENVIRONMENT
 from worker.handlers.json_text import LIMIT, UNMASKED_LIMIT, check_json_text
-from worker.handlers.parts import CallPart, JsonText, Maybe, Row, Span, Text, TextCheck, Truth, trusted
+from worker.handlers.parts import CallPart, JsonText, Maybe, Row, Text, TextCheck, TimeSpan, Truth, trusted
 from worker.handlers.steps import StepError
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import Error, Outcome
@@ -230,8 +230,8 @@ _FIELDS: Mapping[str, CallPart[Any]] = {
     "reason": _TEXT,
     "message": _TEXT,
     "detail": Maybe(_TEXT),
-    "retry_after": Span(),
-    "after": Maybe(Span()),
+    "retry_after": TimeSpan(),
+    "after": Maybe(TimeSpan()),
     "result": Maybe(JsonText("result", LIMIT)),
     "state": Maybe(StateText("state", STATE_LIMIT)),
 }
