@@ -8,7 +8,7 @@ import pytest
 
 from worker.errors import Conflict, DefinitionError, NotFound, UsageError
 from worker.handlers.catalogue import HandlerEntry
-from worker.handlers.given import LIMIT
+from worker.handlers.given import STATE_LIMIT
 from worker.operations.definitions import edit_definition
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import run_now
@@ -80,7 +80,7 @@ def test_it_is_left_alone_while_a_run_is_running(apply, database, rows):
     clear_state(database, "org_acme", "nightly", actor="ada")
 
 
-@pytest.mark.parametrize("data", [{"text": "x" * LIMIT}, [1], {"n": float("inf")}])
+@pytest.mark.parametrize("data", [{"text": "x" * STATE_LIMIT}, [1], {"n": float("inf")}])
 def test_what_is_no_state_is_refused(apply, database, data):
     apply(ORG + NIGHTLY)
 

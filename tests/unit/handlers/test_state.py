@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from worker import BlockingContext, Context, PermanentError, Retry, job
-from worker.handlers.given import LIMIT, State, check_state_text, to_state_text
+from worker.handlers.given import STATE_LIMIT, State, check_state_text, to_state_text
 from worker.handlers.json_text import NotStorable
 
 
@@ -33,13 +33,13 @@ def test_what_was_loaded_does_not_change_with_the_handlers_copy():
 
 
 def test_a_state_that_the_database_wrote_longer_than_the_limit_is_loaded():
-    assert State({"n": "x" * LIMIT}).changed() is None
+    assert State({"n": "x" * STATE_LIMIT}).changed() is None
 
 
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ({"text": "x" * LIMIT}, "64.0 KiB of JSON; the maximum is 64 KiB"),
+        ({"text": "x" * STATE_LIMIT}, "64.0 KiB of JSON; the maximum is 64 KiB"),
         ({"at": date(2030, 1, 1)}, "not JSON: a date"),
         ({"n": float("nan")}, "NaN"),
         ({"text": "\0"}, "NUL"),
@@ -51,7 +51,7 @@ def test_what_cannot_be_stored_is_said(value: Any, problem: str):
         to_state_text(value)
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", '"text"', '{"a":"' + "x" * LIMIT + '"}', '{"a":NaN}'])
+@pytest.mark.parametrize("text", ["[1]", "{", '"text"', '{"a":"' + "x" * STATE_LIMIT + '"}', '{"a":NaN}'])
 def test_text_of_a_process_is_checked(text: str):
     with pytest.raises(NotStorable):
         check_state_text(text)
@@ -101,7 +101,7 @@ def test_only_a_success_leaves_anything(orgworker, end):
 def test_a_state_that_cannot_be_stored_fails_the_run_for_good(orgworker):
     @job("t.large", state=True)
     async def large(ctx: Context[Any, Any]) -> str:
-        ctx.state["text"] = "x" * LIMIT
+        ctx.state["text"] = "x" * STATE_LIMIT
         return "done"
 
     finished = orgworker.run(large)
