@@ -10,16 +10,21 @@ import gc
 import importlib
 import itertools
 import os
+import ssl
 import sys
 import types
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
+import httpx
+from httpx._transports import default
 from sqlalchemy import Connection, Dialect, Engine, event
 
 from tests.fakes import unsynced
 from tests.fakes.issuer import rsa_key
 from worker.demo import keys
+from worker.guard import http
 
 PLAIN = bool(os.environ.get("ORGWORKER_TEST_PLAIN"))
 
@@ -33,6 +38,7 @@ def begin() -> None:
     gc.disable()
     unsynced.begin()
     reuse_keys()
+    reuse_authorities()
     event.listen(Engine, "engine_connect", compile_once)
 
 
@@ -69,6 +75,29 @@ def reuse_keys() -> None:
     """
     numbers = itertools.cycle(range(8))
     keys.new_private_key = lambda: rsa_key(f"provider-{next(numbers)}")
+
+
+def reuse_authorities() -> None:
+    """Load the authorities of TLS once a process: it takes 20 ms of CPU time, and each client loads its own.
+
+    Tests that trust an authority of their own name it, or set one of these variables.
+    """
+
+    def reused(load: Callable[[], ssl.SSLContext]) -> Callable[..., ssl.SSLContext]:
+        loaded: dict[tuple[str | None, ...], ssl.SSLContext] = {}
+
+        def context(verify: Any = True, cert: Any = None, trust_env: bool = True) -> ssl.SSLContext:
+            if verify is not True or cert is not None:
+                return httpx.create_ssl_context(verify, cert, trust_env)
+            key = (os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"), str(trust_env))
+            if key not in loaded:
+                loaded[key] = load() if trust_env else httpx.create_ssl_context(trust_env=False)
+            return loaded[key]
+
+        return context
+
+    for module, name in ((http, "_tls_context"), (default, "create_ssl_context")):
+        vars(module)[name] = reused(vars(module)[name])
 
 
 class Compiled(dict[Any, Any]):

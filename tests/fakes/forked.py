@@ -29,7 +29,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
+from tests import speed
 from tests.fakes.cli import Completed
+from worker.guard import http
 
 ROOT = Path(__file__).parents[2]
 # Imported by a worker or a command only once it needs them.
@@ -397,6 +399,8 @@ def import_all() -> None:
             importlib.import_module(module.name)
     for name in LATER:
         importlib.import_module(name)
+    speed.reuse_authorities()
+    http._tls_context()
 
 
 def leave() -> None:

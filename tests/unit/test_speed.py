@@ -24,6 +24,7 @@ def test_a_plain_run_changes_nothing(monkeypatch: pytest.MonkeyPatch, plain: boo
         (speed.event, "listen"),
         (speed, "postpone_parsers"),
         (speed, "reuse_keys"),
+        (speed, "reuse_authorities"),
     ):
         record(owner, name)
     monkeypatch.setattr(speed, "PLAIN", plain)
@@ -31,7 +32,8 @@ def test_a_plain_run_changes_nothing(monkeypatch: pytest.MonkeyPatch, plain: boo
     speed.begin()
     speed.collected()
 
-    everything = ["postpone_parsers", "disable", "begin", "reuse_keys", "listen", "freeze"]
+    reused = ("reuse_keys", "reuse_authorities")
+    everything = ["postpone_parsers", "disable", "begin", *reused, "listen", "freeze"]
     assert done == ([] if plain else everything)
 
 
