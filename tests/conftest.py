@@ -233,9 +233,17 @@ def database_url(request: pytest.FixtureRequest) -> str:
     return url
 
 
+# Where a test has SQLite unless it says so: `migrated_url` of the command line and the operations.
+on_either = pytest.mark.parametrize("migrated_url", ["sqlite", "postgresql"], indirect=True)
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def migrated_url(request: pytest.FixtureRequest) -> str:
     """The same, with the current schema already in it, which is much quicker than a migration."""
-    name = {"sqlite": "migrated_sqlite_url", "postgresql": "migrated_postgres_url"}[request.param]
+    return migrated_on(request.param, request)
+
+
+def migrated_on(kind: str, request: pytest.FixtureRequest) -> str:
+    name = {"sqlite": "migrated_sqlite_url", "postgresql": "migrated_postgres_url"}[kind]
     url: str = request.getfixturevalue(name)
     return url

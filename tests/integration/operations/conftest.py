@@ -1,4 +1,4 @@
-"""A migrated database of either kind, with a catalogue, for the operations."""
+"""A migrated database with a catalogue, for the operations."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
+from tests.conftest import migrated_on
 from tests.fakes.clock import ManualClock
 from worker.definitions.file import parse_file
 from worker.handlers.catalogue import HandlerEntry
@@ -37,6 +38,12 @@ CATALOGUE = (
     HandlerEntry("acme.inline", "acme-inline", "2.0", "acme_inline:go", isolation="inline"),
     HandlerEntry("acme.broken", "acme-broken", "0.1", "acme_broken:go", error="ImportError: no module"),
 )
+
+
+@pytest.fixture
+def migrated_url(request: pytest.FixtureRequest) -> str:
+    """On SQLite, but where a test asks for either: those execute every statement that operations have."""
+    return migrated_on(getattr(request, "param", "sqlite"), request)
 
 
 @pytest.fixture
@@ -128,10 +135,7 @@ class Tables:
                 update(runs)
                 .where(runs.c.id == run_id)
                 .values(
-                    state=state,
-                    reason=reason,
-                    finished_at=at or self._database.now(connection),
-                    attempt=1,
+                    state=state, reason=reason, finished_at=at or self._database.now(connection), attempt=1
                 )
             )
 

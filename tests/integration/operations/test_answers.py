@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import on_either
 from tests.fakes.stock import Stock
 from worker.cli import runs as cli_runs
 from worker.errors import AccessDenied, CanaryFailed, Conflict, NotFound, UsageError
@@ -81,6 +82,7 @@ def give(database, run: AdmittedRun, data: Any = True, **options: Any) -> Any:
     return answer(database, run.id, name, data, **{"actor": "operator:kim"} | options)
 
 
+@on_either
 def test_an_answer_wakes_the_run_and_is_in_its_row_and_the_audit(parked, database, stock):
     run = parked(APPROVAL)
 
@@ -283,6 +285,7 @@ def test_a_canary_that_waits_for_a_person_ends_the_retry_and_says_how_to_answer(
         first(run)
 
 
+@on_either
 def test_two_answers_at_the_same_instant_have_one_winner(parked, database, stock):
     """Each in its own transaction, started together; a thousand times with FAULTS=full."""
     lost, times = [], 1000 if os.environ.get("FAULTS") == "full" else 25
@@ -335,6 +338,7 @@ def test_an_answer_that_is_no_option_is_refused(parked, database, stock, data):
     assert give(database, run, data, name="free")["answer"] == data
 
 
+@on_either
 def test_of_many_those_are_left_whose_options_have_no_such_answer(parked, database):
     run = parked(BOUND)
     which = Cancellable(query=parsed("org:org_acme", now=datetime.now(UTC)), state="waiting", reason="answer")
@@ -388,6 +392,7 @@ def test_the_question_of_a_budget_is_open_too(parked, database):
     assert refused.value.fix.startswith("did you mean budget:llm_tokens? ")
 
 
+@on_either
 def test_a_question_that_opens_meanwhile_is_seen(parked, database, monkeypatch):
     """Its opening and the answer lock the run's row. The control, without the lock, keeps the answer."""
     run = parked()

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import pytest
 
+from tests.conftest import on_either
 from worker.errors import DefinitionError, InvalidTrigger, UnknownHandler
 from worker.operations.definitions import pause_definition
 from worker.operations.orgs import set_org_state
@@ -92,6 +93,7 @@ def test_a_change_is_a_new_revision_and_names_the_fields(apply, rows):
     assert sorted(row["revision"] for row in rows.definition_revisions) == [1, 2]
 
 
+@on_either
 def test_an_org_is_changed_in_place(apply, rows):
     apply(ORG)
 
@@ -267,6 +269,7 @@ def test_prune_closes_what_the_file_has_no_more_and_apply_opens_it_again(apply, 
     assert all(row["next_fire_at"] for row in rows.schedule)
 
 
+@on_either
 def test_a_new_zone_of_an_org_moves_the_schedules_that_name_none(apply, rows):
     nightly = DIGEST.replace("every 10m", "30 3 * * *")
     apply(ORG + nightly)
@@ -287,6 +290,7 @@ def test_numbers_that_a_database_writes_in_another_way_are_no_change(apply):
     assert apply(ORG + text.replace("c = true", "c = 1")) != []
 
 
+@on_either
 def test_a_thousand_definitions_are_applied_at_once(apply, rows):
     many = "".join(DIGEST.replace('"digest"', f'"digest-{number}"') for number in range(1000))
 

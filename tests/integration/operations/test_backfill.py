@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import pytest
 
+from tests.conftest import on_either
 from tests.fakes.closing import close_definition
 from tests.integration.operations.conftest import whole_hour
 from worker.errors import Conflict, NotFound, UsageError
@@ -116,6 +117,7 @@ def test_the_same_range_again_adds_nothing(database, rows, now):
     assert len([entry for entry in rows.audit if entry["action"] == "definition.backfill"]) == 1
 
 
+@on_either
 def test_a_cancelled_backfill_stops_and_goes_on_when_it_is_asked_for_again(database, rows, now):
     ask(database, now - 4 * HOUR, now, limit=2)
 
@@ -168,6 +170,7 @@ def test_starts_at_does_not_count_and_the_revision_stays(apply, database, rows, 
     assert {run["revision"] for run in backfilled} == {2}
 
 
+@on_either
 def test_a_closed_definition_and_a_suspended_org_end_or_hold_it(database, rows, now):
     ask(database, now - 3 * HOUR, now)
 
@@ -206,6 +209,7 @@ def test_a_range_without_an_instant_is_refused(database, now):
         ask(database, now - HOUR + timedelta(minutes=1), now - timedelta(minutes=1))
 
 
+@on_either
 def test_workers_that_fill_at_once_never_exceed_the_limit(database, migrated_url, clock, rows, now):
     ask(database, now - 40 * HOUR, now, limit=3)
     other = Database.open(migrated_url, clock=clock)
@@ -222,6 +226,7 @@ def test_workers_that_fill_at_once_never_exceed_the_limit(database, migrated_url
     assert len(instants) == len(set(instants)) == 27
 
 
+@on_either
 def test_lists_say_how_far_it_is(database, rows, now):
     ask(database, now - 4 * HOUR, now, limit=2)
     rows.set_ended(rows.live_runs[0]["id"], "succeeded", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import update
 
+from tests.conftest import on_either
 from tests.fakes.closing import close_definition
 from worker.ids import ALL_ORGS
 from worker.operations.credentials import add_credential
@@ -114,6 +115,7 @@ def test_what_is_closed_or_removed_is_not_broken(site, database, apply):
     assert site.broken() == []
 
 
+@on_either
 def test_a_credential_is_dead_if_every_active_one_was_rejected(site, database):
     def reject(generation, error):
         with database.transaction() as connection:
@@ -137,6 +139,7 @@ def test_a_credential_is_dead_if_every_active_one_was_rejected(site, database):
     assert (site.broken(), site.rows()) == ([], [])
 
 
+@on_either
 def test_pages_and_scopes_are_those_of_the_list(site):
     site.run()
     site.run(org="org_beta")
@@ -150,6 +153,7 @@ def test_pages_and_scopes_are_those_of_the_list(site):
     assert site.broken(limit=1) == ["org_beta"]
 
 
+@on_either
 def test_a_failure_while_it_is_checked_is_kept(site, database, rows):
     site.run()
     site.run("succeeded")

@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import insert, update
 
+from tests.conftest import on_either
 from worker.clock import to_text
 from worker.errors import AccessDenied, Conflict, DefinitionError, NotFound, UsageError
 from worker.ids import ALL_ORGS, new_id
@@ -69,6 +70,7 @@ def test_a_file_adds_budgets_and_the_same_file_changes_nothing(apply, rows):
     assert rows.everything() == before
 
 
+@on_either
 def test_a_change_names_what_changes(apply, rows):
     apply(ORGS + BUDGET)
 
@@ -113,12 +115,7 @@ def test_a_raise_counts_until_its_end_and_is_in_the_audit(apply, rows, database:
     assert rows.now() < row["until"] <= rows.now() + timedelta(days=1)
     with database.autocommit() as connection:
         [level] = budgets_of(connection, "org_acme")
-    assert (level["limit"], level["used"], level["left"], level["resets_at"]) == (
-        1500,
-        0,
-        1500,
-        row["until"],
-    )
+    assert (level["limit"], level["used"], level["left"], level["resets_at"]) == (1500, 0, 1500, row["until"])
     entry = rows.audit[-1]
     assert (entry["action"], entry["subject"]) == ("budget.raise", "org_acme llm_tokens")
     assert entry["detail"] == {
@@ -166,6 +163,7 @@ def test_a_raise_of_nothing_is_refused(apply, rows, database, org, meter, by, pe
     assert rows.budget_raises == []
 
 
+@on_either
 def test_a_budget_can_be_removed_by_its_id(apply, rows, database: Database):
     apply(ORGS + BUDGET + ALL)
     with database.autocommit() as connection:
@@ -179,6 +177,7 @@ def test_a_budget_can_be_removed_by_its_id(apply, rows, database: Database):
         remove_budget(database, of_org["id"], actor="ann")
 
 
+@on_either
 def test_usage_is_summed_by_meter_definition_or_day(apply, rows, database: Database):
     apply(ORGS + DIGEST)
     ids = {row["code"]: row["id"] for row in rows.orgs}
@@ -290,6 +289,7 @@ def test_a_question_that_a_run_wrote_itself_raises_nothing(asking, rows, databas
     assert answer(database, run, WAIT, False, actor="ann")["answer"] is False
 
 
+@on_either
 def test_believed_such_a_question_raises_what_it_names(asking, rows, database: Database, monkeypatch):
     """The control of the test above."""
     run = asking()
@@ -305,6 +305,7 @@ def test_believed_such_a_question_raises_what_it_names(asking, rows, database: D
     assert [raised["per"] for raised in rows.budget_raises] == ["month"]
 
 
+@on_either
 def test_a_raise_ends_with_its_period_whatever_the_run_waits_for(asking, rows, database: Database):
     run = asking()
     until = rows.now() + timedelta(days=36_500)

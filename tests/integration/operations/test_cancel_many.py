@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import pytest
 
+from tests.conftest import on_either
 from worker.errors import NotFound, UsageError
 from worker.operations import runs as operation
 from worker.operations.runs import cancel_many, matching, run_now
@@ -44,6 +45,7 @@ def done(database, *, org=None, limit=100, **which):
     return list(cancel_many(database, Cancellable(**which), actor="tester", org=org, limit=limit))
 
 
+@on_either
 def test_each_filter_narrows_what_is_cancelled(run, database, rows):
     first, other, on, ended = run(), run("other", "export"), run(), run()
     rows.set_running(on)
@@ -79,6 +81,7 @@ def test_each_is_cancelled_or_asked_to_stop_with_an_audit_row_of_its_own(run, da
     assert done(database) == []
 
 
+@on_either
 def test_pages_go_on_by_key_and_stop_at_what_is_made_meanwhile(run, database, monkeypatch):
     monkeypatch.setattr(operation, "PAGE", 2)
     runs = [run() for _ in range(5)]
@@ -90,6 +93,7 @@ def test_pages_go_on_by_key_and_stop_at_what_is_made_meanwhile(run, database, mo
     assert seen + [row["id"] for row in taken] == runs
 
 
+@on_either
 def test_what_ended_or_started_meanwhile_is_let_be(run, database, rows):
     ends, starts, waits = run(), run(), run()
     cancelling = cancel_many(database, Cancellable(state="waiting"), actor="tester", limit=10)

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import pytest
 
+from tests.conftest import on_either
 from worker.ids import new_id
 from worker.operations.capacity import MEMORY, SECONDS, Capacity, Machine, Measure, capacity
 from worker.operations.definitions import pause_definition
@@ -162,6 +163,7 @@ def test_a_history_counts_whichever_org_has_it_and_a_long_wait_is_not_ok(apply, 
     assert of(ask(max_children=40), "children").ok
 
 
+@on_either
 def test_memory_that_does_not_suffice_fails_and_names_how_many_children_fit(nightly, ran, ask):
     ran("org_0", "night", seconds=600.0, memory=300 * MIB)
     memory = of(ask(max_children=10), "memory")

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import pytest
 
+from tests.conftest import on_either
 from worker.definitions.file import parse_file
 from worker.errors import Conflict
 from worker.operations.apply import apply as apply_file
@@ -17,6 +18,8 @@ from worker.runs.fire import decide
 from worker.runs.run import Declared
 from worker.store import firing
 from worker.store.database import Database
+
+pytestmark = on_either
 
 TICK = timedelta(minutes=10)
 

@@ -9,6 +9,7 @@ import psycopg
 import pytest
 from sqlalchemy import delete
 
+from tests.conftest import on_either
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import Stock
 from worker.handlers.catalogue import HandlerEntry
@@ -91,6 +92,7 @@ def test_an_unfinished_run_without_a_live_row_is_found(stock):
     assert finding.fix
 
 
+@on_either
 def test_a_live_row_without_an_unfinished_run_is_found(stock):
     run = stock.run(stock.org())
     stock.put(run)
@@ -124,6 +126,7 @@ def test_a_session_is_judged_by_time_and_a_slot_by_how_far_it_lies_back():
     assert not too_old(Holder("slot", "new", "pgoutput", "active", None, 10))
 
 
+@on_either
 def test_a_dead_worker_is_found_and_one_that_stopped_or_lives_is_not(stock, clock):
     stock.worker()
     assert doctor.workers(stock.database).ok
@@ -144,6 +147,7 @@ def test_a_dead_worker_is_found_and_one_that_stopped_or_lives_is_not(stock, cloc
     assert stopped.fix == ""
 
 
+@on_either
 def test_who_crashed_within_a_day_is_named_with_who_recovered_the_runs(stock):
     """Three of them; a host that ran nothing may have stopped."""
     dead, *others = [stock.worker() for _ in range(5)]
@@ -204,6 +208,7 @@ def test_without_a_worker_only_what_is_due_is_a_fault(stock):
     assert doctor.workers(stock.database).ok
 
 
+@on_either
 def test_an_org_is_named_whose_credentials_are_all_rejected(stock):
     def credential(org_id: str, generation: int, error: str | None, state: str = "active") -> None:
         row = {"id": new_id(), "org_id": org_id, "generation": generation, "client_id": "m2m", "state": state}

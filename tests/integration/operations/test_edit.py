@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 import pytest
 
 from tests.fakes.closing import close_definition
@@ -50,17 +48,6 @@ def test_the_keys_named_change_and_the_others_stay(edit, rows):
     }
     (entry,) = [entry for entry in rows.audit if entry["action"] == "definition.change"]
     assert entry["detail"]["timeout"] == {"before": "2h", "after": None}
-
-
-def test_what_was_due_before_is_settled_by_the_old_revision(edit, rows):
-    rows.make_due_since(rows.schedule[0]["next_scheduled_for"] - timedelta(minutes=30))
-
-    edit({"schedule": "every 1h"})
-
-    (run,) = rows.runs
-    assert run["revision"] == 1
-    assert sum(skip["count"] for skip in rows.skips) in (1, 2)
-    assert {skip["revision"] for skip in rows.skips} == {1}
 
 
 def test_an_unencrypted_origin_is_refused_unless_the_operator_allows_it(edit, rows):

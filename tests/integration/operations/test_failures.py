@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.conftest import on_either
 from worker.ids import new_id
 from worker.operations.definitions import count_failures, resume_definition
 from worker.operations.runs import run_now
@@ -83,11 +84,13 @@ def test_what_was_cancelled_or_skipped_says_nothing(run, rows):
     assert definition(rows)["paused_at"] is not None
 
 
+@on_either
 def test_a_backfill_of_old_instants_does_not_pause_what_is_due_now(run, rows):
     assert run("failed", "failed", "failed", origin="backfill") == 0
     assert definition(rows)["paused_at"] is None
 
 
+@on_either
 def test_a_resume_and_an_edit_begin_the_count_anew(run, rows, apply, database, clock):
     run("failed", "failed", "failed")
     clock.advance(1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import on_either
 from tests.fakes.issuer import AUDIENCE, App
 from tests.fakes.provisioned import Killed, Passing, Place, opened_place
 from worker.errors import Conflict, ForeignApplication, ProviderUnavailable
@@ -25,7 +26,7 @@ from worker.tokens.sealing import KeyRing
 pytestmark = pytest.mark.anyio
 
 # What does not depend on the database is tested on one.
-once = pytest.mark.parametrize("migrated_url", ["sqlite"], indirect=True)
+
 
 OLD = timedelta(days=90)
 OVERLAP = timedelta(minutes=5)
@@ -166,6 +167,7 @@ async def test_only_old_ones_that_orgworker_made_are_rotated_oldest_first(
     assert states(rows, "org_new") == ["active"]
 
 
+@on_either
 @pytest.mark.parametrize("seed", range(3))
 async def test_it_goes_on_wherever_it_was_killed(place: Place, rows: Any, seed: int) -> None:
     rng = random.Random(seed)
@@ -194,6 +196,7 @@ async def test_it_goes_on_wherever_it_was_killed(place: Place, rows: Any, seed: 
     assert all(len(states(rows, org)) == 2 for org in ORGS)
 
 
+@on_either
 async def test_a_new_client_is_announced_before_it_is_used(place: Place, rows: Any, emitted: Any) -> None:
     made = began(place, "org_a", announce=timedelta(days=2))
     await go_on(place, made, timedelta(seconds=5))
@@ -209,6 +212,7 @@ async def test_a_new_client_is_announced_before_it_is_used(place: Place, rows: A
     assert states(rows, "org_a") == ["overlapping", "active"]
 
 
+@on_either
 async def test_an_old_token_in_use_keeps_its_application(place: Place, rows: Any) -> None:
     """Until the run has ended, or the token has expired."""
     tokens = {}
@@ -254,7 +258,6 @@ async def test_an_org_that_is_removed_or_suspended_meanwhile(place: Place, rows:
     assert all(result.error is None and result.is_over for result in made.results.values())
 
 
-@once
 async def test_an_old_application_that_was_deleted_by_hand(place: Place, rows: Any) -> None:
     [client] = clients_of(place, "org_a")
     [id] = [id for id, made in place.management.made.items() if made.app.client_id == client]
@@ -267,7 +270,6 @@ async def test_an_old_application_that_was_deleted_by_hand(place: Place, rows: A
     assert place.management.made[f"app-{len(ORGS) + 1}"].audiences == {AUDIENCE: {"read:kb"}}
 
 
-@once
 async def test_a_pending_credential_that_was_retired_by_hand_is_replaced(place: Place, rows: Any) -> None:
     made = began(place, "org_a", announce=OVERLAP)
     await go_on(place, made, timedelta(seconds=5))
@@ -279,7 +281,6 @@ async def test_a_pending_credential_that_was_retired_by_hand_is_replaced(place: 
     check_rotated(place, rows)
 
 
-@once
 async def test_a_new_application_that_is_gone_at_the_provider_is_replaced(place: Place, rows: Any) -> None:
     def lose(call: str) -> None:
         if call == "authorise":
@@ -295,7 +296,6 @@ async def test_a_new_application_that_is_gone_at_the_provider_is_replaced(place:
     assert states(rows, result.org) == ["deleted", "deleted", "active"]
 
 
-@once
 async def test_the_old_one_stays_while_the_new_one_is_rejected(place: Place, rows: Any) -> None:
     made = began(place, "org_a")
     await go_on(place, made, timedelta(seconds=5))
@@ -321,7 +321,6 @@ async def test_the_old_one_stays_while_the_new_one_is_rejected(place: Place, row
     check_rotated(place, rows, ["org_a"])
 
 
-@once
 async def test_a_new_one_that_was_retired_in_the_overlap_is_replaced(place: Place, rows: Any) -> None:
     made = began(place, "org_a")
     await go_on(place, made, timedelta(seconds=5))
@@ -334,7 +333,6 @@ async def test_a_new_one_that_was_retired_in_the_overlap_is_replaced(place: Plac
     check_rotated(place, rows)
 
 
-@once
 async def test_a_leaked_secret_is_replaced_by_another_application(place: Place, rows: Any) -> None:
     for made in place.management.made.values():
         made.app.properties = {"plan": "pro"}
@@ -347,7 +345,6 @@ async def test_a_leaked_secret_is_replaced_by_another_application(place: Place, 
     assert [made.app.properties for made in place.management.made.values()] == [{"plan": "pro"}] * 4
 
 
-@once
 async def test_one_org_that_fails_stops_no_other(place: Place, rows: Any) -> None:
     def fail(call: str) -> None:
         if call == "delete":
@@ -364,7 +361,6 @@ async def test_one_org_that_fails_stops_no_other(place: Place, rows: Any) -> Non
     check_rotated(place, rows)
 
 
-@once
 async def test_an_application_of_another_name_is_not_deleted(place: Place, rows: Any) -> None:
     [(id, old)] = [each for each in place.management.made.items() if each[1].app.org_code == "org_a"]
     made = began(place, "org_a")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from tests.conftest import on_either
 from tests.fakes.stock import Stock
 from tests.integration.operations.conftest import Apply, Tables
 from tests.integration.store.test_hosts import added, begin
@@ -127,6 +128,7 @@ def test_a_host_keeps_nobody_from_a_handler_that_is_to_come(apply: Apply, rows: 
     assert len(rows.definitions) == 1
 
 
+@on_either
 @pytest.mark.parametrize("control", [False, True])
 def test_what_another_pool_declares_refuses_no_definition(
     apply: Apply, stock: Stock, monkeypatch: pytest.MonkeyPatch, control: bool
@@ -153,6 +155,7 @@ def test_params_are_checked_by_what_hosts_of_the_pool_declare(apply: Apply, stoc
     apply(text('pool = "eu"', "params = { frames = 3 }"))
 
 
+@on_either
 def test_a_pool_at_zero_hosts_breaks_no_apply(apply: Apply, stock: Stock, database: Database) -> None:
     worker = host_of(stock, "eu", RENDER)
     stock.change(tables.workers, worker, ended_at=stock.now())
@@ -164,6 +167,7 @@ def test_a_pool_at_zero_hosts_breaks_no_apply(apply: Apply, stock: Stock, databa
         apply(text('pool = "eu"', "params = { frames = 4 }"))
 
 
+@on_either
 def test_a_template_names_its_pool_or_takes_it_from_each_org(apply: Apply, stock: Stock) -> None:
     host_of(stock, "eu", RENDER)
     orgs = '[[org]]\ncode = "org_a"\nname = "A"\nissuer = "main"\npool = "eu"\n'
@@ -285,6 +289,7 @@ def test_an_approval_is_by_its_digest_and_in_the_audit(
     assert (row["approved"], row["approved_by"]) == (True, "ana")
 
 
+@on_either
 def test_what_hosts_declare_meanwhile_is_not_what_was_looked_at(stock: Stock, database: Database) -> None:
     """The digest is of what is declared: a host cannot exchange it between the look and the approval."""
     worker = host_of(stock, "eu", KEYED)
@@ -320,6 +325,7 @@ def waiting_run(stock: Stock, database: Database) -> str:
     return str(run)
 
 
+@on_either
 def test_an_approval_makes_waiting_runs_due_at_once_and_why_names_its_command(
     apply: Apply, stock: Stock, database: Database
 ) -> None:
@@ -356,6 +362,7 @@ def test_why_says_what_a_definition_may_set_itself_and_quotes_names(
     assert found.step.command.startswith("pools approve eu 'gpu; rm -rf ~' 1-")
 
 
+@on_either
 def test_why_names_the_pools_of_a_handler_that_hosts_offer_elsewhere(
     apply: Apply, stock: Stock, database: Database
 ) -> None:
@@ -513,8 +520,5 @@ def test_doctor_finds_definitions_whose_pool_is_gone(apply: Apply, stock: Stock,
     apply('[[org]]\ncode = "org_acme"\nname = "Acme"\nissuer = "main"\n')
 
     [(ok, detail, fix)] = of_check(database, "hosts_only")
-    assert (ok, detail) == (
-        False,
-        "only hosts offer gpu.render, and a definition of org_acme names no pool",
-    )
+    assert (ok, detail) == (False, "only hosts offer gpu.render, and a definition of org_acme names no pool")
     assert 'pool = "eu"' in fix

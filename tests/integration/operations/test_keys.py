@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
+from tests.conftest import on_either
 from worker import wiring
 from worker.errors import ConfigurationError, Conflict, NotFound
 from worker.operations.keys import check_ring, list_keys, rekey, remove_key
@@ -112,6 +113,7 @@ def test_a_secret_that_no_key_opens_is_counted_and_stops_nothing(database, keyri
     ]
 
 
+@on_either
 def test_a_ciphertext_pasted_into_another_orgs_row_does_not_open(database, keyring, rows):
     """Whoever can write to the database cannot give one org another's secret."""
     add_orgs(database, keyring, 2)

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import pytest
 
+from tests.conftest import on_either
 from worker.clock import SystemClock
 from worker.ids import OrgId
 from worker.operations import new_claims
@@ -16,6 +17,7 @@ from worker.store import audit
 FILE = '[[org]]\ncode = "org_a"\nissuer = "main"\n[[org]]\ncode = "org_b"\nissuer = "main"\n'
 
 
+@on_either
 @pytest.mark.anyio
 async def test_each_change_is_found_once_by_each_worker(apply, database, rows):
     """Other rows of the audit, the control, drop no token."""

@@ -8,6 +8,7 @@ import json
 import pytest
 from sqlalchemy import update
 
+from tests.conftest import on_either
 from worker.adapters.secrets import OpenedSecrets
 from worker.errors import ConfigurationError, Conflict, NotFound, UsageError
 from worker.handlers.catalogue import HandlerEntry
@@ -38,6 +39,7 @@ def opened(database, ring, rows, org: str, *names: str) -> dict[str, str]:
     return asyncio.run(ask())
 
 
+@on_either
 def test_an_attempt_gets_what_was_stored_last_of_its_own_org(database, keyring, rows):
     add_secret(database, keyring, "org_a", "openai", KEY, actor="ops")
     add_secret(database, keyring, "org_b", "openai", f"{KEY}-b", actor="ops")
@@ -88,6 +90,7 @@ def test_what_is_stored_and_audited_has_no_value(database, keyring, rows):
     assert all(row["org_id"] for row in kept)
 
 
+@on_either
 def test_a_value_copied_from_another_row_or_an_older_one_does_not_open(database, keyring, rows, emitted):
     add_secret(database, keyring, "org_a", "openai", KEY, actor="ops")
     add_secret(database, keyring, "org_b", "openai", f"{KEY}-b", actor="ops")
@@ -160,6 +163,7 @@ def test_a_removed_org_has_no_secret_left(database, keyring, rows):
         add_secret(database, keyring, "org_a", "openai", KEY, actor="ops")
 
 
+@on_either
 def test_a_new_key_seals_them_too_and_the_old_one_goes_only_then(database, keyring, rows):
     for number in range(5):
         add_secret(database, keyring, "org_a", f"s{number}", f"{KEY}-{number}", actor="ops")
@@ -210,6 +214,7 @@ schedule = "@yearly"
 """
 
 
+@on_either
 def test_an_org_that_lacks_a_secret_of_its_handlers_is_found(database, keyring, apply):
     entry = HandlerEntry("acme.ask", "acme-jobs", "1.0", "acme_jobs:ask", secrets=("mail", "openai"))
     with database.transaction() as connection:

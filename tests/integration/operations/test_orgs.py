@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import update
 
+from tests.conftest import on_either
 from worker.errors import Conflict, NotFound, UsageError
 from worker.operations.credentials import add_credential, retire_credential
 from worker.operations.orgs import add_org, import_orgs
@@ -146,6 +147,7 @@ def test_orgs_are_imported_with_their_credentials_and_only_once(database, keyrin
     assert len(rows.audit) == audited == 4
 
 
+@on_either
 def test_an_import_changes_orgs_and_adds_new_secrets(database, keyring, rows):
     import_orgs(database, keyring, [line("org_a"), line("org_b")], actor="ops")
 
@@ -184,6 +186,7 @@ def test_a_bad_line_is_named_and_nothing_is_imported(database, keyring, rows, ba
     assert rows.orgs == rows.credentials == []
 
 
+@on_either
 def test_a_new_secret_lets_the_runs_that_wait_for_a_token_go_at_once(database, keyring, apply, rows):
     for code in ("org_a", "org_b"):
         add_org(database, OrgEntry(code, code, "main"), actor="ops")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import on_either
 from tests.fakes.clock import ManualClock
 from tests.fakes.provisioned import Passing, Place, opened_place
 from worker.adapters.placing import ASK_AGAIN, OwnedPlacer
@@ -185,6 +186,7 @@ async def test_a_copy_asks_nothing_of_the_engine_that_it_shares(
     assert engine.asked == [act]
 
 
+@on_either
 async def test_a_placer_notices_an_adoption_within_a_second(
     database: Database, other: Database, clock: Passing
 ) -> None:
@@ -221,6 +223,7 @@ async def test_a_copy_has_the_activities_of_production_until_it_is_adopted(
     assert activity() != production
 
 
+@on_either
 async def test_two_first_calls_make_one_key(database: Database, other: Database) -> None:
     """The later one must not replace a key that has names already."""
     keys: list[str] = []
@@ -231,6 +234,7 @@ async def test_two_first_calls_make_one_key(database: Database, other: Database)
     assert len(set(keys)) == 1 and keys[0]
 
 
+@on_either
 async def test_locks_are_taken_together_or_not_at_all(database: Database, other: Database) -> None:
     """Adopting holds the lock of every issuer; one that another process holds leaves the rest free."""
     with database.exclusively("provisioning-b"):

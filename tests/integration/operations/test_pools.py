@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import on_either
 from tests.fakes.stock import Stock
 from tests.integration.operations.conftest import Apply, Tables, whole_hour
 from worker.errors import DefinitionError, Diagnostic, NotFound, UsageError
@@ -163,6 +164,7 @@ def test_the_definitions_of_a_template_have_its_pool(apply: Apply, database: Dat
     assert pools(rows) == ["eu-gpu"]
 
 
+@on_either
 def test_the_pool_of_an_org_can_be_changed_and_removed(apply: Apply, rows: Tables) -> None:
     for line, pool in (('pool = "eu"', "eu"), ('pool = "us"', "us"), ("", None)):
         apply(text("", "acme.plain", line))

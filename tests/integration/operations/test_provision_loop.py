@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import on_either
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import AUDIENCE, FakeIssuer, kinde_issuer
 from tests.fakes.management import MemoryManagement
@@ -42,7 +43,6 @@ scopes = %s
 
 
 # What does not depend on the database is tested on one.
-once = pytest.mark.parametrize("migrated_url", ["sqlite"], indirect=True)
 
 
 @dataclass
@@ -126,6 +126,7 @@ def scopes_of(place: Place) -> set[tuple[str, ...]]:
     return {tuple(sorted(made.audiences[AUDIENCE])) for made in place.management.made.values()}
 
 
+@on_either
 async def test_scopes_follow_the_definitions(place: Place, rows: Any, apply: Any) -> None:
     await place.loop().round()
     assert scopes_of(place) == {("read:kb",)}
@@ -152,7 +153,6 @@ async def test_scopes_follow_the_definitions(place: Place, rows: Any, apply: Any
     assert rows.everything() == settled
 
 
-@once
 async def test_a_refused_scope_is_an_error_of_its_org_until_it_is_given(
     place: Place, rows: Any, apply: Any
 ) -> None:
@@ -175,6 +175,7 @@ async def test_a_refused_scope_is_an_error_of_its_org_until_it_is_given(
     assert scopes_of(place) == {("read:kb", "write:kb")}
 
 
+@on_either
 async def test_it_waits_while_another_process_provisions(place: Place, running: Any, rows: Any) -> None:
     loop = place.loop()
     with exclusive(Ownership(place.database, ""), "main"):
@@ -187,14 +188,12 @@ async def test_it_waits_while_another_process_provisions(place: Place, running: 
     assert len(rows.orgs) == 4 and len(place.management.made) == 4
 
 
-@once
 async def test_it_ends_at_once_while_it_waits(place: Place, running: Any) -> None:
     with exclusive(Ownership(place.database, ""), "main"):
         end = await running(place.loop())
         await end()
 
 
-@once
 async def test_a_new_org_is_read_again_until_the_provider_knows_it(
     place: Place, running: Any, rows: Any
 ) -> None:
@@ -213,7 +212,6 @@ async def test_a_new_org_is_read_again_until_the_provider_knows_it(
     assert {row["state"] for row in rows.applications} == {"active"}
 
 
-@once
 async def test_a_failed_round_is_repeated_soon_and_is_an_alert(place: Place, running: Any) -> None:
     failing = True
 
@@ -230,7 +228,6 @@ async def test_a_failed_round_is_repeated_soon_and_is_an_alert(place: Place, run
     assert len(place.management.made) == 4
 
 
-@once
 async def test_deletions_suspend_only_as_many_as_a_round_may(place: Place, running: Any, rows: Any) -> None:
     def states() -> dict[str, str]:
         return {row["code"]: row["state"] for row in rows.orgs}
@@ -252,7 +249,6 @@ async def test_deletions_suspend_only_as_many_as_a_round_may(place: Place, runni
     assert states()["org_a"] == "active"
 
 
-@once
 async def test_an_org_that_comes_while_the_list_is_read_is_not_taken_for_gone(
     place: Place, rows: Any
 ) -> None:
@@ -277,7 +273,6 @@ async def test_an_org_that_comes_while_the_list_is_read_is_not_taken_for_gone(
     assert [row["code"] for row in rows.orgs if row["state"] == "suspended"] == ["org_d"]
 
 
-@once
 async def test_old_credentials_are_rotated_across_restarts(place: Place, rows: Any) -> None:
     """The overlap of an hour is longer than a process that looks every 15 minutes may live."""
     await place.loop(rotate_after=timedelta(days=90)).round()

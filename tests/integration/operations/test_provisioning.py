@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import on_either
 from tests.fakes.issuer import AUDIENCE
 from tests.fakes.provisioned import Killed, Passing, Place, opened_place
 from worker.errors import Busy, Conflict, ForeignApplication, ProviderUnavailable, Unclear
@@ -193,6 +194,7 @@ async def test_the_application_of_another_org_is_refused(place: Place, rows: Any
     assert made is not place.management.made["app-1"]
 
 
+@on_either
 async def test_an_org_is_renamed_and_tagged_and_keeps_its_own_tags(place: Place, rows: Any) -> None:
     place.management.listed = {"org_a": "Acme"}
     place.management.tags = {"org_a": {"plan": "pro", "eu": True}}
@@ -262,6 +264,7 @@ async def test_too_many_that_are_gone_suspend_nobody(place: Place, rows: Any) ->
     assert sorted(row["state"] for row in rows.orgs).count("suspended") == 2
 
 
+@on_either
 async def test_an_empty_or_broken_list_changes_nothing(place: Place, rows: Any) -> None:
     await place.sync()
     before = rows.everything()

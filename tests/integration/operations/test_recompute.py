@@ -7,6 +7,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import update
 
+from tests.conftest import on_either
 from worker.operations import settle as module
 from worker.operations.settle import outdated, recompute, recomputed
 from worker.runs.fire import decide
@@ -105,6 +106,7 @@ def test_what_is_due_already_is_left_to_fire(apply, database, rows):
     assert schedules(rows) == before
 
 
+@on_either
 def test_many_definitions_go_page_by_page(apply, database, rows, monkeypatch):
     monkeypatch.setattr(module, "PAGE", 2)
     apply(FILE + "".join(FILE[FILE.index("[[def") :].replace("nightly", f"n{n}") for n in range(4)))

@@ -8,6 +8,7 @@ from itertools import count
 import pytest
 from sqlalchemy import insert
 
+from tests.conftest import on_either
 from worker.errors import NotFound, UsageError
 from worker.ids import new_id
 from worker.operations import runs as operation
@@ -79,6 +80,7 @@ def made(database, *, org=None, limit=100, from_checkpoint=False, **which):
     return list(retry_many(database, Retryable(**which), **options))
 
 
+@on_either
 def test_each_filter_narrows_what_is_retried(ended, database):
     early = ended(cause="ValueError: <n>", at=utc("2024-01-01T00:00:00"))
     since = utc("2025-01-01T00:00:00")
@@ -101,6 +103,7 @@ def test_each_filter_narrows_what_is_retried(ended, database):
         Retryable(state="running")
 
 
+@on_either
 def test_pages_go_on_by_key_also_where_ends_share_an_instant(ended, database, monkeypatch):
     monkeypatch.setattr(operation, "PAGE", 2)
     runs = [ended(at=utc("2025-01-01T00:00:00")) for _ in range(5)]
@@ -122,6 +125,7 @@ def test_a_run_is_retried_once_however_often_the_command_is_given(ended, databas
     assert set(kept.values()) == {old}
 
 
+@on_either
 def test_two_commands_at_once_make_one_run(ended, database):
     ended()
     first = retry_many(database, Retryable(), actor="a", limit=10)

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from sqlalchemy import update
 
+from tests.conftest import on_either
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import App, FakeIssuer, kinde_issuer
 from worker.adapters.secrets import OpenedCredentials
@@ -133,6 +134,7 @@ async def test_an_issuer_that_is_away_changes_nothing(place: Place, rows: Any) -
     assert len(rows.credentials) == 1
 
 
+@on_either
 async def test_while_the_old_secret_is_used_it_is_not_retired_and_the_command_goes_on_later(
     place: Place, rows: Any
 ) -> None:
@@ -193,6 +195,7 @@ async def test_of_generations_that_do_not_open_the_others_serve(
         await source.active(org_id)
 
 
+@on_either
 async def test_what_leaked_is_destroyed_also_when_it_was_retired_before(place: Place, rows: Any) -> None:
     retire_credential(place.database, "org_a", 1, actor="ops")
     assert rows.credentials[0]["sealed"] is not None

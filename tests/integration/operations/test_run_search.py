@@ -7,11 +7,14 @@ from datetime import timedelta
 
 import pytest
 
+from tests.conftest import on_either
 from tests.fakes.stock import Stock
 from worker.ids import ALL_ORGS
 from worker.store import tables
 from worker.store.lists import Page
 from worker.store.lists import runs as run_lists
+
+pytestmark = on_either
 
 NAMES = ("digest", "export", "rare")
 STATES = (None, "succeeded", "failed", "refused")

@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import delete, insert, update
 
+from tests.conftest import on_either
 from worker.errors import NotFound
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import ALL_ORGS, new_id
@@ -22,6 +23,8 @@ from worker.store.lists import search as search_module
 from worker.store.lists import suggestions as suggestions_module
 from worker.store.lists.search import orgs_of, page_of, runs_of
 from worker.store.lists.suggestions import Suggestion, suggestions
+
+pytestmark = on_either
 
 FILE = """
 [[org]]

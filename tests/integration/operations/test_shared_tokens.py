@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.exc import DBAPIError
 
+from tests.conftest import on_either
 from tests.fakes.clock import ManualClock
 from tests.integration.operations.conftest import Tables
 from tests.integration.operations.test_keys import add_orgs
@@ -117,6 +118,7 @@ def test_one_process_at_a_time_reserves_a_request(database, rows, keyring, org_i
     assert reserve(database, "b", first) == {f"key-{first}"}
 
 
+@on_either
 def test_a_reservation_can_be_renewed_and_released(database, rows, keyring, org_ids, clock: ManualClock):
     key = f"key-{org_ids[0]}"
     reserve(database, "a", org_ids[0])
@@ -197,6 +199,7 @@ def test_a_paused_org_and_a_new_generation_keep_the_tokens(database, rows, keyri
     assert set(find(database, *org_ids)) == set(org_ids)
 
 
+@on_either
 def test_a_new_key_deletes_what_the_old_one_sealed(database, rows, keyring, org_ids):
     put(database, rows, keyring, *org_ids)
 
@@ -212,6 +215,7 @@ def test_a_new_key_deletes_what_the_old_one_sealed(database, rows, keyring, org_
     assert set(found) == set(org_ids[1:])
 
 
+@on_either
 def test_tokens_drop_says_how_many(database, rows, keyring, org_ids):
     put(database, rows, keyring, *org_ids)
 
@@ -223,6 +227,7 @@ def test_tokens_drop_says_how_many(database, rows, keyring, org_ids):
         drop_tokens(database, "org_9", actor="ops")
 
 
+@on_either
 def test_expired_tokens_are_deleted(database, rows, keyring, org_ids, clock: ManualClock):
     first, second, third = org_ids
     put(database, rows, keyring, first, left=60)
@@ -248,6 +253,7 @@ def test_no_role_of_the_web_side_reads_tokens(migrated_postgres_url, keyring, cl
     database.close()
 
 
+@on_either
 @pytest.mark.anyio
 async def test_a_worker_reserves_stores_and_finds_the_token_of_a_request(database, rows, org_ids):
     """By the id of its row, and only if that row is the org's own."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import on_either
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import Stock
 from worker.errors import Conflict
@@ -38,7 +39,7 @@ from worker.store import catalogue, tables, workers
 from worker.store.database import Database
 from worker.store.worker_store import WorkerStore
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, on_either]
 
 HISTORIES = 500 if os.environ.get("FAULTS") == "full" else 6
 STEPS = 12

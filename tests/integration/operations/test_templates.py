@@ -9,6 +9,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import update
 
+from tests.conftest import on_either
 from tests.fakes.closing import close_definition
 from worker.definitions.file import parse_file
 from worker.errors import Conflict, DefinitionError, NotFound
@@ -106,6 +107,7 @@ def test_a_new_org_inherits_however_it_comes(apply, database, keyring):
     assert made(database).keys() == {"org_a", "org_b", "org_c"}
 
 
+@on_either
 def test_an_org_that_is_no_longer_meant_loses_it_and_gets_it_back(apply, database, rows):
     apply(org("org_a", "pro") + TEMPLATE)
 
@@ -166,6 +168,7 @@ def test_a_closed_template_closes_what_it_made_and_apply_opens_it_again(apply, d
     assert made(database) == {"org_a": ("@hourly", "export", 1)}
 
 
+@on_either
 def test_a_definition_of_the_orgs_own_stands_until_it_is_closed(apply, database):
     own = '[[definition]]\norg = "org_a"\nname = "export"\nhandler = "acme.plain"\nschedule = "@daily"\n'
     apply(org("org_a", "pro") + own)
@@ -234,6 +237,7 @@ def reach(database, org_scope=ALL_ORGS) -> dict[str, int | None]:
     return {row["name"]: row["definitions"] for row in rows}
 
 
+@on_either
 def test_a_list_counts_the_orgs_that_have_the_definition(apply, database, rows):
     """Neither orgs that the selector leaves out, nor one whose own definition has the name; up to a limit."""
     own = '[[definition]]\norg = "org_own"\nname = "export"\nhandler = "acme.plain"\nschedule = "@daily"\n'
@@ -254,6 +258,7 @@ def test_a_list_counts_the_orgs_that_have_the_definition(apply, database, rows):
     assert reach(database) == {"export": 1, "sync": 3}
 
 
+@on_either
 def test_an_orgs_own_request_counts_no_other_org(apply, database, monkeypatch):
     apply(org("org_a", "pro") + org("org_b", "pro") + TEMPLATE)
     counted = []
@@ -280,6 +285,7 @@ def test_a_change_amid_another_leaves_every_org_with_the_newest(apply, database,
     assert len(made(database)) == 25
 
 
+@on_either
 def test_an_org_that_cannot_follow_keeps_none_of_the_others_waiting(apply, database, rows, emitted):
     """As of a zone that this machine does not know, which another worker's did."""
     apply("".join(org(f"org_{n}", "pro") for n in range(4)))
@@ -295,6 +301,7 @@ def test_an_org_that_cannot_follow_keeps_none_of_the_others_waiting(apply, datab
     assert [event.fields["org"] for event in emitted if event.event.name == "definition.failed"] == ["org_2"]
 
 
+@on_either
 def test_two_workers_share_the_orgs(apply, database, migrated_url, clock, monkeypatch):
     monkeypatch.setattr(module, "BATCH", 5)
     apply("".join(org(f"org_{n}", "pro") for n in range(60)))
@@ -312,12 +319,11 @@ def test_two_workers_share_the_orgs(apply, database, migrated_url, clock, monkey
     assert template(database)["materialised_at"] is not None
 
 
+@pytest.mark.parametrize("migrated_url", ["postgresql"], indirect=True)
 def test_an_org_that_is_added_while_a_template_changes_gets_the_new_one(
     apply, database, migrated_url, clock, monkeypatch
 ):
     """Its transaction began before, and ends after every other org has followed."""
-    if database.dialect == "sqlite":
-        pytest.skip("one writer at a time")
     apply(org("org_a", "pro") + TEMPLATE)
     other = Database.open(migrated_url, clock=clock)
     adding, followed = threading.Event(), threading.Event()

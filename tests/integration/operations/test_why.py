@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import update
 
+from tests.conftest import on_either
 from tests.fakes.closing import close_definition
 from tests.integration.operations.conftest import whole_hour
 from worker.clock import to_text
@@ -89,6 +90,7 @@ def test_a_missed_instant_names_its_skip_and_the_backfill(ask, database, rows):
     assert found.run["reason"] == "missed"
 
 
+@on_either
 def test_an_overlap_names_the_run_that_was_on(ask, database, rows, clock):
     on = run_now(database, "org_acme", "digest", actor="kim")
     hour = whole_hour(rows.now()) + HOUR
@@ -140,6 +142,7 @@ def test_an_orgs_pause_is_the_cause(ask, database, rows, clock):
     assert clauses(ask(whole_hour(rows.now()))).cause.startswith("the org was paused by kim at ")
 
 
+@on_either
 def test_what_nobody_fired_is_told(ask, rows):
     hour = whole_hour(rows.now())
     rows.make_due_since(hour)
@@ -226,6 +229,7 @@ def test_it_counts_the_other_orgs_that_met_the_same_error_in_that_hour(database,
     assert "1 other org had the same error" in sentence(found)
 
 
+@on_either
 def test_a_waiting_run_without_a_token_counts_the_orgs_that_wait_too(database, failed, rows):
     waiting = [run_now(database, org, "digest", actor="kim")["id"] for org in ("org_a", "org_b", "org_c")]
     with database.transaction() as connection:
@@ -237,6 +241,7 @@ def test_a_waiting_run_without_a_token_counts_the_orgs_that_wait_too(database, f
     assert clauses(why_of(database, waiting[2])).others is None
 
 
+@on_either
 def test_more_rows_than_are_looked_at_are_at_least_so_many(database, failed, monkeypatch):
     monkeypatch.setattr(history, "MAX_ROWS", 2)
     mine = failed("org_a", "KeyError: <text>")
@@ -258,6 +263,7 @@ def test_a_closed_definition_is_the_cause_of_what_did_not_come(ask, database, ro
     )
 
 
+@on_either
 def test_a_definition_that_says_enabled_false_is_the_cause(apply, database, rows, ask):
     apply(FILE.replace('spread = "off"', 'spread = "off"\nenabled = false'))
 
@@ -329,6 +335,7 @@ def test_a_run_that_waits_behind_its_orgs_limit_says_so(apply, database, rows, w
     assert why_of(database, on).run["state"] == "running"
 
 
+@on_either
 def test_a_run_that_may_not_start_yet_says_when(apply, database, rows, worker_up):
     apply(FILE)
     run = run_now(database, "org_acme", "digest", actor="kim")["id"]
@@ -363,6 +370,7 @@ def expire(database) -> None:
 REJECTED = "credentials_rejected: issuer main rejects the credentials of org org_acme"
 
 
+@on_either
 def test_a_run_that_expires_keeps_what_it_waited_for(apply, database, rows):
     apply(FILE)
     run = run_now(database, "org_acme", "digest", actor="kim")["id"]
@@ -444,6 +452,7 @@ def test_more_neighbours_than_are_read_are_at_least_so_many(apply, database, row
     assert clauses(why_of(database, runs[0])).since_then.startswith("all at least 3 runs since ")
 
 
+@on_either
 def test_workers_that_were_not_restarted_are_what_blocks(apply, database, rows, worker_up):
     apply(FILE.replace("acme.plain", "acme.note").replace('spread = "off"', 'params = {text = "x"}'))
     run = run_now(database, "org_acme", "digest", actor="kim")["id"]
