@@ -151,27 +151,39 @@ def in_a_process(cli: CommandLine, *arguments: str) -> Completed:
     return forked.run(command, cwd=cli.settings.parent, env=os.environ)
 
 
-def failing(cli: CommandLine, command: str, *more: str, code: int, stdin: str | None = None) -> None:
-    """Give a command that must fail, for people and for programs; what it says must be of use."""
+def failing(
+    cli: CommandLine,
+    command: str,
+    *more: str,
+    code: int,
+    stdin: str | None = None,
+    outputs: tuple[str, ...] = ("text", "json"),
+) -> None:
+    """Give a command that must fail, for people and for programs; what it says must be of use.
+
+    The option that is not there tries every output of each command; for failures of what all commands
+    share, settings and database, one output is enough.
+    """
     arguments, given = RIGHT[command]
     given = given if stdin is None else stdin
     line = (*command.split(), *(more or arguments))
-    said = in_a_process(cli, *line) if command in SERVERS else cli(*line, stdin=given, check=False)
-    assert said.code == code, said
-    assert said.out == ""
-    error, fix = [row for row in said.err.splitlines() if row.startswith(("error: ", "fix: "))]
-    assert error.startswith("error: ")
-    assert len(fix) > len("fix: ")
-    assert "Traceback" not in said.err
-    assert "error: unexpected" not in said.err
-    if command not in WITHOUT_OUTPUT:
-        for output in ("json", "jsonl"):
-            again = cli(*line, "-o", output, stdin=given, check=False)
-            assert (again.code, again.out) == (code, "")
-            told = json.loads(again.err)["error"]
+    for output in ("text",) if command in WITHOUT_OUTPUT else outputs:
+        options = () if output == "text" else ("-o", output)
+        if command in SERVERS:
+            said = in_a_process(cli, *line)
+        else:
+            said = cli(*line, *options, stdin=given, check=False)
+        assert (said.code, said.out) == (code, ""), said
+        if output == "text":
+            error, fix = [row for row in said.err.splitlines() if row.startswith(("error: ", "fix: "))]
+            assert error.startswith("error: ")
+            assert len(fix) > len("fix: ")
+        else:
+            told = json.loads(said.err)["error"]
             assert set(told) == {"code", "message", "fix"}
             assert all(told.values()), told
-    assert SECRET not in said.err
+        for word in ("Traceback", "error: unexpected", SECRET):
+            assert word not in said.err
 
 
 @pytest.fixture(scope="module")
@@ -205,14 +217,19 @@ def test_every_command_has_its_right_line_here():
 
 @pytest.mark.parametrize("command", RIGHT)
 def test_an_option_that_is_not_there_exits_2(cli: CommandLine, command: str):
-    failing(cli, command, *RIGHT[command][0], "--nonsense", code=2)
+    failing(cli, command, *RIGHT[command][0], "--nonsense", code=2, outputs=("text", "json", "jsonl"))
 
 
 @pytest.mark.parametrize("command", sorted(set(RIGHT) - NEED_NO_SETTINGS))
 def test_settings_that_cannot_be_read_exit_78(tmp_path: Path, command: str):
     cli = elsewhere(tmp_path, f"sqlite:///{tmp_path / 'worker.db'}")
     cli.settings.write_text("[database]\nurl = 7\nnonsense = true\n")
-    failing(cli, command, code=78)
+    failing(cli, command, code=78, outputs=("json",))
+
+
+@pytest.mark.parametrize("command", ["orgs list", "host", "run"])
+def test_a_file_of_settings_that_is_broken_or_missing_exits_78(tmp_path: Path, command: str):
+    cli = elsewhere(tmp_path, f"sqlite:///{tmp_path / 'worker.db'}")
     cli.settings.write_text("[database")
     failing(cli, command, code=78)
     cli.settings.unlink()
@@ -222,7 +239,7 @@ def test_settings_that_cannot_be_read_exit_78(tmp_path: Path, command: str):
 @pytest.mark.parametrize("command", sorted(set(RIGHT) - NEED_NO_DATABASE - LIST_WHAT_IS_INSTALLED))
 def test_a_database_that_is_not_there_exits_78_and_none_is_made(tmp_path: Path, command: str):
     cli = elsewhere(tmp_path, f"sqlite:///{tmp_path / 'worker.db'}")
-    failing(cli, command, code=78)
+    failing(cli, command, code=78, outputs=("json",))
     assert not (tmp_path / "worker.db").exists()
 
 
@@ -233,7 +250,7 @@ def test_a_database_of_a_newer_release_exits_78(site: CommandLine, tmp_path: Pat
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
         connection.execute("DELETE FROM facts WHERE name = 'schema.works_with'")
     connection.close()
-    failing(elsewhere(tmp_path, f"sqlite:///{tmp_path / 'worker.db'}"), command, code=78)
+    failing(elsewhere(tmp_path, f"sqlite:///{tmp_path / 'worker.db'}"), command, code=78, outputs=("json",))
 
 
 # Those that look at no database. A host must not have one; `provision` has no issuer to follow here, and says
@@ -248,7 +265,7 @@ def test_a_database_that_cannot_be_reached_exits_69(tmp_path: Path, command: str
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
         cli = elsewhere(tmp_path, f"postgresql://nobody:{SECRET}@127.0.0.1:{port}/absent")
-        failing(cli, command, code=69)
+        failing(cli, command, code=69, outputs=("json",))
 
 
 WRONG: list[tuple[str, tuple[str, ...], int]] = [
