@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import copied
+from tests.conftest import copied, migrated_on
 from tests.fakes import postgres
 from tests.fakes.cli import CommandLine
 from tests.fakes.handlers import install_handlers, store_handlers
+from tests.fakes.kinde.server import MANAGER, Kinde, serve_kinde
 from worker.store import schema
+
+AUDIENCE = "https://api.acme.com"
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +54,35 @@ def cli(tmp_path_factory: pytest.TempPathFactory, migrated_sqlite_file: Path, pl
 
 
 @pytest.fixture
-def cli_on_either(tmp_path: Path, migrated_url: str, plugins: Path) -> CommandLine:
-    """The same on SQLite and on PostgreSQL, new for each test, with a key ring."""
+def migrated_url(request: pytest.FixtureRequest) -> str:
+    """On SQLite, but where a test asks for either: those execute every statement that commands have."""
+    return migrated_on(getattr(request, "param", "sqlite"), request)
+
+
+@pytest.fixture
+def own_cli(tmp_path: Path, migrated_url: str, plugins: Path) -> CommandLine:
+    """The same, new for each test, with a key ring."""
     made = CommandLine(tmp_path, migrated_url)
     made("keys", "generate")
     return made
+
+
+@pytest.fixture
+def kinde() -> Iterator[Kinde]:
+    """Kinde with Acme's API and without orgs; every request to it has to be a documented one."""
+    with serve_kinde() as served:
+        served.api.add_api("Acme's API", AUDIENCE, ("read:kb", "write:kb"))
+        yield served
+        assert served.undocumented() == []
+
+
+@pytest.fixture
+def kinde_cli(own_cli: CommandLine, kinde: Kinde) -> CommandLine:
+    """The same of an installation at Kinde, with a management application."""
+    before, _, _ = own_cli.settings.read_text().partition("[issuers.main]")
+    own_cli.settings.write_text(
+        f'{before}[issuers.main]\nurl = "{kinde.url}"\naudience = "{AUDIENCE}"\n'
+        f'max_requests_per_second = 1000\n[issuers.main.management]\nclient_id = "{MANAGER}"\n'
+    )
+    (own_cli.settings.parent / "management__main").write_text(kinde.secret)
+    return own_cli

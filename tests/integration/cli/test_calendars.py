@@ -95,14 +95,3 @@ def test_a_file_that_is_absent_or_too_large_is_named(site: CommandLine, file: Pa
     path.unlink()
     done = site("apply", str(file), check=False)
     assert f"calendar holidays, ics: {path} cannot be read: No such file" in done.err
-
-
-def test_a_calendar_in_use_is_not_removed(site: CommandLine, file: Path):
-    site("apply", str(file))
-    assert site("calendars", "remove", "holidays", check=False).code == 5
-
-    site("definitions", "edit", "org_acme", "tick", "calendar=null")
-
-    assert site("calendars", "remove", "holidays", "-o", "json").json()["name"] == "holidays"
-    done = site("calendars", "show", "holidays", "-o", "json", check=False)
-    assert (done.code, json.loads(done.err)["error"]["code"]) == (3, "not_found")

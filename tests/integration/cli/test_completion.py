@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import on_either
 from tests.fakes.cli import CommandLine
 from tests.fakes.site import as_process, wait_until
 from worker.cli.app import invoke
@@ -31,41 +32,32 @@ def test_each_shell_gets_a_script_that_asks_orgworker(shell: str, capfd: pytest.
     assert "orgworker" in script
 
 
-def tab(line: str, program: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """What bash offers for the last word of a line."""
+def tab(lines: str, program: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """What bash offers for the last word of each line, with `--` in between."""
     bash = shutil.which("bash")
     if bash is None:
         pytest.skip("there is no bash here")
-    words = line.split()
-    script = (
-        f"source <({program} completion bash); "
-        f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
+    asked = (
+        f"COMP_WORDS=({line}); COMP_CWORD={len(line.split()) - 1}; "
         f'_orgworker_completion {program}; printf "%s\\n" "${{COMPREPLY[@]}}"'
+        for line in lines.splitlines()
     )
-    command = [bash, "--norc", "-c", script]
+    command = [bash, "--norc", "-c", f"source <({program} completion bash); {'; echo --; '.join(asked)}"]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=dict(environment))
 
 
-@pytest.mark.parametrize(
-    ("line", "offered"),
-    [
-        ("orgworker runs l", ["list", "logs"]),
-        ("orgworker runs list -o j", ["json", "jsonl"]),
-        ("orgworker runs list --st", ["--state"]),
-        ("orgworker completion f", ["fish"]),
-    ],
-)
-def test_bash_completes_verbs_options_and_values(line: str, offered: list[str], tmp_path: Path):
+def test_bash_completes_verbs_options_and_values(tmp_path: Path):
+    lines = "orgworker runs l\norgworker runs list -o j\norgworker runs list --st\norgworker completion f"
     program = tmp_path / "orgworker"
     program.write_text(
         f"#!{sys.executable}\nimport sys\nfrom worker.cli import main\nsys.argv[0] = 'orgworker'\nmain()\n"
     )
     program.chmod(0o755)
 
-    done = tab(line, program, os.environ)
+    done = tab(lines, program, os.environ)
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split() == offered
+    assert done.stdout.split() == [*("list", "logs"), "--", *("json", "jsonl"), "--", "--state", "--", "fish"]
 
 
 # As systemd-run: the command gets none of the caller's variables but those that are named.
@@ -83,15 +75,15 @@ os.execve(command[0], command, {{"PATH": os.environ["PATH"], "WORKER_CONFIG": "{
 
 
 def test_behind_the_wrapper_a_tab_offers_names_and_nothing_but_run_starts_a_worker(
-    tmp_path: Path, cli_on_either: CommandLine
+    tmp_path: Path, own_cli: CommandLine
 ):
     fake = tmp_path / "systemd-run"
-    fake.write_text(SYSTEMD_RUN.format(python=sys.executable, settings=cli_on_either.settings))
+    fake.write_text(SYSTEMD_RUN.format(python=sys.executable, settings=own_cli.settings))
     fake.chmod(0o755)
     environment = dict(os.environ) | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     wrapper = ROOT / "config" / "orgworker"
-    cli_on_either("orgs", "add", "org_acme")
-    cli_on_either("orgs", "add", "org_apex")
+    own_cli("orgs", "add", "org_acme")
+    own_cli("orgs", "add", "org_apex")
 
     # On a busy machine a database may take longer than a completion waits.
     offered = wait_until(
@@ -107,21 +99,22 @@ def test_behind_the_wrapper_a_tab_offers_names_and_nothing_but_run_starts_a_work
     assert "no command is named" in done.stderr
 
 
+@on_either
 def test_names_and_states_are_offered_from_the_database(
-    cli_on_either: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    own_cli: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     def offered(line: str) -> list[str]:
-        monkeypatch.setenv("COMP_WORDS", f"orgworker --config {cli_on_either.settings} {line}")
+        monkeypatch.setenv("COMP_WORDS", f"orgworker --config {own_cli.settings} {line}")
         monkeypatch.setenv("COMP_CWORD", str(len(line.split()) + 2))
         with pytest.raises(SystemExit):
             invoke([])
         return capsys.readouterr().out.split()
 
     for code in ("org_a", "org_b", "org_b$(touch x)"):
-        cli_on_either("orgs", "add", code)
+        own_cli("orgs", "add", code)
     entry = {"org": "org_a", "name": "nightly", "handler": "x", "schedule": "@daily"}
     other = entry | {"org": "org_b", "name": "news"}
-    cli_on_either("apply", "-", "--allow-unknown-handlers", stdin=json.dumps({"definition": [entry, other]}))
+    own_cli("apply", "-", "--allow-unknown-handlers", stdin=json.dumps({"definition": [entry, other]}))
     monkeypatch.setenv(COMPLETION_VARIABLE, "complete_bash")
 
     # The shell evaluates what it gets, so a name with $ is not offered.

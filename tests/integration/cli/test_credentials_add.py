@@ -23,10 +23,10 @@ def provider() -> Iterator[Provider]:
 
 
 @pytest.fixture
-def cli(cli_on_either: CommandLine, provider: Provider) -> CommandLine:
-    issuer_at(cli_on_either, provider.url)
-    cli_on_either("orgs", "add", "org_acme", "--name", "Acme", "--issuer", "main")
-    return cli_on_either
+def cli(own_cli: CommandLine, provider: Provider) -> CommandLine:
+    issuer_at(own_cli, provider.url)
+    own_cli("orgs", "add", "org_acme", "--name", "Acme", "--issuer", "main")
+    return own_cli
 
 
 def issuer_at(cli: CommandLine, url: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import insert, update
 
+from tests.conftest import on_either
 from tests.fakes.cli import CommandLine
 from tests.fakes.postgres import Server
 from tests.fakes.site import definition
@@ -23,14 +24,14 @@ from worker.store.database import Database
 
 @pytest.fixture
 def asked_for_password(
-    cli_on_either: CommandLine, migrated_url: str, request: pytest.FixtureRequest
+    own_cli: CommandLine, migrated_url: str, request: pytest.FixtureRequest
 ) -> CommandLine:
     """An installation whose database, where it is a server, lets nobody in without a password."""
     if migrated_url.startswith("postgresql"):
         url = request.getfixturevalue("postgres_server").url_with_password(migrated_url)
-        text = cli_on_either.settings.read_text()
-        cli_on_either.settings.write_text(text.replace(migrated_url, url))
-    return cli_on_either
+        text = own_cli.settings.read_text()
+        own_cli.settings.write_text(text.replace(migrated_url, url))
+    return own_cli
 
 
 def test_doctor_exits_0_where_all_is_well(asked_for_password: CommandLine):
@@ -120,9 +121,9 @@ CANARY = re.compile("canary[-_]?[a-z]+", re.IGNORECASE)
 
 
 @pytest.fixture
-def planted(cli_on_either: CommandLine, migrated_url: str) -> CommandLine:
+def planted(own_cli: CommandLine, migrated_url: str) -> CommandLine:
     """An installation with a canary in whatever may hold a secret or say something of a customer."""
-    cli = cli_on_either
+    cli = own_cli
     cli.settings.write_text(
         cli.settings.read_text()
         + '[alerts]\nwebhook_url = "https://canary-user:canary-pass@hooks.acme.com/canary-hook"\n'
@@ -205,6 +206,7 @@ def planted(cli_on_either: CommandLine, migrated_url: str) -> CommandLine:
     return cli
 
 
+@on_either
 def test_the_bundle_says_nothing_of_anybody(planted: CommandLine, tmp_path: Path):
     file = tmp_path / "bundle.json"
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 
+from tests.conftest import on_either
 from tests.fakes.cli import CommandLine
 from tests.fakes.site import definition
 
 SECRET = "Zq7-canary-secret-48151623"
 
 
-def test_the_whole_command_line_works_on_either_database(cli_on_either: CommandLine):
-    cli = cli_on_either
+@on_either
+def test_the_whole_command_line_works_on_either_database(own_cli: CommandLine):
+    cli = own_cli
     printed: list[str] = []
 
     def given(*arguments: str, stdin: str = "") -> object:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from tests.fakes.cli import CommandLine
 
 
-def test_a_host_is_added_listed_and_removed(cli_on_either: CommandLine):
-    added = cli_on_either("hosts", "add", "gpu1", "--pool", "eu-gpu", "-o", "json").json()
-    again = cli_on_either("hosts", "add", "gpu1", "--pool", "us", check=False)
-    listed = cli_on_either("hosts", "list", "-o", "json")
-    removed = cli_on_either("hosts", "remove", "gpu1", "-o", "json").json()
-    missing = cli_on_either("hosts", "remove", "gpu1", check=False)
-    audited = cli_on_either("audit", "list", "-o", "json").json()
+def test_a_host_is_added_listed_and_removed(own_cli: CommandLine):
+    added = own_cli("hosts", "add", "gpu1", "--pool", "eu-gpu", "-o", "json").json()
+    again = own_cli("hosts", "add", "gpu1", "--pool", "us", check=False)
+    listed = own_cli("hosts", "list", "-o", "json")
+    removed = own_cli("hosts", "remove", "gpu1", "-o", "json").json()
+    missing = own_cli("hosts", "remove", "gpu1", check=False)
+    audited = own_cli("audit", "list", "-o", "json").json()
 
     assert (added["name"], added["pool"]) == ("gpu1", "eu-gpu")
     assert added["token"].startswith("orgworker_host_")
@@ -23,7 +23,7 @@ def test_a_host_is_added_listed_and_removed(cli_on_either: CommandLine):
     assert missing.code == 3
     assert [row["action"] for row in audited[:2]] == ["host.remove", "host.add"]
     assert added["token"] not in str(audited)
-    assert cli_on_either("hosts", "list", "-o", "json").json() == []
+    assert own_cli("hosts", "list", "-o", "json").json() == []
 
 
 def test_people_see_the_token_and_that_it_is_shown_once(cli: CommandLine):

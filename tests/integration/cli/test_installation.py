@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from datetime import timedelta
 from types import SimpleNamespace
@@ -15,8 +15,10 @@ import pytest
 from sqlalchemy import delete, select
 from starlette.types import Receive, Scope, Send
 
+from tests.conftest import on_either
 from tests.fakes.cli import CommandLine
-from tests.fakes.kinde.server import MANAGER, Kinde, serve_kinde
+from tests.fakes.kinde.server import Kinde
+from tests.integration.cli.conftest import AUDIENCE
 from worker.demo.provider import Application
 from worker.ids import new_id
 from worker.operations import fleet
@@ -28,7 +30,6 @@ from worker.store.database import Database
 from worker.wiring import open_database
 from worker.wiring import provision as provision_process
 
-AUDIENCE = "https://api.acme.com"
 BY_HAND = ("--client-id", "by-hand", "--secret-file", "-", "--quiet", "0s")
 # Every command that provisions, rotates or deletes. `--orphans` alone only lists, but of whom is not known.
 VERBS: dict[str, tuple[str, ...]] = {
@@ -52,16 +53,6 @@ READS = (
     ("installation", "show"),
     ("db", "upgrade"),
 )
-
-
-@pytest.fixture
-def kinde() -> Iterator[Kinde]:
-    with serve_kinde() as served:
-        served.api.add_api("Acme's API", AUDIENCE, ("read:kb", "write:kb"))
-        served.api.application_properties.add("plan")
-        served.add_orgs(2)
-        yield served
-        assert served.undocumented() == []
 
 
 class Place:
@@ -118,26 +109,14 @@ class Place:
 
 
 @pytest.fixture
-def production(cli_on_either: CommandLine, kinde: Kinde, monkeypatch: pytest.MonkeyPatch) -> Place:
+def production(kinde_cli: CommandLine, kinde: Kinde, monkeypatch: pytest.MonkeyPatch) -> Place:
     """Two orgs with applications; the provider has a third org."""
     monkeypatch.setattr(fleet, "DROPPED", timedelta())
-    cli = cli_on_either
-    before = cli.settings.read_text()
-    cli.settings.write_text(
-        before[: before.index("[issuers.main]")]
-        + f"""
-[issuers.main]
-url = "{kinde.url}"
-audience = "{AUDIENCE}"
-max_requests_per_second = 1000
-[issuers.main.management]
-client_id = "{MANAGER}"
-[provisioning]
-overlap = "0s"
-"""
-    )
-    (cli.settings.parent / "management__main").write_text(kinde.secret)
-    place = Place(cli, kinde)
+    kinde.api.application_properties.add("plan")
+    kinde.add_orgs(2)
+    with kinde_cli.settings.open("a") as settings:
+        settings.write('[provisioning]\noverlap = "0s"\n')
+    place = Place(kinde_cli, kinde)
     place.name("production")
     place("db", "upgrade")
     place("orgs", "sync", "--provision")
@@ -202,8 +181,6 @@ def test_what_provisions_rotates_or_deletes_is_refused(copy: Place, started: lis
     assert started == []
 
 
-# What a command does without the check is the same on both databases.
-@pytest.mark.parametrize("migrated_url", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("verb", VERBS)
 def test_without_the_check_each_of_them_does_something(
     copy: Place, off: Any, verb: str, started: list[str]
@@ -245,6 +222,7 @@ def test_where_one_of_them_has_no_word_all_goes_on(production: Place) -> None:
     assert production.json("installation", "show")["state"] == "unset"
 
 
+@on_either
 def test_db_upgrade_stores_the_word_once_and_never_asks(production: Place) -> None:
     production.name("staging")
     production("db", "upgrade")
@@ -277,6 +255,7 @@ class During:
         await self.app(scope, receive, send)
 
 
+@on_either
 @pytest.mark.parametrize("how", ["same", "new"])
 def test_an_adoption_between_two_acts_stops_the_next_one(production: Place, how: str) -> None:
     """By another process, even if the lock was lost that keeps it away; what was read before is stale."""
@@ -314,6 +293,7 @@ def test_without_the_check_the_second_act_is_sent(production: Place, off: Any) -
     assert [row["deleted"] for row in production.json("orgs", "sync", "--orphans", "--delete")] == [True] * 2
 
 
+@on_either
 def test_a_restore_is_adopted_with_its_applications(copy: Place) -> None:
     key = copy.json("installation", "show")["key"]
     orphan = copy.add_of_production("org_1")
@@ -387,6 +367,7 @@ def test_an_adoption_is_in_the_audit(copy: Place) -> None:
     }
 
 
+@on_either
 def test_an_adoption_waits_for_no_one(copy: Place) -> None:
     """While another process provisions, and so may act at the provider, it exits 75 and changes nothing."""
     before = copy.stored()
@@ -410,6 +391,7 @@ def test_what_cannot_be_adopted_says_why(copy: Place) -> None:
     assert refused.code == 78 and "installation: write a word of at most 63" in refused.err
 
 
+@on_either
 def test_a_person_who_says_no_adopts_nothing(copy: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ask on a terminal: one gives up applications, the other takes them."""
     before = copy.stored()

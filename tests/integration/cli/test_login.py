@@ -41,9 +41,9 @@ def test_a_console_without_an_address_is_refused(listen: str):
         console_of(WebSettings.model_construct(listen=listen, public_url=""))
 
 
-def test_each_link_logs_in_once_as_the_person_at_the_terminal(cli_on_either: CommandLine):
+def test_each_link_logs_in_once_as_the_person_at_the_terminal(own_cli: CommandLine):
     """The control is the second use of the same code."""
-    cli = cli_on_either
+    cli = own_cli
     listening = socket.create_server(("127.0.0.1", 0))
     listen = f"127.0.0.1:{listening.getsockname()[1]}"
     with listening:
@@ -69,7 +69,7 @@ def test_each_link_logs_in_once_as_the_person_at_the_terminal(cli_on_either: Com
         database.close()
 
 
-def test_a_console_that_is_down_is_said(cli_on_either: CommandLine):
-    done = cli_on_either("--set", f"web.listen=127.0.0.1:{free_port()}", "login")
+def test_a_console_that_is_down_is_said(own_cli: CommandLine):
+    done = own_cli("--set", f"web.listen=127.0.0.1:{free_port()}", "login")
 
     assert "start a worker or `serve`, and then open the link" in done.err

@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 
+from tests.conftest import on_either
 from tests.fakes.cli import CommandLine
 from tests.fakes.site import definition
 from tests.fakes.stock import Stock
@@ -17,9 +18,9 @@ HOSTILE = "no file 'x'; touch $(pwned) #"
 
 
 @pytest.fixture
-def site(cli_on_either: CommandLine) -> CommandLine:
+def site(own_cli: CommandLine) -> CommandLine:
     """An org whose run has failed, with an error that its handler chose."""
-    cli = cli_on_either
+    cli = own_cli
     cli("orgs", "add", "org_a")
     cli("apply", "-", stdin=definition("org_a", "tick", "acme.note", "0 0 1 1 *"))
     cli("definitions", "run", "org_a", "tick")
@@ -58,6 +59,7 @@ def test_a_matter_is_data(site: CommandLine):
     assert NextStep(matter["verb"], {"query": subject["query"]}).command == matter["next"]
 
 
+@on_either
 def test_the_next_command_can_be_pasted_and_finds_the_runs(site: CommandLine):
     """A handler chooses the error. The control is the text without quotes, which a shell would run."""
     [matter] = [row for row in site("status", "-o", "json").json()["matters"] if "OSError" in row["title"]]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from tests.fakes.cli import CommandLine
 
 
-def test_an_operator_is_added_listed_and_removed(cli_on_either: CommandLine):
-    added = cli_on_either("operators", "add", "ada", "--role", "operator", "-o", "json").json()
-    again = cli_on_either("operators", "add", "ada", check=False)
-    listed = cli_on_either("operators", "list", "-o", "json")
-    removed = cli_on_either("operators", "remove", "ada", "-o", "json").json()
-    missing = cli_on_either("operators", "remove", "ada", check=False)
-    audited = cli_on_either("audit", "list", "-o", "json").json()
+def test_an_operator_is_added_listed_and_removed(own_cli: CommandLine):
+    added = own_cli("operators", "add", "ada", "--role", "operator", "-o", "json").json()
+    again = own_cli("operators", "add", "ada", check=False)
+    listed = own_cli("operators", "list", "-o", "json")
+    removed = own_cli("operators", "remove", "ada", "-o", "json").json()
+    missing = own_cli("operators", "remove", "ada", check=False)
+    audited = own_cli("audit", "list", "-o", "json").json()
 
     assert (added["name"], added["role"]) == ("ada", "operator")
     assert added["token"].startswith("orgworker_op_")

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.conftest import on_either
 from tests.fakes.cli import CommandLine
 from tests.fakes.stock import Stock
 from tests.integration.operations.test_host_handlers import KEYED, RENDER, host_of
@@ -15,7 +16,7 @@ from worker.store.database import Database
 
 
 @pytest.fixture
-def stock(cli_on_either: CommandLine, migrated_url: str):
+def stock(own_cli: CommandLine, migrated_url: str):
     """The database of the command line, with a host of pool eu."""
     database = Database.open(migrated_url, clock=SystemClock())
     made = Stock(database)
@@ -24,10 +25,11 @@ def stock(cli_on_either: CommandLine, migrated_url: str):
     database.close()
 
 
+@on_either
 def test_approvals_are_listed_with_their_command_and_approved_once(
-    cli_on_either: CommandLine, stock: Stock
+    own_cli: CommandLine, stock: Stock
 ) -> None:
-    cli = cli_on_either
+    cli = own_cli
     [row] = cli("pools", "approvals", "-o", "json").json()
     table = cli("pools", "approvals", "eu")
     digest = cli("pools", "approvals", "-o", "id").out.strip()
@@ -64,25 +66,27 @@ def test_approvals_are_listed_with_their_command_and_approved_once(
     assert cli("audit", "list", "-o", "json").json()[0]["action"] == "pool.revoke"
 
 
-def test_check_and_doctor_name_what_waits_for_an_approval(cli_on_either: CommandLine, stock: Stock) -> None:
+@on_either
+def test_check_and_doctor_name_what_waits_for_an_approval(own_cli: CommandLine, stock: Stock) -> None:
     for command in ("doctor", "check"):
-        done = cli_on_either(command, check=False)
+        done = own_cli(command, check=False)
         assert "hosts of pool eu declare secrets, scopes for gpu.keyed" in done.out + done.err
         assert "`pools approve eu gpu.keyed 1-" in done.err
 
 
-def test_a_host_controls_no_terminal(cli_on_either: CommandLine, stock: Stock) -> None:
+def test_a_host_controls_no_terminal(own_cli: CommandLine, stock: Stock) -> None:
     """Its texts are data: the command line prints no control character of them."""
     evil = "\x1b]0;owned\x07\x1b[2J"
     host_of(stock, "us", replace(KEYED, name=f"gpu.{evil}", distribution=evil, scopes=(evil,)))
 
     for command in (("pools", "approvals"), ("handlers", "list"), ("hosts", "list"), ("doctor",)):
-        done = cli_on_either(*command, check=False)
+        done = own_cli(*command, check=False)
         assert "\x1b" not in done.out + done.err, command
 
 
-def test_handlers_say_who_offers_them_and_are_forgotten(cli_on_either: CommandLine, stock: Stock) -> None:
-    cli = cli_on_either
+@on_either
+def test_handlers_say_who_offers_them_and_are_forgotten(own_cli: CommandLine, stock: Stock) -> None:
+    cli = own_cli
     with stock.database.transaction() as connection:
         catalogue.put(connection, [replace(RENDER, distribution="old-jobs")], at=stock.now())
     worker = stock.worker(handlers=["gpu.render"])

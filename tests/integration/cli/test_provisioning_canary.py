@@ -18,12 +18,12 @@ from tenacity import wait_none
 from tests.conftest import copied
 from tests.fakes.cli import CommandLine
 from tests.fakes.kinde.server import MANAGER, Kinde, serve_kinde
+from tests.integration.cli.conftest import AUDIENCE
 from worker.clock import SystemClock
 from worker.settings import load
 from worker.store import tables
 from worker.store.database import Database
 
-AUDIENCE = "https://api.acme.com"
 TEMPLATE = """
 [[template]]
 name = "nightly"
@@ -111,11 +111,7 @@ def kinde() -> Iterator[Kinde]:
 
 @pytest.fixture
 def cli(
-    tmp_path: Path,
-    migrated_sqlite_file: Path,
-    plugins: Path,
-    kinde: Kinde,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, migrated_sqlite_file: Path, plugins: Path, kinde: Kinde, monkeypatch: pytest.MonkeyPatch
 ) -> CommandLine:
     folder, made = tmp_path, CommandLine(tmp_path, copied(migrated_sqlite_file, tmp_path))
     before = made.settings.read_text()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import closing
 from datetime import timedelta
 
 import pytest
 
 from tests.fakes.cli import CommandLine
-from tests.fakes.kinde.server import MANAGER, Kinde, serve_kinde
+from tests.fakes.kinde.server import Kinde
 from tests.fakes.pages import ROOT, blocks
 from worker.demo.provider import Application
 from worker.operations import fleet
@@ -19,47 +18,24 @@ from worker.operations.provisioning import exclusive
 from worker.settings import load
 from worker.wiring import open_database
 
-AUDIENCE = "https://api.acme.com"
 ORGS = 3
 ROTATE = ("credentials", "rotate", "--older-than", "0s")
 
 
 @pytest.fixture
-def kinde() -> Iterator[Kinde]:
-    with serve_kinde() as served:
-        served.api.add_api("Acme's API", AUDIENCE, ("read:kb", "write:kb"))
-        served.api.application_properties.update({"plan", "beta"})
-        served.add_orgs(ORGS)
-        yield served
-        assert served.undocumented() == []
-
-
-@pytest.fixture
-def cli(cli_on_either: CommandLine, kinde: Kinde, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+def cli(kinde_cli: CommandLine, kinde: Kinde, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
     """Orgs with applications that have properties; retired ones may be deleted after a moment."""
     monkeypatch.setattr(fleet, "DROPPED", timedelta(seconds=0.5))
-    cli = cli_on_either
-    before = cli.settings.read_text()
-    cli.settings.write_text(
-        before[: before.index("[issuers.main]")]
-        + f"""
-[issuers.main]
-url = "{kinde.url}"
-audience = "{AUDIENCE}"
-max_requests_per_second = 1000
-[issuers.main.management]
-client_id = "{MANAGER}"
-[provisioning]
-overlap = "0s"
-"""
-    )
-    (cli.settings.parent / "management__main").write_text(kinde.secret)
-    cli("orgs", "sync", "--provision")
+    kinde.api.application_properties.update({"plan", "beta"})
+    kinde.add_orgs(ORGS)
+    with kinde_cli.settings.open("a") as settings:
+        settings.write('[provisioning]\noverlap = "0s"\n')
+    kinde_cli("orgs", "sync", "--provision")
     for app in applications(kinde):
         app.properties = {"plan": f"of {app.org_code}", "beta": True}
         # As if by hand: no definition needs it.
         app.scopes = ("write:kb",)
-    return cli
+    return kinde_cli
 
 
 def applications(kinde: Kinde) -> list[Application]:

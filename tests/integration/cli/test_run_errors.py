@@ -7,6 +7,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import insert
 
+from tests.conftest import on_either
 from tests.fakes.cli import CommandLine
 from tests.fakes.site import definition
 from worker.clock import SystemClock
@@ -26,11 +27,11 @@ ERROR = {"type": "httpx.ConnectError", "message": "refused \x1b[2J", "trace": TR
 
 
 @pytest.fixture
-def failed(cli_on_either: CommandLine, migrated_url: str) -> str:
+def failed(own_cli: CommandLine, migrated_url: str) -> str:
     """A run with two attempts: one that logged and failed, and one that failed without a word."""
-    cli_on_either("orgs", "add", "org_a")
-    cli_on_either("apply", "-", stdin=definition("org_a", "tick", "acme.note", "@yearly"))
-    run: str = cli_on_either("definitions", "run", "org_a", "tick", "-o", "id").out.strip()
+    own_cli("orgs", "add", "org_a")
+    own_cli("apply", "-", stdin=definition("org_a", "tick", "acme.note", "@yearly"))
+    run: str = own_cli("definitions", "run", "org_a", "tick", "-o", "id").out.strip()
     database = Database.open(migrated_url, clock=SystemClock())
     with database.transaction() as connection:
         org_id, now = orgs.require(connection, "org_a")["id"], database.now(connection)
@@ -54,8 +55,8 @@ def failed(cli_on_either: CommandLine, migrated_url: str) -> str:
     return run
 
 
-def test_each_attempt_ends_with_its_error_and_libraries_are_counted(failed: str, cli_on_either: CommandLine):
-    printed = cli_on_either("runs", "logs", failed).out
+def test_each_attempt_ends_with_its_error_and_libraries_are_counted(failed: str, own_cli: CommandLine):
+    printed = own_cli("runs", "logs", failed).out
 
     assert [line.partition("Z ")[2] or line for line in printed.splitlines()] == [
         "error   hello\\nworld",
@@ -80,20 +81,21 @@ def test_each_attempt_ends_with_its_error_and_libraries_are_counted(failed: str,
     ]
 
 
-def test_programs_get_the_lines_alone(failed: str, cli_on_either: CommandLine):
-    rows = cli_on_either("runs", "logs", failed, "-o", "json").json()
+def test_programs_get_the_lines_alone(failed: str, own_cli: CommandLine):
+    rows = own_cli("runs", "logs", failed, "-o", "json").json()
 
     assert [row["seq"] for row in rows] == [1, 2]
     assert "site-packages" in rows[1]["text"]
 
 
-def test_a_run_is_shown_with_one_line_for_the_error_of_each_attempt(failed: str, cli_on_either: CommandLine):
-    shown = cli_on_either("runs", "show", failed).out
+@on_either
+def test_a_run_is_shown_with_one_line_for_the_error_of_each_attempt(failed: str, own_cli: CommandLine):
+    shown = own_cli("runs", "show", failed).out
 
     attempts = [line for line in shown.splitlines() if "failed" in line]
     assert len(attempts) == 2
     assert all(line.endswith("httpx.ConnectError: refused \\x1b[2J") for line in attempts)
-    assert cli_on_either("runs", "show", failed, "-o", "json").json()["attempts"][0]["error"] == ERROR
+    assert own_cli("runs", "show", failed, "-o", "json").json()["attempts"][0]["error"] == ERROR
 
 
 def test_a_run_that_logged_nothing_is_said_to(cli: CommandLine):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from tests.fakes.cli import CommandLine
@@ -38,25 +36,6 @@ def test_one_line_finds_runs_and_orgs(cli: CommandLine, runs: list[str]):
     ).out.splitlines()
     assert lines[0].split()[-2:] == ["WHY", "ID"]
     assert "due" in lines[1]
-
-
-def test_a_wrong_word_and_a_wrong_key_are_told_what_is_near(cli: CommandLine, runs: list[str]):
-    assert (
-        "no org has a word that begins with 'acne'; did you mean acme?"
-        in cli("runs", "list", "-q", "acne").err
-    )
-    assert "did you mean acme?" in cli("orgs", "list", "acne").err
-    for option in (("--definition", "tck"), ("-q", "definition:tck")):
-        assert "there is no definition 'tck'; did you mean tick?" in cli("runs", "list", *option).err
-
-    for arguments, fix in (
-        (("runs", "list", "-q", "sate:failed"), "did you mean state?"),
-        (("runs", "list", "--state", "faild,refused"), "did you mean failed?"),
-        (("orgs", "list", "-q", "acme state:failed"), "org:NAME"),
-        (("runs", "retry", "-q", "acme state:waiting"), "one of succeeded"),
-    ):
-        done = cli(*arguments, "-o", "json", check=False)
-        assert (done.code, fix in json.loads(done.err)["error"]["fix"]) == (2, True), done.err
 
 
 def test_a_search_selects_the_runs_to_cancel_and_to_retry(cli: CommandLine, runs: list[str]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.conftest import on_either
 from tests.fakes.cli import CommandLine
 from worker.errors import did_you_mean
 
@@ -11,14 +12,15 @@ TEMPLATE = '[[template]]\nname = "export"\norgs = "all"\nhandler = "acme.note"\n
 
 
 @pytest.fixture
-def site(cli_on_either: CommandLine) -> CommandLine:
+def site(own_cli: CommandLine) -> CommandLine:
     for code in ("org_acme", "org_globex", "org_initech"):
-        cli_on_either("orgs", "add", code)
-    cli_on_either("orgs", "add", "org_0815", "--name", "Hooli Holdings")
-    cli_on_either("apply", "-", stdin=TEMPLATE)
-    return cli_on_either
+        own_cli("orgs", "add", code)
+    own_cli("orgs", "add", "org_0815", "--name", "Hooli Holdings")
+    own_cli("apply", "-", stdin=TEMPLATE)
+    return own_cli
 
 
+@on_either
 def test_a_wrong_name_gets_the_closest_right_one(site: CommandLine):
     for line, code, question in (
         ("orgs show org_acmee", 3, "did you mean org_acme? "),
@@ -40,13 +42,6 @@ def test_a_wrong_name_gets_the_closest_right_one(site: CommandLine):
         assert done.code == code, line
         assert ("did you mean" in done.err.lower()) == (question is not None), (line, done.err)
         assert question is None or question in done.err, (line, done.err)
-
-
-def test_a_file_with_a_wrong_handler_gets_the_closest_one(site: CommandLine):
-    done = site("apply", "-", stdin=TEMPLATE.replace("acme.note", "acme.noet"), check=False)
-
-    assert done.code == 78
-    assert "did you mean acme.note" in done.err
 
 
 def test_a_word_that_all_names_share_is_close_to_none():

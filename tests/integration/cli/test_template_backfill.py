@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.conftest import on_either
 from tests.fakes.cli import CommandLine
 
 TEMPLATE = '[[template]]\nname = "{name}"\norgs = "all"\nhandler = "acme.note"\nschedule = "{schedule}"\n'
@@ -11,16 +12,16 @@ RANGE = ("--from", "2026-01-01", "--until", "2026-01-04")
 
 
 @pytest.fixture
-def site(cli_on_either: CommandLine) -> CommandLine:
+def site(own_cli: CommandLine) -> CommandLine:
     """Three orgs with two templates, of which one never fires in the range; one org is paused."""
     for code in ("org_a", "org_b", "org_c"):
-        cli_on_either("orgs", "add", code)
+        own_cli("orgs", "add", code)
     text = TEMPLATE.format(name="daily", schedule="@daily") + TEMPLATE.format(
         name="june", schedule="0 0 1 6 *"
     )
-    cli_on_either("apply", "-", stdin=text)
-    cli_on_either("orgs", "pause", "org_c")
-    return cli_on_either
+    own_cli("apply", "-", stdin=text)
+    own_cli("orgs", "pause", "org_c")
+    return own_cli
 
 
 def backfills(site: CommandLine) -> list[tuple[str, str, int]]:
@@ -79,6 +80,7 @@ def test_a_wrong_call_changes_nothing(cli: CommandLine, arguments: tuple[str, ..
     assert error in done.err
 
 
+@on_either
 def test_a_schedule_without_a_time_in_the_range_is_not_a_fault(site: CommandLine):
     done = site("templates", "backfill", "june", *RANGE, "-o", "json", check=False)
 

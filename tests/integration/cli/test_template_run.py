@@ -10,14 +10,14 @@ TEMPLATE = '[[template]]\nname = "daily"\norgs = "all"\nhandler = "acme.note"\ns
 
 
 @pytest.fixture
-def site(cli_on_either: CommandLine) -> CommandLine:
+def site(own_cli: CommandLine) -> CommandLine:
     """Four orgs with a template; one org and another one's definition are paused."""
     for code in ("org_a", "org_b", "org_c", "org_d"):
-        cli_on_either("orgs", "add", code)
-    cli_on_either("apply", "-", stdin=TEMPLATE)
-    cli_on_either("definitions", "pause", "org_c", "daily")
-    cli_on_either("orgs", "pause", "org_d")
-    return cli_on_either
+        own_cli("orgs", "add", code)
+    own_cli("apply", "-", stdin=TEMPLATE)
+    own_cli("definitions", "pause", "org_c", "daily")
+    own_cli("orgs", "pause", "org_d")
+    return own_cli
 
 
 def runs(site: CommandLine) -> list[str]:
