@@ -93,6 +93,10 @@ LOGIN_RULES = "the hash of the rules of [web.login]"
 # What managers may do here.
 PORTAL = ("run", "retry", "answer")
 NUMBERS = itertools.count(1)
+# Those that ask for each GET by HEAD as well, which the router answers alike: refused, an org, an operator.
+ASK_HEAD = ("nobody", "of org_a as viewer", "an operator as viewer")
+# Refused before any query, so on SQLite only.
+NEED_NO_DATABASE = ("with a forged token", "with no bearer token", "a person of org_a", "another scope")
 # What a request may change.
 CHANGED = (
     "runs",
@@ -633,6 +637,10 @@ async def routes_of(app: Any) -> set[tuple[str, str]]:
     return {(method, route.path) for route in router.routes for method in route.methods}
 
 
+def is_page(path: str) -> bool:
+    return not path.startswith(("/api/", "/livez", "/readyz", "/metrics"))
+
+
 def used_by(path: str) -> str | None:
     """The method of `Installation` that makes what a request of this path uses up, if it is not refused."""
     # An answer may come before the run waits for it.
@@ -661,7 +669,10 @@ class Matrix:
         self.wrong: list[str] = []
 
     async def run(self, rules: Mapping[tuple[str, str], Rule] = RULES) -> None:
+        on_sqlite = self.made.admin.dialect == "sqlite"
         for who in self.made.callers():
+            if who.name in NEED_NO_DATABASE and not on_sqlite:
+                continue
             client = Client(self.apps[who.org_role], who, self.made)
             own = self.made.ended[who.org or "org_a"]
             status = await client.open(own)
@@ -676,13 +687,14 @@ class Matrix:
                 is_of_org = rule.kind in ("list", "own_run", "own_org", "write", "run_now")
                 for target in ("org_a", "org_b") if is_of_org else ("org_a",):
                     for session in sessions:
-                        if rule.kind != "login":
+                        # A cookie is refused by the API before any query too.
+                        if rule.kind != "login" and (on_sqlite or is_page(path) or not session):
                             await self.cell(client, method, path, rule, target, session=session)
 
     async def cell(
         self, client: Client, method: str, path: str, rule: Rule, target: str, *, session: bool
     ) -> None:
-        who, page = client.who, not path.startswith(("/api/", "/livez", "/readyz", "/metrics"))
+        who, page = client.who, is_page(path)
         writes = rule.kind in ("write", "run_now", "by_staff", "approve") and method != "GET"
         thing = used_by(path)
         if thing is not None and (thing, target) not in self.unused:
@@ -714,7 +726,7 @@ class Matrix:
         if wanted == rule.status:
             self.unused.pop((thing, target), None)
         # The router answers HEAD as GET, whichever org it is about.
-        if method == "GET" and not session and target == "org_a":
+        if method == "GET" and not session and target == "org_a" and who.name in ASK_HEAD:
             head = await client.ask("HEAD", url, session=session)
             self.judge(who, f"HEAD for {called}", head.status_code, wanted)
         if rule.kind == "logout" and session:
