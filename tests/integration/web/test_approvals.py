@@ -8,7 +8,7 @@ import pytest
 
 from tests.fakes.stock import Stock
 from tests.integration.operations.test_host_handlers import KEYED, RENDER, host_of
-from tests.integration.web.conftest import TOKENS, Site, csrf_of
+from tests.integration.web.conftest import TOKENS, Site, csrf_of, on_either
 from tests.integration.web.test_run_page import OURS, logged_in
 from worker.ids import ALL_ORGS
 from worker.operations.approvals import approve, list_approvals
@@ -19,7 +19,6 @@ from worker.web.callers import Role
 from worker.web.pages import inventory
 
 pytestmark = pytest.mark.anyio
-on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 EVIL = "<script>pwned()</script>"
 
 
@@ -36,7 +35,6 @@ def approvals_of(site: Site) -> list[tuple[str, str]]:
     return [(row["actor"], row["subject"]) for row in rows if row["action"] == "pool.approve"]
 
 
-@on_either
 async def test_an_admin_sees_what_is_declared_and_approves_it(staffed: Site):
     digest = declared(staffed)
     async with logged_in(staffed, TOKENS["admin"]) as client:

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from sqlalchemy import update
 
-from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
+from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in, on_either
 from worker.ids import ALL_ORGS
 from worker.operations.credentials import add_credential, retire_credential
 from worker.operations.definitions import edit_definition
@@ -22,7 +22,6 @@ from worker.web.callers import Caller
 from worker.web.sessions import SESSION_COOKIE, Sessions
 
 pytestmark = pytest.mark.anyio
-on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 
 PATHS = ("/api/v1/runs", "/api/v1/credentials", "/api/v1/audit", "/orgs/org_a")
 RUN = "/api/v1/definitions/org_a/digest/run"
@@ -48,7 +47,6 @@ def with_scopes(*scopes: str) -> dict[str, Any]:
     return {**PERSON, "scope": " ".join(scopes), "scp": list(scopes)}
 
 
-@on_either
 @pytest.mark.parametrize("stranger", list(STRANGERS))
 async def test_a_good_token_that_no_active_credential_got_is_401_with_the_reason(site: Site, stranger: str):
     token = site.token("org_a", **STRANGERS[stranger])
@@ -149,7 +147,6 @@ class TestSessions:
 
         assert (await client.get("/orgs/org_a")).status_code == 200
 
-    @on_either
     async def test_a_session_follows_the_role_of_orgs(self, site: Site, monkeypatch: pytest.MonkeyPatch):
         opened = await self.opened(site)
 
@@ -165,7 +162,6 @@ class TestSessions:
         monkeypatch.setattr(Access, "confirm_session", Access.confirm)
         assert (await run_by_form(again(site, opened))).status_code == 303
 
-    @on_either
     @pytest.mark.parametrize("now", ["", "jobs:write"])
     async def test_a_session_by_scope_ends_with_the_scope(
         self, site: Site, monkeypatch: pytest.MonkeyPatch, now: str
@@ -232,7 +228,6 @@ class TestSessions:
         assert (await client.get("/orgs/org_a")).status_code == 200
 
 
-@on_either
 async def test_one_query_says_org_issuer_state_and_credential(site: Site):
     with site.database.autocommit() as connection:
         found = orgs.find_caller(connection, "org_a", "m2m-org_a")
@@ -265,7 +260,6 @@ class TestParamsByHand:
         with site.database.autocommit() as connection:
             return len(read(connection, RUNS, ALL_ORGS))
 
-    @on_either
     async def test_what_is_listed_may_be_given_and_nothing_else(self, chosen: Site):
         token = chosen.token("org_a")
 
@@ -306,7 +300,6 @@ class TestParamsByHand:
 
         assert answer.status_code == 403
 
-    @on_either
     async def test_a_retry_repeats_no_params_that_the_org_may_not_give(self, chosen: Site):
         """Such as those of a run that an org made before `params_by_hand` was there."""
         token = chosen.token("org_a")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import pytest
 
-from tests.integration.web.conftest import Site
+from tests.integration.web.conftest import Site, on_either
 from worker.definitions.file import parse_file
-from worker.errors import AccessDenied, DefinitionError, NotFound, UsageError
+from worker.errors import DefinitionError
 from worker.ids import ALL_ORGS, OrgId
 from worker.operations.apply import apply
 from worker.store import definitions, orgs
@@ -18,9 +18,7 @@ from worker.store.lists.read import read
 from worker.web.callers import Caller, CallerDatabase
 
 pytestmark = pytest.mark.anyio
-on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 ADA = Caller("ada", "operator")
-VIEWER = Caller("vera", "viewer")
 
 
 def org_caller(site: Site, org: str = "org_a") -> Caller:
@@ -65,7 +63,6 @@ async def test_an_org_pauses_and_resumes_its_definition_and_what_was_due_is_sett
     assert runs[0]["origin"] == "schedule"
 
 
-@on_either
 async def test_an_operator_edits_a_definition_and_says_why(site: Site):
     database = CallerDatabase(site.database)
 
@@ -109,28 +106,6 @@ async def test_an_operator_gives_a_definition_a_calendar_and_its_org_settles_by_
     assert runs == []
 
 
-@on_either
-async def test_a_backfill_is_planned_then_made(site: Site):
-    database = CallerDatabase(site.database)
-    with site.database.autocommit() as connection:
-        until = site.database.now(connection)
-    since = until - timedelta(days=3)
-
-    plan = await database.planned_backfill(ADA, "org_a", "digest", since, until, limit=2)
-    assert (plan["id"], plan["instants"], plan["made"]) == (None, 3, 0)
-    with site.database.autocommit() as connection:
-        assert read(connection, RUNS, ALL_ORGS) == []
-    made = await database.backfill(ADA, "org_a", "digest", since, until, limit=2, reason="lost data")
-
-    assert (made["instants"], made["made"], made["limit"]) == (3, 2, 2)
-    assert last_change(site)[2]["reason"] == "lost data"  # type: ignore[index]
-    again = await database.planned_backfill(ADA, "org_a", "digest", since, until)
-    assert (again["id"], again["made"]) == (made["id"], 2)
-    with pytest.raises(UsageError, match="ends in the future"):
-        await database.planned_backfill(ADA, "org_a", "digest", since, until + timedelta(days=9))
-
-
-@on_either
 async def test_a_run_is_run_cancelled_and_retried_with_a_reason(site: Site):
     database, caller = CallerDatabase(site.database), org_caller(site)
 
@@ -142,31 +117,3 @@ async def test_a_run_is_run_cancelled_and_retried_with_a_reason(site: Site):
 
     detail = {"retry_of": run["id"], "from_checkpoint": False, "reason": "after all"}
     assert last_change(site) == ("org:org_a", "run.retry", detail)
-
-
-@on_either
-async def test_who_may_not_change_it_changes_nothing(site: Site):
-    database, caller = CallerDatabase(site.database), org_caller(site)
-    at = datetime(2020, 1, 1, tzinfo=UTC)
-    before = last_change(site)
-
-    for one, org, refusal in ((VIEWER, "org_a", AccessDenied), (caller, "org_b", NotFound)):
-        for change in (
-            database.pause(one, org, "digest", note="x"),
-            database.resume(one, org, "digest"),
-            database.run_now(one, org, "digest"),
-            database.edit(one, org, "digest", {}),
-            database.backfill(one, org, "digest", at, at),
-            database.planned_backfill(one, org, "digest", at, at),
-        ):
-            with pytest.raises(refusal):
-                await change
-    for of_operators in (
-        database.edit(caller, "org_a", "digest", {"priority": 9}),
-        database.backfill(caller, "org_a", "digest", at, at),
-        database.planned_backfill(caller, "org_a", "digest", at, at),
-    ):
-        with pytest.raises(AccessDenied, match="only an operator"):
-            await of_operators
-
-    assert last_change(site) == before

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from tests.integration.web.conftest import TOKENS, Site, csrf_of
+from tests.integration.web.conftest import TOKENS, Site, csrf_of, on_either
 from tests.integration.web.test_run_page import OURS, logged_in
 from worker.ids import ALL_ORGS
 from worker.operations.orgs import set_org_state
@@ -22,7 +22,6 @@ from worker.tokens.sealing import KeyRing
 from worker.web.responses import MAX_BYTES
 
 pytestmark = pytest.mark.anyio
-on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 
 API = "/api/v1"
 CANARY = "canary+secret/of=the-api"
@@ -47,7 +46,6 @@ def generations(site: Site) -> list[tuple[int, str]]:
         return [(row["generation"], row["state"]) for row in read(connection, CREDENTIALS, "org_a")]
 
 
-@on_either
 async def test_an_admin_adds_a_secret_which_only_the_key_ring_opens(
     worker: Site, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ):
@@ -77,7 +75,6 @@ async def test_an_admin_adds_a_secret_which_only_the_key_ring_opens(
     assert [text for text in written if any(form in text for form in FORMS)] == []
 
 
-@on_either
 async def test_an_admin_retires_a_generation_and_what_is_not_there_is_said(worker: Site):
     path = f"{API}/credentials/org_a"
     body = {"client_id": "m2m-new", "reference": "file:acme", "kind": "private_key"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, select, update
 
-from tests.integration.web.conftest import TOKENS, Site, csrf_of
+from tests.integration.web.conftest import TOKENS, Site, csrf_of, on_either
 from tests.integration.web.test_run_page import EVIL, OURS, dangers, ended, last_change, logged_in
 from worker.definitions.file import parse_file
 from worker.ids import ALL_ORGS
@@ -22,7 +22,6 @@ from worker.store.lists import BACKFILLS, RUNS
 from worker.store.lists.read import definition, read
 
 pytestmark = pytest.mark.anyio
-on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 PAGE = "/orgs/org_a/definitions/digest"
 
 
@@ -100,7 +99,6 @@ async def test_the_page_says_what_its_calendar_skips_and_which_dates_came(staffe
     assert "2199-12-26" not in str(shown)
 
 
-@on_either
 async def test_the_page_and_the_api_show_what_it_remembers_to_its_org_and_operators_change_it(staffed: Site):
     address = "/api/v1/definitions/org_a/digest/state"
     assert 'id="state"' not in (await staffed.get(PAGE, TOKENS["viewer"])).text
@@ -166,17 +164,13 @@ async def test_an_operator_pauses_resumes_and_runs_it_now(staffed: Site):
         wrong = await client.post(f"{PAGE}/run", data=form | {"params": "[1]"}, headers=OURS)
         assert (wrong.status_code, "params must be a table in JSON" in wrong.text) == (422, True)
 
-    assert last_change(staffed)[1:] == (
-        "definition.run",
-        {**last_change(staffed)[2], "reason": "asked for"},
-    )
+    assert last_change(staffed)[1:] == ("definition.run", {**last_change(staffed)[2], "reason": "asked for"})
     with staffed.database.autocommit() as connection:
         [run] = read(connection, RUNS, "org_a")
         found = select(tables.runs.c.params).where(tables.runs.c.id == run["id"])
         assert connection.execute(found).scalar_one() == {"top": 9, "lang": "de"}
 
 
-@on_either
 async def test_an_edit_shows_what_will_change_and_then_changes_it(staffed: Site):
     edit(staffed, timeout="5m", priority=3)
     async with logged_in(staffed, TOKENS["operator"]) as client:
@@ -221,7 +215,6 @@ async def test_an_edit_shows_what_will_change_and_then_changes_it(staffed: Site)
     assert last_change(staffed)[2]["reason"] == "slow CRM"
 
 
-@on_either
 @pytest.mark.parametrize(
     ("key", "text", "problem"),
     [
@@ -280,7 +273,6 @@ async def test_a_backfill_shows_what_it_will_do_and_then_does_it(staffed: Site):
     assert last_change(staffed)[2]["reason"] == "lost days"
 
 
-@on_either
 async def test_an_org_sees_its_own_definition_without_the_operators(staffed: Site):
     pause_definition(staffed.database, "org_a", "digest", actor="operator:kim", note="they do not pay")
     edit(staffed, priority=4)
@@ -301,7 +293,6 @@ async def test_an_org_sees_its_own_definition_without_the_operators(staffed: Sit
     assert "they do not pay" in operator.text
 
 
-@on_either
 async def test_hostile_texts_of_a_definition_stay_texts(staffed: Site):
     edit(staffed, params={EVIL: [EVIL]}, params_by_hand=[EVIL], audience=EVIL)
     edit(staffed, params={EVIL: EVIL})

@@ -158,28 +158,8 @@ class TestBehindAProxy:
             headers = {} if client is None else {"x-forwarded-for": client}
             return (await through.get(RUNS, headers=headers)).status_code
 
-    async def test_clients_of_one_proxy_are_limited_apart(self, proxied: Site):
-        seen = [await self.ask(proxied, "198.51.100.1", f"guess-{n}") for n in range(11)]
-
-        assert seen == [401] * 10 + [429]
-        assert await self.ask(proxied, "198.51.100.2", TOKENS["viewer"]) == 200
-
-    async def test_a_client_that_writes_the_header_itself_stays_who_it_is(self, proxied: Site):
-        seen = [await self.ask(proxied, f"192.0.2.{n}, 198.51.100.1", f"guess-{n}") for n in range(11)]
-
-        assert seen == [401] * 10 + [429]
-
     async def test_the_proxy_itself_is_exempt(self, proxied: Site):
         assert [await self.ask(proxied, None, f"guess-{n}") for n in range(30)] == [401] * 30
-
-    async def test_nobody_else_is_believed(self, limited: Site):
-        seen = []
-        for number in range(11):
-            async with limited.client(f"guess-{number}", address="203.0.113.9") as client:
-                answer = await client.get(RUNS, headers={"x-forwarded-for": f"192.0.2.{number}"})
-                seen.append(answer.status_code)
-
-        assert seen == [401] * 10 + [429]
 
     async def test_without_an_operator_a_proxy_on_this_machine_serves_nobody_else(self, site: Site):
         token = site.token("org_a")

@@ -10,14 +10,13 @@ import pytest
 from sqlalchemy import insert, update
 
 import worker.web.live as live
-from tests.integration.web.conftest import TOKENS, Site
+from tests.integration.web.conftest import TOKENS, Site, on_either
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import cancel, run_now
 from worker.store import orgs, tables
 from worker.web.health import Health
 
 pytestmark = pytest.mark.anyio
-on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 API = "/api/v1"
 
 
@@ -138,7 +137,6 @@ async def test_a_stream_follows_a_run_to_its_end_and_resumes_where_it_stopped(st
     assert (after.status, after.body) == (204, b"")
 
 
-@on_either
 async def test_an_end_waits_for_the_whole_log(staffed: Site, monkeypatch: pytest.MonkeyPatch):
     """Also if the log grows faster than one read takes lines, and the window is small."""
     monkeypatch.setattr(live, "LINES", 3)

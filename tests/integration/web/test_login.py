@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import select
 
 from tests.fakes.clock import ManualClock
-from tests.integration.web.conftest import BASE, Site, csrf_of
+from tests.integration.web.conftest import BASE, Site, csrf_of, on_either
 from worker.demo.people import Person, WebApplication
 from worker.demo.provider import Fault, Provider
 from worker.errors import ConfigurationError
@@ -32,7 +32,6 @@ from worker.web.login import LASTS, MAX_TRANSACTIONS, Login, basis_of, local_pat
 from worker.web.sessions import LOGIN_COOKIE, SESSION_COOKIE
 
 pytestmark = pytest.mark.anyio
-on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 
 PROVIDER = "http://127.0.0.1:9400"
 AUDIENCE = "https://api.acme.com"
@@ -68,11 +67,7 @@ class Portal:
 
     def configure(self, *, secret: Callable[[], str] = lambda: SECRET, **changes: Any) -> None:
         """The login as `[web.login]` has it."""
-        values: dict[str, Any] = {
-            "issuer": "main",
-            "client_id": CLIENT,
-            "roles": [SUPPORT, MANAGES, READS],
-        }
+        values: dict[str, Any] = {"issuer": "main", "client_id": CLIENT, "roles": [SUPPORT, MANAGES, READS]}
         rules = LoginSettings(**values | changes)
         issuer = Issuer("main", load("kinde"), PROVIDER, audience=AUDIENCE)
         self.site.login = Login(rules, issuer, self.http, secret, clock=self.site.clock)
@@ -454,7 +449,6 @@ class TestCallback:
                 headers = {"cookie": f"{LOGIN_COOKIE}={cookie}".encode("latin-1")} if cookie else {}
             return await browser.get(f"/login/callback?{query}", headers=headers)  # type: ignore[arg-type]
 
-    @on_either
     async def test_every_state_but_the_right_one_is_refused(self, portal: Portal):
         for query, said in self.REFUSED:
             answer = await self.opened(portal, query, None)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from sqlalchemy import insert, select, update
 
-from tests.integration.web.conftest import TOKENS, Site, log_in
+from tests.integration.web.conftest import TOKENS, Site, log_in, on_either
 from worker.errors import Busy, ConfigurationError, StoreUnavailable, Unavailable, WorkerError
 from worker.ids import ALL_ORGS, new_id
 from worker.operations.definitions import edit_definition, pause_definition
@@ -24,7 +24,6 @@ from worker.telemetry.masking import without_paths
 from worker.web.callers import Caller
 
 pytestmark = pytest.mark.anyio
-on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 
 API = "/api/v1"
 WORKER_ID = "01900000-0000-7000-8000-00000000cafe"
@@ -259,7 +258,6 @@ async def showing(
     return {name for name, answer in seen.items() if SPEC in answer.text}, seen
 
 
-@on_either
 async def test_an_org_sees_no_part_of_a_spec_wherever_it_looks(specified: tuple[Site, dict[str, str]]):
     site, paths = specified
 

@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import insert, select, update
 
 from tests.fakes.stock import Stock
-from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
+from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in, on_either
 from worker.ids import ALL_ORGS, RunId, new_id
 from worker.operations.runs import run_now
 from worker.runs.waits import NewWait
@@ -30,7 +30,6 @@ from worker.store.sql import statements
 from worker.web.pages import runs as run_pages
 
 pytestmark = pytest.mark.anyio
-on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 OURS = {"origin": BASE}
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(1)>"
 TRACE = (
@@ -142,7 +141,6 @@ def last_change(site: Site) -> tuple[str, str, Any]:
     return row["actor"], row["action"], row["detail"]
 
 
-@on_either
 async def test_the_answer_comes_first_with_the_next_step_in_the_console(staffed: Site):
     run, other = ended(staffed), ended(staffed, "org_b")
     async with logged_in(staffed, TOKENS["operator"]) as client:
@@ -209,7 +207,6 @@ NOT_JSON = {
 }
 
 
-@on_either
 async def test_a_choice_that_is_not_json_is_a_mistake_of_the_caller(
     staffed: Site, monkeypatch: pytest.MonkeyPatch
 ):
@@ -302,7 +299,6 @@ async def test_the_page_says_which_early_answer_was_not_taken(staffed: Site):
     assert dangers(page) == []
 
 
-@on_either
 async def test_a_waiting_run_is_cancelled_after_its_confirmation(staffed: Site):
     run = run_now(staffed.database, "org_a", "digest", actor="tester")["id"]
     async with logged_in(staffed, TOKENS["operator"]) as client:
@@ -352,7 +348,6 @@ async def test_an_org_sees_neither_trace_nor_worker_nor_path_nor_other_orgs(staf
     assert (await staffed.get(f"/runs/{run}", staffed.token("org_c"))).status_code in (403, 404)
 
 
-@on_either
 async def test_the_log_shows_its_tail_and_pages_back_and_forth(staffed: Site):
     run = ended(staffed)
     log(staffed, run, [f"line <{n}>" for n in range(1, 451)])

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import ProgrammingError
 
-from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
+from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in, on_either
 from worker.errors import Conflict, NotFound, UsageError
 from worker.ids import ALL_ORGS, OrgId
 from worker.operations.operators import add_operator, list_operators, remove_operator
@@ -19,7 +19,6 @@ from worker.web.callers import Caller
 from worker.web.sessions import LASTS, MAX_SESSIONS, SESSION_COOKIE, Sessions
 
 pytestmark = pytest.mark.anyio
-on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 ADA = Caller("ada", "admin")
 BEN = Caller("ben", "viewer")
 RUNS = "/api/v1/runs"
@@ -30,7 +29,6 @@ def count(site: Site) -> int:
         return len(connection.execute(select(tables.sessions.c.key_sha256)).all())
 
 
-@on_either
 async def test_a_caller_ends_its_own_oldest_session_and_no_other_callers(site: Site):
     sessions = Sessions(site.database, site.clock)
     theirs = await sessions.begin(BEN)
@@ -68,7 +66,6 @@ async def test_sessions_that_are_over_are_removed_by_the_next_login(site: Site):
     assert [await sessions.find(session.key) for session in mine] == [None] * 6
 
 
-@on_either
 async def test_a_row_has_neither_the_key_nor_a_token(staffed: Site):
     async with staffed.client() as client:
         await log_in(client, TOKENS["admin"])
@@ -81,7 +78,6 @@ async def test_a_row_has_neither_the_key_nor_a_token(staffed: Site):
     assert TOKENS["admin"] not in repr(row)
 
 
-@on_either
 async def test_a_session_and_its_forms_hold_in_every_process(staffed: Site):
     """Two applications over one database, as two workers without sticky sessions."""
     async with staffed.client() as one, staffed.client() as other:
