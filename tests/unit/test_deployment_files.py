@@ -341,168 +341,12 @@ def pod(kind: str, *, of: str = "worker") -> dict[str, Any]:
     return spec
 
 
-PODS = [("Deployment", "worker"), ("Job", "worker"), ("Deployment", "provision"), ("Deployment", "host")]
-
-
-@pytest.mark.parametrize(("kind", "of"), PODS)
-def test_a_pod_has_no_rights_and_can_write_its_volume_only(kind: str, of: str, containerfile):
-    spec = pod(kind, of=of)
-    uid, gid = map(int, containerfile["USER"].split(":"))
-
-    assert spec["securityContext"] == {
-        "runAsNonRoot": True,
-        "runAsUser": uid,
-        "runAsGroup": gid,
-        "fsGroup": gid,
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
-    assert spec["automountServiceAccountToken"] is False
-    [container] = spec["containers"]
-    assert container["securityContext"] == {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-    }
-    assert {"requests", "limits"} == set(container["resources"])
-    assert unknown_words(" ".join(container["args"])) == []
-
-
-@pytest.mark.parametrize(("kind", "of"), PODS)
-def test_what_is_mounted_lies_where_the_worker_looks(kind: str, of: str, containerfile):
-    spec = pod(kind, of=of)
-    [container] = spec["containers"]
-    mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
-
-    assert set(mounts) == {volume["name"] for volume in spec["volumes"]}
-    assert mounts["secrets"]["mountPath"] == places.MOUNTED_SECRETS
-    assert mounts["work"]["mountPath"] == containerfile["VOLUME"]
-    assert [name for name, mount in mounts.items() if not mount.get("readOnly")] == ["work"]
-    if kind == "Deployment":
-        assert f"{mounts['config']['mountPath']}/worker.toml" in places.CONFIG_PLACES
-
-
-def test_the_owners_url_is_shown_to_the_upgrade_only():
-    [workers] = [volume["secret"] for volume in pod("Deployment")["volumes"] if "secret" in volume]
-    [upgrade] = [volume["projected"] for volume in pod("Job")["volumes"] if "projected" in volume]
-
-    assert workers["secretName"] == "worker-secrets"
-    assert [one["secret"]["name"] for one in upgrade["sources"]] == ["worker-secrets", "owner-secrets"]
-
-
-def test_the_provisioner_of_the_cluster_has_the_management_secret_and_is_apart_from_the_workers():
-    spec = pod("Deployment", of="provision")
-    [projected] = [volume["projected"] for volume in spec["volumes"] if "projected" in volume]
-    [container] = spec["containers"]
-    labels = manifest("Deployment", of="provision")["spec"]["template"]["metadata"]["labels"]
-
-    assert [one["secret"]["name"] for one in projected["sources"]] == ["worker-secrets", "provision-secrets"]
-    assert container["args"] == ["provision"]
-    assert spec["terminationGracePeriodSeconds"] > LAST_TURN + CHECK_EVERY
-    assert manifest("Deployment", of="provision")["spec"]["selector"]["matchLabels"] == labels
-    assert manifest("NetworkPolicy", of="provision")["spec"]["podSelector"]["matchLabels"] == labels
-    assert manifest("Service", of="provision")["spec"]["selector"] == labels
-    assert labels != manifest("Deployment")["spec"]["template"]["metadata"]["labels"]
-    # Providers reach the port of webhooks only, by way of the proxy.
-    [served] = manifest("Service", of="provision")["spec"]["ports"]
-    assert served["targetPort"] == "hooks"
-    rules = manifest("NetworkPolicy", of="provision")["spec"]["ingress"]
-    assert [rule["ports"][0]["port"] for rule in rules] == ["hooks", "health"]
-
-
-def test_the_hosts_of_the_cluster_have_neither_the_database_nor_the_key_ring():
-    spec = pod("Deployment", of="host")
-    volumes = {volume["name"]: volume for volume in spec["volumes"]}
-    [container] = spec["containers"]
-    labels = manifest("Deployment", of="host")["spec"]["template"]["metadata"]["labels"]
-
-    assert volumes["secrets"]["secret"] == {"secretName": "host-secrets", "defaultMode": 0o440}
-    assert volumes["config"]["configMap"]["items"] == [{"key": "host.toml", "path": "worker.toml"}]
-    assert container["args"] == ["host"]
-    assert {variable["name"] for variable in container["env"]} == {
-        "WORKER_WEB__HEALTH_LISTEN",
-        "WORKER_HOST__TOKEN_FILE",
-    }
-    assert spec["terminationGracePeriodSeconds"] > DRAINED
-    assert manifest("Deployment", of="host")["spec"]["selector"]["matchLabels"] == labels
-    assert labels != manifest("Deployment")["spec"]["template"]["metadata"]["labels"]
-    policy = manifest("NetworkPolicy", of="host")["spec"]
-    assert policy["podSelector"]["matchLabels"] == labels
-    assert [rule["ports"][0]["port"] for rule in policy["ingress"]] == ["health"]
-    # They reach the workers, and nothing else of them than the attempt listener.
-    service = manifest("Service", of="attempts")["spec"]
-    [rule] = manifest("NetworkPolicy", of="attempts")["spec"]["ingress"]
-    assert rule["from"] == [{"podSelector": {"matchLabels": labels}}]
-    assert [port["port"] for port in rule["ports"]] == [port["targetPort"] for port in service["ports"]]
-    workers = manifest("Deployment")["spec"]["template"]["metadata"]["labels"]
-    assert service["selector"] == workers
-    assert manifest("NetworkPolicy", of="attempts")["spec"]["podSelector"]["matchLabels"] == workers
-
-
-def test_probes_ask_what_the_worker_answers_at_its_port_for_health():
-    [container] = pod("Deployment")["containers"]
-    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-
-    asked = {name: container[name]["httpGet"] for name in container if name.endswith("Probe")}
-    assert {name: get["path"] for name, get in asked.items()} == {
-        "startupProbe": "/livez",
-        "livenessProbe": "/livez",
-        "readinessProbe": "/readyz",
-    }
-    assert {get["path"] for get in asked.values()} < PATHS
-    assert ports == {"http": PORT, "health": HEALTH_PORT}
-    assert {get["port"] for get in asked.values()} == {"health"}
-    assert container["env"] == [
-        {"name": "WORKER_WEB__LISTEN", "value": f"0.0.0.0:{PORT}"},
-        {"name": "WORKER_WEB__HEALTH_LISTEN", "value": f"0.0.0.0:{HEALTH_PORT}"},
-    ]
-    [endpoint] = manifest("PodMonitor")["spec"]["podMetricsEndpoints"]
-    assert (endpoint["path"] in PATHS, endpoint["port"]) == (True, "health")
-    # The Service leads to API and console only.
-    [served] = manifest("Service")["spec"]["ports"]
-    assert (served["port"], served["targetPort"]) == (PORT, "http")
-
-
-def test_only_the_proxy_reaches_http_and_only_the_monitor_reaches_health():
-    policy = manifest("NetworkPolicy")["spec"]
-    kustomization = manifest("Kustomization")
-
-    assert policy["policyTypes"] == ["Ingress"]
-    allowed = {}
-    for rule in policy["ingress"]:
-        [port] = rule["ports"]
-        # One peer each, by namespace and pod at once: two list entries would be either of them.
-        [peer] = rule["from"]
-        assert set(peer) == {"namespaceSelector", "podSelector"}
-        assert all(selector["matchLabels"] for selector in peer.values())
-        assert port["protocol"] == "TCP"
-        allowed[port["port"]] = peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
-    assert allowed == {"http": "ingress-nginx", "health": "monitoring"}
-    assert "networkpolicy.yaml" in kustomization["resources"]
-    # The Job listens to nothing.
-    job = manifest("NetworkPolicy", of="upgrade")["spec"]
-    assert (job["policyTypes"], job["ingress"]) == (["Ingress"], [])
-    assert job["podSelector"]["matchLabels"] == manifest("Job")["spec"]["template"]["metadata"]["labels"]
-    # The page says which two names to edit.
-    page = (ROOT / "docs/operating/kubernetes.md").read_text()
-    assert all(f"`{name}`" in page for name in allowed.values())
-
-
 def test_a_pod_may_drain_and_a_deploy_or_an_emptied_node_takes_one_at_a_time():
     deployment = manifest("Deployment")["spec"]
 
     assert pod("Deployment")["terminationGracePeriodSeconds"] > DRAINED
     assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
     assert manifest("PodDisruptionBudget")["spec"]["maxUnavailable"] == 1 < deployment["replicas"]
-
-
-def test_all_mean_the_same_pods():
-    labels = manifest("Deployment")["spec"]["template"]["metadata"]["labels"]
-
-    for kind in ("Deployment", "PodDisruptionBudget", "PodMonitor"):
-        assert manifest(kind)["spec"]["selector"]["matchLabels"] == labels
-    assert manifest("NetworkPolicy")["spec"]["podSelector"]["matchLabels"] == labels
-    assert manifest("Service")["spec"]["selector"] == labels
-    assert manifest("Job")["spec"]["template"]["metadata"]["labels"] != labels
 
 
 def test_what_kustomize_puts_together_is_there_and_of_this_release():
@@ -512,6 +356,9 @@ def test_what_kustomize_puts_together_is_there_and_of_this_release():
     [config] = [volume["configMap"] for volume in pod("Deployment")["volumes"] if "configMap" in volume]
 
     assert all((KUBERNETES / name).is_file() for name in (*kustomization["resources"], *generated["files"]))
+    assert "networkpolicy.yaml" in kustomization["resources"]
+    [endpoint] = manifest("PodMonitor")["spec"]["podMetricsEndpoints"]
+    assert (endpoint["path"] in PATHS, endpoint["port"]) == (True, "health")
     assert generated["name"] == config["name"]
     assert pod("Deployment")["containers"][0]["image"] == image["name"]
     assert pod("Job")["containers"][0]["image"] == f"{image['newName']}:{image['newTag']}"

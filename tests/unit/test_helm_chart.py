@@ -17,6 +17,9 @@ from tests.fakes.helm import MISSING, Rendered, render
 from tests.fakes.pages import blocks, unknown_words
 from worker import settings as places
 from worker.execution.incarnation import LAST_FLUSH
+from worker.operations.provision_loop import LAST_TURN
+from worker.web.database_health import CHECK_EVERY
+from worker.web.health import PATHS
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "config" / "helm" / "orgworker"
@@ -26,6 +29,10 @@ VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["versi
 # The release that the chart names as its oldest, and the newest with a schema.
 RELEASES = ("1.25", "1.37")
 COMPONENTS = ("worker", "serve", "provision", "host")
+UID, VOLUME = re.search(
+    r"(?m)^USER (\d+):\1\nWORKDIR .+\nVOLUME (.+)$", (ROOT / "config" / "Containerfile").read_text()
+).groups()  # type: ignore[union-attr]
+
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
@@ -217,8 +224,7 @@ def test_a_release_has_what_is_enabled_and_nothing_else(rendered):
 @good
 def test_each_pod_has_no_rights_and_writes_its_volume_only(rendered, case: str):
     for name, spec in pods(rendered[case]):
-        assert spec["securityContext"]["runAsNonRoot"] is True, name
-        assert spec["automountServiceAccountToken"] is False
+        assert spec["automountServiceAccountToken"] is False, name
         [container] = spec["containers"]
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
@@ -231,6 +237,14 @@ def test_each_pod_has_no_rights_and_writes_its_volume_only(rendered, case: str):
         writable = {each for each, mount in mounts.items() if not mount.get("readOnly")}
         assert writable - {"exports"} == {"work"}
         assert mounts["secrets"]["mountPath"] == places.MOUNTED_SECRETS
+        assert mounts["work"]["mountPath"] == VOLUME
+        if "config" in mounts:
+            assert f"{mounts['config']['mountPath']}/worker.toml" in places.CONFIG_PLACES
+        asked = {key: container[key]["httpGet"] for key in container if key.endswith("Probe")}
+        assert {key: get["path"] for key, get in asked.items()} == {
+            key: "/readyz" if key == "readinessProbe" else "/livez" for key in asked
+        }
+        assert {get["path"] for get in asked.values()} < PATHS
 
 
 # The volumes that the Pod Security Standard `restricted` allows.
@@ -253,10 +267,10 @@ def test_each_pod_meets_the_standard_restricted(rendered, case: str):
     for name, spec in pods(rendered[case]):
         assert {key for volume in spec["volumes"] for key in volume} - {"name"} <= RESTRICTED, name
         assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & set(spec)
-        assert (spec["securityContext"]["runAsUser"], spec["securityContext"]["seccompProfile"]) == (
-            10001,
-            {"type": "RuntimeDefault"},
-        )
+        assert spec["securityContext"] == {
+            **{"runAsNonRoot": True, "runAsUser": int(UID), "runAsGroup": int(UID), "fsGroup": int(UID)},
+            "seccompProfile": {"type": "RuntimeDefault"},
+        }
         assert not any("hostPort" in port for port in spec["containers"][0].get("ports", []))
 
 
@@ -330,6 +344,8 @@ def test_a_pod_takes_the_settings_that_the_chart_gives_it(rendered, tmp_path: Pa
             assert {key: f"0.0.0.0:{port}" for key, port in ports.items()} == {
                 key: listen for key, listen in listeners.items() if listen
             }
+            if component == "provision":
+                assert spec["terminationGracePeriodSeconds"] > LAST_TURN + CHECK_EVERY
             if component in ("worker", "host"):
                 drain = settings.execution.drain.total_seconds()
                 assert drain == {"all": {"worker": 600}}.get(case, {}).get(component, 60)
@@ -359,22 +375,24 @@ def test_the_image_is_pulled_by_digest_if_there_is_one(rendered):
 
 
 def test_services_policies_and_budgets_select_the_pods_of_one_kind(rendered):
-    for case in GOOD:
-        made = rendered[case]
-        labels = {
-            name: made.one("Deployment", name)["spec"]["template"]["metadata"]["labels"]
-            for name in made.names("Deployment")
-        }
-        jobs = [job["spec"]["template"]["metadata"]["labels"] for job in made.objects if job["kind"] == "Job"]
-        for each in made.objects:
+    """Those of the chart, and of the manifests."""
+    for case, objects in {
+        **{case: rendered[case].objects for case in GOOD},
+        "plain": list(manifests()),
+    }.items():
+        labels, jobs = (
+            [each["spec"]["template"]["metadata"]["labels"] for each in objects if each["kind"] == kind]
+            for kind in ("Deployment", "Job")
+        )
+        for each in objects:
             selector = each.get("spec", {}).get("selector") or each.get("spec", {}).get("podSelector")
             if selector is None or each["kind"] == "ServiceMonitor":
                 continue
             wanted = selector.get("matchLabels", selector)
-            chosen = [name for name, given in labels.items() if wanted.items() <= given.items()]
+            chosen = [given for given in labels if wanted.items() <= given.items()]
             its_jobs = [given for given in jobs if wanted.items() <= given.items()]
             # Only the Job's own policy selects its pods.
-            is_of_job = each["kind"] == "NetworkPolicy" and each["metadata"]["name"] == "orgworker-upgrade"
+            is_of_job = each["kind"] == "NetworkPolicy" and each["metadata"]["name"].endswith("upgrade")
             expected = (0, 1) if is_of_job else (1, 0)
             assert (len(chosen), len(its_jobs)) == expected, (case, each["kind"], each["metadata"]["name"])
 
@@ -484,6 +502,7 @@ def test_services_and_budgets_equal_those_of_the_manifests(rendered, kind: str):
         assert made.get("maxUnavailable") == spec.get("maxUnavailable")
         ports = [[(port["name"], port["port"]) for port in each.get("ports", [])] for each in (made, spec)]
         assert ports[0] == ports[1]
+        assert all(port["targetPort"] in (port["name"], port["port"]) for port in spec.get("ports", []))
 
 
 def test_policies_equal_those_of_the_manifests(rendered):
