@@ -35,8 +35,6 @@ SERIES: dict[str, Metric] = {
 # Labels that Prometheus adds to every scraped series.
 ADDED = frozenset({"instance", "job"})
 
-rules = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
-
 
 def test_the_files_hold_rules_and_panels():
     assert len({rule["alert"] for rule in RULES}) == len(RULES) >= 15
@@ -82,31 +80,26 @@ def test_a_value_that_is_compared_is_one_that_comes():
     assert {(label, value) for label, value in compared if value not in closed[label]} == set()
 
 
-@rules
-def test_a_first_rise_is_seen_since_the_series_is_there_before_it(rule: dict[str, Any]):
+def test_a_first_rise_is_seen_since_the_series_is_there_before_it():
     """Prometheus takes a counter that appears as 1 for one that has always been 1."""
-    if "increase" in rule["expr"] and rule["expr"].endswith("> 0"):
-        for name, _ in selectors(rule["expr"]):
-            begun = (f"{PREFIX}events_total", f"{PREFIX}attempt_states_total")
-            assert not SERIES[name].labels or name in begun
+    begun = (f"{PREFIX}events_total", f"{PREFIX}attempt_states_total")
+    for rule in RULES:
+        if "increase" in rule["expr"] and rule["expr"].endswith("> 0"):
+            names = [name for name, _ in selectors(rule["expr"])]
+            assert not [name for name in names if SERIES[name].labels and name not in begun], rule["alert"]
 
 
-@rules
-def test_a_rule_has_what_prometheus_takes_and_no_more(rule: dict[str, Any]):
-    assert set(rule) - {"for"} == {"alert", "expr", "labels", "annotations"}
-    assert re.fullmatch(r"Orgworker([A-Z][a-z]+)+", rule["alert"])
-    assert promql.parse_duration(rule.get("for", "1m")) <= timedelta(hours=1)
-    assert set(rule["labels"]) == {"severity"}
-    assert rule["labels"]["severity"] in ("warning", "critical")
-
-
-@rules
-def test_a_rule_says_what_it_is_and_what_to_do_with_labels_that_it_has(rule: dict[str, Any]):
-    annotations = rule["annotations"]
-
-    assert set(annotations) == {"summary", "description"}
-    assert all(text.endswith(".") for text in annotations.values())
-    assert labels_in("".join(annotations.values())) <= result_of(rule["expr"]).labels
+def test_a_rule_has_what_prometheus_takes_and_says_what_to_do_with_labels_that_it_has():
+    for rule in RULES:
+        assert set(rule) - {"for"} == {"alert", "expr", "labels", "annotations"}
+        assert re.fullmatch(r"Orgworker([A-Z][a-z]+)+", rule["alert"])
+        assert promql.parse_duration(rule.get("for", "1m")) <= timedelta(hours=1), rule["alert"]
+        assert set(rule["labels"]) == {"severity"}, rule["alert"]
+        assert rule["labels"]["severity"] in ("warning", "critical"), rule["alert"]
+        annotations = rule["annotations"]
+        assert set(annotations) == {"summary", "description"}, rule["alert"]
+        assert all(text.endswith(".") for text in annotations.values()), rule["alert"]
+        assert labels_in("".join(annotations.values())) <= result_of(rule["expr"]).labels, rule["alert"]
 
 
 def test_a_loop_is_reported_as_stalled_when_its_worker_says_so():
@@ -115,22 +108,19 @@ def test_a_loop_is_reported_as_stalled_when_its_worker_says_so():
     assert stalled["expr"].endswith(f"> {PATIENCE:g}")
 
 
-@pytest.mark.parametrize(("title", "target"), QUERIES)
-def test_a_legend_names_only_labels_that_its_query_has(title: str, target: dict[str, Any]):
-    assert labels_in(target["legendFormat"]) <= result_of(target["expr"]).labels
+def test_a_legend_names_only_labels_that_its_query_has():
+    for title, target in QUERIES:
+        assert labels_in(target["legendFormat"]) <= result_of(target["expr"]).labels, title
 
 
-@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
-def test_a_panel_shows_seconds_as_seconds_and_bytes_as_bytes(panel: dict[str, Any]):
-    names = [name for target in panel["targets"] for name, _ in selectors(target["expr"])]
+def test_a_panel_shows_seconds_as_seconds_and_bytes_as_bytes():
     units = {"s": "_seconds", "bytes": "_bytes"}
-    unit = panel["fieldConfig"]["defaults"]["unit"]
-    measured = {re.sub(r"_(bucket|sum|count)$", "", name) for name in names}
-
-    if unit in units:
-        assert all(name.endswith(units[unit]) for name in measured)
-    else:
-        assert not any(name.endswith(tuple(units.values())) for name in measured)
+    for panel in PANELS:
+        names = [name for target in panel["targets"] for name, _ in selectors(target["expr"])]
+        unit = panel["fieldConfig"]["defaults"]["unit"]
+        measured = {re.sub(r"_(bucket|sum|count)$", "", name) for name in names}
+        ends = (units[unit],) if unit in units else tuple(units.values())
+        assert {name.endswith(ends) for name in measured} == {unit in units}, panel["title"]
 
 
 def test_the_boards_panels_lie_beside_each_other():

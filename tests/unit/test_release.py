@@ -91,16 +91,8 @@ def test_without_a_commit_it_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_a_checkout_asks_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def git(*arguments: str) -> str:
-        command = [
-            "git",
-            "-C",
-            str(tmp_path),
-            "-c",
-            "user.name=x",
-            "-c",
-            "user.email=x@example.com",
-            *arguments,
-        ]
+        named = ("-c", "user.name=x", "-c", "user.email=x@example.com")
+        command = ["git", "-C", str(tmp_path), *named, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     (tmp_path / "worker").mkdir()
