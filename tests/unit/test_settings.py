@@ -526,10 +526,7 @@ def test_the_example_of_a_host_names_every_setting_of_a_host():
     loaded = load_for_host(str(example), environ={})
 
     assert loaded == Settings().model_copy(
-        update={
-            "host": loaded.host,
-            "execution": ExecutionSettings(sandbox="require"),
-        }
+        update={"host": loaded.host, "execution": ExecutionSettings(sandbox="require")}
     )
     assert set(tree) == {*HOST_SECTIONS, "web", "secrets_dir"}
     assert set(tree["execution"]) == set(ExecutionSettings.model_fields) - set(NOT_OF_HOSTS)

@@ -59,16 +59,6 @@ def test_what_is_not_understood_exits_2_and_says_so(
     assert "Traceback" not in printed.err
 
 
-@pytest.mark.parametrize("asked", [["-o", "json"], ["-ojson"], ["--output=json"], ["--output", "json"]])
-def test_a_usage_error_is_json_where_json_was_asked_for(asked: list[str], capsys: pytest.CaptureFixture[str]):
-    assert invoke(["runs", "list", *asked, "--nonsense"]) == 2
-
-    error = json.loads(capsys.readouterr().err)["error"]
-    assert error["code"] == "usage"
-    assert "--nonsense" in error["message"]
-    assert "runs list --help" in error["fix"]
-
-
 @pytest.mark.parametrize("option", ["--config", "--set", "--debug"])
 def test_an_option_behind_the_verb_is_told_its_place(option: str, capsys: pytest.CaptureFixture[str]):
     assert invoke(["runs", "list", option, "x"]) == 2
@@ -182,15 +172,6 @@ def test_ps_shows_what_a_process_does(verb: str, shown: str | None):
         own.write_text(before)
 
 
-def test_a_list_without_a_database_says_how_to_make_one_and_makes_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    assert invoke(["runs", "list", "-o", "json"]) == 78
-
-    assert "db upgrade" in json.loads(capsys.readouterr().err)["error"]["fix"]
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]):
     assert invoke(["--version"]) == 0
 
@@ -209,26 +190,6 @@ def test_keys_are_generated_once(capsys: pytest.CaptureFixture[str]):
     assert invoke(["keys", "generate"]) == 5
     assert ring.read_bytes() == before
     assert keys.app is not None
-
-
-def test_a_preview_needs_no_database(capsys: pytest.CaptureFixture[str]):
-    command = ["definitions", "next", "--schedule", "30 2 * * *", "--timezone", "Europe/Berlin"]
-
-    assert invoke([*command, "--from", "2030-03-30T12:00:00Z", "-n", "2", "-o", "json"]) == 0
-
-    rows = json.loads(capsys.readouterr().out)
-    assert [row["scheduled_for"] for row in rows] == [
-        "2030-03-31T01:00:00.000000Z",
-        "2030-04-01T00:30:00.000000Z",
-    ]
-    assert [list(row) for row in rows] == [["scheduled_for", "local", "note"]] * 2
-    assert "forward" in rows[0]["note"]
-
-
-def test_a_preview_of_a_schedule_that_cannot_be_is_refused(capsys: pytest.CaptureFixture[str]):
-    assert invoke(["definitions", "next", "--schedule", "0 0 31 2 *"]) == 78
-
-    assert "0 0 31 2 *" in capsys.readouterr().err
 
 
 def test_the_console_script_without_a_verb_prints_help(

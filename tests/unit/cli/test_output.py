@@ -37,9 +37,7 @@ def test_a_table_has_its_columns_aligned_and_long_cells_cut(capsys: pytest.Captu
     assert lines[2] == "1   succeeded  -                     " + "x" * 79 + "…"
 
 
-def test_json_is_one_array_of_objects_with_every_key_and_instants_in_utc(
-    capsys: pytest.CaptureFixture[str],
-):
+def test_json_is_one_array_of_objects_with_every_key_and_instants_in_utc(capsys: pytest.CaptureFixture[str]):
     print_rows(RUNS, Format.JSON, columns=COLUMNS)
 
     rows = json.loads(capsys.readouterr().out)
@@ -57,9 +55,7 @@ def test_jsonl_is_an_object_a_line_and_id_is_an_id_a_line(capsys: pytest.Capture
     assert lines[2:] == ["2", "1"]
 
 
-def test_an_empty_list_is_an_empty_array_and_for_people_a_word_on_stderr(
-    capsys: pytest.CaptureFixture[str],
-):
+def test_an_empty_list_is_an_empty_array_and_for_people_a_word_on_stderr(capsys: pytest.CaptureFixture[str]):
     print_rows([], Format.JSON, columns=COLUMNS)
     print_rows([], Format.TABLE, columns=COLUMNS)
 

@@ -35,13 +35,7 @@ def test_a_budget_is_for_an_org_or_for_those_that_it_selects():
 
     one, many = file.budgets
     assert one == BudgetEntry(
-        "llm_tokens",
-        "day",
-        org="org_acme",
-        limit=1000,
-        at_limit="ask",
-        warn_at=0.5,
-        zone="Europe/Berlin",
+        "llm_tokens", "day", org="org_acme", limit=1000, at_limit="ask", warn_at=0.5, zone="Europe/Berlin"
     )
     assert (many.orgs, many.property_name) == (Selector(tags=frozenset({"pro"})), "daily_tokens")
     assert (many.at_limit, many.warn_at, many.zone) == ("wait", 0.8, None)

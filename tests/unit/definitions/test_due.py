@@ -31,32 +31,60 @@ def decide(text: str, *, first: str, now: str, spread: timedelta = timedelta(0),
     return decide_due(schedule(text), MisfirePolicy(**policy), first=utc(first), now=utc(now), spread=spread)
 
 
-def test_an_instant_that_has_just_come_runs():
-    due = decide("0 * * * *", first="2030-01-01T01:00", now="2030-01-01T01:00:00.2")
+# Schedule, next instant and now, in January 2030; the policy; what runs, the skips, and what is next.
+QUARTER = {"spread": timedelta(minutes=15), "mode": "skip"}
+DECISIONS: dict[str, tuple[str, str, str, dict[str, Any], list[str], list[tuple[str, str, int]], str]] = {
+    "just come": ("0 * * * *", "01T01:00", "01T01:00:00.2", {}, ["01T01:00"], [], "01T02:00"),
+    "not yet": ("0 * * * *", "01T01:00", "01T00:59:59.999999", {}, [], [], "01T01:00"),
+    "three hours down": (
+        *("0 * * * *", "01T01:00", "01T03:30", {}),
+        *(["01T03:00"], [("01T01:00", "01T02:00", 2)], "01T04:00"),
+    ),
+    "one on time stands for the missed": (
+        *("0 * * * *", "01T01:00", "01T03:00:10", {}),
+        *(["01T03:00"], [("01T01:00", "01T02:00", 2)], "01T04:00"),
+    ),
+    "skip runs what is on time": (
+        *("* * * * *", "01T00:00", "01T00:05:30", {"mode": "skip", "grace": timedelta(seconds=60)}),
+        *(["01T00:05"], [("01T00:00", "01T00:04", 5)], "01T00:06"),
+    ),
+    "late by the grace": ("0 0 * * *", "02", "02T00:01:00", {"mode": "skip"}, ["02"], [], "03"),
+    "later": ("0 0 * * *", "02", "02T00:01:00.000001", {"mode": "skip"}, [], [("02", "02", 1)], "03"),
+    "a day is within a daily period": ("0 3 * * *", "01T03:00", "02T02:59", {}, ["01T03:00"], [], "02T03:00"),
+    "not within": (
+        *("0 3 * * *", "01T03:00", "01T05:00", {"within": HOUR}),
+        *([], [("01T03:00", "01T03:00", 1)], "02T03:00"),
+    ),
+    # Nothing comes after it that could stand for it.
+    "single": ("at 2030-01-01T03:00:00Z", "01T03:00", "20T00:00", {}, ["01T03:00"], [], ""),
+    "spread, early": ("0 * * * *", "01T01:00", "01T01:14:59", QUARTER, [], [], "01T01:00"),
+    "spread, on time": ("0 * * * *", "01T01:00", "01T01:16:00", QUARTER, ["01T01:00"], [], "01T02:00"),
+    "spread, late": (
+        *("0 * * * *", "01T01:00", "01T01:16:01", QUARTER),
+        *([], [("01T01:00", "01T01:00", 1)], "01T02:00"),
+    ),
+    "spans end at midnight": (
+        *("0 */6 * * *", "01T12:00", "03T07:00", {"mode": "skip"}, []),
+        [("01T12:00", "01T18:00", 2), ("02T00:00", "02T18:00", 4), ("03T00:00", "03T06:00", 2)],
+        "03T12:00",
+    ),
+    "a clock set back": ("0 * * * *", "01T05:00", "01T03:30", {}, [], [], "01T05:00"),
+    # New zone data moved 03:00 local; the instant stored under the old data does not exist any more.
+    "changed rules": ("0 3 * * *", "01T02:00", "01T02:00:01", {}, [], [], "01T03:00"),
+}
 
-    assert due == Due([utc("2030-01-01T01:00")], [], utc("2030-01-01T02:00"))
 
+@pytest.mark.parametrize("case", DECISIONS)
+def test_what_runs_what_is_skipped_and_what_is_next(case: str):
+    text, first, now, policy, runs, skipped, following = DECISIONS[case]
 
-def test_nothing_is_due_before_its_time():
-    due = decide("0 * * * *", first="2030-01-01T01:00", now="2030-01-01T00:59:59.999999")
+    due = decide(text, first=f"2030-01-{first}", now=f"2030-01-{now}", **policy)
 
-    assert due == Due([], [], utc("2030-01-01T01:00"))
-
-
-def test_a_late_worker_runs_the_last_missed_instant_once():
-    """A worker down for three hours runs an hourly definition once, for the last hour."""
-    due = decide("0 * * * *", first="2030-01-01T01:00", now="2030-01-01T03:30")
-
-    assert due.runs == [utc("2030-01-01T03:00")]
-    assert due.skipped == [Span(utc("2030-01-01T01:00"), utc("2030-01-01T02:00"), 2, "missed")]
-    assert due.next == utc("2030-01-01T04:00")
-
-
-def test_an_instant_on_time_stands_for_the_missed_ones():
-    due = decide("0 * * * *", first="2030-01-01T01:00", now="2030-01-01T03:00:10")
-
-    assert due.runs == [utc("2030-01-01T03:00")]
-    assert due.skipped == [Span(utc("2030-01-01T01:00"), utc("2030-01-01T02:00"), 2)]
+    assert due.runs == [utc(f"2030-01-{run}") for run in runs]
+    assert due.skipped == [
+        Span(utc(f"2030-01-{begin}"), utc(f"2030-01-{end}"), count) for begin, end, count in skipped
+    ]
+    assert due.next == (utc(f"2030-01-{following}") if following else None)
 
 
 @pytest.mark.parametrize(
@@ -76,76 +104,6 @@ def test_three_hours_without_a_worker(policy, runs, skips):
     assert len(due.runs) == runs
     assert sum(span.count for span in due.skipped) == skips
     assert due.next == utc("2030-01-01T03:10")
-
-
-def test_misfire_skip_still_runs_what_is_on_time():
-    due = decide(
-        "* * * * *",
-        first="2030-01-01T00:00",
-        now="2030-01-01T00:05:30",
-        mode="skip",
-        grace=timedelta(seconds=60),
-    )
-
-    assert due.runs == [utc("2030-01-01T00:05")]
-    assert due.skipped == [Span(utc("2030-01-01T00:00"), utc("2030-01-01T00:04"), 5)]
-
-
-def test_lateness_exactly_the_grace_is_on_time():
-    on_time = decide("0 0 * * *", first="2030-01-02", now="2030-01-02T00:01:00", mode="skip")
-    missed = decide("0 0 * * *", first="2030-01-02", now="2030-01-02T00:01:00.000001", mode="skip")
-
-    assert on_time.runs == [utc("2030-01-02")]
-    assert missed.runs == []
-    assert missed.skipped == [Span(utc("2030-01-02"), utc("2030-01-02"), 1)]
-
-
-def test_by_default_a_missed_daily_instant_runs_for_a_day():
-    """The period counts where it is longer than an hour."""
-    due = decide("0 3 * * *", first="2030-01-01T03:00", now="2030-01-02T02:59")
-
-    assert due.runs == [utc("2030-01-01T03:00")]
-
-
-def test_misfire_within_keeps_old_instants_from_running():
-    due = decide("0 3 * * *", first="2030-01-01T03:00", now="2030-01-01T05:00", within=HOUR)
-
-    assert due.runs == []
-    assert due.skipped == [Span(utc("2030-01-01T03:00"), utc("2030-01-01T03:00"), 1)]
-
-
-def test_a_missed_single_instant_runs_however_late():
-    """Nothing comes after it that could stand for it."""
-    due = decide("at 2030-01-01T03:00:00Z", first="2030-01-01T03:00", now="2030-01-20T00:00")
-
-    assert due == Due([utc("2030-01-01T03:00")], [], None)
-
-
-def test_spread_delays_the_firing_and_lateness_counts_from_there():
-    quarter = timedelta(minutes=15)
-    early = decide(
-        "0 * * * *", first="2030-01-01T01:00", now="2030-01-01T01:14:59", spread=quarter, mode="skip"
-    )
-    on_time = decide(
-        "0 * * * *", first="2030-01-01T01:00", now="2030-01-01T01:16:00", spread=quarter, mode="skip"
-    )
-    late = decide(
-        "0 * * * *", first="2030-01-01T01:00", now="2030-01-01T01:16:01", spread=quarter, mode="skip"
-    )
-
-    assert early == Due([], [], utc("2030-01-01T01:00"))
-    assert on_time.runs == [utc("2030-01-01T01:00")]
-    assert late.skipped == [Span(utc("2030-01-01T01:00"), utc("2030-01-01T01:00"), 1)]
-
-
-def test_spans_end_at_utc_midnight():
-    due = decide("0 */6 * * *", first="2030-01-01T12:00", now="2030-01-03T07:00", mode="skip")
-
-    assert due.skipped == [
-        Span(utc("2030-01-01T12:00"), utc("2030-01-01T18:00"), 2),
-        Span(utc("2030-01-02T00:00"), utc("2030-01-02T18:00"), 4),
-        Span(utc("2030-01-03T00:00"), utc("2030-01-03T06:00"), 2),
-    ]
 
 
 @pytest.mark.parametrize("text", ["* * * * * *", "every 1s"])
@@ -190,19 +148,6 @@ def test_nothing_more_is_due_after_ends_at():
     due = decide_due(trigger, MisfirePolicy(), first=utc("2030-01-01T01:00"), now=utc("2030-01-01T05:00"))
 
     assert due == Due([], [Span(utc("2030-01-01T01:00"), utc("2030-01-01T01:00"), 1)], None)
-
-
-def test_a_clock_set_back_fires_nothing_and_forgets_nothing():
-    due = decide("0 * * * *", first="2030-01-01T05:00", now="2030-01-01T03:30")
-
-    assert due == Due([], [], utc("2030-01-01T05:00"))
-
-
-def test_a_stored_instant_that_changed_rules_no_longer_name_does_not_fire():
-    """New zone data moved 03:00 local; the instant stored under the old data is none any more."""
-    due = decide("0 3 * * *", first="2030-01-01T02:00", now="2030-01-01T02:00:01")
-
-    assert due == Due([], [], utc("2030-01-01T03:00"))
 
 
 def without(text: str, *dates: str, zone: str = "UTC") -> Trigger:
@@ -381,11 +326,7 @@ def test_the_decision_equals_the_rule_applied_to_a_list(where, dates, start, pol
     elif missed:
         following = trigger.after(missed[-1])
         within = timedelta.max if following is None else max(HOUR, following - missed[-1])
-    chosen = {
-        "once": [] if on_time else missed[-1:],
-        "skip": [],
-        "all": missed[-policy.limit :],
-    }[policy.mode]
+    chosen = {"once": [] if on_time else missed[-1:], "skip": [], "all": missed[-policy.limit :]}[policy.mode]
     expected = [instant for instant in chosen if late[instant] <= within] + on_time
     assert due.runs == expected[: due_module.MAX_RUNS]
     if len(expected) <= due_module.MAX_RUNS:

@@ -26,37 +26,6 @@ KEY_ERROR = {"type": "KeyError", "message": "'name'"}
 
 
 @pytest.mark.parametrize(
-    ("happened", "words"),
-    [
-        (change("waiting", "due"), None),
-        (change("running"), None),
-        (change("succeeded", took=1.234), "succeeded in 1.2 s"),
-        (change("failed", "error", error=KEY_ERROR), "failed: KeyError: 'name'"),
-        (change("waiting", "retry", error=KEY_ERROR), "failed, to be retried: KeyError: 'name'"),
-        (change("failed", "error"), "failed: its handler raised an error"),
-        (
-            change("waiting", "answer", "approval", ask=ASK),
-            "waits for an answer: Refund 40 EUR to Ada? yes / no",
-        ),
-        (change("waiting", "answer", "approval", ask=[1]), "waits for an answer: approval"),
-        (change("waiting", "budget", "letters"), "used up its budget of letters"),
-        (change("refused", "org_mismatch"), "refused: another org's token, handler not called"),
-        (
-            change("refused", "org_mismatch", handler_started=True),
-            "refused: another org's token, handler called already",
-        ),
-        (
-            change("waiting", "no_token", "credentials_rejected: issuer main …"),
-            "waits: no token, the provider rejects its secret",
-        ),
-        (change("waiting", "something_new", "of it"), "waits: something new: of it"),
-    ],
-)
-def test_what_happened_in_words(happened: RunChange, words: str | None):
-    assert words_of(happened) == words
-
-
-@pytest.mark.parametrize(
     ("before", "happened", "words"),
     [
         (

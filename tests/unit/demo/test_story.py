@@ -30,30 +30,9 @@ def narrator_of(clock, journal: FakeJournal) -> Narrator:
     return Narrator(journal, clock, clock.monotonic(), command=COMMAND, console=CONSOLE)
 
 
-def tell(clock, *changes: RunChange) -> Narrator:
-    journal = FakeJournal()
-    narrator = narrator_of(clock, journal)
-    journal.changes = list(changes)
-    narrator.narrate()
-    return narrator
-
-
 def change(state: str, reason: str | None = None, detail: str | None = None, **values: Any) -> RunChange:
     named = {"run": "01a2", "definition": "support-digest", "handler": "assistant.digest_v2"} | values
     return RunChange(**named, attempt=1, org="org_acme", state=state, reason=reason, detail=detail)
-
-
-def test_the_first_success_says_how_long_it_took_and_by_which_agent(clock, capsys):
-    journal = FakeJournal()
-    narrator = narrator_of(clock, journal)
-    clock.advance(2.5)
-    journal.changes = [change("succeeded", took=0.4), change("succeeded", took=0.3)]
-
-    narrator.narrate()
-
-    line, caption = capsys.readouterr().out.splitlines()
-    assert line.endswith("  succeeded in 0.4 s: agent-v2 is on, by assistant.digest_v2")
-    assert caption == "# the first run succeeded 2.5 s after the worker's start"
 
 
 def test_a_dead_secret_prints_what_to_do_once_for_its_org(clock, capsys):
@@ -87,29 +66,6 @@ def test_each_question_is_printed_with_what_to_do_and_again_on_enter_while_it_is
     assert [f"runs answer {run} approval" in first for run in "12"] == [True, True]
     assert [f"runs answer {run} approval" in again for run in "12"] == [False, True]
     assert again.startswith("# refund of org_acme waits for an answer: approval\n")
-
-
-def test_the_end_counts_what_came_of_each_org(clock, capsys):
-    ended = [change(state, run=str(n)) for n, state in enumerate(("succeeded", "succeeded", "refused"))]
-    narrator = tell(clock, *ended, change("waiting", "budget", "letters", definition="letters"))
-    capsys.readouterr()
-
-    narrator.sum_up()
-
-    assert (
-        capsys.readouterr().out
-        == "# org_acme: 1 refused, 2 succeeded, letters used up its budget of letters\n"
-    )
-
-
-def test_the_end_says_where_an_org_stands_that_no_run_has_ended_for(clock, capsys):
-    narrator = tell(clock, change("running"), change("waiting", "no_token"))
-    capsys.readouterr()
-
-    narrator.sum_up()
-
-    said = "# org_acme: no run has ended, waits: no token, the provider does not answer\n"
-    assert capsys.readouterr().out == said
 
 
 class FakeDatabase:

@@ -17,17 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from tests.fakes.clock import ManualClock
-from tests.fakes.issuer import (
-    AUDIENCE,
-    URL,
-    b64,
-    b64_json,
-    jwk,
-    kinde_issuer,
-    make_token,
-    rsa_key,
-    sign_text,
-)
+from tests.fakes.issuer import AUDIENCE, URL, b64, b64_json, jwk, kinde_issuer, make_token, rsa_key, sign_text
 from worker.errors import TokenRefused
 from worker.guard.claims import Claims
 from worker.guard.decode import decode, enforce, invalid

@@ -121,12 +121,7 @@ def test_one_that_is_not_taken_is_tried_later_and_later_and_said_to_be_late_once
         book.dispatcher.round()
         book.clock.advance(LAST)
 
-    assert [again for _, again in book.later] == [
-        *RETRY_DELAYS,
-        LAST,
-        LAST,
-        LAST,
-    ]
+    assert [again for _, again in book.later] == [*RETRY_DELAYS, LAST, LAST, LAST]
     assert book.done == []
     assert names(emitted) == ["alert.late"]
     assert emitted[0].fields["error"] == "status 404"

@@ -38,34 +38,6 @@ def test_what_starts_together_is_at_once_for_as_long_as_it_runs():
     assert nightly.starts_a_second().amount == pytest.approx(100 / 60)
 
 
-def test_what_is_spread_overlaps_only_as_far_as_it_lasts():
-    """100 over an hour, ten minutes each: a sixth of them at once."""
-    spread = load(Stream(trigger("@hourly"), 100, HOUR, 600.0))
-
-    assert spread.at_once().amount == pytest.approx(100 / 6, rel=0.01)
-    assert spread.starts_a_second().amount == pytest.approx(100 / 3600)
-    assert spread.starts == 2400
-
-
-def test_a_run_longer_than_its_spread_is_with_all_the_others():
-    assert load(Stream(trigger("0 3 * * *"), 60, HOUR, 7200.0)).at_once().amount == pytest.approx(60)
-
-
-def test_runs_of_yesterday_are_still_on_this_morning():
-    night = load(
-        Stream(trigger("59 11 * * *"), 10, NONE, 3600.0), Stream(trigger("0 12 * * *"), 5, NONE, 60.0)
-    )
-
-    assert (night.at_once().amount, night.at_once().second) == (15.0, 0)
-
-
-def test_what_spills_over_the_end_of_the_day_counts_at_its_beginning():
-    spilt = load(Stream(trigger("50 11 * * *"), 1200, timedelta(minutes=20), 1.0))
-
-    assert spilt.starts_a_second().amount == pytest.approx(1.0)
-    assert spilt.starts_a_second().second == 0
-
-
 def test_a_serial_definition_has_one_run_at_once_however_long_it_lasts():
     serial = load(Stream(trigger("*/10 * * * *"), 1, NONE, 3600.0))
     free = load(Stream(trigger("*/10 * * * *"), 1, NONE, 3600.0, serial=False))

@@ -41,34 +41,6 @@ def title_of(monkeypatch: pytest.MonkeyPatch, clock: ManualClock, *waiting: Wait
     return [each.title for each in matters._of_waiting(cast(Any, None), clock.now())]
 
 
-@pytest.mark.parametrize(
-    ("reason", "runs", "whats", "title"),
-    [
-        ("due", 1, [], "1 run waits for a free slot"),
-        ("due", 2, [], "2 runs wait for a free slot"),
-        ("held", 1, [], "1 run waits for an earlier run of its definition"),
-        ("asleep", 2, [], "2 runs sleep, as their handler asked"),
-        ("no_pool", 1, ["gpu"], "1 run waits for a worker or host of pool gpu"),
-        ("no_pool", 3, ["gpu", "eu"], "3 runs wait for a worker or host of pools gpu and eu"),
-        ("no_handler", 2, ["acme.slow"], "2 runs wait for a worker that offers acme.slow"),
-        (
-            "not_approved",
-            1,
-            ["acme.slow in pool gpu"],
-            "1 run waits until an administrator approves what hosts declare of acme.slow in pool gpu",
-        ),
-        ("unplaced", 1, ["gpu"], "1 run waits for the engine that places runs on hosts of pool gpu"),
-        ("budget", 2, ["llm_tokens per day"], "2 runs wait for the budget of llm_tokens per day"),
-        ("of_tomorrow", 1, [], "1 run waits (of_tomorrow)"),
-    ],
-)
-def test_waiting_runs_are_one_or_many(
-    monkeypatch: pytest.MonkeyPatch, clock: ManualClock, reason: str, runs: int, whats: list[str], title: str
-):
-    wait = Waiting(reason, runs, clock.now(), Named(1, ["org_a"]), Named(len(whats), whats))
-    assert title_of(monkeypatch, clock, wait) == [title]
-
-
 def test_each_reason_of_waiting_has_a_text_and_says_whose(
     monkeypatch: pytest.MonkeyPatch, clock: ManualClock
 ):

@@ -78,11 +78,7 @@ def test_what_two_looks_find_unfired_is_told_once_until_it_has_caught_up(post, e
 
 @pytest.mark.parametrize(
     "looks",
-    [
-        [LATE, None, LATE, None],
-        [("org_a", "digest", 9.9)] * 3,
-        [LATE, StoreUnavailable("gone"), LATE, None],
-    ],
+    [[LATE, None, LATE, None], [("org_a", "digest", 9.9)] * 3, [LATE, StoreUnavailable("gone"), LATE, None]],
 )
 def test_one_look_a_little_lateness_or_an_absent_database_raise_no_alarm(post, emitted, looks):
     for found in looks:

@@ -19,11 +19,7 @@ from worker.orgs import Selector, parse_selector
     ],
 )
 def test_a_selector_means_orgs_with_every_tag_and_that_issuer(value, matching):
-    orgs = {
-        "acme": (["pro", "eu"], "main"),
-        "beta": (["pro"], "other"),
-        "gamma": ([], "main"),
-    }
+    orgs = {"acme": (["pro", "eu"], "main"), "beta": (["pro"], "other"), "gamma": ([], "main")}
     selector = parse_selector(value)
 
     assert {

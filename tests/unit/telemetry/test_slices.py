@@ -110,10 +110,7 @@ def test_no_step_reads_more_than_a_slice() -> None:
         assert longest() == len(text)
 
 
-WORDS = [
-    *(BASE64, ESCAPED_BASE64, PERHAPS_TOKEN),
-    Words("a-z", "[a-z]{3,}"),
-]
+WORDS = [*(BASE64, ESCAPED_BASE64, PERHAPS_TOKEN), Words("a-z", "[a-z]{3,}")]
 
 
 @pytest.mark.parametrize("words", WORDS, ids=["base64", "escaped base64", "tokens", "words"])

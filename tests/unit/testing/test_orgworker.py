@@ -140,10 +140,7 @@ def test_a_definition_may_gate_it_and_choose_a_variant(orgworker):
     async def other(ctx: Context) -> str:
         return "other"
 
-    definition = {
-        "requires_flag": "on",
-        "variants": [{"flag": "v2", "handler": "t.other"}],
-    }
+    definition = {"requires_flag": "on", "variants": [{"flag": "v2", "handler": "t.other"}]}
 
     gated = orgworker.run(digest, definition=definition, variants=[other])
     varied = orgworker.run(digest, definition=definition, variants=[other], flags={"on": True, "v2": True})

@@ -119,11 +119,7 @@ async def test_the_generation_before_is_tried_once_and_remembered(world: World) 
     await world.ensure()
     await world.ensure(fresh=True)
 
-    assert world.credentials.uses == [
-        ("org_a-2", "invalid_client"),
-        ("org_a-1", None),
-        ("org_a-1", None),
-    ]
+    assert world.credentials.uses == [("org_a-2", "invalid_client"), ("org_a-1", None), ("org_a-1", None)]
 
 
 async def test_the_newest_generation_is_tried_again_after_a_while(world: World) -> None:
@@ -339,24 +335,6 @@ async def test_an_outage_with_all_orgs_at_once_costs_a_request_an_org_and_a_few(
         await world.clock.pass_time(5)
 
     assert world.issuer.count() <= len(orgs) + 30
-
-
-async def test_one_org_with_a_broken_application_does_not_stop_the_others(world: World) -> None:
-    """Its malformed answers open no breaker; it is asked for again, less and less."""
-    world.issuer.answer = lambda form: (
-        httpx.Response(200, text="<html>") if form["client_id"] == "client-a" else None
-    )
-    other = world.add_org(1)
-    for _ in range(60):
-        with pytest.raises(IssuerUnavailable):
-            await ensure_in_time(world)
-        before = world.clock.monotonic()
-        await world.ensure(other)
-        assert world.clock.monotonic() == before
-        await world.clock.pass_time(5)
-
-    asked = [form for _, _, form in world.issuer.requests if form.get("client_id") == "client-a"]
-    assert len(asked) <= 14
 
 
 LARGE = "x" * 70_000

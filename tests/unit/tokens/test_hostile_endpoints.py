@@ -251,11 +251,7 @@ DISCOVERY: dict[str, Any] = {
 
 
 def document(**changes: Any) -> dict[str, Any]:
-    good = {
-        "issuer": URL,
-        "token_endpoint": f"{URL}/oauth2/token",
-        "jwks_uri": f"{URL}/.well-known/jwks",
-    }
+    good = {"issuer": URL, "token_endpoint": f"{URL}/oauth2/token", "jwks_uri": f"{URL}/.well-known/jwks"}
     return {name: value for name, value in (good | changes).items() if value is not None}
 
 

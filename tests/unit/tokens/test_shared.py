@@ -24,11 +24,7 @@ from worker.tokens import shared as shared_module
 from worker.tokens.acquirer import Acquirer
 from worker.tokens.cache import MEMORY, Tokens
 from worker.tokens.sealing import KeyRing
-from worker.tokens.shared import (
-    RENEW,
-    RESERVED,
-    TokenRequest,
-)
+from worker.tokens.shared import RENEW, RESERVED, TokenRequest
 
 pytestmark = pytest.mark.anyio
 
