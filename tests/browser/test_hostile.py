@@ -122,13 +122,7 @@ def fill_definition(connection: Connection, org: str, worker: str, number: int, 
         **{"created_at": now, "updated_at": now, "pause_note": evil, "paused_by": other, "paused_at": now},
     )
     put(tables.definition_revisions, definition_id=definition, revision=1, spec=spec, at=now, by=evil)
-    put(
-        tables.schedule,
-        definition_id=definition,
-        org_id=org,
-        next_scheduled_for=None,
-        next_fire_at=None,
-    )
+    put(tables.schedule, definition_id=definition, org_id=org, next_scheduled_for=None, next_fire_at=None)
     error = {"type": evil, "message": other, "trace": "\n".join([evil, other, *EVIL[number : number + 10]])}
     shared = {"org_id": org, "definition_id": definition, "revision": 1, "handler": evil}
     put(

@@ -170,11 +170,7 @@ def test_a_cause_that_is_over_before_it_was_told_is_told_with_its_end_behind(led
     ledger.note(strike(ledger, "overdue", "o"))
     ledger.settle()
 
-    assert sorted(ledger.briefly()) == [
-        ("overdue", "firing"),
-        ("overdue", "resolved"),
-        ("paused", "firing"),
-    ]
+    assert sorted(ledger.briefly()) == [("overdue", "firing"), ("overdue", "resolved"), ("paused", "firing")]
 
 
 def test_a_cause_that_strikes_again_before_its_end_was_told_goes_on_without_a_word(ledger):

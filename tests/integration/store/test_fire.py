@@ -26,12 +26,7 @@ def fire(stock: Stock, decide: firing.Decide, *, limit: int = 100) -> FireReport
 def scheduled(stock: Stock, due: DueDefinition, *instants: datetime, serial: bool = True) -> list[NewRun]:
     return [
         stock.run(
-            due.org_id,
-            due.definition_id,
-            origin="schedule",
-            scheduled_for=at,
-            available_at=at,
-            serial=serial,
+            due.org_id, due.definition_id, origin="schedule", scheduled_for=at, available_at=at, serial=serial
         )
         for at in instants or (due.next_scheduled_for,)
     ]
@@ -136,9 +131,7 @@ def test_an_instant_that_ran_already_does_not_run_again(stock: Stock) -> None:
     assert len(stock.all(tables.runs)) == len(stock.all(tables.live_runs)) == 1
 
 
-def test_a_serial_definition_that_is_still_on_skips_and_one_that_may_overlap_does_not(
-    stock: Stock,
-) -> None:
+def test_a_serial_definition_that_is_still_on_skips_and_one_that_may_overlap_does_not(stock: Stock) -> None:
     now = stock.now()
     serial = stock.definition(stock.org(), due_at=now - HOUR)
     fire(stock, once(stock))

@@ -110,12 +110,7 @@ def overlapping(intervals: Iterable[Interval]) -> int:
 
 
 def carry(
-    url: str,
-    *,
-    workers: int,
-    slots: int,
-    offered: Mapping[str, int | None],
-    locked: bool = True,
+    url: str, *, workers: int, slots: int, offered: Mapping[str, int | None], locked: bool = True
 ) -> None:
     """Let `workers` processes run waiting runs for some rounds; `locked=False` disables the lock."""
     # Forks of a process that has imported this module.
@@ -131,12 +126,7 @@ def carry(
 
 
 def _work(
-    url: str,
-    number: int,
-    slots: int,
-    offered: dict[str, int | None],
-    began: float,
-    locked: bool,
+    url: str, number: int, slots: int, offered: dict[str, int | None], began: float, locked: bool
 ) -> None:
     if not locked:
         admit.LOCK, admit.COMMIT = NO_LOCK, LATE_COMMIT

@@ -162,11 +162,7 @@ def test_every_run_ends_up_in_its_pool_and_all_of_them_start(stock: Stock, seed:
 def opened(stock: Stock, rules: Rules | None = None, pools: Sequence[str] = ("default", "eu")) -> WorkerStore:
     """The store of a worker that has just registered, with these rules in its configuration."""
     store = WorkerStore(
-        stock.database,
-        WorkerId(new_id()),
-        timedelta(seconds=30),
-        pools=pools,
-        pool_rules=PoolRules(rules),
+        stock.database, WorkerId(new_id()), timedelta(seconds=30), pools=pools, pool_rules=PoolRules(rules)
     )
     store.register(version="1", handlers=[HANDLER], capacity={})
     return store

@@ -298,14 +298,7 @@ def test_old_counters_and_raises_are_deleted(stock: Stock):
             row = {"org_id": org_id, "meter": METER, "per": "day", "starts_at": start, "used": 1}
             connection.execute(insert(tables.meters).values(**row))
             budgets.raise_limit(
-                connection,
-                org_id,
-                meter=METER,
-                per="day",
-                amount=1,
-                until=start,
-                actor="tester",
-                at=start,
+                connection, org_id, meter=METER, per="day", amount=1, until=start, actor="tester", at=start
             )
 
         assert budgets.forget_counters(connection) == 1
