@@ -52,14 +52,6 @@ def test_every_page_is_on_the_site(built: Path):
         assert built.joinpath(page.relative_to(site.DOCS)).with_suffix(".html").is_file(), page
 
 
-def test_llms_txt_is_at_the_root_and_leads_to_each_page(built: Path):
-    text = (built / "llms.txt").read_text(encoding="utf-8")
-    found = re.findall(r"(?m)^- \[[^]]+\]\(([^)]+)\)", text)
-
-    assert len(found) == len(list(site.DOCS.rglob("*.md")))
-    assert [address for address in found if not (built / address).is_file()] == []
-
-
 def test_no_page_loads_anything_from_another_site(built: Path):
     for page in built.rglob("*.html"):
         loaded = Loaded()
@@ -103,12 +95,6 @@ def test_lists_are_lists(built: Path):
         assert re.search(r"<p>(?:(?!</p>).)*\n(?:\d+\.|[-*]) ", text, re.DOTALL) is None, page
     okta = (built / "providers/okta.html").read_text(encoding="utf-8")
     assert re.search(r"<li>\s*<p>Set the org in the app's profile.*?<pre>.*?</li>", okta, re.DOTALL)
-
-
-def test_a_block_says_whose_it_is(built: Path):
-    monitoring = (built / "operating/monitoring.html").read_text(encoding="utf-8")
-    assert '<span class="filename">Prometheus</span>' in monitoring
-    assert '<span class="filename">output</span>' in (built / "quickstart.html").read_text(encoding="utf-8")
 
 
 def test_the_search_knows_every_page_and_works_without_a_server(built: Path):

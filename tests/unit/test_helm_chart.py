@@ -221,6 +221,13 @@ def test_a_release_has_what_is_enabled_and_nothing_else(rendered):
     assert rendered["without policies"].names("NetworkPolicy") == set()
 
 
+# The volumes that the Pod Security Standard `restricted` allows.
+RESTRICTED = {
+    *("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral"),
+    *("persistentVolumeClaim", "projected", "secret"),
+}
+
+
 @good
 def test_each_pod_has_no_rights_and_writes_its_volume_only(rendered, case: str):
     for name, spec in pods(rendered[case]):
@@ -245,21 +252,6 @@ def test_each_pod_has_no_rights_and_writes_its_volume_only(rendered, case: str):
             key: "/readyz" if key == "readinessProbe" else "/livez" for key in asked
         }
         assert {get["path"] for get in asked.values()} < PATHS
-
-
-# The volumes that the Pod Security Standard `restricted` allows.
-RESTRICTED = {
-    *(
-        "configMap",
-        "csi",
-        "downwardAPI",
-        "emptyDir",
-        "ephemeral",
-        "persistentVolumeClaim",
-        "projected",
-        "secret",
-    )
-}
 
 
 @good

@@ -25,25 +25,6 @@ def change(state: str, reason: str | None = None, detail: str | None = None, **v
 KEY_ERROR = {"type": "KeyError", "message": "'name'"}
 
 
-@pytest.mark.parametrize(
-    ("before", "happened", "words"),
-    [
-        (
-            change("waiting", "answer"),
-            change("waiting", "resumed", answer="yes", answered_by="operator:you"),
-            "goes on: operator:you answered yes",
-        ),
-        (change("waiting", "budget"), change("waiting", "resumed"), "goes on: there is budget again"),
-        (change("waiting", "retry"), change("running", attempt=2), "tries again"),
-        (change("waiting", "resumed"), change("running", attempt=2), None),
-    ],
-)
-def test_what_a_run_waited_for_decides_how_it_goes_on(
-    before: RunChange, happened: RunChange, words: str | None
-):
-    assert words_of(happened, before) == words
-
-
 @pytest.mark.parametrize("state", ["waiting", "succeeded", "failed", "cancelled", "refused", "skipped"])
 def test_each_state_and_reason_has_words(state: str):
     """Words without a gap: no braces of JSON, no None."""
