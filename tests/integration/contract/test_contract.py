@@ -96,12 +96,20 @@ async def test_lines_and_progress_are_stored_masked(carrier: Carrier) -> None:
     assert told.row["progress"] == {"done": 1, "total": 2, "note": f"at {MASK}"}
 
 
-@pytest.mark.parametrize("call", [["step", "s$token", 1], ["spend", "m$token", 1]])
+@pytest.mark.parametrize(
+    "call",
+    [
+        ["step", "s$token", 1],
+        ["step", "s", 1, "k$token"],
+        ["spend", "m$token", 1],
+        ["wait_for", "ok", {"options": ["yes", "$token"]}],
+    ],
+)
 async def test_a_name_with_a_secret_is_refused_and_the_handler_goes_on(carrier: Carrier, call: Any) -> None:
     told = await carrier.run(call, ["save", 1])
 
     assert told.given == ["StepError", None]
-    assert told.rows(tables.steps) == told.rows(tables.spends) == []
+    assert told.rows(tables.steps) == told.rows(tables.spends) == told.rows(tables.waits) == []
 
 
 async def test_a_refusal_that_the_handler_does_not_catch_fails_the_run_for_good(carrier: Carrier) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from random import Random
@@ -12,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from tests.integration.hosts.conftest import ENTRIES, Fleet, end_of
+from tests.integration.hosts.conftest import ENTRIES, Fleet
 from worker.clock import SystemClock
 from worker.definitions.file import parse_file
 from worker.errors import LeaseLost, StoreUnavailable, TokenRefused
 from worker.execution.attempts import answers as answering
 from worker.execution.attempts.answers import Running
-from worker.execution.attempts.attempt import Prepared, conclude, prepare
+from worker.execution.attempts.attempt import Prepared, prepare
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
 from worker.execution.attempts.plan import HandlerRegistry
 from worker.execution.attempts.run_log import RunLogWriter, redacted
@@ -29,24 +30,22 @@ from worker.execution.hosts.remote import RemoteStore
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.runners.contract import StopSignal, Work
 from worker.handlers.calls import (
-    AskBudgets,
     AskToken,
     CountSpend,
-    LoadSteps,
     OpenWait,
     Progress,
     Save,
     StoreStep,
 )
 from worker.handlers.steps import StepError
-from worker.ids import ALL_ORGS, RunId
+from worker.ids import RunId
 from worker.operations.apply import apply
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import Trail
 from worker.runs.run import NewStep
 from worker.runs.waits import NewWait
 from worker.store import tables
-from worker.telemetry.masking import MASK, Masker, masker
+from worker.telemetry.masking import MASK, Masker
 
 pytestmark = pytest.mark.anyio
 
@@ -116,12 +115,6 @@ class Local:
         services = running(inflight, trail, prepared.work, worker.tools)
         return Attempt(services, inflight, worker.tools.run_log, self.fleet)
 
-    async def hand_back(self, attempt: Attempt) -> None:
-        """End the attempt so that another one follows."""
-        tools = self.fleet.one.tools
-        end = await conclude(attempt.inflight, outcomes.HandedBack(), attempt.services.trail, tools)
-        assert await self.fleet.one.store.finish([end]) == {attempt.run}
-
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
@@ -134,7 +127,6 @@ class Remote:
     fleet: Fleet
     _host: Any = None
     _tools: RemoteTools | None = None
-    _taken: dict[RunId, Any] = field(default_factory=dict)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def begin(self, run: RunId) -> Attempt:
@@ -146,7 +138,6 @@ class Remote:
         assert tools is not None
         [taken] = await self._host.take(self.fleet.one)
         assert taken.run.id == run
-        self._taken[run] = taken
         inflight = tools.store.inflight_runs.add(taken.run)
         inflight.hold(taken.work.token)
         services = running(inflight, Trail(taken.work.handler), taken.work, tools)
@@ -171,10 +162,6 @@ class Remote:
         )
         self._tasks.append(asyncio.create_task(steps.run()))
 
-    async def hand_back(self, attempt: Attempt) -> None:
-        end = end_of(self._taken[attempt.run], outcomes.HandedBack(), moved=attempt.inflight.moved)
-        assert await self._host.finish(self.fleet.two, end) == [attempt.run]
-
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
@@ -182,72 +169,26 @@ class Remote:
             await self._tools.store.control.aclose()
 
 
-@pytest.fixture(params=[Local, Remote])
-async def place(request: pytest.FixtureRequest, fleet: Fleet) -> AsyncIterator[Local | Remote]:
-    """Where attempts run."""
+@asynccontextmanager
+async def opened(kind: type[Local | Remote], fleet: Fleet) -> AsyncIterator[Local | Remote]:
     apply(fleet.database, parse_file(BUDGET), actor="test")
-    made: Local | Remote = request.param(fleet)
+    made = kind(fleet)
     yield made
     await made.close()
 
 
-async def test_steps_are_stored_once_and_read_by_the_next_attempt(place: Local | Remote) -> None:
-    run = place.fleet.start()
-    first = await place.begin(run)
-    [(token, _)] = first.inflight.masked
-
-    assert await first.store(step(1)) == "[1]"
-    assert await first.store(step(2, f'"{token}"')) == f'"{MASK}"'
-    with pytest.raises(StepError, match="place 2 is taken"):
-        await first.services.ask(StoreStep(step(2)))
-    with pytest.raises(StepError, match="contains a secret"):
-        await first.services.ask(StoreStep(step(3, name=f"s{token}")))
-    await place.hand_back(first)
-
-    second = await place.begin(run)
-    page = await second.services.ask(LoadSteps(0))
-    assert [(one.seq, one.result_json) for one in page.steps] == [(1, "[1]"), (2, f'"{MASK}"')]
-    with pytest.raises(StepError, match="place 1 is taken"):
-        await second.services.ask(StoreStep(step(1)))
-    await second.services.ask(StoreStep(step(3)))
-    assert [row["seq"] for row in second.rows(tables.steps)] == [1, 2, 3]
+@pytest.fixture(params=[Local, Remote])
+async def place(request: pytest.FixtureRequest, fleet_on_either: Fleet) -> AsyncIterator[Local | Remote]:
+    """Where attempts run."""
+    async with opened(request.param, fleet_on_either) as made:
+        yield made
 
 
-async def test_many_steps_at_once(place: Local | Remote) -> None:
-    attempt = await place.begin(place.fleet.start())
-
-    await asyncio.gather(*(attempt.services.ask(StoreStep(step(n))) for n in range(1, 41)))
-
-    assert [row["seq"] for row in attempt.rows(tables.steps)] == list(range(1, 41))
-
-
-async def test_a_wait_is_opened_once(place: Local | Remote) -> None:
-    attempt = await place.begin(place.fleet.start())
-    [(token, _)] = attempt.inflight.masked
-    wait = NewWait("ok", 1, "answer", ask_json=f'"{token}"', alert=True)
-
-    first = await attempt.services.ask(OpenWait(wait))
-    again = await attempt.services.ask(OpenWait(wait))
-
-    assert first == again
-    assert (first.kind, first.state) == ("answer", "pending")
-    [row] = attempt.rows(tables.waits)
-    assert token not in str(row)
-    assert attempt.services.trail.asks == ("ok",)
-    with pytest.raises(StepError, match="contains a secret"):
-        await attempt.services.ask(OpenWait(NewWait(f"w{token}"[:90], 1, "sleep", seconds=1.0)))
-
-
-async def test_spends_count_once_and_budgets_say_what_is_left(place: Local | Remote) -> None:
-    attempt = await place.begin(place.fleet.start())
-
-    [before] = (await attempt.services.ask(AskBudgets())).states
-    [after] = (await attempt.services.ask(CountSpend("llm", 4, "1:1"))).states
-    [again] = (await attempt.services.ask(CountSpend("llm", 4, "1:1"))).states
-    [more] = (await attempt.services.ask(CountSpend("llm", 7, "1:2"))).states
-
-    assert (before.used, after.used, again.used, more.used) == (0, 4, 4, 11)
-    assert (more.meter, more.limit, more.reached, more.resets_at is not None) == ("llm", 10, True, True)
+@pytest.fixture(params=[Local, Remote])
+async def place_on_file(request: pytest.FixtureRequest, fleet: Fleet) -> AsyncIterator[Local | Remote]:
+    """The same on SQLite only, for what no statement decides."""
+    async with opened(request.param, fleet) as made:
+        yield made
 
 
 LIMITS = """
@@ -302,30 +243,13 @@ async def test_the_question_of_a_budget_is_the_workers_own(
     assert state.until - datetime.now(UTC) < timedelta(days=1, seconds=10)
     assert (state.state, unreached.state, unknown.state) == ("pending", "over", "over")
     assert services.trail.asks == ()
-    with pytest.raises(StepError, match="reserved"):
-        await services.ask(OpenWait(NewWait("tickets", 1, "budget")))
+    for name, kind in (("tickets", "budget"), ("sleep", "answer"), ("budget:tickets", "answer")):
+        with pytest.raises(StepError, match="reserved"):
+            await services.ask(OpenWait(NewWait(name, 1, kind)))  # type: ignore[arg-type]
 
 
-async def test_a_spend_of_a_step_is_stored_with_it(place: Local | Remote) -> None:
-    attempt = await place.begin(place.fleet.start())
-
-    await attempt.services.ask(StoreStep(step(1, spends=(("llm", 3),))))
-
-    [state] = (await attempt.services.ask(AskBudgets())).states
-    assert state.used == 3
-
-
-async def test_a_renewed_token_is_another_one_and_masked(place: Local | Remote) -> None:
-    attempt = await place.begin(place.fleet.start())
-
-    token, claims = await attempt.services.ask(AskToken(fresh=True))
-
-    assert token.reveal() in place.fleet.tokens.texts[1:]
-    assert (claims.org_code, claims.properties) == ("org_a", {"region": "eu"})
-    assert masker.mask(f"x {token.reveal()} y", ALL_ORGS) == f"x {MASK} y"
-
-
-async def test_a_token_of_another_org_ends_the_run(place: Local | Remote) -> None:
+async def test_a_token_of_another_org_ends_the_run(place_on_file: Local | Remote) -> None:
+    place = place_on_file
     attempt = await place.begin(place.fleet.start())
     place.fleet.tokens.of_org = "org_b"
 
@@ -340,12 +264,13 @@ async def test_a_token_of_another_org_ends_the_run(place: Local | Remote) -> Non
 
 @pytest.mark.parametrize("scoped", [True, False])
 async def test_guesses_tell_nothing_of_another_orgs_secret(
-    place: Local | Remote, scoped: bool, monkeypatch: pytest.MonkeyPatch
+    place_on_file: Local | Remote, scoped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run writes 60,000 guesses while a run of another org holds the secret.
 
     The control is one mask for all orgs: in each text it tells which guess is right.
     """
+    place = place_on_file
     if not scoped:
         monkeypatch.setattr(Masker, "_indexes", lambda self, org: [self._all])
     fleet, secret = place.fleet, "sk-041234"
@@ -391,8 +316,11 @@ async def test_guesses_tell_nothing_of_another_orgs_secret(
     other.drop_tokens()
 
 
-async def test_a_secret_of_the_org_is_masked_in_all_that_its_runs_write(place: Local | Remote) -> None:
+async def test_a_secret_of_the_org_is_masked_in_all_that_its_runs_write(
+    place_on_file: Local | Remote,
+) -> None:
     """As guesses of it, so that the test above would see one that is masked."""
+    place = place_on_file
     secret = "sk-041234"
     attempt = await place.begin(place.fleet.start())
     attempt.inflight.hold_secrets({"openai": secret})
@@ -435,8 +363,9 @@ async def test_what_is_no_longer_ours_is_not_written(place: Local | Remote, call
     ],
 )
 async def test_a_call_outlasts_an_outage_of_the_database(
-    place: Local | Remote, monkeypatch: pytest.MonkeyPatch, call: str, name: str
+    place_on_file: Local | Remote, monkeypatch: pytest.MonkeyPatch, call: str, name: str
 ) -> None:
+    place = place_on_file
     attempt = await place.begin(place.fleet.start())
     services, faults = attempt.services, 0
     for worker in place.fleet.workers:

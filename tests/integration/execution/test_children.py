@@ -14,19 +14,15 @@ import pytest
 from tests.fakes.answering import AnsweringWorker
 from tests.fakes.running import NOW, claims, token, until, work
 from worker.clock import SystemClock
-from worker.errors import IssuerUnavailable, LeaseLost
+from worker.errors import LeaseLost
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import StopSignal
 from worker.runs.outcome import (
-    Cancelled,
     Failed,
     Lost,
     NoHandler,
-    NoToken,
     Outcome,
     Refused,
-    Retried,
-    Snoozed,
     Succeeded,
 )
 
@@ -125,24 +121,6 @@ async def test_a_runs_folder_is_empty_at_first_and_gone_afterwards(children: Chi
     await until(lambda: not Path(first["cwd"]).exists() and not Path(second["cwd"]).exists())
 
 
-@pytest.mark.parametrize(
-    ("answer", "outcome"),
-    [
-        ("worker.Retry('5m', 'soon')", Retried(timedelta(minutes=5), "soon")),
-        ("worker.Snooze(90)", Snoozed(timedelta(seconds=90))),
-        ("worker.Cancel('not needed')", Cancelled("by_handler", "not needed")),
-        ("None", Succeeded(None)),
-        ("7", Succeeded("7")),
-        ("'text'", Succeeded('"text"')),
-        ("{'a': [None]}", Succeeded('{"a":[null]}')),
-    ],
-)
-async def test_an_answer_becomes_its_outcome(children: ChildPool, answer: str, outcome: Outcome) -> None:
-    given = work("code", params={"code": f"import worker; result = {answer}"})
-
-    assert await children.run(given, AnsweringWorker(), StopSignal()) == outcome
-
-
 async def test_a_text_leaves_the_process_uncut_until_it_is_masked(children: ChildPool) -> None:
     """A secret at the place where an error and a line are cut is whole when the worker masks it."""
     secret = "canary-5ecret-value-0123456789"
@@ -161,16 +139,6 @@ async def test_a_text_leaves_the_process_uncut_until_it_is_masked(children: Chil
     assert ("warning", "log", "." * 16380 + secret + "." * 9000) in link.lines
 
 
-async def test_a_permanent_error_is_told_apart(children: ChildPool) -> None:
-    given = work("code", params={"code": "import worker; raise worker.PermanentError('no use')"})
-
-    outcome = await children.run(given, AnsweringWorker(), StopSignal())
-
-    assert isinstance(outcome, Failed)
-    assert outcome.permanent
-    assert outcome.error.message == "no use"
-
-
 async def test_a_property_that_does_not_fit_is_refused_by_name_before_the_handler(
     children: ChildPool,
 ) -> None:
@@ -182,18 +150,6 @@ async def test_a_property_that_does_not_fit_is_refused_by_name_before_the_handle
     assert (outcome.reason, outcome.detail) == ("settings_invalid", "max_tokens")
     assert "max_tokens" in outcome.message
     assert "many-secret" not in outcome.message
-    assert not link.has_started
-
-
-@pytest.mark.parametrize("params", [{"count": "5"}, {"cuont": 5}])
-async def test_params_that_do_not_fit_fail_for_good(children: ChildPool, params: dict[str, Any]) -> None:
-    link = AnsweringWorker()
-
-    outcome = await children.run(work("ok", params=params), link, StopSignal())
-
-    assert isinstance(outcome, Failed)
-    assert outcome.permanent
-    assert "count" in outcome.error.message or "cuont" in outcome.error.message
     assert not link.has_started
 
 
@@ -215,30 +171,11 @@ async def test_a_token_at_its_end_is_renewed_and_the_claims_follow(children: Chi
     assert link.tokens_asked == [False]
 
 
-async def test_no_token_in_the_middle_of_a_run_is_no_failure_of_it(children: ChildPool) -> None:
-    link = AnsweringWorker(refuses=IssuerUnavailable("the issuer does not answer"))
-    old = work("renew", token=token("token-one", timedelta(minutes=-1)), claims=claims(n="one"))
-
-    outcome = await children.run(old, link, StopSignal())
-
-    assert isinstance(outcome, NoToken)
-    assert outcome.detail == "issuer_unavailable"
-
-
 async def test_a_lost_lease_ends_a_run_that_saves(children: ChildPool) -> None:
     def lost(data: str) -> None:
         raise LeaseLost("a newer fencing token exists")
 
     assert isinstance(await children.run(work("ok"), AnsweringWorker(on_save=lost), StopSignal()), Lost)
-
-
-async def test_a_checkpoint_that_is_no_json_is_the_handlers_error(children: ChildPool) -> None:
-    given = work("code", params={"code": "ctx.save({'n': float('nan')})"})
-
-    outcome = await children.run(given, AnsweringWorker(), StopSignal())
-
-    assert isinstance(outcome, Failed)
-    assert outcome.error.message == "the checkpoint is not JSON: NaN and infinity cannot be written as JSON"
 
 
 async def test_progress_is_thinned_out_but_the_last_is_shown(children: ChildPool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +12,8 @@ from typing import Any
 import pytest
 
 from tests.fakes.answering import AnsweringWorker
-from tests.fakes.running import claims, until, work
+from tests.fakes.running import until, work
 from worker.clock import SystemClock
-from worker.errors import LeaseLost
 from worker.execution.runners.contract import StopSignal
 from worker.execution.runners.inline import Inline
 from worker.runs.outcome import (
@@ -24,7 +22,6 @@ from worker.runs.outcome import (
     HandedBack,
     Lost,
     Outcome,
-    Refused,
     Succeeded,
     TimedOut,
 )
@@ -42,21 +39,6 @@ def inline() -> Inline:
 
 async def run(inline: Inline, handler: str, *, link: AnsweringWorker | None = None, **params: Any) -> Outcome:
     return await inline.run(work(handler, params=params), link or AnsweringWorker(), StopSignal())
-
-
-async def test_a_handler_gets_the_same_context_as_in_a_process(inline: Inline) -> None:
-    link = AnsweringWorker()
-
-    outcome = await inline.run(work("ok", claims=claims(max_tokens="5")), link, StopSignal())
-
-    assert isinstance(outcome, Succeeded)
-    result = json.loads(str(outcome.result))
-    assert result["settings"]["max_tokens"] == 5
-    assert result["token"] == "token-one"
-    assert link.saved == [{"done": 1}]
-    assert link.progressed == [(1, 2, "half way")]
-    assert link.lines == [("warning", "log", "logged\nin two lines")]
-    assert link.has_started
 
 
 async def test_context_variables_are_fresh(inline: Inline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,23 +71,6 @@ async def test_what_is_raised_ends_the_run_and_not_the_worker(
 
     assert isinstance(outcome, Failed)
     assert (outcome.reason, outcome.detail) == (reason, detail)
-
-
-async def test_settings_that_do_not_fit_are_refused(inline: Inline) -> None:
-    link = AnsweringWorker()
-
-    outcome = await inline.run(work("ok", claims=claims(max_tokens="many")), link, StopSignal())
-
-    assert isinstance(outcome, Refused)
-    assert outcome.detail == "max_tokens"
-    assert not link.has_started
-
-
-async def test_a_lost_lease_ends_a_run_that_saves(inline: Inline) -> None:
-    def lost(data: str) -> None:
-        raise LeaseLost("a newer fencing token exists")
-
-    assert isinstance(await run(inline, "ok", link=AnsweringWorker(on_save=lost)), Lost)
 
 
 async def test_a_handler_that_listens_ends_by_itself(inline: Inline, tmp_path: Path) -> None:
@@ -175,12 +140,6 @@ async def test_a_run_whose_lease_is_lost_is_cancelled_at_once(inline: Inline, tm
 
     assert isinstance(await task, Lost)
     assert time.monotonic() - began < 0.5
-
-
-async def test_hundreds_run_side_by_side(inline: Inline) -> None:
-    outcomes = await asyncio.gather(*(run(inline, "ok") for _ in range(300)))
-
-    assert all(isinstance(outcome, Succeeded) for outcome in outcomes)
 
 
 async def test_a_handler_that_blocks_the_loop_is_named_and_not_stopped(

@@ -75,20 +75,6 @@ async def test_half_the_grace_is_left_to_clean_up(start: Any, link: AnsweringWor
     assert 1 <= time.monotonic() - began < 2
 
 
-@pytest.mark.parametrize(
-    ("reason", "outcome"),
-    [
-        ("drain", HandedBack()),
-        ("cancel", Cancelled("requested")),
-        ("suspended", Cancelled("suspended")),
-        ("replaced", Cancelled("replaced")),
-        ("closed", Cancelled("closed")),
-    ],
-)
-async def test_the_reason_says_which_it_was(start: Any, reason: StopReason, outcome: Outcome) -> None:
-    assert await start("stubborn").stopped(reason, 0.1) == outcome
-
-
 async def test_a_second_request_shortens_the_grace_but_keeps_the_reason(start: Any) -> None:
     running = start("stubborn")
     began = time.monotonic()

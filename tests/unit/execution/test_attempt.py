@@ -31,9 +31,7 @@ from worker.execution.attempts.tools import Tools
 from worker.execution.runners.contract import RunServices, StopSignal, Work
 from worker.guard.claims import Claims, Flag
 from worker.handlers.calls import (
-    AskBudgets,
     AskToken,
-    CountSpend,
     LoadSteps,
     OpenWait,
     Progress,
@@ -41,7 +39,6 @@ from worker.handlers.calls import (
     StoreStep,
 )
 from worker.handlers.catalogue import HandlerEntry
-from worker.handlers.steps import StepError
 from worker.ids import ALL_ORGS, OrgId, RunId
 from worker.orgs import OrgRef, TokenWant
 from worker.runs.budgets import BudgetState, OrgBudgets
@@ -350,14 +347,6 @@ async def test_a_process_whose_handler_declares_no_state_leaves_none(site: Site)
     assert (ended.state, ended.definition_state) == ("succeeded", None)
 
 
-async def test_a_secret_in_a_state_is_masked(clock: ManualClock) -> None:
-    masker.register("s3cret-of-acme")
-    site = Stateful(clock)
-    site.outcome = Succeeded("1", '{"key":"s3cret-of-acme"}')
-
-    assert "s3cret" not in str((await site.attempt()).definition_state)
-
-
 async def test_an_unencrypted_origin_that_the_operator_allows_goes_to_the_handler(site: Site) -> None:
     site.spec = site.spec | {"api_origins": ["http://api.acme.test"]}
     site.origins = {
@@ -539,24 +528,6 @@ async def test_a_renewed_token_that_the_pool_no_longer_allows_ends_the_run_refus
     assert (ended.state, ended.reason, ended.detail) == ("refused", "pool_mismatch", "model_version")
 
 
-async def test_a_token_renewed_for_another_org_ends_the_run_refused(site: Site) -> None:
-    async def renew(work: Work, services: RunServices, stop: StopSignal) -> None:
-        site.claims = replace(CLAIMS, org_code="org_other")
-        with pytest.raises(TokenRefused) as refused:
-            await services.ask(AskToken(fresh=True))
-        assert stop.killed
-        # The handler may log it, and the org reads that log.
-        assert "org_other" not in str(refused.value)
-        assert refused.value.__suppress_context__
-
-    site.during = renew
-
-    ended = await site.attempt()
-
-    assert (ended.state, ended.reason) == ("refused", "org_mismatch")
-    assert "org_other" in (ended.error or {})["message"]
-
-
 async def test_being_lost_is_counted_from_the_last_checkpoint_that_moved(site: Site) -> None:
     site.checkpoint = {"done": 1}
 
@@ -569,16 +540,6 @@ async def test_being_lost_is_counted_from_the_last_checkpoint_that_moved(site: S
 
     assert (await save('{"done": 1}')).recoveries == 2
     assert (await save('{"done": 2}')).recoveries == 0
-
-
-async def test_what_a_handler_leaves_behind_is_masked(site: Site) -> None:
-    masker.register("canary-5ecret-value")
-    site.outcome = Failed(Error("ValueError", "key canary-5ecret-value", "trace canary-5ecret-value"))
-
-    ended = await site.attempt()
-
-    assert "canary-5ecret-value" not in str(ended)
-    assert ended.error is not None and ended.error["type"] == "ValueError"
 
 
 async def test_evidence_names_properties_and_shows_no_value_of_them(site: Site) -> None:
@@ -603,27 +564,6 @@ async def test_services_reject_the_calls_of_an_abandoned_handler(site: Site) -> 
 
     assert (await site.attempt()).state == "succeeded"
     assert len(site.asked) == 1
-
-
-async def test_a_checkpoint_waits_for_a_database_that_is_unavailable(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(answers, "RETRY", 0.001)
-    errors = [StoreUnavailable("away"), StoreUnavailable("away")]
-
-    async def save_checkpoint(run: AdmittedRun, handler: str, data_json: str, number: int) -> bool:
-        if errors:
-            raise errors.pop()
-        return True
-
-    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-        await services.ask(Save('{"done": 1}'))
-
-    monkeypatch.setattr(site, "save_checkpoint", save_checkpoint)
-    site.during = during
-
-    assert (await site.attempt()).state == "succeeded"
-    assert errors == []
 
 
 def step(seq: int = 1, result: str = "1", **values: Any) -> NewStep:
@@ -664,33 +604,6 @@ async def test_replayed_steps_do_not_forgive_lost_workers(site: Site) -> None:
     site.during = during
     assert (await site.attempt(attempt=2, recoveries=2)).recoveries == 2
     assert site.pages == [0]
-
-
-@pytest.mark.parametrize(
-    ("seqs", "size", "key", "message"),
-    [
-        ([7], 1, None, "step ask: place 7 is taken by another step"),
-        ([8, 8], 1, None, "step ask: place 8 is taken by another step"),
-        ([8, 9], 100, None, "step ask: the results of the run's steps reach 64 MiB, the limit"),
-        ([8], 1, "canary-5ecret-key", "the key of a step .masked.: it contains a secret"),
-    ],
-)
-async def test_what_a_process_may_not_store_is_refused(
-    site: Site, seqs: list[int], size: int, key: str | None, message: str
-) -> None:
-    masker.register("canary-5ecret-key")
-    site.totals = (7, 64 * 1024 * 1024 - 150)
-
-    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-        *good, bad = seqs
-        for seq in good:
-            await services.ask(StoreStep(step(seq, "1" * size)))
-        with pytest.raises(StepError, match=message):
-            await services.ask(StoreStep(step(bad, "1" * size, key=key)))
-
-    site.during = during
-    assert (await site.attempt(attempt=2)).state == "succeeded"
-    assert len(site.steps) == len(seqs) - 1
 
 
 async def test_a_run_keeps_the_variant_that_stored_progress(site: Site) -> None:
@@ -770,19 +683,6 @@ async def test_a_steps_times_are_within_its_attempt(
     assert times == ([(began, now), (began, began)] if clamped else [(first, last), (last, first)])
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("llm_tokens", "budget"), ("sleep", "answer"), ("budget:llm_tokens", "answer")]
-)
-async def test_a_wait_under_a_name_of_another_kind_is_refused(site: Site, name: str, kind: Any) -> None:
-    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-        with pytest.raises(StepError, match="reserved"):
-            await services.ask(OpenWait(NewWait(name, 1, kind)))
-
-    site.during = during
-    assert (await site.attempt()).state == "succeeded"
-    assert site.waits == []
-
-
 BUDGET = BudgetState("llm_tokens", "day", 100, 40, START + timedelta(hours=9), "wait")
 
 
@@ -802,47 +702,3 @@ async def test_a_budget_whose_limit_the_token_lacks_refuses_the_run_before_its_h
 
     assert (ended.state, ended.reason, ended.detail) == ("refused", "property_missing", "daily_tokens")
     assert site.works == []
-
-
-async def test_a_spend_is_keyed_by_attempt_and_number_and_fenced(site: Site):
-    site.budgets_found = OrgBudgets([BUDGET])
-
-    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-        assert await services.ask(CountSpend("llm_tokens", 7, "3:2")) == OrgBudgets([BUDGET])
-        assert await services.ask(AskBudgets()) == OrgBudgets([BUDGET])
-        site.still_ours = False
-        with pytest.raises(LeaseLost):
-            await services.ask(CountSpend("llm_tokens", 7, "3:3"))
-        assert stop.killed
-
-    site.during = during
-    await site.attempt(attempt=3)
-
-    assert site.spends == [("llm_tokens", 7, "3:2"), ("llm_tokens", 7, "3:3")]
-
-
-async def test_a_spend_of_a_budget_without_a_limit_ends_the_run_refused(site: Site):
-    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-        site.budgets_found = OrgBudgets([], missing="daily_tokens")
-        with pytest.raises(TokenRefused):
-            await services.ask(CountSpend("llm_tokens", 7, "1:1"))
-
-    site.during = during
-    ended = await site.attempt()
-
-    assert (ended.state, ended.reason, ended.detail) == ("refused", "property_missing", "daily_tokens")
-
-
-async def test_a_meter_whose_name_is_a_secret_is_not_stored(site: Site):
-    masker.register("canary-5ecret-meter")
-
-    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-        spent = replace(step(1, "1"), spends=(("canary-5ecret-meter", 1),))
-        with pytest.raises(StepError, match="contains a secret"):
-            await services.ask(StoreStep(spent))
-        with pytest.raises(StepError, match="contains a secret"):
-            await services.ask(CountSpend("canary-5ecret-meter", 1, "1:1"))
-
-    site.during = during
-    await site.attempt()
-    assert (site.steps, site.spends) == ([], [])

@@ -63,16 +63,9 @@ def test_work_shows_neither_token_nor_claims() -> None:
 
 @pytest.mark.parametrize(
     "message",
-    [{}, {"kind": "TimedOut"}, {"kind": "Failed"}, {"kind": "Snoozed", "after": 1e300}, {"kind": []}],
-)
-def test_what_is_no_outcome_is_refused(message: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="not an outcome"):
-        outcome_of_message(message)
-
-
-@pytest.mark.parametrize(
-    "message",
     [
+        {"kind": []},
+        {"kind": "Failed"},
         {"kind": "Succeeded", "result": 5},
         {"kind": "Succeeded", "result": "{"},
         {"kind": "Succeeded", "result": "[NaN]"},
@@ -112,12 +105,6 @@ async def test_texts_of_an_outcome_are_cut_and_cleaned_on_arrival() -> None:
     assert isinstance(stored, Failed)
     assert (len(stored.error.type), len(stored.error.message)) == (500, 4_000)
     assert len(stored.error.trace) == 16_002
-
-
-@pytest.mark.parametrize(("done", "total"), [("1", None), (float("nan"), 1), (1, [])])
-def test_progress_that_cannot_be_shown_is_refused(done: Any, total: Any) -> None:
-    with pytest.raises(NotACall, match="finite number"):
-        read("progress", {"done": done, "total": total, "note": None})
 
 
 STEP = NewStep("ask", "k", 2, 3, '{"a":"é"}', NOW, NOW + timedelta(seconds=1.5), (("llm_tokens", 5),))

@@ -16,7 +16,7 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.execution.runs import admitted
 from tests.unit.execution.test_wire import CLAIMS, TAKEN
-from worker.errors import LeaseLost, TokenRefused
+from worker.errors import LeaseLost
 from worker.execution.attempts.answers import Running
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
 from worker.execution.attempts.plan import HandlerRegistry
@@ -32,17 +32,17 @@ from worker.execution.hosts.control import (
 )
 from worker.execution.hosts.hosted import RemoteTools, hosted_attempt
 from worker.execution.hosts.remote import HostedEnd, RemoteStore, SentRow
-from worker.execution.hosts.sent import END, LINE, PROGRESS, Sent, calls_of
+from worker.execution.hosts.sent import END, Sent
 from worker.execution.hosts.taking import WAIT, Taking
 from worker.execution.hosts.wire import Malformed, Taken
 from worker.execution.loops.finisher import unstorable
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.runners.contract import RunServices, StopSignal, Work
-from worker.handlers.calls import CALLS, AskToken, Call, OpenWait, Progress, Save, StoreStep
+from worker.handlers.calls import CALLS, Call, OpenWait, Save, StoreStep
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.runs import outcome as outcomes
-from worker.runs.outcome import Error, Failed, Outcome, Succeeded, Trail
+from worker.runs.outcome import Failed, Outcome, Succeeded, Trail
 from worker.runs.run import AdmittedRun, LogLine, NewStep, OwnedRun
 from worker.runs.waits import NewWait
 from worker.secret import AccessToken
@@ -199,15 +199,6 @@ async def test_the_orgs_secrets_are_masked_on_the_host_too(clock: ManualClock) -
     assert key not in json.dumps(workers.calls)
 
 
-async def test_a_failure_keeps_its_error_and_its_permanence(clock: ManualClock) -> None:
-    failed = Failed(Error("ValueError", "no"), permanent=True)
-    workers = Workers(finish={"accepted": []})
-    host = Host(clock, workers, Runner(failed))
-
-    assert await host.store.finish([await host.attempt()]) == set()
-    assert wire.rows_of(workers.sent("finish")[0], "ends", END)[0].outcome == failed
-
-
 async def test_a_result_that_the_workers_reject_is_reported_as_that(clock: ManualClock) -> None:
     workers = Workers(finish={"accepted": [RUN.id]})
     host = Host(clock, workers)
@@ -246,51 +237,6 @@ async def test_a_run_that_is_cancelled_before_it_starts_is_not_started(clock: Ma
 
     assert ended.returned == outcomes.Cancelled("requested")
     assert host.runner.works == []
-
-
-async def test_what_a_handler_saves_goes_to_the_workers_under_its_fence(clock: ManualClock) -> None:
-    async def during(services: RunServices, stop: StopSignal) -> None:
-        await services.ask(Save('{"done":4}', 1))
-        await services.ask(StoreStep(STEP))
-        services.tell(Progress(1, 2, "half"))
-        services.log("info", "stdout", "hello")
-
-    workers = Workers(store={"stored": [[RUN.id, RUN.fencing_token]]}, totals={"last": 0, "bytes": 0})
-    host = Host(clock, workers, Runner(during=during))
-    writing = asyncio.create_task(host.tools.steps.run())
-    try:
-        ended = await host.attempt()
-    finally:
-        writing.cancel()
-    await host.tools.run_log.flush()
-
-    fence = {"run": RUN.id, "fencing_token": RUN.fencing_token}
-    assert workers.sent("save") == [{**fence, "handler": "acme.digest", "data": '{"done":4}', "number": 1}]
-    # Not before its attempt began.
-    sent = replace(STEP, started_at=RUN.started_at, ended_at=RUN.started_at)
-    assert calls_of("store", workers.sent("store")[0])[0].call == StoreStep(sent)
-    assert wire.rows_of(workers.sent("progress")[0], "rows", PROGRESS)[0].progress == {
-        "done": 1,
-        "total": 2,
-        "note": "half",
-    }
-    assert [line.text for line in wire.rows_of(workers.sent("logs")[0], "lines", LINE)] == ["hello"]
-    assert ended.moved
-
-
-async def test_a_refused_token_ends_the_run_refused(clock: ManualClock) -> None:
-    async def during(services: RunServices, stop: StopSignal) -> None:
-        with pytest.raises(TokenRefused):
-            await services.ask(AskToken(fresh=False))
-        assert stop.killed
-
-    refused = {"refused": {"reason": "pool_mismatch", "detail": "region"}}
-    host = Host(clock, Workers(token=refused), Runner(outcomes.Lost(), during))
-
-    ended = await host.attempt()
-
-    assert isinstance(ended.returned, outcomes.Refused)
-    assert (ended.returned.reason, ended.returned.detail) == ("pool_mismatch", "region")
 
 
 async def test_a_large_batch_is_sent_in_parts(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,12 +335,6 @@ async def test_what_a_removed_host_still_sends_counts_for_nothing(clock: ManualC
         await host.ask(Save("1"))
     await host.store.append_logs([LogLine(RUN.id, 1, 1, RUN.org_id, clock.now(), "info", "log", "late")])
     await host.store.write_progress([(RUN.id, RUN.fencing_token, {"done": 1, "total": 2, "note": None})])
-
-
-async def test_a_renewal_names_the_runs_that_the_host_owns(clock: ManualClock) -> None:
-    workers = Workers(renew=wire.renewed_message(True, [OwnedRun(RUN.id, 1, "requested")]))
-
-    assert Host(clock, workers).store.renew() == (True, [OwnedRun(RUN.id, 1, "requested")])
 
 
 async def test_runs_whose_admission_was_not_answered_wait_again_after_a_drain(clock: ManualClock) -> None:

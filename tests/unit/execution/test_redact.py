@@ -33,6 +33,7 @@ ERROR = Error(SECRET, f"got {SECRET}", f"line: {SECRET}")
     "said",
     [
         Succeeded(f'{{"x":"{SECRET}"}}'),
+        Succeeded("1", f'{{"key":"{SECRET}"}}'),
         Failed(ERROR),
         TimedOut(ERROR),
         Cancelled("by_handler", SECRET),

@@ -128,10 +128,6 @@ def test_concurrent_runs_cannot_share_a_state(orgworker):
     assert "overlap: t.counts declares state" in finished.error["message"]
 
 
-def test_it_works_in_a_process_of_its_own(orgworker):
-    assert orgworker.run(counts, state={"runs": 6}, place="child").definition_state == {"runs": 7}
-
-
 class Place(BaseModel):
     page: int = Field(alias="p", ge=0)
     day: date = date(2030, 1, 1)

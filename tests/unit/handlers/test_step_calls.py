@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -427,19 +426,6 @@ async def test_a_cancelled_map_starts_no_other_call(stored: Stored, clock: Manua
     assert started == [0, 1]
 
 
-def test_a_blocking_handler_has_the_same(stored: Stored, calls: Calls, clock: ManualClock) -> None:
-    def handler(ctx: BlockingContext[Any, Any]) -> Any:
-        one = ctx.step("work", calls.work, "one")
-        return [one, *ctx.map("m", calls.work, ["a", "b", "c"], concurrency=2)]
-
-    first = handler(stored.blocking(clock))
-
-    assert first == [{"answer": word} for word in ("one", "a", "b", "c")]
-    assert handler(stored.blocking(clock)) == first
-    assert calls.made[0] == ("one", True)
-    assert sorted(calls.made[1:]) == [("a", False), ("b", False), ("c", False)]
-
-
 def test_a_blocking_step_refuses_what_it_cannot_do(stored: Stored, calls: Calls, clock: ManualClock) -> None:
     ctx = stored.blocking(clock)
 
@@ -478,19 +464,3 @@ def test_an_error_of_a_blocking_map_is_raised(stored: Stored, clock: ManualClock
     with pytest.raises(ValueError, match="two"):
         stored.blocking(clock).map("m", work, range(5), concurrency=1)
     assert [step.result_json for step in stored.steps] == ["0", "1"]
-
-
-def _spending(amount: int) -> Callable[[], Any]:
-    async def ask() -> int:
-        step = open_step()
-        assert step is not None
-        step.spends.append(("llm_tokens", amount))
-        return amount
-
-    return ask
-
-
-async def test_what_a_step_spends_is_stored_with_it(stored: Stored, clock: ManualClock) -> None:
-    await stored.context(clock).step("ask", _spending(7))
-
-    assert stored.steps[0].spends == (("llm_tokens", 7),)
