@@ -1,4 +1,4 @@
-"""Workers that answer hosts over real connections, on either database; tests play the hosts."""
+"""Workers that answer hosts over real connections; tests play the hosts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -300,9 +300,8 @@ class Fleet:
         return OrgId(row["id"])
 
 
-@pytest.fixture
-def database(migrated_url: str) -> Iterator[Database]:
-    opened = Database.open(migrated_url, clock=SystemClock(), threads=4)
+def filled(url: str) -> Iterator[Database]:
+    opened = Database.open(url, clock=SystemClock(), threads=4)
     with opened.transaction() as connection:
         catalogue.put(connection, ENTRIES, at=opened.now(connection))
     apply(opened, parse_file(FILE), actor="test")
@@ -310,9 +309,9 @@ def database(migrated_url: str) -> Iterator[Database]:
     opened.close()
 
 
-@pytest.fixture
-async def fleet(database: Database, tmp_path: Path) -> AsyncIterator[Fleet]:
-    ring = KeyRing.generate(tmp_path / "keyring")
+@asynccontextmanager
+async def serving(database: Database, folder: Path) -> AsyncIterator[Fleet]:
+    ring = KeyRing.generate(folder / "keyring")
     async with AsyncExitStack() as stack:
         # All calls go to a loopback address by http; loading the authorities takes 10 ms.
         client = httpx.AsyncClient(verify=False)
@@ -323,4 +322,28 @@ async def fleet(database: Database, tmp_path: Path) -> AsyncIterator[Fleet]:
             stack.push_async_callback(worker.api.close)
         # Its connections close first, so that no listener waits for them.
         await stack.enter_async_context(client)
+        yield made
+
+
+@pytest.fixture
+def database(migrated_sqlite_url: str) -> Iterator[Database]:
+    yield from filled(migrated_sqlite_url)
+
+
+@pytest.fixture
+def either_database(migrated_url: str) -> Iterator[Database]:
+    yield from filled(migrated_url)
+
+
+@pytest.fixture
+async def fleet(database: Database, tmp_path: Path) -> AsyncIterator[Fleet]:
+    """On SQLite, for what no statement decides."""
+    async with serving(database, tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+async def fleet_on_either(either_database: Database, tmp_path: Path) -> AsyncIterator[Fleet]:
+    """The same on SQLite and on PostgreSQL."""
+    async with serving(either_database, tmp_path) as made:
         yield made

@@ -11,12 +11,8 @@ import pytest
 
 from tests.fakes.running import until
 from tests.integration.hosts.conftest import HANDLER, Fleet, end_of, fence
-from worker.errors import IssuerUnavailable, StoreUnavailable
-from worker.execution.hosts import attempt_api
 from worker.execution.hosts.hosted_runs import HostedRuns
-from worker.execution.hosts.sent import END
 from worker.execution.loops.finisher import Finisher
-from worker.handlers import calls
 from worker.handlers.calls import GrantedAnswer
 from worker.ids import OrgId
 from worker.pacing import Turns
@@ -30,7 +26,8 @@ from worker.telemetry.masking import Masker
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_host_takes_a_run_and_reports_its_end(fleet: Fleet) -> None:
+async def test_a_host_takes_a_run_and_reports_its_end(fleet_on_either: Fleet) -> None:
+    fleet = fleet_on_either
     host = await fleet.host()
     run = fleet.start(since="2029")
 
@@ -51,8 +48,9 @@ async def test_a_host_takes_a_run_and_reports_its_end(fleet: Fleet) -> None:
     assert [ended.run_id for ended in fleet.one.ended] == [run]
 
 
-async def test_any_worker_goes_on_where_another_stopped(fleet: Fleet) -> None:
+async def test_any_worker_goes_on_where_another_stopped(fleet_on_either: Fleet) -> None:
     """Taken at one; checkpoint, step, wait, log, progress, token and end at the other."""
+    fleet = fleet_on_either
     host = await fleet.host()
     run = fleet.start()
     [taken] = await host.take(fleet.one)
@@ -92,7 +90,8 @@ async def test_any_worker_goes_on_where_another_stopped(fleet: Fleet) -> None:
     assert [ended.trail.asks for ended in fleet.two.ended] == [("ok",)]
 
 
-async def test_an_end_that_is_sent_again_is_accepted_at_each_worker(fleet: Fleet) -> None:
+async def test_an_end_that_is_sent_again_is_accepted_at_each_worker(fleet_on_either: Fleet) -> None:
+    fleet = fleet_on_either
     host = await fleet.host()
     run = fleet.start()
     [taken] = await host.take(fleet.one)
@@ -104,7 +103,8 @@ async def test_an_end_that_is_sent_again_is_accepted_at_each_worker(fleet: Fleet
     assert (days["runs"], days["attempts"]) == (1, 1)
 
 
-async def test_two_workers_that_get_an_end_at_once_write_it_once(fleet: Fleet) -> None:
+async def test_two_workers_that_get_an_end_at_once_write_it_once(fleet_on_either: Fleet) -> None:
+    fleet = fleet_on_either
     host = await fleet.host()
     run = fleet.start()
     [taken] = await host.take(fleet.one)
@@ -217,7 +217,8 @@ async def test_a_take_without_runs_ends_after_its_wait(fleet: Fleet) -> None:
     assert await host.take(fleet.one, wait=0) == []
 
 
-async def test_no_more_runs_are_taken_than_there_are_slots(fleet: Fleet) -> None:
+async def test_no_more_runs_are_taken_than_there_are_slots(fleet_on_either: Fleet) -> None:
+    fleet = fleet_on_either
     host = await fleet.host()
     for _ in range(5):
         fleet.start()
@@ -248,7 +249,8 @@ async def test_what_another_token_delays_comes_with_a_later_take(fleet: Fleet) -
     assert {row[0] for row in (await host.call(fleet.one, "renew"))["owned"]} == {run, second}
 
 
-async def test_what_a_stopping_host_never_got_is_handed_back(fleet: Fleet) -> None:
+async def test_what_a_stopping_host_never_got_is_handed_back(fleet_on_either: Fleet) -> None:
+    fleet = fleet_on_either
     host = await fleet.host()
     run = fleet.start()
     fleet.tokens.may_answer.clear()
@@ -290,17 +292,6 @@ async def test_a_host_hears_nothing_of_a_run_whose_token_is_anothers(fleet: Flee
     assert (await host.call(fleet.one, "renew"))["owned"] == []
 
 
-async def test_a_run_waits_while_its_issuer_does_not_answer(fleet: Fleet) -> None:
-    host = await fleet.host()
-    run = fleet.start()
-    fleet.tokens.error = IssuerUnavailable("issuer main does not respond")
-
-    assert await host.take(fleet.one, wait=0.5) == []
-    live = fleet.rows.live(run)
-    assert live is not None
-    assert (live["state"], live["reason"]) == ("waiting", "no_token")
-
-
 async def test_a_renewed_token_that_is_refused_ends_the_run_so(fleet: Fleet) -> None:
     """Whatever the host reports."""
     host = await fleet.host()
@@ -315,38 +306,9 @@ async def test_a_renewed_token_that_is_refused_ends_the_run_so(fleet: Fleet) -> 
     assert fleet.rows.run(run)["state"] == "refused"
 
 
-async def test_a_call_says_that_the_database_is_away_and_may_be_repeated(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    host = await fleet.host()
-    run = fleet.start()
-    [taken] = await host.take(fleet.one)
-    store = fleet.one.store
-    save, finish = store.save_checkpoint, store.finish_by
-
-    async def away(*_: Any, **__: Any) -> Any:
-        raise StoreUnavailable("the database does not respond")
-
-    monkeypatch.setattr(store, "save_checkpoint", away)
-    monkeypatch.setattr(store, "finish_by", away)
-    monkeypatch.setattr("worker.execution.hosts.hosted_runs.WRITTEN_WITHIN", 0.2)
-    message = {**fence(taken), "handler": HANDLER, "data": "1"}
-    saved = await host.send(fleet.one, "save", message)
-    ended = await host.send(fleet.one, "finish", {"ends": [END.write(end_of(taken))]})
-    for response in (saved, ended):
-        assert (response.status_code, response.json()["code"]) == (503, "database_unavailable")
-        assert int(response.headers["retry-after"]) > 0
-
-    monkeypatch.setattr(store, "save_checkpoint", save)
-    monkeypatch.setattr(store, "finish_by", finish)
-    await host.call(fleet.two, "save", **message)
-    monkeypatch.setattr("worker.execution.hosts.hosted_runs.WRITTEN_WITHIN", 5.0)
-    assert await host.finish(fleet.one, end_of(taken)) == [run]
-    assert len(fleet.rows.attempts(run)) == 1
-
-
-async def test_the_end_counts_by_the_workers_clock(fleet: Fleet) -> None:
+async def test_the_end_counts_by_the_workers_clock(fleet_on_either: Fleet) -> None:
     """A host cannot say that its handler began before the token was there, or that it ends tomorrow."""
+    fleet = fleet_on_either
     host = await fleet.host()
     run = fleet.start()
     [taken] = await host.take(fleet.one)
@@ -358,7 +320,8 @@ async def test_the_end_counts_by_the_workers_clock(fleet: Fleet) -> None:
     assert attempt["handler_started_at"] <= attempt["ended_at"]
 
 
-async def test_a_result_that_the_database_does_not_take_fails_its_run_alone(fleet: Fleet) -> None:
+async def test_a_result_that_the_database_does_not_take_fails_its_run_alone(fleet_on_either: Fleet) -> None:
+    fleet = fleet_on_either
     host = await fleet.host()
     runs = [fleet.start(), fleet.start()]
     first, second = await host.take_all(fleet.one, 2)
@@ -369,7 +332,8 @@ async def test_a_result_that_the_database_does_not_take_fails_its_run_alone(flee
     assert fleet.rows.run(second.run.id)["state"] == "succeeded"
 
 
-async def test_handlers_of_a_host_are_kept_apart_from_those_of_workers(fleet: Fleet) -> None:
+async def test_handlers_of_a_host_are_kept_apart_from_those_of_workers(fleet_on_either: Fleet) -> None:
+    fleet = fleet_on_either
     host = await fleet.host()
     entry = {
         **{"name": "gpu.only", "distribution": "gpu", "version": "2", "entry_point": "gpu:only"},
@@ -447,27 +411,3 @@ async def test_the_versions_are_listed_without_a_token(fleet: Fleet) -> None:
     response = await fleet.client.get(f"{fleet.one.url}/attempts")
 
     assert response.json() == {"versions": ["v1"]}
-
-
-async def test_options_of_a_host_bind_at_workers_that_know_them(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The control is a worker of the previous release: asked with `wait`, it stores none."""
-    host = await fleet.host()
-    fleet.start()
-    [taken] = await host.take(fleet.one)
-    wait: dict[str, Any] = {"name": "ok", "occurrence": 1, "kind": "answer", "seconds": None}
-    wait |= {"ask_json": None, "alert": False, "options": ["yes", "no"]}
-    with monkeypatch.context() as previous:
-        previous.delitem(attempt_api.CALLS, "choose")
-        previous.setattr(calls, "check_options", lambda options: ())
-        unknown = await host.send(fleet.one, "choose", {**fence(taken), "wait": wait})
-        assert (unknown.status_code, unknown.json()["error"]["code"]) == (422, "invalid")
-        assert fleet.rows.all(tables.waits) == []
-        await host.call(fleet.one, "wait", **fence(taken), wait={**wait, "name": "unbound"})
-
-    answer = await host.call(fleet.one, "choose", **fence(taken), wait=wait)
-
-    assert answer["state"]["state"] == "pending"
-    stored = {row["name"]: row["options"] for row in fleet.rows.all(tables.waits)}
-    assert stored == {"ok": ["yes", "no"], "unbound": None}

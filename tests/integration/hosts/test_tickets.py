@@ -40,7 +40,8 @@ async def take_by(
     return [wire.taken_of(taken) for taken in answer["attempts"]], answer["again"]
 
 
-async def test_a_ticket_is_taken_at_any_worker_once(fleet: Fleet) -> None:
+async def test_a_ticket_is_taken_at_any_worker_once(fleet_on_either: Fleet) -> None:
+    fleet = fleet_on_either
     host, other = await fleet.host(pool="eu"), await fleet.host("h2", pool="eu")
     run, ticket = place(fleet)
 
@@ -68,8 +69,9 @@ async def test_a_host_asks_again_while_the_token_is_on_its_way(fleet: Fleet) -> 
 
 
 async def test_a_run_that_the_host_no_longer_asks_for_waits_again(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+    fleet_on_either: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fleet = fleet_on_either
     host = await fleet.host(pool="eu")
     run, ticket = place(fleet)
     fleet.tokens.may_answer.clear()
@@ -100,14 +102,3 @@ async def test_the_ticket_of_a_host_that_has_gone_is_not_taken(fleet: Fleet) -> 
     # The control: the same call of one that is there starts it.
     [taken], _ = await take_by(host, fleet, ticket)
     assert taken.run.id == run
-
-
-async def test_a_run_whose_token_is_refused_ends_without_the_host(fleet: Fleet) -> None:
-    host = await fleet.host(pool="eu")
-    run, ticket = place(fleet)
-    fleet.tokens.of_org = "org_b"
-
-    assert await take_by(host, fleet, ticket) == ([], False)
-
-    assert fleet.rows.run(run)["state"] == "refused"
-    assert fleet.rows.live(run) is None
