@@ -23,13 +23,13 @@ import signal
 {imports}
 schema = {schema!r}
 value = {value!r}
-signal.setitimer(signal.ITIMER_PROF, 0.5)
+signal.setitimer(signal.ITIMER_PROF, 0.3)
 print({call})
 """
 
 
 def _in_a_process(imports: str, call: str, *, schema: Any, value: Any) -> str | None:
-    """What a Python of its own prints, or None where it computes for more than half a second."""
+    """What a Python of its own prints, or None where it computes for more than 0.3 s."""
     code = CHECK.format(imports=imports, schema=schema, value=value, call=call)
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if ended.returncode == -signal.SIGPROF:

@@ -42,17 +42,6 @@ def test_nothing_runs_on_the_dates_of_the_definitions_zone(timeline: Timeline) -
     assert reasons(timeline) == {"12-24T23": ("calendar", 1), "12-25T00": ("calendar", 23)}
 
 
-def test_an_org_without_a_zone_of_its_own_gives_its_definitions_utc_dates(timeline: Timeline) -> None:
-    timeline.clock.set(utc("2026-12-24T22:30"))
-    calendar(timeline, "2026-12-25")
-    timeline.define(schedule="0 * * * *", overlap="allow", calendar="holidays")
-
-    timeline.fire_until(utc("2026-12-25T00:30"))
-
-    assert timeline.instants() == [utc("2026-12-24T23:00")]
-    assert reasons(timeline) == {"12-25T00": ("calendar", 1)}
-
-
 def test_a_changed_calendar_settles_what_was_due_by_the_old_one(timeline: Timeline) -> None:
     """No worker was up: the times until the change are decided by the dates that were in force."""
     timeline.clock.set(utc("2026-12-25T00:30"))
@@ -70,13 +59,6 @@ def test_a_changed_calendar_settles_what_was_due_by_the_old_one(timeline: Timeli
     assert timeline.instants() == [utc("2026-12-25T04:00") + HOUR * n for n in range(20)]
     assert reasons(timeline) == {"12-25T01": ("calendar", 3), "12-26T00": ("calendar", 2)}
     assert timeline.accounted() == {utc("2026-12-25").date(): 23, utc("2026-12-26").date(): 2}
-
-
-def test_the_same_dates_in_another_order_change_nothing(timeline: Timeline) -> None:
-    calendar(timeline, "2026-12-25", "2026-12-26")
-    timeline.define(schedule="0 * * * *", calendar="holidays")
-
-    assert calendar(timeline, "2026-12-26", "2026-12-25", "2026-12-26") == []
 
 
 def test_an_edit_takes_a_calendar_and_drops_it(timeline: Timeline) -> None:

@@ -26,7 +26,6 @@ POLL = 1.0  # a run that may start again is admitted this late at most
 LIFETIME = 20  # of tokens, in seconds: each org asks again every 10 to 16 s
 LONGEST = 5.0  # seconds that a healthy org may wait for a token
 FAULTS = ("status", "reset", "unreachable", "malformed", "large", "hang", "slow")
-QUICK_AND_SLOW = ("status", "hang")
 
 
 class Simulation:
@@ -152,8 +151,7 @@ async def test_three_broken_orgs_of_98_hold_up_no_honest_one(fault: str) -> None
         assert set(simulation.served_at) == {each.code for each in honest}
 
 
-@pytest.mark.parametrize("fault", QUICK_AND_SLOW)
-@pytest.mark.parametrize("broken", [1, 49, 97])
+@pytest.mark.parametrize(("broken", "fault"), [(1, "hang"), (49, "status"), (97, "hang")])
 async def test_orgs_that_are_broken_from_the_start_hold_up_no_healthy_one(broken: int, fault: str) -> None:
     """One, half, or all but one of 98, all started at once with the broken ones before the others."""
     async with Simulation(98, rate=200.0) as simulation:
@@ -164,7 +162,7 @@ async def test_orgs_that_are_broken_from_the_start_hold_up_no_healthy_one(broken
         assert simulation.longest_wait(simulation.orgs[broken:]) <= LONGEST
 
 
-@pytest.mark.parametrize(("broken", "fault"), [(3, "hang"), (49, "status"), (49, "hang"), (97, "hang")])
+@pytest.mark.parametrize(("broken", "fault"), [(49, "status"), (97, "hang")])
 async def test_orgs_that_break_later_hold_up_no_healthy_one(broken: int, fault: str) -> None:
     """All had tokens; then these applications stop, and later they come back by themselves."""
     async with Simulation(98) as simulation:
@@ -184,11 +182,9 @@ async def test_orgs_that_break_later_hold_up_no_healthy_one(broken: int, fault: 
 @pytest.mark.parametrize(
     ("cold", "rate", "fault"),
     [
-        (True, 10.0, "status"),
         (True, 100.0, "hang"),
-        (True, 100.0, "status"),
+        (True, 10.0, "status"),
         (False, 10.0, "hang"),
-        (False, 10.0, "status"),
         (False, 100.0, "status"),
     ],
 )
@@ -246,7 +242,7 @@ async def test_answers_to_one_org_do_not_end_an_outage_of_the_others() -> None:
         assert simulation.emitted.count("issuer.resumed") == 0
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_healthy_org_never_waits_longer_than_five_seconds(data: st.DataObject) -> None:
     """Any mix of orgs that are broken, break later, flicker or come back, in any order and of any kind."""
