@@ -41,9 +41,8 @@ LONGEST = (
         "test_container",
         "test_systemd",
         "test_hostile_handlers",
-        "test_issuer_outage",
     ),
-    *("test_rotation", "test_newcomer", "test_serve", "test_definitions_alive", "test_health"),
+    *("test_rotation", "test_serve", "test_definitions_alive", "test_health"),
     *("test_outage", "test_drain", "test_cluster_chaos", "test_kills"),
 )
 ROOMS = ("acceptance", "integration", "migrations", "unit")

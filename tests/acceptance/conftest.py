@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,13 +51,6 @@ def site(bare_site: Site, migrated_sqlite_url: str) -> Site:
 
 
 @pytest.fixture
-def short_site(site: Site) -> Site:
-    """The same with a short lease."""
-    site.configure(execution=SHORT_LEASE)
-    return site
-
-
-@pytest.fixture
 def site_on_either(tmp_path: Path, provider: Provider, migrated_url: str) -> Iterator[Site]:
     """The same on SQLite and on PostgreSQL, for what a worker does with its database.
 
@@ -80,21 +74,18 @@ def hook() -> Iterator[Hook]:
 @pytest.fixture(scope="module")
 def shared_site(
     tmp_path_factory: pytest.TempPathFactory, migrated_sqlite_file: Path, provider: Provider
-) -> Iterator[Callable[[str], Site]]:
-    """Makes the installation that all tests of a module share, on SQLite."""
-    made: list[Site] = []
+) -> Iterator[Callable[..., Site]]:
+    """Makes an installation that all tests of a module share, on SQLite."""
+    with contextlib.ExitStack() as stack:
 
-    def make(execution: str = "") -> Site:
-        folder = tmp_path_factory.mktemp("site")
-        site = Site(folder, copied(migrated_sqlite_file, folder), provider)
-        made.append(site)
-        site.configure(execution=execution)
-        install_handlers(site.plugins)
-        return site
+        def make(execution: str = "", **settings: str) -> Site:
+            folder = tmp_path_factory.mktemp("site")
+            site = stack.enter_context(opened(Site(folder, copied(migrated_sqlite_file, folder), provider)))
+            site.configure(execution=execution, **settings)
+            install_handlers(site.plugins)
+            return site
 
-    yield make
-    for site in made:
-        site.close()
+        yield make
 
 
 @pytest.fixture(scope="session")

@@ -7,53 +7,6 @@ from tests.fakes.hook import Hook
 from tests.fakes.ports import free_port
 from tests.fakes.site import application, definition, wait_until
 
-FAILURES = 100
-# Inline, because a process for each of 200 runs says nothing about alerts.
-FAILING = "acme.wants_file_inline"
-
-
-def test_a_hundred_failures_of_one_cause_are_one_alert_and_one_resolved(short_site, hook, tmp_path):
-    """On PostgreSQL two workers meet the cause side by side."""
-    site, mended = short_site, tmp_path / "mended"
-    site.configure(
-        execution='inline = ["acme-jobs"]\nmax_inline = 4\nlease = "4s"\nrenew = "500ms"',
-        extra=hook.settings(),
-    )
-    site.add_orgs(*(application(f"org_{number}") for number in range(10)))
-    workers = [site.start_worker() for _ in range(2 if "postgresql" in site.database_url else 1)]
-    offers = "SELECT handlers FROM workers WHERE ended_at IS NULL"
-    wait_until(
-        lambda: sum(FAILING in row["handlers"] for row in site.query(offers)) == len(workers),
-        "each worker to offer the handler",
-    )
-    params = {"file": str(mended)}
-    site.apply_for_soon(
-        lambda schedule: "".join(
-            definition(f"org_{number % 10}", f"job-{number}", FAILING, schedule, params=params)
-            for number in range(FAILURES)
-        )
-    )
-
-    def all_are(state: str) -> bool:
-        return site.query("SELECT COUNT(*) AS n FROM runs WHERE state = ?", state)[0]["n"] == FAILURES
-
-    wait_until(lambda: all_are("failed"), "all to fail", timeout=60)
-    assert len({row["worker"] for row in site.runs()}) == len(workers)
-    firing = hook.wait_for("failed", "firing")
-    mended.touch()
-    site.cli("runs", "retry", "--state", "failed")
-    wait_until(lambda: all_are("succeeded"), "all to succeed", timeout=60)
-    resolved = hook.wait_for("failed", "resolved")
-    for worker in workers:
-        # At its end a worker tells all that there is to tell.
-        assert site.stop_worker(worker) == 0
-
-    assert hook.told() == [("failed", "firing"), ("failed", "resolved")]
-    assert all(post.genuine for post in hook.taken)
-    assert (resolved["count"], resolved["affected"]) == (FAILURES, FAILURES)
-    assert (resolved["cause"], resolved["id"]) == (firing["cause"], firing["id"])
-    assert firing["handler"] == FAILING
-
 
 def test_what_strikes_while_the_receiver_is_away_and_the_worker_dies_is_told_once_it_is_back(site, journal):
     port = free_port()

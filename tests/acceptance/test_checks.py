@@ -1,4 +1,4 @@
-"""Tokens looked at from the command line, and a worker that does not start without the key it needs."""
+"""Tokens looked at from the command line, and a provider that the user describes."""
 
 from __future__ import annotations
 
@@ -143,81 +143,3 @@ def test_a_profile_that_is_none_is_refused_at_start(site: Site):
 
     assert site.start_worker().wait(30) == 78
     assert "its callers choose the org themselves" in site.log_text()
-
-
-def test_a_worker_without_the_key_that_sealed_its_secrets_does_not_start(site_on_either: Site):
-    site = site_on_either
-    site.add_orgs(application("org_sealed"))
-    [keyring] = site.folder.rglob("keyring")
-    kept = keyring.with_name("kept")
-    keyring.rename(kept)
-
-    refused = [
-        site.cli("keys", "generate", check=False),
-        site.cli("orgs", "check", "org_sealed", check=False),
-    ]
-    worker = site.start_worker()
-
-    assert worker.wait(30) == 78
-    assert "1 sealed secrets" in site.log_text() and "put the key ring back" in site.log_text()
-    assert [done.code for done in refused] == [78, 1]
-    assert not keyring.exists()
-
-    kept.rename(keyring)
-    assert site.cli("orgs", "check", "org_sealed").code == 0
-
-
-def test_keys_are_listed_renewed_and_removed(site: Site):
-    site.add_orgs(application("org_rekeyed"))
-    [old] = site.cli("keys", "list", "-o", "json").json()
-    worker = site.start_worker()
-    site.wait_for_handlers("acme.configured")
-
-    assert site.cli("keys", "remove", old["id"], check=False).code == 5
-    new = site.cli("keys", "rekey", "-o", "json").json()
-    site.cli("keys", "remove", old["id"])
-
-    assert (new["new"], new["resealed"], new["unopened"]) == (True, 1, 0)
-    [left] = site.cli("keys", "list", "-o", "json").json()
-    assert (left["id"], left["seals"], left["active"]) == (new["key_id"], True, 1)
-    # The worker that was up reads the ring again.
-    params = {"journal": str(site.out / "j")}
-    site.apply(definition("org_rekeyed", "once", "acme.note", "@yearly", params=params))
-    site.cli("definitions", "run", "org_rekeyed", "once")
-    assert site.wait_for_end("org_rekeyed")["state"] == "succeeded"
-    assert site.stop_worker(worker) == 0
-
-
-def test_a_secret_in_a_file_is_read_again_by_a_worker_that_is_up(provider: Provider, site: Site):
-    folder = site.folder / "mounted"
-    folder.mkdir()
-    site.settings.write_text(
-        site.settings.read_text().replace('secrets_dir = ""', f'secrets_dir = "{folder}"')
-    )
-    (folder / "acme").write_text("wrong\n")
-    provider.add(application("org_file"))
-    site.cli("orgs", "add", "org_file")
-    added = site.cli(
-        "credentials",
-        "add",
-        "org_file",
-        "--client-id",
-        "m2m-org_file",
-        "--reference",
-        "file:acme",
-        "--no-verify",
-        "-o",
-        "json",
-    )
-    params = {"journal": str(site.out / "j")}
-    site.apply(definition("org_file", "once", "acme.note", "@yearly", params=params))
-    site.start_worker()
-    site.cli("definitions", "run", "org_file", "once")
-    site.wait_for_state("once", "waiting", attempt=1)
-    (folder / "acme").write_text("secret-of-org_file\n")
-    site.apply(definition("org_file", "again", "acme.note", "@yearly", params=params))
-    site.cli("definitions", "run", "org_file", "again")
-
-    assert added.json()["reference"] == "file:acme"
-    assert site.wait_for_end(definition="again")["state"] == "succeeded"
-    assert site.cli("credentials", "verify", "org_file").code == 0

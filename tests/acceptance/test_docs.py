@@ -37,8 +37,8 @@ PORTS = ("8460", "8470", "8480", "8490", "9000")
 AUDIENCE = "https://api.example.com"
 ORGS = ("acme", "globex")
 NEW = "new-secret-of-both"
-# A page for people who have no account anywhere.
-ALONE = ROOT / "docs" / "migration.md"
+# Pages for people who have no account anywhere.
+ALONE = (ROOT / "docs" / "migration.md", ROOT / "docs" / "first-handler.md")
 # Whoever opens a connection to another machine, or asks for its address, gets an error.
 ONLY_THIS_MACHINE = """\
 import sys
@@ -82,7 +82,7 @@ def test_a_page_does_what_it_says(page: Path, tmp_path: Path, migrated_sqlite_fi
         "WORKER_WEB__LISTEN": f"127.0.0.1:{ports['8470']}",
     }
 
-    if page == ALONE:
+    if page in ALONE:
         environment["PYTHONPATH"] = str(only_this_machine(tmp_path))
 
     with contextlib.ExitStack() as stack:
@@ -113,7 +113,7 @@ def only_this_machine(folder: Path) -> Path:
 
 
 def test_a_page_for_people_without_an_account_reaches_no_other_machine(tmp_path: Path):
-    """The control of the page above: what it is executed under refuses a connection."""
+    """The control of the pages above: what they are executed under refuses a connection."""
     outside = "import socket; socket.create_connection(('192.0.2.1', 9), timeout=1)"
     environment = {"PYTHONPATH": str(only_this_machine(tmp_path))}
 

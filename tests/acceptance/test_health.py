@@ -1,8 +1,7 @@
-"""A real worker's HTTP port: alive, ready, draining, frozen; and a port that is not free."""
+"""A real worker's HTTP port: alive, ready, draining, frozen."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import socket
@@ -17,8 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.acceptance import freezing_worker
 from tests.fakes.hook import Hook
 from tests.fakes.ports import free_port
-from tests.fakes.site import AUDIENCE, Site, application, definition, wait_until
-from worker.demo.provider import Fault
+from tests.fakes.site import Site, application, definition, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -219,59 +217,3 @@ def test_a_handler_that_blocks_the_whole_loop_silences_no_alarm(
     assert blocked["handler"] == "acme.stuck_inline"
     assert "acme_jobs.py" in blocked["where"]
     hook.wait_for("overdue", "resolved")
-
-
-def test_a_port_that_another_process_has_ends_a_worker_that_was_told_to_use_it(site: Site, port: Port):
-    site.configure(web=port.web)
-    with socket.create_server(("127.0.0.1", port.number)):
-        worker = site.start_worker()
-
-        assert worker.wait(timeout=20) == 75
-    assert f"another process has 127.0.0.1:{port.number}" in site.log_text()
-
-
-def test_an_orgs_own_token_and_an_operators_open_the_api_of_a_real_worker(site: Site, port: Port):
-    token = "an-operators-token"
-    digest = hashlib.sha256(token.encode()).hexdigest()
-    operator = f'[[web.operators]]\nname = "ada"\nrole = "viewer"\ntoken_sha256 = "{digest}"'
-    site.configure(web=f'{port.web}\norg_role = "operator"', extra=operator)
-    app = application("org_acme")
-    site.add_orgs(app, application("org_other"))
-    site.apply(definition("org_acme", "note", "acme.note") + definition("org_other", "note", "acme.note"))
-    site.start_worker()
-    port.wait_for("/readyz", 200)
-    form = {
-        "grant_type": "client_credentials",
-        "client_id": app.client_id,
-        "client_secret": app.client_secret,
-        "audience": AUDIENCE,
-    }
-
-    def grant(**claims: str) -> str:
-        site.provider.misbehave(Fault(replace=claims))
-        token: str = httpx.post(f"{site.provider.url}/oauth2/token", data=form).json()["access_token"]
-        site.provider.misbehave(None)
-        return token
-
-    granted = grant()
-    api = f"http://127.0.0.1:{port.number}/api/v1"
-
-    def ask(path: str, bearer: str, method: str = "GET") -> httpx.Response:
-        return httpx.request(method, f"{api}/{path}", headers={"authorization": f"Bearer {bearer}"})
-
-    site.cli("definitions", "run", "org_other", "note")
-    made = ask("definitions/org_acme/note/run", granted, "POST")
-    assert made.status_code == 201, made.text
-
-    assert {run["org"] for run in ask("runs", granted).json()} == {"org_acme"}
-    assert {run["org"] for run in ask("runs", token).json()} == {"org_acme", "org_other"}
-    assert ask("definitions/org_other/note/run", granted, "POST").status_code == 404
-    assert ask("definitions/org_other/note/run", token, "POST").status_code == 403
-    assert httpx.get(f"{api}/runs").status_code == 401
-    # The same org, but a person's token, and one of another org's client.
-    for strange in ({"azp": "spa", "sub": "kp_7"}, {"azp": "m2m-org_other"}, {"azp": ""}):
-        refused = ask("runs", grant(**strange))
-        assert (refused.status_code, refused.json()["error"]["code"]) == (401, "token")
-    site.cli("orgs", "suspend", "org_acme")
-    assert ask("runs", granted).status_code == 403
-    assert granted not in site.log_text()

@@ -1,7 +1,8 @@
-"""`python -m worker host` as its workers see it: what it takes, sends and leaves behind.
+"""`python -m worker host` with real workers: what it needs to start, and what becomes of it and its runs.
 
-Runs that are cancelled or take too long are tested in test_where_runs_execute.py, a drain that hands them
-back in test_temporal.py, a lost lease and the worker that is asked next in test_host_faults.py.
+What hosts run is tested in test_where_runs_execute.py, a drain that hands runs back in test_temporal.py,
+hosts and workers that are killed or stopped in tests/faults/test_hosts.py, and workers that drain in
+tests/integration/hosts/test_attempt_api.py.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,274 +22,264 @@ import psutil
 import pytest
 
 from tests.fakes import forked
-from tests.fakes.attempts import TOKEN, Attempts, problem
+from tests.fakes.certificates import make_certificate
 from tests.fakes.handlers import install_handlers, read_journal
+from tests.fakes.hosts import Hosts, opened_hosts
 from tests.fakes.pages import ROOT, blocks
 from tests.fakes.ports import free_port
-from tests.fakes.site import wait_until
-from worker.execution.runners.child import linux
-from worker.runs import outcome as outcomes
+from tests.fakes.postgres import Server
+from tests.fakes.site import Site, application, definition, opened, wait_until
+from tests.faults.proxy import Proxy
+from worker.demo.provider import Provider
+from worker.store import schema
+
+LEASE = 4.0
+# The workers themselves run nothing.
+EXECUTION = f'lease = "{LEASE:g}s"\nrenew = "500ms"\npoll = "200ms"\nmax_children = 0\nmax_inline = 0'
+SECRET = "canary-secret-of-the-issuer"
 
 
-class Machine:
-    """A machine with a host, its configuration and its plug-ins; nothing of the database."""
+class Fleet:
+    """Two workers on PostgreSQL with an attempt listener each, and hosts that know both."""
 
-    def __init__(self, folder: Path, attempts: Attempts) -> None:
-        self.folder = folder
-        self.attempts = attempts
-        self.out = folder / "out"
-        self.journal = self.out / "journal"
-        self.config, self.token, self.log = folder / "host.toml", folder / "token", folder / "host.log"
-        self.out.mkdir()
-        (folder / "plugins").mkdir()
-        install_handlers(folder / "plugins")
-        self.token.write_text(f"{TOKEN}\n")
-        self.token.chmod(0o600)
-        self.configure()
-        self.processes: list[subprocess.Popen[bytes]] = []
+    def __init__(self, site: Site, hosts: Hosts, ports: tuple[int, int]) -> None:
+        self.site = site
+        self.hosts = hosts
+        self.ports = ports
+        self.journal = site.out / "journal"
+        for port in ports:
+            site.environment["WORKER_ATTEMPTS__LISTEN"] = f"127.0.0.1:{port}"
+            site.start_worker()
+        site.environment.pop("WORKER_ATTEMPTS__LISTEN")
 
-    def configure(self, *, control: list[str] | None = None, execution: str = "", extra: str = "") -> None:
-        self.config.write_text(
-            f"""\
-[host]
-control = {json.dumps(control or [self.attempts.url])}
-token_file = "{self.token}"
-[execution]
-inline = ["acme-jobs"]
-write_paths = ["{self.out}"]
-{execution}
-{extra}
-"""
-        )
+    def begin(self, name: str, handler: str, **params: Any) -> dict[str, Any]:
+        """Run a handler, and wait until it runs on a host."""
+        self.journal = self.site.out / name
+        given = {"journal": str(self.journal), **params}
+        self.site.apply(definition("org_acme", name, handler, params=given))
+        self.site.cli("definitions", "run", "org_acme", name)
+        run = self.site.wait_for_state(name, "running", timeout=60)
+        self.until(lambda: read_journal(self.journal), "the handler")
+        return run
 
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("WORKER_")}
-        environment = kept | {"PYTHONPATH": str(self.folder / "plugins")}
-        command = [sys.executable, "-m", "worker", "--config", str(self.config), "host", *arguments]
-        with self.log.open("ab") as log:
-            process = forked.start(command, cwd=self.folder, env=environment, output=log)
-        self.processes.append(process)
-        return process
+    def steps(self) -> list[int]:
+        return [line["step"] for line in read_journal(self.journal, "step")]
 
-    def started(self) -> subprocess.Popen[bytes]:
-        """A host that offers what is installed."""
-        process = self.start()
-        self.until(lambda: self.attempts.complete, "the catalogue")
-        return process
-
-    def until(self, probe: Any, what: str, *, timeout: float = 30.0) -> Any:
+    def until(self, probe: Any, what: str, timeout: float = 45.0) -> Any:
         try:
             return wait_until(probe, what, timeout=timeout)
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.text()[-3000:]}") from None
-
-    def give(self, name: str, **changes: Any) -> Any:
-        params = {"journal": str(self.journal), **changes.pop("params", {})}
-        return self.attempts.give(f"acme.{name}", params=params, **changes)
-
-    def ended(self, count: int = 1) -> list[Any]:
-        self.until(lambda: len(self.attempts.ends) >= count, f"{count} ends")
-        return [end.outcome for end in self.attempts.ends]
-
-    def text(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
-
-    def events(self, name: str) -> list[dict[str, Any]]:
-        rows = [json.loads(line) for line in self.text().splitlines() if line.startswith("{")]
-        return [row for row in rows if row.get("event") == name]
-
-    def close(self) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            logs = "\n".join(path.read_text()[-2000:] for path in self.site.folder.glob("host-*/host.log"))
+            raise AssertionError(f"{error}\n{logs}\n{self.site.log_text()[-2000:]}") from None
 
 
-@pytest.fixture
-def attempts() -> Iterator[Attempts]:
-    made = Attempts()
-    made.thread.start()
-    yield made
-    made.stop()
+@pytest.fixture(scope="module")
+def fleet(
+    tmp_path_factory: pytest.TempPathFactory, provider: Provider, postgres_server: Server
+) -> Iterator[Fleet]:
+    ports = (free_port(), free_port())
+    with ExitStack() as stack:
+        migrated = postgres_server.template("migrated", schema.upgrade)
+        url = stack.enter_context(postgres_server.new_database(migrated))
+        site = stack.enter_context(opened(Site(tmp_path_factory.mktemp("fleet"), url, provider)))
+        site.configure(execution=EXECUTION)
+        install_handlers(site.plugins)
+        site.migrate()
+        site.add_orgs(application("org_acme", client_secret=SECRET))
+        yield Fleet(site, stack.enter_context(opened_hosts(site, *ports)), ports)
 
 
-@pytest.fixture
-def machine(tmp_path: Path, attempts: Attempts) -> Iterator[Machine]:
-    made = Machine(tmp_path, attempts)
-    yield made
-    made.close()
-
-
-def test_a_host_runs_child_and_inline_handlers_and_drains(machine: Machine, attempts: Attempts) -> None:
-    host = machine.started()
-    assert {"acme.note", "acme.inline"} <= set(attempts.entries)
-    assert attempts.registration.slots == {"child": 50, "inline": 1000}
-
-    child = machine.give("note")
-    inline = machine.give("inline", isolation="inline")
-    machine.ended(2)
-
-    ends = {end.run: end for end in attempts.ends}
-    assert isinstance(ends[child.run.id].outcome, outcomes.Succeeded)
-    assert json.loads(ends[child.run.id].outcome.result)["org"] == "org_acme"
-    assert isinstance(ends[inline.run.id].outcome, outcomes.Succeeded)
-    assert ends[child.run.id].sealed == "c2VhbGVk"
-    assert {line["who"] for line in read_journal(machine.journal)} == {"note", "inline"}
-
-    # Its only worker restarts: it says until the next one hears it that it has stopped.
-    attempts.instead = lambda name: problem(503, "busy", "later") if name == "unregister" else None
-    host.terminate()
-    machine.until(lambda: attempts.calls.count("unregister") > 1, "a second farewell")
-    assert host.poll() is None
-    attempts.instead = lambda name: None
-    assert host.wait(20) == 0
-    assert attempts.unregistered
-    assert len(machine.events("host.stopped")) == 1
-    assert machine.events("run.ended") == []
-    assert {event["outcome"] for event in machine.events("attempt.ended")} == {"succeeded"}
-
-
-def test_what_a_handler_saves_and_prints_reaches_the_workers_masked(machine: Machine) -> None:
-    machine.started()
-    machine.give("leak")
-    machine.give("steps", params={"steps": 2, "pause": 0})
-
-    failed, succeeded = sorted(machine.ended(2), key=lambda outcome: type(outcome).__name__)
-
-    assert isinstance(failed, outcomes.Failed) and failed.error.message == "raised [masked]"
-    assert isinstance(succeeded, outcomes.Succeeded)
-    assert machine.attempts.saved == ['{"step":1}', '{"step":2}']
-    assert {"printed [masked]", "logged [masked]"} <= {line.text for line in machine.attempts.lines}
-    assert [end.moved for end in machine.attempts.ends].count(True) == 1
-    assert "org-token-canary" not in machine.text()
-
-
-def test_runs_freeze_at_80_percent_of_an_unrenewed_lease_and_go_on(
-    machine: Machine, attempts: Attempts
+def test_a_host_that_hangs_for_longer_than_its_lease_has_no_effect_afterwards_nor_one_that_is_removed(
+    fleet: Fleet,
 ) -> None:
-    attempts.lease, attempts.renew_every = 2.0, 0.2
-    machine.started()
-    machine.give("steps", params={"steps": 10_000, "pause": 0.02})
-    machine.until(lambda: read_journal(machine.journal, "step"), "the handler")
+    """Each time another one goes on with the run."""
+    host = fleet.hosts.start("h1")
+    run = fleet.begin("count", "acme.steps", steps=160, pause=0.1)
+    fleet.until(lambda: len(fleet.steps()) > 5, "steps")
+    other = fleet.hosts.start("h2")
+    first = {line["pid"] for line in read_journal(fleet.journal)}
+    [before] = {line["fencing_token"] for line in read_journal(fleet.journal, "step")}
 
-    # A busy machine may have been late with a renewal before.
-    earlier = len(machine.events("children.frozen"))
-    attempts.instead = lambda name: problem(503, "database_unavailable", "away")
-    cut = time.time()
-    (frozen,) = machine.until(lambda: machine.events("children.frozen")[earlier:], "frozen children")
-    time.sleep(0.7)
-    lines = len(read_journal(machine.journal))
-    last = read_journal(machine.journal)[-1]["at"]
-    time.sleep(0.3)
+    host.send_signal(signal.SIGSTOP)
+    stopped_at = read_journal(fleet.journal)[-1]["at"]
+    fleet.site.wait_for_state("count", "running", attempt=2, timeout=60)
+    fleet.until(lambda: len(read_journal(fleet.journal, "start")) == 2, "the second attempt")
+    host.send_signal(signal.SIGCONT)
+    fleet.until(lambda: not any(map(psutil.pid_exists, first)), "the end of the first attempt", 15)
+    fleet.until(lambda: len(fleet.hosts.events("host.started", "h1")) == 2, "its next incarnation", 15)
+    late = [line["at"] for line in read_journal(fleet.journal) if line["pid"] in first]
+    assert max(late) <= stopped_at + LEASE + 1
+    pids = {line["pid"] for line in read_journal(fleet.journal)} - first
 
-    assert frozen["runs"] == 1
-    assert len(read_journal(machine.journal)) == lines
-    assert last <= cut + attempts.lease + 1
+    fleet.site.cli("hosts", "remove", "h2")
+    assert other.wait(30) == 78
+    assert "the workers do not accept this host" in fleet.hosts.log("h2").read_text()
+    assert not any(map(psutil.pid_exists, pids))
 
-    attempts.instead = lambda name: None
-    machine.until(lambda: len(read_journal(machine.journal)) > lines + 5, "thawed children")
+    ended = fleet.site.wait_for_state("count", "succeeded", attempt=3, timeout=60)
+    assert [row["outcome"] for row in fleet.site.attempts(run["id"])] == ["lost", "lost", "succeeded"]
+    assert ended["result"]["attempt"] == 3
+    later = {line["fencing_token"] for line in read_journal(fleet.journal, "step")} - {before}
+    assert min(later) > before
+    host.terminate()
+    assert host.wait(30) == 0
 
 
-def test_no_process_of_a_run_survives_a_killed_host(machine: Machine) -> None:
-    host = machine.started()
-    machine.give("steps", params={"steps": 10_000})
-    machine.until(lambda: read_journal(machine.journal, "grandchild"), "the handler and its process")
-    pids = {line["pid"] for line in read_journal(machine.journal)}
+def test_a_host_knows_nothing_of_the_database_and_its_keys(fleet: Fleet) -> None:
+    """Memory, environment and files of its processes; the control finds the org's token in its memory."""
+    host = fleet.hosts.start("h3", environment={"ORGWORKER_CANARY": "canary-of-the-environment"})
+    fleet.begin("hold", "acme.block")
+    keyring = (fleet.site.secrets / "keyring").read_text().split()[-1]
+    database = fleet.site.database_url
+    password = re.search(r"//([^@/]+)@", database)
+    secrets = {"database": database, "key ring": keyring, "issuer": SECRET}
+    if password is not None and ":" in password[1]:
+        secrets["password"] = password[1].partition(":")[2]
 
+    process = psutil.Process(host.pid)
+    memory = b"".join(map(memory_of, [process, *process.children(recursive=True)]))
+    assert fleet.hosts.folder("h3").joinpath("token").read_text().encode() in memory
+    assert b"canary-of-the-environment" in memory
+    for name, secret in secrets.items():
+        assert secret.encode() not in memory, name
+    environment = b"".join(
+        Path(f"/proc/{each.pid}/environ").read_bytes() for each in [process, *process.children()]
+    )
+    files = b"".join(path.read_bytes() for path in fleet.hosts.folder("h3").rglob("*") if path.is_file())
+    for name, secret in secrets.items():
+        assert secret.encode() not in environment + files, name
+    connected = {each.raddr[1] for each in process.net_connections("tcp") if each.raddr}
+    assert connected <= set(fleet.ports)
+
+
+def test_a_host_waits_for_the_first_worker_and_freezes_its_runs_without_one(fleet: Fleet) -> None:
+    """Its health says so."""
+    port = free_port()
+
+    def lacking() -> list[str]:
+        try:
+            body: dict[str, Any] = httpx.get(f"http://127.0.0.1:{port}/readyz").json()
+        except httpx.TransportError:
+            return ["an answer"]
+        return list(body["lacking"])
+
+    with Proxy(fleet.ports[0]) as way:
+        way.become("refuse")
+        listen = f'[web]\nhealth_listen = "127.0.0.1:{port}"'
+        fleet.hosts.prepare("h4", ports=[way.port], extra=listen)
+        host = fleet.hosts.launch("h4")
+        fleet.until(lambda: fleet.hosts.events("control.lost", "h4"), "a first try")
+        assert host.poll() is None
+        assert lacking() != []
+        way.become("pass")
+        fleet.until(lambda: lacking() == [], "readiness")
+        assert httpx.get(f"http://127.0.0.1:{port}/livez").status_code == 200
+        assert "orgworker" in httpx.get(f"http://127.0.0.1:{port}/metrics").text
+
+        fleet.begin("freezing", "acme.steps", steps=10_000, pause=0.02)
+        earlier = len(fleet.hosts.events("children.frozen", "h4"))
+        way.become("hang")
+        cut = time.time()
+        (frozen,) = fleet.until(lambda: fleet.hosts.events("children.frozen", "h4")[earlier:], "frozen runs")
+        fleet.until(lambda: {"admission", "lease"} & set(lacking()), "that no worker answers")
+        assert frozen["runs"] == 1
+        assert read_journal(fleet.journal)[-1]["at"] <= cut + LEASE + 1
     host.kill()
-
-    machine.until(lambda: not any(map(psutil.pid_exists, pids)), "the end of all processes", timeout=5)
-
-
-def test_a_host_survives_its_zygote(machine: Machine, attempts: Attempts) -> None:
-    host = machine.started()
-    machine.give("block")
-    machine.until(lambda: read_journal(machine.journal, "block"), "the handler")
-    children = psutil.Process(host.pid).children()
-    [zygote] = [child for child in children if child.name() == linux.ProcessName.ZYGOTE]
-
-    zygote.kill()
-
-    assert isinstance(machine.ended()[0], outcomes.Lost)
-    machine.give("note")
-    assert isinstance(machine.ended(2)[1], outcomes.Succeeded)
-
-
-def test_a_host_waits_for_the_first_worker(machine: Machine, attempts: Attempts) -> None:
-    attempts.instead = lambda name: problem(503, "busy", "later")
-    host = machine.start()
-    machine.until(lambda: attempts.calls.count("register") > 1, "a second try")
-    assert host.poll() is None
-
-    attempts.instead = lambda name: None
-    machine.until(lambda: attempts.complete, "the catalogue")
+    fleet.site.cli("runs", "cancel", str(fleet.site.runs(definition="freezing")[0]["id"]))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "token", "message"),
+    ("token", "mode", "arguments", "message"),
     [
-        ((), "wrong", "the workers do not accept this host"),
-        (("--pool", "us"), TOKEN, "--pool us: the token in .* is for the pool eu"),
+        ("wrong", 0o600, (), "error: the workers do not accept this host"),
+        ("", 0o600, ("--pool", "us"), "error: --pool us: the token in .* is for the pool eu"),
+        ("", 0o644, (), "host.token_file: others may read /.*/token"),
     ],
 )
 def test_a_token_that_is_not_accepted_exits_78(
-    machine: Machine, arguments: tuple[str, ...], token: str, message: str
+    fleet: Fleet, token: str, mode: int, arguments: tuple[str, ...], message: str
 ) -> None:
-    machine.token.write_text(token)
-    host = machine.start(*arguments)
+    name = f"refused-{len(message)}"
+    file = fleet.hosts.prepare(name, "eu") / "token"
+    given = token or file.read_text()
+    file.write_text(given)
+    file.chmod(mode)
 
-    assert host.wait(30) == 78
-    assert re.search(f"error: {message}", machine.text())
-    assert TOKEN not in machine.text()
+    assert fleet.hosts.launch(name, *arguments).wait(30) == 78
+    said = fleet.hosts.log(name).read_text()
+    assert re.search(message, said)
+    assert token or given not in said
 
 
-def test_the_command_of_the_page_starts_a_host(machine: Machine, attempts: Attempts) -> None:
+def test_the_command_of_the_page_starts_a_host(fleet: Fleet) -> None:
     """That of docs/operating/hosts.md, whose host has a token of the pool `eu-gpu`."""
     page = blocks((ROOT / "docs" / "operating" / "hosts.md").read_text(encoding="utf-8"))
     [command] = [block.text.split() for block in page if block.marks.get("by") == "test_host"]
-    assert command[:7] == ["$", "python", "-m", "worker", "--config", machine.config.name, "host"]
-    attempts.pool = "eu-gpu"
+    assert command[:7] == ["$", "python", "-m", "worker", "--config", "host.toml", "host"]
+    fleet.hosts.prepare("page", "eu-gpu")
 
-    machine.start(*command[7:])
+    host = fleet.hosts.launch("page", *command[7:])
 
-    machine.until(lambda: attempts.complete, "the catalogue")
-
-
-def test_a_token_that_others_may_read_exits_78(machine: Machine, attempts: Attempts) -> None:
-    machine.token.chmod(0o644)
-
-    assert machine.start().wait(30) == 78
-    assert f"host.token_file: others may read {machine.token}" in machine.text()
-    assert attempts.calls == []
+    fleet.until(lambda: fleet.hosts.events("host.started", "page"), "the host")
+    host.terminate()
+    assert host.wait(30) == 0
+    assert len(fleet.hosts.events("host.stopped", "page")) == 1
 
 
-def test_health_says_whether_the_host_takes_runs(machine: Machine, attempts: Attempts) -> None:
-    port = free_port()
-    machine.configure(extra=f'[web]\nhealth_listen = "127.0.0.1:{port}"')
-    machine.started()
-
-    def lacking() -> list[str]:
-        body: dict[str, Any] = httpx.get(f"http://127.0.0.1:{port}/readyz").json()
-        return list(body["lacking"])
-
-    machine.until(lambda: lacking() == [], "readiness")
-    assert httpx.get(f"http://127.0.0.1:{port}/livez").status_code == 200
-    assert "orgworker" in httpx.get(f"http://127.0.0.1:{port}/metrics").text
-    attempts.instead = lambda name: problem(503, "busy", "later")
-    machine.until(lambda: "admission" in lacking() or "lease" in lacking(), "that no worker answers")
-
-
-def test_doctor_on_a_host_says_what_it_lacks(machine: Machine) -> None:
+def test_doctor_on_a_host_says_what_it_lacks(fleet: Fleet) -> None:
     checks = ("token", "control", "sandbox", "changeable_files", "trusted_code")
+    folder = fleet.hosts.prepare("doctor", ports=fleet.ports[:1])
 
     def failed(mode: str) -> tuple[int, list[str]]:
-        command = [sys.executable, "-m", "worker", "--config", str(machine.config), "doctor", "-o", "json"]
-        done = forked.run(command, cwd=machine.folder, env=os.environ | {"WORKER_EXECUTION__SANDBOX": mode})
+        command = fleet.hosts.command("doctor", "doctor", "-o", "json")
+        done = forked.run(command, cwd=folder, env=os.environ | {"WORKER_EXECUTION__SANDBOX": mode})
         assert tuple(row["check"] for row in done.json()) == checks
         return done.code, [row["check"] for row in done.json() if not row["ok"]]
 
     assert failed("auto") == (0, [])
     # The token belongs to the account of the host, so a handler could open it to others.
     assert failed("require") == (1, ["changeable_files"])
-    machine.token.write_text("another")
+    (folder / "token").write_text("another")
     assert failed("auto") == (1, ["control"])
+
+
+def test_hosts_and_workers_speak_tls(site: Site, tmp_path: Path) -> None:
+    """A host does not send its token to a worker with another certificate."""
+    port = free_port()
+    ours, other = (make_certificate(tmp_path / name) for name in ("ours.pem", "other.pem"))
+    attempts = f'[attempts]\nlisten = "127.0.0.1:{port}"\ncertificate = "{ours}"\nkey = "{ours}"'
+    site.configure(execution=EXECUTION, extra=attempts)
+    site.add_orgs(application("org_acme"))
+    site.apply(definition("org_acme", "note", "acme.note", params={"journal": str(site.out / "journal")}))
+    site.start_worker()
+    with (
+        opened_hosts(site, port, ca_file=ours) as hosts,
+        opened_hosts(site, port, ca_file=other) as strangers,
+    ):
+        strangers.start("h2")
+        wait_until(lambda: strangers.events("control.lost", "h2"), "that the certificate is refused")
+        hosts.start("h1")
+        site.cli("definitions", "run", "org_acme", "note")
+
+        assert site.wait_for_end("org_acme", "note", timeout=60)["state"] == "succeeded"
+        listed = {
+            row["name"]: row["state"] for row in json.loads(site.cli("hosts", "list", "-o", "json").out)
+        }
+        assert listed == {"h1": "ready", "h2": "absent"}
+        [lost, *_] = strangers.events("control.lost", "h2")
+        assert lost["error"] == "ConnectError"
+
+
+def memory_of(process: psutil.Process) -> bytes:
+    """All that a process can write of its own memory."""
+    found = []
+    with suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{process.pid}/mem", "rb") as memory:
+        for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+            place, rights = line.split()[:2]
+            if "rw" not in rights or "[vvar" in line:
+                continue
+            start, end = (int(text, 16) for text in place.split("-"))
+            with suppress(OSError, ValueError):
+                memory.seek(start)
+                found.append(memory.read(end - start))
+    return b"".join(found)

@@ -4,56 +4,31 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 
-from tests.fakes.plugins import make_plugin
 from tests.fakes.site import Site, application, definition, wait_until
 from worker.demo.provider import Fault, Provider
-from worker.operations.properties import _record
-from worker.settings import load
-from worker.wiring import open_database
 
 ORGS = [f"org_{number}" for number in range(4)]
 
 
-@pytest.fixture
-def loaded(site: Site, provider: Provider) -> Iterator[Site]:
+@pytest.fixture(scope="module")
+def loaded(shared_site: Callable[..., Site], provider: Provider) -> Site:
     """Four orgs with a run each a second, under tokens of six seconds, and a worker that has begun."""
+    site = shared_site('inline = ["acme-jobs"]')
     provider.misbehave(None, "jwks")
     site.add_orgs(*(application(org, lifetime=6) for org in ORGS))
-    site.configure(execution='inline = ["acme-jobs"]')
     params = {"journal": str(site.out / "journal")}
     site.apply(
         "".join(
             definition(org, "note", "acme.inline", "every 1s", spread="off", params=params) for org in ORGS
         )
     )
-    worker = site.start_worker()
+    site.start_worker()
     wait_until(lambda: succeeded(site) >= 4, "the first runs")
-    yield site
-    site.stop_worker(worker)
-
-
-WATCHER = """
-import asyncio
-from worker import job
-
-@job("acme.watch", scopes={"read:kb"})
-async def watch(ctx):
-    while not ctx.flag("agent-v2"):
-        await ctx.token()
-        await asyncio.sleep(0.1)
-    return {"client_id": ctx.claims.client_id}
-"""
-QUICK = {"spread": "off", "params": {"url": "http://127.0.0.1:9/", "seconds": 0}}
-
-
-def install_watcher(site: Site) -> None:
-    """A handler that goes on until a flag is on, asking for its token all the while."""
-    entry_points = {"acme.watch": "acme_watch:watch"}
-    make_plugin(site.plugins, dist="acme-watch", modules={"acme_watch": WATCHER}, entry_points=entry_points)
+    return site
 
 
 def succeeded(site: Site) -> int:
@@ -139,119 +114,3 @@ def waiting_without_token(site: Site) -> int:
     )
     count: int = site.query(waiting)[0]["n"]
     return count
-
-
-def test_what_leaked_is_dropped_with_its_tokens_at_once(site: Site, provider: Provider):
-    """Its tokens would live for a day; two seconds after the command nobody acts under one."""
-    site.add_orgs(application("org_leak"))
-    site.apply(definition("org_leak", "note", "acme.poll", "every 1s", **QUICK))
-    site.start_worker()
-    wait_until(lambda: succeeded(site) >= 2, "the first runs")
-    provider.add(application("org_leak", client_id="m2m-safe", client_secret="safe-secret"))
-    site.cli(
-        "credentials",
-        "add",
-        "org_leak",
-        "--no-verify",
-        "--client-id",
-        "m2m-safe",
-        "--secret-file",
-        "-",
-        stdin="safe-secret",
-    )
-    assert provider.token_requests["m2m-safe"] == 0  # the cached token is good for a day
-
-    site.cli("credentials", "retire", "org_leak", "1", "--now")
-    seen = len(site.runs())
-    wait_until(lambda: len(site.runs()) >= seen + 3, "later runs")
-
-    newer = [run["id"] for run in site.runs()[seen + 1 :] if run["state"] == "succeeded"]
-    clients = {attempt["claims"]["client_id"] for run in newer for attempt in site.attempts(run)}
-    assert clients == {"m2m-safe"}
-    assert provider.token_requests["m2m-safe"] == 1
-    assert held_up(site) == []
-    [row] = site.query("SELECT sealed FROM credentials WHERE generation = 1")
-    assert row["sealed"] is None
-
-
-def test_a_property_that_was_changed_here_is_in_the_next_token(site: Site, provider: Provider):
-    """A token would live for a day. The control: without a change, later runs use the same one."""
-    app = application("org_property")
-    site.add_orgs(app)
-    site.apply(definition("org_property", "note", "acme.poll", "every 1s", **QUICK))
-    site.start_worker()
-    wait_until(lambda: succeeded(site) >= 2, "the first runs")
-    go_on(site, runs=3)
-    assert provider.token_requests[app.client_id] == 1
-
-    database = open_database(load(str(site.settings), {}, site.process_environment()))
-    try:
-        with database.transaction() as connection:
-            _record(connection, "org_property", "plan", is_set=True, actor="kim", database=database)
-    finally:
-        database.close()
-
-    wait_until(lambda: provider.token_requests[app.client_id] == 2, "another token")
-    go_on(site, runs=3)
-    assert provider.token_requests[app.client_id] == 2
-    assert held_up(site) == []
-
-
-def test_a_new_secret_releases_at_once_what_waits_for_a_token(site: Site):
-    site.add_orgs(application("org_parked"), secret="not-the-secret")
-    site.apply(
-        definition("org_parked", "note", "acme.note", "@yearly", params={"journal": str(site.out / "j")})
-    )
-    site.start_worker()
-    site.cli("definitions", "run", "org_parked", "note")
-    site.wait_for_state("note", "waiting", attempt=1)
-
-    began = time.monotonic()
-    site.cli(
-        *("credentials", "add", "org_parked", "--client-id", "m2m-org_parked", "--secret-file", "-"),
-        stdin="secret-of-org_parked",
-    )
-    run = site.wait_for_end("org_parked")
-
-    # It would have been tried again a minute after the first rejection.
-    assert run["state"] == "succeeded"
-    assert time.monotonic() - began < 10
-
-
-def test_claims_and_flags_of_a_running_run_follow_its_newest_token(site: Site, provider: Provider):
-    site.add_orgs(application("org_flag", lifetime=6))
-    install_watcher(site)
-    site.apply(definition("org_flag", "watch", "acme.watch", "@yearly"))
-    site.start_worker()
-    site.cli("definitions", "run", "org_flag", "watch")
-    site.wait_for_state("watch", "running")
-
-    provider.add(application("org_flag", lifetime=6, flags={"agent-v2": True}))
-    run = site.wait_for_end(definition="watch", timeout=30)
-
-    assert (run["state"], run["result"]) == ("succeeded", {"client_id": "m2m-org_flag"})
-
-
-@pytest.mark.parametrize(
-    ("fault", "reason"),
-    [
-        (Fault(replace={"org_code": "org_other"}), "org_mismatch"),
-        (Fault(replace={"scope": ""}), "scope_missing"),
-    ],
-)
-def test_a_renewed_token_that_no_longer_holds_ends_a_running_run(
-    site: Site, provider: Provider, fault: Fault, reason: str
-):
-    """The claims of a run are those of its newest token."""
-    site.add_orgs(application("org_turns", lifetime=6))
-    install_watcher(site)
-    site.apply(definition("org_turns", "watch", "acme.watch", "@yearly"))
-    site.start_worker()
-    site.cli("definitions", "run", "org_turns", "watch")
-    site.wait_for_state("watch", "running")
-    provider.misbehave(fault, "m2m-org_turns")
-
-    run = site.wait_for_end(definition="watch", timeout=30)
-
-    provider.misbehave(None, "m2m-org_turns")
-    assert (run["state"], run["reason"]) == ("refused", reason)

@@ -1,4 +1,4 @@
-"""Secrets of orgs with a real worker: who gets them, when, and that no value is written anywhere."""
+"""Secrets of orgs with a real worker: who gets them, and that no value is written anywhere."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from tests.acceptance.test_canary import written
 from tests.fakes.handlers import read_journal
 from tests.fakes.plugins import make_plugin
 from tests.fakes.ports import free_port
@@ -20,8 +21,8 @@ MAIL = "canary-mail-of-acme"
 CONTROL = "control-canary-0123456789"
 # In a plug-in of its own: workers of older releases load the others.
 SOURCE = """
-import asyncio, hashlib, json, os, time
-from worker import BlockingContext, Context, Retry, job
+import hashlib, json, os
+from worker import BlockingContext, Context, job
 
 def write(ctx, **fields):
     with open(ctx.params["journal"], "a") as file:
@@ -29,16 +30,6 @@ def write(ctx, **fields):
 
 def digest(text):
     return hashlib.sha256(text.encode()).hexdigest()
-
-@job("acme.asks", secrets={"openai", "mail"})
-async def asks(ctx: Context):
-    before = ctx.secret("openai")
-    write(ctx, who="asks", key=digest(before), mail=digest(ctx.secret("mail")))
-    while not os.path.exists(ctx.params["gate"]):
-        await asyncio.sleep(0.05)
-    write(ctx, who="asks", key=digest(ctx.secret("openai")), mail="")
-    if ctx.run.attempt == 1:
-        return Retry(0)
 
 @job("acme.blocks", secrets={"openai"})
 def blocks(ctx: BlockingContext):
@@ -58,7 +49,7 @@ async def leaks(ctx: Context):
         raise RuntimeError(f"raised {ctx.secret('openai')} {ctx.params['control']} {ctx!r} {ctx._given!r}")
     return {"returned": [ctx.secret("openai"), ctx.params["control"]]}
 """
-HANDLERS = ("asks", "blocks", "leaks")
+HANDLERS = ("blocks", "leaks")
 
 
 def digest(text: str) -> str:
@@ -83,43 +74,6 @@ def run(site: Site, name: str) -> dict[str, Any]:
         return found if found["finished_at"] else None
 
     return wait_until(ended, f"the end of a run of {name}")
-
-
-def test_an_attempt_gets_the_secrets_of_its_org_and_the_next_one_the_rotated_ones(
-    short_site: Site, journal: Path
-) -> None:
-    site = short_site
-    prepared(site, openai=KEY, mail=MAIL)
-    gate = site.out / "gate"
-    params = {"journal": str(journal), "gate": str(gate)}
-    keys = {"params": params, "retry_backoff": "0s"}
-    site.start_worker()
-    site.wait_for_handlers(*(f"acme.{name}" for name in HANDLERS))
-    site.apply(definition("org_acme", "asks", "acme.asks", **keys))
-    site.cli("definitions", "run", "org_acme", "asks")
-    wait_until(lambda: read_journal(journal, "asks"), "the first attempt")
-
-    site.cli("secrets", "rotate", "org_acme", "openai", stdin=f"{KEY}-2")
-    gate.touch()
-    assert site.wait_for_end(definition="asks")["state"] == "succeeded"
-
-    seen = [(line["attempt"], line["key"]) for line in read_journal(journal, "asks")]
-    assert seen == [(1, digest(KEY))] * 2 + [(2, digest(f"{KEY}-2"))] * 2
-    assert read_journal(journal, "asks")[0]["mail"] == digest(MAIL)
-
-
-def test_a_handler_that_blocks_gets_only_what_it_declares(site: Site, journal: Path) -> None:
-    prepared(site, openai=KEY, mail=MAIL)
-    site.apply(
-        definition("org_acme", "blocks", "acme.blocks", params={"journal": str(journal)}, max_attempts=1)
-    )
-    site.start_worker()
-    site.wait_for_handlers("acme.blocks")
-
-    failed = run(site, "blocks")
-
-    assert [line["key"] for line in read_journal(journal, "blocks")] == [digest(KEY)]
-    assert failed["error"]["message"] == "ctx.secret('mail') needs @job(..., secrets={'mail'})"
 
 
 def test_an_org_that_lacks_a_secret_is_refused_and_everything_says_so(site: Site, journal: Path) -> None:
@@ -147,35 +101,21 @@ def test_an_org_that_lacks_a_secret_is_refused_and_everything_says_so(site: Site
 
     for command in (("check",), ("orgs", "check", "org_acme")):
         assert fix not in site.cli(*command, check=False).err
-    run(site, "blocks")
-    assert [line["key"] for line in read_journal(journal)] == [digest(KEY)]
+    # A handler gets only what it declares.
+    failed = run(site, "blocks")
+    assert [line["key"] for line in read_journal(journal, "blocks")] == [digest(KEY)]
+    assert failed["error"]["message"] == "ctx.secret('mail') needs @job(..., secrets={'mail'})"
 
 
-def written(site: Site) -> dict[str, bytes]:
-    """All that the installation wrote but the key ring, and what commands print."""
-    sinks = {
-        str(path.relative_to(site.folder)): path.read_bytes()
-        for path in site.folder.rglob("*")
-        if path.is_file() and path.name != "keyring" and "plugins" not in path.parts
-    }
+def all_of(site: Site) -> dict[str, bytes]:
     commands = [
-        ("runs", "list", "-o", "json"),
         ("secrets", "list", "org_acme", "-o", "json"),
         ("secrets", "list"),
         ("audit", "list", "-o", "json"),
-        ("config", "show"),
         ("doctor",),
-        *((*verb, str(row["id"]), "-o", "json") for row in site.runs() for verb in (SHOW, LOGS, WHY)),
+        *(("runs", verb, str(row["id"]), "-o", "json") for row in site.runs() for verb in ("logs", "why")),
     ]
-    for command in commands:
-        done = site.cli(*command, check=False)
-        sinks[" ".join(command)] = (done.out + done.err).encode()
-    return sinks
-
-
-SHOW = ("runs", "show")
-LOGS = ("runs", "logs")
-WHY = ("runs", "why")
+    return written(site, *commands)
 
 
 def served(site: Site, address: str) -> dict[str, bytes]:
@@ -216,9 +156,9 @@ def test_no_value_is_written_anywhere(site: Site, journal: Path) -> None:
     failed, returned = run(site, "fails"), run(site, "returns")
     assert returned["state"] == "succeeded", returned["error"]
     assert failed["error"]["message"].startswith(f"raised [masked] {CONTROL}")
-    while_running = written(site) | served(site, f"http://{listen}")
+    while_running = all_of(site) | served(site, f"http://{listen}")
     assert site.stop_worker(worker) == 0
-    sinks = while_running | {f"{name} at the end": data for name, data in written(site).items()}
+    sinks = while_running | {f"{name} at the end": data for name, data in all_of(site).items()}
 
     forms = [KEY.encode(), json.dumps(KEY)[1:-1].encode(), b"sk/canary", b"sk%2Fcanary", b"canary-first"]
     found = {name for name, data in sinks.items() if any(form in data for form in forms)}

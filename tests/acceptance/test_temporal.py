@@ -1,12 +1,15 @@
-"""A pool whose runs Temporal places on hosts: a real dev server, worker and host."""
+"""A pool whose runs Temporal places on hosts: a real dev server, worker and host.
+
+What becomes of a run that no host takes, that is cancelled or that Temporal cannot place is tested in
+tests/unit/execution/test_placing.py, an engine that dies in tests/faults/test_hosts.py.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import signal
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +27,13 @@ EXECUTION = 'lease = "15s"\nrenew = "500ms"\npoll = "200ms"\nmax_children = 2'
 
 
 class TemporalPool:
-    """A site whose pool `gpu` is placed by Temporal."""
+    """A site whose pool `gpu` is placed by Temporal, with one org."""
 
-    def __init__(self, site: Site, temporal: DevServer, place_timeout: str = "3s") -> None:
-        self.site = site
+    def __init__(self, shared_site: Callable[..., Site], temporal: DevServer) -> None:
         self.temporal = temporal
         self.port = port = free_port()
-        site.configure(
-            execution=EXECUTION,
+        self.site = shared_site(
+            EXECUTION,
             extra=f"""\
 [attempts]
 listen = "127.0.0.1:{port}"
@@ -39,259 +41,61 @@ listen = "127.0.0.1:{port}"
 placer = "temporal"
 [temporal]
 address = "{temporal.address}"
-place_timeout = "{place_timeout}"
+place_timeout = "60s"
 """,
         )
-        self.hosts = Hosts(site, port)
+        self.hosts = Hosts(self.site, port)
+        self.site.add_orgs(application("org_acme"))
+        self.host: Any = None
 
-    def apply(self, name: str, handler: str, **keys: Any) -> None:
-        self.site.apply(definition("org_acme", name, handler, pool="gpu", **keys))
+    def be_up(self) -> None:
+        """Start the worker and a host, and wait for the host's handlers."""
+        self.site.start_worker()
+        self.site.wait_for_handlers("acme.steps")
+        self.start_host("h1")
+        wait_until(self._offers, "the host's handlers")
 
-    def run(self, name: str) -> str:
+    def start_host(self, name: str) -> None:
+        self.host = self.hosts.start(name, pool="gpu", execution='drain = "1s"')
+
+    def begin(self, name: str, handler: str = "acme.note", **params: Any) -> str:
+        """Make a run of this handler in the pool."""
+        given = params | {"journal": str(self.journal(name))}
+        self.site.apply(definition("org_acme", name, handler, pool="gpu", params=given))
         return str(json.loads(self.site.cli("definitions", "run", "org_acme", name, "-o", "json").out)["id"])
 
-    def placements(self) -> int:
-        return int(self.site.query("SELECT count(*) AS n FROM placements")[0]["n"])
+    def journal(self, name: str) -> Path:
+        return self.site.out / name
+
+    def begin_with_host_stopped(self, name: str) -> str:
+        """The same while the host is stopped, up to where the run is on its way to it."""
+        self.host.send_signal(signal.SIGSTOP)
+        run = self.begin(name)
+        wait_until(lambda: (self.live(run) or {}).get("state") == "running", "the run to be placed")
+        return run
 
     def live(self, run_id: str) -> dict[str, Any] | None:
         rows = self.site.query("SELECT * FROM live_runs WHERE id = ?", run_id)
         return rows[0] if rows else None
 
-    def wait_for(self, run_id: str, state: str, reason: str | None = None) -> dict[str, Any]:
-        """Wait until an unfinished run is in that state for that reason; returns its row."""
-
-        def found() -> dict[str, Any] | None:
-            row = self.live(run_id)
-            return row if row is not None and (row["state"], row["reason"]) == (state, reason) else None
-
-        row = wait_until(found, f"run {run_id} to be {state} ({reason})")
-        assert row is not None
-        return row
-
     def _offers(self) -> bool:
-        rows = self.site.query("SELECT handlers FROM workers WHERE host_id IS NOT NULL")
+        rows = self.site.query("SELECT handlers FROM workers WHERE host_id IS NOT NULL AND ended_at IS NULL")
         # Its plug-ins are read one after the other.
-        return bool(rows) and {"acme.note", "acme.steps", "http.request"} <= set(rows[0]["handlers"])
-
-    def serve(self, host: str = "h1", **options: str) -> subprocess.Popen[bytes]:
-        """A worker, a host that offers its handlers, and an org."""
-        self.worker = self.site.start_worker()
-        self.site.wait_for_handlers("acme.steps")
-        started = self.hosts.start(host, pool="gpu", **options)
-        self.site.add_orgs(application("org_acme"))
-        wait_until(self._offers, "the host's handlers")
-        return started
+        return any({"acme.note", "acme.steps", "http.request"} <= set(row["handlers"]) for row in rows)
 
 
-@pytest.fixture
-def pool(site_on_either: Site, tmp_path: Path) -> Iterator[TemporalPool]:
-    temporal = DevServer(tmp_path)
+@pytest.fixture(scope="module")
+def pool(
+    shared_site: Callable[..., Site], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TemporalPool]:
+    """The installation of all tests, whose runs have names of their own."""
+    temporal = DevServer(tmp_path_factory.mktemp("temporal"))
     temporal.start()
-    made = TemporalPool(site_on_either, temporal)
+    made = TemporalPool(shared_site, temporal)
+    made.be_up()
     yield made
     made.hosts.close()
     temporal.stop()
-
-
-@pytest.fixture
-def pool_on_file(site: Site, tmp_path: Path) -> Iterator[TemporalPool]:
-    temporal = DevServer(tmp_path)
-    temporal.start()
-    made = TemporalPool(site, temporal)
-    yield made
-    made.hosts.close()
-    temporal.stop()
-
-
-@pytest.fixture
-def patient_pool(site: Site, tmp_path: Path) -> Iterator[TemporalPool]:
-    """Runs may be on their way for longer than the test takes."""
-    temporal = DevServer(tmp_path)
-    temporal.start()
-    made = TemporalPool(site, temporal, place_timeout="60s")
-    yield made
-    made.hosts.close()
-    temporal.stop()
-
-
-def test_temporal_places_runs_on_a_host_of_the_pool(pool: TemporalPool, journal: Any) -> None:
-    site = pool.site
-    pool.serve()
-    pool.apply("note", "acme.note", params={"journal": str(journal)})
-
-    pool.run("note")
-
-    ended = site.wait_for_state("note", "succeeded", timeout=60)
-    [host] = json.loads(site.cli("hosts", "list", "-o", "json").out)
-    [attempt] = site.attempts(ended["id"])
-    assert (str(attempt["worker_id"]), attempt["outcome"], attempt["fencing_token"]) == (
-        host["worker"],
-        "succeeded",
-        1,
-    )
-    assert len(read_journal(journal)) == 1
-    assert pool.placements() == 0
-
-
-def test_a_run_that_no_host_takes_waits_again_and_is_placed_again(
-    pool_on_file: TemporalPool, journal: Any
-) -> None:
-    """Its host is stopped for less than its lease, but for longer than the place_timeout."""
-    pool, site = pool_on_file, pool_on_file.site
-    host = pool.serve()
-    pool.apply("note", "acme.note", params={"journal": str(journal)})
-    host.send_signal(signal.SIGSTOP)
-
-    run = pool.run("note")
-    pool.wait_for(run, "running")
-    row = pool.wait_for(run, "waiting", "unplaced")
-    host.send_signal(signal.SIGCONT)
-
-    assert row["detail"] == "no host took it within 3 s"
-    assert (row["attempt"], row["failures"], row["recoveries"]) == (0, 0, 0)
-    ended = site.wait_for_state("note", "succeeded", timeout=60)
-    [attempt] = site.attempts(ended["id"])
-    assert (attempt["attempt"], attempt["outcome"]) == (1, "succeeded")
-    assert attempt["fencing_token"] > 1
-    assert len(read_journal(journal)) == 1
-
-
-def test_cancelling_stops_a_run_before_and_after_a_host_took_it(
-    pool_on_file: TemporalPool, journal: Any
-) -> None:
-    pool, site = pool_on_file, pool_on_file.site
-    host = pool.serve()
-    pool.apply("long", "acme.steps", params={"journal": str(journal), "steps": 500})
-    running = pool.run("long")
-    wait_until(lambda: read_journal(journal, "step"), "the run on the host")
-
-    site.cli("runs", "cancel", running)
-
-    site.wait_for_state("long", "cancelled", timeout=30)
-    steps = len(read_journal(journal, "step"))
-    pool.apply("untaken", "acme.note", params={"journal": str(journal)})
-    host.send_signal(signal.SIGSTOP)
-    placed = pool.run("untaken")
-    pool.wait_for(placed, "running")
-    site.cli("runs", "cancel", placed)
-    site.wait_for_state("untaken", "cancelled", timeout=30)
-    host.send_signal(signal.SIGCONT)
-    assert len(read_journal(journal, "step")) <= steps + 1
-    assert pool.placements() == 0
-
-
-def test_without_temporal_runs_wait_and_other_pools_go_on(pool_on_file: TemporalPool, journal: Any) -> None:
-    pool, site = pool_on_file, pool_on_file.site
-    pool.serve()
-    params = {"journal": str(journal)}
-    pool.apply("long", "acme.steps", params={**params, "steps": 40})
-    long = pool.run("long")
-    wait_until(lambda: read_journal(journal, "step"), "the run on the host")
-    pool.apply("placed", "acme.note", params=params)
-    site.apply(definition("org_acme", "beside", "acme.note", params=params))
-
-    pool.temporal.stop()
-    placed = pool.run("placed")
-    row = pool.wait_for(placed, "waiting", "unplaced")
-    site.cli("definitions", "run", "org_acme", "beside")
-
-    site.wait_for_state("beside", "succeeded", timeout=30)
-    assert pool.temporal.address in row["detail"]
-    # What runs on a host goes on without Temporal.
-    ended = site.wait_for_state("long", "succeeded", timeout=60)
-    assert [row["outcome"] for row in site.attempts(ended["id"])] == ["succeeded"]
-    why = site.cli("runs", "why", placed).out
-    assert "it could not be placed on a host of its pool" in why
-    pool.temporal.start()
-    ended = site.wait_for_state("placed", "succeeded", timeout=60)
-    assert [row["attempt"] for row in site.attempts(ended["id"])] == [1]
-    assert long != placed
-
-
-def test_a_placing_worker_that_dies_leaves_no_run_behind(pool: TemporalPool, journal: Any) -> None:
-    """What it had placed waits again without being counted; the next worker places it."""
-    site = pool.site
-    host = pool.serve()
-    pool.apply("note", "acme.note", params={"journal": str(journal)})
-    host.send_signal(signal.SIGSTOP)
-    run = pool.run("note")
-    pool.wait_for(run, "running")
-
-    pool.worker.kill()
-    pool.worker.wait()
-    host.send_signal(signal.SIGCONT)
-    site.start_worker()
-
-    ended = site.wait_for_state("note", "succeeded", timeout=60)
-    row = site.query("SELECT * FROM attempts WHERE run_id = ?", ended["id"])
-    assert [(each["attempt"], each["outcome"]) for each in row] == [(1, "succeeded")]
-    assert len(read_journal(journal)) == 1
-
-
-def test_a_worker_that_stops_takes_back_what_no_host_has_taken(
-    pool_on_file: TemporalPool, journal: Any
-) -> None:
-    pool, site = pool_on_file, pool_on_file.site
-    host = pool.serve()
-    pool.apply("note", "acme.note", params={"journal": str(journal)})
-    host.send_signal(signal.SIGSTOP)
-    run = pool.run("note")
-    pool.wait_for(run, "running")
-
-    assert site.stop_worker(pool.worker) == 0
-
-    row = pool.live(run)
-    assert row is not None
-    assert (row["state"], row["reason"], row["attempt"]) == ("waiting", "unplaced", 0)
-    host.send_signal(signal.SIGCONT)
-
-
-def test_temporal_stores_no_token_param_result_or_error(
-    pool_on_file: TemporalPool, provider: Any, journal: Any
-) -> None:
-    pool, site = pool_on_file, pool_on_file.site
-    provider.issued.clear()
-    pool.serve()
-    params = {"journal": str(journal), "canary": "canary-of-params"}
-    for name in ("leak", "leak_result", "note"):
-        pool.apply(name, f"acme.{name}", params=params)
-        pool.run(name)
-
-    for name in ("leak", "leak_result", "note"):
-        site.wait_for_end(definition=name, timeout=60)
-    pool.temporal.stop(signal.SIGTERM)
-
-    stored = pool.temporal.stored()
-    [leaked] = site.runs(definition="leak")
-    # The control: what may be there is found.
-    assert str(leaked["id"]).encode() in stored
-    assert provider.issued
-    tokens = [str(token) for token in provider.issued]
-    hidden = [
-        *tokens,
-        *(part for token in tokens for part in token.split(".")[1:]),
-        *("canary-of-params", "secret-of-org_acme", "org_acme", str(journal), "acme.leak", "RuntimeError"),
-    ]
-    assert [text for text in hidden if text.encode() in stored] == []
-
-
-def test_a_host_that_stops_drains_and_another_goes_on(pool_on_file: TemporalPool, journal: Any) -> None:
-    pool, site = pool_on_file, pool_on_file.site
-    host = pool.serve(execution='drain = "1s"')
-    pool.apply("long", "acme.steps", params={"journal": str(journal), "steps": 300})
-    run = pool.run("long")
-    wait_until(lambda: read_journal(journal, "step"), "the run on the host")
-
-    host.send_signal(signal.SIGTERM)
-
-    assert host.wait(timeout=30) == 0
-    assert [row["outcome"] for row in site.attempts(run)] == ["handed_back"]
-    pool.hosts.start("h2", pool="gpu")
-    site.wait_for_state("long", "running", attempt=2, timeout=60)
-    wait_until(lambda: len(read_journal(journal, "start")) == 2, "the second attempt")
-    assert read_journal(journal, "start")[1]["first"] > 0
-    site.cli("runs", "cancel", run)
-    site.wait_for_state("long", "cancelled", attempt=2, timeout=30)
 
 
 async def ticket_in(temporal: DevServer) -> str | None:
@@ -305,10 +109,8 @@ async def ticket_in(temporal: DevServer) -> str | None:
     return str(ticket)
 
 
-def test_a_stolen_ticket_is_of_no_use(patient_pool: TemporalPool, journal: Any) -> None:
-    pool, site = patient_pool, patient_pool.site
-    host = pool.serve()
-    pool.apply("note", "acme.note", params={"journal": str(journal)})
+def test_a_stolen_ticket_is_of_no_use(pool: TemporalPool) -> None:
+    site = pool.site
 
     def call(name: str, body: dict[str, Any], token: str, incarnation: str = "") -> httpx.Response:
         headers = {"Authorization": f"Bearer {token}", "OrgWorker-Incarnation": incarnation}
@@ -321,9 +123,7 @@ def test_a_stolen_ticket_is_of_no_use(patient_pool: TemporalPool, journal: Any) 
         return added["token"], call("register", body, added["token"]).json()["worker"]
 
     elsewhere, beside = registered("elsewhere", "default"), registered("beside", "gpu")
-    host.send_signal(signal.SIGSTOP)
-    run = pool.run("note")
-    pool.wait_for(run, "running")
+    run = pool.begin_with_host_stopped("stolen")
     ticket = wait_until(lambda: asyncio.run(ticket_in(pool.temporal)), "the ticket")
     assert ticket is not None
     changed = ticket[:-1] + ("A" if ticket[-1] != "A" else "B")
@@ -337,8 +137,49 @@ def test_a_stolen_ticket_is_of_no_use(patient_pool: TemporalPool, journal: Any) 
     row = pool.live(run)
     assert row is not None
     assert row["state"] == "running"
-    host.send_signal(signal.SIGCONT)
-    site.wait_for_state("note", "succeeded", timeout=60)
+    pool.host.send_signal(signal.SIGCONT)
+    site.wait_for_state("stolen", "succeeded", timeout=60)
     # It was valid, and is not any more.
     assert call("take", {"ticket": ticket}, *beside).json()["attempts"] == []
-    assert len(read_journal(journal)) == 1
+    assert len(read_journal(pool.journal("stolen"))) == 1
+
+
+def test_a_host_that_stops_drains_and_another_goes_on(pool: TemporalPool) -> None:
+    site, journal = pool.site, pool.journal("drained")
+    run = pool.begin("drained", "acme.steps", steps=300)
+    wait_until(lambda: read_journal(journal, "step"), "the run on the host")
+
+    pool.host.send_signal(signal.SIGTERM)
+
+    assert pool.host.wait(timeout=30) == 0
+    assert [row["outcome"] for row in site.attempts(run)] == ["handed_back"]
+    pool.start_host("h2")
+    site.wait_for_state("drained", "running", attempt=2, timeout=60)
+    wait_until(lambda: len(read_journal(journal, "start")) == 2, "the second attempt")
+    assert read_journal(journal, "start")[1]["first"] > 0
+    site.cli("runs", "cancel", run)
+    site.wait_for_state("drained", "cancelled", attempt=2, timeout=30)
+
+
+def test_temporal_stores_no_token_param_result_or_error(pool: TemporalPool, provider: Any) -> None:
+    """Neither of the runs before."""
+    site, handlers = pool.site, ("leak", "leak_result", "note")
+    for name in handlers:
+        pool.begin(name, f"acme.{name}", canary="canary-of-params")
+
+    for name in handlers:
+        site.wait_for_end(definition=name, timeout=60)
+    pool.temporal.stop(signal.SIGTERM)
+
+    stored = pool.temporal.stored()
+    [leaked] = site.runs(definition="leak")
+    # The control: what may be there is found.
+    assert str(leaked["id"]).encode() in stored
+    assert provider.issued
+    tokens = [str(token) for token in provider.issued]
+    hidden = [
+        *tokens,
+        *(part for token in tokens for part in token.split(".")[1:]),
+        *("canary-of-params", "secret-of-org_acme", "org_acme", str(site.out), "acme.leak", "RuntimeError"),
+    ]
+    assert [text for text in hidden if text.encode() in stored] == []

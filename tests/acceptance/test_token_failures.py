@@ -17,7 +17,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tests.fakes.postgres import Server
 from tests.fakes.site import Site, application, definition, wait_until
 from worker.demo.provider import Provider
 from worker.demo.serving import ServerThread, bind_loopback
@@ -72,8 +71,8 @@ def requests(provider: Provider) -> Callable[[], int]:
     return count
 
 
-def install(site: Site, api: Api, *orgs: str) -> None:
-    site.configure(execution=LEASE, issuer=f'api_origins = ["{api.server.url}"]')
+def install(site: Site, api: Api, *orgs: str, extra: str = "") -> None:
+    site.configure(execution=LEASE, issuer=f'api_origins = ["{api.server.url}"]', extra=extra)
     site.add_orgs(*(application(org) for org in orgs))
     params = {org: {"urls": [f"{api.server.url}/{org}"]} for org in orgs}
     site.apply("".join(definition(org, "fetch", "acme.fetch", params=params[org]) for org in orgs))
@@ -118,10 +117,10 @@ def unopened(site: Site) -> dict[str, str]:
 
 
 def test_rows_that_were_changed_serve_nobody(
-    site_on_either: Site, api: Api, provider: Provider, requests: Callable[[], int]
+    site: Site, api: Api, provider: Provider, requests: Callable[[], int]
 ):
     """Swapped between orgs, cut off, and a retired one written back: a new token each, and an event."""
-    site, orgs = site_on_either, ("org_0", "org_1", "org_2", "org_3", "org_4")
+    orgs = ("org_0", "org_1", "org_2", "org_3", "org_4")
     install(site, api, *orgs)
     run_once(site, *orgs)
     before = rows_of(site)
@@ -154,6 +153,18 @@ def test_rows_that_were_changed_serve_nobody(
     assert requests() == 0
 
 
+def test_a_restart_requests_new_tokens_only_if_they_are_not_shared(
+    site: Site, api: Api, requests: Callable[[], int]
+):
+    """Then nothing is stored; that others are used again is shown above."""
+    install(site, api, "org_0", extra="[tokens]\nshared = false")
+    for _ in range(2):
+        run_once(site, "org_0")
+
+    assert requests() == len(set(api.of("org_0"))) == 2
+    assert rows_of(site) == {}
+
+
 def test_tokens_of_a_lost_key_ring_are_replaced(site: Site, api: Api, requests: Callable[[], int]):
     """The secrets are lost with it, which the worker says at its start; tokens never prevent one."""
     install(site, api, "org_0", "org_1")
@@ -177,54 +188,33 @@ def test_tokens_of_a_lost_key_ring_are_replaced(site: Site, api: Api, requests: 
 
 
 @contextlib.contextmanager
-def backup(site: Site, server: Server) -> Iterator[Callable[[], None]]:
+def backup(site: Site) -> Iterator[Callable[[], None]]:
     """A backup of the database as it is now; a call puts it in its place."""
-    if site.database_url.startswith("sqlite"):
-        file, copy = Path(site.database_url.removeprefix("sqlite:///")), site.folder / "backup.db"
-        with (
-            contextlib.closing(sqlite3.connect(file)) as one,
-            contextlib.closing(sqlite3.connect(copy)) as two,
-        ):
-            one.backup(two)
-
-        def restore_file() -> None:
-            site.disconnect()
-            for part in file.parent.glob(f"{file.name}*"):
-                part.unlink()
-            copy.rename(file)
-
-        yield restore_file
-        return
-    name = site.database_url.rsplit("/", 1)[1]
-    site.disconnect()
-    # A database that is copied has no session.
-    server.execute(f'CREATE DATABASE "{name}_backup" TEMPLATE "{name}"')
+    file, copy = Path(site.database_url.removeprefix("sqlite:///")), site.folder / "backup.db"
+    with (
+        contextlib.closing(sqlite3.connect(file)) as one,
+        contextlib.closing(sqlite3.connect(copy)) as two,
+    ):
+        one.backup(two)
 
     def restore() -> None:
         site.disconnect()
-        server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-        server.execute(f'CREATE DATABASE "{name}" TEMPLATE "{name}_backup"')
+        for part in file.parent.glob(f"{file.name}*"):
+            part.unlink()
+        copy.rename(file)
 
-    try:
-        yield restore
-    finally:
-        server.execute(f'DROP DATABASE "{name}_backup" WITH (FORCE)')
+    yield restore
 
 
 @pytest.mark.parametrize("as_documented", [True, False])
 def test_a_restored_backup_brings_no_retired_token_back(
-    site_on_either: Site,
-    api: Api,
-    provider: Provider,
-    request: pytest.FixtureRequest,
-    as_documented: bool,
+    site: Site, api: Api, provider: Provider, as_documented: bool
 ):
     """With `tokens drop --all` before the first worker; without it, as the control shows, it does."""
-    site = site_on_either
     install(site, api, "org_0")
     run_once(site, "org_0")
     [retired] = api.of("org_0")
-    with backup(site, request.getfixturevalue("postgres_server")) as restore:
+    with backup(site) as restore:
         add_generation(site, provider, "org_0")
         site.cli("credentials", "retire", "org_0", "1", "--now")
         provider.add(replace(provider.applications["m2m-org_0"], enabled=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tests.fakes.ports import free_port
 from tests.fakes.site import Site, application, definition, wait_until
 from worker.demo.serving import ServerThread, bind_loopback
 
@@ -193,22 +191,6 @@ def test_no_secret_and_no_token_travels_in_a_span(traced_site, collector, provid
     assert [canary for canary in (SECRET, KEY, *tokens) if canary.encode() in sent] == []
     assert {each["authorization"] for each in collector.headers} == {f"Bearer {KEY}"}
     assert KEY not in site.log_text() + site.cli("config", "show").out
-
-
-def test_a_collector_that_is_not_there_costs_no_run_and_no_drain(site, journal):
-    site.environment |= {"OTEL_BSP_SCHEDULE_DELAY": "200", "OTEL_EXPORTER_OTLP_TIMEOUT": "3"}
-    endpoint = f"http://127.0.0.1:{free_port()}/v1/traces"
-    site.configure(extra=f'[tracing]\nenabled = true\nendpoint = "{endpoint}"')
-    site.add_orgs(application("org_acme"))
-    site.apply(definition("org_acme", "note", "acme.note", params={"journal": str(journal)}))
-    worker = site.start_worker()
-    site.cli("definitions", "run", "org_acme", "note")
-
-    assert site.wait_for_end(definition="note")["state"] == "succeeded"
-    wait_until(lambda: "traces.lost" in site.log_text(), "the lost collector to be told")
-    assert site.stop_worker(worker) == 0
-    [told] = [line for line in map(json.loads, site.log_text().splitlines()) if "refused" in str(line)]
-    assert told["event"] == "traces.lost"
 
 
 def test_traces_without_the_extra_are_a_fault_of_the_settings_that_names_it(site):

@@ -65,7 +65,6 @@ FORMS = [
     Form("host", "eu"),
     Form("host_inline", "eu", inline=True),
     Form("temporal", "gpu"),
-    Form("temporal_inline", "gpu", inline=True),
 ]
 
 

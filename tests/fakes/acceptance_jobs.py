@@ -83,11 +83,6 @@ async def os_exit(ctx: Context[Any, Any]) -> None:
     os._exit(3)
 
 
-@job("acme.sys_exit")
-def sys_exit(ctx: BlockingContext[Any, Any]) -> None:
-    sys.exit(0)
-
-
 @job("acme.segfault")
 async def segfault(ctx: Context[Any, Any]) -> None:
     ctypes.string_at(0)
@@ -111,12 +106,6 @@ async def fetch(ctx: Context[Any, Any]) -> list[int]:
     """Get every URL of `params["urls"]`, and follow redirects."""
     answers = [await ctx.http.get(url, follow_redirects=True) for url in ctx.params["urls"]]
     return [answer.status_code for answer in answers]
-
-
-@job("acme.fetch_blocking")
-def fetch_blocking(ctx: BlockingContext[Any, Any]) -> list[int]:
-    """The same in a handler that blocks."""
-    return [ctx.http.get(url, follow_redirects=True).status_code for url in ctx.params["urls"]]
 
 
 @job("acme.traced")
@@ -166,14 +155,6 @@ async def wants_file(ctx: Context[Any, Any]) -> None:
         raise RuntimeError(f"no file at try {ctx.run.attempt}")
 
 
-@job("acme.wants_file_inline", isolation="inline", max_attempts=1)
-async def wants_file_inline(ctx: Context[Any, Any]) -> None:
-    """Wait a moment, then fail unless the file exists."""
-    await asyncio.sleep(0.1)
-    if not os.path.exists(ctx.params["file"]):
-        raise RuntimeError(f"no file at try {ctx.run.attempt}")
-
-
 @job("acme.leak", max_attempts=1)
 async def leak(ctx: Context[Any, Any]) -> None:
     """Print, log and raise the token, as a careless handler might."""
@@ -193,46 +174,6 @@ async def leak_result(ctx: Context[Any, Any]) -> dict[str, str]:
     return {"returned": text}
 
 
-@job("acme.paid")
-async def paid(ctx: Context[Any, Any]) -> dict[str, Any]:
-    """Pay in `params["steps"]` steps, of which `params["fails"]` fails the first attempt after its call."""
-
-    async def pay(number: int) -> dict[str, int]:
-        write(ctx, who="pay", number=number)
-        await asyncio.sleep(ctx.params.get("pause", 0.0))
-        return {"number": number, "attempt": ctx.run.attempt}
-
-    results = []
-    for number in range(1, ctx.params["steps"] + 1):
-        results.append(await ctx.step("pay", pay, number))
-        if number == ctx.params.get("fails") and ctx.run.attempt == 1:
-            raise RuntimeError("after the step")
-    results += await ctx.map("more", pay, [101, 102], concurrency=2)
-    return {"attempts": [result["attempt"] for result in results]}
-
-
-@job("acme.paid_inline", isolation="inline")
-async def paid_inline(ctx: Context[Any, Any]) -> dict[str, Any]:
-    """The same in the worker's own process."""
-    results: dict[str, Any] = await paid(ctx)
-    return results
-
-
-@job("acme.paid_blocking")
-def paid_blocking(ctx: BlockingContext[Any, Any]) -> dict[str, Any]:
-    """The same as a handler that blocks."""
-
-    def pay(number: int) -> dict[str, int]:
-        write(ctx, who="pay", number=number)
-        return {"number": number, "attempt": ctx.run.attempt}
-
-    results = [ctx.step("pay", pay, number) for number in range(1, ctx.params["steps"] + 1)]
-    if ctx.run.attempt == 1:
-        raise RuntimeError("after the steps")
-    results += ctx.map("more", pay, [101, 102], concurrency=2)
-    return {"attempts": [result["attempt"] for result in results]}
-
-
 @job("acme.spender")
 async def spender(ctx: Context[Any, Any]) -> dict[str, Any]:
     """Make `steps` calls that spend 10 tokens each; each is a line of the journal."""
@@ -249,57 +190,6 @@ async def spender(ctx: Context[Any, Any]) -> dict[str, Any]:
     return {"results": results, "used": budget.used, "left": budget.left}
 
 
-@job("acme.spender_inline", isolation="inline")
-async def spender_inline(ctx: Context[Any, Any]) -> dict[str, Any]:
-    """The same in the worker's own process."""
-    results: dict[str, Any] = await spender(ctx)
-    return results
-
-
-@job("acme.spender_blocking")
-def spender_blocking(ctx: BlockingContext[Any, Any]) -> dict[str, Any]:
-    """The same as a handler that blocks."""
-
-    def call(number: int) -> int:
-        write(ctx, who="call", number=number)
-        ctx.spend("llm_tokens", 10)
-        return number
-
-    results = [ctx.step("call", call, number) for number in range(ctx.params["steps"])]
-    ctx.spend("llm_tokens", 1)
-    budget = ctx.budget("llm_tokens")
-    return {"results": results, "used": budget.used, "left": budget.left}
-
-
-@job("acme.agent")
-async def agent(ctx: Context[Any, Any]) -> str:
-    """Run an agent that calls a tool twice in each of `calls` responses; each request and call is a line."""
-    from pydantic_ai import Agent
-    from pydantic_ai.messages import ModelResponse, TextPart, ToolCallPart
-    from pydantic_ai.models.function import FunctionModel
-
-    from worker import durable
-
-    async def respond(messages: Any, info: Any) -> ModelResponse:
-        number = len(messages) // 2
-        write(ctx, who="request", number=number)
-        await asyncio.sleep(ctx.params["pause"])
-        if number == ctx.params["calls"]:
-            return ModelResponse([TextPart(f"done after {number}")])
-        return ModelResponse([ToolCallPart("look", {"what": f"{number}{side}"}) for side in ("a", "b")])
-
-    counter = Agent(FunctionModel(respond), name="counter")
-
-    @counter.tool_plain
-    async def look(what: str) -> str:
-        write(ctx, who="tool", what=what)
-        await asyncio.sleep(ctx.params["pause"])
-        return f"saw {what}"
-
-    result = await durable(counter, ctx).run("Count.")
-    return result.output
-
-
 @job("acme.approved")
 async def approved(ctx: Context[Any, Any]) -> dict[str, Any]:
     """Pay for a draft, wait for a person's word, and publish."""
@@ -312,35 +202,6 @@ async def approved(ctx: Context[Any, Any]) -> dict[str, Any]:
     await ctx.sleep(ctx.params.get("sleep", "0s"))
     answer = await ctx.wait_for("approval", timeout="1h", ask={"publish": draft})
     return {"answer": answer, "published": await ctx.step("publish", pay, "publish")}
-
-
-@job("acme.approved_blocking")
-def approved_blocking(ctx: BlockingContext[Any, Any]) -> Any:
-    """Wait for a person's word in a handler that blocks, and swallow whatever it raises."""
-    write(ctx, who="asked")
-    try:
-        return ctx.wait_for("approval", timeout="1h")
-    except BaseException:
-        return "swallowed"
-
-
-@job("acme.approved_inline", isolation="inline")
-async def approved_inline(ctx: Context[Any, Any]) -> Any:
-    """Wait for one of two words in the worker's own process."""
-    return await ctx.wait_for("approval", options=["inline", "other"])
-
-
-@job("acme.impatient")
-async def impatient(ctx: Context[Any, Any]) -> str:
-    """Wait for a word that nobody gives."""
-    # Here: in the test of rolling deploys a worker without it loads this plug-in, too.
-    from worker import WaitTimeout
-
-    try:
-        await ctx.wait_for("approval", timeout="1s")
-    except WaitTimeout:
-        return "nobody answered"
-    return "answered"
 
 
 @job("acme.approving_agent")

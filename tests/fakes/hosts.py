@@ -24,6 +24,65 @@ class Hosts:
         self.ca_file = ca_file
         self._processes: list[subprocess.Popen[bytes]] = []
 
+    def prepare(
+        self,
+        name: str = "h1",
+        pool: str = "default",
+        execution: str = "",
+        *,
+        ports: Sequence[int] = (),
+        extra: str = "",
+    ) -> Path:
+        """The folder of a host of its own name; prepared again, it has the same token."""
+        folder = self.folder(name)
+        token = folder / "token"
+        if not folder.exists():
+            folder.mkdir()
+            added = json.loads(self.site.cli("hosts", "add", name, "--pool", pool, "-o", "json").out)
+            token.write_text(added["token"])
+            token.chmod(0o600)
+        scheme = "http" if self.ca_file is None else "https"
+        control = [f"{scheme}://127.0.0.1:{port}" for port in ports or self.ports]
+        (folder / "host.toml").write_text(
+            f"""\
+[host]
+control = {json.dumps(control)}
+token_file = "{token}"
+ca_file = "{self.ca_file or ""}"
+[execution]
+sandbox = "auto"
+write_paths = ["{self.site.out}"]
+{execution}
+{extra}
+"""
+        )
+        return folder
+
+    def command(self, name: str, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "worker", "--config", str(self.folder(name) / "host.toml"), *arguments]
+
+    def launch(
+        self,
+        name: str,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        tree: Path | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """Start one that is prepared. `tree` has another release."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("WORKER_")}
+        release = [] if tree is None else [str(tree)]
+        path = os.pathsep.join([*release, str(self.site.plugins), os.environ.get("PYTHONPATH", "")])
+        with self.log(name).open("ab") as log:
+            process = forked.start(
+                self.command(name, "host", *arguments),
+                cwd=self.folder(name),
+                env=kept | {"PYTHONPATH": path} | (environment or {}),
+                output=log,
+                fork=tree is None,
+            )
+        self._processes.append(process)
+        return process
+
     def start(
         self,
         name: str = "h1",
@@ -34,42 +93,8 @@ class Hosts:
         environment: dict[str, str] | None = None,
         tree: Path | None = None,
     ) -> subprocess.Popen[bytes]:
-        """A host of its own name; started again, it has the same token. `tree` has another release."""
-        folder = self.folder(name)
-        token = folder / "token"
-        if not folder.exists():
-            folder.mkdir()
-            added = json.loads(self.site.cli("hosts", "add", name, "--pool", pool, "-o", "json").out)
-            token.write_text(added["token"])
-            token.chmod(0o600)
-        scheme = "http" if self.ca_file is None else "https"
-        control = [f"{scheme}://127.0.0.1:{port}" for port in ports or self.ports]
-        config = folder / "host.toml"
-        config.write_text(
-            f"""\
-[host]
-control = {json.dumps(control)}
-token_file = "{token}"
-ca_file = "{self.ca_file or ""}"
-[execution]
-sandbox = "auto"
-write_paths = ["{self.site.out}"]
-{execution}
-"""
-        )
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("WORKER_")}
-        release = [] if tree is None else [str(tree)]
-        path = os.pathsep.join([*release, str(self.site.plugins), os.environ.get("PYTHONPATH", "")])
-        with self.log(name).open("ab") as log:
-            process = forked.start(
-                [sys.executable, "-m", "worker", "--config", str(config), "host"],
-                cwd=folder,
-                env=kept | {"PYTHONPATH": path} | (environment or {}),
-                output=log,
-                fork=tree is None,
-            )
-        self._processes.append(process)
-        return process
+        self.prepare(name, pool, execution, ports=ports)
+        return self.launch(name, environment=environment, tree=tree)
 
     def folder(self, name: str = "h1") -> Path:
         return self.site.folder / f"host-{name}"

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -148,19 +147,6 @@ write_paths = ["{self.out}"]
         path = self.folder / "definitions.toml"
         path.write_text(text)
         return self.cli("apply", str(path), *options, check=check)
-
-    def apply_for_soon(self, text: Callable[[str], str]) -> None:
-        """Apply definitions that are all due once, in a few seconds; `text` is given their schedule.
-
-        A machine that takes longer to apply them than that gets more time.
-        """
-        for seconds in (3, 6, 12, 24):
-            at = datetime.now(UTC) + timedelta(seconds=seconds)
-            self.apply(text(f"at {at:%Y-%m-%dT%H:%M:%SZ}"))
-            due = self.query("SELECT COUNT(*) AS n FROM schedule WHERE next_fire_at IS NOT NULL")[0]["n"]
-            if due or self.query("SELECT id FROM runs LIMIT 1"):
-                return
-        raise AssertionError("definitions could not be applied before they were due")
 
     def start_worker(
         self, launcher: Path | None = None, *, before: Sequence[str] = ()
