@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from worker.cli.completion import COMPLETION_VARIABLE, register_shells
+from worker.cli.options import option
 from worker.cli.output import MODULE, REQUIRE_COMMAND, Format, print_error
 from worker.cli.session import Invocation
 from worker.errors import (
@@ -90,22 +91,18 @@ def before_the_verb(
     context: typer.Context,
     config: Annotated[
         str | None,
-        typer.Option(
-            "--config",
-            metavar="FILE",
-            help="Settings file (default: WORKER_CONFIG, /etc/orgworker/worker.toml, ./worker.toml).",
+        option(
+            "--config FILE",
+            "Settings file (default: WORKER_CONFIG, /etc/orgworker/worker.toml, ./worker.toml).",
         ),
     ] = None,
     setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="One setting, such as execution.poll=2s."),
+        list[str] | None, option("--set NAME=VALUE", "One setting, such as execution.poll=2s.")
     ] = None,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Print tracebacks of unexpected errors (also WORKER_DEBUG=1).")
+        bool, option("--debug", "Print tracebacks of unexpected errors (also WORKER_DEBUG=1).")
     ] = False,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and its commit, and exit.")
-    ] = False,
+    version: Annotated[bool, option("--version", "Print the version and its commit, and exit.")] = False,
 ) -> None:
     """Scheduled, long-running background jobs for each customer org, each run under a token scoped to it.
 

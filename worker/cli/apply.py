@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worker.cli.options import FileArgument, OutputOption, read_text
+from worker.cli.options import FileArgument, OutputOption, option, read_text
 from worker.cli.output import Format, print_rows, say
 from worker.cli.progress import ProgressBar
 from worker.cli.session import session_of
@@ -28,19 +28,16 @@ def apply(
     context: typer.Context,
     file: FileArgument,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and print the changes without making them.")
+        bool, option("--dry-run", "Check everything and print the changes without making them.")
     ] = False,
     prune: Annotated[
-        bool,
-        typer.Option(
-            "--prune", help="Close definitions, and remove budgets, of the file's orgs that it lacks."
-        ),
+        bool, option("--prune", "Close definitions, and remove budgets, of the file's orgs that it lacks.")
     ] = False,
     allow_unknown_handlers: Annotated[
         bool,
-        typer.Option(
+        option(
             "--allow-unknown-handlers",
-            help="Accept handlers that are not installed here; their runs wait for a worker that has them.",
+            "Accept handlers that are not installed here; their runs wait for a worker that has them.",
         ),
     ] = False,
     output: OutputOption = Format.TABLE,

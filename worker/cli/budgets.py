@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from worker.cli.options import AfterOption, LimitOption, OrgArgument, OrgOption, OutputOption
+from worker.cli.options import (
+    AfterOption,
+    LimitOption,
+    OrgArgument,
+    OrgOption,
+    OutputOption,
+    argument,
+    option,
+)
 from worker.cli.output import Format, Row, print_row, print_rows
 from worker.cli.session import change, session_of
 from worker.errors import UsageError
@@ -51,20 +59,16 @@ def list_(
 def raise_(
     context: typer.Context,
     org: OrgArgument,
-    meter: Annotated[str, typer.Argument(metavar="METER", help="The meter, such as llm_tokens.")],
-    by: Annotated[int, typer.Option("--by", metavar="N", help="What to add to the limit of each period.")],
-    per: Annotated[
-        str, typer.Option("--per", metavar="PERIOD", help="The budgets to raise: day, month or run.")
-    ] = "day",
+    meter: Annotated[str, argument("METER", "The meter, such as llm_tokens.")],
+    by: Annotated[int, option("--by N", "What to add to the limit of each period.")],
+    per: Annotated[str, option("--per PERIOD", "The budgets to raise: day, month or run.")] = "day",
     until: Annotated[
         str | None,
-        typer.Option(
-            "--until",
-            metavar="T",
-            help="When the raise ends: 2027-01-31, 2027-01-31T18:00:00Z (default: with the period).",
+        option(
+            "--until T", "When the raise ends: 2027-01-31, 2027-01-31T18:00:00Z (default: with the period)."
         ),
     ] = None,
-    reason: Annotated[str | None, typer.Option("--reason", help="Why; it is kept in the audit.")] = None,
+    reason: Annotated[str | None, option("--reason", "Why; it is kept in the audit.")] = None,
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Raise an org's budgets of a meter for a time; runs that wait for them go on at once."""
@@ -81,9 +85,7 @@ def raise_(
 @app.command("remove")
 def remove(
     context: typer.Context,
-    budget: Annotated[
-        str, typer.Argument(metavar="ID", help="The budget's id, as `budgets list` prints it.")
-    ],
+    budget: Annotated[str, argument("ID", "The budget's id, as `budgets list` prints it.")],
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Remove a budget; what was spent stays, and runs that wait for it go on at once."""

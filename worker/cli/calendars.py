@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from worker.cli.completion import names
 from worker.cli.lists import add_list
-from worker.cli.options import OutputOption
+from worker.cli.options import OutputOption, argument
 from worker.cli.output import Format, print_row
 from worker.cli.session import change, session_of
 from worker.store.lists import CALENDARS
@@ -18,10 +17,7 @@ app = typer.Typer(
     help="Calendars, dates on which nothing runs: list, show, remove. `apply` adds and changes them."
 )
 
-NameArgument = Annotated[
-    str,
-    typer.Argument(metavar="NAME", help="The calendar's name.", autocompletion=names("calendar")),
-]
+NameArgument = Annotated[str, argument("NAME", "The calendar's name.", of="calendar")]
 
 add_list(app, CALENDARS)
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from worker.cli.completion import names
-from worker.cli.options import OutputOption
+from worker.cli.options import OutputOption, argument, option
 from worker.cli.output import Format, as_json, print_row, print_rows, say
 from worker.cli.session import Invocation, session_of
 from worker.errors import Conflict, Diagnostic, IssuerUnavailable, UsageError
@@ -38,13 +37,10 @@ MAX_LACKING = 20
 
 def check_orgs(
     context: typer.Context,
-    org: Annotated[
-        str | None, typer.Argument(metavar="[ORG]", help="One org, or --all.", autocompletion=names("org"))
-    ] = None,
-    all_: Annotated[bool, typer.Option("--all", help="Every org that can run something.")] = False,
+    org: Annotated[str | None, argument("[ORG]", "One org, or --all.", of="org")] = None,
+    all_: Annotated[bool, option("--all", "Every org that can run something.")] = False,
     concurrency: Annotated[
-        int,
-        typer.Option("--concurrency", metavar="N", min=1, max=64, help="Orgs at a time, within the rate."),
+        int, option("--concurrency N", "Orgs at a time, within the rate.", min=1, max=64)
     ] = 8,
     output: OutputOption = Format.TABLE,
 ) -> int:
@@ -111,8 +107,7 @@ def _report(done: int, total: int) -> None:
 def check(
     context: typer.Context,
     only_capacity: Annotated[
-        bool,
-        typer.Option("--capacity", help="Only starts, slots, memory and limits; `-o json` prints these."),
+        bool, option("--capacity", "Only starts, slots, memory and limits; `-o json` prints these.")
     ] = False,
     output: OutputOption = Format.TABLE,
 ) -> int:
@@ -199,8 +194,7 @@ def check(
 def doctor(
     context: typer.Context,
     bundle: Annotated[
-        str | None,
-        typer.Option("--bundle", metavar="FILE", help="Also write a redacted support bundle to FILE."),
+        str | None, option("--bundle FILE", "Also write a redacted support bundle to FILE.")
     ] = None,
     output: OutputOption = Format.TABLE,
 ) -> int:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from worker.cli.checks import FAILED, print_report, say_problems, with_checks
-from worker.cli.completion import names
 from worker.cli.lists import add_list
-from worker.cli.options import OrgArgument, OutputOption, read_duration, read_text
+from worker.cli.options import OrgArgument, OutputOption, argument, option, read_duration, read_text
 from worker.cli.output import Format, print_row, print_rows, say
 from worker.cli.rotation import rotate_fleet
 from worker.cli.session import Invocation, session_of
@@ -35,11 +34,9 @@ class Kind(StrEnum):
     PRIVATE_KEY = "private_key"
 
 
-ClientOption = Annotated[str, typer.Option("--client-id", metavar="ID", help="The client id at the issuer.")]
-OptionalOrgArgument = Annotated[
-    str | None, typer.Argument(metavar="ORG", help="The code of one org.", autocompletion=names("org"))
-]
-KindOption = Annotated[Kind, typer.Option("--kind", help="A client secret, or a private key in PEM.")]
+ClientOption = Annotated[str, option("--client-id ID", "The client id at the issuer.")]
+OptionalOrgArgument = Annotated[str | None, argument("ORG", "The code of one org.", of="org")]
+KindOption = Annotated[Kind, option("--kind", "A client secret, or a private key in PEM.")]
 
 
 @app.command("add")
@@ -48,21 +45,14 @@ def add(
     org: OrgArgument,
     client_id: ClientOption,
     secret_file: Annotated[
-        str | None,
-        typer.Option("--secret-file", metavar="FILE|-", help="The file that holds the secret, or -."),
+        str | None, option("--secret-file FILE|-", "The file that holds the secret, or -.")
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(
-            "--reference",
-            metavar="file:NAME",
-            help="Instead of a secret: a file in secrets_dir, read at each use.",
-        ),
+        option("--reference file:NAME", "Instead of a secret: a file in secrets_dir, read at each use."),
     ] = None,
     kind: KindOption = Kind.CLIENT_SECRET,
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Only store it: request no token with it.")
-    ] = False,
+    no_verify: Annotated[bool, option("--no-verify", "Only store it: request no token with it.")] = False,
     output: OutputOption = Format.TABLE,
 ) -> int:
     """Add a generation, which is tried first from now on; older ones stay until they are retired.
@@ -121,9 +111,7 @@ add_list(app, CREDENTIALS, org_argument=True)
 def verify(
     context: typer.Context,
     org: OrgArgument,
-    generation: Annotated[
-        int | None, typer.Argument(metavar="[GENERATION]", help="Default: the newest active one.")
-    ] = None,
+    generation: Annotated[int | None, argument("[GENERATION]", "Default: the newest active one.")] = None,
     output: OutputOption = Format.TABLE,
 ) -> int:
     """Request a token with one generation and report the result; exit 1 if it is unusable.
@@ -138,48 +126,34 @@ def verify(
 def rotate(
     context: typer.Context,
     org: OptionalOrgArgument = None,
-    client_id: Annotated[
-        str | None, typer.Option("--client-id", metavar="ID", help="The client id at the issuer.")
-    ] = None,
+    client_id: Annotated[str | None, option("--client-id ID", "The client id at the issuer.")] = None,
     secret_file: Annotated[
-        str | None,
-        typer.Option(
-            "--secret-file", metavar="FILE|-", help="The file that holds the secret, or - for stdin."
-        ),
+        str | None, option("--secret-file FILE|-", "The file that holds the secret, or - for stdin.")
     ] = None,
     kind: KindOption = Kind.CLIENT_SECRET,
-    quiet: Annotated[
-        str, typer.Option("--quiet", metavar="DURATION", help="How long older generations must be unused.")
-    ] = "15s",
+    quiet: Annotated[str, option("--quiet DURATION", "How long older generations must be unused.")] = "15s",
     timeout: Annotated[
-        str,
-        typer.Option(
-            "--timeout", metavar="DURATION", help="When to give up: exit 75, with older ones still active."
-        ),
+        str, option("--timeout DURATION", "When to give up: exit 75, with older ones still active.")
     ] = "10m",
     older_than: Annotated[
         str | None,
-        typer.Option(
-            "--older-than",
-            metavar="DURATION",
-            help="Instead of one org: all whose credential orgworker made longer ago.",
+        option(
+            "--older-than DURATION", "Instead of one org: all whose credential orgworker made longer ago."
         ),
     ] = None,
     issuer: IssuerOption = None,
     limit: Annotated[
-        int | None,
-        typer.Option("--limit", metavar="N", min=1, help="With --older-than: at most N orgs, oldest first."),
+        int | None, option("--limit N", "With --older-than: at most N orgs, oldest first.", min=1)
     ] = None,
     overlap: Annotated[
         str | None,
-        typer.Option(
-            "--overlap",
-            metavar="DURATION",
-            help="With --older-than: how long the old one stays usable (default: provisioning.overlap).",
+        option(
+            "--overlap DURATION",
+            "With --older-than: how long the old one stays usable (default: provisioning.overlap).",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With --older-than: only list the orgs; changes nothing.")
+        bool, option("--dry-run", "With --older-than: only list the orgs; changes nothing.")
     ] = False,
     output: OutputOption = Format.TABLE,
 ) -> int:
@@ -264,10 +238,8 @@ def _rotate_one(
 def retire(
     context: typer.Context,
     org: OrgArgument,
-    generation: Annotated[int, typer.Argument(metavar="GENERATION", help="As `credentials list` prints it.")],
-    now: Annotated[
-        bool, typer.Option("--now", help="The secret has leaked: also destroy it here, and wait.")
-    ] = False,
+    generation: Annotated[int, argument("GENERATION", "As `credentials list` prints it.")],
+    now: Annotated[bool, option("--now", "The secret has leaked: also destroy it here, and wait.")] = False,
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Retire one generation: it gets no more tokens, and workers drop cached ones within 2 s.

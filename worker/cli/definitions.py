@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worker.cli.completion import names
 from worker.cli.lists import add_list
 from worker.cli.options import (
     FromOption,
@@ -15,6 +14,8 @@ from worker.cli.options import (
     OrgArgument,
     OutputOption,
     UntilOption,
+    argument,
+    option,
     read_json,
     read_pairs,
     split_pairs,
@@ -28,14 +29,7 @@ from worker.store.lists import BACKFILLS, DEFINITIONS
 if TYPE_CHECKING:
     from worker.store.lists.read import DefinitionState
 
-NameArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="NAME",
-        help="The definition's name, unique in its org.",
-        autocompletion=names("definition"),
-    ),
-]
+NameArgument = Annotated[str, argument("NAME", "The definition's name, unique in its org.", of="definition")]
 
 
 def backfill(
@@ -44,14 +38,12 @@ def backfill(
     name: NameArgument,
     start: FromOption,
     until: UntilOption,
-    limit: Annotated[
-        int, typer.Option("--limit", metavar="N", min=1, help="At most N runs are unfinished at once.")
-    ] = 1,
+    limit: Annotated[int, option("--limit N", "At most N runs are unfinished at once.", min=1)] = 1,
     cancel: Annotated[
-        bool, typer.Option("--cancel", help="Cancel the backfill of this range; running runs continue.")
+        bool, option("--cancel", "Cancel the backfill of this range; running runs continue.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only print how many runs it would make, and for which times.")
+        bool, option("--dry-run", "Only print how many runs it would make, and for which times.")
     ] = False,
     output: OutputOption = Format.TABLE,
 ) -> None:
@@ -99,25 +91,18 @@ def show(
 @app.command("next")
 def next_(
     context: typer.Context,
-    org: Annotated[
-        str | None,
-        typer.Argument(metavar="ORG", help="The org's code.", autocompletion=names("org")),
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Argument(metavar="NAME", help="The definition's name.", autocompletion=names("definition")),
-    ] = None,
+    org: Annotated[str | None, argument("ORG", "The org's code.", of="org")] = None,
+    name: Annotated[str | None, argument("NAME", "The definition's name.", of="definition")] = None,
     schedule: Annotated[
-        str | None, typer.Option("--schedule", metavar="TEXT", help="Preview this instead of a stored one.")
+        str | None, option("--schedule TEXT", "Preview this instead of a stored one.")
     ] = None,
     timezone: Annotated[
-        str | None, typer.Option("--timezone", metavar="ZONE", help="IANA zone of --schedule; default UTC.")
+        str | None, option("--timezone ZONE", "IANA zone of --schedule; default UTC.")
     ] = None,
     start: Annotated[
-        str | None,
-        typer.Option("--from", metavar="T", help="From this time on; default from those that are due."),
+        str | None, option("--from T", "From this time on; default from those that are due.")
     ] = None,
-    count: Annotated[int, typer.Option("-n", metavar="N", min=1, max=1000, help="How many times.")] = 10,
+    count: Annotated[int, option("-n N", "How many times.", min=1, max=1000)] = 10,
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Preview the next scheduled times of a definition, or of --schedule."""
@@ -150,17 +135,12 @@ def run(
     org: OrgArgument,
     name: NameArgument,
     request_key: Annotated[
-        str | None,
-        typer.Option(
-            "--request-key", metavar="K", help="The same key again makes no second run (default: random)."
-        ),
+        str | None, option("--request-key K", "The same key again makes no second run (default: random).")
     ] = None,
     param: Annotated[
         list[str] | None,
-        typer.Option(
-            "--param",
-            metavar="K=V",
-            help="A param for this run only: JSON if the handler accepts it, else text; repeatable.",
+        option(
+            "--param K=V", "A param for this run only: JSON if the handler accepts it, else text; repeatable."
         ),
     ] = None,
     output: OutputOption = Format.TABLE,
@@ -180,14 +160,9 @@ def edit(
     org: OrgArgument,
     name: NameArgument,
     changes: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="KEY=VALUE...", help="Keys as in a file for `apply`; null restores the default."
-        ),
+        list[str], argument("KEY=VALUE...", "Keys as in a file for `apply`; null restores the default.")
     ],
-    revision: Annotated[
-        int | None, typer.Option("--revision", metavar="N", help="Only if it is at this revision.")
-    ] = None,
+    revision: Annotated[int | None, option("--revision N", "Only if it is at this revision.")] = None,
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Change keys of a definition; the next `apply` of a file that has it overrides them."""
@@ -234,10 +209,7 @@ def set_state(
     context: typer.Context,
     org: OrgArgument,
     name: NameArgument,
-    data: Annotated[
-        str,
-        typer.Option("--data", metavar="JSON", help="The new state: a JSON object of at most 64 KiB."),
-    ],
+    data: Annotated[str, option("--data JSON", "The new state: a JSON object of at most 64 KiB.")],
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Replace the state of a definition; exit 5 while a run of it is running.

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from worker.cli.completion import names
-from worker.cli.options import LimitOption, OutputOption
+from worker.cli.options import LimitOption, OutputOption, argument, option
 from worker.cli.output import Format, print_row, print_rows, say
 from worker.cli.session import session_of
 from worker.errors import ConfigurationError, NotFound, did_you_mean
@@ -21,9 +20,7 @@ def list_(
     context: typer.Context,
     output: OutputOption = Format.TABLE,
     limit: LimitOption = DEFAULT_LIMIT,
-    after: Annotated[
-        str | None, typer.Option("--after", metavar="NAME", help="Continue the list after this name.")
-    ] = None,
+    after: Annotated[str | None, option("--after NAME", "Continue the list after this name.")] = None,
 ) -> None:
     """List handlers by name; those that do not load have an error.
 
@@ -41,14 +38,7 @@ def list_(
 @app.command("show")
 def show(
     context: typer.Context,
-    name: Annotated[
-        str,
-        typer.Argument(
-            metavar="NAME",
-            help="The handler's name, as `handlers list` prints it.",
-            autocompletion=names("handler"),
-        ),
-    ],
+    name: Annotated[str, argument("NAME", "The handler's name, as `handlers list` prints it.", of="handler")],
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Show one handler with the schemas of its params and settings.
@@ -78,14 +68,7 @@ def show(
 @app.command("forget")
 def forget(
     context: typer.Context,
-    name: Annotated[
-        str,
-        typer.Argument(
-            metavar="NAME",
-            help="The handler's name, as `handlers list` prints it.",
-            autocompletion=names("handler"),
-        ),
-    ],
+    name: Annotated[str, argument("NAME", "The handler's name, as `handlers list` prints it.", of="handler")],
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Forget a handler that no live worker offers, even if hosts do: it is then the hosts' alone.

@@ -6,17 +6,15 @@ from typing import Annotated
 
 import typer
 
-from worker.cli.options import OutputOption
+from worker.cli.options import OutputOption, argument, option
 from worker.cli.output import Format, print_row, print_rows, say
 from worker.cli.session import session_of
 
 app = typer.Typer(help="Machines that run handlers without the database, each with a token.")
 
 COLUMNS = ("name", "pool", "state", "machine", "version", "seen_at", "pending", "created_by")
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="1 to 63 letters, digits and . _ -")]
-PoolOption = Annotated[
-    str, typer.Option("--pool", metavar="POOL", help="The only pool that it takes runs of.")
-]
+NameArgument = Annotated[str, argument("NAME", "1 to 63 letters, digits and . _ -")]
+PoolOption = Annotated[str, option("--pool POOL", "The only pool that it takes runs of.")]
 
 
 @app.command("add")

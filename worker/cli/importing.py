@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worker.cli.options import OutputOption, read_text
+from worker.cli.options import OutputOption, argument, option, read_text
 from worker.cli.output import Format, printable, say
 from worker.definitions import fields
 from worker.definitions.zones import parse_zone
@@ -24,22 +24,14 @@ app = typer.Typer(
 )
 
 SourceArgument = Annotated[
-    str, typer.Argument(metavar="FILE|-", help="The source, or - for standard input. It is never executed.")
+    str, argument("FILE|-", "The source, or - for standard input. It is never executed.")
 ]
-OrgOption = Annotated[
-    str, typer.Option("--org", metavar="ORG", help="The code of the org that gets the definitions.")
-]
+OrgOption = Annotated[str, option("--org ORG", "The code of the org that gets the definitions.")]
 HandlerOption = Annotated[
-    str | None,
-    typer.Option(
-        "--handler", metavar="NAME", help="The handler of all definitions (default: the task's name)."
-    ),
+    str | None, option("--handler NAME", "The handler of all definitions (default: the task's name).")
 ]
 ZoneOption = Annotated[
-    str | None,
-    typer.Option(
-        "--zone", metavar="ZONE", help="The time zone, such as Europe/Berlin, if the source names none."
-    ),
+    str | None, option("--zone ZONE", "The time zone, such as Europe/Berlin, if the source names none.")
 ]
 
 
@@ -47,16 +39,13 @@ ZoneOption = Annotated[
 def crontab(
     file: SourceArgument,
     org: OrgOption,
-    handler: Annotated[
-        str,
-        typer.Option("--handler", metavar="NAME", help="The handler that gets each command as `command`."),
-    ],
+    handler: Annotated[str, option("--handler NAME", "The handler that gets each command as `command`.")],
     zone: ZoneOption = None,
     user_column: Annotated[
         bool | None,
-        typer.Option(
+        option(
             "--user-column/--no-user-column",
-            help="Whether lines have a user before the command (default: in /etc/crontab and /etc/cron.d).",
+            "Whether lines have a user before the command (default: in /etc/crontab and /etc/cron.d).",
         ),
     ] = None,
     output: OutputOption = Format.TABLE,
@@ -120,12 +109,12 @@ def _started(org: str, handler: str | None, zone: str | None) -> Import:
     """An empty import with these options; raises UsageError if one is invalid."""
     from worker.definitions.importing import Import
 
-    for option, value, read in (("--org", org, fields.name), ("--handler", handler, fields.text)):
+    for typed, value, read in (("--org", org, fields.name), ("--handler", handler, fields.text)):
         try:
             if value is not None:
                 read(value)
         except ValueError as error:
-            raise UsageError(f"{option}: {error}", fix=f"name one after {option}") from None
+            raise UsageError(f"{typed}: {error}", fix=f"name one after {typed}") from None
     try:
         if zone is not None:
             parse_zone(zone)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from worker.cli.options import OutputOption
+from worker.cli.options import OutputOption, option
 from worker.cli.output import Format, confirmed, print_row, say
 from worker.cli.session import session_of
 from worker.errors import UsageError
@@ -34,14 +34,11 @@ def show(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
 def adopt(
     context: typer.Context,
     same: Annotated[
-        bool,
-        typer.Option("--same", help="After a restore: what the database made at a provider is its own."),
+        bool, option("--same", "After a restore: what the database made at a provider is its own.")
     ] = False,
-    new: Annotated[
-        bool, typer.Option("--new", help="For a copy: nothing at a provider is its own any more.")
-    ] = False,
+    new: Annotated[bool, option("--new", "For a copy: nothing at a provider is its own any more.")] = False,
     yes: Annotated[
-        bool, typer.Option("--yes", help="Skip confirmation (the default when stdin is not a terminal).")
+        bool, option("--yes", "Skip confirmation (the default when stdin is not a terminal).")
     ] = False,
     output: OutputOption = Format.TABLE,
 ) -> None:

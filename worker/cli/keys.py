@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from worker.cli.options import OutputOption
+from worker.cli.options import OutputOption, argument, option
 from worker.cli.output import Format, print_row, print_rows, say
 from worker.cli.session import Invocation, session_of
 from worker.errors import Unavailable
@@ -22,7 +22,7 @@ COLUMNS = ("id", "in_ring", "seals", "active", "retired")
 def generate(
     context: typer.Context,
     anew: Annotated[
-        bool, typer.Option("--anew", help="Replace a lost ring; the secrets that it sealed are lost too.")
+        bool, option("--anew", "Replace a lost ring; the secrets that it sealed are lost too.")
     ] = False,
     output: OutputOption = Format.TABLE,
 ) -> None:
@@ -60,9 +60,7 @@ def list_(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
 @app.command("rekey")
 def rekey(
     context: typer.Context,
-    batch: Annotated[
-        int, typer.Option("--batch", metavar="N", min=1, max=10_000, help="Secrets in one transaction.")
-    ] = 500,
+    batch: Annotated[int, option("--batch N", "Secrets in one transaction.", min=1, max=10_000)] = 500,
     output: OutputOption = Format.TABLE,
 ) -> int:
     """Add a key and reseal every secret with it; after an interruption, repeat the command.
@@ -101,7 +99,7 @@ def add(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
 @app.command("remove")
 def remove(
     context: typer.Context,
-    key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id, as `keys list` prints it.")],
+    key_id: Annotated[str, argument("ID", "The key's id, as `keys list` prints it.")],
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Remove an unused key from the ring; exit 5 while it seals secrets.

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
-from worker.cli.completion import names
 from worker.cli.options import (
     AfterOption,
     DefinitionOption,
@@ -19,6 +18,8 @@ from worker.cli.options import (
     QueryOption,
     SinceOption,
     StateOption,
+    argument,
+    option,
     read_pool,
     read_query,
     read_since,
@@ -32,9 +33,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 R = TypeVar("R")
-_OrgArgument = Annotated[
-    str | None, typer.Argument(metavar="[ORG]", help="Only this org's.", autocompletion=names("org"))
-]
+_OrgArgument = Annotated[str | None, argument("[ORG]", "Only this org's.", of="org")]
 _FILTERS: Mapping[str, tuple[Any, Any]] = {
     "org": (OrgOption, None),
     "definition": (DefinitionOption, None),
@@ -45,17 +44,16 @@ _FILTERS: Mapping[str, tuple[Any, Any]] = {
     "broken": (
         Annotated[
             bool,
-            typer.Option(
+            option(
                 "--broken",
-                help="Only those with a dead credential, or a newest run that failed and no retry fixed.",
+                "Only those with a dead credential, or a newest run that failed and no retry fixed.",
             ),
         ],
         False,
     ),
 }
 _WordsArgument = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[WORD]...", help="Only those whose name or code has words that begin so."),
+    list[str] | None, argument("[WORD]...", "Only those whose name or code has words that begin so.")
 ]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from worker.cli.options import OutputOption, SinceOption, read_since
+from worker.cli.options import OutputOption, SinceOption, option, read_since
 from worker.cli.output import Format, print_row, print_rows, say
 from worker.cli.session import session_of
 from worker.errors import UsageError
@@ -41,7 +41,7 @@ def status(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
 
 def failures(
     context: typer.Context,
-    state: Annotated[str, typer.Option("--state", metavar="STATE", help="failed, or refused.")] = "failed",
+    state: Annotated[str, option("--state STATE", "failed, or refused.")] = "failed",
     since: SinceOption = None,
     output: OutputOption = Format.TABLE,
 ) -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Annotated
 
-import typer
-
+from worker.cli.options import argument
 from worker.cli.output import printable, say
 from worker.errors import Conflict, UsageError
 from worker.handlers.installed import distributions, normalised
@@ -24,7 +23,7 @@ _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,198}[A-Za-z0-9])?")
 
 
 def new_job(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The handler's name, such as acme.digest.")],
+    name: Annotated[str, argument("NAME", "The handler's name, such as acme.digest.")],
 ) -> None:
     """Create a distribution with one handler, its entry point and its test, in a new folder here.
 

@@ -7,16 +7,14 @@ from typing import Annotated
 
 import typer
 
-from worker.cli.options import OutputOption
+from worker.cli.options import OutputOption, argument, option
 from worker.cli.output import Format, print_row, print_rows, say
 from worker.cli.session import session_of
 
 app = typer.Typer(help="People and programs that work for all orgs, each with a token.")
 
 COLUMNS = ("name", "role", "source", "created_at", "created_by")
-NameArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="The name in the audit: 1 to 100 characters without a colon.")
-]
+NameArgument = Annotated[str, argument("NAME", "The name in the audit: 1 to 100 characters without a colon.")]
 
 
 class OperatorRole(StrEnum):
@@ -28,8 +26,7 @@ class OperatorRole(StrEnum):
 
 
 RoleOption = Annotated[
-    OperatorRole,
-    typer.Option("--role", help="viewer reads; operator also changes runs; admin sees all."),
+    OperatorRole, option("--role", "viewer reads; operator also changes runs; admin sees all.")
 ]
 
 

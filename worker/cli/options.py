@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,64 +18,62 @@ from worker.errors import UsageError
 
 if TYPE_CHECKING:
     from worker.search import Query
+    from worker.store.names import Kind
+
+
+def option(words: str, about: str, of: Kind | None = None, **more: Any) -> Any:
+    """An option: its names and the word for its value, as in `--query -q TEXT`, and its help.
+
+    `of` says whose names a shell offers.
+    """
+    flags = [word for word in words.split() if word.startswith("-")]
+    (metavar,) = [word for word in words.split() if word not in flags] or [None]
+    declared: Callable[..., Any] = typer.Option
+    return declared(*flags, metavar=metavar, help=about, **_offered(of), **more)
+
+
+def argument(word: str, about: str, of: Kind | None = None) -> Any:
+    """An argument: the word for its value, and its help; `of` as for an option."""
+    return typer.Argument(metavar=word, help=about, **_offered(of))
+
+
+def _offered(of: Kind | None) -> dict[str, Any]:
+    return {} if of is None else {"autocompletion": names(of)}
+
 
 OutputOption = Annotated[
-    Format, typer.Option("--output", "-o", help="Output format: for people, for programs, or ids only.")
+    Format, option("--output -o", "Output format: for people, for programs, or ids only.")
 ]
-OrgArgument = Annotated[
-    str,
-    typer.Argument(metavar="ORG", help="The org's code, as in its tokens.", autocompletion=names("org")),
-]
-OrgOption = Annotated[
-    str | None,
-    typer.Option("--org", metavar="ORG", help="Only this org's.", autocompletion=names("org")),
-]
+OrgArgument = Annotated[str, argument("ORG", "The org's code, as in its tokens.", of="org")]
+OrgOption = Annotated[str | None, option("--org ORG", "Only this org's.", of="org")]
 DefinitionOption = Annotated[
-    str | None,
-    typer.Option(
-        "--definition",
-        metavar="NAME",
-        help="Only those of definitions with this name.",
-        autocompletion=names("definition"),
-    ),
+    str | None, option("--definition NAME", "Only those of definitions with this name.", of="definition")
 ]
 StateOption = Annotated[
     str | None,
-    typer.Option(
-        "--state",
-        metavar="STATE",
-        help="Only those in this state, or in one of several: failed,refused.",
+    option(
+        "--state STATE",
+        "Only those in this state, or in one of several: failed,refused.",
         autocompletion=states,
     ),
 ]
 SinceOption = Annotated[
     str | None,
-    typer.Option(
-        "--since",
-        metavar="WHEN",
-        help="Only those since then: 2h, 1d (ago), yesterday, monday, 2027-01-01 or 2027-01-01T08:00 (UTC).",
+    option(
+        "--since WHEN",
+        "Only those since then: 2h, 1d (ago), yesterday, monday, 2027-01-01 or 2027-01-01T08:00 (UTC).",
     ),
 ]
 QueryOption = Annotated[
-    str | None,
-    typer.Option(
-        "--query", "-q", metavar="TEXT", help="Only those that match a search: 'acme state:failed since:2h'."
-    ),
+    str | None, option("--query -q TEXT", "Only those that match a search: 'acme state:failed since:2h'.")
 ]
-PoolOption = Annotated[str | None, typer.Option("--pool", metavar="POOL", help="Only those of this pool.")]
-FromOption = Annotated[
-    str, typer.Option("--from", metavar="T", help="First time: 2027-01-01T08:00:00Z, 2d (ago).")
-]
-UntilOption = Annotated[
-    str,
-    typer.Option("--until", metavar="T", help="End of the range, itself excluded; not in the future."),
-]
-LimitOption = Annotated[int, typer.Option("--limit", metavar="N", help="At most N rows, up to 1000.")]
-AfterOption = Annotated[
-    str | None, typer.Option("--after", metavar="ID", help="Continue the list after this row.")
-]
-NoteOption = Annotated[str | None, typer.Option("--note", help="The reason; shown with the state.")]
-FileArgument = Annotated[str, typer.Argument(metavar="FILE|-", help="A file, or - for standard input.")]
+PoolOption = Annotated[str | None, option("--pool POOL", "Only those of this pool.")]
+FromOption = Annotated[str, option("--from T", "First time: 2027-01-01T08:00:00Z, 2d (ago).")]
+UntilOption = Annotated[str, option("--until T", "End of the range, itself excluded; not in the future.")]
+LimitOption = Annotated[int, option("--limit N", "At most N rows, up to 1000.")]
+AfterOption = Annotated[str | None, option("--after ID", "Continue the list after this row.")]
+NoteOption = Annotated[str | None, option("--note", "The reason; shown with the state.")]
+FileArgument = Annotated[str, argument("FILE|-", "A file, or - for standard input.")]
 
 # How numbers, quoted strings, lists and objects begin.
 _JSON_STARTS = ('"', "[", "{", "-", *"0123456789")

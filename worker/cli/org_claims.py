@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from worker.cli.checks import FAILED, print_report, with_checks
-from worker.cli.options import OrgArgument, OutputOption
+from worker.cli.options import OrgArgument, OutputOption, option
 from worker.cli.output import Format, print_row, print_rows, say
 from worker.cli.session import session_of
 from worker.errors import UsageError
@@ -25,12 +25,9 @@ def properties(
     context: typer.Context,
     org: OrgArgument,
     set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="K=V", help="Set a property; true and false are booleans. Repeatable."),
+        list[str] | None, option("--set K=V", "Set a property; true and false are booleans. Repeatable.")
     ] = None,
-    unset: Annotated[
-        list[str] | None, typer.Option("--unset", metavar="K", help="Unset a property; repeatable.")
-    ] = None,
+    unset: Annotated[list[str] | None, option("--unset K", "Unset a property; repeatable.")] = None,
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Show the properties of the org's application at the provider, and change them.

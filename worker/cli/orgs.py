@@ -10,7 +10,7 @@ import typer
 
 from worker.cli.checks import check_orgs
 from worker.cli.lists import add_list
-from worker.cli.options import FileArgument, NoteOption, OrgArgument, OutputOption, read_text
+from worker.cli.options import FileArgument, NoteOption, OrgArgument, OutputOption, option, read_text
 from worker.cli.org_claims import diff, properties
 from worker.cli.output import Format, confirmed, print_row, say
 from worker.cli.progress import ProgressBar, shown
@@ -29,26 +29,18 @@ app = typer.Typer(help="Customer organisations: add, list, pause, suspend, remov
 def add(
     context: typer.Context,
     code: OrgArgument,
-    name: Annotated[str | None, typer.Option("--name", help="A name for people (default: the code).")] = None,
+    name: Annotated[str | None, option("--name", "A name for people (default: the code).")] = None,
     issuer: IssuerOption = None,
-    tag: Annotated[
-        list[str] | None, typer.Option("--tag", help="A tag that templates select by; repeatable.")
-    ] = None,
+    tag: Annotated[list[str] | None, option("--tag", "A tag that templates select by; repeatable.")] = None,
     max_concurrent_runs: Annotated[
-        int, typer.Option("--max-concurrent-runs", metavar="N", help="Its concurrent runs over all workers.")
+        int, option("--max-concurrent-runs N", "Its concurrent runs over all workers.")
     ] = 10,
-    weight: Annotated[
-        int, typer.Option("--weight", metavar="N", help="Its share of the slots, relative to other orgs.")
-    ] = 1,
+    weight: Annotated[int, option("--weight N", "Its share of the slots, relative to other orgs.")] = 1,
     timezone: Annotated[
-        str | None,
-        typer.Option("--timezone", metavar="ZONE", help="IANA zone of its schedules (default: UTC)."),
+        str | None, option("--timezone ZONE", "IANA zone of its schedules (default: UTC).")
     ] = None,
     pool: Annotated[
-        str | None,
-        typer.Option(
-            "--pool", metavar="POOL", help="Pool of its runs that name none elsewhere (default: default)."
-        ),
+        str | None, option("--pool POOL", "Pool of its runs that name none elsewhere (default: default).")
     ] = None,
     output: OutputOption = Format.TABLE,
 ) -> None:
@@ -137,7 +129,7 @@ def remove(
     code: OrgArgument,
     note: NoteOption = None,
     yes: Annotated[
-        bool, typer.Option("--yes", help="Skip confirmation (the default when stdin is not a terminal).")
+        bool, option("--yes", "Skip confirmation (the default when stdin is not a terminal).")
     ] = False,
     output: OutputOption = Format.TABLE,
 ) -> None:

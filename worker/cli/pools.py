@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from worker.cli.options import OutputOption
+from worker.cli.options import OutputOption, argument
 from worker.cli.output import Format, print_row, print_rows, say
 from worker.cli.session import session_of
 
@@ -17,9 +17,9 @@ APPROVALS = (
     *("pool", "handler", "distribution", "digest", "secrets", "scopes", "timeout", "max_attempts"),
     *("max_concurrent", "approved", "approved_at", "approved_by", "hosts"),
 )
-NameArgument = Annotated[str, typer.Argument(metavar="POOL", help="The name of the pool.")]
+NameArgument = Annotated[str, argument("POOL", "The name of the pool.")]
 
-HandlerArgument = Annotated[str, typer.Argument(metavar="HANDLER", help="The name of the handler.")]
+HandlerArgument = Annotated[str, argument("HANDLER", "The name of the handler.")]
 
 
 @app.command("list")
@@ -54,9 +54,7 @@ def forget(context: typer.Context, name: NameArgument, output: OutputOption = Fo
 @app.command("approvals")
 def approvals(
     context: typer.Context,
-    pool: Annotated[
-        str | None, typer.Argument(metavar="[POOL]", help="One pool; by default those of all hosts.")
-    ] = None,
+    pool: Annotated[str | None, argument("[POOL]", "One pool; by default those of all hosts.")] = None,
     output: OutputOption = Format.TABLE,
 ) -> None:
     """List what hosts declare of their handlers beyond what needs no approval; those not approved first.
@@ -80,9 +78,7 @@ def approve(
     context: typer.Context,
     pool: NameArgument,
     handler: HandlerArgument,
-    digest: Annotated[
-        str, typer.Argument(metavar="DIGEST", help="As `pools approvals` prints it, once you have read it.")
-    ],
+    digest: Annotated[str, argument("DIGEST", "As `pools approvals` prints it, once you have read it.")],
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Approve what hosts of a pool declare of a handler, in place of an earlier approval.

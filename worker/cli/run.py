@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from worker.cli.options import option
 from worker.cli.output import say
 from worker.cli.session import session_of
 
@@ -23,8 +24,7 @@ def run(context: typer.Context) -> None:
 def host(
     context: typer.Context,
     pool: Annotated[
-        str | None,
-        typer.Option("--pool", metavar="POOL", help="Refuse to start if the token is for another pool."),
+        str | None, option("--pool POOL", "Refuse to start if the token is for another pool.")
     ] = None,
 ) -> None:
     """Run handlers for the workers in host.control, without the database and the key ring.
@@ -57,10 +57,7 @@ def serve(context: typer.Context) -> None:
 
 def demo(
     seconds: Annotated[
-        float | None,
-        typer.Option(
-            "--seconds", metavar="N", min=1, help="Stop the worker after N seconds (default: at Ctrl-C)."
-        ),
+        float | None, option("--seconds N", "Stop the worker after N seconds (default: at Ctrl-C).", min=1)
     ] = None,
 ) -> None:
     """Run a worker with four made-up orgs, a day of history and a development provider.

@@ -21,6 +21,8 @@ from worker.cli.options import (
     QueryOption,
     SinceOption,
     StateOption,
+    argument,
+    option,
     read_query,
     read_since,
 )
@@ -55,10 +57,8 @@ ANSWERED = ("id", "org", "definition", "scheduled_for", "name", "left")
 RETRIED = ("id", "retry_of", "org", "definition", "scheduled_for", "state", "left")
 
 Row = dict[str, Any]
-OptionalRun = Annotated[
-    str | None, typer.Argument(metavar="RUN", help="One run's id, as `runs list` prints it.")
-]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only list the runs that would be changed.")]
+OptionalRun = Annotated[str | None, argument("RUN", "One run's id, as `runs list` prints it.")]
+DryRunOption = Annotated[bool, option("--dry-run", "Only list the runs that would be changed.")]
 
 
 def cancel(
@@ -69,11 +69,9 @@ def cancel(
     definition: DefinitionOption = None,
     state: StateOption = None,
     since: SinceOption = None,
-    reason: Annotated[
-        str | None, typer.Option("--reason", metavar="REASON", help="Only those that wait for this reason.")
-    ] = None,
+    reason: Annotated[str | None, option("--reason REASON", "Only those that wait for this reason.")] = None,
     dry_run: DryRunOption = False,
-    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Cancel at most N runs.")] = LIMIT,
+    limit: Annotated[int, option("--limit N", "Cancel at most N runs.", min=1)] = LIMIT,
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Cancel waiting runs, and ask running ones to stop; does not wait for these to end.
@@ -123,28 +121,19 @@ def retry(
     definition: DefinitionOption = None,
     state: StateOption = None,
     since: Annotated[
-        str | None,
-        typer.Option(
-            "--since", metavar="WHEN", help="Only those that ended since then: 2h (ago), yesterday, monday."
-        ),
+        str | None, option("--since WHEN", "Only those that ended since then: 2h (ago), yesterday, monday.")
     ] = None,
-    reason: Annotated[
-        str | None, typer.Option("--reason", metavar="REASON", help="Only those that ended for this reason.")
-    ] = None,
+    reason: Annotated[str | None, option("--reason REASON", "Only those that ended for this reason.")] = None,
     cause: Annotated[
-        str | None,
-        typer.Option("--cause", metavar="TEXT", help="Only those whose last attempt has this error_cause."),
+        str | None, option("--cause TEXT", "Only those whose last attempt has this error_cause.")
     ] = None,
     from_checkpoint: Annotated[
-        bool,
-        typer.Option("--from-checkpoint", help="Start from the old run's last checkpoint and its steps."),
+        bool, option("--from-checkpoint", "Start from the old run's last checkpoint and its steps.")
     ] = False,
-    again: Annotated[bool, typer.Option("--again", help="Retry RUN even if it was retried already.")] = False,
+    again: Annotated[bool, option("--again", "Retry RUN even if it was retried already.")] = False,
     dry_run: DryRunOption = False,
-    canary: Annotated[
-        int, typer.Option("--canary", metavar="N", min=0, help="Retry N, and the rest only if those succeed.")
-    ] = 0,
-    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Retry at most N runs.")] = LIMIT,
+    canary: Annotated[int, option("--canary N", "Retry N, and the rest only if those succeed.", min=0)] = 0,
+    limit: Annotated[int, option("--limit N", "Retry at most N runs.", min=1)] = LIMIT,
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Make a new run of an ended one, for the same scheduled time, and print it.
@@ -325,8 +314,7 @@ def why(
     org: OrgOption = None,
     definition: DefinitionOption = None,
     at: Annotated[
-        str | None,
-        typer.Option("--at", metavar="T", help="A scheduled time of --org's --definition instead of a run."),
+        str | None, option("--at T", "A scheduled time of --org's --definition instead of a run.")
     ] = None,
     output: OutputOption = Format.TABLE,
 ) -> None:
@@ -355,27 +343,19 @@ def why(
 
 def answer(
     context: typer.Context,
-    run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="The run's id, as `runs list` prints it.")
-    ] = None,
+    run: Annotated[str | None, argument("[RUN]", "The run's id, as `runs list` prints it.")] = None,
     name: Annotated[
-        str | None,
-        typer.Argument(metavar="NAME", help="What it waits for, as `runs show` lists it in `waits`."),
+        str | None, argument("NAME", "What it waits for, as `runs show` lists it in `waits`.")
     ] = None,
     data: Annotated[
-        str | None,
-        typer.Option("--data", metavar="JSON", help='The answer, such as true or {"approved": true}.'),
+        str | None, option("--data JSON", 'The answer, such as true or {"approved": true}.')
     ] = None,
     query: QueryOption = None,
-    occurrence: Annotated[
-        int, typer.Option("--occurrence", metavar="N", min=1, help="Which wait of that name in the run.")
-    ] = 1,
+    occurrence: Annotated[int, option("--occurrence N", "Which wait of that name in the run.", min=1)] = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With -q: only list the runs that would be answered.")
+        bool, option("--dry-run", "With -q: only list the runs that would be answered.")
     ] = False,
-    limit: Annotated[
-        int, typer.Option("--limit", metavar="N", min=1, help="With -q: answer at most N runs.")
-    ] = LIMIT,
+    limit: Annotated[int, option("--limit N", "With -q: answer at most N runs.", min=1)] = LIMIT,
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Answer what a run waits for, so that it goes on; the first answer counts.
@@ -450,7 +430,7 @@ app.command("answer")(answer)
 app.command("retry")(retry)
 app.command("cancel")(cancel)
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `runs list` prints it.")]
+RunArgument = Annotated[str, argument("RUN", "The run's id, as `runs list` prints it.")]
 
 
 add_list(app, RUNS, cells=CELLS, titles=True)
@@ -492,9 +472,7 @@ def _for_people(run: RunDetail) -> Row:
 def logs(
     context: typer.Context,
     run: RunArgument,
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on printing until the run has ended.")
-    ] = False,
+    follow: Annotated[bool, option("--follow -f", "Go on printing until the run has ended.")] = False,
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Print what a run logged and printed, all attempts one after the other, and the error of each.

@@ -8,22 +8,19 @@ from typing import Annotated
 import typer
 
 from worker.cli.lists import add_list
-from worker.cli.options import OrgArgument, OutputOption, read_text
+from worker.cli.options import OrgArgument, OutputOption, argument, option, read_text
 from worker.cli.output import Format, print_row
 from worker.cli.session import session_of
 from worker.store.lists import SECRETS
 
 app = typer.Typer(help="An org's own secrets for its handlers: add, list, rotate, remove.")
 
-NameArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="As handlers ask for it: `ctx.secret(NAME)`.")
-]
+NameArgument = Annotated[str, argument("NAME", "As handlers ask for it: `ctx.secret(NAME)`.")]
 FileOption = Annotated[
     str | None,
-    typer.Option(
-        "--file",
-        metavar="FILE|-",
-        help="The file that holds the value (default: standard input; on a terminal it is asked for).",
+    option(
+        "--file FILE|-",
+        "The file that holds the value (default: standard input; on a terminal it is asked for).",
     ),
 ]
 

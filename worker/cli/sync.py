@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
-from worker.cli.completion import names
-from worker.cli.options import OutputOption
+from worker.cli.options import OutputOption, option
 from worker.cli.output import Format, print_rows, say
 from worker.cli.progress import ProgressBar
 from worker.cli.session import Invocation, session_of
@@ -27,8 +26,7 @@ COLUMNS = ("org", "name", "changes", "client_id", "error")
 ORPHAN_COLUMNS = ("id", "name", "org", "deleted", "error")
 
 IssuerOption = Annotated[
-    str | None,
-    typer.Option("--issuer", metavar="NAME", help="A table [issuers.NAME] (default: the only one)."),
+    str | None, option("--issuer NAME", "A table [issuers.NAME] (default: the only one).")
 ]
 
 
@@ -42,28 +40,19 @@ class Absent(StrEnum):
 def sync(
     context: typer.Context,
     issuer: IssuerOption = None,
-    org: Annotated[
-        str | None,
-        typer.Option("--org", metavar="CODE", help="Only this org.", autocompletion=names("org")),
-    ] = None,
+    org: Annotated[str | None, option("--org CODE", "Only this org.", of="org")] = None,
     provision: Annotated[
-        bool,
-        typer.Option("--provision", help="Make an application for each org without a working credential."),
+        bool, option("--provision", "Make an application for each org without a working credential.")
     ] = False,
     absent: Annotated[
-        Absent, typer.Option("--absent", help="What to do with orgs that the provider does not list.")
+        Absent, option("--absent", "What to do with orgs that the provider does not list.")
     ] = Absent.KEEP,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Suspend more orgs at once than max_suspended allows.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only print what would be done; changes nothing.")
-    ] = False,
+    yes: Annotated[bool, option("--yes", "Suspend more orgs at once than max_suspended allows.")] = False,
+    dry_run: Annotated[bool, option("--dry-run", "Only print what would be done; changes nothing.")] = False,
     orphans: Annotated[
-        bool,
-        typer.Option("--orphans", help="List applications of this installation that no org uses, instead."),
+        bool, option("--orphans", "List applications of this installation that no org uses, instead.")
     ] = False,
-    delete: Annotated[bool, typer.Option("--delete", help="With --orphans: delete them.")] = False,
+    delete: Annotated[bool, option("--delete", "With --orphans: delete them.")] = False,
     output: OutputOption = Format.TABLE,
 ) -> int:
     """Add and rename the provider's orgs, and set their tags; exit 1 if any org failed.
@@ -109,13 +98,10 @@ def sync(
 def provision(
     context: typer.Context,
     issuer: Annotated[
-        str | None,
-        typer.Option(
-            "--issuer", metavar="NAME", help="Only this issuer (default: each with a management API)."
-        ),
+        str | None, option("--issuer NAME", "Only this issuer (default: each with a management API).")
     ] = None,
     absent: Annotated[
-        Absent, typer.Option("--absent", help="What to do with orgs that the provider does not list.")
+        Absent, option("--absent", "What to do with orgs that the provider does not list.")
     ] = Absent.KEEP,
 ) -> None:
     """Keep orgs and their applications as the provider has them; SIGTERM or Ctrl-C stops it.

@@ -6,9 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worker.cli.completion import names
 from worker.cli.lists import add_list
-from worker.cli.options import FromOption, OutputOption, UntilOption, read_pairs, split_pairs
+from worker.cli.options import (
+    FromOption,
+    OutputOption,
+    UntilOption,
+    argument,
+    option,
+    read_pairs,
+    split_pairs,
+)
 from worker.cli.output import Format, print_row, print_rows, say
 from worker.cli.progress import ProgressBar, shown
 from worker.cli.session import Invocation, session_of
@@ -23,10 +30,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Templates: list, show, run, backfill, close. `apply` adds and changes them.")
 
-NameArgument = Annotated[
-    str,
-    typer.Argument(metavar="NAME", help="The template's name.", autocompletion=names("template")),
-]
+NameArgument = Annotated[str, argument("NAME", "The template's name.", of="template")]
 
 Row = dict[str, Any]
 RAN = ("id", "org", "definition", "state", "left")
@@ -93,20 +97,16 @@ def run(
     context: typer.Context,
     name: NameArgument,
     request_key: Annotated[
-        str | None,
-        typer.Option(
-            "--request-key", metavar="K", help="The same key again makes no second runs (default: random)."
-        ),
+        str | None, option("--request-key K", "The same key again makes no second runs (default: random).")
     ] = None,
     param: Annotated[
         list[str] | None,
-        typer.Option(
-            "--param",
-            metavar="K=V",
-            help="A param for these runs only: JSON if the handler accepts it, else text; repeatable.",
+        option(
+            "--param K=V",
+            "A param for these runs only: JSON if the handler accepts it, else text; repeatable.",
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the orgs.")] = False,
+    dry_run: Annotated[bool, option("--dry-run", "Only list the orgs.")] = False,
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Run a template's definition now, for each org that has it; paused ones are left out.
@@ -161,16 +161,13 @@ def backfill(
     start: FromOption,
     until: UntilOption,
     limit: Annotated[
-        int,
-        typer.Option(
-            "--limit", metavar="N", min=1, help="At most N runs of each org are unfinished at once."
-        ),
+        int, option("--limit N", "At most N runs of each org are unfinished at once.", min=1)
     ] = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list the orgs, with the number of their scheduled times.")
+        bool, option("--dry-run", "Only list the orgs, with the number of their scheduled times.")
     ] = False,
     cancel: Annotated[
-        bool, typer.Option("--cancel", help="Cancel the backfills of this range; running runs continue.")
+        bool, option("--cancel", "Cancel the backfills of this range; running runs continue.")
     ] = False,
     output: OutputOption = Format.TABLE,
 ) -> None:

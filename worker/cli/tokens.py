@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from worker.cli.options import OutputOption
+from worker.cli.options import OutputOption, option
 from worker.cli.output import Format, print_row
 from worker.cli.session import session_of
 from worker.errors import UsageError
@@ -17,8 +17,8 @@ app = typer.Typer(help="The access tokens that workers share through the databas
 @app.command("drop")
 def drop(
     context: typer.Context,
-    org: Annotated[str | None, typer.Option("--org", metavar="CODE", help="Only those of this org.")] = None,
-    all_: Annotated[bool, typer.Option("--all", help="Those of all orgs.")] = False,
+    org: Annotated[str | None, option("--org CODE", "Only those of this org.")] = None,
+    all_: Annotated[bool, option("--all", "Those of all orgs.")] = False,
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Delete stored tokens, so that workers request new ones; give --org or --all.

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worker.cli.completion import names
-from worker.cli.options import OutputOption, read_json, read_pairs, read_text, split_pairs
+from worker.cli.options import OutputOption, argument, option, read_json, read_pairs, read_text, split_pairs
 from worker.cli.output import Format, in_words, print_row, say
 from worker.cli.session import session_of
 from worker.errors import UsageError
@@ -36,77 +35,42 @@ Schema = Mapping[str, Any] | None
 
 def try_(
     context: typer.Context,
-    handler: Annotated[
-        str,
-        typer.Argument(
-            metavar="HANDLER",
-            help="Its name, as `handlers list` prints it.",
-            autocompletion=names("handler"),
-        ),
-    ],
-    org: Annotated[
-        str | None,
-        typer.Option(
-            "--org", metavar="ORG", help=f"Any code (default: {FAKE_ORG}).", autocompletion=names("org")
-        ),
-    ] = None,
+    handler: Annotated[str, argument("HANDLER", "Its name, as `handlers list` prints it.", of="handler")],
+    org: Annotated[str | None, option("--org ORG", f"Any code (default: {FAKE_ORG}).", of="org")] = None,
     param: Annotated[
-        list[str] | None,
-        typer.Option("--param", metavar="K=V", help="A param, as JSON or else as text; repeatable."),
+        list[str] | None, option("--param K=V", "A param, as JSON or else as text; repeatable.")
     ] = None,
     property_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--property", metavar="K=V", help="A property of the token, always as text; repeatable."
-        ),
+        list[str] | None, option("--property K=V", "A property of the token, always as text; repeatable.")
     ] = None,
     flag: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--flag", metavar="K=V", help="A flag of the token, as JSON or else as text; repeatable."
-        ),
+        list[str] | None, option("--flag K=V", "A flag of the token, as JSON or else as text; repeatable.")
     ] = None,
     scope: Annotated[
         list[str] | None,
-        typer.Option(
-            "--scope",
-            metavar="SCOPE",
-            help="A scope of the token (default: all that the handler needs); repeatable.",
-        ),
+        option("--scope SCOPE", "A scope of the token (default: all that the handler needs); repeatable."),
     ] = None,
     state: Annotated[
-        str | None,
-        typer.Option("--state", metavar="JSON|@FILE", help="The state of its definition (default: empty)."),
+        str | None, option("--state JSON|@FILE", "The state of its definition (default: empty).")
     ] = None,
     answer: Annotated[
         list[str] | None,
-        typer.Option(
-            "--answer",
-            metavar="NAME=JSON",
-            help="An answer that it waits for, as JSON or else as text; repeatable.",
-        ),
+        option("--answer NAME=JSON", "An answer that it waits for, as JSON or else as text; repeatable."),
     ] = None,
     budget: Annotated[
         list[str] | None,
-        typer.Option(
-            "--budget",
-            metavar="METER=N",
-            help="What it may spend of a meter: llm_tokens=1000; repeatable.",
-        ),
+        option("--budget METER=N", "What it may spend of a meter: llm_tokens=1000; repeatable."),
     ] = None,
     secret: Annotated[
         list[str] | None,
-        typer.Option(
-            "--secret",
-            metavar="NAME=FILE",
-            help="A secret of the org, in a file; with --real instead of the stored one; repeatable.",
+        option(
+            "--secret NAME=FILE",
+            "A secret of the org, in a file; with --real instead of the stored one; repeatable.",
         ),
     ] = None,
-    real: Annotated[
-        bool, typer.Option("--real", help="Use the token of --org, which must be in the database.")
-    ] = False,
+    real: Annotated[bool, option("--real", "Use the token of --org, which must be in the database.")] = False,
     pdb: Annotated[
-        bool, typer.Option("--pdb", help="Run it in this process, and open the debugger if it fails.")
+        bool, option("--pdb", "Run it in this process, and open the debugger if it fails.")
     ] = False,
     output: OutputOption = Format.TABLE,
 ) -> int:

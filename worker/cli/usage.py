@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from worker.cli.options import LimitOption, OrgOption, SinceOption, read_since
+from worker.cli.options import LimitOption, OrgOption, SinceOption, option, read_since
 from worker.cli.output import Format, Row, print_rows, say
 from worker.cli.session import session_of
 from worker.definitions.units import json_default, parse_time
@@ -42,20 +42,15 @@ def list_(
     org: OrgOption = None,
     since: SinceOption = None,
     until: Annotated[
-        str | None,
-        typer.Option(
-            "--until", metavar="WHEN", help="Only those until then, its day included (default: now)."
-        ),
+        str | None, option("--until WHEN", "Only those until then, its day included (default: now).")
     ] = None,
     by: Annotated[
-        Group, typer.Option("--by", help="A row for each meter, or for each definition or UTC day of it.")
+        Group, option("--by", "A row for each meter, or for each definition or UTC day of it.")
     ] = Group.METER,
     limit: LimitOption = DEFAULT_LIMIT,
-    after: Annotated[
-        str | None, typer.Option("--after", metavar="ORG", help="Continue the list after this org.")
-    ] = None,
+    after: Annotated[str | None, option("--after ORG", "Continue the list after this org.")] = None,
     output: Annotated[
-        UsageFormat, typer.Option("--output", "-o", help="For people, for programs, or for spreadsheets.")
+        UsageFormat, option("--output -o", "For people, for programs, or for spreadsheets.")
     ] = UsageFormat.TABLE,
 ) -> None:
     """List what orgs spent in the last 30 days, or since another time; --limit counts orgs."""
