@@ -19,7 +19,7 @@ import typer
 from worker.cli.completion import COMPLETION_VARIABLE, register_shells
 from worker.cli.options import option
 from worker.cli.output import MODULE, REQUIRE_COMMAND, Format, print_error
-from worker.cli.session import Invocation
+from worker.cli.session import Invocation, as_command
 from worker.errors import (
     AccessDenied,
     ConfigurationError,
@@ -65,7 +65,7 @@ def add(app: typer.Typer, only: str | None) -> None:
     """Add one verb or noun to `app`, or all of them."""
     for verb, (module, function) in VERBS.items():
         if only in (None, verb):
-            app.command(verb)(getattr(import_module(f"worker.cli.{module}"), function))
+            app.command(verb)(as_command(getattr(import_module(f"worker.cli.{module}"), function)))
     for noun in NOUNS:
         if only in (None, noun):
             module, name = ("lists", noun) if noun in ONLY_LISTED else (MODULES.get(noun, noun), "app")

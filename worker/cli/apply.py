@@ -7,12 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from worker.cli.options import FileArgument, OutputOption, option, read_text
-from worker.cli.output import Format, print_rows, say
+from worker.cli.options import FileArgument, option, read_text
+from worker.cli.output import Format, say
 from worker.cli.progress import ProgressBar
-from worker.cli.session import session_of
+from worker.cli.session import Invocation
 from worker.cli.templates import apply_templates
 
 if TYPE_CHECKING:
@@ -25,7 +23,7 @@ COLUMNS = ("kind", "action", "org", "name", "fields")
 
 
 def apply(
-    context: typer.Context,
+    session: Invocation,
     file: FileArgument,
     dry_run: Annotated[
         bool, option("--dry-run", "Check everything and print the changes without making them.")
@@ -40,7 +38,6 @@ def apply(
             "Accept handlers that are not installed here; their runs wait for a worker that has them.",
         ),
     ] = False,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Make the database match FILE (TOML or JSON), all or nothing, and print the changes.
 
@@ -50,7 +47,6 @@ def apply(
     from worker.operations.apply import apply as apply_file
     from worker.operations.installed_handlers import store_unknown
 
-    session = session_of(context)
     wanted = _parsed(file)
     with session.database() as database:
         store_unknown(session.settings, database)
@@ -68,21 +64,21 @@ def apply(
                 api_origins=session.settings.api_origins,
                 report=progress.at,
             )
-        _print(changes, output, dry_run=dry_run)
+        _print(session, changes, dry_run=dry_run)
         if not dry_run:
             apply_templates(session, database)
 
 
-def _print(changes: Sequence[Change], output: Format, *, dry_run: bool) -> None:
+def _print(session: Invocation, changes: Sequence[Change], *, dry_run: bool) -> None:
     rows = [change.as_row() for change in changes]
-    if output is Format.TABLE:
+    if session.output is Format.TABLE:
         if not rows:
             say("nothing changes")
             return
         if dry_run:
             say("this would change:")
         rows = [row | {"fields": _short_form(row["fields"])} for row in rows]
-    print_rows(rows, output, columns=COLUMNS, key="name")
+    session.print_rows(rows, COLUMNS, key="name")
 
 
 def _parsed(path: str) -> DefinitionsFile:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated
 
 import typer
 
 from worker.cli.lists import add_list
-from worker.cli.options import OutputOption, argument
-from worker.cli.output import Format, print_row
-from worker.cli.session import change, session_of
+from worker.cli.options import argument
+from worker.cli.session import Invocation, verb
 from worker.store.lists import CALENDARS
 
 app = typer.Typer(
@@ -22,19 +20,17 @@ NameArgument = Annotated[str, argument("NAME", "The calendar's name.", of="calen
 add_list(app, CALENDARS)
 
 
-@app.command("show")
-def show(context: typer.Context, name: NameArgument, output: OutputOption = Format.TABLE) -> None:
+@verb(app, "show")
+def show(session: Invocation, name: NameArgument) -> None:
     """Show one calendar with its dates, how many definitions name it, and which templates do."""
     from worker.store.lists.read import calendar
 
-    with session_of(context).database() as database, database.autocommit() as connection:
-        row = calendar(connection, name)
-    print_row(row, output)
+    session.show(calendar, name)
 
 
-@app.command("remove")
-def remove(context: typer.Context, name: NameArgument, output: OutputOption = Format.TABLE) -> None:
+@verb(app, "remove")
+def remove(session: Invocation, name: NameArgument) -> None:
     """Remove a calendar; exit 5 while a definition or template names it."""
     from worker.operations.calendars import remove_calendar
 
-    change(context, output, partial(remove_calendar, name=name))
+    session.change(remove_calendar, name)

@@ -9,11 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import typer
-
-from worker.cli.options import OutputOption, argument, option
-from worker.cli.output import Format, as_json, print_row, print_rows, say
-from worker.cli.session import Invocation, session_of
+from worker.cli.options import argument, option
+from worker.cli.output import Format, as_json, say
+from worker.cli.session import Invocation
 from worker.errors import Conflict, Diagnostic, IssuerUnavailable, UsageError
 
 if TYPE_CHECKING:
@@ -24,6 +22,7 @@ T = TypeVar("T")
 
 FAILED = 1
 COLUMNS = ("org", "issuer", "ok", "generation", "missing", "unused", "lifetime", "problems")
+FINDING_COLUMNS = ("check", "ok", "detail")
 FORECAST_COLUMNS = (
     *("issuer", "orgs", "definitions", "runs_a_day", "token_requests_a_day", "token_lifetime"),
     *("max_requests_per_second", "cold_start", "tokens_at_once", "tokens_ahead"),
@@ -36,13 +35,12 @@ MAX_LACKING = 20
 
 
 def check_orgs(
-    context: typer.Context,
+    session: Invocation,
     org: Annotated[str | None, argument("[ORG]", "One org, or --all.", of="org")] = None,
     all_: Annotated[bool, option("--all", "Every org that can run something.")] = False,
     concurrency: Annotated[
         int, option("--concurrency N", "Orgs at a time, within the rate.", min=1, max=64)
     ] = 8,
-    output: OutputOption = Format.TABLE,
 ) -> int:
     """Request a token of an org, or of all, and report problems; exit 1 if any org fails.
 
@@ -53,13 +51,12 @@ def check_orgs(
         raise UsageError("name one org, or --all", fix="`orgs check ORG`, or `orgs check --all`")
     codes = None if org is None else [org]
     reports = with_checks(
-        session_of(context),
-        lambda _, checks: checks.check_all(codes, concurrency=concurrency, report=_report),
+        session, lambda _, checks: checks.check_all(codes, concurrency=concurrency, report=_report)
     )
-    if org is not None and output is Format.TABLE:
-        print_report(reports[0], output)
+    if org is not None and session.output is Format.TABLE:
+        print_report(session, reports[0])
     else:
-        print_rows([report.as_row() for report in reports], output, columns=COLUMNS, key="org")
+        session.print_rows([report.as_row() for report in reports], COLUMNS, key="org")
         for report in reports:
             say_problems(report)
     return FAILED if any(not report.ok for report in reports) else 0
@@ -77,13 +74,13 @@ def with_checks(session: Invocation, ask: Callable[[Database, Checks], Coroutine
         return asyncio.run(run(database))
 
 
-def print_report(report: Report, output: Format) -> int:
+def print_report(session: Invocation, report: Report) -> int:
     """Print one org's report and return the exit code."""
-    if output is Format.TABLE:
+    if session.output is Format.TABLE:
         rows = [{"check": each.check, "ok": each.ok, "detail": each.detail} for each in report.diagnostics]
-        print_rows(rows, output, columns=("check", "ok", "detail"), key="check")
+        session.print_rows(rows, FINDING_COLUMNS, key="check")
     else:
-        print_row(report.as_row(), output, key="org")
+        session.print_row(report.as_row(), key="org")
     say_problems(report)
     if report.ok:
         return 0
@@ -105,11 +102,10 @@ def _report(done: int, total: int) -> None:
 
 
 def check(
-    context: typer.Context,
+    session: Invocation,
     only_capacity: Annotated[
         bool, option("--capacity", "Only starts, slots, memory and limits; `-o json` prints these.")
     ] = False,
-    output: OutputOption = Format.TABLE,
 ) -> int:
     """Forecast the load of the definitions for a day; exit 1 if it is not possible.
 
@@ -139,7 +135,6 @@ def check(
     from worker.operations.requirements import forecast_tokens
     from worker.wiring.issuers import issuers_of
 
-    session = session_of(context)
     issuers = issuers_of(session.settings)
     with session.database() as database:
         tokens = session.settings.tokens
@@ -149,15 +144,15 @@ def check(
         unapproved = None if only_capacity else approvals.check(database)
     rows = [forecast.as_row(issuers.get(forecast.issuer), now, tokens) for forecast in forecasts if now]
     if not only_capacity:
-        print_rows(rows, output, columns=FORECAST_COLUMNS, key="issuer")
-    if only_capacity or output is Format.TABLE:
+        session.print_rows(rows, FORECAST_COLUMNS, key="issuer")
+    if only_capacity or session.output is Format.TABLE:
         measures = [measure.as_row() for measure in found.measures]
-        if output is Format.TABLE:
+        if session.output is Format.TABLE:
             # Enough on average and at once too little is neither yes nor no.
             measures = [
                 row | {"ok": "tight" if row["ok"] and row["change"] else row["ok"]} for row in measures
             ]
-        print_rows(measures, output, columns=CAPACITY_COLUMNS, key="what")
+        session.print_rows(measures, CAPACITY_COLUMNS, key="what")
     for row in rows:
         if row["lifetime_is_assumed"]:
             say(f"{row['issuer']}: has issued no token yet; a lifetime of an hour is assumed")
@@ -192,11 +187,10 @@ def check(
 
 
 def doctor(
-    context: typer.Context,
+    session: Invocation,
     bundle: Annotated[
         str | None, option("--bundle FILE", "Also write a redacted support bundle to FILE.")
     ] = None,
-    output: OutputOption = Format.TABLE,
 ) -> int:
     """Find slow or silent faults; exit 1 if any check fails. Changes nothing.
 
@@ -210,7 +204,6 @@ def doctor(
     from worker.operations.shadow import shadow
     from worker.wiring import find_keyring
 
-    session = session_of(context)
     if session.settings.host.control:
         findings = _of_host(session)
         if bundle is not None:
@@ -223,7 +216,7 @@ def doctor(
     if (shadowed := shadow(Path.cwd())) is not None:
         findings = [*findings, shadowed]
     rows = [asdict(finding) for finding in findings]
-    print_rows(rows, output, columns=("check", "ok", "detail"), key="check")
+    session.print_rows(rows, FINDING_COLUMNS, key="check")
     for finding in findings:
         if not finding.ok:
             say(f"fix: {finding.check}: {finding.fix}")

@@ -7,9 +7,8 @@ from typing import Any
 
 import typer
 
-from worker.cli.options import OutputOption
-from worker.cli.output import Format, print_row, print_rows
-from worker.cli.session import session_of
+from worker.cli.output import Format
+from worker.cli.session import Invocation, verb
 from worker.telemetry.masking import shown_url
 
 app = typer.Typer(help="The settings in force, from flags, variables, secret files and worker.toml.")
@@ -21,25 +20,24 @@ _SECRET = ("headers", "deadman_url")
 _SECRET_PATH = ("webhook_url", "endpoint")
 
 
-@app.command("show")
-def show(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
+@verb(app, "show")
+def show(session: Invocation) -> None:
     """Print every setting with its value and its source; passwords and secrets are masked.
 
     With -o json, prints one object structured like worker.toml.
     """
     from worker.settings import check, gather
 
-    session = session_of(context)
     said = gather(session.config, session.overrides)
     tree = masked(check(said).model_dump())
-    if output is Format.JSON:
-        print_row(tree, output)
+    if session.output is Format.JSON:
+        session.print_row(tree)
         return
     rows = [
         {"setting": ".".join(keys), "value": value, "said_by": _source_of(said, keys)}
         for keys, value in _flat(tree)
     ]
-    print_rows(rows, output, columns=("setting", "value", "said_by"), key="setting")
+    session.print_rows(rows, ("setting", "value", "said_by"), key="setting")
 
 
 def masked(value: Any, key: str = "") -> Any:

@@ -12,9 +12,9 @@ import typer
 from worker.cli.checks import FAILED, print_report, say_problems, with_checks
 from worker.cli.lists import add_list
 from worker.cli.options import OrgArgument, OutputOption, argument, option, read_duration, read_text
-from worker.cli.output import Format, print_row, print_rows, say
+from worker.cli.output import Format, say
 from worker.cli.rotation import rotate_fleet
-from worker.cli.session import Invocation, session_of
+from worker.cli.session import Invocation, session_of, verb
 from worker.cli.sync import IssuerOption
 from worker.errors import UsageError
 from worker.store.lists import CREDENTIALS
@@ -39,9 +39,9 @@ OptionalOrgArgument = Annotated[str | None, argument("ORG", "The code of one org
 KindOption = Annotated[Kind, option("--kind", "A client secret, or a private key in PEM.")]
 
 
-@app.command("add")
+@verb(app, "add")
 def add(
-    context: typer.Context,
+    session: Invocation,
     org: OrgArgument,
     client_id: ClientOption,
     secret_file: Annotated[
@@ -53,7 +53,6 @@ def add(
     ] = None,
     kind: KindOption = Kind.CLIENT_SECRET,
     no_verify: Annotated[bool, option("--no-verify", "Only store it: request no token with it.")] = False,
-    output: OutputOption = Format.TABLE,
 ) -> int:
     """Add a generation, which is tried first from now on; older ones stay until they are retired.
 
@@ -71,7 +70,6 @@ def add(
             "name either the file of a secret, or a reference to a file in secrets_dir",
             fix="--secret-file FILE, --secret-file - for standard input, or --reference file:NAME",
         )
-    session = session_of(context)
     secret = None if secret_file is None else read_text(secret_file).rstrip("\r\n")
     with session.database() as database:
         row = add_credential(
@@ -85,7 +83,7 @@ def add(
             kind=kind.value,
             actor=session.actor,
         )
-    print_row(row, output)
+    session.print_row(row)
     return 0 if no_verify else _verify_stored(session, org, row["generation"])
 
 
@@ -107,19 +105,18 @@ def _verify_stored(session: Invocation, org: str, generation: int) -> int:
 add_list(app, CREDENTIALS, org_argument=True)
 
 
-@app.command("verify")
+@verb(app, "verify")
 def verify(
-    context: typer.Context,
+    session: Invocation,
     org: OrgArgument,
     generation: Annotated[int | None, argument("[GENERATION]", "Default: the newest active one.")] = None,
-    output: OutputOption = Format.TABLE,
 ) -> int:
     """Request a token with one generation and report the result; exit 1 if it is unusable.
 
     Exit 69 if the provider does not respond.
     """
-    report = with_checks(session_of(context), lambda _, checks: checks.verify(org, generation))
-    return print_report(report, output)
+    report = with_checks(session, lambda _, checks: checks.verify(org, generation))
+    return print_report(session, report)
 
 
 @app.command("rotate")
@@ -173,7 +170,7 @@ def rotate(
     """
     given = _given(context, "issuer", "limit", "overlap", "dry_run")
     of_one = _given(context, "org", "client_id", "secret_file", "kind", "quiet", "timeout")
-    session = session_of(context)
+    session = session_of(context, output)
     if older_than is not None:
         if of_one:
             raise UsageError(
@@ -183,7 +180,7 @@ def rotate(
             )
         age = read_duration(older_than, "--older-than")
         span = None if overlap is None else read_duration(overlap, "--overlap")
-        return rotate_fleet(session, issuer, age, output, limit=limit, overlap=span, dry_run=dry_run)
+        return rotate_fleet(session, issuer, age, limit=limit, overlap=span, dry_run=dry_run)
     if given:
         raise UsageError(
             f"{given[0]} is for the rotation of all orgs",
@@ -196,7 +193,7 @@ def rotate(
             fix="`credentials rotate ORG --client-id ID --secret-file FILE`, "
             "or `credentials rotate --older-than 90d` for all orgs",
         )
-    _rotate_one(session, org, client_id, secret_file, kind, quiet, timeout, output)
+    _rotate_one(session, org, client_id, secret_file, kind, quiet, timeout)
     return 0
 
 
@@ -215,7 +212,6 @@ def _rotate_one(
     kind: Kind,
     quiet: str,
     timeout: str,
-    output: Format,
 ) -> None:
     from worker import wiring
     from worker.operations.credentials import Rotation
@@ -231,16 +227,15 @@ def _rotate_one(
         return await rotation.run(client_id, secret, kind.value, **spans)
 
     rows = with_checks(session, change_secret)
-    print_rows(rows, output, columns=CREDENTIALS.table)
+    session.print_rows(rows, CREDENTIALS.table)
 
 
-@app.command("retire")
+@verb(app, "retire")
 def retire(
-    context: typer.Context,
+    session: Invocation,
     org: OrgArgument,
     generation: Annotated[int, argument("GENERATION", "As `credentials list` prints it.")],
     now: Annotated[bool, option("--now", "The secret has leaked: also destroy it here, and wait.")] = False,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Retire one generation: it gets no more tokens, and workers drop cached ones within 2 s.
 
@@ -251,9 +246,8 @@ def retire(
     from worker.operations.credentials import retire_credential
     from worker.tokens.credentials import READ_AGAIN
 
-    session = session_of(context)
     with session.database() as database:
         row = retire_credential(database, org, generation, actor=session.actor, now=now)
     if now:
         asyncio.run(session.clock.sleep(READ_AGAIN))
-    print_row(row, output)
+    session.print_row(row)

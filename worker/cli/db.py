@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from worker.cli.options import OutputOption
-from worker.cli.output import Format, print_row, say
-from worker.cli.session import session_of
+from worker.cli.output import Format, say
+from worker.cli.session import Invocation, verb
 
 # Changes of one upgrade that are printed; all are in the audit.
 MAX_REVIEWED = 200
@@ -14,8 +13,8 @@ MAX_REVIEWED = 200
 app = typer.Typer(help="The database's schema: upgrade it, or check it.")
 
 
-@app.command("upgrade")
-def upgrade(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
+@verb(app, "upgrade")
+def upgrade(session: Invocation) -> None:
     """Create the database or upgrade its schema to this release; repeating it changes nothing.
 
     On PostgreSQL it connects as the role of database.owner_url, if that is set. Stores the
@@ -24,7 +23,6 @@ def upgrade(context: typer.Context, output: OutputOption = Format.TABLE) -> None
     """
     from worker.store import installation, roles, schema
 
-    session = session_of(context)
     settings, word = session.settings.database, session.settings.installation
     with session.database(any_schema=True) as database:
         review: list[str] = []
@@ -38,14 +36,13 @@ def upgrade(context: typer.Context, output: OutputOption = Format.TABLE) -> None
         if database.dialect == "postgresql":
             with database.autocommit() as connection:
                 missing = roles.missing(connection)
-        print_row(
+        session.print_row(
             {
                 "database": database.url_shown,
                 "before": before,
                 "version": schema.head(),
-                **({} if output is Format.TABLE else {"review": review}),
+                **({} if session.output is Format.TABLE else {"review": review}),
             },
-            output,
             key="version",
         )
     for line in review[:MAX_REVIEWED]:
@@ -56,8 +53,8 @@ def upgrade(context: typer.Context, output: OutputOption = Format.TABLE) -> None
         say(f"warning: {missing}")
 
 
-@app.command("check")
-def check(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
+@verb(app, "check")
+def check(session: Invocation) -> None:
     """Check that the database has this release's schema; exit 78 if not, with the command that fixes it.
 
     On PostgreSQL it warns about a login that has more rights than it needs, or that cannot act
@@ -65,7 +62,6 @@ def check(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
     """
     from worker.store import roles, schema
 
-    session = session_of(context)
     session.require_database()
     with session.database(any_schema=True) as database:
         schema.check_as_login(database)
@@ -74,6 +70,6 @@ def check(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
             with database.autocommit() as connection:
                 warnings = roles.warnings(connection)
         row = {"database": database.url_shown, "version": schema.head(), "warnings": warnings}
-        print_row(row, output, key="version")
+        session.print_row(row, key="version")
     for warning in warnings:
         say(f"warning: {warning}")

@@ -12,7 +12,6 @@ from worker.cli.options import (
     FromOption,
     NoteOption,
     OrgArgument,
-    OutputOption,
     UntilOption,
     argument,
     option,
@@ -20,8 +19,8 @@ from worker.cli.options import (
     read_pairs,
     split_pairs,
 )
-from worker.cli.output import Format, print_row, print_rows
-from worker.cli.session import change, session_of
+from worker.cli.output import Format
+from worker.cli.session import Invocation, verb
 from worker.definitions.units import parse_time
 from worker.errors import UsageError
 from worker.store.lists import BACKFILLS, DEFINITIONS
@@ -33,7 +32,7 @@ NameArgument = Annotated[str, argument("NAME", "The definition's name, unique in
 
 
 def backfill(
-    context: typer.Context,
+    session: Invocation,
     org: OrgArgument,
     name: NameArgument,
     start: FromOption,
@@ -45,7 +44,6 @@ def backfill(
     dry_run: Annotated[
         bool, option("--dry-run", "Only print how many runs it would make, and for which times.")
     ] = False,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Run every scheduled time in a range again, and print the backfill.
 
@@ -55,42 +53,37 @@ def backfill(
 
     if dry_run and cancel:
         raise UsageError("--dry-run and --cancel exclude each other", fix="leave one of them out")
-    session = session_of(context)
     first = parse_time(start, session.clock, name="--from")
     end = parse_time(until, session.clock, name="--until")
     if dry_run:
         with session.database() as database:
             row = operation.planned_backfill(database, org, name, start=first, until=end, limit=limit)
-        print_row(row, output)
+        session.print_row(row)
         return
-    verb = operation.cancel_backfill if cancel else partial(operation.backfill, limit=limit)
-    change(context, output, partial(verb, org=org, name=name, start=first, until=end))
+    run_again = operation.cancel_backfill if cancel else partial(operation.backfill, limit=limit)
+    session.change(run_again, org=org, name=name, start=first, until=end)
 
 
 app = typer.Typer(
     help="Definitions: list, show, preview, run now, backfill, edit, pause, resume. `apply` makes them."
 )
-app.command("backfill")(backfill)
+verb(app, "backfill")(backfill)
 add_list(app, BACKFILLS, "backfills")
 
 add_list(app, DEFINITIONS)
 
 
-@app.command("show")
-def show(
-    context: typer.Context, org: OrgArgument, name: NameArgument, output: OutputOption = Format.TABLE
-) -> None:
+@verb(app, "show")
+def show(session: Invocation, org: OrgArgument, name: NameArgument) -> None:
     """Show one definition with its whole spec."""
     from worker.store.lists.read import definition
 
-    with session_of(context).database() as database, database.autocommit() as connection:
-        row = definition(connection, org, name)
-    print_row(row, output)
+    session.show(definition, org, name)
 
 
-@app.command("next")
+@verb(app, "next")
 def next_(
-    context: typer.Context,
+    session: Invocation,
     org: Annotated[str | None, argument("ORG", "The org's code.", of="org")] = None,
     name: Annotated[str | None, argument("NAME", "The definition's name.", of="definition")] = None,
     schedule: Annotated[
@@ -103,10 +96,8 @@ def next_(
         str | None, option("--from T", "From this time on; default from those that are due.")
     ] = None,
     count: Annotated[int, option("-n N", "How many times.", min=1, max=1000)] = 10,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Preview the next scheduled times of a definition, or of --schedule."""
-    session = session_of(context)
     at = None if start is None else parse_time(start, session.clock, name="--from")
     if schedule is not None and org is None:
         from worker.runs.preview import preview_schedule
@@ -126,12 +117,12 @@ def next_(
         raise UsageError(
             "no schedule is named", fix="name either ORG and NAME, or --schedule TEXT (with --timezone ZONE)"
         )
-    print_rows(rows, output, columns=("scheduled_for", "local", "note"), key="scheduled_for")
+    session.print_rows(rows, ("scheduled_for", "local", "note"), key="scheduled_for")
 
 
-@app.command("run")
+@verb(app, "run")
 def run(
-    context: typer.Context,
+    session: Invocation,
     org: OrgArgument,
     name: NameArgument,
     request_key: Annotated[
@@ -143,33 +134,29 @@ def run(
             "--param K=V", "A param for this run only: JSON if the handler accepts it, else text; repeatable."
         ),
     ] = None,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Run a definition now, and print the new run."""
     from worker.operations.runs import run_now
 
     params = read_pairs(param or (), option="--param") or None
     typed = split_pairs(param or (), option="--param")
-    run_it = partial(run_now, org=org, name=name, request_key=request_key, params=params, typed=typed)
-    change(context, output, run_it)
+    session.change(run_now, org=org, name=name, request_key=request_key, params=params, typed=typed)
 
 
-@app.command("edit")
+@verb(app, "edit")
 def edit(
-    context: typer.Context,
+    session: Invocation,
     org: OrgArgument,
     name: NameArgument,
     changes: Annotated[
         list[str], argument("KEY=VALUE...", "Keys as in a file for `apply`; null restores the default.")
     ],
     revision: Annotated[int | None, option("--revision N", "Only if it is at this revision.")] = None,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Change keys of a definition; the next `apply` of a file that has it overrides them."""
     from worker.operations.definitions import edit_definition
     from worker.operations.installed_handlers import store_unknown
 
-    session = session_of(context)
     with session.database() as database:
         store_unknown(session.settings, database)
         row = edit_definition(
@@ -183,7 +170,7 @@ def edit(
             insecure_origins=session.settings.execution.insecure_origins,
             api_origins=session.settings.api_origins,
         )
-    print_row(row, output)
+    session.print_row(row)
 
 
 state_app = typer.Typer(
@@ -192,25 +179,22 @@ state_app = typer.Typer(
 app.add_typer(state_app, name="state")
 
 
-@state_app.command("show")
-def show_state(
-    context: typer.Context, org: OrgArgument, name: NameArgument, output: OutputOption = Format.TABLE
-) -> None:
+@verb(state_app, "show")
+def show_state(session: Invocation, org: OrgArgument, name: NameArgument) -> None:
     """Show the state of a definition; as JSON only the state itself, {} without one."""
     from worker.store.lists.read import state
 
-    with session_of(context).database() as database, database.autocommit() as connection:
+    with session.connection() as connection:
         row = state(connection, org, name)
-    _print_state(row, output)
+    _print_state(session, row)
 
 
-@state_app.command("set")
+@verb(state_app, "set")
 def set_state(
-    context: typer.Context,
+    session: Invocation,
     org: OrgArgument,
     name: NameArgument,
     data: Annotated[str, option("--data JSON", "The new state: a JSON object of at most 64 KiB.")],
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Replace the state of a definition; exit 5 while a run of it is running.
 
@@ -218,51 +202,39 @@ def set_state(
     """
     from worker.operations.states import set_state as operation
 
-    session = session_of(context)
     value = read_json(data, option="--data")
     with session.database() as database:
         row = operation(database, org, name, value, actor=session.actor)
-    _print_state(row, output)
+    _print_state(session, row)
 
 
-@state_app.command("clear")
-def clear_state(
-    context: typer.Context, org: OrgArgument, name: NameArgument, output: OutputOption = Format.TABLE
-) -> None:
+@verb(state_app, "clear")
+def clear_state(session: Invocation, org: OrgArgument, name: NameArgument) -> None:
     """Clear the state of a definition; exit 5 while a run of it is running."""
     from worker.operations.states import clear_state as operation
 
-    session = session_of(context)
     with session.database() as database:
         row = operation(database, org, name, actor=session.actor)
-    _print_state(row, output)
+    _print_state(session, row)
 
 
-def _print_state(row: DefinitionState, output: Format) -> None:
+def _print_state(session: Invocation, row: DefinitionState) -> None:
     # As JSON, what the handler gets.
-    whole = output in (Format.TABLE, Format.ID)
-    print_row({**row} if whole else row["data"], output, key="definition", verbatim=True)
+    whole = session.output in (Format.TABLE, Format.ID)
+    session.print_row({**row} if whole else row["data"], key="definition", verbatim=True)
 
 
-@app.command("pause")
-def pause(
-    context: typer.Context,
-    org: OrgArgument,
-    name: NameArgument,
-    note: NoteOption = None,
-    output: OutputOption = Format.TABLE,
-) -> None:
+@verb(app, "pause")
+def pause(session: Invocation, org: OrgArgument, name: NameArgument, note: NoteOption = None) -> None:
     """Pause a definition: it is not due until it is resumed; a running run continues."""
     from worker.operations.definitions import pause_definition
 
-    change(context, output, partial(pause_definition, org=org, name=name, note=note))
+    session.change(pause_definition, org=org, name=name, note=note)
 
 
-@app.command("resume")
-def resume(
-    context: typer.Context, org: OrgArgument, name: NameArgument, output: OutputOption = Format.TABLE
-) -> None:
+@verb(app, "resume")
+def resume(session: Invocation, org: OrgArgument, name: NameArgument) -> None:
     """Resume a paused definition from now on; the times meanwhile are not replayed."""
     from worker.operations.definitions import resume_definition
 
-    change(context, output, partial(resume_definition, org=org, name=name))
+    session.change(resume_definition, org=org, name=name)

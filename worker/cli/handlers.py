@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from worker.cli.options import LimitOption, OutputOption, argument, option
-from worker.cli.output import Format, print_row, print_rows, say
-from worker.cli.session import session_of
+from worker.cli.output import Format, print_rows, say
+from worker.cli.session import Invocation, session_of, verb
 from worker.errors import ConfigurationError, NotFound, did_you_mean
 from worker.store.lists import DEFAULT_LIMIT, HANDLERS, Page
 
@@ -28,18 +28,17 @@ def list_(
     Without a database, lists those of the plug-ins that are installed here, and says so.
     """
     Page(limit=limit)
-    rows = [entry for entry in _entries(context) if after is None or entry["name"] > after]
+    rows = [entry for entry in _entries(session_of(context)) if after is None or entry["name"] > after]
     # Distributions can share a name: a page ends between names, so that --after skips none.
     while len(rows) > limit and rows[limit]["name"] == rows[limit - 1]["name"] != rows[0]["name"]:
         limit -= 1
     print_rows(rows[:limit], output, columns=HANDLERS.table, key="name", limit=limit)
 
 
-@app.command("show")
+@verb(app, "show")
 def show(
-    context: typer.Context,
+    session: Invocation,
     name: Annotated[str, argument("NAME", "The handler's name, as `handlers list` prints it.", of="handler")],
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Show one handler with the schemas of its params and settings.
 
@@ -48,15 +47,15 @@ def show(
     """
     from worker.operations.handlers import schema_of
 
-    entries = _entries(context, name)
+    entries = _entries(session, name)
     if not entries:
-        close = did_you_mean(name, (entry["name"] for entry in _entries(context)))
+        close = did_you_mean(name, (entry["name"] for entry in _entries(session)))
         raise NotFound(
             f"no worker and no host offers a handler {name}",
             fix=f"{close} `handlers list` lists them".strip(),
         )
     entry = min(entries, key=lambda entry: (entry["error"] is not None, entry["source"] == "host"))
-    print_row(entry, output, key="name")
+    session.print_row(entry, key="name")
     for other in entries:
         if other is not entry:
             say(f"also: {_place(other)}")
@@ -65,11 +64,10 @@ def show(
         say(f"params: {left.place} is checked only by the run's own process: {left.reason}")
 
 
-@app.command("forget")
+@verb(app, "forget")
 def forget(
-    context: typer.Context,
+    session: Invocation,
     name: Annotated[str, argument("NAME", "The handler's name, as `handlers list` prints it.", of="handler")],
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Forget a handler that no live worker offers, even if hosts do: it is then the hosts' alone.
 
@@ -78,10 +76,7 @@ def forget(
     """
     from worker.operations.handlers import forget as forget_handler
 
-    session = session_of(context)
-    with session.database() as database:
-        row = forget_handler(database, name, actor=session.actor)
-    print_row(row, output, key="name")
+    session.change(forget_handler, name, key="name")
 
 
 def _place(entry: dict[str, Any]) -> str:
@@ -91,14 +86,13 @@ def _place(entry: dict[str, Any]) -> str:
     return f"{of}{where}" + ("" if entry["error"] is None else ", which does not load")
 
 
-def _entries(context: typer.Context, name: str | None = None) -> list[dict[str, Any]]:
+def _entries(session: Invocation, name: str | None = None) -> list[dict[str, Any]]:
     """The handlers of the database, or without one those installed here; all, or those of one name."""
     from worker.ids import ALL_ORGS
     from worker.operations.installed_handlers import installed_entries, store_unknown
     from worker.store import catalogue
     from worker.store.lists import handlers
 
-    session = session_of(context)
     settings = session.settings
     try:
         session.require_database()

@@ -7,16 +7,16 @@ from typing import Annotated
 
 import typer
 
-from worker.cli.options import OutputOption, option
-from worker.cli.output import Format, confirmed, print_row, say
-from worker.cli.session import session_of
+from worker.cli.options import option
+from worker.cli.output import Format, confirmed, say
+from worker.cli.session import Invocation, verb
 from worker.errors import UsageError
 
 app = typer.Typer(help="The installation that the database belongs to: show it; adopt a copy or a restore.")
 
 
-@app.command("show")
-def show(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
+@verb(app, "show")
+def show(session: Invocation) -> None:
     """Show the installation of worker.toml and of the database, and the key of its applications.
 
     State `matches`, `unset` if one of them has no word, or `differs`: then nothing is
@@ -24,15 +24,14 @@ def show(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
     """
     from worker.operations.installation import show
 
-    session = session_of(context)
     with session.database() as database:
         row = show(database, session.settings.installation)
-    print_row(row, output, key="state")
+    session.print_row(row, key="state")
 
 
-@app.command("adopt")
+@verb(app, "adopt")
 def adopt(
-    context: typer.Context,
+    session: Invocation,
     same: Annotated[
         bool, option("--same", "After a restore: what the database made at a provider is its own.")
     ] = False,
@@ -40,7 +39,6 @@ def adopt(
     yes: Annotated[
         bool, option("--yes", "Skip confirmation (the default when stdin is not a terminal).")
     ] = False,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Give the database the installation of worker.toml, once they differ.
 
@@ -59,7 +57,6 @@ def adopt(
             "name one of --same and --new",
             fix="`installation adopt --same` after a restore, `installation adopt --new` for a copy",
         )
-    session = session_of(context)
     settings = session.settings
     word = settings.installation
     question = (
@@ -79,6 +76,6 @@ def adopt(
             actor=session.actor,
             issuers=[name for name, each in settings.issuers.items() if each.management.client_id],
         )
-    print_row(row, output, key="state")
-    if new and output is Format.TABLE:
+    session.print_row(row, key="state")
+    if new and session.output is Format.TABLE:
         say("start `provision` again, and workers that place runs with Temporal")

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from worker.cli.options import OutputOption, argument, option
-from worker.cli.output import Format, print_row, print_rows, say
-from worker.cli.session import Invocation, session_of
+from worker.cli.options import argument, option
+from worker.cli.output import say
+from worker.cli.session import Invocation, verb
 from worker.errors import Unavailable
 
 app = typer.Typer(help="The key ring that seals secrets at rest; back it up apart from the database.")
@@ -18,13 +18,12 @@ app = typer.Typer(help="The key ring that seals secrets at rest; back it up apar
 COLUMNS = ("id", "in_ring", "seals", "active", "retired")
 
 
-@app.command("generate")
+@verb(app, "generate")
 def generate(
-    context: typer.Context,
+    session: Invocation,
     anew: Annotated[
         bool, option("--anew", "Replace a lost ring; the secrets that it sealed are lost too.")
     ] = False,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Create the key ring, a file that only its owner can read; exit 5 if there is one already.
 
@@ -34,16 +33,15 @@ def generate(
     """
     from worker.tokens.sealing import KeyRing
 
-    session = session_of(context)
     path = session.settings.keyring_file
     if not anew and not path.exists():
         _check_not_lost(session, path)
     ring = KeyRing.generate(path)
-    print_row({"keyring": str(ring.path), "key_id": ring.sealing_key_id}, output, key="key_id")
+    session.print_row({"keyring": str(ring.path), "key_id": ring.sealing_key_id}, key="key_id")
 
 
-@app.command("list")
-def list_(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
+@verb(app, "list")
+def list_(session: Invocation) -> None:
     """List the keys, oldest first, with the number of active and retired secrets that each seals.
 
     A key that is not in the ring is lost: its secrets cannot be opened.
@@ -51,17 +49,15 @@ def list_(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
     from worker import wiring
     from worker.operations.keys import list_keys
 
-    session = session_of(context)
     with session.database() as database:
         rows = list_keys(database, wiring.find_keyring(session.settings))
-    print_rows(rows, output, columns=COLUMNS)
+    session.print_rows(rows, COLUMNS)
 
 
-@app.command("rekey")
+@verb(app, "rekey")
 def rekey(
-    context: typer.Context,
+    session: Invocation,
     batch: Annotated[int, option("--batch N", "Secrets in one transaction.", min=1, max=10_000)] = 500,
-    output: OutputOption = Format.TABLE,
 ) -> int:
     """Add a key and reseal every secret with it; after an interruption, repeat the command.
 
@@ -71,36 +67,32 @@ def rekey(
     from worker import wiring
     from worker.operations import keys
 
-    session = session_of(context)
     with session.database() as database:
         ring = wiring.open_keyring(session.settings)
         row = keys.rekey(
             database, ring, actor=session.actor, batch=batch, report=lambda count: say(f"{count} resealed")
         )
-    print_row(row, output, key="key_id")
+    session.print_row(row, key="key_id")
     if row["unopened"]:
         say(f"{row['unopened']} secrets cannot be opened with the ring; `keys list` lists the lost keys")
     return 1 if row["unopened"] else 0
 
 
-@app.command("add")
-def add(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
+@verb(app, "add")
+def add(session: Invocation) -> None:
     """Only add a key, to copy the ring's file to every machine before `keys rekey` uses it."""
     from worker import wiring
     from worker.operations.keys import add_key
 
-    session = session_of(context)
     with session.database() as database:
         ring = add_key(database, wiring.open_keyring(session.settings), actor=session.actor)
     row = {"keyring": str(session.settings.keyring_file), "key_id": ring.sealing_key_id}
-    print_row(row, output, key="key_id")
+    session.print_row(row, key="key_id")
 
 
-@app.command("remove")
+@verb(app, "remove")
 def remove(
-    context: typer.Context,
-    key_id: Annotated[str, argument("ID", "The key's id, as `keys list` prints it.")],
-    output: OutputOption = Format.TABLE,
+    session: Invocation, key_id: Annotated[str, argument("ID", "The key's id, as `keys list` prints it.")]
 ) -> None:
     """Remove an unused key from the ring; exit 5 while it seals secrets.
 
@@ -109,10 +101,9 @@ def remove(
     from worker import wiring
     from worker.operations.keys import remove_key
 
-    session = session_of(context)
     with session.database() as database:
         remove_key(database, wiring.open_keyring(session.settings), key_id, actor=session.actor)
-    print_row({"key_id": key_id, "removed": True}, output, key="key_id")
+    session.print_row({"key_id": key_id, "removed": True}, key="key_id")
 
 
 def _check_not_lost(session: Invocation, path: Path) -> None:

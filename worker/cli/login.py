@@ -6,11 +6,8 @@ import socket
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import typer
-
-from worker.cli.options import OutputOption
-from worker.cli.output import Format, print_row, say
-from worker.cli.session import session_of
+from worker.cli.output import Format, say
+from worker.cli.session import Invocation
 from worker.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -21,7 +18,7 @@ PATIENCE = 1.0
 _EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
 
 
-def login(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
+def login(session: Invocation) -> None:
     """Print a link that logs in to the console once, within ten minutes, as an administrator.
 
     The console is that of a worker or of `serve`, at web.public_url, else at web.listen. Needs
@@ -29,16 +26,15 @@ def login(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
     """
     from worker.operations.operators import LINK_LASTS, make_link
 
-    session = session_of(context)
     origin = console_of(session.settings.web)
     with session.database() as database:
         at = session.clock.now()
         path = make_link(database, session.actor, at=at)
     row = {"url": origin + path, "until": at + LINK_LASTS}
-    if output is Format.TABLE:
+    if session.output is Format.TABLE:
         print(row["url"])
     else:
-        print_row(row, output, key="url")
+        session.print_row(row, key="url")
     if not _answers(origin):
         say(f"nothing answers at {origin} from here: start a worker or `serve`, and then open the link")
 

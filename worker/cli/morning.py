@@ -5,11 +5,9 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Annotated
 
-import typer
-
-from worker.cli.options import OutputOption, SinceOption, option, read_since
-from worker.cli.output import Format, print_row, print_rows, say
-from worker.cli.session import session_of
+from worker.cli.options import SinceOption, option, read_since
+from worker.cli.output import Format, say
+from worker.cli.session import Invocation
 from worker.errors import UsageError
 
 DAY = timedelta(days=1)
@@ -18,7 +16,7 @@ CAUSES = ("open_runs", "open_orgs", "runs", "last_at", "message", "run")
 STATES = ("failed", "refused")
 
 
-def status(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
+def status(session: Invocation) -> None:
     """What needs attention over all orgs, most harmful first, as on the console's morning page.
 
     `level` is bad, warn or quiet, and `next` the command to go on with. -o json also has `kind`, a stable
@@ -28,22 +26,20 @@ def status(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
     """
     from worker.operations.matters import overview
 
-    session = session_of(context)
     with session.database() as database, database.autocommit() as connection:
         found = overview(connection, database.now(connection), installation=session.settings.installation)
-    if output is Format.JSON:
-        print_row(found, output)
+    if session.output is Format.JSON:
+        session.print_row(found)
         return
-    print_rows(found["matters"], output, columns=MATTERS, key="title")
+    session.print_rows(found["matters"], MATTERS, key="title")
     counts = ", ".join(f"{count} {state}" for state, count in found["ended"].items()) or "none"
     say(f"{found['running']} running; ended in the last 24 hours: {counts}")
 
 
 def failures(
-    context: typer.Context,
+    session: Invocation,
     state: Annotated[str, option("--state STATE", "failed, or refused.")] = "failed",
     since: SinceOption = None,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Failed or refused runs by cause, most runs without a retry first; by default of the last day.
 
@@ -56,11 +52,10 @@ def failures(
 
     if state not in STATES:
         raise UsageError(f"--state {state} is not one of {', '.join(STATES)}", fix="--state refused")
-    session = session_of(context)
     start = read_since(since, session.clock)
     with session.database() as database, database.autocommit() as connection:
         rows, more = by_cause_for_all_orgs(connection, state, start or database.now(connection) - DAY)
     named = {"open_orgs": lambda row: listed(Named(row["open_orgs"], row["named"]))}
-    print_rows(rows, output, columns=CAUSES, key="run", cells=named)
+    session.print_rows(rows, CAUSES, key="run", cells=named)
     if more:
         say("older runs were not read: give --since a later time")

@@ -27,7 +27,7 @@ def option(words: str, about: str, of: Kind | None = None, **more: Any) -> Any:
     `of` says whose names a shell offers.
     """
     flags = [word for word in words.split() if word.startswith("-")]
-    (metavar,) = [word for word in words.split() if word not in flags] or [None]
+    metavar = next((word for word in words.split() if word not in flags), None)
     declared: Callable[..., Any] = typer.Option
     return declared(*flags, metavar=metavar, help=about, **_offered(of), **more)
 

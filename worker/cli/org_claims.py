@@ -6,12 +6,10 @@ import asyncio
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from worker.cli.checks import FAILED, print_report, with_checks
-from worker.cli.options import OrgArgument, OutputOption, option
-from worker.cli.output import Format, print_row, print_rows, say
-from worker.cli.session import session_of
+from worker.cli.options import OrgArgument, option
+from worker.cli.output import Format, say
+from worker.cli.session import Invocation
 from worker.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,13 +20,12 @@ CHANGE_COLUMNS = ("kind", "name", "change")
 
 
 def properties(
-    context: typer.Context,
+    session: Invocation,
     org: OrgArgument,
     set_: Annotated[
         list[str] | None, option("--set K=V", "Set a property; true and false are booleans. Repeatable.")
     ] = None,
     unset: Annotated[list[str] | None, option("--unset K", "Unset a property; repeatable.")] = None,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Show the properties of the org's application at the provider, and change them.
 
@@ -44,7 +41,6 @@ def properties(
     from worker.wiring.management import open_management
 
     changes = _changes(set_ or [], unset or [])
-    session = session_of(context)
 
     async def run() -> list[PropertyRow]:
         ownership = Ownership(database, session.settings.installation)
@@ -64,12 +60,12 @@ def properties(
         with database.autocommit() as connection:
             issuer = orgs.require(connection, org)["issuer"]
         rows = asyncio.run(run())
-    print_rows(rows, output, columns=("name", "value"), key="name")
-    if changes and output is Format.TABLE:
+    session.print_rows(rows, ("name", "value"), key="name")
+    if changes and session.output is Format.TABLE:
         say(f"runs that start from now on have them; `orgs diff {org}` requests one and compares")
 
 
-def diff(context: typer.Context, org: OrgArgument, output: OutputOption = Format.TABLE) -> int:
+def diff(session: Invocation, org: OrgArgument) -> int:
     """Request a token, and say what it changes against the org's last run.
 
     Exit 1 without a valid token, 3 without a credential.
@@ -77,18 +73,18 @@ def diff(context: typer.Context, org: OrgArgument, output: OutputOption = Format
     Names scopes, properties and flags, never a value: runs keep a keyed digest of each.
     `unknown`: the run has no digest, or its key is no longer in the key ring.
     """
-    report = with_checks(session_of(context), lambda _, checks: checks.verify(org))
+    report = with_checks(session, lambda _, checks: checks.verify(org))
     last, changes = report.last, [asdict(change) for change in report.changes]
     if not any(probe.claims is not None for probe in report.probes):
-        return print_report(report, output) or FAILED
-    if output is not Format.TABLE:
+        return print_report(session, report) or FAILED
+    if session.output is not Format.TABLE:
         run = None if last is None else last["run"]
         row = {"org": org, "run": run, "run_at": last and last["at"], "changes": changes}
-        print_row(row, output, key="org")
+        session.print_row(row, key="org")
     elif last is None:
         say(f"org {org} has had no run with a token yet")
     elif changes:
-        print_rows(changes, output, columns=CHANGE_COLUMNS, key="name")
+        session.print_rows(changes, CHANGE_COLUMNS, key="name")
     else:
         say(f"nothing changes against run {last['run']}")
     return 0

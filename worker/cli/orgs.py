@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from worker.cli.checks import check_orgs
 from worker.cli.lists import add_list
-from worker.cli.options import FileArgument, NoteOption, OrgArgument, OutputOption, option, read_text
+from worker.cli.options import FileArgument, NoteOption, OrgArgument, option, read_text
 from worker.cli.org_claims import diff, properties
-from worker.cli.output import Format, confirmed, print_row, say
+from worker.cli.output import confirmed, say
 from worker.cli.progress import ProgressBar, shown
-from worker.cli.session import change, session_of
+from worker.cli.session import Invocation, verb
 from worker.cli.sync import IssuerOption, only_issuer, sync
 from worker.cli.templates import apply_templates
 from worker.store.lists import ORGS
@@ -25,9 +24,9 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Customer organisations: add, list, pause, suspend, remove, check.")
 
 
-@app.command("add")
+@verb(app, "add")
 def add(
-    context: typer.Context,
+    session: Invocation,
     code: OrgArgument,
     name: Annotated[str | None, option("--name", "A name for people (default: the code).")] = None,
     issuer: IssuerOption = None,
@@ -42,13 +41,11 @@ def add(
     pool: Annotated[
         str | None, option("--pool POOL", "Pool of its runs that name none elsewhere (default: default).")
     ] = None,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Add one org, or bring a removed one back. `credentials add` gives it a secret."""
     from worker.operations.orgs import add_org
     from worker.orgs import OrgEntry
 
-    session = session_of(context)
     entry = OrgEntry(
         code=code,
         name=name or code,
@@ -59,11 +56,11 @@ def add(
         timezone=timezone,
         pool=pool,
     )
-    change(context, output, partial(add_org, entry=entry, issuers=session.settings.issuers))
+    session.change(add_org, entry=entry, issuers=session.settings.issuers)
 
 
-@app.command("import")
-def import_(context: typer.Context, file: FileArgument, output: OutputOption = Format.TABLE) -> None:
+@verb(app, "import")
+def import_(session: Invocation, file: FileArgument) -> None:
     """Add or change orgs with their credentials from JSON lines, all or none.
 
     A line is {"code", "name", "issuer", "client_id", "client_secret"} and can have "tags",
@@ -73,7 +70,6 @@ def import_(context: typer.Context, file: FileArgument, output: OutputOption = F
     from worker import wiring
     from worker.operations.orgs import import_orgs
 
-    session = session_of(context)
     lines, issuers = read_text(file).splitlines(), session.settings.issuers
     with session.database() as database:
         ring = wiring.open_keyring(session.settings, database=database)
@@ -82,56 +78,47 @@ def import_(context: typer.Context, file: FileArgument, output: OutputOption = F
             row = import_orgs(
                 database, ring, checked, actor=session.actor, issuers=issuers, report=progress.at
             )
-        print_row(row, output, key="orgs_added")
+        session.print_row(row, key="orgs_added")
         apply_templates(session, database)
 
 
 add_list(app, ORGS, words_argument=True)
 
 
-@app.command("show")
-def show(context: typer.Context, code: OrgArgument, output: OutputOption = Format.TABLE) -> None:
+@verb(app, "show")
+def show(session: Invocation, code: OrgArgument) -> None:
     """Show one org with its credentials (never their secrets)."""
     from worker.store.lists.read import org
 
-    with session_of(context).database() as database, database.autocommit() as connection:
-        row = org(connection, code)
-    print_row(row, output)
+    session.show(org, code)
 
 
-@app.command("pause")
-def pause(
-    context: typer.Context, code: OrgArgument, note: NoteOption = None, output: OutputOption = Format.TABLE
-) -> None:
+@verb(app, "pause")
+def pause(session: Invocation, code: OrgArgument, note: NoteOption = None) -> None:
     """Pause an org: no runs fire or start; running ones continue. Times in the pause are not replayed."""
-    _move(context, code, "paused", note, output)
+    _move(session, code, "paused", note)
 
 
-@app.command("resume")
-def resume(
-    context: typer.Context, code: OrgArgument, note: NoteOption = None, output: OutputOption = Format.TABLE
-) -> None:
+@verb(app, "resume")
+def resume(session: Invocation, code: OrgArgument, note: NoteOption = None) -> None:
     """Resume a paused or suspended org from now on; the times meanwhile are not replayed."""
-    _move(context, code, "active", note, output)
+    _move(session, code, "active", note)
 
 
-@app.command("suspend")
-def suspend(
-    context: typer.Context, code: OrgArgument, note: NoteOption = None, output: OutputOption = Format.TABLE
-) -> None:
+@verb(app, "suspend")
+def suspend(session: Invocation, code: OrgArgument, note: NoteOption = None) -> None:
     """Pause an org, cancel waiting runs now and running ones within a renewal, and drop its tokens."""
-    _move(context, code, "suspended", note, output)
+    _move(session, code, "suspended", note)
 
 
-@app.command("remove")
+@verb(app, "remove")
 def remove(
-    context: typer.Context,
+    session: Invocation,
     code: OrgArgument,
     note: NoteOption = None,
     yes: Annotated[
         bool, option("--yes", "Skip confirmation (the default when stdin is not a terminal).")
     ] = False,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Suspend an org and destroy its secrets; its history is retained as long as configured.
 
@@ -141,16 +128,16 @@ def remove(
     if not yes and sys.stdin.isatty() and not confirmed(question):
         say("nothing was changed")
         raise typer.Exit(1)
-    _move(context, code, "removed", note, output)
+    _move(session, code, "removed", note)
 
 
-app.command("check")(check_orgs)
-app.command("sync")(sync)
-app.command("properties")(properties)
-app.command("diff")(diff)
+verb(app, "check")(check_orgs)
+verb(app, "sync")(sync)
+verb(app, "properties")(properties)
+verb(app, "diff")(diff)
 
 
-def _move(context: typer.Context, code: str, state: OrgState, note: str | None, output: Format) -> None:
+def _move(session: Invocation, code: str, state: OrgState, note: str | None) -> None:
     from worker.operations.orgs import set_org_state
 
-    change(context, output, partial(set_org_state, org=code, state=state, note=note))
+    session.change(set_org_state, org=code, state=state, note=note)

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from worker.cli.options import OutputOption, argument
-from worker.cli.output import Format, print_row, print_rows, say
-from worker.cli.session import session_of
+from worker.cli.options import argument
+from worker.cli.output import Format, say
+from worker.cli.session import Invocation, verb
 
 app = typer.Typer(help="Pools: where runs execute, their rules and backlog, what hosts of them may do.")
 
@@ -22,8 +22,8 @@ NameArgument = Annotated[str, argument("POOL", "The name of the pool.")]
 HandlerArgument = Annotated[str, argument("HANDLER", "The name of the handler.")]
 
 
-@app.command("list")
-def list_(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
+@verb(app, "list")
+def list_(session: Invocation) -> None:
     """List the pools that are served, waited for or have stored rules.
 
     `waiting` are the runs that could start if there were slots, `slots` those of all workers and hosts
@@ -31,13 +31,13 @@ def list_(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
     """
     from worker.operations.pools import list_pools
 
-    with session_of(context).database() as database:
+    with session.database() as database:
         rows = list_pools(database)
-    print_rows(rows, output, columns=COLUMNS, key="name")
+    session.print_rows(rows, COLUMNS, key="name")
 
 
-@app.command("forget")
-def forget(context: typer.Context, name: NameArgument, output: OutputOption = Format.TABLE) -> None:
+@verb(app, "forget")
+def forget(session: Invocation, name: NameArgument) -> None:
     """Forget the stored rules of a pool, once no configuration has them; exit 3 if there are none.
 
     Workers enforce what the one that started last with `[pools.POOL] requires` has stored, also without that
@@ -45,17 +45,13 @@ def forget(context: typer.Context, name: NameArgument, output: OutputOption = Fo
     """
     from worker.operations.pools import forget_rules
 
-    session = session_of(context)
-    with session.database() as database:
-        row = forget_rules(database, name, actor=session.actor)
-    print_row(row, output, key="name")
+    session.change(forget_rules, name, key="name")
 
 
-@app.command("approvals")
+@verb(app, "approvals")
 def approvals(
-    context: typer.Context,
+    session: Invocation,
     pool: Annotated[str | None, argument("[POOL]", "One pool; by default those of all hosts.")] = None,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """List what hosts declare of their handlers beyond what needs no approval; those not approved first.
 
@@ -64,22 +60,21 @@ def approvals(
     """
     from worker.operations.approvals import command_of, list_approvals
 
-    with session_of(context).database() as database:
+    with session.database() as database:
         rows = list_approvals(database, pool)
-    print_rows(rows, output, columns=APPROVALS, key="digest")
-    if output is Format.TABLE:
+    session.print_rows(rows, APPROVALS, key="digest")
+    if session.output is Format.TABLE:
         for row in rows:
             if not row["approved"]:
                 say(f"approve: {command_of(row)}")
 
 
-@app.command("approve")
+@verb(app, "approve")
 def approve(
-    context: typer.Context,
+    session: Invocation,
     pool: NameArgument,
     handler: HandlerArgument,
     digest: Annotated[str, argument("DIGEST", "As `pools approvals` prints it, once you have read it.")],
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Approve what hosts of a pool declare of a handler, in place of an earlier approval.
 
@@ -88,23 +83,12 @@ def approve(
     """
     from worker.operations.approvals import approve as approve_digest
 
-    session = session_of(context)
-    with session.database() as database:
-        row = approve_digest(database, pool, handler, digest, actor=session.actor)
-    print_row(row, output, key="digest")
+    session.change(approve_digest, pool, handler, digest, key="digest")
 
 
-@app.command("revoke")
-def revoke(
-    context: typer.Context,
-    pool: NameArgument,
-    handler: HandlerArgument,
-    output: OutputOption = Format.TABLE,
-) -> None:
+@verb(app, "revoke")
+def revoke(session: Invocation, pool: NameArgument, handler: HandlerArgument) -> None:
     """Withdraw the approval of a handler in a pool; exit with 3 if it has no approval. Running runs go on."""
     from worker.operations.approvals import revoke as revoke_approval
 
-    session = session_of(context)
-    with session.database() as database:
-        row = revoke_approval(database, pool, handler, actor=session.actor)
-    print_row(row, output, key="digest")
+    session.change(revoke_approval, pool, handler, key="digest")

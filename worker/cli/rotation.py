@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from worker.cli.output import Format, print_rows, say
+from worker.cli.output import say
 from worker.cli.progress import ProgressBar
 from worker.cli.session import Invocation
 from worker.cli.sync import FAILED, only_issuer, with_provisioner
@@ -22,7 +22,6 @@ def rotate_fleet(
     session: Invocation,
     issuer: str | None,
     older_than: timedelta,
-    output: Format,
     *,
     limit: int | None,
     overlap: timedelta | None,
@@ -60,7 +59,7 @@ def rotate_fleet(
             return [_row_of(each) for each in await fleet.rotate(chosen)]
 
         rows = with_provisioner(session, name, work, changes=not dry_run, seals=not dry_run)
-    print_rows(rows, output, columns=PLANNED_COLUMNS if dry_run else COLUMNS, key="org")
+    session.print_rows(rows, PLANNED_COLUMNS if dry_run else COLUMNS, key="org")
     for row in rows:
         if row.get("error"):
             say(f"{row['org']}: {row['error']}")

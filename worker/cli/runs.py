@@ -17,7 +17,6 @@ from worker.cli.lists import add_list
 from worker.cli.options import (
     DefinitionOption,
     OrgOption,
-    OutputOption,
     QueryOption,
     SinceOption,
     StateOption,
@@ -26,10 +25,10 @@ from worker.cli.options import (
     read_query,
     read_since,
 )
-from worker.cli.output import Format, in_lines, in_words, print_log, print_row, print_rows, say
+from worker.cli.output import Format, in_lines, in_words, print_log, say
 from worker.cli.progress import shown
 from worker.cli.run_table import CELLS
-from worker.cli.session import Invocation, session_of
+from worker.cli.session import Invocation, verb
 from worker.clock import to_text
 from worker.definitions.units import parse_time
 from worker.errors import CanaryFailed, Conflict, UsageError
@@ -62,7 +61,7 @@ DryRunOption = Annotated[bool, option("--dry-run", "Only list the runs that woul
 
 
 def cancel(
-    context: typer.Context,
+    session: Invocation,
     run: OptionalRun = None,
     query: QueryOption = None,
     org: OrgOption = None,
@@ -72,7 +71,6 @@ def cancel(
     reason: Annotated[str | None, option("--reason REASON", "Only those that wait for this reason.")] = None,
     dry_run: DryRunOption = False,
     limit: Annotated[int, option("--limit N", "Cancel at most N runs.", min=1)] = LIMIT,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Cancel waiting runs, and ask running ones to stop; does not wait for these to end.
 
@@ -82,7 +80,6 @@ def cancel(
     from worker.operations import runs as operation
     from worker.store.edit_runs import Cancellable
 
-    session = session_of(context)
     after, searched = read_since(since, session.clock), read_query(query, session.clock)
     given = _filters(
         run,
@@ -96,16 +93,16 @@ def cancel(
     )
     with session.database() as database:
         if run is not None:
-            print_row(operation.cancel(database, _whole(database, run), actor=session.actor), output)
+            session.print_row(operation.cancel(database, _whole(database, run), actor=session.actor))
             return
         which = Cancellable(**given)
         if dry_run:
             _print_found(
-                list(operation.matching(database, which, org=org, limit=limit)), output, "started_at"
+                session, list(operation.matching(database, which, org=org, limit=limit)), "started_at"
             )
             return
         changes = operation.cancel_many(database, which, actor=session.actor, org=org, limit=limit)
-        rows = _carry_out(changes, output, CANCELLED, limit)
+        rows = _carry_out(session, changes, CANCELLED, limit)
     states = [row["state"] for row in rows]
     say(
         f"{states.count('cancelled')} cancelled, {states.count('running')} asked to stop, "
@@ -114,7 +111,7 @@ def cancel(
 
 
 def retry(
-    context: typer.Context,
+    session: Invocation,
     run: OptionalRun = None,
     query: QueryOption = None,
     org: OrgOption = None,
@@ -134,7 +131,6 @@ def retry(
     dry_run: DryRunOption = False,
     canary: Annotated[int, option("--canary N", "Retry N, and the rest only if those succeed.", min=0)] = 0,
     limit: Annotated[int, option("--limit N", "Retry at most N runs.", min=1)] = LIMIT,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Make a new run of an ended one, for the same scheduled time, and print it.
 
@@ -145,7 +141,6 @@ def retry(
     from worker.operations import runs as operation
     from worker.store.edit_runs import Retryable
 
-    session = session_of(context)
     after, searched = read_since(since, session.clock), read_query(query, session.clock)
     given = _filters(
         run,
@@ -169,19 +164,19 @@ def retry(
                 from_checkpoint=from_checkpoint,
                 again=again,
             )
-            print_row(row, output)
+            session.print_row(row)
             return
         which = Retryable(**given)
         if dry_run:
             _print_found(
-                list(operation.matching(database, which, org=org, limit=limit)), output, "finished_at"
+                session, list(operation.matching(database, which, org=org, limit=limit)), "finished_at"
             )
             return
         changes = operation.retry_many(
             database, which, actor=session.actor, org=org, from_checkpoint=from_checkpoint, limit=limit
         )
         rows = _carry_out(
-            changes, output, RETRIED, limit, lambda rows: _try_first(database, changes, canary, rows)
+            session, changes, RETRIED, limit, lambda rows: _try_first(database, changes, canary, rows)
         )
     left = [row for row in rows if row["id"] is None]
     if left:
@@ -216,14 +211,14 @@ def _filters(run: str | None, org: str | None, is_bulk: bool, **options: Any) ->
     return given
 
 
-def _print_found(rows: list[Row], output: Format, time_column: str) -> None:
-    print_rows(rows, output, columns=(*FOUND, time_column))
+def _print_found(session: Invocation, rows: list[Row], time_column: str) -> None:
+    session.print_rows(rows, (*FOUND, time_column))
     say(f"{len(rows)} would be changed")
 
 
 def _carry_out(
+    session: Invocation,
     changes: Iterator[Row],
-    output: Format,
     columns: Sequence[str],
     limit: int,
     first: Callable[[list[Row]], None] = lambda rows: None,
@@ -235,18 +230,18 @@ def _carry_out(
         rows.extend(shown(changes, "runs"))
     except BaseException:
         if rows:
-            _print_outcomes(rows, output, columns)
+            _print_outcomes(session, rows, columns)
         raise
-    _print_outcomes(rows, output, columns)
+    _print_outcomes(session, rows, columns)
     if len(rows) == limit:
         say(f"there can be more than {limit}: repeat the command")
     return rows
 
 
-def _print_outcomes(rows: list[Row], output: Format, columns: Sequence[str]) -> None:
-    if output is Format.ID:
+def _print_outcomes(session: Invocation, rows: list[Row], columns: Sequence[str]) -> None:
+    if session.output is Format.ID:
         rows = [row for row in rows if row["id"] is not None]
-    print_rows(rows, output, columns=columns)
+    session.print_rows(rows, columns)
 
 
 def _try_first(database: Database, changes: Iterator[Row], count: int, rows: list[Row]) -> None:
@@ -309,21 +304,19 @@ def _ends(database: Database, runs: Iterable[Row]) -> list[RunDetail]:
 
 
 def why(
-    context: typer.Context,
+    session: Invocation,
     run: OptionalRun = None,
     org: OrgOption = None,
     definition: DefinitionOption = None,
     at: Annotated[
         str | None, option("--at T", "A scheduled time of --org's --definition instead of a run.")
     ] = None,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Explain the state of a run, or why a scheduled time has no run; what is retained, and what to do."""
     from worker.operations import why as operation
     from worker.runs.clauses import row_of, sentence
     from worker.store.lists import runs as run_lists
 
-    session = session_of(context)
     with session.database() as database, database.autocommit() as connection:
         if run is not None and definition is None and at is None:
             found = operation.why(connection, run_lists.resolve(connection, run), org=org)
@@ -335,14 +328,14 @@ def why(
                 "nothing to explain is selected",
                 fix="name either a RUN, or a scheduled time by --org ORG --definition NAME --at T",
             )
-    if output is Format.TABLE:
+    if session.output is Format.TABLE:
         print(textwrap.fill(sentence(found), WIDTH, break_long_words=False, break_on_hyphens=False))
     else:
-        print_row(row_of(found), output, key="run")
+        session.print_row(row_of(found), key="run")
 
 
 def answer(
-    context: typer.Context,
+    session: Invocation,
     run: Annotated[str | None, argument("[RUN]", "The run's id, as `runs list` prints it.")] = None,
     name: Annotated[
         str | None, argument("NAME", "What it waits for, as `runs show` lists it in `waits`.")
@@ -356,7 +349,6 @@ def answer(
         bool, option("--dry-run", "With -q: only list the runs that would be answered.")
     ] = False,
     limit: Annotated[int, option("--limit N", "With -q: answer at most N runs.", min=1)] = LIMIT,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Answer what a run waits for, so that it goes on; the first answer counts.
 
@@ -369,7 +361,6 @@ def answer(
     """
     from worker.operations.answers import answer as operation
 
-    session = session_of(context)
     if query is not None and name is None:
         # The only one of the two that was given.
         run, name = None, run
@@ -385,13 +376,13 @@ def answer(
             f"--data: {data!r:.80} is not JSON", fix="""quote text, as in --data '"yes"'"""
         ) from None
     if run is None:
-        _answer_many(session, read_query(query, session.clock), name, value, output, limit, dry_run=dry_run)
+        _answer_many(session, read_query(query, session.clock), name, value, limit, dry_run=dry_run)
         return
     with session.database() as database:
         row = operation(
             database, _whole(database, run), name, value, actor=session.actor, occurrence=occurrence
         )
-    print_row(row, output, key="name")
+    session.print_row(row, key="name")
 
 
 def _answer_many(
@@ -399,7 +390,6 @@ def _answer_many(
     query: Query | None,
     name: str,
     value: Any,
-    output: Format,
     limit: int,
     *,
     dry_run: bool,
@@ -414,7 +404,7 @@ def _answer_many(
     )
     with session.database() as database:
         changes = answer_many(database, which, name, value, actor=session.actor, limit=limit, dry_run=dry_run)
-        rows = _carry_out(changes, output, ANSWERED, limit)
+        rows = _carry_out(session, changes, ANSWERED, limit)
     left = [row for row in rows if row["left"] is not None]
     say(f"{len(rows) - len(left)} {'would be answered' if dry_run else 'answered'}")
     if left:
@@ -425,10 +415,10 @@ def _answer_many(
 
 
 app = typer.Typer(help="Runs: list, show, why, answer, cancel, retry, logs.")
-app.command("why")(why)
-app.command("answer")(answer)
-app.command("retry")(retry)
-app.command("cancel")(cancel)
+verb(app, "why")(why)
+verb(app, "answer")(answer)
+verb(app, "retry")(retry)
+verb(app, "cancel")(cancel)
 
 RunArgument = Annotated[str, argument("RUN", "The run's id, as `runs list` prints it.")]
 
@@ -436,8 +426,8 @@ RunArgument = Annotated[str, argument("RUN", "The run's id, as `runs list` print
 add_list(app, RUNS, cells=CELLS, titles=True)
 
 
-@app.command("show")
-def show(context: typer.Context, run: RunArgument, output: OutputOption = Format.TABLE) -> None:
+@verb(app, "show")
+def show(session: Invocation, run: RunArgument) -> None:
     """Show one run with its attempts, checkpoint, steps, claims (redacted) and spec.
 
     The table has the newest 20 steps without results; `-o json` has the newest 1,000, with results
@@ -445,9 +435,9 @@ def show(context: typer.Context, run: RunArgument, output: OutputOption = Format
     """
     from worker.store.lists import runs as run_lists
 
-    with session_of(context).database() as database, database.autocommit() as connection:
+    with session.connection() as connection:
         row = run_lists.run(connection, ALL_ORGS, run_lists.resolve(connection, run))
-    print_row(_for_people(row) if output is Format.TABLE else row, output)
+    session.print_row(_for_people(row) if session.output is Format.TABLE else row)
 
 
 def _for_people(run: RunDetail) -> Row:
@@ -468,12 +458,11 @@ def _for_people(run: RunDetail) -> Row:
     return {**run, "claims": claims, "error": in_lines(run["error"]), "attempts": attempts, "steps": steps}
 
 
-@app.command("logs")
+@verb(app, "logs")
 def logs(
-    context: typer.Context,
+    session: Invocation,
     run: RunArgument,
     follow: Annotated[bool, option("--follow -f", "Go on printing until the run has ended.")] = False,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Print what a run logged and printed, all attempts one after the other, and the error of each.
 
@@ -481,21 +470,21 @@ def logs(
     """
     from worker.store.lists import runs as run_lists
 
-    if follow and output is Format.JSON:
+    if follow and session.output is Format.JSON:
         raise UsageError("--follow prints line by line", fix="use -o jsonl")
     rows: list[LogRow] = []
-    with session_of(context).database() as database, database.autocommit() as connection:
-        last, errors = run_lists.START, _Errors(output)
+    with session.connection() as connection:
+        last, errors = run_lists.START, _Errors(session.output)
         run = run_lists.resolve(connection, run)
         while True:
             found = run_lists.run(connection, ALL_ORGS, run)
             page = run_lists.lines(connection, ALL_ORGS, found["id"], after=last)
             for attempt, lines in groupby(page, key=lambda line: line["attempt"]):
                 errors.print(found, before=attempt)
-                if output is Format.JSON:
+                if session.output is Format.JSON:
                     rows += lines
                 else:
-                    print_log(list(lines), output)
+                    print_log(list(lines), session.output)
             if page:
                 last = (page[-1]["attempt"], page[-1]["seq"])
                 continue
@@ -503,8 +492,8 @@ def logs(
             if not follow or found["finished_at"] is not None:
                 break
             time.sleep(POLL)
-    if output is Format.JSON:
-        print_rows(rows, output, columns=())
+    if session.output is Format.JSON:
+        session.print_rows(rows, ())
     elif last == run_lists.START and not errors.printed:
         state = " ".join(filter(None, (found["state"], found["reason"])))
         say(f"run {found['id']} has logged nothing ({state})")

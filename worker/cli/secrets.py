@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from worker.cli.lists import add_list
-from worker.cli.options import OrgArgument, OutputOption, argument, option, read_text
-from worker.cli.output import Format, print_row
-from worker.cli.session import session_of
+from worker.cli.options import OrgArgument, argument, option, read_text
+from worker.cli.session import Invocation, verb
 from worker.store.lists import SECRETS
 
 app = typer.Typer(help="An org's own secrets for its handlers: add, list, rotate, remove.")
@@ -25,14 +24,8 @@ FileOption = Annotated[
 ]
 
 
-@app.command("add")
-def add(
-    context: typer.Context,
-    org: OrgArgument,
-    name: NameArgument,
-    file: FileOption = None,
-    output: OutputOption = Format.TABLE,
-) -> None:
+@verb(app, "add")
+def add(session: Invocation, org: OrgArgument, name: NameArgument, file: FileOption = None) -> None:
     """Add a secret, sealed before it is stored; exit 5 if the org has one of that name.
 
     Handlers that declare `@job(secrets={NAME})` get it. The value is never an argument, since
@@ -41,26 +34,19 @@ def add(
     from worker import wiring
     from worker.operations.org_secrets import add_secret
 
-    session = session_of(context)
     session.require_database()
     value = _value(file, name)
     with session.database() as database:
         ring = wiring.open_keyring(session.settings, database=database)
         row = add_secret(database, ring, org, name, value, actor=session.actor)
-    print_row(dict(row), output)
+    session.print_row(row)
 
 
 add_list(app, SECRETS, org_argument=True)
 
 
-@app.command("rotate")
-def rotate(
-    context: typer.Context,
-    org: OrgArgument,
-    name: NameArgument,
-    file: FileOption = None,
-    output: OutputOption = Format.TABLE,
-) -> None:
+@verb(app, "rotate")
+def rotate(session: Invocation, org: OrgArgument, name: NameArgument, file: FileOption = None) -> None:
     """Replace the value of a secret; the old one is gone.
 
     A running attempt keeps the old value, and each later attempt gets the new one.
@@ -68,26 +54,20 @@ def rotate(
     from worker import wiring
     from worker.operations.org_secrets import rotate_secret
 
-    session = session_of(context)
     session.require_database()
     value = _value(file, name)
     with session.database() as database:
         ring = wiring.open_keyring(session.settings, database=database)
         row = rotate_secret(database, ring, org, name, value, actor=session.actor)
-    print_row(dict(row), output)
+    session.print_row(row)
 
 
-@app.command("remove")
-def remove(
-    context: typer.Context, org: OrgArgument, name: NameArgument, output: OutputOption = Format.TABLE
-) -> None:
+@verb(app, "remove")
+def remove(session: Invocation, org: OrgArgument, name: NameArgument) -> None:
     """Delete a secret. New runs of handlers that declare it are refused (`secret_missing`)."""
     from worker.operations.org_secrets import remove_secret
 
-    session = session_of(context)
-    with session.database() as database:
-        row = remove_secret(database, org, name, actor=session.actor)
-    print_row(row, output)
+    session.change(remove_secret, org, name)
 
 
 def _value(file: str | None, name: str) -> str:

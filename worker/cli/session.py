@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pwd
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from functools import cached_property, wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import typer
 
-from worker.cli.output import Format, print_row
+from worker.cli.options import OutputOption
+from worker.cli.output import Format, Row, print_row, print_rows
 from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError, NotFound, WorkerError, did_you_mean
 from worker.ids import ALL_ORGS
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
     from worker.settings import Settings
     from worker.store.database import Database
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+_BY_NAME = inspect.Parameter.POSITIONAL_OR_KEYWORD
+_CONTEXT = inspect.Parameter("context", _BY_NAME, annotation=typer.Context)
+_OUTPUT = inspect.Parameter("output", _BY_NAME, annotation=OutputOption, default=Format.TABLE)
 UPGRADE = "python -m worker db upgrade"
 
 
@@ -31,6 +40,7 @@ class Invocation:
     config: str | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
     clock: Clock = field(default_factory=SystemClock)
+    output: Format = Format.TABLE
 
     @cached_property
     def settings(self) -> Settings:
@@ -88,6 +98,34 @@ class Invocation:
         finally:
             database.close()
 
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """A connection for reading; errors as of `database`."""
+        with self.database() as database, database.autocommit() as connection:
+            yield connection
+
+    def show(self, read: Callable[..., Mapping[str, Any]], *given: object) -> None:
+        """Read a row, and print it."""
+        with self.connection() as connection:
+            row = read(connection, *given)
+        self.print_row(row)
+
+    def change(
+        self, operation: Callable[..., Mapping[str, Any]], *given: object, key: str = "id", **named: Any
+    ) -> None:
+        """Call an operation with the database and the actor, and print the row that it returns."""
+        with self.database() as database:
+            row = operation(database, *given, **named, actor=self.actor)
+        self.print_row(row, key=key)
+
+    def print_row(self, row: Row, *, key: str = "id", verbatim: bool = False) -> None:
+        """Print a row in the format that was asked for, as `output.print_row`."""
+        print_row(row, self.output, key=key, verbatim=verbatim)
+
+    def print_rows(self, rows: Sequence[Row], columns: Sequence[str], **how: Any) -> None:
+        """Print a list in the format that was asked for, as `output.print_rows`."""
+        print_rows(rows, self.output, columns=columns, **how)
+
 
 def _with_suggestion(database: Database, error: NotFound) -> str:
     """The fix of an error, after the names that are close to the one that was sought."""
@@ -108,18 +146,37 @@ def _with_suggestion(database: Database, error: NotFound) -> str:
     return error.fix
 
 
-def session_of(context: typer.Context) -> Invocation:
+def session_of(context: typer.Context, output: Format = Format.TABLE) -> Invocation:
     """The session made by the options before the verb. No secret is read before this call."""
     from worker.execution.runners.child.linux import hide_memory
 
     # Again: `--help` can be the value of an option, which skips the first call.
     hide_memory()
-    return cast(Invocation, context.obj)
+    session = cast(Invocation, context.obj)
+    session.output = output
+    return session
 
 
-def change(context: typer.Context, output: Format, operation: Callable[..., Mapping[str, Any]]) -> None:
-    """Call an operation with the database and the actor, and print the row that it returns."""
-    session = session_of(context)
-    with session.database() as database:
-        row = operation(database, actor=session.actor)
-    print_row(row, output)
+def verb(app: typer.Typer, name: str) -> Callable[[F], F]:
+    """Add a verb to `app`: a function that is called with the session; its last option is `--output`."""
+
+    def add(function: F) -> F:
+        app.command(name)(as_command(function))
+        return function
+
+    return add
+
+
+def as_command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as Typer calls it, if it takes a session."""
+    signature = inspect.signature(function, eval_str=True)
+    if "session" not in signature.parameters:
+        return function
+
+    @wraps(function)
+    def command(context: typer.Context, output: Format, **given: Any) -> Any:
+        return function(session_of(context, output), **given)
+
+    _, *parameters = signature.parameters.values()
+    vars(command)["__signature__"] = signature.replace(parameters=[_CONTEXT, *parameters, _OUTPUT])
+    return command

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
-from worker.cli.options import OutputOption, option
-from worker.cli.output import Format, print_rows, say
+from worker.cli.options import option
+from worker.cli.output import Format, say
 from worker.cli.progress import ProgressBar
 from worker.cli.session import Invocation, session_of
 from worker.errors import NotFound, UsageError
@@ -38,7 +38,7 @@ class Absent(StrEnum):
 
 
 def sync(
-    context: typer.Context,
+    session: Invocation,
     issuer: IssuerOption = None,
     org: Annotated[str | None, option("--org CODE", "Only this org.", of="org")] = None,
     provision: Annotated[
@@ -53,7 +53,6 @@ def sync(
         bool, option("--orphans", "List applications of this installation that no org uses, instead.")
     ] = False,
     delete: Annotated[bool, option("--delete", "With --orphans: delete them.")] = False,
-    output: OutputOption = Format.TABLE,
 ) -> int:
     """Add and rename the provider's orgs, and set their tags; exit 1 if any org failed.
 
@@ -74,13 +73,12 @@ def sync(
             "--orphans only lists applications: --provision, --absent and --yes are for a sync",
             fix="call it twice: `orgs sync --provision`, then `orgs sync --orphans`",
         )
-    session = session_of(context)
     name = issuer or only_issuer(session)
     if orphans:
         return with_provisioner(
             session,
             name,
-            lambda made: _orphans(made, org, output, delete=delete and not dry_run),
+            lambda made: _orphans(session, made, org, delete=delete and not dry_run),
             changes=delete and not dry_run,
             seals=False,
         )
@@ -88,7 +86,7 @@ def sync(
         session,
         name,
         lambda made: _sync(
-            session, made, org, output, provision=provision, absent=absent.value, yes=yes, dry_run=dry_run
+            session, made, org, provision=provision, absent=absent.value, yes=yes, dry_run=dry_run
         ),
         changes=not dry_run,
         seals=provision and not dry_run,
@@ -171,7 +169,6 @@ async def _sync(
     session: Invocation,
     provisioner: Provisioner,
     org: str | None,
-    output: Format,
     *,
     provision: bool,
     absent: Literal["keep", "suspend"],
@@ -206,7 +203,7 @@ async def _sync(
                 provisioner.report = progress.at
                 rows = operation.with_results(rows, await provisioner.provision(org), made)
     shown = [{**row, "changes": ", ".join(row["changes"])} for row in rows]
-    print_rows(rows if output is not Format.TABLE else shown, output, columns=COLUMNS, key="org")
+    session.print_rows(rows if session.output is not Format.TABLE else shown, COLUMNS, key="org")
     for row in rows:
         for text in filter(None, (row["error"], row["warning"])):
             say(f"{row['org']}: {text}")
@@ -219,11 +216,11 @@ async def _sync(
     return FAILED if any(row["error"] for row in rows) else 0
 
 
-async def _orphans(provisioner: Provisioner, org: str | None, output: Format, *, delete: bool) -> int:
+async def _orphans(session: Invocation, provisioner: Provisioner, org: str | None, *, delete: bool) -> int:
     from worker.operations.orphans import orphans
 
     rows = await orphans(provisioner, org, delete=delete)
-    print_rows(rows, output, columns=ORPHAN_COLUMNS)
-    if output is Format.TABLE and rows and not delete:
+    session.print_rows(rows, ORPHAN_COLUMNS)
+    if session.output is Format.TABLE and rows and not delete:
         say("`orgs sync --orphans --delete` deletes them")
     return FAILED if any(row["error"] for row in rows) else 0

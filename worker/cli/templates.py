@@ -9,16 +9,15 @@ import typer
 from worker.cli.lists import add_list
 from worker.cli.options import (
     FromOption,
-    OutputOption,
     UntilOption,
     argument,
     option,
     read_pairs,
     split_pairs,
 )
-from worker.cli.output import Format, print_row, print_rows, say
+from worker.cli.output import Format, say
 from worker.cli.progress import ProgressBar, shown
-from worker.cli.session import Invocation, session_of
+from worker.cli.session import Invocation, verb
 from worker.definitions.units import parse_time
 from worker.errors import Conflict, UsageError
 from worker.ids import ALL_ORGS, new_id
@@ -71,30 +70,27 @@ def apply_templates(session: Invocation, database: Database) -> None:
             progress.at(done)
 
 
-@app.command("show")
-def show(context: typer.Context, name: NameArgument, output: OutputOption = Format.TABLE) -> None:
+@verb(app, "show")
+def show(session: Invocation, name: NameArgument) -> None:
     """Show one template with its whole spec."""
     from worker.store.lists.read import template
 
-    with session_of(context).database() as database, database.autocommit() as connection:
-        row = template(connection, ALL_ORGS, name)
-    print_row(row, output)
+    session.show(template, ALL_ORGS, name)
 
 
-@app.command("close")
-def close(context: typer.Context, name: NameArgument, output: OutputOption = Format.TABLE) -> None:
+@verb(app, "close")
+def close(session: Invocation, name: NameArgument) -> None:
     """Close a template and, org by org, the definitions it made; their history stays."""
     from worker.operations.templates import close_template
 
-    session = session_of(context)
     with session.database() as database:
-        print_row(close_template(database, name, actor=session.actor), output)
+        session.print_row(close_template(database, name, actor=session.actor))
         apply_templates(session, database)
 
 
-@app.command("run")
+@verb(app, "run")
 def run(
-    context: typer.Context,
+    session: Invocation,
     name: NameArgument,
     request_key: Annotated[
         str | None, option("--request-key K", "The same key again makes no second runs (default: random).")
@@ -107,7 +103,6 @@ def run(
         ),
     ] = None,
     dry_run: Annotated[bool, option("--dry-run", "Only list the orgs.")] = False,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Run a template's definition now, for each org that has it; paused ones are left out.
 
@@ -118,7 +113,6 @@ def run(
     from worker.store.lists.read import template
     from worker.store.templates import count_definitions
 
-    session = session_of(context)
     key = request_key or new_id()
     rows: list[Row] = []
     with session.database() as database:
@@ -142,9 +136,9 @@ def run(
             raise
         finally:
             # Also what was done before an error or Ctrl-C.
-            if rows or output is not Format.TABLE:
-                made = [row for row in rows if row["id"] is not None or output is not Format.ID]
-                print_rows(made, output, columns=RAN)
+            if rows or session.output is not Format.TABLE:
+                made = [row for row in rows if row["id"] is not None or session.output is not Format.ID]
+                session.print_rows(made, RAN)
     left = [row for row in rows if row["left"] is not None]
     say(f"{len(rows) - len(left)} runs {'would be made' if dry_run else 'made'}")
     if left:
@@ -154,9 +148,9 @@ def run(
         )
 
 
-@app.command("backfill")
+@verb(app, "backfill")
 def backfill(
-    context: typer.Context,
+    session: Invocation,
     name: NameArgument,
     start: FromOption,
     until: UntilOption,
@@ -169,7 +163,6 @@ def backfill(
     cancel: Annotated[
         bool, option("--cancel", "Cancel the backfills of this range; running runs continue.")
     ] = False,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Run every scheduled time in a range again, for each org that has the template's definition.
 
@@ -182,7 +175,6 @@ def backfill(
 
     if dry_run and cancel:
         raise UsageError("--dry-run and --cancel exclude each other", fix="leave one of them out")
-    session = session_of(context)
     first = parse_time(start, session.clock, name="--from")
     end = parse_time(until, session.clock, name="--until")
     rows: list[Row] = []
@@ -205,8 +197,8 @@ def backfill(
             rows.extend(shown(changes, "backfill", total))
         finally:
             # Also what was done before an error or Ctrl-C.
-            if rows or output is not Format.TABLE:
-                print_rows(rows, output, columns=BACKFILLED, key="org")
+            if rows or session.output is not Format.TABLE:
+                session.print_rows(rows, BACKFILLED, key="org")
     left = [row for row in rows if row["left"] is not None]
     times = sum(row["instants"] for row in rows)
     done = "cancelled" if cancel else "would run again" if dry_run else "run again"

@@ -6,20 +6,18 @@ from typing import Annotated
 
 import typer
 
-from worker.cli.options import OutputOption, option
-from worker.cli.output import Format, print_row
-from worker.cli.session import session_of
+from worker.cli.options import option
+from worker.cli.session import Invocation, verb
 from worker.errors import UsageError
 
 app = typer.Typer(help="The access tokens that workers share through the database, sealed.")
 
 
-@app.command("drop")
+@verb(app, "drop")
 def drop(
-    context: typer.Context,
+    session: Invocation,
     org: Annotated[str | None, option("--org CODE", "Only those of this org.")] = None,
     all_: Annotated[bool, option("--all", "Those of all orgs.")] = False,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Delete stored tokens, so that workers request new ones; give --org or --all.
 
@@ -31,7 +29,4 @@ def drop(
 
     if (org is None) != all_:
         raise UsageError("tokens drop needs --org CODE or --all", fix="give one of the two")
-    session = session_of(context)
-    with session.database() as database:
-        row = drop_tokens(database, org, actor=session.actor)
-    print_row(row, output, key="dropped")
+    session.change(drop_tokens, org, key="dropped")

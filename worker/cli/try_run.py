@@ -13,11 +13,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from worker.cli.options import OutputOption, argument, option, read_json, read_pairs, read_text, split_pairs
-from worker.cli.output import Format, in_words, print_row, say
-from worker.cli.session import session_of
+from worker.cli.options import argument, option, read_json, read_pairs, read_text, split_pairs
+from worker.cli.output import Format, in_words, say
+from worker.cli.session import Invocation
 from worker.errors import UsageError
 from worker.runs.traces import trimmed
 
@@ -34,7 +32,7 @@ Schema = Mapping[str, Any] | None
 
 
 def try_(
-    context: typer.Context,
+    session: Invocation,
     handler: Annotated[str, argument("HANDLER", "Its name, as `handlers list` prints it.", of="handler")],
     org: Annotated[str | None, option("--org ORG", f"Any code (default: {FAKE_ORG}).", of="org")] = None,
     param: Annotated[
@@ -72,7 +70,6 @@ def try_(
     pdb: Annotated[
         bool, option("--pdb", "Run it in this process, and open the debugger if it fails.")
     ] = False,
-    output: OutputOption = Format.TABLE,
 ) -> int:
     """Run one handler once, with made-up claims, and store nothing; exit 1 unless it succeeds.
 
@@ -95,7 +92,6 @@ def try_(
         raise UsageError("--real needs --org", fix="`orgs list` lists the orgs")
     if org == "":
         raise UsageError("--org is empty", fix="use any code, such as --org org_acme")
-    session = session_of(context)
     typed = split_pairs(param or (), option="--param")
     params = read_pairs(param or (), option="--param")
     properties = split_pairs(property_ or (), option="--property")
@@ -135,11 +131,11 @@ def try_(
             say(line)
     for remark in _unknown_properties(entry.settings_schema, properties):
         say(remark)
-    if output is Format.TABLE:
+    if session.output is Format.TABLE:
         error = row["error"] and f"{row['error']['type']}: {row['error']['message']}"
-        print_row({**row, "progress": in_words(row["progress"]), "error": error}, output, key="state")
+        session.print_row({**row, "progress": in_words(row["progress"]), "error": error}, key="state")
     else:
-        print_row(row, output, key="state")
+        session.print_row(row, key="state")
     if row["state"] == "succeeded":
         return 0
     if fix := _fix(row, entry, real=real, debugged=pdb):
