@@ -81,23 +81,30 @@ def _text(most: int = MAX_TEXT) -> Schema:
     return {"type": "string", "minLength": 1, "maxLength": most}
 
 
+def _number(most: int) -> Schema:
+    return {"type": "integer", "minimum": 1, "maximum": most}
+
+
 BOOLEAN: Schema = {"type": "boolean"}
-LIMIT: Schema = {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT}
-UUID: Schema = {"type": "string"}
+STRING: Schema = {"type": "string"}
+OBJECT: Schema = {"type": "object"}
+LIMIT = _number(MAX_LIMIT)
 TIME: Schema = {"type": "string", "maxLength": 64}
 # Never shown, not even in an error: `body_of` has a check of its own for it.
 SECRET: Schema = {"type": "string", "minLength": 1, "maxLength": 16_384, "writeOnly": True}
 REASON = Field("reason", _text(), "Why; it is kept in the audit.")
+_ETAG = {"ETag": "What `If-Match` of a change takes."}
+_NEW_RUN: Mapping[str, Any] = {"status": 201, "returns": {"Location": "The new run."}}
 
 # How each filter of a list is written in a query.
 FILTERS: Mapping[str, tuple[Schema, str]] = {
-    "org": ({"type": "string"}, "An org's code."),
-    "definition": ({"type": "string"}, "A definition's name."),
+    "org": (STRING, "An org's code."),
+    "definition": (STRING, "A definition's name."),
     "since": (TIME, "The earliest time: `2027-01-01T08:00:00Z`, `2027-01-01`, or `2h` (ago)."),
     "limit": (LIMIT, "Rows of a page, 50 by default."),
-    "after": (UUID, "The id of the last row of the page before."),
+    "after": (STRING, "The id of the last row of the page before."),
     "q": ({"type": "string", "maxLength": MAX_TEXT}, "A search, as `runs list -q` takes it."),
-    "pool": ({"type": "string"}, "A pool; only the newest runs are searched, as with `q`."),
+    "pool": (STRING, "A pool; only the newest runs are searched, as with `q`."),
     "broken": ({"enum": ["true", "false"]}, "Only broken orgs."),
 }
 
@@ -116,7 +123,7 @@ def list_endpoint(listing: Listing[Any]) -> Endpoint:
     query = []
     for name in parameters_of(listing):
         if name == "state":
-            schema: Schema = {"type": "string"}
+            schema = STRING
             about = f"One state, or several with commas: {', '.join(listing.states)}."
         else:
             schema, about = FILTERS[name]
@@ -135,307 +142,251 @@ def list_endpoint(listing: Listing[Any]) -> Endpoint:
     )
 
 
-OVERVIEW = Endpoint(
+def _get(operation: str, path: str, about: str, answer: Any, *query: Field, **more: Any) -> Endpoint:
+    return Endpoint(operation, "GET", path, about, answer, query=query, **more)
+
+
+def _change(
+    operation: str, call: str, about: str, answer: Any, *body: Field, role: Role = "operator", **more: Any
+) -> Endpoint:
+    """An endpoint that changes something; `call` is its method and path."""
+    method, path = call.split()
+    return Endpoint(operation, method, path, about, answer, body=body, role=role, **more)
+
+
+OVERVIEW = _get(
     "show_overview",
-    "GET",
     "/status",
     "What needs attention over all orgs, most harmful first, as `status -o json` prints it. Only operators.",
     Overview,
 )
-RUN = Endpoint(
+RUN = _get(
     "show_run",
-    "GET",
     RUN_PATH,
     "One run with its attempts, steps and claims; for operators also its spec.",
     RunDetail,
 )
-WHY = Endpoint(
+WHY = _get(
     "explain_run",
-    "GET",
     f"{RUN_PATH}/why",
     "Why a run has its state: the cause, whose it is, since when, how later runs ended, the next step, and a "
     "text for the customer.",
     Explanation,
 )
-ATTEMPTS = Endpoint(
-    "list_attempts", "GET", f"{RUN_PATH}/attempts", "The attempts of a run.", AttemptRow, is_list=True
-)
-LOGS = Endpoint(
+ATTEMPTS = _get("list_attempts", f"{RUN_PATH}/attempts", "The attempts of a run.", AttemptRow, is_list=True)
+LOGS = _get(
     "list_logs",
-    "GET",
     f"{RUN_PATH}/logs",
     "Log lines of a run, oldest first.",
     LogRow,
+    Field("limit", LIMIT, f"Lines of a page, {MAX_LIMIT} by default."),
+    Field("after", STRING, "`attempt.seq` of the last line of the page before."),
     is_list=True,
-    query=(
-        Field("limit", LIMIT, f"Lines of a page, {MAX_LIMIT} by default."),
-        Field("after", {"type": "string"}, "`attempt.seq` of the last line of the page before."),
-    ),
 )
-EVENTS = Endpoint(
+EVENTS = _get(
     "watch_run",
-    "GET",
     f"{RUN_PATH}/events",
     "Server-sent events of a run: `state` (the run, as lists show it), `progress`, `log` (a line). The "
     "stream ends with the last state of the run; 204 if there is nothing after `Last-Event-ID`.",
-    query=(Field("after", {"type": "string"}, "Lines after this `attempt.seq`; all of them by default."),),
-    headers=(Field("Last-Event-ID", {"type": "string"}, "Resume after this event."),),
+    None,
+    Field("after", STRING, "Lines after this `attempt.seq`; all of them by default."),
+    headers=(Field("Last-Event-ID", STRING, "Resume after this event."),),
     errors=(204,),
     media="text/event-stream",
 )
-CANCEL = Endpoint(
+CANCEL = _change(
     "cancel_run",
-    "POST",
-    f"{RUN_PATH}/cancel",
+    f"POST {RUN_PATH}/cancel",
     "Cancel a run; a running one stops after its grace period.",
     Run,
-    body=(REASON,),
-    role="operator",
+    REASON,
 )
-RETRY = Endpoint(
+RETRY = _change(
     "retry_run",
-    "POST",
-    f"{RUN_PATH}/retry",
+    f"POST {RUN_PATH}/retry",
     "Make a new run of an ended one.",
     Run,
-    status=201,
-    body=(
-        Field("from_checkpoint", BOOLEAN, "Start from the checkpoint and the steps of the old run."),
-        Field("again", BOOLEAN, "Also if it was retried already."),
-        REASON,
-    ),
-    role="operator",
-    returns={"Location": "The new run."},
+    Field("from_checkpoint", BOOLEAN, "Start from the checkpoint and the steps of the old run."),
+    Field("again", BOOLEAN, "Also if it was retried already."),
+    REASON,
+    **_NEW_RUN,
 )
-ANSWER = Endpoint(
+ANSWER = _change(
     "answer_run",
-    "POST",
-    f"{RUN_PATH}/answers/{{name}}",
+    f"POST {RUN_PATH}/answers/{{name}}",
     "Answer what a run waits for, so that it goes on. 400 if the answer is not one of its options; 409 if it "
     "was answered already, its deadline has passed, the run waits for something else, or it has ended.",
     WaitRow,
-    body=(
-        Field("data", {}, "The answer: any JSON, at most 64 KiB.", required=True),
-        Field(
-            "occurrence",
-            {"type": "integer", "minimum": 1, "maximum": MAX_WAITS},
-            "Which wait of that name in the run, 1 by default.",
-        ),
-    ),
-    role="operator",
+    Field("data", {}, "The answer: any JSON, at most 64 KiB.", required=True),
+    Field("occurrence", _number(MAX_WAITS), "Which wait of that name in the run, 1 by default."),
 )
 _MANY = (
-    Field("q", {"type": "string", "minLength": 1, "maxLength": MAX_TEXT}, "A search.", required=True),
+    Field("q", _text(), "A search.", required=True),
     Field("dry_run", BOOLEAN, "Change nothing, only say which."),
     Field("canary", LIMIT, "Stop after this number; `next` continues."),
     REASON,
     Field("after", _text(), "`next` of the call before."),
 )
-RETRY_MANY = Endpoint(
+RETRY_MANY = _change(
     "retry_runs",
-    "POST",
-    "/runs:retry",
+    "POST /runs:retry",
     f"Retry the runs that match and were not retried yet, oldest end first, at most {MAX_LIMIT}: failed ones "
     "unless the search names other states.",
     Bulk,
-    body=_MANY,
-    role="operator",
+    *_MANY,
 )
-CANCEL_MANY = Endpoint(
+CANCEL_MANY = _change(
     "cancel_runs",
-    "POST",
-    "/runs:cancel",
+    "POST /runs:cancel",
     f"Cancel the unfinished runs that match, oldest first, at most {MAX_LIMIT}.",
     Bulk,
-    body=_MANY,
-    role="operator",
+    *_MANY,
 )
-ORG = Endpoint("show_org", "GET", ORG_PATH, "One org with its credentials, never a secret.", OrgDetail)
-PAUSE_ORG = Endpoint(
+ORG = _get("show_org", ORG_PATH, "One org with its credentials, never a secret.", OrgDetail)
+_NOTE = Field("note", _text(), "Why; it is shown with the org.")
+PAUSE_ORG = _change(
     "pause_org",
-    "POST",
-    f"{ORG_PATH}/pause",
+    f"POST {ORG_PATH}/pause",
     "Pause an org: no runs fire or start; running ones continue. Only operators.",
     OrgDetail,
-    body=(Field("note", _text(), "Why; it is shown with the org."),),
-    role="operator",
+    _NOTE,
 )
-RESUME_ORG = Endpoint(
+RESUME_ORG = _change(
     "resume_org",
-    "POST",
-    f"{ORG_PATH}/resume",
+    f"POST {ORG_PATH}/resume",
     "Resume a paused or suspended org from now on; the times meanwhile are not replayed. Only operators.",
     OrgDetail,
-    body=(Field("note", _text(), "Why; it is shown with the org."),),
-    role="operator",
+    _NOTE,
 )
-BUDGETS = Endpoint(
+BUDGETS = _get(
     "list_budgets",
-    "GET",
     "/budgets/{org}",
     "The budgets of an org now: limits with raises, what is used and left. Only operators.",
     BudgetLevel,
     is_list=True,
 )
-RAISE = Endpoint(
+RAISE = _change(
     "raise_budget",
-    "POST",
-    "/budgets/{org}/raise",
+    "POST /budgets/{org}/raise",
     "Raise an org's budgets of a meter; runs that wait for them go on. Only operators.",
     Raise,
-    body=(
-        Field("meter", _text(200), "The meter, such as `llm_tokens`.", required=True),
-        Field("by", {"type": "integer"}, "What to add to the limit of each period.", required=True),
-        Field("per", {"enum": ["day", "month", "run"]}, "The budgets to raise; `day` by default."),
-        Field("until", TIME, "When the raise ends; by default with the period."),
-        REASON,
-    ),
-    role="operator",
+    Field("meter", _text(200), "The meter, such as `llm_tokens`.", required=True),
+    Field("by", {"type": "integer"}, "What to add to the limit of each period.", required=True),
+    Field("per", {"enum": ["day", "month", "run"]}, "The budgets to raise; `day` by default."),
+    Field("until", TIME, "When the raise ends; by default with the period."),
+    REASON,
 )
-USAGE = Endpoint(
+USAGE = _get(
     "list_usage",
-    "GET",
     "/usage",
     "What orgs spent, a row for each org and meter; a page has `limit` orgs.",
     Usage,
+    Field("org", STRING, "An org's code."),
+    Field("by", {"enum": list(BYS)}, "Also a row for each definition or UTC day."),
+    Field("since", TIME, "The first UTC day, 29 days ago by default."),
+    Field("until", TIME, "The last UTC day, today by default."),
+    Field("limit", LIMIT, "Orgs of a page, 50 by default."),
+    Field("after", STRING, "The last org of the page before."),
     is_list=True,
-    query=(
-        Field("org", {"type": "string"}, "An org's code."),
-        Field("by", {"enum": list(BYS)}, "Also a row for each definition or UTC day."),
-        Field("since", TIME, "The first UTC day, 29 days ago by default."),
-        Field("until", TIME, "The last UTC day, today by default."),
-        Field("limit", LIMIT, "Orgs of a page, 50 by default."),
-        Field("after", {"type": "string"}, "The last org of the page before."),
-    ),
     errors=(304,),
 )
-ADD_CREDENTIAL = Endpoint(
+ADD_CREDENTIAL = _change(
     "add_credential",
-    "POST",
-    "/credentials/{org}",
+    "POST /credentials/{org}",
     "Add a generation of an org's credentials, which is tried first; the secret is sealed and never shown. "
     "Give `client_secret` or `reference`. 409 for a secret in a process without the key ring. Only admins.",
     CredentialRow,
+    Field("client_id", _text(), "The client id at the issuer.", required=True),
+    Field("client_secret", SECRET, "The secret, or a private key in PEM."),
+    Field("reference", _text(), "Instead of a secret: `file:NAME`, a file in `secrets_dir`."),
+    Field("kind", {"enum": ["client_secret", "private_key"]}, "What it is; `client_secret` by default."),
     status=201,
-    body=(
-        Field("client_id", _text(), "The client id at the issuer.", required=True),
-        Field("client_secret", SECRET, "The secret, or a private key in PEM."),
-        Field("reference", _text(), "Instead of a secret: `file:NAME`, a file in `secrets_dir`."),
-        Field("kind", {"enum": ["client_secret", "private_key"]}, "What it is; `client_secret` by default."),
-    ),
     role="admin",
 )
-RETIRE_CREDENTIAL = Endpoint(
+RETIRE_CREDENTIAL = _change(
     "retire_credential",
-    "POST",
-    "/credentials/{org}/{generation}/retire",
+    "POST /credentials/{org}/{generation}/retire",
     "Retire a generation: it gets no more tokens, and workers drop cached ones within 2 s. Only admins.",
     CredentialRow,
-    body=(),
     role="admin",
 )
-DEFINITION = Endpoint(
+DEFINITION = _get(
     "show_definition",
-    "GET",
     DEFINITION_PATH,
     "One definition; for operators with its whole spec.",
     DefinitionDetail,
     errors=(304,),
-    returns={"ETag": "What `If-Match` of a change takes."},
+    returns=_ETAG,
 )
-EDIT = Endpoint(
+EDIT = _change(
     "edit_definition",
-    "PATCH",
-    DEFINITION_PATH,
+    f"PATCH {DEFINITION_PATH}",
     "Change keys of a definition, as in a file for `apply`; null restores the default. Only operators.",
     DefinitionDetail,
-    headers=(Field("If-Match", {"type": "string"}, "An ETag: 412 if the definition was edited since."),),
-    body=(
-        *(Field(key, {}, f"The key `{key}` of a definition.") for key in EDITABLE),
-        REASON,
-    ),
+    *(Field(key, {}, f"The key `{key}` of a definition.") for key in EDITABLE),
+    REASON,
+    headers=(Field("If-Match", STRING, "An ETag: 412 if the definition was edited since."),),
     errors=(412,),
-    role="operator",
-    returns={"ETag": "What `If-Match` of a change takes."},
+    returns=_ETAG,
 )
-RUN_NOW = Endpoint(
+RUN_NOW = _change(
     "run_definition",
-    "POST",
-    f"{DEFINITION_PATH}/run",
+    f"POST {DEFINITION_PATH}/run",
     "Run a definition now.",
     Run,
-    status=201,
-    headers=(Field("Idempotency-Key", {"type": "string"}, "Requests with one key make one run."),),
-    body=(
-        Field("params", {"type": "object"}, "Params of this run, laid over the definition's."),
-        REASON,
-    ),
-    role="operator",
-    returns={"Location": "The new run."},
+    Field("params", OBJECT, "Params of this run, laid over the definition's."),
+    REASON,
+    headers=(Field("Idempotency-Key", STRING, "Requests with one key make one run."),),
+    **_NEW_RUN,
 )
-PAUSE = Endpoint(
+PAUSE = _change(
     "pause_definition",
-    "POST",
-    f"{DEFINITION_PATH}/pause",
+    f"POST {DEFINITION_PATH}/pause",
     "Pause a definition: it is not due until it is resumed; a running run continues.",
     DefinitionDetail,
-    body=(Field("note", _text(), "Why; it is shown with the definition."),),
-    role="operator",
+    Field("note", _text(), "Why; it is shown with the definition."),
 )
-RESUME = Endpoint(
+RESUME = _change(
     "resume_definition",
-    "POST",
-    f"{DEFINITION_PATH}/resume",
+    f"POST {DEFINITION_PATH}/resume",
     "Resume a paused definition from now on; the times meanwhile are not replayed.",
     DefinitionDetail,
-    body=(),
-    role="operator",
 )
-BACKFILL = Endpoint(
+BACKFILL = _change(
     "backfill_definition",
-    "POST",
-    f"{DEFINITION_PATH}/backfill",
+    f"POST {DEFINITION_PATH}/backfill",
     "Run every scheduled time of a past range again; with `dry_run` only say which. Only operators.",
     {"anyOf": [Backfill, PlannedBackfill]},
-    body=(
-        Field("from", TIME, "The first time: `2027-01-01T08:00:00Z`, or `2d` (ago).", required=True),
-        Field("until", TIME, "The end of the range, itself excluded; not in the future.", required=True),
-        Field("limit", LIMIT, "The number of its runs that can be unfinished at once, 1 by default."),
-        Field("dry_run", BOOLEAN, "Change nothing."),
-        REASON,
-    ),
-    role="operator",
+    Field("from", TIME, "The first time: `2027-01-01T08:00:00Z`, or `2d` (ago).", required=True),
+    Field("until", TIME, "The end of the range, itself excluded; not in the future.", required=True),
+    Field("limit", LIMIT, "The number of its runs that can be unfinished at once, 1 by default."),
+    Field("dry_run", BOOLEAN, "Change nothing."),
+    REASON,
 )
 
 STATE_PATH = f"{DEFINITION_PATH}/state"
-STATE = Endpoint(
+STATE = _get(
     "show_state",
-    "GET",
     STATE_PATH,
     "What a definition remembers between its runs; `data` is empty if it has no state.",
     DefinitionState,
     errors=(304,),
 )
-SET_STATE = Endpoint(
+SET_STATE = _change(
     "set_state",
-    "PUT",
-    STATE_PATH,
+    f"PUT {STATE_PATH}",
     "Replace the state of a definition; 409 while a run of it is running. Only operators.",
     DefinitionState,
-    body=(Field("data", {"type": "object"}, "The new state, at most 64 KiB.", required=True),),
-    role="operator",
+    Field("data", OBJECT, "The new state, at most 64 KiB.", required=True),
 )
-CLEAR_STATE = Endpoint(
+CLEAR_STATE = _change(
     "clear_state",
-    "DELETE",
-    STATE_PATH,
+    f"DELETE {STATE_PATH}",
     "Clear the state of a definition; 409 while a run of it is running. Only operators.",
     DefinitionState,
-    body=(),
-    role="operator",
 )
 
-DOCUMENT = Endpoint("openapi", "GET", "/openapi.json", "This document.", {"type": "object"}, errors=(304,))
+DOCUMENT = _get("openapi", "/openapi.json", "This document.", OBJECT, errors=(304,))
 
 LIST_ENDPOINTS: Mapping[Endpoint, Listing[Any]] = {list_endpoint(listing): listing for listing in LISTS}
 ENDPOINTS: tuple[Endpoint, ...] = (

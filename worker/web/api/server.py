@@ -36,7 +36,6 @@ from worker.store.lists.rows import (
     PlannedBackfill,
     Run,
     RunDetail,
-    WaitRow,
 )
 from worker.store.lists.usage import BudgetLevel, Raise, Usage, budgets_of, usage
 from worker.web.api import endpoints
@@ -63,10 +62,20 @@ class Api:
         self._database = database
         self._clock = clock
         self._installation = installation
+        changes: Mapping[Endpoint, Callable[..., Awaitable[Row]]] = {
+            endpoints.PAUSE_ORG: database.pause_org,
+            endpoints.RESUME_ORG: database.resume_org,
+            endpoints.CANCEL: database.cancel,
+            endpoints.RETRY: database.retry,
+            endpoints.ANSWER: database.answer,
+            endpoints.PAUSE: database.pause,
+            endpoints.RESUME: database.resume,
+            endpoints.SET_STATE: database.set_state,
+            endpoints.CLEAR_STATE: database.clear_state,
+        }
         self._handlers: Mapping[Endpoint, Handler] = {
+            **{one: functools.partial(self._change, one, change) for one, change in changes.items()},
             endpoints.ORG: self._org,
-            endpoints.PAUSE_ORG: functools.partial(self._move_org, endpoints.PAUSE_ORG),
-            endpoints.RESUME_ORG: functools.partial(self._move_org, endpoints.RESUME_ORG),
             endpoints.OVERVIEW: self._overview,
             endpoints.USAGE: self._usage,
             endpoints.BUDGETS: self._budgets,
@@ -78,20 +87,13 @@ class Api:
             endpoints.ATTEMPTS: self._attempts,
             endpoints.LOGS: self._logs,
             endpoints.EVENTS: watch,
-            endpoints.CANCEL: self._cancel,
-            endpoints.RETRY: self._retry,
-            endpoints.ANSWER: self._answer,
             endpoints.RETRY_MANY: functools.partial(self._many, endpoints.RETRY_MANY),
             endpoints.CANCEL_MANY: functools.partial(self._many, endpoints.CANCEL_MANY),
             endpoints.DEFINITION: self._definition,
             endpoints.EDIT: self._edit,
             endpoints.RUN_NOW: self._run_now,
-            endpoints.PAUSE: self._pause,
-            endpoints.RESUME: self._resume,
             endpoints.BACKFILL: self._backfill,
             endpoints.STATE: self._state,
-            endpoints.SET_STATE: self._set_state,
-            endpoints.CLEAR_STATE: self._clear_state,
             endpoints.DOCUMENT: self._document,
         }
 
@@ -118,6 +120,13 @@ class Api:
 
         return await self._database.read(caller, work)
 
+    async def _change(
+        self, endpoint: Endpoint, change: Callable[..., Awaitable[Row]], request: Request
+    ) -> Response:
+        """Change what the path names, with the members of the body."""
+        body, caller = await body_of(request, endpoint), caller_of(request)
+        return _changed(endpoint, caller, await change(caller, *request.path_params.values(), **body))
+
     async def _org(self, request: Request) -> Response:
         caller, code = caller_of(request), request.path_params["org"]
         caller.scope(code)
@@ -127,11 +136,6 @@ class Api:
             return fresh(request, json_response(caller.sees(OrgDetail, lists.org(connection, code))))
 
         return await self._database.read(caller, work)
-
-    async def _move_org(self, endpoint: Endpoint, request: Request) -> Response:
-        body, caller = await body_of(request, endpoint), caller_of(request)
-        move = self._database.pause_org if endpoint is endpoints.PAUSE_ORG else self._database.resume_org
-        return json_response(caller.sees(OrgDetail, await move(caller, request.path_params["org"], **body)))
 
     async def _overview(self, request: Request) -> Response:
         caller = caller_of(request)
@@ -253,21 +257,6 @@ class Api:
 
         return await self._database.read(caller, work)
 
-    async def _cancel(self, request: Request) -> Response:
-        body, caller = await body_of(request, endpoints.CANCEL), caller_of(request)
-        return json_response(caller.sees(Run, await self._database.cancel(caller, _run_id(request), **body)))
-
-    async def _retry(self, request: Request) -> Response:
-        body, caller = await body_of(request, endpoints.RETRY), caller_of(request)
-        return _created(await self._database.retry(caller, _run_id(request), **body), caller)
-
-    async def _answer(self, request: Request) -> Response:
-        body, caller = await body_of(request, endpoints.ANSWER), caller_of(request)
-        name = request.path_params["name"]
-        return json_response(
-            caller.sees(WaitRow, await self._database.answer(caller, _run_id(request), name, **body))
-        )
-
     async def _many(self, endpoint: Endpoint, request: Request) -> Response:
         body, caller = await body_of(request, endpoint), caller_of(request)
         query, database = parsed(body.pop("q"), now=self._clock.now()), self._database
@@ -294,18 +283,8 @@ class Api:
     async def _run_now(self, request: Request) -> Response:
         body, caller = await body_of(request, endpoints.RUN_NOW), caller_of(request)
         key = request.headers.get("idempotency-key")
-        return _created(
-            await self._database.run_now(caller, *_named(request), request_key=key, **body), caller
-        )
-
-    async def _pause(self, request: Request) -> Response:
-        body, caller = await body_of(request, endpoints.PAUSE), caller_of(request)
-        return _shown(caller, await self._database.pause(caller, *_named(request), **body))
-
-    async def _resume(self, request: Request) -> Response:
-        await body_of(request, endpoints.RESUME)
-        caller = caller_of(request)
-        return _shown(caller, await self._database.resume(caller, *_named(request)))
+        row = await self._database.run_now(caller, *_named(request), request_key=key, **body)
+        return _changed(endpoints.RUN_NOW, caller, row)
 
     async def _backfill(self, request: Request) -> Response:
         body, caller = await body_of(request, endpoints.BACKFILL), caller_of(request)
@@ -328,17 +307,6 @@ class Api:
             return fresh(request, json_response(row))
 
         return await self._database.read(caller, work)
-
-    async def _set_state(self, request: Request) -> Response:
-        body, caller = await body_of(request, endpoints.SET_STATE), caller_of(request)
-        row = await self._database.set_state(caller, *_named(request), body["data"])
-        return json_response(caller.sees(DefinitionState, row))
-
-    async def _clear_state(self, request: Request) -> Response:
-        await body_of(request, endpoints.CLEAR_STATE)
-        caller = caller_of(request)
-        row = await self._database.clear_state(caller, *_named(request))
-        return json_response(caller.sees(DefinitionState, row))
 
     async def _document(self, request: Request) -> Response:
         query_of(request, (), "the document")
@@ -391,10 +359,6 @@ def read_list(
     return [caller.sees(listing.row, row) for row in rows], rows[-1]["id"] if full else None
 
 
-def _run_id(request: Request) -> str:
-    return str(request.path_params["run"])
-
-
 def _named(request: Request) -> tuple[str, str]:
     return request.path_params["org"], request.path_params["name"]
 
@@ -416,5 +380,7 @@ def _shown(caller: Caller, row: DefinitionDetail) -> Response:
     return json_response(caller.sees(DefinitionDetail, row))
 
 
-def _created(row: Run, caller: Caller) -> Response:
-    return json_response(caller.sees(Run, row), 201, {"location": f"{BASE}/runs/{row['id']}"})
+def _changed(endpoint: Endpoint, caller: Caller, row: Row) -> Response:
+    """The changed row; for a new run also its address."""
+    headers = {"location": f"{BASE}/runs/{row['id']}"} if "Location" in endpoint.returns else {}
+    return json_response(caller.sees(endpoint.answer, row), endpoint.status, headers)
