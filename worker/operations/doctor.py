@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,11 @@ def _as_it_is(name: str) -> str:
     return name
 
 
+def _said(check: str) -> tuple[Callable[..., Diagnostic], Callable[..., Diagnostic]]:
+    """Functions of detail and fix that make the diagnostic of a check: an ok one, and one that is not."""
+    return partial(Diagnostic, check, True), partial(Diagnostic, check, False)
+
+
 def run_checks(
     database: Database,
     settings: Settings,
@@ -89,23 +95,21 @@ def run_checks(
 
 def installation(database: Database, settings: Settings) -> Diagnostic:
     """A copy of a database has what another installation made at the provider; the word tells them apart."""
-    name, word = "installation", settings.installation
+    (ok, bad), word = _said("installation"), settings.installation
     with database.autocommit() as connection:
         found = stored_installation.read(connection)
     state = found.state(word)
     if state == "matches":
-        return Diagnostic(name, True, f"worker.toml and the database belong to {word}")
+        return ok(f"worker.toml and the database belong to {word}")
     if state == "differs":
-        return Diagnostic(name, False, difference(word, found), ADOPT)
+        return bad(difference(word, found), ADOPT)
     if not word:
         fix = f"{NO_WORD}, then run `python -m worker db upgrade`"
         if found.word is not None:
             # A copy must not take over the word of what it was copied from.
             fix = f'add installation = "{found.word}" at the top of worker.toml, or another word in a copy'
-        return Diagnostic(name, True, "worker.toml does not name this installation", fix)
-    return Diagnostic(
-        name,
-        True,
+        return ok("worker.toml does not name this installation", fix)
+    return ok(
         f"the database does not name its installation, worker.toml does: {word}",
         "run `python -m worker db upgrade`, or in a copy `installation adopt --new`",
     )
@@ -113,7 +117,7 @@ def installation(database: Database, settings: Settings) -> Diagnostic:
 
 def workers(database: Database) -> Diagnostic:
     """A worker that died holds its runs until another one takes over; without one, nothing runs."""
-    name = "workers"
+    ok, bad = _said("workers")
     with database.autocommit() as connection:
         now = database.now(connection)
         crashed = crashed_for_all_orgs(connection, now - timedelta(days=1))
@@ -127,23 +131,19 @@ def workers(database: Database) -> Diagnostic:
             f"{who} {first['id']} (process {first['pid']}) is silent since {to_text(first['renewed_at'])}"
         )
         how = f"{alive} live ones take" if alive else "start one (`systemctl start orgworker`): it takes"
-        return Diagnostic(
-            name,
-            False,
+        return bad(
             f"{detail}: its lease expired at {to_text(first['lease_until'])}{_and_more(lost)}",
             f"{how} over its runs within the length of a lease; its log says whether it died or was cut off",
         )
     since = _crashes(crashed, now)
     if alive:
         up = "1 worker is up" if alive == 1 else f"{alive} workers are up"
-        return Diagnostic(name, True, up + since, CRASHED if since else "")
+        return ok(up + since, CRASHED if since else "")
     if overdue is not None and overdue[2] > OVERDUE_SECONDS:
         late = format_duration(timedelta(seconds=round(overdue[2])))
         detail = f"no worker is up, and what has been due for {late} does not run{since}"
-        return Diagnostic(
-            name, False, detail, "start one: `python -m worker run`, or `systemctl start orgworker`"
-        )
-    return Diagnostic(name, True, f"no worker is up, and nothing is due{since}", CRASHED if since else "")
+        return bad(detail, "start one: `python -m worker run`, or `systemctl start orgworker`")
+    return ok(f"no worker is up, and nothing is due{since}", CRASHED if since else "")
 
 
 def _crashes(found: CappedCount, now: datetime) -> str:
@@ -157,15 +157,13 @@ def _crashes(found: CappedCount, now: datetime) -> str:
 
 def credentials(database: Database, org: NameOf = _as_it_is) -> Diagnostic:
     """An org whose credentials are all rejected gets no token: its runs wait."""
-    name = "credentials"
+    ok, bad = _said("credentials")
     with database.autocommit() as connection:
         dead = health.dead_credentials(connection)
     if not dead:
-        return Diagnostic(name, True, "no issuer has rejected all credentials of an active org")
+        return ok("no issuer has rejected all credentials of an active org")
     code = org(dead[0]["code"])
-    return Diagnostic(
-        name,
-        False,
+    return bad(
         f"{code} gets no token: {dead[0]['last_error']}{_and_more(dead)}",
         f"`credentials rotate {code} --client-id ID --secret-file FILE` stores a new secret; "
         f"{_command('check_org', org=code)} tries it",
@@ -174,21 +172,19 @@ def credentials(database: Database, org: NameOf = _as_it_is) -> Diagnostic:
 
 def tokens(database: Database, org: NameOf = _as_it_is) -> Iterator[Diagnostic]:
     """A provider that gave orgs the tokens of others in the last day: their runs are refused."""
-    name = "tokens"
+    ok, bad = _said("tokens")
     with database.autocommit() as connection:
         found = mismatches_for_all_orgs(connection, database.now(connection) - DAY)
     for one in found:
         orgs = [org(code) for code in one.orgs[:NAMED]]
-        yield Diagnostic(
-            name,
-            False,
+        yield bad(
             f"the provider returns {what_of(one)} for {listed(Named(len(one.orgs), orgs))}; runs are refused "
             f"since {to_text(one.first_at)}",
             f"{_command('check_org', org=orgs[0])} says whose token it is; correct the credentials, or the "
             "provider or proxy that mixes orgs up",
         )
     if not found:
-        yield Diagnostic(name, True, "in the last day no org had the token of another one")
+        yield ok("in the last day no org had the token of another one")
 
 
 def org_secrets(database: Database, ring: KeyRing | None, org: NameOf = _as_it_is) -> Iterator[Diagnostic]:
@@ -196,21 +192,19 @@ def org_secrets(database: Database, ring: KeyRing | None, org: NameOf = _as_it_i
 
     Tries the newest ones.
     """
-    name = "secrets"
+    ok, bad = _said("secrets")
     with database.autocommit() as connection:
         rows = stored_secrets.newest_for_all_orgs(connection, limit=MAX_OPENED)
     closed = [row for row in rows if not _opens(ring, row)]
     if closed:
         first = closed[0]
         code, secret = org(first["org"]), first["name"]
-        yield Diagnostic(
-            name,
-            False,
+        yield bad(
             f"the key ring here does not open the secret {secret} of {code}{_and_more(closed, MAX_OPENED)}",
             f"put the key {first['key_id']} back into the key ring, or `secrets rotate {code} {secret}`",
         )
     elif rows:
-        yield Diagnostic(name, True, "the key ring opens the secrets of orgs")
+        yield ok("the key ring opens the secrets of orgs")
 
 
 def _opens(ring: KeyRing | None, row: Row) -> bool:
@@ -226,31 +220,19 @@ def _opens(ring: KeyRing | None, row: Row) -> bool:
 
 def handlers(database: Database) -> Diagnostic:
     """A handler that does not load: the runs of its definitions wait."""
-    name = "handlers"
+    ok, bad = _said("handlers")
     with database.autocommit() as connection:
         broken = [row for row in catalogue.entries(connection) if row["error"] is not None]
         on_hosts = [] if broken else places.broken(connection)
-    if on_hosts:
-        first = on_hosts[0]
-        place = (
-            f"{first['name']} of {first['distribution']} {first['version']} on hosts of pool {first['pool']}"
-        )
-        return Diagnostic(
-            name,
-            True,
-            f"{place} does not load: {type_of(first['error'])}{_and_more(on_hosts, places.BROKEN)}",
-            "install a fixed version and restart these hosts; "
-            f"{_command('show_handler', handler=first['name'])} shows why",
-        )
-    if not broken:
-        return Diagnostic(name, True, "every handler loads")
-    first = broken[0]
+    if not broken and not on_hosts:
+        return ok("every handler loads")
+    first = (broken or on_hosts)[0]
     place = f"{first['name']} of {first['distribution']} {first['version']}"
-    return Diagnostic(
-        name,
-        False,
-        f"{place} does not load: {type_of(first['error'])}{_and_more(broken)}",
-        "install a fixed version and restart the workers; "
+    place += "" if broken else f" on hosts of pool {first['pool']}"
+    more = _and_more(broken) if broken else _and_more(on_hosts, places.BROKEN)
+    return (bad if broken else ok)(
+        f"{place} does not load: {type_of(first['error'])}{more}",
+        f"install a fixed version and restart {'the workers' if broken else 'these hosts'}; "
         f"{_command('show_handler', handler=first['name'])} shows why",
     )
 
@@ -265,6 +247,7 @@ def unapproved(database: Database) -> Iterator[Diagnostic]:
 
 def homeless(database: Database, org: NameOf = _as_it_is) -> Iterator[Diagnostic]:
     """Definitions of handlers that only hosts offer, without a pool: their runs reach no host."""
+    bad = _said("hosts_only")[1]
     with database.autocommit() as connection:
         used = places.uses_for_all_orgs(connection, places.only_of_hosts(connection))
         found = [row for row in used if row["pool"] is None]
@@ -272,9 +255,7 @@ def homeless(database: Database, org: NameOf = _as_it_is) -> Iterator[Diagnostic
     if found:
         first = found[0]
         written = "its template" if first["template_id"] is not None else "it"
-        yield Diagnostic(
-            "hosts_only",
-            False,
+        yield bad(
             f"only hosts offer {first['handler']}, and a definition of {org(first['org'])} names no pool"
             f"{_and_more(found)}",
             f'give {written} pool = "{pools_of[0] if pools_of else "POOL"}", or its org a pool; '
@@ -284,19 +265,17 @@ def homeless(database: Database, org: NameOf = _as_it_is) -> Iterator[Diagnostic
 
 def served_pools(database: Database, org: NameOf = _as_it_is) -> Diagnostic:
     """A definition whose pool no worker or host serves: its runs wait. Looks at the newest definitions."""
-    name = "pools"
+    ok, bad = _said("pools")
     with database.autocommit() as connection:
         served = pools.slots_of(pools.serving(connection))
         wanted = pools.of_definitions(connection)
     if not served:
-        return Diagnostic(name, True, "no worker is up to serve a pool")
+        return ok("no worker is up to serve a pool")
     lacking = sorted(wanted.keys() - served.keys())
     if not lacking:
-        return Diagnostic(name, True, f"workers and hosts serve {', '.join(sorted(served))}")
+        return ok(f"workers and hosts serve {', '.join(sorted(served))}")
     pool = lacking[0]
-    return Diagnostic(
-        name,
-        False,
+    return bad(
         f"no worker or host serves pool {pool}, where a definition of {org(wanted[pool])} runs"
         f"{_and_more(lacking)}",
         f"start a host of it, add it to [execution] pools of a worker, or correct the name; "
@@ -306,14 +285,12 @@ def served_pools(database: Database, org: NameOf = _as_it_is) -> Diagnostic:
 
 def placed_pool(database: Database, pool: str) -> Diagnostic:
     """A handler that only some hosts of a pool offer which Temporal places: its runs wait."""
-    name = "placed_pool"
+    ok, bad = _said("placed_pool")
     with database.autocommit() as connection:
         lacking = placements.unplaced_handlers(connection, pool)
     if not lacking:
-        return Diagnostic(name, True, f"the hosts of pool {pool} offer the same handlers")
-    return Diagnostic(
-        name,
-        False,
+        return ok(f"the hosts of pool {pool} offer the same handlers")
+    return bad(
         f"not all hosts of pool {pool} offer {lacking[0]}, so its runs are not placed{_and_more(lacking)}",
         f"install the same plug-ins on all hosts of {pool}; `hosts list` shows them",
     )
@@ -321,15 +298,13 @@ def placed_pool(database: Database, pool: str) -> Diagnostic:
 
 def pool_rules(database: Database, settings: Settings) -> Diagnostic:
     """What pools require: the same in every configuration, and only of pools that are served."""
-    name = "pool_rules"
+    ok, bad = _said("pool_rules")
     with database.autocommit() as connection:
         rules = PoolRules(settings.pool_rules, pools.rules(connection))
         alive = pools.serving(connection)
     if rules.differing:
         pool = min(rules.differing)
-        return Diagnostic(
-            name,
-            False,
+        return bad(
             f"[pools.{pool}] requires {_rule(rules.own[pool])} here, and {_rule(rules.stored.get(pool, {}))} "
             f"is stored{_and_more(sorted(rules.differing))}",
             "give every worker the same [pools], and restart those with older rules: they take no run of it",
@@ -337,29 +312,25 @@ def pool_rules(database: Database, settings: Settings) -> Diagnostic:
     served = pools.slots_of(alive)
     unserved = sorted(pool for pool in rules.stored if pool not in served)
     if alive and unserved:
-        return Diagnostic(
-            name,
-            True,
+        return ok(
             f"pool {unserved[0]} has rules, and no worker or host serves it{_and_more(unserved)}",
             f"start one, correct the name in worker.toml, or `pools forget {unserved[0]}`",
         )
     stored = ", ".join(f"{pool} requires {_rule(rule)}" for pool, rule in sorted(rules.stored.items()))
-    return Diagnostic(name, True, stored or "no pool has rules")
+    return ok(stored or "no pool has rules")
 
 
 def ending_calendars(database: Database) -> Diagnostic:
     """Calendars in use that have no later dates: definitions run on the holidays after the last one."""
-    name = "calendars"
+    ok = _said("calendars")[0]
     with database.autocommit() as connection:
         until = (database.now(connection) + CALENDAR_AHEAD).date()
         ending = calendars.ending(connection, until)
     if not ending:
-        return Diagnostic(name, True, "every calendar in use has dates for the next 30 days or more")
+        return ok("every calendar in use has dates for the next 30 days or more")
     first = ending[0]
     last = "no dates" if first["last_date"] is None else f"no date after {first['last_date']}"
-    return Diagnostic(
-        name,
-        True,
+    return ok(
         f"calendar {first['name']} has {last}{_and_more(ending)}",
         f"apply a file that has its next dates, too; `calendars show {first['name']}` says what uses it",
     )
@@ -386,15 +357,15 @@ def _and_more(found: Sequence[object], most: int = health.NEWEST) -> str:
 
 def held_snapshots(database: Database) -> Diagnostic:
     """A held snapshot keeps every row that has ended since, and slows admission down."""
-    name = "held_snapshots"
+    ok, bad = _said("held_snapshots")
     if database.dialect == "sqlite":
-        return Diagnostic(name, True, "SQLite holds no snapshots")
+        return ok("SQLite holds no snapshots")
     with database.autocommit() as connection:
         holders = health.snapshot_holders(connection)
     old = [holder for holder in holders if too_old(holder)]
     if not old:
         oldest = max((holder.seconds or 0.0 for holder in holders), default=0.0)
-        return Diagnostic(name, True, f"the oldest is {oldest:.0f} s old")
+        return ok(f"the oldest is {oldest:.0f} s old")
     first = old[0]
     lasting = "" if first.seconds is None else f", for {first.seconds:.0f} s"
     fixes = {
@@ -402,9 +373,7 @@ def held_snapshots(database: Database) -> Diagnostic:
         "prepared": "ROLLBACK PREPARED it, or finish it, in the program that prepared it",
         "slot": "drop the replication slot if it is not used any more",
     }
-    return Diagnostic(
-        name,
-        False,
+    return bad(
         f"{len(old)} held; the oldest by {first.kind} {first.name} "
         f"({first.application or 'unnamed'}, {first.state}){lasting}, {first.transactions} transactions back",
         fixes[first.kind],
@@ -420,14 +389,13 @@ def too_old(holder: health.Holder) -> bool:
 
 def live_rows(database: Database) -> Diagnostic:
     """A run has a live row exactly until it ends."""
+    ok, bad = _said("live_rows")
     with database.autocommit() as connection:
         strayed = health.strayed(connection)
     if not strayed:
-        return Diagnostic("live_rows", True, "every unfinished run has its live row, and no other run does")
+        return ok("every unfinished run has its live row, and no other run does")
     run_id, fault = strayed[0]
-    return Diagnostic(
-        "live_rows",
-        False,
+    return bad(
         f"{len(strayed)} or more disagree, such as run {run_id}: {fault}",
         "another program has written to runs or live_runs, or a backup was partly restored; "
         "report it with the output of `runs show`",
@@ -436,13 +404,11 @@ def live_rows(database: Database) -> Diagnostic:
 
 def insecure_origins(settings: Settings) -> Diagnostic:
     """Anyone on the way to such an origin can read each org's token and use it."""
-    name = "insecure_origins"
+    ok = _said("insecure_origins")[0]
     listed = ", ".join(settings.execution.insecure_origins)
     if not listed:
-        return Diagnostic(name, True, "tokens are always sent encrypted")
-    return Diagnostic(
-        name,
-        True,
+        return ok("tokens are always sent encrypted")
+    return ok(
         f"tokens can be sent unencrypted to {listed}",
         "serve it over https and remove it from [execution] insecure_origins",
     )
@@ -450,21 +416,21 @@ def insecure_origins(settings: Settings) -> Diagnostic:
 
 def web_roles(database: Database) -> Diagnostic:
     """The web side uses two roles of its own; a login that cannot take them answers 503."""
-    name = "web_roles"
+    ok, bad = _said("web_roles")
     if database.dialect == "sqlite":
-        return Diagnostic(name, True, "SQLite has no roles")
+        return ok("SQLite has no roles")
     with database.autocommit() as connection:
         missing = roles.missing(connection)
     if not missing:
-        return Diagnostic(name, True, f"the login can act as {roles.WEB} and {roles.OPERATOR}")
-    return Diagnostic(name, False, *missing.split(": ", 1))
+        return ok(f"the login can act as {roles.WEB} and {roles.OPERATOR}")
+    return bad(*missing.split(": ", 1))
 
 
 def file_modes(database: Database) -> Diagnostic:
     """New files are readable by their owner only; those of an older release can be open to others."""
-    name = "file_modes"
+    ok = _said("file_modes")[0]
     if database.dialect != "sqlite":
-        return Diagnostic(name, True, "PostgreSQL has no database file here")
+        return ok("PostgreSQL has no database file here")
     with database.autocommit() as connection:
         file = health.sqlite_file(connection)
     folder = file.parent
@@ -473,9 +439,9 @@ def file_modes(database: Database) -> Diagnostic:
     # Others need r on the file and x on the folder.
     open_to = [path for path in found if path.stat().st_mode >> 2 & searched & _others(path)]
     if not open_to:
-        return Diagnostic(name, True, f"only their owner can read the files in {folder}")
+        return ok(f"only their owner can read the files in {folder}")
     names = " ".join(path.name for path in open_to)
-    return Diagnostic(name, True, f"others can read in {folder}: {names}", f"there: chmod go= {names}")
+    return ok(f"others can read in {folder}: {names}", f"there: chmod go= {names}")
 
 
 def _others(path: Path) -> int:
@@ -485,33 +451,31 @@ def _others(path: Path) -> int:
 
 def sandbox(settings: Settings) -> Diagnostic:
     """How a worker that starts here and now would confine handlers."""
-    name = "sandbox"
+    ok, bad = _said("sandbox")
     try:
         confinement = confinement_of(settings)
     except ConfigurationError as error:
-        return Diagnostic(name, False, error.message, error.fix)
+        return bad(error.message, error.fix)
     if confinement.narrowed:
         detail = f"{confinement.level}; {in_words(confinement.narrowed[0])}"
-        return Diagnostic(name, False, detail, "move it elsewhere, or allow handlers a smaller folder")
+        return bad(detail, "move it elsewhere, or allow handlers a smaller folder")
     if confinement.level == OFF:
-        return Diagnostic(name, True, OFF, "handlers can read all that the worker's user can; set it to auto")
+        return ok(OFF, "handlers can read all that the worker's user can; set it to auto")
     if confinement.rules is None:
-        return Diagnostic(name, False, confinement.level, "use Linux 6.12 or newer with Landlock turned on")
-    return Diagnostic(name, True, confinement.level)
+        return bad(confinement.level, "use Linux 6.12 or newer with Landlock turned on")
+    return ok(confinement.level)
 
 
 def changeable_files(settings: Settings) -> Diagnostic:
     """Files with secrets that handlers could open to other accounts, if workers run as this user."""
-    name = "changeable_files"
+    ok, bad = _said("changeable_files")
     found = changeable(guarded(settings))
     if not found:
-        return Diagnostic(name, True, "handlers cannot change the modes of key ring and settings")
+        return ok("handlers cannot change the modes of key ring and settings")
     detail = f"handlers could open {found[0]} to other accounts (chmod){_and_more(found)}"
     if settings.execution.sandbox != "require":
-        return Diagnostic(name, True, f"{detail}; a worker restores modes, and require forbids it")
-    return Diagnostic(
-        name,
-        False,
+        return ok(f"{detail}; a worker restores modes, and require forbids it")
+    return bad(
         f"{detail}; from the next release on, a worker or host exits with 78",
         "let another account own it (chown root:GROUP, chmod 0640), or mount it read-only",
     )
@@ -519,21 +483,20 @@ def changeable_files(settings: Settings) -> Diagnostic:
 
 def trusted_code(settings: Settings) -> Diagnostic:
     """Plug-in code outside every sandbox: inline handlers, and what the zygote imports."""
+    ok = _said("trusted_code")[0]
     execution = settings.execution
     trusted = {"preload": execution.preload, "inline": execution.inline}
     named = [f"{setting}: {', '.join(names)}" for setting, names in trusted.items() if names]
-    return Diagnostic("trusted_code", True, "; ".join(named) or "none: each handler has its own process")
+    return ok("; ".join(named) or "none: each handler has its own process")
 
 
 def management_secrets(settings: Settings) -> Diagnostic:
     """The secret of a management API opens those of all orgs, so workers must not be able to read it."""
-    name = "management_secrets"
+    ok = _said("management_secrets")[0]
     readable = readable_management_secrets(settings)
     if not readable:
-        return Diagnostic(name, True, "this user cannot read the secret of a management API")
-    return Diagnostic(
-        name,
-        True,
+        return ok("this user cannot read the secret of a management API")
+    return ok(
         f"this user may read {', '.join(readable)}",
         "if workers run as this user, move it to a secrets_dir that only provisioning uses",
     )
@@ -541,17 +504,15 @@ def management_secrets(settings: Settings) -> Diagnostic:
 
 def database_password(settings: Settings) -> Diagnostic:
     """Handlers can use the network, so the database must ask for a password."""
-    name = "database_password"
+    ok, bad = _said("database_password")
     database = settings.database
     if database.sqlite_file is not None:
-        return Diagnostic(name, True, "SQLite is a file, not a server")
+        return ok("SQLite is a file, not a server")
     urls = [url for url in (database.url, database.owner_url) if url]
     open_to = [user for url in urls for user in health.users_without_password(url)]
     if not open_to:
-        return Diagnostic(name, True, "the database asks for a password")
-    return Diagnostic(
-        name,
-        False,
+        return ok("the database asks for a password")
+    return bad(
         f"the database accepts logins without a password: {', '.join(dict.fromkeys(open_to))}",
         "in pg_hba.conf use scram-sha-256 for this user, not trust, peer or ident",
     )
