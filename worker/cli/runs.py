@@ -6,7 +6,7 @@ import json
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,26 +80,15 @@ def cancel(
     from worker.operations import runs as operation
     from worker.store.edit_runs import Cancellable
 
-    after, searched = read_since(since, session.clock), read_query(query, session.clock)
-    given = _filters(
-        run,
-        org,
-        dry_run,
-        definition=definition,
-        state=state,
-        reason=reason,
-        since=after,
-        query=searched,
-    )
+    options = {"definition": definition, "state": state, "reason": reason, "query": query, "since": since}
+    given = _filters(session, run, org, options, is_bulk=dry_run)
     with session.database() as database:
         if run is not None:
             session.print_row(operation.cancel(database, _whole(database, run), actor=session.actor))
             return
         which = Cancellable(**given)
         if dry_run:
-            _print_found(
-                session, list(operation.matching(database, which, org=org, limit=limit)), "started_at"
-            )
+            _print_found(session, operation.matching(database, which, org=org, limit=limit), "started_at")
             return
         changes = operation.cancel_many(database, which, actor=session.actor, org=org, limit=limit)
         rows = _carry_out(session, changes, CANCELLED, limit)
@@ -141,18 +130,8 @@ def retry(
     from worker.operations import runs as operation
     from worker.store.edit_runs import Retryable
 
-    after, searched = read_since(since, session.clock), read_query(query, session.clock)
-    given = _filters(
-        run,
-        org,
-        dry_run or canary > 0,
-        query=searched,
-        definition=definition,
-        state=state,
-        reason=reason,
-        cause=cause,
-        since=after,
-    )
+    options = {"definition": definition, "state": state, "reason": reason, "query": query, "since": since}
+    given = _filters(session, run, org, options | {"cause": cause}, is_bulk=dry_run or canary > 0)
     if again and run is None:
         raise UsageError("--again needs a run's id", fix="many runs at once are retried once each")
     with session.database() as database:
@@ -168,9 +147,7 @@ def retry(
             return
         which = Retryable(**given)
         if dry_run:
-            _print_found(
-                session, list(operation.matching(database, which, org=org, limit=limit)), "finished_at"
-            )
+            _print_found(session, operation.matching(database, which, org=org, limit=limit), "finished_at")
             return
         changes = operation.retry_many(
             database, which, actor=session.actor, org=org, from_checkpoint=from_checkpoint, limit=limit
@@ -194,13 +171,18 @@ def _whole(database: Database, run: str) -> str:
         return run_lists.resolve(connection, run)
 
 
-def _filters(run: str | None, org: str | None, is_bulk: bool, **options: Any) -> Row:
-    """The options that select runs, without those that were not given.
+def _filters(
+    session: Invocation, run: str | None, org: str | None, options: Mapping[str, str | None], *, is_bulk: bool
+) -> Row:
+    """The options that select runs, read, without those that were not given.
 
     Raises:
         UsageError: both a run's id and such options, or neither.
     """
-    given = {name: value for name, value in options.items() if value is not None}
+    given: Row = {name: value for name, value in options.items() if value is not None}
+    for name, read in (("since", read_since), ("query", read_query)):
+        if name in given:
+            given[name] = read(given[name], session.clock)
     if run is not None and (given or org is not None or is_bulk):
         raise UsageError(
             "a run's id cannot be combined with these options",
@@ -211,7 +193,8 @@ def _filters(run: str | None, org: str | None, is_bulk: bool, **options: Any) ->
     return given
 
 
-def _print_found(session: Invocation, rows: list[Row], time_column: str) -> None:
+def _print_found(session: Invocation, found: Iterable[Row], time_column: str) -> None:
+    rows = list(found)
     session.print_rows(rows, (*FOUND, time_column))
     say(f"{len(rows)} would be changed")
 
@@ -225,23 +208,18 @@ def _carry_out(
 ) -> list[Row]:
     """Change runs one by one, and print the outcomes even if one raises."""
     rows: list[Row] = []
+    failed = True
     try:
         first(rows)
         rows.extend(shown(changes, "runs"))
-    except BaseException:
-        if rows:
-            _print_outcomes(session, rows, columns)
-        raise
-    _print_outcomes(session, rows, columns)
+        failed = False
+    finally:
+        if rows or not failed:
+            made = [row for row in rows if row["id"] is not None or session.output is not Format.ID]
+            session.print_rows(made, columns)
     if len(rows) == limit:
         say(f"there can be more than {limit}: repeat the command")
     return rows
-
-
-def _print_outcomes(session: Invocation, rows: list[Row], columns: Sequence[str]) -> None:
-    if session.output is Format.ID:
-        rows = [row for row in rows if row["id"] is not None]
-    session.print_rows(rows, columns)
 
 
 def _try_first(database: Database, changes: Iterator[Row], count: int, rows: list[Row]) -> None:

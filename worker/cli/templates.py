@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -110,16 +111,10 @@ def run(
     it with the same --request-key: only what is left runs.
     """
     from worker.operations.run_template import run_template
-    from worker.store.lists.read import template
-    from worker.store.templates import count_definitions
 
     key = request_key or new_id()
-    rows: list[Row] = []
     with session.database() as database:
-        with database.autocommit() as connection:
-            total = count_definitions(
-                connection, template(connection, ALL_ORGS, name)["id"], most=MAX_DEFINITIONS
-            )
+        total = _orgs_of(database, name)
         changes = run_template(
             database,
             name,
@@ -130,22 +125,12 @@ def run(
             dry_run=dry_run,
         )
         try:
-            rows.extend(shown(changes, "runs", total))
+            rows = _print_each(session, shown(changes, "runs", total), RAN)
         except BaseException:
             say(f"the same runs again, without those that were made: --request-key {key}")
             raise
-        finally:
-            # Also what was done before an error or Ctrl-C.
-            if rows or session.output is not Format.TABLE:
-                made = [row for row in rows if row["id"] is not None or session.output is not Format.ID]
-                session.print_rows(made, RAN)
-    left = [row for row in rows if row["left"] is not None]
-    say(f"{len(rows) - len(left)} runs {'would be made' if dry_run else 'made'}")
-    if left:
-        raise Conflict(
-            f"{len(left)} of {len(rows)} orgs were left out: {left[0]['org']}: {left[0]['left']}",
-            fix=f"repeat the command with --request-key {key} once nothing blocks them",
-        )
+    say(f"{_done(rows)} runs {'would be made' if dry_run else 'made'}")
+    _check_left(rows, f"repeat the command with --request-key {key} once nothing blocks them")
 
 
 @verb(app, "backfill")
@@ -170,19 +155,13 @@ def backfill(
     nothing, so after an interruption the command continues with what is left.
     """
     from worker.operations.backfill import backfill_template
-    from worker.store.lists.read import template
-    from worker.store.templates import count_definitions
 
     if dry_run and cancel:
         raise UsageError("--dry-run and --cancel exclude each other", fix="leave one of them out")
     first = parse_time(start, session.clock, name="--from")
     end = parse_time(until, session.clock, name="--until")
-    rows: list[Row] = []
     with session.database() as database:
-        with database.autocommit() as connection:
-            total = count_definitions(
-                connection, template(connection, ALL_ORGS, name)["id"], most=MAX_DEFINITIONS
-            )
+        total = _orgs_of(database, name)
         changes = backfill_template(
             database,
             name,
@@ -193,18 +172,48 @@ def backfill(
             dry_run=dry_run,
             cancel=cancel,
         )
-        try:
-            rows.extend(shown(changes, "backfill", total))
-        finally:
-            # Also what was done before an error or Ctrl-C.
-            if rows or session.output is not Format.TABLE:
-                session.print_rows(rows, BACKFILLED, key="org")
-    left = [row for row in rows if row["left"] is not None]
+        rows = _print_each(session, shown(changes, "backfill", total), BACKFILLED, key="org")
     times = sum(row["instants"] for row in rows)
     done = "cancelled" if cancel else "would run again" if dry_run else "run again"
-    say(f"{times} scheduled times of {len(rows) - len(left)} orgs {done}")
-    if left:
-        raise Conflict(
-            f"{len(left)} of {len(rows)} orgs were left out: {left[0]['org']}: {left[0]['left']}",
-            fix="repeat the command once nothing blocks them; orgs that have the backfill already keep it",
-        )
+    say(f"{times} scheduled times of {_done(rows)} orgs {done}")
+    _check_left(
+        rows, "repeat the command once nothing blocks them; orgs that have the backfill already keep it"
+    )
+
+
+def _orgs_of(database: Database, name: str) -> int:
+    """How many orgs have a definition of the template."""
+    from worker.store.lists.read import template
+    from worker.store.templates import count_definitions
+
+    with database.autocommit() as connection:
+        found = template(connection, ALL_ORGS, name)
+        return count_definitions(connection, found["id"], most=MAX_DEFINITIONS)
+
+
+def _print_each(
+    session: Invocation, changes: Iterable[Row], columns: Sequence[str], key: str = "id"
+) -> list[Row]:
+    """Print what is done for each org of a template; also what was done before an error or Ctrl-C."""
+    rows: list[Row] = []
+    try:
+        rows.extend(changes)
+    finally:
+        if rows or session.output is not Format.TABLE:
+            made = [row for row in rows if row[key] is not None or session.output is not Format.ID]
+            session.print_rows(made, columns, key=key)
+    return rows
+
+
+def _done(rows: Sequence[Row]) -> int:
+    return sum(row["left"] is None for row in rows)
+
+
+def _check_left(rows: Sequence[Row], fix: str) -> None:
+    """Raise Conflict if an org was left out."""
+    for row in rows:
+        if row["left"] is not None:
+            raise Conflict(
+                f"{len(rows) - _done(rows)} of {len(rows)} orgs were left out: {row['org']}: {row['left']}",
+                fix=fix,
+            )
