@@ -14,6 +14,7 @@ from .errors import ConfigurationError, TokenRefused, Unavailable
 from .guard import Guard, texts
 from .issuer import Issuer
 
+A = TypeVar("A")  # an application
 R = TypeVar("R")  # a request, as the framework has it
 
 _BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.IGNORECASE)
@@ -111,6 +112,31 @@ class AccessRules(Generic[R]):
             "client_id": self._client_of(request) if self._client_of else None,
             "scopes": self._scopes.union(self._scopes_of(request) if self._scopes_of else ()),
         }
+
+
+class Middleware(Generic[A, R]):
+    """What the middlewares for ASGI and WSGI are made from: an application, and what its requests need."""
+
+    def __init__(
+        self,
+        app: A,
+        guard: Guard | None = None,
+        *,
+        issuer: str | Issuer = "",
+        audience: str = "",
+        profile: str = "kinde",
+        scopes: Iterable[str] = (),
+        org_of: Callable[[R], str | None] | None = None,
+        client_of: Callable[[R], str | None] | None = None,
+        scopes_of: Callable[[R], Iterable[str]] | None = None,
+        open_paths: Iterable[str] = (),
+    ) -> None:
+        self._app = app
+        guard = guard_of(guard, issuer, audience, profile)
+        self._rules = AccessRules(
+            guard, scopes=scopes, org_of=org_of, client_of=client_of, scopes_of=scopes_of
+        )
+        self._open_paths = frozenset(texts("open_paths", open_paths))
 
 
 def guard_of(guard: Guard | None, issuer: str | Issuer, audience: str, profile: str) -> Guard:

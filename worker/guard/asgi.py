@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from .access import AccessRules, Denied, guard_of
-from .guard import Guard, texts
-from .issuer import Issuer
+from .access import Denied, Middleware
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -16,7 +14,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-class RequireToken:
+class RequireToken(Middleware[App, Scope]):
     """ASGI middleware: a request with a valid bearer token gets its `Claims` in `scope["claims"]`.
 
     Other requests get 401 (missing or invalid token), 403 (valid, without permission) or 503
@@ -25,30 +23,6 @@ class RequireToken:
     beyond `scopes`; `open_paths` need no token. The claims are also in `scope["state"]["claims"]`,
     Starlette's `request.state.claims`.
     """
-
-    def __init__(
-        self,
-        app: App,
-        guard: Guard | None = None,
-        *,
-        issuer: str | Issuer = "",
-        audience: str = "",
-        profile: str = "kinde",
-        scopes: Iterable[str] = (),
-        org_of: Callable[[Scope], str | None] | None = None,
-        client_of: Callable[[Scope], str | None] | None = None,
-        scopes_of: Callable[[Scope], Iterable[str]] | None = None,
-        open_paths: Iterable[str] = (),
-    ) -> None:
-        self._app = app
-        self._rules: AccessRules[Scope] = AccessRules(
-            guard_of(guard, issuer, audience, profile),
-            scopes=scopes,
-            org_of=org_of,
-            client_of=client_of,
-            scopes_of=scopes_of,
-        )
-        self._open_paths = frozenset(texts("open_paths", open_paths))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket") or scope.get("path") in self._open_paths:

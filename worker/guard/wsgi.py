@@ -6,45 +6,19 @@ from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any
 
-from .access import AccessRules, Denied, guard_of, parted
-from .guard import Guard, texts
-from .issuer import Issuer
+from .access import Denied, Middleware, parted
 
 Environ = dict[str, Any]
 StartResponse = Callable[..., Any]
 App = Callable[[Environ, StartResponse], Iterable[bytes]]
 
 
-class RequireToken:
+class RequireToken(Middleware[App, Environ]):
     """WSGI middleware: a request with a valid token gets its `Claims` in `environ["orgworker.claims"]`.
 
     Parameters and responses are those of the ASGI `RequireToken`; its functions get the
     `environ`. An Authorization value with a comma is refused: servers join two headers so.
     """
-
-    def __init__(
-        self,
-        app: App,
-        guard: Guard | None = None,
-        *,
-        issuer: str | Issuer = "",
-        audience: str = "",
-        profile: str = "kinde",
-        scopes: Iterable[str] = (),
-        org_of: Callable[[Environ], str | None] | None = None,
-        client_of: Callable[[Environ], str | None] | None = None,
-        scopes_of: Callable[[Environ], Iterable[str]] | None = None,
-        open_paths: Iterable[str] = (),
-    ) -> None:
-        self._app = app
-        self._rules: AccessRules[Environ] = AccessRules(
-            guard_of(guard, issuer, audience, profile),
-            scopes=scopes,
-            org_of=org_of,
-            client_of=client_of,
-            scopes_of=scopes_of,
-        )
-        self._open_paths = frozenset(texts("open_paths", open_paths))
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         if environ.get("PATH_INFO", "") in self._open_paths:
