@@ -39,7 +39,7 @@ END;
 """
 
 READ_CHANGES = """
-SELECT c.seq, c.run_id, c.attempt, o.code, d.name, c.state, c.reason, c.detail, a.handler,
+SELECT c.seq, c.run_id, coalesce(c.attempt, 0), o.code, d.name, c.state, c.reason, c.detail, a.handler,
        a.handler_started_at IS NOT NULL,
        (julianday(r.finished_at) - julianday(r.started_at)) * 86400,
        coalesce(r.error, a.error), w.ask, w.answer, w.answered_by
@@ -96,22 +96,7 @@ class Journal:
         self._connection.close()
 
 
-def _change(
-    run: str,
-    attempt: int | None,
-    org: str,
-    definition: str,
-    state: str,
-    reason: str | None,
-    detail: str | None,
-    handler: str | None,
-    handler_started: int,
-    took: float | None,
-    *texts: str | None,
-) -> RunChange:
-    *values, answered_by = texts
-    error, ask, answer = (None if text is None else json.loads(text) for text in values)
-    return RunChange(
-        *(run, attempt or 0, org, definition, state, reason, detail, handler, bool(handler_started), took),
-        *(error, ask, answer, answered_by),
-    )
+def _change(*values: Any) -> RunChange:
+    *plain, error, ask, answer, answered_by = values
+    read = [None if text is None else json.loads(text) for text in (error, ask, answer)]
+    return RunChange(*(*plain, *read, answered_by))

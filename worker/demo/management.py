@@ -119,31 +119,23 @@ class ManagementApi:
         return api
 
     def routes(self) -> list[Route]:
-        application = "/api/v1/applications/{application_id}"
-        scope = "/api/v1/apis/{api_id}/applications/{application_id}/scopes/{scope_id}"
+        application = "applications/{application_id}"
+        scope = "apis/{api_id}/applications/{application_id}/scopes/{scope_id}"
+        of_application = f"{application}/properties/{{property_key}}"
+        of_org = "organizations/{org_code}/properties"
         return [
-            self._route("GET", "/api/v1/organizations", "read:organizations", self._list_orgs),
-            self._route("GET", "/api/v1/organization", "read:organizations", self._show_org),
-            self._route(
-                "GET",
-                "/api/v1/organizations/{org_code}/properties",
-                "read:organization_properties",
-                self._org_properties,
-            ),
-            self._route("GET", "/api/v1/applications", "read:applications", self._list_applications),
-            self._route("POST", "/api/v1/applications", "create:applications", self._make, status=201),
+            self._route("GET", "organizations", "read:organizations", self._list_orgs),
+            self._route("GET", "organization", "read:organizations", self._show_org),
+            self._route("GET", of_org, "read:organization_properties", self._org_properties),
+            self._route("GET", "applications", "read:applications", self._list_applications),
+            self._route("POST", "applications", "create:applications", self._make, status=201),
             self._route("GET", application, "read:applications", self._show),
             self._route("DELETE", application, "delete:applications", self._delete),
             self._route("GET", f"{application}/properties", "read:application_properties", self._properties),
-            self._route(
-                "PUT",
-                f"{application}/properties/{{property_key}}",
-                "update:application_properties",
-                self._set_property,
-            ),
-            self._route("GET", "/api/v1/apis", "read:apis", self._list_apis),
-            self._route("GET", "/api/v1/apis/{api_id}/scopes", "read:api_scopes", self._list_scopes),
-            self._route("PATCH", "/api/v1/apis/{api_id}/applications", "update:apis", self._authorise),
+            self._route("PUT", of_application, "update:application_properties", self._set_property),
+            self._route("GET", "apis", "read:apis", self._list_apis),
+            self._route("GET", "apis/{api_id}/scopes", "read:api_scopes", self._list_scopes),
+            self._route("PATCH", "apis/{api_id}/applications", "update:apis", self._authorise),
             self._route("POST", scope, "create:api_application_scopes", self._add_scope),
             self._route("DELETE", scope, "delete:apis_application_scopes", self._remove_scope),
         ]
@@ -156,6 +148,8 @@ class ManagementApi:
         work: Callable[[Request, Mapping[str, Any]], dict[str, Any] | None],
         status: int = 200,
     ) -> Route:
+        address = f"/api/v1/{path}"
+
         async def endpoint(request: Request) -> Response:
             if (denied := self._denied(request, scope)) is not None:
                 return denied
@@ -166,10 +160,10 @@ class ManagementApi:
                 return errors(refusal.code, 400)
             except (ValueError, TypeError, KeyError, AttributeError):
                 return errors("INVALID_REQUEST", 400)
-            self.carried_out[f"{method} {path}"] += 1
+            self.carried_out[f"{method} {address}"] += 1
             return Response(status_code=status) if answer is None else JSONResponse(answer, status)
 
-        return Route(path, endpoint, methods=[method])
+        return Route(address, endpoint, methods=[method])
 
     def _denied(self, request: Request, scope: str) -> Response | None:
         text = request.headers.get("authorization", "").removeprefix("Bearer ")

@@ -368,20 +368,12 @@ def control_routes(provider: Provider) -> list[Route]:
         kids = [key["kid"] for key in provider.keys.as_jwks()["keys"]]
         return JSONResponse(counts | {"kids": kids})
 
-    async def put_application(request: Request) -> Response:
-        data = await read_object(request) | {"client_id": request.path_params["client_id"]}
-        provider.add(parse(Application, data))
-        return Response(status_code=204)
+    def put(path: str, kind: type[T], add: Callable[[T], None]) -> Route:
+        async def store(request: Request) -> Response:
+            add(parse(kind, await read_object(request) | request.path_params))
+            return Response(status_code=204)
 
-    async def put_person(request: Request) -> Response:
-        data = await read_object(request) | {"sub": request.path_params["sub"]}
-        provider.people.add(parse(Person, data))
-        return Response(status_code=204)
-
-    async def put_web_application(request: Request) -> Response:
-        data = await read_object(request) | {"client_id": request.path_params["client_id"]}
-        provider.people.add_application(parse(WebApplication, data))
-        return Response(status_code=204)
+        return Route(path, guarded(store), methods=["PUT"])
 
     async def set_fault(request: Request) -> Response:
         name = request.path_params["client_id"]
@@ -401,9 +393,9 @@ def control_routes(provider: Provider) -> list[Route]:
 
     return [
         Route("/", guarded(show)),
-        Route("/apps/{client_id}", guarded(put_application), methods=["PUT"]),
-        Route("/people/{sub}", guarded(put_person), methods=["PUT"]),
-        Route("/web-apps/{client_id}", guarded(put_web_application), methods=["PUT"]),
+        put("/apps/{client_id}", Application, provider.add),
+        put("/people/{sub}", Person, provider.people.add),
+        put("/web-apps/{client_id}", WebApplication, provider.people.add_application),
         Route("/faults/{client_id}", guarded(set_fault), methods=["PUT", "DELETE"]),
         Route("/rotate", guarded(rotate), methods=["POST"]),
         Route("/publish", guarded(publish), methods=["POST"]),
