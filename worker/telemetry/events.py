@@ -39,7 +39,9 @@ class Emitted(NamedTuple):
 Listener = Callable[[Emitted], object]
 
 
-def _event(level: Level, name: str, fields: str, meaning: str) -> Event:
+def _event(level: Level, words: str, meaning: str) -> Event:
+    """An event from its name and fields in `words`."""
+    name, _, fields = words.partition(":")
     return Event(name, level, tuple(fields.split()), meaning)
 
 
@@ -50,245 +52,212 @@ _debug, _info, _warning, _error = (partial(_event, level) for level in ("debug",
 # the cause of a failed run with the status of an HTTP response. No field holds a secret or a claim set.
 _ROWS = (
     # The worker.
-    _info("worker.started", "worker host pid version database", "a worker incarnation has started"),
-    _info("worker.ready", "worker seconds", "registered, schema current, admitting runs"),
-    _info("worker.draining", "worker running seconds", "no new runs; the drain lasts at most `seconds`"),
-    _info("worker.stopped", "worker exit_code", "every run has ended or was handed back; all is written"),
-    _info("host.started", "worker host pid version pool", "a host was registered; it serves `pool`"),
-    _info("host.stopped", "worker exit_code", "every run of a host has ended or was handed back"),
+    _info("worker.started: worker host pid version database", "a worker incarnation has started"),
+    _info("worker.ready: worker seconds", "registered, schema current, admitting runs"),
+    _info("worker.draining: worker running seconds", "no new runs; the drain lasts at most `seconds`"),
+    _info("worker.stopped: worker exit_code", "every run has ended or was handed back; all is written"),
+    _info("host.started: worker host pid version pool", "a host was registered; it serves `pool`"),
+    _info("host.stopped: worker exit_code", "every run of a host has ended or was handed back"),
     _warning(
-        "loop.blocked",
-        "org run attempt handler where seconds",
+        "loop.blocked: org run attempt handler where seconds",
         "the event loop was blocked for `seconds`; `handler` is the inline handler that blocked it",
     ),
-    _error("loop.failed", "loop error org run attempt", "unexpected error in a loop; the loop continues"),
-    _warning("clock.went_back", "seconds", "the wall clock moved back; no run is due until it catches up"),
+    _error("loop.failed: loop error org run attempt", "unexpected error in a loop; the loop continues"),
+    _warning("clock.went_back: seconds", "the wall clock moved back; no run is due until it catches up"),
     # The database and the lease.
-    _warning("database.lost", "error", "the database does not respond; the worker retries indefinitely"),
-    _info("database.back", "seconds", "the database responds again, after `seconds`"),
-    _warning("control.lost", "error", "no worker answers this host; it retries indefinitely"),
-    _info("control.back", "seconds", "a worker answers this host again, after `seconds`"),
-    _warning("lease.late", "error remaining", "a renewal failed; the lease expires in `remaining` seconds"),
-    _error("lease.lost", "late", "the lease expired `late` seconds ago; other workers may own the runs"),
+    _warning("database.lost: error", "the database does not respond; the worker retries indefinitely"),
+    _info("database.back: seconds", "the database responds again, after `seconds`"),
+    _warning("control.lost: error", "no worker answers this host; it retries indefinitely"),
+    _info("control.back: seconds", "a worker answers this host again, after `seconds`"),
+    _warning("lease.late: error remaining", "a renewal failed; the lease expires in `remaining` seconds"),
+    _error("lease.lost: late", "the lease expired `late` seconds ago; other workers may own the runs"),
     # Definition to run.
-    _info("runs.fired", "count overlapped skips", "due times became runs, in one transaction"),
-    _error("definition.failed", "org definition error", "the next fire times cannot be computed"),
-    _info("template.progress", "template done total", "`done` of `total` orgs have the latest template"),
+    _info("runs.fired: count overlapped skips", "due times became runs, in one transaction"),
+    _error("definition.failed: org definition error", "the next fire times cannot be computed"),
+    _info("template.progress: template done total", "`done` of `total` orgs have the latest template"),
     _info(
-        "tzdata.changed",
-        "version definitions",
+        "tzdata.changed: version definitions",
         "new time zone data; `definitions` definitions have other fire times",
     ),
     _error(
-        "definition.paused",
-        "org definition failures",
+        "definition.paused: org definition failures",
         "paused after `failures` consecutive failures; it does not fire until it is resumed",
     ),
-    _info("backfill.ended", "org definition instants", "every run of a backfill has ended"),
+    _info("backfill.ended: org definition instants", "every run of a backfill has ended"),
     _error(
-        "schedule.overdue",
-        "org definition seconds",
+        "schedule.overdue: org definition seconds",
         "a scheduled time has been due for `seconds` and was not fired; this one is the oldest",
     ),
-    _info("schedule.caught_up", "", "no scheduled time is overdue any more"),
+    _info("schedule.caught_up", "no scheduled time is overdue any more"),
     # Run to outcome.
     _debug(
-        "run.admitted",
-        "org run definition handler attempt fencing_token lateness",
+        "run.admitted: org run definition handler attempt fencing_token lateness",
         "this worker owns the run and starts it, `lateness` seconds after it became available",
     ),
-    _debug("run.changed", "org run definition attempt state reason detail", "a run changed state"),
+    _debug("run.changed: org run definition attempt state reason detail", "a run changed state"),
     _info(
-        "run.ended",
-        "org run definition handler attempt outcome state reason detail seconds error_cause error_summary",
+        "run.ended: org run definition handler attempt outcome state reason detail seconds "
+        "error_cause error_summary",
         "an attempt ended with `outcome`; the run is now in `state`",
     ),
     _info(
-        "attempt.ended",
-        "org run handler attempt outcome seconds",
+        "attempt.ended: org run handler attempt outcome seconds",
         "an attempt ended on this host; the event run.ended of a worker says what became of the run",
     ),
     _info(
-        "run.asks",
-        "org run definition attempt wait",
+        "run.asks: org run definition attempt wait",
         "a run waits for an answer; its handler asked for an alert",
     ),
     _warning(
-        "run.fenced_out",
-        "org run attempt fencing_token",
+        "run.fenced_out: org run attempt fencing_token",
         "a run that this worker held belongs to another worker; it is killed here",
     ),
+    _warning("run.recovered: org run definition attempt worker state", "took over a run from a dead worker"),
+    _debug("runs.placed: pool count", "an engine offers `count` runs to the hosts of a pool"),
+    _warning("runs.unplaced: pool count detail", "placed runs wait again, since no host took them"),
     _warning(
-        "run.recovered", "org run definition attempt worker state", "took over a run from a dead worker"
+        "engine.lost: pool error", "the engine that places the runs of a pool does not respond; they wait"
     ),
-    _debug("runs.placed", "pool count", "an engine offers `count` runs to the hosts of a pool"),
-    _warning("runs.unplaced", "pool count detail", "placed runs wait again, since no host took them"),
+    _info("engine.back: pool seconds", "the engine that places the runs of a pool responds again"),
+    _error("result.unstorable: org run attempt error", "the database rejects a result; the run fails"),
+    _warning("logs.dropped: lines", "dropped lines of run logs that came faster than they were written"),
+    _debug("meter.spent: meter amount", "runs spent `amount` of a meter that has a budget"),
     _warning(
-        "engine.lost", "pool error", "the engine that places the runs of a pool does not respond; they wait"
-    ),
-    _info("engine.back", "pool seconds", "the engine that places the runs of a pool responds again"),
-    _error("result.unstorable", "org run attempt error", "the database rejects a result; the run fails"),
-    _warning("logs.dropped", "lines", "dropped lines of run logs that came faster than they were written"),
-    _debug("meter.spent", "meter amount", "runs spent `amount` of a meter that has a budget"),
-    _warning(
-        "budget.warned",
-        "org meter per used limit",
+        "budget.warned: org meter per used limit",
         "a budget's `warn_at` was passed, once in its period; at `limit` runs wait, fail or ask",
     ),
-    _debug("pool.counted", "pool waiting", "`waiting` due runs of a pool wait for a slot, over all workers"),
-    _info("pool.rules_changed", "pool rules", "this worker stored other rules for a pool, for all workers"),
+    _debug("pool.counted: pool waiting", "`waiting` due runs of a pool wait for a slot, over all workers"),
+    _info("pool.rules_changed: pool rules", "this worker stored other rules for a pool, for all workers"),
     _warning(
-        "pool.rules_differ",
-        "pool rules stored",
+        "pool.rules_differ: pool rules stored",
         "a worker that started later stored other rules; this one takes no run of the pool until it restarts",
     ),
-    _info("history.forgotten", "runs skips lines workers", "deleted what `[retention]` no longer keeps"),
+    _info("history.forgotten: runs skips lines workers", "deleted what `[retention]` no longer keeps"),
     # Tokens.
     _error(
-        "credential.unusable",
-        "org generation error",
+        "credential.unusable: org generation error",
         "the secret of a credential cannot be opened; another generation is tried if there is one",
     ),
     _error(
-        "secret.unusable",
-        "org secret error",
+        "secret.unusable: org secret error",
         "the key ring does not open a secret of an org; runs that need it wait",
     ),
-    _info("token.requested", "org issuer seconds", "the issuer returned a token; it is not verified yet"),
-    _error("token.refused", "org issuer reason detail", "a token failed verification or enforcement"),
+    _info("token.requested: org issuer seconds", "the issuer returned a token; it is not verified yet"),
+    _error("token.refused: org issuer reason detail", "a token failed verification or enforcement"),
     _warning(
-        "token.unopened",
-        "org issuer key error",
+        "token.unopened: org issuer key error",
         "a stored token is not used: it does not open, or its credential is retired, as after a restored "
         "backup; it is deleted and a new one requested",
     ),
-    _error("org.parked", "org issuer error seconds", "no token is requested for this org for `seconds`"),
+    _error("org.parked: org issuer error seconds", "no token is requested for this org for `seconds`"),
     _warning(
-        "issuer.paused",
-        "issuer error seconds",
+        "issuer.paused: issuer error seconds",
         "the issuer throttles or does not respond to several orgs; requests pause for `seconds`",
     ),
-    _info("issuer.resumed", "issuer", "the issuer returns tokens again"),
-    _info("keys.fetched", "issuer keys", "fetched the issuer's keys; `keys` is their number"),
-    _warning("keys.failed", "issuer error", "cannot fetch the issuer's keys; the last good set stays in use"),
+    _info("issuer.resumed: issuer", "the issuer returns tokens again"),
+    _info("keys.fetched: issuer keys", "fetched the issuer's keys; `keys` is their number"),
+    _warning("keys.failed: issuer error", "cannot fetch the issuer's keys; the last good set stays in use"),
     # Orgs and their applications at the provider.
     _info(
-        "orgs.synced",
-        "issuer changed failed",
+        "orgs.synced: issuer changed failed",
         "orgs were added, changed or suspended as the provider lists them",
     ),
-    _info("application.made", "org issuer client", "made a machine-to-machine application at the provider"),
+    _info("application.made: org issuer client", "made a machine-to-machine application at the provider"),
     _info(
-        "credential.pending",
-        "org issuer client seconds",
+        "credential.pending: org issuer client seconds",
         "a token of a new client is verified; runs use this client after `seconds`",
     ),
-    _info("credential.activated", "org issuer client generation", "runs use this client from now on"),
-    _info("application.deleted", "org issuer client", "deleted an application that runs used before"),
-    _error("provisioning.failed", "org issuer error", "an org's application could not be made or changed"),
+    _info("credential.activated: org issuer client generation", "runs use this client from now on"),
+    _info("application.deleted: org issuer client", "deleted an application that runs used before"),
+    _error("provisioning.failed: org issuer error", "an org's application could not be made or changed"),
     _info(
-        "application.scopes",
-        "org issuer client added removed",
+        "application.scopes: org issuer client added removed",
         "an application has other scopes, as the definitions of its org need",
     ),
-    _info("provisioning.started", "issuers address pid", "`provision` has started; it listens on `address`"),
-    _info("provisioning.stopped", "exit_code", "`provision` has ended; the next start goes on from there"),
+    _info("provisioning.started: issuers address pid", "`provision` has started; it listens on `address`"),
+    _info("provisioning.stopped: exit_code", "`provision` has ended; the next start goes on from there"),
     _info(
-        "provisioning.round",
-        "issuer seconds changed failed ended",
+        "provisioning.round: issuer seconds changed failed ended",
         "all orgs were compared with the provider's; `ended` is the end in Unix time",
     ),
-    _debug("provisioning.counted", "issuer result orgs", "the orgs of a round or a webhook, by result"),
-    _debug("provisioning.requests", "issuer request count", "management requests that were carried out"),
-    _info("provisioning.waiting", "issuer", "another process provisions this issuer; this one waits"),
+    _debug("provisioning.counted: issuer result orgs", "the orgs of a round or a webhook, by result"),
+    _debug("provisioning.requests: issuer request count", "management requests that were carried out"),
+    _info("provisioning.waiting: issuer", "another process provisions this issuer; this one waits"),
     _error(
-        "provisioning.unavailable",
-        "issuer error detail",
+        "provisioning.unavailable: issuer error detail",
         "a round or a webhook could not be completed; it is tried again",
     ),
     _debug(
-        "webhook.received",
-        "issuer status reason",
+        "webhook.received: issuer status reason",
         "a provider's webhook was answered; `reason` is the check that failed",
     ),
-    _info("webhook.taken", "issuer org kind", "a genuine webhook names this org; it is read again"),
+    _info("webhook.taken: issuer org kind", "a genuine webhook names this org; it is read again"),
     _warning(
-        "management.exposed",
-        "secret",
+        "management.exposed: secret",
         "this worker may read the secret of a management API, which opens the secrets of all orgs",
     ),
     # Processes and plug-ins.
-    _info("zygote.started", "pid", "the process that forks the runs has started"),
+    _info("zygote.started: pid", "the process that forks the runs has started"),
     _error(
-        "zygote.died", "pid runs", "the process that forks the runs died; its runs were killed and are lost"
+        "zygote.died: pid runs", "the process that forks the runs died; its runs were killed and are lost"
     ),
     _warning(
-        "sandbox.incomplete", "sandbox", "handlers are not fully confined; `sandbox` says what is missing"
+        "sandbox.incomplete: sandbox", "handlers are not fully confined; `sandbox` says what is missing"
     ),
-    _warning("sandbox.narrowed", "path error", "a path open to handlers contains a secret, which is hidden"),
+    _warning("sandbox.narrowed: path error", "a path open to handlers contains a secret, which is hidden"),
     _error(
-        "files.opened",
-        "path mode restored",
+        "files.opened: path mode restored",
         "a file with secrets was opened to other accounts by this `mode`; `restored` if that is undone",
     ),
     _warning(
-        "files.changeable",
-        "path files",
+        "files.changeable: path files",
         "handlers could open `files` files with secrets to other accounts, which `require` will refuse",
     ),
-    _warning("children.frozen", "runs", "froze `runs` runs until the lease is renewed"),
-    _info("children.thawed", "runs seconds", "the lease was renewed in time; `runs` runs continue"),
-    _warning("child.killed", "org run attempt reason", "killed the processes of a run"),
+    _warning("children.frozen: runs", "froze `runs` runs until the lease is renewed"),
+    _info("children.thawed: runs seconds", "the lease was renewed in time; `runs` runs continue"),
+    _warning("child.killed: org run attempt reason", "killed the processes of a run"),
     _warning(
-        "child.replaced",
-        "org run attempt reason",
+        "child.replaced: org run attempt reason",
         "a process ended before it had read its run, which another one gets",
     ),
     _warning(
-        "spare.died", "reason", "a process that waited for its run ended; another one is forked after a pause"
+        "spare.died: reason", "a process that waited for its run ended; another one is forked after a pause"
     ),
-    _info("handlers.loaded", "distribution version handlers", "a distribution offers `handlers` handlers"),
+    _info("handlers.loaded: distribution version handlers", "a distribution offers `handlers` handlers"),
     _info(
-        "handler.unchecked",
-        "handler distribution place reason",
+        "handler.unchecked: handler distribution place reason",
         "only the run's own process checks a rule of the params schema, before it calls the handler",
     ),
-    _error("handler.broken", "handler distribution version error", "a handler failed to load; others run"),
+    _error("handler.broken: handler distribution version error", "a handler failed to load; others run"),
     # Web, alerts and traces.
-    _warning("traces.lost", "error", "the collector does not accept spans; they are dropped until it does"),
-    _info("traces.back", "spans", "the collector accepts spans again; `spans` were dropped"),
-    _info("host.registered", "host pool worker version", "a host has started an incarnation, here `worker`"),
-    _info("attempts.listening", "address", "the attempt API, for hosts, listens on this address"),
+    _warning("traces.lost: error", "the collector does not accept spans; they are dropped until it does"),
+    _info("traces.back: spans", "the collector accepts spans again; `spans` were dropped"),
+    _info("host.registered: host pool worker version", "a host has started an incarnation, here `worker`"),
+    _info("attempts.listening: address", "the attempt API, for hosts, listens on this address"),
     _warning(
-        "checker.died",
-        "call bytes exit_code",
+        "checker.died: call bytes exit_code",
         "the process that checks large bodies of hosts ended at this one, which is refused",
     ),
-    _info("web.listening", "address", "the web server listens on this address"),
-    _warning("web.unavailable", "address error", "cannot listen on this address; retrying, the worker runs"),
-    _error(
-        "web.failed", "method path error place", "unexpected error in a request, and the line of our code"
-    ),
+    _info("web.listening: address", "the web server listens on this address"),
+    _warning("web.unavailable: address error", "cannot listen on this address; retrying, the worker runs"),
+    _error("web.failed: method path error place", "unexpected error in a request, and the line of our code"),
     _warning(
-        "web.rights",
-        "detail",
+        "web.rights: detail",
         "the database login of `serve` has more rights than it needs, or bypasses row-level security",
     ),
     _debug(
-        "web.connection_closed",
-        "reason",
+        "web.connection_closed: reason",
         "a connection exceeded its header, body or idle deadline, or made room for others (crowded, address)",
     ),
-    _info("web.login", "caller role", "somebody signed in to the console"),
-    _warning("web.login_refused", "error", "a person logged in at the provider, but gets no access here"),
-    _info("alert.sent", "kind status alert", "the webhook accepted an alert"),
+    _info("web.login: caller role", "somebody signed in to the console"),
+    _warning("web.login_refused: error", "a person logged in at the provider, but gets no access here"),
+    _info("alert.sent: kind status alert", "the webhook accepted an alert"),
     _warning(
-        "alert.late",
-        "kind status alert error",
+        "alert.late: kind status alert error",
         "an alert could not be delivered for minutes; retrying every five minutes, for a day",
     ),
-    _error("alert.undelivered", "kind status alert error", "an alert was given up after a day"),
-    _warning("deadman.failed", "error", "the dead man's switch did not accept the sign of life"),
+    _error("alert.undelivered: kind status alert error", "an alert was given up after a day"),
+    _warning("deadman.failed: error", "the dead man's switch did not accept the sign of life"),
 )
 EVENTS: Mapping[str, Event] = {event.name: event for event in _ROWS}
 

@@ -53,7 +53,10 @@ class Metric:
     value: str = ""
 
 
-def _metric(kind: Kind, name: str, labels: str, meaning: str, event: str = "", value: str = "") -> Metric:
+def _metric(kind: Kind, words: str, meaning: str, source: str = "") -> Metric:
+    """A metric from its name and labels in `words`, and the event and its `value` in `source`."""
+    name, _, labels = words.partition(":")
+    event, _, value = source.partition(" ")
     return Metric(f"{PREFIX}{name}", kind, tuple(labels.split()), meaning, event, value)
 
 
@@ -62,94 +65,80 @@ _counter, _gauge, _histogram = (partial(_metric, kind) for kind in ("counter", "
 # The number of label values does not depend on the number of orgs: handlers, issuers, pools and loops are
 # what is installed and configured; outcomes, states and reasons are closed sets.
 METRICS: tuple[Metric, ...] = (
-    _counter("events_total", "event", "events of the documented set, by name"),
+    _counter("events_total: event", "events of the documented set, by name"),
     # Definition to run.
-    _counter("runs_fired_total", "", "due times that became runs", "runs.fired", "count"),
-    _counter("runs_overlapped_total", "", "due times with an unfinished run", "runs.fired", "overlapped"),
-    _counter("instants_skipped_total", "", "scheduled times that never become a run", "runs.fired", "skips"),
-    _counter("definitions_failed_total", "", "failures to compute the next fire times", "definition.failed"),
-    _counter(
-        "definitions_paused_total", "", "definitions paused after too many failures", "definition.paused"
-    ),
-    _gauge("overdue", "", "1 while a due time has not been fired", "schedule.overdue", "1"),
-    _gauge("overdue", "", "", "schedule.caught_up", "0"),
+    _counter("runs_fired_total", "due times that became runs", "runs.fired count"),
+    _counter("runs_overlapped_total", "due times with an unfinished run", "runs.fired overlapped"),
+    _counter("instants_skipped_total", "scheduled times that never become a run", "runs.fired skips"),
+    _counter("definitions_failed_total", "failures to compute the next fire times", "definition.failed"),
+    _counter("definitions_paused_total", "definitions paused after too many failures", "definition.paused"),
+    _gauge("overdue", "1 while a due time has not been fired", "schedule.overdue 1"),
+    _gauge("overdue", "", "schedule.caught_up 0"),
     # Run to outcome.
-    _histogram("lateness_seconds", "", "from run available to run admitted", "run.admitted", "lateness"),
-    _counter("attempts_total", "handler outcome state reason", "ended attempts", "run.ended"),
-    _counter("attempt_states_total", "state", "ended attempts, by the new state of the run", "run.ended"),
-    _histogram("attempt_seconds", "outcome", "from admission to end of attempt", "run.ended", "seconds"),
-    _counter("runs_recovered_total", "state", "runs taken over from a dead worker", "run.recovered"),
-    _counter(
-        "runs_fenced_out_total", "", "runs held here that another worker already owned", "run.fenced_out"
-    ),
-    _counter("spent_total", "meter", "spends of meters that have a budget", "meter.spent", "amount"),
-    _counter("budgets_warned_total", "meter per", "budgets that passed their `warn_at`", "budget.warned"),
+    _histogram("lateness_seconds", "from run available to run admitted", "run.admitted lateness"),
+    _counter("attempts_total: handler outcome state reason", "ended attempts", "run.ended"),
+    _counter("attempt_states_total: state", "ended attempts, by the new state of the run", "run.ended"),
+    _histogram("attempt_seconds: outcome", "from admission to end of attempt", "run.ended seconds"),
+    _counter("runs_recovered_total: state", "runs taken over from a dead worker", "run.recovered"),
+    _counter("runs_fenced_out_total", "runs held here that another worker already owned", "run.fenced_out"),
+    _counter("spent_total: meter", "spends of meters that have a budget", "meter.spent amount"),
+    _counter("budgets_warned_total: meter per", "budgets that passed their `warn_at`", "budget.warned"),
     _gauge(
-        "pool_waiting",
-        "pool",
+        "pool_waiting: pool",
         "due runs that wait for a slot of a pool; each worker reports those of all",
-        "pool.counted",
-        "waiting",
+        "pool.counted waiting",
     ),
-    _counter("run_log_lines_dropped_total", "", "dropped lines of run logs", "logs.dropped", "lines"),
+    _counter("run_log_lines_dropped_total", "dropped lines of run logs", "logs.dropped lines"),
     # Tokens.
-    _counter("tokens_requested_total", "issuer", "tokens issued and accepted", "token.requested"),
-    _histogram(
-        "token_request_seconds", "issuer", "duration of a token request", "token.requested", "seconds"
-    ),
-    _counter("tokens_refused_total", "issuer reason", "tokens that failed the checks", "token.refused"),
-    _counter("orgs_parked_total", "issuer", "pauses of the token requests for one org", "org.parked"),
-    _counter("credentials_unusable_total", "", "secrets that could not be opened", "credential.unusable"),
-    _gauge("issuer_paused", "issuer", "1 while requests to an issuer are paused", "issuer.paused", "1"),
-    _gauge("issuer_paused", "issuer", "", "issuer.resumed", "0"),
-    _counter("keys_failed_total", "issuer", "failed fetches of an issuer's keys", "keys.failed"),
+    _counter("tokens_requested_total: issuer", "tokens issued and accepted", "token.requested"),
+    _histogram("token_request_seconds: issuer", "duration of a token request", "token.requested seconds"),
+    _counter("tokens_refused_total: issuer reason", "tokens that failed the checks", "token.refused"),
+    _counter("orgs_parked_total: issuer", "pauses of the token requests for one org", "org.parked"),
+    _counter("credentials_unusable_total", "secrets that could not be opened", "credential.unusable"),
+    _gauge("issuer_paused: issuer", "1 while requests to an issuer are paused", "issuer.paused 1"),
+    _gauge("issuer_paused: issuer", "", "issuer.resumed 0"),
+    _counter("keys_failed_total: issuer", "failed fetches of an issuer's keys", "keys.failed"),
     # Orgs and their applications at the provider; in the process `provision`.
-    _counter("provisioned_orgs_total", "issuer result", "orgs by result", "provisioning.counted", "orgs"),
+    _counter("provisioned_orgs_total: issuer result", "orgs by result", "provisioning.counted orgs"),
     _gauge(
-        "provisioning_success_timestamp_seconds",
-        "issuer",
+        "provisioning_success_timestamp_seconds: issuer",
         "end of the last complete round in Unix time",
-        "provisioning.round",
-        "ended",
+        "provisioning.round ended",
     ),
     _counter(
-        "management_requests_total",
-        "issuer request",
+        "management_requests_total: issuer request",
         "management requests that were carried out, by method and route",
-        "provisioning.requests",
-        "count",
+        "provisioning.requests count",
     ),
-    _counter("webhooks_total", "issuer status", "webhooks by status of the response", "webhook.received"),
+    _counter("webhooks_total: issuer status", "webhooks by status of the response", "webhook.received"),
     # The worker itself.
-    _gauge("info", "version", "always 1; the version of the worker"),
-    _gauge("admitting", "", "1 while this worker can admit runs"),
-    _gauge("draining", "", "1 after the worker was asked to stop"),
-    _gauge("slots", "isolation", "maximum concurrent runs of this worker"),
-    _gauge("slots_used", "isolation", "concurrent runs of this worker"),
-    _gauge("loop_tick_age_seconds", "loop", "time since the last tick of a loop"),
-    _gauge("lease_remaining_seconds", "", "time until the lease expires unless it is renewed"),
-    _counter("lease_late_total", "", "failed lease renewals", "lease.late"),
-    _counter("leases_lost_total", "", "leases that expired without renewal", "lease.lost"),
-    _gauge("database_up", "", "1 while the database responds", "database.back", "1"),
-    _gauge("database_up", "", "", "database.lost", "0"),
-    _gauge("control_up", "", "on a host: 1 while a worker answers it", "control.back", "1"),
-    _gauge("control_up", "", "", "control.lost", "0"),
-    _counter("loop_failures_total", "loop", "unexpected errors in a loop", "loop.failed"),
-    _counter("clock_went_back_total", "", "backward moves of the wall clock", "clock.went_back"),
-    _counter("clock_went_back_seconds_total", "", "sum of all backward moves", "clock.went_back", "seconds"),
-    _counter("zygote_deaths_total", "", "deaths of the process that forks the runs", "zygote.died"),
+    _gauge("info: version", "always 1; the version of the worker"),
+    _gauge("admitting", "1 while this worker can admit runs"),
+    _gauge("draining", "1 after the worker was asked to stop"),
+    _gauge("slots: isolation", "maximum concurrent runs of this worker"),
+    _gauge("slots_used: isolation", "concurrent runs of this worker"),
+    _gauge("loop_tick_age_seconds: loop", "time since the last tick of a loop"),
+    _gauge("lease_remaining_seconds", "time until the lease expires unless it is renewed"),
+    _counter("lease_late_total", "failed lease renewals", "lease.late"),
+    _counter("leases_lost_total", "leases that expired without renewal", "lease.lost"),
+    _gauge("database_up", "1 while the database responds", "database.back 1"),
+    _gauge("database_up", "", "database.lost 0"),
+    _gauge("control_up", "on a host: 1 while a worker answers it", "control.back 1"),
+    _gauge("control_up", "", "control.lost 0"),
+    _counter("loop_failures_total: loop", "unexpected errors in a loop", "loop.failed"),
+    _counter("clock_went_back_total", "backward moves of the wall clock", "clock.went_back"),
+    _counter("clock_went_back_seconds_total", "sum of all backward moves", "clock.went_back seconds"),
+    _counter("zygote_deaths_total", "deaths of the process that forks the runs", "zygote.died"),
+    _counter("children_frozen_total", "runs frozen because of an unrenewed lease", "children.frozen runs"),
+    _counter("children_killed_total", "runs whose processes were killed", "child.killed"),
+    _counter("files_opened_total", "files with secrets opened to other accounts", "files.opened"),
+    _counter("handlers_broken_total", "handlers that failed to load", "handler.broken"),
     _counter(
-        "children_frozen_total", "", "runs frozen because of an unrenewed lease", "children.frozen", "runs"
+        "web_connections_closed_total: reason", "connections closed by the server", "web.connection_closed"
     ),
-    _counter("children_killed_total", "", "runs whose processes were killed", "child.killed"),
-    _counter("files_opened_total", "", "files with secrets opened to other accounts", "files.opened"),
-    _counter("handlers_broken_total", "", "handlers that failed to load", "handler.broken"),
-    _counter(
-        "web_connections_closed_total", "reason", "connections closed by the server", "web.connection_closed"
-    ),
-    _counter("alerts_total", "kind status", "alerts sent", "alert.sent"),
-    _counter("alerts_undelivered_total", "", "alerts given up after a day", "alert.undelivered"),
-    _counter("org_attempts_total", "org state", "ended attempts by org; only with `metrics_top_orgs`"),
+    _counter("alerts_total: kind status", "alerts sent", "alert.sent"),
+    _counter("alerts_undelivered_total", "alerts given up after a day", "alert.undelivered"),
+    _counter("org_attempts_total: org state", "ended attempts by org; only with `metrics_top_orgs`"),
     # Of the worker's process, from the operating system.
     Metric("process_cpu_seconds_total", "counter", (), "processor time of the worker process"),
     Metric("process_max_fds", "gauge", (), "maximum number of open file descriptors"),
