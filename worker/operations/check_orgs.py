@@ -21,6 +21,7 @@ from worker.operations.requirements import (
     load_org,
     scopes_of,
 )
+from worker.operations.walks import for_each
 from worker.store import applications, history, pools
 from worker.store.database import Database
 from worker.store.dialect import Row
@@ -126,19 +127,15 @@ class Checks:
         """
         orgs = self._read(codes)
         reports: list[Report | None] = [None] * len(orgs)
-        left = iter(range(len(orgs)))
         done = 0
 
-        async def check_next() -> None:
+        async def check(place: int) -> None:
             nonlocal done
-            for place in left:
-                reports[place] = await self._check(*orgs[place])
-                done += 1
-                report(done, len(orgs))
+            reports[place] = await self._check(*orgs[place])
+            done += 1
+            report(done, len(orgs))
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(max(1, min(concurrency, len(orgs)))):
-                group.create_task(check_next())
+        await for_each(range(len(orgs)), check, concurrency=concurrency)
         return [each for each in reports if each is not None]
 
     async def verify(self, code: str, generation: int | None = None) -> Report:

@@ -16,6 +16,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TypedDict
 
 from worker.definitions.units import format_duration
@@ -24,6 +25,7 @@ from worker.ids import OrgId
 from worker.operations.application_rights import name_of
 from worker.operations.provisioning import Provisioned, Provisioner
 from worker.operations.requirements import load_org
+from worker.operations.walks import for_each, rows_of
 from worker.store import applications
 from worker.store.dialect import Row
 from worker.telemetry.events import emit
@@ -163,21 +165,11 @@ class Fleet:
     def _rotatable(
         self, older_than: timedelta = timedelta(), org_ids: Sequence[OrgId] | None = None
     ) -> Iterator[Row]:
-        database, after = self.provisioner.database, ""
-        while True:
-            with database.autocommit() as connection:
-                page = applications.rotatable(
-                    connection,
-                    self.provisioner.issuer,
-                    before=database.now(connection) - older_than,
-                    org_ids=org_ids,
-                    after=after,
-                    limit=PAGE,
-                )
-            yield from page
-            if len(page) < PAGE:
-                return
-            after = page[-1]["id"]
+        database = self.provisioner.database
+        with database.autocommit() as connection:
+            before = database.now(connection) - older_than
+        read = partial(applications.rotatable, before=before, org_ids=org_ids)
+        return rows_of(database, read, self.provisioner.issuer, limit=PAGE)
 
     def _begin(self, chosen: Sequence[Candidate]) -> list[Row]:
         """Insert the rows of new applications, for the orgs that still use the same credential."""
@@ -194,20 +186,11 @@ class Fleet:
 
     def _unfinished(self) -> tuple[list[Row], datetime]:
         """The rows of rotations that are not over and did not fail, and the time."""
-        rows: list[Row] = []
-        after = ""
         states = (*applications.UNFINISHED, "overlapping", "retired")
-        database = self.provisioner.database
-        while True:
-            with database.autocommit() as connection:
-                page = applications.in_states(
-                    connection, self.provisioner.issuer, states, after=after, limit=PAGE
-                )
-                now = database.now(connection)
-            rows += page
-            if len(page) < PAGE:
-                break
-            after = page[-1]["id"]
+        database, issuer = self.provisioner.database, self.provisioner.issuer
+        rows = list(rows_of(database, applications.in_states, issuer, states, limit=PAGE))
+        with database.autocommit() as connection:
+            now = database.now(connection)
         beginning = {row["org"] for row in rows if row["state"] in applications.UNFINISHED}
         for row in rows:
             known = self.results.get(row["org"])
@@ -246,16 +229,13 @@ class Fleet:
                 await self._failed(row, error)
             tokens = await database.run(self._tokens, row) if row["state"] == "overlapping" else 1
             await self.provisioner.clock.sleep(pause * tokens)
-        left = iter([row for row in rows if row["state"] == "retired"])
 
-        async def delete_next() -> None:
-            for row in left:
-                if await database.run(self._is_unused, row, now):
-                    await self._delete(row)
+        async def delete(row: Row) -> None:
+            if await database.run(self._is_unused, row, now):
+                await self._delete(row)
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(self.provisioner.concurrency):
-                group.create_task(delete_next())
+        retired = [row for row in rows if row["state"] == "retired"]
+        await for_each(retired, delete, concurrency=self.provisioner.concurrency)
 
     def _tokens(self, row: Row) -> int:
         """How many tokens of an org each worker requests when its credential is retired, at most."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from worker.errors import WorkerError
 from worker.ids import OrgId
-from worker.operations.provisioning import Provisioner
+from worker.operations.provisioning import BATCH, Provisioner
+from worker.operations.walks import rows_of
 from worker.providers.management.contract import ListedApplication
 from worker.store import applications, audit
 from worker.store.dialect import Row
@@ -42,15 +43,9 @@ def _used(provisioner: Provisioner) -> dict[str, str | None]:
 
     By name the id; None while the application is being made.
     """
-    used: dict[str, str | None] = {}
-    after = ""
-    while True:
-        with provisioner.database.autocommit() as connection:
-            page = applications.in_states(connection, provisioner.issuer, applications.USED, after=after)
-        used |= {row["name"]: row["application_id"] for row in page if row["org_state"] != "removed"}
-        if not page:
-            return used
-        after = page[-1]["id"]
+    of_issuer = provisioner.issuer, applications.USED
+    rows = rows_of(provisioner.database, applications.in_states, *of_issuer, limit=BATCH)
+    return {row["name"]: row["application_id"] for row in rows if row["org_state"] != "removed"}
 
 
 def _note_deleted(provisioner: Provisioner, found: ListedApplication) -> None:

@@ -11,11 +11,11 @@ adopts what it finds at the provider, by the name of the row, and makes nothing 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection
@@ -36,6 +36,7 @@ from worker.operations.application_steps import Steps
 from worker.operations.check_orgs import Checks
 from worker.operations.credentials import credential_row
 from worker.operations.installation import Ownership, lock_of
+from worker.operations.walks import for_each, rows_of
 from worker.providers.management.contract import (
     ApplicationName,
     ListedApplication,
@@ -156,15 +157,8 @@ class Provisioner:
 
     def lacking(self, org: str | None = None) -> list[str]:
         """The codes of the orgs without a working credential."""
-        codes: list[str] = []
-        while True:
-            with self.database.autocommit() as connection:
-                page = applications.orgs_without_credential(
-                    connection, self.issuer, org=org, after=codes[-1] if codes else "", limit=BATCH
-                )
-            if not page:
-                return codes
-            codes += [row["code"] for row in page]
+        read = partial(applications.orgs_without_credential, org=org)
+        return [row["code"] for row in rows_of(self.database, read, self.issuer, limit=BATCH, key="code")]
 
     @property
     def steps(self) -> Steps:
@@ -205,7 +199,9 @@ class Provisioner:
     ) -> tuple[list[Row], list[Row], str | None]:
         """As `_begin`, for the next orgs by code; also the last one's code, None if there are no more."""
         # Before the orgs: the last transaction of a dead process may be committed in between.
-        begun = {row["org_id"]: row for row in self._unfinished()}
+        of_issuer = self.issuer, applications.UNFINISHED
+        unfinished = rows_of(self.database, applications.in_states, *of_issuer, limit=BATCH)
+        begun = {row["org_id"]: row for row in unfinished}
         with self.database.transaction() as connection:
             page = applications.orgs_without_credential(
                 connection, self.issuer, org=org, after=after, limit=limit
@@ -225,18 +221,6 @@ class Provisioner:
             orgs = [(OrgId(row["org_id"]), row["org"]) for row in now if row["org_state"] != "removed"]
             return self.begin(connection, orgs)
 
-    def _unfinished(self) -> Iterator[Row]:
-        after = ""
-        while True:
-            with self.database.autocommit() as connection:
-                page = applications.in_states(
-                    connection, self.issuer, applications.UNFINISHED, after=after, limit=BATCH
-                )
-            yield from page
-            if len(page) < BATCH:
-                return
-            after = page[-1]["id"]
-
     async def listed(self) -> AsyncIterator[tuple[ApplicationName, ListedApplication]]:
         """The applications of this installation at the provider; raises InstallationMismatch."""
         with self.database.transaction() as connection:
@@ -251,16 +235,13 @@ class Provisioner:
         self, rows: Sequence[Row], there: Mapping[str, ListedApplication], announce: timedelta | None
     ) -> list[tuple[Row, Provisioned]]:
         """The result of each row, `concurrency` at a time."""
-        left, results = iter(rows), []
+        results: list[tuple[Row, Provisioned]] = []
 
-        async def complete_next() -> None:
-            for row in left:
-                results.append((row, await self._complete(row, there.get(row["name"]), announce)))
-                self.report(len(results), len(rows))
+        async def complete(row: Row) -> None:
+            results.append((row, await self._complete(row, there.get(row["name"]), announce)))
+            self.report(len(results), len(rows))
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(max(1, min(self.concurrency, len(rows)))):
-                group.create_task(complete_next())
+        await for_each(rows, complete, concurrency=self.concurrency)
         return results
 
     async def _complete(

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from worker.errors import Conflict, DefinitionError, NotFound
-from worker.ids import ALL_ORGS, DefinitionId, TemplateId
+from worker.ids import ALL_ORGS, TemplateId
 from worker.operations.runs import run_now
+from worker.operations.walks import rows_of
 from worker.store import templates
 from worker.store.database import Database
 from worker.store.dialect import Row
@@ -19,14 +20,7 @@ PAGE = 500
 
 def definitions_of(database: Database, template_id: TemplateId) -> Iterator[Row]:
     """The open definitions that a template made, a page at a time: id, org, name, paused_at."""
-    after: DefinitionId | None = None
-    while True:
-        with database.autocommit() as connection:
-            page = templates.definitions_of_for_all_orgs(connection, template_id, after=after, limit=PAGE)
-        yield from page
-        if len(page) < PAGE:
-            return
-        after = page[-1]["id"]
+    return rows_of(database, templates.definitions_of_for_all_orgs, template_id, after=None, limit=PAGE)
 
 
 def run_template(

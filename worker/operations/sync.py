@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -15,6 +14,7 @@ from worker.ids import OrgId
 from worker.operations.orgs import check_entry, columns_of, new_row, set_org_state
 from worker.operations.provisioning import Provisioned
 from worker.operations.templates import materialise, materialise_first
+from worker.operations.walks import for_each
 from worker.orgs import OrgEntry, OrgState
 from worker.providers.management.contract import Management, PropertyValue, ProviderOrg
 from worker.providers.management.mapping import TagRule, mapped_tags, need_properties
@@ -178,22 +178,19 @@ async def _read_properties(
     report: Callable[[int, int | None], None],
 ) -> None:
     """Read the properties of each org, `concurrency` at a time; raises as `read_orgs`."""
-    left, done = iter(listed), 0
+    done = 0
 
-    async def read_next() -> None:
+    async def read(each: Listed) -> None:
         nonlocal done
-        for each in left:
-            try:
-                each.properties = await management.org_properties(each.org.code)
-            except ProviderRefused as refused:
-                each.error = refused
-            done += 1
-            report(done, len(listed))
+        try:
+            each.properties = await management.org_properties(each.org.code)
+        except ProviderRefused as refused:
+            each.error = refused
+        done += 1
+        report(done, len(listed))
 
     try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(concurrency, len(listed))):
-                group.create_task(read_next())
+        await for_each(listed, read, concurrency=concurrency)
     except ExceptionGroup as failed:
         raise failed.exceptions[0] from None
 

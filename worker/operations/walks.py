@@ -1,0 +1,44 @@
+"""Walks: all rows of a list that is read in pages, and work on many things, some at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from worker.store.database import Database
+from worker.store.dialect import Row
+
+T = TypeVar("T")
+
+
+def rows_of(
+    database: Database,
+    read: Callable[..., Sequence[Row]],
+    *given: object,
+    limit: int,
+    key: str = "id",
+    after: Any = "",
+    **named: Any,
+) -> Iterator[Row]:
+    """All rows that `read` returns page by page, ordered by `key`; no page's connection is held."""
+    while True:
+        with database.autocommit() as connection:
+            page = read(connection, *given, **named, after=after, limit=limit)
+        yield from page
+        if len(page) < limit:
+            return
+        after = page[-1][key]
+
+
+async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[object]], *, concurrency: int) -> None:
+    """Do `work` for each, in the order of `items`, some at a time; raises as a TaskGroup."""
+    left = iter(items)
+
+    async def work_on() -> None:
+        for item in left:
+            await work(item)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(concurrency):
+            group.create_task(work_on())
