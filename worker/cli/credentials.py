@@ -11,10 +11,10 @@ import typer
 
 from worker.cli.checks import FAILED, print_report, say_problems, with_checks
 from worker.cli.lists import add_list
-from worker.cli.options import OrgArgument, OutputOption, argument, option, read_duration, read_text
+from worker.cli.options import OrgArgument, argument, option, read_duration, read_text
 from worker.cli.output import Format, say
 from worker.cli.rotation import rotate_fleet
-from worker.cli.session import Invocation, session_of, verb
+from worker.cli.session import Invocation, OutputOption, session_of, verb
 from worker.cli.sync import IssuerOption
 from worker.errors import UsageError
 from worker.store.lists import CREDENTIALS

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from worker.cli.options import LimitOption, OutputOption, argument, option
+from worker.cli.options import LimitOption, argument, option
 from worker.cli.output import Format, print_rows, say
-from worker.cli.session import Invocation, session_of, verb
+from worker.cli.session import Invocation, OutputOption, session_of, verb
 from worker.errors import ConfigurationError, NotFound, did_you_mean
 from worker.store.lists import DEFAULT_LIMIT, HANDLERS, Page
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worker.cli.options import OutputOption, argument, option, read_text
+from worker.cli.options import argument, option, read_text
 from worker.cli.output import Format, printable, say
+from worker.cli.session import Invocation, verb
 from worker.definitions import fields
 from worker.definitions.zones import parse_zone
 from worker.errors import InvalidTrigger, NothingImported, UsageError
@@ -35,8 +36,9 @@ ZoneOption = Annotated[
 ]
 
 
-@app.command("crontab")
+@verb(app, "crontab")
 def crontab(
+    session: Invocation,
     file: SourceArgument,
     org: OrgOption,
     handler: Annotated[str, option("--handler NAME", "The handler that gets each command as `command`.")],
@@ -48,7 +50,6 @@ def crontab(
             "Whether lines have a user before the command (default: in /etc/crontab and /etc/cron.d).",
         ),
     ] = None,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Print the lines of a crontab as definitions: schedules unchanged, commands in `params.command`.
 
@@ -60,16 +61,16 @@ def crontab(
     text = _text(file)
     with_user = has_user_column(text, file) if user_column is None else user_column
     read_crontab(text, imported, with_user=with_user)
-    _print(imported, file, output)
+    _print(session, imported, file)
 
 
-@app.command("celery-beat")
+@verb(app, "celery-beat")
 def celery_beat(
+    session: Invocation,
     file: SourceArgument,
     org: OrgOption,
     handler: HandlerOption = None,
     zone: ZoneOption = None,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Print the beat schedule in a Python file as definitions; kwargs become params, args `params.args`.
 
@@ -81,16 +82,16 @@ def celery_beat(
     imported = _started(org, handler, zone)
     module = "" if file == "-" else PurePath(file).stem
     read_celery_beat(_text(file), imported, module=module)
-    _print(imported, file, output)
+    _print(session, imported, file)
 
 
-@app.command("apscheduler")
+@verb(app, "apscheduler")
 def apscheduler(
+    session: Invocation,
     file: SourceArgument,
     org: OrgOption,
     handler: HandlerOption = None,
     zone: ZoneOption = None,
-    output: OutputOption = Format.TABLE,
 ) -> None:
     """Print the jobs that a Python file adds to APScheduler 3 as definitions.
 
@@ -102,7 +103,7 @@ def apscheduler(
 
     imported = _started(org, handler, zone)
     read_apscheduler(_text(file), imported, now=SystemClock().now())
-    _print(imported, file, output)
+    _print(session, imported, file)
 
 
 def _started(org: str, handler: str | None, zone: str | None) -> Import:
@@ -150,7 +151,7 @@ def _is_pickle(data: bytes) -> bool:
         return False
 
 
-def _print(imported: Import, file: str, output: Format) -> None:
+def _print(session: Invocation, imported: Import, file: str) -> None:
     """Print the file for `apply`, and the remarks on stderr.
 
     Raises:
@@ -158,7 +159,7 @@ def _print(imported: Import, file: str, output: Format) -> None:
     """
     from worker.definitions.importing import to_toml
 
-    rows = imported.definitions
+    rows, output = imported.definitions, session.output
     if rows and output is Format.TABLE:
         title = "standard input" if file == "-" else PurePath(file).name
         print(to_toml(imported, f"Imported from {printable(title)}"), end="")

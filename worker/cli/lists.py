@@ -13,7 +13,6 @@ from worker.cli.options import (
     DefinitionOption,
     LimitOption,
     OrgOption,
-    OutputOption,
     PoolOption,
     QueryOption,
     SinceOption,
@@ -25,7 +24,7 @@ from worker.cli.options import (
     read_since,
 )
 from worker.cli.output import Format, Row, print_rows, say
-from worker.cli.session import session_of
+from worker.cli.session import OutputOption, session_of
 from worker.ids import ALL_ORGS, OrgScope
 from worker.store.lists import AUDIT, DEFAULT_LIMIT, SKIPS, Listing, Page
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from worker.cli.completion import names, states
-from worker.cli.output import Format
 from worker.clock import Clock
-from worker.definitions.units import parse_duration, parse_time
+from worker.definitions.units import parse_duration, parse_time, plain_json
 from worker.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,9 +39,6 @@ def _offered(of: Kind | None) -> dict[str, Any]:
     return {} if of is None else {"autocompletion": names(of)}
 
 
-OutputOption = Annotated[
-    Format, option("--output -o", "Output format: for people, for programs, or ids only.")
-]
 OrgArgument = Annotated[str, argument("ORG", "The org's code, as in its tokens.", of="org")]
 OrgOption = Annotated[str | None, option("--org ORG", "Only this org's.", of="org")]
 DefinitionOption = Annotated[
@@ -122,7 +117,7 @@ def read_pairs(pairs: Iterable[str], *, option: str) -> dict[str, Any]:
 def read_json(text: str, *, option: str) -> Any:
     """A JSON value of an option; raises UsageError."""
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return plain_json(text)
     except RecursionError:
         raise UsageError(f"{option} is nested too deeply", fix="nest lists and objects less") from None
     except ValueError as error:
@@ -145,7 +140,7 @@ def split_pairs(pairs: Iterable[str], *, option: str) -> dict[str, str]:
 def _value(text: str, option: str, name: str) -> Any:
     if text in ("true", "false", "null") or text.startswith(_JSON_STARTS):
         try:
-            return json.loads(text, parse_constant=_refuse)
+            return plain_json(text)
         except RecursionError:
             raise UsageError(
                 f"{option} {name} is nested too deeply", fix="nest lists and objects less"
@@ -153,10 +148,6 @@ def _value(text: str, option: str, name: str) -> Any:
         except ValueError:
             return text
     return text
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def read_text(path: str) -> str:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import os
-import pwd
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
-from worker.cli.options import OutputOption
 from worker.cli.output import Format, Row, print_row, print_rows
 from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError, NotFound, WorkerError, did_you_mean
@@ -27,6 +24,9 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+OutputOption = Annotated[
+    Format, typer.Option("--output", "-o", help="Output format: for people, for programs, or ids only.")
+]
 _BY_NAME = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _CONTEXT = inspect.Parameter("context", _BY_NAME, annotation=typer.Context)
 _OUTPUT = inspect.Parameter("output", _BY_NAME, annotation=OutputOption, default=Format.TABLE)
@@ -56,10 +56,9 @@ class Invocation:
     @property
     def actor(self) -> str:
         """The OS user, or its number if it has no name."""
-        try:
-            return pwd.getpwuid(os.getuid()).pw_name
-        except KeyError:
-            return str(os.getuid())
+        from worker.operations.operators import os_user
+
+        return os_user()
 
     def require_database(self) -> None:
         """Check that the SQLite file exists, since opening would create it, perhaps in the wrong place.

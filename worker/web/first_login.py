@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import pwd
 import sys
 from datetime import datetime
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from worker.operations.operators import make_link
+from worker.operations.operators import make_link, os_user
 from worker.store.database import Database
 
 
@@ -32,13 +30,5 @@ def print_login_link(database: Database, origin: str | None, *, at: datetime) ->
     """Print the link of this OS user if there is an origin and a terminal."""
     if origin is None or not sys.stderr.isatty():
         return
-    path = make_link(database, _user_name(), at=at)
+    path = make_link(database, os_user(), at=at)
     print(f"log in once, within ten minutes, on this machine: {origin}{path}", file=sys.stderr, flush=True)
-
-
-def _user_name() -> str:
-    """The OS user of this process, or its number if it has no name."""
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())

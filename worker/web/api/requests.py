@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from starlette.requests import Request
 
 from worker.definitions import fields
-from worker.definitions.units import TOO_DEEP
+from worker.definitions.units import TOO_DEEP, plain_json
 from worker.errors import NotFound, UsageError
 from worker.handlers.schema import Schema
 from worker.search import hint_of
@@ -57,7 +56,7 @@ async def body_of(request: Request, endpoint: Endpoint) -> dict[str, Any]:
     fix = f"send a JSON object with {names}"
     text = await read_body(request)
     try:
-        body = json.loads(text, parse_constant=_no_number) if text.strip() else {}
+        body = plain_json(text) if text.strip() else {}
     except RecursionError:
         # The parser does not say which member it was; only params may nest.
         raise fields.refusal(TOO_DEEP, "the body", "params") from None
@@ -142,7 +141,3 @@ def _storable(value: str, name: str) -> None:
         fields.check_text(value, name)
     except ValueError as error:
         raise UsageError(str(error), fix="leave that character out") from None
-
-
-def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")

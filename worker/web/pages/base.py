@@ -114,11 +114,15 @@ class Pages:
         return session, await self.forms.read(request, SESSION_COOKIE)
 
 
-class ZonePages:
-    """The form that chooses the viewer's time zone; the console's script sets the same cookie."""
+class Section:
+    """The pages of one subject."""
 
     def __init__(self, pages: Pages) -> None:
         self._pages = pages
+
+
+class ZonePages(Section):
+    """The form that chooses the viewer's time zone; the console's script sets the same cookie."""
 
     def routes(self) -> Sequence[Route]:
         return (Route("/zone", self._choose, methods=["POST"]),)

@@ -30,7 +30,7 @@ from worker.store.lists.runs import of_definition, unfinished
 from worker.web.callers import Caller
 from worker.web.charts import Dot
 from worker.web.charts import lengths as lengths_chart
-from worker.web.pages.base import Pages, allowed, caller_of, query
+from worker.web.pages.base import Section, allowed, caller_of, query
 from worker.web.pages.forms import as_text, from_typed, problem_of, reason_of
 from worker.web.pages.links import definition_path, search_of
 from worker.web.pages.runs import value_of
@@ -44,10 +44,7 @@ REVISIONS = 10
 VALUE = 400
 
 
-class DefinitionPages:
-    def __init__(self, pages: Pages) -> None:
-        self._pages = pages
-
+class DefinitionPages(Section):
     def routes(self) -> Sequence[Route]:
         at = "/orgs/{org}/definitions/{name}"
         return (

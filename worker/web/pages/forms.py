@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from worker.definitions.units import plain_json
 from worker.errors import UsageError, WorkerError
 from worker.web.pages.errors import fix_of
 from worker.web.responses import status_of
@@ -53,7 +54,7 @@ def from_typed(text: str) -> Any:
     if not text.startswith(_STARTS):
         return text
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return plain_json(text)
     except (ValueError, RecursionError):
         return text
 
@@ -65,10 +66,6 @@ def from_json(text: str, name: str) -> Any:
         UsageError: it is not JSON, or nests too deeply; the message names the field.
     """
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return plain_json(text)
     except (ValueError, RecursionError):
         raise UsageError(f"{name} is not JSON", fix="open the page again and use its buttons") from None
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")

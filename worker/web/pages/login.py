@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from ipaddress import ip_address
 from urllib.parse import urlencode
 
 from starlette.requests import HTTPConnection, Request
@@ -22,6 +21,7 @@ from worker.errors import (
     UsageError,
     WorkerError,
 )
+from worker.guard.urls import is_loopback
 from worker.telemetry.events import emit
 from worker.web.callers import Caller
 from worker.web.login import Login, local_path, new_login
@@ -207,7 +207,7 @@ class LoginPages:
         """The address of one of our pages, as registered at the provider."""
         origin = self._pages.forms.public_origin
         if origin is None:
-            if not _is_loopback(connection.url.hostname):
+            if not is_loopback(connection.url.hostname or ""):
                 raise AccessDenied(
                     "the address of this console is not known, so a provider cannot send you back",
                     fix="set web.public_url in worker.toml to the address that your browser shows",
@@ -217,7 +217,7 @@ class LoginPages:
 
     def _require_this_machine(self, connection: HTTPConnection) -> None:
         client = self._pages.access.addresses.client_of(connection)
-        if not (client.is_local and _is_loopback(connection.url.hostname)):
+        if not (client.is_local and is_loopback(connection.url.hostname or "")):
             raise AccessDenied(
                 "such a link works only on the machine of the worker itself",
                 fix="open it there, or log in with a token at /login",
@@ -230,12 +230,3 @@ def _org_of(given: Mapping[str, str]) -> str:
     if org and _ORG.fullmatch(org) is None:
         raise UsageError("org is not the code of an org", fix="letters, digits, '_', '-' and '.' only")
     return org
-
-
-def _is_loopback(host: str | None) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host or "").is_loopback
-    except ValueError:
-        return False

@@ -18,7 +18,7 @@ from worker.store.lists import Page, runs, search
 from worker.store.lists.rows import OrgRow, Run
 from worker.store.lists.suggestions import suggestions
 from worker.web.callers import Caller
-from worker.web.pages.base import ROWS, Pages, caller_of, next_page, query
+from worker.web.pages.base import ROWS, Section, caller_of, next_page, query
 from worker.web.pages.links import search_path
 from worker.web.pages.rendering import page
 
@@ -31,10 +31,7 @@ CHANGEABLE: Mapping[Literal["retry", "cancel"], frozenset[str]] = {
 }
 
 
-class SearchPages:
-    def __init__(self, pages: Pages) -> None:
-        self._pages = pages
-
+class SearchPages(Section):
     def routes(self) -> Sequence[Route]:
         return (Route("/search", self._search),)
 
