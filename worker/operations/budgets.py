@@ -151,7 +151,7 @@ def raise_budget(
     *,
     by: int,
     per: str,
-    until: datetime | None,
+    until: datetime | None = None,
     actor: str,
     reason: str | None = None,
 ) -> Raise:

@@ -141,16 +141,14 @@ def retry(
     org: str | None = None,
     from_checkpoint: bool = False,
     again: bool = False,
-    by_org: bool = False,
     reason: str | None = None,
 ) -> Run:
     """Make a new run of an ended one's definition, as it is now; returns its row of `runs list`.
 
     The new run has the old one's `scheduled_for`, `idempotency_key` and params given by
-    hand, and its checkpoint and steps with `from_checkpoint`. With `org`, only that org's runs are
-    found. A run is retried only once, unless `again` is set. With `by_org` the org itself
-    asks: each param must equal the definition's or be among its `params_by_hand`. `reason`
-    is kept in the audit row.
+    hand, and its checkpoint and steps with `from_checkpoint`. A run is retried only once, unless
+    `again` is set. With `org` that org asks: only its runs are found, and each param must equal the
+    definition's or be among its `params_by_hand`. `reason` is kept in the audit row.
 
     Raises:
         NotFound: no such run.
@@ -172,7 +170,7 @@ def retry(
                 f"run {old_id} was retried already, as run {newer}",
                 fix=f"see `runs why {newer}`; `--again`, or `again` in the API, repeats it",
             )
-        if by_org and old["params"] is not None:
+        if org is not None and old["params"] is not None:
             definition = from_spec(row["org"], row["name"], row["spec"])
             changed = differing(old["params"], definition.params).keys()
             _check_given_by_org(definition, changed | (old["params"].keys() ^ definition.params.keys()))

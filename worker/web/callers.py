@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -11,44 +11,31 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from sqlalchemy import Connection
 
-from worker.definitions.origins import NO_ISSUERS, IssuerOrigins
 from worker.errors import AccessDenied, Conflict, NotFound
 from worker.ids import ALL_ORGS, OrgId, OrgScope
-from worker.operations import bulk
-from worker.operations.answers import answer
-from worker.operations.approvals import approve
-from worker.operations.backfill import backfill, planned_backfill
-from worker.operations.budgets import raise_budget
-from worker.operations.credentials import add_credential, retire_credential
-from worker.operations.definitions import edit_definition, pause_definition, resume_definition
-from worker.operations.orgs import set_org_state
-from worker.operations.runs import cancel, retry, run_now
-from worker.operations.states import clear_state, set_state
+from worker.operations import answers, approvals, budgets, bulk, credentials, definitions, orgs, runs, states
+from worker.operations import backfill as backfills
 from worker.search import Query
 from worker.store import roles
 from worker.store.database import Database
 from worker.store.edit_runs import Cancellable, Retryable
 from worker.store.lists import MAX_LIMIT
-from worker.store.lists.read import DefinitionState
 from worker.store.lists.redaction import Row, redacted
 from worker.store.lists.rows import (
-    Backfill,
     Bulk,
     BulkRow,
     CredentialRow,
     DefinitionDetail,
-    OrgDetail,
     PlannedBackfill,
     Run,
-    WaitRow,
 )
-from worker.store.lists.usage import Raise
 
 if TYPE_CHECKING:
     from worker.tokens.sealing import KeyRing
 
 # Opens the key ring; None in a process that has none.
 OpenRing = Callable[[], "KeyRing | None"]
+EditDefinition = Callable[..., DefinitionDetail]
 # Runs that one step of a bulk change takes.
 STEP = 20
 T = TypeVar("T")
@@ -184,17 +171,39 @@ class Many:
     dry_run: bool = False
 
 
+def _check_of(caller: Caller, action: Action, org: str) -> None:
+    # First: for an org, what belongs to another org does not exist.
+    caller.scope(org)
+    caller.require_may(action)
+
+
+def _of_run(action: Action, operation: Callable[..., T]) -> Callable[..., Awaitable[T]]:
+    """A change of a run, which an org finds only among its own; it takes what the operation does."""
+
+    async def change(database: CallerDatabase, caller: Caller, run: str, *args: Any, **what: Any) -> T:
+        return await database.change(caller, action, operation, run, *args, org=caller.org, **what)
+
+    return change
+
+
+def _of_org(action: Action, operation: Callable[..., T]) -> Callable[..., Awaitable[T]]:
+    """A change of what belongs to an org; it takes what the operation does."""
+
+    async def change(database: CallerDatabase, caller: Caller, org: str, *args: Any, **what: Any) -> T:
+        return await database.change_of(caller, action, operation, org, *args, **what)
+
+    return change
+
+
 class CallerDatabase:
     """The database in the role of a caller; the web side has no other access to it.
 
     On PostgreSQL the server then limits an org to its own rows and hides secrets from
-    operators. SQLite has no roles: there each store function is given the org. `inline`,
-    `insecure_origins` and `api_origins` are those of the settings: what an edited definition is
-    checked against.
-    `open_ring` opens the key ring that seals new secrets, if this process may have one, and
-    `secrets_dir` is the folder that holds secrets in files.
+    operators. SQLite has no roles: there each store function is given the org. `edit` is
+    `edit_definition` with what the settings allow, `open_ring` opens the key ring that seals new
+    secrets, if this process may have one, and `secrets_dir` is the folder that holds secrets in files.
 
-    Each change raises as its operation, AccessDenied if the caller may not do it, and
+    Each change takes what its operation does, and raises as it, AccessDenied if the caller may not do it, and
     NotFound for what belongs to another org. A `reason` is kept in the audit row.
     """
 
@@ -202,16 +211,12 @@ class CallerDatabase:
         self,
         database: Database,
         *,
-        inline: Collection[str] = (),
-        insecure_origins: Collection[str] = (),
-        api_origins: IssuerOrigins = NO_ISSUERS,
+        edit: EditDefinition = definitions.edit_definition,
         open_ring: OpenRing = no_ring,
         secrets_dir: Path | None = None,
     ) -> None:
         self._database = database
-        self._inline = inline
-        self._insecure_origins = insecure_origins
-        self._api_origins = api_origins
+        self._edit = edit
         self._open_ring = open_ring
         self._secrets_dir = secrets_dir
 
@@ -225,78 +230,33 @@ class CallerDatabase:
         """Read rows of several orgs for event streams; each stream was admitted in its caller's own role."""
         return await self._database.acting(roles.ALL_ORGS).call_autocommit(work, *args, **kwargs)
 
-    async def cancel(self, caller: Caller, run: str, *, reason: str | None = None) -> Run:
-        """Cancel a run."""
-        return await self._change(caller, "cancel", cancel, run, org=caller.org, reason=reason)
+    cancel = _of_run("cancel", runs.cancel)
+    retry = _of_run("retry", runs.retry)
+    answer = _of_run("answer", answers.answer)
+    pause = _of_org("pause", definitions.pause_definition)
+    resume = _of_org("pause", definitions.resume_definition)
+    pause_org = _of_org("pause_org", partial(orgs.set_org_state, state="paused"))
+    resume_org = _of_org("pause_org", partial(orgs.set_org_state, state="active"))
+    retire_credential = _of_org("credentials", credentials.retire_credential)
+    raise_budget = _of_org("budget", budgets.raise_budget)
+    set_state = _of_org("state", states.set_state)
+    clear_state = _of_org("state", states.clear_state)
+    backfill = _of_org("backfill", backfills.backfill)
 
-    async def retry(
-        self,
-        caller: Caller,
-        run: str,
-        *,
-        from_checkpoint: bool = False,
-        again: bool = False,
-        reason: str | None = None,
-    ) -> Run:
-        """Retry an ended run; one that was retried already only with `again`."""
-        what = {"from_checkpoint": from_checkpoint, "again": again, "reason": reason}
-        by_org = caller.org is not None
-        return await self._change(caller, "retry", retry, run, org=caller.org, by_org=by_org, **what)
-
-    async def answer(self, caller: Caller, run: str, name: str, *, data: Any, occurrence: int = 1) -> WaitRow:
-        """Answer what a run waits for."""
-        what = {"occurrence": occurrence, "org": caller.org}
-        return await self._change(caller, "answer", answer, run, name, data, **what)
-
-    async def run_now(
-        self,
-        caller: Caller,
-        org: str,
-        name: str,
-        *,
-        request_key: str | None = None,
-        params: Mapping[str, Any] | None = None,
-        reason: str | None = None,
-    ) -> Run:
+    async def run_now(self, caller: Caller, org: str, name: str, **what: Any) -> Run:
         """Run a definition now."""
-        what = {"request_key": request_key, "params": params, "reason": reason}
-        by_org = caller.org is not None
-        return await self._change_of(caller, "run", run_now, org, name, by_org=by_org, **what)
-
-    async def pause(
-        self, caller: Caller, org: str, name: str, *, note: str | None = None
-    ) -> DefinitionDetail:
-        """Pause a definition."""
-        return await self._change_of(caller, "pause", pause_definition, org, name, note=note)
-
-    async def resume(self, caller: Caller, org: str, name: str) -> DefinitionDetail:
-        """Resume a paused definition."""
-        return await self._change_of(caller, "pause", resume_definition, org, name)
-
-    async def pause_org(self, caller: Caller, org: str, *, note: str | None = None) -> OrgDetail:
-        """Pause an org: none of its runs fires or starts."""
-        return await self._change_of(caller, "pause_org", set_org_state, org, "paused", note=note)
-
-    async def resume_org(self, caller: Caller, org: str, *, note: str | None = None) -> OrgDetail:
-        """Resume a paused or suspended org from now on."""
-        return await self._change_of(caller, "pause_org", set_org_state, org, "active", note=note)
+        what["by_org"] = caller.org is not None
+        return await self.change_of(caller, "run", runs.run_now, org, name, **what)
 
     async def add_credential(
-        self,
-        caller: Caller,
-        org: str,
-        *,
-        client_id: str,
-        secret: str | None = None,
-        reference: str | None = None,
-        kind: str = "client_secret",
+        self, caller: Caller, org: str, *, secret: str | None = None, **what: Any
     ) -> CredentialRow:
         """Add a generation of an org's credentials: a secret, sealed here, or the name of its file."""
-        what = {"client_id": client_id, "secret": secret, "reference": reference, "kind": kind}
-        return await self._change_of(caller, "credentials", self._add_credential, org, **what)
+        what |= {"secret": secret, "secrets_dir": self._secrets_dir}
+        return await self.change_of(caller, "credentials", self._add_credential, org, **what)
 
     def _add_credential(
-        self, database: Database, org: str, *, secret: str | None, actor: str, **what: Any
+        self, database: Database, org: str, *, secret: str | None, **what: Any
     ) -> CredentialRow:
         # Opened each time: its keys may have changed.
         ring = None if secret is None else self._open_ring()
@@ -306,97 +266,35 @@ class CallerDatabase:
                 fix="send it to a worker's own port (`[web] listen` of `python -m worker run`), or use "
                 "`credentials add` where the key ring is",
             )
-        return add_credential(
-            database, ring, org, secret=secret, secrets_dir=self._secrets_dir, actor=actor, **what
-        )
-
-    async def retire_credential(self, caller: Caller, org: str, generation: int) -> CredentialRow:
-        """Retire a generation, so that no token is requested with it."""
-        return await self._change_of(caller, "credentials", retire_credential, org, generation)
-
-    async def raise_budget(
-        self,
-        caller: Caller,
-        org: str,
-        *,
-        meter: str,
-        by: int,
-        per: str,
-        until: datetime | None = None,
-        reason: str | None = None,
-    ) -> Raise:
-        """Raise an org's budgets of a meter and period."""
-        what = {"by": by, "per": per, "until": until, "reason": reason}
-        return await self._change_of(caller, "budget", raise_budget, org, meter, **what)
+        return credentials.add_credential(database, ring, org, secret=secret, **what)
 
     async def edit(
-        self,
-        caller: Caller,
-        org: str,
-        name: str,
-        changes: Mapping[str, Any],
-        *,
-        revision: int | None = None,
-        reason: str | None = None,
+        self, caller: Caller, org: str, name: str, changes: Mapping[str, Any], **what: Any
     ) -> DefinitionDetail:
-        """Change keys of a definition, as `definitions edit`; with `revision`, only if it is at that one."""
-        allowed = {
-            "inline": self._inline,
-            "insecure_origins": self._insecure_origins,
-            "api_origins": self._api_origins,
-        }
-        what = {"revision": revision, "reason": reason, **allowed}
-        return await self._change_of(caller, "edit", edit_definition, org, name, changes, **what)
+        """Change keys of a definition, as `definitions edit`."""
+        return await self.change_of(caller, "edit", self._edit, org, name, changes, **what)
 
     async def approve(self, caller: Caller, pool: str, handler: str, digest: str) -> Row:
         """Approve what hosts of a pool declare of a handler."""
-        return await self._change(caller, "approve", approve, pool, handler, digest)
+        return await self.change(caller, "approve", approvals.approve, pool, handler, digest)
 
-    async def set_state(
-        self, caller: Caller, org: str, name: str, data: Mapping[str, Any]
-    ) -> DefinitionState:
-        """Replace the state of a definition."""
-        return await self._change_of(caller, "state", set_state, org, name, data)
-
-    async def clear_state(self, caller: Caller, org: str, name: str) -> DefinitionState:
-        """Clear the state of a definition."""
-        return await self._change_of(caller, "state", clear_state, org, name)
-
-    async def backfill(
-        self,
-        caller: Caller,
-        org: str,
-        name: str,
-        since: datetime,
-        until: datetime,
-        *,
-        limit: int = 1,
-        reason: str | None = None,
-    ) -> Backfill:
-        """Run each scheduled time from `since` until before `until` again."""
-        what = {"start": since, "until": until, "limit": limit, "reason": reason}
-        return await self._change_of(caller, "backfill", backfill, org, name, **what)
-
-    async def planned_backfill(
-        self, caller: Caller, org: str, name: str, since: datetime, until: datetime, *, limit: int = 1
-    ) -> PlannedBackfill:
+    async def planned_backfill(self, caller: Caller, org: str, name: str, **what: Any) -> PlannedBackfill:
         """What `backfill` would do; changes nothing."""
-        self._check_of(caller, "backfill", org)
+        _check_of(caller, "backfill", org)
         database = self._as(caller)
-        return await database.run(
-            planned_backfill, database, org, name, start=since, until=until, limit=limit
-        )
+        return await database.run(backfills.planned_backfill, database, org, name, **what)
 
     async def retry_many(self, caller: Caller, many: Many) -> Bulk:
         """Retry the runs that match and were not retried yet, oldest end first."""
-        by_org = caller.org is not None
-        change = partial(retry, actor=caller.actor, org=caller.org, by_org=by_org, reason=many.reason)
+        change = partial(runs.retry, actor=caller.actor, org=caller.org, reason=many.reason)
         return await self._many(caller, "retry", Retryable(query=many.query), change, many)
 
     async def cancel_many(self, caller: Caller, many: Many) -> Bulk:
         """Cancel the unfinished runs that match, oldest first."""
         which = Cancellable(query=many.query)
-        change = partial(cancel, actor=caller.actor, org=caller.org, states=which.states, reason=many.reason)
+        change = partial(
+            runs.cancel, states=which.states, actor=caller.actor, org=caller.org, reason=many.reason
+        )
         return await self._many(caller, "cancel", which, change, many)
 
     async def _many(
@@ -435,25 +333,20 @@ class CallerDatabase:
             "next": None if place is None else str(place),
         }
 
-    async def _change_of(
-        self, caller: Caller, action: Action, operation: Callable[..., T], org: str, *args: Any, **kwargs: Any
+    async def change_of(
+        self, caller: Caller, action: Action, operation: Callable[..., T], org: str, *args: Any, **what: Any
     ) -> T:
         """Change something of this org."""
-        self._check_of(caller, action, org)
-        return await self._change(caller, action, operation, org, *args, **kwargs)
+        _check_of(caller, action, org)
+        return await self.change(caller, action, operation, org, *args, **what)
 
-    async def _change(
-        self, caller: Caller, action: Action, operation: Callable[..., T], *args: Any, **kwargs: Any
+    async def change(
+        self, caller: Caller, action: Action, operation: Callable[..., T], *args: Any, **what: Any
     ) -> T:
+        """Change something, as this caller."""
         caller.require_may(action)
         database = self._as(caller)
-        return await database.run(operation, database, *args, actor=caller.actor, **kwargs)
-
-    @staticmethod
-    def _check_of(caller: Caller, action: Action, org: str) -> None:
-        # First: for an org, what belongs to another org does not exist.
-        caller.scope(org)
-        caller.require_may(action)
+        return await database.run(operation, database, *args, actor=caller.actor, **what)
 
     def _as(self, caller: Caller) -> Database:
         """The database in the caller's role; raises ValueError for an org that was not confirmed."""

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from worker.clock import Clock
-from worker.definitions.origins import NO_ISSUERS, IssuerOrigins
+from worker.operations.definitions import edit_definition
 from worker.store.database import Database
 from worker.web.access import Access
 from worker.web.api import Api
-from worker.web.callers import CallerDatabase, OpenRing, no_ring
+from worker.web.callers import CallerDatabase, EditDefinition, OpenRing, no_ring
 from worker.web.compression import Compression
 from worker.web.health import Health
 from worker.web.hooks import Hooks
@@ -55,9 +54,7 @@ def build(
     public_url: str = "",
     with_health: bool = True,
     login: Login | None = None,
-    inline: Collection[str] = (),
-    insecure_origins: Collection[str] = (),
-    api_origins: IssuerOrigins = NO_ISSUERS,
+    edit: EditDefinition = edit_definition,
     open_ring: OpenRing = no_ring,
     secrets_dir: Path | None = None,
     installation: str = "",
@@ -69,14 +66,7 @@ def build(
     """
     health.protect(access)
     sessions, forms = Sessions(database, clock), Forms(public_url, access.addresses)
-    caller_database = CallerDatabase(
-        database,
-        inline=inline,
-        insecure_origins=insecure_origins,
-        api_origins=api_origins,
-        open_ring=open_ring,
-        secrets_dir=secrets_dir,
-    )
+    caller_database = CallerDatabase(database, edit=edit, open_ring=open_ring, secrets_dir=secrets_dir)
     live = Live(caller_database, clock, health.draining)
     console = Console(caller_database, clock, access, sessions, forms, login=login, installation=installation)
     routes = [

@@ -20,6 +20,7 @@ from worker.clock import Clock, SystemClock
 from worker.errors import Busy, ConfigurationError
 from worker.execution.runners.child.linux import allow_many_descriptors
 from worker.guard import Guard
+from worker.operations.definitions import edit_definition
 from worker.outbound import open_client
 from worker.settings import Settings
 from worker.store import orgs, roles, schema
@@ -146,9 +147,12 @@ class Web:
             public_url=web.public_url,
             with_health=not web.health_listen,
             login=login,
-            inline=self._settings.execution.inline,
-            insecure_origins=self._settings.execution.insecure_origins,
-            api_origins=self._settings.api_origins,
+            edit=partial(
+                edit_definition,
+                inline=self._settings.execution.inline,
+                insecure_origins=self._settings.execution.insecure_origins,
+                api_origins=self._settings.api_origins,
+            ),
             open_ring=self._open_ring,
             secrets_dir=Path(folder) if (folder := self._settings.secrets_dir) else None,
             installation=self._settings.installation,

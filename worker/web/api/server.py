@@ -23,7 +23,6 @@ from worker.runs.clauses import row_of
 from worker.search import of_pool, parsed, states_of
 from worker.store.lists import MAX_LIMIT, RUNS, Listing, Page, runs, search
 from worker.store.lists import read as lists
-from worker.store.lists.read import DefinitionState
 from worker.store.lists.redaction import Row
 from worker.store.lists.rows import (
     Backfill,
@@ -32,12 +31,11 @@ from worker.store.lists.rows import (
     DefinitionDetail,
     Explanation,
     LogRow,
-    OrgDetail,
     PlannedBackfill,
     Run,
     RunDetail,
 )
-from worker.store.lists.usage import BudgetLevel, Raise, Usage, budgets_of, usage
+from worker.store.lists.usage import BudgetLevel, Usage, budgets_of, usage
 from worker.web.api import endpoints
 from worker.web.api.endpoints import BASE, LIST_ENDPOINTS, Endpoint, parameters_of
 from worker.web.api.openapi import document
@@ -63,19 +61,24 @@ class Api:
         self._clock = clock
         self._installation = installation
         changes: Mapping[Endpoint, Callable[..., Awaitable[Row]]] = {
-            endpoints.PAUSE_ORG: database.pause_org,
-            endpoints.RESUME_ORG: database.resume_org,
-            endpoints.CANCEL: database.cancel,
-            endpoints.RETRY: database.retry,
-            endpoints.ANSWER: database.answer,
-            endpoints.PAUSE: database.pause,
-            endpoints.RESUME: database.resume,
-            endpoints.SET_STATE: database.set_state,
-            endpoints.CLEAR_STATE: database.clear_state,
+            endpoints.PAUSE_ORG: CallerDatabase.pause_org,
+            endpoints.RESUME_ORG: CallerDatabase.resume_org,
+            endpoints.CANCEL: CallerDatabase.cancel,
+            endpoints.RETRY: CallerDatabase.retry,
+            endpoints.ANSWER: CallerDatabase.answer,
+            endpoints.PAUSE: CallerDatabase.pause,
+            endpoints.RESUME: CallerDatabase.resume,
+            endpoints.SET_STATE: CallerDatabase.set_state,
+            endpoints.CLEAR_STATE: CallerDatabase.clear_state,
+        }
+        named: Mapping[Endpoint, tuple[str, Callable[..., Row]]] = {
+            endpoints.ORG: ("an org", lists.org),
+            endpoints.DEFINITION: ("a definition", lists.definition),
+            endpoints.STATE: ("a state", lists.state),
         }
         self._handlers: Mapping[Endpoint, Handler] = {
             **{one: functools.partial(self._change, one, change) for one, change in changes.items()},
-            endpoints.ORG: self._org,
+            **{one: functools.partial(self._show, one, *read) for one, read in named.items()},
             endpoints.OVERVIEW: self._overview,
             endpoints.USAGE: self._usage,
             endpoints.BUDGETS: self._budgets,
@@ -84,16 +87,14 @@ class Api:
             endpoints.RETIRE_CREDENTIAL: self._retire_credential,
             endpoints.RUN: self._run,
             endpoints.WHY: self._why,
-            endpoints.ATTEMPTS: self._attempts,
+            endpoints.ATTEMPTS: functools.partial(self._run, part="attempts"),
             endpoints.LOGS: self._logs,
             endpoints.EVENTS: watch,
             endpoints.RETRY_MANY: functools.partial(self._many, endpoints.RETRY_MANY),
             endpoints.CANCEL_MANY: functools.partial(self._many, endpoints.CANCEL_MANY),
-            endpoints.DEFINITION: self._definition,
             endpoints.EDIT: self._edit,
             endpoints.RUN_NOW: self._run_now,
             endpoints.BACKFILL: self._backfill,
-            endpoints.STATE: self._state,
             endpoints.DOCUMENT: self._document,
         }
 
@@ -125,15 +126,20 @@ class Api:
     ) -> Response:
         """Change what the path names, with the members of the body."""
         body, caller = await body_of(request, endpoint), caller_of(request)
-        return _changed(endpoint, caller, await change(caller, *request.path_params.values(), **body))
+        return _changed(
+            endpoint, caller, await change(self._database, caller, *request.path_params.values(), **body)
+        )
 
-    async def _org(self, request: Request) -> Response:
-        caller, code = caller_of(request), request.path_params["org"]
-        caller.scope(code)
-        query_of(request, (), "an org")
+    async def _show(
+        self, endpoint: Endpoint, what: str, read: Callable[..., Row], request: Request
+    ) -> Response:
+        """What the org and the name in the path name."""
+        caller, names = caller_of(request), request.path_params
+        caller.scope(names["org"])
+        query_of(request, (), what)
 
         def work(connection: Connection) -> Response:
-            return fresh(request, json_response(caller.sees(OrgDetail, lists.org(connection, code))))
+            return _fresh(request, endpoint, caller, read(connection, *names.values()))
 
         return await self._database.read(caller, work)
 
@@ -191,7 +197,7 @@ class Api:
         until = parse_time(body.pop("until"), self._clock, name="until") if "until" in body else None
         what = {"per": "day", **body, "until": until}
         row = await self._database.raise_budget(caller, request.path_params["org"], **what)
-        return json_response(caller.sees(Raise, row))
+        return _changed(endpoints.RAISE, caller, row)
 
     async def _add_credential(self, request: Request) -> Response:
         caller, org = caller_of(request), request.path_params["org"]
@@ -242,9 +248,6 @@ class Api:
 
         return await self._database.read(caller, work)
 
-    async def _attempts(self, request: Request) -> Response:
-        return await self._run(request, "attempts")
-
     async def _logs(self, request: Request) -> Response:
         given, caller = query_of(request, ("after", "limit"), "a log"), caller_of(request)
         after = log_place(given.get("after", "0.0"))
@@ -263,22 +266,11 @@ class Api:
         change = database.retry_many if endpoint is endpoints.RETRY_MANY else database.cancel_many
         return json_response(caller.sees(Bulk, await change(caller, Many(query, **body))))
 
-    async def _definition(self, request: Request) -> Response:
-        caller, (org, name) = caller_of(request), _named(request)
-        caller.scope(org)
-        query_of(request, (), "a definition")
-
-        def work(connection: Connection) -> Response:
-            row = lists.definition(connection, org, name)
-            return fresh(request, _shown(caller, row), prefix=f"{row['revision']}-")
-
-        return await self._database.read(caller, work)
-
     async def _edit(self, request: Request) -> Response:
         changes, caller = await body_of(request, endpoints.EDIT), caller_of(request)
         reason, revision = changes.pop("reason", None), _revision(request)
         row = await self._database.edit(caller, *_named(request), changes, revision=revision, reason=reason)
-        return fresh(request, _shown(caller, row), prefix=f"{row['revision']}-")
+        return _fresh(request, endpoints.EDIT, caller, row)
 
     async def _run_now(self, request: Request) -> Response:
         body, caller = await body_of(request, endpoints.RUN_NOW), caller_of(request)
@@ -288,25 +280,14 @@ class Api:
 
     async def _backfill(self, request: Request) -> Response:
         body, caller = await body_of(request, endpoints.BACKFILL), caller_of(request)
-        times = [parse_time(body[name], self._clock, name=name) for name in ("from", "until")]
-        limit, reason = body.get("limit", 1), body.get("reason")
-        org, name = _named(request)
+        start, until = (parse_time(body[name], self._clock, name=name) for name in ("from", "until"))
+        what = {"start": start, "until": until, "limit": body.get("limit", 1)}
         if body.get("dry_run"):
-            plan = await self._database.planned_backfill(caller, org, name, *times, limit=limit)
+            plan = await self._database.planned_backfill(caller, *_named(request), **what)
             return json_response(caller.sees(PlannedBackfill, plan))
-        row = await self._database.backfill(caller, org, name, *times, limit=limit, reason=reason)
+        what["reason"] = body.get("reason")
+        row = await self._database.backfill(caller, *_named(request), **what)
         return json_response(caller.sees(Backfill, row))
-
-    async def _state(self, request: Request) -> Response:
-        caller, (org, name) = caller_of(request), _named(request)
-        caller.scope(org)
-        query_of(request, (), "a state")
-
-        def work(connection: Connection) -> Response:
-            row = caller.sees(DefinitionState, lists.state(connection, org, name))
-            return fresh(request, json_response(row))
-
-        return await self._database.read(caller, work)
 
     async def _document(self, request: Request) -> Response:
         query_of(request, (), "the document")
@@ -376,8 +357,10 @@ def _revision(request: Request) -> int | None:
     return int(found[1])
 
 
-def _shown(caller: Caller, row: DefinitionDetail) -> Response:
-    return json_response(caller.sees(DefinitionDetail, row))
+def _fresh(request: Request, endpoint: Endpoint, caller: Caller, row: Row) -> Response:
+    """The row, with an ETag that names the revision of a definition."""
+    prefix = f"{row['revision']}-" if endpoint.answer is DefinitionDetail else ""
+    return fresh(request, json_response(caller.sees(endpoint.answer, row)), prefix=prefix)
 
 
 def _changed(endpoint: Endpoint, caller: Caller, row: Row) -> Response:

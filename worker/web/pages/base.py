@@ -114,14 +114,14 @@ class Pages:
         return session, await self.forms.read(request, SESSION_COOKIE)
 
 
-class Section:
+class PageGroup:
     """The pages of one subject."""
 
     def __init__(self, pages: Pages) -> None:
         self._pages = pages
 
 
-class ZonePages(Section):
+class ZonePages(PageGroup):
     """The form that chooses the viewer's time zone; the console's script sets the same cookie."""
 
     def routes(self) -> Sequence[Route]:

@@ -19,7 +19,7 @@ from worker.operations.changes import same
 from worker.store import orgs
 from worker.store.lists.read import definition
 from worker.store.lists.rows import DefinitionDetail
-from worker.web.pages.base import Section, caller_of, query
+from worker.web.pages.base import PageGroup, caller_of, query
 from worker.web.pages.definitions import Difference, differences
 from worker.web.pages.forms import as_text, from_typed, problem_of, reason_of
 from worker.web.pages.links import definition_path
@@ -48,7 +48,7 @@ class FormField:
     problem: str = ""
 
 
-class EditPages(Section):
+class EditPages(PageGroup):
     def routes(self) -> Sequence[Route]:
         at = "/orgs/{org}/definitions/{name}/edit"
         return (

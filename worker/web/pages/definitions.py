@@ -30,7 +30,7 @@ from worker.store.lists.runs import of_definition, unfinished
 from worker.web.callers import Caller
 from worker.web.charts import Dot
 from worker.web.charts import lengths as lengths_chart
-from worker.web.pages.base import Section, allowed, caller_of, query
+from worker.web.pages.base import PageGroup, allowed, caller_of, query
 from worker.web.pages.forms import as_text, from_typed, problem_of, reason_of
 from worker.web.pages.links import definition_path, search_of
 from worker.web.pages.runs import value_of
@@ -44,7 +44,7 @@ REVISIONS = 10
 VALUE = 400
 
 
-class DefinitionPages(Section):
+class DefinitionPages(PageGroup):
     def routes(self) -> Sequence[Route]:
         at = "/orgs/{org}/definitions/{name}"
         return (
@@ -148,10 +148,7 @@ class DefinitionPages(Section):
         plan = None
         if problem is None and ("from" in given or "until" in given):
             try:
-                since, until, limit = self._range(given)
-                plan = await self._pages.database.planned_backfill(
-                    caller, org, name, since, until, limit=limit
-                )
+                plan = await self._pages.database.planned_backfill(caller, org, name, **self._range(given))
             except (UsageError, Conflict) as error:
                 problem = error
 
@@ -170,21 +167,19 @@ class DefinitionPages(Section):
         _, form = await self._pages.checked_form(request)
         org, name = _named(request)
         try:
-            since, until, limit = self._range(form)
-            await self._pages.database.backfill(
-                caller_of(request), org, name, since, until, limit=limit, reason=reason_of(form)
-            )
+            what = self._range(form) | {"reason": reason_of(form)}
+            await self._pages.database.backfill(caller_of(request), org, name, **what)
         except (UsageError, Conflict) as error:
             return await self._plan_page(request, form, error)
         return RedirectResponse(f"{definition_path(org, name)}#backfills", 303)
 
-    def _range(self, given: Mapping[str, str]) -> tuple[datetime, datetime, int]:
+    def _range(self, given: Mapping[str, str]) -> dict[str, Any]:
         """The range of a backfill, and how many of its runs may be unfinished at once."""
-        since, until = (self._time(given.get(name, ""), name) for name in ("from", "until"))
+        start, until = (self._time(given.get(name, ""), name) for name in ("from", "until"))
         limit = given.get("limit", "1")
         if not (limit.isascii() and limit.isdecimal()):
             raise UsageError("runs at once must be a whole number")
-        return since, until, int(limit[:9])
+        return {"start": start, "until": until, "limit": int(limit[:9])}
 
     def _time(self, text: str, name: str) -> datetime:
         """A time of a form; without an offset it is in UTC."""

@@ -16,7 +16,7 @@ from worker.operations.matters import listed
 from worker.store.lists import failures
 from worker.store.lists.failures import cause_text
 from worker.store.lists.morning import Named
-from worker.web.pages.base import Section, caller_of, query
+from worker.web.pages.base import PageGroup, caller_of, query
 from worker.web.pages.links import search_path
 
 STATES = ("failed", "refused")
@@ -25,7 +25,7 @@ DAY = timedelta(days=1)
 SPANS = {"1h": timedelta(hours=1), "1d": DAY, "7d": 7 * DAY, "30d": 30 * DAY}
 
 
-class FailurePages(Section):
+class FailurePages(PageGroup):
     def routes(self) -> Sequence[Route]:
         return (Route("/failures", self._failures),)
 

@@ -30,7 +30,7 @@ from worker.store.lists.morning import lease_state
 from worker.store.lists.read import read
 from worker.store.templates import COUNTED
 from worker.web.callers import Caller
-from worker.web.pages.base import ROWS, Section, allowed, caller_of, next_page, query
+from worker.web.pages.base import ROWS, PageGroup, allowed, caller_of, next_page, query
 from worker.web.pages.forms import problem_of
 
 R = TypeVar("R")
@@ -44,7 +44,7 @@ RISKS = ("dead", "old", "all")
 _STATES = ("missing", "late", "up", "crashed", "silent", "stopped", "removed")
 
 
-class InventoryPages(Section):
+class InventoryPages(PageGroup):
     def routes(self) -> Sequence[Route]:
         return (
             Route("/definitions", self._definitions),

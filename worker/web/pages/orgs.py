@@ -22,7 +22,7 @@ from worker.store.lists.broken import Broken
 from worker.store.lists.grid import grid, open_waits
 from worker.store.lists.read import org, read
 from worker.store.lists.rows import DefinitionRow, OrgDetail, Run, RunDetail
-from worker.web.pages.base import ROWS, Section, allowed, caller_of, next_page, query
+from worker.web.pages.base import ROWS, PageGroup, allowed, caller_of, next_page, query
 from worker.web.pages.forms import problem_of, reason_of
 from worker.web.pages.links import day_path, org_path
 
@@ -31,7 +31,7 @@ MAX_DEFINITIONS = 40
 SHOWN = 10
 
 
-class OrgPages(Section):
+class OrgPages(PageGroup):
     def routes(self) -> Sequence[Route]:
         return (
             Route("/orgs", self._orgs),

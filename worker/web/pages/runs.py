@@ -24,7 +24,7 @@ from worker.store.lists.rows import Run, RunDetail, WaitRow
 from worker.web.callers import Caller
 from worker.web.charts import Lane, LanePiece, gantt
 from worker.web.pages.answer import answer_of
-from worker.web.pages.base import Section, allowed, caller_of, query
+from worker.web.pages.base import PageGroup, allowed, caller_of, query
 from worker.web.pages.forms import as_text, from_json, from_typed, problem_of, reason_of
 from worker.web.pages.links import cause_path
 from worker.web.pages.run_log import page_after, page_before, place_of
@@ -44,7 +44,7 @@ _OCCURRENCE = re.compile(r"[1-9][0-9]{0,4}")
 MAX_LANES = 12
 
 
-class RunPages(Section):
+class RunPages(PageGroup):
     def routes(self) -> Sequence[Route]:
         return (
             Route("/runs/{run}", self._run, methods=["GET"]),

@@ -18,7 +18,7 @@ from worker.store.lists import Page, runs, search
 from worker.store.lists.rows import OrgRow, Run
 from worker.store.lists.suggestions import suggestions
 from worker.web.callers import Caller
-from worker.web.pages.base import ROWS, Section, caller_of, next_page, query
+from worker.web.pages.base import ROWS, PageGroup, caller_of, next_page, query
 from worker.web.pages.links import search_path
 from worker.web.pages.rendering import page
 
@@ -31,7 +31,7 @@ CHANGEABLE: Mapping[Literal["retry", "cancel"], frozenset[str]] = {
 }
 
 
-class SearchPages(Section):
+class SearchPages(PageGroup):
     def routes(self) -> Sequence[Route]:
         return (Route("/search", self._search),)
 

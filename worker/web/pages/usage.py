@@ -15,14 +15,14 @@ from starlette.routing import Route
 from worker.errors import Conflict, NotFound, UsageError, WorkerError
 from worker.store.dialect import database_now
 from worker.store.lists.usage import BYS, BudgetLevel, Usage, budgets_of, usage
-from worker.web.pages.base import ROWS, Section, allowed, caller_of, query
+from worker.web.pages.base import ROWS, PageGroup, allowed, caller_of, query
 from worker.web.pages.forms import problem_of, reason_of
 
 # How far back the page looks.
 SPANS = {"1d": timedelta(0), "7d": timedelta(days=6), "30d": timedelta(days=29), "365d": timedelta(days=364)}
 
 
-class UsagePages(Section):
+class UsagePages(PageGroup):
     def routes(self) -> Sequence[Route]:
         return (
             Route("/usage", self._usage),
