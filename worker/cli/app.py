@@ -48,13 +48,13 @@ VERBS = {
     "doctor": ("checks", "doctor"),
     "completion": ("completion", "completion"),
 }
-# A noun's verbs are in `app` of its module; those that can only be listed are in `lists`.
+# A noun's verbs are in `app` of its module, or under its name in another one.
 NOUNS = (
     *("orgs", "credentials", "definitions", "templates", "calendars", "runs", "skips", "audit", "handlers"),
     *("budgets", "usage", "operators", "hosts", "pools", "db", "keys", "tokens", "secrets"),
     *("config", "import", "installation"),
 )
-ONLY_LISTED = ("skips", "audit")
+IN_ANOTHER = {"skips": "lists", "audit": "lists", "tokens": "keys"}
 # Python cannot import a module of this name.
 MODULES = {"import": "importing"}
 # Options before the verb that take a value.
@@ -68,8 +68,8 @@ def add(app: typer.Typer, only: str | None) -> None:
             app.command(verb)(as_command(getattr(import_module(f"worker.cli.{module}"), function)))
     for noun in NOUNS:
         if only in (None, noun):
-            module, name = ("lists", noun) if noun in ONLY_LISTED else (MODULES.get(noun, noun), "app")
-            app.add_typer(getattr(import_module(f"worker.cli.{module}"), name), name=noun)
+            home = import_module(f"worker.cli.{IN_ANOTHER.get(noun) or MODULES.get(noun, noun)}")
+            app.add_typer(getattr(home, noun if noun in IN_ANOTHER else "app"), name=noun)
 
 
 def first(arguments: Sequence[str]) -> str | None:

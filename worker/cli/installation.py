@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
-from worker.cli.options import option
-from worker.cli.output import Format, confirmed, say
+from worker.cli.options import YesOption, option
+from worker.cli.output import Format, is_refused, say
 from worker.cli.session import Invocation, verb
 from worker.errors import UsageError
 
@@ -36,9 +35,7 @@ def adopt(
         bool, option("--same", "After a restore: what the database made at a provider is its own.")
     ] = False,
     new: Annotated[bool, option("--new", "For a copy: nothing at a provider is its own any more.")] = False,
-    yes: Annotated[
-        bool, option("--yes", "Skip confirmation (the default when stdin is not a terminal).")
-    ] = False,
+    yes: YesOption = False,
 ) -> None:
     """Give the database the installation of worker.toml, once they differ.
 
@@ -65,8 +62,7 @@ def adopt(
         else f"Let {word!r} rotate and delete all applications that this database made at providers? "
         "Only if the original is not in use any more."
     )
-    if word and not yes and sys.stdin.isatty() and not confirmed(question):
-        say("nothing was changed")
+    if word and not yes and is_refused(question):
         raise typer.Exit(1)
     with session.database() as database:
         row = adopt(

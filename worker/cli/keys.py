@@ -1,4 +1,4 @@
-"""`keys`: the key ring that seals the client secrets in the database."""
+"""`keys`: the key ring that seals the secrets in the database; `tokens`: those that workers share there."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import typer
 from worker.cli.options import argument, option
 from worker.cli.output import say
 from worker.cli.session import Invocation, verb
-from worker.errors import Unavailable
+from worker.errors import Unavailable, UsageError
 
 app = typer.Typer(help="The key ring that seals secrets at rest; back it up apart from the database.")
+tokens = typer.Typer(help="The access tokens that workers share through the database, sealed.")
 
 COLUMNS = ("id", "in_ring", "seals", "active", "retired")
 
@@ -120,3 +121,22 @@ def _check_not_lost(session: Invocation, path: Path) -> None:
             has_schema = schema.current(connection) is not None
         if has_schema:
             check_ring(database, None, path)
+
+
+@verb(tokens, "drop")
+def drop(
+    session: Invocation,
+    org: Annotated[str | None, option("--org CODE", "Only those of this org.")] = None,
+    all_: Annotated[bool, option("--all", "Those of all orgs.")] = False,
+) -> None:
+    """Delete stored tokens, so that workers request new ones; give --org or --all.
+
+    After the database was restored from a backup, run it before any worker starts: the
+    backup has tokens of credentials that may be retired since. A worker that runs keeps the
+    tokens that it holds; `credentials retire` ends those within two seconds.
+    """
+    from worker.operations.keys import drop_tokens
+
+    if (org is None) != all_:
+        raise UsageError("tokens drop needs --org CODE or --all", fix="give one of the two")
+    session.change(drop_tokens, org, key="dropped")

@@ -68,6 +68,7 @@ UntilOption = Annotated[str, option("--until T", "End of the range, itself exclu
 LimitOption = Annotated[int, option("--limit N", "At most N rows, up to 1000.")]
 AfterOption = Annotated[str | None, option("--after ID", "Continue the list after this row.")]
 NoteOption = Annotated[str | None, option("--note", "The reason; shown with the state.")]
+YesOption = Annotated[bool, option("--yes", "Skip confirmation (the default when stdin is not a terminal).")]
 FileArgument = Annotated[str, argument("FILE|-", "A file, or - for standard input.")]
 
 # How numbers, quoted strings, lists and objects begin.

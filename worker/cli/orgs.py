@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from worker.cli.checks import check_orgs
 from worker.cli.lists import add_list
-from worker.cli.options import FileArgument, NoteOption, OrgArgument, option, read_text
+from worker.cli.options import FileArgument, NoteOption, OrgArgument, YesOption, option, read_text
 from worker.cli.org_claims import diff, properties
-from worker.cli.output import confirmed, say
+from worker.cli.output import is_refused
 from worker.cli.progress import ProgressBar, shown
 from worker.cli.session import Invocation, verb
 from worker.cli.sync import IssuerOption, only_issuer, sync
@@ -116,17 +115,13 @@ def remove(
     session: Invocation,
     code: OrgArgument,
     note: NoteOption = None,
-    yes: Annotated[
-        bool, option("--yes", "Skip confirmation (the default when stdin is not a terminal).")
-    ] = False,
+    yes: YesOption = False,
 ) -> None:
     """Suspend an org and destroy its secrets; its history is retained as long as configured.
 
     On a terminal, asks for confirmation; exit 1 if the answer is no.
     """
-    question = f"Cancel all runs of {code} and destroy its secrets?"
-    if not yes and sys.stdin.isatty() and not confirmed(question):
-        say("nothing was changed")
+    if not yes and is_refused(f"Cancel all runs of {code} and destroy its secrets?"):
         raise typer.Exit(1)
     _move(session, code, "removed", note)
 

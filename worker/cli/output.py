@@ -155,10 +155,15 @@ def _with_commands(row: Row) -> Row:
     return {**row, **changed} if changed else row
 
 
-def confirmed(question: str) -> bool:
-    """Ask the person at the terminal, on stderr; anything but yes is no."""
+def is_refused(question: str) -> bool:
+    """Whether the person at the terminal, if there is one, answers anything but yes; then nothing changes."""
+    if not sys.stdin.isatty():
+        return False
     print(printable(question), "[y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    if sys.stdin.readline().strip().lower() in ("y", "yes"):
+        return False
+    say("nothing was changed")
+    return True
 
 
 def print_error(

@@ -29,7 +29,7 @@ def list_(session: Invocation) -> None:
     `waiting` are the runs that could start if there were slots, `slots` those of all workers and hosts
     that serve the pool.
     """
-    from worker.operations.pools import list_pools
+    from worker.operations.approvals import list_pools
 
     with session.database() as database:
         rows = list_pools(database)
@@ -43,7 +43,7 @@ def forget(session: Invocation, name: NameArgument) -> None:
     Workers enforce what the one that started last with `[pools.POOL] requires` has stored, also without that
     table in their own configuration.
     """
-    from worker.operations.pools import forget_rules
+    from worker.operations.approvals import forget_rules
 
     session.change(forget_rules, name, key="name")
 

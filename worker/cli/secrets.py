@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from worker.cli.lists import add_list
 from worker.cli.options import OrgArgument, argument, option, read_text
+from worker.cli.output import Row
 from worker.cli.session import Invocation, verb
 from worker.store.lists import SECRETS
 
@@ -31,15 +33,9 @@ def add(session: Invocation, org: OrgArgument, name: NameArgument, file: FileOpt
     Handlers that declare `@job(secrets={NAME})` get it. The value is never an argument, since
     every process of the machine can read arguments; a line end after it is dropped.
     """
-    from worker import wiring
     from worker.operations.org_secrets import add_secret
 
-    session.require_database()
-    value = _value(file, name)
-    with session.database() as database:
-        ring = wiring.open_keyring(session.settings, database=database)
-        row = add_secret(database, ring, org, name, value, actor=session.actor)
-    session.print_row(row)
+    _write(session, add_secret, org, name, file)
 
 
 add_list(app, SECRETS, org_argument=True)
@@ -51,15 +47,9 @@ def rotate(session: Invocation, org: OrgArgument, name: NameArgument, file: File
 
     A running attempt keeps the old value, and each later attempt gets the new one.
     """
-    from worker import wiring
     from worker.operations.org_secrets import rotate_secret
 
-    session.require_database()
-    value = _value(file, name)
-    with session.database() as database:
-        ring = wiring.open_keyring(session.settings, database=database)
-        row = rotate_secret(database, ring, org, name, value, actor=session.actor)
-    session.print_row(row)
+    _write(session, rotate_secret, org, name, file)
 
 
 @verb(app, "remove")
@@ -68,6 +58,18 @@ def remove(session: Invocation, org: OrgArgument, name: NameArgument) -> None:
     from worker.operations.org_secrets import remove_secret
 
     session.change(remove_secret, org, name)
+
+
+def _write(session: Invocation, write: Callable[..., Row], org: str, name: str, file: str | None) -> None:
+    """Add or rotate a secret with the value in a file."""
+    from worker import wiring
+
+    session.require_database()
+    value = _value(file, name)
+    with session.database() as database:
+        ring = wiring.open_keyring(session.settings, database=database)
+        row = write(database, ring, org, name, value, actor=session.actor)
+    session.print_row(row)
 
 
 def _value(file: str | None, name: str) -> str:

@@ -12,8 +12,7 @@ from zoneinfo import ZoneInfo
 
 from worker.definitions import fields
 from worker.definitions.fields import Fields, refusal
-from worker.definitions.zones import parse_zone
-from worker.errors import InvalidTrigger
+from worker.definitions.zones import zone_name
 from worker.orgs import Selector, parse_selector
 
 Per = Literal["run", "day", "month"]
@@ -80,12 +79,7 @@ def parse_budget(values: Any, entry: str) -> BudgetEntry:
     _one_of_two(reader, "org", "orgs", 'org = "CODE", or orgs = "all"')
     _one_of_two(reader, "limit", "limit_from", 'limit = 100000, or limit_from = "property:daily_tokens"')
     orgs = reader.take("orgs", lambda value: value, None)
-    zone = reader.take("zone", fields.text, None)
-    if zone is not None:
-        try:
-            parse_zone(zone)
-        except InvalidTrigger as error:
-            raise refusal(error.message, entry, "zone", fix=error.fix) from error
+    zone = reader.take("zone", zone_name, None)
     budget = BudgetEntry(
         meter=reader.take("meter", meter_name),
         per=reader.take("per", fields.one_of(PERS)),

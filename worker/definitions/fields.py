@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -11,9 +12,11 @@ from typing import Any, TypeVar
 from worker.clock import from_text
 from worker.definitions.origins import parse_base_url, parse_origin
 from worker.definitions.units import MAX_DEPTH, TOO_DEEP, depth_of, parse_duration
-from worker.errors import DefinitionError
+from worker.errors import DefinitionError, InvalidTrigger
 
 T = TypeVar("T")
+# Errors that are reported at once; a file that a program made can have thousands of the same one.
+MAX_ERRORS = 20
 _MISSING: Any = object()
 
 
@@ -37,6 +40,8 @@ class Fields:
             return read(value)
         except ValueError as error:
             raise refusal(str(error), self.entry, name) from error
+        except InvalidTrigger as error:
+            raise refusal(error.message, self.entry, name, fix=error.fix) from error
 
     def given(self, names: Collection[str]) -> list[str]:
         """Those of the names that have a value, in the entry's order."""
@@ -50,6 +55,35 @@ class Fields:
                 near = get_close_matches(str(key), names, n=1)
                 fix = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(names)}"
                 raise refusal(f"unknown key {key!r}", self.entry, str(key), fix=fix)
+
+
+class Faults:
+    """Collects errors; raises the first one with the others, at the latest when there are MAX_ERRORS."""
+
+    def __init__(self) -> None:
+        self._found: list[DefinitionError] = []
+
+    def add(self, error: DefinitionError) -> None:
+        """Note an error; raises DefinitionError if it is the last one that is reported."""
+        self._found.append(error)
+        if len(self._found) >= MAX_ERRORS:
+            self.check()
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Note an error that ends the block."""
+        try:
+            yield
+        except DefinitionError as error:
+            if error not in self._found:
+                self.add(error)
+
+    def check(self) -> None:
+        """Raise DefinitionError if there is any."""
+        if self._found:
+            first, *others = self._found
+            first.others = tuple(others)
+            raise first
 
 
 def refusal(problem: str, entry: str, field: str = "", *, fix: str = "") -> DefinitionError:

@@ -15,12 +15,11 @@ from worker.definitions import fields
 from worker.definitions.budgets import BudgetEntry, parse_budget
 from worker.definitions.calendars import CalendarEntry, ReadFile, no_files, parse_calendar
 from worker.definitions.definition import Definition, from_spec, parse_definition, to_spec
-from worker.definitions.faults import Faults
-from worker.definitions.fields import Fields, refusal
+from worker.definitions.fields import Faults, Fields, refusal
 from worker.definitions.pools import parse_pool
 from worker.definitions.units import MAX_DEPTH
-from worker.definitions.zones import parse_zone
-from worker.errors import DefinitionError, InvalidTrigger
+from worker.definitions.zones import zone_name
+from worker.errors import DefinitionError
 from worker.orgs import MAX_CONCURRENT_RUNS, WEIGHT, OrgEntry, Selector, parse_selector
 
 Format = Literal["toml", "json"]
@@ -100,13 +99,8 @@ def parse_org(values: Any, entry: str) -> OrgEntry:
     reader = Fields(values, entry)
     reader.only(_ORG_KEYS)
     code = reader.take("code", fields.name)
-    timezone = reader.take("timezone", fields.text, None)
+    timezone = reader.take("timezone", zone_name, None)
     no_tags: tuple[str, ...] = ()
-    if timezone is not None:
-        try:
-            parse_zone(timezone)
-        except InvalidTrigger as error:
-            raise refusal(error.message, entry, "timezone", fix=error.fix) from error
     return OrgEntry(
         code=code,
         name=reader.take("name", fields.text, code),

@@ -10,9 +10,10 @@ from functools import lru_cache
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from worker.definitions.fields import text
 from worker.errors import InvalidTrigger
 
 # Every time zone database has this file; the first folder that has it is the one in use.
@@ -71,6 +72,13 @@ def parse_zone(name: str) -> ZoneInfo:
             fix=f"did you mean {near}?" if near else 'use an IANA name, such as "Europe/Berlin" or "UTC"',
         )
     return zone
+
+
+def zone_name(value: Any) -> str:
+    """The name of a zone in a file; raises as `parse_zone`, and ValueError unless it is text."""
+    name = text(value)
+    parse_zone(name)
+    return name
 
 
 def nearest(name: str) -> str | None:

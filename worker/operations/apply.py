@@ -10,8 +10,7 @@ from functools import partial
 from sqlalchemy import Connection
 
 from worker.definitions.definition import Definition
-from worker.definitions.faults import Faults
-from worker.definitions.fields import refusal
+from worker.definitions.fields import Faults, refusal
 from worker.definitions.file import DefinitionsFile, TemplateEntry
 from worker.definitions.origins import NO_ISSUERS, IssuerOrigins, check_base_url, check_encrypted, in_force
 from worker.errors import DefinitionError, UsageError

@@ -14,11 +14,11 @@ from worker.errors import DefinitionError, Diagnostic, NotFound, UsageError
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import WorkerId, new_id
 from worker.operations import doctor
+from worker.operations.approvals import forget_rules, list_pools
 from worker.operations.backfill import backfill, fill_backfills
 from worker.operations.capacity import Machine, capacity
 from worker.operations.hosts import add_host
 from worker.operations.orgs import add_org, import_orgs
-from worker.operations.pools import forget_rules, list_pools
 from worker.operations.runs import cancel, retry, run_now
 from worker.operations.why import why
 from worker.orgs import OrgEntry

@@ -7,7 +7,7 @@ import tomllib
 
 import pytest
 
-from worker.definitions.faults import MAX_ERRORS
+from worker.definitions.fields import MAX_ERRORS
 from worker.definitions.file import format_of, parse_file
 from worker.errors import DefinitionError, InvalidTrigger
 from worker.orgs import OrgEntry, Selector
