@@ -18,20 +18,15 @@ if TYPE_CHECKING:
     from worker.secret import AccessToken
 
 _HOMES = {
+    **dict.fromkeys(("BlockingContext", "Context"), "worker.handlers.context"),
+    **dict.fromkeys(("Cancel", "HandBack", "PermanentError", "Retry", "Snooze"), "worker.handlers.results"),
     "AccessToken": "worker.secret",
-    "BlockingContext": "worker.handlers.context",
     "BudgetExceeded": "worker.handlers.spending",
-    "Cancel": "worker.handlers.results",
     "Claims": "worker.guard.claims",
-    "Context": "worker.handlers.context",
-    "HandBack": "worker.handlers.results",
-    "PermanentError": "worker.handlers.results",
-    "Retry": "worker.handlers.results",
-    "Snooze": "worker.handlers.results",
-    "durable": "worker.handlers.agents",
-    "httpx2_client": "worker.handlers.httpx2_client",
     "StepError": "worker.handlers.steps",
     "WaitTimeout": "worker.handlers.waits",
+    "durable": "worker.handlers.agents",
+    "httpx2_client": "worker.handlers.httpx2_client",
     "job": "worker.handlers.job",
 }
 

@@ -11,7 +11,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jwt
 from starlette.requests import Request
@@ -20,6 +20,8 @@ from starlette.routing import Route
 
 if TYPE_CHECKING:
     from worker.demo.provider import Application, Provider
+
+T = TypeVar("T")
 
 LARGEST_PAGE = 500
 PAGE = 10
@@ -247,9 +249,7 @@ class ManagementApi:
         api = self._api(request)
         changed: dict[bool, list[str]] = {True: [], False: []}
         for entry in body["applications"]:
-            app = self._provider.applications.get(entry["id"])
-            if app is None:
-                raise ManagementRefusal("APPLICATION_NOT_FOUND")
+            app = _found(self._provider.applications, entry["id"], "APPLICATION_NOT_FOUND")
             connects = entry.get("operation") != "delete"
             others = tuple(audience for audience in app.audiences if audience != api.audience)
             app.audiences = (*others, api.audience) if connects else others
@@ -273,30 +273,26 @@ class ManagementApi:
         app.scopes = tuple(scope for scope in app.scopes if scope != key)
 
     def _org(self, code: str) -> Organization:
-        if code not in self.orgs:
-            raise ManagementRefusal("ORGANIZATION_NOT_FOUND")
-        return self.orgs[code]
+        return _found(self.orgs, code, "ORGANIZATION_NOT_FOUND")
 
     def _application(self, request: Request) -> Application:
-        app = self._provider.applications.get(request.path_params["application_id"])
-        if app is None:
-            raise ManagementRefusal("APPLICATION_NOT_FOUND")
-        return app
+        id = request.path_params["application_id"]
+        return _found(self._provider.applications, id, "APPLICATION_NOT_FOUND")
 
     def _api(self, request: Request) -> RegisteredApi:
-        api = self.apis.get(request.path_params["api_id"])
-        if api is None:
-            raise ManagementRefusal("API_NOT_FOUND")
-        return api
+        return _found(self.apis, request.path_params["api_id"], "API_NOT_FOUND")
 
     def _scope(self, request: Request) -> str:
         api = self._api(request)
         if api.audience not in self._application(request).audiences:
             raise ManagementRefusal("API_NOT_CONNECTED")
-        key = api.scopes.get(request.path_params["scope_id"])
-        if key is None:
-            raise ManagementRefusal("SCOPE_NOT_FOUND")
-        return key
+        return _found(api.scopes, request.path_params["scope_id"], "SCOPE_NOT_FOUND")
+
+
+def _found(known: Mapping[str, T], id: str, code: str) -> T:
+    if id not in known:
+        raise ManagementRefusal(code)
+    return known[id]
 
 
 def _listed(keys: set[str], values: Mapping[str, Any]) -> list[dict[str, Any]]:

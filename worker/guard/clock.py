@@ -12,15 +12,12 @@ class Clock(Protocol):
 
     def now(self) -> datetime:
         """The current time, aware, in UTC."""
-        ...
 
     def monotonic(self) -> float:
         """Seconds on a clock that never goes back; comparable between processes of one boot."""
-        ...
 
     async def sleep(self, seconds: float) -> None:
         """Sleep on the monotonic clock."""
-        ...
 
 
 class SystemClock:

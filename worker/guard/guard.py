@@ -18,7 +18,6 @@ from .urls import fault_of_url
 from .verify import Unverified, read
 
 if TYPE_CHECKING:
-    from .endpoints import Endpoints
     from .jwks import KeySet
 
 
@@ -65,7 +64,6 @@ class Guard:
         self._report = report
         self._given = client
         self._client: httpx.AsyncClient | None = None
-        self._endpoints: Endpoints | None = None
         self._keys: KeySet | None = None
         self._thread_keys = ThreadKeys(issuer, self._open, clock=self._clock, report=report)
 
@@ -128,9 +126,8 @@ class Guard:
     async def close(self) -> None:
         """Cancel reads of keys, and close the HTTP client if the guard opened it."""
         await self._thread_keys.close()
-        if self._keys is not None and self._endpoints is not None:
+        if self._keys is not None:
             await self._keys.close()
-            await self._endpoints.close()
         if self._client is not None and self._client is not self._given:
             await self._client.aclose()
 
@@ -156,8 +153,8 @@ class Guard:
 
         if self._keys is None:
             self._client = self._open()
-            self._endpoints = Endpoints(self._issuer, self._client, clock=self._clock, report=self._report)
-            self._keys = KeySet(self._issuer, self._endpoints, clock=self._clock, report=self._report)
+            endpoints = Endpoints(self._issuer, self._client, clock=self._clock, report=self._report)
+            self._keys = KeySet(self._issuer, endpoints, clock=self._clock, report=self._report)
         return self._keys
 
     def _open(self) -> httpx.AsyncClient:

@@ -87,7 +87,9 @@ class KeySet:
         self._document.content, self._document.read_at = other._document.content, other._document.read_at
 
     async def close(self) -> None:
+        """Cancel reads of the keys and of the endpoints."""
         await self._document.close()
+        await self._endpoints.close()
 
     async def _look_for(self, kid: str, keys: dict[str, Key], just_read: bool) -> dict[str, Key]:
         """A newer set that has the kid; raises as `find` does."""

@@ -128,7 +128,6 @@ class ThreadKeys:
         self._report = report
         # Set on the loop only, so no lock is needed, and a fork leaves none held.
         self._keys: KeySet | None = None
-        self._endpoints: Endpoints | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def find(self, kid: str) -> Key:
@@ -174,9 +173,8 @@ class ThreadKeys:
         self._here().refresh_if_old()
 
     async def _close(self) -> None:
-        if self._keys is not None and self._endpoints is not None:
+        if self._keys is not None:
             await self._keys.close()
-            await self._endpoints.close()
 
     def _here(self) -> KeySet:
         """The key set of the running loop, with the keys that the parent process knew."""
@@ -187,6 +185,6 @@ class ThreadKeys:
         keys = KeySet(self._issuer, endpoints, clock=self._clock, report=self._report)
         if self._keys is not None:
             keys.adopt(self._keys)
-            _process.of_parent.append((self._keys, self._endpoints))
-        self._keys, self._endpoints, self._loop = keys, endpoints, loop
+            _process.of_parent.append(self._keys)
+        self._keys, self._loop = keys, loop
         return keys

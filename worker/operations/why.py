@@ -54,9 +54,7 @@ def why(connection: Connection, run_id: str, *, org: str | None = None) -> Why:
     Raises:
         NotFound: no such run.
     """
-    if org is None:
-        return explain(connection, run_lists.run(connection, ALL_ORGS, run_id))
-    return explain(connection, run_lists.run(connection, org, run_id))
+    return explain(connection, run_lists.run(connection, ALL_ORGS if org is None else org, run_id))
 
 
 def why_time(connection: Connection, org: str, name: str, at: datetime, *, now: datetime) -> Why:

@@ -9,9 +9,9 @@ import tomllib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from worker.definitions.origins import is_listed, unencrypted
 from worker.errors import ConfigurationError
@@ -24,14 +24,9 @@ from worker.settings.sections import (
     InstallationWord,
     IssuerName,
     IssuerSettings,
-    LoginRole,
-    LoginSettings,
     LogSettings,
-    ManagementSettings,
-    OperatorSettings,
     PoolName,
     PoolSettings,
-    PortalSettings,
     ProvisioningSettings,
     RetentionSettings,
     Section,
@@ -51,8 +46,6 @@ MOUNTED_SECRETS = "/run/secrets"
 HOST_SECTIONS = ("host", "execution", "log", "tracing", "temporal")
 NOT_OF_HOSTS = ("pools", "lease", "renew", "poll", "private_origins", "insecure_origins")
 TOLD_TO_HOSTS = ("namespace", "place_timeout")
-
-_OF_WEB: Mapping[str, type[BaseModel]] = {"login": LoginSettings, "portal": PortalSettings}
 
 # Variables of settings that are in no section.
 _WITHOUT_SECTION = (f"{PREFIX}SECRETS_DIR", f"{PREFIX}INSTALLATION")
@@ -239,19 +232,21 @@ def check(values: Sourced) -> Settings:
             fix=f"set audience in [issuers.{login.issuer}]",
         )
     _check_placers(settings)
+
+    def written(*setting: str) -> str:
+        return (f"{values[setting][1]}: " if setting in values else "") + ".".join(setting)
+
     for name, issuer in settings.issuers.items():
         for origin in unencrypted(issuer.api_origins, settings.execution.insecure_origins):
-            setting = ("issuers", name, "api_origins")
-            source = f"{values[setting][1]}: " if setting in values else ""
+            named = written("issuers", name, "api_origins")
             raise ConfigurationError(
-                f"{source}{'.'.join(setting)}: {origin} would carry each org's token unencrypted",
+                f"{named}: {origin} would carry each org's token unencrypted",
                 fix=f'write https://; to accept it, add "{origin}" to [execution] insecure_origins',
             )
         if issuer.api_base_url and not is_listed(issuer.api_base_url, issuer.api_origins):
-            setting = ("issuers", name, "api_base_url")
-            source = f"{values[setting][1]}: " if setting in values else ""
+            named = written("issuers", name, "api_base_url")
             raise ConfigurationError(
-                f"{source}{'.'.join(setting)}: its origin is not in api_origins, so no token would go there",
+                f"{named}: its origin is not in api_origins, so no token would go there",
                 fix=f"add its origin to api_origins of [issuers.{name}], or correct it",
             )
     return settings
@@ -384,17 +379,11 @@ def _fault(values: Sourced, fault: Any) -> str:
 
 
 def _names_beside(keys: Keys) -> list[str]:
-    if len(keys) == 1:
-        return list(Settings.model_fields)
-    if keys[:2] == ("web", "operators"):
-        return list(OperatorSettings.model_fields)
-    if keys[:3] == ("web", "login", "roles"):
-        return list(LoginRole.model_fields)
-    if keys[0] == "web" and len(keys) > 2 and keys[1] in _OF_WEB:
-        return list(_OF_WEB[keys[1]].model_fields)
-    if keys[0] == "issuers" and len(keys) > 3 and keys[2] == "management":
-        return list(ManagementSettings.model_fields)
-    if keys[0] == "pools":
-        return list(PoolSettings.model_fields)
-    section = IssuerSettings if keys[0] == "issuers" else Settings.model_fields[keys[0]].annotation
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+    """The settings of the section that is named by all keys but the last."""
+    kind: Any = Settings
+    for key in keys[:-1]:
+        of_table = get_args(kind)[1:2]
+        kind = of_table[0] if of_table else kind.model_fields[key].annotation
+        if get_origin(kind) is tuple:
+            kind = get_args(kind)[0]
+    return list(kind.model_fields)

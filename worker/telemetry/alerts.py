@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import hashlib
 import hmac
 import json
@@ -54,18 +55,9 @@ class Alert:
 
     def as_json(self) -> dict[str, Any]:
         """The body of the webhook; `cause` is the same on all workers and at all times."""
-        return {
-            "id": self.id,
-            "cause": self.cause,
-            "kind": self.kind,
-            "status": self.status,
-            "summary": self.summary,
-            "at": to_text(self.at),
-            "since": to_text(self.since),
-            "count": self.count,
-            "affected": self.affected,
-            **self.fields,
-        }
+        own: dict[str, Any] = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        own |= {"at": to_text(self.at), "since": to_text(self.since), **own.pop("fields")}
+        return own
 
 
 @dataclass(slots=True)
@@ -196,15 +188,13 @@ def _cause(event: str, fields: Mapping[str, Any]) -> tuple[Kind, tuple[str | Non
 _STATES: Mapping[str, frozenset[str | None]] = {
     "run.ended": frozenset({"failed", "refused"}),
     "run.recovered": frozenset({"failed"}),
-    "definition.paused": frozenset({None}),
-    "run.asks": frozenset({None}),
-    "org.parked": frozenset({None}),
-    "credential.unusable": frozenset({None}),
-    "schedule.overdue": frozenset({None}),
-    "provisioning.failed": frozenset({None}),
-    "provisioning.unavailable": frozenset({None}),
-    "files.opened": frozenset({None}),
-    "files.changeable": frozenset({None}),
+    **dict.fromkeys(
+        (
+            *("definition.paused", "run.asks", "org.parked", "credential.unusable", "schedule.overdue"),
+            *("provisioning.failed", "provisioning.unavailable", "files.opened", "files.changeable"),
+        ),
+        frozenset({None}),
+    ),
 }
 
 

@@ -14,18 +14,9 @@ if TYPE_CHECKING:
     from worker.testing.orgworker import Attempt, Finished, LogLine, Orgworker, Step, Wait
 
 _HOMES = {
-    "Attempt": "orgworker",
-    "Crash": "faults",
-    "Finished": "orgworker",
-    "LogLine": "orgworker",
-    "Orgworker": "orgworker",
-    "ProviderDown": "faults",
-    "SecretRotated": "faults",
+    **dict.fromkeys(("Attempt", "Finished", "LogLine", "Orgworker", "Step", "Wait"), "orgworker"),
+    **dict.fromkeys(("Crash", "ProviderDown", "SecretRotated", "Stop", "WrongOrg"), "faults"),
     "SettableClock": "clock",
-    "Step": "orgworker",
-    "Wait": "orgworker",
-    "Stop": "faults",
-    "WrongOrg": "faults",
 }
 
 __all__ = [

@@ -126,18 +126,20 @@ class FaultInjector:
     async def saved(self, trial: Trial) -> None:
         """Handle a durable checkpoint."""
         self._saves += 1
-        for fault in list(self._left):
-            if isinstance(fault, Crash | Stop) and fault.after_save == self._saves:
-                self._inject(fault, trial)
-        await _unless_killed(trial)
+        await self._stored(trial, "after_save", self._saves)
 
     async def stepped(self, trial: Trial) -> None:
         """Handle a stored step."""
         self._steps += 1
+        await self._stored(trial, "after_step", self._steps)
+
+    async def _stored(self, trial: Trial, what: str, number: int) -> None:
         for fault in list(self._left):
-            if isinstance(fault, Crash | Stop) and fault.after_step == self._steps:
+            if isinstance(fault, Crash | Stop) and getattr(fault, what) == number:
                 self._inject(fault, trial)
-        await _unless_killed(trial)
+        if trial.inflight.stop.killed:
+            # Such a process never learns what is stored.
+            await asyncio.Event().wait()
 
     def token_requested(self) -> WrongOrg | None:
         """Handle a token request; raises IssuerUnavailable."""
@@ -176,12 +178,6 @@ class FaultInjector:
             held.stop.kill()
         else:
             held.stop.request(fault.reason, held.cancel_grace.total_seconds())
-
-
-async def _unless_killed(trial: Trial) -> None:
-    """Return unless the run was killed: such a process never learns what is stored."""
-    if trial.inflight.stop.killed:
-        await asyncio.Event().wait()
 
 
 class FaultyTokens(FakeTokens):

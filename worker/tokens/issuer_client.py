@@ -137,7 +137,6 @@ class IssuerClient:
 
     async def close(self) -> None:
         await self._keys.close()
-        await self.endpoints.close()
 
     async def _request_again(
         self, tries: int, credential: Credential, audience: str, scopes: frozenset[str], ahead: bool

@@ -15,7 +15,7 @@ from worker.errors import Busy, IssuerUnavailable, KeyNotPublished, NotFound, To
 from worker.providers.management.contract import Management, Notice
 from worker.telemetry.events import emit
 from worker.web.clients import Addresses, Buckets
-from worker.web.responses import error_response
+from worker.web.responses import error_response, read_body
 
 MAX_BODY = 16 * 1024  # bytes; webhooks about orgs have less than 1 KiB
 # Webhooks that one address may send at once, and a second.
@@ -100,9 +100,4 @@ async def _read(request: Request) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > MAX_BODY:
         raise HTTPException(413)
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY:
-            raise HTTPException(413)
-    return bytes(body)
+    return await read_body(request, MAX_BODY)

@@ -246,7 +246,6 @@ class Login:
 
     async def close(self) -> None:
         await self._keys.close()
-        await self._endpoints.close()
 
     async def _exchange(self, code: str, verifier: str, redirect_uri: str) -> Mapping[str, Any]:
         """The tokens for a code."""

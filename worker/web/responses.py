@@ -260,13 +260,13 @@ def redacted_error(error: WorkerError, caller: CallerOf | None) -> tuple[str, st
 MAX_BYTES = 256 * 1024
 
 
-async def read_body(request: Request) -> bytes:
-    """The whole body; raises HTTPException 413 if it is larger than MAX_BYTES."""
+async def read_body(request: Request, most: int = MAX_BYTES) -> bytes:
+    """The whole body; raises HTTPException 413 if it is larger than `most` bytes."""
     body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > MAX_BYTES:
-            raise HTTPException(413, f"the body is larger than {MAX_BYTES} bytes")
+        if len(body) > most:
+            raise HTTPException(413, f"the body is larger than {most} bytes")
     return bytes(body)
 
 

@@ -65,7 +65,6 @@ class Bearer(Protocol):
 
         Raises ConfigurationError if the credentials are rejected, Unavailable or Throttled for now.
         """
-        ...
 
 
 class Permit(Protocol):
@@ -73,7 +72,6 @@ class Permit(Protocol):
 
     async def __call__(self) -> None:
         """Raises InstallationMismatch if it may not, and StoreUnavailable without the database."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

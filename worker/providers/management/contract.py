@@ -112,23 +112,18 @@ class Management(Protocol):
     @property
     def carried_out(self) -> Mapping[str, int]:
         """How many requests succeeded, by method and route."""
-        ...
 
     def orgs(self) -> AsyncIterator[Sequence[ProviderOrg]]:
         """All orgs, by page; each org once. An error may come after some pages: then the list is unusable."""
-        ...
 
     async def org(self, code: str) -> ProviderOrg | None:
         """One org, or None if the provider has none with this code."""
-        ...
 
     async def org_properties(self, code: str) -> Mapping[str, PropertyValue]:
         """The properties of an org that have a value."""
-        ...
 
     def applications(self) -> AsyncIterator[Sequence[ListedApplication]]:
         """All machine-to-machine applications, by page; each once."""
-        ...
 
     async def application(
         self, id: str, *, org: str, name: ApplicationName | None = None, client_id: str | None = None
@@ -138,7 +133,6 @@ class Management(Protocol):
         Pass its `name`, or for one that orgworker did not make the `client_id` of a credential whose
         token was verified for the org: whatever is passed must match.
         """
-        ...
 
     async def make(self, name: ApplicationName) -> OrgApplication:
         """Make an application of the org in the name, without any API or scope.
@@ -146,40 +140,32 @@ class Management(Protocol):
         After any error but ProviderRefused it may exist: look for the name in `applications` before
         you call this again.
         """
-        ...
 
     async def delete(self, id: str, *, org: str, name: ApplicationName) -> bool:
         """Delete an application; False if it did not exist any more."""
-        ...
 
     async def authorise(self, application: OrgApplication, audience: str) -> None:
         """Let it request tokens for an audience. Harmless if it already may."""
-        ...
 
     async def scopes(self, application: OrgApplication, audience: str) -> frozenset[str] | None:
         """Its scopes for an audience; None if the provider does not tell: then see its token."""
-        ...
 
     async def add_scopes(self, application: OrgApplication, audience: str, scopes: Collection[str]) -> None:
         """Give it scopes of an audience that it is authorised for. Harmless if it already has them.
 
         Some providers do not say whether it worked: verify a token afterwards.
         """
-        ...
 
     async def remove_scopes(
         self, application: OrgApplication, audience: str, scopes: Collection[str]
     ) -> None:
         """Take scopes of an audience away. Harmless if it does not have them."""
-        ...
 
     async def properties(self, application: OrgApplication) -> Mapping[str, PropertyValue]:
         """Its properties that have a value."""
-        ...
 
     async def set_property(self, application: OrgApplication, key: str, value: PropertyValue | None) -> None:
         """Set one of its properties; None removes its value."""
-        ...
 
     async def webhook(self, body: bytes) -> Notice:
         """What a webhook is about, if this provider sent it lately.
@@ -188,4 +174,3 @@ class Management(Protocol):
             WebhookRefused: it is not genuine, too old, or no webhook; `detail` says which.
             IssuerUnavailable: the provider's keys cannot be read, so there is no verdict.
         """
-        ...
