@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,16 +14,21 @@ from worker.cli.checks import FAILED, print_report, say_problems, with_checks
 from worker.cli.lists import add_list
 from worker.cli.options import OrgArgument, argument, option, read_duration, read_text
 from worker.cli.output import Format, say
-from worker.cli.rotation import rotate_fleet
+from worker.cli.progress import ProgressBar
 from worker.cli.session import Invocation, OutputOption, session_of, verb
-from worker.cli.sync import IssuerOption
+from worker.cli.sync import IssuerOption, only_issuer, with_provisioner
 from worker.errors import UsageError
 from worker.store.lists import CREDENTIALS
 from worker.store.lists.rows import CredentialRow
 
 if TYPE_CHECKING:
     from worker.operations.check_orgs import Checks
+    from worker.operations.fleet import Rotated
+    from worker.operations.provisioning import Provisioner
     from worker.store.database import Database
+
+ROTATED = ("org", "state", "replaces", "client_id", "error")
+PLANNED = ("org", "state", "replaces", "created_at")
 
 app = typer.Typer(help="An org's client credentials: add a generation, list, verify, rotate, retire.")
 
@@ -251,3 +257,65 @@ def retire(
     if now:
         asyncio.run(session.clock.sleep(READ_AGAIN))
     session.print_row(row)
+
+
+def rotate_fleet(
+    session: Invocation,
+    issuer: str | None,
+    older_than: timedelta,
+    *,
+    limit: int | None,
+    overlap: timedelta | None,
+    dry_run: bool,
+) -> int:
+    """Rotate what orgworker made longer ago, print a row for each org, and return the exit code."""
+    name = issuer or only_issuer(session)
+    with ProgressBar("rotations") as progress:
+
+        def tell(text: str) -> None:
+            progress.close()
+            say(text)
+
+        async def work(provisioner: Provisioner) -> list[dict[str, Any]]:
+            from worker.wiring.provisioning import fleet_of
+
+            fleet = fleet_of(session.settings, provisioner, overlap=overlap)
+            fleet.report, fleet.say = progress.at, tell
+            chosen, by_hand = await provisioner.database.run(fleet.candidates, older_than, limit)
+            if by_hand:
+                tell(
+                    f"{by_hand} org{'s' * (by_hand != 1)} with an older credential that a person added:"
+                    " `credentials rotate ORG` rotates these"
+                )
+            if dry_run:
+                return [
+                    {
+                        "org": each["org"],
+                        "state": "planned",
+                        "replaces": each["client_id"],
+                        "created_at": each["created_at"],
+                    }
+                    for each in chosen
+                ]
+            return [_row_of(each) for each in await fleet.rotate(chosen)]
+
+        rows = with_provisioner(session, name, work, changes=not dry_run, seals=not dry_run)
+    session.print_rows(rows, PLANNED if dry_run else ROTATED, key="org")
+    for row in rows:
+        if row.get("error"):
+            say(f"{row['org']}: {row['error']}")
+        if row.get("fix"):
+            say(f"fix: {row['fix']}")
+    return FAILED if any(row.get("error") for row in rows) else 0
+
+
+def _row_of(result: Rotated) -> dict[str, Any]:
+    state = "failed" if result.error else "rotated" if result.client_id else "unchanged"
+    return {
+        "org": result.org,
+        "state": state,
+        "replaces": result.replaces,
+        "client_id": result.client_id,
+        "error": result.error.message if result.error else None,
+        "fix": (result.error.fix if result.error else None) or None,
+    }

@@ -200,7 +200,7 @@ def set_state(
 
     A run that waits, also for another attempt, gets the new state.
     """
-    from worker.operations.states import set_state as operation
+    from worker.operations.definitions import set_state as operation
 
     value = read_json(data, option="--data")
     with session.database() as database:
@@ -211,7 +211,7 @@ def set_state(
 @verb(state_app, "clear")
 def clear_state(session: Invocation, org: OrgArgument, name: NameArgument) -> None:
     """Clear the state of a definition; exit 5 while a run of it is running."""
-    from worker.operations.states import clear_state as operation
+    from worker.operations.definitions import clear_state as operation
 
     with session.database() as database:
         row = operation(database, org, name, actor=session.actor)

@@ -14,6 +14,10 @@ from worker.store.lists import DEFAULT_LIMIT, HANDLERS, Page
 
 app = typer.Typer(help="Handlers that installed distributions offer.")
 
+NameArgument = Annotated[
+    str, argument("NAME", "The handler's name, as `handlers list` prints it.", of="handler")
+]
+
 
 @app.command("list")
 def list_(
@@ -36,10 +40,7 @@ def list_(
 
 
 @verb(app, "show")
-def show(
-    session: Invocation,
-    name: Annotated[str, argument("NAME", "The handler's name, as `handlers list` prints it.", of="handler")],
-) -> None:
+def show(session: Invocation, name: NameArgument) -> None:
     """Show one handler with the schemas of its params and settings.
 
     If several offer the name, shows one that loads, of workers before hosts. Names on stderr the others, and
@@ -65,10 +66,7 @@ def show(
 
 
 @verb(app, "forget")
-def forget(
-    session: Invocation,
-    name: Annotated[str, argument("NAME", "The handler's name, as `handlers list` prints it.", of="handler")],
-) -> None:
+def forget(session: Invocation, name: NameArgument) -> None:
     """Forget a handler that no live worker offers, even if hosts do: it is then the hosts' alone.
 
     Exit 3 if no worker has it, 5 if a live worker offers it. Definitions of a handler that only hosts offer

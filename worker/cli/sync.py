@@ -37,6 +37,9 @@ class Absent(StrEnum):
     SUSPEND = "suspend"
 
 
+AbsentOption = Annotated[Absent, option("--absent", "What to do with orgs that the provider does not list.")]
+
+
 def sync(
     session: Invocation,
     issuer: IssuerOption = None,
@@ -44,9 +47,7 @@ def sync(
     provision: Annotated[
         bool, option("--provision", "Make an application for each org without a working credential.")
     ] = False,
-    absent: Annotated[
-        Absent, option("--absent", "What to do with orgs that the provider does not list.")
-    ] = Absent.KEEP,
+    absent: AbsentOption = Absent.KEEP,
     yes: Annotated[bool, option("--yes", "Suspend more orgs at once than max_suspended allows.")] = False,
     dry_run: Annotated[bool, option("--dry-run", "Only print what would be done; changes nothing.")] = False,
     orphans: Annotated[
@@ -98,9 +99,7 @@ def provision(
     issuer: Annotated[
         str | None, option("--issuer NAME", "Only this issuer (default: each with a management API).")
     ] = None,
-    absent: Annotated[
-        Absent, option("--absent", "What to do with orgs that the provider does not list.")
-    ] = Absent.KEEP,
+    absent: AbsentOption = Absent.KEEP,
 ) -> None:
     """Keep orgs and their applications as the provider has them; SIGTERM or Ctrl-C stops it.
 
@@ -217,7 +216,7 @@ async def _sync(
 
 
 async def _orphans(session: Invocation, provisioner: Provisioner, org: str | None, *, delete: bool) -> int:
-    from worker.operations.orphans import orphans
+    from worker.operations.provisioning import orphans
 
     rows = await orphans(provisioner, org, delete=delete)
     session.print_rows(rows, ORPHAN_COLUMNS)

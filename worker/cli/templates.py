@@ -110,7 +110,7 @@ def run(
     Prints a row for each org; `left` says why one was left out. After an interruption, repeat
     it with the same --request-key: only what is left runs.
     """
-    from worker.operations.run_template import run_template
+    from worker.operations.templates import run_template
 
     key = request_key or new_id()
     with session.database() as database:

@@ -16,8 +16,8 @@ from worker.errors import Conflict, DefinitionError, NotFound, UsageError, Worke
 from worker.ids import ALL_ORGS, OrgId, TemplateId, new_id
 from worker.operations.changes import because
 from worker.operations.handlers import Handlers
-from worker.operations.run_template import definitions_of
 from worker.operations.runs import new_run, require_active
+from worker.operations.templates import definitions_of
 from worker.runs.run import NewRun
 from worker.store import audit, backfills, definitions, firing, orgs
 from worker.store.database import Database

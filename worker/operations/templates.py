@@ -1,17 +1,18 @@
-"""Templates: make, change and close the definitions of templates, org by org in small batches."""
+"""Templates: make, change and close their definitions, org by org in small batches; and run them now."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import Connection
 
 from worker.definitions.definition import to_spec
 from worker.definitions.file import TemplateEntry, from_template_spec
-from worker.errors import Conflict, NotFound, WorkerError
-from worker.ids import ALL_ORGS, OrgId
+from worker.errors import Conflict, DefinitionError, NotFound, WorkerError
+from worker.ids import ALL_ORGS, OrgId, TemplateId
 from worker.operations.changes import (
     DefinitionChange,
     TemplateChange,
@@ -19,6 +20,8 @@ from worker.operations.changes import (
     change_definitions,
     write_templates,
 )
+from worker.operations.runs import run_now
+from worker.operations.walks import rows_of
 from worker.store import audit, definitions, templates
 from worker.store.database import Database
 from worker.store.dialect import Row
@@ -28,6 +31,8 @@ from worker.telemetry.events import emit
 
 # Orgs that one transaction brings up to date.
 BATCH = 200
+# Definitions of a template that are read at a time.
+PAGE = 500
 ACTOR = "worker"
 
 
@@ -184,3 +189,52 @@ def close_template(database: Database, name: str, *, actor: str) -> TemplateDeta
         audit.record(connection, [change.audit_entry()], at=now, actor=actor)
         materialise_first(connection, actor=actor, at=now)
         return lists.template(connection, ALL_ORGS, name)
+
+
+def definitions_of(database: Database, template_id: TemplateId) -> Iterator[Row]:
+    """The open definitions that a template made, a page at a time: id, org, name, paused_at."""
+    return rows_of(database, templates.definitions_of_for_all_orgs, template_id, after=None, limit=PAGE)
+
+
+def run_template(
+    database: Database,
+    name: str,
+    *,
+    actor: str,
+    request_key: str,
+    params: Mapping[str, Any] | None = None,
+    typed: Mapping[str, str] | None = None,
+    dry_run: bool = False,
+) -> Iterator[Row]:
+    """Run each definition of a template as it is taken, and yield the outcomes; paused ones are left out.
+
+    A row has `id` and `state` of the new run, and `left`: why an org was left out, else None. The same
+    `request_key` makes no second run, so an interrupted call can be repeated. With `dry_run` nothing
+    is made. `params` and `typed` are those of `run_now`.
+
+    Raises:
+        NotFound: no such template.
+        UsageError: an invalid request key.
+    """
+    with database.autocommit() as connection:
+        template_id = TemplateId(lists.template(connection, ALL_ORGS, name)["id"])
+    for row in definitions_of(database, template_id):
+        outcome: Row = {"id": None, "org": row["org"], "definition": row["name"], "state": None, "left": None}
+        if row["paused_at"] is not None:
+            yield outcome | {"left": f"definition {row['org']}/{row['name']} is paused"}
+        elif dry_run:
+            yield outcome
+        else:
+            try:
+                run = run_now(
+                    database,
+                    row["org"],
+                    row["name"],
+                    actor=actor,
+                    request_key=request_key,
+                    params=params,
+                    typed=typed,
+                )
+                yield outcome | {"id": run["id"], "state": run["state"]}
+            except (Conflict, NotFound, DefinitionError) as error:
+                yield outcome | {"left": error.message}

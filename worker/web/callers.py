@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 
 from worker.errors import AccessDenied, Conflict, NotFound
 from worker.ids import ALL_ORGS, OrgId, OrgScope
-from worker.operations import answers, approvals, budgets, bulk, credentials, definitions, orgs, runs, states
+from worker.operations import answers, approvals, budgets, bulk, credentials, definitions, orgs, runs
 from worker.operations import backfill as backfills
 from worker.search import Query
 from worker.store import roles
@@ -239,8 +239,8 @@ class CallerDatabase:
     resume_org = _of_org("pause_org", partial(orgs.set_org_state, state="active"))
     retire_credential = _of_org("credentials", credentials.retire_credential)
     raise_budget = _of_org("budget", budgets.raise_budget)
-    set_state = _of_org("state", states.set_state)
-    clear_state = _of_org("state", states.clear_state)
+    set_state = _of_org("state", definitions.set_state)
+    clear_state = _of_org("state", definitions.clear_state)
     backfill = _of_org("backfill", backfills.backfill)
 
     async def run_now(self, caller: Caller, org: str, name: str, **what: Any) -> Run:

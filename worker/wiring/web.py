@@ -35,10 +35,9 @@ from worker.web.callers import OpenRing, no_ring
 from worker.web.clients import Addresses, ClientLimits
 from worker.web.connections import Connections
 from worker.web.database_health import DatabaseHealth
-from worker.web.first_login import local_origin, print_login_link
 from worker.web.health import Health
 from worker.web.listener import WebServer, bind, build_health
-from worker.web.login import Login, basis_of
+from worker.web.login import Login, basis_of, local_origin, print_login_link
 from worker.web.operators import StoredOperators
 from worker.web.server import build
 from worker.wiring.issuers import issuers_of, login_secret

@@ -29,10 +29,9 @@ from worker.execution.trial import FakeTokens
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.given import State
 from worker.ids import RunId, WorkerId, new_id
-from worker.operations.definitions import edit_definition
+from worker.operations.definitions import clear_state, edit_definition, set_state
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import retry, run_now
-from worker.operations.states import clear_state, set_state
 from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded, TimedOut
 from worker.runs.run import AdmittedRun
 from worker.store import catalogue, tables, workers

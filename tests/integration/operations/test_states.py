@@ -9,10 +9,9 @@ import pytest
 from worker.errors import Conflict, DefinitionError, NotFound, UsageError
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.given import STATE_LIMIT
-from worker.operations.definitions import edit_definition
+from worker.operations.definitions import clear_state, edit_definition, set_state
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import run_now
-from worker.operations.states import clear_state, set_state
 from worker.store import catalogue
 from worker.store.lists import read as lists
 

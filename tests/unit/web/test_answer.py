@@ -10,8 +10,7 @@ import pytest
 from tests.fakes.clock import START
 from worker.runs.causes import CAUSES
 from worker.runs.why import why_run
-from worker.web.pages.answer import StepLink, answer
-from worker.web.pages.runs import MAX_LANES, lanes_of
+from worker.web.pages.runs import MAX_LANES, StepLink, answer, lanes_of
 
 RUN = "01900000-0000-7000-8000-000000000001"
 OTHER = "01900000-0000-7000-8000-000000000002"

@@ -17,14 +17,13 @@ from worker.web.pages.base import Pages, ZonePages
 from worker.web.pages.bulk import BulkPages
 from worker.web.pages.definition_edit import EditPages
 from worker.web.pages.definitions import DefinitionPages
-from worker.web.pages.failures import FailurePages
 from worker.web.pages.inventory import InventoryPages
 from worker.web.pages.login import LoginPages
 from worker.web.pages.morning import MorningPage
 from worker.web.pages.orgs import OrgPages
 from worker.web.pages.rendering import static_routes
 from worker.web.pages.runs import RunPages
-from worker.web.pages.search import SearchPages
+from worker.web.pages.search import FailurePages, SearchPages
 from worker.web.pages.usage import UsagePages
 from worker.web.sessions import Forms, Sessions, in_api
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -16,17 +17,19 @@ from starlette.routing import Route
 from worker.claims.enforced import without_digests
 from worker.errors import Conflict, DefinitionError, UsageError, WorkerError
 from worker.ids import OrgId, RunId
+from worker.operations import why as explanations
 from worker.operations.runs import require_run
+from worker.runs.clauses import clauses, up
 from worker.runs.run import step_label
 from worker.runs.traces import Part, parts_of
+from worker.runs.why import Why
 from worker.store.lists import runs
 from worker.store.lists.rows import Run, RunDetail, WaitRow
 from worker.web.callers import Caller
 from worker.web.charts import Lane, LanePiece, gantt
-from worker.web.pages.answer import answer_of
 from worker.web.pages.base import PageGroup, allowed, caller_of, query
 from worker.web.pages.forms import as_text, from_json, from_typed, problem_of, reason_of
-from worker.web.pages.links import cause_path
+from worker.web.pages.links import cause_path, step_path
 from worker.web.pages.run_log import page_after, page_before, place_of
 
 # Characters of a value such as params that a page shows at most.
@@ -260,3 +263,72 @@ def _pieces(marks: Sequence[tuple[str, str, datetime | None]], end: datetime) ->
 def to_run(row: Run) -> Response:
     """Redirect to the page of a run."""
     return RedirectResponse(f"/runs/{row['id']}", 303)
+
+
+_TONES = {"failed": "bad", "refused": "bad", "waiting": "warn", "skipped": "warn", "cancelled": "warn"}
+
+
+@dataclass(frozen=True, slots=True)
+class StepLink:
+    """A next step: its text and the page that it leads to; `right` is a change that this page offers."""
+
+    text: str
+    href: str
+    right: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Sentences in the order in which they are read; None for one that does not apply.
+
+    `customer` is a text without internals, to copy.
+    """
+
+    lead: str
+    whose: str | None
+    since_then: str | None
+    others: str | None
+    other_orgs: int | None
+    question: str | None
+    kept: str
+    retry: str
+    customer: str
+    step: StepLink | None
+    tone: str
+
+
+def answer_of(connection: Connection, caller: Caller, run: Mapping[str, Any]) -> Answer:
+    """The answer about a run as this caller sees it; an org learns nothing of other orgs and of workers."""
+    return answer(explanations.explain(connection, run, across_orgs=caller.org is None), run)
+
+
+def answer(why: Why, run: Mapping[str, Any]) -> Answer:
+    """The clauses as sentences; `run` is its row."""
+    tried = f" at attempt {run['attempt']}" if run["attempt"] else ""
+    said = clauses(why, _in_words)
+    own = f"/runs/{run['id']}"
+    href = step_path(why.step)
+    return Answer(
+        lead=_sentence(f"{run['state']}{tried}: {said.cause}") or "",
+        whose=_sentence(said.whose),
+        since_then=_sentence(said.since_then),
+        others=_sentence(said.others),
+        other_orgs=why.other_orgs,
+        question=_sentence(said.question),
+        kept=_sentence(said.kept) or "",
+        retry=_sentence(said.retry) or "",
+        customer=said.customer,
+        # A part of this page, or another page; not this page as a whole.
+        step=None
+        if href == own
+        else StepLink(why.step.text, href.removeprefix(own), why.step.declared.right),
+        tone=_TONES.get(str(run["state"]), "good" if run["state"] == "succeeded" else "busy"),
+    )
+
+
+def _in_words(time: datetime) -> str:
+    return f"{time:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _sentence(clause: str | None) -> str | None:
+    return clause and up(clause) + ("" if clause.endswith((".", "!", "?")) else ".")

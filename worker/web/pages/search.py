@@ -1,9 +1,9 @@
-"""The search over orgs and runs, with the grammar that the command line has too."""
+"""The search over orgs and runs, with the grammar of the command line; failed and refused runs by cause."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC
+from datetime import UTC, timedelta
 from typing import Any, Literal
 from uuid import UUID
 
@@ -12,9 +12,12 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from worker.errors import NotFound, UsageError
+from worker.errors import AccessDenied, NotFound, UsageError
+from worker.operations.matters import listed
 from worker.search import KEYS, Query, parsed
-from worker.store.lists import Page, runs, search
+from worker.store.lists import Page, failures, runs, search
+from worker.store.lists.failures import cause_text
+from worker.store.lists.morning import Named
 from worker.store.lists.rows import OrgRow, Run
 from worker.store.lists.suggestions import suggestions
 from worker.web.callers import Caller
@@ -98,3 +101,47 @@ def _exists(connection: Connection, caller: Caller, run_id: str) -> bool:
     except NotFound:
         return False
     return True
+
+
+STATES = ("failed", "refused")
+# How far back the page looks, and the words for it.
+DAY = timedelta(days=1)
+SPANS = {"1h": timedelta(hours=1), "1d": DAY, "7d": 7 * DAY, "30d": 30 * DAY}
+
+
+class FailurePages(PageGroup):
+    def routes(self) -> Sequence[Route]:
+        return (Route("/failures", self._failures),)
+
+    async def _failures(self, request: Request) -> Response:
+        if caller_of(request).org is not None:
+            raise AccessDenied("failures over all orgs are for operators", fix="open the page of your org")
+        given = query(request, "state", "since")
+        state, since = given.get("state", "failed"), given.get("since", "1d")
+        if state not in STATES:
+            raise UsageError(f"{state!r} is not a state of a failure", fix=f"one of {', '.join(STATES)}")
+        if since not in SPANS:
+            raise UsageError(f"{since!r} is not a span of this page", fix=f"one of {', '.join(SPANS)}")
+        start = self._pages.clock.now() - SPANS[since]
+
+        def work(connection: Connection) -> dict[str, Any]:
+            causes, more = failures.by_cause_for_all_orgs(connection, state, start)
+            return {
+                "causes": [
+                    {
+                        **cause,
+                        "text": cause_text(cause),
+                        "href": search_path(cause_text(cause)),
+                        "open_in": listed(Named(cause["open_orgs"], cause["named"])),
+                    }
+                    for cause in causes
+                ],
+                "more": more,
+                "most": failures.MAX_RUNS,
+                "state": state,
+                "since": since,
+                "states": STATES,
+                "spans": list(SPANS),
+            }
+
+        return await self._pages.show(request, "failures.html", work)

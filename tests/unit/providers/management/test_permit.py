@@ -184,7 +184,7 @@ def test_every_management_api_is_opened_with_the_permit_of_the_database() -> Non
                 found.setdefault(str(path.relative_to(package)), []).extend(permits)
     # The parameter of `open_management` goes to `Calls`.
     assert found == {
-        "cli/org_claims.py": ["ownership.permit"],
+        "cli/orgs.py": ["ownership.permit"],
         "wiring/provisioning.py": ["ownership.permit"],
         "wiring/management.py": ["permit"],
     }
