@@ -50,10 +50,6 @@ MAX_OPENED = 1_000
 NameOf = Callable[[str], str]
 
 
-def _as_it_is(name: str) -> str:
-    return name
-
-
 def _said(check: str) -> tuple[Callable[..., Diagnostic], Callable[..., Diagnostic]]:
     """Functions of detail and fix that make the diagnostic of a check: an ok one, and one that is not."""
     return partial(Diagnostic, check, True), partial(Diagnostic, check, False)
@@ -64,7 +60,7 @@ def run_checks(
     settings: Settings,
     ring: KeyRing | None = None,
     *,
-    org: NameOf = _as_it_is,
+    org: NameOf = str,
 ) -> list[Diagnostic]:
     """Every check, in reading order. An `ok` one with a `fix` is a warning.
 
@@ -120,7 +116,7 @@ def workers(database: Database) -> Diagnostic:
     ok, bad = _said("workers")
     with database.autocommit() as connection:
         now = database.now(connection)
-        crashed = crashed_for_all_orgs(connection, now - timedelta(days=1))
+        crashed = crashed_for_all_orgs(connection, now - DAY)
         lost = health.lost_workers(connection)
         alive = len(health.live_workers(connection))
         overdue = health.oldest_unfired(connection)
@@ -155,7 +151,7 @@ def _crashes(found: CappedCount, now: datetime) -> str:
     return f"; within a day: {'; '.join([*ends, *rest])}"
 
 
-def credentials(database: Database, org: NameOf = _as_it_is) -> Diagnostic:
+def credentials(database: Database, org: NameOf = str) -> Diagnostic:
     """An org whose credentials are all rejected gets no token: its runs wait."""
     ok, bad = _said("credentials")
     with database.autocommit() as connection:
@@ -170,7 +166,7 @@ def credentials(database: Database, org: NameOf = _as_it_is) -> Diagnostic:
     )
 
 
-def tokens(database: Database, org: NameOf = _as_it_is) -> Iterator[Diagnostic]:
+def tokens(database: Database, org: NameOf = str) -> Iterator[Diagnostic]:
     """A provider that gave orgs the tokens of others in the last day: their runs are refused."""
     ok, bad = _said("tokens")
     with database.autocommit() as connection:
@@ -187,7 +183,7 @@ def tokens(database: Database, org: NameOf = _as_it_is) -> Iterator[Diagnostic]:
         yield ok("in the last day no org had the token of another one")
 
 
-def org_secrets(database: Database, ring: KeyRing | None, org: NameOf = _as_it_is) -> Iterator[Diagnostic]:
+def org_secrets(database: Database, ring: KeyRing | None, org: NameOf = str) -> Iterator[Diagnostic]:
     """A secret that the key ring does not open: runs that need it wait. Nothing if no org has secrets.
 
     Tries the newest ones.
@@ -245,7 +241,7 @@ def unapproved(database: Database) -> Iterator[Diagnostic]:
             yield approvals.diagnostic(connection, rows)
 
 
-def homeless(database: Database, org: NameOf = _as_it_is) -> Iterator[Diagnostic]:
+def homeless(database: Database, org: NameOf = str) -> Iterator[Diagnostic]:
     """Definitions of handlers that only hosts offer, without a pool: their runs reach no host."""
     bad = _said("hosts_only")[1]
     with database.autocommit() as connection:
@@ -263,7 +259,7 @@ def homeless(database: Database, org: NameOf = _as_it_is) -> Iterator[Diagnostic
         )
 
 
-def served_pools(database: Database, org: NameOf = _as_it_is) -> Diagnostic:
+def served_pools(database: Database, org: NameOf = str) -> Diagnostic:
     """A definition whose pool no worker or host serves: its runs wait. Looks at the newest definitions."""
     ok, bad = _said("pools")
     with database.autocommit() as connection:
