@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
 from collections.abc import Callable
 from contextlib import closing
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -395,8 +395,12 @@ def test_what_cannot_be_adopted_says_why(copy: Place) -> None:
 def test_a_person_who_says_no_adopts_nothing(copy: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ask on a terminal: one gives up applications, the other takes them."""
     before = copy.stored()
-    terminal = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr("worker.cli.installation.sys", terminal)
+
+    class Terminal(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("tests.fakes.cli.io.TextIOWrapper", Terminal)
     for how in ("--same", "--new"):
         refused = copy("installation", "adopt", how, stdin="no\n", check=False)
         assert refused.code == 1 and "nothing was changed" in refused.err
