@@ -47,7 +47,7 @@ def add_credentials(made: Filled, ring: KeyRing, apps: Sequence[dict[str, Any]])
             | {"created_by": "bench", "reference": None}
         )
     with made.database.transaction() as connection:
-        credentials.insert_for_all_orgs(connection, rows)
+        credentials.add(connection, rows)
 
 
 def run(checkout: Path, task: dict[str, Any]) -> dict[str, float]:

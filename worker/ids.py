@@ -20,7 +20,9 @@ class AllOrgs:
 
 
 ALL_ORGS = AllOrgs()
-# Whose rows to read: those of the org with this code, or all.
+# Whose rows to read or change: those of the org with this id, or all.
+Scope = OrgId | AllOrgs
+# The same by the org's code.
 OrgScope = str | AllOrgs
 
 _lock = threading.Lock()

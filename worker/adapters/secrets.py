@@ -80,7 +80,7 @@ class OpenedCredentials:
 
     async def active_ids(self, org_ids: Sequence[OrgId]) -> Mapping[OrgId, Sequence[str]]:
         """The ids of the active generations of these orgs, newest first."""
-        return await self._database.call_autocommit(credentials.active_ids_for_all_orgs, org_ids)
+        return await self._database.call_autocommit(credentials.active_ids, org_ids)
 
     async def used(self, credential: Credential, error: str | None) -> None:
         """Record one use of a credential; concurrent calls share a statement."""
@@ -94,14 +94,12 @@ class OpenedCredentials:
         return self._keyring
 
     async def _read_active(self, org_ids: Sequence[OrgId]) -> Mapping[OrgId, list[dict[str, Any]]]:
-        return await self._database.call_autocommit(credentials.active_for_all_orgs, org_ids)
+        return await self._database.call_autocommit(credentials.active_of, org_ids)
 
     async def _count_uses(
         self, uses: Sequence[tuple[int, credentials.Use]]
     ) -> Mapping[tuple[int, credentials.Use], None]:
-        await self._database.call(
-            credentials.used_for_all_orgs, [use for _, use in uses], at=self._clock.now()
-        )
+        await self._database.call(credentials.used, [use for _, use in uses], at=self._clock.now())
         return {}
 
     def _open(self, row: Mapping[str, Any]) -> Credential:
@@ -172,7 +170,7 @@ class OpenedSecrets:
         return ring.unseal_secret(row["sealed"], row["key_id"], **place)
 
     async def _read(self, wanted: Sequence[tuple[OrgId, str]]) -> Mapping[tuple[OrgId, str], dict[str, Any]]:
-        return await self._database.call_autocommit(org_secrets.sealed_of_for_all_orgs, wanted)
+        return await self._database.call_autocommit(org_secrets.sealed_of, wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +212,7 @@ class StoredTokens:
 
     async def lives(self, requests: Sequence[TokenRequest]) -> Mapping[TokenRequest, tuple[float, float]]:
         ids = [each.id for each in requests]
-        found = await self._database.call_autocommit(access_tokens.lives_for_all_orgs, ids)
+        found = await self._database.call_autocommit(access_tokens.lives, ids)
         return {each: found[id_] for each, id_ in zip(requests, ids, strict=True) if id_ in found}
 
     async def reserve(self, request: TokenRequest, version: int, seconds: float) -> bool:
@@ -223,7 +221,7 @@ class StoredTokens:
 
     async def renew(self, requests: Collection[TokenRequest], seconds: float) -> None:
         await self._database.call(
-            access_tokens.renew_for_all_orgs,
+            access_tokens.renew,
             [each.id for each in requests],
             holder=self._holder,
             lasts=timedelta(seconds=seconds),
@@ -240,7 +238,7 @@ class StoredTokens:
 
     async def _find(self, requests: Sequence[TokenRequest]) -> Mapping[TokenRequest, Found]:
         ids = [each.id for each in requests]
-        rows = await self._database.call_autocommit(access_tokens.find_for_all_orgs, ids)
+        rows = await self._database.call_autocommit(access_tokens.find, ids)
         found = {(row.id, row.org_id): _found(row) for row in rows}
         keys = zip(requests, ids, strict=True)
         return {each: found[id_, each.org.id] for each, id_ in keys if (id_, each.org.id) in found}
@@ -248,7 +246,7 @@ class StoredTokens:
     async def _reserve(
         self, wanted: Sequence[access_tokens.Reservation]
     ) -> Mapping[access_tokens.Reservation, bool]:
-        ours = await self._database.call(access_tokens.reserve_for_all_orgs, wanted, holder=self._holder)
+        ours = await self._database.call(access_tokens.reserve, wanted, holder=self._holder)
         return {each: each.id in ours for each in wanted}
 
     async def _store(
@@ -267,7 +265,7 @@ class StoredTokens:
             }
             for request, token in tokens
         ]
-        stored = await self._database.call(access_tokens.put_for_all_orgs, rows)
+        stored = await self._database.call(access_tokens.put, rows)
         return {each: each[0].id in stored for each in tokens}
 
 

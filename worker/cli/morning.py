@@ -9,6 +9,7 @@ from worker.cli.options import SinceOption, option, read_since
 from worker.cli.output import Format, say
 from worker.cli.session import Invocation
 from worker.errors import UsageError
+from worker.ids import ALL_ORGS
 
 DAY = timedelta(days=1)
 MATTERS = ("level", "title", "about", "next")
@@ -47,14 +48,14 @@ def failures(
     the newest one, which `runs why` explains. `runs retry --cause` takes the `cause` of -o json.
     """
     from worker.operations.matters import listed
-    from worker.store.lists.failures import by_cause_for_all_orgs
+    from worker.store.lists.failures import by_cause
     from worker.store.lists.morning import Named
 
     if state not in STATES:
         raise UsageError(f"--state {state} is not one of {', '.join(STATES)}", fix="--state refused")
     start = read_since(since, session.clock)
     with session.database() as database, database.autocommit() as connection:
-        rows, more = by_cause_for_all_orgs(connection, state, start or database.now(connection) - DAY)
+        rows, more = by_cause(connection, ALL_ORGS, state, start or database.now(connection) - DAY)
     named = {"open_orgs": lambda row: listed(Named(row["open_orgs"], row["named"]))}
     session.print_rows(rows, CAUSES, key="run", cells=named)
     if more:

@@ -60,10 +60,10 @@ def apply_templates(session: Invocation, database: Database) -> None:
     Workers do the same, and what is left if this is interrupted.
     """
     from worker.operations.templates import materialise
-    from worker.store.templates import count_behind_for_all_orgs
+    from worker.store.templates import count_behind
 
     with database.autocommit() as connection:
-        total = count_behind_for_all_orgs(connection)
+        total = count_behind(connection, ALL_ORGS)
     done = 0
     with ProgressBar("orgs of templates", total) as progress:
         while orgs := materialise(database, limit=AT_ONCE, actor=session.actor).orgs:

@@ -187,7 +187,7 @@ class Replay:
     def _note_dead_credential(self, org_id: OrgId, now: datetime) -> None:
         rows = credentials.active(self.connection, org_id)
         uses = [credentials.Use(row["id"], org_id, "invalid_client") for row in rows]
-        credentials.used_for_all_orgs(self.connection, uses, at=now)
+        credentials.used(self.connection, uses, at=now)
 
 
 def claims_of(org: DemoOrg, client_id: str, at: datetime) -> Claims:

@@ -14,7 +14,7 @@ from worker.definitions.fields import Faults, refusal
 from worker.definitions.file import DefinitionsFile, TemplateEntry
 from worker.definitions.origins import NO_ISSUERS, IssuerOrigins, check_base_url, check_encrypted, in_force
 from worker.errors import DefinitionError, UsageError
-from worker.ids import OrgId, TemplateId, new_id
+from worker.ids import ALL_ORGS, OrgId, TemplateId, new_id
 from worker.operations import settle
 from worker.operations.budgets import BudgetChange, budget_changes, write_budgets
 from worker.operations.calendars import (
@@ -125,9 +125,7 @@ def _carry_out(connection: Connection, plan: _Plan, *, actor: str, at: datetime,
     with settle.rescheduling(connection, settled, at=at):
         fresh = {"created_at": at, "updated_at": at}
         added = [org for org in plan.orgs if org.before is None]
-        orgs.insert_for_all_orgs(
-            connection, [{"id": org.id, "code": org.code, **fresh, **org.new} for org in added]
-        )
+        orgs.add(connection, [{"id": org.id, "code": org.code, **fresh, **org.new} for org in added])
         for org in plan.orgs:
             if org.before is not None:
                 orgs.change(connection, org.id, org.new, at=at)
@@ -172,8 +170,8 @@ def _make_plan(
         if change.before is not None
     }
     # Locked together with those of the file: two files then take all locks in one order.
-    following_orgs = calendars.orgs_with_for_all_orgs(connection, changed)
-    found_orgs = orgs.find_for_all_orgs(connection, named | following_orgs, lock=True)
+    following_orgs = calendars.orgs_with(connection, ALL_ORGS, changed)
+    found_orgs = orgs.by_code(connection, named | following_orgs, lock=True)
     stored_orgs = {code: row for code, row in found_orgs.items() if code in named}
     ids: dict[str, OrgId] = {code: row["id"] for code, row in stored_orgs.items()}
     for entry in file.orgs:
@@ -183,7 +181,7 @@ def _make_plan(
             ids[entry.code] = org.id
     stored = {
         (row["org"], row["name"]): row
-        for row in definitions.lock_for_all_orgs(connection, (row["id"] for row in found_orgs.values()))
+        for row in definitions.lock(connection, (row["id"] for row in found_orgs.values()))
     }
     issuer_of = {code: row["issuer"] for code, row in stored_orgs.items()}
     issuer_of |= {entry.code: entry.issuer for entry in file.orgs}
@@ -239,7 +237,7 @@ def _pool_in(pools: Mapping[str, str | None], org: str) -> tuple[str | None]:
 def _pools_of(connection: Connection, selector: Selector, entries: Collection[OrgEntry]) -> set[str | None]:
     """The pools of all orgs that a template selects once the file is applied."""
     found = {
-        row["code"]: (row["tags"], row["issuer"], row["pool"]) for row in places.orgs_for_all_orgs(connection)
+        row["code"]: (row["tags"], row["issuer"], row["pool"]) for row in places.orgs(connection, ALL_ORGS)
     }
     found |= {entry.code: (entry.tags, entry.issuer, entry.pool) for entry in entries}
     return {pool for tags, issuer, pool in found.values() if selector.matches(tags=tags, issuer=issuer)}

@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 from worker.definitions.pools import DEFAULT_POOL
 from worker.errors import Conflict, Diagnostic, NotFound
 from worker.handlers.ceiling import Ceiling, digest, may_run
+from worker.ids import ALL_ORGS
 from worker.runs.next_steps import NextStep
 from worker.store import approvals, audit, places, pools
 from worker.store.database import Database
@@ -111,7 +112,7 @@ def diagnostic(connection: Connection, rows: Iterable[Row]) -> Diagnostic:
     waiting = [row for row in rows if not row["approved"]]
     if not waiting:
         return Diagnostic("approvals", True, "all that hosts declare is approved")
-    uses = places.uses_for_all_orgs(connection, {row["handler"] for row in waiting})
+    uses = places.uses(connection, ALL_ORGS, {row["handler"] for row in waiting})
     blocking = [row for row in waiting if any(map(partial(_waits, row), uses))]
     first = (blocking or waiting)[0]
     more = f"; and {len(waiting) - 1} more" if len(waiting) > 1 else ""

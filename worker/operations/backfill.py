@@ -54,7 +54,7 @@ def _fill(connection: Connection, *, at: datetime) -> Filled:
     handlers = Handlers(connection)
     runs: list[NewRun] = []
     ended: list[Row] = []
-    for row in backfills.lock_with_room_for_all_orgs(connection, BACKFILLS):
+    for row in backfills.lock_with_room(connection, ALL_ORGS, BACKFILLS):
         try:
             new, following = _next(row, handlers, at)
         except WorkerError as error:

@@ -87,8 +87,8 @@ def gather(
                 for row in health.workers(connection)
             ],
             "handlers": [_handler(row) for row in catalogue.entries(connection)],
-            "unfinished": health.unfinished_for_all_orgs(connection),
-            "ended_by_hour": health.ended_for_all_orgs(connection, now),
+            "unfinished": health.unfinished(connection, ALL_ORGS),
+            "ended_by_hour": health.ended(connection, ALL_ORGS, now),
             "failures": [_run(row, orgs, definitions) for row in failures],
             "changes": [
                 {"at": row["at"], "action": row["action"]}

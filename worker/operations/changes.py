@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from worker.definitions import CALENDAR_DATES
 from worker.definitions.definition import Definition, to_spec
-from worker.ids import DefinitionId, OrgId, TemplateId, new_id
+from worker.ids import ALL_ORGS, DefinitionId, OrgId, TemplateId, new_id
 from worker.operations import settle
 from worker.store import audit, backfills, definitions, edit_runs, orgs, templates
 from worker.store.dialect import Row
@@ -254,14 +254,14 @@ def write_definitions(
     new = _write_rows(connection, changes, actor, at)
     settle.schedule_next(connection, new, at=at, inclusive=True)
     closed = {change.before["id"]: change for change in changes if change.action == "close" and change.before}
-    for definition_id in sorted(backfills.unfinished_of_for_all_orgs(connection, list(closed))):
+    for definition_id in sorted(backfills.unfinished_of(connection, ALL_ORGS, list(closed))):
         ours = backfills.is_of(definition_id)
         backfills.cancel(connection, closed[definition_id].org_id, ours, at=at)
-    for definition_id in sorted(edit_runs.unstarted_of_for_all_orgs(connection, list(closed))):
+    for definition_id in sorted(edit_runs.unstarted_of(connection, ALL_ORGS, list(closed))):
         its_runs = edit_runs.is_of(definition_id)
         edit_runs.end_waiting(connection, closed[definition_id].org_id, its_runs, reason="closed")
     own = {(change.org_id, change.name) for change in closed.values() if change.template is None}
-    templates.look_again_for_all_orgs(connection, own)
+    templates.look_again(connection, own)
 
 
 def _write_rows(
@@ -269,7 +269,7 @@ def _write_rows(
 ) -> list[Row]:
     """Write rows and revisions; returns the new definitions, as `definitions.read` would."""
     added = {change.org_id for change in changes if change.before is None}
-    org_of = orgs.scheduling_of_all_orgs(connection, added)
+    org_of = orgs.scheduling_of(connection, added)
     new: list[Row] = []
     rows: list[dict[str, Any]] = []
     revisions: list[dict[str, Any]] = []
@@ -313,8 +313,8 @@ def _write_rows(
                 "by": actor,
             }
         )
-    definitions.change_for_all_orgs(connection, changed, at=at)
-    definitions.insert_for_all_orgs(connection, rows, revisions)
+    definitions.change(connection, changed, at=at)
+    definitions.add(connection, rows, revisions)
     return new
 
 

@@ -10,6 +10,7 @@ from worker.definitions.zones import zone_data_version
 from worker.errors import Unavailable
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.loops.maintenance import Ages, FailureWatch, Housekeeping
+from worker.ids import ALL_ORGS
 from worker.operations import settle
 from worker.operations.backfill import fill_backfills
 from worker.operations.definitions import count_failures
@@ -82,13 +83,13 @@ class Chores:
     async def words(self) -> None:
         """Let the search find the orgs that a worker of an older release added or renamed."""
         after = None
-        while found := await self._database.call_autocommit(orgs.without_words_for_all_orgs, after):
-            await self._database.call(orgs.add_words_for_all_orgs, found)
+        while found := await self._database.call_autocommit(orgs.without_words, ALL_ORGS, after):
+            await self._database.call(orgs.add_words, found)
             after = found[-1]
 
     async def _drop_expired(self) -> None:
         """Delete shared tokens that have expired."""
-        while await self._database.call(access_tokens.drop_expired_for_all_orgs) == access_tokens.BATCH:
+        while await self._database.call(access_tokens.drop_expired, ALL_ORGS) == access_tokens.BATCH:
             pass
 
     async def _look(self) -> None:

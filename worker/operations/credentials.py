@@ -74,11 +74,11 @@ def add_credential(
         if row["state"] == "removed":
             raise Conflict(f"org {org} was removed", fix="`orgs add` brings it back")
         now = database.now(connection)
-        generation = credentials.last_generation(connection, row["id"]) + 1
+        generation = credentials.last_generations(connection, [row["id"]])[row["id"]] + 1
         new = credential_row(
             ring, row["id"], generation, client_id=client_id, secret=secret, reference=reference, kind=kind
         ) | {"created_at": now, "created_by": actor}
-        credentials.insert_for_all_orgs(connection, [new])
+        credentials.add(connection, [new])
         entry = audit.Entry(
             row["id"], "credential.add", f"{org} {generation}", {"client_id": client_id, "kind": kind}
         )

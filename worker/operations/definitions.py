@@ -150,7 +150,8 @@ def _set_pause(
     if not pause:
         values = {"paused_at": None, "paused_by": None, "pause_note": None, "consecutive_failures": 0}
     with settle.rescheduling(connection, [row], at=now, scope=row["org_id"]):
-        definitions.change(connection, row["org_id"], row["id"], values, at=now, revision=row["revision"])
+        change = definitions.DefinitionUpdate(row["org_id"], row["id"], row["revision"], values)
+        definitions.change(connection, [change], at=now)
     action = "definition.pause" if pause else "definition.resume"
     detail = {"note": note} if note else None
     entry = audit.Entry(row["org_id"], action, f"{row['org']} {row['name']}", detail)

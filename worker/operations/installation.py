@@ -7,6 +7,7 @@ from typing import Literal, TypedDict
 from sqlalchemy import Connection
 
 from worker.errors import Busy, ConfigurationError, InstallationMismatch
+from worker.ids import ALL_ORGS
 from worker.store import applications, audit
 from worker.store import installation as stored
 from worker.store.database import Database
@@ -119,7 +120,7 @@ def adopt(database: Database, word: str, how: How, *, actor: str, issuers: list[
             forgotten = 0
             if how == "new":
                 stored.renew(connection, word, at=at)
-                forgotten = applications.forget_for_all_orgs(connection, at=at)
+                forgotten = applications.forget(connection, ALL_ORGS, at=at)
             elif before.word != word:
                 stored.change_word(connection, word)
             after = stored.read(connection)

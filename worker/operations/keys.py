@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection
 
 from worker.errors import ConfigurationError, Conflict, NotFound
-from worker.store import access_tokens, audit, credentials, org_secrets, orgs
+from worker.ids import ALL_ORGS
+from worker.store import access_tokens, audit, orgs, tables
+from worker.store import sealed as stored
 from worker.store.database import Database
 from worker.store.dialect import Row
 
@@ -23,7 +25,7 @@ BATCH = 500
 def list_keys(database: Database, ring: KeyRing | None) -> list[Row]:
     """A row for each key of the ring and of the database, with the number of secrets that it seals."""
     with database.autocommit() as connection:
-        counts = _sealed(connection)
+        counts = stored.counts(connection, ALL_ORGS)
     ids = ring.key_ids if ring else ()
     return [
         {
@@ -88,16 +90,17 @@ def rekey(
         ConfigurationError: the ring cannot be written.
     """
     with database.autocommit() as connection:
-        older = _sealed(connection).keys() & set(ring.key_ids[:-1])
+        older = stored.counts(connection, ALL_ORGS).keys() & set(ring.key_ids[:-1])
     if not older:
         ring = add_key(database, ring, actor=actor)
     key_id = ring.sealing_key_id
     resealed = unopened = 0
-    for table, reseal in ((credentials, _reseal_credential), (org_secrets, _reseal_secret)):
+    both = ((tables.credentials, _reseal_credential), (tables.org_secrets, _reseal_secret))
+    for table, reseal in both:
         after: str | None = None
         while True:
             with database.transaction() as connection:
-                rows = table.sealed_otherwise_for_all_orgs(connection, key_id, after=after, limit=batch)
+                rows = stored.otherwise(connection, ALL_ORGS, table, key_id, after=after, limit=batch)
                 for row in rows:
                     # Else its key is lost, or it was sealed for another row.
                     done = reseal(connection, ring, row)
@@ -116,7 +119,8 @@ def _reseal_credential(connection: Connection, ring: KeyRing, row: Row) -> bool:
         secret = ring.unseal(row["sealed"], row["key_id"], **place)
     except ConfigurationError:
         return False
-    credentials.reseal(connection, row["org_id"], row["id"], *ring.seal(secret, **place))
+    again = ring.seal(secret, **place)
+    stored.reseal(connection, tables.credentials, row["org_id"], row["id"], *again)
     return True
 
 
@@ -126,16 +130,9 @@ def _reseal_secret(connection: Connection, ring: KeyRing, row: Row) -> bool:
         value = ring.unseal_secret(row["sealed"], row["key_id"], **place)
     except ConfigurationError:
         return False
-    org_secrets.reseal(connection, row["org_id"], row["id"], *ring.seal_secret(value, **place))
+    again = ring.seal_secret(value, **place)
+    stored.reseal(connection, tables.org_secrets, row["org_id"], row["id"], *again)
     return True
-
-
-def _sealed(connection: Connection) -> dict[str, Counter[str]]:
-    """The number of secrets that each key seals, by state; secrets of orgs are active."""
-    counts = credentials.sealed_for_all_orgs(connection)
-    for key_id, count in org_secrets.sealed_for_all_orgs(connection).items():
-        counts.setdefault(key_id, Counter())["active"] += count
-    return counts
 
 
 def remove_key(database: Database, ring: KeyRing, key_id: str, *, actor: str) -> None:
@@ -148,7 +145,7 @@ def remove_key(database: Database, ring: KeyRing, key_id: str, *, actor: str) ->
     if key_id not in ring.key_ids:
         raise NotFound(f"the key ring has no key {key_id}", fix="`keys list` lists them")
     with database.transaction() as connection:
-        count = _sealed(connection).get(key_id, Counter()).total()
+        count = stored.counts(connection, ALL_ORGS).get(key_id, Counter()).total()
         if count:
             raise Conflict(f"the key {key_id} still seals {count} secrets", fix="run `keys rekey` first")
         ring.without(key_id)
@@ -182,7 +179,7 @@ def _drop(database: Database, **which: str) -> int:
     total = 0
     while True:
         with database.transaction() as connection:
-            dropped = access_tokens.drop_for_all_orgs(connection, **which)
+            dropped = access_tokens.drop_some(connection, ALL_ORGS, **which)
         total += dropped
         if dropped < access_tokens.BATCH:
             return total

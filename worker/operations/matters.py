@@ -10,6 +10,7 @@ from typing import Literal, TypedDict
 from sqlalchemy import Connection
 
 from worker.definitions.units import took
+from worker.ids import ALL_ORGS
 from worker.operations import approvals
 from worker.runs import worker_ends
 from worker.runs.causes import CAUSES as MEANINGS
@@ -20,7 +21,7 @@ from worker.store.dialect import Row
 from worker.store.health import oldest_unfired
 from worker.store.installation import read as read_installation
 from worker.store.lists import failures, morning
-from worker.store.lists.mismatches import Mismatch, mismatches_for_all_orgs
+from worker.store.lists.mismatches import Mismatch, mismatches
 from worker.store.lists.morning import NAMED, Named
 
 DAY = timedelta(days=1)
@@ -133,12 +134,12 @@ def overview(connection: Connection, now: datetime, *, installation: str, is_adm
     found = matters(connection, now, installation=installation, is_admin=is_admin)
     hour = now.replace(minute=0, second=0, microsecond=0)
     ended: dict[str, int] = {}
-    by_hour = morning.ended_by_hour_for_all_orgs(connection, hour - 23 * HOUR, hour + HOUR)
+    by_hour = morning.ended_by_hour(connection, ALL_ORGS, hour - 23 * HOUR, hour + HOUR)
     for (_, state), runs in sorted(by_hour.items(), key=lambda one: one[0][1]):
         ended[state] = ended.get(state, 0) + runs
     return Overview(
         matters=[each.as_row() for each in found],
-        running=morning.running_for_all_orgs(connection),
+        running=morning.running(connection, ALL_ORGS),
         ended=ended,
     )
 
@@ -150,7 +151,7 @@ def matters(
 
     Without `is_admin` the next steps avoid the pages of administrators.
     """
-    mixed_up = mismatches_for_all_orgs(connection, now - DAY)
+    mixed_up = mismatches(connection, ALL_ORGS, now - DAY)
     known = {(one.reason, org) for one in mixed_up for org in one.orgs}
     found = [
         # Above all others: a boundary between orgs does not hold at the provider.
@@ -208,7 +209,7 @@ def _of_installation(connection: Connection, word: str) -> Iterator[Matter]:
 
 
 def _of_workers(connection: Connection, now: datetime) -> Iterator[Matter]:
-    workers = morning.workers_for_all_orgs(connection, now)
+    workers = morning.workers(connection, ALL_ORGS, now)
     if not workers.up:
         yield Matter(
             "no_worker",
@@ -260,7 +261,7 @@ def _of_crashes(connection: Connection, now: datetime) -> Iterator[Matter]:
     # A host that ran nothing may have stopped while no worker answered.
     kinds: tuple[tuple[Level, bool, str], ...] = (("warn", False, "crashed"), ("quiet", True, "went silent"))
     for level, silent, what in kinds:
-        found = morning.crashed_for_all_orgs(connection, now - DAY, silent=silent)
+        found = morning.crashed(connection, ALL_ORGS, now - DAY, silent=silent)
         if not found.total:
             continue
         ends = [worker_ends.named_end(row, now) for row in found.examples]
@@ -282,7 +283,7 @@ def _of_causes(
     connection: Connection, state: str, now: datetime, known: Collection[tuple[str, str]] = ()
 ) -> Iterator[Matter]:
     """Causes of runs without a retry; those of `known` reasons and orgs have a matter of their own."""
-    causes, more = failures.by_cause_for_all_orgs(connection, state, now - DAY)
+    causes, more = failures.by_cause(connection, ALL_ORGS, state, now - DAY)
     unsolved = [cause for cause in causes if cause["open_runs"] and not _is_known(cause, known)]
     for cause in unsolved[:CAUSES]:
         retried = cause["runs"] - cause["open_runs"]
@@ -332,7 +333,7 @@ def _is_known(cause: failures.Cause, known: Collection[tuple[str, str]]) -> bool
 
 
 def _of_tokens(connection: Connection, *, is_admin: bool) -> Iterator[Matter]:
-    dead = morning.dead_credentials_for_all_orgs(connection)
+    dead = morning.dead_credentials(connection, ALL_ORGS)
     if dead.total:
         orgs = Named(dead.total, [f"{row['org']} ({row['last_error']})" for row in dead.examples])
         yield Matter(
@@ -345,7 +346,7 @@ def _of_tokens(connection: Connection, *, is_admin: bool) -> Iterator[Matter]:
             NextStep("list_credentials" if is_admin else "list_broken_orgs"),
             {"orgs": _named(row["org"] for row in dead.examples).names},
         )
-    for issuer, code, runs, named in morning.without_token_for_all_orgs(connection):
+    for issuer, code, runs, named in morning.without_token(connection, ALL_ORGS):
         what = _NO_TOKEN.get(code, "No token from issuer {}").format(issuer)
         # Each worker pauses an issuer for itself, in memory: the waiting runs are the common record.
         own = " Each worker pauses the issuer for itself; these runs say why they wait." * (code in _PAUSES)
@@ -362,7 +363,7 @@ def _of_tokens(connection: Connection, *, is_admin: bool) -> Iterator[Matter]:
 
 
 def _of_waiting(connection: Connection, now: datetime) -> Iterator[Matter]:
-    for reason, runs, start, orgs, whats in morning.waiting_for_all_orgs(connection):
+    for reason, runs, start, orgs, whats in morning.waiting(connection, ALL_ORGS):
         if reason == "no_token":
             continue
         since = now - start
@@ -428,7 +429,7 @@ def _of_inventory(connection: Connection) -> Iterator[Matter]:
                 "pools": _named(row["pool"] for row in pending).names,
             },
         )
-    paused = morning.paused_definitions_for_all_orgs(connection)
+    paused = morning.paused_definitions(connection, ALL_ORGS)
     if paused.total:
         named = Named(paused.total, [f"{row['org']}/{row['name']}" for row in paused.examples])
         yield Matter(

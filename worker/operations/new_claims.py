@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from worker.bounded import remember
 from worker.clock import Clock
-from worker.ids import OrgId, new_id_at
+from worker.ids import ALL_ORGS, OrgId, new_id_at
 from worker.store import audit
 from worker.store.database import Database
 
@@ -29,7 +29,7 @@ class NewClaims:
     async def look(self) -> set[OrgId]:
         """The orgs with changes that no earlier call returned. Raises StoreUnavailable."""
         since = new_id_at(self._clock.now() - LATE)
-        rows = await self._database.call_autocommit(audit.property_changes_for_all_orgs, since)
+        rows = await self._database.call_autocommit(audit.property_changes, ALL_ORGS, since)
         new = [(change, org_id) for change, org_id in rows if change not in self._seen]
         for change, _ in new:
             remember(self._seen, change, None, MAX_CHANGES)

@@ -158,7 +158,7 @@ def lacking(connection: Connection, org: OrgDefinitions, handlers: Handlers) -> 
     }
     if not wanted:
         return
-    has = org_secrets.names_for_all_orgs(connection, [org.org.id]).get(org.org.id, set())
+    has = org_secrets.names(connection, [org.org.id]).get(org.org.id, set())
     for name in sorted(wanted.keys() - has):
         yield Lacking(org.org.code, *wanted[name], name)
 

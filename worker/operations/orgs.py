@@ -105,7 +105,7 @@ def add_org(
             )
         if before is None:
             row = new_row(entry, at=now)
-            orgs.insert_for_all_orgs(connection, [row])
+            orgs.add(connection, [row])
             trail = [audit.Entry(row["id"], "org.add", entry.code, columns_of(entry))]
         else:
             trail = _change_org(connection, before, entry, actor=actor, at=now)
@@ -176,9 +176,8 @@ def _stop(connection: Connection, org_id: OrgId, state: OrgState, rows: list[Row
         stopped["states_cleared"] = states.clear(connection, org_id)
         backfills.cancel(connection, org_id, at=at)
         for row in rows:
-            definitions.change(
-                connection, org_id, row["id"], {"closed_at": at}, at=at, revision=row["revision"]
-            )
+            closing = definitions.DefinitionUpdate(org_id, row["id"], row["revision"], {"closed_at": at})
+            definitions.change(connection, [closing], at=at)
     return stopped
 
 
@@ -215,7 +214,7 @@ def import_orgs(
     with database.transaction() as connection:
         now = database.now(connection)
         # Locked in the order of codes, before anything is written.
-        stored = orgs.find_for_all_orgs(connection, (line.org.code for line in parsed), lock=True)
+        stored = orgs.by_code(connection, (line.org.code for line in parsed), lock=True)
         done = 0
         for part in chunks(parsed):
             with _masking(part):
@@ -270,8 +269,8 @@ def _import_some(
             new_credentials.append(credential | {"created_at": at, "created_by": actor})
             subject = f"{line.org.code} {credential['generation']}"
             trail.append(audit.Entry(org_id, "credential.add", subject, {"client_id": line.client_id}))
-    orgs.insert_for_all_orgs(connection, new_orgs)
-    credentials.insert_for_all_orgs(connection, new_credentials)
+    orgs.add(connection, new_orgs)
+    credentials.add(connection, new_credentials)
     audit.record(connection, trail, at=at, actor=actor)
     return Counter(
         orgs_added=len(new_orgs), orgs_changed=orgs_changed, credentials_added=len(new_credentials)
@@ -308,8 +307,8 @@ class _Known:
         if not org_ids:
             return cls({}, {})
         return cls(
-            credentials.active_for_all_orgs(connection, org_ids),
-            credentials.last_generations_for_all_orgs(connection, org_ids),
+            credentials.active_of(connection, org_ids),
+            credentials.last_generations(connection, org_ids),
         )
 
 

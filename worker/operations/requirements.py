@@ -20,7 +20,7 @@ from worker.definitions.units import format_duration
 from worker.errors import DefinitionError
 from worker.execution.loops.token_renewal import MARGIN_SHARE as MARGIN_AHEAD
 from worker.guard.issuer import Issuer
-from worker.ids import DefinitionId
+from worker.ids import ALL_ORGS, DefinitionId
 from worker.operations.handlers import Handlers
 from worker.operations.load import Load, Peak, Stream
 from worker.orgs import OrgRef
@@ -78,7 +78,7 @@ def load_all_orgs(connection: Connection) -> Iterator[OrgDefinitions]:
 
 def load_next_orgs(connection: Connection, after: str, limit: int) -> tuple[list[OrgDefinitions], str | None]:
     """The next orgs by code that can run something, and the last one's code, None at the end."""
-    rows = orgs.active_for_all_orgs(connection, after=after, limit=limit)
+    rows = orgs.active(connection, ALL_ORGS, after=after, limit=limit)
     return _load(connection, rows), rows[-1]["code"] if rows else None
 
 
@@ -94,7 +94,7 @@ def _load(connection: Connection, rows: list[dict[str, Any]]) -> list[OrgDefinit
         )
         for row in rows
     }
-    for stored in definitions.active_for_all_orgs(connection, list(found)):
+    for stored in definitions.active(connection, list(found)):
         org, name = found[stored["org_id"]], stored["name"]
         try:
             org.definitions.append(from_spec(org.org.code, name, stored["spec"]))

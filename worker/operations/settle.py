@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from worker.definitions.definition import Definition, from_spec
 from worker.definitions.triggers import Trigger
 from worker.errors import WorkerError
-from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, OrgId
+from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, Scope
 from worker.operations.handlers import Handlers
 from worker.runs.fire import decide, spread_of
 from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire
@@ -29,7 +29,7 @@ PAGE = 500
 
 @contextmanager
 def rescheduling(
-    connection: Connection, rows: Iterable[Row], *, at: datetime, scope: OrgId | AllOrgs = ALL_ORGS
+    connection: Connection, rows: Iterable[Row], *, at: datetime, scope: Scope = ALL_ORGS
 ) -> Iterator[None]:
     """Settle locked definitions, let the caller change them or their org, then schedule them from now.
 
@@ -41,9 +41,7 @@ def rescheduling(
     schedule_next(connection, definitions.read(connection, scope, before), at=at, scope=scope)
 
 
-def settle(
-    connection: Connection, rows: Sequence[Row], *, at: datetime, scope: OrgId | AllOrgs = ALL_ORGS
-) -> None:
+def settle(connection: Connection, rows: Sequence[Row], *, at: datetime, scope: Scope = ALL_ORGS) -> None:
     """Decide every scheduled time of locked definitions up to now, by the revision in force.
 
     A time whose spread has not passed yet becomes a run that is available when it has.
@@ -88,7 +86,7 @@ def schedule_next(
     *,
     at: datetime,
     inclusive: bool = False,
-    scope: OrgId | AllOrgs = ALL_ORGS,
+    scope: Scope = ALL_ORGS,
 ) -> None:
     """Set the next scheduled time of definitions, counted from now; None for inactive ones.
 
@@ -176,13 +174,13 @@ def recompute(database: Database, *, after: DefinitionId | None = None) -> Settl
     """
     with database.autocommit() as connection:
         now = database.now(connection)
-        rows = definitions.page_scheduled_for_all_orgs(connection, after=after, since=now, limit=PAGE)
+        rows = definitions.scheduled(connection, ALL_ORGS, after=after, since=now, limit=PAGE)
     schedules = _Schedules()
     moved = [row["id"] for row in rows if _follows_a_zone(row) and _moves(schedules, row, now)]
     if moved:
         with database.transaction() as connection:
             now = database.now(connection)
-            locked = definitions.lock_by_id_for_all_orgs(connection, moved)
+            locked = definitions.read(connection, ALL_ORGS, moved, lock=True)
             settle(connection, locked, at=now)
             schedule_next(connection, locked, at=now)
     return SettledPage(rows[-1]["id"] if len(rows) == PAGE else None, len(moved))

@@ -10,7 +10,7 @@ from typing import Literal, TypedDict
 from sqlalchemy import Connection
 
 from worker.errors import Conflict, ProviderRefused, ProviderUnavailable
-from worker.ids import OrgId
+from worker.ids import ALL_ORGS, OrgId
 from worker.operations.orgs import check_entry, columns_of, new_row, set_org_state
 from worker.operations.provisioning import Provisioned
 from worker.operations.templates import materialise, materialise_first
@@ -264,10 +264,10 @@ def planned(database: Database, listed: Sequence[Listed], rules: SyncRules, only
     with database.autocommit() as connection:
         if only is not None:
             codes = {only, *(each.org.code for each in listed)}
-            return plan(orgs.find_for_all_orgs(connection, codes).values(), listed, rules, only=only)
-        found = {row["code"]: row for row in orgs.of_issuer_for_all_orgs(connection, rules.issuer)}
+            return plan(orgs.by_code(connection, codes).values(), listed, rules, only=only)
+        found = {row["code"]: row for row in orgs.of_issuer(connection, ALL_ORGS, rules.issuer)}
         others = [each.org.code for each in listed if each.org.code not in found]
-        stored = [*found.values(), *orgs.find_for_all_orgs(connection, others).values()]
+        stored = [*found.values(), *orgs.by_code(connection, others).values()]
     return plan(stored, listed, rules, only=only)
 
 
@@ -376,7 +376,7 @@ def _write(
     at: datetime,
 ) -> list[tuple[str, str, str]]:
     """Add or change these orgs; returns org, name and change of each that changed."""
-    stored = orgs.find_for_all_orgs(connection, (each.org.code for _, each in part), lock=True)
+    stored = orgs.by_code(connection, (each.org.code for _, each in part), lock=True)
     done: list[tuple[str, str, str]] = []
     new: list[Row] = []
     trail: list[audit.Entry] = []
@@ -395,6 +395,6 @@ def _write(
             orgs.change(connection, OrgId(row["id"]), values, at=at)
             trail.append(audit.Entry(row["id"], "org.change", entry.code, values))
             done += [(entry.code, entry.name, _CHANGED[column]) for column in values]
-    orgs.insert_for_all_orgs(connection, new)
+    orgs.add(connection, new)
     audit.record(connection, trail, at=at, actor=actor)
     return done

@@ -78,12 +78,12 @@ def materialise_first(connection: Connection, *, actor: str, at: datetime) -> No
 
 def _materialise(connection: Connection, *, actor: str, at: datetime, limit: int) -> Materialised:
     newest = templates.newest_change(connection)
-    orgs = templates.lock_orgs_behind_for_all_orgs(connection, newest, limit)
+    orgs = templates.lock_orgs_behind(connection, ALL_ORGS, newest, limit)
     # Read after the orgs are locked: a template that is missed here makes them behind again.
     stored = templates.every(connection) if orgs else []
     changes = _plan(connection, orgs, stored) if orgs else []
     change_definitions(connection, changes, actor=actor, at=at)
-    templates.take_up_for_all_orgs(connection, orgs, newest)
+    templates.take_up(connection, orgs, newest)
     reached = [
         (dict(row), sum(org["templates_seen"] < row["change"] for org in orgs))
         for row in stored
@@ -113,9 +113,8 @@ def _plan(connection: Connection, orgs: Sequence[Row], stored: Sequence[Row]) ->
     ]
     specs = {entry.name: to_spec(entry.definition) for entry in entries}
     present: dict[OrgId, dict[str, Row]] = {org["id"]: {} for org in orgs}
-    for row in definitions.lock_named_for_all_orgs(
-        connection, list(present), list(refs), made_by_template=True
-    ):
+    which = definitions.is_named(list(refs), or_made_by_template=True)
+    for row in definitions.lock(connection, present, which):
         present[row["org_id"]][row["name"]] = row
     by_id = {ref.id: ref for ref in refs.values()}
     changes: list[DefinitionChange] = []
@@ -157,8 +156,8 @@ def _skip_first(database: Database, error: WorkerError) -> Materialised:
     """Mark the first org as up to date, since its definitions cannot be computed."""
     with database.transaction() as connection:
         newest = templates.newest_change(connection)
-        orgs = templates.lock_orgs_behind_for_all_orgs(connection, newest, 1)
-        templates.take_up_for_all_orgs(connection, orgs, newest)
+        orgs = templates.lock_orgs_behind(connection, ALL_ORGS, newest, 1)
+        templates.take_up(connection, orgs, newest)
     for org in orgs:
         emit("definition.failed", org=org["code"], definition=None, error=error.message)
     return Materialised(orgs=len(orgs))

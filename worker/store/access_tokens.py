@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Delete, delete, or_, select, update
 
-from worker.ids import OrgId
+from worker.ids import AllOrgs, OrgId
 from worker.store import tables
 from worker.store.bulk import among, insert_many
 from worker.store.dialect import Row, database_now, driver, insert_into, is_postgresql
@@ -105,7 +105,7 @@ class Stored(NamedTuple):
     left: float
 
 
-def find_for_all_orgs(connection: Connection, ids: Sequence[str]) -> list[Stored]:
+def find(connection: Connection, ids: Sequence[str]) -> list[Stored]:
     """The rows with these ids."""
     columns = [_tokens.c[name] for name in Stored._fields[:-2]]
     query = select(*columns, _tokens.c.received_at, _tokens.c.expires_at)
@@ -118,7 +118,7 @@ def find_for_all_orgs(connection: Connection, ids: Sequence[str]) -> list[Stored
     return found
 
 
-def lives_for_all_orgs(connection: Connection, ids: Sequence[str]) -> dict[str, tuple[float, float]]:
+def lives(connection: Connection, ids: Sequence[str]) -> dict[str, tuple[float, float]]:
     """The age of each of these tokens and what is left of its life, in seconds."""
     query = select(_tokens.c.id, _tokens.c.received_at, _tokens.c.expires_at).where(
         among(connection, _tokens.c.id, ids), _tokens.c.sealed.is_not(None)
@@ -132,7 +132,7 @@ def lives_for_all_orgs(connection: Connection, ids: Sequence[str]) -> dict[str, 
     }
 
 
-def reserve_for_all_orgs(connection: Connection, wanted: Sequence[Reservation], *, holder: str) -> set[str]:
+def reserve(connection: Connection, wanted: Sequence[Reservation], *, holder: str) -> set[str]:
     """Reserve what no other process has reserved, and return the ids of it.
 
     Not what has another version by now: another process has just stored its token.
@@ -165,7 +165,7 @@ def reserve_for_all_orgs(connection: Connection, wanted: Sequence[Reservation], 
     return set(connection.execute(statement.returning(_tokens.c.id), rows).scalars())
 
 
-def renew_for_all_orgs(connection: Connection, ids: Sequence[str], *, holder: str, lasts: timedelta) -> None:
+def renew(connection: Connection, ids: Sequence[str], *, holder: str, lasts: timedelta) -> None:
     """Extend reservations of `holder`."""
     mine = (among(connection, _tokens.c.id, ids), _tokens.c.reserved_by == holder)
     locked = connection.execute(select(_tokens.c.id).where(*mine).order_by(_tokens.c.id).with_for_update())
@@ -180,7 +180,7 @@ def release(connection: Connection, id: str, *, holder: str) -> None:
     connection.execute(update(_tokens).where(*mine).values(reserved_by=None, reserved_until=None))
 
 
-def put_for_all_orgs(connection: Connection, tokens: Sequence[Row]) -> set[str]:
+def put(connection: Connection, tokens: Sequence[Row]) -> set[str]:
     """Store tokens, end their reservations, and return the ids of what is stored.
 
     Each has id, org_id, issuer, credential_id, sealed, key_id, and in seconds `received_ago` and `left`.
@@ -234,8 +234,8 @@ def drop_of_org(connection: Connection, org_id: OrgId, credential_id: str | None
     return connection.execute(query).rowcount
 
 
-def drop_for_all_orgs(
-    connection: Connection, *, sealed_with: str | None = None, not_sealed_with: str | None = None
+def drop_some(
+    connection: Connection, _: AllOrgs, *, sealed_with: str | None = None, not_sealed_with: str | None = None
 ) -> int:
     """Delete a batch of tokens, by default of all; returns how many: less than BATCH if none is left."""
     condition: Any = _tokens.c.id.is_not(None)
@@ -246,8 +246,8 @@ def drop_for_all_orgs(
     return _delete_some(connection, condition)
 
 
-def drop_expired_for_all_orgs(connection: Connection) -> int:
-    """Delete a batch of expired tokens; as `drop_for_all_orgs`."""
+def drop_expired(connection: Connection, _: AllOrgs) -> int:
+    """Delete a batch of expired tokens; as `drop_some`."""
     return _delete_some(connection, _tokens.c.expires_at < database_now(connection))
 
 

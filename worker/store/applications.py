@@ -8,10 +8,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, delete, insert, select, update
 
-from worker.ids import OrgId, new_id
+from worker.ids import AllOrgs, OrgId, Scope, new_id
 from worker.providers.management.contract import ApplicationName
 from worker.store import tables
-from worker.store.dialect import Row, all_rows, chunks, first_row
+from worker.store.dialect import Row, above, all_rows, chunks, first_row, in_scope
 
 _applications, _orgs, _credentials = tables.applications, tables.orgs, tables.credentials
 UNFINISHED = ("making", "made", "announced")
@@ -56,7 +56,7 @@ def _with_what_belongs() -> Select[Any]:
 _WITH_ORG = _with_what_belongs()
 
 
-def insert_for_all_orgs(
+def add(
     connection: Connection,
     orgs: Sequence[tuple[OrgId, str]],
     *,
@@ -102,19 +102,16 @@ def by_name(connection: Connection, name: str) -> Row | None:
 
 def in_states(
     connection: Connection,
+    scope: Scope,
     issuer: str,
     states: Sequence[str],
     *,
-    org_id: OrgId | None = None,
     after: str = "",
     limit: int = 500,
 ) -> list[Row]:
     """A page of the rows in these states, as `find`, by id after `after`."""
     query = _WITH_ORG.where(_applications.c.issuer == issuer, _applications.c.state.in_(states))
-    if org_id is not None:
-        query = query.where(_applications.c.org_id == org_id)
-    if after:
-        query = query.where(_applications.c.id > after)
+    query = query.where(*in_scope(_applications.c.org_id, scope), *above(_applications.c.id, after or None))
     return all_rows(connection, query.order_by(_applications.c.id).limit(limit))
 
 
@@ -228,8 +225,7 @@ def rotatable(
     )
     if org_ids is not None:
         query = query.where(_credentials.c.org_id.in_(org_ids))
-    if after:
-        query = query.where(_credentials.c.id > after)
+    query = query.where(*above(_credentials.c.id, after or None))
     return all_rows(connection, query.order_by(_credentials.c.id).limit(limit))
 
 
@@ -240,7 +236,7 @@ def has_running(connection: Connection, org_id: OrgId, before: datetime) -> bool
     return connection.execute(query.where(live.c.started_at < before).limit(1)).first() is not None
 
 
-def forget_for_all_orgs(connection: Connection, *, at: datetime) -> int:
+def forget(connection: Connection, _: AllOrgs, *, at: datetime) -> int:
     """Delete all rows, and retire the credentials that were to be used next; returns how many rows."""
     pending = select(_applications.c.credential_id).where(_applications.c.state.in_(UNFINISHED))
     connection.execute(

@@ -9,9 +9,10 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
-from worker.ids import OrgId, new_id
+from worker.ids import OrgId, Scope, new_id
 from worker.store import tables
 from worker.store.bulk import insert_many
+from worker.store.dialect import in_scope
 
 PROPERTY_CHANGES = ("property.set", "property.unset")
 # Changes that are read at once: as many as a program makes in a minute.
@@ -48,11 +49,12 @@ def record(connection: Connection, entries: Sequence[Entry], *, at: datetime, ac
     )
 
 
-def property_changes_for_all_orgs(connection: Connection, since: str) -> list[tuple[str, OrgId]]:
+def property_changes(connection: Connection, scope: Scope, since: str) -> list[tuple[str, OrgId]]:
     """Changes of orgs' properties at the provider that have an id after `since`: id and org."""
     rows = connection.execute(
         select(tables.audit.c.id, tables.audit.c.org_id)
         .where(tables.audit.c.id > since, tables.audit.c.action.in_(PROPERTY_CHANGES))
+        .where(*in_scope(tables.audit.c.org_id, scope))
         .order_by(tables.audit.c.id.desc())
         .limit(MAX_CHANGES)
     )

@@ -8,10 +8,10 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, insert, select, update
 
-from worker.ids import DefinitionId, OrgId
+from worker.ids import AllOrgs, DefinitionId, OrgId, Scope
 from worker.store import edit_runs, tables
 from worker.store.bulk import among
-from worker.store.dialect import Row, all_rows, chunks, first_row
+from worker.store.dialect import Row, all_rows, chunks, first_row, in_scope
 from worker.store.lists.read import unfinished_runs
 
 _backfills = tables.backfills
@@ -63,14 +63,15 @@ def cancel(connection: Connection, org_id: OrgId, *which: ColumnElement[bool], a
     )
 
 
-def unfinished_of_for_all_orgs(
-    connection: Connection, definition_ids: Sequence[DefinitionId]
+def unfinished_of(
+    connection: Connection, scope: Scope, definition_ids: Sequence[DefinitionId]
 ) -> set[DefinitionId]:
     """Those of these definitions that have backfills for `cancel`."""
     found: set[DefinitionId] = set()
     for part in chunks(sorted(definition_ids)):
         query = select(_backfills.c.definition_id).where(among(connection, _backfills.c.definition_id, part))
-        found.update(connection.execute(query.where(_backfills.c.finished_at.is_(None))).scalars())
+        query = query.where(_backfills.c.finished_at.is_(None), *in_scope(_backfills.c.org_id, scope))
+        found.update(connection.execute(query).scalars())
     return found
 
 
@@ -85,7 +86,7 @@ def end_waiting(connection: Connection, org_id: OrgId, backfill_id: str) -> int:
     return len(edit_runs.end_waiting(connection, org_id, ours, reason="requested"))
 
 
-def lock_with_room_for_all_orgs(connection: Connection, limit: int) -> list[Row]:
+def lock_with_room(connection: Connection, _: AllOrgs, limit: int) -> list[Row]:
     """Unfinished backfills of active orgs that are below their limit of unfinished runs, locked.
 
     Each has its `spec`, the names of org and definition, and `unfinished`, counted under the

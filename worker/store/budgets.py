@@ -24,7 +24,7 @@ from sqlalchemy import (
 from worker.definitions.budgets import OWN_METERS, AtLimit, Per, Period, limit_of_property, period_of
 from worker.definitions.zones import parse_zone
 from worker.guard.claims import Claims
-from worker.ids import OrgId, RunId, new_id
+from worker.ids import AllOrgs, OrgId, RunId, new_id
 from worker.orgs import parse_selector
 from worker.store import tables
 from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, insert_into
@@ -344,7 +344,7 @@ class WatchedBudgets:
     """The budgets that this was made of."""
 
 
-def watched_for_all_orgs(connection: Connection, known: WatchedBudgets | None = None) -> WatchedBudgets:
+def watched(connection: Connection, _: AllOrgs, known: WatchedBudgets | None = None) -> WatchedBudgets:
     """What workers keep of the budgets of all orgs; `known` if the budgets are as they were."""
     rows = all_rows(connection, select(_budgets).order_by(_budgets.c.id))
     version = tuple((row["id"], row["updated_at"]) for row in rows)

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, or_, select, text, update
 
-from worker.ids import new_id
+from worker.ids import AllOrgs, new_id
 from worker.store import tables
 from worker.store.bulk import among
 from worker.store.dialect import Row, all_rows, chunks, is_postgresql
@@ -65,7 +65,7 @@ def remove(connection: Connection, name: str) -> None:
     connection.execute(delete(_calendars).where(_calendars.c.name == name))
 
 
-def orgs_with_for_all_orgs(connection: Connection, names: Iterable[str]) -> set[str]:
+def orgs_with(connection: Connection, _: AllOrgs, names: Iterable[str]) -> set[str]:
     """The codes of the orgs with an open definition of their own that names one of these calendars."""
     codes: set[str] = set()
     for part in chunks(sorted(set(names))):
@@ -85,7 +85,7 @@ def orgs_with_for_all_orgs(connection: Connection, names: Iterable[str]) -> set[
     return codes
 
 
-def uses_for_all_orgs(connection: Connection, name: str) -> tuple[int, list[str]]:
+def uses(connection: Connection, _: AllOrgs, name: str) -> tuple[int, list[str]]:
     """How many open definitions name it, and the names of the open templates that do."""
     some = (
         select(_definitions.c.id)

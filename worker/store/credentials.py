@@ -12,7 +12,7 @@ from sqlalchemy import Connection, bindparam, func, insert, or_, select, update
 from worker.ids import OrgId
 from worker.store import access_tokens, tables
 from worker.store.bulk import among, insert_many
-from worker.store.dialect import Row, all_rows, chunks, driver, first_row, is_postgresql
+from worker.store.dialect import Row, chunks, driver, first_row, is_postgresql
 from worker.store.sql.postgresql.arrays import plain, texts, words
 
 _credentials = tables.credentials
@@ -33,13 +33,7 @@ CROSS JOIN LATERAL (
 """
 
 
-def last_generation(connection: Connection, org_id: OrgId) -> int:
-    """The newest generation, or 0 if the org never had a credential."""
-    newest = select(func.max(_credentials.c.generation)).where(_credentials.c.org_id == org_id)
-    return connection.execute(newest).scalar() or 0
-
-
-def insert_for_all_orgs(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+def add(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
     """Insert credentials with a sealed secret or a reference to one.
 
     Runs that wait for a token try again at once, since the last secret may have been wrong.
@@ -47,7 +41,7 @@ def insert_for_all_orgs(connection: Connection, rows: Sequence[Mapping[str, Any]
     if not rows:
         return
     insert_many(connection, _credentials, rows)
-    try_again_for_all_orgs(connection, {row["org_id"] for row in rows}, at=rows[0]["created_at"])
+    try_again(connection, {row["org_id"] for row in rows}, at=rows[0]["created_at"])
 
 
 def insert_pending(connection: Connection, row: Mapping[str, Any]) -> None:
@@ -63,11 +57,11 @@ def activate(connection: Connection, org_id: OrgId, credential_id: str, *, at: d
         .where(_credentials.c.state == "pending")
         .values(state="active")
     )
-    try_again_for_all_orgs(connection, {org_id}, at=at)
+    try_again(connection, {org_id}, at=at)
     return activated.rowcount == 1
 
 
-def try_again_for_all_orgs(connection: Connection, org_ids: Iterable[OrgId], *, at: datetime) -> None:
+def try_again(connection: Connection, org_ids: Iterable[OrgId], *, at: datetime) -> None:
     """Let runs of these orgs that wait for a token try again now."""
     live = tables.live_runs
     for part in chunks(sorted(set(org_ids))):
@@ -81,19 +75,19 @@ def try_again_for_all_orgs(connection: Connection, org_ids: Iterable[OrgId], *, 
         )
 
 
-def last_generations_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> dict[OrgId, int]:
-    """As `last_generation`, by org; orgs that never had a credential are left out."""
+def last_generations(connection: Connection, org_ids: Sequence[OrgId]) -> Counter[OrgId]:
+    """The newest generation of each of these orgs, 0 of one that never had a credential."""
     newest = select(_credentials.c.org_id, func.max(_credentials.c.generation))
     found = newest.where(among(connection, _credentials.c.org_id, org_ids)).group_by(_credentials.c.org_id)
-    return {org_id: generation for org_id, generation in connection.execute(found)}
+    return Counter({org_id: generation for org_id, generation in connection.execute(found)})
 
 
 def active(connection: Connection, org_id: OrgId) -> list[Row]:
     """The org's active credentials, newest first, with the sealed secret and the org's code as `org`."""
-    return active_for_all_orgs(connection, [org_id]).get(org_id, [])
+    return active_of(connection, [org_id]).get(org_id, [])
 
 
-def active_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> dict[OrgId, list[Row]]:
+def active_of(connection: Connection, org_ids: Sequence[OrgId]) -> dict[OrgId, list[Row]]:
     """As `active`, by org; orgs without credentials are left out."""
     query = (
         select(_credentials, tables.orgs.c.code.label("org"))
@@ -107,7 +101,7 @@ def active_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> dic
     return found
 
 
-def active_ids_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> dict[OrgId, list[str]]:
+def active_ids(connection: Connection, org_ids: Sequence[OrgId]) -> dict[OrgId, list[str]]:
     """The ids of the active credentials of these orgs, newest first."""
     if is_postgresql(connection):
         # Nearly every run needs this: by SQLAlchemy it takes twice as long.
@@ -191,7 +185,7 @@ class Use(NamedTuple):
     error: str | None
 
 
-def used_for_all_orgs(connection: Connection, uses: Sequence[Use], *, at: datetime) -> None:
+def used(connection: Connection, uses: Sequence[Use], *, at: datetime) -> None:
     """Count uses of credentials; of several the last error is kept."""
     times = Counter(use.credential_id for use in uses)
     last = {use.credential_id: use for use in uses}
@@ -213,36 +207,3 @@ def used_for_all_orgs(connection: Connection, uses: Sequence[Use], *, at: dateti
                 for id_ in ids
             ],
         )
-
-
-def sealed_for_all_orgs(connection: Connection) -> dict[str, Counter[str]]:
-    """The number of secrets that each key seals, by state (active, retired)."""
-    query = (
-        select(_credentials.c.key_id, _credentials.c.state, func.count())
-        .where(_credentials.c.sealed.is_not(None))
-        .group_by(_credentials.c.key_id, _credentials.c.state)
-    )
-    counts: dict[str, Counter[str]] = {}
-    for key_id, state, count in connection.execute(query):
-        counts.setdefault(key_id, Counter())[state] += count
-    return counts
-
-
-def sealed_otherwise_for_all_orgs(
-    connection: Connection, key_id: str, *, after: str | None, limit: int
-) -> list[Row]:
-    """Secrets sealed with another key, locked: a page by id, after `after`."""
-    columns = (_credentials.c[name] for name in ("id", "org_id", "key_id", "sealed"))
-    query = select(*columns).where(_credentials.c.sealed.is_not(None), _credentials.c.key_id != key_id)
-    if after is not None:
-        query = query.where(_credentials.c.id > after)
-    return all_rows(connection, query.order_by(_credentials.c.id).limit(limit).with_for_update())
-
-
-def reseal(connection: Connection, org_id: OrgId, credential_id: str, sealed: bytes, key_id: str) -> None:
-    """Store the same secret, sealed with another key."""
-    connection.execute(
-        update(_credentials)
-        .where(_credentials.c.org_id == org_id, _credentials.c.id == credential_id)
-        .values(sealed=sealed, key_id=key_id)
-    )

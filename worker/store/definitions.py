@@ -7,13 +7,13 @@ from datetime import datetime
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Select, bindparam, func, select, text, update
+from sqlalchemy import Column, ColumnElement, Connection, Select, bindparam, func, select, text, update
 
 from worker.errors import Conflict, NotFound
-from worker.ids import AllOrgs, DefinitionId, OrgId, RunId
+from worker.ids import DefinitionId, OrgId, RunId, Scope
 from worker.store import tables
 from worker.store.bulk import among, insert_many
-from worker.store.dialect import Row, all_rows, chunks, hint, is_postgresql
+from worker.store.dialect import Row, above, all_rows, chunks, hint, in_scope, is_postgresql
 
 _definitions = tables.definitions
 _revisions = tables.definition_revisions
@@ -31,7 +31,7 @@ class Names(NamedTuple):
 
 
 def names_of(
-    connection: Connection, scope: OrgId | AllOrgs, definition_ids: Iterable[DefinitionId]
+    connection: Connection, scope: Scope, definition_ids: Iterable[DefinitionId]
 ) -> dict[DefinitionId, Names]:
     """The names of each of these definitions of one org or of all."""
     wanted = sorted(set(definition_ids))
@@ -40,7 +40,7 @@ def names_of(
         query = (
             select(_definitions.c.id, _orgs.c.code, _definitions.c.name)
             .join(_orgs, _orgs.c.id == _definitions.c.org_id)
-            .where(_definitions.c.id.in_(part), *_in_scope(scope))
+            .where(_definitions.c.id.in_(part), *in_scope(_definitions.c.org_id, scope))
         )
         found |= {id_: Names(code, name) for id_, code, name in connection.execute(query)}
     return found
@@ -161,69 +161,48 @@ def require_by_id(connection: Connection, org_id: OrgId, definition_id: Definiti
 
 def lock_org(connection: Connection, org_id: OrgId) -> list[Row]:
     """All open definitions of one org, locked."""
-    return _read(connection, _definitions.c.org_id == org_id, _definitions.c.closed_at.is_(None), lock=True)
+    return lock(connection, [org_id], _definitions.c.closed_at.is_(None))
 
 
-def lock_for_all_orgs(connection: Connection, org_ids: Iterable[OrgId]) -> list[Row]:
-    """All definitions of these orgs, closed ones too, locked."""
-    parts = chunks(sorted(set(org_ids)))
-    return [
-        row
-        for part in parts
-        for row in _read(connection, among(connection, _definitions.c.org_id, part), lock=True)
-    ]
+def lock(connection: Connection, org_ids: Iterable[OrgId], *which: ColumnElement[bool]) -> list[Row]:
+    """All definitions of these orgs that meet a condition, closed ones too, locked."""
+    return _read_each(connection, _definitions.c.org_id, org_ids, *which, lock=True)
 
 
-def lock_named_for_all_orgs(
-    connection: Connection, org_ids: Iterable[OrgId], names: Sequence[str], *, made_by_template: bool
-) -> list[Row]:
-    """These orgs' definitions with one of these names, closed ones too, locked.
-
-    With `made_by_template` also all others that a template made.
-    """
+def is_named(names: Sequence[str], *, or_made_by_template: bool) -> ColumnElement[bool]:
+    """A condition for `lock`: it has one of these names, or else a template made it, if that will do."""
     named: ColumnElement[bool] = _definitions.c.name.in_(names)
-    if made_by_template:
-        named |= _definitions.c.template_id.is_not(None)
-    rows: list[Row] = []
-    for part in chunks(sorted(set(org_ids))):
-        rows += _read(connection, among(connection, _definitions.c.org_id, part), named, lock=True)
-    return rows
+    return named | _definitions.c.template_id.is_not(None) if or_made_by_template else named
 
 
-def page_scheduled_for_all_orgs(
-    connection: Connection, *, after: DefinitionId | None, since: datetime, limit: int
+def scheduled(
+    connection: Connection, scope: Scope, *, after: DefinitionId | None, since: datetime, limit: int
 ) -> list[Row]:
     """Definitions whose next scheduled time is later than `since`, by id, those after `after`; no lock."""
     query = _query().where(_schedule.c.next_scheduled_for > since).limit(limit)
-    if after is not None:
-        query = query.where(_definitions.c.id > after)
+    query = query.where(*in_scope(_definitions.c.org_id, scope), *above(_definitions.c.id, after))
     return all_rows(connection, query)
 
 
-def lock_by_id_for_all_orgs(connection: Connection, ids: Sequence[DefinitionId]) -> list[Row]:
-    """The definitions with these ids, locked."""
+def read(
+    connection: Connection, scope: Scope, ids: Iterable[DefinitionId], *, lock: bool = False
+) -> list[Row]:
+    """The definitions of one org or of all with these ids, locked if asked."""
+    mine = in_scope(_definitions.c.org_id, scope)
+    return _read_each(connection, _definitions.c.id, ids, *mine, lock=lock)
+
+
+def _read_each(
+    connection: Connection, key: Column[Any], values: Iterable[str], *which: Any, lock: bool
+) -> list[Row]:
     return [
         row
-        for part in chunks(sorted(ids))
-        for row in _read(connection, among(connection, _definitions.c.id, part), lock=True)
+        for part in chunks(sorted(set(values)))
+        for row in _read(connection, among(connection, key, part), *which, lock=lock)
     ]
 
 
-def read(connection: Connection, scope: OrgId | AllOrgs, ids: Iterable[DefinitionId]) -> list[Row]:
-    """The definitions of one org or of all with these ids, without a lock."""
-    which = _in_scope(scope)
-    return [
-        row
-        for part in chunks(sorted(set(ids)))
-        for row in _read(connection, among(connection, _definitions.c.id, part), *which)
-    ]
-
-
-def _in_scope(scope: OrgId | AllOrgs) -> tuple[ColumnElement[bool], ...]:
-    return () if isinstance(scope, AllOrgs) else (_definitions.c.org_id == scope,)
-
-
-def active_for_all_orgs(connection: Connection, org_ids: Sequence[str]) -> list[Row]:
+def active(connection: Connection, org_ids: Sequence[OrgId]) -> list[Row]:
     """These orgs' definitions that are neither closed nor disabled: id, org_id, name, spec, paused_at."""
     query = (
         select(
@@ -245,7 +224,7 @@ def active_for_all_orgs(connection: Connection, org_ids: Sequence[str]) -> list[
 
 
 def last_decided(
-    connection: Connection, scope: OrgId | AllOrgs, ids: Iterable[DefinitionId]
+    connection: Connection, scope: Scope, ids: Iterable[DefinitionId]
 ) -> dict[DefinitionId, datetime]:
     """Each definition's newest scheduled time that became a run or a skip, if it has one."""
     newest_run = (
@@ -260,52 +239,23 @@ def last_decided(
         .limit(1)
         .scalar_subquery()
     )
+    mine = in_scope(_definitions.c.org_id, scope)
     found: dict[DefinitionId, datetime] = {}
     for part in chunks(sorted(set(ids))):
         query = select(_definitions.c.id, newest_run, newest_skip)
-        query = query.where(among(connection, _definitions.c.id, part), *_in_scope(scope))
+        query = query.where(among(connection, _definitions.c.id, part), *mine)
         for id_, *times in connection.execute(query):
             if decided := [time for time in times if time is not None]:
                 found[id_] = max(decided)
     return found
 
 
-def insert_for_all_orgs(
+def add(
     connection: Connection, definitions: Sequence[Mapping[str, Any]], revisions: Sequence[Mapping[str, Any]]
 ) -> None:
     """Insert new definitions, and new revisions of these and others."""
     insert_many(connection, _definitions, definitions)
     insert_many(connection, _revisions, revisions)
-
-
-def change(
-    connection: Connection,
-    org_id: OrgId,
-    definition_id: DefinitionId,
-    values: Mapping[str, Any],
-    *,
-    at: datetime,
-    revision: int,
-) -> None:
-    """Change columns of one definition that is still at `revision`.
-
-    Raises:
-        Conflict: its revision is another one by now.
-    """
-    changed = connection.execute(
-        update(_definitions)
-        .where(
-            _definitions.c.org_id == org_id,
-            _definitions.c.id == definition_id,
-            _definitions.c.revision == revision,
-        )
-        .values(**values, updated_at=at)
-    )
-    if changed.rowcount != 1:
-        raise Conflict(
-            f"definition {definition_id} was changed by someone else meanwhile",
-            fix="look at it and try again",
-        )
 
 
 class DefinitionUpdate(NamedTuple):
@@ -317,8 +267,8 @@ class DefinitionUpdate(NamedTuple):
     values: Mapping[str, Any]
 
 
-def change_for_all_orgs(connection: Connection, changes: Iterable[DefinitionUpdate], *, at: datetime) -> None:
-    """As `change`, for many definitions: one statement for those whose same columns change.
+def change(connection: Connection, changes: Iterable[DefinitionUpdate], *, at: datetime) -> None:
+    """Change columns of definitions: one statement for those whose same columns change.
 
     Raises:
         Conflict: one has another revision by now.
@@ -339,9 +289,8 @@ def change_for_all_orgs(connection: Connection, changes: Iterable[DefinitionUpda
             .values({name: bindparam(f"new_{name}") for name in names} | {"updated_at": at})
         )
         if connection.execute(statement, rows).rowcount != len(rows):
-            raise Conflict(
-                "a definition was changed by someone else meanwhile", fix="look at it and try again"
-            )
+            which = f"definition {rows[0]['of_id']}" if len(rows) == 1 else "a definition"
+            raise Conflict(f"{which} was changed by someone else meanwhile", fix="look at it and try again")
 
 
 def set_failures(connection: Connection, org_id: OrgId, definition_id: DefinitionId, failures: int) -> None:

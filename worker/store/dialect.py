@@ -7,12 +7,23 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, DateTime, Executable, Select, String, Table, TypeDecorator, text
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    DateTime,
+    Executable,
+    Select,
+    String,
+    Table,
+    TypeDecorator,
+    text,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import JSON, TypeEngine
 
 from worker.clock import Clock, from_text, to_text
+from worker.ids import AllOrgs, Scope
 
 CLOCK = "clock"
 # PostgreSQL's channel for hints.
@@ -68,6 +79,21 @@ def first_row(connection: Connection, query: Executable) -> Row | None:
     one = query.limit(1) if isinstance(query, Select) else query
     row = connection.execute(one).mappings().first()
     return None if row is None else dict(row)
+
+
+def in_scope(org_id: ColumnElement[Any], scope: Scope) -> tuple[ColumnElement[bool], ...]:
+    """The condition that a row is of the org of the scope; none if that is all orgs."""
+    return () if isinstance(scope, AllOrgs) else (org_id == scope,)
+
+
+def above(key: ColumnElement[Any], after: Any) -> tuple[ColumnElement[bool], ...]:
+    """The condition that a row follows the page that ended with this key, the least first; none at first."""
+    return () if after is None else (key > after,)
+
+
+def below(key: ColumnElement[Any], after: Any) -> tuple[ColumnElement[bool], ...]:
+    """The same with the greatest key first."""
+    return () if after is None else (key < after,)
 
 
 T = TypeVar("T")

@@ -23,12 +23,12 @@ from sqlalchemy import (
     update,
 )
 
-from worker.ids import AllOrgs, DefinitionId, OrgId, RunId
+from worker.ids import DefinitionId, OrgId, RunId, Scope
 from worker.runs.run import NewRun
 from worker.search import Query, states_of
 from worker.store import sweeps, tables
 from worker.store.bulk import among
-from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, hint
+from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, hint, in_scope
 from worker.store.lists.matching import conditions, few_orgs, orgs_that_match, shown_state
 
 _live = tables.live_runs
@@ -55,10 +55,10 @@ def unfinished(connection: Connection, org_id: OrgId, definition_id: DefinitionI
     return all_rows(connection, query)
 
 
-def find(connection: Connection, scope: OrgId | AllOrgs, run_id: RunId) -> Row | None:
+def find(connection: Connection, scope: Scope, run_id: RunId) -> Row | None:
     """The row of `runs` of one run, of this org or of any."""
-    mine = () if isinstance(scope, AllOrgs) else (_runs.c.org_id == scope,)
-    return first_row(connection, select(_runs).where(_runs.c.id == run_id, *mine))
+    query = select(_runs).where(_runs.c.id == run_id, *in_scope(_runs.c.org_id, scope))
+    return first_row(connection, query)
 
 
 def lock(connection: Connection, org_id: OrgId, run_id: RunId) -> bool:
@@ -152,14 +152,15 @@ def end_waiting(
     return [run.run_id for run in ended]
 
 
-def unstarted_of_for_all_orgs(
-    connection: Connection, definition_ids: Sequence[DefinitionId]
+def unstarted_of(
+    connection: Connection, scope: Scope, definition_ids: Sequence[DefinitionId]
 ) -> set[DefinitionId]:
     """Those of these definitions that have runs for `end_waiting`."""
     found: set[DefinitionId] = set()
     for part in chunks(sorted(definition_ids)):
         query = select(_live.c.definition_id).where(among(connection, _live.c.definition_id, part))
-        found.update(connection.execute(query.where(_live.c.state.in_(tables.UNSTARTED))).scalars())
+        query = query.where(_live.c.state.in_(tables.UNSTARTED), *in_scope(_live.c.org_id, scope))
+        found.update(connection.execute(query).scalars())
     return found
 
 
@@ -254,21 +255,20 @@ def _states_in(state: str | None, query: Query | None) -> list[str]:
     return [text for text in (state, ",".join(sorted(query.states)) if query else None) if text]
 
 
-def last_match(connection: Connection, scope: OrgId | AllOrgs, which: Cancellable | Retryable) -> Any:
+def last_match(connection: Connection, scope: Scope, which: Cancellable | Retryable) -> Any:
     """`until` of the pages of a command given now: it does not affect runs made or ended later.
 
     For unfinished runs the newest one, None without any; for ended runs the time.
     """
     if isinstance(which, Retryable):
         return database_now(connection)
-    mine = () if isinstance(scope, AllOrgs) else (_live.c.org_id == scope,)
-    newest = select(_live.c.id).where(*mine).order_by(_live.c.id.desc()).limit(1)
+    newest = select(_live.c.id).where(*in_scope(_live.c.org_id, scope)).order_by(_live.c.id.desc()).limit(1)
     return connection.execute(newest).scalars().first()
 
 
 def page(
     connection: Connection,
-    scope: OrgId | AllOrgs,
+    scope: Scope,
     which: Cancellable | Retryable,
     *,
     until: Any,
@@ -281,7 +281,7 @@ def page(
     of runs in the order of an index; there are as many as it takes.
     """
     rows, order = (_ends, ("finished_at", "id")) if isinstance(which, Retryable) else (_live, ("id",))
-    few = [] if isinstance(scope, AllOrgs) else [rows.c.org_id == scope]
+    few = [*in_scope(rows.c.org_id, scope)]
     if which.query is not None and (ids := few_orgs(connection, scope, which.query)) is not None:
         few.append(rows.c.org_id.in_(ids))
     found: list[Row] = []
@@ -333,7 +333,7 @@ def _ended(which: Retryable, until: datetime, after: Row | None) -> list[Select[
     return [select(*columns).where(_ends.c.state == state, *where) for state in which.states]
 
 
-def _matching(window: FromClause, scope: OrgId | AllOrgs, which: Cancellable | Retryable) -> Select[Any]:
+def _matching(window: FromClause, scope: Scope, which: Cancellable | Retryable) -> Select[Any]:
     """The rows of a window that match what its own columns do not say."""
     row = window.c
     # Looked up row by row: as joins, PostgreSQL would rather read all orgs.

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, exists, or_, select, text, union_all
 
-from worker.ids import AllOrgs, DefinitionId, OrgId, RunId
+from worker.ids import DefinitionId, RunId, Scope
 from worker.store import tables
+from worker.store.dialect import above, in_scope
 
 _failing, _credentials, _orgs = tables.failing_definitions, tables.credentials, tables.orgs
 
@@ -61,15 +62,10 @@ def is_dead() -> ColumnElement[bool]:
     return and_(rejected, ~select(mine.c.id).where(active, mine.c.last_error.is_(None)).exists())
 
 
-def broken_orgs(scope: OrgId | AllOrgs) -> ColumnElement[bool]:
+def broken_orgs(scope: Scope) -> ColumnElement[bool]:
     """A condition on `orgs`: it is not removed and it is broken."""
-    failing = select(_failing.c.org_id)
-    rejected = select(_credentials.c.org_id).where(text(REJECTED))
-    if not isinstance(scope, AllOrgs):
-        failing, rejected = (
-            failing.where(_failing.c.org_id == scope),
-            rejected.where(_credentials.c.org_id == scope),
-        )
+    failing = select(_failing.c.org_id).where(*in_scope(_failing.c.org_id, scope))
+    rejected = select(_credentials.c.org_id).where(text(REJECTED), *in_scope(_credentials.c.org_id, scope))
     of_org = exists().where(_failing.c.org_id == _orgs.c.id, is_broken())
     candidates = union_all(failing, rejected)
     return and_(_orgs.c.state != "removed", _orgs.c.id.in_(candidates), or_(of_org, is_dead()))
@@ -85,9 +81,8 @@ class Checked(NamedTuple):
 
 def check(connection: Connection, after: DefinitionId | None = None) -> Checked:
     """Check the next `CHECKED` definitions after `after`."""
-    page = select(_failing.c.definition_id).order_by(_failing.c.definition_id).limit(CHECKED)
-    if after is not None:
-        page = page.where(_failing.c.definition_id > after)
+    page = select(_failing.c.definition_id).where(*above(_failing.c.definition_id, after))
+    page = page.order_by(_failing.c.definition_id).limit(CHECKED)
     ids = connection.execute(page).scalars().all()
     sound = select(_failing.c.definition_id, _failing.c.run_id).where(
         _failing.c.definition_id.in_(ids), is_sound()

@@ -9,10 +9,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Text, cast, select, tuple_
 
-from worker.ids import DefinitionId, OrgId
+from worker.ids import DefinitionId, OrgId, Scope
 from worker.runs.run import Decision, DueDefinition, FireReport, NewRun, NewSkip, NextFire, Upcoming
 from worker.store import edit_runs, tables
-from worker.store.dialect import database_now
+from worker.store.dialect import database_now, in_scope
 from worker.store.sql import statements
 from worker.store.sql.contract import Specs, shares
 
@@ -121,8 +121,8 @@ def _overlap(run: NewRun) -> NewSkip:
 Place = tuple[datetime, DefinitionId]
 
 
-def upcoming_for_all_orgs(
-    connection: Connection, after: Place, until: datetime, limit: int
+def upcoming(
+    connection: Connection, scope: Scope, after: Place, until: datetime, limit: int
 ) -> Sequence[Upcoming]:
     """Definitions of active orgs that are due next after this place, until `until` inclusive, in order."""
     schedule, definitions = tables.schedule, tables.definitions
@@ -151,6 +151,7 @@ def upcoming_for_all_orgs(
         )
         .where(schedule.c.next_fire_at >= after[0], schedule.c.next_fire_at <= until)
         .where(tuple_(schedule.c.next_fire_at, schedule.c.definition_id) > after)
+        .where(*in_scope(schedule.c.org_id, scope))
         .order_by(schedule.c.next_fire_at, schedule.c.definition_id)
         .limit(limit)
     )

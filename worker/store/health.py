@@ -11,9 +11,9 @@ from pathlib import Path
 
 from sqlalchemy import Connection, func, select, text
 
-from worker.ids import RunId
+from worker.ids import RunId, Scope
 from worker.store import tables
-from worker.store.dialect import Row, all_rows, database_now, is_postgresql
+from worker.store.dialect import Row, all_rows, database_now, in_scope, is_postgresql
 from worker.store.engine import libpq_arguments, read_url
 
 # Folders of servers' sockets.
@@ -169,22 +169,23 @@ def sizes(connection: Connection) -> list[Row]:
     ]
 
 
-def unfinished_for_all_orgs(connection: Connection) -> list[Row]:
+def unfinished(connection: Connection, scope: Scope) -> list[Row]:
     """Unfinished runs by state and reason, up to `MAX_COUNTED`."""
     live = tables.live_runs
-    some = select(live.c.state, live.c.reason).limit(MAX_COUNTED).subquery()
+    mine = in_scope(live.c.org_id, scope)
+    some = select(live.c.state, live.c.reason).where(*mine).limit(MAX_COUNTED).subquery()
     query = select(some.c.state, some.c.reason, func.count().label("runs")).group_by(
         some.c.state, some.c.reason
     )
     return all_rows(connection, query.order_by(some.c.state, some.c.reason))
 
 
-def ended_for_all_orgs(connection: Connection, now: datetime) -> list[Row]:
+def ended(connection: Connection, scope: Scope, now: datetime) -> list[Row]:
     """Runs that ended within the last day, by hour and state."""
     hours = tables.rollup_hours
     query = (
         select(hours.c.hour, hours.c.state, func.sum(hours.c.runs).label("runs"))
-        .where(hours.c.hour > now - timedelta(days=1))
+        .where(hours.c.hour > now - timedelta(days=1), *in_scope(hours.c.org_id, scope))
         .group_by(hours.c.hour, hours.c.state)
         .order_by(hours.c.hour, hours.c.state)
     )

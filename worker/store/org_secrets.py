@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
-from worker.ids import OrgId
+from worker.ids import AllOrgs, OrgId
 from worker.store import tables
 from worker.store.bulk import among
 from worker.store.dialect import Row, all_rows, first_row
@@ -58,9 +57,7 @@ def destroy(connection: Connection, org_id: OrgId) -> int:
     return connection.execute(delete(_secrets).where(_secrets.c.org_id == org_id)).rowcount
 
 
-def sealed_of_for_all_orgs(
-    connection: Connection, wanted: Sequence[tuple[OrgId, str]]
-) -> dict[tuple[OrgId, str], Row]:
+def sealed_of(connection: Connection, wanted: Sequence[tuple[OrgId, str]]) -> dict[tuple[OrgId, str], Row]:
     """Secrets by org and name, sealed, without those that do not exist."""
     org_ids, names = {org_id for org_id, _ in wanted}, {name for _, name in wanted}
     query = select(*_SEALED).where(
@@ -72,7 +69,7 @@ def sealed_of_for_all_orgs(
     return {key: row for key, row in rows.items() if key in keys}
 
 
-def names_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> dict[OrgId, set[str]]:
+def names(connection: Connection, org_ids: Sequence[OrgId]) -> dict[OrgId, set[str]]:
     """The names of the secrets of these orgs; orgs without secrets are left out."""
     query = select(_secrets.c.org_id, _secrets.c.name).where(among(connection, _secrets.c.org_id, org_ids))
     found: dict[OrgId, set[str]] = {}
@@ -81,34 +78,9 @@ def names_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> dict
     return found
 
 
-def newest_for_all_orgs(connection: Connection, *, limit: int) -> list[Row]:
+def newest(connection: Connection, _: AllOrgs, *, limit: int) -> list[Row]:
     """The newest secrets, sealed, with the org's code as `org`."""
     query = select(*_SEALED, tables.orgs.c.code.label("org")).join(
         tables.orgs, tables.orgs.c.id == _secrets.c.org_id
     )
     return all_rows(connection, query.order_by(_secrets.c.id.desc()).limit(limit))
-
-
-def sealed_for_all_orgs(connection: Connection) -> Counter[str]:
-    """The number of secrets that each key seals."""
-    query = select(_secrets.c.key_id, func.count()).group_by(_secrets.c.key_id)
-    return Counter({key_id: count for key_id, count in connection.execute(query)})
-
-
-def sealed_otherwise_for_all_orgs(
-    connection: Connection, key_id: str, *, after: str | None, limit: int
-) -> list[Row]:
-    """Secrets sealed with another key, locked: a page by id, after `after`."""
-    query = select(*_SEALED).where(_secrets.c.key_id != key_id)
-    if after is not None:
-        query = query.where(_secrets.c.id > after)
-    return all_rows(connection, query.order_by(_secrets.c.id).limit(limit).with_for_update())
-
-
-def reseal(connection: Connection, org_id: OrgId, secret_id: str, sealed: bytes, key_id: str) -> None:
-    """Store the same value, sealed with another key."""
-    connection.execute(
-        update(_secrets)
-        .where(_secrets.c.org_id == org_id, _secrets.c.id == secret_id)
-        .values(sealed=sealed, key_id=key_id)
-    )

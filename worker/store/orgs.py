@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, delete, exists, select, text, update
 
 from worker.errors import NotFound
-from worker.ids import AllOrgs, OrgId, OrgScope
+from worker.ids import AllOrgs, OrgId, OrgScope, Scope
 from worker.search import words_of
 from worker.store import tables
 from worker.store.bulk import among, insert_many
-from worker.store.dialect import Row, all_rows, chunks, first_row, is_postgresql
+from worker.store.dialect import Row, above, all_rows, chunks, first_row, is_postgresql
 
 _orgs = tables.orgs
 _credentials = tables.credentials
 _words = tables.org_words
-# Orgs in one page of `without_words_for_all_orgs`.
+# Orgs in one page of `without_words`.
 FILLED = 500
 _FIND_CALLER = text("SELECT id, issuer, state, is_credential FROM find_caller(:code, :client_id)")
 
@@ -37,7 +37,7 @@ class Scheduling(NamedTuple):
     pool: str | None
 
 
-def scheduling_of_all_orgs(connection: Connection, org_ids: Iterable[OrgId]) -> dict[OrgId, Scheduling]:
+def scheduling_of(connection: Connection, org_ids: Iterable[OrgId]) -> dict[OrgId, Scheduling]:
     """The state, time zone and pool of these orgs."""
     found: dict[OrgId, Scheduling] = {}
     for part in chunks(sorted(set(org_ids))):
@@ -98,12 +98,12 @@ def lock(connection: Connection, org_id: OrgId) -> None:
     connection.execute(select(_orgs.c.id).where(_orgs.c.id == org_id).with_for_update())
 
 
-def scope_of(connection: Connection, org: OrgScope) -> OrgId | AllOrgs:
+def scope_of(connection: Connection, org: OrgScope) -> Scope:
     """The id of the org whose rows a list shows; raises as `require`."""
     return org if isinstance(org, AllOrgs) else OrgId(require(connection, org)["id"])
 
 
-def find_for_all_orgs(connection: Connection, codes: Iterable[str], *, lock: bool = False) -> dict[str, Row]:
+def by_code(connection: Connection, codes: Iterable[str], *, lock: bool = False) -> dict[str, Row]:
     """The existing orgs of these codes, by code; locked in the order of codes."""
     found: dict[str, Row] = {}
     for part in chunks(sorted(set(codes))):
@@ -113,39 +113,36 @@ def find_for_all_orgs(connection: Connection, codes: Iterable[str], *, lock: boo
     return found
 
 
-def of_issuer_for_all_orgs(connection: Connection, issuer: str) -> list[Row]:
+def of_issuer(connection: Connection, _: AllOrgs, issuer: str) -> list[Row]:
     """All orgs of an issuer, in any state."""
     return all_rows(connection, select(_orgs).where(_orgs.c.issuer == issuer).order_by(_orgs.c.code))
 
 
-def active_for_all_orgs(connection: Connection, *, after: str | None = None, limit: int = 500) -> list[Row]:
+def active(connection: Connection, _: AllOrgs, *, after: str | None = None, limit: int = 500) -> list[Row]:
     """Active and paused orgs by code, those after `after`."""
     names = ("id", "code", "issuer", "timezone", "state", "max_concurrent_runs", "pool")
     query = select(*(_orgs.c[name] for name in names)).where(_orgs.c.state.in_(("active", "paused")))
-    if after is not None:
-        query = query.where(_orgs.c.code > after)
-    return all_rows(connection, query.order_by(_orgs.c.code).limit(limit))
+    query = query.where(*above(_orgs.c.code, after)).order_by(_orgs.c.code).limit(limit)
+    return all_rows(connection, query)
 
 
-def insert_for_all_orgs(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+def add(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
     """Insert new orgs; each row has every column except those of `state`."""
     insert_many(connection, _orgs, rows)
     insert_many(connection, _words, _words_of(rows))
 
 
-def without_words_for_all_orgs(connection: Connection, after: OrgId | None = None) -> Sequence[OrgId]:
+def without_words(connection: Connection, _: AllOrgs, after: OrgId | None = None) -> Sequence[OrgId]:
     """Up to `FILLED` orgs after `after` that the search does not find by a word.
 
     Workers of an older release add and rename orgs without their words.
     """
     has_words = exists().where(_words.c.org_id == _orgs.c.id)
-    query = select(_orgs.c.id).where(~has_words)
-    if after is not None:
-        query = query.where(_orgs.c.id > after)
+    query = select(_orgs.c.id).where(~has_words, *above(_orgs.c.id, after))
     return connection.execute(query.order_by(_orgs.c.id).limit(FILLED)).scalars().all()
 
 
-def add_words_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> None:
+def add_words(connection: Connection, org_ids: Sequence[OrgId]) -> None:
     """Add the words of these orgs; another worker may have added them meanwhile."""
     query = select(_orgs.c.id, _orgs.c.code, _orgs.c.name).where(_orgs.c.id.in_(org_ids))
     # Locked, so that a rename waits until its words are there.

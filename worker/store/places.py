@@ -9,8 +9,9 @@ from collections.abc import Collection, Iterator
 
 from sqlalchemy import Connection, func, select
 
+from worker.ids import AllOrgs, Scope
 from worker.store import catalogue, tables
-from worker.store.dialect import Row, all_rows, chunks
+from worker.store.dialect import Row, all_rows, chunks, in_scope
 
 _handlers, _orgs, _approvals = tables.host_handlers, tables.orgs, tables.pool_approvals
 _definitions, _revisions = tables.definitions, tables.definition_revisions
@@ -62,7 +63,7 @@ def is_any_secret_approved(connection: Connection) -> bool:
     return any(ceiling.get("secrets") for ceiling in connection.execute(query).scalars())
 
 
-def orgs_for_all_orgs(connection: Connection) -> Iterator[Row]:
+def orgs(connection: Connection, _: AllOrgs) -> Iterator[Row]:
     """Code, issuer, tags and pool of every org that is not removed."""
     columns = (_orgs.c[name] for name in ("code", "issuer", "tags", "pool"))
     query = select(*columns).where(_orgs.c.state != "removed").order_by(_orgs.c.code).limit(PAGE)
@@ -72,7 +73,7 @@ def orgs_for_all_orgs(connection: Connection) -> Iterator[Row]:
         rows = all_rows(connection, query.where(_orgs.c.code > rows[-1]["code"])) if len(rows) == PAGE else []
 
 
-def uses_for_all_orgs(connection: Connection, handlers: Collection[str]) -> list[Row]:
+def uses(connection: Connection, scope: Scope, handlers: Collection[str]) -> list[Row]:
     """Open definitions of these handlers of hosts: org, name, handler, spec, `template_id` and pool, if any.
 
     The newest first, among the newest definitions.
@@ -81,7 +82,7 @@ def uses_for_all_orgs(connection: Connection, handlers: Collection[str]) -> list
     place = func.coalesce(func.nullif(pool, ""), _orgs.c.pool).label("pool")
     newest = (
         select(*(_definitions.c[name] for name in ("id", "org_id", "name", "revision", "template_id")))
-        .where(_definitions.c.closed_at.is_(None))
+        .where(_definitions.c.closed_at.is_(None), *in_scope(_definitions.c.org_id, scope))
         .order_by(_definitions.c.id.desc())
         .limit(DEFINITIONS)
         .subquery()

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import ARRAY, Connection, bindparam, delete, literal_column, select, text, update
 
-from worker.ids import ALL_ORGS, AllOrgs, OrgId, RunId
+from worker.ids import ALL_ORGS, RunId, Scope
 from worker.runs.causes import kept_reason
 from worker.runs.run import Swept
 from worker.store import host_grants, tables
 from worker.store.bulk import among
 from worker.store.definitions import names_of
-from worker.store.dialect import Instant, chunks, database_now, is_postgresql
+from worker.store.dialect import Instant, above, chunks, database_now, in_scope, is_postgresql
 from worker.store.sql import statements
 from worker.store.sql.contract import Rollups
 
@@ -69,7 +69,7 @@ def mark_no_handler(connection: Connection, after: RunId | None = None) -> tuple
         *(_live.c[name] for name in ("definition_id", "revision")),
     )
     # Parked runs may be many: a call looks at a bounded number of rows, whatever their state.
-    following = () if after is None else (_live.c.id > after,)
+    following = above(_live.c.id, after)
     looked_at = select(_live.c.id).where(*following).order_by(_live.c.id)
     last = connection.execute(looked_at.offset(CHECKED - 1).limit(1)).scalar_one_or_none()
     # `state NOT IN` means waiting, but matches no partial index, so rows come in the order of ids.
@@ -179,10 +179,10 @@ def is_any_due(connection: Connection) -> bool:
 
 
 def end_waiting(
-    connection: Connection, scope: OrgId | AllOrgs, run_ids: Sequence[RunId], *, state: str, reason: str
+    connection: Connection, scope: Scope, run_ids: Sequence[RunId], *, state: str, reason: str
 ) -> list[Swept]:
     """End those of these runs that no process runs, of one org or of all, without another attempt."""
-    mine = () if isinstance(scope, AllOrgs) else (_live.c.org_id == scope,)
+    mine = in_scope(_live.c.org_id, scope)
     ended: list[Swept] = []
     for part in chunks(sorted(run_ids)):
         rows = connection.execute(

@@ -12,10 +12,10 @@ from typing import Any
 
 from sqlalchemy import Connection, case, func, insert, select, text, update
 
-from worker.ids import DefinitionId, OrgId, TemplateId
+from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, OrgId, Scope, TemplateId
 from worker.store import tables
 from worker.store.bulk import among
-from worker.store.dialect import Row, all_rows, chunks, first_row
+from worker.store.dialect import Row, above, all_rows, chunks, first_row, in_scope
 
 _templates = tables.templates
 _orgs = tables.orgs
@@ -38,34 +38,34 @@ def find(connection: Connection, name: str) -> Row | None:
     return first_row(connection, query.with_for_update(key_share=True))
 
 
-def definitions_of_for_all_orgs(
-    connection: Connection, template_id: TemplateId, *, after: DefinitionId | None, limit: int
+def definitions_of(
+    connection: Connection, scope: Scope, template_id: TemplateId, *, after: DefinitionId | None, limit: int
 ) -> list[Row]:
     """The next open definitions that the template made: id, org, name, paused_at."""
     made = tables.definitions
     query = (
         select(made.c.id, _orgs.c.code.label("org"), made.c.name, made.c.paused_at)
         .join(_orgs, _orgs.c.id == made.c.org_id)
-        .where(made.c.template_id == template_id, made.c.closed_at.is_(None))
+        .where(made.c.template_id == template_id, made.c.closed_at.is_(None), *above(made.c.id, after))
+        .where(*in_scope(made.c.org_id, scope))
     )
-    if after is not None:
-        query = query.where(made.c.id > after)
     return all_rows(connection, query.order_by(made.c.id).limit(limit))
 
 
 def count_definitions(connection: Connection, template_id: TemplateId, *, most: int) -> int:
     """The number of open definitions that the template made, up to `most`."""
-    return reach_for_all_orgs(connection, [template_id], most=most)[template_id]
+    return reach(connection, ALL_ORGS, [template_id], most=most)[template_id]
 
 
-def reach_for_all_orgs(
-    connection: Connection, ids: Sequence[TemplateId], *, most: int = COUNTED
+def reach(
+    connection: Connection, scope: Scope, ids: Sequence[TemplateId], *, most: int = COUNTED
 ) -> dict[TemplateId, int]:
     """How many open definitions each of these templates made, one an org; up to `most` each are counted."""
     made = tables.definitions
     some = (
         select(made.c.id)
         .where(made.c.template_id == _templates.c.id, made.c.closed_at.is_(None))
+        .where(*in_scope(made.c.org_id, scope))
         .limit(most)
         .correlate(_templates)
         .subquery()
@@ -99,7 +99,7 @@ def newest_change(connection: Connection) -> int:
     return 0 if value is None else int(value)
 
 
-def lock_orgs_behind_for_all_orgs(connection: Connection, change: int, limit: int) -> list[Row]:
+def lock_orgs_behind(connection: Connection, _: AllOrgs, change: int, limit: int) -> list[Row]:
     """Orgs behind this change, new ones first, locked; those that are locked already are left out."""
     query = (
         select(_orgs)
@@ -117,13 +117,13 @@ def is_any_org_behind(connection: Connection, change: int) -> bool:
     return least is not None and least < change
 
 
-def count_behind_for_all_orgs(connection: Connection) -> int:
+def count_behind(connection: Connection, _: AllOrgs) -> int:
     """The number of orgs to which a change of a template still applies."""
     behind = _orgs.c.templates_seen < newest_change(connection)
     return connection.execute(select(func.count()).select_from(_orgs).where(behind)).scalar_one()
 
 
-def take_up_for_all_orgs(connection: Connection, orgs: Sequence[Row], change: int) -> None:
+def take_up(connection: Connection, orgs: Sequence[Row], change: int) -> None:
     """Store that all changes up to this one are applied to these locked orgs."""
     for part in chunks([org["id"] for org in orgs]):
         connection.execute(
@@ -131,7 +131,7 @@ def take_up_for_all_orgs(connection: Connection, orgs: Sequence[Row], change: in
         )
 
 
-def look_again_for_all_orgs(connection: Connection, names: Collection[tuple[OrgId, str]]) -> None:
+def look_again(connection: Connection, names: Collection[tuple[OrgId, str]]) -> None:
     """Orgs closed these definitions: a template of the same name applies to them again."""
     open_names = select(_templates.c.name).where(_templates.c.closed_at.is_(None))
     hidden = set(connection.execute(open_names).scalars()) if names else set()

@@ -16,7 +16,7 @@ from worker.definitions.budgets import limit_of_property
 from worker.definitions.pools import DEFAULT_POOL
 from worker.errors import NotFound, StoreUnavailable
 from worker.guard.claims import Claims
-from worker.ids import DefinitionId, OrgId, RunId, WorkerId
+from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import (
     AdmittedRun,
@@ -248,7 +248,7 @@ class WorkerStore:
         """Learn of budgets that were added, changed or removed; now and then also of orgs' new tags."""
         self._looks += 1
         known = None if self._looks % LOOK_AGAIN == 0 else self._budgets
-        self._budgets = await self.database.call_autocommit(budgets.watched_for_all_orgs, known)
+        self._budgets = await self.database.call_autocommit(budgets.watched, ALL_ORGS, known)
 
     async def look_at_pools(self) -> Mapping[str, Declared]:
         """Learn the rules that other workers stored; returns where handlers ask to run."""
@@ -429,7 +429,7 @@ class WorkerStore:
         def read(connection: Connection) -> tuple[datetime, Sequence[Upcoming]]:
             now = database_now(connection)
             place = (now, DefinitionId(BEFORE_ALL)) if after is None else after
-            return now, firing.upcoming_for_all_orgs(connection, place, now + ahead, limit)
+            return now, firing.upcoming(connection, ALL_ORGS, place, now + ahead, limit)
 
         return await self.database.call_autocommit(read)
 
@@ -483,7 +483,7 @@ class WorkerStore:
                 capacity=capacity,
                 pools=self._pools,
             )
-            self._budgets = budgets.watched_for_all_orgs(connection)
+            self._budgets = budgets.watched(connection, ALL_ORGS)
             stored, changed = pools.store_rules(connection, self.pool_rules.own, by=socket.gethostname())
         for pool in changed:
             emit("pool.rules_changed", pool=pool, rules=stored[pool])

@@ -342,7 +342,7 @@ def test_a_copy_that_is_adopted_owns_nothing_at_the_provider(copy: Place) -> Non
 
 def test_what_a_copy_would_do_with_rows_that_it_kept(copy: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the one above: with its rows, the adopted copy deletes what it did not make."""
-    monkeypatch.setattr("worker.store.applications.forget_for_all_orgs", lambda connection, at: 0)
+    monkeypatch.setattr("worker.store.applications.forget", lambda connection, _, at: 0)
     there = copy.there()
 
     copy("installation", "adopt", "--new", "--yes")

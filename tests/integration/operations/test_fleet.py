@@ -220,9 +220,7 @@ async def test_an_old_token_in_use_keeps_its_application(place: Place, rows: Any
         [org_id] = [row["id"] for row in rows.orgs if row["code"] == org]
         [used] = [row for row in rows.credentials if row["org_id"] == org_id]
         with place.database.transaction() as connection:
-            credentials.used_for_all_orgs(
-                connection, [credentials.Use(used["id"], org_id, None)], at=place.clock.now()
-            )
+            credentials.used(connection, [credentials.Use(used["id"], org_id, None)], at=place.clock.now())
         tokens[org] = run_now(place.database, org, "nightly", actor="ops")["id"]
         rows.set_running(tokens[org])
     made = fleet(place, overlap=timedelta())
@@ -304,7 +302,7 @@ async def test_the_old_one_stays_while_the_new_one_is_rejected(place: Place, row
         (row for row in rows.credentials if row["org_id"] == org_id), key=lambda row: row["generation"]
     )
     with place.database.transaction() as connection:
-        credentials.used_for_all_orgs(
+        credentials.used(
             connection, [credentials.Use(newest["id"], org_id, "invalid_client")], at=place.clock.now()
         )
     await go_on(place, made, 2 * OVERLAP)
@@ -314,9 +312,7 @@ async def test_the_old_one_stays_while_the_new_one_is_rejected(place: Place, row
     assert states(rows, "org_a") == ["overlapping", "active"]
     assert generations(rows, "org_a") == ["active", "active"]
     with place.database.transaction() as connection:
-        credentials.used_for_all_orgs(
-            connection, [credentials.Use(newest["id"], org_id, None)], at=place.clock.now()
-        )
+        credentials.used(connection, [credentials.Use(newest["id"], org_id, None)], at=place.clock.now())
     await rotate(place, limit=0)
     check_rotated(place, rows, ["org_a"])
 

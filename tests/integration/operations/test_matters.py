@@ -11,14 +11,14 @@ import pytest
 from bench import console
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import Stock
-from worker.ids import DefinitionId, OrgId
+from worker.ids import ALL_ORGS, DefinitionId, OrgId
 from worker.operations import doctor, matters
 from worker.operations.matters import Matter
 from worker.runs.causes import WHOSE
 from worker.runs.next_steps import VERBS
 from worker.store import installation, tables
 from worker.store.database import Database
-from worker.store.lists.mismatches import Mismatch, mismatches_for_all_orgs
+from worker.store.lists.mismatches import Mismatch, mismatches
 from worker.web.pages.links import step_path
 
 DAY = timedelta(days=1)
@@ -53,7 +53,7 @@ def found(database: Database, *, word: str = "") -> list[Matter]:
 
 def mixed_up(database: Database) -> list[Mismatch]:
     with database.autocommit() as connection:
-        return mismatches_for_all_orgs(connection, database.now(connection) - DAY)
+        return mismatches(connection, ALL_ORGS, database.now(connection) - DAY)
 
 
 def of(kind: str, every: Sequence[Matter]) -> list[Matter]:
@@ -81,7 +81,7 @@ def test_the_token_of_another_org_is_above_everything_else(
     # Its runs are not listed again by their cause.
     assert of("refused_runs", every) == []
     assert {"installation_differs", "no_worker", "failed_runs"} <= {matter.kind for matter in every}
-    monkeypatch.setattr(matters, "mismatches_for_all_orgs", lambda *given: [])
+    monkeypatch.setattr(matters, "mismatches", lambda *given: [])
     kinds = [matter.kind for matter in found(database, word="staging")]
     assert kinds.index("refused_runs") > kinds.index("failed_runs") > kinds.index("installation_differs") == 0
 

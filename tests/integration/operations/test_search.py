@@ -300,7 +300,7 @@ async def test_an_org_that_an_older_release_adds_or_renames_is_found_by_its_word
     assert (site.orgs("gamma labs"), site.orgs("gam")) == (["org_gamma"], ["org_gamma"])
     assert (site.orgs("apex"), site.orgs("gmbh")) == (["org_acme"], ["org_acme"])
     with database.autocommit() as connection:
-        assert orgs.without_words_for_all_orgs(connection) == []
+        assert orgs.without_words(connection, ALL_ORGS) == []
 
 
 @pytest.mark.anyio

@@ -17,7 +17,7 @@ from tests.integration.operations.conftest import Tables
 from tests.integration.operations.test_keys import add_orgs
 from worker.adapters.secrets import StoredTokens
 from worker.errors import NotFound
-from worker.ids import OrgId, new_id
+from worker.ids import ALL_ORGS, OrgId, new_id
 from worker.operations.credentials import add_credential, retire_credential
 from worker.operations.keys import drop_tokens, rekey, remove_key
 from worker.operations.orgs import set_org_state
@@ -52,19 +52,19 @@ def put(database: Database, rows: Any, keyring: KeyRing, *org_ids: OrgId, left: 
             | {"sealed": sealed, "key_id": key_id, "received_ago": 2.0, "left": left}
         )
     with database.transaction() as connection:
-        return sorted(access_tokens.put_for_all_orgs(connection, tokens))
+        return sorted(access_tokens.put(connection, tokens))
 
 
 def find(database: Database, *org_ids: OrgId) -> dict[OrgId, access_tokens.Stored]:
     with database.autocommit() as connection:
-        found = access_tokens.find_for_all_orgs(connection, [f"key-{org_id}" for org_id in org_ids])
+        found = access_tokens.find(connection, [f"key-{org_id}" for org_id in org_ids])
     return {row.org_id: row for row in found if row.sealed is not None}
 
 
 def reserve(database: Database, holder: str, *org_ids: OrgId, version: int = 0) -> set[str]:
     wanted = [Reservation(f"key-{org_id}", org_id, "main", version, LASTS) for org_id in org_ids]
     with database.transaction() as connection:
-        return access_tokens.reserve_for_all_orgs(connection, wanted, holder=holder)
+        return access_tokens.reserve(connection, wanted, holder=holder)
 
 
 def test_what_was_stored_is_found_with_its_age(database, rows, keyring, org_ids, clock: ManualClock):
@@ -75,7 +75,7 @@ def test_what_was_stored_is_found_with_its_age(database, rows, keyring, org_ids,
 
     assert set(found) == set(org_ids)
     with database.autocommit() as connection:
-        lives = access_tokens.lives_for_all_orgs(connection, [f"key-{org_id}" for org_id in org_ids])
+        lives = access_tokens.lives(connection, [f"key-{org_id}" for org_id in org_ids])
     assert lives[f"key-{org_ids[0]}"] == pytest.approx((12, 3590), abs=1)
     assert len(lives) == len(org_ids)
     row = found[org_ids[0]]
@@ -101,7 +101,7 @@ def test_uses_of_credentials_are_counted_with_their_last_error(database, rows, o
     one, two = ((ids[org_id], org_id) for org_id in org_ids[:2])
     for uses in ([Use(*one, None), Use(*two, None), Use(*one, "invalid_client")], [Use(*two, None)], []):
         with database.transaction() as connection:
-            credentials.used_for_all_orgs(connection, uses, at=clock.now())
+            credentials.used(connection, uses, at=clock.now())
 
     found = {row["org_id"]: (row["uses"], row["last_error"], row["last_used_at"]) for row in rows.credentials}
     assert found[org_ids[0]] == (2, "invalid_client", clock.now())
@@ -124,8 +124,8 @@ def test_a_reservation_can_be_renewed_and_released(database, rows, keyring, org_
     reserve(database, "a", org_ids[0])
     clock.advance(LASTS - 1)
     with database.transaction() as connection:
-        access_tokens.renew_for_all_orgs(connection, [key], holder="b", lasts=timedelta(seconds=60))
-        access_tokens.renew_for_all_orgs(connection, [key], holder="a", lasts=timedelta(seconds=LASTS))
+        access_tokens.renew(connection, [key], holder="b", lasts=timedelta(seconds=60))
+        access_tokens.renew(connection, [key], holder="a", lasts=timedelta(seconds=LASTS))
     clock.advance(LASTS - 1)
     assert reserve(database, "b", org_ids[0]) == set()
 
@@ -152,7 +152,7 @@ def test_a_reservation_leaves_the_token_that_is_there(database, rows, keyring, o
     assert set(find(database, org_ids[0])) == {org_ids[0]}
     reserve(database, "one", org_ids[1])
     with database.autocommit() as connection:
-        assert not access_tokens.lives_for_all_orgs(connection, [f"key-{org_ids[1]}"])
+        assert not access_tokens.lives(connection, [f"key-{org_ids[1]}"])
 
 
 def test_many_processes_that_reserve_at_once_get_it_once(migrated_postgres_url, keyring, clock):
@@ -236,7 +236,7 @@ def test_expired_tokens_are_deleted(database, rows, keyring, org_ids, clock: Man
     clock.advance(61)
 
     with database.transaction() as connection:
-        assert access_tokens.drop_expired_for_all_orgs(connection) == 2
+        assert access_tokens.drop_expired(connection, ALL_ORGS) == 2
     assert [row["org_id"] for row in rows.access_tokens] == [second]
 
 

@@ -251,7 +251,7 @@ def test_a_list_counts_the_orgs_that_have_the_definition(apply, database, rows):
     assert reach(database) == {"export": 2, "sync": 4}
     assert template(database)["definitions"] == 2
     with database.autocommit() as connection:
-        some = module.templates.reach_for_all_orgs(connection, [template(database, "sync")["id"]], most=3)
+        some = module.templates.reach(connection, ALL_ORGS, [template(database, "sync")["id"]], most=3)
     assert list(some.values()) == [3]
     set_org_state(database, "org_a", "removed", actor="tester")
     carry_on(database)
@@ -262,7 +262,7 @@ def test_a_list_counts_the_orgs_that_have_the_definition(apply, database, rows):
 def test_an_orgs_own_request_counts_no_other_org(apply, database, monkeypatch):
     apply(org("org_a", "pro") + org("org_b", "pro") + TEMPLATE)
     counted = []
-    monkeypatch.setattr(lists.templates, "reach_for_all_orgs", lambda *_, **__: counted.append(1) or {})
+    monkeypatch.setattr(lists.templates, "reach", lambda *_, **__: counted.append(1) or {})
 
     assert reach(database, "org_a") == {"export": None}
     with database.autocommit() as connection:

@@ -13,7 +13,7 @@ from worker.runs.run import NewRun
 from worker.store import tables
 from worker.store.database import Database
 from worker.store.lists import failures, inventory, morning
-from worker.store.lists.due import timings_for_all_orgs
+from worker.store.lists.due import timings
 from worker.store.lists.grid import Grid, grid
 
 DAY = timedelta(days=1)
@@ -47,7 +47,7 @@ def blame(stock: Stock, run: RunId, cause: str) -> None:
 
 def causes(database: Database, state: str = "failed") -> list[tuple[Any, ...]]:
     with database.autocommit() as connection:
-        found, _ = failures.by_cause_for_all_orgs(connection, state, database.now(connection) - DAY)
+        found, _ = failures.by_cause(connection, ALL_ORGS, state, database.now(connection) - DAY)
     return [(row["cause"], row["runs"], row["open_runs"], row["orgs"], row["open_orgs"]) for row in found]
 
 
@@ -68,7 +68,7 @@ def test_failures_are_counted_by_cause_and_a_retried_one_is_no_longer_open(datab
         ("error", 1, 1, 1, 1),
     ]
     with database.autocommit() as connection:
-        found, more = failures.by_cause_for_all_orgs(connection, "failed", database.now(connection) - DAY)
+        found, more = failures.by_cause(connection, ALL_ORGS, "failed", database.now(connection) - DAY)
     assert (found[0]["run"], found[1]["run"], more) == (full[2], gone, False)
     assert [row["named"] for row in found] == [[stock.code(first)], [stock.code(second)]]
     # The newest error as it was; without one the cause.
@@ -101,7 +101,7 @@ def test_failures_beyond_the_bound_are_reported_as_more(database: Database, stoc
         end(stock, org, stock.definition(org))
 
     with database.autocommit() as connection:
-        found, more = failures.by_cause_for_all_orgs(connection, "failed", database.now(connection) - DAY)
+        found, more = failures.by_cause(connection, ALL_ORGS, "failed", database.now(connection) - DAY)
     assert (found[0]["runs"], more) == (2, True)
 
 
@@ -113,9 +113,9 @@ def test_waiting_runs_are_counted_by_reason(database: Database, stock: Stock):
     stock.change(tables.live_runs, runs[0].id, reason="no_token", detail="issuer_paused: issuer main rests")
 
     with database.autocommit() as connection:
-        waiting = morning.waiting_for_all_orgs(connection)
-        tokens = morning.without_token_for_all_orgs(connection)
-        running = morning.running_for_all_orgs(connection)
+        waiting = morning.waiting(connection, ALL_ORGS)
+        tokens = morning.without_token(connection, ALL_ORGS)
+        running = morning.running(connection, ALL_ORGS)
     # The org of most runs comes first.
     assert [(row.reason, row.runs, row.orgs, row.whats) for row in waiting] == [
         ("due", 3, (2, codes[::-1]), (0, [])),
@@ -137,7 +137,7 @@ def test_what_waiting_runs_wait_for_is_named(database: Database, stock: Stock):
         stock.change(tables.live_runs, run.id, reason="no_pool", detail=run.pool)
 
     with database.autocommit() as connection:
-        [wait] = morning.waiting_for_all_orgs(connection)
+        [wait] = morning.waiting(connection, ALL_ORGS)
     assert (wait.runs, wait.orgs, wait.whats) == (8, (1, [stock.code(org)]), (5, ["b", "c", "a"]))
     assert wait.since == runs[0].available_at
 
@@ -168,12 +168,12 @@ def test_what_is_broken_is_counted_with_examples(database: Database, stock: Stoc
     stock.let_lease_pass(lost)
 
     with database.autocommit() as connection:
-        dead = morning.dead_credentials_for_all_orgs(connection)
-        paused = morning.paused_definitions_for_all_orgs(connection)
+        dead = morning.dead_credentials(connection, ALL_ORGS)
+        paused = morning.paused_definitions(connection, ALL_ORGS)
         broken = morning.broken_handlers(connection)
         now = database.now(connection)
-        up, late, missing = morning.workers_for_all_orgs(connection, now)
-        slow = morning.workers_for_all_orgs(connection, now + timedelta(seconds=20))
+        up, late, missing = morning.workers(connection, ALL_ORGS, now)
+        slow = morning.workers(connection, ALL_ORGS, now + timedelta(seconds=20))
         rejected = inventory.credentials(connection, ALL_ORGS, "dead", after=None, limit=10)
         old = inventory.credentials(connection, ALL_ORGS, "old", after=None, limit=10)
         every = inventory.credentials(connection, ALL_ORGS, "all", after=None, limit=1)
@@ -195,7 +195,7 @@ def test_ended_runs_are_counted_by_hour_and_state(database: Database, stock: Sto
     hour = stock.now().replace(minute=0, second=0, microsecond=0)
 
     with database.autocommit() as connection:
-        ended = morning.ended_by_hour_for_all_orgs(connection, hour - HOUR, hour + HOUR)
+        ended = morning.ended_by_hour(connection, ALL_ORGS, hour - HOUR, hour + HOUR)
     assert sum(ended.values()) == 2
     assert {state for _, state in ended} == {"failed", "succeeded"}
 
@@ -212,8 +212,8 @@ def test_timings_are_counted_page_by_page_in_the_zone_of_definition_or_org(datab
     stock.definition(org, spec={"handler": "acme.note"})
 
     with database.autocommit() as connection:
-        first = timings_for_all_orgs(connection, now + DAY, None, 2)
-        rest = timings_for_all_orgs(connection, now + DAY, first.last, 20)
+        first = timings(connection, ALL_ORGS, now + DAY, None, 2)
+        rest = timings(connection, ALL_ORGS, now + DAY, first.last, 20)
     counted = Counter(first.counted) + Counter(rest.counted)
     assert rest.last is None
     assert {timing.timezone: number for timing, number in counted.items()} == {"UTC": 3, "Asia/Tokyo": 1}

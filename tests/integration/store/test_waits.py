@@ -11,13 +11,13 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import HANDLER, Stock
-from worker.ids import WorkerId
+from worker.ids import ALL_ORGS, WorkerId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun
 from worker.runs.waits import NewWait, WaitState
 from worker.store import edit_runs, sweeps, tables, waits
 from worker.store.lists.grid import open_waits
-from worker.store.lists.morning import waiting_for_all_orgs
+from worker.store.lists.morning import waiting
 from worker.store.sql import statements
 
 DAY = 86_400.0
@@ -386,7 +386,7 @@ def test_the_page_of_an_org_lists_parked_runs_after_waiting_ones(stock: Stock, w
 
     with stock.database.autocommit() as connection:
         found = open_waits(connection, run.org_id, limit=5)
-        [answer, due] = sorted(waiting_for_all_orgs(connection), key=lambda row: row.reason)
+        [answer, due] = sorted(waiting(connection, ALL_ORGS), key=lambda row: row.reason)
 
     assert {row["id"]: row["reason"] for row in found} == {next_one.id: "due", run.id: "answer"}
     assert (answer.reason, answer.runs, due.reason, due.runs) == ("answer", 1, "due", 1)

@@ -117,8 +117,8 @@ async def test_credentials_are_confirmed_together(stock: Stock) -> None:
         )
     ]
     with stock.database.transaction() as connection:
-        credentials.insert_for_all_orgs(connection, rows)
-        found = credentials.active_ids_for_all_orgs(connection, [globex, without, acme])
+        credentials.add(connection, rows)
+        found = credentials.active_ids(connection, [globex, without, acme])
 
     assert found == {acme: [rows[2]["id"], rows[1]["id"]], globex: [rows[3]["id"]]}
 

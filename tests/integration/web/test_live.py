@@ -154,10 +154,8 @@ async def test_an_end_waits_for_the_whole_log(staffed: Site, monkeypatch: pytest
 @on_either
 async def test_all_streams_share_one_read_a_second(staffed: Site, monkeypatch: pytest.MonkeyPatch):
     reads = []
-    read = live.live.read_for_all_orgs
-    monkeypatch.setattr(
-        live.live, "read_for_all_orgs", lambda *given: reads.append(len(given[1])) or read(*given)
-    )
+    read = live.live.read
+    monkeypatch.setattr(live.live, "read", lambda *given: reads.append(len(given[1])) or read(*given))
     app, runs = app_of(staffed), [make_run(staffed, org) for org in ("org_a", "org_b")]
     readers = [
         Reader(staffed, app, f"{API}/runs/{run}/events", TOKENS["viewer"]) for run in runs for _ in range(20)

@@ -12,11 +12,12 @@ import itertools
 import re
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Literal
 
 import httpx
@@ -36,7 +37,7 @@ from worker.definitions.file import parse_file
 from worker.guard import Guard
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import Ceiling, digest
-from worker.ids import ALL_ORGS, OrgScope, RunId, WorkerId, new_id
+from worker.ids import ALL_ORGS, RunId, WorkerId, new_id
 from worker.operations.apply import apply
 from worker.operations.credentials import add_credential
 from worker.operations.definitions import pause_definition
@@ -46,6 +47,7 @@ from worker.operations.runs import cancel, run_now
 from worker.operations.templates import materialise
 from worker.store import catalogue, edit_runs, host_handlers, hosts, orgs, roles, sign_in, tables
 from worker.store.database import Database
+from worker.store.lists import morning
 from worker.store.orgs import OrgCaller
 from worker.telemetry.metrics import Metrics
 from worker.web.access import Access
@@ -827,21 +829,34 @@ async def test_every_statement_of_an_orgs_request_on_sqlite_names_its_org(
 
 
 def refuse_what_is_for_all_orgs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every function of the store, and every list, that is for all orgs fail."""
+    """Let every call of the store fail that is given all orgs for its scope."""
 
-    def refused(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("an org's request has reached what is for all orgs")
+    def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            assert ALL_ORGS not in (*args, *kwargs.values()), "an org's request has reached all orgs"
+            return function(*args, **kwargs)
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("worker."):
-            for attribute in [one for one in vars(module) if one.endswith("_for_all_orgs")]:
-                monkeypatch.setattr(module, attribute, refused)
-    scope_of = orgs.scope_of
+        return call
 
-    def of_one(connection: Connection, org: OrgScope) -> Any:
-        return refused() if org is ALL_ORGS else scope_of(connection, org)
+    refused: dict[Callable[..., Any], Callable[..., Any]] = {}
+    for module in [module for name, module in sys.modules.items() if name.startswith("worker.")]:
+        for name, function in list(vars(module).items()):
+            if not isinstance(function, FunctionType) or not function.__module__.startswith("worker.store"):
+                continue
+            if any(
+                "Scope" in str(each) or "AllOrgs" in str(each) for each in function.__annotations__.values()
+            ):
+                new = refused.get(function) or refused.setdefault(function, refusing(function))
+                monkeypatch.setattr(module, name, new)
+    assert len(refused) > 60
 
-    monkeypatch.setattr(orgs, "scope_of", of_one)
+
+def test_a_call_for_all_orgs_fails_once_it_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """The control of the test above: what an operator's request may read fails there."""
+    refuse_what_is_for_all_orgs(monkeypatch)
+    for call in (edit_runs.find, morning.running, orgs.scope_of):
+        with pytest.raises(AssertionError, match="all orgs"):
+            call(None, ALL_ORGS)  # type: ignore[arg-type,call-arg]
 
 
 @contextmanager

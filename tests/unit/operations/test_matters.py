@@ -37,7 +37,7 @@ def test_a_bounded_count_is_at_least_that():
 
 
 def title_of(monkeypatch: pytest.MonkeyPatch, clock: ManualClock, *waiting: Waiting) -> list[str]:
-    monkeypatch.setattr(morning, "waiting_for_all_orgs", lambda connection: list(waiting))
+    monkeypatch.setattr(morning, "waiting", lambda connection, scope: list(waiting))
     return [each.title for each in matters._of_waiting(cast(Any, None), clock.now())]
 
 

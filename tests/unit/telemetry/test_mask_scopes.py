@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.unit.telemetry.test_masking import made_up, made_up_token
-from worker.ids import ALL_ORGS, AllOrgs, OrgId
+from worker.ids import ALL_ORGS, OrgId, Scope
 from worker.telemetry.masking import MASK, Masker
 from worker.telemetry.secret_index import SecretIndex
 
@@ -18,7 +18,7 @@ SECRET = "sk-041234"
 TOKEN = made_up_token(7)
 
 
-def whole(self: Masker, org: OrgId | AllOrgs | None) -> list[SecretIndex]:
+def whole(self: Masker, org: Scope | None) -> list[SecretIndex]:
     """The mask without scopes, for controls."""
     return [self._all]
 

@@ -85,10 +85,10 @@ class FakeDatabase:
 
 @pytest.mark.anyio
 async def test_a_count_is_kept_and_shown_while_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch):
-    def page(connection: Any, until: datetime, after: str | None, limit: int) -> Timings:
+    def page(connection: Any, scope: Any, until: datetime, after: str | None, limit: int) -> Timings:
         return Timings({Timing("0 * * * *", "UTC", None, None): 2}, "1" if after is None else None)
 
-    monkeypatch.setattr(due, "timings_for_all_orgs", page)
+    monkeypatch.setattr(due, "timings", page)
     database, clock, caller = FakeDatabase(), ManualClock(START), Caller("ada", "viewer")
     hours = due.DueByHour(database, clock)  # type: ignore[arg-type]
 

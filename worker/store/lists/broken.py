@@ -7,9 +7,9 @@ from typing import Annotated, TypedDict, cast
 
 from sqlalchemy import Connection, literal_column, null, select, text
 
-from worker.ids import ALL_ORGS, AllOrgs, OrgId, OrgScope
+from worker.ids import ALL_ORGS, OrgScope, Scope
 from worker.store import failing, orgs, tables
-from worker.store.dialect import Id, all_rows
+from worker.store.dialect import Id, all_rows, below, in_scope
 from worker.store.lists import DEFAULT_LIMIT, Page, redaction
 from worker.store.lists.redaction import Shown
 
@@ -49,7 +49,7 @@ def page_of(connection: Connection, page: Page = FIRST_PAGE, scope: OrgScope = A
     return sorted(found, key=lambda row: row["id"], reverse=True)[:limit]
 
 
-def _definitions_of(connection: Connection, scope: OrgId | AllOrgs, page: Page, limit: int) -> list[Broken]:
+def _definitions_of(connection: Connection, scope: Scope, page: Page, limit: int) -> list[Broken]:
     newest = literal_column(f"({failing.NEWEST})", Id)
     statement = (
         select(
@@ -67,15 +67,14 @@ def _definitions_of(connection: Connection, scope: OrgId | AllOrgs, page: Page, 
         .join(_runs, _runs.c.id == newest)
         .where(_orgs.c.state != "removed", failing.is_broken())
     )
-    if not isinstance(scope, AllOrgs):
-        statement = statement.where(_failing.c.org_id == scope)
-    if page.after is not None:
-        statement = statement.where(_failing.c.definition_id < page.after)
+    statement = statement.where(
+        *in_scope(_failing.c.org_id, scope), *below(_failing.c.definition_id, page.after)
+    )
     statement = statement.order_by(_failing.c.definition_id.desc()).limit(limit)
     return cast(list[Broken], all_rows(connection, statement))
 
 
-def _credentials_of(connection: Connection, scope: OrgId | AllOrgs, page: Page, limit: int) -> list[Broken]:
+def _credentials_of(connection: Connection, scope: Scope, page: Page, limit: int) -> list[Broken]:
     """Each org once, with the newest of its credentials that were rejected."""
     others = _credentials.alias("others")
     newest = (
@@ -101,9 +100,6 @@ def _credentials_of(connection: Connection, scope: OrgId | AllOrgs, page: Page, 
             text(failing.REJECTED), _credentials.c.id == newest, _orgs.c.state != "removed", failing.is_dead()
         )
     )
-    if not isinstance(scope, AllOrgs):
-        statement = statement.where(_orgs.c.id == scope)
-    if page.after is not None:
-        statement = statement.where(_orgs.c.id < page.after)
+    statement = statement.where(*in_scope(_orgs.c.id, scope), *below(_orgs.c.id, page.after))
     statement = statement.order_by(_orgs.c.id.desc()).limit(limit)
     return cast(list[Broken], all_rows(connection, statement))

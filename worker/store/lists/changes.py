@@ -10,6 +10,7 @@ from sqlalchemy import Connection, func, select
 
 from worker.ids import OrgScope, RunId, lowest_id
 from worker.store import orgs, tables
+from worker.store.dialect import in_scope
 from worker.store.lists.matching import shown_state
 
 # Rows of the audit that are looked through, and runs that are found.
@@ -35,8 +36,7 @@ def changed_runs(
         NotFound: there is no org of the scope.
     """
     org_id = orgs.scope_of(connection, scope)
-    mine = [_audit.c.org_id == org_id] if isinstance(org_id, str) else []
-    newest = select(_audit).where(_audit.c.id >= lowest_id(since), *mine)
+    newest = select(_audit).where(_audit.c.id >= lowest_id(since), *in_scope(_audit.c.org_id, org_id))
     row = newest.order_by(_audit.c.id.desc()).limit(EXAMINED).subquery("newest").c
     found = connection.execute(
         select(row.subject, row.detail)
@@ -47,8 +47,7 @@ def changed_runs(
     ids = [RunId(subject) for subject, _ in found]
     state = func.coalesce(_runs.c.state, shown_state(_live.c.state))
     each = select(_runs.c.id, state).outerjoin(_live, _live.c.id == _runs.c.id).where(_runs.c.id.in_(ids))
-    if isinstance(org_id, str):
-        each = each.where(_runs.c.org_id == org_id)
+    each = each.where(*in_scope(_runs.c.org_id, org_id))
     states = {RunId(row[0]): str(row[1]) for row in connection.execute(each.limit(MAX_FOUND))}
     reason = (found[0][1] or {}).get("reason", "") if found else ""
     return ChangedRuns({id_: states[id_] for id_ in ids if id_ in states}, reason)

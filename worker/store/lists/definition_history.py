@@ -9,7 +9,7 @@ from sqlalchemy import Connection, select
 
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.store import tables
-from worker.store.dialect import all_rows
+from worker.store.dialect import all_rows, below
 from worker.store.lists import redaction
 from worker.store.lists.redaction import Shown, Spec
 
@@ -49,8 +49,7 @@ def revisions(
         .join(_definitions, _definitions.c.id == _revisions.c.definition_id)
         .where(_revisions.c.definition_id == definition_id, _definitions.c.org_id == org_id)
     )
-    if before is not None:
-        query = query.where(_revisions.c.revision < before)
+    query = query.where(*below(_revisions.c.revision, before))
     query = query.order_by(_revisions.c.revision.desc()).limit(limit)
     return cast(list[Revision], all_rows(connection, query))
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, func, select
 
+from worker.ids import Scope
 from worker.store import tables
-from worker.store.dialect import all_rows
+from worker.store.dialect import above, all_rows, in_scope
 
 _schedule, _orgs = tables.schedule, tables.orgs
 _definitions, _revisions = tables.definitions, tables.definition_revisions
@@ -36,7 +37,7 @@ class Timings(NamedTuple):
     last: str | None
 
 
-def timings_for_all_orgs(connection: Connection, until: datetime, after: str | None, limit: int) -> Timings:
+def timings(connection: Connection, scope: Scope, until: datetime, after: str | None, limit: int) -> Timings:
     """Definitions whose next run is before `until`, of the `limit` definitions after this one by id."""
     # By their keys: as joins, PostgreSQL would read all definitions for each page.
     current = select(_definitions.c.revision).where(_definitions.c.id == _schedule.c.definition_id)
@@ -56,9 +57,7 @@ def timings_for_all_orgs(connection: Connection, until: datetime, after: str | N
     zone = select(_orgs.c.timezone).where(_orgs.c.id == _schedule.c.org_id).scalar_subquery()
     query = select(
         _schedule.c.definition_id, _schedule.c.next_fire_at, timing_of.label("timing"), zone.label("zone")
-    )
-    if after is not None:
-        query = query.where(_schedule.c.definition_id > after)
+    ).where(*in_scope(_schedule.c.org_id, scope), *above(_schedule.c.definition_id, after))
     rows = all_rows(connection, query.order_by(_schedule.c.definition_id).limit(limit))
     counted: Counter[Timing] = Counter()
     for row in rows:

@@ -10,8 +10,9 @@ from typing import Any, TypedDict, cast
 from sqlalchemy import ColumnElement, Connection, Text, case, func, literal, select
 from sqlalchemy import cast as sql_cast
 
+from worker.ids import Scope
 from worker.store import tables
-from worker.store.dialect import all_rows
+from worker.store.dialect import all_rows, in_scope
 from worker.store.lists.morning import NAMED, codes_of
 
 # The newest ended runs that are read: about 20 ms. A broken release fails a hundred times a second.
@@ -45,14 +46,14 @@ class Cause(TypedDict):
     message: str
 
 
-def by_cause_for_all_orgs(connection: Connection, state: str, since: datetime) -> tuple[list[Cause], bool]:
+def by_cause(connection: Connection, scope: Scope, state: str, since: datetime) -> tuple[list[Cause], bool]:
     """The causes of runs that ended in this state since then, most open runs first.
 
     Only the newest MAX_RUNS runs are read; the second value says whether there may be more.
     """
     newest = (
         select(_ends.c.run_id, _ends.c.org_id, _ends.c.finished_at)
-        .where(_ends.c.state == state, _ends.c.finished_at >= since)
+        .where(_ends.c.state == state, _ends.c.finished_at >= since, *in_scope(_ends.c.org_id, scope))
         .order_by(_ends.c.finished_at.desc())
         .limit(MAX_RUNS)
         .subquery("newest")

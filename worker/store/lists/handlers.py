@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Select, and_, case, exists, func, literal, null, select
 
 from worker.definitions.pools import DEFAULT_POOL
-from worker.ids import AllOrgs, OrgId
+from worker.ids import AllOrgs, OrgId, Scope
 from worker.store import catalogue, tables
 from worker.store.dialect import Row, all_rows
 from worker.store.lists.rows import Handler, columns_of
@@ -24,7 +24,7 @@ _NAMES = columns_of(Handler)
 
 
 def listed(
-    connection: Connection, scope: OrgId | AllOrgs, *, name: str | None = None, most: int = MAX_HANDLERS
+    connection: Connection, scope: Scope, *, name: str | None = None, most: int = MAX_HANDLERS
 ) -> list[Row]:
     """Handlers by name: the workers' first, then those that hosts declare, each once a pool and plug-in.
 
@@ -37,7 +37,7 @@ def listed(
     return sorted(rows + of_hosts, key=lambda row: row["name"])[:most]
 
 
-def _of_workers(scope: OrgId | AllOrgs, name: str | None) -> Select[Any]:
+def _of_workers(scope: Scope, name: str | None) -> Select[Any]:
     own = {key: _catalogue.c[key] for key in _NAMES if key != "source"}
     query = _select(own | {"source": literal("worker")}).where(catalogue.OF_WORKERS)
     if name is not None:
@@ -48,7 +48,7 @@ def _of_workers(scope: OrgId | AllOrgs, name: str | None) -> Select[Any]:
     return query
 
 
-def _of_hosts(scope: OrgId | AllOrgs, name: str | None) -> Select[Any]:
+def _of_hosts(scope: Scope, name: str | None) -> Select[Any]:
     """The newest declaration of each pool, name and distribution, within the bounds of a pool."""
     key = (_handlers.c.pool, _handlers.c.name, _handlers.c.distribution)
     newest = (_handlers.c.seen_at.desc(), _handlers.c.host_id)

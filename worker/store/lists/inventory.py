@@ -6,9 +6,9 @@ from typing import cast
 
 from sqlalchemy import Connection, func, literal_column, select
 
-from worker.ids import AllOrgs, OrgScope, WorkerId
+from worker.ids import OrgScope, Scope, WorkerId
 from worker.store import orgs, tables
-from worker.store.dialect import all_rows
+from worker.store.dialect import above, all_rows, in_scope
 from worker.store.lists import checked_id
 from worker.store.lists.redaction import Shown
 from worker.store.lists.rows import CredentialRow
@@ -53,17 +53,15 @@ def credentials(
         query = query.where(_credentials.c.last_error.is_not(None))
     elif risk == "old":
         query = query.where(_credentials.c.last_error.is_(None))
-    scope = orgs.scope_of(connection, org)
-    if not isinstance(scope, AllOrgs):
-        query = query.where(_credentials.c.org_id == scope)
-    if after is not None:
-        query = query.where(_credentials.c.id > checked_id(after))
+    query = query.where(*in_scope(_credentials.c.org_id, orgs.scope_of(connection, org)))
+    query = query.where(*above(_credentials.c.id, after and checked_id(after)))
     return cast(list[CredentialWithOrg], all_rows(connection, query.order_by(_credentials.c.id).limit(limit)))
 
 
-def running_by_worker_for_all_orgs(connection: Connection) -> dict[WorkerId, int]:
+def running_by_worker(connection: Connection, scope: Scope) -> dict[WorkerId, int]:
     """The number of running runs of each worker, up to MAX_COUNTED in all."""
-    some = select(_live.c.worker_id).where(_live.c.state == "running").limit(MAX_COUNTED).subquery()
+    mine = (_live.c.state == "running", *in_scope(_live.c.org_id, scope))
+    some = select(_live.c.worker_id).where(*mine).limit(MAX_COUNTED).subquery()
     count = func.count()
     query = select(some.c.worker_id, count.label("runs")).group_by(some.c.worker_id).limit(MAX_COUNTED)
     return {row["worker_id"]: row["runs"] for row in all_rows(connection, query)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, select, text
 
-from worker.ids import OrgId, OrgScope, RunId
+from worker.ids import ALL_ORGS, OrgId, OrgScope, RunId
 from worker.store import orgs, tables
 from worker.store.dialect import Instant, Row, all_rows, chunks, is_postgresql
 from worker.store.lists import runs as run_lists
@@ -52,12 +52,12 @@ def watched(connection: Connection, org: OrgScope, run_id: str) -> tuple[Run, Or
     return row, org_id, (0, 0) if end is None else (end.attempt, end.seq)
 
 
-def read_for_all_orgs(connection: Connection, places: Places, most: int) -> tuple[list[Run], list[Row]]:
+def read(connection: Connection, places: Places, most: int) -> tuple[list[Run], list[Row]]:
     """The watched runs as lists show them, and of each at most `most` lines after its place, in order.
 
     The runs are read first: the log of one that has ended is complete.
     """
-    rows = [row for ids in chunks(list(places)) for row in run_lists.rows_for_all_orgs(connection, ids)]
+    rows = [row for ids in chunks(list(places)) for row in run_lists.rows_of(connection, ALL_ORGS, ids)]
     return rows, _lines(connection, places, most)
 
 

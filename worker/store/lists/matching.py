@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, case, exists, func, literal, or_, select
+from sqlalchemy import ColumnElement, Connection, and_, case, exists, func, literal, or_, select
 
-from worker.ids import AllOrgs, OrgId
+from worker.ids import AllOrgs, OrgId, Scope
 from worker.search import Query, folded
 from worker.store import tables
+from worker.store.dialect import in_scope
 
 # Matching orgs whose runs are read one by one; with more, the newest runs of all are read.
 FEW = 20
@@ -23,19 +24,17 @@ _LAST = "\U0010ffff"
 
 
 def orgs_that_match(
-    connection: Connection, scope: OrgId | AllOrgs, query: Query, org_id: ColumnElement[Any]
+    connection: Connection, scope: Scope, query: Query, org_id: ColumnElement[Any]
 ) -> list[Condition]:
     """Conditions on the id of an org; the code of `org:` wins over names that begin so."""
-    found = _has_words(org_id, query.words)
-    if not isinstance(scope, AllOrgs):
-        found.append(org_id == scope)
+    found = [*_has_words(org_id, query.words), *in_scope(org_id, scope)]
     if query.org is not None:
         named = _org_with_code(connection, scope, query.org)
         found += _has_words(org_id, query.org.split()) if named is None else [org_id == named]
     return found
 
 
-def few_orgs(connection: Connection, scope: OrgId | AllOrgs, query: Query) -> list[OrgId] | None:
+def few_orgs(connection: Connection, scope: Scope, query: Query) -> list[OrgId] | None:
     """The ids of the orgs that match; None if they are many."""
     if query.org is None and not query.words:
         return None if isinstance(scope, AllOrgs) else [scope]
@@ -51,12 +50,12 @@ def few_orgs(connection: Connection, scope: OrgId | AllOrgs, query: Query) -> li
     return ids if len(ids) <= FEW else None
 
 
-def conditions(scope: OrgId | AllOrgs, query: Query, run: Any) -> list[Condition]:
+def conditions(scope: Scope, query: Query, run: Any) -> list[Condition]:
     """What the keys of a query, but `org:`, say of the columns of a run."""
     found: list[Condition] = []
     if query.definition is not None:
-        name = select(_named.c.name).where(_named.c.id == run.definition_id).limit(1)
-        name = in_scope(name, _named.c.org_id, scope)
+        its = (_named.c.id == run.definition_id, *in_scope(_named.c.org_id, scope))
+        name = select(_named.c.name).where(*its).limit(1)
         found.append(name.scalar_subquery() == query.definition)
     if query.handler is not None:
         found.append(run.handler == query.handler)
@@ -86,10 +85,6 @@ def begins(word: str, column: ColumnElement[Any] = _words.c.word) -> Condition:
     return and_(column >= start, column < start + _LAST)
 
 
-def in_scope(statement: Select[Any], org_id: ColumnElement[Any], scope: OrgId | AllOrgs) -> Select[Any]:
-    return statement if isinstance(scope, AllOrgs) else statement.where(org_id == scope)
-
-
 def kept_states(states: Iterable[str]) -> list[str]:
     """The states of `live_runs` that these states of runs stand for."""
     return [kept for state in states for kept in tables.UNFINISHED.get(state, ())]
@@ -106,9 +101,9 @@ def _has_words(org_id: ColumnElement[Any], words: Sequence[str]) -> list[Conditi
     return [exists().where(own.c.org_id == org_id, begins(word, own.c.word)) for word in words]
 
 
-def _org_with_code(connection: Connection, scope: OrgId | AllOrgs, code: str) -> OrgId | None:
-    statement = in_scope(select(_orgs.c.id).where(_orgs.c.code == code), _orgs.c.id, scope).limit(1)
-    return connection.execute(statement).scalar_one_or_none()
+def _org_with_code(connection: Connection, scope: Scope, code: str) -> OrgId | None:
+    statement = select(_orgs.c.id).where(_orgs.c.code == code, *in_scope(_orgs.c.id, scope))
+    return connection.execute(statement.limit(1)).scalar_one_or_none()
 
 
 def _is_live(run: Any, condition: Condition) -> Condition:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, Select, func, select, union
 
+from worker.ids import Scope
 from worker.store import tables
-from worker.store.dialect import all_rows
+from worker.store.dialect import all_rows, in_scope
 
 # Reasons of refused runs that say so.
 REASONS = ("org_mismatch", "client_mismatch")
@@ -36,12 +37,12 @@ class Mismatch(NamedTuple):
     last_at: datetime
 
 
-def mismatches_for_all_orgs(connection: Connection, since: datetime) -> list[Mismatch]:
+def mismatches(connection: Connection, scope: Scope, since: datetime) -> list[Mismatch]:
     """What was refused since then for orgs of which no later run has succeeded, the latest first.
 
     At most ORGS orgs. `runs` and `first_at` are of the runs that were read.
     """
-    read = union(_newest(since), _failing_now()).subquery("read")
+    read = union(_newest(scope, since), _failing_now(scope)).subquery("read")
     last_at = func.max(_runs.c.finished_at)
     columns = (_runs.c.org_id, _runs.c.reason, _runs.c.detail)
     refused = (
@@ -98,11 +99,12 @@ def mismatches_for_all_orgs(connection: Connection, since: datetime) -> list[Mis
 
 
 # Each reads the reason of a run by its key: for a join, PostgreSQL may read all runs.
-def _newest(since: datetime) -> Select[tuple[str]]:
+def _newest(scope: Scope, since: datetime) -> Select[tuple[str]]:
     """The newest refused runs, those of such a reason."""
     some = (
         select(_ends.c.run_id)
         .where(_ends.c.state == "refused", _ends.c.finished_at >= since)
+        .where(*in_scope(_ends.c.org_id, scope))
         .order_by(_ends.c.finished_at.desc())
         .limit(NEWEST)
         .subquery()
@@ -112,11 +114,15 @@ def _newest(since: datetime) -> Select[tuple[str]]:
     return select(each.c.run_id).where(each.c.reason.in_(REASONS))
 
 
-def _failing_now() -> Select[tuple[str]]:
+def _failing_now(scope: Scope) -> Select[tuple[str]]:
     """The runs that failed last of the newest definitions that fail, those of such a reason."""
     # From the index alone, in its order.
     some = (
-        select(_failing.c.definition_id).order_by(_failing.c.definition_id.desc()).limit(FAILING).subquery()
+        select(_failing.c.definition_id)
+        .where(*in_scope(_failing.c.org_id, scope))
+        .order_by(_failing.c.definition_id.desc())
+        .limit(FAILING)
+        .subquery()
     )
     one = _failing.alias()
     reason = (

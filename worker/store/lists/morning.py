@@ -1,4 +1,4 @@
-"""What needs attention over all orgs, and what ended by hour; every query is bounded."""
+"""What needs attention, of one org or of all, and what ended by hour; every query is bounded."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from sqlalchemy import (
     union_all,
 )
 
+from worker.ids import AllOrgs, Scope
 from worker.store import tables
 from worker.store.catalogue import OF_WORKERS
-from worker.store.dialect import Row, all_rows
+from worker.store.dialect import Row, all_rows, in_scope
 from worker.store.health import ENDS, OF_HOST
 
 # Rows that are counted; a count that reaches this means "at least".
@@ -91,11 +92,12 @@ class Workers(NamedTuple):
     missing: Sequence[Row]
 
 
-def waiting_for_all_orgs(connection: Connection) -> list[Waiting]:
+def waiting(connection: Connection, scope: Scope) -> list[Waiting]:
     """Waiting and held runs by reason, up to MAX_ROWS of them, and as many parked ones; most runs first."""
     columns = (_live.c.reason, _live.c.org_id, _live.c.available_at, _WHAT.label("what"))
+    mine = in_scope(_live.c.org_id, scope)
     parts = [
-        select(select(*columns).where(_live.c.state.in_(states)).limit(MAX_ROWS).subquery())
+        select(select(*columns).where(_live.c.state.in_(states), *mine).limit(MAX_ROWS).subquery())
         for states in (("waiting", "held"), ("parked",))
     ]
     some = union_all(*parts).subquery()
@@ -155,18 +157,19 @@ def _named(rows: Sequence[Row]) -> Named:
     return Named(rows[0]["total"] if rows else 0, [row["one"] for row in rows])
 
 
-def running_for_all_orgs(connection: Connection) -> int:
+def running(connection: Connection, scope: Scope) -> int:
     """The number of running runs, up to MAX_ROWS."""
-    some = select(_live.c.id).where(_live.c.state == "running").limit(MAX_ROWS).subquery()
+    mine = (_live.c.state == "running", *in_scope(_live.c.org_id, scope))
+    some = select(_live.c.id).where(*mine).limit(MAX_ROWS).subquery()
     return connection.execute(select(func.count()).select_from(some)).scalar_one()
 
 
-def without_token_for_all_orgs(connection: Connection) -> list[TokenlessRuns]:
+def without_token(connection: Connection, scope: Scope) -> list[TokenlessRuns]:
     """Runs that wait for a token by issuer and error code, most first."""
     query = (
         select(_orgs.c.issuer, _live.c.detail, _orgs.c.code)
         .join(_orgs, _orgs.c.id == _live.c.org_id)
-        .where(_live.c.state == "waiting", _live.c.reason == "no_token")
+        .where(_live.c.state == "waiting", _live.c.reason == "no_token", *in_scope(_live.c.org_id, scope))
         .limit(MAX_ROWS)
     )
     found: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
@@ -179,24 +182,26 @@ def without_token_for_all_orgs(connection: Connection) -> list[TokenlessRuns]:
     return sorted(every, key=lambda each: each.runs, reverse=True)[:ERRORS]
 
 
-def dead_credentials_for_all_orgs(connection: Connection) -> CappedCount:
+def dead_credentials(connection: Connection, scope: Scope) -> CappedCount:
     """Active credentials whose last request the issuer rejected, of the newest orgs first."""
     query = (
         select(_credentials.c.id, _orgs.c.code.label("org"), _credentials.c.last_error)
         .join(_orgs, _orgs.c.id == _credentials.c.org_id)
         # As the condition of the index has it: a parameter would hide it from SQLite's planner.
         .where(_credentials.c.last_error.is_not(None), _credentials.c.state == literal_column("'active'"))
+        .where(*in_scope(_credentials.c.org_id, scope))
     )
     return _counted(connection, query, _credentials.c.org_id)
 
 
-def paused_definitions_for_all_orgs(connection: Connection) -> CappedCount:
+def paused_definitions(connection: Connection, scope: Scope) -> CappedCount:
     """Paused definitions that are not closed, newest first."""
     columns = (_definitions.c[name] for name in ("name", "paused_at", "paused_by", "pause_note"))
     query = (
         select(_definitions.c.id, _orgs.c.code.label("org"), *columns)
         .join(_orgs, _orgs.c.id == _definitions.c.org_id)
         .where(_definitions.c.paused_at.is_not(None), _definitions.c.closed_at.is_(None))
+        .where(*in_scope(_definitions.c.org_id, scope))
     )
     return _counted(connection, query, _definitions.c.id)
 
@@ -211,7 +216,7 @@ def broken_handlers(connection: Connection) -> CappedCount:
     return CappedCount(len(rows), rows[:NAMED])
 
 
-def workers_for_all_orgs(connection: Connection, now: datetime) -> Workers:
+def workers(connection: Connection, _: AllOrgs, now: datetime) -> Workers:
     """Workers that have not ended, by their lease, up to MAX_ROWS."""
     query = select(*(_workers.c[name] for name in ("id", "host", "renewed_at", "lease_until")))
     rows = all_rows(
@@ -223,7 +228,7 @@ def workers_for_all_orgs(connection: Connection, now: datetime) -> Workers:
     return Workers(len(rows) - len(missing), late, missing)
 
 
-def crashed_for_all_orgs(connection: Connection, since: datetime, *, silent: bool = False) -> CappedCount:
+def crashed(connection: Connection, _: AllOrgs, since: datetime, *, silent: bool = False) -> CappedCount:
     """Workers and hosts whose lease was found expired since then, the last one first.
 
     With `silent` those hosts that ran nothing, else all others. The examples are as `worker_ends` reads them.
@@ -253,14 +258,14 @@ def _counted(connection: Connection, query: Any, key: ColumnElement[Any]) -> Cap
     return CappedCount(count, examples)
 
 
-def ended_by_hour_for_all_orgs(
-    connection: Connection, start: datetime, end: datetime
+def ended_by_hour(
+    connection: Connection, scope: Scope, start: datetime, end: datetime
 ) -> dict[tuple[datetime, str], int]:
     """Runs that ended in [start, end), by hour and final state."""
     hours = round((end - start) / timedelta(hours=1)) + 1
     query = (
         select(_hours.c.hour, _hours.c.state, func.sum(_hours.c.runs).label("runs"))
-        .where(_hours.c.hour >= start, _hours.c.hour < end)
+        .where(_hours.c.hour >= start, _hours.c.hour < end, *in_scope(_hours.c.org_id, scope))
         .group_by(_hours.c.hour, _hours.c.state)
         .limit(hours * len(tables.FINAL_STATES))
     )

@@ -24,12 +24,12 @@ from worker.definitions import CALENDAR_DATES
 from worker.definitions.pools import DEFAULT_POOL
 from worker.definitions.words import in_words
 from worker.errors import DefinitionError, InvalidTrigger, NotFound, UsageError
-from worker.ids import AllOrgs, OrgId, OrgScope, RunId, lowest_id
+from worker.ids import ALL_ORGS, AllOrgs, OrgId, OrgScope, RunId, Scope, lowest_id
 from worker.search import Query, states_of
 from worker.store import calendars, orgs, states, tables, templates
 from worker.store import definitions as definition_rows
 from worker.store.catalogue import OF_WORKERS
-from worker.store.dialect import Row, all_rows, first_row
+from worker.store.dialect import Row, all_rows, below, first_row
 from worker.store.host_handlers import names_with_workers
 from worker.store.lists import (
     AUDIT,
@@ -111,8 +111,7 @@ def read(connection: Connection, listing: Listing[R], org: OrgScope, page: Page 
         statement = statement.where(source.since >= page.since)
         if source.since_bounds_key:
             statement = statement.where(source.key >= lowest_id(page.since))
-    if page.after is not None:
-        statement = statement.where(source.key < page.after)
+    statement = statement.where(*below(source.key, page.after))
     rows = all_rows(connection, statement.order_by(source.key.desc()).limit(limit))
     if listing is TEMPLATES and isinstance(scope, AllOrgs):
         _add_reach(connection, rows)
@@ -213,7 +212,7 @@ def template(connection: Connection, org: OrgScope, name: str) -> TemplateDetail
 
 def _add_reach(connection: Connection, rows: Sequence[Row]) -> None:
     """Add how many definitions each template has. An org does not see it, and its requests do not count."""
-    reach = templates.reach_for_all_orgs(connection, [row["id"] for row in rows])
+    reach = templates.reach(connection, ALL_ORGS, [row["id"] for row in rows])
     for row in rows:
         row["definitions"] = reach[row["id"]]
 
@@ -229,7 +228,7 @@ def calendar(connection: Connection, name: str) -> CalendarDetail:
             fix="`calendars list` lists the calendars, `apply` of a file with a [[calendar]] makes one",
             sought=("calendar", name, None),
         )
-    definitions, templates = calendars.uses_for_all_orgs(connection, name)
+    definitions, templates = calendars.uses(connection, ALL_ORGS, name)
     return cast(CalendarDetail, {**row, "definitions": definitions, "templates": templates})
 
 
@@ -300,7 +299,7 @@ def _open_definitions(org_id: OrgId, *columns: ColumnElement[Any]) -> Select[Any
     return query.where(_definitions.c.org_id == org_id, _definitions.c.closed_at.is_(None))
 
 
-def handler_names(scope: OrgId | AllOrgs) -> Select[Any]:
+def handler_names(scope: Scope) -> Select[Any]:
     """The names of all handlers, or for one org those of its definitions, closed or not.
 
     What else is installed is other orgs' business.

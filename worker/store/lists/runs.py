@@ -24,11 +24,11 @@ from sqlalchemy import (
 
 from worker.errors import NotFound, UsageError
 from worker.handlers.steps import MAX_STEPS
-from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, OrgId, OrgScope, RunId, lowest_id
+from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, OrgId, OrgScope, RunId, Scope, lowest_id
 from worker.runs.budgets import MAX_SPENDS
 from worker.search import ids_of
 from worker.store import orgs, tables
-from worker.store.dialect import Id, Instant, all_rows, first_row, json_type
+from worker.store.dialect import Id, Instant, all_rows, below, first_row, in_scope, json_type
 from worker.store.lists import MAX_LIMIT, Page, checked_id
 from worker.store.lists.rows import AttemptRow, LogRow, Run, RunDetail, Spent, StepRow, WaitRow, columns_of
 
@@ -48,7 +48,7 @@ Condition = ColumnElement[bool]
 Met = dict[str, str | list[str] | Select[Any]]
 
 
-def find(connection: Connection, scope: OrgId | AllOrgs, page: Page, limit: int) -> list[RunId]:
+def find(connection: Connection, scope: Scope, page: Page, limit: int) -> list[RunId]:
     """The ids of a page of runs."""
     met = _met(scope, page.definition)
     final = [state for state in page.states if state in tables.FINAL_STATES]
@@ -84,7 +84,7 @@ def _unfinished(connection: Connection, met: Met, kept: Sequence[str], page: Pag
     return _ids(connection, query, _live.c.id, limit)
 
 
-def _met(scope: OrgId | AllOrgs, definition: str | None) -> Met:
+def _met(scope: Scope, definition: str | None) -> Met:
     """The conditions: the value that a column must have, or a query for its values."""
     met: Met = {}
     named = select(_definitions.c.id).where(_definitions.c.name == definition)
@@ -105,9 +105,7 @@ def _that_meet(rows: FromClause, met: Met) -> list[Condition]:
 
 def _bounds(id_: ColumnElement[Any], page: Page) -> list[Condition]:
     """Bounds of the ids, which sort by creation time."""
-    bounds: list[Condition] = []
-    if page.after is not None:
-        bounds.append(id_ < page.after)
+    bounds = [*below(id_, page.after)]
     if page.since is not None:
         bounds.append(id_ >= lowest_id(page.since))
     return bounds
@@ -200,15 +198,15 @@ class SerialRun(TypedDict):
     state: str
 
 
-def page_of(connection: Connection, scope: OrgId | AllOrgs, page: Page, limit: int) -> list[Run]:
+def page_of(connection: Connection, scope: Scope, page: Page, limit: int) -> list[Run]:
     """A page of the runs of one org or of all, newest first."""
     return rows_of(connection, scope, find(connection, scope, page, limit))
 
 
-def rows_of(connection: Connection, scope: OrgId | AllOrgs, ids: Sequence[RunId]) -> list[Run]:
+def rows_of(connection: Connection, scope: Scope, ids: Sequence[RunId]) -> list[Run]:
     """These runs as the list shows them, newest first."""
-    query = _in_scope(_listed.where(_view.c.id.in_(ids)), _view.c.org_id, scope).order_by(_view.c.id.desc())
-    return cast(list[Run], all_rows(connection, query)) if ids else []
+    query = _listed.where(_view.c.id.in_(ids), *in_scope(_view.c.org_id, scope))
+    return cast(list[Run], all_rows(connection, query.order_by(_view.c.id.desc()))) if ids else []
 
 
 def of_definition(
@@ -220,9 +218,7 @@ def of_definition(
         .where(_runs.c.org_id == org_id, _runs.c.definition_id == definition_id)
         .order_by(_runs.c.id.desc())
     )
-    ids = list(connection.execute(newest.limit(limit)).scalars())
-    query = _listed.where(_view.c.id.in_(ids), _view.c.org_id == org_id).order_by(_view.c.id.desc())
-    return cast(list[Run], all_rows(connection, query)) if ids else []
+    return rows_of(connection, org_id, list(connection.execute(newest.limit(limit)).scalars()))
 
 
 def row(connection: Connection, org_id: OrgId, run_id: RunId) -> Run:
@@ -231,20 +227,14 @@ def row(connection: Connection, org_id: OrgId, run_id: RunId) -> Run:
     return cast(Run, found)
 
 
-def rows_for_all_orgs(connection: Connection, ids: Sequence[RunId]) -> list[Run]:
-    """Runs as the list shows them, in no order."""
-    return cast(list[Run], all_rows(connection, _listed.where(_view.c.id.in_(ids))))
-
-
-def with_org(connection: Connection, scope: OrgId | AllOrgs, run_id: str) -> tuple[Run, OrgId]:
+def with_org(connection: Connection, scope: Scope, run_id: str) -> tuple[Run, OrgId]:
     """A run as the list shows it, and its org.
 
     Raises:
         NotFound: there is no such run in this scope.
     """
-    query = _in_scope(
-        _listed.add_columns(_view.c.org_id).where(_view.c.id == checked_id(run_id)), _view.c.org_id, scope
-    )
+    mine = (_view.c.id == checked_id(run_id), *in_scope(_view.c.org_id, scope))
+    query = _listed.add_columns(_view.c.org_id).where(*mine)
     row = first_row(connection, query)
     if row is None:
         raise NotFound(f"there is no run {run_id}", fix="`runs list` shows the runs")
@@ -258,9 +248,8 @@ def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
     Raises:
         NotFound: there is no such org, or it has no such run.
     """
-    query = select(_view, _retried_as).where(_view.c.id == checked_id(run_id))
-    scoped = _in_scope(query, _view.c.org_id, orgs.scope_of(connection, org))
-    found = first_row(connection, scoped)
+    mine = (_view.c.id == checked_id(run_id), *in_scope(_view.c.org_id, orgs.scope_of(connection, org)))
+    found = first_row(connection, select(_view, _retried_as).where(*mine))
     if found is None:
         raise NotFound(f"there is no run {run_id}", fix="`runs list` shows the runs")
     org_id, id_ = found["org_id"], found["id"]
@@ -390,11 +379,11 @@ def lines(
     query = (
         select(*(_logs.c[name] for name in columns_of(LogRow)))
         .where(_logs.c.run_id == run_id, tuple_(_logs.c.attempt, _logs.c.seq) > tuple_(*after))
+        .where(*in_scope(_logs.c.org_id, orgs.scope_of(connection, org)))
         .order_by(_logs.c.attempt, _logs.c.seq)
         .limit(limit)
     )
-    scoped = _in_scope(query, _logs.c.org_id, orgs.scope_of(connection, org))
-    return cast(list[LogRow], all_rows(connection, scoped))
+    return cast(list[LogRow], all_rows(connection, query))
 
 
 def newest_lines(
@@ -413,10 +402,6 @@ def newest_lines(
     query = select(*(_logs.c[name] for name in columns_of(LogRow))).where(_logs.c.run_id == run_id)
     if before is not None:
         query = query.where(tuple_(_logs.c.attempt, _logs.c.seq) < tuple_(*before))
+    query = query.where(*in_scope(_logs.c.org_id, orgs.scope_of(connection, org)))
     query = query.order_by(_logs.c.attempt.desc(), _logs.c.seq.desc()).limit(limit)
-    scoped = _in_scope(query, _logs.c.org_id, orgs.scope_of(connection, org))
-    return cast(list[LogRow], all_rows(connection, scoped)[::-1])
-
-
-def _in_scope(query: Select[Any], org_id: ColumnElement[Any], scope: OrgId | AllOrgs) -> Select[Any]:
-    return query if isinstance(scope, AllOrgs) else query.where(org_id == scope)
+    return cast(list[LogRow], all_rows(connection, query)[::-1])

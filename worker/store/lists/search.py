@@ -24,17 +24,16 @@ from sqlalchemy import (
 )
 from sqlalchemy import cast as sql_cast
 
-from worker.ids import AllOrgs, OrgId, OrgScope, RunId, highest_id, lowest_id
+from worker.ids import OrgScope, RunId, Scope, highest_id, lowest_id
 from worker.search import Query, folded, ids_of
 from worker.store import failing, orgs, tables
-from worker.store.dialect import all_rows
+from worker.store.dialect import all_rows, below, in_scope
 from worker.store.lists import DEFAULT_LIMIT, Page
 from worker.store.lists import runs as run_lists
 from worker.store.lists.matching import (
     Condition,
     conditions,
     few_orgs,
-    in_scope,
     kept_states,
     orgs_that_match,
 )
@@ -123,8 +122,7 @@ def orgs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = 
         statement = statement.where(_orgs.c.state.in_(page.states))
     if page.since is not None:
         statement = statement.where(_orgs.c.created_at >= page.since)
-    if page.after is not None:
-        statement = statement.where(_orgs.c.id < page.after)
+    statement = statement.where(*below(_orgs.c.id, page.after))
     statement = statement.order_by(_orgs.c.id.desc()).limit(page.limit or DEFAULT_LIMIT)
     return cast(list[OrgRow], all_rows(connection, statement))
 
@@ -144,9 +142,7 @@ class _Source(NamedTuple):
 class _Search:
     """One page of one search."""
 
-    def __init__(
-        self, connection: Connection, scope: OrgId | AllOrgs, query: Query, page: Page, limit: int
-    ) -> None:
+    def __init__(self, connection: Connection, scope: Scope, query: Query, page: Page, limit: int) -> None:
         states = frozenset(page.states) & query.states if query.states else frozenset(page.states)
         since = max(filter(None, (query.since, page.since)), default=None)
         definition = query.definition or page.definition
@@ -208,18 +204,17 @@ class _Search:
         for word in self.query.words:
             if (span := ids_of(word)) is None:
                 continue
-            some = select(_runs.c.id).where(_runs.c.id.between(*span))
-            if self._ids(in_scope(some, _runs.c.org_id, self.scope).limit(1)):
+            mine = (_runs.c.id.between(*span), *in_scope(_runs.c.org_id, self.scope))
+            if self._ids(select(_runs.c.id).where(*mine).limit(1)):
                 words = tuple(other for other in self.query.words if other != word)
                 self.query = replace(self.query, words=words)
                 return span
         return None
 
-    def _few_definitions(self, name: str) -> list[str] | None:
+    def _few_definitions(self, name: str) -> Sequence[str] | None:
         """The ids of the definitions with this name; None if they are many."""
-        named = select(_definitions.c.id).where(_definitions.c.name == name)
-        ids = self.connection.execute(in_scope(named, _definitions.c.org_id, self.scope).limit(FEW + 1))
-        found = list(ids.scalars())
+        mine = (_definitions.c.name == name, *in_scope(_definitions.c.org_id, self.scope))
+        found = self._ids(select(_definitions.c.id).where(*mine).limit(FEW + 1))
         return found if len(found) <= FEW else None
 
     def _few_causes(self, text: str) -> list[str] | None:
@@ -270,7 +265,7 @@ class _Search:
 
     def _bounds(self, id_: ColumnElement[Any], after: str | None) -> list[Condition]:
         """Bounds of the ids, which sort by creation time."""
-        bounds: list[Condition] = [] if after is None else [id_ < after]
+        bounds = [*below(id_, after)]
         if self.query.since is not None:
             bounds.append(id_ >= lowest_id(self.query.since))
         if self.query.until is not None:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, select
 
-from worker.ids import AllOrgs, OrgId, OrgScope
+from worker.ids import AllOrgs, OrgScope, Scope
 from worker.search import Query, folded, ids_of, near
 from worker.store import orgs, tables
-from worker.store.lists.matching import begins, in_scope
+from worker.store.dialect import in_scope
+from worker.store.lists.matching import begins
 from worker.store.lists.read import handler_names
 from worker.store.names import around
 
@@ -54,8 +55,8 @@ def suggestions(connection: Connection, scope: OrgScope, query: Query) -> list[S
     return found
 
 
-def _of_definition(connection: Connection, scope: OrgId | AllOrgs, name: str) -> list[Suggestion]:
-    names = in_scope(select(_definitions.c.name), _definitions.c.org_id, scope)
+def _of_definition(connection: Connection, scope: Scope, name: str) -> list[Suggestion]:
+    names = select(_definitions.c.name).where(*in_scope(_definitions.c.org_id, scope))
     if connection.execute(names.where(_definitions.c.name == name).limit(1)).first() is not None:
         return []
     if isinstance(scope, AllOrgs):
@@ -65,18 +66,17 @@ def _of_definition(connection: Connection, scope: OrgId | AllOrgs, name: str) ->
     return [Suggestion(name, near(name, known), "definition")]
 
 
-def _is_known(connection: Connection, scope: OrgId | AllOrgs, word: str) -> bool:
-    some = in_scope(select(_words.c.word).where(begins(word)), _words.c.org_id, scope).limit(1)
-    return connection.execute(some).first() is not None
+def _is_known(connection: Connection, scope: Scope, word: str) -> bool:
+    some = select(_words.c.word).where(begins(word), *in_scope(_words.c.org_id, scope))
+    return connection.execute(some.limit(1)).first() is not None
 
 
-def _near(connection: Connection, scope: OrgId | AllOrgs, word: str) -> list[str]:
+def _near(connection: Connection, scope: Scope, word: str) -> list[str]:
     """Known words with the same beginning that are most like this one."""
     for length in (3, 2, 1):
-        beginning = in_scope(
-            select(_words.c.word).distinct().where(begins(word[:length])), _words.c.org_id, scope
-        )
-        known = connection.execute(beginning.order_by(_words.c.word).limit(NEAR)).scalars().all()
+        mine = (begins(word[:length]), *in_scope(_words.c.org_id, scope))
+        beginning = select(_words.c.word).distinct().where(*mine).order_by(_words.c.word)
+        known = connection.execute(beginning.limit(NEAR)).scalars().all()
         if found := near(word, known):
             return found
     return []

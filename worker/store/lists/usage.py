@@ -12,7 +12,7 @@ from sqlalchemy import Column, ColumnElement, Connection, func, select
 from worker.errors import UsageError
 from worker.ids import AllOrgs, OrgId, OrgScope
 from worker.store import budgets, orgs, tables
-from worker.store.dialect import Row, all_rows, chunks, database_now
+from worker.store.dialect import Row, all_rows, below, chunks, database_now
 from worker.store.lists import DEFAULT_LIMIT, MAX_LIMIT
 from worker.store.lists.redaction import Shown
 
@@ -197,8 +197,7 @@ def budget_rows(connection: Connection, *, limit: int, after: str | None = None)
     """The budgets as they were applied, newest first."""
     stored = tables.budgets
     query = select(stored, _orgs.c.code).outerjoin(_orgs, _orgs.c.id == stored.c.org_id)
-    if after is not None:
-        query = query.where(stored.c.id < after)
+    query = query.where(*below(stored.c.id, after))
     rows = all_rows(connection, query.order_by(stored.c.id.desc()).limit(limit))
     return [
         BudgetRow(

@@ -16,7 +16,8 @@ from worker.definitions.calendars import read_dates
 from worker.definitions.triggers import parse_schedule, without_dates
 from worker.definitions.zones import parse_zone
 from worker.errors import InvalidTrigger
-from worker.store.lists.due import Timing, timings_for_all_orgs
+from worker.ids import ALL_ORGS
+from worker.store.lists.due import Timing, timings
 from worker.web.callers import Caller, CallerDatabase
 
 HOUR = timedelta(hours=1)
@@ -68,7 +69,7 @@ class DueByHour:
         after: str | None = None
 
         def add_page(connection: Connection) -> str | None:
-            counted, last = timings_for_all_orgs(connection, end, after, PAGE)
+            counted, last = timings(connection, ALL_ORGS, end, after, PAGE)
             for timing, definitions in counted.items():
                 if timing not in hours:
                     hours[timing] = by_hour(timing, now, end)

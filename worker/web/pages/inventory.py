@@ -131,7 +131,7 @@ class InventoryPages(PageGroup):
         now = self._pages.clock.now()
 
         def work(connection: Connection) -> dict[str, Any]:
-            running = inventory.running_by_worker_for_all_orgs(connection)
+            running = inventory.running_by_worker(connection, ALL_ORGS)
             workers = [
                 {**row, **_state_of(row, now), "running": running.get(row["id"], 0)}
                 for row in health.workers(connection)

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
+from worker.ids import ALL_ORGS
 from worker.operations.matters import matters
 from worker.runs.causes import WHOSE
 from worker.store.lists import morning
@@ -50,7 +51,7 @@ class MorningPage:
                 ),
                 "path": step_path,
                 "whose": WHOSE,
-                "running": morning.running_for_all_orgs(connection),
+                "running": morning.running(connection, ALL_ORGS),
                 "ended": _ended_chart(ended),
                 "due": _due_chart(due, now),
                 "due_of": MAX_DEFINITIONS if due.is_part else None,
@@ -74,7 +75,7 @@ class EndedByHour:
         # A worker may write the outcomes of the previous hour late.
         missing = [hour for hour in hours if hour not in kept or hour >= last - HOUR]
         found: dict[datetime, dict[str, int]] = {hour: {} for hour in missing}
-        counted = morning.ended_by_hour_for_all_orgs(connection, missing[0], last + HOUR)
+        counted = morning.ended_by_hour(connection, ALL_ORGS, missing[0], last + HOUR)
         for (hour, state), runs in counted.items():
             if hour in found:
                 found[hour][state] = runs

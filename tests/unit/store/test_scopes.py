@@ -1,0 +1,122 @@
+"""Every store call that reads or writes rows of orgs takes the org, or says that it is for all orgs.
+
+A function says it by the type of a parameter: `OrgId`, `Scope`, `OrgScope` or `AllOrgs`, or a row that has
+its org. None of them has a default, so a call that forgets it is a type error.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from worker.store import roles
+
+STORE = Path(__file__).parents[3] / "worker" / "store"
+ORG_DATA = frozenset({*roles.ORG_DATA, "run_ends"})
+# Types that name the org, or rows that have it.
+SAYS = (
+    *("OrgId", "Scope", "AllOrgs", "AdmittedRun", "EndedAttempt", "RunStep", "NewRun", "NewSkip"),
+    *("Reservation", "Use]", "Spend]", "LogLine", "DefinitionUpdate", "Entry", "OrgBudget", "Counter"),
+)
+CODES = frozenset({"org", "orgs", "codes", "code"})
+# What the loops of workers, hosts and placers call: by keys of runs, workers and tokens, whatever their org.
+LOOPS = frozenset(
+    {
+        *("access_tokens", "alerts", "failing", "firing", "host_grants", "hosts", "placements", "pools"),
+        *("steps", "sweeps", "worker_store", "workers"),
+    }
+)
+# What commands and chores of an operator call, by keys or by rows that have their org.
+BY_KEY = {
+    "applications": {"find", "by_name", "known_ids", "change"},
+    "approvals": {"approve"},
+    "backfills": {"add", "is_any_unfinished"},
+    "budgets": {"spent_by", "put", "by_target", "find", "remove", "forget_counters"},
+    "calendars": {"ending"},
+    "credentials": {"add", "insert_pending"},
+    "definitions": {"add"},
+    "health": {"oldest_unfired", "dead_credentials"},
+    "history": {"revision_at", "last_attempts", "newest_attempts"},
+    "morning": {"codes_of"},
+    "org_secrets": {"add"},
+    "orgs": {"add"},
+    "read": {"calendar"},
+    "runs": {"resolve"},
+    "spending": {"lock_running", "uses"},
+    "templates": {
+        *("find", "count_definitions", "every", "write", "is_any_org_behind", "progress", "unfinished"),
+        "finish",
+    },
+    "usage": {"budget_rows"},
+    "waits": {"answer"},
+}
+
+
+def unscoped(source: str) -> Iterator[str]:
+    """The public functions of a module that touch rows of orgs and do not say whose."""
+    tree = ast.parse(source)
+    known = dict(_named(tree))
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+            continue
+        first, *rest = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs] or [None]
+        if first is None or first.arg != "connection" or not _touches(node, known, {node.name}):
+            continue
+        types = [ast.unparse(each.annotation) + "]" for each in rest if each.annotation]
+        if not any(each.arg in CODES for each in rest) and not any(s in text for text in types for s in SAYS):
+            yield node.name
+
+
+def _named(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """What the names of a module stand for."""
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name, node
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Name):
+                    yield target.id, node.value
+                elif isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    yield from (
+                        (ast.unparse(a), b) for a, b in zip(target.elts, node.value.elts, strict=True)
+                    )
+
+
+def _touches(node: ast.AST, known: dict[str, ast.AST], seen: set[str]) -> bool:
+    """Whether it mentions a table with rows of orgs, itself or by a name of its module."""
+    for each in ast.walk(node):
+        if isinstance(each, ast.Attribute) and ast.unparse(each.value) == "tables" and each.attr in ORG_DATA:
+            return True
+        if isinstance(each, ast.Name) and each.id in known and each.id not in seen:
+            seen.add(each.id)
+            if _touches(known[each.id], known, seen):
+                return True
+    return False
+
+
+def test_every_store_call_takes_the_org_or_says_that_it_is_for_all():
+    modules = [*STORE.glob("*.py"), *STORE.glob("lists/*.py")]
+    found = {path.stem: set(unscoped(path.read_text())) for path in modules if path.stem not in LOOPS}
+    assert {name: those for name, those in found.items() if those} == BY_KEY
+
+
+FORGETFUL = """
+_live, _orgs = tables.live_runs, tables.orgs
+
+def waiting(connection: Connection, {scope}limit: int) -> list[Row]:
+    return _some(connection, limit)
+
+def _some(connection: Connection, limit: int) -> list[Row]:
+    return all_rows(connection, select(_live).limit(limit))
+
+def versions(connection: Connection) -> list[Row]:
+    return all_rows(connection, select(tables.facts))
+"""
+
+
+def test_a_call_that_takes_neither_is_found():
+    """The control: the same function without its scope."""
+    assert list(unscoped(FORGETFUL.format(scope=""))) == ["waiting"]
+    for scope in ("org_id: OrgId, ", "scope: Scope, ", "_: AllOrgs, ", "org: OrgScope, "):
+        assert list(unscoped(FORGETFUL.format(scope=scope))) == []
