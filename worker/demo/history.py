@@ -33,6 +33,7 @@ from worker.store import audit, credentials, definitions, firing, orgs, sweeps, 
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.sql import statements
+from worker.store.sql.contract import Taker
 
 SPAN = timedelta(hours=25)
 # Nothing of the past ends later than this before the demo starts.
@@ -128,14 +129,8 @@ class Replay:
 
     def _admit(self, org_id: OrgId) -> None:
         offered = dict.fromkeys(("http.request", "assistant.digest", "assistant.digest_v2"))
-        admitted = statements(self.connection).admit_choose(
-            self.connection,
-            self.worker,
-            {org_id: 8},
-            offered=offered,
-            pools=(DEFAULT_POOL,),
-            free=FREE,
-        )
+        taker = Taker(self.worker, offered, (DEFAULT_POOL,), FREE)
+        admitted = statements(self.connection).admit_choose(self.connection, taker, {org_id: 8})
         for run in admitted:
             self._attempt(run, self._scripts[run.id])
 
@@ -155,15 +150,8 @@ class Replay:
         self.at(ended_at, lambda: self._end(run, script, attempted, trail, begun))
 
     def _save(self, run: AdmittedRun, attempted: Try) -> None:
-        statements(self.connection).save_checkpoint(
-            self.connection,
-            run.id,
-            run.fencing_token,
-            attempt=run.attempt,
-            org_id=run.org_id,
-            handler=run.handler,
-            data_json=json.dumps(attempted.saved),
-        )
+        saved = json.dumps(attempted.saved)
+        statements(self.connection).save_checkpoint(self.connection, run, run.handler, saved)
 
     def _end(self, run: AdmittedRun, script: Scripted, attempted: Try, trail: Trail, begun: datetime) -> None:
         hot, now = statements(self.connection), self.clock.at

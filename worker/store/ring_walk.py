@@ -15,7 +15,7 @@ from worker.ids import OrgId, WorkerId
 from worker.runs.run import AdmittedRun, Isolation
 from worker.store.database import Database
 from worker.store.sql import statements
-from worker.store.sql.contract import RingStep
+from worker.store.sql.contract import RingStep, Taker, Walk
 
 # Orgs that one call passes; 10,000 orgs at their limit must not make one call slow.
 HOPS = 2048
@@ -126,22 +126,12 @@ class RingWalk:
     def _fill_locked(self, call: _Call) -> bool:
         """Take the lock and walk: so no other worker takes what this one finds. Returns whether to stop."""
         free, before = call.free, len(call.admitted)
-        newest, passed, cursor = self._newest_of(free), self._passed, self._cursor
-        self._passed = []
+        passed, self._passed = self._passed, []
+        walk = Walk(self._cursor, max(WIDTH, free - len(passed)), call.hops, self._newest_of(free))
         for whole in (False, True):
             with self._transaction(call) as connection:
                 step, picked = statements(connection).admit_crowd(
-                    connection,
-                    self._worker_id,
-                    cursor,
-                    want=max(WIDTH, free - len(passed)),
-                    hops=call.hops,
-                    offered=call.offered,
-                    pools=self.pools,
-                    free=call.left,
-                    newest=newest,
-                    passed=passed,
-                    whole=whole,
+                    connection, self._taker(call), walk, passed=passed, whole=whole
                 )
             call.take(picked)
             if not step.partial or not call.free:
@@ -163,20 +153,10 @@ class RingWalk:
         return newest
 
     def _walk(self, call: _Call) -> RingStep:
-        free = call.free
-        newest = self._newest_of(free)
-        within = call.within
+        free, within = call.free, call.within
+        walk = Walk(self._cursor, max(WIDTH, free - len(self._passed)), call.hops, self._newest_of(free))
         with nullcontext(within) if within is not None else self._database.autocommit() as connection:
-            step = statements(connection).admit_ring(
-                connection,
-                self._cursor,
-                want=max(WIDTH, free - len(self._passed)),
-                hops=call.hops,
-                handlers=list(call.offered),
-                pools=self.pools,
-                free=call.left,
-                newest=newest,
-            )
+            step = statements(connection).admit_ring(connection, self._taker(call), walk)
         self._move(call, step)
         return step
 
@@ -189,17 +169,13 @@ class RingWalk:
     ) -> list[AdmittedRun]:
         with self._transaction(call) as connection:
             picked = statements(connection).admit_choose(
-                connection,
-                self._worker_id,
-                orgs,
-                offered=call.offered,
-                pools=self.pools,
-                free=call.left,
-                first=first,
-                placing=self._placing,
+                connection, self._taker(call), orgs, first=first, placing=self._placing
             )
         call.take(picked)
         return picked
+
+    def _taker(self, call: _Call) -> Taker:
+        return Taker(self._worker_id, call.offered, self.pools, call.left)
 
     def _transaction(self, call: _Call) -> AbstractContextManager[Connection]:
         return self._database.transaction() if call.within is None else nullcontext(call.within)

@@ -324,14 +324,7 @@ class WorkerStore:
         """Store a run's checkpoint, its attempt's save `number`; False if the run is no longer ours."""
         return await self.database.call(
             lambda connection: statements(connection).save_checkpoint(
-                connection,
-                run.id,
-                run.fencing_token,
-                attempt=run.attempt,
-                org_id=run.org_id,
-                handler=handler,
-                data_json=data_json,
-                number=number,
+                connection, run, handler, data_json, number=number
             )
         )
 

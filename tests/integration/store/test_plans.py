@@ -153,15 +153,7 @@ def _use_everything(stock: Stock, worker: Any, held: list[AdmittedRun]) -> None:
             [NextFire(run.definition_id, stock.now() + hour, stock.now() + hour)],
         )
         hot.renew(connection, worker, LEASE)
-        hot.save_checkpoint(
-            connection,
-            run.id,
-            run.fencing_token,
-            attempt=1,
-            org_id=run.org_id,
-            handler=HANDLER,
-            data_json="{}",
-        )
+        hot.save_checkpoint(connection, run, HANDLER, "{}")
         hot.write_progress(connection, [(run.id, run.fencing_token, {"done": 1}) for run in admitted[:50]])
         workers.recover(connection, max_recoveries=3)
     stock.finish(worker, *(stock.ended(run) for run in admitted[:50]))

@@ -22,9 +22,7 @@ def test_an_old_run_goes_with_all_that_belongs_to_it(stock):
     (admitted,) = stock.admit(worker_id)
     with stock.database.transaction() as connection:
         hot = statements(connection)
-        hot.save_checkpoint(
-            connection, run.id, 1, attempt=1, org_id=org_id, handler=HANDLER, data_json='{"done":1}'
-        )
+        hot.save_checkpoint(connection, admitted, HANDLER, '{"done":1}')
         line = LogLine(run.id, 1, 1, org_id, stock.now(), "info", "log", "hello")
         hot.append_logs(connection, [line])
     stock.finish(worker_id, stock.ended(admitted))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from sqlalchemy import update
 
@@ -29,12 +31,9 @@ def save(
     with stock.database.transaction() as connection:
         return statements(connection).save_checkpoint(
             connection,
-            run.id,
-            run.fencing_token if token is None else token,
-            attempt=run.attempt,
-            org_id=run.org_id,
-            handler=handler,
-            data_json=data,
+            run if token is None else replace(run, fencing_token=token),
+            handler,
+            data,
             number=number,
         )
 

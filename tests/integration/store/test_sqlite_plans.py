@@ -96,15 +96,7 @@ def test_each_hot_statement_goes_by_an_index(
             [NextFire(run.definition_id, stock.now() + hour, stock.now() + hour)],
         )
         hot.renew(connection, worker, LEASE)
-        hot.save_checkpoint(
-            connection,
-            run.id,
-            run.fencing_token,
-            attempt=1,
-            org_id=run.org_id,
-            handler=HANDLER,
-            data_json="{}",
-        )
+        hot.save_checkpoint(connection, run, HANDLER, "{}")
         hot.write_progress(connection, [(run.id, run.fencing_token, {"done": 1}) for run in held[:5]])
         workers.recover(connection, max_recoveries=3)
     stock.finish(worker, *(stock.ended(run) for run in held[:20]))

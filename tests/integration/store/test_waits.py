@@ -247,15 +247,7 @@ def test_a_parked_run_takes_no_writes_of_its_last_attempt(stock: Stock, worker: 
 
     with stock.database.transaction() as connection:
         hot = statements(connection)
-        saved = hot.save_checkpoint(
-            connection,
-            run.id,
-            run.fencing_token,
-            attempt=1,
-            org_id=run.org_id,
-            handler=HANDLER,
-            data_json="1",
-        )
+        saved = hot.save_checkpoint(connection, run, HANDLER, "1")
     assert not saved
     assert open_wait(stock, run, "other") is None
 

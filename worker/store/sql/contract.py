@@ -34,6 +34,29 @@ Specs = MutableMapping[tuple[DefinitionId, int], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class Taker:
+    """Whom runs are admitted for: its handlers with their limits, if any, its pools and its free slots."""
+
+    worker_id: WorkerId
+    offered: Mapping[str, int | None]
+    pools: Sequence[str]
+    free: Mapping[Isolation, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """A walk around the ring from after `cursor`, until it has found `want` orgs or passed `hops`.
+
+    It also looks for that many orgs with the `newest` waiting runs, among the last ids only.
+    """
+
+    cursor: OrgId
+    want: int
+    hops: int
+    newest: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class RingStep:
     """Orgs that seem to have something to admit, and the org after which the walk goes on.
 
@@ -294,33 +317,16 @@ class Statements(Protocol):
         """Write skips; consecutive ones extend their definition's last row."""
         ...
 
-    def admit_ring(
-        self,
-        connection: Connection,
-        cursor: OrgId,
-        *,
-        want: int,
-        hops: int,
-        handlers: Sequence[str],
-        pools: Sequence[str],
-        free: Mapping[Isolation, int],
-        newest: int = 0,
-    ) -> RingStep:
-        """Walk the ring from after `cursor` until `want` orgs are found; takes no lock.
-
-        Also look for that many orgs with the `newest` waiting runs, among the last ids only.
-        """
+    def admit_ring(self, connection: Connection, taker: Taker, walk: Walk) -> RingStep:
+        """Walk the ring; takes no lock."""
         ...
 
     def admit_choose(
         self,
         connection: Connection,
-        worker_id: WorkerId,
+        taker: Taker,
         orgs: Mapping[OrgId, int],
         *,
-        offered: Mapping[str, int | None],
-        pools: Sequence[str],
-        free: Mapping[Isolation, int],
         first: Collection[OrgId] = (),
         placing: bool = False,
     ) -> list[AdmittedRun]:
@@ -335,15 +341,9 @@ class Statements(Protocol):
     def admit_crowd(
         self,
         connection: Connection,
-        worker_id: WorkerId,
-        cursor: OrgId,
+        taker: Taker,
+        walk: Walk,
         *,
-        want: int,
-        hops: int,
-        offered: Mapping[str, int | None],
-        pools: Sequence[str],
-        free: Mapping[Isolation, int],
-        newest: int = 0,
         passed: Collection[OrgId] = (),
         whole: bool = False,
     ) -> tuple[RingStep, list[AdmittedRun]]:
@@ -372,16 +372,7 @@ class Statements(Protocol):
         ...
 
     def save_checkpoint(
-        self,
-        connection: Connection,
-        run_id: RunId,
-        fencing_token: int,
-        *,
-        attempt: int,
-        org_id: OrgId,
-        handler: str,
-        data_json: str,
-        number: int = 0,
+        self, connection: Connection, run: AdmittedRun, handler: str, data_json: str, *, number: int = 0
     ) -> bool:
         """Store a run's checkpoint, fenced; False if the run is no longer ours.
 

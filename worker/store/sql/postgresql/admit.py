@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection
 
-from worker.ids import OrgId, WorkerId
-from worker.runs.run import AdmittedRun, Isolation
+from worker.ids import OrgId
+from worker.runs.run import AdmittedRun
 from worker.store.dialect import compact_json, driver
-from worker.store.sql.contract import PER_ORG, WINDOW, OrgQueue, RingStep, distinct, reach
+from worker.store.sql.contract import PER_ORG, WINDOW, OrgQueue, RingStep, Taker, Walk, distinct, reach
 from worker.store.sql.postgresql.arrays import plain, texts
 
 # The key of the advisory lock that makes its holder the only admitter of this database.
@@ -33,112 +33,90 @@ PLACE = _read("place")
 CROWD = _read("crowd")
 
 
-def admit_ring(
-    connection: Connection,
-    cursor: OrgId,
-    *,
-    want: int,
-    hops: int,
-    handlers: Sequence[str],
-    pools: Sequence[str],
-    free: Mapping[Isolation, int],
-    newest: int = 0,
-) -> RingStep:
+def admit_ring(connection: Connection, taker: Taker, walk: Walk) -> RingStep:
     raw = driver(connection)
-    runnable = {
-        "handlers": texts(handlers),
-        "isolations": plain(isolation for isolation, slots in free.items() if slots > 0),
-        "pools": texts(pools),
-    }
-    walk = runnable | {"cursor": cursor, "want": want, "hops": hops}
+    runnable = _runnable(taker)
+    values = runnable | {"cursor": walk.cursor, "want": walk.want, "hops": walk.hops}
     found: list[OrgId] = []
-    if newest:
+    if walk.newest:
         with raw.pipeline():
-            walked = raw.execute(RING, walk)
-            last = raw.execute(NEWEST, runnable | {"window": WINDOW, "runs": newest * PER_ORG})
+            walked = raw.execute(RING, values)
+            last = raw.execute(NEWEST, runnable | {"window": WINDOW, "runs": walk.newest * PER_ORG})
             rows = walked.fetchall()
-            found = distinct((org_id for (org_id,) in last), newest)
+            found = distinct((org_id for (org_id,) in last), walk.newest)
     else:
-        rows = raw.execute(RING, walk).fetchall()
+        rows = raw.execute(RING, values).fetchall()
     if not rows:
-        return RingStep({}, partial=False, cursor=cursor, hops=0, complete=True)
+        return RingStep({}, partial=False, cursor=walk.cursor, hops=0, complete=True)
     ready = [row for row in rows if row[2]]
     queues = [OrgQueue(*row[3:]) for row in ready]
-    reaches = reach(queues, sum(free.values()))
+    reaches = reach(queues, sum(taker.free.values()))
     place, passed = rows[-1][:2]
     return RingStep(
         dict(zip((row[0] for row in ready), reaches, strict=True)),
         partial=any(n < queue.room for n, queue in zip(reaches, queues, strict=True)),
         cursor=place,
         hops=passed,
-        complete=len(rows) < want and passed < hops,
+        complete=len(rows) < walk.want and passed < walk.hops,
         newest=found,
     )
 
 
 def admit_choose(
     connection: Connection,
-    worker_id: WorkerId,
+    taker: Taker,
     orgs: Mapping[OrgId, int],
     *,
-    offered: Mapping[str, int | None],
-    pools: Sequence[str],
-    free: Mapping[Isolation, int],
     first: Collection[OrgId] = (),
     placing: bool = False,
 ) -> list[AdmittedRun]:
-    values = _to_admit(worker_id, offered, pools, free)
+    values = _to_admit(taker)
     values |= {"orgs": plain(orgs), "reach": plain(orgs.values()), "first": plain(first)}
     if placing:
-        values["pool"] = compact_json(list(pools))
+        values["pool"] = compact_json(list(taker.pools))
     rows = _locked(connection, PLACE if placing else CHOOSE, values)
     return [AdmittedRun(*row) for row in rows if row[0] is not None]
 
 
 def admit_crowd(
     connection: Connection,
-    worker_id: WorkerId,
-    cursor: OrgId,
+    taker: Taker,
+    walk: Walk,
     *,
-    want: int,
-    hops: int,
-    offered: Mapping[str, int | None],
-    pools: Sequence[str],
-    free: Mapping[Isolation, int],
-    newest: int = 0,
     passed: Collection[OrgId] = (),
     whole: bool = False,
 ) -> tuple[RingStep, list[AdmittedRun]]:
-    values = _to_admit(worker_id, offered, pools, free)
-    values |= {"cursor": cursor, "want": want, "hops": hops, "slots": sum(free.values()), "whole": whole}
-    values |= {"passed": plain(passed), "newest": newest, "runs": newest * PER_ORG, "window": WINDOW}
+    values = _to_admit(taker) | {"slots": sum(taker.free.values()), "whole": whole, "passed": plain(passed)}
+    values |= {"cursor": walk.cursor, "want": walk.want, "hops": walk.hops}
+    values |= {"newest": walk.newest, "runs": walk.newest * PER_ORG, "window": WINDOW}
     rows = _locked(connection, CROWD, values)
     found, walked, partial, place, in_turn = rows[0][:5]
     step = RingStep(
         dict.fromkeys(in_turn, 1),
         partial=bool(partial),
-        cursor=place or cursor,
+        cursor=place or walk.cursor,
         hops=walked or 0,
-        complete=found < want and (walked or 0) < hops,
+        complete=found < walk.want and (walked or 0) < walk.hops,
     )
     return step, [AdmittedRun(*row[5:]) for row in rows if row[5] is not None]
 
 
-def _to_admit(
-    worker_id: WorkerId,
-    offered: Mapping[str, int | None],
-    pools: Sequence[str],
-    free: Mapping[Isolation, int],
-) -> dict[str, Any]:
+def _runnable(taker: Taker) -> dict[str, Any]:
+    """The runs that may be admitted, by their own columns."""
     return {
-        "worker": worker_id,
-        "handlers": texts(offered),
-        "limits": plain(offered.values()),
-        "offered": compact_json(list(offered)),
-        "isolations": plain(isolation for isolation, slots in free.items() if slots > 0),
-        "pools": texts(pools),
-        "child": max(0, free.get("child", 0)),
-        "inline": max(0, free.get("inline", 0)),
+        "handlers": texts(taker.offered),
+        "isolations": plain(isolation for isolation, slots in taker.free.items() if slots > 0),
+        "pools": texts(taker.pools),
+    }
+
+
+def _to_admit(taker: Taker) -> dict[str, Any]:
+    return _runnable(taker) | {
+        "worker": taker.worker_id,
+        "limits": plain(taker.offered.values()),
+        "offered": compact_json(list(taker.offered)),
+        "child": max(0, taker.free.get("child", 0)),
+        "inline": max(0, taker.free.get("inline", 0)),
     }
 
 

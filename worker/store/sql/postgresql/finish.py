@@ -10,9 +10,9 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from worker.ids import DefinitionId, OrgId, RunId, WorkerId
+from worker.ids import DefinitionId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt, Trail
-from worker.runs.run import LogLine
+from worker.runs.run import AdmittedRun, LogLine
 from worker.store.dialect import driver
 from worker.store.sql.contract import (
     Ending,
@@ -453,17 +453,9 @@ LOG_LINES = Columns((plain, "run_id attempt seq org_id"), (timestamps, "at"), (t
 
 
 def save_checkpoint(
-    connection: Connection,
-    run_id: RunId,
-    fencing_token: int,
-    *,
-    attempt: int,
-    org_id: OrgId,
-    handler: str,
-    data_json: str,
-    number: int = 0,
+    connection: Connection, run: AdmittedRun, handler: str, data_json: str, *, number: int = 0
 ) -> bool:
-    ids = {"run": run_id, "token": fencing_token, "org": org_id, "attempt": attempt}
+    ids = {"run": run.id, "token": run.fencing_token, "org": run.org_id, "attempt": run.attempt}
     values = {**ids, "handler": handler, "data": data_json, "number": number}
     return driver(connection).execute(SAVE, values).fetchone() is not None
 

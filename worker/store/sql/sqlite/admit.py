@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
@@ -14,10 +14,10 @@ from typing import Any
 from sqlalchemy import Connection
 
 from worker.clock import from_text, to_text
-from worker.ids import OrgId, WorkerId
+from worker.ids import OrgId
 from worker.runs.run import AdmittedRun, Isolation
 from worker.store.dialect import driver, file_now
-from worker.store.sql.contract import PER_ORG, WINDOW, OrgQueue, RingStep, distinct, reach
+from worker.store.sql.contract import PER_ORG, WINDOW, OrgQueue, RingStep, Taker, Walk, distinct, reach
 from worker.store.sql.sqlite.values import in_one_answer, in_one_step, json_list, json_value
 
 Free = Mapping[Isolation, int]
@@ -63,10 +63,8 @@ RUNNING_OF_DEFINITION = "SELECT count(*) FROM live_runs WHERE definition_id = ? 
 class RoomLeft:
     """How many more runs may start in this transaction: by isolation, handler and definition."""
 
-    def __init__(
-        self, cursor: Any, offered: Mapping[str, int | None], running: Mapping[str, int], free: Free
-    ) -> None:
-        self._cursor = cursor
+    def __init__(self, cursor: Any, taker: Taker, running: Mapping[str, int], free: Free) -> None:
+        self._cursor, offered = cursor, taker.offered
         self._free: dict[str, int] = {isolation: slots for isolation, slots in free.items() if slots > 0}
         self._handlers = {name: limit - running[name] for name, limit in offered.items() if limit is not None}
         self._definitions: dict[str, int] = {}
@@ -124,12 +122,11 @@ class _Queue:
 class QueueReader:
     """Reads queues in portions: first as many runs as the free slots reach if all queues are long."""
 
-    def __init__(
-        self, cursor: Any, limits: RoomLeft, offered: Iterable[str], pools: Sequence[str], now: str
-    ) -> None:
+    def __init__(self, cursor: Any, limits: RoomLeft, taker: Taker, now: str) -> None:
         self._cursor = cursor
-        self._statement = _with_names(len(limits.handlers), len(pools))
-        self._values = (now, *limits.isolations, *limits.handlers, *pools, json_list(offered))
+        self._statement = _with_names(len(limits.handlers), len(taker.pools))
+        runnable = (*limits.isolations, *limits.handlers, *taker.pools)
+        self._values = (now, *runnable, json_list(taker.offered))
 
     def begin(
         self, counted: Sequence[tuple[OrgId, OrgQueue]], free: int, first: Collection[OrgId]
@@ -254,38 +251,28 @@ WHERE l.state = 'running' AND l.pool IN (SELECT value FROM json_each(?)) GROUP B
 """
 
 
-def admit_ring(
-    connection: Connection,
-    cursor: OrgId,
-    *,
-    want: int,
-    hops: int,
-    handlers: Sequence[str],
-    pools: Sequence[str],
-    free: Mapping[Isolation, int],
-    newest: int = 0,
-) -> RingStep:
+def admit_ring(connection: Connection, taker: Taker, walk: Walk) -> RingStep:
     # Whether these orgs can start anything is checked in `admit_choose`: a hop costs less than a
     # second check, and no other admitter waits.
     rows = driver(connection).cursor()
-    most = min(want, hops)
-    orgs = in_one_answer(rows, RING, (cursor, most))
+    most, newest = min(walk.want, walk.hops), walk.newest
+    orgs = in_one_answer(rows, RING, (walk.cursor, most))
     complete = False
     if len(orgs) < most:
         round_ = in_one_answer(rows, RING, ("", most - len(orgs)))
-        before = [org_id for org_id in round_ if org_id <= cursor]
+        before = [org_id for org_id in round_ if org_id <= walk.cursor]
         complete = len(before) < len(round_) or len(orgs) + len(before) < most
         orgs += before
     found: list[OrgId] = []
     if newest and not complete:
-        isolations = json_list(isolation for isolation, slots in free.items() if slots > 0)
-        now = to_text(file_now(connection))
-        values = (WINDOW, now, isolations, json_list(handlers), json_list(pools), newest * PER_ORG)
+        isolations = json_list(isolation for isolation, slots in taker.free.items() if slots > 0)
+        runnable = isolations, json_list(taker.offered), json_list(taker.pools)
+        values = (WINDOW, to_text(file_now(connection)), *runnable, newest * PER_ORG)
         found = distinct(in_one_answer(rows, NEWEST, values), newest)
     return RingStep(
-        dict.fromkeys(orgs, sum(free.values())),
+        dict.fromkeys(orgs, sum(taker.free.values())),
         partial=False,
-        cursor=orgs[-1] if orgs else cursor,
+        cursor=orgs[-1] if orgs else walk.cursor,
         hops=len(orgs),
         complete=complete,
         newest=found,
@@ -294,71 +281,50 @@ def admit_ring(
 
 def admit_choose(
     connection: Connection,
-    worker_id: WorkerId,
+    taker: Taker,
     orgs: Mapping[OrgId, int],
     *,
-    offered: Mapping[str, int | None],
-    pools: Sequence[str],
-    free: Mapping[Isolation, int],
     first: Collection[OrgId] = (),
     placing: bool = False,
 ) -> list[AdmittedRun]:
-    cursor = driver(connection).cursor()
-    if placing:
-        free = _room(cursor, pools, free, to_text(file_now(connection)))
-    limited = [name for name, most in offered.items() if most is not None]
-    now = file_now(connection)
+    cursor, now = driver(connection).cursor(), file_now(connection)
+    free = _room(cursor, taker, to_text(now)) if placing else taker.free
+    limited = [name for name, most in taker.offered.items() if most is not None]
     registered, of_handlers, of_orgs = cursor.execute(
-        COUNTS, (worker_id, to_text(now), json_list(limited), json_list(orgs))
+        COUNTS, (taker.worker_id, to_text(now), json_list(limited), json_list(orgs))
     ).fetchone()
     if not registered:
         return []
-    limits = RoomLeft(cursor, offered, json.loads(of_handlers), free)
+    limits = RoomLeft(cursor, taker, json.loads(of_handlers), free)
     if not limits.handlers:
         return []
-    reader = QueueReader(cursor, limits, offered, pools, to_text(now))
+    reader = QueueReader(cursor, limits, taker, to_text(now))
     counted = [(org_id, OrgQueue(*counts)) for org_id, *counts in json.loads(of_orgs)]
     picked = best(reader, counted, limits, frozenset(first))
-    in_one_step(cursor, ADMIT, [(run[ID],) for run in picked], first=(worker_id, to_text(now)))
+    in_one_step(cursor, ADMIT, [(run[ID],) for run in picked], first=(taker.worker_id, to_text(now)))
     return [_admitted(run, now) for run in picked]
 
 
-def _room(cursor: Any, pools: Sequence[str], free: Free, now: str) -> Free:
+def _room(cursor: Any, taker: Taker, now: str) -> Free:
     """At most the free slots of the pool's hosts."""
-    children, inline = cursor.execute(ROOM, (json_list(pools), now)).fetchone()
-    running = dict(cursor.execute(OF_POOL, (json_list(pools),)).fetchall())
+    pools = json_list(taker.pools)
+    children, inline = cursor.execute(ROOM, (pools, now)).fetchone()
+    running = dict(cursor.execute(OF_POOL, (pools,)).fetchall())
     slots: Free = {"child": children, "inline": inline}
-    return {kind: max(0, min(most, slots[kind] - running.get(kind, 0))) for kind, most in free.items()}
+    return {kind: max(0, min(most, slots[kind] - running.get(kind, 0))) for kind, most in taker.free.items()}
 
 
 def admit_crowd(
     connection: Connection,
-    worker_id: WorkerId,
-    cursor: OrgId,
+    taker: Taker,
+    walk: Walk,
     *,
-    want: int,
-    hops: int,
-    offered: Mapping[str, int | None],
-    pools: Sequence[str],
-    free: Mapping[Isolation, int],
-    newest: int = 0,
     passed: Collection[OrgId] = (),
     whole: bool = False,
 ) -> tuple[RingStep, list[AdmittedRun]]:
-    step = admit_ring(
-        connection,
-        cursor,
-        want=want,
-        hops=hops,
-        handlers=list(offered),
-        pools=pools,
-        free=free,
-        newest=newest,
-    )
+    step = admit_ring(connection, taker, walk)
     orgs = dict[OrgId, int].fromkeys((*step.newest, *passed), 1) | dict(step.orgs)
-    admitted = admit_choose(
-        connection, worker_id, orgs, offered=offered, pools=pools, free=free, first=step.newest
-    )
+    admitted = admit_choose(connection, taker, orgs, first=step.newest)
     without = {run.org_id for run in admitted} | set(step.newest)
     in_turn = islice((org_id for org_id in orgs if org_id not in without), len(step.newest))
     return replace(step, orgs=dict.fromkeys(in_turn, 1)), admitted

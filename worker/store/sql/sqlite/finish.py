@@ -10,9 +10,9 @@ from typing import Any
 from sqlalchemy import Connection
 
 from worker.clock import from_text, to_text
-from worker.ids import DefinitionId, OrgId, RunId, WorkerId
+from worker.ids import DefinitionId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt
-from worker.runs.run import LogLine
+from worker.runs.run import AdmittedRun, LogLine
 from worker.store.dialect import compact_json, driver, file_now
 from worker.store.sql.contract import (
     Ending,
@@ -290,24 +290,16 @@ ON CONFLICT DO NOTHING
 
 
 def save_checkpoint(
-    connection: Connection,
-    run_id: RunId,
-    fencing_token: int,
-    *,
-    attempt: int,
-    org_id: OrgId,
-    handler: str,
-    data_json: str,
-    number: int = 0,
+    connection: Connection, run: AdmittedRun, handler: str, data_json: str, *, number: int = 0
 ) -> bool:
     cursor = driver(connection).cursor()
-    ours = cursor.execute(OURS, (run_id, fencing_token)).fetchone()
+    ours = cursor.execute(OURS, (run.id, run.fencing_token)).fetchone()
     if ours is None:
         return False
-    if ours[0] > 0 and cursor.execute(BEFORE, (run_id,)).fetchone() != (data_json,):
-        cursor.execute(MOVED, (run_id,))
-    now = to_text(file_now(connection))
-    cursor.execute(SAVE, (run_id, org_id, attempt, fencing_token, number, now, data_json, handler))
+    if ours[0] > 0 and cursor.execute(BEFORE, (run.id,)).fetchone() != (data_json,):
+        cursor.execute(MOVED, (run.id,))
+    key = run.id, run.org_id, run.attempt, run.fencing_token
+    cursor.execute(SAVE, (*key, number, to_text(file_now(connection)), data_json, handler))
     return True
 
 
