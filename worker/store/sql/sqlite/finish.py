@@ -24,7 +24,7 @@ from worker.store.sql.contract import (
     sum_up,
     wake,
 )
-from worker.store.sql.sqlite.values import in_one_step, instant, json_list, json_text
+from worker.store.sql.sqlite.values import Rows, in_one_step, instant, json_list, json_text
 from worker.store.tables import NEVER
 
 # One row for the whole batch: see `values`.
@@ -115,6 +115,21 @@ UPDATE live_runs SET state = 'waiting', reason = 'due', available_at = ?, start_
 """
 
 
+# Of an `Ending`: the columns of `ATTEMPTS` before and after `started_at`, and those of `STATE`.
+BEGUN = Rows(
+    (None, "attempt.run_id attempt.attempt attempt.org_id attempt.fencing_token attempt.trail.handler")
+)
+ENDED = Rows(
+    (instant, "attempt.trail.token_ready_at attempt.trail.handler_started_at ended_at"),
+    (None, "attempt.outcome"),
+    (json_text, "attempt.error"),
+    (None, "attempt.error_cause attempt.trail.claims attempt.trail.flags attempt.trail.jti"),
+    (None, "attempt.trail.claims_hash attempt.trail.peak_memory"),
+)
+STATES = Rows((None, "attempt.definition_id attempt.org_id attempt.definition_state attempt.run_id"))
+LOG_LINES = Rows((None, "run_id attempt seq org_id"), (to_text, "at"), (None, "level source text"))
+
+
 def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]:
     cursor = driver(connection).cursor()
     now = file_now(connection)
@@ -136,13 +151,16 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
     if parked := [ending for ending in endings if ending.state == "parked"]:
         awake, asleep = wake(parked, _waits_of(cursor, parked), now)
         waiting += awake
-        in_one_step(cursor, PARK, [_park_row(ending, until) for ending, until in asleep])
-    in_one_step(cursor, WAIT, [_wait_row(ending, now) for ending in waiting])
-    attempts = [_attempt_row(ending, rows[ending.attempt.run_id][3]) for ending in endings]
-    in_one_step(cursor, ATTEMPTS, attempts, first=(worker_id,))
+        parts = [(*_waiting(each, until or NEVER), each.attempt.counted) for each, until in asleep]
+        in_one_step(cursor, PARK, parts)
+    later = [(ending, now + (ending.attempt.available_after or timedelta())) for ending in waiting]
+    in_one_step(cursor, WAIT, [_waiting(ending, at) for ending, at in later])
+    attempts = zip(BEGUN.of(endings), ENDED.of(endings), strict=True)
+    written = [(*begun, rows[begun[0]][3], *how) for begun, how in attempts]
+    in_one_step(cursor, ATTEMPTS, written, first=(worker_id,))
     changed = [ending for ending in final if ending.attempt.definition_state is not None]
-    states = [_state_row(ending.attempt) for ending in changed if ending.state == "succeeded"]
-    in_one_step(cursor, STATE, states, first=(instant(now),))
+    changed = [ending for ending in changed if ending.state == "succeeded"]
+    in_one_step(cursor, STATE, STATES.of(changed), first=(instant(now),))
     add_rollups(connection, sum_up(endings, now))
     if final and any_held:
         promote(connection, [ending.attempt.definition_id for ending in final])
@@ -187,7 +205,7 @@ def _end_row(ending: Ending, row: Sequence[Any]) -> tuple[Any, ...]:
         fencing_token,
         progress if attempt.trail.progress is None else compact_json(attempt.trail.progress),
         attempt.result,
-        None if attempt.error is None else compact_json(attempt.error),
+        json_text(attempt.error),
     )
 
 
@@ -199,60 +217,12 @@ def _waits_of(cursor: Any, parked: Sequence[Ending]) -> dict[RunId, OpenWaits]:
     }
 
 
-def _park_row(ending: Ending, until: datetime | None) -> tuple[Any, ...]:
+def _waiting(ending: Ending, available_at: datetime) -> tuple[Any, ...]:
+    """The columns of a run that goes on, waiting or parked."""
     attempt = ending.attempt
-    return (
-        attempt.run_id,
-        ending.reason,
-        attempt.detail,
-        instant(until or NEVER),
-        attempt.failures,
-        attempt.recoveries,
-        attempt.keep_start_by,
-        json_text(attempt.trail.progress),
-        attempt.counted,
-    )
-
-
-def _state_row(attempt: EndedAttempt) -> tuple[Any, ...]:
-    return attempt.definition_id, attempt.org_id, attempt.definition_state, attempt.run_id
-
-
-def _wait_row(ending: Ending, now: datetime) -> tuple[Any, ...]:
-    attempt = ending.attempt
-    return (
-        attempt.run_id,
-        ending.reason,
-        attempt.detail,
-        instant(now + (attempt.available_after or timedelta())),
-        attempt.failures,
-        attempt.recoveries,
-        attempt.keep_start_by,
-        json_text(attempt.trail.progress),
-    )
-
-
-def _attempt_row(ending: Ending, started_at: str) -> tuple[Any, ...]:
-    attempt, trail = ending.attempt, ending.attempt.trail
-    return (
-        attempt.run_id,
-        attempt.attempt,
-        attempt.org_id,
-        attempt.fencing_token,
-        trail.handler,
-        started_at,
-        instant(trail.token_ready_at),
-        instant(trail.handler_started_at),
-        to_text(ending.ended_at),
-        attempt.outcome,
-        None if attempt.error is None else compact_json(attempt.error),
-        attempt.error_cause,
-        trail.claims,
-        trail.flags,
-        trail.jti,
-        trail.claims_hash,
-        trail.peak_memory,
-    )
+    counts = attempt.failures, attempt.recoveries, attempt.keep_start_by
+    why = attempt.run_id, ending.reason, attempt.detail
+    return (*why, to_text(available_at), *counts, json_text(attempt.trail.progress))
 
 
 def _written(cursor: Any, worker_id: WorkerId, fenced: Iterable[EndedAttempt]) -> set[RunId]:
@@ -310,19 +280,4 @@ def write_progress(connection: Connection, rows: Sequence[Progress]) -> None:
 
 
 def append_logs(connection: Connection, rows: Sequence[LogLine]) -> None:
-    driver(connection).cursor().executemany(
-        LINE,
-        [
-            (
-                line.run_id,
-                line.attempt,
-                line.seq,
-                line.org_id,
-                to_text(line.at),
-                line.level,
-                line.source,
-                line.text,
-            )
-            for line in rows
-        ],
-    )
+    driver(connection).cursor().executemany(LINE, LOG_LINES.of(rows))

@@ -13,7 +13,7 @@ from worker.ids import DefinitionId, new_id
 from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire, StoredSkip, fold
 from worker.store.dialect import driver, file_now
 from worker.store.sql.contract import Fired, Specs, shared_spec, shares
-from worker.store.sql.sqlite.values import instant, json_list, json_text
+from worker.store.sql.sqlite.values import Rows, instant, json_list, json_text
 
 OLDEST = """
 SELECT s.definition_id, s.org_id, o.code, o.timezone, d.name, d.revision, s.next_scheduled_for, o.pool
@@ -77,6 +77,35 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
 """
 
 
+def _list(values: Sequence[str]) -> str | None:
+    return json_text(values or None)
+
+
+# Of a `NewRun`: the columns of `RUN` before and after `created_at`, and those of `LIVE`.
+MADE = Rows((None, "id org_id definition_id revision handler origin"), (instant, "scheduled_for"))
+MADE_BY = Rows(
+    (None, "created_by request_key backfill_id retry_of idempotency_key"),
+    (json_text, "params"),
+    (None, "pool"),
+)
+LIVE_RUNS = Rows(
+    (None, "id org_id definition_id revision handler"),
+    (_list, "variant_handlers"),
+    (None, "isolation origin"),
+    (instant, "scheduled_for"),
+    (None, "idempotency_key"),
+    (json_text, "params"),
+    (None, "backfill_id max_concurrent priority serial"),
+    (instant, "available_at start_by"),
+    (None, "pool"),
+)
+NEXT_FIRES = Rows((instant, "next_scheduled_for next_fire_at"), (None, "definition_id"))
+GROWN_SKIPS = Rows((instant, "skip.skipped_until"), (None, "skip.count id"))
+NEW_SKIPS = Rows(
+    (None, "org_id definition_id revision"), (instant, "skipped_from skipped_until"), (None, "count reason")
+)
+
+
 def fire_first(connection: Connection) -> tuple[datetime, datetime | None]:
     (first,) = driver(connection).cursor().execute(FIRST).fetchone()
     return file_now(connection), None if first is None else from_text(first)
@@ -106,13 +135,7 @@ def fire_write(connection: Connection, runs: Sequence[NewRun], next_fires: Seque
     cursor = driver(connection).cursor()
     now = file_now(connection)
     inserted, overlapped = _insert(cursor, runs, now)
-    cursor.executemany(
-        NEXT,
-        [
-            (instant(fire.next_scheduled_for), instant(fire.next_fire_at), fire.definition_id)
-            for fire in next_fires
-        ],
-    )
+    cursor.executemany(NEXT, NEXT_FIRES.of(next_fires))
     _, first = fire_first(connection)
     return Fired(inserted, overlapped, next_fire_at=first, now=now)
 
@@ -120,63 +143,22 @@ def fire_write(connection: Connection, runs: Sequence[NewRun], next_fires: Seque
 def _insert(cursor: Any, runs: Sequence[NewRun], now: datetime) -> tuple[list[NewRun], list[NewRun]]:
     if not runs:
         return [], []
-    cursor.executemany(RUN, [_run_row(run, instant(now)) for run in runs])
+    at = instant(now)
+    rows = zip(MADE.of(runs), MADE_BY.of(runs), strict=True)
+    cursor.executemany(RUN, [(*made, at, *by) for made, by in rows])
     made = cursor.rowcount
     if made == len(runs):
         new = list(runs)
     else:
         known = {id_ for id_, _ in cursor.execute(INSERTED, (json_list(run.id for run in runs),))}
         new = [run for run in runs if run.id in known]
-    cursor.executemany(LIVE, [_live_row(run) for run in new])
+    cursor.executemany(LIVE, LIVE_RUNS.of(new))
     if cursor.rowcount == len(new):
         return new, []
     live = {id_ for id_, is_live in cursor.execute(INSERTED, (json_list(run.id for run in new),)) if is_live}
     overlapped = [run for run in new if run.id not in live]
     cursor.executemany(UNDO, [(run.id,) for run in overlapped])
     return [run for run in new if run.id in live], overlapped
-
-
-def _run_row(run: NewRun, now: str | None) -> tuple[Any, ...]:
-    return (
-        run.id,
-        run.org_id,
-        run.definition_id,
-        run.revision,
-        run.handler,
-        run.origin,
-        instant(run.scheduled_for),
-        now,
-        run.created_by,
-        run.request_key,
-        run.backfill_id,
-        run.retry_of,
-        run.idempotency_key,
-        json_text(run.params),
-        run.pool,
-    )
-
-
-def _live_row(run: NewRun) -> tuple[Any, ...]:
-    return (
-        run.id,
-        run.org_id,
-        run.definition_id,
-        run.revision,
-        run.handler,
-        json_text(run.variant_handlers or None),
-        run.isolation,
-        run.origin,
-        instant(run.scheduled_for),
-        run.idempotency_key,
-        json_text(run.params),
-        run.backfill_id,
-        run.max_concurrent,
-        run.priority,
-        run.serial,
-        instant(run.available_at),
-        instant(run.start_by),
-        run.pool,
-    )
 
 
 def fire_skips(connection: Connection, skips: Sequence[NewSkip]) -> None:
@@ -195,20 +177,5 @@ def fire_skips(connection: Connection, skips: Sequence[NewSkip]) -> None:
         (ran_at,) = cursor.execute(RAN_BEFORE, (skip.definition_id, instant(skip.skipped_from))).fetchone()
         ran_before[skip.definition_id, skip.skipped_from] = None if ran_at is None else from_text(ran_at)
     grown, new = fold(skips, last, ran_before)
-    cursor.executemany(GROW, [(instant(row.skip.skipped_until), row.skip.count, row.id) for row in grown])
-    cursor.executemany(
-        SKIP,
-        [
-            (
-                new_id(),
-                skip.org_id,
-                skip.definition_id,
-                skip.revision,
-                instant(skip.skipped_from),
-                instant(skip.skipped_until),
-                skip.count,
-                skip.reason,
-            )
-            for skip in new
-        ],
-    )
+    cursor.executemany(GROW, GROWN_SKIPS.of(grown))
+    cursor.executemany(SKIP, [(new_id(), *row) for row in NEW_SKIPS.of(new)])

@@ -11,7 +11,7 @@ from worker.ids import RunId
 from worker.runs.run import RunStep
 from worker.store.dialect import driver
 from worker.store.sql.contract import in_order
-from worker.store.sql.sqlite.values import in_one_answer, in_one_step, json_list
+from worker.store.sql.sqlite.values import Rows, in_one_answer, in_one_step, json_list
 
 # One row for the whole batch: see `values`.
 OURS = """
@@ -30,6 +30,15 @@ SELECT * FROM {rows} WHERE column1 IS NOT NULL
 """
 
 
+# Of a `RunStep`.
+STEPS = Rows(
+    (None, "run.id run.org_id run.fencing_token run.attempt handler"),
+    (None, "step.seq step.name step.key step.occurrence"),
+    (to_text, "step.started_at step.ended_at"),
+    (None, "size step.result_json"),
+)
+
+
 def store_steps(
     connection: Connection, steps: Sequence[RunStep], *, commit: bool = True
 ) -> set[tuple[RunId, int]]:
@@ -39,24 +48,5 @@ def store_steps(
     mine = [step for step in in_order(steps) if (step.run.id, step.run.fencing_token) in locked]
     moved = {step.run.id for step in mine if locked[step.run.id, step.run.fencing_token] > 0}
     in_one_step(cursor, MOVED, [(id_,) for id_ in sorted(moved)])
-    in_one_step(cursor, STORE, [_row(step) for step in mine])
+    in_one_step(cursor, STORE, STEPS.of(mine))
     return set(locked)
-
-
-def _row(of: RunStep) -> tuple[object, ...]:
-    run, step = of.run, of.step
-    return (
-        run.id,
-        run.org_id,
-        run.fencing_token,
-        run.attempt,
-        of.handler,
-        step.seq,
-        step.name,
-        step.key,
-        step.occurrence,
-        to_text(step.started_at),
-        to_text(step.ended_at),
-        of.size,
-        step.result_json,
-    )

@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
+from operator import attrgetter
 from typing import Any
 
 from worker.clock import to_text
@@ -36,6 +37,20 @@ def json_value(text: str | None) -> Any:
 def json_list(values: Iterable[str]) -> str:
     """A list for `json_each`: one parameter of any length."""
     return json.dumps(list(values))
+
+
+class Rows:
+    """Objects as rows of their attributes: the form of a value, if it has one, and dotted names.
+
+    The same as `Columns` of PostgreSQL, by row.
+    """
+
+    def __init__(self, *columns: tuple[Callable[[Any], Any] | None, str]) -> None:
+        self._columns = [(form, attrgetter(name)) for form, names in columns for name in names.split()]
+
+    def of(self, objects: Sequence[Any]) -> list[tuple[Any, ...]]:
+        read = [(form, map(attribute, objects)) for form, attribute in self._columns]
+        return [*zip(*(values if form is None else map(form, values) for form, values in read), strict=True)]
 
 
 def in_one_step(
