@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, lite
 from worker.store import tables
 from worker.store.dialect import Instant, chunks, database_now, insert_into
 from worker.store.health import oldest_unfired
-from worker.telemetry.alerts import MAX_OPEN, Alert, Kind, Strike
+from worker.telemetry.alerts import MAX_OPEN, Alert, Kind, Status, Strike
 
 # A cause that does not occur again is resolved after this; longer than the period of a daily job.
 QUIET = timedelta(hours=25)
@@ -146,19 +146,9 @@ def claim(connection: Connection) -> tuple[Alert, int] | None:
     summary, at = row["summary"], row["since"]
     if row["told"] is not None:
         summary, at = f"over, {row['over_how']}: {summary}", row["over_at"]
-    alert = Alert(
-        id=row["id"],
-        cause=row["cause"],
-        kind=row["kind"],
-        status="firing" if row["told"] is None else "resolved",
-        summary=summary,
-        at=at,
-        since=row["since"],
-        count=row["count"],
-        affected=max(affected, 1),
-        fields=row["fields"],
-    )
-    return alert, row["tries"]
+    status: Status = "firing" if row["told"] is None else "resolved"
+    same = {name: row[name] for name in ("id", "cause", "kind", "since", "count", "fields")}
+    return Alert(status=status, summary=summary, at=at, affected=max(affected, 1), **same), row["tries"]
 
 
 def mark_delivered(connection: Connection, alert: Alert) -> None:
@@ -194,17 +184,9 @@ def _end(connection: Connection, which: ColumnElement[bool], how: str, now: date
 
 
 def _row(strike: Strike, now: datetime) -> dict[str, Any]:
-    return {
-        "cause": strike.cause,
-        "id": _id(strike.cause, now),
-        "kind": strike.kind,
-        "summary": strike.summary,
-        "fields": dict(strike.fields),
-        "since": now,
-        "struck_at": now,
-        "count": strike.count,
-        "try_at": now,
-    }
+    same = {name: getattr(strike, name) for name in ("cause", "kind", "summary", "count")}
+    times = dict.fromkeys(("since", "struck_at", "try_at"), now)
+    return {**same, "id": _id(strike.cause, now), "fields": dict(strike.fields), **times}
 
 
 def _id(cause: str, at: datetime) -> str:

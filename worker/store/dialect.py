@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from sqlalchemy import (
     ColumnElement,
@@ -66,12 +66,19 @@ def hint(connection: Connection) -> None:
         driver(connection).execute("SELECT pg_notify(%s, '')", (CHANNEL,))
 
 
+# A row whose columns only its query knows.
 Row = dict[str, Any]
+R = TypeVar("R")
 
 
 def all_rows(connection: Connection, query: Executable) -> list[Row]:
     """All rows of a query."""
     return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def rows_as(kind: type[R], connection: Connection, query: Executable) -> list[R]:
+    """All rows of a query whose columns are those of a `TypedDict`."""
+    return cast(list[R], all_rows(connection, query))
 
 
 def first_row(connection: Connection, query: Executable) -> Row | None:

@@ -38,6 +38,12 @@ _orgs = tables.orgs
 _definitions = tables.definitions
 _attempts = tables.attempts
 
+# Fields of a new run that are columns of `runs` and `live_runs`, and of `live_runs` alone.
+_OF_BOTH = (
+    *("id", "org_id", "definition_id", "revision", "handler", "origin", "scheduled_for", "backfill_id"),
+    *("idempotency_key", "pool"),
+)
+_OF_LIVE = ("isolation", "max_concurrent", "priority", "serial", "available_at", "start_by")
 # Runs that one statement examines for those that match, first and at most.
 FIRST = 500
 WINDOW = 20_000
@@ -90,42 +96,14 @@ def is_fired(connection: Connection, org_id: OrgId, run: NewRun) -> bool:
 
 def insert_run(connection: Connection, run: NewRun, *, at: datetime, held: bool = False) -> None:
     """Insert a run, waiting, or held behind the running one."""
-    shared = {
-        "id": run.id,
-        "org_id": run.org_id,
-        "definition_id": run.definition_id,
-        "revision": run.revision,
-        "handler": run.handler,
-        "origin": run.origin,
-        "scheduled_for": run.scheduled_for,
-        "backfill_id": run.backfill_id,
-        "idempotency_key": run.idempotency_key,
-        "params": None if run.params is None else dict(run.params),
-        "pool": run.pool,
-    }
-    connection.execute(
-        insert(_runs).values(
-            **shared,
-            created_at=at,
-            created_by=run.created_by,
-            request_key=run.request_key,
-            retry_of=run.retry_of,
-        )
-    )
-    connection.execute(
-        insert(_live).values(
-            **shared,
-            variant_handlers=list(run.variant_handlers) or None,
-            isolation=run.isolation,
-            max_concurrent=run.max_concurrent,
-            priority=run.priority,
-            serial=run.serial,
-            state="held" if held else "waiting",
-            reason="held" if held else "due",
-            available_at=run.available_at,
-            start_by=run.start_by,
-        )
-    )
+    both = {name: getattr(run, name) for name in _OF_BOTH}
+    both["params"] = None if run.params is None else dict(run.params)
+    made = {name: getattr(run, name) for name in ("created_by", "request_key", "retry_of")}
+    connection.execute(insert(_runs).values(**both, **made, created_at=at))
+    waits = {name: getattr(run, name) for name in _OF_LIVE}
+    waits |= {"variant_handlers": list(run.variant_handlers) or None}
+    waits |= {"state": "held" if held else "waiting", "reason": "held" if held else "due"}
+    connection.execute(insert(_live).values(**both, **waits))
     hint(connection)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection, case, delete, func, select, tuple_, update
@@ -24,6 +24,8 @@ from worker.store.sql import statements
 _live, _placements, _workers = tables.live_runs, tables.placements, tables.workers
 # Rows that one call of `mark` changes.
 MARKED = 500
+# Of a stored run: what its current attempt has.
+_OF_ATTEMPT = ["org_id", "definition_id", "fencing_token", "attempt", "started_at", "failures", "recoveries"]
 _ADMITTED = tuple(
     _live.c[name]
     for name in (
@@ -147,30 +149,28 @@ def let_wait(
             .where(_live.c.id.in_(part))
             .values(worker_id=None, started_at=None, attempt=_live.c.attempt - 1, **undone)
         )
-    cancelled = [_cancelled(row, now) for row in rows if row.cancel_requested_at is not None]
+    cancelled = [
+        ended_now(
+            row,
+            now,
+            outcome="cancelled",
+            state="cancelled",
+            reason=row.cancel_reason or "requested",
+            keep_start_by=True,
+        )
+        for row in rows
+        if row.cancel_requested_at is not None
+    ]
     for part in chunks([row.id for row in rows]):
         connection.execute(delete(_placements).where(_placements.c.run_id.in_(part)))
     if cancelled:
         statements(connection).finish(connection, worker_id, cancelled)
 
 
-def _cancelled(row: Any, now: Any) -> EndedAttempt:
-    return EndedAttempt(
-        run_id=row.id,
-        org_id=row.org_id,
-        definition_id=row.definition_id,
-        fencing_token=row.fencing_token,
-        attempt=row.attempt,
-        started_at=row.started_at,
-        ended_at=now,
-        outcome="cancelled",
-        state="cancelled",
-        reason=row.cancel_reason or "requested",
-        trail=Trail(row.handler),
-        failures=row.failures,
-        recoveries=row.recoveries,
-        keep_start_by=True,
-    )
+def ended_now(run: Any, now: datetime, **outcome: Any) -> EndedAttempt:
+    """The current attempt of a stored run, ended now."""
+    same = {name: getattr(run, name) for name in _OF_ATTEMPT}
+    return EndedAttempt(run_id=run.id, ended_at=now, trail=Trail(run.handler), **(same | outcome))
 
 
 def placed_by(connection: Connection, worker_id: WorkerId, pool: str) -> list[Placed]:

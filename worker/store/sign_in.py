@@ -36,16 +36,7 @@ def find_session(connection: Connection, key_sha256: str, *, at: datetime) -> Ro
 
 def begin_session(connection: Connection, row: Mapping[str, Any], *, most: int) -> None:
     """Insert a session. Its caller keeps the newest `most`, this one included; removes expired ones."""
-    _sweep(connection, _sessions, row["created_at"])
-    kept = (
-        select(_sessions.c.key_sha256)
-        .where(_sessions.c.caller == row["caller"])
-        .order_by(_sessions.c.created_at.desc(), _sessions.c.key_sha256)
-        .limit(most - 1)
-    )
-    older = (_sessions.c.caller == row["caller"], _sessions.c.key_sha256.not_in(kept))
-    connection.execute(delete(_sessions).where(*older))
-    connection.execute(insert(_sessions), dict(row))
+    _begin(connection, _sessions, "caller", row, most)
 
 
 def end_session(connection: Connection, key_sha256: str) -> None:
@@ -67,16 +58,7 @@ def end_sessions_on(connection: Connection, basis: str) -> int:
 
 def begin_login(connection: Connection, row: Mapping[str, Any], *, most: int) -> None:
     """Insert a login that has begun. Its client keeps the newest `most`; removes expired ones."""
-    _sweep(connection, _logins, row["created_at"])
-    kept = (
-        select(_logins.c.key_sha256)
-        .where(_logins.c.client == row["client"])
-        .order_by(_logins.c.created_at.desc(), _logins.c.key_sha256)
-        .limit(most - 1)
-    )
-    older = (_logins.c.client == row["client"], _logins.c.key_sha256.not_in(kept))
-    connection.execute(delete(_logins).where(*older))
-    connection.execute(insert(_logins), dict(row))
+    _begin(connection, _logins, "client", row, most)
 
 
 def use_login(
@@ -95,9 +77,14 @@ def use_login(
     return first_row(connection, delete(_logins).where(*mine).returning(_logins))
 
 
-def _sweep(connection: Connection, table: Table, at: datetime) -> None:
-    expired = select(table.c.key_sha256).where(table.c.until <= at).limit(SWEPT)
-    connection.execute(delete(table).where(table.c.key_sha256.in_(expired)))
+def _begin(connection: Connection, table: Table, by: str, row: Mapping[str, Any], most: int) -> None:
+    """Insert a row, after removing expired ones, and of those counted `by` this column the oldest."""
+    key, mine = table.c.key_sha256, table.c[by] == row[by]
+    expired = select(key).where(table.c.until <= row["created_at"]).limit(SWEPT)
+    connection.execute(delete(table).where(key.in_(expired)))
+    kept = select(key).where(mine).order_by(table.c.created_at.desc(), key).limit(most - 1)
+    connection.execute(delete(table).where(mine, key.not_in(kept)))
+    connection.execute(insert(table), dict(row))
 
 
 def find_operator(connection: Connection, token_sha256: str) -> Row | None:

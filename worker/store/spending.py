@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 
 from sqlalchemy import Connection, insert, literal, select, update
@@ -110,22 +110,11 @@ def _insert(connection: Connection, spends: Sequence[Spend], now: datetime) -> l
         return []
     by_key = {(spend.run_id, spend.meter, spend.key): spend for spend in spends}
     ordered = [by_key[key] for key in sorted(by_key)]
-    rows = [
-        {
-            "run_id": spend.run_id,
-            "meter": spend.meter,
-            "key": spend.key,
-            "org_id": spend.org_id,
-            "definition_id": spend.definition_id,
-            "amount": spend.amount,
-            "at": now,
-        }
-        for spend in ordered
-    ]
+    rows = [asdict(spend) | {"at": now} for spend in ordered]
     statement = insert_into(connection, _spends).on_conflict_do_nothing()
     new = connection.execute(statement.returning(_spends.c.run_id, _spends.c.meter, _spends.c.key), rows)
     stored = {(run_id, meter, key) for run_id, meter, key in new}
-    return [by_key[key] for key in sorted(by_key) if key in stored]
+    return [spend for spend in ordered if (spend.run_id, spend.meter, spend.key) in stored]
 
 
 def _add_days(connection: Connection, days: Mapping[tuple[date, OrgId, str, DefinitionId], int]) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, and_, delete, func, insert, literal, or_, sel
 from worker.definitions.pools import DEFAULT_POOL
 from worker.ids import ALL_ORGS, RunId, WorkerId
 from worker.runs import worker_ends
-from worker.runs.outcome import EndedAttempt, Trail
+from worker.runs.outcome import EndedAttempt
 from worker.runs.run import LogLine, OwnedRun, Recovered
 from worker.store import host_handlers, placements, tables
 from worker.store.definitions import names_of
@@ -109,7 +109,7 @@ def hand_back(connection: Connection, worker_id: WorkerId, owned: Sequence[Owned
     ).all()
     now = database_now(connection)
     ended = [
-        _ended(
+        placements.ended_now(
             row,
             now,
             fencing_token=fences[row.id],
@@ -117,27 +117,11 @@ def hand_back(connection: Connection, worker_id: WorkerId, owned: Sequence[Owned
             state="waiting",
             reason="handed_back",
             detail="the answer to its admission was lost",
-            recoveries=row.recoveries,
             keep_start_by=True,
         )
         for row in rows
     ]
     return statements(connection).finish(connection, worker_id, ended) if ended else set()
-
-
-def _ended(run: Any, now: datetime, **outcome: Any) -> EndedAttempt:
-    """The current attempt of a stored run, ended now."""
-    return EndedAttempt(
-        run_id=run.id,
-        org_id=run.org_id,
-        definition_id=run.definition_id,
-        attempt=run.attempt,
-        started_at=run.started_at,
-        ended_at=now,
-        trail=Trail(run.handler),
-        failures=run.failures,
-        **outcome,
-    )
 
 
 def recover(
@@ -251,4 +235,4 @@ def _lost(run: AbandonedRun, most: int, now: datetime) -> EndedAttempt:
     if times > most:
         error = {"type": "Lost", "message": f"its worker was lost {times} times in a row"}
         fate = {"state": "failed", "reason": "lost", "error": error, "error_cause": "lost"}
-    return _ended(run, now, fencing_token=run.fencing_token, outcome="lost", recoveries=times, **fate)
+    return placements.ended_now(run, now, outcome="lost", recoveries=times, **fate)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, TypedDict, cast
+from typing import Annotated, TypedDict
 
 from sqlalchemy import Connection, literal_column, null, select, text
 
 from worker.ids import ALL_ORGS, OrgScope, Scope
 from worker.store import failing, orgs, tables
-from worker.store.dialect import Id, all_rows, below, in_scope
+from worker.store.dialect import Id, below, in_scope, rows_as
 from worker.store.lists import DEFAULT_LIMIT, Page, redaction
 from worker.store.lists.redaction import Shown
 
@@ -71,7 +71,7 @@ def _definitions_of(connection: Connection, scope: Scope, page: Page, limit: int
         *in_scope(_failing.c.org_id, scope), *below(_failing.c.definition_id, page.after)
     )
     statement = statement.order_by(_failing.c.definition_id.desc()).limit(limit)
-    return cast(list[Broken], all_rows(connection, statement))
+    return rows_as(Broken, connection, statement)
 
 
 def _credentials_of(connection: Connection, scope: Scope, page: Page, limit: int) -> list[Broken]:
@@ -102,4 +102,4 @@ def _credentials_of(connection: Connection, scope: Scope, page: Page, limit: int
     )
     statement = statement.where(*in_scope(_orgs.c.id, scope), *below(_orgs.c.id, page.after))
     statement = statement.order_by(_orgs.c.id.desc()).limit(limit)
-    return cast(list[Broken], all_rows(connection, statement))
+    return rows_as(Broken, connection, statement)

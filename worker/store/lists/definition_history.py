@@ -9,7 +9,7 @@ from sqlalchemy import Connection, select
 
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.store import tables
-from worker.store.dialect import all_rows, below
+from worker.store.dialect import all_rows, below, rows_as
 from worker.store.lists import redaction
 from worker.store.lists.redaction import Shown, Spec
 
@@ -51,7 +51,7 @@ def revisions(
     )
     query = query.where(*below(_revisions.c.revision, before))
     query = query.order_by(_revisions.c.revision.desc()).limit(limit)
-    return cast(list[Revision], all_rows(connection, query))
+    return rows_as(Revision, connection, query)
 
 
 def lengths(

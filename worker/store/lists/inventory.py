@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from sqlalchemy import Connection, func, literal_column, select
 
 from worker.ids import OrgScope, Scope, WorkerId
 from worker.store import orgs, tables
-from worker.store.dialect import above, all_rows, in_scope
+from worker.store.dialect import above, all_rows, in_scope, rows_as
 from worker.store.lists import checked_id
 from worker.store.lists.redaction import Shown
 from worker.store.lists.rows import CredentialRow
@@ -55,7 +53,7 @@ def credentials(
         query = query.where(_credentials.c.last_error.is_(None))
     query = query.where(*in_scope(_credentials.c.org_id, orgs.scope_of(connection, org)))
     query = query.where(*above(_credentials.c.id, after and checked_id(after)))
-    return cast(list[CredentialWithOrg], all_rows(connection, query.order_by(_credentials.c.id).limit(limit)))
+    return rows_as(CredentialWithOrg, connection, query.order_by(_credentials.c.id).limit(limit))
 
 
 def running_by_worker(connection: Connection, scope: Scope) -> dict[WorkerId, int]:

@@ -28,7 +28,7 @@ from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, OrgId, OrgScope, RunId, 
 from worker.runs.budgets import MAX_SPENDS
 from worker.search import ids_of
 from worker.store import orgs, tables
-from worker.store.dialect import Id, Instant, all_rows, below, first_row, in_scope, json_type
+from worker.store.dialect import Id, Instant, all_rows, below, first_row, in_scope, json_type, rows_as
 from worker.store.lists import MAX_LIMIT, Page, checked_id
 from worker.store.lists.rows import AttemptRow, LogRow, Run, RunDetail, Spent, StepRow, WaitRow, columns_of
 
@@ -206,7 +206,7 @@ def page_of(connection: Connection, scope: Scope, page: Page, limit: int) -> lis
 def rows_of(connection: Connection, scope: Scope, ids: Sequence[RunId]) -> list[Run]:
     """These runs as the list shows them, newest first."""
     query = _listed.where(_view.c.id.in_(ids), *in_scope(_view.c.org_id, scope))
-    return cast(list[Run], all_rows(connection, query.order_by(_view.c.id.desc()))) if ids else []
+    return rows_as(Run, connection, query.order_by(_view.c.id.desc())) if ids else []
 
 
 def of_definition(
@@ -322,7 +322,7 @@ def newest_steps(connection: Connection, org_id: OrgId, run_id: RunId) -> list[S
     )
     result = case((newest.c.with_newer <= RESULT_BYTES, newest.c.result)).label("result")
     columns = [result if name == "result" else newest.c[name] for name in columns_of(StepRow)]
-    return cast(list[StepRow], all_rows(connection, select(*columns).order_by(newest.c.seq)))
+    return rows_as(StepRow, connection, select(*columns).order_by(newest.c.seq))
 
 
 def _step_count(connection: Connection, org_id: OrgId, run_id: RunId) -> int:
@@ -339,7 +339,7 @@ def waits_of(connection: Connection, org_id: OrgId, run_id: RunId) -> list[WaitR
         _waits.c.run_id == run_id, _waits.c.org_id == org_id
     )
     newest = query.order_by(since.desc(), _waits.c.name, _waits.c.occurrence).limit(MAX_LIMIT)
-    return cast(list[WaitRow], all_rows(connection, newest)[::-1])
+    return rows_as(WaitRow, connection, newest)[::-1]
 
 
 def wait(connection: Connection, org_id: OrgId, run_id: RunId, name: str, occurrence: int) -> WaitRow:
@@ -360,7 +360,7 @@ def unfinished(connection: Connection, org: str, definition_id: DefinitionId) ->
         _live.c.serial,
     )
     # One unfinished and one held, as unique indexes ensure.
-    return cast(list[SerialRun], all_rows(connection, query.order_by(_live.c.id).limit(2)))
+    return rows_as(SerialRun, connection, query.order_by(_live.c.id).limit(2))
 
 
 def lines(
@@ -383,7 +383,7 @@ def lines(
         .order_by(_logs.c.attempt, _logs.c.seq)
         .limit(limit)
     )
-    return cast(list[LogRow], all_rows(connection, query))
+    return rows_as(LogRow, connection, query)
 
 
 def newest_lines(
@@ -404,4 +404,4 @@ def newest_lines(
         query = query.where(tuple_(_logs.c.attempt, _logs.c.seq) < tuple_(*before))
     query = query.where(*in_scope(_logs.c.org_id, orgs.scope_of(connection, org)))
     query = query.order_by(_logs.c.attempt.desc(), _logs.c.seq.desc()).limit(limit)
-    return cast(list[LogRow], all_rows(connection, query)[::-1])
+    return rows_as(LogRow, connection, query)[::-1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
@@ -27,7 +27,7 @@ from sqlalchemy import cast as sql_cast
 from worker.ids import OrgScope, RunId, Scope, highest_id, lowest_id
 from worker.search import Query, folded, ids_of
 from worker.store import failing, orgs, tables
-from worker.store.dialect import all_rows, below, in_scope
+from worker.store.dialect import below, in_scope, rows_as
 from worker.store.lists import DEFAULT_LIMIT, Page
 from worker.store.lists import runs as run_lists
 from worker.store.lists.matching import (
@@ -124,7 +124,7 @@ def orgs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = 
         statement = statement.where(_orgs.c.created_at >= page.since)
     statement = statement.where(*below(_orgs.c.id, page.after))
     statement = statement.order_by(_orgs.c.id.desc()).limit(page.limit or DEFAULT_LIMIT)
-    return cast(list[OrgRow], all_rows(connection, statement))
+    return rows_as(OrgRow, connection, statement)
 
 
 class _Source(NamedTuple):

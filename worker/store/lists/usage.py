@@ -12,9 +12,10 @@ from sqlalchemy import Column, ColumnElement, Connection, func, select
 from worker.errors import UsageError
 from worker.ids import AllOrgs, OrgId, OrgScope
 from worker.store import budgets, orgs, tables
-from worker.store.dialect import Row, all_rows, below, chunks, database_now
+from worker.store.dialect import Row, all_rows, below, chunks, database_now, rows_as
 from worker.store.lists import DEFAULT_LIMIT, MAX_LIMIT
 from worker.store.lists.redaction import Shown
+from worker.store.lists.rows import columns_of
 
 By = Literal["meter", "definition", "day"]
 BYS: tuple[By, ...] = get_args(By)
@@ -196,26 +197,12 @@ def _texts(
 def budget_rows(connection: Connection, *, limit: int, after: str | None = None) -> list[BudgetRow]:
     """The budgets as they were applied, newest first."""
     stored = tables.budgets
-    query = select(stored, _orgs.c.code).outerjoin(_orgs, _orgs.c.id == stored.c.org_id)
-    query = query.where(*below(stored.c.id, after))
-    rows = all_rows(connection, query.order_by(stored.c.id.desc()).limit(limit))
-    return [
-        BudgetRow(
-            id=row["id"],
-            org=row["code"],
-            orgs=row["selector"],
-            meter=row["meter"],
-            limit=row["limit"],
-            limit_from=None if row["property"] is None else f"property:{row['property']}",
-            per=row["per"],
-            zone=row["zone"],
-            at_limit=row["at_limit"],
-            warn_at=row["warn_at"],
-            updated_at=row["updated_at"],
-            updated_by=row["updated_by"],
-        )
-        for row in rows
-    ]
+    known = {"org": _orgs.c.code, "orgs": stored.c.selector, "limit_from": "property:" + stored.c.property}
+    columns = (known[name] if name in known else stored.c[name] for name in columns_of(BudgetRow))
+    query = select(*(column.label(name) for name, column in zip(columns_of(BudgetRow), columns, strict=True)))
+    query = query.select_from(stored).outerjoin(_orgs, _orgs.c.id == stored.c.org_id)
+    query = query.where(*below(stored.c.id, after)).order_by(stored.c.id.desc()).limit(limit)
+    return rows_as(BudgetRow, connection, query)
 
 
 def budgets_of(connection: Connection, org: str) -> list[BudgetLevel]:
