@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from worker.settings.sections import OperatorSettings
 from worker.store import catalogue, health, schema
 from worker.store.database import Database
 from worker.store.dialect import Row
-from worker.store.lists import AUDIT, RUNS, Page
+from worker.store.lists import AUDIT, RUNS, Page, morning
 from worker.store.lists.read import read
 from worker.telemetry.masking import shown_url
 
@@ -66,6 +67,8 @@ def gather(
     forecasts, since = forecast_tokens(database, issuers, settings.tokens)
     with database.autocommit() as connection:
         now = database.now(connection)
+        since = (now - timedelta(hours=23)).replace(minute=0, second=0, microsecond=0)
+        ended = morning.ended_by_hour(connection, ALL_ORGS, since, now + timedelta(hours=1))
         failures = [
             row
             for state in ("failed", "refused")
@@ -88,7 +91,9 @@ def gather(
             ],
             "handlers": [_handler(row) for row in catalogue.entries(connection)],
             "unfinished": health.unfinished(connection, ALL_ORGS),
-            "ended_by_hour": health.ended(connection, ALL_ORGS, now),
+            "ended_by_hour": [
+                {"hour": hour, "state": state, "runs": runs} for (hour, state), runs in sorted(ended.items())
+            ],
             "failures": [_run(row, orgs, definitions) for row in failures],
             "changes": [
                 {"at": row["at"], "action": row["action"]}

@@ -11,8 +11,7 @@ from sqlalchemy import Connection
 
 from worker.errors import ConfigurationError, Conflict, NotFound
 from worker.ids import ALL_ORGS
-from worker.store import access_tokens, audit, orgs, tables
-from worker.store import sealed as stored
+from worker.store import access_tokens, audit, org_secrets, orgs, tables
 from worker.store.database import Database
 from worker.store.dialect import Row
 
@@ -25,7 +24,7 @@ BATCH = 500
 def list_keys(database: Database, ring: KeyRing | None) -> list[Row]:
     """A row for each key of the ring and of the database, with the number of secrets that it seals."""
     with database.autocommit() as connection:
-        counts = stored.counts(connection, ALL_ORGS)
+        counts = org_secrets.sealed_by_key(connection, ALL_ORGS)
     ids = ring.key_ids if ring else ()
     return [
         {
@@ -90,7 +89,7 @@ def rekey(
         ConfigurationError: the ring cannot be written.
     """
     with database.autocommit() as connection:
-        older = stored.counts(connection, ALL_ORGS).keys() & set(ring.key_ids[:-1])
+        older = org_secrets.sealed_by_key(connection, ALL_ORGS).keys() & set(ring.key_ids[:-1])
     if not older:
         ring = add_key(database, ring, actor=actor)
     key_id = ring.sealing_key_id
@@ -100,7 +99,9 @@ def rekey(
         after: str | None = None
         while True:
             with database.transaction() as connection:
-                rows = stored.otherwise(connection, ALL_ORGS, table, key_id, after=after, limit=batch)
+                rows = org_secrets.sealed_otherwise(
+                    connection, ALL_ORGS, table, key_id, after=after, limit=batch
+                )
                 for row in rows:
                     # Else its key is lost, or it was sealed for another row.
                     done = reseal(connection, ring, row)
@@ -120,7 +121,7 @@ def _reseal_credential(connection: Connection, ring: KeyRing, row: Row) -> bool:
     except ConfigurationError:
         return False
     again = ring.seal(secret, **place)
-    stored.reseal(connection, tables.credentials, row["org_id"], row["id"], *again)
+    org_secrets.reseal(connection, tables.credentials, row["org_id"], row["id"], *again)
     return True
 
 
@@ -131,7 +132,7 @@ def _reseal_secret(connection: Connection, ring: KeyRing, row: Row) -> bool:
     except ConfigurationError:
         return False
     again = ring.seal_secret(value, **place)
-    stored.reseal(connection, tables.org_secrets, row["org_id"], row["id"], *again)
+    org_secrets.reseal(connection, tables.org_secrets, row["org_id"], row["id"], *again)
     return True
 
 
@@ -145,7 +146,7 @@ def remove_key(database: Database, ring: KeyRing, key_id: str, *, actor: str) ->
     if key_id not in ring.key_ids:
         raise NotFound(f"the key ring has no key {key_id}", fix="`keys list` lists them")
     with database.transaction() as connection:
-        count = stored.counts(connection, ALL_ORGS).get(key_id, Counter()).total()
+        count = org_secrets.sealed_by_key(connection, ALL_ORGS).get(key_id, Counter()).total()
         if count:
             raise Conflict(f"the key {key_id} still seals {count} secrets", fix="run `keys rekey` first")
         ring.without(key_id)

@@ -21,7 +21,7 @@ from worker.store.dialect import Row
 from worker.store.health import oldest_unfired
 from worker.store.installation import read as read_installation
 from worker.store.lists import failures, morning
-from worker.store.lists.mismatches import Mismatch, mismatches
+from worker.store.lists.failures import Mismatch, mismatches
 from worker.store.lists.morning import NAMED, Named
 
 DAY = timedelta(days=1)

@@ -25,8 +25,8 @@ from worker.runs.outcome import Error, fingerprint
 from worker.runs.why import SinceThen, Why, blocked, last_error, solved, why_run
 from worker.store import catalogue, definitions, health, history, org_secrets, orgs, places
 from worker.store.dialect import database_now
+from worker.store.lists import morning
 from worker.store.lists import runs as run_lists
-from worker.store.lists.morning import lease_state
 
 Row = Mapping[str, Any]
 
@@ -202,9 +202,11 @@ def _blocked(connection: Connection, run: Row, org: Row, found: Why) -> Why:
         if lacking is not found:
             return lacking
     limit = org["max_concurrent_runs"]
-    if history.running(connection, org["id"], limit=limit) >= limit:
+    if morning.running(connection, org["id"], most=limit) >= limit:
         return blocked(found, "org_limit", limit=limit)
-    silent = [one for one in serving if lease_state(one["renewed_at"], one["lease_until"], now) == "late"]
+    silent = [
+        one for one in serving if morning.lease_state(one["renewed_at"], one["lease_until"], now) == "late"
+    ]
     if len(silent) == len(serving):
         names = ", ".join(f"worker {one['id'][:8]} on {one['host']}" for one in silent[:3])
         since = max(one["renewed_at"] for one in silent)

@@ -7,11 +7,11 @@ import copy
 import functools
 import sqlite3
 import threading
-from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
-from typing import Concatenate, Generic, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, cast
 
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, TimeoutError
@@ -302,6 +302,30 @@ class Database:
                 if not connection.invalidated and getattr(driver(connection), "closed", False):
                     connection.invalidate()
                 raise
+
+
+def in_transaction(
+    work: Callable[Concatenate[Connection, P], T],
+) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
+    """A method, of a class with a `database`, that does this work in one transaction, in a thread."""
+
+    @functools.wraps(work)
+    async def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await cast(Database, self.database).call(work, *args, **kwargs)
+
+    return method
+
+
+def in_autocommit(
+    work: Callable[Concatenate[Connection, P], T],
+) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
+    """The same on a connection in autocommit mode."""
+
+    @functools.wraps(work)
+    async def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await cast(Database, self.database).call_autocommit(work, *args, **kwargs)
+
+    return method
 
 
 @contextmanager

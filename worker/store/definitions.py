@@ -7,7 +7,18 @@ from datetime import datetime
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from sqlalchemy import Column, ColumnElement, Connection, Select, bindparam, func, select, text, update
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    FromClause,
+    Select,
+    bindparam,
+    func,
+    select,
+    text,
+    update,
+)
 
 from worker.errors import Conflict, NotFound
 from worker.ids import DefinitionId, OrgId, RunId, Scope
@@ -83,6 +94,11 @@ def last_failed(connection: Connection, org_id: OrgId, definition_id: Definition
     return connection.execute(query).scalar_one_or_none()
 
 
+def in_force(of: FromClause) -> ColumnElement[bool]:
+    """The condition that a row of `definition_revisions` is the one in force of a definition's row."""
+    return (_revisions.c.definition_id == of.c.id) & (_revisions.c.revision == of.c.revision)
+
+
 def _query() -> Select[Any]:
     """Definitions with their current spec, their org's columns, and their next times."""
     return (
@@ -97,11 +113,7 @@ def _query() -> Select[Any]:
             _schedule.c.next_fire_at,
         )
         .join(_orgs, _orgs.c.id == _definitions.c.org_id)
-        .join(
-            _revisions,
-            (_revisions.c.definition_id == _definitions.c.id)
-            & (_revisions.c.revision == _definitions.c.revision),
-        )
+        .join(_revisions, in_force(_definitions))
         .outerjoin(_schedule, _schedule.c.definition_id == _definitions.c.id)
         .order_by(_definitions.c.id)
     )
@@ -212,11 +224,7 @@ def active(connection: Connection, org_ids: Sequence[OrgId]) -> list[Row]:
             _definitions.c.paused_at,
             _revisions.c.spec,
         )
-        .join(
-            _revisions,
-            (_revisions.c.definition_id == _definitions.c.id)
-            & (_revisions.c.revision == _definitions.c.revision),
-        )
+        .join(_revisions, in_force(_definitions))
         .where(_definitions.c.org_id.in_(org_ids), _definitions.c.closed_at.is_(None), _definitions.c.enabled)
         .order_by(_definitions.c.org_id, _definitions.c.name)
     )

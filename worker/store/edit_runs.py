@@ -175,7 +175,24 @@ def is_serial() -> ColumnElement[bool]:
 
 
 @dataclass(frozen=True, slots=True)
-class Cancellable:
+class _Filter:
+    """What narrows a change of many runs: each part if it is given."""
+
+    state: str | None = None
+    definition: str | None = None
+    since: datetime | None = None
+    reason: str | None = None
+    query: Query | None = None
+
+    def _check(self, known: Sequence[str], what: str) -> None:
+        """Raise UsageError if such a run cannot have a state that the filter names."""
+        named = (self.state, ",".join(sorted(self.query.states)) if self.query else None)
+        for states in filter(None, named):
+            states_of(states, known, what=what)
+
+
+@dataclass(frozen=True, slots=True)
+class Cancellable(_Filter):
     """A filter for unfinished runs without a cancellation request; `since` is their earliest creation.
 
     `state` is one or more, separated by commas; `query` is a search that they match, too.
@@ -184,15 +201,8 @@ class Cancellable:
         UsageError: an unfinished run cannot have this state.
     """
 
-    state: str | None = None
-    definition: str | None = None
-    since: datetime | None = None
-    reason: str | None = None
-    query: Query | None = None
-
     def __post_init__(self) -> None:
-        for states in _states_in(self.state, self.query):
-            states_of(states, tuple(tables.UNFINISHED), what="a run that can be cancelled")
+        self._check(tuple(tables.UNFINISHED), "a run that can be cancelled")
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -200,7 +210,7 @@ class Cancellable:
 
 
 @dataclass(frozen=True, slots=True)
-class Retryable:
+class Retryable(_Filter):
     """A filter for ended runs without a retry; `since` is their earliest end, `cause` the last `error_cause`.
 
     `state` is one or more, separated by commas: failed ones if neither it nor `query`, a search that
@@ -210,27 +220,16 @@ class Retryable:
         UsageError: an ended run cannot have this state.
     """
 
-    state: str | None = None
-    definition: str | None = None
-    since: datetime | None = None
-    reason: str | None = None
     cause: str | None = None
-    query: Query | None = None
 
     def __post_init__(self) -> None:
-        for states in _states_in(self.state, self.query):
-            states_of(states, tables.FINAL_STATES, what="a run that has ended")
+        self._check(tables.FINAL_STATES, "a run that has ended")
 
     @property
     def states(self) -> tuple[str, ...]:
         if self.state is not None:
             return states_of(self.state)
         return tuple(self.query.states) if self.query is not None and self.query.states else ("failed",)
-
-
-def _states_in(state: str | None, query: Query | None) -> list[str]:
-    """The texts that name states, to be checked."""
-    return [text for text in (state, ",".join(sorted(query.states)) if query else None) if text]
 
 
 def last_match(connection: Connection, scope: Scope, which: Cancellable | Retryable) -> Any:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from pathlib import Path
 
 from sqlalchemy import Connection, func, select, text
@@ -178,18 +177,6 @@ def unfinished(connection: Connection, scope: Scope) -> list[Row]:
         some.c.state, some.c.reason
     )
     return all_rows(connection, query.order_by(some.c.state, some.c.reason))
-
-
-def ended(connection: Connection, scope: Scope, now: datetime) -> list[Row]:
-    """Runs that ended within the last day, by hour and state."""
-    hours = tables.rollup_hours
-    query = (
-        select(hours.c.hour, hours.c.state, func.sum(hours.c.runs).label("runs"))
-        .where(hours.c.hour > now - timedelta(days=1), *in_scope(hours.c.org_id, scope))
-        .group_by(hours.c.hour, hours.c.state)
-        .order_by(hours.c.hour, hours.c.state)
-    )
-    return [{**row, "runs": int(row["runs"])} for row in connection.execute(query).mappings()]
 
 
 def workers(connection: Connection) -> list[Row]:

@@ -174,14 +174,6 @@ def run_in_the_way(
     return min(connection.execute(query).scalars(), default=None)
 
 
-def running(connection: Connection, org_id: OrgId, *, limit: int) -> int:
-    """The number of running runs of this org, up to `limit`."""
-    some = (
-        select(_live.c.id).where(_live.c.org_id == org_id, _live.c.state == "running").limit(limit).subquery()
-    )
-    return connection.execute(select(func.count()).select_from(some)).scalar_one()
-
-
 def last_change(
     connection: Connection, org_id: OrgId, subject: str, actions: Sequence[str], at: datetime
 ) -> Row | None:

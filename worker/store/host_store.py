@@ -1,4 +1,4 @@
-"""The store as the attempt API uses it: the incarnations of hosts, and their runs."""
+"""The store as the attempt API uses it, for hosts and their runs, and as a placing loop does."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from worker.clock import Clock
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import Offered
 from worker.ids import RunId, WorkerId, new_id
-from worker.runs.hosts import HostCaller, PoolLoad
+from worker.runs.hosts import HostCaller
 from worker.runs.outcome import EndedAttempt
-from worker.runs.placing import Ticket
+from worker.runs.placing import Fence, Placed, PoolRoom, Ticket
 from worker.runs.run import AdmittedRun, Isolation, OwnedRun
 from worker.store import host_grants, host_handlers, hosts, placements, workers
+from worker.store.database import in_autocommit, in_transaction
 from worker.store.ring_walk import RingWalk
 from worker.store.sql import statements
 from worker.store.worker_store import WorkerStore
@@ -34,7 +35,7 @@ class HostStore:
 
     def __init__(self, store: WorkerStore, lease: timedelta, clock: Clock) -> None:
         self._store = store
-        self._database = store.database
+        self.database = store.database
         self._lease = lease
         self._clock = clock
         self._walks: dict[WorkerId, RingWalk] = {}
@@ -42,16 +43,21 @@ class HostStore:
         self._serving: Sequence[host_grants.Serving] = ()
         self._serving_at = float("-inf")
 
-    async def find(self, token_sha256: str, incarnation: str | None) -> HostCaller | None:
-        """The host with this token, and whether the incarnation is one of its own."""
-        return await self._database.call_autocommit(hosts.find, token_sha256, incarnation)
+    find = in_autocommit(hosts.find)
+    owned = in_autocommit(hosts.owned)
+    ended = in_autocommit(hosts.ended)
+    stops = in_autocommit(hosts.stops)
+    often_handed_back = in_autocommit(hosts.often_handed_back)
+    pool_load = in_autocommit(hosts.load)
+    unregister = in_transaction(workers.unregister)
+    hand_back = in_transaction(workers.hand_back)
 
     async def begin(
         self, caller: HostCaller, *, capacity: Mapping[str, int], host: str, pid: int, version: str
     ) -> WorkerId:
         """Start an incarnation of a host, with a lease from now on."""
         worker = WorkerId(new_id())
-        await self._database.call(
+        await self.database.call(
             hosts.begin,
             caller,
             worker,
@@ -77,48 +83,24 @@ class HostStore:
 
     async def _renewing(self, work: Callable[[Connection], T]) -> T:
         # On PostgreSQL it is one statement, which is its own transaction.
-        call = self._database.call if self._database.dialect == "sqlite" else self._database.call_autocommit
+        call = self.database.call if self.database.dialect == "sqlite" else self.database.call_autocommit
         return await call(work)
-
-    async def unregister(self, worker: WorkerId) -> None:
-        """End an incarnation; its runs are recovered."""
-        await self._database.call(workers.unregister, worker)
 
     async def offer(self, worker: WorkerId, entries: Sequence[HandlerEntry]) -> None:
         """Add handlers to what an incarnation declares. Raises TooManyHandlers."""
-        await self._database.call(host_handlers.report, worker, entries)
+        await self.database.call(host_handlers.report, worker, entries)
 
     async def offered(self, worker: WorkerId) -> Offered:
         """What an incarnation may do now with the handlers that it declares."""
-        offered = await self._database.call_autocommit(host_grants.offered, worker)
+        offered = await self.database.call_autocommit(host_grants.offered, worker)
         if not offered.conditional:
             return offered
         now = self._clock.monotonic()
         if now - self._serving_at > SERVING_AGE:
-            self._serving = await self._database.call_autocommit(host_grants.serving)
+            self._serving = await self.database.call_autocommit(host_grants.serving)
             self._serving_at = now
-        admitted = await self._database.call(host_grants.look, offered, self._serving)
+        admitted = await self.database.call(host_grants.look, offered, self._serving)
         return replace(offered, admitted=admitted)
-
-    async def owned(self, worker: WorkerId, fences: Mapping[RunId, int]) -> list[AdmittedRun]:
-        """Of these runs those that the incarnation owns under these fencing tokens."""
-        return await self._database.call_autocommit(hosts.owned, worker, fences)
-
-    async def ended(self, worker: WorkerId, fences: Mapping[RunId, int]) -> set[tuple[RunId, int]]:
-        """Of these attempts those whose end is stored already."""
-        return await self._database.call_autocommit(hosts.ended, worker, fences)
-
-    async def stops(self, worker: WorkerId, fences: Mapping[RunId, int]) -> Mapping[RunId, str]:
-        """Of these runs of an incarnation those that are asked to stop, and why."""
-        return await self._database.call_autocommit(hosts.stops, worker, fences)
-
-    async def often_handed_back(self, run_ids: Sequence[RunId]) -> set[RunId]:
-        """Of these running runs those that were handed back too often in a row, and stored nothing new."""
-        return await self._database.call_autocommit(hosts.often_handed_back, run_ids)
-
-    async def pool_load(self, pool: str) -> PoolLoad | None:
-        """What waits in a pool now, and how full its hosts are; None if nothing is due."""
-        return await self._database.call_autocommit(hosts.load, pool)
 
     async def admit(
         self, worker: WorkerId, pool: str, offered: Admit, free: Mapping[Isolation, int]
@@ -126,21 +108,17 @@ class HostStore:
         """Mark waiting runs of a pool running for an incarnation; see `RingWalk.admit`."""
         walk = self._walks.get(worker)
         if walk is None:
-            walk = self._walks[worker] = RingWalk(self._database, worker, pools=(pool,))
+            walk = self._walks[worker] = RingWalk(self.database, worker, pools=(pool,))
         return await self._store.admit_by(walk, offered, free)
 
     async def take_ticket(self, worker: WorkerId, ticket: Ticket) -> AdmittedRun | None:
         """Move a placed run to an incarnation; None if the ticket is not valid for it."""
         fence = ticket.run_id, ticket.fencing_token
-        return await self._database.call(placements.take, worker, *fence, ticket.sha256)
+        return await self.database.call(placements.take, worker, *fence, ticket.sha256)
 
     async def finish(self, worker: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]:
         """Write ended attempts of an incarnation; returns the runs whose attempt is stored as given."""
         return await self._store.finish_by(worker, ended)
-
-    async def hand_back(self, worker: WorkerId, owned: Sequence[OwnedRun]) -> set[RunId]:
-        """Let runs of an incarnation wait again."""
-        return await self._database.call(workers.hand_back, worker, owned)
 
     def forget(self, worker: WorkerId) -> None:
         """Drop what is kept of an incarnation between calls."""
@@ -150,3 +128,40 @@ class HostStore:
         """Drop all incarnations but these."""
         for worker in self._walks.keys() - set(alive):
             del self._walks[worker]
+
+
+class PlacingStore:
+    """Runs are owned by `worker_id` until a host takes them. The methods run in the database's threads."""
+
+    def __init__(self, store: WorkerStore, worker_id: WorkerId, pool: str) -> None:
+        self._store = store
+        self._database = store.database
+        self._worker_id = worker_id
+        self._pool = pool
+        self._walk = RingWalk(store.database, worker_id, pools=(pool,), placing=True)
+
+    async def room(self) -> PoolRoom:
+        """What the pool's hosts could take now."""
+        return await self._database.call(placements.room_of, self._pool)
+
+    async def admit(self, room: PoolRoom) -> Sequence[AdmittedRun]:
+        """Mark waiting runs running for the pool's hosts, within their room and every other limit."""
+        return await self._store.admit_by(self._walk, room.handlers, room.free)
+
+    async def place(self, tickets: Mapping[Fence, str]) -> set[Fence]:
+        """Store the hashes of tickets; returns the runs that are still this worker's."""
+        return await self._database.call(placements.place, self._worker_id, self._pool, tickets)
+
+    async def withdraw(self, fences: Collection[Fence], detail: str, after: timedelta) -> set[Fence]:
+        """Let runs that no host has taken wait again after a pause; returns those that waited for a host."""
+        return await self._database.call(
+            placements.withdraw, self._worker_id, fences, detail=detail, after=after
+        )
+
+    async def placed(self) -> Sequence[Placed]:
+        """What no host has taken yet."""
+        return await self._database.call(placements.placed_by, self._worker_id, self._pool)
+
+    async def mark(self, detail: str | None) -> int:
+        """Set the reason of the pool's due runs to `unplaced`, or clear it; some at each call."""
+        return await self._database.call(placements.mark, self._pool, detail)

@@ -1,17 +1,18 @@
-"""Secrets of orgs, by name; their values stay sealed."""
+"""Secrets of orgs, by name: their values stay sealed; and, with those of credentials, what each key seals."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, Table, delete, func, insert, select, update
 
 from worker.ids import AllOrgs, OrgId
 from worker.store import tables
 from worker.store.bulk import among
-from worker.store.dialect import Row, all_rows, first_row
+from worker.store.dialect import Row, above, all_rows, first_row
 
 _secrets = tables.org_secrets
 # What it takes to open a value.
@@ -84,3 +85,33 @@ def newest(connection: Connection, _: AllOrgs, *, limit: int) -> list[Row]:
         tables.orgs, tables.orgs.c.id == _secrets.c.org_id
     )
     return all_rows(connection, query.order_by(_secrets.c.id.desc()).limit(limit))
+
+
+def sealed_by_key(connection: Connection, _: AllOrgs) -> dict[str, Counter[str]]:
+    """The number of secrets that each key seals, by state; secrets of orgs are active."""
+    found: dict[str, Counter[str]] = {}
+    of, secrets = tables.credentials.c, tables.org_secrets.c
+    by_state = select(of.key_id, of.state, func.count()).where(of.sealed.is_not(None))
+    for key_id, state, count in connection.execute(by_state.group_by(of.key_id, of.state)):
+        found.setdefault(key_id, Counter())[state] += count
+    by_key = select(secrets.key_id, func.count()).group_by(secrets.key_id)
+    for key_id, count in connection.execute(by_key):
+        found.setdefault(key_id, Counter())["active"] += count
+    return found
+
+
+def sealed_otherwise(
+    connection: Connection, _: AllOrgs, table: Table, key_id: str, *, after: str | None, limit: int
+) -> list[Row]:
+    """Rows of one of the tables that are sealed with another key, locked: a page by id, after `after`."""
+    query = select(*(table.c[of.name] for of in _SEALED if of.name in table.c))
+    query = query.where(table.c.sealed.is_not(None), table.c.key_id != key_id, *above(table.c.id, after))
+    return all_rows(connection, query.order_by(table.c.id).limit(limit).with_for_update())
+
+
+def reseal(
+    connection: Connection, table: Table, org_id: OrgId, row_id: str, sealed: bytes, key_id: str
+) -> None:
+    """Store the same value, sealed with another key."""
+    mine = (table.c.org_id == org_id, table.c.id == row_id)
+    connection.execute(update(table).where(*mine).values(sealed=sealed, key_id=key_id))

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, func, select
 
 from worker.ids import AllOrgs, Scope
 from worker.store import catalogue, tables
+from worker.store.definitions import in_force
 from worker.store.dialect import Row, all_rows, chunks, in_scope
 
 _handlers, _orgs, _approvals = tables.host_handlers, tables.orgs, tables.pool_approvals
@@ -87,13 +88,12 @@ def uses(connection: Connection, scope: Scope, handlers: Collection[str]) -> lis
         .limit(DEFINITIONS)
         .subquery()
     )
-    its = (_revisions.c.definition_id == newest.c.id) & (_revisions.c.revision == newest.c.revision)
     own = (newest.c.name, newest.c.template_id, handler.label("handler"), _revisions.c.spec)
     query = (
         select(_orgs.c.code.label("org"), place, *own)
         .select_from(newest)
         .join(_orgs, _orgs.c.id == newest.c.org_id)
-        .join(_revisions, its)
+        .join(_revisions, in_force(newest))
         .where(_orgs.c.state != "removed")
         .order_by(newest.c.id.desc())
     )

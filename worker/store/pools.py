@@ -11,6 +11,7 @@ from worker.claims.enforced import Rules
 from worker.definitions.pools import pool_of
 from worker.runs.run import Declared
 from worker.store import catalogue, tables
+from worker.store.definitions import in_force
 from worker.store.dialect import Row, all_rows, database_now, first_row, upsert
 
 _pools, _live, _workers, _hosts = tables.pools, tables.live_runs, tables.workers, tables.hosts
@@ -100,10 +101,7 @@ def of_definitions(connection: Connection) -> dict[str, str]:
         select(_orgs.c.code, pool, handler, _orgs.c.pool)
         .select_from(newest)
         .join(_orgs, _orgs.c.id == newest.c.org_id)
-        .join(
-            _revisions,
-            (_revisions.c.definition_id == newest.c.id) & (_revisions.c.revision == newest.c.revision),
-        )
+        .join(_revisions, in_force(newest))
         .where(_orgs.c.state == "active")
         .order_by(newest.c.id)
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import socket
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Text, cast, select
 
@@ -29,7 +29,6 @@ from worker.runs.run import (
     Recovered,
     RunContext,
     RunStep,
-    StepPage,
     StoredProgress,
     Swept,
     Upcoming,
@@ -48,7 +47,7 @@ from worker.store import (
     tables,
     workers,
 )
-from worker.store.database import BatchLoader, Database
+from worker.store.database import BatchLoader, Database, in_autocommit, in_transaction
 from worker.store.dialect import database_now, driver, is_postgresql
 from worker.store.ring_walk import BEFORE_ALL, RingWalk
 from worker.store.sql import statements
@@ -119,17 +118,6 @@ PATIENCE = 0.3
 def heartbeat_database(database: Database, lease: timedelta) -> Database:
     """The database over a connection for the heartbeat alone, whose deadline leaves time for a retry."""
     return database.with_deadline(PATIENCE * lease.total_seconds())
-
-
-def _in_transaction(
-    work: Callable[Concatenate[Connection, P], T],
-) -> Callable[Concatenate[WorkerStore, P], Coroutine[Any, Any, T]]:
-    """Make a method that does this work in one transaction, in a thread of the database."""
-
-    async def method(self: WorkerStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self.database.call(work, *args, **kwargs)
-
-    return method
 
 
 class WorkerStore:
@@ -328,9 +316,12 @@ class WorkerStore:
             )
         )
 
-    async def load_progress(self, run_id: RunId) -> StoredProgress:
-        """The run's last checkpoint, and the handler that stored progress first."""
-        return await self.database.call_autocommit(load_progress, run_id)
+    load_progress = in_autocommit(load_progress)
+    load_steps = in_autocommit(steps.load_steps)
+    step_totals = in_autocommit(steps.step_totals)
+    log_size = in_autocommit(hosts.log_size)
+    live_workers = in_autocommit(workers.live_workers)
+    orgs_and_definitions = in_autocommit(run_contexts)
 
     async def store_steps(self, rows: Sequence[RunStep]) -> set[tuple[RunId, int]]:
         """Store steps with their spends, fenced; returns the runs, with fencing tokens, that still run."""
@@ -341,14 +332,6 @@ class WorkerStore:
         return await self.database.call(
             lambda connection: statements(connection).store_steps(connection, rows)
         )
-
-    async def load_steps(self, run_id: RunId, after: int) -> StepPage:
-        """The next page of a run's steps."""
-        return await self.database.call_autocommit(steps.load_steps, run_id, after)
-
-    async def step_totals(self, run_id: RunId) -> tuple[int, int]:
-        """The last place of a run's steps, and the bytes of their results."""
-        return await self.database.call_autocommit(steps.step_totals, run_id)
 
     async def load_state(self, run: AdmittedRun) -> LoadedState:
         """The state of a running run's definition."""
@@ -364,10 +347,6 @@ class WorkerStore:
     async def append_logs(self, rows: Sequence[LogLine]) -> None:
         """Append lines to runs' logs."""
         await self.database.call(lambda connection: statements(connection).append_logs(connection, rows))
-
-    async def log_size(self, run_id: RunId, attempt: int, seqs: Sequence[int]) -> tuple[int, int, set[int]]:
-        """The lines of an attempt's stored log, their bytes, and which of these are stored."""
-        return await self.database.call_autocommit(hosts.log_size, run_id, attempt, seqs)
 
     async def recover(self, still: Callable[[], bool], *, max_recoveries: int = 3) -> list[Recovered]:
         """Take over the runs of workers that are gone, if `still` holds once the database has answered."""
@@ -426,20 +405,16 @@ class WorkerStore:
 
         return await self.database.call_autocommit(read)
 
-    async def live_workers(self) -> int:
-        """The number of workers that hold their lease."""
-        return await self.database.call_autocommit(workers.live_workers)
-
     async def mark_no_handler(self) -> None:
         """Mark waiting runs whose handler no worker offers, and unmark others; some at each call."""
         _, self._marked_until = await self.database.call(sweeps.mark_no_handler, self._marked_until)
 
-    forget_runs = _in_transaction(sweeps.forget_runs)
-    forget_parts = _in_transaction(sweeps.forget_parts)
-    forget_skips = _in_transaction(sweeps.forget_skips)
-    forget_logs = _in_transaction(sweeps.forget_logs)
-    forget_counters = _in_transaction(budgets.forget_counters)
-    forget_workers = _in_transaction(workers.forget_workers)
+    forget_runs = in_transaction(sweeps.forget_runs)
+    forget_parts = in_transaction(sweeps.forget_parts)
+    forget_skips = in_transaction(sweeps.forget_skips)
+    forget_logs = in_transaction(sweeps.forget_logs)
+    forget_counters = in_transaction(budgets.forget_counters)
+    forget_workers = in_transaction(workers.forget_workers)
 
     async def handlers_changed(self, handlers: Sequence[str]) -> None:
         """Set the handlers that this worker offers."""
@@ -455,12 +430,6 @@ class WorkerStore:
         if context is None:
             raise NotFound(f"the org, the definition or the revision of run {run.id} is gone")
         return context
-
-    async def orgs_and_definitions(
-        self, wanted: Sequence[tuple[DefinitionId, int]]
-    ) -> Mapping[tuple[DefinitionId, int], RunContext]:
-        """The same of several revisions, without those that are gone."""
-        return await self.database.call_autocommit(run_contexts, wanted)
 
     def register(self, *, version: str, handlers: Sequence[str], capacity: Mapping[str, Any]) -> None:
         """Start this incarnation."""

@@ -8,7 +8,7 @@ from worker.execution.loops.placing import Placing
 from worker.ids import WorkerId
 from worker.operations.installation import Ownership
 from worker.settings import Settings
-from worker.store.placing_store import PlacingStore
+from worker.store.host_store import PlacingStore
 from worker.store.worker_store import WorkerStore
 from worker.wiring.temporal import require_client, tls_of
 

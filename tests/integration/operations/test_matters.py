@@ -18,7 +18,7 @@ from worker.runs.causes import WHOSE
 from worker.runs.next_steps import VERBS
 from worker.store import installation, tables
 from worker.store.database import Database
-from worker.store.lists.mismatches import Mismatch, mismatches
+from worker.store.lists.failures import Mismatch, mismatches
 from worker.web.pages.links import step_path
 
 DAY = timedelta(days=1)
@@ -154,8 +154,8 @@ def test_a_flood_of_other_failures_hides_no_mismatch(
 
     The control: each of the two lists alone has no place left for it.
     """
-    monkeypatch.setattr("worker.store.lists.mismatches.NEWEST", 2)
-    monkeypatch.setattr("worker.store.lists.mismatches.FAILING", 2)
+    monkeypatch.setattr("worker.store.lists.failures.NEWEST", 2)
+    monkeypatch.setattr("worker.store.lists.failures.FAILING", 2)
     victim, noisy = stock.org(), stock.org()
     refuse(stock, victim)
     definition = stock.definition(noisy)
@@ -167,7 +167,7 @@ def test_a_flood_of_other_failures_hides_no_mismatch(
             end(stock, noisy, "failed", "error")
 
     assert [one.orgs for one in mixed_up(database)] == [(stock.code(victim),)]
-    monkeypatch.setattr(f"worker.store.lists.mismatches.{control}", 0)
+    monkeypatch.setattr(f"worker.store.lists.failures.{control}", 0)
     assert mixed_up(database) == []
 
 

@@ -12,9 +12,9 @@ from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, new_id
 from worker.runs.run import NewRun
 from worker.store import tables
 from worker.store.database import Database
-from worker.store.lists import failures, inventory, morning
-from worker.store.lists.due import timings
+from worker.store.lists import failures, morning
 from worker.store.lists.grid import Grid, grid
+from worker.store.lists.morning import timings
 
 DAY = timedelta(days=1)
 HOUR = timedelta(hours=1)
@@ -174,10 +174,10 @@ def test_what_is_broken_is_counted_with_examples(database: Database, stock: Stoc
         now = database.now(connection)
         up, late, missing = morning.workers(connection, ALL_ORGS, now)
         slow = morning.workers(connection, ALL_ORGS, now + timedelta(seconds=20))
-        rejected = inventory.credentials(connection, ALL_ORGS, "dead", after=None, limit=10)
-        old = inventory.credentials(connection, ALL_ORGS, "old", after=None, limit=10)
-        every = inventory.credentials(connection, ALL_ORGS, "all", after=None, limit=1)
-        rest = inventory.credentials(connection, ALL_ORGS, "all", after=every[0]["id"], limit=10)
+        rejected = morning.credentials(connection, ALL_ORGS, "dead", after=None, limit=10)
+        old = morning.credentials(connection, ALL_ORGS, "old", after=None, limit=10)
+        every = morning.credentials(connection, ALL_ORGS, "all", after=None, limit=1)
+        rest = morning.credentials(connection, ALL_ORGS, "all", after=every[0]["id"], limit=10)
     assert (dead.total, dead.examples[0]["last_error"]) == (1, "invalid_client")
     assert (paused.total, paused.examples[0]["paused_by"]) == (1, "ada")
     assert (broken.total, broken.examples[0]["name"]) == (1, "acme.bad")

@@ -18,7 +18,7 @@ from worker.store import lists, tables
 from worker.store.database import Database
 from worker.store.lists import read, redaction, rows
 from worker.store.lists import runs as run_lists
-from worker.store.lists.definition_history import Revision
+from worker.store.lists.grid import Revision
 from worker.store.lists.redaction import NOT_LOADED, OTHER_ORG, rules_of
 from worker.telemetry.masking import without_paths
 from worker.web.callers import Caller

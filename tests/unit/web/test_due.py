@@ -12,7 +12,7 @@ import pytest
 
 from tests.fakes.clock import ManualClock, settle
 from worker.errors import StoreUnavailable
-from worker.store.lists.due import Timing, Timings
+from worker.store.lists.morning import Timing, Timings
 from worker.web.callers import Caller
 from worker.web.pages import due
 from worker.web.pages.due import HOUR, by_hour

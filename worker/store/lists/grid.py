@@ -1,19 +1,21 @@
-"""The grid of an org: what each of its definitions did on each of the last days."""
+"""Definitions over time: what each of an org did on each of the last days; one's revisions and lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
-from typing import Any
+from typing import Annotated, Any, TypedDict, cast
 
 from sqlalchemy import ColumnElement, Connection, Text, case, func, literal_column, select, text
 from sqlalchemy import cast as sql_cast
 
-from worker.ids import OrgId, RunId, lowest_id
+from worker.ids import DefinitionId, OrgId, RunId, lowest_id
 from worker.store import tables
-from worker.store.dialect import all_rows, is_postgresql
+from worker.store.dialect import all_rows, below, is_postgresql, rows_as
+from worker.store.lists import redaction
 from worker.store.lists import runs as run_lists
+from worker.store.lists.redaction import Shown, Spec
 from worker.store.lists.rows import Run
 
 DAYS = 30
@@ -24,7 +26,7 @@ MAX_SKIPS = 1_000
 WORST = ("failed", "refused", "running", "waiting", "retried", "cancelled", "skipped", "succeeded")
 
 _runs, _skips, _live = tables.runs, tables.skips, tables.live_runs
-_open = tables.waits
+_definitions, _revisions, _open = tables.definitions, tables.definition_revisions, tables.waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,3 +147,55 @@ def _day_of(connection: Connection, at: ColumnElement[Any]) -> ColumnElement[Any
     if is_postgresql(connection):
         return func.to_char(func.timezone("UTC", at), "YYYY-MM-DD")
     return func.substr(sql_cast(at, Text), 1, 10)
+
+
+class Revision(TypedDict):
+    """A change of a definition: its spec from then on."""
+
+    revision: Shown[int]
+    spec: Spec
+    at: Shown[datetime]
+    by: Annotated[str, redaction.actor]
+
+
+class Length(TypedDict):
+    """An ended run, and its last attempt."""
+
+    id: RunId
+    scheduled_for: datetime
+    state: str
+    started_at: datetime
+    finished_at: datetime
+
+
+def revisions(
+    connection: Connection,
+    org_id: OrgId,
+    definition_id: DefinitionId,
+    *,
+    before: int | None = None,
+    limit: int,
+) -> list[Revision]:
+    """The newest revisions, or the newest ones before a number."""
+    query = (
+        select(_revisions.c.revision, _revisions.c.spec, _revisions.c.at, _revisions.c.by)
+        .join(_definitions, _definitions.c.id == _revisions.c.definition_id)
+        .where(_revisions.c.definition_id == definition_id, _definitions.c.org_id == org_id)
+    )
+    query = query.where(*below(_revisions.c.revision, before))
+    query = query.order_by(_revisions.c.revision.desc()).limit(limit)
+    return rows_as(Revision, connection, query)
+
+
+def lengths(
+    connection: Connection, org_id: OrgId, definition_id: DefinitionId, *, limit: int
+) -> list[Length]:
+    """Those of the newest runs that have started and ended, newest first."""
+    newest = (
+        select(_runs.c.id, _runs.c.scheduled_for, _runs.c.state, _runs.c.started_at, _runs.c.finished_at)
+        .where(_runs.c.org_id == org_id, _runs.c.definition_id == definition_id)
+        .order_by(_runs.c.id.desc())
+        .limit(limit)
+    )
+    rows = all_rows(connection, newest)
+    return cast(list[Length], [row for row in rows if row["started_at"] and row["finished_at"]])

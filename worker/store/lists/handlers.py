@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, Connection, Select, and_, case, exists, fu
 from worker.definitions.pools import DEFAULT_POOL
 from worker.ids import AllOrgs, OrgId, Scope
 from worker.store import catalogue, tables
+from worker.store.definitions import in_force
 from worker.store.dialect import Row, all_rows
 from worker.store.lists.rows import Handler, columns_of
 
@@ -78,10 +79,7 @@ def _select(columns: Mapping[str, ColumnElement[Any]]) -> Select[Any]:
 
 
 def _open_definitions(org_id: OrgId) -> Select[Any]:
-    in_force = and_(
-        _revisions.c.definition_id == _definitions.c.id, _revisions.c.revision == _definitions.c.revision
-    )
-    query = select(literal(1)).select_from(_definitions).join(_revisions, in_force)
+    query = select(literal(1)).select_from(_definitions).join(_revisions, in_force(_definitions))
     query = query.join(_orgs, _orgs.c.id == _definitions.c.org_id)
     return query.where(_definitions.c.org_id == org_id, _definitions.c.closed_at.is_(None))
 

@@ -1,4 +1,4 @@
-"""What needs attention, of one org or of all, and what ended by hour; every query is bounded."""
+"""What needs attention, of one org or of all, what ended or comes due by hour, and credentials by risk."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from sqlalchemy import (
     union_all,
 )
 
-from worker.ids import AllOrgs, Scope
-from worker.store import tables
+from worker.ids import AllOrgs, OrgScope, Scope, WorkerId
+from worker.store import orgs, tables
 from worker.store.catalogue import OF_WORKERS
-from worker.store.dialect import Row, all_rows, in_scope
+from worker.store.dialect import Row, above, all_rows, in_scope, rows_as
 from worker.store.health import ENDS, OF_HOST
+from worker.store.lists import checked_id
+from worker.store.lists.redaction import Shown
+from worker.store.lists.rows import CredentialRow
 
 # Rows that are counted; a count that reaches this means "at least".
 MAX_ROWS = 10_000
@@ -35,7 +38,9 @@ ERRORS = 5
 
 _live, _orgs, _definitions = tables.live_runs, tables.orgs, tables.definitions
 _credentials, _catalogue, _workers = tables.credentials, tables.catalogue, tables.workers
-_hours = tables.rollup_hours
+_hours, _schedule, _revisions = tables.rollup_hours, tables.schedule, tables.definition_revisions
+# Between the keys of a timing, in one text: no key of a definition has it.
+_BETWEEN = "\x1f"
 # What runs of a reason wait for.
 _WHATS: Mapping[str, ColumnElement[Any]] = {
     "no_pool": _live.c.pool,
@@ -157,10 +162,10 @@ def _named(rows: Sequence[Row]) -> Named:
     return Named(rows[0]["total"] if rows else 0, [row["one"] for row in rows])
 
 
-def running(connection: Connection, scope: Scope) -> int:
-    """The number of running runs, up to MAX_ROWS."""
+def running(connection: Connection, scope: Scope, *, most: int = MAX_ROWS) -> int:
+    """The number of running runs, up to `most`."""
     mine = (_live.c.state == "running", *in_scope(_live.c.org_id, scope))
-    some = select(_live.c.id).where(*mine).limit(MAX_ROWS).subquery()
+    some = select(_live.c.id).where(*mine).limit(most).subquery()
     return connection.execute(select(func.count()).select_from(some)).scalar_one()
 
 
@@ -270,3 +275,100 @@ def ended_by_hour(
         .limit(hours * len(tables.FINAL_STATES))
     )
     return {(row["hour"], row["state"]): int(row["runs"]) for row in all_rows(connection, query)}
+
+
+class Timing(NamedTuple):
+    """What decides when a definition is due, as its keys have it."""
+
+    schedule: str
+    timezone: str
+    starts_at: str | None
+    ends_at: str | None
+    calendar_dates: str | None = None
+    """As JSON."""
+
+
+class Timings(NamedTuple):
+    """Some definitions by their timing, and the last one of them; None if there are no more."""
+
+    counted: Mapping[Timing, int]
+    last: str | None
+
+
+def timings(connection: Connection, scope: Scope, until: datetime, after: str | None, limit: int) -> Timings:
+    """Definitions whose next run is before `until`, of the `limit` definitions after this one by id."""
+    # By their keys: as joins, PostgreSQL would read all definitions for each page.
+    current = select(_definitions.c.revision).where(_definitions.c.id == _schedule.c.definition_id)
+    keys = [func.coalesce(_revisions.c.spec[key].as_string(), "") for key in Timing._fields]
+    written: ColumnElement[str] = keys[0]
+    for key in keys[1:]:
+        written = written + _BETWEEN + key
+    timing_of = (
+        select(written)
+        .where(
+            _revisions.c.definition_id == _schedule.c.definition_id,
+            _revisions.c.revision == current.correlate(_schedule).scalar_subquery(),
+        )
+        .correlate(_schedule)
+        .scalar_subquery()
+    )
+    zone = select(_orgs.c.timezone).where(_orgs.c.id == _schedule.c.org_id).scalar_subquery()
+    query = select(
+        _schedule.c.definition_id, _schedule.c.next_fire_at, timing_of.label("timing"), zone.label("zone")
+    ).where(*in_scope(_schedule.c.org_id, scope), *above(_schedule.c.definition_id, after))
+    rows = all_rows(connection, query.order_by(_schedule.c.definition_id).limit(limit))
+    counted: Counter[Timing] = Counter()
+    for row in rows:
+        if row["timing"] and row["next_fire_at"] is not None and row["next_fire_at"] < until:
+            schedule, timezone, *rest = row["timing"].split(_BETWEEN)
+            timing = Timing(schedule, timezone or row["zone"] or "UTC", *(text or None for text in rest))
+            counted[timing] += bool(schedule)
+    return Timings(+counted, str(rows[-1]["definition_id"]) if len(rows) == limit else None)
+
+
+class CredentialWithOrg(CredentialRow):
+    """A credential with its org's name and state."""
+
+    org_name: Shown[str]
+    org_state: Shown[str]
+
+
+def credentials(
+    connection: Connection, org: OrgScope, risk: str, *, after: str | None, limit: int
+) -> list[CredentialWithOrg]:
+    """Active credentials by risk, those that the issuer rejected (`dead`), or `all`, oldest first.
+
+    `old` leaves out the rejected ones. `after` is the id of the last row of the page before.
+
+    Raises:
+        NotFound: no such org, or `after` is not an id.
+    """
+    names = [column for column in CredentialRow.__annotations__ if column != "org"]
+    is_active = _credentials.c.state == literal_column("'active'")
+    # By the org's key: as a join, PostgreSQL would read all orgs.
+    code, name, state = (
+        select(_orgs.c[column]).where(_orgs.c.id == _credentials.c.org_id).limit(1).scalar_subquery()
+        for column in ("code", "name", "state")
+    )
+    query = select(
+        code.label("org"),
+        *(_credentials.c[column] for column in names),
+        name.label("org_name"),
+        state.label("org_state"),
+    ).where(is_active)
+    if risk == "dead":
+        query = query.where(_credentials.c.last_error.is_not(None))
+    elif risk == "old":
+        query = query.where(_credentials.c.last_error.is_(None))
+    query = query.where(*in_scope(_credentials.c.org_id, orgs.scope_of(connection, org)))
+    query = query.where(*above(_credentials.c.id, after and checked_id(after)))
+    return rows_as(CredentialWithOrg, connection, query.order_by(_credentials.c.id).limit(limit))
+
+
+def running_by_worker(connection: Connection, scope: Scope) -> dict[WorkerId, int]:
+    """The number of running runs of each worker, up to MAX_ROWS in all."""
+    mine = (_live.c.state == "running", *in_scope(_live.c.org_id, scope))
+    some = select(_live.c.worker_id).where(*mine).limit(MAX_ROWS).subquery()
+    count = func.count()
+    query = select(some.c.worker_id, count.label("runs")).group_by(some.c.worker_id).limit(MAX_ROWS)
+    return {row["worker_id"]: row["runs"] for row in all_rows(connection, query)}

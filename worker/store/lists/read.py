@@ -66,6 +66,7 @@ R = TypeVar("R")
 FIRST_PAGE = Page()
 Condition = ColumnElement[bool]
 
+_IN_FORCE = definition_rows.in_force(tables.definitions)
 _orgs, _audit, _skips, _credentials = tables.orgs, tables.audit, tables.skips, tables.credentials
 _definitions, _revisions, _schedule = tables.definitions, tables.definition_revisions, tables.schedule
 _templates, _backfills, _catalogue = tables.templates, tables.backfills, tables.catalogue
@@ -308,11 +309,6 @@ def handler_names(scope: Scope) -> Select[Any]:
         return names_with_workers()
     query = select(_of_spec("handler")).select_from(_definitions).join(_revisions, _IN_FORCE)
     return query.where(_definitions.c.org_id == scope).distinct()
-
-
-_IN_FORCE = (_revisions.c.definition_id == _definitions.c.id) & (
-    _revisions.c.revision == _definitions.c.revision
-)
 
 
 def unfinished_runs() -> ScalarSelect[int]:

@@ -1,8 +1,7 @@
 """The tables, with named constraints; a column's meaning is its `doc`, which the reference shows.
 
 Here are the tables of orgs, definitions, workers, audit and alerts; `tables/runs.py` has those of runs,
-`tables/sign_in.py` those of logins, `tables/provisioning.py` that of applications at providers,
-`tables/budgets.py` those of budgets and spends, `tables/secrets.py` those with sealed columns.
+`tables/budgets.py` those of budgets and spends, `tables/access.py` those of credentials and logins.
 The migrations also make views, triggers and functions: `tests/migrations/ddl.py` shows their current form.
 """
 
@@ -27,14 +26,22 @@ from sqlalchemy import (
 )
 
 from worker.store.dialect import Id, Instant, json_type
+from worker.store.tables.access import APPLICATION_STATES as APPLICATION_STATES
+from worker.store.tables.access import CREDENTIAL_STATES as CREDENTIAL_STATES
+from worker.store.tables.access import OPERATOR_ROLES as OPERATOR_ROLES
+from worker.store.tables.access import access_tokens as access_tokens
+from worker.store.tables.access import applications as applications
+from worker.store.tables.access import credentials as credentials
+from worker.store.tables.access import login_transactions as login_transactions
+from worker.store.tables.access import operators as operators
+from worker.store.tables.access import org_secrets as org_secrets
+from worker.store.tables.access import sessions as sessions
 from worker.store.tables.budgets import budget_raises as budget_raises
 from worker.store.tables.budgets import budgets as budgets
 from worker.store.tables.budgets import meter_days as meter_days
 from worker.store.tables.budgets import meters as meters
 from worker.store.tables.budgets import org_properties as org_properties
 from worker.store.tables.budgets import spends as spends
-from worker.store.tables.provisioning import APPLICATION_STATES as APPLICATION_STATES
-from worker.store.tables.provisioning import applications as applications
 from worker.store.tables.runs import ATTEMPT_OUTCOMES as ATTEMPT_OUTCOMES
 from worker.store.tables.runs import FINAL_STATES as FINAL_STATES
 from worker.store.tables.runs import NEVER as NEVER
@@ -53,14 +60,6 @@ from worker.store.tables.runs import runs as runs
 from worker.store.tables.runs import skips as skips
 from worker.store.tables.runs import steps as steps
 from worker.store.tables.runs import waits as waits
-from worker.store.tables.secrets import CREDENTIAL_STATES as CREDENTIAL_STATES
-from worker.store.tables.secrets import access_tokens as access_tokens
-from worker.store.tables.secrets import credentials as credentials
-from worker.store.tables.secrets import org_secrets as org_secrets
-from worker.store.tables.sign_in import OPERATOR_ROLES as OPERATOR_ROLES
-from worker.store.tables.sign_in import login_transactions as login_transactions
-from worker.store.tables.sign_in import operators as operators
-from worker.store.tables.sign_in import sessions as sessions
 
 ORG_STATES = ("active", "paused", "suspended", "removed")
 

@@ -23,7 +23,7 @@ from worker.operations.handlers import Handlers
 from worker.runs.preview import preview_definition
 from worker.store import catalogue, orgs
 from worker.store.lists import BACKFILLS, Page
-from worker.store.lists.definition_history import Length, Revision, lengths, revisions
+from worker.store.lists.grid import Length, Revision, lengths, revisions
 from worker.store.lists.read import DefinitionState, definition, read, state
 from worker.store.lists.rows import DefinitionDetail, Run
 from worker.store.lists.runs import of_definition, unfinished

@@ -17,7 +17,7 @@ from worker.definitions.triggers import parse_schedule, without_dates
 from worker.definitions.zones import parse_zone
 from worker.errors import InvalidTrigger
 from worker.ids import ALL_ORGS
-from worker.store.lists.due import Timing, timings
+from worker.store.lists.morning import Timing, timings
 from worker.web.callers import Caller, CallerDatabase
 
 HOUR = timedelta(hours=1)

@@ -24,7 +24,7 @@ from worker.store.lists import (
     TEMPLATES,
     Listing,
     Page,
-    inventory,
+    morning,
 )
 from worker.store.lists.morning import lease_state
 from worker.store.lists.read import read
@@ -108,11 +108,9 @@ class InventoryPages(PageGroup):
             raise UsageError(f"{risk!r} is not a risk", fix=f"one of {', '.join(RISKS)}")
 
         def work(connection: Connection) -> dict[str, Any]:
-            rows = inventory.credentials(
-                connection, caller.scope(), risk, after=given.get("after"), limit=ROWS
-            )
+            rows = morning.credentials(connection, caller.scope(), risk, after=given.get("after"), limit=ROWS)
             return {
-                "rows": [caller.sees(inventory.CredentialWithOrg, row) for row in rows],
+                "rows": [caller.sees(morning.CredentialWithOrg, row) for row in rows],
                 "risk": risk,
                 "risks": RISKS,
                 "next": next_page("/credentials", {"risk": risk}, rows),
@@ -131,7 +129,7 @@ class InventoryPages(PageGroup):
         now = self._pages.clock.now()
 
         def work(connection: Connection) -> dict[str, Any]:
-            running = inventory.running_by_worker(connection, ALL_ORGS)
+            running = morning.running_by_worker(connection, ALL_ORGS)
             workers = [
                 {**row, **_state_of(row, now), "running": running.get(row["id"], 0)}
                 for row in health.workers(connection)
