@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Connection
 
@@ -23,7 +23,7 @@ from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.edit_runs import Cancellable
 from worker.store.lists import runs as run_lists
-from worker.store.lists.rows import WaitRow
+from worker.store.lists.rows import ChangeOutcome, WaitRow
 from worker.telemetry.masking import masker
 
 # Open questions that an error names.
@@ -107,7 +107,7 @@ def answer_many(
     actor: str,
     limit: int,
     dry_run: bool = False,
-) -> Iterator[Row]:
+) -> Iterator[ChangeOutcome]:
     """Give the same answer to each matching run that waits for `name`, as it is taken; yields the outcomes.
 
     Nothing is kept for runs that do not wait for it yet. `left` says why a run was left, else None. With
@@ -127,15 +127,15 @@ def answer_many(
         row |= {"name": name, "occurrence": wait and wait["occurrence"], "left": None}
         if wait is None:
             waits_for = ", ".join(each["name"] for each in found) or "nothing"
-            yield row | {"left": f"waits for {waits_for}, not {name}"}
+            yield cast(ChangeOutcome, row | {"left": f"waits for {waits_for}, not {name}"})
             continue
         try:
             _check_option(wait, data)
             if not dry_run:
                 answer(database, run["id"], name, data, actor=actor, occurrence=wait["occurrence"])
-            yield row
+            yield cast(ChangeOutcome, row)
         except (Conflict, NotFound, UsageError) as error:
-            yield row | {"left": error.message}
+            yield cast(ChangeOutcome, row | {"left": error.message})
 
 
 def _refuse_another(

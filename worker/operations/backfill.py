@@ -23,7 +23,7 @@ from worker.store import audit, backfills, definitions, firing, orgs
 from worker.store.database import Database
 from worker.store.dialect import Row, database_now
 from worker.store.lists import read as lists
-from worker.store.lists.rows import Backfill, PlannedBackfill
+from worker.store.lists.rows import Backfill, ChangeOutcome, PlannedBackfill
 from worker.telemetry.events import emit
 
 # Backfills that one transaction continues, and the new runs of each.
@@ -282,7 +282,7 @@ def backfill_template(
     actor: str,
     dry_run: bool = False,
     cancel: bool = False,
-) -> Iterator[Row]:
+) -> Iterator[ChangeOutcome]:
     """Backfill the range of each open definition that a template made, as it is taken; yields the outcomes.
 
     A row has the columns of `definitions backfills`, and `left`: why an org was left out, else None. Orgs are
@@ -308,19 +308,14 @@ def backfill_template(
         return backfill(database, org, definition, start=start, until=until, limit=limit, actor=actor)
 
     for row in definitions_of(database, template_id):
-        outcome: Row = {
-            "org": row["org"],
-            "definition": row["name"],
-            "id": None,
-            "instants": 0,
-            "made": 0,
-        }
+        of, named = row["org"], row["name"]
+        outcome = ChangeOutcome(org=of, definition=named, id=None, instants=0, made=0, left=None)
         try:
             changed = change(row["org"], row["name"])
-            yield outcome | {key: changed[key] for key in ("id", "instants", "made")} | {"left": None}
+            yield outcome | {"id": changed["id"], "instants": changed["instants"], "made": changed["made"]}
         except UsageError:
             # The range is right: this schedule has no time in it.
-            yield outcome | {"left": None}
+            yield outcome
         except (Conflict, NotFound, DefinitionError) as error:
             if not cancel:
                 yield outcome | {"left": error.message}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Connection
 
@@ -32,7 +32,7 @@ from worker.store.dialect import Row
 from worker.store.edit_runs import Cancellable, Retryable
 from worker.store.lists import checked_id
 from worker.store.lists import runs as run_lists
-from worker.store.lists.rows import Run
+from worker.store.lists.rows import ChangeOutcome, Run
 
 # Matching runs read at a time.
 PAGE = 100
@@ -208,7 +208,7 @@ def matching(
 
 def cancel_many(
     database: Database, which: Cancellable, *, actor: str, org: str | None = None, limit: int
-) -> Iterator[Row]:
+) -> Iterator[ChangeOutcome]:
     """Cancel each matching run as it is taken, and yield the outcome.
 
     `state` is `cancelled`, or `running` for a run that was asked to stop. For a run that
@@ -220,7 +220,7 @@ def cancel_many(
 
     for run, row, left in _change_each(matching(database, which, org=org, limit=limit), change):
         kept = {name: run[name] for name in ("id", "org", "definition", "scheduled_for")}
-        yield kept | {"state": row and row["state"], "left": left}
+        yield cast(ChangeOutcome, kept | {"state": row and row["state"], "left": left})
 
 
 def retry_many(
@@ -231,7 +231,7 @@ def retry_many(
     org: str | None = None,
     from_checkpoint: bool = False,
     limit: int,
-) -> Iterator[Row]:
+) -> Iterator[ChangeOutcome]:
     """Retry each matching run as it is taken, and yield the outcome; repeating it retries those left.
 
     `id` and `state` are the new run's. For a run that was left, `id` is None and `left` says why.
@@ -242,7 +242,8 @@ def retry_many(
 
     for old, row, left in _change_each(matching(database, which, org=org, limit=limit), change):
         made = {"id": row and row["id"], "state": row and row["state"], "left": left, "retry_of": old["id"]}
-        yield made | {name: old[name] for name in ("org", "definition", "scheduled_for")}
+        kept = {name: old[name] for name in ("org", "definition", "scheduled_for")}
+        yield cast(ChangeOutcome, made | kept)
 
 
 def _change_each(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from itertools import islice
-from typing import Any
+from typing import Any, TypedDict
 from zoneinfo import ZoneInfo
 
 from worker.definitions.triggers import parse_schedule
@@ -13,10 +13,16 @@ from worker.definitions.units import format_duration
 from worker.definitions.zones import parse_zone
 from worker.runs.fire import preview
 
-Row = dict[str, Any]
+
+class NextTime(TypedDict):
+    """A scheduled time, also as local time; `note` says what is special about it."""
+
+    scheduled_for: datetime
+    local: str
+    note: str | None
 
 
-def preview_schedule(schedule: str, zone_name: str, start: datetime, count: int) -> list[Row]:
+def preview_schedule(schedule: str, zone_name: str, start: datetime, count: int) -> list[NextTime]:
     """The first `count` scheduled times of a schedule at or after `start`.
 
     Raises:
@@ -33,7 +39,7 @@ def preview_definition(
     count: int,
     *,
     now: datetime,
-) -> list[Row]:
+) -> list[NextTime]:
     """The next scheduled times of a definition, with a note if one will be skipped.
 
     Without `start` it begins with those that are due and have not fired yet.
@@ -42,7 +48,7 @@ def preview_definition(
     return [_row(at, zone, note) for at, note in preview(row, unfinished, now, start=start, count=count)]
 
 
-def _row(at: datetime, zone: ZoneInfo, note: str = "") -> Row:
+def _row(at: datetime, zone: ZoneInfo, note: str = "") -> NextTime:
     notes = "; ".join(filter(None, (note, _clock_change(at, zone))))
     return {"scheduled_for": at, "local": at.astimezone(zone).isoformat(), "note": notes or None}
 

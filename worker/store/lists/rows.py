@@ -7,7 +7,7 @@ The classes `…Detail` are for the verb `show`.
 from __future__ import annotations
 
 from datetime import date, datetime
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from worker.ids import DefinitionId, OrgId, RunId, TemplateId, WorkerId
 from worker.orgs import OrgState
@@ -392,6 +392,25 @@ class BulkRow(TypedDict):
     state: Shown[str]
     retried_as: Shown[RunId | None]
     left: Annotated[str | None, redaction.text]
+
+
+class ChangeOutcome(TypedDict):
+    """What became of a run, or an org's definition, in a change of many; for operators only.
+
+    `left` says why it was left as it is, else it is null.
+    """
+
+    id: str | None
+    org: str
+    definition: str
+    left: str | None
+    scheduled_for: NotRequired[datetime]
+    state: NotRequired[str | None]
+    retry_of: NotRequired[str]
+    name: NotRequired[str]
+    occurrence: NotRequired[int | None]
+    instants: NotRequired[int]
+    made: NotRequired[int]
 
 
 class Bulk(TypedDict):

@@ -20,7 +20,7 @@ from worker.errors import Conflict, DefinitionError, UsageError, WorkerError
 from worker.ids import DefinitionId
 from worker.operations.changes import shown_keys
 from worker.operations.handlers import Handlers
-from worker.runs.preview import preview_definition
+from worker.runs.preview import NextTime, preview_definition
 from worker.store import catalogue, orgs
 from worker.store.lists import BACKFILLS, Page
 from worker.store.lists.grid import Length, Revision, lengths, revisions
@@ -206,7 +206,7 @@ def _number(text: str | None) -> int | None:
 
 def _next_times(
     connection: Connection, row: DefinitionDetail, now: datetime
-) -> tuple[list[dict[str, Any]], str | None]:
+) -> tuple[list[NextTime], str | None]:
     """The next scheduled times with notes; or none, and why they cannot be computed."""
     try:
         serial = unfinished(connection, row["org"], row["id"])
