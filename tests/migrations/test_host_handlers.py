@@ -12,7 +12,7 @@ from tests.migrations.test_schema import alembic, connected
 from worker.clock import SystemClock
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import new_id
-from worker.store import approvals, catalogue, places, schema, tables
+from worker.store import catalogue, host_grants, places, schema, tables
 from worker.store.database import Database
 
 AT = datetime(2020, 1, 1, tzinfo=UTC)
@@ -71,11 +71,11 @@ def test_what_hosts_declared_is_copied_under_their_pools(database_url: str) -> N
     with database.transaction() as connection:
         # They place no run, and count against what is approved, before any worker of this release runs.
         assert set(catalogue.declared(connection)) == {"acme.note"}
-        assert catalogue.is_of_workers(connection, ["gpu.render", "acme.note", "old.note"]) == {"acme.note"}
-        [eu, _] = approvals.declared_by_hosts(connection)
+        assert set(catalogue.of_workers(connection, ["gpu.render", "acme.note", "old.note"])) == {"acme.note"}
+        [eu, _] = host_grants.declared_by_hosts(connection)
         assert (eu["pool"], eu["hosts"], eu["pending"]) == ("eu", ["one"], ["secrets", "scopes"])
-        assert approvals.approve(connection, "eu", "gpu.render", eu["digest"], by="ana", at=AT)
-        assert [row["approved"] for row in approvals.declared_by_hosts(connection)] == [True, False]
+        assert host_grants.approve(connection, "eu", "gpu.render", eu["digest"], by="ana", at=AT)
+        assert [row["approved"] for row in host_grants.declared_by_hosts(connection)] == [True, False]
         # A worker that has read its own settles what of the name is the workers'.
         catalogue.put(connection, [HandlerEntry("acme.note", "d", "1", "m:f")], at=AT)
         assert [row["distribution"] for row in catalogue.entries(connection)] == ["d"]

@@ -13,7 +13,7 @@ from worker.errors import Conflict, Diagnostic, NotFound
 from worker.handlers.ceiling import Ceiling, digest, may_run
 from worker.ids import ALL_ORGS
 from worker.runs.next_steps import NextStep
-from worker.store import approvals, audit, places, pools
+from worker.store import audit, host_grants, places, pools
 from worker.store.database import Database
 from worker.store.dialect import Row
 
@@ -35,7 +35,7 @@ def list_approvals(database: Database, pool: str | None = None) -> list[Row]:
 
 def declared(connection: Connection, pool: str | None = None) -> list[Row]:
     """As `list_approvals`, without a check of the pool."""
-    rows = [row for row in approvals.declared_by_hosts(connection, pool) if row["beyond"]]
+    rows = [row for row in host_grants.declared_by_hosts(connection, pool) if row["beyond"]]
     return sorted(rows, key=lambda row: row["approved"])
 
 
@@ -72,13 +72,13 @@ def approve(database: Database, pool: str, handler: str, digest: str, *, actor: 
     """
     with database.transaction() as connection:
         _require_pool(connection, pool)
-        before = approvals.approved(connection, pool, handler)
+        before = host_grants.approved(connection, pool, handler)
         if before is not None and before["digest"] == digest:
             return _shown(before)
         now = database.now(connection)
-        given = approvals.approve(connection, pool, handler, digest, by=actor, at=now)
+        given = host_grants.approve(connection, pool, handler, digest, by=actor, at=now)
         if given is None:
-            raise _not_declared(pool, handler, approvals.declared_by_hosts(connection, pool))
+            raise _not_declared(pool, handler, host_grants.declared_by_hosts(connection, pool))
         replaced = {"replaces": before["digest"]} if before is not None else {}
         detail = {"digest": digest, "ceiling": given["ceiling"], **replaced}
         entry = audit.Entry(None, "pool.approve", f"{pool} {handler}", detail)
@@ -93,8 +93,8 @@ def revoke(database: Database, pool: str, handler: str, *, actor: str) -> Row:
         NotFound: nothing is approved for it.
     """
     with database.transaction() as connection:
-        before = approvals.approved(connection, pool, handler)
-        if before is None or not approvals.revoke(connection, pool, handler):
+        before = host_grants.approved(connection, pool, handler)
+        if before is None or not host_grants.revoke(connection, pool, handler):
             raise NotFound(
                 f"nothing is approved for {handler} in pool {pool}", fix="`pools approvals` lists approvals"
             )

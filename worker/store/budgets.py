@@ -123,16 +123,12 @@ def of_orgs(
             period = period_of(row["per"], zone, now)
         found.setdefault(org_id, []).append(
             OrgBudget(
-                row["id"],
-                org_id,
-                org["code"],
-                row["meter"],
-                row["per"],
-                row["at_limit"],
-                row["warn_at"],
-                limit,
-                row["property"],
-                period,
+                org_id=org_id,
+                org=org["code"],
+                limit=limit,
+                property_name=row["property"],
+                period=period,
+                **{name: row[name] for name in ("id", "meter", "per", "at_limit", "warn_at")},
             )
         )
     return found
@@ -296,17 +292,8 @@ def raise_limit(
     run_id: RunId | None = None,
 ) -> Row:
     """Store a raise, and return its row."""
-    values = {
-        "id": new_id(),
-        "org_id": org_id,
-        "meter": meter,
-        "per": per,
-        "run_id": run_id,
-        "amount": amount,
-        "until": until,
-        "created_at": at,
-        "created_by": actor,
-    }
+    what = {"meter": meter, "per": per, "run_id": run_id, "amount": amount, "until": until}
+    values = {"id": new_id(), "org_id": org_id, **what, "created_at": at, "created_by": actor}
     connection.execute(insert(_raises).values(**values))
     return values
 

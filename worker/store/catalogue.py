@@ -130,11 +130,6 @@ def names() -> Select[Any]:
     return select(_catalogue.c.name).where(OF_WORKERS).distinct()
 
 
-def is_of_workers(connection: Connection, wanted: Collection[str]) -> set[str]:
-    """Of these handlers those that any worker has or had: no host's declaration counts for them."""
-    return set(of_workers(connection, wanted))
-
-
 def of_workers(connection: Connection, wanted: Collection[str]) -> dict[str, list[HandlerEntry]]:
     """The workers' own declarations of these handlers, the newest last; without schemas, broken ones too."""
     found: dict[str, list[HandlerEntry]] = {}

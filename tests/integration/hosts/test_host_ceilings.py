@@ -28,7 +28,7 @@ from worker.operations.hosts import remove_host
 from worker.operations.org_secrets import add_secret
 from worker.runs import outcome as outcomes
 from worker.runs.fire import decide
-from worker.store import approvals, catalogue, host_handlers, host_store, sweeps, tables
+from worker.store import catalogue, host_grants, host_handlers, host_store, sweeps, tables
 from worker.store.dialect import database_now
 from worker.web import attempts as web
 
@@ -146,12 +146,12 @@ def approve(fleet: Fleet, entry: HandlerEntry, pool: str = "eu") -> None:
     with fleet.database.transaction() as connection:
         of = next(
             row["digest"]
-            for row in approvals.declared_by_hosts(connection, pool)
+            for row in host_grants.declared_by_hosts(connection, pool)
             if (row["handler"], row["secrets"], row["scopes"])
             == (entry.name, sorted(entry.secrets), sorted(entry.scopes))
         )
         at = database_now(connection)
-        assert approvals.approve(connection, pool, entry.name, of, by="ana", at=at) is not None
+        assert host_grants.approve(connection, pool, entry.name, of, by="ana", at=at) is not None
 
 
 def waits(fleet: Fleet, run: RunId) -> tuple[str, str | None]:
@@ -394,7 +394,7 @@ async def test_a_handler_of_workers_needs_no_approval_for_what_they_declare(flee
     fleet.start("keyed")
     assert await more.take(fleet.one, wait=0.2) == []
     with fleet.database.transaction() as connection:
-        [row] = [row for row in approvals.declared_by_hosts(connection) if row["pending"]]
+        [row] = [row for row in host_grants.declared_by_hosts(connection) if row["pending"]]
     assert (row["handler"], row["hosts"], row["pending"]) == ("acme.keyed", ["h2"], ["secrets"])
 
 
@@ -430,10 +430,10 @@ async def test_an_approval_lets_waiting_runs_start(fleet_on_either: Fleet) -> No
     assert fleet.rows.live(run)["available_at"] > fleet.one.tools.clock.now()  # type: ignore[index]
     # The control: of another pool, or of what the host no longer declares, it lets nothing start.
     with fleet.database.transaction() as connection:
-        digest = approvals.declared_by_hosts(connection, "eu")[0]["digest"]
+        digest = host_grants.declared_by_hosts(connection, "eu")[0]["digest"]
         at = database_now(connection)
         for pool, wrong in (("us", digest), ("eu", "1-" + "0" * 40)):
-            assert approvals.approve(connection, pool, OWN.name, wrong, by="ana", at=at) is None
+            assert host_grants.approve(connection, pool, OWN.name, wrong, by="ana", at=at) is None
     assert await host.take(fleet.one, wait=0.2) == []
 
     approve(fleet, SCOPED)
@@ -527,7 +527,7 @@ async def test_a_host_that_registered_at_an_older_worker_goes_on_within_the_ceil
     fleet.start("nowhere", org="org_b")
     assert await host.take(fleet.one, wait=0.3) == []
     with fleet.database.transaction() as connection:
-        [row] = [row for row in approvals.declared_by_hosts(connection) if row["pending"]]
+        [row] = [row for row in host_grants.declared_by_hosts(connection) if row["pending"]]
     assert (row["handler"], row["hosts"], row["secrets"]) == (OWN.name, ["h1"], ["openai"])
 
 

@@ -12,7 +12,8 @@ from worker.operations.credentials import add_credential
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import retry, run_now
 from worker.store import failing, roles, tables
-from worker.store.lists import ORGS, Page, broken
+from worker.store.lists import ORGS, Page
+from worker.store.lists.grid import broken
 from worker.store.lists.read import read
 
 FILE = """
@@ -55,7 +56,7 @@ def site(apply, database, rows):
 
         def rows(self, scope=ALL_ORGS, **page):
             with database.acting(roles.ALL_ORGS).autocommit() as connection:
-                return broken.page_of(connection, Page(**page), scope)
+                return broken(connection, Page(**page), scope)
 
         def prune(self):
             with database.transaction() as connection:

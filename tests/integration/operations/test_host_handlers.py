@@ -308,7 +308,7 @@ def test_without_the_digest_a_host_would_exchange_what_is_approved(
 ) -> None:
     """The control: an approval by name takes whatever is declared at that moment."""
     worker = host_of(stock, "eu", KEYED)
-    monkeypatch.setattr("worker.store.approvals.digest", lambda pool, handler, ceiling: "1-any")
+    monkeypatch.setattr("worker.store.host_grants.digest", lambda pool, handler, ceiling: "1-any")
     [row] = list_approvals(database)
     with database.transaction() as connection:
         host_handlers.report(connection, worker, [replace(KEYED, secrets=("openai", "stripe"))])

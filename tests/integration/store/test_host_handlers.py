@@ -16,7 +16,7 @@ from worker.handlers.ceiling import Ceiling, digest
 from worker.ids import WorkerId
 from worker.operations import hosts as operations
 from worker.runs.hosts import HostCaller, TooManyHandlers
-from worker.store import approvals, catalogue, host_handlers, places, tables
+from worker.store import catalogue, host_grants, host_handlers, places, tables
 from worker.store.dialect import Row
 
 RENDER = HandlerEntry("gpu.render", "gpu", "1", "gpu:render")
@@ -30,12 +30,12 @@ def declare(stock: Stock, worker: WorkerId, *entries: HandlerEntry) -> None:
 
 def declared(stock: Stock, pool: str | None = None) -> list[Row]:
     with stock.database.autocommit() as connection:
-        return approvals.declared_by_hosts(connection, pool)
+        return host_grants.declared_by_hosts(connection, pool)
 
 
 def approve(stock: Stock, handler: str, of_digest: str, pool: str = "eu") -> Row | None:
     with stock.database.transaction() as connection:
-        return approvals.approve(connection, pool, handler, of_digest, by="ana", at=stock.now())
+        return host_grants.approve(connection, pool, handler, of_digest, by="ana", at=stock.now())
 
 
 def in_eu(stock: Stock, name: str = "gpu1") -> tuple[HostCaller, WorkerId]:
@@ -67,9 +67,9 @@ def test_a_handler_of_workers_is_theirs(stock: Stock) -> None:
     _, worker = in_eu(stock)
     declare(stock, worker, RENDER)
     with stock.database.transaction() as connection:
-        assert catalogue.is_of_workers(connection, ["gpu.render"]) == set()
+        assert set(catalogue.of_workers(connection, ["gpu.render"])) == set()
         catalogue.put(connection, [replace(RENDER, error="no")], at=stock.now())
-        assert catalogue.is_of_workers(connection, ["gpu.render", "x"]) == {"gpu.render"}
+        assert set(catalogue.of_workers(connection, ["gpu.render", "x"])) == {"gpu.render"}
         assert places.only_of_hosts(connection) == set()
 
         assert catalogue.forget_name(connection, "gpu.render") == 1
@@ -85,13 +85,13 @@ def test_rows_of_the_previous_release_count_if_a_worker_lists_the_handler(stock:
         catalogue.put(connection, rows, at=stock.now())
         connection.execute(tables.catalogue.update().values(of_worker=None))
         host_and_names(connection, host, ["gpu.render"])
-        assert catalogue.is_of_workers(connection, ["acme.note", "gpu.render"]) == {"acme.note"}
+        assert set(catalogue.of_workers(connection, ["acme.note", "gpu.render"])) == {"acme.note"}
         assert len(catalogue.entries(connection)) == 2
 
         connection.execute(
             tables.workers.update().where(tables.workers.c.id == theirs).values(ended_at=stock.now())
         )
-        assert catalogue.is_of_workers(connection, ["acme.note"]) == {"acme.note"}
+        assert set(catalogue.of_workers(connection, ["acme.note"])) == {"acme.note"}
 
         # Once a worker or command of this release has read it, no other row of the name counts.
         catalogue.put(connection, rows[:1], at=stock.now())

@@ -1,19 +1,26 @@
-"""What event streams show: one run to begin with, then the rows and new log lines of all watched runs."""
+"""Runs that somebody watches, as event streams show them, or has just changed, and how they go on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, select, text
+from sqlalchemy import Connection, func, select, text
 
-from worker.ids import ALL_ORGS, OrgId, OrgScope, RunId
+from worker.ids import ALL_ORGS, OrgId, OrgScope, RunId, lowest_id
 from worker.store import orgs, tables
-from worker.store.dialect import Instant, Row, all_rows, chunks, is_postgresql
+from worker.store.dialect import Instant, Row, all_rows, chunks, in_scope, is_postgresql
 from worker.store.lists import runs as run_lists
+from worker.store.lists.matching import shown_state
 from worker.store.lists.rows import LogRow, Run, columns_of
 
-_logs = tables.run_logs
+# Rows of the audit that are looked through for changed runs, and runs that are found.
+EXAMINED = 5_000
+MAX_FOUND = 1_000
+
+_logs, _audit = tables.run_logs, tables.audit
+_runs, _live = tables.runs, tables.live_runs
 _COLUMNS = ", ".join(("run_id", *columns_of(LogRow)))
 # SQLite has no LATERAL, and at most 500 SELECTs in a UNION.
 _EACH = (
@@ -81,3 +88,36 @@ def _lines(connection: Connection, places: Places, most: int) -> list[Row]:
             values |= {f"attempt{number}": attempt, f"seq{number}": seq}
         lines += all_rows(connection, query.bindparams(**values).columns(at=Instant()))
     return lines
+
+
+class ChangedRuns(NamedTuple):
+    """The states of the runs, newest change first, and the reason that was given for it."""
+
+    states: Mapping[RunId, str]
+    reason: str
+
+
+def changed_runs(
+    connection: Connection, scope: OrgScope, *, actor: str, action: str, since: datetime
+) -> ChangedRuns:
+    """The newest runs that the audit says were changed since then; of a retry, the new runs.
+
+    Raises:
+        NotFound: there is no org of the scope.
+    """
+    org_id = orgs.scope_of(connection, scope)
+    newest = select(_audit).where(_audit.c.id >= lowest_id(since), *in_scope(_audit.c.org_id, org_id))
+    row = newest.order_by(_audit.c.id.desc()).limit(EXAMINED).subquery("newest").c
+    found = connection.execute(
+        select(row.subject, row.detail)
+        .where(row.actor == actor, row.action == action, row.at >= since)
+        .order_by(row.id.desc())
+        .limit(MAX_FOUND)
+    ).all()
+    ids = [RunId(subject) for subject, _ in found]
+    state = func.coalesce(_runs.c.state, shown_state(_live.c.state))
+    each = select(_runs.c.id, state).outerjoin(_live, _live.c.id == _runs.c.id).where(_runs.c.id.in_(ids))
+    each = each.where(*in_scope(_runs.c.org_id, org_id))
+    states = {RunId(row[0]): str(row[1]) for row in connection.execute(each.limit(MAX_FOUND))}
+    reason = (found[0][1] or {}).get("reason", "") if found else ""
+    return ChangedRuns({id_: states[id_] for id_ in ids if id_ in states}, reason)

@@ -25,7 +25,7 @@ from worker.ids import RunId
 from worker.search import Query
 from worker.store import orgs
 from worker.store.dialect import database_now
-from worker.store.lists import MAX_LIMIT, Page, changes, runs, search
+from worker.store.lists import MAX_LIMIT, Page, live, runs, search
 from worker.store.lists.rows import Run
 from worker.web.callers import Many
 from worker.web.pages.base import ROWS, Pages, allowed, caller_of, query
@@ -82,7 +82,7 @@ class BulkPages:
             changed: Mapping[RunId, str] = {}
             reason = ""
             if began is not None:
-                changed, reason = changes.changed_runs(
+                changed, reason = live.changed_runs(
                     connection, caller.scope(), actor=caller.actor, action=f"run.{verb.action}", since=began
                 )
             scope = orgs.scope_of(connection, caller.scope())
@@ -101,7 +101,7 @@ class BulkPages:
                 "more": len(still) > ROWS or found.next is not None,
                 "changed": [caller.sees(Run, row) for row in newest],
                 "states": states,
-                "all_states": len(changed) < changes.MAX_FOUND,
+                "all_states": len(changed) < live.MAX_FOUND,
                 "is_moving": bool(states["waiting"] or states["running"]),
                 "left": list(dict.fromkeys(left)),
                 "back": search_path(text),

@@ -17,9 +17,8 @@ from worker.errors import Conflict, UsageError, WorkerError
 from worker.ids import ALL_ORGS
 from worker.search import parsed
 from worker.store import history, orgs
-from worker.store.lists import DEFINITIONS, ORGS, RUNS, Page, broken
-from worker.store.lists.broken import Broken
-from worker.store.lists.grid import grid, open_waits
+from worker.store.lists import DEFINITIONS, ORGS, RUNS, Page
+from worker.store.lists.grid import Broken, broken, grid, open_waits
 from worker.store.lists.read import org, read
 from worker.store.lists.rows import DefinitionRow, OrgDetail, Run, RunDetail
 from worker.web.pages.base import ROWS, PageGroup, allowed, caller_of, next_page, query
@@ -101,7 +100,7 @@ class OrgPages(PageGroup):
             due = [row for row in definitions if row["next_scheduled_for"] and row["state"] == "active"]
             due.sort(key=lambda row: row["next_scheduled_for"] or now)
             claims = caller.sees(RunDetail, {"claims": history.last_claims(connection, org_id)})["claims"]
-            faults = broken.page_of(connection, Page(limit=SHOWN), code)
+            faults = broken(connection, Page(limit=SHOWN), code)
             return {
                 "org": caller.sees(OrgDetail, org(connection, code)),
                 "may": allowed(request),
