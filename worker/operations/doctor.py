@@ -263,7 +263,7 @@ def served_pools(database: Database, org: NameOf = str) -> Diagnostic:
     """A definition whose pool no worker or host serves: its runs wait. Looks at the newest definitions."""
     ok, bad = _said("pools")
     with database.autocommit() as connection:
-        served = pools.slots_of(pools.serving(connection))
+        served = pools.slots_of(health.live_workers(connection))
         wanted = pools.of_definitions(connection)
     if not served:
         return ok("no worker is up to serve a pool")
@@ -297,7 +297,7 @@ def pool_rules(database: Database, settings: Settings) -> Diagnostic:
     ok, bad = _said("pool_rules")
     with database.autocommit() as connection:
         rules = PoolRules(settings.pool_rules, pools.rules(connection))
-        alive = pools.serving(connection)
+        alive = health.live_workers(connection)
     if rules.differing:
         pool = min(rules.differing)
         return bad(

@@ -138,6 +138,8 @@ def strayed(connection: Connection) -> Sequence[tuple[RunId, str]]:
 MAX_COUNTED = 10_000
 # Rows that are listed.
 NEWEST = 50
+# Workers and hosts that hold their lease: more than any installation has.
+SERVING = 10_000
 
 # Rows are the planner's estimates; bytes include indexes.
 _POSTGRESQL_SIZES = """
@@ -216,8 +218,8 @@ def dead_credentials(connection: Connection) -> list[Row]:
 
 
 def live_workers(connection: Connection) -> list[Row]:
-    """Machine, capacity, pools and lease of the workers and hosts that hold their lease."""
-    workers = tables.workers
-    alive = (workers.c.ended_at.is_(None), workers.c.lease_until > database_now(connection))
-    columns = (workers.c[name] for name in ("id", "host", "capacity", "pools", "renewed_at", "lease_until"))
-    return all_rows(connection, select(*columns).where(*alive).order_by(workers.c.id))
+    """Machine, capacity, pools and lease of the workers and hosts that hold their lease; of a host its id."""
+    alive = (_workers.c.ended_at.is_(None), _workers.c.lease_until > database_now(connection))
+    names = ("id", "host", "host_id", "capacity", "pools", "renewed_at", "lease_until")
+    query = select(*(_workers.c[name] for name in names)).where(*alive).order_by(_workers.c.id)
+    return all_rows(connection, query.limit(SERVING))

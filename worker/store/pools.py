@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, delete, func, literal_column, 
 from worker.claims.enforced import Rules
 from worker.definitions.pools import pool_of
 from worker.runs.run import Declared
-from worker.store import catalogue, tables
+from worker.store import catalogue, health, tables
 from worker.store.definitions import in_force
 from worker.store.dialect import Row, all_rows, database_now, first_row, upsert
 
@@ -55,13 +55,6 @@ def forget_rules(connection: Connection, pool: str) -> Mapping[str, str] | None:
     connection.execute(delete(_pools).where(_pools.c.name == pool))
     required: Mapping[str, str] = row["requires"]
     return required
-
-
-def serving(connection: Connection) -> list[Row]:
-    """Pools, slots and host of every worker and host that holds its lease."""
-    alive = (_workers.c.ended_at.is_(None), _workers.c.lease_until > database_now(connection))
-    columns = (_workers.c.pools, _workers.c.capacity, _workers.c.host_id)
-    return all_rows(connection, select(*columns).where(*alive).order_by(_workers.c.id).limit(SERVING))
 
 
 def of_hosts(connection: Connection) -> set[str]:
@@ -130,7 +123,7 @@ def overview(connection: Connection) -> list[Row]:
     known = {
         row["name"]: row for row in all_rows(connection, select(_pools).order_by(_pools.c.name).limit(NAMES))
     }
-    alive = serving(connection)
+    alive = health.live_workers(connection)
     due, busy = waiting(connection, SHOWN), running(connection)
     slots = slots_of(alive)
     rows = []

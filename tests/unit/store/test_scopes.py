@@ -30,7 +30,6 @@ LOOPS = frozenset(
 # What commands and chores of an operator call, by keys or by rows that have their org.
 BY_KEY = {
     "applications": {"find", "by_name", "known_ids", "change"},
-    "approvals": {"approve"},
     "backfills": {"add", "is_any_unfinished"},
     "budgets": {"spent_by", "put", "by_target", "find", "remove", "forget_counters"},
     "calendars": {"ending"},

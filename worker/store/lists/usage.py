@@ -12,8 +12,8 @@ from sqlalchemy import Column, ColumnElement, Connection, func, select
 from worker.errors import UsageError
 from worker.ids import AllOrgs, OrgId, OrgScope
 from worker.store import budgets, orgs, tables
-from worker.store.dialect import Row, all_rows, below, chunks, database_now, rows_as
-from worker.store.lists import DEFAULT_LIMIT, MAX_LIMIT
+from worker.store.dialect import Row, all_rows, below, chunks, database_now, in_scope, rows_as
+from worker.store.lists import DEFAULT_LIMIT, Page
 from worker.store.lists.redaction import Shown
 from worker.store.lists.rows import columns_of
 
@@ -127,11 +127,7 @@ def usage(
     """
     if by not in BYS:
         raise UsageError(f"{by!r} is not a way to list usage", fix=f"one of {', '.join(BYS)}")
-    most = DEFAULT_LIMIT if limit is None else limit
-    if not 1 <= most <= MAX_LIMIT:
-        raise UsageError(
-            f"limit {most} is not between 1 and {MAX_LIMIT}", fix="use `after` for the next page"
-        )
+    most = Page(limit=limit).limit or DEFAULT_LIMIT
     scope = orgs.scope_of(connection, org)
     first, last = window(connection, since, until)
     named = _page_of_orgs(connection, first, last, most, after) if isinstance(scope, AllOrgs) else [scope]
@@ -149,7 +145,7 @@ def usage(
         )
         rows += all_rows(connection, query)
     shown = {row["definition_id"] for row in rows} if by == "definition" else set[str]()
-    mine = () if isinstance(scope, AllOrgs) else (_definitions.c.org_id == scope,)
+    mine = in_scope(_definitions.c.org_id, scope)
     names = _texts(connection, _definitions.c.name, shown, *mine)
     places = {org_id: place for place, org_id in enumerate(named)}
     newest_first = [
