@@ -122,7 +122,7 @@ def _carry_out(connection: Connection, plan: _Plan, *, actor: str, at: datetime,
     for org in plan.orgs:
         if org.before and "timezone" in org.new:
             settled += definitions.lock_org(connection, org.id)
-    with settle.rescheduling(connection, settled, at=at):
+    with settle.rescheduling(connection, settled, at=at, scope=ALL_ORGS):
         fresh = {"created_at": at, "updated_at": at}
         added = [org for org in plan.orgs if org.before is None]
         orgs.add(connection, [{"id": org.id, "code": org.code, **fresh, **org.new} for org in added])

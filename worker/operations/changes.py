@@ -242,7 +242,7 @@ def change_definitions(
 ) -> None:
     """Settle and change locked definitions, schedule them from now, and write the audit."""
     stored = [change.before for change in changes if change.before]
-    with settle.rescheduling(connection, stored, at=at):
+    with settle.rescheduling(connection, stored, at=at, scope=ALL_ORGS):
         write_definitions(connection, changes, actor=actor, at=at)
     audit.record(connection, [change.audit_entry(reason) for change in changes], at=at, actor=actor)
 
@@ -252,7 +252,7 @@ def write_definitions(
 ) -> None:
     """Write changes of settled definitions, schedule new ones, and cancel the runs of closed ones."""
     new = _write_rows(connection, changes, actor, at)
-    settle.schedule_next(connection, new, at=at, inclusive=True)
+    settle.schedule_next(connection, new, at=at, inclusive=True, scope=ALL_ORGS)
     closed = {change.before["id"]: change for change in changes if change.action == "close" and change.before}
     for definition_id in sorted(backfills.unfinished_of(connection, ALL_ORGS, list(closed))):
         ours = backfills.is_of(definition_id)

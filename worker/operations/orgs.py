@@ -16,7 +16,7 @@ from worker.definitions.file import parse_org
 from worker.definitions.pools import parse_pool
 from worker.definitions.zones import parse_zone
 from worker.errors import Conflict, DefinitionError, InvalidTrigger, UsageError
-from worker.ids import OrgId, new_id
+from worker.ids import ALL_ORGS, OrgId, new_id
 from worker.operations import settle
 from worker.operations.credentials import check_client, credential_row, is_stored
 from worker.operations.templates import materialise_first
@@ -149,7 +149,7 @@ def set_org_state(
         if row["state"] != state:
             now = database.now(connection)
             rows = definitions.lock_org(connection, row["id"])
-            with settle.rescheduling(connection, rows, at=now):
+            with settle.rescheduling(connection, rows, at=now, scope=ALL_ORGS):
                 orgs.set_state(connection, row["id"], state, by=actor, at=now, note=note)
                 stopped = _stop(connection, row["id"], state, rows, now)
             ends = state in ("suspended", "removed")
@@ -288,7 +288,7 @@ def _change_org(
     if is_back:
         orgs.set_state(connection, org_id, "active", by=actor, at=at, note=None)
     moved = definitions.lock_org(connection, org_id) if "timezone" in new else []
-    with settle.rescheduling(connection, moved, at=at):
+    with settle.rescheduling(connection, moved, at=at, scope=ALL_ORGS):
         orgs.change(connection, org_id, new, at=at)
     if is_back:
         return [audit.Entry(org_id, "org.add", entry.code, columns_of(entry))]

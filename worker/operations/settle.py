@@ -29,7 +29,7 @@ PAGE = 500
 
 @contextmanager
 def rescheduling(
-    connection: Connection, rows: Iterable[Row], *, at: datetime, scope: Scope = ALL_ORGS
+    connection: Connection, rows: Iterable[Row], *, at: datetime, scope: Scope
 ) -> Iterator[None]:
     """Settle locked definitions, let the caller change them or their org, then schedule them from now.
 
@@ -41,7 +41,7 @@ def rescheduling(
     schedule_next(connection, definitions.read(connection, scope, before), at=at, scope=scope)
 
 
-def settle(connection: Connection, rows: Sequence[Row], *, at: datetime, scope: Scope = ALL_ORGS) -> None:
+def settle(connection: Connection, rows: Sequence[Row], *, at: datetime, scope: Scope) -> None:
     """Decide every scheduled time of locked definitions up to now, by the revision in force.
 
     A time whose spread has not passed yet becomes a run that is available when it has.
@@ -86,7 +86,7 @@ def schedule_next(
     *,
     at: datetime,
     inclusive: bool = False,
-    scope: Scope = ALL_ORGS,
+    scope: Scope,
 ) -> None:
     """Set the next scheduled time of definitions, counted from now; None for inactive ones.
 
@@ -181,8 +181,8 @@ def recompute(database: Database, *, after: DefinitionId | None = None) -> Settl
         with database.transaction() as connection:
             now = database.now(connection)
             locked = definitions.read(connection, ALL_ORGS, moved, lock=True)
-            settle(connection, locked, at=now)
-            schedule_next(connection, locked, at=now)
+            settle(connection, locked, at=now, scope=ALL_ORGS)
+            schedule_next(connection, locked, at=now, scope=ALL_ORGS)
     return SettledPage(rows[-1]["id"] if len(rows) == PAGE else None, len(moved))
 
 

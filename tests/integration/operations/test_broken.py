@@ -56,7 +56,7 @@ def site(apply, database, rows):
 
         def rows(self, scope=ALL_ORGS, **page):
             with database.acting(roles.ALL_ORGS).autocommit() as connection:
-                return broken(connection, Page(**page), scope)
+                return broken(connection, scope, Page(**page))
 
         def prune(self):
             with database.transaction() as connection:

@@ -7,6 +7,7 @@ its org. None of them has a default, so a call that forgets it is a type error.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +99,26 @@ def test_every_store_call_takes_the_org_or_says_that_it_is_for_all():
     modules = [*STORE.glob("*.py"), *STORE.glob("lists/*.py")]
     found = {path.stem: set(unscoped(path.read_text())) for path in modules if path.stem not in LOOPS}
     assert {name: those for name, those in found.items() if those} == BY_KEY
+
+
+def defaults(source: str) -> Iterator[str]:
+    """The parameters for a scope that have a default: a call that forgets it would be for all orgs."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            args = [*node.args.posonlyargs, *node.args.args]
+            with_default = args[len(args) - len(node.args.defaults) :]
+            pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+            for each in (*with_default, *(one for one, default in pairs if default is not None)):
+                if each.annotation and re.fullmatch(r"(Org)?Scope|AllOrgs", ast.unparse(each.annotation)):
+                    yield f"{node.name}({each.arg})"
+
+
+def test_no_scope_has_a_default():
+    found = {path: [*defaults(path.read_text())] for path in STORE.parent.rglob("*.py")}
+    assert {path: names for path, names in found.items() if names} == {}
+    # The control.
+    assert [*defaults("def settle(rows, *, at, scope: Scope = ALL_ORGS): ...")] == ["settle(scope)"]
+    assert [*defaults("def broken(page, scope: OrgScope = ALL_ORGS): ...")] == ["broken(scope)"]
 
 
 FORGETFUL = """

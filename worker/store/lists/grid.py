@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypedDict, cast
 from sqlalchemy import ColumnElement, Connection, Text, case, func, literal_column, null, select, text
 from sqlalchemy import cast as sql_cast
 
-from worker.ids import ALL_ORGS, DefinitionId, OrgId, OrgScope, RunId, Scope, lowest_id
+from worker.ids import DefinitionId, OrgId, OrgScope, RunId, Scope, lowest_id
 from worker.store import failing, orgs, tables
 from worker.store.dialect import Id, all_rows, below, in_scope, is_postgresql, rows_as
 from worker.store.lists import DEFAULT_LIMIT, Page, redaction
@@ -220,7 +220,7 @@ class Broken(TypedDict):
     since: Shown[datetime | None]
 
 
-def broken(connection: Connection, page: Page = FIRST_PAGE, scope: OrgScope = ALL_ORGS) -> list[Broken]:
+def broken(connection: Connection, scope: OrgScope, page: Page = FIRST_PAGE) -> list[Broken]:
     """What is broken, the newest definitions and orgs first, in pages by `id`.
 
     `state` of a row is `failed` or `refused`, or `credential_dead`.

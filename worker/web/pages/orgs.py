@@ -100,7 +100,7 @@ class OrgPages(PageGroup):
             due = [row for row in definitions if row["next_scheduled_for"] and row["state"] == "active"]
             due.sort(key=lambda row: row["next_scheduled_for"] or now)
             claims = caller.sees(RunDetail, {"claims": history.last_claims(connection, org_id)})["claims"]
-            faults = broken(connection, Page(limit=SHOWN), code)
+            faults = broken(connection, code, Page(limit=SHOWN))
             return {
                 "org": caller.sees(OrgDetail, org(connection, code)),
                 "may": allowed(request),
