@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
@@ -57,15 +57,9 @@ class HostStore:
     ) -> WorkerId:
         """Start an incarnation of a host, with a lease from now on."""
         worker = WorkerId(new_id())
+        identity: dict[str, Any] = {"capacity": capacity, "host": host, "pid": pid, "version": version}
         await self.database.call(
-            hosts.begin,
-            caller,
-            worker,
-            lease=self._lease,
-            capacity=capacity,
-            host=host,
-            pid=pid,
-            version=version,
+            lambda connection: hosts.begin(connection, caller, worker, lease=self._lease, **identity)
         )
         return worker
 

@@ -73,17 +73,9 @@ def find(connection: Connection, token_sha256: str, incarnation: str | None) -> 
 
 
 def begin(
-    connection: Connection,
-    caller: HostCaller,
-    worker_id: WorkerId,
-    *,
-    lease: timedelta,
-    capacity: Mapping[str, Any],
-    host: str,
-    pid: int,
-    version: str,
+    connection: Connection, caller: HostCaller, worker_id: WorkerId, *, lease: timedelta, **identity: Any
 ) -> None:
-    """Start an incarnation of a host; its lease starts now.
+    """Start an incarnation of a host with this `capacity`, `host`, `pid` and `version`, as `register`.
 
     Raises:
         TooManyRequests: the host has started `MAX_BEGUN` within a minute, or `MAX_ALIVE` hold a lease.
@@ -92,18 +84,8 @@ def begin(
     # It also locks the row: others that start at the same time are counted afterwards.
     connection.execute(update(_hosts).where(_hosts.c.id == caller.id).values(seen_at=seen))
     _check_number(connection, caller)
-    register(
-        connection,
-        worker_id,
-        lease=lease,
-        handlers=(),
-        capacity=capacity,
-        pools=(caller.pool,),
-        host_id=caller.id,
-        host=host,
-        pid=pid,
-        version=version,
-    )
+    of_host: dict[str, Any] = {"pools": (caller.pool,), "host_id": caller.id}
+    register(connection, worker_id, lease=lease, handlers=(), **of_host, **identity)
 
 
 def _check_number(connection: Connection, caller: HostCaller) -> None:

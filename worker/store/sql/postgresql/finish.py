@@ -136,22 +136,14 @@ def _seconds(values: Iterable[timedelta | None]) -> str:
 
 
 # Of an `Ending`.
-WAITING = Columns(
-    (plain, "attempt.run_id"),
-    (texts, "reason attempt.detail"),
-    (_seconds, "attempt.available_after"),
+_WHY = ((plain, "attempt.run_id"), (texts, "reason attempt.detail"))
+_COUNTS = (
     (plain, "attempt.failures attempt.recoveries"),
     (flags, "attempt.keep_start_by"),
     (jsons, "attempt.trail.progress"),
 )
-PARKED = Columns(
-    (plain, "attempt.run_id"),
-    (texts, "reason attempt.detail"),
-    (plain, "attempt.failures attempt.recoveries"),
-    (flags, "attempt.keep_start_by"),
-    (jsons, "attempt.trail.progress"),
-    (flags, "attempt.counted"),
-)
+WAITING = Columns(*_WHY, (_seconds, "attempt.available_after"), *_COUNTS)
+PARKED = Columns(*_WHY, *_COUNTS, (flags, "attempt.counted"))
 ENDED = Columns(
     (uuids, "attempt.run_id"),
     (numbers, "attempt.attempt"),
