@@ -18,6 +18,7 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.runs.run import Declared
 from worker.store import tables
 from worker.store.dialect import Row, all_rows, chunks, database_now, upsert
+from worker.store.health import holds_lease
 
 _catalogue, _workers = tables.catalogue, tables.workers
 _KEY = ("name", "distribution")
@@ -93,8 +94,8 @@ def forget_name(connection: Connection, name: str) -> int:
 
 def offering(connection: Connection, name: str) -> list[str]:
     """The machines of the live workers that offer a handler."""
-    alive = (_workers.c.ended_at.is_(None), _workers.c.lease_until > database_now(connection))
-    query = select(_workers.c.host, _workers.c.handlers).where(_workers.c.host_id.is_(None), *alive)
+    alive = (_workers.c.host_id.is_(None), holds_lease(database_now(connection)))
+    query = select(_workers.c.host, _workers.c.handlers).where(*alive)
     return sorted({host for host, names in connection.execute(query) if name in names})
 
 

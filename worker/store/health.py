@@ -6,9 +6,10 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
-from sqlalchemy import Connection, func, select, text
+from sqlalchemy import ColumnElement, Connection, and_, func, select, text
 
 from worker.ids import RunId, Scope
 from worker.store import tables
@@ -31,6 +32,12 @@ OF_HOST = (
     .scalar_subquery()
     .label("of_host")
 )
+
+
+def holds_lease(at: datetime) -> ColumnElement[bool]:
+    """A condition on `workers`: the worker or incarnation of a host has its lease at this time."""
+    return and_(_workers.c.ended_at.is_(None), _workers.c.lease_until > at)
+
 
 # Other sessions that vacuum or a lock waits for (a replica's feedback has no transaction of its own),
 # prepared transactions and replication slots.
@@ -219,7 +226,6 @@ def dead_credentials(connection: Connection) -> list[Row]:
 
 def live_workers(connection: Connection) -> list[Row]:
     """Machine, capacity, pools and lease of the workers and hosts that hold their lease; of a host its id."""
-    alive = (_workers.c.ended_at.is_(None), _workers.c.lease_until > database_now(connection))
     names = ("id", "host", "host_id", "capacity", "pools", "renewed_at", "lease_until")
-    query = select(*(_workers.c[name] for name in names)).where(*alive).order_by(_workers.c.id)
-    return all_rows(connection, query.limit(SERVING))
+    query = select(*(_workers.c[name] for name in names)).where(holds_lease(database_now(connection)))
+    return all_rows(connection, query.order_by(_workers.c.id).limit(SERVING))

@@ -20,6 +20,7 @@ from worker.ids import DefinitionId, RunId, WorkerId
 from worker.runs.outcome import NOT_APPROVED_WAIT
 from worker.store import catalogue, host_handlers, tables
 from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, hint, upsert
+from worker.store.health import holds_lease
 from worker.store.host_handlers import MAX_ROWS
 
 _handlers, _workers, _approvals = tables.host_handlers, tables.workers, tables.pool_approvals
@@ -55,9 +56,9 @@ def incarnation(connection: Connection, worker_id: WorkerId) -> IncarnationRow |
 
 def live_incarnations(connection: Connection) -> list[IncarnationRow]:
     """The workers and hosts that hold their lease."""
-    alive = (_workers.c.ended_at.is_(None), _workers.c.lease_until > database_now(connection))
-    query = select(*_INCARNATION).where(*alive).order_by(_workers.c.id).limit(MAX_ROWS)
-    return [IncarnationRow(*row) for row in connection.execute(query)]
+    query = select(*_INCARNATION).where(holds_lease(database_now(connection)))
+    rows = connection.execute(query.order_by(_workers.c.id).limit(MAX_ROWS))
+    return [IncarnationRow(*row) for row in rows]
 
 
 def declarations(

@@ -31,6 +31,7 @@ from worker.runs.hosts import MAX_HANDLERS, TooManyHandlers
 from worker.runs.run import Declared, Isolation
 from worker.store import catalogue, tables
 from worker.store.dialect import Row, chunks, compact_json, database_now, upsert
+from worker.store.health import holds_lease
 
 _handlers, _hosts, _workers = tables.host_handlers, tables.hosts, tables.workers
 _approvals = tables.pool_approvals
@@ -95,8 +96,8 @@ def _make_room(connection: Connection, host_id: str, pool: str, added: dict[tupl
     stored = {(name, distribution): size for name, distribution, size in connection.execute(query)}
     if _fits(stored | added):
         return
-    alive = (_workers.c.ended_at.is_(None), _workers.c.lease_until > database_now(connection))
-    live = select(_workers.c.handlers).where(_workers.c.host_id == host_id, *alive)
+    alive = holds_lease(database_now(connection))
+    live = select(_workers.c.handlers).where(_workers.c.host_id == host_id, alive)
     listed = {name for names in connection.execute(live).scalars() for name in names}
     gone = [key for key in stored if key[0] not in listed and key not in added]
     if not _fits({key: size for key, size in (stored | added).items() if key not in gone}):
@@ -125,10 +126,8 @@ def forget_unseen(connection: Connection, age: timedelta = KEPT) -> int:
     A live incarnation still declares what it has declared since its start.
     """
     now = database_now(connection)
-    alive = (_workers.c.ended_at.is_(None), _workers.c.lease_until > now)
-    still = exists().where(
-        _workers.c.host_id == _handlers.c.host_id, _workers.c.started_at <= _handlers.c.seen_at, *alive
-    )
+    mine = (_workers.c.host_id == _handlers.c.host_id, _workers.c.started_at <= _handlers.c.seen_at)
+    still = exists().where(*mine, holds_lease(now))
     connection.execute(
         update(_handlers).where(_handlers.c.seen_at < now - SEEN_EVERY, still).values(seen_at=now)
     )

@@ -91,7 +91,7 @@ def begin(
 def _check_number(connection: Connection, caller: HostCaller) -> None:
     now = database_now(connection)
     of, minute = _workers.c, timedelta(minutes=1)
-    is_alive = and_(of.ended_at.is_(None), of.lease_until > now)
+    is_alive = health.holds_lease(now)
     begun, first, alive = connection.execute(
         select(
             func.count(case((of.started_at > now - minute, 1))),
@@ -156,7 +156,7 @@ def load(connection: Connection, pool: str) -> PoolLoad | None:
         select(of.id, of.capacity)
         .join_from(_workers, _hosts, _hosts.c.id == of.host_id)
         .where(_hosts.c.pool == pool, _hosts.c.removed_at.is_(None))
-        .where(of.ended_at.is_(None), of.lease_until > now)
+        .where(health.holds_lease(now))
     )
     slots = {row.id: {kind: int(row.capacity.get(name, 0)) for kind, name in SLOTS.items()} for row in rows}
     used: dict[WorkerId, Counter[Isolation]] = {worker: Counter() for worker in slots}

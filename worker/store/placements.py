@@ -19,6 +19,7 @@ from worker.runs.placing import Fence, Placed, Placement, PoolRoom
 from worker.runs.run import AdmittedRun, Isolation
 from worker.store import host_grants, tables
 from worker.store.dialect import chunks, database_now, upsert
+from worker.store.health import holds_lease
 from worker.store.sql import statements
 
 _live, _placements, _workers = tables.live_runs, tables.placements, tables.workers
@@ -39,7 +40,7 @@ _ADMITTED = tuple(
 def room_of(connection: Connection, pool: str) -> PoolRoom:
     """What the pool's hosts could take now; admission counts again, exactly."""
     now = database_now(connection)
-    is_host = _workers.c.host_id.is_not(None) & _workers.c.ended_at.is_(None) & (_workers.c.lease_until > now)
+    is_host = _workers.c.host_id.is_not(None) & holds_lease(now)
     columns = (_workers.c.id, _workers.c.capacity, _workers.c.handlers, _workers.c.pools)
     # One that has not read its plug-ins yet offers nothing.
     rows = connection.execute(select(*columns).where(is_host)).all()
@@ -66,7 +67,7 @@ def room_of(connection: Connection, pool: str) -> PoolRoom:
 
 def unplaced_handlers(connection: Connection, pool: str) -> list[str]:
     """Handlers that some hosts of the pool offer and others do not, so that their runs are not placed."""
-    alive = _workers.c.ended_at.is_(None) & (_workers.c.lease_until > database_now(connection))
+    alive = holds_lease(database_now(connection))
     columns = (_workers.c.handlers, _workers.c.pools)
     rows = connection.execute(select(*columns).where(alive, _workers.c.host_id.is_not(None)))
     offered = [set(row.handlers) for row in rows if pool in row.pools and row.handlers]
@@ -108,8 +109,8 @@ def take(
     if run is None or run.state != "running" or run.fencing_token != fencing_token:
         return None
     now = database_now(connection)
-    alive = (_workers.c.ended_at.is_(None), _workers.c.lease_until > now)
-    pools = connection.execute(select(_workers.c.pools).where(_workers.c.id == host, *alive)).scalar()
+    mine = (_workers.c.id == host, holds_lease(now))
+    pools = connection.execute(select(_workers.c.pools).where(*mine)).scalar()
     if pools is None or run.pool not in pools:
         return None
     used = delete(_placements).where(

@@ -16,6 +16,7 @@ from worker.runs.run import LogLine, OwnedRun, Recovered
 from worker.store import host_handlers, placements, tables
 from worker.store.definitions import names_of
 from worker.store.dialect import Row, all_rows, database_now
+from worker.store.health import holds_lease
 from worker.store.sql import statements
 from worker.store.sql.contract import AbandonedRun
 
@@ -90,11 +91,7 @@ def forget_workers(connection: Connection, age: timedelta) -> int:
 
 def live_workers(connection: Connection) -> int:
     """The number of workers that hold their lease, without hosts: those request no tokens."""
-    alive = (
-        _workers.c.ended_at.is_(None),
-        _workers.c.host_id.is_(None),
-        _workers.c.lease_until > database_now(connection),
-    )
+    alive = (_workers.c.host_id.is_(None), holds_lease(database_now(connection)))
     count: int = connection.execute(select(func.count()).select_from(_workers).where(*alive)).scalar_one()
     return count
 

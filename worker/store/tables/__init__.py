@@ -26,8 +26,6 @@ from sqlalchemy import (
 )
 
 from worker.store.dialect import Id, Instant, json_type
-from worker.store.tables.access import APPLICATION_STATES as APPLICATION_STATES
-from worker.store.tables.access import CREDENTIAL_STATES as CREDENTIAL_STATES
 from worker.store.tables.access import OPERATOR_ROLES as OPERATOR_ROLES
 from worker.store.tables.access import access_tokens as access_tokens
 from worker.store.tables.access import applications as applications
