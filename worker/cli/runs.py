@@ -36,7 +36,7 @@ from worker.ids import ALL_ORGS
 from worker.runs.run import step_label
 from worker.runs.waits import is_open_question
 from worker.store.lists import RUNS
-from worker.store.lists.rows import LogRow, RunDetail, WaitRow
+from worker.store.lists.rows import ChangeOutcome, LogRow, RunDetail, WaitRow
 
 if TYPE_CHECKING:
     from worker.search import Query
@@ -55,7 +55,6 @@ CANCELLED = ("id", "org", "definition", "scheduled_for", "state", "left")
 ANSWERED = ("id", "org", "definition", "scheduled_for", "name", "left")
 RETRIED = ("id", "retry_of", "org", "definition", "scheduled_for", "state", "left")
 
-Row = dict[str, Any]
 OptionalRun = Annotated[str | None, argument("RUN", "One run's id, as `runs list` prints it.")]
 DryRunOption = Annotated[bool, option("--dry-run", "Only list the runs that would be changed.")]
 
@@ -173,13 +172,13 @@ def _whole(database: Database, run: str) -> str:
 
 def _filters(
     session: Invocation, run: str | None, org: str | None, options: Mapping[str, str | None], *, is_bulk: bool
-) -> Row:
+) -> dict[str, Any]:
     """The options that select runs, read, without those that were not given.
 
     Raises:
         UsageError: both a run's id and such options, or neither.
     """
-    given: Row = {name: value for name, value in options.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     for name, read in (("since", read_since), ("query", read_query)):
         if name in given:
             given[name] = read(given[name], session.clock)
@@ -193,7 +192,7 @@ def _filters(
     return given
 
 
-def _print_found(session: Invocation, found: Iterable[Row], time_column: str) -> None:
+def _print_found(session: Invocation, found: Iterable[dict[str, Any]], time_column: str) -> None:
     rows = list(found)
     session.print_rows(rows, (*FOUND, time_column))
     say(f"{len(rows)} would be changed")
@@ -201,13 +200,13 @@ def _print_found(session: Invocation, found: Iterable[Row], time_column: str) ->
 
 def _carry_out(
     session: Invocation,
-    changes: Iterator[Row],
+    changes: Iterator[ChangeOutcome],
     columns: Sequence[str],
     limit: int,
-    first: Callable[[list[Row]], None] = lambda rows: None,
-) -> list[Row]:
+    first: Callable[[list[ChangeOutcome]], None] = lambda rows: None,
+) -> list[ChangeOutcome]:
     """Change runs one by one, and print the outcomes even if one raises."""
-    rows: list[Row] = []
+    rows: list[ChangeOutcome] = []
     failed = True
     try:
         first(rows)
@@ -222,13 +221,15 @@ def _carry_out(
     return rows
 
 
-def _try_first(database: Database, changes: Iterator[Row], count: int, rows: list[Row]) -> None:
+def _try_first(
+    database: Database, changes: Iterator[ChangeOutcome], count: int, rows: list[ChangeOutcome]
+) -> None:
     """Retry `count` runs and wait for their ends.
 
     Raises:
         CanaryFailed: one did not succeed, or waits for an answer.
     """
-    canaries: list[Row] = []
+    canaries: list[ChangeOutcome] = []
     while len(canaries) < count and (row := next(changes, None)) is not None:
         rows.append(row)
         if row["id"] is not None:
@@ -260,11 +261,11 @@ def _question_of(run: RunDetail) -> WaitRow | None:
     return next(filter(is_open_question, run["waits"]), None) if run["state"] == "waiting" else None
 
 
-def _ends(database: Database, runs: Iterable[Row]) -> list[RunDetail]:
+def _ends(database: Database, runs: Iterable[ChangeOutcome]) -> list[RunDetail]:
     """The rows of these runs once each has ended or waits for an answer; prints their progress on stderr."""
     from worker.store.lists import runs as run_lists
 
-    ids = [row["id"] for row in runs]
+    ids = [row["id"] for row in runs if row["id"] is not None]
     said: dict[str, str] = {}
     while True:
         with database.autocommit() as connection:
@@ -418,7 +419,7 @@ def show(session: Invocation, run: RunArgument) -> None:
     session.print_row(_for_people(row) if session.output is Format.TABLE else row)
 
 
-def _for_people(run: RunDetail) -> Row:
+def _for_people(run: RunDetail) -> dict[str, Any]:
     """A run with readable errors and without digests; attempts without traces, few steps without results."""
     attempts = [
         {name: value for name, value in attempt.items() if name != "error_cause"}

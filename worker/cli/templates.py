@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,7 +23,7 @@ from worker.definitions.units import parse_time
 from worker.errors import Conflict, UsageError
 from worker.ids import ALL_ORGS, new_id
 from worker.store.lists import TEMPLATES
-from worker.store.lists.rows import Template
+from worker.store.lists.rows import ChangeOutcome, Template
 
 if TYPE_CHECKING:
     from worker.store.database import Database
@@ -32,7 +32,6 @@ app = typer.Typer(help="Templates: list, show, run, backfill, close. `apply` add
 
 NameArgument = Annotated[str, argument("NAME", "The template's name.", of="template")]
 
-Row = dict[str, Any]
 RAN = ("id", "org", "definition", "state", "left")
 BACKFILLED = ("org", "definition", "instants", "made", "left")
 # Orgs that are counted for the progress, and those of one transaction.
@@ -192,10 +191,13 @@ def _orgs_of(database: Database, name: str) -> int:
 
 
 def _print_each(
-    session: Invocation, changes: Iterable[Row], columns: Sequence[str], key: str = "id"
-) -> list[Row]:
+    session: Invocation,
+    changes: Iterable[ChangeOutcome],
+    columns: Sequence[str],
+    key: Literal["id", "org"] = "id",
+) -> list[ChangeOutcome]:
     """Print what is done for each org of a template; also what was done before an error or Ctrl-C."""
-    rows: list[Row] = []
+    rows: list[ChangeOutcome] = []
     try:
         rows.extend(changes)
     finally:
@@ -205,11 +207,11 @@ def _print_each(
     return rows
 
 
-def _done(rows: Sequence[Row]) -> int:
+def _done(rows: Sequence[ChangeOutcome]) -> int:
     return sum(row["left"] is None for row in rows)
 
 
-def _check_left(rows: Sequence[Row], fix: str) -> None:
+def _check_left(rows: Sequence[ChangeOutcome], fix: str) -> None:
     """Raise Conflict if an org was left out."""
     for row in rows:
         if row["left"] is not None:

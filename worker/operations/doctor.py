@@ -13,6 +13,7 @@ from worker.claims.enforced import PoolRules
 from worker.clock import to_text
 from worker.definitions.units import format_duration
 from worker.errors import ConfigurationError, Diagnostic
+from worker.ids import ALL_ORGS
 from worker.operations import approvals
 from worker.operations.confinement import OFF, confinement_of, in_words, readable_management_secrets
 from worker.operations.guarded_files import changeable, guarded
@@ -26,8 +27,9 @@ from worker.store import installation as stored_installation
 from worker.store import org_secrets as stored_secrets
 from worker.store.database import Database
 from worker.store.dialect import Row
-from worker.store.lists.mismatches import mismatches_for_all_orgs
-from worker.store.lists.morning import NAMED, CappedCount, Named, crashed_for_all_orgs
+from worker.store.lists.failures import mismatches
+from worker.store.lists.morning import NAMED, CappedCount, Named
+from worker.store.lists.morning import crashed as crashed_workers
 
 if TYPE_CHECKING:
     from worker.tokens.sealing import KeyRing
@@ -116,7 +118,7 @@ def workers(database: Database) -> Diagnostic:
     ok, bad = _said("workers")
     with database.autocommit() as connection:
         now = database.now(connection)
-        crashed = crashed_for_all_orgs(connection, now - DAY)
+        crashed = crashed_workers(connection, ALL_ORGS, now - DAY)
         lost = health.lost_workers(connection)
         alive = len(health.live_workers(connection))
         overdue = health.oldest_unfired(connection)
@@ -170,7 +172,7 @@ def tokens(database: Database, org: NameOf = str) -> Iterator[Diagnostic]:
     """A provider that gave orgs the tokens of others in the last day: their runs are refused."""
     ok, bad = _said("tokens")
     with database.autocommit() as connection:
-        found = mismatches_for_all_orgs(connection, database.now(connection) - DAY)
+        found = mismatches(connection, ALL_ORGS, database.now(connection) - DAY)
     for one in found:
         orgs = [org(code) for code in one.orgs[:NAMED]]
         yield bad(
@@ -190,7 +192,7 @@ def org_secrets(database: Database, ring: KeyRing | None, org: NameOf = str) -> 
     """
     ok, bad = _said("secrets")
     with database.autocommit() as connection:
-        rows = stored_secrets.newest_for_all_orgs(connection, limit=MAX_OPENED)
+        rows = stored_secrets.newest(connection, ALL_ORGS, limit=MAX_OPENED)
     closed = [row for row in rows if not _opens(ring, row)]
     if closed:
         first = closed[0]
@@ -245,7 +247,7 @@ def homeless(database: Database, org: NameOf = str) -> Iterator[Diagnostic]:
     """Definitions of handlers that only hosts offer, without a pool: their runs reach no host."""
     bad = _said("hosts_only")[1]
     with database.autocommit() as connection:
-        used = places.uses_for_all_orgs(connection, places.only_of_hosts(connection))
+        used = places.uses(connection, ALL_ORGS, places.only_of_hosts(connection))
         found = [row for row in used if row["pool"] is None]
         pools_of = places.pools_with(connection, found[0]["handler"]) if found else []
     if found:

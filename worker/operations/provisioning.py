@@ -173,7 +173,7 @@ class Provisioner:
     def begin(self, connection: Connection, orgs: Sequence[tuple[OrgId, str]]) -> list[Row]:
         """Insert the rows of applications that are about to be made for these orgs (id and code)."""
         self.ownership.check(connection)
-        ids = applications.insert_for_all_orgs(
+        ids = applications.add(
             connection,
             orgs,
             issuer=self.issuer,
@@ -316,7 +316,7 @@ class Provisioner:
             credential = credential_row(
                 self.ring,
                 org_id,
-                credentials.last_generation(connection, org_id) + 1,
+                credentials.last_generations(connection, [org_id])[org_id] + 1,
                 client_id=application.client_id,
                 secret=secret,
             ) | {"created_at": at, "created_by": self.actor}

@@ -26,7 +26,7 @@ from worker.store import audit, definitions, templates
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.lists import read as lists
-from worker.store.lists.rows import TemplateDetail
+from worker.store.lists.rows import ChangeOutcome, TemplateDetail
 from worker.telemetry.events import emit
 
 # Orgs that one transaction brings up to date.
@@ -192,7 +192,7 @@ def close_template(database: Database, name: str, *, actor: str) -> TemplateDeta
 
 def definitions_of(database: Database, template_id: TemplateId) -> Iterator[Row]:
     """The open definitions that a template made, a page at a time: id, org, name, paused_at."""
-    return rows_of(database, templates.definitions_of_for_all_orgs, template_id, after=None, limit=PAGE)
+    return rows_of(database, templates.definitions_of, ALL_ORGS, template_id, after=None, limit=PAGE)
 
 
 def run_template(
@@ -204,7 +204,7 @@ def run_template(
     params: Mapping[str, Any] | None = None,
     typed: Mapping[str, str] | None = None,
     dry_run: bool = False,
-) -> Iterator[Row]:
+) -> Iterator[ChangeOutcome]:
     """Run each definition of a template as it is taken, and yield the outcomes; paused ones are left out.
 
     A row has `id` and `state` of the new run, and `left`: why an org was left out, else None. The same
@@ -218,7 +218,7 @@ def run_template(
     with database.autocommit() as connection:
         template_id = TemplateId(lists.template(connection, ALL_ORGS, name)["id"])
     for row in definitions_of(database, template_id):
-        outcome: Row = {"id": None, "org": row["org"], "definition": row["name"], "state": None, "left": None}
+        outcome = ChangeOutcome(id=None, org=row["org"], definition=row["name"], state=None, left=None)
         if row["paused_at"] is not None:
             yield outcome | {"left": f"definition {row['org']}/{row['name']} is paused"}
         elif dry_run:

@@ -13,6 +13,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from worker.errors import AccessDenied, NotFound, UsageError
+from worker.ids import ALL_ORGS
 from worker.operations.matters import listed
 from worker.search import KEYS, Query, parsed
 from worker.store.lists import Page, failures, runs, search
@@ -125,7 +126,7 @@ class FailurePages(PageGroup):
         start = self._pages.clock.now() - SPANS[since]
 
         def work(connection: Connection) -> dict[str, Any]:
-            causes, more = failures.by_cause_for_all_orgs(connection, state, start)
+            causes, more = failures.by_cause(connection, ALL_ORGS, state, start)
             return {
                 "causes": [
                     {
