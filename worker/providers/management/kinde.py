@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeGuard
 from urllib.parse import quote
 
@@ -43,43 +44,53 @@ UNKNOWN = ("APPLICATION_NOT_FOUND", "APPLICATION_REQUIRED")
 LONGEST_TEXT = 1_000
 _CODE = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 
-ORGS = "/api/v1/organizations"
-ORG = "/api/v1/organization"
-ORG_PROPERTIES = "/api/v1/organizations/{org_code}/properties"
-APPLICATIONS = "/api/v1/applications"
-APPLICATION = "/api/v1/applications/{application_id}"
-PROPERTIES = "/api/v1/applications/{application_id}/properties"
-PROPERTY = "/api/v1/applications/{application_id}/properties/{property_key}"
-APIS = "/api/v1/apis"
-API_SCOPES = "/api/v1/apis/{api_id}/scopes"
-API_APPLICATIONS = "/api/v1/apis/{api_id}/applications"
-API_SCOPE = "/api/v1/apis/{api_id}/applications/{application_id}/scopes/{scope_id}"
 
-# All that the application in [issuers.NAME.management] needs.
-SCOPES = (
-    "read:organizations",
-    "read:organization_properties",
-    "read:applications",
-    "create:applications",
-    "delete:applications",
-    "read:application_properties",
-    "update:application_properties",
-    "read:apis",
-    "read:api_scopes",
-    "update:apis",
-    "create:api_application_scopes",
-    "delete:apis_application_scopes",
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request that the API knows; one that is `repeatable` may be carried out twice."""
+
+    method: str
+    route: str
+    scope: str
+    repeatable: bool = False
+
+
+ORGS = Request("GET", "/api/v1/organizations", "read:organizations")
+ORG = Request("GET", "/api/v1/organization", "read:organizations")
+ORG_PROPERTIES = Request("GET", "/api/v1/organizations/{org_code}/properties", "read:organization_properties")
+_APPLICATION = "/api/v1/applications/{application_id}"
+APPLICATIONS = Request("GET", "/api/v1/applications", "read:applications")
+APPLICATION = Request("GET", _APPLICATION, "read:applications")
+MAKE = Request("POST", "/api/v1/applications", "create:applications")
+DELETE = Request("DELETE", _APPLICATION, "delete:applications")
+PROPERTIES = Request("GET", f"{_APPLICATION}/properties", "read:application_properties")
+SET_PROPERTY = Request(
+    "PUT", f"{_APPLICATION}/properties/{{property_key}}", "update:application_properties", repeatable=True
 )
+APIS = Request("GET", "/api/v1/apis", "read:apis")
+API_SCOPES = Request("GET", "/api/v1/apis/{api_id}/scopes", "read:api_scopes")
+AUTHORISE = Request("PATCH", "/api/v1/apis/{api_id}/applications", "update:apis", repeatable=True)
+_API_SCOPE = "/api/v1/apis/{api_id}/applications/{application_id}/scopes/{scope_id}"
+ADD_SCOPE = Request("POST", _API_SCOPE, "create:api_application_scopes", repeatable=True)
+REMOVE_SCOPE = Request("DELETE", _API_SCOPE, "delete:apis_application_scopes", repeatable=True)
+
+_REQUESTS = (
+    *(ORGS, ORG, ORG_PROPERTIES, APPLICATIONS, APPLICATION, MAKE, DELETE, PROPERTIES, SET_PROPERTY),
+    *(APIS, API_SCOPES, AUTHORISE, ADD_SCOPE, REMOVE_SCOPE),
+)
+# All that the application in [issuers.NAME.management] needs.
+SCOPES = tuple(dict.fromkeys(request.scope for request in _REQUESTS))
 
 
+@dataclass(frozen=True, slots=True)
 class KindeApi:
     """An API of the provider: its id, and its scopes' ids by key."""
 
-    def __init__(self, id: str, scopes: Mapping[str, str]) -> None:
-        self.id = id
-        self.scopes = scopes
+    id: str
+    scopes: Mapping[str, str]
 
 
+@dataclass(eq=False, repr=False)
 class KindeManagement:
     """Implements `contract.Management` for one Kinde environment.
 
@@ -87,32 +98,25 @@ class KindeManagement:
     gave, read again by id before anything is written, or a client id that a verified token had.
     """
 
-    def __init__(
-        self,
-        calls: Calls,
-        verify_message: Callable[[str, SignedMessage], Awaitable[Mapping[str, Any]]],
-        *,
-        clock: Clock,
-    ) -> None:
-        self._calls = calls
-        self._verify_message = verify_message
-        self._clock = clock
-        self._apis: dict[str, KindeApi] = {}
-        self._apis_read_at: float | None = None
-        self._reading_apis = asyncio.Lock()
-        # The name of each id that a response had: a client id that belongs to another name is refused.
-        self._names: dict[str, str] = {}
+    calls: Calls
+    verify_message: Callable[[str, SignedMessage], Awaitable[Mapping[str, Any]]]
+    clock: Clock
+    _apis: dict[str, KindeApi] = field(default_factory=dict, init=False)
+    _apis_read_at: float | None = field(default=None, init=False)
+    _reading_apis: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+    # The name of each id that a response had: a client id that belongs to another name is refused.
+    _names: dict[str, str] = field(default_factory=dict, init=False)
 
     @property
     def carried_out(self) -> Mapping[str, int]:
-        return self._calls.carried_out
+        return self.calls.carried_out
 
     async def orgs(self) -> AsyncIterator[Sequence[ProviderOrg]]:
-        async for items in self._pages(ORGS, "organizations", "read:organizations"):
+        async for items in self._pages(ORGS, "organizations"):
             yield [self._read_org(item) for item in items]
 
     async def org(self, code: str) -> ProviderOrg | None:
-        response = await self._calls.read(ORG, ORG, scope="read:organizations", query={"code": code})
+        response = await self._ask(ORG, query={"code": code})
         if response.status in (400, 404):
             return None
         self._accept(response, f"org {code}")
@@ -122,12 +126,11 @@ class KindeManagement:
         return org
 
     async def org_properties(self, code: str) -> Mapping[str, PropertyValue]:
-        path = _filled(ORG_PROPERTIES, org_code=code)
-        response = await self._calls.read(ORG_PROPERTIES, path, scope="read:organization_properties")
+        response = await self._ask(ORG_PROPERTIES, org_code=code)
         return self._read_properties(self._accept(response, f"the properties of org {code}"))
 
     async def applications(self) -> AsyncIterator[Sequence[ListedApplication]]:
-        async for items in self._pages(APPLICATIONS, "applications", "read:applications"):
+        async for items in self._pages(APPLICATIONS, "applications"):
             page = []
             for item in items:
                 id, name = self._text(item, "id"), self._optional_text(item, "name") or ""
@@ -143,8 +146,7 @@ class KindeManagement:
     ) -> OrgApplication | None:
         if (name is None) == (client_id is None):
             raise ValueError("pass the name or the client id that the application must have")
-        path = _filled(APPLICATION, application_id=id)
-        response = await self._calls.read(APPLICATION, path, scope="read:applications")
+        response = await self._ask(APPLICATION, application_id=id)
         if response.status in (400, 404):
             return None
         self._accept(response, f"application {id}")
@@ -174,13 +176,8 @@ class KindeManagement:
 
     async def make(self, name: ApplicationName) -> OrgApplication:
         what = f"an application of org {name.org}"
-        response = await self._calls.write(
-            "POST",
-            APPLICATIONS,
-            APPLICATIONS,
-            scope="create:applications",
-            body={"name": str(name), "type": "m2m", "org_code": name.org},
-        )
+        body = {"name": str(name), "type": "m2m", "org_code": name.org}
+        response = await self._ask(MAKE, body=body)
         self._accept(response, what)
         id = _id_of_made(response)
         if id is None:
@@ -198,9 +195,8 @@ class KindeManagement:
         for _ in range(DELETIONS):
             if await self.application(id, org=org, name=name) is None:
                 return False
-            path = _filled(APPLICATION, application_id=id)
             try:
-                response = await self._calls.write("DELETE", APPLICATION, path, scope="delete:applications")
+                response = await self._ask(DELETE, application_id=id)
             except Unclear:
                 continue
             if response.ok:
@@ -213,14 +209,8 @@ class KindeManagement:
     async def authorise(self, application: OrgApplication, audience: str) -> None:
         api = await self._api(audience)
         what = f"to let application {application.id} of org {application.org} use {audience}"
-        response = await self._calls.write(
-            "PATCH",
-            API_APPLICATIONS,
-            _filled(API_APPLICATIONS, api_id=api.id),
-            scope="update:apis",
-            body={"applications": [{"id": application.client_id}]},
-            repeatable=True,
-        )
+        body = {"applications": [{"id": application.client_id}]}
+        response = await self._ask(AUTHORISE, api_id=api.id, body=body)
         connected = self._accept(response, what).get("applications_connected", [])
         own = (application.client_id, application.id)
         if not isinstance(connected, list) or not all(each in own for each in connected):
@@ -246,50 +236,58 @@ class KindeManagement:
     ) -> None:
         api = await self._api(audience)
         for scope in sorted(api.scopes.keys() & set(scopes)):
-            path = _filled(
-                API_SCOPE, api_id=api.id, application_id=application.id, scope_id=api.scopes[scope]
+            id = api.scopes[scope]
+            response = await self._ask(
+                REMOVE_SCOPE, api_id=api.id, application_id=application.id, scope_id=id
             )
-            needed = "delete:apis_application_scopes"
-            response = await self._calls.write("DELETE", API_SCOPE, path, scope=needed, repeatable=True)
             # Likewise for one that it does not have.
             if not response.ok and (response.status not in (400, 404) or _code_of(response) in UNKNOWN):
                 self._refuse(response, f"to take scope {scope} from application {application.id}")
 
     async def properties(self, application: OrgApplication) -> Mapping[str, PropertyValue]:
-        path = _filled(PROPERTIES, application_id=application.id)
-        response = await self._calls.read(PROPERTIES, path, scope="read:application_properties")
+        response = await self._ask(PROPERTIES, application_id=application.id)
         return self._read_properties(
             self._accept(response, f"the properties of application {application.id} of org {application.org}")
         )
 
     async def set_property(self, application: OrgApplication, key: str, value: PropertyValue | None) -> None:
-        response = await self._calls.write(
-            "PUT",
-            PROPERTY,
-            _filled(PROPERTY, application_id=application.id, property_key=key),
-            scope="update:application_properties",
-            # No route removes a value.
-            body={"value": "" if value is None else value},
-            repeatable=True,
-        )
-        self._accept(
-            response,
-            f"property {key} of application {application.id} of org {application.org}",
-            fix=_property_fix(response),
-        )
+        # No route removes a value.
+        body = {"value": "" if value is None else value}
+        response = await self._ask(SET_PROPERTY, application_id=application.id, property_key=key, body=body)
+        is_unknown = _code_of(response) in UNKNOWN
+        fix = "" if is_unknown else "define the property at the provider, for applications, then set it"
+        what = f"property {key} of application {application.id} of org {application.org}"
+        self._accept(response, what, fix=fix)
 
     async def webhook(self, body: bytes) -> Notice:
-        return await read_notice(body, self._verify_message, now=self._clock.now())
+        return await read_notice(body, self.verify_message, now=self.clock.now())
 
     @property
     def _who(self) -> str:
-        return f"issuer {self._calls.issuer}"
+        return f"issuer {self.calls.issuer}"
 
     async def _add_scope(self, application: OrgApplication, audience: str, scope: str) -> Response:
         api = await self._api(audience, [scope])
-        path = _filled(API_SCOPE, api_id=api.id, application_id=application.id, scope_id=api.scopes[scope])
-        needed = "create:api_application_scopes"
-        return await self._calls.write("POST", API_SCOPE, path, scope=needed, repeatable=True)
+        id = api.scopes[scope]
+        return await self._ask(ADD_SCOPE, api_id=api.id, application_id=application.id, scope_id=id)
+
+    async def _ask(
+        self,
+        request: Request,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
+        **parts: str,
+    ) -> Response:
+        """Send a request. Each of the parts fills one segment of its route, whatever it contains."""
+        method, route, scope = request.method, request.route, request.scope
+        # A segment of only dots would be resolved away by clients and proxies.
+        quoted = {name: quote(part, safe="").replace(".", "%2E") for name, part in parts.items()}
+        path = route.format(**quoted)
+        if method == "GET":
+            return await self.calls.read(route, path, scope=scope, query=query)
+        repeatable = request.repeatable
+        return await self.calls.write(method, route, path, scope=scope, body=body, repeatable=repeatable)
 
     async def _api(self, audience: str, scopes: Collection[str] = ()) -> KindeApi:
         """The API of an audience; it has these scopes."""
@@ -313,13 +311,13 @@ class KindeManagement:
 
     async def _read_apis(self, *, again: bool) -> None:
         async with self._reading_apis:
-            now = self._clock.monotonic()
+            now = self.clock.monotonic()
             age = APIS_READ_AGAIN if again else APIS_CACHED
             if self._apis_read_at is None or now - self._apis_read_at >= age:
                 self._apis, self._apis_read_at = await self._fetch_apis(), now
 
     async def _fetch_apis(self) -> dict[str, KindeApi]:
-        response = await self._calls.read(APIS, APIS, scope="read:apis", query={"expand": "scopes"})
+        response = await self._ask(APIS, query={"expand": "scopes"})
         found: dict[str, KindeApi] = {}
         for entry in self._items(self._accept(response, "the APIs"), "apis"):
             if entry.get("is_management_api") is True:
@@ -329,20 +327,19 @@ class KindeManagement:
                 raise ProviderUnavailable(f"{self._who}: two APIs have the audience {audience}")
             shown: Mapping[str, Any] = entry
             if "scopes" not in entry:
-                path = _filled(API_SCOPES, api_id=id)
-                response = await self._calls.read(API_SCOPES, path, scope="read:api_scopes")
+                response = await self._ask(API_SCOPES, api_id=id)
                 shown = self._accept(response, f"the scopes of {audience}")
             listed = self._items(shown, "scopes")
             scopes = {self._text(each, "key"): self._text(each, "id") for each in listed}
             found[audience] = KindeApi(id, scopes)
         return found
 
-    async def _pages(self, route: str, member: str, scope: str) -> AsyncIterator[list[dict[str, Any]]]:
+    async def _pages(self, request: Request, member: str) -> AsyncIterator[list[dict[str, Any]]]:
         """The items of each page, each id or code once; raises if the pages do not end."""
         query, tokens, known = {"page_size": str(PAGE_SIZE)}, set[str](), set[str]()
         key = "code" if member == "organizations" else "id"
         for _ in range(MAX_PAGES):
-            response = await self._calls.read(route, route, scope=scope, query=query)
+            response = await self._ask(request, query=query)
             body = self._accept(response, f"the list of {member}")
             items = []
             for item in self._items(body, member):
@@ -436,22 +433,9 @@ def _id_of_made(response: Response) -> str | None:
     return id if _is_text(id) else None
 
 
-def _property_fix(response: Response) -> str:
-    if _code_of(response) in UNKNOWN:
-        return ""
-    return "define the property at the provider, for applications, then set it"
-
-
 def _code_of(response: Response) -> str:
     """The code of the first error; the provider's own prose is never repeated."""
     errors = response.body.get("errors")
     first = errors[0] if isinstance(errors, list) and errors else None
     code = first.get("code") if isinstance(first, dict) else None
     return code if isinstance(code, str) and _CODE.fullmatch(code) else ""
-
-
-def _filled(route: str, **parts: str) -> str:
-    """The path of a route; a part is one segment, whatever it contains."""
-    # A segment of only dots would be resolved away by clients and proxies.
-    quoted = {name: quote(part, safe="").replace(".", "%2E") for name, part in parts.items()}
-    return route.format(**quoted)
