@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Literal
 
 from worker.errors import Busy, Conflict, NotFound, WorkerError
@@ -19,7 +20,7 @@ from worker.operations import sync
 from worker.operations.fleet import Fleet
 from worker.operations.provisioning import Provisioned, Provisioner, exclusive
 from worker.operations.scopes import Scopes
-from worker.operations.sync import SyncRules
+from worker.operations.sync import Plan, SyncRow, SyncRules
 from worker.providers.management.contract import Notice
 from worker.telemetry.events import emit
 
@@ -105,25 +106,17 @@ class ProvisionLoop:
             ProviderUnavailable, ProviderRefused, ConfigurationError, StoreUnavailable: it is incomplete.
             Conflict: more orgs are gone than may be suspended at once; everything else was done.
         """
-        clock, provisioner = self.provisioner.clock, self.provisioner
+        provisioner = self.provisioner
+        clock, database = provisioner.clock, provisioner.database
         started = clock.monotonic()
         self._newer.clear()
         # Not in a turn: it may take long, and webhooks must not wait for it.
         listed = await sync.read_orgs(provisioner.management, self.rules, None)
         counts: Counter[str] = Counter()
         async with self._turn():
-            made = await provisioner.database.run(
-                sync.planned, provisioner.database, listed, self.rules, None
-            )
+            made = await database.run(sync.planned, database, listed, self.rules, None)
             made.leave(self._newer)
-            rows = await provisioner.database.run(
-                sync.apply,
-                provisioner.database,
-                made,
-                self.rules,
-                actor=provisioner.actor,
-                issuers=list(self.issuers),
-            )
+            rows = await self._apply(made, self.rules)
         counts["synced"] += sum(bool(row["changes"]) for row in rows)
         counts["failed"] += len(made.failed)
         after: str | None = ""
@@ -154,21 +147,15 @@ class ProvisionLoop:
             NotFound: the provider does not have a new org yet.
         """
         provisioner, code = self.provisioner, notice.org or ""
+        database = provisioner.database
         # Only a round can tell whether too many orgs are gone at once.
         rules = SyncRules(self.rules.issuer, self.rules.tags, "keep")
         listed = await sync.read_orgs(provisioner.management, rules, code)
         self._newer.add(code)
-        made = await provisioner.database.run(sync.planned, provisioner.database, listed, rules, code)
+        made = await database.run(sync.planned, database, listed, rules, code)
         if made.is_unknown and notice.kind == "org_created":
             raise NotFound(f"the provider has no org {code} yet", fix="it is read again in a moment")
-        await provisioner.database.run(
-            sync.apply,
-            provisioner.database,
-            made,
-            rules,
-            actor=provisioner.actor,
-            issuers=list(self.issuers),
-        )
+        await self._apply(made, rules)
         if not listed:
             if self.rules.absent == "suspend":
                 self._soon.set()
@@ -202,6 +189,11 @@ class ProvisionLoop:
             self._counted("rotated", sum(each.is_over for each in results))
             self._counted("failed", sum(each.error is not None for each in results))
 
+    async def _apply(self, made: Plan, rules: SyncRules) -> list[SyncRow]:
+        provisioner, issuers = self.provisioner, list(self.issuers)
+        apply = partial(sync.apply, actor=provisioner.actor, issuers=issuers)
+        return await provisioner.database.run(apply, provisioner.database, made, rules)
+
     async def _change_scopes(self, counts: Counter[str]) -> None:
         provisioner = self.provisioner
         after: str | None = ""
@@ -216,17 +208,13 @@ class ProvisionLoop:
         """A round every `every`, sooner after a failure or a deletion."""
         every = self.every.total_seconds()
         while True:
-            pause = every
-            try:
-                await self.round()
-            except Conflict as error:
-                self._report(error)
-            except WorkerError as error:
-                pause = min(every, ROUND_AGAIN)
-                self._report(error)
-            except Exception as error:
-                pause = min(every, ROUND_AGAIN)
-                emit("loop.failed", loop="provisioning", error=type(error).__name__)
+            pause = min(every, ROUND_AGAIN)
+            with self._reporting("provisioning"):
+                try:
+                    await self.round()
+                except Conflict as error:
+                    self._report(error)
+                pause = every
             self._count_requests()
             if self.doing == "starting":
                 self.doing = "idle"
@@ -269,30 +257,18 @@ class ProvisionLoop:
                 codes = list(self._queue)[: self.provisioner.concurrency]
                 taken = [self._queue.pop(code) for code in codes]
                 failed = taken
-                try:
+                with self._reporting("webhooks"):
                     async with self._turn():
                         done = await asyncio.gather(*map(self._follow, taken))
                         failed = [notice for notice, ok in zip(taken, done, strict=True) if not ok]
-                except WorkerError as error:
-                    self._report(error)
-                except Exception as error:
-                    emit("loop.failed", loop="webhooks", error=type(error).__name__)
                 self._count_requests()
                 self._put_back(failed)
 
     async def _follow(self, notice: Notice) -> bool:
         """Whether the org could be followed."""
-        try:
-            results = await self.follow(notice)
-        except NotFound:
-            return False
-        except WorkerError as error:
-            self._report(error)
-            return False
-        except Exception as error:
-            emit("loop.failed", loop="webhooks", error=type(error).__name__)
-            return False
-        return all(result.error is None for result in results)
+        with self._reporting("webhooks"), suppress(NotFound):
+            return all(result.error is None for result in await self.follow(notice))
+        return False
 
     def _put_back(self, failed: Sequence[Notice]) -> None:
         """Queue again what failed, each after a pause; what failed often is left to the next round."""
@@ -321,8 +297,8 @@ class ProvisionLoop:
         async with self._turns:
             if self._stopping:
                 raise asyncio.CancelledError
-            lock = exclusive(self.provisioner.ownership, self.provisioner.issuer)
             while True:
+                lock = exclusive(self.provisioner.ownership, self.provisioner.issuer)
                 try:
                     await database.run(lock.__enter__)
                     break
@@ -330,7 +306,6 @@ class ProvisionLoop:
                     if self.doing != "waiting":
                         emit("provisioning.waiting", issuer=self.provisioner.issuer)
                     self.doing = "waiting"
-                    lock = exclusive(self.provisioner.ownership, self.provisioner.issuer)
                     await self.provisioner.clock.sleep(LOOK_AGAIN)
             self.doing = "working"
             try:
@@ -339,13 +314,19 @@ class ProvisionLoop:
                 self.doing = "idle"
                 await asyncio.shield(database.run(lock.__exit__, None, None, None))
 
+    @contextmanager
+    def _reporting(self, loop: str) -> Iterator[None]:
+        """Report an error in the block, which then ends."""
+        try:
+            yield
+        except WorkerError as error:
+            self._report(error)
+        except Exception as error:
+            emit("loop.failed", loop=loop, error=type(error).__name__)
+
     def _report(self, error: WorkerError) -> None:
-        emit(
-            "provisioning.unavailable",
-            issuer=self.provisioner.issuer,
-            error=error.code,
-            detail=error.message,
-        )
+        issuer = self.provisioner.issuer
+        emit("provisioning.unavailable", issuer=issuer, error=error.code, detail=error.message)
 
     def _counted(self, result: str, orgs: int) -> None:
         emit("provisioning.counted", issuer=self.provisioner.issuer, result=result, orgs=orgs)
