@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -169,6 +170,7 @@ def _retry_delay(failures: int) -> float:
     return RETRY_DELAYS[min(failures, len(RETRY_DELAYS) - 1)]
 
 
+@dataclass(eq=False, repr=False)
 class OverdueMonitor:
     """Reports schedules that no worker fires, and gives the sign of life to the dead man's switch.
 
@@ -177,27 +179,19 @@ class OverdueMonitor:
     org, the definition and the lateness in seconds of the schedule that is due for longest.
     """
 
-    def __init__(
-        self,
-        oldest: Callable[[], tuple[str, str, float] | None],
-        clock: Clock,
-        settings: AlertSettings,
-        health: LoopHealth,
-        *,
-        client: httpx.Client | None = None,
-    ) -> None:
-        self._oldest = oldest
-        self._clock = clock
-        self._overdue = settings.overdue.total_seconds()
-        self._health = health
-        self._url = settings.deadman_url
-        self._every = settings.deadman_every.total_seconds()
-        self._client = client
-        self._seen_before = False
-        self._reported = False
-        self._ping_at = clock.monotonic()
-        self._ping_failed = False
-        self._stop = threading.Event()
+    oldest: Callable[[], tuple[str, str, float] | None]
+    clock: Clock
+    settings: AlertSettings
+    health: LoopHealth
+    client: httpx.Client | None = None
+    _seen_before: bool = field(default=False, init=False)
+    _reported: bool = field(default=False, init=False)
+    _ping_failed: bool = field(default=False, init=False)
+    _stop: threading.Event = field(default_factory=threading.Event, init=False)
+
+    def __post_init__(self) -> None:
+        self._overdue = self.settings.overdue.total_seconds()
+        self._ping_at = self.clock.monotonic()
         self._thread = threading.Thread(target=self._run, name="overdue monitor", daemon=True)
 
     def start(self) -> None:
@@ -209,10 +203,10 @@ class OverdueMonitor:
 
     def look(self) -> None:
         """Check once. Reports nothing in a drain or while the database is unavailable."""
-        if self._health.draining():
+        if self.health.draining():
             return
         try:
-            found = self._oldest()
+            found = self.oldest()
         except Unavailable:
             self._seen_before = False
             return
@@ -228,14 +222,14 @@ class OverdueMonitor:
 
     def ping(self) -> None:
         """Give the sign of life if it is due and all loops tick."""
-        now = self._clock.monotonic()
-        if not self._url or now < self._ping_at or self._health.stalled():
+        now = self.clock.monotonic()
+        if not self.settings.deadman_url or now < self._ping_at or self.health.stalled():
             return
-        self._ping_at = now + self._every
-        if self._client is None:  # to open one takes 20 ms, and most workers have no such switch
-            self._client = httpx.Client(timeout=5.0)
+        self._ping_at = now + self.settings.deadman_every.total_seconds()
+        if self.client is None:  # to open one takes 20 ms, and most workers have no such switch
+            self.client = httpx.Client(timeout=5.0)
         try:
-            self._client.get(self._url).raise_for_status()
+            self.client.get(self.settings.deadman_url).raise_for_status()
             self._ping_failed = False
         except httpx.HTTPError as error:
             if not self._ping_failed:
@@ -244,16 +238,16 @@ class OverdueMonitor:
 
     def _run(self) -> None:
         pause = self._overdue / LOOKS
-        if self._url:
-            pause = min(pause, self._every)
+        if self.settings.deadman_url:
+            pause = min(pause, self.settings.deadman_every.total_seconds())
         while not self._stop.wait(pause):
             for step in (self.look, self.ping):
                 try:
                     step()
                 except Exception as error:
                     emit("loop.failed", loop="watchman", error=type(error).__name__)
-        if self._client is not None:
-            self._client.close()
+        if self.client is not None:
+            self.client.close()
 
 
 def _oldest_unfired(database: Database) -> tuple[str, str, float] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, InitVar, dataclass, field, replace
 
 from starlette.requests import HTTPConnection
 
@@ -20,6 +20,7 @@ from worker.web.operators import Operators, StoredOperators
 FindCaller = Callable[[str, str], Awaitable[OrgCaller | None]]
 
 
+@dataclass(eq=False, repr=False)
 class Access:
     """Authenticates operators by the hash of their token, and orgs by their issuer's guard.
 
@@ -27,31 +28,22 @@ class Access:
     is what managers may do.
     """
 
-    def __init__(
-        self,
-        operators: Sequence[Operator],
-        guards: Mapping[str, Guard],
-        find_caller: FindCaller,
-        *,
-        org_role: Role,
-        org_scope: str = "",
-        limits: ClientLimits,
-        addresses: Addresses | None = None,
-        stored: StoredOperators | None = None,
-        login_basis: str = "",
-        portal: Iterable[str] = (),
-    ) -> None:
+    operators: InitVar[Sequence[Operator]]
+    guards: Mapping[str, Guard]
+    find_caller: FindCaller
+    _: KW_ONLY
+    org_role: Role
+    org_scope: str = ""
+    limits: ClientLimits
+    addresses: Addresses = field(default_factory=Addresses)
+    stored: InitVar[StoredOperators | None] = None
+    login_basis: str = ""
+    portal: Iterable[str] = ()
+
+    def __post_init__(self, operators: Sequence[Operator], stored: StoredOperators | None) -> None:
         self._operators = Operators(operators, stored)
-        self._login_basis = login_basis
-        self._portal = frozenset(portal)
-        self._guards = guards
-        self._find_caller = find_caller
-        self._org_role = org_role
-        self._org_scope = org_scope
         # A session keeps only this of the scope that its token had.
-        self._scope_basis = sign_in.sha256(org_scope) if org_scope else ""
-        self.addresses = addresses or Addresses()
-        self._limits = limits
+        self._scope_basis = sign_in.sha256(self.org_scope) if self.org_scope else ""
 
     async def caller_of(self, connection: HTTPConnection) -> Caller | None:
         """The caller, by the header Authorization; None without one.
@@ -82,7 +74,7 @@ class Access:
         self, token: str, connection: HTTPConnection, *, is_counted: bool = False
     ) -> Caller:
         client = self.addresses.client_of(connection)
-        if not (client.is_local or self._login_basis or await self._operators.has_any()):
+        if not (client.is_local or self.login_basis or await self._operators.has_any()):
             self.count_stranger(connection)
             raise AccessDenied(
                 "without an operator only requests from this machine are served",
@@ -90,13 +82,13 @@ class Access:
             )
         if is_counted:
             return await self.confirm(await self._operator(token) or await self._org(token))
-        self._limits.token(token, client)
+        self.limits.token(token, client)
         try:
             caller = await self._operator(token) or await self._org(token)
         except TokenError:
-            self._limits.was_bad(token, client)
+            self.limits.was_bad(token, client)
             raise
-        self._limits.was_good(token, client)
+        self.limits.was_good(token, client)
         return await self.confirm(caller)
 
     async def confirm_session(self, caller: Caller) -> Caller:
@@ -114,8 +106,8 @@ class Access:
         if caller.kind == "org":
             # Sessions of the previous release name no scope: they rest on the credential alone.
             has_scope = caller.has_org_scope and caller.basis == self._scope_basis != ""
-            caller = replace(caller, role=self._org_role, has_org_scope=has_scope)
-        if caller.kind == "person" and caller.basis != self._login_basis:
+            caller = replace(caller, role=self.org_role, has_org_scope=has_scope)
+        if caller.kind == "person" and caller.basis != self.login_basis:
             raise TokenError("the rules for logins have changed", fix="log in again")
         return await self.confirm(caller)
 
@@ -128,10 +120,10 @@ class Access:
                 lacks `[web] org_scope`.
             TooManyRequests: it calls too often.
         """
-        self._limits.caller(caller.key, caller.actor)
+        self.limits.caller(caller.key, caller.actor)
         if caller.org is None:
             return caller
-        found = await self._find_caller(caller.org, caller.client_id)
+        found = await self.find_caller(caller.org, caller.client_id)
         # Another issuer may have an org of the same code.
         if found is None or found.issuer != caller.issuer or found.state not in ("active", "paused"):
             raise AccessDenied(
@@ -139,7 +131,7 @@ class Access:
                 fix="`orgs list` shows the known orgs with their issuers and states",
             )
         if caller.kind == "person":
-            return replace(caller, org_id=found.id, portal=self._portal)
+            return replace(caller, org_id=found.id, portal=frozenset(self.portal))
         if not (found.is_credential or caller.has_org_scope):
             raise TokenError(
                 f"the token's client is not an active credential of org {caller.org}",
@@ -150,11 +142,11 @@ class Access:
 
     def count_login(self, connection: HTTPConnection) -> None:
         """Count a login; raises TooManyRequests at the limit of its address."""
-        self._limits.login(self.addresses.client_of(connection))
+        self.limits.login(self.addresses.client_of(connection))
 
     def count_stranger(self, connection: HTTPConnection) -> None:
         """Count a request without a token or session; raises as `count_login` does."""
-        self._limits.stranger(self.addresses.client_of(connection))
+        self.limits.stranger(self.addresses.client_of(connection))
 
     async def _operator(self, token: str) -> Caller | None:
         operator = await self._operators.with_token(token)
@@ -165,7 +157,7 @@ class Access:
     async def _org(self, token: str) -> Caller:
         """The org that the token was issued for. `confirm` checks whether it has access."""
         fault: TokenRefused | Unavailable | None = None
-        for issuer, guard in self._guards.items():
+        for issuer, guard in self.guards.items():
             try:
                 claims = await guard.check(token)
             except Unavailable as unavailable:
@@ -174,10 +166,10 @@ class Access:
                 fault = fault or refused
             else:
                 code = claims.org_code
-                has_scope = bool(self._org_scope) and self._org_scope in claims.scopes
+                has_scope = bool(self.org_scope) and self.org_scope in claims.scopes
                 return Caller(
                     code,
-                    self._org_role,
+                    self.org_role,
                     org=code,
                     kind="org",
                     until=claims.expires_at,

@@ -12,6 +12,7 @@ import functools
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import uvicorn
@@ -146,6 +147,7 @@ class _Server(uvicorn.Server):
         yield
 
 
+@dataclass(eq=False, repr=False)
 class WebServer:
     """Serves one application for as long as the `async with` lasts, and restarts after failures.
 
@@ -153,29 +155,17 @@ class WebServer:
     reported already. With `tls` it speaks HTTPS only.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        listen: str,
-        listener: socket.socket | None,
-        clock: Clock,
-        *,
-        connections: Connections | None = None,
-        deadlines: ClientDeadlines | None = None,
-        tls: ssl.SSLContext | None = None,
-        event: str = "web.listening",
-        told: bool = False,
-    ) -> None:
-        self._app = app
-        self._tls = tls
-        self._event = event
-        self._told = told
-        self._connections = Connections() if connections is None else connections
-        self._deadlines = deadlines or ClientDeadlines()
-        self._listen = listen
-        self._listener = listener
-        self._clock = clock
-        self._server: _Server | None = None
+    app: ASGIApp
+    listen: str
+    listener: socket.socket | None
+    clock: Clock
+    _: KW_ONLY
+    connections: Connections = field(default_factory=Connections)
+    deadlines: ClientDeadlines = field(default_factory=ClientDeadlines)
+    tls: ssl.SSLContext | None = None
+    event: str = "web.listening"
+    told: bool = False
+    _server: _Server | None = field(default=None, init=False)
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
@@ -189,33 +179,30 @@ class WebServer:
                 await asyncio.wait({task}, timeout=LAST_RESPONSES + 1)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            self._connections.close()
-            if self._listener is not None:
-                self._listener.close()
+            self.connections.close()
+            if self.listener is not None:
+                self.listener.close()
 
     async def _serve_forever(self) -> None:
-        reported = self._told
         while self._server is None or not self._server.should_exit:
             try:
-                if self._listener is None:
-                    self._listener = bind(self._listen)
-                await self._serve(self._listener)
+                if self.listener is None:
+                    self.listener = bind(self.listen)
+                await self._serve(self.listener)
                 continue
             except (Busy, ConfigurationError) as error:
-                if not reported:
-                    emit("web.unavailable", address=self._listen, error=error.message)
-                reported = True
+                if not self.told:
+                    emit("web.unavailable", address=self.listen, error=error.message)
+                self.told = True
             # uvicorn raises SystemExit if it cannot start; that must not end the worker.
             except (Exception, SystemExit) as error:
                 emit("loop.failed", loop="web", error=f"{type(error).__name__}: {error}")
-            await self._clock.sleep(AGAIN)
+            await self.clock.sleep(AGAIN)
 
     async def _serve(self, listener: socket.socket) -> None:
-        protocol: Any = functools.partial(
-            Connection, connections=self._connections, deadlines=self._deadlines
-        )
+        protocol: Any = functools.partial(Connection, connections=self.connections, deadlines=self.deadlines)
         config = uvicorn.Config(
-            self._app,
+            self.app,
             http=protocol,
             ws="none",
             lifespan="off",
@@ -226,11 +213,11 @@ class WebServer:
             proxy_headers=False,
             backlog=ACCEPTED,
             timeout_graceful_shutdown=LAST_RESPONSES,
-            ssl_context_factory=None if (tls := self._tls) is None else lambda _config, _default: tls,
+            ssl_context_factory=None if (tls := self.tls) is None else lambda _config, _default: tls,
         )
         self._server = _Server(config)
         host, port = listener.getsockname()[:2]
-        emit(self._event, address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        emit(self.event, address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         # A copy: uvicorn closes its socket, and may have to be started again.
         with listener.dup() as copy:
             await self._server.serve(sockets=[copy])
