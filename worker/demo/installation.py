@@ -251,42 +251,24 @@ params = {{ {_services(api_url)} }}
 def definitions_file(orgs: list[DemoOrg], api_url: str, *, now: datetime) -> str:
     """The file for the second `apply`: what each org ran yesterday, too."""
     zone = zone_of(last_night(now))
-    articles = f'url = "{api_url}/v1/collections/faq/articles"'
+    articles = f'params = {{ url = "{api_url}/v1/collections/faq/articles" }}\n'
+    digest = f'scopes = ["{SCOPE}"]\nparams = {{ {_services(api_url)}, page_size = 1 }}\n'
     tables = []
     for org in orgs:
         tables += [
-            f"""\
-[[definition]]
-org = "{org.code}"
-name = "crm-sync"
-handler = "http.request"
-schedule = "*/15 * * * *"
-spread = "off"
-params = {{ {articles} }}
-""",
-            f"""\
-[[definition]]
-org = "{org.code}"
-name = "nightly-digest"
-handler = "assistant.digest"
-schedule = "0 2 * * *"
-timezone = "{zone}"
-spread = "off"
-scopes = ["{SCOPE}"]
-params = {{ {_services(api_url)}, page_size = 1 }}
-""",
+            _table(org, "crm-sync", "http.request", "*/15 * * * *") + articles,
+            _table(org, "nightly-digest", "assistant.digest", "0 2 * * *", zone) + digest,
         ]
         if org.plan == "pro":
-            tables.append(f"""\
-[[definition]]
-org = "{org.code}"
-name = "usage-report"
-handler = "http.request"
-schedule = "5 * * * *"
-spread = "off"
-params = {{ {articles} }}
-""")
+            tables.append(_table(org, "usage-report", "http.request", "5 * * * *") + articles)
     return "\n".join(tables)
+
+
+def _table(org: DemoOrg, name: str, handler: str, schedule: str, zone: str | None = None) -> str:
+    """The first lines of a definition."""
+    lines = {"org": org.code, "name": name, "handler": handler, "schedule": schedule, "timezone": zone}
+    written = "".join(f'{key} = "{value}"\n' for key, value in lines.items() if value is not None)
+    return f'[[definition]]\n{written}spread = "off"\n'
 
 
 def later_file(api_url: str) -> str:

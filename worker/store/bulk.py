@@ -129,20 +129,18 @@ def _json_text(value: Any) -> str | None:
     return None if value is None else compact_json(value)
 
 
+# A type of column is written as the first of these that it is, else as text.
+_FORMS: Sequence[tuple[type, _Form]] = (
+    (Id, _Form("uuid", plain)),
+    (Instant, _Form("timestamptz", timestamps, instant)),
+    (JSON, _Form("jsonb", _jsons, _json_text)),
+    (Boolean, _Form("boolean", plain)),
+    (BigInteger, _Form("bigint", plain)),
+    (Integer, _Form("integer", plain)),
+    (LargeBinary, _Form("bytea", binaries)),
+)
+_TEXT = _Form("text", texts)
+
+
 def _form_of(column: Column[Any]) -> _Form:
-    kind = column.type
-    if isinstance(kind, Id):
-        return _Form("uuid", plain)
-    if isinstance(kind, Instant):
-        return _Form("timestamptz", timestamps, instant)
-    if isinstance(kind, JSON):
-        return _Form("jsonb", _jsons, _json_text)
-    if isinstance(kind, Boolean):
-        return _Form("boolean", plain)
-    if isinstance(kind, BigInteger):
-        return _Form("bigint", plain)
-    if isinstance(kind, Integer):
-        return _Form("integer", plain)
-    if isinstance(kind, LargeBinary):
-        return _Form("bytea", binaries)
-    return _Form("text", texts)
+    return next((form for kind, form in _FORMS if isinstance(column.type, kind)), _TEXT)

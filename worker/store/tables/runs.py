@@ -69,6 +69,11 @@ def partial(where: str) -> dict[str, Any]:
     return {"postgresql_where": text(where), "sqlite_where": text(where)}
 
 
+def unique(name: str, columns: tuple[str, ...], where: str) -> Index:
+    """An index that allows each value of the columns once where the condition holds."""
+    return Index(name, *columns, unique=True, **partial(where))
+
+
 ORIGINS = ("schedule", "manual", "backfill", "retry")
 FINAL_STATES = ("succeeded", "failed", "cancelled", "refused", "skipped")
 # A condition on runs that have ended, and few did so. Indexes have it, word for word.
@@ -109,27 +114,9 @@ runs = Table(
     CheckConstraint(one_of("origin", ORIGINS), name="origin"),
     CheckConstraint(f"state IS NULL OR {one_of('state', FINAL_STATES)}", name="state"),
     CheckConstraint("(state IS NULL) = (finished_at IS NULL)", name="finished"),
-    Index(
-        "uq_runs_definition_id_scheduled_for",
-        "definition_id",
-        "scheduled_for",
-        unique=True,
-        **partial("origin = 'schedule'"),
-    ),
-    Index(
-        "uq_runs_backfill_id_scheduled_for",
-        "backfill_id",
-        "scheduled_for",
-        unique=True,
-        **partial("backfill_id IS NOT NULL"),
-    ),
-    Index(
-        "uq_runs_definition_id_request_key",
-        "definition_id",
-        "request_key",
-        unique=True,
-        **partial("request_key IS NOT NULL"),
-    ),
+    unique("uq_runs_definition_id_scheduled_for", ("definition_id", "scheduled_for"), "origin = 'schedule'"),
+    unique("uq_runs_backfill_id_scheduled_for", ("backfill_id", "scheduled_for"), "backfill_id IS NOT NULL"),
+    unique("uq_runs_definition_id_request_key", ("definition_id", "request_key"), "request_key IS NOT NULL"),
     Index("ix_runs_org_id_id", "org_id", "id"),
     Index("ix_runs_definition_id_id", "definition_id", "id"),
     Index("ix_runs_retry_of", "retry_of", **partial("retry_of IS NOT NULL")),
@@ -247,15 +234,10 @@ live_runs = Table(
     *(index.ddl_if(dialect="sqlite") for index in ON_SQLITE),
     Index("ix_live_runs_start_by", "start_by", **partial("state = 'waiting' AND start_by IS NOT NULL")),
     Index("ix_live_runs_backfill_id", "backfill_id", **partial("backfill_id IS NOT NULL")),
-    Index(
-        "uq_live_runs_serial",
-        "definition_id",
-        unique=True,
-        **partial("serial AND state IN ('waiting', 'running', 'parked')"),
-    ),
+    unique("uq_live_runs_serial", ("definition_id",), "serial AND state IN ('waiting', 'running', 'parked')"),
     Index("ix_live_runs_parked_available_at", "available_at", **partial("state = 'parked'")),
     Index("ix_live_runs_parked_handler", "handler", **partial("state = 'parked' AND started_at IS NOT NULL")),
-    Index("uq_live_runs_held", "definition_id", unique=True, **partial("state = 'held'")),
+    unique("uq_live_runs_held", ("definition_id",), "state = 'held'"),
     postgresql_with=HOT,
     info={"meaning": "The unfinished runs only: what admission and running need, narrow and hot."},
 )
@@ -349,13 +331,7 @@ checkpoints = Table(
     required("saved_at", Instant, "When it was saved."),
     required("data", json_type(), "The data passed to `ctx.save`."),
     Column("handler", Text, doc="The handler that saved first: the run keeps it."),
-    Column(
-        "number",
-        Integer,
-        nullable=False,
-        server_default="0",
-        doc="Which save of the attempt it is, from 1; 0 if unknown.",
-    ),
+    count("number", "Which save of the attempt it is, from 1; 0 if unknown."),
     info={"meaning": "The last checkpoint of an unfinished or retried run."},
 )
 

@@ -34,11 +34,7 @@ SELECT definition_id, next_scheduled_for FROM schedule
 WHERE next_fire_at <= (SELECT clock_timestamp())
 ORDER BY next_fire_at LIMIT (SELECT %s::integer) FOR UPDATE SKIP LOCKED
 """
-LOCK_NEWEST = """
-SELECT definition_id, next_scheduled_for FROM schedule
-WHERE next_fire_at <= (SELECT clock_timestamp())
-ORDER BY next_fire_at DESC LIMIT (SELECT %s::integer) FOR UPDATE SKIP LOCKED
-"""
+LOCK_NEWEST = LOCK.replace("ORDER BY next_fire_at", "ORDER BY next_fire_at DESC")
 
 # A separate statement: the snapshot of the one that locks is older than its locks. It does not read
 # `schedule` again: with old statistics PostgreSQL would walk the index of fire times, past all that is due.
