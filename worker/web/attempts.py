@@ -17,7 +17,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from worker.clock import Clock
-from worker.errors import AccessDenied, Busy, LeaseLost, TokenError, TooManyRequests, Unavailable, WorkerError
+from worker.errors import AccessDenied, Busy, LeaseLost, TokenError, TooManyRequests, WorkerError
 from worker.execution.hosts.attempt_api import AttemptApi
 from worker.execution.hosts.checker import Checker, Message, joined
 from worker.execution.hosts.wire import BODY_BYTES, INCARNATION, OWN_BYTES, PREFIX, STEP, VERSIONS, Malformed
@@ -92,7 +92,9 @@ class Attempts:
         except TokenError as error:
             return _problem(error, 503 if error.transient else 422)
         except (WorkerError, StepError) as error:
-            return _problem(error, _status(error))
+            return _problem(
+                error, next((status for kinds, status in _STATUS if isinstance(error, kinds)), 503)
+            )
 
     @contextmanager
     def _counted(self, digest: str) -> Iterator[None]:
@@ -238,20 +240,12 @@ class _Gone:
             pass
 
 
-def _status(error: WorkerError | StepError) -> int:
-    for kinds, status in _STATUS:
-        if isinstance(error, kinds):
-            return status
-    # Such as a configuration that an operator has to correct, while hosts go on asking.
-    return 503
-
-
+# Any other error is 503, such as a configuration that an operator has to correct, while hosts go on asking.
 _STATUS: Sequence[tuple[type[Exception] | tuple[type[Exception], ...], int]] = (
     ((Malformed, StepError), 422),
     (AccessDenied, 403),
     (LeaseLost, 409),
     (TooManyRequests, 429),
-    (Unavailable, 503),
 )
 
 

@@ -262,11 +262,9 @@ def _figure(
         )
         for name, kind in legend
     )
-    head = nothing.join(Markup('<th scope="col">{}</th>').format(name or "") for name in heads)
-    if not heads[0]:
-        head = Markup("<td></td>") + nothing.join(
-            Markup('<th scope="col">{}</th>').format(name) for name in heads[1:]
-        )
+    head = nothing.join(
+        Markup('<th scope="col">{}</th>').format(name) if name else Markup("<td></td>") for name in heads
+    )
     body = nothing.join(
         Markup('<tr><th scope="row">{}</th>{}</tr>').format(
             row[0], nothing.join(Markup("<td>{}</td>").format(cell) for cell in row[1:])

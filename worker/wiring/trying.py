@@ -129,36 +129,27 @@ def _subject(settings: Settings, entry: HandlerEntry, request: TryRequest) -> Su
         keys["timeout"] = NO_TIMEOUT
     execution = settings.execution
     if request.database is None:
-        org = OrgRef(OrgId(new_id()), request.org)
-        definition = definition_of(request.org, entry.name, keys)
+        org, name, named = OrgRef(OrgId(new_id()), request.org), request.org, "made-up"
         # A made-up org uses the only issuer; with several, any choice would be a guess.
-        only = next(iter(settings.issuers.values())) if len(settings.issuers) == 1 else None
-        return Subject(
-            org,
-            request.org,
-            definition,
-            api_origins=only.api_origins if only else (),
-            private_origins=execution.private_origins,
-            insecure_origins=execution.insecure_origins,
-            api_base_url=only.api_base_url if only else "",
-        )
-    if request.scopes is not None:
-        keys["scopes"] = list(request.scopes)
-    with request.database.autocommit() as connection:
-        row = orgs.require(connection, request.org)
-    if row["state"] in ("suspended", "removed"):
-        raise Conflict(
-            f"org {request.org} is {row['state']}: no handler can run for it",
-            fix=f"resume it with `orgs resume {request.org}`"
-            if row["state"] == "suspended"
-            else "choose another org",
-        )
-    issuer = settings.issuers.get(row["issuer"])
+        issuer = next(iter(settings.issuers.values())) if len(settings.issuers) == 1 else None
+    else:
+        if request.scopes is not None:
+            keys["scopes"] = list(request.scopes)
+        with request.database.autocommit() as connection:
+            row = orgs.require(connection, request.org)
+        if row["state"] in ("suspended", "removed"):
+            resume, another = f"resume it with `orgs resume {request.org}`", "choose another org"
+            raise Conflict(
+                f"org {request.org} is {row['state']}: no handler can run for it",
+                fix=resume if row["state"] == "suspended" else another,
+            )
+        org, name = OrgRef(row["id"], row["code"]), row["name"]
+        named, issuer = row["issuer"], settings.issuers.get(row["issuer"])
     return Subject(
-        OrgRef(row["id"], row["code"]),
-        row["name"],
+        org,
+        name,
         definition_of(request.org, entry.name, keys),
-        issuer=row["issuer"],
+        issuer=named,
         api_origins=issuer.api_origins if issuer else (),
         private_origins=execution.private_origins,
         insecure_origins=execution.insecure_origins,
