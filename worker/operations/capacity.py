@@ -194,7 +194,8 @@ class _Demand:
         self, org: OrgDefinitions, definition: Definition
     ) -> tuple[Trigger, timedelta, _History, bool, str, str]:
         trigger = definition.trigger(org.timezone)
-        history = self._history(definition)
+        of_handler = self._histories[definition.handler, None]
+        history = self._histories.get((definition.handler, definition.name), of_handler)
         pool = self._handlers.pool_of(definition, org.pool)
         isolation = self._handlers.isolation_of(definition, pool)
         window = window_of(definition.schedule, trigger, definition.spread)
@@ -230,10 +231,6 @@ class _Demand:
             for name, known in by_name.items():
                 self._histories[handler, name] = _history_of(known)
 
-    def _history(self, definition: Definition) -> _History:
-        of_handler = self._histories[definition.handler, None]
-        return self._histories.get((definition.handler, definition.name), of_handler)
-
     def assumed(self) -> list[str]:
         """The assumption about handlers that have not run."""
         histories = self._histories.items()
@@ -253,15 +250,13 @@ class _Demand:
         peaks = (children.starts_a_second(), inline.starts_a_second())
         starts = Peak(sum(peak.amount for peak in peaks), max(peaks, key=lambda peak: peak.amount).second)
         # Of the runs that start in the worst minute, the last one.
-        wait = max(0.0, starts.amount / (machine.processors / cost) - 1) * MINUTE
-        yield self._measure(
-            "starts",
-            starts,
-            total / DAY,
-            machine.processors / cost,
-            "a second",
-            (wait, wait),
-            "`spread` definitions that fire together, or give the workers more processors",
+        has = machine.processors / cost
+        seconds = max(0.0, starts.amount / has - 1) * MINUTE
+        more = "`spread` definitions that fire together, or give the workers more processors"
+        wait, change = self._wait(starts, has, seconds, more)
+        ok = seconds <= MAX_WAIT.total_seconds()
+        yield Measure(
+            "starts", starts.amount, total / DAY, has, "a second", self._at(starts), ok, change, wait
         )
         # Bytes of the mean child.
         memory = self._memory.mean / children.mean if children.mean else 0.0
@@ -274,11 +269,7 @@ class _Demand:
         }
         for kind, isolation, load in ("children", "child", children), ("inline", "inline", inline):
             if load is children or load.starts:
-                known = self._known[isolation].longest_wait(slots[kind]).amount
-                waits = (load.longest_wait(slots[kind]).amount, known)
-                yield self._measure(
-                    kind, load.at_once(), load.mean, slots[kind], "runs at once", waits, advice[kind]
-                )
+                yield self._slots(kind, load, self._known[isolation], slots[kind], advice[kind])
         peak = self._memory.at_once()
         # Slots limit it: if all are taken, then by mean children.
         most_used = slots["children"] * memory
@@ -290,7 +281,7 @@ class _Demand:
             min(self._memory.mean, most_used) / MIB,
             machine.memory / MIB,
             "MiB",
-            self._start + timedelta(seconds=peak.second) if needed else None,
+            self._at(Peak(needed, peak.second)),
             fits or not all(history.known for history in self._histories.values()),
             None if fits else f"lower execution.max_children to {max(most or 1, 1)} in all, or add memory",
         )
@@ -300,43 +291,36 @@ class _Demand:
         if self._of_pools.keys() | slots.keys() == {DEFAULT_POOL}:
             return
         for pool, (load, known) in sorted(self._of_pools.items()):
-            has = slots.get(pool, 0)
             if pool not in slots:
                 advice = f"no worker or host serves it: add a host of {pool}, or {pool} to [execution] pools"
                 peak = load.at_once()
-                at = self._start + timedelta(seconds=peak.second) if peak.amount else None
-                needs = peak.amount, load.mean
+                needs, at = (peak.amount, load.mean), self._at(peak)
                 yield Measure(f"pool {pool}", *needs, 0, "runs at once", at, False, advice, None)
                 continue
-            waits = (load.longest_wait(has).amount, known.longest_wait(has).amount)
             advice = "add slots to a worker or host of the pool, or another one"
-            yield self._measure(f"pool {pool}", load.at_once(), load.mean, has, "runs at once", waits, advice)
+            yield self._slots(f"pool {pool}", load, known, slots[pool], advice)
 
-    def _measure(
-        self,
-        what: str,
-        peak: Peak,
-        mean: float,
-        has: float,
-        unit: str,
-        waits: tuple[float, float],
-        advice: str,
-    ) -> Measure:
-        """A resource of which the mean is `mean`; `waits` in seconds of all runs, and of known ones.
+    def _slots(self, what: str, load: Load, known: Load, has: float, advice: str) -> Measure:
+        """The slots for these runs. Only those of them with a known history can exceed them."""
+        peak = load.at_once()
+        wait, change = self._wait(peak, has, load.longest_wait(has).amount, advice)
+        ok = known.longest_wait(has).amount <= MAX_WAIT.total_seconds()
+        return Measure(what, peak.amount, load.mean, has, "runs at once", self._at(peak), ok, change, wait)
 
-        Only the runs with a known history can exceed it.
-        """
-        at = self._start + timedelta(seconds=peak.second) if peak.amount else None
-        longest, known = waits
-        wait = None if math.isinf(longest) else timedelta(seconds=round(longest))
-        change = None
-        if wait is None:
-            change = f"runs wait ever longer: it is never enough, at any time of the day; {advice}"
-        elif at is not None and peak.amount > has:
-            lasting = f", up to {format_duration(wait)}" if wait else ""
-            change = f"runs wait for a while at {to_text(at)}{lasting}; {advice}"
-        ok = known <= MAX_WAIT.total_seconds()
-        return Measure(what, peak.amount, mean, has, unit, at, ok, change, wait)
+    def _wait(
+        self, peak: Peak, has: float, seconds: float, advice: str
+    ) -> tuple[timedelta | None, str | None]:
+        """How long runs wait for what they need at its peak, and what to change then."""
+        if math.isinf(seconds):
+            return None, f"runs wait ever longer: it is never enough, at any time of the day; {advice}"
+        wait, at = timedelta(seconds=round(seconds)), self._at(peak)
+        if at is None or peak.amount <= has:
+            return wait, None
+        lasting = f", up to {format_duration(wait)}" if wait else ""
+        return wait, f"runs wait for a while at {to_text(at)}{lasting}; {advice}"
+
+    def _at(self, peak: Peak) -> datetime | None:
+        return self._start + timedelta(seconds=peak.second) if peak.amount else None
 
     def slow_definitions(self) -> Iterator[Measure]:
         """Definitions that are due again before they end, worst first."""
