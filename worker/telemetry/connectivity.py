@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from worker.clock import Clock
 
@@ -11,6 +12,7 @@ from worker.clock import Clock
 QUIET = 5.0
 
 
+@dataclass(eq=False, repr=False)
 class Connectivity:
     """Tracks whether a service answers, in any thread.
 
@@ -18,21 +20,18 @@ class Connectivity:
     answered again.
     """
 
-    def __init__(
-        self, clock: Clock, *, on_lost: Callable[[str], object], on_back: Callable[[float], object]
-    ) -> None:
-        self._clock = clock
-        self._on_lost = on_lost
-        self._on_back = on_back
-        self._lock = threading.Lock()
-        self._lost_at: float | None = None
-        self._answered_at = float("-inf")
-        self._reported = False
-        self._reported_at = float("-inf")
+    clock: Clock
+    on_lost: Callable[[str], object]
+    on_back: Callable[[float], object]
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _lost_at: float | None = field(default=None, init=False)
+    _answered_at: float = field(default=float("-inf"), init=False)
+    _reported: bool = field(default=False, init=False)
+    _reported_at: float = field(default=float("-inf"), init=False)
 
     def started(self) -> float:
         """When a request starts: pass it to `failed` or `answered`."""
-        return self._clock.monotonic()
+        return self.clock.monotonic()
 
     def failed(self, error: str, started_at: float) -> None:
         """A request was not answered."""
@@ -40,14 +39,14 @@ class Connectivity:
             if started_at < self._answered_at:
                 # A later request was answered: this one went to a server that is gone.
                 return
-            now = self._clock.monotonic()
+            now = self.clock.monotonic()
             if self._lost_at is None:
                 self._lost_at = now
             report = not self._reported and now - self._reported_at >= QUIET
             if report:
                 self._reported, self._reported_at = True, now
         if report:
-            self._on_lost(error)
+            self.on_lost(error)
 
     def answered(self, started_at: float) -> None:
         """A request was answered."""
@@ -58,4 +57,4 @@ class Connectivity:
             lost_at, reported = self._lost_at, self._reported
             self._lost_at, self._reported = None, False
         if reported and lost_at is not None:
-            self._on_back(round(self._clock.monotonic() - lost_at, 1))
+            self.on_back(round(self.clock.monotonic() - lost_at, 1))

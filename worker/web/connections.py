@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import h11
@@ -45,15 +45,13 @@ class ClientDeadlines:
     idle: float = 75.0
 
 
+@dataclass(eq=False, slots=True)
 class _Group:
     """The connections under one limit; `waiting` are those waiting for their client, longest first."""
 
-    __slots__ = ("key", "members", "waiting")
-
-    def __init__(self, key: str = "") -> None:
-        self.key = key
-        self.members: set[Connection] = set()
-        self.waiting: dict[Connection, None] = {}
+    key: str = ""
+    members: set[Connection] = field(default_factory=set)
+    waiting: dict[Connection, None] = field(default_factory=dict)
 
     def make_room(self, reason: str) -> bool:
         """Close the connection that has waited longest; False if none waits."""
@@ -64,6 +62,7 @@ class _Group:
         return True
 
 
+@dataclass(eq=False, repr=False)
 class Connections:
     """The open connections of one listener, at most `most`.
 
@@ -71,25 +70,22 @@ class Connections:
     trusted proxies are exempt.
     """
 
-    def __init__(
-        self, per_address: int = 0, addresses: Addresses | None = None, *, most: int = MAX_CONNECTIONS
-    ) -> None:
-        self._per_address = per_address
-        self._addresses = addresses or Addresses()
-        self._most = most
-        self._all = _Group()
-        self._by_address: dict[str, _Group] = {}
-        self._groups: dict[Connection, list[_Group]] = {}
+    per_address: int = 0
+    addresses: Addresses = field(default_factory=Addresses)
+    most: int = field(default=MAX_CONNECTIONS, kw_only=True)
+    _all: _Group = field(default_factory=_Group, init=False)
+    _by_address: dict[str, _Group] = field(default_factory=dict, init=False)
+    _groups: dict[Connection, list[_Group]] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def add(self, connection: Connection, address: str) -> bool:
         """Count a new connection; False if there is no room because all others are being served."""
-        limits = [(self._all, self._most, "crowded")]
-        if self._per_address and not self._addresses.trusts(address):
+        limits = [(self._all, self.most, "crowded")]
+        if self.per_address and not self.addresses.trusts(address):
             key = counted_as(address)
-            limits.insert(0, (self._by_address.get(key) or _Group(key), self._per_address, "address"))
+            limits.insert(0, (self._by_address.get(key) or _Group(key), self.per_address, "address"))
         for group, most, reason in limits:
             if len(group.members) >= most and not group.make_room(reason):
                 return False
