@@ -340,15 +340,13 @@ class DemoInstallation:
         path = os.pathsep.join(filter(None, (str(plugins), environment.get("PYTHONPATH"))))
         self._environment = environment | {"PYTHONPATH": path}
         self._script = folder / "orgworker"
-        self._script.write_text(self._script_text(path), encoding="utf-8")
+        command = f'PYTHONPATH={shlex.quote(path)} exec {shlex.join(self._command())} "$@"'
+        self._script.write_text(f"#!/bin/sh\n{command}\n", encoding="utf-8")
         self._script.chmod(0o700)
         self._worker: subprocess.Popen[bytes] | None = None
 
     def _command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-P", "-m", "worker", "--config", str(self.settings), *arguments]
-
-    def _script_text(self, path: str) -> str:
-        return f'#!/bin/sh\nPYTHONPATH={shlex.quote(path)} exec {shlex.join(self._command())} "$@"\n'
 
     def command_line(self) -> str:
         """What runs a command on this installation, as text for a shell in any folder."""

@@ -158,11 +158,8 @@ def _resumed(change: RunChange, before: RunChange | None) -> str:
         return "goes on: there is budget again"
     if change.answered_by is None:
         return "goes on"
-    return f"goes on: {change.answered_by} answered {_short(change.answer)}"
-
-
-def _short(answer: Any) -> str:
-    return "with data" if isinstance(answer, dict | list) else str(answer)
+    answer = "with data" if isinstance(change.answer, dict | list) else change.answer
+    return f"goes on: {change.answered_by} answered {answer}"
 
 
 def _error(error: Mapping[str, Any] | None) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import html
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -156,16 +156,8 @@ class People:
 
 def claims_of(person: Person, request: Mapping[str, str]) -> dict[str, Any]:
     """What an ID token says about a person."""
-    claims: dict[str, Any] = {
-        "sub": person.sub,
-        "name": person.name,
-        "email": person.email,
-        "org_code": person.org_code,
-        "permissions": list(person.permissions),
-    }
-    if nonce := request.get("nonce"):
-        claims["nonce"] = nonce
-    return claims
+    nonce = request.get("nonce")
+    return asdict(person) | {"permissions": list(person.permissions)} | ({"nonce": nonce} if nonce else {})
 
 
 def _page(people: Iterable[Person], wanted: Mapping[str, str]) -> str:

@@ -75,7 +75,7 @@ class Rights:
         # One that was deleted by hand has taken its properties along.
         if found is not None:
             credential = await self.database.run(self.credential_of, row)
-            application = _application_of(row, credential)
+            application = application_of(row, credential)
             for key, value in (await self.management.properties(found)).items():
                 # A provider may list a boolean as text; the token has its type.
                 is_boolean = str(properties.get(key)).lower() == value
@@ -118,7 +118,7 @@ class Rights:
                 f"issuer {self.issuer} has no audience", fix=f"set audience in [issuers.{self.issuer}]"
             )
         credential = await self.database.run(self.credential_of, row)
-        application = _application_of(row, credential)
+        application = application_of(row, credential)
         for audience, names in scopes.items():
             await self.management.authorise(application, audience)
             await self.management.add_scopes(application, audience, names)
@@ -200,7 +200,8 @@ class Rights:
         )
 
 
-def _application_of(row: Row, credential: Credential) -> OrgApplication:
+def application_of(row: Row, credential: Credential) -> OrgApplication:
+    """The application of a row, with its secret."""
     return OrgApplication(row["org"], row["application_id"], row["client_id"], credential.secret, row["name"])
 
 

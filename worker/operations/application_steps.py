@@ -55,16 +55,11 @@ class Steps:
             at = self.database.now(connection)
             applications.change(connection, row_id, {"state": "announced", "not_before": at + after}, at=at)
             seconds = round(after.total_seconds())
-            detail = {"client_id": row["client_id"], "seconds": seconds}
+            org, client = row["org"], row["client_id"]
+            detail = {"client_id": client, "seconds": seconds}
             self._record(connection, row, "credential.announce", detail, at=at)
             # Before the commit: an announcement may be repeated, and must not be lost.
-            emit(
-                "credential.pending",
-                org=row["org"],
-                issuer=self.issuer,
-                client=row["client_id"],
-                seconds=seconds,
-            )
+            emit("credential.pending", org=org, issuer=self.issuer, client=client, seconds=seconds)
 
     def activate(self, row_id: str, overlap: timedelta = timedelta()) -> None:
         """Let runs use a verified application; the org's earlier one ends after `overlap`.
@@ -83,14 +78,9 @@ class Steps:
                 ends = {"state": "overlapping", "not_before": at + overlap}
                 applications.change(connection, older["id"], ends, at=at)
             applications.change(connection, row_id, {"state": "active"}, at=at)
-            self._record(connection, row, "credential.add", {"client_id": row["client_id"]}, at=at)
-        emit(
-            "credential.activated",
-            org=row["org"],
-            issuer=self.issuer,
-            client=row["client_id"],
-            generation=row["generation"],
-        )
+            org, client, generation = row["org"], row["client_id"], row["generation"]
+            self._record(connection, row, "credential.add", {"client_id": client}, at=at)
+        emit("credential.activated", org=org, issuer=self.issuer, client=client, generation=generation)
 
     def retire(self, row_id: str) -> bool:
         """Retire the credential of an application whose overlap has ended; False if no other replaces it.

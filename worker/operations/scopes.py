@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from worker.errors import WorkerError
 from worker.ids import OrgId
+from worker.operations.application_rights import application_of
 from worker.operations.provisioning import Provisioned, Provisioner
 from worker.operations.requirements import OrgDefinitions
-from worker.providers.management.contract import OrgApplication
 from worker.store import applications, audit
 from worker.store.dialect import Row
 from worker.telemetry.events import emit
@@ -69,9 +69,7 @@ class Scopes:
         provisioner, row = self.provisioner, change.row
         management = provisioner.management
         credential = await provisioner.database.run(provisioner.rights.credential_of, row)
-        application = OrgApplication(
-            row["org"], row["application_id"], row["client_id"], credential.secret, row["name"]
-        )
+        application = application_of(row, credential)
         for audience, scopes in change.add.items():
             if audience not in (row["scopes"] or {}):
                 await management.authorise(application, audience)

@@ -70,6 +70,11 @@ class QuietExporter(SpanExporter):
         return False
 
 
+# What a span has of an attempt, as `orgworker.NAME`.
+_SHOWN = (
+    *("org", "definition", "handler", "origin", "isolation"),
+    *("attempt", "outcome", "state", "reason"),
+)
 # Maximum attempts with marks; more exist only if the ends of attempts are lost.
 BOUND = 100_000
 # Seconds to export the last spans at the end of the process.
@@ -130,15 +135,7 @@ class OtelTracer:
             "cicd.pipeline.run.url.full": self._page(traced),
             "cicd.pipeline.result": result,
             "error.type": traced.error_type if result in BAD else None,
-            "orgworker.org": traced.org,
-            "orgworker.definition": traced.definition,
-            "orgworker.handler": traced.handler,
-            "orgworker.origin": traced.origin,
-            "orgworker.isolation": traced.isolation,
-            "orgworker.attempt": traced.attempt,
-            "orgworker.outcome": traced.outcome,
-            "orgworker.state": traced.state,
-            "orgworker.reason": traced.reason,
+            **{f"orgworker.{name}": getattr(traced, name) for name in _SHOWN},
         }
         span = self._tracer.start_span(
             f"RUN {traced.pipeline}",

@@ -7,9 +7,9 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import httpx
 
@@ -30,6 +30,8 @@ from worker.runs.run import Isolation
 from worker.testing.clock import LeapingLoop, SettableClock
 from worker.testing.faults import Fault, FaultInjector, FaultyTokens
 from worker.testing.runners import Api, InProcess, RecordingApi, in_child
+
+T = TypeVar("T")
 
 ORG = "org_test"
 API_ORIGIN = "https://api.example.com"
@@ -282,57 +284,49 @@ def _finished(
 ) -> Finished:
     last = ended[-1]
     progress = [each.trail.progress for each in ended if each.trail.progress is not None]
-    return Finished(
+    return _like(
+        Finished,
+        last,
         state=last.shown_state,
-        reason=last.reason,
-        detail=last.detail,
-        result=None if last.result is None else json.loads(last.result),
-        error=last.error,
+        result=_parsed(last.result),
         checkpoint=trial.checkpoint,
         definition_state=trial.state,
         spends=trial.spent,
         steps=tuple(
-            Step(
-                name=row.step.name,
-                key=row.step.key,
-                occurrence=row.step.occurrence,
-                attempt=row.run.attempt,
-                result=json.loads(row.step.result_json),
-            )
+            _like(Step, row.step, attempt=row.run.attempt, result=json.loads(row.step.result_json))
             for row in trial.steps
         ),
         waits=tuple(
-            Wait(
-                name=each.wait.name,
-                occurrence=each.wait.occurrence,
-                kind=each.wait.kind,
-                ask=None if each.wait.ask_json is None else json.loads(each.wait.ask_json),
+            _like(
+                Wait,
+                each.wait,
+                ask=_parsed(each.wait.ask_json),
                 options=each.wait.options or None,
                 until=each.until,
                 answered=each.is_answered,
-                answer=None if each.answer_json is None else json.loads(each.answer_json),
+                answer=_parsed(each.answer_json),
                 timed_out=each.is_over,
             )
             for each in trial.waits.values()
         ),
         progress=progress[-1] if progress else None,
         attempts=tuple(
-            Attempt(
-                number=each.attempt,
-                handler=each.trail.handler,
-                outcome=each.outcome,
-                state=each.shown_state,
-                reason=each.reason,
-                detail=each.detail,
-                error=each.error,
-                started_at=each.started_at,
-                ended_at=each.ended_at,
-            )
+            _like(Attempt, each, number=each.attempt, handler=each.trail.handler, state=each.shown_state)
             for each in ended
         ),
         logs=tuple(logs),
         requests=tuple(requests),
     )
+
+
+def _like(kind: type[T], source: object, **given: Any) -> T:
+    """A dataclass whose fields are given, or those of the same name of the source."""
+    others = (each.name for each in fields(kind) if each.name not in given)
+    return kind(**given, **{name: getattr(source, name) for name in others})
+
+
+def _parsed(text: str | None) -> Any:
+    return None if text is None else json.loads(text)
 
 
 def _handler(name: str, job: Job | None) -> tuple[HandlerEntry, Job]:

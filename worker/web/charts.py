@@ -154,7 +154,7 @@ def gantt(lanes: Sequence[Lane], *, title: str, now: datetime) -> Markup:
             place = f'x="{left:.2f}%" y="{y + 19}" width="{width:.2f}%" height="14" rx="2"'
             took = short(piece.end - piece.start)
             drawn.append(_block(title, piece.kind, place, f"{lane.name}: {piece.name} {took}"))
-            rows.append([lane.name, piece.name, _clock(piece.start), took])
+            rows.append([lane.name, piece.name, f"{piece.start:%Y-%m-%d %H:%M:%S}", took])
     totals: dict[str, timedelta] = {}
     kinds: dict[str, str] = {}
     for piece in pieces:
@@ -357,7 +357,3 @@ def _round_up(value: float) -> float:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
-
-
-def _clock(at: datetime) -> str:
-    return f"{at:%Y-%m-%d %H:%M:%S}"
