@@ -14,18 +14,17 @@ from sqlalchemy import (
     Float,
     ForeignKey,
     Index,
-    Table,
     Text,
     UniqueConstraint,
 )
 
 from worker.definitions.budgets import AT_LIMIT, PERS
 from worker.store.dialect import Id, Instant, json_type
-from worker.store.tables.runs import UPDATED, count, metadata, one_of, partial, required
+from worker.store.tables.runs import UPDATED, count, one_of, partial, required, table
 
-budgets = Table(
+budgets = table(
     "budgets",
-    metadata,
+    "What orgs may spend. Of several budgets of a meter, each applies.",
     Column("id", Id, primary_key=True),
     required("target", Text, "The orgs that it applies to, as text."),
     Column("org_id", Id, ForeignKey("orgs.id"), doc="Its org; null if it selects orgs."),
@@ -46,12 +45,11 @@ budgets = Table(
     CheckConstraint('("limit" IS NULL) <> (property IS NULL)', name="limit"),
     CheckConstraint(one_of("per", PERS), name="per"),
     CheckConstraint(one_of("at_limit", AT_LIMIT), name="at_limit"),
-    info={"meaning": "What orgs may spend. Of several budgets of a meter, each applies."},
 )
 
-budget_raises = Table(
+budget_raises = table(
     "budget_raises",
-    metadata,
+    "Raises of an org's budgets by operators, each for a time.",
     Column("id", Id, primary_key=True),
     Column("org_id", Id, ForeignKey("orgs.id"), nullable=False),
     required("meter", Text, "As in `budgets`."),
@@ -64,12 +62,11 @@ budget_raises = Table(
     Index("ix_budget_raises_org_id_meter", "org_id", "meter"),
     Index("ix_budget_raises_run_id", "run_id", **partial("run_id IS NOT NULL")),
     CheckConstraint(one_of("per", PERS), name="per"),
-    info={"meaning": "Raises of an org's budgets by operators, each for a time."},
 )
 
-meters = Table(
+meters = table(
     "meters",
-    metadata,
+    "What was spent in each period of an org's budgets.",
     Column("org_id", Id, primary_key=True),
     Column("meter", Text, primary_key=True, doc="What was spent: as in `budgets`."),
     Column("per", Text, primary_key=True, doc="`day` or `month`."),
@@ -77,12 +74,11 @@ meters = Table(
     count("used", "What was spent in it.", type_=BigInteger),
     Index("ix_meters_starts_at", "starts_at"),
     postgresql_with=UPDATED,
-    info={"meaning": "What was spent in each period of an org's budgets."},
 )
 
-meter_days = Table(
+meter_days = table(
     "meter_days",
-    metadata,
+    "What was spent, by UTC day and definition. Kept when the runs are deleted.",
     Column("day", Date, primary_key=True, doc="The UTC day on which it was spent."),
     Column("org_id", Id, primary_key=True),
     Column("meter", Text, primary_key=True, doc="What was spent: as in `budgets`."),
@@ -91,12 +87,11 @@ meter_days = Table(
     Index("ix_meter_days_org_id_day", "org_id", "day"),
     Index("ix_meter_days_definition_id_meter", "definition_id", "meter"),
     postgresql_with=UPDATED,
-    info={"meaning": "What was spent, by UTC day and definition. Kept when the runs are deleted."},
 )
 
-spends = Table(
+spends = table(
     "spends",
-    metadata,
+    "What each run spent.",
     Column("run_id", Id, primary_key=True),
     Column("meter", Text, primary_key=True, doc="What was spent: as in `budgets`."),
     Column(
@@ -110,15 +105,13 @@ spends = Table(
     required("amount", BigInteger, "How much."),
     required("at", Instant, "When it was counted."),
     Index("ix_spends_org_id_meter_at", "org_id", "meter", "at"),
-    info={"meaning": "What each run spent."},
 )
 
-org_properties = Table(
+org_properties = table(
     "org_properties",
-    metadata,
+    "The properties that are limits of budgets, from the newest token of each org.",
     Column("org_id", Id, primary_key=True),
     Column("name", Text, primary_key=True, doc="The property's name."),
     Column("value", BigInteger, doc="Null if the token does not have it as a number of 0 or more."),
     required("issued_at", Instant, "When the token with it was issued."),
-    info={"meaning": "The properties that are limits of budgets, from the newest token of each org."},
 )

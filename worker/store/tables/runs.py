@@ -24,6 +24,7 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
+from sqlalchemy.schema import SchemaItem
 
 from worker.definitions.pools import DEFAULT_POOL
 from worker.store.dialect import Id, Instant, exact_json_type, json_type
@@ -48,6 +49,11 @@ HOT = {
     "autovacuum_analyze_threshold": "20000",
 }
 UPDATED = HOT | {"fillfactor": "70"}
+
+
+def table(name: str, meaning: str, *parts: SchemaItem, **options: Any) -> Table:
+    """A table; `meaning` is for the reference."""
+    return Table(name, metadata, *parts, info={"meaning": meaning}, **options)
 
 
 def required(name: str, type_: Any, doc: str | None = None, **options: Any) -> Column[Any]:
@@ -81,9 +87,9 @@ RARE = "state <> 'succeeded'"
 # A condition on waits: the handler has waited, and nothing has ended the wait.
 OPEN = "answered_at IS NULL AND timed_out_at IS NULL"
 
-runs = Table(
+runs = table(
     "runs",
-    metadata,
+    "Identity and outcome of each run: written when it is fired and when it ends.",
     Column("id", Id, primary_key=True),
     required("org_id", Id),
     required("definition_id", Id),
@@ -127,12 +133,11 @@ runs = Table(
     Index("ix_runs_rare_state_id", "state", "id", sqlite_where=text(RARE)).ddl_if(dialect="sqlite"),
     # The end of a run makes its row larger by half, and both versions fit on the page.
     postgresql_with={"fillfactor": "40"},
-    info={"meaning": "Identity and outcome of each run: written when it is fired and when it ends."},
 )
 
-run_ends = Table(
+run_ends = table(
     "run_ends",
-    metadata,
+    "The ended runs, by state and time. Triggers maintain it; on SQLite it is a view.",
     Column("state", Text, primary_key=True, doc="As in `runs`."),
     Column("finished_at", Instant, primary_key=True, doc="As in `runs`."),
     Column("run_id", Id, primary_key=True),
@@ -141,7 +146,6 @@ run_ends = Table(
     Index("ix_run_ends_rare_state_run_id", "state", "run_id", postgresql_where=text(RARE)).ddl_if(
         dialect="postgresql"
     ),
-    info={"meaning": "The ended runs, by state and time. Triggers maintain it; on SQLite it is a view."},
 )
 
 LIVE_STATES = ("waiting", "running", "held", "parked")
@@ -175,9 +179,9 @@ ON_SQLITE = (
     Index("ix_live_runs_running_definition_id", "definition_id", sqlite_where=text("started_at IS NOT NULL")),
 )
 
-live_runs = Table(
+live_runs = table(
     "live_runs",
-    metadata,
+    "The unfinished runs only: what admission and running need, narrow and hot.",
     Column("id", Id, primary_key=True),
     required("org_id", Id),
     required("definition_id", Id),
@@ -239,7 +243,6 @@ live_runs = Table(
     Index("ix_live_runs_parked_handler", "handler", **partial("state = 'parked' AND started_at IS NOT NULL")),
     unique("uq_live_runs_held", ("definition_id",), "state = 'held'"),
     postgresql_with=HOT,
-    info={"meaning": "The unfinished runs only: what admission and running need, narrow and hot."},
 )
 
 
@@ -258,9 +261,9 @@ ATTEMPT_OUTCOMES = (
     "parked",
 )
 
-attempts = Table(
+attempts = table(
     "attempts",
-    metadata,
+    "One row per attempt, written when it ends.",
     Column("run_id", Id, primary_key=True),
     Column("attempt", Integer, primary_key=True, doc="1 for the first, then counting up."),
     required("org_id", Id),
@@ -290,14 +293,13 @@ attempts = Table(
         "ix_attempts_error_cause_ended_at", "error_cause", "ended_at", **partial("error_cause IS NOT NULL")
     ),
     Index("ix_attempts_error_cause_run_id", "error_cause", "run_id", **partial("error_cause IS NOT NULL")),
-    info={"meaning": "One row per attempt, written when it ends."},
 )
 
 WAIT_KINDS = ("sleep", "answer", "budget")
 
-waits = Table(
+waits = table(
     "waits",
-    metadata,
+    "What runs wait for: sleeps, and answers of people, with those answers.",
     Column("run_id", Id, primary_key=True),
     Column(
         "name", Text, primary_key=True, doc="As the handler calls it; `sleep` for a sleep without a name."
@@ -318,12 +320,11 @@ waits = Table(
     CheckConstraint(one_of("kind", WAIT_KINDS), name="kind"),
     CheckConstraint("answered_at IS NULL OR timed_out_at IS NULL", name="over"),
     Index("ix_waits_open_org_id", "org_id", "run_id", **partial(OPEN)),
-    info={"meaning": "What runs wait for: sleeps, and answers of people, with those answers."},
 )
 
-checkpoints = Table(
+checkpoints = table(
     "checkpoints",
-    metadata,
+    "The last checkpoint of an unfinished or retried run.",
     Column("run_id", Id, primary_key=True),
     required("org_id", Id),
     required("attempt", Integer, "The attempt that saved it."),
@@ -332,12 +333,11 @@ checkpoints = Table(
     required("data", json_type(), "The data passed to `ctx.save`."),
     Column("handler", Text, doc="The handler that saved first: the run keeps it."),
     count("number", "Which save of the attempt it is, from 1; 0 if unknown."),
-    info={"meaning": "The last checkpoint of an unfinished or retried run."},
 )
 
-steps = Table(
+steps = table(
     "steps",
-    metadata,
+    "The stored results of the steps of each run.",
     Column("run_id", Id, primary_key=True),
     Column("seq", Integer, primary_key=True, doc="Its place among the stored steps of the run, from 1."),
     required("org_id", Id),
@@ -353,12 +353,11 @@ steps = Table(
     required("ended_at", Instant, "When it returned."),
     required("size", Integer, "Bytes of the result."),
     required("result", exact_json_type(), "What the function returned, as JSON."),
-    info={"meaning": "The stored results of the steps of each run."},
 )
 
-run_logs = Table(
+run_logs = table(
     "run_logs",
-    metadata,
+    "The lines of the runs' logs.",
     Column("run_id", Id, primary_key=True),
     Column("attempt", Integer, primary_key=True, doc="The attempt that wrote it."),
     Column("seq", Integer, primary_key=True, doc="Its number in the attempt's log."),
@@ -368,12 +367,11 @@ run_logs = Table(
     required("source", Text, "`log`, `stdout` or `stderr`; `worker` for a line of the worker itself."),
     required("text", Text, "Without the secrets that the worker knows."),
     Index("ix_run_logs_at", "at"),
-    info={"meaning": "The lines of the runs' logs."},
 )
 
-skips = Table(
+skips = table(
     "skips",
-    metadata,
+    "Consecutive scheduled times that never became a run.",
     Column("id", Id, primary_key=True),
     required("org_id", Id),
     required("definition_id", Id),
@@ -387,5 +385,4 @@ skips = Table(
     UniqueConstraint("definition_id", "skipped_from"),
     Index("ix_skips_org_id_id", "org_id", "id"),
     Index("ix_skips_skipped_until", "skipped_until"),
-    info={"meaning": "Consecutive scheduled times that never became a run."},
 )
