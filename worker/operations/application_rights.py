@@ -180,24 +180,17 @@ class Rights:
 
     def credential_of(self, row: Row) -> Credential:
         """The credential of a row, opened."""
+        org_id, client = OrgId(row["org_id"]), row["client_id"]
         with self.database.autocommit() as connection:
-            stored = credentials.by_id(connection, OrgId(row["org_id"]), row["credential_id"])
+            stored = credentials.by_id(connection, org_id, row["credential_id"])
         if stored is None or stored["sealed"] is None:
             raise Conflict(
                 f"the credential of org {row['org']}'s new application was retired",
                 fix="`orgs sync --orphans --delete` deletes the application; the next call makes another",
             )
-        secret = self.ring.unseal(
-            stored["sealed"], stored["key_id"], org_id=stored["org_id"], credential_id=stored["id"]
-        )
-        return Credential(
-            stored["id"],
-            OrgId(row["org_id"]),
-            row["org"],
-            stored["generation"],
-            row["client_id"],
-            Secret(secret),
-        )
+        id, sealed, key_id = stored["id"], stored["sealed"], stored["key_id"]
+        secret = self.ring.unseal(sealed, key_id, org_id=stored["org_id"], credential_id=id)
+        return Credential(id, org_id, row["org"], stored["generation"], client, Secret(secret))
 
 
 def application_of(row: Row, credential: Credential) -> OrgApplication:

@@ -71,10 +71,8 @@ def _may_change(path: str | Path) -> bool:
 
 def _capabilities() -> int:
     """The effective capabilities of this process, as bits."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return int(line.split()[1], 16)
-    return 0
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
 
 
 class _Seen(NamedTuple):

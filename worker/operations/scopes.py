@@ -88,11 +88,8 @@ class Scopes:
             given[audience] = given.get(audience, set()) | scopes
         for audience, scopes in change.remove.items():
             given[audience] -= scopes
-        detail = {
-            "client_id": change.row["client_id"],
-            "added": names_of(change.add),
-            "removed": names_of(change.remove),
-        }
+        added, removed = names_of(change.add), names_of(change.remove)
+        detail = {"client_id": change.row["client_id"], "added": added, "removed": removed}
         org_id = OrgId(change.row["org_id"])
         with database.transaction() as connection:
             at = database.now(connection)
@@ -110,8 +107,8 @@ class Scopes:
                 org=change.row["org"],
                 issuer=provisioner.issuer,
                 client=change.row["client_id"],
-                added=" ".join(detail["added"]),
-                removed=" ".join(detail["removed"]),
+                added=" ".join(added),
+                removed=" ".join(removed),
             )
 
 

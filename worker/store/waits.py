@@ -29,12 +29,7 @@ def lock_attempt(connection: Connection, org_id: OrgId, run_id: RunId) -> int | 
 
 def find(connection: Connection, org_id: OrgId, run_id: RunId, name: str, occurrence: int) -> Row | None:
     """One wait of a run."""
-    query = select(_waits).where(
-        _waits.c.run_id == run_id,
-        _waits.c.org_id == org_id,
-        _waits.c.name == name,
-        _waits.c.occurrence == occurrence,
-    )
+    query = select(_waits).filter_by(run_id=run_id, org_id=org_id, name=name, occurrence=occurrence)
     return first_row(connection, query)
 
 

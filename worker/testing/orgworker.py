@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal, TypeVar
 
@@ -321,7 +321,7 @@ def _finished(
 
 def _like(kind: type[T], source: object, **given: Any) -> T:
     """A dataclass whose fields are given, or those of the same name of the source."""
-    others = (each.name for each in fields(kind) if each.name not in given)
+    others = (name for name in kind.__annotations__ if name not in given)
     return kind(**given, **{name: getattr(source, name) for name in others})
 
 

@@ -133,20 +133,18 @@ class Attempts:
         async with AsyncExitStack() as held:
             parts = await self._read(request, name, digest, held)
             answer = await self._answer_parts(request, api, caller, name, parts)
-        if isinstance(answer, bytes):
-            return Response(answer, media_type="application/json")
-        return Response(
-            json.dumps(answer, ensure_ascii=False, separators=(",", ":")), media_type="application/json"
-        )
+        if not isinstance(answer, bytes):
+            answer = json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
+        return Response(answer, media_type="application/json")
 
     async def _answer_parts(
         self, request: Request, api: AttemptApi, caller: HostCaller, name: str, parts: Sequence[Message]
     ) -> Message | bytes:
-        left = _Gone(request) if name == "take" else None
+        left = asyncio.create_task(_left(request)) if name == "take" else None
 
         def gone() -> bool:
             # A worker that drains ends the takes that wait.
-            return left is not None and (left() or self.draining or self.api is not api)
+            return left is not None and (left.done() or self.draining or self.api is not api)
 
         try:
             if len(parts) == 1:
@@ -158,7 +156,7 @@ class Attempts:
             return joined([answer for answer in answers if not isinstance(answer, bytes)])
         finally:
             if left is not None:
-                left.stop()
+                left.cancel()
 
     async def _read(
         self, request: Request, name: str, digest: str, held: AsyncExitStack
@@ -222,22 +220,10 @@ def _too_large(name: str, most: int) -> Exception:
     return HTTPException(413, message)
 
 
-class _Gone:
-    """Whether the host has closed the connection while it waited."""
-
-    def __init__(self, request: Request) -> None:
-        self._task = asyncio.create_task(self._watch(request))
-
-    def __call__(self) -> bool:
-        return self._task.done()
-
-    def stop(self) -> None:
-        self._task.cancel()
-
-    @staticmethod
-    async def _watch(request: Request) -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+async def _left(request: Request) -> None:
+    """Wait until the host has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 # Any other error is 503, such as a configuration that an operator has to correct, while hosts go on asking.

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -72,8 +73,7 @@ def _path(value: object) -> str:
     return quote(str(value), safe="")
 
 
-def _pretty(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
+_pretty = partial(json.dumps, indent=2, ensure_ascii=False, default=str)
 
 
 def static_url(name: str) -> str:
