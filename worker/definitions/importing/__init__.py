@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta, tzinfo
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from worker.definitions.definition import parse_definition
-from worker.errors import DefinitionError
+from worker.definitions.zones import parse_zone
+from worker.errors import DefinitionError, InvalidTrigger
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _LONGEST_NAME = 200
@@ -131,6 +133,20 @@ def params_of(args: Any, kwargs: Any) -> tuple[dict[str, Any], list[str]]:
         raise NotTaken("positional arguments would become the param args, which its kwargs have already")
     notes: list[str] = []
     return _table(kwargs | ({"args": list(args)} if args else {}), "params", notes), notes
+
+
+def zone_of(name: str) -> ZoneInfo:
+    """The zone of this name; raises NotTaken."""
+    try:
+        return parse_zone(name)
+    except InvalidTrigger as error:
+        raise NotTaken(error.message) from None
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise NotTaken for an argument that this release does not know."""
+    for name in sorted(set(given) - set(known)):
+        raise NotTaken(f"{name} is not supported here")
 
 
 def sequence(value: Any) -> tuple[Any, ...]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta, tzinfo
+from functools import partial
 from typing import Any, TypeGuard
 from zoneinfo import ZoneInfo
 
@@ -18,24 +18,10 @@ from apscheduler.triggers.cron.fields import BaseField
 from apscheduler.util import convert_to_datetime
 
 from worker.clock import EPOCH, to_text
-from worker.definitions.importing import Import, NotTaken, params_of
-from worker.definitions.importing.cron_fields import (
-    BOTH_DAYS,
-    DAYS,
-    HOURS,
-    MINUTES,
-    MONTHS,
-    SECONDS,
-    WEEKDAYS,
-    every,
-    field,
-    refuse_unknown,
-    seconds,
-)
+from worker.definitions.importing import Import, NotTaken, cron_fields, params_of, refuse_unknown, zone_of
+from worker.definitions.importing.cron_fields import DAYS, HOURS, MINUTES, MONTHS, SECONDS, WEEKDAYS
 from worker.definitions.importing.python_source import FoundNode, PythonSource
 from worker.definitions.units import format_duration
-from worker.definitions.zones import parse_zone
-from worker.errors import InvalidTrigger
 
 _OF_JOB = (
     *("func", "trigger", "args", "kwargs", "id", "name", "misfire_grace_time", "coalesce", "max_instances"),
@@ -44,12 +30,11 @@ _OF_JOB = (
 _CRON = ("year", "month", "day", "week", "day_of_week", "hour", "minute", "second")
 _BOUNDS = ("start_date", "end_date", "timezone", "jitter")
 _UNITS = ("weeks", "days", "hours", "minutes", "seconds")
-_DATE = ("run_date", "timezone")
 # The arguments of each trigger, in the order of its constructor.
 _TRIGGERS = {
     "cron": (*_CRON, *_BOUNDS),
     "interval": (*_UNITS, *_BOUNDS),
-    "date": _DATE,
+    "date": ("run_date", "timezone"),
 }
 _CLASSES = {"CronTrigger": "cron", "IntervalTrigger": "interval", "DateTrigger": "date"}
 _OTHERS = ("AndTrigger", "OrTrigger", "CalendarIntervalTrigger", "and", "or", "calendarinterval")
@@ -151,26 +136,19 @@ class _Reader:
     def _job(self, call: ast.Call, found: FoundNode, function: str | None) -> None:
         line = call.lineno
         with self._imported.entry(line, _label(call, function)):
-            if found.context == "loop":
-                raise NotTaken("it is in a loop: only running the code would tell how often")
-            names = _OF_JOB[:-1] if function is None else _OF_JOB[1:-1]
-            given = self._source.arguments(call, names if function is not None else _OF_JOB)
+            found.refuse_loop()
+            given = self._source.arguments(call, _OF_JOB if function is None else _OF_JOB[1:-1])
             handler = function or self._handler(given.get("func"))
             zone = self._zone_of(call)
             values, notes = self._trigger(given, zone)
             values |= self._options(given, notes)
-            params, missing = params_of(
-                self._literal(given, "args") or (), self._literal(given, "kwargs") or {}
-            )
-            name = self._literal(given, "id") or self._literal(given, "name") or handler.rpartition(".")[2]
+            literal = partial(self._source.literal, given)
+            params, missing = params_of(literal("args") or (), literal("kwargs") or {})
+            name = literal("id") or literal("name") or handler.rpartition(".")[2]
             if found.context == "condition":
                 notes.append("it is added under a condition, and taken as if that were always true")
-            self._imported.add(
-                line, str(name), {"handler": handler, **values, "params": params}, [*notes, *missing]
-            )
-
-    def _literal(self, given: Mapping[str, ast.expr], key: str) -> Any:
-        return self._source.value(given[key]) if key in given else None
+            values = {"handler": handler, **values, "params": params}
+            self._imported.add(line, str(name), values, [*notes, *missing])
 
     def _handler(self, node: ast.expr | None) -> str:
         """The function as the source names it; `package.module:function` with a dot."""
@@ -191,7 +169,7 @@ class _Reader:
         zones = set(self._zones.values())
         found = self._zones[name] if name in self._zones else zones.pop() if len(zones) == 1 else None
         if found is None and self._imported.zone is not None:
-            return parse_zone(self._imported.zone)
+            return zone_of(self._imported.zone)
         return found
 
     def _trigger(self, given: dict[str, ast.expr], zone: tzinfo | None) -> tuple[dict[str, Any], list[str]]:
@@ -224,7 +202,7 @@ class _Reader:
         if kind == "cron":
             values = self._cron(arguments, zone, notes)
         elif kind == "interval":
-            values = every(_length(arguments))
+            values = cron_fields.every(_length(arguments))
         else:
             return {"schedule": self._at(arguments.get("run_date"), zone)}, notes
         for key, bound in (("starts_at", "start_date"), ("ends_at", "end_date")):
@@ -237,18 +215,14 @@ class _Reader:
             if (_time(arguments["start_date"], zone, "start_date") - EPOCH) % length:
                 notes.append("every counts from 1970-01-01T00:00:00Z, so its times are shifted")
         if arguments.get("jitter"):
-            values["spread"] = format_duration(seconds(arguments["jitter"], "jitter"))
+            values["spread"] = format_duration(cron_fields.seconds(arguments["jitter"], "jitter"))
         return values, notes
 
     def _from_crontab(self, call: ast.Call) -> dict[str, ast.expr]:
         given = self._source.arguments(call, ("expr", "timezone"))
-        parts = str(self._literal(given, "expr") or "").split()
-        if len(parts) != 5:
-            raise NotTaken("from_crontab takes five fields")
+        parts = cron_fields.split_line(str(self._source.literal(given, "expr") or ""), "from_crontab")
         names = ("minute", "hour", "day", "month", "day_of_week")
-        found: dict[str, ast.expr] = {
-            name: ast.Constant(part) for name, part in zip(names, parts, strict=True)
-        }
+        found: dict[str, ast.expr] = dict(zip(names, map(ast.Constant, parts), strict=True))
         return found | ({"timezone": given["timezone"]} if "timezone" in given else {})
 
     def _cron(self, arguments: dict[str, Any], zone: tzinfo | None, notes: list[str]) -> dict[str, Any]:
@@ -297,9 +271,8 @@ class _Reader:
         if isinstance(most, int) and most > 1:
             values |= {"overlap": "allow", "max_concurrent": most}
         if found.get("misfire_grace_time") is not None:
-            values["misfire_within"] = format_duration(
-                seconds(found["misfire_grace_time"], "misfire_grace_time")
-            )
+            grace = cron_fields.seconds(found["misfire_grace_time"], "misfire_grace_time")
+            values["misfire_within"] = format_duration(grace)
         if found.get("coalesce") is False:
             values["misfire"] = "all"
         if "next_run_time" in given:
@@ -322,12 +295,7 @@ def _label(call: ast.Call, function: str | None) -> str:
 
 
 def _zone(value: Any) -> tzinfo:
-    if isinstance(value, tzinfo):
-        return value
-    try:
-        return parse_zone(str(value))
-    except InvalidTrigger as error:
-        raise NotTaken(error.message) from None
+    return value if isinstance(value, tzinfo) else zone_of(str(value))
 
 
 def _time(value: Any, zone: tzinfo | None, name: str) -> datetime:
@@ -353,7 +321,7 @@ def _length(arguments: dict[str, Any]) -> timedelta:
 
 
 def _field(source: BaseField) -> str:
-    return field(_numbers(source), _FULL[source.name], starred=str(source).startswith("*"))
+    return cron_fields.field(_numbers(source), _FULL[source.name], starred=str(source).startswith("*"))
 
 
 def _numbers(source: BaseField) -> set[int]:
@@ -376,8 +344,8 @@ def _days(day: BaseField, day_of_week: BaseField, *, named: bool) -> tuple[str, 
     )
     if weekdays != set(WEEKDAYS):
         if is_special or _numbers(day) != set(DAYS):
-            raise NotTaken(BOTH_DAYS)
-        return "*", field(weekdays, WEEKDAYS, names=named)
+            raise NotTaken(cron_fields.BOTH_DAYS)
+        return "*", cron_fields.field(weekdays, WEEKDAYS, names=named)
     if not is_special:
         return _field(day), "*"
     if len(day.expressions) > 1:

@@ -5,25 +5,21 @@ from __future__ import annotations
 import ast
 import re
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
-from worker.definitions.importing import Import, NotTaken, mapping, params_of, sequence
-from worker.definitions.importing.cron_fields import (
-    BOTH_DAYS,
-    DAYS,
-    HOURS,
-    MINUTES,
-    MONTHS,
-    WEEKDAYS,
-    every,
-    field,
+from worker.definitions.importing import (
+    Import,
+    NotTaken,
+    cron_fields,
+    mapping,
+    params_of,
     refuse_unknown,
-    seconds,
+    sequence,
+    zone_of,
 )
+from worker.definitions.importing.cron_fields import DAYS, HOURS, MINUTES, MONTHS, WEEKDAY_NAMES, WEEKDAYS
 from worker.definitions.importing.python_source import FoundNode, PythonSource
 from worker.definitions.units import format_duration
-from worker.definitions.zones import parse_zone
-from worker.errors import InvalidTrigger
 
 _SCHEDULES = ("beat_schedule", "CELERY_BEAT_SCHEDULE", "CELERYBEAT_SCHEDULE")
 _ZONES = ("timezone", "CELERY_TIMEZONE")
@@ -32,7 +28,7 @@ _UTC_SWITCHES = ("enable_utc", "CELERY_ENABLE_UTC")
 _CRONTAB = ("minute", "hour", "day_of_week", "day_of_month", "month_of_year")
 _FULL = dict(zip(_CRONTAB, (MINUTES, HOURS, WEEKDAYS, DAYS, MONTHS), strict=True))
 _WORDS = {
-    "day_of_week": ("sun", "mon", "tue", "wed", "thu", "fri", "sat"),
+    "day_of_week": WEEKDAY_NAMES,
     "month_of_year": (
         *("", "jan", "feb", "mar", "apr", "may", "jun"),
         *("jul", "aug", "sep", "oct", "nov", "dec"),
@@ -41,7 +37,15 @@ _WORDS = {
 _ENTRY = ("task", "schedule", "args", "kwargs", "options", "relative")
 _PART = re.compile(r"(?:(?P<star>\*)|(?P<first>\w+?)(?:-(?P<last>\w+))?)(?:/(?P<step>\d+))?")
 _SIGNATURES = ("s", "si", "signature", "subtask")
-_LOOP = "it is in a loop: only running the code would tell how often"
+
+
+class _Call(NamedTuple):
+    """The call of a task: what it runs, with which arguments and options."""
+
+    task: Any
+    args: Any
+    kwargs: Any
+    options: dict[str, ast.expr]
 
 
 def read_celery_beat(text: str, imported: Import, *, module: str = "") -> None:
@@ -113,8 +117,8 @@ class _Reader:
         try:
             zone = self._source.value(value)
             zone = zone if isinstance(zone, str) else str(zone)
-            parse_zone(zone)
-        except (NotTaken, InvalidTrigger) as error:
+            zone_of(zone)
+        except NotTaken as error:
             self._uncertain = True
             self._imported.note(value.lineno, name, f"not taken over: {error}")
             return set()
@@ -126,8 +130,7 @@ class _Reader:
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 if isinstance(target, ast.Subscript) and self._is_schedule(target.value):
                     with self._imported.entry(node.lineno, ""):
-                        if found.context == "loop":
-                            raise NotTaken(_LOOP)
+                        found.refuse_loop()
                         self._entry(self._source.value(target.slice), node.value, found, node.lineno)
         for name, value in _settings(self._source, found):
             if name in _SCHEDULES:
@@ -162,9 +165,7 @@ class _Reader:
                 for key, value in zip(pairs.keys, pairs.values, strict=True):
                     line = (key or value).lineno
                     with self._imported.entry(line, ""):
-                        if key is None:
-                            raise NotTaken("** unpacks what only running the code would tell")
-                        self._entry(self._source.value(key), value, found, line)
+                        self._entry(self._source.key(key), value, found, line)
             else:
                 for name, value in self._source.pairs(pairs):
                     self._entry(name, value, found, value.lineno)
@@ -172,8 +173,7 @@ class _Reader:
     def _entry(self, key: Any, node: ast.expr, found: FoundNode, line: int) -> None:
         name = str(key)
         with self._imported.entry(line, name):
-            if found.context == "loop":
-                raise NotTaken(_LOOP)
+            found.refuse_loop()
             given = dict(self._source.pairs(node))
             refuse_unknown(given, _ENTRY)
             task = self._imported.handler
@@ -181,16 +181,9 @@ class _Reader:
                 if "task" not in given:
                     raise NotTaken("it has no task")
                 task = self._source.value(given["task"])
-            self._add(
-                name,
-                line,
-                found,
-                handler=task,
-                schedule=given.get("schedule"),
-                args=self._literal(given, "args", ()),
-                kwargs=self._literal(given, "kwargs", {}),
-                options=dict(self._source.pairs(given["options"])) if "options" in given else {},
-            )
+            args, kwargs = self._source.literal(given, "args", ()), self._source.literal(given, "kwargs", {})
+            options = dict(self._source.pairs(given["options"])) if "options" in given else {}
+            self._add(name, line, found, _Call(task, args, kwargs, options), given.get("schedule"))
 
     def _periodic(self, call: ast.Call, found: FoundNode) -> None:
         names = ("schedule", "sig", "args", "kwargs", "name")
@@ -198,37 +191,25 @@ class _Reader:
         named = next((keyword.value for keyword in call.keywords if keyword.arg == "name"), None)
         label = str(named.value) if isinstance(named, ast.Constant) else ""
         with self._imported.entry(line, label):
-            if found.context == "loop":
-                raise NotTaken(_LOOP)
+            found.refuse_loop()
             given = self._source.arguments(call, names)
             if "sig" not in given:
                 raise NotTaken("it names no task")
             task, args, kwargs, options = self._signature(given["sig"])
             options |= {key: value for key, value in given.items() if key not in names}
-            args += sequence(self._literal(given, "args", None) or ())
-            kwargs |= mapping(self._literal(given, "kwargs", None) or {})
-            self._add(
-                label or task.rpartition(".")[2],
-                line,
-                found,
-                handler=task,
-                schedule=given.get("schedule"),
-                args=args,
-                kwargs=kwargs,
-                options=options,
-            )
+            args += sequence(self._source.literal(given, "args") or ())
+            kwargs |= mapping(self._source.literal(given, "kwargs") or {})
+            name = label or task.rpartition(".")[2]
+            self._add(name, line, found, _Call(task, args, kwargs, options), given.get("schedule"))
 
-    def _literal(self, given: dict[str, ast.expr], key: str, default: Any) -> Any:
-        return self._source.value(given[key]) if key in given else default
-
-    def _signature(self, node: ast.expr) -> tuple[str, tuple[Any, ...], dict[str, Any], dict[str, ast.expr]]:
+    def _signature(self, node: ast.expr) -> _Call:
         """Task, arguments, keyword arguments and options of a signature.
 
         It is `task`, `task.s(…)`, `task.signature(…)` or `signature("task", …)`.
         """
         node = self._source.resolve(node)
         if not isinstance(node, ast.Call):
-            return self._task(node), (), {}, {}
+            return _Call(self._task(node), (), {}, {})
         called = self._source.called(node)
         if called not in _SIGNATURES:
             raise NotTaken(f"its task is {self._source.shown(node)}, not a signature such as task.s(1)")
@@ -236,7 +217,7 @@ class _Reader:
         if owner is not None and called in ("s", "si"):
             positional = tuple(self._source.value(argument) for argument in node.args)
             named = {key: self._source.value(value) for key, value in self._source.keywords(node).items()}
-            return self._task(owner), positional, named, {}
+            return _Call(self._task(owner), positional, named, {})
         names: tuple[str, ...] = ("args", "kwargs", "options")
         if owner is None or self._source.path(owner) in ("celery", "app"):
             names = ("task", *names)
@@ -247,8 +228,8 @@ class _Reader:
         options = {key: value for key, value in given.items() if key not in (*names, "immutable")}
         if "options" in given:
             options |= dict(self._source.pairs(given["options"]))
-        args, kwargs = self._literal(given, "args", ()), self._literal(given, "kwargs", {})
-        return task, sequence(args), mapping(kwargs), options
+        args, kwargs = self._source.literal(given, "args", ()), self._source.literal(given, "kwargs", {})
+        return _Call(task, sequence(args), mapping(kwargs), options)
 
     def _task(self, node: ast.expr | None) -> str:
         """The name that Celery gives a task: the module's and the function's, unless it has a `name=`."""
@@ -271,23 +252,12 @@ class _Reader:
                         return str(self._source.value(given["name"]))
         return f"{self._module}.{function}" if self._module else function
 
-    def _add(
-        self,
-        name: str,
-        line: int,
-        found: FoundNode,
-        *,
-        handler: Any,
-        schedule: ast.expr | None,
-        args: Any,
-        kwargs: Any,
-        options: dict[str, ast.expr],
-    ) -> None:
+    def _add(self, name: str, line: int, found: FoundNode, call: _Call, schedule: ast.expr | None) -> None:
         if schedule is None:
             raise NotTaken("it has no schedule")
-        values: dict[str, Any] = {"handler": handler, **self._schedule(schedule)}
-        params, notes = params_of(args, kwargs)
-        for option, value in options.items():
+        values: dict[str, Any] = {"handler": call.task, **self._schedule(schedule)}
+        params, notes = params_of(call.args, call.kwargs)
+        for option, value in call.options.items():
             if option == "expires":
                 values["start_deadline"] = self._expires(value)
             else:
@@ -299,7 +269,7 @@ class _Reader:
     def _expires(self, node: ast.expr) -> str:
         value = self._source.value(node)
         if not isinstance(value, timedelta) or value <= timedelta(0):
-            value = seconds(value, "option expires")
+            value = cron_fields.seconds(value, "option expires")
         return format_duration(value)
 
     def _schedule(self, node: ast.expr) -> dict[str, Any]:
@@ -323,15 +293,12 @@ class _Reader:
             if called not in ("timedelta", "float", "int"):
                 raise NotTaken(f"its schedule is {self._source.shown(node)}, not an interval or a crontab")
         value = self._source.value(node)
-        if isinstance(value, timedelta):
-            return every(value)
-        return every(seconds(value, "schedule"))
+        interval = value if isinstance(value, timedelta) else cron_fields.seconds(value, "schedule")
+        return cron_fields.every(interval)
 
     def _from_string(self, call: ast.Call) -> str:
-        parts = str(self._source.value(call.args[0])).split() if call.args else []
-        if len(parts) != 5:
-            raise NotTaken("crontab.from_string takes five fields")
-        minute, hour, day, month, weekday = parts
+        text = str(self._source.value(call.args[0])) if call.args else ""
+        minute, hour, day, month, weekday = cron_fields.split_line(text, "crontab.from_string")
         return _line(dict(zip(_CRONTAB, (minute, hour, weekday, day, month), strict=True)))
 
     def _crontab(self, given: dict[str, ast.expr]) -> str:
@@ -398,19 +365,14 @@ def _line(given: dict[str, Any]) -> str:
     sets = {key: _numbers(key, given.get(key, "*")) for key in _CRONTAB}
     days, weekdays = sets["day_of_month"], sets["day_of_week"]
     if days != set(DAYS) and weekdays != set(WEEKDAYS):
-        raise NotTaken(BOTH_DAYS)
+        raise NotTaken(cron_fields.BOTH_DAYS)
     fields = []
     for key in ("minute", "hour", "day_of_month", "month_of_year", "day_of_week"):
         text = given.get(key, "*")
-        is_text = isinstance(text, str)
-        fields.append(
-            field(
-                sets[key],
-                _FULL[key],
-                starred=is_text and text.startswith("*"),
-                names=key == "day_of_week" and is_text and any(map(str.isalpha, text)),
-            )
-        )
+        written = text if isinstance(text, str) else ""
+        names = key == "day_of_week" and any(map(str.isalpha, written))
+        starred = written.startswith("*")
+        fields.append(cron_fields.field(sets[key], _FULL[key], starred=starred, names=names))
     return " ".join(fields)
 
 

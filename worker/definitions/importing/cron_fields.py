@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -56,6 +56,14 @@ def _runs(values: list[int], names: tuple[str, ...] | None) -> Iterable[str]:
         at = end + 1
 
 
+def split_line(text: str, what: str) -> list[str]:
+    """The five fields of a crontab line; raises NotTaken."""
+    parts = text.split()
+    if len(parts) != 5:
+        raise NotTaken(f"{what} takes five fields")
+    return parts
+
+
 def seconds(value: Any, what: str) -> timedelta:
     """A positive number of seconds; raises NotTaken."""
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _FOREVER:
@@ -74,10 +82,3 @@ def every(interval: timedelta) -> dict[str, Any]:
             f"its interval is {interval.total_seconds():g} s; it must be whole seconds, at least one"
         )
     return {"schedule": f"every {format_duration(interval)}"}
-
-
-def refuse_unknown(given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raise NotTaken for an argument that this release does not know."""
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise NotTaken(f"{unknown[0]} is not supported here")

@@ -7,9 +7,7 @@ import shlex
 from pathlib import PurePosixPath
 
 from worker.definitions import NICKNAMES
-from worker.definitions.importing import Import, NotTaken
-from worker.definitions.zones import parse_zone
-from worker.errors import InvalidTrigger
+from worker.definitions.importing import Import, NotTaken, zone_of
 
 _VARIABLE = re.compile(r"""(["']?)([A-Za-z_]\w*)\1\s*=\s*(.*)""")
 # The header of /etc/crontab and of files in /etc/cron.d, which have the user before the command.
@@ -124,9 +122,9 @@ def _zone(value: str, usual: str | None) -> tuple[str | None, str]:
     if not value:
         return usual, ""
     try:
-        parse_zone(value)
-    except InvalidTrigger as error:
-        return None, f"CRON_TZ: {error.message}"
+        zone_of(value)
+    except NotTaken as error:
+        return None, f"CRON_TZ: {error}"
     return value, ""
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import ast
 import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from typing import Any
 
-from worker.definitions.importing import NotTaken
-from worker.definitions.zones import parse_zone
-from worker.errors import DefinitionError, InvalidTrigger
+from worker.definitions.importing import NotTaken, zone_of
+from worker.errors import DefinitionError
 
 _OPERATIONS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -52,6 +51,11 @@ class FoundNode:
     node: ast.AST
     context: str = ""
     function: str = ""
+
+    def refuse_loop(self) -> None:
+        """Raise NotTaken in a loop."""
+        if self.context == "loop":
+            raise NotTaken("it is in a loop: only running the code would tell how often")
 
 
 class PythonSource:
@@ -187,22 +191,22 @@ class PythonSource:
             return self._call(node)
         path = self.path(node)
         if path in _UTC or path.endswith((".timezone.utc", "datetime.UTC")):
-            return parse_zone("UTC")
+            return zone_of("UTC")
         raise NotTaken(f"{self.shown(node)} is not a literal: only running the code would tell its value")
 
     def pairs(self, node: ast.expr, *, changed: bool = False) -> list[tuple[Any, ast.expr]]:
         """The keys, evaluated, and the values of a dict display or of a call such as `dict(a=1)`."""
         node = self.resolve(node, changed=changed)
         if isinstance(node, ast.Dict):
-            keys = [self._key(key) for key in node.keys]
-            return list(zip(keys, node.values, strict=True))
+            return [(self.key(key), value) for key, value in zip(node.keys, node.values, strict=True)]
         if isinstance(node, ast.Call) and self.called(node) == "dict" and not node.args:
             return list(self.keywords(node).items())
         raise NotTaken(
             f"{self.shown(node)} is not a dict literal: only running the code would tell its value"
         )
 
-    def _key(self, key: ast.expr | None) -> Any:
+    def key(self, key: ast.expr | None) -> Any:
+        """The value of a key of a dict display."""
         if key is None:
             raise NotTaken("** unpacks what only running the code would tell")
         return self.value(key)
@@ -212,6 +216,10 @@ class PythonSource:
         if any(keyword.arg is None for keyword in call.keywords):
             raise NotTaken("** unpacks what only running the code would tell")
         return {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg is not None}
+
+    def literal(self, given: Mapping[str, ast.expr], key: str, default: Any = None) -> Any:
+        """The value of one of these arguments, or the default if it is not given."""
+        return self.value(given[key]) if key in given else default
 
     def arguments(self, call: ast.Call, names: tuple[str, ...]) -> dict[str, ast.expr]:
         """All arguments of a call by name; `names` are those of the positional ones."""
@@ -261,14 +269,12 @@ class PythonSource:
             if name == "date":
                 return date(*positional, **named)
             if name in ("ZoneInfo", "gettz") or path == "pytz.timezone":
-                return parse_zone(*positional, **named)
+                return zone_of(*positional, **named)
             if name == "timezone":
                 return _zone(*positional, **named)
-        except InvalidTrigger as error:
-            raise NotTaken(error.message) from None
+        except NotTaken:
+            raise
         except (TypeError, ValueError, OverflowError) as error:
-            if isinstance(error, NotTaken):
-                raise
             raise NotTaken(f"{name}: {error}") from None
         raise NotTaken(f"{self.shown(node)} is not a literal: only running the code would tell its value")
 
@@ -276,8 +282,8 @@ class PythonSource:
 def _zone(value: Any) -> tzinfo:
     """As `timezone` of pytz with a name, and of datetime with an offset."""
     if isinstance(value, str):
-        return parse_zone(value)
-    return parse_zone("UTC") if value == timedelta(0) else timezone(value)
+        return zone_of(value)
+    return zone_of("UTC") if value == timedelta(0) else timezone(value)
 
 
 def _always(node: ast.If | ast.Try | ast.Match) -> bool:
