@@ -19,7 +19,6 @@ from typing import Any, ParamSpec
 from worker.clock import Clock
 from worker.execution.runners.contract import (
     LEASE_LOST,
-    GivenErrors,
     Interrupted,
     RunServices,
     StopSignal,
@@ -134,47 +133,38 @@ class Inline:
 
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         """Run the handler as a task of this loop."""
-        loop, cancelled = asyncio.get_running_loop(), Cancellation()
-        if self.watched and loop is not self._loop:
-            self._loop = loop
-            watch_loop(loop)
-        log = RunLogger(work.handler, services.log, self.clock, loop)
-        parking = _Parking(loop)
-        body = self._body(work, services, cancelled, log, parking)
-        task = start_task(body, loop=loop, name=work.handler, context=contextvars.Context())
+        attempt, cancelled = _Attempt(work, services, stop, self.clock), Cancellation()
+        if self.watched and attempt.loop is not self._loop:
+            self._loop = attempt.loop
+            watch_loop(attempt.loop)
+        body = self._body(work, services, cancelled, attempt)
+        task = start_task(body, loop=attempt.loop, name=work.handler, context=contextvars.Context())
         try:
             if not task.done():
-                await _ended_or_stopped(task, stop, cancelled, task.cancel, parking)
+                await attempt.wait(task, cancelled, task.cancel)
         finally:
             services.close()
-            log.close()
+            attempt.log.close()
             if not task.done():
                 self._abandon(task)
-        return _outcome(task, stop, parking, services.errors)
+        return attempt.outcome(task)
 
     async def _body(
-        self,
-        work: Work,
-        services: RunServices,
-        cancelled: Cancellation,
-        log: logging.Logger,
-        parking: _Parking,
+        self, work: Work, services: RunServices, cancelled: Cancellation, attempt: _Attempt
     ) -> Outcome:
         _RUN.set(work)
         try:
             job = self._job(work.entry_point)
-            given = work.given(job, log, self.clock)
-            ctx = Context(given, services, cancelled, self.transports(given), parking)
+            given = work.given(job, attempt.log, self.clock)
+            ctx = Context(given, services, cancelled, self.transports(given), attempt.park)
             services.started()
             try:
                 return await call(job, ctx)
             finally:
                 if used_clients(ctx):
                     await close_http(ctx)
-        except SystemExit as exit_:  # it would end the worker
-            return _exited(exit_)
         except BaseException as error:
-            return outcome_of_error(error)
+            return _outcome_of(error)
 
     def _job(self, entry_point: str) -> Job:
         job = self._jobs.get(entry_point)
@@ -206,40 +196,31 @@ class Blocking:
 
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         """Run the handler in a thread; its calls to the worker are answered on this loop."""
-        loop, cancelled = asyncio.get_running_loop(), BlockingCancellation()
-        port = _ThreadPort(services, loop)
-        log = RunLogger(work.handler, services.log, self.clock, loop)
-        parking = _Parking(loop)
-        ended = loop.run_in_executor(DaemonThread(), self._body, work, port, cancelled, log, parking)
+        attempt, cancelled = _Attempt(work, services, stop, self.clock), BlockingCancellation()
+        port = _ThreadPort(services, attempt.loop)
+        ended = attempt.loop.run_in_executor(DaemonThread(), self._body, work, port, cancelled, attempt)
         try:
-            await _ended_or_stopped(ended, stop, cancelled, port.interrupt, parking)
+            await attempt.wait(ended, cancelled, port.interrupt)
         finally:
             port.close()
-            log.close()
+            attempt.log.close()
             ended.cancel()
-        return _outcome(ended, stop, parking, services.errors)
+        return attempt.outcome(ended)
 
     def _body(
-        self,
-        work: Work,
-        port: _ThreadPort,
-        cancelled: BlockingCancellation,
-        log: RunLogger,
-        parking: _Parking,
+        self, work: Work, port: _ThreadPort, cancelled: BlockingCancellation, attempt: _Attempt
     ) -> Outcome:
         try:
             job = self.find(work.entry_point)
-            given = work.given(job, log, self.clock)
-            ctx = BlockingContext(given, port, cancelled, self.transports(given), parking)
+            given = work.given(job, attempt.log, self.clock)
+            ctx = BlockingContext(given, port, cancelled, self.transports(given), attempt.park)
             port.started()
             try:
                 return call_blocking(job, ctx)
             finally:
                 close_blocking_http(ctx)
-        except SystemExit as exit_:
-            return _exited(exit_)
         except BaseException as error:
-            return outcome_of_error(error)
+            return _outcome_of(error)
 
 
 class _ThreadPort:
@@ -294,86 +275,78 @@ class _ThreadPort:
             raise Interrupted("the run is being stopped")
 
 
-async def _ended_or_stopped(
-    ended: asyncio.Future[Outcome],
-    stop: StopSignal,
-    cancelled: Cancellation | BlockingCancellation,
-    interrupt: Callable[[], object],
-    parking: _Parking,
-) -> None:
-    """Wait for the handler's end. After a stop wait for its grace, then interrupt it a last time.
+class _Attempt:
+    """One run in this process: its log, and how it ends or parks."""
 
-    A handler whose attempt parks has `LAST_STEPS` seconds to end.
-    """
-    loop = asyncio.get_running_loop()
-    over: asyncio.Future[None] = loop.create_future()
-    stopping: list[asyncio.Task[None]] = []
-    timers: list[asyncio.TimerHandle] = []
+    def __init__(self, work: Work, services: RunServices, stop: StopSignal, clock: Clock) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.log = RunLogger(work.handler, services.log, clock, self.loop)
+        self._errors = services.errors
+        self._stop = stop
+        self._parked: Parked | None = None
+        self._over: asyncio.Future[None] | None = None
+        self._last_steps: asyncio.TimerHandle | None = None
 
-    def finish(_: object) -> None:
-        if not over.done():
-            over.set_result(None)
+    def park(self, outcome: Parked) -> None:
+        """Take the outcome, from any thread. The handler has `LAST_STEPS` seconds to end."""
+        self._parked = outcome
+        self.loop.call_soon_threadsafe(self._end_soon)
 
-    def begin_to_stop() -> None:
-        stopping.append(loop.create_task(stop.escalate(cancelled.set, interrupt)))
-        stopping[0].add_done_callback(finish)
+    async def wait(
+        self,
+        ended: asyncio.Future[Outcome],
+        cancelled: Cancellation | BlockingCancellation,
+        interrupt: Callable[[], object],
+    ) -> None:
+        """Wait for the handler's end. After a stop wait for its grace, then interrupt it a last time."""
+        self._over = self.loop.create_future()
+        stopping: list[asyncio.Task[None]] = []
 
-    parking.listen(lambda: timers.append(loop.call_later(LAST_STEPS, finish, None)))
-    ended.add_done_callback(finish)
-    # A task that waits for a stop would cost each run more than everything else here.
-    stop.on_request(begin_to_stop)
-    try:
-        await over
-        if not ended.done():
-            interrupt()
-            await asyncio.wait({ended}, timeout=LAST_STEPS)
-    finally:
-        stop.on_request(None)
-        for task in stopping:
-            task.cancel()
-        for timer in timers:
-            timer.cancel()
+        def begin_to_stop() -> None:
+            stopping.append(self.loop.create_task(self._stop.escalate(cancelled.set, interrupt)))
+            stopping[0].add_done_callback(self._finish)
 
+        ended.add_done_callback(self._finish)
+        # A task that waits for a stop would cost each run more than everything else here.
+        self._stop.on_request(begin_to_stop)
+        try:
+            await self._over
+            if not ended.done():
+                interrupt()
+                await asyncio.wait({ended}, timeout=LAST_STEPS)
+        finally:
+            self._stop.on_request(None)
+            for pending in (*stopping, self._last_steps):
+                if pending is not None:
+                    pending.cancel()
 
-class _Parking:
-    """Takes the outcome of an attempt that parks, from any thread."""
+    def outcome(self, ended: asyncio.Future[Outcome]) -> Outcome:
+        """The outcome once the wait for the handler is over."""
+        if self._stop.killed:
+            return LEASE_LOST
+        if self._parked is not None:
+            return after_handler(self._parked, self._stop, self._errors)
+        if not ended.done() or ended.cancelled():
+            return outcome_of_stop(self._stop)
+        outcome = ended.result()
+        if isinstance(outcome, Failed) and outcome.reason == "handler_exited":  # from `_outcome_of`
+            return after_stop(outcome, self._stop)
+        return after_handler(outcome, self._stop, self._errors)
 
-    __slots__ = ("_listener", "_loop", "outcome")
+    def _end_soon(self) -> None:
+        if self._over is not None and not self._over.done():
+            self._last_steps = self.loop.call_later(LAST_STEPS, self._finish)
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._listener: Callable[[], None] | None = None
-        self.outcome: Parked | None = None
-
-    def __call__(self, outcome: Parked) -> None:
-        self.outcome = outcome
-        self._loop.call_soon_threadsafe(self._tell)
-
-    def listen(self, listener: Callable[[], None]) -> None:
-        self._listener = listener
-
-    def _tell(self) -> None:
-        if self._listener is not None:
-            self._listener()
-
-
-def _outcome(
-    ended: asyncio.Future[Outcome], stop: StopSignal, parking: _Parking, errors: GivenErrors
-) -> Outcome:
-    if stop.killed:
-        return LEASE_LOST
-    if parking.outcome is not None:
-        return after_handler(parking.outcome, stop, errors)
-    if not ended.done() or ended.cancelled():
-        return outcome_of_stop(stop)
-    outcome = ended.result()
-    if isinstance(outcome, Failed) and outcome.reason == "handler_exited":  # from `_exited`
-        return after_stop(outcome, stop)
-    return after_handler(outcome, stop, errors)
+    def _finish(self, _: object = None) -> None:
+        if self._over is not None and not self._over.done():
+            self._over.set_result(None)
 
 
-def _exited(exit_: SystemExit) -> Outcome:
-    code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+def _outcome_of(error: BaseException) -> Outcome:
+    if not isinstance(error, SystemExit):
+        return outcome_of_error(error)
+    # It would end the worker.
+    code = error.code if isinstance(error.code, int) else int(error.code is not None)
     return handler_exited(f"exit code {code}")
 
 
