@@ -21,15 +21,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "Limits and retries": (
         *("timeout", "cancel_grace", "max_attempts", "retry_backoff", "retry_backoff_max", "max_recoveries"),
-        *(
-            "pause_after_failures",
-            "max_concurrent",
-            "parked_counts",
-            "priority",
-            "memory",
-            "isolation",
-            "pool",
-        ),
+        *("pause_after_failures", "max_concurrent", "parked_counts", "priority", "memory", "isolation"),
+        "pool",
     ),
     "Token and claims": (
         *("scopes", "audience", "requires_flag", "requires_properties", "max_claims_age", "api_origins"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from worker.errors import DefinitionError
@@ -15,28 +16,25 @@ def parse_origin(text: str) -> Origin:
     """The origin in a text such as `https://api.acme.com`; raises ValueError for anything more or less."""
     # A bare host has no password; any other malformed text may contain one.
     shown = text if re.fullmatch(r"[\w.-]+(?::\d{1,5})?", text) else shown_url(text)
-    problem = f"{shown!r} is not an origin; write scheme, host and port: https://api.acme.com"
-    if re.fullmatch(r"https?://[^\s/?#@\\]+/?", text, re.IGNORECASE) is None:
-        raise ValueError(problem)
-    try:
-        if urlsplit(text).port != 0 and (origin := origin_of(text)).host:
-            return origin
-    except ValueError:
-        pass
-    raise ValueError(problem)
+    if (origin := _read(text, r"https?://[^\s/?#@\\]+/?")) is None:
+        raise ValueError(f"{shown!r} is not an origin; write scheme, host and port: https://api.acme.com")
+    return origin
 
 
 def parse_base_url(text: str) -> str:
     """A URL that paths are joined to, without user, query or fragment; raises ValueError."""
-    problem = f"{shown_url(text)!r} is not a base URL; write https://api.acme.com or https://api.acme.com/v1"
-    if re.fullmatch(r"https?://[^\s?#@\\]+", text, re.IGNORECASE) is None:
-        raise ValueError(problem)
-    try:
-        if urlsplit(text).port != 0 and origin_of(text).host:
-            return text
-    except ValueError:
-        pass
-    raise ValueError(problem)
+    if _read(text, r"https?://[^\s?#@\\]+") is None:
+        example = "https://api.acme.com or https://api.acme.com/v1"
+        raise ValueError(f"{shown_url(text)!r} is not a base URL; write {example}")
+    return text
+
+
+def _read(text: str, pattern: str) -> Origin | None:
+    """The origin of a URL in this form, or None."""
+    with suppress(ValueError):
+        if re.fullmatch(pattern, text, re.IGNORECASE) and urlsplit(text).port != 0:
+            return origin if (origin := origin_of(text)).host else None
+    return None
 
 
 # The `api_origins` of each issuer in worker.toml.

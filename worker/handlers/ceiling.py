@@ -48,13 +48,7 @@ class Ceiling:
     @classmethod
     def of(cls, entry: HandlerEntry) -> Self:
         """What a handler declares; what it leaves out is the default."""
-        return cls(
-            frozenset(entry.secrets),
-            frozenset(entry.scopes),
-            _timeout(entry.timeout),
-            entry.max_attempts or MAX_ATTEMPTS,
-            entry.max_concurrent,
-        )
+        return cls.from_json({key: value for key in KEYS if (value := getattr(entry, key)) is not None})
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Self:
@@ -63,7 +57,7 @@ class Ceiling:
             frozenset(stored.get(SECRETS, ())),
             frozenset(stored.get(SCOPES, ())),
             _timeout(stored.get(TIMEOUT_KEY)),
-            stored.get(ATTEMPTS, MAX_ATTEMPTS),
+            stored.get(ATTEMPTS) or MAX_ATTEMPTS,
             stored.get(CONCURRENCY),
         )
 

@@ -127,13 +127,10 @@ def org_client(
     `count` gets the tokens that the answer of a model has cost.
     """
     auth = OrgAuth(given, token)
-    hooks: dict[str, list[Any]] = {
-        "request": [auth.async_strip, StepKey(given.run.idempotency_key).async_set]
-    }
-    if count is not None:
-        hooks["response"] = [counting(count)]
-    options = _options(given)
-    return httpx.AsyncClient(auth=auth, event_hooks=hooks, transport=transport, base_url=base_url, **options)
+    on_request = [auth.async_strip, StepKey(given.run.idempotency_key).async_set]
+    on_response = [] if count is None else [counting(count)]
+    options = _options(given, on_request, on_response)
+    return httpx.AsyncClient(auth=auth, transport=transport, base_url=base_url, **options)
 
 
 def blocking_org_client(
@@ -146,15 +143,15 @@ def blocking_org_client(
 ) -> httpx.Client:
     """The same for a handler that blocks."""
     auth = OrgAuth(given, token)
-    hooks: dict[str, list[Any]] = {"request": [auth.strip, StepKey(given.run.idempotency_key).set]}
-    if count is not None:
-        hooks["response"] = [blocking_counting(count)]
-    options = _options(given)
-    return httpx.Client(auth=auth, event_hooks=hooks, transport=transport, base_url=base_url, **options)
+    on_request = [auth.strip, StepKey(given.run.idempotency_key).set]
+    on_response = [] if count is None else [blocking_counting(count)]
+    options = _options(given, on_request, on_response)
+    return httpx.Client(auth=auth, transport=transport, base_url=base_url, **options)
 
 
-def _options(given: Given[Any, Any]) -> dict[str, Any]:
+def _options(given: Given[Any, Any], on_request: list[Any], on_response: list[Any]) -> dict[str, Any]:
     headers = {KEY: given.run.idempotency_key}
     if given.traceparent is not None:
         headers["traceparent"] = given.traceparent
-    return {"headers": headers, "timeout": _TIMEOUT, "verify": tls_context()}
+    hooks = {"request": on_request, "response": on_response}
+    return {"headers": headers, "timeout": _TIMEOUT, "verify": tls_context(), "event_hooks": hooks}

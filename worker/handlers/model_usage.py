@@ -13,6 +13,8 @@ from worker.definitions.budgets import MAX_AMOUNT
 LLM_TOKENS = "llm_tokens"
 # Bytes of an answer that are looked at; a larger one has no usage of a model.
 MAX_BYTES = 16 * 1024 * 1024
+# Bytes at the end of a streamed answer, where the usage is.
+USAGE_WITHIN = 64 * 1024
 
 Count = Callable[[int], Awaitable[None]]
 BlockingCount = Callable[[int], None]
@@ -70,12 +72,10 @@ def counting(count: Count) -> Callable[[httpx.Response], Awaitable[None]]:
         kind = _kind(response)
         if kind == "json":
             await response.aread()
-            if (tokens := _tokens_of_body(response)) is not None:
+        if kind and response.is_closed:
+            if (tokens := _tokens_in(response, kind)) is not None:
                 await count(tokens)
-        elif kind == "events" and response.is_closed:
-            if (tokens := tokens_of_events(response.text)) is not None:
-                await count(tokens)
-        elif kind == "events" and isinstance(response.stream, httpx.AsyncByteStream):
+        elif kind and isinstance(response.stream, httpx.AsyncByteStream):
             response.stream = _Observed(response.stream, count)
 
     return hook
@@ -88,32 +88,19 @@ def blocking_counting(count: BlockingCount) -> Callable[[httpx.Response], None]:
         kind = _kind(response)
         if kind == "json":
             response.read()
-            if (tokens := _tokens_of_body(response)) is not None:
+        if kind and response.is_closed:
+            if (tokens := _tokens_in(response, kind)) is not None:
                 count(tokens)
-        elif kind == "events" and response.is_closed:
-            if (tokens := tokens_of_events(response.text)) is not None:
-                count(tokens)
-        elif kind == "events" and isinstance(response.stream, httpx.SyncByteStream):
+        elif kind and isinstance(response.stream, httpx.SyncByteStream):
             response.stream = _BlockingObserved(response.stream, count)
 
     return hook
 
 
-def _tokens_of_body(response: httpx.Response) -> int | None:
+def _tokens_in(response: httpx.Response, kind: str) -> int | None:
+    if kind == "events":
+        return tokens_of_events(response.text)
     return tokens_of(_parsed(response.content)) if len(response.content) <= MAX_BYTES else None
-
-
-class _Seen:
-    """The end of a streamed answer, where the usage is."""
-
-    def __init__(self) -> None:
-        self._kept = b""
-
-    def add(self, part: bytes) -> None:
-        self._kept = (self._kept + part)[-64 * 1024 :]
-
-    def tokens(self) -> int | None:
-        return tokens_of_events(self._kept.decode("utf-8", "replace"))
 
 
 class _Observed(httpx.AsyncByteStream):
@@ -124,11 +111,11 @@ class _Observed(httpx.AsyncByteStream):
         self._count = count
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        seen = _Seen()
+        end = b""
         async for part in self._inner:
-            seen.add(part)
+            end = (end + part)[-USAGE_WITHIN:]
             yield part
-        if (tokens := seen.tokens()) is not None:
+        if (tokens := tokens_of_events(end.decode("utf-8", "replace"))) is not None:
             await self._count(tokens)
 
     async def aclose(self) -> None:
@@ -141,11 +128,11 @@ class _BlockingObserved(httpx.SyncByteStream):
         self._count = count
 
     def __iter__(self) -> Iterator[bytes]:
-        seen = _Seen()
+        end = b""
         for part in self._inner:
-            seen.add(part)
+            end = (end + part)[-USAGE_WITHIN:]
             yield part
-        if (tokens := seen.tokens()) is not None:
+        if (tokens := tokens_of_events(end.decode("utf-8", "replace"))) is not None:
             self._count(tokens)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -166,10 +167,9 @@ class SharedTokens:
         received_at = self._clock.monotonic() - stored.age
         if newer_than is not None and received_at < newer_than + NEWER:
             return None
-        credential = _named(stored.credential_id, credentials)
-        if credential is None:
-            # Another worker may have used a generation that was added within the last two seconds.
-            credential = _named(stored.credential_id, await newest())
+        # Another worker may have used a generation that was added within the last two seconds.
+        name = stored.credential_id
+        credential = _named(name, credentials) or _named(name, await newest())
         if credential is None:
             await self._reject(request, stored, "its credential is retired, or does not open")
             return None
@@ -269,27 +269,21 @@ class SharedTokens:
         sealed, key_id = ring.seal_token(granted.text, _place(request, granted.credential))
         age = self._clock.monotonic() - granted.received_at
         token = StoredToken(sealed, key_id, granted.credential.id, age, left)
-        try:
+        # Else the reservation ends by itself, and the next process requests another token.
+        with suppress(Unavailable):
             await self._store.put(request, token)
-        except Unavailable:
-            # The reservation ends by itself, and the next process requests another token.
-            return
 
     async def release(self, request: TokenRequest) -> None:
         """End the reservation: no token came."""
         if self._reserved.pop(request, None) is not None:
-            try:
+            with suppress(Unavailable):
                 await self._store.release(request)
-            except Unavailable:
-                return
 
     async def drop(self, request: TokenRequest) -> None:
         """Delete the stored token: it must not be used, or shows rights that the org no longer has."""
         self._looked_up.pop(request, None)
-        try:
+        with suppress(Unavailable):
             await self._store.drop(request)
-        except Unavailable:
-            return
 
     def forget(self, org_id: OrgId) -> None:
         """Forget what was looked up of an org."""
