@@ -110,6 +110,10 @@ class Import:
         """Remark on an entry that is in the file, or on the whole source."""
         self.remarks.append(Remark(line, name, reason, taken=True))
 
+    def note_zone(self, why: str, what: str) -> None:
+        """Remark on a source that does not name the zone of some schedules."""
+        self.note(0, "", f"{why}: {what} follow the org's zone, else UTC; --zone names one")
+
     def _unique(self, name: str) -> str:
         cleaned = "".join(letter if letter.isprintable() and letter != "/" else "-" for letter in name)
         cleaned = cleaned.strip()[: _LONGEST_NAME - 5].strip() or "imported"

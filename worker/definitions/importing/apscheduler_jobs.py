@@ -20,7 +20,7 @@ from apscheduler.util import convert_to_datetime
 from worker.clock import EPOCH, to_text
 from worker.definitions.importing import Import, NotTaken, cron_fields, params_of, refuse_unknown, zone_of
 from worker.definitions.importing.cron_fields import DAYS, HOURS, MINUTES, MONTHS, SECONDS, WEEKDAYS
-from worker.definitions.importing.python_source import FoundNode, PythonSource
+from worker.definitions.importing.python_source import FoundNode, PythonSource, assigned, literal_pairs
 from worker.definitions.units import format_duration
 
 _OF_JOB = (
@@ -90,12 +90,8 @@ class _Reader:
                     if self._is_job(decorator):
                         self._job(decorator, found, found.node.name)
         if self._lacks_zone:
-            self._imported.note(
-                0,
-                "",
-                "APScheduler follows the zone of its machine, which the source does not name: cron "
-                "triggers follow the org's zone, else UTC; --zone names one",
-            )
+            why = "APScheduler follows the zone of its machine, which the source does not name"
+            self._imported.note_zone(why, "cron triggers")
 
     def _is_job(self, decorator: ast.expr) -> TypeGuard[ast.Call]:
         """Whether it is `@scheduled_job(…)`, or `@task("cron", …)` of Flask-APScheduler."""
@@ -106,10 +102,8 @@ class _Reader:
 
     def _read_scheduler(self, node: ast.AST) -> None:
         """The zone and the defaults of jobs of a scheduler that is made or configured here."""
-        name, call = "", node
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            name, call = self._source.path(target), node.value or node
+        targets, value = assigned(node)
+        name, call = self._source.path(targets[0]) if targets else "", value or node
         if not isinstance(call, ast.Call):
             return
         if self._source.called(call) == "configure" and isinstance(call.func, ast.Attribute):
@@ -118,10 +112,8 @@ class _Reader:
             return
         settings = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
         for argument in call.args:
-            if isinstance(argument, ast.Dict):
-                for key, value in zip(argument.keys, argument.values, strict=True):
-                    if isinstance(key, ast.Constant):
-                        settings[str(key.value).removeprefix("apscheduler.")] = value
+            for key, setting in literal_pairs(argument):
+                settings[key.removeprefix("apscheduler.")] = setting
         self._zones.setdefault(name, None)
         if "timezone" in settings:
             with self._imported.entry(call.lineno, "timezone"):

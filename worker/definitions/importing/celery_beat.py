@@ -18,7 +18,7 @@ from worker.definitions.importing import (
     zone_of,
 )
 from worker.definitions.importing.cron_fields import DAYS, HOURS, MINUTES, MONTHS, WEEKDAY_NAMES, WEEKDAYS
-from worker.definitions.importing.python_source import FoundNode, PythonSource
+from worker.definitions.importing.python_source import FoundNode, PythonSource, assigned, literal_pairs
 from worker.definitions.units import format_duration
 
 _SCHEDULES = ("beat_schedule", "CELERY_BEAT_SCHEDULE", "CELERYBEAT_SCHEDULE")
@@ -100,18 +100,10 @@ class _Reader:
         elif self._zone is None and not self._uncertain:
             self._zone = "UTC"
         if django_zone and not zones and self._imported.zone is None:
-            self._imported.note(
-                django_zone,
-                "TIME_ZONE",
-                "Celery follows CELERY_TIMEZONE, else UTC, which is taken; --zone if it is wrong",
-            )
+            why = "Celery follows CELERY_TIMEZONE, else UTC, which is taken; --zone if it is wrong"
+            self._imported.note(django_zone, "TIME_ZONE", why)
         if self._uncertain and self._zone is None:
-            self._imported.note(
-                0,
-                "",
-                "the source does not tell Celery's time zone: crontab entries follow the org's zone, "
-                "else UTC; --zone names one",
-            )
+            self._imported.note_zone("the source does not tell Celery's time zone", "crontab entries")
 
     def _read_zone(self, name: str, value: ast.expr) -> set[str]:
         try:
@@ -126,12 +118,12 @@ class _Reader:
 
     def _read_node(self, found: FoundNode) -> None:
         node = found.node
-        if isinstance(node, ast.Assign | ast.AugAssign):
-            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                if isinstance(target, ast.Subscript) and self._is_schedule(target.value):
-                    with self._imported.entry(node.lineno, ""):
-                        found.refuse_loop()
-                        self._entry(self._source.value(target.slice), node.value, found, node.lineno)
+        targets, given = assigned(node)
+        for target in targets:
+            if given is not None and isinstance(target, ast.Subscript) and self._is_schedule(target.value):
+                with self._imported.entry(target.lineno, ""):
+                    found.refuse_loop()
+                    self._entry(self._source.value(target.slice), given, found, target.lineno)
         for name, value in _settings(self._source, found):
             if name in _SCHEDULES:
                 self._entries(value, found)
@@ -309,14 +301,11 @@ class _Reader:
 def _settings(source: PythonSource, found: FoundNode) -> list[tuple[str, ast.expr]]:
     """Names and values that a node assigns as settings of Celery, in whichever way."""
     node = found.node
-    if isinstance(node, ast.Assign):
-        return [(_setting(target, found), node.value) for target in node.targets]
-    if isinstance(node, ast.AnnAssign) and node.value is not None:
-        return [(_setting(node.target, found), node.value)]
-    if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.BitOr):
-        return [(_setting(node.target, found), node.value)]
+    targets, value = assigned(node)
+    if value is not None and (not isinstance(node, ast.AugAssign) or isinstance(node.op, ast.BitOr)):
+        return [(_setting(target, found), value) for target in targets]
     if isinstance(node, ast.Dict):
-        pairs = _of_dict(node)
+        pairs = literal_pairs(node)
         return pairs if any(name in _SCHEDULES for name, _ in pairs) else []
     if isinstance(node, ast.Call):
         is_update = source.path(node.func).endswith("conf.update")
@@ -325,7 +314,7 @@ def _settings(source: PythonSource, found: FoundNode) -> list[tuple[str, ast.exp
             if not is_update and not any(name in _SCHEDULES for name, _ in named):
                 return []
             for argument in node.args if is_update else ():
-                pairs = _of_dict(argument)
+                pairs = literal_pairs(argument)
                 if not any(name in _SCHEDULES for name, _ in pairs):
                     named += pairs
             return named
@@ -336,16 +325,6 @@ def _variables(found: FoundNode) -> list[str]:
     """The variables that an assignment outside of functions binds."""
     targets = found.node.targets if isinstance(found.node, ast.Assign) else []
     return [target.id for target in targets if isinstance(target, ast.Name) and not found.function]
-
-
-def _of_dict(node: ast.expr) -> list[tuple[str, ast.expr]]:
-    if not isinstance(node, ast.Dict):
-        return []
-    return [
-        (key.value, value)
-        for key, value in zip(node.keys, node.values, strict=True)
-        if isinstance(key, ast.Constant) and isinstance(key.value, str)
-    ]
 
 
 def _setting(target: ast.expr, found: FoundNode) -> str:

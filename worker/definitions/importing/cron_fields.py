@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import timedelta
+from itertools import groupby
 from typing import Any
 
 from worker.definitions.importing import NotTaken
@@ -43,17 +44,9 @@ def field(values: Iterable[int], full: range, *, starred: bool = False, names: b
 
 def _runs(values: list[int], names: tuple[str, ...] | None) -> Iterable[str]:
     """`1-5` for three and more numbers in a row, and the rest one by one."""
-    shown = [names[value] if names else str(value) for value in values]
-    at = 0
-    while at < len(values):
-        end = at
-        while end + 1 < len(values) and values[end + 1] == values[end] + 1:
-            end += 1
-        if end - at >= 2:
-            yield f"{shown[at]}-{shown[end]}"
-        else:
-            yield from shown[at : end + 1]
-        at = end + 1
+    for _, group in groupby(enumerate(values), key=lambda pair: pair[1] - pair[0]):
+        run = [names[value] if names else str(value) for _, value in group]
+        yield from run if len(run) < 3 else [f"{run[0]}-{run[-1]}"]
 
 
 def split_line(text: str, what: str) -> list[str]:

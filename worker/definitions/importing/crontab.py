@@ -56,7 +56,7 @@ def read_crontab(text: str, imported: Import, *, with_user: bool) -> None:
             else:
                 imported.note(number, name, _unused(name))
             continue
-        try:
+        with imported.entry(number, ""):
             schedule, rest = _split(line)
             if with_user:
                 user, rest = _first_word(rest)
@@ -68,21 +68,14 @@ def read_crontab(text: str, imported: Import, *, with_user: bool) -> None:
             command = _command(rest)
             if zone_problem:
                 raise NotTaken(zone_problem)
-        except NotTaken as error:
-            imported.leave(number, "", str(error))
-            continue
-        values = {"handler": imported.handler, "schedule": schedule, "timezone": zone}
-        if schedule in NICKNAMES:
-            # Such schedules are spread over up to an hour by default; cron starts them on time.
-            values["spread"] = "off"
-        imported.add(number, _name(command), {**values, "params": {"command": command}}, label="")
+            values = {"handler": imported.handler, "schedule": schedule, "timezone": zone}
+            if schedule in NICKNAMES:
+                # Such schedules are spread over up to an hour by default; cron starts them on time.
+                values["spread"] = "off"
+            imported.add(number, _name(command), {**values, "params": {"command": command}}, label="")
     if any("timezone" not in entry for entry in imported.definitions):
-        imported.note(
-            0,
-            "",
-            "cron follows the zone of its machine, which the crontab does not name: these definitions "
-            "follow the org's zone, else UTC; --zone names one",
-        )
+        why = "cron follows the zone of its machine, which the crontab does not name"
+        imported.note_zone(why, "these definitions")
 
 
 def _split(line: str) -> tuple[str, str]:
@@ -94,12 +87,8 @@ def _split(line: str) -> tuple[str, str]:
         if word not in NICKNAMES:
             raise NotTaken(f"{word} is not one of {', '.join(NICKNAMES)}")
         return word, rest
-    fields = []
-    rest = line
-    for _ in range(5):
-        word, rest = _first_word(rest)
-        fields.append(word)
-    return " ".join(fields), rest
+    fields = line.split(None, 5)
+    return " ".join(fields[:5]), "".join(fields[5:])
 
 
 def _first_word(text: str) -> tuple[str, str]:

@@ -115,13 +115,10 @@ class PythonSource:
                     yield alias.asname or alias.name, module + alias.name
 
     def _bind(self, node: ast.AST) -> None:
-        targets: list[ast.expr] = []
-        value: ast.expr | None = None
-        if isinstance(node, ast.Assign):
-            targets, value = node.targets, node.value
-        elif isinstance(node, ast.AnnAssign):
-            targets, value = [node.target], node.value
-        elif isinstance(node, ast.AugAssign | ast.For | ast.AsyncFor | ast.NamedExpr | ast.comprehension):
+        targets, value = assigned(node)
+        if isinstance(node, ast.AugAssign):
+            value = None
+        elif isinstance(node, ast.For | ast.AsyncFor | ast.NamedExpr | ast.comprehension):
             targets = [node.target]
         elif isinstance(node, ast.arg):
             self._bound[node.arg] = None
@@ -252,26 +249,18 @@ class PythonSource:
         raise NotTaken("an expression is not a literal: only running the code would tell its value")
 
     def _call(self, node: ast.Call) -> Any:
-        path, name = self.path(node.func), self.called(node)
+        name = self.called(node)
         try:
             if name == "dict":
                 return {key: self.value(inner) for key, inner in self.pairs(node)}
             positional = [self.value(argument) for argument in node.args]
             named = {key: self.value(inner) for key, inner in self.keywords(node).items()}
-            if name == "timedelta":
-                return timedelta(*positional, **named)
+            if make := _CONSTRUCTORS.get(name):
+                return make(*positional, **named)
             if name == "range" and not named:
                 found = range(*positional)
                 if len(found) <= _MAX_ITEMS:
                     return list(found)
-            if name == "datetime":
-                return datetime(*positional, **named)
-            if name == "date":
-                return date(*positional, **named)
-            if name in ("ZoneInfo", "gettz") or path == "pytz.timezone":
-                return zone_of(*positional, **named)
-            if name == "timezone":
-                return _zone(*positional, **named)
         except NotTaken:
             raise
         except (TypeError, ValueError, OverflowError) as error:
@@ -279,11 +268,34 @@ class PythonSource:
         raise NotTaken(f"{self.shown(node)} is not a literal: only running the code would tell its value")
 
 
+def assigned(node: ast.AST) -> tuple[list[ast.expr], ast.expr | None]:
+    """The targets of an assignment, and its value; no targets for other nodes."""
+    if isinstance(node, ast.AnnAssign | ast.AugAssign):
+        return [node.target], node.value
+    return (node.targets, node.value) if isinstance(node, ast.Assign) else ([], None)
+
+
+def literal_pairs(node: ast.expr) -> list[tuple[str, ast.expr]]:
+    """The pairs of a dict display whose keys are literal texts."""
+    pairs = zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ()
+    return [
+        (key.value, value)
+        for key, value in pairs
+        if isinstance(key, ast.Constant) and isinstance(key.value, str)
+    ]
+
+
 def _zone(value: Any) -> tzinfo:
     """As `timezone` of pytz with a name, and of datetime with an offset."""
     if isinstance(value, str):
         return zone_of(value)
     return zone_of("UTC") if value == timedelta(0) else timezone(value)
+
+
+_CONSTRUCTORS: Mapping[str, Callable[..., Any]] = {
+    **{"timedelta": timedelta, "datetime": datetime, "date": date},
+    **{"ZoneInfo": zone_of, "gettz": zone_of, "timezone": _zone},
+}
 
 
 def _always(node: ast.If | ast.Try | ast.Match) -> bool:
