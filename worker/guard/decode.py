@@ -11,7 +11,7 @@ from typing import Any
 
 from .claims import Claims, Flag
 from .errors import TokenRefused
-from .profile import ClaimPath, Profile
+from .profile import ClaimPath, Profile, is_texts
 
 FLAG_TYPES = {
     **dict.fromkeys(("b", "boolean"), "boolean"),
@@ -98,7 +98,7 @@ def org_of(payload: Mapping[str, Any], profile: Profile) -> str:
     if profile.org_shape == "keys" and isinstance(value, Mapping):
         # Keycloak sends a list of names, or a map with the names as keys.
         value = list(value)
-    if not _is_texts(value):
+    if not is_texts(value):
         raise invalid("org_type", "its org is not in the provider's shape")
     if profile.org_shape == "prefixed":
         prefix = profile.org_prefix
@@ -121,7 +121,7 @@ def _scopes(value: Any, profile: Profile, org_code: str) -> frozenset[str]:
         return frozenset()
     if profile.scopes_shape == "text" and isinstance(value, str):
         return _shared(frozenset(value.split(" ")) - {""})
-    if profile.scopes_shape == "list" and _is_texts(value):
+    if profile.scopes_shape == "list" and is_texts(value):
         if profile.org_shape == "prefixed":
             value = [item for item in value if not item.startswith(profile.org_prefix)]
         return _shared(frozenset(value))
@@ -155,7 +155,7 @@ def _properties(value: Any, profile: Profile) -> dict[str, Any]:
 def _flags(value: Any, profile: Profile) -> dict[str, Flag]:
     if value is None:
         return {}
-    if profile.flags_shape == "names" and _is_texts(value):
+    if profile.flags_shape == "names" and is_texts(value):
         return {sys.intern(name): ON for name in value}
     if profile.flags_shape == "names" or not isinstance(value, Mapping):
         raise invalid("flag_shape", "its flags are not in the provider's shape")
@@ -193,10 +193,6 @@ def _type_of(value: Any) -> str:
     if isinstance(value, str):
         return "string"
     return "number" if isinstance(value, int | float) and isfinite(value) else ""
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _time(value: Any) -> datetime:

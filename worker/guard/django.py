@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, wraps
 from typing import Any
 
@@ -19,17 +19,6 @@ from .guard import Guard, texts
 from .issuer import Issuer
 
 SETTING = "ORGWORKER_GUARD"
-KEYS = (
-    "issuer",
-    "audience",
-    "profile",
-    "guard",
-    "scopes",
-    "org_of",
-    "client_of",
-    "scopes_of",
-    "open_paths",
-)
 # Their values may be dotted paths.
 _IMPORTED = ("guard", "org_of", "client_of", "scopes_of")
 
@@ -40,11 +29,29 @@ FromRequest = Callable[[HttpRequest], Any]
 @dataclass(frozen=True, slots=True)
 class _Setting:
     guard: Guard
+    scopes: frozenset[str]
     org_of: FromRequest | None
     client_of: FromRequest | None
     scopes_of: FromRequest | None
-    scopes: frozenset[str]
     open_paths: frozenset[str]
+
+    def rules(
+        self,
+        scopes: frozenset[str] = frozenset(),
+        org_of: FromRequest | None = None,
+        client_of: FromRequest | None = None,
+    ) -> AccessRules[HttpRequest]:
+        """What a request needs: these scopes too, and of this org and client where they are given."""
+        return AccessRules(
+            self.guard,
+            scopes=self.scopes | scopes,
+            org_of=org_of or self.org_of,
+            client_of=client_of or self.client_of,
+            scopes_of=self.scopes_of,
+        )
+
+
+KEYS = ("issuer", "audience", "profile", *(each.name for each in fields(_Setting)))
 
 
 @cache
@@ -75,9 +82,7 @@ def _setting() -> _Setting:
             values.get("audience", ""),
             values.get("profile", "kinde"),
         ),
-        org_of=values.get("org_of"),
-        client_of=values.get("client_of"),
-        scopes_of=values.get("scopes_of"),
+        **{key: values.get(key) for key in ("org_of", "client_of", "scopes_of")},
         scopes=frozenset(texts(f"{SETTING}: scopes", values.get("scopes", ()))),
         open_paths=frozenset(texts(f"{SETTING}: open_paths", values.get("open_paths", ()))),
     )
@@ -104,36 +109,16 @@ class RequireTokenMiddleware:
 
     def __init__(self, get_response: Callable[[HttpRequest], Any]) -> None:
         setting = _setting()
+        rules = setting.rules()
         self._get_response = get_response
+        self._guarded = _guarded(get_response, lambda: rules)
         self._open_paths = setting.open_paths
-        self._rules: AccessRules[HttpRequest] = AccessRules(
-            setting.guard,
-            scopes=setting.scopes,
-            org_of=setting.org_of,
-            client_of=setting.client_of,
-            scopes_of=setting.scopes_of,
-        )
-        self._is_async = iscoroutinefunction(get_response)
-        if self._is_async:
+        if iscoroutinefunction(get_response):
             markcoroutinefunction(self)
 
     def __call__(self, request: HttpRequest) -> Any:
-        if request.path_info in self._open_paths:
-            return self._get_response(request)
-        if self._is_async:
-            return self._call_async(request)
-        try:
-            request.claims = self._rules.claims_sync(request, _headers(request))
-        except Denied as denied:
-            return _response(denied)
-        return self._get_response(request)
-
-    async def _call_async(self, request: HttpRequest) -> Any:
-        try:
-            request.claims = await self._rules.claims_threadsafe(request, _headers(request))
-        except Denied as denied:
-            return _response(denied)
-        return await self._get_response(request)
+        is_open = request.path_info in self._open_paths
+        return self._get_response(request) if is_open else self._guarded(request)
 
 
 def require_token(
@@ -159,37 +144,36 @@ def require_token(
     def rules() -> AccessRules[HttpRequest]:
         if own is not None:
             return AccessRules(own, scopes=wanted, org_of=org_of, client_of=client_of)
-        setting = _setting()
-        return AccessRules(
-            setting.guard,
-            scopes=wanted.union(setting.scopes),
-            org_of=org_of or setting.org_of,
-            client_of=client_of or setting.client_of,
-            scopes_of=setting.scopes_of,
-        )
+        return _setting().rules(wanted, org_of, client_of)
 
     def decorate(view: View) -> View:
-        @wraps(view)
-        def guarded(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
-            try:
-                request.claims = rules().claims_sync(request, _headers(request))
-            except Denied as denied:
-                return _response(denied)
-            return view(request, *args, **kwargs)
-
-        @wraps(view)
-        async def guarded_async(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
-            try:
-                request.claims = await rules().claims_threadsafe(request, _headers(request))
-            except Denied as denied:
-                return _response(denied)
-            return await view(request, *args, **kwargs)
-
-        chosen: View = guarded_async if iscoroutinefunction(view) else guarded
-        chosen.csrf_exempt = True  # type: ignore[attr-defined]
-        return chosen
+        guarded = _guarded(view, rules)
+        guarded.csrf_exempt = True  # type: ignore[attr-defined]
+        return guarded
 
     return decorate
+
+
+def _guarded(view: View, rules: Callable[[], AccessRules[HttpRequest]]) -> View:
+    """The view, called with the token's `Claims` in `request.claims`, or not at all."""
+
+    @wraps(view)
+    def guarded(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        try:
+            request.claims = rules().claims_sync(request, _headers(request))
+        except Denied as denied:
+            return _response(denied)
+        return view(request, *args, **kwargs)
+
+    @wraps(view)
+    async def guarded_async(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        try:
+            request.claims = await rules().claims_threadsafe(request, _headers(request))
+        except Denied as denied:
+            return _response(denied)
+        return await view(request, *args, **kwargs)
+
+    return guarded_async if iscoroutinefunction(view) else guarded
 
 
 def _headers(request: HttpRequest) -> list[str]:

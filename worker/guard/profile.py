@@ -93,21 +93,17 @@ def load(name: str) -> Profile:
 
     Raises ConfigurationError if it does not exist, or a key or value is invalid.
     """
-    if "/" in name or name.endswith(".toml"):
-        try:
-            text = Path(name).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigurationError(
-                f"the profile {name} cannot be read: {error.strerror}",
-                fix=f"name a readable file, or one of {', '.join(shipped())}",
-            ) from error
-        return parse(text, source=name)
-    if name not in shipped():
+    is_path, known = "/" in name or name.endswith(".toml"), ", ".join(shipped())
+    if not is_path and name not in shipped():
+        fix = f"name one of {known}, or the path of your own TOML file"
+        raise ConfigurationError(f"unknown profile {name!r}", fix=fix)
+    try:
+        text = (Path(name) if is_path else _SHIPPED / f"{name}.toml").read_text(encoding="utf-8")
+    except OSError as error:
         raise ConfigurationError(
-            f"unknown profile {name!r}",
-            fix=f"name one of {', '.join(shipped())}, or the path of your own TOML file",
-        )
-    text = (_SHIPPED / f"{name}.toml").read_text(encoding="utf-8")
+            f"the profile {name} cannot be read: {error.strerror}",
+            fix=f"name a readable file, or one of {known}",
+        ) from error
     return parse(text, source=name)
 
 
@@ -177,11 +173,11 @@ def _converted(key: str, value: Any) -> Any:
     if kind is timedelta and isinstance(value, str):
         found = re.fullmatch(r"(\d{1,6})([smhd])", value)
         return timedelta(**{_UNITS[found[2]]: int(found[1])}) if found else None
-    if kind == tuple[str, ...] and _is_texts(value):
+    if kind == tuple[str, ...] and is_texts(value):
         return tuple(value)
-    if kind == frozenset[str] and _is_texts(value):
+    if kind == frozenset[str] and is_texts(value):
         return frozenset(item.lower() if key == "types" else item for item in value)
-    if key == "parameters" and isinstance(value, dict) and _is_texts(list(value.values())):
+    if key == "parameters" and isinstance(value, dict) and is_texts(list(value.values())):
         return value
     if key == "errors" and isinstance(value, dict):
         known = all(each in get_args(FailureClass) for each in value.values())
@@ -189,5 +185,5 @@ def _converted(key: str, value: Any) -> Any:
     return None
 
 
-def _is_texts(value: Any) -> bool:
+def is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
