@@ -22,6 +22,8 @@ Origin = tuple[str, str, int | None]
 # Returns the run's token; a new one if the argument is true.
 TokenSource = Callable[[bool], Awaitable[AccessToken]]
 
+Hook = Callable[[Any], Any]
+
 KEY = "Idempotency-Key"
 _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 
@@ -41,7 +43,7 @@ def origin_of(url: httpx.URL | str) -> Origin:
 class OrgAuth(httpx.Auth):
     """Adds the token if the origin is listed and the handler set no Authorization header.
 
-    A 401 mints a fresh token, once per request.
+    A 401 mints a fresh token, once per request. `prepare` is the hook of the same client.
     """
 
     def __init__(self, given: Given[Any, Any], token: TokenSource) -> None:
@@ -53,6 +55,7 @@ class OrgAuth(httpx.Auth):
             if origin[0] == "https" or is_loopback(origin[1]) or origin in insecure
         )
         self._token = token
+        self._run_key = given.run.idempotency_key
         self._sent: set[str] = set()
 
     async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
@@ -94,24 +97,16 @@ class OrgAuth(httpx.Auth):
         if request.headers.get("Authorization") in self._sent and origin_of(request.url) not in self._origins:
             del request.headers["Authorization"]
 
-    async def async_strip(self, request: httpx.Request) -> None:
+    def prepare(self, request: httpx.Request) -> None:
+        """The hook of each request; inside a step it gets an idempotency key of its own."""
         self.strip(request)
-
-
-class StepKey:
-    """Gives each request inside a step an idempotency key of its own, unless the handler set another."""
-
-    def __init__(self, run_key: str) -> None:
-        self._run_key = run_key
-
-    def set(self, request: httpx.Request) -> None:
         step = open_step()
-        # A request that is repeated or redirected has its key already.
+        # A request that is repeated or redirected has its key already, or the handler has set another.
         if step is not None and request.headers.get(KEY) == self._run_key:
             request.headers[KEY] = request_key(self._run_key, step)
 
-    async def async_set(self, request: httpx.Request) -> None:
-        self.set(request)
+    async def async_prepare(self, request: httpx.Request) -> None:
+        self.prepare(request)
 
 
 def org_client(
@@ -127,9 +122,7 @@ def org_client(
     `count` gets the tokens that the answer of a model has cost.
     """
     auth = OrgAuth(given, token)
-    on_request = [auth.async_strip, StepKey(given.run.idempotency_key).async_set]
-    on_response = [] if count is None else [counting(count)]
-    options = _options(given, on_request, on_response)
+    options = _options(given, auth.async_prepare, None if count is None else counting(count))
     return httpx.AsyncClient(auth=auth, transport=transport, base_url=base_url, **options)
 
 
@@ -143,15 +136,13 @@ def blocking_org_client(
 ) -> httpx.Client:
     """The same for a handler that blocks."""
     auth = OrgAuth(given, token)
-    on_request = [auth.strip, StepKey(given.run.idempotency_key).set]
-    on_response = [] if count is None else [blocking_counting(count)]
-    options = _options(given, on_request, on_response)
+    options = _options(given, auth.prepare, None if count is None else blocking_counting(count))
     return httpx.Client(auth=auth, transport=transport, base_url=base_url, **options)
 
 
-def _options(given: Given[Any, Any], on_request: list[Any], on_response: list[Any]) -> dict[str, Any]:
+def _options(given: Given[Any, Any], on_request: Hook, on_response: Hook | None) -> dict[str, Any]:
     headers = {KEY: given.run.idempotency_key}
     if given.traceparent is not None:
         headers["traceparent"] = given.traceparent
-    hooks = {"request": on_request, "response": on_response}
+    hooks = {"request": [on_request], "response": [on_response] if on_response else []}
     return {"headers": headers, "timeout": _TIMEOUT, "verify": tls_context(), "event_hooks": hooks}
