@@ -15,7 +15,8 @@ import ssl
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
@@ -116,18 +117,12 @@ class OutboundConnections(httpx.AsyncBaseTransport):
         return None
 
 
+@dataclass(eq=False)
 class _Body(httpx.AsyncByteStream):
-    def __init__(
-        self,
-        connections: OutboundConnections,
-        place: Place,
-        connection: httpcore.AsyncHTTPConnection,
-        response: httpcore.Response,
-    ) -> None:
-        self._connections = connections
-        self._place = place
-        self._connection = connection
-        self._response = response
+    _connections: OutboundConnections
+    _place: Place
+    _connection: httpcore.AsyncHTTPConnection
+    _response: httpcore.Response
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         with _as_httpx():
@@ -316,19 +311,12 @@ def retry_delay(headers: httpx.Headers, reset_headers: tuple[str, ...], now: flo
     `now` is in seconds since 1970. A reset header holds seconds from now or a Unix time.
     """
     text = headers.get("retry-after", "").strip()
-    if text:
+    with suppress(ValueError, TypeError, OverflowError):
         seconds = _seconds(text)
-        if seconds is None:
-            try:
-                seconds = parsedate_to_datetime(text).timestamp() - now
-            except (ValueError, TypeError, OverflowError):
-                seconds = None
-        if seconds is not None:
-            return max(seconds, 0.0)
+        return max(parsedate_to_datetime(text).timestamp() - now if seconds is None else seconds, 0.0)
     for name in reset_headers:
-        seconds = _seconds(headers.get(name, "").strip())
-        if seconds is not None:
-            return max(seconds - now if seconds > 1e9 else seconds, 0.0)
+        if (seconds := _seconds(headers.get(name, "").strip())) is not None:
+            return _until(seconds, now)
     return None
 
 
@@ -345,8 +333,12 @@ def room_left(
             for part in ("Limit", "Remaining", "Reset")
         )
         if limit and left is not None and reset is not None:
-            return left / limit, max(reset - now if reset > 1e9 else reset, 0.0)
+            return left / limit, _until(reset, now)
     return None, 0.0
+
+
+def _until(reset: float, now: float) -> float:
+    return max(reset - now if reset > 1e9 else reset, 0.0)
 
 
 def _seconds(text: str) -> float | None:

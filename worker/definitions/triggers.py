@@ -208,14 +208,9 @@ class Trigger(BaseTrigger):  # type: ignore[misc]
             return None
         if self.count(start, until) > count:
             # Bisect for the latest second from which more than `count` remain; they are counted, not walked.
-            low, high = start, until
-            while high - low > _SECOND:
-                middle = low + (high - low) / 2
-                if self.count(middle, until) > count:
-                    low = middle
-                else:
-                    high = middle
-            start = low
+            seconds, first = range((until - start) // _SECOND + 2), start
+            few = bisect_left(seconds, True, key=lambda at: self.count(first + at * _SECOND, until) <= count)
+            start += (few - 1) * _SECOND
             while self.count(start, until) > count:
                 start = (self.after(start, inclusive=True) or until) + _TICK
         oldest = self.after(start, inclusive=True)

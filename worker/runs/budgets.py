@@ -72,14 +72,9 @@ def wait_of(state: BudgetState, occurrence: int, now: datetime) -> NewWait:
         seconds = max(0.0, (state.resets_at + MARGIN - now).total_seconds())
     ask = None
     if state.at_limit == "ask":
-        question = {
-            "meter": state.meter,
-            "per": state.per,
-            "limit": state.limit,
-            "used": state.used,
-            "resets_at": None if state.resets_at is None else to_text(state.resets_at),
-        }
-        ask = json.dumps(question)
+        resets_at = None if state.resets_at is None else to_text(state.resets_at)
+        known = {name: getattr(state, name) for name in ("meter", "per", "limit", "used")}
+        ask = json.dumps(known | {"resets_at": resets_at})
     return NewWait(f"{BUDGET}{state.meter}", occurrence, "budget", seconds, ask)
 
 

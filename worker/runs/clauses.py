@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from worker.clock import to_text
 from worker.runs.causes import FOR_CUSTOMER, STUCK, WHOSE, Whose, last_reason
 from worker.runs.run import step_label
+from worker.runs.waits import label
 from worker.runs.why import OPTIONS, Question, Row, Why, can_continue
 
 InWords = Callable[[datetime], str]
@@ -17,6 +18,11 @@ InWords = Callable[[datetime], str]
 # Maximum length of a checkpoint in a sentence, and of a question.
 SHORT = 80
 MAX_ASKED = 200
+
+# What `row_of` has of the run, of `Why` and of its clauses.
+_OF_RUN = ("org", "definition", "scheduled_for", "state", "reason", "retried_as")
+_FACTS = ("other_orgs", "kind", "whose", "probably", "since")
+_SAID = ("what", "cause", "since_then", "others", "kept", "retry", "customer")
 
 
 class Clauses(NamedTuple):
@@ -64,27 +70,12 @@ def row_of(why: Why) -> dict[str, Any]:
     run, counted = why.run, why.since_then
     return {
         "run": run.get("id"),
-        "org": run["org"],
-        "definition": run["definition"],
-        "scheduled_for": run["scheduled_for"],
-        "state": run.get("state"),
-        "reason": run.get("reason"),
-        "retried_as": run.get("retried_as"),
-        "other_orgs": why.other_orgs,
-        "kind": why.kind,
-        "whose": why.whose,
-        "probably": why.probably,
-        "since": why.since,
+        **{name: run.get(name) for name in _OF_RUN},
+        **{name: getattr(why, name) for name in _FACTS},
         "later_runs": None if counted is None else dict(counted.later),
         "questions": [question.as_row() for question in why.questions],
         **why.step.as_row(),
-        "what": said.what,
-        "cause": said.cause,
-        "since_then": said.since_then,
-        "others": said.others,
-        "kept": said.kept,
-        "retry": said.retry,
-        "customer": said.customer,
+        **{name: getattr(said, name) for name in _SAID},
         "next": why.step.command,
         "sentence": sentence(why),
     }
@@ -175,8 +166,8 @@ def _kept(run: Row) -> str:
         kept.append("its last checkpoint" + (f" ({text})" if len(text) <= SHORT else ""))
     if count := run.get("step_count"):
         last = run["steps"][-1]
-        label = step_label(last["name"], last["key"], last["occurrence"])
-        kept.append("its step " + label if count == 1 else f"its {count:,} steps, the last one {label}")
+        step = step_label(last["name"], last["key"], last["occurrence"])
+        kept.append("its step " + step if count == 1 else f"its {count:,} steps, the last one {step}")
     if run.get("attempts"):
         kept.append("its attempts and their log")
     if not kept:
@@ -263,6 +254,5 @@ def _plain(value: Any) -> str:
 
 def _in_words(question: Question, when: InWords) -> str:
     """A question's name with its times."""
-    number = "" if question.occurrence == 1 else f"#{question.occurrence}"
     until = "" if question.until is None else f", until {when(question.until)}"
-    return f"{question.name}{number} (since {when(question.since)}{until})"
+    return f"{label(question.name, question.occurrence)} (since {when(question.since)}{until})"

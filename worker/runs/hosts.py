@@ -82,15 +82,8 @@ class PoolLoad:
             return own
         # As full as all hosts are once they have what is due.
         total = sum(each[isolation] for each in self.slots.values())
-        full = (
-            slots
-            - own
-            + sum(
-                each[isolation] - self._free(one, isolation)
-                for one, each in self.slots.items()
-                if one != worker
-            )
-        )
+        others = (one for one in self.slots if one != worker)
+        full = slots - own + sum(self.slots[one][isolation] - self._free(one, isolation) for one in others)
         level = min(full + self.due[isolation], total)
         return max(1, min(own, _ceil(slots * level, total) - (slots - own), _ceil(slots, 2)))
 

@@ -36,15 +36,13 @@ class Placement:
         return self.run_id, self.fencing_token
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Ticket:
     """What a host takes one run with, once: `RUN.FENCING_TOKEN.SECRET`. The database has its hash only."""
 
-    __slots__ = ("_secret", "fencing_token", "run_id")
-
-    def __init__(self, run_id: RunId, fencing_token: int, secret: Secret) -> None:
-        self.run_id = run_id
-        self.fencing_token = fencing_token
-        self._secret = secret
+    run_id: RunId
+    fencing_token: int
+    _secret: Secret
 
     @classmethod
     def new(cls, run_id: RunId, fencing_token: int) -> Ticket:

@@ -131,13 +131,17 @@ def why_run(
             text, whose, probably = _expired(run, meaning)
     if state == "running" and run.get("cancel_requested_at"):
         text += ", and was asked to stop"
-    found = Why(
+    step = NextStep.of(_verb(run, meaning, questions), values)
+    if retried is not None:
+        verb = "show_run" if retried["state"] == "succeeded" else "explain_run"
+        step = NextStep.of(verb, {"run": str(retried["id"])})
+    return Why(
         kind=".".join(filter(None, (state, reason))),
         text=text,
         values=values,
         whose=whose,
         probably=probably,
-        step=NextStep.of(_verb(run, meaning, questions), values),
+        step=step,
         run=run,
         customer=meaning.customer,
         since=_since(run, since_then, questions),
@@ -147,10 +151,6 @@ def why_run(
         more_orgs=more,
         retried=retried,
     )
-    if retried is not None:
-        verb = "show_run" if retried["state"] == "succeeded" else "explain_run"
-        found = replace(found, step=NextStep.of(verb, {"run": str(retried["id"])}))
-    return found
 
 
 def blocked(found: Why, block: str, *, since: datetime | None = None, **values: Any) -> Why:

@@ -13,8 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any, ParamSpec
+from typing import Any
 
 from worker.clock import Clock
 from worker.execution.runners.contract import (
@@ -45,8 +44,6 @@ from worker.handlers.job import Job
 from worker.handlers.models import load
 from worker.runs.outcome import Failed, Outcome, Parked
 from worker.telemetry.events import emit
-
-P = ParamSpec("P")
 
 # Seconds without an iteration of the loop before it counts as blocked, and between two checks.
 PATIENCE = 1.0
@@ -87,10 +84,13 @@ def _watch(loop: asyncio.AbstractEventLoop, thread: int) -> None:
         if now - ticked_at > PATIENCE and ticked_at != reported_at and not stopped:
             reported_at = ticked_at
             frame = sys._current_frames().get(thread)
+            where = None
+            if frame is not None:
+                where = f"{frame.f_code.co_qualname} ({frame.f_code.co_filename}:{frame.f_lineno})"
             emit(
                 "loop.blocked",
                 **_run_of(asyncio.current_task(loop)),
-                where=None if frame is None else _place(frame),
+                where=where,
                 seconds=round(now - ticked_at, 1),
             )
 
@@ -103,11 +103,6 @@ def _run_of(task: asyncio.Task[Any] | None) -> dict[str, str | int]:
     if work is None:
         return {}
     return {"org": work.org_code, "run": work.run_id, "attempt": work.attempt, "handler": work.handler}
-
-
-def _place(frame: FrameType) -> str:
-    code = frame.f_code
-    return f"{code.co_qualname} ({code.co_filename}:{frame.f_lineno})"
 
 
 # The transports of a context's HTTP clients, by name.
@@ -264,10 +259,10 @@ class _ThreadPort:
         self._closed = True
         self.interrupt()
 
-    def _send(self, callback: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+    def _send(self, callback: Callable[..., None], *args: object) -> None:
         with self._lock:
             self._check()
-            self._loop.call_soon_threadsafe(lambda: callback(*args, **kwargs))
+            self._loop.call_soon_threadsafe(callback, *args)
 
     def _check(self) -> None:
         if self._interrupted or self._closed:

@@ -97,11 +97,8 @@ def hold_shared(descriptor: int) -> int:
 
 def processes() -> dict[int, Process]:
     """The current process table, by pid."""
-    table = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit() and (process := process_of(int(name))) is not None:
-            table[process.pid] = process
-    return table
+    found = (process_of(int(name)) for name in os.listdir("/proc") if name.isdigit())
+    return {process.pid: process for process in found if process is not None}
 
 
 class Relatives:

@@ -152,22 +152,18 @@ class Zygote:
     def _receive_all(self) -> bool:
         """Act on what has arrived: the newest of several leases counts. False if the worker is gone."""
         for _ in range(AT_ONCE):
-            received = self._receive()
-            if received is not True:
-                return received is None
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self._control, DATAGRAM, 3, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            if not data:
+                return False
+            self._obey(json.loads(data), descriptors)
         return True
 
-    def _receive(self) -> bool | None:
-        """Handle one message. Returns None if none has arrived, and False once the worker has ended."""
-        try:
-            data, descriptors, _, _ = socket.recv_fds(self._control, DATAGRAM, 3, socket.MSG_CMSG_CLOEXEC)
-        except BlockingIOError:
-            return None
-        except OSError:
-            return False
-        if not data:
-            return False
-        message = json.loads(data)
+    def _obey(self, message: dict[str, Any], descriptors: list[int]) -> None:
         match message["op"]:
             case "start":
                 self._start(message, descriptors)
@@ -182,7 +178,6 @@ class Zygote:
             case "lease":
                 self._freeze_at = message["freeze_at"]
                 self._thaw()
-        return True
 
     def _start(self, message: dict[str, Any], descriptors: list[int]) -> None:
         run, group = message["run"], None
@@ -214,17 +209,16 @@ class Zygote:
             linux.send([pid], signal.SIGSTOP)
 
     def _cap(self, run: int, memory: int) -> None:
-        for leader in self._leaders.values():
-            if leader.run == run:
-                leader.memory = memory
-                self._memory_due_at = min(self._memory_due_at, time.monotonic() + MEMORY_TICK)
+        for leader in self._leaders_of(run):
+            leader.memory = memory
+            self._memory_due_at = min(self._memory_due_at, time.monotonic() + MEMORY_TICK)
 
     def _check(self, run: int) -> None:
         """Kill a process that is stopped, by someone else than this zygote."""
         if self._frozen_at is not None:
             return
-        for leader in self._leaders.values():
-            if leader.run == run and (found := linux.process_of(leader.pid)) and found.state == "T":
+        for leader in self._leaders_of(run):
+            if (found := linux.process_of(leader.pid)) and found.state == "T":
                 leader.why = leader.why or "stopped"
                 linux.send([leader.pid], signal.SIGKILL)
 
@@ -232,13 +226,16 @@ class Zygote:
         if self._frozen_at is not None:
             # Orphans would be thawed with the others before they are swept.
             table = self._relatives.table()
-            roots = [leader.pid for leader in self._leaders.values() if leader.run == run]
+            roots = [leader.pid for leader in self._leaders_of(run)]
             strays = [pid for pid, session in self._strays(table).items() if session in roots]
             linux.send([*strays, *linux.descendants(table, [*roots, *strays])], signal.SIGKILL)
         self._signal(run, signal.SIGKILL)
 
     def _signal(self, run: int, number: signal.Signals) -> None:
-        linux.send([leader.pid for leader in self._leaders.values() if leader.run == run], number)
+        linux.send([leader.pid for leader in self._leaders_of(run)], number)
+
+    def _leaders_of(self, run: int) -> list[Leader]:
+        return [leader for leader in self._leaders.values() if leader.run == run]
 
     def _reap(self) -> None:
         """Reap all children that have ended; the leaders among them wait for `_sweep`."""
