@@ -20,6 +20,9 @@ from worker.guard.errors import TokenRefused as TokenRefused
 from worker.guard.errors import Unavailable as Unavailable
 from worker.guard.errors import WorkerError as WorkerError
 
+# A kind, a name, and the org of a definition.
+Sought = tuple[Literal["org", "definition", "template", "calendar", "handler"], str, str | None]
+
 
 class UsageError(WorkerError):
     """The command line or the request is invalid."""
@@ -38,16 +41,8 @@ class NotFound(WorkerError):
     code = "not_found"
     exit_code = 3
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        fix: str = "",
-        retry_after: float | None = None,
-        sought: tuple[Literal["org", "definition", "template", "calendar", "handler"], str, str | None]
-        | None = None,
-    ) -> None:
-        super().__init__(message, fix=fix, retry_after=retry_after)
+    def __init__(self, message: str, *, fix: str = "", sought: Sought | None = None) -> None:
+        super().__init__(message, fix=fix)
         self.sought = sought
 
 

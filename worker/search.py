@@ -98,6 +98,10 @@ def parsed(text: str, *, now: datetime, zone: tzinfo = UTC) -> Query:
             given[key] = value.strip()
     if len(words) > MAX_WORDS:
         raise UsageError(f"the search has more than {MAX_WORDS} words", fix="search for fewer")
+    if "reason" in given:
+        _check(given["reason"], REASONS, "a reason of a run")
+    if "origin" in given:
+        _check(given["origin"], ORIGINS, "an origin of a run")
     return Query(
         words=tuple(words),
         org=given.get("org"),
@@ -107,8 +111,8 @@ def parsed(text: str, *, now: datetime, zone: tzinfo = UTC) -> Query:
         handler=given.get("handler"),
         definition=given.get("definition"),
         cause=given.get("cause"),
-        reason=_one_of(given.get("reason"), REASONS, "reason"),
-        origin=_one_of(given.get("origin"), ORIGINS, "origin"),
+        reason=given.get("reason"),
+        origin=given.get("origin"),
         pool=given.get("pool"),
     )
 
@@ -150,21 +154,14 @@ def states_of(text: str, known: Collection[str] = STATES, *, what: str = "a run"
     """
     states = tuple(dict.fromkeys(state.strip() for state in text.split(",")))
     for state in states:
-        if state not in known:
-            raise UsageError(
-                f"{state!r} is not a state of {what}",
-                fix=f"{hint_of(state, known)}one of {', '.join(known)}; several are separated by commas",
-            )
+        _check(state, known, f"a state of {what}", "; several are separated by commas")
     return states
 
 
-def _one_of(value: str | None, known: Collection[str], key: str) -> str | None:
-    if value is not None and value not in known:
-        raise UsageError(
-            f"{value!r} is not {'an' if key == 'origin' else 'a'} {key} of a run",
-            fix=f"{hint_of(value, known)}one of {', '.join(known)}",
-        )
-    return value
+def _check(value: str, known: Collection[str], what: str, more: str = "") -> None:
+    if value not in known:
+        fix = f"{hint_of(value, known)}one of {', '.join(known)}{more}"
+        raise UsageError(f"{value!r} is not {what}", fix=fix)
 
 
 def near(word: str, known: Iterable[str], *, most: int = 3) -> list[str]:

@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -116,11 +116,8 @@ class _DurableAgent(WrapperAgent[AgentDepsT, OutputDataT]):
         return await asyncio.create_task(super().run(*prompt, **options))
 
     # `run`, `run_stream` and the others call this with all options.
-    def iter(self, *prompt: Any, **options: Any) -> AbstractAsyncContextManager[AgentRun[AgentDepsT, Any]]:
-        return self._iter(*prompt, **options)
-
     @asynccontextmanager
-    async def _iter(self, *prompt: Any, **options: Any) -> AsyncGenerator[AgentRun[AgentDepsT, Any]]:
+    async def iter(self, *prompt: Any, **options: Any) -> AsyncGenerator[AgentRun[AgentDepsT, Any]]:
         with self._runs.begin() as number:
             steps = _Steps[AgentDepsT](self._ctx, self._runs, number, self._options)
             options["capabilities"] = [*(options.get("capabilities") or ()), steps]
@@ -202,12 +199,8 @@ class _Steps(AbstractCapability[AgentDepsT]):
             for call in requests.approvals
         ]
         answers = await asyncio.gather(*waits)
-        return DeferredToolResults(
-            approvals={
-                call.tool_call_id: _decision(answer)
-                for call, answer in zip(requests.approvals, answers, strict=True)
-            }
-        )
+        ids = (call.tool_call_id for call in requests.approvals)
+        return DeferredToolResults(approvals=dict(zip(ids, map(_decision, answers), strict=True)))
 
     async def request(self, send: Callable[[], Awaitable[ModelResponse]]) -> ModelResponse:
         """Send a model request as a step; what the response says it used is stored with it."""

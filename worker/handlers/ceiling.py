@@ -200,5 +200,4 @@ class Offered:
 
     @property
     def conditional(self) -> list[str]:
-        of_some = (name for name, grant in self.grants.items() if grant.beyond)
-        return [name for name in of_some if self.grants[name].beyond <= OF_DEFINITIONS]
+        return [name for name, one in self.grants.items() if one.beyond and one.beyond <= OF_DEFINITIONS]

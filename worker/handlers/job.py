@@ -113,10 +113,9 @@ def job(
         raise TypeError(f"{name!r} is not a handler name: use letters, digits, '.', '_' and '-'")
     if isolation not in ("child", "inline"):
         raise TypeError(f"isolation of {name} must be 'child' or 'inline', not {isolation!r}")
-    if isinstance(scopes, str):
-        raise TypeError(f"scopes of {name} must be a set of strings, not a string")
-    if isinstance(secrets, str):
-        raise TypeError(f"secrets of {name} must be a set of strings, not a string")
+    for what, texts in (("scopes", scopes), ("secrets", secrets)):
+        if isinstance(texts, str):
+            raise TypeError(f"{what} of {name} must be a set of strings, not a string")
     named = frozenset(secrets)
     for secret in named:
         if not isinstance(secret, str) or not SECRET_NAME.fullmatch(secret):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -57,17 +58,12 @@ def read_params(job: Job, params: Mapping[str, Any]) -> Any:
     """
     if job.params is None:
         return dict(params)
-    from pydantic import ValidationError
-
     unknown = _unknown(job.params, params)
     if unknown and job.params.model_config.get("extra") != "allow":
         raise ParamsInvalid(f"param {unknown[0]}: the handler has no such param")
-    try:
+    with _refusing(lambda name, rule: ParamsInvalid(f"param {name}: {rule}")):
         # Strict for JSON: text stays text, but a date may be written as text.
         return job.params.model_validate_json(json.dumps(dict(params)), strict=True)
-    except ValidationError as error:
-        name, rule = _first(error)
-        raise ParamsInvalid(f"param {name}: {rule}") from None
 
 
 def read_settings(job: Job, properties: Mapping[str, Any]) -> Any:
@@ -77,18 +73,13 @@ def read_settings(job: Job, properties: Mapping[str, Any]) -> Any:
     """
     if job.settings is None:
         return dict(properties)
-    from pydantic import ValidationError
-
     given = dict(properties)
     if job.settings.model_config.get("extra") == "forbid":
         # A token's properties are for every handler of the org, so those of others are expected.
         for name in _unknown(job.settings, properties):
             del given[name]
-    try:
+    with _refusing(lambda name, rule: SettingsInvalid(name, f"property {name}: {rule}")):
         return job.settings.model_validate(given)
-    except ValidationError as error:
-        name, rule = _first(error)
-        raise SettingsInvalid(name, f"property {name}: {rule}") from None
 
 
 def read_checkpoint(job: Job, stored: Any) -> Any:
@@ -98,16 +89,12 @@ def read_checkpoint(job: Job, stored: Any) -> Any:
     """
     if job.checkpoint is None or stored is None:
         return stored
-    from pydantic import ValidationError
-
-    try:
+    advice = (
+        f"the stored checkpoint does not fit {job.checkpoint.__name__}: let the model accept it, or retry "
+        "the run without --from-checkpoint to start over"
+    )
+    with _refusing(lambda name, rule: CheckpointInvalid(f"checkpoint field {name}: {rule}; {advice}")):
         return job.checkpoint.model_validate_json(json.dumps(stored), by_alias=True, by_name=True)
-    except ValidationError as error:
-        name, rule = _first(error)
-        raise CheckpointInvalid(
-            f"checkpoint field {name}: {rule}; the stored checkpoint does not fit {job.checkpoint.__name__}: "
-            "let the model accept it, or retry the run without --from-checkpoint to start over"
-        ) from None
 
 
 def checkpoint_text(job: Job | None, data: Any) -> str:
@@ -128,6 +115,17 @@ def _unknown(model: type[BaseModel], given: Mapping[str, Any]) -> list[str]:
         choices = getattr(alias, "choices", [alias])
         known.update(getattr(choice, "path", [choice])[0] for choice in choices if choice is not None)
     return [name for name in given if name not in known]
+
+
+@contextmanager
+def _refusing(refusal: Callable[[str, str], Exception]) -> Iterator[None]:
+    """Raise the refusal for a model's error, made of the field's name and the rule."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        raise refusal(*_first(error)) from None
 
 
 def _first(error: ValidationError) -> tuple[str, str]:

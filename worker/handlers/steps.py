@@ -157,14 +157,11 @@ class StepJournal:
         self._lock = threading.Lock()
         self._occurrences = Occurrences()
         self._stored: dict[StepId, str] = {}
-        self._last = self._size = self._unplaced = 0
+        # The greatest `seq` known so far: the next page begins after it.
+        self.last = 0
+        self._size = self._unplaced = 0
         self._on_idle: list[Callable[[], None]] = []
         self._closed: type[BaseException] | None = None
-
-    @property
-    def last(self) -> int:
-        """The greatest `seq` known so far: the next page begins after it."""
-        return self._last
 
     def add(self, page: StepPage) -> None:
         """Add the next page of stored steps."""
@@ -172,7 +169,7 @@ class StepJournal:
             for step in page.steps:
                 # If a result is stored twice under one id, the first is what the handler has seen.
                 self._stored.setdefault(StepId(step.name, step.key, step.occurrence), step.result_json)
-                self._last = max(self._last, step.seq)
+                self.last = max(self.last, step.seq)
                 self._size += step.size
             self.complete = not page.more
 
@@ -195,7 +192,7 @@ class StepJournal:
         if self._closed is not None:
             raise self._closed("the attempt is parked")
         with self._lock:
-            if self._last + self._unplaced >= MAX_STEPS:
+            if self.last + self._unplaced >= MAX_STEPS:
                 raise StepError(f"step {step}: the run has {MAX_STEPS:,} steps, the limit; split the work")
             if self._size >= TOTAL_LIMIT:
                 raise StepError(f"step {step}: {TOTAL_FULL}")
@@ -240,19 +237,14 @@ class StepJournal:
         with self._lock:
             opened.placed = True
             self._unplaced -= 1
-            self._last += 1
+            self.last += 1
             self._size += size
-            return self._last
-
-    def inside(self) -> str | None:
-        """The step that the current task or thread is inside of, for people; None outside of steps."""
-        step = open_step()
-        return None if step is None else str(step.id)
+            return self.last
 
     def refuse_inside(self, what: str) -> None:
         """Raise StepError if the current task or thread is inside a step."""
-        if (step := self.inside()) is not None:
-            raise StepError(f"{what} is used inside step {step}: use it before or after that step")
+        if (step := open_step()) is not None:
+            raise StepError(f"{what} is used inside step {step.id}: use it before or after that step")
 
 
 TOTAL_FULL = (

@@ -31,7 +31,7 @@ from worker.telemetry.events import emit
 from worker.tokens.acquirer import Acquirer
 from worker.tokens.credentials import Credential, CredentialSource, Generations
 from worker.tokens.issuer_client import IssuerClient
-from worker.tokens.shared import SharedTokens, TokenRequest
+from worker.tokens.shared import LOOK, SharedTokens, TokenRequest
 
 # Bytes of cached tokens, by default; an estimate of what one takes besides its text, in Python 3.11.
 MEMORY = 512 * 1024 * 1024
@@ -257,10 +257,8 @@ class Tokens:
         cached = self._tokens.get(request)
         if cached is None:
             return None
-        if cached.is_alive(self._clock):
-            for credential in credentials:
-                if credential.id == cached.credential_id:
-                    return cached
+        if cached.is_alive(self._clock) and cached.credential_id in [each.id for each in credentials]:
+            return cached
         # Expired, or its generation was retired, perhaps because its secret leaked.
         self._tokens.pop(request)
         return None
@@ -329,7 +327,7 @@ class Tokens:
                         return enforced
             if acquirer.is_parked(request, credentials) or await shared.reserve(request):
                 return None
-            await shared.wait()
+            await self._clock.sleep(LOOK)
 
 
 def _size_of(enforced: Enforced) -> int:

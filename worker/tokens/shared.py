@@ -289,10 +289,6 @@ class SharedTokens:
         """Forget what was looked up of an org."""
         drop_where(self._looked_up, lambda request: request.org.id == org_id)
 
-    async def wait(self) -> None:
-        """Pause before the next look at a token that another process requests."""
-        await self._clock.sleep(LOOK)
-
     async def close(self) -> None:
         if self._renewing is not None:
             self._renewing.cancel()
