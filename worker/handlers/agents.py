@@ -85,30 +85,21 @@ def durable(
         raise StepError('durable: the agent has no name for its steps: Agent(…, name="support")')
     if meter is not None:
         check_name("meter", meter)
-    return _DurableAgent(agent, ctx, _Runs(agent.name, key), _Options(meter, approval_timeout))
-
-
-@dataclass(frozen=True)
-class _Options:
-    """The options of `durable`."""
-
-    meter: str | None
-    approval_timeout: Duration | None
+    # Those of the same name and key in this attempt are counted together.
+    runs = _RUNS.setdefault(ctx, {}).setdefault((agent.name, key), _Runs(agent.name, key))
+    return _DurableAgent(agent, runs, lambda number: _Steps(ctx, runs, number, meter, approval_timeout))
 
 
 class _DurableAgent(WrapperAgent[AgentDepsT, OutputDataT]):
     def __init__(
         self,
         wrapped: AbstractAgent[AgentDepsT, OutputDataT],
-        ctx: Context[Any, Any],
         runs: _Runs,
-        options: _Options,
+        steps: Callable[[int], _Steps[AgentDepsT]],
     ) -> None:
         super().__init__(wrapped)
-        self._ctx = ctx
-        self._options = options
-        # Those of the same name and key in this attempt are counted together.
-        self._runs = _RUNS.setdefault(ctx, {}).setdefault((runs.name, runs.key), runs)
+        self._runs = runs
+        self._steps = steps
 
     async def run(self, *prompt: Any, **options: Any) -> AgentRunResult[Any]:
         # In a task: whatever the agent awaits inside, the context sees that the handler waits for it, and
@@ -119,8 +110,7 @@ class _DurableAgent(WrapperAgent[AgentDepsT, OutputDataT]):
     @asynccontextmanager
     async def iter(self, *prompt: Any, **options: Any) -> AsyncGenerator[AgentRun[AgentDepsT, Any]]:
         with self._runs.begin() as number:
-            steps = _Steps[AgentDepsT](self._ctx, self._runs, number, self._options)
-            options["capabilities"] = [*(options.get("capabilities") or ()), steps]
+            options["capabilities"] = [*(options.get("capabilities") or ()), self._steps(number)]
             async with self.wrapped.iter(*prompt, **options) as run:
                 yield run
 
@@ -160,9 +150,12 @@ class _Steps(AbstractCapability[AgentDepsT]):
     path, as after a failed request that a fallback answered, its later responses do not apply.
     """
 
-    def __init__(self, ctx: Context[Any, Any], runs: _Runs, number: int, options: _Options) -> None:
+    def __init__(
+        self, ctx: Context[Any, Any], runs: _Runs, number: int, meter: str | None, timeout: Duration | None
+    ) -> None:
         self._ctx = ctx
-        self._options = options
+        self._meter = meter
+        self._approval_timeout = timeout
         self._model = f"model:{_written(runs.name)}"
         self._prefix = f"{runs.key}/{number}" if runs.key else str(number)
         self._requests = itertools.count(1)
@@ -193,7 +186,7 @@ class _Steps(AbstractCapability[AgentDepsT]):
         waits = [
             self._ctx.wait_for(
                 f"approve:{_written(call.tool_name)}:{_digest(self._key(call.tool_call_id))[:8]}",
-                timeout=self._options.approval_timeout,
+                timeout=self._approval_timeout,
                 ask={"tool": call.tool_name, "arguments": call.args_as_dict()},
             )
             for call in requests.approvals
@@ -207,8 +200,8 @@ class _Steps(AbstractCapability[AgentDepsT]):
 
         async def ask() -> Any:
             response = await send()
-            if self._options.meter is not None and response.usage.total_tokens:
-                await self._ctx.spend(self._options.meter, response.usage.total_tokens)
+            if self._meter is not None and response.usage.total_tokens:
+                await self._ctx.spend(self._meter, response.usage.total_tokens)
             return _RESPONSE.dump_python(response, mode="json")
 
         stored = await self._ctx.step(self._model, ask, key=self._key(f"{next(self._requests)}"))

@@ -20,6 +20,7 @@ from worker.errors import DefinitionError, InvalidTrigger
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _LONGEST_NAME = 200
+_LIMITS = {RecursionError: "it nests too deeply", OverflowError: "one of its times is out of range"}
 
 
 class NotTaken(ValueError):
@@ -95,12 +96,8 @@ class Import:
         """Remark why an entry is not taken if the block raises NotTaken."""
         try:
             yield
-        except NotTaken as error:
-            self.leave(line, name, str(error))
-        except RecursionError:
-            self.leave(line, name, "it nests too deeply")
-        except OverflowError:
-            self.leave(line, name, "one of its times is out of range")
+        except (NotTaken, RecursionError, OverflowError) as error:
+            self.leave(line, name, _LIMITS.get(type(error), str(error)))
 
     def leave(self, line: int, name: str, reason: str) -> None:
         """Remark that an entry is not in the file."""

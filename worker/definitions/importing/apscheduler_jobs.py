@@ -51,8 +51,7 @@ _NOT_READ = {
     "add_schedule": "is of APScheduler 4; add_job of APScheduler 3 is read",
     **dict.fromkeys(("add_cron_job", "add_interval_job", "add_date_job"), _VERSION_2),
     **dict.fromkeys(("cron_schedule", "interval_schedule"), _VERSION_2),
-    "reschedule_job": "changes a job while the program runs",
-    "modify_job": "changes a job while the program runs",
+    **dict.fromkeys(("reschedule_job", "modify_job"), "changes a job while the program runs"),
 }
 _DEFAULTS = ("misfire_grace_time", "coalesce", "max_instances")
 

@@ -22,6 +22,11 @@ _WRAPPERS = {
     "flock": 1,
 }
 _PREPARING = ("cd", "test", "[", ".", "source")
+# Variables that are not taken over, and why.
+_UNUSED = {
+    "MAILTO": "a run keeps its log, and [alerts] reports failures",
+    "TZ": "it sets the zone of the command, not of the schedule (CRON_TZ does)",
+}
 _OPERATORS = ("&&", "||", ";", "|", "&")
 _NUMBER = re.compile(r"\d+(\.\d+)?[smhd]?")
 # Without digits, as secrets have them.
@@ -54,7 +59,8 @@ def read_crontab(text: str, imported: Import, *, with_user: bool) -> None:
                 if zone_problem:
                     imported.note(number, name, zone_problem)
             else:
-                imported.note(number, name, _unused(name))
+                reason = _UNUSED.get(name, "the handler sets the command's environment")
+                imported.note(number, name, f"not taken over: {reason}")
             continue
         with imported.entry(number, ""):
             schedule, rest = _split(line)
@@ -115,14 +121,6 @@ def _zone(value: str, usual: str | None) -> tuple[str | None, str]:
     except NotTaken as error:
         return None, f"CRON_TZ: {error}"
     return value, ""
-
-
-def _unused(name: str) -> str:
-    if name == "MAILTO":
-        return "not taken over: a run keeps its log, and [alerts] reports failures"
-    if name == "TZ":
-        return "not taken over: it sets the zone of the command, not of the schedule (CRON_TZ does)"
-    return "not taken over: the handler sets the command's environment"
 
 
 def _unquoted(value: str) -> str:

@@ -29,12 +29,11 @@ _CHANGES = {
     *("add", "discard", "update", "setdefault", "popitem", "difference_update", "intersection_update"),
 }
 _LARGEST = 10**15
-_NO_PLAIN_VALUE = {
+_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+_LOOPS = (ast.For, ast.AsyncFor, ast.While, ast.comprehension, *_COMPREHENSIONS)
+_NO_PLAIN_VALUE: Mapping[type[ast.AST], str] = {
+    **dict.fromkeys(_COMPREHENSIONS, "a comprehension"),
     ast.JoinedStr: "an f-string",
-    ast.ListComp: "a comprehension",
-    ast.SetComp: "a comprehension",
-    ast.DictComp: "a comprehension",
-    ast.GeneratorExp: "a comprehension",
     ast.Lambda: "a lambda",
     ast.IfExp: "a conditional expression",
     ast.Subscript: "a subscript",
@@ -92,9 +91,7 @@ class PythonSource:
             here = waiting.pop()
             yield here
             context, function = here.context, here.function
-            if isinstance(here.node, ast.For | ast.AsyncFor | ast.While | ast.comprehension) or (
-                type(here.node) in (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-            ):
+            if isinstance(here.node, _LOOPS):
                 context = "loop"
             elif isinstance(here.node, ast.If | ast.Try | ast.Match) and not _always(here.node):
                 context = context or "condition"
