@@ -160,14 +160,9 @@ class Generations:
         What changed or is not usable is left to `of`. Returns the orgs of which nothing was known.
         """
         asked_at = self._clock.monotonic()
-        old: dict[OrgId, OrgRef] = {}
-        unknown: dict[OrgId, OrgRef] = {}
-        for org in orgs:
-            known = self._known.get(org.id)
-            if known is None:
-                unknown[org.id] = org
-            elif known[0] <= asked_at - READ_AGAIN:
-                old[org.id] = org
+        unknown = {org.id: org for org in orgs if org.id not in self._known}
+        known = (org for org in orgs if org.id in self._known)
+        old = {org.id: org for org in known if self._known[org.id][0] <= asked_at - READ_AGAIN}
         with suppress(Unavailable):
             if unknown:
                 await self._read_all(list(unknown), asked_at)

@@ -216,14 +216,11 @@ class SharedTokens:
         return Found(found.version, aged)
 
     def _open(self, request: TokenRequest, stored: StoredToken, credential: Credential) -> str | None:
-        try:
+        ring = None
+        # It is read again for an unknown key, and cannot always be read.
+        with suppress(ConfigurationError):
             ring = self._ring(stored.key_id)
-        except ConfigurationError:
-            # The ring is read again for an unknown key, and cannot be read now.
-            return None
-        if ring is None:
-            return None
-        return ring.open_token(stored.sealed, stored.key_id, _place(request, credential))
+        return ring and ring.open_token(stored.sealed, stored.key_id, _place(request, credential))
 
     async def _reject(self, request: TokenRequest, stored: StoredToken, error: str) -> None:
         """Report a stored token that must not be used, and delete it, so that it is reported once."""
@@ -304,13 +301,10 @@ class SharedTokens:
                 now = self._clock.monotonic()
                 # Most tokens come before that.
                 old = [request for request, since in self._reserved.items() if since <= now - RENEW]
-                if not old:
-                    continue
-                try:
-                    await self._store.renew(old, RESERVED)
-                except Unavailable:
-                    continue
-                self._reserved |= dict.fromkeys(self._reserved.keys() & old, now)
+                if old:
+                    with suppress(Unavailable):
+                        await self._store.renew(old, RESERVED)
+                        self._reserved |= dict.fromkeys(self._reserved.keys() & old, now)
         finally:
             self._renewing = None
 
