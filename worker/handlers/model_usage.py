@@ -25,8 +25,7 @@ def tokens_of(answer: Any) -> int | None:
     usage = answer.get("usage") if isinstance(answer, dict) else None
     if not isinstance(usage, dict):
         return None
-    total = _number(usage.get("total_tokens"))
-    if total is not None:
+    if (total := _number(usage.get("total_tokens"))) is not None:
         return total
     parts = [
         number

@@ -220,7 +220,9 @@ class SharedTokens:
         # It is read again for an unknown key, and cannot always be read.
         with suppress(ConfigurationError):
             ring = self._ring(stored.key_id)
-        return ring and ring.open_token(stored.sealed, stored.key_id, _place(request, credential))
+        if ring is None:
+            return None
+        return ring.open_token(stored.sealed, stored.key_id, _place(request, credential))
 
     async def _reject(self, request: TokenRequest, stored: StoredToken, error: str) -> None:
         """Report a stored token that must not be used, and delete it, so that it is reported once."""

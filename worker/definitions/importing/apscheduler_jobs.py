@@ -20,7 +20,13 @@ from apscheduler.util import convert_to_datetime
 from worker.clock import EPOCH, to_text
 from worker.definitions.importing import Import, NotTaken, cron_fields, params_of, refuse_unknown, zone_of
 from worker.definitions.importing.cron_fields import DAYS, HOURS, MINUTES, MONTHS, SECONDS, WEEKDAYS
-from worker.definitions.importing.python_source import FoundNode, PythonSource, assigned, literal_pairs
+from worker.definitions.importing.python_source import (
+    FoundNode,
+    PythonSource,
+    assigned,
+    literal_argument,
+    literal_pairs,
+)
 from worker.definitions.units import format_duration
 
 _OF_JOB = (
@@ -126,7 +132,7 @@ class _Reader:
 
     def _job(self, call: ast.Call, found: FoundNode, function: str | None) -> None:
         line = call.lineno
-        with self._imported.entry(line, _label(call, function)):
+        with self._imported.entry(line, literal_argument(call, "id", "name") or function or ""):
             found.refuse_loop()
             given = self._source.arguments(call, _OF_JOB if function is None else _OF_JOB[1:-1])
             handler = function or self._handler(given.get("func"))
@@ -273,16 +279,6 @@ class _Reader:
             else:
                 notes.append("its next_run_time is not taken over")
         return values
-
-
-def _label(call: ast.Call, function: str | None) -> str:
-    """The id or name of a job if it is literal, for remarks."""
-    named = {keyword.arg: keyword.value for keyword in call.keywords}
-    for key in ("id", "name"):
-        value = named.get(key)
-        if isinstance(value, ast.Constant):
-            return str(value.value)
-    return function or ""
 
 
 def _zone(value: Any) -> tzinfo:

@@ -18,7 +18,13 @@ from worker.definitions.importing import (
     zone_of,
 )
 from worker.definitions.importing.cron_fields import DAYS, HOURS, MINUTES, MONTHS, WEEKDAY_NAMES, WEEKDAYS
-from worker.definitions.importing.python_source import FoundNode, PythonSource, assigned, literal_pairs
+from worker.definitions.importing.python_source import (
+    FoundNode,
+    PythonSource,
+    assigned,
+    literal_argument,
+    literal_pairs,
+)
 from worker.definitions.units import format_duration
 
 _SCHEDULES = ("beat_schedule", "CELERY_BEAT_SCHEDULE", "CELERYBEAT_SCHEDULE")
@@ -107,8 +113,7 @@ class _Reader:
 
     def _read_zone(self, name: str, value: ast.expr) -> set[str]:
         try:
-            zone = self._source.value(value)
-            zone = zone if isinstance(zone, str) else str(zone)
+            zone = str(self._source.value(value))
             zone_of(zone)
         except NotTaken as error:
             self._uncertain = True
@@ -180,8 +185,7 @@ class _Reader:
     def _periodic(self, call: ast.Call, found: FoundNode) -> None:
         names = ("schedule", "sig", "args", "kwargs", "name")
         line = call.lineno
-        named = next((keyword.value for keyword in call.keywords if keyword.arg == "name"), None)
-        label = str(named.value) if isinstance(named, ast.Constant) else ""
+        label = literal_argument(call, "name")
         with self._imported.entry(line, label):
             found.refuse_loop()
             given = self._source.arguments(call, names)

@@ -272,6 +272,13 @@ def assigned(node: ast.AST) -> tuple[list[ast.expr], ast.expr | None]:
     return (node.targets, node.value) if isinstance(node, ast.Assign) else ([], None)
 
 
+def literal_argument(call: ast.Call, *names: str) -> str:
+    """The first of these keyword arguments that is literal, as text; empty if none is."""
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    values = (given.get(name) for name in names)
+    return next((str(value.value) for value in values if isinstance(value, ast.Constant)), "")
+
+
 def literal_pairs(node: ast.expr) -> list[tuple[str, ast.expr]]:
     """The pairs of a dict display whose keys are literal texts."""
     pairs = zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ()
