@@ -258,9 +258,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     words = [one for one in names if name.lower() in re.split(r"[_.\-\s]+", one.lower())]
     # A word of many, such as org, says nothing.
     words = words if len(words) <= _MAX_CLOSE else []
-    close = [*dict.fromkeys([*words, *get_close_matches(name, names, n=_MAX_CLOSE, cutoff=_CLOSE)])][
-        :_MAX_CLOSE
-    ]
+    similar = get_close_matches(name, names, n=_MAX_CLOSE, cutoff=_CLOSE)
+    close = [*dict.fromkeys([*words, *similar])][:_MAX_CLOSE]
     if not close:
         return ""
     return f"did you mean {' or '.join(filter(None, (', '.join(close[:-1]), close[-1])))}?"

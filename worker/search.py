@@ -98,10 +98,9 @@ def parsed(text: str, *, now: datetime, zone: tzinfo = UTC) -> Query:
             given[key] = value.strip()
     if len(words) > MAX_WORDS:
         raise UsageError(f"the search has more than {MAX_WORDS} words", fix="search for fewer")
-    if "reason" in given:
-        _check(given["reason"], REASONS, "a reason of a run")
-    if "origin" in given:
-        _check(given["origin"], ORIGINS, "an origin of a run")
+    for key, known, what in (("reason", REASONS, "a reason"), ("origin", ORIGINS, "an origin")):
+        if key in given:
+            _check(given[key], known, f"{what} of a run")
     return Query(
         words=tuple(words),
         org=given.get("org"),

@@ -75,9 +75,8 @@ def _dates(event: _Event, most: int) -> set[date]:
         raise event.fault("has no DTSTART")
     end = _day(event, "DTEND") or start + _length(event)
     if end <= start:
-        raise event.fault(
-            "ends before it has begun: DTEND is the day after its last", event.lines.get("DTEND")
-        )
+        problem = "ends before it has begun: DTEND is the day after its last"
+        raise event.fault(problem, event.lines.get("DTEND"))
     if end - start > most * _DAY:
         raise event.fault(f"lasts for more than {most} days")
     return {start + count * _DAY for count in range((end - start).days)}

@@ -228,9 +228,8 @@ def enforce(
     if claims.org_code != org_code:
         # Short, and without anything that a terminal would obey.
         other = repr(claims.org_code[:64])
-        raise TokenRefused(
-            "org_mismatch", "other_org", f"the token is for the org {other}, not for {org_code}"
-        )
+        message = f"the token is for the org {other}, not for {org_code}"
+        raise TokenRefused("org_mismatch", "other_org", message)
     if client_id is not None and (not claims.client_id or claims.client_id != client_id):
         raise TokenRefused(
             "client_mismatch",

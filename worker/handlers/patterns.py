@@ -151,7 +151,6 @@ def _class_cost(text: str, at: int) -> tuple[int, int]:
 def _reason(error: SchemaError) -> str:
     """The last line of the engine's message, such as `look-around … is not supported`."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    for line in lines:
-        if line.startswith("error: "):
-            return line.removeprefix("error: ")
-    return lines[-1].removeprefix("SchemaError: ") if lines else "it does not compile"
+    last = lines[-1] if lines else "it does not compile"
+    said = next((line for line in lines if line.startswith("error: ")), last)
+    return said.removeprefix("error: ").removeprefix("SchemaError: ")

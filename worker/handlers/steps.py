@@ -9,7 +9,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,11 +138,10 @@ class Occurrences:
 
 
 def _caller() -> object:
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:
-        task = None
-    return task or threading.current_thread()
+    with suppress(RuntimeError):  # a thread without a loop
+        if (task := asyncio.current_task()) is not None:
+            return task
+    return threading.current_thread()
 
 
 class StepJournal:

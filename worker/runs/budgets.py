@@ -67,12 +67,11 @@ def decisive(states: Sequence[BudgetState]) -> BudgetState | None:
 
 def wait_of(state: BudgetState, occurrence: int, now: datetime) -> NewWait:
     """The wait of a run that this budget stops, with a question if the budget asks."""
-    seconds = None
-    if state.resets_at is not None:
-        seconds = max(0.0, (state.resets_at + MARGIN - now).total_seconds())
+    ends_at = state.resets_at
+    seconds = None if ends_at is None else max(0.0, (ends_at + MARGIN - now).total_seconds())
     ask = None
     if state.at_limit == "ask":
-        resets_at = None if state.resets_at is None else to_text(state.resets_at)
+        resets_at = None if ends_at is None else to_text(ends_at)
         known = {name: getattr(state, name) for name in ("meter", "per", "limit", "used")}
         ask = json.dumps(known | {"resets_at": resets_at})
     return NewWait(f"{BUDGET}{state.meter}", occurrence, "budget", seconds, ask)

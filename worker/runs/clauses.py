@@ -232,9 +232,8 @@ def _customer(why: Why, when: InWords) -> str:
     if state in ("failed", "refused", "skipped", "cancelled"):
         if later.get("succeeded"):
             return f"{job} It has run successfully since then."
-        return (
-            job if state == "cancelled" or run["reason"] == "flag_off" else f"{job} We are looking into it."
-        )
+        is_meant = state == "cancelled" or run["reason"] == "flag_off"
+        return job if is_meant else f"{job} We are looking into it."
     if state == "waiting" and not why.questions and _goes_on(why).endswith("automatically"):
         return f"{job} It continues by itself."
     return job

@@ -91,8 +91,7 @@ def _library(path: str | None, home: str | None) -> str | None:
     """The library of a frame; None for a frame of the handler, and for other lines."""
     if path is None:
         return None
-    installed = _INSTALLED.search(path)
-    if installed is not None:
+    if (installed := _INSTALLED.search(path)) is not None:
         package = installed["package"]
         name = "orgworker" if package == "worker" else package.removesuffix(".py")
         return None if package == home else name

@@ -301,16 +301,10 @@ def _proportional(pid: int) -> tuple[int, int] | None:
 
 
 def _read(path: str) -> bytes | None:
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        return os.read(descriptor, 16_384)
-    except OSError:  # it ended between the two
-        return None
-    finally:
-        os.close(descriptor)
+    # The process may end before it is opened, and between that and reading.
+    with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+        return file.read(16_384)
+    return None
 
 
 def _prctl(option: int, value: int | bytes) -> None:
