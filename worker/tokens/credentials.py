@@ -108,19 +108,15 @@ class CredentialSource(Protocol):
             Unavailable: they cannot be read now.
             ConfigurationError: a secret cannot be unsealed with the available keys.
         """
-        ...
 
     async def active_of(self, org_ids: Sequence[OrgId]) -> Mapping[OrgId, Sequence[Credential]]:
         """As `active`, of several orgs in one query; those without a usable one are left out."""
-        ...
 
     async def active_ids(self, org_ids: Sequence[OrgId]) -> Mapping[OrgId, Sequence[str]]:
         """The ids of the active generations of these orgs, newest first, in one query; raises Unavailable."""
-        ...
 
     async def used(self, credential: Credential, error: str | None) -> None:
         """Count one use; `error` is the issuer's error code if it rejected the credential."""
-        ...
 
 
 class Generations:

@@ -290,7 +290,6 @@ class Statements(Protocol):
 
     def fire_first(self, connection: Connection) -> tuple[datetime, datetime | None]:
         """The database's time, and the earliest fire time; takes no lock."""
-        ...
 
     def fire_lock(
         self, connection: Connection, *, limit: int, specs: Specs
@@ -302,7 +301,6 @@ class Statements(Protocol):
 
         `specs` caches specs by definition and revision.
         """
-        ...
 
     def fire_write(
         self, connection: Connection, runs: Sequence[NewRun], next_fires: Sequence[NextFire]
@@ -311,15 +309,12 @@ class Statements(Protocol):
 
         A serial run that overlaps an unfinished one is returned, not inserted; an existing one is ignored.
         """
-        ...
 
     def fire_skips(self, connection: Connection, skips: Sequence[NewSkip]) -> None:
         """Write skips; consecutive ones extend their definition's last row."""
-        ...
 
     def admit_ring(self, connection: Connection, taker: Taker, walk: Walk) -> RingStep:
         """Walk the ring; takes no lock."""
-        ...
 
     def admit_choose(
         self,
@@ -336,7 +331,6 @@ class Statements(Protocol):
         first. With `placing` no more than the free slots of the pools' hosts. The transaction must contain
         nothing else: on PostgreSQL it commits before the answer is read.
         """
-        ...
 
     def admit_crowd(
         self,
@@ -352,7 +346,6 @@ class Statements(Protocol):
         Of each org in `passed`, one run may start as well; `whole` reads whole queues. The orgs of the
         returned step are those whose turn it was while the newest went first.
         """
-        ...
 
     def finish(
         self, connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAttempt]
@@ -361,15 +354,12 @@ class Statements(Protocol):
 
         Can be repeated: the same attempt is accepted again.
         """
-        ...
 
     def add_rollups(self, connection: Connection, rollups: Rollups) -> None:
         """Add to the stored sums."""
-        ...
 
     def promote(self, connection: Connection, definitions: Sequence[DefinitionId] | None) -> int:
         """Let held runs wait if their definition has no other unfinished run; None means all definitions."""
-        ...
 
     def save_checkpoint(
         self, connection: Connection, run: AdmittedRun, handler: str, data_json: str, *, number: int = 0
@@ -379,7 +369,6 @@ class Statements(Protocol):
         The handler of its first checkpoint stays. One that differs from the last sets `recoveries` back to 0.
         `number` counts the saves of the attempt: one that arrives after a later one changes nothing.
         """
-        ...
 
     def open_wait(
         self, connection: Connection, run_id: RunId, fencing_token: int, *, attempt: int, wait: NewWait
@@ -388,11 +377,9 @@ class Statements(Protocol):
 
         The deadline counts from the first call. The database's clock decides whether it has passed.
         """
-        ...
 
     def wake_due(self, connection: Connection, *, limit: int) -> int:
         """Let parked runs wait for a slot whose first deadline has passed; returns how many."""
-        ...
 
     def store_steps(
         self, connection: Connection, steps: Sequence[RunStep], *, commit: bool = True
@@ -403,27 +390,22 @@ class Statements(Protocol):
         `commit` the transaction must contain nothing else: on PostgreSQL it commits before the answer is
         read. Without it the rows of the runs stay locked, so that their spends can be counted.
         """
-        ...
 
     def write_progress(self, connection: Connection, rows: Sequence[Progress]) -> None:
         """Set the progress of running rows, fenced."""
-        ...
 
     def append_logs(self, connection: Connection, rows: Sequence[LogLine]) -> None:
         """Append lines to runs' logs; existing ones stay as they are."""
-        ...
 
     def renew(
         self, connection: Connection, worker_id: WorkerId, lease: timedelta
     ) -> tuple[bool, list[OwnedRun]]:
         """Extend the lease and return the runs it covers; False if the incarnation was ended."""
-        ...
 
     def renew_as_json(
         self, connection: Connection, worker_id: WorkerId, lease: timedelta
     ) -> tuple[bool, str]:
         """The same with the runs as JSON, `[id, fencing_token, cancel_reason]` each: cheaper for many."""
-        ...
 
     def recover_lock(
         self, connection: Connection, *, by: WorkerId | None, others_than: WorkerId | None, limit: int
@@ -432,4 +414,3 @@ class Statements(Protocol):
 
         `by` is the worker that does so. With `others_than`, every other worker counts as dead.
         """
-        ...

@@ -19,7 +19,6 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
-    Table,
     Text,
     UniqueConstraint,
     false,
@@ -46,7 +45,7 @@ from worker.store.tables.runs import NEVER as NEVER
 from worker.store.tables.runs import OPEN as OPEN
 from worker.store.tables.runs import UNFINISHED as UNFINISHED
 from worker.store.tables.runs import UNSTARTED as UNSTARTED
-from worker.store.tables.runs import UPDATED, count, one_of, partial, required
+from worker.store.tables.runs import UPDATED, count, one_of, partial, required, table
 from worker.store.tables.runs import WAITING_REASONS as WAITING_REASONS
 from worker.store.tables.runs import attempts as attempts
 from worker.store.tables.runs import checkpoints as checkpoints
@@ -61,9 +60,9 @@ from worker.store.tables.runs import waits as waits
 
 ORG_STATES = ("active", "paused", "suspended", "removed")
 
-orgs = Table(
+orgs = table(
     "orgs",
-    metadata,
+    "The customer organisations.",
     Column("id", Id, primary_key=True),
     required("code", Text, "The `org_code` of its tokens.", unique=True),
     required("name", Text, "For people."),
@@ -84,12 +83,11 @@ orgs = Table(
     CheckConstraint(one_of("state", ORG_STATES), name="state"),
     CheckConstraint("max_concurrent_runs >= 1", name="max_concurrent_runs"),
     CheckConstraint("weight >= 1", name="weight"),
-    info={"meaning": "The customer organisations."},
 )
 
-org_words = Table(
+org_words = table(
     "org_words",
-    metadata,
+    "The words of the orgs' names and codes, for the search by their beginnings.",
     Column(
         "word",
         Text().with_variant(Text(collation="C"), "postgresql"),
@@ -98,12 +96,11 @@ org_words = Table(
     ),
     Column("org_id", Id, ForeignKey("orgs.id"), primary_key=True),
     Index("ix_org_words_org_id_word", "org_id", "word"),
-    info={"meaning": "The words of the orgs' names and codes, for the search by their beginnings."},
 )
 
-templates = Table(
+templates = table(
     "templates",
-    metadata,
+    "One definition for many orgs.",
     Column("id", Id, primary_key=True),
     required("name", Text, "Also the name of the definitions that it makes.", unique=True),
     required("revision", Integer),
@@ -117,12 +114,11 @@ templates = Table(
     required("updated_at", Instant),
     required("updated_by", Text),
     Column("closed_at", Instant, doc="When it was closed: it makes no more definitions."),
-    info={"meaning": "One definition for many orgs."},
 )
 
-calendars = Table(
+calendars = table(
     "calendars",
-    metadata,
+    "Dates on which nothing runs; the definitions that name one have its dates.",
     Column("id", Id, primary_key=True),
     required("name", Text, "What definitions and templates name as their `calendar`.", unique=True),
     required("dates", json_type(), "The dates, sorted."),
@@ -132,12 +128,11 @@ calendars = Table(
     required("created_at", Instant),
     required("updated_at", Instant, "When its dates were changed."),
     required("updated_by", Text, "Who changed them."),
-    info={"meaning": "Dates on which nothing runs; the definitions that name one have its dates."},
 )
 
-definitions = Table(
+definitions = table(
     "definitions",
-    metadata,
+    "What an org asked for. Its keys are in `definition_revisions`.",
     Column("id", Id, primary_key=True),
     Column("org_id", Id, ForeignKey("orgs.id"), nullable=False),
     required("name", Text, "Unique within the org."),
@@ -158,12 +153,11 @@ definitions = Table(
     Index("ix_definitions_name_id", "name", "id"),
     Index("ix_definitions_calendar", "calendar", **partial("calendar IS NOT NULL")),
     Index("ix_definitions_paused_id", "id", **partial("paused_at IS NOT NULL AND closed_at IS NULL")),
-    info={"meaning": "What an org asked for. Its keys are in `definition_revisions`."},
 )
 
-definition_states = Table(
+definition_states = table(
     "definition_states",
-    metadata,
+    "What definitions remember between their runs: handlers with `@job(state=True)`.",
     Column("definition_id", Id, primary_key=True),
     required("org_id", Id),
     required("data", json_type(), "The JSON object that its handler gets as `ctx.state`."),
@@ -173,48 +167,42 @@ definition_states = Table(
     Column("run_id", Id, doc="The run whose success changed it; null for a change by hand."),
     Index("ix_definition_states_org_id", "org_id"),
     postgresql_with=UPDATED,
-    info={"meaning": "What definitions remember between their runs: handlers with `@job(state=True)`."},
 )
 
-failing_definitions = Table(
+failing_definitions = table(
     "failing_definitions",
-    metadata,
+    "Definitions that may be broken. Triggers add one when a run fails; a chore of the "
+    "worker removes those that work again.",
     Column("definition_id", Id, primary_key=True),
     required("org_id", Id),
     required("run_id", Id, "The run that failed or was refused last."),
     Index("ix_failing_definitions_org_id", "org_id"),
-    info={
-        "meaning": "Definitions that may be broken. Triggers add one when a run fails; a chore of the "
-        "worker removes those that work again."
-    },
 )
 
-definition_revisions = Table(
+definition_revisions = table(
     "definition_revisions",
-    metadata,
+    "Each change of a definition.",
     Column("definition_id", Id, ForeignKey("definitions.id"), primary_key=True),
     Column("revision", Integer, primary_key=True),
     required("spec", json_type(), "The keys of the definition, as `apply` reads them."),
     required("at", Instant, "When it was changed."),
     required("by", Text, "Who changed it."),
-    info={"meaning": "Each change of a definition."},
 )
 
-schedule = Table(
+schedule = table(
     "schedule",
-    metadata,
+    "The next scheduled time of each active definition.",
     Column("definition_id", Id, primary_key=True),
     required("org_id", Id),
     Column("next_scheduled_for", Instant, doc="The nominal time; null when nothing is due any more."),
     Column("next_fire_at", Instant, doc="The same plus spread: when it is fired."),
     Index("ix_schedule_next_fire_at", "next_fire_at", **partial("next_fire_at IS NOT NULL")),
     postgresql_with=UPDATED,
-    info={"meaning": "The next scheduled time of each active definition."},
 )
 
-backfills = Table(
+backfills = table(
     "backfills",
-    metadata,
+    "Ranges of past scheduled times that run again.",
     Column("id", Id, primary_key=True),
     Column("org_id", Id, ForeignKey("orgs.id"), nullable=False),
     Column("definition_id", Id, ForeignKey("definitions.id"), nullable=False),
@@ -231,13 +219,12 @@ backfills = Table(
     Column("finished_at", Instant, doc="When all its runs had ended."),
     UniqueConstraint("definition_id", "range_from", "range_until"),
     Index("ix_backfills_unfinished", "id", **partial("finished_at IS NULL")),
-    info={"meaning": "Ranges of past scheduled times that run again."},
 )
 
 
-workers = Table(
+workers = table(
     "workers",
-    metadata,
+    "One row for each start of a worker or host. Its lease is its right to the runs that it owns.",
     Column("id", Id, primary_key=True),
     required("host", Text, "The machine."),
     required("pid", Integer, "The process."),
@@ -266,15 +253,11 @@ workers = Table(
     Index("ix_workers_crashed", "ended_at", **partial("outcome = 'crashed'")),
     Index("ix_workers_lease_until", "lease_until", **partial("ended_at IS NULL")),
     postgresql_with=UPDATED,
-    info={
-        "meaning": "One row for each start of a worker or host. Its lease is its right to the runs that it "
-        "owns."
-    },
 )
 
-hosts = Table(
+hosts = table(
     "hosts",
-    metadata,
+    "The machines that run handlers over the attempt API. No org reads it.",
     Column("id", Id, primary_key=True),
     required("name", Text, "For people; unique among the hosts that are not removed."),
     required("pool", Text, "The only pool that it takes runs of."),
@@ -284,12 +267,11 @@ hosts = Table(
     Column("removed_at", Instant, doc="When it was removed: its token is refused since."),
     Column("seen_at", Instant, doc="When it last started."),
     Index("ix_hosts_name", "name", unique=True, **partial("removed_at IS NULL")),
-    info={"meaning": "The machines that run handlers over the attempt API. No org reads it."},
 )
 
-catalogue = Table(
+catalogue = table(
     "catalogue",
-    metadata,
+    "What the plug-ins of the workers offer.",
     Column("name", Text, primary_key=True, doc="The handler's name."),
     Column("distribution", Text, primary_key=True, doc="The plug-in."),
     required("version", Text, "The plug-in's version."),
@@ -313,7 +295,6 @@ catalogue = Table(
         doc="True: a worker or command of this release read it. Null: written by the previous release, maybe "
         "for a host; it counts if a worker lists the handler.",
     ),
-    info={"meaning": "What the plug-ins of the workers offer."},
 )
 
 
@@ -324,9 +305,9 @@ def like(column: Column[Any]) -> Column[Any]:
     return Column(column.name, column.type, nullable=column.nullable, server_default=given, doc=column.doc)
 
 
-host_handlers = Table(
+host_handlers = table(
     "host_handlers",
-    metadata,
+    "What the plug-ins of hosts declare. It places no run and grants nothing: see `pool_approvals`.",
     Column("pool", Text, primary_key=True, doc="The pool of the host."),
     Column("name", Text, primary_key=True, doc="The handler's name."),
     Column("distribution", Text, primary_key=True, doc="The plug-in."),
@@ -339,27 +320,22 @@ host_handlers = Table(
     required("bytes", Integer, "The size of this row's declaration."),
     required("seen_at", Instant, "When the host last declared it, or was last seen running it."),
     Index("ix_host_handlers_host_id", "host_id"),
-    info={
-        "meaning": "What the plug-ins of hosts declare. It places no run and grants nothing: see "
-        "`pool_approvals`."
-    },
 )
 
-pool_approvals = Table(
+pool_approvals = table(
     "pool_approvals",
-    metadata,
+    "What handlers that hosts declare may get in a pool beyond the defaults.",
     Column("pool", Text, primary_key=True, doc="The pool whose hosts may run the handler so."),
     Column("handler", Text, primary_key=True, doc="The handler's name."),
     required("digest", Text, "The digest that was approved."),
     required("ceiling", json_type(), "What was approved, with the version of its form."),
     required("approved_at", Instant, "When an administrator approved it."),
     required("approved_by", Text, "The administrator."),
-    info={"meaning": "What handlers that hosts declare may get in a pool beyond the defaults."},
 )
 
-placements = Table(
+placements = table(
     "placements",
-    metadata,
+    "Admitted runs that an engine offers to the hosts of a pool, until one takes them.",
     Column("run_id", Id, primary_key=True),
     required("fencing_token", BigInteger, "The fencing token that it was placed under."),
     required("worker_id", Id, "The worker that placed it and owns it until a host takes it."),
@@ -369,31 +345,28 @@ placements = Table(
     ),
     required("placed_at", Instant, "When it was placed."),
     postgresql_with=UPDATED,
-    info={"meaning": "Admitted runs that an engine offers to the hosts of a pool, until one takes them."},
 )
 
-pools = Table(
+pools = table(
     "pools",
-    metadata,
+    "The rules of pools, as the worker that started last with `[pools.NAME]` has them.",
     Column("name", Text, primary_key=True, doc="The name of the pool."),
     required("requires", json_type(), "The properties that a token must have, with their values."),
     required("changed_at", Instant, "When a worker stored other rules than before."),
     required("changed_by", Text, "That worker's machine."),
-    info={"meaning": "The rules of pools, as the worker that started last with `[pools.NAME]` has them."},
 )
 
-facts = Table(
+facts = table(
     "facts",
-    metadata,
+    "Facts about the whole database, such as the tzdata release in use.",
     Column("name", Text, primary_key=True, doc="The name of the fact."),
     required("value", Text, "Its value."),
-    info={"meaning": "Facts about the whole database, such as the tzdata release in use."},
 )
 
 
-audit = Table(
+audit = table(
     "audit",
-    metadata,
+    "Who changed what. `org_id` is null if the change concerns no org, or all.",
     Column("id", Id, primary_key=True),
     required("at", Instant, "When."),
     required("actor", Text, "The user of the operating system, or the caller of the API."),
@@ -402,30 +375,27 @@ audit = Table(
     required("subject", Text, "What it was done to."),
     Column("detail", json_type(), doc="The values; never a secret."),
     Index("ix_audit_org_id_id", "org_id", "id"),
-    info={"meaning": "Who changed what. `org_id` is null if the change concerns no org, or all."},
 )
 
-rollup_days = Table(
+rollup_days = table(
     "rollup_days",
-    metadata,
+    "Sums by UTC day and org. They are kept when the runs are deleted.",
     Column("day", Date, primary_key=True, doc="The UTC day on which they ended."),
     Column("org_id", Id, primary_key=True),
     count("runs", "Runs that ended.", type_=BigInteger),
     count("attempts", "Attempts that ended.", type_=BigInteger),
     count("handler_seconds", "The total time of their handlers.", type_=BigInteger),
     postgresql_with=UPDATED,
-    info={"meaning": "Sums by UTC day and org. They are kept when the runs are deleted."},
 )
 
-rollup_hours = Table(
+rollup_hours = table(
     "rollup_hours",
-    metadata,
+    "Sums by hour, org and state. They are kept when the runs are deleted.",
     Column("hour", Instant, primary_key=True, doc="The hour in which they ended."),
     Column("org_id", Id, primary_key=True),
     Column("state", Text, primary_key=True, doc="Their final state."),
     count("runs", "Runs that ended.", type_=BigInteger),
     postgresql_with=UPDATED,
-    info={"meaning": "Sums by hour, org and state. They are kept when the runs are deleted."},
 )
 
 ALERT_KINDS = (
@@ -433,9 +403,9 @@ ALERT_KINDS = (
     *("files_opened", "files_changeable"),
 )
 
-alerts = Table(
+alerts = table(
     "alerts",
-    metadata,
+    "One row per cause of trouble, shared by all workers, until its end is delivered.",
     Column("cause", Text, primary_key=True, doc="The cause of the trouble."),
     required("id", Text, "The `id` in its posts."),
     required(
@@ -457,15 +427,13 @@ alerts = Table(
     CheckConstraint(one_of("kind", ALERT_KINDS), name="kind"),
     CheckConstraint("told IS NULL OR told = 'firing'", name="told"),
     CheckConstraint("(over_at IS NULL) = (over_how IS NULL)", name="over"),
-    info={"meaning": "One row per cause of trouble, shared by all workers, until its end is delivered."},
 )
 
-alert_strikes = Table(
+alert_strikes = table(
     "alert_strikes",
-    metadata,
+    "The definitions or orgs that a cause affects.",
     Column("cause", Text, primary_key=True, doc="A row of `alerts`."),
     Column("subject_id", Id, primary_key=True, doc="A definition or an org."),
     required("struck_at", Instant, "When it was last affected."),
     required("well", Boolean, "Whether it has recovered since."),
-    info={"meaning": "The definitions or orgs that a cause affects."},
 )

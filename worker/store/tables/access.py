@@ -17,19 +17,18 @@ from sqlalchemy import (
     Index,
     Integer,
     LargeBinary,
-    Table,
     Text,
     UniqueConstraint,
 )
 
 from worker.store.dialect import Id, Instant, json_type
-from worker.store.tables.runs import UPDATED, count, metadata, one_of, partial, required
+from worker.store.tables.runs import UPDATED, count, one_of, partial, required, table
 
 CREDENTIAL_STATES = ("pending", "active", "retired")
 
-credentials = Table(
+credentials = table(
     "credentials",
-    metadata,
+    "An org's client ids and secrets at its issuer.",
     Column("id", Id, primary_key=True),
     Column("org_id", Id, ForeignKey("orgs.id"), nullable=False),
     required("generation", Integer, "1 for the first, then counting up."),
@@ -52,12 +51,11 @@ credentials = Table(
         "ix_credentials_rejected_org_id", "org_id", **partial("last_error IS NOT NULL AND state = 'active'")
     ),
     Index("ix_credentials_client_id", "client_id"),
-    info={"meaning": "An org's client ids and secrets at its issuer."},
 )
 
-access_tokens = Table(
+access_tokens = table(
     "access_tokens",
-    metadata,
+    "The verified access tokens that all workers share, sealed. Only workers read it.",
     Column("id", Text, primary_key=True, doc="A digest of issuer, org, audience and scopes."),
     Column("org_id", Id, ForeignKey("orgs.id"), nullable=False),
     required("issuer", Text, "The issuer, a table of `worker.toml`."),
@@ -72,12 +70,11 @@ access_tokens = Table(
     Index("ix_access_tokens_org_id", "org_id"),
     Index("ix_access_tokens_expires_at", "expires_at"),
     postgresql_with=UPDATED,
-    info={"meaning": "The verified access tokens that all workers share, sealed. Only workers read it."},
 )
 
-org_secrets = Table(
+org_secrets = table(
     "org_secrets",
-    metadata,
+    "Secrets of orgs for their handlers, such as an org's own model key.",
     Column("id", Id, primary_key=True),
     Column("org_id", Id, ForeignKey("orgs.id"), nullable=False),
     required("name", Text, "As handlers ask for it: `ctx.secret(NAME)`."),
@@ -90,15 +87,14 @@ org_secrets = Table(
     Column("rotated_by", Text, doc="Who replaced it."),
     UniqueConstraint("org_id", "name"),
     Index("ix_org_secrets_key_id", "key_id"),
-    info={"meaning": "Secrets of orgs for their handlers, such as an org's own model key."},
 )
 
 
 APPLICATION_STATES = ("making", "made", "announced", "active", "overlapping", "retired", "deleted")
 
-applications = Table(
+applications = table(
     "applications",
-    metadata,
+    "The applications that `orgs sync --provision` and rotation made at a provider.",
     Column("id", Id, primary_key=True),
     Column("org_id", Id, ForeignKey("orgs.id"), nullable=False),
     required("issuer", Text, "A table `[issuers.NAME]` of worker.toml."),
@@ -130,7 +126,6 @@ applications = Table(
     Index("ix_applications_org_id_state", "org_id", "state"),
     Index("ix_applications_issuer_state_id", "issuer", "state", "id"),
     CheckConstraint(one_of("state", APPLICATION_STATES), name="state"),
-    info={"meaning": "The applications that `orgs sync --provision` and rotation made at a provider."},
 )
 
 
@@ -139,9 +134,9 @@ ROLES = (*OPERATOR_ROLES, "member", "manager")
 SESSION_KINDS = ("operator", "org", "person", "link")
 LOGIN_KINDS = ("provider", "link")
 
-operators = Table(
+operators = table(
     "operators",
-    metadata,
+    "Operators added with `operators add`, beside those of `[[web.operators]]`.",
     Column("id", Id, primary_key=True),
     required("name", Text, "The name in audit rows: `operator:NAME`.", unique=True),
     required("role", Text, "`viewer`, `operator` or `admin`."),
@@ -149,12 +144,11 @@ operators = Table(
     required("created_at", Instant),
     required("created_by", Text),
     CheckConstraint(one_of("role", OPERATOR_ROLES), name="role"),
-    info={"meaning": "Operators added with `operators add`, beside those of `[[web.operators]]`."},
 )
 
-sessions = Table(
+sessions = table(
     "sessions",
-    metadata,
+    "Browsers that are logged in to the console.",
     Column("key_sha256", Text, primary_key=True, doc="The SHA-256 of the key in the browser's cookie."),
     required("kind", Text, "Who logged in: `operator`, `org`, `person`, or by `link`."),
     required("caller", Text, "What sessions are counted by."),
@@ -178,12 +172,11 @@ sessions = Table(
     Index("ix_sessions_until", "until"),
     CheckConstraint(one_of("kind", SESSION_KINDS), name="kind"),
     CheckConstraint(one_of("role", ROLES), name="role"),
-    info={"meaning": "Browsers that are logged in to the console."},
 )
 
-login_transactions = Table(
+login_transactions = table(
     "login_transactions",
-    metadata,
+    "Logins that have begun; each row is used once.",
     Column("key_sha256", Text, primary_key=True, doc="The SHA-256 of the `state` or of the link's code."),
     required("kind", Text, "`provider`: begun at an identity provider; `link`: a link for one login."),
     required("client", Text, "What they are counted by: the address, or the user of the terminal."),
@@ -196,5 +189,4 @@ login_transactions = Table(
     Index("ix_login_transactions_client_created_at", "client", "created_at"),
     Index("ix_login_transactions_until", "until"),
     CheckConstraint(one_of("kind", LOGIN_KINDS), name="kind"),
-    info={"meaning": "Logins that have begun; each row is used once."},
 )
