@@ -16,14 +16,13 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from functools import partial
 from typing import TypedDict
 
 from worker.definitions.units import format_duration
 from worker.errors import Conflict, WorkerError
 from worker.ids import OrgId
 from worker.operations.application_rights import name_of
-from worker.operations.provisioning import Provisioned, Provisioner
+from worker.operations.provisioning import Provisioned, Provisioner, applications_in
 from worker.operations.requirements import load_org
 from worker.operations.walks import for_each, rows_of
 from worker.store import applications
@@ -168,8 +167,14 @@ class Fleet:
         database = self.provisioner.database
         with database.autocommit() as connection:
             before = database.now(connection) - older_than
-        read = partial(applications.rotatable, before=before, org_ids=org_ids)
-        return rows_of(database, read, self.provisioner.issuer, limit=PAGE)
+        issuer = self.provisioner.issuer
+        return rows_of(
+            database,
+            lambda connection, after: applications.rotatable(
+                connection, issuer, before=before, org_ids=org_ids, after=after, limit=PAGE
+            ),
+            limit=PAGE,
+        )
 
     def _begin(self, chosen: Sequence[Candidate]) -> list[Row]:
         """Insert the rows of new applications, for the orgs that still use the same credential."""
@@ -188,7 +193,7 @@ class Fleet:
         """The rows of rotations that are not over and did not fail, and the time."""
         states = (*applications.UNFINISHED, "overlapping", "retired")
         database, issuer = self.provisioner.database, self.provisioner.issuer
-        rows = list(rows_of(database, applications.in_states, issuer, states, limit=PAGE))
+        rows = list(applications_in(database, issuer, states))
         with database.autocommit() as connection:
             now = database.now(connection)
         beginning = {row["org"] for row in rows if row["state"] in applications.UNFINISHED}

@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection
@@ -30,7 +29,7 @@ from worker.errors import (
     Unclear,
     WorkerError,
 )
-from worker.ids import OrgId
+from worker.ids import ALL_ORGS, OrgId
 from worker.operations.application_rights import Rights, name_of
 from worker.operations.application_steps import Steps
 from worker.operations.check_orgs import Checks
@@ -157,8 +156,13 @@ class Provisioner:
 
     def lacking(self, org: str | None = None) -> list[str]:
         """The codes of the orgs without a working credential."""
-        read = partial(applications.orgs_without_credential, org=org)
-        return [row["code"] for row in rows_of(self.database, read, self.issuer, limit=BATCH, key="code")]
+
+        def read(connection: Connection, after: str) -> list[Row]:
+            return applications.orgs_without_credential(
+                connection, self.issuer, after=after, limit=BATCH, org=org
+            )
+
+        return [row["code"] for row in rows_of(self.database, read, limit=BATCH, key="code")]
 
     @property
     def steps(self) -> Steps:
@@ -199,8 +203,7 @@ class Provisioner:
     ) -> tuple[list[Row], list[Row], str | None]:
         """As `_begin`, for the next orgs by code; also the last one's code, None if there are no more."""
         # Before the orgs: the last transaction of a dead process may be committed in between.
-        of_issuer = self.issuer, applications.UNFINISHED
-        unfinished = rows_of(self.database, applications.in_states, *of_issuer, limit=BATCH)
+        unfinished = applications_in(self.database, self.issuer, applications.UNFINISHED)
         begun = {row["org_id"]: row for row in unfinished}
         with self.database.transaction() as connection:
             page = applications.orgs_without_credential(
@@ -365,13 +368,23 @@ async def orphans(provisioner: Provisioner, org: str | None = None, *, delete: b
     return rows
 
 
+def applications_in(database: Database, issuer: str, states: Sequence[str]) -> Iterator[Row]:
+    """The rows of an issuer's applications in these states."""
+    return rows_of(
+        database,
+        lambda connection, after: applications.in_states(
+            connection, ALL_ORGS, issuer, states, after=after, limit=BATCH
+        ),
+        limit=BATCH,
+    )
+
+
 def _used(provisioner: Provisioner) -> dict[str, str | None]:
     """The applications that an org uses, will use, or uses until its overlap has ended.
 
     By name the id; None while the application is being made.
     """
-    of_issuer = provisioner.issuer, applications.USED
-    rows = rows_of(provisioner.database, applications.in_states, *of_issuer, limit=BATCH)
+    rows = applications_in(provisioner.database, provisioner.issuer, applications.USED)
     return {row["name"]: row["application_id"] for row in rows if row["org_state"] != "removed"}
 
 

@@ -192,7 +192,14 @@ def close_template(database: Database, name: str, *, actor: str) -> TemplateDeta
 
 def definitions_of(database: Database, template_id: TemplateId) -> Iterator[Row]:
     """The open definitions that a template made, a page at a time: id, org, name, paused_at."""
-    return rows_of(database, templates.definitions_of, ALL_ORGS, template_id, after=None, limit=PAGE)
+    return rows_of(
+        database,
+        lambda connection, after: templates.definitions_of(
+            connection, ALL_ORGS, template_id, after=after, limit=PAGE
+        ),
+        after=None,
+        limit=PAGE,
+    )
 
 
 def run_template(

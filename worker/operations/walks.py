@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from sqlalchemy import Connection
+
 from worker.store.database import Database
 from worker.store.dialect import Row
 
@@ -14,17 +16,16 @@ T = TypeVar("T")
 
 def rows_of(
     database: Database,
-    read: Callable[..., Sequence[Row]],
-    *given: object,
+    read: Callable[[Connection, Any], Sequence[Row]],
+    *,
     limit: int,
     key: str = "id",
     after: Any = "",
-    **named: Any,
 ) -> Iterator[Row]:
-    """All rows that `read` returns page by page, ordered by `key`; no page's connection is held."""
+    """All rows that `read` returns: a page of `limit` by `key` after the given one; holds no connection."""
     while True:
         with database.autocommit() as connection:
-            page = read(connection, *given, **named, after=after, limit=limit)
+            page = read(connection, after)
         yield from page
         if len(page) < limit:
             return
