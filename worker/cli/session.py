@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, TypeVar, cast
 
 import typer
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from worker.settings import Settings
     from worker.store.database import Database
 
+P = ParamSpec("P")
 F = TypeVar("F", bound=Callable[..., Any])
 
 OutputOption = Annotated[
@@ -103,10 +104,12 @@ class Invocation:
         with self.database() as database, database.autocommit() as connection:
             yield connection
 
-    def show(self, read: Callable[..., Mapping[str, Any]], *given: object) -> None:
+    def show(
+        self, read: Callable[Concatenate[Connection, P], Mapping[str, Any]], *given: P.args, **named: P.kwargs
+    ) -> None:
         """Read a row, and print it."""
         with self.connection() as connection:
-            row = read(connection, *given)
+            row = read(connection, *given, **named)
         self.print_row(row)
 
     def change(
