@@ -37,8 +37,6 @@ from worker.runs.run import AdmittedRun, RunContext
 from worker.store.database import Database
 from worker.store.worker_store import WorkerStore
 
-pytestmark = pytest.mark.anyio
-
 POOLS = ("default", "eu", "us", "gpu", "eu-gpu")
 RULES: dict[str, dict[str, Any]] = {
     "eu": {"region": "eu"},

@@ -14,7 +14,6 @@ from tests.fakes.clock import settle
 from worker import outbound as connections
 from worker.outbound import OutboundConnections
 
-pytestmark = pytest.mark.anyio
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 

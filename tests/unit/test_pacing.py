@@ -5,11 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
-import pytest
-
 from worker.pacing import Turns
-
-pytestmark = pytest.mark.anyio
 
 
 class Iterations:

@@ -13,8 +13,6 @@ from worker.demo.api import CustomerApi
 from worker.demo.provider import Application, Fault, Provider
 from worker.guard import Guard
 
-pytestmark = pytest.mark.anyio
-
 URL = "http://127.0.0.1:9000"
 AUDIENCE = "https://api.example"
 

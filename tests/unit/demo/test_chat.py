@@ -11,8 +11,6 @@ from starlette.applications import Starlette
 
 from worker.demo.api import ChatEndpoint
 
-pytestmark = pytest.mark.anyio
-
 ARTICLES = "[kb-1] Passwords\nOpen Settings. Choose Reset.\n\n[kb-2] Plans\nThey change at once. Really."
 
 

@@ -16,7 +16,6 @@ from tests.fakes.clock import ManualClock
 from worker.demo.people import CODE_LASTS, Person, WebApplication
 from worker.demo.provider import Provider
 
-pytestmark = pytest.mark.anyio
 URL = "http://127.0.0.1:9000"
 BACK = "http://127.0.0.1:8470/login/callback"
 VERIFIER = "v" * 43

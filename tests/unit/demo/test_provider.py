@@ -12,8 +12,6 @@ import pytest
 from tests.fakes.clock import ManualClock
 from worker.demo.provider import Application, Fault, Provider
 
-pytestmark = pytest.mark.anyio
-
 URL = "http://127.0.0.1:9000"
 AUDIENCE = "https://api.example"
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
-import pytest
-
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.execution.runs import admitted, ended
 from worker.errors import StoreUnavailable
@@ -14,8 +12,6 @@ from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.attempts.plan import HandlerRegistry
 from worker.execution.loops.admission import Admission
 from worker.runs.run import AdmittedRun, Isolation
-
-pytestmark = pytest.mark.anyio
 
 
 class Store:

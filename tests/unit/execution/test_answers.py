@@ -35,8 +35,6 @@ from worker.runs.run import NewStep
 from worker.runs.waits import NewWait, WaitState
 from worker.telemetry.mask_in_turn import mask_each
 
-pytestmark = pytest.mark.anyio
-
 
 class Acting:
     """`Acts` that answer as scripted, and keep what they did."""

@@ -27,8 +27,6 @@ from worker.runs.outcome import (
     TimedOut,
 )
 
-pytestmark = pytest.mark.anyio
-
 YEARS = timedelta(days=1_500)
 
 

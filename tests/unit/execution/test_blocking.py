@@ -19,8 +19,6 @@ from worker.execution.runners.inline import Blocking
 from worker.handlers.calls import Save
 from worker.runs.outcome import Cancelled, Failed, Lost, Outcome
 
-pytestmark = pytest.mark.anyio
-
 
 class Run:
     """One run of a function as a blocking handler."""

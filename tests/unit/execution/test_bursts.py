@@ -28,8 +28,6 @@ from worker.secret import AccessToken
 from worker.telemetry import events
 from worker.telemetry.masking import MASK, Masker
 
-pytestmark = pytest.mark.anyio
-
 
 class Backlog:
     """Gives so many of the waiting runs as are asked for; keeps what was asked."""

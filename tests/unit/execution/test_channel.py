@@ -90,7 +90,6 @@ def test_a_hostile_process_cannot_send_what_nobody_can_read(message: dict[str, A
         outcome_of_message(message)
 
 
-@pytest.mark.anyio
 async def test_texts_of_an_outcome_are_cut_and_cleaned_on_arrival() -> None:
     error = {"type": "E" * 9_000, "message": "_" * 8_000_000, "trace": "t\0" * 1_000_000}
 

@@ -59,7 +59,6 @@ def controls(clock) -> Controls:
     return Controls(URLS, "the-token", clock)
 
 
-@pytest.mark.anyio
 async def test_a_request_carries_token_and_incarnation(controls):
     workers = Workers(a=ok(renewed=True))
     controls.incarnation = "w1"
@@ -73,7 +72,6 @@ async def test_a_request_carries_token_and_incarnation(controls):
     assert json.loads(request.content) == {"x": "é"}
 
 
-@pytest.mark.anyio
 async def test_the_next_worker_is_asked_and_stays_in_use(controls, emitted):
     workers = Workers(a=httpx.ConnectError("refused"), b=ok())
     control = AsyncControl(controls, transport=workers)
@@ -85,7 +83,6 @@ async def test_the_next_worker_is_asked_and_stays_in_use(controls, emitted):
     assert [event.event.name for event in emitted] == ["control.lost", "control.back"]
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("answer", [httpx.ReadTimeout("slow"), httpx.Response(503), httpx.Response(429)])
 async def test_without_an_answer_it_is_unavailable(controls, answer):
     workers = Workers(a=answer, b=httpx.ConnectError("refused"))
@@ -95,14 +92,12 @@ async def test_without_an_answer_it_is_unavailable(controls, answer):
     assert workers.asked == ["a", "b"]
 
 
-@pytest.mark.anyio
 async def test_a_worker_without_its_database_is_not_the_last_word(controls):
     workers = Workers(a=problem(503, "database_unavailable"), b=ok(saved=True))
 
     assert await AsyncControl(controls, transport=workers).call("save", {}) == {"saved": True}
 
 
-@pytest.mark.anyio
 async def test_a_connection_that_was_just_closed_is_opened_again(controls):
     workers = Workers(a=[httpx.RemoteProtocolError("closed"), ok(saved=True)])
 
@@ -110,7 +105,6 @@ async def test_a_connection_that_was_just_closed_is_opened_again(controls):
     assert workers.asked == ["a", "a"]
 
 
-@pytest.mark.anyio
 async def test_runs_are_not_taken_twice(controls):
     """The first worker may have admitted runs whose answer was lost."""
     workers = Workers(a=httpx.ReadTimeout("slow"), b=ok())
@@ -120,7 +114,6 @@ async def test_runs_are_not_taken_twice(controls):
     assert workers.asked == ["a"]
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
@@ -144,7 +137,6 @@ async def test_an_answer_becomes_an_error(controls, answer, error):
     assert type(raised.value) is error
 
 
-@pytest.mark.anyio
 async def test_a_token_is_in_no_error(controls):
     with pytest.raises(ControlDenied) as raised:
         await AsyncControl(controls, transport=Workers(a=problem(401, "token"))).call("register", {})
@@ -171,7 +163,6 @@ class Hanging(Workers):
         return self.handle_request(request)
 
 
-@pytest.mark.anyio
 async def test_what_waits_at_a_worker_that_hangs_ends_when_the_heartbeat_finds_out(controls):
     """Otherwise the host would take no runs before the end of its long poll."""
     workers = Hanging(a=httpx.ReadTimeout("hangs"), b=ok(registered=True))
@@ -188,7 +179,6 @@ async def test_what_waits_at_a_worker_that_hangs_ends_when_the_heartbeat_finds_o
     assert workers.asked == ["a", "a", "a", "b", "b"]
 
 
-@pytest.mark.anyio
 async def test_a_call_that_is_cancelled_stays_cancelled(controls):
     control = AsyncControl(controls, transport=Hanging())
     taking = asyncio.create_task(control.call("take", {}, repeat=False))

@@ -32,8 +32,6 @@ from worker.telemetry.cut_secrets import LEAST_PIECE
 from worker.telemetry.masking import MASK, masker
 from worker.telemetry.secret_index import SecretIndex
 
-pytestmark = pytest.mark.anyio
-
 ORG = OrgId("o1")
 SECRETS = {
     "plain": "canary-5ecret-value-0123456789",

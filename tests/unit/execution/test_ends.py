@@ -23,8 +23,6 @@ from worker.runs.outcome import (
     TimedOut,
 )
 
-pytestmark = pytest.mark.anyio
-
 FAILED = Failed(Error("ValueError", "x"))
 PERMANENT = Failed(Error("PermanentError", "x"), permanent=True)
 

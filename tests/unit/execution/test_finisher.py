@@ -26,8 +26,6 @@ from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, Isolation
 
-pytestmark = pytest.mark.anyio
-
 
 class Store:
     """Keeps what is written; refuses results that hold a NUL, as PostgreSQL does."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 
-import pytest
-
 from tests.fakes.clock import ManualClock
 from tests.unit.execution.runs import admitted
 from worker.errors import StoreUnavailable
@@ -16,8 +14,6 @@ from worker.execution.loops.reconciler import Renewal
 from worker.runs.lease import Lease
 from worker.runs.run import OwnedRun
 from worker.telemetry.events import Emitted
-
-pytestmark = pytest.mark.anyio
 
 
 class Store:

@@ -49,8 +49,6 @@ from worker.secret import AccessToken
 from worker.telemetry import tracing
 from worker.telemetry.tracing import Marks, Traced
 
-pytestmark = pytest.mark.anyio
-
 RUN = TAKEN.run
 DONE = Succeeded('{"n":1}')
 During = Callable[[RunServices, StopSignal], Any]

@@ -13,8 +13,6 @@ from worker.execution.runners.child.child_process import BURST, MESSAGE, RATE, T
 from worker.execution.runners.child.messages import BrokenMessage, Message, run_frame
 from worker.handlers.json_text import LIMIT, NotStorable
 
-pytestmark = pytest.mark.anyio
-
 MiB = 1024 * 1024
 
 

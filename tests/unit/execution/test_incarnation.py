@@ -43,8 +43,6 @@ from worker.runs.run import OwnedRun
 from worker.telemetry.events import Emitted
 from worker.telemetry.vitals import Vitals
 
-pytestmark = pytest.mark.anyio
-
 
 class Children:
     def attach(self) -> None:

@@ -26,8 +26,6 @@ from worker.telemetry import mask_in_turn
 from worker.telemetry.mask_in_turn import AT_ONCE
 from worker.telemetry.masking import MASK, Masker
 
-pytestmark = pytest.mark.anyio
-
 SECRET = 'cañary"5ecret\\value&with%more☃'
 LONG = f"{SECRET} " * (AT_ONCE // len(SECRET) + 2)
 JSON = json.dumps(LONG)

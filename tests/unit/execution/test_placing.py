@@ -21,8 +21,6 @@ from worker.runs.placing import Fence, Placed, Placement, PoolRoom, Ticket
 from worker.runs.run import AdmittedRun, OwnedRun
 from worker.telemetry import events
 
-pytestmark = pytest.mark.anyio
-
 POOL = "eu-gpu"
 ROOM = PoolRoom({"child": 10, "inline": 0}, {"acme.note": None})
 

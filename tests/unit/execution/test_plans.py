@@ -17,7 +17,6 @@ from worker.ids import DefinitionId, OrgId
 from worker.orgs import TokenWant
 from worker.runs.run import AdmittedRun, RunContext
 
-pytestmark = pytest.mark.anyio
 SPEC = {"handler": "acme.digest", "schedule": "@hourly"}
 
 

@@ -14,8 +14,6 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.installed import Distribution
 from worker.telemetry.events import Emitted
 
-pytestmark = pytest.mark.anyio
-
 
 class Sink:
     """Keeps nothing."""

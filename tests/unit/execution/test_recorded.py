@@ -20,8 +20,6 @@ from worker.execution.runners.child import messages
 from worker.handlers.calls import GRANTED, STEP, WAIT, BudgetsAnswer, CallAnswer, PageAnswer, StateAnswer
 from worker.runs.budgets import OrgBudgets
 
-pytestmark = pytest.mark.anyio
-
 RECORDS = record.read()
 CLOSE = replace(exchanges.WORK, private_origins=("http://10.0.0.5",), insecure_origins=("http://a.test",))
 BY_CASE = {(one.call, one.case): one for one in EXCHANGES}

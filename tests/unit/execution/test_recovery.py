@@ -6,14 +6,10 @@ import asyncio
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
-import pytest
-
 from tests.fakes.clock import ManualClock, settle
 from worker.execution.loops.reconciler import recover_dead_workers
 from worker.runs.lease import Lease
 from worker.runs.run import Recovered
-
-pytestmark = pytest.mark.anyio
 
 LEASE = timedelta(seconds=30)
 

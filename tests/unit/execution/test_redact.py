@@ -23,8 +23,6 @@ from worker.runs.outcome import (
 )
 from worker.telemetry.masking import masker
 
-pytestmark = pytest.mark.anyio
-
 SECRET = "canary-5ecret-0123456789"
 ERROR = Error(SECRET, f"got {SECRET}", f"line: {SECRET}")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from datetime import timedelta
 
-import pytest
-
 from tests.fakes.clock import ManualClock
 from worker.execution.loops.maintenance import BATCH, PARTS, Ages, Retention
 from worker.operations.chores import ages_of
@@ -52,7 +50,6 @@ class Rows:
         return taken
 
 
-@pytest.mark.anyio
 async def test_everything_old_enough_goes_in_batches_with_pauses_between(clock, emitted):
     store = Rows(succeeded=2 * BATCH + 1, failed=1, lines=PARTS)
 
@@ -63,7 +60,6 @@ async def test_everything_old_enough_goes_in_batches_with_pauses_between(clock, 
     assert emitted[-1].fields == {"runs": 2 * BATCH + 2, "skips": 0, "lines": PARTS, "workers": 0}
 
 
-@pytest.mark.anyio
 async def test_what_goes_with_runs_goes_before_them_and_a_few_at_a_time(clock):
     store = Rows(succeeded=BATCH + 1, parts_of_succeeded=2 * PARTS + 1)
 
@@ -77,7 +73,6 @@ async def test_what_goes_with_runs_goes_before_them_and_a_few_at_a_time(clock):
     ]
 
 
-@pytest.mark.anyio
 async def test_each_kind_is_kept_as_long_as_its_setting_says(clock, emitted):
     store = Rows()
 

@@ -17,8 +17,6 @@ from worker.ids import RunId
 from worker.runs.run import LogLine
 from worker.telemetry.masking import masker
 
-pytestmark = pytest.mark.anyio
-
 
 class Store:
     def __init__(self) -> None:

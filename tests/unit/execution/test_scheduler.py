@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
-import pytest
-
 from tests.fakes.clock import START, ManualClock, settle
 from worker.errors import StoreUnavailable
 from worker.execution.attempts.plan import HandlerRegistry
@@ -15,8 +13,6 @@ from worker.execution.loops.scheduler import BATCH, LARGER, PUT_OFF, Scheduler
 from worker.ids import DefinitionId, OrgId
 from worker.runs.run import Decision, DueDefinition, FireReport
 from worker.telemetry.events import Emitted
-
-pytestmark = pytest.mark.anyio
 
 
 def due(spec: dict[str, object]) -> DueDefinition:

@@ -15,8 +15,6 @@ from worker.ids import WorkerId
 from worker.runs.hosts import PoolLoad
 from worker.runs.run import AdmittedRun, Isolation
 
-pytestmark = pytest.mark.anyio
-
 POLL = 1.0
 
 

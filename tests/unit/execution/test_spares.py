@@ -9,8 +9,6 @@ import pytest
 
 from worker.execution.runners.child.pool import Spares
 
-pytestmark = pytest.mark.anyio
-
 
 @pytest.fixture
 def anyio_backend() -> str:

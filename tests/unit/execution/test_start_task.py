@@ -8,7 +8,6 @@ import pytest
 
 from worker.execution.runners.contract import start_task
 
-pytestmark = pytest.mark.anyio
 WHO: contextvars.ContextVar[str] = contextvars.ContextVar("WHO")
 
 

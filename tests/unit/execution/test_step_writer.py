@@ -19,8 +19,6 @@ from worker.handlers.steps import StepError
 from worker.ids import RunId
 from worker.runs.run import NewStep, RunStep, StepPage
 
-pytestmark = pytest.mark.anyio
-
 
 class Store:
     """Keeps what is written; may be away, or lose the answer to a write."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-import pytest
-
 from tests.fakes.clock import ManualClock
 from tests.fakes.manager import Manager
 from worker.execution.loops.supervisor import PATIENCE, Liveness
@@ -45,7 +43,6 @@ def test_loops_that_a_drain_has_ended_are_not_stalled(clock):
     assert pulse.stalled() == []
 
 
-@pytest.mark.anyio
 async def test_the_watchdog_is_fed_only_while_every_loop_ticks_and_the_status_says_which_does_not(clock):
     pulse, loops, dog = make(clock)
     task = asyncio.create_task(pulse.run())

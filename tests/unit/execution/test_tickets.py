@@ -18,8 +18,6 @@ from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.hosts.tickets import TicketTaking
 from worker.execution.hosts.wire import Taken, TemporalPlace
 
-pytestmark = pytest.mark.anyio
-
 
 class Bench:
     """A host without Temporal: tests call its activity."""

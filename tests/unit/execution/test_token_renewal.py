@@ -18,7 +18,6 @@ from worker.ids import DefinitionId, OrgId
 from worker.orgs import TokenWant
 from worker.runs.run import Upcoming
 
-pytestmark = pytest.mark.anyio
 AHEAD = timedelta(minutes=15)
 
 

@@ -5,12 +5,8 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-import pytest
-
 from worker.errors import StoreUnavailable
 from worker.execution.loops.scheduler import PAUSE, Wakeups
-
-pytestmark = pytest.mark.anyio
 
 
 async def test_what_is_said_during_a_pause_is_sent_as_one_hint(clock):

@@ -20,7 +20,6 @@ from worker.guard import Claims, ConfigurationError, Guard, RequireToken, django
 from worker.guard.access import bearer_token
 from worker.guard.django import RequireTokenMiddleware
 
-pytestmark = pytest.mark.anyio
 HERE = "/orgs/org_a/clients/client-a"
 
 

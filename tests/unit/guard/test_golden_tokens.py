@@ -15,8 +15,6 @@ from worker.guard import Guard
 from worker.guard.claims import Claims
 from worker.outbound import open_client
 
-pytestmark = pytest.mark.anyio
-
 TENANT = "aaaabbbb-0000-cccc-1111-dddd2222eeee"
 OTHER_TENANT = "99990000-0000-cccc-1111-dddd2222eeee"
 ENTRA = f"https://login.microsoftonline.com/{TENANT}/v2.0"

@@ -16,7 +16,6 @@ from tests.fakes.issuer import AUDIENCE, URL, App, FakeIssuer, jwk, make_token
 from worker.errors import ConfigurationError, IssuerUnavailable, TokenRefused
 from worker.guard import Guard, RequireToken, check
 
-pytestmark = pytest.mark.anyio
 APP = App("org_a", "client-a", "secret-a", scopes=("read:kb",))
 
 

@@ -24,7 +24,6 @@ from worker.guard.decode import decode, enforce, invalid
 from worker.guard.jwks import read_keys
 from worker.guard.verify import Key, verify
 
-pytestmark = pytest.mark.anyio
 NOW = 1893456000  # 2030-01-01T00:00:00Z
 DAY = 86400
 Build = Callable[[], str]

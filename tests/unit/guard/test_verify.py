@@ -14,7 +14,6 @@ from worker.errors import TokenRefused
 from worker.guard.jwks import read_key, read_keys
 from worker.guard.verify import Key, verify
 
-pytestmark = pytest.mark.anyio
 CURVES = {
     "ES256": ("P-256", ec.SECP256R1()),
     "ES384": ("P-384", ec.SECP384R1()),

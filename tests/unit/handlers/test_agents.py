@@ -38,8 +38,6 @@ from worker.handlers.steps import StepJournal, open_step
 from worker.runs.run import NewStep
 from worker.testing import Crash, Orgworker
 
-pytestmark = pytest.mark.anyio
-
 
 class Killed(BaseException):
     """The process of an attempt is gone."""

@@ -72,7 +72,6 @@ def public(thing: Any) -> set[str]:
     return {name for name in dir(thing) if not name.startswith("_")}
 
 
-@pytest.mark.anyio
 async def test_both_contexts_have_the_documented_members_with_the_same_parameters(clock: ManualClock) -> None:
     line = AnsweringWorker()
     waiting: Context[Any, Any] = Context(given(clock), line, Cancellation())
@@ -101,7 +100,6 @@ def test_a_declared_secret_is_a_text_and_another_name_says_how_to_declare_it(clo
     assert "sk-1234567890" not in repr(data)
 
 
-@pytest.mark.anyio
 async def test_the_clients_that_were_used_are_closed_at_the_end(clock: ManualClock) -> None:
     line = AnsweringWorker()
     waiting: Context[Any, Any] = Context(given(clock), line, Cancellation())
@@ -114,7 +112,6 @@ async def test_the_clients_that_were_used_are_closed_at_the_end(clock: ManualClo
     assert all(client.is_closed for client in clients)
 
 
-@pytest.mark.anyio
 async def test_no_client_is_made_to_be_closed(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
     for name in ("org_client", "blocking_org_client"):

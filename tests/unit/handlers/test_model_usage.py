@@ -59,7 +59,6 @@ CASES = [
 ]
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize(("content", "kind", "status", "tokens"), CASES)
 async def test_a_client_counts_each_answer_once(content: str, kind: str, status: int, tokens: list[int]):
     counted: list[int] = []
@@ -84,7 +83,6 @@ def test_a_client_that_blocks_does_the_same(content: str, kind: str, status: int
     assert (response.text, counted) == (content, tokens)
 
 
-@pytest.mark.anyio
 async def test_a_streamed_answer_arrives_part_by_part():
     counted: list[int] = []
 

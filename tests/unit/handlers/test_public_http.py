@@ -25,8 +25,6 @@ from worker.handlers.public_http import (
 PUBLIC = "93.184.216.34"
 OTHER_PUBLIC = "2606:2800:220:1::1"
 
-pytestmark = pytest.mark.anyio
-
 
 class Caller:
     """Sends through either transport over a network that answers by itself."""

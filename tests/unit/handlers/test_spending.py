@@ -26,7 +26,6 @@ from worker.runs.outcome import Failed, Parked
 from worker.runs.run import NewStep
 from worker.runs.waits import NewWait, WaitState
 
-pytestmark = pytest.mark.anyio
 METER = "llm_tokens"
 
 

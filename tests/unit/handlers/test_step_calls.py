@@ -24,8 +24,6 @@ from worker.handlers.given import BlockingCancellation, Cancellation
 from worker.handlers.steps import RESULT_LIMIT, StepError, open_step
 from worker.runs.run import NewStep, StepPage
 
-pytestmark = pytest.mark.anyio
-
 
 class Stored:
     """The worker's side: keeps steps over attempts, masks the word hidden, and may hold a write back."""

@@ -14,8 +14,6 @@ from worker.handlers import steps
 from worker.handlers.steps import StepError, StepId, StepJournal, check_key, check_name, digest_of, open_step
 from worker.runs.run import StepPage, StoredStep
 
-pytestmark = pytest.mark.anyio
-
 
 def stored(seq: int, name: str = "ask", occurrence: int = 1, result: str = "1", **key: Any) -> StoredStep:
     return StoredStep(seq, name, key.get("key"), occurrence, len(result), result)

@@ -26,8 +26,6 @@ from worker.runs.outcome import Failed, Outcome, Parked, Succeeded
 from worker.runs.run import NewStep
 from worker.runs.waits import NewWait, WaitState
 
-pytestmark = pytest.mark.anyio
-
 Handler = Callable[[Context[Any, Any]], Awaitable[Any]]
 BlockingHandler = Callable[[BlockingContext[Any, Any]], Any]
 

@@ -14,8 +14,6 @@ from jobs.http_request import MAX_BODY, Params, UnexpectedAnswer, http_request
 from tests.fakes.context import Answer, FakeContext
 from worker import PermanentError, Retry
 
-pytestmark = pytest.mark.anyio
-
 
 async def call(answer: Answer, **params: Any) -> Any:
     params.setdefault("url", "https://api.example/orgs/{org_code}/tick")

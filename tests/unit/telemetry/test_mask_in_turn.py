@@ -15,8 +15,6 @@ from worker.telemetry.mask_in_turn import AT_ONCE, Masking
 from worker.telemetry.masking import MASK, masker
 from worker.telemetry.secret_index import SecretIndex
 
-pytestmark = pytest.mark.anyio
-
 A = OrgId("a")
 B = OrgId("b")
 SECRET = 'cañary"5ecret\\value&with%more☃'

@@ -329,7 +329,6 @@ def test_what_is_wrong_with_the_test_is_said(orgworker):
         orgworker.run(digest, api=articles, place="child")
 
 
-@pytest.mark.anyio
 async def test_in_an_async_test_it_says_how(orgworker):
     with pytest.raises(UsageError, match="its own event loop"):
         orgworker.run(digest)

@@ -16,8 +16,6 @@ from worker.ids import ALL_ORGS
 from worker.orgs import TokenWant
 from worker.telemetry.masking import masker
 
-pytestmark = pytest.mark.anyio
-
 
 async def test_a_token_is_asked_for_as_kinde_takes_it(world: World) -> None:
     """Form body with the secret in it, the audience, and the scopes that are needed."""

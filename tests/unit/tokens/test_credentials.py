@@ -18,8 +18,6 @@ from worker.orgs import OrgRef
 from worker.secret import Secret
 from worker.tokens.credentials import READ_AGAIN, Generations, fault_of_reference, read_reference
 
-pytestmark = pytest.mark.anyio
-
 
 def test_a_secret_is_not_shown_pickled_or_copied() -> None:
     """Only `reveal` gives it."""

@@ -24,7 +24,6 @@ from worker.secret import Secret
 from worker.tokens.credentials import Credential
 from worker.tokens.issuer_client import GrantedToken, IssuerClient
 
-pytestmark = pytest.mark.anyio
 ENDPOINT = f"{URL}/oauth2/token"
 GOOD = httpx.Response(200, json={"access_token": "a.b.c", "token_type": "Bearer", "expires_in": 60})
 

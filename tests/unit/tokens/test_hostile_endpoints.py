@@ -20,7 +20,6 @@ from worker.orgs import TokenWant
 from worker.outbound import open_client
 from worker.tokens.cache import Tokens
 
-pytestmark = pytest.mark.anyio
 Reply = Callable[[], Any]
 
 

@@ -76,7 +76,6 @@ def test_a_slash_in_worker_toml_does_not_matter() -> None:
 TENANT = "https://login.microsoftonline.com/aaaabbbb-0000-cccc-1111-dddd2222eeee"
 
 
-@pytest.mark.anyio
 async def test_the_endpoints_of_entra_are_discovered_beside_its_url(clock: ManualClock) -> None:
     """The token endpoint is below the tenant, not below the issuer, so no path of a profile could name it."""
     document = {

@@ -17,7 +17,6 @@ from worker.telemetry.masking import masker
 from worker.tokens.issuer_client import IssuerClient
 from worker.tokens.management_token import BRAND_NEW, ManagementToken
 
-pytestmark = pytest.mark.anyio
 AUDIENCE = "https://acme.kinde.com/api"
 SECRET = "canary-management-secret"
 

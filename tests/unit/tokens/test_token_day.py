@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
 from bench.token_day import MAX_REQUESTS, count
-
-pytestmark = pytest.mark.anyio
 
 
 async def test_hourly_runs_request_one_token_per_lifetime():

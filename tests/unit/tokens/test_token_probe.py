@@ -13,7 +13,6 @@ from tests.fakes.issuer import AUDIENCE, ORG, App, FakeCredentials, FakeIssuer, 
 from worker.errors import Diagnostic
 from worker.tokens.token_probe import Need, ProbeResult, TokenProbe, watch
 
-pytestmark = pytest.mark.anyio
 NEED = Need(AUDIENCE, frozenset({"read:kb"}), definitions=("nightly",))
 
 

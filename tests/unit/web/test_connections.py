@@ -24,8 +24,6 @@ from worker.web.clients import Addresses
 from worker.web.connections import ClientDeadlines, Connection, Connections
 from worker.web.responses import ErrorMiddleware, read_body
 
-pytestmark = pytest.mark.anyio
-
 DEADLINES = ClientDeadlines(headers=5, body=10, idle=75)
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n"

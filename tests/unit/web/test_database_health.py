@@ -14,8 +14,6 @@ from worker.telemetry.metrics import Metrics
 from worker.web import database_health as module
 from worker.web.database_health import CHECK_EVERY, DatabaseHealth, ProvisionHealth
 
-pytestmark = pytest.mark.anyio
-
 
 class Schema:
     """What each check raises, in order; after the last one nothing more is found, and `looked` is set."""

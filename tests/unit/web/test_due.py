@@ -83,7 +83,6 @@ class FakeDatabase:
         return work(None)
 
 
-@pytest.mark.anyio
 async def test_a_count_is_kept_and_shown_while_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch):
     def page(connection: Any, scope: Any, until: datetime, after: str | None, limit: int) -> Timings:
         return Timings({Timing("0 * * * *", "UTC", None, None): 2}, "1" if after is None else None)

@@ -19,8 +19,6 @@ from worker.web.health import PATHS, Health
 from worker.web.listener import MAX_REQUESTS, build_health
 from worker.web.server import build
 
-pytestmark = pytest.mark.anyio
-
 
 def watched(**changes: Any) -> Health:
     given: dict[str, Any] = {

@@ -17,8 +17,6 @@ from worker.outbound import open_client
 from worker.providers.management.calls import CONNECT_TRIES, TOKEN_TRIES, TRIES, Calls, Response
 from worker.secret import Secret
 
-pytestmark = pytest.mark.anyio
-
 ORIGIN = "https://acme.kinde.com"
 ROUTE = "/api/v1/applications"
 Handler = Callable[[httpx.Request], httpx.Response]

@@ -20,8 +20,6 @@ from worker.providers.management.contract import ApplicationName, Management, Or
 from worker.secret import Secret
 from worker.wiring.management import ADAPTERS
 
-pytestmark = pytest.mark.anyio
-
 NAME = ApplicationName("3f9a", "0193abcd", "org_a")
 MADE = OrgApplication("org_a", "app_1", "client_1", Secret("s3cret"), str(NAME))
 # A new method is to be added to one of the two.

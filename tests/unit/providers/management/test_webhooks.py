@@ -18,7 +18,6 @@ from worker.providers.management import webhooks
 from worker.providers.management.contract import Notice
 from worker.tokens.issuer_client import IssuerClient
 
-pytestmark = pytest.mark.anyio
 ORG = "org_acme"
 
 
