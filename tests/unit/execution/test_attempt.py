@@ -56,8 +56,6 @@ from worker.runs.run import (
 from worker.runs.waits import MAX_WAITS, NewWait, WaitState
 from worker.telemetry.masking import masker
 
-pytestmark = pytest.mark.anyio
-
 CLAIMS = Claims(
     org_code="org_acme",
     client_id="client",
@@ -265,15 +263,28 @@ async def test_a_secret_that_does_not_open_lets_the_run_wait(site: Site) -> None
     assert "the secret openai is sealed with the key k1" in str(ended.detail)
 
 
-async def test_a_run_waits_while_its_token_would_go_unencrypted_to_an_origin(site: Site) -> None:
-    """Such a definition may have been stored before that was refused."""
-    site.spec = site.spec | {"api_origins": ["http://api.acme.test"]}
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        # Such a definition may have been stored before that was refused.
+        (
+            {"api_origins": ["http://api.acme.test"]},
+            ["api_origins: http://api.acme.test would carry", "[execution] insecure_origins"],
+        ),
+        (
+            {"api_base_url": "https://elsewhere.test"},
+            ["api_base_url: its origin is not in api_origins"],
+        ),
+    ],
+    ids=["the token would go unencrypted to an origin", "its base URL is of no listed origin"],
+)
+async def test_a_run_waits_and_asks_no_token_while(site: Site, own: dict[str, Any], words: list[str]) -> None:
+    site.spec |= own
 
     ended = await site.attempt()
 
     assert (ended.state, ended.reason) == ("waiting", "no_token")
-    assert "definition org_acme/nightly, api_origins: http://api.acme.test would carry" in str(ended.detail)
-    assert "[execution] insecure_origins" in str(ended.detail)
+    assert all(word in str(ended.detail) for word in ["definition org_acme/nightly, ", *words])
     assert site.asked == site.works == []
 
 
@@ -295,15 +306,6 @@ async def test_the_base_url_is_the_definitions_or_that_of_an_issuer_whose_origin
 
     [work] = site.works
     assert work.api_base_url == base_url
-
-
-async def test_a_run_waits_while_its_base_url_is_of_no_listed_origin(site: Site) -> None:
-    site.spec = site.spec | {"api_base_url": "https://elsewhere.test"}
-
-    ended = await site.attempt()
-
-    assert (ended.state, ended.reason) == ("waiting", "no_token")
-    assert "definition org_acme/nightly, api_base_url: its origin is not in api_origins" in str(ended.detail)
 
 
 class Stateful(Site):
@@ -401,26 +403,42 @@ async def test_a_parked_org_waits_a_minute_at_most_so_that_a_new_secret_is_seen_
     assert timedelta(seconds=60) <= (ended.available_after or timedelta()) <= timedelta(seconds=72)
 
 
-async def test_claims_of_another_org_are_refused_even_if_the_token_source_gave_them(site: Site) -> None:
-    site.claims = replace(CLAIMS, org_code="org_other")
+@pytest.mark.parametrize(
+    ("changes", "spec", "run", "ended"),
+    [
+        ({"claims": replace(CLAIMS, org_code="org_other")}, {}, {}, ("refused", "org_mismatch", None)),
+        ({}, {"requires_flag": "agent-v2"}, {}, ("skipped", "flag_off", "agent-v2")),
+        (
+            {"claims": replace(CLAIMS, flags={"agent-v2": Flag("boolean", True)})},
+            {"variants": [{"flag": "agent-v2", "handler": "acme.digest_v2"}]},
+            {},
+            ("refused", "scope_missing", "ask:model"),
+        ),
+        (
+            {"budgets_found": OrgBudgets([], missing="daily_tokens")},
+            {},
+            {},
+            ("refused", "property_missing", "daily_tokens"),
+        ),
+        ({}, {}, {"isolation": "inline"}, ("waiting", "no_handler", None)),
+    ],
+    ids=[
+        *("claims of another org, even if the token source gave them", "a required flag that is off"),
+        "a variant whose scope was not granted",
+        "a budget whose limit the token lacks",
+        "an inline run whose distribution is not allowed",
+    ],
+)
+async def test_what_ends_a_run_before_its_handler(
+    site: Site, changes: dict[str, Any], spec: dict[str, Any], run: dict[str, Any], ended: tuple[Any, ...]
+) -> None:
+    vars(site).update(changes)
+    site.spec |= spec
 
-    ended = await site.attempt()
+    found = await site.attempt(**run)
 
-    assert (ended.state, ended.reason) == ("refused", "org_mismatch")
-    assert site.works == []
-
-
-async def test_a_required_flag_that_is_off_gates_the_run(site: Site) -> None:
-    site.spec["requires_flag"] = "agent-v2"
-
-    ended = await site.attempt()
-
-    assert (ended.outcome, ended.state, ended.reason, ended.detail) == (
-        "gated",
-        "skipped",
-        "flag_off",
-        "agent-v2",
-    )
+    assert (found.state, found.reason, ended[2] and found.detail) == ended
+    assert (found.outcome == "gated") is (ended[0] == "skipped")
     assert site.works == []
 
 
@@ -447,23 +465,6 @@ async def test_the_variant_whose_flag_is_on_runs_under_its_own_scopes(site: Site
 
     assert site.asked[0].also_ask == frozenset({"read:kb", "ask:model"})
     assert (ended.state, ended.trail.handler) == ("succeeded", "acme.digest_v2")
-
-
-async def test_a_variant_whose_scope_was_not_granted_is_refused(site: Site) -> None:
-    site.spec["variants"] = [{"flag": "agent-v2", "handler": "acme.digest_v2"}]
-    site.claims = replace(CLAIMS, flags={"agent-v2": Flag("boolean", True)})
-
-    ended = await site.attempt()
-
-    assert (ended.state, ended.reason, ended.detail) == ("refused", "scope_missing", "ask:model")
-    assert site.works == []
-
-
-async def test_an_inline_run_whose_distribution_is_not_allowed_waits(site: Site) -> None:
-    ended = await site.attempt(isolation="inline")
-
-    assert (ended.state, ended.reason) == ("waiting", "no_handler")
-    assert site.works == []
 
 
 async def test_a_run_past_its_start_deadline_expires_before_a_token_is_asked_for(site: Site) -> None:
@@ -566,19 +567,8 @@ async def test_services_reject_the_calls_of_an_abandoned_handler(site: Site) -> 
     assert len(site.asked) == 1
 
 
-def step(seq: int = 1, result: str = "1", **values: Any) -> NewStep:
-    return NewStep(
-        **{
-            "name": "ask",
-            "key": None,
-            "occurrence": 1,
-            "seq": seq,
-            "result_json": result,
-            "started_at": START,
-            "ended_at": START,
-        }
-        | values
-    )
+def step(seq: int = 1, result: str = "1", began: datetime = START, ended: datetime = START) -> NewStep:
+    return NewStep("ask", None, 1, seq, result, began, ended)
 
 
 async def test_a_step_is_stored_masked_and_forgives_lost_workers(site: Site) -> None:
@@ -672,8 +662,8 @@ async def test_a_steps_times_are_within_its_attempt(
     first, last = datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
 
     async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-        await services.ask(StoreStep(step(1, started_at=first, ended_at=last)))
-        await services.ask(StoreStep(step(2, started_at=last, ended_at=first)))
+        await services.ask(StoreStep(step(1, "1", first, last)))
+        await services.ask(StoreStep(step(2, "1", last, first)))
 
     site.during = during
     await site.attempt()
@@ -693,12 +683,3 @@ async def test_the_handler_gets_the_budgets_of_its_org(site: Site):
 
     assert [work.budgets for work in site.works] == [None, (BUDGET,)]
     assert site.noted == [CLAIMS, CLAIMS]
-
-
-async def test_a_budget_whose_limit_the_token_lacks_refuses_the_run_before_its_handler(site: Site):
-    site.budgets_found = OrgBudgets([], missing="daily_tokens")
-
-    ended = await site.attempt()
-
-    assert (ended.state, ended.reason, ended.detail) == ("refused", "property_missing", "daily_tokens")
-    assert site.works == []

@@ -14,8 +14,6 @@ from worker.ids import RunId
 from worker.runs.lease import Lease
 from worker.runs.run import OwnedRun
 
-pytestmark = pytest.mark.anyio
-
 LEASE = Lease.begun(timedelta(seconds=30), 9.0)
 
 
@@ -68,31 +66,20 @@ async def test_what_is_held_and_owned_is_left_alone() -> None:
     assert bench.handed_back == []
 
 
-async def test_held_but_not_owned_is_killed() -> None:
+@pytest.mark.parametrize(
+    ("owns", "held", "killed"),
+    [([], None, True), ([owned("r1", fencing_token=2)], None, True), ([], {}, False)],
+    ids=["not owned", "held under an older fencing token", "admitted after the question was sent"],
+)
+async def test_what_was_asked_for_and_is_not_owned_is_killed(
+    owns: list[OwnedRun], held: dict[RunId, int] | None, killed: bool
+) -> None:
     bench = Bench()
-    held = bench.inflight_runs.add(admitted())
+    run = bench.inflight_runs.add(admitted(fencing_token=1))
 
-    await bench.renewal()
+    await bench.renewal(*owns, held=held)
 
-    assert held.stop.killed
-
-
-async def test_held_under_an_older_fencing_token_is_killed() -> None:
-    bench = Bench()
-    held = bench.inflight_runs.add(admitted(fencing_token=1))
-
-    await bench.renewal(owned("r1", fencing_token=2))
-
-    assert held.stop.killed
-
-
-async def test_a_run_admitted_after_the_question_was_sent_is_left_alone() -> None:
-    bench = Bench()
-    held = bench.inflight_runs.add(admitted())
-
-    await bench.renewal(held={})
-
-    assert not held.stop.killed
+    assert run.stop.killed is killed
 
 
 async def test_owned_but_not_held_is_handed_back_at_the_second_renewal() -> None:

@@ -95,8 +95,6 @@ class Caller:
 
 Make = Callable[[Answer], Caller]
 
-pytestmark = pytest.mark.anyio
-
 
 @pytest.fixture(params=["async", "blocking"])
 def make(request: pytest.FixtureRequest, clock: ManualClock) -> Make:
@@ -150,51 +148,27 @@ async def test_a_base_url_is_for_relative_urls_of_http_alone(clock: ManualClock)
     ]
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "https://evil.example/",
-        "http://api.acme.com/",
-        "https://api.acme.com:8443/",
-        "https://api.acme.com.evil.example/",
-        "https://api.acme.com@evil.example/",
-        "https://sub.api.acme.com/",
-        "https://acme.com/",
+ORIGINS = {
+    "another origin": [
+        *("https://evil.example/", "http://api.acme.com/", "https://api.acme.com:8443/"),
+        *("https://api.acme.com.evil.example/", "https://api.acme.com@evil.example/"),
+        *("https://sub.api.acme.com/", "https://acme.com/"),
     ],
-)
-async def test_no_other_origin_gets_it(make: Make, url: str) -> None:
+    "another unencrypted one, though listed": [
+        *("http://unlisted.acme.com/x", "http://plain.acme.com:8080/x"),
+    ],
+    "the origin by scheme, host and port": ["https://API.acme.com/x", "https://api.acme.com:443/x"],
+    "unencrypted where that is allowed": [f"{origin}/x" for origin in (*PLAIN, *LOOPBACK)],
+}
+
+
+@pytest.mark.parametrize(("which", "url"), [(which, url) for which, urls in ORIGINS.items() for url in urls])
+async def test_a_token_goes_to_its_origins_only(make: Make, which: str, url: str) -> None:
     caller = make(ok)
 
     await caller.send("GET", url)
 
-    assert caller.authorizations == [None]
-
-
-@pytest.mark.parametrize("url", ["https://API.acme.com/x", "https://api.acme.com:443/x"])
-async def test_an_origin_is_compared_by_scheme_host_and_port(make: Make, url: str) -> None:
-    caller = make(ok)
-
-    await caller.send("GET", url)
-
-    assert caller.authorizations == ["Bearer token-0"]
-
-
-@pytest.mark.parametrize("origin", [*PLAIN, *LOOPBACK])
-async def test_an_unencrypted_origin_gets_the_token_where_that_is_allowed(make: Make, origin: str) -> None:
-    caller = make(ok)
-
-    await caller.send("GET", f"{origin}/x")
-
-    assert caller.authorizations == ["Bearer token-0"]
-
-
-@pytest.mark.parametrize("url", ["http://unlisted.acme.com/x", "http://plain.acme.com:8080/x"])
-async def test_no_other_unencrypted_origin_gets_it_though_it_is_listed(make: Make, url: str) -> None:
-    caller = make(ok)
-
-    await caller.send("GET", url)
-
-    assert caller.authorizations == [None]
+    assert caller.authorizations == [None if which.startswith("another") else "Bearer token-0"]
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])

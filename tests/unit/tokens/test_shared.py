@@ -26,8 +26,6 @@ from worker.tokens.cache import MEMORY, Tokens
 from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import RENEW, RESERVED, TokenRequest
 
-pytestmark = pytest.mark.anyio
-
 
 @pytest.fixture
 async def fleet(clock: ManualClock, tmp_path: Path) -> AsyncIterator[Fleet]:
@@ -382,29 +380,27 @@ async def test_fresh_requests_a_new_token_for_all(fleet: Fleet) -> None:
     assert served.token.reveal() == minted.token.reveal()
 
 
-async def test_a_renewal_without_a_right_deletes_the_stored_token(fleet: Fleet) -> None:
-    """The older token does not show that the org has fewer rights now."""
-    scopes = frozenset({"read:kb"})
+@pytest.mark.parametrize(
+    ("scopes", "claims", "stays"),
+    [
+        # The older token does not show that the org has fewer rights now.
+        (frozenset({"read:kb"}), {"scope": "", "scp": []}, False),
+        # A fault of the issuer says nothing about the older token.
+        (frozenset(), {"iss": "https://elsewhere.example"}, True),
+    ],
+    ids=["without a right", "invalid"],
+)
+async def test_a_refused_renewal_deletes_the_stored_token_if_it_lacks_a_right(
+    fleet: Fleet, scopes: frozenset[str], claims: dict[str, Any], stays: bool
+) -> None:
     tokens = fleet.start()
     await tokens.ensure(TokenWant(ORG, "main", scopes=scopes))
     fleet.clock.advance(60)
-    fleet.app.replace = {"scope": "", "scp": []}
+    fleet.app.replace = claims
     with pytest.raises(TokenRefused):
         await tokens.ensure(TokenWant(ORG, "main", scopes=scopes, fresh=True))
 
-    assert fleet.rows.one().token is None
-
-
-async def test_an_invalid_renewal_leaves_the_stored_token(fleet: Fleet) -> None:
-    """A fault of the issuer says nothing about the older token."""
-    tokens = fleet.start()
-    await tokens.ensure(TokenWant(ORG, "main"))
-    fleet.clock.advance(60)
-    fleet.app.replace = {"iss": "https://elsewhere.example"}
-    with pytest.raises(TokenRefused):
-        await tokens.ensure(TokenWant(ORG, "main", fresh=True))
-
-    assert fleet.rows.one().token is not None
+    assert (fleet.rows.one().token is not None) is stays
 
 
 async def test_a_failed_request_leaves_no_reservation(fleet: Fleet) -> None:
