@@ -39,7 +39,8 @@ from worker.telemetry.mask_in_turn import mask_each
 class Acting:
     """`Acts` that answer as scripted, and keep what they did."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: ManualClock) -> None:
+        self.clock = clock
         self.done: list[Call[Any]] = []
         self.answers: dict[type[Call[Any]], Callable[[], Any]] = {
             StepTotals: lambda: (0, 0),
@@ -63,13 +64,13 @@ class Acting:
 
 
 @pytest.fixture
-def acts() -> Acting:
-    return Acting()
+def acts(clock: ManualClock) -> Acting:
+    return Acting(clock)
 
 
-def running(acts: Acting, clock: ManualClock, *, hosted: bool = False, **run: Any) -> Running:
+def running(acts: Acting, *, hosted: bool = False, **run: Any) -> Running:
     inflight = InflightRun(admitted(**run), StopSignal())
-    return Running(inflight, Trail("h"), cast(Any, acts), cast(Any, None), clock, hosted=hosted)
+    return Running(inflight, Trail("h"), cast(Any, acts), cast(Any, None), acts.clock, hosted=hosted)
 
 
 def step(seq: int = 1, text: str = "1") -> StoreStep:
@@ -81,26 +82,24 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "RETRY", 0.0)
 
 
-async def test_a_call_is_repeated_while_the_database_is_away_but_not_for_a_host(
-    acts: Acting, clock: ManualClock
-) -> None:
+async def test_a_call_is_repeated_while_the_database_is_away_but_not_for_a_host(acts: Acting) -> None:
     """A host repeats it itself, at another worker."""
     away = StoreUnavailable("away")
     acts.fail(Save, away, away)
-    await answer(Save("1"), running(acts, clock))
+    await answer(Save("1"), running(acts))
     assert len(acts.done) == 3
 
     acts.fail(Save, away)
     with pytest.raises(StoreUnavailable):
-        await answer(Save("1"), running(acts, clock, hosted=True))
+        await answer(Save("1"), running(acts, hosted=True))
     assert len(acts.done) == 4
 
 
 @pytest.mark.parametrize("error", [LeaseLost("taken"), TokenRefused("org_mismatch", "secret")])
 async def test_what_ends_a_run_kills_it_and_nothing_is_done_after_it(
-    acts: Acting, clock: ManualClock, error: WorkerError
+    acts: Acting, error: WorkerError
 ) -> None:
-    of = running(acts, clock)
+    of = running(acts)
     acts.fail(Save, error)
 
     with pytest.raises(type(error)):
@@ -116,9 +115,9 @@ async def test_what_ends_a_run_kills_it_and_nothing_is_done_after_it(
 
 
 async def test_an_error_of_a_store_is_one_that_a_handler_knows(
-    acts: Acting, clock: ManualClock, caplog: pytest.LogCaptureFixture
+    acts: Acting, caplog: pytest.LogCaptureFixture
 ) -> None:
-    of = running(acts, clock)
+    of = running(acts)
     acts.fail(Save, RuntimeError("the row of sk-secret"))
 
     with pytest.raises(Unavailable, match="RuntimeError") as raised:
@@ -143,10 +142,10 @@ async def careless(call: Call[Any], of: Running) -> None:
 
 @pytest.mark.parametrize("ask", [answer, careless], ids=["", "control"])
 async def test_a_flood_of_failing_calls_is_no_work_for_the_garbage_collector(
-    acts: Acting, clock: ManualClock, ask: Callable[[Call[Any], Running], Awaitable[None]]
+    acts: Acting, ask: Callable[[Call[Any], Running], Awaitable[None]]
 ) -> None:
     """A collection stops the worker's loop for 20 ms and more."""
-    of = running(acts, clock)
+    of = running(acts)
     acts.fail(Save, *[RuntimeError() for _ in range(100)])
     gc.collect()
     gc.disable()
@@ -162,8 +161,8 @@ async def test_a_flood_of_failing_calls_is_no_work_for_the_garbage_collector(
     assert len(left) >= 99 if ask is careless else len(left) <= 1
 
 
-async def test_a_place_may_come_again_from_a_host_only(acts: Acting, clock: ManualClock) -> None:
-    of, behind = running(acts, clock), running(acts, clock, hosted=True)
+async def test_a_place_may_come_again_from_a_host_only(acts: Acting) -> None:
+    of, behind = running(acts), running(acts, hosted=True)
     for each in (of, behind):
         await answer(step(), each)
 
@@ -176,10 +175,10 @@ async def test_a_place_may_come_again_from_a_host_only(acts: Acting, clock: Manu
 
 @pytest.mark.parametrize(("hosted", "fits"), [(False, 1), (True, 2)])
 async def test_one_result_more_fits_if_it_may_be_one_that_was_sent_again(
-    acts: Acting, clock: ManualClock, hosted: bool, fits: int
+    acts: Acting, hosted: bool, fits: int
 ) -> None:
     acts.answers[StepTotals] = lambda: (1, TOTAL_LIMIT - 10)
-    of = running(acts, clock, hosted=hosted, attempt=2)
+    of = running(acts, hosted=hosted, attempt=2)
 
     for seq in range(2, 2 + fits):
         await answer(step(seq, "1" * 10), of)
@@ -187,11 +186,9 @@ async def test_one_result_more_fits_if_it_may_be_one_that_was_sent_again(
         await answer(step(2 + fits, "1" * 10), of)
 
 
-async def test_a_property_that_a_budget_lacks_is_left_to_the_host_of_a_run(
-    acts: Acting, clock: ManualClock
-) -> None:
+async def test_a_property_that_a_budget_lacks_is_left_to_the_host_of_a_run(acts: Acting) -> None:
     acts.answers[AskBudgets] = lambda: OrgBudgets([], "cap")
-    of, behind = running(acts, clock), running(acts, clock, hosted=True)
+    of, behind = running(acts), running(acts, hosted=True)
 
     with pytest.raises(TokenRefused):
         await answer(AskBudgets(), of)
@@ -202,10 +199,10 @@ async def test_a_property_that_a_budget_lacks_is_left_to_the_host_of_a_run(
 
 
 async def test_a_spend_of_another_attempt_is_not_a_call(
-    acts: Acting, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+    acts: Acting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would count as one of an earlier attempt, which counts once."""
-    of, spend = running(acts, clock, attempt=2), CountSpend("llm", 1, "1:1")
+    of, spend = running(acts, attempt=2), CountSpend("llm", 1, "1:1")
 
     with pytest.raises(NotACall):
         await answer(spend, of)
@@ -217,9 +214,7 @@ async def test_a_spend_of_another_attempt_is_not_a_call(
     assert acts.done[-1] == spend
 
 
-async def test_all_of_a_call_is_masked_at_once(
-    acts: Acting, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_all_of_a_call_is_masked_at_once(acts: Acting, monkeypatch: pytest.MonkeyPatch) -> None:
     masked: list[int] = []
 
     async def watched(texts: Any) -> list[str]:
@@ -227,7 +222,7 @@ async def test_all_of_a_call_is_masked_at_once(
         return await mask_each(texts)
 
     monkeypatch.setattr(answers, "mask_each", watched)
-    of = running(acts, clock)
+    of = running(acts)
     spends = (("llm", 1), ("tickets", 1))
 
     await answer(StoreStep(replace(step().step, key="k", spends=spends)), of)
@@ -239,7 +234,7 @@ async def test_all_of_a_call_is_masked_at_once(
 
 @pytest.mark.parametrize("kept", [True, False], ids=["", "control"])
 async def test_a_result_is_stored_although_its_handler_is_cancelled(
-    acts: Acting, clock: ManualClock, kept: bool, monkeypatch: pytest.MonkeyPatch
+    acts: Acting, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(StoreStep, "way", replace(StoreStep.way, kept=kept))
     written, stored = asyncio.Event(), list[StoreStep]()
@@ -249,7 +244,7 @@ async def test_a_result_is_stored_although_its_handler_is_cancelled(
         stored.append(call)
 
     acts.act = act  # type: ignore[method-assign]
-    task = asyncio.create_task(answer(step(), running(acts, clock)))
+    task = asyncio.create_task(answer(step(), running(acts)))
     await settle()
     task.cancel()
     written.set()

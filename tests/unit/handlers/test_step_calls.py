@@ -28,7 +28,8 @@ from worker.runs.run import NewStep, StepPage
 class Stored:
     """The worker's side: keeps steps over attempts, masks the word hidden, and may hold a write back."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: ManualClock) -> None:
+        self.clock = clock
         self.steps: list[NewStep] = []
         self.pages = 0
         self.gate: asyncio.Event | None = None
@@ -50,14 +51,14 @@ class Stored:
         answers = {LoadSteps: lambda call: self.load(call.after), StoreStep: store}
         return AnsweringWorker(answers, suspends)
 
-    def context(self, clock: ManualClock, *, replays: bool = True) -> Context[Any, Any]:
-        return Context(self._given(clock, replays), self.port(suspends=True), Cancellation())
+    def context(self, *, replays: bool = True) -> Context[Any, Any]:
+        return Context(self._given(replays), self.port(suspends=True), Cancellation())
 
-    def blocking(self, clock: ManualClock) -> BlockingContext[Any, Any]:
-        return BlockingContext(self._given(clock, True), self.port(), BlockingCancellation())
+    def blocking(self) -> BlockingContext[Any, Any]:
+        return BlockingContext(self._given(True), self.port(), BlockingCancellation())
 
-    def _given(self, clock: ManualClock, replays: bool) -> Any:
-        data = given(clock)
+    def _given(self, replays: bool) -> Any:
+        data = given(self.clock)
         data.replays = replays
         return data
 
@@ -78,8 +79,8 @@ class Calls:
 
 
 @pytest.fixture
-def stored() -> Stored:
-    return Stored()
+def stored(clock: ManualClock) -> Stored:
+    return Stored(clock)
 
 
 @pytest.fixture
@@ -87,15 +88,13 @@ def calls() -> Calls:
     return Calls()
 
 
-async def test_a_step_is_called_once_and_replayed_after_that(
-    stored: Stored, calls: Calls, clock: ManualClock
-) -> None:
+async def test_a_step_is_called_once_and_replayed_after_that(stored: Stored, calls: Calls) -> None:
     async def handler(ctx: Context[Any, Any]) -> list[Any]:
         return [await ctx.step("ask", calls.ask, n, model="big") for n in range(5)]
 
-    first = await handler(stored.context(clock))
+    first = await handler(stored.context())
     assert calls.made == [0, 1, 2, 3, 4]
-    assert await handler(stored.context(clock)) == first == [{"answer": n, "model": "big"} for n in range(5)]
+    assert await handler(stored.context()) == first == [{"answer": n, "model": "big"} for n in range(5)]
 
     assert calls.made == [0, 1, 2, 3, 4]
     assert [(step.name, step.occurrence, step.seq) for step in stored.steps] == [
@@ -105,13 +104,13 @@ async def test_a_step_is_called_once_and_replayed_after_that(
     assert stored.pages == 4
 
 
-async def test_a_first_attempt_reads_no_page(stored: Stored, calls: Calls, clock: ManualClock) -> None:
-    await stored.context(clock, replays=False).step("ask", calls.ask, 1)
+async def test_a_first_attempt_reads_no_page(stored: Stored, calls: Calls) -> None:
+    await stored.context(replays=False).step("ask", calls.ask, 1)
 
     assert (stored.pages, len(stored.steps)) == (0, 1)
 
 
-async def test_the_first_call_returns_what_is_stored(stored: Stored, clock: ManualClock) -> None:
+async def test_the_first_call_returns_what_is_stored(stored: Stored) -> None:
     class Answer(BaseModel):
         text: str
         n: int = 1
@@ -119,16 +118,14 @@ async def test_the_first_call_returns_what_is_stored(stored: Stored, clock: Manu
     async def ask() -> Any:
         return [Answer(text="hidden"), (1, 2)]
 
-    first = await stored.context(clock).step("ask", ask)
+    first = await stored.context().step("ask", ask)
 
     assert first == [{"text": "[masked]", "n": 1}, [1, 2]]
-    assert await stored.context(clock).step("ask", ask) == first
+    assert await stored.context().step("ask", ask) == first
 
 
-async def test_the_occurrence_is_taken_when_step_is_called(
-    stored: Stored, calls: Calls, clock: ManualClock
-) -> None:
-    ctx = stored.context(clock)
+async def test_the_occurrence_is_taken_when_step_is_called(stored: Stored, calls: Calls) -> None:
+    ctx = stored.context()
     one, two = ctx.step("ask", calls.ask, "one"), ctx.step("ask", calls.ask, "two")
     await two
     await one
@@ -137,16 +134,16 @@ async def test_the_occurrence_is_taken_when_step_is_called(
         (2, "two"),
         (1, "one"),
     ]
-    again = stored.context(clock)
+    again = stored.context()
     assert (await again.step("ask", calls.ask, "other"))["answer"] == "one"
 
 
-async def test_code_around_a_step_may_change(stored: Stored, calls: Calls, clock: ManualClock) -> None:
-    ctx = stored.context(clock)
+async def test_code_around_a_step_may_change(stored: Stored, calls: Calls) -> None:
+    ctx = stored.context()
     await ctx.step("a", calls.ask, 1)
     await ctx.step("b", calls.ask, 2)
 
-    later = stored.context(clock)
+    later = stored.context()
     await later.step("b", calls.ask, 2)
     await later.step("new", calls.ask, 3)
     await later.step("a", calls.ask, 1)
@@ -155,7 +152,7 @@ async def test_code_around_a_step_may_change(stored: Stored, calls: Calls, clock
 
 
 async def test_different_names_run_at_the_same_time_and_one_name_with_keys(
-    stored: Stored, calls: Calls, clock: ManualClock
+    stored: Stored, calls: Calls
 ) -> None:
     async def handler(ctx: Context[Any, Any]) -> Any:
         async def each(key: str) -> Any:
@@ -166,15 +163,13 @@ async def test_different_names_run_at_the_same_time_and_one_name_with_keys(
             other = group.create_task(ctx.step("other", calls.ask, "o"))
         return [task.result()["answer"] for task in (*tasks, other)]
 
-    assert await handler(stored.context(clock)) == ["a", "b", "c", "o"]
-    assert await handler(stored.context(clock)) == ["a", "b", "c", "o"]
+    assert await handler(stored.context()) == ["a", "b", "c", "o"]
+    assert await handler(stored.context()) == ["a", "b", "c", "o"]
     assert sorted(calls.made) == ["a", "b", "c", "o"]
 
 
-async def test_one_name_from_two_tasks_without_a_key_is_an_error(
-    stored: Stored, calls: Calls, clock: ManualClock
-) -> None:
-    ctx = stored.context(clock)
+async def test_one_name_from_two_tasks_without_a_key_is_an_error(stored: Stored, calls: Calls) -> None:
+    ctx = stored.context()
 
     async def each() -> None:
         await ctx.step("ask", calls.ask, 1)
@@ -189,9 +184,7 @@ async def test_one_name_from_two_tasks_without_a_key_is_an_error(
     assert "step ask is used by two tasks: pass key=" in str(error)
 
 
-async def test_a_function_that_blocks_runs_in_a_thread(
-    stored: Stored, calls: Calls, clock: ManualClock
-) -> None:
+async def test_a_function_that_blocks_runs_in_a_thread(stored: Stored, calls: Calls) -> None:
     where: ContextVar[str] = ContextVar("where")
     where.set("handler")
 
@@ -199,7 +192,7 @@ async def test_a_function_that_blocks_runs_in_a_thread(
         step = open_step()
         return [where.get(), str(step and step.id), threading.current_thread() is threading.main_thread()]
 
-    ctx = stored.context(clock)
+    ctx = stored.context()
 
     assert await ctx.step("work", work) == ["handler", "work", False]
     assert await ctx.step("lambda", lambda: calls.ask("x")) == {"answer": "x", "model": "small"}
@@ -207,8 +200,8 @@ async def test_a_function_that_blocks_runs_in_a_thread(
         await ctx.step("stops", lambda: next(iter(())))
 
 
-async def test_a_timeout_needs_an_async_function(stored: Stored, calls: Calls, clock: ManualClock) -> None:
-    ctx = stored.context(clock)
+async def test_a_timeout_needs_an_async_function(stored: Stored, calls: Calls) -> None:
+    ctx = stored.context()
 
     with pytest.raises(TypeError, match="step work: timeout= works for async functions only"):
         ctx.step("work", calls.work, 1, timeout="30s")
@@ -225,7 +218,7 @@ async def test_a_timeout_needs_an_async_function(stored: Stored, calls: Calls, c
 
 
 async def test_a_call_that_takes_too_long_is_tried_again(
-    stored: Stored, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries: list[int] = []
 
@@ -235,16 +228,14 @@ async def test_a_call_that_takes_too_long_is_tried_again(
             await asyncio.Event().wait()
         return len(tries)
 
-    ctx = stored.context(clock)
+    ctx = stored.context()
     with pytest.raises(TimeoutError):
         await ctx.step("slow", slow, timeout=0.001)
     assert await ctx.step("slow", slow, timeout=0.001, retries=1, backoff=0) == 3
     assert [step.occurrence for step in stored.steps] == [2]
 
 
-async def test_retries_wait_twice_as_long_each_time(
-    stored: Stored, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_retries_wait_twice_as_long_each_time(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
 
     async def sleep(seconds: float) -> None:
@@ -255,14 +246,14 @@ async def test_retries_wait_twice_as_long_each_time(
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
     with pytest.raises(ConnectionError):
-        await stored.context(clock, replays=False).step("ask", ask, retries=3, backoff="2s")
+        await stored.context(replays=False).step("ask", ask, retries=3, backoff="2s")
 
     assert [low <= seconds <= 2 * low for low, seconds in zip((1, 2, 4), slept, strict=True)] == [True] * 3
     assert stored.steps == []
 
 
 @pytest.mark.parametrize("error", [StepError("no"), PermanentError("no"), LeaseLost("no")])
-async def test_some_errors_are_not_tried_again(stored: Stored, clock: ManualClock, error: Exception) -> None:
+async def test_some_errors_are_not_tried_again(stored: Stored, error: Exception) -> None:
     tries: list[int] = []
 
     async def ask() -> None:
@@ -270,17 +261,15 @@ async def test_some_errors_are_not_tried_again(stored: Stored, clock: ManualCloc
         raise error
 
     with pytest.raises(type(error)):
-        await stored.context(clock).step("ask", ask, retries=5, backoff=0)
+        await stored.context().step("ask", ask, retries=5, backoff=0)
     assert tries == [1]
 
 
-async def test_a_step_that_raises_stores_nothing_and_keeps_its_number(
-    stored: Stored, calls: Calls, clock: ManualClock
-) -> None:
+async def test_a_step_that_raises_stores_nothing_and_keeps_its_number(stored: Stored, calls: Calls) -> None:
     async def fails() -> None:
         raise ValueError("no")
 
-    ctx = stored.context(clock)
+    ctx = stored.context()
     with pytest.raises(ValueError, match="no"):
         await ctx.step("ask", fails)
     await ctx.step("ask", calls.ask, "second")
@@ -288,14 +277,14 @@ async def test_a_step_that_raises_stores_nothing_and_keeps_its_number(
     assert [step.occurrence for step in stored.steps] == [2]
 
 
-async def test_a_result_that_cannot_be_stored_says_why(stored: Stored, clock: ManualClock) -> None:
+async def test_a_result_that_cannot_be_stored_says_why(stored: Stored) -> None:
     async def large() -> str:
         return "x" * RESULT_LIMIT
 
     async def odd() -> object:
         return object()
 
-    ctx = stored.context(clock)
+    ctx = stored.context()
     with pytest.raises(StepError, match="the result of step large is 256.0 KiB of JSON; the maximum is 256"):
         await ctx.step("large", large)
     with pytest.raises(StepError, match="the result of step odd is not JSON: .*; return less"):
@@ -303,8 +292,8 @@ async def test_a_result_that_cannot_be_stored_says_why(stored: Stored, clock: Ma
     assert stored.steps == []
 
 
-async def test_a_step_in_a_step_is_an_error(stored: Stored, calls: Calls, clock: ManualClock) -> None:
-    ctx = stored.context(clock)
+async def test_a_step_in_a_step_is_an_error(stored: Stored, calls: Calls) -> None:
+    ctx = stored.context()
 
     async def outer() -> None:
         await ctx.step("inner", calls.ask, 1)
@@ -318,11 +307,9 @@ async def test_a_step_in_a_step_is_an_error(stored: Stored, calls: Calls, clock:
     assert calls.made == []
 
 
-async def test_a_cancelled_step_still_stores_the_result_of_its_call(
-    stored: Stored, calls: Calls, clock: ManualClock
-) -> None:
+async def test_a_cancelled_step_still_stores_the_result_of_its_call(stored: Stored, calls: Calls) -> None:
     stored.gate = asyncio.Event()
-    ctx = stored.context(clock)
+    ctx = stored.context()
     task = asyncio.create_task(ctx.step("ask", calls.ask, 1))
     await settle()
     assert calls.made == [1]
@@ -337,7 +324,7 @@ async def test_a_cancelled_step_still_stores_the_result_of_its_call(
     assert len(stored.steps) == 1
 
 
-async def test_a_map_keeps_the_order_and_its_concurrency(stored: Stored, clock: ManualClock) -> None:
+async def test_a_map_keeps_the_order_and_its_concurrency(stored: Stored) -> None:
     running, most = 0, 0
 
     async def summarize(item: int) -> int:
@@ -349,43 +336,41 @@ async def test_a_map_keeps_the_order_and_its_concurrency(stored: Stored, clock: 
         running -= 1
         return item * 2
 
-    ctx = stored.context(clock)
+    ctx = stored.context()
 
     assert await ctx.map("summaries", summarize, range(10), concurrency=3) == [n * 2 for n in range(10)]
     assert most == 3
     assert await ctx.map("summaries", summarize, []) == []
 
 
-async def test_a_map_without_keys_replays_equal_items_only(
-    stored: Stored, calls: Calls, clock: ManualClock
-) -> None:
-    await stored.context(clock).map("m", calls.ask, ["a", "b", "c"])
+async def test_a_map_without_keys_replays_equal_items_only(stored: Stored, calls: Calls) -> None:
+    await stored.context().map("m", calls.ask, ["a", "b", "c"])
 
-    results = await stored.context(clock).map("m", calls.ask, ["a", "x", "c", "d"])
+    results = await stored.context().map("m", calls.ask, ["a", "x", "c", "d"])
 
     assert [result["answer"] for result in results] == ["a", "x", "c", "d"]
     assert calls.made == ["a", "b", "c", "x", "d"]
     # Both results of the second place stay: the old list finds its own again.
-    again = await stored.context(clock).map("m", calls.ask, ["a", "b", "c", "d"])
+    again = await stored.context().map("m", calls.ask, ["a", "b", "c", "d"])
     assert [result["answer"] for result in again] == ["a", "b", "c", "d"]
     assert calls.made == ["a", "b", "c", "x", "d"]
 
 
-async def test_a_map_with_keys_finds_moved_items(stored: Stored, calls: Calls, clock: ManualClock) -> None:
+async def test_a_map_with_keys_finds_moved_items(stored: Stored, calls: Calls) -> None:
     def key(item: dict[str, int]) -> int:
         return item["id"]
 
-    await stored.context(clock).map("m", calls.ask, [{"id": 1}, {"id": 2}], key=key)
+    await stored.context().map("m", calls.ask, [{"id": 1}, {"id": 2}], key=key)
 
     moved = [{"id": 2, "new": 1}, {"id": 3}, {"id": 1}, {"id": 1}]
-    results = await stored.context(clock).map("m", calls.ask, moved, key=key)
+    results = await stored.context().map("m", calls.ask, moved, key=key)
 
     assert [result["answer"] for result in results] == [{"id": 2}, {"id": 3}, {"id": 1}, {"id": 1}]
     # A key that is used twice is another step.
     assert calls.made == [{"id": 1}, {"id": 2}, {"id": 3}, {"id": 1}]
 
 
-async def test_an_error_of_a_map_lets_the_calls_in_flight_finish(stored: Stored, clock: ManualClock) -> None:
+async def test_an_error_of_a_map_lets_the_calls_in_flight_finish(stored: Stored) -> None:
     started: list[int] = []
 
     async def work(item: int) -> int:
@@ -396,7 +381,7 @@ async def test_an_error_of_a_map_lets_the_calls_in_flight_finish(stored: Stored,
             await asyncio.sleep(0)
         return item
 
-    ctx = stored.context(clock)
+    ctx = stored.context()
     with pytest.raises(SystemExit):
         await ctx.map("m", work, range(10), concurrency=3)
 
@@ -405,7 +390,7 @@ async def test_an_error_of_a_map_lets_the_calls_in_flight_finish(stored: Stored,
     assert ctx._steps.journal.in_flight == 0
 
 
-async def test_a_cancelled_map_starts_no_other_call(stored: Stored, clock: ManualClock) -> None:
+async def test_a_cancelled_map_starts_no_other_call(stored: Stored) -> None:
     started: list[int] = []
 
     async def work(item: int) -> int:
@@ -413,7 +398,7 @@ async def test_a_cancelled_map_starts_no_other_call(stored: Stored, clock: Manua
         await asyncio.Event().wait()
         return item
 
-    ctx = stored.context(clock)
+    ctx = stored.context()
     task = asyncio.create_task(ctx.map("m", work, range(10), concurrency=2))
     await settle()
     task.cancel()
@@ -424,8 +409,8 @@ async def test_a_cancelled_map_starts_no_other_call(stored: Stored, clock: Manua
     assert started == [0, 1]
 
 
-def test_a_blocking_step_refuses_what_it_cannot_do(stored: Stored, calls: Calls, clock: ManualClock) -> None:
-    ctx = stored.blocking(clock)
+def test_a_blocking_step_refuses_what_it_cannot_do(stored: Stored, calls: Calls) -> None:
+    ctx = stored.blocking()
 
     with pytest.raises(TypeError, match="timeout= works for async functions only"):
         ctx.step("work", calls.work, 1, timeout=3)
@@ -437,9 +422,7 @@ def test_a_blocking_step_refuses_what_it_cannot_do(stored: Stored, calls: Calls,
         ctx.map("m", lambda item: ctx.step("inner", calls.work, 1), [1, 2])
 
 
-def test_a_blocking_step_is_tried_again(
-    stored: Stored, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_blocking_step_is_tried_again(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(step_calls.time, "sleep", slept.append)
     errors = [ConnectionError("no"), ConnectionError("no")]
@@ -449,16 +432,16 @@ def test_a_blocking_step_is_tried_again(
             raise errors.pop()
         return "done"
 
-    assert stored.blocking(clock).step("work", work, retries=2) == "done"
+    assert stored.blocking().step("work", work, retries=2) == "done"
     assert len(slept) == 2
 
 
-def test_an_error_of_a_blocking_map_is_raised(stored: Stored, clock: ManualClock) -> None:
+def test_an_error_of_a_blocking_map_is_raised(stored: Stored) -> None:
     def work(item: int) -> int:
         if item == 2:
             raise ValueError("two")
         return item
 
     with pytest.raises(ValueError, match="two"):
-        stored.blocking(clock).map("m", work, range(5), concurrency=1)
+        stored.blocking().map("m", work, range(5), concurrency=1)
     assert [step.result_json for step in stored.steps] == ["0", "1"]

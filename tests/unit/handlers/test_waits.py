@@ -33,7 +33,8 @@ BlockingHandler = Callable[[BlockingContext[Any, Any]], Any]
 class Worker:
     """The worker's side: answers waits by name, keeps what was opened, and steps over attempts."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: ManualClock) -> None:
+        self.clock = clock
         self.opened: list[str] = []
         self.waits: list[NewWait] = []
         self.states: dict[str, WaitState] = {}
@@ -54,9 +55,9 @@ class Worker:
         answers = {OpenWait: lambda call: self.open(call.wait)}
         return AnsweringWorker(answers, suspends, self.saved.append, steps=self.steps)
 
-    async def run(self, clock: ManualClock, handler: Handler) -> Outcome:
+    async def run(self, handler: Handler) -> Outcome:
         """One attempt of an async handler."""
-        data = given(clock)
+        data = given(self.clock)
         data.replays = True
         ctx: Context[Any, Any] = Context(
             data, self.port(suspends=True), Cancellation(), None, self.parks.append
@@ -68,9 +69,9 @@ class Worker:
 
         return await call(body, ctx)
 
-    def run_blocking(self, clock: ManualClock, handler: BlockingHandler) -> Outcome:
+    def run_blocking(self, handler: BlockingHandler) -> Outcome:
         """One attempt of a handler that blocks."""
-        data = given(clock)
+        data = given(self.clock)
         data.replays = True
         port = self.port()
         ctx: BlockingContext[Any, Any] = BlockingContext(
@@ -85,33 +86,33 @@ class Worker:
 
 
 @pytest.fixture
-def worker() -> Worker:
-    return Worker()
+def worker(clock: ManualClock) -> Worker:
+    return Worker(clock)
 
 
-async def test_a_wait_parks_and_the_next_attempt_gets_the_answer(worker: Worker, clock: ManualClock) -> None:
+async def test_a_wait_parks_and_the_next_attempt_gets_the_answer(worker: Worker) -> None:
     async def handler(ctx: Context[Any, Any]) -> Any:
         return await ctx.wait_for("approval", timeout="3d", ask={"publish": "it"})
 
-    assert await worker.run(clock, handler) == Parked("answer", "approval")
+    assert await worker.run(handler) == Parked("answer", "approval")
 
     worker.answer("approval", '{"yes": true}')
-    assert await worker.run(clock, handler) == Succeeded('{"yes":true}')
+    assert await worker.run(handler) == Succeeded('{"yes":true}')
     assert len(worker.parks) == 1
 
 
-async def test_a_sleep_parks_until_it_is_over(worker: Worker, clock: ManualClock) -> None:
+async def test_a_sleep_parks_until_it_is_over(worker: Worker) -> None:
     async def handler(ctx: Context[Any, Any]) -> str:
         await ctx.sleep("2d")
         return "awake"
 
-    assert await worker.run(clock, handler) == Parked("asleep")
+    assert await worker.run(handler) == Parked("asleep")
 
     worker.states["sleep"] = WaitState("sleep", "over")
-    assert await worker.run(clock, handler) == Succeeded('"awake"')
+    assert await worker.run(handler) == Succeeded('"awake"')
 
 
-async def test_a_wait_that_timed_out_raises_on_each_attempt(worker: Worker, clock: ManualClock) -> None:
+async def test_a_wait_that_timed_out_raises_on_each_attempt(worker: Worker) -> None:
     async def handler(ctx: Context[Any, Any]) -> str:
         try:
             await ctx.wait_for("approval", timeout="1h")
@@ -121,8 +122,8 @@ async def test_a_wait_that_timed_out_raises_on_each_attempt(worker: Worker, cloc
 
     worker.states["approval"] = WaitState("answer", "over")
 
-    assert await worker.run(clock, handler) == Succeeded('"nobody"')
-    assert await worker.run(clock, handler) == Succeeded('"nobody"')
+    assert await worker.run(handler) == Succeeded('"nobody"')
+    assert await worker.run(handler) == Succeeded('"nobody"')
 
 
 async def test_a_timeout_that_the_handler_lets_pass_is_not_retried() -> None:
@@ -211,17 +212,17 @@ async def behind_a_queue(ctx: Context[Any, Any]) -> str:
     ],
 )
 async def test_no_handler_swallows_a_park(
-    worker: Worker, clock: ManualClock, handler: Handler, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, handler: Handler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(waits, "PATIENCE", 0.3)
     async with asyncio.timeout(5):
-        outcome = await worker.run(clock, handler)
+        outcome = await worker.run(handler)
 
     assert isinstance(outcome, Parked) and outcome.reason == "answer"
     assert worker.steps == []
 
 
-async def test_the_finally_of_a_handler_runs_when_it_parks(worker: Worker, clock: ManualClock) -> None:
+async def test_the_finally_of_a_handler_runs_when_it_parks(worker: Worker) -> None:
     cleaned = []
 
     async def handler(ctx: Context[Any, Any]) -> None:
@@ -231,13 +232,11 @@ async def test_the_finally_of_a_handler_runs_when_it_parks(worker: Worker, clock
             await asyncio.sleep(0)
             cleaned.append(True)
 
-    assert isinstance(await worker.run(clock, handler), Parked)
+    assert isinstance(await worker.run(handler), Parked)
     assert cleaned == [True]
 
 
-async def test_tasks_that_wait_at_once_park_together_and_go_on_at_the_first_event(
-    worker: Worker, clock: ManualClock
-) -> None:
+async def test_tasks_that_wait_at_once_park_together_and_go_on_at_the_first_event(worker: Worker) -> None:
     done = []
 
     async def one(ctx: Context[Any, Any], name: str) -> None:
@@ -250,15 +249,15 @@ async def test_tasks_that_wait_at_once_park_together_and_go_on_at_the_first_even
                 group.create_task(one(ctx, name))
         return len(done)
 
-    assert await worker.run(clock, handler) == Parked("answer", "a, b, c")
+    assert await worker.run(handler) == Parked("answer", "a, b, c")
     assert worker.opened == ["a", "b", "c"]
 
     worker.answer("b", "1")
-    assert await worker.run(clock, handler) == Parked("answer", "a, c")
+    assert await worker.run(handler) == Parked("answer", "a, c")
     assert done == ["b"]
 
 
-async def test_an_attempt_parks_only_when_no_step_is_in_flight(worker: Worker, clock: ManualClock) -> None:
+async def test_an_attempt_parks_only_when_no_step_is_in_flight(worker: Worker) -> None:
     gate, calls = asyncio.Event(), []
 
     async def pay() -> str:
@@ -269,7 +268,7 @@ async def test_an_attempt_parks_only_when_no_step_is_in_flight(worker: Worker, c
     async def handler(ctx: Context[Any, Any]) -> None:
         await asyncio.gather(ctx.wait_for("approval"), ctx.step("pay", pay))
 
-    running = asyncio.create_task(worker.run(clock, handler))
+    running = asyncio.create_task(worker.run(handler))
     for _ in range(100):
         await asyncio.sleep(0)
     assert not running.done() and worker.opened == ["approval"]
@@ -279,7 +278,7 @@ async def test_an_attempt_parks_only_when_no_step_is_in_flight(worker: Worker, c
     assert [step.result_json for step in worker.steps] == ['"receipt"']
 
 
-async def test_steps_that_follow_each_other_end_before_the_park(worker: Worker, clock: ManualClock) -> None:
+async def test_steps_that_follow_each_other_end_before_the_park(worker: Worker) -> None:
     async def chain(ctx: Context[Any, Any]) -> None:
         for number in range(5):
             await ctx.step("link", lambda number=number: number)
@@ -287,13 +286,11 @@ async def test_steps_that_follow_each_other_end_before_the_park(worker: Worker, 
     async def handler(ctx: Context[Any, Any]) -> None:
         await asyncio.gather(ctx.wait_for("approval"), chain(ctx))
 
-    assert isinstance(await worker.run(clock, handler), Parked)
+    assert isinstance(await worker.run(handler), Parked)
     assert len(worker.steps) == 5
 
 
-async def test_a_handler_that_goes_on_without_a_wait_is_not_parked(
-    worker: Worker, clock: ManualClock
-) -> None:
+async def test_a_handler_that_goes_on_without_a_wait_is_not_parked(worker: Worker) -> None:
     """The first of two waits is over, and the handler uses no other: parking it would never end."""
     worker.answer("first", '"yes"')
     response = asyncio.get_running_loop().create_future()
@@ -304,7 +301,7 @@ async def test_a_handler_that_goes_on_without_a_wait_is_not_parked(
         await response
         return done.pop().result()
 
-    running = asyncio.ensure_future(worker.run(clock, handler))
+    running = asyncio.ensure_future(worker.run(handler))
     await settle(200)
     assert not running.done()
     response.set_result(None)
@@ -312,7 +309,7 @@ async def test_a_handler_that_goes_on_without_a_wait_is_not_parked(
     assert await running == Succeeded('"yes"')
 
 
-async def test_a_cancelled_wait_does_not_park(worker: Worker, clock: ManualClock) -> None:
+async def test_a_cancelled_wait_does_not_park(worker: Worker) -> None:
     async def handler(ctx: Context[Any, Any]) -> str:
         waiting = asyncio.create_task(ctx.wait_for("approval"))
         await asyncio.sleep(0)
@@ -323,10 +320,10 @@ async def test_a_cancelled_wait_does_not_park(worker: Worker, clock: ManualClock
             await asyncio.sleep(0)
         return "went on"
 
-    assert await worker.run(clock, handler) == Succeeded('"went on"')
+    assert await worker.run(handler) == Succeeded('"went on"')
 
 
-async def test_occurrences_are_taken_when_called(worker: Worker, clock: ManualClock) -> None:
+async def test_occurrences_are_taken_when_called(worker: Worker) -> None:
     worker.answer("approval", "1")
     worker.answer("approval#2", "2")
 
@@ -334,7 +331,7 @@ async def test_occurrences_are_taken_when_called(worker: Worker, clock: ManualCl
         first, second = ctx.wait_for("approval"), ctx.wait_for("approval")
         return [await second, await first]
 
-    assert await worker.run(clock, handler) == Succeeded("[2,1]")
+    assert await worker.run(handler) == Succeeded("[2,1]")
 
 
 @pytest.mark.parametrize(
@@ -350,15 +347,13 @@ async def test_occurrences_are_taken_when_called(worker: Worker, clock: ManualCl
     ],
     ids=["name", "sleep", "budget", "large", "not JSON", "name of a sleep", "in a step"],
 )
-async def test_wrong_use_is_a_clear_error(
-    worker: Worker, clock: ManualClock, use: Handler, message: str
-) -> None:
+async def test_wrong_use_is_a_clear_error(worker: Worker, use: Handler, message: str) -> None:
     async def handler(ctx: Context[Any, Any]) -> Any:
         with pytest.raises(StepError, match=message):
             await use(ctx)
         return "refused"
 
-    assert await worker.run(clock, handler) == Succeeded('"refused"')
+    assert await worker.run(handler) == Succeeded('"refused"')
 
 
 @pytest.mark.parametrize(
@@ -369,7 +364,7 @@ async def test_wrong_use_is_a_clear_error(
     ],
 )
 async def test_what_the_worker_refuses_is_a_clear_error(
-    worker: Worker, clock: ManualClock, state: WaitState, message: str
+    worker: Worker, state: WaitState, message: str
 ) -> None:
     worker.states["approval"] = state
 
@@ -377,10 +372,10 @@ async def test_what_the_worker_refuses_is_a_clear_error(
         with pytest.raises(StepError, match=message):
             await ctx.wait_for("approval")
 
-    assert await worker.run(clock, handler) == Succeeded(None)
+    assert await worker.run(handler) == Succeeded(None)
 
 
-async def test_one_name_from_two_tasks_is_an_error(worker: Worker, clock: ManualClock) -> None:
+async def test_one_name_from_two_tasks_is_an_error(worker: Worker) -> None:
     async def handler(ctx: Context[Any, Any]) -> None:
         async def nap() -> None:
             await ctx.sleep("1h")
@@ -390,7 +385,7 @@ async def test_one_name_from_two_tasks_is_an_error(worker: Worker, clock: Manual
                 group.create_task(nap())
                 group.create_task(nap())
 
-    assert await worker.run(clock, handler) == Succeeded(None)
+    assert await worker.run(handler) == Succeeded(None)
 
 
 def swallow(ctx: BlockingContext[Any, Any]) -> str:
@@ -415,27 +410,25 @@ def exit_after(ctx: BlockingContext[Any, Any]) -> str:
 
 
 @pytest.mark.parametrize("handler", [swallow, swallow_and_step, exit_after])
-def test_no_blocking_handler_swallows_a_park(
-    worker: Worker, clock: ManualClock, handler: BlockingHandler
-) -> None:
-    assert worker.run_blocking(clock, handler) == Parked("answer", "approval")
+def test_no_blocking_handler_swallows_a_park(worker: Worker, handler: BlockingHandler) -> None:
+    assert worker.run_blocking(handler) == Parked("answer", "approval")
     assert worker.parks == [Parked("answer", "approval")]
     assert worker.steps == []
 
 
-def test_a_blocking_handler_goes_on_with_the_answer(worker: Worker, clock: ManualClock) -> None:
+def test_a_blocking_handler_goes_on_with_the_answer(worker: Worker) -> None:
     def handler(ctx: BlockingContext[Any, Any]) -> Any:
         ctx.sleep("1h")
         return ctx.wait_for("approval")
 
-    assert worker.run_blocking(clock, handler) == Parked("asleep")
+    assert worker.run_blocking(handler) == Parked("asleep")
     worker.states["sleep"] = WaitState("sleep", "over")
-    assert worker.run_blocking(clock, handler) == Parked("answer", "approval")
+    assert worker.run_blocking(handler) == Parked("answer", "approval")
     worker.answer("approval", "7")
-    assert worker.run_blocking(clock, handler) == Succeeded("7")
+    assert worker.run_blocking(handler) == Succeeded("7")
 
 
-def test_a_parked_blocking_handler_makes_no_other_call(worker: Worker, clock: ManualClock) -> None:
+def test_a_parked_blocking_handler_makes_no_other_call(worker: Worker) -> None:
     def handler(ctx: BlockingContext[Any, Any]) -> None:
         with suppress(BaseException):
             ctx.wait_for("approval")
@@ -443,11 +436,11 @@ def test_a_parked_blocking_handler_makes_no_other_call(worker: Worker, clock: Ma
             with pytest.raises(Parking):
                 use()
 
-    assert isinstance(worker.run_blocking(clock, handler), Parked)
+    assert isinstance(worker.run_blocking(handler), Parked)
     assert worker.saved == []
 
 
-def test_a_blocking_wait_lets_steps_of_other_threads_end(worker: Worker, clock: ManualClock) -> None:
+def test_a_blocking_wait_lets_steps_of_other_threads_end(worker: Worker) -> None:
     begun, gate = threading.Event(), threading.Event()
 
     def pay() -> str:
@@ -462,11 +455,11 @@ def test_a_blocking_wait_lets_steps_of_other_threads_end(worker: Worker, clock: 
         threading.Timer(0.05, gate.set).start()
         ctx.wait_for("approval")
 
-    assert isinstance(worker.run_blocking(clock, handler), Parked)
+    assert isinstance(worker.run_blocking(handler), Parked)
     assert [step.result_json for step in worker.steps] == ['"receipt"']
 
 
-async def test_options_are_sent_as_plain_values(worker: Worker, clock: ManualClock) -> None:
+async def test_options_are_sent_as_plain_values(worker: Worker) -> None:
     class Answer(StrEnum):
         YES = "yes"
         NO = "no"
@@ -477,8 +470,8 @@ async def test_options_are_sent_as_plain_values(worker: Worker, clock: ManualClo
     def blocking(ctx: BlockingContext[Any, Any]) -> Any:
         return ctx.wait_for("number", options=(1, None))
 
-    assert await worker.run(clock, handler) == Parked("answer", "approval")
-    assert worker.run_blocking(clock, blocking) == Parked("answer", "number")
+    assert await worker.run(handler) == Parked("answer", "approval")
+    assert worker.run_blocking(blocking) == Parked("answer", "number")
 
     assert [wait.options for wait in worker.waits] == [("yes", "no"), (1, None)]
     assert type(worker.waits[0].options[0]) is str
@@ -497,7 +490,7 @@ async def test_options_are_sent_as_plain_values(worker: Worker, clock: ManualClo
     ],
 )
 async def test_options_that_cannot_be_stored_fail_the_call(
-    worker: Worker, clock: ManualClock, options: Any, problem: str
+    worker: Worker, options: Any, problem: str
 ) -> None:
     """The control: without options the same `ask` is sent."""
     ask = "y" * 9_000
@@ -508,9 +501,9 @@ async def test_options_that_cannot_be_stored_fail_the_call(
     def blocking(ctx: BlockingContext[Any, Any]) -> Any:
         return ctx.wait_for("approval", ask=ask, options=options)
 
-    for outcome in (await worker.run(clock, handler), worker.run_blocking(clock, blocking)):
+    for outcome in (await worker.run(handler), worker.run_blocking(blocking)):
         assert isinstance(outcome, Failed)
         assert problem in outcome.error.message
     assert worker.waits == []
     options = None
-    assert await worker.run(clock, handler) == Parked("answer", "approval")
+    assert await worker.run(handler) == Parked("answer", "approval")
