@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -475,20 +473,3 @@ async def test_an_agent_without_a_name_is_told_so(store: Store):
 async def test_a_handler_that_blocks_is_told_so():
     with pytest.raises(TypeError, match="needs the Context of an async handler"):
         durable(Agent(TestModel(), name="helper"), object())  # type: ignore[arg-type]
-
-
-def test_the_package_does_not_load_it_until_it_is_used():
-    check = "import worker, sys; worker.Context, worker.job; sys.exit('pydantic_ai' in sys.modules)"
-
-    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
-
-
-def test_without_pydantic_ai_the_error_names_the_extra():
-    check = (
-        "import sys; sys.modules['pydantic_ai'] = None\n"
-        "try:\n    from worker import durable\n"
-        "except ImportError as error:\n    print(error)"
-    )
-
-    shown = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout
-    assert "extra pydantic-ai" in shown

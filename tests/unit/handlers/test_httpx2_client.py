@@ -119,16 +119,18 @@ def test_a_handler_that_blocks_is_told_so(orgworker: Orgworker):
     assert finished.error["message"] == "httpx2_client needs the Context of an async handler"
 
 
-def test_the_package_does_not_load_it_until_it_is_used():
-    check = "import worker, sys; worker.Context, worker.job; sys.exit('httpx2' in sys.modules)"
+@pytest.mark.parametrize("package", ["httpx2", "pydantic_ai"])
+def test_the_worker_does_not_load_an_extra_until_it_is_used(package: str):
+    check = f"import worker, sys; worker.Context, worker.job; sys.exit('{package}' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0
 
 
-def test_without_httpx2_the_error_names_the_extra():
+@pytest.mark.parametrize(("package", "name"), [("httpx2", "httpx2_client"), ("pydantic_ai", "durable")])
+def test_without_its_package_the_error_names_the_extra(package: str, name: str):
     check = (
-        "import sys; sys.modules['httpx2'] = None\n"
-        "try:\n    from worker import httpx2_client\n"
+        f"import sys; sys.modules['{package}'] = None\n"
+        f"try:\n    from worker import {name}\n"
         "except ImportError as error:\n    print(error)"
     )
 

@@ -44,10 +44,13 @@ class Product(Protocol):
     def watch(self, person: str, run: str = RUN) -> httpx.Response: ...
 
 
-class FastApi:
+class Connected:
+    """What is alike in both: the client that their module `sync` has for orgworker."""
+
+    client: type[httpx.Client] | type[httpx.AsyncClient]
+
     def __init__(self, modules: dict[str, Any]) -> None:
         self._sync = modules["sync"]
-        self._client = TestClient(modules["crm"].app)
         self.asked: list[httpx.Request] = []
 
     def connect(self, respond: Respond) -> None:
@@ -56,7 +59,15 @@ class FastApi:
             return respond(request)
 
         base = {"base_url": self._sync.jobs.base_url, "headers": self._sync.jobs.headers}
-        self._sync.jobs = httpx.AsyncClient(transport=httpx.MockTransport(record), **base)
+        self._sync.jobs = self.client(transport=httpx.MockTransport(record), **base)
+
+
+class FastApi(Connected):
+    client = httpx.AsyncClient
+
+    def __init__(self, modules: dict[str, Any]) -> None:
+        super().__init__(modules)
+        self._client = TestClient(modules["crm"].app)
 
     def press(self, person: str, key: str | None = KEY) -> httpx.Response:
         headers = {"Cookie": f"session=session-of-{person}"} | ({"Idempotency-Key": key} if key else {})
@@ -66,24 +77,17 @@ class FastApi:
         return self._client.get(f"/sync/{run}", headers={"Cookie": f"session=session-of-{person}"})
 
 
-class Django:
+class Django(Connected):
     """Its views, found by address. A process has one set of settings, so none of the product's is needed."""
+
+    client = httpx.Client
 
     def __init__(self, modules: dict[str, Any]) -> None:
         if not settings.configured:
             settings.configure()
         # Else the address of a view leads to the modules of the test before.
         clear_url_caches()
-        self._sync = modules["sync"]
-        self.asked: list[httpx.Request] = []
-
-    def connect(self, respond: Respond) -> None:
-        def record(request: httpx.Request) -> httpx.Response:
-            self.asked.append(request)
-            return respond(request)
-
-        base = {"base_url": self._sync.jobs.base_url, "headers": self._sync.jobs.headers}
-        self._sync.jobs = httpx.Client(transport=httpx.MockTransport(record), **base)
+        super().__init__(modules)
 
     def press(self, person: str, key: str | None = KEY) -> httpx.Response:
         headers = {"Idempotency-Key": key} if key else {}

@@ -10,6 +10,7 @@ import string
 import time
 import timeit
 import tracemalloc
+from collections.abc import Callable
 from urllib.parse import quote, quote_plus
 
 import pytest
@@ -175,26 +176,32 @@ def test_a_forgotten_secret_is_masked_no_longer():
     assert masker.mask(" ".join(SECRETS.values()), ALL_ORGS) == " ".join(SECRETS.values())
 
 
+def grown(come_and_go: Callable[[range], None], first: range, then: range) -> int:
+    """The bytes that secrets leave behind which come and go after the first ones.
+
+    A token that stays takes over 500; what the interpreter keeps for itself does not grow with them.
+    """
+    tracemalloc.start()
+    try:
+        come_and_go(first)
+        before = tracemalloc.get_traced_memory()[0]
+        come_and_go(then)
+        return tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("make", [made_up_token, lambda seed: made_up(30, seed)], ids=["token", "word"])
 def test_a_forgotten_secret_leaves_no_memory_behind(make):
-    def come_and_go(seeds: range) -> int:
+    def come_and_go(seeds: range) -> None:
         for seed in seeds:
             secret = make(seed)
             masker.register(secret)
             masker.forget(secret)
-        return tracemalloc.get_traced_memory()[0]
 
     masker = known(TOKEN)
-    tracemalloc.start()
-    try:
-        before = come_and_go(range(100, 120))
-        grown = come_and_go(range(200, 400)) - before
-    finally:
-        tracemalloc.stop()
-
     # One number for each secret would be more.
-    # A token that stays takes over 500 bytes; what the interpreter keeps for itself does not grow with them.
-    assert grown < 600 * 50
+    assert grown(come_and_go, range(100, 120), range(200, 400)) < 600 * 50
 
 
 def test_a_forgotten_token_does_not_unmask_one_that_begins_alike():
@@ -324,23 +331,14 @@ def test_a_held_token_is_not_prepared_for_text_that_cannot_contain_it():
 def test_released_tokens_leave_no_memory_behind():
     masker = Masker(kept=10)
 
-    def come_and_go(seeds: range) -> int:
+    def come_and_go(seeds: range) -> None:
         for seed in seeds:
             token = made_up_token(seed)
             masker.note(token)
             assert masker.mask(token, ALL_ORGS) == MASK
-        return tracemalloc.get_traced_memory()[0]
 
-    tracemalloc.start()
-    try:
-        before = come_and_go(range(100, 200))
-        grown = come_and_go(range(200, 800)) - before
-    finally:
-        tracemalloc.stop()
-
-    # A token that stays takes over 500 bytes; what the interpreter keeps for itself does not grow with them.
     # Tables that entries come to and go from grow for a while.
-    assert grown < 600 * 100
+    assert grown(come_and_go, range(100, 200), range(200, 800)) < 600 * 100
 
 
 def test_the_long_texts_of_a_secret_in_json_are_secrets_too():

@@ -211,17 +211,23 @@ async def test_without_a_database_what_is_known_is_used(clock: ManualClock):
     assert [each.client_id for each in await generations.of(ORG)] == ["client-a"]
 
 
-async def test_credentials_retired_while_they_are_confirmed_are_not_kept(clock: ManualClock):
-    """`forget` comes while the query runs."""
-    generations, source = await known_generations(clock)
-    asked, answer = source.active_ids, asyncio.Event()
+def held_back(source: FakeCredentials, name: str) -> asyncio.Event:
+    """Have a query of the source return what it found only after the event."""
+    asked, answer = getattr(source, name), asyncio.Event()
 
     async def slow(org_ids):
         found = await asked(org_ids)
         await answer.wait()
         return found
 
-    source.active_ids = slow
+    setattr(source, name, slow)
+    return answer
+
+
+async def test_credentials_retired_while_they_are_confirmed_are_not_kept(clock: ManualClock):
+    """`forget` comes while the query runs."""
+    generations, source = await known_generations(clock)
+    answer = held_back(source, "active_ids")
     loading = asyncio.ensure_future(generations.load([ORG]))
     await settle()
     generations.forget(ORG.id)
@@ -254,14 +260,7 @@ async def test_credentials_that_were_read_meanwhile_are_not_replaced_by_older_on
     source = FakeCredentials()
     source.add(ORG, "client-old", "secret")
     generations = Generations(source, clock=clock)
-    read, answer = source.active_of, asyncio.Event()
-
-    async def slow(org_ids):
-        found = await read(org_ids)
-        await answer.wait()
-        return found
-
-    source.active_of = slow
+    answer = held_back(source, "active_of")
     loading = asyncio.ensure_future(generations.load([ORG]))
     await settle()
     source.add(ORG, "client-new", "secret")

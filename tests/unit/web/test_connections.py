@@ -144,6 +144,21 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     await Response(await read_body(Request(scope, receive)))(scope, receive, send)
 
 
+async def stuck(scope: Scope, receive: Receive, send: Send) -> None:
+    """Serves for ever."""
+    await asyncio.Event().wait()
+
+
+def once(ready: asyncio.Event, then: ASGIApp) -> ASGIApp:
+    """Serves as `then`, once it is ready."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await ready.wait()
+        await then(scope, receive, send)
+
+    return app
+
+
 async def trickle(listener: Listener, wire: Wire, data: bytes, seconds: int) -> None:
     """Send a byte a second, for so long or until the connection is closed."""
     for at in range(seconds):
@@ -300,12 +315,7 @@ async def test_each_body_has_a_deadline_of_its_own():
 
 async def test_a_response_takes_as_long_as_it_takes():
     ready = asyncio.Event()
-
-    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
-        await ready.wait()
-        await answer(scope, receive, send)
-
-    listener = Listener(slow)
+    listener = Listener(once(ready, answer))
     wire = listener.open()
 
     await listener.send(wire, GET)
@@ -344,12 +354,7 @@ async def test_an_event_stream_has_no_deadline(head: bytes):
 
 async def test_a_body_that_the_application_has_not_taken_is_not_the_clients_fault():
     go_on = asyncio.Event()
-
-    async def busy(scope: Scope, receive: Receive, send: Send) -> None:
-        await go_on.wait()
-        await echo(scope, receive, send)
-
-    listener = Listener(busy)
+    listener = Listener(once(go_on, echo))
     wire = listener.open()
     await listener.send(wire, POST.replace(b"10", b"100000") + b"x" * 70_000)
     assert not wire.reading
@@ -482,11 +487,11 @@ async def test_idle_slow_headers_and_slow_bodies_all_make_room():
 async def test_a_client_that_does_not_take_its_response_makes_room():
     started = asyncio.Event()
 
-    async def stuck(scope: Scope, receive: Receive, send: Send) -> None:
+    async def served(scope: Scope, receive: Receive, send: Send) -> None:
         started.set()
-        await asyncio.Event().wait()
+        await stuck(scope, receive, send)
 
-    listener = Listener(stuck, most=1)
+    listener = Listener(served, most=1)
     wire = listener.open()
     await listener.send(wire, GET)
     assert started.is_set()
@@ -525,9 +530,6 @@ async def test_who_is_being_served_is_never_closed_and_health_is_answered_beside
 
 
 async def test_where_all_are_being_served_a_newcomer_is_closed():
-    async def stuck(scope: Scope, receive: Receive, send: Send) -> None:
-        await asyncio.Event().wait()
-
     listener = Listener(stuck, most=3)
     served = [listener.open() for _ in range(3)]
     for wire in served:
@@ -563,9 +565,6 @@ async def test_an_address_has_no_limit_where_it_is_off_or_the_address_is_trusted
 
 
 async def test_an_address_whose_connections_are_all_being_served_gets_no_more():
-    async def stuck(scope: Scope, receive: Receive, send: Send) -> None:
-        await asyncio.Event().wait()
-
     listener = Listener(stuck, per_address=1)
     await listener.send(listener.open("192.0.2.1"), GET)
 
