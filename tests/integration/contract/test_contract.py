@@ -14,8 +14,6 @@ from worker.secret import AccessToken
 from worker.store import tables
 from worker.telemetry.masking import MASK
 
-pytestmark = pytest.mark.anyio
-
 
 async def test_a_checkpoint_is_stored_masked_and_the_last_one_counts(carrier: Carrier) -> None:
     told = await carrier.run(["save", {"done": 1}], ["save", {"leak": "x $token y"}])

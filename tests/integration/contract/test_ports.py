@@ -47,8 +47,6 @@ from worker.runs.waits import NewWait
 from worker.store import tables
 from worker.telemetry.masking import MASK, Masker
 
-pytestmark = pytest.mark.anyio
-
 BUDGET = """
 [[budget]]
 org = "org_a"

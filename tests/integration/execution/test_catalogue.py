@@ -22,8 +22,6 @@ from worker.execution.runners.child.pool import ChildPool
 from worker.handlers.catalogue import MAX_AT_ONCE, HandlerEntry, read_catalogue
 from worker.handlers.installed import distributions
 
-pytestmark = pytest.mark.anyio
-
 GOOD = """
 import os, sys
 from pydantic import BaseModel, Field

@@ -9,8 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.fakes.answering import AnsweringWorker
 from tests.fakes.running import NOW, claims, token, until, work
 from worker.clock import SystemClock
@@ -25,8 +23,6 @@ from worker.runs.outcome import (
     Refused,
     Succeeded,
 )
-
-pytestmark = pytest.mark.anyio
 
 
 def result(outcome: Outcome) -> Any:

@@ -28,8 +28,6 @@ from worker.runs.outcome import HandedBack, Lost, Succeeded
 from worker.store.engine import lock_sqlite_file
 from worker.telemetry.events import Emitted
 
-pytestmark = pytest.mark.anyio
-
 
 @pytest.fixture
 async def own_children(plugin_folder: Path) -> AsyncIterator[ChildPool]:

@@ -22,8 +22,6 @@ from worker.runs.lease import Lease
 from worker.runs.outcome import Cancelled, Lost, Outcome, Succeeded
 from worker.telemetry.events import Emitted
 
-pytestmark = pytest.mark.anyio
-
 LEASE = 2.0
 
 

@@ -20,8 +20,6 @@ from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import GivenErrors, StopSignal
 from worker.runs.outcome import Failed, HandedBack, NoToken, Outcome, Refused, Succeeded
 
-pytestmark = pytest.mark.anyio
-
 CHANNEL = """
 import json, struct
 from worker.execution.runners.child import main

@@ -32,8 +32,6 @@ from worker.handlers.given import Cancellation, Given, HeldToken, Org, ThisRun
 from worker.handlers.public_http import AddressRefused, PublicTransport
 from worker.runs.outcome import Failed
 
-pytestmark = pytest.mark.anyio
-
 PUBLIC = "93.184.216.34"
 PORT = 19555
 

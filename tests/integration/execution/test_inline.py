@@ -27,7 +27,7 @@ from worker.runs.outcome import (
 )
 from worker.telemetry.events import Emitted
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("plugin_folder")]
+pytestmark = pytest.mark.usefixtures("plugin_folder")
 
 VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("VARIABLE", default="fresh")
 

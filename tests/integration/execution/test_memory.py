@@ -17,8 +17,6 @@ from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import StopSignal
 from worker.runs.outcome import Failed, Outcome, Succeeded
 
-pytestmark = pytest.mark.anyio
-
 MIB = 1024 * 1024
 CAP = 128 * MIB
 # No page of it is mapped.

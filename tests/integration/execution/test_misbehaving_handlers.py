@@ -19,8 +19,6 @@ from worker.execution.runners.contract import StopSignal
 from worker.execution.runners.output import CAP
 from worker.runs.outcome import Failed, Outcome, Succeeded, TimedOut
 
-pytestmark = pytest.mark.anyio
-
 KILL = "import os, signal; os.kill(os.getpid(), signal.SIG"
 HUGE = "result = 'x' * 50_000_000"
 

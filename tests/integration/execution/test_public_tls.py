@@ -23,8 +23,6 @@ from tests.fakes.network import Names
 from worker.handlers import public_http
 from worker.handlers.public_http import BlockingPublicTransport, PublicTransport
 
-pytestmark = pytest.mark.anyio
-
 PUBLIC = "93.184.216.34"
 NAMES = Names({"api.test": [PUBLIC], "other.test": [PUBLIC]})
 

@@ -31,8 +31,6 @@ from worker.runs.outcome import Failed, Outcome, Succeeded
 from worker.settings import load
 from worker.telemetry.events import Emitted
 
-pytestmark = pytest.mark.anyio
-
 MODULE = "sandbox_jobs"
 SOURCE = """
 from worker import job

@@ -19,8 +19,6 @@ from worker.execution.runners.child.sandbox import Planner
 from worker.execution.runners.contract import StopSignal
 from worker.runs.outcome import Succeeded
 
-pytestmark = pytest.mark.anyio
-
 FAULTS = "import resource; result = resource.getrusage(resource.RUSAGE_SELF).ru_minflt"
 # Prints what preparing leaves behind, in a process of its own.
 LEFT = """

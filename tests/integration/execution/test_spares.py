@@ -28,8 +28,6 @@ from worker.runs.lease import Lease
 from worker.runs.outcome import Cancelled, Failed, HandedBack, Outcome, Succeeded
 from worker.telemetry.events import Emitted
 
-pytestmark = pytest.mark.anyio
-
 # What a spare would hold of the worker's environment, and of the run before.
 SECRETS = ("canary-database-url", "canary-of-another-org")
 # Writes down that it ran, and says in which process.

@@ -15,8 +15,6 @@ from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import StopReason, StopSignal
 from worker.runs.outcome import Cancelled, HandedBack, Lost, Outcome, Succeeded, TimedOut
 
-pytestmark = pytest.mark.anyio
-
 
 class Running:
     """A run of a handler that says when it is up, and how to stop it."""

@@ -18,8 +18,6 @@ from worker.execution.placers.temporal import ACTIVITY, TemporalPlacer, queue_of
 from worker.ids import RunId, new_id
 from worker.runs.placing import Placement, Ticket
 
-pytestmark = pytest.mark.anyio
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevServer]:

@@ -17,7 +17,6 @@ from tests.fakes.key_server import KeyServer
 from tests.fakes.pages import ROOT, blocks
 from tests.integration.guard.conftest import GUARD
 
-pytestmark = pytest.mark.anyio
 PAGE = ROOT / "docs" / "reference" / "guard.md"
 FILES = {block.file: block.text for block in blocks(PAGE.read_text()) if block.language == "python"}
 

@@ -23,8 +23,6 @@ from worker.telemetry import mask_in_turn
 from worker.telemetry.mask_in_turn import AT_ONCE
 from worker.telemetry.masking import Masker
 
-pytestmark = pytest.mark.anyio
-
 
 async def test_a_host_takes_a_run_and_reports_its_end(fleet_on_either: Fleet) -> None:
     fleet = fleet_on_either

@@ -32,8 +32,6 @@ from worker.store import catalogue, host_grants, host_handlers, host_store, swee
 from worker.store.dialect import database_now
 from worker.web import attempts as web
 
-pytestmark = pytest.mark.anyio
-
 OWN = HandlerEntry("gpu.own", "gpu", "1", "gpu:own")
 KEYED = replace(OWN, secrets=("openai",))
 SCOPED = replace(OWN, scopes=("admin:all",))

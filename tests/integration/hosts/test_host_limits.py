@@ -28,8 +28,6 @@ from worker.store import tables
 from worker.telemetry.events import Emitted
 from worker.web import attempts as web
 
-pytestmark = pytest.mark.anyio
-
 NOW = "2030-01-01T00:00:00Z"
 MIB = 1024 * 1024
 

@@ -17,8 +17,6 @@ from worker.runs import outcome as outcomes
 from worker.runs.outcome import Error, Failed, Outcome
 from worker.store import hosts, tables
 
-pytestmark = pytest.mark.anyio
-
 
 async def report(fleet: Fleet, host: Host, outcome: Outcome) -> str:
     """Have a run of `host` end so; returns the run."""

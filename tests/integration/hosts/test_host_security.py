@@ -29,8 +29,6 @@ from worker.store import workers as store_workers
 from worker.telemetry.masking import MASK, Masker, masker
 from worker.web import attempts as web
 
-pytestmark = pytest.mark.anyio
-
 NOW = "2030-01-01T00:00:00Z"
 STEP: Mapping[str, Any] = {
     **{"name": "fetch", "key": None, "occurrence": 1, "seq": 1, "result_json": "[1]", "spends": []},

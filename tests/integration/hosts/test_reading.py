@@ -20,8 +20,6 @@ from worker.execution.loops.reading import CatalogueReader
 from worker.handlers.installed import Distribution
 from worker.store import tables
 
-pytestmark = pytest.mark.anyio
-
 REGISTRATION = wire.registration_message(wire.Registration("gpu1", 7, "1", {"child": 10}, ENTRIES))
 OFFER = {"entries": [wire.ENTRY.write(entry) for entry in ENTRIES]}
 

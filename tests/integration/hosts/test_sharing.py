@@ -18,8 +18,6 @@ from worker.execution.hosts.sharing import Sharing
 from worker.runs.hosts import PoolLoad
 from worker.store import hosts
 
-pytestmark = pytest.mark.anyio
-
 # Slots of each host: `Host.register` says 10. Half the load of three.
 SLOTS = 10
 HALF = 15

@@ -14,8 +14,6 @@ from worker.runs.placing import Ticket
 from worker.store import placements, workers
 from worker.store.ring_walk import RingWalk
 
-pytestmark = pytest.mark.anyio
-
 
 def place(fleet: Fleet) -> tuple[RunId, Ticket]:
     """A run of the pool `eu` that another worker has placed; a host of it must be there."""

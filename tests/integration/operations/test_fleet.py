@@ -23,8 +23,6 @@ from worker.store import credentials
 from worker.store.database import Database
 from worker.tokens.sealing import KeyRing
 
-pytestmark = pytest.mark.anyio
-
 # What does not depend on the database is tested on one.
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-import pytest
-
 from tests.conftest import on_either
 from worker.clock import SystemClock
 from worker.ids import OrgId
@@ -18,7 +16,6 @@ FILE = '[[org]]\ncode = "org_a"\nissuer = "main"\n[[org]]\ncode = "org_b"\nissue
 
 
 @on_either
-@pytest.mark.anyio
 async def test_each_change_is_found_once_by_each_worker(apply, database, rows):
     """Other rows of the audit, the control, drop no token."""
     apply(FILE)
@@ -38,7 +35,6 @@ async def test_each_change_is_found_once_by_each_worker(apply, database, rows):
     assert await first.look() == {ids["org_a"]}
 
 
-@pytest.mark.anyio
 async def test_a_change_whose_clock_is_behind_is_found(apply, database, rows, monkeypatch):
     """The control looks back no further than its own clock says."""
     apply(FILE)

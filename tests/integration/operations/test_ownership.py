@@ -29,8 +29,6 @@ from worker.store.database import Database
 from worker.telemetry import events
 from worker.tokens.sealing import KeyRing
 
-pytestmark = pytest.mark.anyio
-
 RUN = Placement(RunId("0193abcd-0000-7000-8000-000000000000"), 1, "gpu", "child")
 TICKET = Ticket.new(RUN.run_id, 1)
 

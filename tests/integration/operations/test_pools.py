@@ -296,7 +296,6 @@ def test_the_forecast_knows_the_slots_of_each_pool(apply: Apply, database: Datab
     assert measured() == {"pool default": (50, True)}
 
 
-@pytest.mark.anyio
 async def test_the_backlog_of_each_pool_is_counted(apply: Apply, database: Database) -> None:
     apply(text(OWN, "acme.plain", ""))
     run = run_now(database, "org_acme", "digest", actor="tester")

@@ -29,7 +29,6 @@ from worker.telemetry import events
 from worker.tokens.sealing import KeyRing
 from worker.tokens.token_probe import TokenProbe, watch
 
-pytestmark = pytest.mark.anyio
 EVERY = timedelta(minutes=15)
 NIGHTLY = """
 [[template]]

@@ -19,8 +19,6 @@ from worker.providers.management.mapping import parse_rules
 from worker.store.database import Database
 from worker.tokens.sealing import KeyRing
 
-pytestmark = pytest.mark.anyio
-
 
 @pytest.fixture
 def clock() -> Passing:

@@ -29,8 +29,6 @@ from worker.store import tables
 from worker.tokens.sealing import KeyRing
 from worker.tokens.token_probe import TokenProbe, watch
 
-pytestmark = pytest.mark.anyio
-
 
 class Passing(ManualClock):
     """A clock on which every sleep is over at once, and has taken its time; `meanwhile` happens then."""

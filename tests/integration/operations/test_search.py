@@ -281,7 +281,6 @@ def test_an_imported_org_is_found_at_once(database, site):
     assert site.orgs("brand") == ["org_new"]
 
 
-@pytest.mark.anyio
 async def test_an_org_that_an_older_release_adds_or_renames_is_found_by_its_words_soon(site, database):
     """Its workers write `orgs` alone, during a rolling deploy."""
     with database.transaction() as connection:
@@ -303,7 +302,6 @@ async def test_an_org_that_an_older_release_adds_or_renames_is_found_by_its_word
         assert orgs.without_words(connection, ALL_ORGS) == []
 
 
-@pytest.mark.anyio
 async def test_pages_of_orgs_without_words_end_also_if_a_code_has_none(site, database, monkeypatch):
     """A code of accents alone is no word."""
     monkeypatch.setattr(orgs, "FILLED", 1)

@@ -254,7 +254,6 @@ def test_no_role_of_the_web_side_reads_tokens(migrated_postgres_url, keyring, cl
 
 
 @on_either
-@pytest.mark.anyio
 async def test_a_worker_reserves_stores_and_finds_the_token_of_a_request(database, rows, org_ids):
     """By the id of its row, and only if that row is the org's own."""
     first, second, third = (

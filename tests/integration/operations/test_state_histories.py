@@ -38,7 +38,7 @@ from worker.store import catalogue, tables, workers
 from worker.store.database import Database
 from worker.store.worker_store import WorkerStore
 
-pytestmark = [pytest.mark.anyio, on_either]
+pytestmark = on_either
 
 HISTORIES = 500 if os.environ.get("FAULTS") == "full" else 6
 STEPS = 12

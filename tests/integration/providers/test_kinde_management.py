@@ -33,7 +33,6 @@ from worker.providers.management.contract import ApplicationName, Management, Or
 from worker.providers.management.kinde import KindeManagement
 from worker.wiring.management import management_secret, open_management
 
-pytestmark = pytest.mark.anyio
 AUDIENCE = "https://api.acme.com"
 Opened = Callable[[], AbstractAsyncContextManager[Management]]
 

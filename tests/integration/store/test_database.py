@@ -42,7 +42,6 @@ def test_instants_come_back_aware_and_exact(database: Database, clock: ManualClo
     assert row["created_at"] == clock.now()
 
 
-@pytest.mark.anyio
 async def test_work_runs_in_a_thread_of_the_database(database: Database) -> None:
     def work(connection: Connection, factor: int) -> tuple[int, str]:
         value: int = connection.execute(text("SELECT 21")).scalar_one()

@@ -7,7 +7,6 @@ from contextlib import suppress
 from urllib.parse import urlsplit
 
 import psycopg
-import pytest
 
 from tests.fakes.stock import Stock
 from tests.faults.proxy import Proxy, Verdict
@@ -15,8 +14,6 @@ from worker.clock import SystemClock
 from worker.store import definitions
 from worker.store.database import Database
 from worker.store.dialect import hint
-
-pytestmark = pytest.mark.anyio
 
 
 async def test_a_change_of_what_is_due_is_a_hint_once_it_is_committed(postgres):

@@ -107,7 +107,6 @@ def test_a_worker_that_serves_no_pool_at_the_moment_admits_nothing(stock: Stock)
     assert len(walk.admit({HANDLER: None}, {"child": 5})) == 1
 
 
-@pytest.mark.anyio
 async def test_the_store_of_a_worker_registers_its_pools_and_admits_from_them(stock: Stock) -> None:
     worker = WorkerId(new_id())
     store = WorkerStore(stock.database, worker, timedelta(seconds=30), pools=["eu", "a"])
@@ -173,7 +172,6 @@ async def admitted_by(store: WorkerStore) -> set[str]:
     return {run.pool for run in await store.admit({HANDLER: None}, {"child": 50})}
 
 
-@pytest.mark.anyio
 async def test_a_worker_without_the_rules_of_a_pool_learns_those_that_another_stored(stock: Stock) -> None:
     early = opened(stock)
     opened(stock, {"eu": {"region": "eu", "copies": 2}})
@@ -187,7 +185,6 @@ async def test_a_worker_without_the_rules_of_a_pool_learns_those_that_another_st
         assert store.pool_rules.differing == set()
 
 
-@pytest.mark.anyio
 async def test_a_worker_with_older_rules_takes_no_run_of_that_pool(stock: Stock) -> None:
     older = opened(stock, {"eu": {"region": "eu"}})
     same = opened(stock, {"eu": {"region": "eu"}})
@@ -205,7 +202,6 @@ async def test_a_worker_with_older_rules_takes_no_run_of_that_pool(stock: Stock)
     assert await admitted_by(opened(stock, {"eu": {"region": "europe"}})) == {"eu"}
 
 
-@pytest.mark.anyio
 async def test_rules_stay_until_someone_forgets_them(stock: Stock) -> None:
     store = opened(stock, {"eu": {"region": "eu"}})
     other = opened(stock)
@@ -220,7 +216,6 @@ async def test_rules_stay_until_someone_forgets_them(stock: Stock) -> None:
     assert store.pool_rules.differing == {"eu"}
 
 
-@pytest.mark.anyio
 async def test_what_handlers_of_other_workers_and_hosts_declare_is_known(stock: Stock) -> None:
     entries = [
         HandlerEntry("acme.gpu", "acme-jobs", "1", "acme:gpu", isolation="inline", pool="eu-gpu"),

@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 from datetime import timedelta
 
-import pytest
-
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import LEASE, Stock
 from worker.ids import DefinitionId
 from worker.store import firing
 from worker.store.database import Database
 from worker.store.worker_store import WorkerStore
-
-pytestmark = pytest.mark.anyio
 
 
 async def read(store: WorkerStore, after: firing.Place | None = None, limit: int = 100):

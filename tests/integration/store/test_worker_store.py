@@ -26,7 +26,6 @@ def store(stock: Stock) -> WorkerStore:
     return store
 
 
-@pytest.mark.anyio
 async def test_a_definition_is_carried_to_its_outcome(stock: Stock, store: WorkerStore) -> None:
     org = stock.org()
     spec = {"handler": HANDLER, "params": {"n": 1}}
@@ -62,7 +61,6 @@ async def test_a_definition_is_carried_to_its_outcome(stock: Stock, store: Worke
     assert definition == run.definition_id
 
 
-@pytest.mark.anyio
 async def test_a_new_incarnation_takes_over_what_the_old_one_left(stock: Stock, store: WorkerStore) -> None:
     stock.put(stock.run(stock.org(limit=600)), *(stock.run(stock.org()) for _ in range(3)))
     runs = await store.admit(OFFERED, {"child": 10})
@@ -77,7 +75,6 @@ async def test_a_new_incarnation_takes_over_what_the_old_one_left(stock: Stock, 
     assert not store.renew()[0]
 
 
-@pytest.mark.anyio
 async def test_a_sweep_tells_what_expired(stock: Stock, store: WorkerStore) -> None:
     late = stock.run(stock.org(), start_by=stock.now() - timedelta(seconds=1))
     stock.put(late)
@@ -86,7 +83,6 @@ async def test_a_sweep_tells_what_expired(stock: Stock, store: WorkerStore) -> N
     assert [run.run_id for run in await store.sweep()] == [late.id]
 
 
-@pytest.mark.anyio
 async def test_orgs_and_definitions_are_read_together(stock: Stock, store: WorkerStore) -> None:
     """Each with the spec of its own revision; what is gone is left out."""
     acme, globex = stock.org(), stock.org()
@@ -101,7 +97,6 @@ async def test_orgs_and_definitions_are_read_together(stock: Stock, store: Worke
     }
 
 
-@pytest.mark.anyio
 async def test_credentials_are_confirmed_together(stock: Stock) -> None:
     """The active ones of each org, newest first."""
     acme, globex, without = stock.org(), stock.org(), stock.org()
@@ -123,7 +118,6 @@ async def test_credentials_are_confirmed_together(stock: Stock) -> None:
     assert found == {acme: [rows[2]["id"], rows[1]["id"]], globex: [rows[3]["id"]]}
 
 
-@pytest.mark.anyio
 async def test_the_spec_is_read_once_a_revision(stock: Stock, store: WorkerStore) -> None:
     org = stock.org()
     definition = stock.definition(org, due_at=stock.now() - timedelta(hours=1), spec={"v": 1})
@@ -139,7 +133,6 @@ async def test_the_spec_is_read_once_a_revision(stock: Stock, store: WorkerStore
     assert specs[0] is specs[1]
 
 
-@pytest.mark.anyio
 async def test_ends_free_their_limits_for_what_is_admitted_with_them(sqlite_stock: Stock) -> None:
     """One transaction for both, within every limit; an end that is fenced out frees nothing."""
     stock, worker_id = sqlite_stock, WorkerId(new_id())
@@ -163,7 +156,6 @@ async def test_ends_free_their_limits_for_what_is_admitted_with_them(sqlite_stoc
     assert {owned.id for owned in store.renew()[1]} == {stale.id, admitted[0].id}
 
 
-@pytest.mark.anyio
 async def test_neither_ends_nor_admissions_are_written_if_one_of_them_fails(
     sqlite_stock: Stock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

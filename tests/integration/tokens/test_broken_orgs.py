@@ -20,7 +20,6 @@ from worker.orgs import OrgRef, TokenWant
 from worker.telemetry import events
 from worker.tokens.cache import Tokens
 
-pytestmark = pytest.mark.anyio
 STEP = 0.1
 POLL = 1.0  # a run that may start again is admitted this late at most
 LIFETIME = 20  # of tokens, in seconds: each org asks again every 10 to 16 s

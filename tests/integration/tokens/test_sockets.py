@@ -13,7 +13,6 @@ import pytest
 from worker import outbound
 from worker.outbound import OutboundConnections, Sockets
 
-pytestmark = pytest.mark.anyio
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 

@@ -6,14 +6,12 @@ import asyncio
 import random
 
 import httpx
-import pytest
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import EC_KEY, App, FakeCredentials, FakeIssuer, ec_issuer, org
 from worker.orgs import TokenWant
 from worker.tokens.cache import Tokens
 
-pytestmark = pytest.mark.anyio
 ORGS = 3_000
 
 

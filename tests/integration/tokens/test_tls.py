@@ -16,7 +16,6 @@ from worker.clock import SystemClock
 from worker.guard.http import Reply, exchange
 from worker.outbound import OutboundConnections, open_client
 
-pytestmark = pytest.mark.anyio
 RESPONSE = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 

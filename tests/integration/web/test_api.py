@@ -18,8 +18,6 @@ from worker.store.lists.rows import Run, columns_of
 from worker.store.tables import live_runs
 from worker.web.callers import Caller, CallerDatabase
 
-pytestmark = pytest.mark.anyio
-
 API = "/api/v1"
 RUN_PATHS = ("", "/attempts", "/logs")
 

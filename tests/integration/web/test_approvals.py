@@ -18,7 +18,6 @@ from worker.store.lists.read import read
 from worker.web.callers import Role
 from worker.web.pages import inventory
 
-pytestmark = pytest.mark.anyio
 EVIL = "<script>pwned()</script>"
 
 

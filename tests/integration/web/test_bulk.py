@@ -12,7 +12,7 @@ from worker.ids import new_id
 from worker.operations.runs import run_now
 from worker.store import orgs, sweeps, tables
 
-pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)]
+pytestmark = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 API = "/api/v1"
 
 

@@ -21,8 +21,6 @@ from worker.web.access import Access
 from worker.web.callers import Caller
 from worker.web.sessions import SESSION_COOKIE, Sessions
 
-pytestmark = pytest.mark.anyio
-
 PATHS = ("/api/v1/runs", "/api/v1/credentials", "/api/v1/audit", "/orgs/org_a")
 RUN = "/api/v1/definitions/org_a/digest/run"
 # A person who logged in to a single-page app of the same org.

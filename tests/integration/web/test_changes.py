@@ -17,7 +17,6 @@ from worker.store.lists import AUDIT, RUNS, SKIPS, Page
 from worker.store.lists.read import read
 from worker.web.callers import Caller, CallerDatabase
 
-pytestmark = pytest.mark.anyio
 ADA = Caller("ada", "operator")
 
 

@@ -15,7 +15,6 @@ from tests.integration.web.test_bulk import failed
 from tests.integration.web.test_pages import OURS, fail, logged_in, make_run
 from worker.store import tables
 
-pytestmark = pytest.mark.anyio
 EITHER = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 
 

@@ -9,8 +9,6 @@ from bench.history import fill
 from worker.clock import SystemClock
 from worker.store.database import Database
 
-pytestmark = pytest.mark.anyio
-
 
 async def test_every_statement_of_a_page_is_bounded_and_uses_an_index(migrated_url: str):
     fill(migrated_url, runs=3_000, orgs=80)

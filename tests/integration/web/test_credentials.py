@@ -21,8 +21,6 @@ from worker.telemetry.masking import masker
 from worker.tokens.sealing import KeyRing
 from worker.web.responses import MAX_BYTES
 
-pytestmark = pytest.mark.anyio
-
 API = "/api/v1"
 CANARY = "canary+secret/of=the-api"
 FORMS = (CANARY, json.dumps(CANARY)[1:-1], base64.b64encode(CANARY.encode()).decode())

@@ -21,7 +21,6 @@ from worker.store import tables
 from worker.store.lists import BACKFILLS, RUNS
 from worker.store.lists.read import definition, read
 
-pytestmark = pytest.mark.anyio
 PAGE = "/orgs/org_a/definitions/digest"
 
 

@@ -38,7 +38,6 @@ from worker.web.hooks import BURST, MAX_BODY, HookReceiver, Hooks
 from worker.web.server import build_hooks
 from worker.wiring.provisioning import fleet_of, open_provisioner, rules_of
 
-pytestmark = pytest.mark.anyio
 AUDIENCE = "https://api.acme.com"
 
 

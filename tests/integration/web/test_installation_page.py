@@ -7,7 +7,7 @@ import pytest
 from tests.integration.web.conftest import TOKENS, Site
 from worker.store import installation
 
-pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)]
+pytestmark = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 
 
 @pytest.mark.parametrize(("word", "shown"), [("staging", True), ("production", False), ("", False)])

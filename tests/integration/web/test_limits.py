@@ -11,7 +11,6 @@ from tests.integration.web.conftest import TOKENS, Site, csrf_of, log_in
 from worker.settings.sections import WebSettings
 from worker.web.clients import ClientLimits
 
-pytestmark = pytest.mark.anyio
 RUNS = "/api/v1/runs"
 
 

@@ -16,7 +16,6 @@ from worker.operations.runs import cancel, run_now
 from worker.store import orgs, tables
 from worker.web.health import Health
 
-pytestmark = pytest.mark.anyio
 API = "/api/v1"
 
 

@@ -31,8 +31,6 @@ from worker.store.database import Database
 from worker.web.login import LASTS, MAX_TRANSACTIONS, Login, basis_of, local_path
 from worker.web.sessions import LOGIN_COOKIE, SESSION_COOKIE
 
-pytestmark = pytest.mark.anyio
-
 PROVIDER = "http://127.0.0.1:9400"
 AUDIENCE = "https://api.acme.com"
 CLIENT = "console"

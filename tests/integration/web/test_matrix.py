@@ -57,8 +57,6 @@ from worker.web.listener import build_health
 from worker.web.server import build
 from worker.web.sessions import SESSION_COOKIE, Sessions
 
-pytestmark = pytest.mark.anyio
-
 ORGS = ("org_a", "org_b", "org_z")
 FILE = "".join(
     f"""

@@ -67,7 +67,6 @@ def seeded(staffed: Site, tmp_path: Path) -> dict[str, str]:
 
 
 @on_either
-@pytest.mark.anyio
 async def test_generated_requests_get_documented_answers_and_no_5xx(staffed: Site, seeded: dict[str, str]):
     app: Any = staffed.client()._transport.app  # type: ignore[attr-defined]
 

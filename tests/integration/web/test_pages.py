@@ -24,7 +24,6 @@ from worker.web.pages import Console
 from worker.web.pages.rendering import static_url
 from worker.web.sessions import SESSION_COOKIE as COOKIE
 
-pytestmark = pytest.mark.anyio
 OURS = {"origin": BASE}
 
 

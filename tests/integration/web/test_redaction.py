@@ -23,8 +23,6 @@ from worker.store.lists.redaction import NOT_LOADED, OTHER_ORG, rules_of
 from worker.telemetry.masking import without_paths
 from worker.web.callers import Caller
 
-pytestmark = pytest.mark.anyio
-
 API = "/api/v1"
 WORKER_ID = "01900000-0000-7000-8000-00000000cafe"
 FOREIGN = "the token is for the org 'org_canary', not for org_a"

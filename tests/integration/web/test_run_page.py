@@ -29,7 +29,6 @@ from worker.store.lists.read import read
 from worker.store.sql import statements
 from worker.web.pages import runs as run_pages
 
-pytestmark = pytest.mark.anyio
 OURS = {"origin": BASE}
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(1)>"
 TRACE = (

@@ -52,7 +52,6 @@ async def wait_for(url: str) -> int:
                 await asyncio.sleep(0.02)
 
 
-@pytest.mark.anyio
 async def test_it_serves_leaves_signals_alone_and_ends_at_once_with_a_connection_open():
     listen = f"127.0.0.1:{free_port()}"
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -64,7 +63,6 @@ async def test_it_serves_leaves_signals_alone_and_ends_at_once_with_a_connection
         await asyncio.open_connection(*listen.split(":"))
 
 
-@pytest.mark.anyio
 async def test_a_port_that_is_taken_is_waited_for(monkeypatch, emitted):
     monkeypatch.setattr(module, "AGAIN", 0.05)
     listen = f"127.0.0.1:{free_port()}"
@@ -77,7 +75,6 @@ async def test_a_port_that_is_taken_is_waited_for(monkeypatch, emitted):
         assert await wait_for(f"http://{listen}/livez") == 200
 
 
-@pytest.mark.anyio
 async def test_a_server_that_cannot_start_or_dies_is_started_again(monkeypatch, emitted):
     monkeypatch.setattr(module, "AGAIN", 0.05)
     faults: list[BaseException] = [SystemExit(1), OSError("broken"), RuntimeError("broken")]
@@ -112,7 +109,6 @@ async def as_it_was(app: ASGIApp, listener: socket.socket) -> AsyncIterator[None
     await task
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("count", MANY)
 @pytest.mark.parametrize("control", [True, False], ids=["control", "limits"])
 async def test_idle_connections_do_not_keep_health_or_api_out(count: int, control: bool):
@@ -131,7 +127,6 @@ async def test_idle_connections_do_not_keep_health_or_api_out(count: int, contro
             writer.close()
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize(
     "head", [b"GET /livez HTTP/1.1\r\n", b"POST /login HTTP/1.1\r\norigin: http://x\r\ncontent-length: 9\r\n"]
 )
@@ -147,7 +142,6 @@ async def test_a_slow_client_is_told_that_it_was_too_slow_and_is_closed(head: by
         writer.close()
 
 
-@pytest.mark.anyio
 async def test_a_client_that_takes_nothing_of_its_response_is_closed_by_the_kernel(monkeypatch):
     """The control, without a deadline, began before and is still open by then."""
     gone = asyncio.Event()
@@ -179,7 +173,6 @@ async def test_a_client_that_takes_nothing_of_its_response_is_closed_by_the_kern
         assert (len(control), len(limited)) == (1, 0)
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("listening", [True, False], ids=["both", "health-only"])
 async def test_health_has_a_listener_of_its_own(sqlite_url: str, listening: bool):
     """A worker may also serve health alone."""
@@ -233,7 +226,6 @@ class Said:
         self.log = LogSettings(style=style)
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("style", ["", "json"])
 async def test_a_taken_default_port_is_one_plain_line_with_the_fix(
     style: Literal["", "json"], monkeypatch, emitted, capsys
@@ -307,7 +299,6 @@ class TestAsConfigured:
             seen.append((await client.get("/api/v1/runs", headers=headers)).status_code)
         return seen
 
-    @pytest.mark.anyio
     async def test_guesses_are_limited_whatever_header_they_carry(self, migrated_sqlite_url: str):
         async with self.serving(migrated_sqlite_url, logins_per_minute=3) as client:
             seen = [(await self.guess(client, 1, f"192.0.2.{n}"))[0] for n in range(5)]
@@ -317,7 +308,6 @@ class TestAsConfigured:
             refused = await client.get("/api/v1/runs", headers=headers)
             assert (refused.status_code, int(refused.headers["retry-after"]) > 0) == (429, True)
 
-    @pytest.mark.anyio
     async def test_behind_a_trusted_proxy_each_client_counts_for_itself(self, migrated_sqlite_url: str):
         trusted = ["127.0.0.1/32"]
         async with self.serving(migrated_sqlite_url, logins_per_minute=3, trusted_proxies=trusted) as client:
@@ -325,7 +315,6 @@ class TestAsConfigured:
             assert await self.guess(client, 5, "192.0.2.2") == [401] * 3 + [429] * 2
             assert await self.guess(client, 5) == [401] * 5
 
-    @pytest.mark.anyio
     async def test_public_url_and_the_token_of_metrics_are_in_force(self, migrated_sqlite_url: str):
         async with self.serving(
             migrated_sqlite_url, public_url="https://jobs.acme.com", metrics_top_orgs=3
@@ -336,7 +325,6 @@ class TestAsConfigured:
             headers = {"authorization": "Bearer adas-token"}
             assert (await client.get("/metrics", headers=headers)).status_code == 200
 
-    @pytest.mark.anyio
     async def test_where_no_api_is_served_the_metrics_know_operators(self):
         settings = Settings.model_validate({"web": {"listen": "", "operators": [self.OPERATOR]}})
         health = Health(Metrics(version="1.0", top_orgs=3))

@@ -18,7 +18,6 @@ from worker.store.lists.read import read
 from worker.web.callers import Caller
 from worker.web.sessions import LASTS, MAX_SESSIONS, SESSION_COOKIE, Sessions
 
-pytestmark = pytest.mark.anyio
 ADA = Caller("ada", "admin")
 BEN = Caller("ben", "viewer")
 RUNS = "/api/v1/runs"
