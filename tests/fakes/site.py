@@ -332,6 +332,23 @@ def definition(org: str, name: str, handler: str, schedule: str = NEVER, **keys:
     return "\n".join(["[[definition]]", *head, f"schedule = {json.dumps(schedule)}", *lines, ""])
 
 
+def org_entry(code: str, **keys: Any) -> str:
+    """One [[org]] of a file for `apply`, of the issuer main; further keys as Python values."""
+    values = {"code": code, "issuer": "main"} | keys
+    return "".join(["[[org]]\n", *(f"{key} = {toml_value(value)}\n" for key, value in values.items())])
+
+
+def one_definition(
+    org: str = "org_acme",
+    name: str = "digest",
+    handler: str = "acme.plain",
+    schedule: str = "0 3 1 1 *",
+    **keys: Any,
+) -> str:
+    """A file with an org and its only definition."""
+    return org_entry(org) + definition(org, name, handler, schedule, **keys)
+
+
 def toml_value(value: Any) -> str:
     """A Python value in TOML's inline form."""
     if isinstance(value, Mapping):

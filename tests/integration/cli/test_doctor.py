@@ -8,16 +8,16 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from sqlalchemy import insert, update
+from sqlalchemy import update
 
 from tests.conftest import on_either
 from tests.fakes.cli import CommandLine
 from tests.fakes.postgres import Server
+from tests.fakes.rows import attempt_row, checkpoint_row, worker_row
 from tests.fakes.site import definition
 from worker.clock import SystemClock
 from worker.execution.runners.child import landlock, seccomp
 from worker.execution.runners.child.sandbox import level
-from worker.ids import new_id
 from worker.store import health, orgs, tables
 from worker.store.database import Database
 
@@ -158,45 +158,19 @@ def planted(own_cli: CommandLine, migrated_url: str) -> CommandLine:
             )
         )
         connection.execute(
-            insert(tables.attempts).values(
-                run_id=run,
-                attempt=1,
-                org_id=org_id,
-                worker_id=new_id(),
-                fencing_token=1,
+            attempt_row(
+                run,
+                org_id,
+                now,
                 handler="acme.note",
-                started_at=now,
-                ended_at=now,
-                outcome="failed",
                 error=error,
                 error_cause="KeyError: canary-cause",
                 claims={"properties": {"key": "canary-claim"}},
                 flags={"canary-flag": True},
             )
         )
-        connection.execute(
-            insert(tables.checkpoints).values(
-                run_id=run,
-                org_id=org_id,
-                attempt=1,
-                fencing_token=1,
-                saved_at=now,
-                data={"at": "canary-checkpoint"},
-            )
-        )
-        connection.execute(
-            insert(tables.workers).values(
-                id=new_id(),
-                host="canary-host",
-                pid=1,
-                version="1",
-                started_at=now,
-                renewed_at=now,
-                lease_until=now,
-                handlers=[],
-                capacity={"children": 1, "inline": 1},
-            )
-        )
+        connection.execute(checkpoint_row(run, org_id, now, {"at": "canary-checkpoint"}))
+        connection.execute(worker_row(now, host="canary-host"))
         connection.execute(
             update(tables.catalogue)
             .where(tables.catalogue.c.name == "acme.chatty")

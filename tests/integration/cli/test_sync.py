@@ -13,6 +13,7 @@ from tests.conftest import on_either
 from tests.fakes.cli import CommandLine
 from tests.fakes.kinde.faults import Script
 from tests.fakes.kinde.server import Kinde
+from tests.fakes.site import definition
 from worker import settings, wiring
 from worker.claims.enforced import ClaimsRecord
 from worker.clock import SystemClock
@@ -34,14 +35,7 @@ scopes = ["read:kb"]
 """
 
 
-EXTRA = """
-[[definition]]
-org = "org_2"
-name = "extra"
-handler = "acme.fetch"
-schedule = "0 1 * * *"
-scopes = ["read:none"]
-"""
+EXTRA = definition("org_2", "extra", "acme.fetch", "0 1 * * *", scopes=["read:none"])
 
 
 @pytest.fixture

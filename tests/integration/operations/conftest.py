@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import Insert, select, update
 
 from tests.conftest import migrated_on
 from tests.fakes.clock import ManualClock
+from tests.fakes.rows import attempt_row
 from worker.definitions.file import parse_file
 from worker.handlers.catalogue import HandlerEntry
 from worker.operations.apply import apply as apply_file
@@ -93,6 +94,15 @@ class Tables:
     def everything(self) -> dict[str, list[dict[str, Any]]]:
         """Every row of every table, but the audit."""
         return {name: getattr(self, name) for name in tables.metadata.tables if name != "audit"}
+
+    def insert(self, row: Insert) -> None:
+        with self._database.transaction() as connection:
+            connection.execute(row)
+
+    def add_attempt(self, run_id: str, *, at: datetime | None = None, **values: Any) -> None:
+        """As if the run's first attempt had failed, now or at `at`, but for `values`."""
+        org_id = next(row["org_id"] for row in self.runs if row["id"] == run_id)
+        self.insert(attempt_row(run_id, org_id, at or self.now(), **values))
 
     def now(self) -> datetime:
         with self._database.autocommit() as connection:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import on_either
+from tests.fakes.site import one_definition, org_entry
 from tests.fakes.stock import Stock
 from worker.cli import runs as cli_runs
 from worker.errors import AccessDenied, CanaryFailed, Conflict, NotFound, UsageError
@@ -31,21 +32,7 @@ from worker.store.lists import runs as run_lists
 from worker.store.sql import statements
 from worker.telemetry.masking import MASK, Masker
 
-FILE = """
-[[org]]
-code = "org_acme"
-issuer = "main"
-
-[[org]]
-code = "org_globex"
-issuer = "main"
-
-[[definition]]
-org = "org_acme"
-name = "digest"
-handler = "acme.plain"
-schedule = "0 3 1 1 *"
-"""
+FILE = one_definition() + org_entry("org_globex")
 
 
 @pytest.fixture
@@ -330,8 +317,7 @@ def test_an_answer_that_is_no_option_is_refused(parked, database, stock, data):
     with pytest.raises(UsageError, match='the answer to approval is one of "yes" / "no" / 1'):
         give(database, run, data)
 
-    live = stock.live(run.id)
-    assert live is not None and live["state"] == "parked"
+    assert stock.unended(run.id)["state"] == "parked"
     assert stock.all(tables.audit, tables.audit.c.action == "run.answer") == []
     row = give(database, run, "no")
     assert (row["answer"], row["options"], row["refused"]) == ("no", ["yes", "no", 1], None)
@@ -363,8 +349,7 @@ def test_a_misspelt_name_is_refused_while_the_run_waits(parked, database, stock,
     assert {row["name"] for row in stock.all(tables.waits)} == {"approval", "sleep"}
     monkeypatch.setattr(answers, "_refuse_another", lambda *args: None)
     assert give(database, run, name="aproval")["opened_at"] is None
-    live = stock.live(run.id)
-    assert live is not None and live["state"] == "parked"
+    assert stock.unended(run.id)["state"] == "parked"
 
 
 def test_an_early_answer_is_kept_while_nothing_is_asked(parked, database, stock):

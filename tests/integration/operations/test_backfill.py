@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import on_either
 from tests.fakes.closing import close_definition
+from tests.fakes.site import one_definition
 from tests.integration.operations.conftest import whole_hour
 from worker.errors import Conflict, NotFound, UsageError
 from worker.ids import ALL_ORGS
@@ -20,18 +21,7 @@ from worker.store.lists import BACKFILLS, Page
 from worker.store.lists.read import read
 
 HOUR = timedelta(hours=1)
-FILE = """
-[[org]]
-code = "org_acme"
-issuer = "main"
-
-[[definition]]
-org = "org_acme"
-name = "digest"
-handler = "acme.plain"
-schedule = "every 1h"
-priority = 3
-"""
+FILE = one_definition(schedule="every 1h", priority=3)
 
 
 @pytest.fixture

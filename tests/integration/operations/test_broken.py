@@ -7,6 +7,7 @@ from sqlalchemy import update
 
 from tests.conftest import on_either
 from tests.fakes.closing import close_definition
+from tests.fakes.site import one_definition
 from worker.ids import ALL_ORGS
 from worker.operations.credentials import add_credential
 from worker.operations.orgs import set_org_state
@@ -16,18 +17,7 @@ from worker.store.lists import ORGS, Page
 from worker.store.lists.grid import broken
 from worker.store.lists.read import read
 
-FILE = """
-[[org]]
-code = "{org}"
-issuer = "main"
-
-[[definition]]
-org = "{org}"
-name = "{name}"
-handler = "acme.plain"
-schedule = "0 3 1 1 *"
-overlap = "allow"
-"""
+FILE = one_definition("{org}", "{name}", overlap="allow")
 
 
 @pytest.fixture

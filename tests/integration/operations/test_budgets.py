@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import insert, update
 
 from tests.conftest import on_either
+from tests.fakes.site import definition, org_entry
 from worker.clock import to_text
 from worker.errors import AccessDenied, Conflict, DefinitionError, NotFound, UsageError
 from worker.ids import ALL_ORGS, new_id
@@ -22,17 +23,7 @@ from worker.store.database import Database
 from worker.store.lists.usage import budget_rows, budgets_of, usage
 from worker.store.sql import statements
 
-ORGS = """
-[[org]]
-code = "org_acme"
-issuer = "main"
-tags = ["pro"]
-timezone = "Pacific/Auckland"
-
-[[org]]
-code = "org_beta"
-issuer = "main"
-"""
+ORGS = org_entry("org_acme", tags=["pro"], timezone="Pacific/Auckland") + org_entry("org_beta")
 BUDGET = """
 [[budget]]
 org = "org_acme"
@@ -48,13 +39,7 @@ limit_from = "property:monthly_tokens"
 per = "month"
 at_limit = "ask"
 """
-DIGEST = """
-[[definition]]
-org = "org_acme"
-name = "digest"
-handler = "acme.plain"
-schedule = "@yearly"
-"""
+DIGEST = definition("org_acme", "digest", "acme.plain", "@yearly")
 
 
 def test_a_file_adds_budgets_and_the_same_file_changes_nothing(apply, rows):

@@ -7,23 +7,13 @@ from datetime import timedelta
 import pytest
 
 from tests.conftest import on_either
+from tests.fakes.site import one_definition
 from worker.errors import NotFound, UsageError
 from worker.operations import runs as operation
 from worker.operations.runs import cancel_many, matching, run_now
 from worker.store.edit_runs import Cancellable
 
-FILE = """
-[[org]]
-code = "org_{org}"
-issuer = "main"
-
-[[definition]]
-org = "org_{org}"
-name = "{name}"
-handler = "acme.plain"
-schedule = "0 3 1 1 *"
-overlap = "allow"
-"""
+FILE = one_definition("org_{org}", "{name}", overlap="allow")
 
 
 @pytest.fixture

@@ -8,24 +8,17 @@ from datetime import timedelta
 import pytest
 
 from tests.conftest import on_either
-from worker.ids import new_id
+from tests.fakes.rows import worker_row
+from tests.fakes.site import definition
 from worker.operations.capacity import MEMORY, SECONDS, Capacity, Machine, Measure, capacity
 from worker.operations.definitions import pause_definition
 from worker.operations.runs import run_now
 from worker.settings.sections import ExecutionSettings
-from worker.store import orgs, tables
 
 MIB = 2**20
 SMALL = Machine(processors=2.0, memory=1024 * MIB)
 ORG = '[[org]]\ncode = "{org}"\nissuer = "main"\nmax_concurrent_runs = {most}\n'
-DEFINITION = """
-[[definition]]
-org = "{org}"
-name = "{name}"
-handler = "acme.plain"
-schedule = "{schedule}"
-overlap = "{overlap}"
-"""
+DEFINITION = definition("{org}", "{name}", "acme.plain", "{schedule}", overlap="{overlap}")
 
 
 @pytest.fixture
@@ -57,44 +50,19 @@ def ran(database, rows):
     ) -> None:
         made = run_now(database, org, name, actor="kim")
         at = rows.now()
-        with database.transaction() as connection:
-            connection.execute(
-                tables.attempts.insert().values(
-                    run_id=made["id"],
-                    attempt=1,
-                    org_id=orgs.require(connection, org)["id"],
-                    worker_id=new_id(),
-                    fencing_token=1,
-                    handler=handler,
-                    started_at=at - timedelta(seconds=seconds),
-                    ended_at=at,
-                    outcome="succeeded",
-                    peak_memory=memory,
-                )
-            )
+        times = {"at": at, "started_at": at - timedelta(seconds=seconds)}
+        rows.add_attempt(made["id"], **times, handler=handler, outcome="succeeded", peak_memory=memory)
         rows.set_ended(made["id"], "succeeded", None)
 
     return run
 
 
 @pytest.fixture
-def worker_up(database, rows):
+def worker_up(rows):
     def start(host: str, children: int, *, ago: timedelta = timedelta()) -> None:
         now = rows.now() - ago
-        with database.transaction() as connection:
-            connection.execute(
-                tables.workers.insert().values(
-                    id=new_id(),
-                    host=host,
-                    pid=1,
-                    version="1",
-                    started_at=now,
-                    renewed_at=now,
-                    lease_until=now + timedelta(seconds=30),
-                    handlers=[],
-                    capacity={"children": children, "inline": 100},
-                )
-            )
+        slots = {"children": children, "inline": 100}
+        rows.insert(worker_row(now, host=host, lease_until=now + timedelta(seconds=30), capacity=slots))
 
     return start
 

@@ -9,6 +9,7 @@ from datetime import timedelta
 import pytest
 
 from tests.conftest import on_either
+from tests.fakes.site import one_definition
 from worker.definitions.file import parse_file
 from worker.errors import Conflict
 from worker.operations.apply import apply as apply_file
@@ -23,18 +24,7 @@ pytestmark = on_either
 
 TICK = timedelta(minutes=10)
 
-FILE = """
-[[org]]
-code = "org_acme"
-issuer = "main"
-
-[[definition]]
-org = "org_acme"
-name = "digest"
-handler = "acme.plain"
-schedule = "every 10m"
-spread = "off"
-"""
+FILE = one_definition(schedule="every 10m", spread="off")
 
 
 @pytest.fixture

@@ -5,25 +5,14 @@ from __future__ import annotations
 import pytest
 
 from tests.fakes.closing import close_definition
+from tests.fakes.site import definition, org_entry
 from worker.errors import Conflict, DefinitionError, InvalidTrigger, NotFound
 from worker.operations.definitions import edit_definition, pause_definition
 from worker.operations.runs import run_now
 
-FILE = """
-[[org]]
-code = "org_acme"
-issuer = "main"
-tags = ["pro"]
-
-[[definition]]
-org = "org_acme"
-name = "digest"
-handler = "acme.note"
-params = { text = "hello" }
-schedule = "every 10m"
-spread = "off"
-timeout = "2h"
-"""
+FILE = org_entry("org_acme", tags=["pro"]) + definition(
+    "org_acme", "digest", "acme.note", "every 10m", params={"text": "hello"}, spread="off", timeout="2h"
+)
 
 
 @pytest.fixture

@@ -5,24 +5,13 @@ from __future__ import annotations
 import pytest
 
 from tests.conftest import on_either
+from tests.fakes.site import one_definition
 from worker.ids import new_id
 from worker.operations.definitions import count_failures, resume_definition
 from worker.operations.runs import run_now
 from worker.store import tables
 
-FILE = """
-[[org]]
-code = "org_acme"
-issuer = "main"
-
-[[definition]]
-org = "org_acme"
-name = "digest"
-handler = "acme.plain"
-schedule = "@hourly"
-overlap = "allow"
-pause_after_failures = 3
-"""
+FILE = one_definition(schedule="@hourly", overlap="allow", pause_after_failures=3)
 
 
 @pytest.fixture

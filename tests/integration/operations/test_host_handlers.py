@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import select
 
 from tests.conftest import on_either
+from tests.fakes.site import definition, org_entry
 from tests.fakes.stock import Stock
 from tests.integration.operations.conftest import Apply, Tables
 from tests.integration.store.test_hosts import added, begin
@@ -46,19 +47,9 @@ KEYED = replace(RENDER, name="gpu.keyed", params_schema=None, secrets=("openai",
 
 
 def text(*keys: str, handler: str = "gpu.render", org_pool: str = "") -> str:
-    own = f'pool = "{org_pool}"\n' if org_pool else ""
-    return f"""
-[[org]]
-code = "org_acme"
-name = "Acme"
-issuer = "main"
-{own}
-[[definition]]
-org = "org_acme"
-name = "nightly"
-handler = "{handler}"
-schedule = "@daily"
-""" + "\n".join(keys)
+    own = {"pool": org_pool} if org_pool else {}
+    org = org_entry("org_acme", name="Acme", **own)
+    return org + definition("org_acme", "nightly", handler, "@daily") + "\n".join(keys)
 
 
 def template(*keys: str) -> str:

@@ -8,6 +8,9 @@ import pytest
 
 from tests.conftest import on_either
 from tests.fakes.closing import close_definition
+from tests.fakes.rows import attempt_row, checkpoint_row
+from tests.fakes.site import definition as one_more
+from tests.fakes.site import one_definition
 from tests.integration.operations.conftest import CATALOGUE
 from worker.errors import NotFound
 from worker.ids import ALL_ORGS, new_id
@@ -20,27 +23,8 @@ from worker.store.lists.read import definition, read
 from worker.store.lists.rows import Run, columns_of
 
 FILE = "".join(
-    f"""
-[[org]]
-code = "{code}"
-issuer = "main"
-
-[[definition]]
-org = "{code}"
-name = "digest"
-handler = "acme.plain"
-schedule = "0 3 * * *"
-timezone = "Europe/Berlin"
-overlap = "allow"
-
-[[definition]]
-org = "{code}"
-name = "other"
-handler = "acme.plain"
-schedule = "every 10m"
-enabled = false
-overlap = "allow"
-"""
+    one_definition(code, schedule="0 3 * * *", timezone="Europe/Berlin", overlap="allow")
+    + one_more(code, "other", "acme.plain", "every 10m", enabled=False, overlap="allow")
     for code in ("org_a", "org_b")
 )
 
@@ -88,26 +72,10 @@ def test_a_running_run_is_shown_with_the_attempt_that_is_on(database, connection
     rows.set_running(run)
     org_id = next(org["id"] for org in rows.orgs if org["code"] == "org_a")
     with database.transaction() as writing:
-        writing.execute(
-            tables.attempts.insert().values(
-                run_id=run,
-                attempt=0,
-                org_id=org_id,
-                worker_id=new_id(),
-                fencing_token=0,
-                handler="acme.plain",
-                started_at=rows.now(),
-                ended_at=rows.now(),
-                outcome="failed",
-                error={"type": "ValueError", "message": "no"},
-                claims={"org_code": "org_a"},
-            )
-        )
-        writing.execute(
-            tables.checkpoints.insert().values(
-                run_id=run, org_id=org_id, attempt=1, fencing_token=1, saved_at=rows.now(), data={"done": 3}
-            )
-        )
+        error, claims = {"type": "ValueError", "message": "no"}, {"org_code": "org_a"}
+        ended = attempt_row(run, org_id, rows.now(), attempt=0, fencing_token=0, error=error, claims=claims)
+        writing.execute(ended)
+        writing.execute(checkpoint_row(run, org_id, rows.now(), {"done": 3}))
 
     shown = run_lists.run(connection, "org_a", run)
 

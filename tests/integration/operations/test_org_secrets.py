@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import update
 
 from tests.conftest import on_either
+from tests.fakes.site import definition
 from worker.adapters.secrets import OpenedSecrets
 from worker.errors import ConfigurationError, Conflict, NotFound, UsageError
 from worker.handlers.catalogue import HandlerEntry
@@ -199,19 +200,9 @@ def test_a_lost_ring_is_found(database, keyring, tmp_path):
         check_ring(database, None, tmp_path / "lost")
 
 
-FILE = """
-[[definition]]
-org = "org_a"
-name = "ask"
-handler = "acme.ask"
-schedule = "@yearly"
-
-[[definition]]
-org = "org_b"
-name = "plain"
-handler = "acme.plain"
-schedule = "@yearly"
-"""
+FILE = definition("org_a", "ask", "acme.ask", "@yearly") + definition(
+    "org_b", "plain", "acme.plain", "@yearly"
+)
 
 
 @on_either

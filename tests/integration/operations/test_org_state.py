@@ -7,6 +7,7 @@ from datetime import timedelta
 import pytest
 
 from tests.conftest import on_either
+from tests.fakes.site import one_definition
 from worker.errors import Conflict
 from worker.operations.credentials import add_credential
 from worker.operations.definitions import pause_definition, resume_definition
@@ -16,19 +17,7 @@ from worker.orgs import OrgEntry
 
 TICK = timedelta(minutes=10)
 
-FILE = """
-[[org]]
-code = "org_acme"
-issuer = "main"
-
-[[definition]]
-org = "org_acme"
-name = "digest"
-handler = "acme.plain"
-schedule = "every 10m"
-spread = "off"
-overlap = "allow"
-"""
+FILE = one_definition(schedule="every 10m", spread="off", overlap="allow")
 
 
 @pytest.fixture

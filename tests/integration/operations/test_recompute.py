@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import update
 
 from tests.conftest import on_either
+from tests.fakes.site import definition, org_entry
 from worker.operations import settle as module
 from worker.operations.settle import outdated, recompute, recomputed
 from worker.runs.fire import decide
@@ -15,32 +16,12 @@ from worker.runs.run import Declared
 from worker.store import firing, schema, tables
 
 HOUR = timedelta(hours=1)
-FILE = """
-[[org]]
-code = "org_acme"
-issuer = "main"
-timezone = "Europe/Berlin"
-
-[[definition]]
-org = "org_acme"
-name = "nightly"
-handler = "acme.plain"
-schedule = "0 3 * * *"
-"""
-OTHERS = """
-[[definition]]
-org = "org_acme"
-name = "interval"
-handler = "acme.plain"
-schedule = "every 7h"
-
-[[definition]]
-org = "org_acme"
-name = "greenwich"
-handler = "acme.plain"
-schedule = "0 3 * * *"
-timezone = "UTC"
-"""
+FILE = org_entry("org_acme", timezone="Europe/Berlin") + definition(
+    "org_acme", "nightly", "acme.plain", "0 3 * * *"
+)
+OTHERS = definition("org_acme", "interval", "acme.plain", "every 7h") + definition(
+    "org_acme", "greenwich", "acme.plain", "0 3 * * *", timezone="UTC"
+)
 
 
 def move(database, name: str, by: timedelta) -> None:

@@ -6,29 +6,16 @@ from datetime import UTC, datetime, timedelta
 from itertools import count
 
 import pytest
-from sqlalchemy import insert
 
 from tests.conftest import on_either
+from tests.fakes.site import one_definition
 from worker.errors import NotFound, UsageError
-from worker.ids import new_id
 from worker.operations import runs as operation
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import matching, retry_many, run_now
-from worker.store import tables
 from worker.store.edit_runs import Retryable
 
-FILE = """
-[[org]]
-code = "org_{org}"
-issuer = "main"
-
-[[definition]]
-org = "org_{org}"
-name = "{name}"
-handler = "acme.plain"
-schedule = "0 3 1 1 *"
-overlap = "{overlap}"
-"""
+FILE = one_definition("org_{org}", "{name}", overlap="{overlap}")
 
 
 SECOND = timedelta(seconds=1)
@@ -50,22 +37,8 @@ def ended(apply, database, rows, clock):
         run = run_now(database, f"org_{org}", name, actor="tester")["id"]
         # The clock moved by hand is in the future of the one database's, whose history this is.
         rows.set_ended(run, state, reason, at or utc("2025-01-01T00:00:00") + next(steps) * SECOND)
-        with database.transaction() as connection:
-            if cause is not None:
-                connection.execute(
-                    insert(tables.attempts).values(
-                        run_id=run,
-                        attempt=1,
-                        org_id=next(row["org_id"] for row in rows.runs if row["id"] == run),
-                        worker_id=new_id(),
-                        fencing_token=1,
-                        handler="acme.plain",
-                        started_at=clock.now(),
-                        ended_at=clock.now(),
-                        outcome="failed",
-                        error_cause=cause,
-                    )
-                )
+        if cause is not None:
+            rows.add_attempt(run, at=clock.now(), error_cause=cause)
         return run
 
     return make

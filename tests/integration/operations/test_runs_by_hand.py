@@ -8,6 +8,7 @@ import pytest
 
 from tests.conftest import on_either
 from tests.fakes.closing import close_definition
+from tests.fakes.site import one_definition
 from worker.errors import Conflict, DefinitionError, NotFound
 from worker.handlers.catalogue import HandlerEntry
 from worker.operations.definitions import pause_definition
@@ -21,18 +22,7 @@ from worker.store.lists import runs as run_lists
 from worker.store.lists.read import read
 from worker.store.lists.rows import Run, columns_of
 
-FILE = """
-[[org]]
-code = "org_acme"
-issuer = "main"
-
-[[definition]]
-org = "org_acme"
-name = "digest"
-handler = "acme.note"
-schedule = "0 3 1 1 *"
-params = { text = "hello" }
-"""
+FILE = one_definition(handler="acme.note", params={"text": "hello"})
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import delete, insert, update
 
 from tests.conftest import on_either
+from tests.fakes.site import definition, org_entry
 from worker.errors import NotFound
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import ALL_ORGS, new_id
@@ -26,34 +27,20 @@ from worker.store.lists.suggestions import Suggestion, suggestions
 
 pytestmark = on_either
 
-FILE = """
-[[org]]
-code = "{code}"
-name = "{name}"
-issuer = "main"
 
-[[definition]]
-org = "{code}"
-name = "digest"
-handler = "acme.plain"
-schedule = "0 3 1 1 *"
-overlap = "allow"
+def file_of(code, name):
+    digest = definition(code, "digest", "acme.plain", overlap="allow")
+    export = definition(code, "export", "acme.note", params={"text": "x"}, overlap="allow")
+    return org_entry(code, name=name) + digest + export
 
-[[definition]]
-org = "{code}"
-name = "export"
-handler = "acme.note"
-params = {{ text = "x" }}
-schedule = "0 3 1 1 *"
-overlap = "allow"
-"""
+
 ORGS = {"org_acme": "Acme GmbH", "org_beta": "Müller & Söhne West", "acme-two": "Second"}
 
 
 @pytest.fixture
 def site(apply, database, rows):
     for code, name in ORGS.items():
-        apply(FILE.format(code=code, name=name))
+        apply(file_of(code, name))
 
     class Site:
         def run(self, org="org_acme", name="digest", state=None, reason="error", cause=None):
@@ -65,23 +52,7 @@ def site(apply, database, rows):
             return run
 
         def fail_with(self, run, cause, attempt=1):
-            [row] = [row for row in rows.runs if row["id"] == run]
-            at = rows.now()
-            with database.transaction() as connection:
-                connection.execute(
-                    insert(tables.attempts).values(
-                        run_id=run,
-                        attempt=attempt,
-                        org_id=row["org_id"],
-                        worker_id=new_id(),
-                        fencing_token=1,
-                        handler="acme.plain",
-                        started_at=at,
-                        ended_at=at,
-                        outcome="failed",
-                        error_cause=cause,
-                    )
-                )
+            rows.add_attempt(run, attempt=attempt, error_cause=cause)
 
         def find(self, text, scope=ALL_ORGS, **page):
             with database.acting(roles.ALL_ORGS).autocommit() as connection:
@@ -161,7 +132,7 @@ def test_an_org_finds_only_its_own_runs_and_words(site, apply):
     assert (site.find("acme", "org_acme"), site.find("müller", "org_acme")) == ([mine], [])
     assert site.orgs("", "org_acme") == ["org_acme"]
     assert site.near("mulle gmbx", "org_acme") == [Suggestion("mulle", []), Suggestion("gmbx", ["gmbh"])]
-    apply(FILE.format(code="org_beta", name="Beta").replace('"export"', '"payroll"'))
+    apply(file_of("org_beta", "Beta").replace('"export"', '"payroll"'))
     assert site.near("definition:payrol") == [Suggestion("payrol", ["payroll"], "definition")]
     assert site.near("definition:payroll", "org_acme") == [Suggestion("payroll", [], "definition")]
     with pytest.raises(NotFound):
@@ -210,7 +181,7 @@ def test_words_begin_in_name_or_code_and_follow_a_new_name(site, database, apply
     assert site.orgs("org", limit=1) == ["org_beta"]
     assert site.orgs("org:acme-two") == ["acme-two"]
 
-    apply(FILE.format(code="org_beta", name="Gamma"))
+    apply(file_of("org_beta", "Gamma"))
     with database.transaction() as connection:
         connection.execute(update(tables.orgs).where(tables.orgs.c.code == "acme-two").values(state="paused"))
 

@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import on_either
 from tests.fakes.clock import ManualClock
+from tests.fakes.site import one_definition
 from tests.fakes.stock import Stock
 from worker.errors import Conflict
 from worker.execution.attempts.attempt import attempt
@@ -44,18 +45,7 @@ HISTORIES = 500 if os.environ.get("FAULTS") == "full" else 6
 STEPS = 12
 HANDLER = "acme.state"
 ENTRY = HandlerEntry(HANDLER, "acme-jobs", "1.0", "acme_jobs:state", state=True)
-FILE = """
-[[org]]
-code = "{org}"
-issuer = "main"
-[[definition]]
-org = "{org}"
-name = "nightly"
-handler = "acme.state"
-schedule = "@yearly"
-max_attempts = 2
-retry_backoff = "0s"
-"""
+FILE = one_definition("{org}", "nightly", "acme.state", "@yearly", max_attempts=2, retry_backoff="0s")
 
 
 @dataclass(eq=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.site import definition
 from worker.errors import Conflict, DefinitionError, NotFound, UsageError
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.given import STATE_LIMIT
@@ -20,13 +21,7 @@ ORG = """
 code = "org_acme"
 issuer = "main"
 """
-NIGHTLY = """
-[[definition]]
-org = "org_acme"
-name = "nightly"
-handler = "acme.state"
-schedule = "@daily"
-"""
+NIGHTLY = definition("org_acme", "nightly", "acme.state", "@daily")
 TEMPLATE = NIGHTLY.replace('definition]]\norg = "org_acme"', 'template]]\norgs = "all"')
 
 

@@ -10,6 +10,8 @@ from sqlalchemy import update
 
 from tests.conftest import on_either
 from tests.fakes.closing import close_definition
+from tests.fakes.rows import worker_row
+from tests.fakes.site import one_definition
 from tests.integration.operations.conftest import whole_hour
 from worker.clock import to_text
 from worker.errors import Conflict, NotFound
@@ -21,25 +23,13 @@ from worker.operations.why import explain, why, why_time
 from worker.runs.clauses import clauses, sentence
 from worker.runs.fire import decide
 from worker.runs.run import Declared
-from worker.store import firing, history, orgs, sweeps, tables
+from worker.store import firing, history, sweeps, tables
 from worker.store.lists import runs as run_lists
 from worker.store.lists.redaction import redacted
 from worker.store.lists.rows import RunDetail
 
 HOUR = timedelta(hours=1)
-FILE = """
-[[org]]
-code = "org_acme"
-issuer = "main"
-
-[[definition]]
-org = "org_acme"
-name = "digest"
-handler = "acme.plain"
-schedule = "every 1h"
-spread = "off"
-misfire_within = "1d"
-"""
+FILE = one_definition(schedule="every 1h", spread="off", misfire_within="1d")
 
 
 @pytest.fixture
@@ -165,17 +155,7 @@ def test_a_run_by_hand_of_that_very_instant_is_found(ask, database, rows, clock)
     assert ask(clock.now()).run["id"] == run["id"]
 
 
-THREE = """
-[[org]]
-code = "{org}"
-issuer = "main"
-
-[[definition]]
-org = "{org}"
-name = "digest"
-handler = "acme.plain"
-schedule = "@yearly"
-"""
+THREE = one_definition("{org}", schedule="@yearly")
 
 
 @pytest.fixture
@@ -187,23 +167,8 @@ def failed(apply, database, rows):
     def end(org: str, cause: str | None, *, ago: timedelta = timedelta(0), error: bool = True) -> str:
         run = run_now(database, org, "digest", actor="kim")
         at = rows.now() - ago
-        with database.transaction() as connection:
-            connection.execute(
-                tables.attempts.insert().values(
-                    run_id=run["id"],
-                    attempt=1,
-                    org_id=orgs.require(connection, org)["id"],
-                    worker_id=new_id(),
-                    fencing_token=1,
-                    handler="acme.plain",
-                    started_at=at,
-                    handler_started_at=at,
-                    ended_at=at,
-                    outcome="failed",
-                    error={"type": "KeyError", "message": "'title'"} if error else None,
-                    error_cause=cause,
-                )
-            )
+        found = {"type": "KeyError", "message": "'title'"} if error else None
+        rows.add_attempt(run["id"], at=at, handler_started_at=at, error=found, error_cause=cause)
         rows.set_ended(run["id"])
         return run["id"]
 
@@ -287,22 +252,8 @@ def test_a_held_run_says_what_it_is_behind(apply, database):
 
 
 @pytest.fixture
-def worker_up(database, rows):
-    now = rows.now()
-    with database.transaction() as connection:
-        connection.execute(
-            tables.workers.insert().values(
-                id=new_id(),
-                host="a",
-                pid=1,
-                version="1",
-                started_at=now,
-                renewed_at=now,
-                lease_until=now + HOUR,
-                handlers=["acme.plain"],
-                capacity={"children": 1, "inline": 1},
-            )
-        )
+def worker_up(rows):
+    rows.insert(worker_row(rows.now(), lease_until=rows.now() + HOUR, handlers=["acme.plain"]))
 
 
 def test_a_run_that_waits_says_what_stands_in_its_way(apply, database, rows):

@@ -14,6 +14,7 @@ from tests.conftest import Filled
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import App, FakeIssuer, kinde_issuer
 from tests.fakes.limits import no_limits
+from tests.fakes.site import definition, org_entry
 from worker.definitions.file import parse_file
 from worker.guard import Guard
 from worker.handlers.catalogue import HandlerEntry
@@ -38,19 +39,8 @@ OPERATORS = [
     Operator(role, role, hashlib.sha256(token.encode()).hexdigest()) for role, token in TOKENS.items()
 ]
 DEFINITIONS = "".join(
-    f"""
-[[org]]
-code = "{code}"
-name = "<b>{code}</b>"
-issuer = "{issuer}"
-
-[[definition]]
-org = "{code}"
-name = "digest"
-handler = "{handler}"
-schedule = "0 3 * * *"
-overlap = "allow"
-"""
+    org_entry(code, name=f"<b>{code}</b>", issuer=issuer)
+    + definition(code, "digest", handler, "0 3 * * *", overlap="allow")
     for code, issuer, handler in (
         ("org_a", "main", "acme.digest"),
         ("org_b", "main", "acme.other"),

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from sqlalchemy import insert
 
+from tests.fakes.rows import attempt_row
 from tests.integration.web.conftest import TOKENS, Site
-from worker.ids import new_id
 from worker.operations.runs import run_now
-from worker.store import orgs, sweeps, tables
+from worker.store import orgs, sweeps
 
 pytestmark = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 API = "/api/v1"
@@ -22,13 +21,7 @@ def failed(site: Site, org: str) -> str:
     with site.database.transaction() as connection:
         org_id, now = orgs.require(connection, org)["id"], site.database.now(connection)
         sweeps.end_waiting(connection, org_id, [run], state="failed", reason="error")
-        connection.execute(
-            insert(tables.attempts).values(
-                run_id=run, attempt=1, org_id=org_id, worker_id=new_id(), fencing_token=1,
-                handler="acme.digest", started_at=now, ended_at=now, outcome="failed",
-                error_cause="CRM answers 500",
-            )
-        )  # fmt: skip
+        connection.execute(attempt_row(run, org_id, now, error_cause="CRM answers 500"))
     return run
 
 

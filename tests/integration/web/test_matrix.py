@@ -31,6 +31,7 @@ from tests.fakes import postgres
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import App, FakeIssuer, kinde_issuer
 from tests.fakes.limits import no_limits
+from tests.fakes.rows import attempt_row, checkpoint_row
 from tests.integration.web.conftest import BASE, OPERATORS, TOKENS, csrf_of, log_in
 from tests.integration.web.test_callers import PERSON, with_scopes
 from worker.definitions.file import parse_file
@@ -466,22 +467,14 @@ def fill(made: Installation) -> None:
                     result={"said": mark}, result_fencing_token=1, worker_id=worker_id, **common, **ends,
                 )
             )  # fmt: skip
-            connection.execute(
-                insert(tables.attempts).values(
-                    run_id=run, attempt=1, org_id=org_id, worker_id=worker_id, fencing_token=1, handler=mark,
-                    started_at=now, ended_at=now, outcome="failed", claims={"org_code": code},
-                )
-            )  # fmt: skip
+            values = {"worker_id": worker_id, "handler": mark, "claims": {"org_code": code}}
+            connection.execute(attempt_row(run, org_id, now, **values))
             connection.execute(
                 insert(tables.run_logs).values(
                     run_id=run, attempt=1, seq=1, org_id=org_id, at=now, level="info", source="log", text=mark
                 )
             )
-            connection.execute(
-                insert(tables.checkpoints).values(
-                    run_id=run, org_id=org_id, attempt=1, fencing_token=1, saved_at=now, data={"at": mark}
-                )
-            )
+            connection.execute(checkpoint_row(run, org_id, now, {"at": mark}))
             connection.execute(
                 insert(tables.skips).values(
                     id=new_id(), org_id=org_id, definition_id=definition, revision=1, skipped_from=now,

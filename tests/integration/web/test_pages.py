@@ -14,6 +14,7 @@ import httpx
 import pytest
 from sqlalchemy import update
 
+from tests.fakes.rows import worker_row
 from tests.fakes.stock import Stock
 from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
 from worker.ids import new_id
@@ -236,12 +237,7 @@ async def test_nothing_needs_attention_where_all_is_well(staffed: Site):
         idle = await client.get("/")
         with staffed.database.transaction() as connection:
             now = staffed.database.now(connection)
-            connection.execute(
-                tables.workers.insert().values(
-                    id=new_id(), host="here", pid=1, version="1", started_at=now, renewed_at=now,
-                    lease_until=now + timedelta(minutes=1), handlers=[], capacity={},
-                )
-            )  # fmt: skip
+            connection.execute(worker_row(now, lease_until=now + timedelta(minutes=1)))
         well = await client.get("/")
         fail(staffed, make_run(staffed, "org_a"))
         worse = await client.get("/")

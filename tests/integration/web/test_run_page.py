@@ -18,6 +18,7 @@ import httpx
 import pytest
 from sqlalchemy import insert, select, update
 
+from tests.fakes.rows import checkpoint_row
 from tests.fakes.stock import Stock
 from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in, on_either
 from worker.ids import ALL_ORGS, RunId, new_id
@@ -82,16 +83,7 @@ def ended(site: Site, org: str = "org_a", *, state: str = "failed", error: Any =
                     error=error, error_cause="CRM answers N", claims={"org_code": org, "sub": "…"},
                 )
             )  # fmt: skip
-        connection.execute(
-            insert(tables.checkpoints).values(
-                run_id=run_id,
-                org_id=row["org_id"],
-                attempt=1,
-                fencing_token=1,
-                saved_at=now,
-                data={"page": 7},
-            )
-        )
+        connection.execute(checkpoint_row(run_id, row["org_id"], now, {"page": 7}))
     return run_id
 
 

@@ -1,0 +1,31 @@
+"""Rows written past the operations, as if an attempt had ended or a worker had started."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Insert, insert
+
+from worker.ids import new_id
+from worker.store import tables
+
+
+def attempt_row(run_id: str, org_id: str, at: datetime, **values: Any) -> Insert:
+    """The first attempt of a run, which failed at `at`, but for `values`."""
+    ended = {"started_at": at, "ended_at": at, "outcome": "failed", "handler": "acme.plain"}
+    by = {"worker_id": new_id(), "fencing_token": 1, "attempt": 1}
+    return insert(tables.attempts).values(**{"run_id": run_id, "org_id": org_id} | by | ended | values)
+
+
+def checkpoint_row(run_id: str, org_id: str, at: datetime, data: Any) -> Insert:
+    values = {"run_id": run_id, "org_id": org_id, "attempt": 1, "fencing_token": 1, "saved_at": at}
+    return insert(tables.checkpoints).values(**values, data=data)
+
+
+def worker_row(at: datetime, **values: Any) -> Insert:
+    """A worker that started and renewed its lease at `at`."""
+    times = {"started_at": at, "renewed_at": at, "lease_until": at}
+    process = {"id": new_id(), "host": "a", "pid": 1, "version": "1"}
+    offered = {"handlers": [], "capacity": {"children": 1, "inline": 1}}
+    return insert(tables.workers).values(**process | times | offered | values)
