@@ -196,6 +196,12 @@ class Stock:
         """The row of `live_runs`, or None once the run has ended."""
         return self._one(tables.live_runs, tables.live_runs.c.id == run_id)
 
+    def unended(self, run_id: str) -> Row:
+        """The row of `live_runs` of a run that has not ended."""
+        row = self.live(run_id)
+        assert row is not None
+        return row
+
     def stored(self, run_id: str) -> Row:
         """The row of `runs`."""
         row = self._one(tables.runs, tables.runs.c.id == run_id)

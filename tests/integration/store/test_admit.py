@@ -40,8 +40,7 @@ def test_an_admitted_run_is_running_under_a_new_fencing_token(stock: Stock) -> N
     assert (admitted.scheduled_for, admitted.available_at) == (run.scheduled_for, run.available_at)
     assert (admitted.params, admitted.start_by) == ({"n": 1}, run.start_by)
     assert admitted.idempotency_key == run.idempotency_key
-    live = stock.live(run.id)
-    assert live is not None
+    live = stock.unended(run.id)
     assert (live["state"], live["reason"], live["worker_id"]) == ("running", None, worker)
     assert live["started_at"] == admitted.started_at
     assert stock.admit(worker) == []

@@ -121,8 +121,7 @@ def test_replace_asks_the_run_to_stop_and_starts_once_it_has(stock: Stock) -> No
 
     (second,), _ = line.due()
 
-    row = stock.live(first.id)
-    assert row is not None
+    row = stock.unended(first.id)
     assert (row["state"], row["cancel_reason"]) == ("running", "replaced")
     assert line.states()[second.id] == ("held", "held")
     assert line.start() == []

@@ -107,8 +107,7 @@ def test_a_host_takes_a_placed_run_and_its_timeout_starts_then(pool: Pool, stock
     assert taken is not None
     assert (taken.id, taken.fencing_token, taken.attempt, taken.pool) == (run.id, 1, 1, POOL)
     assert taken.started_at >= run.started_at
-    live = stock.live(run.id)
-    assert live is not None
+    live = stock.unended(run.id)
     assert (live["worker_id"], live["started_at"], live["state"]) == (host, taken.started_at, "running")
     assert pool.open_placements() == []
     assert stock.finish(host, stock.ended(taken)) == {run.id}
@@ -159,8 +158,7 @@ def test_a_withdrawn_run_waits_as_if_it_had_not_been_placed(pool: Pool, stock: S
 
     assert pool.withdraw(run) == {(run.id, 1)}
 
-    live = stock.live(run.id)
-    assert live is not None
+    live = stock.unended(run.id)
     assert (live["state"], live["reason"], live["detail"]) == ("waiting", "unplaced", "no host took it")
     assert (live["attempt"], live["failures"], live["recoveries"], live["fencing_token"]) == (0, 0, 0, 1)
     assert stock.attempts(run.id) == []
@@ -178,8 +176,7 @@ def test_a_taken_run_cannot_be_withdrawn(pool: Pool, stock: Stock) -> None:
 
     assert pool.withdraw(run) == set()
 
-    live = stock.live(run.id)
-    assert live is not None
+    live = stock.unended(run.id)
     assert live["worker_id"] == host
 
 
@@ -211,13 +208,11 @@ def test_the_runs_that_a_dead_worker_placed_wait_and_none_counts_as_lost(pool: P
     pool.recover()
 
     for run in (untaken, admitted):
-        live = stock.live(run.id)
-        assert live is not None
+        live = stock.unended(run.id)
         assert (live["state"], live["reason"]) == ("waiting", "unplaced")
         assert (live["recoveries"], live["attempt"]) == (0, 0)
     assert [stock.live(run.id)["reason"] for run in (own,)] == ["recovered"]  # type: ignore[index]
-    live = stock.live(taken.id)
-    assert live is not None
+    live = stock.unended(taken.id)
     assert live["worker_id"] == host
     assert pool.open_placements() == []
 
@@ -231,8 +226,7 @@ def test_a_run_that_a_dead_host_had_taken_is_recovered(pool: Pool, stock: Stock)
 
     pool.recover()
 
-    live = stock.live(run.id)
-    assert live is not None
+    live = stock.unended(run.id)
     assert (live["state"], live["reason"], live["recoveries"]) == ("waiting", "recovered", 1)
 
 

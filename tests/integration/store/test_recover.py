@@ -112,8 +112,7 @@ def test_the_run_of_a_worker_that_ended_waits_again(stock: Stock) -> None:
 
     assert (recovered.run_id, recovered.state, recovered.attempt) == (run.id, "waiting", 1)
     assert recovered.worker == worker
-    live = stock.live(run.id)
-    assert live is not None
+    live = stock.unended(run.id)
     assert (live["state"], live["reason"], live["recoveries"]) == ("waiting", "recovered", 1)
     (attempt,) = stock.attempts(run.id)
     assert (attempt["outcome"], attempt["worker_id"], attempt["handler"]) == ("lost", worker, run.handler)
@@ -190,8 +189,7 @@ def test_the_holder_of_the_lock_takes_the_runs_of_all_others(stock: Stock) -> No
         recovered = workers.recover(connection, others_than=me, max_recoveries=3)
 
     assert [run.run_id for run in recovered] == [theirs.id]
-    live = stock.live(mine.id)
-    assert live is not None
+    live = stock.unended(mine.id)
     assert live["worker_id"] == me
     assert renew(stock, dead)[0] is False
     assert renew(stock, me)[0] is True

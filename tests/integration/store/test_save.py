@@ -44,8 +44,7 @@ def load(stock: Stock, run: AdmittedRun) -> object:
 
 
 def recoveries(stock: Stock, run: AdmittedRun) -> int:
-    live = stock.live(run.id)
-    assert live is not None
+    live = stock.unended(run.id)
     count: int = live["recoveries"]
     return count
 

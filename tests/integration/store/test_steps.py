@@ -41,8 +41,7 @@ def load(stock: Stock, run_id: RunId, after: int = 0) -> StepPage:
 
 
 def recoveries(stock: Stock, run: AdmittedRun) -> int:
-    live = stock.live(run.id)
-    assert live is not None
+    live = stock.unended(run.id)
     return int(live["recoveries"])
 
 

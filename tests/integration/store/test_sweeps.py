@@ -12,8 +12,7 @@ from worker.store import sweeps, tables, workers
 
 
 def reason(stock: Stock, run: NewRun) -> str:
-    live = stock.live(run.id)
-    assert live is not None
+    live = stock.unended(run.id)
     text: str = live["reason"]
     return text
 

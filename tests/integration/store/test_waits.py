@@ -75,8 +75,7 @@ def test_a_parked_run_leaves_its_slot_and_waits(stock: Stock, worker: WorkerId) 
 
     assert stock.finish(worker, parked(stock, run)) == {run.id}
 
-    live = stock.live(run.id)
-    assert live is not None
+    live = stock.unended(run.id)
     assert (live["state"], live["reason"]) == ("parked", "answer")
     assert (live["worker_id"], live["started_at"], live["start_by"]) == (None, None, None)
     assert live["available_at"] == stock.all(tables.waits)[0]["until"]
@@ -119,8 +118,7 @@ def test_an_answer_before_the_park_is_written_is_not_missed(stock: Stock, worker
 
     stock.finish(worker, parked(stock, run))
 
-    live = stock.live(run.id)
-    assert live is not None
+    live = stock.unended(run.id)
     assert (live["state"], live["reason"]) == ("waiting", "resumed")
     assert [each.id for each in stock.admit(worker)] == [run.id]
 
@@ -136,8 +134,7 @@ def test_an_answer_to_a_wait_of_an_earlier_attempt_does_not_wake(stock: Stock, w
 
     assert not give(stock, again, "yes", "first")
 
-    live = stock.live(run.id)
-    assert live is not None and live["state"] == "parked"
+    assert stock.unended(run.id)["state"] == "parked"
 
 
 def test_a_deadline_that_passes_wakes(stock: Stock, worker: WorkerId, clock: ManualClock) -> None:
@@ -215,8 +212,7 @@ def test_a_wait_that_was_over_before_does_not_wake(stock: Stock, worker: WorkerI
 
     stock.finish(worker, parked(stock, run))
 
-    live = stock.live(run.id)
-    assert live is not None and live["state"] == "parked"
+    assert stock.unended(run.id)["state"] == "parked"
 
 
 def test_the_first_of_several_deadlines_counts(stock: Stock, worker: WorkerId) -> None:
@@ -286,8 +282,7 @@ def test_a_parked_run_is_unfinished_for_overlap(stock: Stock, worker: WorkerId) 
 
     with stock.database.transaction() as connection:
         assert sweeps.promote_held(connection) == 0
-    live = stock.live(behind.id)
-    assert live is not None and live["state"] == "held"
+    assert stock.unended(behind.id)["state"] == "held"
 
     give(stock, run, "yes")
     [again] = stock.admit(worker)
@@ -454,8 +449,7 @@ def test_an_early_answer_that_is_no_option_is_kept_and_not_taken(
     assert (rows["approval"]["refused"], rows["free"]["refused"]) == ({"answer": data}, None)
     assert rows["approval"]["answered_at"] is rows["approval"]["answered_by"] is None
     stock.finish(worker, parked(stock, run))
-    live = stock.live(run.id)
-    assert live is not None and live["state"] == "parked"
+    assert stock.unended(run.id)["state"] == "parked"
 
     assert give(stock, run, options[0])
     [again] = stock.admit(worker)
@@ -477,8 +471,7 @@ def test_an_answer_that_the_previous_release_took_is_not_handed_to_the_handler(
     stock.finish(worker, parked(stock, again))
 
     assert state is not None and state.state == "pending"
-    live = stock.live(run.id)
-    assert live is not None and live["state"] == "parked"
+    assert stock.unended(run.id)["state"] == "parked"
     assert refused(stock, run) == [{"answer": "maybe"}]
     assert give(stock, again, "no")
 
