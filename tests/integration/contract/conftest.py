@@ -12,7 +12,7 @@ from tests.conftest import copied
 from tests.fakes import postgres
 from tests.fakes.plugins import make_plugin
 from tests.integration.contract.carriers import CARRIERS, ENTRY, FILE, Carrier, Site, opened
-from tests.integration.hosts.conftest import database, either_database, fleet, fleet_on_either
+from tests.integration.hosts.conftest import database, fleet, migrated_url
 from worker.clock import SystemClock
 from worker.definitions.file import parse_file
 from worker.execution.runners.child.pool import ChildPool
@@ -20,7 +20,7 @@ from worker.operations.apply import apply
 from worker.store import catalogue, schema
 from worker.store.database import Database
 
-__all__ = ["anyio_backend", "database", "either_database", "fleet", "fleet_on_either"]
+__all__ = ["anyio_backend", "database", "fleet", "migrated_url"]
 
 SOURCE = Path(__file__).with_name("contract_jobs.py")
 

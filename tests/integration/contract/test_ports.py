@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import on_either
 from tests.integration.hosts.conftest import ENTRIES, Fleet
 from worker.clock import SystemClock
 from worker.definitions.file import parse_file
@@ -176,15 +177,8 @@ async def opened(kind: type[Local | Remote], fleet: Fleet) -> AsyncIterator[Loca
 
 
 @pytest.fixture(params=[Local, Remote])
-async def place(request: pytest.FixtureRequest, fleet_on_either: Fleet) -> AsyncIterator[Local | Remote]:
+async def place(request: pytest.FixtureRequest, fleet: Fleet) -> AsyncIterator[Local | Remote]:
     """Where attempts run."""
-    async with opened(request.param, fleet_on_either) as made:
-        yield made
-
-
-@pytest.fixture(params=[Local, Remote])
-async def place_on_file(request: pytest.FixtureRequest, fleet: Fleet) -> AsyncIterator[Local | Remote]:
-    """The same on SQLite only, for what no statement decides."""
     async with opened(request.param, fleet) as made:
         yield made
 
@@ -206,6 +200,7 @@ at_limit = "ask"
 """
 
 
+@on_either
 @pytest.mark.parametrize("checked", [True, False], ids=["", "control"])
 async def test_the_question_of_a_budget_is_the_workers_own(
     place: Local | Remote, checked: bool, monkeypatch: pytest.MonkeyPatch
@@ -246,8 +241,7 @@ async def test_the_question_of_a_budget_is_the_workers_own(
             await services.ask(OpenWait(NewWait(name, 1, kind)))  # type: ignore[arg-type]
 
 
-async def test_a_token_of_another_org_ends_the_run(place_on_file: Local | Remote) -> None:
-    place = place_on_file
+async def test_a_token_of_another_org_ends_the_run(place: Local | Remote) -> None:
     attempt = await place.begin(place.fleet.start())
     place.fleet.tokens.of_org = "org_b"
 
@@ -262,13 +256,12 @@ async def test_a_token_of_another_org_ends_the_run(place_on_file: Local | Remote
 
 @pytest.mark.parametrize("scoped", [True, False])
 async def test_guesses_tell_nothing_of_another_orgs_secret(
-    place_on_file: Local | Remote, scoped: bool, monkeypatch: pytest.MonkeyPatch
+    place: Local | Remote, scoped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run writes 60,000 guesses while a run of another org holds the secret.
 
     The control is one mask for all orgs: in each text it tells which guess is right.
     """
-    place = place_on_file
     if not scoped:
         monkeypatch.setattr(Masker, "_indexes", lambda self, org: [self._all])
     fleet, secret = place.fleet, "sk-041234"
@@ -315,10 +308,9 @@ async def test_guesses_tell_nothing_of_another_orgs_secret(
 
 
 async def test_a_secret_of_the_org_is_masked_in_all_that_its_runs_write(
-    place_on_file: Local | Remote,
+    place: Local | Remote,
 ) -> None:
     """As guesses of it, so that the test above would see one that is masked."""
-    place = place_on_file
     secret = "sk-041234"
     attempt = await place.begin(place.fleet.start())
     attempt.inflight.hold_secrets({"openai": secret})
@@ -330,6 +322,7 @@ async def test_a_secret_of_the_org_is_masked_in_all_that_its_runs_write(
     assert json.loads(stored) == [MASK]
 
 
+@on_either
 @pytest.mark.parametrize("call", ["save", "store_step", "open_wait", "spend"])
 async def test_what_is_no_longer_ours_is_not_written(place: Local | Remote, call: str) -> None:
     attempt = await place.begin(place.fleet.start())
@@ -361,9 +354,8 @@ async def test_what_is_no_longer_ours_is_not_written(place: Local | Remote, call
     ],
 )
 async def test_a_call_outlasts_an_outage_of_the_database(
-    place_on_file: Local | Remote, monkeypatch: pytest.MonkeyPatch, call: str, name: str
+    place: Local | Remote, monkeypatch: pytest.MonkeyPatch, call: str, name: str
 ) -> None:
-    place = place_on_file
     attempt = await place.begin(place.fleet.start())
     services, faults = attempt.services, 0
     for worker in place.fleet.workers:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,9 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.conftest import migrated_on
 from tests.fakes.ports import free_port
+from tests.fakes.site import definition, org_entry
 from worker.adapters.secrets import OpenedSecrets
 from worker.claims.enforced import Enforced
 from worker.clock import SystemClock
@@ -54,47 +56,24 @@ ENTRIES = [
     HandlerEntry("acme.remembers", "acme", "1", "acme:remembers", state=True),
     HandlerEntry("acme.keyed", "acme", "1", "acme:keyed", secrets=("openai",)),
 ]
-FILE = """
-[[org]]
-code = "org_a"
-issuer = "main"
-[[org]]
-code = "org_b"
-issuer = "main"
-[[definition]]
-org = "org_a"
-name = "render"
-handler = "acme.render"
-schedule = "@yearly"
-overlap = "allow"
-[[definition.variants]]
-flag = "v2"
-handler = "acme.render_v2"
-[[definition]]
-org = "org_b"
-name = "render"
-handler = "acme.render"
-schedule = "@yearly"
-overlap = "allow"
-[[definition]]
-org = "org_a"
-name = "remember"
-handler = "acme.remembers"
-schedule = "@yearly"
-[[definition]]
-org = "org_a"
-name = "keyed"
-handler = "acme.keyed"
-schedule = "@yearly"
-overlap = "allow"
-[[definition]]
-org = "org_a"
-name = "elsewhere"
-handler = "acme.render"
-schedule = "@yearly"
-overlap = "allow"
-pool = "eu"
-"""
+FILE = "".join(
+    (
+        org_entry("org_a"),
+        org_entry("org_b"),
+        definition(
+            "org_a",
+            "render",
+            HANDLER,
+            "@yearly",
+            overlap="allow",
+            variants=[{"flag": "v2", "handler": OTHER}],
+        ),
+        definition("org_b", "render", HANDLER, "@yearly", overlap="allow"),
+        definition("org_a", "remember", "acme.remembers", "@yearly"),
+        definition("org_a", "keyed", "acme.keyed", "@yearly", overlap="allow"),
+        definition("org_a", "elsewhere", HANDLER, "@yearly", overlap="allow", pool="eu"),
+    )
+)
 LEASE = timedelta(seconds=30)
 
 
@@ -257,6 +236,11 @@ class Rows:
         rows = self.all(tables.live_runs, tables.live_runs.c.id == run_id)
         return rows[0] if rows else None
 
+    def unended(self, run_id: str) -> dict[str, Any]:
+        row = self.live(run_id)
+        assert row is not None
+        return row
+
     def run(self, run_id: str) -> dict[str, Any]:
         [row] = self.all(tables.runs, tables.runs.c.id == run_id)
         return row
@@ -285,6 +269,13 @@ class Fleet:
         await host.register(self.one, **register)
         return host
 
+    async def busy_host(self) -> tuple[Host, wire.Taken]:
+        """A host that has taken a run from the first worker."""
+        host = await self.host()
+        self.start()
+        [taken] = await host.take(self.one)
+        return host, taken
+
     def start(self, definition: str = "render", org: str = "org_a", **params: Any) -> RunId:
         """A run that waits for a slot."""
         row = run_now(self.database, org, definition, params=params or None, actor="test")
@@ -300,8 +291,15 @@ class Fleet:
         return OrgId(row["id"])
 
 
-def filled(url: str) -> Iterator[Database]:
-    opened = Database.open(url, clock=SystemClock(), threads=4)
+@pytest.fixture
+def migrated_url(request: pytest.FixtureRequest) -> str:
+    """On SQLite, for what no statement decides; on both where a test asks for either."""
+    return migrated_on(getattr(request, "param", "sqlite"), request)
+
+
+@pytest.fixture
+def database(migrated_url: str) -> Iterator[Database]:
+    opened = Database.open(migrated_url, clock=SystemClock(), threads=4)
     with opened.transaction() as connection:
         catalogue.put(connection, ENTRIES, at=opened.now(connection))
     apply(opened, parse_file(FILE), actor="test")
@@ -309,9 +307,9 @@ def filled(url: str) -> Iterator[Database]:
     opened.close()
 
 
-@asynccontextmanager
-async def serving(database: Database, folder: Path) -> AsyncIterator[Fleet]:
-    ring = KeyRing.generate(folder / "keyring")
+@pytest.fixture
+async def fleet(database: Database, tmp_path: Path) -> AsyncIterator[Fleet]:
+    ring = KeyRing.generate(tmp_path / "keyring")
     async with AsyncExitStack() as stack:
         # All calls go to a loopback address by http; loading the authorities takes 10 ms.
         client = httpx.AsyncClient(verify=False)
@@ -322,28 +320,4 @@ async def serving(database: Database, folder: Path) -> AsyncIterator[Fleet]:
             stack.push_async_callback(worker.api.close)
         # Its connections close first, so that no listener waits for them.
         await stack.enter_async_context(client)
-        yield made
-
-
-@pytest.fixture
-def database(migrated_sqlite_url: str) -> Iterator[Database]:
-    yield from filled(migrated_sqlite_url)
-
-
-@pytest.fixture
-def either_database(migrated_url: str) -> Iterator[Database]:
-    yield from filled(migrated_url)
-
-
-@pytest.fixture
-async def fleet(database: Database, tmp_path: Path) -> AsyncIterator[Fleet]:
-    """On SQLite, for what no statement decides."""
-    async with serving(database, tmp_path) as made:
-        yield made
-
-
-@pytest.fixture
-async def fleet_on_either(either_database: Database, tmp_path: Path) -> AsyncIterator[Fleet]:
-    """The same on SQLite and on PostgreSQL."""
-    async with serving(either_database, tmp_path) as made:
         yield made

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import on_either
 from tests.fakes.running import until
 from tests.integration.hosts.conftest import HANDLER, Fleet, end_of, fence
 from worker.execution.hosts.hosted_runs import HostedRuns
@@ -24,8 +25,8 @@ from worker.telemetry.mask_in_turn import AT_ONCE
 from worker.telemetry.masking import Masker
 
 
-async def test_a_host_takes_a_run_and_reports_its_end(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_a_host_takes_a_run_and_reports_its_end(fleet: Fleet) -> None:
     host = await fleet.host()
     run = fleet.start(since="2029")
 
@@ -33,8 +34,7 @@ async def test_a_host_takes_a_run_and_reports_its_end(fleet_on_either: Fleet) ->
     assert (taken.run.id, taken.org, taken.definition) == (run, "org_a", "render")
     assert taken.work.params == {"since": "2029"}
     assert taken.work.token.reveal() == fleet.tokens.texts[0]
-    live = fleet.rows.live(run)
-    assert live is not None
+    live = fleet.rows.unended(run)
     assert (live["state"], live["worker_id"]) == ("running", host.id)
 
     assert await host.finish(fleet.one, end_of(taken, peak_memory=5)) == [run]
@@ -46,12 +46,11 @@ async def test_a_host_takes_a_run_and_reports_its_end(fleet_on_either: Fleet) ->
     assert [ended.run_id for ended in fleet.one.ended] == [run]
 
 
-async def test_any_worker_goes_on_where_another_stopped(fleet_on_either: Fleet) -> None:
+@on_either
+async def test_any_worker_goes_on_where_another_stopped(fleet: Fleet) -> None:
     """Taken at one; checkpoint, step, wait, log, progress, token and end at the other."""
-    fleet = fleet_on_either
-    host = await fleet.host()
-    run = fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
+    run = taken.run.id
     mine, two = fence(taken), fleet.two
 
     await host.call(two, "save", **mine, handler=HANDLER, data='{"done":3}')
@@ -75,42 +74,36 @@ async def test_any_worker_goes_on_where_another_stopped(fleet_on_either: Fleet) 
     assert totals == {"last": 1, "bytes": 3}
     assert waits["state"]["state"] == "pending"
     assert GrantedAnswer().read(granted)[0].reveal() in fleet.tokens.texts
-    live = fleet.rows.live(run)
-    assert live is not None
+    live = fleet.rows.unended(run)
     assert live["progress"]["note"] == "half"
     assert [row["text"] for row in fleet.rows.all(tables.run_logs)] == ["hello"]
     [checkpoint] = fleet.rows.all(tables.checkpoints)
     assert (checkpoint["data"], checkpoint["handler"]) == ({"done": 3}, HANDLER)
     assert await host.finish(two, end_of(taken, outcomes.Parked("answer", "ok"), asks=("ok",))) == [run]
-    live = fleet.rows.live(run)
-    assert live is not None
+    live = fleet.rows.unended(run)
     assert (live["state"], live["recoveries"]) == ("parked", 0)
     assert [ended.trail.asks for ended in fleet.two.ended] == [("ok",)]
 
 
-async def test_an_end_that_is_sent_again_is_accepted_at_each_worker(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
-    host = await fleet.host()
-    run = fleet.start()
-    [taken] = await host.take(fleet.one)
+@on_either
+async def test_an_end_that_is_sent_again_is_accepted_at_each_worker(fleet: Fleet) -> None:
+    host, taken = await fleet.busy_host()
 
     for worker in (fleet.two, fleet.two, fleet.one):
-        assert await host.finish(worker, end_of(taken)) == [run]
-    assert len(fleet.rows.attempts(run)) == 1
+        assert await host.finish(worker, end_of(taken)) == [taken.run.id]
+    assert len(fleet.rows.attempts(taken.run.id)) == 1
     [days] = fleet.rows.all(tables.rollup_days)
     assert (days["runs"], days["attempts"]) == (1, 1)
 
 
-async def test_two_workers_that_get_an_end_at_once_write_it_once(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
-    host = await fleet.host()
-    run = fleet.start()
-    [taken] = await host.take(fleet.one)
+@on_either
+async def test_two_workers_that_get_an_end_at_once_write_it_once(fleet: Fleet) -> None:
+    host, taken = await fleet.busy_host()
 
     both = await asyncio.gather(*(host.finish(worker, end_of(taken)) for worker in fleet.workers))
 
-    assert both == [[run], [run]]
-    assert len(fleet.rows.attempts(run)) == 1
+    assert both == [[taken.run.id], [taken.run.id]]
+    assert len(fleet.rows.attempts(taken.run.id)) == 1
     [days] = fleet.rows.all(tables.rollup_days)
     assert (days["runs"], days["attempts"]) == (1, 1)
 
@@ -130,9 +123,7 @@ async def test_what_a_host_sends_is_masked_off_the_loop_if_it_is_long(
     if not limited:
         monkeypatch.setattr(mask_in_turn, "AT_ONCE", 10_000_000)
         monkeypatch.setattr(mask_in_turn._masking, "_turns", Turns(10_000_000))
-    host = await fleet.host()
-    run = fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
     mine, now, text = fence(taken), taken.run.started_at.isoformat(), "x " * 20_000
     step: dict[str, Any] = {
         **{"name": "fetch", "key": None, "occurrence": 1, "seq": 1, "spends": []},
@@ -152,7 +143,7 @@ async def test_what_a_host_sends_is_masked_off_the_loop_if_it_is_long(
         await host.call(fleet.one, name, **message)
         assert (sum(on_loop) <= AT_ONCE) == limited, name
     on_loop.clear()
-    assert await host.finish(fleet.one, end_of(taken, outcomes.Succeeded(json.dumps(text)))) == [run]
+    assert await host.finish(fleet.one, end_of(taken, outcomes.Succeeded(json.dumps(text)))) == [taken.run.id]
     assert (sum(on_loop) <= AT_ONCE) == limited
 
 
@@ -177,22 +168,20 @@ async def test_an_end_that_comes_again_while_it_is_masked_is_written_once(
     monkeypatch.setattr(Finisher, "put", put_first)
     if not once:
         monkeypatch.setattr(HostedRuns, "_write_once", HostedRuns._write)
-    host = await fleet.host()
-    run = fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
 
     both = [asyncio.create_task(host.finish(fleet.one, end_of(taken))) for _ in range(2)]
     await until(lambda: len(masked) == 2)
     go.set()
     if once:
-        assert await asyncio.gather(*both) == [[run], [run]]
+        assert await asyncio.gather(*both) == [[taken.run.id], [taken.run.id]]
     else:
         await until(lambda: len(written) == 2)
         for task in both:
             task.cancel()
         await asyncio.gather(*both, return_exceptions=True)
 
-    assert written == [run] * (1 if once else 2)
+    assert written == [taken.run.id] * (1 if once else 2)
 
 
 async def test_a_host_that_waits_gets_a_run_as_soon_as_it_is_due(fleet: Fleet) -> None:
@@ -215,8 +204,8 @@ async def test_a_take_without_runs_ends_after_its_wait(fleet: Fleet) -> None:
     assert await host.take(fleet.one, wait=0) == []
 
 
-async def test_no_more_runs_are_taken_than_there_are_slots(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_no_more_runs_are_taken_than_there_are_slots(fleet: Fleet) -> None:
     host = await fleet.host()
     for _ in range(5):
         fleet.start()
@@ -247,8 +236,8 @@ async def test_what_another_token_delays_comes_with_a_later_take(fleet: Fleet) -
     assert {row[0] for row in (await host.call(fleet.one, "renew"))["owned"]} == {run, second}
 
 
-async def test_what_a_stopping_host_never_got_is_handed_back(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_what_a_stopping_host_never_got_is_handed_back(fleet: Fleet) -> None:
     host = await fleet.host()
     run = fleet.start()
     fleet.tokens.may_answer.clear()
@@ -256,8 +245,7 @@ async def test_what_a_stopping_host_never_got_is_handed_back(fleet_on_either: Fl
 
     await host.call(fleet.one, "unregister")
 
-    live = fleet.rows.live(run)
-    assert live is not None
+    live = fleet.rows.unended(run)
     assert (live["state"], live["reason"], live["recoveries"]) == ("waiting", "handed_back", 0)
 
 
@@ -292,34 +280,30 @@ async def test_a_host_hears_nothing_of_a_run_whose_token_is_anothers(fleet: Flee
 
 async def test_a_renewed_token_that_is_refused_ends_the_run_so(fleet: Fleet) -> None:
     """Whatever the host reports."""
-    host = await fleet.host()
-    run = fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
     fleet.tokens.of_org = "org_b"
 
     answer = await host.call(fleet.one, "token", **fence(taken), handler=HANDLER, fresh=True)
     assert answer["refused"]["reason"] == "org_mismatch"
     assert "org_b" not in str(answer)
-    assert await host.finish(fleet.one, end_of(taken)) == [run]
-    assert fleet.rows.run(run)["state"] == "refused"
+    assert await host.finish(fleet.one, end_of(taken)) == [taken.run.id]
+    assert fleet.rows.run(taken.run.id)["state"] == "refused"
 
 
-async def test_the_end_counts_by_the_workers_clock(fleet_on_either: Fleet) -> None:
+@on_either
+async def test_the_end_counts_by_the_workers_clock(fleet: Fleet) -> None:
     """A host cannot say that its handler began before the token was there, or that it ends tomorrow."""
-    fleet = fleet_on_either
-    host = await fleet.host()
-    run = fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
 
-    assert await host.finish(fleet.one, end_of(taken, handler_seconds=1e12)) == [run]
+    assert await host.finish(fleet.one, end_of(taken, handler_seconds=1e12)) == [taken.run.id]
 
-    [attempt] = fleet.rows.attempts(run)
+    [attempt] = fleet.rows.attempts(taken.run.id)
     assert attempt["started_at"] <= attempt["token_ready_at"] == attempt["handler_started_at"]
     assert attempt["handler_started_at"] <= attempt["ended_at"]
 
 
-async def test_a_result_that_the_database_does_not_take_fails_its_run_alone(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_a_result_that_the_database_does_not_take_fails_its_run_alone(fleet: Fleet) -> None:
     host = await fleet.host()
     runs = [fleet.start(), fleet.start()]
     first, second = await host.take_all(fleet.one, 2)
@@ -330,8 +314,8 @@ async def test_a_result_that_the_database_does_not_take_fails_its_run_alone(flee
     assert fleet.rows.run(second.run.id)["state"] == "succeeded"
 
 
-async def test_handlers_of_a_host_are_kept_apart_from_those_of_workers(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_handlers_of_a_host_are_kept_apart_from_those_of_workers(fleet: Fleet) -> None:
     host = await fleet.host()
     entry = {
         **{"name": "gpu.only", "distribution": "gpu", "version": "2", "entry_point": "gpu:only"},
@@ -371,14 +355,12 @@ async def test_a_closed_connection_leaves_what_it_would_have_got_to_the_next_tak
 
 
 async def test_a_worker_that_drains_gives_out_no_runs_but_answers_running_ones(fleet: Fleet) -> None:
-    host = await fleet.host()
-    run = fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
     fleet.one.listener.attempts.draining = True
 
     assert (await host.send(fleet.one, "take", {"free": {"child": 1}})).status_code == 503
     await host.call(fleet.one, "save", **fence(taken), handler=HANDLER, data="1")
-    assert await host.finish(fleet.one, end_of(taken)) == [run]
+    assert await host.finish(fleet.one, end_of(taken)) == [taken.run.id]
 
 
 async def test_a_worker_that_drains_ends_the_takes_that_wait(fleet: Fleet) -> None:
@@ -400,8 +382,7 @@ async def test_a_worker_that_stops_lets_what_it_did_not_deliver_wait_again(fleet
     assert fleet.one.api is not None
     await fleet.one.api.close()
 
-    live = fleet.rows.live(run)
-    assert live is not None
+    live = fleet.rows.unended(run)
     assert (live["state"], live["reason"]) == ("waiting", "handed_back")
 
 

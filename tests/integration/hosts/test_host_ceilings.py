@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, update
 
+from tests.conftest import on_either
+from tests.fakes.site import definition
 from tests.integration.hosts.conftest import FILE, HANDLER, OTHER, Fleet, Host, end_of, fence
 from worker.definitions.file import parse_file
 from worker.errors import UnknownHandler
@@ -37,65 +39,35 @@ KEYED = replace(OWN, secrets=("openai",))
 SCOPED = replace(OWN, scopes=("admin:all",))
 LONG = replace(OWN, timeout="36500d", max_attempts=2**31 - 1)
 # Definitions of a handler that only hosts have, and two of one of workers; `limited` sets its own limits.
-ONLY_HOSTS = """
-[[definition]]
-org = "org_a"
-name = "own"
-handler = "gpu.own"
-schedule = "every 1h"
-overlap = "allow"
-pool = "eu"
-[[definition]]
-org = "org_a"
-name = "limited"
-handler = "gpu.own"
-schedule = "every 1h"
-overlap = "allow"
-pool = "eu"
-scopes = ["read:kb"]
-timeout = "2h"
-max_attempts = 7
-[[definition]]
-org = "org_b"
-name = "nowhere"
-handler = "gpu.own"
-schedule = "every 1h"
-overlap = "allow"
-[[definition]]
-org = "org_b"
-name = "hourly"
-handler = "acme.render"
-schedule = "every 1h"
-overlap = "allow"
-[[definition]]
-org = "org_a"
-name = "varied"
-handler = "acme.render"
-schedule = "every 1h"
-overlap = "allow"
-pool = "eu"
-[[definition.variants]]
-flag = "v2"
-handler = "gpu.own"
-"""
+ONLY_HOSTS = "".join(
+    definition(org, name, handler, "every 1h", overlap="allow", **keys)
+    for org, name, handler, keys in (
+        ("org_a", "own", "gpu.own", {"pool": "eu"}),
+        (
+            "org_a",
+            "limited",
+            "gpu.own",
+            {"pool": "eu", "scopes": ["read:kb"], "timeout": "2h", "max_attempts": 7},
+        ),
+        ("org_b", "nowhere", "gpu.own", {}),
+        ("org_b", "hourly", "acme.render", {}),
+        (
+            "org_a",
+            "varied",
+            "acme.render",
+            {"pool": "eu", "variants": [{"flag": "v2", "handler": "gpu.own"}]},
+        ),
+    )
+)
 
 
-def with_own(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> Fleet:
+@pytest.fixture
+def fleet(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> Fleet:
     """With definitions of a handler that only hosts have; workers see at once what changed."""
     monkeypatch.setattr(delivery, "HANDLERS_AGE", -1.0)
     monkeypatch.setattr(host_store, "SERVING_AGE", -1.0)
     apply(fleet.database, parse_file(ONLY_HOSTS), actor="test", allow_unknown_handlers=True)
     return fleet
-
-
-@pytest.fixture
-def fleet(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> Fleet:
-    return with_own(fleet, monkeypatch)
-
-
-@pytest.fixture
-def fleet_on_either(fleet_on_either: Fleet, monkeypatch: pytest.MonkeyPatch) -> Fleet:
-    return with_own(fleet_on_either, monkeypatch)
 
 
 @pytest.fixture(params=["now", "before"])
@@ -161,12 +133,10 @@ def waits(fleet: Fleet, run: RunId) -> tuple[str, str | None]:
 # placing
 
 
+@on_either
 @pytest.mark.parametrize("handler", ["gpu.own", HANDLER])
-async def test_no_scheduled_run_goes_where_a_host_says(
-    fleet_on_either: Fleet, before: bool, handler: str
-) -> None:
+async def test_no_scheduled_run_goes_where_a_host_says(fleet: Fleet, before: bool, handler: str) -> None:
     """For a handler that only hosts have, and for one of workers, reported while none of them is there."""
-    fleet = fleet_on_either
     host = await in_eu(fleet, HandlerEntry(handler, "aaa", "1", "aaa:take", pool="pa"), pool="pa")
     names = ["nowhere"] if handler == OWN.name else ["hourly"]
 
@@ -178,8 +148,8 @@ async def test_no_scheduled_run_goes_where_a_host_says(
     assert (fleet.tokens.texts == []) is not before
 
 
-async def test_isolation_is_what_all_hosts_of_the_pool_declare(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_isolation_is_what_all_hosts_of_the_pool_declare(fleet: Fleet) -> None:
     inline = replace(OWN, isolation="inline")
     await in_eu(fleet, inline)
     await in_eu(fleet, inline, name="gpu2", pool="us")
@@ -236,8 +206,8 @@ async def test_many_handlers_push_no_others_out(
     assert apply(fleet.database, again, actor="test")
 
 
-async def test_a_host_limits_nobody_elses_runs(fleet_on_either: Fleet, before: bool) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_a_host_limits_nobody_elses_runs(fleet: Fleet, before: bool) -> None:
     none = HandlerEntry(HANDLER, "acme", "1", "acme:render", scopes=("read:kb",), max_concurrent=0)
     here = await fleet.host("h1")
     await in_eu(fleet, none, pool="pa")
@@ -248,8 +218,8 @@ async def test_a_host_limits_nobody_elses_runs(fleet_on_either: Fleet, before: b
     assert [one.run.id for one in taken] == ([] if before else [run])
 
 
-async def test_a_host_that_limits_its_own_handler_to_none_takes_none(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_a_host_that_limits_its_own_handler_to_none_takes_none(fleet: Fleet) -> None:
     idle, other = await in_eu(fleet, replace(OWN, max_concurrent=0)), await in_eu(fleet, OWN, name="gpu2")
     run = fleet.start("own")
 
@@ -418,8 +388,8 @@ async def test_an_old_incarnation_goes_on_while_a_new_one_declares_more(fleet: F
     assert [one.run.id for one in await new.take(fleet.one)] == [another]
 
 
-async def test_an_approval_lets_waiting_runs_start(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_an_approval_lets_waiting_runs_start(fleet: Fleet) -> None:
     fleet.tokens.scopes = frozenset({"admin:all"})
     host = await in_eu(fleet, SCOPED)
     run = fleet.start("own")
@@ -458,8 +428,8 @@ async def test_a_run_that_was_admitted_meanwhile_is_not_started(
     assert fleet.rows.live(run)["failures"] == 0  # type: ignore[index]
 
 
-async def test_reasons_change_with_what_is_approved(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_reasons_change_with_what_is_approved(fleet: Fleet) -> None:
     host = await in_eu(fleet, KEYED)
     run = fleet.start("own")
     mark(fleet)
@@ -477,8 +447,8 @@ async def test_reasons_change_with_what_is_approved(fleet_on_either: Fleet) -> N
     assert waits(fleet, run) == ("no_pool", "eu")
 
 
-async def test_an_approval_outlives_the_hosts_and_is_only_of_its_pool(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_an_approval_outlives_the_hosts_and_is_only_of_its_pool(fleet: Fleet) -> None:
     await in_eu(fleet, KEYED)
     approve(fleet, KEYED)
     add_secret(fleet.database, fleet.one.ring, "org_a", "openai", "sk-canary", actor="test")
@@ -510,10 +480,10 @@ async def of_older(fleet: Fleet, host: Host, *entries: HandlerEntry) -> None:
         connection.execute(update(tables.catalogue).where(theirs).values(of_worker=None))
 
 
+@on_either
 async def test_a_host_that_registered_at_an_older_worker_goes_on_within_the_ceiling(
-    fleet_on_either: Fleet,
+    fleet: Fleet,
 ) -> None:
-    fleet = fleet_on_either
     host = await fleet.host(entries=[])
     both = [HandlerEntry(name, "acme", "1", "acme:render") for name in (HANDLER, OTHER)]
     await of_older(fleet, host, *both, OWN)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import pytest
 
+from tests.conftest import on_either
 from tests.fakes.running import until
 from tests.integration.hosts.conftest import HANDLER, Fleet, Host, Worker, end_of, fence
 from worker.clock import to_text
@@ -59,11 +60,9 @@ async def flood(fleet: Fleet, host: Host, taken: wire.Taken) -> tuple[int, list[
     return stored_log(fleet)
 
 
-async def test_the_log_of_an_attempt_is_cut_whichever_workers_get_it(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
-    host = await fleet.host()
-    fleet.start()
-    [taken] = await host.take(fleet.one)
+@on_either
+async def test_the_log_of_an_attempt_is_cut_whichever_workers_get_it(fleet: Fleet) -> None:
+    host, taken = await fleet.busy_host()
 
     size, rows = await flood(fleet, host, taken)
 
@@ -75,25 +74,21 @@ async def test_the_log_of_an_attempt_is_cut_whichever_workers_get_it(fleet_on_ei
 async def test_without_the_limit_all_of_it_is_stored(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control."""
     monkeypatch.setattr(sent, "MAX_LOG", 2**40)
-    host = await fleet.host()
-    fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
 
     size, rows = await flood(fleet, host, taken)
 
     assert (size, len(rows)) == (60 * 10_016, 60)
 
 
+@on_either
 async def test_a_worker_that_did_not_ask_would_count_for_itself_alone(
-    fleet_on_either: Fleet, monkeypatch: pytest.MonkeyPatch
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the count in the database: with it off, each worker takes a whole log."""
-    fleet = fleet_on_either
     monkeypatch.setattr(sent, "TRUSTED", 2**40)
     monkeypatch.setattr(sent, "MAX_LOG", 100_000)
-    host = await fleet.host()
-    fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
     for first in range(1, 180, 90):
         for call in range(3):
             worker = fleet.workers[first > 1]
@@ -105,9 +100,7 @@ async def test_a_worker_that_did_not_ask_would_count_for_itself_alone(
 
 async def test_the_whole_log_of_a_local_run_is_taken_from_a_host(fleet: Fleet) -> None:
     """Also if its bytes are no text, or its lines are sent again by a host that got no answer."""
-    host = await fleet.host()
-    fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
     given: list[dict[str, Any]] = []
 
     def sink(level: str, source: str, text: str, at: Any) -> None:
@@ -129,9 +122,7 @@ async def test_the_whole_log_of_a_local_run_is_taken_from_a_host(fleet: Fleet) -
 
 
 async def test_a_host_neither_writes_the_last_line_nor_one_that_is_too_long(fleet: Fleet) -> None:
-    host = await fleet.host()
-    fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
     places = (LAST_LINE, LOST_LINE, LOST_LINE - 1)
     last, lost, before = ({"lines": lines(taken, seq, 1, "x" * 60_000)} for seq in places)
 
@@ -150,16 +141,14 @@ class AnyLine(LineRow):
     seq: Annotated[int, Count(LAST_LINE)]
 
 
+@on_either
 @pytest.mark.parametrize("is_reserved", [True, False])
 async def test_a_host_cannot_take_the_place_of_the_line_that_says_it_crashed(
-    fleet_on_either: Fleet, monkeypatch: pytest.MonkeyPatch, is_reserved: bool
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, is_reserved: bool
 ) -> None:
-    fleet = fleet_on_either
     if not is_reserved:
         monkeypatch.setattr(attempt_api, "LINE", row_of(AnyLine))
-    host = await fleet.host()
-    fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
     line = {"lines": lines(taken, LOST_LINE, 1, "all is well")}
 
     assert await status(host, fleet.one, "logs", line) == (422 if is_reserved else 200)
@@ -175,9 +164,7 @@ async def test_a_host_cannot_take_the_place_of_the_line_that_says_it_crashed(
 async def test_progress_is_written_as_often_as_that_of_a_local_run(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    host = await fleet.host()
-    run = fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
     written: list[int] = []
     real = fleet.one.store.write_progress
 
@@ -191,8 +178,7 @@ async def test_progress_is_written_as_often_as_that_of_a_local_run(
         await host.call(fleet.one, "progress", rows=rows)
     await fleet.flush()
 
-    live = fleet.rows.live(run)
-    assert live is not None
+    live = fleet.rows.unended(taken.run.id)
     assert (written, live["progress"]["done"]) == ([1], 29)
 
 
@@ -232,9 +218,7 @@ def large_calls(taken: wire.Taken) -> Mapping[str, Mapping[str, Any]]:
 async def test_a_worker_never_parses_a_large_body_itself(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    host = await fleet.host()
-    run = fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
     calls = large_calls(taken)
     longest = longest_parsed(monkeypatch)
     for name, message in calls.items():
@@ -244,7 +228,7 @@ async def test_a_worker_never_parses_a_large_body_itself(
     monkeypatch.undo()
     [checkpoint] = fleet.rows.all(tables.checkpoints)
     steps = fleet.rows.all(tables.steps)
-    for row in (checkpoint["data"], fleet.rows.run(run)["result"]):
+    for row in (checkpoint["data"], fleet.rows.run(taken.run.id)["result"]):
         assert row == json.loads(calls["save"]["data"])
     assert [row["result"] for row in steps] == ["é" * (RESULT_LIMIT // 2 - 10)] * 3
 
@@ -253,9 +237,7 @@ async def test_without_the_other_process_a_worker_parses_all_of_a_body(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control."""
-    host = await fleet.host()
-    fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
     calls = large_calls(taken)
     monkeypatch.setattr(web, "OWN_BYTES", 2**30)
     longest = longest_parsed(monkeypatch)
@@ -268,9 +250,7 @@ async def test_without_the_other_process_a_worker_parses_all_of_a_body(
 async def test_a_large_body_that_is_no_call_is_refused_and_the_next_one_is_answered(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    host = await fleet.host()
-    fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
     longest = longest_parsed(monkeypatch)
     end = END.write(end_of(taken))
     wrong = {**end, "fencing_token": -1, "sealed": "x" * 40_000}
@@ -293,9 +273,7 @@ async def test_a_large_body_that_is_no_call_is_refused_and_the_next_one_is_answe
 async def test_a_body_that_ends_the_process_is_refused_and_another_process_is_started(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch, emitted: list[Emitted]
 ) -> None:
-    host = await fleet.host()
-    fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
     given = fleet.one.listener.attempts.checker
     monkeypatch.setattr(given, "_command", ("/bin/true",))
 
@@ -308,9 +286,7 @@ async def test_a_body_that_ends_the_process_is_refused_and_another_process_is_st
 async def test_a_check_that_takes_too_long_is_tried_later(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    host = await fleet.host()
-    fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
     given = fleet.one.listener.attempts.checker
     monkeypatch.setattr(given, "_command", ("/bin/sleep", "60"))
     monkeypatch.setattr(given, "_deadline", 0.1)
@@ -322,9 +298,7 @@ async def test_a_check_that_takes_too_long_is_tried_later(
 
 
 async def test_a_worker_that_stops_leaves_large_bodies_to_others(fleet: Fleet) -> None:
-    host = await fleet.host()
-    fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
     body = large_calls(taken)["finish"]
     await fleet.one.listener.attempts.checker.close()
 
@@ -415,11 +389,11 @@ async def register(host: Host, fleet: Fleet, times: int) -> list[int]:
     return sorted(await asyncio.gather(*calls))
 
 
+@on_either
 @pytest.mark.parametrize("limit", ["MAX_BEGUN", "MAX_ALIVE"])
 async def test_the_incarnations_of_a_token_are_limited_also_at_once_at_several_workers(
-    fleet_on_either: Fleet, monkeypatch: pytest.MonkeyPatch, limit: str
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    fleet = fleet_on_either
     host, other = await fleet.host("h1"), await fleet.host("h2")
     # The control: without the limit.
     assert await register(host, fleet, 5) == [200] * 5
@@ -435,10 +409,10 @@ async def test_the_incarnations_of_a_token_are_limited_also_at_once_at_several_w
     assert await status(host, fleet.one, "renew") == 200
 
 
+@on_either
 async def test_incarnations_that_ended_or_lost_their_lease_make_room(
-    fleet_on_either: Fleet, monkeypatch: pytest.MonkeyPatch
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fleet = fleet_on_either
     host = await fleet.host()
     monkeypatch.setattr(store_hosts, "MAX_ALIVE", 1)
     assert await register(host, fleet, 1) == [429]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import on_either
 from tests.integration.hosts.conftest import HANDLER, Fleet, Host, end_of, fence
 from worker.execution.hosts.hosted_runs import HostedRuns
 from worker.operations.runs import cancel
@@ -89,8 +90,8 @@ async def test_the_pause_without_a_token_is_within_the_workers_limits(
     assert timedelta(seconds=least) <= live(fleet, run)["available_at"] - now <= timedelta(seconds=most + 15)
 
 
-async def test_a_stop_counts_only_if_it_was_asked_for(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_a_stop_counts_only_if_it_was_asked_for(fleet: Fleet) -> None:
     host = await fleet.host()
     asked, forged = fleet.start(), fleet.start()
     taken = {one.run.id: one for one in await host.take_all(fleet.one, 2)}
@@ -102,18 +103,17 @@ async def test_a_stop_counts_only_if_it_was_asked_for(fleet_on_either: Fleet) ->
     assert live(fleet, forged)["reason"] == "handed_back"
 
 
-async def test_a_run_of_a_suspended_org_ends_as_that(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
-    host = await fleet.host()
-    run = fleet.start()
-    [taken] = await host.take(fleet.one)
+@on_either
+async def test_a_run_of_a_suspended_org_ends_as_that(fleet: Fleet) -> None:
+    host, taken = await fleet.busy_host()
     with fleet.database.transaction() as connection:
         of = tables.orgs
         connection.execute(of.update().where(of.c.code == "org_a").values(state="suspended"))
 
     await host.finish(fleet.one, end_of(taken, outcomes.Cancelled("replaced")))
 
-    assert (fleet.rows.run(run)["state"], fleet.rows.run(run)["reason"]) == ("cancelled", "suspended")
+    run = fleet.rows.run(taken.run.id)
+    assert (run["state"], run["reason"]) == ("cancelled", "suspended")
 
 
 def make_due(fleet: Fleet, run: str) -> None:
@@ -142,11 +142,11 @@ def fewer(monkeypatch: pytest.MonkeyPatch) -> int:
     return 3
 
 
+@on_either
 @pytest.mark.parametrize("by_call", [False, True])
 async def test_a_run_that_is_handed_back_again_and_again_fails(
-    fleet_on_either: Fleet, fewer: int, by_call: bool
+    fleet: Fleet, fewer: int, by_call: bool
 ) -> None:
-    fleet = fleet_on_either
     host = await fleet.host()
     run = fleet.start()
     for _ in range(fewer):

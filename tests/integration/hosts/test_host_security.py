@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import on_either
 from tests.integration.hosts.conftest import ENTRIES, HANDLER, OTHER, Fleet, Host, end_of, fence
 from worker.execution.attempts import answers
 from worker.execution.hosts import attempt_api, wire
@@ -86,8 +87,8 @@ async def test_the_incarnation_of_another_host_is_refused(fleet: Fleet) -> None:
     assert await status(mine, fleet, "renew") == 200
 
 
-async def test_a_host_of_another_pool_gets_no_run(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_a_host_of_another_pool_gets_no_run(fleet: Fleet) -> None:
     elsewhere, here = await fleet.host("h1", "eu-gpu"), await fleet.host("h2")
     run = fleet.start()
     abroad = fleet.start("elsewhere")
@@ -112,14 +113,12 @@ async def test_a_host_that_was_moved_to_another_pool_must_register_again(
     assert await status(host, fleet, "take", {"wait": 0}) == 200
 
 
+@on_either
 async def test_an_ended_incarnation_gets_nothing_and_writes_nothing(
-    fleet_on_either: Fleet, monkeypatch: pytest.MonkeyPatch
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fleet = fleet_on_either
     monkeypatch.setattr(attempt_api, "CALLER_AGE", -1.0)
-    host = await fleet.host()
-    run = fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
     with fleet.database.transaction() as connection:
         store_workers.unregister(connection, WorkerId(host.id))
 
@@ -134,13 +133,18 @@ async def test_an_ended_incarnation_gets_nothing_and_writes_nothing(
     assert await host.call(fleet.one, "logs", lines=[line]) == {}
     assert (await host.call(fleet.one, "renew")) == {"registered": False, "owned": []}
     assert await host.call(fleet.one, "unregister") == {}
-    assert fleet.rows.attempts(run) == fleet.rows.all(tables.run_logs) == fleet.rows.all(tables.steps) == []
+    assert (
+        fleet.rows.attempts(taken.run.id)
+        == fleet.rows.all(tables.run_logs)
+        == fleet.rows.all(tables.steps)
+        == []
+    )
 
 
+@on_either
 async def test_an_ended_incarnation_hears_which_of_its_ends_were_written(
-    fleet_on_either: Fleet, monkeypatch: pytest.MonkeyPatch
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fleet = fleet_on_either
     monkeypatch.setattr(attempt_api, "CALLER_AGE", -1.0)
     host = await fleet.host()
     fleet.start()
@@ -153,11 +157,11 @@ async def test_an_ended_incarnation_hears_which_of_its_ends_were_written(
     assert await host.finish(fleet.two, end_of(first), end_of(second)) == [first.run.id]
 
 
+@on_either
 async def test_a_late_farewell_is_a_stop_and_takes_back_no_crash(
-    fleet_on_either: Fleet, monkeypatch: pytest.MonkeyPatch
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host has stopped while no worker answered; one that ran something cannot hide that it was lost."""
-    fleet = fleet_on_either
     monkeypatch.setattr(attempt_api, "CALLER_AGE", -1.0)
     idle, busy = await fleet.host("idle"), await fleet.host("busy")
     fleet.start()
@@ -178,13 +182,11 @@ async def test_a_late_farewell_is_a_stop_and_takes_back_no_crash(
     assert row["end"].endswith(f" UTC, 1 run recovered by {fleet.one.id}")
 
 
-async def test_a_removed_host_is_refused(fleet_on_either: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_a_removed_host_is_refused(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempt_api, "CALLER_AGE", -1.0)
     monkeypatch.setattr(attempt_api, "RENEWAL_AGE", -1.0)
-    host = await fleet.host()
-    fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
     remove_host(fleet.database, "h1", actor="test")
 
     for name in ("renew", "take", "register"):
@@ -202,8 +204,8 @@ async def test_a_removed_host_is_refused_within_seconds_and_its_lease_at_once(fl
     assert await host.take(fleet.one, wait=0.3) == []
 
 
-async def test_another_hosts_run_is_out_of_reach(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_another_hosts_run_is_out_of_reach(fleet: Fleet) -> None:
     mine, other = await fleet.host("h1"), await fleet.host("h2")
     fleet.start()
     [taken] = await mine.take(fleet.one)
@@ -259,9 +261,7 @@ async def test_what_a_host_claims_of_a_step_or_a_wait_is_checked_as_a_processs(
 
         monkeypatch.setattr(answers, "believed_step", lambda step, run, now: step)
         monkeypatch.setattr(answers, "believed_wait", believe)
-    host = await fleet.host()
-    fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
     mine = fence(taken)
     question = {
         **WAIT,
@@ -283,8 +283,8 @@ async def test_what_a_host_claims_of_a_step_or_a_wait_is_checked_as_a_processs(
     assert (reserved == 422) == checked
 
 
-async def test_batches_write_only_what_is_owned(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_batches_write_only_what_is_owned(fleet: Fleet) -> None:
     mine, other = await fleet.host("h1"), await fleet.host("h2")
     run = fleet.start()
     [taken] = await mine.take(fleet.one)
@@ -302,8 +302,7 @@ async def test_batches_write_only_what_is_owned(fleet_on_either: Fleet) -> None:
         assert (stored["stored"] == []) is forged
         assert (fleet.rows.all(tables.steps) == []) is forged
         assert (fleet.rows.all(tables.run_logs) == []) is forged
-        live = fleet.rows.live(run)
-        assert live is not None
+        live = fleet.rows.unended(run)
         assert (live["progress"] is None) is forged
         assert bool(await host.finish(fleet.one, end_of(taken))) is not forged
         if forged:
@@ -351,9 +350,7 @@ async def test_the_record_of_an_earlier_attempt_does_not_open(fleet: Fleet) -> N
 
 async def test_a_host_cannot_choose_the_handler_of_the_next_attempt(fleet: Fleet) -> None:
     """A run keeps the handler that stored progress first; that may only be one of its definition's."""
-    host = await fleet.host()
-    run = fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
 
     for worker in fleet.workers:
         for name in ("acme.admin", "acme.unknown"):
@@ -366,11 +363,11 @@ async def test_a_host_cannot_choose_the_handler_of_the_next_attempt(fleet: Fleet
     assert (await host.send(fleet.one, "save", other)).status_code == 422
     assert fleet.rows.all(tables.checkpoints) == []
     await host.call(fleet.two, "save", **fence(taken), handler=HANDLER, data="1")
-    assert [row["run_id"] for row in fleet.rows.all(tables.checkpoints)] == [run]
+    assert [row["run_id"] for row in fleet.rows.all(tables.checkpoints)] == [taken.run.id]
 
 
-async def test_state_is_only_changed_by_a_run_that_may(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_state_is_only_changed_by_a_run_that_may(fleet: Fleet) -> None:
     host = await fleet.host()
     plain, remembering = fleet.start(), fleet.start("remember")
     taken = {one.run.id: one for one in await host.take_all(fleet.one, 2)}
@@ -383,9 +380,7 @@ async def test_state_is_only_changed_by_a_run_that_may(fleet_on_either: Fleet) -
 
 
 async def test_a_large_body_is_refused_before_it_is_read(fleet: Fleet) -> None:
-    host = await fleet.host()
-    fleet.start()
-    [taken] = await host.take(fleet.one)
+    host, taken = await fleet.busy_host()
     save = {**fence(taken), "handler": HANDLER}
 
     assert await status(host, fleet, "save", b" " * (MAX_BYTES + 1)) == 413
@@ -523,8 +518,8 @@ async def test_an_org_without_a_secret_is_refused_and_the_host_hears_nothing(fle
     assert (row["state"], row["reason"], row["detail"]) == ("refused", "secret_missing", "openai")
 
 
-async def test_a_host_does_not_change_the_handlers_of_workers(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_a_host_does_not_change_the_handlers_of_workers(fleet: Fleet) -> None:
     fleet.one.store.register(version="1", handlers=[HANDLER], capacity={})
     harmless = HandlerEntry(HANDLER, "acme", "666", "acme:evil", scopes=())
     own = HandlerEntry("gpu.own", "gpu", "1", "gpu:own", scopes=("render",))

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.conftest import on_either
 from tests.fakes.running import until
 from tests.integration.hosts.conftest import Fleet, Host, Worker, end_of
 from worker.clock import SystemClock
@@ -129,12 +130,12 @@ async def test_runs_that_end_before_the_next_one_go_around(
         assert min(got(takers)) == 0
 
 
+@on_either
 @pytest.mark.parametrize("shared", [True, False], ids=["", "control"])
 async def test_hosts_share_across_workers(
-    fleet_on_either: Fleet, monkeypatch: pytest.MonkeyPatch, shared: bool
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, shared: bool
 ) -> None:
     """The worker that looks first leaves the run to the emptier host, which asks the other one."""
-    fleet = fleet_on_either
     if not shared:
         monkeypatch.setattr(Sharing, "_left", lambda self, line, load, worker: False)
     patient(fleet)
@@ -148,8 +149,8 @@ async def test_hosts_share_across_workers(
     assert (len(first), len(then)) == ((0, 1) if shared else (1, 0))
 
 
-async def test_the_load_of_a_pool_is_that_of_its_live_hosts(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_the_load_of_a_pool_is_that_of_its_live_hosts(fleet: Fleet) -> None:
     host, other = await fleet.host("h1"), await fleet.host("h2")
     await fleet.host("elsewhere", pool="eu")
     gone = await fleet.host("h3")

@@ -7,6 +7,7 @@ from hashlib import sha256
 
 import pytest
 
+from tests.conftest import on_either
 from tests.integration.hosts.conftest import HANDLER, LEASE, Fleet, Host, end_of
 from worker.execution.hosts import delivery, wire
 from worker.ids import RunId, WorkerId, new_id
@@ -38,8 +39,8 @@ async def take_by(
     return [wire.taken_of(taken) for taken in answer["attempts"]], answer["again"]
 
 
-async def test_a_ticket_is_taken_at_any_worker_once(fleet_on_either: Fleet) -> None:
-    fleet = fleet_on_either
+@on_either
+async def test_a_ticket_is_taken_at_any_worker_once(fleet: Fleet) -> None:
     host, other = await fleet.host(pool="eu"), await fleet.host("h2", pool="eu")
     run, ticket = place(fleet)
 
@@ -66,10 +67,10 @@ async def test_a_host_asks_again_while_the_token_is_on_its_way(fleet: Fleet) -> 
     assert taken.run.id == run
 
 
+@on_either
 async def test_a_run_that_the_host_no_longer_asks_for_waits_again(
-    fleet_on_either: Fleet, monkeypatch: pytest.MonkeyPatch
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fleet = fleet_on_either
     host = await fleet.host(pool="eu")
     run, ticket = place(fleet)
     fleet.tokens.may_answer.clear()
@@ -79,8 +80,7 @@ async def test_a_run_that_the_host_no_longer_asks_for_waits_again(
 
     await host.call(fleet.one, "renew")
 
-    live = fleet.rows.live(run)
-    assert live is not None
+    live = fleet.rows.unended(run)
     assert (live["state"], live["reason"], live["recoveries"]) == ("waiting", "handed_back", 0)
     fleet.tokens.may_answer.set()
     assert await take_by(host, fleet, ticket) == ([], False)
