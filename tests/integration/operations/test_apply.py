@@ -7,13 +7,27 @@ from datetime import timedelta
 import pytest
 
 from tests.conftest import on_either
-from tests.fakes.site import definition, org_entry
 from worker.errors import DefinitionError, InvalidTrigger, UnknownHandler
 from worker.operations.definitions import pause_definition
 from worker.operations.orgs import set_org_state
 
-ORG = org_entry("org_acme", name="Acme", tags=["pro"])
-DIGEST = definition("org_acme", "digest", "acme.note", "every 10m", spread="off", params={"text": "hello"})
+ORG = """
+[[org]]
+code = "org_acme"
+name = "Acme"
+issuer = "main"
+tags = ["pro"]
+"""
+
+DIGEST = """
+[[definition]]
+org = "org_acme"
+name = "digest"
+handler = "acme.note"
+schedule = "every 10m"
+spread = "off"
+params = { text = "hello" }
+"""
 
 
 def test_a_file_makes_orgs_and_definitions(apply, rows):
