@@ -16,10 +16,10 @@ ORGS = [f"org_{number}" for number in range(4)]
 
 @pytest.fixture(scope="module")
 def loaded(shared_site: Callable[..., Site], provider: Provider) -> Site:
-    """Four orgs with a run each a second, under tokens of six seconds, and a worker that has begun."""
+    """Four orgs with a run each a second, under tokens of ten seconds, and a worker that has begun."""
     site = shared_site('inline = ["acme-jobs"]')
     provider.misbehave(None, "jwks")
-    site.add_orgs(*(application(org, lifetime=6) for org in ORGS))
+    site.add_orgs(*(application(org, lifetime=10) for org in ORGS))
     params = {"journal": str(site.out / "journal")}
     site.apply(
         "".join(
@@ -57,13 +57,13 @@ def rotate(site: Site, org: str, client_id: str, secret: str, quiet: str = "2s")
 
 def test_a_secret_is_rotated_with_overlap_and_with_a_gap_under_load(loaded: Site, provider: Provider):
     """With overlap the old secret is good until the command ends; in a gap neither is for a while."""
-    provider.add(application("org_0", client_id="m2m-new", client_secret="secret-new", lifetime=6))
+    provider.add(application("org_0", client_id="m2m-new", client_secret="secret-new", lifetime=10))
     rotate(loaded, "org_0", "m2m-new", "secret-new")
     used = provider.token_requests["m2m-org_0"]
     go_on(loaded, 12)
 
     # The gap: the old secret is revoked, and the new one comes here three seconds later.
-    provider.add(application("org_1", client_secret="replaced", lifetime=6))
+    provider.add(application("org_1", client_secret="replaced", lifetime=10))
     time.sleep(3)
     rotate(loaded, "org_1", "m2m-org_1", "replaced")
     go_on(loaded, 12)
@@ -93,7 +93,7 @@ def test_the_issuers_key_is_rotated_also_when_it_is_published_late(loaded: Site,
 
 
 def test_an_outage_of_the_issuer_fails_no_run_and_is_caught_up(loaded: Site, provider: Provider):
-    """Tokens of six seconds run out meanwhile: runs wait, the issuer is hardly asked, and all go on."""
+    """Tokens of ten seconds run out meanwhile: runs wait, the issuer is hardly asked, and all go on."""
     before = provider.requests["token"]
     provider.misbehave(Fault(status=503))
     wait_until(lambda: waiting_without_token(loaded) == len(ORGS), "all orgs without a token")

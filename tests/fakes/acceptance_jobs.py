@@ -90,9 +90,10 @@ async def segfault(ctx: Context[Any, Any]) -> None:
 
 @job("acme.block")
 def block(ctx: BlockingContext[Any, Any]) -> None:
+    """Run for ever, but take no processor time from others."""
     write(ctx, who="block")
     while True:
-        pass
+        time.sleep(0.1)
 
 
 @job("acme.stuck_inline", isolation="inline")
