@@ -170,8 +170,8 @@ class Fleet:
         issuer = self.provisioner.issuer
         return rows_of(
             database,
-            lambda connection, after: applications.rotatable(
-                connection, issuer, before=before, org_ids=org_ids, after=after, limit=PAGE
+            lambda connection, after, limit: applications.rotatable(
+                connection, issuer, before=before, org_ids=org_ids, after=after, limit=limit
             ),
             limit=PAGE,
         )

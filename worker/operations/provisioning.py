@@ -157,9 +157,9 @@ class Provisioner:
     def lacking(self, org: str | None = None) -> list[str]:
         """The codes of the orgs without a working credential."""
 
-        def read(connection: Connection, after: str) -> list[Row]:
+        def read(connection: Connection, after: str, limit: int) -> list[Row]:
             return applications.orgs_without_credential(
-                connection, self.issuer, after=after, limit=BATCH, org=org
+                connection, self.issuer, after=after, limit=limit, org=org
             )
 
         return [row["code"] for row in rows_of(self.database, read, limit=BATCH, key="code")]
@@ -372,8 +372,8 @@ def applications_in(database: Database, issuer: str, states: Sequence[str]) -> I
     """The rows of an issuer's applications in these states."""
     return rows_of(
         database,
-        lambda connection, after: applications.in_states(
-            connection, ALL_ORGS, issuer, states, after=after, limit=BATCH
+        lambda connection, after, limit: applications.in_states(
+            connection, ALL_ORGS, issuer, states, after=after, limit=limit
         ),
         limit=BATCH,
     )

@@ -194,8 +194,8 @@ def definitions_of(database: Database, template_id: TemplateId) -> Iterator[Row]
     """The open definitions that a template made, a page at a time: id, org, name, paused_at."""
     return rows_of(
         database,
-        lambda connection, after: templates.definitions_of(
-            connection, ALL_ORGS, template_id, after=after, limit=PAGE
+        lambda connection, after, limit: templates.definitions_of(
+            connection, ALL_ORGS, template_id, after=after, limit=limit
         ),
         after=None,
         limit=PAGE,

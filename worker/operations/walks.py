@@ -16,16 +16,19 @@ T = TypeVar("T")
 
 def rows_of(
     database: Database,
-    read: Callable[[Connection, Any], Sequence[Row]],
+    read: Callable[[Connection, Any, int], Sequence[Row]],
     *,
     limit: int,
     key: str = "id",
     after: Any = "",
 ) -> Iterator[Row]:
-    """All rows that `read` returns: a page of `limit` by `key` after the given one; holds no connection."""
+    """All rows of a list; `read` gets a `key` and a limit, and returns the page after that key.
+
+    No connection is held between pages.
+    """
     while True:
         with database.autocommit() as connection:
-            page = read(connection, after)
+            page = read(connection, after, limit)
         yield from page
         if len(page) < limit:
             return
