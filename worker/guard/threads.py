@@ -57,7 +57,7 @@ class _Process:
                     with suppress(ImportError):
                         import_module(name)
                 with suppress(ImportError):
-                    # Reads a file of its package, unless SSL_CERT_FILE or SSL_CERT_DIR names another.
+                    # httpx asks it for its file where neither SSL_CERT_FILE nor SSL_CERT_DIR is set.
                     import_module("certifi").where()
                 self.of_parent.append(self.loop)
                 loop = asyncio.SelectorEventLoop(_Selector(self.lock))
