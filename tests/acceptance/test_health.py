@@ -155,7 +155,8 @@ def test_a_frozen_scheduler_fails_the_check_starves_the_watchdog_and_raises_the_
     assert heard.count("WATCHDOG=1") >= 2
     assert [line for line in heard if line.startswith("STATUS=runs: ") and "; lease: " in line]
     wait_until(lambda: len(hook.pings) >= 2, "signs of life")
-    assert hook.pings[-1] - hook.pings[0] >= len(hook.pings) - 1.1
+    # One a second: less than half a second late is what a busy machine may add to the first.
+    assert hook.pings[-1] - hook.pings[0] >= len(hook.pings) - 1.5
 
     freeze.touch()
 
