@@ -353,8 +353,7 @@ class PastStory:
             serial=False,
         )
         detail = {"retry_of": old.id, "from_checkpoint": False, "reason": "the CRM is back"}
-        entry = audit.Entry(old.org_id, "run.retry", id_, detail)
-        audit.record(self.replay.connection, [entry], at=now, actor=PERSON)
+        audit.note(self.replay.connection, old.org_id, "run.retry", id_, detail, at=now, actor=PERSON)
         self.replay.fire(Scripted(new, script.org, script.row, [self._request(200)]))
 
 

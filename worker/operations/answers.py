@@ -16,7 +16,8 @@ from worker.handlers.waits import BUDGET, SLEEP
 from worker.ids import OrgId, RunId
 from worker.operations.budgets import answer_budget
 from worker.operations.runs import matching, require_run
-from worker.runs.waits import MAX_ANSWERED, MAX_EARLY, MAX_WAITS, is_allowed, is_open_question, label
+from worker.runs.run import step_label
+from worker.runs.waits import MAX_ANSWERED, MAX_EARLY, MAX_WAITS, is_allowed, is_open_question
 from worker.search import hint_of
 from worker.store import audit, waits
 from worker.store.database import Database
@@ -71,7 +72,7 @@ def answer(
             raise Conflict(f"run {wanted} has ended", fix=f"see `runs show {wanted}`")
         now = database.now(connection)
         found = waits.find(connection, org_id, wanted, name, occurrence)
-        what = label(name, occurrence)
+        what = step_label(name, None, occurrence)
         see = f"see `runs show {wanted}`"
         if found is None:
             # The run's row is locked: no question opens between this look and the write.
@@ -94,7 +95,7 @@ def answer(
             if found["pending_attempt"] == attempt:
                 waits.wake(connection, org_id, wanted, at=now)
         detail = {"wait": name, "occurrence": occurrence}
-        audit.record(connection, [audit.Entry(org_id, "run.answer", wanted, detail)], at=now, actor=actor)
+        audit.note(connection, org_id, "run.answer", wanted, detail, at=now, actor=actor)
         return run_lists.wait(connection, org_id, wanted, name, occurrence)
 
 
@@ -148,8 +149,8 @@ def _refuse_another(
     asked = waits.open_questions(connection, org_id, run_id, at=now)
     if not asked:
         return
-    names = [label(wait["name"], wait["occurrence"]) for wait in asked]
-    what = label(name, occurrence)
+    names = [step_label(wait["name"], None, wait["occurrence"]) for wait in asked]
+    what = step_label(name, None, occurrence)
     raise Conflict(
         f"run {run_id} waits for {', '.join(names[:MAX_NAMED])}, not {what}",
         fix=f"{hint_of(what, names)}`runs show {run_id}` lists what it waits for; an answer to a later wait "
@@ -160,7 +161,7 @@ def _refuse_another(
 def _check_option(wait: Mapping[str, Any], data: Any) -> None:
     """Raise UsageError for an answer that is not among the options of a wait."""
     if not is_allowed(wait, data):
-        what = label(wait["name"], wait["occurrence"])
+        what = step_label(wait["name"], None, wait["occurrence"])
         options = " / ".join(json.dumps(option, ensure_ascii=False) for option in wait["options"])
         raise UsageError(f"the answer to {what} is one of {options}", fix="give one of them, as JSON")
 

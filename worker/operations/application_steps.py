@@ -137,10 +137,8 @@ class Steps:
 
     def _deleted(self, connection: Connection, row: Row, *, at: datetime) -> None:
         applications.change(connection, row["id"], {"state": "deleted"}, at=at)
-        entry = audit.Entry(
-            OrgId(row["org_id"]), "application.delete", row["name"], {"id": row["application_id"]}
-        )
-        audit.record(connection, [entry], at=at, actor=self.actor)
+        org_id, detail = OrgId(row["org_id"]), {"id": row["application_id"]}
+        audit.note(connection, org_id, "application.delete", row["name"], detail, at=at, actor=self.actor)
 
     def _retire(self, connection: Connection, row: Row, *, at: datetime) -> None:
         applications.change(connection, row["id"], {"state": "retired"}, at=at)
@@ -151,8 +149,7 @@ class Steps:
         self, connection: Connection, row: Row, action: str, detail: Mapping[str, object], *, at: datetime
     ) -> None:
         subject = f"{row['org']} {row['generation']}"
-        entry = audit.Entry(OrgId(row["org_id"]), action, subject, detail)
-        audit.record(connection, [entry], at=at, actor=self.actor)
+        audit.note(connection, OrgId(row["org_id"]), action, subject, detail, at=at, actor=self.actor)
 
 
 def _check_pending(row: Row) -> None:

@@ -81,8 +81,7 @@ def approve(database: Database, pool: str, handler: str, digest: str, *, actor: 
             raise _not_declared(pool, handler, host_grants.declared_by_hosts(connection, pool))
         replaced = {"replaces": before["digest"]} if before is not None else {}
         detail = {"digest": digest, "ceiling": given["ceiling"], **replaced}
-        entry = audit.Entry(None, "pool.approve", f"{pool} {handler}", detail)
-        audit.record(connection, [entry], at=now, actor=actor)
+        audit.note(connection, None, "pool.approve", f"{pool} {handler}", detail, at=now, actor=actor)
         return _shown(given)
 
 
@@ -98,9 +97,8 @@ def revoke(database: Database, pool: str, handler: str, *, actor: str) -> Row:
             raise NotFound(
                 f"nothing is approved for {handler} in pool {pool}", fix="`pools approvals` lists approvals"
             )
-        detail = {"digest": before["digest"], "ceiling": before["ceiling"]}
-        entry = audit.Entry(None, "pool.revoke", f"{pool} {handler}", detail)
-        audit.record(connection, [entry], at=database.now(connection), actor=actor)
+        detail, now = {"digest": before["digest"], "ceiling": before["ceiling"]}, database.now(connection)
+        audit.note(connection, None, "pool.revoke", f"{pool} {handler}", detail, at=now, actor=actor)
         return _shown(before)
 
 
@@ -190,7 +188,6 @@ def forget_rules(database: Database, name: str, *, actor: str) -> Row:
         required = pools.forget_rules(connection, name)
         if required is None:
             raise NotFound(f"no rules are stored for pool {name}", fix="`pools list` shows the pools")
-        detail = {"requires": dict(required)}
-        entry = audit.Entry(None, "pool.forget_rules", name, detail)
-        audit.record(connection, [entry], at=database.now(connection), actor=actor)
+        detail, now = {"requires": dict(required)}, database.now(connection)
+        audit.note(connection, None, "pool.forget_rules", name, detail, at=now, actor=actor)
     return {"name": name, **detail}

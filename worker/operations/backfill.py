@@ -235,8 +235,8 @@ def backfill(
             detail["limit"] = limit
         else:
             return lists.backfill(connection, org_id, stored["id"])
-        entry = audit.Entry(org_id, "definition.backfill", f"{org} {name}", detail | because(reason))
-        audit.record(connection, [entry], at=now, actor=actor)
+        detail |= because(reason)
+        audit.note(connection, org_id, "definition.backfill", f"{org} {name}", detail, at=now, actor=actor)
         _fill(connection, at=now)
         return lists.backfill(connection, org_id, backfill_id)
 
@@ -267,8 +267,8 @@ def cancel_backfill(
         now = database.now(connection)
         backfills.change(connection, org_id, stored["id"], {"cancelled_at": now, "finished_at": now})
         ended = backfills.end_waiting(connection, org_id, stored["id"])
-        entry = audit.Entry(org_id, "definition.cancel_backfill", f"{org} {name}", {"cancelled": ended})
-        audit.record(connection, [entry], at=now, actor=actor)
+        subject, detail = f"{org} {name}", {"cancelled": ended}
+        audit.note(connection, org_id, "definition.cancel_backfill", subject, detail, at=now, actor=actor)
         return lists.backfill(connection, org_id, stored["id"])
 
 

@@ -185,8 +185,7 @@ def raise_budget(
         )
         budgets.wake(connection, [org_id], now)
         detail = {"by": by, "per": per, "until": to_text(end), **because(reason)}
-        entry = audit.Entry(org_id, "budget.raise", f"{org} {meter}", detail)
-        audit.record(connection, [entry], at=now, actor=actor)
+        audit.note(connection, org_id, "budget.raise", f"{org} {meter}", detail, at=now, actor=actor)
         hint(connection)
         return Raise(
             id=row["id"],
@@ -251,7 +250,7 @@ def answer_budget(
         if found["pending_attempt"] == attempt:
             waits.wake(connection, org_id, wanted, at=now)
         detail = {"wait": name, "occurrence": occurrence, "by": by}
-        audit.record(connection, [audit.Entry(org_id, "run.answer", wanted, detail)], at=now, actor=actor)
+        audit.note(connection, org_id, "run.answer", wanted, detail, at=now, actor=actor)
         row = run_lists.wait(connection, org_id, wanted, name, occurrence)
     if per not in (None, "run"):
         # In a transaction of its own: here runs are locked in the order of their ids.

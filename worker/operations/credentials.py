@@ -79,10 +79,8 @@ def add_credential(
             ring, row["id"], generation, client_id=client_id, secret=secret, reference=reference, kind=kind
         ) | {"created_at": now, "created_by": actor}
         credentials.add(connection, [new])
-        entry = audit.Entry(
-            row["id"], "credential.add", f"{org} {generation}", {"client_id": client_id, "kind": kind}
-        )
-        audit.record(connection, [entry], at=now, actor=actor)
+        subject, detail = f"{org} {generation}", {"client_id": client_id, "kind": kind}
+        audit.note(connection, row["id"], "credential.add", subject, detail, at=now, actor=actor)
         return read(connection, CREDENTIALS, org)[0]
 
 
@@ -113,8 +111,8 @@ def retire_credential(
                 f"generation {generation} of org {org} is retired already",
                 fix=f"`credentials list {org} --state active` lists those that are not",
             )
-        entry = audit.Entry(row["id"], "credential.retire", f"{org} {generation}", {"now": now})
-        audit.record(connection, [entry], at=at, actor=actor)
+        subject = f"{org} {generation}"
+        audit.note(connection, row["id"], "credential.retire", subject, {"now": now}, at=at, actor=actor)
         rows = read(connection, CREDENTIALS, org)
         return next(row for row in rows if row["generation"] == generation)
 

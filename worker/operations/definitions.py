@@ -154,8 +154,7 @@ def _set_pause(
         definitions.change(connection, [change], at=now)
     action = "definition.pause" if pause else "definition.resume"
     detail = {"note": note} if note else None
-    entry = audit.Entry(row["org_id"], action, f"{row['org']} {row['name']}", detail)
-    audit.record(connection, [entry], at=now, actor=actor)
+    audit.note(connection, row["org_id"], action, f"{row['org']} {row['name']}", detail, at=now, actor=actor)
 
 
 def count_failures(database: Database, org_id: OrgId, definition_id: DefinitionId) -> int | None:
@@ -272,6 +271,5 @@ def _change_state(
         now = database.now(connection)
         detail = change(connection, row, now)
         if detail is not None:
-            entry = audit.Entry(org_id, action, f"{org} {name}", detail)
-            audit.record(connection, [entry], at=now, actor=actor)
+            audit.note(connection, org_id, action, f"{org} {name}", detail, at=now, actor=actor)
         return lists.state(connection, org, name)

@@ -44,8 +44,7 @@ def forget(database: Database, name: str, *, actor: str) -> Row:
             )
         catalogue.forget_name(connection, name)
         detail = {"distributions": [row["distribution"] for row in rows]}
-        entry = audit.Entry(None, "handler.forget", name, detail)
-        audit.record(connection, [entry], at=database.now(connection), actor=actor)
+        audit.note(connection, None, "handler.forget", name, detail, at=database.now(connection), actor=actor)
     return {"name": name, **detail}
 
 

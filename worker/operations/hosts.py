@@ -45,8 +45,7 @@ def add_host(database: Database, name: str, pool: str, *, actor: str) -> Row:
         now = database.now(connection)
         row = {"id": new_id(), "name": name, "pool": pool, "created_at": now, "created_by": actor}
         hosts.add(connection, row | {"token_sha256": sign_in.sha256(token)})
-        entry = audit.Entry(None, "host.add", name, {"pool": pool})
-        audit.record(connection, [entry], at=now, actor=actor)
+        audit.note(connection, None, "host.add", name, {"pool": pool}, at=now, actor=actor)
     return row | {"token": token}
 
 
@@ -90,5 +89,5 @@ def remove_host(database: Database, name: str, *, actor: str) -> Row:
         now = database.now(connection)
         ended = hosts.remove(connection, row["id"], at=now)
         detail = {"pool": row["pool"], "incarnations_ended": ended}
-        audit.record(connection, [audit.Entry(None, "host.remove", name, detail)], at=now, actor=actor)
+        audit.note(connection, None, "host.remove", name, detail, at=now, actor=actor)
     return row

@@ -132,8 +132,7 @@ def adopt(database: Database, word: str, how: How, *, actor: str, issuers: list[
                     "key_before": before.key,
                     "forgotten": forgotten,
                 }
-                entry = audit.Entry(None, "installation.adopt", word, detail)
-                audit.record(connection, [entry], at=at, actor=actor)
+                audit.note(connection, None, "installation.adopt", word, detail, at=at, actor=actor)
     return Adopted(**_row(word, after), before=before.word, forgotten=forgotten)
 
 

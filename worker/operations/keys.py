@@ -64,8 +64,7 @@ def add_key(database: Database, ring: KeyRing, *, actor: str) -> KeyRing:
     """
     ring = ring.with_new_key()
     with database.transaction() as connection:
-        entry = audit.Entry(None, "key.add", ring.sealing_key_id)
-        audit.record(connection, [entry], at=database.now(connection), actor=actor)
+        audit.note(connection, None, "key.add", ring.sealing_key_id, at=database.now(connection), actor=actor)
     return ring
 
 
@@ -150,8 +149,7 @@ def remove_key(database: Database, ring: KeyRing, key_id: str, *, actor: str) ->
         if count:
             raise Conflict(f"the key {key_id} still seals {count} secrets", fix="run `keys rekey` first")
         ring.without(key_id)
-        entry = audit.Entry(None, "key.remove", key_id)
-        audit.record(connection, [entry], at=database.now(connection), actor=actor)
+        audit.note(connection, None, "key.remove", key_id, at=database.now(connection), actor=actor)
     _drop(database, sealed_with=key_id)
 
 
@@ -170,8 +168,8 @@ def drop_tokens(database: Database, org: str | None, *, actor: str) -> Row:
     else:
         org_id, dropped = None, _drop(database)
     with database.transaction() as connection:
-        entry = audit.Entry(org_id, "token.drop", org or "all orgs", {"tokens": dropped})
-        audit.record(connection, [entry], at=database.now(connection), actor=actor)
+        subject, detail, now = org or "all orgs", {"tokens": dropped}, database.now(connection)
+        audit.note(connection, org_id, "token.drop", subject, detail, at=now, actor=actor)
     return {"org": org, "dropped": dropped}
 
 

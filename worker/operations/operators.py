@@ -63,8 +63,7 @@ def add_operator(database: Database, name: str, role: str, *, taken: Collection[
         now = database.now(connection)
         row = {"id": new_id(), "name": name, "role": role, "created_at": now, "created_by": actor}
         sign_in.add_operator(connection, row | {"token_sha256": sign_in.sha256(token)})
-        entry = audit.Entry(None, "operator.add", name, {"role": role})
-        audit.record(connection, [entry], at=now, actor=actor)
+        audit.note(connection, None, "operator.add", name, {"role": role}, at=now, actor=actor)
     return row | {"token": token}
 
 
@@ -93,7 +92,7 @@ def remove_operator(database: Database, name: str, *, configured: Collection[str
         ended = sign_in.end_sessions_on(connection, token_sha256)
         now = database.now(connection)
         detail = {"role": removed["role"], "sessions_ended": ended}
-        audit.record(connection, [audit.Entry(None, "operator.remove", name, detail)], at=now, actor=actor)
+        audit.note(connection, None, "operator.remove", name, detail, at=now, actor=actor)
     return removed
 
 

@@ -53,8 +53,8 @@ def add_secret(
         new = {"id": new_id(), "org_id": row["id"], "name": name, "generation": 1}
         sealing = {"sealed": sealed, "key_id": key_id, "created_at": now, "created_by": actor}
         org_secrets.add(connection, new | sealing)
-        entry = audit.Entry(row["id"], "secret.add", f"{org} {name}", {"generation": 1})
-        audit.record(connection, [entry], at=now, actor=actor)
+        subject = f"{org} {name}"
+        audit.note(connection, row["id"], "secret.add", subject, {"generation": 1}, at=now, actor=actor)
         return shown_secret(connection, row["id"], name)
 
 
@@ -75,8 +75,8 @@ def rotate_secret(
         sealed, key_id = ring.seal_secret(value, org_id=row["id"], name=name, generation=generation)
         new = {"generation": generation, "sealed": sealed, "key_id": key_id}
         org_secrets.rotate(connection, row["id"], stored["id"], **new, at=now, by=actor)
-        entry = audit.Entry(row["id"], "secret.rotate", f"{org} {name}", {"generation": generation})
-        audit.record(connection, [entry], at=now, actor=actor)
+        subject, detail = f"{org} {name}", {"generation": generation}
+        audit.note(connection, row["id"], "secret.rotate", subject, detail, at=now, actor=actor)
         return shown_secret(connection, row["id"], name)
 
 
@@ -89,9 +89,8 @@ def remove_secret(database: Database, org: str, name: str, *, actor: str) -> Row
     with database.transaction() as connection:
         row, stored = _require(connection, org, name)
         org_secrets.remove(connection, row["id"], stored["id"])
-        detail = {"generation": stored["generation"]}
-        entry = audit.Entry(row["id"], "secret.remove", f"{org} {name}", detail)
-        audit.record(connection, [entry], at=database.now(connection), actor=actor)
+        detail, now = {"generation": stored["generation"]}, database.now(connection)
+        audit.note(connection, row["id"], "secret.remove", f"{org} {name}", detail, at=now, actor=actor)
     return {"id": stored["id"], "org": org, "name": name, **detail, "removed": True}
 
 

@@ -156,8 +156,7 @@ def set_org_state(
             if ends and (ended := sign_in.end_sessions_of_people(connection, org)):
                 stopped["sessions_ended"] = ended
             detail = {"from": row["state"], "note": note} | stopped
-            entry = audit.Entry(row["id"], f"org.{_VERBS[state]}", org, detail)
-            audit.record(connection, [entry], at=now, actor=actor)
+            audit.note(connection, row["id"], f"org.{_VERBS[state]}", org, detail, at=now, actor=actor)
         return lists.org(connection, org)
 
 

@@ -120,6 +120,5 @@ def _record(
 ) -> None:
     org_id = OrgId(orgs.require(connection, org)["id"])
     action = "property.set" if is_set else "property.unset"
-    entry = audit.Entry(org_id, action, f"{org} {key}")
-    audit.record(connection, [entry], at=database.now(connection), actor=actor)
+    audit.note(connection, org_id, action, f"{org} {key}", at=database.now(connection), actor=actor)
     access_tokens.drop_of_org(connection, org_id)

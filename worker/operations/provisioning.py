@@ -331,8 +331,8 @@ class Provisioner:
                 "credential_id": credential["id"],
             }
             applications.change(connection, row["id"], values, at=at)
-            entry = audit.Entry(org_id, "application.make", org, {"client_id": application.client_id})
-            audit.record(connection, [entry], at=at, actor=self.actor)
+            detail = {"client_id": application.client_id}
+            audit.note(connection, org_id, "application.make", org, detail, at=at, actor=self.actor)
             emit("application.made", org=org, issuer=issuer, client=application.client_id)
             return row | values
 
@@ -397,5 +397,5 @@ def _note_deleted(provisioner: Provisioner, found: ListedApplication) -> None:
         if row is not None and row["application_id"] in (None, found.id):
             applications.change(connection, row["id"], {"state": "deleted"}, at=at)
         org_id = None if row is None else OrgId(row["org_id"])
-        entry = audit.Entry(org_id, "application.delete", found.name, {"id": found.id})
-        audit.record(connection, [entry], at=at, actor=provisioner.actor)
+        actor, detail = provisioner.actor, {"id": found.id}
+        audit.note(connection, org_id, "application.delete", found.name, detail, at=at, actor=actor)

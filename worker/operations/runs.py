@@ -90,8 +90,7 @@ def run_now(
             request_key=key,
         )
         detail = {"run": run_id, "request_key": key, **because(reason)}
-        entry = audit.Entry(org_id, "definition.run", f"{org} {name}", detail)
-        audit.record(connection, [entry], at=now, actor=actor)
+        audit.note(connection, org_id, "definition.run", f"{org} {name}", detail, at=now, actor=actor)
         return run_lists.row(connection, org_id, run_id)
 
 
@@ -128,8 +127,7 @@ def cancel(
             edit_runs.ask_to_stop(connection, org_id, this, reason="requested", at=now)
         row = run_lists.row(connection, org_id, wanted)
         detail = {"definition": row["definition"], **because(reason)}
-        entry = audit.Entry(org_id, "run.cancel", wanted, detail)
-        audit.record(connection, [entry], at=now, actor=actor)
+        audit.note(connection, org_id, "run.cancel", wanted, detail, at=now, actor=actor)
         return row
 
 
@@ -189,7 +187,7 @@ def retry(
         if from_checkpoint:
             _continue(connection, row, old_id, new_run_id, at=now)
         detail = {"retry_of": old_id, "from_checkpoint": from_checkpoint, **because(reason)}
-        audit.record(connection, [audit.Entry(org_id, "run.retry", new_run_id, detail)], at=now, actor=actor)
+        audit.note(connection, org_id, "run.retry", new_run_id, detail, at=now, actor=actor)
         return run_lists.row(connection, org_id, new_run_id)
 
 

@@ -99,8 +99,8 @@ class Scopes:
             }
             applications.change(connection, change.row["id"], values, at=at)
             if change.add or change.remove:
-                entry = audit.Entry(org_id, "application.scopes", change.row["org"], detail)
-                audit.record(connection, [entry], at=at, actor=provisioner.actor)
+                subject, actor = change.row["org"], provisioner.actor
+                audit.note(connection, org_id, "application.scopes", subject, detail, at=at, actor=actor)
         if change.add or change.remove:
             emit(
                 "application.scopes",

@@ -191,8 +191,8 @@ def recomputed(database: Database, version: str, *, moved: int) -> None:
     with database.transaction() as connection:
         known = schema.read(connection, schema.ZONE_DATA)
         schema.write(connection, schema.ZONE_DATA, version)
-        entry = audit.Entry(None, "tzdata.change", version, {"before": known, "definitions": moved})
-        audit.record(connection, [entry], at=database.now(connection), actor=ACTOR)
+        detail, now = {"before": known, "definitions": moved}, database.now(connection)
+        audit.note(connection, None, "tzdata.change", version, detail, at=now, actor=ACTOR)
     emit("tzdata.changed", version=version, definitions=moved)
 
 

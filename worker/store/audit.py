@@ -49,6 +49,20 @@ def record(connection: Connection, entries: Sequence[Entry], *, at: datetime, ac
     )
 
 
+def note(
+    connection: Connection,
+    org_id: OrgId | None,
+    action: str,
+    subject: str,
+    detail: Mapping[str, Any] | None = None,
+    *,
+    at: datetime,
+    actor: str,
+) -> None:
+    """Write the row of one change; see `Entry`."""
+    record(connection, [Entry(org_id, action, subject, detail)], at=at, actor=actor)
+
+
 def property_changes(connection: Connection, scope: Scope, since: str) -> list[tuple[str, OrgId]]:
     """Changes of orgs' properties at the provider that have an id after `since`: id and org."""
     rows = connection.execute(
