@@ -19,7 +19,7 @@ import pytest
 
 from tests.fakes import forked
 from tests.fakes.site import wait_until
-from worker.demo.lines import QUIET, WIDTH
+from worker.demo.journal import QUIET, WIDTH
 
 PATIENCE = 120
 

@@ -6,7 +6,7 @@ from worker.clock import Clock
 from worker.errors import InstallationMismatch, Unavailable
 from worker.execution.placers import EngineUnavailable, Placer, Standing
 from worker.operations.installation import Ownership
-from worker.runs.placing import Placement, Ticket
+from worker.runs.hosts import Placement, Ticket
 
 # Seconds for which a placer may act after it has asked.
 ASK_AGAIN = 1.0

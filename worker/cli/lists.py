@@ -114,7 +114,7 @@ def _hints(connection: Connection, listing: Listing[R], scope: OrgScope, page: P
         return []
     from worker.search import Query
     from worker.store.lists import search
-    from worker.store.lists.suggestions import suggestions
+    from worker.store.lists.search import suggestions
 
     hints = []
     query = page.query or Query(definition=page.definition)

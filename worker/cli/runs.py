@@ -25,9 +25,8 @@ from worker.cli.options import (
     read_query,
     read_since,
 )
-from worker.cli.output import Format, in_lines, in_words, print_log, say
+from worker.cli.output import RUN_CELLS, Format, in_lines, in_words, print_log, say
 from worker.cli.progress import shown
-from worker.cli.run_table import CELLS
 from worker.cli.session import Invocation, verb
 from worker.clock import to_text
 from worker.definitions.units import parse_time
@@ -402,7 +401,7 @@ verb(app, "cancel")(cancel)
 RunArgument = Annotated[str, argument("RUN", "The run's id, as `runs list` prints it.")]
 
 
-add_list(app, RUNS, cells=CELLS, titles=True)
+add_list(app, RUNS, cells=RUN_CELLS, titles=True)
 
 
 @verb(app, "show")

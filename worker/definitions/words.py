@@ -27,7 +27,8 @@ def in_words(schedule: str, zone_name: str) -> str:
             return _every(rest.strip())
         if kind == "at":
             return _at(from_text(rest.strip()), zone_name)
-        return f"{_crontab(NICKNAMES.get(text, text))}, {_of_zone(zone_name)}"
+        zone = "UTC" if zone_name == "UTC" else f"{zone_name} time"
+        return f"{_crontab(NICKNAMES.get(text, text))}, {zone}"
     except (ValueError, ZeroDivisionError, KeyError, CronSimError, ZoneInfoNotFoundError):
         return text
 
@@ -63,7 +64,3 @@ def _crontab(text: str) -> str:
         first, both, last = words.rpartition(" and on ")
         words = f"{first} or on {last}" if both else words
     return words
-
-
-def _of_zone(zone_name: str) -> str:
-    return "UTC" if zone_name == "UTC" else f"{zone_name} time"

@@ -6,7 +6,10 @@ processes that an operator would start.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import secrets
+import select
 import signal
 import socket
 import sys
@@ -37,9 +40,7 @@ from worker.demo.installation import (
     settings_file,
     world,
 )
-from worker.demo.journal import Journal, RunChange
-from worker.demo.keyboard import Keyboard
-from worker.demo.lines import ASKED, HEAD, Quiet, advice_on, line, words_of
+from worker.demo.journal import ASKED, HEAD, Journal, Quiet, RunChange, advice_on, line, words_of
 from worker.errors import WorkerError
 from worker.operations.operators import make_link
 from worker.store.database import Database
@@ -47,6 +48,47 @@ from worker.store.database import Database
 POLL = 0.05
 # Seconds until the knowledge base of each org has another article.
 NEWS_EVERY = 2.0
+
+
+class Keyboard:
+    """Standard input, if it is a terminal; else it only waits.
+
+    In the background a read would stop the process, so nothing is read there.
+    """
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+
+    @classmethod
+    def of_terminal(cls) -> Keyboard:
+        try:
+            return cls(sys.stdin.fileno() if sys.stdin.isatty() else None)
+        except (AttributeError, ValueError, OSError):  # none, closed or replaced
+            return cls(None)
+
+    @property
+    def is_there(self) -> bool:
+        return self._descriptor is not None
+
+    def wait(self, stop: threading.Event, seconds: float) -> bool:
+        """Wait until Enter is pressed, at most `seconds`; returns whether it was."""
+        if self._descriptor is None or not self._is_in_front():
+            stop.wait(seconds)
+            return False
+        try:
+            ready, _, _ = select.select([self._descriptor], [], [], seconds)
+            # Several lines at once count as one.
+            typed = os.read(self._descriptor, 4096) if ready else None
+        except OSError:  # the terminal is gone
+            typed = b""
+        if typed == b"":
+            self._descriptor = None
+        return bool(typed)
+
+    def _is_in_front(self) -> bool:
+        with contextlib.suppress(OSError):
+            return self._descriptor is not None and os.tcgetpgrp(self._descriptor) == os.getpgrp()
+        return False
 
 
 class Narrator:

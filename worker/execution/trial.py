@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from random import SystemRandom
 from typing import Any, Literal
+from zoneinfo import ZoneInfo
 
 from worker.claims.enforced import Enforced
 from worker.clock import Clock
+from worker.definitions.budgets import BudgetEntry, limit_of_property, parse_budget, period_of
 from worker.definitions.definition import Definition, parse_definition, to_spec
 from worker.errors import UsageError
 from worker.execution.attempts.attempt import attempt
@@ -21,12 +24,13 @@ from worker.execution.attempts.plan import HandlerRegistry, Plans
 from worker.execution.attempts.run_log import Progress, RunLogWriter
 from worker.execution.attempts.tools import GivenSecrets, SecretSource, TokenSource, Tools
 from worker.execution.runners.contract import Runner, StopSignal
-from worker.execution.trial_budgets import TrialBudgets, budgets_of
 from worker.guard import profile
+from worker.guard.claims import Claims
 from worker.guard.decode import decode
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId, OrgId, RunId, new_id
 from worker.orgs import OrgRef, TokenWant
+from worker.runs.budgets import BudgetState, OrgBudgets
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import (
     AdmittedRun,
@@ -38,14 +42,16 @@ from worker.runs.run import (
     StepPage,
     StoredProgress,
     StoredStep,
+    step_label,
 )
-from worker.runs.waits import NewWait, WaitState, is_option, label
+from worker.runs.waits import NewWait, WaitState, is_option
 from worker.search import hint_of
 from worker.telemetry.masking import masker
 
 LIFETIME = timedelta(hours=1)
 # A token with less life left is not returned.
 MARGIN = timedelta(seconds=30)
+_UTC = ZoneInfo("UTC")
 
 
 @dataclass(eq=False, repr=False)
@@ -116,6 +122,88 @@ def definition_of(org: str, handler: str, keys: Mapping[str, Any]) -> Definition
     # The schedule is required, but never used.
     values = {"org": org, "name": "trial", "handler": handler, "schedule": "@hourly", **keys}
     return parse_definition(values, entry="definition")
+
+
+def budgets_of(org: str, given: Mapping[str, Any]) -> list[BudgetEntry]:
+    """Budgets by meter: a limit in a run, at which it fails, or keys as in a file for `apply`.
+
+    Raises:
+        DefinitionError: an invalid budget.
+    """
+    entries = []
+    for meter, value in given.items():
+        keys = {"limit": value, "per": "run", "at_limit": "fail"} if isinstance(value, int) else dict(value)
+        entries.append(parse_budget({"org": org, "meter": meter, **keys}, f"budget {meter}"))
+    return entries
+
+
+@dataclass(eq=False, repr=False)
+class TrialBudgets:
+    """What a worker's store does with budgets, for the one run of a trial."""
+
+    clock: Clock
+    entries: Sequence[BudgetEntry] = ()
+    _spends: dict[tuple[str, str], tuple[datetime, int]] = field(default_factory=dict)
+    _claims: Claims | None = None
+
+    @property
+    def spent(self) -> dict[str, int]:
+        """What the run has spent, by meter."""
+        total: Counter[str] = Counter()
+        for (meter, _), (_, amount) in self._spends.items():
+            total[meter] += amount
+        return dict(total)
+
+    def count(self, step: RunStep) -> None:
+        """Count the spends of a step that was stored."""
+        amounts: Counter[str] = Counter()
+        for meter, amount in step.step.spends:
+            amounts[meter] += amount
+        for meter, amount in amounts.items():
+            self._count(meter, amount, f"step:{step.step.seq}")
+
+    def is_limited(self, org_id: OrgId) -> bool:
+        return bool(self.entries)
+
+    @property
+    def limits_in_claims(self) -> bool:
+        return True
+
+    async def note_claims(self, org_id: OrgId, claims: Claims) -> None:
+        self._claims = claims
+
+    async def budgets_of(self, run: AdmittedRun) -> OrgBudgets:
+        now, states, missing = self.clock.now(), [], None
+        spent = self.spent
+        for entry in self.entries:
+            limit = entry.limit
+            if entry.property_name is not None and self._claims is not None:
+                limit = limit_of_property(self._claims.properties.get(entry.property_name))
+            uses = entry.meter in spent
+            if limit is None:
+                missing = entry.property_name if uses else missing
+                continue
+            period = None
+            if entry.per != "run":
+                period = period_of(entry.per, ZoneInfo(entry.zone) if entry.zone else _UTC, now)
+            start = datetime.min.replace(tzinfo=UTC) if period is None else period.start
+            used = sum(
+                amount
+                for (meter, _), (at, amount) in self._spends.items()
+                if meter == entry.meter and at >= start
+            )
+            resets_at = None if period is None else period.end
+            states.append(
+                BudgetState(entry.meter, entry.per, limit, used, resets_at, entry.at_limit, uses=uses)
+            )
+        return OrgBudgets(states, missing)
+
+    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> OrgBudgets | None:
+        self._count(meter, amount, key)
+        return await self.budgets_of(run)
+
+    def _count(self, meter: str, amount: int, key: str) -> None:
+        self._spends.setdefault((meter, key), (self.clock.now(), amount))
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +383,7 @@ class Trial(TrialBudgets):
         pending = [each for each in self.waits.values() if each.attempt == last and each.is_open]
         answered = False
         for each in pending:
-            key = label(each.wait.name, each.wait.occurrence)
+            key = step_label(each.wait.name, None, each.wait.occurrence)
             if each.wait.kind == "answer" and key in self._answers:
                 if each.wait.options and not is_option(each.wait.options, self._answers[key]):
                     options = ", ".join(map(json.dumps, each.wait.options))
@@ -313,10 +401,9 @@ class Trial(TrialBudgets):
 
     def _check_names(self, pending: Sequence[TrialWait]) -> None:
         """Raise UsageError if the run waits forever, and an answer was meant for one of these waits."""
-        opened = {label(name, occurrence) for name, occurrence in self.waits}
-        waited = [
-            label(each.wait.name, each.wait.occurrence) for each in pending if each.wait.kind == "answer"
-        ]
+        opened = {step_label(name, None, occurrence) for name, occurrence in self.waits}
+        asked = (each.wait for each in pending if each.wait.kind == "answer")
+        waited = [step_label(wait.name, None, wait.occurrence) for wait in asked]
         for name in self._answers.keys() - opened:
             if "#" not in name and (hint := hint_of(name, waited)):
                 raise UsageError(

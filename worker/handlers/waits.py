@@ -19,6 +19,7 @@ from worker.handlers.json_text import NotStorable, check_size, to_json_text
 from worker.handlers.results import Duration, as_timedelta
 from worker.handlers.steps import Occurrences, StepError, StepJournal, check_name
 from worker.runs.outcome import Parked
+from worker.runs.run import step_label
 from worker.runs.waits import BUDGET as BUDGET
 from worker.runs.waits import (
     MAX_ASKED,
@@ -28,7 +29,6 @@ from worker.runs.waits import (
     WaitKind,
     WaitState,
     check_options,
-    label,
 )
 
 SLEEP = "sleep"
@@ -151,7 +151,9 @@ class AnyWaits(ABC):
         reason = "answer" if "answer" in kinds else "budget" if "budget" in kinds else "asleep"
         # A budget's wait is named after its meter, and how often the run waited for it says nothing.
         names = [
-            wait.name.removeprefix(BUDGET) if wait.kind == "budget" else label(wait.name, wait.occurrence)
+            wait.name.removeprefix(BUDGET)
+            if wait.kind == "budget"
+            else step_label(wait.name, None, wait.occurrence)
             for wait in waits
             if wait.name != SLEEP
         ]

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from worker.clock import to_text
 from worker.runs.causes import FOR_CUSTOMER, STUCK, WHOSE, Whose, last_reason
 from worker.runs.run import step_label
-from worker.runs.waits import label
 from worker.runs.why import OPTIONS, Question, Row, Why, can_continue
 
 InWords = Callable[[datetime], str]
@@ -254,4 +253,4 @@ def _plain(value: Any) -> str:
 def _in_words(question: Question, when: InWords) -> str:
     """A question's name with its times."""
     until = "" if question.until is None else f", until {when(question.until)}"
-    return f"{label(question.name, question.occurrence)} (since {when(question.since)}{until})"
+    return f"{step_label(question.name, None, question.occurrence)} (since {when(question.since)}{until})"

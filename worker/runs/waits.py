@@ -26,11 +26,6 @@ MAX_OPTIONS = 50
 Option = str | int | float | bool | None
 
 
-def label(name: str, occurrence: int) -> str:
-    """How people name a wait: `approval`, or `approval#2` for the second of that name."""
-    return name if occurrence == 1 else f"{name}#{occurrence}"
-
-
 def is_open_question(wait: Mapping[str, Any]) -> bool:
     """Whether somebody can answer this wait, a row of `runs show`, now: no sleep, not answered, not over."""
     asks = wait["kind"] == "answer" or (wait["kind"] == "budget" and wait["ask"] is not None)

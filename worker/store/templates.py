@@ -85,7 +85,8 @@ def write(connection: Connection, template_id: TemplateId, values: Mapping[str, 
     total = connection.execute(
         select(func.count()).select_from(_orgs).where(_orgs.c.state != "removed")
     ).scalar_one()
-    progress = {"change": _next_change(connection), "orgs_total": total, "orgs_done": 0}
+    change = int(connection.execute(text(_NEXT), {"name": _CHANGES}).scalar_one())
+    progress = {"change": change, "orgs_total": total, "orgs_done": 0}
     row = {**values, **progress, "materialised_at": None}
     if new:
         connection.execute(insert(_templates).values(id=template_id, **row))
@@ -164,7 +165,3 @@ def finish(connection: Connection, template: Row, *, at: datetime) -> None:
         .where(_templates.c.id == template["id"], _templates.c.change == template["change"])
         .values(materialised_at=at, orgs_done=_templates.c.orgs_total)
     )
-
-
-def _next_change(connection: Connection) -> int:
-    return int(connection.execute(text(_NEXT), {"name": _CHANGES}).scalar_one())

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from worker.bounded import remember
 from worker.clock import Clock
 from worker.errors import Throttled
+from worker.guard.http import Timeouts
 from worker.guard.issuer import Issuer
-from worker.guard.timeouts import Timeouts
 from worker.telemetry.events import emit
 
 # With one for the keys and one for the discovery document: 8 connections, while the issuer responds promptly.

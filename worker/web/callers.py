@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from sqlalchemy import Connection
+from starlette.requests import Request
 
 from worker.errors import AccessDenied, Conflict, NotFound
 from worker.ids import ALL_ORGS, OrgId, OrgScope
@@ -154,6 +155,12 @@ class Caller:
     def sees(self, kind: type, row: Row) -> Row:
         """A row as this caller sees it; `kind` is the class that declares its columns."""
         return row if self.org is None else redacted(kind, row, self.org)
+
+
+def caller_of(request: Request) -> Caller:
+    """The caller that AuthMiddleware found."""
+    caller: Caller = request.scope["caller"]
+    return caller
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,8 @@ from worker.store.lists import live, runs
 from worker.store.lists.redaction import Row
 from worker.store.lists.rows import LogRow, Run
 from worker.store.tables import FINAL_STATES
-from worker.web.api.requests import caller_of, log_place, query_of
-from worker.web.callers import Caller, CallerDatabase
+from worker.web.api.requests import log_place, query_of
+from worker.web.callers import Caller, CallerDatabase, caller_of
 
 # Seconds between two reads, between two checks of access, and between two comments of a quiet stream.
 EVERY = 1.0
@@ -190,7 +190,7 @@ class Live:
         if request.method == "HEAD":
             return Response(media_type=EventStream.media_type)
         # A stream does not count as a request that is being answered.
-        request.scope.get("release", _nothing)()
+        request.scope.get("release", lambda: None)()
         check: Check | None = request.scope.get("authenticate")
         return EventStream(self._stream(caller, watched, place, digest, check))
 
@@ -328,7 +328,3 @@ def _event(name: str, id_: str, data: bytes) -> bytes:
 def _data(value: Mapping[str, Any]) -> bytes:
     # JSON has no line breaks outside of its strings, where they are escaped.
     return json.dumps(value, default=json_default).encode()
-
-
-def _nothing() -> None:
-    return None

@@ -16,7 +16,7 @@ from tests.fakes.temporal import DevServer
 from worker.execution.placers import EngineUnavailable
 from worker.execution.placers.temporal import ACTIVITY, TemporalPlacer, queue_of
 from worker.ids import RunId, new_id
-from worker.runs.placing import Placement, Ticket
+from worker.runs.hosts import Placement, Ticket
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from tests.conftest import on_either
 from tests.integration.hosts.conftest import HANDLER, LEASE, Fleet, Host, end_of
 from worker.execution.hosts import delivery, wire
 from worker.ids import RunId, WorkerId, new_id
-from worker.runs.placing import Ticket
+from worker.runs.hosts import Ticket
 from worker.store import placements, workers
 from worker.store.ring_walk import RingWalk
 

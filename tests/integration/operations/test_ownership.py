@@ -23,7 +23,7 @@ from worker.operations.provision_loop import ProvisionLoop
 from worker.operations.scopes import Scopes
 from worker.operations.sync import SyncRules
 from worker.providers.management.contract import Notice
-from worker.runs.placing import Placement, Ticket
+from worker.runs.hosts import Placement, Ticket
 from worker.store import installation
 from worker.store.database import Database
 from worker.telemetry import events

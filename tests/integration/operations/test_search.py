@@ -21,9 +21,7 @@ from worker.search import parsed
 from worker.store import catalogue, orgs, roles, tables
 from worker.store.lists import Page, matching
 from worker.store.lists import search as search_module
-from worker.store.lists import suggestions as suggestions_module
-from worker.store.lists.search import orgs_of, page_of, runs_of
-from worker.store.lists.suggestions import Suggestion, suggestions
+from worker.store.lists.search import Suggestion, orgs_of, page_of, runs_of, suggestions
 
 pytestmark = on_either
 
@@ -168,8 +166,8 @@ def test_an_org_is_told_only_of_handlers_of_its_definitions(site, database, appl
     # An operator is told of all.
     assert told(ALL_ORGS)[:2] == [[], [("beta.secret_projekt", ["beta.secret_project"])]]
     # The control: with every handler of the catalogue, an org finds the other's name, and that it is known.
-    everything = suggestions_module.handler_names(ALL_ORGS)
-    monkeypatch.setattr(suggestions_module, "handler_names", lambda scope: everything)
+    everything = search_module.handler_names(ALL_ORGS)
+    monkeypatch.setattr(search_module, "handler_names", lambda scope: everything)
     assert told("org_acme") == told(ALL_ORGS) != own
 
 

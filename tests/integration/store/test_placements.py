@@ -12,7 +12,7 @@ import pytest
 from tests.fakes.stock import HANDLER, LEASE, Stock
 from worker.ids import RunId, WorkerId, new_id
 from worker.operations import doctor
-from worker.runs.placing import PoolRoom, Ticket
+from worker.runs.hosts import PoolRoom, Ticket
 from worker.runs.run import AdmittedRun
 from worker.store import placements, tables, workers
 from worker.store.database import Database

@@ -18,7 +18,7 @@ from worker.store import firing, workers
 from worker.store.database import Database
 from worker.store.sql import statements
 
-MODULES = ("admit", "finish", "fire", "leases", "waits")
+MODULES = ("admit", "finish", "fire", "leases", "steps")
 
 # For each statement, by what it begins with or is known by: the indexes it may use.
 MEANT = {

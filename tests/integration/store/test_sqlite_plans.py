@@ -20,7 +20,7 @@ from worker.store.dialect import driver
 from worker.store.sql import statements
 from worker.store.sql.sqlite.values import MAX_ROWS
 
-MODULES = ("admit", "finish", "fire", "leases", "waits")
+MODULES = ("admit", "finish", "fire", "leases", "steps")
 # What comes and goes, or grows: none of it is read from end to end.
 TABLES = (
     "orgs|definitions|definition_revisions|schedule|runs|live_runs|attempts|skips|workers|checkpoints|waits"

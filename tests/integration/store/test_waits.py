@@ -355,7 +355,7 @@ def test_a_retry_gets_answers_and_ended_sleeps_but_not_what_timed_out(stock: Sto
 
 def test_too_many_waits_are_refused(stock: Stock, worker: WorkerId, monkeypatch: pytest.MonkeyPatch) -> None:
     for dialect in ("postgresql", "sqlite"):
-        monkeypatch.setattr(f"worker.store.sql.{dialect}.waits.MAX_WAITS", 2)
+        monkeypatch.setattr(f"worker.store.sql.{dialect}.steps.MAX_WAITS", 2)
     run = admitted(stock, worker)
 
     states = [open_wait(stock, run, occurrence=number) for number in (1, 2, 3, 2)]

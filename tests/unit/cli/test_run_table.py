@@ -10,8 +10,7 @@ from datetime import timedelta
 import pytest
 
 from tests.fakes.clock import utc
-from worker.cli.output import Format, print_rows
-from worker.cli.run_table import CELLS, SHORT_ID, took, why
+from worker.cli.output import RUN_CELLS, SHORT_ID, Format, print_rows, took, why
 from worker.store.lists import RUNS
 
 ID = "0192aaaa-0000-7abc-8000-000000000001"
@@ -51,7 +50,7 @@ def printed(monkeypatch: pytest.MonkeyPatch):
             for name, value in environment.items():
                 patch.setenv(name, value)
             patch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((columns or 80, 24)))
-            rows = [{**run, **{name: cell(run) for name, cell in CELLS.items()}} for run in runs]
+            rows = [{**run, **{name: cell(run) for name, cell in RUN_CELLS.items()}} for run in runs]
             print_rows(rows, Format.TABLE, columns=RUNS.table, titles=True)
         return stream.getvalue().splitlines()
 

@@ -6,7 +6,7 @@ from datetime import date
 
 import pytest
 
-from worker.definitions.ics import InvalidCalendar, all_day_dates
+from worker.definitions.calendars import InvalidCalendar, all_day_dates
 
 
 def read(*lines: str, end: str = "\r\n", most: int = 400) -> list[str]:

@@ -9,7 +9,7 @@ from io import StringIO
 
 import pytest
 
-from worker.demo.keyboard import Keyboard
+from worker.demo.run import Keyboard
 
 
 @pytest.fixture

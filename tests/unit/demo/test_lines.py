@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from worker.demo.journal import RunChange
-from worker.demo.lines import HEAD, QUIET, WIDTH, Quiet, advice_on, line, words_of
+from worker.demo.journal import HEAD, QUIET, WIDTH, Quiet, RunChange, advice_on, line, words_of
 from worker.search import REASONS
 
 AT = datetime(2030, 1, 1, 9, 7, 13, tzinfo=UTC)
@@ -107,5 +106,5 @@ def test_an_option_cannot_leave_its_place_in_the_command(monkeypatch: pytest.Mon
         return subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False).stdout
 
     assert printed() == "runs answer 01a22bc8-b44c-765d $(echo out) --data \"'; echo out; '\"\n"
-    monkeypatch.setattr("worker.demo.lines.shlex.quote", lambda text: text)
+    monkeypatch.setattr("worker.demo.journal.shlex.quote", lambda text: text)
     assert "approval out" in printed().replace("765d", "approval")

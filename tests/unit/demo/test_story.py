@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from worker.demo.journal import RunChange
-from worker.demo.lines import QUIET
+from worker.demo.journal import QUIET, RunChange
 from worker.demo.run import ConsoleLinks, Narrator, Story
 from worker.errors import Unavailable
 

@@ -17,7 +17,7 @@ from worker.errors import StoreUnavailable
 from worker.execution.loops.placing import Placing
 from worker.execution.placers import EngineUnavailable, Standing
 from worker.ids import RunId
-from worker.runs.placing import Fence, Placed, Placement, PoolRoom, Ticket
+from worker.runs.hosts import Fence, Placed, Placement, PoolRoom, Ticket
 from worker.runs.run import AdmittedRun, OwnedRun
 from worker.telemetry import events
 

@@ -14,9 +14,9 @@ from tests.fakes.clock import ManualClock, settle
 from worker.errors import StoreUnavailable
 from worker.store.lists.morning import Timing, Timings
 from worker.web.callers import Caller
-from worker.web.pages import due
-from worker.web.pages.due import HOUR, by_hour
+from worker.web.pages import morning
 from worker.web.pages.links import hour_path
+from worker.web.pages.morning import HOUR, by_hour
 
 START = datetime(2030, 3, 30, 12, 30, tzinfo=UTC)
 END = datetime(2030, 3, 31, 13, tzinfo=UTC)
@@ -87,9 +87,9 @@ async def test_a_count_is_kept_and_shown_while_the_next_one_is_made(monkeypatch:
     def page(connection: Any, scope: Any, until: datetime, after: str | None, limit: int) -> Timings:
         return Timings({Timing("0 * * * *", "UTC", None, None): 2}, "1" if after is None else None)
 
-    monkeypatch.setattr(due, "timings", page)
+    monkeypatch.setattr(morning, "timings", page)
     database, clock, caller = FakeDatabase(), ManualClock(START), Caller("ada", "viewer")
-    hours = due.DueByHour(database, clock)  # type: ignore[arg-type]
+    hours = morning.DueByHour(database, clock)  # type: ignore[arg-type]
 
     database.is_down = True
     with pytest.raises(StoreUnavailable):
@@ -99,7 +99,7 @@ async def test_a_count_is_kept_and_shown_while_the_next_one_is_made(monkeypatch:
     assert first is same
     assert (first.by_hour[at(30, 13)], first.is_part, database.reads) == (4, False, 3)
 
-    clock.advance(timedelta(seconds=due.KEPT))
+    clock.advance(timedelta(seconds=morning.KEPT))
     database.is_down = True
     assert await hours.read(caller) is first
     await settle()

@@ -29,9 +29,8 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import Offered
 from worker.handlers.parts import trusted
 from worker.ids import RunId, WorkerId
-from worker.runs.hosts import HostCaller, PoolLoad
+from worker.runs.hosts import HostCaller, PoolLoad, Ticket
 from worker.runs.outcome import EndedAttempt, Outcome, Trail
-from worker.runs.placing import Ticket
 from worker.runs.run import AdmittedRun, Isolation, OwnedRun
 
 # Seconds for which the handlers of an incarnation are remembered.

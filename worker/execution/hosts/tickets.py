@@ -24,7 +24,7 @@ from worker.execution.hosts.wire import Taken, TemporalPlace
 from worker.execution.placers import TlsFiles
 from worker.execution.placers.temporal import ACTIVITY, HEARTBEAT, connect, queue_of
 from worker.execution.signals import wait_for
-from worker.runs.placing import Fence
+from worker.runs.hosts import Fence
 from worker.runs.run import Isolation
 from worker.telemetry.events import emit
 

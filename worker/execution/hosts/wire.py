@@ -46,8 +46,7 @@ from worker.handlers.parts import CallPart, Count, TextCheck, row_of, trusted
 from worker.handlers.schema import check_schema
 from worker.handlers.steps import StepError
 from worker.ids import RunId
-from worker.runs.hosts import MAX_HANDLERS
-from worker.runs.placing import Ticket
+from worker.runs.hosts import MAX_HANDLERS, Ticket
 from worker.runs.run import AdmittedRun, Isolation, OwnedRun
 
 VERSIONS = ("v1",)

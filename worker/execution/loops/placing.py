@@ -14,7 +14,7 @@ from worker.clock import Clock
 from worker.errors import Unavailable
 from worker.execution.placers import EngineUnavailable, Placer
 from worker.execution.signals import wait_for
-from worker.runs.placing import Fence, Placed, Placement, PoolRoom, Ticket
+from worker.runs.hosts import Fence, Placed, Placement, PoolRoom, Ticket
 from worker.runs.run import AdmittedRun, OwnedRun
 from worker.telemetry.events import emit
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from worker.errors import Unavailable
-from worker.runs.placing import Placement, Ticket
+from worker.runs.hosts import Placement, Ticket
 
 # How an engine sees a placement: a host has it, none has it yet, or it has ended or never was.
 Standing = Literal["taken", "queued", "gone"]

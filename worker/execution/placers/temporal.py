@@ -19,7 +19,7 @@ from temporalio.exceptions import ActivityAlreadyStartedError
 from temporalio.service import RetryConfig, RPCError, RPCStatusCode, TLSConfig
 
 from worker.execution.placers import EngineUnavailable, Standing, TlsFiles
-from worker.runs.placing import Placement, Ticket
+from worker.runs.hosts import Placement, Ticket
 from worker.runs.run import Isolation
 
 # The type of the activities.

@@ -12,6 +12,7 @@ from worker.ids import AllOrgs, OrgId, Scope
 from worker.store import catalogue, tables
 from worker.store.definitions import in_force
 from worker.store.dialect import Row, all_rows
+from worker.store.host_handlers import names_with_workers
 from worker.store.lists.rows import Handler, columns_of
 
 _catalogue, _handlers = tables.catalogue, tables.host_handlers
@@ -36,6 +37,18 @@ def listed(
     rows = all_rows(connection, of_workers)
     of_hosts = all_rows(connection, _of_hosts(scope, name).limit(most))
     return sorted(rows + of_hosts, key=lambda row: row["name"])[:most]
+
+
+def handler_names(scope: Scope) -> Select[Any]:
+    """The names of all handlers, or for one org those of its definitions, closed or not.
+
+    What else is installed is other orgs' business.
+    """
+    if isinstance(scope, AllOrgs):
+        return names_with_workers()
+    handler = _revisions.c.spec["handler"].as_string()
+    query = select(handler).select_from(_definitions).join(_revisions, in_force(_definitions))
+    return query.where(_definitions.c.org_id == scope).distinct()
 
 
 def _of_workers(scope: Scope, name: str | None) -> Select[Any]:

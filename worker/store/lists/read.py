@@ -24,13 +24,12 @@ from worker.definitions import CALENDAR_DATES
 from worker.definitions.pools import DEFAULT_POOL
 from worker.definitions.words import in_words
 from worker.errors import DefinitionError, InvalidTrigger, NotFound, UsageError
-from worker.ids import ALL_ORGS, AllOrgs, OrgId, OrgScope, RunId, Scope, lowest_id
+from worker.ids import ALL_ORGS, AllOrgs, OrgId, OrgScope, RunId, lowest_id
 from worker.search import Query, states_of
 from worker.store import calendars, orgs, states, tables, templates
 from worker.store import definitions as definition_rows
 from worker.store.catalogue import OF_WORKERS
 from worker.store.dialect import Row, all_rows, below, first_row
-from worker.store.host_handlers import names_with_workers
 from worker.store.lists import (
     AUDIT,
     BACKFILLS,
@@ -298,17 +297,6 @@ def _open_definitions(org_id: OrgId, *columns: ColumnElement[Any]) -> Select[Any
     """Columns of an org's open definitions."""
     query = select(*columns).select_from(_definitions).join(_revisions, _IN_FORCE)
     return query.where(_definitions.c.org_id == org_id, _definitions.c.closed_at.is_(None))
-
-
-def handler_names(scope: Scope) -> Select[Any]:
-    """The names of all handlers, or for one org those of its definitions, closed or not.
-
-    What else is installed is other orgs' business.
-    """
-    if isinstance(scope, AllOrgs):
-        return names_with_workers()
-    query = select(_of_spec("handler")).select_from(_definitions).join(_revisions, _IN_FORCE)
-    return query.where(_definitions.c.org_id == scope).distinct()
 
 
 def unfinished_runs() -> ScalarSelect[int]:

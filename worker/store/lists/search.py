@@ -1,13 +1,14 @@
 """Runs and orgs by a query of `worker.search`, newest first, in pages by key; never a count.
 
 Each statement reads a bounded part of an index. A search that finds too little in the newest runs stops
-after `WINDOWS` windows, and `page_of` says from where to continue.
+after `WINDOWS` windows, and `page_of` says from where to continue. Words and names of a query that are
+unknown have suggestions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
@@ -24,20 +25,23 @@ from sqlalchemy import (
 )
 from sqlalchemy import cast as sql_cast
 
-from worker.ids import OrgScope, RunId, Scope, highest_id, lowest_id
-from worker.search import Query, folded, ids_of
+from worker.ids import AllOrgs, OrgScope, RunId, Scope, highest_id, lowest_id
+from worker.search import Query, folded, ids_of, near
 from worker.store import failing, orgs, tables
 from worker.store.dialect import below, in_scope, rows_as
 from worker.store.lists import DEFAULT_LIMIT, Page
 from worker.store.lists import runs as run_lists
+from worker.store.lists.handlers import handler_names
 from worker.store.lists.matching import (
     Condition,
+    begins,
     conditions,
     few_orgs,
     kept_states,
     orgs_that_match,
 )
 from worker.store.lists.rows import OrgRow, Run, columns_of
+from worker.store.names import around
 
 # Runs examined by one statement: few first, since most searches find a page among the newest runs.
 WINDOWS = (500, 2_000, 3_000)
@@ -48,7 +52,7 @@ CAUSES = 2_000
 FEW_CAUSES = 50
 
 _runs, _live, _ends, _attempts = tables.runs, tables.live_runs, tables.run_ends, tables.attempts
-_orgs, _definitions = tables.orgs, tables.definitions
+_orgs, _definitions, _words = tables.orgs, tables.definitions, tables.org_words
 _EXAMINED = tuple(
     _runs.c[name]
     for name in (
@@ -68,6 +72,8 @@ WITH RECURSIVE causes (cause) AS (
 SELECT cause FROM causes WHERE cause IS NOT NULL LIMIT :limit
 """)
 FIRST_PAGE = Page()
+# Words compared for a suggestion.
+NEAR = 3_000
 
 
 class FoundRuns(NamedTuple):
@@ -271,3 +277,66 @@ class _Search:
         if self.query.until is not None:
             bounds.append(id_ < highest_id(self.query.until))
         return bounds
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """A word that no org's name or code has, or the unknown name of a `kind`; and the nearest known ones."""
+
+    word: str
+    near: list[str]
+    kind: str = "org"
+
+    @property
+    def what(self) -> str:
+        """What is wrong, as the beginning of a sentence."""
+        if self.kind == "org":
+            return f"no org has a word that begins with {self.word!r}"
+        return f"there is no {self.kind} {self.word!r}"
+
+
+def suggestions(connection: Connection, scope: OrgScope, query: Query) -> list[Suggestion]:
+    """The query's words that no visible org has, and its unknown names; each with the nearest known ones.
+
+    Raises:
+        NotFound: there is no org of the scope.
+    """
+    org_id = orgs.scope_of(connection, scope)
+    wanted = [*query.words, *(query.org or "").split()]
+    wrong = [word for word in wanted if ids_of(word) is None and not _is_known(connection, org_id, word)]
+    found = [Suggestion(word, _near(connection, org_id, folded(word))) for word in wrong]
+    if query.definition is not None:
+        found += _of_definition(connection, org_id, query.definition)
+    if query.handler is not None:
+        known = connection.execute(handler_names(org_id).limit(NEAR)).scalars().all()
+        # Before a worker has reported its handlers, none is known.
+        if known and query.handler not in known:
+            found.append(Suggestion(query.handler, near(query.handler, known), "handler"))
+    return found
+
+
+def _of_definition(connection: Connection, scope: Scope, name: str) -> list[Suggestion]:
+    names = select(_definitions.c.name).where(*in_scope(_definitions.c.org_id, scope))
+    if connection.execute(names.where(_definitions.c.name == name).limit(1)).first() is not None:
+        return []
+    if isinstance(scope, AllOrgs):
+        known = around(connection, "definition", name)
+    else:
+        known = iter(connection.execute(names.limit(NEAR)).scalars())
+    return [Suggestion(name, near(name, known), "definition")]
+
+
+def _is_known(connection: Connection, scope: Scope, word: str) -> bool:
+    some = select(_words.c.word).where(begins(word), *in_scope(_words.c.org_id, scope))
+    return connection.execute(some.limit(1)).first() is not None
+
+
+def _near(connection: Connection, scope: Scope, word: str) -> list[str]:
+    """Known words with the same beginning that are most like this one."""
+    for length in (3, 2, 1):
+        mine = (begins(word[:length]), *in_scope(_words.c.org_id, scope))
+        beginning = select(_words.c.word).distinct().where(*mine).order_by(_words.c.word)
+        known = connection.execute(beginning.limit(NEAR)).scalars().all()
+        if found := near(word, known):
+            return found
+    return []

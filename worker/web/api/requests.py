@@ -15,14 +15,7 @@ from worker.handlers.schema import Schema
 from worker.search import hint_of
 from worker.store.lists import MAX_LIMIT
 from worker.web.api.endpoints import BOOLEAN, SECRET, Endpoint, Field
-from worker.web.callers import Caller
 from worker.web.responses import read_body
-
-
-def caller_of(request: Request) -> Caller:
-    """The caller that AuthMiddleware found."""
-    caller: Caller = request.scope["caller"]
-    return caller
 
 
 def query_of(request: Request, known: Sequence[str], what: str) -> dict[str, str]:

@@ -39,8 +39,8 @@ from worker.store.lists.usage import BudgetLevel, Usage, budgets_of, usage
 from worker.web.api import endpoints
 from worker.web.api.endpoints import BASE, LIST_ENDPOINTS, Endpoint, parameters_of
 from worker.web.api.openapi import document
-from worker.web.api.requests import body_of, caller_of, flag_of, limit_of, log_place, query_of
-from worker.web.callers import Caller, CallerDatabase, Many
+from worker.web.api.requests import body_of, flag_of, limit_of, log_place, query_of
+from worker.web.callers import Caller, CallerDatabase, Many, caller_of
 from worker.web.responses import fresh, json_response
 
 Handler = Callable[[Request], Awaitable[Response]]

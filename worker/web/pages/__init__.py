@@ -12,7 +12,6 @@ from worker.clock import Clock
 from worker.web.access import Access
 from worker.web.callers import CallerDatabase
 from worker.web.login import Login
-from worker.web.pages import errors
 from worker.web.pages.base import Pages, ZonePages
 from worker.web.pages.bulk import BulkPages
 from worker.web.pages.definition_edit import EditPages
@@ -21,7 +20,7 @@ from worker.web.pages.inventory import InventoryPages
 from worker.web.pages.login import LoginPages
 from worker.web.pages.morning import MorningPage
 from worker.web.pages.orgs import OrgPages
-from worker.web.pages.rendering import static_routes
+from worker.web.pages.rendering import error_page, static_routes
 from worker.web.pages.runs import RunPages
 from worker.web.pages.search import FailurePages, SearchPages
 from worker.web.pages.usage import UsagePages
@@ -70,4 +69,4 @@ class Console:
             return None
         if status == 401:
             return self._login.page(scope, message)
-        return errors.error_page(scope, self._pages.frame(scope), status, message, fix)
+        return error_page(scope, self._pages.frame(scope), status, message, fix)

@@ -19,7 +19,7 @@ from worker.definitions.zones import find_zone, parse_zone
 from worker.errors import TokenError, UsageError, WorkerError
 from worker.search import hint_of
 from worker.web.access import Access
-from worker.web.callers import BY_ORGS, Action, Caller, CallerDatabase
+from worker.web.callers import BY_ORGS, Action, Caller, CallerDatabase, caller_of
 from worker.web.pages.links import org_path
 from worker.web.pages.rendering import page
 from worker.web.sessions import SESSION_COOKIE, Forms, Session, Sessions
@@ -137,12 +137,6 @@ class ZonePages(PageGroup):
         response = RedirectResponse(_own_path(form.get("back", "/")), 303)
         self._pages.forms.set_cookie(request, response, ZONE_COOKIE, zone.key)
         return response
-
-
-def caller_of(request: Request) -> Caller:
-    """The caller that AuthMiddleware found."""
-    caller: Caller = request.scope["caller"]
-    return caller
 
 
 def _links(caller: Caller | None) -> Sequence[tuple[str, str]]:

@@ -27,8 +27,8 @@ from worker.store import orgs
 from worker.store.dialect import database_now
 from worker.store.lists import MAX_LIMIT, Page, live, runs, search
 from worker.store.lists.rows import Run
-from worker.web.callers import Many
-from worker.web.pages.base import ROWS, Pages, allowed, caller_of, query
+from worker.web.callers import Many, caller_of
+from worker.web.pages.base import ROWS, Pages, allowed, query
 from worker.web.pages.forms import reason_of
 from worker.web.pages.links import search_path
 from worker.web.pages.search import CHANGEABLE, SearchPages

@@ -19,7 +19,8 @@ from worker.operations.changes import same
 from worker.store import orgs
 from worker.store.lists.read import definition
 from worker.store.lists.rows import DefinitionDetail
-from worker.web.pages.base import PageGroup, caller_of, query
+from worker.web.callers import caller_of
+from worker.web.pages.base import PageGroup, query
 from worker.web.pages.definitions import Difference, differences
 from worker.web.pages.forms import as_text, from_typed, problem_of, reason_of
 from worker.web.pages.links import definition_path

@@ -27,10 +27,10 @@ from worker.store.lists.grid import Length, Revision, lengths, revisions
 from worker.store.lists.read import DefinitionState, definition, read, state
 from worker.store.lists.rows import DefinitionDetail, Run
 from worker.store.lists.runs import of_definition, unfinished
-from worker.web.callers import Caller
+from worker.web.callers import Caller, caller_of
 from worker.web.charts import Dot
 from worker.web.charts import lengths as lengths_chart
-from worker.web.pages.base import PageGroup, allowed, caller_of, query
+from worker.web.pages.base import PageGroup, allowed, query
 from worker.web.pages.forms import as_text, from_typed, problem_of, reason_of
 from worker.web.pages.links import definition_path, search_of
 from worker.web.pages.runs import value_of

@@ -8,7 +8,7 @@ from typing import Any
 
 from worker.definitions.units import plain_json
 from worker.errors import UsageError, WorkerError
-from worker.web.pages.errors import fix_of
+from worker.web.pages.rendering import fix_of
 from worker.web.responses import status_of
 
 MAX_REASON = 500

@@ -29,8 +29,8 @@ from worker.store.lists import (
 from worker.store.lists.morning import lease_state
 from worker.store.lists.read import read
 from worker.store.templates import COUNTED
-from worker.web.callers import Caller
-from worker.web.pages.base import ROWS, PageGroup, allowed, caller_of, next_page, query
+from worker.web.callers import Caller, caller_of
+from worker.web.pages.base import ROWS, PageGroup, allowed, next_page, query
 from worker.web.pages.forms import problem_of
 
 R = TypeVar("R")

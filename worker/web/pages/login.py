@@ -26,8 +26,7 @@ from worker.telemetry.events import emit
 from worker.web.callers import Caller
 from worker.web.login import Login, local_path, new_login
 from worker.web.pages.base import Pages, query
-from worker.web.pages.errors import error_page
-from worker.web.pages.rendering import page
+from worker.web.pages.rendering import error_page, page
 from worker.web.responses import wait_headers
 from worker.web.sessions import LOGIN, LOGIN_COOKIE, SESSION_COOKIE
 

@@ -21,7 +21,8 @@ from worker.store.lists import DEFINITIONS, ORGS, RUNS, Page
 from worker.store.lists.grid import Broken, broken, grid, open_waits
 from worker.store.lists.read import org, read
 from worker.store.lists.rows import DefinitionRow, OrgDetail, Run, RunDetail
-from worker.web.pages.base import ROWS, PageGroup, allowed, caller_of, next_page, query
+from worker.web.callers import caller_of
+from worker.web.pages.base import ROWS, PageGroup, allowed, next_page, query
 from worker.web.pages.forms import problem_of, reason_of
 from worker.web.pages.links import day_path, org_path
 

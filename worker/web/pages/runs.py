@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -15,7 +15,8 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from worker.claims.enforced import without_digests
-from worker.errors import Conflict, DefinitionError, UsageError, WorkerError
+from worker.clock import to_text
+from worker.errors import Conflict, DefinitionError, NotFound, UsageError, WorkerError
 from worker.ids import OrgId, RunId
 from worker.operations import why as explanations
 from worker.operations.runs import require_run
@@ -24,13 +25,12 @@ from worker.runs.run import step_label
 from worker.runs.traces import Part, parts_of
 from worker.runs.why import Why
 from worker.store.lists import runs
-from worker.store.lists.rows import Run, RunDetail, WaitRow
-from worker.web.callers import Caller
+from worker.store.lists.rows import LogRow, Run, RunDetail, WaitRow
+from worker.web.callers import Caller, caller_of
 from worker.web.charts import Lane, LanePiece, gantt
-from worker.web.pages.base import PageGroup, allowed, caller_of, query
+from worker.web.pages.base import PageGroup, allowed, query
 from worker.web.pages.forms import as_text, from_json, from_typed, problem_of, reason_of
 from worker.web.pages.links import cause_path, step_path
-from worker.web.pages.run_log import page_after, page_before, place_of
 
 # Characters of a value such as params that a page shows at most.
 VALUE = 8_000
@@ -45,6 +45,16 @@ OPTIONS = 10
 _OCCURRENCE = re.compile(r"[1-9][0-9]{0,4}")
 # Attempts that the chart draws; a run without a token may have thousands.
 MAX_LANES = 12
+
+Row = Mapping[str, Any]
+Place = tuple[int, int]
+
+# Lines of a page of a log, and the characters that it shows at most: of one line, and of all.
+LINES = 200
+LINE = 2_000
+TEXT = 120_000
+# The largest number of a column.
+_MAX_NUMBER = 2**31 - 1
 
 
 class RunPages(PageGroup):
@@ -144,7 +154,7 @@ class RunPages(PageGroup):
             )
         except (Conflict, DefinitionError) as error:
             return await self._page(request, error)
-        return to_run(run)
+        return RedirectResponse(f"/runs/{run['id']}", 303)
 
 
 def shown(connection: Connection, caller: Caller, run_id: str) -> Run:
@@ -260,11 +270,6 @@ def _pieces(marks: Sequence[tuple[str, str, datetime | None]], end: datetime) ->
     return pieces
 
 
-def to_run(row: Run) -> Response:
-    """Redirect to the page of a run."""
-    return RedirectResponse(f"/runs/{row['id']}", 303)
-
-
 _TONES = {"failed": "bad", "refused": "bad", "waiting": "warn", "skipped": "warn", "cancelled": "warn"}
 
 
@@ -332,3 +337,70 @@ def _in_words(time: datetime) -> str:
 
 def _sentence(clause: str | None) -> str | None:
     return clause and up(clause) + ("" if clause.endswith((".", "!", "?")) else ".")
+
+
+class LogPage(NamedTuple):
+    """Lines of a log, oldest first, and the places around which other pages begin, None at an end.
+
+    Pages go by key, the newest first, and are small enough to send at once.
+    """
+
+    lines: Sequence[Row]
+    older: str | None = None
+    newer: str | None = None
+    newest: str = "0.0"
+    """The place of the last line, from which a stream continues."""
+
+
+def page_before(connection: Connection, caller: Caller, run_id: str, before: Place | None = None) -> LogPage:
+    """The newest lines, or those just before a place, as this caller sees them."""
+    lines = runs.newest_lines(connection, caller.scope(), RunId(run_id), before=before, limit=LINES + 1)
+    kept = _fitting(reversed(lines), caller)[::-1]
+    newest = _text(kept[-1]) if kept else "0.0"
+    return LogPage(
+        kept,
+        older=_text(kept[0]) if len(kept) < len(lines) else None,
+        newer=None if before is None else newest if kept else f"{before[0]}.{max(before[1] - 1, 0)}",
+        newest=newest,
+    )
+
+
+def page_after(connection: Connection, caller: Caller, run_id: str, after: Place) -> LogPage:
+    """The lines just after a place, as this caller sees them."""
+    lines = runs.lines(connection, caller.scope(), RunId(run_id), after=after, limit=LINES + 1)
+    kept = _fitting(lines, caller)
+    newest = _text(kept[-1]) if kept else f"{after[0]}.{after[1]}"
+    # Pages before this one end with the line `after` itself.
+    older = _text(kept[0]) if kept else f"{after[0]}.{min(after[1] + 1, _MAX_NUMBER)}"
+    return LogPage(kept, older, newest if len(kept) < len(lines) else None, newest)
+
+
+def place_of(text: str) -> Place:
+    """The place of a line, from its text `attempt.seq`; raises NotFound for another form."""
+    attempt, dot, seq = text.partition(".")
+    if not (dot and text.isascii() and attempt.isdecimal() and seq.isdecimal() and len(text) < 24):
+        raise NotFound(
+            "that is not a place in a log", fix="open the page of the run, and page back from there"
+        )
+    return min(int(attempt), _MAX_NUMBER), min(int(seq), _MAX_NUMBER)
+
+
+def _fitting(lines: Iterable[Row], caller: Caller) -> list[Row]:
+    """The first of the lines that fit on a page, each shortened, at least one."""
+    kept: list[Row] = []
+    room = TEXT
+    for line in lines:
+        text = line["text"]
+        if len(text) > LINE:
+            text = f"{text[:LINE]} … {len(line['text']) - LINE:,} more characters"
+        room -= len(text)
+        if len(kept) == LINES or (kept and room < 0):
+            break
+        at = line["at"]
+        when = {"instant": to_text(at), "day": f"{at:%Y-%m-%d}", "clock": f"{at:%H:%M:%S}"}
+        kept.append({**caller.sees(LogRow, {**line, "text": text}), **when})
+    return kept
+
+
+def _text(line: Row) -> str:
+    return f"{line['attempt']}.{line['seq']}"

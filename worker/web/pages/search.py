@@ -20,9 +20,9 @@ from worker.store.lists import Page, failures, runs, search
 from worker.store.lists.failures import cause_text
 from worker.store.lists.morning import Named
 from worker.store.lists.rows import OrgRow, Run
-from worker.store.lists.suggestions import suggestions
-from worker.web.callers import Caller
-from worker.web.pages.base import ROWS, PageGroup, caller_of, next_page, query
+from worker.store.lists.search import suggestions
+from worker.web.callers import Caller, caller_of
+from worker.web.pages.base import ROWS, PageGroup, next_page, query
 from worker.web.pages.links import search_path
 from worker.web.pages.rendering import page
 

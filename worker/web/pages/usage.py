@@ -15,7 +15,8 @@ from starlette.routing import Route
 from worker.errors import Conflict, NotFound, UsageError, WorkerError
 from worker.store.dialect import database_now
 from worker.store.lists.usage import BYS, BudgetLevel, Usage, budgets_of, usage
-from worker.web.pages.base import ROWS, PageGroup, allowed, caller_of, query
+from worker.web.callers import caller_of
+from worker.web.pages.base import ROWS, PageGroup, allowed, query
 from worker.web.pages.forms import problem_of, reason_of
 
 # How far back the page looks.

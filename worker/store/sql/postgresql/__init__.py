@@ -16,6 +16,6 @@ from worker.store.sql.postgresql.fire import fire_write as fire_write
 from worker.store.sql.postgresql.leases import recover_lock as recover_lock
 from worker.store.sql.postgresql.leases import renew as renew
 from worker.store.sql.postgresql.leases import renew_as_json as renew_as_json
+from worker.store.sql.postgresql.steps import open_wait as open_wait
 from worker.store.sql.postgresql.steps import store_steps as store_steps
-from worker.store.sql.postgresql.waits import open_wait as open_wait
-from worker.store.sql.postgresql.waits import wake_due as wake_due
+from worker.store.sql.postgresql.steps import wake_due as wake_due

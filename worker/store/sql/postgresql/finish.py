@@ -310,29 +310,20 @@ ON CONFLICT (hour, org_id, state) DO UPDATE SET runs = rollup_hours.runs + exclu
 
 # The start deadline counts from the promotion. A row that is locked is left to the next sweep: the sums of
 # orgs are locked already here, and they come last everywhere else.
-PROMOTE_ALL = """
+PROMOTE = """
 UPDATE live_runs h SET state = 'waiting', reason = 'due', available_at = n.now,
                        start_by = n.now + (h.start_by - h.available_at)
 FROM (SELECT clock_timestamp() AS now) n
 WHERE h.id = ANY(ARRAY(
   SELECT h.id FROM live_runs h
-  WHERE h.state = 'held'
+  WHERE h.state = 'held' {of}
     AND NOT EXISTS (SELECT 1 FROM live_runs l WHERE l.definition_id = h.definition_id
                     AND l.serial AND l.state IN ('waiting', 'running', 'parked'))
   FOR UPDATE SKIP LOCKED))
 """
+PROMOTE_ALL = PROMOTE.format(of="")
 # The array is hidden, as in END: planned once for all batches. Mostly nothing is held.
-PROMOTE_OF = """
-UPDATE live_runs h SET state = 'waiting', reason = 'due', available_at = n.now,
-                       start_by = n.now + (h.start_by - h.available_at)
-FROM (SELECT clock_timestamp() AS now) n
-WHERE h.id = ANY(ARRAY(
-  SELECT h.id FROM live_runs h
-  WHERE h.state = 'held' AND h.definition_id = ANY(ARRAY(SELECT unnest((SELECT %s::uuid[]))))
-    AND NOT EXISTS (SELECT 1 FROM live_runs l WHERE l.definition_id = h.definition_id
-                    AND l.serial AND l.state IN ('waiting', 'running', 'parked'))
-  FOR UPDATE SKIP LOCKED))
-"""
+PROMOTE_OF = PROMOTE.format(of="AND h.definition_id = ANY(ARRAY(SELECT unnest((SELECT %s::uuid[]))))")
 
 
 # Of an `EndedAttempt`.

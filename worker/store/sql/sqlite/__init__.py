@@ -16,6 +16,6 @@ from worker.store.sql.sqlite.fire import fire_write as fire_write
 from worker.store.sql.sqlite.leases import recover_lock as recover_lock
 from worker.store.sql.sqlite.leases import renew as renew
 from worker.store.sql.sqlite.leases import renew_as_json as renew_as_json
+from worker.store.sql.sqlite.steps import open_wait as open_wait
 from worker.store.sql.sqlite.steps import store_steps as store_steps
-from worker.store.sql.sqlite.waits import open_wait as open_wait
-from worker.store.sql.sqlite.waits import wake_due as wake_due
+from worker.store.sql.sqlite.steps import wake_due as wake_due
