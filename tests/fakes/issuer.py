@@ -240,6 +240,14 @@ def org(number: int) -> OrgRef:
     return OrgRef(OrgId(f"id-{number:05}"), f"org_{number:05}")
 
 
+def add_org(issuer: FakeIssuer, credentials: FakeCredentials, number: int) -> OrgRef:
+    """Another org with an application and a credential of its own."""
+    added = org(number)
+    issuer.add(App(added.code, f"client-{number}", f"secret-{number}"))
+    credentials.add(added, f"client-{number}", f"secret-{number}")
+    return added
+
+
 def profile(**changes: Any) -> Profile:
     """Kinde's profile with other values."""
     return replace(load("kinde"), **changes)

@@ -78,18 +78,27 @@ class Place:
 
 
 @asynccontextmanager
+async def opened_checks(
+    database: Database, keyring: KeyRing, clock: ManualClock
+) -> AsyncIterator[tuple[FakeIssuer, Checks]]:
+    """An issuer, and the checks of orgs there."""
+    # A clock of its own that stands still, since a request's deadline is a sleep as well.
+    at_the_issuer = ManualClock(clock.now())
+    issuer = FakeIssuer(at_the_issuer)
+    source = OpenedCredentials(database, keyring, "", clock)
+    async with issuer.client() as client:
+        watch(client)
+        probe = TokenProbe(kinde_issuer(max_requests_per_second=1000), client, clock=at_the_issuer)
+        yield issuer, Checks(database, source, {"main": probe})
+        await probe.close()
+
+
+@asynccontextmanager
 async def opened_place(
     database: Database, keyring: KeyRing, clock: Passing, apply: Any
 ) -> AsyncIterator[Place]:
     """An installation whose provider has the orgs org_a to org_h, and a template for each of them."""
-    # A clock of its own that stands still, since a request's deadline is a sleep as well.
-    at_the_issuer = ManualClock(clock.now())
-    issuer = FakeIssuer(at_the_issuer)
-    management = MemoryManagement(issuer, {f"org_{letter}": letter.upper() for letter in "abcdefgh"})
-    source = OpenedCredentials(database, keyring, "", clock)
     apply(NIGHTLY)
-    async with issuer.client() as client:
-        watch(client)
-        probe = TokenProbe(kinde_issuer(max_requests_per_second=1000), client, clock=at_the_issuer)
-        yield Place(database, keyring, management, Checks(database, source, {"main": probe}), clock)
-        await probe.close()
+    async with opened_checks(database, keyring, clock) as (issuer, checks):
+        management = MemoryManagement(issuer, {f"org_{letter}": letter.upper() for letter in "abcdefgh"})
+        yield Place(database, keyring, management, checks, clock)

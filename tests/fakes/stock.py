@@ -13,7 +13,8 @@ from sqlalchemy import insert, select, update
 from worker.definitions.pools import DEFAULT_POOL
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId, new_id
 from worker.runs.outcome import EndedAttempt, Trail
-from worker.runs.run import AdmittedRun, FireReport, Isolation, NewRun
+from worker.runs.run import AdmittedRun, FireReport, Isolation, NewRun, NewSkip, NextFire
+from worker.runs.waits import NewWait
 from worker.store import firing, tables, workers
 from worker.store.database import Database
 from worker.store.ring_walk import RingWalk
@@ -185,6 +186,35 @@ class Stock:
             recoveries=run.recoveries,
         )
         return replace(end, **values)
+
+    def use_hot_statements(self, worker: WorkerId, admitted: Sequence[AdmittedRun], batch: int) -> None:
+        """Fire, end a batch of these runs, let another wait and park a third: all statements but `admit`."""
+        ended, waiting, parked = (admitted[batch * part :][:batch] for part in range(3))
+        hour = timedelta(hours=1)
+        with self.database.transaction() as connection:
+            hot = statements(connection)
+            hot.fire_lock(connection, limit=100, specs={})
+            run = admitted[0]
+            firing.write(
+                connection,
+                [self.run(run.org_id)],
+                [NewSkip(run.org_id, run.definition_id, 1, self.now(), self.now(), 1, "missed")],
+                [NextFire(run.definition_id, self.now() + hour, self.now() + hour)],
+            )
+            hot.renew(connection, worker, LEASE)
+            hot.save_checkpoint(connection, run, HANDLER, "{}")
+            hot.write_progress(connection, [(run.id, run.fencing_token, {"done": 1}) for run in ended])
+            workers.recover(connection, max_recoveries=3)
+        self.finish(worker, *(self.ended(run) for run in ended))
+        self.finish(worker, *(self.ended(run, "waiting") for run in waiting))
+        wait = NewWait("approval", 1, "answer", seconds=60.0)
+        with self.database.transaction() as connection:
+            # Opened, and opened again.
+            for run in [*parked, *parked]:
+                hot.open_wait(connection, run.id, run.fencing_token, attempt=1, wait=wait)
+        self.finish(worker, *(self.ended(run, "parked", outcome="parked", reason="answer") for run in parked))
+        with self.database.transaction() as connection:
+            hot.wake_due(connection, limit=10)
 
     def code(self, org_id: str) -> str:
         """The code of an org."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.fakes.clock import ManualClock
-from tests.fakes.issuer import ORG, App, FakeCredentials, FakeIssuer, kinde_issuer, org
+from tests.fakes.issuer import ORG, App, FakeCredentials, FakeIssuer, add_org, kinde_issuer
 from worker.claims.enforced import Enforced
 from worker.orgs import OrgRef
 from worker.tokens.cache import MEMORY, Tokens
@@ -120,10 +120,7 @@ class Fleet:
         return self.ring
 
     def add_org(self, number: int) -> OrgRef:
-        added = org(number)
-        self.issuer.add(App(added.code, f"client-{number}", f"secret-{number}"))
-        self.credentials.add(added, f"client-{number}", f"secret-{number}")
-        return added
+        return add_org(self.issuer, self.credentials, number)
 
     async def until(self, waiting: asyncio.Future[Enforced]) -> Enforced:
         while not waiting.done():

@@ -15,6 +15,14 @@ from tests.fakes.kinde.server import MANAGER, Kinde, serve_kinde
 from worker.store import schema
 
 AUDIENCE = "https://api.acme.com"
+TEMPLATE = """
+[[template]]
+name = "nightly"
+orgs = "all"
+handler = "acme.fetch"
+schedule = "0 3 * * *"
+scopes = ["read:kb"]
+"""
 
 
 @pytest.fixture(scope="module")

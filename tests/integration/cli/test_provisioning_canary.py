@@ -18,20 +18,12 @@ from tenacity import wait_none
 from tests.conftest import copied
 from tests.fakes.cli import CommandLine
 from tests.fakes.kinde.server import MANAGER, Kinde, serve_kinde
-from tests.integration.cli.conftest import AUDIENCE
+from tests.integration.cli.conftest import AUDIENCE, TEMPLATE
 from worker.clock import SystemClock
 from worker.settings import load
 from worker.store import tables
 from worker.store.database import Database
 
-TEMPLATE = """
-[[template]]
-name = "nightly"
-orgs = "all"
-handler = "acme.fetch"
-schedule = "0 3 * * *"
-scopes = ["read:kb"]
-"""
 Retold = Callable[[dict[str, Any], str], tuple[int, bytes]]
 
 

@@ -14,6 +14,7 @@ from tests.fakes.cli import CommandLine
 from tests.fakes.kinde.faults import Script
 from tests.fakes.kinde.server import Kinde
 from tests.fakes.site import definition
+from tests.integration.cli.conftest import TEMPLATE
 from worker import settings, wiring
 from worker.claims.enforced import ClaimsRecord
 from worker.clock import SystemClock
@@ -25,16 +26,6 @@ from worker.wiring.issuers import open_checks
 
 ORGS = 6
 CANARY = "canary-Zq7-4421"
-TEMPLATE = """
-[[template]]
-name = "nightly"
-orgs = "all"
-handler = "acme.fetch"
-schedule = "0 3 * * *"
-scopes = ["read:kb"]
-"""
-
-
 EXTRA = definition("org_2", "extra", "acme.fetch", "0 1 * * *", scopes=["read:none"])
 
 

@@ -12,11 +12,10 @@ import pytest
 
 from tests.conftest import on_either
 from tests.fakes.clock import ManualClock
-from tests.fakes.issuer import AUDIENCE, FakeIssuer, kinde_issuer
+from tests.fakes.issuer import AUDIENCE
 from tests.fakes.management import MemoryManagement
-from worker.adapters.secrets import OpenedCredentials
+from tests.fakes.provisioned import NIGHTLY, opened_checks
 from worker.errors import ProviderRefused, ProviderUnavailable
-from worker.operations.check_orgs import Checks
 from worker.operations.fleet import Fleet
 from worker.operations.installation import Ownership
 from worker.operations.provision_loop import COLLECT, NOTICE_AGAIN, ROUND_AGAIN, ProvisionLoop
@@ -27,20 +26,8 @@ from worker.providers.management.contract import Notice, NoticeKind
 from worker.store.database import Database
 from worker.telemetry import events
 from worker.tokens.sealing import KeyRing
-from worker.tokens.token_probe import TokenProbe, watch
 
 EVERY = timedelta(minutes=15)
-NIGHTLY = """
-[[template]]
-name = "nightly"
-orgs = "all"
-handler = "acme.note"
-schedule = "0 3 * * *"
-params = { text = "x" }
-scopes = %s
-"""
-
-
 # What does not depend on the database is tested on one.
 
 
@@ -82,16 +69,9 @@ class Place:
 
 @pytest.fixture
 async def place(database: Database, keyring: KeyRing, clock: ManualClock, apply: Any) -> AsyncIterator[Place]:
-    # A clock of its own that stands still, since a request's deadline is a sleep as well.
-    at_the_issuer = ManualClock(clock.now())
-    issuer = FakeIssuer(at_the_issuer)
-    management = MemoryManagement(issuer, {f"org_{letter}": letter.upper() for letter in "abcd"})
-    source = OpenedCredentials(database, keyring, "", clock)
-    apply(NIGHTLY % '["read:kb"]')
-    async with issuer.client() as client:
-        watch(client)
-        probe = TokenProbe(kinde_issuer(max_requests_per_second=1000), client, clock=at_the_issuer)
-        checks = Checks(database, source, {"main": probe})
+    apply(NIGHTLY + 'scopes = ["read:kb"]')
+    async with opened_checks(database, keyring, clock) as (issuer, checks):
+        management = MemoryManagement(issuer, {f"org_{letter}": letter.upper() for letter in "abcd"})
         provisioner = Provisioner(
             Ownership(database, ""), keyring, management, checks, "main", "provision", clock
         )
@@ -99,7 +79,6 @@ async def place(database: Database, keyring: KeyRing, clock: ManualClock, apply:
         end = events.listen(lambda emitted: made.heard.append((emitted.event.name, dict(emitted.fields))))
         yield made
         end()
-        await probe.close()
 
 
 @pytest.fixture
@@ -129,7 +108,7 @@ def scopes_of(place: Place) -> set[tuple[str, ...]]:
 async def test_scopes_follow_the_definitions(place: Place, rows: Any, apply: Any) -> None:
     await place.loop().round()
     assert scopes_of(place) == {("read:kb",)}
-    apply(NIGHTLY % '["read:kb", "write:kb"]')
+    apply(NIGHTLY + 'scopes = ["read:kb", "write:kb"]')
     calls = len(place.management.calls)
     await place.loop().round()
 
@@ -142,7 +121,7 @@ async def test_scopes_follow_the_definitions(place: Place, rows: Any, apply: Any
     audited = [row for row in rows.audit if row["action"] == "application.scopes"]
     assert {row["actor"] for row in audited} == {"provision"} and len(audited) == 4
 
-    apply(NIGHTLY % '["write:kb"]')
+    apply(NIGHTLY + 'scopes = ["write:kb"]')
     await place.loop().round()
     assert scopes_of(place) == {("read:kb", "write:kb")}
     await place.loop(trim=True).round()
@@ -156,7 +135,7 @@ async def test_a_refused_scope_is_an_error_of_its_org_until_it_is_given(
     place: Place, rows: Any, apply: Any
 ) -> None:
     await place.loop().round()
-    apply(NIGHTLY % '["read:kb", "write:kb"]')
+    apply(NIGHTLY + 'scopes = ["read:kb", "write:kb"]')
     refused = {"app-2"}
 
     def refuse(call: str) -> None:

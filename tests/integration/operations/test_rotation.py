@@ -16,7 +16,8 @@ from sqlalchemy import update
 
 from tests.conftest import on_either
 from tests.fakes.clock import ManualClock
-from tests.fakes.issuer import App, FakeIssuer, kinde_issuer
+from tests.fakes.issuer import App, FakeIssuer
+from tests.fakes.provisioned import opened_checks
 from worker.adapters.secrets import OpenedCredentials
 from worker.errors import Busy, ConfigurationError, Conflict, CredentialsRejected, IssuerUnavailable
 from worker.ids import OrgId
@@ -27,7 +28,6 @@ from worker.operations.keys import rekey
 from worker.operations.orgs import import_orgs
 from worker.store import tables
 from worker.tokens.sealing import KeyRing
-from worker.tokens.token_probe import TokenProbe, watch
 
 
 class Passing(ManualClock):
@@ -74,10 +74,6 @@ def clock() -> Passing:
 
 @pytest.fixture
 async def place(database: Any, keyring: Any, clock: Passing, tmp_path: Path) -> AsyncIterator[Place]:
-    # A clock of its own that stands still, since a request's deadline is a sleep as well.
-    at_the_issuer = ManualClock(clock.now())
-    issuer = FakeIssuer(at_the_issuer)
-    issuer.add(App("org_a", "client-1", "secret-1"))
     line = {
         "code": "org_a",
         "name": "A",
@@ -86,12 +82,9 @@ async def place(database: Any, keyring: Any, clock: Passing, tmp_path: Path) -> 
         "client_secret": "secret-1",
     }
     import_orgs(database, keyring, [json.dumps(line)], actor="ops")
-    source = OpenedCredentials(database, keyring, "", clock)
-    async with issuer.client() as client:
-        watch(client)
-        examiner = TokenProbe(kinde_issuer(), client, clock=at_the_issuer)
-        yield Place(database, keyring, issuer, Checks(database, source, {"main": examiner}), clock)
-        await examiner.close()
+    async with opened_checks(database, keyring, clock) as (issuer, checks):
+        issuer.add(App("org_a", "client-1", "secret-1"))
+        yield Place(database, keyring, issuer, checks, clock)
 
 
 async def test_a_rotation_verifies_adds_waits_and_retires(place: Place, rows: Any) -> None:

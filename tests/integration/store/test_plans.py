@@ -10,13 +10,9 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from tests.fakes.stock import HANDLER, LEASE, Stock
-from worker.runs.run import AdmittedRun, NewSkip, NextFire
-from worker.runs.waits import NewWait
+from tests.fakes.stock import Stock
 from worker.store import dialect as driver_module
-from worker.store import firing, workers
 from worker.store.database import Database
-from worker.store.sql import statements
 
 MODULES = ("admit", "finish", "fire", "leases", "steps")
 
@@ -107,7 +103,9 @@ def test_each_hot_statement_goes_by_its_index(
     if analysed == "full":
         analyse(postgres)
 
-    _use_everything(stock, worker, held)
+    # The walk under the lock, and the one before it.
+    admitted = stock.admit(worker, 20) + stock.admit(worker, 5000) + stock.admit(worker, 20) + held
+    stock.use_hot_statements(worker, admitted, 50)
 
     with postgres.transaction() as connection:
         raw = driver_module.driver(connection)
@@ -136,33 +134,3 @@ def test_each_hot_statement_goes_by_its_index(
                     assert re.search(rf"SubPlan {number}\n\s+->  CTE Scan", plan), plan
     assert looked_at == set(MEANT)
     assert definitions
-
-
-def _use_everything(stock: Stock, worker: Any, held: list[AdmittedRun]) -> None:
-    # The walk under the lock, and the one before it.
-    admitted = stock.admit(worker, 20) + stock.admit(worker, 5000) + stock.admit(worker, 20) + held
-    hour = timedelta(hours=1)
-    with stock.database.transaction() as connection:
-        hot = statements(connection)
-        hot.fire_lock(connection, limit=100, specs={})
-        run = admitted[0]
-        firing.write(
-            connection,
-            [stock.run(run.org_id)],
-            [NewSkip(run.org_id, run.definition_id, 1, stock.now(), stock.now(), 1, "missed")],
-            [NextFire(run.definition_id, stock.now() + hour, stock.now() + hour)],
-        )
-        hot.renew(connection, worker, LEASE)
-        hot.save_checkpoint(connection, run, HANDLER, "{}")
-        hot.write_progress(connection, [(run.id, run.fencing_token, {"done": 1}) for run in admitted[:50]])
-        workers.recover(connection, max_recoveries=3)
-    stock.finish(worker, *(stock.ended(run) for run in admitted[:50]))
-    stock.finish(worker, *(stock.ended(run, "waiting") for run in admitted[50:100]))
-    parked = admitted[100:150]
-    with stock.database.transaction() as connection:
-        for run in parked:
-            wait = NewWait("approval", 1, "answer", seconds=60.0)
-            hot.open_wait(connection, run.id, run.fencing_token, attempt=1, wait=wait)
-    stock.finish(worker, *(stock.ended(run, "parked", outcome="parked", reason="answer") for run in parked))
-    with stock.database.transaction() as connection:
-        hot.wake_due(connection, limit=10)

@@ -6,18 +6,13 @@ import importlib
 import re
 from collections import Counter
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from tests.fakes.stock import HANDLER, LEASE, Stock
-from worker.runs.run import NewSkip, NextFire
-from worker.runs.waits import NewWait
+from tests.fakes.stock import Stock
 from worker.store import dialect as driver_module
-from worker.store import firing, workers
 from worker.store.dialect import driver
-from worker.store.sql import statements
 from worker.store.sql.sqlite.values import MAX_ROWS
 
 MODULES = ("admit", "finish", "fire", "leases", "steps")
@@ -83,33 +78,7 @@ def test_each_hot_statement_goes_by_an_index(
     for org in orgs:
         stock.definition(org, due_at=stock.now())
     stock.put(*stock.runs(org for org in orgs for _ in range(20)))
-    hour = timedelta(hours=1)
-    held = stock.admit(worker, 50)
-    with stock.database.transaction() as connection:
-        hot = statements(connection)
-        hot.fire_lock(connection, limit=100, specs={})
-        run = held[0]
-        firing.write(
-            connection,
-            [stock.run(run.org_id)],
-            [NewSkip(run.org_id, run.definition_id, 1, stock.now(), stock.now(), 1, "missed")],
-            [NextFire(run.definition_id, stock.now() + hour, stock.now() + hour)],
-        )
-        hot.renew(connection, worker, LEASE)
-        hot.save_checkpoint(connection, run, HANDLER, "{}")
-        hot.write_progress(connection, [(run.id, run.fencing_token, {"done": 1}) for run in held[:5]])
-        workers.recover(connection, max_recoveries=3)
-    stock.finish(worker, *(stock.ended(run) for run in held[:20]))
-    stock.finish(worker, *(stock.ended(run, "waiting") for run in held[20:40]))
-    parked = held[40:]
-    with stock.database.transaction() as connection:
-        for run in parked:
-            wait = NewWait("approval", 1, "answer", seconds=60.0)
-            hot.open_wait(connection, run.id, run.fencing_token, attempt=1, wait=wait)
-            hot.open_wait(connection, run.id, run.fencing_token, attempt=1, wait=wait)
-    stock.finish(worker, *(stock.ended(run, "parked", outcome="parked", reason="answer") for run in parked))
-    with stock.database.transaction() as connection:
-        hot.wake_due(connection, limit=10)
+    stock.use_hot_statements(worker, stock.admit(worker, 60), 20)
 
     with stock.database.transaction() as connection:
         raw = driver(connection)

@@ -18,10 +18,13 @@ from tests.fakes.site import definition, org_entry
 from worker.definitions.file import parse_file
 from worker.guard import Guard
 from worker.handlers.catalogue import HandlerEntry
+from worker.ids import ALL_ORGS
 from worker.operations.apply import apply
 from worker.operations.credentials import add_credential
 from worker.store import catalogue, orgs
 from worker.store.database import Database
+from worker.store.lists import AUDIT, Page
+from worker.store.lists.read import read
 from worker.store.orgs import OrgCaller
 from worker.telemetry.metrics import Metrics
 from worker.web.access import Access, Operator
@@ -126,6 +129,11 @@ class Site:
             open_ring=self.open_ring,
             installation=self.installation,
         )
+
+    def last_change(self) -> tuple[str, str, Any]:
+        with self.database.autocommit() as connection:
+            [row] = read(connection, AUDIT, ALL_ORGS, Page(limit=1))
+        return row["actor"], row["action"], row["detail"]
 
     async def get(
         self, path: str, token: str | None = None, *, address: str = "127.0.0.1", base: str = BASE

@@ -13,7 +13,7 @@ from worker.ids import ALL_ORGS, OrgId
 from worker.operations.apply import apply
 from worker.store import definitions, orgs
 from worker.store.dialect import database_now
-from worker.store.lists import AUDIT, RUNS, SKIPS, Page
+from worker.store.lists import RUNS, SKIPS
 from worker.store.lists.read import read
 from worker.web.callers import Caller, CallerDatabase
 
@@ -23,12 +23,6 @@ ADA = Caller("ada", "operator")
 def org_caller(site: Site, org: str = "org_a") -> Caller:
     with site.database.autocommit() as connection:
         return Caller(org, "operator", org=org, org_id=orgs.require(connection, org)["id"])
-
-
-def last_change(site: Site) -> tuple[str, str, object]:
-    with site.database.autocommit() as connection:
-        [row] = read(connection, AUDIT, ALL_ORGS, Page(limit=1))
-    return row["actor"], row["action"], row["detail"]
 
 
 @on_either
@@ -49,7 +43,7 @@ async def test_an_org_pauses_and_resumes_its_definition_and_what_was_due_is_sett
         "moving house",
         None,
     )
-    assert last_change(site) == ("org:org_a", "definition.pause", {"note": "moving house"})
+    assert site.last_change() == ("org:org_a", "definition.pause", {"note": "moving house"})
     resumed = await database.resume(caller, "org_a", "digest")
 
     assert resumed["state"] == "active"
@@ -68,7 +62,7 @@ async def test_an_operator_edits_a_definition_and_says_why(site: Site):
     edited = await database.edit(ADA, "org_a", "digest", {"priority": 7}, revision=1, reason="ticket 12")
 
     assert (edited["revision"], edited["spec"]["priority"]) == (2, 7)
-    actor, action, detail = last_change(site)
+    actor, action, detail = site.last_change()
     assert (actor, action) == ("operator:ada", "definition.change")
     assert detail == {"priority": {"before": None, "after": 7}, "reason": "ticket 12"}
     with pytest.raises(DefinitionError, match="schedule"):
@@ -109,10 +103,10 @@ async def test_a_run_is_run_cancelled_and_retried_with_a_reason(site: Site):
     database, caller = CallerDatabase(site.database), org_caller(site)
 
     run = await database.run_now(caller, "org_a", "digest", reason="asked by phone")
-    assert last_change(site)[2]["reason"] == "asked by phone"  # type: ignore[index]
+    assert site.last_change()[2]["reason"] == "asked by phone"
     await database.cancel(caller, run["id"], reason="by mistake")
-    assert last_change(site) == ("org:org_a", "run.cancel", {"definition": "digest", "reason": "by mistake"})
+    assert site.last_change() == ("org:org_a", "run.cancel", {"definition": "digest", "reason": "by mistake"})
     await database.retry(caller, run["id"], reason="after all")
 
     detail = {"retry_of": run["id"], "from_checkpoint": False, "reason": "after all"}
-    assert last_change(site) == ("org:org_a", "run.retry", detail)
+    assert site.last_change() == ("org:org_a", "run.retry", detail)

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import insert, select, update
 
 from tests.integration.web.conftest import TOKENS, Site, csrf_of, on_either
-from tests.integration.web.test_run_page import EVIL, OURS, dangers, ended, last_change, logged_in
+from tests.integration.web.test_run_page import EVIL, OURS, dangers, ended, logged_in
 from worker.definitions.file import parse_file
 from worker.ids import ALL_ORGS
 from worker.operations.apply import apply
@@ -163,7 +163,10 @@ async def test_an_operator_pauses_resumes_and_runs_it_now(staffed: Site):
         wrong = await client.post(f"{PAGE}/run", data=form | {"params": "[1]"}, headers=OURS)
         assert (wrong.status_code, "params must be a table in JSON" in wrong.text) == (422, True)
 
-    assert last_change(staffed)[1:] == ("definition.run", {**last_change(staffed)[2], "reason": "asked for"})
+    assert staffed.last_change()[1:] == (
+        "definition.run",
+        {**staffed.last_change()[2], "reason": "asked for"},
+    )
     with staffed.database.autocommit() as connection:
         [run] = read(connection, RUNS, "org_a")
         found = select(tables.runs.c.params).where(tables.runs.c.id == run["id"])
@@ -211,7 +214,7 @@ async def test_an_edit_shows_what_will_change_and_then_changes_it(staffed: Site)
     assert row["spec"]["timeout"] == "10m"
     assert row["spec"]["params"] == {"top": 1}
     assert "priority" not in row["spec"]
-    assert last_change(staffed)[2]["reason"] == "slow CRM"
+    assert staffed.last_change()[2]["reason"] == "slow CRM"
 
 
 @pytest.mark.parametrize(
@@ -269,7 +272,7 @@ async def test_a_backfill_shows_what_it_will_do_and_then_does_it(staffed: Site):
         assert (wrong.status_code, "the future" in wrong.text) == (400, True)
         for query in ("from=x&until=y", "from=2025-12-01", "limit=1&from=2025-12-01&until=2025-12-02&x=1"):
             assert (await client.get(f"{PAGE}/backfill?{query}")).status_code == 400
-    assert last_change(staffed)[2]["reason"] == "lost days"
+    assert staffed.last_change()[2]["reason"] == "lost days"
 
 
 async def test_an_org_sees_its_own_definition_without_the_operators(staffed: Site):

@@ -25,8 +25,7 @@ from worker.ids import ALL_ORGS, RunId, new_id
 from worker.operations.runs import run_now
 from worker.runs.waits import NewWait
 from worker.store import tables
-from worker.store.lists import AUDIT, Page, runs
-from worker.store.lists.read import read
+from worker.store.lists import runs
 from worker.store.sql import statements
 from worker.web.pages import runs as run_pages
 
@@ -126,12 +125,6 @@ def dangers(html: str) -> list[str]:
     return parser.found
 
 
-def last_change(site: Site) -> tuple[str, str, Any]:
-    with site.database.autocommit() as connection:
-        [row] = read(connection, AUDIT, ALL_ORGS, Page(limit=1))
-    return row["actor"], row["action"], row["detail"]
-
-
 async def test_the_answer_comes_first_with_the_next_step_in_the_console(staffed: Site):
     run, other = ended(staffed), ended(staffed, "org_b")
     async with logged_in(staffed, TOKENS["operator"]) as client:
@@ -165,7 +158,7 @@ async def test_a_retry_from_the_checkpoint_says_why_and_a_second_one_only_again(
         retried = await client.post(f"/runs/{run}/retry", data=form, headers=OURS)
         new = retried.headers["location"].rpartition("/")[2]
         detail = {"retry_of": run, "from_checkpoint": True, "reason": "the CRM is back"}
-        assert last_change(staffed) == ("operator:operator", "run.retry", detail)
+        assert staffed.last_change() == ("operator:operator", "run.retry", detail)
 
         page = await client.get(f"/runs/{run}")
         assert f'It was retried as <a href="/runs/{new}">' in page.text
@@ -298,7 +291,7 @@ async def test_a_waiting_run_is_cancelled_after_its_confirmation(staffed: Site):
         form = {"csrf": csrf_of(page), "reason": "by mistake"}
         answer = await client.post(f"/runs/{run}/cancel", data=form, headers=OURS)
         assert (answer.status_code, answer.headers["location"]) == (303, f"/runs/{run}")
-        assert last_change(staffed)[1:] == ("run.cancel", {"definition": "digest", "reason": "by mistake"})
+        assert staffed.last_change()[1:] == ("run.cancel", {"definition": "digest", "reason": "by mistake"})
         twice = await client.post(f"/runs/{run}/cancel", data=form, headers=OURS)
         long = await client.post(f"/runs/{run}/retry", data=form | {"reason": "x" * 501}, headers=OURS)
 

@@ -8,7 +8,7 @@ import tomllib
 import pytest
 
 from worker.definitions.fields import MAX_ERRORS
-from worker.definitions.file import format_of, parse_file
+from worker.definitions.file import format_of, from_template_spec, parse_file, parse_template
 from worker.errors import DefinitionError, InvalidTrigger
 from worker.orgs import OrgEntry, Selector
 
@@ -40,6 +40,13 @@ handler = "usage.export"
 schedule = "@hourly"
 enabled = false
 """
+VALUES = {
+    "name": "usage-export",
+    "orgs": {"tags": ["pro"], "issuer": "main"},
+    "handler": "usage.export",
+    "schedule": "@hourly",
+    "enabled": False,
+}
 
 
 def test_a_file_has_orgs_definitions_and_templates():
@@ -202,3 +209,10 @@ def test_a_file_with_thousands_of_errors_reports_the_first_few():
         parse_file(wrong)
 
     assert len(refused.value.others) == MAX_ERRORS - 1
+
+
+def test_a_stored_template_reads_back():
+    template = parse_template(VALUES, entry="template usage-export")
+    selector, spec = json.loads(json.dumps([template.selector.as_json(), template.spec]))
+
+    assert from_template_spec("usage-export", selector, spec) == template

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timedelta
 
 from tests.fakes.clock import START, ManualClock, settle
 from worker.errors import StoreUnavailable
 from worker.execution.attempts.plan import HandlerRegistry
-from worker.execution.loops.scheduler import BATCH, LARGER, PUT_OFF, Scheduler
+from worker.execution.loops.scheduler import BATCH, LARGER, PAUSE, PUT_OFF, Scheduler, Wakeups
 from worker.ids import DefinitionId, OrgId
 from worker.runs.run import Decision, DueDefinition, FireReport
 from worker.telemetry.events import Emitted
@@ -113,3 +114,27 @@ async def test_a_clock_that_went_back_is_told(clock: ManualClock, emitted: list[
 
     told = [event.fields["seconds"] for event in emitted if event.event.name == "clock.went_back"]
     assert told[0] == 3600.0
+
+
+async def test_what_is_said_during_a_pause_is_sent_as_one_hint(clock):
+    sent = 0
+
+    async def send() -> None:
+        nonlocal sent
+        sent += 1
+        if sent == 1:
+            raise StoreUnavailable("away")
+
+    hints = Wakeups(send, clock)
+    task = asyncio.create_task(hints.run())
+    for _ in range(3):
+        for _ in range(10):
+            hints.request()
+            await asyncio.sleep(0)
+        clock.advance(PAUSE)
+        await asyncio.sleep(0)
+
+    assert sent == 1 + 3, "one at once, and one after each pause"
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task

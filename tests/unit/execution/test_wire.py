@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.exchanges import ENTRY
 from tests.unit.execution.runs import admitted
 from worker.errors import Throttled, Unavailable
 from worker.execution.hosts import sent as sent_module
@@ -21,7 +22,6 @@ from worker.execution.runners.contract import Work
 from worker.guard.claims import Claims, Flag
 from worker.handlers import calls
 from worker.handlers.calls import MAX_METERS, OpenWait, StoreStep
-from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId
 from worker.runs import outcome as outcomes
 from worker.runs.run import NewStep
@@ -59,16 +59,6 @@ WORK = Work(
     checkpoint={"done": 3},
 )
 TAKEN = Taken(RUN, "org_acme", "digest", timedelta(seconds=30), timedelta(hours=2), WORK, sealed="b3BhcXVl")
-ENTRY = HandlerEntry(
-    "acme.digest",
-    "acme",
-    "1.0",
-    "acme:digest",
-    scopes=("read:kb",),
-    timeout="2h",
-    memory="512MiB",
-    secrets=("openai",),
-)
 ENDED = End(RunId("r1"), 7, outcomes.Succeeded('{"n":1}'), "c2VhbGVk", handler_seconds=1.5)
 STEP = NewStep("fetch", None, 1, 1, '{"n":1}', NOW, NOW)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.clock import ManualClock
-from tests.fakes.issuer import ORG, App, FakeCredentials, FakeIssuer, kinde_issuer, org
+from tests.fakes.issuer import ORG, App, FakeCredentials, FakeIssuer, add_org, kinde_issuer
 from worker.claims.enforced import Enforced
 from worker.orgs import OrgRef, TokenWant
 from worker.tokens.cache import Tokens
@@ -28,10 +28,7 @@ class World:
 
     def add_org(self, number: int) -> OrgRef:
         """Another org with an application and a credential of its own."""
-        added = org(number)
-        self.issuer.add(App(added.code, f"client-{number}", f"secret-{number}"))
-        self.credentials.add(added, f"client-{number}", f"secret-{number}")
-        return added
+        return add_org(self.issuer, self.credentials, number)
 
     async def ensure(self, of: OrgRef = ORG, **asked: Any) -> Enforced:
         at_hand = None if "fresh" in asked else self.tokens.at_hand(TokenWant(of, "main", **asked))
