@@ -40,6 +40,8 @@ TRANSIENT_PARK = (2.0, 60.0)
 TRIES = 3  # for one request while the issuer fails, unless it already failed for this org
 WINNER_KEPT = 900.0  # an older generation that worked is tried first for this long
 NO_VERDICT_KEPT = 120.0
+# The detail of a refusal: the verifier's word.
+EXPIRED = "expired"
 SCOPE_REFUSED = ("invalid_scope", "access_denied")
 MAX_REMEMBERED = 10_000
 # Renewed in the background at a random share of its usable life.
@@ -87,16 +89,24 @@ class Acquirer:
 
         `ahead` of the run that needs it, it lets all other requests pass.
         """
-        granted = self._no_verdict.pop(request, None)
-        if granted is None or not self._is_worth_verifying(granted, credentials):
-            self._check_parking(request, credentials)
-            granted = await self._grant(request, credentials, ahead)
+        kept = self._no_verdict.pop(request, None)
+        if kept is not None and self._is_worth_verifying(kept, credentials):
+            try:
+                return await self.enforce(request, kept, minted=minted, kept=True), kept
+            except TokenRefused as refused:
+                if refused.detail != EXPIRED:
+                    raise
+        self._check_parking(request, credentials)
+        granted = await self._grant(request, credentials, ahead)
         return await self.enforce(request, granted, minted=minted), granted
 
     async def enforce(
-        self, request: TokenRequest, granted: GrantedToken, *, minted: bool = False
+        self, request: TokenRequest, granted: GrantedToken, *, minted: bool = False, kept: bool = False
     ) -> Enforced:
-        """Verify and enforce a token; raises as `Tokens.ensure` does."""
+        """Verify and enforce a token; raises as `Tokens.ensure` does.
+
+        One that was `kept` without a verdict may have expired meanwhile, which is not reported.
+        """
         try:
             return await self._enforce(request, granted, minted)
         except Unavailable:
@@ -104,7 +114,8 @@ class Acquirer:
             remember(self._no_verdict, request, granted, MAX_REMEMBERED)
             raise
         except TokenRefused as refused:
-            emit("token.refused", **request.labels, reason=refused.reason, detail=refused.detail)
+            if not (kept and refused.detail == EXPIRED):
+                emit("token.refused", **request.labels, reason=refused.reason, detail=refused.detail)
             raise
 
     def enforce_at_once(self, request: TokenRequest, granted: GrantedToken) -> Enforced | None:

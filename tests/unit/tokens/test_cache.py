@@ -333,6 +333,22 @@ async def test_a_token_under_a_key_published_late_waits_and_is_not_asked_for_aga
     assert world.issuer.count("/.well-known/jwks") <= 4
 
 
+async def test_a_token_that_expires_before_its_key_is_published_is_no_ones_fault(world: World) -> None:
+    """`exp` has whole seconds: the last of them may have passed while the token is younger than it is valid."""
+    world.issuer.add(App("org_a", "client-a", "secret-a", lifetime=10))
+    world.issuer.key = "k2"
+    world.clock.advance(0.6)
+    with pytest.raises(IssuerUnavailable):
+        await world.ensure()
+    world.issuer.published = ["k1", "k2"]
+    world.clock.advance(9.6)
+
+    enforced = await world.ensure()
+
+    assert enforced.claims.expires_at > world.clock.now()
+    assert world.issuer.count() == 2
+
+
 async def test_a_kid_that_is_never_published_is_refused_after_a_minute(world: World) -> None:
     """After 60 s from its first sight an unknown kid is a verdict."""
     await world.ensure()
