@@ -832,7 +832,7 @@ def refuse_what_is_for_all_orgs(monkeypatch: pytest.MonkeyPatch) -> None:
     refused: dict[Callable[..., Any], Callable[..., Any]] = {}
     for module in [module for name, module in sys.modules.items() if name.startswith("worker.")]:
         for name, function in list(vars(module).items()):
-            # By its type: another test may have imported objects that do not like to be asked for their class.
+            # By its type: some objects that other tests import do not like to be asked for their class.
             if type(function) is not FunctionType or not function.__module__.startswith("worker.store"):
                 continue
             if any(

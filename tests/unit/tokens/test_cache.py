@@ -334,7 +334,7 @@ async def test_a_token_under_a_key_published_late_waits_and_is_not_asked_for_aga
 
 
 async def test_a_token_that_expires_before_its_key_is_published_is_no_ones_fault(world: World) -> None:
-    """`exp` has whole seconds: the last of them may have passed while the token is younger than it is valid."""
+    """`exp` has whole seconds: the last may have passed while the token is younger than it is valid."""
     world.issuer.add(App("org_a", "client-a", "secret-a", lifetime=10))
     world.issuer.key = "k2"
     world.clock.advance(0.6)
