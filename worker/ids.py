@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from datetime import datetime
 from typing import NewType
 
@@ -27,19 +28,29 @@ OrgScope = str | AllOrgs
 
 _lock = threading.Lock()
 _last = 0
+_nanoseconds: Callable[[], int] = time.time_ns
+_random: Callable[[int], bytes] = os.urandom
 # Microseconds, in 30 bits of an id of `new_id_at`: almost 18 minutes.
 _LATEST = 2**30
+
+
+def draw_from(
+    nanoseconds: Callable[[], int] = time.time_ns, random: Callable[[int], bytes] = os.urandom
+) -> None:
+    """Take the time since 1970 and the random bytes of later ids from here: a simulation has its own."""
+    global _nanoseconds, _random, _last
+    _nanoseconds, _random, _last = nanoseconds, random, 0
 
 
 def new_id() -> str:
     """A UUIDv7 as text, strictly increasing within a process."""
     global _last
     # 48 bits of milliseconds, then 12 bits of the fraction: RFC 9562, section 6.2, method 3.
-    nanoseconds = time.time_ns()
+    nanoseconds = _nanoseconds()
     moment = (nanoseconds // 1_000_000 << 12) | (nanoseconds % 1_000_000 * 4096 // 1_000_000)
     with _lock:
         _last = moment = max(moment, _last + 1)
-    tail = int.from_bytes(os.urandom(8), "big") & 0x3FFF_FFFF_FFFF_FFFF | 0x8000_0000_0000_0000
+    tail = int.from_bytes(_random(8), "big") & 0x3FFF_FFFF_FFFF_FFFF | 0x8000_0000_0000_0000
     head = moment >> 12 << 16 | 0x7000 | moment & 0xFFF
     text = f"{head:016x}{tail:016x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
@@ -51,12 +62,12 @@ def new_id_at(at: datetime) -> str:
     Such ids sort by `at`, then by age. RFC 9562, section 6.1, allows a time other than that of its making.
     """
     moment = int(at.timestamp() * 1_000_000)
-    late = time.time_ns() // 1000 - moment
+    late = _nanoseconds() // 1000 - moment
     if not 0 <= late < _LATEST:
         return new_id()
     milliseconds, rest = divmod(moment, 1000)
     head = milliseconds << 16 | 0x7000 | rest * 4096 // 1000
-    tail = 0x8000_0000_0000_0000 | late << 32 | int.from_bytes(os.urandom(4), "big")
+    tail = 0x8000_0000_0000_0000 | late << 32 | int.from_bytes(_random(4), "big")
     text = f"{head:016x}{tail:016x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
@@ -66,7 +77,7 @@ def lowest_id(since: datetime) -> str:
 
     A time in the future counts as now: tests set a clock that ids do not follow.
     """
-    moment = min(int(since.timestamp() * 1000), time.time_ns() // 1_000_000) - 3_600_000
+    moment = min(int(since.timestamp() * 1000), _nanoseconds() // 1_000_000) - 3_600_000
     return _id_at(moment)
 
 

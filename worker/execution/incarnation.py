@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from random import Random, SystemRandom
 from typing import Any, Literal, Protocol
 
 from worker.clock import Clock
@@ -28,6 +29,7 @@ from worker.ids import RunId, WorkerId
 from worker.runs.run import Isolation, OwnedRun
 from worker.telemetry.events import emit
 from worker.telemetry.vitals import Notifier, Vitals
+from worker.threads import SYSTEM, Threads
 
 EXIT_OK = 0
 EXIT_TRY_LATER = 75
@@ -113,6 +115,8 @@ class ProcessTools:
     pass_environment: Sequence[str] = ()
     describe: Sequence[str] = ()
     farewell: float = 0.0
+    random: Random = field(default_factory=SystemRandom)
+    threads: Threads = SYSTEM
     requests: StopRequests = field(default_factory=StopRequests)
     started_at: float = 0.0
 
@@ -161,7 +165,14 @@ class Incarnation:
             inflight_runs, self.sink, self.cancel, on_lease, on_lost=self._give_up, is_placed=self.is_placed
         )
         self._heartbeat = Heartbeat(
-            self.sink, inflight_runs, clock, self.lease, self.renew, on_lease, on_renewal=self._renewed
+            self.sink,
+            inflight_runs,
+            clock,
+            self.lease,
+            self.renew,
+            on_lease,
+            on_renewal=self._renewed,
+            threads=process.threads,
         )
         self._liveness = Liveness(
             self.loops, process.notifier, clock, resting=self._resting, status=self._status

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +19,7 @@ from worker.store.health import oldest_unfired
 from worker.telemetry import events
 from worker.telemetry.alerts import Alert, Strikes, Webhook
 from worker.telemetry.events import emit
+from worker.threads import SYSTEM, RunningThread, Threads
 
 # Seconds between two rounds, and seconds in which simultaneous causes are collected.
 ROUND_EVERY = 2.0
@@ -45,19 +45,25 @@ class LoopHealth(Protocol):
 
 @contextlib.contextmanager
 def monitoring(
-    settings: AlertSettings, database: Database, clock: Clock, health: LoopHealth
+    settings: AlertSettings,
+    database: Database,
+    clock: Clock,
+    health: LoopHealth,
+    threads: Threads = SYSTEM,
 ) -> Iterator[None]:
     """Run the overdue monitor and, if a webhook is configured, deliver alerts, in threads of their own."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(alerting(settings, database, clock))
-        monitor = OverdueMonitor(partial(_oldest_unfired, database), clock, settings, health)
+        stack.enter_context(alerting(settings, database, clock, threads))
+        monitor = OverdueMonitor(partial(_oldest_unfired, database), clock, settings, health, threads=threads)
         monitor.start()
         stack.callback(monitor.stop)
         yield
 
 
 @contextlib.contextmanager
-def alerting(settings: AlertSettings, database: Database, clock: Clock) -> Iterator[None]:
+def alerting(
+    settings: AlertSettings, database: Database, clock: Clock, threads: Threads = SYSTEM
+) -> Iterator[None]:
     """If a webhook is configured, deliver alerts, in a thread of its own."""
     if not settings.webhook_url:
         yield
@@ -65,7 +71,8 @@ def alerting(settings: AlertSettings, database: Database, clock: Clock) -> Itera
     with contextlib.ExitStack() as stack:
         webhook = Webhook(settings.webhook_url, settings.webhook_secret, clock)
         stack.callback(webhook.close)
-        dispatcher = AlertDispatcher(database, webhook, clock, overdue=settings.overdue.total_seconds())
+        overdue = settings.overdue.total_seconds()
+        dispatcher = AlertDispatcher(database, webhook, clock, overdue=overdue, threads=threads)
         dispatcher.start()
         stack.callback(dispatcher.stop)
         stack.callback(events.listen(dispatcher.strikes.hear))
@@ -79,26 +86,35 @@ class AlertDispatcher:
     does not accept alerts, only the oldest one is retried.
     """
 
-    def __init__(self, database: Database, webhook: Webhook, clock: Clock, *, overdue: float) -> None:
+    def __init__(
+        self,
+        database: Database,
+        webhook: Webhook,
+        clock: Clock,
+        *,
+        overdue: float,
+        threads: Threads = SYSTEM,
+    ) -> None:
         self._database = database
         self._webhook = webhook
         self._clock = clock
         self._overdue = overdue
         self._failures = 0
         self._pause_until = clock.monotonic()
-        self._awake = threading.Event()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="alerts", daemon=True)
+        self._threads = threads
+        self._awake, self._stop = threads.flag(), threads.flag()
+        self._thread: RunningThread | None = None
         self.strikes = Strikes(clock, self._awake.set)
 
     def start(self) -> None:
-        self._thread.start()
+        self._thread = self._threads.start("alerts", self._run)
 
     def stop(self) -> None:
         """Try to deliver the remaining alerts once, then end."""
         self._stop.set()
         self._awake.set()
-        self._thread.join(timeout=LAST_ROUND)
+        if self._thread is not None:
+            self._thread.join(timeout=LAST_ROUND)
 
     def round(self) -> None:
         """Store new causes, end those that are over, deliver what is pending.
@@ -184,22 +200,24 @@ class OverdueMonitor:
     settings: AlertSettings
     health: LoopHealth
     client: httpx.Client | None = None
+    threads: Threads = SYSTEM
     _seen_before: bool = field(default=False, init=False)
     _reported: bool = field(default=False, init=False)
     _ping_failed: bool = field(default=False, init=False)
-    _stop: threading.Event = field(default_factory=threading.Event, init=False)
 
     def __post_init__(self) -> None:
         self._overdue = self.settings.overdue.total_seconds()
         self._ping_at = self.clock.monotonic()
-        self._thread = threading.Thread(target=self._run, name="overdue monitor", daemon=True)
+        self._stop = self.threads.flag()
+        self._thread: RunningThread | None = None
 
     def start(self) -> None:
-        self._thread.start()
+        self._thread = self.threads.start("overdue monitor", self._run)
 
     def stop(self) -> None:
         self._stop.set()
-        self._thread.join(timeout=5.0)
+        if self._thread is not None:
+            self._thread.join(timeout=5.0)
 
     def look(self) -> None:
         """Check once. Reports nothing in a drain or while the database is unavailable."""

@@ -11,7 +11,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from random import SystemRandom
 from typing import Any
 
 from worker.clock import Clock, SystemClock
@@ -171,7 +170,7 @@ class Host:
             steps=steps,
             run_log=RunLogWriter(store, clock),
             clock=clock,
-            random=SystemRandom(),
+            random=process.random,
         )
         dispatcher = Dispatcher(
             tools,

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from random import SystemRandom
 
 from worker.adapters.catalogue import StoredCatalogue
 from worker.adapters.secrets import OpenedCredentials, OpenedSecrets, StoredTokens
@@ -122,7 +121,7 @@ def run(settings: Settings) -> int:
 
         async def serve() -> int:
             own_connection = heartbeat_database(database, lease)
-            with traces, monitoring(settings.alerts, own_connection, clock, health):
+            with traces, monitoring(settings.alerts, own_connection, clock, health, process.threads):
                 async with web.serving(), hosts.serving():
                     await database.run(web.print_link, database)
                     return await run_incarnations(worker.begin, process, waiting="waiting for the database")
@@ -190,6 +189,7 @@ class Worker:
             credentials,
             client=await resources.enter_async_context(open_client()),
             clock=clock,
+            rng=self.process.random,
             shared=shared,
             memory=self.settings.tokens.memory_bytes,
         )
@@ -266,7 +266,7 @@ class _Parts:
         }
         if settings.tokens.shared:
             ahead = settings.tokens.ahead
-            renewal = TokenRenewal(store, self.tokens, handlers, clock, SystemRandom(), ahead)
+            renewal = TokenRenewal(store, self.tokens, handlers, clock, process.random, ahead)
             incarnation.intake["tokens"] = renewal.run
         self._add_chores(incarnation.housekeeping, max(poll, 1.0))
         chores.add_to(incarnation.housekeeping)
@@ -292,7 +292,7 @@ class _Parts:
             steps=steps,
             run_log=RunLogWriter(store, clock),
             clock=clock,
-            random=SystemRandom(),
+            random=worker.process.random,
             digests=worker.keyring.digests(),
             pool_rules=self.rules,
             secrets=OpenedSecrets(worker.database, self.credentials.ring),

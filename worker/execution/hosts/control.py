@@ -67,6 +67,14 @@ class Controls:
         self.on_silence: Callable[[str], object] = lambda url: None
         self.connectivity = Connectivity(clock, on_lost=_report_lost, on_back=_report_back)
 
+    def transport(self) -> httpx.AsyncBaseTransport:
+        """How the loops reach the workers."""
+        return OutboundConnections(self.context, kept=KEPT)
+
+    def blocking_transport(self) -> httpx.BaseTransport:
+        """How the heartbeat reaches them."""
+        return httpx.HTTPTransport(verify=self.context or True, trust_env=False)
+
     def headers(self) -> dict[str, str]:
         named = {wire.INCARNATION: self.incarnation} if self.incarnation else {}
         # A compressed answer could exceed any limit while it is read.
@@ -93,7 +101,7 @@ class AsyncControl:
 
     def __init__(self, controls: Controls, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._controls = controls
-        self._transport = transport or OutboundConnections(controls.context, kept=KEPT)
+        self._transport = transport or controls.transport()
         # The calls that wait for an answer, and those of them whose worker is silent.
         self._open: dict[asyncio.Task[Any], str] = {}
         self._silent: set[asyncio.Task[Any]] = set()
@@ -184,7 +192,7 @@ class BlockingControl:
     ) -> None:
         self._controls = controls
         self.deadline = deadline
-        self._transport = transport or httpx.HTTPTransport(verify=controls.context or True, trust_env=False)
+        self._transport = transport or controls.blocking_transport()
 
     def call(self, name: str, message: Mapping[str, Any]) -> Message:
         """As `AsyncControl.call`."""

@@ -7,10 +7,10 @@ the monotonic clock, so a wall clock that jumps back changes nothing.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Protocol
 
 from worker.clock import Clock
@@ -20,6 +20,7 @@ from worker.execution.loops.reconciler import Renewal
 from worker.runs.lease import Lease
 from worker.runs.run import OwnedRun
 from worker.telemetry.events import emit
+from worker.threads import SYSTEM, RunningThread, Threads
 
 # Seconds until a failed renewal is retried, and between two events about that.
 RETRY = 0.5
@@ -46,11 +47,12 @@ class Heartbeat:
     renew: float
     on_lease: Callable[[Lease], None]
     on_renewal: Callable[[Renewal], None]
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
+    threads: Threads = SYSTEM
+    _thread: RunningThread | None = None
     _late_emitted_at: float = float("-inf")
 
     def __post_init__(self) -> None:
+        self._stop = self.threads.flag()
         self.lease = Lease.begun(self.duration, self.clock.monotonic())
 
     def begin(self) -> None:
@@ -61,8 +63,7 @@ class Heartbeat:
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start the thread; renewals are passed to `loop`."""
         self.begin()
-        self._thread = threading.Thread(target=self._run, args=(loop,), name="heartbeat", daemon=True)
-        self._thread.start()
+        self._thread = self.threads.start("heartbeat", partial(self._run, loop))
 
     def stop(self) -> None:
         self._stop.set()
