@@ -1,0 +1,195 @@
+"""What a seed does to an installation: its definitions, what people do meanwhile, and what goes wrong.
+
+All of it is chosen before the simulation begins, from another stream of chance than what runs when. So an
+action can be left out of a seed, and the others stay as they were.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from tests.simulation import jobs
+from tests.simulation.world import LEASE
+
+BEGIN, LAST_FAULT, END = 8.0, 240.0, 300.0
+# Seconds after the end in which everything must be done that can be.
+LIVENESS = 240.0
+LIMIT = 2
+BUDGET = 20
+KEYS = """\
+spread = "off"
+max_attempts = 100
+max_recoveries = 100
+retry_backoff = "1s"
+retry_backoff_max = "4s"
+"""
+ALL = 'overlap = "allow"\nmisfire = "all"\n'
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A definition; `period` is in seconds, `ends` are the states in which its runs may end."""
+
+    org: int
+    name: str
+    handler: str
+    period: float
+    ends: tuple[str, ...] = ("succeeded",)
+    keys: str = ALL
+    schedule: str = ""
+    params: dict[str, Any] = field(default_factory=dict)
+    pool: str = ""
+
+    def toml(self, *, enabled: bool, extra: str = "") -> str:
+        schedule = self.schedule or f"every {self.period:g}s"
+        params = ", ".join(f"{name} = {json.dumps(value)}" for name, value in self.params.items())
+        pool = f'pool = "{self.pool}"\n' if self.pool else ""
+        return (
+            f'[[definition]]\norg = "org_{self.org}"\nname = "{self.name}"\nhandler = "{self.handler}"\n'
+            f'schedule = "{schedule}"\nenabled = {str(enabled).lower()}\nparams = {{ {params} }}\n'
+            f"{KEYS}{self.keys}{pool}{extra}"
+        )
+
+
+@dataclass(frozen=True)
+class Action:
+    """Something that happens at a time: what a person does, or a fault."""
+
+    at: float
+    kind: str
+    target: str = ""
+    # How long it lasts, in seconds, or how large it is.
+    size: float = 0.0
+    where: str = ""
+
+    def __str__(self) -> str:
+        lasting = f" {self.size:.2f}" if self.size else ""
+        return f"{self.at:7.2f} {self.kind} {self.target}{lasting} {self.where}".rstrip()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a seed does."""
+
+    workers: int
+    hosts: int
+    entries: tuple[Entry, ...]
+    acts: tuple[Action, ...]
+    faults: tuple[Action, ...]
+
+    def without(self, acts: frozenset[int], faults: frozenset[int], entries: frozenset[int]) -> Plan:
+        return Plan(
+            self.workers,
+            self.hosts,
+            tuple(one for number, one in enumerate(self.entries) if number not in entries),
+            tuple(one for number, one in enumerate(self.acts) if number not in acts),
+            tuple(one for number, one in enumerate(self.faults) if number not in faults),
+        )
+
+
+def plan_of(seed: int, dialect: str) -> Plan:
+    chance = Random(f"plan {seed}")
+    on_file = dialect == "sqlite"
+    workers = 1 if on_file else chance.choice((3, 3, 3, 4, 5))
+    hosts = chance.choice((0, 0, 0, 1, 1, 2))
+    entries = _entries(chance, hosts)
+    acts = _acts(chance, entries)
+    faults = _faults(chance, on_file, workers, hosts)
+    return Plan(workers, hosts, entries, acts, faults)
+
+
+def _entries(chance: Random, hosts: int) -> tuple[Entry, ...]:
+    misfire = chance.choice(("once", "skip", "all"))
+    entries = [
+        Entry(0, "note", "sim.note", chance.choice((17, 21))),
+        Entry(0, "saves", "sim.saves", chance.choice((30, 40)), params={"steps": chance.randint(3, 9)}),
+        Entry(1, "pays", "sim.pays", chance.choice((40, 50)), params={"steps": chance.randint(2, 3)}),
+        Entry(2, "counts", "sim.counts", chance.choice((25, 35)),
+              keys=f'overlap = "skip"\nmisfire = "{misfire}"\n'),
+        Entry(2, "retries", "sim.retries", chance.choice((50, 70))),
+        Entry(3, "asks", "sim.asks", 80),
+        Entry(3, "fails", "sim.fails", 120, ends=("failed",)),
+        Entry(3, "versioned", "sim.versioned", 45,
+              keys='overlap = "queue_one"\nmisfire = "once"\n'
+              f'variants = [{{ flag = "{jobs.FLAG}", equals = true, handler = "sim.versioned_2" }}]\n'),
+        Entry(4, "acts", "sim.acts", chance.choice((18, 22)), params={"seconds": chance.randint(15, 30)}),
+        Entry(4, "cron", "sim.note", 60, schedule="* * * * *"),
+        Entry(1, "limited", "sim.acts", 25, params={"seconds": 14},
+              keys=f"{ALL}max_concurrent = 1\n"),
+        Entry(0, "inline", "sim.note", 37, keys=f'{ALL}isolation = "inline"\n'),
+    ]  # fmt: skip
+    if hosts:
+        entries += [
+            Entry(1, "hosted", "sim.saves", 25, params={"steps": 4}, pool="private"),
+            Entry(2, "hosted-pays", "sim.pays", 35, params={"steps": 2}, pool="private"),
+            Entry(4, "hosted-acts", "sim.acts", 28, params={"seconds": 4}, pool="private"),
+        ]
+    return tuple(entries)
+
+
+def _acts(chance: Random, entries: tuple[Entry, ...]) -> tuple[Action, ...]:
+    kinds = (
+        *("run now", "run now", "cancel", "retry", "pause", "edit", "suspend", "pause org"),
+        *("backfill", "raise", "bulk cancel", "flag", "rotate"),
+    )
+    found = []
+    for _ in range(chance.randint(6, 14)):
+        kind = chance.choice(kinds)
+        entry = chance.choice(entries)
+        at = chance.uniform(15, LAST_FAULT)
+        found.append(Action(at, kind, f"{entry.org}/{entry.name}", chance.uniform(2, 20)))
+    # A person answers what is asked, now and then twice.
+    found += [Action(at, "answer", size=chance.random()) for at in range(20, int(END), 9)]
+    return tuple(sorted(found, key=lambda act: act.at))
+
+
+def _faults(chance: Random, on_file: bool, workers: int, hosts: int) -> tuple[Action, ...]:
+    who = [f"w{number}" for number in range(1, workers + 1)]
+    of_hosts = [f"h{number}" for number in range(1, hosts + 1)]
+    kinds: list[str] = [
+        *(
+            "kill",
+            "kill at",
+            "kill at",
+            "freeze",
+            "freeze at",
+            "kill run",
+            "kill run",
+            "kill zygote",
+            "drain",
+        ),
+        *("cut issuer", "lose answer", "lose answer", "slow", "clock", "drift", "wrong token"),
+    ]
+    if not on_file:
+        kinds += ["cut database", "cut database", "outage", "outage"]
+    if hosts:
+        kinds += ["kill host", "freeze host", "cut host", "cut host", "lose host answer"]
+    found = []
+    for _ in range(chance.randint(4, 12)):
+        kind, at = chance.choice(kinds), chance.uniform(15, LAST_FAULT)
+        target = chance.choice(of_hosts if kind.endswith("host") or kind.startswith("lose host") else who)
+        where = chance.choice(("db.sent", "db.done"))
+        found.append(
+            Action(at, kind, target, _size(kind, chance), where if kind.endswith((" at", "answer")) else "")
+        )
+    return tuple(sorted(found, key=lambda fault: fault.at))
+
+
+def _size(kind: str, chance: Random) -> float:
+    match kind:
+        case "freeze" | "freeze at" | "freeze host" | "cut database" | "cut host" | "outage":
+            return chance.choice((0.2, 0.5, 0.9, 1.1, 1.5, 2.5)) * LEASE
+        case "clock":
+            return chance.choice((-3600.0, -30.0, -5.0, 5.0, 30.0, 90.0))
+        case "drift":
+            return chance.choice((-0.01, 0.01, 0.1))
+        case "cut issuer" | "slow":
+            return chance.uniform(3, 25)
+        case "wrong token":
+            return chance.uniform(20, 60)
+        case "kill run":
+            return chance.random()
+    return 0.0

@@ -1,0 +1,391 @@
+"""`./dev simulate`: run seeds, report what they violate, and repeat, shrink and tell one of them."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.fakes import unsynced
+from tests.fakes.issuer import jwk
+from tests.simulation.ablations import ABLATIONS
+from tests.simulation.oracle import Oracle, Watch
+from tests.simulation.plan import Plan, plan_of
+from tests.simulation.stage import Stage
+from tests.simulation.templates import Template, made
+from tests.simulation.world import World
+
+# Real seconds after which a simulation is given up.
+PATIENCE = 300.0
+Leave = tuple[frozenset[int], frozenset[int], frozenset[int]]
+NOTHING: Leave = (frozenset(), frozenset(), frozenset())
+
+
+@dataclass
+class Result:
+    """What one simulation showed."""
+
+    seed: int
+    dialect: str
+    digest: str = ""
+    objections: list[str] = field(default_factory=list)
+    runs: int = 0
+    virtual: float = 0.0
+    real: float = 0.0
+    steps: int = 0
+    faults: dict[str, int] = field(default_factory=dict)
+    actions: list[str] = field(default_factory=list)
+    trace: list[str] = field(default_factory=list)
+
+
+def simulate(
+    seed: int,
+    template: Template,
+    *,
+    leave: Leave = NOTHING,
+    trace: bool = False,
+    ablate: str = "",
+) -> Result:
+    """Run one seed in this process, which must not be used for anything else."""
+    began = time.monotonic()
+    gc.disable()  # what is collected would be unwound, at a time that is not the seed's
+    unsynced.begin()
+    full: Plan = plan_of(seed, template.dialect)
+    plan = full.without(*leave)
+    result = Result(seed, template.dialect)
+    lines: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="simulation-") as name, ExitStack() as stack:
+        folder = Path(name)
+        url = stack.enter_context(template.copied(folder))
+        world = World(
+            seed,
+            template.dialect,
+            url,
+            folder,
+            template.tokens,
+            workers=plan.workers,
+            hosts=plan.hosts,
+            trace=lines if trace else None,
+        )
+        if ablate:
+            ABLATIONS[ablate].cut(stack, url)
+        with world.simulated():
+            database = world.open_database(world.clock)
+            stage = Stage(world, plan, database)
+            watch = world.watch = Watch(world)
+            world.server.on_commit = watch.committed
+            world.on_admission = watch.look
+            try:
+                world.run(stage.run())
+            except BaseException as error:
+                world.loop.failures.append("".join(traceback.format_exception(error))[-3000:])
+        oracle = Oracle(world, stage)
+        result.objections = oracle.judge()
+        result.runs = len(oracle.rows["runs"])
+    result.digest = world.loop.digest()
+    result.virtual, result.steps = world.loop.time(), world.loop.steps
+    for action in plan.faults:
+        result.faults[action.kind] = result.faults.get(action.kind, 0) + 1
+    result.actions = [str(action) for action in sorted([*plan.acts, *plan.faults], key=lambda one: one.at)]
+    result.trace = lines
+    result.real = time.monotonic() - began
+    return result
+
+
+class Child:
+    """A simulation in a fork of this process."""
+
+    def __init__(self, seed: int, work: Callable[[], Result]) -> None:
+        self.seed = seed
+        self.began = time.monotonic()
+        self.reader, writer = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self.reader)
+            try:
+                result = work()
+            except BaseException:
+                result = Result(
+                    seed, "", objections=[f"the simulator failed: {traceback.format_exc()[-3000:]}"]
+                )
+            with os.fdopen(writer, "w") as pipe:
+                json.dump(asdict(result), pipe)
+            os._exit(0)
+        os.close(writer)
+        self._told = b""
+
+    def read(self) -> Result | None:
+        """What it has told, if that is all."""
+        part = os.read(self.reader, 1 << 20)
+        self._told += part
+        if part:
+            return None
+        return self._end()
+
+    def kill(self) -> Result:
+        os.kill(self.pid, signal.SIGKILL)
+        result = self._end()
+        result.objections.append(f"given up after {PATIENCE:g} s of real time")
+        return result
+
+    def _end(self) -> Result:
+        os.close(self.reader)
+        _, status = os.waitpid(self.pid, 0)
+        try:
+            return Result(**json.loads(self._told))
+        except ValueError:
+            return Result(self.seed, "", objections=[f"the simulation ended with status {status}"])
+
+
+def run_all(
+    seeds: Iterator[int], template: Template, *, jobs: int, until: float | None = None, **options: Any
+) -> Generator[Result, None, None]:
+    """Run seeds, `jobs` at a time, each in its own fork, until a time of the monotonic clock."""
+    running: dict[int, Child] = {}
+    more = True
+    try:
+        while more or running:
+            while more and len(running) < jobs:
+                seed = next(seeds, None)
+                if seed is None or (until is not None and time.monotonic() >= until):
+                    more = False
+                    break
+                child = Child(seed, partial(simulate, seed, template, **options))
+                running[child.reader] = child
+            ready, _, _ = select.select(list(running), [], [], 1.0) if running else ([], [], [])
+            for reader in ready:
+                result = running[reader].read()
+                if result is not None:
+                    del running[reader]
+                    yield result
+            for reader, child in list(running.items()):
+                if time.monotonic() - child.began > PATIENCE:
+                    del running[reader]
+                    yield child.kill()
+    finally:
+        for child in running.values():
+            child.kill()
+
+
+def one(seed: int, template: Template, **options: Any) -> Result:
+    [result] = run_all(iter([seed]), template, jobs=1, **options)
+    return result
+
+
+def shrink(seed: int, template: Template, first: str, **options: Any) -> Leave:
+    """Leave out what is not needed for a violation of the same kind; returns what was left out."""
+    plan, leave, kind = plan_of(seed, template.dialect), NOTHING, kind_of(first)
+    for place, count in ((1, len(plan.faults)), (0, len(plan.acts)), (2, len(plan.entries))):
+        for number in range(count):
+            parts = list(leave)
+            parts[place] = leave[place] | {number}
+            fewer: Leave = (parts[0], parts[1], parts[2])
+            found = one(seed, template, leave=fewer, **options)
+            if any(kind_of(objection) == kind for objection in found.objections):
+                leave = fewer
+    return leave
+
+
+def kind_of(objection: str) -> str:
+    """An objection without its numbers and names."""
+    return " ".join(word for word in objection.split() if word.isalpha())[:80]
+
+
+def told(result: Result, *, most: int = 120) -> str:
+    """The timeline of a violation, for a person: what was done, what happened to the run, in order."""
+    ids = {found for objection in result.objections for found in re.findall(r"[0-9a-f-]{36}", objection)}
+    lines = [f"seed {result.seed} on {result.dialect}, trace {result.digest}", *result.objections, ""]
+    kept = [
+        line
+        for line in result.trace
+        if " ACTION " in line
+        or any(id_ in line for id_ in ids)
+        or any(word in line for word in (" killed", " frozen", " thawed", " ended ", "lost", " END "))
+    ]
+    return "\n".join([*lines, *kept[-most:]])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        # The order of a set of texts must not be another one in the next process.
+        command = [sys.executable, "-m", "tests.simulation.simulate", *(arguments or sys.argv[1:])]
+        os.execve(sys.executable, command, os.environ | {"PYTHONHASHSEED": "0"})
+    if given.report:
+        return _report(given.ledger)
+    logging.disable(logging.CRITICAL)
+    jwk()  # a key for all seeds
+    with tempfile.TemporaryDirectory(prefix="simulations-") as folder, ExitStack() as stack:
+        Path(folder).chmod(0o755)
+        template = stack.enter_context(made(Path(folder) / "template", given.dialect))
+        if given.ablations:
+            return _ablations(given, template)
+        if given.seed is None:
+            return _many(given, template)
+        if given.replays:
+            return _replays(given, template)
+        return _one(given, template)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="./dev simulate", description=__doc__)
+    parser.add_argument("--dialect", choices=("sqlite", "postgresql"), default="sqlite", help="the database")
+    parser.add_argument("--seeds", type=int, default=20, help="how many seeds to run (default: 20)")
+    parser.add_argument("--first", type=int, help="the first seed (default: a random one)")
+    parser.add_argument("--seconds", type=float, help="begin no more seeds after so long")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2, help="seeds at a time")
+    parser.add_argument("--ledger", type=Path, help="a file that keeps which seeds were run at which commit")
+    parser.add_argument("--report", action="store_true", help="say what the ledger has, and run nothing")
+    parser.add_argument("--seed", type=int, help="run this seed and tell what happened")
+    parser.add_argument("--shrink", action="store_true", help="leave out what its violation does not need")
+    parser.add_argument("--replays", type=int, default=0, help="run it so many times and compare the traces")
+    parser.add_argument("--ablate", choices=sorted(ABLATIONS), default="", help="take this defence out")
+    parser.add_argument("--ablations", action="store_true", help="find a seed that notices each ablation")
+    return parser
+
+
+def _one(given: argparse.Namespace, template: Template) -> int:
+    options: dict[str, Any] = {"ablate": given.ablate}
+    result = one(given.seed, template, trace=True, **options)
+    if given.shrink and result.objections:
+        leave = shrink(given.seed, template, result.objections[0], **options)
+        result = one(given.seed, template, trace=True, leave=leave, **options)
+    print("\n".join(result.actions), told(result), _summary(result), sep="\n")
+    return 1 if result.objections else 0
+
+
+def _replays(given: argparse.Namespace, template: Template) -> int:
+    seeds = iter([given.seed] * given.replays)
+    results = list(run_all(seeds, template, jobs=given.jobs, ablate=given.ablate))
+    traces = sorted({result.digest for result in results})
+    print(f"seed {given.seed}: {len(results)} replays, traces {' '.join(traces)}")
+    return 0 if len(traces) == 1 else 1
+
+
+def _ablations(given: argparse.Namespace, template: Template) -> int:
+    """For each defence the first seed that notices its absence."""
+    first, missed = given.first or 0, 0
+    for name in [given.ablate] if given.ablate else list(ABLATIONS):
+        ablation = ABLATIONS[name]
+        if given.dialect not in ablation.where:
+            continue
+        began, tried = time.monotonic(), 0
+        seeds = iter(range(first, first + given.seeds))
+        results = run_all(seeds, template, jobs=given.jobs, ablate=name)
+        for tried, result in enumerate(results, 1):
+            if result.objections:
+                took = time.monotonic() - began
+                noticed = f"seed {result.seed}, after {tried} seeds and {took:.0f} s"
+                print(f"{name}: {noticed}: {result.objections[0][:160]}")
+                results.close()
+                break
+        else:
+            missed += 1
+            print(f"{name}: not noticed by {tried} seeds: {ablation.what}")
+        sys.stdout.flush()
+    return 1 if missed else 0
+
+
+def _many(given: argparse.Namespace, template: Template) -> int:
+    first = given.first if given.first is not None else int.from_bytes(os.urandom(4), "big")
+    began, commit = time.monotonic(), _commit()
+    until = None if given.seconds is None else began + given.seconds
+    done = _done(given.ledger, given.dialect, commit)
+    wanted = (seed for seed in range(first, first + given.seeds) if seed not in done)
+    results: list[Result] = []
+    for result in run_all(wanted, template, jobs=given.jobs, until=until, ablate=given.ablate):
+        results.append(result)
+        print(
+            _summary(result), *(f"    {shown[:400]}" for shown in result.objections[:6]), sep="\n", flush=True
+        )
+        if result.objections:
+            print(f"    again: ./dev simulate --dialect {given.dialect} --seed {result.seed}", flush=True)
+        if given.ledger is not None:
+            with given.ledger.open("a") as ledger:
+                print(json.dumps(_entry(result, commit)), file=ledger)
+    took, bad = time.monotonic() - began, sum(bool(result.objections) for result in results)
+    runs, hours = sum(result.runs for result in results), sum(result.virtual for result in results) / 3600
+    print(
+        f"{len(results)} seeds from {first} on {given.dialect}: {runs} runs, "
+        f"{hours:.1f} virtual hours in {took:.0f} s, "
+        f"{60 * len(results) / max(took, 1e-9):.1f} seeds a minute; {bad} violated"
+    )
+    return 1 if bad else 0
+
+
+def _summary(result: Result) -> str:
+    mark = "VIOLATED" if result.objections else "kept"
+    return (
+        f"seed {result.seed} {mark}: {result.runs} runs and {sum(result.faults.values())} faults in "
+        f"{result.virtual:.0f} virtual s, {result.steps} steps, {result.real:.1f} s"
+    )
+
+
+def _entry(result: Result, commit: str) -> dict[str, Any]:
+    """A line of the ledger."""
+    return {
+        "dialect": result.dialect,
+        "seed": result.seed,
+        "commit": commit,
+        "trace": result.digest,
+        "violations": len(result.objections),
+        "runs": result.runs,
+        "virtual": round(result.virtual),
+        "faults": result.faults,
+    }
+
+
+def _done(ledger: Path | None, dialect: str, commit: str) -> set[int]:
+    """The seeds that were run at this commit."""
+    if ledger is None or not ledger.exists():
+        return set()
+    lines = map(json.loads, ledger.read_text().splitlines())
+    return {line["seed"] for line in lines if (line["dialect"], line["commit"]) == (dialect, commit)}
+
+
+def _report(ledger: Path) -> int:
+    """For each database and commit: seeds, runs, virtual hours, violations, and faults by kind."""
+    kept: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for line in map(json.loads, ledger.read_text().splitlines()):
+        kept.setdefault((line["dialect"], line["commit"]), {})[line["seed"]] = line
+    for (dialect, commit), seeds in kept.items():
+        lines, faults = list(seeds.values()), Counter[str]()
+        for line in lines:
+            faults.update(line["faults"])
+        bad = [line["seed"] for line in lines if line["violations"]]
+        hours = sum(line["virtual"] for line in lines) / 3600
+        runs = sum(line["runs"] for line in lines)
+        print(f"{dialect} at {commit}: {len(lines)} seeds, {runs} runs, {hours:.0f} virtual hours")
+        print(
+            f"    violated: {bad or 'none'}; faults: "
+            + ", ".join(f"{n} {k}" for k, n in faults.most_common())
+        )
+    return 0
+
+
+def _commit() -> str:
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

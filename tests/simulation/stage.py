@@ -1,0 +1,345 @@
+"""Carries out a plan: gives the commands of people, and lets the faults befall their targets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import text
+
+from tests.simulation import jobs
+from tests.simulation.database import EPOCH
+from tests.simulation.loop import SimulatedProcess, outside
+from tests.simulation.plan import BUDGET, END, LIMIT, LIVENESS, Action, Entry, Plan
+from tests.simulation.world import ORGS, World, app_of
+from worker.definitions.file import parse_file
+from worker.errors import WorkerError
+from worker.operations import answers, apply, backfill, budgets, credentials, definitions, orgs, runs
+from worker.store.database import Database
+from worker.tokens.sealing import KeyRing
+
+
+class Stage:
+    """Carries out a plan in a world."""
+
+    def __init__(self, world: World, plan: Plan, database: Database) -> None:
+        self.world = world
+        self.plan = plan
+        self.database = database
+        self.ring = KeyRing.load(world.settings.keyring_file)
+        self.process = SimulatedProcess(world.loop, "people")
+        # What a person did to whom; the oracle expects its effects.
+        self.done: list[tuple[float, Action, object]] = []
+        self.generations = 0
+
+    async def do(self, work: Callable[..., Any], *args: Any, **keys: Any) -> Any:
+        """A person's command; tried again while the database does not answer. None if it was refused."""
+        loop = self.world.loop
+        while True:
+            context = self.process.context.copy()
+            call: Callable[[], Any] = lambda: work(self.database, *args, **keys)  # noqa: E731
+            try:
+                return await context.run(loop.run_in_executor, None, call)
+            except WorkerError as error:
+                if error.code != "store_unavailable":
+                    return None
+                await asyncio.sleep(1.0)
+
+    async def run(self) -> None:
+        world, loop = self.world, self.world.loop
+        for machine in world.machines.values():
+            machine.start()
+        await asyncio.sleep(4)
+        await self.do(self._prepare)
+        actions = sorted([*self.plan.acts, *self.plan.faults], key=lambda action: action.at)
+        tasks = []
+        for action in actions:
+            await asyncio.sleep(max(0.0, action.at - loop.time()))
+            loop.note(None, f"ACTION {action}")
+            strike = getattr(self, f"_{action.kind.replace(' ', '_')}")
+            found = strike(action)
+            if found is not None:
+                tasks.append(loop.create_task(self._carry_out(action, found)))
+        await asyncio.sleep(max(0.0, END - loop.time()))
+        await self._heal()
+        for task in tasks:
+            await task
+        await self.do(lambda database: self._apply(database, enabled=False))
+        loop.note(None, "END of the load")
+        await self._until_done()
+        world.stop_restarts()
+        for machine in world.machines.values():
+            machine.stop()
+        await asyncio.sleep(12)
+
+    async def _carry_out(self, action: Action, work: Awaitable[object]) -> None:
+        self.done.append((self.world.loop.time(), action, await work))
+
+    async def _until_done(self) -> None:
+        until = self.world.loop.time() + LIVENESS
+        number = 0
+        while self.world.loop.time() < until:
+            await asyncio.sleep(3)
+            number += 1
+            if number % 3 == 0:
+                await self._answer(Action(self.world.loop.time(), "answer"))
+            if await self.do(unfinished) == 0:
+                return
+
+    async def _heal(self) -> None:
+        world = self.world
+        world.net.armed.clear()
+        for machine in world.machines.values():
+            machine.skew.ahead = machine.skew.drift = 0.0
+            if machine.process is not None and machine.process.frozen:
+                machine.process.thaw()
+        for number in range(ORGS):
+            await self.do(orgs.set_org_state, f"org_{number}", "active", actor="people")
+        for entry in self.plan.entries:
+            await self.do(definitions.resume_definition, f"org_{entry.org}", entry.name, actor="people")
+        await self.do(budgets.raise_budget, "org_1", "calls", by=100_000, per="day", actor="people")
+
+    # what people do
+
+    def _prepare(self, database: Database) -> None:
+        self._apply(database, enabled=True)
+
+    def _apply(self, database: Database, *, enabled: bool) -> None:
+        text_ = "".join(
+            f'[[org]]\ncode = "org_{number}"\nissuer = "main"\n'
+            f"max_concurrent_runs = {LIMIT if number == 4 else 20}\n"
+            for number in range(ORGS)
+        )
+        text_ += "".join(entry.toml(enabled=enabled) for entry in self.plan.entries)
+        text_ += (
+            f'[[budget]]\norg = "org_1"\nmeter = "calls"\nlimit = {BUDGET}\nper = "day"\nat_limit = "wait"\n'
+        )
+        apply.apply(
+            database,
+            parse_file(text_),
+            actor="people",
+            allow_unknown_handlers=True,
+            inline=[jobs.DISTRIBUTION],
+        )
+
+    def _named(self, action: Action) -> tuple[str, str]:
+        org, _, name = action.target.partition("/")
+        return f"org_{org}", name
+
+    def _entry(self, action: Action) -> Entry:
+        return next(e for e in self.plan.entries if f"{e.org}/{e.name}" == action.target)
+
+    async def _run_now(self, action: Action) -> object:
+        key = f"key-{action.at:.3f}"
+        first = await self.do(runs.run_now, *self._named(action), actor="people", request_key=key)
+        again = await self.do(runs.run_now, *self._named(action), actor="people", request_key=key)
+        return first and first["id"], again and again["id"]
+
+    async def _cancel(self, action: Action) -> object:
+        run = await self.do(newest_of, *self._named(action), False)
+        return run if run and await self.do(runs.cancel, run, actor="people") else None
+
+    async def _bulk_cancel(self, action: Action) -> object:
+        org = self._named(action)[0]
+        ids = await self.do(waiting_of, org)
+        return [run for run in ids or () if await self.do(runs.cancel, run, actor="people", org=org)]
+
+    async def _retry(self, action: Action) -> object:
+        run = await self.do(newest_of, *self._named(action), True)
+        return await self.do(runs.retry, run, actor="people", again=True) if run else None
+
+    async def _pause(self, action: Action) -> object:
+        await self.do(definitions.pause_definition, *self._named(action), actor="people")
+        await asyncio.sleep(action.size)
+        return await self.do(definitions.resume_definition, *self._named(action), actor="people")
+
+    async def _edit(self, action: Action) -> object:
+        entry = self._entry(action)
+        changed = entry.toml(enabled=True, extra=f"priority = {int(action.size)}\n")
+        return await self.do(
+            lambda database: apply.apply(
+                database,
+                parse_file(changed),
+                actor="people",
+                allow_unknown_handlers=True,
+                inline=[jobs.DISTRIBUTION],
+            )
+        )
+
+    async def _suspend(self, action: Action) -> object:
+        return await self._org_state(action, "suspended")
+
+    async def _pause_org(self, action: Action) -> object:
+        return await self._org_state(action, "paused")
+
+    async def _org_state(self, action: Action, state: Any) -> object:
+        org = self._named(action)[0]
+        await self.do(orgs.set_org_state, org, state, actor="people")
+        await asyncio.sleep(action.size)
+        return await self.do(orgs.set_org_state, org, "active", actor="people")
+
+    async def _backfill(self, action: Action) -> object:
+        now = EPOCH + timedelta(seconds=int(self.world.loop.time()))
+        return await self.do(
+            backfill.backfill,
+            *self._named(action),
+            start=now - timedelta(seconds=40),
+            until=now - timedelta(seconds=2),
+            limit=2,
+            actor="people",
+        )
+
+    async def _raise(self, action: Action) -> object:
+        return await self.do(
+            budgets.raise_budget, "org_1", "calls", by=int(action.size * 3), per="day", actor="people"
+        )
+
+    async def _answer(self, action: Action) -> object:
+        for run, name, occurrence in await self.do(open_waits) or ():
+            for choice in ("yes", "no") if action.size > 0.5 else ("yes",):
+                await self.do(answers.answer, run, name, choice, occurrence=occurrence, actor="people")
+        return None
+
+    def _flag(self, action: Action) -> None:
+        app = self.world.issuer.apps.get(f"client-{self._named(action)[0][-1]}")
+        if app is not None:
+            app.flags = {jobs.FLAG: {"t": "b", "v": action.size > 10}}
+
+    async def _rotate(self, action: Action) -> object:
+        """A new secret of the same application; the old one stops after some seconds."""
+        org = self._named(action)[0]
+        app = self.world.issuer.apps[app_of(int(org[-1])).client_id]
+        self.generations += 1
+        app.secret = f"secret-{org}-{self.generations}"
+        return await self.do(
+            credentials.add_credential,
+            self.ring,
+            org,
+            client_id=app.client_id,
+            secret=app.secret,
+            actor="people",
+        )
+
+    # faults
+
+    def _machine(self, action: Action) -> Any:
+        return self.world.machines[action.target]
+
+    def _kill(self, action: Action) -> None:
+        self._machine(action).kill()
+
+    def _kill_at(self, action: Action) -> None:
+        machine = self._machine(action)
+
+        def strike(process: SimulatedProcess) -> bool:
+            machine.kill()
+            return False
+
+        self.world.net.armed.append((action.target, action.where, strike))
+
+    def _freeze(self, action: Action) -> None:
+        self._stop_for(self._machine(action).process, action.size)
+
+    def _freeze_at(self, action: Action) -> None:
+        def strike(process: SimulatedProcess) -> bool:
+            self._stop_for(self._machine(action).process, action.size)
+            return False
+
+        self.world.net.armed.append((action.target, action.where, strike))
+
+    def _stop_for(self, process: SimulatedProcess | None, seconds: float) -> None:
+        if process is not None and process.alive and not process.frozen:
+            process.freeze()
+            self.world.loop.call_later(seconds, process.thaw, context=outside())
+
+    def _kill_run(self, action: Action) -> None:
+        machine = self._machine(action)
+        if machine.up and machine.children is not None:
+            machine.children.kill_one(action.size)
+
+    def _kill_zygote(self, action: Action) -> None:
+        machine = self._machine(action)
+        if machine.up and machine.children is not None:
+            machine.children.kill_zygote()
+
+    def _drain(self, action: Action) -> None:
+        self._machine(action).stop()
+
+    def _cut_issuer(self, action: Action) -> None:
+        self.world.net.part("*", "issuer", action.size)
+
+    def _lose_answer(self, action: Action) -> None:
+        self.world.net.armed.append((action.target, "db.done", lambda process: True))
+
+    def _slow(self, action: Action) -> None:
+        loop = self.world.loop
+        loop.slowness = 20.0
+        loop.call_later(action.size, setattr, loop, "slowness", 1.0, context=outside())
+
+    def _clock(self, action: Action) -> None:
+        self._machine(action).skew.ahead += action.size
+
+    def _drift(self, action: Action) -> None:
+        self._machine(action).skew.drift = action.size
+
+    def _wrong_token(self, action: Action) -> None:
+        """The issuer gives org 3 the tokens of org 0 for a while."""
+        app = self.world.issuer.apps["client-3"]
+        app.replace = {"org_code": "org_0"}
+        self.world.loop.call_later(action.size, app.replace.clear, context=outside())
+
+    def _cut_database(self, action: Action) -> None:
+        self.world.net.part(action.target, "database", action.size)
+
+    def _outage(self, action: Action) -> None:
+        self.world.net.part("*", "database", action.size)
+
+    _kill_host = _kill
+
+    _freeze_host = _freeze
+
+    def _cut_host(self, action: Action) -> None:
+        for worker in self.world.workers:
+            self.world.net.part(action.target, worker, action.size)
+
+    def _lose_host_answer(self, action: Action) -> None:
+        self.world.net.armed.append((action.target, "http.done", lambda process: True))
+
+
+def unfinished(database: Database) -> int:
+    with database.autocommit() as connection:
+        return int(connection.execute(text("SELECT count(*) FROM live_runs")).scalar_one())
+
+
+_NAMED = (
+    "FROM {table} r JOIN definitions d ON d.id = r.definition_id JOIN orgs o ON o.id = d.org_id "
+    "WHERE o.code = :org AND d.name = :name ORDER BY r.id DESC LIMIT 1"
+)
+
+
+def newest_of(database: Database, org: str, name: str, ended: bool) -> str | None:
+    table = "run_ends e JOIN runs r ON r.id = e.run_id" if ended else "live_runs r"
+    query = "SELECT r.id " + _NAMED.replace("{table} r", table)
+    with database.autocommit() as connection:
+        found = connection.execute(text(query), {"org": org, "name": name}).scalar_one_or_none()
+    return None if found is None else str(found)
+
+
+def waiting_of(database: Database, org: str) -> list[str]:
+    query = (
+        "SELECT r.id FROM live_runs r JOIN orgs o ON o.id = r.org_id "
+        "WHERE o.code = :org AND r.state = 'waiting' ORDER BY r.id"
+    )
+    with database.autocommit() as connection:
+        return [str(one) for one in connection.execute(text(query), {"org": org}).scalars()]
+
+
+def open_waits(database: Database) -> list[tuple[str, str, int]]:
+    query = (
+        "SELECT w.run_id, w.name, w.occurrence FROM waits w JOIN live_runs r ON r.id = w.run_id "
+        "WHERE w.answered_at IS NULL AND w.timed_out_at IS NULL AND w.name = 'approval' ORDER BY w.run_id"
+    )
+    with database.autocommit() as connection:
+        return [(str(run), name, occurrence) for run, name, occurrence in connection.execute(text(query))]

@@ -1,0 +1,444 @@
+"""An installation under simulation: workers and hosts put together by the product's own wiring.
+
+Simulated are only the loop, time, chance, threads, processes and the network; see `loop`, `children`,
+`database`. The issuer signs real tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from functools import partial
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+from typing import Any, Literal
+from unittest.mock import patch
+
+import apscheduler.executors.base
+import apscheduler.job
+import apscheduler.schedulers.base
+import apscheduler.triggers.interval
+import httpx
+
+from tests.fakes.issuer import AUDIENCE, URL, App, FakeIssuer
+from tests.simulation import jobs
+from tests.simulation.children import SimulatedChildren
+from tests.simulation.database import EPOCH, PostgresServer, SqliteFile
+from tests.simulation.loop import (
+    SeededLoop,
+    SimulatedProcess,
+    SimulatedThreads,
+    outside,
+    process_now,
+    within,
+)
+from tests.simulation.network import HostControls, Net, ToIssuer
+from worker import ids
+from worker.errors import WorkerError
+from worker.execution import incarnation
+from worker.execution.incarnation import FAREWELL, ProcessTools, run_incarnations
+from worker.execution.runners import inline
+from worker.operations import chores
+from worker.outbound import open_client
+from worker.settings import Settings
+from worker.store.database import Database
+from worker.store.ring_walk import RingWalk
+from worker.telemetry import events
+from worker.telemetry.vitals import Notifier
+from worker.tokens.sealing import KeyRing
+from worker.wiring import host as hosting
+from worker.wiring import process as wiring
+from worker.wiring.attempts import AttemptListener
+from worker.wiring.host import Host
+from worker.wiring.process import Worker
+
+Dialect = Literal["sqlite", "postgresql"]
+
+ORGS = 5
+LEASE, RENEW, POLL = 20.0, 5.0, 5.0
+# How much rarer chores are than in the product: their work is the same, and its instants are not.
+RARER = 5
+# Seconds until systemd starts a worker again that ended.
+AGAIN = 1.0
+IDLE = 5.0
+
+
+@dataclass
+class Skew:
+    """How the wall clock of one machine differs from the true time: by seconds, and seconds a second."""
+
+    ahead: float = 0.0
+    drift: float = 0.0
+
+
+class MachineClock:
+    """A `worker.clock.Clock` of one machine: its wall clock may be wrong, its monotonic one is not."""
+
+    def __init__(self, loop: SeededLoop, skew: Skew) -> None:
+        self._loop = loop
+        self.skew = skew
+
+    def now(self) -> datetime:
+        seconds = self._loop.time()
+        return EPOCH + timedelta(seconds=seconds * (1 + self.skew.drift) + self.skew.ahead)
+
+    def monotonic(self) -> float:
+        return self._loop.time()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+class Health:
+    """What the vitals say; nobody asks for it over HTTP here."""
+
+    def __init__(self) -> None:
+        self.vitals: Any = None
+
+    def starting(self) -> None:
+        self.vitals = None
+
+    def watch(self, vitals: Any) -> None:
+        self.vitals = vitals
+
+    def draining(self) -> bool:
+        return self.vitals is not None and self.vitals.draining()
+
+    def stalled(self) -> list[str]:
+        return [] if self.vitals is None or self.draining() else self.vitals.stalled()
+
+
+class Files:
+    every = 3600.0
+
+    def look(self) -> None:
+        """No file is watched."""
+
+
+class Reader:
+    """In place of the `CatalogueReader`, whose child processes would import plug-ins."""
+
+    def __init__(
+        self, sink: Any, handlers: Any, on_offered: Any, *rest: Any, on_read: Any, **more: Any
+    ) -> None:
+        self._parts = sink, handlers, on_offered, on_read
+        self._has_read = False
+
+    async def run(self) -> None:
+        sink, handlers, on_offered, on_read = self._parts
+        if not self._has_read:
+            offered = [entry for entry in jobs.entries() if handlers.add(entry)]
+            await sink.put(offered)
+            await sink.offer(handlers.names())
+            on_offered()
+            await sink.complete({jobs.DISTRIBUTION: [entry.name for entry in offered]})
+            self._has_read = True
+            on_read()
+        await asyncio.Event().wait()
+
+
+class Machine:
+    """One worker or host: started, killed and started again, as systemd does."""
+
+    def __init__(self, world: World, name: str, kind: Literal["worker", "host"], pool: str = "") -> None:
+        self.world = world
+        self.name = name
+        self.kind = kind
+        self.pool = pool
+        self.skew = Skew()
+        self.process: SimulatedProcess | None = None
+        self.children: SimulatedChildren | None = None
+        self.tools: ProcessTools | None = None
+        self.attempts: AttemptListener | None = None
+        self.open_calls: set[asyncio.Future[Any]] = set()
+        # The incarnations that it was, and when each began.
+        self.wanted = True
+
+    @property
+    def up(self) -> bool:
+        return self.process is not None and self.process.alive
+
+    def start(self) -> None:
+        world = self.world
+        self.process = process = SimulatedProcess(world.loop, self.name)
+        process.context.run(world.loop.create_task, self._live(process))
+
+    async def _live(self, process: SimulatedProcess) -> None:
+        code: object = None
+        try:
+            code = await (self._work() if self.kind == "worker" else self._host())
+        except WorkerError as error:
+            code = error.code
+        except BaseException as error:
+            code = repr(error)
+            self.world.loop.failures.append(f"{self.name} ended: {error!r}")
+        self.world.ended(self, process, code)
+
+    def _tools(self, collect: Any = None) -> ProcessTools:
+        world, process = self.world, process_now()
+        assert process is not None
+        clock = MachineClock(world.loop, self.skew)
+        freezing = self.kind == "host" or not world.on_file
+        self.children = SimulatedChildren(
+            world.loop,
+            process,
+            clock,
+            freezing=freezing,
+            max_freeze=world.settings.execution.max_freeze.total_seconds(),
+        )
+        self.tools = ProcessTools(
+            self.kind,
+            self.children,
+            Notifier(""),
+            clock,
+            Health(),
+            Files(),
+            {"child": 8, "inline": 4},
+            timedelta(seconds=4),
+            farewell=FAREWELL if self.kind == "host" else 0.0,
+            random=Random(world.loop.choices.random()),
+            threads=SimulatedThreads(),
+        )
+        return self.tools
+
+    async def _work(self) -> int:
+        world = self.world
+        settings = world.settings
+        tools = self._tools()
+        database = world.open_database(tools.clock)
+        keyring = KeyRing.load(settings.keyring_file)
+        attempts = AttemptListener(settings.attempts, tools.clock)
+        attempts._listener = SimpleNamespace()  # type: ignore[assignment]
+        self.attempts = attempts
+        worker = Worker(settings, database, keyring, tools, attempts)
+        try:
+            return await run_incarnations(worker.begin, tools, waiting="waiting for the database")
+        finally:
+            database.close()
+
+    async def _host(self) -> int:
+        world, tools = self.world, self._tools()
+        controls = HostControls(world, world.tokens[self.name], tools.clock)
+        host = Host(world.settings, controls, tools, None)
+        return await run_incarnations(host.begin, tools, waiting="waiting for a worker", patient=True)
+
+    def stop(self) -> None:
+        """SIGTERM."""
+        if self.up and self.tools is not None and self.process is not None:
+            process, tools = self.process, self.tools
+            self.world.loop.call_soon(tools.requests._receive, context=process.context)
+
+    def kill(self) -> None:
+        """SIGKILL of the process; the zygote notices, and ends with it."""
+        if self.process is None or not self.process.alive:
+            return
+        process = self.process
+        process.kill()
+        self.world.killed(self, process)
+        for answered in self.open_calls:
+            if not answered.done():
+                self.world.loop.call_later(self.world.loop.delay(), _reset, answered, context=outside())
+        self.open_calls = set()
+
+
+def _reset(answered: asyncio.Future[Any]) -> None:
+    if not answered.done():
+        answered.set_exception(httpx.ReadError("the connection was reset"))
+
+
+@dataclass
+class Template:
+    """What each simulation begins with: a migrated database with orgs and hosts, and the key ring."""
+
+    folder: Path
+    dialect: Dialect
+    url: str
+    tokens: Mapping[str, str] = field(default_factory=dict)
+
+
+class World:
+    """One simulation. `settings` are those of every worker."""
+
+    def __init__(
+        self,
+        seed: int,
+        dialect: Dialect,
+        url: str,
+        folder: Path,
+        tokens: Mapping[str, str],
+        *,
+        workers: int,
+        hosts: int,
+        trace: list[str] | None = None,
+    ) -> None:
+        self.seed = seed
+        self.dialect = dialect
+        self.on_file = dialect == "sqlite"
+        self.url = url
+        self.tokens = tokens
+        self.loop = SeededLoop(Random(f"choices {seed}"), trace=trace)
+        self.net = Net(self.loop)
+        self.server: SqliteFile | PostgresServer = (
+            SqliteFile(self.loop, self.net)
+            if dialect == "sqlite"
+            else PostgresServer(self.loop, self.net, url, idle=min(IDLE, LEASE))
+        )
+        self.clock = MachineClock(self.loop, Skew())
+        self.issuer: Any = FakeIssuer(self.clock)  # type: ignore[arg-type]
+        for number in range(ORGS):
+            self.issuer.add(app_of(number))
+        self.settings = settings_of(url, folder)
+        self.machines: dict[str, Machine] = {}
+        self.workers = [f"w{number}" for number in range(1, workers + 1)]
+        for name in self.workers:
+            self.machines[name] = Machine(self, name, "worker")
+        for name in [f"h{number}" for number in range(1, hosts + 1)]:
+            self.machines[name] = Machine(self, name, "host", "private")
+        self.watch: Any = None
+        self.on_admission: Callable[[], None] = lambda: None
+        # What befell whom, and how each process ended.
+        self.deaths: list[tuple[float, str, object]] = []
+        self.emitted: list[tuple[float, str, str, dict[str, Any]]] = []
+
+    def open_database(self, clock: Any) -> Database:
+        url = self.settings.database.url
+        return Database.open(url, clock=clock, own_reads=True, idle=min(IDLE, LEASE))
+
+    def ended(self, machine: Machine, process: SimulatedProcess, code: object) -> None:
+        """A process ended by itself."""
+        self.loop.note(process, f"ended {code}")
+        self.deaths.append((self.loop.time(), machine.name, code))
+        process.kill()
+        self._close(process)
+        self._again(machine)
+
+    def killed(self, machine: Machine, process: SimulatedProcess) -> None:
+        self.deaths.append((self.loop.time(), machine.name, "killed"))
+        self._close(process)
+        self._again(machine)
+
+    def _close(self, process: SimulatedProcess) -> None:
+        if isinstance(self.server, PostgresServer):
+            self.server.end_sessions(process)
+
+    def _again(self, machine: Machine) -> None:
+        if machine.wanted:
+            self.loop.call_later(AGAIN, self._restart, machine, context=outside())
+
+    def stop_restarts(self) -> None:
+        for machine in self.machines.values():
+            machine.wanted = False
+
+    def _restart(self, machine: Machine) -> None:
+        if machine.wanted and not machine.up:
+            machine.start()
+
+    @contextmanager
+    def simulated(self) -> Iterator[None]:
+        """Replace what is real: time, chance, threads, processes and the network."""
+        loop = self.loop
+
+        class VirtualDatetime(datetime):
+            @classmethod
+            def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+                return (EPOCH + timedelta(seconds=loop.time())).astimezone(tz)
+
+        chance = Random(f"ids {self.seed}")
+        random.seed(self.seed)
+        logging.disable(logging.CRITICAL)
+
+        def nanoseconds() -> int:
+            process = process_now()
+            root = "" if process is None else process.name.partition("/")[0]
+            clock = self.clock
+            if root in self.machines:
+                clock = MachineClock(loop, self.machines[root].skew)
+            return int(clock.now().timestamp() * 1e6) * 1000
+
+        def client(transport: Any = None) -> Any:
+            return open_client(transport or ToIssuer(self))
+
+        def heard(emitted: Any) -> None:
+            process = process_now()
+            name = "-" if process is None else process.name
+            self.emitted.append((loop.time(), name, emitted.event.name, emitted.fields))
+            loop.note(process, emitted.event.name)
+
+        def start_within(work: Any, *, context: Any, **options: Any) -> Any:
+            return start_task(work, context=within(context), **options)
+
+        @contextmanager
+        def admitting(walk: RingWalk, *args: Any) -> Iterator[Any]:
+            with in_transaction(walk, *args) as connection:
+                yield connection
+            self.on_admission()
+
+        start_task, in_transaction = inline.start_task, RingWalk._transaction
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(inline, "start_task", start_within))
+            stack.enter_context(patch.object(RingWalk, "_transaction", admitting))
+            for module in (apscheduler.schedulers.base, apscheduler.triggers.interval):
+                stack.enter_context(patch.object(module, "datetime", VirtualDatetime))
+            stack.enter_context(patch.object(incarnation, "CatalogueReader", Reader))
+            stack.enter_context(patch.object(wiring, "open_client", client))
+            for name in (
+                "POOLS_EVERY",
+                "BUDGETS_EVERY",
+                "WAKE_EVERY",
+                "NEW_CLAIMS_EVERY",
+                "NO_HANDLER_EVERY",
+            ):
+                stack.enter_context(patch.object(wiring, name, RARER * getattr(wiring, name)))
+            stack.enter_context(patch.object(chores, "EVERY", RARER * chores.EVERY))
+            for module in (wiring, hosting):
+                runner = partial(inline.Inline, find=jobs.find, watched=False)
+                stack.enter_context(patch.object(module, "Inline", runner))
+            ids.draw_from(nanoseconds, chance.randbytes)
+            stack.callback(ids.draw_from)
+            stack.callback(events.listen(heard))
+            stack.enter_context(self.server.simulated())
+            jobs.JOURNAL = jobs.Journal(loop.time)
+            yield
+
+    def run(self, main: Awaitable[Any]) -> Any:
+        """Run the simulation to its end."""
+        asyncio.set_event_loop(self.loop)
+        return self.loop.run_until_complete(main)
+
+
+def app_of(number: int) -> App:
+    return App(f"org_{number}", f"client-{number}", f"secret-{number}", lifetime=60)
+
+
+def settings_of(url: str, folder: Path) -> Settings:
+    return Settings.model_validate(
+        {
+            "secrets_dir": str(folder),
+            "database": {"url": url},
+            "issuers": {
+                "main": {
+                    "profile": "kinde",
+                    "url": URL,
+                    "audience": AUDIENCE,
+                    "max_requests_per_second": 100,
+                }
+            },
+            "tokens": {"shared": True},
+            "execution": {
+                "lease": f"{LEASE:g}s",
+                "renew": f"{RENEW:g}s",
+                "poll": f"{POLL:g}s",
+                "drain": "4s",
+                "max_freeze": "60s",
+                "inline": [jobs.DISTRIBUTION],
+            },
+            "attempts": {"listen": "127.0.0.1:8471"},
+            "web": {"listen": ""},
+        }
+    )
