@@ -16,7 +16,7 @@ from worker.definitions.origins import NO_ISSUERS, IssuerOrigins, check_base_url
 from worker.errors import DefinitionError, UsageError
 from worker.ids import ALL_ORGS, OrgId, TemplateId, new_id
 from worker.operations import settle
-from worker.operations.budgets import BudgetChange, budget_changes, write_budgets
+from worker.operations.budgets import BudgetChange, budget_changes, wake_changed, write_budgets
 from worker.operations.calendars import (
     calendar_changes,
     dated,
@@ -100,7 +100,9 @@ def apply(
         faults.check()
         if not dry_run:
             _carry_out(connection, plan, actor=actor, at=database.now(connection), report=report)
-        return [change.shown() for change in plan.all]
+    if not dry_run:
+        wake_changed(database, plan.budgets)
+    return [change.shown() for change in plan.all]
 
 
 @dataclass(slots=True)

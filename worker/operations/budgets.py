@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -139,9 +139,19 @@ def write_budgets(
                 values |= {"id": change.id, "created_at": at}
             budgets.put(connection, values, change.before)
     if changes:
-        of = {change.org_id for change in changes}
-        budgets.wake(connection, None if None in of else {org for org in of if org is not None}, at)
+        budgets.wake(connection, _orgs_of(changes), at)
         hint(connection)
+
+
+def wake_changed(database: Database, changes: Sequence[BudgetChange]) -> None:
+    """As `wake_again`, for changes that are stored."""
+    if changes:
+        wake_again(database, _orgs_of(changes))
+
+
+def _orgs_of(changes: Sequence[BudgetChange]) -> Collection[OrgId] | None:
+    of = {change.org_id for change in changes}
+    return None if None in of else {org for org in of if org is not None}
 
 
 def raise_budget(
@@ -187,7 +197,7 @@ def raise_budget(
         detail = {"by": by, "per": per, "until": to_text(end), **because(reason)}
         audit.note(connection, org_id, "budget.raise", f"{org} {meter}", detail, at=now, actor=actor)
         hint(connection)
-        return Raise(
+        raised = Raise(
             id=row["id"],
             org=org,
             meter=meter,
@@ -200,6 +210,18 @@ def raise_budget(
             created_at=now,
             created_by=actor,
         )
+    wake_again(database, [org_id])
+    return raised
+
+
+def wake_again(database: Database, org_ids: Collection[OrgId] | None) -> None:
+    """Let runs go on that stored a wait while the change of a budget was not yet to be seen.
+
+    In a transaction of its own after that of the change; None means the runs of all orgs.
+    """
+    with database.transaction() as connection:
+        budgets.wake(connection, org_ids, database.now(connection))
+        hint(connection)
 
 
 def answer_budget(
@@ -253,10 +275,8 @@ def answer_budget(
         audit.note(connection, org_id, "run.answer", wanted, detail, at=now, actor=actor)
         row = run_lists.wait(connection, org_id, wanted, name, occurrence)
     if per not in (None, "run"):
-        # In a transaction of its own: here runs are locked in the order of their ids.
-        with database.transaction() as connection:
-            budgets.wake(connection, [org_id], database.now(connection))
-            hint(connection)
+        # Here runs are locked in the order of their ids.
+        wake_again(database, [org_id])
     return row
 
 
@@ -321,4 +341,5 @@ def remove_budget(database: Database, budget_id: str, *, actor: str) -> Mapping[
         change = BudgetChange(row["id"], row["org_id"], org, name_of(row), row, None)
         write_budgets(connection, [change], actor=actor, at=now)
         audit.record(connection, [change.audit_entry()], at=now, actor=actor)
-        return {"id": row["id"], "org": org, "name": change.name}
+    wake_changed(database, [change])
+    return {"id": row["id"], "org": org, "name": change.name}

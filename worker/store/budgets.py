@@ -308,13 +308,18 @@ def wake(connection: Connection, org_ids: Collection[OrgId] | None, now: datetim
     query = select(_live.c.id).where(*mine, or_(_live.c.reason == "budget", asked))
     ids = connection.execute(query.order_by(_live.c.id).with_for_update()).scalars().all()
     for part in chunks(ids):
-        connection.execute(update(_waits).where(_waits.c.run_id.in_(part), *_PENDING).values(until=now))
+        end_waits(connection, part, now)
         some = _live.c.id.in_(part)
         held = (some, _live.c.state == "waiting", _live.c.reason == "budget")
         connection.execute(update(_live).where(*held).values(available_at=now))
         parked = {"state": "waiting", "reason": "resumed", "available_at": now, "started_at": None}
         connection.execute(update(_live).where(some, _live.c.state == "parked").values(**parked))
     return len(ids)
+
+
+def end_waits(connection: Connection, run_ids: Collection[RunId], now: datetime) -> None:
+    """End what these runs store of waits for budgets: a run that is about to park goes on at once."""
+    connection.execute(update(_waits).where(_waits.c.run_id.in_(run_ids), *_PENDING).values(until=now))
 
 
 @dataclass(frozen=True, slots=True)

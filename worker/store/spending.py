@@ -11,9 +11,10 @@ from sqlalchemy import Connection, insert, literal, select, update
 
 from worker.definitions.budgets import OWN_METERS, RUN_SECONDS, RUNS
 from worker.ids import DefinitionId, OrgId, RunId
-from worker.runs.budgets import BudgetState, OrgBudgets
+from worker.runs.budgets import BudgetState, OrgBudgets, decisive
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, RunStep
+from worker.runs.waits import BUDGET, NewWait
 from worker.store import budgets, tables
 from worker.store.budgets import Counter, Level, OrgBudget
 from worker.store.dialect import database_now, insert_into
@@ -182,6 +183,19 @@ def spend(connection: Connection, run: AdmittedRun, meter: str, amount: int, key
     given = Spend(run.id, run.org_id, run.definition_id, meter, key, amount)
     counted = record(connection, [given], now)
     return replace(_states(connection, run, now), counted=counted)
+
+
+def end_raised(connection: Connection, run: AdmittedRun, wait: NewWait) -> bool:
+    """End the stored wait for a budget that does not stop the run now; returns whether it was ended.
+
+    The run has looked at the budget before it stored the wait: who raised it in between found no wait.
+    """
+    now = database_now(connection)
+    states = _states(connection, run, now).states
+    if decisive([state for state in states if wait.name == f"{BUDGET}{state.meter}"]) is not None:
+        return False
+    budgets.end_waits(connection, [run.id], now)
+    return True
 
 
 def store_steps(

@@ -377,11 +377,15 @@ class WorkerStore:
 
     async def open_wait(self, run: AdmittedRun, wait: NewWait) -> WaitState | None:
         """Store what a run waits for; None if the run is no longer ours."""
-        return await self.database.call(
+        state = await self.database.call(
             lambda connection: statements(connection).open_wait(
                 connection, run.id, run.fencing_token, attempt=run.attempt, wait=wait
             )
         )
+        is_pending = state is not None and state.state == "pending"
+        if wait.kind == "budget" and is_pending and await self.database.call(spending.end_raised, run, wait):
+            return WaitState(wait.kind, "over")
+        return state
 
     async def wake_parked(self) -> int:
         """Let runs go on whose first deadline has passed; returns how many."""

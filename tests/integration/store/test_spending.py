@@ -14,6 +14,7 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.stock import HANDLER, Stock
 from worker.guard.claims import Claims
 from worker.ids import OrgId, RunId, WorkerId, new_id
+from worker.runs.budgets import wait_of
 from worker.runs.run import AdmittedRun, NewStep, RunStep
 from worker.runs.waits import NewWait, WaitKind
 from worker.store import budgets, spending, tables
@@ -67,6 +68,46 @@ def used(stock: Stock, org_id: OrgId, meter: str = METER) -> list[int]:
     with stock.database.autocommit() as connection:
         found = budgets.of_orgs(connection, [org_id], [meter], stock.database.now(connection))
         return [level.used for level in budgets.levels(connection, found.get(org_id, []))]
+
+
+async def test_a_budget_that_is_raised_before_the_wait_for_it_is_stored_keeps_no_run(stock: Stock):
+    """The run looks, the budget is raised, the wait is stored: whoever raised it has found no wait."""
+    org_id = stock.org()
+    add_budget(stock, org_id)
+    worker, runs = admitted(stock, org_id, count=2)
+    store = WorkerStore(stock.database, worker, timedelta(seconds=30))
+    spend(stock, runs[0], 100)
+    [seen] = (await store.budgets_of(runs[0])).states
+    wait = wait_of(seen, 1, stock.now())
+    with stock.database.transaction() as connection:
+        now = stock.database.now(connection)
+        until = now + timedelta(hours=1)
+        raised = {"meter": METER, "per": "day", "amount": 50, "until": until, "actor": "kim", "at": now}
+        budgets.raise_limit(connection, org_id, **raised)
+        budgets.wake(connection, [org_id], now)
+
+    state = await store.open_wait(runs[0], wait)
+
+    assert state is not None and state.state == "over"
+    # The control: the statement alone lets the run wait until the period ends.
+    with stock.database.transaction() as connection:
+        alone = statements(connection).open_wait(
+            connection, runs[1].id, runs[1].fencing_token, attempt=1, wait=wait
+        )
+    assert alone is not None and alone.state == "pending"
+
+
+async def test_a_wait_for_a_budget_that_stops_the_run_is_kept(stock: Stock):
+    org_id = stock.org()
+    add_budget(stock, org_id)
+    worker, [run] = admitted(stock, org_id)
+    store = WorkerStore(stock.database, worker, timedelta(seconds=30))
+    spend(stock, run, 100)
+    [seen] = (await store.budgets_of(run)).states
+
+    state = await store.open_wait(run, wait_of(seen, 1, stock.now()))
+
+    assert state is not None and state.state == "pending"
 
 
 def test_a_spend_counts_once_by_its_key(stock: Stock):
