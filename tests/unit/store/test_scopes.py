@@ -32,7 +32,7 @@ LOOPS = frozenset(
 BY_KEY = {
     "applications": {"find", "by_name", "known_ids", "change"},
     "backfills": {"add", "is_any_unfinished"},
-    "budgets": {"spent_by", "put", "by_target", "find", "remove", "forget_counters"},
+    "budgets": {"spent_by", "put", "by_target", "end_waits", "find", "remove", "forget_counters"},
     "calendars": {"ending"},
     "credentials": {"add", "insert_pending"},
     "definitions": {"add"},
