@@ -28,7 +28,6 @@ def test_a_seed_gives_the_same_trace_each_time(dialect: str, seed: str):
     assert len(told.split()) == 6
 
 
-# docs/reliability.md has all, each with the first seed that notices it.
 @pytest.mark.timeout(600)
 def test_a_defence_that_is_taken_out_is_noticed_and_the_timeline_says_what_was_done():
     told = simulate("--seed", "0", "--ablate", "replay", check=False)

@@ -11,7 +11,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -146,18 +146,17 @@ class Reader:
 class Machine:
     """One worker or host: started, killed and started again, as systemd does."""
 
-    def __init__(self, world: World, name: str, kind: Literal["worker", "host"], pool: str = "") -> None:
+    def __init__(self, world: World, name: str, kind: Literal["worker", "host"]) -> None:
         self.world = world
         self.name = name
         self.kind = kind
-        self.pool = pool
         self.skew = Skew()
         self.process: SimulatedProcess | None = None
         self.children: SimulatedChildren | None = None
         self.tools: ProcessTools | None = None
         self.attempts: AttemptListener | None = None
         self.open_calls: set[asyncio.Future[Any]] = set()
-        # The incarnations that it was, and when each began.
+        # Whether it is started again when it has ended.
         self.wanted = True
 
     @property
@@ -180,7 +179,7 @@ class Machine:
             self.world.loop.failures.append(f"{self.name} ended: {error!r}")
         self.world.ended(self, process, code)
 
-    def _tools(self, collect: Any = None) -> ProcessTools:
+    def _tools(self) -> ProcessTools:
         world, process = self.world, process_now()
         assert process is not None
         clock = MachineClock(world.loop, self.skew)
@@ -252,16 +251,6 @@ def _reset(answered: asyncio.Future[Any]) -> None:
         answered.set_exception(httpx.ReadError("the connection was reset"))
 
 
-@dataclass
-class Template:
-    """What each simulation begins with: a migrated database with orgs and hosts, and the key ring."""
-
-    folder: Path
-    dialect: Dialect
-    url: str
-    tokens: Mapping[str, str] = field(default_factory=dict)
-
-
 class World:
     """One simulation. `settings` are those of every worker."""
 
@@ -299,11 +288,9 @@ class World:
         for name in self.workers:
             self.machines[name] = Machine(self, name, "worker")
         for name in [f"h{number}" for number in range(1, hosts + 1)]:
-            self.machines[name] = Machine(self, name, "host", "private")
+            self.machines[name] = Machine(self, name, "host")
         self.watch: Any = None
         self.on_admission: Callable[[], None] = lambda: None
-        # What befell whom, and how each process ended.
-        self.deaths: list[tuple[float, str, object]] = []
         self.emitted: list[tuple[float, str, str, dict[str, Any]]] = []
 
     def open_database(self, clock: Any) -> Database:
@@ -313,13 +300,11 @@ class World:
     def ended(self, machine: Machine, process: SimulatedProcess, code: object) -> None:
         """A process ended by itself."""
         self.loop.note(process, f"ended {code}")
-        self.deaths.append((self.loop.time(), machine.name, code))
         process.kill()
         self._close(process)
         self._again(machine)
 
     def killed(self, machine: Machine, process: SimulatedProcess) -> None:
-        self.deaths.append((self.loop.time(), machine.name, "killed"))
         self._close(process)
         self._again(machine)
 

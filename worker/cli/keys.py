@@ -23,7 +23,7 @@ COLUMNS = ("id", "in_ring", "seals", "active", "retired")
 def generate(
     session: Invocation,
     anew: Annotated[
-        bool, option("--anew", "Replace a lost ring. Secrets sealed with the lost one cannot be recovered.")
+        bool, option("--anew", "Replace a lost key ring. The secrets that it sealed cannot be recovered.")
     ] = False,
 ) -> None:
     """Create the key ring, a file that only its owner can read; exit 5 if there is one already.

@@ -8,12 +8,13 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import insert, select
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import HANDLER, Stock
 from worker.guard.claims import Claims
 from worker.ids import OrgId, RunId, WorkerId, new_id
+from worker.operations import budgets as operations_budgets
 from worker.runs.budgets import wait_of
 from worker.runs.run import AdmittedRun, NewStep, RunStep
 from worker.runs.waits import NewWait, WaitKind
@@ -497,3 +498,39 @@ def test_a_copied_run_has_its_spends_and_they_are_not_counted_again(stock: Stock
     copied = [row for row in stock.all(tables.spends) if row["run_id"] == copy]
     assert [(row["key"], row["amount"]) for row in copied] == [("step:1", 20)]
     assert used(stock, org_id) == [23]
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["", "control"])
+def test_a_wait_that_is_stored_while_a_raise_commits_is_ended_by_its_second_look(
+    postgres: Database, again: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Neither sees the other: the raise is not durable yet, and its first look has found no wait.
+
+    On SQLite the writers stand in one queue.
+    """
+    stock = Stock(postgres)
+    org_id = stock.org()
+    add_budget(stock, org_id)
+    _, [run] = admitted(stock, org_id)
+    wake, looks = budgets.wake, []
+
+    def look(connection, *given):
+        found = wake(connection, *given)
+        if not looks:
+            with stock.database.transaction() as other:
+                wait = NewWait(f"budget:{METER}", 1, "budget", 80_000.0)
+                statements(other).open_wait(other, run.id, run.fencing_token, attempt=1, wait=wait)
+        looks.append(found)
+        return found
+
+    monkeypatch.setattr(budgets, "wake", look)
+    if not again:
+        monkeypatch.setattr(operations_budgets, "wake_again", lambda *_: None)
+    with stock.database.autocommit() as connection:
+        code = connection.execute(select(tables.orgs.c.code).where(tables.orgs.c.id == org_id)).scalar_one()
+
+    operations_budgets.raise_budget(stock.database, code, METER, by=50, per="day", actor="kim")
+
+    with stock.database.autocommit() as connection:
+        until = connection.execute(select(tables.waits.c.until)).scalar_one()
+    assert (until <= stock.now()) is again
