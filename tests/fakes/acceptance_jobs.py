@@ -137,11 +137,11 @@ async def poll(ctx: Context[Any, Any]) -> list[int]:
 
 @job("acme.chatty", max_attempts=1)
 def chatty(ctx: BlockingContext[Any, Any]) -> None:
-    """Print `params["lines"]` lines, log, and crash if `params["crash"]` is set."""
+    """Print `params["lines"]` lines, wait for the file `params["until"]`, log, and crash if `crash` is set."""
     for number in range(ctx.params["lines"]):
         print(f"line {number} {'.' * 80}")
-        if "pause" in ctx.params:
-            time.sleep(ctx.params["pause"])
+    while "until" in ctx.params and not os.path.exists(ctx.params["until"]):
+        time.sleep(0.05)
     ctx.log.warning("these are my last words")
     if ctx.params.get("crash"):
         ctypes.string_at(0)

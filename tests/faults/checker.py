@@ -189,7 +189,8 @@ def slow_recoveries(history: History) -> Iterator[str]:
         again = [a["started_at"] for a in attempts[lost["run_id"]] if a["attempt"] == lost["attempt"] + 1]
         waits = [("found", found, since)]
         for at in again:
-            counted = max(since, last_fault_of_control(history, at))
+            # The contact may break once more after the run was found.
+            counted = max(since, earliest_contact(history, at), last_fault_of_control(history, at))
             placing = history.placing.get(pools.get(lost["run_id"], ""), timedelta(0))
             waits.append(("started again", at - history.lease - placing, counted))
         for what, at, since in waits:

@@ -150,6 +150,15 @@ def test_a_database_that_is_away_costs_no_run_and_delays_a_recovery_by_as_long()
     assert judge(replace(told, faults=(*killed, outage(1, 4)))) == []
 
 
+def test_a_database_that_goes_after_a_run_was_found_delays_its_next_start() -> None:
+    found_at_once = [attempt(1, 0, 1.1, "lost"), attempt(2, 8.2, 9, "succeeded")]
+    told = replace(history(), attempts=found_at_once, journal=history().journal[:3], checkpoints=[])
+    killed = Fault("kill", "zygote", "w1", at(1))
+
+    assert any("started again" in words for words in judge(replace(told, faults=(killed,))))
+    assert judge(replace(told, faults=(killed, outage(1.5, 6)))) == []
+
+
 def test_a_partition_may_cost_a_run_and_the_end_of_a_session_may_not() -> None:
     parted = Fault("partition", "worker", "w1", at(1), at(4))
     terminated = Fault("terminate", "session", "w1", at(1))

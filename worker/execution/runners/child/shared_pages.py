@@ -33,17 +33,21 @@ REHEARSALS = 4
 _JOBS = "worker.execution.runners.child.rehearsal_jobs"
 _MADV_COLLAPSE = 25
 _HUGE_PAGE = 2 * 1024 * 1024
+# Objects that become immortal in one slice, which takes about a millisecond.
+_SLICE = 2_000
 
 
-def share_pages() -> None:
-    """Call once everything is imported and rehearsed, when many forks are to be expected.
+def share_pages() -> Iterator[None]:
+    """Advance it to its end once everything is imported and rehearsed, when many forks are to be expected.
 
-    It takes a tenth of a second. The caller ends by `os._exit`: the interpreter cannot free what it leaves.
+    It takes a tenth of a second, and many times that on a busy machine, so it comes in slices: between them the
+    zygote must still freeze and kill. The caller ends by `os._exit`: the interpreter cannot free what it leaves.
     """
     gc.collect()
     gc.freeze()
-    _make_immortal()
-    _collapse()
+    yield
+    yield from _make_immortal()
+    yield from _collapse()
 
 
 def rehearse() -> None:
@@ -100,7 +104,7 @@ def _work(entry_point: str) -> Work:
     )
 
 
-def _make_immortal() -> None:
+def _make_immortal() -> Iterator[None]:
     """Have the interpreter not count references to what exists now (PEP 683), which is never freed anyway.
 
     It sets the count that None has. Without immortal objects (Python 3.11), or with another layout of
@@ -119,13 +123,15 @@ def _make_immortal() -> None:
         if count(id(kind)).value == immortal:  # a static one, which the collector does not know
             todo += [kind.__mro__, *gc.get_referents(kind.__dict__)]
     while todo:
+        yield
         fresh = []
-        for found in todo:
+        for found in todo[-_SLICE:]:
             counted = count(id(found))
             if counted.value != immortal:
                 counted.value = immortal
                 fresh.append(found)
-        todo = gc.get_referents(*fresh)
+        del todo[-_SLICE:]
+        todo += gc.get_referents(*fresh)
         for found in fresh:
             if type(found) is types.CodeType:  # the collector does not know these either
                 todo += (found.co_consts, found.co_names, found.co_name, found.co_qualname)
@@ -143,7 +149,7 @@ def _classes() -> Iterator[type]:
                 todo.append(below)
 
 
-def _collapse() -> None:
+def _collapse() -> Iterator[None]:
     """Put memory into huge pages as far as the kernel can, since fork copies the entry of each page."""
     libc = ctypes.CDLL(None)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -154,3 +160,4 @@ def _collapse() -> None:
             start, end = (int(number, 16) for number in fields[0].split("-"))
             for place in range(-(-start // _HUGE_PAGE) * _HUGE_PAGE, end - _HUGE_PAGE + 1, _HUGE_PAGE):
                 libc.madvise(place, _HUGE_PAGE, _MADV_COLLAPSE)
+                yield

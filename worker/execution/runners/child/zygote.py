@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -86,8 +86,9 @@ class Zygote:
         self._unsent: deque[bytes] = deque()
         self._prepare_at = float("inf")
         self._replacements = 0
-        # Forks until pages are shared.
+        # Forks until pages are shared, and what is still to be done of that.
         self._share_after = setup.share_after
+        self._sharing: Iterator[None] | None = None
 
     def serve(self) -> None:
         """Execute the worker's requests until it is gone."""
@@ -124,11 +125,15 @@ class Zygote:
             time.sleep(0.002)
 
     def _share(self) -> None:
-        """Share pages once enough processes were forked."""
+        """Share pages once enough processes were forked, a slice a call: a lease may expire meanwhile."""
         if self._share_after is not None and self._share_after <= 0:
-            self._share_after = None
-            share_pages()
-            self._own_memory = linux.resident(self._pid)
+            self._share_after, self._sharing = None, share_pages()
+        if self._sharing is not None:
+            try:
+                next(self._sharing)
+            except StopIteration:
+                self._sharing = None
+                self._own_memory = linux.resident(self._pid)
 
     def _prepare(self) -> None:
         """Prepare the rules of the next run, but not while a run starts, which would slow it down."""
@@ -137,6 +142,8 @@ class Zygote:
             self._sandbox.prepare()
 
     def _pause(self) -> float | None:
+        if self._sharing is not None:
+            return 0
         due = [self._memory_due_at, self._prepare_at]
         if self._sandbox is not None and self._setup.spares:
             due.append(self._sandbox.checked_at + CHECK_EVERY)
