@@ -14,6 +14,7 @@ import asyncio
 import contextvars
 import hashlib
 import heapq
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,6 +110,29 @@ def within(context: contextvars.Context) -> contextvars.Context:
     if PROCESS not in context and (process := process_now()) is not None:
         context.run(PROCESS.set, process)
     return context
+
+
+class _Numbered:
+    """Its hash is its number: a set of such has the same order each time, whatever their addresses are."""
+
+    _numbers = itertools.count(1)
+    _number: int
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        made = super().__new__(cls)
+        made._number = next(_Numbered._numbers)
+        return made
+
+    def __hash__(self) -> int:
+        return self._number
+
+
+class NumberedFuture(_Numbered, asyncio.Future[Any]):
+    pass
+
+
+class NumberedTask(_Numbered, asyncio.Task[Any]):
+    pass
 
 
 class Stuck(Exception):
@@ -225,8 +249,11 @@ class SeededLoop(asyncio.BaseEventLoop):
         pool.add(self, work, contextvars.copy_context())
         return future
 
+    def create_future(self) -> asyncio.Future[Any]:
+        return NumberedFuture(loop=self)
+
     def _make_task(self, loop: Any, coro: Any, **options: Any) -> asyncio.Task[Any]:
-        task: asyncio.Task[Any] = asyncio.Task(coro, loop=loop, **options)
+        task: asyncio.Task[Any] = NumberedTask(coro, loop=loop, **options)
         self._tasks.append(task)
         return task
 

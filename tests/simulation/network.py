@@ -63,7 +63,7 @@ class ToWorkers(httpx.AsyncBaseTransport):
             raise httpx.ConnectError("connection refused")
         answered: asyncio.Future[tuple[int, Any, bytes]] = world.loop.create_future()
         left = asyncio.Event()
-        worker.open_calls.add(answered)
+        worker.open_calls[answered] = None
         context = target.context.copy()
         call = _answer(worker.attempts.attempts.app(), request, answered, left)
         context.run(world.loop.create_task, call)
@@ -73,7 +73,7 @@ class ToWorkers(httpx.AsyncBaseTransport):
         except TimeoutError:
             raise httpx.ReadTimeout("the worker does not answer") from None
         finally:
-            worker.open_calls.discard(answered)
+            worker.open_calls.pop(answered, None)
             left.set()
         if world.net.reached(process, "http.done"):
             raise httpx.ReadError("the connection was reset")

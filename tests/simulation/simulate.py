@@ -18,7 +18,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,16 @@ Leave = tuple[frozenset[int], frozenset[int], frozenset[int]]
 NOTHING: Leave = (frozenset(), frozenset(), frozenset())
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A seed, without a part of its plan: the numbers of commands, faults and definitions; or a defence."""
+
+    seed: int
+    leave: Leave = NOTHING
+    ablate: str = ""
+    trace: bool = False
+
+
 @dataclass
 class Result:
     """What one simulation showed."""
@@ -55,20 +65,13 @@ class Result:
     trace: list[str] = field(default_factory=list)
 
 
-def simulate(
-    seed: int,
-    template: Template,
-    *,
-    leave: Leave = NOTHING,
-    trace: bool = False,
-    ablate: str = "",
-) -> Result:
+def simulate(variant: Variant, template: Template) -> Result:
     """Run one seed in this process, which must not be used for anything else."""
-    began = time.monotonic()
+    began, seed = time.monotonic(), variant.seed
     gc.disable()  # what is collected would be unwound, at a time that is not the seed's
     unsynced.begin()
     full: Plan = plan_of(seed, template.dialect)
-    plan = full.without(*leave)
+    plan = full.without(*variant.leave)
     result = Result(seed, template.dialect)
     lines: list[str] = []
     with tempfile.TemporaryDirectory(prefix="simulation-") as name, ExitStack() as stack:
@@ -82,10 +85,10 @@ def simulate(
             template.tokens,
             workers=plan.workers,
             hosts=plan.hosts,
-            trace=lines if trace else None,
+            trace=lines if variant.trace else None,
         )
-        if ablate:
-            ABLATIONS[ablate].cut(stack, url)
+        if variant.ablate:
+            ABLATIONS[variant.ablate].cut(stack, url)
         with world.simulated():
             database = world.open_database(world.clock)
             stage = Stage(world, plan, database)
@@ -112,8 +115,8 @@ def simulate(
 class Child:
     """A simulation in a fork of this process."""
 
-    def __init__(self, seed: int, work: Callable[[], Result]) -> None:
-        self.seed = seed
+    def __init__(self, variant: Variant, work: Callable[[], Result]) -> None:
+        self.variant = variant
         self.began = time.monotonic()
         self.reader, writer = os.pipe()
         self.pid = os.fork()
@@ -122,9 +125,8 @@ class Child:
             try:
                 result = work()
             except BaseException:
-                result = Result(
-                    seed, "", objections=[f"the simulator failed: {traceback.format_exc()[-3000:]}"]
-                )
+                failed = f"the simulator failed: {traceback.format_exc()[-3000:]}"
+                result = Result(variant.seed, "", objections=[failed])
             with os.fdopen(writer, "w") as pipe:
                 json.dump(asdict(result), pipe)
             os._exit(0)
@@ -151,56 +153,71 @@ class Child:
         try:
             return Result(**json.loads(self._told))
         except ValueError:
-            return Result(self.seed, "", objections=[f"the simulation ended with status {status}"])
+            return Result(self.variant.seed, "", objections=[f"the simulation ended with status {status}"])
 
 
 def run_all(
-    seeds: Iterator[int], template: Template, *, jobs: int, until: float | None = None, **options: Any
-) -> Generator[Result, None, None]:
-    """Run seeds, `jobs` at a time, each in its own fork, until a time of the monotonic clock."""
+    variants: Iterator[Variant], template: Template, *, jobs: int, until: float | None = None
+) -> Generator[tuple[Variant, Result], None, None]:
+    """Run them, `jobs` at a time, each in its own fork, until a time of the monotonic clock."""
     running: dict[int, Child] = {}
     more = True
     try:
         while more or running:
             while more and len(running) < jobs:
-                seed = next(seeds, None)
-                if seed is None or (until is not None and time.monotonic() >= until):
+                variant = next(variants, None)
+                if variant is None or (until is not None and time.monotonic() >= until):
                     more = False
                     break
-                child = Child(seed, partial(simulate, seed, template, **options))
+                child = Child(variant, partial(simulate, variant, template))
                 running[child.reader] = child
             ready, _, _ = select.select(list(running), [], [], 1.0) if running else ([], [], [])
             for reader in ready:
                 result = running[reader].read()
                 if result is not None:
-                    del running[reader]
-                    yield result
+                    yield running.pop(reader).variant, result
             for reader, child in list(running.items()):
                 if time.monotonic() - child.began > PATIENCE:
                     del running[reader]
-                    yield child.kill()
+                    yield child.variant, child.kill()
     finally:
         for child in running.values():
             child.kill()
 
 
-def one(seed: int, template: Template, **options: Any) -> Result:
-    [result] = run_all(iter([seed]), template, jobs=1, **options)
+def one(variant: Variant, template: Template) -> Result:
+    [(_, result)] = run_all(iter([variant]), template, jobs=1)
     return result
 
 
-def shrink(seed: int, template: Template, first: str, **options: Any) -> Leave:
-    """Leave out what is not needed for a violation of the same kind; returns what was left out."""
-    plan, leave, kind = plan_of(seed, template.dialect), NOTHING, kind_of(first)
-    for place, count in ((1, len(plan.faults)), (0, len(plan.acts)), (2, len(plan.entries))):
-        for number in range(count):
-            parts = list(leave)
-            parts[place] = leave[place] | {number}
-            fewer: Leave = (parts[0], parts[1], parts[2])
-            found = one(seed, template, leave=fewer, **options)
-            if any(kind_of(objection) == kind for objection in found.objections):
-                leave = fewer
-    return leave
+def shrink(variant: Variant, template: Template, first: str, *, jobs: int) -> Variant:
+    """Leave out what is not needed for a violation of the same kind: first halves, at last single parts."""
+    plan, kind = plan_of(variant.seed, template.dialect), kind_of(first)
+    sizes = (len(plan.acts), len(plan.faults), len(plan.entries))
+    kept = [(place, number) for place, size in enumerate(sizes) for number in range(size)]
+    size = len(kept)
+    while size > 1:
+        size = (size + 1) // 2
+        parts = [kept[start : start + size] for start in range(0, len(kept), size)]
+        while parts:
+            tried, parts = parts[:jobs], parts[jobs:]
+            fewer = [_without(variant, part) for part in tried]
+            found = dict(run_all(iter(fewer), template, jobs=jobs))
+            for number, smaller in enumerate(fewer):
+                if any(kind_of(objection) == kind for objection in found[smaller].objections):
+                    variant, kept = smaller, [each for each in kept if each not in tried[number]]
+                    # The others were tried beside what is left out now.
+                    parts = [*tried[number + 1 :], *parts]
+                    break
+    return variant
+
+
+def _without(variant: Variant, part: Sequence[tuple[int, int]]) -> Variant:
+    acts, faults, entries = (
+        leave | {number for place, number in part if place == which}
+        for which, leave in enumerate(variant.leave)
+    )
+    return replace(variant, leave=(acts, faults, entries))
 
 
 def kind_of(objection: str) -> str:
@@ -262,18 +279,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _one(given: argparse.Namespace, template: Template) -> int:
-    options: dict[str, Any] = {"ablate": given.ablate}
-    result = one(given.seed, template, trace=True, **options)
+    variant = Variant(given.seed, ablate=given.ablate, trace=True)
+    result = one(variant, template)
     if given.shrink and result.objections:
-        leave = shrink(given.seed, template, result.objections[0], **options)
-        result = one(given.seed, template, trace=True, leave=leave, **options)
+        variant = shrink(variant, template, result.objections[0], jobs=given.jobs)
+        result = one(variant, template)
     print("\n".join(result.actions), told(result), _summary(result), sep="\n")
     return 1 if result.objections else 0
 
 
 def _replays(given: argparse.Namespace, template: Template) -> int:
-    seeds = iter([given.seed] * given.replays)
-    results = list(run_all(seeds, template, jobs=given.jobs, ablate=given.ablate))
+    variants = iter([Variant(given.seed, ablate=given.ablate)] * given.replays)
+    results = [result for _, result in run_all(variants, template, jobs=given.jobs)]
     traces = sorted({result.digest for result in results})
     print(f"seed {given.seed}: {len(results)} replays, traces {' '.join(traces)}")
     return 0 if len(traces) == 1 else 1
@@ -287,9 +304,9 @@ def _ablations(given: argparse.Namespace, template: Template) -> int:
         if given.dialect not in ablation.where:
             continue
         began, tried = time.monotonic(), 0
-        seeds = iter(range(first, first + given.seeds))
-        results = run_all(seeds, template, jobs=given.jobs, ablate=name)
-        for tried, result in enumerate(results, 1):
+        variants = (Variant(seed, ablate=name) for seed in range(first, first + given.seeds))
+        results = run_all(variants, template, jobs=given.jobs)
+        for tried, (_, result) in enumerate(results, 1):
             if result.objections:
                 took = time.monotonic() - began
                 noticed = f"seed {result.seed}, after {tried} seeds and {took:.0f} s"
@@ -308,9 +325,10 @@ def _many(given: argparse.Namespace, template: Template) -> int:
     began, commit = time.monotonic(), _commit()
     until = None if given.seconds is None else began + given.seconds
     done = _done(given.ledger, given.dialect, commit)
-    wanted = (seed for seed in range(first, first + given.seeds) if seed not in done)
+    seeds = (seed for seed in range(first, first + given.seeds) if seed not in done)
+    variants = (Variant(seed, ablate=given.ablate) for seed in seeds)
     results: list[Result] = []
-    for result in run_all(wanted, template, jobs=given.jobs, until=until, ablate=given.ablate):
+    for _, result in run_all(variants, template, jobs=given.jobs, until=until):
         results.append(result)
         print(
             _summary(result), *(f"    {shown[:400]}" for shown in result.objections[:6]), sep="\n", flush=True

@@ -155,7 +155,7 @@ class Machine:
         self.children: SimulatedChildren | None = None
         self.tools: ProcessTools | None = None
         self.attempts: AttemptListener | None = None
-        self.open_calls: set[asyncio.Future[Any]] = set()
+        self.open_calls: dict[asyncio.Future[Any], None] = {}
         # Whether it is started again when it has ended.
         self.wanted = True
 
@@ -243,7 +243,7 @@ class Machine:
         for answered in self.open_calls:
             if not answered.done():
                 self.world.loop.call_later(self.world.loop.delay(), _reset, answered, context=outside())
-        self.open_calls = set()
+        self.open_calls = {}
 
 
 def _reset(answered: asyncio.Future[Any]) -> None:
