@@ -23,7 +23,7 @@ from worker.execution.loops.admission import FEW, MOMENT, Admission
 from worker.execution.loops.finisher import WORTHWHILE
 from worker.ids import ALL_ORGS, RunId
 from worker.runs.outcome import EndedAttempt
-from worker.runs.run import AdmittedRun, Isolation
+from worker.runs.run import AdmittedRun, Isolation, OwnedRun
 from worker.secret import AccessToken
 from worker.telemetry import events
 from worker.telemetry.masking import MASK, Masker
@@ -166,6 +166,32 @@ async def test_ends_are_written_while_the_rest_of_a_large_answer_begins(clock: M
     assert [attempt.run_id for attempt in ends] == [f"r{n}" for n in range(2 * WORTHWHILE)]
     assert len(store.batches) > 1
     assert dispatcher.running == 0
+
+
+async def test_a_run_whose_admission_is_answered_after_it_was_handed_back_is_not_started(
+    clock: ManualClock,
+) -> None:
+    """The answer was under way for two renewals; the run may have its next attempt already, even here."""
+    inflight_runs = InflightRuns()
+    dispatcher = dispatcher_of(Backlog(0), inflight_runs, clock, [])
+    inflight_runs.hand_back([OwnedRun(RunId("r1"), 1, None)])
+
+    dispatcher.start(
+        [admitted("r1", fencing_token=1), admitted("r2", fencing_token=1), admitted("r3", fencing_token=2)]
+    )
+    dispatcher.start([admitted("r3", fencing_token=1)])
+
+    assert [(held.run.id, held.run.fencing_token) for held in inflight_runs] == [("r2", 1), ("r3", 2)]
+
+
+async def test_a_later_attempt_kills_the_one_that_it_replaces(clock: ManualClock) -> None:
+    inflight_runs = InflightRuns()
+    first = inflight_runs.add(admitted("r1", fencing_token=1))
+
+    second = inflight_runs.add(admitted("r1", fencing_token=2))
+
+    assert (first.stop.killed, second.stop.killed) == (True, False)
+    assert inflight_runs.used(first.run.isolation) == 1
 
 
 async def test_a_tenth_that_became_due_later_starts_before_what_still_queues(clock: ManualClock) -> None:

@@ -305,7 +305,7 @@ async def test_an_attempt_that_comes_after_it_was_handed_back_is_not_started(clo
     host = Host(clock, Workers(take=answer, hand_back={"runs": [RUN.id]}))
     assert [taken.run for taken in await host.store.take({"child": 1}, 0)] == [RUN]
 
-    await host.store.hand_back([OwnedRun(RUN.id, RUN.fencing_token, None)])
+    host.inflight_runs.hand_back([OwnedRun(RUN.id, RUN.fencing_token, None)])
 
     assert await host.store.take({"child": 1}, 0) == []
 

@@ -43,6 +43,10 @@ class Bench:
         self.lost += 1
 
     async def hand_back(self, owned: Sequence[OwnedRun]) -> None:
+        # From here on another process may start them.
+        assert all(
+            self.inflight_runs.is_late(admitted(run.id, fencing_token=run.fencing_token)) for run in owned
+        )
         self.handed_back.extend(run.id for run in owned)
 
     async def renewal(

@@ -64,9 +64,11 @@ class Dispatcher(Generic[T]):
     def start(self, runs: Iterable[AdmittedRun]) -> None:
         """Start the attempts of runs that were just admitted, in this order, once what they need is read.
 
-        A tenth goes before those that still queue here, if it became due later: see `RingWalk.admit`.
+        A tenth goes before those that still queue here, if it became due later: see `RingWalk.admit`. One that
+        was handed back meanwhile is not started: another process may have it.
         """
-        self._admitted.extend([self.inflight_runs.add(run) for run in runs])
+        held = self.inflight_runs
+        self._admitted.extend([held.add(run) for run in runs if not held.is_late(run)])
         if self._admitted and (self._preparing is None or self._preparing.done()):
             self._preparing = start_task(self._prepare_admitted(), loop=asyncio.get_running_loop())
 

@@ -6,12 +6,13 @@ Also what an attempt leaves behind: events, trace spans, and a record of the cla
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Coroutine, Iterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
+from worker.bounded import remember
 from worker.claims.enforced import ClaimsRecord
 from worker.definitions import CANCEL_GRACE
 from worker.definitions.definition import Definition
@@ -19,7 +20,7 @@ from worker.execution.attempts.plan import AttemptPlan
 from worker.execution.runners.contract import StopSignal
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt, Trail, summary
-from worker.runs.run import AdmittedRun
+from worker.runs.run import AdmittedRun, OwnedRun
 from worker.secret import AccessToken
 from worker.telemetry import tracing
 from worker.telemetry.events import emit
@@ -28,6 +29,9 @@ from worker.telemetry.secret_forms import parts_of
 from worker.telemetry.tracing import Traced, Tracer
 
 T = TypeVar("T")
+
+# Attempts that are remembered as handed back.
+MAX_HANDED_BACK = 10_000
 
 
 @dataclass(slots=True, eq=False)
@@ -111,16 +115,29 @@ class InflightRun:
 
 
 class InflightRuns:
-    """The runs that this process holds; a later admission of a run replaces the earlier one."""
+    """The runs that this process holds; a later admission of a run replaces the earlier one, and kills it."""
 
     def __init__(self) -> None:
         self._runs: dict[RunId, InflightRun] = {}
         self._slots: Counter[str] = Counter()
+        self._handed_back: OrderedDict[tuple[RunId, int], None] = OrderedDict()
+
+    def hand_back(self, runs: Iterable[OwnedRun]) -> None:
+        """These runs wait again: the answer that admits one, if it is still under way, comes too late."""
+        for run in runs:
+            remember(self._handed_back, (run.id, run.fencing_token), None, MAX_HANDED_BACK)
+
+    def is_late(self, run: AdmittedRun) -> bool:
+        """Whether this attempt was handed back before its admission was answered, or is not the newest."""
+        held = self._runs.get(run.id)
+        is_newer = held is None or held.run.fencing_token < run.fencing_token
+        return not is_newer or (run.id, run.fencing_token) in self._handed_back
 
     def add(self, run: AdmittedRun) -> InflightRun:
         inflight = InflightRun(run, StopSignal())
-        if run.id in self._runs:
-            self.release(self._runs[run.id])
+        if (replaced := self._runs.get(run.id)) is not None:
+            replaced.stop.kill()
+            self.release(replaced)
         self._runs[run.id] = inflight
         self._slots[run.isolation] += 1
         return inflight

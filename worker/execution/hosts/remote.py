@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from worker.bounded import remember
 from worker.errors import Busy, LeaseLost, TokenRefused
 from worker.execution.attempts.answers import Running
 from worker.execution.attempts.inflight import InflightRuns
@@ -33,8 +31,6 @@ ANSWER_SECONDS = 10.0
 TICKET_WAIT = 10.0
 # Maximum seconds until handlers are offered again to a worker that asked for them later.
 LATER = 5.0
-# Attempts that are remembered as handed back.
-MAX_HANDED_BACK = 10_000
 
 
 # Not frozen, as `EndedAttempt`.
@@ -63,8 +59,6 @@ class RemoteStore:
     inflight_runs: InflightRuns
     now: Callable[[], datetime]
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
-    # Attempts that were handed back: the answer that brings one may still be on its way.
-    _handed_back: OrderedDict[tuple[RunId, int], None] = field(default_factory=OrderedDict)
 
     # the incarnation
 
@@ -113,8 +107,6 @@ class RemoteStore:
 
     async def hand_back(self, owned: Sequence[OwnedRun]) -> set[RunId]:
         """Let runs wait again that this incarnation owns but does not know."""
-        for run in owned:
-            remember(self._handed_back, (run.id, run.fencing_token), None, MAX_HANDED_BACK)
         rows = [FENCE.write(Fence(run.id, run.fencing_token)) for run in owned]
         answers = [await self.control.call("hand_back", part) for part in _parts("hand_back", "runs", rows)]
         return {RunId(run_id) for answer in answers for run_id in answer["runs"]}
@@ -139,14 +131,8 @@ class RemoteStore:
 
     def _ours(self, answer: Mapping[str, Any]) -> list[Taken]:
         """The attempts of an answer, without those that came so late that they were handed back."""
-        ours: list[Taken] = []
-        for taken in map(wire.taken_of, answer["attempts"]):
-            run = taken.run
-            held = self.inflight_runs.get(run.id)
-            is_newer = held is None or held.run.fencing_token < run.fencing_token
-            if is_newer and (run.id, run.fencing_token) not in self._handed_back:
-                ours.append(taken)
-        return ours
+        attempts = map(wire.taken_of, answer["attempts"])
+        return [taken for taken in attempts if not self.inflight_runs.is_late(taken.run)]
 
     async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
         """Report how attempts ended; the runs whose end was accepted."""

@@ -90,11 +90,12 @@ class Reconciler:
         twice = not_held & self._not_held
         self._not_held = not_held
         if twice:
+            late = [run for run in renewal.owned if (run.id, run.fencing_token) in twice]
+            # Before the database knows it: from then on another process may start them.
+            self.inflight_runs.hand_back(late)
             # Without an answer now, the next renewal finds them again.
             with suppress(Unavailable):
-                await self.store.hand_back(
-                    [run for run in renewal.owned if (run.id, run.fencing_token) in twice]
-                )
+                await self.store.hand_back(late)
 
 
 class RecoveryStore(Protocol):
