@@ -30,6 +30,8 @@ from worker.store import sessions
 EPOCH = datetime(2030, 1, 1, tzinfo=UTC)
 # Virtual seconds between two looks of a statement that waits: for a lock, or for the network.
 LOOK = 0.5
+# How much later than an answer a notification may arrive.
+HINT = 0.5
 # Real seconds: for an answer before the server is asked whether the session waits for a lock, and in all.
 ANSWER = 0.002
 ALL = 20.0
@@ -130,6 +132,19 @@ class Session:
         self.flags = 0
 
 
+class Listener:
+    """A process that listens; what it was not told yet is told at once."""
+
+    def __init__(self, process: SimulatedProcess, on_hint: Callable[[], None]) -> None:
+        self.process = process
+        self.is_told = False
+        self._on_hint = on_hint
+
+    def tell(self) -> None:
+        self.is_told = False
+        self._on_hint()
+
+
 class PostgresServer(Points):
     """One statement at a time is carried out, on the real server."""
 
@@ -145,7 +160,7 @@ class PostgresServer(Points):
             self._control.execute(statement.encode())
         self._sessions: dict[int, Session] = {}
         self._numbers = itertools.count(1)
-        self.listeners: list[tuple[SimulatedProcess, Callable[[], None]]] = []
+        self.listeners: list[Listener] = []
         self._real_wait = waiting.wait
 
     @contextmanager
@@ -283,13 +298,16 @@ class PostgresServer(Points):
     async def _listen(self, arguments: Any, clock: Any, on_hint: Callable[[], None]) -> None:
         process = process_now()
         assert process is not None
-        self.listeners.append((process, on_hint))
+        self.listeners.append(Listener(process, on_hint))
 
     def _hint(self, connection: Any) -> None:
-        """A notification; it may arrive late, and does not arrive where the network is cut."""
-        for process, on_hint in self.listeners:
-            if process.alive and not self.net.away(process, "database"):
-                self.loop.call_later(self.loop.delay(), on_hint, context=process.context)
+        """A notification; it may arrive late, beside others, and not at all where the network is cut."""
+        self.listeners = [listener for listener in self.listeners if listener.process.alive]
+        for listener in self.listeners:
+            if not listener.is_told and not self.net.away(listener.process, "database"):
+                listener.is_told = True
+                late = self.loop.delay() + HINT * self.loop.choices.random()
+                self.loop.call_later(late, listener.tell, context=listener.process.context)
 
 
 def _says_nothing(gen: Any, session: Session) -> bool:

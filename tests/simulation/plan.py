@@ -93,7 +93,7 @@ class Plan:
 def plan_of(seed: int, dialect: str) -> Plan:
     chance = Random(f"plan {seed}")
     on_file = dialect == "sqlite"
-    workers = 1 if on_file else chance.choice((3, 3, 3, 4, 5))
+    workers = 1 if on_file else chance.choice((3, 3, 3, 3, 4, 5))
     hosts = chance.choice((0, 0, 0, 1, 1, 2))
     entries = _entries(chance, hosts)
     acts = _acts(chance, entries)
@@ -104,7 +104,7 @@ def plan_of(seed: int, dialect: str) -> Plan:
 def _entries(chance: Random, hosts: int) -> tuple[Entry, ...]:
     misfire = chance.choice(("once", "skip", "all"))
     entries = [
-        Entry(0, "note", "sim.note", chance.choice((17, 21))),
+        Entry(0, "note", "sim.note", chance.choice((9, 11))),
         Entry(0, "saves", "sim.saves", chance.choice((30, 40)), params={"steps": chance.randint(3, 9)}),
         Entry(1, "pays", "sim.pays", chance.choice((40, 50)), params={"steps": chance.randint(2, 3)}),
         Entry(2, "counts", "sim.counts", chance.choice((25, 35)),

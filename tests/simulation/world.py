@@ -61,9 +61,9 @@ from worker.wiring.process import Worker
 Dialect = Literal["sqlite", "postgresql"]
 
 ORGS = 5
-LEASE, RENEW, POLL = 20.0, 5.0, 5.0
+LEASE, RENEW, POLL = 24.0, 6.0, 8.0
 # How much rarer chores are than in the product: their work is the same, and its instants are not.
-RARER = 5
+RARER = 10
 # Seconds until systemd starts a worker again that ended.
 AGAIN = 1.0
 IDLE = 5.0
