@@ -18,17 +18,28 @@ HERE = Path(__file__).parent
 MakeCluster = Callable[..., Cluster]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+FULL = os.environ.get("FAULTS") == "full"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "simulated: the simulation shows it too, so only the full suite runs it")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Faults take their time; a test that says nothing else has five minutes."""
-    for item in items:
-        if item.path.parent == HERE and item.get_closest_marker("timeout") is None:
+    ours = [item for item in items if item.path.parent == HERE]
+    for item in ours:
+        if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(300))
+    left = [item for item in ours if not FULL and item.get_closest_marker("simulated") is not None]
+    items[:] = [item for item in items if item not in left]
+    config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture(scope="session")
 def full() -> bool:
-    """Whether all of it runs (`./dev faults`) or the form of about two minutes."""
-    return os.environ.get("FAULTS") == "full"
+    """Whether all of it runs (`./dev faults`) or what only real processes show, in two minutes."""
+    return FULL
 
 
 @pytest.fixture(scope="module")

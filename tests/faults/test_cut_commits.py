@@ -28,6 +28,7 @@ def cluster(cluster_at: MakeCluster, migrated_postgres_url: str, proxy: Proxy) -
     return made
 
 
+@pytest.mark.simulated
 @pytest.mark.parametrize("verb", MARKS)
 def test_the_lost_answer_to_a_commit_costs_no_run_and_doubles_none(
     cluster: Cluster, proxy: Proxy, full: bool, verb: str

@@ -11,6 +11,7 @@ FULL = Amount({"worker": 20, "zygote": 16, "child": 26}, {"worker": 9, "zygote":
 SHORT = Amount({"worker": 3, "zygote": 2, "child": 3}, {"worker": 2, "zygote": 1, "child": 1})
 
 
+@pytest.mark.simulated
 @pytest.mark.timeout(900)
 def test_several_workers_on_postgresql_lose_nothing(on_server: Cluster, full: bool) -> None:
     cluster, amount = on_server, FULL if full else SHORT

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime, timedelta
 
+import pytest
+
 from tests.fakes.handlers import install_handlers
 from tests.fakes.site import Site, application, opened, wait_until
 
 ORGS = 30
 
 
+@pytest.mark.simulated
 def test_two_workers_leave_no_gap_and_make_no_duplicate(tmp_path, provider, migrated_postgres_url, full):
     each, period, seconds = (100, 20, 60) if full else (20, 5, 15)
     with opened(Site(tmp_path, migrated_postgres_url, provider)) as site:

@@ -15,7 +15,7 @@ from tests.simulation.loop import SimulatedProcess, outside
 from tests.simulation.plan import BUDGET, END, LIMIT, LIVENESS, Action, Entry, Plan
 from tests.simulation.world import ORGS, World, app_of
 from worker.definitions.file import parse_file
-from worker.errors import WorkerError
+from worker.errors import StoreUnavailable, WorkerError
 from worker.operations import answers, apply, backfill, budgets, credentials, definitions, orgs, runs
 from worker.store.database import Database
 from worker.tokens.sealing import KeyRing
@@ -42,10 +42,10 @@ class Stage:
             call: Callable[[], Any] = lambda: work(self.database, *args, **keys)  # noqa: E731
             try:
                 return await context.run(loop.run_in_executor, None, call)
-            except WorkerError as error:
-                if error.code != "store_unavailable":
-                    return None
+            except StoreUnavailable:
                 await asyncio.sleep(1.0)
+            except WorkerError:
+                return None
 
     async def run(self) -> None:
         world, loop = self.world, self.world.loop

@@ -163,7 +163,8 @@ class Finisher:
 
     def _put_aside(self, ended: EndedAttempt, error: Exception) -> None:
         """Try this end on its own from now on: it must not keep the others."""
-        emit("loop.failed", loop="finisher", error=type(error).__name__)
+        if not isinstance(error, Unavailable):  # the database may have come back just now
+            emit("loop.failed", loop="finisher", error=type(error).__name__)
         self._aside.append(ended)
         if self._trying is None or self._trying.done():
             self._trying = asyncio.create_task(self._write_aside(), name="ends put aside")
