@@ -17,6 +17,7 @@ import psycopg
 from sqlalchemy import text
 
 from worker.errors import Unavailable
+from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.incarnation import Incarnation
 from worker.execution.loops import finisher, reconciler
 from worker.execution.loops.heartbeat import Heartbeat
@@ -319,3 +320,23 @@ def heartbeat_retry(stack: ExitStack, url: str) -> None:
         return found
 
     stack.enter_context(patch.object(Heartbeat, "beat", beat))
+
+
+# What the simulator has found: the defect is back.
+
+
+@ablation("a run that was handed back is not started when its admission is answered late")
+def late_admission(stack: ExitStack, url: str) -> None:
+    def add(held: Any, run: Any) -> Any:
+        if (replaced := held.get(run.id)) is not None:
+            held.release(replaced)
+        return real(held, run)
+
+    real = InflightRuns.add
+    stack.enter_context(patch.object(InflightRuns, "is_late", lambda held, run: False))
+    stack.enter_context(patch.object(InflightRuns, "add", add))
+
+
+@ablation("a budget that is raised before a wait for it is stored ends that wait")
+def raised_before(stack: ExitStack, url: str) -> None:
+    stack.enter_context(patch.object(spending, "end_raised", lambda *args: False))

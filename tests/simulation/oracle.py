@@ -152,6 +152,7 @@ class Oracle:
         yield from self._states()
         yield from self._spends()
         yield from self._answers()
+        yield from self._request_keys()
         yield from self._orgs()
 
     def _inner_failures(self) -> Iterator[str]:
@@ -318,6 +319,15 @@ class Oracle:
             if line["who"] == "given" and stored.get(line["run"]) != line["answer"]:
                 kept = stored.get(line["run"])
                 yield f"run {line['run']} was given {line['answer']!r}, and {kept!r} is stored"
+        for run, answer in self.stage.answered.items():
+            if stored.get(run) != answer:
+                yield f"run {run} was answered {answer!r} first, and {stored.get(run)!r} is stored"
+
+    def _request_keys(self) -> Iterator[str]:
+        """A run that is asked for twice under one request key is one run."""
+        for _, action, made in self.stage.done:
+            if action.kind == "run now" and isinstance(made, set) and len(made) > 1:
+                yield f"{action.target} was asked for under one key, and {sorted(made)} were made"
 
     def _orgs(self) -> Iterator[str]:
         """A handler works for the org of its run only, with that org's token."""

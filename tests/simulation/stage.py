@@ -33,6 +33,8 @@ class Stage:
         # What a person did to whom; the oracle expects its effects.
         self.done: list[tuple[float, Action, object]] = []
         self.generations = 0
+        # By run the first answer that was accepted.
+        self.answered: dict[str, str] = {}
 
     async def do(self, work: Callable[..., Any], *args: Any, **keys: Any) -> Any:
         """A person's command; tried again while the database does not answer. None if it was refused."""
@@ -133,9 +135,11 @@ class Stage:
 
     async def _run_now(self, action: Action) -> object:
         key = f"key-{action.at:.3f}"
-        first = await self.do(runs.run_now, *self._named(action), actor="people", request_key=key)
-        again = await self.do(runs.run_now, *self._named(action), actor="people", request_key=key)
-        return first and first["id"], again and again["id"]
+        made = [
+            await self.do(runs.run_now, *self._named(action), actor="people", request_key=key)
+            for _ in range(2)
+        ]
+        return {run["id"] for run in made if run is not None}
 
     async def _cancel(self, action: Action) -> object:
         run = await self.do(newest_of, *self._named(action), False)
@@ -199,7 +203,11 @@ class Stage:
     async def _answer(self, action: Action) -> object:
         for run, name, occurrence in await self.do(open_waits) or ():
             for choice in ("yes", "no") if action.size > 0.5 else ("yes",):
-                await self.do(answers.answer, run, name, choice, occurrence=occurrence, actor="people")
+                given = await self.do(
+                    answers.answer, run, name, choice, occurrence=occurrence, actor="people"
+                )
+                if given is not None:
+                    self.answered.setdefault(run, choice)
         return None
 
     def _flag(self, action: Action) -> None:
