@@ -137,7 +137,7 @@ async def poll(ctx: Context[Any, Any]) -> list[int]:
 
 @job("acme.chatty", max_attempts=1)
 def chatty(ctx: BlockingContext[Any, Any]) -> None:
-    """Print `params["lines"]` lines, wait for the file `params["until"]`, log, and crash if `crash` is set."""
+    """Print `params["lines"]` lines, wait for the file `until`, log, and crash if `crash` is set."""
     for number in range(ctx.params["lines"]):
         print(f"line {number} {'.' * 80}")
     while "until" in ctx.params and not os.path.exists(ctx.params["until"]):

@@ -22,7 +22,7 @@ FULL = os.environ.get("FAULTS") == "full"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "simulated: the simulation shows it too, so only the full suite runs it")
+    config.addinivalue_line("markers", "simulated: the simulation shows it too; only for the full suite")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -64,7 +64,7 @@ class Dispatcher(Generic[T]):
     def start(self, runs: Iterable[AdmittedRun]) -> None:
         """Start the attempts of runs that were just admitted, in this order, once what they need is read.
 
-        A tenth goes before those that still queue here, if it became due later: see `RingWalk.admit`. One that
+        A tenth goes before those that still queue here, if it became due later: see `RingWalk.admit`. What
         was handed back meanwhile is not started: another process may have it.
         """
         held = self.inflight_runs

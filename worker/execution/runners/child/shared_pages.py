@@ -40,8 +40,9 @@ _SLICE = 2_000
 def share_pages() -> Iterator[None]:
     """Advance it to its end once everything is imported and rehearsed, when many forks are to be expected.
 
-    It takes a tenth of a second, and many times that on a busy machine, so it comes in slices: between them the
-    zygote must still freeze and kill. The caller ends by `os._exit`: the interpreter cannot free what it leaves.
+    It takes a tenth of a second, and many times that on a busy machine, so it comes in slices: between
+    them the zygote must still freeze and kill. The caller ends by `os._exit`: the interpreter cannot free
+    what it leaves.
     """
     gc.collect()
     gc.freeze()
