@@ -147,6 +147,7 @@ class Oracle:
         else:
             yield from self._acts_of_two_owners()
         yield from self._lost_without_cause()
+        yield from self._ends_lost()
         yield from self._instants()
         yield from self._payments()
         yield from self._states()
@@ -216,6 +217,16 @@ class Oracle:
             if attempt["outcome"] == "lost" and not caused:
                 which = f"attempt {attempt['attempt']} of {machine}"
                 yield f"run {attempt['run_id']}: {which} was lost without a cause"
+
+    def _ends_lost(self) -> Iterator[str]:
+        """A handler that acts once and returns is not called again by a worker that lives."""
+        acted = {(line["run"], line["attempt"]) for line in self.history.journal if line["who"] == "effect"}
+        handlers = {run["id"]: run["handler"] for run in self.rows["runs"]}
+        for attempt in self.rows["attempts"]:
+            run, number = attempt["run_id"], attempt["attempt"]
+            at_once = handlers.get(run) in ("sim.note", "sim.versioned", "sim.versioned_2")
+            if at_once and attempt["outcome"] == "handed_back" and (run, number) in acted:
+                yield f"run {run}: attempt {number} had done its work and was handed back"
 
     def _instants(self) -> Iterator[str]:
         """Each instant of a schedule came once, as a run or within a skip; without edits none is missing."""
