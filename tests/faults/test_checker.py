@@ -188,6 +188,22 @@ def test_a_recovery_is_counted_from_the_start_of_the_survivors_contact() -> None
     assert judge(replace(told, workers=survivor(-60))) != []
 
 
+def test_an_engine_may_give_a_run_to_one_host_that_hangs_after_another() -> None:
+    late = [attempt(1, 0, 3.9, "lost"), attempt(2, 20, 21, "succeeded")]
+    worker = {"id": "w3", "started_at": at(-60), "ended_at": None}
+    workers = [*(row | {"host_id": row["id"]} for row in history().workers), worker]
+    told = history(attempts=late, journal=[], checkpoints=[], workers=workers, runs=[run(pool="gpu")])
+    hung = Fault("partition", "worker", "w2", at(5), at(12))
+
+    for faults, placing, kept in (
+        ((hung,), 7, True),
+        ((hung,), 0, False),
+        ((), 7, False),
+    ):
+        placed = replace(told, faults=(*told.faults, *faults), placing={"gpu": timedelta(seconds=placing)})
+        assert any("started again" in words for words in judge(placed)) is not kept
+
+
 def test_what_a_worker_starts_for_a_host_while_it_dies_may_be_lost() -> None:
     late = [attempt(1, 1.8, 4.9, "lost"), attempt(2, 5, 6, "succeeded")]
     first, second = history().workers

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import struct
 import threading
+from datetime import UTC, datetime
 from typing import ClassVar
 
-from tests.faults.proxy import Verdict, Watch
+from tests.faults.proxy import Verdict
 
 
 class StatementWatch:
     """One connection's client, read message by message (PostgreSQL's protocol, version 3).
 
     A statement is of the kind with `mark` in its text, prepared or not. `left` is how
-    many more are to be found, over all connections.
+    many more are to be found, over all connections, and `found_at` when the others were.
     """
 
     mark: ClassVar[bytes]
     left: ClassVar[int]
     at_commit: ClassVar[bool]
+    found_at: ClassVar[list[datetime]]
 
     def __init__(self) -> None:
         self._data = b""
@@ -46,6 +48,8 @@ class StatementWatch:
     def _one_more(self) -> bool:
         found = type(self).left > 0
         type(self).left -= found
+        if found:
+            self.found_at.append(datetime.now(UTC))
         return found
 
     def _note(self, body: bytes) -> None:
@@ -71,18 +75,19 @@ class StatementWatch:
         return kind, body
 
 
-def cutter(mark: str, count: int) -> type[Watch]:
+def cutter(mark: str, count: int) -> type[StatementWatch]:
     """Loses `count` answers to the COMMIT of a transaction with such a statement."""
     return _watch(mark, count, at_commit=True)
 
 
-def holder(mark: str) -> type[Watch]:
+def holder(mark: str) -> type[StatementWatch]:
     """Holds the first such statement from now on until the proxy lets it go."""
     return _watch(mark, 1, at_commit=False)
 
 
-def _watch(mark: str, count: int, *, at_commit: bool) -> type[Watch]:
-    return type("Watching", (StatementWatch,), {"mark": mark.encode(), "left": count, "at_commit": at_commit})
+def _watch(mark: str, count: int, *, at_commit: bool) -> type[StatementWatch]:
+    keys = {"mark": mark.encode(), "left": count, "at_commit": at_commit, "found_at": []}
+    return type("Watching", (StatementWatch,), keys)
 
 
 def muter(mark: bytes) -> type[Muter]:
