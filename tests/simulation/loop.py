@@ -179,7 +179,7 @@ class SeededLoop(asyncio.BaseEventLoop):
         kind, size = self.choices.random(), self.choices.random()
         if kind < 0.9:
             return self.slowness * 0.003 * size
-        return self.slowness * (0.05 if kind < 0.985 else 0.6) * size
+        return self.slowness * (0.05 if kind < 0.985 else 1.2) * size
 
     def take_back(self, handles: list[asyncio.Handle]) -> None:
         """Let held callbacks run."""

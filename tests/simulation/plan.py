@@ -162,6 +162,7 @@ def _faults(chance: Random, on_file: bool, workers: int, hosts: int) -> tuple[Ac
             "drain",
         ),
         *("cut issuer", "lose answer", "lose answer", "slow", "clock", "drift", "wrong token"),
+        "late admission",
     ]
     if not on_file:
         kinds += ["cut database", "cut database", "outage", "outage"]
@@ -186,7 +187,7 @@ def _size(kind: str, chance: Random) -> float:
             return chance.choice((-3600.0, -30.0, -5.0, 5.0, 30.0, 90.0))
         case "drift":
             return chance.choice((-0.01, 0.01, 0.1))
-        case "cut issuer" | "slow":
+        case "cut issuer" | "slow" | "late admission":
             return chance.uniform(3, 25)
         case "wrong token":
             return chance.uniform(20, 60)

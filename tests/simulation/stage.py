@@ -281,6 +281,9 @@ class Stage:
     def _lose_answer(self, action: Action) -> None:
         self.world.net.armed.append((action.target, "db.done", lambda process: True))
 
+    def _late_admission(self, action: Action) -> None:
+        self.world.late_admissions[action.target] = action.size
+
     def _slow(self, action: Action) -> None:
         loop = self.world.loop
         loop.slowness = 20.0

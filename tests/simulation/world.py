@@ -34,6 +34,7 @@ from tests.simulation.loop import (
     SeededLoop,
     SimulatedProcess,
     SimulatedThreads,
+    Thread,
     outside,
     process_now,
     within,
@@ -61,7 +62,7 @@ from worker.wiring.process import Worker
 Dialect = Literal["sqlite", "postgresql"]
 
 ORGS = 5
-LEASE, RENEW, POLL = 24.0, 6.0, 8.0
+LEASE, RENEW, POLL = 24.0, 5.0, 8.0
 # How much rarer chores are than in the product: their work is the same, and its instants are not.
 RARER = 10
 # Seconds until systemd starts a worker again that ended.
@@ -291,6 +292,8 @@ class World:
             self.machines[name] = Machine(self, name, "host")
         self.watch: Any = None
         self.on_admission: Callable[[], None] = lambda: None
+        # By worker how many seconds the answer of its next admission takes.
+        self.late_admissions: dict[str, float] = {}
         self.emitted: list[tuple[float, str, str, dict[str, Any]]] = []
 
     def open_database(self, clock: Any) -> Database:
@@ -363,6 +366,10 @@ class World:
             with in_transaction(walk, *args) as connection:
                 yield connection
             self.on_admission()
+            process, thread = process_now(), Thread.current()
+            if process is not None and thread is not None and process.name in self.late_admissions:
+                loop.note(process, "the answer of an admission is late")
+                thread.park(self.late_admissions.pop(process.name))
 
         start_task, in_transaction = inline.start_task, RingWalk._transaction
         with ExitStack() as stack:
