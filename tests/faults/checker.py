@@ -193,9 +193,15 @@ def slow_recoveries(history: History) -> Iterator[str]:
             counted = max(since, earliest_contact(history, at), last_fault_of_control(history, at))
             placing = history.placing.get(pools.get(lost["run_id"], ""), timedelta(0))
             if placing:
-                # Each host that hangs may have been given the run by the engine.
-                ends = [fault.until for fault in history.faults if fault.worker in hosts and fault.until]
-                counted = max([counted, *(end for end in ends if end < at)])
+                # Each host that hangs may have been given the run by the engine, and one that still does again.
+                hung = [
+                    (fault.at, fault.until)
+                    for fault in history.faults
+                    if fault.worker in hosts and fault.until
+                ]
+                counted = max([counted, *(end for _, end in hung if end < at)])
+                if any(begun < at <= end for begun, end in hung):
+                    placing *= 3
             waits.append(("started again", at - history.lease - placing, counted))
         for what, at, since in waits:
             late = (at - since - history.poll).total_seconds()

@@ -198,6 +198,8 @@ def test_an_engine_may_give_a_run_to_one_host_that_hangs_after_another() -> None
     for faults, placing, kept in (
         ((hung,), 7, True),
         ((hung,), 0, False),
+        ((replace(hung, until=at(22)),), 7, True),
+        ((replace(hung, at=at(21), until=at(22)),), 7, False),
         ((), 7, False),
     ):
         placed = replace(told, faults=(*told.faults, *faults), placing={"gpu": timedelta(seconds=placing)})
