@@ -193,7 +193,7 @@ def slow_recoveries(history: History) -> Iterator[str]:
             counted = max(since, earliest_contact(history, at), last_fault_of_control(history, at))
             placing = history.placing.get(pools.get(lost["run_id"], ""), timedelta(0))
             if placing:
-                # Each host that hangs may have been given the run by the engine, and one that still does again.
+                # Each host that hangs may have been given the run, and one that still does more than once.
                 hung = [
                     (fault.at, fault.until)
                     for fault in history.faults
