@@ -127,6 +127,11 @@ class Oracle:
         )
         for row in self.history.checkpoints:
             row["data"] = _json(row["data"])  # type: ignore[index]
+        self.machines = {
+            fields["worker"]: process.partition("/")[0]
+            for _, process, name, fields in world.emitted
+            if name in ("worker.started", "host.started")
+        }
         # On SQLite the rows have the worker's wall clock, which a fault may have moved.
         self.wrong_clock = any(fault.kind in ("clock", "drift") for fault in stage.plan.faults)
 
@@ -201,31 +206,30 @@ class Oracle:
 
     def _lost_without_cause(self) -> Iterator[str]:
         """No run is taken from a worker or host that lived and reached those who grant its lease."""
-        machines = {
-            fields["worker"]: process.partition("/")[0]
-            for _, process, name, fields in self.world.emitted
-            if name in ("worker.started", "host.started")
-        }
         faults = [action for action in self.stage.plan.faults if action.kind in LOSING]
         # On SQLite a worker's clock ends the leases of its hosts.
         everywhere = any(action.kind == "slow" for action in faults) or (
             self.world.on_file and self.wrong_clock
         )
         for attempt in self.rows["attempts"]:
-            machine = machines.get(attempt["worker_id"], "?")
+            machine = self.machines.get(attempt["worker_id"], "?")
             caused = everywhere or any(action.target == machine for action in faults)
             if attempt["outcome"] == "lost" and not caused:
                 which = f"attempt {attempt['attempt']} of {machine}"
                 yield f"run {attempt['run_id']}: {which} was lost without a cause"
 
     def _ends_lost(self) -> Iterator[str]:
-        """A handler that acts once and returns is not called again by a worker that lives."""
+        """A handler that acts once and returns is not called again, unless a drain overtook its end."""
+        drained = {action.target for action in self.stage.plan.faults if action.kind == "drain"}
         acted = {(line["run"], line["attempt"]) for line in self.history.journal if line["who"] == "effect"}
         handlers = {run["id"]: run["handler"] for run in self.rows["runs"]}
         for attempt in self.rows["attempts"]:
             run, number = attempt["run_id"], attempt["attempt"]
             at_once = handlers.get(run) in ("sim.note", "sim.versioned", "sim.versioned_2")
-            if at_once and attempt["outcome"] == "handed_back" and (run, number) in acted:
+            handed_back = attempt["outcome"] == "handed_back"
+            if self.machines.get(attempt["worker_id"]) in drained:
+                continue
+            if at_once and handed_back and (run, number) in acted:
                 yield f"run {run}: attempt {number} had done its work and was handed back"
 
     def _instants(self) -> Iterator[str]:
