@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -78,6 +79,9 @@ def stopped(cluster: Cluster, worker: subprocess.Popen[bytes]) -> Iterator[None]
     """
     while True:
         with cluster.stopped(worker, "worker", cluster.processes(worker, "worker")[0]):
-            if len(cluster.query(BUSY)) == 1:
+            busy = len(cluster.query(BUSY))
+            assert busy, "the save was given up before the worker was stopped with nothing else under way"
+            if busy == 1:
                 yield
                 return
+        time.sleep(0.1)  # a renewal comes to its end, and the next one is later
