@@ -31,9 +31,9 @@ def cluster(cluster_at: MakeCluster, migrated_postgres_url: str, proxy: Proxy) -
 @pytest.mark.simulated
 @pytest.mark.parametrize("verb", MARKS)
 def test_the_lost_answer_to_a_commit_costs_no_run_and_doubles_none(
-    cluster: Cluster, proxy: Proxy, full: bool, verb: str
+    cluster: Cluster, proxy: Proxy, verb: str
 ) -> None:
-    count = 20 if full else 5
+    count = 20
     keys = {"misfire": "all", "overlap": "allow", "spread": "off"}
     cluster.start(cluster.define("org_acme", "note", "fault.note", "every 1s", **keys))
     worker = cluster.up()

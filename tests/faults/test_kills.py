@@ -13,8 +13,8 @@ SHORT = Amount({"worker": 3, "zygote": 2, "child": 3}, {"worker": 2, "zygote": 1
 
 @pytest.mark.simulated
 @pytest.mark.timeout(900)
-def test_several_workers_on_postgresql_lose_nothing(on_server: Cluster, full: bool) -> None:
-    cluster, amount = on_server, FULL if full else SHORT
+def test_several_workers_on_postgresql_lose_nothing(on_server: Cluster) -> None:
+    cluster, amount = on_server, FULL
     workers = [cluster.start_worker() for _ in range(3)]
     cluster.wait_for(lambda: all(map(cluster.offers, workers)), "three workers", 60.0)
     load(cluster)

@@ -207,13 +207,13 @@ class Oracle:
     def _lost_without_cause(self) -> Iterator[str]:
         """No run is taken from a worker or host that lived and reached those who grant its lease."""
         faults = [action for action in self.stage.plan.faults if action.kind in LOSING]
+        everywhere = any(action.kind == "slow" for action in faults)
         # On SQLite a worker's clock ends the leases of its hosts.
-        everywhere = any(action.kind == "slow" for action in faults) or (
-            self.world.on_file and self.wrong_clock
-        )
+        on_hosts = everywhere or (self.world.on_file and self.wrong_clock)
         for attempt in self.rows["attempts"]:
             machine = self.machines.get(attempt["worker_id"], "?")
-            caused = everywhere or any(action.target == machine for action in faults)
+            caused = on_hosts if machine.startswith("h") else everywhere
+            caused = caused or any(action.target == machine for action in faults)
             if attempt["outcome"] == "lost" and not caused:
                 which = f"attempt {attempt['attempt']} of {machine}"
                 yield f"run {attempt['run_id']}: {which} was lost without a cause"
