@@ -46,14 +46,18 @@ class Pipe:
 class ChildPort:
     """The port of a handler in a process of its own: its questions and the answers take their time."""
 
-    def __init__(self, loop: SeededLoop, services: RunServices, up: Pipe, down: Pipe) -> None:
+    def __init__(
+        self, loop: SeededLoop, services: RunServices, up: Pipe, down: Pipe, asks: Callable[[str], object]
+    ) -> None:
         self._loop = loop
+        self._asks = asks
         self._services = services
         self.up = up
         self._down = down
 
     async def ask(self, call: Call[A]) -> A:
         answer: asyncio.Future[A] = self._loop.create_future()
+        self._asks(type(call).__name__)
         self.up.send(self._take, call, answer)
         return await answer
 
@@ -95,9 +99,18 @@ class SimulatedChildren(ChildPool):
     """The zygote freezes all runs at the `freeze_at` that the worker has told it, as the real one does."""
 
     def __init__(
-        self, loop: SeededLoop, worker: SimulatedProcess, clock: Clock, *, freezing: bool, max_freeze: float
+        self,
+        loop: SeededLoop,
+        worker: SimulatedProcess,
+        clock: Clock,
+        *,
+        freezing: bool,
+        max_freeze: float,
+        asks: Callable[[str], object],
     ) -> None:
         self._loop = loop
+        # Called with the name of each call of a handler.
+        self._asks = asks
         self._worker = worker
         self._clock = clock
         self._freezing = freezing
@@ -133,7 +146,7 @@ class SimulatedChildren(ChildPool):
         if self._frozen_at is not None:
             child.freeze()
         up, down = Pipe(loop, self._worker), Pipe(loop, child)
-        port, cancelled = ChildPort(loop, services, up, down), Cancellation()
+        port, cancelled = ChildPort(loop, services, up, down, self._asks), Cancellation()
         attempt = _Attempt(work, services, stop, self._clock)
         running = self._running[number] = RunProcess(child, stop, loop.create_future())
         body = self._body(work, port, cancelled, attempt, running)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import itertools
 import os
 import select
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,8 @@ EPOCH = datetime(2030, 1, 1, tzinfo=UTC)
 LOOK = 0.5
 # How much later than an answer a notification may arrive.
 HINT = 0.5
+# Virtual seconds until the server ends a statement whose client has given it up.
+LEFT = 5.0
 # Real seconds: for an answer before the server is asked whether the session waits for a lock, and in all.
 ANSWER = 0.002
 ALL = 20.0
@@ -125,11 +128,18 @@ class Session:
         self.number = number
         self.connection = connection
         self.process = process
-        self.pid = connection.info.backend_pid
+        self.fileno: int = connection.fileno()
+        self.pid: int = connection.info.backend_pid
         self.idle_since: float | None = None
         # The thread whose statement waits for a lock.
         self.waits: Thread | None = None
         self.flags = 0
+        # The pids of those it waits for.
+        self.blockers: set[int] = set()
+
+    def signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
 
 class Listener:
@@ -159,6 +169,8 @@ class PostgresServer(Points):
         for statement in (PREPARE % self._time_file).split(";\n"):
             self._control.execute(statement.encode())
         self._sessions: dict[int, Session] = {}
+        # Those whose clients have gone while they waited for a lock.
+        self._left: list[Session] = []
         self._numbers = itertools.count(1)
         self.listeners: list[Listener] = []
         self._real_wait = waiting.wait
@@ -170,6 +182,7 @@ class PostgresServer(Points):
             patch.object(waiting, "wait", self._wait),
             patch.object(sessions, "time", clock),
             patch.object(sessions, "connect", self._connecting(sessions.connect)),
+            patch.object(sessions.DeadlineConnection, "close", self._closing(psycopg.Connection.close)),
             patch.object(sessions, "listen", self._listen),
             patch.object(product, "hint", self._hint),
             # A pipeline returns while the server still works at what it was sent.
@@ -177,6 +190,8 @@ class PostgresServer(Points):
             patch.object(psycopg.Pipeline, "is_supported", lambda: False),
         ):
             yield
+        for session in (*self._sessions.values(), *self._left):
+            session.signal(signal.SIGCONT)
         self._control.close()
         os.close(self._time)
         os.unlink(self._time_file)
@@ -187,14 +202,15 @@ class PostgresServer(Points):
             if session.process is process:
                 del self._sessions[number]
                 self._terminate(session)
-        self._look_at_locks()
 
     def _tell_time(self) -> None:
         os.pwrite(self._time, f"{int(self.loop.time() * 1_000_000):0{DIGITS}}".encode(), 0)
 
     def _terminate(self, session: Session) -> None:
+        session.signal(signal.SIGCONT)
         self._execute("SELECT pg_terminate_backend(%s, 5000)", session.pid)
         session.idle_since = None
+        self._look_at_locks(session)
 
     def _execute(self, statement: str, *values: object) -> Any:
         with patch.object(waiting, "wait", self._real_wait):
@@ -210,7 +226,8 @@ class PostgresServer(Points):
             with patch.object(waiting, "wait", self._real_wait):
                 connection = connect(arguments, deadline=deadline)
             if process is not None:
-                self._sessions[connection.fileno()] = Session(connection, process, next(self._numbers))
+                session = Session(connection, process, next(self._numbers))
+                self._sessions[session.fileno] = session
             return connection
 
         return connected
@@ -224,14 +241,30 @@ class PostgresServer(Points):
         deadline = self.loop.time() + session.connection.deadline
         idle = session.connection.pgconn.transaction_status == pq.TransactionStatus.IDLE
         if not self.sent(process, thread, deadline, first=idle):
+            self._close(session)
             raise sessions._DeadlinePassed
         result = self._carry_out(gen, fileno, session, thread)
         if not self.carried_out(process, thread, deadline):
+            self._close(session)
             if self.loop.time() >= deadline:
                 raise sessions._DeadlinePassed
-            session.connection.pgconn.finish()
             raise psycopg.OperationalError("server closed the connection unexpectedly")
         return result
+
+    def _closing(self, close: Callable[[Any], None]) -> Callable[[Any], None]:
+        def closed(connection: Any) -> None:
+            session = next((s for s in self._sessions.values() if s.connection is connection), None)
+            if session is not None:
+                self._close(session)
+            close(connection)
+
+        return closed
+
+    def _close(self, session: Session) -> None:
+        """Its client has closed it, and the server has noticed: its locks are free."""
+        self._sessions.pop(session.fileno, None)
+        session.connection.pgconn.finish()
+        self._terminate(session)
 
     def _carry_out(self, gen: Any, fileno: int, session: Session, thread: Thread) -> Any:
         self._tell_time()
@@ -248,17 +281,35 @@ class PostgresServer(Points):
                     raise Stuck(f"the server has not answered for {ALL:g} s")
                 if self._is_blocked(session):
                     self.loop.note(session.process, "waits for a lock")
+                    self._stand_still(session)
                     session.waits, session.flags = thread, wanted
                     thread.park(LOOK)
-                    session.waits = None
-                    # Its own deadline is compared when it is given nothing.
-                    if not _ready(fileno, wanted, 0):
+                    while session.waits is thread:
+                        # Its own deadline is compared when it is given nothing.
                         wanted = gen.send(waiting.READY_NONE)
+                        thread.park(LOOK)
         except StopIteration as end:
             result = end.value
+        except sessions._DeadlinePassed:
+            self._leave(session)
+            raise
         finally:
             self._carried_out(fileno, session)
         return result
+
+    def _leave(self, session: Session) -> None:
+        """Its client gives up a statement that waits for a lock. The server notices when it has ended."""
+        del self._sessions[session.fileno]
+        session.waits = None
+        session.connection.pgconn.finish()
+        self._left.append(session)
+        self.loop.call_later(LEFT, self._end_left, session, context=outside())
+
+    def _end_left(self, session: Session) -> None:
+        """As `statement_timeout`, in virtual time."""
+        if session in self._left:
+            self._left.remove(session)
+            self._terminate(session)
 
     def _carried_out(self, fileno: int, session: Session) -> None:
         pgconn = session.connection.pgconn
@@ -271,29 +322,69 @@ class PostgresServer(Points):
         else:
             self.on_commit()
         # What ended may have held a lock.
-        self._look_at_locks()
+        self._look_at_locks(session)
 
     def _end_idle(self, session: Session, since: float) -> None:
         """As `idle_in_transaction_session_timeout`, in virtual time."""
         if session.idle_since == since and session.process.alive:
             self.loop.note(session.process, "its idle session is ended")
             self._terminate(session)
-            self._look_at_locks()
 
     def _is_blocked(self, session: Session) -> bool:
-        [blocking] = self._execute("SELECT cardinality(pg_blocking_pids(%s))", session.pid)
-        return bool(blocking)
+        [pids] = self._execute("SELECT pg_blocking_pids(%s)", session.pid)
+        session.blockers = set(pids)
+        return bool(pids)
 
-    def _look_at_locks(self) -> None:
-        """Let the threads go on whose statements got their locks."""
-        for number, session in list(self._sessions.items()):
-            if session.waits is None:
-                continue
-            while not (ready := _ready(number, session.flags, 0)) and not self._is_blocked(session):
-                _ready(number, session.flags, ANSWER)
-            if ready:
+    def _look_at_locks(self, released: Session) -> None:
+        """A session has ended its transaction: let those go on that got their locks.
+
+        A statement that waits stands still, also when its lock is free: the server would let those that are
+        woken at once race. Here one after another goes on, until it has ended or waits again.
+        """
+        waiting = [session for session in self._sessions.values() if session.waits is not None]
+        rest = [*waiting, *self._left]
+        if len(rest) > 1:
+            self.loop.choices.shuffle(rest)
+        free = {released.pid}
+        while ended := [session for session in rest if free & session.blockers and self._has_ended(session)]:
+            rest = [session for session in rest if session not in ended]
+            free = {session.pid for session in ended}
+        self._left = [session for session in self._left if session in rest]
+        for session in waiting:
+            if session not in rest and session.waits is not None:
                 session.waits.wake()
                 session.waits = None
+
+    def _has_ended(self, session: Session) -> bool:
+        """Whether a statement that waited for a lock has ended; if not, it waits for one again."""
+        session.signal(signal.SIGCONT)
+        while not (ended := self._is_over(session)):
+            if self._is_blocked(session):
+                self._stand_still(session)
+                break
+            select.select([], [], [], ANSWER)
+        return ended
+
+    def _is_over(self, session: Session) -> bool:
+        if session in self._left:
+            [alive] = self._execute("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", session.pid)
+            return not alive
+        return bool(_ready(session.fileno, session.flags, 0))
+
+    def _stand_still(self, session: Session) -> None:
+        """It waits for a lock, until it is told to look whether it has got it."""
+        session.signal(signal.SIGSTOP)
+        waits_for = {
+            other.pid: other.blockers
+            for other in (*self._sessions.values(), *self._left)
+            if other is session or other.waits is not None or other in self._left
+        }
+        reached, more = set[int](), set(waits_for[session.pid])
+        while more:
+            reached |= more
+            more = {pid for one in more for pid in waits_for.get(one, ())} - reached
+        if session.pid in reached:
+            self.loop.failures.append(f"a deadlock: {session.process} waits for itself")
 
     async def _listen(self, arguments: Any, clock: Any, on_hint: Callable[[], None]) -> None:
         process = process_now()

@@ -21,7 +21,7 @@ from tests.faults.cluster import instants
 from tests.simulation import jobs
 from tests.simulation.database import EPOCH
 from tests.simulation.stage import Stage
-from tests.simulation.world import LEASE, POLL, World
+from tests.simulation.world import LEASE, POLL, RENEW, World
 
 Row = Mapping[str, Any]
 
@@ -39,13 +39,10 @@ NAMED = """
 SELECT {columns} FROM {table} t JOIN definitions d ON d.id = t.definition_id JOIN orgs o ON o.id = d.org_id
 """
 
-# The faults after which a lease may expire, or the processes of runs are gone.
-LOSING = frozenset(
-    {
-        *("kill", "kill at", "freeze", "freeze at", "kill zygote", "drain", "cut database", "slow"),
-        *("kill host", "freeze host", "cut host"),
-    }
-)
+# Seconds for which a machine has to stand still before its lease may expire, with what its answers take.
+STILL = LEASE - 2 * RENEW
+# Seconds after that in which it may get a run that is taken from it again.
+NOT_NOTICED = RENEW + 3.0
 
 
 class Watch:
@@ -206,17 +203,31 @@ class Oracle:
 
     def _lost_without_cause(self) -> Iterator[str]:
         """No run is taken from a worker or host that lived and reached those who grant its lease."""
-        faults = [action for action in self.stage.plan.faults if action.kind in LOSING]
-        everywhere = any(action.kind == "slow" for action in faults)
-        # On SQLite a worker's clock ends the leases of its hosts.
-        on_hosts = everywhere or (self.world.on_file and self.wrong_clock)
+        if self.world.on_file and self.wrong_clock:
+            return  # the rows have the times of that clock, which ends the leases of hosts, too
         for attempt in self.rows["attempts"]:
             machine = self.machines.get(attempt["worker_id"], "?")
-            caused = on_hosts if machine.startswith("h") else everywhere
-            caused = caused or any(action.target == machine for action in faults)
-            if attempt["outcome"] == "lost" and not caused:
+            if attempt["outcome"] == "lost" and not self._may_lose(machine, attempt):
                 which = f"attempt {attempt['attempt']} of {machine}"
                 yield f"run {attempt['run_id']}: {which} was lost without a cause"
+
+    def _may_lose(self, machine: str, attempt: Row) -> bool:
+        """Whether it was killed or stood still, or was cut off for long enough, while it had the attempt."""
+        began, ended = (
+            (attempt[name] - EPOCH).total_seconds() - (NOT_NOTICED if name == "started_at" else 0.0)
+            for name in ("started_at", "ended_at")
+        )
+        struck = [
+            each for each in self.world.struck if each.machine in (machine, "*") and each.since <= ended
+        ]
+        still = 0.0
+        for each in sorted(struck, key=lambda each: each.since):
+            if each.until is None:
+                if each.since >= began:
+                    return True
+            elif each.until >= began:
+                still += each.until - each.since
+        return still >= STILL
 
     def _ends_lost(self) -> Iterator[str]:
         """A handler that acts once and returns is not called again, unless a drain overtook its end."""

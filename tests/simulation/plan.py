@@ -26,6 +26,14 @@ max_recoveries = 100
 retry_backoff = "1s"
 retry_backoff_max = "4s"
 """
+# Where a process is struck: as it sends a call or as the answer arrives, any call or that of a handler.
+POINTS = ("sent", "done", "Save", "Save", "StoreStep", "CountSpend", "OpenWait")
+# How long something stands still, in leases.
+LENGTHS = (0.2, 0.5, 0.9, 1.1, 1.5, 2.5)
+# How often a person who raises a budget does so, each second, and by how much.
+RAISES = 12
+# Runs that spend of a budget as it is raised for the last time.
+LATE_SPENDERS = 3
 ALL = 'overlap = "allow"\nmisfire = "all"\n'
 
 
@@ -104,7 +112,7 @@ def plan_of(seed: int, dialect: str) -> Plan:
 def _entries(chance: Random, hosts: int) -> tuple[Entry, ...]:
     misfire = chance.choice(("once", "skip", "all"))
     entries = [
-        Entry(0, "note", "sim.note", chance.choice((9, 11))),
+        Entry(0, "note", "sim.note", chance.choice((7, 8))),
         Entry(0, "saves", "sim.saves", chance.choice((30, 40)), params={"steps": chance.randint(3, 9)}),
         Entry(1, "pays", "sim.pays", chance.choice((40, 50)), params={"steps": chance.randint(2, 3)}),
         Entry(2, "counts", "sim.counts", chance.choice((25, 35)),
@@ -116,6 +124,7 @@ def _entries(chance: Random, hosts: int) -> tuple[Entry, ...]:
               keys='overlap = "queue_one"\nmisfire = "once"\n'
               f'variants = [{{ flag = "{jobs.FLAG}", equals = true, handler = "sim.versioned_2" }}]\n'),
         Entry(4, "acts", "sim.acts", chance.choice((18, 22)), params={"seconds": chance.randint(15, 30)}),
+        Entry(2, "long", "sim.acts", 45, params={"seconds": chance.randint(60, 75)}),
         Entry(4, "cron", "sim.note", 60, schedule="* * * * *"),
         Entry(1, "limited", "sim.acts", 25, params={"seconds": 14},
               keys=f"{ALL}max_concurrent = 1\n"),
@@ -156,33 +165,34 @@ def _faults(chance: Random, on_file: bool, workers: int, hosts: int) -> tuple[Ac
             "kill at",
             "freeze",
             "freeze at",
+            "freeze at",
             "kill run",
             "kill run",
             "kill zygote",
             "drain",
         ),
         *("cut issuer", "lose answer", "lose answer", "slow", "clock", "drift", "wrong token"),
-        "late admission",
+        *("late admission", "lose admission"),
     ]
     if not on_file:
         kinds += ["cut database", "cut database", "outage", "outage"]
     if hosts:
-        kinds += ["kill host", "freeze host", "cut host", "cut host", "lose host answer"]
+        kinds += ["kill host", "freeze host", "freeze host at", "cut host", "cut host", "lose host answer"]
     found = []
     for _ in range(chance.randint(4, 12)):
         kind, at = chance.choice(kinds), chance.uniform(15, LAST_FAULT)
-        target = chance.choice(of_hosts if kind.endswith("host") or kind.startswith("lose host") else who)
-        where = chance.choice(("db.sent", "db.done"))
-        found.append(
-            Action(at, kind, target, _size(kind, chance), where if kind.endswith((" at", "answer")) else "")
-        )
+        target = chance.choice(of_hosts if "host" in kind else who)
+        where = chance.choice(POINTS) if kind.endswith(" at") else ""
+        found.append(Action(at, kind, target, _size(kind, chance), where))
     return tuple(sorted(found, key=lambda fault: fault.at))
 
 
 def _size(kind: str, chance: Random) -> float:
     match kind:
-        case "freeze" | "freeze at" | "freeze host" | "cut database" | "cut host" | "outage":
-            return chance.choice((0.2, 0.5, 0.9, 1.1, 1.5, 2.5)) * LEASE
+        case (
+            "freeze" | "freeze at" | "freeze host" | "freeze host at" | "cut database" | "cut host" | "outage"
+        ):
+            return chance.choice(LENGTHS) * LEASE
         case "clock":
             return chance.choice((-3600.0, -30.0, -5.0, 5.0, 30.0, 90.0))
         case "drift":

@@ -12,8 +12,8 @@ from sqlalchemy import text
 from tests.simulation import jobs
 from tests.simulation.database import EPOCH
 from tests.simulation.loop import SimulatedProcess, outside
-from tests.simulation.plan import BUDGET, END, LIMIT, LIVENESS, Action, Entry, Plan
-from tests.simulation.world import ORGS, World, app_of
+from tests.simulation.plan import BUDGET, END, LATE_SPENDERS, LIMIT, LIVENESS, RAISES, Action, Entry, Plan
+from tests.simulation.world import LEASE, ORGS, Struck, World, app_of
 from worker.definitions.file import parse_file
 from worker.errors import StoreUnavailable, WorkerError
 from worker.operations import answers, apply, backfill, budgets, credentials, definitions, orgs, runs
@@ -101,7 +101,11 @@ class Stage:
             await self.do(orgs.set_org_state, f"org_{number}", "active", actor="people")
         for entry in self.plan.entries:
             await self.do(definitions.resume_definition, f"org_{entry.org}", entry.name, actor="people")
-        await self.do(budgets.raise_budget, "org_1", "calls", by=100_000, per="day", actor="people")
+        # Runs that want to spend as the budget is raised for good.
+        for _ in range(LATE_SPENDERS):
+            await self.do(runs.run_now, "org_1", "pays", actor="people")
+        await asyncio.sleep(2 * world.loop.choices.random())
+        await self._raise_by(100_000)
 
     # what people do
 
@@ -196,9 +200,13 @@ class Stage:
         )
 
     async def _raise(self, action: Action) -> object:
-        return await self.do(
-            budgets.raise_budget, "org_1", "calls", by=int(action.size * 3), per="day", actor="people"
-        )
+        for _ in range(RAISES):
+            await self._raise_by(int(action.size / 4) + 1)
+            await asyncio.sleep(1.0)
+        return None
+
+    async def _raise_by(self, amount: int) -> None:
+        await self.do(budgets.raise_budget, "org_1", "calls", by=amount, per="day", actor="people")
 
     async def _answer(self, action: Action) -> object:
         for run, name, occurrence in await self.do(open_waits) or ():
@@ -235,32 +243,45 @@ class Stage:
     def _machine(self, action: Action) -> Any:
         return self.world.machines[action.target]
 
+    def _at(self, action: Action, strike: Callable[[Action], object]) -> None:
+        """Strike at a point; at a call of a handler this is when the machine next sends something."""
+        armed, network = self.world.net.armed, "http" if action.target.startswith("h") else "db"
+
+        def struck(process: SimulatedProcess) -> bool:
+            strike(action)
+            return False
+
+        def called(process: SimulatedProcess) -> bool:
+            armed.append((action.target, f"{network}.sent", struck))
+            return False
+
+        if action.where in ("sent", "done"):
+            armed.append((action.target, f"{network}.{action.where}", struck))
+        else:
+            armed.append((action.target, action.where, called))
+
+    def _took(self, action: Action, *, target: str = "", lasting: float | None = None) -> None:
+        """It may have taken runs from a machine: at once, or by standing still for so long."""
+        now = self.world.loop.time()
+        until = None if lasting is None else now + lasting
+        self.world.struck.append(Struck(target or action.target, now, until))
+
     def _kill(self, action: Action) -> None:
+        self._took(action)
         self._machine(action).kill()
 
     def _kill_at(self, action: Action) -> None:
-        machine = self._machine(action)
-
-        def strike(process: SimulatedProcess) -> bool:
-            machine.kill()
-            return False
-
-        self.world.net.armed.append((action.target, action.where, strike))
+        self._at(action, self._kill)
 
     def _freeze(self, action: Action) -> None:
-        self._stop_for(self._machine(action).process, action.size)
+        process = self._machine(action).process
+        if process is not None and process.alive and not process.frozen:
+            self._took(action, lasting=action.size)
+            process.freeze()
+            self.world.loop.call_later(action.size, process.thaw, context=outside())
 
     def _freeze_at(self, action: Action) -> None:
-        def strike(process: SimulatedProcess) -> bool:
-            self._stop_for(self._machine(action).process, action.size)
-            return False
-
-        self.world.net.armed.append((action.target, action.where, strike))
-
-    def _stop_for(self, process: SimulatedProcess | None, seconds: float) -> None:
-        if process is not None and process.alive and not process.frozen:
-            process.freeze()
-            self.world.loop.call_later(seconds, process.thaw, context=outside())
+        self._at(action, self._freeze)
 
     def _kill_run(self, action: Action) -> None:
         machine = self._machine(action)
@@ -270,9 +291,11 @@ class Stage:
     def _kill_zygote(self, action: Action) -> None:
         machine = self._machine(action)
         if machine.up and machine.children is not None:
+            self._took(action)
             machine.children.kill_zygote()
 
     def _drain(self, action: Action) -> None:
+        self._took(action)
         self._machine(action).stop()
 
     def _cut_issuer(self, action: Action) -> None:
@@ -284,7 +307,12 @@ class Stage:
     def _late_admission(self, action: Action) -> None:
         self.world.late_admissions[action.target] = action.size
 
+    def _lose_admission(self, action: Action) -> None:
+        self.world.late_admissions[action.target] = float("inf")
+
     def _slow(self, action: Action) -> None:
+        # The slowest answer is under way for 24 s then.
+        self._took(action, target="*", lasting=action.size + LEASE)
         loop = self.world.loop
         loop.slowness = 20.0
         loop.call_later(action.size, setattr, loop, "slowness", 1.0, context=outside())
@@ -302,6 +330,7 @@ class Stage:
         self.world.loop.call_later(action.size, app.replace.clear, context=outside())
 
     def _cut_database(self, action: Action) -> None:
+        self._took(action, lasting=action.size)
         self.world.net.part(action.target, "database", action.size)
 
     def _outage(self, action: Action) -> None:
@@ -311,7 +340,10 @@ class Stage:
 
     _freeze_host = _freeze
 
+    _freeze_host_at = _freeze_at
+
     def _cut_host(self, action: Action) -> None:
+        self._took(action, lasting=action.size)
         for worker in self.world.workers:
             self.world.net.part(action.target, worker, action.size)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from sqlalchemy.engine import make_url
 
@@ -24,6 +26,11 @@ from worker.tokens.sealing import KeyRing
 
 HOSTS = ("h1", "h2")
 POOL = "private"
+# No time of a session is real. A deadlock is found by the simulation.
+SESSION = (
+    *("-c idle_in_transaction_session_timeout=0", "-c statement_timeout=0", "-c lock_timeout=0"),
+    "-c deadlock_timeout=1h",
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Template:
         self.server.execute(f'CREATE DATABASE "{name}" TEMPLATE "{make_url(self.url).database}"')
         self.server.execute(f'ALTER DATABASE "{name}" SET search_path = {SEARCH_PATH}')
         try:
-            yield self.server.url(name)
+            yield f"{self.server.url(name)}?options={quote(' '.join(SESSION))}"
         finally:
             self.server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
@@ -67,7 +74,8 @@ def made(folder: Path, dialect: Dialect) -> Iterator[Template]:
         server.execute('CREATE DATABASE "simulated"')
         yield _filled(folder, dialect, server.url("simulated"), server)
     finally:
-        server.stop()
+        # A session of a simulation that was killed may stand still.
+        server.stop(signal.SIGQUIT)
 
 
 def _filled(folder: Path, dialect: Dialect, url: str, server: Server | None) -> Template:

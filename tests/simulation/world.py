@@ -41,7 +41,7 @@ from tests.simulation.loop import (
 )
 from tests.simulation.network import HostControls, Net, ToIssuer
 from worker import ids
-from worker.errors import WorkerError
+from worker.errors import StoreUnavailable, WorkerError
 from worker.execution import incarnation
 from worker.execution.incarnation import FAREWELL, ProcessTools, run_incarnations
 from worker.execution.runners import inline
@@ -64,10 +64,12 @@ Dialect = Literal["sqlite", "postgresql"]
 ORGS = 5
 LEASE, RENEW, POLL = 24.0, 5.0, 8.0
 # How much rarer chores are than in the product: their work is the same, and its instants are not.
-RARER = 10
+RARER = 20
 # Seconds until systemd starts a worker again that ended.
 AGAIN = 1.0
 IDLE = 5.0
+# Seconds after which an answer that is lost is not waited for any more.
+LOST = 30.0
 
 
 @dataclass
@@ -94,6 +96,15 @@ class MachineClock:
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
+
+
+@dataclass(frozen=True)
+class Struck:
+    """A fault that takes the runs of a machine if it lasts: None if it took them at once."""
+
+    machine: str
+    since: float
+    until: float | None
 
 
 class Health:
@@ -191,6 +202,7 @@ class Machine:
             clock,
             freezing=freezing,
             max_freeze=world.settings.execution.max_freeze.total_seconds(),
+            asks=partial(world.net.reached, process),
         )
         self.tools = ProcessTools(
             self.kind,
@@ -292,8 +304,10 @@ class World:
             self.machines[name] = Machine(self, name, "host")
         self.watch: Any = None
         self.on_admission: Callable[[], None] = lambda: None
-        # By worker how many seconds the answer of its next admission takes.
+        # By worker how many seconds the answer of its next admission takes; without end if it is lost.
         self.late_admissions: dict[str, float] = {}
+        # What befell a machine, or "*" all of them: since when and, if it stood still, until when.
+        self.struck: list[Struck] = []
         self.emitted: list[tuple[float, str, str, dict[str, Any]]] = []
 
     def open_database(self, clock: Any) -> Database:
@@ -367,9 +381,12 @@ class World:
                 yield connection
             self.on_admission()
             process, thread = process_now(), Thread.current()
-            if process is not None and thread is not None and process.name in self.late_admissions:
-                loop.note(process, "the answer of an admission is late")
-                thread.park(self.late_admissions.pop(process.name))
+            late = self.late_admissions.pop(process.name, 0.0) if process is not None else 0.0
+            if late and thread is not None:
+                loop.note(process, "the answer of an admission is late, or lost")
+                thread.park(min(late, LOST))
+                if late > LOST:
+                    raise StoreUnavailable("the answer of an admission is lost")
 
         start_task, in_transaction = inline.start_task, RingWalk._transaction
         with ExitStack() as stack:
