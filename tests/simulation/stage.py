@@ -13,7 +13,7 @@ from tests.simulation import jobs
 from tests.simulation.database import EPOCH
 from tests.simulation.loop import SimulatedProcess, outside
 from tests.simulation.plan import BUDGET, END, LATE_SPENDERS, LIMIT, LIVENESS, RAISES, Action, Entry, Plan
-from tests.simulation.world import LEASE, ORGS, Struck, World, app_of
+from tests.simulation.world import LEASE, LOST, ORGS, POLL, Struck, World, app_of
 from worker.definitions.file import parse_file
 from worker.errors import StoreUnavailable, WorkerError
 from worker.operations import answers, apply, backfill, budgets, credentials, definitions, orgs, runs
@@ -305,10 +305,15 @@ class Stage:
         self.world.net.armed.append((action.target, "db.done", lambda process: True))
 
     def _late_admission(self, action: Action) -> None:
-        self.world.late_admissions[action.target] = action.size
+        self._late(action, action.size)
 
     def _lose_admission(self, action: Action) -> None:
-        self.world.late_admissions[action.target] = float("inf")
+        self._late(action, float("inf"))
+
+    def _late(self, action: Action, seconds: float) -> None:
+        self.world.late_admissions[action.target] = seconds
+        if self.world.on_file:  # its one thread for transactions waits so long
+            self._took(action, lasting=POLL + (LOST if seconds == float("inf") else seconds))
 
     def _slow(self, action: Action) -> None:
         # The slowest answer is under way for 24 s then.

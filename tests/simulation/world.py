@@ -69,7 +69,7 @@ RARER = 20
 AGAIN = 1.0
 IDLE = 5.0
 # Seconds after which an answer that is lost is not waited for any more.
-LOST = 30.0
+LOST = 10.0
 
 
 @dataclass
@@ -384,8 +384,8 @@ class World:
             late = self.late_admissions.pop(process.name, 0.0) if process is not None else 0.0
             if late and thread is not None:
                 loop.note(process, "the answer of an admission is late, or lost")
-                thread.park(min(late, LOST))
-                if late > LOST:
+                thread.park(LOST if late == float("inf") else late)
+                if late == float("inf"):
                     raise StoreUnavailable("the answer of an admission is lost")
 
         start_task, in_transaction = inline.start_task, RingWalk._transaction
