@@ -226,6 +226,7 @@ class PostgresServer(Points):
             with patch.object(waiting, "wait", self._real_wait):
                 connection = connect(arguments, deadline=deadline)
             if process is not None:
+                connection.prepare_threshold = 0
                 session = Session(connection, process, next(self._numbers))
                 self._sessions[session.fileno] = session
             return connection

@@ -256,6 +256,8 @@ class Oracle:
             if entry.schedule:
                 continue
             period = timedelta(seconds=entry.period)
+            # While a definition or its org is paused nothing is due.
+            rests = rested & {f"{entry.org}/{name}", str(entry.org)}
             found: list[datetime] = [
                 run["scheduled_for"]
                 for run in self.rows["runs"]
@@ -263,17 +265,17 @@ class Oracle:
             ]
             for skip in self.skips:
                 if (skip["org"], skip["definition"]) == (org, name):
-                    span = [skip["skipped_from"] + n * period for n in range(skip["count"])]
-                    if span[-1] != skip["skipped_until"]:
-                        until = skip["skipped_until"]
-                        yield f"{org} {name}: a skip of {skip['count']} from {span[0]} ends at {until}"
-                    found += span
+                    since, until = skip["skipped_from"], skip["skipped_until"]
+                    span = [since + n * period for n in range((until - since) // period + 1)]
+                    if skip["count"] == len(span):
+                        found += span
+                    elif not rests or skip["count"] > len(span):
+                        yield f"{org} {name}: a skip of {skip['count']} from {since} ends at {until}"
             counted = Counter(found)
             for instant, times in counted.items():
                 if times > 1:
                     yield f"{org} {name}: {instant} came {times} times"
-            # While a definition or its org is paused nothing is due.
-            if len(counted) > 1 and not rested & {f"{entry.org}/{name}", str(entry.org)}:
+            if len(counted) > 1 and not rests:
                 expected = int((max(counted) - min(counted)) / period) + 1
                 if len(counted) != expected:
                     yield f"{org} {name}: {expected - len(counted)} of {expected} instants are missing"

@@ -26,10 +26,10 @@ from worker.tokens.sealing import KeyRing
 
 HOSTS = ("h1", "h2")
 POOL = "private"
-# No time of a session is real. A deadlock is found by the simulation.
+# No time of a session is real, and a deadlock is found by the simulation. A statement is planned once.
 SESSION = (
     *("-c idle_in_transaction_session_timeout=0", "-c statement_timeout=0", "-c lock_timeout=0"),
-    "-c deadlock_timeout=1h",
+    *("-c deadlock_timeout=1h", "-c plan_cache_mode=force_generic_plan"),
 )
 
 
