@@ -64,7 +64,7 @@ async def acts(ctx: Context[Any, Any]) -> None:
 
 @job("sim.saves")
 async def saves(ctx: Context[Any, Any]) -> None:
-    """Save one number after another, from where the last attempt was."""
+    """Save one number after another, from where the last attempt was; then rest and fail, if asked."""
     first = (ctx.checkpoint or {"step": 0})["step"]
     write(ctx, "start", first=first)
     for step in range(first + 1, ctx.params["steps"] + 1):
@@ -74,6 +74,9 @@ async def saves(ctx: Context[Any, Any]) -> None:
         await asyncio.sleep(ctx.params.get("pause", 0.3))
         if ctx.cancelled.is_set() and ctx.cancelled.reason == "drain":
             return HandBack()  # type: ignore[return-value]
+    if first == 0 and "rest" in ctx.params:
+        await asyncio.sleep(ctx.params["rest"])
+        raise ConnectionError("flaky")
 
 
 @job("sim.pays")

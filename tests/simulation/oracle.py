@@ -166,6 +166,8 @@ class Oracle:
     def _unfinished(self) -> Iterator[str]:
         for run in self.rows["live_runs"]:
             yield f"run {run['id']} is left {run['state']} ({run['reason']}, {run['detail']})"
+        for machine in self.stage.forgotten:
+            yield f"{machine} lives and has no lease, so it gets no runs"
 
     def _wrong_ends(self) -> Iterator[str]:
         """A run ends as its handler says, unless somebody or a fault that may do so ended it."""

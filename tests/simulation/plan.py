@@ -27,7 +27,7 @@ retry_backoff = "1s"
 retry_backoff_max = "4s"
 """
 # Where a process is struck: as it sends a call or as the answer arrives, any call or that of a handler.
-POINTS = ("sent", "done", "Save", "Save", "StoreStep", "CountSpend", "OpenWait")
+POINTS = ("sent", "done", "Save", "Save", "StoreStep", "StoreStep", "CountSpend", "OpenWait")
 # How long something stands still, in leases.
 LENGTHS = (0.2, 0.5, 0.9, 1.1, 1.5, 2.5)
 # How often a person who raises a budget does so, each second, and by how much.
@@ -132,7 +132,7 @@ def _entries(chance: Random, hosts: int) -> tuple[Entry, ...]:
     ]  # fmt: skip
     if hosts:
         entries += [
-            Entry(1, "hosted", "sim.saves", 25, params={"steps": 4}, pool="private"),
+            Entry(1, "hosted", "sim.saves", 25, params={"steps": 4, "rest": 20}, pool="private"),
             Entry(2, "hosted-pays", "sim.pays", 35, params={"steps": 2}, pool="private"),
             Entry(4, "hosted-acts", "sim.acts", 28, params={"seconds": 4}, pool="private"),
         ]
@@ -178,6 +178,7 @@ def _faults(chance: Random, on_file: bool, workers: int, hosts: int) -> tuple[Ac
         kinds += ["cut database", "cut database", "outage", "outage"]
     if hosts:
         kinds += ["kill host", "freeze host", "freeze host at", "cut host", "cut host", "lose host answer"]
+        kinds += ["freeze worker of host at"] * 2
     found = []
     for _ in range(chance.randint(4, 12)):
         kind, at = chance.choice(kinds), chance.uniform(15, LAST_FAULT)
@@ -189,10 +190,10 @@ def _faults(chance: Random, on_file: bool, workers: int, hosts: int) -> tuple[Ac
 
 def _size(kind: str, chance: Random) -> float:
     match kind:
-        case (
-            "freeze" | "freeze at" | "freeze host" | "freeze host at" | "cut database" | "cut host" | "outage"
-        ):
+        case "freeze" | "freeze host" | "cut database" | "cut host" | "outage":
             return chance.choice(LENGTHS) * LEASE
+        case "freeze at" | "freeze host at" | "freeze worker of host at":
+            return chance.choice(LENGTHS[2:]) * LEASE
         case "clock":
             return chance.choice((-3600.0, -30.0, -5.0, 5.0, 30.0, 90.0))
         case "drift":

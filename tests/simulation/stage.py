@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -35,6 +36,8 @@ class Stage:
         self.generations = 0
         # By run the first answer that was accepted.
         self.answered: dict[str, str] = {}
+        # Machines that lived at the end without a lease.
+        self.forgotten: list[str] = []
 
     async def do(self, work: Callable[..., Any], *args: Any, **keys: Any) -> Any:
         """A person's command; tried again while the database does not answer. None if it was refused."""
@@ -87,8 +90,19 @@ class Stage:
             number += 1
             if number % 3 == 0:
                 await self._answer(Action(self.world.loop.time(), "answer"))
-            if await self.do(unfinished) == 0:
+            if await self.do(unfinished) == 0 and not await self._without_lease():
                 return
+
+    async def _without_lease(self) -> list[str]:
+        """Workers and hosts that live and have no lease, so that they get no runs."""
+        started: dict[str, str] = {}
+        for _, process, name, fields in self.world.emitted:
+            if name in ("worker.started", "host.started"):
+                started[process.partition("/")[0]] = fields["worker"]
+        leased = await self.do(with_lease)
+        living = [name for name, machine in self.world.machines.items() if machine.up]
+        self.forgotten = [name for name in living if started.get(name) not in leased]
+        return self.forgotten
 
     async def _heal(self) -> None:
         world = self.world
@@ -243,20 +257,24 @@ class Stage:
     def _machine(self, action: Action) -> Any:
         return self.world.machines[action.target]
 
-    def _at(self, action: Action, strike: Callable[[Action], object]) -> None:
-        """Strike at a point; at a call of a handler this is when the machine next sends something."""
+    def _at(self, action: Action, strike: Callable[[Action], object], *, worker: bool = False) -> None:
+        """Strike at a point; at a call of a handler this is when the machine next sends something.
+
+        With `worker` it is the worker that sends something to the database next, in place of the host.
+        """
         armed, network = self.world.net.armed, "http" if action.target.startswith("h") else "db"
+        who, sent = ("*", "db.sent") if worker else (action.target, f"{network}.sent")
 
         def struck(process: SimulatedProcess) -> bool:
-            strike(action)
+            strike(replace(action, target=process.name.partition("/")[0]))
             return False
 
         def called(process: SimulatedProcess) -> bool:
-            armed.append((action.target, f"{network}.sent", struck))
+            armed.append((who, sent, struck))
             return False
 
         if action.where in ("sent", "done"):
-            armed.append((action.target, f"{network}.{action.where}", struck))
+            armed.append((who, sent.replace("sent", action.where), struck))
         else:
             armed.append((action.target, action.where, called))
 
@@ -274,7 +292,8 @@ class Stage:
         self._at(action, self._kill)
 
     def _freeze(self, action: Action) -> None:
-        process = self._machine(action).process
+        machine = self.world.machines.get(action.target)
+        process = machine.process if machine is not None else None
         if process is not None and process.alive and not process.frozen:
             self._took(action, lasting=action.size)
             process.freeze()
@@ -347,6 +366,9 @@ class Stage:
 
     _freeze_host_at = _freeze_at
 
+    def _freeze_worker_of_host_at(self, action: Action) -> None:
+        self._at(action, self._freeze, worker=True)
+
     def _cut_host(self, action: Action) -> None:
         self._took(action, lasting=action.size)
         for worker in self.world.workers:
@@ -354,6 +376,12 @@ class Stage:
 
     def _lose_host_answer(self, action: Action) -> None:
         self.world.net.armed.append((action.target, "http.done", lambda process: True))
+
+
+def with_lease(database: Database) -> set[str]:
+    query = "SELECT id FROM workers WHERE ended_at IS NULL"
+    with database.autocommit() as connection:
+        return {str(one) for one in connection.execute(text(query)).scalars()}
 
 
 def unfinished(database: Database) -> int:
