@@ -63,7 +63,8 @@ class ToWorkers(httpx.AsyncBaseTransport):
             raise httpx.ConnectError("connection refused")
         answered: asyncio.Future[tuple[int, Any, bytes]] = world.loop.create_future()
         left = asyncio.Event()
-        worker.open_calls[answered] = None
+        caller = world.machines[process.name.partition("/")[0]]
+        worker.open_calls[answered] = caller.own_calls[left] = None
         context = target.context.copy()
         call = _answer(worker.attempts.attempts.app(), request, answered, left)
         context.run(world.loop.create_task, call)
@@ -74,6 +75,7 @@ class ToWorkers(httpx.AsyncBaseTransport):
             raise httpx.ReadTimeout("the worker does not answer") from None
         finally:
             worker.open_calls.pop(answered, None)
+            caller.own_calls.pop(left, None)
             left.set()
         if world.net.reached(process, "http.done"):
             raise httpx.ReadError("the connection was reset")

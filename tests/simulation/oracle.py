@@ -124,9 +124,15 @@ class Oracle:
         )
         for row in self.history.checkpoints:
             row["data"] = _json(row["data"])  # type: ignore[index]
+        # By incarnation its machine, and when it began.
         self.machines = {
             fields["worker"]: process.partition("/")[0]
             for _, process, name, fields in world.emitted
+            if name in ("worker.started", "host.started")
+        }
+        self.begun = {
+            fields["worker"]: at
+            for at, _, name, fields in world.emitted
             if name in ("worker.started", "host.started")
         }
         # On SQLite the rows have the worker's wall clock, which a fault may have moved.
@@ -223,13 +229,12 @@ class Oracle:
         its_worker = "w1" if self.world.on_file and machine.startswith("h") else ""
         here = (machine, "*", its_worker)
         struck = [each for each in self.world.struck if each.machine in here and each.since <= ended]
-        still = 0.0
+        still, incarnated = 0.0, self.begun.get(attempt["worker_id"], 0.0)
         for each in sorted(struck, key=lambda each: each.since):
-            if each.until is None:
-                if each.machine == machine and each.since >= began:
-                    return True
-            elif each.until >= began:
-                still += each.until - each.since
+            if each.kind == "still":
+                still += each.until - each.since if each.until >= began else 0.0
+            elif each.machine == machine and each.since >= (incarnated if each.kind == "killed" else began):
+                return True
         return still >= STILL
 
     def _ends_lost(self) -> Iterator[str]:

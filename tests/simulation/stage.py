@@ -278,14 +278,13 @@ class Stage:
         else:
             armed.append((action.target, action.where, called))
 
-    def _took(self, action: Action, *, target: str = "", lasting: float | None = None) -> None:
-        """It may have taken runs from a machine: at once, or by standing still for so long."""
+    def _took(self, kind: Any, machine: str, lasting: float = 0.0) -> None:
+        """This may take runs from a machine: at once, or because it stands still for so many seconds."""
         now = self.world.loop.time()
-        until = None if lasting is None else now + lasting
-        self.world.struck.append(Struck(target or action.target, now, until))
+        self.world.struck.append(Struck(machine, kind, now, now + lasting))
 
     def _kill(self, action: Action) -> None:
-        self._took(action)
+        self._took("killed", action.target)
         self._machine(action).kill()
 
     def _kill_at(self, action: Action) -> None:
@@ -295,7 +294,7 @@ class Stage:
         machine = self.world.machines.get(action.target)
         process = machine.process if machine is not None else None
         if process is not None and process.alive and not process.frozen:
-            self._took(action, lasting=action.size)
+            self._took("still", action.target, action.size)
             process.freeze()
             self.world.loop.call_later(action.size, process.thaw, context=outside())
 
@@ -310,11 +309,11 @@ class Stage:
     def _kill_zygote(self, action: Action) -> None:
         machine = self._machine(action)
         if machine.up and machine.children is not None:
-            self._took(action)
+            self._took("zygote", action.target)
             machine.children.kill_zygote()
 
     def _drain(self, action: Action) -> None:
-        self._took(action)
+        self._took("killed", action.target)
         self._machine(action).stop()
 
     def _cut_issuer(self, action: Action) -> None:
@@ -332,11 +331,11 @@ class Stage:
     def _late(self, action: Action, seconds: float) -> None:
         self.world.late_admissions[action.target] = seconds
         if self.world.on_file:  # its one thread for transactions waits so long
-            self._took(action, lasting=POLL + (LOST if seconds == float("inf") else seconds))
+            self._took("still", action.target, POLL + (LOST if seconds == float("inf") else seconds))
 
     def _slow(self, action: Action) -> None:
         # The slowest answer is under way for 24 s then.
-        self._took(action, target="*", lasting=action.size + LEASE)
+        self._took("still", "*", action.size + LEASE)
         loop = self.world.loop
         loop.slowness = 20.0
         loop.call_later(action.size, setattr, loop, "slowness", 1.0, context=outside())
@@ -354,7 +353,7 @@ class Stage:
         self.world.loop.call_later(action.size, app.replace.clear, context=outside())
 
     def _cut_database(self, action: Action) -> None:
-        self._took(action, lasting=action.size)
+        self._took("still", action.target, action.size)
         self.world.net.part(action.target, "database", action.size)
 
     def _outage(self, action: Action) -> None:
@@ -370,7 +369,7 @@ class Stage:
         self._at(action, self._freeze, worker=True)
 
     def _cut_host(self, action: Action) -> None:
-        self._took(action, lasting=action.size)
+        self._took("still", action.target, action.size)
         for worker in self.world.workers:
             self.world.net.part(action.target, worker, action.size)
 

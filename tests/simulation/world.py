@@ -100,11 +100,12 @@ class MachineClock:
 
 @dataclass(frozen=True)
 class Struck:
-    """A fault that takes the runs of a machine if it lasts: None if it took them at once."""
+    """What may take the runs of a machine: its death, that of its zygote, or that it stood still."""
 
     machine: str
+    kind: Literal["killed", "zygote", "still"]
     since: float
-    until: float | None
+    until: float
 
 
 class Health:
@@ -167,7 +168,9 @@ class Machine:
         self.children: SimulatedChildren | None = None
         self.tools: ProcessTools | None = None
         self.attempts: AttemptListener | None = None
+        # Calls to it that are not answered yet, and what tells others that its own calls are given up.
         self.open_calls: dict[asyncio.Future[Any], None] = {}
+        self.own_calls: dict[asyncio.Event, None] = {}
         # Whether it is started again when it has ended.
         self.wanted = True
 
@@ -256,7 +259,9 @@ class Machine:
         for answered in self.open_calls:
             if not answered.done():
                 self.world.loop.call_later(self.world.loop.delay(), _reset, answered, context=outside())
-        self.open_calls = {}
+        for given_up in self.own_calls:
+            self.world.loop.call_later(self.world.loop.delay(), given_up.set, context=outside())
+        self.open_calls, self.own_calls = {}, {}
 
 
 def _reset(answered: asyncio.Future[Any]) -> None:
@@ -306,7 +311,7 @@ class World:
         self.on_admission: Callable[[], None] = lambda: None
         # By worker how many seconds the answer of its next admission takes; without end if it is lost.
         self.late_admissions: dict[str, float] = {}
-        # What befell a machine, or "*" all of them: since when and, if it stood still, until when.
+        # What befell a machine, or "*" all of them.
         self.struck: list[Struck] = []
         self.emitted: list[tuple[float, str, str, dict[str, Any]]] = []
 
