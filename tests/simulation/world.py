@@ -47,10 +47,11 @@ from worker.execution.incarnation import FAREWELL, ProcessTools, run_incarnation
 from worker.execution.runners import inline
 from worker.operations import chores
 from worker.outbound import open_client
+from worker.pacing import Turns
 from worker.settings import Settings
 from worker.store.database import Database
 from worker.store.ring_walk import RingWalk
-from worker.telemetry import events
+from worker.telemetry import events, mask_in_turn
 from worker.telemetry.vitals import Notifier
 from worker.tokens.sealing import KeyRing
 from worker.wiring import host as hosting
@@ -132,6 +133,16 @@ class Files:
 
     def look(self) -> None:
         """No file is watched."""
+
+
+class TurnsOfEach:
+    """In place of the `Turns` of masking, which all workers in this one process would share."""
+
+    def __init__(self) -> None:
+        self._turns: dict[SimulatedProcess | None, Turns] = {}
+
+    async def take(self, size: int) -> None:
+        await self._turns.setdefault(process_now(), Turns(mask_in_turn.AT_ONCE)).take(size)
 
 
 class Reader:
@@ -400,6 +411,7 @@ class World:
             for module in (apscheduler.schedulers.base, apscheduler.triggers.interval):
                 stack.enter_context(patch.object(module, "datetime", VirtualDatetime))
             stack.enter_context(patch.object(incarnation, "CatalogueReader", Reader))
+            stack.enter_context(patch.object(mask_in_turn._masking, "_turns", TurnsOfEach()))
             stack.enter_context(patch.object(wiring, "open_client", client))
             for name in (
                 "POOLS_EVERY",
