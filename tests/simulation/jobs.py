@@ -64,7 +64,7 @@ async def acts(ctx: Context[Any, Any]) -> None:
 
 @job("sim.saves")
 async def saves(ctx: Context[Any, Any]) -> None:
-    """Save one number after another, from where the last attempt was; then rest and fail, if asked."""
+    """Save one number after another, from where the last attempt was. The first two rest then, and fail."""
     first = (ctx.checkpoint or {"step": 0})["step"]
     write(ctx, "start", first=first)
     for step in range(first + 1, ctx.params["steps"] + 1):
@@ -74,7 +74,7 @@ async def saves(ctx: Context[Any, Any]) -> None:
         await asyncio.sleep(ctx.params.get("pause", 0.3))
         if ctx.cancelled.is_set() and ctx.cancelled.reason == "drain":
             return HandBack()  # type: ignore[return-value]
-    if first == 0 and "rest" in ctx.params:
+    if ctx.run.attempt <= 2:
         await asyncio.sleep(ctx.params["rest"])
         raise ConnectionError("flaky")
 
@@ -85,7 +85,7 @@ async def pays(ctx: Context[Any, Any]) -> dict[str, Any]:
 
     async def pay(number: int) -> int:
         write(ctx, "paid", step=number)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(ctx.params["pause"])
         await ctx.spend("calls", 1)
         return number * number
 

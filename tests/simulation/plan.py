@@ -113,8 +113,10 @@ def _entries(chance: Random, hosts: int) -> tuple[Entry, ...]:
     misfire = chance.choice(("once", "skip", "all"))
     entries = [
         Entry(0, "note", "sim.note", chance.choice((7, 8))),
-        Entry(0, "saves", "sim.saves", chance.choice((30, 40)), params={"steps": chance.randint(3, 9)}),
-        Entry(1, "pays", "sim.pays", chance.choice((40, 50)), params={"steps": chance.randint(2, 3)}),
+        Entry(0, "saves", "sim.saves", chance.choice((30, 40)),
+              params={"steps": chance.randint(3, 9), "rest": 15}),
+        Entry(1, "pays", "sim.pays", chance.choice((40, 50)),
+              params={"steps": chance.randint(2, 3), "pause": chance.choice((0.2, 4))}),
         Entry(2, "counts", "sim.counts", chance.choice((25, 35)),
               keys=f'overlap = "skip"\nmisfire = "{misfire}"\n'),
         Entry(2, "retries", "sim.retries", chance.choice((50, 70))),
@@ -132,8 +134,8 @@ def _entries(chance: Random, hosts: int) -> tuple[Entry, ...]:
     ]  # fmt: skip
     if hosts:
         entries += [
-            Entry(1, "hosted", "sim.saves", 25, params={"steps": 4, "rest": 20}, pool="private"),
-            Entry(2, "hosted-pays", "sim.pays", 35, params={"steps": 2}, pool="private"),
+            Entry(1, "hosted", "sim.saves", 25, params={"steps": 4, "rest": 15}, pool="private"),
+            Entry(2, "hosted-pays", "sim.pays", 35, params={"steps": 2, "pause": 0.2}, pool="private"),
             Entry(4, "hosted-acts", "sim.acts", 28, params={"seconds": 4}, pool="private"),
         ]
     return tuple(entries)
@@ -192,8 +194,10 @@ def _size(kind: str, chance: Random) -> float:
     match kind:
         case "freeze" | "freeze host" | "cut database" | "cut host" | "outage":
             return chance.choice(LENGTHS) * LEASE
-        case "freeze at" | "freeze host at" | "freeze worker of host at":
+        case "freeze at" | "freeze host at":
             return chance.choice(LENGTHS[2:]) * LEASE
+        case "freeze worker of host at":
+            return chance.choice(LENGTHS[1:3]) * LEASE
         case "clock":
             return chance.choice((-3600.0, -30.0, -5.0, 5.0, 30.0, 90.0))
         case "drift":
