@@ -109,7 +109,7 @@ def end_fence(stack: ExitStack, url: str) -> None:
         stack.enter_context(patch.object(pg_finish, name, cut))
 
 
-@ablation("the fencing comparison in a checkpoint")
+@ablation("the fencing comparison in a checkpoint", "postgresql")
 def checkpoint_fence(stack: ExitStack, url: str) -> None:
     without(stack, sqlite_finish, "OURS", "AND fencing_token = ? AND state = 'running'", "AND ? IS NOT NULL")
     without(
@@ -132,7 +132,7 @@ def checkpoint_fence(stack: ExitStack, url: str) -> None:
     )
 
 
-@ablation("the fencing comparison in a step")
+@ablation("the fencing comparison in a step", "postgresql")
 def step_fence(stack: ExitStack, url: str) -> None:
     without(stack, pg_steps, "STORE", " AND ours.fencing_token = e.fencing_token\n  ON", "\n  ON")
     for package in (sqlite, postgresql):
@@ -182,7 +182,7 @@ def contact(stack: ExitStack, url: str) -> None:
     stack.enter_context(patch.object(Incarnation, "may_recover", lambda incarnation: True))
 
 
-@ablation("the numbering of saves")
+@ablation("the numbering of saves", "postgresql")
 def save_numbers(stack: ExitStack, url: str) -> None:
     without(stack, sqlite_finish, "SAVE", "OR number <= excluded.number", "OR TRUE")
     without(stack, pg_finish, "SAVE", "OR checkpoints.number <= excluded.number", "OR TRUE")

@@ -56,10 +56,10 @@ async def note(ctx: Context[Any, Any]) -> None:
 
 @job("sim.acts")
 async def acts(ctx: Context[Any, Any]) -> None:
-    """Act twice a second for `seconds`, without a word to the worker."""
-    for _ in range(2 * ctx.params["seconds"]):
+    """Act once a second for `seconds`, without a word to the worker."""
+    for _ in range(ctx.params["seconds"]):
         write(ctx, "effect")
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1.0)
 
 
 @job("sim.saves")

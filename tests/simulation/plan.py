@@ -112,7 +112,7 @@ def plan_of(seed: int, dialect: str) -> Plan:
 def _entries(chance: Random, hosts: int) -> tuple[Entry, ...]:
     misfire = chance.choice(("once", "skip", "all"))
     entries = [
-        Entry(0, "note", "sim.note", chance.choice((7, 8))),
+        Entry(0, "note", "sim.note", chance.choice((9, 10))),
         Entry(0, "saves", "sim.saves", chance.choice((30, 40)),
               params={"steps": chance.randint(3, 9), "rest": 15}),
         Entry(1, "pays", "sim.pays", chance.choice((40, 50)),
@@ -126,7 +126,7 @@ def _entries(chance: Random, hosts: int) -> tuple[Entry, ...]:
               keys='overlap = "queue_one"\nmisfire = "once"\n'
               f'variants = [{{ flag = "{jobs.FLAG}", equals = true, handler = "sim.versioned_2" }}]\n'),
         Entry(4, "acts", "sim.acts", chance.choice((18, 22)), params={"seconds": chance.randint(15, 30)}),
-        Entry(2, "long", "sim.acts", 45, params={"seconds": chance.randint(60, 75)}),
+        Entry(2, "long", "sim.acts", 45, params={"seconds": chance.randint(45, 55)}),
         Entry(4, "cron", "sim.note", 60, schedule="* * * * *"),
         Entry(1, "limited", "sim.acts", 25, params={"seconds": 14},
               keys=f"{ALL}max_concurrent = 1\n"),
@@ -166,6 +166,7 @@ def _faults(chance: Random, on_file: bool, workers: int, hosts: int) -> tuple[Ac
             "kill at",
             "kill at",
             "freeze",
+            "freeze at",
             "freeze at",
             "freeze at",
             "kill run",
