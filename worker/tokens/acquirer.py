@@ -40,8 +40,9 @@ TRANSIENT_PARK = (2.0, 60.0)
 TRIES = 3  # for one request while the issuer fails, unless it already failed for this org
 WINNER_KEPT = 900.0  # an older generation that worked is tried first for this long
 NO_VERDICT_KEPT = 120.0
-# The detail of a refusal of a token that has expired.
+# The detail of a refusal of a token that has expired; one this new was expired when it was received.
 EXPIRED = "expired"
+NEW = 5.0
 SCOPE_REFUSED = ("invalid_scope", "access_denied")
 MAX_REMEMBERED = 10_000
 # Renewed in the background at a random share of its usable life.
@@ -89,23 +90,23 @@ class Acquirer:
 
         `ahead` of the run that needs it, it lets all other requests pass.
         """
-        kept = self._no_verdict.pop(request, None)
-        if kept is not None and self._is_worth_verifying(kept, credentials):
-            try:
-                return await self.enforce(request, kept, minted=minted, kept=True), kept
-            except TokenRefused as refused:
-                if refused.detail != EXPIRED:
-                    raise
-        self._check_parking(request, credentials)
-        granted = await self._grant(request, credentials, ahead)
+        granted = self._no_verdict.pop(request, None)
+        if granted is None or not self._is_worth_verifying(granted, credentials):
+            granted = await self._granted(request, credentials, ahead)
+        try:
+            return await self.enforce(request, granted, minted=minted, again=True), granted
+        except TokenRefused as refused:
+            if not self._is_outlived(granted, refused):
+                raise
+        granted = await self._granted(request, credentials, ahead)
         return await self.enforce(request, granted, minted=minted), granted
 
     async def enforce(
-        self, request: TokenRequest, granted: GrantedToken, *, minted: bool = False, kept: bool = False
+        self, request: TokenRequest, granted: GrantedToken, *, minted: bool = False, again: bool = False
     ) -> Enforced:
         """Verify and enforce a token; raises as `Tokens.ensure` does.
 
-        One that was `kept` without a verdict may have expired meanwhile, which is not reported.
+        If it may be requested `again`, it is not reported that it has expired since it was received.
         """
         try:
             return await self._enforce(request, granted, minted)
@@ -114,9 +115,14 @@ class Acquirer:
             remember(self._no_verdict, request, granted, MAX_REMEMBERED)
             raise
         except TokenRefused as refused:
-            if not (kept and refused.detail == EXPIRED):
+            if not (again and self._is_outlived(granted, refused)):
                 emit("token.refused", **request.labels, reason=refused.reason, detail=refused.detail)
             raise
+
+    def _is_outlived(self, granted: GrantedToken, refused: TokenRefused) -> bool:
+        """Whether it has expired because its key was late or this process stood still: nobody's fault."""
+        age = self._clock.monotonic() - granted.received_at
+        return refused.detail == EXPIRED and age >= NEW
 
     def enforce_at_once(self, request: TokenRequest, granted: GrantedToken) -> Enforced | None:
         """As `enforce`, without waiting; None if the token is refused, or without a verdict."""
@@ -143,6 +149,12 @@ class Acquirer:
         age = self._clock.monotonic() - granted.received_at
         longest = min(NO_VERDICT_KEPT, granted.expires_in or NO_VERDICT_KEPT)
         return any(granted.credential.id == known.id for known in credentials) and age < longest
+
+    async def _granted(
+        self, request: TokenRequest, credentials: Sequence[Credential], ahead: bool
+    ) -> GrantedToken:
+        self._check_parking(request, credentials)
+        return await self._grant(request, credentials, ahead)
 
     async def _grant(
         self, request: TokenRequest, credentials: Sequence[Credential], ahead: bool

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import httpx
 import pytest
@@ -15,6 +17,7 @@ from worker.errors import CredentialsRejected, IssuerUnavailable, StoreUnavailab
 from worker.ids import ALL_ORGS
 from worker.orgs import TokenWant
 from worker.telemetry.masking import masker
+from worker.tokens.issuer_client import IssuerClient
 
 
 async def test_a_token_is_asked_for_as_kinde_takes_it(world: World) -> None:
@@ -342,6 +345,25 @@ async def test_a_token_that_expires_before_its_key_is_published_is_no_ones_fault
         await world.ensure()
     world.issuer.published = ["k1", "k2"]
     world.clock.advance(9.6)
+
+    enforced = await world.ensure()
+
+    assert enforced.claims.expires_at > world.clock.now()
+    assert world.issuer.count() == 2
+
+
+async def test_a_token_that_expires_while_the_worker_stands_still_is_no_ones_fault(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.issuer.add(App("org_a", "client-a", "secret-a", lifetime=60))
+    verify = IssuerClient.verify
+
+    async def stopped(client: IssuerClient, text: str, audience: str) -> Mapping[str, Any]:
+        if world.issuer.count() == 1:
+            world.clock.advance(60)
+        return await verify(client, text, audience)
+
+    monkeypatch.setattr(IssuerClient, "verify", stopped)
 
     enforced = await world.ensure()
 
