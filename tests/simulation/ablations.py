@@ -31,6 +31,7 @@ from worker.store.sql.postgresql import admit as pg_admit
 from worker.store.sql.postgresql import fire as pg_fire
 from worker.store.sql.postgresql import leases as pg_leases
 from worker.store.sql.postgresql import steps as pg_steps
+from worker.tokens.acquirer import Acquirer
 
 # The packages export functions of these names.
 pg_finish: Any = sys.modules["worker.store.sql.postgresql.finish"]
@@ -340,3 +341,8 @@ def late_admission(stack: ExitStack, url: str) -> None:
 @ablation("a budget that is raised before a wait for it is stored ends that wait")
 def raised_before(stack: ExitStack, url: str) -> None:
     stack.enter_context(patch.object(spending, "end_raised", lambda *args: False))
+
+
+@ablation("a token that expired since it was received is requested again", "sqlite")
+def outlived(stack: ExitStack, url: str) -> None:
+    stack.enter_context(patch.object(Acquirer, "_is_outlived", lambda *args: False))
