@@ -14,7 +14,7 @@ from typing import Any
 from tests.simulation import jobs
 from tests.simulation.world import LEASE
 
-BEGIN, LAST_FAULT, END = 8.0, 240.0, 300.0
+LAST_FAULT, END = 225.0, 284.0
 # Seconds after the end in which everything must be done that can be.
 LIVENESS = 240.0
 LIMIT = 2
@@ -112,7 +112,7 @@ def plan_of(seed: int, dialect: str) -> Plan:
 def _entries(chance: Random, hosts: int) -> tuple[Entry, ...]:
     misfire = chance.choice(("once", "skip", "all"))
     entries = [
-        Entry(0, "note", "sim.note", chance.choice((9, 10))),
+        Entry(0, "note", "sim.note", chance.choice((8, 9))),
         Entry(0, "saves", "sim.saves", chance.choice((30, 40)),
               params={"steps": chance.randint(3, 9), "rest": 15}),
         Entry(1, "pays", "sim.pays", chance.choice((40, 50)),

@@ -343,7 +343,10 @@ def _many(given: argparse.Namespace, template: Template) -> int:
     print(
         f"{len(results)} seeds from {first} on {given.dialect}: {runs} runs, "
         f"{hours:.1f} virtual hours in {took:.0f} s, "
-        f"{60 * len(results) / max(took, 1e-9):.1f} seeds a minute; {bad} violated"
+        f"{60 * len(results) / max(took, 1e-9):.1f} seeds a minute; {bad} violated; each at least "
+        f"{min((each.runs for each in results), default=0)} runs, "
+        f"{min((each.virtual for each in results), default=0):.0f} virtual s and "
+        f"{min((sum(each.faults.values()) for each in results), default=0)} faults"
     )
     return 1 if bad else 0
 
