@@ -297,7 +297,7 @@ def _replays(given: argparse.Namespace, template: Template) -> int:
 
 
 def _ablations(given: argparse.Namespace, template: Template) -> int:
-    """For each defence the first seed that notices its absence."""
+    """For each defence the first seed that notices its absence, and nothing while it is there."""
     first, missed = given.first or 0, 0
     for name in [given.ablate] if given.ablate else list(ABLATIONS):
         ablation = ABLATIONS[name]
@@ -307,7 +307,7 @@ def _ablations(given: argparse.Namespace, template: Template) -> int:
         variants = (Variant(seed, ablate=name) for seed in range(first, first + given.seeds))
         results = run_all(variants, template, jobs=given.jobs)
         for tried, (_, result) in enumerate(results, 1):
-            if result.objections:
+            if result.objections and not one(Variant(result.seed), template).objections:
                 took = time.monotonic() - began
                 noticed = f"seed {result.seed}, after {tried} seeds and {took:.0f} s"
                 print(f"{name}: {noticed}: {result.objections[0][:160]}")
