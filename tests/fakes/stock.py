@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import insert, select, text, update
 
 from worker.definitions.pools import DEFAULT_POOL
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId, new_id
@@ -268,3 +268,12 @@ class Stock:
     def _insert(self, table: Any, **values: Any) -> None:
         with self.database.transaction() as connection:
             connection.execute(insert(table).values(**values))
+
+
+def await_lock(database: Database) -> None:
+    """Return once a session of PostgreSQL waits for a lock."""
+    waits = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+    while True:
+        with database.autocommit() as connection:
+            if connection.execute(waits).scalar_one():
+                return

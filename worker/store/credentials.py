@@ -13,6 +13,7 @@ from worker.ids import OrgId
 from worker.store import access_tokens, tables
 from worker.store.bulk import among, insert_many
 from worker.store.dialect import Row, chunks, driver, first_row, is_postgresql
+from worker.store.edit_runs import in_order
 from worker.store.sql.postgresql.arrays import plain, texts, words
 
 _credentials = tables.credentials
@@ -65,14 +66,13 @@ def try_again(connection: Connection, org_ids: Iterable[OrgId], *, at: datetime)
     """Let runs of these orgs that wait for a token try again now."""
     live = tables.live_runs
     for part in chunks(sorted(set(org_ids))):
-        connection.execute(
-            update(live)
-            .where(
-                among(connection, live.c.org_id, part), live.c.state == "waiting", live.c.reason == "no_token"
-            )
-            .where(live.c.available_at > at)
-            .values(available_at=at)
+        waiting = (
+            among(connection, live.c.org_id, part),
+            live.c.state == "waiting",
+            live.c.reason == "no_token",
+            live.c.available_at > at,
         )
+        connection.execute(update(live).where(in_order(*waiting)).values(available_at=at))
 
 
 def last_generations(connection: Connection, org_ids: Sequence[OrgId]) -> Counter[OrgId]:

@@ -146,17 +146,14 @@ def ask_to_stop(
     connection: Connection, org_id: OrgId, *which: ColumnElement[bool], reason: str, at: datetime
 ) -> int:
     """Request cancellation of running runs of one org; their workers see it at the next renewal."""
-    requested = connection.execute(
-        update(_live)
-        .where(
-            _live.c.org_id == org_id,
-            _live.c.state == "running",
-            _live.c.cancel_requested_at.is_(None),
-            *which,
-        )
-        .values(cancel_requested_at=at, cancel_reason=reason)
-    )
-    return requested.rowcount
+    running = (_live.c.org_id == org_id, _live.c.state == "running", _live.c.cancel_requested_at.is_(None))
+    requested = update(_live).where(in_order(*running, *which))
+    return connection.execute(requested.values(cancel_requested_at=at, cancel_reason=reason)).rowcount
+
+
+def in_order(*which: ColumnElement[bool]) -> ColumnElement[bool]:
+    """A condition that locks these unfinished runs in the order of ids, as all batches do."""
+    return _live.c.id.in_(select(_live.c.id).where(*which).order_by(_live.c.id).with_for_update())
 
 
 def is_run(run_id: RunId) -> ColumnElement[bool]:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from threading import Thread
 from urllib.parse import urlsplit
 
 import pytest
-from sqlalchemy import delete, select, text, update
+from sqlalchemy import Connection, delete, select, text, update
 from sqlalchemy.exc import DBAPIError
 
 from tests.fakes.clock import ManualClock
-from tests.fakes.stock import HANDLER, Stock
+from tests.fakes.stock import HANDLER, Stock, await_lock
 from tests.faults.proxy import Proxy
 from tests.faults.watches import muter
 from worker.ids import OrgId, WorkerId
 from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import AdmittedRun
-from worker.store import tables
+from worker.store import credentials, edit_runs, tables
 from worker.store.database import Database
 from worker.store.sql import statements
 from worker.store.sql.postgresql.finish import END
@@ -335,6 +337,44 @@ def test_batches_that_share_runs_in_opposite_orders_do_not_deadlock(postgres: Da
         mine = statements(first).finish(first, worker, ends[:10])
     assert stock.finish(worker, *reversed(ends)) == {run.id for run in runs}
     assert len(mine) == 10
+
+
+def _suspend(connection: Connection, org: OrgId, at: datetime) -> None:
+    edit_runs.ask_to_stop(connection, org, reason="suspended", at=at)
+
+
+def _has_new_secret(connection: Connection, org: OrgId, at: datetime) -> None:
+    credentials.try_again(connection, [org], at=at)
+
+
+@pytest.mark.parametrize("change", [_suspend, _has_new_secret])
+def test_a_change_of_many_runs_locks_them_in_the_order_of_ids(
+    postgres: Database, change: Callable[[Connection, OrgId, datetime], None]
+) -> None:
+    """Whatever order they lie in: here the second one was written first."""
+    stock = Stock(postgres)
+    worker, org = stock.worker(), stock.org()
+    stock.put(stock.run(org), stock.run(org, priority=5))
+    second, first = (stock.admit(worker, 1)[0] for _ in range(2))
+    assert first.id < second.id
+    if change is _has_new_secret:
+        for run in (second, first):
+            stock.finish(
+                worker, stock.ended(run, "waiting", reason="no_token", available_after=timedelta(hours=1))
+            )
+    row = select(tables.live_runs.c.id).with_for_update(nowait=True)
+
+    def changed() -> None:
+        with postgres.transaction() as connection:
+            change(connection, org, stock.now())
+
+    with ThreadPoolExecutor(1) as pool:
+        with postgres.transaction() as batch:
+            batch.execute(row.where(tables.live_runs.c.id == first.id)).one()
+            done = pool.submit(changed)
+            await_lock(postgres)
+            batch.execute(row.where(tables.live_runs.c.id == second.id)).one()
+        done.result()
 
 
 def test_the_live_row_exists_exactly_while_the_run_has_no_final_state(stock: Stock) -> None:

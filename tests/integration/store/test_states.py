@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 from psycopg import DataError
-from sqlalchemy import text
 
-from tests.fakes.stock import Stock
+from tests.fakes.stock import Stock, await_lock
 from worker.ids import DefinitionId, OrgId, WorkerId
 from worker.runs.run import AdmittedRun, LoadedState
 from worker.store import definitions, states, tables, workers
@@ -158,18 +157,9 @@ def test_an_attempt_that_starts_beside_a_change_by_hand_loads_what_it_set(postgr
         reader = Thread(target=load)
         reader.start()
         assert began.wait(10)
-        _await_lock(postgres)
+        await_lock(postgres)
         assert not found
         states.put(connection, org, definition, {"set": "by hand"}, at=stock.now(), by="ada")
     reader.join(10)
 
     assert found == [LoadedState({"set": "by hand"}, commits=True)]
-
-
-def _await_lock(database: Database) -> None:
-    """Return once a session waits for a lock."""
-    waits = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
-    while True:
-        with database.autocommit() as connection:
-            if connection.execute(waits).scalar_one():
-                return
