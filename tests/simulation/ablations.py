@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import psycopg
-from sqlalchemy import text
+from sqlalchemy import and_, text
 
 from worker.errors import Unavailable
 from worker.execution.attempts.inflight import InflightRuns
@@ -25,7 +25,7 @@ from worker.execution.loops.reconciler import Renewal
 from worker.guard import decode
 from worker.handlers import steps as handler_steps
 from worker.runs import lease
-from worker.store import edit_runs, spending, waits
+from worker.store import credentials, edit_runs, spending, waits
 from worker.store.sql import contract, postgresql, sqlite
 from worker.store.sql.postgresql import admit as pg_admit
 from worker.store.sql.postgresql import fire as pg_fire
@@ -346,3 +346,9 @@ def raised_before(stack: ExitStack, url: str) -> None:
 @ablation("a token that expired since it was received is requested again", "sqlite")
 def outlived(stack: ExitStack, url: str) -> None:
     stack.enter_context(patch.object(Acquirer, "_is_outlived", lambda *args: False))
+
+
+@ablation("many runs that change are locked in the order of ids", "postgresql")
+def lock_order(stack: ExitStack, url: str) -> None:
+    for module in (edit_runs, credentials):
+        stack.enter_context(patch.object(module, "in_order", lambda *which: and_(*which)))

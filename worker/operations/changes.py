@@ -257,9 +257,7 @@ def write_definitions(
     for definition_id in sorted(backfills.unfinished_of(connection, ALL_ORGS, list(closed))):
         ours = backfills.is_of(definition_id)
         backfills.cancel(connection, closed[definition_id].org_id, ours, at=at)
-    for definition_id in sorted(edit_runs.unstarted_of(connection, ALL_ORGS, list(closed))):
-        its_runs = edit_runs.is_of(definition_id)
-        edit_runs.end_waiting(connection, closed[definition_id].org_id, its_runs, reason="closed")
+    edit_runs.end_waiting_of(connection, ALL_ORGS, list(closed), reason="closed")
     own = {(change.org_id, change.name) for change in closed.values() if change.template is None}
     templates.look_again(connection, own)
 

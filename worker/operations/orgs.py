@@ -164,10 +164,12 @@ def _stop(connection: Connection, org_id: OrgId, state: OrgState, rows: list[Row
     """Stop what this state stops; returns the counts for the audit."""
     stops = STOPS[state]
     stopped: Row = {}
+    # Runs that end are counted, and who has locked the sums of an org locks no run after that.
+    asked = edit_runs.ask_to_stop(connection, org_id, reason="suspended", at=at) if stops.running else 0
     if stops.waiting:
         stopped["cancelled"] = len(edit_runs.end_waiting(connection, org_id, reason="suspended"))
     if stops.running:
-        stopped["asked_to_stop"] = edit_runs.ask_to_stop(connection, org_id, reason="suspended", at=at)
+        stopped["asked_to_stop"] = asked
         access_tokens.drop_of_org(connection, org_id)
     if stops.secrets:
         stopped["credentials_destroyed"] = credentials.destroy(connection, org_id, at=at)

@@ -130,16 +130,16 @@ def end_waiting(
     return [run.run_id for run in ended]
 
 
-def unstarted_of(
-    connection: Connection, scope: Scope, definition_ids: Sequence[DefinitionId]
-) -> set[DefinitionId]:
-    """Those of these definitions that have runs for `end_waiting`."""
-    found: set[DefinitionId] = set()
+def end_waiting_of(
+    connection: Connection, scope: Scope, definition_ids: Sequence[DefinitionId], *, reason: str
+) -> None:
+    """As `end_waiting`, for all runs of these definitions at once."""
+    ids: list[RunId] = []
     for part in chunks(sorted(definition_ids)):
-        query = select(_live.c.definition_id).where(among(connection, _live.c.definition_id, part))
+        query = select(_live.c.id).where(among(connection, _live.c.definition_id, part))
         query = query.where(_live.c.state.in_(tables.UNSTARTED), *in_scope(_live.c.org_id, scope))
-        found.update(connection.execute(query).scalars())
-    return found
+        ids += connection.execute(query).scalars()
+    sweeps.end_waiting(connection, scope, ids, state="cancelled", reason=reason)
 
 
 def ask_to_stop(

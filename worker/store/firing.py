@@ -32,8 +32,9 @@ def place(connection: Connection, run: NewRun, *, at: datetime) -> Mapping[str, 
         edit_runs.insert_run(connection, run, at=at, held=True)
     elif run.overlap == "replace":
         ours = edit_runs.is_of(run.definition_id)
-        edit_runs.end_waiting(connection, run.org_id, ours, edit_runs.is_serial(), reason="replaced")
+        # In this order: who has locked the sums of an org, to count ends, locks no run after that.
         edit_runs.ask_to_stop(connection, run.org_id, ours, edit_runs.is_serial(), reason="replaced", at=at)
+        edit_runs.end_waiting(connection, run.org_id, ours, edit_runs.is_serial(), reason="replaced")
         # It starts once the running one has ended, which promotes the held one.
         running = any(other["state"] == "running" for other in others)
         edit_runs.insert_run(connection, run, at=at, held=running)

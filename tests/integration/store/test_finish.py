@@ -20,6 +20,7 @@ from tests.fakes.stock import HANDLER, Stock, await_lock
 from tests.faults.proxy import Proxy
 from tests.faults.watches import muter
 from worker.ids import OrgId, WorkerId
+from worker.operations import orgs
 from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import AdmittedRun
 from worker.store import credentials, edit_runs, tables
@@ -375,6 +376,27 @@ def test_a_change_of_many_runs_locks_them_in_the_order_of_ids(
             await_lock(postgres)
             batch.execute(row.where(tables.live_runs.c.id == second.id)).one()
         done.result()
+
+
+def test_an_org_is_suspended_while_its_runs_end(postgres: Database) -> None:
+    """Who counts the runs that it ends, as a batch does at last, waits for no other run after that."""
+    stock = Stock(postgres)
+    worker, org = stock.worker(), stock.org()
+    stock.put(stock.run(org), stock.run(org))
+    [run] = stock.admit(worker, 1)
+    [code] = (row["code"] for row in stock.all(tables.orgs))
+    row = select(tables.live_runs.c.id).where(tables.live_runs.c.id == run.id).with_for_update()
+
+    with ThreadPoolExecutor(1) as pool:
+        with postgres.transaction() as batch:
+            batch.execute(row).one()
+            suspended = pool.submit(orgs.set_org_state, postgres, code, "suspended", actor="ada")
+            await_lock(postgres)
+            ended = stock.ended(run, "cancelled", reason="requested", result=None)
+            assert statements(batch).finish(batch, worker, [ended]) == {run.id}
+        suspended.result()
+
+    assert stock.all(tables.live_runs) == []
 
 
 def test_the_live_row_exists_exactly_while_the_run_has_no_final_state(stock: Stock) -> None:
