@@ -120,7 +120,7 @@ class Acquirer:
             raise
 
     def _is_outlived(self, granted: GrantedToken, refused: TokenRefused) -> bool:
-        """Whether it has expired because its key was late or this process stood still: nobody's fault."""
+        """Whether it expired only after it was received, as its key was late or this process stood still."""
         age = self._clock.monotonic() - granted.received_at
         return refused.detail == EXPIRED and age >= NEW
 
