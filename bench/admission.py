@@ -33,8 +33,8 @@ from typing import Any
 from bench.filling import HANDLER, Filled, filled
 from worker.clock import SystemClock
 from worker.ids import WorkerId
-from worker.runs.outcome import EndedAttempt, Trail
-from worker.runs.run import AdmittedRun, Isolation
+from worker.model.runs.outcome import EndedAttempt, Trail
+from worker.model.runs.run import AdmittedRun, Isolation
 from worker.store.database import Database
 from worker.store.ring_walk import RingWalk
 from worker.store.sql import statements

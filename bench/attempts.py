@@ -29,20 +29,20 @@ from typing import Any
 
 from tests.fakes.issuer import App, FakeCredentials, FakeIssuer, kinde_issuer
 from worker.clock import SystemClock
-from worker.execution.attempts.attempt import attempt
-from worker.execution.attempts.dispatcher import Dispatcher
-from worker.execution.attempts.inflight import InflightRuns
-from worker.execution.attempts.plan import HandlerRegistry, Plans, Revision
-from worker.execution.attempts.run_log import RunLogWriter
-from worker.execution.attempts.tools import Tools
-from worker.execution.runners.inline import Inline
+from worker.engine.attempt.attempt import attempt
+from worker.engine.attempt.dispatcher import Dispatcher
+from worker.engine.attempt.inflight import InflightRuns
+from worker.engine.attempt.plan import HandlerRegistry, Plans, Revision
+from worker.engine.attempt.run_log import RunLogWriter
+from worker.engine.attempt.tools import Tools
+from worker.engine.runners.inline import Inline
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.context import Context
 from worker.handlers.job import job
 from worker.ids import DefinitionId, OrgId, RunId, new_id
-from worker.orgs import OrgRef
-from worker.runs.outcome import EndedAttempt
-from worker.runs.run import AdmittedRun, RunContext
+from worker.model.orgs import OrgRef
+from worker.model.runs.outcome import EndedAttempt
+from worker.model.runs.run import AdmittedRun, RunContext
 from worker.telemetry import events, logs
 from worker.telemetry.metrics import Metrics
 from worker.tokens.cache import Tokens

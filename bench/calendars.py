@@ -21,11 +21,11 @@ from typing import Any
 
 from bench.server import own_server
 from worker.clock import SystemClock
-from worker.definitions.file import parse_file
 from worker.ids import DefinitionId, OrgId
+from worker.model.definitions.file import parse_file
+from worker.model.runs import fire
+from worker.model.runs.run import Declared, DueDefinition
 from worker.operations.apply import apply
-from worker.runs import fire
-from worker.runs.run import Declared, DueDefinition
 from worker.store import schema
 from worker.store.database import Database
 

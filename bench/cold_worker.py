@@ -14,18 +14,18 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
-from worker.adapters.secrets import OpenedCredentials, StoredTokens
 from worker.clock import SystemClock
 from worker.guard.issuer import Issuer
 from worker.guard.profile import load
 from worker.ids import OrgId
-from worker.orgs import OrgRef, TokenWant
+from worker.model.orgs import OrgRef, TokenWant
 from worker.outbound import open_client
 from worker.store.database import Database
 from worker.telemetry.events import listen
 from worker.tokens.cache import Tokens
 from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import SharedTokens
+from worker.wiring.secrets import OpenedCredentials, StoredTokens
 
 SCOPES = frozenset({"read:kb"})
 HOLDER = "00000000-0000-7000-8000-000000000001"

@@ -33,10 +33,10 @@ from sqlalchemy import Engine, event, text
 from bench.history import FAILED, history
 from worker import settings
 from worker.clock import SystemClock
+from worker.features.console.wiring import Web
+from worker.kit.web.health import Health
 from worker.store.database import Database
 from worker.telemetry.metrics import Metrics
-from worker.web.health import Health
-from worker.wiring.web import Web
 
 TOKEN = "token-of-the-benchmark"  # noqa: S105 - of a database that this program fills
 MAX_MS = 50.0

@@ -24,8 +24,8 @@ from tests.fakes.postgres import Server
 from worker.clock import SystemClock, to_text
 from worker.demo.provider import Application
 from worker.ids import OrgId, new_id
-from worker.orgs import OrgRef
-from worker.search import words_of
+from worker.model.orgs import OrgRef
+from worker.model.search import words_of
 from worker.secret import Secret
 from worker.store import schema, tables
 from worker.store.database import Database

@@ -23,25 +23,25 @@ from tests.fakes.plugins import make_plugin
 from tests.fakes.running import work
 from tests.unit.execution.runs import admitted
 from worker.clock import SystemClock
-from worker.execution.attempts.answers import Running
-from worker.execution.attempts.attempt import conclude
-from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.run_log import Progress, RunLogWriter
-from worker.execution.attempts.tools import StoreActs, Tools
-from worker.execution.runners.child.pool import ChildPool
-from worker.execution.runners.contract import StopSignal
-from worker.runs.outcome import Trail
-from worker.runs.run import LogLine, RunStep
+from worker.engine.attempt.answers import Running
+from worker.engine.attempt.attempt import conclude
+from worker.engine.attempt.inflight import InflightRun
+from worker.engine.attempt.run_log import Progress, RunLogWriter
+from worker.engine.attempt.tools import StoreActs, Tools
+from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.contract import StopSignal
+from worker.model.runs.outcome import Trail
+from worker.model.runs.run import LogLine, RunStep
 
 MODULE = "flood_jobs"
 JOBS = """
 import json, os, struct, time
 from datetime import datetime, timezone
 from worker import BlockingContext, job
-from worker.execution.runners.child import main
-from worker.execution.runners.child.messages import run_frame
+from worker.engine.runners.child import main
+from worker.engine.runners.child.messages import run_frame
 from worker.handlers.calls import StoreStep, message_of
-from worker.runs.run import NewStep
+from worker.model.runs.run import NewStep
 
 def raw(text):
     return struct.pack("!II", len(text), 0) + text.encode()

@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 from tests.fakes.postgres import Server
 from worker.clock import SystemClock, to_text
-from worker.search import words_of
+from worker.model.search import words_of
 from worker.store import schema
 from worker.store.database import Database
 from worker.store.dialect import driver

@@ -30,8 +30,8 @@ import httpx
 
 from bench.filling import HANDLER, filled
 from bench.hosts import ADDRESS, listener_of, with_hosts
-from worker.execution.hosts.attempt_api import AttemptApi
-from worker.execution.hosts.wire import PREFIX
+from worker.features.hosts.attempt_api import AttemptApi
+from worker.features.hosts.wire import PREFIX
 from worker.telemetry import logs
 from worker.telemetry.masking import masker
 from worker.tokens.sealing import KeyRing

@@ -25,7 +25,7 @@ from bench.installation import Installation, installation
 from bench.runs import ENTRY_POINTS, HANDLERS, WARM_UP, load, running, spread, used
 from tests.fakes.plugins import make_plugin
 from tests.fakes.ports import free_port
-from worker.operations.hosts import add_host
+from worker.features.hosts.operations import add_host
 from worker.store import tables
 
 # Seconds until a host has read its catalogue.

@@ -24,17 +24,18 @@ from typing import Any, cast
 
 from bench.filling import HANDLER, Filled, filled
 from worker.clock import SystemClock
-from worker.execution.attempts.plan import HandlerRegistry, Plans
-from worker.execution.attempts.run_log import RunLogWriter
-from worker.execution.attempts.tools import Tools
-from worker.execution.hosts.attempt_api import AttemptApi
-from worker.execution.hosts.wire import PREFIX
-from worker.execution.loops.step_writer import StepWriter
-from worker.execution.trial import FakeTokens
+from worker.engine.attempt.plan import HandlerRegistry, Plans
+from worker.engine.attempt.run_log import RunLogWriter
+from worker.engine.attempt.tools import Tools
+from worker.engine.loops.step_writer import StepWriter
+from worker.engine.trial import FakeTokens
+from worker.features.hosts.attempt_api import AttemptApi
+from worker.features.hosts.attempt_listener import AttemptListener
+from worker.features.hosts.operations import add_host
+from worker.features.hosts.wire import PREFIX
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import WorkerId, new_id
-from worker.operations.hosts import add_host
-from worker.runs.hosts import HostCaller
+from worker.model.runs.hosts import HostCaller
 from worker.settings import Settings
 from worker.settings.sections import AttemptsSettings, ExecutionSettings
 from worker.store import catalogue, host_handlers, hosts, sign_in
@@ -42,7 +43,6 @@ from worker.store.ring_walk import RingWalk
 from worker.store.worker_store import WorkerStore
 from worker.telemetry import logs
 from worker.tokens.sealing import KeyRing
-from worker.wiring.attempts import AttemptListener
 
 ADDRESS = "127.0.0.1:18473"
 LEASE = timedelta(hours=1)

@@ -24,8 +24,8 @@ from tests.fakes.postgres import Server
 from worker.clock import SystemClock
 from worker.demo.provider import Application, serve_provider
 from worker.ids import RunId, new_id
+from worker.model.runs.run import NewRun
 from worker.operations.orgs import import_orgs
-from worker.runs.run import NewRun
 from worker.store import firing, schema, tables
 from worker.store.database import Database
 from worker.tokens.sealing import KeyRing

@@ -35,7 +35,7 @@ from tests.fakes.ports import free_port
 from tests.fakes.postgres import Server
 from worker.clock import SystemClock
 from worker.ids import RunId, new_id
-from worker.runs.run import NewRun
+from worker.model.runs.run import NewRun
 from worker.store import firing, schema, tables
 from worker.store.database import Database
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from sqlalchemy import Engine, event
 
 from bench.calendars import empty
-from worker.adapters.secrets import OpenedSecrets
-from worker.operations.org_secrets import add_secret
+from worker.features.org_secrets.operations import add_secret
+from worker.model.orgs import OrgEntry, OrgRef
 from worker.operations.orgs import add_org
-from worker.orgs import OrgEntry, OrgRef
 from worker.store.database import Database
 from worker.telemetry.masking import masker
 from worker.tokens.sealing import KeyRing
+from worker.wiring.secrets import OpenedSecrets
 
 ROUNDS = 40
 

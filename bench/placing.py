@@ -30,7 +30,7 @@ from tests.fakes.temporal import DevServer
 from worker.clock import SystemClock
 from worker.demo.provider import serve_provider
 from worker.ids import RunId, new_id
-from worker.runs.run import NewRun
+from worker.model.runs.run import NewRun
 from worker.store import firing
 from worker.store.database import Database
 from worker.store.dialect import hint

@@ -13,7 +13,7 @@ import time
 from bench.admission import load, processor
 from bench.filling import HANDLER, filled
 from worker.clock import SystemClock
-from worker.runs.run import Isolation
+from worker.model.runs.run import Isolation
 from worker.store.database import Database
 from worker.store.ring_walk import RingWalk
 

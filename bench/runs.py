@@ -31,9 +31,9 @@ from tests.fakes.answering import AnsweringWorker
 from tests.fakes.plugins import make_plugin
 from tests.fakes.running import until, work
 from worker.clock import SystemClock
-from worker.execution.runners.child.pool import ChildPool
-from worker.execution.runners.child.sandbox import Planner
-from worker.execution.runners.contract import StopSignal
+from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.child.sandbox import Planner
+from worker.engine.runners.contract import StopSignal
 
 HANDLERS = """\
 import asyncio

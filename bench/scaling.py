@@ -22,9 +22,9 @@ from sqlalchemy import text
 from bench.admission import carry, processor
 from bench.filling import HANDLER, PART, Filled, filled
 from worker.clock import SystemClock, to_text
-from worker.execution.loops import maintenance
-from worker.runs.fire import decide
-from worker.runs.run import Declared
+from worker.engine.loops import maintenance
+from worker.model.runs.fire import decide
+from worker.model.runs.run import Declared
 from worker.store import firing, sweeps
 from worker.store.database import Database
 

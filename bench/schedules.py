@@ -25,11 +25,11 @@ from typing import Any
 from sqlalchemy import insert, select, text, update
 
 from bench.installation import Installation, installation
-from worker.definitions.triggers import parse_schedule
-from worker.definitions.zones import parse_zone
 from worker.ids import new_id
-from worker.runs.fire import decide, spread_of
-from worker.runs.run import Declared
+from worker.model.definitions.triggers import parse_schedule
+from worker.model.definitions.zones import parse_zone
+from worker.model.runs.fire import decide, spread_of
+from worker.model.runs.run import Declared
 from worker.store import firing, tables
 
 ORGS = 100

@@ -23,12 +23,12 @@ from time import perf_counter
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.token_fleet import Fleet, opened
-from worker.execution.attempts.plan import HandlerRegistry
-from worker.execution.loops.token_renewal import TokenRenewal
+from worker.engine.attempt.plan import HandlerRegistry
+from worker.engine.loops.token_renewal import TokenRenewal
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId
-from worker.orgs import OrgRef, TokenWant
-from worker.runs.run import Upcoming
+from worker.model.orgs import OrgRef, TokenWant
+from worker.model.runs.run import Upcoming
 from worker.tokens.cache import Tokens
 
 MAX_REQUESTS = 1.05

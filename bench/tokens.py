@@ -31,7 +31,7 @@ from worker.guard.jwks import KeySet
 from worker.guard.profile import load
 from worker.guard.verify import verify
 from worker.ids import OrgId
-from worker.orgs import OrgRef, TokenWant
+from worker.model.orgs import OrgRef, TokenWant
 from worker.outbound import open_client
 from worker.secret import Secret
 from worker.tokens.cache import Tokens

@@ -11,6 +11,6 @@ if not sys.flags.safe_path and sys.path[:1] == [os.getcwd()] != [os.path.dirname
 # httpx imports a command line of its own, with rich and pygments: half of the time of its import.
 sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
 
-from worker.cli import main  # noqa: E402
+from worker.app import main  # noqa: E402
 
 main()

@@ -14,9 +14,9 @@ import typer
 
 import worker
 from docs.generate.tables import code, codes, sentence, table
-from worker.cli.app import build
+from worker.app.shell import build
 from worker.errors import WorkerError
-from worker.web.responses import STATUS
+from worker.kit.web.responses import STATUS
 
 PROGRAM = "python -m worker"
 # The page of the verbs that belong to no noun, such as `run`.

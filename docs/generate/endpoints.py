@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from docs.generate.tables import code, table
-from worker.web.api import ENDPOINTS, LIST_ENDPOINTS
-from worker.web.api.endpoints import Endpoint
+from worker.features.console.api import ENDPOINTS, LIST_ENDPOINTS
+from worker.features.console.api.endpoints import Endpoint
 
 _PLACES = {"{run}": "ID", "{org}": "ORG", "{name}": "NAME", "{generation}": "GENERATION"}
 

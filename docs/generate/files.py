@@ -8,11 +8,11 @@ from typing import Any
 
 from docs.generate.docstrings import attributes
 from docs.generate.tables import code, table
-from worker.definitions.budgets import BudgetEntry
-from worker.definitions.calendars import CalendarEntry
-from worker.definitions.definition import Definition
-from worker.definitions.units import format_duration
-from worker.orgs import OrgEntry
+from worker.model.definitions.budgets import BudgetEntry
+from worker.model.definitions.calendars import CalendarEntry
+from worker.model.definitions.definition import Definition
+from worker.model.definitions.units import format_duration
+from worker.model.orgs import OrgEntry
 
 # Defaults that the file reader supplies for required attributes.
 FILLED_IN = {(OrgEntry, "name"): "the code"}

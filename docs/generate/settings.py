@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from docs.generate.tables import code, table
-from worker.definitions.units import format_duration
+from worker.model.definitions.units import format_duration
 from worker.settings import PREFIX, Settings
 from worker.settings import sections as types
 

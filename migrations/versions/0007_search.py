@@ -172,7 +172,7 @@ def fill_words(connection: sa.Connection) -> None:
 
 
 def words_of(*texts: str) -> set[str]:
-    """As `worker.search.words_of`."""
+    """As `worker.model.search.words_of`."""
     found: set[str] = set()
     for text in texts:
         plain = unicodedata.normalize("NFKD", text.casefold())

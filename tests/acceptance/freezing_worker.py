@@ -6,10 +6,10 @@ import asyncio
 import os
 from pathlib import Path
 
-from worker.cli import main
-from worker.execution.loops import supervisor
-from worker.execution.loops.scheduler import Scheduler
-from worker.runs.run import FireReport
+from worker.app import main
+from worker.engine.loops import supervisor
+from worker.engine.loops.scheduler import Scheduler
+from worker.model.runs.run import FireReport
 
 FILE = "FREEZE_WHEN"
 # Seconds; shorter than the worker's own, so that the test is fast.

@@ -49,6 +49,6 @@ def test_a_list_imports_little(site: Site):
     )
 
     imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines() if "|" in line}
-    heavy = {"alembic", "apscheduler", "httpx", "rich", "uvicorn", "worker.execution.loops.supervisor"}
+    heavy = {"alembic", "apscheduler", "httpx", "rich", "uvicorn", "worker.engine.loops.supervisor"}
     assert "sqlalchemy" in imported
     assert imported & heavy == set()

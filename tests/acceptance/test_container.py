@@ -17,7 +17,7 @@ from tests.fakes.handlers import install_handlers, read_journal
 from tests.fakes.image import Image
 from tests.fakes.site import Site, application, definition, opened, wait_until
 from worker.demo.provider import Provider
-from worker.execution.runners.child import landlock
+from worker.engine.runners.child import landlock
 
 
 class Container(Site):
@@ -119,7 +119,7 @@ def test_a_worker_runs_children_as_process_1_leaves_no_zombie_and_drains(contain
     wait_until(lambda: read_journal(journal, "grandchild"), "the grandchild")
     assert {child.uids().real for child in worker.children(recursive=True)} == {10001}
     [zygote] = [
-        child for child in worker.children() if "worker.execution.runners.child.zygote" in child.cmdline()
+        child for child in worker.children() if "worker.engine.runners.child.zygote" in child.cmdline()
     ]
     zygote.kill()
     wait_until(lambda: len(read_journal(journal, "start")) == 2, "the second attempt")

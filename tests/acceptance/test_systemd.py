@@ -26,7 +26,7 @@ from tests.fakes.site import Site, application, definition, opened, wait_until
 from tests.fakes.wheelhouse import download, wheel_of
 from tests.integration.test_build import BUILD, built_checkout
 from worker.demo.provider import Provider
-from worker.execution.runners.child import landlock, linux
+from worker.engine.runners.child import landlock, linux
 
 SYSTEMD = Path("/lib/systemd/systemd")
 STATE = "/var/lib/orgworker"

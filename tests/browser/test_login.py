@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from tests.fakes import browser as browsers
 from worker.clock import SystemClock
-from worker.operations.operators import make_link
+from worker.features.console.operators import make_link
 from worker.store.database import Database
 
 

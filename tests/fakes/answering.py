@@ -11,8 +11,8 @@ from datetime import datetime
 from typing import Any
 
 from tests.fakes.running import claims, token
+from worker.engine.runners.contract import GivenErrors
 from worker.errors import LeaseLost, WorkerError
-from worker.execution.runners.contract import GivenErrors
 from worker.guard.claims import Claims
 from worker.handlers.calls import (
     A,
@@ -28,9 +28,9 @@ from worker.handlers.calls import (
     StoreStep,
 )
 from worker.handlers.steps import StepError
-from worker.runs.budgets import BudgetState, OrgBudgets
-from worker.runs.run import NewStep, StepPage, StoredStep
-from worker.runs.waits import NewWait, WaitState
+from worker.model.runs.budgets import BudgetState, OrgBudgets
+from worker.model.runs.run import NewStep, StepPage, StoredStep
+from worker.model.runs.waits import NewWait, WaitState
 from worker.secret import AccessToken
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from worker.cli.app import invoke
+from worker.app.shell import invoke
 
 
 @dataclass(frozen=True)

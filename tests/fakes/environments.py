@@ -8,7 +8,7 @@ import sysconfig
 from pathlib import Path
 
 # As installers write it.
-ORGWORKER = "#!{folder}/bin/python\nfrom worker.cli import main\n\nmain()\n"
+ORGWORKER = "#!{folder}/bin/python\nfrom worker.app import main\n\nmain()\n"
 PIP = """\
 #!/bin/sh
 if [ "$1" = install ]; then

@@ -13,6 +13,10 @@ from typing import Any, cast
 from tests.fakes.clock import START, ManualClock
 from tests.unit.execution.runs import admitted
 from worker.clock import to_text
+from worker.engine.attempt.answers import Running
+from worker.engine.attempt.inflight import InflightRun
+from worker.engine.loops.step_writer import StepWriter
+from worker.engine.runners.contract import FORGED, StopSignal, Work
 from worker.errors import (
     AccessDenied,
     AnswerTooLarge,
@@ -29,14 +33,10 @@ from worker.errors import (
     TooManyRequests,
     Unavailable,
 )
-from worker.execution.attempts.answers import Running
-from worker.execution.attempts.inflight import InflightRun
-from worker.execution.hosts.control import ControlUnavailable
-from worker.execution.hosts.remote import HostedEnd, RemoteActs, RemoteStore, SentRow
-from worker.execution.hosts.sent import Sent
-from worker.execution.hosts.wire import Malformed, Registered, Registration, Taken, TemporalPlace
-from worker.execution.loops.step_writer import StepWriter
-from worker.execution.runners.contract import FORGED, StopSignal, Work
+from worker.features.hosts.control import ControlUnavailable
+from worker.features.hosts.remote import HostedEnd, RemoteActs, RemoteStore, SentRow
+from worker.features.hosts.sent import Sent
+from worker.features.hosts.wire import Malformed, Registered, Registration, Taken, TemporalPlace
 from worker.guard.claims import Claims, Flag
 from worker.handlers.calls import (
     AskBudgets,
@@ -52,20 +52,12 @@ from worker.handlers.calls import (
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.ids import RunId, WorkerId
-from worker.runs import outcome as outcomes
-from worker.runs.budgets import BudgetState, OrgBudgets
-from worker.runs.hosts import HostCaller, PoolLoad
-from worker.runs.outcome import Error, Outcome, Trail
-from worker.runs.run import (
-    Isolation,
-    LogLine,
-    NewStep,
-    OwnedRun,
-    RunStep,
-    StepPage,
-    StoredStep,
-)
-from worker.runs.waits import NewWait, WaitState
+from worker.model.runs import outcome as outcomes
+from worker.model.runs.budgets import BudgetState, OrgBudgets
+from worker.model.runs.hosts import HostCaller, PoolLoad
+from worker.model.runs.outcome import Error, Outcome, Trail
+from worker.model.runs.run import Isolation, LogLine, NewStep, OwnedRun, RunStep, StepPage, StoredStep
+from worker.model.runs.waits import NewWait, WaitState
 from worker.secret import AccessToken
 
 

@@ -316,7 +316,7 @@ def fork_commands_of_demo(server: Path) -> None:
 
 # Commands whose process starts a zygote, which is also a new interpreter: 0.2 s of CPU time.
 WITH_ZYGOTE = ("host", "run", "try")
-ZYGOTE = "worker.execution.runners.child.zygote"
+ZYGOTE = "worker.engine.runners.child.zygote"
 
 
 class Child:
@@ -360,7 +360,7 @@ def prepare_zygote() -> list[str] | None:
             send(ours, request, pass_fds)
         return Child(waiting.pop())
 
-    from worker.execution.runners.child import zygote_handle
+    from worker.engine.runners.child import zygote_handle
 
     zygote_handle.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": start_zygote})  # type: ignore
     return None
@@ -453,7 +453,7 @@ def main() -> None:
     try:
         if request.get("program") == "orgworker":
             sys.argv[0] = "orgworker"
-            importlib.import_module("worker.cli").main()
+            importlib.import_module("worker.app").main()
         else:
             runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
     except SystemExit as end:

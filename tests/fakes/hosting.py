@@ -19,9 +19,9 @@ from typing import Any
 from tests.fakes.answering import AnsweringWorker
 from tests.fakes.running import sizes, until, work
 from worker.clock import SystemClock
-from worker.execution.runners.child.pool import ChildPool
-from worker.execution.runners.contract import StopSignal
-from worker.runs.lease import Lease
+from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.contract import StopSignal
+from worker.model.runs.lease import Lease
 
 # The processes of the handler `family`; each appends to a file of its name while it lives.
 FAMILY = {"leader", "child", "session", "orphan"}

@@ -18,7 +18,7 @@ from tests.fakes.clock import ManualClock
 from worker.guard.issuer import Issuer
 from worker.guard.profile import Profile, load
 from worker.ids import OrgId
-from worker.orgs import OrgRef
+from worker.model.orgs import OrgRef
 from worker.outbound import open_client
 from worker.secret import Secret
 from worker.tokens.credentials import Credential

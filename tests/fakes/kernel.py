@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from worker.execution.runners.child import landlock
-from worker.execution.runners.child.sandbox import level
+from worker.engine.runners.child import landlock
+from worker.engine.runners.child.sandbox import level
 
 WITHOUT = "ORGWORKER_TESTS_WITHOUT_LANDLOCK"
 

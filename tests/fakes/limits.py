@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from worker.clock import Clock, SystemClock
-from worker.web.clients import ClientLimits
+from worker.kit.web.clients import ClientLimits
 
 
 def no_limits(clock: Clock | None = None) -> ClientLimits:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from tests.fakes.issuer import App, FakeIssuer
 from worker.errors import ForeignApplication, ProviderRefused
-from worker.providers.management.contract import (
+from worker.features.provisioning.management.contract import (
     ApplicationName,
     ListedApplication,
     Notice,

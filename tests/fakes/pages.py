@@ -24,7 +24,7 @@ from typing import Any
 
 import typer
 
-from worker.cli.app import build
+from worker.app.shell import build
 
 ROOT = Path(__file__).parents[2]
 PAGES = [

@@ -11,14 +11,14 @@ from typing import Any
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import FakeIssuer, kinde_issuer
 from tests.fakes.management import MemoryManagement
-from worker.adapters.secrets import OpenedCredentials
-from worker.operations import sync
-from worker.operations.check_orgs import Checks
+from worker.diagnosis.check_orgs import Checks
+from worker.features.provisioning import sync
+from worker.features.provisioning.provisioning import Provisioned, Provisioner, exclusive
 from worker.operations.installation import Ownership
-from worker.operations.provisioning import Provisioned, Provisioner, exclusive
 from worker.store.database import Database
 from worker.tokens.sealing import KeyRing
 from worker.tokens.token_probe import TokenProbe, watch
+from worker.wiring.secrets import OpenedCredentials
 
 NIGHTLY = """
 [[template]]

@@ -22,24 +22,24 @@ from tests.fakes import exchanges
 from tests.fakes.answering import Answering
 from tests.fakes.clock import ManualClock
 from tests.fakes.exchanges import ENTRY, RUN, Exchange
-from worker.claims.enforced import Enforced
-from worker.execution.attempts.inflight import InflightRuns
-from worker.execution.attempts.plan import HandlerRegistry, Plans
-from worker.execution.attempts.run_log import RunLogWriter
-from worker.execution.attempts.tools import GivenSecrets, Tools
-from worker.execution.hosts import wire
-from worker.execution.hosts.attempt_api import AttemptApi
-from worker.execution.hosts.control import AsyncControl, BlockingControl, Controls
-from worker.execution.hosts.delivery import HostTools
-from worker.execution.hosts.remote import RemoteStore
-from worker.execution.hosts.sharing import Sharing
+from worker.engine.attempt.inflight import InflightRuns
+from worker.engine.attempt.plan import HandlerRegistry, Plans
+from worker.engine.attempt.run_log import RunLogWriter
+from worker.engine.attempt.tools import GivenSecrets, Tools
+from worker.features.hosts import wire
+from worker.features.hosts.attempt_api import AttemptApi
+from worker.features.hosts.control import AsyncControl, BlockingControl, Controls
+from worker.features.hosts.delivery import HostTools
+from worker.features.hosts.listener import Attempts
+from worker.features.hosts.remote import RemoteStore
+from worker.features.hosts.sharing import Sharing
 from worker.handlers.ceiling import Grant, Offered
 from worker.ids import OrgId
-from worker.runs.budgets import OrgBudgets
-from worker.runs.outcome import EndedAttempt
-from worker.runs.run import RunContext, StoredProgress
+from worker.model.claims import Enforced
+from worker.model.runs.budgets import OrgBudgets
+from worker.model.runs.outcome import EndedAttempt
+from worker.model.runs.run import RunContext, StoredProgress
 from worker.secret import AccessToken
-from worker.web.attempts import Attempts
 
 FOLDER = Path(__file__).parents[1] / "unit" / "execution" / "recorded"
 # What counts of an answer's headers.

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from worker.execution.runners.contract import Work
+from worker.engine.runners.contract import Work
 from worker.guard.claims import Claims, Flag
 from worker.ids import RunId
 from worker.secret import AccessToken

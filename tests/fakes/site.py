@@ -24,8 +24,8 @@ from tests.fakes import forked
 from tests.fakes.cli import Completed, as_process, run_command
 from tests.fakes.log import faults_of
 from worker.demo.provider import Application, Provider
+from worker.engine.runners.child import linux
 from worker.errors import Busy
-from worker.execution.runners.child import linux
 from worker.store.engine import lock_sqlite_file
 
 T = TypeVar("T")

@@ -10,11 +10,11 @@ from typing import Any
 
 from sqlalchemy import insert, select, text, update
 
-from worker.definitions.pools import DEFAULT_POOL
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId, new_id
-from worker.runs.outcome import EndedAttempt, Trail
-from worker.runs.run import AdmittedRun, FireReport, Isolation, NewRun, NewSkip, NextFire
-from worker.runs.waits import NewWait
+from worker.model.definitions.pools import DEFAULT_POOL
+from worker.model.runs.outcome import EndedAttempt, Trail
+from worker.model.runs.run import AdmittedRun, FireReport, Isolation, NewRun, NewSkip, NextFire
+from worker.model.runs.waits import NewWait
 from worker.store import firing, tables, workers
 from worker.store.database import Database
 from worker.store.ring_walk import RingWalk

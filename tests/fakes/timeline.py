@@ -10,12 +10,12 @@ from typing import Any
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import HANDLER, Stock
-from worker.definitions.file import parse_file
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId
+from worker.model.definitions.file import parse_file
+from worker.model.runs.fire import decide
+from worker.model.runs.run import AdmittedRun, Declared
 from worker.operations.apply import apply
-from worker.runs.fire import decide
-from worker.runs.run import AdmittedRun, Declared
 from worker.store import catalogue, firing, tables
 from worker.store.database import Database
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import ORG, App, FakeCredentials, FakeIssuer, add_org, kinde_issuer
-from worker.claims.enforced import Enforced
-from worker.orgs import OrgRef
+from worker.model.claims import Enforced
+from worker.model.orgs import OrgRef
 from worker.tokens.cache import MEMORY, Tokens
 from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import Found, SharedTokens, StoredToken, TokenRequest

@@ -20,7 +20,7 @@ from tests.fakes.plugins import make_plugin
 from tests.fakes.site import FINAL, NEVER, Site, application, definition
 from tests.faults.checker import Fault, History, judge
 from worker.demo.provider import Provider
-from worker.execution.runners.child import linux
+from worker.engine.runners.child import linux
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).with_name("fault_jobs.py")

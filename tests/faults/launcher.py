@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from worker.cli import main
+from worker.app import main
 
 FENCE = " AND fencing_token = %(token)s"
 

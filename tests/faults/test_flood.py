@@ -16,7 +16,7 @@ import pytest
 from tests.fakes.ports import free_port
 from tests.fakes.site import Site, opened, wait_until
 from worker.demo.provider import Provider
-from worker.web.connections import MAX_CONNECTIONS, ClientDeadlines
+from worker.kit.web.connections import MAX_CONNECTIONS, ClientDeadlines
 
 # Seconds by which a connection may be older: the server's and the client's loops share a machine.
 SLACK = 1.5

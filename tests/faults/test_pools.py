@@ -19,21 +19,21 @@ import pytest
 
 from tests.fakes.clock import START, ManualClock
 from tests.fakes.stock import HANDLER, Stock
-from worker.claims.enforced import Enforced, PoolRules, Rules
-from worker.definitions.pools import pool_of
+from worker.engine.attempt.attempt import Prepared, prepare
+from worker.engine.attempt.inflight import InflightRun
+from worker.engine.attempt.plan import HandlerRegistry, Plans
+from worker.engine.attempt.run_log import RunLogWriter
+from worker.engine.attempt.tools import Tools
+from worker.engine.runners.contract import StopSignal
 from worker.errors import TokenRefused
-from worker.execution.attempts.attempt import Prepared, prepare
-from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.plan import HandlerRegistry, Plans
-from worker.execution.attempts.run_log import RunLogWriter
-from worker.execution.attempts.tools import Tools
-from worker.execution.runners.contract import StopSignal
 from worker.guard.claims import Claims
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import OrgId, WorkerId, new_id
-from worker.orgs import TokenWant
-from worker.runs.outcome import Trail
-from worker.runs.run import AdmittedRun, RunContext
+from worker.model.claims import Enforced, PoolRules, Rules
+from worker.model.definitions.pools import pool_of
+from worker.model.orgs import TokenWant
+from worker.model.runs.outcome import Trail
+from worker.model.runs.run import AdmittedRun, RunContext
 from worker.store.database import Database
 from worker.store.worker_store import WorkerStore
 

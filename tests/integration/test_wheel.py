@@ -50,10 +50,10 @@ def test_the_wheel_holds_two_packages_and_what_they_need(wheel):
     names = zipfile.ZipFile(wheel).namelist()
 
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"worker", "jobs"}
-    assert "worker/web/templates/base.html" in names
+    assert "worker/features/console/templates/base.html" in names
     assert "worker/py.typed" in names
     assert "worker/guard/profiles/kinde.toml" in names
-    skeleton = {name.removeprefix("worker/cli/skeleton/") for name in names if "/skeleton/" in name}
+    skeleton = {name.removeprefix("worker/app/verbs/skeleton/") for name in names if "/skeleton/" in name}
     assert skeleton == {"README.md.txt", "job.py.txt", "pyproject.toml.txt", "test_job.py.txt"}
     statements = {name.rpartition("/")[2] for name in names if name.endswith(".sql")}
     assert statements == {"ring.sql", "newest.sql", "choose.sql", "place.sql", "crowd.sql"}

@@ -16,15 +16,15 @@ from unittest.mock import patch
 import psycopg
 from sqlalchemy import and_, text
 
+from worker.engine.attempt.inflight import InflightRuns
+from worker.engine.incarnation import Incarnation
+from worker.engine.loops import finisher, reconciler
+from worker.engine.loops.heartbeat import Heartbeat
+from worker.engine.loops.reconciler import Renewal
 from worker.errors import Unavailable
-from worker.execution.attempts.inflight import InflightRuns
-from worker.execution.incarnation import Incarnation
-from worker.execution.loops import finisher, reconciler
-from worker.execution.loops.heartbeat import Heartbeat
-from worker.execution.loops.reconciler import Renewal
 from worker.guard import decode
 from worker.handlers import steps as handler_steps
-from worker.runs import lease
+from worker.model.runs import lease
 from worker.store import credentials, edit_runs, spending, waits
 from worker.store.sql import contract, postgresql, sqlite
 from worker.store.sql.postgresql import admit as pg_admit
@@ -286,7 +286,7 @@ def spend_once(stack: ExitStack, url: str) -> None:
 
 @ablation("a token of another org is refused")
 def org_of_token(stack: ExitStack, url: str) -> None:
-    from worker.execution.attempts import attempt
+    from worker.engine.attempt import attempt
     from worker.tokens import acquirer
 
     def enforce(claims: Any, **want: Any) -> None:

@@ -11,16 +11,16 @@ from typing import Any
 from tests.simulation import jobs
 from tests.simulation.loop import SeededLoop, SimulatedProcess
 from worker.clock import Clock
-from worker.execution.runners.child.pool import ChildPool
-from worker.execution.runners.contract import LEASE_LOST, RunServices, StopSignal, Work, handler_exited
-from worker.execution.runners.inline import _Attempt, _outcome_of
+from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.contract import LEASE_LOST, RunServices, StopSignal, Work, handler_exited
+from worker.engine.runners.inline import _Attempt, _outcome_of
 from worker.handlers.calling import call
 from worker.handlers.calls import A, Call, OneWayCall
 from worker.handlers.context import Context
 from worker.handlers.given import Cancellation
-from worker.runs import outcome as outcomes
-from worker.runs.lease import Lease
-from worker.runs.outcome import Outcome
+from worker.model.runs import outcome as outcomes
+from worker.model.runs.lease import Lease
+from worker.model.runs.outcome import Outcome
 
 # Seconds until a zygote that died is replaced.
 REPLACED = 0.5

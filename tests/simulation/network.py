@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from tests.simulation.loop import SeededLoop, SimulatedProcess, Thread, process_now
-from worker.execution.hosts.control import Controls
+from worker.features.hosts.control import Controls
 
 if TYPE_CHECKING:
     from tests.simulation.world import Machine, World

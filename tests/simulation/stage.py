@@ -15,8 +15,8 @@ from tests.simulation.database import EPOCH
 from tests.simulation.loop import SimulatedProcess, outside
 from tests.simulation.plan import BUDGET, END, LATE_SPENDERS, LIMIT, LIVENESS, RAISES, Action, Entry, Plan
 from tests.simulation.world import LEASE, LOST, ORGS, POLL, Struck, World, app_of
-from worker.definitions.file import parse_file
 from worker.errors import StoreUnavailable, WorkerError
+from worker.model.definitions.file import parse_file
 from worker.operations import answers, apply, backfill, budgets, credentials, definitions, orgs, runs
 from worker.store.database import Database
 from worker.tokens.sealing import KeyRing

@@ -18,7 +18,7 @@ from tests.fakes.postgres import Server
 from tests.simulation.database import EPOCH, SEARCH_PATH
 from tests.simulation.world import ORGS, Dialect, app_of
 from worker import ids
-from worker.operations.hosts import add_host
+from worker.features.hosts.operations import add_host
 from worker.operations.orgs import import_orgs
 from worker.store.database import Database
 from worker.store.schema import upgrade

@@ -41,10 +41,15 @@ from tests.simulation.loop import (
 )
 from tests.simulation.network import HostControls, Net, ToIssuer
 from worker import ids
+from worker.app import process as wiring
+from worker.app.process import Worker
+from worker.engine import incarnation
+from worker.engine.incarnation import FAREWELL, ProcessTools, run_incarnations
+from worker.engine.runners import inline
 from worker.errors import StoreUnavailable, WorkerError
-from worker.execution import incarnation
-from worker.execution.incarnation import FAREWELL, ProcessTools, run_incarnations
-from worker.execution.runners import inline
+from worker.features.hosts import wiring as hosting
+from worker.features.hosts.attempt_listener import AttemptListener
+from worker.features.hosts.wiring import Host
 from worker.operations import chores
 from worker.outbound import open_client
 from worker.pacing import Turns
@@ -54,11 +59,6 @@ from worker.store.ring_walk import RingWalk
 from worker.telemetry import events, mask_in_turn
 from worker.telemetry.vitals import Notifier
 from worker.tokens.sealing import KeyRing
-from worker.wiring import host as hosting
-from worker.wiring import process as wiring
-from worker.wiring.attempts import AttemptListener
-from worker.wiring.host import Host
-from worker.wiring.process import Worker
 
 Dialect = Literal["sqlite", "postgresql"]
 

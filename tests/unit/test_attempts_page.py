@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from worker.execution.hosts.attempt_api import CALLS
+from worker.features.hosts.attempt_api import CALLS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "attempts.md").read_text()
 

@@ -17,14 +17,14 @@ import yaml
 
 from tests.fakes.pages import unknown_words
 from worker import settings as places
-from worker.definitions.units import parse_duration
+from worker.engine.incarnation import LAST_FLUSH
+from worker.engine.loops.supervisor import PATIENCE
 from worker.errors import ConfigurationError
-from worker.execution.incarnation import LAST_FLUSH
-from worker.execution.loops.supervisor import PATIENCE
-from worker.operations.provision_loop import LAST_TURN
+from worker.features.provisioning.provision_loop import LAST_TURN
+from worker.kit.web.database_health import CHECK_EVERY
+from worker.kit.web.health import PATHS
+from worker.model.definitions.units import parse_duration
 from worker.settings import Settings
-from worker.web.database_health import CHECK_EVERY
-from worker.web.health import PATHS
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config"

@@ -16,10 +16,10 @@ import yaml
 from tests.fakes.helm import MISSING, Rendered, render
 from tests.fakes.pages import blocks, unknown_words
 from worker import settings as places
-from worker.execution.incarnation import LAST_FLUSH
-from worker.operations.provision_loop import LAST_TURN
-from worker.web.database_health import CHECK_EVERY
-from worker.web.health import PATHS
+from worker.engine.incarnation import LAST_FLUSH
+from worker.features.provisioning.provision_loop import LAST_TURN
+from worker.kit.web.database_health import CHECK_EVERY
+from worker.kit.web.health import PATHS
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "config" / "helm" / "orgworker"

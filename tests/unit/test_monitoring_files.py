@@ -13,7 +13,7 @@ import promql_parser as promql
 import pytest
 import yaml
 
-from worker.execution.loops.supervisor import PATIENCE
+from worker.engine.loops.supervisor import PATIENCE
 from worker.telemetry.events import EVENTS
 from worker.telemetry.metrics import METRICS, PREFIX, STATES, Metric
 

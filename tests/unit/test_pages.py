@@ -28,11 +28,11 @@ from tests.fakes.pages import (
     unknown_words,
 )
 from worker import settings
-from worker.definitions.file import parse_file
+from worker.features.provisioning.management.kinde import SCOPES
 from worker.guard.profile import parse as parse_profile
 from worker.handlers.job import Job
-from worker.providers.management.kinde import SCOPES
-from worker.runs.causes import CAUSES
+from worker.model.definitions.file import parse_file
+from worker.model.runs.causes import CAUSES
 
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 BLOCKS = [(page, block) for page, text in TEXTS.items() for block in blocks(text)]
@@ -189,7 +189,7 @@ def test_no_page_installs_by_a_name_that_is_not_ours():
         *sorted((ROOT / "worker").rglob("*.py")),
         *(ROOT / name for name in ("CHANGELOG.md", "dev", "worker/guard/README.md")),
     ]
-    for folder in ("config", "worker/cli/skeleton"):
+    for folder in ("config", "worker/app/verbs/skeleton"):
         files += [file for file in sorted((ROOT / folder).rglob("*")) if file.is_file()]
 
     found = {file: installs_by_name(file.read_text(encoding="utf-8", errors="replace")) for file in files}

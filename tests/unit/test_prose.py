@@ -49,4 +49,4 @@ def test_the_files_that_people_read_are_checked():
         str(file.relative_to(Path(__file__).parents[2])) for file in files(["worker", "docs", "README.md"])
     }
 
-    assert {"README.md", "docs/index.md", "worker/telemetry/events.py", "worker/cli/runs.py"} <= checked
+    assert {"README.md", "docs/index.md", "worker/telemetry/events.py", "worker/app/verbs/runs.py"} <= checked

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker import search
 from worker.errors import UsageError
-from worker.search import Query, ids_of, parsed, words_of
+from worker.model import search
+from worker.model.search import Query, ids_of, parsed, words_of
 
 # A Thursday.
 NOW = datetime(2026, 11, 26, 9, 30, tzinfo=UTC)

@@ -16,19 +16,29 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, update
 
-from worker.claims.enforced import ClaimsRecord
-from worker.definitions.definition import from_spec
-from worker.definitions.pools import DEFAULT_POOL
 from worker.demo.installation import SCOPE, DemoOrg, last_night
-from worker.execution.attempts.inflight import record_claims
+from worker.engine.attempt.inflight import record_claims
 from worker.guard.claims import Claims, Flag
 from worker.ids import OrgId, RunId, WorkerId
+from worker.model.claims import ClaimsRecord
+from worker.model.definitions.definition import from_spec
+from worker.model.definitions.pools import DEFAULT_POOL
+from worker.model.runs.outcome import (
+    Cancelled,
+    Error,
+    Failed,
+    Lost,
+    NoToken,
+    Outcome,
+    Refused,
+    Succeeded,
+    Trail,
+)
+from worker.model.runs.outcome import end_attempt as end_of
+from worker.model.runs.run import AdmittedRun, Isolation, LogLine, NewRun
 from worker.operations.definitions import pause_definition
 from worker.operations.handlers import Handlers
 from worker.operations.runs import new_run
-from worker.runs.outcome import Cancelled, Error, Failed, Lost, NoToken, Outcome, Refused, Succeeded, Trail
-from worker.runs.outcome import end_attempt as end_of
-from worker.runs.run import AdmittedRun, Isolation, LogLine, NewRun
 from worker.store import audit, credentials, definitions, firing, orgs, sweeps, tables, workers
 from worker.store.database import Database
 from worker.store.dialect import Row

@@ -21,8 +21,8 @@ from worker.demo.handlers import METER
 from worker.demo.people import Person, WebApplication
 from worker.demo.provider import Application, Fault, Provider, serve_provider
 from worker.demo.serving import ServerThread, bind_loopback, url_of
+from worker.features.provisioning.management.kinde import SCOPES
 from worker.guard import Guard
-from worker.providers.management.kinde import SCOPES
 
 AUDIENCE = "https://api.demo.example"
 SCOPE = "read:kb"
@@ -48,7 +48,7 @@ SECRETS = "secrets"
 # that was gone before sends no signal.
 ATTACHED = """
 import os, sys
-from worker.execution.runners.child.linux import die_with_parent
+from worker.engine.runners.child.linux import die_with_parent
 
 parent, *command = sys.argv[1:]
 die_with_parent()

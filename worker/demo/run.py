@@ -42,7 +42,7 @@ from worker.demo.installation import (
 )
 from worker.demo.journal import ASKED, HEAD, Journal, Quiet, RunChange, advice_on, line, words_of
 from worker.errors import WorkerError
-from worker.operations.operators import make_link
+from worker.features.console.operators import make_link
 from worker.store.database import Database
 
 POLL = 0.05

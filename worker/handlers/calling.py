@@ -24,7 +24,7 @@ from worker.handlers.results import Cancel, HandBack, PermanentError, Retry, Sno
 from worker.handlers.spending import BudgetExceeded
 from worker.handlers.steps import StepError
 from worker.handlers.waits import WaitTimeout
-from worker.runs.outcome import (
+from worker.model.runs.outcome import (
     SUCCEEDED,
     Cancelled,
     Error,

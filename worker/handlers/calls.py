@@ -2,7 +2,7 @@
 
 A call is a frozen dataclass whose annotations say what its fields may contain. From the declaration come how
 it is written and read (`parts.py`), what of it is masked, and how it is sent: within a process, over the
-socket of a run's process, or over the attempt API of a host. `execution/attempts/answers.py` answers it.
+socket of a run's process, or over the attempt API of a host. `engine/attempt/answers.py` answers it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
 from worker.clock import from_text, to_text
-from worker.definitions.budgets import MAX_AMOUNT
 from worker.guard.claims import Claims
 from worker.handlers.json_text import LIMIT, UNMASKED_LIMIT, check_json_text, clean, to_json_text
 from worker.handlers.parts import (
@@ -39,9 +38,10 @@ from worker.handlers.parts import (
     trusted,
 )
 from worker.handlers.steps import MAX_STEPS, RESULT_LIMIT, StepError
-from worker.runs.budgets import MAX_SPENDS, BudgetState, OrgBudgets
-from worker.runs.run import NewStep, StepPage, StoredStep
-from worker.runs.waits import KINDS, MAX_ASKED, MAX_WAITS, NewWait, WaitState, check_options
+from worker.model.definitions.budgets import MAX_AMOUNT
+from worker.model.runs.budgets import MAX_SPENDS, BudgetState, OrgBudgets
+from worker.model.runs.run import NewStep, StepPage, StoredStep
+from worker.model.runs.waits import KINDS, MAX_ASKED, MAX_WAITS, NewWait, WaitState, check_options
 from worker.secret import AccessToken
 
 A = TypeVar("A")

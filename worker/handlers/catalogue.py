@@ -22,11 +22,11 @@ from functools import partial
 from importlib.metadata import EntryPoint
 from typing import Any, Self, TypeVar
 
-from worker.definitions.pools import parse_pool
 from worker.handlers.installed import FOLDERS, Distribution, distributions, environment, normalised
 from worker.handlers.job import MAX_SECRETS, SECRET_NAME
 from worker.handlers.json_text import clean
 from worker.handlers.schema import check_schema
+from worker.model.definitions.pools import parse_pool
 
 T = TypeVar("T")
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Self
 
-from worker.definitions import MAX_ATTEMPTS, TIMEOUT
-from worker.definitions.units import format_duration, parse_duration
 from worker.handlers.catalogue import HandlerEntry
+from worker.model.definitions import MAX_ATTEMPTS, TIMEOUT
+from worker.model.definitions.units import format_duration, parse_duration
 
 # Of the digest and of a stored ceiling. A field that a later version adds is not approved by this one.
 VERSION = 1

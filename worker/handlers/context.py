@@ -50,7 +50,7 @@ from worker.handlers.waits import (
     OnPark,
     no_runner,
 )
-from worker.runs.waits import Option
+from worker.model.runs.waits import Option
 from worker.secret import AccessToken
 
 if TYPE_CHECKING:

@@ -25,11 +25,11 @@ from importlib import import_module
 from importlib.metadata import EntryPoint
 from typing import Any
 
-from worker.definitions.pools import parse_pool
-from worker.definitions.units import parse_duration, parse_memory
 from worker.handlers.calling import hint
 from worker.handlers.installed import GROUP
 from worker.handlers.job import Job
+from worker.model.definitions.pools import parse_pool
+from worker.model.definitions.units import parse_duration, parse_memory
 
 # What most handlers import, and what their models need once they are declared.
 SHARED = ("httpx", "pydantic.fields", "pydantic.type_adapter", "worker.handlers.context")

@@ -20,7 +20,7 @@ from worker.clock import Clock
 from worker.guard.claims import Claims
 from worker.handlers.job import Job
 from worker.handlers.json_text import NotStorable, check_json_text, to_json_text
-from worker.runs.budgets import BudgetState
+from worker.model.runs.budgets import BudgetState
 from worker.secret import AccessToken
 
 P = TypeVar("P")

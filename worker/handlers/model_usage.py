@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from worker.definitions.budgets import MAX_AMOUNT
+from worker.model.definitions.budgets import MAX_AMOUNT
 
 LLM_TOKENS = "llm_tokens"
 # Bytes of an answer that are looked at; a larger one has no usage of a model.

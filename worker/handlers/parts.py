@@ -16,10 +16,10 @@ from types import NoneType
 from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 from worker.clock import from_text, to_text
-from worker.definitions.budgets import OWN_METERS
 from worker.handlers.json_text import check_json_text, clean
 from worker.handlers.results import as_timedelta
 from worker.handlers.steps import StepError, check_key, check_name
+from worker.model.definitions.budgets import OWN_METERS
 
 V = TypeVar("V")
 

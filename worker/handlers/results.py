@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-from worker.definitions.units import LONGEST, parse_duration
+from worker.model.definitions.units import LONGEST, parse_duration
 
 Duration = timedelta | float | str
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
-from worker.definitions.units import MAX_DEPTH, depth_of
 from worker.handlers.json_text import CheckedObject, NotStorable, to_json_text
 from worker.handlers.keywords import PARTS, RULES, TYPES, Part, Verdict, all_of, canonical
 from worker.handlers.patterns import Pattern, UnusablePattern, cost_of
+from worker.model.definitions.units import MAX_DEPTH, depth_of
 
 MAX_BYTES = 256 * 1024
 """Maximum size of a schema as JSON."""

@@ -15,12 +15,12 @@ from functools import partial
 from typing import Any
 
 from worker.clock import Clock
-from worker.definitions.budgets import MAX_AMOUNT, OWN_METERS
 from worker.handlers.calls import AskBudgets, CountSpend, Port
 from worker.handlers.steps import StepError, check_name, open_step
 from worker.handlers.waits import AnyWaits
-from worker.runs.budgets import MAX_SPENDS, BudgetState, decisive, tightest, wait_of
-from worker.runs.waits import BUDGET
+from worker.model.definitions.budgets import MAX_AMOUNT, OWN_METERS
+from worker.model.runs.budgets import MAX_SPENDS, BudgetState, decisive, tightest, wait_of
+from worker.model.runs.waits import BUDGET
 
 # Waits for one meter that one call passes, before it gives up.
 MAX_WAITS = 1000

@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 from worker.clock import Clock
-from worker.definitions.budgets import MAX_AMOUNT
 from worker.errors import WorkerError
 from worker.handlers.blocking import DaemonThread, finish
 from worker.handlers.calls import MAX_METERS, LoadSteps, Port, StoreStep
@@ -35,8 +34,9 @@ from worker.handlers.steps import (
     check_name,
     digest_of,
 )
-from worker.runs.budgets import BudgetState
-from worker.runs.run import NewStep
+from worker.model.definitions.budgets import MAX_AMOUNT
+from worker.model.runs.budgets import BudgetState
+from worker.model.runs.run import NewStep
 
 # Calls of one `ctx.map` at the same time: by default, and at most.
 CONCURRENCY = 8

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from worker.handlers.json_text import NotStorable, to_json_text
-from worker.runs.run import StepPage, step_label
+from worker.model.runs.run import StepPage, step_label
 
 # Bytes of the JSON text of one result and of all results of a run, and steps of a run.
 RESULT_LIMIT = 256 * 1024

@@ -18,18 +18,10 @@ from worker.handlers.calls import OpenWait, Port
 from worker.handlers.json_text import NotStorable, check_size, to_json_text
 from worker.handlers.results import Duration, as_timedelta
 from worker.handlers.steps import Occurrences, StepError, StepJournal, check_name
-from worker.runs.outcome import Parked
-from worker.runs.run import step_label
-from worker.runs.waits import BUDGET as BUDGET
-from worker.runs.waits import (
-    MAX_ASKED,
-    MAX_WAITS,
-    NewWait,
-    Option,
-    WaitKind,
-    WaitState,
-    check_options,
-)
+from worker.model.runs.outcome import Parked
+from worker.model.runs.run import step_label
+from worker.model.runs.waits import BUDGET as BUDGET
+from worker.model.runs.waits import MAX_ASKED, MAX_WAITS, NewWait, Option, WaitKind, WaitState, check_options
 
 SLEEP = "sleep"
 # Turns of the loop before an attempt parks: tasks that start together then wait together.

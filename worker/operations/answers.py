@@ -14,11 +14,11 @@ from worker.handlers.json_text import NotStorable, to_json_text
 from worker.handlers.steps import StepError, check_name
 from worker.handlers.waits import BUDGET, SLEEP
 from worker.ids import OrgId, RunId
+from worker.model.runs.run import step_label
+from worker.model.runs.waits import MAX_ANSWERED, MAX_EARLY, MAX_WAITS, is_allowed, is_open_question
+from worker.model.search import hint_of
 from worker.operations.budgets import answer_budget
 from worker.operations.runs import matching, require_run
-from worker.runs.run import step_label
-from worker.runs.waits import MAX_ANSWERED, MAX_EARLY, MAX_WAITS, is_allowed, is_open_question
-from worker.search import hint_of
 from worker.store import audit, waits
 from worker.store.database import Database
 from worker.store.dialect import Row

@@ -9,21 +9,28 @@ from functools import partial
 
 from sqlalchemy import Connection
 
-from worker.definitions.definition import Definition
-from worker.definitions.fields import Faults, refusal
-from worker.definitions.file import DefinitionsFile, TemplateEntry
-from worker.definitions.origins import NO_ISSUERS, IssuerOrigins, check_base_url, check_encrypted, in_force
 from worker.errors import DefinitionError, UsageError
-from worker.ids import ALL_ORGS, OrgId, TemplateId, new_id
-from worker.operations import settle
-from worker.operations.budgets import BudgetChange, budget_changes, wake_changed, write_budgets
-from worker.operations.calendars import (
+from worker.features.calendars.operations import (
     calendar_changes,
     dated,
     following,
     following_templates,
     write_calendars,
 )
+from worker.ids import ALL_ORGS, OrgId, TemplateId, new_id
+from worker.model.definitions.definition import Definition
+from worker.model.definitions.fields import Faults, refusal
+from worker.model.definitions.file import DefinitionsFile, TemplateEntry
+from worker.model.definitions.origins import (
+    NO_ISSUERS,
+    IssuerOrigins,
+    check_base_url,
+    check_encrypted,
+    in_force,
+)
+from worker.model.orgs import OrgEntry, Selector
+from worker.operations import settle
+from worker.operations.budgets import BudgetChange, budget_changes, wake_changed, write_budgets
 from worker.operations.changes import (
     Action,
     CalendarChange,
@@ -38,7 +45,6 @@ from worker.operations.changes import (
 from worker.operations.handlers import Handlers
 from worker.operations.orgs import changed_columns, check_entry, columns_of
 from worker.operations.templates import materialise_first
-from worker.orgs import OrgEntry, Selector
 from worker.store import audit, calendars, definitions, orgs, places, templates
 from worker.store.database import Database
 from worker.store.dialect import Row, chunks

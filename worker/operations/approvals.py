@@ -8,11 +8,11 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from worker.definitions.pools import DEFAULT_POOL
 from worker.errors import Conflict, Diagnostic, NotFound
 from worker.handlers.ceiling import Ceiling, digest, may_run
 from worker.ids import ALL_ORGS
-from worker.runs.next_steps import NextStep
+from worker.model.definitions.pools import DEFAULT_POOL
+from worker.model.runs.next_steps import NextStep
 from worker.store import audit, host_grants, places, pools
 from worker.store.database import Database
 from worker.store.dialect import Row

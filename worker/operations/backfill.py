@@ -10,15 +10,15 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from worker.definitions.definition import from_spec
-from worker.definitions.triggers import Trigger
 from worker.errors import Conflict, DefinitionError, NotFound, UsageError, WorkerError
 from worker.ids import ALL_ORGS, OrgId, TemplateId, new_id
+from worker.model.definitions.definition import from_spec
+from worker.model.definitions.triggers import Trigger
+from worker.model.runs.run import NewRun
 from worker.operations.changes import because
 from worker.operations.handlers import Handlers
 from worker.operations.runs import new_run, require_active
 from worker.operations.templates import definitions_of
-from worker.runs.run import NewRun
 from worker.store import audit, backfills, definitions, firing, orgs
 from worker.store.database import Database
 from worker.store.dialect import Row, database_now

@@ -10,14 +10,14 @@ from typing import Any, Literal
 from sqlalchemy import Connection
 
 from worker.clock import to_text
-from worker.definitions.budgets import PERS, BudgetEntry, Per, amount, meter_name
-from worker.definitions.fields import refusal
 from worker.errors import Conflict, NotFound, UsageError
 from worker.ids import OrgId, RunId, new_id
+from worker.model.definitions.budgets import PERS, BudgetEntry, Per, amount, meter_name
+from worker.model.definitions.fields import refusal
+from worker.model.runs.waits import BUDGET
+from worker.model.search import hint_of
 from worker.operations.changes import Change, because, differing
 from worker.operations.runs import require_run
-from worker.runs.waits import BUDGET
-from worker.search import hint_of
 from worker.store import audit, budgets, orgs, waits
 from worker.store.database import Database
 from worker.store.dialect import Row, hint

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection
 
-from worker.definitions import CALENDAR_DATES
-from worker.definitions.definition import Definition, to_spec
 from worker.ids import ALL_ORGS, DefinitionId, OrgId, TemplateId, new_id
+from worker.model.definitions import CALENDAR_DATES
+from worker.model.definitions.definition import Definition, to_spec
 from worker.operations import settle
 from worker.store import audit, backfills, definitions, edit_runs, orgs, templates
 from worker.store.dialect import Row

@@ -6,17 +6,17 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from worker.definitions.zones import zone_data_version
+from worker.engine.attempt.inflight import InflightRun
+from worker.engine.loops.maintenance import Ages, FailureWatch, Housekeeping
 from worker.errors import Unavailable
-from worker.execution.attempts.inflight import InflightRun
-from worker.execution.loops.maintenance import Ages, FailureWatch, Housekeeping
 from worker.ids import ALL_ORGS
+from worker.model.definitions.zones import zone_data_version
+from worker.model.runs.outcome import EndedAttempt
+from worker.model.runs.run import Recovered
 from worker.operations import settle
 from worker.operations.backfill import fill_backfills
 from worker.operations.definitions import count_failures
 from worker.operations.templates import materialise
-from worker.runs.outcome import EndedAttempt
-from worker.runs.run import Recovered
 from worker.settings.sections import RetentionSettings
 from worker.store import access_tokens, failing, orgs
 from worker.store.database import Database

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.clock import Clock
-from worker.definitions.units import format_duration
+from worker.diagnosis.check_orgs import Checks, Report
 from worker.errors import (
     Busy,
     ConfigurationError,
@@ -20,7 +20,7 @@ from worker.errors import (
     UsageError,
 )
 from worker.ids import OrgId, new_id
-from worker.operations.check_orgs import Checks, Report
+from worker.model.definitions.units import format_duration
 from worker.operations.installation import Ownership
 from worker.secret import Secret
 from worker.store import audit, credentials, orgs

@@ -10,16 +10,22 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from worker.definitions import CALENDAR_DATES
-from worker.definitions.calendars import read_dates
-from worker.definitions.definition import keys_of, parse_definition
-from worker.definitions.origins import NO_ISSUERS, IssuerOrigins, check_base_url, check_encrypted, in_force
 from worker.errors import Conflict, PreconditionFailed, Unavailable, UsageError, WorkerError
+from worker.features.calendars.operations import with_calendar
 from worker.handlers.given import to_state_text
 from worker.handlers.json_text import NotStorable
 from worker.ids import DefinitionId, OrgId
+from worker.model.definitions import CALENDAR_DATES
+from worker.model.definitions.calendars import read_dates
+from worker.model.definitions.definition import keys_of, parse_definition
+from worker.model.definitions.origins import (
+    NO_ISSUERS,
+    IssuerOrigins,
+    check_base_url,
+    check_encrypted,
+    in_force,
+)
 from worker.operations import settle
-from worker.operations.calendars import with_calendar
 from worker.operations.changes import DefinitionChange, change_definitions
 from worker.operations.handlers import Handlers
 from worker.store import audit, definitions, orgs, states

@@ -8,15 +8,15 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from worker.definitions.definition import Definition
-from worker.definitions.fields import refusal
-from worker.definitions.pools import pool_of
 from worker.errors import Conflict, DefinitionError, NotFound, UnknownHandler, did_you_mean
 from worker.guard.claims import Claims
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import allowed, clamped
 from worker.handlers.schema import Schema, check_schema
-from worker.runs.run import Declared, Isolation
+from worker.model.definitions.definition import Definition
+from worker.model.definitions.fields import refusal
+from worker.model.definitions.pools import pool_of
+from worker.model.runs.run import Declared, Isolation
 from worker.store import audit, catalogue, host_grants, host_handlers, places
 from worker.store.database import Database
 from worker.store.dialect import Row

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection
 
-from worker.definitions.file import parse_org
-from worker.definitions.pools import parse_pool
-from worker.definitions.zones import parse_zone
 from worker.errors import Conflict, DefinitionError, InvalidTrigger, UsageError
 from worker.ids import ALL_ORGS, OrgId, new_id
+from worker.model.definitions.file import parse_org
+from worker.model.definitions.pools import parse_pool
+from worker.model.definitions.zones import parse_zone
+from worker.model.orgs import STOPS, OrgEntry, OrgState, may_move
 from worker.operations import settle
 from worker.operations.credentials import check_client, credential_row, is_stored
 from worker.operations.templates import materialise_first
-from worker.orgs import STOPS, OrgEntry, OrgState, may_move
 from worker.store import (
     access_tokens,
     audit,

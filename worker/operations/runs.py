@@ -10,13 +10,13 @@ from typing import Any, cast
 
 from sqlalchemy import Connection
 
-from worker.definitions import fields
-from worker.definitions.definition import Definition, from_spec
 from worker.errors import AccessDenied, Conflict, DefinitionError, NotFound, UsageError
 from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, new_id
+from worker.model.definitions import fields
+from worker.model.definitions.definition import Definition, from_spec
+from worker.model.runs.run import NewRun, Origin
 from worker.operations.changes import because, differing
 from worker.operations.handlers import Handlers, as_taken
-from worker.runs.run import NewRun, Origin
 from worker.store import (
     audit,
     definitions,

@@ -10,13 +10,13 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from worker.definitions.definition import Definition, from_spec
-from worker.definitions.triggers import Trigger
 from worker.errors import WorkerError
 from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, Scope
+from worker.model.definitions.definition import Definition, from_spec
+from worker.model.definitions.triggers import Trigger
+from worker.model.runs.fire import decide, spread_of
+from worker.model.runs.run import DueDefinition, NewRun, NewSkip, NextFire
 from worker.operations.handlers import Handlers
-from worker.runs.fire import decide, spread_of
-from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire
 from worker.store import audit, definitions, firing, schema
 from worker.store.database import Database
 from worker.store.dialect import Row, chunks, compact_json

@@ -9,10 +9,10 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from worker.definitions.definition import to_spec
-from worker.definitions.file import TemplateEntry, from_template_spec
 from worker.errors import Conflict, DefinitionError, NotFound, WorkerError
 from worker.ids import ALL_ORGS, OrgId, TemplateId
+from worker.model.definitions.definition import to_spec
+from worker.model.definitions.file import TemplateEntry, from_template_spec
 from worker.operations.changes import (
     DefinitionChange,
     TemplateChange,

@@ -13,8 +13,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic import Field, ValidationError
 
-from worker.definitions.origins import is_listed, unencrypted
 from worker.errors import ConfigurationError
+from worker.model.definitions.origins import is_listed, unencrypted
 from worker.settings.sections import (
     AlertSettings,
     AttemptsSettings,

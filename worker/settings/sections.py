@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from worker.definitions.origins import parse_base_url, parse_origin, unencrypted
-from worker.definitions.pools import DEFAULT_POOL, parse_pool
-from worker.definitions.units import parse_duration, parse_memory
-from worker.providers.management.mapping import parse_rule
+from worker.features.provisioning.management.mapping import parse_rule
+from worker.model.definitions.origins import parse_base_url, parse_origin, unencrypted
+from worker.model.definitions.pools import DEFAULT_POOL, parse_pool
+from worker.model.definitions.units import parse_duration, parse_memory
 from worker.telemetry.masking import shown_url
 
 
@@ -172,7 +172,7 @@ class DatabaseSettings(Section):
 class ManagementSettings(Section):
     """`[issuers.NAME.management]`: the provider's management API, if it has a `client_id`.
 
-    Its secret is not a setting: `wiring.management` reads it, for the commands that need it.
+    Its secret is not a setting: `features.provisioning` reads it, for the commands that need it.
     """
 
     client_id: Annotated[str, _matching(r"\S{0,200}", "the client id of an application at the provider")] = ""

@@ -21,11 +21,11 @@ from sqlalchemy import (
     update,
 )
 
-from worker.definitions.budgets import OWN_METERS, AtLimit, Per, Period, limit_of_property, period_of
-from worker.definitions.zones import parse_zone
 from worker.guard.claims import Claims
 from worker.ids import AllOrgs, OrgId, RunId, new_id
-from worker.orgs import parse_selector
+from worker.model.definitions.budgets import OWN_METERS, AtLimit, Per, Period, limit_of_property, period_of
+from worker.model.definitions.zones import parse_zone
+from worker.model.orgs import parse_selector
 from worker.store import tables
 from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, insert_into
 

@@ -15,7 +15,7 @@ from sqlalchemy import Boolean, ColumnElement, Connection, Select, delete, selec
 from sqlalchemy.ext.compiler import compiles
 
 from worker.handlers.catalogue import HandlerEntry
-from worker.runs.run import Declared
+from worker.model.runs.run import Declared
 from worker.store import tables
 from worker.store.dialect import Row, all_rows, chunks, database_now, upsert
 from worker.store.health import holds_lease

@@ -24,8 +24,8 @@ from sqlalchemy import (
 )
 
 from worker.ids import DefinitionId, OrgId, RunId, Scope
-from worker.runs.run import NewRun
-from worker.search import Query, states_of
+from worker.model.runs.run import NewRun
+from worker.model.search import Query, states_of
 from worker.store import sweeps, tables
 from worker.store.bulk import among
 from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, hint, in_scope

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, Text, cast, select, tuple_
 
 from worker.ids import DefinitionId, OrgId, Scope
-from worker.runs.run import Decision, DueDefinition, FireReport, NewRun, NewSkip, NextFire, Upcoming
+from worker.model.runs.run import Decision, DueDefinition, FireReport, NewRun, NewSkip, NextFire, Upcoming
 from worker.store import edit_runs, tables
 from worker.store.dialect import database_now, in_scope
 from worker.store.sql import statements

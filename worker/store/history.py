@@ -8,8 +8,8 @@ from datetime import datetime
 
 from sqlalchemy import Connection, Select, func, select
 
-from worker.definitions import MISFIRE_GRACE
 from worker.ids import DefinitionId, OrgId, RunId
+from worker.model.definitions import MISFIRE_GRACE
 from worker.store import tables
 from worker.store.dialect import Row, all_rows, chunks, first_row
 

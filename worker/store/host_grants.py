@@ -13,11 +13,11 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, or_, select, tuple_, update
 
-from worker.definitions.units import format_duration
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import KEYS, Ceiling, Grant, Offered, allowed, digest, excess
 from worker.ids import DefinitionId, RunId, WorkerId
-from worker.runs.outcome import NOT_APPROVED_WAIT
+from worker.model.definitions.units import format_duration
+from worker.model.runs.outcome import NOT_APPROVED_WAIT
 from worker.store import catalogue, host_handlers, tables
 from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, hint, upsert
 from worker.store.health import holds_lease

@@ -27,8 +27,8 @@ from sqlalchemy import (
 from worker.errors import LeaseLost
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import WorkerId
-from worker.runs.hosts import MAX_HANDLERS, TooManyHandlers
-from worker.runs.run import Declared, Isolation
+from worker.model.runs.hosts import MAX_HANDLERS, TooManyHandlers
+from worker.model.runs.run import Declared, Isolation
 from worker.store import catalogue, tables
 from worker.store.dialect import Row, chunks, compact_json, database_now, upsert
 from worker.store.health import holds_lease

@@ -13,9 +13,9 @@ from worker.clock import Clock
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import Offered
 from worker.ids import RunId, WorkerId, new_id
-from worker.runs.hosts import Fence, HostCaller, Placed, PoolRoom, Ticket
-from worker.runs.outcome import EndedAttempt
-from worker.runs.run import AdmittedRun, Isolation, OwnedRun
+from worker.model.runs.hosts import Fence, HostCaller, Placed, PoolRoom, Ticket
+from worker.model.runs.outcome import EndedAttempt
+from worker.model.runs.run import AdmittedRun, Isolation, OwnedRun
 from worker.store import host_grants, host_handlers, hosts, placements, workers
 from worker.store.database import in_autocommit, in_transaction
 from worker.store.ring_walk import RingWalk

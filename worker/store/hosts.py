@@ -29,8 +29,8 @@ from sqlalchemy import (
 
 from worker.errors import TooManyRequests
 from worker.ids import RunId, WorkerId
-from worker.runs.hosts import SLOTS, HostCaller, PoolLoad
-from worker.runs.run import AdmittedRun, Isolation
+from worker.model.runs.hosts import SLOTS, HostCaller, PoolLoad
+from worker.model.runs.run import AdmittedRun, Isolation
 from worker.store import health, host_handlers, tables
 from worker.store.dialect import Row, all_rows, database_now, first_row, is_postgresql
 from worker.store.workers import register

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, delete, exists, select, text, update
 
 from worker.errors import NotFound
 from worker.ids import AllOrgs, OrgId, OrgScope, Scope
-from worker.search import words_of
+from worker.model.search import words_of
 from worker.store import tables
 from worker.store.bulk import among, insert_many
 from worker.store.dialect import Row, above, all_rows, chunks, first_row, is_postgresql

@@ -14,9 +14,9 @@ from typing import Any
 from sqlalchemy import Connection, case, delete, func, select, tuple_, update
 
 from worker.ids import RunId, WorkerId
-from worker.runs.hosts import Fence, Placed, Placement, PoolRoom
-from worker.runs.outcome import EndedAttempt, Trail
-from worker.runs.run import AdmittedRun, Isolation
+from worker.model.runs.hosts import Fence, Placed, Placement, PoolRoom
+from worker.model.runs.outcome import EndedAttempt, Trail
+from worker.model.runs.run import AdmittedRun, Isolation
 from worker.store import host_grants, tables
 from worker.store.dialect import chunks, database_now, upsert
 from worker.store.health import holds_lease

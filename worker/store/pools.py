@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from sqlalchemy import ColumnElement, Connection, delete, func, literal_column, select
 
-from worker.claims.enforced import Rules
-from worker.definitions.pools import pool_of
-from worker.runs.run import Declared
+from worker.model.claims import Rules
+from worker.model.definitions.pools import pool_of
+from worker.model.runs.run import Declared
 from worker.store import catalogue, health, tables
 from worker.store.definitions import in_force
 from worker.store.dialect import Row, all_rows, database_now, first_row, upsert

@@ -9,10 +9,10 @@ from itertools import islice
 
 from sqlalchemy import Connection
 
-from worker.definitions.pools import DEFAULT_POOL
 from worker.errors import StoreUnavailable
 from worker.ids import OrgId, WorkerId
-from worker.runs.run import AdmittedRun, Isolation
+from worker.model.definitions.pools import DEFAULT_POOL
+from worker.model.runs.run import AdmittedRun, Isolation
 from worker.store.database import Database
 from worker.store.sql import statements
 from worker.store.sql.contract import RingStep, Taker, Walk

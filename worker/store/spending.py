@@ -9,12 +9,12 @@ from datetime import UTC, date, datetime, timedelta
 
 from sqlalchemy import Connection, insert, literal, select, update
 
-from worker.definitions.budgets import OWN_METERS, RUN_SECONDS, RUNS
 from worker.ids import DefinitionId, OrgId, RunId
-from worker.runs.budgets import BudgetState, OrgBudgets, decisive
-from worker.runs.outcome import EndedAttempt
-from worker.runs.run import AdmittedRun, RunStep
-from worker.runs.waits import BUDGET, NewWait
+from worker.model.definitions.budgets import OWN_METERS, RUN_SECONDS, RUNS
+from worker.model.runs.budgets import BudgetState, OrgBudgets, decisive
+from worker.model.runs.outcome import EndedAttempt
+from worker.model.runs.run import AdmittedRun, RunStep
+from worker.model.runs.waits import BUDGET, NewWait
 from worker.store import budgets, tables
 from worker.store.budgets import Counter, Level, OrgBudget
 from worker.store.dialect import database_now, insert_into

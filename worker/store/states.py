@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, select
 
 from worker.ids import DefinitionId, OrgId
-from worker.runs.run import AdmittedRun, LoadedState
+from worker.model.runs.run import AdmittedRun, LoadedState
 from worker.store import tables
 from worker.store.dialect import Row, first_row, insert_into, is_postgresql
 

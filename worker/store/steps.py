@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Text, cast, func, insert, literal, select
 
 from worker.ids import OrgId, RunId
-from worker.runs.run import StepPage, StoredStep
+from worker.model.runs.run import StepPage, StoredStep
 from worker.store import tables
 
 _steps = tables.steps

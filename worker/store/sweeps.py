@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import ARRAY, Connection, bindparam, delete, literal_column, select, text, update
 
 from worker.ids import ALL_ORGS, RunId, Scope
-from worker.runs.causes import kept_reason
-from worker.runs.run import Swept
+from worker.model.runs.causes import kept_reason
+from worker.model.runs.run import Swept
 from worker.store import host_grants, tables
 from worker.store.bulk import among
 from worker.store.definitions import names_of

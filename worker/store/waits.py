@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, func, insert, or_, select, text, update
 
 from worker.ids import OrgId, RunId
-from worker.runs.waits import is_open_question
+from worker.model.runs.waits import is_open_question
 from worker.store import tables
 from worker.store.dialect import Row, all_rows, first_row, hint
 

@@ -11,14 +11,14 @@ from typing import Any, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Text, cast, select
 
-from worker.claims.enforced import PoolRules, Rules
-from worker.definitions.budgets import limit_of_property
-from worker.definitions.pools import DEFAULT_POOL
 from worker.errors import NotFound, StoreUnavailable
 from worker.guard.claims import Claims
 from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, WorkerId
-from worker.runs.outcome import EndedAttempt
-from worker.runs.run import (
+from worker.model.claims import PoolRules, Rules
+from worker.model.definitions.budgets import limit_of_property
+from worker.model.definitions.pools import DEFAULT_POOL
+from worker.model.runs.outcome import EndedAttempt
+from worker.model.runs.run import (
     AdmittedRun,
     Declared,
     FireReport,
@@ -33,7 +33,7 @@ from worker.runs.run import (
     Swept,
     Upcoming,
 )
-from worker.runs.waits import NewWait, WaitState
+from worker.model.runs.waits import NewWait, WaitState
 from worker.store import (
     budgets,
     firing,

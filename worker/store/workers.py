@@ -8,11 +8,11 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, delete, func, insert, literal, or_, select, tuple_, update
 
-from worker.definitions.pools import DEFAULT_POOL
 from worker.ids import ALL_ORGS, RunId, WorkerId
-from worker.runs import worker_ends
-from worker.runs.outcome import EndedAttempt
-from worker.runs.run import LogLine, OwnedRun, Recovered
+from worker.model.definitions.pools import DEFAULT_POOL
+from worker.model.runs import worker_ends
+from worker.model.runs.outcome import EndedAttempt
+from worker.model.runs.run import LogLine, OwnedRun, Recovered
 from worker.store import host_handlers, placements, tables
 from worker.store.definitions import names_of
 from worker.store.dialect import Row, all_rows, database_now

@@ -9,12 +9,12 @@ from typing import Any
 
 import httpx
 
-from worker.claims.enforced import Enforced
+from worker.engine.runners.contract import StopReason
+from worker.engine.trial import FakeTokens, Trial
 from worker.errors import IssuerUnavailable
-from worker.execution.runners.contract import StopReason
-from worker.execution.trial import FakeTokens, Trial
 from worker.handlers.results import Duration, as_timedelta
-from worker.orgs import OrgRef
+from worker.model.claims import Enforced
+from worker.model.orgs import OrgRef
 from worker.testing.clock import SettableClock
 
 

@@ -13,10 +13,10 @@ from typing import Any, Literal, TypeVar
 
 import httpx
 
+from worker.engine.attempt.tools import GivenSecrets
+from worker.engine.runners.contract import Runner
+from worker.engine.trial import LIFETIME, Subject, Trial, definition_of
 from worker.errors import NotFound, UsageError, WorkerError
-from worker.execution.attempts.tools import GivenSecrets
-from worker.execution.runners.contract import Runner
-from worker.execution.trial import LIFETIME, Subject, Trial, definition_of
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.describe import offer_of
 from worker.handlers.installed import distributions
@@ -24,9 +24,9 @@ from worker.handlers.job import Job
 from worker.handlers.models import load
 from worker.handlers.results import Duration, as_timedelta
 from worker.ids import OrgId, new_id
-from worker.orgs import OrgRef
-from worker.runs.outcome import EndedAttempt
-from worker.runs.run import Isolation
+from worker.model.orgs import OrgRef
+from worker.model.runs.outcome import EndedAttempt
+from worker.model.runs.run import Isolation
 from worker.testing.clock import LeapingLoop, SettableClock
 from worker.testing.faults import Fault, FaultInjector, FaultyTokens
 from worker.testing.runners import Api, InProcess, RecordingApi, in_child

@@ -12,16 +12,16 @@ from typing import Any
 import httpx
 
 from worker.clock import Clock
+from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.contract import Runner, RunServices, StopSignal, Work
+from worker.engine.runners.inline import Blocking, Inline
 from worker.errors import UsageError
-from worker.execution.runners.child.pool import ChildPool
-from worker.execution.runners.contract import Runner, RunServices, StopSignal, Work
-from worker.execution.runners.inline import Blocking, Inline
 from worker.handlers.given import Given
 from worker.handlers.http import origin_of
 from worker.handlers.job import Job
 from worker.handlers.models import HandlerMissing, load
 from worker.handlers.public_http import check_addresses
-from worker.runs.outcome import Outcome
+from worker.model.runs.outcome import Outcome
 
 Answer = httpx.Response | Coroutine[Any, Any, httpx.Response]
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from worker.bounded import drop_where, remember
-from worker.claims.enforced import Enforced
 from worker.clock import Clock
 from worker.errors import (
     AnswerTooLarge,
@@ -27,6 +26,7 @@ from worker.errors import (
 )
 from worker.guard.decode import decode, enforce
 from worker.ids import OrgId
+from worker.model.claims import Enforced
 from worker.telemetry.events import emit
 from worker.tokens.breaker import IssuerPaused
 from worker.tokens.credentials import Credential, CredentialSource

@@ -12,7 +12,6 @@ from functools import partial
 import httpx
 
 from worker.bounded import Sized, remember
-from worker.claims.enforced import MIN_CLAIMS_AGE, MINTED_SERVES, Enforced, usable_life
 from worker.clock import Clock
 from worker.errors import (
     ConfigurationError,
@@ -26,7 +25,8 @@ from worker.errors import (
 from worker.guard.issuer import Issuer
 from worker.guard.single_flight import SingleFlight
 from worker.ids import OrgId
-from worker.orgs import OrgRef, TokenWant
+from worker.model.claims import MIN_CLAIMS_AGE, MINTED_SERVES, Enforced, usable_life
+from worker.model.orgs import OrgRef, TokenWant
 from worker.telemetry.events import emit
 from worker.tokens.acquirer import Acquirer
 from worker.tokens.credentials import Credential, CredentialSource, Generations

@@ -14,7 +14,7 @@ from worker.clock import Clock
 from worker.errors import ConfigurationError, CredentialsRejected, Unavailable
 from worker.guard.single_flight import SingleFlight
 from worker.ids import OrgId
-from worker.orgs import OrgRef
+from worker.model.orgs import OrgRef
 from worker.secret import Secret
 from worker.telemetry.events import emit
 

@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from worker.claims.enforced import Digests
 from worker.errors import ConfigurationError, Conflict
+from worker.model.claims import Digests
 
 NONCE_BYTES = 12
 KEY_BYTES = 32

@@ -20,7 +20,7 @@ from worker.bounded import drop_where, remember
 from worker.clock import Clock
 from worker.errors import ConfigurationError, Unavailable
 from worker.ids import OrgId
-from worker.orgs import OrgRef
+from worker.model.orgs import OrgRef
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
 from worker.tokens.credentials import Credential

@@ -6,19 +6,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from worker.adapters.secrets import OpenedCredentials
-from worker.claims.enforced import Digests
 from worker.clock import Clock
+from worker.diagnosis.check_orgs import Checks
 from worker.errors import ConfigurationError
 from worker.guard import profile
 from worker.guard.issuer import Issuer
-from worker.operations.check_orgs import Checks
+from worker.model.claims import Digests
 from worker.outbound import open_client
 from worker.settings import Settings
 from worker.store.database import Database
 from worker.telemetry.masking import masker
 from worker.tokens.token_probe import TokenProbe, watch
 from worker.wiring import find_keyring
+from worker.wiring.secrets import OpenedCredentials
 
 
 def issuers_of(settings: Settings) -> dict[str, Issuer]:

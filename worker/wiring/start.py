@@ -8,14 +8,14 @@ from importlib.metadata import version
 from typing import Literal
 
 from worker.clock import Clock
-from worker.execution.incarnation import ProcessTools
-from worker.execution.runners.child.pool import SHARE_AFTER, ChildPool
-from worker.operations.confinement import Confinement
-from worker.operations.guarded_files import FileWatch
-from worker.runs.run import Isolation
+from worker.engine.incarnation import ProcessTools
+from worker.engine.runners.child.pool import SHARE_AFTER, ChildPool
+from worker.kit.web.health import Health
+from worker.model.runs.run import Isolation
 from worker.settings import Settings
 from worker.telemetry.vitals import Notifier
-from worker.web.health import Health
+from worker.wiring.confinement import Confinement
+from worker.wiring.guarded_files import FileWatch
 
 VERSION = version("orgworker")
 # Seconds for which a thread keeps the interpreter while another asks for it. The database threads ask

@@ -14,7 +14,7 @@ from worker.clock import Clock
 from worker.demo.management import ManagementApi, Organization
 from worker.demo.provider import Application, Provider
 from worker.demo.serving import ServerThread, bind_loopback, url_of
-from worker.providers.management.kinde import SCOPES
+from worker.features.provisioning.management.kinde import SCOPES
 from worker.settings import IssuerSettings, Settings
 from worker.settings.sections import ManagementSettings
 

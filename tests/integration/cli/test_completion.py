@@ -16,8 +16,8 @@ import pytest
 from tests.conftest import on_either
 from tests.fakes.cli import CommandLine
 from tests.fakes.site import as_process, wait_until
-from worker.cli.app import invoke
-from worker.cli.completion import COMPLETION_VARIABLE
+from worker.app.completion import COMPLETION_VARIABLE
+from worker.app.shell import invoke
 
 ROOT = Path(__file__).parents[3]
 
@@ -50,7 +50,7 @@ def test_bash_completes_verbs_options_and_values(tmp_path: Path):
     lines = "orgworker runs l\norgworker runs list -o j\norgworker runs list --st\norgworker completion f"
     program = tmp_path / "orgworker"
     program.write_text(
-        f"#!{sys.executable}\nimport sys\nfrom worker.cli import main\nsys.argv[0] = 'orgworker'\nmain()\n"
+        f"#!{sys.executable}\nimport sys\nfrom worker.app import main\nsys.argv[0] = 'orgworker'\nmain()\n"
     )
     program.chmod(0o755)
 
@@ -132,7 +132,7 @@ def test_a_process_that_is_asked_for_completions_never_runs_a_command(
 ):
     """Also where the program's name is not that of the script: it decided which variable counted."""
     started: list[object] = []
-    monkeypatch.setattr("worker.cli.run.run", started.append)
+    monkeypatch.setattr("worker.app.verbs.run.run", started.append)
     for asked in ("bash_complete", "complete_bash", "nonsense"):
         monkeypatch.setenv(COMPLETION_VARIABLE, asked)
         monkeypatch.setenv("COMP_WORDS", "orgworker ru")
@@ -146,7 +146,7 @@ def test_a_process_that_is_asked_for_completions_never_runs_a_command(
 def test_a_database_that_hangs_ends_the_tab_in_silence(tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"postgresql://worker@127.0.0.1:{silent.getsockname()[1]}/orgworker?connect_timeout=60"
-        program = "from worker.cli import completion, main\ncompletion.PATIENCE = 0.5\nmain()"
+        program = "from worker.app import completion, main\ncompletion.PATIENCE = 0.5\nmain()"
         asked = {
             COMPLETION_VARIABLE: "complete_bash",
             "COMP_WORDS": "orgworker orgs show o",

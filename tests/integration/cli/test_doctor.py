@@ -16,8 +16,8 @@ from tests.fakes.postgres import Server
 from tests.fakes.rows import attempt_row, checkpoint_row, worker_row
 from tests.fakes.site import definition
 from worker.clock import SystemClock
-from worker.execution.runners.child import landlock, seccomp
-from worker.execution.runners.child.sandbox import level
+from worker.engine.runners.child import landlock, seccomp
+from worker.engine.runners.child.sandbox import level
 from worker.store import health, orgs, tables
 from worker.store.database import Database
 

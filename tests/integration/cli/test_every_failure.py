@@ -18,7 +18,7 @@ import typer.main
 from tests.fakes import forked
 from tests.fakes.cli import CommandLine, Completed
 from tests.fakes.site import definition
-from worker.cli.app import build
+from worker.app.shell import build
 
 RUN = "01999999-9999-7999-8999-999999999999"
 FILE = definition("org_acme", "tick", "acme.note", "@yearly")

@@ -46,7 +46,7 @@ def look(event, arguments):
         print("EXPOSED", arguments[0], flush=True)
 sys.addaudithook(look)
 sys.argv[:2] = ["orgworker"]
-from worker.cli import main
+from worker.app import main
 main()
 """
 
@@ -196,8 +196,8 @@ def test_a_hidden_command_reads_and_writes_what_it_is_given(folder: Path) -> Non
 
 # The path that a run's process is given, once the command has begun.
 PATH_OF = """
-import runpy, sys, worker.cli
-worker.cli.main = lambda: print("\\n".join(sys.path))
+import runpy, sys, worker.app
+worker.app.main = lambda: print("\\n".join(sys.path))
 runpy.run_module("worker", run_name="__main__", alter_sys=True)
 """
 
@@ -221,5 +221,5 @@ def test_help_imports_neither_what_is_hidden_nor_the_database_library(folder: Pa
     done = subprocess.run(command, capture_output=True, text=True, check=True)
 
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
-    assert "worker.cli.app" in imported
-    assert not {name for name in imported if name.startswith(("ctypes", "sqlalchemy", "worker.execution"))}
+    assert "worker.app.shell" in imported
+    assert not {name for name in imported if name.startswith(("ctypes", "sqlalchemy", "worker.engine"))}

@@ -20,15 +20,15 @@ from tests.fakes.cli import CommandLine
 from tests.fakes.kinde.server import Kinde
 from tests.integration.cli.conftest import AUDIENCE
 from worker.demo.provider import Application
+from worker.features.provisioning import fleet
+from worker.features.provisioning import process as provision_process
+from worker.features.provisioning.provisioning import exclusive
 from worker.ids import new_id
-from worker.operations import fleet
 from worker.operations.installation import Ownership
-from worker.operations.provisioning import exclusive
 from worker.settings import load
 from worker.store import installation, tables
 from worker.store.database import Database
 from worker.wiring import open_database
-from worker.wiring import provision as provision_process
 
 BY_HAND = ("--client-id", "by-hand", "--secret-file", "-", "--quiet", "0s")
 # Every command that provisions, rotates or deletes. `--orphans` alone only lists, but of whom is not known.

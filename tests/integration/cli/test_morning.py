@@ -10,7 +10,7 @@ from tests.conftest import on_either
 from tests.fakes.cli import CommandLine
 from tests.fakes.site import definition
 from tests.fakes.stock import Stock
-from worker.runs.next_steps import NextStep
+from worker.model.runs.next_steps import NextStep
 from worker.settings import load
 from worker.wiring import open_database
 

@@ -115,9 +115,9 @@ def cli(
     (folder / "management__main").write_text(kinde.secret)
     (folder / "templates.toml").write_text(TEMPLATE)
     made("apply", str(folder / "templates.toml"), "--allow-unknown-handlers")
-    monkeypatch.setattr("worker.operations.provisioning.SETTLES", 0.01)
-    monkeypatch.setattr("worker.operations.application_rights.TRIES", (0.01, 0.01, 0.01))
-    monkeypatch.setattr("worker.providers.management.calls._jitter", wait_none())
+    monkeypatch.setattr("worker.features.provisioning.provisioning.SETTLES", 0.01)
+    monkeypatch.setattr("worker.features.provisioning.application_rights.TRIES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr("worker.features.provisioning.management.calls._jitter", wait_none())
     return made
 
 

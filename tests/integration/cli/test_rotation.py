@@ -12,9 +12,9 @@ from tests.fakes.cli import CommandLine
 from tests.fakes.kinde.server import Kinde
 from tests.fakes.pages import ROOT, blocks
 from worker.demo.provider import Application
-from worker.operations import fleet
+from worker.features.provisioning import fleet
+from worker.features.provisioning.provisioning import exclusive
 from worker.operations.installation import Ownership
-from worker.operations.provisioning import exclusive
 from worker.settings import load
 from worker.wiring import open_database
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.cli import CommandLine, run_command
-from worker.operations.shadow import shadow_in
+from worker.diagnosis.shadow import shadow_in
 
 SHADOWS = {
     "worker.py": True,

@@ -16,11 +16,11 @@ from tests.fakes.kinde.server import Kinde
 from tests.fakes.site import definition
 from tests.integration.cli.conftest import TEMPLATE
 from worker import settings, wiring
-from worker.claims.enforced import ClaimsRecord
 from worker.clock import SystemClock
-from worker.execution.attempts.inflight import record_claims
+from worker.engine.attempt.inflight import record_claims
 from worker.guard.claims import Claims
-from worker.runs.outcome import Trail
+from worker.model.claims import ClaimsRecord
+from worker.model.runs.outcome import Trail
 from worker.store import tables
 from worker.wiring.issuers import open_checks
 

@@ -20,17 +20,17 @@ import httpx
 
 from tests.integration.hosts.conftest import Fleet, Host
 from worker.clock import SystemClock
-from worker.execution.attempts.attempt import attempt
-from worker.execution.attempts.inflight import InflightRun, InflightRuns
-from worker.execution.attempts.plan import HandlerRegistry
-from worker.execution.attempts.run_log import RunLogWriter
-from worker.execution.hosts.control import AsyncControl, Controls
-from worker.execution.hosts.hosted import RemoteTools, hosted_attempt
-from worker.execution.hosts.remote import RemoteStore
-from worker.execution.loops.step_writer import StepWriter
-from worker.execution.runners.child.pool import ChildPool
-from worker.execution.runners.contract import Runner, StopSignal
-from worker.execution.runners.inline import Blocking, Inline
+from worker.engine.attempt.attempt import attempt
+from worker.engine.attempt.inflight import InflightRun, InflightRuns
+from worker.engine.attempt.plan import HandlerRegistry
+from worker.engine.attempt.run_log import RunLogWriter
+from worker.engine.loops.step_writer import StepWriter
+from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.contract import Runner, StopSignal
+from worker.engine.runners.inline import Blocking, Inline
+from worker.features.hosts.control import AsyncControl, Controls
+from worker.features.hosts.hosted import RemoteTools, hosted_attempt
+from worker.features.hosts.remote import RemoteStore
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId
 from worker.operations.runs import cancel

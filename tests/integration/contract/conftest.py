@@ -14,8 +14,8 @@ from tests.fakes.plugins import make_plugin
 from tests.integration.contract.carriers import CARRIERS, ENTRY, FILE, Carrier, Site, opened
 from tests.integration.hosts.conftest import database, fleet, migrated_url
 from worker.clock import SystemClock
-from worker.definitions.file import parse_file
-from worker.execution.runners.child.pool import ChildPool
+from worker.engine.runners.child.pool import ChildPool
+from worker.model.definitions.file import parse_file
 from worker.operations.apply import apply
 from worker.store import catalogue, schema
 from worker.store.database import Database

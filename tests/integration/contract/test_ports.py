@@ -16,20 +16,19 @@ import pytest
 from tests.conftest import on_either
 from tests.integration.hosts.conftest import ENTRIES, Fleet
 from worker.clock import SystemClock
-from worker.definitions.file import parse_file
+from worker.engine.attempt import answers as answering
+from worker.engine.attempt.answers import Running
+from worker.engine.attempt.attempt import Prepared, prepare
+from worker.engine.attempt.inflight import InflightRun, InflightRuns
+from worker.engine.attempt.plan import HandlerRegistry
+from worker.engine.attempt.run_log import RunLogWriter, redacted
+from worker.engine.attempt.tools import HandlerTools
+from worker.engine.loops.step_writer import StepWriter
+from worker.engine.runners.contract import StopSignal, Work
 from worker.errors import LeaseLost, StoreUnavailable, TokenRefused
-from worker.execution.attempts import answers as answering
-from worker.execution.attempts.answers import Running
-from worker.execution.attempts.attempt import Prepared, prepare
-from worker.execution.attempts.inflight import InflightRun, InflightRuns
-from worker.execution.attempts.plan import HandlerRegistry
-from worker.execution.attempts.run_log import RunLogWriter, redacted
-from worker.execution.attempts.tools import HandlerTools
-from worker.execution.hosts.control import AsyncControl, Controls
-from worker.execution.hosts.hosted import RemoteTools
-from worker.execution.hosts.remote import RemoteStore
-from worker.execution.loops.step_writer import StepWriter
-from worker.execution.runners.contract import StopSignal, Work
+from worker.features.hosts.control import AsyncControl, Controls
+from worker.features.hosts.hosted import RemoteTools
+from worker.features.hosts.remote import RemoteStore
 from worker.handlers.calls import (
     AskToken,
     CountSpend,
@@ -40,11 +39,12 @@ from worker.handlers.calls import (
 )
 from worker.handlers.steps import StepError
 from worker.ids import RunId
+from worker.model.definitions.file import parse_file
+from worker.model.runs import outcome as outcomes
+from worker.model.runs.outcome import Trail
+from worker.model.runs.run import NewStep
+from worker.model.runs.waits import NewWait
 from worker.operations.apply import apply
-from worker.runs import outcome as outcomes
-from worker.runs.outcome import Trail
-from worker.runs.run import NewStep
-from worker.runs.waits import NewWait
 from worker.store import spending, tables
 from worker.telemetry.masking import MASK, Masker
 

@@ -14,10 +14,10 @@ from sqlalchemy import text
 
 from tests.conftest import copied
 from tests.fakes.clock import ManualClock, utc
-from worker.definitions.file import parse_file
 from worker.demo import history
 from worker.demo.installation import definitions_file, make_orgs
 from worker.handlers.catalogue import HandlerEntry
+from worker.model.definitions.file import parse_file
 from worker.operations.apply import apply
 from worker.operations.orgs import import_orgs
 from worker.store import catalogue

@@ -12,8 +12,8 @@ import pytest
 from tests.fakes.plugins import make_plugin
 from tests.fakes.running import MODULE
 from worker.clock import SystemClock
-from worker.execution.runners.child.pool import ChildPool
-from worker.execution.runners.child.sandbox import Planner
+from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.child.sandbox import Planner
 
 SOURCE = Path(__file__).with_name("process_jobs.py")
 

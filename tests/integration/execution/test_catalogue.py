@@ -16,9 +16,9 @@ import pytest
 from tests.fakes.plugins import make_plugin
 from tests.fakes.running import until
 from worker.clock import SystemClock
-from worker.execution.runners.child import linux, zygote
-from worker.execution.runners.child.messages import Setup
-from worker.execution.runners.child.pool import ChildPool
+from worker.engine.runners.child import linux, zygote
+from worker.engine.runners.child.messages import Setup
+from worker.engine.runners.child.pool import ChildPool
 from worker.handlers.catalogue import MAX_AT_ONCE, HandlerEntry, read_catalogue
 from worker.handlers.installed import distributions
 

@@ -12,17 +12,10 @@ from typing import Any
 from tests.fakes.answering import AnsweringWorker
 from tests.fakes.running import NOW, claims, token, until, work
 from worker.clock import SystemClock
+from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.contract import StopSignal
 from worker.errors import LeaseLost
-from worker.execution.runners.child.pool import ChildPool
-from worker.execution.runners.contract import StopSignal
-from worker.runs.outcome import (
-    Failed,
-    Lost,
-    NoHandler,
-    Outcome,
-    Refused,
-    Succeeded,
-)
+from worker.model.runs.outcome import Failed, Lost, NoHandler, Outcome, Refused, Succeeded
 
 
 def result(outcome: Outcome) -> Any:
@@ -190,7 +183,7 @@ async def test_errors_carry_type_message_and_the_handlers_own_trace(children: Ch
     assert outcome.error.type == "httpx.ConnectError"
     assert outcome.error.message == "connection refused"
     assert "process_jobs.py" in outcome.error.trace
-    assert "worker/execution" not in outcome.error.trace
+    assert "worker/engine" not in outcome.error.trace
 
 
 async def test_many_runs_at_once_keep_apart(children: ChildPool) -> None:

@@ -20,11 +20,11 @@ from tests.fakes.answering import AnsweringWorker
 from tests.fakes.hosting import Host, all_silent_within, all_up
 from tests.fakes.running import until, work
 from worker.clock import SystemClock
+from worker.engine.runners.child import linux
+from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.contract import StopSignal
 from worker.errors import Busy
-from worker.execution.runners.child import linux
-from worker.execution.runners.child.pool import ChildPool
-from worker.execution.runners.contract import StopSignal
-from worker.runs.outcome import HandedBack, Lost, Succeeded
+from worker.model.runs.outcome import HandedBack, Lost, Succeeded
 from worker.store.engine import lock_sqlite_file
 from worker.telemetry.events import Emitted
 
@@ -330,7 +330,7 @@ def test_a_worker_that_dies_before_its_zygote_is_ready_leaves_no_folder_and_no_t
         sys.executable,
         "-P",
         "-m",
-        "worker.execution.runners.child.zygote",
+        "worker.engine.runners.child.zygote",
         str(theirs.fileno()),
         json.dumps(setup),
     ]

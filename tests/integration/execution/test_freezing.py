@@ -16,10 +16,10 @@ from tests.fakes.answering import AnsweringWorker
 from tests.fakes.hosting import FAMILY, Host, all_silent_within, all_up, all_writing
 from tests.fakes.running import sizes, until, work
 from worker.clock import SystemClock
-from worker.execution.runners.child.pool import ChildPool
-from worker.execution.runners.contract import StopSignal
-from worker.runs.lease import Lease
-from worker.runs.outcome import Cancelled, Lost, Outcome, Succeeded
+from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.contract import StopSignal
+from worker.model.runs.lease import Lease
+from worker.model.runs.outcome import Cancelled, Lost, Outcome, Succeeded
 from worker.telemetry.events import Emitted
 
 LEASE = 2.0

@@ -13,16 +13,16 @@ import pytest
 
 from tests.fakes.answering import AnsweringWorker
 from tests.fakes.running import work
+from worker.engine.runners import contract
+from worker.engine.runners.child.child_process import ChildProcess
+from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.contract import GivenErrors, StopSignal
 from worker.errors import IssuerUnavailable
-from worker.execution.runners import contract
-from worker.execution.runners.child.child_process import ChildProcess
-from worker.execution.runners.child.pool import ChildPool
-from worker.execution.runners.contract import GivenErrors, StopSignal
-from worker.runs.outcome import Failed, HandedBack, NoToken, Outcome, Refused, Succeeded
+from worker.model.runs.outcome import Failed, HandedBack, NoToken, Outcome, Refused, Succeeded
 
 CHANNEL = """
 import json, struct
-from worker.execution.runners.child import main
+from worker.engine.runners.child import main
 from worker.handlers.calls import AskToken
 channel = main._channel
 def say(kind, **fields):

@@ -30,7 +30,7 @@ from worker.handlers.calling import call
 from worker.handlers.context import Context
 from worker.handlers.given import Cancellation, Given, HeldToken, Org, ThisRun
 from worker.handlers.public_http import AddressRefused, PublicTransport
-from worker.runs.outcome import Failed
+from worker.model.runs.outcome import Failed
 
 PUBLIC = "93.184.216.34"
 PORT = 19555

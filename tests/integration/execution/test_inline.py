@@ -14,17 +14,9 @@ import pytest
 from tests.fakes.answering import AnsweringWorker
 from tests.fakes.running import until, work
 from worker.clock import SystemClock
-from worker.execution.runners.contract import StopSignal
-from worker.execution.runners.inline import Inline
-from worker.runs.outcome import (
-    Cancelled,
-    Failed,
-    HandedBack,
-    Lost,
-    Outcome,
-    Succeeded,
-    TimedOut,
-)
+from worker.engine.runners.contract import StopSignal
+from worker.engine.runners.inline import Inline
+from worker.model.runs.outcome import Cancelled, Failed, HandedBack, Lost, Outcome, Succeeded, TimedOut
 from worker.telemetry.events import Emitted
 
 pytestmark = pytest.mark.usefixtures("plugin_folder")
@@ -115,8 +107,8 @@ async def test_a_handler_that_swallows_its_cancellation_is_given_up_and_cut_off(
             late.append(type(error).__name__)
 
     monkeypatch.setattr(process_jobs.ok, "function", clings)
-    monkeypatch.setattr("worker.execution.runners.inline.LAST_STEPS", 0.1)
-    monkeypatch.setattr("worker.execution.runners.inline.NAG", 0.05)
+    monkeypatch.setattr("worker.engine.runners.inline.LAST_STEPS", 0.1)
+    monkeypatch.setattr("worker.engine.runners.inline.NAG", 0.05)
     stop, link = StopSignal(), AnsweringWorker()
     task = asyncio.create_task(inline.run(work("ok"), link, stop))
     await until((tmp_path / "up").exists)

@@ -12,10 +12,10 @@ import pytest
 from tests.fakes.answering import AnsweringWorker
 from tests.fakes.running import work
 from tests.fakes.unprivileged import in_account
-from worker.execution.runners.child import linux
-from worker.execution.runners.child.pool import ChildPool
-from worker.execution.runners.contract import StopSignal
-from worker.runs.outcome import Failed, Outcome, Succeeded
+from worker.engine.runners.child import linux
+from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.contract import StopSignal
+from worker.model.runs.outcome import Failed, Outcome, Succeeded
 
 MIB = 1024 * 1024
 CAP = 128 * MIB

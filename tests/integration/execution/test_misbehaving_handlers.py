@@ -13,11 +13,11 @@ import pytest
 
 from tests.fakes.answering import AnsweringWorker
 from tests.fakes.running import until, work
-from worker.execution.runners.child import linux
-from worker.execution.runners.child.pool import ChildPool
-from worker.execution.runners.contract import StopSignal
-from worker.execution.runners.output import CAP
-from worker.runs.outcome import Failed, Outcome, Succeeded, TimedOut
+from worker.engine.runners.child import linux
+from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.contract import StopSignal
+from worker.engine.runners.output import CAP
+from worker.model.runs.outcome import Failed, Outcome, Succeeded, TimedOut
 
 KILL = "import os, signal; os.kill(os.getpid(), signal.SIG"
 HUGE = "result = 'x' * 50_000_000"

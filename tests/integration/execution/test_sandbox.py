@@ -20,16 +20,16 @@ from tests.fakes.kernel import require_landlock
 from tests.fakes.plugins import make_plugin
 from tests.fakes.running import until, work
 from worker.clock import SystemClock
-from worker.execution.runners.child import landlock
-from worker.execution.runners.child.pool import ChildPool
-from worker.execution.runners.child.sandbox import Planner, Sandbox, SandboxRules
-from worker.execution.runners.contract import StopSignal
+from worker.engine.runners.child import landlock
+from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.child.sandbox import Planner, Sandbox, SandboxRules
+from worker.engine.runners.contract import StopSignal
 from worker.handlers.catalogue import read_catalogue
-from worker.operations.confinement import Confinement
-from worker.operations.guarded_files import FileWatch
-from worker.runs.outcome import Failed, Outcome, Succeeded
+from worker.model.runs.outcome import Failed, Outcome, Succeeded
 from worker.settings import load
 from worker.telemetry.events import Emitted
+from worker.wiring.confinement import Confinement
+from worker.wiring.guarded_files import FileWatch
 
 MODULE = "sandbox_jobs"
 SOURCE = """
@@ -415,7 +415,7 @@ async def test_a_replaced_file_of_the_system_is_found_again(
     file.with_name("new").write_text("new")
     file.with_name("new").rename(file)
     # The rules that were prepared before are still there, as where no run has started for long.
-    monkeypatch.setattr("worker.execution.runners.child.sandbox.CHECK_EVERY", 0.0)
+    monkeypatch.setattr("worker.engine.runners.child.sandbox.CHECK_EVERY", 0.0)
 
     assert read_under(sandbox, file, tmp_path) == "new"
 

@@ -18,17 +18,17 @@ import pytest
 from tests.fakes.answering import AnsweringWorker
 from tests.fakes.running import claims, work
 from worker.clock import SystemClock
-from worker.execution.runners.child.messages import Setup
-from worker.execution.runners.child.pool import ChildPool
-from worker.execution.runners.child.sandbox import Planner
-from worker.execution.runners.contract import StopSignal
-from worker.runs.outcome import Succeeded
+from worker.engine.runners.child.messages import Setup
+from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.child.sandbox import Planner
+from worker.engine.runners.contract import StopSignal
+from worker.model.runs.outcome import Succeeded
 
 FAULTS = "import resource; result = resource.getrusage(resource.RUSAGE_SELF).ru_minflt"
 # Prints what preparing leaves behind, in a process of its own.
 LEFT = """
 import logging, os, signal, sys, threading
-from worker.execution.runners.child import shared_pages
+from worker.engine.runners.child import shared_pages
 
 def state():
     return {
@@ -58,7 +58,7 @@ os._exit(0)
 # A zygote that shares its pages for ever in slices, or in one that ends when a pipe is written to.
 SHARES = """
 import os, sys
-from worker.execution.runners.child import zygote
+from worker.engine.runners.child import zygote
 
 def share_pages():
     if sys.argv[3] == "at once":

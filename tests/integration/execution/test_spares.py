@@ -20,12 +20,12 @@ import pytest
 from tests.fakes.answering import AnsweringWorker
 from tests.fakes.running import token, until, work
 from worker.clock import SystemClock
-from worker.execution.runners.child import linux
-from worker.execution.runners.child.pool import ChildPool
-from worker.execution.runners.child.sandbox import Planner
-from worker.execution.runners.contract import StopSignal
-from worker.runs.lease import Lease
-from worker.runs.outcome import Cancelled, Failed, HandedBack, Outcome, Succeeded
+from worker.engine.runners.child import linux
+from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.child.sandbox import Planner
+from worker.engine.runners.contract import StopSignal
+from worker.model.runs.lease import Lease
+from worker.model.runs.outcome import Cancelled, Failed, HandedBack, Outcome, Succeeded
 from worker.telemetry.events import Emitted
 
 # What a spare would hold of the worker's environment, and of the run before.
@@ -128,7 +128,7 @@ async def test_ps_shows_zygote_spares_and_runs(pool: Pool) -> None:
 def test_a_name_fits_and_a_longer_one_would_be_cut() -> None:
     """In an interpreter of its own, with the control: without a name it shows the interpreter's."""
     code = (
-        "from worker.execution.runners.child import linux; own = open('/proc/self/comm'); print(own.read());"
+        "from worker.engine.runners.child import linux; own = open('/proc/self/comm'); print(own.read());"
         "linux._prctl(linux._PR_SET_NAME, b'orgworker-provision'); own.seek(0); print(own.read())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -267,7 +267,7 @@ async def test_a_run_whose_processes_die_unread_again_and_again_is_handed_back(
 ) -> None:
     for spare in await pool.spares():
         await stopped(spare)
-    monkeypatch.setattr("worker.execution.runners.child.pool.TRIES", 1)
+    monkeypatch.setattr("worker.engine.runners.child.pool.TRIES", 1)
     running = asyncio.create_task(pool.run("result = 1"))
     await asyncio.sleep(0.1)
 
@@ -296,7 +296,7 @@ async def test_a_spare_killed_after_its_handler_was_called_fails_its_attempt(poo
 async def test_a_stopped_spare_does_not_keep_its_run(
     pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.execution.runners.child.child_run.UNREAD", 0.1)
+    monkeypatch.setattr("worker.engine.runners.child.child_run.UNREAD", 0.1)
     spare, other = await pool.spares()
     await stopped(spare)
     file = tmp_path / "ran"
@@ -309,7 +309,7 @@ async def test_a_stopped_spare_does_not_keep_its_run(
 
 async def test_a_run_that_stops_itself_is_left_alone(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a process that has not read its work is checked."""
-    monkeypatch.setattr("worker.execution.runners.child.child_run.UNREAD", 0.05)
+    monkeypatch.setattr("worker.engine.runners.child.child_run.UNREAD", 0.05)
     await pool.spares()
     link, stop = AnsweringWorker(), StopSignal()
     code = "import os, signal; ctx.save(os.getpid()); os.kill(os.getpid(), signal.SIGSTOP)"
@@ -340,7 +340,7 @@ async def test_a_run_can_be_stopped_before_its_spare_has_read_it(pool: Pool) -> 
 async def test_spares_are_frozen_and_thawed_with_the_runs(
     plugin_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.execution.runners.child.child_run.UNREAD", 0.05)
+    monkeypatch.setattr("worker.engine.runners.child.child_run.UNREAD", 0.05)
     pool = Pool(max_freeze=timedelta(seconds=60))
     try:
         pool.children.renewed(Lease.begun(timedelta(seconds=60), time.monotonic()))

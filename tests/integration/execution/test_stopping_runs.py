@@ -11,9 +11,9 @@ import pytest
 
 from tests.fakes.answering import AnsweringWorker
 from tests.fakes.running import until, work
-from worker.execution.runners.child.pool import ChildPool
-from worker.execution.runners.contract import StopReason, StopSignal
-from worker.runs.outcome import Cancelled, HandedBack, Lost, Outcome, Succeeded, TimedOut
+from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.contract import StopReason, StopSignal
+from worker.model.runs.outcome import Cancelled, HandedBack, Lost, Outcome, Succeeded, TimedOut
 
 
 class Running:

@@ -13,10 +13,10 @@ from temporalio.client import Client
 from temporalio.worker import Worker
 
 from tests.fakes.temporal import DevServer
-from worker.execution.placers import EngineUnavailable
-from worker.execution.placers.temporal import ACTIVITY, TemporalPlacer, queue_of
+from worker.features.hosts.temporal import EngineUnavailable
+from worker.features.hosts.temporal.placer import ACTIVITY, TemporalPlacer, queue_of
 from worker.ids import RunId, new_id
-from worker.runs.hosts import Placement, Ticket
+from worker.model.runs.hosts import Placement, Ticket
 
 
 @pytest.fixture(scope="module")

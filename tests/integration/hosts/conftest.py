@@ -19,33 +19,33 @@ import pytest
 from tests.conftest import migrated_on
 from tests.fakes.ports import free_port
 from tests.fakes.site import definition, org_entry
-from worker.adapters.secrets import OpenedSecrets
-from worker.claims.enforced import Enforced
 from worker.clock import SystemClock
-from worker.definitions.file import parse_file
-from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.plan import HandlerRegistry, Plans
-from worker.execution.attempts.run_log import RunLogWriter
-from worker.execution.attempts.tools import Tools
-from worker.execution.hosts import wire
-from worker.execution.hosts.sent import END, End
-from worker.execution.loops.step_writer import StepWriter
+from worker.engine.attempt.inflight import InflightRun
+from worker.engine.attempt.plan import HandlerRegistry, Plans
+from worker.engine.attempt.run_log import RunLogWriter
+from worker.engine.attempt.tools import Tools
+from worker.engine.loops.step_writer import StepWriter
+from worker.features.hosts import wire
+from worker.features.hosts.attempt_listener import AttemptListener
+from worker.features.hosts.operations import add_host
+from worker.features.hosts.sent import END, End
 from worker.guard.claims import Claims
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import OrgId, RunId, WorkerId, new_id
+from worker.model.claims import Enforced
+from worker.model.definitions.file import parse_file
+from worker.model.orgs import OrgRef, TokenWant
+from worker.model.runs import outcome as outcomes
+from worker.model.runs.outcome import EndedAttempt
 from worker.operations.apply import apply
-from worker.operations.hosts import add_host
 from worker.operations.runs import run_now
-from worker.orgs import OrgRef, TokenWant
-from worker.runs import outcome as outcomes
-from worker.runs.outcome import EndedAttempt
 from worker.settings import Settings
 from worker.settings.sections import AttemptsSettings, ExecutionSettings
 from worker.store import catalogue, tables
 from worker.store.database import Database
 from worker.store.worker_store import WorkerStore
 from worker.tokens.sealing import KeyRing
-from worker.wiring.attempts import AttemptListener
+from worker.wiring.secrets import OpenedSecrets
 
 HANDLER = "acme.render"
 OTHER = "acme.render_v2"

@@ -12,13 +12,13 @@ import pytest
 from tests.conftest import on_either
 from tests.fakes.running import until
 from tests.integration.hosts.conftest import HANDLER, Fleet, end_of, fence
-from worker.execution.hosts.hosted_runs import HostedRuns
-from worker.execution.loops.finisher import Finisher
+from worker.engine.loops.finisher import Finisher
+from worker.features.hosts.hosted_runs import HostedRuns
 from worker.handlers.calls import GrantedAnswer
 from worker.ids import OrgId
+from worker.model.runs import outcome as outcomes
+from worker.model.runs.outcome import EndedAttempt
 from worker.pacing import Turns
-from worker.runs import outcome as outcomes
-from worker.runs.outcome import EndedAttempt
 from worker.store import tables
 from worker.telemetry import mask_in_turn
 from worker.telemetry.mask_in_turn import AT_ONCE
@@ -164,7 +164,7 @@ async def test_an_end_that_comes_again_while_it_is_masked_is_written_once(
         if len(written) == 1:
             put(self, ended)
 
-    monkeypatch.setattr("worker.execution.attempts.run_log.mask_in_turn", mask)
+    monkeypatch.setattr("worker.engine.attempt.run_log.mask_in_turn", mask)
     monkeypatch.setattr(Finisher, "put", put_first)
     if not once:
         monkeypatch.setattr(HostedRuns, "_write_once", HostedRuns._write)

@@ -17,22 +17,22 @@ from sqlalchemy import Connection, update
 from tests.conftest import on_either
 from tests.fakes.site import definition
 from tests.integration.hosts.conftest import FILE, HANDLER, OTHER, Fleet, Host, end_of, fence
-from worker.definitions.file import parse_file
+from worker.engine.attempt.plan import HandlerRegistry
 from worker.errors import UnknownHandler
-from worker.execution.attempts.plan import HandlerRegistry
-from worker.execution.hosts import delivery, wire
-from worker.execution.hosts.delivery import GrantedHandlers
+from worker.features.hosts import delivery, wire
+from worker.features.hosts import listener as web
+from worker.features.hosts.delivery import GrantedHandlers
+from worker.features.hosts.operations import remove_host
+from worker.features.org_secrets.operations import add_secret
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import Grant
 from worker.ids import RunId, WorkerId
+from worker.model.definitions.file import parse_file
+from worker.model.runs import outcome as outcomes
+from worker.model.runs.fire import decide
 from worker.operations.apply import apply
-from worker.operations.hosts import remove_host
-from worker.operations.org_secrets import add_secret
-from worker.runs import outcome as outcomes
-from worker.runs.fire import decide
 from worker.store import catalogue, host_grants, host_handlers, host_store, sweeps, tables
 from worker.store.dialect import database_now
-from worker.web import attempts as web
 
 OWN = HandlerEntry("gpu.own", "gpu", "1", "gpu:own")
 KEYED = replace(OWN, secrets=("openai",))

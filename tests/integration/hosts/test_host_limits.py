@@ -17,17 +17,17 @@ from tests.conftest import on_either
 from tests.fakes.running import until
 from tests.integration.hosts.conftest import HANDLER, Fleet, Host, Worker, end_of, fence
 from worker.clock import to_text
-from worker.execution.hosts import attempt_api, checker, sent, wire
-from worker.execution.hosts.sent import END, LAST_LINE, TOO_MUCH, TRUSTED, LineRow
-from worker.execution.runners.output import CAP, LINE_COST, LINE_LIMIT, RunOutput
+from worker.engine.runners.output import CAP, LINE_COST, LINE_LIMIT, RunOutput
+from worker.features.hosts import attempt_api, checker, sent, wire
+from worker.features.hosts import listener as web
+from worker.features.hosts.sent import END, LAST_LINE, TOO_MUCH, TRUSTED, LineRow
 from worker.handlers.parts import Count, row_of
 from worker.handlers.steps import RESULT_LIMIT
-from worker.runs import outcome as outcomes
-from worker.runs.worker_ends import LOST_LINE
+from worker.model.runs import outcome as outcomes
+from worker.model.runs.worker_ends import LOST_LINE
 from worker.store import hosts as store_hosts
 from worker.store import tables
 from worker.telemetry.events import Emitted
-from worker.web import attempts as web
 
 NOW = "2030-01-01T00:00:00Z"
 MIB = 1024 * 1024

@@ -12,10 +12,10 @@ import pytest
 
 from tests.conftest import on_either
 from tests.integration.hosts.conftest import HANDLER, Fleet, Host, end_of, fence
-from worker.execution.hosts.hosted_runs import HostedRuns
+from worker.features.hosts.hosted_runs import HostedRuns
+from worker.model.runs import outcome as outcomes
+from worker.model.runs.outcome import Error, Failed, Outcome
 from worker.operations.runs import cancel
-from worker.runs import outcome as outcomes
-from worker.runs.outcome import Error, Failed, Outcome
 from worker.store import hosts, tables
 
 

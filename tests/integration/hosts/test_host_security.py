@@ -16,19 +16,19 @@ import pytest
 
 from tests.conftest import on_either
 from tests.integration.hosts.conftest import ENTRIES, HANDLER, OTHER, Fleet, Host, end_of, fence
-from worker.execution.attempts import answers
-from worker.execution.hosts import attempt_api, wire
+from worker.engine.attempt import answers
+from worker.features.hosts import attempt_api, wire
+from worker.features.hosts import listener as web
+from worker.features.hosts.operations import list_hosts, remove_host
+from worker.features.org_secrets.operations import add_secret
 from worker.handlers.calls import MAX_BYTES, GrantedAnswer
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import WorkerId, new_id
-from worker.operations.hosts import list_hosts, remove_host
-from worker.operations.org_secrets import add_secret
+from worker.model.runs import outcome as outcomes
 from worker.operations.runs import cancel
-from worker.runs import outcome as outcomes
 from worker.store import tables
 from worker.store import workers as store_workers
 from worker.telemetry.masking import MASK, Masker, masker
-from worker.web import attempts as web
 
 NOW = "2030-01-01T00:00:00Z"
 STEP: Mapping[str, Any] = {

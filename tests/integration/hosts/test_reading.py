@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from tests.integration.hosts.conftest import ENTRIES, HANDLER, Fleet, Host, end_of, fence
-from worker.adapters.catalogue import StoredCatalogue
 from worker.clock import SystemClock
-from worker.execution.hosts import wire
-from worker.execution.loops import reading as module
-from worker.execution.loops.reading import CatalogueReader
+from worker.engine.loops import reading as module
+from worker.engine.loops.reading import CatalogueReader
+from worker.features.hosts import wire
 from worker.handlers.installed import Distribution
 from worker.store import tables
+from worker.wiring.catalogue import StoredCatalogue
 
 REGISTRATION = wire.registration_message(wire.Registration("gpu1", 7, "1", {"child": 10}, ENTRIES))
 OFFER = {"entries": [wire.ENTRY.write(entry) for entry in ENTRIES]}

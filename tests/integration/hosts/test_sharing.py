@@ -14,9 +14,9 @@ from tests.conftest import on_either
 from tests.fakes.running import until
 from tests.integration.hosts.conftest import Fleet, Host, Worker, end_of
 from worker.clock import SystemClock
-from worker.execution.hosts import wire
-from worker.execution.hosts.sharing import Sharing
-from worker.runs.hosts import PoolLoad
+from worker.features.hosts import wire
+from worker.features.hosts.sharing import Sharing
+from worker.model.runs.hosts import PoolLoad
 from worker.store import hosts
 
 # Slots of each host: `Host.register` says 10. Half the load of three.

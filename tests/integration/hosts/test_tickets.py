@@ -9,9 +9,9 @@ import pytest
 
 from tests.conftest import on_either
 from tests.integration.hosts.conftest import HANDLER, LEASE, Fleet, Host, end_of
-from worker.execution.hosts import delivery, wire
+from worker.features.hosts import delivery, wire
 from worker.ids import RunId, WorkerId, new_id
-from worker.runs.hosts import Ticket
+from worker.model.runs.hosts import Ticket
 from worker.store import placements, workers
 from worker.store.ring_walk import RingWalk
 

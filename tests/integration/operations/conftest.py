@@ -13,8 +13,8 @@ from sqlalchemy import Insert, select, update
 from tests.conftest import migrated_on
 from tests.fakes.clock import ManualClock
 from tests.fakes.rows import attempt_row
-from worker.definitions.file import parse_file
 from worker.handlers.catalogue import HandlerEntry
+from worker.model.definitions.file import parse_file
 from worker.operations.apply import apply as apply_file
 from worker.operations.changes import Change
 from worker.store import catalogue, tables

@@ -14,18 +14,18 @@ import pytest
 from tests.conftest import on_either
 from tests.fakes.site import one_definition, org_entry
 from tests.fakes.stock import Stock
-from worker.cli import runs as cli_runs
+from worker.app.verbs import runs as cli_runs
+from worker.diagnosis.why import why
 from worker.errors import AccessDenied, CanaryFailed, Conflict, NotFound, UsageError
+from worker.features.org_secrets.operations import add_secret, rotate_secret
 from worker.ids import new_id
+from worker.model.runs.clauses import clauses
+from worker.model.runs.run import AdmittedRun
+from worker.model.runs.waits import NewWait
+from worker.model.search import parsed
 from worker.operations import answers
 from worker.operations.answers import answer, answer_many
-from worker.operations.org_secrets import add_secret, rotate_secret
 from worker.operations.runs import cancel, run_now
-from worker.operations.why import why
-from worker.runs.clauses import clauses
-from worker.runs.run import AdmittedRun
-from worker.runs.waits import NewWait
-from worker.search import parsed
 from worker.store import tables
 from worker.store.edit_runs import Cancellable
 from worker.store.lists import runs as run_lists
@@ -255,7 +255,7 @@ def test_a_canary_that_waits_for_a_person_ends_the_retry_and_says_how_to_answer(
     def sleep(seconds: float) -> None:
         raise StillWaiting
 
-    monkeypatch.setattr("worker.cli.runs.time.sleep", sleep)
+    monkeypatch.setattr("worker.app.verbs.runs.time.sleep", sleep)
     asleep = parked(NewWait("sleep", 1, "sleep", 3600.0))
     with pytest.raises(StillWaiting):
         first(asleep)

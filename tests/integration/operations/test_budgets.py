@@ -13,11 +13,11 @@ from tests.fakes.site import definition, org_entry
 from worker.clock import to_text
 from worker.errors import AccessDenied, Conflict, DefinitionError, NotFound, UsageError
 from worker.ids import ALL_ORGS, new_id
+from worker.model.runs.waits import NewWait
 from worker.operations import budgets as operations_budgets
 from worker.operations.answers import answer
 from worker.operations.budgets import raise_budget, remove_budget
 from worker.operations.runs import run_now
-from worker.runs.waits import NewWait
 from worker.store import tables
 from worker.store.database import Database
 from worker.store.lists.usage import budget_rows, budgets_of, usage

@@ -10,12 +10,12 @@ import pytest
 
 from tests.conftest import on_either
 from tests.fakes.closing import close_definition
-from worker.definitions.file import parse_file
 from worker.errors import Conflict, DefinitionError, NotFound
+from worker.features.calendars.operations import remove_calendar
 from worker.ids import ALL_ORGS
+from worker.model.definitions.file import parse_file
 from worker.operations import definitions as definition_module
 from worker.operations.apply import apply as apply_file
-from worker.operations.calendars import remove_calendar
 from worker.operations.definitions import edit_definition
 from worker.operations.templates import close_template, materialise
 from worker.store import calendars as calendar_rows

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import on_either
 from tests.fakes.rows import worker_row
 from tests.fakes.site import definition
-from worker.operations.capacity import MEMORY, SECONDS, Capacity, Machine, Measure, capacity
+from worker.diagnosis.capacity import MEMORY, SECONDS, Capacity, Machine, Measure, capacity
 from worker.operations.definitions import pause_definition
 from worker.operations.runs import run_now
 from worker.settings.sections import ExecutionSettings

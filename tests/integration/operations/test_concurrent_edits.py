@@ -10,13 +10,13 @@ import pytest
 
 from tests.conftest import on_either
 from tests.fakes.site import one_definition
-from worker.definitions.file import parse_file
 from worker.errors import Conflict
+from worker.model.definitions.file import parse_file
+from worker.model.runs.fire import decide
+from worker.model.runs.run import Declared
 from worker.operations.apply import apply as apply_file
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import run_now
-from worker.runs.fire import decide
-from worker.runs.run import Declared
 from worker.store import firing
 from worker.store.database import Database
 

@@ -12,10 +12,10 @@ from sqlalchemy import delete
 from tests.conftest import on_either
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import Stock
+from worker.diagnosis import doctor
+from worker.diagnosis.doctor import file_modes, held_snapshots, live_rows, run_checks, too_old
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import new_id
-from worker.operations import doctor
-from worker.operations.doctor import file_modes, held_snapshots, live_rows, run_checks, too_old
 from worker.settings import Settings
 from worker.store import catalogue, tables, workers
 from worker.store.database import Database
@@ -75,7 +75,7 @@ def test_the_group_by_which_this_account_reads_a_key_ring_of_root_is_no_other(
     file.parent.chmod(0o755)
 
     assert "keyring" in file_modes(database).fix
-    monkeypatch.setattr("worker.operations.doctor.os.geteuid", lambda: file.stat().st_uid + 1)
+    monkeypatch.setattr("worker.diagnosis.doctor.os.geteuid", lambda: file.stat().st_uid + 1)
     assert file_modes(database).fix == ""
     database.close()
 

@@ -13,11 +13,11 @@ from tests.conftest import on_either
 from tests.fakes.issuer import AUDIENCE, App
 from tests.fakes.provisioned import Killed, Passing, Place, opened_place
 from worker.errors import Conflict, ForeignApplication, ProviderUnavailable
+from worker.features.provisioning.fleet import Fleet, Rotated
+from worker.features.provisioning.provisioning import exclusive
 from worker.operations.credentials import add_credential, retire_credential
-from worker.operations.fleet import Fleet, Rotated
 from worker.operations.installation import Ownership
 from worker.operations.orgs import set_org_state
-from worker.operations.provisioning import exclusive
 from worker.operations.runs import run_now
 from worker.store import credentials
 from worker.store.database import Database

@@ -14,19 +14,19 @@ from tests.fakes.site import definition, org_entry
 from tests.fakes.stock import Stock
 from tests.integration.operations.conftest import Apply, Tables
 from tests.integration.store.test_hosts import added, begin
+from worker.diagnosis import doctor
+from worker.diagnosis.requirements import load_org, scopes_of
+from worker.diagnosis.why import why
 from worker.errors import Conflict, DefinitionError, NotFound, UnknownHandler
+from worker.features.hosts.operations import list_hosts, remove_host
+from worker.features.org_secrets.operations import lacking_of_all_orgs
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import ALL_ORGS
-from worker.operations import doctor
+from worker.model.runs.clauses import clauses
 from worker.operations.approvals import approve, check, list_approvals
 from worker.operations.definitions import edit_definition
 from worker.operations.handlers import Handlers, forget
-from worker.operations.hosts import list_hosts, remove_host
-from worker.operations.org_secrets import lacking_of_all_orgs
-from worker.operations.requirements import load_org, scopes_of
 from worker.operations.runs import run_now
-from worker.operations.why import why
-from worker.runs.clauses import clauses
 from worker.store import catalogue, host_handlers, places, tables
 from worker.store.database import Database
 from worker.store.dialect import all_rows

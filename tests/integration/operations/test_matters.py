@@ -11,15 +11,15 @@ import pytest
 from bench import console
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import Stock
+from worker.diagnosis import doctor, matters
+from worker.diagnosis.matters import Matter
+from worker.features.console.pages.links import step_path
 from worker.ids import ALL_ORGS, DefinitionId, OrgId
-from worker.operations import doctor, matters
-from worker.operations.matters import Matter
-from worker.runs.causes import WHOSE
-from worker.runs.next_steps import VERBS
+from worker.model.runs.causes import WHOSE
+from worker.model.runs.next_steps import VERBS
 from worker.store import installation, tables
 from worker.store.database import Database
 from worker.store.lists.failures import Mismatch, mismatches
-from worker.web.pages.links import step_path
 
 DAY = timedelta(days=1)
 

@@ -6,10 +6,10 @@ from datetime import timedelta
 
 from tests.conftest import on_either
 from worker.clock import SystemClock
+from worker.features.provisioning.properties import _record
 from worker.ids import OrgId
 from worker.operations import new_claims
 from worker.operations.new_claims import NewClaims
-from worker.operations.properties import _record
 from worker.store import audit
 
 FILE = '[[org]]\ncode = "org_a"\nissuer = "main"\n[[org]]\ncode = "org_b"\nissuer = "main"\n'

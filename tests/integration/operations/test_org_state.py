@@ -9,11 +9,11 @@ import pytest
 from tests.conftest import on_either
 from tests.fakes.site import one_definition
 from worker.errors import Conflict
+from worker.model.orgs import OrgEntry
 from worker.operations.credentials import add_credential
 from worker.operations.definitions import pause_definition, resume_definition
 from worker.operations.orgs import add_org, set_org_state
 from worker.operations.runs import run_now
-from worker.orgs import OrgEntry
 
 TICK = timedelta(minutes=10)
 

@@ -10,10 +10,10 @@ from sqlalchemy import update
 
 from tests.conftest import on_either
 from worker.errors import Conflict, NotFound, UsageError
+from worker.model.orgs import OrgEntry
 from worker.operations.credentials import add_credential, retire_credential
 from worker.operations.orgs import add_org, import_orgs
 from worker.operations.runs import run_now
-from worker.orgs import OrgEntry
 from worker.store import tables
 from worker.store.lists import CREDENTIALS
 from worker.store.lists.read import read

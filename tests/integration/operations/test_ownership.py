@@ -12,18 +12,18 @@ import pytest
 from tests.conftest import on_either
 from tests.fakes.clock import ManualClock
 from tests.fakes.provisioned import Passing, Place, opened_place
-from worker.adapters.placing import ASK_AGAIN, OwnedPlacer
 from worker.errors import InstallationMismatch
-from worker.execution.placers import EngineUnavailable, Placer, Standing
-from worker.execution.placers.temporal import TemporalPlacer
+from worker.features.hosts.temporal import EngineUnavailable, Placer, Standing
+from worker.features.hosts.temporal.adapter import ASK_AGAIN, OwnedPlacer
+from worker.features.hosts.temporal.placer import TemporalPlacer
+from worker.features.provisioning.fleet import Fleet
+from worker.features.provisioning.management.contract import Notice
+from worker.features.provisioning.provision_loop import ProvisionLoop
+from worker.features.provisioning.scopes import Scopes
+from worker.features.provisioning.sync import SyncRules
 from worker.ids import RunId
-from worker.operations.fleet import Fleet
+from worker.model.runs.hosts import Placement, Ticket
 from worker.operations.installation import Ownership, adopt
-from worker.operations.provision_loop import ProvisionLoop
-from worker.operations.scopes import Scopes
-from worker.operations.sync import SyncRules
-from worker.providers.management.contract import Notice
-from worker.runs.hosts import Placement, Ticket
 from worker.store import installation
 from worker.store.database import Database
 from worker.telemetry import events

@@ -10,20 +10,20 @@ import pytest
 from tests.conftest import on_either
 from tests.fakes.stock import Stock
 from tests.integration.operations.conftest import Apply, Tables, whole_hour
+from worker.diagnosis import doctor
+from worker.diagnosis.capacity import Machine, capacity
+from worker.diagnosis.why import why
 from worker.errors import DefinitionError, Diagnostic, NotFound, UsageError
+from worker.features.hosts.operations import add_host
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import WorkerId, new_id
-from worker.operations import doctor
+from worker.model.orgs import OrgEntry
+from worker.model.runs.clauses import clauses
+from worker.model.runs.fire import decide
 from worker.operations.approvals import forget_rules, list_pools
 from worker.operations.backfill import backfill, fill_backfills
-from worker.operations.capacity import Machine, capacity
-from worker.operations.hosts import add_host
 from worker.operations.orgs import add_org, import_orgs
 from worker.operations.runs import cancel, retry, run_now
-from worker.operations.why import why
-from worker.orgs import OrgEntry
-from worker.runs.clauses import clauses
-from worker.runs.fire import decide
 from worker.settings import Settings
 from worker.settings.sections import ExecutionSettings, PoolSettings
 from worker.store import catalogue, firing, sweeps

@@ -16,13 +16,13 @@ from tests.fakes.issuer import AUDIENCE
 from tests.fakes.management import MemoryManagement
 from tests.fakes.provisioned import NIGHTLY, opened_checks
 from worker.errors import ProviderRefused, ProviderUnavailable
-from worker.operations.fleet import Fleet
+from worker.features.provisioning.fleet import Fleet
+from worker.features.provisioning.management.contract import Notice, NoticeKind
+from worker.features.provisioning.provision_loop import COLLECT, NOTICE_AGAIN, ROUND_AGAIN, ProvisionLoop
+from worker.features.provisioning.provisioning import Provisioner, exclusive
+from worker.features.provisioning.scopes import Scopes
+from worker.features.provisioning.sync import Absent, SyncRules
 from worker.operations.installation import Ownership
-from worker.operations.provision_loop import COLLECT, NOTICE_AGAIN, ROUND_AGAIN, ProvisionLoop
-from worker.operations.provisioning import Provisioner, exclusive
-from worker.operations.scopes import Scopes
-from worker.operations.sync import Absent, SyncRules
-from worker.providers.management.contract import Notice, NoticeKind
 from worker.store.database import Database
 from worker.telemetry import events
 from worker.tokens.sealing import KeyRing

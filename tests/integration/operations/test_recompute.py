@@ -9,10 +9,10 @@ from sqlalchemy import update
 
 from tests.conftest import on_either
 from tests.fakes.site import definition, org_entry
+from worker.model.runs.fire import decide
+from worker.model.runs.run import Declared
 from worker.operations import settle as module
 from worker.operations.settle import outdated, recompute, recomputed
-from worker.runs.fire import decide
-from worker.runs.run import Declared
 from worker.store import firing, schema, tables
 
 HOUR = timedelta(hours=1)
@@ -125,7 +125,7 @@ def test_the_release_is_remembered_and_told(database, rows, emitted):
     [("tzdata.zi", "# version 2031c\n# more", "2031c"), ("+VERSION", "2031d\n", "2031d")],
 )
 def test_the_release_is_the_one_of_the_files_in_use(tmp_path, monkeypatch, name, content, version):
-    from worker.definitions import zones
+    from worker.model.definitions import zones
 
     (tmp_path / "Europe").mkdir()
     (tmp_path / "Europe" / "Berlin").write_bytes(b"TZif2")

@@ -18,16 +18,16 @@ from tests.conftest import on_either
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import App, FakeIssuer
 from tests.fakes.provisioned import opened_checks
-from worker.adapters.secrets import OpenedCredentials
+from worker.diagnosis.check_orgs import Checks
 from worker.errors import Busy, ConfigurationError, Conflict, CredentialsRejected, IssuerUnavailable
 from worker.ids import OrgId
-from worker.operations.check_orgs import Checks
 from worker.operations.credentials import Rotation, add_credential, retire_credential
 from worker.operations.installation import Ownership
 from worker.operations.keys import rekey
 from worker.operations.orgs import import_orgs
 from worker.store import tables
 from worker.tokens.sealing import KeyRing
+from worker.wiring.secrets import OpenedCredentials
 
 
 class Passing(ManualClock):

@@ -9,13 +9,13 @@ import pytest
 from tests.conftest import on_either
 from tests.fakes.closing import close_definition
 from tests.fakes.site import one_definition
+from worker.diagnosis.why import why
 from worker.errors import Conflict, DefinitionError, NotFound
 from worker.handlers.catalogue import HandlerEntry
+from worker.model.runs.clauses import clauses, sentence
 from worker.operations.definitions import pause_definition
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import cancel, retry, run_now
-from worker.operations.why import why
-from worker.runs.clauses import clauses, sentence
 from worker.store import catalogue, tables
 from worker.store.lists import RUNS, Page
 from worker.store.lists import runs as run_lists

@@ -13,11 +13,11 @@ from tests.fakes.site import definition, org_entry
 from worker.errors import NotFound
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import ALL_ORGS, new_id
+from worker.model.orgs import OrgEntry
+from worker.model.search import parsed
 from worker.operations.chores import Chores
 from worker.operations.orgs import add_org
 from worker.operations.runs import retry, run_now
-from worker.orgs import OrgEntry
-from worker.search import parsed
 from worker.store import catalogue, orgs, roles, tables
 from worker.store.lists import Page, matching
 from worker.store.lists import search as search_module

@@ -15,19 +15,19 @@ from tests.conftest import on_either
 from tests.fakes.clock import ManualClock
 from tests.integration.operations.conftest import Tables
 from tests.integration.operations.test_keys import add_orgs
-from worker.adapters.secrets import StoredTokens
 from worker.errors import NotFound
 from worker.ids import ALL_ORGS, OrgId, new_id
+from worker.model.orgs import OrgRef
 from worker.operations.credentials import add_credential, retire_credential
 from worker.operations.keys import drop_tokens, rekey, remove_key
 from worker.operations.orgs import set_org_state
-from worker.orgs import OrgRef
 from worker.store import access_tokens, credentials, roles, tables
 from worker.store.access_tokens import Reservation
 from worker.store.credentials import Use
 from worker.store.database import Database
 from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import Found, StoredToken, TokenRequest
+from worker.wiring.secrets import StoredTokens
 
 LASTS = 15.0
 

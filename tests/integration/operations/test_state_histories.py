@@ -18,23 +18,23 @@ from tests.conftest import on_either
 from tests.fakes.clock import ManualClock
 from tests.fakes.site import one_definition
 from tests.fakes.stock import Stock
+from worker.engine.attempt.attempt import attempt
+from worker.engine.attempt.inflight import InflightRun
+from worker.engine.attempt.plan import HandlerRegistry, Plans
+from worker.engine.attempt.run_log import RunLogWriter
+from worker.engine.attempt.tools import Tools
+from worker.engine.loops.step_writer import StepWriter
+from worker.engine.runners.contract import RunServices, StopSignal, Work
+from worker.engine.trial import FakeTokens
 from worker.errors import Conflict
-from worker.execution.attempts.attempt import attempt
-from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.plan import HandlerRegistry, Plans
-from worker.execution.attempts.run_log import RunLogWriter
-from worker.execution.attempts.tools import Tools
-from worker.execution.loops.step_writer import StepWriter
-from worker.execution.runners.contract import RunServices, StopSignal, Work
-from worker.execution.trial import FakeTokens
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.given import State
 from worker.ids import RunId, WorkerId, new_id
+from worker.model.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded, TimedOut
+from worker.model.runs.run import AdmittedRun
 from worker.operations.definitions import clear_state, edit_definition, set_state
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import retry, run_now
-from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded, TimedOut
-from worker.runs.run import AdmittedRun
 from worker.store import catalogue, tables, workers
 from worker.store.database import Database
 from worker.store.worker_store import WorkerStore

@@ -11,15 +11,15 @@ from sqlalchemy import update
 
 from tests.conftest import on_either
 from tests.fakes.closing import close_definition
-from worker.definitions.file import parse_file
 from worker.errors import Conflict, DefinitionError, NotFound
 from worker.ids import ALL_ORGS
+from worker.model.definitions.file import parse_file
+from worker.model.orgs import OrgEntry
 from worker.operations import templates as module
 from worker.operations.apply import apply as apply_file
 from worker.operations.definitions import pause_definition
 from worker.operations.orgs import add_org, import_orgs, set_org_state
 from worker.operations.templates import close_template, materialise
-from worker.orgs import OrgEntry
 from worker.store import audit, tables
 from worker.store.database import Database
 from worker.store.lists import DEFINITIONS, TEMPLATES, Page

@@ -14,15 +14,15 @@ from tests.fakes.rows import worker_row
 from tests.fakes.site import one_definition
 from tests.integration.operations.conftest import whole_hour
 from worker.clock import to_text
+from worker.diagnosis.why import explain, why, why_time
 from worker.errors import Conflict, NotFound
 from worker.ids import ALL_ORGS, new_id
+from worker.model.runs.clauses import clauses, sentence
+from worker.model.runs.fire import decide
+from worker.model.runs.run import Declared
 from worker.operations.definitions import pause_definition, resume_definition
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import run_now
-from worker.operations.why import explain, why, why_time
-from worker.runs.clauses import clauses, sentence
-from worker.runs.fire import decide
-from worker.runs.run import Declared
 from worker.store import firing, history, sweeps, tables
 from worker.store.lists import runs as run_lists
 from worker.store.lists.redaction import redacted

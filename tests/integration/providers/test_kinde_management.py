@@ -28,10 +28,10 @@ from worker.errors import (
     WebhookRefused,
     WorkerError,
 )
-from worker.operations.confinement import readable_management_secrets
-from worker.providers.management.contract import ApplicationName, Management, OrgApplication
-from worker.providers.management.kinde import KindeManagement
-from worker.wiring.management import management_secret, open_management
+from worker.features.provisioning.management.contract import ApplicationName, Management, OrgApplication
+from worker.features.provisioning.management.kinde import KindeManagement
+from worker.features.provisioning.management_client import management_secret, open_management
+from worker.wiring.confinement import readable_management_secrets
 
 AUDIENCE = "https://api.acme.com"
 Opened = Callable[[], AbstractAsyncContextManager[Management]]

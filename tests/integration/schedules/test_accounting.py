@@ -17,9 +17,10 @@ from tests.fakes.clock import ManualClock, utc
 from tests.fakes.closing import close_definition
 from tests.fakes.stock import HANDLER
 from tests.fakes.timeline import NAME, ORG, Timeline, days
-from worker.definitions.definition import Definition, parse_definition
-from worker.definitions.file import DefinitionsFile, parse_file
-from worker.definitions.zones import parse_zone
+from worker.model.definitions.definition import Definition, parse_definition
+from worker.model.definitions.file import DefinitionsFile, parse_file
+from worker.model.definitions.zones import parse_zone
+from worker.model.runs.fire import spread_of
 from worker.operations.apply import apply
 from worker.operations.definitions import (
     edit_definition,
@@ -27,7 +28,6 @@ from worker.operations.definitions import (
     resume_definition,
 )
 from worker.operations.orgs import set_org_state
-from worker.runs.fire import spread_of
 from worker.store import tables
 
 # Hours before the clocks of Berlin go forward.

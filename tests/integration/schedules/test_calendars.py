@@ -7,12 +7,12 @@ from typing import Any
 
 from tests.fakes.clock import utc
 from tests.fakes.timeline import NAME, ORG, Timeline
-from worker.definitions.file import parse_file
+from worker.diagnosis.why import why_time
+from worker.model.definitions.file import parse_file
+from worker.model.runs.clauses import clauses
+from worker.model.runs.preview import preview_definition
 from worker.operations.apply import apply
 from worker.operations.definitions import edit_definition
-from worker.operations.why import why_time
-from worker.runs.clauses import clauses
-from worker.runs.preview import preview_definition
 from worker.store.lists.read import definition
 
 HOUR = timedelta(hours=1)

@@ -9,8 +9,8 @@ import pytest
 
 from tests.fakes.clock import utc
 from tests.fakes.timeline import NAME, ORG, Timeline
+from worker.model.runs.preview import preview_definition
 from worker.operations.definitions import pause_definition
-from worker.runs.preview import preview_definition
 from worker.store.lists import runs as run_lists
 from worker.store.lists.read import definition
 

@@ -9,8 +9,8 @@ from sqlalchemy import select
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.timeline import Timeline
-from worker.definitions.file import parse_file
 from worker.ids import ALL_ORGS
+from worker.model.definitions.file import parse_file
 from worker.operations.apply import apply
 from worker.operations.templates import materialise
 from worker.store import tables

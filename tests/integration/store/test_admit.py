@@ -16,7 +16,7 @@ from tests.fakes.stock import HANDLER, Stock
 from tests.faults.proxy import Proxy
 from tests.faults.watches import muter
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId, new_id
-from worker.runs.run import AdmittedRun, NewRun
+from worker.model.runs.run import AdmittedRun, NewRun
 from worker.store import tables
 from worker.store.database import Database
 from worker.store.dialect import driver

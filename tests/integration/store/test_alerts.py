@@ -11,7 +11,7 @@ from sqlalchemy import insert, select, update
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import Stock
 from worker.ids import new_id
-from worker.runs.waits import NewWait
+from worker.model.runs.waits import NewWait
 from worker.store import alerts, tables, waits
 from worker.store.alerts import CLAIM, QUIET
 from worker.store.database import Database

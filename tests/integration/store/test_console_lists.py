@@ -9,7 +9,7 @@ from typing import Any
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import Stock
 from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, new_id
-from worker.runs.run import NewRun
+from worker.model.runs.run import NewRun
 from worker.store import tables
 from worker.store.database import Database
 from worker.store.lists import failures, morning

@@ -9,7 +9,7 @@ import pytest
 
 from tests.fakes.stock import HANDLER, Stock
 from worker.ids import OrgId, WorkerId
-from worker.runs.run import AdmittedRun
+from worker.model.runs.run import AdmittedRun
 
 
 class Slots:

@@ -20,9 +20,9 @@ from tests.fakes.stock import HANDLER, Stock, await_lock
 from tests.faults.proxy import Proxy
 from tests.faults.watches import muter
 from worker.ids import OrgId, WorkerId
+from worker.model.runs.outcome import EndedAttempt, Trail
+from worker.model.runs.run import AdmittedRun
 from worker.operations import orgs
-from worker.runs.outcome import EndedAttempt, Trail
-from worker.runs.run import AdmittedRun
 from worker.store import credentials, edit_runs, tables
 from worker.store.database import Database
 from worker.store.sql import statements

@@ -10,7 +10,7 @@ import pytest
 
 from tests.fakes.stock import Stock
 from worker.ids import DefinitionId, OrgId
-from worker.runs.run import Decision, DueDefinition, FireReport, NewRun, NewSkip, NextFire
+from worker.model.runs.run import Decision, DueDefinition, FireReport, NewRun, NewSkip, NextFire
 from worker.store import firing, tables
 from worker.store.database import Database
 from worker.store.sql import statements

@@ -11,11 +11,11 @@ from sqlalchemy import Connection, select
 
 from tests.fakes.stock import Stock
 from tests.integration.store.test_hosts import added, begin
+from worker.features.hosts import operations as operations
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import Ceiling, digest
 from worker.ids import WorkerId
-from worker.operations import hosts as operations
-from worker.runs.hosts import HostCaller, TooManyHandlers
+from worker.model.runs.hosts import HostCaller, TooManyHandlers
 from worker.store import catalogue, host_grants, host_handlers, places, tables
 from worker.store.dialect import Row
 

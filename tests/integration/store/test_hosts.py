@@ -7,9 +7,9 @@ from datetime import timedelta
 from typing import Any
 
 from tests.fakes.stock import LEASE, Stock
+from worker.features.hosts import operations as operations
 from worker.ids import RunId, WorkerId, new_id
-from worker.operations import hosts as operations
-from worker.runs.hosts import HostCaller
+from worker.model.runs.hosts import HostCaller
 from worker.store import hosts, sign_in, tables, workers
 
 SLOTS: Mapping[str, Any] = {"children": 2, "inline": 5}

@@ -14,8 +14,8 @@ from typing import Any
 from tests.fakes.stock import Stock
 from worker.clock import SystemClock
 from worker.ids import RunId
-from worker.runs.outcome import EndedAttempt
-from worker.runs.run import AdmittedRun
+from worker.model.runs.outcome import EndedAttempt
+from worker.model.runs.run import AdmittedRun
 from worker.store import tables, workers
 from worker.store.database import Database
 from worker.store.ring_walk import RingWalk

@@ -8,10 +8,10 @@ from datetime import timedelta
 import pytest
 
 from tests.fakes.stock import Stock
-from worker.definitions import Overlap
 from worker.ids import DefinitionId, OrgId, RunId
-from worker.runs.outcome import EndedAttempt
-from worker.runs.run import AdmittedRun, FireReport, NewRun
+from worker.model.definitions import Overlap
+from worker.model.runs.outcome import EndedAttempt
+from worker.model.runs.run import AdmittedRun, FireReport, NewRun
 from worker.store import tables
 from worker.store.database import Database
 from worker.store.sql import statements

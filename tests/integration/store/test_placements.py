@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from tests.fakes.stock import HANDLER, LEASE, Stock
+from worker.diagnosis import doctor
 from worker.ids import RunId, WorkerId, new_id
-from worker.operations import doctor
-from worker.runs.hosts import PoolRoom, Ticket
-from worker.runs.run import AdmittedRun
+from worker.model.runs.hosts import PoolRoom, Ticket
+from worker.model.runs.run import AdmittedRun
 from worker.store import placements, tables, workers
 from worker.store.database import Database
 from worker.store.ring_walk import RingWalk

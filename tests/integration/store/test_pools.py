@@ -10,10 +10,10 @@ from datetime import timedelta
 import pytest
 
 from tests.fakes.stock import HANDLER, Stock
-from worker.claims.enforced import PoolRules, Rules
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import WorkerId, new_id
-from worker.runs.run import AdmittedRun, Declared
+from worker.model.claims import PoolRules, Rules
+from worker.model.runs.run import AdmittedRun, Declared
 from worker.store import catalogue, edit_runs, tables
 from worker.store import pools as stored_pools
 from worker.store.ring_walk import RingWalk

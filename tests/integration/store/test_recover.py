@@ -9,8 +9,8 @@ import pytest
 
 from tests.fakes.stock import LEASE, Stock
 from worker.ids import ALL_ORGS, RunId, WorkerId, new_id
-from worker.runs import worker_ends
-from worker.runs.run import LogLine, OwnedRun, Recovered
+from worker.model.runs import worker_ends
+from worker.model.runs.run import LogLine, OwnedRun, Recovered
 from worker.store import hosts, tables, workers
 from worker.store.database import Database
 from worker.store.dialect import Row

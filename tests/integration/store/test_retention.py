@@ -8,7 +8,7 @@ from sqlalchemy import insert
 
 from tests.fakes.stock import HANDLER, Stock
 from worker.ids import new_id
-from worker.runs.run import LogLine
+from worker.model.runs.run import LogLine
 from worker.store import sweeps, tables, workers
 from worker.store.sql import statements
 

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import update
 
 from tests.fakes.stock import HANDLER, Stock
-from worker.runs.run import AdmittedRun, LogLine, NewStep, RunStep, StoredProgress
+from worker.model.runs.run import AdmittedRun, LogLine, NewStep, RunStep, StoredProgress
 from worker.store import tables, worker_store
 from worker.store.sql import statements
 

@@ -14,10 +14,10 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.stock import HANDLER, Stock
 from worker.guard.claims import Claims
 from worker.ids import OrgId, RunId, WorkerId, new_id
+from worker.model.runs.budgets import wait_of
+from worker.model.runs.run import AdmittedRun, NewStep, RunStep
+from worker.model.runs.waits import NewWait, WaitKind
 from worker.operations import budgets as operations_budgets
-from worker.runs.budgets import wait_of
-from worker.runs.run import AdmittedRun, NewStep, RunStep
-from worker.runs.waits import NewWait, WaitKind
 from worker.store import budgets, spending, tables
 from worker.store.database import Database
 from worker.store.spending import Spend

@@ -20,7 +20,7 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.stock import Stock
 from tests.integration.store.test_spending import METER, add_budget
 from worker.ids import OrgId
-from worker.runs.run import AdmittedRun
+from worker.model.runs.run import AdmittedRun
 from worker.store import spending, tables
 from worker.store.database import Database
 

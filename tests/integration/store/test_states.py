@@ -10,7 +10,7 @@ from psycopg import DataError
 
 from tests.fakes.stock import Stock, await_lock
 from worker.ids import DefinitionId, OrgId, WorkerId
-from worker.runs.run import AdmittedRun, LoadedState
+from worker.model.runs.run import AdmittedRun, LoadedState
 from worker.store import definitions, states, tables, workers
 from worker.store.database import Database
 

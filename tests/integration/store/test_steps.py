@@ -10,7 +10,7 @@ import pytest
 
 from tests.fakes.stock import HANDLER, Stock
 from worker.ids import RunId
-from worker.runs.run import AdmittedRun, NewStep, RunStep, StepPage
+from worker.model.runs.run import AdmittedRun, NewStep, RunStep, StepPage
 from worker.store import steps, tables
 from worker.store.sql import statements
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from tests.fakes.stock import HANDLER, Stock
-from worker.runs.run import NewRun
+from worker.model.runs.run import NewRun
 from worker.store import sweeps, tables, workers
 
 

@@ -12,9 +12,9 @@ import pytest
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import HANDLER, Stock
 from worker.ids import ALL_ORGS, WorkerId
-from worker.runs.outcome import EndedAttempt
-from worker.runs.run import AdmittedRun
-from worker.runs.waits import NewWait, WaitState
+from worker.model.runs.outcome import EndedAttempt
+from worker.model.runs.run import AdmittedRun
+from worker.model.runs.waits import NewWait, WaitState
 from worker.store import edit_runs, sweeps, tables, waits
 from worker.store.lists.grid import open_waits
 from worker.store.lists.morning import waiting

@@ -11,7 +11,7 @@ import pytest
 
 from tests.fakes.stock import HANDLER, LEASE, Stock
 from worker.ids import DefinitionId, WorkerId, new_id
-from worker.runs.run import Decision, DueDefinition, LogLine, NextFire, StoredProgress
+from worker.model.runs.run import Decision, DueDefinition, LogLine, NextFire, StoredProgress
 from worker.store import credentials
 from worker.store.ring_walk import RingWalk
 from worker.store.worker_store import WorkerStore

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from tests.fakes.clock import ManualClock, settle
 from tests.fakes.issuer import EC_KEY, App, FakeCredentials, FakeIssuer, ec_issuer, org
+from worker.engine.attempt.attempt import pause_after
 from worker.errors import TokenError, Unavailable
-from worker.execution.attempts.attempt import pause_after
-from worker.orgs import OrgRef, TokenWant
+from worker.model.orgs import OrgRef, TokenWant
 from worker.telemetry import events
 from worker.tokens.cache import Tokens
 

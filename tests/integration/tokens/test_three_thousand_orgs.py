@@ -9,7 +9,7 @@ import httpx
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import EC_KEY, App, FakeCredentials, FakeIssuer, ec_issuer, org
-from worker.orgs import TokenWant
+from worker.model.orgs import TokenWant
 from worker.tokens.cache import Tokens
 
 ORGS = 3_000

@@ -15,10 +15,17 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import App, FakeIssuer, kinde_issuer
 from tests.fakes.limits import no_limits
 from tests.fakes.site import definition, org_entry
-from worker.definitions.file import parse_file
+from worker.features.console.access import Access, Operator
+from worker.features.console.callers import OpenRing, Role, no_ring
+from worker.features.console.login import Login
+from worker.features.console.operator_tokens import StoredOperators
+from worker.features.console.server import build
 from worker.guard import Guard
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import ALL_ORGS
+from worker.kit.web.clients import Addresses
+from worker.kit.web.health import Health
+from worker.model.definitions.file import parse_file
 from worker.operations.apply import apply
 from worker.operations.credentials import add_credential
 from worker.store import catalogue, orgs
@@ -27,13 +34,6 @@ from worker.store.lists import AUDIT, Page
 from worker.store.lists.read import read
 from worker.store.orgs import OrgCaller
 from worker.telemetry.metrics import Metrics
-from worker.web.access import Access, Operator
-from worker.web.callers import OpenRing, Role, no_ring
-from worker.web.clients import Addresses
-from worker.web.health import Health
-from worker.web.login import Login
-from worker.web.operators import StoredOperators
-from worker.web.server import build
 
 on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 BASE = "http://127.0.0.1:8470"

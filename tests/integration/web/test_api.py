@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from tests.integration.web.conftest import TOKENS, Site, on_either
+from worker.features.console.callers import Caller, CallerDatabase
 from worker.ids import ALL_ORGS
 from worker.operations.definitions import pause_definition
 from worker.operations.runs import run_now
@@ -16,7 +17,6 @@ from worker.store.lists import LISTS, RUNS
 from worker.store.lists.read import read
 from worker.store.lists.rows import Run, columns_of
 from worker.store.tables import live_runs
-from worker.web.callers import Caller, CallerDatabase
 
 API = "/api/v1"
 RUN_PATHS = ("", "/attempts", "/logs")
@@ -328,7 +328,7 @@ async def test_an_error_that_nobody_expected_is_told_without_its_message(
     def broken(*_: object) -> None:
         raise ValueError("a secret")
 
-    monkeypatch.setattr("worker.web.api.server.read_list", broken)
+    monkeypatch.setattr("worker.features.console.api.server.read_list", broken)
 
     answer = await staffed.get(f"{API}/runs", TOKENS["viewer"])
 

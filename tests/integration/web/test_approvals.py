@@ -10,13 +10,13 @@ from tests.fakes.stock import Stock
 from tests.integration.operations.test_host_handlers import KEYED, RENDER, host_of
 from tests.integration.web.conftest import TOKENS, Site, csrf_of, on_either
 from tests.integration.web.test_run_page import OURS, logged_in
+from worker.features.console.callers import Role
+from worker.features.console.pages import inventory
 from worker.ids import ALL_ORGS
 from worker.operations.approvals import approve, list_approvals
 from worker.store import tables
 from worker.store.lists import AUDIT
 from worker.store.lists.read import read
-from worker.web.callers import Role
-from worker.web.pages import inventory
 
 EVIL = "<script>pwned()</script>"
 

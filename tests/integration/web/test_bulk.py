@@ -63,7 +63,7 @@ async def test_an_org_reaches_its_own_runs_only(staffed: Site):
 
 
 async def test_waiting_runs_are_cancelled_in_parts(staffed: Site, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("worker.web.callers.STEP", 2)
+    monkeypatch.setattr("worker.features.console.callers.STEP", 2)
     token = TOKENS["operator"]
     runs = [str(run_now(staffed.database, "org_a", "digest", actor="tester")["id"]) for _ in range(5)]
 

@@ -10,6 +10,9 @@ import pytest
 from sqlalchemy import update
 
 from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in, on_either
+from worker.features.console.access import Access
+from worker.features.console.callers import Caller
+from worker.features.console.sessions import SESSION_COOKIE, Sessions
 from worker.ids import ALL_ORGS
 from worker.operations.credentials import add_credential, retire_credential
 from worker.operations.definitions import edit_definition
@@ -17,9 +20,6 @@ from worker.operations.orgs import set_org_state
 from worker.store import orgs, tables
 from worker.store.lists import RUNS
 from worker.store.lists.read import read
-from worker.web.access import Access
-from worker.web.callers import Caller
-from worker.web.sessions import SESSION_COOKIE, Sessions
 
 PATHS = ("/api/v1/runs", "/api/v1/credentials", "/api/v1/audit", "/orgs/org_a")
 RUN = "/api/v1/definitions/org_a/digest/run"

@@ -7,15 +7,15 @@ from datetime import timedelta
 import pytest
 
 from tests.integration.web.conftest import Site, on_either
-from worker.definitions.file import parse_file
 from worker.errors import DefinitionError
+from worker.features.console.callers import Caller, CallerDatabase
 from worker.ids import ALL_ORGS, OrgId
+from worker.model.definitions.file import parse_file
 from worker.operations.apply import apply
 from worker.store import definitions, orgs
 from worker.store.dialect import database_now
 from worker.store.lists import RUNS, SKIPS
 from worker.store.lists.read import read
-from worker.web.callers import Caller, CallerDatabase
 
 ADA = Caller("ada", "operator")
 

@@ -13,13 +13,13 @@ from sqlalchemy import select
 from tests.integration.web.conftest import TOKENS, Site, csrf_of, on_either
 from tests.integration.web.test_run_page import OURS, logged_in
 from worker.ids import ALL_ORGS
+from worker.kit.web.responses import MAX_BYTES
 from worker.operations.orgs import set_org_state
 from worker.store import credentials, orgs, tables
 from worker.store.lists import AUDIT, CREDENTIALS
 from worker.store.lists.read import org, read
 from worker.telemetry.masking import masker
 from worker.tokens.sealing import KeyRing
-from worker.web.responses import MAX_BYTES
 
 API = "/api/v1"
 CANARY = "canary+secret/of=the-api"

@@ -13,8 +13,8 @@ from sqlalchemy import insert, select, update
 
 from tests.integration.web.conftest import TOKENS, Site, csrf_of, on_either
 from tests.integration.web.test_run_page import EVIL, OURS, dangers, ended, logged_in
-from worker.definitions.file import parse_file
 from worker.ids import ALL_ORGS
+from worker.model.definitions.file import parse_file
 from worker.operations.apply import apply
 from worker.operations.definitions import edit_definition, pause_definition
 from worker.store import tables

@@ -23,20 +23,20 @@ from tests.fakes.kinde.webhooks import payload, signed
 from worker.clock import SystemClock
 from worker.demo.keys import KeyRotation
 from worker.errors import Busy, IssuerUnavailable
+from worker.features.console.server import build_hooks
+from worker.features.provisioning.hooks import BURST, MAX_BODY, HookReceiver, Hooks
+from worker.features.provisioning.management.contract import Notice
+from worker.features.provisioning.provision_loop import MAX_QUEUED, ProvisionLoop
+from worker.features.provisioning.scopes import Scopes
+from worker.features.provisioning.wiring import fleet_of, open_provisioner, rules_of
+from worker.kit.web.clients import Addresses
+from worker.kit.web.health import Health
 from worker.operations.installation import Ownership
-from worker.operations.provision_loop import MAX_QUEUED, ProvisionLoop
-from worker.operations.scopes import Scopes
-from worker.providers.management.contract import Notice
 from worker.store import tables
 from worker.store.database import Database
 from worker.telemetry import events
 from worker.telemetry.metrics import Metrics
 from worker.tokens.sealing import KeyRing
-from worker.web.clients import Addresses
-from worker.web.health import Health
-from worker.web.hooks import BURST, MAX_BODY, HookReceiver, Hooks
-from worker.web.server import build_hooks
-from worker.wiring.provisioning import fleet_of, open_provisioner, rules_of
 
 AUDIENCE = "https://api.acme.com"
 

@@ -8,8 +8,8 @@ import httpx
 import pytest
 
 from tests.integration.web.conftest import TOKENS, Site, csrf_of, log_in
+from worker.kit.web.clients import ClientLimits
 from worker.settings.sections import WebSettings
-from worker.web.clients import ClientLimits
 
 RUNS = "/api/v1/runs"
 

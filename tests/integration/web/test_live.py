@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, update
 
-import worker.web.live as live
+import worker.features.console.live as live
 from tests.integration.web.conftest import TOKENS, Site, on_either
+from worker.kit.web.health import Health
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import cancel, run_now
 from worker.store import orgs, tables
-from worker.web.health import Health
 
 API = "/api/v1"
 

@@ -20,16 +20,16 @@ from tests.integration.web.conftest import BASE, Site, csrf_of, on_either
 from worker.demo.people import Person, WebApplication
 from worker.demo.provider import Fault, Provider
 from worker.errors import ConfigurationError
+from worker.features.console.login import LASTS, MAX_TRANSACTIONS, Login, basis_of, local_path
+from worker.features.console.operators import make_link
+from worker.features.console.sessions import LOGIN_COOKIE, SESSION_COOKIE
 from worker.guard.issuer import Issuer
 from worker.guard.profile import load
-from worker.operations.operators import make_link
 from worker.operations.orgs import set_org_state
 from worker.outbound import open_client
 from worker.settings.sections import LoginSettings
 from worker.store import tables
 from worker.store.database import Database
-from worker.web.login import LASTS, MAX_TRANSACTIONS, Login, basis_of, local_path
-from worker.web.sessions import LOGIN_COOKIE, SESSION_COOKIE
 
 PROVIDER = "http://127.0.0.1:9400"
 AUDIENCE = "https://api.acme.com"

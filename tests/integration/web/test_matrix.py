@@ -34,15 +34,21 @@ from tests.fakes.limits import no_limits
 from tests.fakes.rows import attempt_row, checkpoint_row
 from tests.integration.web.conftest import BASE, OPERATORS, TOKENS, csrf_of, log_in
 from tests.integration.web.test_callers import PERSON, with_scopes
-from worker.definitions.file import parse_file
+from worker.features.console.access import Access
+from worker.features.console.callers import RANK, Caller, Role
+from worker.features.console.server import build
+from worker.features.console.sessions import SESSION_COOKIE, Sessions
+from worker.features.hosts.operations import add_host
 from worker.guard import Guard
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import Ceiling, digest
 from worker.ids import ALL_ORGS, RunId, WorkerId, new_id
+from worker.kit.web.health import Health
+from worker.kit.web.listener import build_health
+from worker.model.definitions.file import parse_file
 from worker.operations.apply import apply
 from worker.operations.credentials import add_credential
 from worker.operations.definitions import pause_definition
-from worker.operations.hosts import add_host
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import cancel, run_now
 from worker.operations.templates import materialise
@@ -51,12 +57,6 @@ from worker.store.database import Database
 from worker.store.lists import morning
 from worker.store.orgs import OrgCaller
 from worker.telemetry.metrics import Metrics
-from worker.web.access import Access
-from worker.web.callers import RANK, Caller, Role
-from worker.web.health import Health
-from worker.web.listener import build_health
-from worker.web.server import build
-from worker.web.sessions import SESSION_COOKIE, Sessions
 
 ORGS = ("org_a", "org_b", "org_z")
 FILE = "".join(

@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from sqlalchemy import insert
 
 from tests.integration.web.conftest import TOKENS, Site, on_either
-from worker.definitions.file import parse_file
+from worker.features.console.api import BASE, ENDPOINTS
+from worker.features.console.api.openapi import document
+from worker.model.definitions.file import parse_file
 from worker.operations.apply import apply
 from worker.operations.runs import cancel, run_now
 from worker.store import orgs, tables
 from worker.tokens.sealing import KeyRing
-from worker.web.api import BASE, ENDPOINTS
-from worker.web.api.openapi import document
 
 # Requests for each operation as the document says, and as many others; PostgreSQL refuses more.
 EXAMPLES = {"sqlite": 1, "postgresql": 3}

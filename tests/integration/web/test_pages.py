@@ -17,13 +17,13 @@ from sqlalchemy import update
 from tests.fakes.rows import worker_row
 from tests.fakes.stock import Stock
 from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
+from worker.features.console.pages import Console
+from worker.features.console.pages.rendering import static_url
+from worker.features.console.sessions import SESSION_COOKIE as COOKIE
+from worker.features.hosts.operations import add_host
 from worker.ids import new_id
-from worker.operations.hosts import add_host
 from worker.operations.runs import run_now
 from worker.store import pools, tables, workers
-from worker.web.pages import Console
-from worker.web.pages.rendering import static_url
-from worker.web.sessions import SESSION_COOKIE as COOKIE
 
 OURS = {"origin": BASE}
 

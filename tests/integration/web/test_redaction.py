@@ -11,6 +11,7 @@ from sqlalchemy import insert, select, update
 
 from tests.integration.web.conftest import TOKENS, Site, log_in, on_either
 from worker.errors import Busy, ConfigurationError, StoreUnavailable, Unavailable, WorkerError
+from worker.features.console.callers import Caller
 from worker.ids import ALL_ORGS, new_id
 from worker.operations.definitions import edit_definition, pause_definition
 from worker.operations.runs import run_now
@@ -21,7 +22,6 @@ from worker.store.lists import runs as run_lists
 from worker.store.lists.grid import Revision
 from worker.store.lists.redaction import NOT_LOADED, OTHER_ORG, rules_of
 from worker.telemetry.masking import without_paths
-from worker.web.callers import Caller
 
 API = "/api/v1"
 WORKER_ID = "01900000-0000-7000-8000-00000000cafe"
@@ -369,7 +369,7 @@ async def test_an_error_of_the_server_tells_only_operators_what_it_is(
     def broken(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("worker.web.api.server.read_list", broken)
+    monkeypatch.setattr("worker.features.console.api.server.read_list", broken)
 
     org = await staffed.get(f"{API}/runs", staffed.token("org_a"))
     operator = await staffed.get(f"{API}/runs", TOKENS["viewer"])

@@ -21,13 +21,13 @@ from sqlalchemy import insert, select, update
 from tests.fakes.rows import checkpoint_row
 from tests.fakes.stock import Stock
 from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in, on_either
+from worker.features.console.pages import runs as run_pages
 from worker.ids import ALL_ORGS, RunId, new_id
+from worker.model.runs.waits import NewWait
 from worker.operations.runs import run_now
-from worker.runs.waits import NewWait
 from worker.store import tables
 from worker.store.lists import runs
 from worker.store.sql import statements
-from worker.web.pages import runs as run_pages
 
 OURS = {"origin": BASE}
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(1)>"

@@ -20,16 +20,16 @@ from tests.fakes.limits import no_limits
 from tests.fakes.ports import free_port
 from worker.clock import SystemClock
 from worker.errors import Busy, ConfigurationError
+from worker.features.console.access import Access
+from worker.features.console.server import build
+from worker.features.console.wiring import Web
+from worker.kit.web import listener as module
+from worker.kit.web.connections import ClientDeadlines, Connections
+from worker.kit.web.health import PATHS, Health
+from worker.kit.web.listener import WebServer, bind, build_health
 from worker.settings import Settings, load
 from worker.settings.sections import LogSettings, WebSettings
 from worker.telemetry.metrics import Metrics
-from worker.web import listener as module
-from worker.web.access import Access
-from worker.web.connections import ClientDeadlines, Connections
-from worker.web.health import PATHS, Health
-from worker.web.listener import WebServer, bind, build_health
-from worker.web.server import build
-from worker.wiring.web import Web
 
 NOTHING: Any = None
 

@@ -9,14 +9,14 @@ from sqlalchemy.exc import ProgrammingError
 
 from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in, on_either
 from worker.errors import Conflict, NotFound, UsageError
+from worker.features.console.callers import Caller
+from worker.features.console.operators import add_operator, list_operators, remove_operator
+from worker.features.console.sessions import LASTS, MAX_SESSIONS, SESSION_COOKIE, Sessions
 from worker.ids import ALL_ORGS, OrgId
-from worker.operations.operators import add_operator, list_operators, remove_operator
 from worker.operations.orgs import set_org_state
 from worker.store import orgs, roles, sign_in, tables
 from worker.store.lists import AUDIT
 from worker.store.lists.read import read
-from worker.web.callers import Caller
-from worker.web.sessions import LASTS, MAX_SESSIONS, SESSION_COOKIE, Sessions
 
 ADA = Caller("ada", "admin")
 BEN = Caller("ben", "viewer")

@@ -6,8 +6,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from worker.claims.enforced import DIGESTS, ClaimChange, Digests, compare
 from worker.guard.claims import Claims, Flag
+from worker.model.claims import DIGESTS, ClaimChange, Digests, compare
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 CLAIMS = Claims(

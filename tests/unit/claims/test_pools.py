@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from worker.claims.enforced import PoolRules, pool_mismatch
 from worker.errors import TokenRefused
 from worker.guard.claims import Claims, Flag
+from worker.model.claims import PoolRules, pool_mismatch
 
 AT = datetime(2030, 1, 1, tzinfo=UTC)
 

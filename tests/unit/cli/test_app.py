@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from worker.cli import keys, run
-from worker.cli.app import invoke
+from worker.app.shell import invoke
+from worker.app.verbs import keys, run
 from worker.errors import Busy, DefinitionError
 
 
@@ -144,7 +144,7 @@ def test_an_interrupt_exits_130(failing: Callable[[BaseException], None]):
 def test_the_module_without_a_verb_means_run(verb: list[str], monkeypatch: pytest.MonkeyPatch):
     seen = []
     monkeypatch.setattr("sys.argv", ["/opt/worker/__main__.py"])
-    monkeypatch.setattr("worker.wiring.process.run", lambda settings: seen.append(settings) or 75)
+    monkeypatch.setattr("worker.app.process.run", lambda settings: seen.append(settings) or 75)
     Path("var").mkdir()
     Path("var/worker.db").touch()
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from worker.cli.app import invoke
-from worker.cli.config import masked
+from worker.app.shell import invoke
+from worker.app.verbs.config import masked
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 from psycopg.errors import InsufficientPrivilege, UndefinedColumn
 from sqlalchemy.exc import DBAPIError
 
-from worker.cli.app import from_driver, invoke
+from worker.app.shell import from_driver, invoke
 from worker.errors import AccessDenied, ConfigurationError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.plugins import make_plugin
-from worker.cli.app import invoke
+from worker.app.shell import invoke
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.clock import ManualClock, utc
-from worker.cli.options import read_pairs, read_since, read_text
-from worker.definitions.units import parse_time
 from worker.errors import UsageError
+from worker.kit.options import read_pairs, read_since, read_text
+from worker.model.definitions.units import parse_time
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 import worker
 from tests.fakes.clock import utc
-from worker.cli.output import Format, print_error, print_log, print_row, print_rows, say
+from worker.kit.output import Format, print_error, print_log, print_row, print_rows, say
 from worker.telemetry.masking import masker
 
 RUNS = [

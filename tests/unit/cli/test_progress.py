@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests.fakes.clock import ManualClock
-from worker.cli import progress
-from worker.cli.progress import ProgressBar, shown
+from worker.kit import progress
+from worker.kit.progress import ProgressBar, shown
 
 
 class Terminal(io.StringIO):

@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 
 from tests.fakes.clock import utc
-from worker.cli.output import RUN_CELLS, SHORT_ID, Format, print_rows, took, why
+from worker.kit.output import RUN_CELLS, SHORT_ID, Format, print_rows, took, why
 from worker.store.lists import RUNS
 
 ID = "0192aaaa-0000-7abc-8000-000000000001"

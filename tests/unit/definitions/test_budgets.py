@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from worker.definitions.budgets import MAX_AMOUNT, BudgetEntry, limit_of_property, period_of
-from worker.definitions.file import parse_file
 from worker.errors import DefinitionError
-from worker.orgs import Selector
+from worker.model.definitions.budgets import MAX_AMOUNT, BudgetEntry, limit_of_property, period_of
+from worker.model.definitions.file import parse_file
+from worker.model.orgs import Selector
 
 RIGHT = {"org": '"org_acme"', "meter": '"llm_tokens"', "limit": "1000", "per": '"day"'}
 # Zones whose midnight does not exist on some days, or comes twice, or that have lost a whole day.

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fakes.clock import utc
-from worker.definitions.calendars import MAX_DATES, InvalidCalendar, all_day_dates, parse_calendar
-from worker.definitions.definition import from_spec, parse_definition, to_spec
-from worker.definitions.triggers import Trigger, parse_schedule, without_dates
-from worker.definitions.zones import parse_zone
 from worker.errors import DefinitionError
+from worker.model.definitions.calendars import MAX_DATES, InvalidCalendar, all_day_dates, parse_calendar
+from worker.model.definitions.definition import from_spec, parse_definition, to_spec
+from worker.model.definitions.triggers import Trigger, parse_schedule, without_dates
+from worker.model.definitions.zones import parse_zone
 
 TICK = timedelta(microseconds=1)
 CHRISTMAS = (date(2026, 12, 25), date(2026, 12, 26))

@@ -12,7 +12,7 @@ from functools import cache
 from random import Random
 from zoneinfo import ZoneInfo
 
-from worker.definitions.triggers import parse_schedule
+from worker.model.definitions.triggers import parse_schedule
 
 # ORACLE_CASES=10000 is the long form; a failure message contains the seed.
 CASES = int(os.environ.get("ORACLE_CASES", "200"))

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from tests.fakes.clock import utc
-from worker.definitions import MisfirePolicy, RetryPolicy
-from worker.definitions.definition import (
+from worker.errors import DefinitionError, InvalidTrigger
+from worker.model.definitions import MisfirePolicy, RetryPolicy
+from worker.model.definitions.definition import (
     Definition,
     FlagCondition,
     Variant,
@@ -18,7 +19,6 @@ from worker.definitions.definition import (
     parse_definition,
     to_spec,
 )
-from worker.errors import DefinitionError, InvalidTrigger
 
 LEAST: dict[str, Any] = {
     "org": "org_acme",

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fakes.clock import utc
-from worker.definitions import MisfirePolicy
-from worker.definitions.triggers import Trigger, parse_schedule, without_dates
-from worker.definitions.zones import parse_zone
-from worker.runs import fire as due_module
-from worker.runs.fire import Due, Span, decide_due, start_deadline
+from worker.model.definitions import MisfirePolicy
+from worker.model.definitions.triggers import Trigger, parse_schedule, without_dates
+from worker.model.definitions.zones import parse_zone
+from worker.model.runs import fire as due_module
+from worker.model.runs.fire import Due, Span, decide_due, start_deadline
 
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)

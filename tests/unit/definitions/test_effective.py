@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from worker.definitions.definition import EDITABLE
-from worker.definitions.effective import GROUPS, effective
+from worker.model.definitions.definition import EDITABLE
+from worker.model.definitions.effective import GROUPS, effective
 
 SPEC = {"handler": "acme.note", "schedule": "@hourly"}
 HANDLER = {

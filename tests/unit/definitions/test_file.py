@@ -7,10 +7,10 @@ import tomllib
 
 import pytest
 
-from worker.definitions.fields import MAX_ERRORS
-from worker.definitions.file import format_of, from_template_spec, parse_file, parse_template
 from worker.errors import DefinitionError, InvalidTrigger
-from worker.orgs import OrgEntry, Selector
+from worker.model.definitions.fields import MAX_ERRORS
+from worker.model.definitions.file import format_of, from_template_spec, parse_file, parse_template
+from worker.model.orgs import OrgEntry, Selector
 
 TOML = """
 [[org]]

@@ -13,11 +13,11 @@ from apscheduler.triggers.cron import CronTrigger
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.definitions.file import parse_file
-from worker.definitions.importing import Import, to_toml
-from worker.definitions.importing.apscheduler_jobs import read_apscheduler
-from worker.definitions.triggers import parse_schedule
 from worker.errors import DefinitionError
+from worker.features.importing import Import, to_toml
+from worker.features.importing.apscheduler_jobs import read_apscheduler
+from worker.model.definitions.file import parse_file
+from worker.model.definitions.triggers import parse_schedule
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)
 BERLIN = ZoneInfo("Europe/Berlin")

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from worker.definitions.file import parse_file
-from worker.definitions.importing import Import, to_toml
-from worker.definitions.importing.celery_beat import read_celery_beat
 from worker.errors import DefinitionError
+from worker.features.importing import Import, to_toml
+from worker.features.importing.celery_beat import read_celery_beat
+from worker.model.definitions.file import parse_file
 
 
 def imported(

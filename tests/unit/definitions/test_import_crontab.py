@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from worker.definitions.file import parse_file
-from worker.definitions.importing import Import, to_toml
-from worker.definitions.importing.crontab import has_user_column, read_crontab
+from worker.features.importing import Import, to_toml
+from worker.features.importing.crontab import has_user_column, read_crontab
+from worker.model.definitions.file import parse_file
 
 
 def imported(text: str, *, zone: str | None = "Europe/Berlin", with_user: bool = False) -> Import:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from worker.definitions.triggers import parse_schedule
-from worker.definitions.zones import parse_zone
-from worker.runs.fire import spread_of
+from worker.model.definitions.triggers import parse_schedule
+from worker.model.definitions.zones import parse_zone
+from worker.model.runs.fire import spread_of
 
 HOUR = timedelta(hours=1)
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fakes.clock import utc
-from worker.definitions import NICKNAMES
-from worker.definitions.triggers import Trigger, parse_schedule
-from worker.definitions.zones import parse_zone
 from worker.errors import InvalidTrigger
+from worker.model.definitions import NICKNAMES
+from worker.model.definitions.triggers import Trigger, parse_schedule
+from worker.model.definitions.zones import parse_zone
 
 
 def schedule(text: str, zone: str = "UTC", **bounds: datetime) -> Trigger:

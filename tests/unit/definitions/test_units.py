@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.definitions.units import format_duration, format_memory, parse_duration, parse_memory
+from worker.model.definitions.units import format_duration, format_memory, parse_duration, parse_memory
 
 
 @pytest.mark.parametrize(

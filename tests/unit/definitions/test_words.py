@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from worker.definitions.words import in_words
+from worker.model.definitions.words import in_words
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from worker.definitions import zones
-from worker.definitions.file import parse_file
-from worker.definitions.zones import find_zone, nearest, parse_zone
 from worker.errors import DefinitionError, InvalidTrigger
+from worker.model.definitions import zones
+from worker.model.definitions.file import parse_file
+from worker.model.definitions.zones import find_zone, nearest, parse_zone
 
 
 @pytest.mark.parametrize(

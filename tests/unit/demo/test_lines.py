@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from worker.demo.journal import HEAD, QUIET, WIDTH, Quiet, RunChange, advice_on, line, words_of
-from worker.search import REASONS
+from worker.model.search import REASONS
 
 AT = datetime(2030, 1, 1, 9, 7, 13, tzinfo=UTC)
 RUN = "01a22bc8-b44c-765d-9469-11f105793048"

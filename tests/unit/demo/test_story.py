@@ -83,7 +83,7 @@ class FakeDatabase:
 
 
 def test_enter_prints_one_link_a_second_and_none_if_the_database_is_busy(clock, capsys, monkeypatch):
-    monkeypatch.setattr("worker.operations.operators.sign_in.begin_login", lambda *_, **__: None)
+    monkeypatch.setattr("worker.features.console.operators.sign_in.begin_login", lambda *_, **__: None)
     database = FakeDatabase()
     console = ConsoleLinks("127.0.0.1:8470", database, clock)
 

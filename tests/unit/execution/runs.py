@@ -6,8 +6,8 @@ from typing import Any
 
 from tests.fakes.clock import START
 from worker.ids import DefinitionId, OrgId, RunId
-from worker.runs.outcome import EndedAttempt, Trail
-from worker.runs.run import AdmittedRun
+from worker.model.runs.outcome import EndedAttempt, Trail
+from worker.model.runs.run import AdmittedRun
 
 
 def admitted(name: str = "r1", *, fencing_token: int = 1, **changes: Any) -> AdmittedRun:

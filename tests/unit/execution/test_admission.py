@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.execution.runs import admitted, ended
+from worker.engine.attempt.inflight import InflightRuns
+from worker.engine.attempt.plan import HandlerRegistry
+from worker.engine.loops.admission import Admission
 from worker.errors import StoreUnavailable
-from worker.execution.attempts.inflight import InflightRuns
-from worker.execution.attempts.plan import HandlerRegistry
-from worker.execution.loops.admission import Admission
-from worker.runs.run import AdmittedRun, Isolation
+from worker.model.runs.run import AdmittedRun, Isolation
 
 
 class Store:

@@ -13,11 +13,11 @@ import pytest
 
 from tests.fakes.clock import START, ManualClock, settle
 from tests.unit.execution.runs import admitted
+from worker.engine.attempt import answers
+from worker.engine.attempt.answers import Running, answer
+from worker.engine.attempt.inflight import InflightRun
+from worker.engine.runners.contract import StopSignal
 from worker.errors import LeaseLost, StoreUnavailable, TokenRefused, Unavailable, WorkerError
-from worker.execution.attempts import answers
-from worker.execution.attempts.answers import Running, answer
-from worker.execution.attempts.inflight import InflightRun
-from worker.execution.runners.contract import StopSignal
 from worker.handlers.calls import (
     AskBudgets,
     Call,
@@ -29,10 +29,10 @@ from worker.handlers.calls import (
     StoreStep,
 )
 from worker.handlers.steps import TOTAL_LIMIT, StepError
-from worker.runs.budgets import OrgBudgets
-from worker.runs.outcome import Trail
-from worker.runs.run import NewStep
-from worker.runs.waits import NewWait, WaitState
+from worker.model.runs.budgets import OrgBudgets
+from worker.model.runs.outcome import Trail
+from worker.model.runs.run import NewStep
+from worker.model.runs.waits import NewWait, WaitState
 from worker.telemetry.mask_in_turn import mask_each
 
 

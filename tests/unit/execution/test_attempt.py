@@ -13,7 +13,13 @@ import pytest
 
 from tests.fakes.clock import START, ManualClock
 from tests.unit.execution.runs import admitted
-from worker.claims.enforced import Enforced, PoolRules
+from worker.engine.attempt import answers
+from worker.engine.attempt.attempt import attempt
+from worker.engine.attempt.inflight import InflightRun
+from worker.engine.attempt.plan import HandlerRegistry, Plans
+from worker.engine.attempt.run_log import RunLogWriter
+from worker.engine.attempt.tools import Tools
+from worker.engine.runners.contract import RunServices, StopSignal, Work
 from worker.errors import (
     ConfigurationError,
     CredentialsRejected,
@@ -22,13 +28,6 @@ from worker.errors import (
     StoreUnavailable,
     TokenRefused,
 )
-from worker.execution.attempts import answers
-from worker.execution.attempts.attempt import attempt
-from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.plan import HandlerRegistry, Plans
-from worker.execution.attempts.run_log import RunLogWriter
-from worker.execution.attempts.tools import Tools
-from worker.execution.runners.contract import RunServices, StopSignal, Work
 from worker.guard.claims import Claims, Flag
 from worker.handlers.calls import (
     AskToken,
@@ -40,10 +39,11 @@ from worker.handlers.calls import (
 )
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import ALL_ORGS, OrgId, RunId
-from worker.orgs import OrgRef, TokenWant
-from worker.runs.budgets import BudgetState, OrgBudgets
-from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded
-from worker.runs.run import (
+from worker.model.claims import Enforced, PoolRules
+from worker.model.orgs import OrgRef, TokenWant
+from worker.model.runs.budgets import BudgetState, OrgBudgets
+from worker.model.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded
+from worker.model.runs.run import (
     AdmittedRun,
     LoadedState,
     LogLine,
@@ -53,7 +53,7 @@ from worker.runs.run import (
     StepPage,
     StoredProgress,
 )
-from worker.runs.waits import MAX_WAITS, NewWait, WaitState
+from worker.model.runs.waits import MAX_WAITS, NewWait, WaitState
 from worker.telemetry.masking import masker
 
 CLAIMS = Claims(

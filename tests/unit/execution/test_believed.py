@@ -6,10 +6,10 @@ from datetime import timedelta
 
 import pytest
 
+from worker.engine.runners.child.child_run import BROKEN, Ended, outcome_of_end
+from worker.engine.runners.contract import GivenErrors, StopReason, StopSignal, after_stop
 from worker.errors import IssuerUnavailable, LeaseLost, Throttled, WorkerError
-from worker.execution.runners.child.child_run import BROKEN, Ended, outcome_of_end
-from worker.execution.runners.contract import GivenErrors, StopReason, StopSignal, after_stop
-from worker.runs.outcome import (
+from worker.model.runs.outcome import (
     Cancelled,
     Error,
     Failed,

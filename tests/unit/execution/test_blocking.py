@@ -13,11 +13,11 @@ from tests.fakes.answering import AnsweringWorker
 from tests.fakes.running import work
 from worker import BlockingContext, job
 from worker.clock import SystemClock
-from worker.execution.runners import inline
-from worker.execution.runners.contract import StopSignal
-from worker.execution.runners.inline import Blocking
+from worker.engine.runners import inline
+from worker.engine.runners.contract import StopSignal
+from worker.engine.runners.inline import Blocking
 from worker.handlers.calls import Save
-from worker.runs.outcome import Cancelled, Failed, Lost, Outcome
+from worker.model.runs.outcome import Cancelled, Failed, Lost, Outcome
 
 
 class Run:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from worker.execution.hosts import body_check, wire
-from worker.execution.hosts.body_check import CALL, DONE, ENDING, FRAME, REFUSED, REQUEST, ROW, TEXT
-from worker.execution.hosts.checker import _Parts, joined
-from worker.execution.hosts.sent import END, LINE, PROGRESS, calls_of
+from worker.features.hosts import body_check, wire
+from worker.features.hosts.body_check import CALL, DONE, ENDING, FRAME, REFUSED, REQUEST, ROW, TEXT
+from worker.features.hosts.checker import _Parts, joined
+from worker.features.hosts.sent import END, LINE, PROGRESS, calls_of
 from worker.handlers.calls import CALLS
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.json_text import CheckedObject, CheckedText

@@ -13,17 +13,17 @@ import pytest
 
 from tests.fakes.clock import START, ManualClock, settle
 from tests.unit.execution.runs import admitted, ended
+from worker.engine.attempt import inflight as inflight_module
+from worker.engine.attempt.dispatcher import BURST, PREPARED, Dispatcher
+from worker.engine.attempt.inflight import InflightRun, InflightRuns
+from worker.engine.attempt.plan import HandlerRegistry
+from worker.engine.attempt.run_log import RunLogWriter
+from worker.engine.loops.admission import FEW, MOMENT, Admission
+from worker.engine.loops.finisher import WORTHWHILE
 from worker.errors import StoreUnavailable
-from worker.execution.attempts import inflight as inflight_module
-from worker.execution.attempts.dispatcher import BURST, PREPARED, Dispatcher
-from worker.execution.attempts.inflight import InflightRun, InflightRuns
-from worker.execution.attempts.plan import HandlerRegistry
-from worker.execution.attempts.run_log import RunLogWriter
-from worker.execution.loops.admission import FEW, MOMENT, Admission
-from worker.execution.loops.finisher import WORTHWHILE
 from worker.ids import ALL_ORGS, RunId
-from worker.runs.outcome import EndedAttempt
-from worker.runs.run import AdmittedRun, Isolation, OwnedRun
+from worker.model.runs.outcome import EndedAttempt
+from worker.model.runs.run import AdmittedRun, Isolation, OwnedRun
 from worker.secret import AccessToken
 from worker.telemetry import events
 from worker.telemetry.masking import MASK, Masker

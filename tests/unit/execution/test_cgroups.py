@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.execution.runners.child.linux import RunGroups, write_cap
+from worker.engine.runners.child.linux import RunGroups, write_cap
 
 
 @pytest.fixture

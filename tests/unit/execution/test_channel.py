@@ -10,20 +10,12 @@ from typing import Any
 import pytest
 
 from tests.fakes.running import NOW, claims, token, work
-from worker.execution.attempts.run_log import redacted
-from worker.execution.runners.child.messages import (
-    MAX_FRAME,
-    BrokenMessage,
-    Unframer,
-    frame,
-    outcome_of_message,
-)
+from worker.engine.attempt.run_log import redacted
+from worker.engine.runners.child.messages import MAX_FRAME, BrokenMessage, Unframer, frame, outcome_of_message
 from worker.handlers.calls import NotACall, StoreStep, message_of, read
 from worker.ids import OrgId
-from worker.runs.outcome import (
-    Failed,
-)
-from worker.runs.run import NewStep
+from worker.model.runs.outcome import Failed
+from worker.model.runs.run import NewStep
 
 
 def test_messages_come_out_whole_however_they_are_cut() -> None:

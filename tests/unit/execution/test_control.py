@@ -10,14 +10,14 @@ import pytest
 
 from tests.fakes.clock import settle
 from worker.errors import AnswerTooLarge, LeaseLost, RequestRejected, StoreUnavailable, Unavailable
-from worker.execution.hosts.control import (
+from worker.features.hosts.control import (
     AsyncControl,
     BlockingControl,
     ControlDenied,
     Controls,
     ControlUnavailable,
 )
-from worker.execution.hosts.wire import Malformed
+from worker.features.hosts.wire import Malformed
 
 URLS = ("http://a:1", "http://b:2")
 

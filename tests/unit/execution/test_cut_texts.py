@@ -14,20 +14,20 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from tests.unit.execution.runs import admitted
-from worker.execution.attempts.answers import Acts, Running
-from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.run_log import AHEAD, RunLogWriter, mask_trail, masked_progress, redacted
-from worker.execution.runners.child import messages
-from worker.execution.runners.contract import StopSignal
-from worker.execution.runners.output import LINE_LIMIT, RunOutput, marked
+from worker.engine.attempt.answers import Acts, Running
+from worker.engine.attempt.inflight import InflightRun
+from worker.engine.attempt.run_log import AHEAD, RunLogWriter, mask_trail, masked_progress, redacted
+from worker.engine.runners.child import messages
+from worker.engine.runners.contract import StopSignal
+from worker.engine.runners.output import LINE_LIMIT, RunOutput, marked
 from worker.handlers.calling import MESSAGE_LIMIT, TRACE_LIMIT, error_of, outcome_of
 from worker.handlers.calls import Progress, read
 from worker.handlers.context import NOTE_LIMIT
 from worker.handlers.json_text import UNMASKED_LIMIT, clean
 from worker.handlers.results import Retry
 from worker.ids import OrgId
-from worker.runs.outcome import Error, Failed, Retried, Succeeded, Trail
-from worker.runs.run import LogLine
+from worker.model.runs.outcome import Error, Failed, Retried, Succeeded, Trail
+from worker.model.runs.run import LogLine
 from worker.telemetry.cut_secrets import LEAST_PIECE
 from worker.telemetry.masking import MASK, masker
 from worker.telemetry.secret_index import SecretIndex

@@ -8,9 +8,9 @@ from datetime import timedelta
 
 import pytest
 
-from worker.execution.runners.child.child_run import Ended, exit_detail, outcome_of_end
-from worker.execution.runners.contract import StopReason, StopSignal
-from worker.runs.outcome import (
+from worker.engine.runners.child.child_run import Ended, exit_detail, outcome_of_end
+from worker.engine.runners.contract import StopReason, StopSignal
+from worker.model.runs.outcome import (
     Cancelled,
     Error,
     Failed,

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from tests.unit.execution.runs import admitted, ended
-from worker.definitions.definition import Definition
-from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.plan import AttemptPlan
-from worker.execution.loops.maintenance import FailureWatch
-from worker.execution.runners.contract import StopSignal
+from worker.engine.attempt.inflight import InflightRun
+from worker.engine.attempt.plan import AttemptPlan
+from worker.engine.loops.maintenance import FailureWatch
+from worker.engine.runners.contract import StopSignal
 from worker.ids import DefinitionId, OrgId
-from worker.orgs import OrgRef
-from worker.runs.run import Recovered
+from worker.model.definitions.definition import Definition
+from worker.model.orgs import OrgRef
+from worker.model.runs.run import Recovered
 
 
 def held(pause_after: int | None = 3, **fields: Any) -> InflightRun:

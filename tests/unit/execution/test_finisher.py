@@ -10,21 +10,13 @@ import pytest
 
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.execution.runs import admitted, ended
+from worker.engine.loops import finisher as finisher_module
+from worker.engine.loops.finisher import BATCH, COLLECT, RETRY, RETRY_ASIDE, TOGETHER, WORTHWHILE, Finisher
 from worker.errors import StoreUnavailable
-from worker.execution.hosts.wire import Malformed
-from worker.execution.loops import finisher as finisher_module
-from worker.execution.loops.finisher import (
-    BATCH,
-    COLLECT,
-    RETRY,
-    RETRY_ASIDE,
-    TOGETHER,
-    WORTHWHILE,
-    Finisher,
-)
+from worker.features.hosts.wire import Malformed
 from worker.ids import RunId
-from worker.runs.outcome import EndedAttempt
-from worker.runs.run import AdmittedRun, Isolation
+from worker.model.runs.outcome import EndedAttempt
+from worker.model.runs.run import AdmittedRun, Isolation
 
 
 class Store:

@@ -7,12 +7,12 @@ from datetime import timedelta
 
 from tests.fakes.clock import ManualClock
 from tests.unit.execution.runs import admitted
+from worker.engine.attempt.inflight import InflightRuns
+from worker.engine.loops.heartbeat import Heartbeat
+from worker.engine.loops.reconciler import Renewal
 from worker.errors import StoreUnavailable
-from worker.execution.attempts.inflight import InflightRuns
-from worker.execution.loops.heartbeat import Heartbeat
-from worker.execution.loops.reconciler import Renewal
-from worker.runs.lease import Lease
-from worker.runs.run import OwnedRun
+from worker.model.runs.lease import Lease
+from worker.model.runs.run import OwnedRun
 from worker.telemetry.events import Emitted
 
 

@@ -16,35 +16,35 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.execution.runs import admitted
 from tests.unit.execution.test_wire import CLAIMS, TAKEN
+from worker.engine.attempt.answers import Running
+from worker.engine.attempt.inflight import InflightRun, InflightRuns
+from worker.engine.attempt.plan import HandlerRegistry
+from worker.engine.attempt.run_log import RunLogWriter
+from worker.engine.loops.finisher import unstorable
+from worker.engine.loops.step_writer import StepWriter
+from worker.engine.runners.contract import RunServices, StopSignal, Work
 from worker.errors import LeaseLost
-from worker.execution.attempts.answers import Running
-from worker.execution.attempts.inflight import InflightRun, InflightRuns
-from worker.execution.attempts.plan import HandlerRegistry
-from worker.execution.attempts.run_log import RunLogWriter
-from worker.execution.hosts import remote as remote_module
-from worker.execution.hosts import wire
-from worker.execution.hosts.control import (
+from worker.features.hosts import remote as remote_module
+from worker.features.hosts import wire
+from worker.features.hosts.control import (
     AsyncControl,
     BlockingControl,
     ControlDenied,
     Controls,
     ControlUnavailable,
 )
-from worker.execution.hosts.hosted import RemoteTools, hosted_attempt
-from worker.execution.hosts.remote import HostedEnd, RemoteStore, SentRow
-from worker.execution.hosts.sent import END, Sent
-from worker.execution.hosts.taking import WAIT, Taking
-from worker.execution.hosts.wire import Malformed, Taken
-from worker.execution.loops.finisher import unstorable
-from worker.execution.loops.step_writer import StepWriter
-from worker.execution.runners.contract import RunServices, StopSignal, Work
+from worker.features.hosts.hosted import RemoteTools, hosted_attempt
+from worker.features.hosts.remote import HostedEnd, RemoteStore, SentRow
+from worker.features.hosts.sent import END, Sent
+from worker.features.hosts.taking import WAIT, Taking
+from worker.features.hosts.wire import Malformed, Taken
 from worker.handlers.calls import CALLS, Call, OpenWait, Save, StoreStep
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
-from worker.runs import outcome as outcomes
-from worker.runs.outcome import Failed, Outcome, Succeeded, Trail
-from worker.runs.run import AdmittedRun, LogLine, NewStep, OwnedRun
-from worker.runs.waits import NewWait
+from worker.model.runs import outcome as outcomes
+from worker.model.runs.outcome import Failed, Outcome, Succeeded, Trail
+from worker.model.runs.run import AdmittedRun, LogLine, NewStep, OwnedRun
+from worker.model.runs.waits import NewWait
 from worker.secret import AccessToken
 from worker.telemetry import tracing
 from worker.telemetry.tracing import Marks, Traced

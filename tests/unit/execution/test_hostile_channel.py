@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from tests.fakes.answering import AnsweringWorker
 from tests.fakes.clock import ManualClock
 from tests.fakes.running import work
-from worker.execution.runners.child import messages
-from worker.execution.runners.child.child_process import InboxTurns
-from worker.execution.runners.child.child_run import BROKEN, ChildRun, Ended
-from worker.execution.runners.child.messages import (
+from worker.engine.runners.child import messages
+from worker.engine.runners.child.child_process import InboxTurns
+from worker.engine.runners.child.child_run import BROKEN, ChildRun, Ended
+from worker.engine.runners.child.messages import (
     JSON_LIMIT,
     LONG,
     MAX_TOKENS,
@@ -26,10 +26,10 @@ from worker.execution.runners.child.messages import (
     RunFrames,
     run_frame,
 )
-from worker.execution.runners.contract import OWN_FAILURES, StopSignal
+from worker.engine.runners.contract import OWN_FAILURES, StopSignal
 from worker.handlers.calls import CountSpend, NotACall, OpenWait, Progress
-from worker.runs.budgets import OrgBudgets
-from worker.runs.outcome import (
+from worker.model.runs.budgets import OrgBudgets
+from worker.model.runs.outcome import (
     Cancelled,
     Failed,
     NoHandler,

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from worker.execution.runners.child import child_process as inbox_module
-from worker.execution.runners.child.child_process import BURST, MESSAGE, RATE, TURN, Inbox, InboxTurns
-from worker.execution.runners.child.messages import BrokenMessage, Message, run_frame
+from worker.engine.runners.child import child_process as inbox_module
+from worker.engine.runners.child.child_process import BURST, MESSAGE, RATE, TURN, Inbox, InboxTurns
+from worker.engine.runners.child.messages import BrokenMessage, Message, run_frame
 from worker.handlers.json_text import LIMIT, NotStorable
 
 MiB = 1024 * 1024

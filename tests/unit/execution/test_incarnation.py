@@ -17,13 +17,11 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from tests.fakes.manager import Manager
 from tests.unit.execution.runs import admitted, ended
-from worker.errors import StoreUnavailable
-from worker.execution.attempts.dispatcher import Dispatcher
-from worker.execution.attempts.inflight import InflightRun, InflightRuns
-from worker.execution.attempts.plan import HandlerRegistry
-from worker.execution.attempts.run_log import RunLogWriter
-from worker.execution.hosts.control import ControlUnavailable
-from worker.execution.incarnation import (
+from worker.engine.attempt.dispatcher import Dispatcher
+from worker.engine.attempt.inflight import InflightRun, InflightRuns
+from worker.engine.attempt.plan import HandlerRegistry
+from worker.engine.attempt.run_log import RunLogWriter
+from worker.engine.incarnation import (
     FAREWELL,
     TELL_AGAIN,
     Incarnation,
@@ -31,15 +29,17 @@ from worker.execution.incarnation import (
     farewell,
     run_incarnations,
 )
-from worker.execution.loops import reading
-from worker.execution.loops.reconciler import Renewal
-from worker.execution.loops.step_writer import StepWriter
-from worker.execution.signals import Signals
+from worker.engine.loops import reading
+from worker.engine.loops.reconciler import Renewal
+from worker.engine.loops.step_writer import StepWriter
+from worker.engine.signals import Signals
+from worker.errors import StoreUnavailable
+from worker.features.hosts.control import ControlUnavailable
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId, WorkerId
-from worker.runs.lease import Lease
-from worker.runs.outcome import EndedAttempt
-from worker.runs.run import OwnedRun
+from worker.model.runs.lease import Lease
+from worker.model.runs.outcome import EndedAttempt
+from worker.model.runs.run import OwnedRun
 from worker.telemetry.events import Emitted
 from worker.telemetry.vitals import Vitals
 

@@ -13,15 +13,15 @@ import pytest
 from tests.fakes.answering import Answering
 from tests.fakes.clock import START, ManualClock
 from tests.unit.execution.runs import admitted
-from worker.execution.attempts.answers import Running
-from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.run_log import RunLogWriter, mask_trail, redacted
-from worker.execution.attempts.tools import StoreActs, Tools
-from worker.execution.runners.contract import StopSignal
+from worker.engine.attempt.answers import Running
+from worker.engine.attempt.inflight import InflightRun
+from worker.engine.attempt.run_log import RunLogWriter, mask_trail, redacted
+from worker.engine.attempt.tools import StoreActs, Tools
+from worker.engine.runners.contract import StopSignal
 from worker.handlers.calls import OpenWait, Progress, Save, StoreStep
-from worker.runs.outcome import Error, Failed, Outcome, Succeeded, Trail
-from worker.runs.run import NewStep
-from worker.runs.waits import NewWait, WaitState
+from worker.model.runs.outcome import Error, Failed, Outcome, Succeeded, Trail
+from worker.model.runs.run import NewStep
+from worker.model.runs.waits import NewWait, WaitState
 from worker.telemetry import mask_in_turn
 from worker.telemetry.mask_in_turn import AT_ONCE
 from worker.telemetry.masking import MASK, Masker
@@ -93,7 +93,7 @@ async def test_a_long_text_is_masked_off_the_loop(
     with monkeypatch.context() as patched:  # the control
         patched.setattr(mask_in_turn, "AT_ONCE", 10_000_000)
         patched.setattr(mask_in_turn, "mask_each", mask_in_turn.Masking().each)
-        patched.setattr("worker.execution.attempts.run_log.mask_each", mask_in_turn.Masking().each)
+        patched.setattr("worker.engine.attempt.run_log.mask_each", mask_in_turn.Masking().each)
         await WAYS[way](Attempt(clock))
     assert sum(on_loop) > AT_ONCE
 

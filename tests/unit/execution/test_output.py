@@ -7,7 +7,7 @@ from datetime import datetime
 import pytest
 
 from tests.fakes.clock import START, ManualClock
-from worker.execution.runners.output import LINE_COST, LINE_LIMIT, RunOutput, marked, stored_lines, unmarked
+from worker.engine.runners.output import LINE_COST, LINE_LIMIT, RunOutput, marked, stored_lines, unmarked
 from worker.handlers.json_text import UNMASKED_LIMIT
 
 

@@ -14,11 +14,11 @@ import pytest
 from tests.fakes.clock import ManualClock
 from tests.unit.execution.runs import admitted
 from worker.errors import StoreUnavailable
-from worker.execution.loops.placing import Placing
-from worker.execution.placers import EngineUnavailable, Standing
+from worker.features.hosts.temporal import EngineUnavailable, Standing
+from worker.features.hosts.temporal.placing import Placing
 from worker.ids import RunId
-from worker.runs.hosts import Fence, Placed, Placement, PoolRoom, Ticket
-from worker.runs.run import AdmittedRun, OwnedRun
+from worker.model.runs.hosts import Fence, Placed, Placement, PoolRoom, Ticket
+from worker.model.runs.run import AdmittedRun, OwnedRun
 from worker.telemetry import events
 
 POOL = "eu-gpu"

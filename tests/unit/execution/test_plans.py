@@ -10,12 +10,12 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from tests.unit.execution.runs import admitted
+from worker.engine.attempt.plan import MAX_AGE, AttemptPlan, HandlerRegistry, Plans, Revision
 from worker.errors import ConfigurationError, DefinitionError, StoreUnavailable
-from worker.execution.attempts.plan import MAX_AGE, AttemptPlan, HandlerRegistry, Plans, Revision
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId, OrgId
-from worker.orgs import TokenWant
-from worker.runs.run import AdmittedRun, RunContext
+from worker.model.orgs import TokenWant
+from worker.model.runs.run import AdmittedRun, RunContext
 
 SPEC = {"handler": "acme.digest", "schedule": "@hourly"}
 

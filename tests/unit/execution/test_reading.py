@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from worker.execution.attempts.plan import HandlerRegistry
-from worker.execution.loops import reading as module
-from worker.execution.loops.reading import MAX_REPORTED, CatalogueReader
+from worker.engine.attempt.plan import HandlerRegistry
+from worker.engine.loops import reading as module
+from worker.engine.loops.reading import MAX_REPORTED, CatalogueReader
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.installed import Distribution
 from worker.telemetry.events import Emitted

@@ -8,11 +8,11 @@ from datetime import timedelta
 import pytest
 
 from tests.unit.execution.runs import admitted
-from worker.execution.attempts.inflight import InflightRuns
-from worker.execution.loops.reconciler import Reconciler, Renewal
+from worker.engine.attempt.inflight import InflightRuns
+from worker.engine.loops.reconciler import Reconciler, Renewal
 from worker.ids import RunId
-from worker.runs.lease import Lease
-from worker.runs.run import OwnedRun
+from worker.model.runs.lease import Lease
+from worker.model.runs.run import OwnedRun
 
 LEASE = Lease.begun(timedelta(seconds=30), 9.0)
 

@@ -15,10 +15,10 @@ import pytest
 from tests.fakes import exchanges, record
 from tests.fakes.exchanges import ACCESS, CLAIMS, EXCHANGES, TOKEN, WORKER, Exchange
 from tests.fakes.record import Recorded, comparable, head_of, host, worker
-from worker.execution.hosts import attempt_api, wire
-from worker.execution.runners.child import messages
+from worker.engine.runners.child import messages
+from worker.features.hosts import attempt_api, wire
 from worker.handlers.calls import GRANTED, STEP, WAIT, BudgetsAnswer, CallAnswer, PageAnswer, StateAnswer
-from worker.runs.budgets import OrgBudgets
+from worker.model.runs.budgets import OrgBudgets
 
 RECORDS = record.read()
 CLOSE = replace(exchanges.WORK, private_origins=("http://10.0.0.5",), insecure_origins=("http://a.test",))

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from tests.fakes.clock import ManualClock, settle
-from worker.execution.loops.reconciler import recover_dead_workers
-from worker.runs.lease import Lease
-from worker.runs.run import Recovered
+from worker.engine.loops.reconciler import recover_dead_workers
+from worker.model.runs.lease import Lease
+from worker.model.runs.run import Recovered
 
 LEASE = timedelta(seconds=30)
 

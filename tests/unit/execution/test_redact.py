@@ -6,9 +6,9 @@ from datetime import timedelta
 
 import pytest
 
-from worker.execution.attempts.run_log import redacted
+from worker.engine.attempt.run_log import redacted
 from worker.ids import OrgId
-from worker.runs.outcome import (
+from worker.model.runs.outcome import (
     Cancelled,
     Error,
     Failed,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from worker.execution.runners.child import linux
+from worker.engine.runners.child import linux
 
 WAITS = "import sys; sys.stdin.read()"
 

@@ -6,7 +6,7 @@ import asyncio
 from datetime import timedelta
 
 from tests.fakes.clock import ManualClock
-from worker.execution.loops.maintenance import BATCH, PARTS, Ages, Retention
+from worker.engine.loops.maintenance import BATCH, PARTS, Ages, Retention
 from worker.operations.chores import ages_of
 from worker.settings.sections import RetentionSettings
 from worker.store.tables import FINAL_STATES

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.unprivileged import folder_of_the_account, in_account
-from worker.execution.runners.child import run_folders
+from worker.engine.runners.child import run_folders
 
 
 def closed(folder: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from tests.unit.execution.runs import admitted
+from worker.engine.attempt import run_log as run_log_module
+from worker.engine.attempt.run_log import BATCH, RunLogWriter
 from worker.errors import StoreUnavailable
-from worker.execution.attempts import run_log as run_log_module
-from worker.execution.attempts.run_log import BATCH, RunLogWriter
 from worker.ids import RunId
-from worker.runs.run import LogLine
+from worker.model.runs.run import LogLine
 from worker.telemetry.masking import masker
 
 

@@ -8,11 +8,11 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 
 from tests.fakes.clock import START, ManualClock, settle
+from worker.engine.attempt.plan import HandlerRegistry
+from worker.engine.loops.scheduler import BATCH, LARGER, PAUSE, PUT_OFF, Scheduler, Wakeups
 from worker.errors import StoreUnavailable
-from worker.execution.attempts.plan import HandlerRegistry
-from worker.execution.loops.scheduler import BATCH, LARGER, PAUSE, PUT_OFF, Scheduler, Wakeups
 from worker.ids import DefinitionId, OrgId
-from worker.runs.run import Decision, DueDefinition, FireReport
+from worker.model.runs.run import Decision, DueDefinition, FireReport
 from worker.telemetry.events import Emitted
 
 

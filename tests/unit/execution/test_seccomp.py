@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from worker.engine.runners.child import landlock, sandbox, seccomp
 from worker.errors import ConfigurationError
-from worker.execution.runners.child import landlock, sandbox, seccomp
-from worker.operations.confinement import confinement_of
 from worker.settings import Settings
 from worker.settings.sections import DatabaseSettings, ExecutionSettings
+from worker.wiring.confinement import confinement_of
 
 ALLOWED = 0x7FFF0000
 DENIED = 0x50000 | errno.EACCES
@@ -84,7 +84,7 @@ def test_the_control_lets_the_32_bit_interface_through():
 
 def on(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     named = os.uname_result(("Linux", "host", "6.18", "1", machine))
-    monkeypatch.setattr("worker.execution.runners.child.seccomp.os.uname", lambda: named)
+    monkeypatch.setattr("worker.engine.runners.child.seccomp.os.uname", lambda: named)
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import pytest
 
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.execution.runs import admitted
-from worker.execution.hosts.sharing import PASSED_OVER, Sharing
+from worker.features.hosts.sharing import PASSED_OVER, Sharing
 from worker.ids import WorkerId
-from worker.runs.hosts import PoolLoad
-from worker.runs.run import AdmittedRun, Isolation
+from worker.model.runs.hosts import PoolLoad
+from worker.model.runs.run import AdmittedRun, Isolation
 
 POLL = 1.0
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from worker.execution.runners.child.pool import Spares
+from worker.engine.runners.child.pool import Spares
 
 
 @pytest.fixture

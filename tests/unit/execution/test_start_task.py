@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from worker.execution.runners.contract import start_task
+from worker.engine.runners.contract import start_task
 
 WHO: contextvars.ContextVar[str] = contextvars.ContextVar("WHO")
 

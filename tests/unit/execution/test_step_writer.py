@@ -10,14 +10,14 @@ import pytest
 
 from tests.fakes.clock import START, ManualClock, settle
 from tests.unit.execution.runs import admitted
+from worker.engine.attempt.inflight import InflightRun
+from worker.engine.loops import step_writer
+from worker.engine.loops.step_writer import BATCH, RETRY, StepWriter
+from worker.engine.runners.contract import StopSignal
 from worker.errors import StoreUnavailable
-from worker.execution.attempts.inflight import InflightRun
-from worker.execution.loops import step_writer
-from worker.execution.loops.step_writer import BATCH, RETRY, StepWriter
-from worker.execution.runners.contract import StopSignal
 from worker.handlers.steps import StepError
 from worker.ids import RunId
-from worker.runs.run import NewStep, RunStep, StepPage
+from worker.model.runs.run import NewStep, RunStep, StepPage
 
 
 class Store:

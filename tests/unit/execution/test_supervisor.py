@@ -7,7 +7,7 @@ import contextlib
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.manager import Manager
-from worker.execution.loops.supervisor import PATIENCE, Liveness
+from worker.engine.loops.supervisor import PATIENCE, Liveness
 
 
 class Loop:

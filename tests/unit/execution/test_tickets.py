@@ -13,10 +13,10 @@ from temporalio.testing import ActivityEnvironment
 
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.execution.runs import admitted
+from worker.engine.attempt.inflight import InflightRuns
 from worker.errors import StoreUnavailable
-from worker.execution.attempts.inflight import InflightRuns
-from worker.execution.hosts.tickets import TicketTaking
-from worker.execution.hosts.wire import Taken, TemporalPlace
+from worker.features.hosts.temporal.tickets import TicketTaking
+from worker.features.hosts.wire import Taken, TemporalPlace
 
 
 class Bench:

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from tests.fakes.clock import ManualClock, utc
-from worker.execution.attempts.plan import HandlerRegistry
-from worker.execution.loops.token_renewal import LEFT, TokenRenewal
+from worker.engine.attempt.plan import HandlerRegistry
+from worker.engine.loops.token_renewal import LEFT, TokenRenewal
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId, OrgId
-from worker.orgs import TokenWant
-from worker.runs.run import Upcoming
+from worker.model.orgs import TokenWant
+from worker.model.runs.run import Upcoming
 
 AHEAD = timedelta(minutes=15)
 

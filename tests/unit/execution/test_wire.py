@@ -13,19 +13,19 @@ import pytest
 
 from tests.fakes.exchanges import ENTRY
 from tests.unit.execution.runs import admitted
+from worker.engine.runners.contract import Work
 from worker.errors import Throttled, Unavailable
-from worker.execution.hosts import sent as sent_module
-from worker.execution.hosts import wire
-from worker.execution.hosts.sent import END, LINE, End, LineRow, Sent, calls_of, sent_message
-from worker.execution.hosts.wire import Malformed, Registration, Taken
-from worker.execution.runners.contract import Work
+from worker.features.hosts import sent as sent_module
+from worker.features.hosts import wire
+from worker.features.hosts.sent import END, LINE, End, LineRow, Sent, calls_of, sent_message
+from worker.features.hosts.wire import Malformed, Registration, Taken
 from worker.guard.claims import Claims, Flag
 from worker.handlers import calls
 from worker.handlers.calls import MAX_METERS, OpenWait, StoreStep
 from worker.ids import RunId
-from worker.runs import outcome as outcomes
-from worker.runs.run import NewStep
-from worker.runs.waits import MAX_WAITS, NewWait
+from worker.model.runs import outcome as outcomes
+from worker.model.runs.run import NewStep
+from worker.model.runs.waits import MAX_WAITS, NewWait
 from worker.secret import AccessToken
 
 NOW = datetime(2030, 1, 1, 12, 0, 0, 250_000, UTC)

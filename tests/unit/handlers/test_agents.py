@@ -33,7 +33,7 @@ from worker.handlers.calls import StoreStep
 from worker.handlers.spending import DONE
 from worker.handlers.step_calls import StepCalls
 from worker.handlers.steps import StepJournal, open_step
-from worker.runs.run import NewStep
+from worker.model.runs.run import NewStep
 from worker.testing import Crash, Orgworker
 
 

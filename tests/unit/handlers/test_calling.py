@@ -12,7 +12,7 @@ from worker.handlers.calling import error_of, outcome_of, outcome_of_error
 from worker.handlers.json_text import clean, to_json_text
 from worker.handlers.models import HandlerMissing, ParamsInvalid, SettingsInvalid
 from worker.handlers.results import Cancel, HandBack, PermanentError, Retry, Snooze
-from worker.runs.outcome import (
+from worker.model.runs.outcome import (
     Cancelled,
     Failed,
     HandedBack,

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from worker.definitions import MAX_ATTEMPTS, TIMEOUT
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import Ceiling, Grant, allowed, clamped, digest, excess, may_run
+from worker.model.definitions import MAX_ATTEMPTS, TIMEOUT
 
 PLAIN = HandlerEntry("gpu.render", "gpu", "1", "gpu:render")
 # A declaration that goes beyond the defaults in one key each.

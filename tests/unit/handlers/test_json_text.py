@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.definitions.units import depth_of
 from worker.handlers import json_text
 from worker.handlers.json_text import DEEPEST, NotStorable, check_json_text, to_json_text
+from worker.model.definitions.units import depth_of
 
 
 def _nested(levels: int) -> Any:

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from worker.definitions.budgets import MAX_AMOUNT
 from worker.handlers.model_usage import blocking_counting, counting, tokens_of, tokens_of_events
+from worker.model.definitions.budgets import MAX_AMOUNT
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
 EVENTS = (

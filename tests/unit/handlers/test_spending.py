@@ -14,17 +14,17 @@ from tests.fakes.answering import AnsweringWorker
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.handlers.test_context import given
 from worker import BudgetExceeded, StepError
-from worker.definitions.budgets import MAX_AMOUNT
 from worker.handlers import spending
 from worker.handlers.calling import outcome_of_error
 from worker.handlers.calls import MAX_METERS, AskBudgets, CountSpend, OpenWait
 from worker.handlers.context import BlockingContext, Context
 from worker.handlers.given import BlockingCancellation, Cancellation
 from worker.handlers.spending import Budget
-from worker.runs.budgets import BudgetState, OrgBudgets
-from worker.runs.outcome import Failed, Parked
-from worker.runs.run import NewStep
-from worker.runs.waits import NewWait, WaitState
+from worker.model.definitions.budgets import MAX_AMOUNT
+from worker.model.runs.budgets import BudgetState, OrgBudgets
+from worker.model.runs.outcome import Failed, Parked
+from worker.model.runs.run import NewStep
+from worker.model.runs.waits import NewWait, WaitState
 
 METER = "llm_tokens"
 

@@ -22,7 +22,7 @@ from worker.handlers.calls import LoadSteps, StoreStep
 from worker.handlers.context import BlockingContext, Context
 from worker.handlers.given import BlockingCancellation, Cancellation
 from worker.handlers.steps import RESULT_LIMIT, StepError, open_step
-from worker.runs.run import NewStep, StepPage
+from worker.model.runs.run import NewStep, StepPage
 
 
 class Stored:

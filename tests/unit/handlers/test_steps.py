@@ -12,7 +12,7 @@ import pytest
 
 from worker.handlers import steps
 from worker.handlers.steps import StepError, StepId, StepJournal, check_key, check_name, digest_of, open_step
-from worker.runs.run import StepPage, StoredStep
+from worker.model.runs.run import StepPage, StoredStep
 
 
 def stored(seq: int, name: str = "ask", occurrence: int = 1, result: str = "1", **key: Any) -> StoredStep:

@@ -22,9 +22,9 @@ from worker.handlers.context import BlockingContext, Context
 from worker.handlers.given import BlockingCancellation, Cancellation
 from worker.handlers.steps import StepError
 from worker.handlers.waits import Parking
-from worker.runs.outcome import Failed, Outcome, Parked, Succeeded
-from worker.runs.run import NewStep
-from worker.runs.waits import NewWait, WaitState
+from worker.model.runs.outcome import Failed, Outcome, Parked, Succeeded
+from worker.model.runs.run import NewStep
+from worker.model.runs.waits import NewWait, WaitState
 
 Handler = Callable[[Context[Any, Any]], Awaitable[Any]]
 BlockingHandler = Callable[[BlockingContext[Any, Any]], Any]

@@ -10,8 +10,8 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from worker.definitions.triggers import Trigger, parse_schedule
-from worker.operations.load import DAY, Load, Stream
+from worker.diagnosis.load import DAY, Load, Stream
+from worker.model.definitions.triggers import Trigger, parse_schedule
 
 START = datetime(2030, 1, 1, 12, tzinfo=UTC)
 NONE = timedelta()

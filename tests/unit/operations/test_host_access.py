@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from worker.errors import ConfigurationError
-from worker.operations import host_access
-from worker.operations.host_access import check_access, read_token, trusting
+from worker.features.hosts import access as host_access
+from worker.features.hosts.access import check_access, read_token, trusting
 from worker.settings.sections import HostSettings
 
 TOKEN = "host-token-canary-9d20"

@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 
 from tests.fakes.clock import ManualClock
-from worker.operations import matters
-from worker.operations.matters import listed
+from worker.diagnosis import matters
+from worker.diagnosis.matters import listed
 from worker.store.lists import morning
 from worker.store.lists.morning import Named, Waiting
 from worker.store.tables import WAITING_REASONS

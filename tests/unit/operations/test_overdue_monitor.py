@@ -10,9 +10,9 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from worker.errors import StoreUnavailable
-from worker.operations.monitoring import OverdueMonitor
+from worker.kit.web.health import Health
 from worker.settings.sections import AlertSettings
-from worker.web.health import Health
+from worker.wiring.monitoring import OverdueMonitor
 
 Found = tuple[str, str, float]
 LATE = ("org_a", "digest", 10.0)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tests.fakes.issuer import kinde_issuer
-from worker.definitions.definition import Definition
+from worker.diagnosis.requirements import OrgDefinitions, TokenForecast, requests_a_day
 from worker.ids import OrgId
-from worker.operations.requirements import OrgDefinitions, TokenForecast, requests_a_day
-from worker.orgs import OrgRef
+from worker.model.definitions.definition import Definition
+from worker.model.orgs import OrgRef
 from worker.settings.sections import TokenSettings
 
 DAY = 86_400.0

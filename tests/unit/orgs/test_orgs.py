@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from worker.errors import DefinitionError
-from worker.orgs import MOVES, STOPS, Selector, may_move, parse_selector
+from worker.model.orgs import MOVES, STOPS, Selector, may_move, parse_selector
 from worker.store.tables import ORG_STATES
 
 

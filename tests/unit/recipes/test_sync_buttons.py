@@ -18,7 +18,7 @@ from django.urls import Resolver404, clear_url_caches, resolve
 from fastapi.testclient import TestClient
 
 from tests.fakes import recipes
-from worker.web.api.openapi import document
+from worker.features.console.api.openapi import document
 
 KEY = "5f0c7a52-6f0e-4c3c-9d3f-1f2f6a3b7c11"
 RUN = "01a2110e-bab7-768d-b763-6fff063ae9bd"

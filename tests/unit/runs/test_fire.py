@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from tests.fakes.clock import utc
-from worker.definitions.triggers import parse_schedule
-from worker.definitions.zones import parse_zone
 from worker.errors import DefinitionError
 from worker.ids import DefinitionId, OrgId
-from worker.runs.fire import decide, spread_of
-from worker.runs.run import Decision, Declared, DueDefinition, Isolation, NextFire
+from worker.model.definitions.triggers import parse_schedule
+from worker.model.definitions.zones import parse_zone
+from worker.model.runs.fire import decide, spread_of
+from worker.model.runs.run import Decision, Declared, DueDefinition, Isolation, NextFire
 
 HOUR = timedelta(hours=1)
 

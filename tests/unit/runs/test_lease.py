@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from worker.runs.lease import Lease
+from worker.model.runs.lease import Lease
 
 BEGUN = Lease.begun(timedelta(seconds=30), 1000.0)
 

@@ -7,9 +7,9 @@ import string
 
 import pytest
 
-from worker.cli.app import command as command_line
-from worker.runs.next_steps import VERBS, NextStep
-from worker.web.pages.links import step_path
+from worker.app.shell import command as command_line
+from worker.features.console.pages.links import step_path
+from worker.model.runs.next_steps import VERBS, NextStep
 
 
 def names_of(*texts: str) -> set[str]:

@@ -10,9 +10,9 @@ from typing import Any, get_args
 import pytest
 
 from tests.fakes.clock import START
-from worker.definitions import RetryPolicy
 from worker.ids import DefinitionId, OrgId, RunId
-from worker.runs.outcome import (
+from worker.model.definitions import RetryPolicy
+from worker.model.runs.outcome import (
     Cancelled,
     EndedAttempt,
     Error,
@@ -34,7 +34,7 @@ from worker.runs.outcome import (
     fingerprint,
     summary,
 )
-from worker.runs.run import AdmittedRun
+from worker.model.runs.run import AdmittedRun
 from worker.store.tables import ATTEMPT_OUTCOMES, FINAL_STATES, WAITING_REASONS
 
 BOOM = Error("ValueError", "boom", "trace")

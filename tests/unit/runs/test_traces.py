@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import worker
-from worker.runs.traces import Part, parts_of, trimmed
+from worker.model.runs.traces import Part, parts_of, trimmed
 
 SITE = "/opt/orgworker/lib/python3.13/site-packages"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from worker.runs.waits import MAX_OPTIONS, check_options, is_allowed, is_option
+from worker.model.runs.waits import MAX_OPTIONS, check_options, is_allowed, is_option
 
 
 @pytest.mark.parametrize("options", [["yes", "no"], (True, False), [None], [1, 2.5, "1", True], ["x"] * 1])

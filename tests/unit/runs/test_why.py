@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from worker.runs.causes import BLOCKS, CAUSES, FOR_CUSTOMER, kept_reason, last_reason
-from worker.runs.clauses import clauses, row_of, sentence
-from worker.runs.next_steps import VERBS
-from worker.runs.why import SinceThen, Why, blocked, last_error, solved, why_run
+from worker.features.console.pages.links import step_path
+from worker.model.runs.causes import BLOCKS, CAUSES, FOR_CUSTOMER, kept_reason, last_reason
+from worker.model.runs.clauses import clauses, row_of, sentence
+from worker.model.runs.next_steps import VERBS
+from worker.model.runs.why import SinceThen, Why, blocked, last_error, solved, why_run
 from worker.store.tables import WAITING_REASONS
-from worker.web.pages.links import step_path
 
 AT = datetime(2030, 1, 1, 3, tzinfo=UTC)
 RUN = "0192aaaa-0000-7000-8000-000000000001"

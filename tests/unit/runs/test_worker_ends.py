@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from worker.ids import WorkerId
-from worker.runs.worker_ends import end_in_words, end_of, lost_line, named_end
+from worker.model.runs.worker_ends import end_in_words, end_of, lost_line, named_end
 from worker.store.lists import redaction
 from worker.store.lists.redaction import redacted
 from worker.store.lists.rows import LogRow

@@ -10,7 +10,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.definitions.definition import from_spec
+from worker.model.definitions.definition import from_spec
 from worker.store.sql.contract import OrgQueue, reach, shared_spec
 
 LINES = st.lists(

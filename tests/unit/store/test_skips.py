@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.fakes.clock import utc
 from worker.ids import DefinitionId, OrgId
-from worker.runs.run import NewSkip, StoredSkip, fold
+from worker.model.runs.run import NewSkip, StoredSkip, fold
 
 DEFINITION = DefinitionId("d")
 MIDNIGHT = utc("2030-01-02T00:00")

@@ -19,7 +19,7 @@ def test_without_a_tracer_an_attempt_has_no_place_in_a_trace():
 
 def test_a_worker_that_traces_nothing_loads_no_opentelemetry():
     program = (
-        "import sys, worker.cli, worker.wiring.process; print([m for m in sys.modules if 'telemetry' in m])"
+        "import sys, worker.app, worker.app.process; print([m for m in sys.modules if 'telemetry' in m])"
     )
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 

@@ -11,8 +11,8 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import ORG, App, FakeCredentials, FakeIssuer, add_org, kinde_issuer
-from worker.claims.enforced import Enforced
-from worker.orgs import OrgRef, TokenWant
+from worker.model.claims import Enforced
+from worker.model.orgs import OrgRef, TokenWant
 from worker.tokens.cache import Tokens
 
 

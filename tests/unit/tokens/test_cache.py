@@ -15,7 +15,7 @@ from tests.fakes.issuer import ORG, App, jwk
 from tests.unit.tokens.conftest import World
 from worker.errors import CredentialsRejected, IssuerUnavailable, StoreUnavailable, TokenRefused
 from worker.ids import ALL_ORGS
-from worker.orgs import TokenWant
+from worker.model.orgs import TokenWant
 from worker.telemetry.masking import masker
 from worker.tokens.issuer_client import IssuerClient
 

@@ -14,7 +14,7 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from tests.fakes.issuer import ORG, FakeCredentials, org
 from worker.errors import ConfigurationError, CredentialsRejected, StoreUnavailable
-from worker.orgs import OrgRef
+from worker.model.orgs import OrgRef
 from worker.secret import Secret
 from worker.tokens.credentials import READ_AGAIN, Generations, fault_of_reference, read_reference
 

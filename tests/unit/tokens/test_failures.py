@@ -14,6 +14,7 @@ import pytest
 from tests.fakes.clock import settle
 from tests.fakes.issuer import ORG, App
 from tests.unit.tokens.conftest import World
+from worker.engine.attempt.attempt import outcome_of_error
 from worker.errors import (
     AnswerTooLarge,
     ConfigurationError,
@@ -25,8 +26,7 @@ from worker.errors import (
     Unavailable,
     WorkerError,
 )
-from worker.execution.attempts.attempt import outcome_of_error
-from worker.orgs import OrgRef, TokenWant
+from worker.model.orgs import OrgRef, TokenWant
 from worker.tokens import breaker
 
 

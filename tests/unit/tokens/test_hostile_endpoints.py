@@ -16,7 +16,7 @@ from tests.fakes.issuer import ORG, URL, App, FakeCredentials, FakeIssuer, jwk, 
 from tests.unit.tokens.conftest import World
 from worker.errors import IssuerUnavailable, WorkerError
 from worker.guard.endpoints import Endpoints
-from worker.orgs import TokenWant
+from worker.model.orgs import TokenWant
 from worker.outbound import open_client
 from worker.tokens.cache import Tokens
 

@@ -15,10 +15,10 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from tests.fakes.issuer import AUDIENCE, ORG, App, org
 from tests.fakes.token_fleet import FakeStore, Fleet, opened
-from worker.claims.enforced import Enforced
 from worker.errors import ConfigurationError, RequestRejected, StoreUnavailable, TokenRefused
 from worker.ids import OrgId
-from worker.orgs import OrgRef, TokenWant
+from worker.model.claims import Enforced
+from worker.model.orgs import OrgRef, TokenWant
 from worker.telemetry.events import Emitted
 from worker.tokens import shared as shared_module
 from worker.tokens.acquirer import Acquirer

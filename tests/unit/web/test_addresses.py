@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from starlette.requests import HTTPConnection
 
-from worker.web.clients import Addresses, Client
+from worker.kit.web.clients import Addresses, Client
 
 PROXIES = ("10.0.0.0/8", "fd00::/8", "192.0.2.7/32")
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.fakes.clock import START
-from worker.runs.causes import CAUSES
-from worker.runs.why import why_run
-from worker.web.pages.runs import MAX_LANES, StepLink, answer, lanes_of
+from worker.features.console.pages.runs import MAX_LANES, StepLink, answer, lanes_of
+from worker.model.runs.causes import CAUSES
+from worker.model.runs.why import why_run
 
 RUN = "01900000-0000-7000-8000-000000000001"
 OTHER = "01900000-0000-7000-8000-000000000002"

@@ -9,7 +9,17 @@ from xml.etree import ElementTree
 import pytest
 from markupsafe import Markup
 
-from worker.web.charts import ChartSeries, Dot, Lane, LanePiece, bars, gantt, lengths, percentile, short
+from worker.features.console.charts import (
+    ChartSeries,
+    Dot,
+    Lane,
+    LanePiece,
+    bars,
+    gantt,
+    lengths,
+    percentile,
+    short,
+)
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 EVIL = '"><script>alert(1)</script>'

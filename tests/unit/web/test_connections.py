@@ -20,9 +20,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from tests.fakes.clock import settle
-from worker.web.clients import Addresses
-from worker.web.connections import ClientDeadlines, Connection, Connections
-from worker.web.responses import ErrorMiddleware, read_body
+from worker.kit.web.clients import Addresses
+from worker.kit.web.connections import ClientDeadlines, Connection, Connections
+from worker.kit.web.responses import ErrorMiddleware, read_body
 
 DEADLINES = ClientDeadlines(headers=5, body=10, idle=75)
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"

@@ -10,9 +10,9 @@ import pytest
 from tests.fakes.clock import settle
 from tests.fakes.manager import Manager
 from worker.errors import ConfigurationError, RolesMissing, StoreUnavailable
+from worker.kit.web import database_health as module
+from worker.kit.web.database_health import CHECK_EVERY, DatabaseHealth, ProvisionHealth
 from worker.telemetry.metrics import Metrics
-from worker.web import database_health as module
-from worker.web.database_health import CHECK_EVERY, DatabaseHealth, ProvisionHealth
 
 
 class Schema:

@@ -12,11 +12,11 @@ import pytest
 
 from tests.fakes.clock import ManualClock, settle
 from worker.errors import StoreUnavailable
+from worker.features.console.callers import Caller
+from worker.features.console.pages import morning
+from worker.features.console.pages.links import hour_path
+from worker.features.console.pages.morning import HOUR, by_hour
 from worker.store.lists.morning import Timing, Timings
-from worker.web.callers import Caller
-from worker.web.pages import morning
-from worker.web.pages.links import hour_path
-from worker.web.pages.morning import HOUR, by_hour
 
 START = datetime(2030, 3, 30, 12, 30, tzinfo=UTC)
 END = datetime(2030, 3, 31, 13, tzinfo=UTC)

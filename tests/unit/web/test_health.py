@@ -11,13 +11,13 @@ import pytest
 from starlette.types import ASGIApp
 
 from tests.fakes.limits import no_limits
+from worker.features.console.access import Access, Operator
+from worker.features.console.server import build
+from worker.kit.web.connections import MAX_CONNECTIONS
+from worker.kit.web.health import PATHS, Health
+from worker.kit.web.listener import MAX_REQUESTS, build_health
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.vitals import Vitals
-from worker.web.access import Access, Operator
-from worker.web.connections import MAX_CONNECTIONS
-from worker.web.health import PATHS, Health
-from worker.web.listener import MAX_REQUESTS, build_health
-from worker.web.server import build
 
 
 def watched(**changes: Any) -> Health:

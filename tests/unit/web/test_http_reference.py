@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from worker.features.console.api import BASE, Api
+from worker.features.console.api.openapi import document
+from worker.kit.web.responses import STATUS
 from worker.store.lists import BACKFILLS, LISTS
 from worker.store.lists.rows import columns_of
 from worker.telemetry.alerts import Alert
-from worker.web.api import BASE, Api
-from worker.web.api.openapi import document
-from worker.web.responses import STATUS
 
 REFERENCE = (Path(__file__).parents[3] / "docs" / "reference" / "http.md").read_text()
 NOTHING: Any = None

@@ -8,7 +8,7 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from worker.errors import TooManyRequests
-from worker.web.clients import Buckets, Client, ClientLimits
+from worker.kit.web.clients import Buckets, Client, ClientLimits
 
 ALICE, BOB = (Client(ip_address(address)) for address in ("198.51.100.1", "198.51.100.2"))
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import kinde_issuer, profile
 from worker.errors import AccessDenied, ConfigurationError, TokenRefused
+from worker.features.console.callers import Caller
+from worker.features.console.login import Login, basis_of, local_path
 from worker.guard.issuer import Issuer
 from worker.guard.profile import load
 from worker.settings.sections import LoginSettings
-from worker.web.callers import Caller
-from worker.web.login import Login, basis_of, local_path
 
 VENDOR = "org_vendor"
 

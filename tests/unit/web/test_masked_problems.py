@@ -7,8 +7,8 @@ import json
 import pytest
 
 from worker.ids import OrgId
+from worker.kit.web.responses import error_response
 from worker.telemetry.masking import MASK, Masker, masker
-from worker.web.responses import error_response
 
 SECRET = "sk-041234"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import worker.web
+import worker.features.console
 
-STATIC = Path(worker.web.__file__).with_name("static")
+STATIC = Path(worker.features.console.__file__).with_name("static")
 CSS = (STATIC / "console.css").read_text()
 
 

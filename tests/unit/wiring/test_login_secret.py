@@ -8,11 +8,11 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from worker.errors import ConfigurationError
+from worker.features.console.wiring import Web
+from worker.kit.web.health import Health
 from worker.settings import Settings
 from worker.telemetry.metrics import Metrics
-from worker.web.health import Health
 from worker.wiring.issuers import login_secret
-from worker.wiring.web import Web
 
 
 def settings(folder: str) -> Settings:

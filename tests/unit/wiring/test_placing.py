@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from worker.errors import ConfigurationError
-from worker.execution.hosts.wire import TemporalPlace
+from worker.features.hosts.temporal import connection as temporal
+from worker.features.hosts.temporal.connection import place_of, tls_of
+from worker.features.hosts.temporal.loops import check_placers
+from worker.features.hosts.wire import TemporalPlace
 from worker.settings import Settings
 from worker.settings.sections import PoolSettings, TemporalSettings
-from worker.wiring import temporal
-from worker.wiring.placing import check_placers
-from worker.wiring.temporal import place_of, tls_of
 
 PLACED = Settings(
     pools={"gpu": PoolSettings(placer="temporal")}, temporal=TemporalSettings(address="h:7233", tls=True)
@@ -22,7 +22,7 @@ PLACED = Settings(
 
 
 def test_neither_a_worker_nor_a_host_loads_the_client_at_its_start():
-    code = "import sys, worker.wiring.process, worker.wiring.host; print('temporalio' in sys.modules)"
+    code = "import sys, worker.app.process, worker.features.hosts.wiring; print('temporalio' in sys.modules)"
 
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 

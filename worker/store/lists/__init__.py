@@ -13,7 +13,7 @@ from uuid import UUID
 
 from worker.errors import NotFound, UsageError
 from worker.ids import ALL_ORGS, OrgScope
-from worker.orgs import OrgState
+from worker.model.orgs import OrgState
 from worker.store.lists.rows import (
     Backfill,
     Calendar,
@@ -29,7 +29,7 @@ from worker.store.lists.rows import (
 )
 
 if TYPE_CHECKING:
-    from worker.search import Query
+    from worker.model.search import Query
 
 R = TypeVar("R")
 DEFAULT_LIMIT = 50

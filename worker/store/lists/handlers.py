@@ -7,8 +7,8 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, case, exists, func, literal, null, select
 
-from worker.definitions.pools import DEFAULT_POOL
 from worker.ids import AllOrgs, OrgId, Scope
+from worker.model.definitions.pools import DEFAULT_POOL
 from worker.store import catalogue, tables
 from worker.store.definitions import in_force
 from worker.store.dialect import Row, all_rows

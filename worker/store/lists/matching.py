@@ -1,4 +1,4 @@
-"""Conditions that a query of `worker.search` puts on orgs and runs; the orgs that match, if they are few."""
+"""Conditions that a search (`worker.model.search`) puts on orgs and runs; the orgs that match, if few."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, and_, case, exists, func, literal, or_, select
 
 from worker.ids import AllOrgs, OrgId, Scope
-from worker.search import Query, folded
+from worker.model.search import Query, folded
 from worker.store import tables
 from worker.store.dialect import in_scope
 

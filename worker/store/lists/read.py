@@ -20,12 +20,12 @@ from sqlalchemy import (
     true,
 )
 
-from worker.definitions import CALENDAR_DATES
-from worker.definitions.pools import DEFAULT_POOL
-from worker.definitions.words import in_words
 from worker.errors import DefinitionError, InvalidTrigger, NotFound, UsageError
 from worker.ids import ALL_ORGS, AllOrgs, OrgId, OrgScope, RunId, lowest_id
-from worker.search import Query, states_of
+from worker.model.definitions import CALENDAR_DATES
+from worker.model.definitions.pools import DEFAULT_POOL
+from worker.model.definitions.words import in_words
+from worker.model.search import Query, states_of
 from worker.store import calendars, orgs, states, tables, templates
 from worker.store import definitions as definition_rows
 from worker.store.catalogue import OF_WORKERS
@@ -151,7 +151,7 @@ def _next_run_for(row: Mapping[str, Any]) -> datetime | None:
     if following is None or not row["spec"].get(CALENDAR_DATES):
         return following
     # Only for such a definition: it loads the triggers, which takes longer than most commands.
-    from worker.definitions.definition import from_spec
+    from worker.model.definitions.definition import from_spec
 
     try:
         trigger = from_spec(row["org"], row["name"], row["spec"]).trigger(row["timezone"])

@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-from worker.claims.enforced import without_digests
-from worker.runs.causes import last_reason
-from worker.runs.worker_ends import SOURCE
+from worker.model.claims import without_digests
+from worker.model.runs.causes import last_reason
+from worker.model.runs.worker_ends import SOURCE
 from worker.telemetry.masking import without_paths
 
 T = TypeVar("T")

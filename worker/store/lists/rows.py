@@ -10,7 +10,7 @@ from datetime import date, datetime
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from worker.ids import DefinitionId, OrgId, RunId, TemplateId, WorkerId
-from worker.orgs import OrgState
+from worker.model.orgs import OrgState
 from worker.store.lists import redaction
 from worker.store.lists.redaction import Shown, Spec
 

@@ -25,8 +25,8 @@ from sqlalchemy import (
 from worker.errors import NotFound, UsageError
 from worker.handlers.steps import MAX_STEPS
 from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, OrgId, OrgScope, RunId, Scope, lowest_id
-from worker.runs.budgets import MAX_SPENDS
-from worker.search import ids_of
+from worker.model.runs.budgets import MAX_SPENDS
+from worker.model.search import ids_of
 from worker.store import orgs, tables
 from worker.store.dialect import Id, Instant, all_rows, below, first_row, in_scope, json_type, rows_as
 from worker.store.lists import MAX_LIMIT, Page, checked_id

@@ -1,4 +1,4 @@
-"""Runs and orgs by a query of `worker.search`, newest first, in pages by key; never a count.
+"""Runs and orgs by a query of `worker.model.search`, newest first, in pages by key; never a count.
 
 Each statement reads a bounded part of an index. A search that finds too little in the newest runs stops
 after `WINDOWS` windows, and `page_of` says from where to continue. Words and names of a query that are
@@ -26,7 +26,7 @@ from sqlalchemy import (
 from sqlalchemy import cast as sql_cast
 
 from worker.ids import AllOrgs, OrgScope, RunId, Scope, highest_id, lowest_id
-from worker.search import Query, folded, ids_of, near
+from worker.model.search import Query, folded, ids_of, near
 from worker.store import failing, orgs, tables
 from worker.store.dialect import below, in_scope, rows_as
 from worker.store.lists import DEFAULT_LIMIT, Page

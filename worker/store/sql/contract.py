@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import Connection
 
-from worker.definitions import CALENDAR_DATES
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId
-from worker.runs.outcome import UNENDED, EndedAttempt
-from worker.runs.run import (
+from worker.model.definitions import CALENDAR_DATES
+from worker.model.runs.outcome import UNENDED, EndedAttempt
+from worker.model.runs.run import (
     AdmittedRun,
     DueDefinition,
     Isolation,
@@ -27,7 +27,7 @@ from worker.runs.run import (
     OwnedRun,
     RunStep,
 )
-from worker.runs.waits import NewWait, WaitState
+from worker.model.runs.waits import NewWait, WaitState
 
 Progress = tuple[RunId, int, Mapping[str, Any]]
 Specs = MutableMapping[tuple[DefinitionId, int], Mapping[str, Any]]

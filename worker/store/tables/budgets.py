@@ -18,7 +18,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-from worker.definitions.budgets import AT_LIMIT, PERS
+from worker.model.definitions.budgets import AT_LIMIT, PERS
 from worker.store.dialect import Id, Instant, json_type
 from worker.store.tables.runs import UPDATED, count, one_of, partial, required, table
 

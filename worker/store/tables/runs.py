@@ -26,7 +26,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.schema import SchemaItem
 
-from worker.definitions.pools import DEFAULT_POOL
+from worker.model.definitions.pools import DEFAULT_POOL
 from worker.store.dialect import Id, Instant, exact_json_type, json_type
 
 metadata = MetaData(

@@ -13,8 +13,8 @@ import pytest
 
 from tests.fakes.clock import ManualClock, settle
 from worker.errors import ConfigurationError, IssuerUnavailable, ProviderUnavailable, Throttled, Unclear
+from worker.features.provisioning.management.calls import CONNECT_TRIES, TOKEN_TRIES, TRIES, Calls, Response
 from worker.outbound import open_client
-from worker.providers.management.calls import CONNECT_TRIES, TOKEN_TRIES, TRIES, Calls, Response
 from worker.secret import Secret
 
 ORIGIN = "https://acme.kinde.com"

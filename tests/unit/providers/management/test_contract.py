@@ -7,9 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fakes.kinde.document import document
-from worker.providers.management.contract import ApplicationName, OrgApplication, ProviderOrg
-from worker.providers.management.kinde import SCOPES
-from worker.providers.management.mapping import mapped_tags, need_properties, parse_rule, parse_rules
+from worker.features.provisioning.management.contract import ApplicationName, OrgApplication, ProviderOrg
+from worker.features.provisioning.management.kinde import SCOPES
+from worker.features.provisioning.management.mapping import (
+    mapped_tags,
+    need_properties,
+    parse_rule,
+    parse_rules,
+)
 from worker.secret import Secret
 
 

@@ -14,11 +14,11 @@ import pytest
 import worker
 from tests.fakes.clock import ManualClock
 from worker.errors import InstallationMismatch
+from worker.features.provisioning.management.calls import Calls
+from worker.features.provisioning.management.contract import ApplicationName, Management, OrgApplication
+from worker.features.provisioning.management_client import ADAPTERS
 from worker.outbound import open_client
-from worker.providers.management.calls import Calls
-from worker.providers.management.contract import ApplicationName, Management, OrgApplication
 from worker.secret import Secret
-from worker.wiring.management import ADAPTERS
 
 NAME = ApplicationName("3f9a", "0193abcd", "org_a")
 MADE = OrgApplication("org_a", "app_1", "client_1", Secret("s3cret"), str(NAME))

@@ -13,9 +13,9 @@ from tests.fakes.issuer import App, FakeIssuer, jwk, kinde_issuer, make_token, r
 from tests.fakes.kinde.webhooks import payload
 from worker.clock import to_text
 from worker.errors import IssuerUnavailable, WebhookRefused
+from worker.features.provisioning.management import webhooks
+from worker.features.provisioning.management.contract import Notice
 from worker.guard.decode import invalid
-from worker.providers.management import webhooks
-from worker.providers.management.contract import Notice
 from worker.tokens.issuer_client import IssuerClient
 
 ORG = "org_acme"

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from worker.ids import OrgId
-from worker.runs.run import AdmittedRun
+from worker.model.runs.run import AdmittedRun
 from worker.store.dialect import compact_json, driver
 from worker.store.sql.contract import PER_ORG, WINDOW, OrgQueue, RingStep, Taker, Walk, distinct, reach
 from worker.store.sql.postgresql.arrays import plain, texts

@@ -11,8 +11,8 @@ from typing import Any
 from sqlalchemy import Connection
 
 from worker.ids import DefinitionId, RunId, WorkerId
-from worker.runs.outcome import EndedAttempt, Trail
-from worker.runs.run import AdmittedRun, LogLine
+from worker.model.runs.outcome import EndedAttempt, Trail
+from worker.model.runs.run import AdmittedRun, LogLine
 from worker.store.dialect import driver
 from worker.store.sql.contract import (
     Ending,

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from worker.ids import DefinitionId, new_id
-from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire, StoredSkip, fold
+from worker.model.runs.run import DueDefinition, NewRun, NewSkip, NextFire, StoredSkip, fold
 from worker.store.dialect import driver
 from worker.store.sql.contract import Fired, Specs, shared_spec, shares
 from worker.store.sql.postgresql.arrays import (

@@ -7,7 +7,7 @@ from datetime import timedelta
 from sqlalchemy import Connection
 
 from worker.ids import WorkerId
-from worker.runs.run import OwnedRun
+from worker.model.runs.run import OwnedRun
 from worker.store.dialect import driver
 from worker.store.sql.contract import AbandonedRun
 from worker.store.sql.postgresql.arrays import plain

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from sqlalchemy import Connection
 
 from worker.ids import RunId
-from worker.runs.run import RunStep
-from worker.runs.waits import MAX_WAITS, NewWait, WaitState, options_text
+from worker.model.runs.run import RunStep
+from worker.model.runs.waits import MAX_WAITS, NewWait, WaitState, options_text
 from worker.store.dialect import driver
 from worker.store.sql.contract import in_order
 from worker.store.sql.postgresql.arrays import Columns, instants, numbers, texts, uuids

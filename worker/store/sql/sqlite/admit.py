@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 
 from worker.clock import from_text, to_text
 from worker.ids import OrgId
-from worker.runs.run import AdmittedRun, Isolation
+from worker.model.runs.run import AdmittedRun, Isolation
 from worker.store.dialect import driver, file_now
 from worker.store.sql.contract import PER_ORG, WINDOW, OrgQueue, RingStep, Taker, Walk, distinct, reach
 from worker.store.sql.sqlite.values import in_one_answer, in_one_step, json_list, json_value

@@ -11,8 +11,8 @@ from sqlalchemy import Connection
 
 from worker.clock import from_text, to_text
 from worker.ids import DefinitionId, RunId, WorkerId
-from worker.runs.outcome import EndedAttempt
-from worker.runs.run import AdmittedRun, LogLine
+from worker.model.runs.outcome import EndedAttempt
+from worker.model.runs.run import AdmittedRun, LogLine
 from worker.store.dialect import compact_json, driver, file_now
 from worker.store.sql.contract import (
     Ending,

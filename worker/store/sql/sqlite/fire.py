@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 
 from worker.clock import from_text
 from worker.ids import DefinitionId, new_id
-from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire, StoredSkip, fold
+from worker.model.runs.run import DueDefinition, NewRun, NewSkip, NextFire, StoredSkip, fold
 from worker.store.dialect import driver, file_now
 from worker.store.sql.contract import Fired, Specs, shared_spec, shares
 from worker.store.sql.sqlite.values import Rows, instant, json_list, json_text

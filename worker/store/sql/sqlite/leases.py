@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from worker.clock import from_text
 from worker.ids import WorkerId
-from worker.runs.run import OwnedRun
+from worker.model.runs.run import OwnedRun
 from worker.store.dialect import driver, file_now
 from worker.store.sql.contract import AbandonedRun
 from worker.store.sql.sqlite.values import instant

@@ -10,8 +10,8 @@ from sqlalchemy import Connection
 
 from worker.clock import from_text, to_text
 from worker.ids import RunId
-from worker.runs.run import RunStep
-from worker.runs.waits import MAX_WAITS, NewWait, WaitState, is_option, options_text
+from worker.model.runs.run import RunStep
+from worker.model.runs.waits import MAX_WAITS, NewWait, WaitState, is_option, options_text
 from worker.store.dialect import driver, file_now
 from worker.store.sql.contract import in_order
 from worker.store.sql.sqlite.values import Rows, in_one_answer, in_one_step, instant, json_list

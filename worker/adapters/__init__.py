@@ -1,1 +1,0 @@
-"""Adapters: what joins rooms that must not import each other."""

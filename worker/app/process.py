@@ -1,0 +1,329 @@
+"""The worker process: starts the zygote, then one incarnation after another until it is asked to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+from worker.clock import SystemClock
+from worker.engine.attempt.attempt import attempt
+from worker.engine.attempt.dispatcher import Dispatcher
+from worker.engine.attempt.inflight import InflightRuns
+from worker.engine.attempt.plan import HandlerRegistry, Plans
+from worker.engine.attempt.run_log import RunLogWriter
+from worker.engine.attempt.tools import Tools
+from worker.engine.incarnation import Incarnation, ProcessTools, run_incarnations
+from worker.engine.loops.admission import Admission
+from worker.engine.loops.maintenance import Housekeeping, Retention, sweep
+from worker.engine.loops.reconciler import emit_recovered, recover_dead_workers
+from worker.engine.loops.scheduler import Scheduler, Wakeups
+from worker.engine.loops.step_writer import StepWriter
+from worker.engine.loops.token_renewal import TokenRenewal
+from worker.engine.runners.inline import Inline
+from worker.engine.signals import Signals
+from worker.errors import ConfigurationError
+from worker.features.console.wiring import Web, metrics_of
+from worker.features.hosts.attempt_listener import AttemptListener
+from worker.features.hosts.temporal.loops import check_placers, placing_loops
+from worker.ids import RunId, WorkerId, new_id
+from worker.kit.web.health import Health
+from worker.model.claims import PoolRules
+from worker.operations.chores import Chores, ages_of
+from worker.operations.installation import Ownership
+from worker.operations.keys import check_ring
+from worker.operations.new_claims import EVERY as NEW_CLAIMS_EVERY
+from worker.operations.new_claims import NewClaims
+from worker.outbound import open_client
+from worker.settings import Settings
+from worker.store import installation, schema
+from worker.store.database import Database
+from worker.store.engine import IDLE, lock_sqlite_file
+from worker.store.worker_store import WorkerStore, heartbeat_database
+from worker.telemetry import logs
+from worker.telemetry.events import emit
+from worker.telemetry.vitals import Notifier
+from worker.tokens.cache import Tokens
+from worker.tokens.sealing import KeyRing
+from worker.tokens.shared import SharedTokens
+from worker.wiring import find_keyring, open_keyring
+from worker.wiring.catalogue import StoredCatalogue
+from worker.wiring.confinement import confinement_of, readable_management_secrets
+from worker.wiring.issuers import issuers_of
+from worker.wiring.monitoring import monitoring
+from worker.wiring.secrets import OpenedCredentials, OpenedSecrets, StoredTokens
+from worker.wiring.start import VERSION, start
+from worker.wiring.traces import traces_of
+
+# A collection of the newest objects stops the loop: 100,000 take some 20 ms, and these some 5.
+COLLECT = (20_000, 100, 50)
+# Seconds between two searches for runs whose handler no worker offers; each reads all waiting runs.
+NO_HANDLER_EVERY = 5.0
+# Seconds after which a worker knows of a budget of `runs` or `run_seconds`.
+BUDGETS_EVERY = 2.0
+# Seconds after which a worker knows of other rules of pools, and of handlers that only others offer.
+POOLS_EVERY = 2.0
+# Seconds between two counts of the runs that wait for a pool.
+COUNT_EVERY = 10.0
+# Seconds between two searches for parked runs whose first deadline has passed.
+WAKE_EVERY = 1.0
+# Seconds between two retention passes.
+RETENTION_EVERY = 60.0
+
+
+def run(settings: Settings) -> int:
+    """Run a worker until SIGTERM or SIGINT; returns the exit code of the process.
+
+    Raises:
+        Busy: another worker holds the SQLite file.
+        ConfigurationError: the schema has another version, or an issuer or key is not usable.
+    """
+    clock = SystemClock()
+    logs.configure(settings.log.style or None, level=settings.log.level)
+    traces = traces_of(settings.tracing, clock, version=VERSION)
+    notifier = Notifier()
+    check_placers(settings)
+    confinement = confinement_of(settings)
+    confinement.warn()
+    for secret in readable_management_secrets(settings):
+        emit("management.exposed", secret=secret)
+    on_file, lease = settings.database.sqlite_file is not None, settings.execution.lease
+    lock = lock_sqlite_file(settings.database.url, clock=clock) if on_file else None
+    # Runs of a worker that is cut off in a transaction must be free once its lease has expired.
+    idle = min(IDLE, lease.total_seconds())
+    database = Database.open(settings.database.url, clock=clock, own_reads=True, idle=idle)
+    try:
+        with database.autocommit() as connection:
+            schema.check(connection)
+        health = Health(metrics_of(settings, version=VERSION), sandbox=confinement.level)
+        web = Web(settings, clock, health, open_ring=partial(find_keyring, settings))
+        web.bind()
+        hosts = AttemptListener(settings.attempts, clock)
+        hosts.bind()
+        if not settings.keyring_file.exists():
+            check_ring(database, None, settings.keyring_file)
+        # On SQLite the file lock decides, not the lease: nothing is frozen.
+        lock_fd = None if lock is None else lock.fd
+        given = (settings, clock, notifier, health, confinement)
+        process = start("worker", *given, collect=COLLECT, freezing=not on_file, lock_fd=lock_fd)
+        # From here on this process holds keys, and nothing is forked from it.
+        try:
+            keyring = open_keyring(settings, database=database)
+            check_ring(database, keyring, keyring.path)
+        except ConfigurationError:
+            asyncio.run(process.children.close())
+            raise
+        worker = Worker(settings, database, keyring, process, hosts)
+
+        async def serve() -> int:
+            own_connection = heartbeat_database(database, lease)
+            with traces, monitoring(settings.alerts, own_connection, clock, health, process.threads):
+                async with web.serving(), hosts.serving():
+                    await database.run(web.print_link, database)
+                    return await run_incarnations(worker.begin, process, waiting="waiting for the database")
+
+        return asyncio.run(serve())
+    finally:
+        database.close()
+
+
+@dataclass
+class Worker:
+    """Puts together the incarnations of a worker."""
+
+    settings: Settings
+    database: Database
+    keyring: KeyRing
+    process: ProcessTools
+    hosts: AttemptListener
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[Incarnation]:
+        """Register an incarnation and put it together. Raises Unavailable."""
+        settings, database, execution = self.settings, self.database, self.settings.execution
+        worker_id, rules = WorkerId(new_id()), PoolRules(settings.pool_rules)
+        handlers = HandlerRegistry(frozenset(execution.inline))
+        store = WorkerStore(database, worker_id, execution.lease, pools=execution.pools, pool_rules=rules)
+        await self._register(worker_id, store, handlers)
+        ownership = Ownership(database, settings.installation)
+        if settings.placed_by_temporal:
+            key = await database.call(installation.key_of)
+            ownership = Ownership(database, settings.installation, key=key)
+        if settings.database.sqlite_file is not None:
+            # This process holds the file lock, so every other worker of this database is dead.
+            emit_recovered(await store.recover_all_others())
+        async with AsyncExitStack() as resources:
+            credentials = OpenedCredentials(database, self.keyring, settings.secrets_dir, self.process.clock)
+            tokens = await self._tokens(worker_id, credentials, resources)
+            parts = _Parts(self, worker_id, store, handlers, rules, credentials, tokens, ownership)
+            yield parts.assemble(resources)
+
+    async def _register(self, worker_id: WorkerId, store: WorkerStore, handlers: HandlerRegistry) -> None:
+        emit(
+            "worker.started",
+            worker=worker_id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            version=VERSION,
+            database=self.database.url_shown,
+        )
+        slots = self.process.slots
+        capacity = {"children": slots["child"], "inline": slots["inline"]}
+        await self.database.run(store.register, version=VERSION, handlers=handlers.names(), capacity=capacity)
+        # Before the first run is fired: its handler may be one that only a host offers.
+        handlers.learn(await store.look_at_pools())
+        await asyncio.to_thread(self.process.files.look)
+
+    async def _tokens(
+        self, worker_id: WorkerId, credentials: OpenedCredentials, resources: AsyncExitStack
+    ) -> Tokens:
+        clock, shared = self.process.clock, None
+        if self.settings.tokens.shared:
+            shared = SharedTokens(StoredTokens(self.database, worker_id), credentials.ring, clock)
+        tokens = Tokens(
+            issuers_of(self.settings),
+            credentials,
+            client=await resources.enter_async_context(open_client()),
+            clock=clock,
+            rng=self.process.random,
+            shared=shared,
+            memory=self.settings.tokens.memory_bytes,
+        )
+        resources.push_async_callback(tokens.close)
+        return tokens
+
+
+@dataclass
+class _Parts:
+    """What one incarnation is put together from."""
+
+    worker: Worker
+    id: WorkerId
+    store: WorkerStore
+    handlers: HandlerRegistry
+    rules: PoolRules
+    credentials: OpenedCredentials
+    tokens: Tokens
+    ownership: Ownership
+    signals: Signals = field(default_factory=Signals)
+
+    def assemble(self, resources: AsyncExitStack) -> Incarnation:
+        """The incarnation, which closes `resources` after its drain."""
+        settings, database, hosts = self.worker.settings, self.worker.database, self.worker.hosts
+        process, store, handlers, signals = self.worker.process, self.store, self.handlers, self.signals
+        clock, execution = process.clock, settings.execution
+        poll = execution.poll.total_seconds()
+        steps, wakeups = StepWriter(store, clock), Wakeups(database.hint, clock)
+        tools, chores = self._tools(steps), Chores(database, on_runs=signals.runs_due)
+        api = hosts.api(store, tools, settings, self.credentials.ring, chores.ended)
+        hosts.attempts.begin(api)
+        resources.push_async_callback(hosts.end)
+        inflight_runs, free = InflightRuns(), signals.slots_free
+        dispatcher = Dispatcher(tools, attempt, inflight_runs, store, on_free=free, on_end=chores.ended)
+        admission = Admission(
+            store, inflight_runs, handlers, clock, process.slots, poll, dispatcher.start, signals.ready
+        )
+        if store.refills:
+            dispatcher.finisher.refill_with(admission, store)
+        scheduler = Scheduler(store, handlers, clock, poll=poll, on_fired=signals.fired)
+        placing = placing_loops(settings, store, self.id, self.ownership, clock)
+        signals.runs_due.calls(*(loop.wake.set for loop in placing.values()))
+        if api is not None:
+            signals.runs_due.calls(api.wake)
+        signals.fired.calls(signals.runs_due, wakeups.request)
+        signals.notified.calls(scheduler.wake.set, signals.runs_due)
+        signals.catalogue_read.calls(hosts.attempts.catalogue_read)
+        signals.draining.calls(hosts.drain)
+        incarnation = Incarnation(
+            process=process,
+            id=self.id,
+            sink=store,
+            source=admission,
+            loops={"scheduler": scheduler, "admission": admission},
+            dispatcher=dispatcher,
+            steps=steps,
+            handlers=handlers,
+            catalogue=StoredCatalogue(database, store, clock),
+            signals=signals,
+            lease=execution.lease,
+            renew=execution.renew.total_seconds(),
+            leave=partial(database.run, store.unregister),
+            cancel=partial(self._cancel, dispatcher),
+            is_placed=lambda run: any(loop.holds(run) for loop in placing.values()),
+            resources=resources,
+        )
+        recovery = partial(recover_dead_workers, may_recover=incarnation.may_recover)
+        incarnation.intake |= {
+            "recovery": partial(recovery, store, clock, poll=poll, on_recovered=chores.recovered),
+            "backfills": chores.backfills,
+            "hints": wakeups.run,
+            "listener": partial(database.listen, signals.notified),
+            **{f"placing {pool}": loop.run for pool, loop in placing.items()},
+        }
+        if settings.tokens.shared:
+            ahead = settings.tokens.ahead
+            renewal = TokenRenewal(store, self.tokens, handlers, clock, process.random, ahead)
+            incarnation.intake["tokens"] = renewal.run
+        self._add_chores(incarnation.housekeeping, max(poll, 1.0))
+        chores.add_to(incarnation.housekeeping)
+        return incarnation
+
+    def _tools(self, steps: StepWriter) -> Tools:
+        worker, store, settings = self.worker, self.store, self.worker.settings
+        clock, execution = worker.process.clock, settings.execution
+        plans = Plans(
+            store,
+            clock,
+            api_origins=settings.api_origins,
+            private_origins=execution.private_origins,
+            insecure_origins=execution.insecure_origins,
+            api_base_urls={name: issuer.api_base_url for name, issuer in settings.issuers.items()},
+        )
+        return Tools(
+            plans=plans,
+            tokens=self.tokens,
+            handlers=self.handlers,
+            runners={"child": worker.process.children, "inline": Inline(clock)},
+            store=store,
+            steps=steps,
+            run_log=RunLogWriter(store, clock),
+            clock=clock,
+            random=worker.process.random,
+            digests=worker.keyring.digests(),
+            pool_rules=self.rules,
+            secrets=OpenedSecrets(worker.database, self.credentials.ring),
+        )
+
+    def _add_chores(self, housekeeping: Housekeeping, often: float) -> None:
+        store, clock, settings = self.store, self.worker.process.clock, self.worker.settings
+        new_claims = NewClaims(self.worker.database, clock)
+        housekeeping.every(often, "sweep", partial(sweep, store))
+        housekeeping.every(WAKE_EVERY, "waits", self._wake_parked)
+        housekeeping.every(NO_HANDLER_EVERY, "no_handler", store.mark_no_handler)
+        housekeeping.every(POOLS_EVERY, "pools", self._look_at_pools)
+        housekeeping.every(NEW_CLAIMS_EVERY, "new_claims", partial(self._outdate_tokens, new_claims))
+        housekeeping.every(COUNT_EVERY, "backlog", store.count_waiting)
+        housekeeping.every(BUDGETS_EVERY, "budgets", store.look_at_budgets)
+        retention = Retention(store, ages_of(settings.retention), clock)
+        housekeeping.every(RETENTION_EVERY, "retention", retention.tidy)
+
+    def _cancel(self, dispatcher: Dispatcher[Tools], run_id: RunId, reason: str) -> None:
+        held = dispatcher.inflight_runs.get(run_id)
+        if held is not None and reason == "suspended":
+            self.tokens.drop(held.run.org_id)
+        dispatcher.cancel(run_id, reason)
+
+    async def _wake_parked(self) -> None:
+        if await self.store.wake_parked():
+            self.signals.fired()
+
+    async def _look_at_pools(self) -> None:
+        self.handlers.learn(await self.store.look_at_pools())
+
+    async def _outdate_tokens(self, new_claims: NewClaims) -> None:
+        for org_id in await new_claims.look():
+            self.tokens.drop(org_id)

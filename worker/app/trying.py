@@ -1,0 +1,192 @@
+"""`try`: one run of one handler, with fake claims or the token of a real org; nothing is stored."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from worker.clock import Clock
+from worker.engine.attempt.tools import GivenSecrets, SecretSource, TokenSource
+from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.contract import Runner
+from worker.engine.runners.inline import Blocking, Inline
+from worker.engine.trial import FakeTokens, Subject, Trial, definition_of
+from worker.engine.trial_attempts import OnError, interrupt, run_to_end, with_on_error
+from worker.errors import Conflict
+from worker.handlers.catalogue import HandlerEntry
+from worker.handlers.models import load
+from worker.ids import OrgId, new_id
+from worker.model.orgs import OrgRef
+from worker.model.runs.outcome import EndedAttempt
+from worker.model.runs.run import LogLine
+from worker.outbound import open_client
+from worker.settings import Settings
+from worker.store import orgs
+from worker.store.database import Database
+from worker.tokens.cache import Tokens
+from worker.tokens.credentials import Credential
+from worker.wiring import find_keyring
+from worker.wiring.confinement import confinement_of
+from worker.wiring.issuers import issuers_of
+from worker.wiring.secrets import OpenedCredentials, OpenedSecrets
+
+# The handler's timeout does not interrupt a debugger.
+NO_TIMEOUT = "365d"
+
+
+@dataclass(frozen=True, slots=True)
+class TryRequest:
+    """What to try: with fake claims, or with the token of a real org if there is a `database`.
+
+    `scopes` None means all that the handler declares; `state` is that of its definition, `budgets`
+    are limits by meter. `secrets` are those of the org, or replace those that a real one has. `answers`
+    are given by the name of the wait. `on_resume` gets what the run waited for each time it goes on. With
+    `on_error` the handler runs in this process; it is called with the exception of the handler while its
+    frames still exist.
+    """
+
+    org: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    properties: Mapping[str, Any] = field(default_factory=dict)
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    scopes: Sequence[str] | None = None
+    state: Mapping[str, Any] | None = None
+    answers: Mapping[str, Any] = field(default_factory=dict)
+    budgets: Mapping[str, int] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    database: Database | None = None
+    on_error: OnError | None = None
+    on_line: Callable[[LogLine], None] = lambda line: None
+    on_progress: Callable[[Mapping[str, Any]], None] = lambda progress: None
+    on_resume: Callable[[str], None] = lambda text: None
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """The outcome, the last checkpoint or None, the definition's state afterwards, and what it spent."""
+
+    ended: EndedAttempt
+    checkpoint: Any
+    state: Any
+    spends: Mapping[str, int]
+
+
+async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest, clock: Clock) -> Tried:
+    """Run one attempt; Ctrl-C cancels it, a second Ctrl-C kills it.
+
+    Raises:
+        NotFound: there is no such org.
+        Conflict: the org is suspended or removed.
+        ConfigurationError: an issuer or the key ring is not usable.
+        DefinitionError: the scopes or the timeout of the handler are invalid.
+    """
+    subject = _subject(settings, entry, request)
+    async with AsyncExitStack() as stack:
+        # The zygote starts before any key is read.
+        runner = _runner(settings, entry, request, clock, stack)
+        tokens: TokenSource
+        secrets: SecretSource = GivenSecrets(request.secrets)
+        if request.database is None:
+            tokens = FakeTokens(
+                clock, properties=request.properties, flags=request.flags, scopes=request.scopes
+            )
+        else:
+            keyring = find_keyring(settings)
+            source = _UncountedCredentials(request.database, keyring, settings.secrets_dir, clock)
+            client = await stack.enter_async_context(open_client())
+            tokens = Tokens(issuers_of(settings), source, client=client, clock=clock)
+            stack.push_async_callback(tokens.close)
+            secrets = _WithGiven(OpenedSecrets(request.database, source.ring), request.secrets)
+        trial = Trial(
+            subject,
+            [entry],
+            tokens,
+            runner,
+            clock,
+            state=request.state,
+            answers=request.answers,
+            budgets=request.budgets,
+            secrets=secrets,
+            live=True,
+            on_line=request.on_line,
+            on_progress=request.on_progress,
+        )
+        if request.on_error is None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, partial(interrupt, trial))
+        ended = await run_to_end(trial, request.on_resume)
+        return Tried(ended, trial.checkpoint, trial.state, trial.spent)
+
+
+def _subject(settings: Settings, entry: HandlerEntry, request: TryRequest) -> Subject:
+    # One attempt only: a failure is shown rather than retried.
+    keys: dict[str, Any] = {"params": dict(request.params), "max_attempts": 1, "max_recoveries": 0}
+    if request.on_error is not None:
+        keys["timeout"] = NO_TIMEOUT
+    execution = settings.execution
+    if request.database is None:
+        org, name, named = OrgRef(OrgId(new_id()), request.org), request.org, "made-up"
+        # A made-up org uses the only issuer; with several, any choice would be a guess.
+        issuer = next(iter(settings.issuers.values())) if len(settings.issuers) == 1 else None
+    else:
+        if request.scopes is not None:
+            keys["scopes"] = list(request.scopes)
+        with request.database.autocommit() as connection:
+            row = orgs.require(connection, request.org)
+        if row["state"] in ("suspended", "removed"):
+            resume, another = f"resume it with `orgs resume {request.org}`", "choose another org"
+            raise Conflict(
+                f"org {request.org} is {row['state']}: no handler can run for it",
+                fix=resume if row["state"] == "suspended" else another,
+            )
+        org, name = OrgRef(row["id"], row["code"]), row["name"]
+        named, issuer = row["issuer"], settings.issuers.get(row["issuer"])
+    return Subject(
+        org,
+        name,
+        definition_of(request.org, entry.name, keys),
+        issuer=named,
+        api_origins=issuer.api_origins if issuer else (),
+        private_origins=execution.private_origins,
+        insecure_origins=execution.insecure_origins,
+        api_base_url=issuer.api_base_url if issuer else "",
+    )
+
+
+def _runner(
+    settings: Settings, entry: HandlerEntry, request: TryRequest, clock: Clock, stack: AsyncExitStack
+) -> Runner:
+    if request.on_error is not None:
+        job = load(entry.entry_point)
+        find = partial(with_on_error, on_error=request.on_error)
+        return Inline(clock, find=find, watched=False) if job.is_async else Blocking(clock, find=find)
+    # Inline handlers too: they work in a process, and inline brings nothing for one run.
+    passed, sandbox = settings.execution.pass_environment, confinement_of(settings).rules
+    children = ChildPool(clock, freezing=False, pass_environment=passed, sandbox=sandbox)
+    children.start()
+    stack.push_async_callback(children.close)
+    return children
+
+
+class _UncountedCredentials(OpenedCredentials):
+    """Credentials whose use is not recorded."""
+
+    async def used(self, credential: Credential, error: str | None) -> None:
+        return
+
+
+@dataclass(frozen=True, slots=True)
+class _WithGiven:
+    """The secrets of a real org, except those that are given."""
+
+    stored: SecretSource
+    given: Mapping[str, str] = field(repr=False)
+
+    async def of(self, org: OrgRef, names: Collection[str]) -> Mapping[str, str]:
+        given = {name: self.given[name] for name in names if name in self.given}
+        left = [name for name in names if name not in given]
+        return {**given, **(await self.stored.of(org, left) if left else {})}

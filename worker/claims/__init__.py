@@ -1,1 +1,0 @@
-"""What a verified token says of an org. Pure."""

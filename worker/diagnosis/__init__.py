@@ -1,0 +1,1 @@
+"""What is wrong, or will be: answers as data, which change nothing."""

@@ -1,0 +1,372 @@
+"""Answers: what becomes of a call of a running handler, wherever it runs; `handlers/calls.py` has the calls.
+
+A call is admitted if its run is open, no name in it contains a secret and it keeps to the limits; its texts
+are masked. Then `Acts` does what it asks: in the worker's database, at the workers behind a host, or in the
+memory of a trial.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from typing import Any, Protocol, TypeVar
+
+from worker.clock import Clock
+from worker.engine.attempt.inflight import InflightRun
+from worker.engine.attempt.run_log import RunLogWriter
+from worker.engine.runners.contract import GivenErrors
+from worker.errors import LeaseLost, TokenRefused, Unavailable, WorkerError
+from worker.guard.claims import Claims
+from worker.handlers.calls import (
+    A,
+    AskBudgets,
+    AskToken,
+    Call,
+    CountSpend,
+    NotACall,
+    OneWayCall,
+    OpenWait,
+    Progress,
+    Save,
+    StepTotals,
+    StoreStep,
+)
+from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
+from worker.handlers.waits import SLEEP
+from worker.model.runs.budgets import OrgBudgets, decisive, wait_of
+from worker.model.runs.outcome import Trail
+from worker.model.runs.run import AdmittedRun, NewStep
+from worker.model.runs.waits import BUDGET, MAX_WAITS, NewWait, WaitState
+from worker.secret import AccessToken
+from worker.telemetry.mask_in_turn import mask_each
+
+# Seconds between two tries of a call while the database is away, at first and at most.
+RETRY = 0.1
+LONGEST_RETRY = 2.0
+# Characters of a checkpoint that is parsed to compare it with the last one; that holds the interpreter lock.
+COMPARED = 32 * 1024
+
+C = TypeVar("C", bound=Call[Any])
+
+_log = logging.getLogger(__name__)
+
+
+class Acts(Protocol):
+    """Does what a running handler asks."""
+
+    async def act(self, call: Call[A], of: Running) -> A:
+        """Do what an admitted call asks.
+
+        Raises:
+            LeaseLost: the run is no longer ours.
+            Unavailable: not now; the database or the workers are away.
+            TokenRefused, TokenError: there is no token for the run.
+        """
+
+
+@dataclass(eq=False, slots=True)
+class StepRoom:
+    """What the steps of a run have taken: the places up to `last` and those in `sizes`, and `size` bytes."""
+
+    last: int
+    size: int
+    sizes: dict[int, int] = field(default_factory=dict)
+
+    def take(self, step: NewStep, size: int, *, resent: bool) -> None:
+        """Take the place of a step. Raises StepError.
+
+        One that may be `resent` takes its place again, and may be counted twice.
+        """
+        if not resent and (step.seq <= self.last or step.seq in self.sizes):
+            raise StepError(f"step {step.name}: place {step.seq} is taken by another step")
+        total = self.size + size - self.sizes.get(step.seq, 0)
+        if total > TOTAL_LIMIT + (size if resent else 0):
+            raise StepError(f"step {step.name}: {TOTAL_FULL}")
+        self.size = total
+        self.sizes[step.seq] = size
+
+
+@dataclass(eq=False, repr=False)
+class Running:
+    """An attempt whose handler may call, on a worker, on a host or in a trial. It is its `RunServices`.
+
+    `hosted` on a worker for a run of one of its hosts, which may send a call again; `resumed` if another
+    process may have answered calls of this attempt. `refused` is the error of a token that was refused.
+    """
+
+    inflight: InflightRun
+    trail: Trail
+    acts: Acts
+    run_log: RunLogWriter
+    clock: Clock
+    checkpoint: Any = None
+    hosted: bool = False
+    resumed: bool = False
+    errors: GivenErrors = field(default_factory=GivenErrors, init=False)
+    refused: TokenRefused | None = field(default=None, init=False)
+    closed: bool = field(default=False, init=False)
+    room: StepRoom | None = field(default=None, init=False)
+    # The waits in `trail.asks`, with their occurrences.
+    asked: set[tuple[str, int]] = field(default_factory=set, init=False)
+
+    @property
+    def run(self) -> AdmittedRun:
+        return self.inflight.run
+
+    async def ask(self, call: Call[A]) -> A:
+        """The answer to a call of the handler, as `answer`."""
+        return await answer(call, self)
+
+    def tell(self, notice: OneWayCall) -> None:
+        """Take what the handler tells. Raises LeaseLost."""
+        self.check_open()
+        if isinstance(notice, Progress):
+            # Masked when it is written: a run may report its progress thousands of times a second.
+            self.trail.progress = progress = asdict(notice)
+            self.run_log.progress(self.run, progress)
+
+    def log(self, level: str, source: str, text: str, at: datetime | None = None) -> None:
+        self.run_log.line(self.run, level, source, text, at)
+
+    def started(self) -> None:
+        self.trail.handler_started_at = self.clock.now()
+
+    def used(self, peak_memory: int) -> None:
+        self.trail.peak_memory = peak_memory
+
+    def close(self) -> None:
+        self.closed = True
+
+    def check_open(self) -> None:
+        """Raise LeaseLost once the run has ended or is no longer ours."""
+        if self.closed or self.inflight.stop.killed:
+            raise LeaseLost("the run has ended")
+
+
+async def answer(call: Call[A], of: Running) -> A:
+    """The answer to a call of a running handler. It is repeated while the database is away, if it waits.
+
+    Raises:
+        LeaseLost: the run is no longer ours, or has ended.
+        StepError: a name in it contains a secret or is reserved, or the run has reached a limit.
+        TokenRefused: the org's token must not be used; the run ends refused.
+        TokenError, Unavailable: not now.
+        NotACall: it is not one of this attempt.
+    """
+    try:
+        made = await admitted(call, of)
+        given = await _acted(made, of)
+        taken = _TAKEN.get(type(call))
+        return given if taken is None else taken(call, made, given, of)
+    except NotACall:
+        raise
+    except TokenRefused as refused:
+        of.refused = refused
+        of.inflight.stop.kill()
+        # The org can read what its handler logs, so this must not name the other org.
+        raise TokenRefused(refused.reason, refused.detail) from None
+    except (WorkerError, StepError) as error:
+        of.errors.note(error)
+        raise
+    except Exception as error:
+        # Of the store: the handler may only know that its call failed.
+        _log.exception("the call %s of run %s failed", call.way.name, of.run.id)
+        # Not in a variable of this frame, which its traceback has: a flood of such cycles costs collections.
+        raise _not_now(error, of) from None
+
+
+def _not_now(error: Exception, of: Running) -> Unavailable:
+    unavailable = Unavailable(f"not possible now ({type(error).__name__})")
+    of.errors.note(unavailable)
+    return unavailable
+
+
+async def admitted(call: C, of: Running) -> C:
+    """The call as it may be acted on. Raises LeaseLost, StepError, NotACall."""
+    of.check_open()
+    made = await _masked(call, of)
+    limit = _LIMITS.get(type(call))
+    return made if limit is None else await limit(made, of)
+
+
+async def _masked(call: C, of: Running) -> C:
+    """The call with its texts masked. Raises StepError if a name contains a secret."""
+    row, org = call.row, of.run.org_id
+    names, texts = list(row.names(call)), list(row.texts(call))
+    if not names and not texts:
+        return call
+    plain = [name for _, name in names] + texts
+    masked = await mask_each([(text, org) for text in plain])
+    if masked == plain:
+        return call
+    masks = dict(zip(plain, masked, strict=True))
+    for what, name in names:
+        if name != masks[name]:
+            raise StepError(f"{what} {masks[name]}: it contains a secret; use another")
+    made: C = row.masked(call, masks.__getitem__)
+    return made
+
+
+async def _acted(call: Call[A], of: Running) -> A:
+    work = _repeated(call, of)
+    return await (of.inflight.store(work) if call.way.kept else work)
+
+
+async def _repeated(call: Call[A], of: Running) -> A:
+    pause = RETRY
+    while True:
+        of.check_open()
+        try:
+            return await of.acts.act(call, of)
+        except LeaseLost:
+            of.inflight.stop.kill()
+            raise
+        except Unavailable:
+            if of.hosted or not call.way.waits:
+                raise
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, LONGEST_RETRY)
+
+
+# Limits of a call beyond those of its fields, and what it may not say.
+
+_Limit = Callable[[C, Running], Awaitable[C]]
+_LIMITS: dict[object, _Limit[Any]] = {}
+
+
+def _limits(kind: type[C]) -> Callable[[_Limit[C]], _Limit[C]]:
+    def declare(limit: _Limit[C]) -> _Limit[C]:
+        _LIMITS[kind] = limit
+        return limit
+
+    return declare
+
+
+@_limits(StoreStep)
+async def _within_room(call: StoreStep, of: Running) -> StoreStep:
+    if of.room is None:
+        last = size = 0
+        if of.run.may_have_checkpoint or of.resumed:
+            last, size = await _acted(StepTotals(), of)
+        of.room = of.room or StepRoom(last, size)
+    of.check_open()
+    of.room.take(call.step, len(call.step.result_json.encode()), resent=of.hosted)
+    # Before it is stored: the process may die first.
+    of.inflight.moved = True
+    step = believed_step(call.step, of.run, of.clock.now())
+    return call if step is call.step else StoreStep(step)
+
+
+@_limits(OpenWait)
+async def _of_its_kind(call: OpenWait, of: Running) -> OpenWait:
+    return OpenWait(await believed_wait(call.wait, of))
+
+
+@_limits(CountSpend)
+async def _of_this_attempt(call: CountSpend, of: Running) -> CountSpend:
+    if call.key.partition(":")[0] != str(of.run.attempt):
+        raise NotACall("key: it is of another attempt")
+    return call
+
+
+def believed_step(step: NewStep, run: AdmittedRun, now: datetime) -> NewStep:
+    """The step with its times within those of its attempt: what a process or a host says is a claim."""
+    earliest = min(run.started_at, now)
+    ended_at = max(earliest, min(step.ended_at, now))
+    started_at = max(earliest, min(step.started_at, ended_at))
+    if (started_at, ended_at) == (step.started_at, step.ended_at):
+        return step
+    return replace(step, started_at=started_at, ended_at=ended_at)
+
+
+async def believed_wait(wait: NewWait, of: Running) -> NewWait:
+    """The wait as it may be stored: an operator answers the question of a budget, which is the worker's own.
+
+    A wait for a budget that does not stop the run is over at once: the budget may just have been raised.
+
+    Raises:
+        StepError: the name is reserved for waits of another kind.
+    """
+    of_budget = wait.name.startswith(BUDGET)
+    if wait.kind == "budget" and of_budget:
+        found = _allowed(await _acted(AskBudgets(), of), of)
+        state = decisive([state for state in found.states if wait.name == f"{BUDGET}{state.meter}"])
+        if state is None or state.at_limit == "fail":
+            return replace(wait, seconds=0.0, ask_json=None, alert=False)
+        return wait_of(state, wait.occurrence, of.clock.now())
+    if wait.kind == "budget" or (wait.kind == "answer" and (of_budget or wait.name == SLEEP)):
+        raise StepError(f"wait {wait.name}: this name is reserved; use another one")
+    return wait
+
+
+# What follows from an answer. A function gets the call as it came and as it was made.
+
+_Take = Callable[[Any, Any, A, Running], A]
+_TAKEN: dict[object, _Take[Any]] = {}
+
+
+def _taken(kind: Callable[..., Call[A]]) -> Callable[[_Take[A]], _Take[A]]:
+    def declare(take: _Take[A]) -> _Take[A]:
+        _TAKEN[kind] = take
+        return take
+
+    return declare
+
+
+@_taken(Save)
+def _note_save(call: Save, made: Save, given: None, of: Running) -> None:
+    if not of.hosted:
+        of.inflight.moved = of.inflight.moved or _differs(call.data, of.checkpoint)
+
+
+def _differs(data_json: str, checkpoint: Any) -> bool:
+    """Whether a checkpoint is another one than the attempt began with; a large one counts as such."""
+    if len(data_json) > COMPARED or checkpoint is None:
+        return data_json != "null"
+    return bool(json.loads(data_json) != checkpoint)
+
+
+@_taken(StoreStep)
+def _text_of_step(call: StoreStep, made: StoreStep, given: str | None, of: Running) -> str | None:
+    text = made.step.result_json
+    return None if text == call.step.result_json else text
+
+
+@_taken(OpenWait)
+def _note_alert(call: OpenWait, made: OpenWait, given: WaitState, of: Running) -> WaitState:
+    wait = made.wait
+    key = wait.name, wait.occurrence
+    # A handler may open a wait as often as it likes; the store limits how many there are.
+    if wait.alert and given.state == "pending" and key not in of.asked and len(of.asked) < MAX_WAITS:
+        of.asked.add(key)
+        of.trail.asks += (wait.name,)
+    return given
+
+
+@_taken(AskToken)
+def _hold(
+    call: AskToken, made: AskToken, given: tuple[AccessToken, Claims], of: Running
+) -> tuple[AccessToken, Claims]:
+    of.inflight.hold(given[0])
+    return given
+
+
+@_taken(AskBudgets)
+@_taken(CountSpend)
+def _lacks_nothing(call: Any, made: Any, given: OrgBudgets, of: Running) -> OrgBudgets:
+    return _allowed(given, of)
+
+
+def _allowed(found: OrgBudgets, of: Running) -> OrgBudgets:
+    """The budgets, if the org's newest token has the limits of all. Raises TokenRefused, not for a host."""
+    if found.missing is not None:
+        refused = TokenRefused("property_missing", found.missing)
+        if not of.hosted:
+            raise refused
+        # The host ends the run itself.
+        of.refused = refused
+    return found

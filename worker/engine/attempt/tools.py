@@ -1,0 +1,289 @@
+"""Tools: what all attempts of a process share.
+
+`StoreActs` does what running handlers ask for, in the stores of the worker or of a trial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, Protocol
+
+from worker.clock import Clock
+from worker.engine.attempt.answers import Acts, Running
+from worker.engine.attempt.inflight import Deadlines, InflightRun
+from worker.engine.attempt.plan import AttemptPlan, HandlerRegistry, Plans
+from worker.engine.attempt.run_log import RunLogWriter
+from worker.engine.runners.contract import Runner
+from worker.errors import LeaseLost
+from worker.guard.claims import Claims
+from worker.guard.decode import enforce
+from worker.handlers.calls import (
+    A,
+    AskBudgets,
+    AskToken,
+    Call,
+    CountSpend,
+    LoadSteps,
+    OpenWait,
+    Save,
+    StepTotals,
+    StoreStep,
+)
+from worker.ids import OrgId, RunId
+from worker.model.claims import Digests, Enforced, PoolRules
+from worker.model.orgs import OrgRef, TokenWant
+from worker.model.runs.budgets import OrgBudgets
+from worker.model.runs.run import AdmittedRun, Isolation, LoadedState, RunStep, StepPage, StoredProgress
+from worker.model.runs.waits import NewWait, WaitState
+from worker.secret import AccessToken
+
+
+class StepStore(Protocol):
+    async def store_step(self, step: RunStep) -> bool:
+        """Store a step, fenced and durable; returns whether the run was still ours."""
+
+
+class TokenSource(Protocol):
+    def at_hand(self, want: TokenWant) -> Enforced | None:
+        """What `ensure` would return at once and without any request, else None. Raises TokenError."""
+
+    async def ensure(self, want: TokenWant) -> Enforced:
+        """A verified and enforced token with some life left.
+
+        Raises TokenRefused if the issuer's token must not be used, TokenError and Unavailable if there is
+        no token, or no verdict on it, for now.
+        """
+
+    async def outdate(self, want: TokenWant) -> None:
+        """Request a new token for the next run: the claims of this one were refused."""
+
+    async def load(self, orgs: Sequence[OrgRef]) -> Collection[OrgId]:
+        """Read what `ensure` needs of these orgs in one query; what cannot be read is left to `ensure`.
+
+        Returns the orgs that are new to this process.
+        """
+
+    async def look_up(self, wanted: Sequence[TokenWant]) -> None:
+        """Read the tokens that other processes stored for these in one query, as far as possible."""
+
+
+class SecretSource(Protocol):
+    async def of(self, org: OrgRef, names: Collection[str]) -> Mapping[str, str]:
+        """The org's secrets with these names as they are now, without those that it lacks.
+
+        Raises Unavailable, and ConfigurationError if the key ring does not open one.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class GivenSecrets:
+    """The secrets of a trial, whatever its org."""
+
+    values: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    async def of(self, org: OrgRef, names: Collection[str]) -> Mapping[str, str]:
+        return {name: self.values[name] for name in names if name in self.values}
+
+
+class AttemptStore(Protocol):
+    """What running attempts store and read, but for steps."""
+
+    async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str, number: int = 0) -> bool:
+        """Store a run's checkpoint, fenced; returns whether the run was still ours.
+
+        `number` counts the saves of the attempt: a request that arrives late overwrites no later save.
+        """
+
+    async def load_steps(self, run_id: RunId, after: int) -> StepPage:
+        """The stored steps of a run after the place `after`."""
+
+    async def step_totals(self, run_id: RunId) -> tuple[int, int]:
+        """The last place of a run's steps, and the bytes of their results."""
+
+    async def open_wait(self, run: AdmittedRun, wait: NewWait) -> WaitState | None:
+        """Store what a run waits for, fenced, and return how that stands; None if it was no longer ours."""
+
+    async def budgets_of(self, run: AdmittedRun) -> OrgBudgets:
+        """The budgets of a run's org now."""
+
+    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> OrgBudgets | None:
+        """Count a spend, fenced, once for each key; None if the run is no longer ours."""
+
+    async def load_progress(self, run_id: RunId) -> StoredProgress:
+        """The newest checkpoint, and the handler that stored the first checkpoint or step."""
+
+    async def load_state(self, run: AdmittedRun) -> LoadedState:
+        """The state of the run's definition."""
+
+    def is_limited(self, org_id: OrgId) -> bool:
+        """Whether an org has a budget that its runs check before steps and spends."""
+
+    @property
+    def limits_in_claims(self) -> bool:
+        """Whether a budget takes its limit from the tokens."""
+
+    async def note_claims(self, org_id: OrgId, claims: Claims) -> None:
+        """Store the limits of budgets that an enforced token has."""
+
+
+class HandlerTools(Protocol):
+    """What all attempts of a worker or of a host share, to run handlers."""
+
+    @property
+    def acts(self) -> Acts: ...
+    @property
+    def run_log(self) -> RunLogWriter: ...
+    @property
+    def clock(self) -> Clock: ...
+    @property
+    def runners(self) -> Mapping[Isolation, Runner]: ...
+    @property
+    def deadlines(self) -> Deadlines: ...
+    async def prepare(self, runs: Sequence[AdmittedRun]) -> None:
+        """Read what the attempts of these runs need, so that they need not wait one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What all attempts of this process share."""
+
+    plans: Plans
+    tokens: TokenSource
+    handlers: HandlerRegistry
+    runners: Mapping[Isolation, Runner]
+    store: AttemptStore
+    steps: StepStore
+    run_log: RunLogWriter
+    clock: Clock
+    random: Random
+    digests: Digests | None = None
+    pool_rules: PoolRules = field(default_factory=PoolRules)
+    secrets: SecretSource = field(default_factory=GivenSecrets)
+    deadlines: Deadlines = field(default_factory=Deadlines)
+
+    async def prepare(self, runs: Sequence[AdmittedRun]) -> None:
+        """Read what the attempts of these runs need in few queries, so that they need not wait one by one."""
+        plans = await self.plans.load(runs)
+        unknown = await self.tokens.load([plan.org for plan in plans])
+        if unknown:
+            # A restart: what other processes stored is not in this one's memory.
+            await self.tokens.look_up([self._want(plan) for plan in plans if plan.org.id in unknown])
+
+    @property
+    def acts(self) -> StoreActs:
+        return StoreActs(self)
+
+    def _want(self, plan: AttemptPlan) -> TokenWant:
+        handler = plan.definition.handler
+        return plan.want(plan.limits(handler, self.handlers.get(handler)), self.handlers)
+
+    async def renew(self, inflight: InflightRun, handler: str, *, fresh: bool) -> tuple[AccessToken, Claims]:
+        """A token of a running attempt with some life left, enforced; with `fresh` a new one.
+
+        Raises TokenRefused, and TokenError and Unavailable as `TokenSource.ensure`.
+        """
+        plan = inflight.plan
+        if plan is None:
+            raise LeaseLost(f"run {inflight.run.id} has not started")
+        definition, org = plan.definition, plan.org
+        enforced = await self.tokens.ensure(
+            TokenWant(
+                org,
+                plan.issuer,
+                definition.audience,
+                inflight.scopes,
+                max_age=definition.max_claims_age,
+                fresh=fresh,
+            )
+        )
+        inflight.hold(enforced.token)
+        enforce(enforced.claims, org_code=org.code, client_id=None, scopes=inflight.scopes)
+        self.pool_rules.enforce(inflight.run.pool, enforced.claims)
+        if self.store.limits_in_claims:
+            await self.store.note_claims(org.id, enforced.claims)
+        return enforced.token, enforced.claims
+
+
+@dataclass(frozen=True, slots=True)
+class StoreActs:
+    """Does what handlers ask in stores: of a worker, or of a trial."""
+
+    tools: Tools
+
+    async def act(self, call: Call[A], of: Running) -> A:
+        """As `Acts.act`."""
+        given: A = await _ACTS[type(call)](self.tools, call, of)
+        return given
+
+
+_Act = Callable[[Tools, Any, Running], Awaitable[A]]
+_ACTS: dict[object, _Act[Any]] = {}
+
+
+def _acts(kind: Callable[..., Call[A]]) -> Callable[[_Act[A]], _Act[A]]:
+    def declare(act: _Act[A]) -> _Act[A]:
+        _ACTS[kind] = act
+        return act
+
+    return declare
+
+
+@_acts(Save)
+async def _save(tools: Tools, call: Save, of: Running) -> None:
+    handler = of.trail.handler
+    if not await tools.store.save_checkpoint(of.run, handler, call.data, call.number):
+        raise _lost(of)
+
+
+@_acts(AskToken)
+async def _token(tools: Tools, call: AskToken, of: Running) -> tuple[AccessToken, Claims]:
+    return await tools.renew(of.inflight, of.trail.handler, fresh=call.fresh)
+
+
+@_acts(LoadSteps)
+async def _load_steps(tools: Tools, call: LoadSteps, of: Running) -> StepPage:
+    return await tools.store.load_steps(of.run.id, call.after)
+
+
+@_acts(StepTotals)
+async def _step_totals(tools: Tools, call: StepTotals, of: Running) -> tuple[int, int]:
+    return await tools.store.step_totals(of.run.id)
+
+
+@_acts(StoreStep)
+async def _store_step(tools: Tools, call: StoreStep, of: Running) -> None:
+    if not await tools.steps.store_step(row_of(call, of)):
+        raise _lost(of)
+
+
+def row_of(call: StoreStep, of: Running) -> RunStep:
+    """The row of an admitted step."""
+    return RunStep(of.run, of.trail.handler, call.step, len(call.step.result_json.encode()))
+
+
+@_acts(OpenWait)
+async def _open_wait(tools: Tools, call: OpenWait, of: Running) -> WaitState:
+    state = await tools.store.open_wait(of.run, call.wait)
+    if state is None:
+        raise _lost(of)
+    return state
+
+
+@_acts(AskBudgets)
+async def _budgets(tools: Tools, call: AskBudgets, of: Running) -> OrgBudgets:
+    return await tools.store.budgets_of(of.run)
+
+
+@_acts(CountSpend)
+async def _spend(tools: Tools, call: CountSpend, of: Running) -> OrgBudgets:
+    found = await tools.store.spend(of.run, call.meter, call.amount, call.key)
+    if found is None:
+        raise _lost(of)
+    return found
+
+
+def _lost(of: Running) -> LeaseLost:
+    whose = "this host's" if of.hosted else "ours"
+    return LeaseLost(f"run {of.run.id} is no longer {whose}")

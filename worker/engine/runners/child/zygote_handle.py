@@ -1,0 +1,142 @@
+"""The zygote as the worker sees it: its process, and the messages to and from it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from worker.engine.runners.child import linux
+from worker.engine.runners.child.messages import Setup
+from worker.handlers.installed import environment
+from worker.telemetry.events import emit
+
+Message = Mapping[str, Any]
+_DATAGRAM = 65_536
+_STEP = 0.002
+
+
+class ZygoteHandle:
+    """One zygote process, alive or not. `send` is thread-safe."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)
+        given = [number for number in (setup.lock, setup.describing) if number is not None]
+        with theirs:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "worker.engine.runners.child.zygote"),
+                    *(str(theirs.fileno()), replace(setup, parent=os.getpid()).as_json()),
+                ],
+                env=environment(setup.environment),
+                pass_fds=[theirs.fileno(), *given],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+        born = linux.process_of(self.pid)
+        self._started = 0.0 if born is None else born.started
+        self._pidfd = os.pidfd_open(self.pid)
+        self._sending = threading.Lock()
+        self._unsent: deque[tuple[bytes, Sequence[int]]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        emit("zygote.started", pid=self.pid)
+
+    def attach(self, on_message: Callable[[Message], None], on_death: Callable[[], None]) -> None:
+        """Listen on the running loop; `on_death` is called once, when the process is gone."""
+        self._loop = loop = asyncio.get_running_loop()
+
+        def died() -> None:
+            loop.remove_reader(self._pidfd)
+            self._receive(on_message)  # its last messages
+            loop.remove_reader(self._control)
+            on_death()
+
+        loop.add_reader(self._control, self._receive, on_message)
+        loop.add_reader(self._pidfd, died)
+
+    def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
+        """Send a message, in order and without waiting; closes the descriptors once they are sent."""
+        with self._sending:
+            self._unsent.append((json.dumps(message).encode(), descriptors))
+            if not self._flush() and self._loop is not None:
+                self._loop.call_soon_threadsafe(self._send_later)
+
+    def close(self) -> None:
+        if self._loop is not None:
+            self._loop.remove_reader(self._control)
+            self._loop.remove_reader(self._pidfd)
+            self._loop.remove_writer(self._control)
+        self._control.close()
+
+    async def gone(self, patience: float) -> None:
+        """Wait until the process has ended, killing it after `patience` seconds; kill what it leaves."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + patience
+        while self._process.poll() is None:
+            if loop.time() >= until:
+                self._process.kill()
+            await asyncio.sleep(_STEP)
+        await self._end_adopted()
+        os.close(self._pidfd)
+
+    async def _end_adopted(self) -> None:
+        """Kill what the dead zygote has left to this process, a subreaper: it is younger than the zygote."""
+        while True:
+            table = linux.processes()
+            left = {process.pid for process in linux.adopted(table) if process.started >= self._started}
+            if not left:
+                return
+            # Parents first: one must not report how its children end.
+            linux.send([*left, *linux.descendants(table, left)], signal.SIGKILL)
+            await asyncio.sleep(_STEP)
+            for pid in left:
+                linux.reap(pid)
+
+    def _receive(self, on_message: Callable[[Message], None]) -> None:
+        while True:
+            try:
+                data = self._control.recv(_DATAGRAM)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:  # closed; the pidfd reports the end of the process
+                if self._loop is not None:
+                    self._loop.remove_reader(self._control)
+                return
+            on_message(json.loads(data))
+
+    def _flush(self) -> bool:
+        while self._unsent:
+            data, descriptors = self._unsent[0]
+            try:
+                socket.send_fds(self._control, [data], descriptors)
+            except BlockingIOError:
+                return False
+            except OSError:  # it is dead; its runs are about to end
+                pass
+            self._unsent.popleft()
+            for descriptor in descriptors:
+                os.close(descriptor)
+        return True
+
+    def _send_later(self) -> None:
+        if self._loop is not None and self._control.fileno() >= 0:
+            self._loop.add_writer(self._control, self._writable)
+
+    def _writable(self) -> None:
+        with self._sending:
+            if self._flush() and self._loop is not None:
+                self._loop.remove_writer(self._control)

@@ -1,0 +1,1 @@
+"""Calendars: dates on which nothing runs."""

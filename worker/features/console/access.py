@@ -1,0 +1,186 @@
+"""Access: authenticates each request, by bearer token or session, and counts its calls."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass, field, replace
+
+from starlette.requests import HTTPConnection
+
+from worker.errors import AccessDenied, TokenError, TokenRefused, Unavailable
+from worker.features.console.callers import Caller, Role
+from worker.features.console.operator_tokens import Operator as Operator
+from worker.features.console.operator_tokens import Operators, StoredOperators
+from worker.guard import Guard, bearer_token
+from worker.kit.web.clients import Addresses, ClientLimits
+from worker.store import sign_in
+from worker.store.orgs import OrgCaller
+
+# `orgs.find_caller` by the org's code and the token's client id.
+FindCaller = Callable[[str, str], Awaitable[OrgCaller | None]]
+
+
+@dataclass(eq=False, repr=False)
+class Access:
+    """Authenticates operators by the hash of their token, and orgs by their issuer's guard.
+
+    `login_basis` is a hash of the rules by which people log in, or empty if they cannot. `portal`
+    is what managers may do.
+    """
+
+    operators: InitVar[Sequence[Operator]]
+    guards: Mapping[str, Guard]
+    find_caller: FindCaller
+    _: KW_ONLY
+    org_role: Role
+    org_scope: str = ""
+    limits: ClientLimits
+    addresses: Addresses = field(default_factory=Addresses)
+    stored: InitVar[StoredOperators | None] = None
+    login_basis: str = ""
+    portal: Iterable[str] = ()
+
+    def __post_init__(self, operators: Sequence[Operator], stored: StoredOperators | None) -> None:
+        self._operators = Operators(operators, stored)
+        # A session keeps only this of the scope that its token had.
+        self._scope_basis = sign_in.sha256(self.org_scope) if self.org_scope else ""
+
+    async def caller_of(self, connection: HTTPConnection) -> Caller | None:
+        """The caller, by the header Authorization; None without one.
+
+        Raises:
+            TokenError: the token is invalid, or its client is not an active credential of its org.
+            AccessDenied: the token is valid, but gives no access.
+            TooManyRequests: too many invalid tokens came from this address.
+            IssuerUnavailable: the issuer's keys cannot be read.
+        """
+        headers = connection.headers.getlist("authorization")
+        if not headers:
+            return None
+        token = bearer_token(headers[0])
+        if token is None or len(headers) > 1:
+            self.count_stranger(connection)
+            raise TokenError(
+                "exactly one Authorization header with a bearer token is required",
+                fix="send Authorization: Bearer TOKEN",
+            )
+        return await self._caller_with(token, connection)
+
+    async def log_in(self, token: str, connection: HTTPConnection) -> Caller:
+        """The caller with this token, after `count_login`; raises as `caller_of`."""
+        return await self._caller_with(token, connection, is_counted=True)
+
+    async def _caller_with(
+        self, token: str, connection: HTTPConnection, *, is_counted: bool = False
+    ) -> Caller:
+        client = self.addresses.client_of(connection)
+        if not (client.is_local or self.login_basis or await self._operators.has_any()):
+            self.count_stranger(connection)
+            raise AccessDenied(
+                "without an operator only requests from this machine are served",
+                fix="add one with `operators add`, or to [[web.operators]] in worker.toml",
+            )
+        if is_counted:
+            return await self.confirm(await self._operator(token) or await self._org(token))
+        self.limits.token(token, client)
+        try:
+            caller = await self._operator(token) or await self._org(token)
+        except TokenError:
+            self.limits.was_bad(token, client)
+            raise
+        self.limits.was_good(token, client)
+        return await self.confirm(caller)
+
+    async def confirm_session(self, caller: Caller) -> Caller:
+        """As `confirm`, for the caller of a session: by what the settings say now, not at the login.
+
+        Raises:
+            TokenError: the operator's token is gone, the rules for logins have changed, or the session
+                rested on another `[web] org_scope`.
+        """
+        if caller.kind == "operator":
+            operator = await self._operators.with_hash(caller.basis)
+            if operator is None:
+                raise TokenError("the token of this session was removed", fix="log in with another token")
+            caller = replace(caller, name=operator.name, role=operator.role)
+        if caller.kind == "org":
+            # Sessions of the previous release name no scope: they rest on the credential alone.
+            has_scope = caller.has_org_scope and caller.basis == self._scope_basis != ""
+            caller = replace(caller, role=self.org_role, has_org_scope=has_scope)
+        if caller.kind == "person" and caller.basis != self.login_basis:
+            raise TokenError("the rules for logins have changed", fix="log in again")
+        return await self.confirm(caller)
+
+    async def confirm(self, caller: Caller) -> Caller:
+        """Count a call, and check in the database that the caller still has access.
+
+        Raises:
+            AccessDenied: its org is unknown, suspended or removed.
+            TokenError: its token's client is not an active credential of the org, and the token
+                lacks `[web] org_scope`.
+            TooManyRequests: it calls too often.
+        """
+        self.limits.caller(caller.key, caller.actor)
+        if caller.org is None:
+            return caller
+        found = await self.find_caller(caller.org, caller.client_id)
+        # Another issuer may have an org of the same code.
+        if found is None or found.issuer != caller.issuer or found.state not in ("active", "paused"):
+            raise AccessDenied(
+                f"org {caller.org} may not use this worker",
+                fix="`orgs list` shows the known orgs with their issuers and states",
+            )
+        if caller.kind == "person":
+            return replace(caller, org_id=found.id, portal=frozenset(self.portal))
+        if not (found.is_credential or caller.has_org_scope):
+            raise TokenError(
+                f"the token's client is not an active credential of org {caller.org}",
+                fix=f"request the token with a client of `credentials list {caller.org} --state active`, "
+                "or set web.org_scope in worker.toml to a scope that the token has",
+            )
+        return replace(caller, org_id=found.id)
+
+    def count_login(self, connection: HTTPConnection) -> None:
+        """Count a login; raises TooManyRequests at the limit of its address."""
+        self.limits.login(self.addresses.client_of(connection))
+
+    def count_stranger(self, connection: HTTPConnection) -> None:
+        """Count a request without a token or session; raises as `count_login` does."""
+        self.limits.stranger(self.addresses.client_of(connection))
+
+    async def _operator(self, token: str) -> Caller | None:
+        operator = await self._operators.with_token(token)
+        if operator is None:
+            return None
+        return Caller(operator.name, operator.role, basis=operator.token_sha256)
+
+    async def _org(self, token: str) -> Caller:
+        """The org that the token was issued for. `confirm` checks whether it has access."""
+        fault: TokenRefused | Unavailable | None = None
+        for issuer, guard in self.guards.items():
+            try:
+                claims = await guard.check(token)
+            except Unavailable as unavailable:
+                fault = unavailable
+            except TokenRefused as refused:
+                fault = fault or refused
+            else:
+                code = claims.org_code
+                has_scope = bool(self.org_scope) and self.org_scope in claims.scopes
+                return Caller(
+                    code,
+                    self.org_role,
+                    org=code,
+                    kind="org",
+                    until=claims.expires_at,
+                    issuer=issuer,
+                    client_id=claims.client_id,
+                    has_org_scope=has_scope,
+                    basis=self._scope_basis if has_scope else "",
+                )
+        if isinstance(fault, Unavailable):
+            raise fault
+        raise TokenError(
+            "the token is invalid",
+            fix="send an operator's token, or a current one of a configured issuer and its audience",
+        )

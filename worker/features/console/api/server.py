@@ -1,0 +1,369 @@
+"""The API's handlers. Responses are encoded in a database thread: a large one must not delay the loop."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+from urllib.parse import urlencode
+
+from sqlalchemy import Connection
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from worker.clock import Clock
+from worker.diagnosis.matters import overview
+from worker.diagnosis.why import explain
+from worker.errors import AccessDenied, NotFound, PreconditionFailed, UsageError
+from worker.features.console.api import endpoints
+from worker.features.console.api.endpoints import BASE, LIST_ENDPOINTS, Endpoint, parameters_of
+from worker.features.console.api.openapi import document
+from worker.features.console.api.requests import body_of, flag_of, limit_of, log_place, query_of
+from worker.features.console.callers import Caller, CallerDatabase, Many, caller_of
+from worker.kit.web.responses import fresh, json_response
+from worker.model.definitions.units import parse_time
+from worker.model.runs.clauses import row_of
+from worker.model.search import of_pool, parsed, states_of
+from worker.operations.runs import require_run
+from worker.store.lists import MAX_LIMIT, RUNS, Listing, Page, runs, search
+from worker.store.lists import read as lists
+from worker.store.lists.redaction import Row
+from worker.store.lists.rows import (
+    Backfill,
+    Bulk,
+    CredentialRow,
+    DefinitionDetail,
+    Explanation,
+    LogRow,
+    PlannedBackfill,
+    Run,
+    RunDetail,
+)
+from worker.store.lists.usage import BudgetLevel, Usage, budgets_of, usage
+
+Handler = Callable[[Request], Awaitable[Response]]
+_GENERATION = re.compile(r"[0-9]{1,9}")
+_REVISION = re.compile(r'\s*(?:W/)?"(\d{1,9})-[0-9a-f]*"\s*')
+
+
+class Api:
+    """The API's routes, one for each endpoint.
+
+    `watch` answers with the events of a run, `installation` is the word of worker.toml.
+    """
+
+    def __init__(
+        self, database: CallerDatabase, clock: Clock, watch: Handler, *, installation: str = ""
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._installation = installation
+        changes: Mapping[Endpoint, Callable[..., Awaitable[Row]]] = {
+            endpoints.PAUSE_ORG: CallerDatabase.pause_org,
+            endpoints.RESUME_ORG: CallerDatabase.resume_org,
+            endpoints.CANCEL: CallerDatabase.cancel,
+            endpoints.RETRY: CallerDatabase.retry,
+            endpoints.ANSWER: CallerDatabase.answer,
+            endpoints.PAUSE: CallerDatabase.pause,
+            endpoints.RESUME: CallerDatabase.resume,
+            endpoints.SET_STATE: CallerDatabase.set_state,
+            endpoints.CLEAR_STATE: CallerDatabase.clear_state,
+        }
+        named: Mapping[Endpoint, tuple[str, Callable[..., Row]]] = {
+            endpoints.ORG: ("an org", lists.org),
+            endpoints.DEFINITION: ("a definition", lists.definition),
+            endpoints.STATE: ("a state", lists.state),
+        }
+        self._handlers: Mapping[Endpoint, Handler] = {
+            **{one: functools.partial(self._change, one, change) for one, change in changes.items()},
+            **{one: functools.partial(self._show, one, *read) for one, read in named.items()},
+            endpoints.OVERVIEW: self._overview,
+            endpoints.USAGE: self._usage,
+            endpoints.BUDGETS: self._budgets,
+            endpoints.RAISE: self._raise,
+            endpoints.ADD_CREDENTIAL: self._add_credential,
+            endpoints.RETIRE_CREDENTIAL: self._retire_credential,
+            endpoints.RUN: self._run,
+            endpoints.WHY: self._why,
+            endpoints.ATTEMPTS: functools.partial(self._run, part="attempts"),
+            endpoints.LOGS: self._logs,
+            endpoints.EVENTS: watch,
+            endpoints.RETRY_MANY: functools.partial(self._many, endpoints.RETRY_MANY),
+            endpoints.CANCEL_MANY: functools.partial(self._many, endpoints.CANCEL_MANY),
+            endpoints.EDIT: self._edit,
+            endpoints.RUN_NOW: self._run_now,
+            endpoints.BACKFILL: self._backfill,
+            endpoints.DOCUMENT: self._document,
+        }
+
+    def routes(self) -> Sequence[Route]:
+        """One route for each path: a method that a path does not have answers 405 with the others."""
+        by_path: dict[str, dict[str, Handler]] = {}
+        for one, listing in LIST_ENDPOINTS.items():
+            by_path[one.path] = {one.method: functools.partial(self._list, listing)}
+        for endpoint, handler in self._handlers.items():
+            by_path.setdefault(endpoint.path, {})[endpoint.method] = handler
+        return [
+            Route(f"{BASE}{path}", _by_method(methods), methods=list(methods))
+            for path, methods in by_path.items()
+        ]
+
+    async def _list(self, listing: Listing[Any], request: Request) -> Response:
+        given, caller = query_of(request, parameters_of(listing), listing.name), caller_of(request)
+
+        def work(connection: Connection) -> Response:
+            rows, last = read_list(connection, listing, caller, given, self._clock)
+            query = urlencode({**given, "after": last})
+            link = {} if last is None else {"link": f'<{request.url.path}?{query}>; rel="next"'}
+            return fresh(request, json_response(rows, headers=link))
+
+        return await self._database.read(caller, work)
+
+    async def _change(
+        self, endpoint: Endpoint, change: Callable[..., Awaitable[Row]], request: Request
+    ) -> Response:
+        """Change what the path names, with the members of the body."""
+        body, caller = await body_of(request, endpoint), caller_of(request)
+        return _changed(
+            endpoint, caller, await change(self._database, caller, *request.path_params.values(), **body)
+        )
+
+    async def _show(
+        self, endpoint: Endpoint, what: str, read: Callable[..., Row], request: Request
+    ) -> Response:
+        """What the org and the name in the path name."""
+        caller, names = caller_of(request), request.path_params
+        caller.scope(names["org"])
+        query_of(request, (), what)
+
+        def work(connection: Connection) -> Response:
+            return _fresh(request, endpoint, caller, read(connection, *names.values()))
+
+        return await self._database.read(caller, work)
+
+    async def _overview(self, request: Request) -> Response:
+        caller = caller_of(request)
+        if caller.org is not None:
+            raise AccessDenied("what needs attention over all orgs is for operators", fix="GET /runs")
+        query_of(request, (), "status")
+        now = self._clock.now()
+
+        def work(connection: Connection) -> Response:
+            is_admin = caller.role == "admin"
+            found = overview(connection, now, installation=self._installation, is_admin=is_admin)
+            return json_response(found)
+
+        return await self._database.read(caller, work)
+
+    async def _usage(self, request: Request) -> Response:
+        caller = caller_of(request)
+        given = query_of(request, [one.name for one in endpoints.USAGE.query], "usage")
+        org = caller.scope(given.get("org"))
+        since, until = (
+            parse_time(given[name], self._clock, name=name) if name in given else None
+            for name in ("since", "until")
+        )
+
+        def work(connection: Connection) -> Response:
+            rows = usage(
+                connection,
+                org,
+                given.get("by", "meter"),
+                since=since,
+                until=until,
+                limit=limit_of(given),
+                after=given.get("after"),
+            )
+            return fresh(request, json_response([caller.sees(Usage, row) for row in rows]))
+
+        return await self._database.read(caller, work)
+
+    async def _budgets(self, request: Request) -> Response:
+        caller, org = caller_of(request), request.path_params["org"]
+        caller.scope(org)
+        if caller.org is not None:
+            raise AccessDenied("budgets are for operators", fix="GET /usage has what your org spent")
+        query_of(request, (), "budgets")
+
+        def work(connection: Connection) -> Response:
+            return json_response([caller.sees(BudgetLevel, row) for row in budgets_of(connection, org)])
+
+        return await self._database.read(caller, work)
+
+    async def _raise(self, request: Request) -> Response:
+        body, caller = await body_of(request, endpoints.RAISE), caller_of(request)
+        until = parse_time(body.pop("until"), self._clock, name="until") if "until" in body else None
+        what = {"per": "day", **body, "until": until}
+        row = await self._database.raise_budget(caller, request.path_params["org"], **what)
+        return _changed(endpoints.RAISE, caller, row)
+
+    async def _add_credential(self, request: Request) -> Response:
+        caller, org = caller_of(request), request.path_params["org"]
+        # Before anything is read: only an admin's text reaches the key ring.
+        caller.scope(org)
+        caller.require_may("credentials")
+        query_of(request, (), "a new credential")
+        body = await body_of(request, endpoints.ADD_CREDENTIAL)
+        if ("client_secret" in body) == ("reference" in body):
+            raise UsageError(
+                "the body needs client_secret or reference, one of the two",
+                fix="give the secret, or the name of its file in secrets_dir",
+            )
+        secret = body.pop("client_secret", None)
+        row = await self._database.add_credential(caller, org, secret=secret, **body)
+        return json_response(caller.sees(CredentialRow, row), 201)
+
+    async def _retire_credential(self, request: Request) -> Response:
+        await body_of(request, endpoints.RETIRE_CREDENTIAL)
+        caller, org = caller_of(request), request.path_params["org"]
+        generation = request.path_params["generation"]
+        if not _GENERATION.fullmatch(generation):
+            caller.scope(org)
+            raise NotFound(
+                f"{generation!r:.80} is not a generation", fix="use a number that GET /credentials lists"
+            )
+        row = await self._database.retire_credential(caller, org, int(generation))
+        return json_response(caller.sees(CredentialRow, row))
+
+    async def _run(self, request: Request, part: str | None = None) -> Response:
+        caller, run = caller_of(request), request.path_params["run"]
+        query_of(request, (), "a run")
+
+        def work(connection: Connection) -> Response:
+            row = caller.sees(RunDetail, runs.run(connection, caller.scope(), run))
+            return json_response(row if part is None else row[part])
+
+        return await self._database.read(caller, work)
+
+    async def _why(self, request: Request) -> Response:
+        caller, run_id = caller_of(request), request.path_params["run"]
+        query_of(request, (), "a run")
+
+        def work(connection: Connection) -> Response:
+            run = caller.sees(RunDetail, runs.run(connection, caller.scope(), run_id))
+            found = explain(connection, run, across_orgs=caller.org is None)
+            return json_response(caller.sees(Explanation, row_of(found)))
+
+        return await self._database.read(caller, work)
+
+    async def _logs(self, request: Request) -> Response:
+        given, caller = query_of(request, ("after", "limit"), "a log"), caller_of(request)
+        after = log_place(given.get("after", "0.0"))
+        limit = Page(limit=limit_of(given)).limit or MAX_LIMIT
+
+        def work(connection: Connection) -> Response:
+            run = require_run(connection, request.path_params["run"], caller.org)
+            lines = runs.lines(connection, caller.scope(), run["id"], after=after, limit=limit)
+            return json_response([caller.sees(LogRow, line) for line in lines])
+
+        return await self._database.read(caller, work)
+
+    async def _many(self, endpoint: Endpoint, request: Request) -> Response:
+        body, caller = await body_of(request, endpoint), caller_of(request)
+        query, database = parsed(body.pop("q"), now=self._clock.now()), self._database
+        change = database.retry_many if endpoint is endpoints.RETRY_MANY else database.cancel_many
+        return json_response(caller.sees(Bulk, await change(caller, Many(query, **body))))
+
+    async def _edit(self, request: Request) -> Response:
+        changes, caller = await body_of(request, endpoints.EDIT), caller_of(request)
+        reason, revision = changes.pop("reason", None), _revision(request)
+        row = await self._database.edit(caller, *_named(request), changes, revision=revision, reason=reason)
+        return _fresh(request, endpoints.EDIT, caller, row)
+
+    async def _run_now(self, request: Request) -> Response:
+        body, caller = await body_of(request, endpoints.RUN_NOW), caller_of(request)
+        key = request.headers.get("idempotency-key")
+        row = await self._database.run_now(caller, *_named(request), request_key=key, **body)
+        return _changed(endpoints.RUN_NOW, caller, row)
+
+    async def _backfill(self, request: Request) -> Response:
+        body, caller = await body_of(request, endpoints.BACKFILL), caller_of(request)
+        start, until = (parse_time(body[name], self._clock, name=name) for name in ("from", "until"))
+        what = {"start": start, "until": until, "limit": body.get("limit", 1)}
+        if body.get("dry_run"):
+            plan = await self._database.planned_backfill(caller, *_named(request), **what)
+            return json_response(caller.sees(PlannedBackfill, plan))
+        what["reason"] = body.get("reason")
+        row = await self._database.backfill(caller, *_named(request), **what)
+        return json_response(caller.sees(Backfill, row))
+
+    async def _document(self, request: Request) -> Response:
+        query_of(request, (), "the document")
+        return fresh(request, json_response(document()))
+
+
+def _by_method(handlers: Mapping[str, Handler]) -> Handler:
+    """A handler that chooses by the method; HEAD is answered as GET, and the server drops the body."""
+    if len(handlers) == 1:
+        [only] = handlers.values()
+        return only
+
+    async def choose(request: Request) -> Response:
+        return await handlers["GET" if request.method == "HEAD" else request.method](request)
+
+    return choose
+
+
+def read_list(
+    connection: Connection, listing: Listing[Any], caller: Caller, given: Mapping[str, str], clock: Clock
+) -> tuple[list[Row], str | None]:
+    """A page of a list as this caller sees it, and its last id if more rows may follow.
+
+    Raises:
+        AccessDenied: the caller has a lesser role.
+        NotFound: the org does not exist, at least for this caller; or `after` is not an id.
+        UsageError: an invalid value.
+    """
+    # An org may read its own credentials and audit.
+    if caller.org is None and listing.admin_only:
+        caller.require("admin")
+    org = caller.scope(given.get("org"))
+    since = given.get("since")
+    page = Page(
+        definition=given.get("definition"),
+        state=given.get("state"),
+        since=None if since is None else parse_time(since, clock, name="since"),
+        limit=limit_of(given),
+        after=given.get("after"),
+        query=of_pool(parsed(given["q"], now=clock.now()) if "q" in given else None, given.get("pool")),
+        broken=flag_of(given, "broken"),
+    )
+    if listing is RUNS and page.query is not None:
+        if page.state is not None:
+            states_of(page.state, listing.states, what=listing.name)
+        found = search.page_of(connection, org, page.query, page)
+        return [caller.sees(Run, row) for row in found.runs], found.next
+    rows = lists.read(connection, listing, org, page)
+    full = "limit" in listing.parameters and len(rows) == listing.limit_of(org, page)
+    return [caller.sees(listing.row, row) for row in rows], rows[-1]["id"] if full else None
+
+
+def _named(request: Request) -> tuple[str, str]:
+    return request.path_params["org"], request.path_params["name"]
+
+
+def _revision(request: Request) -> int | None:
+    """The revision in `If-Match`, None without it or for `*`; raises PreconditionFailed for anything else."""
+    given = request.headers.get("if-match", "*").strip()
+    if given == "*":
+        return None
+    found = _REVISION.fullmatch(given)
+    if found is None:
+        raise PreconditionFailed(
+            "If-Match is not the ETag of a definition", fix="send the ETag of the GET of the same address"
+        )
+    return int(found[1])
+
+
+def _fresh(request: Request, endpoint: Endpoint, caller: Caller, row: Row) -> Response:
+    """The row, with an ETag that names the revision of a definition."""
+    prefix = f"{row['revision']}-" if endpoint.answer is DefinitionDetail else ""
+    return fresh(request, json_response(caller.sees(endpoint.answer, row)), prefix=prefix)
+
+
+def _changed(endpoint: Endpoint, caller: Caller, row: Row) -> Response:
+    """The changed row; for a new run also its address."""
+    headers = {"location": f"{BASE}/runs/{row['id']}"} if "Location" in endpoint.returns else {}
+    return json_response(caller.sees(endpoint.answer, row), endpoint.status, headers)

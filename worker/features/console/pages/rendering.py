@@ -1,0 +1,180 @@
+"""Rendering: templates whose values are all escaped, an error's page, and static files by content hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+from zoneinfo import ZoneInfo
+
+import jinja2
+from jinja2.runtime import Context
+from markupsafe import Markup
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Scope
+
+from worker.clock import to_text
+from worker.features.console.callers import Caller
+from worker.features.console.pages.links import org_path
+from worker.features.console.sessions import STATIC
+from worker.model.definitions.units import took
+
+_WEB = Path(__file__).parents[1]
+_TYPES = {".css": "text/css", ".js": "text/javascript"}
+_FILES: Mapping[str, bytes] = {
+    file.name: file.read_bytes() for file in sorted((_WEB / "static").iterdir()) if file.suffix in _TYPES
+}
+_HASHES = {name: hashlib.sha256(body).hexdigest()[:16] for name, body in _FILES.items()}
+_YEAR = "public, max-age=31536000, immutable"
+
+# No inline script or style, and nothing from elsewhere. The icon is a data URI.
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+}
+
+_TITLES = {
+    400: "This request is not complete",
+    403: "You may not do this",
+    404: "There is nothing here",
+    405: "This page cannot do that",
+    409: "The state does not allow this",
+    413: "This is too large",
+    422: "A value is not valid",
+    429: "Too many requests",
+    503: "Not available right now",
+}
+# A command of the command line, an option, or a setting, as the fixes of errors name them.
+_COMMAND = re.compile(r"`[^`]*`|\[\[?[a-z_.]+\]\]?|worker\.toml|Authorization:")
+
+
+def _time(value: datetime | None) -> str:
+    return "" if value is None else to_text(value)[:19].replace("T", " ") + " UTC"
+
+
+@jinja2.pass_context
+def _when(context: Context, value: datetime | None, *, seconds: bool = False) -> Markup:
+    """A time in UTC, with the viewer's own beside it; empty for None."""
+    if value is None:
+        return Markup()
+    written = value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S" if seconds else "%Y-%m-%d %H:%M")
+    shown = Markup('<time datetime="{}">{} UTC</time>').format(to_text(value), written)
+    zone: ZoneInfo | None = context.get("zone")
+    if zone is None:
+        return shown
+    there = value.astimezone(zone)
+    day = "" if there.date() == value.astimezone(UTC).date() else there.strftime("%d %b ")
+    local = f"{day}{there.strftime('%H:%M')} {zone.key.rpartition('/')[2].replace('_', ' ')}"
+    return shown + Markup(' <span class="local">{}</span>').format(local)
+
+
+@jinja2.pass_context
+def _ago(context: Context, value: datetime | None) -> str:
+    """How long ago a time is, or how far ahead, to about one digit."""
+    if value is None:
+        return ""
+    now: datetime = context["now"]
+    span = took(abs(now - value))
+    return f"{span} ago" if value <= now else f"in {span}"
+
+
+def _path(value: object) -> str:
+    """A value as one segment of a path."""
+    return quote(str(value), safe="")
+
+
+_pretty = partial(json.dumps, indent=2, ensure_ascii=False, default=str)
+
+
+def static_url(name: str) -> str:
+    """The address of a static file, which changes with its content; raises KeyError."""
+    return f"{STATIC}{name}?v={_HASHES[name]}"
+
+
+templates = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(_WEB / "templates"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    auto_reload=False,
+)
+templates.filters |= {"time": _time, "pretty": _pretty, "ago": _ago, "took": took, "path": _path}
+# What `Pages.show` sets for a caller; the login page has none of it.
+templates.globals |= {
+    "static": static_url,
+    "caller": None,
+    "session": None,
+    "csrf": None,
+    "navigation": (),
+    "here": "",
+    "searched": "",
+    "may_act": False,
+    "when": _when,
+    "zone": None,
+}
+
+
+def page(template: str, status: int = 200, **values: Any) -> Response:
+    """Render a page; every value is escaped."""
+    body = templates.get_template(template).render(values)
+    return Response(body, status, HEADERS, media_type="text/html")
+
+
+def error_page(scope: Scope, frame: dict[str, Any], status: int, message: str, fix: str) -> Response:
+    """An error page that keeps its person logged in, with links into the console instead of commands."""
+    fix = fix_of(fix)
+    values = {
+        "code": status,
+        "title": _TITLES.get(status, "This did not work"),
+        "message": f"{message[:1].upper()}{message[1:].rstrip('.')}.",
+        "fix": fix,
+        "ways": _ways(scope, frame["caller"], status),
+    }
+    return page("error.html", status, **frame, **values)
+
+
+def fix_of(fix: str) -> str:
+    """The fix as a sentence; empty if it is for the command line or for worker.toml."""
+    return "" if not fix or _COMMAND.search(fix) else f"{fix[:1].upper()}{fix[1:].rstrip('.')}."
+
+
+def _ways(scope: Scope, caller: Caller | None, status: int) -> Sequence[tuple[str, str]]:
+    """Where the person can go from here: what the path is about, then what they may see."""
+    if caller is None:
+        return [("/", "Log in")]
+    path: str = scope["path"]
+    if caller.org is not None:
+        return [(org_path(caller.org), "The page of your org")]
+    ways = [("/", "What needs attention")]
+    parts = path.split("/")
+    if parts[1] == "orgs" and len(parts) > 3:
+        ways.insert(0, (org_path(parts[2]), f"The page of {parts[2]}"))
+    elif parts[1] == "orgs":
+        ways.insert(0, ("/orgs", "All orgs"))
+    elif parts[1] == "runs":
+        ways.insert(0, ("/failures", "Failed runs by cause"))
+    elif status == 400 and scope["method"] == "GET":
+        ways.insert(0, (quote(path), "This page without filters"))
+    return ways
+
+
+async def _static_file(request: Request) -> Response:
+    """A static file, cached for a year by the hash of its content."""
+    name = request.url.path.removeprefix(STATIC)
+    is_current = request.query_params.get("v") == _HASHES[name]
+    headers = {"cache-control": _YEAR if is_current else "no-cache"}
+    return Response(_FILES[name], headers=headers, media_type=_TYPES[Path(name).suffix])
+
+
+def static_routes() -> tuple[Route, ...]:
+    """One route a file, so that no path can leave the folder."""
+    return tuple(Route(STATIC + name, _static_file) for name in _FILES)

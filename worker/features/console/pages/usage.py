@@ -1,0 +1,92 @@
+"""Usage: what orgs spent, and their budgets, which operators can raise here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlencode
+
+from sqlalchemy import Connection
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from worker.errors import Conflict, NotFound, UsageError, WorkerError
+from worker.features.console.callers import caller_of
+from worker.features.console.pages.base import ROWS, PageGroup, allowed, query
+from worker.features.console.pages.forms import problem_of, reason_of
+from worker.store.dialect import database_now
+from worker.store.lists.usage import BYS, BudgetLevel, Usage, budgets_of, usage
+
+# How far back the page looks.
+SPANS = {"1d": timedelta(0), "7d": timedelta(days=6), "30d": timedelta(days=29), "365d": timedelta(days=364)}
+
+
+class UsagePages(PageGroup):
+    def routes(self) -> Sequence[Route]:
+        return (
+            Route("/usage", self._usage),
+            Route("/usage/{org}/raise", self._raise, methods=["POST"]),
+        )
+
+    async def _usage(self, request: Request) -> Response:
+        return await self._page(request, query(request, "org", "by", "since", "after"))
+
+    async def _page(
+        self, request: Request, given: dict[str, str], problem: WorkerError | None = None
+    ) -> Response:
+        """What was spent; of one org also its budgets, for operators."""
+        caller = caller_of(request)
+        by, since = given.get("by", "meter"), given.get("since", "30d")
+        if since not in SPANS:
+            raise UsageError(f"{since!r} is not a span of this page", fix=f"one of {', '.join(SPANS)}")
+        org = caller.org or given.get("org")
+
+        def work(connection: Connection) -> dict[str, Any]:
+            scope = caller.scope(org)
+            # The days are those of the database's clock.
+            start = database_now(connection) - SPANS[since]
+            rows = usage(connection, scope, by, since=start, limit=ROWS, after=given.get("after"))
+            levels = [] if org is None or caller.org is not None else budgets_of(connection, org)
+            orgs = list(dict.fromkeys(row["org"] for row in rows))
+            more = org is None and len(orgs) == ROWS
+            return {
+                "rows": [caller.sees(Usage, row) for row in rows],
+                "budgets": [caller.sees(BudgetLevel, level) for level in levels],
+                "by": by,
+                "bys": BYS,
+                "since": since,
+                "spans": list(SPANS),
+                "org": org,
+                "may": allowed(request),
+                "next": f"/usage?{urlencode({**given, 'after': orgs[-1]})}" if more else None,
+                **problem_of(problem),
+            }
+
+        return await self._pages.show(request, "usage.html", work)
+
+    async def _raise(self, request: Request) -> Response:
+        _, form = await self._pages.checked_form(request)
+        org = request.path_params["org"]
+        try:
+            await self._pages.database.raise_budget(
+                caller_of(request),
+                org,
+                meter=form.get("meter", ""),
+                per=form.get("per", ""),
+                by=_number(form.get("by", "")),
+                reason=reason_of(form),
+            )
+        except (Conflict, NotFound, UsageError) as error:
+            if caller_of(request).org is not None:
+                raise
+            return await self._page(request, {"org": org}, problem=error)
+        return RedirectResponse(f"/usage?{urlencode({'org': org})}", 303)
+
+
+def _number(text: str) -> int:
+    digits = text.strip().replace(",", "").replace("_", "")
+    if not (digits.isascii() and digits.isdecimal()):
+        raise UsageError(f"{text!r:.40} is not a whole number", fix="write it in digits, such as 50000")
+    return int(digits[:20])

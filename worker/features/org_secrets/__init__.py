@@ -1,0 +1,1 @@
+"""Secrets of an org for its handlers, such as its model key."""

@@ -1,0 +1,1 @@
+"""Orgs and their applications, as the identity provider and the definitions say."""

@@ -1,0 +1,1 @@
+"""What each HTTP port of a process has: connections, clients, health, responses."""

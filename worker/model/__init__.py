@@ -1,0 +1,1 @@
+"""What definitions, runs, budgets, waits and claims are. Pure: no I/O, no clock."""

@@ -1,0 +1,201 @@
+"""The search language of console, API and command line: `acme state:failed since:yesterday`. Pure.
+
+A bare word matches the beginning of a word of an org's name or code, or of a run's id. `key:value`
+narrows further; a value with spaces is quoted. `worker.store.lists.search` finds the rows.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, tzinfo
+from difflib import get_close_matches
+
+from worker.errors import UsageError
+from worker.model.definitions.units import time_of
+from worker.model.runs.causes import CAUSES
+
+STATES = tuple(dict.fromkeys(state for state, _ in CAUSES))
+"""Every state of a run."""
+REASONS = tuple(dict.fromkeys(reason for _, reason in CAUSES if reason is not None))
+"""Every reason of a run."""
+ORIGINS = ("schedule", "manual", "backfill", "retry")
+
+KEYS: Mapping[str, str] = {
+    "org": "an org's code, or the beginnings of words of its name",
+    "state": "one or more of " + ", ".join(STATES) + ", separated by commas",
+    "since": "runs made since then: 2h, 1d (ago), today, yesterday, monday, 2027-01-01, 2027-01-01T08:00",
+    "until": "runs made before then, in the same forms",
+    "handler": "the handler's name",
+    "definition": "the definition's name",
+    "cause": "a part of the error's cause",
+    "reason": "the reason that `runs list` shows",
+    "origin": "one of " + ", ".join(ORIGINS),
+    "pool": "the pool of the run",
+}
+"""The keys, and what their values are."""
+
+MAX_TEXT = 500
+MAX_WORDS = 8
+MAX_WORD = 64
+"""Longer words of a name are cut, since no one types more."""
+# At least this much of an id: shorter beginnings are words.
+_ID_BEGINS = 8
+_ID = re.compile(r"[0-9a-f]{8}-?[0-9a-f]{0,4}-?[0-9a-f]{0,4}-?[0-9a-f]{0,4}-?[0-9a-f]{0,12}")
+_TOKEN = re.compile(r'([A-Za-z_]+):(?=\s|$)|(?:([A-Za-z_]+):)?(?:"([^"]*)"|([^\s"]+))(?=\s|$)')
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What is searched for; every part must match."""
+
+    words: tuple[str, ...] = ()
+    org: str | None = None
+    states: frozenset[str] = frozenset()
+    since: datetime | None = None
+    until: datetime | None = None
+    handler: str | None = None
+    definition: str | None = None
+    cause: str | None = None
+    reason: str | None = None
+    origin: str | None = None
+    pool: str | None = None
+
+    @property
+    def is_of_runs(self) -> bool:
+        """Whether a key narrows the runs, and not only their org."""
+        return any(getattr(self, name) for name in KEYS if name not in ("org", "state")) or bool(self.states)
+
+
+def parsed(text: str, *, now: datetime, zone: tzinfo = UTC) -> Query:
+    """The query of a text; days and times without an offset are in `zone`.
+
+    Raises:
+        UsageError: an unknown key, state, reason or origin, each with the nearest known one; a key
+            that is given twice or without a value; an open quote; or a text that is too long.
+    """
+    if len(text) > MAX_TEXT:
+        raise UsageError(f"the search has more than {MAX_TEXT} characters", fix="search for less")
+    if not all(letter.isprintable() or letter.isspace() for letter in text):
+        raise UsageError("the search has a character that is not printable", fix="remove it")
+    words: list[str] = []
+    given: dict[str, str] = {}
+    for key, value in _tokens(text):
+        if key is None:
+            words += value.split()
+        elif key not in KEYS:
+            raise UsageError(
+                f"the search has no key {key}:",
+                fix=f"{hint_of(key, KEYS)}the keys are {', '.join(KEYS)}; quote a word that has a colon",
+            )
+        elif key in given:
+            raise UsageError(f"the search has {key}: twice", fix="give each key once")
+        elif not value.strip():
+            raise UsageError(f"{key}: has no value", fix=f"it is {KEYS[key]}")
+        else:
+            given[key] = value.strip()
+    if len(words) > MAX_WORDS:
+        raise UsageError(f"the search has more than {MAX_WORDS} words", fix="search for fewer")
+    for key, known, what in (("reason", REASONS, "a reason"), ("origin", ORIGINS, "an origin")):
+        if key in given:
+            _check(given[key], known, f"{what} of a run")
+    return Query(
+        words=tuple(words),
+        org=given.get("org"),
+        states=frozenset(states_of(given["state"])) if "state" in given else frozenset(),
+        since=time_of(given["since"], now=now, zone=zone, name="since:") if "since" in given else None,
+        until=time_of(given["until"], now=now, zone=zone, name="until:") if "until" in given else None,
+        handler=given.get("handler"),
+        definition=given.get("definition"),
+        cause=given.get("cause"),
+        reason=given.get("reason"),
+        origin=given.get("origin"),
+        pool=given.get("pool"),
+    )
+
+
+def of_pool(query: Query | None, pool: str | None) -> Query | None:
+    """The query narrowed to a pool that is given beside it.
+
+    Raises:
+        UsageError: the query names another pool.
+    """
+    if pool is None:
+        return query
+    if query is not None and query.pool not in (None, pool):
+        raise UsageError(f"the search has pool:{query.pool}, not {pool}", fix="name the pool once")
+    return replace(query or Query(), pool=pool)
+
+
+def _tokens(text: str) -> Iterable[tuple[str | None, str]]:
+    """The pairs of key and value; the key of a bare word is None."""
+    place = 0
+    while text[place:].strip():
+        place += len(text[place:]) - len(text[place:].lstrip())
+        found = _TOKEN.match(text, place)
+        if found is None:
+            raise UsageError(
+                f"the search has a quote in the wrong place: {text[place:]}",
+                fix='write a value with spaces as cause:"CRM answers"',
+            )
+        empty, key, quoted, plain = found.groups()
+        yield (empty or key or "").lower() or None, quoted if quoted is not None else plain or ""
+        place = found.end()
+
+
+def states_of(text: str, known: Collection[str] = STATES, *, what: str = "a run") -> tuple[str, ...]:
+    """The states of a text such as `failed,refused`.
+
+    Raises:
+        UsageError: one is unknown; names the nearest known one.
+    """
+    states = tuple(dict.fromkeys(state.strip() for state in text.split(",")))
+    for state in states:
+        _check(state, known, f"a state of {what}", "; several are separated by commas")
+    return states
+
+
+def _check(value: str, known: Collection[str], what: str, more: str = "") -> None:
+    if value not in known:
+        fix = f"{hint_of(value, known)}one of {', '.join(known)}{more}"
+        raise UsageError(f"{value!r} is not {what}", fix=fix)
+
+
+def near(word: str, known: Iterable[str], *, most: int = 3) -> list[str]:
+    """The known words that are most like this one, best first."""
+    return get_close_matches(word, list(known), n=most, cutoff=0.7)
+
+
+def hint_of(word: str, known: Iterable[str]) -> str:
+    """`did you mean failed? `, or nothing if no known word is near."""
+    found = near(word.lower(), known, most=1)
+    return f"did you mean {found[0]}? " if found else ""
+
+
+def folded(text: str) -> str:
+    """The text without case and accents, as words are compared."""
+    decomposed = unicodedata.normalize("NFKD", text.casefold())
+    return "".join(letter for letter in decomposed if not unicodedata.combining(letter))
+
+
+def words_of(*texts: str) -> set[str]:
+    """The folded words of an org's name and code: `org_acme` gives `org_acme`, `org` and `acme`."""
+    found: set[str] = set()
+    for text in texts:
+        for part in folded(text).split():
+            found |= {part, *re.findall(r"[^\W_]+", part)}
+    return {word[:MAX_WORD] for word in found}
+
+
+def ids_of(word: str) -> tuple[str, str] | None:
+    """The first and the last id that begin with this word; None if it is not the beginning of an id."""
+    digits = word.lower().replace("-", "")
+    if len(digits) < _ID_BEGINS or _ID.fullmatch(word.lower()) is None:
+        return None
+    return _as_id(digits.ljust(32, "0")), _as_id(digits.ljust(32, "f"))
+
+
+def _as_id(digits: str) -> str:
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))

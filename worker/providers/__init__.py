@@ -1,1 +1,0 @@
-"""The management APIs of identity providers."""
