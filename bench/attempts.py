@@ -30,11 +30,11 @@ from typing import Any
 from tests.fakes.issuer import App, FakeCredentials, FakeIssuer, kinde_issuer
 from worker.clock import SystemClock
 from worker.engine.attempt.attempt import attempt
-from worker.engine.attempt.dispatcher import Dispatcher
 from worker.engine.attempt.inflight import InflightRuns
 from worker.engine.attempt.plan import HandlerRegistry, Plans, Revision
 from worker.engine.attempt.run_log import RunLogWriter
 from worker.engine.attempt.tools import Tools
+from worker.engine.loops.dispatcher import Dispatcher
 from worker.engine.runners.inline import Inline
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.context import Context

@@ -19,6 +19,8 @@ import pytest
 from tests import speed
 from tests.fakes import postgres, shared, shifted
 from tests.fakes.clock import ManualClock
+from worker.app.features import FEATURES
+from worker.kit.feature import use
 from worker.store import schema
 from worker.telemetry import events
 from worker.telemetry.masking import masker
@@ -27,6 +29,7 @@ HERE = Path(__file__).parent
 
 
 speed.begin()
+use(FEATURES)
 
 # Timings say nothing on a shared machine; a gate that all changes pass tries the same examples each time.
 hypothesis.settings.register_profile("worker", deadline=None, derandomize="CI" in os.environ)

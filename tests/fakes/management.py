@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from tests.fakes.issuer import App, FakeIssuer
 from worker.errors import ForeignApplication, ProviderRefused
 from worker.features.provisioning.management.contract import (
-    ApplicationName,
     ListedApplication,
     Notice,
     OrgApplication,
     PropertyValue,
     ProviderOrg,
 )
+from worker.model.provider import ApplicationName
 from worker.secret import Secret
 
 PAGE = 3

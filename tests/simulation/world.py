@@ -48,7 +48,7 @@ from worker.engine.incarnation import FAREWELL, ProcessTools, run_incarnations
 from worker.engine.runners import inline
 from worker.errors import StoreUnavailable, WorkerError
 from worker.features.hosts import wiring as hosting
-from worker.features.hosts.attempt_listener import AttemptListener
+from worker.features.hosts.attempt_listener import AttemptListener, HostsOfWorker
 from worker.features.hosts.wiring import Host
 from worker.operations import chores
 from worker.outbound import open_client
@@ -239,10 +239,10 @@ class Machine:
         tools = self._tools()
         database = world.open_database(tools.clock)
         keyring = KeyRing.load(settings.keyring_file)
-        attempts = AttemptListener(settings.attempts, tools.clock)
-        attempts._listener = SimpleNamespace()  # type: ignore[assignment]
-        self.attempts = attempts
-        worker = Worker(settings, database, keyring, tools, attempts)
+        hosts = HostsOfWorker(settings, tools.clock)
+        hosts.listener._listener = SimpleNamespace()  # type: ignore[assignment]
+        self.attempts = hosts.listener
+        worker = Worker(settings, database, keyring, tools, [hosts])
         try:
             return await run_incarnations(worker.begin, tools, waiting="waiting for the database")
         finally:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 from worker.clock import SystemClock
 from worker.engine.attempt.attempt import attempt
-from worker.engine.attempt.dispatcher import Dispatcher
 from worker.engine.attempt.inflight import InflightRuns
 from worker.engine.attempt.plan import HandlerRegistry, Plans
 from worker.engine.attempt.run_log import RunLogWriter
 from worker.engine.attempt.tools import Tools
 from worker.engine.incarnation import Incarnation, ProcessTools, run_incarnations
 from worker.engine.loops.admission import Admission
+from worker.engine.loops.dispatcher import Dispatcher
 from worker.engine.loops.maintenance import Housekeeping, Retention, sweep
 from worker.engine.loops.reconciler import emit_recovered, recover_dead_workers
 from worker.engine.loops.scheduler import Scheduler, Wakeups
@@ -27,20 +27,17 @@ from worker.engine.loops.token_renewal import TokenRenewal
 from worker.engine.runners.inline import Inline
 from worker.engine.signals import Signals
 from worker.errors import ConfigurationError
-from worker.features.console.wiring import Web, metrics_of
-from worker.features.hosts.attempt_listener import AttemptListener
-from worker.features.hosts.temporal.loops import check_placers, placing_loops
 from worker.ids import RunId, WorkerId, new_id
-from worker.kit.web.health import Health
+from worker.kit.feature import Point
+from worker.kit.web.health import Health, metrics_of
+from worker.kit.web.side import PAGES, Web
 from worker.model.claims import PoolRules
 from worker.operations.chores import Chores, ages_of
-from worker.operations.installation import Ownership
-from worker.operations.keys import check_ring
 from worker.operations.new_claims import EVERY as NEW_CLAIMS_EVERY
 from worker.operations.new_claims import NewClaims
 from worker.outbound import open_client
 from worker.settings import Settings
-from worker.store import installation, schema
+from worker.store import schema
 from worker.store.database import Database
 from worker.store.engine import IDLE, lock_sqlite_file
 from worker.store.worker_store import WorkerStore, heartbeat_database
@@ -50,15 +47,18 @@ from worker.telemetry.vitals import Notifier
 from worker.tokens.cache import Tokens
 from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import SharedTokens
-from worker.wiring import find_keyring, open_keyring
+from worker.wiring import check_ring, find_keyring, open_keyring
+from worker.wiring.addition import Addition, Additions, Parts
 from worker.wiring.catalogue import StoredCatalogue
 from worker.wiring.confinement import confinement_of, readable_management_secrets
 from worker.wiring.issuers import issuers_of
 from worker.wiring.monitoring import monitoring
-from worker.wiring.secrets import OpenedCredentials, OpenedSecrets, StoredTokens
+from worker.wiring.secrets import OpenedCredentials, OpenedSecrets, StoredTokens, check_ring
 from worker.wiring.start import VERSION, start
 from worker.wiring.traces import traces_of
 
+# What features add to a worker.
+ADDITIONS: tuple[Point[Additions], ...] = (Point("hosts.worker", "[attempts] listen"),)
 # A collection of the newest objects stops the loop: 100,000 take some 20 ms, and these some 5.
 COLLECT = (20_000, 100, 50)
 # Seconds between two searches for runs whose handler no worker offers; each reads all waiting runs.
@@ -86,7 +86,6 @@ def run(settings: Settings) -> int:
     logs.configure(settings.log.style or None, level=settings.log.level)
     traces = traces_of(settings.tracing, clock, version=VERSION)
     notifier = Notifier()
-    check_placers(settings)
     confinement = confinement_of(settings)
     confinement.warn()
     for secret in readable_management_secrets(settings):
@@ -100,10 +99,13 @@ def run(settings: Settings) -> int:
         with database.autocommit() as connection:
             schema.check(connection)
         health = Health(metrics_of(settings, version=VERSION), sandbox=confinement.level)
-        web = Web(settings, clock, health, open_ring=partial(find_keyring, settings))
+        pages = PAGES.find()
+        given_pages = pages and pages(settings, clock, health, open_ring=partial(find_keyring, settings))
+        web = Web(settings, clock, health, given_pages)
         web.bind()
-        hosts = AttemptListener(settings.attempts, clock)
-        hosts.bind()
+        additions = [make(settings, clock) for point in ADDITIONS if (make := point.find()) is not None]
+        for addition in additions:
+            addition.bind()
         if not settings.keyring_file.exists():
             check_ring(database, None, settings.keyring_file)
         # On SQLite the file lock decides, not the lease: nothing is frozen.
@@ -117,13 +119,16 @@ def run(settings: Settings) -> int:
         except ConfigurationError:
             asyncio.run(process.children.close())
             raise
-        worker = Worker(settings, database, keyring, process, hosts)
+        worker = Worker(settings, database, keyring, process, additions)
 
         async def serve() -> int:
             own_connection = heartbeat_database(database, lease)
             with traces, monitoring(settings.alerts, own_connection, clock, health, process.threads):
-                async with web.serving(), hosts.serving():
-                    await database.run(web.print_link, database)
+                async with AsyncExitStack() as serving:
+                    await serving.enter_async_context(web.serving())
+                    for addition in additions:
+                        await serving.enter_async_context(addition.serving())
+                    await database.run(web.announce, database)
                     return await run_incarnations(worker.begin, process, waiting="waiting for the database")
 
         return asyncio.run(serve())
@@ -139,7 +144,7 @@ class Worker:
     database: Database
     keyring: KeyRing
     process: ProcessTools
-    hosts: AttemptListener
+    additions: Sequence[Addition]
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[Incarnation]:
@@ -149,17 +154,15 @@ class Worker:
         handlers = HandlerRegistry(frozenset(execution.inline))
         store = WorkerStore(database, worker_id, execution.lease, pools=execution.pools, pool_rules=rules)
         await self._register(worker_id, store, handlers)
-        ownership = Ownership(database, settings.installation)
-        if settings.placed_by_temporal:
-            key = await database.call(installation.key_of)
-            ownership = Ownership(database, settings.installation, key=key)
+        for addition in self.additions:
+            await addition.prepare(database)
         if settings.database.sqlite_file is not None:
             # This process holds the file lock, so every other worker of this database is dead.
             emit_recovered(await store.recover_all_others())
         async with AsyncExitStack() as resources:
             credentials = OpenedCredentials(database, self.keyring, settings.secrets_dir, self.process.clock)
             tokens = await self._tokens(worker_id, credentials, resources)
-            parts = _Parts(self, worker_id, store, handlers, rules, credentials, tokens, ownership)
+            parts = _Parts(self, worker_id, store, handlers, rules, credentials, tokens)
             yield parts.assemble(resources)
 
     async def _register(self, worker_id: WorkerId, store: WorkerStore, handlers: HandlerRegistry) -> None:
@@ -208,20 +211,18 @@ class _Parts:
     rules: PoolRules
     credentials: OpenedCredentials
     tokens: Tokens
-    ownership: Ownership
     signals: Signals = field(default_factory=Signals)
 
     def assemble(self, resources: AsyncExitStack) -> Incarnation:
         """The incarnation, which closes `resources` after its drain."""
-        settings, database, hosts = self.worker.settings, self.worker.database, self.worker.hosts
+        settings, database = self.worker.settings, self.worker.database
         process, store, handlers, signals = self.worker.process, self.store, self.handlers, self.signals
         clock, execution = process.clock, settings.execution
         poll = execution.poll.total_seconds()
         steps, wakeups = StepWriter(store, clock), Wakeups(database.hint, clock)
         tools, chores = self._tools(steps), Chores(database, on_runs=signals.runs_due)
-        api = hosts.api(store, tools, settings, self.credentials.ring, chores.ended)
-        hosts.attempts.begin(api)
-        resources.push_async_callback(hosts.end)
+        parts = Parts(self.id, store, tools, self.credentials.ring, signals, chores.ended, resources)
+        joined = [addition.join(parts) for addition in self.worker.additions]
         inflight_runs, free = InflightRuns(), signals.slots_free
         dispatcher = Dispatcher(tools, attempt, inflight_runs, store, on_free=free, on_end=chores.ended)
         admission = Admission(
@@ -230,14 +231,8 @@ class _Parts:
         if store.refills:
             dispatcher.finisher.refill_with(admission, store)
         scheduler = Scheduler(store, handlers, clock, poll=poll, on_fired=signals.fired)
-        placing = placing_loops(settings, store, self.id, self.ownership, clock)
-        signals.runs_due.calls(*(loop.wake.set for loop in placing.values()))
-        if api is not None:
-            signals.runs_due.calls(api.wake)
         signals.fired.calls(signals.runs_due, wakeups.request)
         signals.notified.calls(scheduler.wake.set, signals.runs_due)
-        signals.catalogue_read.calls(hosts.attempts.catalogue_read)
-        signals.draining.calls(hosts.drain)
         incarnation = Incarnation(
             process=process,
             id=self.id,
@@ -253,7 +248,7 @@ class _Parts:
             renew=execution.renew.total_seconds(),
             leave=partial(database.run, store.unregister),
             cancel=partial(self._cancel, dispatcher),
-            is_placed=lambda run: any(loop.holds(run) for loop in placing.values()),
+            is_placed=lambda run: any(each.is_placed(run) for each in joined),
             resources=resources,
         )
         recovery = partial(recover_dead_workers, may_recover=incarnation.may_recover)
@@ -262,7 +257,7 @@ class _Parts:
             "backfills": chores.backfills,
             "hints": wakeups.run,
             "listener": partial(database.listen, signals.notified),
-            **{f"placing {pool}": loop.run for pool, loop in placing.items()},
+            **{name: loop for each in joined for name, loop in each.loops.items()},
         }
         if settings.tokens.shared:
             ahead = settings.tokens.ahead

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
-from worker.app.completion import COMPLETION_VARIABLE, register_shells
+from worker.app.features import FEATURES
 from worker.errors import (
     AccessDenied,
     ConfigurationError,
@@ -26,60 +26,100 @@ from worker.errors import (
     did_you_mean,
 )
 from worker.ids import ALL_ORGS
+from worker.kit.completion import COMPLETION_VARIABLE, register_shells
+from worker.kit.feature import not_installed, use
 from worker.kit.options import option
 from worker.kit.output import MODULE, REQUIRE_COMMAND, Format, print_error
-from worker.kit.session import Invocation, as_command
+from worker.kit.session import Invocation, as_command, session_of
 from worker.telemetry.masking import masker
 
-# Module and function of each verb.
+# Module and function of each verb, below `worker.app.verbs` unless it is in another room.
 VERBS = {
-    "run": ("run", "run"),
-    "host": ("run", "host"),
-    "serve": ("run", "serve"),
-    "demo": ("run", "demo"),
-    "provision": ("sync", "provision"),
-    "apply": ("apply", "apply"),
-    "try": ("try_run", "try_"),
-    "new-job": ("new_job", "new_job"),
-    "login": ("login", "login"),
-    "status": ("morning", "status"),
-    "failures": ("morning", "failures"),
-    "check": ("checks", "check"),
-    "doctor": ("checks", "doctor"),
-    "completion": ("completion", "completion"),
+    "run": "worker.app.shell:run",
+    "demo": "worker.demo.verb:demo",
+    "apply": "apply:apply",
+    "try": "try_run:try_",
+    "new-job": "new_job:new_job",
+    "status": "morning:status",
+    "failures": "morning:failures",
+    "check": "checks:check",
+    "doctor": "checks:doctor",
+    "completion": "worker.kit.completion:completion",
 }
-# A noun's verbs are in `app` of its module, or under its name in another one.
-NOUNS = (
-    *("orgs", "credentials", "definitions", "templates", "calendars", "runs", "skips", "audit", "handlers"),
-    *("budgets", "usage", "operators", "hosts", "pools", "db", "keys", "tokens", "secrets"),
-    *("config", "import", "installation"),
-)
-IN_ANOTHER = {"skips": "lists", "audit": "lists", "tokens": "keys"}
-# Python cannot import a module of this name.
-MODULES = {"import": "importing"}
+NOUNS = {
+    "orgs": "orgs:app",
+    "credentials": "credentials:app",
+    "definitions": "definitions:app",
+    "templates": "templates:app",
+    "runs": "runs:app",
+    "skips": "morning:skips",
+    "audit": "morning:audit",
+    "handlers": "handlers:app",
+    "budgets": "budgets:app",
+    "usage": "usage:app",
+    "pools": "pools:app",
+    "db": "db:app",
+    "keys": "keys:app",
+    "tokens": "keys:tokens",
+    "config": "config:app",
+    "installation": "installation:app",
+}
 # Options before the verb that take a value.
 WITH_VALUE = ("--config", "--set")
 
 
 def add(app: typer.Typer, only: str | None) -> None:
-    """Add one verb or noun to `app`, or all of them."""
-    for verb, (module, function) in VERBS.items():
-        if only in (None, verb):
-            app.command(verb)(as_command(getattr(import_module(f"worker.app.{module}"), function)))
-    for noun in NOUNS:
-        if only in (None, noun):
-            home = import_module(f"worker.app.{IN_ANOTHER.get(noun) or MODULES.get(noun, noun)}")
-            app.add_typer(getattr(home, noun if noun in IN_ANOTHER else "app"), name=noun)
+    """Add one verb or noun to `app`, or all of them: those of the core, and of the features installed.
+
+    Raises UsageError if only a feature that is not installed has the one.
+    """
+    for name, place in (VERBS | NOUNS).items():
+        if only in (None, name):
+            _add(app, name, _load(place))
+    for feature in FEATURES:
+        if only is None and not feature.is_installed():
+            continue
+        for name, place in feature.verbs.items():
+            noun, _, verb = name.rpartition(" ")
+            if only not in (None, noun or verb):
+                continue
+            if feature.is_installed():
+                _add(_group(app, noun) if noun else app, verb, feature.load(place))
+            elif not noun:
+                raise not_installed(f"`{name}`", feature.name)
+
+
+def _add(app: typer.Typer, name: str, found: Any) -> None:
+    if isinstance(found, typer.Typer):
+        app.add_typer(found, name=name)
+    else:
+        app.command(name)(as_command(found))
+
+
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(module if "." in module else f"worker.app.verbs.{module}"), name)
+
+
+def _group(app: typer.Typer, noun: str) -> typer.Typer:
+    """The verbs of a noun of the core, for this command line: its module keeps its own."""
+    [found] = (group for group in app.registered_groups if group.name == noun)
+    core = cast(typer.Typer, found.typer_instance)
+    group = typer.Typer(help=core.info.help)
+    group.registered_commands = list(core.registered_commands)
+    found.typer_instance = group
+    return group
 
 
 def first(arguments: Sequence[str]) -> str | None:
     """The verb or noun that a command begins with; None if it is unknown."""
+    known = VERBS.keys() | NOUNS.keys() | {name for feature in FEATURES for name in feature.verbs}
     words = iter(arguments)
     for word in words:
         if word in WITH_VALUE:
             next(words, None)
         elif not word.startswith("-"):
-            return word if word in VERBS or word in NOUNS else None
+            return word if word in known else None
     return None
 
 
@@ -122,9 +162,16 @@ def before_the_verb(
         if not _is_module():
             print(context.get_help())
             raise typer.Exit
-        from worker.app.verbs.run import run
-
         run(context)
+
+
+def run(context: typer.Context) -> None:
+    """Start the worker; this is the default without a command. SIGTERM or Ctrl-C drains it."""
+    from worker.app.process import run as run_worker
+
+    session = session_of(context)
+    session.require_database()
+    raise typer.Exit(run_worker(session.settings))
 
 
 def build(only: str | None = None) -> typer.Typer:
@@ -158,6 +205,7 @@ def main() -> None:
 
 def invoke(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code. Errors go to stderr, without a traceback."""
+    use(FEATURES)
     for stream in (sys.stdout, sys.stderr):
         # An org's name must not fail on a terminal without UTF-8.
         if hasattr(stream, "reconfigure"):

@@ -18,8 +18,9 @@ from typing import Any
 from worker.demo import handlers
 from worker.demo.api import CustomerApi
 from worker.demo.handlers import METER
+from worker.demo.management import Application
 from worker.demo.people import Person, WebApplication
-from worker.demo.provider import Application, Fault, Provider, serve_provider
+from worker.demo.provider import Fault, Provider, serve_provider
 from worker.demo.serving import ServerThread, bind_loopback, url_of
 from worker.features.provisioning.management.kinde import SCOPES
 from worker.guard import Guard

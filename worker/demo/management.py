@@ -11,18 +11,18 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jwt
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-if TYPE_CHECKING:
-    from worker.demo.provider import Application, Provider
+from worker.demo.keys import KeyRotation
 
 T = TypeVar("T")
 
+FLAG_TYPES = {bool: "b", int: "i", float: "i"}
 LARGEST_PAGE = 500
 PAGE = 10
 MANAGEMENT = "management"  # the id of the management API itself
@@ -90,6 +90,57 @@ def errors(code: str, status: int) -> JSONResponse:
 
 def done(code: str, **members: Any) -> dict[str, Any]:
     return {"code": code, "message": "Success", **members}
+
+
+@dataclass(slots=True)
+class Application:
+    """An M2M application of one org, or of none if `org_code` is empty.
+
+    `properties` and `flags` are plain values; tokens have them in Kinde's form. `lifetime` is in seconds.
+    """
+
+    org_code: str
+    client_id: str
+    client_secret: str = field(repr=False)
+    scopes: tuple[str, ...] = ()
+    audiences: tuple[str, ...] = ()
+    properties: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
+    lifetime: int = 86400
+    enabled: bool = True
+    name: str = ""
+
+    def accepts(self, client_secret: str) -> bool:
+        return self.enabled and secrets.compare_digest(self.client_secret.encode(), client_secret.encode())
+
+    def as_claims(self) -> dict[str, Any]:
+        """Org, properties and flags as in a Kinde token."""
+        return ({"org_code": self.org_code} if self.org_code else {}) | {
+            "application_properties": {
+                name: {"v": as_property(value)} for name, value in self.properties.items()
+            },
+            "feature_flags": {
+                name: {"t": FLAG_TYPES.get(type(value), "s"), "v": value}
+                for name, value in self.flags.items()
+            },
+        }
+
+
+def as_property(value: Any) -> str | bool:
+    """A property's value as Kinde stores it: text or a boolean, so 1000 becomes "1000"."""
+    return value if isinstance(value, bool) else str(value)
+
+
+class Provider(Protocol):
+    """The provider whose applications these are."""
+
+    url: str
+    keys: KeyRotation
+    applications: dict[str, Application]
+
+    def now(self) -> int: ...
+
+    def make_application(self, name: str, org_code: str) -> Application: ...
 
 
 class ManagementApi:

@@ -27,52 +27,11 @@ from starlette.routing import Mount, Route
 
 from worker.clock import Clock, SystemClock
 from worker.demo.keys import KeyRotation
-from worker.demo.management import ManagementApi
+from worker.demo.management import Application, ManagementApi, as_property
 from worker.demo.people import CodeRefused, People, Person, WebApplication, claims_of
 from worker.demo.serving import ServerThread, bind_loopback, url_of
 
 T = TypeVar("T")
-
-FLAG_TYPES = {bool: "b", int: "i", float: "i"}
-
-
-@dataclass(slots=True)
-class Application:
-    """An M2M application of one org, or of none if `org_code` is empty.
-
-    `properties` and `flags` are plain values; tokens have them in Kinde's form. `lifetime` is in seconds.
-    """
-
-    org_code: str
-    client_id: str
-    client_secret: str = field(repr=False)
-    scopes: tuple[str, ...] = ()
-    audiences: tuple[str, ...] = ()
-    properties: dict[str, Any] = field(default_factory=dict)
-    flags: dict[str, Any] = field(default_factory=dict)
-    lifetime: int = 86400
-    enabled: bool = True
-    name: str = ""
-
-    def accepts(self, client_secret: str) -> bool:
-        return self.enabled and secrets.compare_digest(self.client_secret.encode(), client_secret.encode())
-
-    def as_claims(self) -> dict[str, Any]:
-        """Org, properties and flags as in a Kinde token."""
-        return ({"org_code": self.org_code} if self.org_code else {}) | {
-            "application_properties": {
-                name: {"v": as_property(value)} for name, value in self.properties.items()
-            },
-            "feature_flags": {
-                name: {"t": FLAG_TYPES.get(type(value), "s"), "v": value}
-                for name, value in self.flags.items()
-            },
-        }
-
-
-def as_property(value: Any) -> str | bool:
-    """A property's value as Kinde stores it: text or a boolean, so 1000 becomes "1000"."""
-    return value if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True, slots=True)

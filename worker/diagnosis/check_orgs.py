@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 
 from sqlalchemy import Connection
 
-from worker.diagnosis.requirements import OrgDefinitions, load_all_orgs, load_next_orgs, load_org, scopes_of
+from worker.clock import Clock
+from worker.diagnosis.requirements import (
+    OrgDefinitions,
+    lacking,
+    load_all_orgs,
+    load_next_orgs,
+    load_org,
+    scopes_of,
+)
 from worker.errors import ConfigurationError, Diagnostic, NotFound, Unavailable
-from worker.features.org_secrets import operations as org_secrets
 from worker.guard.issuer import Issuer
+from worker.ids import OrgId
 from worker.model.claims import DIGESTS, ClaimChange, Digests, Rules, compare, pool_mismatch
 from worker.operations.handlers import Handlers
 from worker.operations.walks import for_each
+from worker.outbound import open_client
+from worker.settings import Settings
 from worker.store import applications, history, pools
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.tokens.credentials import Credential, CredentialSource
-from worker.tokens.token_probe import COMMAND, Need, ProbeResult, TokenProbe, kind_of
+from worker.tokens.token_probe import COMMAND, Need, ProbeResult, TokenProbe, kind_of, watch
+from worker.wiring import find_keyring
+from worker.wiring.issuers import issuers_of
+from worker.wiring.secrets import OpenedCredentials
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +162,11 @@ class Checks:
             f"org {code} has no active credential of generation {generation}",
             fix=f"`{COMMAND} credentials list {code}` lists them",
         )
+
+    async def try_out(self, code: str, candidate: Callable[[OrgId], Credential]) -> Report:
+        """The report of one org with a credential that is not stored; raises NotFound without the org."""
+        org, needs = self.read(code)
+        return await self.probe(org, needs, candidate(org.org.id), counts=False)
 
     async def probe(
         self, org: OrgDefinitions, needs: Sequence[Need], credential: Credential, *, counts: bool = True
@@ -311,7 +329,7 @@ def _denied_pools(
 
 
 def _lacks_secrets(connection: Connection, org: OrgDefinitions) -> list[Diagnostic]:
-    return [each.diagnostic() for each in org_secrets.lacking(connection, org, Handlers(connection))]
+    return [each.diagnostic() for each in lacking(connection, org, Handlers(connection))]
 
 
 def _lacks_credential(connection: Connection, org: OrgDefinitions) -> Diagnostic:
@@ -330,3 +348,27 @@ def _lacks_credential(connection: Connection, org: OrgDefinitions) -> Diagnostic
 
 def _add_credential(code: str) -> str:
     return f"`{COMMAND} credentials add {code} --client-id ID --secret-file FILE`"
+
+
+@asynccontextmanager
+async def open_checks(settings: Settings, database: Database, clock: Clock) -> AsyncIterator[Checks]:
+    """Token checks at the configured issuers, with the stored credentials.
+
+    Raises ConfigurationError if an issuer or the key ring is not usable.
+    """
+    ring = find_keyring(settings)
+    source = OpenedCredentials(database, ring, settings.secrets_dir, clock)
+
+    def digests(key_id: str) -> Digests | None:
+        return ring.digests(key_id) if ring is not None and key_id else None
+
+    async with open_client() as client:
+        watch(client)
+        probes = {
+            name: TokenProbe(issuer, client, clock=clock) for name, issuer in issuers_of(settings).items()
+        }
+        try:
+            yield Checks(database, source, probes, digests)
+        finally:
+            for probe in probes.values():
+                await probe.close()

@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from worker.clock import from_text
 from worker.diagnosis.load import Load, Peak, Stream
 from worker.engine.loops.token_renewal import MARGIN_SHARE as MARGIN_AHEAD
-from worker.errors import DefinitionError
+from worker.errors import DefinitionError, Diagnostic
 from worker.guard.issuer import Issuer
 from worker.ids import ALL_ORGS, DefinitionId
 from worker.model.claims import MIN_CLAIMS_AGE, usable_life
@@ -26,11 +26,12 @@ from worker.model.orgs import OrgRef
 from worker.model.runs.fire import window_of
 from worker.operations.handlers import Handlers
 from worker.settings.sections import TokenSettings
-from worker.store import definitions, health, history, orgs
+from worker.store import definitions, health, history, org_secrets, orgs
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.tokens.acquirer import RENEW_FROM, RENEW_UNTIL
 
+COMMAND = "python -m worker"
 PAGE = 500
 DAY = timedelta(days=1)
 # The lifetime of tokens of an issuer that has issued none yet.
@@ -260,3 +261,46 @@ def _lifetime(claims: Row | None) -> list[float]:
     except (KeyError, ValueError, TypeError):
         return []
     return [lifetime] if lifetime > 0 else []
+
+
+@dataclass(frozen=True, slots=True)
+class Lacking:
+    """A secret that a handler of an org's definition declares, and the org does not have."""
+
+    org: str
+    definition: str
+    handler: str
+    name: str
+
+    def diagnostic(self) -> Diagnostic:
+        return Diagnostic(
+            "secret",
+            False,
+            f"org {self.org} has no secret {self.name}: runs of {self.definition} by {self.handler} "
+            "are refused",
+            f"`{COMMAND} secrets add {self.org} {self.name}`",
+        )
+
+
+def lacking(connection: Connection, org: OrgDefinitions, handlers: Handlers) -> Iterator[Lacking]:
+    """The secrets that an org lacks, each once; reads them only if a handler declares any."""
+    wanted = {
+        name: (definition.name, handler)
+        for definition in reversed(org.definitions)
+        for handler in definition.handlers
+        for name in handlers.secrets_of(handler, handlers.pool_of(definition, org.pool))
+    }
+    if not wanted:
+        return
+    has = org_secrets.names(connection, [org.org.id]).get(org.org.id, set())
+    for name in sorted(wanted.keys() - has):
+        yield Lacking(org.org.code, *wanted[name], name)
+
+
+def lacking_of_all_orgs(database: Database) -> list[Lacking]:
+    """As `lacking`, of every org that can run something, by code."""
+    with database.autocommit() as connection:
+        handlers = Handlers(connection)
+        if not handlers.declare_secrets():
+            return []
+        return [each for org in load_all_orgs(connection) for each in lacking(connection, org, handlers)]

@@ -13,8 +13,8 @@ from random import Random, SystemRandom
 from typing import Any, Literal, Protocol
 
 from worker.clock import Clock
-from worker.engine.attempt.dispatcher import Dispatcher
 from worker.engine.attempt.plan import HandlerRegistry
+from worker.engine.loops.dispatcher import Dispatcher
 from worker.engine.loops.finisher import FinishStore
 from worker.engine.loops.heartbeat import Heartbeat, LeaseStore
 from worker.engine.loops.maintenance import Housekeeping

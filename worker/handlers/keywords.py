@@ -8,10 +8,7 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from worker.handlers.schema import Check
+from typing import Any, Protocol
 
 Verdict = bool | None
 """Whether a value fits; None if that is undecided."""
@@ -48,6 +45,28 @@ TYPES: Mapping[str, Callable[[Any], bool]] = {
     "number": _is_number,
     "integer": _is_integer,
 }
+
+
+class Resolved(Protocol):
+    """The whole schema: its references and enumerations."""
+
+    def target(self, reference: Any) -> Any: ...
+
+    def choices(self, wanted: Any, spend: Callable[[int], None]) -> Any: ...
+
+
+class Check(Protocol):
+    """One check of one value, as keywords use it; `spend` counts steps."""
+
+    @property
+    def schema(self) -> Resolved: ...
+
+    def spend(self, steps: int) -> None: ...
+
+    def fits(self, schema: Any, value: Any) -> Verdict: ...
+
+    def matches(self, pattern: str, text: str) -> bool: ...
+
 
 # --- Keywords whose verdict is that of subschemas ----------------------------------------------
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worker.app.completion import names, states
 from worker.clock import Clock
 from worker.errors import UsageError
+from worker.kit.completion import names, states
 from worker.model.definitions.units import parse_duration, parse_time, plain_json
 
 if TYPE_CHECKING:
@@ -70,6 +70,10 @@ AfterOption = Annotated[str | None, option("--after ID", "Continue the list afte
 NoteOption = Annotated[str | None, option("--note", "The reason; shown with the state.")]
 YesOption = Annotated[bool, option("--yes", "Skip confirmation (the default when stdin is not a terminal).")]
 FileArgument = Annotated[str, argument("FILE|-", "A file, or - for standard input.")]
+
+IssuerOption = Annotated[
+    str | None, option("--issuer NAME", "A table [issuers.NAME] (default: the only one).")
+]
 
 # How numbers, quoted strings, lists and objects begin.
 _JSON_STARTS = ('"', "[", "{", "-", *"0123456789")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, TypeVa
 import typer
 
 from worker.clock import Clock, SystemClock
-from worker.errors import ConfigurationError, NotFound, WorkerError, did_you_mean
+from worker.errors import ConfigurationError, NotFound, UsageError, WorkerError, did_you_mean
 from worker.ids import ALL_ORGS
 from worker.kit.output import Format, Row, print_row, print_rows
 
@@ -57,7 +57,7 @@ class Invocation:
     @property
     def actor(self) -> str:
         """The OS user, or its number if it has no name."""
-        from worker.features.console.operators import os_user
+        from worker.wiring import os_user
 
         return os_user()
 
@@ -146,6 +146,17 @@ def _with_suggestion(database: Database, error: NotFound) -> str:
                 question = f"did you mean {found[0]['code']} ({found[0]['name']})?"
         return f"{question} {error.fix}".strip()
     return error.fix
+
+
+def only_issuer(session: Invocation) -> str:
+    """The only issuer of worker.toml; raises UsageError if there are several, or none."""
+    found = sorted(session.settings.issuers)
+    if len(found) != 1:
+        raise UsageError(
+            f"--issuer is missing; worker.toml has {', '.join(found) or 'none'}",
+            fix="name one of them" if found else "add a table [issuers.main] to worker.toml",
+        )
+    return found[0]
 
 
 def session_of(context: typer.Context, output: Format = Format.TABLE) -> Invocation:

@@ -10,13 +10,6 @@ from functools import partial
 from sqlalchemy import Connection
 
 from worker.errors import DefinitionError, UsageError
-from worker.features.calendars.operations import (
-    calendar_changes,
-    dated,
-    following,
-    following_templates,
-    write_calendars,
-)
 from worker.ids import ALL_ORGS, OrgId, TemplateId, new_id
 from worker.model.definitions.definition import Definition
 from worker.model.definitions.fields import Faults, refusal
@@ -32,9 +25,11 @@ from worker.model.orgs import OrgEntry, Selector
 from worker.operations import settle
 from worker.operations.budgets import BudgetChange, budget_changes, wake_changed, write_budgets
 from worker.operations.changes import (
+    CALENDARS,
     Action,
     CalendarChange,
     Change,
+    Dates,
     DefinitionChange,
     OrgChange,
     TemplateChange,
@@ -125,7 +120,8 @@ class _Plan:
 
 
 def _carry_out(connection: Connection, plan: _Plan, *, actor: str, at: datetime, report: Report) -> None:
-    write_calendars(connection, plan.calendars, actor=actor, at=at)
+    if plan.calendars:
+        CALENDARS.require().write_calendars(connection, plan.calendars, actor=actor, at=at)
     settled = [change.before for change in plan.definitions if change.before]
     for org in plan.orgs:
         if org.before and "timezone" in org.new:
@@ -171,7 +167,10 @@ def _make_plan(
     named |= {budget.org for budget in file.budgets if budget.org is not None}
     users = (*file.definitions, *(entry.definition for entry in file.templates))
     used = {definition.calendar for definition in users if definition.calendar is not None}
-    plan.calendars, dates = calendar_changes(connection, file.calendars, used)
+    named_calendars = CALENDARS.require() if file.calendars or used else None
+    dates: Dates = {}
+    if named_calendars is not None:
+        plan.calendars, dates = named_calendars.calendar_changes(connection, file.calendars, used)
     changed = {
         change.name: [day.isoformat() for day in dates[change.name]]
         for change in plan.calendars
@@ -202,7 +201,8 @@ def _make_plan(
             fix = f'add [[org]] code = "{each.org}" to the file, or `orgs add {each.org}`'
             faults.add(refusal(f"there is no org {each.org}", name, "org", fix=fix))
             continue
-        each = dated(each, dates, name)
+        if named_calendars is not None:
+            each = named_calendars.dated(each, dates, name)
         check(each, name, (issuer_of[each.org],), partial(_pool_in, pool_of_org, each.org))
         before = stored.get((each.org, each.name))
         if before is not None and before["closed_at"] is None and before["template_id"] is not None:
@@ -214,8 +214,9 @@ def _make_plan(
     for template_entry in sorted(file.templates, key=lambda template: template.name):
         selected = template_entry.selector.issuer
         of = issuers or () if selected is None else (selected,)
-        dated_definition = dated(template_entry.definition, dates, f"template {template_entry.name}")
-        template_entry = replace(template_entry, definition=dated_definition)
+        if named_calendars is not None:
+            dated = named_calendars.dated(template_entry.definition, dates, f"template {template_entry.name}")
+            template_entry = replace(template_entry, definition=dated)
         selected_pools = partial(_pools_of, connection, template_entry.selector, file.orgs)
         check(template_entry.definition, f"template {template_entry.name}", of, selected_pools)
         template = _template_change(template_entry, templates.find(connection, template_entry.name), issuers)
@@ -230,9 +231,11 @@ def _make_plan(
     for row in others:
         if prune and row["org"] in named:
             plan.definitions.append(DefinitionChange.close(row))
-        elif row["spec"].get("calendar") in changed:
-            plan.definitions.append(following(row, changed))
-    plan.templates += following_templates(connection, changed, {entry.name for entry in file.templates})
+        elif named_calendars is not None and row["spec"].get("calendar") in changed:
+            plan.definitions.append(named_calendars.following(row, changed))
+    if named_calendars is not None:
+        in_file = {entry.name for entry in file.templates}
+        plan.templates += named_calendars.following_templates(connection, changed, in_file)
     pruned = frozenset(ids.values()) if prune else frozenset[OrgId]()
     plan.budgets += budget_changes(connection, file.budgets, ids, issuers, prune=pruned)
     return plan

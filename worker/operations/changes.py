@@ -5,15 +5,17 @@ Those of budgets are in `operations/budgets.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from sqlalchemy import Connection
 
 from worker.ids import ALL_ORGS, DefinitionId, OrgId, TemplateId, new_id
+from worker.kit.feature import Point
 from worker.model.definitions import CALENDAR_DATES
+from worker.model.definitions.calendars import CalendarEntry
 from worker.model.definitions.definition import Definition, to_spec
 from worker.operations import settle
 from worker.store import audit, backfills, definitions, edit_runs, orgs, templates
@@ -21,6 +23,8 @@ from worker.store.dialect import Row
 
 Kind = Literal["org", "definition", "template", "budget", "calendar"]
 Action = Literal["add", "change", "reopen", "close", "remove"]
+# The dates of calendars by name.
+Dates = Mapping[str, tuple[date, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,3 +338,28 @@ def write_templates(
         if change.before is None:
             values["created_at"] = at
         templates.write(connection, change.id, values, new=change.before is None)
+
+
+class NamedCalendars(Protocol):
+    """What the feature calendars does for a file, and for a definition that names one."""
+
+    def calendar_changes(
+        self, connection: Connection, entries: Sequence[CalendarEntry], named: Collection[str]
+    ) -> tuple[list[CalendarChange], Dates]: ...
+
+    def dated(self, definition: Definition, dates: Dates, entry: str) -> Definition: ...
+
+    def with_calendar(self, connection: Connection, definition: Definition, entry: str) -> Definition: ...
+
+    def following(self, row: Row, dates: Mapping[str, list[str]]) -> DefinitionChange: ...
+
+    def following_templates(
+        self, connection: Connection, changed: Mapping[str, list[str]], in_file: Collection[str]
+    ) -> list[TemplateChange]: ...
+
+    def write_calendars(
+        self, connection: Connection, changes: Sequence[CalendarChange], *, actor: str, at: datetime
+    ) -> None: ...
+
+
+CALENDARS: Point[NamedCalendars] = Point("calendars.named", "`calendar` of a definition")

@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from worker.clock import Clock
-from worker.diagnosis.check_orgs import Checks, Report
 from worker.errors import (
     Busy,
     ConfigurationError,
     Conflict,
     CredentialsRejected,
+    Diagnostic,
     IssuerUnavailable,
     NotFound,
     UsageError,
@@ -183,6 +183,27 @@ def is_stored(ring: KeyRing, row: Row, client_id: str, secret: str) -> bool:
     return stored == secret
 
 
+class Verified(Protocol):
+    """What a token that was requested with a credential showed."""
+
+    @property
+    def ok(self) -> bool: ...
+
+    @property
+    def transient(self) -> bool:
+        """Whether the issuer gave no response that says anything about the org."""
+
+    def problems(self) -> list[Diagnostic]: ...
+
+
+class Checks(Protocol):
+    """Requests tokens; implemented by `diagnosis.check_orgs`."""
+
+    async def verify(self, code: str, generation: int | None = None) -> Verified: ...
+
+    async def try_out(self, code: str, candidate: Callable[[OrgId], Credential]) -> Verified: ...
+
+
 @dataclass(slots=True, repr=False)
 class Rotation:
     """Moves one org to a new secret; calls `report` with a sentence for each step.
@@ -263,10 +284,12 @@ class Rotation:
             report = await self.checks.verify(self.org, generation)
         else:
             # Before it is stored: workers must not try a wrong secret first.
-            org, requirements = self.checks.read(self.org)
             number = max((row["generation"] for row in self._rows()), default=0) + 1
-            candidate = Credential("", org.org.id, self.org, number, client_id, Secret(secret), kind)
-            report = await self.checks.probe(org, requirements, candidate, counts=False)
+
+            def candidate(org_id: OrgId) -> Credential:
+                return Credential("", org_id, self.org, number, client_id, Secret(secret), kind)
+
+            report = await self.checks.try_out(self.org, candidate)
         if not report.ok:
             raise _failure(report)
         self.report("the issuer gives a valid token for it")
@@ -305,7 +328,7 @@ class Rotation:
             return read(connection, CREDENTIALS, self.org)
 
 
-def _failure(report: Report) -> CredentialsRejected | IssuerUnavailable:
+def _failure(report: Verified) -> CredentialsRejected | IssuerUnavailable:
     """The first problem of a report as an error."""
     first = report.problems()[0]
     if report.transient:

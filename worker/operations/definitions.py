@@ -11,7 +11,6 @@ from typing import Any
 from sqlalchemy import Connection
 
 from worker.errors import Conflict, PreconditionFailed, Unavailable, UsageError, WorkerError
-from worker.features.calendars.operations import with_calendar
 from worker.handlers.given import to_state_text
 from worker.handlers.json_text import NotStorable
 from worker.ids import DefinitionId, OrgId
@@ -26,7 +25,7 @@ from worker.model.definitions.origins import (
     in_force,
 )
 from worker.operations import settle
-from worker.operations.changes import DefinitionChange, change_definitions
+from worker.operations.changes import CALENDARS, DefinitionChange, change_definitions
 from worker.operations.handlers import Handlers
 from worker.store import audit, definitions, orgs, states
 from worker.store import calendars as calendar_rows
@@ -100,8 +99,8 @@ def edit_definition(
             )
         values = {**keys_of(row["spec"]), "enabled": row["enabled"], **changes, "org": org, "name": name}
         wanted = parse_definition(values, entry=entry)
-        if "calendar" in changes:
-            wanted = with_calendar(connection, wanted, entry)
+        if changes.get("calendar") is not None:
+            wanted = CALENDARS.require().with_calendar(connection, wanted, entry)
         elif wanted.calendar is not None:
             wanted = replace(wanted, calendar_dates=read_dates(row["spec"].get(CALENDAR_DATES, [])))
         change = DefinitionChange.to(row["org_id"], wanted, row)

@@ -1,59 +1,25 @@
-"""The keys that seal secrets: list, add, reseal all secrets with a new one, remove an old one."""
+"""The keys that seal secrets: add one, reseal all secrets with it, remove an old one; what can be sealed."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection
 
-from worker.errors import ConfigurationError, Conflict, NotFound
+from worker.errors import ConfigurationError, Conflict, NotFound, UsageError
+from worker.handlers.job import MAX_SECRET_BYTES, SECRET_NAME
 from worker.ids import ALL_ORGS
 from worker.store import access_tokens, audit, org_secrets, orgs, tables
 from worker.store.database import Database
 from worker.store.dialect import Row
+from worker.telemetry.secret_forms import SHORTEST, lines_of
 
 if TYPE_CHECKING:
     from worker.tokens.sealing import KeyRing
 
 BATCH = 500
-
-
-def list_keys(database: Database, ring: KeyRing | None) -> list[Row]:
-    """A row for each key of the ring and of the database, with the number of secrets that it seals."""
-    with database.autocommit() as connection:
-        counts = org_secrets.sealed_by_key(connection, ALL_ORGS)
-    ids = ring.key_ids if ring else ()
-    return [
-        {
-            "id": key_id,
-            "in_ring": key_id in ids,
-            "seals": ring is not None and key_id == ring.sealing_key_id,
-            "active": counts.get(key_id, Counter())["active"],
-            "retired": counts.get(key_id, Counter())["retired"],
-        }
-        for key_id in (*ids, *sorted(counts.keys() - set(ids)))
-    ]
-
-
-def check_ring(database: Database, ring: KeyRing | None, path: Path) -> None:
-    """Refuse to continue if none of the keys that seal active secrets is in the ring at `path`.
-
-    Raises:
-        ConfigurationError: the ring is missing, or is the wrong one.
-    """
-    rows = [row for row in list_keys(database, ring) if row["active"]]
-    # A command that seals the first secret of a database makes the ring before, maybe just now.
-    missed = ring is None and path.exists()
-    if rows and not missed and not any(row["in_ring"] for row in rows):
-        count = sum(row["active"] for row in rows)
-        raise ConfigurationError(
-            f"the database has {count} sealed secrets, and {path} has none of their keys",
-            fix="put the key ring back; if it is lost, `keys generate --anew` makes a new one,"
-            " and each org needs its secret again (`credentials add`)",
-        )
 
 
 def add_key(database: Database, ring: KeyRing, *, actor: str) -> KeyRing:
@@ -182,3 +148,28 @@ def _drop(database: Database, **which: str) -> int:
         total += dropped
         if dropped < access_tokens.BATCH:
             return total
+
+
+def check_secret(name: str, value: str) -> None:
+    """Refuse a secret that no handler can ask for, or that cannot be masked.
+
+    Raises:
+        UsageError: an invalid name, or an empty, short or long value.
+    """
+    if not SECRET_NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} is not the name of a secret",
+            fix="use at most 64 letters, digits, '.', '_' and '-', such as openai",
+        )
+    if not value.strip():
+        raise UsageError("the secret is empty", fix="check that it is the right file")
+    if len(value.encode()) > MAX_SECRET_BYTES:
+        raise UsageError(
+            f"the secret has more than {MAX_SECRET_BYTES} bytes", fix="store the key, not the data it opens"
+        )
+    if not lines_of(value):
+        raise UsageError(
+            f"the secret is too short to be masked in what handlers write: it needs a line of {SHORTEST} "
+            "characters or more",
+            fix="choose a longer one",
+        )

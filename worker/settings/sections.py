@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from worker.features.provisioning.management.mapping import parse_rule
 from worker.model.definitions.origins import parse_base_url, parse_origin, unencrypted
 from worker.model.definitions.pools import DEFAULT_POOL, parse_pool
 from worker.model.definitions.units import parse_duration, parse_memory
+from worker.model.provider import parse_rule
 from worker.telemetry.masking import shown_url
 
 

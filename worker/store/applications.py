@@ -8,8 +8,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, delete, insert, select, update
 
-from worker.features.provisioning.management.contract import ApplicationName
 from worker.ids import AllOrgs, OrgId, Scope, new_id
+from worker.model.provider import ApplicationName
 from worker.store import tables
 from worker.store.dialect import Row, above, all_rows, chunks, first_row, in_scope
 

@@ -1,24 +1,14 @@
-"""Issuers from the settings, the checks of their tokens, and the secret of the console's login."""
+"""Issuers from the settings, and secrets in files of `secrets_dir`."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
-from worker.clock import Clock
-from worker.diagnosis.check_orgs import Checks
 from worker.errors import ConfigurationError
 from worker.guard import profile
 from worker.guard.issuer import Issuer
-from worker.model.claims import Digests
-from worker.outbound import open_client
 from worker.settings import Settings
-from worker.store.database import Database
 from worker.telemetry.masking import masker
-from worker.tokens.token_probe import TokenProbe, watch
-from worker.wiring import find_keyring
-from worker.wiring.secrets import OpenedCredentials
 
 
 def issuers_of(settings: Settings) -> dict[str, Issuer]:
@@ -64,27 +54,3 @@ def read_secret(name: str, secrets_dir: str, whose: str, fix: str) -> str:
         raise ConfigurationError(f"{whose}the secret {name} is empty", fix=fix)
     masker.register(secret)
     return secret
-
-
-@asynccontextmanager
-async def open_checks(settings: Settings, database: Database, clock: Clock) -> AsyncIterator[Checks]:
-    """Token checks at the configured issuers, with the stored credentials.
-
-    Raises ConfigurationError if an issuer or the key ring is not usable.
-    """
-    ring = find_keyring(settings)
-    source = OpenedCredentials(database, ring, settings.secrets_dir, clock)
-
-    def digests(key_id: str) -> Digests | None:
-        return ring.digests(key_id) if ring is not None and key_id else None
-
-    async with open_client() as client:
-        watch(client)
-        probes = {
-            name: TokenProbe(issuer, client, clock=clock) for name, issuer in issuers_of(settings).items()
-        }
-        try:
-            yield Checks(database, source, probes, digests)
-        finally:
-            for probe in probes.values():
-                await probe.close()

@@ -8,9 +8,8 @@ from importlib.metadata import version
 from typing import Literal
 
 from worker.clock import Clock
-from worker.engine.incarnation import ProcessTools
+from worker.engine.incarnation import ProcessTools, VitalsReader
 from worker.engine.runners.child.pool import SHARE_AFTER, ChildPool
-from worker.kit.web.health import Health
 from worker.model.runs.run import Isolation
 from worker.settings import Settings
 from worker.telemetry.vitals import Notifier
@@ -28,7 +27,7 @@ def start(
     settings: Settings,
     clock: Clock,
     notifier: Notifier,
-    health: Health,
+    health: VitalsReader,
     confinement: Confinement,
     *,
     collect: tuple[int, int, int],

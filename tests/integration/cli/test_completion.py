@@ -16,8 +16,8 @@ import pytest
 from tests.conftest import on_either
 from tests.fakes.cli import CommandLine
 from tests.fakes.site import as_process, wait_until
-from worker.app.completion import COMPLETION_VARIABLE
 from worker.app.shell import invoke
+from worker.kit.completion import COMPLETION_VARIABLE
 
 ROOT = Path(__file__).parents[3]
 
@@ -132,7 +132,7 @@ def test_a_process_that_is_asked_for_completions_never_runs_a_command(
 ):
     """Also where the program's name is not that of the script: it decided which variable counted."""
     started: list[object] = []
-    monkeypatch.setattr("worker.app.verbs.run.run", started.append)
+    monkeypatch.setattr("worker.app.shell.run", started.append)
     for asked in ("bash_complete", "complete_bash", "nonsense"):
         monkeypatch.setenv(COMPLETION_VARIABLE, asked)
         monkeypatch.setenv("COMP_WORDS", "orgworker ru")

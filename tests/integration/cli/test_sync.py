@@ -17,12 +17,12 @@ from tests.fakes.site import definition
 from tests.integration.cli.conftest import TEMPLATE
 from worker import settings, wiring
 from worker.clock import SystemClock
+from worker.diagnosis.check_orgs import open_checks
 from worker.engine.attempt.inflight import record_claims
 from worker.guard.claims import Claims
 from worker.model.claims import ClaimsRecord
 from worker.model.runs.outcome import Trail
 from worker.store import tables
-from worker.wiring.issuers import open_checks
 
 ORGS = 6
 CANARY = "canary-Zq7-4421"

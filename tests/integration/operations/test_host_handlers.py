@@ -15,11 +15,10 @@ from tests.fakes.stock import Stock
 from tests.integration.operations.conftest import Apply, Tables
 from tests.integration.store.test_hosts import added, begin
 from worker.diagnosis import doctor
-from worker.diagnosis.requirements import load_org, scopes_of
+from worker.diagnosis.requirements import lacking_of_all_orgs, load_org, scopes_of
 from worker.diagnosis.why import why
 from worker.errors import Conflict, DefinitionError, NotFound, UnknownHandler
 from worker.features.hosts.operations import list_hosts, remove_host
-from worker.features.org_secrets.operations import lacking_of_all_orgs
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import ALL_ORGS
 from worker.model.runs.clauses import clauses

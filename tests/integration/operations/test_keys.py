@@ -11,11 +11,12 @@ from sqlalchemy import update
 from tests.conftest import on_either
 from worker import wiring
 from worker.errors import ConfigurationError, Conflict, NotFound
-from worker.operations.keys import check_ring, list_keys, rekey, remove_key
+from worker.operations.keys import rekey, remove_key
 from worker.operations.orgs import import_orgs
 from worker.settings import load
 from worker.store import tables
 from worker.tokens.sealing import KeyRing
+from worker.wiring import check_ring, list_keys
 
 
 def add_orgs(database, ring, count: int, prefix: str = "org") -> None:

@@ -11,20 +11,20 @@ from sqlalchemy import update
 from tests.conftest import on_either
 from tests.fakes.site import definition
 from worker.diagnosis import doctor
+from worker.diagnosis.requirements import lacking_of_all_orgs
 from worker.errors import ConfigurationError, Conflict, NotFound, UsageError
 from worker.features.org_secrets.operations import (
     add_secret,
-    lacking_of_all_orgs,
     remove_secret,
     rotate_secret,
 )
 from worker.handlers.catalogue import HandlerEntry
 from worker.model.orgs import OrgEntry, OrgRef
-from worker.operations.keys import check_ring, list_keys, rekey, remove_key
+from worker.operations.keys import rekey, remove_key
 from worker.operations.orgs import add_org, set_org_state
 from worker.store import catalogue, tables
 from worker.tokens.sealing import KeyRing
-from worker.wiring.secrets import OpenedSecrets
+from worker.wiring.secrets import OpenedSecrets, check_ring, list_keys
 
 KEY = "sk-canary-0123456789"
 

@@ -12,8 +12,8 @@ from tests.conftest import on_either
 from tests.fakes.issuer import AUDIENCE
 from tests.fakes.provisioned import Killed, Passing, Place, opened_place
 from worker.errors import Busy, Conflict, ForeignApplication, ProviderUnavailable, Unclear
-from worker.features.provisioning.management.mapping import parse_rules
 from worker.features.provisioning.provisioning import exclusive
+from worker.model.provider import parse_rules
 from worker.operations.installation import Ownership
 from worker.operations.orgs import set_org_state
 from worker.store.database import Database

@@ -28,9 +28,10 @@ from worker.errors import (
     WebhookRefused,
     WorkerError,
 )
-from worker.features.provisioning.management.contract import ApplicationName, Management, OrgApplication
+from worker.features.provisioning.management.contract import Management, OrgApplication
 from worker.features.provisioning.management.kinde import KindeManagement
 from worker.features.provisioning.management_client import management_secret, open_management
+from worker.model.provider import ApplicationName
 from worker.wiring.confinement import readable_management_secrets
 
 AUDIENCE = "https://api.acme.com"

@@ -23,8 +23,7 @@ from tests.fakes.kinde.webhooks import payload, signed
 from worker.clock import SystemClock
 from worker.demo.keys import KeyRotation
 from worker.errors import Busy, IssuerUnavailable
-from worker.features.console.server import build_hooks
-from worker.features.provisioning.hooks import BURST, MAX_BODY, HookReceiver, Hooks
+from worker.features.provisioning.hooks import BURST, MAX_BODY, HookReceiver, Hooks, build_hooks
 from worker.features.provisioning.management.contract import Notice
 from worker.features.provisioning.provision_loop import MAX_QUEUED, ProvisionLoop
 from worker.features.provisioning.scopes import Scopes

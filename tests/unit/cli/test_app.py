@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from worker.app import shell
 from worker.app.shell import invoke
-from worker.app.verbs import keys, run
+from worker.app.verbs import keys
 from worker.errors import Busy, DefinitionError
 
 
@@ -150,7 +151,7 @@ def test_the_module_without_a_verb_means_run(verb: list[str], monkeypatch: pytes
 
     assert invoke(["--set", "execution.poll=2s", *verb]) == 75
     assert [settings.execution.poll.total_seconds() for settings in seen] == [2.0]
-    assert run.run is not None
+    assert shell.run is not None
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_the_console_script_without_a_verb_prints_help(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr("sys.argv", ["/opt/bin/orgworker"])
-    monkeypatch.setattr(run, "run", lambda context: pytest.fail("a worker was started"))
+    monkeypatch.setattr(shell, "run", lambda context: pytest.fail("a worker was started"))
 
     assert invoke([]) == 0
 

@@ -14,11 +14,11 @@ import pytest
 from tests.fakes.clock import START, ManualClock, settle
 from tests.unit.execution.runs import admitted, ended
 from worker.engine.attempt import inflight as inflight_module
-from worker.engine.attempt.dispatcher import BURST, PREPARED, Dispatcher
 from worker.engine.attempt.inflight import InflightRun, InflightRuns
 from worker.engine.attempt.plan import HandlerRegistry
 from worker.engine.attempt.run_log import RunLogWriter
 from worker.engine.loops.admission import FEW, MOMENT, Admission
+from worker.engine.loops.dispatcher import BURST, PREPARED, Dispatcher
 from worker.engine.loops.finisher import WORTHWHILE
 from worker.errors import StoreUnavailable
 from worker.ids import ALL_ORGS, RunId

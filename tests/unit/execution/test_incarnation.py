@@ -17,7 +17,6 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from tests.fakes.manager import Manager
 from tests.unit.execution.runs import admitted, ended
-from worker.engine.attempt.dispatcher import Dispatcher
 from worker.engine.attempt.inflight import InflightRun, InflightRuns
 from worker.engine.attempt.plan import HandlerRegistry
 from worker.engine.attempt.run_log import RunLogWriter
@@ -30,6 +29,7 @@ from worker.engine.incarnation import (
     run_incarnations,
 )
 from worker.engine.loops import reading
+from worker.engine.loops.dispatcher import Dispatcher
 from worker.engine.loops.reconciler import Renewal
 from worker.engine.loops.step_writer import StepWriter
 from worker.engine.signals import Signals

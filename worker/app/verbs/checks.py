@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from worker.errors import Conflict, Diagnostic, IssuerUnavailable, UsageError
+from worker.kit.feature import Point
 from worker.kit.options import argument, option
 from worker.kit.output import Format, as_json, say
 from worker.kit.session import Invocation
@@ -28,6 +29,7 @@ FORECAST_COLUMNS = (
     *("max_requests_per_second", "cold_start", "tokens_at_once", "tokens_ahead"),
 )
 CAPACITY_COLUMNS = ("what", "needs", "mean", "has", "unit", "at", "wait", "ok")
+HOST_CHECKS: Point[Callable[..., list[Diagnostic]]] = Point("hosts.checks", "`doctor` of a host")
 # Orgs between two progress messages.
 EVERY = 100
 # Missing secrets that `check` names.
@@ -64,7 +66,7 @@ def check_orgs(
 
 def with_checks(session: Invocation, ask: Callable[[Database, Checks], Coroutine[Any, Any, T]]) -> T:
     """The result of `ask`, called with the open database and the checks of its orgs."""
-    from worker.wiring.issuers import open_checks
+    from worker.diagnosis.check_orgs import open_checks
 
     async def run(database: Database) -> T:
         async with open_checks(session.settings, database, session.clock) as checks:
@@ -129,8 +131,7 @@ def check(
     Warns if this user may read the secret of a management API, as workers must not.
     """
     from worker.diagnosis.capacity import Machine, capacity
-    from worker.diagnosis.requirements import forecast_tokens
-    from worker.features.org_secrets.operations import lacking_of_all_orgs
+    from worker.diagnosis.requirements import forecast_tokens, lacking_of_all_orgs
     from worker.operations import approvals
     from worker.wiring.confinement import readable_management_secrets
     from worker.wiring.issuers import issuers_of
@@ -229,12 +230,11 @@ def doctor(
 
 def _of_host(session: Invocation) -> list[Diagnostic]:
     from worker.diagnosis.doctor import changeable_files, sandbox, trusted_code
-    from worker.features.hosts.access import check_access
     from worker.settings import load_for_host
 
     settings = load_for_host(session.config, session.overrides)
     checks = (sandbox, changeable_files, trusted_code)
-    return [*check_access(settings.host), *(check(settings) for check in checks)]
+    return [*HOST_CHECKS.require()(settings.host), *(check(settings) for check in checks)]
 
 
 def _write(path: str, session: Invocation, database: Database) -> None:

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import timedelta
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from worker.app.verbs.checks import FAILED, print_report, say_problems, with_checks
-from worker.app.verbs.lists import add_list
 from worker.errors import UsageError
-from worker.features.provisioning.verbs import IssuerOption, only_issuer, with_provisioner
-from worker.kit.options import OrgArgument, argument, option, read_duration, read_text
+from worker.kit.feature import Point
+from worker.kit.lists import add_list
+from worker.kit.options import IssuerOption, OrgArgument, argument, option, read_duration, read_text
 from worker.kit.output import Format, say
-from worker.kit.progress import ProgressBar
 from worker.kit.session import Invocation, OutputOption, session_of, verb
 from worker.store.lists import CREDENTIALS
 from worker.store.lists.rows import CredentialRow
 
 if TYPE_CHECKING:
     from worker.diagnosis.check_orgs import Checks
-    from worker.features.provisioning.fleet import Rotated
-    from worker.features.provisioning.provisioning import Provisioner
     from worker.store.database import Database
 
-ROTATED = ("org", "state", "replaces", "client_id", "error")
-PLANNED = ("org", "state", "replaces", "created_at")
+ROTATE_FLEET: Point[Callable[..., int]] = Point("provisioning.fleet", "`credentials rotate --older-than`")
 
 app = typer.Typer(help="An org's client credentials: add a generation, list, verify, rotate, retire.")
 
@@ -186,6 +182,7 @@ def rotate(
             )
         age = read_duration(older_than, "--older-than")
         span = None if overlap is None else read_duration(overlap, "--overlap")
+        rotate_fleet = ROTATE_FLEET.require()
         return rotate_fleet(session, issuer, age, limit=limit, overlap=span, dry_run=dry_run)
     if given:
         raise UsageError(
@@ -257,65 +254,3 @@ def retire(
     if now:
         asyncio.run(session.clock.sleep(READ_AGAIN))
     session.print_row(row)
-
-
-def rotate_fleet(
-    session: Invocation,
-    issuer: str | None,
-    older_than: timedelta,
-    *,
-    limit: int | None,
-    overlap: timedelta | None,
-    dry_run: bool,
-) -> int:
-    """Rotate what orgworker made longer ago, print a row for each org, and return the exit code."""
-    name = issuer or only_issuer(session)
-    with ProgressBar("rotations") as progress:
-
-        def tell(text: str) -> None:
-            progress.close()
-            say(text)
-
-        async def work(provisioner: Provisioner) -> list[dict[str, Any]]:
-            from worker.features.provisioning.wiring import fleet_of
-
-            fleet = fleet_of(session.settings, provisioner, overlap=overlap)
-            fleet.report, fleet.say = progress.at, tell
-            chosen, by_hand = await provisioner.database.run(fleet.candidates, older_than, limit)
-            if by_hand:
-                tell(
-                    f"{by_hand} org{'s' * (by_hand != 1)} with an older credential that a person added:"
-                    " `credentials rotate ORG` rotates these"
-                )
-            if dry_run:
-                return [
-                    {
-                        "org": each["org"],
-                        "state": "planned",
-                        "replaces": each["client_id"],
-                        "created_at": each["created_at"],
-                    }
-                    for each in chosen
-                ]
-            return [_row_of(each) for each in await fleet.rotate(chosen)]
-
-        rows = with_provisioner(session, name, work, changes=not dry_run, seals=not dry_run)
-    session.print_rows(rows, PLANNED if dry_run else ROTATED, key="org")
-    for row in rows:
-        if row.get("error"):
-            say(f"{row['org']}: {row['error']}")
-        if row.get("fix"):
-            say(f"fix: {row['fix']}")
-    return FAILED if any(row.get("error") for row in rows) else 0
-
-
-def _row_of(result: Rotated) -> dict[str, Any]:
-    state = "failed" if result.error else "rotated" if result.client_id else "unchanged"
-    return {
-        "org": result.org,
-        "state": state,
-        "replaces": result.replaces,
-        "client_id": result.client_id,
-        "error": result.error.message if result.error else None,
-        "fix": (result.error.fix if result.error else None) or None,
-    }

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worker.app.verbs.lists import add_list
 from worker.errors import UsageError
+from worker.kit.lists import add_list
 from worker.kit.options import (
     FromOption,
     NoteOption,

@@ -48,7 +48,7 @@ def list_(session: Invocation) -> None:
     A key that is not in the ring is lost: its secrets cannot be opened.
     """
     from worker import wiring
-    from worker.operations.keys import list_keys
+    from worker.wiring import list_keys
 
     with session.database() as database:
         rows = list_keys(database, wiring.find_keyring(session.settings))
@@ -109,8 +109,8 @@ def remove(
 
 def _check_not_lost(session: Invocation, path: Path) -> None:
     """Refuse to replace a ring that still seals secrets of the database."""
-    from worker.operations.keys import check_ring
     from worker.store import schema
+    from worker.wiring import check_ring
 
     file = session.settings.database.sqlite_file
     if file is not None and not file.exists():

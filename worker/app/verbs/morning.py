@@ -1,15 +1,19 @@
-"""`status` and `failures`: the morning page of the console, on the command line."""
+"""`status`, `failures`, `skips` and `audit`: what happened, and what needs attention."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 from typing import Annotated
 
+import typer
+
 from worker.errors import UsageError
 from worker.ids import ALL_ORGS
+from worker.kit.lists import add_list
 from worker.kit.options import SinceOption, option, read_since
 from worker.kit.output import Format, say
 from worker.kit.session import Invocation
+from worker.store.lists import AUDIT, SKIPS
 
 DAY = timedelta(days=1)
 MATTERS = ("level", "title", "about", "next")
@@ -60,3 +64,12 @@ def failures(
     session.print_rows(rows, CAUSES, key="run", cells=named)
     if more:
         say("older runs were not read: give --since a later time")
+
+
+skips = typer.Typer(
+    help="Scheduled times that never became a run, because they were missed, overlapped or on a calendar."
+)
+add_list(skips, SKIPS)
+
+audit = typer.Typer(help="Who changed what: every change made by a person, or by a program for one.")
+add_list(audit, AUDIT)

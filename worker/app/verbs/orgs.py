@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from worker.app.verbs.checks import FAILED, check_orgs, print_report, with_checks
-from worker.app.verbs.lists import add_list
 from worker.app.verbs.templates import apply_templates
-from worker.errors import UsageError
-from worker.features.provisioning.verbs import IssuerOption, only_issuer, sync
-from worker.kit.options import FileArgument, NoteOption, OrgArgument, YesOption, option, read_text
+from worker.kit.lists import add_list
+from worker.kit.options import (
+    FileArgument,
+    IssuerOption,
+    NoteOption,
+    OrgArgument,
+    YesOption,
+    option,
+    read_text,
+)
 from worker.kit.output import Format, is_refused, say
 from worker.kit.progress import ProgressBar, shown
-from worker.kit.session import Invocation, verb
+from worker.kit.session import Invocation, only_issuer, verb
 from worker.store.lists import ORGS
 
 if TYPE_CHECKING:
-    from worker.features.provisioning.management.contract import PropertyValue
-    from worker.features.provisioning.properties import PropertyRow
     from worker.model.orgs import OrgState
 
 CHANGED = ("kind", "name", "change")
@@ -133,60 +136,12 @@ def remove(
 
 
 verb(app, "check")(check_orgs)
-verb(app, "sync")(sync)
 
 
 def _move(session: Invocation, code: str, state: OrgState, note: str | None) -> None:
     from worker.operations.orgs import set_org_state
 
     session.change(set_org_state, org=code, state=state, note=note)
-
-
-@verb(app, "properties")
-def properties(
-    session: Invocation,
-    org: OrgArgument,
-    set_: Annotated[
-        list[str] | None, option("--set K=V", "Set a property; true and false are booleans. Repeatable.")
-    ] = None,
-    unset: Annotated[list[str] | None, option("--unset K", "Unset a property; repeatable.")] = None,
-) -> None:
-    """Show the properties of the org's application at the provider, and change them.
-
-    A change outdates the org's tokens: it returns once workers have dropped theirs, so that the
-    next run has the value. A running run keeps its token until it requests another. Needs
-    [issuers.NAME.management]. Values are neither stored here nor in the audit; give no secret
-    on a command line.
-    """
-    from worker.features.provisioning.management_client import open_management
-    from worker.features.provisioning.properties import change_properties, show_properties
-    from worker.operations.installation import Ownership
-    from worker.operations.new_claims import EVERY
-    from worker.store import orgs
-
-    changes = _changes(set_ or [], unset or [])
-
-    async def run() -> list[PropertyRow]:
-        ownership = Ownership(database, session.settings.installation)
-        if changes:
-            await ownership.permit()
-        async with open_management(
-            session.settings, issuer, session.clock, permit=ownership.permit
-        ) as management:
-            if changes:
-                changed = await change_properties(database, management, org, changes, actor=session.actor)
-                # Workers look every two seconds, and a moment is left for what they do then.
-                await session.clock.sleep(EVERY + 0.5)
-                return changed
-            return await show_properties(database, management, org)
-
-    with session.database() as database:
-        with database.autocommit() as connection:
-            issuer = orgs.require(connection, org)["issuer"]
-        rows = asyncio.run(run())
-    session.print_rows(rows, ("name", "value"), key="name")
-    if changes and session.output is Format.TABLE:
-        say(f"runs that start from now on have them; `orgs diff {org}` requests one and compares")
 
 
 @verb(app, "diff")
@@ -213,22 +168,3 @@ def diff(session: Invocation, org: OrgArgument) -> int:
     else:
         say(f"nothing changes against run {last['run']}")
     return 0
-
-
-def _changes(given: list[str], unset: list[str]) -> dict[str, PropertyValue | None]:
-    """The values by key, None for those to unset; raises UsageError."""
-    values: dict[str, PropertyValue | None] = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not key or not equals:
-            raise UsageError(f"--set {text!r} is not K=V", fix="--set plan=pro; --unset plan")
-        if key in values:
-            raise UsageError(f"--set {key} is given twice", fix="give one value")
-        if not value:
-            raise UsageError(f"--set {key}= has no value", fix=f"--unset {key}")
-        values[key] = value == "true" if value in ("true", "false") else value
-    for key in dict.fromkeys(unset):
-        if key in values:
-            raise UsageError(f"{key} is both set and unset", fix="give one of the two")
-        values[key] = None
-    return values

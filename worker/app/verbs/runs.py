@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worker.app.verbs.lists import add_list
 from worker.clock import to_text
 from worker.errors import CanaryFailed, Conflict, UsageError
 from worker.ids import ALL_ORGS
+from worker.kit.lists import add_list
 from worker.kit.options import (
     DefinitionOption,
     OrgOption,

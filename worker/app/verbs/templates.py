@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from worker.app.verbs.lists import add_list
 from worker.errors import Conflict, UsageError
 from worker.ids import ALL_ORGS, new_id
+from worker.kit.lists import add_list
 from worker.kit.options import FromOption, UntilOption, argument, option, read_pairs, split_pairs
 from worker.kit.output import Format, say
 from worker.kit.progress import ProgressBar, shown

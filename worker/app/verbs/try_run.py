@@ -158,7 +158,7 @@ def _read_budgets(given: Sequence[str]) -> dict[str, int]:
 
 def _read_secrets(given: Sequence[str]) -> dict[str, str]:
     """The values of `--secret`, from their files; raises UsageError."""
-    from worker.features.org_secrets.operations import check_secret
+    from worker.operations.keys import check_secret
 
     found = {}
     for name, file in split_pairs(given, option="--secret").items():

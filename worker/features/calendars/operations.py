@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from datetime import date, datetime
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection
@@ -14,14 +14,12 @@ from worker.model.definitions import CALENDAR_DATES
 from worker.model.definitions.calendars import CalendarEntry, read_dates
 from worker.model.definitions.definition import Definition, keys_of
 from worker.model.definitions.fields import refusal
-from worker.operations.changes import CalendarChange, DefinitionChange, TemplateChange
+from worker.operations.changes import CalendarChange, Dates, DefinitionChange, TemplateChange
 from worker.store import audit, calendars, templates
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.lists import read as lists
 from worker.store.lists.rows import CalendarDetail
-
-Dates = Mapping[str, tuple[date, ...]]
 
 
 def calendar_changes(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from worker.app.verbs.lists import add_list
+from worker.kit.lists import add_list
 from worker.kit.options import argument
 from worker.kit.session import Invocation, verb
 from worker.store.lists import CALENDARS

@@ -25,7 +25,7 @@ import httpx
 from worker.clock import Clock
 from worker.errors import AccessDenied, ConfigurationError, IssuerUnavailable, TokenError, TokenRefused
 from worker.features.console.callers import Caller, Role
-from worker.features.console.operators import make_link, os_user
+from worker.features.console.operators import make_link
 from worker.guard.decode import client_of, invalid, org_of
 from worker.guard.endpoints import Endpoints
 from worker.guard.http import TOKEN_LIMIT, Reply, exchange, what_failed
@@ -38,6 +38,7 @@ from worker.store import roles, sign_in
 from worker.store.database import Database
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
+from worker.wiring import os_user
 
 # How long a login may take at the provider, and a link is valid.
 LASTS = timedelta(minutes=10)

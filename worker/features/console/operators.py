@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pwd
 import re
 import secrets
 from collections.abc import Collection
@@ -23,14 +21,6 @@ MAX_OPERATORS = 1000
 LINK_LASTS = timedelta(minutes=10)
 MAX_LINKS = 5
 _NAME = re.compile(r"[^\s:][^\n:]{0,99}")
-
-
-def os_user() -> str:
-    """The OS user of this process, or its number if it has no name."""
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())
 
 
 def add_operator(database: Database, name: str, role: str, *, taken: Collection[str], actor: str) -> Row:

@@ -18,7 +18,6 @@ from worker.features.console.live import Live
 from worker.features.console.login import Login
 from worker.features.console.pages import Console
 from worker.features.console.sessions import AuthMiddleware, Forms, Sessions
-from worker.features.provisioning.hooks import Hooks
 from worker.kit.web.health import Health
 from worker.kit.web.listener import RequestLimit
 from worker.kit.web.responses import ErrorMiddleware
@@ -148,10 +147,3 @@ def build(
     limited = RequestLimit(AuthMiddleware(router, access, sessions, forms), health)
     app: ASGIApp = Compression(ErrorMiddleware(limited, console.error_page))
     return app if login is None else _LogoutAtProvider(app, login.origin)
-
-
-def build_hooks(health: Health, hooks: Hooks) -> ASGIApp:
-    """Webhooks of providers, /livez and /readyz; no metrics, since providers reach this listener."""
-    probes = [route for route in health.routes() if route.path != "/metrics"]
-    router = Router(routes=[*probes, *hooks.routes()], redirect_slashes=False)
-    return ErrorMiddleware(RequestLimit(router, health))

@@ -1,14 +1,11 @@
-"""The web side of a process: health, metrics, API and console, beside a worker or alone (`serve`)."""
+"""API and console, beside a worker or alone (`serve`)."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import signal
-import socket
-import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +15,7 @@ from starlette.types import ASGIApp
 
 from worker.clock import Clock, SystemClock
 from worker.engine.runners.child.linux import allow_many_descriptors
-from worker.errors import Busy, ConfigurationError
+from worker.errors import ConfigurationError
 from worker.features.console.access import Access, FindCaller, Operator
 from worker.features.console.callers import OpenRing, no_ring
 from worker.features.console.login import Login, basis_of, local_origin, print_login_link
@@ -26,98 +23,47 @@ from worker.features.console.operator_tokens import StoredOperators
 from worker.features.console.server import build
 from worker.guard import Guard
 from worker.kit.web.clients import Addresses, ClientLimits
-from worker.kit.web.connections import Connections
 from worker.kit.web.database_health import DatabaseHealth
-from worker.kit.web.health import Health
-from worker.kit.web.listener import WebServer, bind, build_health
+from worker.kit.web.health import Health, metrics_of
+from worker.kit.web.side import Web
 from worker.operations.definitions import edit_definition
 from worker.outbound import open_client
 from worker.settings import Settings
 from worker.store import orgs, roles, schema
 from worker.store.database import Database
 from worker.store.orgs import OrgCaller
-from worker.telemetry import events, logs
+from worker.telemetry import logs
 from worker.telemetry.events import emit
-from worker.telemetry.metrics import Metrics
 from worker.telemetry.vitals import Notifier
 from worker.wiring.issuers import issuers_of, login_secret
 
-_TAKEN = (
-    "no console yet: another process has {}; the worker runs, and opens the port once it is free. "
-    "Another port: --set web.listen=127.0.0.1:PORT before the verb; none: --set web.listen="
-)
 
-
-def metrics_of(settings: Settings, *, version: str) -> Metrics:
-    """The metrics of this process; they count events from now on."""
-    metrics = Metrics(version=version, top_orgs=settings.web.metrics_top_orgs)
-    events.listen(metrics.take)
-    return metrics
-
-
-class Web:
-    """Health, metrics, API and console of one process; `open_ring` if it may have the key ring."""
+class Console:
+    """API and console of one process; `open_ring` if it may have the key ring."""
 
     def __init__(
         self, settings: Settings, clock: Clock, health: Health, *, open_ring: OpenRing = no_ring
     ) -> None:
         self._settings = settings
         self._clock = clock
-        self._listener: socket.socket | None = None
-        self._told = False
-        self._health_listener: socket.socket | None = None
         self._health = health
         self._open_ring = open_ring
 
-    def bind(self, *, required: bool = False) -> None:
-        """Bind the addresses, before the worker starts anything else.
+    def check(self) -> None:
+        """Raise ConfigurationError if the secret of `[web.login]` cannot be read."""
+        if self._settings.web.login.issuer:
+            login_secret(self._settings.web.login.issuer, self._settings.secrets_dir)
 
-        If `listen` is not configured and its default port is in use, a worker says so, starts without it
-        and retries, unless `required`: several workers can share a machine.
+    def metrics_access(self) -> Access:
+        """Knows the operators of worker.toml, who may read metrics that name orgs."""
+        return self._access({}, _no_org)
 
-        Raises:
-            Busy: another process uses the port.
-            ConfigurationError: the address does not belong to this machine or is not allowed, or the
-                secret of `[web.login]` cannot be read.
-        """
-        web = self._settings.web
-        if web.listen and web.login.issuer:
-            login_secret(web.login.issuer, self._settings.secrets_dir)
-        if web.health_listen:
-            self._health_listener = bind(web.health_listen, "[web] health_listen")
-        if not web.listen:
-            return
-        try:
-            self._listener = bind(web.listen)
-        except Busy:
-            if required or "listen" in web.model_fields_set:
-                raise
-            # Who asked for JSON gets the event of the listener.
-            if self._settings.log.style != "json":
-                self._told = True
-                print(_TAKEN.format(web.listen), file=sys.stderr, flush=True)
-
-    def print_link(self, database: Database) -> None:
+    def announce(self, database: Database, address: tuple[str, int]) -> None:
         """On a terminal, print a link that logs in once, if this machine's browser can reach the console."""
-        if self._listener is not None:
-            public_url, address = self._settings.web.public_url, self._listener.getsockname()[:2]
-            print_login_link(database, local_origin(public_url, *address), at=self._clock.now())
+        origin = local_origin(self._settings.web.public_url, *address)
+        print_login_link(database, origin, at=self._clock.now())
 
-    @contextlib.asynccontextmanager
-    async def serving(self) -> AsyncIterator[None]:
-        """Serve within the block."""
-        web = self._settings.web
-        self._health.protect(self._access({}, _no_org))
-        async with contextlib.AsyncExitStack() as stack:
-            if web.health_listen:
-                app = build_health(self._health)
-                await stack.enter_async_context(self._server(app, web.health_listen, self._health_listener))
-            if web.listen:
-                app = await self._application(stack)
-                await stack.enter_async_context(self._server(app, web.listen, self._listener))
-            yield
-
-    async def _application(self, stack: contextlib.AsyncExitStack) -> ASGIApp:
+    async def application(self, stack: contextlib.AsyncExitStack) -> ASGIApp:
         """The application behind `listen`; `stack` closes its resources."""
         web = self._settings.web
         # Its own connections: a page never delays the loops.
@@ -167,14 +113,6 @@ class Web:
             return login_secret(rules.issuer, folder)
 
         return Login(rules, issuers_of(self._settings)[rules.issuer], client, secret, clock=self._clock)
-
-    def _server(
-        self, app: ASGIApp, listen: str, listener: socket.socket | None
-    ) -> AbstractAsyncContextManager[None]:
-        web = self._settings.web
-        connections = Connections(web.connections_per_address, Addresses(web.trusted_proxies))
-        told = self._told and listener is None
-        return WebServer(app, listen, listener, self._clock, connections=connections, told=told).serving()
 
     def _access(
         self, guards: Mapping[str, Guard], find_caller: FindCaller, stored: StoredOperators | None = None
@@ -226,7 +164,7 @@ def serve(settings: Settings) -> int:
             with database.autocommit() as connection:
                 for warning in roles.serve_warnings(connection):
                     emit("web.rights", detail=warning)
-        web = Web(settings, clock, health)
+        web = Web(settings, clock, health, Console(settings, clock, health))
         web.bind(required=True)
         asyncio.run(_serve(web, health))
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from worker.clock import Clock
 from worker.engine.attempt.inflight import InflightRun
@@ -14,15 +14,20 @@ from worker.features.hosts.attempt_api import AttemptApi
 from worker.features.hosts.delivery import HostTools
 from worker.features.hosts.listener import DEADLINES, MAX_CALLS, Attempts
 from worker.features.hosts.sharing import Sharing
+from worker.features.hosts.temporal.loops import check_placers, placing_loops
 from worker.features.hosts.wire import TemporalPlace
 from worker.kit.web.connections import Connections
 from worker.kit.web.listener import WebServer, bind, server_tls
 from worker.model.runs.outcome import EndedAttempt
+from worker.operations.installation import Ownership
 from worker.settings import Settings
 from worker.settings.sections import AttemptsSettings
+from worker.store import installation
+from worker.store.database import Database
 from worker.store.host_store import HostStore
 from worker.store.worker_store import WorkerStore
 from worker.tokens.sealing import KeyRing
+from worker.wiring.addition import Joined, Parts
 from worker.wiring.secrets import RingSealer
 
 
@@ -106,3 +111,44 @@ class AttemptListener:
         api, self.attempts.api = self.attempts.api, None
         if api is not None:
             await api.close()
+
+
+class HostsOfWorker:
+    """What hosts add to a worker: the attempt API, and the placing loops of pools that Temporal serves."""
+
+    def __init__(self, settings: Settings, clock: Clock) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._ownership: Ownership | None = None
+        self.listener = AttemptListener(settings.attempts, clock)
+
+    def bind(self) -> None:
+        check_placers(self._settings)
+        self.listener.bind()
+
+    def serving(self) -> AbstractAsyncContextManager[None]:
+        return self.listener.serving()
+
+    async def prepare(self, database: Database) -> None:
+        """The key by which Temporal tells installations apart."""
+        if self._settings.placed_by_temporal:
+            key = await database.call(installation.key_of)
+            self._ownership = Ownership(database, self._settings.installation, key=key)
+
+    def join(self, parts: Parts) -> Joined:
+        listener, signals = self.listener, parts.signals
+        api = listener.api(parts.store, parts.tools, self._settings, parts.ring, parts.on_end)
+        listener.attempts.begin(api)
+        parts.resources.push_async_callback(listener.end)
+        if api is not None:
+            signals.runs_due.calls(api.wake)
+        signals.catalogue_read.calls(listener.attempts.catalogue_read)
+        signals.draining.calls(listener.drain)
+        if self._ownership is None:
+            return Joined()
+        placing = placing_loops(self._settings, parts.store, parts.id, self._ownership, self._clock)
+        signals.runs_due.calls(*(loop.wake.set for loop in placing.values()))
+        return Joined(
+            {f"placing {pool}": loop.run for pool, loop in placing.items()},
+            lambda run: any(loop.holds(run) for loop in placing.values()),
+        )

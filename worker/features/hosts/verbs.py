@@ -1,4 +1,4 @@
-"""`hosts`: machines that run handlers without the database, each with a token."""
+"""`host`, and `hosts`: machines that run handlers without the database, each with a token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 from worker.kit.options import argument, option
 from worker.kit.output import Format, say
-from worker.kit.session import Invocation, verb
+from worker.kit.session import Invocation, session_of, verb
 
 app = typer.Typer(help="Machines that run handlers without the database, each with a token.")
 
@@ -52,3 +52,22 @@ def remove(session: Invocation, name: NameArgument) -> None:
     from worker.features.hosts.operations import remove_host
 
     session.change(remove_host, name, key="name")
+
+
+def host(
+    context: typer.Context,
+    pool: Annotated[
+        str | None, option("--pool POOL", "Refuse to start if the token is for another pool.")
+    ] = None,
+) -> None:
+    """Run handlers for the workers in host.control, without the database and the key ring.
+
+    Its configuration is that of config/host.toml. SIGTERM or Ctrl-C drains it.
+    """
+    from worker.engine.runners.child.linux import ProcessName, name_process
+    from worker.features.hosts.wiring import run as run_host
+    from worker.settings import load_for_host
+
+    name_process(ProcessName.HOST)
+    session = session_of(context)
+    raise typer.Exit(run_host(load_for_host(session.config, session.overrides), pool=pool))

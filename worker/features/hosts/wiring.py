@@ -14,11 +14,11 @@ from functools import partial
 from typing import Any
 
 from worker.clock import Clock, SystemClock
-from worker.engine.attempt.dispatcher import Dispatcher
 from worker.engine.attempt.inflight import InflightRuns, attempt_ended
 from worker.engine.attempt.plan import HandlerRegistry
 from worker.engine.attempt.run_log import RunLogWriter
 from worker.engine.incarnation import FAREWELL, Incarnation, ProcessTools, Source, run_incarnations
+from worker.engine.loops.dispatcher import Dispatcher
 from worker.engine.loops.step_writer import StepWriter
 from worker.engine.runners.inline import Inline
 from worker.engine.signals import Signals

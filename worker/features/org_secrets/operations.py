@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection
 
-from worker.errors import Conflict, Diagnostic, NotFound, UsageError
-from worker.handlers.job import MAX_SECRET_BYTES, SECRET_NAME
+from worker.errors import Conflict, NotFound
 from worker.ids import OrgId, new_id
+from worker.operations.keys import check_secret
 from worker.store import audit, org_secrets, orgs
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.lists.read import secret as shown_secret
 from worker.store.lists.rows import SecretRow
 from worker.telemetry.masking import masker
-from worker.telemetry.secret_forms import SHORTEST, lines_of
 
 if TYPE_CHECKING:
-    from worker.diagnosis.requirements import OrgDefinitions
-    from worker.operations.handlers import Handlers
     from worker.tokens.sealing import KeyRing
 
 COMMAND = "python -m worker"
@@ -101,74 +96,3 @@ def _require(connection: Connection, org: str, name: str) -> tuple[Row, Row]:
     if stored is None:
         raise NotFound(f"org {org} has no secret {name}", fix=f"`secrets list {org}` lists them")
     return row, stored
-
-
-def check_secret(name: str, value: str) -> None:
-    """Refuse a secret that no handler can ask for, or that cannot be masked.
-
-    Raises:
-        UsageError: an invalid name, or an empty, short or long value.
-    """
-    if not SECRET_NAME.fullmatch(name):
-        raise UsageError(
-            f"{name!r} is not the name of a secret",
-            fix="use at most 64 letters, digits, '.', '_' and '-', such as openai",
-        )
-    if not value.strip():
-        raise UsageError("the secret is empty", fix="check that it is the right file")
-    if len(value.encode()) > MAX_SECRET_BYTES:
-        raise UsageError(
-            f"the secret has more than {MAX_SECRET_BYTES} bytes", fix="store the key, not the data it opens"
-        )
-    if not lines_of(value):
-        raise UsageError(
-            f"the secret is too short to be masked in what handlers write: it needs a line of {SHORTEST} "
-            "characters or more",
-            fix="choose a longer one",
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Lacking:
-    """A secret that a handler of an org's definition declares, and the org does not have."""
-
-    org: str
-    definition: str
-    handler: str
-    name: str
-
-    def diagnostic(self) -> Diagnostic:
-        return Diagnostic(
-            "secret",
-            False,
-            f"org {self.org} has no secret {self.name}: runs of {self.definition} by {self.handler} "
-            "are refused",
-            f"`{COMMAND} secrets add {self.org} {self.name}`",
-        )
-
-
-def lacking(connection: Connection, org: OrgDefinitions, handlers: Handlers) -> Iterator[Lacking]:
-    """The secrets that an org lacks, each once; reads them only if a handler declares any."""
-    wanted = {
-        name: (definition.name, handler)
-        for definition in reversed(org.definitions)
-        for handler in definition.handlers
-        for name in handlers.secrets_of(handler, handlers.pool_of(definition, org.pool))
-    }
-    if not wanted:
-        return
-    has = org_secrets.names(connection, [org.org.id]).get(org.org.id, set())
-    for name in sorted(wanted.keys() - has):
-        yield Lacking(org.org.code, *wanted[name], name)
-
-
-def lacking_of_all_orgs(database: Database) -> list[Lacking]:
-    """As `lacking`, of every org that can run something, by code."""
-    from worker.diagnosis.requirements import load_all_orgs
-    from worker.operations.handlers import Handlers
-
-    with database.autocommit() as connection:
-        handlers = Handlers(connection)
-        if not handlers.declare_secrets():
-            return []
-        return [each for org in load_all_orgs(connection) for each in lacking(connection, org, handlers)]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from worker.app.verbs.lists import add_list
+from worker.kit.lists import add_list
 from worker.kit.options import OrgArgument, argument, option, read_text
 from worker.kit.output import Row
 from worker.kit.session import Invocation, verb

@@ -19,13 +19,13 @@ from worker.errors import (
 )
 from worker.features.provisioning.application_steps import Steps
 from worker.features.provisioning.management.contract import (
-    ApplicationName,
     Management,
     OrgApplication,
     PropertyValue,
 )
 from worker.guard.claims import Claims
 from worker.ids import OrgId
+from worker.model.provider import ApplicationName
 from worker.secret import Secret
 from worker.store import applications, credentials
 from worker.store.database import Database

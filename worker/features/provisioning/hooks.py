@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp
 
 from worker.clock import Clock
 from worker.errors import Busy, IssuerUnavailable, KeyNotPublished, NotFound, TooManyRequests, WebhookRefused
 from worker.features.provisioning.management.contract import Management, Notice
 from worker.kit.web.clients import Addresses, Buckets
-from worker.kit.web.responses import error_response, read_body
+from worker.kit.web.health import Health
+from worker.kit.web.listener import RequestLimit
+from worker.kit.web.responses import ErrorMiddleware, error_response, read_body
 from worker.telemetry.events import emit
 
 MAX_BODY = 16 * 1024  # bytes; webhooks about orgs have less than 1 KiB
@@ -101,3 +104,10 @@ async def _read(request: Request) -> bytes:
     if declared.isdecimal() and int(declared) > MAX_BODY:
         raise HTTPException(413)
     return await read_body(request, MAX_BODY)
+
+
+def build_hooks(health: Health, hooks: Hooks) -> ASGIApp:
+    """Webhooks of providers, /livez and /readyz; no metrics, since providers reach this listener."""
+    probes = [route for route in health.routes() if route.path != "/metrics"]
+    router = Router(routes=[*probes, *hooks.routes()], redirect_slashes=False)
+    return ErrorMiddleware(RequestLimit(router, health))

@@ -14,9 +14,7 @@ from importlib.metadata import version
 from worker.clock import Clock, SystemClock
 from worker.engine.runners.child.linux import allow_many_descriptors
 from worker.errors import ConfigurationError, NotFound
-from worker.features.console.server import build_hooks
-from worker.features.console.wiring import metrics_of
-from worker.features.provisioning.hooks import HookReceiver, Hooks
+from worker.features.provisioning.hooks import HookReceiver, Hooks, build_hooks
 from worker.features.provisioning.provision_loop import LAST_TURN, ProvisionLoop
 from worker.features.provisioning.scopes import Scopes
 from worker.features.provisioning.sync import Absent
@@ -24,6 +22,7 @@ from worker.features.provisioning.wiring import fleet_of, open_provisioner, rule
 from worker.kit.web.clients import Addresses
 from worker.kit.web.connections import Connections
 from worker.kit.web.database_health import ProvisionHealth
+from worker.kit.web.health import metrics_of
 from worker.kit.web.listener import WebServer, bind, build_health
 from worker.operations.installation import Ownership
 from worker.settings import Settings

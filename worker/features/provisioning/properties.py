@@ -9,12 +9,12 @@ from sqlalchemy import Connection
 
 from worker.errors import Conflict, NotFound
 from worker.features.provisioning.management.contract import (
-    ApplicationName,
     Management,
     OrgApplication,
     PropertyValue,
 )
 from worker.ids import OrgId
+from worker.model.provider import ApplicationName
 from worker.store import access_tokens, applications, audit, credentials, installation, orgs
 from worker.store.database import Database
 from worker.store.dialect import Row

@@ -33,12 +33,12 @@ from worker.errors import (
 from worker.features.provisioning.application_rights import Rights, name_of
 from worker.features.provisioning.application_steps import Steps
 from worker.features.provisioning.management.contract import (
-    ApplicationName,
     ListedApplication,
     Management,
     OrgApplication,
 )
 from worker.ids import ALL_ORGS, OrgId
+from worker.model.provider import ApplicationName
 from worker.operations.credentials import credential_row
 from worker.operations.installation import Ownership, lock_of
 from worker.operations.walks import for_each, rows_of

@@ -11,10 +11,10 @@ from sqlalchemy import Connection
 
 from worker.errors import Conflict, ProviderRefused, ProviderUnavailable
 from worker.features.provisioning.management.contract import Management, PropertyValue, ProviderOrg
-from worker.features.provisioning.management.mapping import TagRule, mapped_tags, need_properties
 from worker.features.provisioning.provisioning import Provisioned
 from worker.ids import ALL_ORGS, OrgId
 from worker.model.orgs import OrgEntry, OrgState
+from worker.model.provider import TagRule, mapped_tags, need_properties
 from worker.operations.orgs import check_entry, columns_of, new_row, set_org_state
 from worker.operations.templates import materialise, materialise_first
 from worker.operations.walks import for_each

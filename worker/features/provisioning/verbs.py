@@ -1,33 +1,35 @@
-"""`orgs sync` and `provision`: orgs, and applications for them, from the provider."""
+"""`provision`, `orgs sync` and `properties`, `credentials rotate --older-than`: what is at the provider."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 from worker.errors import NotFound, UsageError
-from worker.kit.options import option
+from worker.kit.options import IssuerOption, OrgArgument, option
 from worker.kit.output import Format, say
 from worker.kit.progress import ProgressBar
-from worker.kit.session import Invocation, session_of
+from worker.kit.session import Invocation, only_issuer, session_of
 
 if TYPE_CHECKING:
+    from worker.features.provisioning.fleet import Rotated
+    from worker.features.provisioning.management.contract import PropertyValue
+    from worker.features.provisioning.properties import PropertyRow
     from worker.features.provisioning.provisioning import Provisioner
 
 T = TypeVar("T")
 
 FAILED = 1
+ROTATED = ("org", "state", "replaces", "client_id", "error")
+PLANNED = ("org", "state", "replaces", "created_at")
 COLUMNS = ("org", "name", "changes", "client_id", "error")
 ORPHAN_COLUMNS = ("id", "name", "org", "deleted", "error")
-
-IssuerOption = Annotated[
-    str | None, option("--issuer NAME", "A table [issuers.NAME] (default: the only one).")
-]
 
 
 class Absent(StrEnum):
@@ -117,17 +119,6 @@ def provision(
     session = session_of(context)
     session.require_database()
     raise typer.Exit(run_provision(session.settings, issuer=issuer, absent=absent.value))
-
-
-def only_issuer(session: Invocation) -> str:
-    """The only issuer of worker.toml; raises UsageError if there are several, or none."""
-    found = sorted(session.settings.issuers)
-    if len(found) != 1:
-        raise UsageError(
-            f"--issuer is missing; worker.toml has {', '.join(found) or 'none'}",
-            fix="name one of them" if found else "add a table [issuers.main] to worker.toml",
-        )
-    return found[0]
 
 
 def with_provisioner(
@@ -223,3 +214,130 @@ async def _orphans(session: Invocation, provisioner: Provisioner, org: str | Non
     if session.output is Format.TABLE and rows and not delete:
         say("`orgs sync --orphans --delete` deletes them")
     return FAILED if any(row["error"] for row in rows) else 0
+
+
+def properties(
+    session: Invocation,
+    org: OrgArgument,
+    set_: Annotated[
+        list[str] | None, option("--set K=V", "Set a property; true and false are booleans. Repeatable.")
+    ] = None,
+    unset: Annotated[list[str] | None, option("--unset K", "Unset a property; repeatable.")] = None,
+) -> None:
+    """Show the properties of the org's application at the provider, and change them.
+
+    A change outdates the org's tokens: it returns once workers have dropped theirs, so that the
+    next run has the value. A running run keeps its token until it requests another. Needs
+    [issuers.NAME.management]. Values are neither stored here nor in the audit; give no secret
+    on a command line.
+    """
+    from worker.features.provisioning.management_client import open_management
+    from worker.features.provisioning.properties import change_properties, show_properties
+    from worker.operations.installation import Ownership
+    from worker.operations.new_claims import EVERY
+    from worker.store import orgs
+
+    changes = _changes(set_ or [], unset or [])
+
+    async def run() -> list[PropertyRow]:
+        ownership = Ownership(database, session.settings.installation)
+        if changes:
+            await ownership.permit()
+        async with open_management(
+            session.settings, issuer, session.clock, permit=ownership.permit
+        ) as management:
+            if changes:
+                changed = await change_properties(database, management, org, changes, actor=session.actor)
+                # Workers look every two seconds, and a moment is left for what they do then.
+                await session.clock.sleep(EVERY + 0.5)
+                return changed
+            return await show_properties(database, management, org)
+
+    with session.database() as database:
+        with database.autocommit() as connection:
+            issuer = orgs.require(connection, org)["issuer"]
+        rows = asyncio.run(run())
+    session.print_rows(rows, ("name", "value"), key="name")
+    if changes and session.output is Format.TABLE:
+        say(f"runs that start from now on have them; `orgs diff {org}` requests one and compares")
+
+
+def _changes(given: list[str], unset: list[str]) -> dict[str, PropertyValue | None]:
+    """The values by key, None for those to unset; raises UsageError."""
+    values: dict[str, PropertyValue | None] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--set {text!r} is not K=V", fix="--set plan=pro; --unset plan")
+        if key in values:
+            raise UsageError(f"--set {key} is given twice", fix="give one value")
+        if not value:
+            raise UsageError(f"--set {key}= has no value", fix=f"--unset {key}")
+        values[key] = value == "true" if value in ("true", "false") else value
+    for key in dict.fromkeys(unset):
+        if key in values:
+            raise UsageError(f"{key} is both set and unset", fix="give one of the two")
+        values[key] = None
+    return values
+
+
+def rotate_fleet(
+    session: Invocation,
+    issuer: str | None,
+    older_than: timedelta,
+    *,
+    limit: int | None,
+    overlap: timedelta | None,
+    dry_run: bool,
+) -> int:
+    """Rotate what orgworker made longer ago, print a row for each org, and return the exit code."""
+    name = issuer or only_issuer(session)
+    with ProgressBar("rotations") as progress:
+
+        def tell(text: str) -> None:
+            progress.close()
+            say(text)
+
+        async def work(provisioner: Provisioner) -> list[dict[str, Any]]:
+            from worker.features.provisioning.wiring import fleet_of
+
+            fleet = fleet_of(session.settings, provisioner, overlap=overlap)
+            fleet.report, fleet.say = progress.at, tell
+            chosen, by_hand = await provisioner.database.run(fleet.candidates, older_than, limit)
+            if by_hand:
+                tell(
+                    f"{by_hand} org{'s' * (by_hand != 1)} with an older credential that a person added:"
+                    " `credentials rotate ORG` rotates these"
+                )
+            if dry_run:
+                return [
+                    {
+                        "org": each["org"],
+                        "state": "planned",
+                        "replaces": each["client_id"],
+                        "created_at": each["created_at"],
+                    }
+                    for each in chosen
+                ]
+            return [_row_of(each) for each in await fleet.rotate(chosen)]
+
+        rows = with_provisioner(session, name, work, changes=not dry_run, seals=not dry_run)
+    session.print_rows(rows, PLANNED if dry_run else ROTATED, key="org")
+    for row in rows:
+        if row.get("error"):
+            say(f"{row['org']}: {row['error']}")
+        if row.get("fix"):
+            say(f"fix: {row['fix']}")
+    return FAILED if any(row.get("error") for row in rows) else 0
+
+
+def _row_of(result: Rotated) -> dict[str, Any]:
+    state = "failed" if result.error else "rotated" if result.client_id else "unchanged"
+    return {
+        "org": result.org,
+        "state": state,
+        "replaces": result.replaces,
+        "client_id": result.client_id,
+        "error": result.error.message if result.error else None,
+        "fix": (result.error.fix if result.error else None) or None,
+    }

@@ -8,16 +8,16 @@ from datetime import timedelta
 from pathlib import Path
 
 from worker.clock import Clock
+from worker.diagnosis.check_orgs import open_checks
 from worker.features.provisioning.fleet import Fleet
-from worker.features.provisioning.management.mapping import parse_rules
 from worker.features.provisioning.management_client import open_management
 from worker.features.provisioning.provisioning import Provisioner
 from worker.features.provisioning.sync import Absent, SyncRules
+from worker.model.provider import parse_rules
 from worker.operations.installation import Ownership
 from worker.settings import Settings
 from worker.tokens.sealing import KeyRing
 from worker.wiring import open_keyring
-from worker.wiring.issuers import open_checks
 
 
 @asynccontextmanager

@@ -11,11 +11,20 @@ from starlette.routing import Route
 
 from worker.errors import AccessDenied, TokenError
 from worker.kit.web.responses import CallerOf
+from worker.settings import Settings
+from worker.telemetry import events
 from worker.telemetry.metrics import CONTENT_TYPE, Metrics
 from worker.telemetry.vitals import Vitals
 
 # These need no token, unless the metrics name orgs.
 PATHS = frozenset({"/livez", "/readyz", "/metrics"})
+
+
+def metrics_of(settings: Settings, *, version: str) -> Metrics:
+    """The metrics of this process; they count events from now on."""
+    metrics = Metrics(version=version, top_orgs=settings.web.metrics_top_orgs)
+    events.listen(metrics.take)
+    return metrics
 
 
 class MetricsAccess(Protocol):

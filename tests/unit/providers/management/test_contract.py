@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.fakes.kinde.document import document
 from worker.features.provisioning.management.contract import ApplicationName, OrgApplication, ProviderOrg
 from worker.features.provisioning.management.kinde import SCOPES
-from worker.features.provisioning.management.mapping import (
+from worker.model.provider import (
     mapped_tags,
     need_properties,
     parse_rule,

@@ -15,8 +15,9 @@ import worker
 from tests.fakes.clock import ManualClock
 from worker.errors import InstallationMismatch
 from worker.features.provisioning.management.calls import Calls
-from worker.features.provisioning.management.contract import ApplicationName, Management, OrgApplication
+from worker.features.provisioning.management.contract import Management, OrgApplication
 from worker.features.provisioning.management_client import ADAPTERS
+from worker.model.provider import ApplicationName
 from worker.outbound import open_client
 from worker.secret import Secret
 

@@ -2,51 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol
 
+from worker.model.provider import ApplicationName
 from worker.secret import Secret
 
 PropertyValue = str | bool
 NoticeKind = Literal["org_created", "org_updated", "org_deleted", "other"]
-
-_NAME = re.compile(r"orgworker ([0-9a-z]{4,32}) ([0-9a-f-]{4,40}) (\S.{0,199})")
-
-
-@dataclass(frozen=True, slots=True)
-class ApplicationName:
-    """The name of an application that orgworker makes: a provider may tell nothing else about its org.
-
-    `installation` is the key of this installation, 4 to 32 letters a-z and digits. `key` is that of the
-    row that was written before the application was made, 4 to 40 hexadecimal digits and dashes: a rerun
-    finds by it what it made.
-    """
-
-    installation: str
-    key: str
-    org: str
-
-    def __post_init__(self) -> None:
-        if self.parse(str(self)) != self:
-            raise ValueError(f"not a name of an application: {self}")
-
-    def __str__(self) -> str:
-        return f"orgworker {self.installation} {self.key} {self.org}"
-
-    @classmethod
-    def parse(cls, text: str) -> Self | None:
-        """The parts of a name, or None if orgworker did not give it."""
-        found = _NAME.fullmatch(text)
-        if found is None:
-            return None
-        # Not by __init__, which calls this.
-        name = object.__new__(cls)
-        for attribute, value in zip(("installation", "key", "org"), found.groups(), strict=True):
-            object.__setattr__(name, attribute, value)
-        return name
 
 
 @dataclass(frozen=True, slots=True)

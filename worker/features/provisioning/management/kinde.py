@@ -20,7 +20,6 @@ from worker.errors import (
 )
 from worker.features.provisioning.management.calls import Calls, Response
 from worker.features.provisioning.management.contract import (
-    ApplicationName,
     ListedApplication,
     Notice,
     OrgApplication,
@@ -28,6 +27,7 @@ from worker.features.provisioning.management.contract import (
     ProviderOrg,
 )
 from worker.features.provisioning.management.webhooks import SignedMessage, read_notice
+from worker.model.provider import ApplicationName
 from worker.secret import Secret
 from worker.telemetry.masking import masker
 

@@ -1,16 +1,47 @@
-"""Which tags an org has by what its provider says of it: `[issuers.NAME.management.tags]`. Pure."""
+"""What is told to a provider and by it: names of applications, and tags by what it says of an org. Pure."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Self
 
-if TYPE_CHECKING:
-    from worker.features.provisioning.management.contract import PropertyValue, ProviderOrg
-
+_NAME = re.compile(r"orgworker ([0-9a-z]{4,32}) ([0-9a-f-]{4,40}) (\S.{0,199})")
 _RULE = re.compile(r"(external_id|handle|is_default|properties\.([^\s=]{1,200}))(?:=(.{1,1000}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class ApplicationName:
+    """The name of an application that orgworker makes: a provider may tell nothing else about its org.
+
+    `installation` is the key of this installation, 4 to 32 letters a-z and digits. `key` is that of the
+    row that was written before the application was made, 4 to 40 hexadecimal digits and dashes: a rerun
+    finds by it what it made.
+    """
+
+    installation: str
+    key: str
+    org: str
+
+    def __post_init__(self) -> None:
+        if self.parse(str(self)) != self:
+            raise ValueError(f"not a name of an application: {self}")
+
+    def __str__(self) -> str:
+        return f"orgworker {self.installation} {self.key} {self.org}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """The parts of a name, or None if orgworker did not give it."""
+        found = _NAME.fullmatch(text)
+        if found is None:
+            return None
+        # Not by __init__, which calls this.
+        name = object.__new__(cls)
+        for attribute, value in zip(("installation", "key", "org"), found.groups(), strict=True):
+            object.__setattr__(name, attribute, value)
+        return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +57,7 @@ class TagRule:
     is_property: bool
     value: str | None = None
 
-    def matches(self, org: ProviderOrg, properties: Mapping[str, PropertyValue]) -> bool:
+    def matches(self, org: object, properties: Mapping[str, str | bool]) -> bool:
         found = properties.get(self.field) if self.is_property else getattr(org, self.field)
         if self.value is None:
             return found not in (None, "", False)
@@ -55,7 +86,7 @@ def need_properties(rules: Iterable[TagRule]) -> bool:
 
 
 def mapped_tags(
-    org: ProviderOrg, properties: Mapping[str, PropertyValue], rules: Iterable[TagRule], tags: frozenset[str]
+    org: object, properties: Mapping[str, str | bool], rules: Iterable[TagRule], tags: frozenset[str]
 ) -> frozenset[str]:
     """The org's tags after the mapping: `tags` with those of the rules added or removed, no others."""
     rules = tuple(rules)

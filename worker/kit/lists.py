@@ -26,7 +26,7 @@ from worker.kit.options import (
 )
 from worker.kit.output import Format, Row, print_rows, say
 from worker.kit.session import OutputOption, session_of
-from worker.store.lists import AUDIT, DEFAULT_LIMIT, SKIPS, Listing, Page
+from worker.store.lists import DEFAULT_LIMIT, Listing, Page
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -126,12 +126,3 @@ def _hints(connection: Connection, listing: Listing[R], scope: OrgScope, page: P
         if stopped is not None:
             hints.append(f"only the newest runs were searched: --after {stopped} continues")
     return hints
-
-
-skips = typer.Typer(
-    help="Scheduled times that never became a run, because they were missed, overlapped or on a calendar."
-)
-add_list(skips, SKIPS)
-
-audit = typer.Typer(help="Who changed what: every change made by a person, or by a program for one.")
-add_list(audit, AUDIT)

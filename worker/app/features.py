@@ -1,0 +1,40 @@
+"""The features, by the processes that use them. Nothing here is imported before it is used."""
+
+from __future__ import annotations
+
+from worker.kit.feature import Feature
+
+CONSOLE = Feature(
+    "console",
+    verbs={"serve": "verbs:serve", "login": "verbs:login", "operators": "verbs:app"},
+    gives={"console.pages": "wiring:Console"},
+    tables=("operators", "sessions", "login_transactions"),
+)
+PROVISIONING = Feature(
+    "provisioning",
+    verbs={
+        "provision": "verbs:provision",
+        "orgs sync": "verbs:sync",
+        "orgs properties": "verbs:properties",
+    },
+    gives={"provisioning.fleet": "verbs:rotate_fleet"},
+    settings=("provisioning", "issuers.NAME.management"),
+    tables=("applications",),
+)
+HOSTS = Feature(
+    "hosts",
+    verbs={"host": "verbs:host", "hosts": "verbs:app"},
+    gives={"hosts.worker": "attempt_listener:HostsOfWorker", "hosts.checks": "access:check_access"},
+    settings=("attempts", "host", "temporal"),
+    tables=("hosts", "host_handlers", "placements"),
+)
+CALENDARS = Feature(
+    "calendars",
+    verbs={"calendars": "verbs:app"},
+    gives={"calendars.named": "operations"},
+    tables=("calendars",),
+)
+IMPORTING = Feature("importing", verbs={"import": "verbs:app"})
+ORG_SECRETS = Feature("org_secrets", verbs={"secrets": "verbs:app"}, tables=("org_secrets",))
+
+FEATURES = (CONSOLE, PROVISIONING, HOSTS, CALENDARS, IMPORTING, ORG_SECRETS)

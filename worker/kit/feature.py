@@ -1,0 +1,93 @@
+"""Features: what the core runs without. Each is named by text, and imported where it is used.
+
+`app.features` lists them, and `use` says at the start of a process which there are. The core asks for a
+`Point`, and gets what an installed feature gives there, or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Generic, TypeVar
+
+from worker.errors import UsageError
+
+T = TypeVar("T")
+FOLDER = "worker.features"
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One folder below `worker/features`. All that it gives is named as `MODULE:NAME`, below that folder.
+
+    `verbs` are a verb, a noun, or a verb of a noun of the core, as a person types it. `gives` is by the
+    names of points. `settings` are the sections of worker.toml that only it reads, and `tables` those that
+    only it writes: both are in every wheel, with or without it.
+    """
+
+    name: str
+    verbs: Mapping[str, str] = field(default_factory=dict)
+    gives: Mapping[str, str] = field(default_factory=dict)
+    settings: Sequence[str] = ()
+    tables: Sequence[str] = ()
+
+    @property
+    def package(self) -> str:
+        return f"{FOLDER}.{self.name}"
+
+    def load(self, place: str) -> Any:
+        """What is at `MODULE:NAME`, or the module. Raises ModuleNotFoundError without the feature."""
+        module, _, name = place.partition(":")
+        found = import_module(f"{self.package}.{module}")
+        return getattr(found, name) if name else found
+
+    def is_installed(self) -> bool:
+        """Whether this wheel has it; imports its package, which is empty."""
+        try:
+            import_module(self.package)
+        except ModuleNotFoundError as error:
+            if not str(error.name).startswith(FOLDER):
+                raise
+            return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Point(Generic[T]):
+    """A place where the core takes what a feature gives; `needed_for` is told where there is none."""
+
+    name: str
+    needed_for: str
+
+    def find(self) -> T | None:
+        """What the feature gives that has this point; None if it is not installed."""
+        for feature in _features:
+            if self.name in feature.gives and feature.is_installed():
+                found: T = feature.load(feature.gives[self.name])
+                return found
+        return None
+
+    def require(self) -> T:
+        """As `find`; raises UsageError if no installed feature has it."""
+        found = self.find()
+        if found is None:
+            raise not_installed(self.needed_for, self.name.partition(".")[0])
+        return found
+
+
+_features: Sequence[Feature] = ()
+
+
+def use(features: Sequence[Feature]) -> None:
+    """Say which features there are, at the start of a process."""
+    global _features
+    _features = features
+
+
+def not_installed(what: str, feature: str) -> UsageError:
+    """The error of what needs a feature that this wheel does not have."""
+    return UsageError(
+        f"{what} needs the feature {feature}, which is not installed",
+        fix="install the whole package orgworker; this one was built without it",
+    )
