@@ -7,7 +7,7 @@ from worker.kit.feature import Feature
 CONSOLE = Feature(
     "console",
     verbs={"serve": "verbs:serve", "login": "verbs:login", "operators": "verbs:app"},
-    gives={"console.pages": "wiring:Console"},
+    gives={"console.pages": "wiring:ConsolePages"},
     tables=("operators", "sessions", "login_transactions"),
 )
 PROVISIONING = Feature(

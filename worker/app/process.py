@@ -36,6 +36,8 @@ from worker.operations.chores import Chores, ages_of
 from worker.operations.new_claims import EVERY as NEW_CLAIMS_EVERY
 from worker.operations.new_claims import NewClaims
 from worker.outbound import open_client
+from worker.process.confinement import confinement_of, readable_management_secrets
+from worker.process.monitoring import monitoring
 from worker.settings import Settings
 from worker.store import schema
 from worker.store.database import Database
@@ -50,10 +52,8 @@ from worker.tokens.shared import SharedTokens
 from worker.wiring import check_ring, find_keyring, open_keyring
 from worker.wiring.addition import Addition, Additions, Parts
 from worker.wiring.catalogue import StoredCatalogue
-from worker.wiring.confinement import confinement_of, readable_management_secrets
 from worker.wiring.issuers import issuers_of
-from worker.wiring.monitoring import monitoring
-from worker.wiring.secrets import OpenedCredentials, OpenedSecrets, StoredTokens, check_ring
+from worker.wiring.secrets import OpenedCredentials, OpenedSecrets, StoredTokens
 from worker.wiring.start import VERSION, start
 from worker.wiring.traces import traces_of
 

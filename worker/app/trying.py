@@ -25,13 +25,13 @@ from worker.model.orgs import OrgRef
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import LogLine
 from worker.outbound import open_client
+from worker.process.confinement import confinement_of
 from worker.settings import Settings
 from worker.store import orgs
 from worker.store.database import Database
 from worker.tokens.cache import Tokens
 from worker.tokens.credentials import Credential
 from worker.wiring import find_keyring
-from worker.wiring.confinement import confinement_of
 from worker.wiring.issuers import issuers_of
 from worker.wiring.secrets import OpenedCredentials, OpenedSecrets
 

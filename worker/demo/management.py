@@ -131,7 +131,7 @@ def as_property(value: Any) -> str | bool:
     return value if isinstance(value, bool) else str(value)
 
 
-class Provider(Protocol):
+class ItsProvider(Protocol):
     """The provider whose applications these are."""
 
     url: str
@@ -150,7 +150,7 @@ class ManagementApi:
     applications that are not machine-to-machine.
     """
 
-    def __init__(self, provider: Provider) -> None:
+    def __init__(self, provider: ItsProvider) -> None:
         self._provider = provider
         self.orgs: dict[str, Organization] = {}
         self.apis: dict[str, RegisteredApi] = {}

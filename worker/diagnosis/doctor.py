@@ -19,6 +19,8 @@ from worker.model.runs import worker_ends
 from worker.model.runs.next_steps import NextStep
 from worker.operations import approvals
 from worker.operations.installation import ADOPT, NO_WORD, difference
+from worker.process.confinement import OFF, confinement_of, in_words, readable_management_secrets
+from worker.process.guarded_files import changeable, guarded
 from worker.settings import Settings
 from worker.store import calendars, catalogue, health, placements, places, pools, roles
 from worker.store import installation as stored_installation
@@ -28,8 +30,6 @@ from worker.store.dialect import Row
 from worker.store.lists.failures import mismatches
 from worker.store.lists.morning import NAMED, CappedCount, Named
 from worker.store.lists.morning import crashed as crashed_workers
-from worker.wiring.confinement import OFF, confinement_of, in_words, readable_management_secrets
-from worker.wiring.guarded_files import changeable, guarded
 
 if TYPE_CHECKING:
     from worker.tokens.sealing import KeyRing

@@ -55,7 +55,7 @@ class Resolved(Protocol):
     def choices(self, wanted: Any, spend: Callable[[int], None]) -> Any: ...
 
 
-class Check(Protocol):
+class Checking(Protocol):
     """One check of one value, as keywords use it; `spend` counts steps."""
 
     @property
@@ -73,10 +73,10 @@ class Check(Protocol):
 # A step down the path (None for the same value), the subschema, and the value that it applies to.
 Part = tuple[str | None, Any, Any]
 # What a keyword gets: the check, its own value, the subschema it is part of, and the value to check.
-_PartsOf = Callable[["Check", Any, Mapping[str, Any], Any], Iterable[Part]]
+_PartsOf = Callable[["Checking", Any, Mapping[str, Any], Any], Iterable[Part]]
 
 
-def _pattern_properties(check: Check, wanted: Any, _: Mapping[str, Any], value: Any) -> Iterator[Part]:
+def _pattern_properties(check: Checking, wanted: Any, _: Mapping[str, Any], value: Any) -> Iterator[Part]:
     for pattern, inner in wanted.items():
         for key, item in value.items():
             if check.matches(pattern, key):
@@ -84,7 +84,7 @@ def _pattern_properties(check: Check, wanted: Any, _: Mapping[str, Any], value: 
 
 
 def _additional_properties(
-    check: Check, wanted: Any, schema: Mapping[str, Any], value: Any
+    check: Checking, wanted: Any, schema: Mapping[str, Any], value: Any
 ) -> Iterator[Part]:
     known, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
     for key, item in value.items():
@@ -92,17 +92,17 @@ def _additional_properties(
             yield key, wanted, item
 
 
-def _items(check: Check, wanted: Any, schema: Mapping[str, Any], value: Any) -> Iterator[Part]:
+def _items(check: Checking, wanted: Any, schema: Mapping[str, Any], value: Any) -> Iterator[Part]:
     first = len(schema.get("prefixItems", ()))
     return ((str(place), wanted, item) for place, item in enumerate(value[first:], first))
 
 
-def _dependent_schemas(check: Check, wanted: Any, _: Mapping[str, Any], value: Any) -> Iterator[Part]:
+def _dependent_schemas(check: Checking, wanted: Any, _: Mapping[str, Any], value: Any) -> Iterator[Part]:
     check.spend(len(wanted))
     return ((None, inner, value) for name, inner in wanted.items() if name in value)
 
 
-def _if(check: Check, wanted: Any, schema: Mapping[str, Any], value: Any) -> Iterator[Part]:
+def _if(check: Checking, wanted: Any, schema: Mapping[str, Any], value: Any) -> Iterator[Part]:
     met = check.fits(wanted, value)
     if met is None:
         raise LookupError("the condition is undecided")
@@ -135,17 +135,17 @@ PARTS: Mapping[str, tuple[str | None, _PartsOf]] = {
 
 # --- All other keywords ------------------------------------------------------------------------
 
-_Rule = Callable[["Check", Any, Mapping[str, Any], Any], Verdict]
+_Rule = Callable[["Checking", Any, Mapping[str, Any], Any], Verdict]
 
 
-def _type(check: Check, wanted: Any, _: Mapping[str, Any], value: Any) -> Verdict:
+def _type(check: Checking, wanted: Any, _: Mapping[str, Any], value: Any) -> Verdict:
     if isinstance(wanted, str):
         return TYPES[wanted](value)
     check.spend(len(wanted))
     return any([TYPES[kind](value) for kind in wanted])
 
 
-def _enum(check: Check, wanted: Any, _: Mapping[str, Any], value: Any) -> Verdict:
+def _enum(check: Checking, wanted: Any, _: Mapping[str, Any], value: Any) -> Verdict:
     if not isinstance(wanted, list):
         return None
     return canonical(value, check.spend) in check.schema.choices(wanted, check.spend)
@@ -154,7 +154,7 @@ def _enum(check: Check, wanted: Any, _: Mapping[str, Any], value: Any) -> Verdic
 def _limit(kind: str, holds: Callable[[Any, Any], bool], size: Callable[[Any], Any] | None = None) -> _Rule:
     """A keyword that compares a number, or the size of a value, with a number."""
 
-    def rule(check: Check, wanted: Any, _: Mapping[str, Any], value: Any) -> Verdict:
+    def rule(check: Checking, wanted: Any, _: Mapping[str, Any], value: Any) -> Verdict:
         if not _is_number(wanted):
             return None
         return not TYPES[kind](value) or holds(value if size is None else size(value), wanted)
@@ -170,27 +170,27 @@ def _is_multiple(value: Any, of: Any) -> bool:
     return rest <= tolerance or abs(rest - of) <= tolerance
 
 
-def _unique(check: Check, wanted: Any, _: Mapping[str, Any], value: Any) -> Verdict:
+def _unique(check: Checking, wanted: Any, _: Mapping[str, Any], value: Any) -> Verdict:
     if not isinstance(value, list) or wanted is not True:
         return True
     return len({canonical(item, check.spend) for item in value}) == len(value)
 
 
-def _required(check: Check, wanted: Any, _: Mapping[str, Any], value: Any) -> Verdict:
+def _required(check: Checking, wanted: Any, _: Mapping[str, Any], value: Any) -> Verdict:
     if not isinstance(wanted, list):
         return None
     check.spend(len(wanted))
     return not isinstance(value, Mapping) or all(name in value for name in wanted)
 
 
-def _dependent_required(check: Check, wanted: Any, schema: Mapping[str, Any], value: Any) -> Verdict:
+def _dependent_required(check: Checking, wanted: Any, schema: Mapping[str, Any], value: Any) -> Verdict:
     if not isinstance(value, Mapping):
         return True
     check.spend(len(wanted))
     return all_of(_required(check, names, schema, value) for name, names in wanted.items() if name in value)
 
 
-def _contains(check: Check, wanted: Any, schema: Mapping[str, Any], value: Any) -> Verdict:
+def _contains(check: Checking, wanted: Any, schema: Mapping[str, Any], value: Any) -> Verdict:
     if not isinstance(value, list):
         return True
     check.spend(len(value))
@@ -202,7 +202,7 @@ def _contains(check: Check, wanted: Any, schema: Mapping[str, Any], value: Any) 
     return True if certain >= least and possible <= most else None
 
 
-def _one_of(check: Check, wanted: Any, _: Mapping[str, Any], value: Any) -> Verdict:
+def _one_of(check: Checking, wanted: Any, _: Mapping[str, Any], value: Any) -> Verdict:
     verdicts = [check.fits(branch, value) for branch in wanted]
     certain = verdicts.count(True)
     if certain > 1:

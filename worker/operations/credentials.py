@@ -196,7 +196,7 @@ class Verified(Protocol):
     def problems(self) -> list[Diagnostic]: ...
 
 
-class Checks(Protocol):
+class TokenChecks(Protocol):
     """Requests tokens; implemented by `diagnosis.check_orgs`."""
 
     async def verify(self, code: str, generation: int | None = None) -> Verified: ...
@@ -215,7 +215,7 @@ class Rotation:
 
     ownership: Ownership
     ring: KeyRing
-    checks: Checks
+    checks: TokenChecks
     org: str
     actor: str
     clock: Clock

@@ -11,10 +11,10 @@ from worker.clock import Clock
 from worker.engine.incarnation import ProcessTools, VitalsReader
 from worker.engine.runners.child.pool import SHARE_AFTER, ChildPool
 from worker.model.runs.run import Isolation
+from worker.process.confinement import Confinement
+from worker.process.guarded_files import FileWatch
 from worker.settings import Settings
 from worker.telemetry.vitals import Notifier
-from worker.wiring.confinement import Confinement
-from worker.wiring.guarded_files import FileWatch
 
 VERSION = version("orgworker")
 # Seconds for which a thread keeps the interpreter while another asks for it. The database threads ask

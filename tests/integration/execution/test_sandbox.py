@@ -26,10 +26,10 @@ from worker.engine.runners.child.sandbox import Planner, Sandbox, SandboxRules
 from worker.engine.runners.contract import StopSignal
 from worker.handlers.catalogue import read_catalogue
 from worker.model.runs.outcome import Failed, Outcome, Succeeded
+from worker.process.confinement import Confinement
+from worker.process.guarded_files import FileWatch
 from worker.settings import load
 from worker.telemetry.events import Emitted
-from worker.wiring.confinement import Confinement
-from worker.wiring.guarded_files import FileWatch
 
 MODULE = "sandbox_jobs"
 SOURCE = """

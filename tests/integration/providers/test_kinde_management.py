@@ -32,7 +32,7 @@ from worker.features.provisioning.management.contract import Management, OrgAppl
 from worker.features.provisioning.management.kinde import KindeManagement
 from worker.features.provisioning.management_client import management_secret, open_management
 from worker.model.provider import ApplicationName
-from worker.wiring.confinement import readable_management_secrets
+from worker.process.confinement import readable_management_secrets
 
 AUDIENCE = "https://api.acme.com"
 Opened = Callable[[], AbstractAsyncContextManager[Management]]

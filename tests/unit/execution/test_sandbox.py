@@ -12,9 +12,9 @@ from worker.engine.runners.child import landlock, sandbox
 from worker.engine.runners.child.messages import Setup
 from worker.engine.runners.child.sandbox import MAX_PARTS, Planner, SandboxRules, SecretPath
 from worker.errors import ConfigurationError
+from worker.process.confinement import confinement_of
 from worker.settings import Settings
 from worker.settings.sections import DatabaseSettings, ExecutionSettings
-from worker.wiring.confinement import confinement_of
 
 
 def planned(

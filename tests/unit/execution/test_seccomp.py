@@ -12,9 +12,9 @@ import pytest
 
 from worker.engine.runners.child import landlock, sandbox, seccomp
 from worker.errors import ConfigurationError
+from worker.process.confinement import confinement_of
 from worker.settings import Settings
 from worker.settings.sections import DatabaseSettings, ExecutionSettings
-from worker.wiring.confinement import confinement_of
 
 ALLOWED = 0x7FFF0000
 DENIED = 0x50000 | errno.EACCES

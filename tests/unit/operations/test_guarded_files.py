@@ -13,11 +13,11 @@ import pytest
 from tests.fakes.clock import ManualClock
 from worker.diagnosis.doctor import changeable_files
 from worker.features.hosts.access import read_token
+from worker.process.guarded_files import ACCESS_LIST, FileWatch, changeable, guarded
 from worker.settings import Settings, load, load_for_host
 from worker.telemetry.events import Emitted
 from worker.tokens.sealing import KeyRing
 from worker.wiring import guarded_files
-from worker.wiring.guarded_files import ACCESS_LIST, FileWatch, changeable, guarded
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ exec "$@"
 def test_nobody_changes_modes_on_a_read_only_mount(tmp_path: Path, mount: str, found: list[str]):
     """Not even root; the control is the same mount, writable."""
     (tmp_path / "keyring").touch(0o600)
-    code = "import sys; from worker.wiring.guarded_files import changeable; print(*changeable(sys.argv[1:]))"
+    code = "import sys; from worker.process.guarded_files import changeable; print(*changeable(sys.argv[1:]))"
     namespace = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
     command = [*namespace, "sh", "-euc", IN_NAMESPACE, "sh", str(tmp_path), mount]
 
@@ -338,7 +338,7 @@ def test_what_the_worker_cannot_undo_is_reported_once(
     def denied(path: str, mode: int) -> None:
         raise PermissionError(path)
 
-    monkeypatch.setattr("worker.wiring.guarded_files.os.chmod", denied)
+    monkeypatch.setattr("worker.process.guarded_files.os.chmod", denied)
     for _ in range(3):
         watch.look()
 

@@ -11,8 +11,8 @@ import pytest
 from tests.fakes.clock import ManualClock
 from worker.errors import StoreUnavailable
 from worker.kit.web.health import Health
+from worker.process.monitoring import OverdueMonitor
 from worker.settings.sections import AlertSettings
-from worker.wiring.monitoring import OverdueMonitor
 
 Found = tuple[str, str, float]
 LATE = ("org_a", "digest", 10.0)

@@ -8,8 +8,9 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from worker.errors import ConfigurationError
-from worker.features.console.wiring import Web
+from worker.features.console.wiring import ConsolePages
 from worker.kit.web.health import Health
+from worker.kit.web.side import Web
 from worker.settings import Settings
 from worker.telemetry.metrics import Metrics
 from worker.wiring.issuers import login_secret
@@ -31,7 +32,8 @@ def test_it_is_a_file_named_after_the_issuer_without_its_last_line_break(tmp_pat
 def test_without_it_nothing_starts_and_the_error_names_the_file(tmp_path: Path, content: str | None):
     if content is not None:
         (tmp_path / "login__main").write_text(content)
-    web = Web(settings(str(tmp_path)), ManualClock(), Health(Metrics(version="1.0")))
+    given = (settings(str(tmp_path)), ManualClock(), Health(Metrics(version="1.0")))
+    web = Web(*given, ConsolePages(*given))
 
     with pytest.raises(ConfigurationError, match="login__main") as caught:
         web.bind()

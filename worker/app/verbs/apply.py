@@ -45,7 +45,7 @@ def apply(
     that templates make, org by org; interrupted, the workers do the rest.
     """
     from worker.operations.apply import apply as apply_file
-    from worker.wiring.installed_handlers import store_unknown
+    from worker.process.installed_handlers import store_unknown
 
     wanted = _parsed(file)
     with session.database() as database:

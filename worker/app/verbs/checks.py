@@ -133,7 +133,7 @@ def check(
     from worker.diagnosis.capacity import Machine, capacity
     from worker.diagnosis.requirements import forecast_tokens, lacking_of_all_orgs
     from worker.operations import approvals
-    from worker.wiring.confinement import readable_management_secrets
+    from worker.process.confinement import readable_management_secrets
     from worker.wiring.issuers import issuers_of
 
     issuers = issuers_of(session.settings)

@@ -155,7 +155,7 @@ def edit(
 ) -> None:
     """Change keys of a definition; the next `apply` of a file that has it overrides them."""
     from worker.operations.definitions import edit_definition
-    from worker.wiring.installed_handlers import store_unknown
+    from worker.process.installed_handlers import store_unknown
 
     with session.database() as database:
         store_unknown(session.settings, database)

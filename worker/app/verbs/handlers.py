@@ -87,9 +87,9 @@ def _place(entry: dict[str, Any]) -> str:
 def _entries(session: Invocation, name: str | None = None) -> list[dict[str, Any]]:
     """The handlers of the database, or without one those installed here; all, or those of one name."""
     from worker.ids import ALL_ORGS
+    from worker.process.installed_handlers import installed_entries, store_unknown
     from worker.store import catalogue
     from worker.store.lists import handlers
-    from worker.wiring.installed_handlers import installed_entries, store_unknown
 
     settings = session.settings
     try:

@@ -81,7 +81,7 @@ def try_(
     """
     from worker.app import trying
     from worker.operations.handlers import as_taken, schema_of
-    from worker.wiring.installed_handlers import find_handler
+    from worker.process.installed_handlers import find_handler
 
     if real and (flag or property_):
         raise UsageError(

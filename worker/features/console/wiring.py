@@ -38,7 +38,7 @@ from worker.telemetry.vitals import Notifier
 from worker.wiring.issuers import issuers_of, login_secret
 
 
-class Console:
+class ConsolePages:
     """API and console of one process; `open_ring` if it may have the key ring."""
 
     def __init__(
@@ -164,7 +164,7 @@ def serve(settings: Settings) -> int:
             with database.autocommit() as connection:
                 for warning in roles.serve_warnings(connection):
                     emit("web.rights", detail=warning)
-        web = Web(settings, clock, health, Console(settings, clock, health))
+        web = Web(settings, clock, health, ConsolePages(settings, clock, health))
         web.bind(required=True)
         asyncio.run(_serve(web, health))
     finally:

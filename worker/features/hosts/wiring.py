@@ -34,12 +34,12 @@ from worker.ids import WorkerId
 from worker.kit.web.connections import Connections
 from worker.kit.web.health import Health
 from worker.kit.web.listener import WebServer, bind, build_health
+from worker.process.confinement import confinement_of
 from worker.settings import Settings
 from worker.telemetry import events, logs
 from worker.telemetry.events import emit
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.vitals import Notifier
-from worker.wiring.confinement import confinement_of
 from worker.wiring.start import VERSION, start
 from worker.wiring.traces import traces_of
 

@@ -25,13 +25,13 @@ from worker.kit.web.database_health import ProvisionHealth
 from worker.kit.web.health import metrics_of
 from worker.kit.web.listener import WebServer, bind, build_health
 from worker.operations.installation import Ownership
+from worker.process.monitoring import alerting
 from worker.settings import Settings
 from worker.store import schema
 from worker.store.database import Database
 from worker.telemetry import logs
 from worker.telemetry.events import emit
 from worker.telemetry.vitals import Notifier
-from worker.wiring.monitoring import alerting
 
 ACTOR = "provision"
 EXIT_OK = 0

@@ -22,7 +22,7 @@ from worker.settings import Settings
 from worker.store.database import Database
 
 
-class Pages(Protocol):
+class WebPages(Protocol):
     """What a process serves on `[web] listen` besides health and metrics."""
 
     def check(self) -> None:
@@ -39,7 +39,7 @@ class Pages(Protocol):
 
 
 # The pages of a worker; `open_ring` opens the key ring for what people change there.
-PAGES: Point[Callable[..., Pages]] = Point("console.pages", "the console")
+PAGES: Point[Callable[..., WebPages]] = Point("console.pages", "the console")
 
 _TAKEN = (
     "no console yet: another process has {}; the worker runs, and opens the port once it is free. "
@@ -50,7 +50,9 @@ _TAKEN = (
 class Web:
     """Health and metrics of one process, and its `pages` if it has any."""
 
-    def __init__(self, settings: Settings, clock: Clock, health: Health, pages: Pages | None = None) -> None:
+    def __init__(
+        self, settings: Settings, clock: Clock, health: Health, pages: WebPages | None = None
+    ) -> None:
         self._settings = settings
         self._clock = clock
         self._listener: socket.socket | None = None

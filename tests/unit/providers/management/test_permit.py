@@ -161,7 +161,7 @@ async def test_each_repetition_asks_again() -> None:
 
 def test_only_the_seam_sends_requests_to_a_management_api() -> None:
     """What an adapter imports: another HTTP client would go past the permit."""
-    folder = Path(worker.__file__).parent / "providers" / "management"
+    folder = Path(worker.__file__).parent / "features" / "provisioning" / "management"
     imports = {
         path.name: {name for node in ast.walk(ast.parse(path.read_text())) for name in _imported(node)}
         for path in folder.glob("*.py")
@@ -183,9 +183,9 @@ def test_every_management_api_is_opened_with_the_permit_of_the_database() -> Non
                 found.setdefault(str(path.relative_to(package)), []).extend(permits)
     # The parameter of `open_management` goes to `Calls`.
     assert found == {
-        "cli/orgs.py": ["ownership.permit"],
-        "wiring/provisioning.py": ["ownership.permit"],
-        "wiring/management.py": ["permit"],
+        "features/provisioning/verbs.py": ["ownership.permit"],
+        "features/provisioning/wiring.py": ["ownership.permit"],
+        "features/provisioning/management_client.py": ["permit"],
     }
 
 

@@ -9,10 +9,10 @@ from worker.clock import SystemClock
 from worker.errors import NotFound, did_you_mean
 from worker.handlers.catalogue import HandlerEntry, read_catalogue
 from worker.handlers.installed import distributions
+from worker.process.confinement import confinement_of
 from worker.settings import Settings
 from worker.store import catalogue
 from worker.store.database import Database
-from worker.wiring.confinement import confinement_of
 
 
 def store_unknown(settings: Settings, database: Database) -> None:
