@@ -33,7 +33,7 @@ from sqlalchemy import Engine, event, text
 from bench.history import FAILED, history
 from worker import settings
 from worker.clock import SystemClock
-from worker.features.console.wiring import Web
+from worker.features.console.wiring import ConsolePages
 from worker.kit.web.health import Health
 from worker.store.database import Database
 from worker.telemetry.metrics import Metrics
@@ -186,8 +186,8 @@ async def asking(url: str) -> AsyncIterator[tuple[httpx.AsyncClient, Any]]:
         )
         given = settings.load(str(file), environ={})
         async with contextlib.AsyncExitStack() as stack:
-            web = Web(given, SystemClock(), Health(Metrics(version="bench", top_orgs=0)))
-            app = await web._application(stack)
+            health = Health(Metrics(version="bench", top_orgs=0))
+            app = await ConsolePages(given, SystemClock(), health).application(stack)
             transport = httpx.ASGITransport(app, client=("127.0.0.1", 40000), raise_app_exceptions=False)
             headers = {"authorization": f"Bearer {TOKEN}", "accept-encoding": "gzip"}
             client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8470", headers=headers)

@@ -146,7 +146,8 @@ def test_a_process_that_is_asked_for_completions_never_runs_a_command(
 def test_a_database_that_hangs_ends_the_tab_in_silence(tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"postgresql://worker@127.0.0.1:{silent.getsockname()[1]}/orgworker?connect_timeout=60"
-        program = "from worker.app import completion, main\ncompletion.PATIENCE = 0.5\nmain()"
+        imports = "from worker.app import main\nfrom worker.kit import completion\n"
+        program = f"{imports}completion.PATIENCE = 0.5\nmain()"
         asked = {
             COMPLETION_VARIABLE: "complete_bash",
             "COMP_WORDS": "orgworker orgs show o",

@@ -10,7 +10,7 @@ import pytest
 from tests.fakes.cli import CommandLine
 from tests.fakes.ports import free_port
 from worker.errors import ConfigurationError
-from worker.features.console.login_verb import console_of
+from worker.features.console.verbs import console_of
 from worker.settings import load
 from worker.settings.sections import WebSettings
 from worker.store import sign_in

@@ -19,8 +19,8 @@ from tests.fakes.kernel import require_landlock
 from tests.fakes.plugins import make_plugin
 from worker.demo.provider import Application, serve_provider
 from worker.handlers.catalogue import HandlerEntry
+from worker.process import installed_handlers
 from worker.settings import Settings
-from worker.wiring import installed_handlers
 
 SOURCE = """\
 import sys

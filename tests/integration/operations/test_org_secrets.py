@@ -24,7 +24,8 @@ from worker.operations.keys import rekey, remove_key
 from worker.operations.orgs import add_org, set_org_state
 from worker.store import catalogue, tables
 from worker.tokens.sealing import KeyRing
-from worker.wiring.secrets import OpenedSecrets, check_ring, list_keys
+from worker.wiring import check_ring, list_keys
+from worker.wiring.secrets import OpenedSecrets
 
 KEY = "sk-canary-0123456789"
 

@@ -22,11 +22,12 @@ from worker.clock import SystemClock
 from worker.errors import Busy, ConfigurationError
 from worker.features.console.access import Access
 from worker.features.console.server import build
-from worker.features.console.wiring import Web
+from worker.features.console.wiring import ConsolePages
 from worker.kit.web import listener as module
 from worker.kit.web.connections import ClientDeadlines, Connections
 from worker.kit.web.health import PATHS, Health
 from worker.kit.web.listener import WebServer, bind, build_health
+from worker.kit.web.side import Web
 from worker.settings import Settings, load
 from worker.settings.sections import LogSettings, WebSettings
 from worker.telemetry.metrics import Metrics
@@ -173,6 +174,11 @@ async def test_a_client_that_takes_nothing_of_its_response_is_closed_by_the_kern
         assert (len(control), len(limited)) == (1, 0)
 
 
+def with_console(settings: Settings, health: Health) -> Web:
+    clock = SystemClock()
+    return Web(settings, clock, health, ConsolePages(settings, clock, health))
+
+
 @pytest.mark.parametrize("listening", [True, False], ids=["both", "health-only"])
 async def test_health_has_a_listener_of_its_own(sqlite_url: str, listening: bool):
     """A worker may also serve health alone."""
@@ -181,7 +187,7 @@ async def test_health_has_a_listener_of_its_own(sqlite_url: str, listening: bool
     settings = load(
         None, {"database.url": sqlite_url, "web.listen": listen, "web.health_listen": health_listen}, {}
     )
-    web = Web(settings, SystemClock(), Health(Metrics(version="1.0")))
+    web = with_console(settings, Health(Metrics(version="1.0")))
     web.bind()
     async with web.serving(), httpx.AsyncClient() as client:
         for path in PATHS:
@@ -284,7 +290,7 @@ class TestAsConfigured:
             {"database": {"url": database_url}, "web": {"listen": listen, "operators": [self.OPERATOR]} | web}
         )
         health = Health(Metrics(version="1.0", top_orgs=settings.web.metrics_top_orgs))
-        made = Web(settings, SystemClock(), health)
+        made = with_console(settings, health)
         made.bind(required=True)
         async with asyncio.timeout(30), made.serving():
             await wait_for(f"http://{listen}/livez")
@@ -330,7 +336,7 @@ class TestAsConfigured:
         health = Health(Metrics(version="1.0", top_orgs=3))
         alone = httpx.ASGITransport(build_health(health))
         async with (
-            Web(settings, SystemClock(), health).serving(),
+            with_console(settings, health).serving(),
             httpx.AsyncClient(transport=alone, base_url="http://127.0.0.1:8471") as client,
         ):
             headers = {"authorization": "Bearer adas-token"}
