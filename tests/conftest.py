@@ -16,7 +16,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests import speed
+from tests import speed, suites
 from tests.fakes import postgres, shared, shifted
 from tests.fakes.clock import ManualClock
 from worker.app.features import FEATURES
@@ -51,7 +51,27 @@ LONGEST = (
 ROOMS = ("acceptance", "integration", "migrations", "unit")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out single tests of other features than those of the suite that runs."""
+    others = [
+        item
+        for item in items
+        for mark in item.iter_markers("feature")
+        if suites.is_left_out(suites.features_of(item.path) | {mark.args[0]})
+    ]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    return True if is_test and suites.is_left_out(suites.features_of(collection_path)) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _leave_out(config, items)
+
     @functools.cache
     def place(path: Path) -> tuple[int, int]:
         name, room = path.stem, path.relative_to(HERE).parts[0]

@@ -22,7 +22,6 @@ from worker.demo.management import Application
 from worker.demo.people import Person, WebApplication
 from worker.demo.provider import Fault, Provider, serve_provider
 from worker.demo.serving import ServerThread, bind_loopback, url_of
-from worker.features.provisioning.management.kinde import SCOPES
 from worker.guard import Guard
 
 AUDIENCE = "https://api.demo.example"
@@ -142,7 +141,7 @@ def add_orgs(provider: Provider, orgs: Iterable[DemoOrg], management_secret: str
         )
         management.application_properties |= org.properties.keys()
     audience = f"{provider.url}/api"
-    provider.add(Application("", MANAGER, management_secret, SCOPES, (audience,), name=MANAGER))
+    provider.add(Application("", MANAGER, management_secret, management.scopes(), (audience,), name=MANAGER))
 
 
 def settings_file(database: Path, surroundings: World, *, listen: str, token: str) -> str:

@@ -158,6 +158,7 @@ class ManagementApi:
         self.application_properties: set[str] = set()
         self.others: list[dict[str, str]] = []
         self.carried_out: Counter[str] = Counter()
+        self._scopes: dict[str, None] = {}
         self.add_api("Management API", f"{provider.url}/api", (), id=MANAGEMENT)
 
     def add_org(self, code: str, name: str, **values: Any) -> Organization:
@@ -170,6 +171,11 @@ class ManagementApi:
         )
         self.apis[api.id] = api
         return api
+
+    def scopes(self) -> tuple[str, ...]:
+        """What a token needs to be allowed every request."""
+        self.routes()
+        return tuple(self._scopes)
 
     def routes(self) -> list[Route]:
         application = "applications/{application_id}"
@@ -201,6 +207,7 @@ class ManagementApi:
         work: Callable[[Request, Mapping[str, Any]], dict[str, Any] | None],
         status: int = 200,
     ) -> Route:
+        self._scopes[scope] = None
         address = f"/api/v1/{path}"
 
         async def endpoint(request: Request) -> Response:

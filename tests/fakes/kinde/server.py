@@ -14,7 +14,6 @@ from worker.clock import Clock
 from worker.demo.management import ManagementApi, Organization
 from worker.demo.provider import Application, Provider
 from worker.demo.serving import ServerThread, bind_loopback, url_of
-from worker.features.provisioning.management.kinde import SCOPES
 from worker.settings import IssuerSettings, Settings
 from worker.settings.sections import ManagementSettings
 
@@ -120,7 +119,12 @@ class Kinde:
         """Forget all but the address, the keys and the management application."""
         self.provider.applications.clear()
         self.provider.add(
-            Application("", MANAGER, self.secret, SCOPES, (f"{self.url}/api",), name="orgworker")
+            Application(
+                *("", MANAGER, self.secret),
+                self.provider.management.scopes(),
+                (f"{self.url}/api",),
+                name="orgworker",
+            )
         )
         self.provider.requests.clear()
         self.provider.token_requests.clear()
