@@ -30,9 +30,9 @@ from worker.engine.attempt.tools import Tools
 from worker.engine.loops.step_writer import StepWriter
 from worker.engine.trial import FakeTokens
 from worker.features.hosts.attempt_api import AttemptApi
-from worker.features.hosts.attempt_listener import AttemptListener
 from worker.features.hosts.operations import add_host
 from worker.features.hosts.wire import PREFIX
+from worker.features.hosts.worker_wiring import AttemptListener
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import WorkerId, new_id
 from worker.model.runs.hosts import HostCaller

@@ -47,7 +47,7 @@ def _features_of(file: Path, seen: set[Path]) -> frozenset[str]:
         parts = module.split(".")
         if parts[:2] == ["worker", "features"] and len(parts) > 2:
             found.add(parts[2])
-        elif parts[0] == "tests" or parts[:2] == ["worker", "demo"]:
+        elif parts[0] in ("tests", "docs", "bench") or parts[:2] == ["worker", "demo"]:
             place = ROOT.joinpath(*parts)
             wanted += [each for each in (place.with_suffix(".py"), place / "__init__.py") if each.exists()]
     for other in wanted:

@@ -25,6 +25,7 @@ from tests.fakes.site import Site, application, definition, opened
 from worker.demo.provider import serve_provider
 from worker.store import schema
 
+pytestmark = pytest.mark.feature("checkout")
 ROOT = Path(__file__).parents[2]
 NEWEST = max(schema.folder().glob("versions/[0-9]*_*.py"))
 ADD = 'op.add_column("runs", sa.Column("note", sa.Text(), nullable=True))'

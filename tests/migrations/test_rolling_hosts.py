@@ -24,6 +24,8 @@ from tests.fakes.site import FINAL, Site, application, definition, opened, wait_
 from tests.migrations.test_rolling_deploy import ROOT, start
 from worker.demo.provider import serve_provider
 
+pytestmark = pytest.mark.feature("checkout")
+
 # A handler that only hosts have.
 ONLY = """
 from worker import job

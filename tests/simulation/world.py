@@ -48,8 +48,8 @@ from worker.engine.incarnation import FAREWELL, ProcessTools, run_incarnations
 from worker.engine.runners import inline
 from worker.errors import StoreUnavailable, WorkerError
 from worker.features.hosts import wiring as hosting
-from worker.features.hosts.attempt_listener import AttemptListener, HostsOfWorker
 from worker.features.hosts.wiring import Host
+from worker.features.hosts.worker_wiring import AttemptListener, HostsOfWorker
 from worker.operations import chores
 from worker.outbound import open_client
 from worker.pacing import Turns

@@ -24,7 +24,7 @@ PROVISIONING = Feature(
 HOSTS = Feature(
     "hosts",
     verbs={"host": "verbs:host", "hosts": "verbs:app"},
-    gives={"hosts.worker": "attempt_listener:HostsOfWorker", "hosts.checks": "access:check_access"},
+    gives={"hosts.worker": "worker_wiring:HostsOfWorker", "hosts.checks": "access:check_access"},
     settings=("attempts", "host", "temporal"),
     tables=("hosts", "host_handlers", "placements"),
 )

@@ -26,9 +26,9 @@ from worker.engine.attempt.run_log import RunLogWriter
 from worker.engine.attempt.tools import Tools
 from worker.engine.loops.step_writer import StepWriter
 from worker.features.hosts import wire
-from worker.features.hosts.attempt_listener import AttemptListener
 from worker.features.hosts.operations import add_host
 from worker.features.hosts.sent import END, End
+from worker.features.hosts.worker_wiring import AttemptListener
 from worker.guard.claims import Claims
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import OrgId, RunId, WorkerId, new_id

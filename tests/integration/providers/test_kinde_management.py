@@ -30,7 +30,7 @@ from worker.errors import (
 )
 from worker.features.provisioning.management.contract import Management, OrgApplication
 from worker.features.provisioning.management.kinde import KindeManagement
-from worker.features.provisioning.management_client import management_secret, open_management
+from worker.features.provisioning.management_wiring import management_secret, open_management
 from worker.model.provider import ApplicationName
 from worker.process.confinement import readable_management_secrets
 

@@ -11,11 +11,11 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from worker.errors import StoreUnavailable
+from worker.process import monitoring
 from worker.process.monitoring import LATE, MAX_ATTEMPTS, RETRY_DELAYS, AlertDispatcher
 from worker.store.database import Database
 from worker.telemetry.alerts import Alert, Strike, Webhook
 from worker.telemetry.events import Emitted, emit, listen
-from worker.wiring import monitoring
 
 LAST = RETRY_DELAYS[-1]
 

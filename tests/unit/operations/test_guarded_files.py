@@ -13,11 +13,11 @@ import pytest
 from tests.fakes.clock import ManualClock
 from worker.diagnosis.doctor import changeable_files
 from worker.features.hosts.access import read_token
+from worker.process import guarded_files
 from worker.process.guarded_files import ACCESS_LIST, FileWatch, changeable, guarded
 from worker.settings import Settings, load, load_for_host
 from worker.telemetry.events import Emitted
 from worker.tokens.sealing import KeyRing
-from worker.wiring import guarded_files
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3] / "worker"
 WIRING = (
     ROOT / "wiring",
-    *(ROOT / "app" / name for name in ("process.py", "trying.py")),
-    *sorted((ROOT / "features").rglob("wiring.py")),
-    *(ROOT / "features" / "hosts" / name for name in ("attempt_listener.py", "temporal/loops.py")),
+    ROOT / "app" / "process.py",
+    ROOT / "app" / "trying.py",
+    *sorted((ROOT / "features").rglob("*wiring.py")),
 )
 MAX_LINES = 2_200
 MAX_FUNCTION = 60

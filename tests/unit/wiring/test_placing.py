@@ -11,7 +11,7 @@ import pytest
 from worker.errors import ConfigurationError
 from worker.features.hosts.temporal import connection as temporal
 from worker.features.hosts.temporal.connection import place_of, tls_of
-from worker.features.hosts.temporal.loops import check_placers
+from worker.features.hosts.temporal.wiring import check_placers
 from worker.features.hosts.wire import TemporalPlace
 from worker.settings import Settings
 from worker.settings.sections import PoolSettings, TemporalSettings

@@ -231,7 +231,7 @@ def properties(
     [issuers.NAME.management]. Values are neither stored here nor in the audit; give no secret
     on a command line.
     """
-    from worker.features.provisioning.management_client import open_management
+    from worker.features.provisioning.management_wiring import open_management
     from worker.features.provisioning.properties import change_properties, show_properties
     from worker.operations.installation import Ownership
     from worker.operations.new_claims import EVERY

@@ -10,7 +10,7 @@ from pathlib import Path
 from worker.clock import Clock
 from worker.diagnosis.check_orgs import open_checks
 from worker.features.provisioning.fleet import Fleet
-from worker.features.provisioning.management_client import open_management
+from worker.features.provisioning.management_wiring import open_management
 from worker.features.provisioning.provisioning import Provisioner
 from worker.features.provisioning.sync import Absent, SyncRules
 from worker.model.provider import parse_rules

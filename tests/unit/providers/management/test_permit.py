@@ -16,7 +16,7 @@ from tests.fakes.clock import ManualClock
 from worker.errors import InstallationMismatch
 from worker.features.provisioning.management.calls import Calls
 from worker.features.provisioning.management.contract import Management, OrgApplication
-from worker.features.provisioning.management_client import ADAPTERS
+from worker.features.provisioning.management_wiring import ADAPTERS
 from worker.model.provider import ApplicationName
 from worker.outbound import open_client
 from worker.secret import Secret
@@ -185,7 +185,7 @@ def test_every_management_api_is_opened_with_the_permit_of_the_database() -> Non
     assert found == {
         "features/provisioning/verbs.py": ["ownership.permit"],
         "features/provisioning/wiring.py": ["ownership.permit"],
-        "features/provisioning/management_client.py": ["permit"],
+        "features/provisioning/management_wiring.py": ["permit"],
     }
 
 

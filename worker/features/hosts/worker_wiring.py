@@ -14,7 +14,7 @@ from worker.features.hosts.attempt_api import AttemptApi
 from worker.features.hosts.delivery import HostTools
 from worker.features.hosts.listener import DEADLINES, MAX_CALLS, Attempts
 from worker.features.hosts.sharing import Sharing
-from worker.features.hosts.temporal.loops import check_placers, placing_loops
+from worker.features.hosts.temporal.wiring import check_placers, placing_loops
 from worker.features.hosts.wire import TemporalPlace
 from worker.kit.web.connections import Connections
 from worker.kit.web.listener import WebServer, bind, server_tls
