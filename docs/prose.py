@@ -16,7 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-CHECKED = ("worker", "jobs", "config", "docs", "bench/README.md", "README.md", "CHANGELOG.md", "SECURITY.md")
+CHECKED = (
+    "worker",
+    "jobs",
+    "config",
+    "docs",
+    "bench/README.md",
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+)
 SUFFIXES = {"", ".html", ".json", ".md", ".py", ".service", ".sh", ".sql", ".toml", ".txt", ".yaml", ".yml"}
 EXEMPTION = "prose: ok"
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
+import select
+import shutil
 import subprocess
 import sys
 import sysconfig
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.fakes.pages import blocks
+from tests.fakes.plugins import make_plugin
+from tests.fakes.ports import free_port
 from tests.integration.test_build import built_checkout
+from worker.demo.management import Application
+from worker.demo.provider import serve_provider
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,9 +47,11 @@ def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin"
 
 
-def run(folder: Path, *command: str | Path, timeout: int = 60) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, *command: str | Path, timeout: int = 60, also: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a command in an empty folder with nothing of this environment."""
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), **(also or {})}
     return subprocess.run(
         command, cwd=folder, env=environment, text=True, capture_output=True, timeout=timeout
     )
@@ -129,3 +140,106 @@ def test_it_migrates_a_database_and_finds_its_handlers(bin_folder, tmp_path):
     assert [done.returncode for done in (upgraded, checked)] == [0, 0], upgraded.stderr
     assert (tmp_path / "var" / "worker.db").exists()
     assert '"http.request"' in handlers.stdout, handlers
+
+
+@pytest.fixture(scope="session")
+def core(bin_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The commands of an environment whose wheel has no `worker/features`."""
+    folder = tmp_path_factory.mktemp("core") / "venv"
+    shutil.copytree(bin_folder.parent, folder, symlinks=True)
+    [features] = folder.glob("lib/python*/site-packages/worker/features")
+    shutil.rmtree(features)
+    return folder / "bin"
+
+
+TELL = """
+from pathlib import Path
+from worker import job
+
+@job("acme.tell")
+async def tell(ctx) -> None:
+    Path(ctx.params["to"]).write_text(ctx.org.code)
+"""
+
+
+def test_without_features_a_worker_starts_and_runs_what_apply_has_stored(core, tmp_path):
+    plugins, told = tmp_path / "plugins", tmp_path / "told"
+    plugins.mkdir()
+    make_plugin(plugins, modules={"acme_tell": TELL}, entry_points={"acme.tell": "acme_tell:tell"})
+    os.mkfifo(told)
+    port = free_port()
+    application = Application("org_a", "client", "s3cret", audiences=("api",))
+    also = {"PYTHONPATH": str(plugins)}
+
+    def command(*given: str) -> str:
+        done = run(tmp_path, core / "python", "-m", "worker", *given, also=also)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    provider, thread = serve_provider([application])
+    with thread:
+        (tmp_path / "worker.toml").write_text(
+            f'[web]\nlisten = "127.0.0.1:{port}"\n[execution]\nsandbox = "off"\n'
+            f'[issuers.main]\nurl = "{provider.url}"\naudience = "api"\n'
+        )
+        (tmp_path / "jobs.toml").write_text(
+            '[[org]]\ncode = "org_a"\nissuer = "main"\n[[definition]]\norg = "org_a"\nname = "sync"\n'
+            f'handler = "acme.tell"\nschedule = "every 1s"\nparams = {{to = "{told}"}}\n'
+        )
+        (tmp_path / "secret").write_text("s3cret")
+        command("db", "upgrade")
+        command("apply", "jobs.toml")
+        command("credentials", "add", "org_a", "--client-id", "client", "--secret-file", "secret")
+        reader = os.open(told, os.O_RDWR)
+        worker = subprocess.Popen(
+            [core / "python", "-m", "worker"],
+            cwd=tmp_path,
+            env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **also},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert select.select([reader], [], [], 60)[0], "no run has begun"
+            assert os.read(reader, 5) == b"org_a"
+            ready = httpx.get(f"http://127.0.0.1:{port}/readyz")
+            assert (ready.status_code, ready.json()["status"]) == (200, "ok")
+            assert httpx.get(f"http://127.0.0.1:{port}/api/v1/runs").status_code == 404
+        finally:
+            worker.terminate()
+            _, log = worker.communicate(timeout=30)
+            os.close(reader)
+    assert worker.returncode == 0, log
+    assert "succeeded" in command("runs", "list", "--state", "succeeded")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["provision"], "`provision` needs the feature provisioning"),
+        (["serve"], "`serve` needs the feature console"),
+        (["calendars", "list"], "`calendars` needs the feature calendars"),
+        (["credentials", "rotate", "--older-than", "90d"], "needs the feature provisioning"),
+    ],
+)
+def test_without_a_feature_its_verbs_say_so(core, tmp_path, words, says):
+    done = run(tmp_path, core / "python", "-m", "worker", *words)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+
+
+def test_without_a_feature_a_setting_that_only_it_reads_is_refused(core, tmp_path):
+    (tmp_path / "worker.toml").write_text('[attempts]\nlisten = "127.0.0.1:9999"\n')
+
+    refused = run(tmp_path, core / "python", "-m", "worker", "db", "check")
+
+    assert refused.returncode == 78
+    assert "[attempts] needs the feature hosts, which is not installed" in refused.stderr
+
+
+def test_with_the_feature_the_setting_is_accepted(bin_folder, tmp_path):
+    (tmp_path / "worker.toml").write_text('[attempts]\nlisten = "127.0.0.1:9999"\n')
+
+    done = run(tmp_path, bin_folder / "orgworker", "db", "upgrade")
+
+    assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Generic, TypeVar
 
-from worker.errors import UsageError
+from worker.errors import ConfigurationError, UsageError
 
 T = TypeVar("T")
 FOLDER = "worker.features"
@@ -83,6 +83,23 @@ def use(features: Sequence[Feature]) -> None:
     """Say which features there are, at the start of a process."""
     global _features
     _features = features
+
+
+def refuse_settings(settings: Any) -> None:
+    """Raise ConfigurationError for a section that only a feature reads which is not installed."""
+    for feature in _features:
+        for path in feature.settings:
+            if _is_set(settings, path.split(".")) and not feature.is_installed():
+                error = not_installed(f"[{path}]", feature.name)
+                raise ConfigurationError(error.message, fix=f"{error.fix}, or remove the section")
+
+
+def _is_set(section: Any, keys: Sequence[str]) -> bool:
+    if not keys:
+        return True
+    if isinstance(section, Mapping):
+        return any(_is_set(each, keys[1:]) for each in section.values())
+    return keys[0] in section.model_fields_set and _is_set(getattr(section, keys[0]), keys[1:])
 
 
 def not_installed(what: str, feature: str) -> UsageError:

@@ -14,6 +14,7 @@ import typer
 from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError, NotFound, UsageError, WorkerError, did_you_mean
 from worker.ids import ALL_ORGS
+from worker.kit.feature import refuse_settings
 from worker.kit.output import Format, Row, print_row, print_rows
 
 if TYPE_CHECKING:
@@ -48,11 +49,13 @@ class Invocation:
         """The settings in force.
 
         Raises:
-            ConfigurationError: they cannot be read.
+            ConfigurationError: they cannot be read, or are for a feature that is not installed.
         """
         from worker.settings import load
 
-        return load(self.config, self.overrides)
+        settings = load(self.config, self.overrides)
+        refuse_settings(settings)
+        return settings
 
     @property
     def actor(self) -> str:
