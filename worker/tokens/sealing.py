@@ -114,28 +114,19 @@ class KeyRing:
 
     def seal(self, secret: str, *, org_id: str, credential_id: str) -> tuple[bytes, str]:
         """The secret sealed for one row, and the id of the key that sealed it."""
-        key_id = self.sealing_key_id
-        nonce = os.urandom(NONCE_BYTES)
-        row = _row(org_id, credential_id, key_id)
-        return FORMAT + nonce + self._keys[key_id].encrypt(nonce, secret.encode(), row), key_id
+        return self._seal(secret, org_id, credential_id)
 
     def seal_token(self, text: str, place: Sequence[object]) -> tuple[bytes, str]:
         """An access token sealed for one `place`, of JSON values, and the id of the key that sealed it."""
-        key_id = self.sealing_key_id
-        nonce = os.urandom(NONCE_BYTES)
-        data = _token_place(place, key_id)
-        return FORMAT + nonce + self._keys[key_id].encrypt(nonce, text.encode(), data), key_id
+        return self._seal(text, "access token", *place)
 
     def open_token(self, sealed: bytes, key_id: str, place: Sequence[object]) -> str | None:
         """The access token, or None if the ring lacks its key, or it is of another place or damaged."""
-        return self._open(sealed, key_id, _token_place(place, key_id))
+        return self._open(sealed, key_id, "access token", *place)
 
     def seal_attempt(self, text: str, place: Sequence[object]) -> str:
         """What a worker records of an attempt on a host, sealed for one `place`, of JSON values, as text."""
-        key_id = self.sealing_key_id
-        nonce = os.urandom(NONCE_BYTES)
-        data = _attempt_place(place, key_id)
-        sealed = FORMAT + nonce + self._keys[key_id].encrypt(nonce, text.encode(), data)
+        sealed, key_id = self._seal(text, "attempt", *place)
         return f"{key_id}.{base64.b64encode(sealed).decode()}"
 
     def open_attempt(self, sealed: str, place: Sequence[object]) -> str | None:
@@ -145,14 +136,11 @@ class KeyRing:
             raw = base64.b64decode(encoded, validate=True)
         except ValueError:
             return None
-        return self._open(raw, key_id, _attempt_place(place, key_id))
+        return self._open(raw, key_id, "attempt", *place)
 
     def seal_secret(self, value: str, *, org_id: str, name: str, generation: int) -> tuple[bytes, str]:
         """An org's secret sealed for its row and generation, and the id of the key that sealed it."""
-        key_id = self.sealing_key_id
-        nonce = os.urandom(NONCE_BYTES)
-        data = _secret_place(org_id, name, generation, key_id)
-        return FORMAT + nonce + self._keys[key_id].encrypt(nonce, value.encode(), data), key_id
+        return self._seal(value, "org secret", org_id, name, generation)
 
     def unseal_secret(self, sealed: bytes, key_id: str, *, org_id: str, name: str, generation: int) -> str:
         """An org's secret.
@@ -167,7 +155,7 @@ class KeyRing:
                 f"the secret {name} is sealed with the key {key_id}, which is not in {self.path}",
                 fix=f"put the key's line back into the key ring, or {fix}",
             )
-        value = self._open(sealed, key_id, _secret_place(org_id, name, generation, key_id))
+        value = self._open(sealed, key_id, "org secret", org_id, name, generation)
         if value is None:
             raise ConfigurationError(
                 f"the secret {name} does not open: it is damaged, or from another row", fix=fix
@@ -185,7 +173,7 @@ class KeyRing:
                 f"credential {credential_id} is sealed with the key {key_id}, which is not in {self.path}",
                 fix="put the key's line back into the key ring, or add the credential again",
             )
-        secret = self._open(sealed, key_id, _row(org_id, credential_id, key_id))
+        secret = self._open(sealed, key_id, org_id, credential_id)
         if secret is None:
             raise ConfigurationError(
                 f"the secret of credential {credential_id} does not open: it is damaged, or from another row",
@@ -193,12 +181,17 @@ class KeyRing:
             )
         return secret
 
-    def _open(self, sealed: bytes, key_id: str, data: bytes) -> str | None:
+    def _seal(self, text: str, *place: object) -> tuple[bytes, str]:
+        key_id, nonce = self.sealing_key_id, os.urandom(NONCE_BYTES)
+        ciphertext = self._keys[key_id].encrypt(nonce, text.encode(), _associated(key_id, place))
+        return FORMAT + nonce + ciphertext, key_id
+
+    def _open(self, sealed: bytes, key_id: str, *place: object) -> str | None:
         key = self._keys.get(key_id)
         nonce, ciphertext = sealed[1 : 1 + NONCE_BYTES], sealed[1 + NONCE_BYTES :]
         if key is not None and sealed[:1] == FORMAT and len(ciphertext) >= 16:
             with suppress(InvalidTag):
-                return key.decrypt(nonce, ciphertext, data).decode()
+                return key.decrypt(nonce, ciphertext, _associated(key_id, place)).decode()
         return None
 
 
@@ -241,24 +234,10 @@ def _key_lines(lines: list[str]) -> list[str]:
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
-def _row(org_id: str, credential_id: str, key_id: str) -> bytes:
-    # JSON, so that no two rows have the same text.
-    return json.dumps([org_id, credential_id, key_id]).encode()
-
-
-def _token_place(place: Sequence[object], key_id: str) -> bytes:
-    # No row of a secret has the same text.
-    return json.dumps(["access token", *place, key_id]).encode()
-
-
-def _attempt_place(place: Sequence[object], key_id: str) -> bytes:
-    # No row of a secret or token has the same text.
-    return json.dumps(["attempt", *place, key_id]).encode()
-
-
-def _secret_place(org_id: str, name: str, generation: int, key_id: str) -> bytes:
-    # No row of a credential, token or attempt has the same text.
-    return json.dumps(["org secret", org_id, name, generation, key_id]).encode()
+def _associated(key_id: str, place: Sequence[object]) -> bytes:
+    """What a ciphertext is bound to; all but a credential's place begins with a word for what is sealed."""
+    # JSON, so that no two places have the same text.
+    return json.dumps([*place, key_id]).encode()
 
 
 def _new_line() -> str:
