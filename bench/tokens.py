@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from worker.clock import SystemClock
-from worker.guard.endpoints import Endpoints
 from worker.guard.issuer import Issuer
 from worker.guard.jwks import KeySet
 from worker.guard.profile import load
@@ -114,7 +113,7 @@ async def ours(url: str, apps: Sequence[dict[str, Any]], lookups: int) -> None:
             warm.append((time.perf_counter() - began) / lookups)
             await tokens.close()
 
-        keys = KeySet(issuer, Endpoints(issuer, client, clock=clock), clock=clock)
+        keys = KeySet(issuer, client, clock=clock)
         text = enforced.token.reveal()
         await verify(text, issuer=issuer, audience=AUDIENCE, keys=keys, clock=clock)
         for _ in range(ROUNDS):

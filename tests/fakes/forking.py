@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from worker.errors import KeyNotPublished
+from worker.errors import TokenRefused
 from worker.guard import Guard, threads
 
 CHILDREN = 4
@@ -81,7 +81,7 @@ def inside(guard: Guard, token: str) -> bool:
 
 def look_up(guard: Guard) -> None:
     """Needs the loop, whatever the guard knows."""
-    with suppress(KeyNotPublished):
+    with suppress(TokenRefused):
         guard._thread_keys.find("another")
 
 

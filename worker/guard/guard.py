@@ -9,8 +9,8 @@ import httpx
 
 from .claims import Claims
 from .clock import Clock, SystemClock
-from .decode import decode, enforce, invalid
-from .errors import ConfigurationError, KeyNotPublished, TokenRefused
+from .decode import decode, enforce
+from .errors import ConfigurationError
 from .issuer import Issuer
 from .profile import load
 from .report import Report, log
@@ -65,7 +65,7 @@ class Guard:
         self._given = client
         self._client: httpx.AsyncClient | None = None
         self._keys: KeySet | None = None
-        self._thread_keys = ThreadKeys(issuer, self._open, clock=self._clock, report=report)
+        self._thread_keys = ThreadKeys(issuer.name, lambda: self._key_set(self._open()))
 
     async def check(
         self,
@@ -85,10 +85,10 @@ class Guard:
             IssuerUnavailable: the issuer's keys cannot be read, so there is no verdict.
         """
         token = self._read(token_text, org_code)
-        try:
-            key = await self._keys_here().find(token.kid)
-        except KeyNotPublished:
-            raise _unpublished() from None
+        if self._keys is None:
+            self._client = self._open()
+            self._keys = self._key_set(self._client)
+        key = await self._keys.find(token.kid)
         return self._enforced(token.verified_by(key), org_code, scopes, client_id)
 
     def check_sync(
@@ -101,10 +101,7 @@ class Guard:
     ) -> Claims:
         """As `check`, on any thread, also after a fork; blocks while keys are fetched, for 25 s at most."""
         token = self._read(token_text, org_code)
-        try:
-            key = self._thread_keys.find(token.kid)
-        except KeyNotPublished:
-            raise _unpublished() from None
+        key = self._thread_keys.find(token.kid)
         return self._enforced(token.verified_by(key), org_code, scopes, client_id)
 
     async def check_threadsafe(
@@ -117,10 +114,7 @@ class Guard:
     ) -> Claims:
         """As `check`, on any event loop of the process; shares the keys of `check_sync`."""
         token = self._read(token_text, org_code)
-        try:
-            key = await self._thread_keys.find_async(token.kid)
-        except KeyNotPublished:
-            raise _unpublished() from None
+        key = await self._thread_keys.find_async(token.kid)
         return self._enforced(token.verified_by(key), org_code, scopes, client_id)
 
     async def close(self) -> None:
@@ -147,15 +141,10 @@ class Guard:
         )
         return claims
 
-    def _keys_here(self) -> KeySet:
-        from .endpoints import Endpoints
+    def _key_set(self, client: httpx.AsyncClient) -> KeySet:
         from .jwks import KeySet
 
-        if self._keys is None:
-            self._client = self._open()
-            endpoints = Endpoints(self._issuer, self._client, clock=self._clock, report=self._report)
-            self._keys = KeySet(self._issuer, endpoints, clock=self._clock, report=self._report)
-        return self._keys
+        return KeySet(self._issuer, client, clock=self._clock, report=self._report, awaits=False)
 
     def _open(self) -> httpx.AsyncClient:
         if isinstance(self._given, httpx.AsyncClient):
@@ -168,11 +157,6 @@ class Guard:
         # Keys are fetched once an hour. A connection that is kept would be shared with a forked process.
         client.headers["Connection"] = "close"
         return client
-
-
-def _unpublished() -> TokenRefused:
-    # A caller can retry later, and anyone can make up a kid.
-    return invalid("unknown_kid", "it is signed with a key that the issuer does not publish")
 
 
 async def check(token_text: str, guard: Guard) -> Claims:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import httpx
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
@@ -36,11 +37,23 @@ MAX_REMEMBERED = 1_000
 
 
 class KeySet:
-    """The keys of one issuer. Its times are of the monotonic clock."""
+    """The keys of one issuer, read at its endpoints. Its times are of the monotonic clock.
 
-    def __init__(self, issuer: Issuer, endpoints: Endpoints, *, clock: Clock, report: Report = log) -> None:
+    Unless it `awaits` keys, it refuses an unknown kid at once: a guard's caller can retry later.
+    """
+
+    def __init__(
+        self,
+        issuer: Issuer,
+        client: httpx.AsyncClient,
+        *,
+        clock: Clock,
+        report: Report = log,
+        awaits: bool = True,
+    ) -> None:
+        self.endpoints = Endpoints(issuer, client, clock=clock, report=report)
         self._issuer = issuer
-        self._endpoints = endpoints
+        self._awaits = awaits
         self._clock = clock
         self._report = report
         self._document = Document(self._read, PAUSES, clock=clock, report=report)
@@ -89,7 +102,7 @@ class KeySet:
     async def close(self) -> None:
         """Cancel reads of the keys and of the endpoints."""
         await self._document.close()
-        await self._endpoints.close()
+        await self.endpoints.close()
 
     async def _look_for(self, kid: str, keys: dict[str, Key], just_read: bool) -> dict[str, Key]:
         """A newer set that has the kid; raises as `find` does."""
@@ -103,7 +116,7 @@ class KeySet:
         if kid in keys:
             return keys
         now = self._clock.monotonic()
-        if now - first_seen < PUBLICATION or document.read_at < first_seen:
+        if self._awaits and (now - first_seen < PUBLICATION or document.read_at < first_seen):
             name = self._issuer.name
             error = KeyNotPublished(f"issuer {name} signed with a key that it does not publish yet")
             error.retry_after = max(document.retry_after, self._next_lookup - now)
@@ -121,7 +134,7 @@ class KeySet:
 
     async def _read(self) -> dict[str, Key] | str:
         """The keys, or a code for what is wrong: an empty set never replaces a good one."""
-        keys = await self._endpoints.read_keys()
+        keys = await self.endpoints.read_keys()
         if not isinstance(keys, str):
             entries = keys.get("keys")
             if isinstance(entries, list) and len(entries) <= MAX_KEYS:

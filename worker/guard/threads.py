@@ -17,14 +17,8 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any, TypeVar
 
-import httpx
-
-from .clock import Clock
-from .endpoints import Endpoints
 from .errors import IssuerUnavailable
-from .issuer import Issuer
 from .jwks import KeySet
-from .report import Report
 from .verify import Key
 
 WAIT = 25.0  # seconds: the discovery document and the key set take ten each at most
@@ -114,18 +108,14 @@ if hasattr(os, "register_at_fork"):
 
 
 class ThreadKeys:
-    """The keys of one issuer; its methods may be called on any thread.
+    """The keys of the issuer `name`; its methods may be called on any thread.
 
-    `open_client` is called on the loop, once in each process.
+    `open_keys` is called on the loop, once in each process.
     """
 
-    def __init__(
-        self, issuer: Issuer, open_client: Callable[[], httpx.AsyncClient], *, clock: Clock, report: Report
-    ) -> None:
-        self._issuer = issuer
-        self._open_client = open_client
-        self._clock = clock
-        self._report = report
+    def __init__(self, name: str, open_keys: Callable[[], KeySet]) -> None:
+        self._name = name
+        self._open = open_keys
         # Set on the loop only, so no lock is needed, and a fork leaves none held.
         self._keys: KeySet | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -139,9 +129,7 @@ class ThreadKeys:
             return future.result(WAIT)
         except TimeoutError:
             future.cancel()
-            raise IssuerUnavailable(
-                f"the keys of issuer {self._issuer.name} cannot be read in time"
-            ) from None
+            raise IssuerUnavailable(f"the keys of issuer {self._name} cannot be read in time") from None
 
     async def find_async(self, kid: str) -> Key:
         """As `find`, without blocking the caller's event loop."""
@@ -181,8 +169,7 @@ class ThreadKeys:
         loop = asyncio.get_running_loop()
         if self._keys is not None and self._loop is loop:
             return self._keys
-        endpoints = Endpoints(self._issuer, self._open_client(), clock=self._clock, report=self._report)
-        keys = KeySet(self._issuer, endpoints, clock=self._clock, report=self._report)
+        keys = self._open()
         if self._keys is not None:
             keys.adopt(self._keys)
             _process.of_parent.append(self._keys)

@@ -25,7 +25,6 @@ from worker.errors import (
     Throttled,
     TokenError,
 )
-from worker.guard.endpoints import Endpoints
 from worker.guard.http import TOKEN_LIMIT, TOO_LARGE, Reply, exchange, what_failed
 from worker.guard.issuer import Issuer
 from worker.guard.jwks import KeySet
@@ -64,10 +63,10 @@ class IssuerClient:
 
     def __init__(self, issuer: Issuer, client: httpx.AsyncClient, *, clock: Clock) -> None:
         self.issuer = issuer
-        self.endpoints = Endpoints(issuer, client, clock=clock, report=emit)
         self._client = client
         self._clock = clock
-        self._keys = KeySet(issuer, self.endpoints, clock=clock, report=emit)
+        self._keys = KeySet(issuer, client, clock=clock, report=emit)
+        self.endpoints = self._keys.endpoints
         self._budget = RequestBudget(issuer, clock=clock)
         self._breaker = Breaker(issuer.name, clock=clock)
 

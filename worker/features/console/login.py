@@ -27,7 +27,6 @@ from worker.errors import AccessDenied, ConfigurationError, IssuerUnavailable, T
 from worker.features.console.callers import Caller, Role
 from worker.features.console.operators import make_link
 from worker.guard.decode import client_of, invalid, org_of
-from worker.guard.endpoints import Endpoints
 from worker.guard.http import TOKEN_LIMIT, Reply, exchange, what_failed
 from worker.guard.issuer import Issuer
 from worker.guard.jwks import KeySet
@@ -155,8 +154,7 @@ class Login:
         self._client = client
         self._secret = secret
         self._clock = clock
-        self._endpoints = Endpoints(issuer, client, clock=clock, report=emit)
-        self._keys = KeySet(issuer, self._endpoints, clock=clock, report=emit)
+        self._keys = KeySet(issuer, client, clock=clock, report=emit)
 
     @property
     def title(self) -> str:
@@ -194,7 +192,7 @@ class Login:
         if rules.max_age:
             more["max_age"] = str(int(rules.max_age.total_seconds()))
         url: str = prepare_grant_uri(
-            await self._endpoints.authorization(),
+            await self._keys.endpoints.authorization(),
             rules.client_id,
             "code",
             redirect_uri=redirect_uri,
@@ -236,7 +234,7 @@ class Login:
     async def end_url(self, return_to: str) -> str | None:
         """The URL that logs a person out at the provider, or None if it has none, or does not respond."""
         try:
-            url = await self._endpoints.end_session()
+            url = await self._keys.endpoints.end_session()
         except IssuerUnavailable:
             return None
         if not url:
@@ -255,7 +253,7 @@ class Login:
         """The tokens for a code."""
         from authlib.oauth2.rfc6749.parameters import prepare_token_request
 
-        endpoint, secret = await self._endpoints.token(), self._secret()
+        endpoint, secret = await self._keys.endpoints.token(), self._secret()
         for text in (code, verifier, secret):
             masker.register(text)
         headers: dict[str, str] = {}
