@@ -92,13 +92,13 @@ class Acquirer:
         """
         granted = self._no_verdict.pop(request, None)
         if granted is None or not self._is_worth_verifying(granted, credentials):
-            granted = await self._granted(request, credentials, ahead)
+            granted = await self._grant(request, credentials, ahead)
         try:
             return await self.enforce(request, granted, minted=minted, again=True), granted
         except TokenRefused as refused:
             if not self._is_outlived(granted, refused):
                 raise
-        granted = await self._granted(request, credentials, ahead)
+        granted = await self._grant(request, credentials, ahead)
         return await self.enforce(request, granted, minted=minted), granted
 
     async def enforce(
@@ -109,7 +109,8 @@ class Acquirer:
         If it may be requested `again`, it is not reported that it has expired since it was received.
         """
         try:
-            return await self._enforce(request, granted, minted)
+            payload = await self.client.verify(granted.text, request.audience)
+            return self._enforced(payload, request, granted, minted)
         except Unavailable:
             # Keep it: it is verified once its key is there, instead of requesting another.
             remember(self._no_verdict, request, granted, MAX_REMEMBERED)
@@ -150,16 +151,11 @@ class Acquirer:
         longest = min(NO_VERDICT_KEPT, granted.expires_in or NO_VERDICT_KEPT)
         return any(granted.credential.id == known.id for known in credentials) and age < longest
 
-    async def _granted(
-        self, request: TokenRequest, credentials: Sequence[Credential], ahead: bool
-    ) -> GrantedToken:
-        self._check_parking(request, credentials)
-        return await self._grant(request, credentials, ahead)
-
     async def _grant(
         self, request: TokenRequest, credentials: Sequence[Credential], ahead: bool
     ) -> GrantedToken:
         """Request a token; the issuer sees at most two requests, not counting those without a response."""
+        self._check_parking(request, credentials)
         org = request.org.id
         candidates = self._in_order(org, credentials)
         scopes = request.scopes | request.also_ask
@@ -239,10 +235,6 @@ class Acquirer:
         # The count is informational; it must not cost a token.
         with suppress(Unavailable):
             await self._source.used(credential, error)
-
-    async def _enforce(self, request: TokenRequest, granted: GrantedToken, minted: bool) -> Enforced:
-        payload = await self.client.verify(granted.text, request.audience)
-        return self._enforced(payload, request, granted, minted)
 
     def _enforced(
         self, payload: Mapping[str, Any], request: TokenRequest, granted: GrantedToken, minted: bool

@@ -173,12 +173,10 @@ class SharedTokens:
         if credential is None:
             await self._reject(request, stored, "its credential is retired, or does not open")
             return None
-        text = self._open(request, stored, credential)
-        if text is None:
+        granted = self._open(request, stored, credential, received_at)
+        if granted is None:
             await self._reject(request, stored, "its key is missing, or it is damaged or from another row")
-            return None
-        masker.note(text, request.org.id)
-        return GrantedToken(text, credential, received_at, stored.age + stored.left)
+        return granted
 
     async def look_up(self, requests: Sequence[TokenRequest]) -> None:
         """Read what is stored for these requests in one query, for `at_hand` and `find` shortly after.
@@ -195,13 +193,12 @@ class SharedTokens:
         if found is None or found.token is None:
             return None
         credential = _named(found.token.credential_id, credentials)
-        text = None if credential is None else self._open(request, found.token, credential)
-        if credential is None or text is None:
+        if credential is None:
             return None
-        del self._looked_up[request]
-        masker.note(text, request.org.id)
-        stored = found.token
-        return GrantedToken(text, credential, self._clock.monotonic() - stored.age, stored.age + stored.left)
+        granted = self._open(request, found.token, credential, self._clock.monotonic() - found.token.age)
+        if granted is not None:
+            del self._looked_up[request]
+        return granted
 
     def _found(self, request: TokenRequest) -> Found | None:
         """What `look_up` has read a moment ago, with the ages of now."""
@@ -215,14 +212,20 @@ class SharedTokens:
         aged = replace(stored, age=stored.age + passed, left=stored.left - passed)
         return Found(found.version, aged)
 
-    def _open(self, request: TokenRequest, stored: StoredToken, credential: Credential) -> str | None:
+    def _open(
+        self, request: TokenRequest, stored: StoredToken, credential: Credential, received_at: float
+    ) -> GrantedToken | None:
         ring = None
         # It is read again for an unknown key, and cannot always be read.
         with suppress(ConfigurationError):
             ring = self._ring(stored.key_id)
         if ring is None:
             return None
-        return ring.open_token(stored.sealed, stored.key_id, _place(request, credential))
+        text = ring.open_token(stored.sealed, stored.key_id, _place(request, credential))
+        if text is None:
+            return None
+        masker.note(text, request.org.id)
+        return GrantedToken(text, credential, received_at, stored.age + stored.left)
 
     async def _reject(self, request: TokenRequest, stored: StoredToken, error: str) -> None:
         """Report a stored token that must not be used, and delete it, so that it is reported once."""
