@@ -92,7 +92,7 @@ class Tokens:
                 self._refreshing.start(request, lambda: self._refresh(acquirer, request, renewal))
             return cached
         if request in self._refreshing:
-            acquirer.client.hurry(want.org.code)
+            acquirer.client.budget.hurry(want.org.code)
         try:
             return await self._refreshing.join(request, lambda: self._refresh(acquirer, request, want))
         except (CredentialsRejected, RequestRejected, Throttled, Unavailable):
@@ -200,12 +200,12 @@ class Tokens:
     def ahead_in(self, issuer: str) -> float:
         """Seconds until tokens of this issuer may be requested ahead of time; 0 if it is unknown."""
         acquirer = self._acquirers.get(issuer)
-        return 0.0 if acquirer is None else acquirer.client.ahead_in
+        return 0.0 if acquirer is None else acquirer.client.budget.ahead_in
 
     def share(self, workers: int) -> None:
         """Keep to the part of each issuer's rate that one of this number of workers has."""
         for acquirer in self._acquirers.values():
-            acquirer.client.share(workers)
+            acquirer.client.budget.share(workers)
 
     def drop(self, org_id: OrgId) -> None:
         """Forget all of an org: its tokens, its credentials, its parking."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import secrets
 from base64 import b64encode
@@ -14,7 +15,6 @@ import httpx
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from worker.clock import Clock
 from worker.errors import (
@@ -67,26 +67,13 @@ class IssuerClient:
         self._clock = clock
         self._keys = KeySet(issuer, client, clock=clock, report=emit)
         self.endpoints = self._keys.endpoints
-        self._budget = RequestBudget(issuer, clock=clock)
+        self.budget = RequestBudget(issuer, clock=clock)
         self._breaker = Breaker(issuer.name, clock=clock)
 
     @property
     def is_free(self) -> bool:
         """Whether a request that can wait may be sent now: the issuer is not paused, the breaker closed."""
-        return not (self._budget.is_paused or self._breaker.is_open)
-
-    @property
-    def ahead_in(self) -> float:
-        """Seconds until tokens may be requested ahead of time: no request waits, and the issuer has room."""
-        return self._budget.ahead_in
-
-    def hurry(self, org: str) -> None:
-        """Send a request of this org that was made ahead of time in its turn: a run waits for it."""
-        self._budget.hurry(org)
-
-    def share(self, workers: int) -> None:
-        """Keep to this worker's part of the issuer's rate, which holds for all workers together."""
-        self._budget.share(workers)
+        return not (self.budget.is_paused or self._breaker.is_open)
 
     async def grant(
         self,
@@ -141,29 +128,17 @@ class IssuerClient:
         self, tries: int, credential: Credential, audience: str, scopes: frozenset[str], ahead: bool
     ) -> GrantedToken:
         """As `_request`, at most `tries` times while the failure may pass."""
-        try:
-            return await self._request(credential, audience, scopes, ahead)
-        except IssuerUnavailable as error:
-            failed: IssuerUnavailable | None = error
-
-        async def request() -> GrantedToken:
-            nonlocal failed
-            if failed is not None:
-                # The first request was made already: building the retries costs as much as verifying.
-                error, failed = failed, None
-                raise error
-            return await self._request(credential, audience, scopes, ahead)
-
-        retrying = AsyncRetrying(
-            sleep=self._clock.sleep,
-            stop=stop_after_attempt(tries),
-            wait=wait_random_exponential(multiplier=RETRY_FIRST, max=RETRY_LAST),
-            retry=retry_if_exception(
-                lambda error: _may_pass(error) and self._breaker.fails_alone(credential.org_code)
-            ),
-            reraise=True,
-        )
-        return await retrying(request)
+        # Without a library: building its retries costs as much as verifying a token.
+        longest = RETRY_FIRST
+        for _ in range(tries - 1):
+            try:
+                return await self._request(credential, audience, scopes, ahead)
+            except IssuerUnavailable as error:
+                if not (_may_pass(error) and self._breaker.fails_alone(credential.org_code)):
+                    raise
+            await self._clock.sleep(random.uniform(0, longest))  # noqa: S311
+            longest = min(longest * 2, RETRY_LAST)
+        return await self._request(credential, audience, scopes, ahead)
 
     async def _request(
         self, credential: Credential, audience: str, scopes: frozenset[str], ahead: bool
@@ -172,13 +147,13 @@ class IssuerClient:
         doubtful = self._breaker.doubts(org)
         # The breaker first: a slot of the budget must not be spent on a request that it then refuses.
         with self._breaker.watch(org):
-            async with self._budget.request(org, doubtful=doubtful, ahead=ahead):
+            async with self.budget.request(org, doubtful=doubtful, ahead=ahead):
                 # In two steps, so that the frames of the error hold no secret in a variable.
                 reply = await self._send(credential, audience, scopes)
                 result = self._judge(reply, credential)
                 if isinstance(reply, Reply):
                     names, now = self.issuer.profile.reset_headers, self._clock.now().timestamp()
-                    self._budget.note_room(*room_left(reply.headers, names, now))
+                    self.budget.note_room(*room_left(reply.headers, names, now))
                 if isinstance(result, GrantedToken):
                     return result
                 raise result
@@ -311,11 +286,9 @@ def _named(credential: Credential) -> str:
     return f"org {credential.org_code} (generation {credential.generation})"
 
 
-def _may_pass(error: BaseException) -> bool:
+def _may_pass(error: IssuerUnavailable) -> bool:
     """Whether an immediate retry may help: the issuer failed and asked for no longer pause."""
-    if isinstance(error, IssuerPaused | AnswerTooLarge) or not isinstance(error, IssuerUnavailable):
-        return False
-    return (error.retry_after or 0.0) <= 1.0
+    return not isinstance(error, IssuerPaused | AnswerTooLarge) and (error.retry_after or 0.0) <= 1.0
 
 
 def _read_private_key(credential: Credential) -> tuple[PrivateKey | None, str]:
