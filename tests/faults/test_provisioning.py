@@ -38,7 +38,7 @@ def test_an_application_that_nobody_uses_is_found(tmp_path: Path) -> None:
         provider = made.kinde.provider
         mine = next(app for app in provider.applications.values() if app.client_id != MANAGER)
         *_, key, org = mine.name.split(" ")
-        provider.make_application(mine.name.replace(key, "0000-0000"), org)
+        provider.management.make_application(mine.name.replace(key, "0000-0000"), org)
 
         assert made.wrongs() == [f"{org}: 2 applications at the provider"]
         assert len(orphans(made)) == 1

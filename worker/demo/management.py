@@ -11,13 +11,14 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jwt
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from worker.clock import Clock
 from worker.demo.keys import KeyRotation
 
 T = TypeVar("T")
@@ -131,27 +132,20 @@ def as_property(value: Any) -> str | bool:
     return value if isinstance(value, bool) else str(value)
 
 
-class ItsProvider(Protocol):
-    """The provider whose applications these are."""
-
-    url: str
-    keys: KeyRotation
-    applications: dict[str, Application]
-
-    def now(self) -> int: ...
-
-    def make_application(self, name: str, org_code: str) -> Application: ...
-
-
 class ManagementApi:
-    """State and routes; its applications are those of the provider.
+    """State and routes; keys and `applications` by client id are those of the provider at `url`.
 
     `carried_out` counts requests with a success by method and route. `others` are listed
     applications that are not machine-to-machine.
     """
 
-    def __init__(self, provider: ItsProvider) -> None:
-        self._provider = provider
+    def __init__(
+        self, url: str, keys: KeyRotation, applications: dict[str, Application], clock: Clock
+    ) -> None:
+        self._audience = f"{url}/api"
+        self._keys = keys
+        self._applications = applications
+        self._clock = clock
         self.orgs: dict[str, Organization] = {}
         self.apis: dict[str, RegisteredApi] = {}
         self.org_properties: set[str] = set()
@@ -159,11 +153,20 @@ class ManagementApi:
         self.others: list[dict[str, str]] = []
         self.carried_out: Counter[str] = Counter()
         self._scopes: dict[str, None] = {}
-        self.add_api("Management API", f"{provider.url}/api", (), id=MANAGEMENT)
+        self.add_api("Management API", self._audience, (), id=MANAGEMENT)
 
     def add_org(self, code: str, name: str, **values: Any) -> Organization:
         self.orgs[code] = Organization(code, name, **values)
         return self.orgs[code]
+
+    def make_application(self, name: str, org_code: str) -> Application:
+        """A new application without APIs and scopes, with ids of its own."""
+        made = Application(org_code, secrets.token_hex(16), secrets.token_urlsafe(32), name=name)
+        if org := self.orgs.get(org_code):
+            made.properties = {key: as_property(value) for key, value in org.token_properties.items()}
+            made.flags = dict(org.token_flags)
+        self._applications[made.client_id] = made
+        return made
 
     def add_api(self, name: str, audience: str, scopes: Sequence[str], *, id: str = "") -> RegisteredApi:
         api = RegisteredApi(
@@ -228,11 +231,11 @@ class ManagementApi:
     def _denied(self, request: Request, scope: str) -> Response | None:
         text = request.headers.get("authorization", "").removeprefix("Bearer ")
         try:
-            claims = self._provider.keys.read(text, audience=f"{self._provider.url}/api")
+            claims = self._keys.read(text, audience=self._audience)
         except jwt.PyJWTError:
             return errors("TOKEN_INVALID", 401)
-        now = self._provider.now()
-        if claims["exp"] <= now or claims.get("azp") not in self._provider.applications:
+        now = int(self._clock.now().timestamp())
+        if claims["exp"] <= now or claims.get("azp") not in self._applications:
             return errors("TOKEN_INVALID", 401)
         return None if scope in claims["scp"] else errors("INSUFFICIENT_SCOPE", 403)
 
@@ -260,7 +263,7 @@ class ManagementApi:
     def _list_applications(self, request: Request, _: Any) -> dict[str, Any]:
         items = {
             app.client_id: {"id": app.client_id, "name": app.name, "type": "m2m"}
-            for app in self._provider.applications.values()
+            for app in self._applications.values()
         }
         items |= {other["id"]: other for other in self.others}
         page, more = self._page(request, list(items))
@@ -271,7 +274,7 @@ class ManagementApi:
             raise ManagementRefusal("INVALID_TYPE")
         if body.get("org_code"):
             self._org(body["org_code"])
-        app = self._provider.make_application(body["name"], body.get("org_code") or "")
+        app = self.make_application(body["name"], body.get("org_code") or "")
         made = {"id": app.client_id, "client_id": app.client_id, "client_secret": app.client_secret}
         return done("APPLICATION_CREATED", application=made)
 
@@ -282,7 +285,7 @@ class ManagementApi:
         return done("OK", application=shown | secret)
 
     def _delete(self, request: Request, _: Any) -> dict[str, Any]:
-        del self._provider.applications[self._application(request).client_id]
+        del self._applications[self._application(request).client_id]
         return done("APPLICATION_DELETED")
 
     def _properties(self, request: Request, _: Any) -> dict[str, Any]:
@@ -307,7 +310,7 @@ class ManagementApi:
         api = self._api(request)
         changed: dict[bool, list[str]] = {True: [], False: []}
         for entry in body["applications"]:
-            app = _found(self._provider.applications, entry["id"], "APPLICATION_NOT_FOUND")
+            app = _found(self._applications, entry["id"], "APPLICATION_NOT_FOUND")
             connects = entry.get("operation") != "delete"
             others = tuple(audience for audience in app.audiences if audience != api.audience)
             app.audiences = (*others, api.audience) if connects else others
@@ -335,7 +338,7 @@ class ManagementApi:
 
     def _application(self, request: Request) -> Application:
         id = request.path_params["application_id"]
-        return _found(self._provider.applications, id, "APPLICATION_NOT_FOUND")
+        return _found(self._applications, id, "APPLICATION_NOT_FOUND")
 
     def _api(self, request: Request) -> RegisteredApi:
         return _found(self.apis, request.path_params["api_id"], "API_NOT_FOUND")

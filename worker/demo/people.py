@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from worker.clock import Clock
@@ -51,8 +51,21 @@ class Granted:
     issued_at: float
 
 
-class CodeRefused(Exception):
-    """A code, its client or its verifier is invalid; its text is the error code of RFC 6749, section 5.2."""
+NO_STORE = {"Cache-Control": "no-store", "Pragma": "no-cache"}
+
+
+class TokenRefusal(Exception):
+    """An error response to a token request (RFC 6749, section 5.2)."""
+
+    def __init__(self, code: str, description: str, status: int = 400) -> None:
+        super().__init__(description)
+        self.code = code
+        self.description = description
+        self.status = status
+
+    def as_response(self) -> JSONResponse:
+        body = {"error": self.code, "error_description": self.description}
+        return JSONResponse(body, status_code=self.status, headers=NO_STORE)
 
 
 class People:
@@ -84,12 +97,12 @@ class People:
         """The application and what its code stands for (RFC 6749, section 4.1.3; RFC 7636, 4.6).
 
         Raises:
-            CodeRefused: the client, the code or its verifier is wrong, or the code was used before.
+            TokenRefusal: the client, the code or its verifier is wrong, or the code was used before.
         """
         application = self._applications.get(form.get("client_id", ""))
         given = form.get("client_secret", "").encode()
         if application is None or not secrets.compare_digest(application.client_secret.encode(), given):
-            raise CodeRefused("invalid_client")
+            raise TokenRefusal("invalid_client", "The code cannot be redeemed", 401)
         granted = self._codes.pop(form.get("code", ""), None)
         digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
         challenge = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
@@ -100,7 +113,7 @@ class People:
             or granted.request["redirect_uri"] != form.get("redirect_uri")
             or granted.request["code_challenge"] != challenge
         ):
-            raise CodeRefused("invalid_grant")
+            raise TokenRefusal("invalid_grant", "The code cannot be redeemed")
         return application, granted
 
     def grant(self, person: Person, request: Mapping[str, str]) -> str:

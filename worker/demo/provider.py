@@ -27,8 +27,8 @@ from starlette.routing import Mount, Route
 
 from worker.clock import Clock, SystemClock
 from worker.demo.keys import KeyRotation
-from worker.demo.management import Application, ManagementApi, as_property
-from worker.demo.people import CodeRefused, People, Person, WebApplication, claims_of
+from worker.demo.management import Application, ManagementApi
+from worker.demo.people import NO_STORE, People, Person, TokenRefusal, WebApplication, claims_of
 from worker.demo.serving import ServerThread, bind_loopback, url_of
 
 T = TypeVar("T")
@@ -80,23 +80,6 @@ async def failed(fault: Fault) -> Response | None:
     return Response(fault.body or "", status_code=fault.status, headers=dict(fault.headers))
 
 
-NO_STORE = {"Cache-Control": "no-store", "Pragma": "no-cache"}
-
-
-class TokenRefusal(Exception):
-    """An error response to a token request (RFC 6749, section 5.2)."""
-
-    def __init__(self, code: str, description: str, status: int = 400) -> None:
-        super().__init__(description)
-        self.code = code
-        self.description = description
-        self.status = status
-
-    def as_response(self) -> JSONResponse:
-        body = {"error": self.code, "error_description": self.description}
-        return JSONResponse(body, status_code=self.status, headers=NO_STORE)
-
-
 class Provider:
     """The provider's applications, keys, faults and counters; `asgi()` serves it.
 
@@ -116,20 +99,7 @@ class Provider:
         self.jwks_fault: Fault | None = None
         self._clock = clock or SystemClock()
         self.people = People(url, self._clock)
-        self.management = ManagementApi(self)
-
-    def now(self) -> int:
-        """The provider's Unix time."""
-        return int(self._clock.now().timestamp())
-
-    def make_application(self, name: str, org_code: str) -> Application:
-        """A new application without APIs and scopes, with ids of its own."""
-        made = Application(org_code, secrets.token_hex(16), secrets.token_urlsafe(32), name=name)
-        if org := self.management.orgs.get(org_code):
-            made.properties = {key: as_property(value) for key, value in org.token_properties.items()}
-            made.flags = dict(org.token_flags)
-        self.add(made)
-        return made
+        self.management = ManagementApi(url, self.keys, self.applications, self._clock)
 
     def add(self, application: Application) -> None:
         """Add an application, or replace the one with its client id."""
@@ -194,10 +164,8 @@ class Provider:
         scopes = tuple(fields.get("scope", "").split()) or app.scopes
         if foreign := [scope for scope in scopes if scope not in app.scopes]:
             raise TokenRefusal("invalid_scope", f"Not allowed to request scope '{foreign[0]}'")
-        claims = self._claims(app, audience, scopes, fault)
-        self.issued.append(self.keys.sign(claims, typ=fault.typ, forged=fault.forged))
         return {
-            "access_token": self.issued[-1],
+            "access_token": self._sign(self._claims(app, audience, scopes, fault), fault),
             "expires_in": app.lifetime if fault.lifetime is None else fault.lifetime,
             "scope": " ".join(scopes),
             "token_type": "bearer",
@@ -205,11 +173,7 @@ class Provider:
 
     def _grant_code(self, fields: Mapping[str, str], fault: Fault) -> dict[str, Any]:
         """The tokens of a person; raises TokenRefusal."""
-        try:
-            application, granted = self.people.redeem(fields)
-        except CodeRefused as refused:
-            status = 401 if str(refused) == "invalid_client" else 400
-            raise TokenRefusal(str(refused), "The code cannot be redeemed", status) from None
+        application, granted = self.people.redeem(fields)
         issued_at = int(self._clock.now().timestamp()) - fault.age
         lifetime = 3600 if fault.lifetime is None else fault.lifetime
         common = {
@@ -227,15 +191,20 @@ class Provider:
         }
         body: dict[str, Any] = {"expires_in": lifetime, "token_type": "bearer"}
         for name, claims in both.items():
-            kept = {key: value for key, value in claims.items() if key not in fault.drop}
-            body[name] = self.keys.sign(kept | dict(fault.replace), typ=fault.typ, forged=fault.forged)
-            self.issued.append(body[name])
+            body[name] = self._sign(claims, fault)
         return body
+
+    def _sign(self, claims: Mapping[str, Any], fault: Fault) -> str:
+        """A token with these claims, changed as the fault says."""
+        kept = {name: value for name, value in claims.items() if name not in fault.drop}
+        token = self.keys.sign(kept | dict(fault.replace), typ=fault.typ, forged=fault.forged)
+        self.issued.append(token)
+        return token
 
     def _claims(self, app: Application, audience: str, scopes: Sequence[str], fault: Fault) -> dict[str, Any]:
         issued_at = int(self._clock.now().timestamp()) - fault.age
         lifetime = app.lifetime if fault.lifetime is None else fault.lifetime
-        claims = {
+        return {
             "aud": [audience],
             "azp": app.client_id,
             "exp": issued_at + lifetime,
@@ -248,8 +217,6 @@ class Provider:
             "v": "2",
             **app.as_claims(),
         }
-        kept = {name: value for name, value in claims.items() if name not in fault.drop}
-        return kept | dict(fault.replace)
 
     async def _discovery(self, request: Request) -> Response:
         self.requests["discovery"] += 1

@@ -128,7 +128,8 @@ class Kinde:
         )
         self.provider.requests.clear()
         self.provider.token_requests.clear()
-        self.provider.management = ManagementApi(self.provider)
+        provider = self.provider
+        provider.management = ManagementApi(self.url, provider.keys, provider.applications, provider._clock)
         self.recorded.app = self.provider.asgi()
         self.recorded.exchanges.clear()
         self.script = Script()

@@ -92,13 +92,13 @@ class Place:
     def add_of_production(self, org: str) -> Application:
         """An application that production made after the database was copied: the copy has no row of it."""
         key = self.json("installation", "show")["key"]
-        made = self.kinde.provider.make_application(f"orgworker {key} {new_id()} {org}", org)
+        made = self.kinde.provider.management.make_application(f"orgworker {key} {new_id()} {org}", org)
         self.applications.append(made)
         return made
 
     def secret(self) -> str:
         """That of an application which a person made."""
-        made = self.kinde.provider.make_application("by hand", "org_1")
+        made = self.kinde.provider.management.make_application("by hand", "org_1")
         made.client_id, old = "by-hand", made.client_id
         self.kinde.provider.applications["by-hand"] = self.kinde.provider.applications.pop(old)
         made.audiences = (AUDIENCE,)

@@ -76,7 +76,7 @@ def test_orphans_are_listed_and_deleted(cli: CommandLine, kinde: Kinde) -> None:
     assert json.loads(cli("orgs", "sync", "--orphans", "-o", "json").out) == []
     # Two of one name: the one that org_2 uses stays.
     (used,) = kinde.applications_of("org_2")
-    second = kinde.provider.make_application(used.name, "org_2")
+    second = kinde.provider.management.make_application(used.name, "org_2")
     assert cli("orgs", "sync", "--orphans", "--org", "org_3", "-o", "id").out == ""
     assert cli("orgs", "sync", "--orphans", "--delete", "-o", "id").out.split() == [second.client_id]
     assert kinde.applications_of("org_2") == [used]

@@ -377,7 +377,7 @@ async def test_an_application_that_another_made_is_the_orgs_by_its_client_id_onl
     kinde: Kinde, management: Management
 ):
     kinde.add_orgs(2)
-    by_hand = kinde.provider.make_application("Made by hand", "org_1")
+    by_hand = kinde.provider.management.make_application("Made by hand", "org_1")
     theirs = await management.make(name_of("org_2"))
 
     found = await management.application(by_hand.client_id, org="org_1", client_id=by_hand.client_id)
