@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakValueDictionary
 
 from worker.ids import OrgId
 from worker.pacing import Turns
@@ -26,7 +27,8 @@ class Masking:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "mask")
         self._turns = Turns(AT_ONCE)
-        self._lanes: dict[OrgId | None, _Lane] = {}
+        # One for each org that has texts in the thread, or that wait for it.
+        self._lanes: WeakValueDictionary[OrgId | None, asyncio.Lock] = WeakValueDictionary()
 
     async def each(self, texts: Sequence[tuple[str, OrgId]]) -> list[str]:
         """These texts of orgs, masked."""
@@ -36,21 +38,8 @@ class Masking:
             return _mask(texts)
         orgs = {org for _, org in texts}
         key = orgs.pop() if len(orgs) == 1 else None
-        lane = self._lanes.setdefault(key, _Lane())
-        lane.users += 1
-        try:
-            async with lane.lock:
-                return await asyncio.get_running_loop().run_in_executor(self._thread, _mask, texts)
-        finally:
-            lane.users -= 1
-            if not lane.users:
-                self._lanes.pop(key, None)
-
-
-class _Lane:
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.users = 0
+        async with self._lanes.setdefault(key, asyncio.Lock()):
+            return await asyncio.get_running_loop().run_in_executor(self._thread, _mask, texts)
 
 
 def _mask(texts: Sequence[tuple[str, OrgId]]) -> list[str]:

@@ -146,12 +146,17 @@ class Masker:
         self._kept = kept
         self._lock = threading.Lock()
         self._letters = SecretCharacters()
-        self._registered: OrderedDict[_Key, None] = OrderedDict()
-        self._held: dict[_Key, int] = {}
-        self._released: dict[bool, OrderedDict[_Key, None]] = {False: OrderedDict(), True: OrderedDict()}
-        self._all = SecretIndex(self._letters, pieces=True)
-        self._shared = SecretIndex(self._letters, pieces=False)
-        self._orgs: dict[OrgId, SecretIndex] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every secret."""
+        with self._lock:
+            self._registered: OrderedDict[_Key, None] = OrderedDict()
+            self._held: dict[_Key, int] = {}
+            self._released: dict[bool, OrderedDict[_Key, None]] = {False: OrderedDict(), True: OrderedDict()}
+            self._all = SecretIndex(self._letters, pieces=True)
+            self._shared = SecretIndex(self._letters, pieces=False)
+            self._orgs: dict[OrgId, SecretIndex] = {}
 
     def register(self, secret: str, org: OrgId | None = None, *, private: bool = False) -> None:
         """Mask this secret from now on; one shorter than six characters is ignored."""
@@ -214,17 +219,6 @@ class Masker:
         """Mask this secret for now, as one that was just released."""
         self.hold(secret, org)
         self.release(secret, org)
-
-    def clear(self) -> None:
-        """Forget every secret."""
-        with self._lock:
-            self._registered.clear()
-            self._held.clear()
-            self._orgs.clear()
-            for released in self._released.values():
-                released.clear()
-            self._all = SecretIndex(self._letters, pieces=True)
-            self._shared = SecretIndex(self._letters, pieces=False)
 
     def mask(self, text: str, org: OrgId | AllOrgs | None) -> str:
         """The text with every secret replaced by `[masked]`; JSON stays JSON.
