@@ -321,8 +321,8 @@ def test_a_pod_takes_the_settings_that_the_chart_gives_it(rendered, tmp_path: Pa
             [container] = spec["containers"]
             environ = {each["name"]: each["value"] for each in container["env"]}
             (tmp_path / "worker.toml").write_text(config(rendered[case], spec))
-            load = places.load_for_host if component == "host" else places.load
-            settings = load(str(tmp_path / "worker.toml"), environ=environ)
+            file = str(tmp_path / "worker.toml")
+            settings = places.load(file, environ=environ, of_host=component == "host")
 
             ports = {port["name"]: port["containerPort"] for port in container["ports"]}
             listeners = {

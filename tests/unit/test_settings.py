@@ -23,7 +23,6 @@ from worker.settings import (
     TemporalSettings,
     gather,
     load,
-    load_for_host,
 )
 
 SHIPPED_PLACES = settings_module.CONFIG_PLACES
@@ -459,8 +458,8 @@ token_file = "token"
 def test_a_host_confines_its_handlers_unless_it_is_told_otherwise():
     config = written(HOST)
 
-    assert load_for_host(config, environ={}).execution.sandbox == "require"
-    assert load_for_host(config, {"execution.sandbox": "off"}, {}).execution.sandbox == "off"
+    assert load(config, environ={}, of_host=True).execution.sandbox == "require"
+    assert load(config, {"execution.sandbox": "off"}, {}, of_host=True).execution.sandbox == "off"
     assert load(config, environ={}).execution.sandbox == "auto"
 
 
@@ -480,12 +479,12 @@ def test_what_a_host_must_not_have_is_named(text: str, message: str):
     config = written(f"{HOST}\n{text}\n")
 
     with pytest.raises(ConfigurationError, match=re.escape(message)):
-        load_for_host(config, environ={})
+        load(config, environ={}, of_host=True)
 
 
 def test_a_database_in_the_environment_of_a_host_is_named():
     with pytest.raises(ConfigurationError, match=r"WORKER_DATABASE__URL: a host does not take database\.url"):
-        load_for_host(written(HOST), environ={"WORKER_DATABASE__URL": "postgresql://u:secret@db/worker"})
+        load(written(HOST), environ={"WORKER_DATABASE__URL": "postgresql://u:secret@db/worker"}, of_host=True)
 
 
 def test_a_host_must_not_have_a_key_ring(tmp_path: Path):
@@ -494,7 +493,7 @@ def test_a_host_must_not_have_a_key_ring(tmp_path: Path):
     (secrets / "keyring").write_text("k1 secret")
 
     with pytest.raises(ConfigurationError, match="a host must not have a key ring") as raised:
-        load_for_host(written(HOST), environ={"CREDENTIALS_DIRECTORY": str(secrets)})
+        load(written(HOST), environ={"CREDENTIALS_DIRECTORY": str(secrets)}, of_host=True)
     assert "secret" not in raised.value.message.replace("secrets", "")
 
 
@@ -503,7 +502,7 @@ def test_what_a_host_needs_is_named(name: str):
     text = "\n".join(line for line in HOST.splitlines() if not line.startswith(name))
 
     with pytest.raises(ConfigurationError, match=rf"host\.{name} is not set"):
-        load_for_host(written(text), environ={})
+        load(written(text), environ={}, of_host=True)
 
 
 @pytest.mark.parametrize(
@@ -515,7 +514,7 @@ def test_what_a_host_needs_is_named(name: str):
 )
 def test_a_control_address_that_cannot_be_used_is_an_error(url: str, message: str):
     with pytest.raises(ConfigurationError, match=re.escape(message)):
-        load_for_host(written(HOST.replace("http://127.0.0.1:8480", url)), environ={})
+        load(written(HOST.replace("http://127.0.0.1:8480", url)), environ={}, of_host=True)
 
 
 def test_the_example_of_a_host_names_every_setting_of_a_host():
@@ -523,7 +522,7 @@ def test_the_example_of_a_host_names_every_setting_of_a_host():
     example = SHIPPED.with_name("host.toml")
     tree = tomllib.loads(example.read_text(encoding="utf-8"))
 
-    loaded = load_for_host(str(example), environ={})
+    loaded = load(str(example), environ={}, of_host=True)
 
     assert loaded == Settings().model_copy(
         update={"host": loaded.host, "execution": ExecutionSettings(sandbox="require")}
@@ -574,7 +573,7 @@ def test_a_host_does_not_decide_what_its_workers_tell_it(tmp_path: Path, setting
     file.write_text(f'[host]\ncontrol = ["http://127.0.0.1:1"]\ntoken_file = "t"\n[temporal]\n{setting}')
 
     with pytest.raises(ConfigurationError, match=r"a host does not take temporal\."):
-        load_for_host(str(file), environ={})
+        load(str(file), environ={}, of_host=True)
 
 
 class TestInstallation:
@@ -596,4 +595,4 @@ class TestInstallation:
 
     def test_a_host_has_none(self):
         with pytest.raises(ConfigurationError, match="a host does not take installation"):
-            load_for_host(written('installation = "production"\n'), environ={})
+            load(written('installation = "production"\n'), environ={}, of_host=True)

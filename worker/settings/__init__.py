@@ -120,28 +120,24 @@ def load(
     config_path: str | None = None,
     overrides: Mapping[str, str] | None = None,
     environ: Mapping[str, str] | None = None,
+    *,
+    of_host: bool = False,
 ) -> Settings:
     """The effective settings; `overrides` are dotted names and texts from the command line.
 
-    Raises ConfigurationError for an unreadable file, an unknown setting or an invalid value.
+    Those `of_host` have a sandbox unless it is turned off.
+
+    Raises ConfigurationError for an unreadable file, an unknown setting or an invalid value, and for what a
+    host must not have: above all a database, an issuer or a key ring.
     """
-    settings = check(gather(config_path, overrides, environ))
+    values = gather(config_path, overrides, environ)
+    settings = _check_host(values) if of_host else check(values)
     file = _config_of(config_path, os.environ if environ is None else environ)
     vars(settings)["config_file"] = file or ""
     return settings
 
 
-def load_for_host(
-    config_path: str | None = None,
-    overrides: Mapping[str, str] | None = None,
-    environ: Mapping[str, str] | None = None,
-) -> Settings:
-    """The settings of a host: as `load`, but with a sandbox unless it is turned off.
-
-    Raises ConfigurationError as `load`, and for what a host must not have: above all a database, an issuer
-    or a key ring.
-    """
-    values = gather(config_path, overrides, environ)
+def _check_host(values: Sourced) -> Settings:
     for keys, (_, where) in values.items():
         if not _is_of_host(keys):
             raise ConfigurationError(
@@ -164,8 +160,6 @@ def load_for_host(
     if ("execution", "sandbox") not in values:
         execution = settings.execution.model_copy(update={"sandbox": "require"})
         settings = settings.model_copy(update={"execution": execution})
-    file = _config_of(config_path, os.environ if environ is None else environ)
-    vars(settings)["config_file"] = file or ""
     return settings
 
 

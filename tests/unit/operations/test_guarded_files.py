@@ -15,7 +15,7 @@ from worker.diagnosis.doctor import changeable_files
 from worker.features.hosts.access import read_token
 from worker.process import guarded_files
 from worker.process.guarded_files import ACCESS_LIST, FileWatch, changeable, guarded
-from worker.settings import Settings, load, load_for_host
+from worker.settings import Settings, load
 from worker.telemetry.events import Emitted
 from worker.tokens.sealing import KeyRing
 
@@ -61,7 +61,7 @@ def test_the_keys_of_tls_and_the_token_of_a_host_are_guarded(tmp_path: Path):
         f'[temporal]\ntls = true\ncertificate = "{tmp_path}/client.pem"\nkey = "{tmp_path}/client.key"\n'
     )
 
-    settings = load_for_host(str(tmp_path / "host.toml"), environ={})
+    settings = load(str(tmp_path / "host.toml"), environ={}, of_host=True)
 
     assert names(guarded(settings)) == ["host.toml", "host.token", "client.key"]
 

@@ -230,9 +230,9 @@ def doctor(
 
 def _of_host(session: Invocation) -> list[Diagnostic]:
     from worker.diagnosis.doctor import changeable_files, sandbox, trusted_code
-    from worker.settings import load_for_host
+    from worker.settings import load
 
-    settings = load_for_host(session.config, session.overrides)
+    settings = load(session.config, session.overrides, of_host=True)
     checks = (sandbox, changeable_files, trusted_code)
     return [*HOST_CHECKS.require()(settings.host), *(check(settings) for check in checks)]
 

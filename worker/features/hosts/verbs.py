@@ -66,8 +66,8 @@ def host(
     """
     from worker.engine.runners.child.linux import ProcessName, name_process
     from worker.features.hosts.wiring import run as run_host
-    from worker.settings import load_for_host
+    from worker.settings import load
 
     name_process(ProcessName.HOST)
     session = session_of(context)
-    raise typer.Exit(run_host(load_for_host(session.config, session.overrides), pool=pool))
+    raise typer.Exit(run_host(load(session.config, session.overrides, of_host=True), pool=pool))
