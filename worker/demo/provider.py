@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ipaddress
 import json
 import logging
 import secrets
@@ -30,6 +29,7 @@ from worker.demo.keys import KeyRotation
 from worker.demo.management import Application, ManagementApi
 from worker.demo.people import NO_STORE, People, Person, TokenRefusal, WebApplication, claims_of
 from worker.demo.serving import ServerThread, bind_loopback, url_of
+from worker.guard.urls import is_loopback
 
 T = TypeVar("T")
 
@@ -244,22 +244,12 @@ class Provider:
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def is_loopback(host: str | None) -> bool:
-    """Whether the host is a loopback address or `localhost`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
-
-
 def guarded(endpoint: Endpoint) -> Endpoint:
     """Respond with 403 to requests that do not come over loopback, and with 400 to a malformed body."""
 
     async def answer(request: Request) -> Response:
-        client = request.client.host if request.client else None
-        if not is_loopback(client) or not is_loopback(request.url.hostname):
+        client = request.client.host if request.client else ""
+        if not is_loopback(client) or not is_loopback(request.url.hostname or ""):
             return JSONResponse({"error": "loopback only"}, status_code=403)
         try:
             return await endpoint(request)

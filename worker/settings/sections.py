@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Callable
 from datetime import timedelta
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from worker.guard.urls import is_loopback
 from worker.model.definitions.origins import parse_base_url, parse_origin, unencrypted
 from worker.model.definitions.pools import DEFAULT_POOL, parse_pool
 from worker.model.definitions.units import parse_duration, parse_memory
@@ -365,11 +366,7 @@ class AttemptsSettings(Section):
     @property
     def is_local(self) -> bool:
         """Whether only this machine can reach the address."""
-        host = self.listen.rpartition(":")[0].strip("[]")
-        try:
-            return ip_address(host).is_loopback
-        except ValueError:
-            return host == "localhost"
+        return is_loopback(self.listen.rpartition(":")[0].strip("[]"))
 
     @model_validator(mode="after")
     def _encrypted(self) -> AttemptsSettings:
