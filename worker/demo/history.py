@@ -239,7 +239,7 @@ def _replayed(
         org_id = orgs.require(connection, org.code)["id"]
         replay.clients[org.code] = credentials.active(connection, org_id)[0]["client_id"]
         _predate(connection, org_id, clock.at)
-        for name in ("crm-sync", "usage-report", "nightly-digest"):
+        for name in STEPS:
             row = definitions.find(connection, org_id, name)
             if row is not None:
                 story.schedule(org, row, Handlers(connection))
@@ -281,8 +281,8 @@ class PastStory:
 
     def schedule(self, org: DemoOrg, row: Row, handlers: Handlers) -> None:
         """Put every scheduled time of a definition on the agenda, and what people did about it."""
-        step, first = STEPS[row["name"]]
-        at = first(self.replay.clock.at, self.night)
+        step = STEPS[row["name"]]
+        at = first_of(row["name"], self.replay.clock.at, self.night)
         is_paused = (org.name, row["name"]) == ("Globex", "usage-report")
         until = self.replay.until - (PAUSED_FOR if is_paused else timedelta())
         while at < until:
@@ -294,7 +294,7 @@ class PastStory:
         definition = from_spec(org.code, row["name"], row["spec"])
         run = new_run(row, definition, handlers, origin="schedule", scheduled_for=at, at=at)
         id_ = RunId(self.replay.new_id(at))
-        start_by = at + max(STEPS[row["name"]][0], timedelta(hours=1))
+        start_by = at + max(STEPS[row["name"]], timedelta(hours=1))
         run = replace(run, id=id_, idempotency_key=id_, start_by=start_by)
         script = Scripted(run, org, row, self._tries(org, row["name"], at))
         if org.name == "Globex" and isinstance(script.tries[0].outcome, Failed):
@@ -353,7 +353,7 @@ class PastStory:
         old, now = script.run, self.replay.clock.at
         id_ = RunId(self.replay.new_id(now))
         new = replace(
-            *(old,),
+            old,
             id=id_,
             origin="retry",
             retry_of=old.id,
@@ -367,24 +367,19 @@ class PastStory:
         self.replay.fire(Scripted(new, script.org, script.row, [self._request(200)]))
 
 
-First = Callable[[datetime, datetime], datetime]
-
-
-def _on_the_quarter(start: datetime, night: datetime) -> datetime:
-    return start.replace(minute=start.minute // 15 * 15, second=0, microsecond=0) + timedelta(minutes=15)
-
-
-def _at_five_past(start: datetime, night: datetime) -> datetime:
-    return start.replace(minute=5, second=0, microsecond=0) + timedelta(hours=1)
-
-
-def _at_night(start: datetime, night: datetime) -> datetime:
-    return night
-
-
-# How often each replayed definition is due, and its first time in the replayed day.
-STEPS: dict[str, tuple[timedelta, First]] = {
-    "crm-sync": (timedelta(minutes=15), _on_the_quarter),
-    "usage-report": (timedelta(hours=1), _at_five_past),
-    "nightly-digest": (timedelta(days=1), _at_night),
+# How often each replayed definition is due. The replayed day begins before the night.
+STEPS = {
+    "crm-sync": timedelta(minutes=15),
+    "usage-report": timedelta(hours=1),
+    "nightly-digest": timedelta(days=1),
 }
+
+
+def first_of(name: str, start: datetime, night: datetime) -> datetime:
+    """A definition's first scheduled time in the replayed day, which begins at `start`."""
+    match name:
+        case "crm-sync":
+            return start.replace(minute=start.minute // 15 * 15, second=0, microsecond=0) + STEPS[name]
+        case "usage-report":
+            return start.replace(minute=5, second=0, microsecond=0) + STEPS[name]
+    return night

@@ -99,8 +99,9 @@ class World:
     management_secret: str
 
     def environment(self) -> dict[str, str]:
-        """The environment of the commands and the worker."""
-        return clean_environment() | {"ASSISTANT_API_KEY": self.chat_key}
+        """The environment of the commands and the worker: this process's, without worker settings."""
+        own = {name: value for name, value in os.environ.items() if not name.startswith("WORKER_")}
+        return own | {"ASSISTANT_API_KEY": self.chat_key}
 
     def break_two(self) -> None:
         """Revoke the secret of Initech, and let Umbrella get tokens of Acme; both have an application."""
@@ -407,11 +408,6 @@ class DemoInstallation:
 
 def say(text: str) -> None:
     print(f"# {text}", flush=True)
-
-
-def clean_environment() -> dict[str, str]:
-    """This process's environment without worker settings."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("WORKER_")}
 
 
 def free_address() -> str:

@@ -295,7 +295,8 @@ def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: 
     stack.callback(installation.end_worker)
     # The link works as soon as it is seen.
     while not stop.is_set() and not answers(listen):
-        wait_for(installation, stop)
+        installation.check_worker()
+        stop.wait(POLL)
     command = installation.command_line()
     say("")
     say(f"OPEN THIS in a browser: {console.link()}")
@@ -317,12 +318,6 @@ def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: 
     installation.end_worker()
     narrator.narrate()
     narrator.sum_up()
-
-
-def wait_for(installation: DemoInstallation, stop: threading.Event) -> None:
-    """Wait a moment; raises DemoFailed if the worker has ended."""
-    installation.check_worker()
-    stop.wait(POLL)
 
 
 def answers(address: str) -> bool:
