@@ -198,7 +198,7 @@ class StoredTokens:
     def __init__(self, database: Database, holder: str) -> None:
         self._database = database
         self._holder = holder
-        self._found: BatchLoader[TokenRequest, Found] = BatchLoader(self._find)
+        self._found: BatchLoader[TokenRequest, Found] = BatchLoader(self.find_all)
         self._reserved: BatchLoader[access_tokens.Reservation, bool] = BatchLoader(self._reserve)
         self._put: BatchLoader[tuple[TokenRequest, StoredToken], bool] = BatchLoader(
             self._store, linger=LINGER
@@ -206,9 +206,6 @@ class StoredTokens:
 
     async def find(self, request: TokenRequest) -> Found:
         return await self._found.of(request) or Found()
-
-    async def find_all(self, requests: Sequence[TokenRequest]) -> Mapping[TokenRequest, Found]:
-        return await self._find(requests)
 
     async def lives(self, requests: Sequence[TokenRequest]) -> Mapping[TokenRequest, tuple[float, float]]:
         ids = [each.id for each in requests]
@@ -236,7 +233,7 @@ class StoredTokens:
     async def drop(self, request: TokenRequest) -> None:
         await self._database.call(access_tokens.drop, request.id)
 
-    async def _find(self, requests: Sequence[TokenRequest]) -> Mapping[TokenRequest, Found]:
+    async def find_all(self, requests: Sequence[TokenRequest]) -> Mapping[TokenRequest, Found]:
         ids = [each.id for each in requests]
         rows = await self._database.call_autocommit(access_tokens.find, ids)
         found = {(row.id, row.org_id): _found(row) for row in rows}
