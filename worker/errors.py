@@ -201,10 +201,6 @@ class ProviderRefused(WorkerError):
     code = "provider_refused"
     usual_fix = "look at the org and its applications at the provider, and at what your plan there allows"
 
-    def __init__(self, message: str, *, detail: str = "", fix: str = "") -> None:
-        super().__init__(message, fix=fix)
-        self.detail = detail
-
 
 class ForeignApplication(WorkerError):
     """The provider's response names an application that is not the one asked for; nothing was changed."""
@@ -222,8 +218,7 @@ class WebhookRefused(AccessDenied):
     usual_fix = "let only the provider send webhooks here; check this machine's clock and the issuer's url"
 
     def __init__(self, detail: str, message: str) -> None:
-        super().__init__(f"the webhook was refused: {message}")
-        self.detail = detail
+        super().__init__(f"the webhook was refused: {message}", detail=detail)
 
 
 class StoreUnavailable(Unavailable):

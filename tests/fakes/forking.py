@@ -99,7 +99,7 @@ def main(scenario: str, issuer: str, audience: str, token: str) -> bool:
             grandchild = partial(in_children, partial(look_up, guard), 1)
             return in_children(lambda: guard.check_sync(token) and (grandchild() or sys.exit(1)), 1)
         case "imports":
-            threads.start_loop()
+            threads._process.running_loop()
             before = set(sys.modules)
             guard.check_sync(token)
             print(*sorted(set(sys.modules) - before))

@@ -83,11 +83,10 @@ class Endpoints:
         self._document.refresh_if_old()
         found = self._document.content or await self._document.fetch()
         if found is None:
-            error = IssuerUnavailable(
-                f"issuer {self._issuer.name}: its discovery document cannot be used: {self._document.fault}"
+            raise IssuerUnavailable(
+                f"issuer {self._issuer.name}: its discovery document cannot be used: {self._document.fault}",
+                retry_after=self._document.retry_after,
             )
-            error.retry_after = self._document.retry_after
-            raise error
         return found
 
     async def close(self) -> None:
@@ -101,17 +100,17 @@ class Endpoints:
             return document
         if document.get("issuer") != self._issuer.iss:
             return f"it is not the document of {self._issuer.iss}"
-        endpoint, keys_url = document.get("token_endpoint"), document.get("jwks_uri")
-        for found in (endpoint, keys_url):
-            # The first receives secrets, the second decides which tokens are trusted.
-            if not isinstance(found, str) or fault_of_url(found) or origin_of(found) != origin_of(url):
-                return "one of its endpoints is not at the issuer's own origin"
+
+        def at_its_origin(name: str) -> str:
+            found = document.get(name)
+            if isinstance(found, str) and not fault_of_url(found) and origin_of(found) == origin_of(url):
+                return found
+            return ""
+
+        # The first receives secrets, the second decides which tokens are trusted.
+        endpoint, keys_url = at_its_origin("token_endpoint"), at_its_origin("jwks_uri")
+        if not (endpoint and keys_url):
+            return "one of its endpoints is not at the issuer's own origin"
         # Only logins need these. People are sent there, so they must not be elsewhere either.
-        pages = [document.get(name) for name in ("authorization_endpoint", "end_session_endpoint")]
-        usable = [
-            page
-            if isinstance(page, str) and not fault_of_url(page) and origin_of(page) == origin_of(url)
-            else ""
-            for page in pages
-        ]
-        return Discovered(str(endpoint), str(keys_url), *usable)
+        pages = map(at_its_origin, ("authorization_endpoint", "end_session_endpoint"))
+        return Discovered(endpoint, keys_url, *pages)

@@ -11,17 +11,22 @@ class WorkerError(Exception):
 
     `code` is stable, for JSON and logs. `exit_code` is that of the process. `fix` says what to do, by
     default `usual_fix`. `transient` means that a retry may help, after `retry_after` seconds if known.
+    `detail` is the reason code of another system or a verifier, or empty.
     """
 
     code = "error"
     usual_fix = ""
     exit_code = 1
     transient = False
+    detail = ""
 
-    def __init__(self, message: str, *, fix: str = "", retry_after: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, fix: str = "", detail: str = "", retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.fix = fix or self.usual_fix
+        self.detail = detail or self.detail
         self.retry_after = retry_after
 
 
@@ -36,7 +41,6 @@ class TokenError(WorkerError):
     """An org has no usable token; `detail` is the reason code of the issuer or the verifier."""
 
     code = "token"
-    detail: str = ""
 
 
 class TokenRefused(TokenError):
@@ -49,9 +53,8 @@ class TokenRefused(TokenError):
     code = "token_refused"
 
     def __init__(self, reason: str, detail: str, message: str = "") -> None:
-        super().__init__(message or f"token refused: {reason} ({detail})")
+        super().__init__(message or f"token refused: {reason} ({detail})", detail=detail)
         self.reason = reason
-        self.detail = detail
 
 
 class Unavailable(WorkerError):

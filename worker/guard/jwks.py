@@ -56,7 +56,7 @@ class KeySet:
         self._awaits = awaits
         self._clock = clock
         self._report = report
-        self._document = Document(self._read, PAUSES, clock=clock, report=report)
+        self.document = Document(self._read, PAUSES, clock=clock, report=report)
         self._next_lookup = 0.0
         self._first_seen: OrderedDict[str, float] = OrderedDict()
 
@@ -68,15 +68,16 @@ class KeySet:
             IssuerUnavailable: no set could be read yet.
             TokenRefused: token_invalid(unknown_kid).
         """
-        self._document.refresh_if_old()
-        keys = self._document.content
+        self.document.refresh_if_old()
+        keys = self.document.content
         just_read = keys is None
         if keys is None:
-            keys = await self._document.fetch()
+            keys = await self.document.fetch()
         if keys is None:
-            unavailable = IssuerUnavailable(f"the keys of issuer {self._issuer.name} cannot be read")
-            unavailable.retry_after = self._document.retry_after
-            raise unavailable
+            raise IssuerUnavailable(
+                f"the keys of issuer {self._issuer.name} cannot be read",
+                retry_after=self.document.retry_after,
+            )
         if kid not in keys:
             keys = await self._look_for(kid, keys, just_read)
         self._first_seen.pop(kid, None)
@@ -84,29 +85,20 @@ class KeySet:
 
     def known(self, kid: str) -> Key | None:
         """The key if it is in the set that was read last; fetches nothing, and any thread may ask."""
-        return (self._document.content or {}).get(kid)
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the set is older than an hour and may be fetched again; any thread may ask."""
-        return self._document.is_due and not self._document.is_reading
-
-    def refresh_if_old(self) -> None:
-        """Fetch the set in the background if it is older than an hour."""
-        self._document.refresh_if_old()
+        return (self.document.content or {}).get(kid)
 
     def adopt(self, other: KeySet) -> None:
         """Start with the keys of another set of this issuer."""
-        self._document.content, self._document.read_at = other._document.content, other._document.read_at
+        self.document.content, self.document.read_at = other.document.content, other.document.read_at
 
     async def close(self) -> None:
         """Cancel reads of the keys and of the endpoints."""
-        await self._document.close()
+        await self.document.close()
         await self.endpoints.close()
 
     async def _look_for(self, kid: str, keys: dict[str, Key], just_read: bool) -> dict[str, Key]:
         """A newer set that has the kid; raises as `find` does."""
-        document = self._document
+        document = self.document
         first_seen = self._first_seen.setdefault(kid, self._clock.monotonic())
         while len(self._first_seen) > MAX_REMEMBERED:
             self._first_seen.popitem(last=False)
@@ -117,17 +109,17 @@ class KeySet:
             return keys
         now = self._clock.monotonic()
         if self._awaits and (now - first_seen < PUBLICATION or document.read_at < first_seen):
-            name = self._issuer.name
-            error = KeyNotPublished(f"issuer {name} signed with a key that it does not publish yet")
-            error.retry_after = max(document.retry_after, self._next_lookup - now)
-            raise error
+            raise KeyNotPublished(
+                f"issuer {self._issuer.name} signed with a key that it does not publish yet",
+                retry_after=max(document.retry_after, self._next_lookup - now),
+            )
         raise invalid("unknown_kid", "it is signed with a key that the issuer does not publish")
 
     def _may_look(self) -> bool:
         """Whether an unknown kid may start a fetch, or join one in progress."""
-        if self._document.is_reading:
+        if self.document.is_reading:
             return True
-        if self._clock.monotonic() < self._next_lookup or not self._document.may_read:
+        if self._clock.monotonic() < self._next_lookup or not self.document.may_read:
             return False
         self._next_lookup = self._clock.monotonic() + COOLDOWN
         return True

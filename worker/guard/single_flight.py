@@ -91,9 +91,9 @@ class Document(Generic[V]):
 
     @property
     def is_due(self) -> bool:
-        """Whether the content is older than an hour and may be read again."""
+        """Whether the content is older than an hour and may be read again; any thread may ask."""
         is_old = self._clock.monotonic() - self.read_at >= MAX_AGE
-        return self.content is not None and is_old and self.may_read
+        return self.content is not None and is_old and self.may_read and not self.is_reading
 
     @property
     def retry_after(self) -> float:

@@ -43,6 +43,7 @@ class _Process:
         self.of_parent: list[object] = []
 
     def running_loop(self) -> asyncio.AbstractEventLoop:
+        """The loop, started by the first call."""
         if self.loop is not None and self.pid == os.getpid():
             return self.loop
         with self.lock:
@@ -94,11 +95,6 @@ def _run(loop: asyncio.AbstractEventLoop, lock: threading.Lock) -> None:
 _process = _Process()
 
 
-def start_loop() -> asyncio.AbstractEventLoop:
-    """The loop of this process, started by the first call."""
-    return _process.running_loop()
-
-
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=lambda: _process.lock.acquire(),
@@ -147,18 +143,18 @@ class ThreadKeys:
         if keys is None:
             return None
         key = keys.known(kid)
-        if key is not None and keys.is_due:
+        if key is not None and keys.document.is_due:
             self._submit(self._refresh())
         return key
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        return asyncio.run_coroutine_threadsafe(work, start_loop())
+        return asyncio.run_coroutine_threadsafe(work, _process.running_loop())
 
     async def _find(self, kid: str) -> Key:
         return await self._here().find(kid)
 
     async def _refresh(self) -> None:
-        self._here().refresh_if_old()
+        self._here().document.refresh_if_old()
 
     async def _close(self) -> None:
         if self._keys is not None:

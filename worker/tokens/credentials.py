@@ -193,9 +193,7 @@ class Generations:
         except ConfigurationError as error:
             credentials, message, fix = (), error.message, error.fix
         if not credentials:
-            rejected = CredentialsRejected(message, fix=fix)
-            rejected.detail, rejected.retry_after = "no_credential", UNUSABLE_PAUSE
-            raise rejected
+            raise CredentialsRejected(message, fix=fix, detail="no_credential", retry_after=UNUSABLE_PAUSE)
         remember(self._known, org.id, (self._clock.monotonic(), credentials), MAX_ORGS)
         return credentials
 

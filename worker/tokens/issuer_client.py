@@ -110,7 +110,7 @@ class IssuerClient:
 
     def verify_at_once(self, text: str, audience: str) -> Mapping[str, Any] | None:
         """As `verify`, without waiting: None if the key is not in the set that was read last."""
-        self._keys.refresh_if_old()
+        self._keys.document.refresh_if_old()
         token = read(text, issuer=self.issuer, audience=audience, clock=self._clock)
         key = self._keys.known(token.kid)
         return None if key is None else token.verified_by(key)
@@ -192,12 +192,11 @@ class IssuerClient:
         """A signed statement that we are this client, for one request (RFC 7523, section 2.2)."""
         key, algorithm = _read_private_key(credential)
         if key is None:
-            rejected = CredentialsRejected(
+            raise CredentialsRejected(
                 f"the private key of {_named(credential)} is unusable",
                 fix="add an RSA, P-256 or Ed25519 private key in PEM, without a passphrase",
+                detail="private_key",
             )
-            rejected.detail = "private_key"
-            raise rejected
         profile, issued_at = self.issuer.profile, int(self._clock.now().timestamp())
         claims = {
             "iss": credential.client_id,
@@ -261,25 +260,23 @@ class IssuerClient:
             case "throttle":
                 return Throttled(f"issuer {name} asks for fewer requests", retry_after=wait or 0.0)
             case "credential":
-                rejected = CredentialsRejected(
+                return CredentialsRejected(
                     f"issuer {name} rejects the credentials of {_named(credential)}",
                     fix=f"add the org's current secret: `python -m worker credentials add {org}"
                     f" --client-id {client_id} --secret-file FILE`",
+                    detail=code or "invalid_client",
                 )
-                rejected.detail = code or "invalid_client"
-                return rejected
             case "configuration":
-                refused = RequestRejected(
+                return RequestRejected(
                     f"issuer {name} refuses to give org {org} such a token: {code}",
                     fix=f"compare the audience and scopes with what {profile.title} grants"
                     f" to the client {client_id}",
+                    detail=code,
                 )
-                refused.detail = code
-                return refused
             case "transient":
-                unavailable = IssuerUnavailable(f"issuer {name} responded with status {reply.status}")
-                unavailable.retry_after = wait
-                return unavailable
+                return IssuerUnavailable(
+                    f"issuer {name} responded with status {reply.status}", retry_after=wait
+                )
 
 
 def _named(credential: Credential) -> str:
