@@ -16,7 +16,8 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, update
 
-from worker.demo.installation import SCOPE, DemoOrg, last_night
+from worker.demo.installation import SCOPE, last_night
+from worker.demo.management import Organization
 from worker.engine.attempt.inflight import record_claims
 from worker.guard.claims import Claims, Flag
 from worker.ids import OrgId, RunId, WorkerId
@@ -86,7 +87,7 @@ class Scripted:
     """A run and its attempts; the last one is repeated while the retry policy asks for another."""
 
     run: NewRun
-    org: DemoOrg
+    org: Organization
     row: Row
     tries: list[Try]
 
@@ -188,21 +189,21 @@ class Replay:
         credentials.used(self.connection, uses, at=now)
 
 
-def claims_of(org: DemoOrg, client_id: str, at: datetime) -> Claims:
+def claims_of(org: Organization, client_id: str, at: datetime) -> Claims:
     """The claims of a token that the demo's provider would have issued."""
     return Claims(
         org_code=org.code,
         client_id=client_id,
         scopes=frozenset({SCOPE}),
-        properties=org.properties,
-        flags={name: Flag("boolean", value) for name, value in org.flags.items()},
+        properties=org.token_properties,
+        flags={name: Flag("boolean", value) for name, value in org.token_flags.items()},
         issued_at=at,
         expires_at=at + timedelta(days=1),
         jti=f"{int(at.timestamp()):x}",
     )
 
 
-def add(url: str, orgs_of_demo: Sequence[DemoOrg], api_url: str, *, until: datetime) -> None:
+def add(url: str, orgs_of_demo: Sequence[Organization], api_url: str, *, until: datetime) -> None:
     """Write the runs of the day before `until`, for orgs and definitions that are already there."""
     clock = ReplayClock(until - SPAN)
     database = Database.open(url, clock=clock, role="demo")
@@ -219,7 +220,11 @@ def add(url: str, orgs_of_demo: Sequence[DemoOrg], api_url: str, *, until: datet
 
 
 def _replayed(
-    connection: Connection, clock: ReplayClock, orgs_of_demo: Sequence[DemoOrg], api_url: str, until: datetime
+    connection: Connection,
+    clock: ReplayClock,
+    orgs_of_demo: Sequence[Organization],
+    api_url: str,
+    until: datetime,
 ) -> str:
     numbers = random.Random(13)  # noqa: S311 - the same story each time
     replay = Replay(connection, clock, numbers, until - GAP, WorkerId(""))
@@ -279,7 +284,7 @@ class PastStory:
     api_url: str
     night: datetime
 
-    def schedule(self, org: DemoOrg, row: Row, handlers: Handlers) -> None:
+    def schedule(self, org: Organization, row: Row, handlers: Handlers) -> None:
         """Put every scheduled time of a definition on the agenda, and what people did about it."""
         step = STEPS[row["name"]]
         at = first_of(row["name"], self.replay.clock.at, self.night)
@@ -290,7 +295,7 @@ class PastStory:
             self.replay.at(at, lambda script=script: self.replay.fire(script))  # type: ignore[misc]
             at += step
 
-    def _script(self, org: DemoOrg, row: Row, handlers: Handlers, at: datetime) -> Scripted:
+    def _script(self, org: Organization, row: Row, handlers: Handlers, at: datetime) -> Scripted:
         definition = from_spec(org.code, row["name"], row["spec"])
         run = new_run(row, definition, handlers, origin="schedule", scheduled_for=at, at=at)
         id_ = RunId(self.replay.new_id(at))
@@ -303,7 +308,7 @@ class PastStory:
             )
         return script
 
-    def _tries(self, org: DemoOrg, name: str, at: datetime) -> list[Try]:
+    def _tries(self, org: Organization, name: str, at: datetime) -> list[Try]:
         since = at - self.night
         if org.name == "Initech" and since >= timedelta(hours=2):
             detail = (
@@ -323,7 +328,7 @@ class PastStory:
             return [Try(Lost("worker demo:1 stopped renewing its lease"), 31.0), self._request(200)]
         return [self._request(200)]
 
-    def _is_down(self, org: DemoOrg, since: timedelta) -> bool:
+    def _is_down(self, org: Organization, since: timedelta) -> bool:
         return org.name in ("Acme", "Globex") and timedelta(hours=1) <= since < timedelta(hours=2)
 
     def _request(self, status: int) -> Try:
@@ -336,7 +341,7 @@ class PastStory:
         error = Error("UnexpectedAnswer", f"GET {url} returned {status}")
         return Try(Failed(error), self.replay.random.uniform(2.0, 12.0), [line])
 
-    def _digest(self, org: DemoOrg, at: datetime) -> list[Try]:
+    def _digest(self, org: Organization, at: datetime) -> list[Try]:
         pages = [("info", f"page {number} of the knowledge base is summed up") for number in range(1, 8)]
         if org.name == "Acme" and at >= self.night:
             saved = {"next": 3, "articles": 3, "digest": "Passwords are reset under Security."}

@@ -9,16 +9,15 @@ import secrets
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from worker.demo import handlers
 from worker.demo.api import CustomerApi
 from worker.demo.handlers import METER
-from worker.demo.management import Application
+from worker.demo.management import Application, Organization
 from worker.demo.people import Person, WebApplication
 from worker.demo.provider import Fault, Provider, serve_provider
 from worker.demo.serving import ServerThread, bind_loopback, url_of
@@ -59,25 +58,17 @@ if os.getppid() == int(parent):
 CHAT_DELAY = 0.2
 
 
-@dataclass(frozen=True, slots=True)
-class DemoOrg:
-    """One org of the demo: its name, and what its tokens carry."""
-
-    name: str
-    plan: str = "free"
-    properties: Mapping[str, Any] = field(default_factory=dict)
-    flags: Mapping[str, bool] = field(default_factory=dict)
-
-    @property
-    def code(self) -> str:
-        return f"org_{self.name.lower()}"
+def make_org(name: str, *, model: str = "gpt-4", plan: str = "free", **flags: bool) -> Organization:
+    return Organization(
+        f"org_{name.lower()}",
+        name,
+        properties={"plan": plan},
+        token_properties={"model_version": model, "max_tokens": 400, "language": "en"},
+        token_flags=flags,
+    )
 
 
-def make_org(name: str, *, model: str = "gpt-4", plan: str = "free", **flags: bool) -> DemoOrg:
-    return DemoOrg(name, plan, {"model_version": model, "max_tokens": 400, "language": "en"}, flags)
-
-
-def make_orgs() -> list[DemoOrg]:
+def make_orgs() -> list[Organization]:
     """Acme has the flag, Globex does not; Initech and Umbrella are about to have trouble."""
     return [
         make_org("Acme", model="gpt-4o", plan="pro", **{FLAG: True, "beta-tools": False}),
@@ -91,7 +82,7 @@ def make_orgs() -> list[DemoOrg]:
 class World:
     """What surrounds the demo's worker: the identity provider, the customer API and their orgs."""
 
-    orgs: list[DemoOrg]
+    orgs: list[Organization]
     provider: Provider
     api: CustomerApi
     api_url: str
@@ -127,20 +118,14 @@ def world(*, delay: float = CHAT_DELAY, news_every: float | None = None) -> Iter
         yield World(orgs, provider, api, url_of(listener), chat_key, secret)
 
 
-def add_orgs(provider: Provider, orgs: Iterable[DemoOrg], management_secret: str) -> None:
+def add_orgs(provider: Provider, orgs: Iterable[Organization], management_secret: str) -> None:
     """Add the orgs, the API and the application that manages others; the orgs have no application yet."""
     management = provider.management
     management.add_api("Knowledge base", AUDIENCE, (SCOPE,))
     management.org_properties.add("plan")
     for org in orgs:
-        management.add_org(
-            org.code,
-            org.name,
-            properties={"plan": org.plan},
-            token_properties=dict(org.properties),
-            token_flags=dict(org.flags),
-        )
-        management.application_properties |= org.properties.keys()
+        management.orgs[org.code] = org
+        management.application_properties |= org.token_properties.keys()
     audience = f"{provider.url}/api"
     provider.add(Application("", MANAGER, management_secret, management.scopes(), (audience,), name=MANAGER))
 
@@ -206,7 +191,7 @@ role = "member"
 """
 
 
-def add_people(provider: Provider, folder: Path, orgs: Iterable[DemoOrg], listen: str) -> None:
+def add_people(provider: Provider, folder: Path, orgs: Iterable[Organization], listen: str) -> None:
     """People at the provider, and the console's application there; its secret is a file of `folder`."""
     secret = secrets.token_urlsafe(24)
     (folder / "login__main").write_text(secret, encoding="utf-8")
@@ -249,7 +234,7 @@ params = {{ {_services(api_url)} }}
 """
 
 
-def definitions_file(orgs: list[DemoOrg], api_url: str, *, now: datetime) -> str:
+def definitions_file(orgs: list[Organization], api_url: str, *, now: datetime) -> str:
     """The file for the second `apply`: what each org ran yesterday, too."""
     zone = zone_of(last_night(now))
     articles = f'params = {{ url = "{api_url}/v1/collections/faq/articles" }}\n'
@@ -260,12 +245,12 @@ def definitions_file(orgs: list[DemoOrg], api_url: str, *, now: datetime) -> str
             _table(org, "crm-sync", "http.request", "*/15 * * * *") + articles,
             _table(org, "nightly-digest", "assistant.digest", "0 2 * * *", zone) + digest,
         ]
-        if org.plan == "pro":
+        if org.properties["plan"] == "pro":
             tables.append(_table(org, "usage-report", "http.request", "5 * * * *") + articles)
     return "\n".join(tables)
 
 
-def _table(org: DemoOrg, name: str, handler: str, schedule: str, zone: str | None = None) -> str:
+def _table(org: Organization, name: str, handler: str, schedule: str, zone: str | None = None) -> str:
     """The first lines of a definition."""
     lines = {"org": org.code, "name": name, "handler": handler, "schedule": schedule, "timezone": zone}
     written = "".join(f'{key} = "{value}"\n' for key, value in lines.items() if value is not None)
