@@ -377,7 +377,7 @@ def _between_tasks(loop: SeededLoop) -> Iterator[None]:
 
 
 class Flag:
-    """As `threading.Event`; see `worker.threads.ThreadFlag`."""
+    """As `threading.Event`."""
 
     def __init__(self) -> None:
         self._is_set = False
@@ -408,7 +408,7 @@ class Flag:
 
 
 class SimulatedThreads:
-    """Implements `worker.threads.Threads` on the running loop."""
+    """As `worker.threads.Threads`, on the running loop."""
 
     def flag(self) -> Flag:
         return Flag()

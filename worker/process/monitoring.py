@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from worker.store.health import oldest_unfired
 from worker.telemetry import events
 from worker.telemetry.alerts import Alert, Strikes, Webhook
 from worker.telemetry.events import emit
-from worker.threads import SYSTEM, RunningThread, Threads
+from worker.threads import SYSTEM, Threads
 
 # Seconds between two rounds, and seconds in which simultaneous causes are collected.
 ROUND_EVERY = 2.0
@@ -103,7 +104,7 @@ class AlertDispatcher:
         self._pause_until = clock.monotonic()
         self._threads = threads
         self._awake, self._stop = threads.flag(), threads.flag()
-        self._thread: RunningThread | None = None
+        self._thread: threading.Thread | None = None
         self.strikes = Strikes(clock, self._awake.set)
 
     def start(self) -> None:
@@ -209,7 +210,7 @@ class OverdueMonitor:
         self._overdue = self.settings.overdue.total_seconds()
         self._ping_at = self.clock.monotonic()
         self._stop = self.threads.flag()
-        self._thread: RunningThread | None = None
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         self._thread = self.threads.start("overdue monitor", self._run)

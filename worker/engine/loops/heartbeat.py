@@ -7,6 +7,7 @@ the monotonic clock, so a wall clock that jumps back changes nothing.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +21,7 @@ from worker.errors import Unavailable
 from worker.model.runs.lease import Lease
 from worker.model.runs.run import OwnedRun
 from worker.telemetry.events import emit
-from worker.threads import SYSTEM, RunningThread, Threads
+from worker.threads import SYSTEM, Threads
 
 # Seconds until a failed renewal is retried, and between two events about that.
 RETRY = 0.5
@@ -48,7 +49,7 @@ class Heartbeat:
     on_lease: Callable[[Lease], None]
     on_renewal: Callable[[Renewal], None]
     threads: Threads = SYSTEM
-    _thread: RunningThread | None = None
+    _thread: threading.Thread | None = None
     _late_emitted_at: float = float("-inf")
 
     def __post_init__(self) -> None:
