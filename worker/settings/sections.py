@@ -363,16 +363,12 @@ class AttemptsSettings(Section):
     certificate: str = ""
     key: str = ""
 
-    @property
-    def is_local(self) -> bool:
-        """Whether only this machine can reach the address."""
-        return is_loopback(self.listen.rpartition(":")[0].strip("[]"))
-
     @model_validator(mode="after")
     def _encrypted(self) -> AttemptsSettings:
         if bool(self.certificate) != bool(self.key):
             raise ValueError("certificate and key must be given together")
-        if self.listen and not self.is_local and not self.certificate:
+        is_local = is_loopback(self.listen.rpartition(":")[0].strip("[]"))
+        if self.listen and not is_local and not self.certificate:
             raise ValueError(
                 f"listen = {self.listen!r} is reachable from other machines, and tokens of orgs pass there: "
                 "set certificate and key, or listen on 127.0.0.1"
