@@ -55,7 +55,7 @@ class Feature:
 
 @dataclass(frozen=True, slots=True)
 class Point(Generic[T]):
-    """A place where the core takes what a feature gives; `needed_for` is told where there is none."""
+    """A place where the core takes what a feature gives; `needed_for` is what cannot be done without it."""
 
     name: str
     needed_for: str

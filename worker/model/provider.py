@@ -1,4 +1,4 @@
-"""What is told to a provider and by it: names of applications, and tags by what it says of an org. Pure."""
+"""What a provider and orgworker say to each other: names of applications, and tags by properties. Pure."""
 
 from __future__ import annotations
 
