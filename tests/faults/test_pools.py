@@ -167,7 +167,7 @@ async def attempt(worker: Worker, run: AdmittedRun, orgs: Orgs, tally: Tally) ->
         orgs.change(run.org_id)
         allowed = orgs.may(run.org_id, run.pool)
         try:
-            await worker.tools.renew(inflight, run.handler, fresh=True)
+            await worker.tools.renew(inflight, fresh=True)
         except TokenRefused as refused:
             assert (refused.reason, allowed) == ("pool_mismatch", False)
             tally.renewals["refused"] += 1

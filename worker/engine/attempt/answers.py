@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
@@ -20,7 +19,6 @@ from worker.engine.attempt.inflight import InflightRun
 from worker.engine.attempt.run_log import RunLogWriter
 from worker.engine.runners.contract import GivenErrors
 from worker.errors import LeaseLost, TokenRefused, Unavailable, WorkerError
-from worker.guard.claims import Claims
 from worker.handlers.calls import (
     A,
     AskBudgets,
@@ -41,7 +39,6 @@ from worker.model.runs.budgets import OrgBudgets, decisive, wait_of
 from worker.model.runs.outcome import Trail
 from worker.model.runs.run import AdmittedRun, NewStep
 from worker.model.runs.waits import BUDGET, MAX_WAITS, NewWait, WaitState
-from worker.secret import AccessToken
 from worker.telemetry.mask_in_turn import mask_each
 
 # Seconds between two tries of a call while the database is away, at first and at most.
@@ -159,9 +156,8 @@ async def answer(call: Call[A], of: Running) -> A:
     """
     try:
         made = await admitted(call, of)
-        given = await _acted(made, of)
-        taken = _TAKEN.get(type(call))
-        return given if taken is None else taken(call, made, given, of)
+        taken: A = _taken(call, made, await _acted(made, of), of)
+        return taken
     except NotACall:
         raise
     except TokenRefused as refused:
@@ -188,9 +184,8 @@ def _not_now(error: Exception, of: Running) -> Unavailable:
 async def admitted(call: C, of: Running) -> C:
     """The call as it may be acted on. Raises LeaseLost, StepError, NotACall."""
     of.check_open()
-    made = await _masked(call, of)
-    limit = _LIMITS.get(type(call))
-    return made if limit is None else await limit(made, of)
+    made: C = await _believed(await _masked(call, of), of)
+    return made
 
 
 async def _masked(call: C, of: Running) -> C:
@@ -232,45 +227,39 @@ async def _repeated(call: Call[A], of: Running) -> A:
         pause = min(pause * 2, LONGEST_RETRY)
 
 
-# Limits of a call beyond those of its fields, and what it may not say.
-
-_Limit = Callable[[C, Running], Awaitable[C]]
-_LIMITS: dict[object, _Limit[Any]] = {}
+# What a call may not say, and limits beyond those of its fields.
 
 
-def _limits(kind: type[C]) -> Callable[[_Limit[C]], _Limit[C]]:
-    def declare(limit: _Limit[C]) -> _Limit[C]:
-        _LIMITS[kind] = limit
-        return limit
+async def _believed(call: Any, of: Running) -> Any:
+    match call:
+        case StoreStep(step):
+            await _take_room(step, of)
+            believed = believed_step(step, of.run, of.clock.now())
+            return call if believed is step else StoreStep(believed)
+        case OpenWait(wait):
+            return OpenWait(await believed_wait(wait, of))
+        case CountSpend():
+            check_attempt(call, of)
+    return call
 
-    return declare
 
-
-@_limits(StoreStep)
-async def _within_room(call: StoreStep, of: Running) -> StoreStep:
+async def _take_room(step: NewStep, of: Running) -> None:
+    """Take the place of a step among those of its run. Raises StepError."""
     if of.room is None:
         last = size = 0
         if of.run.may_have_checkpoint or of.resumed:
             last, size = await _acted(StepTotals(), of)
         of.room = of.room or StepRoom(last, size)
     of.check_open()
-    of.room.take(call.step, len(call.step.result_json.encode()), resent=of.hosted)
+    of.room.take(step, len(step.result_json.encode()), resent=of.hosted)
     # Before it is stored: the process may die first.
     of.inflight.moved = True
-    step = believed_step(call.step, of.run, of.clock.now())
-    return call if step is call.step else StoreStep(step)
 
 
-@_limits(OpenWait)
-async def _of_its_kind(call: OpenWait, of: Running) -> OpenWait:
-    return OpenWait(await believed_wait(call.wait, of))
-
-
-@_limits(CountSpend)
-async def _of_this_attempt(call: CountSpend, of: Running) -> CountSpend:
-    if call.key.partition(":")[0] != str(of.run.attempt):
+def check_attempt(spend: CountSpend, of: Running) -> None:
+    """Raise NotACall for a spend of an earlier attempt, which has counted already."""
+    if spend.key.partition(":")[0] != str(of.run.attempt):
         raise NotACall("key: it is of another attempt")
-    return call
 
 
 def believed_step(step: NewStep, run: AdmittedRun, now: datetime) -> NewStep:
@@ -303,24 +292,23 @@ async def believed_wait(wait: NewWait, of: Running) -> NewWait:
     return wait
 
 
-# What follows from an answer. A function gets the call as it came and as it was made.
-
-_Take = Callable[[Any, Any, A, Running], A]
-_TAKEN: dict[object, _Take[Any]] = {}
+# What follows from an answer.
 
 
-def _taken(kind: Callable[..., Call[A]]) -> Callable[[_Take[A]], _Take[A]]:
-    def declare(take: _Take[A]) -> _Take[A]:
-        _TAKEN[kind] = take
-        return take
-
-    return declare
-
-
-@_taken(Save)
-def _note_save(call: Save, made: Save, given: None, of: Running) -> None:
-    if not of.hosted:
-        of.inflight.moved = of.inflight.moved or _differs(call.data, of.checkpoint)
+def _taken(call: Any, made: Call[Any], given: Any, of: Running) -> Any:
+    """The answer for the handler to a call as it came and as it was made, noted for the attempt."""
+    match made:
+        case Save() if not of.hosted:
+            of.inflight.moved = of.inflight.moved or _differs(call.data, of.checkpoint)
+        case StoreStep(step):
+            return None if step.result_json == call.step.result_json else step.result_json
+        case OpenWait(wait):
+            _note_alert(wait, given, of)
+        case AskToken():
+            of.inflight.hold(given[0])
+        case AskBudgets() | CountSpend():
+            return _allowed(given, of)
+    return given
 
 
 def _differs(data_json: str, checkpoint: Any) -> bool:
@@ -330,35 +318,12 @@ def _differs(data_json: str, checkpoint: Any) -> bool:
     return bool(json.loads(data_json) != checkpoint)
 
 
-@_taken(StoreStep)
-def _text_of_step(call: StoreStep, made: StoreStep, given: str | None, of: Running) -> str | None:
-    text = made.step.result_json
-    return None if text == call.step.result_json else text
-
-
-@_taken(OpenWait)
-def _note_alert(call: OpenWait, made: OpenWait, given: WaitState, of: Running) -> WaitState:
-    wait = made.wait
+def _note_alert(wait: NewWait, given: WaitState, of: Running) -> None:
     key = wait.name, wait.occurrence
     # A handler may open a wait as often as it likes; the store limits how many there are.
     if wait.alert and given.state == "pending" and key not in of.asked and len(of.asked) < MAX_WAITS:
         of.asked.add(key)
         of.trail.asks += (wait.name,)
-    return given
-
-
-@_taken(AskToken)
-def _hold(
-    call: AskToken, made: AskToken, given: tuple[AccessToken, Claims], of: Running
-) -> tuple[AccessToken, Claims]:
-    of.inflight.hold(given[0])
-    return given
-
-
-@_taken(AskBudgets)
-@_taken(CountSpend)
-def _lacks_nothing(call: Any, made: Any, given: OrgBudgets, of: Running) -> OrgBudgets:
-    return _allowed(given, of)
 
 
 def _allowed(found: OrgBudgets, of: Running) -> OrgBudgets:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Protocol
@@ -179,7 +179,7 @@ class Tools:
         handler = plan.definition.handler
         return plan.want(plan.limits(handler, self.handlers.get(handler)), self.handlers)
 
-    async def renew(self, inflight: InflightRun, handler: str, *, fresh: bool) -> tuple[AccessToken, Claims]:
+    async def renew(self, inflight: InflightRun, *, fresh: bool) -> tuple[AccessToken, Claims]:
         """A token of a running attempt with some life left, enforced; with `fresh` a new one.
 
         Raises TokenRefused, and TokenError and Unavailable as `TokenSource.ensure`.
@@ -214,74 +214,42 @@ class StoreActs:
 
     async def act(self, call: Call[A], of: Running) -> A:
         """As `Acts.act`."""
-        given: A = await _ACTS[type(call)](self.tools, call, of)
+        given: A = await self._act(call, of)
         return given
 
-
-_Act = Callable[[Tools, Any, Running], Awaitable[A]]
-_ACTS: dict[object, _Act[Any]] = {}
-
-
-def _acts(kind: Callable[..., Call[A]]) -> Callable[[_Act[A]], _Act[A]]:
-    def declare(act: _Act[A]) -> _Act[A]:
-        _ACTS[kind] = act
-        return act
-
-    return declare
-
-
-@_acts(Save)
-async def _save(tools: Tools, call: Save, of: Running) -> None:
-    handler = of.trail.handler
-    if not await tools.store.save_checkpoint(of.run, handler, call.data, call.number):
-        raise _lost(of)
-
-
-@_acts(AskToken)
-async def _token(tools: Tools, call: AskToken, of: Running) -> tuple[AccessToken, Claims]:
-    return await tools.renew(of.inflight, of.trail.handler, fresh=call.fresh)
-
-
-@_acts(LoadSteps)
-async def _load_steps(tools: Tools, call: LoadSteps, of: Running) -> StepPage:
-    return await tools.store.load_steps(of.run.id, call.after)
-
-
-@_acts(StepTotals)
-async def _step_totals(tools: Tools, call: StepTotals, of: Running) -> tuple[int, int]:
-    return await tools.store.step_totals(of.run.id)
-
-
-@_acts(StoreStep)
-async def _store_step(tools: Tools, call: StoreStep, of: Running) -> None:
-    if not await tools.steps.store_step(row_of(call, of)):
-        raise _lost(of)
+    async def _act(self, call: Call[Any], of: Running) -> Any:
+        tools, store, run = self.tools, self.tools.store, of.run
+        match call:
+            case StoreStep():
+                if not await tools.steps.store_step(row_of(call, of)):
+                    raise _lost(of)
+                return None
+            case Save(data, number):
+                if not await store.save_checkpoint(run, of.trail.handler, data, number):
+                    raise _lost(of)
+                return None
+            case OpenWait(wait):
+                if (state := await store.open_wait(run, wait)) is None:
+                    raise _lost(of)
+                return state
+            case CountSpend(meter, amount, key):
+                if (budgets := await store.spend(run, meter, amount, key)) is None:
+                    raise _lost(of)
+                return budgets
+            case AskBudgets():
+                return await store.budgets_of(run)
+            case AskToken(fresh):
+                return await tools.renew(of.inflight, fresh=fresh)
+            case LoadSteps(after):
+                return await store.load_steps(run.id, after)
+            case StepTotals():
+                return await store.step_totals(run.id)
+        raise TypeError(f"no store does what {call.way.name} asks")
 
 
 def row_of(call: StoreStep, of: Running) -> RunStep:
     """The row of an admitted step."""
     return RunStep(of.run, of.trail.handler, call.step, len(call.step.result_json.encode()))
-
-
-@_acts(OpenWait)
-async def _open_wait(tools: Tools, call: OpenWait, of: Running) -> WaitState:
-    state = await tools.store.open_wait(of.run, call.wait)
-    if state is None:
-        raise _lost(of)
-    return state
-
-
-@_acts(AskBudgets)
-async def _budgets(tools: Tools, call: AskBudgets, of: Running) -> OrgBudgets:
-    return await tools.store.budgets_of(of.run)
-
-
-@_acts(CountSpend)
-async def _spend(tools: Tools, call: CountSpend, of: Running) -> OrgBudgets:
-    found = await tools.store.spend(of.run, call.meter, call.amount, call.key)
-    if found is None:
-        raise _lost(of)
-    return found
 
 
 def _lost(of: Running) -> LeaseLost:
