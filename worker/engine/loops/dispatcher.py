@@ -70,7 +70,7 @@ class Dispatcher(Generic[T]):
         held = self.inflight_runs
         self._admitted.extend([held.add(run) for run in runs if not held.is_late(run)])
         if self._admitted and (self._preparing is None or self._preparing.done()):
-            self._preparing = start_task(self._prepare_admitted(), loop=asyncio.get_running_loop())
+            self._preparing = start_task(self._prepare_admitted())
 
     async def _prepare_admitted(self) -> None:
         while self._admitted:
@@ -80,7 +80,7 @@ class Dispatcher(Generic[T]):
                 self._admitted.popleft()
             self._enqueue(prepared)
             if self._starting is None or self._starting.done():
-                self._starting = start_task(self._start_queued(), loop=asyncio.get_running_loop())
+                self._starting = start_task(self._start_queued())
 
     def _enqueue(self, added: list[InflightRun]) -> None:
         if self._queue:
@@ -93,10 +93,9 @@ class Dispatcher(Generic[T]):
         self._queue.extend(added)
 
     async def _start_queued(self) -> None:
-        loop = asyncio.get_running_loop()
         while self._queue:
             for _ in range(min(BURST, len(self._queue))):
-                task = start_task(self._attempt(self._queue.popleft()), loop=loop)
+                task = start_task(self._attempt(self._queue.popleft()))
                 if not task.done():
                     self._attempts.add(task)
                     task.add_done_callback(self._attempts.discard)
@@ -138,10 +137,8 @@ class Dispatcher(Generic[T]):
     async def _attempt(self, inflight: InflightRun) -> None:
         try:
             ended = await self.attempt(inflight, self.tools)
-            if inflight.storing:
-                await inflight.stored()
-            if self.tools.run_log.has_logged(inflight.run):
-                await self.tools.run_log.flush_run(inflight.run)
+            await inflight.stored()
+            await self.tools.run_log.flush_run(inflight.run)
         finally:
             inflight.drop_tokens()
         self.finisher.put(ended)

@@ -133,7 +133,7 @@ class Inline:
             self._loop = attempt.loop
             watch_loop(attempt.loop)
         body = self._body(work, services, cancelled, attempt)
-        task = start_task(body, loop=attempt.loop, name=work.handler, context=contextvars.Context())
+        task = start_task(body, name=work.handler, context=contextvars.Context())
         try:
             if not task.done():
                 await attempt.wait(task, cancelled, task.cancel)
