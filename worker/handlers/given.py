@@ -26,8 +26,6 @@ from worker.secret import AccessToken
 P = TypeVar("P")
 S = TypeVar("S")
 
-Granted = tuple[AccessToken, Claims]
-
 
 @dataclass(slots=True)
 class HeldToken:

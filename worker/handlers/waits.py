@@ -63,19 +63,20 @@ class AnyWaits(ABC):
         self._occurrences = Occurrences()
         self._pending: dict[tuple[str, int], NewWait] = {}
 
-    def _sleep(self, duration: Duration, name: str) -> NewWait:
-        return self._new(
-            "ctx.sleep", check_name("sleep", name), "sleep", as_timedelta(duration).total_seconds()
-        )
+    def sleep(self, duration: Duration, name: str = SLEEP) -> Coroutine[Any, Any, None]:
+        """As `Context.sleep`. The occurrence is taken now."""
+        check_name("sleep", name)
+        return self._slept(self._new("ctx.sleep", name, "sleep", as_timedelta(duration).total_seconds()))
 
-    def _question(
+    def wait_for(
         self,
         name: str,
         timeout: Duration | None,
         ask: Any,
         alert: bool,
-        options: Sequence[Option] | None,
-    ) -> NewWait:
+        options: Sequence[Option] | None = None,
+    ) -> Coroutine[Any, Any, Any]:
+        """As `Context.wait_for`. The occurrence is taken now."""
         what = f"wait_for {check_name('wait_for', name)}"
         if name == SLEEP or name.startswith(BUDGET):
             raise StepError(f"{what}: this name is reserved; use another one")
@@ -85,7 +86,7 @@ class AnyWaits(ABC):
         except NotStorable as error:
             raise StepError(f"{error}; ask for less, and store the rest elsewhere") from None
         bound = () if options is None else _options(options, what, asked)
-        return self._new(what, name, "answer", seconds, asked, alert, bound)
+        return self._answered(self._new(what, name, "answer", seconds, asked, alert, bound))
 
     def _new(
         self,
@@ -100,21 +101,6 @@ class AnyWaits(ABC):
         self._journal.refuse_inside(what)
         occurrence = self._occurrences.take(what.partition(" ")[0], name)
         return NewWait(name, occurrence, kind, seconds, ask, alert, options)
-
-    def sleep(self, duration: Duration, name: str = SLEEP) -> Coroutine[Any, Any, None]:
-        """As `Context.sleep`. The occurrence is taken now."""
-        return self._slept(self._sleep(duration, name))
-
-    def wait_for(
-        self,
-        name: str,
-        timeout: Duration | None,
-        ask: Any,
-        alert: bool,
-        options: Sequence[Option] | None = None,
-    ) -> Coroutine[Any, Any, Any]:
-        """As `Context.wait_for`. The occurrence is taken now."""
-        return self._answered(self._question(name, timeout, ask, alert, options))
 
     async def _slept(self, wait: NewWait) -> None:
         await self.park(wait)

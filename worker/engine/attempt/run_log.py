@@ -69,23 +69,17 @@ class RunLogWriter:
 
     def ended(self, run: AdmittedRun) -> None:
         """Drop what only a running attempt needs."""
-        if self._seq:
-            self._seq.pop((run.id, run.attempt), None)
-        if self._progress:
-            self._progress.pop(run.id, None)
+        self._seq.pop((run.id, run.attempt), None)
+        self._progress.pop(run.id, None)
 
     async def run(self) -> None:
         while True:
             await self.clock.sleep(FLUSH)
             await self.flush()
 
-    def has_logged(self, run: AdmittedRun) -> bool:
-        """Whether this attempt has logged since it began."""
-        return bool(self._seq) and (run.id, run.attempt) in self._seq
-
     async def flush_run(self, run: AdmittedRun) -> None:
         """Flush if this attempt has logged: its log must be complete before its end is visible."""
-        if self.has_logged(run):
+        if (run.id, run.attempt) in self._seq:
             await self.flush()
 
     async def flush(self) -> None:
