@@ -15,6 +15,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from operator import itemgetter
 from typing import Any, TypeVar
 
 from worker.clock import Clock
@@ -227,7 +228,7 @@ class StepCalls:
                     worker.cancel()
         if errors:
             raise errors[0]
-        return [*sorted(held, key=_place), *left], stopped[0] if stopped else None
+        return [*sorted(held, key=itemgetter(0)), *left], stopped[0] if stopped else None
 
     async def _run(
         self, step: StepId, call: Call, tries: Tries, is_async: bool, *, parks: bool = True
@@ -256,14 +257,20 @@ class StepCalls:
         for delay in itertools.chain(tries.delays(), (None,)):
             opened.begin_try()
             try:
-                async with asyncio.timeout(tries.timeout):
-                    return await (call() if is_async else _in_thread(call))
+                return await self._called(call, tries.timeout, is_async)
             except _NOT_RETRIED:
                 raise
             except Exception:
                 if delay is None:
                     raise
-            await asyncio.sleep(delay)
+            await self._pause(delay)
+
+    async def _called(self, call: Call, timeout: float | None, is_async: bool) -> Any:
+        async with asyncio.timeout(timeout):
+            return await (call() if is_async else _in_thread(call))
+
+    async def _pause(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
 
     async def _stored(self, step: NewStep) -> str:
         storing = asyncio.ensure_future(self._port.ask(StoreStep(step)))
@@ -347,19 +354,13 @@ class BlockingStepCalls(StepCalls):
                 raise
         if errors:
             raise errors[0]
-        return [*sorted(held, key=_place), *left], stopped[0] if stopped else None
+        return [*sorted(held, key=itemgetter(0)), *left], stopped[0] if stopped else None
 
-    async def _tried(self, opened: OpenStep, call: Call, tries: Tries, is_async: bool) -> Any:
-        for delay in itertools.chain(tries.delays(), (None,)):
-            opened.begin_try()
-            try:
-                return call()
-            except _NOT_RETRIED:
-                raise
-            except Exception:
-                if delay is None:
-                    raise
-            time.sleep(delay)  # noqa: ASYNC251 - it blocks
+    async def _called(self, call: Call, timeout: float | None, is_async: bool) -> Any:
+        return call()
+
+    async def _pause(self, seconds: float) -> None:
+        time.sleep(seconds)  # noqa: ASYNC251 - it blocks
 
     async def _stored(self, step: NewStep) -> str:
         return _text_of(step, await self._port.ask(StoreStep(step)))
@@ -373,10 +374,6 @@ def done(call: Coroutine[Any, Any, T]) -> T:
         if isinstance(error.__cause__, StopIteration):  # of the function; no coroutine lets it pass
             raise error.__cause__ from None
         raise
-
-
-def _place(held: _Placed) -> int:
-    return held[0]
 
 
 def _by_meter(step: StepId, spends: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
