@@ -7,7 +7,7 @@ are cut to what is stored after they are masked: a cut secret is found no longer
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any, Protocol
@@ -155,9 +155,7 @@ async def redacted(outcome: Outcome, org: OrgId) -> Outcome:
         if isinstance(value, str):
             most = DETAIL_LIMIT if isinstance(outcome, _REASONED) else MESSAGE_LIMIT
             changes[field_.name] = (
-                await mask_in_turn(value, org)
-                if field_.name in _JSON
-                else await masked_start(value, most, org)
+                await mask_in_turn(value, org) if field_.name in _JSON else await masked_cut(value, most, org)
             )
         elif isinstance(value, Error):
             changes[field_.name] = await _redacted(value, org)
@@ -166,9 +164,10 @@ async def redacted(outcome: Outcome, org: OrgId) -> Outcome:
 
 async def _redacted(error: Error, org: OrgId) -> Error:
     return Error(
-        await masked_start(error.type, DETAIL_LIMIT, org),
-        await masked_start(error.message, MESSAGE_LIMIT, org),
-        await _masked_end(error.trace, TRACE_LIMIT, org),
+        await masked_cut(error.type, DETAIL_LIMIT, org),
+        await masked_cut(error.message, MESSAGE_LIMIT, org),
+        # Its end is the most useful part.
+        await masked_cut(error.trace, TRACE_LIMIT, org, _end_of),
     )
 
 
@@ -181,27 +180,18 @@ async def mask_trail(trail: Trail, org: OrgId) -> None:
 async def masked_progress(progress: Mapping[str, Any], org: OrgId) -> Mapping[str, Any]:
     """A run's progress with its note masked and at its final size."""
     note = progress["note"]
-    return progress if note is None else {**progress, "note": await masked_start(note, NOTE_LIMIT, org)}
-
-
-async def masked_start(text: str, most: int, org: OrgId) -> str:
-    """A text, masked, then cut to `most` characters."""
-    # Mostly this part has no secret, and is short enough to be masked at once.
-    part = clean(text, most * AHEAD)
-    masked = await mask_in_turn(part, org)
-    if masked != part and len(part) < len(text):
-        masked = await mask_in_turn(text, org)
-    return clean(masked, most)
-
-
-async def _masked_end(text: str, most: int, org: OrgId) -> str:
-    """The end of a text, which is the most useful part of a trace, masked and cut as `masked_start`."""
-    part = _end_of(text, most * AHEAD)
-    masked = await mask_in_turn(part, org)
-    if masked != part and len(part) < len(text):
-        masked = await mask_in_turn(text, org)
-    return _end_of(masked, most)
+    return progress if note is None else {**progress, "note": await masked_cut(note, NOTE_LIMIT, org)}
 
 
 def _end_of(text: str, most: int) -> str:
     return text if len(text) <= most + len(CUT_BEFORE) else CUT_BEFORE + text[-most:]
+
+
+async def masked_cut(text: str, most: int, org: OrgId, cut: Callable[[str, int], str] = clean) -> str:
+    """A text, masked, then cut to `most` characters."""
+    # Mostly this part has no secret, and is short enough to be masked at once.
+    part = cut(text, most * AHEAD)
+    masked = await mask_in_turn(part, org)
+    if masked != part and len(part) < len(text):
+        masked = await mask_in_turn(text, org)
+    return cut(masked, most)

@@ -12,17 +12,17 @@ import os
 import ssl
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from glob import escape, glob
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from worker.engine.runners.child import landlock, linux, seccomp
 from worker.handlers import describe
 from worker.handlers.calling import sandboxed
+from worker.handlers.parts import trusted
 
 # A root that contains a secret is split into at most this number of paths, or else left out.
 MAX_PARTS = 256
@@ -84,11 +84,6 @@ class SandboxRules:
     read: tuple[str, ...] = ()
     write: tuple[str, ...] = ()
     filtered: bool = True
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> SandboxRules:
-        paths = {name: tuple(given[name]) for name in ("execute", "read", "write")}
-        return cls(**paths, filtered=given["filtered"])
 
     def as_json(self) -> str:
         """For the command line of a process that confines itself."""
@@ -234,7 +229,7 @@ def allow_own_proc(ruleset: landlock.Ruleset) -> int:
 
 def main() -> None:
     """`python -m worker.engine.runners.child.sandbox RULES`: what describes handlers, confined."""
-    describe_handlers(SandboxRules.of(json.loads(sys.argv.pop(1))))
+    describe_handlers(trusted(SandboxRules).read(json.loads(sys.argv.pop(1))))
 
 
 def describe_handlers(rules: SandboxRules | None) -> None:
