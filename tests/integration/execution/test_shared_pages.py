@@ -41,7 +41,6 @@ def state():
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 before = state()
-shared_pages.rehearse()
 slices = len(list(shared_pages.share_pages()))
 assert slices > 20 or sys.version_info < (3, 12), slices
 assert state() == before, (before, state())
@@ -160,8 +159,6 @@ async def test_runs_of_a_prepared_zygote_work_as_ever(prepared: ChildPool) -> No
 @pytest.mark.parametrize(
     ("code", "result"),
     [
-        # Nothing of the rehearsal is left in a run.
-        ("import sys; result = [name for name in sys.modules if 'rehearsal' in name]", []),
         ("import threading; result = threading.active_count()", 2),
         # Modules that the zygote has imported can be replaced, changed and collected.
         (

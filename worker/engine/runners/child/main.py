@@ -335,10 +335,10 @@ def main(descriptor: int, cap: int | None) -> NoReturn:
         os._exit(code)
 
 
-def call_handler(work: Work, channel: WorkerChannel, *, close: bool = False) -> Outcome:
-    """Import the handler, validate its input, call it; `close` its event loop afterwards.
+def call_handler(work: Work, channel: WorkerChannel) -> Outcome:
+    """Import the handler, validate its input, call it.
 
-    A run does not close it: that would wait for tasks that the handler left behind.
+    Its event loop is not closed: that would wait for tasks that the handler left behind.
     """
     try:
         job = load(work.entry_point)
@@ -346,11 +346,7 @@ def call_handler(work: Work, channel: WorkerChannel, *, close: bool = False) -> 
         channel.send({"op": "started"})
         if job.is_async:
             loop = asyncio.new_event_loop()
-            try:
-                return loop.run_until_complete(_run_async(job, given, channel))
-            finally:
-                if close:
-                    loop.close()
+            return loop.run_until_complete(_run_async(job, given, channel))
         cancelled = BlockingCancellation()
         channel.listen(cancelled.set)
         return call_blocking(job, BlockingContext(given, channel, cancelled, on_park=_send_park(channel)))

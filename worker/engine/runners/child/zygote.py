@@ -28,7 +28,7 @@ from worker.engine.runners.child import main as child
 from worker.engine.runners.child.landlock import Ruleset
 from worker.engine.runners.child.messages import Setup
 from worker.engine.runners.child.sandbox import CHECK_EVERY, Sandbox, describe_handlers
-from worker.engine.runners.child.shared_pages import rehearse, share_pages
+from worker.engine.runners.child.shared_pages import share_pages
 from worker.handlers.describe import LAST_DESCRIPTOR, SHARED
 from worker.handlers.http import tls_context
 from worker.handlers.installed import preload
@@ -436,8 +436,6 @@ def main() -> None:
     linux.become_subreaper()
     failures = preload(setup.preload)
     child.open_streams()
-    if setup.share_after is not None:
-        rehearse()
     if setup.preload:
         gc.collect()
     gc.freeze()
