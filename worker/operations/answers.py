@@ -18,7 +18,8 @@ from worker.model.runs.run import step_label
 from worker.model.runs.waits import MAX_ANSWERED, MAX_EARLY, MAX_WAITS, is_allowed, is_open_question
 from worker.model.search import hint_of
 from worker.operations.budgets import answer_budget
-from worker.operations.runs import matching, require_run
+from worker.operations.bulk import matching
+from worker.operations.runs import require_run
 from worker.store import audit, waits
 from worker.store.database import Database
 from worker.store.dialect import Row

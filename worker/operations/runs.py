@@ -1,16 +1,15 @@
-"""Runs: run a definition now; cancel or retry one run, or all that match a filter."""
+"""Runs: run a definition now; cancel or retry a run. `operations.bulk` changes all that match a filter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import datetime
-from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import Connection
 
-from worker.errors import AccessDenied, Conflict, DefinitionError, NotFound, UsageError
+from worker.errors import AccessDenied, Conflict, NotFound, UsageError
 from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, new_id
 from worker.model.definitions import fields
 from worker.model.definitions.definition import Definition, from_spec
@@ -29,13 +28,9 @@ from worker.store import (
 )
 from worker.store.database import Database
 from worker.store.dialect import Row
-from worker.store.edit_runs import Cancellable, Retryable
 from worker.store.lists import checked_id
 from worker.store.lists import runs as run_lists
-from worker.store.lists.rows import ChangeOutcome, Run
-
-# Matching runs read at a time.
-PAGE = 100
+from worker.store.lists.rows import Run
 
 
 def run_now(
@@ -189,85 +184,6 @@ def retry(
         detail = {"retry_of": old_id, "from_checkpoint": from_checkpoint, **because(reason)}
         audit.note(connection, org_id, "run.retry", new_run_id, detail, at=now, actor=actor)
         return run_lists.row(connection, org_id, new_run_id)
-
-
-def matching(
-    database: Database, which: Cancellable | Retryable, *, org: str | None, limit: int
-) -> Iterator[Row]:
-    """The runs that match now, oldest first, read in pages as they are taken, at most `limit`.
-
-    Runs that were asked to stop or were retried already do not match.
-
-    Raises:
-        NotFound: no such org.
-    """
-    return islice(_matching(database, which, org), limit)
-
-
-def cancel_many(
-    database: Database, which: Cancellable, *, actor: str, org: str | None = None, limit: int
-) -> Iterator[ChangeOutcome]:
-    """Cancel each matching run as it is taken, and yield the outcome.
-
-    `state` is `cancelled`, or `running` for a run that was asked to stop. For a run that
-    was left, `state` is None and `left` says why.
-    """
-
-    def change(run_id: str) -> Run:
-        return cancel(database, run_id, actor=actor, org=org, states=which.states)
-
-    for run, row, left in _change_each(matching(database, which, org=org, limit=limit), change):
-        kept = {name: run[name] for name in ("id", "org", "definition", "scheduled_for")}
-        yield cast(ChangeOutcome, kept | {"state": row and row["state"], "left": left})
-
-
-def retry_many(
-    database: Database,
-    which: Retryable,
-    *,
-    actor: str,
-    org: str | None = None,
-    from_checkpoint: bool = False,
-    limit: int,
-) -> Iterator[ChangeOutcome]:
-    """Retry each matching run as it is taken, and yield the outcome; repeating it retries those left.
-
-    `id` and `state` are the new run's. For a run that was left, `id` is None and `left` says why.
-    """
-
-    def change(run_id: str) -> Run:
-        return retry(database, run_id, actor=actor, org=org, from_checkpoint=from_checkpoint)
-
-    for old, row, left in _change_each(matching(database, which, org=org, limit=limit), change):
-        made = {"id": row and row["id"], "state": row and row["state"], "left": left, "retry_of": old["id"]}
-        kept = {name: old[name] for name in ("org", "definition", "scheduled_for")}
-        yield cast(ChangeOutcome, made | kept)
-
-
-def _change_each(
-    runs: Iterator[Row], change: Callable[[str], Run]
-) -> Iterator[tuple[Row, Run | None, str | None]]:
-    """Change runs one after the other: each run, and its new row or why it was left."""
-    for run in runs:
-        try:
-            yield run, change(run["id"]), None
-        except (Conflict, DefinitionError) as error:
-            yield run, None, error.message
-
-
-def _matching(database: Database, which: Cancellable | Retryable, org: str | None) -> Iterator[Row]:
-    with database.autocommit() as connection:
-        scope = orgs.scope_of(connection, ALL_ORGS if org is None else org)
-        # Runs that are made or end after this do not match.
-        until = edit_runs.last_match(connection, scope, which)
-    after: Row | None = None
-    while until is not None:
-        with database.autocommit() as connection:
-            page = edit_runs.page(connection, scope, which, until=until, after=after, limit=PAGE)
-        yield from page
-        if len(page) < PAGE:
-            return
-        after = page[-1]
 
 
 def require_run(connection: Connection, run_id: str, org: str | None) -> Row:

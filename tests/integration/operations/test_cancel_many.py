@@ -9,8 +9,9 @@ import pytest
 from tests.conftest import on_either
 from tests.fakes.site import one_definition
 from worker.errors import NotFound, UsageError
-from worker.operations import runs as operation
-from worker.operations.runs import cancel_many, matching, run_now
+from worker.operations import bulk
+from worker.operations.bulk import change_many, matching
+from worker.operations.runs import run_now
 from worker.store.edit_runs import Cancellable
 
 FILE = one_definition("org_{org}", "{name}", overlap="allow")
@@ -32,7 +33,9 @@ def found(database, *, org=None, limit=100, **which):
 
 
 def done(database, *, org=None, limit=100, **which):
-    return list(cancel_many(database, Cancellable(**which), actor="tester", org=org, limit=limit))
+    filter_ = Cancellable(**which)
+    runs = matching(database, filter_, org=org, limit=limit)
+    return list(change_many(database, filter_, runs, actor="tester"))
 
 
 @on_either
@@ -73,7 +76,7 @@ def test_each_is_cancelled_or_asked_to_stop_with_an_audit_row_of_its_own(run, da
 
 @on_either
 def test_pages_go_on_by_key_and_stop_at_what_is_made_meanwhile(run, database, monkeypatch):
-    monkeypatch.setattr(operation, "PAGE", 2)
+    monkeypatch.setattr(bulk, "PAGE", 2)
     runs = [run() for _ in range(5)]
     taken = matching(database, Cancellable(), org=None, limit=100)
 
@@ -86,19 +89,21 @@ def test_pages_go_on_by_key_and_stop_at_what_is_made_meanwhile(run, database, mo
 @on_either
 def test_what_ended_or_started_meanwhile_is_let_be(run, database, rows):
     ends, starts, waits = run(), run(), run()
-    cancelling = cancel_many(database, Cancellable(state="waiting"), actor="tester", limit=10)
+    which = Cancellable(state="waiting")
+    cancelling = change_many(database, which, matching(database, which, org=None, limit=10), actor="tester")
     listed = list(matching(database, Cancellable(), org=None, limit=10))
     with pytest.MonkeyPatch.context() as patch:
         # The page was read before the one ended and the other started.
-        patch.setattr(operation.edit_runs, "page", lambda *_, **__: listed)
+        patch.setattr(bulk.edit_runs, "page", lambda *_, **__: listed)
         rows.set_ended(ends)
         rows.set_running(starts)
         rows_done = list(cancelling)
 
     assert [(row["id"], row["state"]) for row in rows_done] == [
-        (ends, None),
-        (starts, None),
+        (ends, "waiting"),
+        (starts, "waiting"),
         (waits, "cancelled"),
     ]
+    assert rows_done[2]["left"] is None
     assert "has ended: failed" in rows_done[0]["left"]
     assert "is now running" in rows_done[1]["left"]

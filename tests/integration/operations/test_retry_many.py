@@ -10,9 +10,10 @@ import pytest
 from tests.conftest import on_either
 from tests.fakes.site import one_definition
 from worker.errors import NotFound, UsageError
-from worker.operations import runs as operation
+from worker.operations import bulk
+from worker.operations.bulk import change_many, matching
 from worker.operations.orgs import set_org_state
-from worker.operations.runs import matching, retry_many, run_now
+from worker.operations.runs import run_now
 from worker.store.edit_runs import Retryable
 
 FILE = one_definition("org_{org}", "{name}", overlap="{overlap}")
@@ -49,8 +50,9 @@ def found(database, *, org=None, limit=100, **which):
 
 
 def made(database, *, org=None, limit=100, from_checkpoint=False, **which):
-    options = {"actor": "tester", "org": org, "limit": limit, "from_checkpoint": from_checkpoint}
-    return list(retry_many(database, Retryable(**which), **options))
+    filter_ = Retryable(**which)
+    runs = matching(database, filter_, org=org, limit=limit)
+    return list(change_many(database, filter_, runs, actor="tester", from_checkpoint=from_checkpoint))
 
 
 @on_either
@@ -78,7 +80,7 @@ def test_each_filter_narrows_what_is_retried(ended, database):
 
 @on_either
 def test_pages_go_on_by_key_also_where_ends_share_an_instant(ended, database, monkeypatch):
-    monkeypatch.setattr(operation, "PAGE", 2)
+    monkeypatch.setattr(bulk, "PAGE", 2)
     runs = [ended(at=utc("2025-01-01T00:00:00")) for _ in range(5)]
 
     assert found(database) == sorted(runs)
@@ -89,11 +91,11 @@ def test_a_run_is_retried_once_however_often_the_command_is_given(ended, databas
 
     [new] = made(database)
 
-    assert (new["retry_of"], new["state"], new["left"]) == (old, "waiting", None)
+    assert (new["id"], new["left"]) == (old, None)
     assert made(database) == []
     # What it became has a place of its own in the line.
-    rows.set_ended(new["id"])
-    assert [row["retry_of"] for row in made(database)] == [new["id"]]
+    rows.set_ended(new["retried_as"])
+    assert [row["id"] for row in made(database)] == [new["retried_as"]]
     kept = {row["id"]: row["idempotency_key"] for row in rows.runs}
     assert set(kept.values()) == {old}
 
@@ -101,21 +103,23 @@ def test_a_run_is_retried_once_however_often_the_command_is_given(ended, databas
 @on_either
 def test_two_commands_at_once_make_one_run(ended, database):
     ended()
-    first = retry_many(database, Retryable(), actor="a", limit=10)
-    second = retry_many(database, Retryable(), actor="b", limit=10)
+    first, second = (
+        change_many(database, Retryable(), matching(database, Retryable(), org=None, limit=10), actor=actor)
+        for actor in "ab"
+    )
     old = next(matching(database, Retryable(), org=None, limit=1))["id"]
 
     def racing():
         # The second has read the page before the first has made its run.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(operation.edit_runs, "page", lambda *_, **__: [page[0]])
+            patch.setattr(bulk.edit_runs, "page", lambda *_, **__: [page[0]])
             return next(second)
 
     page = list(matching(database, Retryable(), org=None, limit=1))
-    assert next(first)["id"] is not None
+    assert next(first)["retried_as"] is not None
     late = racing()
 
-    assert late["id"] is None
+    assert late["retried_as"] is None
     assert f"run {old} was retried already" in late["left"]
 
 
@@ -128,15 +132,15 @@ def test_what_cannot_be_retried_is_left_with_the_reason_and_the_rest_goes_on(end
 
     first, left, paused, other = made(database)
 
-    assert first["id"] is not None
-    assert (left["retry_of"], left["id"]) == (second, None)
-    assert f"run {first['id']} of this definition is waiting" in left["left"]
+    assert first["retried_as"] is not None
+    assert (left["id"], left["retried_as"]) == (second, None)
+    assert f"run {first['retried_as']} of this definition is waiting" in left["left"]
     assert "org_closed is paused" in paused["left"]
-    assert other["retry_of"] == last and other["id"] is not None
+    assert other["id"] == last and other["retried_as"] is not None
 
 
 def test_without_a_checkpoint_there_is_none_to_begin_from(ended, database):
     ended()
 
     assert "saved no checkpoint" in made(database, from_checkpoint=True)[0]["left"]
-    assert made(database)[0]["id"] is not None
+    assert made(database)[0]["retried_as"] is not None

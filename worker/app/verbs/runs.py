@@ -35,7 +35,7 @@ from worker.model.definitions.units import parse_time
 from worker.model.runs.run import step_label
 from worker.model.runs.waits import is_open_question
 from worker.store.lists import RUNS
-from worker.store.lists.rows import ChangeOutcome, LogRow, RunDetail, WaitRow
+from worker.store.lists.rows import BulkRow, ChangeOutcome, LogRow, RunDetail, WaitRow
 
 if TYPE_CHECKING:
     from worker.model.search import Query
@@ -75,6 +75,7 @@ def cancel(
     Without RUN, cancels all unfinished runs that match the options, oldest first; --state
     selects waiting or running ones only.
     """
+    from worker.operations import bulk
     from worker.operations import runs as operation
     from worker.store.edit_runs import Cancellable
 
@@ -85,10 +86,11 @@ def cancel(
             session.print_row(operation.cancel(database, _whole(database, run), actor=session.actor))
             return
         which = Cancellable(**given)
+        found = bulk.matching(database, which, org=org, limit=limit)
         if dry_run:
-            _print_found(session, operation.matching(database, which, org=org, limit=limit), "started_at")
+            _print_found(session, found, "started_at")
             return
-        changes = operation.cancel_many(database, which, actor=session.actor, org=org, limit=limit)
+        changes = map(_cancelled, bulk.change_many(database, which, found, actor=session.actor))
         rows = _carry_out(session, changes, CANCELLED, limit)
     states = [row["state"] for row in rows]
     say(
@@ -125,6 +127,7 @@ def retry(
     end first; failed ones unless --state selects others. Exit 1 if one of --canary did not
     succeed, or waits for an answer: the rest is not retried.
     """
+    from worker.operations import bulk
     from worker.operations import runs as operation
     from worker.store.edit_runs import Retryable
 
@@ -144,12 +147,14 @@ def retry(
             session.print_row(row)
             return
         which = Retryable(**given)
+        found = bulk.matching(database, which, org=org, limit=limit)
         if dry_run:
-            _print_found(session, operation.matching(database, which, org=org, limit=limit), "finished_at")
+            _print_found(session, found, "finished_at")
             return
-        changes = operation.retry_many(
-            database, which, actor=session.actor, org=org, from_checkpoint=from_checkpoint, limit=limit
+        retries = bulk.change_many(
+            database, which, found, actor=session.actor, from_checkpoint=from_checkpoint
         )
+        changes = map(_retried, retries)
         rows = _carry_out(
             session, changes, RETRIED, limit, lambda rows: _try_first(database, changes, canary, rows)
         )
@@ -195,6 +200,30 @@ def _print_found(session: Invocation, found: Iterable[dict[str, Any]], time_colu
     rows = list(found)
     session.print_rows(rows, (*FOUND, time_column))
     say(f"{len(rows)} would be changed")
+
+
+def _cancelled(row: BulkRow) -> ChangeOutcome:
+    return ChangeOutcome(
+        id=row["id"],
+        org=row["org"],
+        definition=row["definition"],
+        scheduled_for=row["scheduled_for"],
+        state=None if row["left"] else row["state"],
+        left=row["left"],
+    )
+
+
+def _retried(row: BulkRow) -> ChangeOutcome:
+    """The outcome, with the id and state of the new run."""
+    return ChangeOutcome(
+        id=row["retried_as"],
+        state="waiting" if row["retried_as"] else None,
+        left=row["left"],
+        retry_of=row["id"],
+        org=row["org"],
+        definition=row["definition"],
+        scheduled_for=row["scheduled_for"],
+    )
 
 
 def _carry_out(

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 # Opens the key ring; None in a process that has none.
 OpenRing = Callable[[], "KeyRing | None"]
 EditDefinition = Callable[..., DefinitionDetail]
-# Runs that one step of a bulk change takes.
+# Runs that one step of a bulk change takes, and the runs that each change is for.
 STEP = 20
+_FILTERS: Mapping[str, type[Cancellable | Retryable]] = {"retry": Retryable, "cancel": Cancellable}
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -291,29 +292,10 @@ class CallerDatabase:
         database = self._as(caller)
         return await database.run(backfills.planned_backfill, database, org, name, **what)
 
-    async def retry_many(self, caller: Caller, many: Many) -> Bulk:
-        """Retry the runs that match and were not retried yet, oldest end first."""
-        change = partial(runs.retry, actor=caller.actor, org=caller.org, reason=many.reason)
-        return await self._many(caller, "retry", Retryable(query=many.query), change, many)
-
-    async def cancel_many(self, caller: Caller, many: Many) -> Bulk:
-        """Cancel the unfinished runs that match, oldest first."""
-        which = Cancellable(query=many.query)
-        change = partial(
-            runs.cancel, states=which.states, actor=caller.actor, org=caller.org, reason=many.reason
-        )
-        return await self._many(caller, "cancel", which, change, many)
-
-    async def _many(
-        self,
-        caller: Caller,
-        action: Action,
-        which: Cancellable | Retryable,
-        change: Callable[..., Run],
-        many: Many,
-    ) -> Bulk:
+    async def change_many(self, caller: Caller, action: Literal["retry", "cancel"], many: Many) -> Bulk:
+        """Retry the runs that match and were not retried yet, or cancel the unfinished ones; oldest first."""
         caller.require_may(action)
-        database = self._as(caller)
+        database, which = self._as(caller), _FILTERS[action](query=many.query)
         place: bulk.BulkCursor | None
         most = min(many.limit, many.canary or MAX_LIMIT)
         if many.after is not None:
@@ -328,9 +310,11 @@ class CallerDatabase:
                 database,
                 which,
                 place,
+                actor=caller.actor,
                 org=caller.org,
                 most=min(STEP, most - len(rows)),
-                change=None if many.dry_run else partial(change, database),
+                reason=many.reason,
+                dry_run=many.dry_run,
             )
             rows += done
         return {

@@ -262,9 +262,11 @@ class Api:
 
     async def _many(self, endpoint: Endpoint, request: Request) -> Response:
         body, caller = await body_of(request, endpoint), caller_of(request)
-        query, database = parsed(body.pop("q"), now=self._clock.now()), self._database
-        change = database.retry_many if endpoint is endpoints.RETRY_MANY else database.cancel_many
-        return json_response(caller.sees(Bulk, await change(caller, Many(query, **body))))
+        many = Many(parsed(body.pop("q"), now=self._clock.now()), **body)
+        done = await self._database.change_many(
+            caller, "retry" if endpoint is endpoints.RETRY_MANY else "cancel", many
+        )
+        return json_response(caller.sees(Bulk, done))
 
     async def _edit(self, request: Request) -> Response:
         changes, caller = await body_of(request, endpoints.EDIT), caller_of(request)

@@ -126,9 +126,7 @@ class BulkPages:
             limit=_number(form, "most", MAX_LIMIT) if form.get("most") else MAX_LIMIT,
             after=form.get("after") or None,
         )
-        database = self._pages.database
-        change = database.retry_many if verb is RETRY else database.cancel_many
-        done = await change(caller, many)
+        done = await self._pages.database.change_many(caller, verb.action, many)
         left = [f"{row['org']}/{row['definition']}: {row['left']}" for row in done["runs"] if row["left"]]
         if left:
             return await self._page(
