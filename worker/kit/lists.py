@@ -26,7 +26,7 @@ from worker.kit.options import (
 )
 from worker.kit.output import Format, Row, print_rows, say
 from worker.kit.session import OutputOption, session_of
-from worker.store.lists import DEFAULT_LIMIT, Listing, Page
+from worker.store.lists import DEFAULT_LIMIT, Found, Listing, Page
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -80,7 +80,7 @@ def add_list(
     options |= {"limit": (LimitOption, DEFAULT_LIMIT), "after": (AfterOption, None)}
 
     def list_(context: typer.Context, **given: Any) -> None:
-        from worker.store.lists.read import read
+        from worker.store.lists.read import page_of
 
         session, output = session_of(context), given.pop("output")
         org = given.pop("code", None) or given.pop("org", None)
@@ -90,9 +90,9 @@ def add_list(
         page = Page(**given | {"since": read_since(given.get("since"), session.clock)})
         scope = ALL_ORGS if org is None else org
         with session.database() as database, database.autocommit() as connection:
-            found = read(connection, listing, scope, page)
-            hints = _hints(connection, listing, scope, page, len(found))
-        rows = cast(list[Row], found)
+            found = page_of(connection, listing, scope, page)
+            hints = _hints(connection, listing, scope, page, found)
+        rows = cast(list[Row], found.rows)
         print_rows(rows, output, columns=listing.table, limit=page.limit, titles=titles, cells=cells)
         for hint in hints:
             say(hint)
@@ -107,22 +107,21 @@ def add_list(
     app.command(verb, help=listing.about)(list_)
 
 
-def _hints(connection: Connection, listing: Listing[R], scope: OrgScope, page: Page, rows: int) -> list[str]:
+def _hints(
+    connection: Connection, listing: Listing[R], scope: OrgScope, page: Page, found: Found[R]
+) -> list[str]:
     """For a search that found few rows: the words and names that are unknown, and where it stopped."""
     is_listed = page.query is None and (page.definition is None or listing.name == "definitions")
-    if is_listed or rows == page.limit:
+    if is_listed or len(found.rows) == page.limit:
         return []
     from worker.model.search import Query
-    from worker.store.lists import search
     from worker.store.lists.search import suggestions
 
     hints = []
     query = page.query or Query(definition=page.definition)
-    for wrong in suggestions(connection, scope, query) if not rows else ():
+    for wrong in suggestions(connection, scope, query) if not found.rows else ():
         near = f"; did you mean {' or '.join(wrong.near)}?" if wrong.near else ""
         hints.append(f"{wrong.what}{near}")
-    if listing.name == "runs" and page.query is not None and not hints:
-        stopped = search.page_of(connection, scope, page.query, page).next
-        if stopped is not None:
-            hints.append(f"only the newest runs were searched: --after {stopped} continues")
+    if found.next is not None and not hints:
+        hints.append(f"only the newest runs were searched: --after {found.next} continues")
     return hints

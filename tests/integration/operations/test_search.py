@@ -21,7 +21,7 @@ from worker.operations.runs import retry, run_now
 from worker.store import catalogue, orgs, roles, tables
 from worker.store.lists import Page, matching
 from worker.store.lists import search as search_module
-from worker.store.lists.search import Suggestion, orgs_of, page_of, runs_of, suggestions
+from worker.store.lists.search import Suggestion, orgs_of, runs_of, suggestions
 
 pytestmark = on_either
 
@@ -55,7 +55,7 @@ def site(apply, database, rows):
         def find(self, text, scope=ALL_ORGS, **page):
             with database.acting(roles.ALL_ORGS).autocommit() as connection:
                 query = parsed(text, now=database.now(connection))
-                return [row["id"] for row in runs_of(connection, scope, query, Page(**page))]
+                return [row["id"] for row in runs_of(connection, scope, query, Page(**page)).rows]
 
         def orgs(self, text, scope=ALL_ORGS, **page):
             with database.acting(roles.ALL_ORGS).autocommit() as connection:
@@ -224,9 +224,9 @@ def test_pages_go_on_by_key_until_every_match_was_seen(site, database, monkeypat
         for _ in range(20):
             with database.autocommit() as connection:
                 query = parsed(text, now=database.now(connection))
-                page = page_of(connection, ALL_ORGS, query, Page(limit=2, after=after))
-            assert len(page.runs) <= 2
-            found += [row["id"] for row in page.runs]
+                page = runs_of(connection, ALL_ORGS, query, Page(limit=2, after=after))
+            assert len(page.rows) <= 2
+            found += [row["id"] for row in page.rows]
             after = page.next
             if after is None:
                 break

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, get_args
 from uuid import UUID
 
 from worker.errors import NotFound, UsageError
@@ -69,6 +69,16 @@ class Page:
     def states(self) -> tuple[str, ...]:
         """The states, or none for those that the list shows by default."""
         return () if self.state is None else tuple(part.strip() for part in self.state.split(","))
+
+
+FIRST_PAGE = Page()
+
+
+class Found(NamedTuple, Generic[R]):
+    """The rows of a page, and the id to continue after; None if there are no more."""
+
+    rows: list[R]
+    next: str | None
 
 
 def checked_id(text: str) -> str:

@@ -13,7 +13,7 @@ from sqlalchemy import cast as sql_cast
 from worker.ids import DefinitionId, OrgId, OrgScope, RunId, Scope, lowest_id
 from worker.store import failing, orgs, tables
 from worker.store.dialect import Id, all_rows, below, in_scope, is_postgresql, rows_as
-from worker.store.lists import DEFAULT_LIMIT, Page, redaction
+from worker.store.lists import DEFAULT_LIMIT, FIRST_PAGE, Page, redaction
 from worker.store.lists import runs as run_lists
 from worker.store.lists.redaction import Shown, Spec
 from worker.store.lists.rows import Run
@@ -24,8 +24,6 @@ MAX_RUNS = 5_000
 MAX_SKIPS = 1_000
 # States of a day, the one that matters most first. `retried`: failed, then its retry succeeded.
 WORST = ("failed", "refused", "running", "waiting", "retried", "cancelled", "skipped", "succeeded")
-
-FIRST_PAGE = Page()
 
 _failing, _credentials, _orgs = tables.failing_definitions, tables.credentials, tables.orgs
 _runs, _skips, _live = tables.runs, tables.skips, tables.live_runs

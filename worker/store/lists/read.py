@@ -36,6 +36,7 @@ from worker.store.lists import (
     CALENDARS,
     CREDENTIALS,
     DEFINITIONS,
+    FIRST_PAGE,
     HANDLERS,
     MAX_LIMIT,
     ORGS,
@@ -43,6 +44,7 @@ from worker.store.lists import (
     SECRETS,
     SKIPS,
     TEMPLATES,
+    Found,
     Listing,
     Page,
     handlers,
@@ -62,7 +64,6 @@ from worker.store.lists.rows import (
 )
 
 R = TypeVar("R")
-FIRST_PAGE = Page()
 Condition = ColumnElement[bool]
 
 _IN_FORCE = definition_rows.in_force(tables.definitions)
@@ -72,7 +73,12 @@ _templates, _backfills, _catalogue = tables.templates, tables.backfills, tables.
 
 
 def read(connection: Connection, listing: Listing[R], org: OrgScope, page: Page = FIRST_PAGE) -> list[R]:
-    """A page of a list for one org or for all, newest first.
+    """The rows of `page_of`."""
+    return page_of(connection, listing, org, page).rows
+
+
+def page_of(connection: Connection, listing: Listing[R], org: OrgScope, page: Page = FIRST_PAGE) -> Found[R]:
+    """A page of a list for one org or for all, newest first. One of a search may have fewer rows than fit.
 
     Raises:
         NotFound: there is no such org.
@@ -80,10 +86,17 @@ def read(connection: Connection, listing: Listing[R], org: OrgScope, page: Page 
     """
     if page.state is not None:
         states_of(page.state, listing.states, what=listing.name)
-    scope, limit = orgs.scope_of(connection, org), listing.limit_of(org, page)
+    if listing is RUNS and page.query is not None:
+        return cast(Found[R], search.runs_of(connection, org, page.query, page))
+    limit = listing.limit_of(org, page)
+    rows: Any = _rows_of(connection, listing, org, page, limit)
+    is_full = "limit" in listing.parameters and len(rows) == limit
+    return Found(rows, rows[-1]["id"] if is_full else None)
+
+
+def _rows_of(connection: Connection, listing: Listing[R], org: OrgScope, page: Page, limit: int) -> list[R]:
+    scope = orgs.scope_of(connection, org)
     if listing is RUNS:
-        if page.query is not None:
-            return cast(list[R], search.runs_of(connection, org, page.query, page))
         return cast(list[R], runs.page_of(connection, scope, page, limit))
     if listing is ORGS and (page.query is not None or page.broken):
         query = page.query or Query()

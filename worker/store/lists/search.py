@@ -1,7 +1,7 @@
 """Runs and orgs by a query of `worker.model.search`, newest first, in pages by key; never a count.
 
 Each statement reads a bounded part of an index. A search that finds too little in the newest runs stops
-after `WINDOWS` windows, and `page_of` says from where to continue. Words and names of a query that are
+after `WINDOWS` windows, and `runs_of` says from where to continue. Words and names of a query that are
 unknown have suggestions.
 """
 
@@ -29,7 +29,7 @@ from worker.ids import AllOrgs, OrgScope, RunId, Scope, highest_id, lowest_id
 from worker.model.search import Query, folded, ids_of, near
 from worker.store import failing, orgs, tables
 from worker.store.dialect import below, in_scope, rows_as
-from worker.store.lists import DEFAULT_LIMIT, Page
+from worker.store.lists import DEFAULT_LIMIT, FIRST_PAGE, Found, Page
 from worker.store.lists import runs as run_lists
 from worker.store.lists.handlers import handler_names
 from worker.store.lists.matching import (
@@ -71,29 +71,12 @@ WITH RECURSIVE causes (cause) AS (
 )
 SELECT cause FROM causes WHERE cause IS NOT NULL LIMIT :limit
 """)
-FIRST_PAGE = Page()
 # Words compared for a suggestion.
 NEAR = 3_000
 
 
-class FoundRuns(NamedTuple):
-    """A page of runs. `next` is the id to continue after; None if there are no more."""
-
-    runs: list[Run]
-    next: RunId | None
-
-
-def runs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = FIRST_PAGE) -> list[Run]:
-    """A page of the runs that match, newest first; see `page_of` for long searches.
-
-    Raises:
-        NotFound: there is no org of the scope.
-    """
-    return page_of(connection, scope, query, page).runs
-
-
-def page_of(connection: Connection, scope: OrgScope, query: Query, page: Page = FIRST_PAGE) -> FoundRuns:
-    """A page of the runs that match, and the key of the next one. It may have fewer rows than fit.
+def runs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = FIRST_PAGE) -> Found[Run]:
+    """A page of the runs that match, newest first. It may have fewer rows than fit.
 
     `definition`, `state` and `since` of the page narrow the query.
 
@@ -104,7 +87,7 @@ def page_of(connection: Connection, scope: OrgScope, query: Query, page: Page = 
     limit = page.limit or DEFAULT_LIMIT
     search = _Search(connection, org_id, query, page, limit)
     ids = search.ids()
-    return FoundRuns(run_lists.rows_of(connection, org_id, ids), search.next_of(ids))
+    return Found(run_lists.rows_of(connection, org_id, ids), search.next_of(ids))
 
 
 def orgs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = FIRST_PAGE) -> list[OrgRow]:

@@ -25,9 +25,9 @@ from worker.features.console.callers import Caller, CallerDatabase, Many, caller
 from worker.kit.web.responses import fresh, json_response
 from worker.model.definitions.units import parse_time
 from worker.model.runs.clauses import row_of
-from worker.model.search import of_pool, parsed, states_of
+from worker.model.search import of_pool, parsed
 from worker.operations.runs import require_run
-from worker.store.lists import MAX_LIMIT, RUNS, Listing, Page, runs, search
+from worker.store.lists import MAX_LIMIT, Listing, Page, runs
 from worker.store.lists import read as lists
 from worker.store.lists.redaction import Row
 from worker.store.lists.rows import (
@@ -38,7 +38,6 @@ from worker.store.lists.rows import (
     Explanation,
     LogRow,
     PlannedBackfill,
-    Run,
     RunDetail,
 )
 from worker.store.lists.usage import BudgetLevel, Usage, budgets_of, usage
@@ -332,14 +331,8 @@ def read_list(
         query=of_pool(parsed(given["q"], now=clock.now()) if "q" in given else None, given.get("pool")),
         broken=flag_of(given, "broken"),
     )
-    if listing is RUNS and page.query is not None:
-        if page.state is not None:
-            states_of(page.state, listing.states, what=listing.name)
-        found = search.page_of(connection, org, page.query, page)
-        return [caller.sees(Run, row) for row in found.runs], found.next
-    rows = lists.read(connection, listing, org, page)
-    full = "limit" in listing.parameters and len(rows) == listing.limit_of(org, page)
-    return [caller.sees(listing.row, row) for row in rows], rows[-1]["id"] if full else None
+    found = lists.page_of(connection, listing, org, page)
+    return [caller.sees(listing.row, row) for row in found.rows], found.next
 
 
 def _named(request: Request) -> tuple[str, str]:

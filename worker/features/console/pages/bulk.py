@@ -78,7 +78,7 @@ class BulkPages:
         began = _instant(given["began"]) if given.get("began") else None
 
         def work(connection: Connection) -> dict[str, Any]:
-            found = search.page_of(connection, caller.scope(), wanted, Page(limit=LOOKED_AT))
+            found = search.runs_of(connection, caller.scope(), wanted, Page(limit=LOOKED_AT))
             changed: Mapping[RunId, str] = {}
             reason = ""
             if began is not None:
@@ -87,7 +87,7 @@ class BulkPages:
                 )
             scope = orgs.scope_of(connection, caller.scope())
             newest = runs.rows_of(connection, scope, list(changed)[:ROWS])
-            still = [row for row in found.runs if not row["retried_as"] and row["id"] not in changed]
+            still = [row for row in found.rows if not row["retried_as"] and row["id"] not in changed]
             states = Counter(changed.values())
             return {
                 "verb": verb,

@@ -67,13 +67,13 @@ def _found(connection: Connection, caller: Caller, wanted: Query, given: dict[st
     has_words = bool(wanted.words or wanted.org)
     has_names = has_words or bool(wanted.definition or wanted.handler)
     orgs = search.orgs_of(connection, scope, wanted, Page(limit=MAX_ORGS)) if has_words and not after else []
-    found = search.page_of(connection, scope, wanted, Page(limit=ROWS, after=after))
-    near = suggestions(connection, scope, wanted) if has_names and not (orgs or found.runs) else []
+    found = search.runs_of(connection, scope, wanted, Page(limit=ROWS, after=after))
+    near = suggestions(connection, scope, wanted) if has_names and not (orgs or found.rows) else []
     text = given.get("q", "")
     following = [] if found.next is None else [{"id": found.next}]
     return {
         "orgs": [caller.sees(OrgRow, row) for row in orgs],
-        "runs": [caller.sees(Run, row) for row in found.runs],
+        "runs": [caller.sees(Run, row) for row in found.rows],
         # The search may have stopped before the page was full.
         "next": next_page("/search", given, following, limit=1),
         "near": [
