@@ -17,7 +17,7 @@ from worker.ids import ALL_ORGS, OrgId, new_id
 from worker.model.definitions.file import parse_org
 from worker.model.definitions.pools import parse_pool
 from worker.model.definitions.zones import parse_zone
-from worker.model.orgs import STOPS, OrgEntry, OrgState, may_move
+from worker.model.orgs import OrgEntry, OrgState, may_move
 from worker.operations import settle
 from worker.operations.credentials import check_client, credential_row, is_stored
 from worker.operations.templates import materialise_first
@@ -120,6 +120,8 @@ def new_row(entry: OrgEntry, *, at: datetime) -> Row:
     return fresh | columns_of(entry)
 
 
+# The states that also end an org's runs, and the sessions of its people.
+ENDING: Collection[OrgState] = ("suspended", "removed")
 _VERBS: dict[OrgState, str] = {
     "active": "resume",
     "paused": "pause",
@@ -152,8 +154,7 @@ def set_org_state(
             with settle.rescheduling(connection, rows, at=now, scope=ALL_ORGS):
                 orgs.set_state(connection, row["id"], state, by=actor, at=now, note=note)
                 stopped = _stop(connection, row["id"], state, rows, now)
-            ends = state in ("suspended", "removed")
-            if ends and (ended := sign_in.end_sessions_of_people(connection, org)):
+            if state in ENDING and (ended := sign_in.end_sessions_of_people(connection, org)):
                 stopped["sessions_ended"] = ended
             detail = {"from": row["state"], "note": note} | stopped
             audit.note(connection, row["id"], f"org.{_VERBS[state]}", org, detail, at=now, actor=actor)
@@ -162,16 +163,14 @@ def set_org_state(
 
 def _stop(connection: Connection, org_id: OrgId, state: OrgState, rows: list[Row], at: datetime) -> Row:
     """Stop what this state stops; returns the counts for the audit."""
-    stops = STOPS[state]
     stopped: Row = {}
-    # Runs that end are counted, and who has locked the sums of an org locks no run after that.
-    asked = edit_runs.ask_to_stop(connection, org_id, reason="suspended", at=at) if stops.running else 0
-    if stops.waiting:
+    if state in ENDING:
+        # Runs that end are counted, and who has locked the sums of an org locks no run after that.
+        asked = edit_runs.ask_to_stop(connection, org_id, reason="suspended", at=at)
         stopped["cancelled"] = len(edit_runs.end_waiting(connection, org_id, reason="suspended"))
-    if stops.running:
         stopped["asked_to_stop"] = asked
         access_tokens.drop_of_org(connection, org_id)
-    if stops.secrets:
+    if state == "removed":
         stopped["credentials_destroyed"] = credentials.destroy(connection, org_id, at=at)
         stopped["secrets_destroyed"] = org_secrets.destroy(connection, org_id)
         stopped["states_cleared"] = states.clear(connection, org_id)
