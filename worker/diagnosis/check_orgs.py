@@ -329,7 +329,7 @@ def _denied_pools(
 
 
 def _lacks_secrets(connection: Connection, org: OrgDefinitions) -> list[Diagnostic]:
-    return [each.diagnostic() for each in lacking(connection, org, Handlers(connection))]
+    return list(lacking(connection, org, Handlers(connection)))
 
 
 def _lacks_credential(connection: Connection, org: OrgDefinitions) -> Diagnostic:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 from worker.clock import to_text
 from worker.diagnosis.matters import DAY, listed, what_of
 from worker.errors import ConfigurationError, Diagnostic
+from worker.handlers.ceiling import may_run
 from worker.ids import ALL_ORGS
 from worker.model.claims import PoolRules
+from worker.model.definitions.pools import DEFAULT_POOL
 from worker.model.definitions.units import format_duration
 from worker.model.runs import worker_ends
 from worker.model.runs.next_steps import NextStep
@@ -236,11 +238,33 @@ def handlers(database: Database) -> Diagnostic:
 
 
 def unapproved(database: Database) -> Iterator[Diagnostic]:
-    """What hosts declare that is not approved: the runs of such a handler wait. Nothing without hosts."""
+    """What hosts declare that is not approved; a warning unless a definition's runs wait, too.
+
+    Names keys and not their values, which hosts choose. Nothing without hosts.
+    """
+    ok, bad = _said("approvals")
     with database.autocommit() as connection:
         rows = approvals.declared(connection)
-        if rows:
-            yield approvals.diagnostic(connection, rows)
+        waiting = [row for row in rows if not row["approved"]]
+        uses = places.uses(connection, ALL_ORGS, {row["handler"] for row in waiting}) if waiting else []
+    if rows and not waiting:
+        yield ok("all that hosts declare is approved")
+    if waiting:
+        blocking = [row for row in waiting if any(_waits(row, use) for use in uses)]
+        first = (blocking or waiting)[0]
+        more = f"; and {len(waiting) - 1} more" if len(waiting) > 1 else ""
+        yield (bad if blocking else ok)(
+            f"hosts of pool {first['pool']} declare {', '.join(first['pending'])} for {first['handler']} "
+            f"beyond what is approved{'; its runs wait' if blocking else ''}{more}",
+            f"look at it with `pools approvals`; `{approvals.command_of(first)}` approves it",
+        )
+
+
+def _waits(row: Row, use: Row) -> bool:
+    """Whether runs of a definition wait for the approval of a row."""
+    if (use["handler"], use["pool"] or DEFAULT_POOL) != (row["handler"], row["pool"]):
+        return False
+    return not may_run(row["pending"], use["spec"], scopes=row["scopes"])
 
 
 def homeless(database: Database, org: NameOf = str) -> Iterator[Diagnostic]:

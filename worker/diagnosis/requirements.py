@@ -263,27 +263,8 @@ def _lifetime(claims: Row | None) -> list[float]:
     return [lifetime] if lifetime > 0 else []
 
 
-@dataclass(frozen=True, slots=True)
-class Lacking:
-    """A secret that a handler of an org's definition declares, and the org does not have."""
-
-    org: str
-    definition: str
-    handler: str
-    name: str
-
-    def diagnostic(self) -> Diagnostic:
-        return Diagnostic(
-            "secret",
-            False,
-            f"org {self.org} has no secret {self.name}: runs of {self.definition} by {self.handler} "
-            "are refused",
-            f"`{COMMAND} secrets add {self.org} {self.name}`",
-        )
-
-
-def lacking(connection: Connection, org: OrgDefinitions, handlers: Handlers) -> Iterator[Lacking]:
-    """The secrets that an org lacks, each once; reads them only if a handler declares any."""
+def lacking(connection: Connection, org: OrgDefinitions, handlers: Handlers) -> Iterator[Diagnostic]:
+    """The secrets that handlers declare and an org lacks, each once; reads them only if any declares one."""
     wanted = {
         name: (definition.name, handler)
         for definition in reversed(org.definitions)
@@ -294,13 +275,23 @@ def lacking(connection: Connection, org: OrgDefinitions, handlers: Handlers) -> 
         return
     has = org_secrets.names(connection, [org.org.id]).get(org.org.id, set())
     for name in sorted(wanted.keys() - has):
-        yield Lacking(org.org.code, *wanted[name], name)
+        definition_name, handler = wanted[name]
+        yield Diagnostic(
+            "secret",
+            False,
+            f"org {org.org.code} has no secret {name}: runs of {definition_name} by {handler} are refused",
+            f"`{COMMAND} secrets add {org.org.code} {name}`",
+        )
 
 
-def lacking_of_all_orgs(database: Database) -> list[Lacking]:
-    """As `lacking`, of every org that can run something, by code."""
+def lacking_of_all_orgs(database: Database) -> list[tuple[str, Diagnostic]]:
+    """As `lacking`, with the org's code, of every org that can run something, by code."""
     with database.autocommit() as connection:
         handlers = Handlers(connection)
         if not handlers.declare_secrets():
             return []
-        return [each for org in load_all_orgs(connection) for each in lacking(connection, org, handlers)]
+        return [
+            (org.org.code, found)
+            for org in load_all_orgs(connection)
+            for found in lacking(connection, org, handlers)
+        ]

@@ -1,19 +1,16 @@
-"""Pools: what hosts of one declare beyond what they may, approved by its digest; their list and rules."""
+"""Pools: what hosts of one declare beyond what they may, approved by its digest; and their rules."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection
 
-from worker.errors import Conflict, Diagnostic, NotFound
-from worker.handlers.ceiling import Ceiling, digest, may_run
-from worker.ids import ALL_ORGS
-from worker.model.definitions.pools import DEFAULT_POOL
+from worker.errors import Conflict, NotFound
+from worker.handlers.ceiling import Ceiling, digest
 from worker.model.runs.next_steps import NextStep
-from worker.store import audit, host_grants, places, pools
+from worker.store import audit, host_grants, pools
 from worker.store.database import Database
 from worker.store.dialect import Row
 
@@ -102,41 +99,6 @@ def revoke(database: Database, pool: str, handler: str, *, actor: str) -> Row:
         return _shown(before)
 
 
-def diagnostic(connection: Connection, rows: Iterable[Row]) -> Diagnostic:
-    """What waits for an administrator; a warning unless a definition's runs wait, too.
-
-    Names keys and not their values, which hosts choose.
-    """
-    waiting = [row for row in rows if not row["approved"]]
-    if not waiting:
-        return Diagnostic("approvals", True, "all that hosts declare is approved")
-    uses = places.uses(connection, ALL_ORGS, {row["handler"] for row in waiting})
-    blocking = [row for row in waiting if any(map(partial(_waits, row), uses))]
-    first = (blocking or waiting)[0]
-    more = f"; and {len(waiting) - 1} more" if len(waiting) > 1 else ""
-    runs = "; its runs wait" if blocking else ""
-    return Diagnostic(
-        "approvals",
-        not blocking,
-        f"hosts of pool {first['pool']} declare {', '.join(first['pending'])} for {first['handler']} beyond "
-        f"what is approved{runs}{more}",
-        f"look at it with `pools approvals`; `{command_of(first)}` approves it",
-    )
-
-
-def check(database: Database) -> Diagnostic:
-    """As `diagnostic`, of all that hosts declare."""
-    with database.autocommit() as connection:
-        return diagnostic(connection, declared(connection))
-
-
-def _waits(row: Row, use: Row) -> bool:
-    """Whether runs of a definition wait for the approval of a row."""
-    if (use["handler"], use["pool"] or DEFAULT_POOL) != (row["handler"], row["pool"]):
-        return False
-    return not may_run(row["pending"], use["spec"], scopes=row["scopes"])
-
-
 def _shown(approval: Row) -> Row:
     """An approval with its ceiling as columns."""
     ceiling = approval["ceiling"]
@@ -168,12 +130,6 @@ def _in_words(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(value) or "none"
     return "unlimited" if value is None else str(value)
-
-
-def list_pools(database: Database) -> list[Row]:
-    """Every pool that is served, waited for or has rules, by name; see `store.pools.overview`."""
-    with database.autocommit() as connection:
-        return pools.overview(connection)
 
 
 def forget_rules(database: Database, name: str, *, actor: str) -> Row:

@@ -20,7 +20,7 @@ from worker.ids import WorkerId, new_id
 from worker.model.orgs import OrgEntry
 from worker.model.runs.clauses import clauses
 from worker.model.runs.fire import decide
-from worker.operations.approvals import forget_rules, list_pools
+from worker.operations.approvals import forget_rules
 from worker.operations.backfill import backfill, fill_backfills
 from worker.operations.orgs import add_org, import_orgs
 from worker.operations.runs import cancel, retry, run_now
@@ -224,7 +224,8 @@ def test_pools_are_listed_with_rules_slots_and_backlog(apply: Apply, database: D
     with database.transaction() as connection:
         pools_module.store_rules(connection, {"eu": {"region": "eu"}}, by="here")
 
-    rows_of = {row["name"]: row for row in list_pools(database)}
+    with database.autocommit() as connection:
+        rows_of = {row["name"]: row for row in pools_module.overview(connection)}
 
     assert list(rows_of) == ["default", "eu", "eu-gpu", "us"]
     shown = ("requires", "waiting", "running", "workers", "hosts")

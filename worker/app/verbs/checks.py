@@ -131,8 +131,8 @@ def check(
     Warns if this user may read the secret of a management API, as workers must not.
     """
     from worker.diagnosis.capacity import Machine, capacity
+    from worker.diagnosis.doctor import unapproved
     from worker.diagnosis.requirements import forecast_tokens, lacking_of_all_orgs
-    from worker.operations import approvals
     from worker.process.confinement import readable_management_secrets
     from worker.wiring.issuers import issuers_of
 
@@ -142,7 +142,7 @@ def check(
         forecasts, now = ([], None) if only_capacity else forecast_tokens(database, issuers, tokens)
         found = capacity(database, session.settings.execution, Machine.here())
         lacking = [] if only_capacity else lacking_of_all_orgs(database)
-        unapproved = None if only_capacity else approvals.check(database)
+        pending = None if only_capacity else next(unapproved(database), None)
     rows = [forecast.as_row(issuers.get(forecast.issuer), now, tokens) for forecast in forecasts if now]
     if not only_capacity:
         session.print_rows(rows, FORECAST_COLUMNS, key="issuer")
@@ -171,16 +171,16 @@ def check(
     for measure in found.measures:
         if measure.change:
             say(f"{'better' if measure.ok else 'fix'}: {measure.what}: {measure.change}")
-    for each in lacking[:MAX_LACKING]:
-        say(f"{each.org}: {each.diagnostic().detail}")
-        say(f"fix: {each.diagnostic().fix}")
+    for org, missing in lacking[:MAX_LACKING]:
+        say(f"{org}: {missing.detail}")
+        say(f"fix: {missing.fix}")
     if len(lacking) > MAX_LACKING:
         say(f"{len(lacking) - MAX_LACKING} more secrets are missing; `orgs check ORG` names those of an org")
-    if unapproved is not None and unapproved.fix:
-        say(f"{'warning' if unapproved.ok else 'approvals'}: {unapproved.detail}")
-        say(f"fix: {unapproved.fix}")
+    if pending is not None and pending.fix:
+        say(f"{'warning' if pending.ok else 'approvals'}: {pending.detail}")
+        say(f"fix: {pending.fix}")
     failed = (
-        (unapproved is not None and not unapproved.ok)
+        (pending is not None and not pending.ok)
         or any(row["problem"] for row in rows)
         or not all(measure.ok for measure in found.measures)
     )

@@ -29,10 +29,10 @@ def list_(session: Invocation) -> None:
     `waiting` are the runs that could start if there were slots, `slots` those of all workers and hosts
     that serve the pool.
     """
-    from worker.operations.approvals import list_pools
+    from worker.store.pools import overview
 
-    with session.database() as database:
-        rows = list_pools(database)
+    with session.connection() as connection:
+        rows = overview(connection)
     session.print_rows(rows, COLUMNS, key="name")
 
 
