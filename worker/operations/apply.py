@@ -33,6 +33,7 @@ from worker.operations.changes import (
     DefinitionChange,
     OrgChange,
     TemplateChange,
+    check_selected,
     differing,
     write_definitions,
     write_templates,
@@ -276,11 +277,7 @@ def _org_change(entry: OrgEntry, before: Row | None, issuers: Collection[str] | 
 def _template_change(
     entry: TemplateEntry, before: Row | None, issuers: Collection[str] | None
 ) -> TemplateChange | None:
-    issuer = entry.selector.issuer
-    if issuers is not None and issuer is not None and issuer not in issuers:
-        problem = f"there is no issuer {issuer!r}; worker.toml has {', '.join(sorted(issuers)) or 'none'}"
-        fix = f"add a table [issuers.{issuer}] to worker.toml, or correct the name"
-        raise refusal(problem, f"template {entry.name}", "orgs.issuer", fix=fix)
+    check_selected(entry.selector, issuers, f"template {entry.name}")
     selector, spec = entry.selector.as_json(), entry.spec
     if before is None:
         return TemplateChange("add", TemplateId(new_id()), entry.name, None, selector, spec)

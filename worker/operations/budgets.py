@@ -16,7 +16,7 @@ from worker.model.definitions.budgets import PERS, BudgetEntry, Per, amount, met
 from worker.model.definitions.fields import refusal
 from worker.model.runs.waits import BUDGET
 from worker.model.search import hint_of
-from worker.operations.changes import Change, because, differing
+from worker.operations.changes import Change, because, check_selected, differing
 from worker.operations.runs import require_run
 from worker.store import audit, budgets, orgs, waits
 from worker.store.database import Database
@@ -80,7 +80,7 @@ def budget_changes(
         if entry.org is not None and entry.org not in ids:
             fix = f'add [[org]] code = "{entry.org}" to the file, or `orgs add {entry.org}`'
             raise refusal(f"there is no org {entry.org}", name, "org", fix=fix)
-        _check_issuer(entry, name, issuers)
+        check_selected(entry.orgs, issuers, name)
         before = stored.pop((entry.target, entry.meter, entry.per), None)
         new = {
             "limit": entry.limit,
@@ -116,15 +116,6 @@ def budget_changes(
             org = row["target"].removeprefix("org:")
             changes.append(BudgetChange(row["id"], row["org_id"], org, name_of(row), row, None))
     return changes
-
-
-def _check_issuer(entry: BudgetEntry, name: str, issuers: Iterable[str] | None) -> None:
-    issuer = entry.orgs.issuer if entry.orgs is not None else None
-    if issuers is not None and issuer is not None and issuer not in issuers:
-        known = ", ".join(sorted(issuers)) or "none"
-        problem = f"there is no issuer {issuer!r}; worker.toml has {known}"
-        fix = f"add a table [issuers.{issuer}] to worker.toml, or correct the name"
-        raise refusal(problem, name, "orgs.issuer", fix=fix)
 
 
 def write_budgets(

@@ -5,7 +5,7 @@ Those of budgets are in `operations/budgets.py`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from typing import Any, Literal, Protocol
@@ -17,6 +17,8 @@ from worker.kit.feature import Point
 from worker.model.definitions import CALENDAR_DATES
 from worker.model.definitions.calendars import CalendarEntry
 from worker.model.definitions.definition import Definition, to_spec
+from worker.model.definitions.fields import refusal
+from worker.model.orgs import Selector
 from worker.operations import settle
 from worker.store import audit, backfills, definitions, edit_runs, orgs, templates
 from worker.store.dialect import Row
@@ -51,6 +53,19 @@ class Change:
 def because(reason: str | None) -> dict[str, str]:
     """What an audit row adds if somebody gave a reason for the change."""
     return {"reason": reason} if reason else {}
+
+
+def check_selected(selector: Selector | None, issuers: Iterable[str] | None, entry: str) -> None:
+    """Refuse an entry that selects orgs by an unknown issuer; `issuers` are those of worker.toml, if known.
+
+    Raises:
+        DefinitionError: worker.toml has no such issuer.
+    """
+    issuer = None if selector is None else selector.issuer
+    if issuers is not None and issuer is not None and issuer not in issuers:
+        problem = f"there is no issuer {issuer!r}; worker.toml has {', '.join(sorted(issuers)) or 'none'}"
+        fix = f"add a table [issuers.{issuer}] to worker.toml, or correct the name"
+        raise refusal(problem, entry, "orgs.issuer", fix=fix)
 
 
 def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
