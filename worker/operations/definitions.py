@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection
@@ -226,11 +225,13 @@ def set_state(
     except NotStorable as error:
         raise UsageError(str(error), fix='a state is a JSON object, such as {"cursor": 5}') from None
 
-    def put(connection: Connection, row: Row, now: datetime) -> Row:
+    with _without_a_run(database, org, name) as (connection, row):
+        now = database.now(connection)
         states.put(connection, row["org_id"], row["id"], dict(data), at=now, by=actor)
-        return {"keys": sorted(data)[:KEYS], "bytes": size}
-
-    return _change_state(database, org, name, put, action="definition.set_state", actor=actor)
+        detail = {"keys": sorted(data)[:KEYS], "bytes": size}
+        subject = f"{org} {name}"
+        audit.note(connection, row["org_id"], "definition.set_state", subject, detail, at=now, actor=actor)
+        return lists.state(connection, org, name)
 
 
 def clear_state(database: Database, org: str, name: str, *, actor: str) -> DefinitionState:
@@ -240,29 +241,23 @@ def clear_state(database: Database, org: str, name: str, *, actor: str) -> Defin
         NotFound: no such org or definition.
         Conflict: a run of it is running.
     """
-
-    def clear(connection: Connection, row: Row, now: datetime) -> Row | None:
+    with _without_a_run(database, org, name) as (connection, row):
         before = states.find(connection, row["org_id"], row["id"])
-        if before is None:
-            return None
-        states.clear(connection, row["org_id"], row["id"])
-        return {"keys": sorted(before["data"])[:KEYS]}
+        if before is not None:
+            states.clear(connection, row["org_id"], row["id"])
+            detail, now = {"keys": sorted(before["data"])[:KEYS]}, database.now(connection)
+            action, subject = "definition.clear_state", f"{org} {name}"
+            audit.note(connection, row["org_id"], action, subject, detail, at=now, actor=actor)
+        return lists.state(connection, org, name)
 
-    return _change_state(database, org, name, clear, action="definition.clear_state", actor=actor)
 
+@contextmanager
+def _without_a_run(database: Database, org: str, name: str) -> Iterator[tuple[Connection, Row]]:
+    """A transaction with one locked definition, closed or not, of which no run is running.
 
-def _change_state(
-    database: Database,
-    org: str,
-    name: str,
-    change: Callable[[Connection, Row, datetime], Row | None],
-    *,
-    action: str,
-    actor: str,
-) -> DefinitionState:
-    """Change the state of a locked definition.
-
-    `change` returns the audit row's detail, or None if it changed nothing.
+    Raises:
+        NotFound: no such org or definition.
+        Conflict: a run of it is running, and may change the state itself.
     """
     with database.transaction() as connection:
         org_id = orgs.require(connection, org)["id"]
@@ -273,8 +268,4 @@ def _change_state(
                 f"run {running} of definition {org}/{name} is running, and may change the state itself",
                 fix=f"wait for its end, or `runs cancel {running}`",
             )
-        now = database.now(connection)
-        detail = change(connection, row, now)
-        if detail is not None:
-            audit.note(connection, org_id, action, f"{org} {name}", detail, at=now, actor=actor)
-        return lists.state(connection, org, name)
+        yield connection, row
