@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, tzinfo
 from difflib import get_close_matches
+from typing import Any
 
 from worker.errors import UsageError
 from worker.model.definitions.units import time_of
@@ -101,19 +102,12 @@ def parsed(text: str, *, now: datetime, zone: tzinfo = UTC) -> Query:
     for key, known, what in (("reason", REASONS, "a reason"), ("origin", ORIGINS, "an origin")):
         if key in given:
             _check(given[key], known, f"{what} of a run")
-    return Query(
-        words=tuple(words),
-        org=given.get("org"),
-        states=frozenset(states_of(given["state"])) if "state" in given else frozenset(),
-        since=time_of(given["since"], now=now, zone=zone, name="since:") if "since" in given else None,
-        until=time_of(given["until"], now=now, zone=zone, name="until:") if "until" in given else None,
-        handler=given.get("handler"),
-        definition=given.get("definition"),
-        cause=given.get("cause"),
-        reason=given.get("reason"),
-        origin=given.get("origin"),
-        pool=given.get("pool"),
-    )
+    read: dict[str, Any] = dict(given)
+    states = frozenset(states_of(read.pop("state"))) if "state" in read else frozenset[str]()
+    for key in ("since", "until"):
+        if key in read:
+            read[key] = time_of(read[key], now=now, zone=zone, name=f"{key}:")
+    return Query(words=tuple(words), states=states, **read)
 
 
 def of_pool(query: Query | None, pool: str | None) -> Query | None:
