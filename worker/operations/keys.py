@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Table
 
 from worker.errors import ConfigurationError, Conflict, NotFound, UsageError
 from worker.handlers.job import MAX_SECRET_BYTES, SECRET_NAME
@@ -59,8 +59,7 @@ def rekey(
         ring = add_key(database, ring, actor=actor)
     key_id = ring.sealing_key_id
     resealed = unopened = 0
-    both = ((tables.credentials, _reseal_credential), (tables.org_secrets, _reseal_secret))
-    for table, reseal in both:
+    for table in (tables.credentials, tables.org_secrets):
         after: str | None = None
         while True:
             with database.transaction() as connection:
@@ -68,8 +67,7 @@ def rekey(
                     connection, ALL_ORGS, table, key_id, after=after, limit=batch
                 )
                 for row in rows:
-                    # Else its key is lost, or it was sealed for another row.
-                    done = reseal(connection, ring, row)
+                    done = _reseal(connection, ring, table, row)
                     resealed, unopened = resealed + done, unopened + (not done)
             if not rows:
                 break
@@ -79,25 +77,19 @@ def rekey(
     return {"key_id": key_id, "new": not older, "resealed": resealed, "unopened": unopened}
 
 
-def _reseal_credential(connection: Connection, ring: KeyRing, row: Row) -> bool:
+def _reseal(connection: Connection, ring: KeyRing, table: Table, row: Row) -> bool:
+    """Seal a secret with the newest key; False if its key is lost, or it was sealed for another row."""
+    seal: Callable[..., tuple[bytes, str]] = ring.seal
+    unseal: Callable[..., str] = ring.unseal
     place = {"org_id": row["org_id"], "credential_id": row["id"]}
+    if table is tables.org_secrets:
+        seal, unseal = ring.seal_secret, ring.unseal_secret
+        place = {name: row[name] for name in ("org_id", "name", "generation")}
     try:
-        secret = ring.unseal(row["sealed"], row["key_id"], **place)
+        secret = unseal(row["sealed"], row["key_id"], **place)
     except ConfigurationError:
         return False
-    again = ring.seal(secret, **place)
-    org_secrets.reseal(connection, tables.credentials, row["org_id"], row["id"], *again)
-    return True
-
-
-def _reseal_secret(connection: Connection, ring: KeyRing, row: Row) -> bool:
-    place = {name: row[name] for name in ("org_id", "name", "generation")}
-    try:
-        value = ring.unseal_secret(row["sealed"], row["key_id"], **place)
-    except ConfigurationError:
-        return False
-    again = ring.seal_secret(value, **place)
-    org_secrets.reseal(connection, tables.org_secrets, row["org_id"], row["id"], *again)
+    org_secrets.reseal(connection, table, row["org_id"], row["id"], *seal(secret, **place))
     return True
 
 
