@@ -248,7 +248,8 @@ def _import_some(
 ) -> Counter[str]:
     """Write some lines, whose orgs are `stored` by code or new; returns the counts."""
     known_ids = [stored[line.org.code]["id"] for line in lines if line.org.code in stored]
-    known = _Known.read(connection, known_ids)
+    active = credentials.active_of(connection, known_ids) if known_ids else {}
+    last = credentials.last_generations(connection, known_ids) if known_ids else {}
     new_orgs: list[Row] = []
     new_credentials: list[Row] = []
     trail: list[audit.Entry] = []
@@ -264,7 +265,8 @@ def _import_some(
             changed = _change_org(connection, before, line.org, actor=actor, at=at)
             trail += changed
             orgs_changed += len(changed)
-        credential = _new_credential(ring, org_id, line, known)
+        newest = next(iter(active.get(org_id, ())), None)
+        credential = _new_credential(ring, org_id, line, newest, last.get(org_id, 0) + 1)
         if credential is not None:
             new_credentials.append(credential | {"created_at": at, "created_by": actor})
             subject = f"{line.org.code} {credential['generation']}"
@@ -295,29 +297,12 @@ def _change_org(
     return [audit.Entry(org_id, "org.change", entry.code, new)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """The credentials of stored orgs: the active ones, newest first, and the last generation of each."""
-
-    active: Mapping[OrgId, Sequence[Row]]
-    last: Mapping[OrgId, int]
-
-    @classmethod
-    def read(cls, connection: Connection, org_ids: Sequence[OrgId]) -> _Known:
-        if not org_ids:
-            return cls({}, {})
-        return cls(
-            credentials.active_of(connection, org_ids),
-            credentials.last_generations(connection, org_ids),
-        )
-
-
-def _new_credential(ring: KeyRing, org_id: OrgId, line: ImportLine, known: _Known) -> Row | None:
-    """The row to insert; None if the line has no credential, or one that is stored already."""
+def _new_credential(
+    ring: KeyRing, org_id: OrgId, line: ImportLine, newest: Row | None, generation: int
+) -> Row | None:
+    """The row to insert; None if the line has no credential, or that of the newest active one."""
     if line.client_id is None or line.secret is None:
         return None
-    generation = known.last.get(org_id, 0) + 1
-    newest = next(iter(known.active.get(org_id, ())), None)
     if newest is not None and is_stored(ring, newest, line.client_id, line.secret):
         return None
     return credential_row(ring, org_id, generation, client_id=line.client_id, secret=line.secret)
