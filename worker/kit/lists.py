@@ -26,7 +26,7 @@ from worker.kit.options import (
 )
 from worker.kit.output import Format, Row, print_rows, say
 from worker.kit.session import OutputOption, session_of
-from worker.store.lists import DEFAULT_LIMIT, Found, Listing, Page
+from worker.store.lists import DEFAULT_LIMIT, FoundRows, Listing, Page
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -108,7 +108,7 @@ def add_list(
 
 
 def _hints(
-    connection: Connection, listing: Listing[R], scope: OrgScope, page: Page, found: Found[R]
+    connection: Connection, listing: Listing[R], scope: OrgScope, page: Page, found: FoundRows[R]
 ) -> list[str]:
     """For a search that found few rows: the words and names that are unknown, and where it stopped."""
     is_listed = page.query is None and (page.definition is None or listing.name == "definitions")

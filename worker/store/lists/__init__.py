@@ -74,7 +74,7 @@ class Page:
 FIRST_PAGE = Page()
 
 
-class Found(NamedTuple, Generic[R]):
+class FoundRows(NamedTuple, Generic[R]):
     """The rows of a page, and the id to continue after; None if there are no more."""
 
     rows: list[R]

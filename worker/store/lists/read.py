@@ -44,7 +44,7 @@ from worker.store.lists import (
     SECRETS,
     SKIPS,
     TEMPLATES,
-    Found,
+    FoundRows,
     Listing,
     Page,
     handlers,
@@ -77,7 +77,9 @@ def read(connection: Connection, listing: Listing[R], org: OrgScope, page: Page 
     return page_of(connection, listing, org, page).rows
 
 
-def page_of(connection: Connection, listing: Listing[R], org: OrgScope, page: Page = FIRST_PAGE) -> Found[R]:
+def page_of(
+    connection: Connection, listing: Listing[R], org: OrgScope, page: Page = FIRST_PAGE
+) -> FoundRows[R]:
     """A page of a list for one org or for all, newest first. One of a search may have fewer rows than fit.
 
     Raises:
@@ -87,11 +89,11 @@ def page_of(connection: Connection, listing: Listing[R], org: OrgScope, page: Pa
     if page.state is not None:
         states_of(page.state, listing.states, what=listing.name)
     if listing is RUNS and page.query is not None:
-        return cast(Found[R], search.runs_of(connection, org, page.query, page))
+        return cast(FoundRows[R], search.runs_of(connection, org, page.query, page))
     limit = listing.limit_of(org, page)
     rows: Any = _rows_of(connection, listing, org, page, limit)
     is_full = "limit" in listing.parameters and len(rows) == limit
-    return Found(rows, rows[-1]["id"] if is_full else None)
+    return FoundRows(rows, rows[-1]["id"] if is_full else None)
 
 
 def _rows_of(connection: Connection, listing: Listing[R], org: OrgScope, page: Page, limit: int) -> list[R]:

@@ -29,7 +29,7 @@ from worker.ids import AllOrgs, OrgScope, RunId, Scope, highest_id, lowest_id
 from worker.model.search import Query, folded, ids_of, near
 from worker.store import failing, orgs, tables
 from worker.store.dialect import below, in_scope, rows_as
-from worker.store.lists import DEFAULT_LIMIT, FIRST_PAGE, Found, Page
+from worker.store.lists import DEFAULT_LIMIT, FIRST_PAGE, FoundRows, Page
 from worker.store.lists import runs as run_lists
 from worker.store.lists.handlers import handler_names
 from worker.store.lists.matching import (
@@ -75,7 +75,7 @@ SELECT cause FROM causes WHERE cause IS NOT NULL LIMIT :limit
 NEAR = 3_000
 
 
-def runs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = FIRST_PAGE) -> Found[Run]:
+def runs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = FIRST_PAGE) -> FoundRows[Run]:
     """A page of the runs that match, newest first. It may have fewer rows than fit.
 
     `definition`, `state` and `since` of the page narrow the query.
@@ -87,7 +87,7 @@ def runs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = 
     limit = page.limit or DEFAULT_LIMIT
     search = _Search(connection, org_id, query, page, limit)
     ids = search.ids()
-    return Found(run_lists.rows_of(connection, org_id, ids), search.next_of(ids))
+    return FoundRows(run_lists.rows_of(connection, org_id, ids), search.next_of(ids))
 
 
 def orgs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = FIRST_PAGE) -> list[OrgRow]:
