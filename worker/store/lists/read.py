@@ -10,7 +10,6 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     ScalarSelect,
-    Select,
     Table,
     case,
     func,
@@ -308,12 +307,6 @@ _POOL_OF_HANDLER = (
 )
 
 
-def _open_definitions(org_id: OrgId, *columns: ColumnElement[Any]) -> Select[Any]:
-    """Columns of an org's open definitions."""
-    query = select(*columns).select_from(_definitions).join(_revisions, _IN_FORCE)
-    return query.where(_definitions.c.org_id == org_id, _definitions.c.closed_at.is_(None))
-
-
 def unfinished_runs() -> ScalarSelect[int]:
     """How many runs of a backfill in the outer query have not ended."""
     return (
@@ -354,7 +347,11 @@ _SOURCES: Mapping[Listing[Any], _Source] = {
     TEMPLATES: _Source(
         TEMPLATES,
         _templates,
-        of_org=lambda org_id: _templates.c.id.in_(_open_definitions(org_id, _definitions.c.template_id)),
+        of_org=lambda org_id: _templates.c.id.in_(
+            select(_definitions.c.template_id).where(
+                _definitions.c.org_id == org_id, _definitions.c.closed_at.is_(None)
+            )
+        ),
         by_default=_templates.c.closed_at.is_(None),
         by_default_of_org=False,
         orgs=_templates.c.selector,

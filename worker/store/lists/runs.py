@@ -28,7 +28,7 @@ from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, OrgId, OrgScope, RunId, 
 from worker.model.runs.budgets import MAX_SPENDS
 from worker.model.search import ids_of
 from worker.store import orgs, tables
-from worker.store.dialect import Id, Instant, all_rows, below, first_row, in_scope, json_type, rows_as
+from worker.store.dialect import Id, Instant, Row, all_rows, below, first_row, in_scope, json_type, rows_as
 from worker.store.lists import MAX_LIMIT, Page, checked_id
 from worker.store.lists.rows import AttemptRow, LogRow, Run, RunDetail, Spent, StepRow, WaitRow, columns_of
 
@@ -139,6 +139,7 @@ def _ids(connection: Connection, query: Select[Any], id_: ColumnElement[Any], li
 
 
 _logs = tables.run_logs
+_PLACE = tuple_(_logs.c.attempt, _logs.c.seq)
 _attempts = tables.attempts
 _checkpoints = tables.checkpoints
 _steps = tables.steps
@@ -233,13 +234,18 @@ def with_org(connection: Connection, scope: Scope, run_id: str) -> tuple[Run, Or
     Raises:
         NotFound: there is no such run in this scope.
     """
-    mine = (_view.c.id == checked_id(run_id), *in_scope(_view.c.org_id, scope))
-    query = _listed.add_columns(_view.c.org_id).where(*mine)
-    row = first_row(connection, query)
-    if row is None:
-        raise NotFound(f"there is no run {run_id}", fix="`runs list` shows the runs")
+    row = _require(connection, _listed.add_columns(_view.c.org_id), scope, run_id)
     org_id = OrgId(row.pop("org_id"))
     return cast(Run, row), org_id
+
+
+def _require(connection: Connection, columns: Select[Any], scope: Scope, run_id: str) -> Row:
+    """These columns of a run; raises NotFound."""
+    mine = (_view.c.id == checked_id(run_id), *in_scope(_view.c.org_id, scope))
+    row = first_row(connection, columns.where(*mine))
+    if row is None:
+        raise NotFound(f"there is no run {run_id}", fix="`runs list` shows the runs")
+    return row
 
 
 def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
@@ -248,10 +254,8 @@ def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
     Raises:
         NotFound: there is no such org, or it has no such run.
     """
-    mine = (_view.c.id == checked_id(run_id), *in_scope(_view.c.org_id, orgs.scope_of(connection, org)))
-    found = first_row(connection, select(_view, _retried_as).where(*mine))
-    if found is None:
-        raise NotFound(f"there is no run {run_id}", fix="`runs list` shows the runs")
+    scope = orgs.scope_of(connection, org)
+    found = _require(connection, select(_view, _retried_as), scope, run_id)
     org_id, id_ = found["org_id"], found["id"]
     ended = all_rows(
         connection,
@@ -376,14 +380,8 @@ def lines(
     Raises:
         NotFound: there is no such org.
     """
-    query = (
-        select(*(_logs.c[name] for name in columns_of(LogRow)))
-        .where(_logs.c.run_id == run_id, tuple_(_logs.c.attempt, _logs.c.seq) > tuple_(*after))
-        .where(*in_scope(_logs.c.org_id, orgs.scope_of(connection, org)))
-        .order_by(_logs.c.attempt, _logs.c.seq)
-        .limit(limit)
-    )
-    return rows_as(LogRow, connection, query)
+    query = _log_of(connection, org, run_id).where(tuple_(*after) < _PLACE)
+    return rows_as(LogRow, connection, query.order_by(_logs.c.attempt, _logs.c.seq).limit(limit))
 
 
 def newest_lines(
@@ -399,9 +397,13 @@ def newest_lines(
     Raises:
         NotFound: there is no such org.
     """
-    query = select(*(_logs.c[name] for name in columns_of(LogRow))).where(_logs.c.run_id == run_id)
+    query = _log_of(connection, org, run_id)
     if before is not None:
-        query = query.where(tuple_(_logs.c.attempt, _logs.c.seq) < tuple_(*before))
-    query = query.where(*in_scope(_logs.c.org_id, orgs.scope_of(connection, org)))
+        query = query.where(tuple_(*before) > _PLACE)
     query = query.order_by(_logs.c.attempt.desc(), _logs.c.seq.desc()).limit(limit)
     return rows_as(LogRow, connection, query)[::-1]
+
+
+def _log_of(connection: Connection, org: OrgScope, run_id: RunId) -> Select[Any]:
+    query = select(*(_logs.c[name] for name in columns_of(LogRow))).where(_logs.c.run_id == run_id)
+    return query.where(*in_scope(_logs.c.org_id, orgs.scope_of(connection, org)))
