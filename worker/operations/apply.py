@@ -14,13 +14,7 @@ from worker.ids import ALL_ORGS, OrgId, TemplateId, new_id
 from worker.model.definitions.definition import Definition
 from worker.model.definitions.fields import Faults, refusal
 from worker.model.definitions.file import DefinitionsFile, TemplateEntry
-from worker.model.definitions.origins import (
-    NO_ISSUERS,
-    IssuerOrigins,
-    check_base_url,
-    check_encrypted,
-    in_force,
-)
+from worker.model.definitions.origins import NO_ISSUERS, IssuerOrigins, check_origins
 from worker.model.orgs import OrgEntry, Selector
 from worker.operations import settle
 from worker.operations.budgets import BudgetChange, budget_changes, wake_changed, write_budgets
@@ -91,9 +85,8 @@ def apply(
                     inline=inline,
                     allow_unknown=allow_unknown_handlers,
                 )
-                check_encrypted(definition.api_origins, insecure_origins, entry=entry)
-                for origins in in_force(definition.api_origins, of, api_origins):
-                    check_base_url(definition.api_base_url, origins, entry=entry)
+                own, base_url = definition.api_origins, definition.api_base_url
+                check_origins(own, base_url, of, api_origins, insecure_origins, entry=entry)
 
         with faults.collecting():
             plan = _make_plan(

@@ -16,13 +16,7 @@ from worker.ids import DefinitionId, OrgId
 from worker.model.definitions import CALENDAR_DATES
 from worker.model.definitions.calendars import read_dates
 from worker.model.definitions.definition import keys_of, parse_definition
-from worker.model.definitions.origins import (
-    NO_ISSUERS,
-    IssuerOrigins,
-    check_base_url,
-    check_encrypted,
-    in_force,
-)
+from worker.model.definitions.origins import NO_ISSUERS, IssuerOrigins, check_origins
 from worker.operations import settle
 from worker.operations.changes import CALENDARS, DefinitionChange, change_definitions
 from worker.operations.handlers import Handlers
@@ -107,10 +101,9 @@ def edit_definition(
             Handlers(connection).check(
                 wanted, entry, org_pools=lambda: (row["org_pool"],), inline=inline, allow_unknown=False
             )
-            check_encrypted(wanted.api_origins, insecure_origins, entry=entry)
-            issuer = orgs.require(connection, org)["issuer"]
-            for origins in in_force(wanted.api_origins, [issuer], api_origins):
-                check_base_url(wanted.api_base_url, origins, entry=entry)
+            own, base_url = wanted.api_origins, wanted.api_base_url
+            issuers = [orgs.require(connection, org)["issuer"]]
+            check_origins(own, base_url, issuers, api_origins, insecure_origins, entry=entry)
             change_definitions(connection, [change], actor=actor, at=database.now(connection), reason=reason)
         return lists.definition(connection, org, name)
 

@@ -42,11 +42,24 @@ IssuerOrigins = Mapping[str, Sequence[str]]
 NO_ISSUERS: IssuerOrigins = {}
 
 
-def in_force(
-    own: Sequence[str] | None, issuers: Iterable[str], configured: IssuerOrigins
-) -> list[Sequence[str]]:
-    """The lists of origins that may apply to a definition: its own, else those of each of its issuers."""
-    return [own] if own is not None else [configured[name] for name in issuers if name in configured]
+def check_origins(
+    own: Sequence[str] | None,
+    base_url: str | None,
+    issuers: Iterable[str],
+    configured: IssuerOrigins,
+    insecure: Iterable[str],
+    *,
+    entry: str,
+) -> None:
+    """Check a definition's `api_origins`, and its `api_base_url` with those of each issuer if it has none.
+
+    Raises:
+        DefinitionError: an origin is unencrypted and not among the `insecure`, or no token goes to the URL.
+    """
+    check_encrypted(own, insecure, entry=entry)
+    for origins in (configured.get(name) for name in issuers) if own is None else (own,):
+        if origins is not None:
+            check_base_url(base_url, origins, entry=entry)
 
 
 def check_base_url(base_url: str | None, origins: Iterable[str], *, entry: str) -> None:
