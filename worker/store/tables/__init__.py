@@ -83,6 +83,7 @@ orgs = table(
     CheckConstraint(one_of("state", ORG_STATES), name="state"),
     CheckConstraint("max_concurrent_runs >= 1", name="max_concurrent_runs"),
     CheckConstraint("weight >= 1", name="weight"),
+    readers="orgs",
 )
 
 org_words = table(
@@ -96,6 +97,7 @@ org_words = table(
     ),
     Column("org_id", Id, ForeignKey("orgs.id"), primary_key=True),
     Index("ix_org_words_org_id_word", "org_id", "word"),
+    readers="orgs",
 )
 
 templates = table(
@@ -114,6 +116,7 @@ templates = table(
     required("updated_at", Instant),
     required("updated_by", Text),
     Column("closed_at", Instant, doc="When it was closed: it makes no more definitions."),
+    readers="orgs",
 )
 
 calendars = table(
@@ -128,6 +131,7 @@ calendars = table(
     required("created_at", Instant),
     required("updated_at", Instant, "When its dates were changed."),
     required("updated_by", Text, "Who changed them."),
+    readers="operators",
 )
 
 definitions = table(
@@ -153,6 +157,7 @@ definitions = table(
     Index("ix_definitions_name_id", "name", "id"),
     Index("ix_definitions_calendar", "calendar", **partial("calendar IS NOT NULL")),
     Index("ix_definitions_paused_id", "id", **partial("paused_at IS NOT NULL AND closed_at IS NULL")),
+    readers="orgs",
 )
 
 definition_states = table(
@@ -167,6 +172,7 @@ definition_states = table(
     Column("run_id", Id, doc="The run whose success changed it; null for a change by hand."),
     Index("ix_definition_states_org_id", "org_id"),
     postgresql_with=UPDATED,
+    readers="orgs",
 )
 
 failing_definitions = table(
@@ -177,6 +183,7 @@ failing_definitions = table(
     required("org_id", Id),
     required("run_id", Id, "The run that failed or was refused last."),
     Index("ix_failing_definitions_org_id", "org_id"),
+    readers="orgs",
 )
 
 definition_revisions = table(
@@ -187,6 +194,7 @@ definition_revisions = table(
     required("spec", json_type(), "The keys of the definition, as `apply` reads them."),
     required("at", Instant, "When it was changed."),
     required("by", Text, "Who changed it."),
+    readers="orgs",
 )
 
 schedule = table(
@@ -198,6 +206,7 @@ schedule = table(
     Column("next_fire_at", Instant, doc="The same plus spread: when it is fired."),
     Index("ix_schedule_next_fire_at", "next_fire_at", **partial("next_fire_at IS NOT NULL")),
     postgresql_with=UPDATED,
+    readers="orgs",
 )
 
 backfills = table(
@@ -219,6 +228,7 @@ backfills = table(
     Column("finished_at", Instant, doc="When all its runs had ended."),
     UniqueConstraint("definition_id", "range_from", "range_until"),
     Index("ix_backfills_unfinished", "id", **partial("finished_at IS NULL")),
+    readers="orgs",
 )
 
 
@@ -253,6 +263,7 @@ workers = table(
     Index("ix_workers_crashed", "ended_at", **partial("outcome = 'crashed'")),
     Index("ix_workers_lease_until", "lease_until", **partial("ended_at IS NULL")),
     postgresql_with=UPDATED,
+    readers="operators",
 )
 
 hosts = table(
@@ -267,6 +278,7 @@ hosts = table(
     Column("removed_at", Instant, doc="When it was removed: its token is refused since."),
     Column("seen_at", Instant, doc="When it last started."),
     Index("ix_hosts_name", "name", unique=True, **partial("removed_at IS NULL")),
+    readers="operators",
 )
 
 catalogue = table(
@@ -295,6 +307,7 @@ catalogue = table(
         doc="True: a worker or command of this release read it. Null: written by the previous release, maybe "
         "for a host; it counts if a worker lists the handler.",
     ),
+    readers="orgs",
 )
 
 
@@ -320,6 +333,7 @@ host_handlers = table(
     required("bytes", Integer, "The size of this row's declaration."),
     required("seen_at", Instant, "When the host last declared it, or was last seen running it."),
     Index("ix_host_handlers_host_id", "host_id"),
+    readers="orgs",
 )
 
 pool_approvals = table(
@@ -331,6 +345,7 @@ pool_approvals = table(
     required("ceiling", json_type(), "What was approved, with the version of its form."),
     required("approved_at", Instant, "When an administrator approved it."),
     required("approved_by", Text, "The administrator."),
+    readers="operators",
 )
 
 placements = table(
@@ -345,6 +360,7 @@ placements = table(
     ),
     required("placed_at", Instant, "When it was placed."),
     postgresql_with=UPDATED,
+    readers="operators",
 )
 
 pools = table(
@@ -354,6 +370,7 @@ pools = table(
     required("requires", json_type(), "The properties that a token must have, with their values."),
     required("changed_at", Instant, "When a worker stored other rules than before."),
     required("changed_by", Text, "That worker's machine."),
+    readers="operators",
 )
 
 facts = table(
@@ -361,6 +378,7 @@ facts = table(
     "Facts about the whole database, such as the tzdata release in use.",
     Column("name", Text, primary_key=True, doc="The name of the fact."),
     required("value", Text, "Its value."),
+    readers="orgs",
 )
 
 
@@ -375,6 +393,7 @@ audit = table(
     required("subject", Text, "What it was done to."),
     Column("detail", json_type(), doc="The values; never a secret."),
     Index("ix_audit_org_id_id", "org_id", "id"),
+    readers="orgs",
 )
 
 rollup_days = table(
@@ -386,6 +405,7 @@ rollup_days = table(
     count("attempts", "Attempts that ended.", type_=BigInteger),
     count("handler_seconds", "The total time of their handlers.", type_=BigInteger),
     postgresql_with=UPDATED,
+    readers="orgs",
 )
 
 rollup_hours = table(
@@ -396,6 +416,7 @@ rollup_hours = table(
     Column("state", Text, primary_key=True, doc="Their final state."),
     count("runs", "Runs that ended.", type_=BigInteger),
     postgresql_with=UPDATED,
+    readers="orgs",
 )
 
 ALERT_KINDS = (
@@ -427,6 +448,7 @@ alerts = table(
     CheckConstraint(one_of("kind", ALERT_KINDS), name="kind"),
     CheckConstraint("told IS NULL OR told = 'firing'", name="told"),
     CheckConstraint("(over_at IS NULL) = (over_how IS NULL)", name="over"),
+    readers="operators",
 )
 
 alert_strikes = table(
@@ -436,4 +458,5 @@ alert_strikes = table(
     Column("subject_id", Id, primary_key=True, doc="A definition or an org."),
     required("struck_at", Instant, "When it was last affected."),
     required("well", Boolean, "Whether it has recovered since."),
+    readers="operators",
 )

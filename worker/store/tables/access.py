@@ -51,6 +51,7 @@ credentials = table(
         "ix_credentials_rejected_org_id", "org_id", **partial("last_error IS NOT NULL AND state = 'active'")
     ),
     Index("ix_credentials_client_id", "client_id"),
+    readers="orgs",
 )
 
 access_tokens = table(
@@ -70,6 +71,7 @@ access_tokens = table(
     Index("ix_access_tokens_org_id", "org_id"),
     Index("ix_access_tokens_expires_at", "expires_at"),
     postgresql_with=UPDATED,
+    readers="operators",
 )
 
 org_secrets = table(
@@ -87,6 +89,7 @@ org_secrets = table(
     Column("rotated_by", Text, doc="Who replaced it."),
     UniqueConstraint("org_id", "name"),
     Index("ix_org_secrets_key_id", "key_id"),
+    readers="orgs",
 )
 
 
@@ -126,6 +129,7 @@ applications = table(
     Index("ix_applications_org_id_state", "org_id", "state"),
     Index("ix_applications_issuer_state_id", "issuer", "state", "id"),
     CheckConstraint(one_of("state", APPLICATION_STATES), name="state"),
+    readers="operators",
 )
 
 
@@ -144,6 +148,7 @@ operators = table(
     required("created_at", Instant),
     required("created_by", Text),
     CheckConstraint(one_of("role", OPERATOR_ROLES), name="role"),
+    readers="operators",
 )
 
 sessions = table(
@@ -172,6 +177,7 @@ sessions = table(
     Index("ix_sessions_until", "until"),
     CheckConstraint(one_of("kind", SESSION_KINDS), name="kind"),
     CheckConstraint(one_of("role", ROLES), name="role"),
+    readers="operators",
 )
 
 login_transactions = table(
@@ -189,4 +195,5 @@ login_transactions = table(
     Index("ix_login_transactions_client_created_at", "client", "created_at"),
     Index("ix_login_transactions_until", "until"),
     CheckConstraint(one_of("kind", LOGIN_KINDS), name="kind"),
+    readers="operators",
 )

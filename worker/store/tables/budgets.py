@@ -45,6 +45,7 @@ budgets = table(
     CheckConstraint('("limit" IS NULL) <> (property IS NULL)', name="limit"),
     CheckConstraint(one_of("per", PERS), name="per"),
     CheckConstraint(one_of("at_limit", AT_LIMIT), name="at_limit"),
+    readers="orgs",
 )
 
 budget_raises = table(
@@ -62,6 +63,7 @@ budget_raises = table(
     Index("ix_budget_raises_org_id_meter", "org_id", "meter"),
     Index("ix_budget_raises_run_id", "run_id", **partial("run_id IS NOT NULL")),
     CheckConstraint(one_of("per", PERS), name="per"),
+    readers="orgs",
 )
 
 meters = table(
@@ -74,6 +76,7 @@ meters = table(
     count("used", "What was spent in it.", type_=BigInteger),
     Index("ix_meters_starts_at", "starts_at"),
     postgresql_with=UPDATED,
+    readers="orgs",
 )
 
 meter_days = table(
@@ -87,6 +90,7 @@ meter_days = table(
     Index("ix_meter_days_org_id_day", "org_id", "day"),
     Index("ix_meter_days_definition_id_meter", "definition_id", "meter"),
     postgresql_with=UPDATED,
+    readers="orgs",
 )
 
 spends = table(
@@ -105,6 +109,7 @@ spends = table(
     required("amount", BigInteger, "How much."),
     required("at", Instant, "When it was counted."),
     Index("ix_spends_org_id_meter_at", "org_id", "meter", "at"),
+    readers="orgs",
 )
 
 org_properties = table(
@@ -114,4 +119,5 @@ org_properties = table(
     Column("name", Text, primary_key=True, doc="The property's name."),
     Column("value", BigInteger, doc="Null if the token does not have it as a number of 0 or more."),
     required("issued_at", Instant, "When the token with it was issued."),
+    readers="orgs",
 )

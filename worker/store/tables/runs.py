@@ -9,7 +9,7 @@ keys: one module writes them, and `doctor` checks that exactly the unfinished ru
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import (
     BigInteger,
@@ -51,9 +51,14 @@ HOT = {
 UPDATED = HOT | {"fillfactor": "70"}
 
 
-def table(name: str, meaning: str, *parts: SchemaItem, **options: Any) -> Table:
+# Who reads a table through the web side: each org its own rows, or operators only. A role has no right that
+# follows from neither.
+Readers = Literal["orgs", "operators"]
+
+
+def table(name: str, meaning: str, *parts: SchemaItem, readers: Readers, **options: Any) -> Table:
     """A table; `meaning` is for the reference."""
-    return Table(name, metadata, *parts, info={"meaning": meaning}, **options)
+    return Table(name, metadata, *parts, info={"meaning": meaning, "readers": readers}, **options)
 
 
 def required(name: str, type_: Any, doc: str | None = None, **options: Any) -> Column[Any]:
@@ -133,6 +138,7 @@ runs = table(
     Index("ix_runs_rare_state_id", "state", "id", sqlite_where=text(RARE)).ddl_if(dialect="sqlite"),
     # The end of a run makes its row larger by half, and both versions fit on the page.
     postgresql_with={"fillfactor": "40"},
+    readers="orgs",
 )
 
 run_ends = table(
@@ -146,6 +152,7 @@ run_ends = table(
     Index("ix_run_ends_rare_state_run_id", "state", "run_id", postgresql_where=text(RARE)).ddl_if(
         dialect="postgresql"
     ),
+    readers="orgs",
 )
 
 LIVE_STATES = ("waiting", "running", "held", "parked")
@@ -243,6 +250,7 @@ live_runs = table(
     Index("ix_live_runs_parked_handler", "handler", **partial("state = 'parked' AND started_at IS NOT NULL")),
     unique("uq_live_runs_held", ("definition_id",), "state = 'held'"),
     postgresql_with=HOT,
+    readers="orgs",
 )
 
 
@@ -293,6 +301,7 @@ attempts = table(
         "ix_attempts_error_cause_ended_at", "error_cause", "ended_at", **partial("error_cause IS NOT NULL")
     ),
     Index("ix_attempts_error_cause_run_id", "error_cause", "run_id", **partial("error_cause IS NOT NULL")),
+    readers="orgs",
 )
 
 WAIT_KINDS = ("sleep", "answer", "budget")
@@ -320,6 +329,7 @@ waits = table(
     CheckConstraint(one_of("kind", WAIT_KINDS), name="kind"),
     CheckConstraint("answered_at IS NULL OR timed_out_at IS NULL", name="over"),
     Index("ix_waits_open_org_id", "org_id", "run_id", **partial(OPEN)),
+    readers="orgs",
 )
 
 checkpoints = table(
@@ -333,6 +343,7 @@ checkpoints = table(
     required("data", json_type(), "The data passed to `ctx.save`."),
     Column("handler", Text, doc="The handler that saved first: the run keeps it."),
     count("number", "Which save of the attempt it is, from 1; 0 if unknown."),
+    readers="orgs",
 )
 
 steps = table(
@@ -353,6 +364,7 @@ steps = table(
     required("ended_at", Instant, "When it returned."),
     required("size", Integer, "Bytes of the result."),
     required("result", exact_json_type(), "What the function returned, as JSON."),
+    readers="orgs",
 )
 
 run_logs = table(
@@ -367,6 +379,7 @@ run_logs = table(
     required("source", Text, "`log`, `stdout` or `stderr`; `worker` for a line of the worker itself."),
     required("text", Text, "Without the secrets that the worker knows."),
     Index("ix_run_logs_at", "at"),
+    readers="orgs",
 )
 
 skips = table(
@@ -385,4 +398,5 @@ skips = table(
     UniqueConstraint("definition_id", "skipped_from"),
     Index("ix_skips_org_id_id", "org_id", "id"),
     Index("ix_skips_skipped_until", "skipped_until"),
+    readers="orgs",
 )
