@@ -67,7 +67,7 @@ def test_the_wheel_holds_two_packages_and_what_they_need(wheel):
     skeleton = {name.removeprefix("worker/app/verbs/skeleton/") for name in names if "/skeleton/" in name}
     assert skeleton == {"README.md.txt", "job.py.txt", "pyproject.toml.txt", "test_job.py.txt"}
     statements = {name.rpartition("/")[2] for name in names if name.endswith(".sql")}
-    assert statements == {"ring.sql", "newest.sql", "choose.sql", "place.sql", "crowd.sql"}
+    assert statements == {"walk.sql", "newest.sql", "choose.sql", "admitted.sql", "crowd.sql"}
     assert "worker/migrations/env.py" in names
     assert "worker/migrations/script.py.mako" in names
     assert any(name.startswith("worker/migrations/versions/0001_") for name in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from worker.ids import OrgId
+from worker.model.runs.hosts import SLOTS
 from worker.model.runs.run import AdmittedRun
 from worker.store.dialect import compact_json, driver
 from worker.store.sql.contract import PER_ORG, WINDOW, OrgQueue, RingStep, Taker, Walk, distinct, reach
@@ -25,12 +27,40 @@ def _read(name: str) -> str:
     return Path(__file__).with_name("admission").joinpath(f"{name}.sql").read_text(encoding="ascii")
 
 
-# CHOOSE, PLACE and CROWD repeat what they have in common; a test compares them.
-RING = _read("ring")
+# Of a worker that only places runs: no more than the free slots of the pool's hosts, which every run counts
+# against that is placed there or runs there.
+AT_HOSTS = """GREATEST(0, LEAST({most}, (
+     SELECT COALESCE(sum((w.capacity->>'{slots}')::integer), 0) FROM workers w
+     WHERE w.host_id IS NOT NULL AND w.ended_at IS NULL AND w.lease_until > (SELECT clock_timestamp())
+       AND w.pools @> %(pool)s::jsonb) - (
+     SELECT count(*) FROM owner o JOIN live_runs l ON l.worker_id = o.id
+     WHERE l.isolation = '{isolation}' AND l.pool = ANY(%(pools)s::text[]))))"""
+
+
+def _within_hosts(statement: str) -> str:
+    for isolation, slots in SLOTS.items():
+        most = f"%({isolation})s"
+        statement = statement.replace(most, AT_HOSTS.format(most=most, slots=slots, isolation=isolation))
+    return statement
+
+
+def _planned_once(statement: str) -> str:
+    """Each parameter in a subquery, so that its value cannot change the plan.
+
+    PostgreSQL would plan each call, for a fifth of what it costs to admit a few hundred runs.
+    """
+    return re.sub(
+        r"%\(\w+\)s(::\w+(\[\])?)?", lambda found: f"(SELECT {found[0]}){found[1] or ''}", statement
+    )
+
+
+RING = f"WITH RECURSIVE {_read('walk')} SELECT * FROM ring"
 NEWEST = _read("newest")
-CHOOSE = _read("choose")
-PLACE = _read("place")
-CROWD = _read("crowd")
+CHOOSE = _read("choose").format(admitted=_read("admitted"))
+PLACE = _within_hosts(CHOOSE)
+CROWD = _planned_once(
+    _read("crowd").format(walk=_read("walk"), newest=NEWEST, admitted=_read("admitted")),
+)
 
 
 def admit_ring(connection: Connection, taker: Taker, walk: Walk) -> RingStep:

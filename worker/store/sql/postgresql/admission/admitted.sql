@@ -1,13 +1,8 @@
--- choose.sql for a worker that only places runs: no more than the free slots of the pool's hosts, which
--- every run counts against that is placed there or runs there.
-WITH RECURSIVE u(id, later, reach, running, weight) AS (
-  SELECT g.id, g.id <> ALL(%(first)s::uuid[]), LEAST(o.most - o.running, g.reach), o.running, o.weight
-  FROM unnest(%(orgs)s::uuid[], %(reach)s::integer[]) AS g(id, reach)
-  CROSS JOIN LATERAL (
-    SELECT o.weight, o.max_concurrent_runs AS most, (
-      SELECT count(*) FROM live_runs l WHERE l.org_id = o.id AND l.state = 'running') AS running
-    FROM orgs o WHERE o.id = g.id AND o.state = 'active' LIMIT 1) o
-), owner(id) AS (
+-- Most runs have no limit but that of their org; the others go through two more steps. How each count says
+-- "running", and the UPDATE "waiting", decides which index can serve it: see `tables.live_runs`. A full join
+-- is never a nested loop; a join would be one if the statistics are of a moment without runs. What was
+-- picked and not admitted, because it has ended meanwhile, comes as a row of nulls.
+owner(id) AS (
   (SELECT worker_id FROM live_runs WHERE worker_id IS NOT NULL ORDER BY worker_id LIMIT 1)
   UNION ALL
   SELECT (SELECT l.worker_id FROM live_runs l WHERE l.worker_id > owner.id
@@ -62,20 +57,10 @@ WITH RECURSIVE u(id, later, reach, running, weight) AS (
   WHERE (nth <= room) IS NOT FALSE
 ), picked AS MATERIALIZED (
   (SELECT id, rank, later FROM within_limits WHERE isolation = 'child'
-   ORDER BY rank, later, available_at, id LIMIT GREATEST(0, LEAST(%(child)s, (
-     SELECT COALESCE(sum((w.capacity->>'children')::integer), 0) FROM workers w
-     WHERE w.host_id IS NOT NULL AND w.ended_at IS NULL AND w.lease_until > (SELECT clock_timestamp())
-       AND w.pools @> %(pool)s::jsonb) - (
-     SELECT count(*) FROM owner o JOIN live_runs l ON l.worker_id = o.id
-     WHERE l.isolation = 'child' AND l.pool = ANY(%(pools)s::text[])))))
+   ORDER BY rank, later, available_at, id LIMIT %(child)s)
   UNION ALL
   (SELECT id, rank, later FROM within_limits WHERE isolation = 'inline'
-   ORDER BY rank, later, available_at, id LIMIT GREATEST(0, LEAST(%(inline)s, (
-     SELECT COALESCE(sum((w.capacity->>'inline')::integer), 0) FROM workers w
-     WHERE w.host_id IS NOT NULL AND w.ended_at IS NULL AND w.lease_until > (SELECT clock_timestamp())
-       AND w.pools @> %(pool)s::jsonb) - (
-     SELECT count(*) FROM owner o JOIN live_runs l ON l.worker_id = o.id
-     WHERE l.isolation = 'inline' AND l.pool = ANY(%(pools)s::text[])))))
+   ORDER BY rank, later, available_at, id LIMIT %(inline)s)
 ), admitted AS (
   UPDATE live_runs SET state = 'running', reason = NULL, detail = NULL, worker_id = %(worker)s::uuid,
                        started_at = clock_timestamp(), attempt = attempt + 1,
@@ -85,5 +70,3 @@ WITH RECURSIVE u(id, later, reach, running, weight) AS (
             start_by, started_at, attempt, failures, recoveries, fencing_token, idempotency_key, params,
             pool
 )
-SELECT a.* FROM admitted a FULL JOIN picked p ON p.id = a.id
-ORDER BY p.rank, p.later, a.available_at, a.id

@@ -1,6 +1,6 @@
 -- Walks from org to org along the index, full circle at most. Orgs that cannot start anything are left out
 -- here. Mostly the first run of a queue, which finds its org, shows that it can.
-WITH RECURSIVE hop(org_id, available_at, handler, isolation, pool, n, wrapped) AS (
+hop(org_id, available_at, handler, isolation, pool, n, wrapped) AS (
   SELECT %(cursor)s::uuid, NULL::timestamptz, NULL::text, NULL::text, NULL::text, 0, false
   UNION ALL
   SELECT COALESCE(later.org_id, first.org_id), COALESCE(later.available_at, first.available_at),
@@ -36,4 +36,3 @@ WITH RECURSIVE hop(org_id, available_at, handler, isolation, pool, n, wrapped) A
     WHERE hop.n > 0) looked
   WHERE ready OR n = %(hops)s LIMIT %(want)s
 )
-SELECT * FROM ring
