@@ -9,7 +9,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, literal, select, text, update
 
 from worker.store import tables
-from worker.store.dialect import Instant, chunks, database_now, insert_into
+from worker.store.bulk import rows_among
+from worker.store.dialect import Instant, database_now, insert_into
 from worker.store.health import oldest_unfired
 from worker.telemetry.alerts import MAX_OPEN, Alert, Kind, Status, Strike
 
@@ -196,16 +197,14 @@ def _id(cause: str, at: datetime) -> str:
 def _subjects(connection: Connection, strikes: Sequence[Strike]) -> Callable[[Strike], dict[str, datetime]]:
     """A function from a strike to the affected definitions, orgs or runs, each with its time."""
     runs, definitions, orgs = tables.runs, tables.definitions, tables.orgs
-    ended: dict[str, tuple[str, datetime]] = {}
-    for part in chunks(sorted({run for strike in strikes for run in strike.runs.values()})):
-        query = select(runs.c.id, runs.c.definition_id, runs.c.finished_at).where(runs.c.id.in_(part))
-        ended |= {id_: (definition, at) for id_, definition, at in connection.execute(query) if at}
-    named: dict[tuple[str, ...], str] = {}
+    struck = {run for strike in strikes for run in strike.runs.values()}
+    query = select(runs.c.id, runs.c.definition_id, runs.c.finished_at).where(runs.c.finished_at.is_not(None))
+    found = rows_among(connection, query, runs.c.id, struck)
+    ended: dict[str, tuple[str, datetime]] = {id_: (definition, at) for id_, definition, at in found}
     codes = {org for strike in strikes for org in strike.orgs}
     codes |= {org for strike in strikes for org, _ in strike.definitions}
-    for part in chunks(sorted(codes)):
-        by_code = select(orgs.c.code, orgs.c.id).where(orgs.c.code.in_(part))
-        named |= {(code,): org_id for code, org_id in connection.execute(by_code)}
+    of_codes = rows_among(connection, select(orgs.c.code, orgs.c.id), orgs.c.code, codes)
+    named: dict[tuple[str, ...], str] = {(code,): org_id for code, org_id in of_codes}
     for org, name in {one for strike in strikes for one in strike.definitions}:
         its = and_(definitions.c.org_id == named.get((org,)), definitions.c.name == name)
         for id_ in connection.execute(select(definitions.c.id).where(its)).scalars():

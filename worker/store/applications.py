@@ -11,7 +11,8 @@ from sqlalchemy import Connection, Select, delete, insert, select, update
 from worker.ids import AllOrgs, OrgId, Scope, new_id
 from worker.model.provider import ApplicationName
 from worker.store import tables
-from worker.store.dialect import Row, above, all_rows, chunks, first_row, in_scope
+from worker.store.bulk import rows_among
+from worker.store.dialect import Row, above, all_rows, first_row, in_scope
 
 _applications, _orgs, _credentials = tables.applications, tables.orgs, tables.credentials
 UNFINISHED = ("making", "made", "announced")
@@ -117,24 +118,15 @@ def in_states(
 
 def of_orgs(connection: Connection, org_ids: Sequence[OrgId], states: Sequence[str]) -> list[Row]:
     """The rows of these orgs in these states, oldest first."""
-    found: list[Row] = []
-    for part in chunks(org_ids):
-        query = _WITH_ORG.where(_applications.c.org_id.in_(part), _applications.c.state.in_(states))
-        found += all_rows(connection, query.order_by(_applications.c.id))
-    return found
+    query = _WITH_ORG.where(_applications.c.state.in_(states)).order_by(_applications.c.id)
+    return [row._asdict() for row in rows_among(connection, query, _applications.c.org_id, org_ids)]
 
 
 def known_ids(connection: Connection, issuer: str, application_ids: Sequence[str]) -> set[str]:
     """Those of the provider's ids that a row has which is not deleted."""
-    found: set[str] = set()
-    for part in chunks(application_ids):
-        query = select(_applications.c.application_id).where(
-            _applications.c.issuer == issuer,
-            _applications.c.application_id.in_(part),
-            _applications.c.state != "deleted",
-        )
-        found |= set(connection.execute(query).scalars())
-    return found
+    its = _applications.c.application_id
+    query = select(its).where(_applications.c.issuer == issuer, _applications.c.state != "deleted")
+    return {id_ for (id_,) in rows_among(connection, query, its, application_ids)}
 
 
 def owner_of_client(connection: Connection, issuer: str, client_id: str, *, but: OrgId) -> str | None:

@@ -10,8 +10,8 @@ from sqlalchemy import ColumnElement, Connection, insert, select, update
 
 from worker.ids import AllOrgs, DefinitionId, OrgId, Scope
 from worker.store import edit_runs, tables
-from worker.store.bulk import among
-from worker.store.dialect import Row, all_rows, chunks, first_row, in_scope
+from worker.store.bulk import rows_among
+from worker.store.dialect import Row, all_rows, first_row, in_scope
 from worker.store.lists.read import unfinished_runs
 
 _backfills = tables.backfills
@@ -67,12 +67,9 @@ def unfinished_of(
     connection: Connection, scope: Scope, definition_ids: Sequence[DefinitionId]
 ) -> set[DefinitionId]:
     """Those of these definitions that have backfills for `cancel`."""
-    found: set[DefinitionId] = set()
-    for part in chunks(sorted(definition_ids)):
-        query = select(_backfills.c.definition_id).where(among(connection, _backfills.c.definition_id, part))
-        query = query.where(_backfills.c.finished_at.is_(None), *in_scope(_backfills.c.org_id, scope))
-        found.update(connection.execute(query).scalars())
-    return found
+    query = select(_backfills.c.definition_id)
+    query = query.where(_backfills.c.finished_at.is_(None), *in_scope(_backfills.c.org_id, scope))
+    return {id_ for (id_,) in rows_among(connection, query, _backfills.c.definition_id, definition_ids)}
 
 
 def is_of(definition_id: DefinitionId) -> ColumnElement[bool]:

@@ -10,8 +10,8 @@ from sqlalchemy import Connection, delete, func, insert, or_, select, text, upda
 
 from worker.ids import AllOrgs, new_id
 from worker.store import tables
-from worker.store.bulk import among
-from worker.store.dialect import Row, all_rows, chunks, is_postgresql
+from worker.store.bulk import rows_among
+from worker.store.dialect import Row, all_rows, is_postgresql
 
 _calendars, _definitions, _orgs = tables.calendars, tables.definitions, tables.orgs
 _templates = tables.templates
@@ -34,11 +34,8 @@ def lock(connection: Connection, *, exclusive: bool = False) -> None:
 
 def find(connection: Connection, names: Iterable[str]) -> dict[str, Row]:
     """The existing calendars of these names, by name."""
-    found: dict[str, Row] = {}
-    for part in chunks(sorted(set(names))):
-        query = select(_calendars).where(among(connection, _calendars.c.name, part))
-        found |= {row["name"]: dict(row) for row in connection.execute(query).mappings()}
-    return found
+    rows = rows_among(connection, select(_calendars), _calendars.c.name, names)
+    return {row.name: row._asdict() for row in rows}
 
 
 def write(
@@ -67,22 +64,18 @@ def remove(connection: Connection, name: str) -> None:
 
 def orgs_with(connection: Connection, _: AllOrgs, names: Iterable[str]) -> set[str]:
     """The codes of the orgs with an open definition of their own that names one of these calendars."""
-    codes: set[str] = set()
-    for part in chunks(sorted(set(names))):
-        query = (
-            select(_orgs.c.code)
-            .join(_definitions, _definitions.c.org_id == _orgs.c.id)
-            .where(
-                # The condition of the index, too.
-                _definitions.c.calendar.is_not(None),
-                among(connection, _definitions.c.calendar, part),
-                _definitions.c.closed_at.is_(None),
-                _definitions.c.template_id.is_(None),
-            )
-            .distinct()
+    query = (
+        select(_orgs.c.code)
+        .join(_definitions, _definitions.c.org_id == _orgs.c.id)
+        .where(
+            # The condition of the index, too.
+            _definitions.c.calendar.is_not(None),
+            _definitions.c.closed_at.is_(None),
+            _definitions.c.template_id.is_(None),
         )
-        codes |= set(connection.execute(query).scalars())
-    return codes
+        .distinct()
+    )
+    return {code for (code,) in rows_among(connection, query, _definitions.c.calendar, names)}
 
 
 def uses(connection: Connection, _: AllOrgs, name: str) -> tuple[int, list[str]]:

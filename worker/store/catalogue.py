@@ -17,7 +17,8 @@ from sqlalchemy.ext.compiler import compiles
 from worker.handlers.catalogue import HandlerEntry
 from worker.model.runs.run import Declared
 from worker.store import tables
-from worker.store.dialect import Row, all_rows, chunks, database_now, upsert
+from worker.store.bulk import rows_among
+from worker.store.dialect import Row, all_rows, database_now, upsert
 from worker.store.health import holds_lease
 
 _catalogue, _workers = tables.catalogue, tables.workers
@@ -134,21 +135,20 @@ def names() -> Select[Any]:
 def of_workers(connection: Connection, wanted: Collection[str]) -> dict[str, list[HandlerEntry]]:
     """The workers' own declarations of these handlers, the newest last; without schemas, broken ones too."""
     found: dict[str, list[HandlerEntry]] = {}
-    for part in chunks(sorted(wanted)):
-        query = select(*(_catalogue.c[name] for name in DECLARED))
-        query = query.where(OF_WORKERS, _catalogue.c.name.in_(part)).order_by(_catalogue.c.seen_at)
-        for row in all_rows(connection, query):
-            found.setdefault(row["name"], []).append(entry_of(row))
+    for entry in _declarations(connection, wanted, OF_WORKERS):
+        found.setdefault(entry.name, []).append(entry)
     return found
 
 
 def reported_to_older(connection: Connection, wanted: Sequence[str]) -> dict[str, HandlerEntry]:
     """What hosts declared of these handlers to a worker of the previous release."""
-    found: dict[str, HandlerEntry] = {}
-    for part in chunks(wanted):
-        query = select(*(_catalogue.c[name] for name in DECLARED)).order_by(_catalogue.c.seen_at)
-        query = query.where(
-            _catalogue.c.of_worker.is_(None), _catalogue.c.error.is_(None), _catalogue.c.name.in_(part)
-        )
-        found |= {row["name"]: entry_of(row) for row in all_rows(connection, query)}
-    return found
+    of_hosts = (_catalogue.c.of_worker.is_(None), _catalogue.c.error.is_(None))
+    return {entry.name: entry for entry in _declarations(connection, wanted, *of_hosts)}
+
+
+def _declarations(
+    connection: Connection, names: Collection[str], *which: ColumnElement[bool]
+) -> list[HandlerEntry]:
+    """The rows of these handlers, without schemas; of each handler the newest last."""
+    query = select(*(_catalogue.c[name] for name in DECLARED)).where(*which).order_by(_catalogue.c.seen_at)
+    return [entry_of(row._asdict()) for row in rows_among(connection, query, _catalogue.c.name, names)]

@@ -23,7 +23,7 @@ from sqlalchemy import (
 from worker.errors import Conflict, NotFound
 from worker.ids import DefinitionId, OrgId, RunId, Scope
 from worker.store import tables
-from worker.store.bulk import among, insert_many
+from worker.store.bulk import among, insert_many, rows_among
 from worker.store.dialect import Row, above, all_rows, chunks, hint, in_scope, is_postgresql
 
 _definitions = tables.definitions
@@ -45,16 +45,14 @@ def names_of(
     connection: Connection, scope: Scope, definition_ids: Iterable[DefinitionId]
 ) -> dict[DefinitionId, Names]:
     """The names of each of these definitions of one org or of all."""
-    wanted = sorted(set(definition_ids))
-    found = dict.fromkeys(wanted, Names())
-    for part in chunks(wanted):
-        query = (
-            select(_definitions.c.id, _orgs.c.code, _definitions.c.name)
-            .join(_orgs, _orgs.c.id == _definitions.c.org_id)
-            .where(_definitions.c.id.in_(part), *in_scope(_definitions.c.org_id, scope))
-        )
-        found |= {id_: Names(code, name) for id_, code, name in connection.execute(query)}
-    return found
+    wanted = set(definition_ids)
+    query = (
+        select(_definitions.c.id, _orgs.c.code, _definitions.c.name)
+        .join(_orgs, _orgs.c.id == _definitions.c.org_id)
+        .where(*in_scope(_definitions.c.org_id, scope))
+    )
+    found = rows_among(connection, query, _definitions.c.id, wanted)
+    return dict.fromkeys(wanted, Names()) | {id_: Names(code, name) for id_, code, name in found}
 
 
 FAILED = ("failed", "refused")
@@ -247,15 +245,13 @@ def last_decided(
         .limit(1)
         .scalar_subquery()
     )
-    mine = in_scope(_definitions.c.org_id, scope)
-    found: dict[DefinitionId, datetime] = {}
-    for part in chunks(sorted(set(ids))):
-        query = select(_definitions.c.id, newest_run, newest_skip)
-        query = query.where(among(connection, _definitions.c.id, part), *mine)
-        for id_, *times in connection.execute(query):
-            if decided := [time for time in times if time is not None]:
-                found[id_] = max(decided)
-    return found
+    query = select(_definitions.c.id, newest_run, newest_skip)
+    query = query.where(*in_scope(_definitions.c.org_id, scope))
+    return {
+        id_: max(decided)
+        for id_, *times in rows_among(connection, query, _definitions.c.id, ids)
+        if (decided := [time for time in times if time is not None])
+    }
 
 
 def add(

@@ -27,8 +27,8 @@ from worker.ids import DefinitionId, OrgId, RunId, Scope
 from worker.model.runs.run import NewRun
 from worker.model.search import Query, states_of
 from worker.store import sweeps, tables
-from worker.store.bulk import among
-from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, hint, in_scope
+from worker.store.bulk import rows_among
+from worker.store.dialect import Row, all_rows, database_now, first_row, hint, in_scope
 from worker.store.lists.matching import conditions, few_orgs, orgs_that_match, shown_state
 
 _live = tables.live_runs
@@ -134,11 +134,9 @@ def end_waiting_of(
     connection: Connection, scope: Scope, definition_ids: Sequence[DefinitionId], *, reason: str
 ) -> None:
     """As `end_waiting`, for all runs of these definitions at once."""
-    ids: list[RunId] = []
-    for part in chunks(sorted(definition_ids)):
-        query = select(_live.c.id).where(among(connection, _live.c.definition_id, part))
-        query = query.where(_live.c.state.in_(tables.UNSTARTED), *in_scope(_live.c.org_id, scope))
-        ids += connection.execute(query).scalars()
+    query = select(_live.c.id)
+    query = query.where(_live.c.state.in_(tables.UNSTARTED), *in_scope(_live.c.org_id, scope))
+    ids = [id_ for (id_,) in rows_among(connection, query, _live.c.definition_id, definition_ids)]
     sweeps.end_waiting(connection, scope, ids, state="cancelled", reason=reason)
 
 

@@ -19,6 +19,7 @@ from worker.ids import DefinitionId, RunId, WorkerId
 from worker.model.definitions.units import format_duration
 from worker.model.runs.outcome import NOT_APPROVED_WAIT
 from worker.store import catalogue, host_handlers, tables
+from worker.store.bulk import rows_among
 from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, hint, upsert
 from worker.store.health import holds_lease
 from worker.store.host_handlers import MAX_ROWS
@@ -70,10 +71,10 @@ def declarations(
     elsewhere: dict[str, HandlerEntry] = {}
     if older:
         columns = (_handlers.c.host_id, *(_handlers.c[name] for name in catalogue.DECLARED))
-        for part in chunks(sorted({one.host_id for one in older if one.host_id is not None})):
-            mine = (_handlers.c.host_id.in_(part), _handlers.c.error.is_(None))
-            for row in all_rows(connection, select(*columns).where(*mine).order_by(_handlers.c.seen_at)):
-                stored.setdefault(row["host_id"], {})[row["name"]] = catalogue.entry_of(row)
+        query = select(*columns).where(_handlers.c.error.is_(None)).order_by(_handlers.c.seen_at)
+        hosts = {one.host_id for one in older if one.host_id is not None}
+        for row in rows_among(connection, query, _handlers.c.host_id, hosts):
+            stored.setdefault(row.host_id, {})[row.name] = catalogue.entry_of(row._asdict())
         names = sorted({name for one in older for name in one.handlers})
         elsewhere = catalogue.reported_to_older(connection, names)
     found: dict[WorkerId, dict[str, HandlerEntry]] = {}

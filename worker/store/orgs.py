@@ -12,8 +12,8 @@ from worker.errors import NotFound
 from worker.ids import AllOrgs, OrgId, OrgScope, Scope
 from worker.model.search import words_of
 from worker.store import tables
-from worker.store.bulk import among, insert_many
-from worker.store.dialect import Row, above, all_rows, chunks, first_row, is_postgresql
+from worker.store.bulk import insert_many, rows_among
+from worker.store.dialect import Row, above, all_rows, first_row, is_postgresql
 
 _orgs = tables.orgs
 _credentials = tables.credentials
@@ -39,12 +39,8 @@ class Scheduling(NamedTuple):
 
 def scheduling_of(connection: Connection, org_ids: Iterable[OrgId]) -> dict[OrgId, Scheduling]:
     """The state, time zone and pool of these orgs."""
-    found: dict[OrgId, Scheduling] = {}
-    for part in chunks(sorted(set(org_ids))):
-        columns = (_orgs.c.id, _orgs.c.state, _orgs.c.timezone, _orgs.c.pool)
-        query = select(*columns).where(among(connection, _orgs.c.id, part))
-        found |= {id_: Scheduling(*rest) for id_, *rest in connection.execute(query)}
-    return found
+    query = select(_orgs.c.id, _orgs.c.state, _orgs.c.timezone, _orgs.c.pool)
+    return {id_: Scheduling(*rest) for id_, *rest in rows_among(connection, query, _orgs.c.id, org_ids)}
 
 
 class OrgCaller(NamedTuple):
@@ -105,12 +101,9 @@ def scope_of(connection: Connection, org: OrgScope) -> Scope:
 
 def by_code(connection: Connection, codes: Iterable[str], *, lock: bool = False) -> dict[str, Row]:
     """The existing orgs of these codes, by code; locked in the order of codes."""
-    found: dict[str, Row] = {}
-    for part in chunks(sorted(set(codes))):
-        query = select(_orgs).where(among(connection, _orgs.c.code, part)).order_by(_orgs.c.code)
-        rows = connection.execute(query.with_for_update() if lock else query).mappings()
-        found.update((row["code"], dict(row)) for row in rows)
-    return found
+    query = select(_orgs).order_by(_orgs.c.code)
+    query = query.with_for_update() if lock else query
+    return {row.code: row._asdict() for row in rows_among(connection, query, _orgs.c.code, codes)}
 
 
 def of_issuer(connection: Connection, _: AllOrgs, issuer: str) -> list[Row]:
