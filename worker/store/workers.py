@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, and_, delete, func, insert, literal, or_, select, tuple_, update
+from sqlalchemy import Connection, and_, delete, func, insert, literal, or_, select, update
 
 from worker.ids import ALL_ORGS, RunId, WorkerId
 from worker.model.definitions.pools import DEFAULT_POOL
 from worker.model.runs import worker_ends
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import LogLine, OwnedRun, Recovered
-from worker.store import host_handlers, placements, tables
+from worker.store import host_grants, host_handlers, placements, tables
 from worker.store.definitions import names_of
 from worker.store.dialect import Row, all_rows, database_now
 from worker.store.health import holds_lease
@@ -22,7 +22,6 @@ from worker.store.sql.contract import AbandonedRun
 
 _live = tables.live_runs
 _workers = tables.workers
-_revisions = tables.definition_revisions
 # Runs recovered by one transaction.
 RECOVERED_AT_ONCE = 500
 
@@ -217,12 +216,9 @@ def _undo(connection: Connection, abandoned: Sequence[AbandonedRun]) -> None:
 
 def _max_recoveries(
     connection: Connection, abandoned: list[AbandonedRun], default: int
-) -> dict[tuple[str, int], int]:
-    pairs = sorted({(run.definition_id, run.revision) for run in abandoned})
-    query = select(_revisions.c.definition_id, _revisions.c.revision, _revisions.c.spec).where(
-        tuple_(_revisions.c.definition_id, _revisions.c.revision).in_(pairs)
-    )
-    found = {(id_, revision): spec for id_, revision, spec in connection.execute(query)}
+) -> dict[host_grants.Revision, int]:
+    pairs = {(run.definition_id, run.revision) for run in abandoned}
+    found = host_grants.specs(connection, pairs)
     return {pair: int(found.get(pair, {}).get("max_recoveries", default)) for pair in pairs}
 
 
