@@ -23,14 +23,7 @@ CROSS JOIN definitions d ON d.id = s.definition_id
 CROSS JOIN orgs o ON o.id = s.org_id
 ORDER BY s.next_fire_at
 """
-NEWEST = """
-SELECT s.definition_id, s.org_id, o.code, o.timezone, d.name, d.revision, s.next_scheduled_for, o.pool
-FROM (SELECT definition_id, org_id, next_scheduled_for, next_fire_at FROM schedule
-      WHERE next_fire_at <= ? ORDER BY next_fire_at DESC LIMIT ?) s
-CROSS JOIN definitions d ON d.id = s.definition_id
-CROSS JOIN orgs o ON o.id = s.org_id
-ORDER BY s.next_fire_at
-"""
+NEWEST = OLDEST.replace("ORDER BY next_fire_at LIMIT", "ORDER BY next_fire_at DESC LIMIT")
 
 SPEC = "SELECT spec FROM definition_revisions WHERE definition_id = ? AND revision = ?"
 
