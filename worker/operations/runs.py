@@ -111,9 +111,9 @@ def cancel(
         run = require_run(connection, run_id, org)
         org_id, wanted = OrgId(run["org_id"]), RunId(run["id"])
         now = database.now(connection)
-        unfinished = edit_runs.lock(connection, org_id, wanted)
+        attempt = waits.lock_attempt(connection, org_id, wanted)
         found = run_lists.row(connection, org_id, wanted)["state"]
-        if not unfinished:
+        if attempt is None:
             raise Conflict(f"run {wanted} has ended: {found}", fix=f"see `runs show {wanted}`")
         if states and found not in states:
             raise Conflict(f"run {wanted} is now {found}", fix=f"`runs cancel {wanted}` cancels it anyway")

@@ -67,12 +67,6 @@ def find(connection: Connection, scope: Scope, run_id: RunId) -> Row | None:
     return first_row(connection, query)
 
 
-def lock(connection: Connection, org_id: OrgId, run_id: RunId) -> bool:
-    """Lock an unfinished run, so that its state stays; False if it has ended."""
-    query = select(_live.c.id).where(_live.c.id == run_id, _live.c.org_id == org_id).with_for_update()
-    return connection.execute(query).first() is not None
-
-
 def find_by_request_key(
     connection: Connection, org_id: OrgId, definition_id: DefinitionId, request_key: str
 ) -> RunId | None:
