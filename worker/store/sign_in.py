@@ -6,7 +6,7 @@ Everything is found by a SHA-256, in lower-case hexadecimal. The caller passes t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -21,6 +21,7 @@ SWEPT = 500
 _operators = tables.operators
 _sessions = tables.sessions
 _logins = tables.login_transactions
+_NAME_AND_ROLE = select(_operators.c.name, _operators.c.role)
 
 
 def sha256(text: str) -> str:
@@ -89,8 +90,7 @@ def _begin(connection: Connection, table: Table, by: str, row: Mapping[str, Any]
 
 def find_operator(connection: Connection, token_sha256: str) -> Row | None:
     """The operator with this token: `name` and `role`."""
-    query = select(_operators.c.name, _operators.c.role).where(_operators.c.token_sha256 == token_sha256)
-    return first_row(connection, query)
+    return first_row(connection, _NAME_AND_ROLE.where(_operators.c.token_sha256 == token_sha256))
 
 
 def has_operators(connection: Connection) -> bool:
@@ -100,8 +100,8 @@ def has_operators(connection: Connection) -> bool:
 
 def list_operators(connection: Connection, *, limit: int) -> list[Row]:
     """Operators by name, without the hashes of their tokens."""
-    names = ("id", "name", "role", "created_at", "created_by")
-    return all_rows(connection, select(*_columns(names)).order_by(_operators.c.name).limit(limit))
+    columns = (_operators.c[name] for name in ("id", "name", "role", "created_at", "created_by"))
+    return all_rows(connection, select(*columns).order_by(_operators.c.name).limit(limit))
 
 
 def add_operator(connection: Connection, row: Mapping[str, Any]) -> None:
@@ -116,8 +116,4 @@ def remove_operator(connection: Connection, name: str) -> Row | None:
 
 def operator_named(connection: Connection, name: str) -> Row | None:
     """The operator of that name: `name` and `role`."""
-    return first_row(connection, select(*_columns(("name", "role"))).where(_operators.c.name == name))
-
-
-def _columns(names: Iterable[str]) -> list[Any]:
-    return [_operators.c[name] for name in names]
+    return first_row(connection, _NAME_AND_ROLE.where(_operators.c.name == name))
