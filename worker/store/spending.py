@@ -42,12 +42,8 @@ class Spend:
 
 @dataclass(frozen=True, slots=True)
 class CountedSpends:
-    """The budgets of each org after its spends were counted, and those whose warning was just passed.
+    """Budgets whose warning was just passed, and what was counted of meters that have a budget."""
 
-    `spent` is what was counted of meters that have a budget.
-    """
-
-    levels: Mapping[OrgId, Sequence[Level]]
     warned: Sequence[Level]
     spent: Mapping[str, int]
 
@@ -79,30 +75,24 @@ def record(connection: Connection, spends: Sequence[Spend], now: datetime) -> Co
     _add_days(connection, days)
     meters = {spend.meter for spend in spends}
     found = budgets.of_orgs(connection, {spend.org_id for spend in spends}, meters, now)
+    limits = [budget for of_org in found.values() for budget in of_org]
     counters: dict[Counter, int] = {}
-    for org_id, of_org in found.items():
-        for budget in of_org:
-            if budget.counter is not None and (amount := added.get((org_id, budget.meter))):
-                counters[budget.counter] = amount
+    for budget in limits:
+        if budget.counter is not None and (amount := added.get((budget.org_id, budget.meter))):
+            counters[budget.counter] = amount
     used = budgets.count(connection, counters) if counters else {}
-    others = [budget for of_org in found.values() for budget in of_org if budget.counter not in used]
-    levels: dict[OrgId, list[Level]] = defaultdict(list)
-    for level in budgets.levels(connection, [each for each in others if each.counter is not None]):
-        levels[level.budget.org_id].append(level)
     warned = []
-    for of_org in found.values():
-        for budget in of_org:
-            if budget.counter is not None and budget.counter in used:
-                level = Level(budget, used[budget.counter])
-                levels[budget.org_id].append(level)
-                if level.warned(level.used - counters[budget.counter]):
-                    warned.append(level)
-    limited = {(budget.org_id, budget.meter) for of_org in found.values() for budget in of_org}
+    for budget in limits:
+        if budget.counter is not None and budget.counter in used:
+            level = Level(budget, used[budget.counter])
+            if level.warned(level.used - counters[budget.counter]):
+                warned.append(level)
+    limited = {(budget.org_id, budget.meter) for budget in limits}
     spent: dict[str, int] = defaultdict(int)
     for (org_id, meter), amount in added.items():
         if (org_id, meter) in limited:
             spent[meter] += amount
-    return CountedSpends(levels, warned, spent)
+    return CountedSpends(warned, spent)
 
 
 def _insert(connection: Connection, spends: Sequence[Spend], now: datetime) -> list[Spend]:
