@@ -285,6 +285,20 @@ def in_order(steps: Iterable[RunStep]) -> list[RunStep]:
     return sorted(steps, key=lambda step: (step.run.id, step.step.seq))
 
 
+# Of a `NewRun` in `runs`, besides `created_at`, and in `live_runs`, besides its state.
+OF_RUN = """id, org_id, definition_id, revision, handler, origin, scheduled_for, created_by, request_key,
+  backfill_id, retry_of, idempotency_key, params, pool"""
+OF_LIVE_RUN = """id, org_id, definition_id, revision, handler, variant_handlers, isolation, origin,
+  scheduled_for, idempotency_key, params, backfill_id, max_concurrent, priority, serial, available_at,
+  start_by, pool"""
+
+# The ends of statements that add to the sums.
+ADD_TO_DAY = """ON CONFLICT (day, org_id) DO UPDATE SET runs = rollup_days.runs + excluded.runs,
+  attempts = rollup_days.attempts + excluded.attempts,
+  handler_seconds = rollup_days.handler_seconds + excluded.handler_seconds"""
+ADD_TO_HOUR = "ON CONFLICT (hour, org_id, state) DO UPDATE SET runs = rollup_hours.runs + excluded.runs"
+
+
 class Statements(Protocol):
     """The hot statements of a dialect; the dialects have the SQL."""
 

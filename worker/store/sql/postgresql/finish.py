@@ -15,6 +15,8 @@ from worker.model.runs.outcome import EndedAttempt, Trail
 from worker.model.runs.run import AdmittedRun, LogLine
 from worker.store.dialect import driver
 from worker.store.sql.contract import (
+    ADD_TO_DAY,
+    ADD_TO_HOUR,
     Ending,
     LockedRun,
     OpenWaits,
@@ -251,16 +253,14 @@ WITH c AS MATERIALIZED (SELECT clock_timestamp() AS now
     UNION ALL
     SELECT * FROM unnest(%s::uuid[], %s::integer[], %s::integer[], %s::bigint[])) s
   GROUP BY org_id ORDER BY org_id
-  ON CONFLICT (day, org_id) DO UPDATE SET runs = rollup_days.runs + excluded.runs,
-    attempts = rollup_days.attempts + excluded.attempts,
-    handler_seconds = rollup_days.handler_seconds + excluded.handler_seconds
+  {ADD_TO_DAY}
   RETURNING 1
 ), hours AS (
   INSERT INTO rollup_hours (hour, org_id, state, runs)
   SELECT (SELECT date_trunc('hour', now) FROM c), org_id, state, count(*) FROM gone
   WHERE (SELECT count(*) FROM days) > 0
   GROUP BY org_id, state ORDER BY org_id, state
-  ON CONFLICT (hour, org_id, state) DO UPDATE SET runs = rollup_hours.runs + excluded.runs
+  {ADD_TO_HOUR}
 )
 UPDATE runs r SET state = g.state, reason = g.reason, detail = g.detail, available_at = g.available_at,
                   started_at = g.started_at, finished_at = (SELECT now FROM c), attempt = g.attempt,
@@ -294,18 +294,14 @@ JOIN attempts a ON a.run_id = e.id AND a.attempt = e.attempt
 WHERE a.fencing_token = e.fencing_token AND a.outcome = e.outcome AND a.worker_id = %s
 """
 
-DAYS = """
+DAYS = f"""
 INSERT INTO rollup_days (day, org_id, runs, attempts, handler_seconds)
-SELECT * FROM unnest(%s::date[], %s::uuid[], %s::bigint[], %s::bigint[], %s::bigint[])
-ON CONFLICT (day, org_id) DO UPDATE SET runs = rollup_days.runs + excluded.runs,
-  attempts = rollup_days.attempts + excluded.attempts,
-  handler_seconds = rollup_days.handler_seconds + excluded.handler_seconds
+SELECT * FROM unnest(%s::date[], %s::uuid[], %s::bigint[], %s::bigint[], %s::bigint[]) {ADD_TO_DAY}
 """
 
-HOURS = """
+HOURS = f"""
 INSERT INTO rollup_hours (hour, org_id, state, runs)
-SELECT * FROM unnest(%s::timestamptz[], %s::uuid[], %s::text[], %s::bigint[])
-ON CONFLICT (hour, org_id, state) DO UPDATE SET runs = rollup_hours.runs + excluded.runs
+SELECT * FROM unnest(%s::timestamptz[], %s::uuid[], %s::text[], %s::bigint[]) {ADD_TO_HOUR}
 """
 
 # The start deadline counts from the promotion. A row that is locked is left to the next sweep: the sums of

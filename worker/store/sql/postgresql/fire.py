@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 from worker.ids import DefinitionId, new_id
 from worker.model.runs.run import DueDefinition, NewRun, NewSkip, NextFire, StoredSkip, fold
 from worker.store.dialect import driver
-from worker.store.sql.contract import Fired, Specs, shared_spec, shares
+from worker.store.sql.contract import OF_LIVE_RUN, OF_RUN, Fired, Specs, shared_spec, shares
 from worker.store.sql.postgresql.arrays import (
     Columns,
     distinct,
@@ -59,7 +59,7 @@ CROSS JOIN LATERAL (SELECT * FROM definition_revisions r
 # What the runs of a template have in common comes once: a `kind`. `LIMIT 1` instead of EXISTS, which would
 # be hashed and so read all runs. `IS TRUE` makes PostgreSQL hash the live rows; a join would become a nested
 # loop. Only a serial run can conflict: all ids are new. Returns the runs that were not inserted, mostly none.
-INSERT = """
+INSERT = f"""
 WITH new AS (
   SELECT n.*, k.* FROM unnest(
     %s::uuid[], %s::uuid[], %s::uuid[], %s::uuid[], %s::integer[]
@@ -84,20 +84,13 @@ WITH new AS (
            SELECT r.id FROM runs r
            WHERE r.backfill_id = n.backfill_id AND r.scheduled_for = n.scheduled_for LIMIT 1) IS NULL)
 ), live AS (
-  INSERT INTO live_runs (id, org_id, definition_id, revision, handler, variant_handlers, isolation, origin,
-                         scheduled_for, idempotency_key, params, backfill_id, max_concurrent, priority,
-                         serial, available_at, start_by, pool, state, reason)
-  SELECT id, org_id, definition_id, revision, handler, variant_handlers, isolation, origin,
-         scheduled_for, idempotency_key, params, backfill_id, max_concurrent, priority,
-         serial, available_at, start_by, pool, 'waiting', 'due'
-  FROM fresh ORDER BY place
+  INSERT INTO live_runs ({OF_LIVE_RUN}, state, reason)
+  SELECT {OF_LIVE_RUN}, 'waiting', 'due' FROM fresh ORDER BY place
   ON CONFLICT (definition_id) WHERE serial AND state IN ('waiting', 'running', 'parked') DO NOTHING
   RETURNING id
 ), run AS (
-  INSERT INTO runs (id, org_id, definition_id, revision, handler, origin, scheduled_for, created_at,
-                    created_by, request_key, backfill_id, retry_of, idempotency_key, params, pool)
-  SELECT id, org_id, definition_id, revision, handler, origin, scheduled_for, clock_timestamp(),
-         created_by, request_key, backfill_id, retry_of, idempotency_key, params, pool
+  INSERT INTO runs ({OF_RUN}, created_at)
+  SELECT {OF_RUN}, clock_timestamp()
   FROM fresh WHERE (id IN (SELECT id FROM live)) IS TRUE ORDER BY place
 )
 SELECT i.id, i.id IN (SELECT id FROM fresh) FROM unnest((SELECT %s::uuid[])) AS i(id)

@@ -15,6 +15,8 @@ from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import AdmittedRun, LogLine
 from worker.store.dialect import compact_json, driver, file_now
 from worker.store.sql.contract import (
+    ADD_TO_DAY,
+    ADD_TO_HOUR,
     Ending,
     LockedRun,
     OpenWaits,
@@ -75,23 +77,20 @@ FROM {rows} WHERE live_runs.id = column1
 """
 
 ATTEMPTS = """
-INSERT INTO attempts (worker_id, run_id, attempt, org_id, fencing_token, handler, started_at,
-                      token_ready_at, handler_started_at, ended_at, outcome, error, error_cause, claims,
-                      flags, jti, claims_hash, peak_memory)
+INSERT INTO attempts (worker_id, run_id, attempt, org_id, fencing_token, handler, token_ready_at,
+                      handler_started_at, ended_at, outcome, error, error_cause, claims, flags, jti,
+                      claims_hash, peak_memory, started_at)
 SELECT ?, * FROM {rows} WHERE column1 IS NOT NULL
 """
 
-DAYS = """
+DAYS = f"""
 INSERT INTO rollup_days (day, org_id, runs, attempts, handler_seconds)
-SELECT * FROM {rows} WHERE column1 IS NOT NULL
-ON CONFLICT (day, org_id) DO UPDATE SET runs = runs + excluded.runs,
-   attempts = attempts + excluded.attempts, handler_seconds = handler_seconds + excluded.handler_seconds
+SELECT * FROM {{rows}} WHERE column1 IS NOT NULL {ADD_TO_DAY}
 """
 
-HOURS = """
+HOURS = f"""
 INSERT INTO rollup_hours (hour, org_id, state, runs)
-SELECT * FROM {rows} WHERE column1 IS NOT NULL
-ON CONFLICT (hour, org_id, state) DO UPDATE SET runs = runs + excluded.runs
+SELECT * FROM {{rows}} WHERE column1 IS NOT NULL {ADD_TO_HOUR}
 """
 
 STATE = """
@@ -115,11 +114,9 @@ UPDATE live_runs SET state = 'waiting', reason = 'due', available_at = ?, start_
 """
 
 
-# Of an `Ending`: the columns of `ATTEMPTS` before and after `started_at`, and those of `STATE`.
-BEGUN = Rows(
-    (None, "attempt.run_id attempt.attempt attempt.org_id attempt.fencing_token attempt.trail.handler")
-)
+# Of an `Ending`: the columns of `ATTEMPTS` before `started_at`, and those of `STATE`.
 ENDED = Rows(
+    (None, "attempt.run_id attempt.attempt attempt.org_id attempt.fencing_token attempt.trail.handler"),
     (instant, "attempt.trail.token_ready_at attempt.trail.handler_started_at ended_at"),
     (None, "attempt.outcome"),
     (json_text, "attempt.error"),
@@ -155,8 +152,7 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
         in_one_step(cursor, PARK, parts)
     later = [(ending, now + (ending.attempt.available_after or timedelta())) for ending in waiting]
     in_one_step(cursor, WAIT, [_waiting(ending, at) for ending, at in later])
-    attempts = zip(BEGUN.of(endings), ENDED.of(endings), strict=True)
-    written = [(*begun, rows[begun[0]][3], *how) for begun, how in attempts]
+    written = [(*ended, rows[ended[0]][3]) for ended in ENDED.of(endings)]
     in_one_step(cursor, ATTEMPTS, written, first=(worker_id,))
     changed = [ending for ending in final if ending.attempt.definition_state is not None]
     changed = [ending for ending in changed if ending.state == "succeeded"]

@@ -12,7 +12,7 @@ from worker.clock import from_text
 from worker.ids import DefinitionId, new_id
 from worker.model.runs.run import DueDefinition, NewRun, NewSkip, NextFire, StoredSkip, fold
 from worker.store.dialect import driver, file_now
-from worker.store.sql.contract import Fired, Specs, shared_spec, shares
+from worker.store.sql.contract import OF_LIVE_RUN, OF_RUN, Fired, Specs, shared_spec, shares
 from worker.store.sql.sqlite.values import Rows, instant, json_list, json_text
 
 OLDEST = """
@@ -27,17 +27,13 @@ NEWEST = OLDEST.replace("ORDER BY next_fire_at LIMIT", "ORDER BY next_fire_at DE
 
 SPEC = "SELECT spec FROM definition_revisions WHERE definition_id = ? AND revision = ?"
 
-RUN = """
-INSERT INTO runs (id, org_id, definition_id, revision, handler, origin, scheduled_for, created_at,
-                  created_by, request_key, backfill_id, retry_of, idempotency_key, params, pool)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+RUN = f"""
+INSERT INTO runs ({OF_RUN}, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT DO NOTHING
 """
 
-LIVE = """
-INSERT INTO live_runs (id, org_id, definition_id, revision, handler, variant_handlers, isolation, origin,
-                       scheduled_for, idempotency_key, params, backfill_id, max_concurrent, priority,
-                       serial, available_at, start_by, pool, state, reason)
+LIVE = f"""
+INSERT INTO live_runs ({OF_LIVE_RUN}, state, reason)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'waiting', 'due')
 ON CONFLICT DO NOTHING
 """
@@ -74,9 +70,10 @@ def _list(values: Sequence[str]) -> str | None:
     return json_text(values or None)
 
 
-# Of a `NewRun`: the columns of `RUN` before and after `created_at`, and those of `LIVE`.
-MADE = Rows((None, "id org_id definition_id revision handler origin"), (instant, "scheduled_for"))
-MADE_BY = Rows(
+# Of a `NewRun`: the columns of `RUN` before `created_at`, and those of `LIVE`.
+RUNS = Rows(
+    (None, "id org_id definition_id revision handler origin"),
+    (instant, "scheduled_for"),
     (None, "created_by request_key backfill_id retry_of idempotency_key"),
     (json_text, "params"),
     (None, "pool"),
@@ -137,8 +134,7 @@ def _insert(cursor: Any, runs: Sequence[NewRun], now: datetime) -> tuple[list[Ne
     if not runs:
         return [], []
     at = instant(now)
-    rows = zip(MADE.of(runs), MADE_BY.of(runs), strict=True)
-    cursor.executemany(RUN, [(*made, at, *by) for made, by in rows])
+    cursor.executemany(RUN, [(*row, at) for row in RUNS.of(runs)])
     made = cursor.rowcount
     if made == len(runs):
         new = list(runs)
