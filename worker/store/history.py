@@ -128,10 +128,8 @@ _NEAR = 100
 def revision_at(connection: Connection, definition_id: DefinitionId, at: datetime) -> Row | None:
     """The revision in force at a time: the last one made by then, else the first."""
     made = select(_revisions).where(_revisions.c.definition_id == definition_id)
-    last = made.where(_revisions.c.at <= at).order_by(_revisions.c.revision.desc()).limit(1)
-    first = made.order_by(_revisions.c.revision).limit(1)
-    row = connection.execute(last).mappings().first() or connection.execute(first).mappings().first()
-    return None if row is None else dict(row)
+    last = made.where(_revisions.c.at <= at).order_by(_revisions.c.revision.desc())
+    return first_row(connection, last) or first_row(connection, made.order_by(_revisions.c.revision))
 
 
 def run_of(connection: Connection, org_id: OrgId, definition_id: DefinitionId, at: datetime) -> RunId | None:

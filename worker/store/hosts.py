@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -31,7 +30,7 @@ from worker.errors import TooManyRequests
 from worker.ids import RunId, WorkerId
 from worker.model.runs.hosts import SLOTS, HostCaller, PoolLoad
 from worker.model.runs.run import AdmittedRun, Isolation
-from worker.store import health, host_handlers, tables
+from worker.store import health, host_handlers, placements, tables
 from worker.store.dialect import Row, all_rows, database_now, first_row, is_postgresql
 from worker.store.workers import register
 
@@ -42,8 +41,6 @@ _hosts = tables.hosts
 _workers = tables.workers
 _live = tables.live_runs
 _SHOWN = ("id", "name", "pool", "created_at", "created_by", "seen_at")
-# Fields of an admitted run that are columns of the same name.
-_RUN = [key.name for key in fields(AdmittedRun)]
 # Incarnations that a host may start within a minute, and that may hold a lease at a time.
 MAX_BEGUN = 60
 MAX_ALIVE = 500
@@ -134,7 +131,7 @@ def owned(connection: Connection, worker_id: WorkerId, fences: Mapping[RunId, in
     if not fences:
         return []
     rows = connection.execute(
-        select(*(_live.c[name] for name in _RUN)).where(
+        select(*placements.ADMITTED).where(
             tuple_(_live.c.id, _live.c.fencing_token).in_(sorted(fences.items())),
             _live.c.worker_id == worker_id,
             _live.c.state == "running",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -27,14 +28,8 @@ _live, _placements, _workers = tables.live_runs, tables.placements, tables.worke
 MARKED = 500
 # Of a stored run: what its current attempt has.
 _OF_ATTEMPT = ["org_id", "definition_id", "fencing_token", "attempt", "started_at", "failures", "recoveries"]
-_ADMITTED = tuple(
-    _live.c[name]
-    for name in (
-        *("id", "org_id", "definition_id", "revision", "handler", "isolation", "origin", "scheduled_for"),
-        *("available_at", "start_by", "started_at", "attempt", "failures", "recoveries", "fencing_token"),
-        *("idempotency_key", "params", "pool"),
-    )
-)
+# The fields of an admitted run.
+ADMITTED = tuple(_live.c[field.name] for field in fields(AdmittedRun))
 
 
 def room_of(connection: Connection, pool: str) -> PoolRoom:
@@ -122,7 +117,7 @@ def take(
     if connection.execute(used).rowcount != 1:
         return None
     connection.execute(update(_live).where(_live.c.id == run_id).values(worker_id=host, started_at=now))
-    return AdmittedRun(*connection.execute(select(*_ADMITTED).where(_live.c.id == run_id)).one())
+    return AdmittedRun(*connection.execute(select(*ADMITTED).where(_live.c.id == run_id)).one())
 
 
 def withdraw(
