@@ -285,12 +285,18 @@ def in_order(steps: Iterable[RunStep]) -> list[RunStep]:
     return sorted(steps, key=lambda step: (step.run.id, step.step.seq))
 
 
-# Of a `NewRun` in `runs`, besides `created_at`, and in `live_runs`, besides its state.
+# Columns of a `NewRun` in `runs`, besides `created_at`, and in `live_runs`, besides its state; of an attempt,
+# and of a step.
 OF_RUN = """id, org_id, definition_id, revision, handler, origin, scheduled_for, created_by, request_key,
   backfill_id, retry_of, idempotency_key, params, pool"""
 OF_LIVE_RUN = """id, org_id, definition_id, revision, handler, variant_handlers, isolation, origin,
   scheduled_for, idempotency_key, params, backfill_id, max_concurrent, priority, serial, available_at,
   start_by, pool"""
+
+OF_ATTEMPT = """run_id, attempt, org_id, worker_id, fencing_token, handler, started_at, token_ready_at,
+  handler_started_at, ended_at, outcome, error, error_cause, claims, flags, jti, claims_hash, peak_memory"""
+OF_STEP = """run_id, org_id, fencing_token, attempt, handler, seq, name, key, occurrence, started_at,
+  ended_at, size, result"""
 
 # The ends of statements that add to the sums.
 ADD_TO_DAY = """ON CONFLICT (day, org_id) DO UPDATE SET runs = rollup_days.runs + excluded.runs,

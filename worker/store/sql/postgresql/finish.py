@@ -17,6 +17,7 @@ from worker.store.dialect import driver
 from worker.store.sql.contract import (
     ADD_TO_DAY,
     ADD_TO_HOUR,
+    OF_ATTEMPT,
     Ending,
     LockedRun,
     OpenWaits,
@@ -118,9 +119,7 @@ TOKENS = """
 """.strip()
 
 ATTEMPTS = f"""
-INSERT INTO attempts (run_id, attempt, org_id, worker_id, fencing_token, handler, started_at, token_ready_at,
-                      handler_started_at, ended_at, outcome, error, error_cause, claims, flags, jti,
-                      claims_hash, peak_memory)
+INSERT INTO attempts ({OF_ATTEMPT})
 SELECT a.run_id, a.attempt, a.org_id, %s, a.fencing_token, a.handler, a.started_at, a.token_ready_at,
        a.handler_started_at, a.ended_at, a.outcome, a.error::jsonb, a.error_cause, s.claims, s.flags, s.jti,
        s.claims_hash, a.peak_memory
@@ -236,9 +235,7 @@ WITH c AS MATERIALIZED (SELECT clock_timestamp() AS now
   FROM deleted l FULL JOIN e ON e.id = l.id AND e.fencing_token = l.fencing_token
   WHERE CASE WHEN l.id IS NULL THEN false ELSE true END
 ), written AS (
-  INSERT INTO attempts (run_id, attempt, org_id, worker_id, fencing_token, handler, started_at,
-                        token_ready_at, handler_started_at, ended_at, outcome, error, error_cause, claims,
-                        flags, jti, claims_hash, peak_memory)
+  INSERT INTO attempts ({OF_ATTEMPT})
   SELECT g.id, g.attempt, g.org_id, g.worker_id, g.fencing_token, g.handler, g.started_at, g.token_ready_at,
          g.handler_started_at, g.ended_at, g.outcome, g.error, g.error_cause, s.claims, s.flags, s.jti,
          s.claims_hash, g.peak_memory

@@ -10,20 +10,19 @@ from worker.ids import RunId
 from worker.model.runs.run import RunStep
 from worker.model.runs.waits import MAX_WAITS, NewWait, WaitState, options_text
 from worker.store.dialect import driver
-from worker.store.sql.contract import in_order
+from worker.store.sql.contract import OF_STEP, in_order
 from worker.store.sql.postgresql.arrays import Columns, instants, numbers, texts, uuids
 
 # The rows of the runs are locked in the order of ids until the steps are durable: no other worker takes over.
 # `state NOT IN` as in `finish`. A step that is stored already is of this attempt: a place is used once.
-STORE = """
+STORE = f"""
 WITH e AS MATERIALIZED (
   SELECT * FROM unnest((SELECT %s::uuid[]), (SELECT %s::uuid[]), (SELECT %s::bigint[]),
                        (SELECT %s::integer[]), (SELECT %s::text[]), (SELECT %s::integer[]),
                        (SELECT %s::text[]), (SELECT %s::text[]), (SELECT %s::integer[]),
                        (SELECT %s::timestamptz[]), (SELECT %s::timestamptz[]), (SELECT %s::integer[]),
                        (SELECT %s::text[]))
-    AS e(run_id, org_id, fencing_token, attempt, handler, seq, name, key, occurrence, started_at, ended_at,
-         size, result)
+    AS e({OF_STEP})
 ), ours AS MATERIALIZED (
   SELECT id, fencing_token, recoveries FROM live_runs
   WHERE id = ANY(ARRAY(SELECT run_id FROM e)) AND state NOT IN ('waiting', 'held', 'parked')
@@ -33,8 +32,7 @@ WITH e AS MATERIALIZED (
   WHERE l.id = ours.id AND ours.recoveries > 0
     AND EXISTS (SELECT 1 FROM e WHERE e.run_id = ours.id AND e.fencing_token = ours.fencing_token)
 ), stored AS (
-  INSERT INTO steps (run_id, org_id, fencing_token, attempt, handler, seq, name, key, occurrence, started_at,
-                     ended_at, size, result)
+  INSERT INTO steps ({OF_STEP})
   SELECT e.run_id, e.org_id, e.fencing_token, e.attempt, e.handler, e.seq, e.name, e.key, e.occurrence,
          e.started_at, e.ended_at, e.size, e.result::json
   FROM e JOIN ours ON ours.id = e.run_id AND ours.fencing_token = e.fencing_token

@@ -13,7 +13,7 @@ from worker.ids import RunId
 from worker.model.runs.run import RunStep
 from worker.model.runs.waits import MAX_WAITS, NewWait, WaitState, is_option, options_text
 from worker.store.dialect import driver, file_now
-from worker.store.sql.contract import in_order
+from worker.store.sql.contract import OF_STEP, in_order
 from worker.store.sql.sqlite.values import Rows, in_one_answer, in_one_step, instant, json_list
 
 # One row for the whole batch: see `values`.
@@ -26,11 +26,7 @@ WHERE l.state = 'running'
 MOVED = "UPDATE live_runs SET recoveries = 0 WHERE id IN {rows}"
 
 # A step that is stored already was stored by this attempt: places are not used twice.
-STORE = """
-INSERT OR IGNORE INTO steps (run_id, org_id, fencing_token, attempt, handler, seq, name, key, occurrence,
-                             started_at, ended_at, size, result)
-SELECT * FROM {rows} WHERE column1 IS NOT NULL
-"""
+STORE = f"INSERT OR IGNORE INTO steps ({OF_STEP}) SELECT * FROM {{rows}} WHERE column1 IS NOT NULL"
 
 
 # Of a `RunStep`.
