@@ -174,7 +174,8 @@ def levels(connection: Connection, budgets: Iterable[OrgBudget], run_id: RunId |
     counters = {counter for budget in listed if (counter := budget.counter) is not None}
     used = read_counters(connection, counters)
     missing = counters - used.keys()
-    used |= {counter: _spent_since(connection, counter) for counter in missing}
+    # What an org spent since the start of a period that has no counter yet.
+    used |= {counter: int(connection.execute(_since(counter)).scalar_one()) for counter in missing}
     found = []
     for budget in listed:
         if budget.counter is not None:
@@ -204,12 +205,8 @@ def spent_by(connection: Connection, run_id: RunId, meter: str) -> int:
     return int(connection.execute(query).scalar_one())
 
 
-def _spent_since(connection: Connection, counter: Counter) -> int:
-    """What an org spent since the start of a period that has no counter yet."""
-    return int(connection.execute(_since(counter)).scalar_one())
-
-
 def _since(counter: Counter) -> Any:
+    """A query of all spends of a counter's period."""
     org_id, meter, _, start = counter
     return select(func.coalesce(func.sum(_spends.c.amount), 0)).where(
         _spends.c.org_id == org_id, _spends.c.meter == meter, _spends.c.at >= start

@@ -13,6 +13,7 @@ from sqlalchemy import (
     Connection,
     FromClause,
     Select,
+    Subquery,
     bindparam,
     func,
     select,
@@ -32,6 +33,8 @@ _schedule = tables.schedule
 _orgs = tables.orgs
 _runs = tables.runs
 _skips = tables.skips
+# Open definitions that are looked at, the newest ones.
+NEWEST = 10_000
 
 
 class Names(NamedTuple):
@@ -95,6 +98,17 @@ def last_failed(connection: Connection, org_id: OrgId, definition_id: Definition
 def in_force(of: FromClause) -> ColumnElement[bool]:
     """The condition that a row of `definition_revisions` is the one in force of a definition's row."""
     return (_revisions.c.definition_id == of.c.id) & (_revisions.c.revision == of.c.revision)
+
+
+def newest_open(scope: Scope) -> Subquery:
+    """The newest `NEWEST` open definitions: id, org_id, name, revision, template_id."""
+    return (
+        select(*(_definitions.c[name] for name in ("id", "org_id", "name", "revision", "template_id")))
+        .where(_definitions.c.closed_at.is_(None), *in_scope(_definitions.c.org_id, scope))
+        .order_by(_definitions.c.id.desc())
+        .limit(NEWEST)
+        .subquery()
+    )
 
 
 def _query() -> Select[Any]:

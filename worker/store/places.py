@@ -11,11 +11,11 @@ from sqlalchemy import Connection, func, select
 
 from worker.ids import AllOrgs, Scope
 from worker.store import catalogue, tables
-from worker.store.definitions import in_force
-from worker.store.dialect import Row, all_rows, chunks, in_scope
+from worker.store.definitions import in_force, newest_open
+from worker.store.dialect import Row, all_rows, chunks
 
 _handlers, _orgs, _approvals = tables.host_handlers, tables.orgs, tables.pool_approvals
-_definitions, _revisions = tables.definitions, tables.definition_revisions
+_revisions = tables.definition_revisions
 # Declarations of one handler in one pool that are looked at, the newest.
 DECLARATIONS = 20
 # Broken handlers that are counted.
@@ -27,8 +27,6 @@ NAMES = 500
 PAGE = 1_000
 # More approvals, and handlers, than any installation has.
 MAX_ROWS = 10_000
-# Open definitions that are looked at, the newest ones.
-DEFINITIONS = 10_000
 
 
 def declared_in(connection: Connection, name: str, pool: str) -> list[Row]:
@@ -81,13 +79,7 @@ def uses(connection: Connection, scope: Scope, handlers: Collection[str]) -> lis
     """
     handler, pool = (_revisions.c.spec[key].as_string() for key in ("handler", "pool"))
     place = func.coalesce(func.nullif(pool, ""), _orgs.c.pool).label("pool")
-    newest = (
-        select(*(_definitions.c[name] for name in ("id", "org_id", "name", "revision", "template_id")))
-        .where(_definitions.c.closed_at.is_(None), *in_scope(_definitions.c.org_id, scope))
-        .order_by(_definitions.c.id.desc())
-        .limit(DEFINITIONS)
-        .subquery()
-    )
+    newest = newest_open(scope)
     own = (newest.c.name, newest.c.template_id, handler.label("handler"), _revisions.c.spec)
     query = (
         select(_orgs.c.code.label("org"), place, *own)
@@ -97,12 +89,11 @@ def uses(connection: Connection, scope: Scope, handlers: Collection[str]) -> lis
         .where(_orgs.c.state != "removed")
         .order_by(newest.c.id.desc())
     )
-    found = (
+    return [
         row
         for part in chunks(sorted(handlers))
         for row in all_rows(connection, query.where(handler.in_(part)))
-    )
-    return list(found)
+    ]
 
 
 def only_of_hosts(connection: Connection) -> set[str]:

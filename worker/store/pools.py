@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 
 from sqlalchemy import ColumnElement, Connection, delete, func, literal_column, select
 
+from worker.ids import ALL_ORGS
 from worker.model.claims import Rules
 from worker.model.definitions.pools import pool_of
 from worker.model.runs.run import Declared
 from worker.store import catalogue, health, tables
-from worker.store.definitions import in_force
+from worker.store.definitions import in_force, newest_open
 from worker.store.dialect import Row, all_rows, database_now, first_row, upsert
 
 _pools, _live, _workers, _hosts = tables.pools, tables.live_runs, tables.workers, tables.hosts
-_definitions, _revisions, _orgs = tables.definitions, tables.definition_revisions, tables.orgs
+_revisions, _orgs = tables.definition_revisions, tables.orgs
 _REPLACED = ("requires", "changed_at", "changed_by")
 # Runs that are counted for the metric, and for people: of more, the numbers are too low.
 MAX_COUNTED = 100_000
@@ -23,8 +24,6 @@ SHOWN = 10_000
 # Pools, and workers and hosts that serve them: more than any installation has.
 NAMES = 1_000
 SERVING = 10_000
-# Open definitions that are looked at, the newest ones.
-DEFINITIONS = 10_000
 
 
 def rules(connection: Connection) -> Rules:
@@ -83,13 +82,7 @@ def _count(connection: Connection, most: int, *which: ColumnElement[bool]) -> di
 def of_definitions(connection: Connection) -> dict[str, str]:
     """The pools of open definitions of active orgs, each with one of these orgs."""
     pool, handler = (_revisions.c.spec[name].as_string() for name in ("pool", "handler"))
-    newest = (
-        select(_definitions.c.id, _definitions.c.org_id, _definitions.c.revision)
-        .where(_definitions.c.closed_at.is_(None))
-        .order_by(_definitions.c.id.desc())
-        .limit(DEFINITIONS)
-        .subquery()
-    )
+    newest = newest_open(ALL_ORGS)
     query = (
         select(_orgs.c.code, pool, handler, _orgs.c.pool)
         .select_from(newest)
