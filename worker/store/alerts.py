@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, lite
 
 from worker.store import tables
 from worker.store.bulk import rows_among
-from worker.store.dialect import Instant, database_now, insert_into
+from worker.store.dialect import Instant, database_now, insert_into, upsert
 from worker.store.health import oldest_unfired
 from worker.telemetry.alerts import MAX_OPEN, Alert, Kind, Status, Strike
 
@@ -101,11 +101,7 @@ def note(connection: Connection, strikes: Sequence[Strike]) -> None:
         for subject, at in subjects(strike).items()
     ]
     if rows:
-        struck = insert_into(connection, _strikes)
-        again = {"struck_at": struck.excluded.struck_at, "well": False}
-        connection.execute(
-            struck.on_conflict_do_update(index_elements=["cause", "subject_id"], set_=again), rows
-        )
+        connection.execute(upsert(connection, _strikes, ("cause", "subject_id"), ("struck_at", "well")), rows)
 
 
 def is_any(connection: Connection) -> bool:

@@ -28,6 +28,7 @@ _runs = tables.runs
 _skips = tables.skips
 _revisions = tables.definition_revisions
 _audit = tables.audit
+_NO_TOKEN = (_live.c.state == "waiting", _live.c.reason == "no_token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +56,7 @@ def others_that_failed(
 
 def others_without_token(connection: Connection, org_id: OrgId) -> Others:
     """Other orgs with a run that waits for a token now."""
-    return _others(
-        connection,
-        select(_live.c.org_id).where(
-            _live.c.state == "waiting", _live.c.reason == "no_token", _live.c.org_id != org_id
-        ),
-    )
+    return _others(connection, select(_live.c.org_id).where(*_NO_TOKEN, _live.c.org_id != org_id))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +89,7 @@ def around(connection: Connection, org_id: OrgId, run_id: RunId) -> Around:
 
 def without_token_since(connection: Connection, org_id: OrgId) -> datetime | None:
     """When the first of the org's runs that wait for a token ended its first attempt without one."""
-    waiting = select(_live.c.id).where(
-        _live.c.state == "waiting", _live.c.reason == "no_token", _live.c.org_id == org_id
-    )
+    waiting = select(_live.c.id).where(*_NO_TOKEN, _live.c.org_id == org_id)
     query = select(func.min(_attempts.c.ended_at)).where(
         _attempts.c.run_id.in_(waiting.limit(NEIGHBOURS).subquery().select()),
         _attempts.c.outcome == "no_token",

@@ -10,7 +10,8 @@ from sqlalchemy import Connection, delete, select
 from worker.ids import DefinitionId, OrgId
 from worker.model.runs.run import AdmittedRun, LoadedState
 from worker.store import tables
-from worker.store.dialect import Row, first_row, insert_into, is_postgresql
+from worker.store.bulk import insert_many
+from worker.store.dialect import Row, first_row, is_postgresql
 
 _states = tables.definition_states
 _definitions = tables.definitions
@@ -62,14 +63,8 @@ def put(
 ) -> None:
     """Set the state of a locked definition."""
     values = {"data": data, "updated_at": at, "updated_by": by, "run_id": None}
-    statement = insert_into(connection, _states).values(
-        definition_id=definition_id, org_id=org_id, version=1, **values
-    )
-    connection.execute(
-        statement.on_conflict_do_update(
-            index_elements=["definition_id"], set_={**values, "version": _states.c.version + 1}
-        )
-    )
+    row = {"definition_id": definition_id, "org_id": org_id, "version": 1, **values}
+    insert_many(connection, _states, [row], key=["definition_id"], replaced=tuple(values), counted="version")
 
 
 def clear(connection: Connection, org_id: OrgId, definition_id: DefinitionId | None = None) -> int:
