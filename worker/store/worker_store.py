@@ -283,10 +283,6 @@ class WorkerStore:
         if len(self._limits_of) > LIMITS_KEPT:
             self._limits_of.popitem(last=False)
 
-    async def budgets_of(self, run: AdmittedRun) -> spending.RunBudgets:
-        """The budgets of a run's org now."""
-        return await self.database.call_autocommit(spending.states_of, run)
-
     async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> spending.RunBudgets | None:
         """Count a spend, fenced, once for each key; None if the run is no longer ours."""
         found = await self.database.call(spending.spend, run, meter, amount, key)
@@ -316,6 +312,7 @@ class WorkerStore:
             )
         )
 
+    budgets_of = in_autocommit(spending.states_of)
     load_progress = in_autocommit(load_progress)
     load_steps = in_autocommit(steps.load_steps)
     step_totals = in_autocommit(steps.step_totals)
