@@ -13,7 +13,7 @@ from worker.clock import Clock
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import Offered
 from worker.ids import RunId, WorkerId, new_id
-from worker.model.runs.hosts import Fence, HostCaller, Placed, PoolRoom, Ticket
+from worker.model.runs.hosts import Fence, HostCaller, Placed, PoolRoom
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import AdmittedRun, Isolation, OwnedRun
 from worker.store import host_grants, host_handlers, hosts, placements, workers
@@ -50,6 +50,7 @@ class HostStore:
     pool_load = in_autocommit(hosts.load)
     unregister = in_transaction(workers.unregister)
     hand_back = in_transaction(workers.hand_back)
+    take_ticket = in_transaction(placements.take)
 
     async def begin(
         self, caller: HostCaller, *, capacity: Mapping[str, int], host: str, pid: int, version: str
@@ -103,11 +104,6 @@ class HostStore:
         if walk is None:
             walk = self._walks[worker] = RingWalk(self.database, worker, pools=(pool,))
         return await self._store.admit_by(walk, offered, free)
-
-    async def take_ticket(self, worker: WorkerId, ticket: Ticket) -> AdmittedRun | None:
-        """Move a placed run to an incarnation; None if the ticket is not valid for it."""
-        fence = ticket.run_id, ticket.fencing_token
-        return await self.database.call(placements.take, worker, *fence, ticket.sha256)
 
     async def finish(self, worker: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]:
         """Write ended attempts of an incarnation; returns the runs whose attempt is stored as given."""

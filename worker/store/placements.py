@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import Connection, case, delete, func, select, tuple_, update
 
 from worker.ids import RunId, WorkerId
-from worker.model.runs.hosts import Fence, Placed, Placement, PoolRoom
+from worker.model.runs.hosts import Fence, Placed, Placement, PoolRoom, Ticket
 from worker.model.runs.outcome import EndedAttempt, Trail
 from worker.model.runs.run import AdmittedRun, Isolation
 from worker.store import host_grants, tables
@@ -90,9 +90,7 @@ def place(connection: Connection, worker_id: WorkerId, pool: str, tickets: Mappi
     return {(row.id, row.fencing_token) for row in ours}
 
 
-def take(
-    connection: Connection, host: WorkerId, run_id: RunId, fencing_token: int, ticket_sha256: str
-) -> AdmittedRun | None:
+def take(connection: Connection, host: WorkerId, ticket: Ticket) -> AdmittedRun | None:
     """Move a placed run to a host's incarnation; its timeout starts now.
 
     None, and nothing changes, if the ticket is not valid (any more), or if the incarnation has lost its lease
@@ -100,24 +98,25 @@ def take(
     """
     # By the primary key: a condition on the state could choose one of the other indexes.
     query = select(_live.c.state, _live.c.worker_id, _live.c.fencing_token, _live.c.pool)
-    run = connection.execute(query.where(_live.c.id == run_id).with_for_update()).one_or_none()
-    if run is None or run.state != "running" or run.fencing_token != fencing_token:
+    mine = _live.c.id == ticket.run_id
+    run = connection.execute(query.where(mine).with_for_update()).one_or_none()
+    if run is None or run.state != "running" or run.fencing_token != ticket.fencing_token:
         return None
     now = database_now(connection)
-    mine = (_workers.c.id == host, holds_lease(now))
-    pools = connection.execute(select(_workers.c.pools).where(*mine)).scalar()
+    alive = (_workers.c.id == host, holds_lease(now))
+    pools = connection.execute(select(_workers.c.pools).where(*alive)).scalar()
     if pools is None or run.pool not in pools:
         return None
     used = delete(_placements).where(
-        _placements.c.run_id == run_id,
-        _placements.c.fencing_token == fencing_token,
+        _placements.c.run_id == ticket.run_id,
+        _placements.c.fencing_token == ticket.fencing_token,
         _placements.c.worker_id == run.worker_id,
-        _placements.c.ticket_sha256 == ticket_sha256,
+        _placements.c.ticket_sha256 == ticket.sha256,
     )
     if connection.execute(used).rowcount != 1:
         return None
-    connection.execute(update(_live).where(_live.c.id == run_id).values(worker_id=host, started_at=now))
-    return AdmittedRun(*connection.execute(select(*ADMITTED).where(_live.c.id == run_id)).one())
+    connection.execute(update(_live).where(mine).values(worker_id=host, started_at=now))
+    return AdmittedRun(*connection.execute(select(*ADMITTED).where(mine)).one())
 
 
 def withdraw(

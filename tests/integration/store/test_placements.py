@@ -73,7 +73,7 @@ class Pool:
 
     def take(self, host: WorkerId, ticket: Ticket) -> AdmittedRun | None:
         with self.stock.database.transaction() as connection:
-            return placements.take(connection, host, ticket.run_id, ticket.fencing_token, ticket.sha256)
+            return placements.take(connection, host, ticket)
 
     def withdraw(self, run: AdmittedRun, worker: WorkerId | None = None) -> set[tuple[RunId, int]]:
         with self.stock.database.transaction() as connection:
