@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from worker.store import roles, tables
-from worker.store.tables import runs as tables_of_runs
+from worker.store.tables.runs import table
 
 STORE = Path(__file__).parents[3] / "worker" / "store"
 ORG_DATA = frozenset({*roles.ORG_DATA, "run_ends"})
@@ -148,8 +148,8 @@ def test_a_call_that_takes_neither_is_found():
 def test_a_table_names_who_reads_it():
     """There is no default: a new table is neither open nor closed by oversight."""
     with pytest.raises(TypeError, match="readers"):
-        tables_of_runs.table("notes", "What people noted.")  # type: ignore[call-arg]
+        table("notes", "What people noted.")  # type: ignore[call-arg]
 
-    assert {table.info["readers"] for table in tables.metadata.sorted_tables} == {"orgs", "operators"}
+    assert {each.info["readers"] for each in tables.metadata.sorted_tables} == {"orgs", "operators"}
     assert tables.metadata.tables["org_secrets"].info["readers"] == "orgs"
     assert tables.metadata.tables["calendars"].info["readers"] == "operators"
