@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from worker.bounded import remember
 from worker.engine.attempt.answers import admitted, answer
@@ -24,7 +24,7 @@ from worker.errors import AccessDenied, LeaseLost, TokenError, TokenRefused, Una
 from worker.features.hosts import wire
 from worker.features.hosts.delivery import HostTools, Key
 from worker.features.hosts.hosted_runs import HostedRuns
-from worker.features.hosts.sent import END, LINE, PROGRESS, LineRow, LogSizes, calls_of
+from worker.features.hosts.sent import END, LINE, PROGRESS, LineRow, calls_of
 from worker.features.hosts.wire import Malformed, Registered, TemporalPlace
 from worker.handlers import calls
 from worker.handlers.calls import NotACall, StoreStep
@@ -32,7 +32,8 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.json_text import clean
 from worker.ids import WorkerId
 from worker.model.runs.hosts import SLOTS, HostCaller, TooManyHandlers
-from worker.model.runs.run import AdmittedRun, LogLine, OwnedRun, RunStep
+from worker.model.runs.run import AdmittedRun, LogLine, OwnedRun
+from worker.store.worker_store import WorkerStore
 from worker.telemetry.events import emit
 from worker.telemetry.mask_in_turn import mask_each
 
@@ -45,13 +46,6 @@ IDLE = 600.0
 NOT_A_HOST = "hosts need a token of `python -m worker hosts add` that was not removed"
 
 
-class HostLogStore(LogSizes, Protocol):
-    """The writes that need no answer for each row."""
-
-    async def append_logs(self, rows: Sequence[LogLine]) -> None: ...
-    async def store_steps(self, rows: Sequence[RunStep]) -> set[Key]: ...
-
-
 @dataclass(eq=False, repr=False)
 class AttemptApi:
     """Answers hosts, for one incarnation of a worker. Durations are in seconds.
@@ -61,7 +55,7 @@ class AttemptApi:
     """
 
     shared: HostTools
-    rows: HostLogStore
+    rows: WorkerStore
     lease: float
     renew_every: float
     poll: float

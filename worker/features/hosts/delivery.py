@@ -24,14 +24,14 @@ from worker.errors import Busy, LeaseLost, Unavailable
 from worker.features.hosts import wire
 from worker.features.hosts.sharing import Sharing
 from worker.features.hosts.wire import Taken
-from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import Offered
 from worker.handlers.parts import trusted
 from worker.ids import RunId, WorkerId
 from worker.model.definitions.definition import Definition
-from worker.model.runs.hosts import HostCaller, PoolLoad, Ticket
+from worker.model.runs.hosts import Ticket
 from worker.model.runs.outcome import EndedAttempt, Outcome, Trail
-from worker.model.runs.run import AdmittedRun, Isolation, OwnedRun
+from worker.model.runs.run import AdmittedRun, Isolation
+from worker.store.host_store import HostStore
 
 # Seconds for which the handlers of an incarnation are remembered.
 HANDLERS_AGE = 5.0
@@ -47,36 +47,6 @@ RECORDED = trusted(Trail, without=("handler_started_at", "progress", "peak_memor
 Key = tuple[RunId, int]
 
 
-class HostedStore(Protocol):
-    """The database, for the incarnations of hosts; `store/host_store.py` says what each method does."""
-
-    async def find(self, token_sha256: str, incarnation: str | None) -> HostCaller | None: ...
-    async def begin(
-        self, caller: HostCaller, *, capacity: Mapping[str, int], host: str, pid: int, version: str
-    ) -> WorkerId: ...
-    async def renew(self, worker: WorkerId) -> tuple[bool, list[OwnedRun]]: ...
-    async def renew_as_json(self, worker: WorkerId) -> tuple[bool, str]: ...
-    async def unregister(self, worker: WorkerId) -> None: ...
-    async def offer(self, worker: WorkerId, entries: Sequence[HandlerEntry]) -> None: ...
-    async def offered(self, worker: WorkerId) -> Offered: ...
-    async def owned(self, worker: WorkerId, fences: Mapping[RunId, int]) -> list[AdmittedRun]: ...
-    async def ended(self, worker: WorkerId, fences: Mapping[RunId, int]) -> set[Key]: ...
-    async def stops(self, worker: WorkerId, fences: Mapping[RunId, int]) -> Mapping[RunId, str]: ...
-    async def often_handed_back(self, run_ids: Sequence[RunId]) -> set[RunId]: ...
-    async def admit(
-        self,
-        worker: WorkerId,
-        pool: str,
-        offered: Mapping[str, int | None],
-        free: Mapping[Isolation, int],
-    ) -> list[AdmittedRun]: ...
-    async def take_ticket(self, worker: WorkerId, ticket: Ticket) -> AdmittedRun | None: ...
-    async def finish(self, worker: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]: ...
-    async def hand_back(self, worker: WorkerId, owned: Sequence[OwnedRun]) -> set[RunId]: ...
-    async def pool_load(self, pool: str) -> PoolLoad | None: ...
-    def forget(self, worker: WorkerId) -> None: ...
-
-
 class Sealer(Protocol):
     """Seals text for one place under the key ring, as text; None if it does not open."""
 
@@ -89,7 +59,7 @@ class HostTools:
     """What all incarnations share. `on_end` is called with each accepted end."""
 
     tools: Tools
-    store: HostedStore
+    store: HostStore
     sealer: Sealer
     sharing: Sharing
     on_end: Callable[[EndedAttempt, InflightRun | None], None]

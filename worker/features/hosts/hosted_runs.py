@@ -45,7 +45,7 @@ from worker.errors import (
     WorkerError,
 )
 from worker.features.hosts import wire
-from worker.features.hosts.delivery import RECORDED, Delivery, HostedStore, HostTools, Key, place_of
+from worker.features.hosts.delivery import RECORDED, Delivery, HostTools, Key, place_of
 from worker.features.hosts.sent import AttemptLog, End
 from worker.features.hosts.wire import Malformed
 from worker.ids import RunId, WorkerId
@@ -53,6 +53,7 @@ from worker.model.runs import outcome as outcomes
 from worker.model.runs.hosts import HostCaller
 from worker.model.runs.outcome import EndedAttempt, Failed, Outcome, Trail
 from worker.model.runs.run import AdmittedRun, OwnedRun
+from worker.store.host_store import HostStore
 from worker.telemetry.events import emit
 
 # Seconds that a call waits until its ends are written, and that a run unknown here waits for its token.
@@ -94,7 +95,7 @@ class HostedRun:
 class _Ends:
     """The `FinishStore` of one incarnation."""
 
-    store: HostedStore
+    store: HostStore
     worker: WorkerId
 
     async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:

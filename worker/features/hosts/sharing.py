@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from worker.clock import Clock
 from worker.ids import WorkerId
 from worker.model.runs.hosts import PoolLoad
 from worker.model.runs.run import AdmittedRun, Isolation
+from worker.store.host_store import HostStore
 
 # Seconds for which a host is not waited for again that took nothing meanwhile: it drains, or cannot run it.
 PASSED_OVER = 30.0
@@ -21,11 +21,6 @@ PASSED_OVER = 30.0
 LONGEST = 2.0
 
 Free = Mapping[Isolation, int]
-
-
-class LoadStore(Protocol):
-    async def pool_load(self, pool: str) -> PoolLoad | None:
-        """What waits in a pool and how full its hosts are; None if nothing is due."""
 
 
 @dataclass(slots=True, eq=False)
@@ -74,7 +69,7 @@ class Sharing:
     once for all. `poll` is in seconds: a run is left to a host elsewhere for half of it at most.
     """
 
-    def __init__(self, store: LoadStore, clock: Clock, poll: float) -> None:
+    def __init__(self, store: HostStore, clock: Clock, poll: float) -> None:
         self._store = store
         self._clock = clock
         self._poll = poll

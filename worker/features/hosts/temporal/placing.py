@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
-from typing import Protocol
 
 from worker.clock import Clock
 from worker.engine.signals import wait_for
 from worker.errors import Unavailable
 from worker.features.hosts.temporal import EngineUnavailable, Placer
-from worker.model.runs.hosts import Fence, Placed, Placement, PoolRoom, Ticket
-from worker.model.runs.run import AdmittedRun, OwnedRun
+from worker.model.runs.hosts import Fence, Placement, PoolRoom, Ticket
+from worker.model.runs.run import OwnedRun
+from worker.store.host_store import PlacingStore
 from worker.telemetry.events import emit
 
 # Requests to the engine at a time.
@@ -34,26 +34,6 @@ LONGEST_TRY = 15.0
 LEAVE = 3.0
 
 
-class PoolRuns(Protocol):
-    async def room(self) -> PoolRoom:
-        """What the pool's hosts could take now."""
-
-    async def admit(self, room: PoolRoom) -> Sequence[AdmittedRun]:
-        """Mark waiting runs running for the pool's hosts, within their room and every other limit."""
-
-    async def place(self, tickets: Mapping[Fence, str]) -> set[Fence]:
-        """Store the hashes of tickets; returns the runs that are still this worker's."""
-
-    async def withdraw(self, fences: Collection[Fence], detail: str, after: timedelta) -> set[Fence]:
-        """Let runs that no host has taken wait again; returns those that were still this worker's."""
-
-    async def placed(self) -> Sequence[Placed]:
-        """What no host has taken yet."""
-
-    async def mark(self, detail: str | None) -> int:
-        """Set the reason of the pool's due runs to `unplaced`, or clear it; some at each call."""
-
-
 @dataclass(eq=False, repr=False)
 class Placing:
     """Places the runs of one pool; several workers may do so for the same pool.
@@ -63,7 +43,7 @@ class Placing:
     loop ends.
     """
 
-    store: PoolRuns
+    store: PlacingStore
     placer: Placer
     pool: str
     clock: Clock
