@@ -190,7 +190,7 @@ class Host:
 
     async def register(self, worker: Worker, entries: Sequence[HandlerEntry] = ENTRIES) -> None:
         registration = wire.Registration("gpu1", 7, "1", {"child": 10, "inline": 10}, entries)
-        answer = await self.call(worker, "register", **wire.registration_message(registration))
+        answer = await self.call(worker, "register", **wire.REGISTRATION.write(registration))
         self.id = answer["worker"]
 
     async def take(self, worker: Worker, count: int = 1, wait: float = 5.0) -> list[wire.Taken]:

@@ -381,7 +381,7 @@ async def test_one_token_does_not_take_all_calls(fleet: Fleet, monkeypatch: pyte
     await until(lambda: not attempts._calls)
 
 
-REGISTRATION = wire.registration_message(wire.Registration("gpu1", 7, "1", {"child": 10, "inline": 10}))
+REGISTRATION = wire.REGISTRATION.write(wire.Registration("gpu1", 7, "1", {"child": 10, "inline": 10}))
 
 
 async def register(host: Host, fleet: Fleet, times: int) -> list[int]:

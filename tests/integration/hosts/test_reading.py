@@ -20,7 +20,7 @@ from worker.handlers.installed import Distribution
 from worker.store import tables
 from worker.wiring.catalogue import StoredCatalogue
 
-REGISTRATION = wire.registration_message(wire.Registration("gpu1", 7, "1", {"child": 10}, ENTRIES))
+REGISTRATION = wire.REGISTRATION.write(wire.Registration("gpu1", 7, "1", {"child": 10}, ENTRIES))
 OFFER = {"entries": [wire.ENTRY.write(entry) for entry in ENTRIES]}
 
 

@@ -105,7 +105,7 @@ def test_a_worker_ignores_new_keys_and_takes_defaults() -> None:
         "slots": {"child": 2, "threads": 3},
         "handlers": [{**sent(wire.ENTRY.write(ENTRY)), "new": {"nested": True}}],
     }
-    assert wire.registration_of(registration) == Registration(
+    assert wire.REGISTRATION.read(registration) == Registration(
         "gpu1", 7, "9", {"child": 2, "inline": 0}, [ENTRY]
     )
 

@@ -184,7 +184,8 @@ class AttemptApi:
     # incarnations
 
     async def _register(self, caller: HostCaller, message: Mapping[str, Any]) -> Message:
-        given = wire.registration_of(message)
+        with wire.reading("registration"):
+            given = wire.REGISTRATION.read(message)
         capacity = {name: given.slots[isolation] for isolation, name in SLOTS.items()}
         store = self.shared.store
         worker = await store.begin(
@@ -193,7 +194,7 @@ class AttemptApi:
         if given.handlers:
             await self._offer(worker, given.handlers)
         emit("host.registered", host=caller.name, pool=caller.pool, worker=worker, version=given.version)
-        return wire.registered_message(
+        return wire.REGISTERED.write(
             Registered(
                 worker,
                 caller.pool,

@@ -64,9 +64,8 @@ class RemoteStore:
 
     async def register(self, registration: Registration) -> Registered:
         """Start an incarnation. Raises ControlDenied if the token is not accepted."""
-        return wire.registered_of(
-            await self.control.call("register", wire.registration_message(registration), repeat=False)
-        )
+        message = wire.REGISTRATION.write(registration)
+        return wire.REGISTERED.read(await self.control.call("register", message, repeat=False))
 
     async def put(self, entries: Sequence[HandlerEntry]) -> None:
         """Offer these handlers too, or report why they do not load."""

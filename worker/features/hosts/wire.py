@@ -251,25 +251,8 @@ class Registered:
     temporal: TemporalPlace | None = None
 
 
-_REGISTRATION = row_of(Registration)
-_REGISTERED = trusted(Registered)
-
-
-def registration_message(registration: Registration) -> Message:
-    return _REGISTRATION.write(registration)
-
-
-@reading("registration")
-def registration_of(message: Mapping[str, Any]) -> Registration:
-    return _REGISTRATION.read(message)
-
-
-def registered_message(registered: Registered) -> Message:
-    return _REGISTERED.write(registered)
-
-
-def registered_of(message: Mapping[str, Any]) -> Registered:
-    return _REGISTERED.read(message)
+REGISTRATION = row_of(Registration)
+REGISTERED = trusted(Registered)
 
 
 @reading("take")
