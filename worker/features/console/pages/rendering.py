@@ -23,7 +23,7 @@ from starlette.types import Scope
 
 from worker.clock import to_text
 from worker.features.console.callers import Caller
-from worker.features.console.pages.links import org_path
+from worker.features.console.pages.links import definition_path, org_path
 from worker.features.console.sessions import STATIC
 from worker.model.definitions.units import took
 
@@ -111,6 +111,8 @@ templates.filters |= {"time": _time, "pretty": _pretty, "ago": _ago, "took": too
 # What `Pages.show` sets for a caller; the login page has none of it.
 templates.globals |= {
     "static": static_url,
+    "org_path": org_path,
+    "definition_path": definition_path,
     "caller": None,
     "session": None,
     "csrf": None,
