@@ -15,10 +15,9 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import App, FakeIssuer, kinde_issuer
 from tests.fakes.limits import no_limits
 from tests.fakes.site import definition, org_entry
-from worker.features.console.access import Access, Operator
+from worker.features.console.access import Access, Operator, StoredOperators
 from worker.features.console.callers import OpenRing, Role, no_ring
 from worker.features.console.login import Login
-from worker.features.console.operator_tokens import StoredOperators
 from worker.features.console.server import build
 from worker.guard import Guard
 from worker.handlers.catalogue import HandlerEntry

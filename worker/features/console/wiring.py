@@ -16,10 +16,9 @@ from starlette.types import ASGIApp
 from worker.clock import Clock, SystemClock
 from worker.engine.runners.child.linux import allow_many_descriptors
 from worker.errors import ConfigurationError
-from worker.features.console.access import Access, FindCaller, Operator
+from worker.features.console.access import Access, FindCaller, Operator, StoredOperators
 from worker.features.console.callers import OpenRing, no_ring
 from worker.features.console.login import Login, basis_of, local_origin, print_login_link
-from worker.features.console.operator_tokens import StoredOperators
 from worker.features.console.server import build
 from worker.guard import Guard
 from worker.kit.web.clients import Addresses, ClientLimits
