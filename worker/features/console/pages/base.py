@@ -17,7 +17,7 @@ from starlette.types import Scope
 from worker.clock import Clock
 from worker.errors import TokenError, UsageError, WorkerError
 from worker.features.console.access import Access
-from worker.features.console.callers import BY_ORGS, Action, Caller, CallerDatabase, caller_of
+from worker.features.console.callers import Action, Caller, CallerDatabase, caller_of
 from worker.features.console.pages.links import org_path
 from worker.features.console.pages.rendering import page
 from worker.features.console.sessions import SESSION_COOKIE, Forms, Session, Sessions
@@ -88,7 +88,6 @@ class Pages:
             "caller": caller,
             "session": session,
             "csrf": self.forms.csrf(session.key) if session else None,
-            "may_act": may_act(caller, session),
             "navigation": _links(caller),
             "here": scope["path"],
             "searched": "",
@@ -151,11 +150,6 @@ def _links(caller: Caller | None) -> Sequence[tuple[str, str]]:
 
 
 _zone = functools.lru_cache(maxsize=1000)(find_zone)
-
-
-def may_act(caller: Caller | None, session: Session | None) -> bool:
-    """Whether pages show this caller what changes something."""
-    return caller is not None and session is not None and any(map(caller.may, BY_ORGS))
 
 
 def next_page(path: str, given: Mapping[str, str], rows: Sequence[Any], limit: int = ROWS) -> str | None:

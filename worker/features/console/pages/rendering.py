@@ -56,10 +56,6 @@ _TITLES = {
 _COMMAND = re.compile(r"`[^`]*`|\[\[?[a-z_.]+\]\]?|worker\.toml|Authorization:")
 
 
-def _time(value: datetime | None) -> str:
-    return "" if value is None else to_text(value)[:19].replace("T", " ") + " UTC"
-
-
 @jinja2.pass_context
 def _when(context: Context, value: datetime | None, *, seconds: bool = False) -> Markup:
     """A time in UTC, with the viewer's own beside it; empty for None."""
@@ -107,7 +103,7 @@ templates = jinja2.Environment(
     lstrip_blocks=True,
     auto_reload=False,
 )
-templates.filters |= {"time": _time, "pretty": _pretty, "ago": _ago, "took": took, "path": _path}
+templates.filters |= {"pretty": _pretty, "ago": _ago, "took": took, "path": _path}
 # What `Pages.show` sets for a caller; the login page has none of it.
 templates.globals |= {
     "static": static_url,
@@ -119,7 +115,6 @@ templates.globals |= {
     "navigation": (),
     "here": "",
     "searched": "",
-    "may_act": False,
     "when": _when,
     "zone": None,
 }
