@@ -12,8 +12,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,16 +29,9 @@ PATIENCE = 5.0
 _SAFE = re.compile(r"[A-Za-z0-9_.@+-]+")
 
 
-class Shell(StrEnum):
-    """The shells that completion supports."""
-
-    BASH = "bash"
-    ZSH = "zsh"
-    FISH = "fish"
-
-
 def completion(
-    context: typer.Context, shell: Annotated[Shell, typer.Argument(metavar="SHELL", help="The shell.")]
+    context: typer.Context,
+    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(metavar="SHELL", help="The shell.")],
 ) -> None:
     """Print the completion script of the command orgworker for a shell.
 
@@ -50,7 +42,7 @@ def completion(
 
     register_shells()
     raise typer.Exit(
-        shell_complete(context.find_root().command, {}, COMMAND, COMPLETION_VARIABLE, f"source_{shell.value}")
+        shell_complete(context.find_root().command, {}, COMMAND, COMPLETION_VARIABLE, f"source_{shell}")
     )
 
 

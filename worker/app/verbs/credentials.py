@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -29,13 +28,8 @@ ROTATE_FLEET: Point[Callable[..., int]] = Point("provisioning.fleet", "`credenti
 app = typer.Typer(help="An org's client credentials: add a generation, list, verify, rotate, retire.")
 
 
-class Kind(StrEnum):
-    """What the secret is."""
-
-    CLIENT_SECRET = "client_secret"  # noqa: S105 - the name of a kind, not a secret
-    PRIVATE_KEY = "private_key"
-
-
+# What the secret is.
+Kind = Literal["client_secret", "private_key"]
 ClientOption = Annotated[str, option("--client-id ID", "The client id at the issuer.")]
 OptionalOrgArgument = Annotated[str | None, argument("ORG", "The code of one org.", of="org")]
 KindOption = Annotated[Kind, option("--kind", "A client secret, or a private key in PEM.")]
@@ -53,7 +47,7 @@ def add(
         str | None,
         option("--reference file:NAME", "Instead of a secret: a file in secrets_dir, read at each use."),
     ] = None,
-    kind: KindOption = Kind.CLIENT_SECRET,
+    kind: KindOption = "client_secret",
     no_verify: Annotated[bool, option("--no-verify", "Only store it: request no token with it.")] = False,
 ) -> int:
     """Add a generation, which is tried first from now on; older ones stay until they are retired.
@@ -82,7 +76,7 @@ def add(
             secret=secret,
             reference=reference,
             secrets_dir=Path(folder) if (folder := session.settings.secrets_dir) else None,
-            kind=kind.value,
+            kind=kind,
             actor=session.actor,
         )
     session.print_row(row)
@@ -129,7 +123,7 @@ def rotate(
     secret_file: Annotated[
         str | None, option("--secret-file FILE|-", "The file that holds the secret, or - for stdin.")
     ] = None,
-    kind: KindOption = Kind.CLIENT_SECRET,
+    kind: KindOption = "client_secret",
     quiet: Annotated[str, option("--quiet DURATION", "How long older generations must be unused.")] = "15s",
     timeout: Annotated[
         str, option("--timeout DURATION", "When to give up: exit 75, with older ones still active.")
@@ -227,7 +221,7 @@ def _rotate_one(
         ring = wiring.open_keyring(session.settings, database=database)
         ownership = Ownership(database, session.settings.installation)
         rotation = Rotation(ownership, ring, checks, org, session.actor, session.clock, report=say)
-        return await rotation.run(client_id, secret, kind.value, **spans)
+        return await rotation.run(client_id, secret, kind, **spans)
 
     rows = with_checks(session, change_secret)
     session.print_rows(rows, CREDENTIALS.table)

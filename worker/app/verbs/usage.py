@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from enum import StrEnum
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -19,23 +18,6 @@ from worker.store.lists import DEFAULT_LIMIT
 app = typer.Typer(help="What orgs spent, by meter, definition or day.")
 
 
-class Group(StrEnum):
-    """What a row is for, besides the org and the meter."""
-
-    METER = "meter"
-    DEFINITION = "definition"
-    DAY = "day"
-
-
-class UsageFormat(StrEnum):
-    """As Format, without ids and with CSV for spreadsheets."""
-
-    TABLE = "table"
-    JSON = "json"
-    JSONL = "jsonl"
-    CSV = "csv"
-
-
 @app.command("list")
 def list_(
     context: typer.Context,
@@ -45,13 +27,15 @@ def list_(
         str | None, option("--until WHEN", "Only those until then, its day included (default: now).")
     ] = None,
     by: Annotated[
-        Group, option("--by", "A row for each meter, or for each definition or UTC day of it.")
-    ] = Group.METER,
+        Literal["meter", "definition", "day"],
+        option("--by", "A row for each meter, or for each definition or UTC day of it."),
+    ] = "meter",
     limit: LimitOption = DEFAULT_LIMIT,
     after: Annotated[str | None, option("--after ORG", "Continue the list after this org.")] = None,
     output: Annotated[
-        UsageFormat, option("--output -o", "For people, for programs, or for spreadsheets.")
-    ] = UsageFormat.TABLE,
+        Literal["table", "json", "jsonl", "csv"],
+        option("--output -o", "For people, for programs, or for spreadsheets."),
+    ] = "table",
 ) -> None:
     """List what orgs spent in the last 30 days, or since another time; --limit counts orgs."""
     from worker.store.lists.usage import columns_by, usage
@@ -61,12 +45,12 @@ def list_(
     last = None if until is None else parse_time(until, session.clock, name="--until")
     with session.database() as database, database.autocommit() as connection:
         scope = ALL_ORGS if org is None else org
-        found = usage(connection, scope, by.value, since=first, until=last, limit=limit, after=after)
-    rows, columns = cast(list[Row], found), columns_by(by.value)
-    if output is UsageFormat.CSV:
+        found = usage(connection, scope, by, since=first, until=last, limit=limit, after=after)
+    rows, columns = cast(list[Row], found), columns_by(by)
+    if output == "csv":
         _print_csv(rows, columns)
     else:
-        print_rows(rows, Format(output.value), columns=columns, key="org")
+        print_rows(rows, Format(output), columns=columns, key="org")
     if org is None and len({row["org"] for row in rows}) == limit:
         say(f"there may be more: --after {rows[-1]['org']}")
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import socket
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 from urllib.parse import urlsplit
 
 import typer
@@ -23,21 +22,14 @@ COLUMNS = ("name", "role", "source", "created_at", "created_by")
 NameArgument = Annotated[str, argument("NAME", "The name in the audit: 1 to 100 characters without a colon.")]
 
 
-class OperatorRole(StrEnum):
-    """What an operator may do."""
-
-    VIEWER = "viewer"
-    OPERATOR = "operator"
-    ADMIN = "admin"
-
-
 RoleOption = Annotated[
-    OperatorRole, option("--role", "viewer reads; operator also changes runs; admin sees all.")
+    Literal["viewer", "operator", "admin"],
+    option("--role", "viewer reads; operator also changes runs; admin sees all."),
 ]
 
 
 @verb(app, "add")
-def add(session: Invocation, name: NameArgument, role: RoleOption = OperatorRole.VIEWER) -> None:
+def add(session: Invocation, name: NameArgument, role: RoleOption = "viewer") -> None:
     """Add an operator and print its token, once; exit 5 if the name is taken.
 
     Only the token's hash is stored. Every process accepts the token within 2 s.
@@ -45,7 +37,7 @@ def add(session: Invocation, name: NameArgument, role: RoleOption = OperatorRole
     from worker.features.console.operators import add_operator
 
     taken = [operator.name for operator in session.settings.web.operators]
-    session.change(add_operator, name, role.value, taken=taken, key="token")
+    session.change(add_operator, name, role, taken=taken, key="token")
     if session.output is Format.TABLE:
         say("the token is not stored and cannot be shown again")
 

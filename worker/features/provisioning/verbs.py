@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from datetime import timedelta
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
@@ -32,13 +31,8 @@ COLUMNS = ("org", "name", "changes", "client_id", "error")
 ORPHAN_COLUMNS = ("id", "name", "org", "deleted", "error")
 
 
-class Absent(StrEnum):
-    """What happens to an org that the provider does not list."""
-
-    KEEP = "keep"
-    SUSPEND = "suspend"
-
-
+# What happens to an org that the provider does not list.
+Absent = Literal["keep", "suspend"]
 AbsentOption = Annotated[Absent, option("--absent", "What to do with orgs that the provider does not list.")]
 
 
@@ -49,7 +43,7 @@ def sync(
     provision: Annotated[
         bool, option("--provision", "Make an application for each org without a working credential.")
     ] = False,
-    absent: AbsentOption = Absent.KEEP,
+    absent: AbsentOption = "keep",
     yes: Annotated[bool, option("--yes", "Suspend more orgs at once than max_suspended allows.")] = False,
     dry_run: Annotated[bool, option("--dry-run", "Only print what would be done; changes nothing.")] = False,
     orphans: Annotated[
@@ -71,7 +65,7 @@ def sync(
     """
     if delete and not orphans:
         raise UsageError("--delete is for --orphans", fix="`orgs sync --orphans --delete`")
-    if orphans and (provision or yes or absent is not Absent.KEEP):
+    if orphans and (provision or yes or absent != "keep"):
         raise UsageError(
             "--orphans only lists applications: --provision, --absent and --yes are for a sync",
             fix="call it twice: `orgs sync --provision`, then `orgs sync --orphans`",
@@ -88,9 +82,7 @@ def sync(
     return with_provisioner(
         session,
         name,
-        lambda made: _sync(
-            session, made, org, provision=provision, absent=absent.value, yes=yes, dry_run=dry_run
-        ),
+        lambda made: _sync(session, made, org, provision=provision, absent=absent, yes=yes, dry_run=dry_run),
         changes=not dry_run,
         seals=provision and not dry_run,
     )
@@ -101,7 +93,7 @@ def provision(
     issuer: Annotated[
         str | None, option("--issuer NAME", "Only this issuer (default: each with a management API).")
     ] = None,
-    absent: AbsentOption = Absent.KEEP,
+    absent: AbsentOption = "keep",
 ) -> None:
     """Keep orgs and their applications as the provider has them; SIGTERM or Ctrl-C stops it.
 
@@ -118,7 +110,7 @@ def provision(
     name_process(ProcessName.PROVISION)
     session = session_of(context)
     session.require_database()
-    raise typer.Exit(run_provision(session.settings, issuer=issuer, absent=absent.value))
+    raise typer.Exit(run_provision(session.settings, issuer=issuer, absent=absent))
 
 
 def with_provisioner(
@@ -161,7 +153,7 @@ async def _sync(
     org: str | None,
     *,
     provision: bool,
-    absent: Literal["keep", "suspend"],
+    absent: Absent,
     yes: bool,
     dry_run: bool,
 ) -> int:
