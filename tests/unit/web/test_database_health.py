@@ -10,8 +10,9 @@ import pytest
 from tests.fakes.clock import settle
 from tests.fakes.manager import Manager
 from worker.errors import ConfigurationError, RolesMissing, StoreUnavailable
+from worker.features.provisioning.process import ProvisionHealth
 from worker.kit.web import database_health as module
-from worker.kit.web.database_health import CHECK_EVERY, DatabaseHealth, ProvisionHealth
+from worker.kit.web.database_health import CHECK_EVERY, DatabaseHealth
 from worker.telemetry.metrics import Metrics
 
 

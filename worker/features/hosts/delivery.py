@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 from worker.engine.attempt.attempt import Prepared, conclude, outcome_of_error, prepare
 from worker.engine.attempt.inflight import InflightRun
@@ -32,6 +31,7 @@ from worker.model.runs.hosts import Ticket
 from worker.model.runs.outcome import EndedAttempt, Outcome, Trail
 from worker.model.runs.run import AdmittedRun, Isolation
 from worker.store.host_store import HostStore
+from worker.wiring.secrets import RingSealer
 
 # Seconds for which the handlers of an incarnation are remembered.
 HANDLERS_AGE = 5.0
@@ -47,20 +47,13 @@ RECORDED = trusted(Trail, without=("handler_started_at", "progress", "peak_memor
 Key = tuple[RunId, int]
 
 
-class Sealer(Protocol):
-    """Seals text for one place under the key ring, as text; None if it does not open."""
-
-    def seal(self, text: str, place: Sequence[object]) -> str: ...
-    def open(self, sealed: str, place: Sequence[object]) -> str | None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class HostTools:
     """What all incarnations share. `on_end` is called with each accepted end."""
 
     tools: Tools
     store: HostStore
-    sealer: Sealer
+    sealer: RingSealer
     sharing: Sharing
     on_end: Callable[[EndedAttempt, InflightRun | None], None]
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 from worker.clock import Clock, SystemClock
 from worker.engine.runners.child.linux import allow_many_descriptors
@@ -21,7 +22,7 @@ from worker.features.provisioning.sync import Absent
 from worker.features.provisioning.wiring import fleet_of, open_provisioner, rules_of
 from worker.kit.web.clients import Addresses
 from worker.kit.web.connections import Connections
-from worker.kit.web.database_health import ProvisionHealth
+from worker.kit.web.database_health import DatabaseHealth
 from worker.kit.web.health import metrics_of
 from worker.kit.web.listener import WebServer, bind, build_health
 from worker.operations.installation import Ownership
@@ -35,6 +36,28 @@ from worker.telemetry.vitals import Notifier
 
 ACTOR = "provision"
 EXIT_OK = 0
+
+
+class ProvisionHealth(DatabaseHealth):
+    """Also tells what the loops of the issuers do."""
+
+    _loops: Mapping[str, ProvisionLoop] = {}
+    _is_ready = False
+
+    def follow(self, loops: Mapping[str, ProvisionLoop]) -> None:
+        """Tell what these loops do, by issuer."""
+        self._loops = loops
+
+    def details(self) -> Mapping[str, Any]:
+        return {"issuers": {name: loop.doing for name, loop in self._loops.items()}}
+
+    def _report(self, notifier: Notifier) -> None:
+        lacking = [f"no {name}" for name in self._lacking]
+        status = "; ".join([*lacking, *(f"{name}: {loop.doing}" for name, loop in self._loops.items())])
+        if not lacking and not self._is_ready:
+            self._is_ready = True
+            notifier.ready(status)
+        notifier.status(status)
 
 
 def provision(settings: Settings, *, issuer: str | None, absent: Absent) -> int:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any, Protocol
 
 from worker.errors import ConfigurationError, RolesMissing, Unavailable
 from worker.kit.web.health import Health
@@ -56,31 +55,3 @@ class DatabaseHealth(Health):
 
     def _report(self, notifier: Notifier) -> None:
         """Tell the service manager what a check has found."""
-
-
-class Following(Protocol):
-    """Follows an issuer; `doing` says how in a word."""
-
-    doing: Any
-
-
-class ProvisionHealth(DatabaseHealth):
-    """Also tells what the loops do that follow the issuers."""
-
-    _loops: Mapping[str, Following] = {}
-    _is_ready = False
-
-    def follow(self, loops: Mapping[str, Following]) -> None:
-        """Tell what these loops do, by issuer."""
-        self._loops = loops
-
-    def details(self) -> Mapping[str, Any]:
-        return {"issuers": {name: loop.doing for name, loop in self._loops.items()}}
-
-    def _report(self, notifier: Notifier) -> None:
-        lacking = [f"no {name}" for name in self._lacking]
-        status = "; ".join([*lacking, *(f"{name}: {loop.doing}" for name, loop in self._loops.items())])
-        if not lacking and not self._is_ready:
-            self._is_ready = True
-            notifier.ready(status)
-        notifier.status(status)
