@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 from wsgiref.util import setup_testing_defaults
 
 import django
+import httpx
 from django.conf import settings
 from django.core.handlers.asgi import ASGIHandler
 from django.core.handlers.wsgi import WSGIHandler
@@ -66,38 +66,26 @@ def part(path: str, number: int) -> str:
 
 def by_asgi(app: Any) -> Form:
     async def call(path: str, authorization: Sequence[bytes]) -> Answer:
-        sent: list[dict[str, Any]] = []
-        received: list[None] = []
-
-        async def receive() -> dict[str, Any]:
-            if received:
-                # The client stays connected.
-                await asyncio.Event().wait()
-            received.append(None)
-            return {"type": "http.request", "body": b"", "more_body": False}
-
-        async def send(message: dict[str, Any]) -> None:
-            sent.append(message)
-
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": "GET",
-            "scheme": "http",
-            "server": ("testserver", 80),
-            "client": ("127.0.0.1", 1),
-            "path": path,
-            "raw_path": path.encode(),
-            "root_path": "",
-            "query_string": b"",
-            "headers": [(b"host", b"testserver"), *((b"authorization", each) for each in authorization)],
-        }
-        await app(scope, receive, send)
-        headers = {name.decode().lower(): value.decode("latin-1") for name, value in sent[0]["headers"]}
-        return Answer(sent[0]["status"], headers, b"".join(one.get("body", b"") for one in sent[1:]))
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+            answer = await client.get(path, headers=[(b"authorization", each) for each in authorization])
+        return Answer(answer.status_code, dict(answer.headers), answer.content)
 
     return call
+
+
+async def open_websocket(app: Any) -> list[dict[str, Any]]:
+    """What an ASGI application sends to a WebSocket without a token."""
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "websocket.connect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    await app({"type": "websocket", "path": "/", "headers": [], "query_string": b""}, receive, send)
+    return sent
 
 
 def by_wsgi(app: Any) -> Form:

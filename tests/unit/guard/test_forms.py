@@ -260,14 +260,6 @@ def test_the_document_of_a_fastapi_names_the_bearer_token() -> None:
 
 async def test_fastapi_closes_a_websocket_without_a_token(issuer: FakeIssuer, clock: ManualClock) -> None:
     guard = Guard(URL, audience=AUDIENCE, client=issuer.client, clock=clock)
-    sent: list[dict] = []
-
-    async def receive() -> dict:
-        return {"type": "websocket.connect"}
-
-    async def send(message: dict) -> None:
-        sent.append(message)
-
     app = FastAPI()
 
     async def socket(websocket: WebSocket, claims: object) -> None:
@@ -277,6 +269,6 @@ async def test_fastapi_closes_a_websocket_without_a_token(issuer: FakeIssuer, cl
     socket.__annotations__ = {"websocket": WebSocket, "claims": needed}
     app.websocket("/")(socket)
 
-    await app({"type": "websocket", "path": "/", "headers": [], "query_string": b""}, receive, send)
+    sent = await forms.open_websocket(app)
 
     assert [(message["type"], message["code"]) for message in sent] == [("websocket.close", 1008)]
