@@ -19,32 +19,12 @@ def stored(seq: int, name: str = "ask", occurrence: int = 1, result: str = "1", 
     return StoredStep(seq, name, key.get("key"), occurrence, len(result), result)
 
 
-def test_the_occurrence_of_a_name_counts_up() -> None:
-    journal = StepJournal(replays=False)
-
-    assert [str(journal.take("ask")), str(journal.take("ask"))] == ["ask", "ask#2"]
-    assert str(journal.take("store")) == "store"
-
-
 def test_each_key_of_a_name_counts_for_itself() -> None:
     journal = StepJournal(replays=False)
 
     taken = [journal.take("ask", "a"), journal.take("ask", "b"), journal.take("ask", "a")]
 
     assert [str(step) for step in taken] == ["ask[a]", "ask[b]", "ask[a]#2"]
-
-
-async def test_one_name_from_two_tasks_is_refused_whichever_comes_first() -> None:
-    journal = StepJournal(replays=False)
-
-    async def ask(key: str | None = None) -> StepId:
-        return journal.take("ask", key)
-
-    assert await asyncio.create_task(ask()) == StepId("ask", None, 1)
-    with pytest.raises(StepError, match="step ask is used by two tasks: pass key="):
-        await asyncio.create_task(ask())
-    # With keys of their own they may.
-    assert [str(await asyncio.create_task(ask(key))) for key in "ab"] == ["ask[a]", "ask[b]"]
 
 
 def test_one_name_from_two_threads_is_refused() -> None:
@@ -62,11 +42,6 @@ def test_one_name_from_two_threads_is_refused() -> None:
     thread.join()
 
     assert len(errors) == 1
-
-
-def test_a_first_attempt_has_nothing_to_load() -> None:
-    assert StepJournal(replays=False).complete
-    assert not StepJournal(replays=True).complete
 
 
 def test_pages_are_added_until_the_last_one() -> None:
@@ -119,18 +94,6 @@ async def test_only_the_tasks_inside_a_step_are_inside() -> None:
     # A task that outlives the step is no longer inside of it.
     assert await left_behind is None
     assert journal.in_flight == 0
-
-
-def test_a_step_inside_a_step_is_refused() -> None:
-    journal = StepJournal(replays=False)
-    inner = journal.take("inner")
-
-    with journal.open(journal.take("outer")):
-        with pytest.raises(StepError, match="step inner is used inside step outer"), journal.open(inner):
-            raise AssertionError("called")
-        with pytest.raises(StepError, match="sleep is used inside step outer"):
-            journal.refuse_inside("sleep")
-    journal.refuse_inside("sleep")
 
 
 def test_idle_is_reported_when_the_last_step_ends() -> None:

@@ -344,8 +344,9 @@ async def test_occurrences_are_taken_when_called(worker: Worker) -> None:
         (lambda ctx: ctx.wait_for("approval", ask=object()), "is not JSON"),
         (lambda ctx: ctx.sleep("1h", name=""), "is not a name"),
         (lambda ctx: ctx.step("outer", lambda: ctx.wait_for("approval")), "inside step outer"),
+        (lambda ctx: ctx.step("outer", lambda: ctx.sleep("1h")), "sleep is used inside step outer"),
     ],
-    ids=["name", "sleep", "budget", "large", "not JSON", "name of a sleep", "in a step"],
+    ids=["name", "sleep", "budget", "large", "not JSON", "name of a sleep", "in a step", "asleep in a step"],
 )
 async def test_wrong_use_is_a_clear_error(worker: Worker, use: Handler, message: str) -> None:
     async def handler(ctx: Context[Any, Any]) -> Any:
