@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -27,6 +28,7 @@ from worker.kit.web.health import Health
 from worker.model.definitions.file import parse_file
 from worker.operations.apply import apply
 from worker.operations.credentials import add_credential
+from worker.operations.runs import run_now
 from worker.store import catalogue, orgs
 from worker.store.database import Database
 from worker.store.lists import AUDIT, Page
@@ -36,6 +38,8 @@ from worker.telemetry.metrics import Metrics
 
 on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 BASE = "http://127.0.0.1:8470"
+# The headers of a form that a page of ours sent.
+OURS = {"origin": BASE}
 TOKENS: dict[Role, str] = {role: f"token-of-the-{role}" for role in ("viewer", "operator", "admin")}
 OPERATORS = [
     Operator(role, role, hashlib.sha256(token.encode()).hexdigest()) for role, token in TOKENS.items()
@@ -163,6 +167,19 @@ async def log_in(client: httpx.AsyncClient, token: str, **headers: str) -> httpx
     page = await client.get("/")
     form = {"token": token, "csrf": csrf_of(page)}
     return await client.post("/login", data=form, headers=headers or {"origin": str(client.base_url)})
+
+
+@asynccontextmanager
+async def logged_in(site: Site, token: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with site.client() as client:
+        answer = await log_in(client, token)
+        assert (answer.status_code, answer.headers["location"]) == (303, "/")
+        yield client
+
+
+def make_run(site: Site, org: str = "org_a") -> str:
+    """A new run of the org's definition, which waits."""
+    return str(run_now(site.database, org, "digest", actor="tester")["id"])
 
 
 def fill(url: str) -> None:

@@ -8,8 +8,7 @@ import pytest
 
 from tests.fakes.stock import Stock
 from tests.integration.operations.test_host_handlers import KEYED, RENDER, host_of
-from tests.integration.web.conftest import TOKENS, Site, csrf_of, on_either
-from tests.integration.web.test_run_page import OURS, logged_in
+from tests.integration.web.conftest import OURS, TOKENS, Site, csrf_of, logged_in, on_either
 from worker.features.console.callers import Role
 from worker.features.console.pages import inventory
 from worker.ids import ALL_ORGS

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.rows import attempt_row
-from tests.integration.web.conftest import TOKENS, Site
-from worker.operations.runs import run_now
+from tests.integration.web.conftest import TOKENS, Site, make_run
 from worker.store import orgs, sweeps
 
 pytestmark = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
@@ -17,7 +16,7 @@ API = "/api/v1"
 
 def failed(site: Site, org: str) -> str:
     """A run that has failed."""
-    run = str(run_now(site.database, org, "digest", actor="tester")["id"])
+    run = make_run(site, org)
     with site.database.transaction() as connection:
         org_id, now = orgs.require(connection, org)["id"], site.database.now(connection)
         sweeps.end_waiting(connection, org_id, [run], state="failed", reason="error")
@@ -65,7 +64,7 @@ async def test_an_org_reaches_its_own_runs_only(staffed: Site):
 async def test_waiting_runs_are_cancelled_in_parts(staffed: Site, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("worker.features.console.callers.STEP", 2)
     token = TOKENS["operator"]
-    runs = [str(run_now(staffed.database, "org_a", "digest", actor="tester")["id"]) for _ in range(5)]
+    runs = [make_run(staffed) for _ in range(5)]
 
     first = await ask(staffed, "cancel", token, q="org:org_a", canary=3)
     rest = await ask(staffed, "cancel", token, q="org:org_a", after=first["next"])

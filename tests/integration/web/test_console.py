@@ -7,15 +7,12 @@ import re
 from urllib.parse import quote
 
 import httpx
-import pytest
 from sqlalchemy import select, update
 
-from tests.integration.web.conftest import TOKENS, Site, csrf_of
+from tests.integration.web.conftest import OURS, TOKENS, Site, csrf_of, logged_in, make_run, on_either
 from tests.integration.web.test_bulk import failed
-from tests.integration.web.test_pages import OURS, fail, logged_in, make_run
+from tests.integration.web.test_pages import fail
 from worker.store import tables
-
-EITHER = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 
 
 def shown(text: str) -> set[str]:
@@ -23,7 +20,7 @@ def shown(text: str) -> set[str]:
     return set(re.findall(r'href="/runs/([0-9a-f-]{36})"', text))
 
 
-@EITHER
+@on_either
 async def test_one_search_finds_an_orgs_failed_runs(staffed: Site):
     failed, waiting, other = (
         make_run(staffed, "org_a"),
@@ -90,7 +87,7 @@ async def test_an_org_finds_its_own_runs_only(site: Site):
     assert all(page.status_code == 200 for page in pages)
 
 
-@EITHER
+@on_either
 async def test_the_page_suggests_an_org_no_handler_of_another(site: Site):
     async with logged_in(site, site.token("org_a")) as client:
         other, unknown, own = [
@@ -103,7 +100,7 @@ async def test_the_page_suggests_an_org_no_handler_of_another(site: Site):
     assert "acme.digest" in own
 
 
-@EITHER
+@on_either
 async def test_runs_of_a_search_are_retried_one_first_and_then_the_rest(staffed: Site):
     runs = [failed(staffed, "org_a") for _ in range(4)]
     failed(staffed, "org_b")
@@ -132,7 +129,7 @@ async def test_runs_of_a_search_are_retried_one_first_and_then_the_rest(staffed:
     assert audited(staffed, "run.retry") == ["CRM is back"] * 4
 
 
-@EITHER
+@on_either
 async def test_unfinished_runs_of_a_search_are_cancelled(staffed: Site):
     runs, kept = [make_run(staffed, "org_a") for _ in range(3)], make_run(staffed, "org_b")
     async with logged_in(staffed, TOKENS["operator"]) as client:
@@ -219,7 +216,7 @@ async def test_an_org_changes_only_its_own_runs_in_bulk(site: Site):
         assert kept in connection.execute(select(tables.live_runs.c.id)).scalars().all()
 
 
-@EITHER
+@on_either
 async def test_orgs_are_narrowed_to_the_broken_ones_and_by_name(staffed: Site):
     with staffed.database.transaction() as connection:
         org = connection.execute(select(tables.orgs.c.id).where(tables.orgs.c.code == "org_b")).scalar_one()

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from tests.integration.web.conftest import TOKENS, Site, csrf_of, on_either
-from tests.integration.web.test_run_page import OURS, logged_in
+from tests.integration.web.conftest import OURS, TOKENS, Site, csrf_of, logged_in, on_either
 from worker.ids import ALL_ORGS
 from worker.kit.web.responses import MAX_BYTES
 from worker.operations.orgs import set_org_state

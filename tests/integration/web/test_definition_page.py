@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, select, update
 
-from tests.integration.web.conftest import TOKENS, Site, csrf_of, on_either
-from tests.integration.web.test_run_page import EVIL, OURS, dangers, ended, logged_in
+from tests.integration.web.conftest import OURS, TOKENS, Site, csrf_of, logged_in, on_either
+from tests.integration.web.test_run_page import EVIL, dangers, ended
 from worker.ids import ALL_ORGS
 from worker.model.definitions.file import parse_file
 from worker.operations.apply import apply

@@ -10,10 +10,10 @@ import pytest
 from sqlalchemy import insert, update
 
 import worker.features.console.live as live
-from tests.integration.web.conftest import TOKENS, Site, on_either
+from tests.integration.web.conftest import TOKENS, Site, log_in, make_run, on_either
 from worker.kit.web.health import Health
 from worker.operations.orgs import set_org_state
-from worker.operations.runs import cancel, run_now
+from worker.operations.runs import cancel
 from worker.store import orgs, tables
 
 API = "/api/v1"
@@ -87,10 +87,6 @@ class Reader:
 
 def app_of(site: Site) -> Any:
     return site.client()._transport.app  # type: ignore[attr-defined]
-
-
-def make_run(site: Site, org: str = "org_a") -> str:
-    return str(run_now(site.database, org, "digest", actor="tester")["id"])
 
 
 def log(site: Site, run: str, *texts: str, first: int = 1, org: str = "org_a") -> None:
@@ -283,8 +279,6 @@ async def test_a_drain_ends_streams_and_takes_no_new_one(staffed: Site, monkeypa
 
 
 async def test_a_page_watches_with_its_session_which_never_opens_the_api(staffed: Site):
-    from tests.integration.web.conftest import log_in
-
     run = make_run(staffed)
     cancel(staffed.database, run, actor="tester")
     async with staffed.client() as client:

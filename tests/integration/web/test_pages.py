@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 from urllib.parse import quote
 
-import httpx
 import pytest
 from sqlalchemy import update
 
 from tests.fakes.rows import worker_row
 from tests.fakes.stock import Stock
-from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
+from tests.integration.web.conftest import BASE, OURS, TOKENS, Site, csrf_of, log_in, logged_in, make_run
 from worker.features.console.pages import Console
 from worker.features.console.pages.rendering import static_url
 from worker.features.console.sessions import SESSION_COOKIE as COOKIE
 from worker.features.hosts.operations import add_host
 from worker.ids import new_id
-from worker.operations.runs import run_now
 from worker.store import pools, tables, workers
-
-OURS = {"origin": BASE}
-
-
-@asynccontextmanager
-async def logged_in(site: Site, token: str) -> AsyncIterator[httpx.AsyncClient]:
-    async with site.client() as client:
-        answer = await log_in(client, token)
-        assert (answer.status_code, answer.headers["location"]) == (303, "/")
-        yield client
 
 
 def fail(site: Site, run_id: str) -> None:
@@ -46,11 +32,6 @@ def fail(site: Site, run_id: str) -> None:
         connection.execute(
             update(runs).where(runs.c.id == run_id).values(finished_at=site.clock.now(), error=error, **ended)
         )
-
-
-def make_run(site: Site, org: str) -> str:
-    run: str = run_now(site.database, org, "digest", actor="tester")["id"]
-    return run
 
 
 async def test_a_good_token_opens_a_session_and_a_bad_one_says_so(staffed: Site):
@@ -266,21 +247,6 @@ async def test_times_are_shown_in_the_viewers_zone_too(staffed: Site):
     assert away.headers["location"] == "/"
 
 
-async def test_an_operator_retries_a_failed_run_and_cancels_the_new_one(staffed: Site):
-    run = make_run(staffed, "org_a")
-    fail(staffed, run)
-    async with logged_in(staffed, TOKENS["operator"]) as client:
-        csrf = csrf_of(await client.get(f"/runs/{run}"))
-        retried = await client.post(f"/runs/{run}/retry", data={"csrf": csrf}, headers={"origin": BASE})
-        new = retried.headers["location"]
-        page = await client.get(new)
-        assert f"{new}/cancel" in page.text
-        cancelled = await client.post(f"{new}/cancel", data={"csrf": csrf_of(page)}, headers=OURS)
-
-        assert (retried.status_code, cancelled.status_code) == (303, 303)
-        assert "Cancelled: it was cancelled on request." in (await client.get(new)).text
-
-
 @pytest.mark.parametrize(
     ("form", "headers"),
     [
@@ -441,16 +407,6 @@ class TestBehindHttps:
             client.headers["x-forwarded-proto"] = "https"
             answer = await log_in(client, TOKENS["viewer"])
             assert answer.headers["set-cookie"].startswith(COOKIE)
-
-
-async def test_a_viewer_is_shown_no_button_and_may_press_none(staffed: Site):
-    run = make_run(staffed, "org_a")
-    async with logged_in(staffed, TOKENS["viewer"]) as client:
-        page = await client.get(f"/runs/{run}")
-        answer = await client.post(f"/runs/{run}/cancel", data={"csrf": csrf_of(page)}, headers=OURS)
-
-    assert ">Cancel<" not in page.text
-    assert answer.status_code == 403
 
 
 async def test_a_session_ends_with_its_token_by_time_or_by_logout(site: Site):

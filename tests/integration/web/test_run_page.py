@@ -6,8 +6,7 @@ import gzip
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from html import unescape
 from html.parser import HTMLParser
@@ -20,16 +19,22 @@ from sqlalchemy import insert, select, update
 
 from tests.fakes.rows import checkpoint_row
 from tests.fakes.stock import Stock
-from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in, on_either
+from tests.integration.web.conftest import (
+    OURS,
+    TOKENS,
+    Site,
+    csrf_of,
+    logged_in,
+    make_run,
+    on_either,
+)
 from worker.features.console.pages import runs as run_pages
 from worker.ids import ALL_ORGS, RunId, new_id
 from worker.model.runs.waits import NewWait
-from worker.operations.runs import run_now
 from worker.store import tables
 from worker.store.lists import runs
 from worker.store.sql import statements
 
-OURS = {"origin": BASE}
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(1)>"
 TRACE = (
     "Traceback (most recent call last):\n"
@@ -40,16 +45,9 @@ TRACE = (
 ERROR = {"type": "CrmDown", "message": "CRM answers 503", "trace": TRACE}
 
 
-@asynccontextmanager
-async def logged_in(site: Site, token: str) -> AsyncIterator[httpx.AsyncClient]:
-    async with site.client() as client:
-        assert (await log_in(client, token)).status_code == 303
-        yield client
-
-
 def ended(site: Site, org: str = "org_a", *, state: str = "failed", error: Any = ERROR, **values: Any) -> str:
     """A run that ended at its second attempt, with all that a run can have."""
-    run_id = run_now(site.database, org, "digest", actor="tester")["id"]
+    run_id = make_run(site, org)
     now = site.clock.now()
     with site.database.transaction() as connection:
         table = tables.runs
@@ -194,7 +192,7 @@ NOT_JSON = {
 async def test_a_choice_that_is_not_json_is_a_mistake_of_the_caller(
     staffed: Site, monkeypatch: pytest.MonkeyPatch
 ):
-    run = run_now(staffed.database, "org_a", "digest", actor="tester")["id"]
+    run = make_run(staffed)
     async with logged_in(staffed, TOKENS["operator"]) as client:
         form = {"csrf": csrf_of(await client.get(f"/runs/{run}")), "name": "approval"}
 
@@ -215,7 +213,7 @@ def asks(site: Site, *waits: NewWait) -> str:
     """A run whose handler waits for these."""
     stock = Stock(site.database)
     worker = stock.worker(handlers=("acme.digest",))
-    run_id = run_now(site.database, "org_a", "digest", actor="tester")["id"]
+    run_id = make_run(site)
     [run] = stock.admit(worker, offered={"acme.digest": None})
     for wait in waits:
         with site.database.transaction() as connection:
@@ -284,7 +282,7 @@ async def test_the_page_says_which_early_answer_was_not_taken(staffed: Site):
 
 
 async def test_a_waiting_run_is_cancelled_after_its_confirmation(staffed: Site):
-    run = run_now(staffed.database, "org_a", "digest", actor="tester")["id"]
+    run = make_run(staffed)
     async with logged_in(staffed, TOKENS["operator"]) as client:
         page = await client.get(f"/runs/{run}")
         assert "ends as cancelled and does not start" in page.text
@@ -299,14 +297,14 @@ async def test_a_waiting_run_is_cancelled_after_its_confirmation(staffed: Site):
 
 
 async def test_those_who_may_not_change_a_run_see_no_forms(staffed: Site):
-    run = ended(staffed)
+    run, waiting = ended(staffed), make_run(staffed)
     async with logged_in(staffed, TOKENS["viewer"]) as client:
-        in_session = await client.get(f"/runs/{run}")
-    by_token = await staffed.get(f"/runs/{run}", TOKENS["admin"])
+        pages = [await client.get(f"/runs/{each}") for each in (run, waiting)]
+    pages.append(await staffed.get(f"/runs/{run}", TOKENS["admin"]))
 
-    for page in (in_session, by_token):
+    for page in pages:
         assert page.status_code == 200
-        assert f"/runs/{run}/retry" not in page.text
+        assert re.search(r"/runs/\S+/(retry|cancel)", page.text) is None
         assert "#retry" not in page.text
 
 
