@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from tests.fakes.clock import START
+from tests.fakes.clock import START, ManualClock
+from worker.engine.attempt.inflight import InflightRuns
+from worker.engine.attempt.plan import HandlerRegistry
+from worker.engine.loops.admission import Admission
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.model.runs.outcome import EndedAttempt, Trail
 from worker.model.runs.run import AdmittedRun
@@ -50,3 +54,14 @@ def ended(name: str = "r1", *, fencing_token: int = 1, **changes: Any) -> EndedA
         "trail": Trail("acme.digest"),
     }
     return EndedAttempt(**(values | changes))
+
+
+def admission(store: Any, inflight_runs: InflightRuns, clock: ManualClock, **changes: Any) -> Admission:
+    """An admission that adds to `inflight_runs` what it admits."""
+
+    def start(runs: Sequence[AdmittedRun]) -> None:
+        for run in runs:
+            inflight_runs.add(run)
+
+    values: dict[str, Any] = {"poll": 60.0, "start": start, "on_taking": lambda: None}
+    return Admission(store, inflight_runs, HandlerRegistry(), clock, **(values | changes))

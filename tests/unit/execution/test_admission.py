@@ -6,10 +6,8 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 from tests.fakes.clock import ManualClock, settle
-from tests.unit.execution.runs import admitted, ended
+from tests.unit.execution.runs import admission, admitted, ended
 from worker.engine.attempt.inflight import InflightRuns
-from worker.engine.attempt.plan import HandlerRegistry
-from worker.engine.loops.admission import Admission
 from worker.errors import StoreUnavailable
 from worker.model.runs.run import AdmittedRun, Isolation
 
@@ -31,23 +29,16 @@ class Store:
 
 async def test_ready_is_what_the_database_answered_and_again_after_each_outage(clock: ManualClock):
     store, told = Store(away=1), list[bool]()
-    admission = Admission(
-        store,
-        InflightRuns(),
-        HandlerRegistry(),
-        clock,
-        slots={"child": 1},
-        poll=60.0,
-        start=lambda run: None,
-        on_taking=lambda: told.append(admission.taking),
+    admitting = admission(
+        store, InflightRuns(), clock, slots={"child": 1}, on_taking=lambda: told.append(admitting.taking)
     )
-    task = asyncio.create_task(admission.run())
+    task = asyncio.create_task(admitting.run())
     seen = []
     for away in (0, 0, 0, 1, 0):
         await settle()
-        seen.append((admission.taking, len(told)))
+        seen.append((admitting.taking, len(told)))
         store.away += away
-        admission.wake.set()
+        admitting.wake.set()
     await settle()
     task.cancel()
 
@@ -64,51 +55,33 @@ async def test_only_the_slots_of_runs_that_end_here_are_filled_with_their_ends(c
             inflight_runs.add(run)
             started.append(run.id)
 
-    admission = Admission(
-        Backlog(),
-        inflight_runs,
-        HandlerRegistry(),
-        clock,
-        slots={"inline": 2},
-        poll=60.0,
-        start=start,
-        on_taking=lambda: None,
-    )
-    assert admission.begin([ended("r1")])[1] == {}  # it does not run yet
-    task = asyncio.create_task(admission.run())
+    admitting = admission(Backlog(), inflight_runs, clock, slots={"inline": 2}, start=start)
+    assert admitting.begin([ended("r1")])[1] == {}  # it does not run yet
+    task = asyncio.create_task(admitting.run())
     await settle()
     assert started == ["r1", "r2"]
 
     ends = [ended("r1"), ended("r2", fencing_token=7), ended("gone")]
-    assert admission.begin(ends)[1] == {"inline": 1}
+    assert admitting.begin(ends)[1] == {"inline": 1}
     task.cancel()
     await settle()
     assert not task.done()  # what is admitted with the ends has to be stopped too
-    admission.end([admitted("r3")])
+    admitting.end([admitted("r3")])
     await settle()
 
     assert task.done()
     assert started == ["r1", "r2", "r3"]
-    assert admission.begin(ends)[1] == {}
+    assert admitting.begin(ends)[1] == {}
 
 
 async def test_no_slots_are_filled_with_ends_while_no_more_runs_wait(clock: ManualClock):
     inflight_runs = InflightRuns()
-    admission = Admission(
-        Store(away=0),
-        inflight_runs,
-        HandlerRegistry(),
-        clock,
-        slots={"inline": 2},
-        poll=60.0,
-        start=lambda runs: None,
-        on_taking=lambda: None,
-    )
+    admitting = admission(Store(away=0), inflight_runs, clock, slots={"inline": 2})
     inflight_runs.add(admitted("r1", isolation="inline"))
-    task = asyncio.create_task(admission.run())
+    task = asyncio.create_task(admitting.run())
     await settle()
 
-    assert admission.begin([ended("r1")])[1] == {}
+    assert admitting.begin([ended("r1")])[1] == {}
     task.cancel()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.fakes import exchanges
 from tests.fakes.clock import START, ManualClock
 from tests.unit.execution.runs import admitted
 from worker.engine.attempt import answers
@@ -31,6 +32,7 @@ from worker.errors import (
 from worker.guard.claims import Claims, Flag
 from worker.handlers.calls import (
     AskToken,
+    Call,
     LoadSteps,
     OpenWait,
     Progress,
@@ -56,14 +58,8 @@ from worker.model.runs.run import (
 from worker.model.runs.waits import MAX_WAITS, NewWait, WaitState
 from worker.telemetry.masking import masker
 
-CLAIMS = Claims(
-    org_code="org_acme",
-    client_id="client",
-    scopes=frozenset({"read:kb"}),
-    properties={"model_version": "gpt-4"},
-    flags={},
-    issued_at=START,
-    expires_at=START + timedelta(hours=1),
+CLAIMS = replace(
+    exchanges.CLAIMS, scopes=frozenset({"read:kb"}), properties={"model_version": "gpt-4"}, flags={}
 )
 
 
@@ -97,6 +93,7 @@ class Site:
         self.origins: dict[str, tuple[str, ...]] = {}
         self.asked: list[TokenWant] = []
         self.during: Any = None
+        self.answers: list[Any] = []
         self.kept_handler: str | None = None
         self.steps: list[RunStep] = []
         self.waits: list[NewWait] = []
@@ -174,6 +171,14 @@ class Site:
         if self.during is not None:
             await self.during(work, services, stop)
         return self.outcome
+
+    def ask(self, *calls: Call[Any]) -> None:
+        """Let the handler ask these, one after the other."""
+
+        async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
+            self.answers = [await services.ask(call) for call in calls]
+
+        self.during = during
 
     async def attempt(self, **changes: Any) -> EndedAttempt:
         tools = Tools(
@@ -533,10 +538,7 @@ async def test_being_lost_is_counted_from_the_last_checkpoint_that_moved(site: S
     site.checkpoint = {"done": 1}
 
     async def save(text: str) -> EndedAttempt:
-        async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-            await services.ask(Save(text))
-
-        site.during = during
+        site.ask(Save(text))
         return await site.attempt(attempt=2, recoveries=2)
 
     assert (await save('{"done": 1}')).recoveries == 2
@@ -573,25 +575,19 @@ def step(seq: int = 1, result: str = "1", began: datetime = START, ended: dateti
 
 async def test_a_step_is_stored_masked_and_forgives_lost_workers(site: Site) -> None:
     masker.register("canary-5ecret-step")
-    returned: list[str | None] = []
+    site.ask(StoreStep(step(1, '["canary-5ecret-step"]')))
 
-    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-        returned.append(await services.ask(StoreStep(step(1, '["canary-5ecret-step"]'))))
-
-    site.during = during
     ended = await site.attempt(attempt=2, recoveries=2)
 
     assert ended.recoveries == 0
     (row,) = site.steps
-    assert returned == [row.step.result_json] == ['["[masked]"]']
+    assert site.answers == [row.step.result_json] == ['["[masked]"]']
     assert (row.run.fencing_token, row.handler, row.size) == (1, "acme.digest", len('["[masked]"]'))
 
 
 async def test_replayed_steps_do_not_forgive_lost_workers(site: Site) -> None:
-    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-        await services.ask(LoadSteps(0))
+    site.ask(LoadSteps(0))
 
-    site.during = during
     assert (await site.attempt(attempt=2, recoveries=2)).recoveries == 2
     assert site.pages == [0]
 
@@ -644,11 +640,8 @@ async def test_a_wait_that_is_opened_again_asks_once(
 
 
 async def test_a_run_asks_no_more_than_it_may_wait_for(site: Site) -> None:
-    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-        for number in range(MAX_WAITS + 5):
-            await services.ask(OpenWait(NewWait(f"w{number}", 1, "answer", alert=True)))
+    site.ask(*(OpenWait(NewWait(f"w{number}", 1, "answer", alert=True)) for number in range(MAX_WAITS + 5)))
 
-    site.during = during
     assert len((await site.attempt()).trail.asks) == MAX_WAITS
 
 
@@ -660,12 +653,8 @@ async def test_a_steps_times_are_within_its_attempt(
     if not clamped:
         monkeypatch.setattr(answers, "believed_step", lambda step, run, now: step)
     first, last = datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
+    site.ask(StoreStep(step(1, "1", first, last)), StoreStep(step(2, "1", last, first)))
 
-    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
-        await services.ask(StoreStep(step(1, "1", first, last)))
-        await services.ask(StoreStep(step(2, "1", last, first)))
-
-    site.during = during
     await site.attempt()
 
     times = [(row.step.started_at, row.step.ended_at) for row in site.steps]

@@ -13,12 +13,11 @@ from typing import Any, cast
 import pytest
 
 from tests.fakes.clock import START, ManualClock, settle
-from tests.unit.execution.runs import admitted, ended
+from tests.unit.execution.runs import admission, admitted, ended
 from worker.engine.attempt import inflight as inflight_module
 from worker.engine.attempt.inflight import InflightRun, InflightRuns
-from worker.engine.attempt.plan import HandlerRegistry
 from worker.engine.attempt.run_log import RunLogWriter
-from worker.engine.loops.admission import FEW, MOMENT, Admission
+from worker.engine.loops.admission import FEW, MOMENT
 from worker.engine.loops.dispatcher import BURST, PREPARED, Dispatcher
 from worker.engine.loops.finisher import WORTHWHILE
 from worker.errors import StoreUnavailable
@@ -54,27 +53,9 @@ class Backlog:
         return {attempt.run_id for attempt in attempts}
 
 
-def admission(store: Backlog, inflight_runs: InflightRuns, clock: ManualClock, slots: int) -> Admission:
-    def start(runs: Sequence[AdmittedRun]) -> None:
-        for run in runs:
-            inflight_runs.add(run)
-
-    handlers = HandlerRegistry()
-    return Admission(
-        store,
-        inflight_runs,
-        handlers,
-        clock,
-        slots={"inline": slots},
-        poll=1.0,
-        start=start,
-        on_taking=lambda: None,
-    )
-
-
 async def test_a_few_free_slots_wait_a_moment_for_more_while_a_backlog_waits(clock: ManualClock) -> None:
     store, inflight_runs = Backlog(10_000), InflightRuns()
-    admitting = admission(store, inflight_runs, clock, slots=FEW)
+    admitting = admission(store, inflight_runs, clock, slots={"inline": FEW}, poll=1.0)
     task = asyncio.create_task(admitting.run())
     await settle()
 
@@ -93,7 +74,7 @@ async def test_a_few_free_slots_wait_a_moment_for_more_while_a_backlog_waits(clo
 async def test_one_of_few_slots_is_filled_at_once(clock: ManualClock) -> None:
     """A worker with eight processes must not leave one idle."""
     store, inflight_runs = Backlog(10_000), InflightRuns()
-    admitting = admission(store, inflight_runs, clock, slots=8)
+    admitting = admission(store, inflight_runs, clock, slots={"inline": 8}, poll=1.0)
     task = asyncio.create_task(admitting.run())
     await settle()
 
@@ -107,7 +88,7 @@ async def test_one_of_few_slots_is_filled_at_once(clock: ManualClock) -> None:
 
 async def test_one_free_slot_is_filled_at_once_where_nothing_else_waits(clock: ManualClock) -> None:
     store, inflight_runs = Backlog(FEW - 1), InflightRuns()
-    admitting = admission(store, inflight_runs, clock, slots=FEW)
+    admitting = admission(store, inflight_runs, clock, slots={"inline": FEW}, poll=1.0)
     task = asyncio.create_task(admitting.run())
     await settle()
 

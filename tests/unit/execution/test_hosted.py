@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from tests.fakes.clock import ManualClock, settle
+from tests.fakes.exchanges import CLAIMS, TAKEN
 from tests.unit.execution.runs import admitted
-from tests.unit.execution.test_wire import CLAIMS, TAKEN
 from worker.engine.attempt.answers import Running
 from worker.engine.attempt.inflight import InflightRun, InflightRuns
 from worker.engine.attempt.plan import HandlerRegistry
@@ -153,7 +153,7 @@ async def test_the_handler_that_is_installed_here_gets_the_workers_work(clock: M
     (work,) = host.runner.works
     assert work.entry_point == "here:digest"
     assert work.timeout_at == clock.now() + TAKEN.timeout
-    assert work.token.reveal() == "secret"
+    assert work.token.reveal() == TAKEN.work.token.reveal()
     assert (ended.outcome, ended.returned, ended.sealed) == ("succeeded", Succeeded('{"n":1}'), TAKEN.sealed)
     inflight = host.inflight_runs.get(RUN.id)
     assert inflight is not None
@@ -285,8 +285,8 @@ async def test_a_batch_that_is_too_large_for_the_workers_is_dropped(clock: Manua
     host = Host(clock, workers)
     host.took()
 
-    await host.store.append_logs([LogLine(RUN.id, 1, 1, RUN.org_id, clock.now(), "info", "log", "x")])
-    await host.store.write_progress([(RUN.id, 1, {"done": 1, "total": 2, "note": None})])
+    await host.store.append_logs([LogLine(RUN.id, 2, 1, RUN.org_id, clock.now(), "info", "log", "x")])
+    await host.store.write_progress([(RUN.id, RUN.fencing_token, {"done": 1, "total": 2, "note": None})])
 
     assert [name for name, _ in workers.calls] == ["logs", "progress"]
 
@@ -337,7 +337,7 @@ async def test_what_a_removed_host_still_sends_counts_for_nothing(clock: ManualC
 
 async def test_runs_whose_admission_was_not_answered_wait_again_after_a_drain(clock: ManualClock) -> None:
     other = OwnedRun(admitted("r2").id, 4, None)
-    owned = wire.renewed_message(True, [OwnedRun(RUN.id, 1, None), other])
+    owned = wire.renewed_message(True, [OwnedRun(RUN.id, RUN.fencing_token, None), other])
     host = Host(clock, workers := Workers(renew=owned, hand_back={"runs": ["r2"]}))
     host.took()
 
@@ -376,7 +376,7 @@ async def test_a_host_traces_attempts_that_its_workers_do_not(
 
     assert host.runner.works[0].traceparent == (of_worker or f"00-{RUN.id}-{RUN.fencing_token}")
     assert [(one.org, one.definition, one.outcome) for one in tracer.traced] == (
-        [] if of_worker else [("org_acme", "digest", "succeeded")]
+        [] if of_worker else [("org_acme", "nightly", "succeeded")]
     )
 
 

@@ -6,61 +6,26 @@ import json
 import re
 from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
-from tests.fakes.exchanges import ENTRY
-from tests.unit.execution.runs import admitted
-from worker.engine.runners.contract import Work
+from tests.fakes.clock import START
+from tests.fakes.exchanges import ENTRY, RUN, TAKEN, WORK
 from worker.errors import Throttled, Unavailable
 from worker.features.hosts import sent as sent_module
 from worker.features.hosts import wire
 from worker.features.hosts.sent import END, LINE, End, LineRow, Sent, calls_of, sent_message
-from worker.features.hosts.wire import Malformed, Registration, Taken
-from worker.guard.claims import Claims, Flag
+from worker.features.hosts.wire import Malformed, Registration
 from worker.handlers import calls
 from worker.handlers.calls import MAX_METERS, OpenWait, StoreStep
 from worker.ids import RunId
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.run import NewStep
 from worker.model.runs.waits import MAX_WAITS, NewWait
-from worker.secret import AccessToken
 
-NOW = datetime(2030, 1, 1, 12, 0, 0, 250_000, UTC)
-RUN = replace(admitted("r1"), start_by=NOW, params={"since": "2029"})
-CLAIMS = Claims(
-    org_code="org_acme",
-    client_id="client",
-    scopes=frozenset({"read:kb"}),
-    properties={"region": "eu"},
-    flags={"agent-v2": Flag("boolean", True)},
-    issued_at=NOW,
-    expires_at=NOW + timedelta(hours=1),
-    issuer="https://id.example",
-    jti="j",
-)
-WORK = Work(
-    run_id=RUN.id,
-    attempt=1,
-    fencing_token=RUN.fencing_token,
-    idempotency_key="k",
-    scheduled_for=NOW,
-    org_code="org_acme",
-    org_name="Acme",
-    handler="acme.digest",
-    entry_point="acme:digest",
-    params={"since": "2029"},
-    claims=CLAIMS,
-    token=AccessToken("secret", NOW),
-    api_origins=("https://api.example",),
-    timeout_at=NOW,
-    checkpoint={"done": 3},
-)
-TAKEN = Taken(RUN, "org_acme", "digest", timedelta(seconds=30), timedelta(hours=2), WORK, sealed="b3BhcXVl")
 ENDED = End(RunId("r1"), 7, outcomes.Succeeded('{"n":1}'), "c2VhbGVk", handler_seconds=1.5)
-STEP = NewStep("fetch", None, 1, 1, '{"n":1}', NOW, NOW)
+STEP = NewStep("fetch", None, 1, 1, '{"n":1}', START, START)
 
 
 def sent(message: Any) -> Any:
@@ -223,7 +188,7 @@ def test_a_handler_that_is_none_is_refused(changed: dict[str, Any]) -> None:
 
 
 def test_more_rows_than_a_call_may_have_are_refused() -> None:
-    line = LINE.write(LineRow(RunId("r1"), 7, 1, NOW, "info", "log", "x"))
+    line = LINE.write(LineRow(RunId("r1"), 7, 1, START, "info", "log", "x"))
 
     assert len(wire.rows_of(sent({"lines": [line]}), "lines", LINE)) == 1
     with pytest.raises(Malformed, match="list of at most"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -12,10 +12,11 @@ import pytest
 
 from tests.fakes.answering import AnsweringWorker
 from tests.fakes.clock import ManualClock
+from tests.unit.handlers.test_context import given as context_given
 from worker.guard.claims import Claims
 from worker.handlers.calls import AskToken
 from worker.handlers.context import BlockingContext, Context
-from worker.handlers.given import BlockingCancellation, Cancellation, Given, HeldToken, Org, ThisRun
+from worker.handlers.given import BlockingCancellation, Cancellation, Given, HeldToken
 from worker.handlers.http import origin_of
 from worker.secret import AccessToken
 
@@ -49,16 +50,9 @@ class Minting:
 
 
 def given(line: Minting, origins: list[str], base_url: str = "") -> Given[Any, Any]:
-    now = line.clock.now()
-    return Given(
-        org=Org("org_acme", "Acme"),
-        run=ThisRun("run-1", now, 1, 7, "key-1"),
-        params={},
-        settings={},
-        checkpoint=None,
-        deadline=now,
+    return replace(
+        context_given(line.clock),
         api_origins=tuple(origins),
-        log=logging.getLogger("test"),
         held=line.held,
         insecure_origins=tuple(PLAIN),
         api_base_url=base_url,
