@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,25 @@ class Place:
             "clock": self.clock,
         }
         return Provisioner(**values | changes)
+
+    async def kill_in(self, work: Callable[[], Awaitable[object]], rng: random.Random) -> None:
+        """Kill the process at some call of the provider, unless it ends before."""
+        left = rng.randrange(1, 40)
+
+        def may_die(call: str) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+
+        self.management.before = self.management.after = may_die
+        try:
+            await work()
+        except BaseException as error:
+            # A group may have a part in it that only cancellation ended.
+            if not isinstance(error, Killed | BaseExceptionGroup) or "Killed" not in repr(error):
+                raise
+        self.management.before = self.management.after = lambda call: None
 
     async def provision(self, org: str | None = None) -> dict[str, Provisioned]:
         with exclusive(Ownership(self.database, ""), "main"):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from worker.clock import SystemClock
+from worker.engine.runners.child.pool import ChildPool
 from worker.engine.runners.contract import Work
 from worker.guard.claims import Claims, Flag
 from worker.ids import RunId
@@ -55,6 +58,19 @@ def work(handler: str, **fields: Any) -> Work:
         "timeout_at": NOW + timedelta(hours=1),
     }
     return Work(**given | fields)
+
+
+@asynccontextmanager
+async def child_pool(*, attached: bool = False, **settings: Any) -> AsyncIterator[ChildPool]:
+    """A pool of children that has started."""
+    pool = ChildPool(SystemClock(), **settings)
+    pool.start()
+    if attached:
+        pool.attach()
+    try:
+        yield pool
+    finally:
+        await pool.close()
 
 
 async def until(condition: Callable[[], Any], *, within: float = 20.0) -> Any:

@@ -18,13 +18,12 @@ import pytest
 
 from tests.fakes.answering import AnsweringWorker
 from tests.fakes.hosting import Host, all_silent_within, all_up
-from tests.fakes.running import until, work
-from worker.clock import SystemClock
+from tests.fakes.running import child_pool, until, work
 from worker.engine.runners.child import linux
 from worker.engine.runners.child.pool import ChildPool
 from worker.engine.runners.contract import StopSignal
 from worker.errors import Busy
-from worker.model.runs.outcome import HandedBack, Lost, Succeeded
+from worker.model.runs.outcome import HandedBack, Lost, Outcome, Succeeded
 from worker.store.engine import lock_sqlite_file
 from worker.telemetry.events import Emitted
 
@@ -32,10 +31,25 @@ from worker.telemetry.events import Emitted
 @pytest.fixture
 async def own_children(plugin_folder: Path) -> AsyncIterator[ChildPool]:
     """A runner for one test alone, which may kill its zygote."""
-    runner = ChildPool(SystemClock())
-    runner.start()
-    yield runner
-    await runner.close()
+    async with child_pool() as runner:
+        yield runner
+
+
+async def family_of(children: ChildPool, folder: Path) -> asyncio.Task[Outcome]:
+    """A run whose processes all write into the folder."""
+    given = work("family", params={"folder": str(folder)})
+    running = asyncio.create_task(children.run(given, AnsweringWorker(), StopSignal()))
+    await all_up(folder)
+    return running
+
+
+async def replace_zygote(children: ChildPool) -> None:
+    """Kill the zygote, and wait for the next one."""
+    children.attach()
+    first = children.zygote_pid
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: children.zygote_pid not in (None, first))
 
 
 @pytest.fixture
@@ -85,10 +99,7 @@ async def test_a_stopped_zygote_does_not_keep_the_runs_of_a_dead_worker_alive_fo
 async def test_the_zygotes_death_loses_its_runs_and_another_takes_its_place(
     own_children: ChildPool, tmp_path: Path, emitted: list[Emitted]
 ) -> None:
-    link = AnsweringWorker()
-    params = {"folder": str(tmp_path)}
-    running = asyncio.create_task(own_children.run(work("family", params=params), link, StopSignal()))
-    await all_up(tmp_path)
+    running = await family_of(own_children, tmp_path)
     first = own_children.zygote_pid
     assert first is not None
     below = linux.descendants(linux.processes(), [first])
@@ -106,11 +117,7 @@ async def test_the_zygotes_death_loses_its_runs_and_another_takes_its_place(
 
 
 async def test_a_zygote_that_dies_while_idle_is_replaced(own_children: ChildPool) -> None:
-    own_children.attach()
-    first = own_children.zygote_pid
-    assert first is not None
-    os.kill(first, signal.SIGKILL)
-    await until(lambda: own_children.zygote_pid not in (None, first))
+    await replace_zygote(own_children)
 
     outcome = await own_children.run(work("ok_blocking"), AnsweringWorker(), StopSignal())
 
@@ -120,11 +127,7 @@ async def test_a_zygote_that_dies_while_idle_is_replaced(own_children: ChildPool
 async def test_a_zygotes_death_leaves_the_workers_own_children_alone(own_children: ChildPool) -> None:
     ours = subprocess.Popen(["sleep", "60"])
     try:
-        own_children.attach()
-        first = own_children.zygote_pid
-        assert first is not None
-        os.kill(first, signal.SIGKILL)
-        await until(lambda: own_children.zygote_pid not in (None, first))
+        await replace_zygote(own_children)
 
         assert ours.poll() is None
     finally:
@@ -234,11 +237,7 @@ def lockable(url: str) -> bool:
 
 
 async def test_closing_ends_what_still_runs(own_children: ChildPool, tmp_path: Path) -> None:
-    params = {"folder": str(tmp_path)}
-    running = asyncio.create_task(
-        own_children.run(work("family", params=params), AnsweringWorker(), StopSignal())
-    )
-    await all_up(tmp_path)
+    running = await family_of(own_children, tmp_path)
 
     await own_children.close()
 
@@ -247,11 +246,7 @@ async def test_closing_ends_what_still_runs(own_children: ChildPool, tmp_path: P
 
 
 async def test_cancelling_the_runner_kills_the_run(own_children: ChildPool, tmp_path: Path) -> None:
-    params = {"folder": str(tmp_path)}
-    running = asyncio.create_task(
-        own_children.run(work("family", params=params), AnsweringWorker(), StopSignal())
-    )
-    await all_up(tmp_path)
+    running = await family_of(own_children, tmp_path)
 
     running.cancel()
 
@@ -284,12 +279,8 @@ async def test_a_preloaded_module_that_breaks_the_zygote_is_told_and_left_out(
 ) -> None:
     name = f"breaks_{abs(hash(source))}"
     (plugin_folder / f"{name}.py").write_text(source)
-    children = ChildPool(SystemClock(), preload=[name])
-    children.start()
-    try:
+    async with child_pool(preload=[name]) as children:
         outcome = await children.run(work("ok_blocking"), AnsweringWorker(), StopSignal())
-    finally:
-        await children.close()
 
     assert isinstance(outcome, Succeeded)
     (told,) = [event.fields for event in emitted if event.event.name == "handler.broken"]
@@ -298,25 +289,17 @@ async def test_a_preloaded_module_that_breaks_the_zygote_is_told_and_left_out(
 
 
 async def test_a_preloaded_distribution_is_there_before_its_runs(plugin_folder: Path) -> None:
-    children = ChildPool(SystemClock(), preload=["acme-jobs"])
-    children.start()
-    try:
+    async with child_pool(preload=["acme-jobs"]) as children:
         outcome = await children.run(work("preloaded"), AnsweringWorker(), StopSignal())
-    finally:
-        await children.close()
 
     assert outcome == Succeeded("true")
 
 
-async def test_a_run_that_waits_for_a_zygote_can_be_stopped(plugin_folder: Path) -> None:
-    children = ChildPool(SystemClock())
-    children.start()
+async def test_a_run_that_waits_for_a_zygote_can_be_stopped(own_children: ChildPool) -> None:
     stop = StopSignal()
     stop.request("drain", 10)
-    try:
-        assert await children.run(work("ok"), AnsweringWorker(), stop) == HandedBack()
-    finally:
-        await children.close()
+
+    assert await own_children.run(work("ok"), AnsweringWorker(), stop) == HandedBack()
 
 
 def test_a_worker_that_dies_before_its_zygote_is_ready_leaves_no_folder_and_no_traceback(tmp_path: Path):

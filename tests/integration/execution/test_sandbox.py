@@ -18,7 +18,7 @@ import pytest
 from tests.fakes.answering import AnsweringWorker
 from tests.fakes.kernel import require_landlock
 from tests.fakes.plugins import make_plugin
-from tests.fakes.running import until, work
+from tests.fakes.running import child_pool, until, work
 from worker.clock import SystemClock
 from worker.engine.runners.child import landlock
 from worker.engine.runners.child.pool import ChildPool
@@ -68,11 +68,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def confined(plugin: Path, data: Path) -> AsyncIterator[ChildPool]:
     """A runner in whose sandbox two folders of the test are."""
     rules = Planner([]).rules([str(data / "readable")], [str(data / "writable")])
-    runner = ChildPool(SystemClock(), sandbox=rules, spares=1)
-    runner.start()
-    runner.attach()
-    yield runner
-    await runner.close()
+    async with child_pool(attached=True, sandbox=rules, spares=1) as runner:
+        yield runner
 
 
 async def run(children: ChildPool, code: str, **fields: Any) -> Outcome:
@@ -120,11 +117,8 @@ async def test_denied_in_the_sandbox(attempt: str, confined: ChildPool, data: Pa
 @pytest.fixture(scope="module")
 async def unconfined(plugin: Path) -> AsyncIterator[ChildPool]:
     """A runner without a sandbox, for the controls."""
-    runner = ChildPool(SystemClock())
-    runner.start()
-    runner.attach()
-    yield runner
-    await runner.close()
+    async with child_pool(attached=True) as runner:
+        yield runner
 
 
 @pytest.mark.parametrize("attempt", ATTEMPTS)
@@ -214,11 +208,8 @@ result = [os.getcwd(), home, os.path.dirname(made), *said, oct(os.stat(".").st_m
 async def unfiltered(plugin: Path, data: Path) -> AsyncIterator[ChildPool]:
     """A runner with the same sandbox, but without the filter of system calls, for the controls."""
     rules = Planner([]).rules([str(data / "readable")], [str(data / "writable")])
-    runner = ChildPool(SystemClock(), sandbox=replace(rules, filtered=False))
-    runner.start()
-    runner.attach()
-    yield runner
-    await runner.close()
+    async with child_pool(attached=True, sandbox=replace(rules, filtered=False)) as runner:
+        yield runner
 
 
 # Calls by which a run reaches others, or memory that outlives it. Each cleans up after itself.
@@ -469,16 +460,12 @@ async def test_the_catalogues_children_are_confined(
 
 async def test_the_own_folder_of_another_run_is_denied(plugin: Path, data: Path) -> None:
     rules = replace(Planner([]).rules([], []), write=())
-    runner = ChildPool(SystemClock(), sandbox=rules)
-    runner.start()
-    try:
+    async with child_pool(sandbox=rules) as runner:
         own = Path(await result_of(runner, "import os; result = os.getcwd()"))
         other = own.with_name("99")
         other.mkdir()
         (other / "file").write_text("of another run")
         outcome = await run(runner, f"open('{other}/file').read()")
-    finally:
-        await runner.close()
 
     assert isinstance(outcome, Failed)
     assert outcome.error.type == "PermissionError"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -79,6 +80,15 @@ class Pool:
         outcome = await self.run(code, **fields)
         assert isinstance(outcome, Succeeded), outcome
         return None if outcome.result is None else json.loads(outcome.result)
+
+
+@asynccontextmanager
+async def opened(**settings: Any) -> AsyncIterator[Pool]:
+    pool = Pool(**settings)
+    try:
+        yield pool
+    finally:
+        await pool.children.close()
 
 
 def waits(pid: int) -> bool:
@@ -341,8 +351,7 @@ async def test_spares_are_frozen_and_thawed_with_the_runs(
     plugin_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.engine.runners.child.child_run.UNREAD", 0.05)
-    pool = Pool(max_freeze=timedelta(seconds=60))
-    try:
+    async with opened(max_freeze=timedelta(seconds=60)) as pool:
         pool.children.renewed(Lease.begun(timedelta(seconds=60), time.monotonic()))
         await pool.result_of("result = 1")
         spares = await pool.spares()
@@ -355,13 +364,10 @@ async def test_spares_are_frozen_and_thawed_with_the_runs(
         pool.children.renewed(Lease.begun(timedelta(seconds=60), time.monotonic()))
 
         assert await late in spares
-    finally:
-        await pool.children.close()
 
 
 async def test_spares_frozen_for_too_long_are_replaced(plugin_folder: Path) -> None:
-    pool = Pool(max_freeze=timedelta(seconds=0.2))
-    try:
+    async with opened(max_freeze=timedelta(seconds=0.2)) as pool:
         pool.children.renewed(Lease.begun(timedelta(seconds=60), time.monotonic()))
         await pool.result_of("result = 1")
         old = await pool.spares()
@@ -372,8 +378,6 @@ async def test_spares_frozen_for_too_long_are_replaced(plugin_folder: Path) -> N
         # Those forked during the freeze may have been killed just now, with the same reason.
         assert not set(old) & set(await pool.spares())
         assert await pool.result_of("result = 1") == 1
-    finally:
-        await pool.children.close()
 
 
 async def test_the_zygotes_death_ends_its_spares_and_the_next_has_others(pool: Pool) -> None:
@@ -423,8 +427,7 @@ async def test_closing_ends_the_spares(plugin_folder: Path) -> None:
 async def test_spares_that_cannot_be_isolated_are_not_forked_in_a_loop(
     plugin_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = Pool()
-    try:
+    async with opened() as pool:
         await pool.result_of("result = 1")
         await pool.spares()
         numbers = []
@@ -436,8 +439,6 @@ async def test_spares_that_cannot_be_isolated_are_not_forked_in_a_loop(
         # Half a second: they were killed once, and are replaced after a pause.
         assert numbers.count(0) >= 5
         await pool.spares()
-    finally:
-        await pool.children.close()
 
 
 async def test_a_replaced_file_of_the_system_replaces_the_spares(plugin_folder: Path, tmp_path: Path) -> None:
@@ -445,8 +446,7 @@ async def test_a_replaced_file_of_the_system_replaces_the_spares(plugin_folder: 
     file = tmp_path / "resolv.conf"
     file.write_text("old")
     rules = Planner([]).rules([], [])
-    pool = Pool(sandbox=replace(rules, read=(*rules.read, str(file))))
-    try:
+    async with opened(sandbox=replace(rules, read=(*rules.read, str(file)))) as pool:
         await pool.result_of("result = 1")
         old = await pool.spares()
         file.with_name("new").write_text("new")
@@ -454,5 +454,3 @@ async def test_a_replaced_file_of_the_system_replaces_the_spares(plugin_folder: 
         await until(lambda: not set(old) & set(pool.below()))
 
         assert await pool.result_of(f"result = open({str(file)!r}).read()") == "new"
-    finally:
-        await pool.children.close()

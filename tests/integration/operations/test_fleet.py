@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
 
 from tests.conftest import on_either
 from tests.fakes.issuer import AUDIENCE, App
-from tests.fakes.provisioned import Killed, Passing, Place, opened_place
+from tests.fakes.provisioned import Passing, Place, opened_place
 from worker.errors import Conflict, ForeignApplication, ProviderUnavailable
 from worker.features.provisioning.fleet import Fleet, Rotated
 from worker.features.provisioning.provisioning import exclusive
@@ -169,24 +170,10 @@ async def test_only_old_ones_that_orgworker_made_are_rotated_oldest_first(
 @pytest.mark.parametrize("seed", range(3))
 async def test_it_goes_on_wherever_it_was_killed(place: Place, rows: Any, seed: int) -> None:
     rng = random.Random(seed)
-    left = [0]
-
-    def may_die(call: str) -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-
     for _ in range(6):
-        place.management.before = place.management.after = may_die
-        left[0] = rng.randrange(1, 40)
-        try:
-            await rotate(place, announce=timedelta(minutes=rng.randrange(3)))
-        except BaseException as error:
-            # A group may have a part in it that only cancellation ended.
-            if not isinstance(error, Killed | BaseExceptionGroup) or "Killed" not in repr(error):
-                raise
+        announce = timedelta(minutes=rng.randrange(3))
+        await place.kill_in(partial(rotate, place, announce=announce), rng)
         check_each_can_work(place, rows)
-    place.management.before = place.management.after = lambda call: None
     results = await rotate(place)
 
     assert all(result.error is None for result in results.values())

@@ -82,23 +82,8 @@ async def test_a_second_provisioner_is_refused(place: Place) -> None:
 async def test_it_goes_on_wherever_it_was_killed(place: Place, rows: Any, seed: int) -> None:
     rng = random.Random(seed)
     await place.sync()
-    left = [0]
-
-    def may_die(call: str) -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-
     for _ in range(8):
-        place.management.before = place.management.after = may_die
-        left[0] = rng.randrange(1, 40)
-        try:
-            await place.provision()
-        except BaseException as error:
-            # A group may have a part in it that only cancellation ended.
-            if not isinstance(error, Killed | BaseExceptionGroup) or "Killed" not in repr(error):
-                raise
-    place.management.before = place.management.after = lambda call: None
+        await place.kill_in(place.provision, rng)
     await place.provision()
 
     check_one_each(place, rows)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.unit.telemetry.test_vitals import vitals
 from worker.telemetry import events
 from worker.telemetry import metrics as module
 from worker.telemetry.events import EVENTS, emit
 from worker.telemetry.metrics import METRICS, Metrics
-from worker.telemetry.vitals import Vitals
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -42,19 +42,6 @@ def end_run(org: str = "org_a", state: str = "succeeded", **fields: object) -> N
     given = {"run": "r", "definition": "d", "handler": "acme.digest", "attempt": 1, "detail": None}
     values = given | {"org": org, "outcome": state, "state": state, "reason": None, "seconds": 2.0}
     emit("run.ended", **(values | fields))
-
-
-def vitals(**changes: object) -> Vitals:
-    given: dict[str, object] = {
-        "ages": lambda: {"scheduler": 0.5},
-        "stalled": list,
-        "lease_remaining": lambda: 21.0,
-        "admitting": lambda: True,
-        "draining": lambda: False,
-        "slots": {"child": 50},
-        "used": lambda isolation: 3,
-    }
-    return Vitals(**(given | changes))  # type: ignore[arg-type]
 
 
 def test_every_event_is_counted_by_its_name(metrics):
@@ -111,17 +98,17 @@ def test_a_state_goes_up_and_down_with_its_events(metrics):
 def test_the_parts_of_the_worker_are_asked_at_each_scrape(metrics):
     assert ("orgworker_admitting", ()) not in series(metrics)
 
-    metrics.watch(vitals())
+    metrics.watch(vitals(ages=lambda: {"scheduler": 0.5}))
 
     assert value(metrics, "admitting") == 1
     assert value(metrics, "slots", isolation="child") == 50
     assert value(metrics, "slots_used", isolation="child") == 3
     assert value(metrics, "loop_tick_age_seconds", loop="scheduler") == 0.5
-    assert value(metrics, "lease_remaining_seconds") == 21
+    assert value(metrics, "lease_remaining_seconds") == 27.4
 
 
 def test_loops_that_a_drain_has_ended_have_no_age(metrics):
-    metrics.watch(vitals(draining=lambda: True))
+    metrics.watch(vitals(ages=lambda: {"scheduler": 0.5}, draining=lambda: True))
 
     assert value(metrics, "draining") == 1
     assert "loop_tick_age_seconds{" not in metrics.text().decode()
@@ -191,7 +178,7 @@ def test_the_busiest_orgs_have_series_of_their_own_where_that_is_asked_for():
 def test_every_name_is_in_the_table_and_every_name_of_the_table_is_served():
     both = [listening(Metrics(version="1.0", top_orgs=1, on_host=on_host)) for on_host in (False, True)]
     for metrics in both:
-        metrics.watch(vitals())
+        metrics.watch(vitals(ages=lambda: {"scheduler": 0.5}))
     for name, event in EVENTS.items():
         emit(name, **{field: "1" if field == "org" else 1 for field in event.fields})
 

@@ -11,27 +11,18 @@ import pytest
 from starlette.types import ASGIApp
 
 from tests.fakes.limits import no_limits
+from tests.unit.telemetry.test_vitals import vitals
 from worker.features.console.access import Access, Operator
 from worker.features.console.server import build
 from worker.kit.web.connections import MAX_CONNECTIONS
 from worker.kit.web.health import PATHS, Health
 from worker.kit.web.listener import MAX_REQUESTS, build_health
 from worker.telemetry.metrics import Metrics
-from worker.telemetry.vitals import Vitals
 
 
 def watched(**changes: Any) -> Health:
-    given: dict[str, Any] = {
-        "ages": dict,
-        "stalled": list,
-        "lease_remaining": lambda: 21.0,
-        "admitting": lambda: True,
-        "draining": lambda: False,
-        "slots": {},
-        "used": lambda isolation: 0,
-    }
     health = Health(Metrics(version="1.0"))
-    health.watch(Vitals(**(given | changes)))
+    health.watch(vitals(**changes))
     return health
 
 
