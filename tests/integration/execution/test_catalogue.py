@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.plugins import make_plugin
-from tests.fakes.running import until
+from tests.fakes.running import child_pool, until
 from worker.clock import SystemClock
 from worker.engine.runners.child import linux, zygote
 from worker.engine.runners.child.messages import Setup
@@ -295,10 +295,7 @@ async def test_handlers_are_read_again_if_the_zygote_dies(folder: Path) -> None:
         "@job('a.slow')\ndef f(ctx): ..."
     )
     make_plugin(folder, dist="a-slow", modules={"a_slow": source}, entry_points={"a.slow": "a_slow:f"})
-    children = ChildPool(SystemClock(), describes=True)
-    children.start()
-    children.attach()
-    try:
+    async with child_pool(attached=True, describes=True) as children:
         reading = read_catalogue(["a-slow"], timeout=30, forked=children.take_describing())
         first = asyncio.ensure_future(anext(reading))
         await until((folder / "begun").exists)
@@ -307,16 +304,11 @@ async def test_handlers_are_read_again_if_the_zygote_dies(folder: Path) -> None:
         [entry] = await first
         assert entry.error is None
         await reading.aclose()
-    finally:
-        await children.close()
 
 
 async def test_the_process_that_has_described_handlers_is_gone(folder: Path) -> None:
     make_plugin(folder, dist="b-works", modules={"b": "x = 1"}, entry_points={"b.x": "b:x"})
-    children = ChildPool(SystemClock(), describes=True)
-    children.start()
-    children.attach()
-    try:
+    async with child_pool(attached=True, describes=True) as children:
         forked = children.take_describing()
         [[entry]] = [found async for found in read_catalogue(["b-works"], forked=forked)]
         assert entry.name == "b.x"
@@ -324,8 +316,6 @@ async def test_the_process_that_has_described_handlers_is_gone(folder: Path) -> 
         await until(
             lambda: [process.pid for process in linux.adopted(linux.processes())] == [children.zygote_pid]
         )
-    finally:
-        await children.close()
 
 
 async def test_handlers_that_are_known_at_the_same_time_come_together(folder: Path) -> None:

@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.answering import AnsweringWorker
-from tests.fakes.running import claims, work
-from worker.clock import SystemClock
+from tests.fakes.running import child_pool, claims, work
 from worker.engine.runners.child.messages import Setup
 from worker.engine.runners.child.pool import ChildPool
 from worker.engine.runners.child.sandbox import Planner
@@ -75,18 +74,14 @@ async def faults(plugin_folder: Path, share_after: int | None) -> list[int]:
 
     The zygote may still share its pages while the first of them run.
     """
-    children = ChildPool(SystemClock(), share_after=share_after)
-    children.start()
     found = []
-    try:
+    async with child_pool(share_after=share_after) as children:
         for _ in range(16):
             outcome = await children.run(
                 work("code", params={"code": FAULTS}), AnsweringWorker(), StopSignal()
             )
             assert isinstance(outcome, Succeeded)
             found.append(int(outcome.result or ""))
-    finally:
-        await children.close()
     return found
 
 
@@ -136,10 +131,8 @@ def test_runs_are_frozen_while_pages_are_shared(slices: str, tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 async def prepared(plugin_folder: Path) -> AsyncIterator[ChildPool]:
-    children = ChildPool(SystemClock(), sandbox=Planner([]).rules([], []), share_after=0, spares=1)
-    children.start()
-    yield children
-    await children.close()
+    async with child_pool(sandbox=Planner([]).rules([], []), share_after=0, spares=1) as children:
+        yield children
 
 
 async def test_runs_of_a_prepared_zygote_work_as_ever(prepared: ChildPool) -> None:
