@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -115,6 +116,17 @@ class FakeIssuer:
     def add(self, app: App) -> App:
         self.apps[app.client_id] = app
         return app
+
+    def hold(self) -> asyncio.Event:
+        """Keep token requests waiting until the event is set."""
+        gate = asyncio.Event()
+
+        async def answer(form: dict[str, str]) -> httpx.Response:
+            await gate.wait()
+            return self.grant(form)
+
+        self.answer = answer
+        return gate
 
     def count(self, path: str = "/oauth2/token") -> int:
         return sum(path == seen for _, seen, _ in self.requests)

@@ -47,13 +47,7 @@ async def test_two_hundred_runs_of_one_org_make_one_request(world: World) -> Non
 
 async def test_a_cancelled_waiter_does_not_end_the_request(world: World) -> None:
     """The first who asks may be cancelled: the others still get the token."""
-    gate = asyncio.Event()
-
-    async def slow(form: dict[str, str]):
-        await gate.wait()
-        return world.issuer.grant(form)
-
-    world.issuer.answer = slow
+    gate = world.issuer.hold()
     first, second = asyncio.ensure_future(world.ensure()), asyncio.ensure_future(world.ensure())
     await settle()
     first.cancel()

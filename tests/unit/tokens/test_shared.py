@@ -48,13 +48,7 @@ async def test_the_second_process_takes_the_token_of_the_first(fleet: Fleet) -> 
 
 async def test_processes_that_ask_at_once_make_one_request(fleet: Fleet) -> None:
     """The others wait for the one that has reserved it."""
-    gate = asyncio.Event()
-
-    async def slow(form: dict[str, str]) -> httpx.Response:
-        await gate.wait()
-        return fleet.issuer.grant(form)
-
-    fleet.issuer.answer = slow
+    gate = fleet.issuer.hold()
     waiting = [asyncio.ensure_future(fleet.start().ensure(TokenWant(ORG, "main"))) for _ in range(4)]
     await settle(50)
     gate.set()
@@ -66,13 +60,7 @@ async def test_processes_that_ask_at_once_make_one_request(fleet: Fleet) -> None
 
 async def test_a_reservation_lasts_as_long_as_its_request(fleet: Fleet) -> None:
     """A request may wait for minutes for the issuer's rate."""
-    gate = asyncio.Event()
-
-    async def slow(form: dict[str, str]) -> httpx.Response:
-        await gate.wait()
-        return fleet.issuer.grant(form)
-
-    fleet.issuer.answer = slow
+    gate = fleet.issuer.hold()
     first = asyncio.ensure_future(fleet.start().ensure(TokenWant(ORG, "main")))
     await settle(50)
     second = asyncio.ensure_future(fleet.start().ensure(TokenWant(ORG, "main")))
@@ -529,13 +517,7 @@ async def test_what_fails_ahead_of_time_is_left_to_the_run(fleet: Fleet) -> None
 
 async def test_a_run_that_needs_the_token_meanwhile_shares_the_request(fleet: Fleet) -> None:
     """And the other way around: neither waits for the other for ever."""
-    gate = asyncio.Event()
-
-    async def slow(form: dict[str, str]) -> httpx.Response:
-        await gate.wait()
-        return fleet.issuer.grant(form)
-
-    fleet.issuer.answer = slow
+    gate = fleet.issuer.hold()
     tokens = fleet.start()
     ahead = asyncio.ensure_future(prepare(tokens, covers=600))
     await settle(20)
