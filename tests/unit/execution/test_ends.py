@@ -33,10 +33,6 @@ def stopped(reason: StopReason) -> StopSignal:
     return stop
 
 
-async def test_what_the_process_said_counts() -> None:
-    assert outcome_of_end(Succeeded("1"), Ended(), StopSignal()) == Succeeded("1")
-
-
 @pytest.mark.parametrize(
     ("said", "reason", "outcome"),
     [
