@@ -1,14 +1,31 @@
-"""Rows written past the operations, as if an attempt had ended or a worker had started."""
+"""Calls of the store in a transaction of their own, and rows written past the operations."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from sqlalchemy import Insert, insert
+from sqlalchemy import Connection, Insert, insert
 
 from worker.ids import new_id
 from worker.store import tables
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Work = Callable[Concatenate[Connection, P], T]
+
+
+def within(database: Any, work: Work[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What `work` returns in a transaction of its own."""
+    with database.transaction() as connection:
+        return work(connection, *args, **kwargs)
+
+
+def reading(database: Any, work: Work[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What `work` returns on a connection in autocommit mode."""
+    with database.autocommit() as connection:
+        return work(connection, *args, **kwargs)
 
 
 def attempt_row(run_id: str, org_id: str, at: datetime, **values: Any) -> Insert:

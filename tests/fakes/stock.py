@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import insert, select, text, update
 
+from tests.fakes.rows import P, T, Work, reading, within
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId, new_id
 from worker.model.definitions.pools import DEFAULT_POOL
 from worker.model.runs.outcome import EndedAttempt, Trail
@@ -34,9 +35,19 @@ class Stock:
         self._numbers = itertools.count(1)
         self._admissions: dict[WorkerId, RingWalk] = {}
 
+    def within(self, work: Work[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return within(self.database, work, *args, **kwargs)
+
+    def reading(self, work: Work[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return reading(self.database, work, *args, **kwargs)
+
+    def hot(self, statement: str, *args: Any, **kwargs: Any) -> Any:
+        """What a hot statement of the dialect returns in a transaction of its own."""
+        with self.database.transaction() as connection:
+            return getattr(statements(connection), statement)(connection, *args, **kwargs)
+
     def now(self) -> datetime:
-        with self.database.autocommit() as connection:
-            return self.database.now(connection)
+        return self.reading(self.database.now)
 
     def org(self, *, limit: int = 10, weight: int = 1, state: str = "active") -> OrgId:
         org_id, at = OrgId(new_id()), self.now()
@@ -96,18 +107,17 @@ class Stock:
         children: int = 50,
     ) -> WorkerId:
         worker_id = WorkerId(new_id())
-        with self.database.transaction() as connection:
-            workers.register(
-                connection,
-                worker_id,
-                host="here",
-                pid=1,
-                version="1",
-                lease=lease,
-                handlers=handlers,
-                capacity={"children": children, "inline": 0},
-                pools=pools,
-            )
+        self.within(
+            workers.register,
+            worker_id,
+            host="here",
+            pid=1,
+            version="1",
+            lease=lease,
+            handlers=handlers,
+            capacity={"children": children, "inline": 0},
+            pools=pools,
+        )
         self._admissions[worker_id] = RingWalk(self.database, worker_id, pools=pools)
         return worker_id
 
@@ -139,8 +149,7 @@ class Stock:
         return [replace(run, **values) for run in runs]
 
     def put(self, *runs: NewRun) -> FireReport:
-        with self.database.transaction() as connection:
-            return firing.write(connection, runs)
+        return self.within(firing.write, runs)
 
     def hold(self, run: NewRun) -> None:
         """Insert a run that is held behind an unfinished one."""
@@ -157,6 +166,18 @@ class Stock:
     ) -> list[AdmittedRun]:
         slots: dict[Isolation, int] = {"child": free, "inline": inline}
         return self.walk(worker_id).admit({HANDLER: None} if offered is None else offered, slots)
+
+    def running(
+        self,
+        worker_id: WorkerId | None = None,
+        org_id: OrgId | None = None,
+        definition_id: DefinitionId | None = None,
+        **values: Any,
+    ) -> AdmittedRun:
+        """A run that is admitted at once; its worker and org are new if none is given."""
+        self.put(self.run(org_id or self.org(), definition_id, **values))
+        [admitted] = self.admit(worker_id or self.worker())
+        return admitted
 
     def walk(self, worker_id: WorkerId) -> RingWalk:
         """The place of a worker in the ring."""
@@ -213,8 +234,7 @@ class Stock:
             for run in [*parked, *parked]:
                 hot.open_wait(connection, run.id, run.fencing_token, attempt=1, wait=wait)
         self.finish(worker, *(self.ended(run, "parked", outcome="parked", reason="answer") for run in parked))
-        with self.database.transaction() as connection:
-            hot.wake_due(connection, limit=10)
+        self.within(hot.wake_due, limit=10)
 
     def code(self, org_id: str) -> str:
         """The code of an org."""

@@ -87,8 +87,7 @@ def test_a_host_controls_no_terminal(own_cli: CommandLine, stock: Stock) -> None
 @on_either
 def test_handlers_say_who_offers_them_and_are_forgotten(own_cli: CommandLine, stock: Stock) -> None:
     cli = own_cli
-    with stock.database.transaction() as connection:
-        catalogue.put(connection, [replace(RENDER, distribution="old-jobs")], at=stock.now())
+    stock.within(catalogue.put, [replace(RENDER, distribution="old-jobs")], at=stock.now())
     worker = stock.worker(handlers=["gpu.render"])
 
     rows = [row for row in cli("handlers", "list", "-o", "json").json() if row["name"].startswith("gpu")]

@@ -12,7 +12,7 @@ from sqlalchemy import Insert, select, update
 
 from tests.conftest import migrated_on
 from tests.fakes.clock import ManualClock
-from tests.fakes.rows import attempt_row
+from tests.fakes.rows import attempt_row, reading
 from worker.handlers.catalogue import HandlerEntry
 from worker.model.definitions.file import parse_file
 from worker.operations.apply import apply as apply_file
@@ -105,8 +105,7 @@ class Tables:
         self.insert(attempt_row(run_id, org_id, at or self.now(), **values))
 
     def now(self) -> datetime:
-        with self._database.autocommit() as connection:
-            return self._database.now(connection)
+        return reading(self._database, self._database.now)
 
     def make_due_since(self, since: datetime, spread: timedelta = timedelta(0)) -> None:
         """As if nobody had fired since: every scheduled definition's next instant lies there."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import on_either
+from tests.fakes.rows import reading
 from tests.fakes.site import one_definition, org_entry
 from tests.fakes.stock import Stock
 from worker.app.verbs import runs as cli_runs
@@ -80,8 +81,7 @@ def test_an_answer_wakes_the_run_and_is_in_its_row_and_the_audit(parked, databas
         {"yes": True},
         {"question": "publish?"},
     )
-    with database.autocommit() as connection:
-        shown = run_lists.run(connection, "org_acme", run.id)
+    shown = reading(database, run_lists.run, "org_acme", run.id)
     assert (shown["state"], shown["reason"]) == ("waiting", "resumed")
     assert [wait["answer"] for wait in shown["waits"]] == [{"yes": True}]
     [entry] = stock.all(tables.audit, tables.audit.c.action == "run.answer")
@@ -223,8 +223,7 @@ def test_all_that_match_a_search_are_answered_but_only_what_waits_for_that_name(
     [given] = give_all()
     assert (given["id"], given["occurrence"], given["left"]) == (run.id, 1, None)
     assert give_all() == []
-    with database.autocommit() as connection:
-        shown = run_lists.run(connection, "org_acme", run.id)
+    shown = reading(database, run_lists.run, "org_acme", run.id)
     assert [(wait["name"], wait["answered_by"]) for wait in shown["waits"]] == [("approval", "kim")]
     assert give(database, run, name="aproval")["answer"] is True
 
@@ -232,8 +231,7 @@ def test_all_that_match_a_search_are_answered_but_only_what_waits_for_that_name(
 def test_why_says_what_it_waits_for_and_how_to_answer(parked, database):
     run = parked(APPROVAL)
 
-    with database.autocommit() as connection:
-        found = why(connection, run.id)
+    found = reading(database, why, run.id)
 
     assert "waits for an answer to approval (since" in clauses(found).cause
     assert found.step.command == f"runs answer {run.id} approval --data JSON"

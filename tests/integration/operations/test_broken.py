@@ -7,6 +7,7 @@ from sqlalchemy import update
 
 from tests.conftest import on_either
 from tests.fakes.closing import close_definition
+from tests.fakes.rows import reading, within
 from tests.fakes.site import one_definition
 from worker.ids import ALL_ORGS
 from worker.operations.credentials import add_credential
@@ -45,8 +46,7 @@ def site(apply, database, rows):
                 return [row["code"] for row in read(connection, ORGS, scope, Page(broken=True, **page))]
 
         def rows(self, scope=ALL_ORGS, **page):
-            with database.acting(roles.ALL_ORGS).autocommit() as connection:
-                return broken(connection, scope, Page(**page))
+            return reading(database.acting(roles.ALL_ORGS), broken, scope, Page(**page))
 
         def prune(self):
             with database.transaction() as connection:
@@ -148,10 +148,8 @@ def test_pages_and_scopes_are_those_of_the_list(site):
 def test_a_failure_while_it_is_checked_is_kept(site, database, rows):
     site.run()
     site.run("succeeded")
-    with database.autocommit() as connection:
-        checked = failing.check(connection)
+    checked = reading(database, failing.check)
     site.run()
-    with database.transaction() as connection:
-        failing.remove(connection, checked.sound)
+    within(database, failing.remove, checked.sound)
 
     assert (len(checked.sound), site.broken()) == (1, ["org_acme"])

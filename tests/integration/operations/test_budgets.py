@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import insert, update
 
 from tests.conftest import on_either
+from tests.fakes.rows import reading
 from tests.fakes.site import definition, org_entry
 from worker.clock import to_text
 from worker.errors import AccessDenied, Conflict, DefinitionError, NotFound, UsageError
@@ -98,8 +99,7 @@ def test_a_raise_counts_until_its_end_and_is_in_the_audit(apply, rows, database:
 
     assert (row["limit"], row["created_by"]) == (1500, "ann")
     assert rows.now() < row["until"] <= rows.now() + timedelta(days=1)
-    with database.autocommit() as connection:
-        [level] = budgets_of(connection, "org_acme")
+    [level] = reading(database, budgets_of, "org_acme")
     assert (level["limit"], level["used"], level["left"], level["resets_at"]) == (1500, 0, 1500, row["until"])
     entry = rows.audit[-1]
     assert (entry["action"], entry["subject"]) == ("budget.raise", "org_acme llm_tokens")
@@ -151,8 +151,7 @@ def test_a_raise_of_nothing_is_refused(apply, rows, database, org, meter, by, pe
 @on_either
 def test_a_budget_can_be_removed_by_its_id(apply, rows, database: Database):
     apply(ORGS + BUDGET + ALL)
-    with database.autocommit() as connection:
-        selecting, of_org = budget_rows(connection, limit=10)
+    selecting, of_org = reading(database, budget_rows, limit=10)
 
     assert remove_budget(database, of_org["id"], actor="ann")["name"] == "llm_tokens per day"
 
@@ -187,8 +186,7 @@ def test_usage_is_summed_by_meter_definition_or_day(apply, rows, database: Datab
             )
 
     def listed(org, by, *names, **window):
-        with database.autocommit() as connection:
-            return [tuple(row[name] for name in names) for row in usage(connection, org, by, **window)]
+        return [tuple(row[name] for name in names) for row in reading(database, usage, org, by, **window)]
 
     assert listed(ALL_ORGS, "meter", "org", "meter", "used") == [
         ("org_acme", "llm_tokens", 12),

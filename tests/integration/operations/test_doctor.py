@@ -152,12 +152,10 @@ def test_who_crashed_within_a_day_is_named_with_who_recovered_the_runs(stock):
     """Three of them; a host that ran nothing may have stopped."""
     dead, *others = [stock.worker() for _ in range(5)]
     silent, me = stock.worker(), stock.worker()
-    stock.put(stock.run(stock.org()))
-    stock.admit(dead)
+    stock.running(dead)
     stock.change(tables.workers, dead, host="app1")
     stock.change(tables.workers, silent, host_id=new_id(), outcome="crashed", ended_at=stock.now())
-    with stock.database.transaction() as connection:
-        workers.recover(connection, max_recoveries=3, by=me, others_than=me)
+    stock.within(workers.recover, max_recoveries=3, by=me, others_than=me)
     stock.change(tables.workers, dead, ended_at=stock.now() + timedelta(seconds=1))
 
     found = doctor.workers(stock.database)
@@ -236,8 +234,7 @@ def test_a_handler_that_does_not_load_is_named_with_its_error(stock):
     entry = HandlerEntry(
         "acme.bad", "acme-jobs", "2.0", "acme:bad", error="ImportError: no module named canary"
     )
-    with stock.database.transaction() as connection:
-        catalogue.put(connection, [entry], at=stock.now())
+    stock.within(catalogue.put, [entry], at=stock.now())
 
     broken = doctor.handlers(stock.database)
 

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import select
 
 from tests.conftest import on_either
+from tests.fakes.rows import reading, within
 from tests.fakes.site import definition, org_entry
 from tests.fakes.stock import Stock
 from tests.integration.operations.conftest import Apply, Tables
@@ -70,8 +71,7 @@ def host_of(stock: Stock, pool: str, *entries: HandlerEntry, name: str | None = 
     """A live host of a pool that declares these handlers; its incarnation."""
     _, host = added(stock, name or f"{pool}-host", pool=pool)
     worker = begin(stock, host)
-    with stock.database.transaction() as connection:
-        host_handlers.report(connection, worker, entries)
+    stock.within(host_handlers.report, worker, entries)
     return worker
 
 
@@ -285,8 +285,7 @@ def test_what_hosts_declare_meanwhile_is_not_what_was_looked_at(stock: Stock, da
     """The digest is of what is declared: a host cannot exchange it between the look and the approval."""
     worker = host_of(stock, "eu", KEYED)
     [row] = list_approvals(database)
-    with database.transaction() as connection:
-        host_handlers.report(connection, worker, [replace(KEYED, secrets=("openai", "stripe"))])
+    within(database, host_handlers.report, worker, [replace(KEYED, secrets=("openai", "stripe"))])
 
     with pytest.raises(Conflict):
         approve(database, "eu", "gpu.keyed", row["digest"], actor="ana")
@@ -301,8 +300,7 @@ def test_without_the_digest_a_host_would_exchange_what_is_approved(
     worker = host_of(stock, "eu", KEYED)
     monkeypatch.setattr("worker.store.host_grants.digest", lambda pool, handler, ceiling: "1-any")
     [row] = list_approvals(database)
-    with database.transaction() as connection:
-        host_handlers.report(connection, worker, [replace(KEYED, secrets=("openai", "stripe"))])
+    within(database, host_handlers.report, worker, [replace(KEYED, secrets=("openai", "stripe"))])
 
     given = approve(database, "eu", "gpu.keyed", row["digest"], actor="ana")
     assert given["secrets"] == ["openai", "stripe"]
@@ -325,8 +323,7 @@ def test_an_approval_makes_waiting_runs_due_at_once_and_why_names_its_command(
     run = waiting_run(stock, database)
     [row] = list_approvals(database)
 
-    with database.autocommit() as connection:
-        found = why(connection, run)
+    found = reading(database, why, run)
     assert (
         "secrets openai, scopes read:gpu for gpu.keyed, which no administrator has approved"
         in clauses(found).cause
@@ -346,8 +343,7 @@ def test_why_says_what_a_definition_may_set_itself_and_quotes_names(
     apply(text('pool = "eu"', handler="gpu; rm -rf ~"))
     run = waiting_run(stock, database)
 
-    with database.autocommit() as connection:
-        found = why(connection, run)
+    found = reading(database, why, run)
 
     assert clauses(found).cause.endswith("a definition that sets timeout itself needs no approval")
     assert found.step.command.startswith("pools approve eu 'gpu; rm -rf ~' 1-")
@@ -362,8 +358,7 @@ def test_why_names_the_pools_of_a_handler_that_hosts_offer_elsewhere(
     run = run_now(database, "org_acme", "nightly", actor="tester")["id"]
     stock.change(tables.live_runs, run, reason="no_handler")
 
-    with database.autocommit() as connection:
-        found = why(connection, run)
+    found = reading(database, why, run)
 
     assert (
         "only hosts offer its handler gpu.render, those of pool eu, and its pool is default"
@@ -399,8 +394,7 @@ def test_a_handler_of_workers_is_forgotten_once_no_live_worker_offers_it(
 
 
 def listed(database: Database, scope: Any = ALL_ORGS) -> list[tuple[str, str, str | None]]:
-    with database.autocommit() as connection:
-        rows = handler_list.listed(connection, scope)
+    rows = reading(database, handler_list.listed, scope)
     return [(row["name"], row["source"], row["pool"]) for row in rows if row["name"].startswith("gpu")]
 
 
@@ -410,8 +404,7 @@ def test_handlers_are_listed_with_who_offers_them_and_where(
     host_of(stock, "eu", RENDER, replace(RENDER, name="gpu.other"))
     host_of(stock, "eu", RENDER, name="eu-second")
     host_of(stock, "us", RENDER)
-    with database.transaction() as connection:
-        catalogue.put(connection, [replace(RENDER, name="gpu.own", pool="us")], at=stock.now())
+    within(database, catalogue.put, [replace(RENDER, name="gpu.own", pool="us")], at=stock.now())
     apply(text('pool = "eu"'))
     org_id = stock.all(tables.orgs)[0]["id"]
 
@@ -432,8 +425,7 @@ def test_no_pool_crowds_out_the_handlers_of_another(stock: Stock, database: Data
     monkeypatch.setattr(handler_list, "OF_POOL", 20)
     monkeypatch.setattr(handler_list, "SCHEMA_BYTES", 2_000)
 
-    with database.autocommit() as connection:
-        rows = [row for row in handler_list.listed(connection, ALL_ORGS) if row["source"] == "host"]
+    rows = [row for row in reading(database, handler_list.listed, ALL_ORGS) if row["source"] == "host"]
 
     assert [sum(row["pool"] == pool for row in rows) for pool in ("eu", "us")] == [20, 1]
     [of_us] = [row for row in rows if row["pool"] == "us"]
@@ -491,8 +483,7 @@ def test_doctor_needs_no_approval_of_what_every_definition_sets_itself(
 def test_doctor_names_a_handler_that_does_not_load_on_hosts_of_a_pool(
     stock: Stock, database: Database
 ) -> None:
-    with database.transaction() as connection:
-        catalogue.forget_name(connection, "acme.broken")
+    within(database, catalogue.forget_name, "acme.broken")
     host_of(stock, "eu", replace(RENDER, error="ImportError: s3cret"))
 
     found = doctor.handlers(database)

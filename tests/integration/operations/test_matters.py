@@ -10,6 +10,7 @@ import pytest
 
 from bench import console
 from tests.fakes.clock import ManualClock
+from tests.fakes.rows import within
 from tests.fakes.stock import Stock
 from worker.diagnosis import doctor, matters
 from worker.diagnosis.matters import Matter
@@ -64,8 +65,7 @@ def test_the_token_of_another_org_is_above_everything_else(
     database: Database, stock: Stock, monkeypatch: pytest.MonkeyPatch
 ):
     """The control: as one cause of refused runs among others, it comes after what failed."""
-    with database.transaction() as connection:
-        installation.store_word(connection, "production")
+    within(database, installation.store_word, "production")
     victim, other = stock.org(), stock.org()
     refuse(stock, victim)
     for _ in range(3):
@@ -206,8 +206,7 @@ def test_doctor_names_the_orgs(database: Database, stock: Stock):
 
 def test_every_matter_is_data_with_a_step_for_both_surfaces(database: Database, stock: Stock):
     """One of each that rows in the database can make."""
-    with database.transaction() as connection:
-        installation.store_word(connection, "production")
+    within(database, installation.store_word, "production")
     org = stock.org()
     refuse(stock, org)
     end(stock, org, "failed", "error")

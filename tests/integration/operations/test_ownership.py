@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import on_either
 from tests.fakes.clock import ManualClock
 from tests.fakes.provisioned import Passing, Place, opened_place
+from tests.fakes.rows import within
 from worker.errors import InstallationMismatch
 from worker.features.hosts.temporal import EngineUnavailable, Placer, Standing
 from worker.features.hosts.temporal.loops import ASK_AGAIN, OwnedPlacer
@@ -40,8 +41,7 @@ def clock() -> Passing:
 
 @pytest.fixture
 async def place(database: Database, keyring: KeyRing, clock: Passing, apply: Any) -> AsyncIterator[Place]:
-    with database.transaction() as connection:
-        installation.store_word(connection, "production")
+    within(database, installation.store_word, "production")
     async with opened_place(database, keyring, clock, apply) as made:
         yield made
 
@@ -88,8 +88,7 @@ async def test_a_running_loop_notices_the_adoption_at_its_next_turn(
         # By a process whose worker.toml has another word, or after it the same one again.
         adopt(other, "staging", how, actor="ops", issuers=["main"])
         if how == "new":
-            with other.transaction() as connection:
-                installation.change_word(connection, "production")
+            within(other, installation.change_word, "production")
 
     place.management.listed["org_new"] = "New"
     notice = Notice("org_created", "org_new", place.clock.now())
@@ -188,8 +187,7 @@ async def test_a_copy_asks_nothing_of_the_engine_that_it_shares(
 async def test_a_placer_notices_an_adoption_within_a_second(
     database: Database, other: Database, clock: Passing
 ) -> None:
-    with database.transaction() as connection:
-        key = installation.key_of(connection)
+    key = within(database, installation.key_of)
     engine = Engine()
     placer = OwnedPlacer(engine, Ownership(database, "staging", key=key), clock)
     await placer.place(RUN, TICKET)
@@ -208,8 +206,7 @@ async def test_a_copy_has_the_activities_of_production_until_it_is_adopted(
     """Why a copy must not place: with the same key, its withdrawal would cancel production's activity."""
 
     def activity() -> str:
-        with database.transaction() as connection:
-            key = installation.key_of(connection)
+        key = within(database, installation.key_of)
         placer = TemporalPlacer("h:7233", "n", installation=key, place_timeout=timedelta(), identity="")
         return placer._id(RUN)
 
@@ -226,8 +223,7 @@ async def test_two_first_calls_make_one_key(database: Database, other: Database)
     """The later one must not replace a key that has names already."""
     keys: list[str] = []
     for each in (database, other):
-        with each.transaction() as connection:
-            keys.append(installation.key_of(connection))
+        keys.append(within(each, installation.key_of))
 
     assert len(set(keys)) == 1 and keys[0]
 

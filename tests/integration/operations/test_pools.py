@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import on_either
+from tests.fakes.rows import reading, within
 from tests.fakes.stock import Stock
 from tests.integration.operations.conftest import Apply, Tables, whole_hour
 from worker.diagnosis import doctor
@@ -73,8 +74,7 @@ def text(definition: str, handler: str, org: str) -> str:
 
 
 def fire(database: Database) -> None:
-    with database.autocommit() as connection:
-        declared = catalogue.declared(connection)
+    declared = reading(database, catalogue.declared)
     none = catalogue.Declared()
     with database.transaction() as connection:
         firing.fire(
@@ -199,19 +199,16 @@ def test_a_run_that_no_worker_or_host_would_take_says_which_pool_is_missing(
     stock.worker(handlers=["acme.plain"])
 
     def explained() -> tuple[str | None, str]:
-        with database.autocommit() as connection:
-            found = why(connection, run["id"])
+        found = reading(database, why, run["id"])
         return found.run["reason"], clauses(found).cause
 
     assert explained() == ("due", "no worker or host serves pool eu-gpu")
 
-    with database.transaction() as connection:
-        sweeps.mark_no_handler(connection)
+    within(database, sweeps.mark_no_handler)
     assert explained() == ("no_pool", "no worker or host serves pool eu-gpu")
 
     stock.worker(handlers=["acme.plain"], pools=["eu-gpu"])
-    with database.transaction() as connection:
-        sweeps.mark_no_handler(connection)
+    within(database, sweeps.mark_no_handler)
     assert explained() == ("due", "no worker had a free slot for it yet")
 
 
@@ -221,8 +218,7 @@ def test_pools_are_listed_with_rules_slots_and_backlog(apply: Apply, database: D
     stock = Stock(database)
     stock.worker(pools=["default", "eu"])
     add_host(database, "gpu1", "us", actor="tester")
-    with database.transaction() as connection:
-        pools_module.store_rules(connection, {"eu": {"region": "eu"}}, by="here")
+    within(database, pools_module.store_rules, {"eu": {"region": "eu"}}, by="here")
 
     with database.autocommit() as connection:
         rows_of = {row["name"]: row for row in pools_module.overview(connection)}
@@ -235,8 +231,7 @@ def test_pools_are_listed_with_rules_slots_and_backlog(apply: Apply, database: D
 
 
 def test_forgetting_rules_is_in_the_audit(database: Database, rows: Tables) -> None:
-    with database.transaction() as connection:
-        pools_module.store_rules(connection, {"eu": {"region": "eu"}}, by="here")
+    within(database, pools_module.store_rules, {"eu": {"region": "eu"}}, by="here")
 
     assert forget_rules(database, "eu", actor="ada") == {"name": "eu", "requires": {"region": "eu"}}
 
@@ -269,8 +264,7 @@ def test_doctor_finds_rules_that_differ_and_those_of_a_pool_that_is_not_served(d
         return doctor.pool_rules(database, Settings(pools=requires))
 
     assert found(None).detail == "no pool has rules"
-    with database.transaction() as connection:
-        pools_module.store_rules(connection, {"eu": {"region": "eu"}}, by="here")
+    within(database, pools_module.store_rules, {"eu": {"region": "eu"}}, by="here")
     differing, unserved = found("us"), found("eu")
     stock.worker(pools=["eu"])
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests.conftest import on_either
 from tests.fakes.closing import close_definition
+from tests.fakes.rows import reading
 from tests.fakes.site import one_definition
 from worker.diagnosis.why import why
 from worker.errors import Conflict, DefinitionError, NotFound
@@ -38,12 +39,10 @@ def site(apply, database):
             return run_now(database, "org_acme", "digest", **{"actor": "tester"} | options)
 
         def runs(self, **narrowed):
-            with database.autocommit() as connection:
-                return read(connection, RUNS, "org_acme", Page(**narrowed))
+            return reading(database, read, RUNS, "org_acme", Page(**narrowed))
 
         def show(self, run_id):
-            with database.autocommit() as connection:
-                return run_lists.run(connection, "org_acme", run_id)
+            return reading(database, run_lists.run, "org_acme", run_id)
 
     return Site()
 
@@ -268,8 +267,7 @@ def test_why_follows_the_retries_of_a_failure_to_the_last(site, database, rows):
     last = retry(database, first["id"], actor="tester")
     rows.set_ended(last["id"], "succeeded", None)
 
-    with database.autocommit() as connection:
-        found = why(connection, old["id"])
+    found = reading(database, why, old["id"])
 
     assert found.run["retried_as"] == first["id"]
     assert (
@@ -410,8 +408,7 @@ def test_a_run_shows_its_newest_steps_and_the_results_that_fit(site, database, m
         (5, 5, 40),
         (6, 6, 40),
     ]
-    with database.autocommit() as connection:
-        assert "its 6 steps, the last one ask#6" in sentence(why(connection, run["id"]))
+    assert "its 6 steps, the last one ask#6" in sentence(reading(database, why, run["id"]))
 
 
 def test_closing_cancels_what_waits_and_leaves_what_runs(site, database, rows):

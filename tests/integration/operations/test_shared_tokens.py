@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from tests.conftest import on_either
 from tests.fakes.clock import ManualClock
+from tests.fakes.rows import reading, within
 from tests.integration.operations.conftest import Tables
 from tests.integration.operations.test_keys import add_orgs
 from worker.errors import NotFound
@@ -51,20 +52,17 @@ def put(database: Database, rows: Any, keyring: KeyRing, *org_ids: OrgId, left: 
             {"id": f"key-{org_id}", "org_id": org_id, "issuer": "main", "credential_id": credential["id"]}
             | {"sealed": sealed, "key_id": key_id, "received_ago": 2.0, "left": left}
         )
-    with database.transaction() as connection:
-        return sorted(access_tokens.put(connection, tokens))
+    return sorted(within(database, access_tokens.put, tokens))
 
 
 def find(database: Database, *org_ids: OrgId) -> dict[OrgId, access_tokens.Stored]:
-    with database.autocommit() as connection:
-        found = access_tokens.find(connection, [f"key-{org_id}" for org_id in org_ids])
+    found = reading(database, access_tokens.find, [f"key-{org_id}" for org_id in org_ids])
     return {row.org_id: row for row in found if row.sealed is not None}
 
 
 def reserve(database: Database, holder: str, *org_ids: OrgId, version: int = 0) -> set[str]:
     wanted = [Reservation(f"key-{org_id}", org_id, "main", version, LASTS) for org_id in org_ids]
-    with database.transaction() as connection:
-        return access_tokens.reserve(connection, wanted, holder=holder)
+    return within(database, access_tokens.reserve, wanted, holder=holder)
 
 
 def test_what_was_stored_is_found_with_its_age(database, rows, keyring, org_ids, clock: ManualClock):
@@ -74,8 +72,7 @@ def test_what_was_stored_is_found_with_its_age(database, rows, keyring, org_ids,
     found = find(database, *org_ids)
 
     assert set(found) == set(org_ids)
-    with database.autocommit() as connection:
-        lives = access_tokens.lives(connection, [f"key-{org_id}" for org_id in org_ids])
+    lives = reading(database, access_tokens.lives, [f"key-{org_id}" for org_id in org_ids])
     assert lives[f"key-{org_ids[0]}"] == pytest.approx((12, 3590), abs=1)
     assert len(lives) == len(org_ids)
     row = found[org_ids[0]]
@@ -100,8 +97,7 @@ def test_uses_of_credentials_are_counted_with_their_last_error(database, rows, o
     ids = {row["org_id"]: row["id"] for row in rows.credentials}
     one, two = ((ids[org_id], org_id) for org_id in org_ids[:2])
     for uses in ([Use(*one, None), Use(*two, None), Use(*one, "invalid_client")], [Use(*two, None)], []):
-        with database.transaction() as connection:
-            credentials.used(connection, uses, at=clock.now())
+        within(database, credentials.used, uses, at=clock.now())
 
     found = {row["org_id"]: (row["uses"], row["last_error"], row["last_used_at"]) for row in rows.credentials}
     assert found[org_ids[0]] == (2, "invalid_client", clock.now())
@@ -129,11 +125,9 @@ def test_a_reservation_can_be_renewed_and_released(database, rows, keyring, org_
     clock.advance(LASTS - 1)
     assert reserve(database, "b", org_ids[0]) == set()
 
-    with database.transaction() as connection:
-        access_tokens.release(connection, key, holder="b")
+    within(database, access_tokens.release, key, holder="b")
     assert reserve(database, "b", org_ids[0]) == set()
-    with database.transaction() as connection:
-        access_tokens.release(connection, key, holder="a")
+    within(database, access_tokens.release, key, holder="a")
     assert reserve(database, "b", org_ids[0]) == {key}
 
 
@@ -151,8 +145,7 @@ def test_a_reservation_leaves_the_token_that_is_there(database, rows, keyring, o
 
     assert set(find(database, org_ids[0])) == {org_ids[0]}
     reserve(database, "one", org_ids[1])
-    with database.autocommit() as connection:
-        assert not access_tokens.lives(connection, [f"key-{org_ids[1]}"])
+    assert not reading(database, access_tokens.lives, [f"key-{org_ids[1]}"])
 
 
 def test_many_processes_that_reserve_at_once_get_it_once(migrated_postgres_url, keyring, clock):
@@ -235,8 +228,7 @@ def test_expired_tokens_are_deleted(database, rows, keyring, org_ids, clock: Man
     reserve(database, "a", third)
     clock.advance(61)
 
-    with database.transaction() as connection:
-        assert access_tokens.drop_expired(connection, ALL_ORGS) == 2
+    assert within(database, access_tokens.drop_expired, ALL_ORGS) == 2
     assert [row["org_id"] for row in rows.access_tokens] == [second]
 
 

@@ -11,6 +11,7 @@ from sqlalchemy import update
 
 from tests.conftest import on_either
 from tests.fakes.closing import close_definition
+from tests.fakes.rows import reading
 from worker.errors import Conflict, DefinitionError, NotFound
 from worker.ids import ALL_ORGS
 from worker.model.definitions.file import parse_file
@@ -40,14 +41,12 @@ def org(code: str, *tags: str, issuer: str = "main") -> str:
 
 def made(database, state: str | None = None) -> dict[str, tuple[str, str, int]]:
     """By org: schedule, template and revision of what it has."""
-    with database.autocommit() as connection:
-        rows = lists.read(connection, DEFINITIONS, ALL_ORGS, Page(state=state, limit=1000))
+    rows = reading(database, lists.read, DEFINITIONS, ALL_ORGS, Page(state=state, limit=1000))
     return {row["org"]: (row["schedule"], row["template"], row["revision"]) for row in rows}
 
 
 def template(database, name: str = "export"):
-    with database.autocommit() as connection:
-        return lists.template(connection, ALL_ORGS, name)
+    return reading(database, lists.template, ALL_ORGS, name)
 
 
 def carry_on(database) -> int:
@@ -232,8 +231,7 @@ def test_many_orgs_follow_in_batches_with_progress(apply, database, monkeypatch,
 
 def reach(database, org_scope=ALL_ORGS) -> dict[str, int | None]:
     """What the list counts, by template."""
-    with database.autocommit() as connection:
-        rows = lists.read(connection, TEMPLATES, org_scope)
+    rows = reading(database, lists.read, TEMPLATES, org_scope)
     return {row["name"]: row["definitions"] for row in rows}
 
 
@@ -250,8 +248,7 @@ def test_a_list_counts_the_orgs_that_have_the_definition(apply, database, rows):
     assert template(database)["orgs_total"] == 0
     assert reach(database) == {"export": 2, "sync": 4}
     assert template(database)["definitions"] == 2
-    with database.autocommit() as connection:
-        some = module.templates.reach(connection, ALL_ORGS, [template(database, "sync")["id"]], most=3)
+    some = reading(database, module.templates.reach, ALL_ORGS, [template(database, "sync")["id"]], most=3)
     assert list(some.values()) == [3]
     set_org_state(database, "org_a", "removed", actor="tester")
     carry_on(database)
@@ -265,8 +262,7 @@ def test_an_orgs_own_request_counts_no_other_org(apply, database, monkeypatch):
     monkeypatch.setattr(lists.templates, "reach", lambda *_, **__: counted.append(1) or {})
 
     assert reach(database, "org_a") == {"export": None}
-    with database.autocommit() as connection:
-        assert lists.template(connection, "org_a", "export")["definitions"] is None
+    assert reading(database, lists.template, "org_a", "export")["definitions"] is None
     assert counted == []
     with pytest.raises(KeyError):  # the control
         reach(database)

@@ -10,7 +10,7 @@ from sqlalchemy import update
 
 from tests.conftest import on_either
 from tests.fakes.closing import close_definition
-from tests.fakes.rows import worker_row
+from tests.fakes.rows import reading, within, worker_row
 from tests.fakes.site import one_definition
 from tests.integration.operations.conftest import whole_hour
 from worker.clock import to_text
@@ -176,8 +176,7 @@ def failed(apply, database, rows):
 
 
 def why_of(database, run: str):
-    with database.autocommit() as connection:
-        return why(connection, run)
+    return reading(database, why, run)
 
 
 def test_it_counts_the_other_orgs_that_met_the_same_error_in_that_hour(database, failed):
@@ -314,8 +313,7 @@ def set_waiting(database, run: str, reason: str, detail: str | None = None, **va
 
 
 def expire(database) -> None:
-    with database.transaction() as connection:
-        assert len(sweeps.expire_overdue(connection)) == 1
+    assert len(within(database, sweeps.expire_overdue)) == 1
 
 
 REJECTED = "credentials_rejected: issuer main rejects the credentials of org org_acme"

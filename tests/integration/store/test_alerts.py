@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import insert, select, update
 
 from tests.fakes.clock import ManualClock
+from tests.fakes.rows import within
 from tests.fakes.stock import Stock
 from worker.ids import new_id
 from worker.model.runs.waits import NewWait
@@ -40,21 +41,17 @@ class Ledger:
         return run.id
 
     def note(self, *strikes: Strike) -> None:
-        with self.database.transaction() as connection:
-            alerts.note(connection, strikes)
+        within(self.database, alerts.note, strikes)
 
     def settle(self) -> None:
-        with self.database.transaction() as connection:
-            alerts.resolve_ended(connection, overdue=OVERDUE)
+        within(self.database, alerts.resolve_ended, overdue=OVERDUE)
 
     def claim(self) -> Alert | None:
-        with self.database.transaction() as connection:
-            claimed = alerts.claim(connection)
+        claimed = within(self.database, alerts.claim)
         return None if claimed is None else claimed[0]
 
     def told(self, alert: Alert) -> None:
-        with self.database.transaction() as connection:
-            alerts.mark_delivered(connection, alert)
+        within(self.database, alerts.mark_delivered, alert)
 
     def deliver(self) -> list[Alert]:
         """Tell all that there is to tell."""

@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 from tests.fakes.clock import ManualClock
+from tests.fakes.rows import reading
 from tests.fakes.stock import Stock
 from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, new_id
 from worker.model.runs.run import NewRun
@@ -136,8 +137,7 @@ def test_what_waiting_runs_wait_for_is_named(database: Database, stock: Stock):
     for run in runs:
         stock.change(tables.live_runs, run.id, reason="no_pool", detail=run.pool)
 
-    with database.autocommit() as connection:
-        [wait] = morning.waiting(connection, ALL_ORGS)
+    [wait] = reading(database, morning.waiting, ALL_ORGS)
     assert (wait.runs, wait.orgs, wait.whats) == (8, (1, [stock.code(org)]), (5, ["b", "c", "a"]))
     assert wait.since == runs[0].available_at
 
@@ -194,8 +194,7 @@ def test_ended_runs_are_counted_by_hour_and_state(database: Database, stock: Sto
     end(stock, org, definition, "succeeded")
     hour = stock.now().replace(minute=0, second=0, microsecond=0)
 
-    with database.autocommit() as connection:
-        ended = morning.ended_by_hour(connection, ALL_ORGS, hour - HOUR, hour + HOUR)
+    ended = reading(database, morning.ended_by_hour, ALL_ORGS, hour - HOUR, hour + HOUR)
     assert sum(ended.values()) == 2
     assert {state for _, state in ended} == {"failed", "succeeded"}
 

@@ -19,9 +19,8 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.stock import HANDLER, Stock, await_lock
 from tests.faults.proxy import Proxy
 from tests.faults.watches import muter
-from worker.ids import OrgId, WorkerId
+from worker.ids import OrgId
 from worker.model.runs.outcome import EndedAttempt, Trail
-from worker.model.runs.run import AdmittedRun
 from worker.operations import orgs
 from worker.store import credentials, edit_runs, tables
 from worker.store.database import Database
@@ -29,15 +28,9 @@ from worker.store.sql import statements
 from worker.store.sql.postgresql.finish import END
 
 
-def admitted(stock: Stock, worker: WorkerId, org: OrgId | None = None) -> AdmittedRun:
-    stock.put(stock.run(org or stock.org()))
-    (run,) = stock.admit(worker)
-    return run
-
-
 def test_a_run_that_ended_has_its_outcome_and_no_live_row(stock: Stock) -> None:
     worker = stock.worker()
-    run = admitted(stock, worker)
+    run = stock.running(worker)
 
     assert stock.finish(worker, stock.ended(run, detail="fine")) == {run.id}
 
@@ -52,7 +45,7 @@ def test_a_run_that_ended_has_its_outcome_and_no_live_row(stock: Stock) -> None:
 
 def test_an_end_is_found_by_how_and_when_until_the_run_is_forgotten(stock: Stock) -> None:
     worker, org = stock.worker(), stock.org()
-    run, other = admitted(stock, worker, org), admitted(stock, worker, org)
+    run, other = stock.running(worker, org), stock.running(worker, org)
 
     stock.finish(worker, stock.ended(run), stock.ended(other, "failed", reason="error"))
 
@@ -82,7 +75,7 @@ def test_no_end_leaves_its_page_for_the_sake_of_an_index(postgres: Database) -> 
 
 def test_an_attempt_keeps_what_it_left_behind(stock: Stock) -> None:
     worker = stock.worker()
-    run = admitted(stock, worker)
+    run = stock.running(worker)
     claims = {"org_code": "org_1", "properties": {"model": 'g"pt\\{4},'}}
     trail = Trail(
         handler="acme.note_v2",
@@ -118,7 +111,7 @@ def test_an_attempt_keeps_what_it_left_behind(stock: Stock) -> None:
 def test_writing_the_same_end_again_is_accepted_and_changes_nothing(stock: Stock) -> None:
     """The answer to COMMIT was cut: the worker writes again, and must not hear that it lost the run."""
     worker = stock.worker()
-    run, other = admitted(stock, worker), admitted(stock, worker)
+    run, other = stock.running(worker), stock.running(worker)
     stock.finish(worker, stock.ended(run))
     before = stock.stored(run.id), stock.all(tables.rollup_days), stock.all(tables.rollup_hours)
 
@@ -132,7 +125,7 @@ def test_writing_the_same_end_again_is_accepted_and_changes_nothing(stock: Stock
 
 def test_a_retry_written_twice_is_accepted_even_when_the_run_is_on_again(stock: Stock) -> None:
     worker = stock.worker()
-    run = admitted(stock, worker)
+    run = stock.running(worker)
     retry = stock.ended(run, "waiting")
     assert stock.finish(worker, retry) == {run.id}
     assert stock.finish(worker, retry) == {run.id}
@@ -147,7 +140,7 @@ def test_a_retry_written_twice_is_accepted_even_when_the_run_is_on_again(stock: 
 
 def test_a_late_end_under_an_older_fencing_token_changes_nothing(stock: Stock) -> None:
     worker, other = stock.worker(), stock.worker()
-    run = admitted(stock, worker)
+    run = stock.running(worker)
     stock.change(tables.live_runs, run.id, fencing_token=2, attempt=2, worker_id=other)
 
     assert stock.finish(worker, stock.ended(run)) == set()
@@ -160,7 +153,7 @@ def test_a_late_end_under_an_older_fencing_token_changes_nothing(stock: Stock) -
 
 def test_of_a_batch_only_what_is_still_ours_is_written(stock: Stock) -> None:
     worker, org = stock.worker(), stock.org()
-    mine, lost, waiting = (admitted(stock, worker, org) for _ in range(3))
+    mine, lost, waiting = (stock.running(worker, org) for _ in range(3))
     stock.change(tables.live_runs, lost.id, fencing_token=9)
 
     accepted = stock.finish(worker, stock.ended(waiting, "waiting"), stock.ended(lost), stock.ended(mine))
@@ -172,7 +165,7 @@ def test_of_a_batch_only_what_is_still_ours_is_written(stock: Stock) -> None:
 
 def test_a_retry_waits_from_the_databases_time_of_the_write(stock: Stock) -> None:
     worker = stock.worker()
-    run = admitted(stock, worker)
+    run = stock.running(worker)
     before = stock.now()
 
     stock.finish(
@@ -194,8 +187,7 @@ def test_a_retry_waits_from_the_databases_time_of_the_write(stock: Stock) -> Non
 @pytest.mark.parametrize("started", [True, False])
 def test_the_start_deadline_falls_once_the_handler_has_started(stock: Stock, started: bool) -> None:
     worker, start_by = stock.worker(), stock.now() + timedelta(hours=1)
-    stock.put(stock.run(stock.org(), start_by=start_by))
-    (run,) = stock.admit(worker)
+    run = stock.running(worker, start_by=start_by)
 
     stock.finish(worker, stock.ended(run, "waiting", reason="no_token", keep_start_by=not started))
 
@@ -206,7 +198,7 @@ def test_the_start_deadline_falls_once_the_handler_has_started(stock: Stock, sta
 def test_a_run_that_would_wait_although_it_was_cancelled_is_cancelled(stock: Stock) -> None:
     """The request came while a retry was on its way: it must not get lost."""
     worker = stock.worker()
-    run = admitted(stock, worker)
+    run = stock.running(worker)
     stock.change(tables.live_runs, run.id, cancel_requested_at=stock.now(), cancel_reason="suspended")
 
     assert stock.finish(worker, stock.ended(run, "waiting")) == {run.id}
@@ -219,8 +211,8 @@ def test_a_run_that_would_wait_although_it_was_cancelled_is_cancelled(stock: Sto
 
 def test_rollups_count_runs_attempts_and_handler_time(stock: Stock) -> None:
     worker, org, other = stock.worker(), stock.org(), stock.org()
-    good, again, bad = (admitted(stock, worker, org) for _ in range(3))
-    foreign = admitted(stock, worker, other)
+    good, again, bad = (stock.running(worker, org) for _ in range(3))
+    foreign = stock.running(worker, other)
     stock.finish(worker, stock.ended(good), stock.ended(again, "waiting"), stock.ended(foreign))
     stock.finish(worker, stock.ended(bad, "failed", reason="error"))
 
@@ -257,8 +249,7 @@ def test_an_end_waits_for_nobody_who_has_the_held_run_locked(postgres: Database)
     stock = Stock(postgres)
     worker, org = stock.worker(), stock.org()
     definition = stock.definition(org)
-    stock.put(stock.run(org, definition, serial=True))
-    (run,) = stock.admit(worker)
+    run = stock.running(worker, org, definition, serial=True)
     held = stock.run(org, definition)
     stock.hold(held)
 
@@ -289,7 +280,7 @@ def test_a_retry_keeps_the_run_behind_it_held(stock: Stock) -> None:
 
 def test_a_run_that_has_ended_never_changes(stock: Stock) -> None:
     worker = stock.worker()
-    run = admitted(stock, worker)
+    run = stock.running(worker)
     stock.finish(worker, stock.ended(run))
 
     with pytest.raises(DBAPIError, match="a run that has ended never changes"):
@@ -299,7 +290,7 @@ def test_a_run_that_has_ended_never_changes(stock: Stock) -> None:
 def test_a_result_that_the_database_does_not_take_fails_the_whole_batch(stock: Stock) -> None:
     """The finisher then writes row by row; nothing of the batch may be there already."""
     worker = stock.worker()
-    good, bad = admitted(stock, worker), admitted(stock, worker)
+    good, bad = stock.running(worker), stock.running(worker)
     batch: list[EndedAttempt] = [stock.ended(good), replace(stock.ended(bad), state="nonsense")]
 
     with pytest.raises(Exception, match="(?i)check"):
@@ -311,7 +302,7 @@ def test_a_result_that_the_database_does_not_take_fails_the_whole_batch(stock: S
 
 def test_an_end_given_twice_in_one_batch_is_written_once(stock: Stock) -> None:
     worker = stock.worker()
-    run = admitted(stock, worker)
+    run = stock.running(worker)
 
     assert stock.finish(worker, stock.ended(run), stock.ended(run)) == {run.id}
     assert len(stock.attempts(run.id)) == 1
@@ -319,7 +310,7 @@ def test_an_end_given_twice_in_one_batch_is_written_once(stock: Stock) -> None:
 
 def test_a_clock_of_the_worker_that_is_wrong_bends_no_attempt(stock: Stock) -> None:
     worker = stock.worker()
-    run = admitted(stock, worker)
+    run = stock.running(worker)
 
     stock.finish(worker, stock.ended(run, ended_at=run.started_at + timedelta(days=1)))
 
@@ -416,7 +407,7 @@ def test_the_live_row_exists_exactly_while_the_run_has_no_final_state(stock: Sto
 def test_the_fence_is_seen_to_matter(stock: Stock) -> None:
     """With a live row that is nobody's, not even its own worker's old token ends it."""
     worker = stock.worker()
-    run = admitted(stock, worker)
+    run = stock.running(worker)
     with stock.database.transaction() as connection:
         connection.execute(
             update(tables.live_runs)

@@ -19,8 +19,7 @@ HOUR = timedelta(hours=1)
 
 
 def fire(stock: Stock, decide: firing.Decide, *, limit: int = 100) -> FireReport:
-    with stock.database.transaction() as connection:
-        return firing.fire(connection, decide, limit=limit, specs={})
+    return stock.within(firing.fire, decide, limit=limit, specs={})
 
 
 def scheduled(stock: Stock, due: DueDefinition, *instants: datetime, serial: bool = True) -> list[NewRun]:
@@ -43,8 +42,7 @@ def once(stock: Stock) -> firing.Decide:
 
 
 def skip(stock: Stock, org: OrgId, definition: DefinitionId, *skips: NewSkip) -> None:
-    with stock.database.transaction() as connection:
-        firing.write(connection, [], skips)
+    stock.within(firing.write, [], skips)
 
 
 def missed(

@@ -24,18 +24,15 @@ KEYED = replace(RENDER, name="gpu.keyed", secrets=("openai",), scopes=("b", "a")
 
 
 def declare(stock: Stock, worker: WorkerId, *entries: HandlerEntry) -> None:
-    with stock.database.transaction() as connection:
-        host_handlers.report(connection, worker, entries)
+    stock.within(host_handlers.report, worker, entries)
 
 
 def declared(stock: Stock, pool: str | None = None) -> list[Row]:
-    with stock.database.autocommit() as connection:
-        return host_grants.declared_by_hosts(connection, pool)
+    return stock.reading(host_grants.declared_by_hosts, pool)
 
 
 def approve(stock: Stock, handler: str, of_digest: str, pool: str = "eu") -> Row | None:
-    with stock.database.transaction() as connection:
-        return host_grants.approve(connection, pool, handler, of_digest, by="ana", at=stock.now())
+    return stock.within(host_grants.approve, pool, handler, of_digest, by="ana", at=stock.now())
 
 
 def in_eu(stock: Stock, name: str = "gpu1") -> tuple[HostCaller, WorkerId]:
@@ -217,8 +214,7 @@ def test_what_a_live_incarnation_of_the_same_token_declares_otherwise_is_shown_t
 def test_what_workers_declare_needs_no_approval(stock: Stock) -> None:
     _, worker = in_eu(stock)
     declare(stock, worker, KEYED)
-    with stock.database.transaction() as connection:
-        catalogue.put(connection, [replace(KEYED, timeout="3h")], at=stock.now())
+    stock.within(catalogue.put, [replace(KEYED, timeout="3h")], at=stock.now())
 
     [row] = declared(stock)
 

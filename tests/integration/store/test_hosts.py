@@ -25,22 +25,19 @@ def added(stock: Stock, name: str = "gpu1", pool: str = "default") -> tuple[str,
 
 
 def find(stock: Stock, digest: str, incarnation: str | None = None) -> HostCaller | None:
-    with stock.database.autocommit() as connection:
-        return hosts.find(connection, digest, incarnation)
+    return stock.reading(hosts.find, digest, incarnation)
 
 
 def begin(stock: Stock, host: HostCaller, lease: timedelta = LEASE) -> WorkerId:
     worker = WorkerId(new_id())
-    with stock.database.transaction() as connection:
-        hosts.begin(
-            connection, host, worker, lease=lease, capacity=SLOTS, host="gpu1.local", pid=7, version="1"
-        )
+    stock.within(
+        hosts.begin, host, worker, lease=lease, capacity=SLOTS, host="gpu1.local", pid=7, version="1"
+    )
     return worker
 
 
 def owned(stock: Stock, worker: WorkerId, fences: Mapping[RunId, int]) -> set[RunId]:
-    with stock.database.autocommit() as connection:
-        return {run.id for run in hosts.owned(connection, worker, fences)}
+    return {run.id for run in stock.reading(hosts.owned, worker, fences)}
 
 
 def test_a_host_is_found_by_its_token_and_its_own_incarnation(stock: Stock) -> None:
@@ -81,8 +78,7 @@ def test_a_removed_host_is_forgotten_with_its_incarnations(stock: Stock) -> None
         tables.workers, stock.all(tables.workers)[0]["id"], ended_at=stock.now() - timedelta(days=90)
     )
 
-    with stock.database.transaction() as connection:
-        workers.forget_workers(connection, timedelta(days=30))
+    stock.within(workers.forget_workers, timedelta(days=30))
 
     assert [row["name"] for row in stock.all(tables.hosts)] == ["kept"]
     assert stock.all(tables.workers) == []
@@ -92,8 +88,7 @@ def test_an_incarnation_that_ended_or_served_another_pool_is_over(stock: Stock) 
     digest, host = added(stock)
     worker, moved = begin(stock, host), begin(stock, host)
 
-    with stock.database.transaction() as connection:
-        workers.unregister(connection, worker)
+    stock.within(workers.unregister, worker)
     stock.change(tables.workers, moved, pools=["eu-gpu"])
 
     over = [find(stock, digest, incarnation) for incarnation in (worker, moved)]
@@ -112,8 +107,7 @@ def test_only_runs_under_their_fencing_token_are_owned(stock: Stock) -> None:
 
     assert owned(stock, worker, fences) == {first.id}
     assert owned(stock, worker, {}) == set()
-    with stock.database.autocommit() as connection:
-        (run,) = hosts.owned(connection, worker, {first.id: first.fencing_token})
+    (run,) = stock.reading(hosts.owned, worker, {first.id: first.fencing_token})
     assert run == first
 
 
@@ -123,8 +117,7 @@ def test_runs_of_a_pool_are_due_or_not(stock: Stock) -> None:
     stock.put(stock.run(org), later)
 
     def due(pool: str) -> bool:
-        with stock.database.autocommit() as connection:
-            return hosts.load(connection, pool) is not None
+        return stock.reading(hosts.load, pool) is not None
 
     assert (due("default"), due("eu"), due("us")) == (True, False, False)
     stock.make_available(later.id)
@@ -138,8 +131,7 @@ def test_hosts_do_not_count_as_workers_that_request_tokens(stock: Stock) -> None
     begin(stock, host)
     stock.worker()
 
-    with stock.database.autocommit() as connection:
-        assert workers.live_workers(connection) == 1
+    assert stock.reading(workers.live_workers) == 1
 
 
 def test_the_list_says_how_each_host_is(stock: Stock) -> None:
@@ -150,8 +142,7 @@ def test_the_list_says_how_each_host_is(stock: Stock) -> None:
         lease = timedelta(seconds=-1) if name == "late" else LEASE
         worker = begin(stock, host, lease)
         if name == "stopped":
-            with stock.database.transaction() as connection:
-                workers.unregister(connection, worker)
+            stock.within(workers.unregister, worker)
 
     rows = operations.list_hosts(stock.database)
 
@@ -172,8 +163,7 @@ def test_the_runs_of_a_lost_host_are_recovered_and_those_of_a_live_one_are_not(s
     (mine,) = stock.admit(alive, 1)
     stock.change(tables.workers, lost, lease_until=stock.now() - LEASE)
 
-    with stock.database.transaction() as connection:
-        recovered = workers.recover(connection, max_recoveries=3)
+    recovered = stock.within(workers.recover, max_recoveries=3)
 
     assert [run.run_id for run in recovered] == [theirs.id]
     assert owned(stock, alive, {mine.id: mine.fencing_token}) == {mine.id}
@@ -197,8 +187,7 @@ def test_a_worker_that_starts_on_sqlite_leaves_the_hosts_runs(sqlite_stock: Stoc
     (mine,) = stock.admit(alive, 1)
     (theirs,) = stock.admit(before, 1)
 
-    with stock.database.transaction() as connection:
-        recovered = workers.recover(connection, max_recoveries=3, others_than=now)
+    recovered = stock.within(workers.recover, max_recoveries=3, others_than=now)
 
     assert [run.run_id for run in recovered] == [theirs.id]
     assert owned(stock, alive, {mine.id: mine.fencing_token}) == {mine.id}

@@ -31,19 +31,18 @@ class Pool:
 
     def host(self, slots: int = 10, *, inline: int = 0, handlers: Sequence[str] = (HANDLER,)) -> WorkerId:
         host = WorkerId(new_id())
-        with self.stock.database.transaction() as connection:
-            workers.register(
-                connection,
-                host,
-                host="there",
-                pid=1,
-                version="1",
-                lease=LEASE,
-                handlers=handlers,
-                capacity={"children": slots, "inline": inline},
-                pools=[POOL],
-                host_id=new_id(),
-            )
+        self.stock.within(
+            workers.register,
+            host,
+            host="there",
+            pid=1,
+            version="1",
+            lease=LEASE,
+            handlers=handlers,
+            capacity={"children": slots, "inline": inline},
+            pools=[POOL],
+            host_id=new_id(),
+        )
         return host
 
     def put(self, count: int = 1, **values: object) -> None:
@@ -55,13 +54,12 @@ class Pool:
 
     def place(self, runs: Sequence[AdmittedRun]) -> list[Ticket]:
         tickets = [Ticket.new(run.id, run.fencing_token) for run in runs]
-        with self.stock.database.transaction() as connection:
-            placements.place(
-                connection,
-                self.placer,
-                POOL,
-                {(ticket.run_id, ticket.fencing_token): ticket.sha256 for ticket in tickets},
-            )
+        self.stock.within(
+            placements.place,
+            self.placer,
+            POOL,
+            {(ticket.run_id, ticket.fencing_token): ticket.sha256 for ticket in tickets},
+        )
         return tickets
 
     def placed(self) -> tuple[AdmittedRun, Ticket]:
@@ -72,22 +70,19 @@ class Pool:
         return run, ticket
 
     def take(self, host: WorkerId, ticket: Ticket) -> AdmittedRun | None:
-        with self.stock.database.transaction() as connection:
-            return placements.take(connection, host, ticket)
+        return self.stock.within(placements.take, host, ticket)
 
     def withdraw(self, run: AdmittedRun, worker: WorkerId | None = None) -> set[tuple[RunId, int]]:
-        with self.stock.database.transaction() as connection:
-            return placements.withdraw(
-                connection,
-                worker or self.placer,
-                [(run.id, run.fencing_token)],
-                detail="no host took it",
-                after=timedelta(),
-            )
+        return self.stock.within(
+            placements.withdraw,
+            worker or self.placer,
+            [(run.id, run.fencing_token)],
+            detail="no host took it",
+            after=timedelta(),
+        )
 
     def recover(self) -> list[object]:
-        with self.stock.database.transaction() as connection:
-            return list(workers.recover(connection, max_recoveries=3))
+        return list(self.stock.within(workers.recover, max_recoveries=3))
 
     def open_placements(self) -> list[dict[str, object]]:
         return self.stock.all(tables.placements)
@@ -140,8 +135,7 @@ def test_a_wrong_ticket_or_host_gets_nothing_and_the_right_one_still_does(
     elif what == "pool":
         wrong = stock.worker(pools=["elsewhere"])
     elif what == "ended":
-        with stock.database.transaction() as connection:
-            workers.unregister(connection, wrong)
+        stock.within(workers.unregister, wrong)
     elif what == "lapsed":
         stock.let_lease_pass(wrong)
     else:
@@ -202,8 +196,7 @@ def test_the_runs_that_a_dead_worker_placed_wait_and_none_counts_as_lost(pool: P
     own_org = stock.org()
     stock.put(stock.run(own_org))
     (own,) = stock.admit(pool.placer)
-    with stock.database.transaction() as connection:
-        workers.unregister(connection, pool.placer)
+    stock.within(workers.unregister, pool.placer)
 
     pool.recover()
 
@@ -221,8 +214,7 @@ def test_a_run_that_a_dead_host_had_taken_is_recovered(pool: Pool, stock: Stock)
     host = pool.host()
     run, ticket = pool.placed()
     pool.take(host, ticket)
-    with stock.database.transaction() as connection:
-        workers.unregister(connection, host)
+    stock.within(workers.unregister, host)
 
     pool.recover()
 
@@ -315,8 +307,7 @@ def test_what_hosts_of_a_pool_declare_beyond_their_ceiling_is_not_placed(stock: 
         stock.change(tables.workers, host, offers={HANDLER: plain | changed})
 
     def room() -> Mapping[str, int | None]:
-        with stock.database.transaction() as connection:
-            return placements.room_of(connection, POOL).handlers
+        return stock.within(placements.room_of, POOL).handlers
 
     declare(one)
     declare(two, max_concurrent=3)
@@ -341,8 +332,7 @@ def test_what_a_worker_has_placed_is_listed_until_it_is_taken(pool: Pool, stock:
     stock.finish(pool.placer, stock.ended(ended, "cancelled"))
 
     def listed() -> dict[str, bool]:
-        with stock.database.transaction() as connection:
-            found = placements.placed_by(connection, pool.placer, POOL)
+        found = stock.within(placements.placed_by, pool.placer, POOL)
         return {placed.placement.run_id: placed.cancel_requested for placed in found}
 
     assert listed() == {run.id: False, cancelled.id: True}
@@ -360,8 +350,7 @@ def test_due_runs_of_a_pool_whose_engine_is_away_say_so(pool: Pool, stock: Stock
     stock.put(elsewhere)
 
     def mark(detail: str | None) -> int:
-        with stock.database.transaction() as connection:
-            return placements.mark(connection, POOL, detail)
+        return stock.within(placements.mark, POOL, detail)
 
     def reasons() -> list[tuple[str, str, str | None]]:
         rows = stock.all(tables.live_runs)

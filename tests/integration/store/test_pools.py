@@ -45,8 +45,7 @@ def test_without_a_pool_a_run_is_in_the_default_one(stock: Stock) -> None:
 
 def test_a_run_made_by_hand_keeps_its_pool(stock: Stock) -> None:
     run = stock.run(stock.org(), pool="eu-gpu")
-    with stock.database.transaction() as connection:
-        edit_runs.insert_run(connection, run, at=stock.now())
+    stock.within(edit_runs.insert_run, run, at=stock.now())
 
     assert stock.admit(stock.worker()) == []
     assert [admitted.pool for admitted in stock.admit(stock.worker(pools=["eu-gpu"]))] == ["eu-gpu"]
@@ -221,7 +220,6 @@ async def test_what_handlers_of_other_workers_and_hosts_declare_is_known(stock: 
         HandlerEntry("acme.gpu", "acme-jobs", "1", "acme:gpu", isolation="inline", pool="eu-gpu"),
         HandlerEntry("acme.broken", "acme-jobs", "1", "acme:broken", pool="us", error="ImportError"),
     ]
-    with stock.database.transaction() as connection:
-        catalogue.put(connection, entries, at=stock.now())
+    stock.within(catalogue.put, entries, at=stock.now())
 
     assert await opened(stock).look_at_pools() == {"acme.gpu": Declared("inline", "eu-gpu")}

@@ -21,18 +21,15 @@ AT = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 def renew(stock: Stock, worker: WorkerId) -> tuple[bool, list[OwnedRun]]:
-    with stock.database.transaction() as connection:
-        return statements(connection).renew(connection, worker, LEASE)
+    return stock.hot("renew", worker, LEASE)
 
 
 def recover(stock: Stock, *, max_recoveries: int = 3) -> list[Recovered]:
-    with stock.database.transaction() as connection:
-        return workers.recover(connection, max_recoveries=max_recoveries)
+    return stock.within(workers.recover, max_recoveries=max_recoveries)
 
 
 def end(stock: Stock, worker: WorkerId) -> None:
-    with stock.database.transaction() as connection:
-        workers.unregister(connection, worker)
+    stock.within(workers.unregister, worker)
 
 
 def test_a_renewal_extends_the_lease_and_names_what_is_owned(stock: Stock) -> None:
@@ -58,8 +55,7 @@ def test_a_renewal_as_json_is_the_same(stock: Stock) -> None:
     end(stock, ended)
 
     def renew_as_json(worker: WorkerId) -> tuple[bool, list[OwnedRun]]:
-        with stock.database.transaction() as connection:
-            registered, owned = statements(connection).renew_as_json(connection, worker, LEASE)
+        registered, owned = stock.hot("renew_as_json", worker, LEASE)
         return registered, [OwnedRun(*row) for row in json.loads(owned)]
 
     for each in (worker, ended, stock.worker()):
@@ -95,8 +91,7 @@ def test_a_renewal_passes_a_cancel_request_on_and_a_suspended_org(stock: Stock) 
 
 def test_a_worker_that_was_given_up_hears_of_it(stock: Stock) -> None:
     worker = stock.worker()
-    stock.put(stock.run(stock.org()))
-    stock.admit(worker)
+    stock.running(worker)
     end(stock, worker)
 
     assert renew(stock, worker) == (False, [])
@@ -104,8 +99,7 @@ def test_a_worker_that_was_given_up_hears_of_it(stock: Stock) -> None:
 
 def test_the_run_of_a_worker_that_ended_waits_again(stock: Stock) -> None:
     worker, other = stock.worker(), stock.worker()
-    stock.put(stock.run(stock.org(), start_by=stock.now() + timedelta(hours=1)))
-    (run,) = stock.admit(worker)
+    run = stock.running(worker, start_by=stock.now() + timedelta(hours=1))
     end(stock, worker)
 
     (recovered,) = recover(stock)
@@ -125,16 +119,14 @@ def test_the_run_of_a_worker_that_ended_waits_again(stock: Stock) -> None:
 
 def test_nothing_is_taken_from_a_worker_that_lives(stock: Stock) -> None:
     worker = stock.worker()
-    stock.put(stock.run(stock.org()))
-    stock.admit(worker)
+    stock.running(worker)
 
     assert recover(stock) == []
 
 
 def test_the_late_end_of_a_run_that_was_recovered_changes_nothing(stock: Stock) -> None:
     worker = stock.worker()
-    stock.put(stock.run(stock.org()))
-    (run,) = stock.admit(worker)
+    run = stock.running(worker)
     end(stock, worker)
     recover(stock)
 
@@ -169,8 +161,7 @@ def test_a_run_that_lost_its_worker_too_often_fails(stock: Stock) -> None:
 
 def test_a_cancelled_run_whose_worker_is_gone_ends(stock: Stock) -> None:
     worker = stock.worker()
-    stock.put(stock.run(stock.org()))
-    (run,) = stock.admit(worker)
+    run = stock.running(worker)
     stock.change(tables.live_runs, run.id, cancel_requested_at=stock.now(), cancel_reason="requested")
     end(stock, worker)
 
@@ -185,8 +176,7 @@ def test_the_holder_of_the_lock_takes_the_runs_of_all_others(stock: Stock) -> No
     (theirs,) = stock.admit(dead, 1)
     (mine,) = stock.admit(me, 1)
 
-    with stock.database.transaction() as connection:
-        recovered = workers.recover(connection, others_than=me, max_recoveries=3)
+    recovered = stock.within(workers.recover, others_than=me, max_recoveries=3)
 
     assert [run.run_id for run in recovered] == [theirs.id]
     live = stock.unended(mine.id)
@@ -197,15 +187,13 @@ def test_the_holder_of_the_lock_takes_the_runs_of_all_others(stock: Stock) -> No
 
 def test_old_rows_of_ended_workers_are_forgotten(stock: Stock) -> None:
     old, recent, owner = stock.worker(), stock.worker(), stock.worker()
-    stock.put(stock.run(stock.org()))
-    stock.admit(owner)
+    stock.running(owner)
     long_ago = stock.now() - timedelta(days=40)
     for worker in (old, owner):
         stock.change(tables.workers, worker, ended_at=long_ago)
     end(stock, recent)
 
-    with stock.database.transaction() as connection:
-        assert workers.forget_workers(connection, timedelta(days=30)) == 1
+    assert stock.within(workers.forget_workers, timedelta(days=30)) == 1
 
     assert {row["id"] for row in stock.all(tables.workers)} == {recent, owner}
 
@@ -213,8 +201,7 @@ def test_old_rows_of_ended_workers_are_forgotten(stock: Stock) -> None:
 def test_a_lease_that_passed_gives_the_runs_to_others(postgres: Database) -> None:
     stock = Stock(postgres)
     late, other = stock.worker(), stock.worker()
-    stock.put(stock.run(stock.org()))
-    (run,) = stock.admit(late)
+    run = stock.running(late)
     stock.let_lease_pass(late)
 
     (recovered,) = recover(stock)
@@ -230,8 +217,7 @@ def test_a_late_worker_that_renews_first_keeps_its_runs(postgres: Database) -> N
     """After an outage every lease has passed; whoever comes back in time has lost nothing."""
     stock = Stock(postgres)
     late = stock.worker()
-    stock.put(stock.run(stock.org()))
-    (run,) = stock.admit(late)
+    run = stock.running(late)
     stock.let_lease_pass(late)
 
     registered, owned = renew(stock, late)
@@ -258,8 +244,7 @@ def test_two_recoveries_at_once_take_each_run_once(postgres: Database) -> None:
 def test_on_sqlite_no_lease_decides(sqlite_stock: Stock) -> None:
     """The lock beside the file does: whoever holds it knows that its runs are its own."""
     worker = sqlite_stock.worker()
-    sqlite_stock.put(sqlite_stock.run(sqlite_stock.org()))
-    sqlite_stock.admit(worker)
+    sqlite_stock.running(worker)
     sqlite_stock.let_lease_pass(worker)
 
     assert recover(sqlite_stock) == []
@@ -268,8 +253,7 @@ def test_on_sqlite_no_lease_decides(sqlite_stock: Stock) -> None:
 def test_a_recovery_that_was_held_up_is_asked_for_once_more(stock: Stock) -> None:
     """The caller's contact may have broken while its connection hung: then the owners renew first."""
     worker = stock.worker()
-    stock.put(stock.run(stock.org()))
-    stock.admit(worker)
+    stock.running(worker)
     end(stock, worker)
 
     with stock.database.transaction() as connection:
@@ -280,8 +264,7 @@ def test_a_recovery_that_was_held_up_is_asked_for_once_more(stock: Stock) -> Non
 
 def take_over(stock: Stock, by: WorkerId) -> list[Recovered]:
     """As the next worker does: on PostgreSQL after the leases, on SQLite with the file's lock."""
-    with stock.database.transaction() as connection:
-        return workers.recover(connection, max_recoveries=3, by=by, others_than=by)
+    return stock.within(workers.recover, max_recoveries=3, by=by, others_than=by)
 
 
 def row_of(stock: Stock, worker: WorkerId) -> Row:
@@ -322,8 +305,7 @@ def test_a_host_that_was_taken_for_dead_says_late_that_it_has_stopped(stock: Sto
     stock.admit(busy, 1)
     stock.change(tables.workers, busy, host_id=new_id())
     stock.let_lease_pass(busy)
-    with stock.database.transaction() as connection:
-        workers.recover(connection, max_recoveries=3, by=me)
+    stock.within(workers.recover, max_recoveries=3, by=me)
     found = [worker_ends.end_of(row_of(stock, host)) for host in (idle, busy)]
 
     for host in (idle, busy):
@@ -354,8 +336,7 @@ def logged(run_id: RunId, org_id: str, *places: tuple[int, int]) -> list[LogLine
 @pytest.mark.parametrize("size", [1, 2, 10])
 def test_the_log_says_between_the_attempts_why_one_was_lost(stock: Stock, size: int) -> None:
     dead = stock.worker()
-    stock.put(stock.run(stock.org()))
-    (run,) = stock.admit(dead)
+    run = stock.running(dead)
     me = stock.worker()
     take_over(stock, me)
     with stock.database.transaction() as connection:
@@ -391,11 +372,9 @@ def test_the_log_says_between_the_attempts_why_one_was_lost(stock: Stock, size: 
 
 
 def test_a_run_that_fails_with_its_worker_is_not_called_recovered(stock: Stock) -> None:
-    stock.put(stock.run(stock.org()))
-    (run,) = stock.admit(stock.worker())
+    run = stock.running(stock.worker())
     me = stock.worker()
-    with stock.database.transaction() as connection:
-        workers.recover(connection, max_recoveries=0, by=me, others_than=me)
+    stock.within(workers.recover, max_recoveries=0, by=me, others_than=me)
 
     (line,) = stock.all(tables.run_logs, tables.run_logs.c.run_id == run.id)
     assert line["text"].endswith(f" UTC; found by worker {me}")

@@ -46,16 +46,14 @@ def test_the_many_lines_and_attempts_of_a_run_go_before_it_a_few_at_a_time(stock
         for number in range(1, count + 1):
             (admitted,) = stock.admit(worker_id)
             line = LogLine(run.id, number, 1, org_id, stock.now(), "info", "log", "hello")
-            with stock.database.transaction() as connection:
-                statements(connection).append_logs(connection, [line])
+            stock.hot("append_logs", [line])
             last = number == count
             stock.finish(worker_id, stock.ended(admitted, *([] if last else ["waiting"])))
             if not last:
                 stock.make_available(run.id)
 
     def some() -> int:
-        with stock.database.transaction() as connection:
-            return sweeps.forget_parts(connection, "succeeded", timedelta(seconds=-1), runs=1, limit=3)
+        return stock.within(sweeps.forget_parts, "succeeded", timedelta(seconds=-1), runs=1, limit=3)
 
     assert [some() for _ in range(4)] == [3, 3, 1, 0]
 
@@ -112,5 +110,4 @@ def test_skips_lines_and_workers_go_at_their_own_age(stock):
 
 
 def forget(stock: Stock, state: str, age: timedelta, *, limit: int = 100) -> int:
-    with stock.database.transaction() as connection:
-        return sweeps.forget_runs(connection, state, age, limit=limit)
+    return stock.within(sweeps.forget_runs, state, age, limit=limit)

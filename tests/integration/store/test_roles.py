@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError, ProgrammingError
 from tests.fakes.clock import ManualClock
 from tests.fakes.one_row_each import Owner, fill, row
 from tests.fakes.postgres import Server, kept_session
+from tests.fakes.rows import reading, within
 from worker.errors import RolesMissing
 from worker.ids import OrgId, new_id
 from worker.operations.installation import adopt
@@ -479,8 +480,7 @@ class TestScopes:
             as_org = database.acting(of(mine))
 
             def in_its_own() -> tuple[str, str | None, int]:
-                with as_org.transaction() as connection:
-                    return who_sees(connection)
+                return within(as_org, who_sees)
 
             return [
                 await as_org.call(who_sees),
@@ -524,8 +524,7 @@ class TestGrants:
 
         with opened(url) as database:
             for scope in (roles.NOBODY, roles.ALL_ORGS):
-                with database.acting(scope).transaction() as connection:
-                    assert who_sees(connection) == (scope.role, "", 0)
+                assert within(database.acting(scope), who_sees) == (scope.role, "", 0)
         (warning,) = said_of(url)
         assert "owns the tables" in warning
 
@@ -562,8 +561,7 @@ class TestGrants:
         assert said_of(logins["worker"]) == []
         (owned, *_) = said_of(logins["owner"])
         assert "owns the tables" in owned
-        with postgres.autocommit() as connection:
-            assert "superuser" in roles.warnings(connection)[0]
+        assert "superuser" in reading(postgres, roles.warnings)[0]
         postgres_server.execute(f"REVOKE {roles.OPERATOR} FROM {login_of(logins['worker'])}")
         (missing,) = said_of(logins["worker"])
         assert f"is not a member of {roles.OPERATOR}" in missing

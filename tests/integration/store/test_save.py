@@ -10,13 +10,6 @@ from sqlalchemy import update
 from tests.fakes.stock import HANDLER, Stock
 from worker.model.runs.run import AdmittedRun, LogLine, NewStep, RunStep, StoredProgress
 from worker.store import tables, worker_store
-from worker.store.sql import statements
-
-
-def running(stock: Stock) -> AdmittedRun:
-    stock.put(stock.run(stock.org()))
-    (run,) = stock.admit(stock.worker())
-    return run
 
 
 def save(
@@ -28,19 +21,17 @@ def save(
     handler: str = HANDLER,
     number: int = 0,
 ) -> bool:
-    with stock.database.transaction() as connection:
-        return statements(connection).save_checkpoint(
-            connection,
-            run if token is None else replace(run, fencing_token=token),
-            handler,
-            data,
-            number=number,
-        )
+    return stock.hot(
+        "save_checkpoint",
+        run if token is None else replace(run, fencing_token=token),
+        handler,
+        data,
+        number=number,
+    )
 
 
 def load(stock: Stock, run: AdmittedRun) -> object:
-    with stock.database.autocommit() as connection:
-        return worker_store.load_progress(connection, run.id).checkpoint
+    return stock.reading(worker_store.load_progress, run.id).checkpoint
 
 
 def recoveries(stock: Stock, run: AdmittedRun) -> int:
@@ -50,7 +41,7 @@ def recoveries(stock: Stock, run: AdmittedRun) -> int:
 
 
 def test_the_last_checkpoint_is_what_the_next_attempt_gets(stock: Stock) -> None:
-    run = running(stock)
+    run = stock.running()
     assert load(stock, run) is None
 
     assert save(stock, run, '{"done":1}')
@@ -62,7 +53,7 @@ def test_the_last_checkpoint_is_what_the_next_attempt_gets(stock: Stock) -> None
 
 
 def test_a_save_that_arrives_after_a_later_one_changes_nothing(stock: Stock) -> None:
-    run = running(stock)
+    run = stock.running()
     assert save(stock, run, '{"done":1}', number=1)
     assert save(stock, run, '{"done":3}', number=3)
 
@@ -78,14 +69,14 @@ def test_a_save_that_arrives_after_a_later_one_changes_nothing(stock: Stock) -> 
 
 @pytest.mark.parametrize("data", ["null", "[]", '"text"', "0"])
 def test_any_json_is_a_checkpoint(stock: Stock, data: str) -> None:
-    run = running(stock)
+    run = stock.running()
 
     assert save(stock, run, data)
     assert load(stock, run) == {"null": None, "[]": [], '"text"': "text", "0": 0}[data]
 
 
 def test_a_checkpoint_under_an_older_fencing_token_is_refused(stock: Stock) -> None:
-    run = running(stock)
+    run = stock.running()
     save(stock, run, '{"done":1}')
 
     assert not save(stock, run, '{"done":2}', token=0)
@@ -98,7 +89,7 @@ def test_a_checkpoint_under_an_older_fencing_token_is_refused(stock: Stock) -> N
 
 
 def test_only_a_checkpoint_that_moved_forgives_lost_workers(stock: Stock) -> None:
-    run = running(stock)
+    run = stock.running()
     save(stock, run, '{"done":1}')
     stock.change(tables.live_runs, run.id, recoveries=2)
 
@@ -110,7 +101,7 @@ def test_only_a_checkpoint_that_moved_forgives_lost_workers(stock: Stock) -> Non
 
 
 def test_a_first_checkpoint_moved(stock: Stock) -> None:
-    run = running(stock)
+    run = stock.running()
     stock.change(tables.live_runs, run.id, recoveries=2)
 
     save(stock, run, "null")
@@ -119,13 +110,10 @@ def test_a_first_checkpoint_moved(stock: Stock) -> None:
 
 
 def test_progress_is_written_where_the_fencing_token_holds(stock: Stock) -> None:
-    mine, lost = running(stock), running(stock)
+    mine, lost = stock.running(), stock.running()
     progress = {"done": 3, "total": 9, "note": 'half "way", {é}'}
 
-    with stock.database.transaction() as connection:
-        statements(connection).write_progress(
-            connection, [(lost.id, lost.fencing_token + 1, progress), (mine.id, 1, progress)]
-        )
+    stock.hot("write_progress", [(lost.id, lost.fencing_token + 1, progress), (mine.id, 1, progress)])
 
     rows = stock.live(mine.id), stock.live(lost.id)
     assert rows[0] is not None
@@ -135,15 +123,14 @@ def test_progress_is_written_where_the_fencing_token_holds(stock: Stock) -> None
 
 
 def test_log_lines_are_appended_once(stock: Stock) -> None:
-    run, at = running(stock), stock.now()
+    run, at = stock.running(), stock.now()
     lines = [
         LogLine(run.id, 1, n, run.org_id, at, "info", "stdout", text)
         for n, text in enumerate(('a "b" {c}, \\', "", "NULL", "line\nbreak"), start=1)
     ]
 
     for part in (lines[:2], lines):
-        with stock.database.transaction() as connection:
-            statements(connection).append_logs(connection, part)
+        stock.hot("append_logs", part)
 
     rows = stock.all(tables.run_logs)
     assert [(row["seq"], row["text"]) for row in rows] == [(line.seq, line.text) for line in lines]
@@ -151,7 +138,7 @@ def test_log_lines_are_appended_once(stock: Stock) -> None:
 
 
 def test_a_run_keeps_the_handler_that_stored_progress_first(stock: Stock) -> None:
-    saving, stepping, neither = running(stock), running(stock), running(stock)
+    saving, stepping, neither = stock.running(), stock.running(), stock.running()
     for data, handler in (("1", "acme.v1"), ("2", "acme.v2")):
         save(stock, saving, data, handler=handler)
     at = stepping.started_at
@@ -160,8 +147,7 @@ def test_a_run_keeps_the_handler_that_stored_progress_first(stock: Stock) -> Non
         for n, handler in ((2, "acme.v2"), (1, "acme.v1"))
     ]
 
-    with stock.database.transaction() as connection:
-        statements(connection).store_steps(connection, steps)
+    stock.hot("store_steps", steps)
 
     with stock.database.autocommit() as connection:
         progress = [worker_store.load_progress(connection, run.id) for run in (saving, stepping, neither)]
@@ -169,12 +155,11 @@ def test_a_run_keeps_the_handler_that_stored_progress_first(stock: Stock) -> Non
 
 
 def test_a_checkpoint_of_an_earlier_release_gets_its_handler_at_the_next_save(stock: Stock) -> None:
-    run = running(stock)
+    run = stock.running()
     save(stock, run, "1", handler="acme.v1")
     with stock.database.transaction() as connection:
         connection.execute(update(tables.checkpoints).values(handler=None))
 
     save(stock, run, "2", handler="acme.v2")
 
-    with stock.database.autocommit() as connection:
-        assert worker_store.load_progress(connection, run.id) == StoredProgress(2, "acme.v2")
+    assert stock.reading(worker_store.load_progress, run.id) == StoredProgress(2, "acme.v2")

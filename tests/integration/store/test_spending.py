@@ -95,10 +95,7 @@ async def test_a_budget_that_is_raised_before_the_wait_for_it_is_stored_keeps_no
 
     assert state is not None and state.state == "over"
     # The control: the statement alone lets the run wait until the period ends.
-    with stock.database.transaction() as connection:
-        alone = statements(connection).open_wait(
-            connection, runs[1].id, runs[1].fencing_token, attempt=1, wait=wait
-        )
+    alone = stock.hot("open_wait", runs[1].id, runs[1].fencing_token, attempt=1, wait=wait)
     assert alone is not None and alone.state == "pending"
 
 
@@ -363,13 +360,11 @@ def step_of(run: AdmittedRun, seq: int, *spends: tuple[str, int]) -> RunStep:
 
 
 def store_steps(stock: Stock, *rows: RunStep) -> set[tuple[str, int]]:
-    with stock.database.transaction() as connection:
-        return spending.store_steps(connection, rows)[0]
+    return stock.within(spending.store_steps, rows)[0]
 
 
 def states(stock: Stock, run: AdmittedRun) -> spending.RunBudgets:
-    with stock.database.autocommit() as connection:
-        return spending.states_of(connection, run)
+    return stock.reading(spending.states_of, run)
 
 
 def test_the_spends_of_a_step_count_with_it_once_and_only_while_the_run_is_ours(stock: Stock):
@@ -460,8 +455,7 @@ def park(stock: Stock, worker: WorkerId, run: AdmittedRun, kind: WaitKind = "bud
 def test_a_raise_wakes_the_parked_runs_of_its_org_and_no_others(stock: Stock):
     org_id, other = stock.org(), stock.org()
     worker, runs = admitted(stock, org_id, 2)
-    stock.put(stock.run(other))
-    [foreign] = stock.admit(worker)
+    foreign = stock.running(worker, other)
     park(stock, worker, runs[0])
     park(stock, worker, runs[1], "answer")
     park(stock, worker, foreign)
@@ -496,8 +490,7 @@ def test_a_copied_run_has_its_spends_and_they_are_not_counted_again(stock: Stock
     spend(stock, run, 3)
     copy = RunId(new_id())
 
-    with stock.database.transaction() as connection:
-        assert spending.copy(connection, org_id, run.id, copy) == 1
+    assert stock.within(spending.copy, org_id, run.id, copy) == 1
 
     copied = [row for row in stock.all(tables.spends) if row["run_id"] == copy]
     assert [(row["key"], row["amount"]) for row in copied] == [("step:1", 20)]

@@ -17,6 +17,7 @@ import pytest
 from sqlalchemy import select
 
 from tests.fakes.clock import ManualClock
+from tests.fakes.rows import reading, within
 from tests.fakes.stock import Stock
 from tests.integration.store.test_spending import METER, add_budget
 from worker.ids import OrgId
@@ -68,8 +69,7 @@ class History:
 
 def may_call(database: Database, run: AdmittedRun) -> bool:
     """As a worker decides before a new step."""
-    with database.autocommit() as connection:
-        return not any(state.used >= state.limit for state in spending.states_of(connection, run).states)
+    return not any(state.used >= state.limit for state in reading(database, spending.states_of, run).states)
 
 
 def stale() -> Check:
@@ -104,8 +104,7 @@ def spend_at_once(
             key = f"{number}:{call}"
             # The answer to a commit may be lost: then the same spend is sent again.
             for _ in range(1 + (random.random() < 0.2)):
-                with database.transaction() as connection:
-                    found = spending.spend(connection, run, METER, amount, key)
+                found = within(database, spending.spend, run, METER, amount, key)
                 assert found is not None
             reached = any(state.used >= state.limit for state in found.states)
             with history.lock:

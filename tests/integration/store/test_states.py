@@ -16,14 +16,11 @@ from worker.store.database import Database
 
 
 def admitted(stock: Stock, worker: WorkerId, org: OrgId, definition: DefinitionId, **run: Any) -> AdmittedRun:
-    stock.put(stock.run(org, definition, serial=True, **run))
-    (admitted,) = stock.admit(worker)
-    return admitted
+    return stock.running(worker, org, definition, serial=True, **run)
 
 
 def loaded(stock: Stock, run: AdmittedRun) -> LoadedState:
-    with stock.database.transaction() as connection:
-        return states.load(connection, run)
+    return stock.within(states.load, run)
 
 
 def state_of(stock: Stock, definition: DefinitionId) -> dict[str, Any] | None:

@@ -12,13 +12,6 @@ from tests.fakes.stock import HANDLER, Stock
 from worker.ids import RunId
 from worker.model.runs.run import AdmittedRun, NewStep, RunStep, StepPage
 from worker.store import steps, tables
-from worker.store.sql import statements
-
-
-def running(stock: Stock) -> AdmittedRun:
-    stock.put(stock.run(stock.org()))
-    (run,) = stock.admit(stock.worker())
-    return run
 
 
 def step(run: AdmittedRun, seq: int, result: str = "1", **values: Any) -> RunStep:
@@ -28,16 +21,14 @@ def step(run: AdmittedRun, seq: int, result: str = "1", **values: Any) -> RunSte
 
 
 def store(stock: Stock, *rows: RunStep) -> set[RunId]:
-    with stock.database.transaction() as connection:
-        ours = statements(connection).store_steps(connection, rows)
+    ours = stock.hot("store_steps", rows)
     return {
         id_ for id_, token in ours for row in rows if row.run.id == id_ and row.run.fencing_token == token
     }
 
 
 def load(stock: Stock, run_id: RunId, after: int = 0) -> StepPage:
-    with stock.database.autocommit() as connection:
-        return steps.load_steps(connection, run_id, after)
+    return stock.reading(steps.load_steps, run_id, after)
 
 
 def recoveries(stock: Stock, run: AdmittedRun) -> int:
@@ -46,7 +37,7 @@ def recoveries(stock: Stock, run: AdmittedRun) -> int:
 
 
 def test_what_is_stored_is_what_a_later_attempt_reads(stock: Stock) -> None:
-    run = running(stock)
+    run = stock.running()
     texts = [
         '{"b":1.0,"a":[1e22,12345678901234567890]}',
         '"é \\"x\\" \\\\ \\u001f {,}"',
@@ -70,7 +61,7 @@ def test_what_is_stored_is_what_a_later_attempt_reads(stock: Stock) -> None:
 
 
 def test_a_step_under_an_older_fencing_token_is_not_stored(stock: Stock) -> None:
-    mine, lost, unknown = running(stock), running(stock), running(stock)
+    mine, lost, unknown = stock.running(), stock.running(), stock.running()
     stale = replace(lost, fencing_token=lost.fencing_token - 1)
     gone = replace(unknown, id=RunId("01890000-0000-7000-8000-000000000000"))
 
@@ -81,7 +72,7 @@ def test_a_step_under_an_older_fencing_token_is_not_stored(stock: Stock) -> None
 
 @pytest.mark.parametrize("state", ["waiting", "held"])
 def test_a_step_of_a_run_that_does_not_run_is_not_stored(stock: Stock, state: str) -> None:
-    run = running(stock)
+    run = stock.running()
     stock.change(tables.live_runs, run.id, state=state, reason="recovered", worker_id=None, started_at=None)
 
     assert store(stock, step(run, 1)) == set()
@@ -90,7 +81,7 @@ def test_a_step_of_a_run_that_does_not_run_is_not_stored(stock: Stock, state: st
 
 def test_the_same_step_again_is_accepted_and_changes_nothing(stock: Stock) -> None:
     """The answer to the first write was lost."""
-    run = running(stock)
+    run = stock.running()
     store(stock, step(run, 1, '"first"'))
 
     assert store(stock, step(run, 1, '"first"'), step(run, 2, '"second"')) == {run.id}
@@ -99,7 +90,7 @@ def test_the_same_step_again_is_accepted_and_changes_nothing(stock: Stock) -> No
 
 
 def test_steps_of_many_runs_are_stored_together(stock: Stock) -> None:
-    runs = [running(stock) for _ in range(5)]
+    runs = [stock.running() for _ in range(5)]
     rows = [step(run, seq, f'"{run.id} {seq}"') for seq in (2, 1, 3) for run in reversed(runs)]
 
     assert store(stock, *rows) == {run.id for run in runs}
@@ -111,7 +102,7 @@ def test_steps_of_many_runs_are_stored_together(stock: Stock) -> None:
 
 
 def test_a_new_step_forgives_lost_workers(stock: Stock) -> None:
-    mine, stale = running(stock), running(stock)
+    mine, stale = stock.running(), stock.running()
     for run in (mine, stale):
         stock.change(tables.live_runs, run.id, recoveries=2)
 
@@ -123,7 +114,7 @@ def test_a_new_step_forgives_lost_workers(stock: Stock) -> None:
 def test_steps_are_read_in_pages_by_number_and_by_size(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "PAGE", 3)
     monkeypatch.setattr(steps, "PAGE_BYTES", 1000)
-    run = running(stock)
+    run = stock.running()
     sizes = [10, 10, 10, 600, 600, 600, 2000, 10]
     store(stock, *(step(run, n, '"' + "x" * (size - 2) + '"') for n, size in enumerate(sizes, 1)))
 
@@ -136,22 +127,20 @@ def test_steps_are_read_in_pages_by_number_and_by_size(stock: Stock, monkeypatch
         after = page.steps[-1].seq
 
     assert pages == [[1, 2, 3], [4, 5], [6, 7], [8]]
-    with stock.database.autocommit() as connection:
-        assert steps.step_totals(connection, run.id) == (8, sum(sizes))
+    assert stock.reading(steps.step_totals, run.id) == (8, sum(sizes))
 
 
 def test_a_run_without_steps_has_an_empty_page(stock: Stock) -> None:
-    run = running(stock)
+    run = stock.running()
 
     assert load(stock, run.id) == StepPage([], more=False)
-    with stock.database.autocommit() as connection:
-        assert steps.step_totals(connection, run.id) == (0, 0)
+    assert stock.reading(steps.step_totals, run.id) == (0, 0)
 
 
 def test_a_run_that_continues_another_has_its_steps(stock: Stock) -> None:
-    old = running(stock)
+    old = stock.running()
     store(stock, step(old, 1, '"a"'), step(old, 4, '{"b": 1}', key="k"))
-    new = running(stock)
+    new = stock.running()
 
     with stock.database.transaction() as connection:
         assert steps.copy_steps(connection, old.org_id, old.id, new.id) == 2

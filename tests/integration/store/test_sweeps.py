@@ -18,8 +18,7 @@ def reason(stock: Stock, run: NewRun) -> str:
 
 
 def mark(stock: Stock) -> int:
-    with stock.database.transaction() as connection:
-        return sweeps.mark_no_handler(connection)[0]
+    return stock.within(sweeps.mark_no_handler)[0]
 
 
 def test_a_run_whose_handler_nobody_offers_says_so_until_somebody_does(stock: Stock) -> None:
@@ -38,8 +37,7 @@ def test_a_run_whose_handler_nobody_offers_says_so_until_somebody_does(stock: St
     ]
     assert mark(stock) == 0
 
-    with stock.database.transaction() as connection:
-        workers.update_handlers(connection, worker, [HANDLER, "acme.v2", "acme.foreign"])
+    stock.within(workers.update_handlers, worker, [HANDLER, "acme.v2", "acme.foreign"])
     assert mark(stock) == 2
     assert [reason(stock, run) for run in (foreign, variants)] == ["due", "due"]
 
@@ -59,8 +57,7 @@ def test_a_run_whose_pool_nobody_serves_says_so_and_one_whose_pool_lacks_its_han
     assert [(row["reason"], row["detail"]) for row in shown] == [("no_pool", "eu"), ("no_handler", None)]
     assert mark(stock) == 0
 
-    with stock.database.transaction() as connection:
-        workers.update_handlers(connection, host, ["acme.gpu"])
+    stock.within(workers.update_handlers, host, ["acme.gpu"])
     stock.change(tables.workers, elsewhere, pools=["eu"])
     assert mark(stock) == 2
     shown = [stock.live(run.id) or {} for run in (unserved, without_handler)]
@@ -75,8 +72,7 @@ def test_a_long_backlog_is_looked_at_in_parts(stock: Stock, monkeypatch: pytest.
 
     after, marked = None, []
     for _ in range(3):
-        with stock.database.transaction() as connection:
-            changed, after = sweeps.mark_no_handler(connection, after)
+        changed, after = stock.within(sweeps.mark_no_handler, after)
         marked.append((changed, after))
 
     assert marked == [(2, runs[1].id), (2, runs[3].id), (1, None)]
@@ -101,8 +97,7 @@ def test_a_run_that_never_started_in_time_is_skipped(stock: Stock) -> None:
     stock.put(late, patient, started)
     stock.admit(worker, 1)
 
-    with stock.database.transaction() as connection:
-        expired = sweeps.expire_overdue(connection)
+    expired = stock.within(sweeps.expire_overdue)
 
     assert [(run.run_id, run.state, run.reason) for run in expired] == [(late.id, "skipped", "expired")]
     row = stock.stored(late.id)
@@ -125,10 +120,9 @@ def test_runs_that_wait_are_ended_by_name_and_running_ones_are_not(stock: Stock)
     stock.admit(worker, 1)
     stock.hold(held)
 
-    with stock.database.transaction() as connection:
-        ended = sweeps.end_waiting(
-            connection, org, [running.id, waiting.id, ahead.id], state="cancelled", reason="requested"
-        )
+    ended = stock.within(
+        sweeps.end_waiting, org, [running.id, waiting.id, ahead.id], state="cancelled", reason="requested"
+    )
 
     assert {run.run_id for run in ended} == {waiting.id, ahead.id}
     assert stock.stored(waiting.id)["state"] == "cancelled"
@@ -143,7 +137,6 @@ def test_a_held_run_whose_definition_has_nothing_on_is_promoted(stock: Stock) ->
     stock.put(stock.run(org, behind.definition_id, serial=True))
     stock.hold(behind)
 
-    with stock.database.transaction() as connection:
-        assert sweeps.promote_held(connection) == 1
+    assert stock.within(sweeps.promote_held) == 1
 
     assert (reason(stock, free), reason(stock, behind)) == ("due", "held")

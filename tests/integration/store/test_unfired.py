@@ -10,17 +10,14 @@ from worker.store.health import oldest_unfired
 def test_the_oldest_instant_that_nobody_fired_is_named_with_its_age(stock):
     org = stock.org()
     now = stock.now()
-    with stock.database.autocommit() as connection:
-        assert oldest_unfired(connection) is None
+    assert stock.reading(oldest_unfired) is None
 
     stock.definition(org, due_at=now + timedelta(hours=1))
-    with stock.database.autocommit() as connection:
-        assert oldest_unfired(connection) is None
+    assert stock.reading(oldest_unfired) is None
 
     stock.definition(org, due_at=now - timedelta(seconds=30))
     stock.definition(org, due_at=now - timedelta(seconds=90))
-    with stock.database.autocommit() as connection:
-        found = oldest_unfired(connection)
+    found = stock.reading(oldest_unfired)
 
     assert found is not None
     code, name, seconds = found

@@ -30,18 +30,12 @@ def worker(stock: Stock) -> WorkerId:
 
 def admitted(stock: Stock, worker: WorkerId, **values: Any) -> AdmittedRun:
     org = stock.org()
-    run = stock.run(org, stock.definition(org), **values)
-    stock.put(run)
-    [found] = stock.admit(worker)
-    return found
+    return stock.running(worker, org, stock.definition(org), **values)
 
 
 def open_wait(stock: Stock, run: AdmittedRun, name: str = "approval", **values: Any) -> WaitState | None:
     wait = NewWait(name, values.pop("occurrence", 1), values.pop("kind", "answer"), **values)
-    with stock.database.transaction() as connection:
-        return statements(connection).open_wait(
-            connection, run.id, run.fencing_token, attempt=run.attempt, wait=wait
-        )
+    return stock.hot("open_wait", run.id, run.fencing_token, attempt=run.attempt, wait=wait)
 
 
 def parked(stock: Stock, run: AdmittedRun, reason: str = "answer", **values: Any) -> EndedAttempt:
@@ -63,8 +57,7 @@ def give(stock: Stock, run: AdmittedRun, data: Any, name: str = "approval") -> b
 
 
 def wake_due(stock: Stock) -> int:
-    with stock.database.transaction() as connection:
-        return sweeps.wake_due(connection)
+    return stock.within(sweeps.wake_due)
 
 
 def test_a_parked_run_leaves_its_slot_and_waits(stock: Stock, worker: WorkerId) -> None:
@@ -263,8 +256,7 @@ def test_a_parked_run_is_cancelled_like_a_waiting_one(stock: Stock, worker: Work
     open_wait(stock, run)
     stock.finish(worker, parked(stock, run))
 
-    with stock.database.transaction() as connection:
-        edit_runs.end_waiting(connection, run.org_id, edit_runs.is_run(run.id), reason="requested")
+    stock.within(edit_runs.end_waiting, run.org_id, edit_runs.is_run(run.id), reason="requested")
 
     assert stock.stored(run.id)["state"] == "cancelled"
     assert stock.live(run.id) is None
@@ -273,15 +265,13 @@ def test_a_parked_run_is_cancelled_like_a_waiting_one(stock: Stock, worker: Work
 def test_a_parked_run_is_unfinished_for_overlap(stock: Stock, worker: WorkerId) -> None:
     org = stock.org()
     definition = stock.definition(org)
-    stock.put(stock.run(org, definition, serial=True))
-    [run] = stock.admit(worker)
+    run = stock.running(worker, org, definition, serial=True)
     open_wait(stock, run)
     stock.finish(worker, parked(stock, run))
     behind = stock.run(org, definition, serial=True, overlap="queue_one")
     stock.put(behind)
 
-    with stock.database.transaction() as connection:
-        assert sweeps.promote_held(connection) == 0
+    assert stock.within(sweeps.promote_held) == 0
     assert stock.unended(behind.id)["state"] == "held"
 
     give(stock, run, "yes")
@@ -296,8 +286,7 @@ def test_a_parked_run_counts_against_limits_only_if_asked_to(
 ) -> None:
     org = stock.org()
     definition = stock.definition(org)
-    stock.put(stock.run(org, definition, max_concurrent=1))
-    [run] = stock.admit(worker)
+    run = stock.running(worker, org, definition, max_concurrent=1)
     open_wait(stock, run)
     stock.finish(worker, parked(stock, run, counted=counted))
     same, other = stock.run(org, definition, max_concurrent=1), stock.run(org)
@@ -346,8 +335,7 @@ def test_a_retry_gets_answers_and_ended_sleeps_but_not_what_timed_out(stock: Sto
     to = stock.run(run.org_id)
     stock.put(to)
 
-    with stock.database.transaction() as connection:
-        waits.copy(connection, run.org_id, run.id, to.id)
+    stock.within(waits.copy, run.org_id, run.id, to.id)
 
     copied = stock.all(tables.waits, tables.waits.c.run_id == to.id)
     assert [(row["name"], row["answer"]) for row in copied] == [("answered", 7), ("sleep", None)]
@@ -495,8 +483,7 @@ def test_a_retry_keeps_the_options_of_what_was_answered(stock: Stock, worker: Wo
     to = stock.run(run.org_id)
     stock.put(to)
 
-    with stock.database.transaction() as connection:
-        waits.copy(connection, run.org_id, run.id, to.id)
+    stock.within(waits.copy, run.org_id, run.id, to.id)
 
     [copied] = stock.all(tables.waits, tables.waits.c.run_id == to.id)
     assert (copied["options"], copied["answer"]) == (["yes", "no"], "yes")

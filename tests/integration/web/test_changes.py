@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import pytest
 
+from tests.fakes.rows import reading
 from tests.integration.web.conftest import Site, on_either
 from worker.errors import DefinitionError
 from worker.features.console.callers import Caller, CallerDatabase
@@ -21,8 +22,7 @@ ADA = Caller("ada", "operator")
 
 
 def org_caller(site: Site, org: str = "org_a") -> Caller:
-    with site.database.autocommit() as connection:
-        return Caller(org, "operator", org=org, org_id=orgs.require(connection, org)["id"])
+    return Caller(org, "operator", org=org, org_id=reading(site.database, orgs.require, org)["id"])
 
 
 @on_either
@@ -72,8 +72,7 @@ async def test_an_operator_edits_a_definition_and_says_why(site: Site):
 @on_either
 async def test_an_operator_gives_a_definition_a_calendar_and_its_org_settles_by_it(site: Site):
     """Each in its own role: the org may not read calendars, and needs none for the dates."""
-    with site.database.autocommit() as connection:
-        now = database_now(connection)
+    now = reading(site.database, database_now)
     dates = [(now + timedelta(days=days)).date().isoformat() for days in (-1, 0, 1)]
     holidays = f'[[calendar]]\nname = "holidays"\ndates = {dates}\n'
     apply(site.database, parse_file(holidays), actor="tester")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from tests.fakes.rows import reading
 from tests.integration.web.conftest import OURS, TOKENS, Site, csrf_of, logged_in, on_either
 from worker.ids import ALL_ORGS
 from worker.kit.web.responses import MAX_BYTES
@@ -34,13 +35,11 @@ def worker(staffed: Site, tmp_path: Path) -> Site:
 
 
 def audit_of(site: Site) -> list[Any]:
-    with site.database.autocommit() as connection:
-        return read(connection, AUDIT, ALL_ORGS)
+    return reading(site.database, read, AUDIT, ALL_ORGS)
 
 
 def generations(site: Site) -> list[tuple[int, str]]:
-    with site.database.autocommit() as connection:
-        return [(row["generation"], row["state"]) for row in read(connection, CREDENTIALS, "org_a")]
+    return [(row["generation"], row["state"]) for row in reading(site.database, read, CREDENTIALS, "org_a")]
 
 
 async def test_an_admin_adds_a_secret_which_only_the_key_ring_opens(
@@ -196,8 +195,7 @@ class TestPausedOrgs:
             assert "/orgs/org_a/resume" in paused.text
             assert "/orgs/org_a/pause" not in paused.text
             await client.post("/orgs/org_a/resume", data={"csrf": csrf_of(paused)}, headers=OURS)
-        with staffed.database.autocommit() as connection:
-            assert org(connection, "org_a")["state"] == "active"
+        assert reading(staffed.database, org, "org_a")["state"] == "active"
 
     async def test_a_removed_org_stays_removed_and_the_page_says_so(self, staffed: Site):
         async with logged_in(staffed, TOKENS["operator"]) as client:

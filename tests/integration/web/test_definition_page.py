@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, select, update
 
+from tests.fakes.rows import reading
 from tests.integration.web.conftest import OURS, TOKENS, Site, csrf_of, logged_in, on_either
 from tests.integration.web.test_run_page import EVIL, dangers, ended
 from worker.ids import ALL_ORGS
@@ -29,8 +30,7 @@ def edit(site: Site, **keys: Any) -> None:
 
 
 def stored(site: Site) -> Any:
-    with site.database.autocommit() as connection:
-        return definition(connection, "org_a", "digest")
+    return reading(site.database, definition, "org_a", "digest")
 
 
 def words(html: str) -> str:
@@ -260,8 +260,7 @@ async def test_a_backfill_shows_what_it_will_do_and_then_does_it(staffed: Site):
         text = words(plan.text)
         assert "10 runs of org_a/digest" in text
         assert "The first scheduled time is 2025-12-01 03:00 UTC , the last 2025-12-10 03:00 UTC" in text
-        with staffed.database.autocommit() as connection:
-            assert read(connection, BACKFILLS, ALL_ORGS) == []
+        assert reading(staffed.database, read, BACKFILLS, ALL_ORGS) == []
         form = {"csrf": csrf_of(plan), "from": "2025-12-01T00:00", "until": "2025-12-11T00:00", "limit": "2"}
         done = await client.post(f"{PAGE}/backfill", data=form | {"reason": "lost days"}, headers=OURS)
         assert done.status_code == 303

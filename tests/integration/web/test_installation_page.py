@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.fakes.rows import within
 from tests.integration.web.conftest import TOKENS, Site
 from worker.store import installation
 
@@ -15,8 +16,7 @@ async def test_the_morning_page_says_that_the_installations_differ(
     staffed: Site, word: str, shown: bool
 ) -> None:
     """The control: with the same word, or none in worker.toml, there is nothing to say."""
-    with staffed.database.transaction() as connection:
-        installation.store_word(connection, "production")
+    within(staffed.database, installation.store_word, "production")
     staffed.installation = word
 
     page = await staffed.get("/", TOKENS["viewer"])
@@ -28,8 +28,7 @@ async def test_the_morning_page_says_that_the_installations_differ(
 
 async def test_the_api_has_the_same_list(staffed: Site) -> None:
     """For operators; an org gets 403, as `test_matrix` has it."""
-    with staffed.database.transaction() as connection:
-        installation.store_word(connection, "production")
+    within(staffed.database, installation.store_word, "production")
     staffed.installation = "staging"
 
     answer = await staffed.get("/api/v1/status", TOKENS["viewer"])

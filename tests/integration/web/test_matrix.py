@@ -31,7 +31,7 @@ from tests.fakes import postgres
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import App, FakeIssuer, kinde_issuer
 from tests.fakes.limits import no_limits
-from tests.fakes.rows import attempt_row, checkpoint_row
+from tests.fakes.rows import attempt_row, checkpoint_row, within
 from tests.integration.web.conftest import BASE, OPERATORS, TOKENS, csrf_of, log_in
 from tests.integration.web.test_callers import PERSON, with_scopes
 from worker.features.console.access import Access
@@ -376,8 +376,7 @@ class Installation:
     def unapproved(self, org: str) -> str:
         """The digest of what a host declares, which is not approved yet."""
         entry = HandlerEntry("gpu.render", "gpu", "1.0", "gpu:render", max_attempts=10 + next(NUMBERS))
-        with self.admin.transaction() as connection:
-            host_handlers.report(connection, self.host, [entry])
+        within(self.admin, host_handlers.report, self.host, [entry])
         self.digest = digest("eu", entry.name, Ceiling.of(entry))
         return self.digest
 

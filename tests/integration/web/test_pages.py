@@ -172,8 +172,7 @@ async def test_the_page_of_workers_shows_hosts_by_pool_and_what_waits_for_each(s
 async def test_a_crash_is_on_the_pages_of_workers_and_of_the_morning_and_a_stop_is_not(staffed: Site):
     stock = Stock(staffed.database)
     dead, stopped, silent, me = (stock.worker() for _ in range(4))
-    stock.put(stock.run(stock.org()))
-    stock.admit(dead)
+    stock.running(dead)
     stock.change(tables.workers, dead, host="<app1>")
     stock.change(tables.workers, silent, host_id=new_id(), outcome="crashed", ended_at=stock.now())
     async with logged_in(staffed, TOKENS["viewer"]) as client:

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from sqlalchemy import insert, select, update
 
-from tests.fakes.rows import checkpoint_row
+from tests.fakes.rows import checkpoint_row, reading
 from tests.fakes.stock import Stock
 from tests.integration.web.conftest import (
     OURS,
@@ -169,8 +169,7 @@ async def test_a_retry_from_the_checkpoint_says_why_and_a_second_one_only_again(
         again = await client.post(f"/runs/{run}/retry", data={"csrf": csrf, "again": "1"}, headers=OURS)
 
     assert again.status_code == 303
-    with staffed.database.autocommit() as connection:
-        row = runs.run(connection, ALL_ORGS, new)
+    row = reading(staffed.database, runs.run, ALL_ORGS, new)
     assert (row["checkpoint"], row["retry_of"]) == ({"page": 7}, run)
 
 
@@ -319,8 +318,7 @@ async def test_an_org_sees_neither_trace_nor_worker_nor_path_nor_other_orgs(staf
     ]
 
     assert org.status_code == operator.status_code == 200
-    with staffed.database.autocommit() as connection:
-        worker = str(runs.run(connection, ALL_ORGS, run)["worker"])
+    worker = str(reading(staffed.database, runs.run, ALL_ORGS, run)["worker"])
     # The control: the same page shows an operator all of it.
     for hidden in (worker, "/srv/jobs/acme", "Traceback", "1 other org", "/srv/secrets/key"):
         assert hidden in operator.text
@@ -396,8 +394,7 @@ async def test_the_page_of_a_run_with_a_long_log_and_many_attempts_stays_small_a
         assert len(gzip.compress(page.content)) < 60_000
         # Processor time, so that other tests do not matter; a page has 50 ms.
         assert min(took) < 0.25
-    with staffed.database.autocommit() as connection:
-        assert len(runs.run(connection, ALL_ORGS, RunId(run))["attempts"]) == 1000
+    assert len(reading(staffed.database, runs.run, ALL_ORGS, RunId(run))["attempts"]) == 1000
 
 
 async def test_a_link_searches_for_others_with_the_same_cause(staffed: Site):
