@@ -75,6 +75,11 @@ FILE = "".join(
     )
 )
 LEASE = timedelta(seconds=30)
+NOW = "2030-01-01T00:00:00Z"
+STEP: Mapping[str, Any] = {
+    **{"name": "fetch", "key": None, "occurrence": 1, "seq": 1, "result_json": "[1]", "spends": []},
+    **{"started_at": NOW, "ended_at": NOW},
+}
 
 
 class Tokens:
@@ -221,6 +226,16 @@ def fence(taken: wire.Taken) -> dict[str, Any]:
     return {"run": taken.run.id, "fencing_token": taken.run.fencing_token}
 
 
+def step_of(taken: wire.Taken, **changes: Any) -> dict[str, Any]:
+    """A step as a host sends it."""
+    return {**fence(taken), "handler": HANDLER, "step": {**STEP, **changes}}
+
+
+def line_of(taken: wire.Taken, text: str, seq: int = 1) -> dict[str, Any]:
+    """A line of the log as a host sends it."""
+    return {**fence(taken), "seq": seq, "at": NOW, "level": "info", "source": "log", "text": text}
+
+
 class Rows:
     """What is in the database."""
 
@@ -275,6 +290,13 @@ class Fleet:
         self.start()
         [taken] = await host.take(self.one)
         return host, taken
+
+    async def without_token(self) -> tuple[Host, RunId]:
+        """A host, and a run that it does not get before its token is there."""
+        host, run = await self.host(), self.start()
+        self.tokens.may_answer.clear()
+        assert await host.take(self.one, wait=0.3) == []
+        return host, run
 
     def start(self, definition: str = "render", org: str = "org_a", **params: Any) -> RunId:
         """A run that waits for a slot."""

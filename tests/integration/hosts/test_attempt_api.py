@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import on_either
 from tests.fakes.running import until
-from tests.integration.hosts.conftest import HANDLER, Fleet, end_of, fence
+from tests.integration.hosts.conftest import HANDLER, Fleet, end_of, fence, line_of, step_of
 from worker.engine.loops.finisher import Finisher
 from worker.features.hosts.hosted_runs import HostedRuns
 from worker.handlers.calls import GrantedAnswer
@@ -54,15 +54,10 @@ async def test_any_worker_goes_on_where_another_stopped(fleet: Fleet) -> None:
     mine, two = fence(taken), fleet.two
 
     await host.call(two, "save", **mine, handler=HANDLER, data='{"done":3}')
-    now = taken.run.started_at.isoformat()
-    step: dict[str, Any] = {
-        **{"name": "fetch", "key": None, "occurrence": 1, "seq": 1, "result_json": "[1]", "spends": []},
-        **{"started_at": now, "ended_at": now},
-    }
-    stored = await host.call(two, "store", steps=[{**mine, "handler": HANDLER, "step": step}])
-    again = await host.call(two, "store", steps=[{**mine, "handler": HANDLER, "step": step}])
+    stored = await host.call(two, "store", steps=[step_of(taken)])
+    again = await host.call(two, "store", steps=[step_of(taken)])
     totals = await host.call(two, "totals", **mine)
-    line = {**mine, "seq": 1, "at": now, "level": "info", "source": "log", "text": "hello"}
+    line = line_of(taken, "hello")
     await host.call(two, "logs", lines=[line, line])
     await host.call(two, "progress", rows=[{**mine, "progress": {"done": 1, "total": 2, "note": "half"}}])
     await fleet.flush()
@@ -124,20 +119,12 @@ async def test_what_a_host_sends_is_masked_off_the_loop_if_it_is_long(
         monkeypatch.setattr(mask_in_turn, "AT_ONCE", 10_000_000)
         monkeypatch.setattr(mask_in_turn._masking, "_turns", Turns(10_000_000))
     host, taken = await fleet.busy_host()
-    mine, now, text = fence(taken), taken.run.started_at.isoformat(), "x " * 20_000
-    step: dict[str, Any] = {
-        **{"name": "fetch", "key": None, "occurrence": 1, "seq": 1, "spends": []},
-        **{"result_json": json.dumps(text), "started_at": now, "ended_at": now},
-    }
-    lines = [
-        {**mine, "seq": number, "at": now, "level": "info", "source": "log", "text": "x " * 500}
-        for number in range(1, 30)
-    ]
+    text = "x " * 20_000
 
     for name, message in {
-        "save": {**mine, "handler": HANDLER, "data": json.dumps(text)},
-        "store": {"steps": [{**mine, "handler": HANDLER, "step": step}]},
-        "logs": {"lines": lines},
+        "save": {**fence(taken), "handler": HANDLER, "data": json.dumps(text)},
+        "store": {"steps": [step_of(taken, result_json=json.dumps(text))]},
+        "logs": {"lines": [line_of(taken, "x " * 500, number) for number in range(1, 30)]},
     }.items():
         on_loop.clear()
         await host.call(fleet.one, name, **message)
@@ -217,11 +204,7 @@ async def test_no_more_runs_are_taken_than_there_are_slots(fleet: Fleet) -> None
 
 async def test_what_another_token_delays_comes_with_a_later_take(fleet: Fleet) -> None:
     """Its host does not hold it, but must not hand it back either."""
-    host = await fleet.host()
-    run = fleet.start()
-    fleet.tokens.may_answer.clear()
-
-    assert await host.take(fleet.one, wait=0.3) == []
+    host, run = await fleet.without_token()
     assert (await host.call(fleet.one, "renew"))["owned"] == []
     # Another worker cannot know that it is being prepared.
     assert [row[0] for row in (await host.call(fleet.two, "renew"))["owned"]] == [run]
@@ -238,10 +221,7 @@ async def test_what_another_token_delays_comes_with_a_later_take(fleet: Fleet) -
 
 @on_either
 async def test_what_a_stopping_host_never_got_is_handed_back(fleet: Fleet) -> None:
-    host = await fleet.host()
-    run = fleet.start()
-    fleet.tokens.may_answer.clear()
-    assert await host.take(fleet.one, wait=0.3) == []
+    host, run = await fleet.without_token()
 
     await host.call(fleet.one, "unregister")
 
@@ -250,10 +230,7 @@ async def test_what_a_stopping_host_never_got_is_handed_back(fleet: Fleet) -> No
 
 
 async def test_a_cancelled_run_that_waits_for_its_token_ends_at_the_worker(fleet: Fleet) -> None:
-    host = await fleet.host()
-    run = fleet.start()
-    fleet.tokens.may_answer.clear()
-    assert await host.take(fleet.one, wait=0.3) == []
+    host, run = await fleet.without_token()
     with fleet.database.transaction() as connection:
         change = tables.live_runs.update().values(
             cancel_requested_at=fleet.database.now(connection), cancel_reason="requested"
@@ -374,10 +351,7 @@ async def test_a_worker_that_drains_ends_the_takes_that_wait(fleet: Fleet) -> No
 
 
 async def test_a_worker_that_stops_lets_what_it_did_not_deliver_wait_again(fleet: Fleet) -> None:
-    host = await fleet.host()
-    run = fleet.start()
-    fleet.tokens.may_answer.clear()
-    assert await host.take(fleet.one, wait=0.3) == []
+    _, run = await fleet.without_token()
 
     assert fleet.one.api is not None
     await fleet.one.api.close()

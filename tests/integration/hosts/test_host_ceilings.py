@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import Connection, update
 
 from tests.conftest import on_either
+from tests.fakes.rows import within
 from tests.fakes.site import definition
 from tests.integration.hosts.conftest import FILE, HANDLER, OTHER, Fleet, Host, end_of, fence
 from worker.engine.attempt.plan import HandlerRegistry
@@ -108,8 +109,7 @@ async def fired(fleet: Fleet, *names: str) -> dict[str, dict[str, Any]]:
 
 
 def mark(fleet: Fleet) -> None:
-    with fleet.database.transaction() as connection:
-        sweeps.mark_no_handler(connection)
+    within(fleet.database, sweeps.mark_no_handler)
 
 
 def approve(fleet: Fleet, entry: HandlerEntry, pool: str = "eu") -> None:
@@ -125,8 +125,7 @@ def approve(fleet: Fleet, entry: HandlerEntry, pool: str = "eu") -> None:
 
 
 def waits(fleet: Fleet, run: RunId) -> tuple[str, str | None]:
-    live = fleet.rows.live(run)
-    assert live is not None, fleet.rows.run(run)
+    live = fleet.rows.unended(run)
     return live["reason"], live["detail"]
 
 
@@ -361,8 +360,7 @@ async def test_a_handler_of_workers_needs_no_approval_for_what_they_declare(flee
     more = await fleet.host("h2", entries=[replace(same, secrets=("openai", "stripe"))])
     fleet.start("keyed")
     assert await more.take(fleet.one, wait=0.2) == []
-    with fleet.database.transaction() as connection:
-        [row] = [row for row in host_grants.declared_by_hosts(connection) if row["pending"]]
+    [row] = [row for row in within(fleet.database, host_grants.declared_by_hosts) if row["pending"]]
     assert (row["handler"], row["hosts"], row["pending"]) == ("acme.keyed", ["h2"], ["secrets"])
 
 
@@ -494,8 +492,7 @@ async def test_a_host_that_registered_at_an_older_worker_goes_on_within_the_ceil
     await of_older(fleet, host, *both, KEYED)
     fleet.start("nowhere", org="org_b")
     assert await host.take(fleet.one, wait=0.3) == []
-    with fleet.database.transaction() as connection:
-        [row] = [row for row in host_grants.declared_by_hosts(connection) if row["pending"]]
+    [row] = [row for row in within(fleet.database, host_grants.declared_by_hosts) if row["pending"]]
     assert (row["handler"], row["hosts"], row["secrets"]) == (OWN.name, ["h1"], ["openai"])
 
 

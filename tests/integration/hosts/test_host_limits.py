@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import on_either
 from tests.fakes.running import until
-from tests.integration.hosts.conftest import HANDLER, Fleet, Host, Worker, end_of, fence
+from tests.integration.hosts.conftest import HANDLER, Fleet, Host, Worker, end_of, fence, line_of, step_of
 from worker.clock import to_text
 from worker.engine.runners.output import CAP, LINE_COST, LINE_LIMIT, RunOutput
 from worker.features.hosts import attempt_api, checker, sent, wire
@@ -29,7 +29,6 @@ from worker.store import hosts as store_hosts
 from worker.store import tables
 from worker.telemetry.events import Emitted
 
-NOW = "2030-01-01T00:00:00Z"
 MIB = 1024 * 1024
 
 
@@ -41,8 +40,7 @@ async def status(host: Host, worker: Worker, name: str, message: Any = b"{}") ->
 
 
 def lines(taken: wire.Taken, first: int, count: int, text: str = "x" * 1000) -> list[dict[str, Any]]:
-    line = {**fence(taken), "at": NOW, "level": "info", "source": "log", "text": text}
-    return [{**line, "seq": first + n} for n in range(count)]
+    return [line_of(taken, text, first + n) for n in range(count)]
 
 
 def stored_log(fleet: Fleet) -> tuple[int, list[dict[str, Any]]]:
@@ -200,17 +198,12 @@ def longest_parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
 def large_calls(taken: wire.Taken) -> Mapping[str, Mapping[str, Any]]:
     """Valid calls with as large texts as they may have."""
-    step = {
-        **{"name": "s", "key": None, "occurrence": 1, "seq": 1, "spends": []},
-        **{"started_at": NOW, "ended_at": NOW, "result_json": f'"{"é" * (RESULT_LIMIT // 2 - 10)}"'},
-    }
+    text = f'"{"é" * (RESULT_LIMIT // 2 - 10)}"'
     value = json.dumps({"text": 'a "quoted" word ' * 50_000, "lists": [[]] * 20_000}, separators=(",", ":"))
     assert MIB * 0.8 < len(value) < MIB
     return {
         "save": {**fence(taken), "handler": HANDLER, "data": value},
-        "store": {
-            "steps": [{**fence(taken), "handler": HANDLER, "step": {**step, "seq": n + 1}} for n in range(3)]
-        },
+        "store": {"steps": [step_of(taken, result_json=text, seq=n + 1) for n in range(3)]},
         "finish": {"ends": [END.write(end_of(taken, outcomes.Succeeded(value)))]},
     }
 

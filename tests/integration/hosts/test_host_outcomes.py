@@ -27,12 +27,6 @@ async def report(fleet: Fleet, host: Host, outcome: Outcome) -> str:
     return run
 
 
-def live(fleet: Fleet, run: str) -> dict[str, Any]:
-    row = fleet.rows.live(run)
-    assert row is not None
-    return row
-
-
 async def believe(runs: HostedRuns, reported: Outcome, *_: Any) -> Outcome:
     """In place of the defence."""
     return reported
@@ -50,7 +44,7 @@ async def test_what_only_workers_decide_is_a_failed_attempt(fleet: Fleet, outcom
     run = await report(fleet, await fleet.host(), outcome)
 
     assert [row["outcome"] for row in fleet.rows.attempts(run)] == ["failed"]
-    assert (live(fleet, run)["reason"], live(fleet, run)["failures"]) == ("retry", 1)
+    assert (fleet.rows.unended(run)["reason"], fleet.rows.unended(run)["failures"]) == ("retry", 1)
 
 
 async def test_control_without_the_check_a_host_forges_a_refusal(
@@ -69,7 +63,7 @@ async def test_a_refused_token_that_this_worker_has_not_seen_is_checked_by_the_n
     """Any worker may have answered the host's request for a token."""
     host = await fleet.host()
     run = await report(fleet, host, outcomes.Refused("org_mismatch"))
-    assert (live(fleet, run)["reason"], live(fleet, run)["failures"]) == ("no_token", 0)
+    assert (fleet.rows.unended(run)["reason"], fleet.rows.unended(run)["failures"]) == ("no_token", 0)
     make_due(fleet, run)
     fleet.tokens.of_org = "org_b"
 
@@ -87,7 +81,11 @@ async def test_the_pause_without_a_token_is_within_the_workers_limits(
 
     run = await report(fleet, await fleet.host(), outcomes.NoToken(timedelta(seconds=asked)))
 
-    assert timedelta(seconds=least) <= live(fleet, run)["available_at"] - now <= timedelta(seconds=most + 15)
+    assert (
+        timedelta(seconds=least)
+        <= fleet.rows.unended(run)["available_at"] - now
+        <= timedelta(seconds=most + 15)
+    )
 
 
 @on_either
@@ -100,7 +98,7 @@ async def test_a_stop_counts_only_if_it_was_asked_for(fleet: Fleet) -> None:
     await host.finish(fleet.one, *(end_of(one, outcomes.Cancelled("requested")) for one in taken.values()))
 
     assert (fleet.rows.run(asked)["state"], fleet.rows.run(asked)["reason"]) == ("cancelled", "requested")
-    assert live(fleet, forged)["reason"] == "handed_back"
+    assert fleet.rows.unended(forged)["reason"] == "handed_back"
 
 
 @on_either
@@ -151,11 +149,11 @@ async def test_a_run_that_is_handed_back_again_and_again_fails(
     run = fleet.start()
     for _ in range(fewer):
         await hand_back(fleet, host, by_call=by_call)
-        assert live(fleet, run)["reason"] == "handed_back"
+        assert fleet.rows.unended(run)["reason"] == "handed_back"
 
     await hand_back(fleet, host, by_call=by_call)
 
-    assert (live(fleet, run)["reason"], live(fleet, run)["failures"]) == ("retry", 1)
+    assert (fleet.rows.unended(run)["reason"], fleet.rows.unended(run)["failures"]) == ("retry", 1)
 
 
 async def test_control_without_the_limit_it_goes_on(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +164,7 @@ async def test_control_without_the_limit_it_goes_on(fleet: Fleet, monkeypatch: p
     for _ in range(5):
         await hand_back(fleet, host)
 
-    assert (live(fleet, run)["reason"], live(fleet, run)["attempt"]) == ("handed_back", 5)
+    assert (fleet.rows.unended(run)["reason"], fleet.rows.unended(run)["attempt"]) == ("handed_back", 5)
 
 
 async def test_deploys_do_not_fail_a_run_that_goes_on(fleet: Fleet, fewer: int) -> None:
@@ -177,4 +175,4 @@ async def test_deploys_do_not_fail_a_run_that_goes_on(fleet: Fleet, fewer: int) 
     for number in range(2 * fewer + 1):
         await hand_back(fleet, host, save=number == fewer)
 
-    assert (live(fleet, run)["reason"], live(fleet, run)["failures"]) == ("handed_back", 0)
+    assert (fleet.rows.unended(run)["reason"], fleet.rows.unended(run)["failures"]) == ("handed_back", 0)

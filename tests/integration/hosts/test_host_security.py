@@ -15,7 +15,19 @@ from typing import Any
 import pytest
 
 from tests.conftest import on_either
-from tests.integration.hosts.conftest import ENTRIES, HANDLER, OTHER, Fleet, Host, end_of, fence
+from tests.fakes.rows import within
+from tests.integration.hosts.conftest import (
+    ENTRIES,
+    HANDLER,
+    OTHER,
+    STEP,
+    Fleet,
+    Host,
+    end_of,
+    fence,
+    line_of,
+    step_of,
+)
 from worker.engine.attempt import answers
 from worker.features.hosts import attempt_api, wire
 from worker.features.hosts import listener as web
@@ -30,11 +42,6 @@ from worker.store import tables
 from worker.store import workers as store_workers
 from worker.telemetry.masking import MASK, Masker, masker
 
-NOW = "2030-01-01T00:00:00Z"
-STEP: Mapping[str, Any] = {
-    **{"name": "fetch", "key": None, "occurrence": 1, "seq": 1, "result_json": "[1]", "spends": []},
-    **{"started_at": NOW, "ended_at": NOW},
-}
 WAIT = {"name": "ok", "occurrence": 1, "kind": "sleep", "seconds": 5.0, "ask_json": None, "alert": False}
 # The calls of one run, and what each needs beside the run.
 OF_A_RUN: Mapping[str, Mapping[str, Any]] = {
@@ -119,17 +126,16 @@ async def test_an_ended_incarnation_gets_nothing_and_writes_nothing(
 ) -> None:
     monkeypatch.setattr(attempt_api, "CALLER_AGE", -1.0)
     host, taken = await fleet.busy_host()
-    with fleet.database.transaction() as connection:
-        store_workers.unregister(connection, WorkerId(host.id))
+    within(fleet.database, store_workers.unregister, WorkerId(host.id))
 
     for name, given in OF_A_RUN.items():
         assert await status(host, fleet, name, {**fence(taken), **given}) == 409, name
     assert await status(host, fleet, "take", {"wait": 0}) == 403
     assert await host.finish(fleet.one, end_of(taken)) == []
-    step = {**fence(taken), "handler": HANDLER, "step": STEP}
+    step = step_of(taken)
     assert await host.call(fleet.one, "store", steps=[step]) == {"stored": []}
     assert await host.call(fleet.one, "hand_back", runs=[fence(taken)]) == {"runs": []}
-    line = {**fence(taken), "seq": 1, "at": NOW, "level": "info", "source": "log", "text": "late"}
+    line = line_of(taken, "late")
     assert await host.call(fleet.one, "logs", lines=[line]) == {}
     assert (await host.call(fleet.one, "renew")) == {"registered": False, "owned": []}
     assert await host.call(fleet.one, "unregister") == {}
@@ -151,8 +157,7 @@ async def test_an_ended_incarnation_hears_which_of_its_ends_were_written(
     fleet.start()
     first, second = await host.take_all(fleet.one, 2)
     await host.finish(fleet.one, end_of(first))
-    with fleet.database.transaction() as connection:
-        store_workers.unregister(connection, WorkerId(host.id))
+    within(fleet.database, store_workers.unregister, WorkerId(host.id))
 
     assert await host.finish(fleet.two, end_of(first), end_of(second)) == [first.run.id]
 
@@ -239,7 +244,7 @@ async def test_a_run_that_is_lost_keeps_no_other_of_its_batch_from_its_step(
     answer = await host.call(fleet.one, "token", **fence(lost), handler=HANDLER, fresh=True)
     assert answer["refused"]["reason"] == "org_mismatch"
 
-    steps = [{**fence(taken), "handler": HANDLER, "step": STEP} for taken in (lost, kept)]
+    steps = [step_of(taken) for taken in (lost, kept)]
     response = await host.send(fleet.one, "store", {"steps": steps})
 
     assert response.status_code == (200 if alone else 409)
@@ -289,11 +294,11 @@ async def test_batches_write_only_what_is_owned(fleet: Fleet) -> None:
     run = fleet.start()
     [taken] = await mine.take(fleet.one)
     theirs = fence(taken)
-    line = {**theirs, "seq": 1, "at": NOW, "level": "info", "source": "log", "text": "forged"}
+    line = line_of(taken, "forged")
 
     for host in (other, mine):
         forged = host is other
-        stored = await host.call(fleet.one, "store", steps=[{**theirs, "handler": HANDLER, "step": STEP}])
+        stored = await host.call(fleet.one, "store", steps=[step_of(taken)])
         await host.call(fleet.one, "logs", lines=[line])
         await host.call(
             fleet.one, "progress", rows=[{**theirs, "progress": {"done": 1, "total": 2, "note": "x"}}]
@@ -422,7 +427,7 @@ async def test_tokens_are_masked_again_in_all_that_is_stored(fleet: Fleet) -> No
         texts = [GrantedAnswer().read(granted)[0].reveal(), first]
         leak = " ".join(texts)
 
-        line = {**mine, "seq": 1, "at": NOW, "level": "info", "source": "log", "text": leak}
+        line = line_of(taken, leak)
         await host.call(worker, "logs", lines=[line])
         await host.call(worker, "save", **mine, handler=HANDLER, data=json.dumps({"leak": leak}))
         await host.call(
@@ -464,7 +469,7 @@ async def test_secrets_come_with_the_attempt_and_are_masked_again_at_every_worke
         if worker is fleet.two:
             # Another process, which has not prepared the attempt.
             masker.clear()
-        line = {**fence(taken), "seq": 1, "at": NOW, "level": "info", "source": "log", "text": key}
+        line = line_of(taken, key)
         await host.call(worker, "logs", lines=[line])
         error = outcomes.Error("ValueError", key, key)
         await host.finish(worker, end_of(taken, outcomes.Failed(error, detail=key, permanent=True)))
@@ -492,7 +497,7 @@ async def test_what_a_host_sends_tells_nothing_of_another_orgs_secret(
     near = " ".join(guesses[41_200:41_240])
 
     await host.call(two, "save", **fence(taken), handler=HANDLER, data=json.dumps(guesses))
-    line = {**fence(taken), "seq": 1, "at": NOW, "level": "info", "source": "log", "text": near}
+    line = line_of(taken, near)
     await host.call(two, "logs", lines=[line])
     error = outcomes.Error("E", near, near)
     progress = {"done": 1, "total": 2, "note": near}
