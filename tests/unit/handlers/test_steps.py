@@ -96,6 +96,18 @@ async def test_only_the_tasks_inside_a_step_are_inside() -> None:
     assert journal.in_flight == 0
 
 
+def test_a_step_inside_a_step_is_refused() -> None:
+    journal = StepJournal(replays=False)
+    inner = journal.take("inner")
+
+    with journal.open(journal.take("outer")):
+        with pytest.raises(StepError, match="step inner is used inside step outer"), journal.open(inner):
+            raise AssertionError("called")
+        with pytest.raises(StepError, match="sleep is used inside step outer"):
+            journal.refuse_inside("sleep")
+    journal.refuse_inside("sleep")
+
+
 def test_idle_is_reported_when_the_last_step_ends() -> None:
     journal, idle = StepJournal(replays=False), list[int]()
     journal.on_idle(lambda: idle.append(journal.in_flight))
