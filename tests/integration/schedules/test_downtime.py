@@ -1,4 +1,4 @@
-"""What becomes of instants that came while no worker was up."""
+"""What becomes of instants that came while no worker was up, and of those that met a run."""
 
 from __future__ import annotations
 
@@ -110,6 +110,54 @@ def test_a_week_of_missed_seconds_is_counted_and_not_walked(timeline: Timeline) 
     assert [skip["reason"] for skip in timeline.skips()] == ["missed"] * 8 + ["overlap"]
     assert sum(timeline.accounted().values()) == 7 * 86400
     assert len(timeline.runs()) == 1
+
+
+@pytest.fixture
+def each_second(timeline: Timeline) -> Timeline:
+    timeline.clock.set(utc("2030-01-01T11:59:59.5"))
+    return timeline
+
+
+def hour_long_job(timeline: Timeline, overlap: str, *, watched: timedelta = HOUR) -> None:
+    """The first run starts, and goes on while instants come."""
+    timeline.define(schedule="every 1s", spread="off", overlap=overlap)
+    timeline.fire_until(utc("2030-01-01T12:00:00.2"))
+    timeline.start()
+    timeline.fire_until(utc("2030-01-01T11:59:59.9") + watched)
+
+
+def test_minutes_of_skipped_seconds_are_one_row_that_grows(each_second: Timeline) -> None:
+    hour_long_job(each_second, "skip", watched=timedelta(minutes=10))
+
+    assert [run["scheduled_for"] for run in each_second.runs()] == [utc("2030-01-01T12:00")]
+    (skip,) = each_second.skips()
+    assert (skip["count"], skip["reason"]) == (599, "overlap")
+
+
+def test_queue_one_holds_exactly_one(each_second: Timeline) -> None:
+    hour_long_job(each_second, "queue_one", watched=timedelta(minutes=5))
+
+    assert each_second.instants() == [utc("2030-01-01T12:00"), utc("2030-01-01T12:00:01")]
+    assert each_second.skipped() == {"overlap": 298}
+    assert each_second.start() == []
+    (first,) = each_second.running
+    each_second.end(first)
+    assert [run.scheduled_for for run in each_second.start()] == [utc("2030-01-01T12:00:01")]
+
+
+def test_replace_ends_the_old_one_before_the_newest_starts(each_second: Timeline) -> None:
+    each_second.define(schedule="every 1s", spread="off", overlap="replace")
+    each_second.fire_until(utc("2030-01-01T12:00:00.2"))
+    each_second.start()
+    each_second.fire_until(utc("2030-01-01T12:00:10.2"))
+
+    assert each_second.start() == []
+    (first,) = each_second.running
+    each_second.end(first, "cancelled", reason="replaced", result=None)
+    assert [run.scheduled_for for run in each_second.start()] == [utc("2030-01-01T12:00:10")]
+    assert each_second.skips() == []
+    states = [(run["state"], run["reason"]) for run in each_second.runs()]
+    assert states == [("cancelled", "replaced")] * 10 + [(None, None)]
 
 
 @pytest.mark.parametrize("overlap", ["allow", "skip"])
