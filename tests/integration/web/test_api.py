@@ -15,6 +15,7 @@ from worker.store import orgs
 from worker.store.lists import LISTS, RUNS
 from worker.store.lists.read import read
 from worker.store.lists.rows import Run, columns_of
+from worker.store.tables import live_runs
 
 API = "/api/v1"
 RUN_PATHS = ("", "/attempts", "/logs")
@@ -91,6 +92,20 @@ class TestWhatAnOrgSees:
         assert await of("templates") == []
 
     @on_either
+    async def test_what_is_another_orgs_is_not_found(self, site: Site):
+        theirs, token = make_run(site, "org_b"), site.token("org_a")
+        for path in RUN_PATHS:
+            answer = await site.get(f"{API}/runs/{theirs}{path}", token)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found"), path
+        for name in (noun.name for noun in LISTS):
+            assert (await site.get(f"{API}/{name}?org=org_b", token)).status_code == 404
+        for path in (f"runs/{theirs}/cancel", f"runs/{theirs}/retry", "definitions/org_b/digest/run"):
+            assert (await site.post(f"{API}/{path}", token)).status_code == 404, path
+        with site.database.autocommit() as connection:
+            assert [run["id"] for run in read(connection, RUNS, ALL_ORGS)] == [theirs]
+            assert connection.execute(live_runs.select()).one().cancel_requested_at is None
+
+    @on_either
     async def test_a_search_finds_only_what_the_caller_sees(self, staffed: Site):
         site = staffed
         runs = {org: make_run(site, org) for org in ("org_a", "org_b")}
@@ -148,6 +163,16 @@ class TestOperators:
         assert one == every[:1]
         assert list(one[0]) == list(columns_of(Run))
         assert one[0]["scheduled_for"].endswith("Z")
+
+    async def test_who_acted_is_in_the_audit(self, staffed: Site):
+        await staffed.post(f"{API}/definitions/org_a/digest/run", TOKENS["operator"])
+        await staffed.post(f"{API}/definitions/org_a/digest/run", staffed.token("org_a"))
+
+        audit = (await staffed.get(f"{API}/audit?limit=2", TOKENS["admin"])).json()
+        assert [(row["actor"], row["action"]) for row in audit] == [
+            ("org:org_a", "definition.run"),
+            ("operator:operator", "definition.run"),
+        ]
 
 
 class TestActing:

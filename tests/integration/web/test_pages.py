@@ -408,6 +408,21 @@ class TestBehindHttps:
             assert answer.headers["set-cookie"].startswith(COOKIE)
 
 
+async def test_an_operator_retries_a_failed_run_and_cancels_the_new_one(staffed: Site):
+    run = make_run(staffed, "org_a")
+    fail(staffed, run)
+    async with logged_in(staffed, TOKENS["operator"]) as client:
+        csrf = csrf_of(await client.get(f"/runs/{run}"))
+        retried = await client.post(f"/runs/{run}/retry", data={"csrf": csrf}, headers=OURS)
+        new = retried.headers["location"]
+        page = await client.get(new)
+        assert f"{new}/cancel" in page.text
+        cancelled = await client.post(f"{new}/cancel", data={"csrf": csrf_of(page)}, headers=OURS)
+
+        assert (retried.status_code, cancelled.status_code) == (303, 303)
+        assert "Cancelled: it was cancelled on request." in (await client.get(new)).text
+
+
 async def test_a_session_ends_with_its_token_by_time_or_by_logout(site: Site):
     app = site.apps["org_a"]
     app.lifetime = 600
