@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from tests.fakes.plugins import make_plugin
 from tests.fakes.running import work
-from tests.unit.execution.runs import admitted
+from tests.unit.engine.runs import admitted
 from worker.clock import SystemClock
 from worker.engine.attempt.answers import Running
 from worker.engine.attempt.attempt import conclude

@@ -1,7 +1,7 @@
 """A pool whose runs Temporal places on hosts: a real dev server, worker and host.
 
 What becomes of a run that no host takes, that is cancelled or that Temporal cannot place is tested in
-tests/unit/execution/test_placing.py, an engine that dies in tests/faults/test_hosts.py.
+tests/unit/engine/test_placing.py, an engine that dies in tests/faults/test_hosts.py.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any, cast
 
 from tests.fakes.clock import START, ManualClock
-from tests.unit.execution.runs import admitted
+from tests.unit.engine.runs import admitted
 from worker.clock import to_text
 from worker.engine.attempt.answers import Running
 from worker.engine.attempt.inflight import InflightRun

@@ -6,7 +6,7 @@ decimals may differ. `<!-- sh` begins a hidden block, which also runs. A block o
 first line is `# NAME.EXT` is that file.
 
 `console` blocks are commands after `$ `. Those of orgworker run one by one, in
-tests/integration/cli/test_page_commands.py; `toml` is read by the code that reads such files. Everything
+tests/integration/app/test_page_commands.py; `toml` is read by the code that reads such files. Everything
 else has a mark behind its language: `by=test_x` (the test that runs it, and that names the page), `output`,
 `other=Docker` (a command or a file of another product), `dev` (commands of the checkout: `./dev test`).
 """

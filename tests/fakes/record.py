@@ -1,6 +1,6 @@
 """Messages of the attempt API v1: what a host sends and what a worker answers, byte by byte.
 
-`python -m tests.fakes.record` writes `tests/unit/execution/recorded/CALL.json` from the code of this tree. Do
+`python -m tests.fakes.record` writes `tests/unit/engine/recorded/CALL.json` from the code of this tree. Do
 that for a call that is new, never for one that a release has: hosts and workers of both releases run side by
 side. Each body is one line of its file, as it is sent.
 """
@@ -41,7 +41,7 @@ from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import RunContext, StoredProgress
 from worker.secret import AccessToken
 
-FOLDER = Path(__file__).parents[1] / "unit" / "execution" / "recorded"
+FOLDER = Path(__file__).parents[1] / "unit" / "engine" / "recorded"
 # What counts of an answer's headers.
 HEADERS = ("content-type", "retry-after")
 

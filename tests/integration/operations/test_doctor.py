@@ -35,7 +35,7 @@ def test_a_healthy_database_passes_every_check(stock):
     stock.finish(worker_id, stock.ended(stock.admit(worker_id, free=1)[0]))
 
     findings = {finding.check: finding.ok for finding in run_checks(stock.database, Settings())}
-    # What of the machine it looks at, tests/integration/cli/test_doctor.py tests.
+    # What of the machine it looks at, tests/integration/app/test_doctor.py tests.
     for check in ("held_snapshots", "live_rows", "web_roles", "file_modes", "insecure_origins"):
         assert findings[check], check
 
