@@ -61,7 +61,7 @@ def test_every_dependency_has_a_floor_that_can_be_tested():
     required = [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())]
 
     assert [
-        each for each in required if not re.match(r"[\w.-]+(\[[\w,-]+\])?>=\d[\w.]*(,<\d+)?$", each)
+        each for each in required if not re.match(r"[\w.-]+(\[[\w,-]+\])?>=\d[\w.]*(,<\d[\w.]*)?$", each)
     ] == []
 
 
