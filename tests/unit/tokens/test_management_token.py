@@ -11,7 +11,7 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from tests.fakes.issuer import App, FakeIssuer, kinde_issuer
 from worker.errors import ConfigurationError, IssuerUnavailable
-from worker.features.provisioning.management_client import BRAND_NEW, ManagementToken
+from worker.features.provisioning.management_wiring import BRAND_NEW, ManagementToken
 from worker.ids import ALL_ORGS
 from worker.secret import Secret
 from worker.telemetry.masking import masker
