@@ -15,8 +15,8 @@ from tests.fakes.provisioned import Passing, Place, opened_place
 from tests.fakes.rows import within
 from worker.errors import InstallationMismatch
 from worker.features.hosts.temporal import EngineUnavailable, Placer, Standing
-from worker.features.hosts.temporal.wiring import ASK_AGAIN, OwnedPlacer
 from worker.features.hosts.temporal.placer import TemporalPlacer
+from worker.features.hosts.temporal.wiring import ASK_AGAIN, OwnedPlacer
 from worker.features.provisioning.fleet import Fleet
 from worker.features.provisioning.management.contract import Notice
 from worker.features.provisioning.provision_loop import ProvisionLoop
