@@ -237,7 +237,8 @@ def rotating(
         made.run("apply", str(home / "template.toml"), "--allow-unknown-handlers").checked("apply")
         made.finish(timeout=7200)
         provider = made.kinde.provider
-        provider.applications = applications = Deletions(provider.applications)
+        applications = Deletions(provider.applications)
+        provider.applications = provider.management.applications = applications
         made.kinde.api.application_properties.add("plan")
         old = {}
         for app in list(applications.values()):

@@ -144,7 +144,7 @@ class ManagementApi:
     ) -> None:
         self._audience = f"{url}/api"
         self._keys = keys
-        self._applications = applications
+        self.applications = applications
         self._clock = clock
         self.orgs: dict[str, Organization] = {}
         self.apis: dict[str, RegisteredApi] = {}
@@ -165,7 +165,7 @@ class ManagementApi:
         if org := self.orgs.get(org_code):
             made.properties = {key: as_property(value) for key, value in org.token_properties.items()}
             made.flags = dict(org.token_flags)
-        self._applications[made.client_id] = made
+        self.applications[made.client_id] = made
         return made
 
     def add_api(self, name: str, audience: str, scopes: Sequence[str], *, id: str = "") -> RegisteredApi:
@@ -235,7 +235,7 @@ class ManagementApi:
         except jwt.PyJWTError:
             return errors("TOKEN_INVALID", 401)
         now = int(self._clock.now().timestamp())
-        if claims["exp"] <= now or claims.get("azp") not in self._applications:
+        if claims["exp"] <= now or claims.get("azp") not in self.applications:
             return errors("TOKEN_INVALID", 401)
         return None if scope in claims["scp"] else errors("INSUFFICIENT_SCOPE", 403)
 
@@ -263,7 +263,7 @@ class ManagementApi:
     def _list_applications(self, request: Request, _: Any) -> dict[str, Any]:
         items = {
             app.client_id: {"id": app.client_id, "name": app.name, "type": "m2m"}
-            for app in self._applications.values()
+            for app in self.applications.values()
         }
         items |= {other["id"]: other for other in self.others}
         page, more = self._page(request, list(items))
@@ -285,7 +285,7 @@ class ManagementApi:
         return done("OK", application=shown | secret)
 
     def _delete(self, request: Request, _: Any) -> dict[str, Any]:
-        del self._applications[self._application(request).client_id]
+        del self.applications[self._application(request).client_id]
         return done("APPLICATION_DELETED")
 
     def _properties(self, request: Request, _: Any) -> dict[str, Any]:
@@ -310,7 +310,7 @@ class ManagementApi:
         api = self._api(request)
         changed: dict[bool, list[str]] = {True: [], False: []}
         for entry in body["applications"]:
-            app = _found(self._applications, entry["id"], "APPLICATION_NOT_FOUND")
+            app = _found(self.applications, entry["id"], "APPLICATION_NOT_FOUND")
             connects = entry.get("operation") != "delete"
             others = tuple(audience for audience in app.audiences if audience != api.audience)
             app.audiences = (*others, api.audience) if connects else others
@@ -338,7 +338,7 @@ class ManagementApi:
 
     def _application(self, request: Request) -> Application:
         id = request.path_params["application_id"]
-        return _found(self._applications, id, "APPLICATION_NOT_FOUND")
+        return _found(self.applications, id, "APPLICATION_NOT_FOUND")
 
     def _api(self, request: Request) -> RegisteredApi:
         return _found(self.apis, request.path_params["api_id"], "API_NOT_FOUND")
