@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -40,6 +41,14 @@ def test_each_folder_is_a_feature_and_no_table_has_two():
 
     assert folders == {feature.name for feature in installed}
     assert len(named) == len(set(named))
+
+
+@pytest.mark.parametrize("feature", installed, ids=lambda each: each.name)
+def test_to_look_whether_a_feature_is_installed_costs_nothing(feature: Feature):
+    """That imports its package: so the package has a docstring and no code."""
+    package = ast.parse((WORKER / "features" / feature.name / "__init__.py").read_text(encoding="utf-8"))
+
+    assert ast.get_docstring(package) and len(package.body) == 1
 
 
 def test_each_point_of_the_core_is_one_that_a_feature_gives():

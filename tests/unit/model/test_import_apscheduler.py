@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.errors import DefinitionError
-from worker.features.importing import Import, to_toml
 from worker.features.importing.apscheduler_jobs import read_apscheduler
+from worker.features.importing.entries import Import, to_toml
 from worker.model.definitions.file import parse_file
 from worker.model.definitions.triggers import parse_schedule
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from worker.errors import DefinitionError
-from worker.features.importing import Import, to_toml
 from worker.features.importing.celery_beat import read_celery_beat
+from worker.features.importing.entries import Import, to_toml
 from worker.model.definitions.file import parse_file
 
 

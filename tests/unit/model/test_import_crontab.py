@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from worker.features.importing import Import, to_toml
 from worker.features.importing.crontab import has_user_column, read_crontab
+from worker.features.importing.entries import Import, to_toml
 from worker.model.definitions.file import parse_file
 
 

@@ -18,8 +18,9 @@ from apscheduler.triggers.cron.fields import BaseField
 from apscheduler.util import convert_to_datetime
 
 from worker.clock import EPOCH, to_text
-from worker.features.importing import Import, NotTaken, cron_fields, params_of, refuse_unknown, zone_of
+from worker.features.importing import cron_fields
 from worker.features.importing.cron_fields import DAYS, HOURS, MINUTES, MONTHS, SECONDS, WEEKDAYS
+from worker.features.importing.entries import Import, NotTaken, params_of, refuse_unknown, zone_of
 from worker.features.importing.python_source import (
     FoundNode,
     PythonSource,

@@ -7,17 +7,17 @@ import re
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from worker.features.importing import (
+from worker.features.importing import cron_fields
+from worker.features.importing.cron_fields import DAYS, HOURS, MINUTES, MONTHS, WEEKDAY_NAMES, WEEKDAYS
+from worker.features.importing.entries import (
     Import,
     NotTaken,
-    cron_fields,
     mapping,
     params_of,
     refuse_unknown,
     sequence,
     zone_of,
 )
-from worker.features.importing.cron_fields import DAYS, HOURS, MINUTES, MONTHS, WEEKDAY_NAMES, WEEKDAYS
 from worker.features.importing.python_source import (
     FoundNode,
     PythonSource,

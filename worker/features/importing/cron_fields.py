@@ -7,7 +7,7 @@ from datetime import timedelta
 from itertools import groupby
 from typing import Any
 
-from worker.features.importing import NotTaken
+from worker.features.importing.entries import NotTaken
 from worker.model.definitions.units import format_duration
 
 SECONDS = MINUTES = range(60)

@@ -6,7 +6,7 @@ import re
 import shlex
 from pathlib import PurePosixPath
 
-from worker.features.importing import Import, NotTaken, zone_of
+from worker.features.importing.entries import Import, NotTaken, zone_of
 from worker.model.definitions import NICKNAMES
 
 _VARIABLE = re.compile(r"""(["']?)([A-Za-z_]\w*)\1\s*=\s*(.*)""")

@@ -11,7 +11,7 @@ from datetime import date, datetime, timedelta, timezone, tzinfo
 from typing import Any
 
 from worker.errors import DefinitionError
-from worker.features.importing import NotTaken, zone_of
+from worker.features.importing.entries import NotTaken, zone_of
 
 _OPERATIONS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,

@@ -18,7 +18,7 @@ from worker.model.definitions import fields
 from worker.model.definitions.zones import parse_zone
 
 if TYPE_CHECKING:
-    from worker.features.importing import Import
+    from worker.features.importing.entries import Import
 
 app = typer.Typer(
     help="Import: print the schedules of cron, Celery beat or APScheduler as a file for `apply`."
@@ -108,7 +108,7 @@ def apscheduler(
 
 def _started(org: str, handler: str | None, zone: str | None) -> Import:
     """An empty import with these options; raises UsageError if one is invalid."""
-    from worker.features.importing import Import
+    from worker.features.importing.entries import Import
 
     for typed, value, read in (("--org", org, fields.name), ("--handler", handler, fields.text)):
         try:
@@ -157,7 +157,7 @@ def _print(session: Invocation, imported: Import, file: str) -> None:
     Raises:
         NothingImported: there is no definition.
     """
-    from worker.features.importing import to_toml
+    from worker.features.importing.entries import to_toml
 
     rows, output = imported.definitions, session.output
     if rows and output is Format.TABLE:
