@@ -28,6 +28,7 @@ NAMES = tuple(feature.name for feature in FEATURES)
 VARIABLE = "ORGWORKER_SUITE"
 # Which processes and databases a suite needs is up to its files; these look at the whole checkout.
 FOLDERS = ("tests/unit", "tests/integration", "tests/acceptance", "tests/migrations")
+TOGETHER = ("--numprocesses", "2", "--dist", "loadfile")
 _MARK = re.compile(r"^pytestmark\b.*?mark\.feature\(\"(\w+)\"\)", re.MULTILINE)
 
 
@@ -72,6 +73,12 @@ def is_left_out(needed: frozenset[str]) -> bool:
     return suite is not None and needed != frozenset(suite.split())
 
 
+def is_here(command: str) -> bool:
+    """Whether the features that are installed have this command."""
+    absent = {verb for feature in FEATURES if not feature.is_installed() for verb in feature.verbs}
+    return not any(f"{command} ".startswith(f"{verb} ") for verb in absent)
+
+
 def run(features: Sequence[str], arguments: Sequence[str]) -> int:
     """Run a suite in a copy with these features only; returns the exit code of pytest."""
     with tempfile.TemporaryDirectory(prefix="orgworker-suite-") as name:
@@ -80,7 +87,7 @@ def run(features: Sequence[str], arguments: Sequence[str]) -> int:
         folder.chmod(0o755)
         copy_to(folder / "checkout", features)
         python = _environment(folder / "venv", folder / "checkout")
-        command = [python, "-m", "pytest", "--quiet", *(arguments or ("--numprocesses", "2", *FOLDERS))]
+        command = [python, "-m", "pytest", "--quiet", *(arguments or (*TOGETHER, *FOLDERS))]
         given = os.environ | {VARIABLE: " ".join(features)}
         return subprocess.run(command, cwd=folder / "checkout", env=given, check=False).returncode
 

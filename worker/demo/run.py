@@ -42,7 +42,6 @@ from worker.demo.installation import (
 )
 from worker.demo.journal import ASKED, HEAD, Journal, Quiet, RunChange, advice_on, line, words_of
 from worker.errors import WorkerError
-from worker.features.console.operators import make_link
 from worker.store.database import Database
 
 POLL = 0.05
@@ -234,6 +233,8 @@ class ConsoleLinks:
         self._made_at: float | None = None
 
     def link(self) -> str:
+        from worker.features.console.operators import make_link
+
         return self.origin + make_link(self._database, "demo", at=self._clock.now())
 
     def say_link(self) -> bool:

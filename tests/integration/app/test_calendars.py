@@ -10,6 +10,8 @@ import pytest
 from tests.fakes.cli import CommandLine
 from tests.fakes.site import definition
 
+pytestmark = pytest.mark.feature("calendars")
+
 EVENT = (
     "BEGIN:VCALENDAR\r\nVERSION:2.0\r\nBEGIN:VEVENT\r\nUID:1@acme\r\nSUMMARY:Christmas\r\n"
     "DTSTART;VALUE=DATE:20301225\r\nDTEND;VALUE=DATE:20301227\r\n{}END:VEVENT\r\nEND:VCALENDAR\r\n"

@@ -18,6 +18,7 @@ import typer.main
 from tests.fakes import forked
 from tests.fakes.cli import CommandLine, Completed
 from tests.fakes.site import definition
+from tests.suites import is_here
 from worker.app.shell import build
 
 RUN = "01999999-9999-7999-8999-999999999999"
@@ -126,6 +127,7 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "import celery-beat": (("-", "--org", "org_acme"), BEAT),
     "import apscheduler": (("-", "--org", "org_acme"), "scheduler.add_job(tick, 'cron', hour=3)\n"),
 }
+RIGHT = {command: line for command, line in RIGHT.items() if is_here(command)}
 # These go on without an output of their own to choose.
 WITHOUT_OUTPUT = {"run", "host", "serve", "provision", "demo", "completion", "new-job"}
 # Servers change the process they are in, so they get one of their own.
@@ -191,12 +193,10 @@ def site(cli: CommandLine) -> CommandLine:
     """With an org, a definition, a template and a run that has ended."""
     cli("orgs", "add", "org_acme")
     cli("apply", "-", stdin=FILE)
-    cli(
-        "apply",
-        "-",
-        stdin='[[template]]\nname = "export"\norgs = "all"\nhandler = "acme.note"\nschedule = "@yearly"\n'
-        'calendar = "holidays"\n[[calendar]]\nname = "holidays"\ndates = ["2030-12-25"]\n',
-    )
+    template = '[[template]]\nname = "export"\norgs = "all"\nhandler = "acme.note"\nschedule = "@yearly"\n'
+    if is_here("calendars"):
+        template += 'calendar = "holidays"\n[[calendar]]\nname = "holidays"\ndates = ["2030-12-25"]\n'
+    cli("apply", "-", stdin=template)
     return cli
 
 
@@ -227,7 +227,7 @@ def test_settings_that_cannot_be_read_exit_78(tmp_path: Path, command: str):
     failing(cli, command, code=78, outputs=("json",))
 
 
-@pytest.mark.parametrize("command", ["orgs list", "host", "run"])
+@pytest.mark.parametrize("command", [each for each in ("orgs list", "host", "run") if is_here(each)])
 def test_a_file_of_settings_that_is_broken_or_missing_exits_78(tmp_path: Path, command: str):
     cli = elsewhere(tmp_path, f"sqlite:///{tmp_path / 'worker.db'}")
     cli.settings.write_text("[database")
@@ -391,7 +391,7 @@ WRONG: list[tuple[str, tuple[str, ...], int]] = [
 ]
 
 
-@pytest.mark.parametrize(("command", "more", "code"), WRONG)
+@pytest.mark.parametrize(("command", "more", "code"), [line for line in WRONG if is_here(line[0])])
 def test_what_is_wrong_exits_with_its_own_code(
     site: CommandLine, keyring: None, command: str, more: tuple[str, ...], code: int
 ):
@@ -433,6 +433,13 @@ def test_a_file_that_says_nothing_of_use_exits_78(site: CommandLine):
         definition("org_acme", "tick", "acme.note", "0 0 31 2 *"),
         definition("org_acme", "tick", "acme.note", timeout="soon"),
         definition("org_acme", "tick", "acme.note", retry="1"),
+    ):
+        failing(site, "apply", "-", code=78, stdin=text)
+
+
+@pytest.mark.feature("calendars")
+def test_a_file_whose_calendar_says_nothing_of_use_exits_78(site: CommandLine):
+    for text in (
         definition("org_acme", "tick", "acme.note", calendar="absent"),
         '[[calendar]]\nname = "holidays"\nics = "absent.ics"',
     ):

@@ -12,6 +12,8 @@ import pytest
 
 from tests.fakes.cli import CommandLine
 
+pytestmark = pytest.mark.feature("importing")
+
 CRONTAB = """\
 MAILTO=ops@example.com
 CRON_TZ=Europe/Berlin

@@ -10,6 +10,7 @@ import pytest
 from tests.fakes.cli import CommandLine
 
 
+@pytest.mark.feature("provisioning")
 def test_check_warns_of_a_readable_management_secret(
     tmp_path: Path, migrated_url: str, monkeypatch: pytest.MonkeyPatch
 ):

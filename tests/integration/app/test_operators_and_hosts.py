@@ -12,13 +12,21 @@ from tests.fakes.cli import CommandLine
 @pytest.mark.parametrize(
     ("noun", "options", "others", "token", "row"),
     [
-        ("operator", ["--role", "operator"], [], "orgworker_op_", {"role": "operator", "source": "database"}),
-        (
+        pytest.param(
+            "operator",
+            ["--role", "operator"],
+            [],
+            "orgworker_op_",
+            {"role": "operator", "source": "database"},
+            marks=pytest.mark.feature("console"),
+        ),
+        pytest.param(
             "host",
             ["--pool", "eu-gpu"],
             ["--pool", "us"],
             "orgworker_host_",
             {"pool": "eu-gpu", "state": "absent", "worker": None},
+            marks=pytest.mark.feature("hosts"),
         ),
     ],
 )
@@ -45,6 +53,7 @@ def test_one_is_added_listed_and_removed(
     assert "ada" not in own_cli(f"{noun}s", "list", "-o", "json").out
 
 
+@pytest.mark.feature("console")
 def test_people_see_the_token_of_an_operator_and_that_it_is_shown_once(cli: CommandLine):
     added = cli("operators", "add", "ben")
 
@@ -56,6 +65,7 @@ def test_people_see_the_token_of_an_operator_and_that_it_is_shown_once(cli: Comm
     assert table.split("\n")[0].split() == ["name", "role", "source", "created_at", "created_by"]
 
 
+@pytest.mark.feature("hosts")
 def test_people_see_the_token_of_a_host_and_that_it_is_shown_once(cli: CommandLine):
     added = cli("hosts", "add", "gpu1", "--pool", "eu-gpu")
 

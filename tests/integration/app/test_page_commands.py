@@ -20,6 +20,8 @@ from tests.fakes.pages import PAGES, ROOT, Block, blocks, treatment
 from tests.fakes.ports import free_port
 from tests.fakes.site import definition
 
+pytestmark = pytest.mark.feature("checkout")
+
 ORG = {"code": "org_acme", "issuer": "main", "client_id": "ID", "client_secret": "s3cr3t", "tags": ["pro"]}
 # What a reader puts in their place.
 PLACEHOLDERS = {"ORGANIZATION_ID": "org_9", "CLIENT": "client-9", "APP_ID": "app-9", "ID": "id-9"}

@@ -24,6 +24,8 @@ from worker.settings import load
 from worker.store import tables
 from worker.store.database import Database
 
+pytestmark = pytest.mark.feature("provisioning")
+
 Retold = Callable[[dict[str, Any], str], tuple[int, bytes]]
 
 

@@ -38,6 +38,7 @@ def test_what_python_would_run_is_what_is_warned_of(folder: tuple[Path, bool]):
     assert (ran.stdout == "mine\n") == is_shadowed
 
 
+@pytest.mark.feature("console")
 def test_doctor_new_job_and_demo_warn(
     folder: tuple[Path, bool], cli: CommandLine, monkeypatch: pytest.MonkeyPatch
 ):

@@ -24,6 +24,8 @@ from worker.model.claims import ClaimsRecord
 from worker.model.runs.outcome import Trail
 from worker.store import tables
 
+pytestmark = pytest.mark.feature("provisioning")
+
 ORGS = 6
 CANARY = "canary-Zq7-4421"
 EXTRA = definition("org_2", "extra", "acme.fetch", "0 1 * * *", scopes=["read:none"])

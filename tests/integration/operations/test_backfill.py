@@ -135,6 +135,7 @@ def test_a_million_instants_are_counted_and_not_made(apply, database, rows, now)
     assert len(rows.runs) == 3
 
 
+@pytest.mark.feature("calendars")
 def test_the_dates_of_the_calendar_do_not_run(apply, database, rows, now):
     """Neither are they counted: the range has only what it runs."""
     first = now - 30 * HOUR

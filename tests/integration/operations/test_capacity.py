@@ -182,6 +182,7 @@ def test_the_workers_that_are_up_are_what_there_is(nightly, ask, worker_up):
     assert [line for line in found.assumed if "2 machines" in line]
 
 
+@pytest.mark.feature("calendars")
 def test_what_a_calendar_skips_implies_nothing(nightly, apply, ask, rows):
     days = [(rows.now() + timedelta(days=days)).date() for days in range(3)]
     dates = [day.isoformat() for day in days]

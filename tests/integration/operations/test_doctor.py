@@ -171,6 +171,7 @@ def test_who_crashed_within_a_day_is_named_with_who_recovered_the_runs(stock):
     assert doctor.workers(stock.database).detail == "1 worker is up"
 
 
+@pytest.mark.feature("calendars")
 def test_a_calendar_in_use_that_ends_soon_is_named(database, apply):
     """Not one that nothing names, nor one with later dates."""
     entry = '[[calendar]]\nname = "{}"\ndates = ["{}"]\n'
