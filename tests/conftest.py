@@ -65,6 +65,9 @@ def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out what is of other features than those of the suite that runs; a folder by its conftest."""
+    if (beside := collection_path / "conftest.py").exists():
+        return True if suites.is_lacking(suites.features_of(beside)) else None
     is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
     return True if is_test and suites.is_left_out(suites.features_of(collection_path)) else None
 

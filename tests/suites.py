@@ -73,6 +73,12 @@ def is_left_out(needed: frozenset[str]) -> bool:
     return suite is not None and needed != frozenset(suite.split())
 
 
+def is_lacking(needed: frozenset[str]) -> bool:
+    """Whether the copy that runs here lacks one of these features."""
+    suite = os.environ.get(VARIABLE)
+    return suite is not None and not needed <= frozenset(suite.split())
+
+
 def is_here(command: str) -> bool:
     """Whether the features that are installed have this command."""
     absent = {verb for feature in FEATURES if not feature.is_installed() for verb in feature.verbs}

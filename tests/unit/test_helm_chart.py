@@ -21,6 +21,8 @@ from worker.features.provisioning.provision_loop import LAST_TURN
 from worker.kit.web.database_health import CHECK_EVERY
 from worker.kit.web.health import PATHS
 
+pytestmark = pytest.mark.feature("checkout")
+
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "config" / "helm" / "orgworker"
 KUBERNETES = ROOT / "config" / "kubernetes"

@@ -34,6 +34,8 @@ from worker.handlers.job import Job
 from worker.model.definitions.file import parse_file
 from worker.model.runs.causes import CAUSES
 
+pytestmark = pytest.mark.feature("checkout")
+
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 BLOCKS = [(page, block) for page, text in TEXTS.items() for block in blocks(text)]
 

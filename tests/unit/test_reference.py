@@ -11,6 +11,8 @@ from docs.generate import chart, commands, database, handlers, llms, pages, sett
 from worker.handlers.context import BlockingContext, Context
 from worker.handlers.given import BlockingCancellation, Cancellation
 
+pytestmark = pytest.mark.feature("checkout")
+
 GENERATED = [page for page in pages.PAGES if pages.parts_of(page.read_text(encoding="utf-8"))]
 
 

@@ -69,6 +69,7 @@ async def test_an_operator_edits_a_definition_and_says_why(site: Site):
         await database.edit(ADA, "org_a", "digest", {"schedule": "61 * * * *"})
 
 
+@pytest.mark.feature("calendars")
 @on_either
 async def test_an_operator_gives_a_definition_a_calendar_and_its_org_settles_by_it(site: Site):
     """Each in its own role: the org may not read calendars, and needs none for the dates."""

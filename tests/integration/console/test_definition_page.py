@@ -65,6 +65,7 @@ async def test_the_page_says_when_it_runs_with_which_values_and_what_changed(sta
     assert "<button" not in page.text.partition('id="main"')[2]
 
 
+@pytest.mark.feature("calendars")
 @on_either
 async def test_the_page_says_what_its_calendar_skips_and_which_dates_came(staffed: Site):
     def dates(*days: int) -> str:

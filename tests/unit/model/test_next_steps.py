@@ -22,6 +22,7 @@ def step_of(verb: str, value: str = "v") -> NextStep:
     return NextStep(verb, dict.fromkeys(names, value))
 
 
+@pytest.mark.feature("checkout")
 @pytest.mark.parametrize("verb", VERBS)
 def test_each_verb_is_a_command_that_exists_and_a_page(verb: str):
     step = step_of(verb)
