@@ -117,6 +117,8 @@ def _environment(folder: Path, checkout: Path) -> str:
     # Folders named there are searched, and no `.pth` in them is read: that is how this checkout is installed.
     lines = [str(checkout), sysconfig.get_path("purelib")]
     Path(packages, "suite.pth").write_text("\n".join(lines) + "\n")
+    # A program of a package: its tests look for it beside Python.
+    (folder / "bin" / "temporal").symlink_to(Path(sys.executable).with_name("temporal"))
     return str(folder / "bin" / "python")
 
 

@@ -50,7 +50,7 @@ from worker.tokens.cache import Tokens
 from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import SharedTokens
 from worker.wiring import check_ring, find_keyring, open_keyring
-from worker.wiring.addition import Addition, Additions, Parts
+from worker.wiring.addition import Addition, MakeAddition, Parts
 from worker.wiring.catalogue import StoredCatalogue
 from worker.wiring.issuers import issuers_of
 from worker.wiring.secrets import OpenedCredentials, OpenedSecrets, StoredTokens
@@ -58,7 +58,7 @@ from worker.wiring.start import VERSION, start
 from worker.wiring.traces import traces_of
 
 # What features add to a worker.
-ADDITIONS: tuple[Point[Additions], ...] = (Point("hosts.worker", "[attempts] listen"),)
+ADDITIONS: tuple[Point[MakeAddition], ...] = (Point("hosts.worker", "[attempts] listen"),)
 # A collection of the newest objects stops the loop: 100,000 take some 20 ms, and these some 5.
 COLLECT = (20_000, 100, 50)
 # Seconds between two searches for runs whose handler no worker offers; each reads all waiting runs.

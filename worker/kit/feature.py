@@ -62,7 +62,7 @@ class Point(Generic[T]):
 
     def find(self) -> T | None:
         """What the feature gives that has this point; None if it is not installed."""
-        for feature in _features:
+        for feature in _in_use():
             if self.name in feature.gives and feature.is_installed():
                 found: T = feature.load(feature.gives[self.name])
                 return found
@@ -76,7 +76,7 @@ class Point(Generic[T]):
         return found
 
 
-_features: Sequence[Feature] = ()
+_features: Sequence[Feature] | None = None
 
 
 def use(features: Sequence[Feature]) -> None:
@@ -85,9 +85,16 @@ def use(features: Sequence[Feature]) -> None:
     _features = features
 
 
+def _in_use() -> Sequence[Feature]:
+    # A process that forgot it would run without its listeners, and say nothing.
+    if _features is None:
+        raise RuntimeError("call worker.kit.feature.use() at the start of the process")
+    return _features
+
+
 def refuse_settings(settings: Any) -> None:
     """Raise ConfigurationError for a section that only a feature reads which is not installed."""
-    for feature in _features:
+    for feature in _in_use():
         for path in feature.settings:
             if _is_set(settings, path.split(".")) and not feature.is_installed():
                 error = not_installed(f"[{path}]", feature.name)

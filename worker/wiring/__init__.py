@@ -1,4 +1,4 @@
-"""Wiring: the composition root, the only package that names concrete classes."""
+"""Wiring: what processes and commands build from the settings, such as the database and the key ring."""
 
 from __future__ import annotations
 

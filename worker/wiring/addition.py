@@ -63,4 +63,4 @@ class Addition(Protocol):
         """Take part in an incarnation."""
 
 
-Additions = Callable[[Settings, Clock], Addition]
+MakeAddition = Callable[[Settings, Clock], Addition]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -33,6 +34,20 @@ def test_what_a_feature_names_is_there(feature: Feature):
         assert name in tables.metadata.tables
     for path in feature.settings:
         assert path.split(".")[0] in Settings.model_fields
+
+
+def test_every_feature_is_here_unless_a_suite_runs_without_it():
+    """Else tests that ask which commands there are would leave out those of a feature that does not load."""
+    suite = os.environ.get(suites.VARIABLE)
+
+    assert {each.name for each in installed} == set(suites.NAMES if suite is None else suite.split())
+
+
+def test_a_process_that_forgot_its_features_does_not_run_without_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(features, "_features", None)
+
+    with pytest.raises(RuntimeError, match="use"):
+        Point("hosts.worker", "[attempts] listen").find()
 
 
 def test_each_folder_is_a_feature_and_no_table_has_two():

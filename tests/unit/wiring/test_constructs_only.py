@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[3] / "worker"
 WIRING = (
     ROOT / "wiring",
@@ -50,9 +52,10 @@ def test_the_wiring_has_no_loop():
     assert loops(ast.parse("async def run():\n    while True:\n        pass")) == [1, 2]
 
 
+@pytest.mark.feature("checkout")
 def test_the_wiring_stays_small():
     files = [file for place in WIRING for file in files_of(place)]
-    assert len(files) >= 9
+    assert len(files) > 10
     assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) <= MAX_LINES
 
 
