@@ -21,9 +21,9 @@ from worker.diagnosis.requirements import (
 from worker.errors import ConfigurationError, Diagnostic, NotFound, Unavailable
 from worker.guard.issuer import Issuer
 from worker.ids import OrgId
+from worker.kit.walks import for_each
 from worker.model.claims import DIGESTS, ClaimChange, Digests, Rules, compare, pool_mismatch
 from worker.operations.handlers import Handlers
-from worker.operations.walks import for_each
 from worker.outbound import open_client
 from worker.settings import Settings
 from worker.store import applications, history, pools

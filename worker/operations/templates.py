@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 
 from worker.errors import Conflict, DefinitionError, NotFound, WorkerError
 from worker.ids import ALL_ORGS, OrgId, TemplateId
+from worker.kit.walks import rows_of
 from worker.model.definitions.definition import to_spec
 from worker.model.definitions.file import TemplateEntry, from_template_spec
 from worker.operations.changes import (
@@ -21,7 +22,6 @@ from worker.operations.changes import (
     write_templates,
 )
 from worker.operations.runs import run_now
-from worker.operations.walks import rows_of
 from worker.store import audit, definitions, templates
 from worker.store.database import Database
 from worker.store.dialect import Row

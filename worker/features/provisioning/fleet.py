@@ -23,8 +23,8 @@ from worker.errors import Conflict, WorkerError
 from worker.features.provisioning.application_rights import name_of
 from worker.features.provisioning.provisioning import Provisioned, Provisioner, applications_in
 from worker.ids import OrgId
+from worker.kit.walks import for_each, rows_of
 from worker.model.definitions.units import format_duration
-from worker.operations.walks import for_each, rows_of
 from worker.store import applications
 from worker.store.dialect import Row
 from worker.telemetry.events import emit

@@ -38,10 +38,10 @@ from worker.features.provisioning.management.contract import (
     OrgApplication,
 )
 from worker.ids import ALL_ORGS, OrgId
+from worker.kit.walks import for_each, rows_of
 from worker.model.provider import ApplicationName
 from worker.operations.credentials import credential_row
 from worker.operations.installation import Ownership, lock_of
-from worker.operations.walks import for_each, rows_of
 from worker.store import applications, audit, credentials, installation
 from worker.store.database import Database
 from worker.store.dialect import Row

@@ -13,11 +13,11 @@ from worker.errors import Conflict, ProviderRefused, ProviderUnavailable
 from worker.features.provisioning.management.contract import Management, PropertyValue, ProviderOrg
 from worker.features.provisioning.provisioning import Provisioned
 from worker.ids import ALL_ORGS, OrgId
+from worker.kit.walks import for_each
 from worker.model.orgs import OrgEntry, OrgState
 from worker.model.provider import TagRule, mapped_tags, need_properties
 from worker.operations.orgs import check_entry, columns_of, new_row, set_org_state
 from worker.operations.templates import materialise, materialise_first
-from worker.operations.walks import for_each
 from worker.store import audit, orgs
 from worker.store.database import Database
 from worker.store.dialect import Row, chunks
