@@ -15,10 +15,13 @@ from sqlalchemy import text
 
 from tests.fakes.postgres import Server
 from worker.clock import SystemClock, to_text
+from worker.ids import DefinitionId, OrgId, RunId
+from worker.model.runs.outcome import EndedAttempt, Error, Trail
 from worker.model.search import words_of
 from worker.store import schema
 from worker.store.database import Database
 from worker.store.dialect import driver
+from worker.store.sql import run_words
 
 ORGS = 1_000
 NAMES = 10  # definitions of each org, of the same names in each; one org has a rare one more
@@ -105,6 +108,7 @@ class _History:
             (self._id(number, self._begin, 0xD), number // NAMES, f"d{number % NAMES}")
             for number in range(orgs * NAMES)
         ] + [(self._id(orgs * NAMES, self._begin, 0xD), 0, RARE)]
+        self._names = {id_: name for id_, _, name in self._definitions}
 
     def tables(self) -> Iterator[tuple[str, Sequence[str], Iterable[Values]]]:
         begin = to_text(self._begin)
@@ -173,6 +177,11 @@ class _History:
         yield "runs", _RUN, map(self._run, range(self._runs))
         yield "attempts", _ATTEMPT, map(self._attempt, range(self._runs - self._live))
         yield (
+            "run_words",
+            ("word", "run_id", "org_id", "shown"),
+            (row for n in range(self._runs - self._live) if _fails(n) for row in self._words(n)),
+        )
+        yield (
             "checkpoints",
             ("run_id", "org_id", "attempt", "fencing_token", "saved_at", "data"),
             (self._checkpoint(n) for n in range(self._runs - self._live) if _fails(n)),
@@ -219,6 +228,18 @@ class _History:
             return *own, self._end(number)[0], None, None
         error = json.dumps({"type": "OSError", "message": f"disk {number} is full"})
         return *own, "failed", error, f"OSError: disk <n> is full {number % 7}"
+
+    def _words(self, number: int) -> Iterable[Values]:
+        """As the end of the attempt leaves them."""
+        run_id, (definition, org) = self._id(number, self._at(number, self._runs), 0), self._of(number)
+        error = Error("OSError", f"disk {number} is full")
+        attempt = EndedAttempt(
+            *(RunId(run_id), OrgId(org), DefinitionId(definition), number, 1, self._begin, self._begin),
+            *("failed", "failed", "error", Trail(HANDLER)),
+            error=error.as_json(),
+        )
+        for word in run_words.words_of([attempt], {attempt.definition_id: self._names[definition]}):
+            yield word[:4]
 
     def _checkpoint(self, number: int) -> Values:
         at = self._at(number, self._runs)

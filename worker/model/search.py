@@ -1,7 +1,8 @@
 """The search language of console, API and command line: `acme state:failed since:yesterday`. Pure.
 
-A bare word matches the beginning of a word of an org's name or code, or of a run's id. `key:value`
-narrows further; a value with spaces is quoted. `worker.store.lists.search` finds the rows.
+A bare word matches the beginning of a word of an org's name or code, of a run's id, or of a word that a run
+has: of its error, its definition or its handler. `key:value` narrows further; a value with spaces is quoted.
+`worker.store.lists.search` finds the rows.
 """
 
 from __future__ import annotations
@@ -176,11 +177,13 @@ def folded(text: str) -> str:
 
 def words_of(*texts: str) -> set[str]:
     """The folded words of an org's name and code: `org_acme` gives `org_acme`, `org` and `acme`."""
-    found: set[str] = set()
-    for text in texts:
-        for part in folded(text).split():
-            found |= {part, *re.findall(r"[^\W_]+", part)}
-    return {word[:MAX_WORD] for word in found}
+    parts = {part[:MAX_WORD] for text in texts for part in folded(text).split()}
+    return parts.union(*map(pieces_of, texts))
+
+
+def pieces_of(text: str) -> list[str]:
+    """The folded runs of letters and digits of a text, in order: `HTTP_503 (crm)` gives http, 503 and crm."""
+    return [piece[:MAX_WORD] for piece in re.findall(r"[^\W_]+", folded(text))]
 
 
 def ids_of(word: str) -> tuple[str, str] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -248,7 +248,8 @@ def page(
     """
     rows, order = (_ends, ("finished_at", "id")) if isinstance(which, Retryable) else (_live, ("id",))
     few = [*in_scope(rows.c.org_id, scope)]
-    if which.query is not None and (ids := few_orgs(connection, scope, which.query)) is not None:
+    of_code = None if which.query is None else replace(which.query, words=())
+    if of_code is not None and (ids := few_orgs(connection, scope, of_code)) is not None:
         few.append(rows.c.org_id.in_(ids))
     found: list[Row] = []
     size = FIRST
@@ -260,8 +261,8 @@ def page(
         parts = [source.where(*few).order_by(*order).limit(size).subquery() for source in sources]
         window = union_all(*map(select, parts)).order_by(*order).limit(size).subquery("examined")
         matching = _matching(window, scope, which).order_by(*(window.c[name] for name in order))
-        if which.query is not None and not few:
-            matching = matching.where(*orgs_that_match(connection, scope, which.query, window.c.org_id))
+        if of_code is not None and not few:
+            matching = matching.where(*orgs_that_match(connection, scope, of_code, window.c.org_id))
         found += all_rows(connection, matching.limit(limit - len(found)))
         if len(found) == limit:
             return found

@@ -236,7 +236,7 @@ def end_waiting(
 # Tables whose rows belong to a run.
 _OF_A_RUN = (
     *(tables.run_logs, tables.checkpoints, tables.steps, tables.waits, tables.attempts, tables.spends),
-    tables.budget_raises,
+    *(tables.budget_raises, tables.run_words),
 )
 
 # By the place in the table: these rows never change, and a key of three columns is slow to compare.
@@ -263,7 +263,7 @@ _OLDEST = {
 
 
 def forget_parts(connection: Connection, state: str, age: timedelta, *, runs: int, limit: int) -> int:
-    """Delete up to `limit` log lines, steps, attempts and spends of the runs that `forget_runs` deletes next.
+    """Delete up to `limit` log lines, steps, attempts and so on of the runs that `forget_runs` deletes next.
 
     One run may have thousands. Returns the greatest of these numbers.
     """
@@ -277,7 +277,7 @@ def forget_parts(connection: Connection, state: str, age: timedelta, *, runs: in
         query, named = _SOME["sqlite"], bindparam("ids", ids, type_=kind, expanding=True)
     return max(
         connection.execute(text(query.format(table=table)).bindparams(named), {"limit": limit}).rowcount
-        for table in ("run_logs", "steps", "attempts", "spends")
+        for table in ("run_logs", "steps", "attempts", "spends", "run_words")
     )
 
 

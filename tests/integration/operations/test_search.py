@@ -52,6 +52,12 @@ def site(apply, database, rows):
         def fail_with(self, run, cause, attempt=1):
             rows.add_attempt(run, attempt=attempt, error_cause=cause)
 
+        def say(self, run, *words, org="org_acme", shown=True):
+            with database.transaction() as connection:
+                org_id = orgs.scope_of(connection, org)
+                rows = [{"word": word, "run_id": run, "org_id": org_id, "shown": shown} for word in words]
+                connection.execute(insert(tables.run_words), rows)
+
         def find(self, text, scope=ALL_ORGS, **page):
             with database.acting(roles.ALL_ORGS).autocommit() as connection:
                 query = parsed(text, now=database.now(connection))
@@ -119,6 +125,61 @@ def test_each_key_narrows_the_runs(site, database, rows):
         failed: [failed],
         failed[:24]: [failed],
     }
+
+
+def test_free_text_finds_words_of_errors_and_names(site):
+    failed, retried = site.run(state="failed"), site.run()
+    other = site.run("org_beta", state="refused")
+    site.run("org_beta", state="succeeded")
+    site.say(failed, "503", "crm", "httperror", "digest")
+    site.say(retried, "504", "crm", "httperror")
+    site.say(other, "acme", "503", org="org_beta")
+    crm = [retried, failed]
+
+    found = {
+        text: site.find(text)
+        for text in (
+            "503", "50", "crm", "CRM 503", '"HttpError:503"', "crm-sync", "state:failed crm", "org:beta 503",
+            "org:org_acme 50", "acme 503", "acme", "acme crm reason:due", "crm nothing", "5030", "“crm”",
+        )
+    }  # fmt: skip
+
+    assert found == {
+        "503": [other, failed],
+        "50": [other, retried, failed],
+        "crm": crm,
+        "CRM 503": [failed],
+        '"HttpError:503"': [failed],
+        "crm-sync": [],
+        "state:failed crm": [failed],
+        "org:beta 503": [other],
+        "org:org_acme 50": crm,
+        # The org's name, or a word of the run.
+        "acme 503": [other, failed],
+        "acme": [other, *crm],
+        "acme crm reason:due": [retried],
+        "crm nothing": [],
+        "5030": [],
+        "“crm”": crm,
+    }
+    assert site.near("50 timeout") == [Suggestion("timeout", [])]
+
+
+def test_an_org_finds_its_runs_only_by_what_it_may_read(site, monkeypatch):
+    mine, other = site.run(state="failed"), site.run("org_beta", state="failed")
+    site.say(mine, "503")
+    site.say(mine, "org_rival", "worker", shown=False)
+    site.say(other, "503", "secret", org="org_beta")
+
+    assert site.find("503", "org_acme") == [mine]
+    for text in ("org_rival", "worker", "secret", "503 worker", "state:failed worker"):
+        assert site.find(text, "org_acme") == [], text
+    assert site.near("worker secret 503", "org_acme") == [Suggestion("worker", []), Suggestion("secret", [])]
+    # The control: an operator finds it, and so would the org, if it searched as one.
+    assert site.find("worker") == [mine]
+    monkeypatch.setattr(matching, "seen_words", lambda scope, words=None: [])
+    monkeypatch.setattr(search_module, "seen_words", lambda scope, words=None: [])
+    assert site.find("worker", "org_acme") == [mine]
 
 
 def test_an_org_finds_only_its_own_runs_and_words(site, apply):
@@ -206,6 +267,8 @@ def test_pages_go_on_by_key_until_every_match_was_seen(site, database, monkeypat
     for run in made:
         site.fail_with(run, "Error: x")
         site.fail_with(run, "Other: x", attempt=2)
+    for place, run in enumerate(made):
+        site.say(run, "timeout" if place % 2 else "timer", org=[*ORGS][place % 3])
     wanted = {
         "": made,
         "state:failed": made[::3],
@@ -213,6 +276,10 @@ def test_pages_go_on_by_key_until_every_match_was_seen(site, database, monkeypat
         "acme": [run for place, run in enumerate(made) if place % 3 != 1],
         "acme state:failed": made[::3],
         "org:org_beta state:waiting": [],
+        "time": made,
+        "timeout": made[1::2],
+        "acme timeout": [run for place, run in enumerate(made) if place % 2 and place % 3 != 1],
+        "org:acme timeout state:failed": [run for place, run in enumerate(made) if place % 6 == 3],
         "cause:x": made,
         "cause:error": made,
         "acme cause:x state:failed": made[::3],

@@ -108,6 +108,87 @@ def test_an_attempt_keeps_what_it_left_behind(stock: Stock) -> None:
     assert (row["error"], row["reason"], row["progress"]) == (error, "error", trail.progress)
 
 
+def words_of(stock: Stock, *, shown: bool | None = None) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for row in stock.all(tables.run_words):
+        if shown is None or row["shown"] == shown:
+            found.setdefault(row["run_id"], set()).add(row["word"])
+    return found
+
+
+def test_a_run_that_fails_is_refused_or_waits_has_its_words(stock: Stock) -> None:
+    worker = stock.worker()
+    runs = [stock.running(worker) for _ in range(7)]
+    failed, refused, waiting, asleep, done, drained, cancelled = runs
+    crm = {"type": "CrmError", "message": "CRM ответил 503: “null” {x}, Ärger"}
+
+    stock.finish(
+        worker,
+        stock.ended(failed, "failed", reason="error", error=crm),
+        stock.ended(refused, "refused", reason="scope_missing", detail="crm:read"),
+        stock.ended(waiting, "waiting", reason="retry", error=crm),
+        stock.ended(asleep, "waiting", reason="snoozed", detail="until the export is there"),
+        stock.ended(done, detail="fine"),
+        stock.ended(drained, "waiting", reason="handed_back", detail="the worker stops"),
+        stock.ended(cancelled, "cancelled", reason="requested"),
+    )
+
+    names = {"acme", "note", "crm", "sync"}
+    of_error = {"crmerror", "crm", "ответил", "503", "null", "x", "arger"}
+    words = {run_id: found - names for run_id, found in words_of(stock).items()}
+    assert words == {
+        failed.id: of_error - names,
+        refused.id: {"read"},
+        waiting.id: of_error - names,
+        asleep.id: {"until", "the", "export", "is", "there"},
+    }
+    assert all("acme" in found for found in words_of(stock).values())
+
+
+def test_an_attempt_that_was_fenced_out_leaves_no_word(stock: Stock) -> None:
+    worker, error = stock.worker(), {"type": "E", "message": "stale"}
+    run, other = stock.running(worker), stock.running(worker)
+    late = replace(stock.ended(run, "failed", reason="error", error=error), fencing_token=7)
+
+    stock.finish(worker, late, stock.ended(other, "failed", reason="error", error=error))
+    stock.finish(stock.worker(), stock.ended(run, "failed", reason="error", error=error))
+
+    assert set(words_of(stock)) == {other.id}
+
+
+def test_words_of_a_second_attempt_join_those_of_the_first(stock: Stock) -> None:
+    worker = stock.worker()
+    run = stock.running(worker)
+    first = stock.ended(run, "waiting", reason="retry", error={"type": "E", "message": "503 again"})
+    stock.finish(worker, first)
+    stock.make_available(run.id)
+    (again,) = stock.admit(worker)
+
+    stock.finish(
+        worker, stock.ended(again, "failed", reason="error", error={"type": "E", "message": "504 again"})
+    )
+
+    assert {"503", "504", "again"} <= words_of(stock)[run.id]
+
+
+def test_what_an_org_may_not_read_is_no_word_of_its_search(stock: Stock) -> None:
+    worker = stock.worker()
+    other, path = stock.running(worker), stock.running(worker)
+    message = {"type": "Refused", "message": "the token is for org_rival"}
+
+    stock.finish(
+        worker,
+        stock.ended(other, "refused", reason="org_mismatch", detail="org_claim", error=message),
+        stock.ended(path, "waiting", reason="no_token", detail="provider: no file /run/secrets/rival.key"),
+    )
+
+    shown, hidden = words_of(stock, shown=True), words_of(stock, shown=False)
+    assert {"token", "another"} <= shown[other.id]
+    assert "provider" in shown[path.id]
+    assert {"rival"} <= hidden[other.id] & hidden[path.id]
+    assert "rival" not in shown[other.id] | shown[path.id]
+
+
 def test_writing_the_same_end_again_is_accepted_and_changes_nothing(stock: Stock) -> None:
     """The answer to COMMIT was cut: the worker writes again, and must not hear that it lost the run."""
     worker = stock.worker()

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, case, exists, func, literal, or_, select
+from sqlalchemy import ColumnElement, Connection, Select, and_, case, exists, func, literal, or_, select
 
 from worker.ids import AllOrgs, OrgId, Scope
-from worker.model.search import Query, folded
+from worker.model.search import Query, folded, pieces_of
 from worker.store import tables
 from worker.store.dialect import in_scope
 
 # Matching orgs whose runs are read one by one; with more, the newest runs of all are read.
 FEW = 20
 Condition = ColumnElement[bool]
-_orgs, _words = tables.orgs, tables.org_words
+_orgs, _words, _run_words = tables.orgs, tables.org_words, tables.run_words
 # Other names, for conditions within statements that read these tables.
 _named, _unended = tables.definitions.alias("named"), tables.live_runs.alias("unended")
-_tried = tables.attempts.alias("tried")
+_tried, _its = tables.attempts.alias("tried"), tables.run_words.alias("its")
 # Greater than every letter.
 _LAST = "\U0010ffff"
 
@@ -35,7 +35,7 @@ def orgs_that_match(
 
 
 def few_orgs(connection: Connection, scope: Scope, query: Query) -> list[OrgId] | None:
-    """The ids of the orgs that match; None if they are many."""
+    """The ids of the orgs that `org:` and the words match; None if they are many."""
     if query.org is None and not query.words:
         return None if isinstance(scope, AllOrgs) else [scope]
     conditions = orgs_that_match(connection, scope, query, _orgs.c.id)
@@ -51,8 +51,8 @@ def few_orgs(connection: Connection, scope: Scope, query: Query) -> list[OrgId] 
 
 
 def conditions(scope: Scope, query: Query, run: Any) -> list[Condition]:
-    """What the keys of a query, but `org:`, say of the columns of a run."""
-    found: list[Condition] = []
+    """What the words and keys of a query, but `org:`, say of the columns of a run."""
+    found = [_has_word(scope, word, run) for word in query.words]
     if query.definition is not None:
         its = (_named.c.id == run.definition_id, *in_scope(_named.c.org_id, scope))
         name = select(_named.c.name).where(*its).limit(1)
@@ -77,6 +77,27 @@ def conditions(scope: Scope, query: Query, run: Any) -> list[Condition]:
         cause = func.lower(_tried.c.error_cause).contains(query.cause.lower(), autoescape=True)
         found.append(_is_any(_tried.c.run_id == run.id, _tried.c.org_id == run.org_id, cause))
     return found
+
+
+def words_beginning(piece: str, *which: Condition) -> Select[Any]:
+    """The different words of runs that begin with a piece, each by one look into the index."""
+    first = select(func.min(_run_words.c.word)).where(begins(piece, _run_words.c.word), *which)
+    found = first.cte("found", recursive=True)
+    later = first.where(_run_words.c.word > found.c[0]).correlate(found).scalar_subquery()
+    found = found.union_all(select(later).where(found.c[0].is_not(None)))
+    return select(found.c[0]).where(found.c[0].is_not(None))
+
+
+def seen_words(scope: Scope, words: Any = _run_words.c) -> list[Condition]:
+    """Those words of runs, columns of `run_words`, by which this scope finds runs."""
+    return [] if isinstance(scope, AllOrgs) else [words.org_id == scope, words.shown]
+
+
+def _has_word(scope: Scope, word: str, run: Any) -> Condition:
+    """A word begins one of the org's name or code; or each of its pieces begins one of the run's words."""
+    seen = (_its.c.run_id == run.id, *seen_words(scope, _its.c))
+    pieces = [_is_any(begins(piece, _its.c.word), *seen) for piece in pieces_of(word)]
+    return or_(*_has_words(run.org_id, [word]), *([and_(*pieces)] if pieces else []))
 
 
 def begins(word: str, column: ColumnElement[Any] = _words.c.word) -> Condition:

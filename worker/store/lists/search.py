@@ -26,7 +26,7 @@ from sqlalchemy import (
 from sqlalchemy import cast as sql_cast
 
 from worker.ids import AllOrgs, OrgScope, RunId, Scope, highest_id, lowest_id
-from worker.model.search import Query, folded, ids_of, near
+from worker.model.search import Query, folded, ids_of, near, pieces_of
 from worker.store import failing, orgs, tables
 from worker.store.dialect import below, in_scope, rows_as
 from worker.store.lists import DEFAULT_LIMIT, FIRST_PAGE, FoundRows, Page
@@ -39,6 +39,8 @@ from worker.store.lists.matching import (
     few_orgs,
     kept_states,
     orgs_that_match,
+    seen_words,
+    words_beginning,
 )
 from worker.store.lists.rows import OrgRow, Run, columns_of
 from worker.store.names import around
@@ -53,6 +55,7 @@ FEW_CAUSES = 50
 
 _runs, _live, _ends, _attempts = tables.runs, tables.live_runs, tables.run_ends, tables.attempts
 _orgs, _definitions, _words = tables.orgs, tables.definitions, tables.org_words
+_run_words = tables.run_words
 _EXAMINED = tuple(
     _runs.c[name]
     for name in (
@@ -170,8 +173,12 @@ class _Search:
         query = self.query
         if (span := self._take_id()) is not None:
             return [_Source(_runs.c.id, (_runs.c.id.between(*span),))]
-        if (org_ids := few_orgs(self.connection, self.scope, query)) is not None:
-            self.query = replace(query, words=(), org=None)
+        for word in sorted(query.words, key=len, reverse=True):
+            if (worded := self._of_a_word(word)) is not None:
+                return worded
+        of_code = replace(query, words=())
+        if (org_ids := few_orgs(self.connection, self.scope, of_code)) is not None:
+            self.query = replace(query, org=None)
             return [_Source(_runs.c.id, (_runs.c.org_id == org_id,)) for org_id in org_ids]
         if query.definition is not None and (named := self._few_definitions(query.definition)) is not None:
             self.query = replace(query, definition=None)
@@ -186,6 +193,31 @@ class _Search:
         sources = [_Source(_ends.c.run_id, (_ends.c.state == state, _IS_RARE)) for state in sorted(ended)]
         if kept := kept_states(query.states):
             sources.append(_Source(_live.c.id, (_live.c.state.in_(kept),)))
+        return sources
+
+    def _of_a_word(self, word: str) -> list[_Source] | None:
+        """The runs of the orgs that the word matches, and those that have it themselves.
+
+        None if these orgs, or the words that begin with it, are many. The rest stays in the query.
+        """
+        query = self.query
+        pieces = sorted(pieces_of(word), key=len)
+        matched = few_orgs(self.connection, self.scope, replace(query, words=(word,)))
+        if not pieces or matched is None:
+            return None
+        within = few_orgs(self.connection, self.scope, replace(query, words=()))
+        sources = [_Source(_runs.c.id, (_runs.c.org_id == org_id,)) for org_id in matched]
+        for org_ids in [()] if within is None else [(org_id,) for org_id in within]:
+            those = [*seen_words(self.scope), *(_run_words.c.org_id == org_id for org_id in org_ids)]
+            for found in self._ids(words_beginning(pieces[-1], *those).limit(FEW + 1)):
+                sources.append(_Source(_run_words.c.run_id, (_run_words.c.word == found, *those)))
+            if len(sources) > FEW + len(matched):
+                return None
+        self.query = replace(
+            query,
+            words=tuple(other for other in query.words if other != word or len(pieces) > 1),
+            org=query.org if within is None else None,
+        )
         return sources
 
     def _take_id(self) -> tuple[str, str] | None:
@@ -237,7 +269,7 @@ class _Search:
 
     def _examined(self, sources: Sequence[_Source], after: RunId | None, each: int) -> FromClause:
         """The columns of the newest runs of each source."""
-        if sources[0].is_of_runs:
+        if all(source.is_of_runs for source in sources):
             return self._newest(sources, after, each, *_EXAMINED[1:])
         newest = self._newest(sources, after, each)
         rows = select(*_EXAMINED).join(newest, newest.c.id == _runs.c.id)
@@ -246,7 +278,8 @@ class _Search:
 
     def _that_match(self, run: Any) -> list[Condition]:
         """What the rest of the query says of the columns of a run."""
-        of_org = orgs_that_match(self.connection, self.scope, self.query, run.org_id)
+        of_code = replace(self.query, words=())
+        of_org = orgs_that_match(self.connection, self.scope, of_code, run.org_id)
         return [*conditions(self.scope, self.query, run), *of_org]
 
     def _ids(self, statement: Select[Any]) -> list[RunId]:
@@ -264,7 +297,7 @@ class _Search:
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """A word that no org's name or code has, or the unknown name of a `kind`; and the nearest known ones."""
+    """A word that finds nothing, or the unknown name of a `kind`; and the nearest known ones."""
 
     word: str
     near: list[str]
@@ -310,8 +343,13 @@ def _of_definition(connection: Connection, scope: Scope, name: str) -> list[Sugg
 
 
 def _is_known(connection: Connection, scope: Scope, word: str) -> bool:
-    some = select(_words.c.word).where(begins(word), *in_scope(_words.c.org_id, scope))
-    return connection.execute(some.limit(1)).first() is not None
+    """Whether an org or a run is found by the word, or by a piece of it."""
+    of_orgs = select(_words.c.word).where(begins(word), *in_scope(_words.c.org_id, scope))
+    of_runs = [
+        select(_run_words.c.word).where(begins(piece, _run_words.c.word), *seen_words(scope))
+        for piece in pieces_of(word)
+    ]
+    return any(connection.execute(some.limit(1)).first() is not None for some in (of_orgs, *of_runs))
 
 
 def _near(connection: Connection, scope: Scope, word: str) -> list[str]:

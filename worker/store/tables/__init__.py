@@ -53,6 +53,7 @@ from worker.store.tables.runs import live_runs as live_runs
 from worker.store.tables.runs import metadata as metadata
 from worker.store.tables.runs import run_ends as run_ends
 from worker.store.tables.runs import run_logs as run_logs
+from worker.store.tables.runs import run_words as run_words
 from worker.store.tables.runs import runs as runs
 from worker.store.tables.runs import skips as skips
 from worker.store.tables.runs import steps as steps

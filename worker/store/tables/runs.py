@@ -382,6 +382,23 @@ run_logs = table(
     readers="orgs",
 )
 
+run_words = table(
+    "run_words",
+    "The words of the errors and names of runs that failed, were refused or wait, for the search.",
+    Column(
+        "word",
+        Text().with_variant(Text(collation="C"), "postgresql"),
+        primary_key=True,
+        doc="Letters and digits without case and accents.",
+    ),
+    Column("run_id", Id, primary_key=True),
+    required("org_id", Id),
+    required("shown", Boolean, "Whether the org itself finds the run by it."),
+    Index("ix_run_words_org_id_word_run_id", "org_id", "word", "run_id"),
+    Index("ix_run_words_run_id", "run_id"),
+    readers="orgs",
+)
+
 skips = table(
     "skips",
     "Consecutive scheduled times that never became a run.",

@@ -14,6 +14,7 @@ from worker.ids import DefinitionId, RunId, WorkerId
 from worker.model.runs.outcome import EndedAttempt, Trail
 from worker.model.runs.run import AdmittedRun, LogLine
 from worker.store.dialect import driver
+from worker.store.sql import run_words
 from worker.store.sql.contract import (
     ADD_TO_DAY,
     ADD_TO_HOUR,
@@ -301,6 +302,19 @@ INSERT INTO rollup_hours (hour, org_id, state, runs)
 SELECT * FROM unnest(%s::timestamptz[], %s::uuid[], %s::text[], %s::bigint[]) {ADD_TO_HOUR}
 """
 
+NAMES = "SELECT id, name FROM definitions WHERE id = ANY(%s::uuid[])"
+
+# After the attempts: those of a fenced attempt are not stored, and neither are its words.
+WORDS = """
+INSERT INTO run_words (word, run_id, org_id, shown)
+SELECT w.word, w.run_id, w.org_id, w.shown
+FROM unnest(%s::text[], %s::uuid[], %s::uuid[], %s::boolean[], %s::integer[], %s::bigint[])
+  AS w(word, run_id, org_id, shown, attempt, fencing_token)
+JOIN attempts a ON a.run_id = w.run_id AND a.attempt = w.attempt AND a.fencing_token = w.fencing_token
+WHERE a.worker_id IS NOT DISTINCT FROM %s::uuid
+ON CONFLICT DO NOTHING
+"""
+
 # The start deadline counts from the promotion. A row that is locked is left to the next sweep: the sums of
 # orgs are locked already here, and they come last everywhere else.
 PROMOTE = """
@@ -335,6 +349,8 @@ FINAL = Columns(
 )
 STATE = Columns((uuids, "run_id definition_id"), (texts, "definition_state"))
 FENCED = Columns((plain, "run_id attempt fencing_token outcome"))
+# Of a `RunWord`.
+SAID = Columns((texts, "word"), (plain, "run_id org_id"), (flags, "shown"), (plain, "attempt fencing_token"))
 
 
 def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]:
@@ -346,6 +362,7 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
     if len({attempt.run_id for attempt in final}) < len(final):
         # Given twice, it is written once.
         final = [*{(attempt.run_id, attempt.fencing_token): attempt for attempt in final}.values()]
+    said = _words_of(raw, ended)
     # With COMMIT in the same pipeline: other workers wait for the sums of the same orgs.
     with raw.pipeline():
         number, *tokens = tokens_of(attempt.trail for attempt in final)
@@ -355,10 +372,20 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
         rows = raw.execute(END_WITH_STATES if states else END, values)
         if final:
             promote(connection, [attempt.definition_id for attempt in final])
+        if said:
+            raw.execute(WORDS, (*SAID.of(said), worker_id))
         raw.execute("COMMIT", prepare=False)
     accepted = waiting.union(id_ for (id_,) in rows.fetchall())
     fenced = [attempt for attempt in ended if attempt.run_id not in accepted]
     return accepted | _written(raw, worker_id, fenced) if fenced else accepted
+
+
+def _words_of(raw: Any, ended: Sequence[EndedAttempt]) -> list[run_words.RunWord]:
+    telling = run_words.telling(ended)
+    if not telling:
+        return []
+    names = raw.execute(NAMES, (plain({attempt.definition_id for attempt in telling}),))
+    return run_words.words_of(telling, dict(names.fetchall()))
 
 
 def add_rollups(connection: Connection, rollups: Rollups) -> None:

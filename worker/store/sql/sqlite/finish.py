@@ -14,6 +14,7 @@ from worker.ids import DefinitionId, RunId, WorkerId
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import AdmittedRun, LogLine
 from worker.store.dialect import compact_json, driver, file_now
+from worker.store.sql import run_words
 from worker.store.sql.contract import (
     ADD_TO_DAY,
     ADD_TO_HOUR,
@@ -100,6 +101,13 @@ ON CONFLICT (definition_id) DO UPDATE SET data = excluded.data, version = versio
    updated_at = excluded.updated_at, updated_by = excluded.updated_by, run_id = excluded.run_id
 """
 
+NAMES = "SELECT id, name FROM definitions WHERE id IN (SELECT value FROM json_each(?))"
+
+WORDS = """
+INSERT INTO run_words (word, run_id, org_id, shown)
+SELECT * FROM {rows} WHERE column1 IS NOT NULL ON CONFLICT DO NOTHING
+"""
+
 ANY_HELD = "SELECT 1 FROM live_runs WHERE state = 'held' LIMIT 1"
 
 HELD = """
@@ -157,6 +165,9 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
     changed = [ending for ending in final if ending.attempt.definition_state is not None]
     changed = [ending for ending in changed if ending.state == "succeeded"]
     in_one_step(cursor, STATE, STATES.of(changed), first=(instant(now),))
+    if telling := run_words.telling(ending.attempt for ending in endings):
+        names = cursor.execute(NAMES, (json_list(attempt.definition_id for attempt in telling),))
+        in_one_step(cursor, WORDS, [word[:4] for word in run_words.words_of(telling, dict(names))])
     add_rollups(connection, sum_up(endings, now))
     if final and any_held:
         promote(connection, [ending.attempt.definition_id for ending in final])
