@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from worker.errors import UsageError
 from worker.model import search
-from worker.model.search import Query, ids_of, parsed, words_of
+from worker.model.search import Query, ids_of, parsed, pieces_of, words_of
 
 # A Thursday.
 NOW = datetime(2026, 11, 26, 9, 30, tzinfo=UTC)
@@ -99,6 +99,12 @@ def test_words_are_compared_without_case_and_accents():
     }
     assert search.folded("MÜLLER") == "muller"
     assert all(len(word) <= search.MAX_WORD for word in words_of("x" * 200))
+
+
+def test_the_pieces_of_an_error_are_its_letters_and_digits():
+    assert pieces_of("HTTP_503: Ärger mit „crm-sync“!") == ["http", "503", "arger", "mit", "crm", "sync"]
+    assert pieces_of(" — ") == []
+    assert [len(piece) for piece in pieces_of("x" * 200)] == [search.MAX_WORD]
 
 
 def test_the_beginning_of_an_id_is_a_range_of_ids():

@@ -6,14 +6,17 @@ from datetime import UTC, datetime, timedelta
 from itertools import count
 
 import pytest
+from sqlalchemy import insert, literal, select, true
 
 from tests.conftest import on_either
 from tests.fakes.site import one_definition
 from worker.errors import NotFound, UsageError
+from worker.model.search import parsed
 from worker.operations import bulk
 from worker.operations.bulk import change_many, matching
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import run_now
+from worker.store import tables
 from worker.store.edit_runs import Retryable
 
 FILE = one_definition("org_{org}", "{name}", overlap="{overlap}")
@@ -53,6 +56,26 @@ def made(database, *, org=None, limit=100, from_checkpoint=False, **which):
     filter_ = Retryable(**which)
     runs = matching(database, filter_, org=org, limit=limit)
     return list(change_many(database, filter_, runs, actor="tester", from_checkpoint=from_checkpoint))
+
+
+@on_either
+def test_a_word_of_an_error_narrows_what_is_retried(ended, database):
+    runs = [ended(org) for org in ("acme", "beta", "acme")]
+    with database.transaction() as connection:
+        connection.execute(
+            insert(tables.run_words).from_select(
+                ["word", "run_id", "org_id", "shown"],
+                select(literal("503"), tables.runs.c.id, tables.runs.c.org_id, true()).where(
+                    tables.runs.c.id.in_(runs[1:])
+                ),
+            )
+        )
+
+    def of(text):
+        return found(database, query=parsed(text, now=utc("2025-01-01T00:00:00")))
+
+    assert (of("503"), of("acme 503"), of("org:org_acme 50")) == (runs[1:], runs[2:], runs[2:])
+    assert (of("acme"), of("504")) == ([runs[0], runs[2]], [])
 
 
 @on_either

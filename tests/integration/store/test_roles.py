@@ -140,6 +140,8 @@ def make_two_orgs(url: str) -> None:
                 text("UPDATE definitions SET template_id = :template WHERE id = :id"),
                 {"template": template_of(connection, owner), "id": owner.definition},
             )
+        # An org sees no others.
+        connection.execute(text("UPDATE run_words SET shown = true"))
         connection.commit()
 
 
@@ -184,6 +186,17 @@ def test_with_no_org_set_the_web_role_writes_nothing(logins, owners):
                 for owner in (*owners, Owner()):
                     with pytest.raises(ProgrammingError, match="violates row-level security"):
                         insert(web, table, owner)
+
+
+def test_an_org_reads_no_word_that_it_may_not_read(logins, owners):
+    mine, _ = owners
+    with acting(logins["owner"]) as owner:
+        owner.execute(text("UPDATE run_words SET shown = false"))
+        owner.commit()
+    with acting(logins["worker"]) as worker:
+        assert count(worker, "run_words") == 2
+    with acting(logins["serve"], of(mine)) as web:
+        assert count(web, "run_words") == 0
 
 
 def test_with_an_org_set_the_web_role_sees_its_rows_only(logins, owners):
