@@ -7,9 +7,9 @@ No message contains a secret, a token or a full claim set.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 # Under this name for the rest of the project; the guard's own package imports nothing from here.
 from worker.guard.errors import ConfigurationError as ConfigurationError
@@ -29,6 +29,20 @@ class UsageError(WorkerError):
 
     code = "usage"
     exit_code = 2
+
+
+class AmbiguousRun(UsageError):
+    """Several runs fit what was given of an id.
+
+    `candidates` are some of them, newest first, with `id`, `org`, `definition` and `scheduled_for`.
+    """
+
+    code = "ambiguous"
+    usual_fix = "give more of its beginning or its end, or the whole id"
+
+    def __init__(self, message: str, *, candidates: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__(message)
+        self.candidates = candidates
 
 
 class NotFound(WorkerError):

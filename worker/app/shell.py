@@ -19,6 +19,7 @@ import typer
 from worker.app.features import FEATURES
 from worker.errors import (
     AccessDenied,
+    AmbiguousRun,
     ConfigurationError,
     DefinitionError,
     UsageError,
@@ -263,6 +264,7 @@ def _failed(error: WorkerError, output: Format) -> int:
         error.fix,
         output,
         others=[{"code": each.code, "message": _placed(each), "fix": each.fix} for each in others],
+        candidates=error.candidates if isinstance(error, AmbiguousRun) else (),
     )
     return error.exit_code
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
@@ -65,10 +66,12 @@ def add_list(
     org_argument: bool = False,
     words_argument: bool = False,
     titles: bool = False,
+    short: bool = False,
 ) -> None:
     """Add the verb with an option for each of the filters.
 
-    `cells` computes columns of the table for people, whose names are in capitals with `titles`.
+    `cells` computes columns of the table for people, whose names are in capitals with `titles`, and ids
+    short on a narrow terminal with `short`.
     With `org_argument` the org may also be given without `--org`; with `words_argument` the
     words of a search without `-q`.
     """
@@ -80,20 +83,30 @@ def add_list(
     options |= {"limit": (LimitOption, DEFAULT_LIMIT), "after": (AfterOption, None)}
 
     def list_(context: typer.Context, **given: Any) -> None:
-        from worker.store.lists.read import page_of
+        from worker.store.lists.read import page_of, place_of
 
         session, output = session_of(context), given.pop("output")
         org = given.pop("code", None) or given.pop("org", None)
         given.pop("org", None)
         text = " ".join([*(given.pop("words", None) or ()), *filter(None, [given.pop("q", None)])])
         given["query"] = read_pool(read_query(text or None, session.clock), given.pop("pool", None))
+        after = given.pop("after")
         page = Page(**given | {"since": read_since(given.get("since"), session.clock)})
         scope = ALL_ORGS if org is None else org
         with session.database() as database, database.autocommit() as connection:
+            page = replace(page, after=place_of(connection, listing, scope, after))
             found = page_of(connection, listing, scope, page)
             hints = _hints(connection, listing, scope, page, found)
         rows = cast(list[Row], found.rows)
-        print_rows(rows, output, columns=listing.table, limit=page.limit, titles=titles, cells=cells)
+        print_rows(
+            rows,
+            output,
+            columns=listing.table,
+            limit=page.limit,
+            titles=titles,
+            cells=cells,
+            short=short,
+        )
         for hint in hints:
             say(hint)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from worker.clock import SystemClock, to_text
-from worker.ids import ALL_ORGS
+from worker.ids import ALL_ORGS, short_ids
 from worker.model.definitions.units import json_default
 from worker.model.runs.traces import trimmed
 from worker.model.runs.worker_ends import SOURCE
@@ -33,8 +33,6 @@ _TRACE = "Traceback (most recent call last):"
 NOTHING = "-"
 # A terminal of this width has room for whole ids and times.
 WIDE = 130
-# The beginning of an id that is its own, but for runs of the same microsecond.
-SHORT_ID = 18
 
 
 class Format(StrEnum):
@@ -55,11 +53,13 @@ def print_rows(
     limit: int | None = None,
     titles: bool = False,
     cells: Mapping[str, Callable[[Any], Any]] | None = None,
+    short: bool = False,
 ) -> None:
     """Print a list. A table has only `columns`, JSON every key. For a full page, mention --after.
 
     A table fits the terminal, with its states in colour. With `titles` the names of its columns
-    are in capitals. `cells` computes columns of the table from a row.
+    are in capitals. `cells` computes columns of the table from a row. With `short` a narrow
+    terminal gets short ids.
     """
     rows = [_with_commands(row) for row in rows]
     if output is not Format.TABLE:
@@ -68,6 +68,9 @@ def print_rows(
         say("none")
     else:
         shown = [{**row, **{name: cell(row) for name, cell in (cells or {}).items()}} for row in rows]
+        if short and _is_narrow():
+            ids = short_ids(row["id"] for row in rows)
+            shown = [{**row, "id": ids[row["id"]]} for row in shown]
         for line in _table(shown, columns, width=terminal_width(), colour=has_colour(), titles=titles):
             print(line)
         if limit is not None and len(rows) == limit:
@@ -174,18 +177,36 @@ def is_refused(question: str) -> bool:
 
 
 def print_error(
-    code: str, message: str, fix: str, output: Format, others: Sequence[Mapping[str, str]] = ()
+    code: str,
+    message: str,
+    fix: str,
+    output: Format,
+    others: Sequence[Mapping[str, str]] = (),
+    candidates: Sequence[Row] = (),
 ) -> None:
-    """Print an error on stderr: lines for people, one object for programs. `others` of a file follow it."""
+    """Print an error on stderr: lines for people, one object for programs.
+
+    `others` of a file follow it. `candidates` are the runs that it is about.
+    """
     error = {"code": code, "message": as_called(message), "fix": as_called(fix)}
     if output in (Format.JSON, Format.JSONL):
-        text = json.dumps({"error": error | ({"others": [*map(_with_commands, others)]} if others else {})})
+        more = {"others": [*map(_with_commands, others)], "candidates": candidates}
+        text = json.dumps(
+            {"error": error | {name: rows for name, rows in more.items() if rows}}, default=json_default
+        )
         print(masker.mask(text, ALL_ORGS), file=sys.stderr)
         return
+    ids = short_ids(row["id"] for row in candidates)
     for each in (error, *others):
         say(f"error: {each['message']}")
+        for line in _table([{**row, "id": ids[row["id"]]} for row in candidates], CANDIDATE)[1:]:
+            say(f"    {line}")
         if each["fix"]:
             say(f"fix: {each['fix']}")
+
+
+# The columns of a run that an error may be about.
+CANDIDATE = ("id", "org", "definition", "scheduled_for")
 
 
 def in_words(progress: Mapping[str, Any] | None) -> str | None:
@@ -299,10 +320,6 @@ def _scheduled_for(row: Run) -> str:
     return f"{text[5:10]} {text[11:16]}Z" if _is_narrow() else f"{text[:19]}Z"
 
 
-def _id(row: Run) -> str:
-    return row["id"][:SHORT_ID] if _is_narrow() else row["id"]
-
-
 def _took(row: Run) -> str | None:
     """How long its last attempt took, or has been running."""
     if row["started_at"] is None:
@@ -340,5 +357,4 @@ RUN_CELLS: Mapping[str, Callable[[Run], Any]] = {
     "scheduled_for": _scheduled_for,
     "took": _took,
     "why": why,
-    "id": _id,
 }

@@ -1,8 +1,8 @@
 """The search language of console, API and command line: `acme state:failed since:yesterday`. Pure.
 
-A bare word matches the beginning of a word of an org's name or code, of a run's id, or of a word that a run
-has: of its error, its definition or its handler. `key:value` narrows further; a value with spaces is quoted.
-`worker.store.lists.search` finds the rows.
+A bare word matches the beginning of a word of an org's name or code, or of a word that a run has (of its
+error, its definition or its handler), or a run's id as `worker.ids.given_id` takes it. `key:value` narrows
+further; a value with spaces is quoted. `worker.store.lists.search` finds the rows.
 """
 
 from __future__ import annotations
@@ -43,9 +43,6 @@ MAX_TEXT = 500
 MAX_WORDS = 8
 MAX_WORD = 64
 """Longer words of a name are cut, since no one types more."""
-# At least this much of an id: shorter beginnings are words.
-_ID_BEGINS = 8
-_ID = re.compile(r"[0-9a-f]{8}-?[0-9a-f]{0,4}-?[0-9a-f]{0,4}-?[0-9a-f]{0,4}-?[0-9a-f]{0,12}")
 _TOKEN = re.compile(r'([A-Za-z_]+):(?=\s|$)|(?:([A-Za-z_]+):)?(?:"([^"]*)"|([^\s"]+))(?=\s|$)')
 
 
@@ -184,15 +181,3 @@ def words_of(*texts: str) -> set[str]:
 def pieces_of(text: str) -> list[str]:
     """The folded runs of letters and digits of a text, in order: `HTTP_503 (crm)` gives http, 503 and crm."""
     return [piece[:MAX_WORD] for piece in re.findall(r"[^\W_]+", folded(text))]
-
-
-def ids_of(word: str) -> tuple[str, str] | None:
-    """The first and the last id that begin with this word; None if it is not the beginning of an id."""
-    digits = word.lower().replace("-", "")
-    if len(digits) < _ID_BEGINS or _ID.fullmatch(word.lower()) is None:
-        return None
-    return _as_id(digits.ljust(32, "0")), _as_id(digits.ljust(32, "f"))
-
-
-def _as_id(digits: str) -> str:
-    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))

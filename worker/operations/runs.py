@@ -28,9 +28,9 @@ from worker.store import (
 )
 from worker.store.database import Database
 from worker.store.dialect import Row
-from worker.store.lists import checked_id
 from worker.store.lists import runs as run_lists
 from worker.store.lists.rows import Run
+from worker.store.lists.run_ids import id_of
 
 
 def run_now(
@@ -191,10 +191,10 @@ def require_run(connection: Connection, run_id: str, org: str | None) -> Row:
 
     Raises:
         NotFound: no such run, or no such org.
+        UsageError: several runs fit.
     """
-    wanted = RunId(checked_id(run_id))
     scope = orgs.scope_of(connection, ALL_ORGS if org is None else org)
-    row = edit_runs.find(connection, scope, wanted)
+    row = edit_runs.find(connection, scope, id_of(connection, scope, run_id))
     if row is None:
         raise NotFound(f"there is no run {run_id}", fix="`runs list` lists the runs")
     return row

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 
 from tests.fakes.cli import CommandLine
@@ -63,3 +66,43 @@ def test_the_beginning_of_an_id_names_a_run(cli: CommandLine, runs: list[str]):
     common = cli("runs", "show", acme[:8], "-o", "json", check=False)
     assert (common.code, "several runs" in common.err) == (2, True)
     assert cli("runs", "show", "00000000-0000-7000", check=False).code == 3
+
+
+def test_every_verb_takes_a_short_id(cli: CommandLine, runs: list[str]):
+    acme, beta = runs
+    short = f"{acme[:13]}..{acme[-12:]}"
+
+    for verb in ("show", "why", "logs"):
+        for given in (short, short.replace("..", "…").upper()):
+            assert cli("runs", verb, given, "-o", "json").code == 0, verb
+    assert cli("runs", "show", short, "-o", "id").out.strip() == acme
+    assert cli("runs", "why", short, "--org", "org_beta", check=False).code == 3
+    assert cli("runs", "list", "-q", short, "-o", "id").out.strip() == acme
+    assert acme in cli("runs", "list", "--after", f"{beta[:13]}…{beta[-12:]}", "-o", "id").out.split()
+    assert cli("runs", "answer", short, "approval", "--data", "true", "-o", "id").out.strip() == "approval"
+    assert cli("runs", "cancel", short, "-o", "id").out.strip() == acme
+    assert cli("runs", "retry", short, "--again", "-o", "json").json()["retry_of"] == acme
+
+
+def test_runs_that_fit_are_listed(cli: CommandLine, runs: list[str]):
+    acme, _ = runs
+    # Both were made within a minute.
+    common = acme[:8]
+
+    told = cli("runs", "cancel", common, "-o", "json", check=False)
+    error = json.loads(told.err)["error"]
+    shown = cli("runs", "logs", common, check=False)
+
+    assert (told.code, told.out, error["code"]) == (2, "", "ambiguous")
+    assert {"id", "org", "definition", "scheduled_for"} == set(error["candidates"][0])
+    [one] = [row for row in error["candidates"] if row["id"] == acme]
+    assert (one["org"], one["definition"]) == ("org_acme", "tick")
+    lines = shown.err.splitlines()
+    assert (shown.code, lines[0].startswith(f"error: several runs fit {common}")) == (2, True)
+    assert lines[-1] == "fix: give more of its beginning or its end, or the whole id"
+    assert [line.split()[1:3] for line in lines[1:-1]] == [
+        [row["org"], row["definition"]] for row in error["candidates"]
+    ]
+    assert re.fullmatch(r"    [0-9a-f]{8}-[0-9a-f]{4}…[0-9a-f]{4,}  org_.*Z", lines[1])
+    # Neither was changed.
+    assert {cli("runs", "show", run, "-o", "json").json()["state"] for run in runs} == {"waiting"}

@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 
 from tests.fakes.clock import utc
-from worker.kit.output import RUN_CELLS, SHORT_ID, Format, print_rows, took, why
+from worker.kit.output import RUN_CELLS, Format, print_rows, took, why
 from worker.store.lists import RUNS
 
 ID = "0192aaaa-0000-7abc-8000-000000000001"
@@ -50,8 +50,7 @@ def printed(monkeypatch: pytest.MonkeyPatch):
             for name, value in environment.items():
                 patch.setenv(name, value)
             patch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((columns or 80, 24)))
-            rows = [{**run, **{name: cell(run) for name, cell in RUN_CELLS.items()}} for run in runs]
-            print_rows(rows, Format.TABLE, columns=RUNS.table, titles=True)
+            print_rows(runs, Format.TABLE, columns=RUNS.table, titles=True, cells=RUN_CELLS, short=True)
         return stream.getvalue().splitlines()
 
     return print_runs
@@ -78,8 +77,20 @@ def test_a_terminal_is_never_wider_than_it_is(printed, columns):
     lines = printed(RUN, {**RUN, "state": "succeeded"}, columns=columns, NO_COLOR="1")
 
     assert max(map(len, lines)) <= columns
-    assert all(line.endswith(ID if columns >= 130 else ID[:SHORT_ID]) for line in lines[1:])
+    assert all(line.endswith(ID if columns >= 130 else " 0192aaaa-0000…0001") for line in lines[1:])
     assert all("failed" in line or "succeeded" in line for line in lines[1:])
+
+
+def test_short_ids_of_a_table_differ(printed):
+    alike = {**RUN, "id": ID.replace("8000-00000000", "8000-00000001")}
+
+    lines = printed(RUN, alike, RUN | {"id": ID[:-1] + "2"}, columns=100)
+
+    assert [line.split()[-1] for line in lines[1:]] == [
+        "0192aaaa-0000…00001",
+        "0192aaaa-0000…10001",
+        "0192aaaa-0000…0002",
+    ]
 
 
 def test_a_terminal_has_colour_unless_it_is_refused(printed):

@@ -45,7 +45,6 @@ BY_KEY = {
     "org_secrets": {"add"},
     "orgs": {"add"},
     "read": {"calendar"},
-    "runs": {"resolve"},
     "spending": {"lock_running", "uses"},
     "templates": {
         *("find", "count_definitions", "every", "write", "is_any_org_behind", "progress", "unfinished"),

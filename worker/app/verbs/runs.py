@@ -83,7 +83,7 @@ def cancel(
     given = _filters(session, run, org, options, is_bulk=dry_run)
     with session.database() as database:
         if run is not None:
-            session.print_row(operation.cancel(database, _whole(database, run), actor=session.actor))
+            session.print_row(operation.cancel(database, run, actor=session.actor))
             return
         which = Cancellable(**given)
         found = bulk.matching(database, which, org=org, limit=limit)
@@ -139,7 +139,7 @@ def retry(
         if run is not None:
             row = operation.retry(
                 database,
-                _whole(database, run),
+                run,
                 actor=session.actor,
                 from_checkpoint=from_checkpoint,
                 again=again,
@@ -164,14 +164,6 @@ def retry(
             f"{len(left)} of {len(rows)} runs were not retried: {left[0]['left']}",
             fix="repeat the command once nothing blocks them",
         )
-
-
-def _whole(database: Database, run: str) -> str:
-    """The id of the run that this text begins."""
-    from worker.store.lists import runs as run_lists
-
-    with database.autocommit() as connection:
-        return run_lists.resolve(connection, run)
 
 
 def _filters(
@@ -322,11 +314,10 @@ def why(
     """Explain the state of a run, or why a scheduled time has no run; what is retained, and what to do."""
     from worker.diagnosis import why as operation
     from worker.model.runs.clauses import row_of, sentence
-    from worker.store.lists import runs as run_lists
 
     with session.database() as database, database.autocommit() as connection:
         if run is not None and definition is None and at is None:
-            found = operation.why(connection, run_lists.resolve(connection, run), org=org)
+            found = operation.why(connection, run, org=org)
         elif run is None and org is not None and definition is not None and at is not None:
             when = parse_time(at, session.clock, name="--at")
             found = operation.why_time(connection, org, definition, when, now=database.now(connection))
@@ -386,9 +377,7 @@ def answer(
         _answer_many(session, read_query(query, session.clock), name, value, limit, dry_run=dry_run)
         return
     with session.database() as database:
-        row = operation(
-            database, _whole(database, run), name, value, actor=session.actor, occurrence=occurrence
-        )
+        row = operation(database, run, name, value, actor=session.actor, occurrence=occurrence)
     session.print_row(row, key="name")
 
 
@@ -430,7 +419,7 @@ verb(app, "cancel")(cancel)
 RunArgument = Annotated[str, argument("RUN", "The run's id, as `runs list` prints it.")]
 
 
-add_list(app, RUNS, cells=RUN_CELLS, titles=True)
+add_list(app, RUNS, cells=RUN_CELLS, titles=True, short=True)
 
 
 @verb(app, "show")
@@ -443,7 +432,7 @@ def show(session: Invocation, run: RunArgument) -> None:
     from worker.store.lists import runs as run_lists
 
     with session.connection() as connection:
-        row = run_lists.run(connection, ALL_ORGS, run_lists.resolve(connection, run))
+        row = run_lists.run(connection, ALL_ORGS, run)
     session.print_row(_for_people(row) if session.output is Format.TABLE else row)
 
 
@@ -482,9 +471,9 @@ def logs(
     rows: list[LogRow] = []
     with session.connection() as connection:
         last, errors = run_lists.START, _Errors(session.output)
-        run = run_lists.resolve(connection, run)
         while True:
             found = run_lists.run(connection, ALL_ORGS, run)
+            run = found["id"]
             page = run_lists.lines(connection, ALL_ORGS, found["id"], after=last)
             for attempt, lines in groupby(page, key=lambda line: line["attempt"]):
                 errors.print(found, before=attempt)

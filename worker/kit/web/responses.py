@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from worker.errors import (
     AccessDenied,
+    AmbiguousRun,
     Busy,
     Conflict,
     DefinitionError,
@@ -36,6 +37,8 @@ from worker.model.definitions.units import json_default
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker, without_paths
 
+# The runs that an error is about.
+Candidates = Sequence[Mapping[str, Any]]
 # The first matching class gives the status.
 STATUS: tuple[tuple[type[WorkerError], int], ...] = (
     (UsageError, 400),
@@ -80,6 +83,7 @@ PROBLEM = "application/problem+json"
 # The title of each code; those of other codes are the status' own.
 TITLES: Mapping[str, str] = {
     "usage": "The request is invalid",
+    "ambiguous": "Several runs fit",
     "token": "The token is missing or invalid",
     "denied": "The caller may not do this",
     "not_found": "There is no such thing",
@@ -123,11 +127,18 @@ def fresh(request: Request, response: Response, *, prefix: str = "") -> Response
 
 
 def error_response(
-    status: int, code: str, message: str, fix: str, retry_after: float | None = None, *, field: str = ""
+    status: int,
+    code: str,
+    message: str,
+    fix: str,
+    retry_after: float | None = None,
+    *,
+    field: str = "",
+    candidates: Candidates = (),
 ) -> Response:
     """A problem (RFC 9457); its member `error` is `{code, message, fix}`, as the command line prints it.
 
-    `field` is the key of a definition that is invalid.
+    `field` is the key of a definition that is invalid; `candidates` are the runs that fit.
     """
     headers = wait_headers(status, retry_after)
     if status == 401:
@@ -141,6 +152,7 @@ def error_response(
         "code": code,
         "fix": fix,
         **({"field": field} if field else {}),
+        **({"candidates": candidates} if candidates else {}),
         "error": {"code": code, "message": message, "fix": fix},
     }
     response = json_response(problem, status, headers)
@@ -153,7 +165,7 @@ def wait_headers(status: int, retry_after: float | None) -> dict[str, str]:
     return {"retry-after": str(math.ceil(retry_after or 5))} if status in (429, 503) else {}
 
 
-def _json_only(scope: Scope, status: int, message: str, fix: str) -> None:
+def _json_only(scope: Scope, status: int, message: str, fix: str, candidates: Candidates) -> None:
     return None
 
 
@@ -164,7 +176,7 @@ class ErrorMiddleware:
     """
 
     def __init__(
-        self, app: ASGIApp, page: Callable[[Scope, int, str, str], Response | None] = _json_only
+        self, app: ASGIApp, page: Callable[[Scope, int, str, str, Candidates], Response | None] = _json_only
     ) -> None:
         self._app = app
         self._page = page
@@ -200,12 +212,14 @@ class ErrorMiddleware:
     def _response(self, scope: Scope, error: Exception) -> Response:
         retry_after: float | None = None
         field, more = "", {}
+        candidates: Candidates = ()
         match error:
             case WorkerError():
                 status, code = status_of(error), error.code
                 message, fix = redacted_error(error, scope.get("caller"))
                 retry_after = error.retry_after
                 field = error.field if isinstance(error, DefinitionError) else ""
+                candidates = error.candidates if isinstance(error, AmbiguousRun) else ()
             case HTTPException():
                 status, fix = error.status_code, ""
                 # The methods that a 405 allows.
@@ -222,9 +236,9 @@ class ErrorMiddleware:
                     error=type(error).__name__,
                     place=_place_of(error),
                 )
-        page = self._page(scope, status, message, fix)
+        page = self._page(scope, status, message, fix, candidates)
         if page is None:
-            page = error_response(status, code, message, fix, retry_after, field=field)
+            page = error_response(status, code, message, fix, retry_after, field=field, candidates=candidates)
         page.headers.update({**wait_headers(status, retry_after), **more})
         return page
 

@@ -48,6 +48,7 @@ from worker.store.lists import (
     Page,
     handlers,
     redaction,
+    run_ids,
     runs,
     search,
 )
@@ -93,6 +94,18 @@ def page_of(
     rows: Any = _rows_of(connection, listing, org, page, limit)
     is_full = "limit" in listing.parameters and len(rows) == limit
     return FoundRows(rows, rows[-1]["id"] if is_full else None)
+
+
+def place_of(connection: Connection, listing: Listing[Any], org: OrgScope, after: str | None) -> str | None:
+    """The row to continue after; that of runs by anything that names a run.
+
+    Raises:
+        NotFound: there is no such org or run.
+        UsageError: several runs fit.
+    """
+    if after is None or listing is not RUNS:
+        return after
+    return run_ids.id_of(connection, orgs.scope_of(connection, org), after)
 
 
 def _rows_of(connection: Connection, listing: Listing[R], org: OrgScope, page: Page, limit: int) -> list[R]:

@@ -22,15 +22,15 @@ from sqlalchemy import (
     tuple_,
 )
 
-from worker.errors import NotFound, UsageError
+from worker.errors import NotFound
 from worker.handlers.steps import MAX_STEPS
 from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, OrgId, OrgScope, RunId, Scope, lowest_id
 from worker.model.runs.budgets import MAX_SPENDS
-from worker.model.search import ids_of
 from worker.store import orgs, tables
 from worker.store.dialect import Id, Instant, Row, all_rows, below, first_row, in_scope, json_type, rows_as
-from worker.store.lists import MAX_LIMIT, Page, checked_id
+from worker.store.lists import MAX_LIMIT, Page
 from worker.store.lists.rows import AttemptRow, LogRow, Run, RunDetail, Spent, StepRow, WaitRow, columns_of
+from worker.store.lists.run_ids import id_of
 
 # Runs examined under one condition: about 20 ms on SQLite.
 WINDOW = 20_000
@@ -176,22 +176,6 @@ _retried_as = (
 _listed = select(*(_retried_as if name == "retried_as" else _view.c[name] for name in columns_of(Run)))
 
 
-def resolve(connection: Connection, text: str) -> str:
-    """The id of the only run whose id begins so, of any org; other texts as they are.
-
-    Raises:
-        UsageError: several runs have ids that begin so.
-    """
-    span = ids_of(text)
-    if span is None or span[0] == span[1]:
-        return text
-    some = select(_runs.c.id).where(_runs.c.id.between(*span)).order_by(_runs.c.id).limit(2)
-    found = connection.execute(some).scalars().all()
-    if len(found) > 1:
-        raise UsageError(f"the ids of several runs begin with {text}", fix="`-o id` prints whole ids")
-    return found[0] if found else text
-
-
 class SerialRun(TypedDict):
     """An unfinished run of a definition whose runs may not overlap."""
 
@@ -233,6 +217,7 @@ def with_org(connection: Connection, scope: Scope, run_id: str) -> tuple[Run, Or
 
     Raises:
         NotFound: there is no such run in this scope.
+        UsageError: several runs of the scope fit.
     """
     row = _require(connection, _listed.add_columns(_view.c.org_id), scope, run_id)
     org_id = OrgId(row.pop("org_id"))
@@ -240,8 +225,8 @@ def with_org(connection: Connection, scope: Scope, run_id: str) -> tuple[Run, Or
 
 
 def _require(connection: Connection, columns: Select[Any], scope: Scope, run_id: str) -> Row:
-    """These columns of a run; raises NotFound."""
-    mine = (_view.c.id == checked_id(run_id), *in_scope(_view.c.org_id, scope))
+    """These columns of a run; raises as `id_of`."""
+    mine = (_view.c.id == id_of(connection, scope, run_id), *in_scope(_view.c.org_id, scope))
     row = first_row(connection, columns.where(*mine))
     if row is None:
         raise NotFound(f"there is no run {run_id}", fix="`runs list` shows the runs")
@@ -253,6 +238,7 @@ def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
 
     Raises:
         NotFound: there is no such org, or it has no such run.
+        UsageError: several of its runs fit.
     """
     scope = orgs.scope_of(connection, org)
     found = _require(connection, select(_view, _retried_as), scope, run_id)

@@ -25,11 +25,11 @@ from sqlalchemy import (
 )
 from sqlalchemy import cast as sql_cast
 
-from worker.ids import AllOrgs, OrgScope, RunId, Scope, highest_id, lowest_id
-from worker.model.search import Query, folded, ids_of, near, pieces_of
+from worker.ids import AllOrgs, OrgScope, RunId, Scope, given_id, highest_id, lowest_id
+from worker.model.search import Query, folded, near, pieces_of
 from worker.store import failing, orgs, tables
 from worker.store.dialect import below, in_scope, rows_as
-from worker.store.lists import DEFAULT_LIMIT, FIRST_PAGE, FoundRows, Page
+from worker.store.lists import DEFAULT_LIMIT, FIRST_PAGE, MAX_LIMIT, FoundRows, Page
 from worker.store.lists import runs as run_lists
 from worker.store.lists.handlers import handler_names
 from worker.store.lists.matching import (
@@ -43,6 +43,7 @@ from worker.store.lists.matching import (
     words_beginning,
 )
 from worker.store.lists.rows import OrgRow, Run, columns_of
+from worker.store.lists.run_ids import fitting
 from worker.store.names import around
 
 # Runs examined by one statement: few first, since most searches find a page among the newest runs.
@@ -171,8 +172,8 @@ class _Search:
     def _sources(self) -> list[_Source]:
         """Where the runs that match are, in the index that leaves out most others; no longer in the query."""
         query = self.query
-        if (span := self._take_id()) is not None:
-            return [_Source(_runs.c.id, (_runs.c.id.between(*span),))]
+        if (fits := self._take_id()) is not None:
+            return [_Source(_runs.c.id, (fits,))]
         for word in sorted(query.words, key=len, reverse=True):
             if (worded := self._of_a_word(word)) is not None:
                 return worded
@@ -220,16 +221,15 @@ class _Search:
         )
         return sources
 
-    def _take_id(self) -> tuple[str, str] | None:
-        """The first and last id of a word that begins a run's id; it is then no longer a word of an org."""
+    def _take_id(self) -> Condition | None:
+        """The condition of a word that fits the id of a run; it is then no longer a word of an org."""
         for word in self.query.words:
-            if (span := ids_of(word)) is None:
+            if (given := given_id(word)) is None:
                 continue
-            mine = (_runs.c.id.between(*span), *in_scope(_runs.c.org_id, self.scope))
-            if self._ids(select(_runs.c.id).where(*mine).limit(1)):
+            if found := fitting(self.connection, self.scope, given, MAX_LIMIT if given.tail else 1):
                 words = tuple(other for other in self.query.words if other != word)
                 self.query = replace(self.query, words=words)
-                return span
+                return _runs.c.id.in_(found) if given.tail else _runs.c.id.between(given.first, given.last)
         return None
 
     def _few_definitions(self, name: str) -> Sequence[str] | None:
@@ -319,7 +319,7 @@ def suggestions(connection: Connection, scope: OrgScope, query: Query) -> list[S
     """
     org_id = orgs.scope_of(connection, scope)
     wanted = [*query.words, *(query.org or "").split()]
-    wrong = [word for word in wanted if ids_of(word) is None and not _is_known(connection, org_id, word)]
+    wrong = [word for word in wanted if given_id(word) is None and not _is_known(connection, org_id, word)]
     found = [Suggestion(word, _near(connection, org_id, folded(word))) for word in wrong]
     if query.definition is not None:
         found += _of_definition(connection, org_id, query.definition)

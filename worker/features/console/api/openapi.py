@@ -47,6 +47,16 @@ _PROBLEM: dict[str, Any] = {
         "code": {"type": "string", "description": f"Such as {', '.join(sorted(TITLES))}."},
         "fix": {"type": "string", "description": "What to do about it."},
         "field": {"type": "string", "description": "The key of a definition that is invalid."},
+        "candidates": {
+            "type": "array",
+            "description": "With the code `ambiguous`: runs that fit, the newest.",
+            "items": {
+                "type": "object",
+                "properties": {
+                    name: {"type": "string"} for name in ("id", "org", "definition", "scheduled_for")
+                },
+            },
+        },
         "error": {
             "type": "object",
             "properties": {name: {"type": "string"} for name in ("code", "message", "fix")},

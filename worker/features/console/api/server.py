@@ -327,7 +327,7 @@ def read_list(
         state=given.get("state"),
         since=None if since is None else parse_time(since, clock, name="since"),
         limit=limit_of(given),
-        after=given.get("after"),
+        after=lists.place_of(connection, listing, org, given.get("after")),
         query=of_pool(parsed(given["q"], now=clock.now()) if "q" in given else None, given.get("pool")),
         broken=flag_of(given, "broken"),
     )

@@ -25,6 +25,7 @@ from worker.features.console.pages.runs import RunPages
 from worker.features.console.pages.search import FailurePages, SearchPages
 from worker.features.console.pages.usage import UsagePages
 from worker.features.console.sessions import Forms, Sessions, in_api
+from worker.kit.web.responses import Candidates
 
 
 class Console:
@@ -63,10 +64,12 @@ class Console:
             *self._login.routes(),
         )
 
-    def error_page(self, scope: Scope, status: int, message: str, fix: str) -> Response | None:
+    def error_page(
+        self, scope: Scope, status: int, message: str, fix: str, candidates: Candidates = ()
+    ) -> Response | None:
         """An error page, or the login page for 401; None if a program sent the request."""
         if in_api(scope):
             return None
         if status == 401:
             return self._login.page(scope, message)
-        return error_page(scope, self._pages.frame(scope), status, message, fix)
+        return error_page(scope, self._pages.frame(scope), status, message, fix, candidates)

@@ -25,6 +25,8 @@ from worker.clock import to_text
 from worker.features.console.callers import Caller
 from worker.features.console.pages.links import definition_path, org_path
 from worker.features.console.sessions import STATIC
+from worker.ids import short_ids
+from worker.kit.web.responses import Candidates
 from worker.model.definitions.units import took
 
 _WEB = Path(__file__).parents[1]
@@ -52,6 +54,8 @@ _TITLES = {
     429: "Too many requests",
     503: "Not available right now",
 }
+# What the filter `short` gives.
+_RUN = re.compile("\ue000([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
 # A command of the command line, an option, or a setting, as the fixes of errors name them.
 _COMMAND = re.compile(r"`[^`]*`|\[\[?[a-z_.]+\]\]?|worker\.toml|Authorization:")
 
@@ -87,6 +91,12 @@ def _path(value: object) -> str:
     return quote(str(value), safe="")
 
 
+def _short(id_: str) -> str:
+    """A run's id that `page` shortens: only the whole page tells which tails keep its ids apart."""
+    marked = f"\ue000{id_}"
+    return marked if _RUN.fullmatch(marked) else id_
+
+
 _pretty = partial(json.dumps, indent=2, ensure_ascii=False, default=str)
 
 
@@ -103,7 +113,7 @@ templates = jinja2.Environment(
     lstrip_blocks=True,
     auto_reload=False,
 )
-templates.filters |= {"pretty": _pretty, "ago": _ago, "took": took, "path": _path}
+templates.filters |= {"pretty": _pretty, "ago": _ago, "took": took, "path": _path, "short": _short}
 # What `Pages.show` sets for a caller; the login page has none of it.
 templates.globals |= {
     "static": static_url,
@@ -122,11 +132,15 @@ templates.globals |= {
 
 def page(template: str, status: int = 200, **values: Any) -> Response:
     """Render a page; every value is escaped."""
-    body = templates.get_template(template).render(values)
+    text = templates.get_template(template).render(values)
+    short = short_ids(_RUN.findall(text))
+    body = _RUN.sub(lambda found: short[found[1]], text)
     return Response(body, status, HEADERS, media_type="text/html")
 
 
-def error_page(scope: Scope, frame: dict[str, Any], status: int, message: str, fix: str) -> Response:
+def error_page(
+    scope: Scope, frame: dict[str, Any], status: int, message: str, fix: str, candidates: Candidates = ()
+) -> Response:
     """An error page that keeps its person logged in, with links into the console instead of commands."""
     fix = fix_of(fix)
     values = {
@@ -134,6 +148,7 @@ def error_page(scope: Scope, frame: dict[str, Any], status: int, message: str, f
         "title": _TITLES.get(status, "This did not work"),
         "message": f"{message[:1].upper()}{message[1:].rstrip('.')}.",
         "fix": fix,
+        "candidates": candidates,
         "ways": _ways(scope, frame["caller"], status),
     }
     return page("error.html", status, **frame, **values)
