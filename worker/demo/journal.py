@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from worker.ids import short_id
+
 JOURNAL = """
 CREATE TABLE demo_changes (
     seq INTEGER PRIMARY KEY, run_id TEXT NOT NULL, definition_id TEXT NOT NULL,
@@ -56,8 +58,6 @@ WHERE c.seq > ? ORDER BY c.seq
 """
 
 WIDTH = 100
-# The beginning of a run's id that is its own among the demo's.
-SHORT_ID = 18
 # What the printed command adds to the budget.
 RAISE = 100
 # Seconds in which a definition's ends that are alike have one line.
@@ -181,7 +181,7 @@ def advice_on(change: RunChange, *, console: str, command: str) -> Sequence[str]
         data = shlex.quote(json.dumps(options[0]))
         name = shlex.quote(change.detail or "NAME")
         do, page = "answer it", f"/runs/{change.run}"
-        verb = f"runs answer {change.run[:SHORT_ID]} {name} --data {data}"
+        verb = f"runs answer {short_id(change.run)} {name} --data {data}"
     elif change.reason == "budget":
         do, page = "raise it", f"/usage?org={quote(change.org)}"
         verb = f"budgets raise {org} {shlex.quote(change.detail or 'METER')} --by {RAISE}"

@@ -88,7 +88,7 @@ def test_the_advice_names_the_page_and_a_command():
 
     assert asked == (
         f"answer it: http://127.0.0.1:8470/runs/{RUN}, or",
-        "/tmp/demo/orgworker runs answer 01a22bc8-b44c-765d approval --data '\"yes\"'",
+        "/tmp/demo/orgworker runs answer 01a22bc8-b44c…3048 approval --data '\"yes\"'",
     )
     assert spent == (
         "raise it: http://127.0.0.1:8470/usage?org=org_acme, or",
@@ -105,6 +105,6 @@ def test_an_option_cannot_leave_its_place_in_the_command(monkeypatch: pytest.Mon
         _, command = advice_on(asked, console="", command="echo")
         return subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False).stdout
 
-    assert printed() == "runs answer 01a22bc8-b44c-765d $(echo out) --data \"'; echo out; '\"\n"
+    assert printed() == "runs answer 01a22bc8-b44c…3048 $(echo out) --data \"'; echo out; '\"\n"
     monkeypatch.setattr("worker.demo.journal.shlex.quote", lambda text: text)
-    assert "approval out" in printed().replace("765d", "approval")
+    assert "approval out" in printed().replace("3048", "approval")

@@ -22,7 +22,7 @@ from worker.features.console.charts import Lane, LanePiece, gantt
 from worker.features.console.pages.base import PageGroup, allowed, query
 from worker.features.console.pages.forms import as_text, from_json, from_typed, problem_of, reason_of
 from worker.features.console.pages.links import cause_path, step_path
-from worker.ids import OrgId, RunId
+from worker.ids import OrgId, RunId, given_id
 from worker.model.claims import without_digests
 from worker.model.runs.clauses import clauses, up
 from worker.model.runs.run import step_label
@@ -31,6 +31,8 @@ from worker.model.runs.why import Why
 from worker.operations.runs import require_run
 from worker.store.lists import runs
 from worker.store.lists.rows import LogRow, Run, RunDetail, WaitRow
+from worker.store.lists.run_ids import id_of
+from worker.store.orgs import scope_of
 
 # Characters of a value such as params that a page shows at most.
 VALUE = 8_000
@@ -68,8 +70,24 @@ class RunPages(PageGroup):
         )
 
     async def _run(self, request: Request) -> Response:
+        if (there := await self._by_whole_id(request)) is not None:
+            return there
         query(request)
         return await self._page(request)
+
+    async def _by_whole_id(self, request: Request, rest: str = "") -> Response | None:
+        """The way to this page by the run's whole id; None if its address has that."""
+        caller, text = caller_of(request), request.path_params["run"]
+        given = given_id(text)
+        if given is None or text == given.first == given.last:
+            return None
+
+        def work(connection: Connection) -> RunId:
+            return id_of(connection, scope_of(connection, caller.scope()), text)
+
+        id_ = await self._pages.database.read(caller, work)
+        asked = f"?{request.url.query}" if request.url.query else ""
+        return RedirectResponse(f"/runs/{id_}{rest}{asked}", 303)
 
     async def _page(self, request: Request, problem: WorkerError | None = None) -> Response:
         """The page of a run; after a change that was refused, with its problem."""
@@ -103,6 +121,8 @@ class RunPages(PageGroup):
         return await self._pages.show(request, "run.html", work)
 
     async def _log(self, request: Request) -> Response:
+        if (there := await self._by_whole_id(request, "/log")) is not None:
+            return there
         caller, given = caller_of(request), query(request, "before", "after")
         places = {name: place_of(text) for name, text in given.items()}
 

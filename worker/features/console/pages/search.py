@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import UTC, timedelta
 from typing import Any, Literal
-from uuid import UUID
 
 from sqlalchemy import Connection
 from starlette.requests import Request
@@ -13,18 +12,20 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from worker.diagnosis.matters import listed
-from worker.errors import AccessDenied, NotFound, UsageError
+from worker.errors import AccessDenied, UsageError
 from worker.features.console.callers import Caller, caller_of
 from worker.features.console.pages.base import ROWS, PageGroup, next_page, query
 from worker.features.console.pages.links import search_path
 from worker.features.console.pages.rendering import page
-from worker.ids import ALL_ORGS
+from worker.ids import ALL_ORGS, RunId, given_id
 from worker.model.search import KEYS, Query, parsed
-from worker.store.lists import Page, failures, runs, search
+from worker.store.lists import Page, failures, search
 from worker.store.lists.failures import cause_text
 from worker.store.lists.morning import Named
 from worker.store.lists.rows import OrgRow, Run
+from worker.store.lists.run_ids import fitting
 from worker.store.lists.search import suggestions
+from worker.store.orgs import scope_of
 
 # Orgs that the page shows above the runs.
 MAX_ORGS = 8
@@ -47,12 +48,15 @@ class SearchPages(PageGroup):
             wanted = self.query_of(request, text)
         except UsageError as error:
             return page("search.html", 400, **frame, error=error)
-        run_id = _id_of(text)
 
         def work(connection: Connection) -> Response:
-            if run_id is not None and _exists(connection, caller, run_id):
-                return RedirectResponse(f"/runs/{run_id}", 303)
-            return page("search.html", **frame, **_found(connection, caller, wanted, given), error=None)
+            try:
+                if (run_id := _only_run(connection, caller, text)) is not None:
+                    return RedirectResponse(f"/runs/{run_id}", 303)
+                found = _found(connection, caller, wanted, given)
+            except UsageError as error:
+                return page("search.html", 400, **frame, error=error)
+            return page("search.html", **frame, **found, error=None)
 
         return await self._pages.database.read(caller, work)
 
@@ -88,20 +92,12 @@ def _found(connection: Connection, caller: Caller, wanted: Query, given: dict[st
     }
 
 
-def _id_of(text: str) -> str | None:
-    """The run id, if the whole text is one."""
-    try:
-        return str(UUID(text)) if len(text) in (32, 36) else None
-    except ValueError:
+def _only_run(connection: Connection, caller: Caller, text: str) -> RunId | None:
+    """The run, if the whole text is an id that fits one that the caller sees."""
+    if (known := given_id(text)) is None:
         return None
-
-
-def _exists(connection: Connection, caller: Caller, run_id: str) -> bool:
-    try:
-        runs.run(connection, caller.scope(), run_id)
-    except NotFound:
-        return False
-    return True
+    found = fitting(connection, scope_of(connection, caller.scope()), known, 2)
+    return found[0] if len(found) == 1 else None
 
 
 STATES = ("failed", "refused")
