@@ -27,7 +27,7 @@ def id_of(connection: Connection, scope: Scope, text: str) -> RunId:
     """The id of the run in this scope that a text names; a whole id as it is, whether or not it exists.
 
     Raises:
-        NotFound: the text is no id, or fits none.
+        NotFound: the text is not an id, or no run fits.
         AmbiguousRun: it fits several.
         UsageError: too many ids begin so to look at the ends of all.
     """
