@@ -54,7 +54,7 @@ CANCELLED = ("id", "org", "definition", "scheduled_for", "state", "left")
 ANSWERED = ("id", "org", "definition", "scheduled_for", "name", "left")
 RETRIED = ("id", "retry_of", "org", "definition", "scheduled_for", "state", "left")
 
-OptionalRun = Annotated[str | None, argument("RUN", "One run: its id, or a short one that fits no other.")]
+OptionalRun = Annotated[str | None, argument("RUN", "One run's id, or a short one that fits no other.")]
 DryRunOption = Annotated[bool, option("--dry-run", "Only list the runs that would be changed.")]
 
 
@@ -334,7 +334,7 @@ def why(
 
 def answer(
     session: Invocation,
-    run: Annotated[str | None, argument("[RUN]", "The run: its id, or a short one that fits no other.")] = None,
+    run: Annotated[str | None, argument("[RUN]", "The run's id, or a short one that fits no other.")] = None,
     name: Annotated[
         str | None, argument("NAME", "What it waits for, as `runs show` lists it in `waits`.")
     ] = None,
@@ -416,7 +416,7 @@ verb(app, "answer")(answer)
 verb(app, "retry")(retry)
 verb(app, "cancel")(cancel)
 
-RunArgument = Annotated[str, argument("RUN", "The run: its id, or a short one that fits no other.")]
+RunArgument = Annotated[str, argument("RUN", "The run's id, or a short one that fits no other.")]
 
 
 add_list(app, RUNS, cells=RUN_CELLS, titles=True, short=True)

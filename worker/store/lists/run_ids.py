@@ -49,21 +49,17 @@ def fitting(connection: Connection, scope: Scope, given: GivenId, limit: int) ->
         UsageError: too many ids begin so to look at the ends of all.
     """
     mine = (_runs.c.id.between(given.first, given.last), *in_scope(_runs.c.org_id, scope))
-    begin = select(_runs.c.id).where(*mine).order_by(_runs.c.id.desc())
-    if not given.tail:
-        return [RunId(id_) for id_ in connection.execute(begin.limit(limit)).scalars()]
-    some = begin.limit(EXAMINED).subquery("some")
-    matching = select(some.c.id).where(sql_cast(some.c.id, Text).endswith(given.tail))
-    query = matching.order_by(some.c.id.desc()).limit(limit)
-    found = [RunId(id_) for id_ in connection.execute(query).scalars()]
-    if len(found) < limit:
-        all_of_them = begin.limit(EXAMINED + 1).subquery("some")
-        if connection.execute(select(func.count()).select_from(all_of_them)).scalar_one() > EXAMINED:
+    query = select(_runs.c.id).where(*mine)
+    if given.tail:
+        some = query.limit(EXAMINED + 1).subquery("some")
+        if connection.execute(select(func.count()).select_from(some)).scalar_one() > EXAMINED:
             raise UsageError(
                 f"too many ids begin with {given.first[:8]} to look for one that ends with {given.tail}",
                 fix="give more of the beginning",
             )
-    return found
+        query = query.where(sql_cast(_runs.c.id, Text).endswith(given.tail))
+    ids = connection.execute(query.order_by(_runs.c.id.desc()).limit(limit)).scalars()
+    return [RunId(id_) for id_ in ids]
 
 
 def _ambiguous(connection: Connection, scope: Scope, text: str, found: list[RunId]) -> AmbiguousRun:
