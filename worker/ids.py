@@ -34,8 +34,8 @@ _nanoseconds: Callable[[], int] = time.time_ns
 _random: Callable[[int], bytes] = os.urandom
 # Microseconds, in 30 bits of an id of `new_id_at`: almost 18 minutes.
 _LATEST = 2**30
-# Characters at both ends of a short id: the millisecond, and random digits.
-_TIME = 13
+# Characters at both ends of a short id: the time that all ids of a millisecond have, and random digits.
+MILLISECOND = 13
 _TAIL = 4
 # At least this much of an id: shorter beginnings are words of orgs.
 _LEAST_TIME = 8
@@ -111,7 +111,7 @@ def short_id(id_: str, tail: int = _TAIL) -> str:
 
     Ids of runs that are due together begin alike, so a beginning alone names none of them.
     """
-    return id_ if _TIME + tail >= len(id_) - 1 else f"{id_[:_TIME]}…{id_[-tail:].lstrip('-')}"
+    return id_ if MILLISECOND + tail >= len(id_) - 1 else f"{id_[:MILLISECOND]}…{id_[-tail:].lstrip('-')}"
 
 
 def short_ids(ids: Iterable[str]) -> Mapping[str, str]:

@@ -29,7 +29,7 @@ from tests.integration.console.conftest import (
     on_either,
 )
 from worker.features.console.pages import runs as run_pages
-from worker.ids import ALL_ORGS, RunId, new_id
+from worker.ids import ALL_ORGS, RunId, new_id, short_id
 from worker.model.runs.waits import NewWait
 from worker.store import tables
 from worker.store.lists import runs
@@ -159,9 +159,10 @@ async def test_a_retry_from_the_checkpoint_says_why_and_a_second_one_only_again(
         assert staffed.last_change() == ("operator:operator", "run.retry", detail)
 
         page = await client.get(f"/runs/{run}")
-        assert f'It was retried as <a href="/runs/{new}">' in page.text
+        assert f'It was retried as <a href="/runs/{new}" title="{new}">' in page.text
+        assert f"run <code>{short_id(new)}</code>" in page.text
         assert "This run was retried already." in page.text
-        assert f'This is a retry of <a href="/runs/{run}">' in (await client.get(f"/runs/{new}")).text
+        assert f'This is a retry of <a href="/runs/{run}" ' in (await client.get(f"/runs/{new}")).text
 
         refused = await client.post(f"/runs/{run}/retry", data={"csrf": csrf}, headers=OURS)
         assert (refused.status_code, "Nothing was changed." in refused.text) == (409, True)

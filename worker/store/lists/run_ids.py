@@ -6,18 +6,20 @@ index and compared with the tail, so a short id needs no index of its own.
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, Text, func, select
+from typing import Any
+
+from sqlalchemy import Connection, Select, Text, func, select
 from sqlalchemy import cast as sql_cast
 
 from worker.errors import AmbiguousRun, NotFound, UsageError
-from worker.ids import GivenId, RunId, Scope, given_id
+from worker.ids import MILLISECOND, GivenId, RunId, Scope, given_id
 from worker.store import tables
 from worker.store.dialect import all_rows, in_scope
 from worker.store.lists import checked_id
 
 # Runs that an error lists.
 CANDIDATES = 5
-# Ids with the same beginning that are compared with a tail. One due time has at most 100,000.
+# Ids with the same beginning that are compared with a tail.
 EXAMINED = 200_000
 
 _runs, _orgs, _definitions = tables.runs, tables.orgs, tables.definitions
@@ -51,15 +53,22 @@ def fitting(connection: Connection, scope: Scope, given: GivenId, limit: int) ->
     mine = (_runs.c.id.between(given.first, given.last), *in_scope(_runs.c.org_id, scope))
     query = select(_runs.c.id).where(*mine)
     if given.tail:
+        _check_few(connection, given, query)
+        query = query.where(sql_cast(_runs.c.id, Text).endswith(given.tail))
+    ids = connection.execute(query.order_by(_runs.c.id.desc()).limit(limit)).scalars()
+    return [RunId(id_) for id_ in ids]
+
+
+def _check_few(connection: Connection, given: GivenId, query: Select[Any]) -> None:
+    """Raise UsageError if too many ids of the query begin alike to look at the ends of all."""
+    # The runs of a millisecond are few enough: a due time has at most 100,000.
+    if given.first[:MILLISECOND] != given.last[:MILLISECOND]:
         some = query.limit(EXAMINED + 1).subquery("some")
         if connection.execute(select(func.count()).select_from(some)).scalar_one() > EXAMINED:
             raise UsageError(
                 f"too many ids begin with {given.first[:8]} to look for one that ends with {given.tail}",
                 fix="give more of the beginning",
             )
-        query = query.where(sql_cast(_runs.c.id, Text).endswith(given.tail))
-    ids = connection.execute(query.order_by(_runs.c.id.desc()).limit(limit)).scalars()
-    return [RunId(id_) for id_ in ids]
 
 
 def _ambiguous(connection: Connection, scope: Scope, text: str, found: list[RunId]) -> AmbiguousRun:
