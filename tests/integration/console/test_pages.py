@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import html
 import re
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote
+from zoneinfo import ZoneInfo
 
 import pytest
 from sqlalchemy import update
@@ -186,7 +187,7 @@ async def test_a_crash_is_on_the_pages_of_workers_and_of_the_morning_and_a_stop_
         one: row
         for row in page.split("<tr>")
         for one in (dead, stopped, silent, me)
-        if f">{one[-12:]}</code></span></th>" in row
+        if f">{one[-12:]}</code></span><details" in row
     }
     for one, state in ((dead, "crashed"), (stopped, "stopped"), (silent, "silent"), (me, "up")):
         assert f'class="chip {state}"' in rows[one], state
@@ -229,9 +230,10 @@ async def test_nothing_needs_attention_where_all_is_well(staffed: Site):
     assert re.search(r'href="/search\?q=state%3Afailed[^"]*reason%3Aerror', worse.text)
 
 
-async def test_times_are_shown_in_the_viewers_zone_too(staffed: Site):
+async def test_times_are_shown_in_the_viewers_zone(staffed: Site):
     async with logged_in(staffed, TOKENS["viewer"]) as client:
-        csrf = csrf_of(await client.get("/orgs"))
+        before = await client.get("/orgs")
+        csrf = csrf_of(before)
         form = {"csrf": csrf, "zone": "Asia/Tokyo", "back": "/orgs"}
         chosen = await client.post("/zone", data=form, headers=OURS)
         page = await client.get("/orgs")
@@ -239,9 +241,12 @@ async def test_times_are_shown_in_the_viewers_zone_too(staffed: Site):
         away = await client.post("/zone", data=form | {"back": "//evil.example"}, headers=OURS)
 
     assert (chosen.status_code, chosen.headers["location"]) == (303, "/orgs")
-    assert re.search(
-        r'<time datetime="[^"]+">[\d: -]+ UTC</time> <span class="local">[^<]* Tokyo</span>', page.text
-    )
+    for shown, zone in ((before.text, ZoneInfo("UTC")), (page.text, ZoneInfo("Asia/Tokyo"))):
+        at, title, text = re.findall(r'<time datetime="([^"]+)" title="([^"]+)">([^<]+)</time>', shown)[0]
+        instant = datetime.fromisoformat(at)
+        assert text == f"{instant.astimezone(zone):%Y-%m-%d %H:%M}"
+        assert title == f"{instant.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        assert f"Times are in {zone.key}." in shown
     assert (wrong.status_code, "Unknown time zone" in wrong.text) == (400, True)
     assert away.headers["location"] == "/"
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
 from functools import partial
+from html import unescape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -56,24 +58,69 @@ _TITLES = {
 }
 # What the filter `short` gives.
 _RUN = re.compile("\ue000([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
+# Characters of a name that is never broken.
+WORD = 16
+_CELLS = re.compile(r"<(pre|select|svg|textarea)\b.*?</\1>|<[^>]*>|([^<]+)", re.DOTALL)
+# East Asian text breaks between any two characters by itself. The short form of an id stays whole.
+_CHAR = r"[^\s\u2e80-\ud7ff\uf900-\uffef]"
+_LONG = re.compile(rf"(?<!{_CHAR})(?![0-9a-f]{{8}}-[0-9a-f…-]{{5,11}}(?!\S))({_CHAR}{{{WORD + 1},}})")
+# Behind these a line may break, but not between digits: numbers and times stay whole.
+_MARKS = r"[-_:/.,;@=&?+|]{1,3}"
+_MARK = re.compile(rf"(?<=[^\W\d_]){_MARKS}(?=[^\W_])|(?<=\d){_MARKS}(?=[^\W\d_])")
+_CUT = Markup('<span class="cut"><span>{}</span></span>')
+_MINUTE = timedelta(minutes=1)
+_UTC = ZoneInfo("UTC")
 # A command of the command line, an option, or a setting, as the fixes of errors name them.
 _COMMAND = re.compile(r"`[^`]*`|\[\[?[a-z_.]+\]\]?|worker\.toml|Authorization:")
 
 
 @jinja2.pass_context
-def _when(context: Context, value: datetime | None, *, seconds: bool = False) -> Markup:
-    """A time in UTC, with the viewer's own beside it; empty for None."""
+def _when(context: Context, value: datetime | None, *, seconds: bool = False, utc: bool = False) -> Markup:
+    """A time in the viewer's zone, which the footer names, with UTC as its title; empty for None.
+
+    `utc`: the time in UTC, marked so, with the viewer's as title. For places that have other times in UTC.
+    """
     if value is None:
         return Markup()
-    written = value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S" if seconds else "%Y-%m-%d %H:%M")
-    shown = Markup('<time datetime="{}">{} UTC</time>').format(to_text(value), written)
-    zone: ZoneInfo | None = context.get("zone")
-    if zone is None:
-        return shown
-    there = value.astimezone(zone)
-    day = "" if there.date() == value.astimezone(UTC).date() else there.strftime("%d %b ")
-    local = f"{day}{there.strftime('%H:%M')} {zone.key.rpartition('/')[2].replace('_', ' ')}"
-    return shown + Markup(' <span class="local">{}</span>').format(local)
+    zone: ZoneInfo = context.get("zone") or _UTC
+    shown, other = (_UTC, zone) if utc else (zone, _UTC)
+    form = "%Y-%m-%d %H:%M:%S"
+    title = f"{value.astimezone(other):{form}} {other.key}"
+    text = f"{value.astimezone(shown):{form if seconds else form[:-3]}}{' UTC' if utc else ''}"
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(to_text(value), title, text)
+
+
+def _seconds_apart(times: Iterable[datetime | None]) -> bool:
+    """Whether a list with these times shows seconds: two of them are less than a minute apart."""
+    ordered = sorted({time.replace(microsecond=0) for time in times if time is not None})
+    return any(later - earlier < _MINUTE for earlier, later in pairwise(ordered))
+
+
+def _fitted(html: str) -> Markup:
+    """The rows of a table, whose lines break between words only.
+
+    In a name of more than WORD characters, lines may break behind marks such as `_` and `:`. A part of it
+    that is still longer ends in "…" where there is no room, and the title has the whole text.
+    """
+    fitted = _CELLS.sub(lambda found: _fitted_text(found[2]) if found[2] else found[0], html)
+    return Markup(fitted)  # noqa: S704 - tags of the templates; each text is escaped again
+
+
+def _fitted_text(html: str) -> str:
+    text = unescape(html)
+    # Every second piece is a long name.
+    pieces: list[str] = _LONG.split(text)
+    if len(pieces) == 1:
+        return html
+    pieces[1::2] = map(_broken, pieces[1::2])
+    made = Markup().join(pieces)
+    title = Markup(' title="{}"').format(text.strip()) if '"cut"' in made else ""
+    return Markup("<span{}>{}</span>").format(title, made)
+
+
+def _broken(name: str) -> Markup:
+    parts = _MARK.sub(r"\g<0>\n", name).split("\n")
+    return Markup("<wbr>").join(_CUT.format(part) if len(part) > WORD else part for part in parts)
 
 
 @jinja2.pass_context
@@ -114,6 +161,7 @@ templates = jinja2.Environment(
     auto_reload=False,
 )
 templates.filters |= {"pretty": _pretty, "ago": _ago, "took": took, "path": _path, "short": _short}
+templates.filters |= {"fitted": _fitted, "seconds_apart": _seconds_apart}
 # What `Pages.show` sets for a caller; the login page has none of it.
 templates.globals |= {
     "static": static_url,
