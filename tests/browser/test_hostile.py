@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -169,12 +169,15 @@ def evil_site(
 ) -> Iterator[tuple[str, Any, str]]:
     """The address of a console full of hostile text, the cookies of an operator, and a run."""
     folder = tmp_path_factory.mktemp(f"hostile-{dialect}")
-    with migrated(request, folder) as url, serving(folder, browser, url) as found:
+    with migrated(request, folder) as url, serving(folder, browser, url, fill) as found:
         yield found
 
 
 @contextlib.contextmanager
-def serving(folder: Path, browser: Browser, url: str) -> Iterator[tuple[str, Any, str]]:
+def serving(
+    folder: Path, browser: Browser, url: str, fill: Callable[[Connection, datetime], str]
+) -> Iterator[tuple[str, Any, str]]:
+    """The address of a console over these rows, the cookies of an operator, and what `fill` returned."""
     port, digest = free_port(), hashlib.sha256(TOKEN.encode()).hexdigest()
     (folder / "worker.toml").write_text(
         f'[database]\nurl = "{url}"\n[web]\nlisten = "127.0.0.1:{port}"\ncalls_per_second = 10000\n'
@@ -182,7 +185,7 @@ def serving(folder: Path, browser: Browser, url: str) -> Iterator[tuple[str, Any
     )
     database = Database.open(url, clock=SystemClock())
     with database.transaction() as connection:
-        run = fill(connection, datetime.now(UTC) - timedelta(hours=1))
+        made = fill(connection, datetime.now(UTC) - timedelta(hours=1))
     database.close()
     command = [sys.executable, "-m", "worker", "--config", str(folder / "worker.toml"), "serve"]
     with (folder / "serve.log").open("ab") as log:
@@ -193,7 +196,7 @@ def serving(folder: Path, browser: Browser, url: str) -> Iterator[tuple[str, Any
         with browsers.tab(browser, base) as first:
             first.log_in(TOKEN)
             state = first.page.context.storage_state()
-        yield base, state, run
+        yield base, state, made
     finally:
         served.send_signal(signal.SIGTERM)
         served.wait(timeout=20)

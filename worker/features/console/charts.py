@@ -119,7 +119,8 @@ def bars(
     ]
     legend = [(layer.name, layer.kind) for layer in series if any(layer.values)]
     heads = ["", *(layer.name for layer in series)]
-    return _figure(title, about, BARS, drawn, legend, heads, rows, over=_targets(links, totals, labels))
+    over = _targets(links, totals, labels)
+    return _figure(title, about, BARS, drawn, legend, heads, rows, numbers_from=1, over=over)
 
 
 def gantt(lanes: Sequence[Lane], *, title: str, now: datetime) -> Markup:
@@ -162,7 +163,9 @@ def gantt(lanes: Sequence[Lane], *, title: str, now: datetime) -> Markup:
         kinds.setdefault(piece.name, piece.kind)
     about = ", ".join(f"{name} {short(took)}" for name, took in totals.items()) or "nothing yet"
     legend = [(f"{name} {short(totals[name])}", kind) for name, kind in kinds.items()]
-    return _figure(title, about, height, drawn, legend, ["", "what", "from (UTC)", "for"], rows)
+    return _figure(
+        title, about, height, drawn, legend, ["", "what", "from (UTC)", "for"], rows, numbers_from=3
+    )
 
 
 def lengths(dots: Sequence[Dot], *, title: str) -> Markup:
@@ -207,7 +210,8 @@ def lengths(dots: Sequence[Dot], *, title: str) -> Markup:
     legend = [(kind, kind) for kind in seen]
     if values:
         legend += [(f"median {_seconds(middle)}", "median"), (f"95 % within {_seconds(high)}", "most")]
-    return _figure(title, about, LENGTHS, drawn, legend, ["scheduled for (UTC)", "state", "took"], rows)
+    heads = ["scheduled for (UTC)", "state", "took"]
+    return _figure(title, about, LENGTHS, drawn, legend, heads, rows, numbers_from=2)
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
@@ -244,9 +248,14 @@ def _figure(
     legend: Sequence[tuple[str, str]],
     heads: Sequence[str],
     rows: Sequence[Sequence[str | Markup]],
+    *,
+    numbers_from: int,
     over: str | Markup = "",
 ) -> Markup:
-    """The drawing with its name and description, a legend, and the data as a table."""
+    """The drawing with its name and description, a legend, and the data as a table.
+
+    The table has numbers in the columns from `numbers_from` on.
+    """
     nothing = Markup("")
     kinds = dict.fromkeys(kind for _, kind in legend if kind in _HATCHES)
     hatches = nothing.join(
@@ -267,7 +276,11 @@ def _figure(
     )
     body = nothing.join(
         Markup('<tr><th scope="row">{}</th>{}</tr>').format(
-            row[0], nothing.join(Markup("<td>{}</td>").format(cell) for cell in row[1:])
+            row[0],
+            nothing.join(
+                Markup("<td{}>{}</td>").format(Markup(' class="number"') if at >= numbers_from else "", cell)
+                for at, cell in enumerate(row[1:], 1)
+            ),
         )
         for row in rows
     )

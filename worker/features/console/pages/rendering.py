@@ -17,7 +17,7 @@ from zoneinfo import ZoneInfo
 
 import jinja2
 from jinja2.runtime import Context
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -60,7 +60,9 @@ _TITLES = {
 _RUN = re.compile("\ue000([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
 # Characters of a name that is never broken.
 WORD = 16
-_CELLS = re.compile(r"<(pre|select|svg|textarea)\b.*?</\1>|<[^>]*>|([^<]+)", re.DOTALL)
+# What is left as it is, a tag, or a text.
+_LEFT = r"<(pre|select|svg|textarea)\b.*?</\1>|<span class=\"cut\">.*?</span></span>"
+_HTML = re.compile(rf"{_LEFT}|<[^>]*>|([^<]+)", re.DOTALL)
 # East Asian text breaks between any two characters by itself. The short form of an id stays whole.
 _CHAR = r"[^\s\u2e80-\ud7ff\uf900-\uffef]"
 _LONG = re.compile(rf"(?<!{_CHAR})(?![0-9a-f]{{8}}-[0-9a-f…-]{{5,11}}(?!\S))({_CHAR}{{{WORD + 1},}})")
@@ -96,13 +98,13 @@ def _seconds_apart(times: Iterable[datetime | None]) -> bool:
     return any(later - earlier < _MINUTE for earlier, later in pairwise(ordered))
 
 
-def _fitted(html: str) -> Markup:
-    """The rows of a table, whose lines break between words only.
+def _fitted(value: Markup | str) -> Markup:
+    """Rows of a table, or a text, whose lines break between words only.
 
     In a name of more than WORD characters, lines may break behind marks such as `_` and `:`. A part of it
     that is still longer ends in "…" where there is no room, and the title has the whole text.
     """
-    fitted = _CELLS.sub(lambda found: _fitted_text(found[2]) if found[2] else found[0], html)
+    fitted = _HTML.sub(lambda found: _fitted_text(found[2]) if found[2] else found[0], escape(value))
     return Markup(fitted)  # noqa: S704 - tags of the templates; each text is escaped again
 
 
