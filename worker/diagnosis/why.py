@@ -212,7 +212,7 @@ def _blocked(connection: Connection, run: Row, org: Row, found: Why) -> Why:
         since = max(one["renewed_at"] for one in silent)
         words = f"{names} may be down"
         return blocked(found, "silent_worker", since=since, worker_may_be_down=words, silent_since=since)
-    return found
+    return blocked(found, "no_slot")
 
 
 def _without_handler(connection: Connection, run: Row, found: Why) -> Why:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from worker.clock import SystemClock, to_text
 from worker.ids import ALL_ORGS, short_ids
 from worker.model.definitions.units import json_default
+from worker.model.runs.clauses import listed
 from worker.model.runs.traces import trimmed
 from worker.model.runs.worker_ends import SOURCE
 from worker.telemetry.masking import masker
@@ -342,15 +343,9 @@ def took(time: timedelta) -> str:
 
 
 def why(row: Run) -> str | None:
-    """Its reason with the error or the detail, its progress, and that it was retried."""
-    error = row["error"] or {}
-    what = ": ".join(str(part) for part in (error.get("type"), error.get("message")) if part)
-    parts = (
-        "retried" if row["retried_as"] is not None else None,
-        ": ".join(filter(None, (row["reason"], what or row["detail"]))),
-        in_words(row["progress"]) if row["finished_at"] is None else None,
-    )
-    return ", ".join(filter(None, parts)) or None
+    """Its cause, as `runs why` says first, its progress, and that it was retried."""
+    retried = "retried" if row["retried_as"] is not None else None
+    return ", ".join(filter(None, (retried, listed(row)))) or None
 
 
 RUN_CELLS: Mapping[str, Callable[[Run], Any]] = {

@@ -131,7 +131,7 @@ async def test_the_answer_comes_first_with_the_next_step_in_the_console(staffed:
     assert page.status_code == 200
     text = page.text
     for sentence in (
-        "Failed at attempt 2: its handler raised CrmDown: CRM answers 503.",
+        "Failed at attempt 2: CrmDown: CRM answers 503.",
         "1 other org had the same error in the hour around it.",
         "Retained: its last checkpoint ({&#34;page&#34;: 7}), its attempts and their log.",
         "Its handler had started: a retry is safe if it sends the idempotency key, which stays the same.",
@@ -145,6 +145,54 @@ async def test_the_answer_comes_first_with_the_next_step_in_the_console(staffed:
     assert "attempt 2" in text.lower()
     assert "<desc>waiting" in text
     assert other not in text
+
+
+CAUSES = [
+    ({}, "CrmDown: CRM answers 503"),
+    ({"reason": "lost"}, "its worker died too often without a new checkpoint"),
+    (
+        {"state": "refused", "reason": "scope_missing", "detail": "read:kb"},
+        "its token lacks the scope read:kb",
+    ),
+    ({"state": "skipped", "reason": "flag_off", "detail": "<b>"}, "the flag <b> is off for its org"),
+    ({"state": "cancelled", "reason": "requested"}, "it was cancelled on request"),
+]
+
+
+@on_either
+async def test_the_lists_say_the_cause_with_which_the_page_begins(staffed: Site):
+    for values, cause in CAUSES:
+        run = ended(staffed, **values)
+        for token in (TOKENS["viewer"], staffed.token("org_a")):
+            listed = await staffed.get("/search?q=org:org_a", token)
+            page = await staffed.get(f"/runs/{run}", token)
+
+            newest = re.search(r'data-label="Why"[^>]*>(.*?)</td>', listed.text, re.DOTALL)
+            lead = re.search(r'<p class="lead">(.*?)</p>', page.text, re.DOTALL)
+            assert newest is not None
+            assert lead is not None
+            assert cause in re.sub("<[^>]+>", "", newest[1]).replace("&lt;", "<").replace("&gt;", ">")
+            assert f" at attempt 2: {cause}" in unescape(lead[1])
+
+
+@on_either
+async def test_a_list_says_no_more_to_an_org_than_the_page(staffed: Site):
+    """The worker's own text in `detail` is not for an org. The control: operators read it."""
+    run = make_run(staffed)
+    with staffed.database.transaction() as connection:
+        live = tables.live_runs
+        values = {"reason": "no_token", "detail": "issuer_unavailable: no file /srv/secrets/org_b"}
+        connection.execute(
+            update(live).where(live.c.id == run).values(available_at=staffed.clock.now(), **values)
+        )
+    shown = [
+        (await staffed.get("/search?q=state:waiting", token)).text
+        for token in (TOKENS["viewer"], staffed.token("org_a"))
+    ]
+
+    assert "its org has no token (issuer_unavailable: no file /srv/secrets/org_b); it is" in shown[0]
+    assert "its org has no token (issuer_unavailable); it is requested again at 20" in shown[1]
+    assert "secrets" not in shown[1]
 
 
 @on_either

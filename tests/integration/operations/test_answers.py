@@ -233,7 +233,8 @@ def test_why_says_what_it_waits_for_and_how_to_answer(parked, database):
 
     found = reading(database, why, run.id)
 
-    assert "waits for an answer to approval (since" in clauses(found).cause
+    assert "waits for an answer, without a process; " in clauses(found).cause
+    assert "it asked for approval (since" in clauses(found).cause
     assert found.step.command == f"runs answer {run.id} approval --data JSON"
 
 

@@ -202,14 +202,15 @@ def test_a_run_that_no_worker_or_host_would_take_says_which_pool_is_missing(
         found = reading(database, why, run["id"])
         return found.run["reason"], clauses(found).cause
 
-    assert explained() == ("due", "no worker or host serves pool eu-gpu")
+    waits = "it is due and waits for its turn"
+    assert explained() == ("due", f"{waits}; no worker or host serves pool eu-gpu")
 
     within(database, sweeps.mark_no_handler)
     assert explained() == ("no_pool", "no worker or host serves pool eu-gpu")
 
     stock.worker(handlers=["acme.plain"], pools=["eu-gpu"])
     within(database, sweeps.mark_no_handler)
-    assert explained() == ("due", "no worker had a free slot for it yet")
+    assert explained() == ("due", f"{waits}; no worker had a free slot for it yet")
 
 
 def test_pools_are_listed_with_rules_slots_and_backlog(apply: Apply, database: Database) -> None:

@@ -250,6 +250,10 @@ def test_a_held_run_says_what_it_is_behind(apply, database):
     assert why_of(database, on["id"]).run["reason"] == "due"
 
 
+# The cause of a run that waits for a worker; what is in its way follows.
+DUE = "it is due and waits for its turn"
+
+
 @pytest.fixture
 def worker_up(rows):
     rows.insert(worker_row(rows.now(), lease_until=rows.now() + HOUR, handlers=["acme.plain"]))
@@ -260,10 +264,10 @@ def test_a_run_that_waits_says_what_stands_in_its_way(apply, database, rows):
     run = run_now(database, "org_acme", "digest", actor="kim")["id"]
 
     alone = why_of(database, run)
-    assert (clauses(alone).cause, alone.step.command) == ("no worker is up to run it", "doctor")
+    assert (clauses(alone).cause, alone.step.command) == (f"{DUE}; no worker is up to run it", "doctor")
     set_org_state(database, "org_acme", "paused", actor="kim")
     paused = why_of(database, run)
-    assert clauses(paused).cause.startswith("its org was paused by kim at ")
+    assert clauses(paused).cause.startswith(f"{DUE}; its org was paused by kim at ")
     assert paused.step.command == "orgs resume org_acme"
 
 
@@ -275,12 +279,12 @@ def test_a_run_that_waits_behind_its_orgs_limit_says_so(apply, database, rows, w
     )
     on = run_now(database, "org_acme", "digest", actor="kim")["id"]
     waiting = run_now(database, "org_acme", "digest", actor="kim")["id"]
-    assert clauses(why_of(database, waiting)).cause == "no worker had a free slot for it yet"
+    assert clauses(why_of(database, waiting)).cause == f"{DUE}; no worker had a free slot for it yet"
 
     rows.set_running(on)
 
     full = why_of(database, waiting)
-    assert clauses(full).cause == "its org already runs as many as its max_concurrent_runs allows: 1"
+    assert clauses(full).cause == f"{DUE}; its org already runs as many as its max_concurrent_runs allows: 1"
     assert full.step.command == "runs list --org org_acme --state running"
     assert why_of(database, on).run["state"] == "running"
 
@@ -408,7 +412,9 @@ def test_workers_that_were_not_restarted_are_what_blocks(apply, database, rows, 
     for reason in ("due", "no_handler"):
         set_waiting(database, run, reason)
         found = why_of(database, run)
-        assert clauses(found).cause == "restart the workers: none has acme.note, which acme-jobs 1.0 offers"
+        assert clauses(found).cause.endswith(
+            "; restart the workers: none has acme.note, which acme-jobs 1.0 offers"
+        )
         assert (found.whose, found.step.verb) == ("operator", "restart_workers")
 
     # The control: a worker has it.
@@ -416,21 +422,21 @@ def test_workers_that_were_not_restarted_are_what_blocks(apply, database, rows, 
         connection.execute(update(tables.workers).values(handlers=["acme.note"]))
     assert why_of(database, run).kind == "waiting.no_handler"
     set_waiting(database, run, "due")
-    assert why_of(database, run).kind == "waiting.due"
+    assert why_of(database, run).kind == "waiting.no_slot"
 
 
 def test_the_only_worker_may_be_down(apply, database, rows, worker_up, clock):
     apply(FILE)
     run = run_now(database, "org_acme", "digest", actor="kim")["id"]
     set_waiting(database, run, "due")
-    assert why_of(database, run).kind == "waiting.due"
+    assert why_of(database, run).kind == "waiting.no_slot"
 
     worker = rows.workers[0]
     clock.advance(timedelta(minutes=31))  # of a lease of one hour, renewed four times while it lasts
     found = why_of(database, run)
 
     assert clauses(found).cause == (
-        f"worker {worker['id'][:8]} on a may be down: silent since {to_text(worker['renewed_at'])}, "
+        f"{DUE}; worker {worker['id'][:8]} on a may be down: silent since {to_text(worker['renewed_at'])}, "
         "for longer than two renewals of its lease"
     )
     assert (found.whose, found.probably, found.step.command) == ("operator", True, "doctor")

@@ -14,6 +14,7 @@ from worker.kit.output import RUN_CELLS, Format, print_rows, took, why
 from worker.store.lists import RUNS
 
 ID = "0192aaaa-0000-7abc-8000-000000000001"
+SOON = utc("2030-01-01T03:04:00")
 RUN = {
     "id": ID,
     "org": "org_with_a_rather_long_code",
@@ -67,7 +68,7 @@ def test_a_pipe_gets_everything_and_no_colour(printed):
         RUN["definition"],
         "2030-01-01T03:00:00Z",
         "3m10s",
-        "error: CrmError: the CRM",
+        "CrmError: the CRM",
     ):
         assert part in line
 
@@ -102,15 +103,24 @@ def test_a_terminal_has_colour_unless_it_is_refused(printed):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, "error: CrmError: the CRM answers 503 to every request since the deploy at noon"),
-        ({"retried_as": ID, "error": None}, "retried, error"),
+        ({}, "CrmError: the CRM answers 503 to every request since the deploy at noon"),
+        ({"retried_as": ID, "error": None}, "retried, an error"),
         ({"state": "succeeded", "reason": None, "error": None}, None),
-        ({"reason": "no_token", "detail": "invalid_client", "error": None}, "no_token: invalid_client"),
-        ({"reason": None, "error": None, "finished_at": None, "progress": {"done": 3, "total": 10}}, "3/10"),
-        ({"reason": "scope_missing", "detail": "read:kb", "error": None}, "scope_missing: read:kb"),
+        (
+            {"state": "waiting", "reason": "no_token", "detail": "invalid_client", "available_at": SOON},
+            "its org has no token (invalid_client); it is requested again at 2030-01-01T03:04:00.000000Z",
+        ),
+        (
+            {"state": "running", "reason": None, "finished_at": None, "progress": {"done": 3, "total": 10}},
+            "it has been running since 2030-01-01T03:00:01.000000Z; 3 of 10 done",
+        ),
+        (
+            {"state": "refused", "reason": "scope_missing", "detail": "read:kb"},
+            "its token lacks the scope read:kb",
+        ),
     ],
 )  # fmt: skip
-def test_why_is_the_reason_with_what_explains_it(changes, words):
+def test_why_is_the_cause_as_runs_why_says_it_first(changes, words):
     assert why({**RUN, **changes}) == words
 
 

@@ -10,9 +10,10 @@ import pytest
 
 from worker.features.console.pages.links import step_path
 from worker.model.runs.causes import BLOCKS, CAUSES, FOR_CUSTOMER, kept_reason, last_reason
-from worker.model.runs.clauses import clauses, row_of, sentence
+from worker.model.runs.clauses import clauses, listed, row_of, sentence
 from worker.model.runs.next_steps import VERBS
 from worker.model.runs.why import SinceThen, Why, blocked, last_error, solved, why_run
+from worker.store.lists.rows import Run, columns_of
 from worker.store.tables import WAITING_REASONS
 
 AT = datetime(2030, 1, 1, 3, tzinfo=UTC)
@@ -68,6 +69,8 @@ def run(state: str, reason: str | None, **changes: Any) -> dict[str, Any]:
         "created_at": AT,
         "worker": "w1",
         "started_at": AT,
+        "finished_at": None,
+        "progress": None,
         "error": {"type": "KeyError", "message": "'title'\nmore"},
         "checkpoint": None,
         "attempts": [],
@@ -79,6 +82,10 @@ def run(state: str, reason: str | None, **changes: Any) -> dict[str, Any]:
 QUESTION = {
     "name": "approval", "occurrence": 1, "kind": "answer", "ask": "Send it?", "options": ["yes", "no"],
     "opened_at": AT, "until": None, "answered_at": None, "timed_out_at": None,
+}  # fmt: skip
+FAILED_ATTEMPT = {
+    "handler_started_at": AT, "ended_at": AT, "error": {"type": "OSError", "message": "gone"},
+    "error_cause": "OSError: gone",
 }  # fmt: skip
 # Words that a customer must not read: handlers, workers, ids, errors and other orgs.
 INTERNAL = re.compile(
@@ -94,6 +101,7 @@ RENDERED = [
         (f"blocked by {block}", blocked(why_run(run("waiting", "due")), block, **dict.fromkeys(FILLED, "x")))
         for block in BLOCKS
     ),
+    ("waiting.retry, with its error", why_run(run("waiting", "retry", attempts=[FAILED_ATTEMPT]))),
     ("waiting.answer, asked", why_run(run("waiting", "answer", waits=[QUESTION]))),
     ("waiting.budget, asked", why_run(run("waiting", "budget", waits=[QUESTION | {"kind": "budget"}]))),
 ]
@@ -107,6 +115,12 @@ def test_every_state_and_reason_is_an_answer_on_each_surface(found: Why):
     assert said.what.startswith(f"Run {RUN} of org_acme/digest for 2030-01-01T03:00:00.000000Z ")
     assert "{" not in sentence(found).replace('{"by": N}', "")
     assert "  " not in sentence(found)
+    # What a list says of it is how the answer begins.
+    if found.run["state"] == "succeeded":
+        assert listed(found.run) == ""
+    else:
+        assert listed(found.run)
+        assert f"{said.cause}; ".startswith(f"{listed(found.run)}; ")
     # Data: kind, whose, since, subject, verb.
     assert row["kind"].startswith(str(found.run["state"]))
     assert row["whose"] in (None, *FOR_CUSTOMER)
@@ -122,6 +136,28 @@ def test_every_state_and_reason_is_an_answer_on_each_surface(found: Why):
     assert not INTERNAL.search(said.customer), said.customer
 
 
+def test_a_list_reads_no_more_than_the_columns_of_its_rows():
+    """Each row of `runs list` has all that its cause needs, and nothing that only `runs show` has is said."""
+    for state, reason in ALL:
+        shown = run(state, reason, cancel_requested_at=AT, waits=[QUESTION], attempts=[FAILED_ATTEMPT])
+        row = {name: shown.get(name) for name in columns_of(Run)}
+
+        assert listed(row) == listed(shown)
+        assert clauses(why_run(shown)).cause.startswith(listed(row))
+
+
+def test_progress_follows_the_cause_of_a_run_that_is_not_done():
+    going = run("running", None, progress={"done": 3, "total": 10, "note": "pages"})
+    since = "it has been running since 2030-01-01T03:00:00.000000Z"
+
+    assert listed(going) == f"{since}; 3 of 10 done, pages"
+    assert listed(going | {"progress": {"done": 0, "total": None, "note": None}}) == f"{since}; 0 done"
+    assert listed(going | {"progress": {}}) == since
+    assert listed(going | {"state": "failed", "reason": "lost", "finished_at": AT}) == (
+        "its worker died too often without a new checkpoint"
+    )
+
+
 def test_no_words_are_for_a_reason_that_no_run_has():
     assert set(CAUSES) == set(ALL)
 
@@ -135,7 +171,7 @@ def test_a_failure_names_the_error_and_what_is_kept():
     attempts = [{"handler_started_at": AT}]
     why = why_run(run("failed", "error", attempts=attempts, checkpoint={"done": 3}))
 
-    assert clauses(why).cause == "its handler raised KeyError: 'title'"
+    assert clauses(why).cause == "KeyError: 'title'"
     assert clauses(why).kept == 'retained: its last checkpoint ({"done": 3}), its attempts and their log'
     assert "idempotency key" in clauses(why).retry
     assert why.step.command == f"runs retry {RUN} --from-checkpoint"
@@ -169,12 +205,12 @@ def test_a_retry_is_not_named_where_a_flag_that_is_off_would_end_it_the_same():
 
 def test_a_run_that_is_asked_to_stop_says_so():
     assert clauses(why_run(run("running", None, cancel_requested_at=AT))).cause.endswith(
-        "and was asked to stop"
+        "; it was asked to stop"
     )
 
 
 def test_an_unknown_reason_of_a_newer_release_is_named():
-    assert clauses(why_run(run("failed", "eclipse"))).cause == "its reason is eclipse"
+    assert clauses(why_run(run("failed", "eclipse"))).cause == "its reason is eclipse (agent-v2)"
 
 
 def test_a_long_checkpoint_is_not_quoted():
@@ -246,7 +282,8 @@ def test_a_question_is_shown_with_its_options_since_when_and_the_command():
     said = clauses(why)
 
     assert said.cause == (
-        "its handler waits for an answer to approval (since 2030-01-01T03:00:00.000000Z), without a process"
+        "its handler waits for an answer (agent-v2), without a process; it asked for approval (since "
+        "2030-01-01T03:00:00.000000Z)"
     )
     assert said.question == "it asks: Send it?"
     assert said.retry == "it goes on when somebody answers: yes / no"

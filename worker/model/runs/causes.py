@@ -39,9 +39,9 @@ FOR_CUSTOMER: Mapping[Whose, str] = {
 class Meaning:
     """What a reason means: `text` for the operator, `customer` for the org, without internals.
 
-    Names in braces are values of the run. `verb` is the next step; empty for that of the state. `probably`
-    says that `whose` is an assumption. `expired` is said of a run that had this reason until its
-    start_deadline passed.
+    Names in braces are values of the run, in `CAUSES` those of its own columns, which lists have. `verb` is
+    the next step; empty for that of the state. `probably` says that `whose` is an assumption. `expired` is
+    said of a run that had this reason until its start_deadline passed.
     """
 
     text: str
@@ -57,11 +57,11 @@ CAUSES: Mapping[tuple[str, str | None], Meaning] = {
     ("running", None): Meaning(
         "it has been running since {started_at}", None, "follow_log", "is running"
     ),
-    ("failed", "error"): Meaning("its handler raised {error}", "handler", probably=True),
+    ("failed", "error"): Meaning("{error}", "handler", probably=True),
     ("failed", "timed_out"): Meaning(
         "its handler did not return within its timeout", "handler", probably=True, customer="took too long"
     ),
-    ("failed", "handler_exited"): Meaning("its process exited without a result ({detail})", "handler"),
+    ("failed", "handler_exited"): Meaning("its process exited without a result{with_detail}", "handler"),
     ("failed", "result_invalid"): Meaning(
         "the result of its handler is not JSON or is too large: {error}", "handler", "read_log"
     ),
@@ -103,7 +103,7 @@ CAUSES: Mapping[tuple[str, str | None], Meaning] = {
     ("refused", "secret_missing"): Meaning(
         "its org has no secret {detail}, which its handler needs", "org", "add_secret"
     ),
-    ("refused", "token_invalid"): Meaning("its token failed verification ({detail})", "provider"),
+    ("refused", "token_invalid"): Meaning("its token failed verification{with_detail}", "provider"),
     # A retry gives the same outcome until the token of the org has another flag.
     ("skipped", "flag_off"): Meaning(
         "the flag {detail} is off for its org",
@@ -119,7 +119,7 @@ CAUSES: Mapping[tuple[str, str | None], Meaning] = {
         probably=True,
     ),
     ("waiting", "due"): Meaning(
-        "no worker had a free slot for it yet", "limit", "show_org", "waits for its turn"
+        "it is due and waits for its turn", "limit", "show_org", "waits for its turn"
     ),
     ("waiting", "held"): Meaning(
         "an earlier run of its definition is unfinished (overlap = queue_one or replace)",
@@ -128,13 +128,15 @@ CAUSES: Mapping[tuple[str, str | None], Meaning] = {
         "waits for an earlier run to end",
     ),
     ("waiting", "retry"): Meaning(
-        "its last attempt failed{with_error}; it is retried at {available_at}",
+        "its last attempt failed{with_detail}; it is retried at {available_at}",
         "handler",
         customer="failed at its last attempt, and is tried again",
         probably=True,
     ),
     ("waiting", "snoozed"): Meaning(
-        "its handler asked to be called again at {available_at}", "handler", customer="goes on later"
+        "its handler asked to be called again at {available_at}{with_detail}",
+        "handler",
+        customer="goes on later",
     ),
     ("waiting", "handed_back"): Meaning(
         "its worker was stopped while it ran",
@@ -148,7 +150,7 @@ CAUSES: Mapping[tuple[str, str | None], Meaning] = {
         expired="its worker died before its handler had started",
     ),
     ("waiting", "no_token"): Meaning(
-        "its org has no token ({detail}); it is requested again at {available_at}",
+        "its org has no token{with_detail}; it is requested again at {available_at}",
         "provider",
         "check_org",
         probably=True,
@@ -188,21 +190,21 @@ CAUSES: Mapping[tuple[str, str | None], Meaning] = {
         "its handler sleeps until {available_at}, without a process", "handler", customer="goes on later"
     ),
     ("waiting", "answer"): Meaning(
-        "its handler waits for an answer to {waits}, without a process",
+        "its handler waits for an answer{with_detail}, without a process",
         "org",
         "answer",
         "waits for an answer",
         probably=True,
     ),
     ("waiting", "resumed"): Meaning(
-        "what it waited for has come, and no worker had a free slot for it yet",
+        "what it waited for has come, and it waits for its turn",
         "limit",
         "show_org",
         "waits for its turn",
     ),
 }  # fmt: skip
 
-# What keeps a waiting run from starting, where more is known than its reason says.
+# What keeps a waiting run from starting, where more is known than its reason says. It follows the cause.
 BLOCKS: Mapping[str, Meaning] = {
     "org_paused": Meaning(
         "its org was paused by {state_by} at {state_at}: none of its runs start",
@@ -216,7 +218,8 @@ BLOCKS: Mapping[str, Meaning] = {
         "list_running_of_org",
         "waits for other runs of your account to end",
     ),
-    "not_yet": Meaning("{cause}; it can start at {available_at}", None, customer="goes on later"),
+    "not_yet": Meaning("it can start at {available_at}", None, customer="goes on later"),
+    "no_slot": Meaning("no worker had a free slot for it yet", None),
     "no_worker": Meaning("no worker is up to run it", "operator", "check_workers"),
     "silent_worker": Meaning(
         "{worker_may_be_down}: silent since {silent_since}, for longer than two renewals of its lease",
@@ -240,12 +243,12 @@ BLOCKS: Mapping[str, Meaning] = {
         "show_definition",
     ),
     "not_approved": Meaning(
-        "hosts of pool {pool} declare {declared} for {pending}, which no administrator has approved{unless}",
+        "they declare {declared} for {pending}, which no administrator has approved{unless}",
         "operator",
         "approve",
     ),
     "approved_meanwhile": Meaning(
-        "it waited for an approval, which is not needed any more; it starts at {starts_at}", None, "show_run"
+        "an approval is not needed any more: it starts at {starts_at}", None, "show_run"
     ),
 }
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from worker.clock import to_text
 from worker.model.runs.causes import FOR_CUSTOMER, STUCK, WHOSE, Whose, last_reason
 from worker.model.runs.run import step_label
-from worker.model.runs.why import OPTIONS, Question, Row, Why, can_continue
+from worker.model.runs.why import OPTIONS, Question, Row, Why, can_continue, cause_of, values_of
 
 InWords = Callable[[datetime], str]
 
@@ -41,11 +41,10 @@ class Clauses(NamedTuple):
 def clauses(why: Why, when: InWords = to_text) -> Clauses:
     """The answer in words, each clause without a full stop; `when` formats times."""
     values = _Words(why.values, when)
-    if why.questions:
-        values["waits"] = ", ".join(_in_words(question, when) for question in why.questions)
+    values["asked"] = ", ".join(_in_words(question, when) for question in why.questions)
     return Clauses(
         what=why.what or _what(why.run, when),
-        cause=why.text.format_map(values),
+        cause="; ".join(part.format_map(values) for part in (why.text, why.addition) if part),
         whose=_whose(why.whose, why.probably),
         since_then=_since_then(why, when),
         others=None if why.other_orgs is None else _others(why),
@@ -54,6 +53,27 @@ def clauses(why: Why, when: InWords = to_text) -> Clauses:
         retry=why.retry or _retry(why),
         customer=_customer(why, when),
     )
+
+
+def listed(run: Row, when: InWords = to_text) -> str:
+    """The cause for a list, from the columns of `runs list` alone: `Clauses.cause` begins with it.
+
+    Of a run that is not done its progress follows. Empty for one that succeeded, where no row needs a cause.
+    """
+    if run["state"] == "succeeded":
+        return ""
+    cause = cause_of(run).format_map(_Words(values_of(run), when))
+    progress = "" if run["finished_at"] is not None else _progress(run["progress"])
+    return "; ".join(filter(None, (cause, progress)))
+
+
+def _progress(progress: Mapping[str, Any] | None) -> str:
+    """`3 of 10 done, pages`: progress, total and the handler's note."""
+    if not progress or progress.get("done") is None:
+        return ""
+    total, note = progress.get("total"), progress.get("note")
+    done = f"{progress['done']}" + ("" if total is None else f" of {total}")
+    return f"{done} done" + ("" if note is None else f", {note}")
 
 
 def sentence(why: Why) -> str:

@@ -79,6 +79,7 @@ class Question:
 class Why:
     """The answer as data. `kind` is a stable word, `text` the cause as a template of `values`.
 
+    `addition` is what is known beyond the columns of `runs list`, a template, too; it follows the cause.
     `since` is when this began for the org, `other_orgs` the number of others with the same error; None for
     what is unknown. `run` is the row of `runs show`, or the time of a definition that has no run.
     """
@@ -93,6 +94,7 @@ class Why:
     customer: str = ""
     since: datetime | None = None
     since_then: SinceThen | None = None
+    addition: str = ""
     questions: Sequence[Question] = ()
     other_orgs: int | None = None
     more_orgs: bool = False
@@ -117,20 +119,24 @@ def why_run(
     a minimum with `more`. `retried` is the last run of its retries, if it was retried.
     """
     state, reason = str(run["state"]), run["reason"]
-    known = CAUSES.get((state, reason))
-    meaning = known or Meaning("its reason is {reason}", None)
+    meaning = _meaning_of(run)
+    text, addition, whose, probably = cause_of(run), "", meaning.whose, meaning.probably
     questions = tuple(_question(wait) for wait in run.get("waits") or () if is_open_question(wait))
     values = _values(run, questions)
-    text, whose, probably = meaning.text, meaning.whose, meaning.probably
     match state, reason:
-        case ("failed", "error") | ("waiting", "retry"):
+        case "failed", "error":
             whose = whose_error(_error_of(run))
+        case "waiting", "retry":
+            error = _error_of(run)
+            whose, addition = whose_error(error), "it failed with {last_error}" if error else ""
         case "waiting", "no_token":
             whose, probably = whose_token(run["detail"])
+        case "waiting", "answer" if questions:
+            addition = "it asked for {asked}"
         case "skipped", "expired":
-            text, whose, probably = _expired(run, meaning)
-    if state == "running" and run.get("cancel_requested_at"):
-        text += ", and was asked to stop"
+            whose, probably = _whose_expired(run, meaning)
+        case "running", _ if run.get("cancel_requested_at"):
+            addition = "it was asked to stop"
     step = NextStep.of(_verb(run, meaning, questions), values)
     if retried is not None:
         verb = "show_run" if retried["state"] == "succeeded" else "explain_run"
@@ -146,6 +152,7 @@ def why_run(
         customer=meaning.customer,
         since=_since(run, since_then, questions),
         since_then=since_then,
+        addition=addition,
         questions=questions,
         other_orgs=others,
         more_orgs=more,
@@ -161,7 +168,7 @@ def blocked(found: Why, block: str, *, since: datetime | None = None, **values: 
     return replace(
         found,
         kind=f"waiting.{block}",
-        text=meaning.text.replace("{cause}", found.text),
+        addition="; ".join(filter(None, (found.addition, meaning.text))),
         values=known,
         whose=meaning.whose or found.whose,
         probably=meaning.probably if meaning.whose else found.probably,
@@ -200,15 +207,29 @@ def _verb(run: Row, meaning: Meaning, questions: Sequence[Question]) -> str:
     return "retry_from_checkpoint" if verb == "retry" and can_continue(run) else verb
 
 
-def _expired(run: Row, meaning: Meaning) -> tuple[str, Whose | None, bool]:
-    """What kept a run from starting within its start_deadline: the reason that it had last."""
+def _meaning_of(run: Row) -> Meaning:
+    unknown = Meaning("its reason is {reason}{with_detail}", None)
+    return CAUSES.get((str(run["state"]), run["reason"]), unknown)
+
+
+def cause_of(run: Row) -> str:
+    """The cause of a run's state, from its row of `runs list`, as a template of `values_of`.
+
+    It is all that a list says of it, and every answer begins with it.
+    """
+    if (run["state"], run["reason"]) == ("skipped", "expired"):
+        # What kept it from starting within its start_deadline: the reason that it had last.
+        last = CAUSES.get(("waiting", last_reason(run["detail"])[0]))
+        if last is not None:
+            waited = last.expired or "it had another reason to wait ({last})"
+            return f"{waited}, until its start_deadline passed"
+    return _meaning_of(run).text
+
+
+def _whose_expired(run: Row, meaning: Meaning) -> tuple[Whose | None, bool]:
     reason, detail = last_reason(run["detail"])
-    last = CAUSES.get(("waiting", reason))
-    if last is None:
-        return meaning.text, meaning.whose, meaning.probably
-    text = (last.expired or "it had another reason to wait ({last})") + ", until its start_deadline passed"
-    whose, probably = whose_token(detail) if reason == "no_token" else (last.whose, last.probably)
-    return text, whose, probably
+    last = CAUSES.get(("waiting", reason), meaning)
+    return whose_token(detail) if reason == "no_token" else (last.whose, last.probably)
 
 
 def _since(run: Row, since_then: SinceThen | None, questions: Sequence[Question]) -> datetime | None:
@@ -248,29 +269,39 @@ def _question(wait: Row) -> Question:
     )
 
 
-def _values(run: Row, questions: Sequence[Question]) -> dict[str, Any]:
-    """The values of templates: the run's columns, its error and its first question. Times stay times."""
+def values_of(run: Row) -> dict[str, Any]:
+    """The values of `cause_of`, from the columns of `runs list` alone. Times stay times."""
     values: dict[str, Any] = {
         name: value if isinstance(value, datetime) else "none" if value is None else str(value)
         for name, value in run.items()
         if name not in ("attempts", "waits", "steps", "spends", "spec", "claims", "checkpoint", "result")
     }
-    error = _error_of(run)
-    message = (str(error.get("message") or "").splitlines() or [""])[0]
-    text = ": ".join(filter(None, (error.get("type", "an error"), message)))
+    _, last = last_reason(run["detail"])
+    return values | {
+        "error": _in_words(run["error"] or {}),
+        "last": last.partition(": ")[2] or last,
+        "with_detail": f" ({run['detail']})" if run["detail"] else "",
+    }
+
+
+def _values(run: Row, questions: Sequence[Question]) -> dict[str, Any]:
+    """The values of all templates: those of the cause, the run's last error and its first question."""
     first = questions[0] if questions else None
-    values |= {
+    values = values_of(run)
+    return values | {
         "run": str(run["id"]),
-        "error": text,
-        "with_error": f" with {text}" if error else "",
-        "last": last_reason(run["detail"])[1].partition(": ")[2] or last_reason(run["detail"])[1],
+        "last_error": _in_words(_error_of(run)),
         "secret": values["detail"],
-        "waits": values["detail"],
         "wait": first.name if first else "NAME",
         "occurrence": str(first.occurrence) if first else "1",
         "data": first.data if first else "JSON",
     }
-    return values
+
+
+def _in_words(error: Mapping[str, Any]) -> str:
+    """The type of an error and the first line of its message."""
+    message = (str(error.get("message") or "").splitlines() or [""])[0]
+    return ": ".join(filter(None, (error.get("type", "an error"), message)))
 
 
 def _error_of(run: Row) -> Mapping[str, Any]:

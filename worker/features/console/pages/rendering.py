@@ -30,6 +30,7 @@ from worker.features.console.sessions import STATIC
 from worker.ids import short_ids
 from worker.kit.web.responses import Candidates
 from worker.model.definitions.units import took
+from worker.model.runs.clauses import listed
 
 _WEB = Path(__file__).parents[1]
 _TYPES = {".css": "text/css", ".js": "text/javascript"}
@@ -125,6 +126,11 @@ def _broken(name: str) -> Markup:
     return Markup("<wbr>").join(_CUT.format(part) if len(part) > WORD else part for part in parts)
 
 
+def in_words(time: datetime) -> str:
+    """A time within a sentence."""
+    return f"{time:%Y-%m-%d %H:%M:%S} UTC"
+
+
 @jinja2.pass_context
 def _ago(context: Context, value: datetime | None) -> str:
     """How long ago a time is, or how far ahead, to about one digit."""
@@ -169,6 +175,8 @@ templates.globals |= {
     "static": static_url,
     "org_path": org_path,
     "definition_path": definition_path,
+    "listed": listed,
+    "in_words": in_words,
     "caller": None,
     "session": None,
     "csrf": None,

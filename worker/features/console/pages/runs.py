@@ -22,6 +22,7 @@ from worker.features.console.charts import Lane, LanePiece, gantt
 from worker.features.console.pages.base import PageGroup, allowed, query
 from worker.features.console.pages.forms import as_text, from_json, from_typed, problem_of, reason_of
 from worker.features.console.pages.links import cause_path, step_path
+from worker.features.console.pages.rendering import in_words
 from worker.ids import OrgId, RunId, given_id
 from worker.model.claims import without_digests
 from worker.model.runs.clauses import clauses, up
@@ -330,7 +331,7 @@ def answer_of(connection: Connection, caller: Caller, run: Mapping[str, Any]) ->
 def answer(why: Why, run: Mapping[str, Any]) -> Answer:
     """The clauses as sentences; `run` is its row."""
     tried = f" at attempt {run['attempt']}" if run["attempt"] else ""
-    said = clauses(why, _in_words)
+    said = clauses(why, in_words)
     own = f"/runs/{run['id']}"
     href = step_path(why.step)
     return Answer(
@@ -349,10 +350,6 @@ def answer(why: Why, run: Mapping[str, Any]) -> Answer:
         else StepLink(why.step.text, href.removeprefix(own), why.step.declared.right),
         tone=_TONES.get(str(run["state"]), "good" if run["state"] == "succeeded" else "busy"),
     )
-
-
-def _in_words(time: datetime) -> str:
-    return f"{time:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _sentence(clause: str | None) -> str | None:
