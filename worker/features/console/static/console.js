@@ -96,17 +96,6 @@ function follow() {
 }
 follow();
 
-// A link to a change, such as the next step of a run, opens its confirmation.
-function openTarget() {
-  const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
-  if (target && target.matches("details")) {
-    target.open = true;
-    target.querySelector("input:not([type=hidden]), button")?.focus();
-  }
-}
-addEventListener("hashchange", openTarget);
-openTarget();
-
 // A change of many runs goes on in parts while its page is open, so that the progress shows. Without a
 // script one form changes up to 1,000 runs.
 const PART = 25;
