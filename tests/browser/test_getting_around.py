@@ -38,3 +38,32 @@ def test_a_link_opens_the_confirmation_that_it_names(browser: Browser, console: 
         tab.page.keyboard.press("Tab")
         expect(confirmation.get_by_label("Reason")).to_be_focused()
         assert tab.wrongs == []
+
+
+def test_the_id_of_a_run_is_copied_and_its_log_saved(browser: Browser, console: Console):
+    run = run_with_checkpoint(console)
+    with browsers.tab(browser, console.base, state=console.state) as tab:
+        tab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        tab.go(f"/runs/{run}")
+        copy = tab.page.get_by_role("button", name="Copy id")
+
+        copy.click()
+        expect(tab.page.get_by_role("button", name="Copied")).to_be_visible()
+        assert tab.page.evaluate("() => navigator.clipboard.readText()") == run
+        with tab.page.expect_download() as saving:
+            tab.page.get_by_role("link", name="Download").click()
+        assert saving.value.suggested_filename == f"run-{run}.log"
+        assert "of the knowledge base is summed up\n" in saving.value.path().read_text()
+        assert tab.path() == f"/runs/{run}"
+        assert tab.wrongs == []
+
+
+def test_without_a_script_there_is_no_button_and_one_click_selects_the_id(browser: Browser, console: Console):
+    run = run_with_checkpoint(console)
+    with browsers.tab(browser, console.base, state=console.state, scripts=False) as tab:
+        tab.go(f"/runs/{run}")
+
+        assert tab.page.get_by_role("button", name="Copy id").count() == 0
+        tab.page.locator(".head code.whole").click()
+        # Scripts of pages are off, those of the test are not.
+        assert tab.page.evaluate("() => String(getSelection())").strip() == run

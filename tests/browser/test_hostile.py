@@ -230,6 +230,21 @@ def test_no_page_runs_any_of_it(browser, evil_site):
         assert cookies <= {"orgworker_session", "orgworker_zone"}
 
 
+def test_a_log_that_is_saved_opens_no_page(browser, evil_site):
+    base, state, run = evil_site
+    with browsers.tab(browser, base, state=state) as tab:
+        armed(tab)
+        tab.go(f"/runs/{run}")
+        with tab.page.expect_download() as saving:
+            tab.page.get_by_role("link", name="Download").click()
+
+        saved = saving.value.path().read_text()
+        assert SHOWN in saved
+        assert saved.count("\n") >= len(EVIL)
+        assert tab.path() == f"/runs/{run}"
+        assert tab.wrongs == []
+
+
 def test_no_search_runs_any_of_it(browser, evil_site):
     base, state, _ = evil_site
     with browsers.tab(browser, base, state=state) as tab:

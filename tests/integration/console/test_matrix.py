@@ -240,6 +240,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("POST", "/pools/approve"): Rule("approve", role="admin", status=303),
     ("GET", "/runs/{run}"): Rule("own_run"),
     ("GET", "/runs/{run}/log"): Rule("own_run"),
+    ("GET", "/runs/{run}/log.txt"): Rule("own_run"),
     ("GET", "/runs/{run}/live"): Rule("own_run"),
     ("POST", "/runs/{run}/cancel"): Rule("write", role="operator", status=303),
     ("POST", "/runs/{run}/retry"): Rule("write", role="operator", status=303),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 from html import unescape
 from html.parser import HTMLParser
@@ -16,7 +17,10 @@ from urllib.parse import parse_qs
 import httpx
 import pytest
 from sqlalchemy import insert, select, update
+from starlette.requests import ClientDisconnect
+from starlette.types import Message
 
+from tests.browser.hostile import strings
 from tests.fakes.rows import checkpoint_row, reading
 from tests.fakes.stock import Stock
 from tests.integration.console.conftest import (
@@ -30,6 +34,7 @@ from tests.integration.console.conftest import (
 )
 from worker.features.console.pages import runs as run_pages
 from worker.ids import ALL_ORGS, RunId, new_id, short_id
+from worker.model.runs import worker_ends
 from worker.model.runs.waits import NewWait
 from worker.store import tables
 from worker.store.lists import runs
@@ -400,6 +405,107 @@ async def test_the_log_shows_its_tail_and_pages_back_and_forth(staffed: Site):
         ("before=9999999999.1", 200),
     ):
         assert (await staffed.get(f"/runs/{run}/log?{query}", TOKENS["viewer"])).status_code == status
+
+
+@on_either
+async def test_the_whole_log_is_a_text_file_read_in_pages(staffed: Site, monkeypatch: pytest.MonkeyPatch):
+    run = ended(staffed)
+    log(staffed, run, [f"line {n}" for n in range(1, 2 * run_pages.LINES + 1)])
+    log(staffed, run, ["the last"], attempt=2)
+    read = []
+    lines = runs.lines
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        read.append(options["limit"])
+        return lines(*arguments, **options)
+
+    monkeypatch.setattr(runs, "lines", counted)
+    file = await staffed.get(f"/runs/{run}/log.txt", TOKENS["viewer"])
+
+    assert file.status_code == 200
+    assert file.headers["content-type"] == "text/plain; charset=utf-8"
+    assert file.headers["content-disposition"] == f'attachment; filename="run-{run}.log"'
+    assert file.headers["x-content-type-options"] == "nosniff"
+    texts = [text.split(" ", 1)[1] for text in file.text.splitlines()]
+    assert texts == [*(f"info    line {n}" for n in range(1, 2 * run_pages.LINES + 1)), "info    the last"]
+    # No more of it is in memory at once than a page.
+    assert read == [run_pages.LINES] * 3
+    for path, status in ((f"/runs/{run}/log.txt?x=1", 400), (f"/runs/{new_id()}/log.txt", 404)):
+        assert (await staffed.get(path, TOKENS["viewer"])).status_code == status
+    assert (await staffed.get(f"/runs/{make_run(staffed)}/log.txt", TOKENS["viewer"])).text == ""
+
+
+@on_either
+async def test_the_file_of_a_log_shows_an_org_what_the_page_shows(staffed: Site):
+    run, worker = ended(staffed), f"worker {new_id()}"
+    log(staffed, run, ["opened /srv/secrets/key", f"{worker} died"])
+    with staffed.database.transaction() as connection:
+        of_worker = update(tables.run_logs).where(tables.run_logs.c.run_id == run, tables.run_logs.c.seq == 2)
+        connection.execute(of_worker.values(source=worker_ends.SOURCE))
+    org, operator = [
+        (await staffed.get(f"/runs/{run}/log.txt", token)).text
+        for token in (staffed.token("org_a"), TOKENS["viewer"])
+    ]
+
+    for hidden in ("/srv/secrets", worker):
+        assert hidden in operator
+        assert hidden not in org
+    assert "info    opened <path>" in org
+    assert "a worker died" in org
+    assert (await staffed.get(f"/runs/{run}/log.txt", staffed.token("org_b"))).status_code == 404
+
+
+@on_either
+async def test_no_text_in_the_file_of_a_log_is_more_than_a_text(staffed: Site):
+    """No line passes for another, and none controls the terminal that shows the file."""
+    run = ended(staffed)
+    log(staffed, run, [*strings(), "real\n2030-01-01T03:00:00.000000Z info    forged"])
+    file = await staffed.get(f"/runs/{run}/log.txt", TOKENS["viewer"])
+
+    assert file.headers["content-type"].startswith("text/plain")
+    heads = [text for text in file.text.split("\n") if text and not text.startswith("    ")]
+    assert len(heads) == len(strings()) + 1
+    assert file.text.endswith("    2030-01-01T03:00:00.000000Z info    forged\n")
+    assert file.text.replace("\n", "").isprintable()
+    # The control: as it was logged it does control a terminal.
+    assert not "".join(strings()).isprintable()
+
+
+async def test_a_client_that_takes_nothing_of_a_log_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_pages, "STALLED", 0.01)
+    sent = []
+
+    async def parts() -> AsyncIterator[str]:
+        yield "first"
+        yield "second"
+
+    async def stalling(message: Message) -> None:
+        sent.append(message["type"])
+        if len(sent) > 1:
+            await asyncio.Event().wait()
+
+    with pytest.raises(ClientDisconnect):
+        await run_pages.LogFile("run.log", parts()).stream_response(stalling)
+    assert sent == ["http.response.start", "http.response.body"]
+
+
+@on_either
+async def test_a_run_leads_to_those_before_and_after_it(staffed: Site):
+    """Those of its definition: neither of another one nor of another org."""
+    first, second = ended(staffed), ended(staffed)
+    make_run(staffed, "org_b")
+    third = make_run(staffed)
+    links = {}
+    for run in (first, second, third):
+        for who, token in (("operator", TOKENS["viewer"]), ("org", staffed.token("org_a"))):
+            page = (await staffed.get(f"/runs/{run}", token)).text
+            found = re.findall(r'<a rel="(prev|next)" href="/runs/([0-9a-f-]{36})">', page)
+            links[run, who] = dict(found)
+
+    for who in ("operator", "org"):
+        assert links[first, who] == {"next": second}
+        assert links[second, who] == {"prev": first, "next": third}
+        assert links[third, who] == {"prev": second}
 
 
 @on_either

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypedDict, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 from sqlalchemy import (
     BigInteger,
@@ -204,6 +204,24 @@ def of_definition(
         .order_by(_runs.c.id.desc())
     )
     return rows_of(connection, org_id, list(connection.execute(newest.limit(limit)).scalars()))
+
+
+class Neighbours(NamedTuple):
+    """The runs of the same definition that were made before and after a run; None if there is none."""
+
+    previous: RunId | None
+    next: RunId | None
+
+
+def neighbours(connection: Connection, org: OrgScope, run_id: RunId) -> Neighbours:
+    """The runs beside an existing one, in the order of lists; raises NotFound: there is no such org."""
+    mine = in_scope(_runs.c.org_id, orgs.scope_of(connection, org))
+    of_run = select(_runs.c.definition_id).where(_runs.c.id == run_id, *mine).scalar_subquery()
+    beside = select(_runs.c.id).where(_runs.c.definition_id == of_run, *mine).limit(1)
+    previous = beside.where(_runs.c.id < run_id).order_by(_runs.c.id.desc())
+    following = beside.where(_runs.c.id > run_id).order_by(_runs.c.id)
+    found = connection.execute(select(previous.scalar_subquery(), following.scalar_subquery())).one()
+    return Neighbours(*found)
 
 
 def row(connection: Connection, org_id: OrgId, run_id: RunId) -> Run:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
-from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Message, Send
 
 from worker.clock import to_text
 from worker.diagnosis import why as explanations
@@ -24,11 +27,13 @@ from worker.features.console.pages.forms import as_text, from_json, from_typed, 
 from worker.features.console.pages.links import cause_path, step_path
 from worker.features.console.pages.rendering import in_words
 from worker.ids import OrgId, RunId, given_id
+from worker.kit.output import printable
 from worker.model.claims import without_digests
 from worker.model.runs.clauses import clauses, up
 from worker.model.runs.run import step_label
 from worker.model.runs.traces import Part, parts_of
 from worker.model.runs.why import Why
+from worker.model.runs.worker_ends import SOURCE
 from worker.operations.runs import require_run
 from worker.store.lists import runs
 from worker.store.lists.rows import LogRow, Run, RunDetail, WaitRow
@@ -56,6 +61,8 @@ Place = tuple[int, int]
 LINES = 200
 LINE = 2_000
 TEXT = 120_000
+# Seconds for which a client may take nothing of a file.
+STALLED = 30.0
 # The largest number of a column.
 _MAX_NUMBER = 2**31 - 1
 
@@ -65,6 +72,7 @@ class RunPages(PageGroup):
         return (
             Route("/runs/{run}", self._run, methods=["GET"]),
             Route("/runs/{run}/log", self._log, methods=["GET"]),
+            Route("/runs/{run}/log.txt", self._log_file, methods=["GET"]),
             Route("/runs/{run}/cancel", self._cancel, methods=["POST"]),
             Route("/runs/{run}/retry", self._retry, methods=["POST"]),
             Route("/runs/{run}/answer", self._answer, methods=["POST"]),
@@ -104,6 +112,7 @@ class RunPages(PageGroup):
                 "run": run,
                 "attempts": run["attempts"][: -ATTEMPTS - 1 : -1],
                 "steps": _steps_of(run),
+                "neighbours": runs.neighbours(connection, caller.scope(), run["id"]),
                 "answer": answer_of(connection, caller, run),
                 "chart": gantt(lanes_of(run, now), title="Waiting and running, by attempt", now=now),
                 "trace": _trace_of(failed),
@@ -136,6 +145,26 @@ class RunPages(PageGroup):
             return {"run": run, "log": log}
 
         return await self._pages.show(request, "run_log.html", work)
+
+    async def _log_file(self, request: Request) -> Response:
+        """The whole log as this caller sees it, read in pages while it is sent."""
+        caller = caller_of(request)
+        query(request)
+        database, scope = self._pages.database, caller.scope()
+        run = await database.read(caller, lambda found: shown(found, caller, request.path_params["run"]))
+
+        def read(connection: Connection, after: Place) -> tuple[str, Place | None]:
+            lines = runs.lines(connection, scope, run["id"], after=after, limit=LINES)
+            text = "".join(line_text(caller.sees(LogRow, line)) for line in lines)
+            return text, (lines[-1]["attempt"], lines[-1]["seq"]) if len(lines) == LINES else None
+
+        async def parts() -> AsyncIterator[str]:
+            after: Place | None = runs.START
+            while after is not None:
+                text, after = await database.read(caller, partial(read, after=after))
+                yield text
+
+        return LogFile(f"run-{run['id']}.log", parts())
 
     async def _cancel(self, request: Request) -> Response:
         _, form = await self._pages.checked_form(request)
@@ -390,6 +419,37 @@ def page_after(connection: Connection, caller: Caller, run_id: str, after: Place
     # Pages before this one end with the line `after` itself.
     older = _text(kept[0]) if kept else f"{after[0]}.{min(after[1] + 1, _MAX_NUMBER)}"
     return LogPage(kept, older, newest if len(kept) < len(lines) else None, newest)
+
+
+class LogFile(StreamingResponse):
+    """A text file to save; a client that takes none of it for `STALLED` seconds is given up."""
+
+    media_type = "text/plain"
+
+    def __init__(self, name: str, parts: AsyncIterator[str]) -> None:
+        super().__init__(parts, headers={"content-disposition": f'attachment; filename="{name}"'})
+
+    async def stream_response(self, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(STALLED):
+                await send(message)
+
+        try:
+            await super().stream_response(send_in_time)
+        except TimeoutError:
+            raise ClientDisconnect from None
+
+
+def line_text(line: Row) -> str:
+    """A line as `runs logs` prints it, but whole.
+
+    What follows a line break is indented, so that it cannot pass for another line of the log.
+    """
+    # What a worker says of the attempt, no handler can print.
+    level = SOURCE if line["source"] == SOURCE else line["level"]
+    first, *more = line["text"].splitlines() or [""]
+    head = f"{to_text(line['at'])} {level:<7} {printable(first)}".rstrip()
+    return "".join(f"{each}\n" for each in (head, *(f"    {printable(part)}" for part in more)))
 
 
 def place_of(text: str) -> Place:

@@ -22,6 +22,15 @@ document.addEventListener("keydown", (event) => {
   }
 })();
 
+// A button that copies a text shows where the browser can do so, which it may over HTTPS and on this machine.
+if (navigator.clipboard) document.documentElement.classList.add("can-copy");
+document.addEventListener("click", async (event) => {
+  const button = event.target.closest("button[data-copy]");
+  if (!button) return;
+  const copied = await navigator.clipboard.writeText(button.dataset.copy).then(() => true, () => false);
+  button.textContent = copied ? "Copied" : "Select it and copy";
+});
+
 // The page of an unfinished run follows its stream of events, or asks for the page again every few seconds.
 const POLL = 5000, MAX_LINES = 2000;
 let following = null;
