@@ -162,6 +162,12 @@ def _named(rows: Sequence[Row]) -> Named:
     return Named(rows[0]["total"] if rows else 0, [row["one"] for row in rows])
 
 
+def has_orgs(connection: Connection, scope: Scope) -> bool:
+    """Whether there is an org at all."""
+    query = select(_orgs.c.id).where(*in_scope(_orgs.c.id, scope)).limit(1)
+    return connection.execute(query).first() is not None
+
+
 def running(connection: Connection, scope: Scope, *, most: int = MAX_ROWS) -> int:
     """The number of running runs, up to `most`."""
     mine = (_live.c.state == "running", *in_scope(_live.c.org_id, scope))

@@ -90,6 +90,7 @@ class Pages:
             "csrf": self.forms.csrf(session.key) if session else None,
             "navigation": _links(caller),
             "here": scope["path"],
+            "is_filtered": bool(scope.get("query_string")),
             "searched": "",
             "zone": self.zone(HTTPConnection(scope)),
             "now": self.clock.now(),

@@ -68,6 +68,7 @@ class MorningPage:
                 "matters": matters(
                     connection, now, is_admin=caller.role == "admin", installation=self._installation
                 ),
+                "is_new": not morning.has_orgs(connection, ALL_ORGS),
                 "path": step_path,
                 "whose": WHOSE,
                 "running": morning.running(connection, ALL_ORGS),

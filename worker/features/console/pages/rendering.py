@@ -141,6 +141,12 @@ def _ago(context: Context, value: datetime | None) -> str:
     return f"{span} ago" if value <= now else f"in {span}"
 
 
+def _with_commands(text: str) -> Markup:
+    """A text of ours as HTML, with what is in backticks as code."""
+    pieces = enumerate(text.split("`"))
+    return Markup().join(Markup("<code>{}</code>").format(piece) if at % 2 else piece for at, piece in pieces)
+
+
 def _path(value: object) -> str:
     """A value as one segment of a path."""
     return quote(str(value), safe="")
@@ -168,8 +174,16 @@ templates = jinja2.Environment(
     lstrip_blocks=True,
     auto_reload=False,
 )
-templates.filters |= {"pretty": _pretty, "ago": _ago, "took": took, "path": _path, "short": _short}
-templates.filters |= {"fitted": _fitted, "seconds_apart": _seconds_apart}
+templates.filters |= {
+    "pretty": _pretty,
+    "ago": _ago,
+    "took": took,
+    "path": _path,
+    "short": _short,
+    "fitted": _fitted,
+    "seconds_apart": _seconds_apart,
+    "with_commands": _with_commands,
+}
 # What `Pages.show` sets for a caller; the login page has none of it.
 templates.globals |= {
     "static": static_url,
