@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, expect
 
+from tests.browser.crawling import crawl
 from tests.fakes import browser as browsers
+from tests.fakes.browser import PHONE, Tab
 from tests.fakes.console import Console
 
 NEXT_STEP = "retry-from-checkpoint"
@@ -67,3 +69,42 @@ def test_without_a_script_there_is_no_button_and_one_click_selects_the_id(browse
         tab.page.locator(".head code.whole").click()
         # Scripts of pages are off, those of the test are not.
         assert tab.page.evaluate("() => String(getSelection())").strip() == run
+
+
+# The entry of the menu that is marked, within the part of the menu that shows.
+WHERE = """() => {
+    const current = document.querySelector('nav.links [aria-current]'), list = current?.closest('ul');
+    const box = current?.getBoundingClientRect(), around = list?.getBoundingClientRect();
+    return current && {
+        text: current.textContent, left: box.left - around.left, right: around.right - box.right,
+        top: box.top, width: box.width, hidden: list.scrollWidth - list.clientWidth,
+        here: current.contains(document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2)),
+    };
+}"""
+
+
+def current_entry(tab: Tab) -> dict[str, Any]:
+    found = tab.page.evaluate(WHERE)
+    assert found is not None, tab.path()
+    return dict(found)
+
+
+@pytest.mark.parametrize("scripts", [False, True])
+def test_on_a_phone_the_menu_shows_where_one_is(browser: Browser, console: Console, scripts: bool):
+    pages = crawl(console.base, console.state, first=("/", "/search?q=state:failed"))
+    seen = set()
+    with browsers.tab(browser, console.base, state=console.state, size=PHONE, scripts=scripts) as tab:
+        for address in (address for each in pages.values() for address in each if "/login" not in address):
+            tab.go(address)
+            entry = current_entry(tab)
+            seen.add(entry["text"])
+            assert entry["left"] >= 0, (address, entry)
+            assert entry["right"] >= 0, (address, entry)
+            assert entry["here"], (address, entry)
+            # The control: the menu does not fit, so entries are out of sight.
+            assert entry["hidden"] > 100, (address, entry)
+            # The others can be reached: it does not stay in their way.
+            tab.page.evaluate("() => { document.querySelector('nav.links ul').scrollLeft = 10000; }")
+            assert current_entry(tab)["here"], address
+        assert tab.wrongs == []
+    assert len(seen) >= 10, seen

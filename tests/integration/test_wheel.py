@@ -22,6 +22,7 @@ from tests.fakes.ports import free_port
 from tests.integration.test_build import built_checkout
 from worker.demo.management import Application
 from worker.demo.provider import serve_provider
+from worker.features.console.pages.docs import ELSEWHERE, PLACES
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +70,9 @@ def test_the_wheel_holds_two_packages_and_what_they_need(wheel):
     statements = {name.rpartition("/")[2] for name in names if name.endswith(".sql")}
     assert statements == {"walk.sql", "newest.sql", "choose.sql", "admitted.sql", "crowd.sql"}
     assert "worker/migrations/env.py" in names
+    docs = {name.removeprefix("worker/docs/") for name in names if name.startswith("worker/docs/")}
+    assert {place.page for place in (*PLACES.values(), ELSEWHERE)} <= docs
+    assert {name.rpartition(".")[2] for name in docs} == {"md", "txt"}
     assert "worker/migrations/script.py.mako" in names
     assert any(name.startswith("worker/migrations/versions/0001_") for name in names)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from html import unescape
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,10 +14,18 @@ from tests.conftest import Filled
 from tests.fakes.clock import ManualClock
 from tests.fakes.site import org_entry
 from tests.integration.console.conftest import TOKENS, Site
+from worker.features.console.pages import Console
+from worker.features.console.pages.base import _OF_OPERATORS, _OF_ORGS
+from worker.features.console.pages.docs import ELSEWHERE, PLACES, place_of
+from worker.features.console.sessions import STATIC, Forms
+from worker.kit.web.clients import Addresses
 from worker.model.definitions.file import parse_file
 from worker.operations.apply import apply
 from worker.operations.credentials import add_credential
 from worker.store.database import Database
+
+NOTHING: Any = None
+DOCUMENTS = Path(__file__).parents[3] / "docs"
 
 
 def fill(url: str) -> None:
@@ -98,3 +109,46 @@ async def test_an_org_reads_no_commands(staffed: Site):
     assert "orgworker apply" in await read(staffed, "/orgs/org_a", TOKENS["viewer"])
     # With an org, the morning page has no first step.
     assert "No orgs yet" not in await read(staffed, "/", TOKENS["viewer"])
+
+
+def test_each_page_has_a_place_in_the_documentation():
+    console = Console(NOTHING, NOTHING, NOTHING, NOTHING, Forms("", Addresses(())))
+    paths = {route.path for route in console.routes() if not route.path.startswith(STATIC)}
+
+    lost = {path for path in paths if place_of(re.sub(r"{\w+}", "x", path)) == ELSEWHERE}
+    # Forms that lead back to their page.
+    assert lost == {"/zone", "/logout"}
+    for place in (*PLACES.values(), ELSEWHERE):
+        text = (DOCUMENTS / place.page).read_text()
+        assert f"\n## {place.heading}\n" in text or not place.heading, place
+
+
+def test_each_entry_of_the_menu_is_the_place_of_its_page():
+    for address, *_ in (*_OF_OPERATORS, *_OF_ORGS):
+        assert place_of(address).menu == address
+
+
+async def test_pages_lead_to_what_is_written_about_them(staffed: Site):
+    for path, name, first in (
+        ("/", "console.md#:~:text=%23%23%20What%20needs%20attention", "# The console"),
+        ("/search", "operating/support.md#:~:text=%23%23%20Search", ""),
+        ("/usage", "reference/budgets.md", "# Budgets"),
+        ("/no-such-page", "console.md", "# The console"),
+    ):
+        page = await staffed.get(path, TOKENS["viewer"])
+        assert f'<a class="docs" href="/static/docs/{name}">' in page.text
+        text = await staffed.get(f"/static/docs/{name.partition('#')[0]}")
+        assert (text.status_code, text.headers["content-type"]) == (200, "text/plain; charset=utf-8")
+        assert text.headers["x-content-type-options"] == "nosniff"
+        assert text.text.startswith(first)
+    for other in ("index.md", "../pyproject.toml", "%2e%2e/README.md", "console.md/"):
+        assert (await staffed.get(f"/static/docs/{other}")).status_code == 404
+
+
+async def test_the_login_page_says_how_to_get_in(staffed: Site):
+    page = (await staffed.get("/runs/x")).text
+
+    assert "<code>orgworker login</code> prints a link" in page
+    assert "<code>orgworker operators add NAME</code> makes a token" in page
+    assert "No identity provider is set up" in page
+    assert '<a class="docs" href="/static/docs/operating/login.md">' in page

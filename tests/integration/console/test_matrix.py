@@ -36,6 +36,7 @@ from tests.integration.console.conftest import BASE, OPERATORS, TOKENS, csrf_of,
 from tests.integration.console.test_callers import PERSON, with_scopes
 from worker.features.console.access import Access
 from worker.features.console.callers import RANK, Caller, Role
+from worker.features.console.pages.docs import DOCS, ELSEWHERE, PLACES
 from worker.features.console.server import build
 from worker.features.console.sessions import SESSION_COOKIE, Sessions
 from worker.features.hosts.operations import add_host
@@ -226,6 +227,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/static/console.css"): Rule("open"),
     ("GET", "/static/console.js"): Rule("open"),
     ("GET", "/static/htmx.min.js"): Rule("open"),
+    **{("GET", f"{DOCS}{place.page}"): Rule("open") for place in (*PLACES.values(), ELSEWHERE)},
     ("GET", "/"): Rule("front"),
     **{
         ("GET", f"/{page}"): Rule("page")

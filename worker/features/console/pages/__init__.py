@@ -16,6 +16,7 @@ from worker.features.console.pages.base import Pages, ZonePages
 from worker.features.console.pages.bulk import BulkPages
 from worker.features.console.pages.definition_edit import EditPages
 from worker.features.console.pages.definitions import DefinitionPages
+from worker.features.console.pages.docs import docs_routes
 from worker.features.console.pages.inventory import InventoryPages
 from worker.features.console.pages.login import LoginPages
 from worker.features.console.pages.morning import MorningPage
@@ -50,6 +51,7 @@ class Console:
     def routes(self) -> Sequence[Route]:
         return (
             *static_routes(),
+            *docs_routes(),
             *MorningPage(self._pages, self._installation).routes(),
             *OrgPages(self._pages).routes(),
             *RunPages(self._pages).routes(),

@@ -18,6 +18,7 @@ from worker.clock import Clock
 from worker.errors import TokenError, UsageError, WorkerError
 from worker.features.console.access import Access
 from worker.features.console.callers import Action, Caller, CallerDatabase, caller_of
+from worker.features.console.pages.docs import place_of
 from worker.features.console.pages.links import org_path
 from worker.features.console.pages.rendering import page
 from worker.features.console.sessions import SESSION_COOKIE, Forms, Session, Sessions
@@ -84,12 +85,15 @@ class Pages:
         """What the base template shows around every page: caller, session, navigation, search text."""
         caller: Caller | None = scope.get("caller")
         session: Session | None = scope.get("session")
+        place = place_of(scope["path"])
         return {
             "caller": caller,
             "session": session,
             "csrf": self.forms.csrf(session.key) if session else None,
             "navigation": _links(caller),
             "here": scope["path"],
+            "menu": place.menu,
+            "docs": place.docs,
             "is_filtered": bool(scope.get("query_string")),
             "searched": "",
             "zone": self.zone(HTTPConnection(scope)),

@@ -25,8 +25,9 @@ from starlette.types import Scope
 
 from worker.clock import to_text
 from worker.features.console.callers import Caller
+from worker.features.console.pages.docs import place_of
 from worker.features.console.pages.links import definition_path, org_path
-from worker.features.console.sessions import STATIC
+from worker.features.console.sessions import LOGIN, STATIC
 from worker.ids import short_ids
 from worker.kit.web.responses import Candidates
 from worker.model.definitions.units import took
@@ -196,6 +197,8 @@ templates.globals |= {
     "csrf": None,
     "navigation": (),
     "here": "",
+    "menu": "",
+    "docs": place_of(LOGIN).docs,
     "searched": "",
     "when": _when,
     "zone": None,
