@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from docs.generate.tables import code, codes, table
 from worker.store.lists import LISTS
-from worker.store.lists.redaction import rules_of
 from worker.store.lists.rows import columns_of
+from worker.store.redaction import rules_of
 
 
 def parameters() -> str:

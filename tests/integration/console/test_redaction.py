@@ -15,12 +15,12 @@ from worker.features.console.callers import Caller
 from worker.ids import ALL_ORGS, new_id
 from worker.operations.definitions import edit_definition, pause_definition
 from worker.operations.runs import run_now
-from worker.store import lists, tables
+from worker.store import lists, redaction, tables
 from worker.store.database import Database
-from worker.store.lists import read, redaction, rows
+from worker.store.lists import read, rows
 from worker.store.lists import runs as run_lists
 from worker.store.lists.grid import Revision
-from worker.store.lists.redaction import NOT_LOADED, OTHER_ORG, rules_of
+from worker.store.redaction import NOT_LOADED, OTHER_ORG, rules_of
 from worker.telemetry.masking import without_paths
 
 API = "/api/v1"

@@ -25,8 +25,8 @@ from worker.operations.orgs import set_org_state
 from worker.operations.runs import run_now
 from worker.store import firing, history, sweeps, tables
 from worker.store.lists import runs as run_lists
-from worker.store.lists.redaction import redacted
 from worker.store.lists.rows import RunDetail
+from worker.store.redaction import redacted
 
 HOUR = timedelta(hours=1)
 FILE = one_definition(schedule="every 1h", spread="off", misfire_within="1d")

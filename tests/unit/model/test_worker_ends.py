@@ -9,9 +9,9 @@ import pytest
 
 from worker.ids import WorkerId
 from worker.model.runs.worker_ends import end_in_words, end_of, lost_line, named_end
-from worker.store.lists import redaction
-from worker.store.lists.redaction import redacted
+from worker.store import redaction
 from worker.store.lists.rows import LogRow
+from worker.store.redaction import redacted
 
 NOW = datetime(2026, 11, 30, 3, 0, tzinfo=UTC)
 # Fixed: they are part of the ids of the tests, which every process of a run has to agree on.

@@ -21,7 +21,6 @@ from worker.store import roles
 from worker.store.database import Database
 from worker.store.edit_runs import Cancellable, Retryable
 from worker.store.lists import MAX_LIMIT
-from worker.store.lists.redaction import Row, redacted
 from worker.store.lists.rows import (
     Bulk,
     BulkRow,
@@ -30,6 +29,7 @@ from worker.store.lists.rows import (
     PlannedBackfill,
     Run,
 )
+from worker.store.redaction import Row, redacted
 
 if TYPE_CHECKING:
     from worker.tokens.sealing import KeyRing

@@ -29,8 +29,8 @@ from worker.features.console.callers import Caller, CallerDatabase, caller_of
 from worker.ids import OrgId, RunId
 from worker.model.definitions.units import json_default
 from worker.store.lists import live, runs
-from worker.store.lists.redaction import Row
 from worker.store.lists.rows import LogRow, Run
+from worker.store.redaction import Row
 from worker.store.tables import FINAL_STATES
 
 # Seconds between two reads, between two checks of access, and between two comments of a quiet stream.

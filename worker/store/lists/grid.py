@@ -11,12 +11,12 @@ from sqlalchemy import ColumnElement, Connection, Text, case, func, literal_colu
 from sqlalchemy import cast as sql_cast
 
 from worker.ids import DefinitionId, OrgId, OrgScope, RunId, Scope, lowest_id
-from worker.store import failing, orgs, tables
+from worker.store import failing, orgs, redaction, tables
 from worker.store.dialect import Id, all_rows, below, in_scope, is_postgresql, rows_as
-from worker.store.lists import DEFAULT_LIMIT, FIRST_PAGE, Page, redaction
+from worker.store.lists import DEFAULT_LIMIT, FIRST_PAGE, Page
 from worker.store.lists import runs as run_lists
-from worker.store.lists.redaction import Shown, Spec
 from worker.store.lists.rows import Run
+from worker.store.redaction import Shown, Spec
 
 DAYS = 30
 # The newest runs that are read: about 20 ms.

@@ -26,8 +26,8 @@ from worker.store.catalogue import OF_WORKERS
 from worker.store.dialect import Row, above, all_rows, in_scope, rows_as
 from worker.store.health import ENDS, OF_HOST
 from worker.store.lists import checked_id
-from worker.store.lists.redaction import Shown
 from worker.store.lists.rows import CredentialRow
+from worker.store.redaction import Shown
 
 # Rows that are counted; a count that reaches this means "at least".
 MAX_ROWS = 10_000

@@ -25,7 +25,7 @@ from worker.model.definitions import CALENDAR_DATES
 from worker.model.definitions.pools import DEFAULT_POOL
 from worker.model.definitions.words import in_words
 from worker.model.search import Query, states_of
-from worker.store import calendars, orgs, states, tables, templates
+from worker.store import calendars, orgs, redaction, states, tables, templates
 from worker.store import definitions as definition_rows
 from worker.store.catalogue import OF_WORKERS
 from worker.store.dialect import Row, all_rows, below, first_row
@@ -47,12 +47,10 @@ from worker.store.lists import (
     Listing,
     Page,
     handlers,
-    redaction,
     run_ids,
     runs,
     search,
 )
-from worker.store.lists.redaction import Shown
 from worker.store.lists.rows import (
     Backfill,
     CalendarDetail,
@@ -62,6 +60,7 @@ from worker.store.lists.rows import (
     TemplateDetail,
     columns_of,
 )
+from worker.store.redaction import Shown
 
 R = TypeVar("R")
 Condition = ColumnElement[bool]

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from worker.ids import DefinitionId, OrgId, RunId, TemplateId, WorkerId
 from worker.model.orgs import OrgState
-from worker.store.lists import redaction
-from worker.store.lists.redaction import Shown, Spec
+from worker.store import redaction
+from worker.store.redaction import Shown, Spec
 
 Json = Any
 

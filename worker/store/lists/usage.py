@@ -14,8 +14,8 @@ from worker.ids import AllOrgs, OrgId, OrgScope
 from worker.store import budgets, orgs, tables
 from worker.store.dialect import Row, all_rows, below, chunks, database_now, in_scope, rows_as
 from worker.store.lists import DEFAULT_LIMIT, Page
-from worker.store.lists.redaction import Shown
 from worker.store.lists.rows import columns_of
+from worker.store.redaction import Shown
 
 By = Literal["meter", "definition", "day"]
 BYS: tuple[By, ...] = get_args(By)

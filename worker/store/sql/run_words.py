@@ -11,7 +11,7 @@ from typing import NamedTuple
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.search import pieces_of
-from worker.store.lists import redaction
+from worker.store import redaction
 
 # Words of one attempt, and the characters of a text that they are taken from.
 MAX_WORDS = 40

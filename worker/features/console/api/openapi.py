@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from worker.features.console.api.endpoints import BASE, ENDPOINTS, Endpoint, Field
 from worker.features.console.api.requests import object_of
 from worker.kit.web.responses import PROBLEM, TITLES
-from worker.store.lists.redaction import rules_of
 from worker.store.lists.rows import AttemptRow, ChangeRow, DefinitionRow, LogRow, OrgRow, StepRow, WaitRow
+from worker.store.redaction import rules_of
 
 _SIMPLE: Mapping[Any, dict[str, Any]] = {
     str: {"type": "string"},

@@ -29,7 +29,6 @@ from worker.model.search import of_pool, parsed
 from worker.operations.runs import require_run
 from worker.store.lists import MAX_LIMIT, Listing, Page, runs
 from worker.store.lists import read as lists
-from worker.store.lists.redaction import Row
 from worker.store.lists.rows import (
     Backfill,
     Bulk,
@@ -41,6 +40,7 @@ from worker.store.lists.rows import (
     RunDetail,
 )
 from worker.store.lists.usage import BudgetLevel, Usage, budgets_of, usage
+from worker.store.redaction import Row
 
 Handler = Callable[[Request], Awaitable[Response]]
 _GENERATION = re.compile(r"[0-9]{1,9}")

@@ -15,7 +15,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-import worker
 from worker.features.console.sessions import LOGIN, STATIC
 
 DOCS = f"{STATIC}docs/"
@@ -61,7 +60,7 @@ ELSEWHERE = Place("", "console.md")
 
 def _read() -> Mapping[str, bytes]:
     """These pages by name: of the installed package, or beside it in a checkout; those that are there."""
-    package = Path(worker.__file__).resolve().parent
+    package = Path(__file__).resolve().parents[3]
     inside = package / "docs"
     folder = inside if inside.is_dir() else package.parent / "docs"
     names = {place.page for place in (*PLACES.values(), ELSEWHERE)}
