@@ -198,7 +198,7 @@ def routes_of(app: Any) -> list[str]:
     """The paths of all pages: what GET takes outside of the API, static files and health."""
     while not hasattr(app, "routes"):
         app = app._app  # a middleware
-    skipped = ("/api", "/static", "/livez", "/readyz", "/metrics", "/log", "/healthz")
+    skipped = ("/api", "/live/", "/static", "/livez", "/readyz", "/metrics", "/log", "/healthz")
     paths = [
         route.path
         for route in app.routes

@@ -64,7 +64,7 @@ class Reader:
     @property
     def told(self) -> list[Any]:
         """The events in short: the state, the text of a line, the progress."""
-        short = {"state": "state", "log": "text", "progress": "progress"}
+        short = {"state": "state", "log": "text", "progress": "progress", "news": "new"}
         return [data[short[name]] for name, _, data in self.events]
 
     async def until(self, count: int) -> list[Any]:

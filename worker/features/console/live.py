@@ -1,9 +1,9 @@
-"""Live: the events of running runs, for the API and the console's pages (server-sent events).
+"""Live: the events of running runs and of lists, for the API and the console's pages (server-sent events).
 
-All streams of a process share one read of the database a second. A stream holds only its
+All streams of a process share one read of the database a second. The stream of a run holds only its
 place in the log; the newest lines of each watched run are kept once, encoded, in a window of
 bounded size. A stream whose client is slower than that reads the lines that it missed by
-itself, in pages.
+itself, in pages. The stream of a list says how much of it is new; see `changes`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import json
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 from starlette.requests import Request
@@ -23,9 +24,19 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from worker.clock import Clock
-from worker.errors import AccessDenied, Busy, NotFound, TokenError, TooManyRequests, Unavailable, WorkerError
+from worker.errors import (
+    AccessDenied,
+    Busy,
+    NotFound,
+    TokenError,
+    TooManyRequests,
+    Unavailable,
+    UsageError,
+    WorkerError,
+)
 from worker.features.console.api.requests import log_place, query_of
 from worker.features.console.callers import Caller, CallerDatabase, caller_of
+from worker.features.console.changes import ChangedLists, ChangeWindow, ListFilter, news
 from worker.ids import OrgId, RunId
 from worker.model.definitions.units import json_default
 from worker.store.lists import live, runs
@@ -36,6 +47,8 @@ from worker.store.tables import FINAL_STATES
 # Seconds between two reads, between two checks of access, and between two comments of a quiet stream.
 EVERY = 1.0
 CHECK = 15.0
+# Reads for each event of a list at most.
+READS = 2
 # Streams of a process and of one caller; fewer than the connections of a listener.
 MAX_STREAMS = 400
 MAX_STREAMS_OF_OPERATOR = 250
@@ -47,6 +60,7 @@ WINDOW_CHARACTERS = 256 * 1024
 # Milliseconds after which a browser connects again.
 AGAIN = 3_000
 
+T = TypeVar("T")
 Place = tuple[int, int]
 # What differs in a line or a state between callers: operators see all, each org its view.
 View = str | None
@@ -159,10 +173,13 @@ class Live:
         self._clock = clock
         self._draining = draining
         self._watched: dict[RunId, WatchedRun] = {}
+        self._lists = ChangedLists()
         self._of_caller: dict[str, int] = {}
         self._streams = 0
         self._reading: asyncio.Task[None] | None = None
         self._turn = asyncio.Event()
+        # The turn of lists, which have less to say.
+        self._beat = asyncio.Event()
 
     async def events(self, request: Request) -> Response:
         """The stream of a run, after the log line in `after` or the event in Last-Event-ID.
@@ -176,23 +193,45 @@ class Live:
         given = query_of(request, ("after",), "a stream")
         begin = log_place(given.get("after", "0.0")), ""
         place, digest = _last(request.headers.get("last-event-id", "")) or begin
-        if self._draining():
-            raise Busy("this process is stopping", fix="connect again in a moment")
-        self._check_room(caller)
 
         def work(connection: Connection) -> WatchedRun:
             return WatchedRun(*live.watched(connection, caller.scope(), request.path_params["run"]))
 
-        watched = await self._database.read(caller, work)
+        watched = await self._admitted(caller, work)
         if watched.ended and digest == watched.state_of(caller)[0]:
             # The client has seen the end. A browser connects again unless it gets a 204.
             return Response(status_code=204)
+        return self._response(request, caller, self._events_of_run(caller, watched, place, digest))
+
+    async def list_events(
+        self, request: Request, place: str, filter_of: Callable[[Connection], ListFilter]
+    ) -> Response:
+        """The stream of a list, which says how much of it is new since the place.
+
+        Raises:
+            UsageError: the place is none.
+            TooManyRequests, Busy: as `events`; and what `filter_of` raises.
+        """
+        caller = caller_of(request)
+        if not (place.isascii() and place.isdecimal() and len(place) < 18):
+            raise UsageError("after is not a place of a list", fix="open the page again")
+        found = await self._admitted(caller, filter_of)
+        return self._response(request, caller, self._events_of_list(found, int(place)))
+
+    async def _admitted(self, caller: Caller, work: Callable[[Connection], T]) -> T:
+        """What the caller wants to watch, read in its own role, if there is room for one more stream."""
+        if self._draining():
+            raise Busy("this process is stopping", fix="connect again in a moment")
+        self._check_room(caller)
+        return await self._database.read(caller, work)
+
+    def _response(self, request: Request, caller: Caller, source: AsyncGenerator[bytes, None]) -> Response:
         if request.method == "HEAD":
             return Response(media_type=EventStream.media_type)
         # A stream does not count as a request that is being answered.
         request.scope.get("release", lambda: None)()
         check: Check | None = request.scope.get("authenticate")
-        return EventStream(self._stream(caller, watched, place, digest, check))
+        return EventStream(self._stream(caller, source, check))
 
     def _check_room(self, caller: Caller) -> None:
         most = MAX_STREAMS_OF_OPERATOR if caller.org is None else MAX_STREAMS_OF_ORG
@@ -200,14 +239,32 @@ class Live:
             raise TooManyRequests(f"{caller.actor} has too many event streams", retry_after=CHECK)
 
     async def _stream(
-        self, caller: Caller, found: WatchedRun, place: Place, digest: str, check: Check | None
+        self, caller: Caller, source: AsyncGenerator[bytes, None], check: Check | None
+    ) -> AsyncGenerator[bytes, None]:
+        """What the source has at each turn, until it ends, or the caller's access or the process does."""
+        self._check_room(caller)
+        with self._counted(caller):
+            async with contextlib.aclosing(source):
+                yield f"retry: {AGAIN}\n\n".encode()
+                checked_at = spoken_at = self._clock.monotonic()
+                async for sent in source:
+                    now = self._clock.monotonic()
+                    if sent or now - spoken_at >= CHECK:
+                        spoken_at = now
+                        yield sent or b": \n\n"
+                    if self._draining():
+                        return
+                    if check is not None and now - checked_at >= CHECK:
+                        checked_at = now
+                        if not await _still(check, caller):
+                            return
+
+    async def _events_of_run(
+        self, caller: Caller, found: WatchedRun, place: Place, digest: str
     ) -> AsyncGenerator[bytes, None]:
         """The events of a run, from a place in its log and the state with this digest."""
-        self._check_room(caller)
-        with self._counted(caller, found) as watched:
-            yield f"retry: {AGAIN}\n\n".encode()
+        with self._following(found) as watched:
             progress: Any = None
-            checked_at = spoken_at = self._clock.monotonic()
             while True:
                 turn = self._turn
                 while (lines := watched.after(place, caller)) is None:
@@ -228,42 +285,55 @@ class Live:
                 if state != digest:
                     digest = state
                     sent += _event("state", _id(place, digest), data)
-                now = self._clock.monotonic()
-                if not sent and now - spoken_at >= CHECK:
-                    sent = b": \n\n"
-                if sent:
-                    spoken_at = now
-                    yield sent
-                if ended or self._draining():
+                yield sent
+                if ended:
                     return
-                if check is not None and now - checked_at >= CHECK:
-                    checked_at = now
-                    if not await _still(check, caller):
-                        return
                 await turn.wait()
 
+    async def _events_of_list(self, which: ListFilter, place: live.Moment) -> AsyncGenerator[bytes, None]:
+        """How much of a list is new since the place, at each change of that number."""
+        with self._lists.watching(which, place) as watched:
+            told = news(0, False)
+            while True:
+                # Also before the first event: so there is at most one at each beat.
+                await self._beat.wait()
+                sent = b""
+                if (data := self._lists.news(watched, place)) not in (None, told):
+                    told = data
+                    # The place stays, so that a client that connects again gets the number as of its page.
+                    sent = _event("news", str(place), data)
+                yield sent
+
     @contextlib.contextmanager
-    def _counted(self, caller: Caller, found: WatchedRun) -> Iterator[WatchedRun]:
-        """Watch a run, with all others who do, as long as the block lasts."""
-        run_id = found.run["id"]
-        watched = self._watched.setdefault(run_id, found)
-        watched.streams += 1
+    def _counted(self, caller: Caller) -> Iterator[None]:
+        """Count a stream as long as the block lasts."""
         self._streams += 1
         self._of_caller[caller.key] = self._of_caller.get(caller.key, 0) + 1
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._read_forever(), name="live")
         try:
-            yield watched
+            yield
         finally:
-            watched.streams -= 1
             self._streams -= 1
             self._of_caller[caller.key] -= 1
             if not self._of_caller[caller.key]:
                 del self._of_caller[caller.key]
+            if not self._streams:
+                self._reading.cancel()
+                self._reading = None
+
+    @contextlib.contextmanager
+    def _following(self, found: WatchedRun) -> Iterator[WatchedRun]:
+        """Watch a run, with all others who do, as long as the block lasts."""
+        run_id = found.run["id"]
+        watched = self._watched.setdefault(run_id, found)
+        watched.streams += 1
+        try:
+            yield watched
+        finally:
+            watched.streams -= 1
             if not watched.streams:
                 self._watched.pop(run_id, None)
-            if not self._watched:
-                self._reading.cancel()
 
     async def _missed(self, caller: Caller, watched: WatchedRun, place: Place) -> list[tuple[Place, bytes]]:
         """A page of lines after a place that are not in the window."""
@@ -277,22 +347,39 @@ class Live:
 
     async def _read_forever(self) -> None:
         """Read once a second as long as there are streams."""
-        while self._watched:
+        for count in itertools.count(1):
             await self._clock.sleep(EVERY)
             places = {id_: (one.org_id, one.read_until) for id_, one in self._watched.items()}
+            window = self._lists.window()
+            since = None if window is None else window.next_since()
             try:
-                rows, lines = await self._database.watch(live.read, places, LINES)
+                rows, lines, changes = await self._database.watch(_read, places, since, window)
             except Unavailable:
                 # The streams stay, and the next read may succeed.
-                rows, lines = [], []
+                rows, lines, changes = [], [], None
             new: dict[RunId, list[Row]] = {}
             for line in lines:
                 new.setdefault(line.pop("run_id"), []).append(line)
             for row in rows:
                 if (watched := self._watched.get(row["id"])) is not None:
                     watched.take(row, new.get(row["id"], []))
+            if window is not None and since is not None and changes is not None:
+                self._lists.take(window, since, changes)
             turn, self._turn = self._turn, asyncio.Event()
             turn.set()
+            if count % READS == 0:
+                beat, self._beat = self._beat, asyncio.Event()
+                beat.set()
+
+
+def _read(
+    connection: Connection, places: live.Places, since: live.Moment | None, window: ChangeWindow | None
+) -> tuple[list[Run], list[dict[str, Any]], live.Changes | None]:
+    """The watched runs and their next lines; and what happened since then, if somebody looks at a list."""
+    rows, lines = live.read(connection, places, LINES) if places else ([], [])
+    if since is None or window is None:
+        return rows, lines, None
+    return rows, lines, live.changes(connection, since, window)
 
 
 async def _still(check: Check, caller: Caller) -> bool:

@@ -15,6 +15,7 @@ from worker.features.console.access import Access
 from worker.features.console.api import Api
 from worker.features.console.callers import CallerDatabase, EditDefinition, OpenRing, no_ring
 from worker.features.console.live import Live
+from worker.features.console.live_lists import LiveLists
 from worker.features.console.login import Login
 from worker.features.console.pages import Console
 from worker.features.console.sessions import AuthMiddleware, Forms, Sessions
@@ -141,6 +142,7 @@ def build(
         *(health.routes() if with_health else ()),
         *Api(caller_database, clock, live.events, installation=installation).routes(),
         Route("/runs/{run}/live", live.events),
+        *LiveLists(live, clock, console.zone).routes(),
         *console.routes(),
     ]
     router = Router(routes=routes, redirect_slashes=False)

@@ -1,16 +1,26 @@
-"""Runs that somebody watches, as event streams show them, or has just changed, and how they go on."""
+"""What event streams show: runs that somebody watches, and what has just happened to all runs and workers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from datetime import datetime
-from typing import Any, NamedTuple
+from collections.abc import Container, Iterator, Mapping
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple, TypedDict
 
-from sqlalchemy import Connection, func, select, text
+from sqlalchemy import Connection, func, literal, select, text, union_all
 
-from worker.ids import ALL_ORGS, OrgId, OrgScope, RunId, lowest_id
+from worker.clock import EPOCH
+from worker.ids import ALL_ORGS, DefinitionId, OrgId, OrgScope, RunId, lowest_id
 from worker.store import orgs, tables
-from worker.store.dialect import Instant, Row, all_rows, chunks, in_scope, is_postgresql
+from worker.store.dialect import (
+    Instant,
+    Row,
+    all_rows,
+    chunks,
+    database_now,
+    in_scope,
+    is_postgresql,
+    rows_as,
+)
 from worker.store.lists import runs as run_lists
 from worker.store.lists.matching import shown_state
 from worker.store.lists.rows import LogRow, Run, columns_of
@@ -18,9 +28,13 @@ from worker.store.lists.rows import LogRow, Run, columns_of
 # Rows of the audit that are looked through for changed runs, and runs that are found.
 EXAMINED = 5_000
 MAX_FOUND = 1_000
+# Newest runs, newest ends of each state, and newest workers that are looked at for changes.
+NEWEST = 1_000
+NEWEST_WORKERS = 50
 
 _logs, _audit = tables.run_logs, tables.audit
-_runs, _live = tables.runs, tables.live_runs
+_runs, _live, _ends = tables.runs, tables.live_runs, tables.run_ends
+_definitions, _workers = tables.definitions, tables.workers
 _COLUMNS = ", ".join(("run_id", *columns_of(LogRow)))
 # SQLite has no LATERAL, and at most 500 SELECTs in a UNION.
 _EACH = (
@@ -121,3 +135,120 @@ def changed_runs(
     states = {RunId(row[0]): str(row[1]) for row in connection.execute(each.limit(MAX_FOUND))}
     reason = (found[0][1] or {}).get("reason", "") if found else ""
     return ChangedRuns({id_: states[id_] for id_ in ids if id_ in states}, reason)
+
+
+# A time of the database's clock, in microseconds since 1970.
+Moment = int
+_TICK = timedelta(microseconds=1)
+
+
+class ChangedRun(TypedDict):
+    """What searches compare of a run."""
+
+    id: RunId
+    org_id: OrgId
+    definition_id: DefinitionId
+    definition: str | None
+    handler: str
+    origin: str
+    pool: str
+    created_at: datetime
+    state: str | None
+    reason: str | None
+
+
+class Change(NamedTuple):
+    """A run that was made or has ended, or without `run` a worker that started, stopped or lost its lease."""
+
+    id: str
+    what: str
+    at: Moment
+    run: ChangedRun | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.id, self.what
+
+
+class Changes(NamedTuple):
+    """Changes up to `read_at`; complete from `begins` on."""
+
+    found: list[Change]
+    begins: Moment
+    read_at: Moment
+
+
+def moment(connection: Connection) -> Moment:
+    """The time of the database."""
+    return _moment(database_now(connection))
+
+
+def changes(connection: Connection, since: Moment, known: Container[tuple[str, str]]) -> Changes:
+    """What happened to the runs of all orgs and to the workers since then, without the `known` keys.
+
+    If there is too much, the newest: see `begins`.
+    """
+    # First: what commits while this reads is in this read or the next one.
+    now = database_now(connection)
+    found: list[Change] = []
+    begins = since
+    for state, rows in _happened(connection, EPOCH + since * _TICK).items():
+        if len(rows) == NEWEST:
+            begins = max(begins, min(at for _, at in rows))
+        what = "ended" if state else "made"
+        found += (Change(id_, what, at) for id_, at in rows if (id_, what) not in known)
+    rows_by_id = _changed(connection, list(dict.fromkeys(change.id for change in found)))
+    # The rows of runs that are deleted meanwhile are missing.
+    found = [change._replace(run=run) for change in found if (run := rows_by_id.get(change.id))]
+    found += (one for one in _workers_changed(connection, now) if one.at > since and one.key not in known)
+    return Changes(found, begins, _moment(now))
+
+
+def _happened(connection: Connection, since: datetime) -> Mapping[str, list[tuple[str, Moment]]]:
+    """The ids and times of the runs that were made since then, and of those that ended by their state."""
+    # By id, since no index has `created_at`: the id of a run that is made late sorts by its due time.
+    newest = select(_runs.c.id, _runs.c.created_at.label("at")).order_by(_runs.c.id.desc()).limit(NEWEST)
+    made = newest.subquery().c
+    parts = [select(literal("").label("state"), made.id, made.at).where(made.at > since)]
+    for state in tables.FINAL_STATES:
+        ends = select(_ends.c.state, _ends.c.run_id, _ends.c.finished_at)
+        ends = ends.where(_ends.c.state == state, _ends.c.finished_at > since)
+        parts.append(ends.order_by(_ends.c.finished_at.desc()).limit(NEWEST).subquery().select())
+    found: dict[str, list[tuple[str, Moment]]] = {}
+    for state, id_, at in connection.execute(union_all(*parts)):
+        found.setdefault(state, []).append((id_, _moment(at)))
+    return found
+
+
+def _changed(connection: Connection, ids: list[str]) -> Mapping[str, ChangedRun]:
+    """The rows of these runs, as they are now."""
+    its = [
+        _runs.c[name] for name in ("id", "org_id", "definition_id", "handler", "origin", "pool", "created_at")
+    ]
+    state = func.coalesce(_runs.c.state, shown_state(_live.c.state), "running").label("state")
+    reason = func.coalesce(_runs.c.reason, _live.c.reason).label("reason")
+    each = (
+        select(*its, _definitions.c.name.label("definition"), state, reason)
+        .outerjoin(_definitions, _definitions.c.id == _runs.c.definition_id)
+        .outerjoin(_live, _live.c.id == _runs.c.id)
+    )
+    found: dict[str, ChangedRun] = {}
+    for some in chunks(ids):
+        rows = rows_as(ChangedRun, connection, each.where(_runs.c.id.in_(some)).limit(len(some)))
+        found |= {row["id"]: row for row in rows}
+    return found
+
+
+def _workers_changed(connection: Connection, now: datetime) -> Iterator[Change]:
+    columns = (_workers.c[name] for name in ("id", "started_at", "ended_at", "lease_until"))
+    newest = select(*columns).order_by(_workers.c.id.desc()).limit(NEWEST_WORKERS)
+    for id_, started_at, ended_at, lease_until in connection.execute(newest):
+        yield Change(id_, "started", _moment(started_at))
+        if ended_at is not None:
+            yield Change(id_, "ended", _moment(ended_at))
+        elif lease_until < now:
+            yield Change(id_, "lost", _moment(lease_until))
+
+
+def _moment(at: datetime) -> Moment:
+    return (at - EPOCH) // _TICK

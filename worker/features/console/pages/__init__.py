@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, tzinfo
 
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Scope
@@ -65,6 +67,10 @@ class Console:
             *ZonePages(self._pages).routes(),
             *self._login.routes(),
         )
+
+    def zone(self, request: Request) -> tzinfo:
+        """The viewer's time zone."""
+        return self._pages.zone(request) or UTC
 
     def error_page(
         self, scope: Scope, status: int, message: str, fix: str, candidates: Candidates = ()

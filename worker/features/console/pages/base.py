@@ -18,6 +18,7 @@ from worker.clock import Clock
 from worker.errors import TokenError, UsageError, WorkerError
 from worker.features.console.access import Access
 from worker.features.console.callers import Action, Caller, CallerDatabase, caller_of
+from worker.features.console.live_lists import stream_from_now
 from worker.features.console.pages.docs import place_of
 from worker.features.console.pages.links import org_path
 from worker.features.console.pages.rendering import page
@@ -66,17 +67,25 @@ class Pages:
         self.forms = forms
 
     async def show(
-        self, request: Request, template: str, work: Callable[[Connection], dict[str, Any]]
+        self,
+        request: Request,
+        template: str,
+        work: Callable[[Connection], dict[str, Any]],
+        *,
+        stream: str | None = None,
     ) -> Response:
         """Read and render in a database thread: a large page must not delay the loop.
 
-        Of the values that `work` returns, `status` is the response's; default 200.
+        Of the values that `work` returns, `status` is the response's; default 200. `stream` is the path of
+        the stream of what changes afterwards.
         """
         caller, frame = caller_of(request), self.frame(request.scope)
 
         def rendered(connection: Connection) -> Response:
+            # Before anything is read: what changes meanwhile may be missing on the page.
+            since = {"stream": stream_from_now(connection, stream)} if stream else {}
             # A page may set what the frame shows, such as the text that was searched for.
-            values = frame | work(connection)
+            values = frame | since | work(connection)
             return page(template, values.pop("status", 200), **values)
 
         return await self.database.read(caller, rendered)
@@ -96,6 +105,7 @@ class Pages:
             "docs": place.docs,
             "is_filtered": bool(scope.get("query_string")),
             "searched": "",
+            "stream": "",
             "zone": self.zone(HTTPConnection(scope)),
             "now": self.clock.now(),
         }

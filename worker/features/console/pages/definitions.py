@@ -16,6 +16,7 @@ from worker.errors import Conflict, DefinitionError, UsageError, WorkerError
 from worker.features.console.callers import Caller, caller_of
 from worker.features.console.charts import Dot
 from worker.features.console.charts import lengths as lengths_chart
+from worker.features.console.live_lists import PREFIX
 from worker.features.console.pages.base import PageGroup, allowed, query
 from worker.features.console.pages.forms import as_text, from_typed, problem_of, reason_of
 from worker.features.console.pages.links import definition_path, search_of
@@ -104,7 +105,8 @@ class DefinitionPages(PageGroup):
                 "runs_href": search_of(("org", org), ("definition", name)),
             }
 
-        return await self._pages.show(request, "definition.html", work)
+        stream = None if before else f"{PREFIX}{definition_path(org, name)}"
+        return await self._pages.show(request, "definition.html", work, stream=stream)
 
     async def _run_now(self, request: Request) -> Response:
         _, form = await self._pages.checked_form(request)

@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from worker.errors import AccessDenied, Conflict, NotFound, UsageError, WorkerError
 from worker.features.console.callers import Caller, caller_of
+from worker.features.console.live_lists import WORKERS
 from worker.features.console.pages.base import ROWS, PageGroup, allowed, next_page, query
 from worker.features.console.pages.forms import problem_of
 from worker.ids import ALL_ORGS
@@ -143,7 +144,7 @@ class InventoryPages(PageGroup):
                 **problem_of(problem),
             }
 
-        return await self._pages.show(request, "workers.html", work)
+        return await self._pages.show(request, "workers.html", work, stream=WORKERS)
 
     async def _approve(self, request: Request) -> Response:
         _, form = await self._pages.checked_form(request)

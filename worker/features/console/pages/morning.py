@@ -21,6 +21,7 @@ from worker.diagnosis.matters import matters
 from worker.errors import InvalidTrigger
 from worker.features.console.callers import Caller, CallerDatabase, caller_of
 from worker.features.console.charts import ChartSeries, bars
+from worker.features.console.live_lists import OVERVIEW
 from worker.features.console.pages.base import Pages, query
 from worker.features.console.pages.links import hour_path, org_path, step_path
 from worker.ids import ALL_ORGS
@@ -78,7 +79,7 @@ class MorningPage:
                 "totals": _totals(ended),
             }
 
-        return await self._pages.show(request, "morning.html", work)
+        return await self._pages.show(request, "morning.html", work, stream=OVERVIEW)
 
 
 @dataclass(frozen=True, slots=True)

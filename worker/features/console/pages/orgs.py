@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from worker.errors import Conflict, UsageError, WorkerError
 from worker.features.console.callers import caller_of
+from worker.features.console.live_lists import PREFIX
 from worker.features.console.pages.base import ROWS, PageGroup, allowed, next_page, query
 from worker.features.console.pages.forms import problem_of, reason_of
 from worker.features.console.pages.links import day_path, org_path
@@ -119,4 +120,5 @@ class OrgPages(PageGroup):
                 "next": next_page("", {}, runs),
             }
 
-        return await self._pages.show(request, "org.html", work)
+        stream = None if after else f"{PREFIX}{org_path(code)}"
+        return await self._pages.show(request, "org.html", work, stream=stream)

@@ -200,6 +200,7 @@ templates.globals |= {
     "menu": "",
     "docs": place_of(LOGIN).docs,
     "searched": "",
+    "stream": "",
     "when": _when,
     "zone": None,
 }

@@ -14,6 +14,7 @@ from starlette.routing import Route
 from worker.diagnosis.matters import listed
 from worker.errors import AccessDenied, UsageError
 from worker.features.console.callers import Caller, caller_of
+from worker.features.console.live_lists import RUNS, stream_from_now
 from worker.features.console.pages.base import ROWS, PageGroup, next_page, query
 from worker.features.console.pages.links import search_path
 from worker.features.console.pages.rendering import page
@@ -53,6 +54,8 @@ class SearchPages(PageGroup):
             try:
                 if (run_id := _only_run(connection, caller, text)) is not None:
                     return RedirectResponse(f"/runs/{run_id}", 303)
+                if "after" not in given:
+                    frame["stream"] = stream_from_now(connection, RUNS, q=text)
                 found = _found(connection, caller, wanted, given)
             except UsageError as error:
                 return page("search.html", 400, **frame, error=error)

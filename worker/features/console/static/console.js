@@ -105,6 +105,90 @@ function follow() {
 }
 follow();
 
+// A list says how much is new since it was made. Its stream is open only while the page is in sight.
+const SPEAK = 10000, MIN_RETRY = 5000, MAX_RETRY = 60000;
+
+function ago(seconds) {
+  if (seconds < 60) return `${seconds} s ago`;
+  return seconds < 3600 ? `${Math.floor(seconds / 60)} min ago` : `${Math.floor(seconds / 3600)} h ago`;
+}
+
+function howMany(data) {
+  if (!data.new) return data.more ? "There may be new ones" : "";
+  return `${data.new}${data.more ? " or more" : ""} new`;
+}
+
+// What became of a stream that the server refused, or of a server that does not answer (status 0).
+function refusal(status) {
+  if (status === 401) return "no longer live: you are logged out";
+  if (status === 429) return "not live: too many pages are open; asking again";
+  if (status === 204 || (status >= 400 && status < 500)) return "no longer live";
+  return "no longer live; asking again";
+}
+
+function watch(bar) {
+  const link = bar.querySelector("a"), age = bar.querySelector("span"), status = bar.querySelector("[role=status]");
+  let source = null, timer = 0, retry = MIN_RETRY, trouble = "", spokenAt = -SPEAK, speaking = 0;
+  const say = () => {
+    clearTimeout(speaking);
+    speaking = setTimeout(() => {
+      const text = [link.classList.contains("some") ? link.textContent : "", trouble].filter(Boolean).join(", ");
+      if (text === status.textContent) return;
+      status.textContent = text;
+      spokenAt = performance.now();
+    }, Math.max(0, spokenAt + SPEAK - performance.now()));
+  };
+  const show = () => {
+    age.textContent = `updated ${ago(Math.floor((Date.now() - performance.timeOrigin) / 1000))}${trouble && ` · ${trouble}`}`;
+  };
+  const inTrouble = (text) => {
+    if (text === trouble) return;
+    trouble = text;
+    show();
+    say();
+  };
+  const close = () => {
+    source?.close();
+    source = null;
+    clearTimeout(timer);
+  };
+  const open = () => {
+    close();
+    const mine = source = new EventSource(bar.dataset.stream);
+    source.addEventListener("open", () => {
+      retry = MIN_RETRY;
+      inTrouble("");
+    });
+    source.addEventListener("news", (event) => {
+      const text = howMany(JSON.parse(event.data));
+      link.textContent = text || "Refresh";
+      link.classList.toggle("some", Boolean(text));
+      say();
+    });
+    source.addEventListener("error", async () => {
+      inTrouble(refusal(0));
+      // It connects again by itself, unless the server refused.
+      if (mine.readyState !== EventSource.CLOSED) return;
+      const answer = await fetch(bar.dataset.stream, { method: "HEAD" }).catch(() => null);
+      if (mine !== source) return;
+      const code = answer?.status ?? 0;
+      inTrouble(refusal(code === 200 ? 0 : code));
+      if (!trouble.endsWith("asking again")) return;
+      timer = setTimeout(open, Math.max(retry, 1000 * (answer?.headers.get("retry-after") || 0)));
+      retry = Math.min(2 * retry, MAX_RETRY);
+    });
+  };
+  const look = () => {
+    show();
+    if (document.hidden) close();
+    else if (!source) open();
+  };
+  document.addEventListener("visibilitychange", look);
+  setInterval(() => { if (!document.hidden) show(); }, 1000);
+  look();
+}
+document.querySelectorAll("[data-stream]").forEach(watch);
+
 // A change of many runs goes on in parts while its page is open, so that the progress shows. Without a
 // script one form changes up to 1,000 runs.
 const PART = 25;
