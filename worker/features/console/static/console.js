@@ -166,9 +166,8 @@ function watch(bar) {
       say();
     });
     source.addEventListener("error", async () => {
-      inTrouble(refusal(0));
       // It connects again by itself, unless the server refused.
-      if (mine.readyState !== EventSource.CLOSED) return;
+      if (mine.readyState !== EventSource.CLOSED) return inTrouble(refusal(0));
       const answer = await fetch(bar.dataset.stream, { method: "HEAD" }).catch(() => null);
       if (mine !== source) return;
       const code = answer?.status ?? 0;
