@@ -112,13 +112,15 @@ async def overview(port: int, viewer: int) -> tuple[str, str]:
         return path[1], "; ".join(f"{name}={value}" for name, value in client.cookies.items())
 
 
-async def opened(port: int, path: str, header: str) -> asyncio.StreamReader:
+async def opened(port: int, path: str, header: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A stream that the server has begun."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n".encode())
     head = await reader.readuntil(b"\r\n\r\n")
     if b" 200 " not in head:
         raise SystemExit(f"a viewer was refused: {head[:200]!r}")
-    return reader
+    # Without its writer, the connection would be closed.
+    return reader, writer
 
 
 async def view_all(port: int, runs: list[str], viewers: int, after: int) -> None:
@@ -143,7 +145,7 @@ async def view_all(port: int, runs: list[str], viewers: int, after: int) -> None
         while part := await stream.read(65536):
             events += part.count(b"event: ")
 
-    tasks = [asyncio.create_task(read(stream)) for stream in streams]
+    tasks = [asyncio.create_task(read(reader)) for reader, _ in streams]
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     print(events, flush=True)
     for task in tasks:

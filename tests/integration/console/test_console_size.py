@@ -8,6 +8,8 @@ from bench import console
 from bench.history import fill
 from worker.clock import SystemClock
 from worker.store.database import Database
+from worker.store.lists import live
+from worker.store.tables import FINAL_STATES
 
 
 async def test_every_statement_of_a_page_is_bounded_and_uses_an_index(migrated_url: str):
@@ -20,6 +22,22 @@ async def test_every_statement_of_a_page_is_bounded_and_uses_an_index(migrated_u
     assert {page.path: page.statement_faults() for page in pages if page.statement_faults()} == {}
     assert {page.path: page.requests for page in pages if page.requests > console.MAX_REQUESTS} == {}
     assert {page.path: page.kilobytes for page in pages if page.kilobytes > console.MAX_KB} == {}
+
+
+def test_the_read_for_the_streams_of_lists_is_bounded_and_uses_indexes(migrated_url: str):
+    """Also for a page that has been open since before the first run."""
+    fill(migrated_url, runs=3_000, orgs=80)
+    database = Database.open(migrated_url, clock=SystemClock())
+    recorder = console.Recorder(strict=True)
+    with recorder.on() as statements, database.transaction() as connection:
+        read = live.changes(connection, 0, ())
+    database.close()
+
+    assert [fault for statement in statements for fault in statement.faults] == []
+    assert len(statements) < 20
+    assert live.NEWEST < len(read.found) <= live.NEWEST * (1 + len(FINAL_STATES)) + 2 * live.NEWEST_WORKERS
+    # Older changes are left out.
+    assert read.begins > 0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from worker.features.console import changes
 from worker.features.console.changes import ChangedLists, ListFilter, matches
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.model.search import KEYS, parsed
-from worker.store.lists.live import Change, ChangedRun, Changes
+from worker.store.lists.live import ChangedRun, Changes, LiveChange
 
 NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
 SECOND = 1_000_000
@@ -27,8 +27,8 @@ def a_run(**given: Any) -> ChangedRun:
     return row | given
 
 
-def change(run: str, at: int, what: str = "made", **given: Any) -> Change:
-    return Change(run, what, at * SECOND, a_run(id=run, **given))
+def change(run: str, at: int, what: str = "made", **given: Any) -> LiveChange:
+    return LiveChange(run, what, at * SECOND, a_run(id=run, **given))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_each_key_of_the_search_is_compared_or_may_find_more():
 
 def test_a_filter_is_of_orgs_and_of_a_definition():
     mine = ListFilter(org_ids=frozenset({ACME}), definition_id=DefinitionId("d"))
-    worker = Change("w", "started", 0)
+    worker = LiveChange("w", "started", 0)
 
     assert mine.shows(change("1", 0)) is True
     assert mine.shows(change("1", 0, org_id=OTHER)) is False
@@ -100,7 +100,7 @@ class Reads:
 
     def __init__(self) -> None:
         self.lists = ChangedLists()
-        self.committed: list[Change] = []
+        self.committed: list[LiveChange] = []
         self.most = 1_000
         self.since: list[float] = []
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 
 from worker.ids import DefinitionId, OrgId
 from worker.model.search import Query
-from worker.store.lists.live import Change, ChangedRun, Changes, Moment
+from worker.store.lists.live import ChangedRun, Changes, LiveChange, Moment
 from worker.store.tables import FINAL_STATES, WAITING_REASONS
 
 # Changes that are kept, of all lists together, and those that are counted of one list.
@@ -24,7 +24,7 @@ MAX_COUNTED = 1_000
 OVERLAP = 3_000_000
 NEVER: Moment = 2**62
 # A change and its place.
-PlacedChange = tuple[Moment, Change]
+PlacedChange = tuple[Moment, LiveChange]
 # The parts of a query that are compared with the same column of a run.
 _EQUAL = ("definition", "handler", "origin", "pool")
 _COMPARED = frozenset((*_EQUAL, "org", "states", "since", "until", "reason"))
@@ -42,7 +42,7 @@ class ListFilter:
     definition_id: DefinitionId | None = None
     of_workers: bool = False
 
-    def shows(self, change: Change) -> bool | None:
+    def shows(self, change: LiveChange) -> bool | None:
         """Whether the list shows this change; None if the row does not say."""
         run = change.run
         if run is None or self.of_workers:
@@ -102,7 +102,7 @@ class WatchedList:
         for place, change in changes:
             self.take(place, change)
 
-    def take(self, place: Moment, change: Change) -> None:
+    def take(self, place: Moment, change: LiveChange) -> None:
         """Count one more change; the newest last."""
         shown = self._filter.shows(change)
         if shown is None:

@@ -209,7 +209,7 @@ class Live:
         """The stream of a list, which says how much of it is new since the place.
 
         Raises:
-            UsageError: the place is none.
+            UsageError: the place is not a number.
             TooManyRequests, Busy: as `events`; and what `filter_of` raises.
         """
         caller = caller_of(request)

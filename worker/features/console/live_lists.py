@@ -25,7 +25,9 @@ from worker.store.lists.matching import few_orgs
 
 # The stream of a page, by the page's path.
 PREFIX = "/live"
-OVERVIEW, RUNS, WORKERS = f"{PREFIX}/overview", f"{PREFIX}/runs", f"{PREFIX}/workers"
+OVERVIEW = f"{PREFIX}/overview"
+RUNS = f"{PREFIX}/runs"
+WORKERS = f"{PREFIX}/workers"
 
 
 def stream_from_now(connection: Connection, path: str, **query: str) -> str:

@@ -157,7 +157,7 @@ class ChangedRun(TypedDict):
     reason: str | None
 
 
-class Change(NamedTuple):
+class LiveChange(NamedTuple):
     """A run that was made or has ended, or without `run` a worker that started, stopped or lost its lease."""
 
     id: str
@@ -173,7 +173,7 @@ class Change(NamedTuple):
 class Changes(NamedTuple):
     """Changes up to `read_at`; complete from `begins` on."""
 
-    found: list[Change]
+    found: list[LiveChange]
     begins: Moment
     read_at: Moment
 
@@ -190,13 +190,13 @@ def changes(connection: Connection, since: Moment, known: Container[tuple[str, s
     """
     # First: what commits while this reads is in this read or the next one.
     now = database_now(connection)
-    found: list[Change] = []
+    found: list[LiveChange] = []
     begins = since
     for state, rows in _happened(connection, EPOCH + since * _TICK).items():
         if len(rows) == NEWEST:
             begins = max(begins, min(at for _, at in rows))
         what = "ended" if state else "made"
-        found += (Change(id_, what, at) for id_, at in rows if (id_, what) not in known)
+        found += (LiveChange(id_, what, at) for id_, at in rows if (id_, what) not in known)
     rows_by_id = _changed(connection, list(dict.fromkeys(change.id for change in found)))
     # The rows of runs that are deleted meanwhile are missing.
     found = [change._replace(run=run) for change in found if (run := rows_by_id.get(change.id))]
@@ -239,15 +239,15 @@ def _changed(connection: Connection, ids: list[str]) -> Mapping[str, ChangedRun]
     return found
 
 
-def _workers_changed(connection: Connection, now: datetime) -> Iterator[Change]:
+def _workers_changed(connection: Connection, now: datetime) -> Iterator[LiveChange]:
     columns = (_workers.c[name] for name in ("id", "started_at", "ended_at", "lease_until"))
     newest = select(*columns).order_by(_workers.c.id.desc()).limit(NEWEST_WORKERS)
     for id_, started_at, ended_at, lease_until in connection.execute(newest):
-        yield Change(id_, "started", _moment(started_at))
+        yield LiveChange(id_, "started", _moment(started_at))
         if ended_at is not None:
-            yield Change(id_, "ended", _moment(ended_at))
+            yield LiveChange(id_, "ended", _moment(ended_at))
         elif lease_until < now:
-            yield Change(id_, "lost", _moment(lease_until))
+            yield LiveChange(id_, "lost", _moment(lease_until))
 
 
 def _moment(at: datetime) -> Moment:
