@@ -78,7 +78,7 @@ def fill(connection: Connection, now: datetime) -> str:
         put(
             tables.catalogue,
             **{"name": evil, "distribution": evil, "version": evil, "entry_point": evil, "scopes": [evil]},
-            **{"error": evil if number % 2 else None, "seen_at": now, "of_worker": True},
+            **{"error": evil if number % 2 else None, "seen_at": now, "of_worker": True, "description": evil},
             params_schema={"type": "object", "properties": {evil: {"type": "string", "description": evil}}},
         )
         fill_host(connection, evil, number, now)
@@ -96,7 +96,7 @@ def fill_host(connection: Connection, evil: str, number: int, now: datetime) -> 
     schema = {"type": "object", "properties": {evil: {"type": "string", "description": evil}}}
     connection.execute(
         insert(tables.host_handlers).values(
-            **text, **lists, pool=pool, host_id=host, params_schema=schema,
+            **text, **lists, pool=pool, host_id=host, params_schema=schema, description=evil,
             error=evil if number % 7 == 0 else None,
         )
     )  # fmt: skip

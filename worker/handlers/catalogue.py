@@ -23,7 +23,7 @@ from importlib.metadata import EntryPoint
 from typing import Any, Self, TypeVar
 
 from worker.handlers.installed import FOLDERS, Distribution, distributions, environment, normalised
-from worker.handlers.job import MAX_SECRETS, SECRET_NAME
+from worker.handlers.job import MAX_SECRETS, SECRET_NAME, one_line
 from worker.handlers.json_text import clean
 from worker.handlers.schema import check_schema
 from worker.model.definitions.pools import parse_pool
@@ -64,6 +64,7 @@ class HandlerEntry:
     state: bool = False
     pool: str | None = None
     secrets: tuple[str, ...] = ()
+    description: str | None = None
     error: str | None = None
 
 
@@ -320,7 +321,8 @@ def _declared(described: Mapping[str, Any]) -> dict[str, Any]:
     if described["pool"] is not None:
         parse_pool(described["pool"])
     check_secrets(described["secrets"])
-    return {**described, "scopes": tuple(scopes), "secrets": tuple(described["secrets"])}
+    checked = {"secrets": tuple(described["secrets"]), "description": one_line(described["description"])}
+    return {**described, "scopes": tuple(scopes), **checked}
 
 
 def check_secrets(names: Sequence[Any]) -> None:
@@ -348,4 +350,5 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
     "state": (bool,),
     "pool": _TEXT,
     "secrets": (list,),
+    "description": _TEXT,
 }

@@ -49,7 +49,7 @@ def offer_of(job: Job) -> dict[str, Any]:
         parse_pool(job.pool)
     plain = ("isolation", "timeout", "max_attempts", "memory", "max_concurrent", "state", "pool")
     schemas = {"params_schema": job.params_schema(), "settings_schema": job.settings_schema()}
-    named = {"scopes": sorted(job.scopes), "secrets": sorted(job.secrets)}
+    named = {"scopes": sorted(job.scopes), "secrets": sorted(job.secrets), "description": job.description}
     return {**named, **schemas, **{name: getattr(job, name) for name in plain}}
 
 

@@ -17,6 +17,9 @@ SECRET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # Secrets of one handler, and the bytes of a value.
 MAX_SECRETS = 20
 MAX_SECRET_BYTES = 16 * 1024
+MAX_DESCRIPTION = 200
+# Where a sentence ends: not after "e.g.", which goes on in lower case.
+_END = re.compile(r"(?<=[.!?])\s++(?![a-z])")
 
 
 @dataclass(eq=False, repr=False)
@@ -68,6 +71,12 @@ class Job:
     def __repr__(self) -> str:
         return f"<Job {self.name}>"
 
+    @property
+    def description(self) -> str | None:
+        """The first sentence of its docstring, or None."""
+        paragraph, *_ = re.split(r"\n\s*\n", str(self.__doc__ or "").strip(), maxsplit=1)
+        return one_line(_END.split(paragraph, maxsplit=1)[0])
+
     def params_schema(self) -> dict[str, Any] | None:
         """The JSON Schema of a definition's params, or None if any are valid."""
         if self.params is None:
@@ -80,6 +89,16 @@ class Job:
     def settings_schema(self) -> dict[str, Any] | None:
         """The JSON Schema of the settings that are read from a token's properties."""
         return None if self.settings is None else self.settings.model_json_schema()
+
+
+def one_line(text: str | None) -> str | None:
+    """A description as it is stored: printable, in one line, of at most MAX_DESCRIPTION characters."""
+    if text is None:
+        return None
+    # What is cut off anyway is not looked at: a host may declare anything.
+    start = "".join(char if char.isprintable() else " " for char in text[: 4 * MAX_DESCRIPTION])
+    line = " ".join(start.split())
+    return (line if len(line) <= MAX_DESCRIPTION else f"{line[: MAX_DESCRIPTION - 1]}…") or None
 
 
 def job(

@@ -110,7 +110,8 @@ async def test_the_overview_pages_escape_what_they_show(staffed: Site):
             "type": "object",
             "properties": {evil: {"type": evil, "description": evil, "default": evil}},
         }
-        connection.execute(update(tables.catalogue).values(params_schema=schema, settings_schema=schema))
+        evils = {"params_schema": schema, "settings_schema": schema, "description": evil}
+        connection.execute(update(tables.catalogue).values(**evils))
         connection.execute(
             update(tables.catalogue).where(tables.catalogue.c.name == "acme.other").values(error=evil)
         )

@@ -21,8 +21,9 @@ from worker.engine.runners.child.messages import Setup
 from worker.engine.runners.child.pool import ChildPool
 from worker.handlers.catalogue import MAX_AT_ONCE, HandlerEntry, read_catalogue
 from worker.handlers.installed import distributions
+from worker.handlers.job import MAX_DESCRIPTION
 
-GOOD = """
+GOOD = '''
 import os, sys
 from pydantic import BaseModel, Field
 from worker import job, Context
@@ -38,7 +39,8 @@ class Settings(BaseModel):
 
 @job("acme.digest", params=Params, settings=Settings, scopes={"write:kb", "read:kb"}, timeout="2h",
      max_attempts=4, memory="512MiB", max_concurrent=3)
-async def digest(ctx): return None
+async def digest(ctx):
+    """Digest a collection. It takes a while."""
 
 @job("acme.inline", isolation="inline")
 async def inline(ctx): return None
@@ -50,7 +52,7 @@ def environment(ctx): return None
 def misnamed(ctx): return None
 
 not_a_job = 1
-"""
+'''
 
 BAD = {
     "raises": ("raise ValueError('broken on purpose')", "ValueError: broken on purpose"),
@@ -129,6 +131,7 @@ async def test_a_plug_in_is_described_without_being_imported_here(folder: Path, 
     assert digest.params_schema["additionalProperties"] is False
     assert digest.settings_schema is not None
     assert digest.settings_schema["properties"]["max_tokens"]["default"] == 1000
+    assert digest.description == "Digest a collection."
     assert digest.error is None
     assert found["acme.inline"].isolation == "inline"
     assert found["acme.inline"].params_schema is None
@@ -169,7 +172,7 @@ import json, os
 from worker import job
 offer = {{"isolation": "child", "scopes": [], "params_schema": None, "settings_schema": None, "timeout": None,
          "max_attempts": None, "memory": None, "max_concurrent": None,
-         "state": False, "pool": None, "secrets": []}}
+         "state": False, "pool": None, "secrets": [], "description": None}}
 def nested(levels): return {{"not": nested(levels - 1)}} if levels else {{}}
 line = {line}
 for descriptor in map(int, os.listdir("/proc/self/fd")):
@@ -191,6 +194,7 @@ FORGERIES = {
     "secrets": ("json.dumps(offer | {'secrets': 'all'})", "secrets is a str"),
     "secret": ("json.dumps(offer | {'secrets': ['a b']})", "is not the name of a secret"),
     "many_secrets": ("json.dumps(offer | {'secrets': ['a'] * 21})", "secrets are more than 20"),
+    "description": ("json.dumps(offer | {'description': ['x']})", "description is a list"),
     "isolation": ("json.dumps(offer | {'isolation': 'worker'})", "its isolation or scopes are invalid"),
     "no_schema": ("json.dumps(offer | {'params_schema': [1]})", "params_schema is a list"),
     "deep_schema": (
@@ -220,6 +224,20 @@ async def test_an_import_that_writes_its_own_offer_is_held_to_what_an_offer_is(f
 
     for name, (_, error) in FORGERIES.items():
         assert error in str(found[f"z.{name}"].error)
+
+
+async def test_an_import_that_writes_its_own_description_gets_a_printable_line(folder: Path) -> None:
+    line = "json.dumps(offer | {'description': 'a' + chr(0) + chr(27) + 'b' * 1000})"
+    make_plugin(
+        folder,
+        dist="acme-said",
+        modules={"acme_said": FORGED.format(line=line)},
+        entry_points={"z.said": "acme_said:f"},
+    )
+
+    [entry] = (await read("acme-said", timeout=30)).values()
+
+    assert (entry.error, entry.description) == (None, f"a {'b' * (MAX_DESCRIPTION - 3)}…")
 
 
 async def test_a_model_with_too_large_a_schema_is_named(folder: Path) -> None:

@@ -15,6 +15,7 @@ from tests.integration.hosts.conftest import HANDLER, Fleet, end_of, fence, line
 from worker.engine.loops.finisher import Finisher
 from worker.features.hosts.hosted_runs import HostedRuns
 from worker.handlers.calls import GrantedAnswer
+from worker.handlers.job import MAX_DESCRIPTION
 from worker.ids import OrgId
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.outcome import EndedAttempt
@@ -316,6 +317,23 @@ async def test_handlers_of_a_host_are_kept_apart_from_those_of_workers(fleet: Fl
     assert "gpu.only" in row["handlers"]
     assert row["offers"]["gpu.only"]["scopes"] == ["render"]
     assert "gpu.broken" not in row["handlers"]
+
+
+async def test_what_a_host_says_of_its_handlers_is_bounded_here_again(fleet: Fleet) -> None:
+    """A host need not run our code: its text is a claim."""
+    host = await fleet.host()
+    entry = {"name": "gpu.said", "distribution": "gpu", "version": "2", "entry_point": "gpu:said"}
+    said = [entry | {"description": "\x1b[2J" + "x " * 50_000}, entry | {"name": "gpu.silent"}]
+
+    await host.call(fleet.two, "handlers", entries=said)
+    invalid = await host.send(fleet.two, "handlers", {"entries": [entry | {"description": ["x"]}]})
+
+    found = {row["name"]: row["description"] for row in fleet.rows.all(tables.host_handlers)}
+    assert found["gpu.silent"] is None
+    assert found["gpu.said"].startswith("[2Jx x ")
+    assert len(found["gpu.said"]) == MAX_DESCRIPTION
+    assert invalid.status_code == 422
+    assert "description of gpu.said is not a text" in invalid.text
 
 
 async def test_a_closed_connection_leaves_what_it_would_have_got_to_the_next_take(fleet: Fleet) -> None:

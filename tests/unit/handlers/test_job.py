@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 import worker
-from worker.handlers.job import Job, job
+from worker.handlers.job import MAX_DESCRIPTION, Job, job, one_line
 
 
 class Params(BaseModel):
@@ -27,6 +27,37 @@ def test_a_declared_handler_keeps_what_was_said_of_it_and_can_still_be_called() 
     assert (digest.scopes, digest.timeout, digest.max_attempts) == (frozenset({"read:kb"}), "2h", 4)
     assert not digest.is_async
     assert digest.isolation == "child"
+
+
+@pytest.mark.parametrize(
+    ("docstring", "description"),
+    [
+        (None, None),
+        ("   ", None),
+        ("Digests.", "Digests."),
+        ("Digest a collection", "Digest a collection"),
+        ("Send a letter to each customer. Each is a step.", "Send a letter to each customer."),
+        ("Is it up? It answers.", "Is it up?"),
+        ("Digest what is new,\n        e.g.\n        mails. Then stop.", "Digest what is new, e.g. mails."),
+        ("Digest what is new\n\n    Stops at the first error.", "Digest what is new"),
+        ("Wait 1.5 s. Then go on.", "Wait 1.5 s."),
+        ("x" * 300, "x" * (MAX_DESCRIPTION - 1) + "…"),
+    ],
+)
+def test_a_handler_is_described_by_its_first_sentence(docstring: str | None, description: str) -> None:
+    def digest(ctx: Any) -> None: ...
+
+    digest.__doc__ = docstring
+
+    assert job("acme.digest")(digest).description == description
+
+
+def test_a_description_is_one_printable_line() -> None:
+    hostile = "a\0b\x1b[2J\u202ec\ud800\n\td"
+
+    assert one_line(hostile) == "a b [2J c d"
+    assert one_line("\u202e\n") is None
+    assert len(one_line("W " * 10**6) or "") == MAX_DESCRIPTION
 
 
 def test_an_unknown_param_is_an_error_unless_the_model_allows_extras() -> None:

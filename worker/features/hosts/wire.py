@@ -39,6 +39,7 @@ from worker.handlers.calls import BATCH_BYTES, CALLS, MAX_BYTES, NotACall, Progr
 from worker.handlers.calls import OWN_BYTES as OWN_BYTES
 from worker.handlers.calls import known_in as known_in
 from worker.handlers.catalogue import ERROR_LIMIT, HandlerEntry, check_secrets
+from worker.handlers.job import one_line
 from worker.handlers.json_text import check_json_text, clean
 from worker.handlers.parts import CallPart, Count, TextCheck, row_of, trusted
 from worker.handlers.schema import check_schema
@@ -179,6 +180,9 @@ class _Entry(CallPart[HandlerEntry]):
             raise ValueError(f"secrets of {given['name']}")
         check_secrets(secrets)
         given["secrets"] = tuple(secrets)
+        if not isinstance(description := given.get("description"), str | None):
+            raise ValueError(f"description of {given['name']} is not a text")
+        given["description"] = one_line(description)
         given["state"] = given.get("state") is True
         return HandlerEntry(**given)
 

@@ -327,6 +327,7 @@ class Handler(TypedDict):
     state: Shown[bool]
     pool: Shown[str | None]
     secrets: Shown[list[str]]
+    description: Annotated[str | None, redaction.text]
     error: Annotated[str | None, redaction.not_loaded]
     seen_at: Shown[datetime]
 

@@ -308,6 +308,7 @@ catalogue = table(
         doc="True: a worker or command of this release read it. Null: written by the previous release, maybe "
         "for a host; it counts if a worker lists the handler.",
     ),
+    Column("description", Text, doc="The first sentence of its docstring."),
     readers="orgs",
 )
 
@@ -329,10 +330,11 @@ host_handlers = table(
     *(
         like(of)
         for of in catalogue.c
-        if of.name not in ("name", "distribution", "pool", "of_worker", "seen_at")
+        if of.name not in ("name", "distribution", "pool", "of_worker", "seen_at", "description")
     ),
     required("bytes", Integer, "The size of this row's declaration."),
     required("seen_at", Instant, "When the host last declared it, or was last seen running it."),
+    like(catalogue.c.description),
     Index("ix_host_handlers_host_id", "host_id"),
     readers="orgs",
 )
