@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from worker.errors import DefinitionError
-from worker.model.orgs import OrgState, Selector, may_move, parse_selector
+from worker.model.orgs import OrgState, Selector, may_move, parse_selector, selector_in_words
 from worker.store.tables import ORG_STATES
 
 
@@ -65,3 +65,19 @@ def test_what_selects_no_orgs_is_refused(value, field):
 def test_everything_is_selected_by_default():
     assert Selector().matches(tags=(), issuer="any")
     assert Selector().as_json() == "all"
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("all", "all orgs"),
+        ({"tags": ["pro"]}, "orgs with the tag pro"),
+        ({"tags": ["c", "a", "b"]}, "orgs with the tags a, b and c"),
+        ({"issuer": "main"}, "orgs of the issuer main"),
+        ({"tags": ["pro"], "issuer": "main"}, "orgs with the tag pro of the issuer main"),
+        ({"region": "eu"}, '{"region": "eu"}'),
+        (None, "null"),
+    ],
+)
+def test_a_selector_in_words(value, words):
+    assert selector_in_words(value) == words

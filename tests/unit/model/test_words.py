@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
-from worker.model.definitions.words import in_words
+from worker.model.definitions.words import duration_in_words, in_brief, in_words
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,40 @@ def test_an_invalid_schedule_stays_as_it_is(schedule: str):
 
 def test_an_unknown_zone_leaves_the_schedule():
     assert in_words("at 2027-01-01T08:00:00Z", "Nowhere/Land") == "at 2027-01-01T08:00:00Z"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ("every 15m", "every 15 minutes"),
+        (" every  1h ", "every hour"),
+        ("every 90m", "every 1 hour 30 minutes"),
+        ("every 1d", "every day"),
+        ("every soon", "every soon"),
+        ("0 3 * * *", "at 03:00 every day"),
+        ("@hourly", "at the start of every hour"),
+        ("at 2027-01-01T08:00:00Z", "once, on Friday 1 January 2027 at 08:00 UTC"),
+        ("61 * * * *", "61 * * * *"),
+        ("At noon", "At noon"),
+        ("", ""),
+    ],
+)
+def test_a_schedule_within_a_sentence(schedule: str, words: str):
+    assert in_brief(schedule) == words
+
+
+@pytest.mark.parametrize(
+    ("duration", "words"),
+    [
+        ("15m", "15 minutes"),
+        ("1d2h", "1 day 2 hours"),
+        ("1.5s", "1 second 500 ms"),
+        ("0s", "0 seconds"),
+        ("2w", "14 days"),
+        (timedelta(hours=1), "1 hour"),
+        ("auto", "auto"),
+        ("9" * 50 + "w", "9" * 50 + "w"),
+    ],
+)
+def test_a_duration_in_words(duration: str | timedelta, words: str):
+    assert duration_in_words(duration) == words

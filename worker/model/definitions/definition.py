@@ -346,6 +346,8 @@ _KEYS: dict[str, _Form] = {
 }
 # The keys that an edit may change.
 EDITABLE = (*_KEYS, "enabled")
+# The keys whose values may be durations.
+DURATIONS = frozenset({*(key for key, form in _KEYS.items() if form.write is format_duration), "spread"})
 _STORED = (*_KEYS, CALENDAR_DATES)
 _OPTIONAL = frozenset(_KEYS) - {"handler", "schedule"}
 _DEFAULTS: dict[str, Any] = {

@@ -15,6 +15,7 @@ from worker.model.definitions.units import format_duration, parse_duration
 _ANY_TIME = datetime(2000, 1, 1)
 _DAY = timedelta(days=1)
 _MINUTES = re.compile(r"\*/([1-9]|[1-5][0-9]) +\* +\* +\* +\*")
+_PARTS = re.compile(r"(\d+)([a-z]+)")
 _UNITS = {"d": "day", "h": "hour", "m": "minute", "s": "second"}
 
 
@@ -31,6 +32,28 @@ def in_words(schedule: str, zone_name: str) -> str:
         return f"{_crontab(NICKNAMES.get(text, text))}, {zone}"
     except (ValueError, ZeroDivisionError, KeyError, CronSimError, ZoneInfoNotFoundError):
         return text
+
+
+def in_brief(schedule: str) -> str:
+    """What a schedule means within a sentence, without its zone: `every 15 minutes`, `at 03:00 every day`."""
+    given = schedule.strip()
+    kind, _, rest = given.partition(" ")
+    if kind == "every":
+        span = duration_in_words(rest.strip())
+        return f"every {span.removeprefix('1 ') if span.count(' ') == 1 else span}"
+    text = in_words(given, "UTC").removesuffix(", UTC")
+    return text if text == given else f"{text[:1].lower()}{text[1:]}"
+
+
+def duration_in_words(duration: timedelta | str) -> str:
+    """A duration, or the text of one, as `1 hour 30 minutes`; a text of another form as it is."""
+    try:
+        shown = duration if isinstance(duration, timedelta) else parse_duration(duration)
+    except ValueError:
+        return str(duration)
+    parts = _PARTS.findall(format_duration(shown))
+    named = ((int(count), _UNITS.get(unit, unit)) for count, unit in parts)
+    return " ".join(f"{count:,} {unit}{'s' if count != 1 and len(unit) > 2 else ''}" for count, unit in named)
 
 
 def _every(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -115,6 +116,20 @@ def parse_selector(value: Any, *, entry: str = "") -> Selector:
     if "issuer" in value and not (isinstance(issuer, str) and issuer):
         raise _refusal("issuer must be a string", entry, ".issuer")
     return Selector(tags=frozenset(tags), issuer=issuer)
+
+
+def selector_in_words(value: Any) -> str:
+    """`orgs` of a template or budget for people; of an unknown form as JSON."""
+    try:
+        chosen = parse_selector(value)
+    except DefinitionError:
+        return json.dumps(value, default=str)
+    if not (chosen.tags or chosen.issuer):
+        return "all orgs"
+    *most, last = sorted(chosen.tags) or [""]
+    tags = f"{', '.join(most)} and {last}" if most else last
+    with_tags = f" with the tag{'s' if most else ''} {tags}" if chosen.tags else ""
+    return f"orgs{with_tags}{f' of the issuer {chosen.issuer}' if chosen.issuer else ''}"
 
 
 def _refusal(problem: str, entry: str, below: str = "") -> DefinitionError:

@@ -27,10 +27,13 @@ from worker.clock import to_text
 from worker.features.console.callers import Caller
 from worker.features.console.pages.docs import place_of
 from worker.features.console.pages.links import definition_path, org_path
+from worker.features.console.sentences import actor_name, sentence
 from worker.features.console.sessions import LOGIN, STATIC
 from worker.ids import short_ids
 from worker.kit.web.responses import Candidates
 from worker.model.definitions.units import took
+from worker.model.definitions.words import in_brief
+from worker.model.orgs import selector_in_words
 from worker.model.runs.clauses import listed
 
 _WEB = Path(__file__).parents[1]
@@ -184,6 +187,10 @@ templates.filters |= {
     "fitted": _fitted,
     "seconds_apart": _seconds_apart,
     "with_commands": _with_commands,
+    "sentence": sentence,
+    "actor": actor_name,
+    "selector": selector_in_words,
+    "schedule": in_brief,
 }
 # What `Pages.show` sets for a caller; the login page has none of it.
 templates.globals |= {

@@ -1,0 +1,95 @@
+"""The lists of what is installed, stored and changed: in words, without a word of what an org may not see."""
+
+from __future__ import annotations
+
+import html
+import re
+
+from sqlalchemy import update
+
+from tests.integration.console.conftest import TOKENS, Site, logged_in, make_run, on_either
+from worker.operations.definitions import edit_definition, pause_definition
+from worker.operations.runs import cancel, retry
+from worker.store import tables
+
+EVIL = "<script>alert(1)</script>"
+
+
+def rows_of(page: str) -> list[str]:
+    """The rows of the table of a page, newest first, as text without tags."""
+    rows = re.findall("<tr>(.*?)</tr>", page.partition("<tbody>")[2], re.DOTALL)
+    return [" ".join(html.unescape(re.sub("<[^>]+>", " ", row)).split()) for row in rows]
+
+
+@on_either
+async def test_the_audit_reads_as_sentences_with_the_json_behind_a_disclosure(staffed: Site):
+    database = staffed.database
+    run = make_run(staffed)
+    cancel(database, run, actor="operator:ada", reason="not <now>")
+    again = retry(database, run, actor="person:kp_1@org_a")["id"]
+    changes = {"schedule": "every 1h", "timeout": "90m"}
+    edit_definition(database, "org_a", "digest", changes, actor="operator:ada", reason="too rare")
+    pause_definition(database, "org_a", "digest", actor="worker", note=EVIL)
+    async with logged_in(staffed, TOKENS["admin"]) as client:
+        page = (await client.get("/audit")).text
+    newest = rows_of(page)[:4]
+
+    assert "worker org_a Paused the definition digest note: <script>alert(1)</script> JSON" in newest[0]
+    assert "ada operator org_a Changed the definition digest" in newest[1]
+    for part in (
+        "reason: too rare",
+        "schedule: at 03:00 every day → every hour",
+        "timeout: 1 hour 30 minutes",
+    ):
+        assert part in newest[1]
+    assert '"before": "0 3 * * *"' in newest[1]
+    assert "kp_1 of org_a org_a Retried as the run" in newest[2]
+    assert f'href="/runs/{again}"' in page
+    assert "reason: not <now>" in newest[3]
+    assert 'href="/orgs/org_a/definitions/digest"' in page
+    assert 'title="operator:ada"' in page
+    assert EVIL not in page
+
+
+@on_either
+async def test_an_org_reads_its_audit_without_the_values_and_words_of_operators(staffed: Site):
+    database = staffed.database
+    edit_definition(database, "org_a", "digest", {"timeout": "77m"}, actor="mallory", reason="secret words")
+    pause_definition(database, "org_b", "digest", actor="person:kp_2@org_b", note="of another org")
+    async with logged_in(staffed, staffed.token("org_a")) as client:
+        theirs = (await client.get("/audit")).text
+    async with logged_in(staffed, TOKENS["admin"]) as client:
+        ours = (await client.get("/audit")).text
+
+    assert "operator Changed the definition digest" in rows_of(theirs)[0]
+    for hidden in ("77m", "1 hour", "mallory", "secret words", "kp_2", "org_b"):
+        assert hidden not in theirs.partition("<main")[2], hidden
+    # The control: an operator reads them.
+    for shown in ("1 hour 17 minutes", "mallory", "secret words", "kp_2"):
+        assert shown in ours
+
+
+@on_either
+async def test_handlers_and_templates_say_what_they_do_in_words(staffed: Site):
+    with staffed.database.transaction() as connection:
+        said = {"description": f"Digest what is new {EVIL}."}
+        connection.execute(update(tables.catalogue).values(**said))
+        connection.execute(
+            update(tables.templates).values(selector={"tags": ["pro", EVIL], "issuer": "main"})
+        )
+    async with logged_in(staffed, TOKENS["viewer"]) as client:
+        handlers = (await client.get("/handlers")).text
+        templates = (await client.get("/templates")).text
+    async with logged_in(staffed, staffed.token("org_a")) as client:
+        theirs = (await client.get("/handlers")).text
+        api = (await client.get("/api/v1/handlers", headers={"authorization": ""})).status_code
+
+    assert f"<p>{html.escape(said['description'])}</p>" in handlers
+    assert handlers.count("Digest what is new") == 2
+    assert theirs.count("Digest what is new") == 1
+    assert api == 401
+    shown = html.unescape(templates)
+    assert f"orgs with the tags {EVIL} and pro of the issuer main" in shown
+    assert "at the start of every hour" in shown
+    assert EVIL not in handlers + templates + theirs
+    assert "{&#34;tags" not in templates
