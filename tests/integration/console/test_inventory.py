@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import re
+from datetime import date
+from typing import Any
 
 from sqlalchemy import update
 
@@ -11,8 +13,17 @@ from tests.integration.console.conftest import TOKENS, Site, logged_in, make_run
 from worker.operations.definitions import edit_definition, pause_definition
 from worker.operations.runs import cancel, retry
 from worker.store import tables
+from worker.store.lists.grid import STATES, Grid
 
 EVIL = "<script>alert(1)</script>"
+
+
+def end(site: Site, run: str, state: str, **values: Any) -> None:
+    """As if the run had ended so."""
+    with site.database.transaction() as connection:
+        connection.execute(tables.live_runs.delete().where(tables.live_runs.c.id == run))
+        ended = {"state": state, "finished_at": site.database.now(connection), "attempt": 1, **values}
+        connection.execute(update(tables.runs).where(tables.runs.c.id == run).values(**ended))
 
 
 def rows_of(page: str) -> list[str]:
@@ -93,3 +104,39 @@ async def test_handlers_and_templates_say_what_they_do_in_words(staffed: Site):
     assert "at the start of every hour" in shown
     assert EVIL not in handlers + templates + theirs
     assert "{&#34;tags" not in templates
+
+
+@on_either
+async def test_a_cell_of_the_grid_says_how_many_of_each_and_the_legend_has_every_sign(staffed: Site):
+    for state, count in (("failed", 2), ("refused", 1), ("succeeded", 101), ("cancelled", 1), ("skipped", 1)):
+        for _ in range(count):
+            end(staffed, make_run(staffed), state)
+    make_run(staffed)
+    with staffed.database.autocommit() as connection:
+        # PostgreSQL has a clock of its own.
+        staffed.clock.set(staffed.database.now(connection))
+    async with logged_in(staffed, TOKENS["viewer"]) as client:
+        page = (await client.get("/orgs/org_a")).text
+    [(title, cell)] = re.findall(r'<a class="day failed"[^>]*title="([^"]*)">(.*?)</a>', page)
+
+    said = "2 failed, 1 refused, 1 unfinished, 1 cancelled, 1 skipped, 101 succeeded on "
+    assert title.startswith(said)
+    assert f'<span class="hidden-text">{said}' in cell
+    assert '<span aria-hidden="true">✕<small>2</small></span>' in cell
+    legend = page.partition('<ul class="key">')[2].partition("</ul>")[0]
+    assert set(re.findall('class="day ([a-z]+)"', legend)) == {*STATES, "none"}
+
+
+def test_a_cell_has_a_number_from_two_on_and_at_most_two_digits():
+    day, other = date(2030, 1, 1), date(2030, 1, 2)
+    cells = {("a", day): {"succeeded": 1}, ("b", day): {"succeeded": 99}, ("c", day): {"succeeded": 1440}}
+    cells |= {("d", day): {"skipped": 7, "succeeded": 2}, ("e", day): {"skipped": 7}}
+    made = Grid([day], cells, uncounted={("e", day)})
+
+    assert [made.number(each, day) for each in "abcde"] == ["", "99", "99+", "7", ""]
+    assert [made.said(each, day) for each in "cde"] == [
+        "1,440 succeeded",
+        "7 skipped, 2 succeeded",
+        "some skipped",
+    ]
+    assert (made.said("a", other), made.number("a", other)) == ("", "")

@@ -239,6 +239,7 @@ def test_the_grid_shows_the_worst_of_each_day_and_a_recovered_failure_as_retried
 
     assert found.worst(failed, today) == "failed"
     assert dict(found.of(failed, today)) == {"failed": 1, "succeeded": 1}
+    assert (found.said(failed, today), found.number(failed, today)) == ("1 failed, 1 succeeded", "")
     assert found.worst(recovered, today) == "retried"
     assert found.worst(quiet, today) == ""
     assert found.worst(quiet, (stock.now() - 2 * DAY).date()) == "waiting"
@@ -261,6 +262,9 @@ def test_the_grid_counts_a_skip_on_each_day_of_its_range(database: Database, sto
 
     states = [found.worst(definition, (now - back * DAY).date()) for back in range(5)]
     assert states == ["", "skipped", "skipped", "skipped", ""]
+    # How many on which of the days is not stored.
+    yesterday = (now - DAY).date()
+    assert (found.said(definition, yesterday), found.number(definition, yesterday)) == ("some skipped", "")
 
 
 def test_a_grid_of_too_many_runs_says_since_when_it_is_complete(

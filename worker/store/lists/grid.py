@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from typing import Annotated, Any, TypedDict, cast
@@ -22,8 +22,16 @@ DAYS = 30
 # The newest runs that are read: about 20 ms.
 MAX_RUNS = 5_000
 MAX_SKIPS = 1_000
-# States of a day, the one that matters most first. `retried`: failed, then its retry succeeded.
-WORST = ("failed", "refused", "running", "waiting", "retried", "cancelled", "skipped", "succeeded")
+# States of a day in words, the one that matters most first. `retried`: failed, then its retry succeeded.
+STATES: Mapping[str, str] = {
+    "failed": "failed",
+    "refused": "refused",
+    "waiting": "unfinished",
+    "retried": "retried",
+    "cancelled": "cancelled",
+    "skipped": "skipped",
+    "succeeded": "succeeded",
+}
 
 _failing, _credentials, _orgs = tables.failing_definitions, tables.credentials, tables.orgs
 _runs, _skips, _live = tables.runs, tables.skips, tables.live_runs
@@ -34,12 +42,14 @@ _definitions, _revisions, _open = tables.definitions, tables.definition_revision
 class Grid:
     """The days, oldest first, and the counts by state of each definition on each day.
 
-    `since` is the time from which it is complete, if there are too many runs for all days.
+    `since` is the time from which it is complete, if there are too many runs for all days. On the days
+    `uncounted` some scheduled times were skipped, of a range of days that is only counted as a whole.
     """
 
     days: Sequence[date]
     cells: Mapping[tuple[str, date], Mapping[str, int]] = field(default_factory=dict)
     since: datetime | None = None
+    uncounted: Collection[tuple[str, date]] = ()
 
     def of(self, definition_id: str, day: date) -> Mapping[str, int]:
         """Runs and skips by state; empty if nothing was due."""
@@ -48,7 +58,23 @@ class Grid:
     def worst(self, definition_id: str, day: date) -> str:
         """The state that matters most, or an empty text."""
         counts = self.of(definition_id, day)
-        return next((state for state in WORST if counts.get(state)), "")
+        return next((state for state in STATES if counts.get(state)), "")
+
+    def number(self, definition_id: str, day: date) -> str:
+        """How many are in the state that matters most, if that is known and more than one."""
+        worst = self.worst(definition_id, day)
+        count = self.of(definition_id, day).get(worst, 0)
+        if count < 2 or (worst == "skipped" and (definition_id, day) in self.uncounted):
+            return ""
+        return str(count) if count < 100 else "99+"
+
+    def said(self, definition_id: str, day: date) -> str:
+        """How many are in each state: `2 failed, 22 succeeded`."""
+        counts = self.of(definition_id, day)
+        numbers = {state: f"{counts[state]:,}" for state in STATES if counts.get(state)}
+        if "skipped" in numbers and (definition_id, day) in self.uncounted:
+            numbers["skipped"] = "some"
+        return ", ".join(f"{number} {STATES[state]}" for state, number in numbers.items())
 
 
 def grid(connection: Connection, org_id: OrgId, now: datetime) -> Grid:
@@ -95,8 +121,8 @@ def grid(connection: Connection, org_id: OrgId, now: datetime) -> Grid:
         counts[row["state"]] = row["runs"]
         total += row["runs"]
         first_at = min(first_at, row["first_at"])
-    _add_skips(connection, org_id, start, days, cells)
-    return Grid(days, cells, first_at if total == MAX_RUNS else None)
+    uncounted = _add_skips(connection, org_id, start, days, cells)
+    return Grid(days, cells, first_at if total == MAX_RUNS else None, uncounted)
 
 
 def open_waits(connection: Connection, org_id: OrgId, *, limit: int) -> list[Run]:
@@ -126,8 +152,12 @@ def _add_skips(
     start: datetime,
     days: Sequence[date],
     cells: dict[tuple[str, date], dict[str, int]],
-) -> None:
-    """Count a skip on each day of its range; its scheduled times are not stored one by one."""
+) -> set[tuple[str, date]]:
+    """Count a skip on each day of its range; its scheduled times are not stored one by one.
+
+    Returns the definitions and days of ranges of several days.
+    """
+    uncounted = set[tuple[str, date]]()
     query = (
         select(_skips.c.definition_id, _skips.c.skipped_from, _skips.c.skipped_until, _skips.c.count)
         .where(_skips.c.org_id == org_id)
@@ -141,6 +171,9 @@ def _add_skips(
             if row["skipped_from"].date() <= day <= row["skipped_until"].date():
                 counts = cells.setdefault((row["definition_id"], day), {})
                 counts["skipped"] = counts.get("skipped", 0) + row["count"]
+                if row["skipped_from"].date() != row["skipped_until"].date():
+                    uncounted.add((row["definition_id"], day))
+    return uncounted
 
 
 def _day_of(connection: Connection, at: ColumnElement[Any]) -> ColumnElement[Any]:

@@ -23,7 +23,7 @@ from worker.model.claims import without_digests
 from worker.model.search import parsed
 from worker.store import history, orgs
 from worker.store.lists import DEFINITIONS, ORGS, RUNS, Page
-from worker.store.lists.grid import Broken, broken, grid, open_waits
+from worker.store.lists.grid import STATES, Broken, broken, grid, open_waits
 from worker.store.lists.read import org, read
 from worker.store.lists.rows import DefinitionRow, OrgDetail, Run, RunDetail
 
@@ -114,6 +114,7 @@ class OrgPages(PageGroup):
                 "waiting": [caller.sees(Run, row) for row in waiting],
                 "broken": [caller.sees(Broken, row) for row in faults],
                 "grid": grid(connection, org_id, now),
+                "day_states": tuple(STATES.items()),
                 "day_path": functools.partial(day_path, code),
                 "claims": without_digests(claims),
                 "is_newest": after is None,
