@@ -146,6 +146,21 @@ def without_digests(claims: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return None if claims is None else {name: value for name, value in claims.items() if name != DIGESTS}
 
 
+_TYPES = {
+    **{"str": "text", "bool": "true or false", "int": "number", "float": "number", "list": "list"},
+    **{"dict": "table", "NoneType": "null"},
+}
+
+
+def claims_in_words(claims: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """As `without_digests`, the types of properties in words: `text, hidden`."""
+    found = without_digests(claims)
+    if found is None or not isinstance(found.get("properties"), Mapping):
+        return found
+    types = {name: f"{_TYPES.get(str(kind), kind)}, hidden" for name, kind in found["properties"].items()}
+    return found | {"properties": types}
+
+
 # The smallest `max_claims_age` of a definition, in seconds.
 MIN_CLAIMS_AGE = 60.0
 # Seconds. An API that answers every token with 401 must not use up the budget of all orgs.

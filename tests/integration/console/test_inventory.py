@@ -7,7 +7,7 @@ import re
 from datetime import date
 from typing import Any
 
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from tests.integration.console.conftest import TOKENS, Site, logged_in, make_run, on_either
 from worker.operations.definitions import edit_definition, pause_definition
@@ -140,3 +140,26 @@ def test_a_cell_has_a_number_from_two_on_and_at_most_two_digits():
         "some skipped",
     ]
     assert (made.said("a", other), made.number("a", other)) == ("", "")
+
+
+@on_either
+async def test_the_claims_of_a_run_say_which_properties_are_hidden(staffed: Site):
+    run = make_run(staffed)
+    end(staffed, run, "failed", reason="error")
+    at = staffed.clock.now()
+    with staffed.database.transaction() as connection:
+        org_id = connection.execute(select(tables.runs.c.org_id)).scalar_one()
+        claims = {"org_code": "org_a", "properties": {"plan": "str", EVIL: "bool"}, "digests": {"key": "k9"}}
+        attempt = {"run_id": run, "attempt": 1, "org_id": org_id, "worker_id": run, "fencing_token": 1}
+        attempt |= {"handler": "acme.digest", "started_at": at, "ended_at": at, "outcome": "failed"}
+        connection.execute(tables.attempts.insert().values(**attempt, claims=claims))
+    async with logged_in(staffed, staffed.token("org_a")) as client:
+        pages = [(await client.get(path)).text for path in (f"/runs/{run}", "/orgs/org_a")]
+
+    for page in pages:
+        shown = html.unescape(page)
+        assert '"plan": "text, hidden"' in shown
+        assert f'"{EVIL}": "true or false, hidden"' in shown
+        assert '"str"' not in shown
+        assert "k9" not in page
+        assert EVIL not in page

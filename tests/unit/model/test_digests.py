@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from worker.guard.claims import Claims, Flag
-from worker.model.claims import DIGESTS, ClaimChange, Digests, compare
+from worker.model.claims import DIGESTS, ClaimChange, Digests, claims_in_words, compare
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 CLAIMS = Claims(
@@ -72,3 +72,18 @@ def test_a_value_is_unknown_without_the_key_of_the_run():
     assert compare(redacted(CLAIMS), CLAIMS, None) == unknown
     assert compare(redacted(CLAIMS), CLAIMS, Digests("k2", b"y" * 32)) == unknown
     assert compare(redacted(CLAIMS, None), CLAIMS, DIGEST) == unknown
+
+
+def test_people_read_of_a_property_that_it_is_hidden_and_of_which_type():
+    stored = {
+        "org_code": "org_a",
+        "properties": {"plan": "str", "seats": "int", "of": "newer"},
+        "digests": {},
+    }
+
+    assert claims_in_words(stored) == {
+        "org_code": "org_a",
+        "properties": {"plan": "text, hidden", "seats": "number, hidden", "of": "newer, hidden"},
+    }
+    assert claims_in_words({"org_code": "org_a"}) == {"org_code": "org_a"}
+    assert claims_in_words(None) is None

@@ -19,7 +19,7 @@ from worker.features.console.pages.base import ROWS, PageGroup, allowed, next_pa
 from worker.features.console.pages.forms import problem_of, reason_of
 from worker.features.console.pages.links import day_path, org_path
 from worker.ids import ALL_ORGS
-from worker.model.claims import without_digests
+from worker.model.claims import claims_in_words
 from worker.model.search import parsed
 from worker.store import history, orgs
 from worker.store.lists import DEFINITIONS, ORGS, RUNS, Page
@@ -116,7 +116,7 @@ class OrgPages(PageGroup):
                 "grid": grid(connection, org_id, now),
                 "day_states": tuple(STATES.items()),
                 "day_path": functools.partial(day_path, code),
-                "claims": without_digests(claims),
+                "claims": claims_in_words(claims),
                 "is_newest": after is None,
                 "next": next_page("", {}, runs),
             }

@@ -28,7 +28,7 @@ from worker.features.console.pages.links import cause_path, step_path
 from worker.features.console.pages.rendering import in_words
 from worker.ids import OrgId, RunId, given_id
 from worker.kit.output import printable
-from worker.model.claims import without_digests
+from worker.model.claims import claims_in_words
 from worker.model.runs.clauses import clauses, up
 from worker.model.runs.run import step_label
 from worker.model.runs.traces import Part, parts_of
@@ -273,7 +273,7 @@ class Value(NamedTuple):
 
 def _values_of(run: Mapping[str, Any]) -> list[Value]:
     """Result, checkpoint, params, claims and spec, those that the run has."""
-    values = {**run, "claims": without_digests(run.get("claims"))}
+    values = {**run, "claims": claims_in_words(run.get("claims"))}
     names = ("result", "checkpoint", "params", "claims", "spec")
     return [value_of(name, values[name]) for name in names if values.get(name) is not None]
 
