@@ -3,7 +3,7 @@
 Expand first: the workers of the previous release leave it as it is.
 
 Revision ID: 0033
-Revises: 0031
+Revises: 0032
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0033"
-down_revision = "0031"
+down_revision = "0032"
 # The oldest schema version whose workers run on this one: 0022 to 0033 change nothing that these need.
 works_with = "0021"
 branch_labels = None

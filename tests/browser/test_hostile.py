@@ -70,6 +70,18 @@ def fill(connection: Connection, now: datetime) -> str:
             **{"id": new_id(), "at": now, "actor": evil, "action": "keys.rotate", "org_id": org},
             **{"subject": evil, "detail": {evil: evil, "reason": evil}},
         )
+        changed = {"before": {evil: evil}, "after": {evil: [evil]}}
+        detail = {"params": changed, evil: changed}
+        put(
+            tables.audit,
+            **{"id": new_id(), "at": now, "actor": f"operator:{evil}", "action": "definition.change"},
+            **{
+                "org_id": org,
+                "subject": f"org_{number} {evil}",
+                "detail": detail,
+            },
+        )
+        fill_budget(connection, org, number, now)
         put(
             tables.credentials,
             **{"id": new_id(), "org_id": org, "generation": 1, "client_id": evil, "reference": evil},
@@ -84,6 +96,17 @@ def fill(connection: Connection, now: datetime) -> str:
         fill_host(connection, evil, number, now)
         fill_definition(connection, org, worker, number, now)
     return first_run(connection)
+
+
+def fill_budget(connection: Connection, org: str, number: int, now: datetime) -> None:
+    """A budget of the org with a hostile meter, and what was spent of it."""
+    start = now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    budget = {"id": new_id(), "target": org, "org_id": org, "meter": EVIL[number], "per": "month", "limit": 9}
+    budget |= {"at_limit": "wait", "warn_at": 0.8, "created_at": now, "updated_at": now, "updated_by": "ada"}
+    connection.execute(insert(tables.budgets).values(**budget))
+    spent = {"org_id": org, "meter": EVIL[number], "used": number}
+    connection.execute(insert(tables.meters).values(**spent, per="month", starts_at=start))
+    connection.execute(insert(tables.meter_days).values(**spent, day=now.date(), definition_id=new_id()))
 
 
 def fill_host(connection: Connection, evil: str, number: int, now: datetime) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import html
 import re
-from datetime import date
+from datetime import date, timedelta
 from typing import Any
 
 from sqlalchemy import select, update
 
 from tests.integration.console.conftest import TOKENS, Site, logged_in, make_run, on_either
+from worker.ids import new_id
 from worker.operations.definitions import edit_definition, pause_definition
 from worker.operations.runs import cancel, retry
-from worker.store import tables
+from worker.store import orgs, tables
 from worker.store.lists.grid import STATES, Grid
 
 EVIL = "<script>alert(1)</script>"
@@ -163,3 +164,62 @@ async def test_the_claims_of_a_run_say_which_properties_are_hidden(staffed: Site
         assert '"str"' not in shown
         assert "k9" not in page
         assert EVIL not in page
+
+
+def spend(site: Site, org: str, meter: str, used: int, limit: int, *, ago: int = 0) -> None:
+    """A budget of a month, what is used of it, and what was spent so many days ago."""
+    with site.database.transaction() as connection:
+        at = site.database.now(connection)
+        org_id = orgs.require(connection, org)["id"]
+        budget = {"id": new_id(), "target": new_id(), "org_id": org_id, "meter": meter, "per": "month"}
+        budget |= {"limit": limit, "at_limit": "wait", "warn_at": 0.8, "created_at": at, "updated_at": at}
+        connection.execute(tables.budgets.insert().values(**budget, updated_by="ann"))
+        start = at.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+        counter = {"org_id": org_id, "meter": meter, "per": "month", "starts_at": start, "used": used}
+        connection.execute(tables.meters.insert().values(**counter))
+        day = {"day": (at - timedelta(days=ago)).date(), "org_id": org_id, "meter": meter, "used": used}
+        connection.execute(tables.meter_days.insert().values(**day, definition_id=new_id()))
+
+
+@on_either
+async def test_usage_lists_who_is_nearest_to_a_limit_and_charts_the_days_of_one_org(staffed: Site):
+    spend(staffed, "org_a", "calls", 600, 1023, ago=3)
+    spend(staffed, "org_b", "calls", 990, 1000)
+    spend(staffed, "org_c", "letters", 5, 4)
+    async with logged_in(staffed, TOKENS["viewer"]) as client:
+        page = (await client.get("/usage")).text
+        one = (await client.get("/usage?org=org_a")).text
+    async with logged_in(staffed, staffed.token("org_a")) as client:
+        theirs = (await client.get("/usage")).text
+
+    first = page.partition("Nearest to their limits")[2].partition("</section>")[0]
+    shares = [re.search(r"(org_\w) (\w+) per month ([\d,]+) ([\d,]+) (\d+) %", row) for row in rows_of(first)]
+    assert [found and found.groups() for found in shares] == [
+        ("org_c", "letters", "5", "4", "125"),
+        ("org_b", "calls", "990", "1,000", "99"),
+        ("org_a", "calls", "600", "1,023", "58"),
+    ]
+    assert first.count("used up") == 1
+    assert '<progress value="4" max="4"' in first
+    assert "Nearest" not in one
+    for shown in (one, theirs):
+        assert shown.count("<figure") == 1
+        assert "calls by day (UTC): 600 in all" in shown
+        assert "letters" not in shown
+    # An org sees neither budgets nor what others spend.
+    assert "org_b" not in theirs
+    assert "1,023" not in theirs
+
+
+@on_either
+async def test_failures_name_orgs_as_links(staffed: Site):
+    for org in ("org_a", "org_b", "org_c"):
+        end(staffed, make_run(staffed, org), "failed", reason="error", detail=EVIL)
+    with staffed.database.autocommit() as connection:
+        staffed.clock.set(staffed.database.now(connection))
+    async with logged_in(staffed, TOKENS["viewer"]) as client:
+        page = (await client.get("/failures")).text
+
+    links = (f'<a href="/orgs/{org}">{org}</a>' for org in ("org_a", "org_b", "org_c"))
+    assert f"<dt>Without a retry in</dt><dd>{', '.join(links)}</dd>" in page
+    assert EVIL not in page

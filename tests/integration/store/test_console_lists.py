@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from datetime import timedelta
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.rows import reading
 from tests.fakes.stock import Stock
 from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, new_id
+from worker.model.definitions.budgets import period_of
 from worker.model.runs.run import NewRun
 from worker.store import tables
 from worker.store.database import Database
 from worker.store.lists import failures, morning
 from worker.store.lists.grid import Grid, grid
 from worker.store.lists.morning import timings
+from worker.store.lists.usage import nearest
 
 DAY = timedelta(days=1)
 HOUR = timedelta(hours=1)
@@ -280,3 +283,78 @@ def test_a_grid_of_too_many_runs_says_since_when_it_is_complete(
 
     assert found.since is not None
     assert sum(sum(counts.values()) for counts in found.cells.values()) == 2
+
+
+def budget(stock: Stock, meter: str, per: str, limit: int | None = None, **values: Any) -> None:
+    row = {"id": new_id(), "target": new_id(), "meter": meter, "per": per, "limit": limit, "at_limit": "wait"}
+    row |= {"warn_at": 0.8, "created_at": stock.now(), "updated_at": stock.now(), "updated_by": "ann"}
+    with stock.database.transaction() as connection:
+        connection.execute(tables.budgets.insert().values(**row | values))
+
+
+def counted(
+    stock: Stock, org: OrgId, meter: str, per: Any, used: int, zone: str = "UTC", ago: int = 0
+) -> None:
+    """A counter of the period of a zone that contains the time so many days ago."""
+    start = period_of(per, ZoneInfo(zone), stock.now() - ago * DAY).start
+    row = {"org_id": org, "meter": meter, "per": per, "starts_at": start, "used": used}
+    with stock.database.transaction() as connection:
+        connection.execute(tables.meters.insert().values(**row))
+
+
+def near(stock: Stock, limit: int = 10) -> list[tuple[str, str, str, int | None, int | None]]:
+    with stock.database.autocommit() as connection:
+        rows = nearest(connection, ALL_ORGS, limit=limit)
+    return [(row["org"], row["meter"], row["per"], row["used"], row["limit"]) for row in rows]
+
+
+def test_the_budgets_of_which_most_is_used_come_first(database: Database, stock: Stock):
+    one, two, three, gone = (stock.org() for _ in range(4))
+    named = {org: stock.code(org) for org in (one, two, three)}
+    stock.change(tables.orgs, three, tags=["pro"], timezone="Pacific/Kiritimati")
+    stock.change(tables.orgs, gone, state="removed")
+    budget(stock, "calls", "day", 1000, selector="all")
+    budget(stock, "calls", "month", 10_000, org_id=two)
+    budget(stock, "tokens", "day", selector={"tags": ["pro"]}, property="tokens")
+    for org, used in ((one, 500), (two, 100), (gone, 1000)):
+        counted(stock, org, "calls", "day", used)
+    counted(stock, two, "calls", "month", 9_000)
+    counted(stock, three, "tokens", "day", 80, zone="Pacific/Kiritimati")
+    # Of no budget, of one that does not select the org, and of a period that is over.
+    counted(stock, one, "letters", "day", 10**9)
+    counted(stock, two, "tokens", "day", 10**9)
+    counted(stock, three, "calls", "day", 999, zone="Pacific/Kiritimati", ago=3)
+    with database.transaction() as connection:
+        for org in (two, three):
+            values = {"org_id": org, "name": "tokens", "value": 100, "issued_at": stock.now()}
+            connection.execute(tables.org_properties.insert().values(**values))
+
+    expected = [
+        (named[two], "calls", "month", 9_000, 10_000),
+        (named[three], "tokens", "day", 80, 100),
+        (named[one], "calls", "day", 500, 1000),
+    ]
+    assert near(stock) == expected
+    assert near(stock, limit=2) == expected[:2]
+
+
+def test_a_raise_makes_a_budget_less_near(database: Database, stock: Stock):
+    one, two = stock.org(), stock.org()
+    budget(stock, "calls", "day", 100, selector="all")
+    counted(stock, one, "calls", "day", 110)
+    counted(stock, two, "calls", "day", 80)
+    with database.transaction() as connection:
+        raised = {"id": new_id(), "org_id": one, "meter": "calls", "per": "day", "amount": 100}
+        raised |= {"until": stock.now() + DAY, "created_at": stock.now(), "created_by": "ann"}
+        connection.execute(tables.budget_raises.insert().values(**raised))
+
+    assert near(stock) == [
+        (stock.code(two), "calls", "day", 80, 100),
+        (stock.code(one), "calls", "day", 110, 200),
+    ]
+
+
+def test_without_budgets_nothing_is_near_a_limit(stock: Stock):
+    counted(stock, stock.org(), "calls", "day", 90)
+
+    assert near(stock) == []

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from datetime import UTC, date, datetime, timedelta
+from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, date, datetime, time, timedelta
 from typing import Any, Literal, TypedDict, get_args
 
-from sqlalchemy import Column, ColumnElement, Connection, func, select
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    Select,
+    and_,
+    func,
+    literal_column,
+    select,
+    union_all,
+)
 
 from worker.errors import UsageError
 from worker.ids import AllOrgs, OrgId, OrgScope
@@ -22,8 +32,11 @@ BYS: tuple[By, ...] = get_args(By)
 # Days that are listed by default, and the most that one query sums up.
 DAYS = 30
 MAX_DAYS = 400
+# Counters that are looked at to find those nearest to a limit.
+MAX_READ = 1_000
 
 _days, _definitions, _orgs = tables.meter_days, tables.definitions, tables.orgs
+_meters = tables.meters
 
 
 class Usage(TypedDict):
@@ -209,25 +222,103 @@ def budgets_of(connection: Connection, org: str) -> list[BudgetLevel]:
     """
     org_id = OrgId(orgs.require(connection, org)["id"])
     found = budgets.of_orgs(connection, [org_id], None, database_now(connection)).get(org_id, [])
-    known = {level.budget.id: level for level in budgets.levels(connection, found)}
-    rows = []
-    for budget in sorted(found, key=lambda one: (one.meter, one.per, one.id)):
-        level = known.get(budget.id)
-        rows.append(
-            BudgetLevel(
-                id=budget.id,
-                org=org,
-                meter=budget.meter,
-                per=budget.per,
-                limit=budget.limit,
-                used=None if level is None else level.used,
-                left=None if level is None else level.left,
-                resets_at=None if budget.period is None else budget.period.end,
-                at_limit=budget.at_limit,
-                property=budget.property_name,
+    known = {level.budget.id: level.used for level in budgets.levels(connection, found)}
+    ordered = sorted(found, key=lambda one: (one.meter, one.per, one.id))
+    return [_level(budget, known.get(budget.id)) for budget in ordered]
+
+
+def _level(budget: budgets.OrgBudget, used: int | None) -> BudgetLevel:
+    return BudgetLevel(
+        id=budget.id,
+        org=budget.org,
+        meter=budget.meter,
+        per=budget.per,
+        limit=budget.limit,
+        used=used,
+        left=None if used is None else budgets.Level(budget, used).left,
+        resets_at=None if budget.period is None else budget.period.end,
+        at_limit=budget.at_limit,
+        property=budget.property_name,
+    )
+
+
+def nearest(connection: Connection, _: AllOrgs, *, limit: int) -> list[BudgetLevel]:
+    """The budgets of a day or month of which half or more is used, most first; for operators only.
+
+    Looked for among the MAX_READ that are nearest without raises.
+    """
+    now = database_now(connection)
+    ids = _near(connection, now, limit)
+    found = [each for one in budgets.of_orgs(connection, ids, None, now).values() for each in one]
+    counters = {budget.counter: budget for budget in found if budget.counter and budget.limit}
+    used = budgets.read_counters(connection, list(counters))
+    levels = [
+        (used[budget.counter] / budget.limit, budget)
+        for budget in found
+        if budget.counter in used and budget.limit and _is_near(used[budget.counter], budget.limit)
+    ]
+    levels.sort(key=lambda each: (-each[0], each[1].org, each[1].meter, each[1].per, each[1].id))
+    return [_level(budget, used[budget.counter]) for _, budget in levels[:limit] if budget.counter]
+
+
+def _is_near(used: Any, limit: Any) -> Any:
+    """Whether half of a limit is used, of numbers or of columns."""
+    return used * 2 >= limit
+
+
+def _near(connection: Connection, now: datetime, most: int) -> list[OrgId]:
+    """The orgs with the counters that are nearest to a limit, without raises; at most `most`."""
+    parts = [_counters(window, of_orgs=own) for window in _windows(now) for own in (True, False)]
+    each = union_all(*parts).order_by(literal_column("part").desc()).limit(MAX_READ).subquery("each")
+    query = (
+        select(each, _orgs.c.tags, _orgs.c.issuer)
+        # Outer, so that SQLite does not begin with all orgs.
+        .outerjoin(_orgs, _orgs.c.id == each.c.id)
+        .where(func.coalesce(_orgs.c.state, "removed") != "removed")
+        .order_by(each.c.part.desc(), each.c.id)
+    )
+    found: dict[OrgId, None] = {}
+    for row in all_rows(connection, query):
+        if len(found) < most and budgets.applies(row, row):
+            found[OrgId(row["id"])] = None
+    return list(found)
+
+
+def _windows(now: datetime) -> list[tuple[ColumnElement[bool], ...]]:
+    """Where the counters of today and of this month are, whatever the zone of each."""
+    starts_at = _meters.c.starts_at
+    first = {(now + timedelta(hours=ahead)).date().replace(day=1) for ahead in (14, -12)}
+    months = (datetime.combine(day, time(), UTC) for day in sorted(first))
+    return [
+        (_meters.c.per == "day", starts_at > now - timedelta(hours=26)),
+        *(
+            (
+                _meters.c.per == "month",
+                starts_at.between(start - timedelta(hours=15), start + timedelta(hours=13)),
             )
+            for start in months
+        ),
+    ]
+
+
+def _counters(window: Sequence[ColumnElement[bool]], *, of_orgs: bool) -> Select[Any]:
+    """Counters with each budget that may be theirs: those of single orgs, or those that select orgs."""
+    stored, properties = tables.budgets, tables.org_properties
+    limit = func.coalesce(stored.c.limit, properties.c.value)
+    whose = stored.c.org_id == _meters.c.org_id if of_orgs else stored.c.org_id.is_(None)
+    return (
+        select(
+            *(_meters.c.org_id.label("id"), stored.c.org_id, stored.c.selector),
+            (_meters.c.used * 1.0 / limit).label("part"),
         )
-    return rows
+        .select_from(_meters)
+        .join(stored, and_(stored.c.meter == _meters.c.meter, stored.c.per == _meters.c.per, whose))
+        .outerjoin(
+            properties,
+            and_(properties.c.org_id == _meters.c.org_id, properties.c.name == stored.c.property),
+        )
+        .where(*window, limit > 0, _is_near(_meters.c.used, limit))
+    )
 
 
 def columns_by(by: str) -> tuple[str, ...]:

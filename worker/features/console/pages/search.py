@@ -11,7 +11,6 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from worker.diagnosis.matters import listed
 from worker.errors import AccessDenied, UsageError
 from worker.features.console.callers import Caller, caller_of
 from worker.features.console.live_lists import RUNS, stream_from_now
@@ -22,7 +21,6 @@ from worker.ids import ALL_ORGS, RunId, given_id
 from worker.model.search import KEYS, Query, parsed
 from worker.store.lists import Page, failures, search
 from worker.store.lists.failures import cause_text
-from worker.store.lists.morning import Named
 from worker.store.lists.rows import OrgRow, Run
 from worker.store.lists.run_ids import fitting
 from worker.store.lists.search import suggestions
@@ -132,7 +130,6 @@ class FailurePages(PageGroup):
                         **cause,
                         "text": cause_text(cause),
                         "href": search_path(cause_text(cause)),
-                        "open_in": listed(Named(cause["open_orgs"], cause["named"])),
                     }
                     for cause in causes
                 ],

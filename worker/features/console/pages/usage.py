@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
+from datetime import date, timedelta
 from typing import Any
 from urllib.parse import urlencode
 
+from markupsafe import Markup
 from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from worker.errors import Conflict, NotFound, UsageError, WorkerError
-from worker.features.console.callers import caller_of
+from worker.features.console.callers import Caller, caller_of
+from worker.features.console.charts import ChartSeries, bars
 from worker.features.console.pages.base import ROWS, PageGroup, allowed, query
 from worker.features.console.pages.forms import problem_of, reason_of
+from worker.ids import ALL_ORGS
 from worker.store.dialect import database_now
-from worker.store.lists.usage import BYS, BudgetLevel, Usage, budgets_of, usage
+from worker.store.lists.usage import BYS, DAYS, BudgetLevel, Usage, budgets_of, nearest, usage
 
+# Budgets that are nearest to their limit, and meters of one org that have a chart.
+NEAREST = 10
+CHARTS = 3
 # How far back the page looks.
 SPANS = {"1d": timedelta(0), "7d": timedelta(days=6), "30d": timedelta(days=29), "365d": timedelta(days=364)}
 
@@ -51,8 +57,12 @@ class UsagePages(PageGroup):
             levels = [] if org is None or caller.org is not None else budgets_of(connection, org)
             orgs = list(dict.fromkeys(row["org"] for row in rows))
             more = org is None and len(orgs) == ROWS
+            is_first = "after" not in given
+            near = nearest(connection, ALL_ORGS, limit=NEAREST) if org is None and is_first else []
             return {
                 "rows": [caller.sees(Usage, row) for row in rows],
+                "nearest": near,
+                "charts": [] if org is None else _charts(caller, usage(connection, scope, "day")),
                 "budgets": [caller.sees(BudgetLevel, level) for level in levels],
                 "by": by,
                 "bys": BYS,
@@ -83,6 +93,26 @@ class UsagePages(PageGroup):
                 raise
             return await self._page(request, {"org": org}, problem=error)
         return RedirectResponse(f"/usage?{urlencode({'org': org})}", 303)
+
+
+def _charts(caller: Caller, rows: Sequence[Usage]) -> list[Markup]:
+    """A chart of the days of a month for each of the meters that were spent on most of them."""
+    seen = [caller.sees(Usage, row) for row in rows]
+    by_meter: dict[str, dict[date, int]] = {}
+    for row in seen:
+        by_meter.setdefault(row["meter"], {})[row["day"]] = row["used"]
+    ordered = sorted(by_meter.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [_chart(meter, used, seen[0]["since"]) for meter, used in ordered[:CHARTS]]
+
+
+def _chart(meter: str, used: Mapping[date, int], first: date) -> Markup:
+    days = [first + timedelta(days=ahead) for ahead in range(DAYS)]
+    return bars(
+        [ChartSeries(meter, "used", [used.get(day, 0) for day in days])],
+        [f"{day:%d %b}" for day in days],
+        title=f"{meter} by day (UTC)",
+        ticks=[f"{day:%d %b}" if at % 7 == 1 else "" for at, day in enumerate(days)],
+    )
 
 
 def _number(text: str) -> int:
