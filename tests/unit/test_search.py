@@ -109,3 +109,58 @@ def test_the_pieces_of_an_error_are_its_letters_and_digits():
     assert pieces_of("HTTP_503: Ärger mit „crm-sync“!") == ["http", "503", "arger", "mit", "crm", "sync"]
     assert pieces_of(" — ") == []
     assert [len(piece) for piece in pieces_of("x" * 200)] == [search.MAX_WORD]
+
+
+TEXT = 'acme state:failed,refused since:1h cause:"CRM answers" "west coast"'
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("state", "failed", 'acme state:failed since:1h cause:"CRM answers" "west coast"'),
+        ("state", "", 'acme since:1h cause:"CRM answers" "west coast"'),
+        ("cause", "disk is full", 'acme state:failed,refused since:1h cause:"disk is full" "west coast"'),
+        ("org", "org_acme", f"{TEXT} org:org_acme"),
+        ("pool", "", TEXT),
+    ],
+)
+def test_a_key_is_replaced_in_its_place_added_or_removed(key, value, text):
+    assert search.with_term(TEXT, key, value) == text
+
+
+def test_a_term_is_removed_and_the_rest_stays_as_it_is_written():
+    left = [search.without(TEXT, term) for term in search.terms(TEXT)]
+
+    assert left == [
+        'state:failed,refused since:1h cause:"CRM answers" "west coast"',
+        'acme since:1h cause:"CRM answers" "west coast"',
+        'acme state:failed,refused cause:"CRM answers" "west coast"',
+        'acme state:failed,refused since:1h "west coast"',
+        'acme state:failed,refused since:1h cause:"CRM answers"',
+    ]
+    assert search.with_term('Org:x "org:y" org', "org", "z") == 'org:z "org:y" org'
+
+
+PRINTABLE = st.text(st.characters(categories=("L", "N", "P", "S", "Zs")), min_size=1, max_size=30)
+
+
+@given(PRINTABLE, st.sampled_from(["org", "handler", "definition", "cause", "pool", "worker"]))
+def test_a_value_that_is_set_is_the_value_that_is_read(value, key):
+    """Quotes become blanks, since the grammar has none within a value; nothing is left of some."""
+    plain = value.replace('"', " ").strip()
+
+    text = search.with_term(TEXT, key, value)
+
+    read = parsed(text, now=NOW)
+    assert (getattr(read, key), read.words) == (plain or None, ("acme", "west", "coast"))
+    assert key == "cause" or read.cause == "CRM answers"
+    assert search.with_term(text, key, "") == search.with_term(TEXT, key, "")
+
+
+def test_a_revision_is_a_number_and_an_org_has_no_key_for_workers():
+    assert parsed("definition:x revision:7 worker:build-7", now=NOW) == Query(
+        definition="x", revision=7, worker="build-7"
+    )
+    for text, keys in (("revision:new", search.KEYS), ("worker:build-7", search.KEYS_OF_ORGS)):
+        with pytest.raises(UsageError):
+            parsed(text, now=NOW, keys=keys)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, tzinfo
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 from worker.errors import UsageError
 from worker.model.definitions.units import time_of
@@ -36,8 +36,12 @@ KEYS: Mapping[str, str] = {
     "reason": "the reason that `runs list` shows",
     "origin": "one of " + ", ".join(ORIGINS),
     "pool": "the pool of the run",
+    "worker": "the machine of the worker or host that runs it or ended it, or an end of that worker's id",
+    "revision": "the number of the definition's revision",
 }
 """The keys, and what their values are."""
+KEYS_OF_ORGS: Mapping[str, str] = {key: meaning for key, meaning in KEYS.items() if key != "worker"}
+"""The keys for an org, which does not see workers."""
 
 MAX_TEXT = 500
 MAX_WORDS = 8
@@ -61,6 +65,8 @@ class Query:
     reason: str | None = None
     origin: str | None = None
     pool: str | None = None
+    worker: str | None = None
+    revision: int | None = None
 
     @property
     def is_of_runs(self) -> bool:
@@ -68,8 +74,8 @@ class Query:
         return any(getattr(self, name) for name in KEYS if name not in ("org", "state")) or bool(self.states)
 
 
-def parsed(text: str, *, now: datetime, zone: tzinfo = UTC) -> Query:
-    """The query of a text; days and times without an offset are in `zone`.
+def parsed(text: str, *, now: datetime, zone: tzinfo = UTC, keys: Mapping[str, str] = KEYS) -> Query:
+    """The query of a text; days and times without an offset are in `zone`. It has no keys but `keys`.
 
     Raises:
         UsageError: an unknown key, state, reason or origin, each with the nearest known one; a key
@@ -81,13 +87,13 @@ def parsed(text: str, *, now: datetime, zone: tzinfo = UTC) -> Query:
         raise UsageError("the search has a character that is not printable", fix="remove it")
     words: list[str] = []
     given: dict[str, str] = {}
-    for key, value in _tokens(text):
+    for key, value, _ in _tokens(text):
         if key is None:
             words += value.split()
-        elif key not in KEYS:
+        elif key not in keys:
             raise UsageError(
                 f"the search has no key {key}:",
-                fix=f"{hint_of(key, KEYS)}the keys are {', '.join(KEYS)}; quote a word that has a colon",
+                fix=f"{hint_of(key, keys)}the keys are {', '.join(keys)}; quote a word that has a colon",
             )
         elif key in given:
             raise UsageError(f"the search has {key}: twice", fix="give each key once")
@@ -105,6 +111,8 @@ def parsed(text: str, *, now: datetime, zone: tzinfo = UTC) -> Query:
     for key in ("since", "until"):
         if key in read:
             read[key] = time_of(read[key], now=now, zone=zone, name=f"{key}:")
+    if "revision" in read:
+        read["revision"] = _revision_of(read["revision"])
     return Query(words=tuple(words), states=states, **read)
 
 
@@ -121,8 +129,59 @@ def of_pool(query: Query | None, pool: str | None) -> Query | None:
     return replace(query or Query(), pool=pool)
 
 
-def _tokens(text: str) -> Iterable[tuple[str | None, str]]:
-    """The pairs of key and value; the key of a bare word is None."""
+class Term(NamedTuple):
+    """A word or `key:value` of a search, and how it is written; the key of a bare word is None."""
+
+    key: str | None
+    value: str
+    written: str
+
+
+def terms(text: str) -> list[Term]:
+    """The terms of a text that `parsed` takes, in their order."""
+    return list(_tokens(text))
+
+
+def with_term(text: str, key: str, value: str) -> str:
+    """The text with this value of a key, in the place of the one that it has; an empty one removes it."""
+    word = quoted(value)
+    new = [f"{key}:{word}"] if word.strip('"') else []
+    written: list[str] = []
+    for term in _tokens(text):
+        if term.key == key:
+            written += new
+            new = []
+        else:
+            written.append(term.written)
+    return " ".join([*written, *new])
+
+
+def without(text: str, term: Term) -> str:
+    """The text without one of its terms."""
+    rest = terms(text)
+    rest.remove(term)
+    return " ".join(one.written for one in rest)
+
+
+def quoted(value: str) -> str:
+    """A value of a key as a search writes it, in quotes if it has spaces."""
+    # The grammar has no escape: a quote within becomes a blank.
+    plain = value.replace('"', " ").strip()
+    return f'"{plain}"' if re.search(r"\s", plain) or plain != value else value
+
+
+def _revision_of(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise UsageError(f"revision: {text!r} is not a number", fix=f"it is {KEYS['revision']}")
+    return int(text)
+
+
+def _tokens(text: str) -> Iterable[Term]:
+    """The terms of a text.
+
+    Raises:
+        UsageError: a quote is in the wrong place.
+    """
     place = 0
     while text[place:].strip():
         place += len(text[place:]) - len(text[place:].lstrip())
@@ -132,8 +191,9 @@ def _tokens(text: str) -> Iterable[tuple[str | None, str]]:
                 f"the search has a quote in the wrong place: {text[place:]}",
                 fix='write a value with spaces as cause:"CRM answers"',
             )
-        empty, key, quoted, plain = found.groups()
-        yield (empty or key or "").lower() or None, quoted if quoted is not None else plain or ""
+        empty, key, in_quotes, plain = found.groups()
+        value = in_quotes if in_quotes is not None else plain or ""
+        yield Term((empty or key or "").lower() or None, value, found[0])
         place = found.end()
 
 

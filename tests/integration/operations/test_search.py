@@ -18,7 +18,7 @@ from worker.model.search import parsed
 from worker.operations.chores import Chores
 from worker.operations.orgs import add_org
 from worker.operations.runs import retry, run_now
-from worker.store import catalogue, orgs, roles, tables
+from worker.store import catalogue, orgs, roles, tables, workers
 from worker.store.lists import Page, matching
 from worker.store.lists import search as search_module
 from worker.store.lists.search import Suggestion, orgs_of, runs_of, suggestions
@@ -180,6 +180,41 @@ def test_an_org_finds_its_runs_only_by_what_it_may_read(site, monkeypatch):
     monkeypatch.setattr(matching, "seen_words", lambda scope, words=None: [])
     monkeypatch.setattr(search_module, "seen_words", lambda scope, words=None: [])
     assert site.find("worker", "org_acme") == [mine]
+
+
+def test_a_worker_is_found_by_its_machine_its_id_and_the_end_of_it(site, database, rows):
+    running, ended, other, waiting = (site.run() for _ in range(4))
+    ids = {host: new_id() for host in ("build-7", "build-8")}
+    with database.transaction() as connection:
+        for host, worker in ids.items():
+            lease = timedelta(minutes=1)
+            identity = {"host": host, "pid": 1, "version": "1.0"}
+            workers.register(connection, worker, lease=lease, handlers=[], capacity={}, **identity)
+    for run, host in ((running, "build-7"), (ended, "build-7"), (other, "build-8")):
+        rows.set_running(run)
+        of_live = update(tables.live_runs).where(tables.live_runs.c.id == run)
+        rows.insert(of_live.values(worker_id=ids[host]))
+    for run, host in ((ended, "build-7"), (other, "build-8")):
+        rows.insert(update(tables.runs).where(tables.runs.c.id == run).values(worker_id=ids[host]))
+        rows.set_ended(run)
+
+    seven = ids["build-7"]
+    for text in ("build-7", seven, seven.upper(), seven[-12:], seven[-12:].upper()):
+        assert site.find(f"worker:{text}") == [ended, running], text
+    assert site.find("worker:build-7 state:running") == [running]
+    assert site.find("worker:build-8", "org_acme") == [other]
+    for text in ("build", "%", seven[-3:], seven[:12], new_id()):
+        assert site.find(f"worker:{text}") == [], text
+    assert waiting in site.find("")
+
+
+def test_a_revision_is_that_of_the_definition(site, apply):
+    before = site.run()
+    apply(file_of("org_acme", "Acme GmbH").replace("2099", "2098"))
+    after = site.run()
+
+    assert (site.find("revision:1 definition:digest"), site.find("revision:2")) == ([before], [after])
+    assert site.find("revision:3") == []
 
 
 def test_an_org_finds_only_its_own_runs_and_words(site, apply):

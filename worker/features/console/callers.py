@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from worker.errors import AccessDenied, Conflict, NotFound
 from worker.ids import ALL_ORGS, OrgId, OrgScope
-from worker.model.search import Query
+from worker.model.search import KEYS, KEYS_OF_ORGS, Query
 from worker.operations import answers, approvals, budgets, bulk, credentials, definitions, orgs, runs
 from worker.operations import backfill as backfills
 from worker.store import roles
@@ -110,6 +110,11 @@ class Caller:
     def key(self) -> str:
         """What calls and sessions are counted by: an operator, or one client of an org."""
         return f"{self.actor} {self.client_id}"
+
+    @property
+    def search_keys(self) -> Mapping[str, str]:
+        """The keys of its searches."""
+        return KEYS if self.org is None else KEYS_OF_ORGS
 
     def require(self, role: Role) -> None:
         """Raise AccessDenied unless the caller has at least this role."""

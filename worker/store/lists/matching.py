@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, case, exists, func, literal, or_, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    Text,
+    and_,
+    case,
+    exists,
+    func,
+    literal,
+    or_,
+    select,
+)
+from sqlalchemy import cast as sql_cast
 
 from worker.ids import AllOrgs, OrgId, Scope
 from worker.model.search import Query, folded, pieces_of
@@ -19,6 +34,9 @@ _orgs, _words, _run_words = tables.orgs, tables.org_words, tables.run_words
 # Other names, for conditions within statements that read these tables.
 _named, _unended = tables.definitions.alias("named"), tables.live_runs.alias("unended")
 _tried, _its = tables.attempts.alias("tried"), tables.run_words.alias("its")
+_acting = tables.workers.alias("acting")
+# At least this much of the end of a worker's id.
+_TAIL = re.compile(r"[0-9a-f-]{4,}")
 # Greater than every letter.
 _LAST = "\U0010ffff"
 
@@ -63,6 +81,11 @@ def conditions(scope: Scope, query: Query, run: Any) -> list[Condition]:
         found.append(run.origin == query.origin)
     if query.pool is not None:
         found.append(run.pool == query.pool)
+    if query.revision is not None:
+        found.append(run.revision == query.revision)
+    if query.worker is not None:
+        running = _is_live(run, _is_worker(_unended.c.worker_id, query.worker))
+        found.append(or_(_is_worker(run.worker_id, query.worker), running))
     if query.since is not None:
         found.append(run.created_at >= query.since)
     if query.until is not None:
@@ -125,6 +148,23 @@ def _has_words(org_id: ColumnElement[Any], words: Sequence[str]) -> list[Conditi
 def _org_with_code(connection: Connection, scope: Scope, code: str) -> OrgId | None:
     statement = select(_orgs.c.id).where(_orgs.c.code == code, *in_scope(_orgs.c.id, scope))
     return connection.execute(statement.limit(1)).scalar_one_or_none()
+
+
+def _is_worker(id_: ColumnElement[Any], text: str) -> Condition:
+    """The worker has this id, or it is of this machine, or its id ends so."""
+    if (exact := _uuid_of(text)) is not None:
+        return id_ == exact
+    named = _acting.c.host == text
+    if _TAIL.fullmatch(text.lower()) is not None:
+        named = or_(named, sql_cast(_acting.c.id, Text).endswith(text.lower()))
+    return _is_any(_acting.c.id == id_, named)
+
+
+def _uuid_of(text: str) -> str | None:
+    try:
+        return str(UUID(text)) if len(text) in (32, 36) else None
+    except ValueError:
+        return None
 
 
 def _is_live(run: Any, condition: Condition) -> Condition:

@@ -61,6 +61,7 @@ _EXAMINED = tuple(
     _runs.c[name]
     for name in (
         *("id", "org_id", "definition_id", "handler", "origin", "state", "reason", "created_at", "pool"),
+        *("revision", "worker_id"),
     )
 )
 # As the indexes say it: with a parameter, SQLite would not use one.

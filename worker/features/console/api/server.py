@@ -261,7 +261,7 @@ class Api:
 
     async def _many(self, endpoint: Endpoint, request: Request) -> Response:
         body, caller = await body_of(request, endpoint), caller_of(request)
-        many = Many(parsed(body.pop("q"), now=self._clock.now()), **body)
+        many = Many(parsed(body.pop("q"), now=self._clock.now(), keys=caller.search_keys), **body)
         done = await self._database.change_many(
             caller, "retry" if endpoint is endpoints.RETRY_MANY else "cancel", many
         )
@@ -322,13 +322,14 @@ def read_list(
         caller.require("admin")
     org = caller.scope(given.get("org"))
     since = given.get("since")
+    words = parsed(given["q"], now=clock.now(), keys=caller.search_keys) if "q" in given else None
     page = Page(
         definition=given.get("definition"),
         state=given.get("state"),
         since=None if since is None else parse_time(since, clock, name="since"),
         limit=limit_of(given),
         after=lists.place_of(connection, listing, org, given.get("after")),
-        query=of_pool(parsed(given["q"], now=clock.now()) if "q" in given else None, given.get("pool")),
+        query=of_pool(words, given.get("pool")),
         broken=flag_of(given, "broken"),
     )
     found = lists.page_of(connection, listing, org, page)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from datetime import date, datetime, timedelta
 from urllib.parse import quote, urlencode
 
 from worker.model.runs.next_steps import NextStep
+from worker.model.search import quoted
 from worker.store.lists.failures import cause_term
 
 
@@ -28,7 +28,7 @@ def search_path(text: str) -> str:
 
 def search_of(*terms: tuple[str, str]) -> str:
     """The address of the search for runs with these keys and values, those without a value left out."""
-    return search_path(" ".join(f"{key}:{_quoted(value)}" for key, value in terms if value))
+    return search_path(" ".join(f"{key}:{quoted(value)}" for key, value in terms if value))
 
 
 def step_path(step: NextStep) -> str:
@@ -36,7 +36,7 @@ def step_path(step: NextStep) -> str:
     verb = step.declared
     if verb.search:
         terms = [(key, value.format_map(step.subject)) for key, value in verb.search]
-        return search_path(" ".join(f"{key}:{_quoted(value)}" if key else value for key, value in terms))
+        return search_path(" ".join(f"{key}:{quoted(value)}" if key else value for key, value in terms))
     return verb.page.format_map({name: quote(value, safe="") for name, value in step.subject.items()})
 
 
@@ -63,9 +63,3 @@ def day_path(org: str, definition: str, day: date, worst: str) -> str:
     return search_of(
         ("org", org), ("definition", definition), ("state", harmed), ("since", since), ("until", until)
     )
-
-
-def _quoted(word: str) -> str:
-    # The grammar has no escape: a quote within becomes a blank.
-    plain = word.replace('"', " ").strip()
-    return f'"{plain}"' if re.search(r"\s", plain) or plain != word else word
