@@ -23,13 +23,10 @@ from worker.store.installation import read as read_installation
 from worker.store.lists import failures, morning
 from worker.store.lists.failures import Mismatch, mismatches
 from worker.store.lists.morning import NAMED, Named
+from worker.store.lists.tabs import LONG_WAIT, OVERDUE
 
 DAY = timedelta(days=1)
 HOUR = timedelta(hours=1)
-# A run that could have started so long ago waits for more than a free slot.
-LONG_WAIT = timedelta(minutes=15)
-# A scheduled time is overdue after this.
-OVERDUE = 60.0
 # Causes that are listed; /failures has all.
 CAUSES = 5
 Level = Literal["bad", "warn", "quiet"]
@@ -243,7 +240,7 @@ def _of_workers(connection: Connection, now: datetime) -> Iterator[Matter]:
                 min(row[instant] for row in rows),
             )
     overdue = oldest_unfired(connection)
-    if overdue is not None and overdue[2] > OVERDUE:
+    if overdue is not None and overdue[2] > OVERDUE.total_seconds():
         org, name, seconds = overdue
         late = timedelta(seconds=seconds)
         yield Matter(

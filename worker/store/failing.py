@@ -7,9 +7,20 @@ broken is decided when it is read; `check` and `remove` drop those that work aga
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, or_, select, text, union_all
+from sqlalchemy import (
+    ColumnElement,
+    CompoundSelect,
+    Connection,
+    and_,
+    delete,
+    exists,
+    or_,
+    select,
+    text,
+    union_all,
+)
 
 from worker.ids import DefinitionId, RunId, Scope
 from worker.store import tables
@@ -43,9 +54,11 @@ AND EXISTS (
 REJECTED = "credentials.last_error IS NOT NULL AND credentials.state = 'active'"
 
 
-def is_broken() -> ColumnElement[bool]:
-    """A condition on `failing_definitions`: the definition is open and its newest run needs a fix."""
-    return and_(text(f"({_IS_BROKEN})"))
+def is_broken(of: str = _failing.name) -> ColumnElement[bool]:
+    """A condition on `failing_definitions`, or on rows of it with the name `of`: the definition is open and
+    its newest run needs a fix.
+    """
+    return and_(text(f"({_IS_BROKEN})".replace(f"{_failing.name}.", f"{of}.")))
 
 
 def is_sound() -> ColumnElement[bool]:
@@ -58,17 +71,30 @@ def is_dead() -> ColumnElement[bool]:
     mine = _credentials.alias("mine")
     active = and_(mine.c.org_id == _orgs.c.id, mine.c.state == "active")
     # Not `SELECT *`: the web side may not read every column.
-    rejected = select(mine.c.id).where(active, mine.c.last_error.is_not(None)).exists()
-    return and_(rejected, ~select(mine.c.id).where(active, mine.c.last_error.is_(None)).exists())
+    # Looked up org by org: for EXISTS, PostgreSQL may read the credentials of all.
+    rejected, works = (
+        select(mine.c.id).where(active, condition).limit(1).scalar_subquery()
+        for condition in (mine.c.last_error.is_not(None), mine.c.last_error.is_(None))
+    )
+    return and_(rejected.is_not(None), works.is_(None))
 
 
 def broken_orgs(scope: Scope) -> ColumnElement[bool]:
     """A condition on `orgs`: it is not removed and it is broken."""
+    return and_(_orgs.c.id.in_(candidates(scope)), needs_fix())
+
+
+def candidates(scope: Scope) -> CompoundSelect[Any]:
+    """The ids of the orgs that may be broken, some of them more than once."""
     failing = select(_failing.c.org_id).where(*in_scope(_failing.c.org_id, scope))
     rejected = select(_credentials.c.org_id).where(text(REJECTED), *in_scope(_credentials.c.org_id, scope))
+    return union_all(failing, rejected)
+
+
+def needs_fix() -> ColumnElement[bool]:
+    """A condition on `orgs` that are candidates: it is not removed and it is broken."""
     of_org = exists().where(_failing.c.org_id == _orgs.c.id, is_broken())
-    candidates = union_all(failing, rejected)
-    return and_(_orgs.c.state != "removed", _orgs.c.id.in_(candidates), or_(of_org, is_dead()))
+    return and_(_orgs.c.state != "removed", or_(of_org, is_dead()))
 
 
 class Checked(NamedTuple):

@@ -121,6 +121,8 @@ class Listing(Generic[R]):
         return page.limit or (MAX_LIMIT if self.few_per_org and org is not ALL_ORGS else DEFAULT_LIMIT)
 
 
+# What an open definition may be besides its state.
+TROUBLES = ("broken", "overdue", "late")
 ORGS = Listing(
     "orgs",
     OrgRow,
@@ -135,7 +137,7 @@ DEFINITIONS = Listing(
     "List definitions, newest first; closed ones only with --state closed.",
     ("org", "name", "handler", "schedule", "timezone", "state", "next_scheduled_for", "revision"),
     filters=("org", "definition", "state", "since"),
-    states=("active", "paused", "disabled", "closed"),
+    states=("active", "paused", "disabled", "closed", *TROUBLES),
 )
 TEMPLATES = Listing(
     "templates",

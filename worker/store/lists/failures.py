@@ -171,9 +171,13 @@ def cause_text(cause: Cause) -> str:
 
 def cause_term(cause: str) -> str:
     """The term of a search for the runs that failed with a cause."""
+    return f'cause:"{cause_part(cause)}"'
+
+
+def cause_part(cause: str) -> str:
+    """The value of `cause:` for it."""
     # A quoted value ends at the next quote: the longest part without one finds the same runs.
-    part = max(cause.split('"'), key=len).strip()[:MAX_CAUSE]
-    return f'cause:"{part}"'
+    return max(cause.split('"'), key=len).strip()[:MAX_CAUSE]
 
 
 class Mismatch(NamedTuple):

@@ -15,12 +15,13 @@ from sqlalchemy import (
     func,
     literal,
     null,
+    or_,
     select,
     true,
 )
 
 from worker.errors import DefinitionError, InvalidTrigger, NotFound, UsageError
-from worker.ids import ALL_ORGS, AllOrgs, OrgId, OrgScope, RunId, lowest_id
+from worker.ids import ALL_ORGS, AllOrgs, OrgId, OrgScope, RunId, Scope, lowest_id
 from worker.model.definitions import CALENDAR_DATES
 from worker.model.definitions.pools import DEFAULT_POOL
 from worker.model.definitions.words import in_words
@@ -43,6 +44,7 @@ from worker.store.lists import (
     SECRETS,
     SKIPS,
     TEMPLATES,
+    TROUBLES,
     FoundRows,
     Listing,
     Page,
@@ -50,6 +52,7 @@ from worker.store.lists import (
     run_ids,
     runs,
     search,
+    tabs,
 )
 from worker.store.lists.rows import (
     Backfill,
@@ -125,7 +128,7 @@ def _rows_of(connection: Connection, listing: Listing[R], org: OrgScope, page: P
     if page.definition is not None:
         statement = statement.where(source.columns["definition"] == page.definition)
     if page.states:
-        statement = statement.where(source.columns["state"].in_(page.states))
+        statement = statement.where(_in_states(connection, listing, scope, page.states))
         if listing is DEFINITIONS and page.states == ("paused",):
             # The condition of their index: there are few of them.
             statement = statement.where(
@@ -142,6 +145,16 @@ def _rows_of(connection: Connection, listing: Listing[R], org: OrgScope, page: P
     if listing is TEMPLATES and isinstance(scope, AllOrgs):
         _add_reach(connection, rows)
     return cast(list[R], rows)
+
+
+def _in_states(
+    connection: Connection, listing: Listing[Any], scope: Scope, states: Sequence[str]
+) -> Condition:
+    """The condition that a row has one of the states, or of definitions also that it is in such trouble."""
+    either = [tabs.troubled(connection, scope, state) for state in states if state in TROUBLES]
+    if plain := [state for state in states if state not in TROUBLES]:
+        either.append(_SOURCES[listing].columns["state"].in_(plain))
+    return or_(*either)
 
 
 def org(connection: Connection, code: str) -> OrgDetail:

@@ -21,7 +21,7 @@ from worker.features.console.pages.definitions import DefinitionPages
 from worker.features.console.pages.docs import docs_routes
 from worker.features.console.pages.inventory import InventoryPages
 from worker.features.console.pages.login import LoginPages
-from worker.features.console.pages.morning import MorningPage
+from worker.features.console.pages.morning import EndedByHour, MorningPage
 from worker.features.console.pages.orgs import OrgPages
 from worker.features.console.pages.rendering import error_page, static_routes
 from worker.features.console.pages.runs import RunPages
@@ -48,13 +48,14 @@ class Console:
         self._pages = Pages(database, clock, access, sessions, forms)
         self._installation = installation
         self._login = LoginPages(self._pages, login)
-        self._search = SearchPages(self._pages)
+        self._hours = EndedByHour()
+        self._search = SearchPages(self._pages, self._hours)
 
     def routes(self) -> Sequence[Route]:
         return (
             *static_routes(),
             *docs_routes(),
-            *MorningPage(self._pages, self._installation).routes(),
+            *MorningPage(self._pages, self._installation, self._hours).routes(),
             *OrgPages(self._pages).routes(),
             *RunPages(self._pages).routes(),
             *DefinitionPages(self._pages).routes(),

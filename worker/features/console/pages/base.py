@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 from urllib.parse import unquote, urlencode
 from zoneinfo import ZoneInfo
@@ -25,6 +26,7 @@ from worker.features.console.pages.rendering import page
 from worker.features.console.sessions import SESSION_COOKIE, Forms, Session, Sessions
 from worker.model.definitions.zones import find_zone, parse_zone
 from worker.model.search import hint_of
+from worker.store.lists.tabs import Count
 
 # Rows of a page of a list.
 ROWS = 25
@@ -165,6 +167,36 @@ def _links(caller: Caller | None) -> Sequence[tuple[str, str]]:
 
 
 _zone = functools.lru_cache(maxsize=1000)(find_zone)
+
+
+@dataclass(frozen=True, slots=True)
+class Tab:
+    """A link to the rows of a list in one state, and how many there are, if that is known."""
+
+    text: str
+    href: str
+    is_current: bool
+    count: Count | int | None = None
+
+
+def tabs_of(
+    path: str,
+    given: Mapping[str, str],
+    choices: Mapping[str, Mapping[str, str]],
+    counts: Mapping[str, Count],
+) -> list[Tab]:
+    """The tabs of a list: the parameters of each choice, with the other filters. The current one is added."""
+    names = {name for choice in choices.values() for name in choice}
+    others = {name: value for name, value in given.items() if name not in (*names, "after")}
+    current = {name: value for name, value in given.items() if name in names}
+    if current not in choices.values():
+        choices = {**choices, " ".join(current.values()): current}
+    return [
+        Tab(
+            text, f"{path}?{urlencode({**others, **choice})}".rstrip("?"), choice == current, counts.get(text)
+        )
+        for text, choice in choices.items()
+    ]
 
 
 def next_page(path: str, given: Mapping[str, str], rows: Sequence[Any], limit: int = ROWS) -> str | None:

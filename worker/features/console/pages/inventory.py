@@ -15,20 +15,22 @@ from starlette.routing import Route
 from worker.errors import AccessDenied, Conflict, NotFound, UsageError, WorkerError
 from worker.features.console.callers import Caller, caller_of
 from worker.features.console.live_lists import WORKERS
-from worker.features.console.pages.base import ROWS, PageGroup, allowed, next_page, query
+from worker.features.console.pages.base import ROWS, PageGroup, Tab, allowed, next_page, query, tabs_of
 from worker.features.console.pages.forms import problem_of
 from worker.ids import ALL_ORGS
 from worker.model.runs import worker_ends
 from worker.operations import approvals
-from worker.store import health, pools
+from worker.store import health, orgs, pools
 from worker.store.lists import (
     AUDIT,
     DEFINITIONS,
     HANDLERS,
     TEMPLATES,
+    TROUBLES,
     Listing,
     Page,
     morning,
+    tabs,
 )
 from worker.store.lists.morning import lease_state
 from worker.store.lists.read import read
@@ -45,6 +47,13 @@ RISKS = ("dead", "old", "all")
 _STATES = ("missing", "late", "up", "crashed", "silent", "stopped", "removed")
 
 
+# The parameters of each tab of the definitions.
+_TABS: Mapping[str, Mapping[str, str]] = {
+    "all": {},
+    **{state: {"state": state} for state in (*TROUBLES, "paused", "disabled", "closed")},
+}
+
+
 class InventoryPages(PageGroup):
     def routes(self) -> Sequence[Route]:
         return (
@@ -58,7 +67,9 @@ class InventoryPages(PageGroup):
         )
 
     async def _definitions(self, request: Request) -> Response:
-        return await self._list(request, DEFINITIONS, "definitions.html", "org", "definition", "state")
+        return await self._list(
+            request, DEFINITIONS, "definitions.html", "org", "definition", "state", with_tabs=True
+        )
 
     async def _templates(self, request: Request) -> Response:
         return await self._list(request, TEMPLATES, "templates.html", "state")
@@ -67,8 +78,10 @@ class InventoryPages(PageGroup):
         require_admin(caller_of(request))
         return await self._list(request, AUDIT, "audit.html", "org")
 
-    async def _list(self, request: Request, listing: Listing[R], template: str, *filters: str) -> Response:
-        """A page of a list, newest first, with its filters."""
+    async def _list(
+        self, request: Request, listing: Listing[R], template: str, *filters: str, with_tabs: bool = False
+    ) -> Response:
+        """A page of a list, newest first, with its filters; that of definitions has tabs."""
         caller, given = caller_of(request), query(request, *filters, "after")
 
         def work(connection: Connection) -> dict[str, Any]:
@@ -81,6 +94,7 @@ class InventoryPages(PageGroup):
             rows: list[Any] = read(connection, listing, caller.scope(given.get("org")), page)
             return {
                 "rows": [caller.sees(listing.row, row) for row in rows],
+                "tabs": _tabs(connection, caller, given) if with_tabs else (),
                 "states": listing.states,
                 "counted": COUNTED,
                 "given": dict.fromkeys(filters, "") | given,
@@ -154,6 +168,15 @@ class InventoryPages(PageGroup):
         except (Conflict, NotFound) as error:
             return await self._workers_page(request, problem=error)
         return RedirectResponse("/workers#approvals", 303)
+
+
+def _tabs(connection: Connection, caller: Caller, given: Mapping[str, str]) -> list[Tab]:
+    """Definitions by state, with their number unless a name narrows them."""
+    counts: Mapping[str, tabs.Count] = {}
+    if "definition" not in given:
+        scope = orgs.scope_of(connection, caller.scope(given.get("org")))
+        counts = tabs.definitions(connection, scope)
+    return tabs_of("/definitions", given, _TABS, counts)
 
 
 def require_admin(caller: Caller) -> None:

@@ -46,10 +46,10 @@ _TICK = timedelta(microseconds=1)
 
 
 class MorningPage:
-    def __init__(self, pages: Pages, installation: str) -> None:
+    def __init__(self, pages: Pages, installation: str, hours: EndedByHour) -> None:
         self._pages = pages
         self._installation = installation
-        self._hours = EndedByHour()
+        self._hours = hours
         self._due = DueByHour(pages.database, pages.clock)
 
     def routes(self) -> Sequence[Route]:
@@ -76,7 +76,7 @@ class MorningPage:
                 "ended": _ended_chart(ended),
                 "due": _due_chart(due, now),
                 "due_of": MAX_DEFINITIONS if due.is_part else None,
-                "totals": _totals(ended),
+                "totals": totals(ended),
             }
 
         return await self._pages.show(request, "morning.html", work, stream=OVERVIEW)
@@ -161,17 +161,20 @@ def hour_of(at: datetime) -> datetime:
     return at.replace(minute=0, second=0, microsecond=0)
 
 
+def last_hours(now: datetime) -> list[datetime]:
+    """The last 24 hours, the current one included."""
+    return [hour_of(now) - HOUR * back for back in reversed(range(24))]
+
+
 class EndedByHour:
-    """Runs that ended by hour and state. Hours that are long over are read once and kept."""
+    """Runs of all orgs that ended by hour and state. Hours that are long over are read once and kept."""
 
     def __init__(self) -> None:
         self._kept: dict[datetime, Mapping[str, int]] = {}
 
     def read(self, connection: Connection, now: datetime) -> Mapping[datetime, Mapping[str, int]]:
         """The last 24 hours, the current one included."""
-        last = hour_of(now)
-        hours = [last - HOUR * back for back in reversed(range(24))]
-        kept = self._kept
+        last, hours, kept = hour_of(now), last_hours(now), self._kept
         # A worker may write the outcomes of the previous hour late.
         missing = [hour for hour in hours if hour not in kept or hour >= last - HOUR]
         found: dict[datetime, dict[str, int]] = {hour: {} for hour in missing}
@@ -217,6 +220,6 @@ def _axis(hours: Iterable[datetime]) -> tuple[list[str], list[str]]:
     return [f"{hour:%d %b %H:%M}" for hour in known], ticks
 
 
-def _totals(ended: Mapping[datetime, Mapping[str, int]]) -> dict[str, int]:
+def totals(ended: Mapping[datetime, Mapping[str, int]]) -> dict[str, int]:
     """Runs of the last day by final state."""
     return {state: sum(by_state.get(state, 0) for by_state in ended.values()) for state in _ENDED}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC
 from typing import Any, Literal
 
@@ -15,14 +15,14 @@ from starlette.routing import Route
 from worker.errors import Conflict, UsageError, WorkerError
 from worker.features.console.callers import caller_of
 from worker.features.console.live_lists import PREFIX
-from worker.features.console.pages.base import ROWS, PageGroup, allowed, next_page, query
+from worker.features.console.pages.base import ROWS, PageGroup, allowed, next_page, query, tabs_of
 from worker.features.console.pages.forms import problem_of, reason_of
 from worker.features.console.pages.links import day_path, org_path
 from worker.ids import ALL_ORGS
 from worker.model.claims import claims_in_words
 from worker.model.search import parsed
 from worker.store import history, orgs
-from worker.store.lists import DEFINITIONS, ORGS, RUNS, Page
+from worker.store.lists import DEFINITIONS, ORGS, RUNS, Page, tabs
 from worker.store.lists.grid import STATES, Broken, broken, grid, open_waits
 from worker.store.lists.read import org, read
 from worker.store.lists.rows import DefinitionRow, OrgDetail, Run, RunDetail
@@ -30,6 +30,14 @@ from worker.store.lists.rows import DefinitionRow, OrgDetail, Run, RunDetail
 # Definitions in the grid, and next times and open waits beside it.
 MAX_DEFINITIONS = 40
 SHOWN = 10
+
+
+# The parameters of each tab of the list.
+_TABS: Mapping[str, Mapping[str, str]] = {
+    "all": {},
+    "broken": {"broken": "true"},
+    **{state: {"state": state} for state in ORGS.states},
+}
 
 
 class OrgPages(PageGroup):
@@ -63,9 +71,10 @@ class OrgPages(PageGroup):
                 broken="broken" in given,
             )
             rows = read(connection, ORGS, scope, page)
+            counted = {} if words else tabs.orgs(connection, orgs.scope_of(connection, scope), ORGS.states)
             return {
                 "orgs": [caller.sees(OrgDetail, row) for row in rows],
-                "states": ORGS.states,
+                "tabs": tabs_of("/orgs", given, _TABS, counted),
                 "given": dict.fromkeys(("q", "state", "broken"), "") | given,
                 "next": next_page("/orgs", given, rows),
             }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, timedelta
 from typing import Any, Literal
 
@@ -14,16 +16,23 @@ from starlette.routing import Route
 from worker.errors import AccessDenied, UsageError
 from worker.features.console.callers import Caller, caller_of
 from worker.features.console.live_lists import RUNS, stream_from_now
-from worker.features.console.pages.base import ROWS, PageGroup, next_page, query
+from worker.features.console.pages.base import ROWS, PageGroup, Pages, Tab, next_page, query
 from worker.features.console.pages.links import search_path
+from worker.features.console.pages.morning import EndedByHour, last_hours, totals
 from worker.features.console.pages.rendering import page
 from worker.ids import ALL_ORGS, RunId, given_id
-from worker.model.search import KEYS, Query, parsed
-from worker.store.lists import Page, failures, search
-from worker.store.lists.failures import cause_text
+from worker.model.definitions.pools import DEFAULT_POOL
+from worker.model.runs.outcome import Error, fingerprint
+from worker.model.search import Query, parsed, terms, with_term, without
+from worker.store import orgs
+from worker.store.dialect import Row
+from worker.store.lists import Page, failures, search, tabs
+from worker.store.lists.failures import cause_part, cause_text
+from worker.store.lists.matching import few_orgs
 from worker.store.lists.rows import OrgRow, Run
 from worker.store.lists.run_ids import fitting
 from worker.store.lists.search import suggestions
+from worker.store.lists.tabs import Count
 from worker.store.orgs import scope_of
 
 # Orgs that the page shows above the runs.
@@ -35,14 +44,31 @@ CHANGEABLE: Mapping[Literal["retry", "cancel"], frozenset[str]] = {
 }
 
 
+# The tabs of the page, but for all runs.
+_STATES = ("waiting", "running", "failed", "refused", "succeeded", "cancelled", "skipped")
+# Links to when runs were made.
+_TIMES = {
+    "last hour": ("1h", ""),
+    "today": ("today", ""),
+    "yesterday": ("yesterday", "today"),
+    "7 days": ("7d", ""),
+}
+# Values of a key among the runs of a page that are offered as filters.
+_OFFERED = 5
+
+
 class SearchPages(PageGroup):
+    def __init__(self, pages: Pages, hours: EndedByHour) -> None:
+        super().__init__(pages)
+        self._hours = hours
+
     def routes(self) -> Sequence[Route]:
         return (Route("/search", self._search),)
 
     async def _search(self, request: Request) -> Response:
         caller, given = caller_of(request), query(request, "q", "after")
         text = given.get("q", "").strip()
-        frame = {**self._pages.frame(request.scope), "searched": text, "keys": KEYS}
+        frame = {**self._pages.frame(request.scope), "searched": text, "keys": caller.search_keys}
         try:
             wanted = self.query_of(request, text)
         except UsageError as error:
@@ -57,13 +83,112 @@ class SearchPages(PageGroup):
                 found = _found(connection, caller, wanted, given)
             except UsageError as error:
                 return page("search.html", 400, **frame, error=error)
-            return page("search.html", **frame, **found, error=None)
+            counts = self._counts(connection, caller, wanted)
+            links = {
+                "tabs": _tabs(text, wanted, counts),
+                "filters": _filters(text, wanted),
+                "times": _times(text),
+                "offers": _offers(text, wanted, found["runs"]),
+            }
+            return page("search.html", **frame | found | links, error=None)
 
         return await self._pages.database.read(caller, work)
 
     def query_of(self, request: Request, text: str) -> Query:
         """The query of a text, its days in the viewer's time zone; raises UsageError."""
-        return parsed(text, now=self._pages.clock.now(), zone=self._pages.zone(request) or UTC)
+        zone = self._pages.zone(request) or UTC
+        return parsed(text, now=self._pages.clock.now(), zone=zone, keys=caller_of(request).search_keys)
+
+    def _counts(self, connection: Connection, caller: Caller, wanted: Query) -> Mapping[str, Count | int]:
+        """Runs by state: those that wait and run now, and those that ended in the last 24 hours.
+
+        Of the orgs that `org:` names, if they are few; none if anything else narrows the runs.
+        """
+        if replace(wanted, org=None, states=frozenset()) != Query():
+            return {}
+        now = self._pages.clock.now()
+        if wanted.org is None and caller.org is None:
+            return {
+                **totals(self._hours.read(connection, now)),
+                **tabs.unfinished(connection, None),
+            }
+        scope = orgs.scope_of(connection, caller.scope())
+        org_ids = few_orgs(connection, scope, Query(org=wanted.org))
+        if org_ids is None:
+            return {}
+        ended = tabs.ended(connection, org_ids, last_hours(now))
+        return dict.fromkeys(_STATES, 0) | ended | tabs.unfinished(connection, org_ids)
+
+
+def _tabs(text: str, wanted: Query, counts: Mapping[str, Count | int]) -> list[Tab]:
+    """A tab for each state: the search with that state instead of its own."""
+    return [
+        Tab(
+            state or "all",
+            _address(with_term(text, "state", state)),
+            wanted.states == ({state} if state else set()),
+            counts.get(state),
+        )
+        for state in ("", *_STATES)
+    ]
+
+
+def _times(text: str) -> list[Tab]:
+    """The search for the runs that were made in some time."""
+    given = {term.key: term.value for term in terms(text)}
+    current = given.get("since", ""), given.get("until", "")
+    return [
+        Tab(
+            name,
+            _address(with_term(with_term(text, "since", since), "until", until)),
+            current == (since, until),
+        )
+        for name, (since, until) in _TIMES.items()
+    ]
+
+
+def _filters(text: str, wanted: Query) -> list[tuple[str, str]]:
+    """The terms of the search, each with the search without it; a single state has its tab."""
+    return [
+        (f"{term.key}: {term.value}" if term.key else term.value, _address(without(text, term)))
+        for term in terms(text)
+        if term.key != "state" or len(wanted.states) > 1
+    ]
+
+
+def _offers(text: str, wanted: Query, found: Sequence[Row]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The most frequent values of the runs of a page, by key; its table has orgs and definitions."""
+    offers = []
+    for key, value_of in _VALUES.items():
+        counted = Counter(value for run in found if (value := value_of(run)))
+        is_apart = key != "pool" or set(counted) != {DEFAULT_POOL}
+        # Numbers of revisions mean something for one definition only.
+        is_meant = key != "revision" or wanted.definition is not None
+        if counted and is_apart and is_meant and getattr(wanted, key) is None:
+            few = [value for value, _ in counted.most_common(_OFFERED)]
+            offers.append((key, [(value, _address(with_term(text, key, value))) for value in few]))
+    return offers
+
+
+def _cause_of(run: Row) -> str:
+    error = run["error"]
+    return cause_part(fingerprint(Error(error["type"], error["message"]))) if error else ""
+
+
+# The value of a run for a key; an empty one if it has none. A worker is known by the end of its id.
+_VALUES: Mapping[str, Callable[[Row], str]] = {
+    "handler": lambda run: run["handler"],
+    "cause": _cause_of,
+    "reason": lambda run: run["reason"] or "",
+    "origin": lambda run: run["origin"],
+    "pool": lambda run: run["pool"],
+    "worker": lambda run: (run["worker"] or "")[-12:],
+    "revision": lambda run: str(run["revision"]),
+}
+
+
+def _address(text: str) -> str:
+    return search_path(text) if text else "/search"
 
 
 def _found(connection: Connection, caller: Caller, wanted: Query, given: dict[str, str]) -> dict[str, Any]:
@@ -79,6 +204,12 @@ def _found(connection: Connection, caller: Caller, wanted: Query, given: dict[st
     return {
         "orgs": [caller.sees(OrgRow, row) for row in orgs],
         "runs": [caller.sees(Run, row) for row in found.rows],
+        # A cell narrows the search to its value, until it is narrowed so: then it leads to the value's page.
+        "narrowed": {
+            "org": wanted.org is not None or caller.org is not None,
+            "definition": wanted.definition is not None,
+        },
+        "narrow": lambda key, value: _address(with_term(text, key, value)),
         # The search may have stopped before the page was full.
         "next": next_page("/search", given, following, limit=1),
         "near": [

@@ -1,0 +1,197 @@
+"""The tabs of runs, definitions and orgs: what is in each state, and how many of them, up to a bound.
+
+A count reads at most so many rows of an index. One that has read them all says "at least".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    and_,
+    case,
+    func,
+    literal,
+    literal_column,
+    select,
+    text,
+)
+
+from worker.ids import OrgId, Scope
+from worker.store import failing, tables
+from worker.store.dialect import all_rows, database_now, in_scope
+from worker.store.lists.morning import MAX_ROWS
+
+# A scheduled time is overdue after this.
+OVERDUE = timedelta(seconds=60)
+# A run that could have started so long ago waits for more than a free slot.
+LONG_WAIT = timedelta(minutes=15)
+# Definitions or orgs whose newest runs are looked at: each takes a few look-ups.
+MAX_CHECKED = 500
+
+_live, _waits, _hours = tables.live_runs, tables.waits, tables.rollup_hours
+_definitions, _schedule, _orgs, _failing = (
+    *(tables.definitions, tables.schedule, tables.orgs, tables.failing_definitions),
+)
+Condition = ColumnElement[bool]
+_every = func.count()
+
+
+class Count(NamedTuple):
+    """A number; `at_least` if not all were read."""
+
+    total: int
+    at_least: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.total:,}{'+' * self.at_least}"
+
+
+def unfinished(connection: Connection, org_ids: Sequence[OrgId] | None) -> dict[str, Count]:
+    """Waiting and running runs of a few orgs, or of all (None)."""
+    # As the conditions of the indexes say it: with a parameter, SQLite would not use them.
+    waiting, held, parked, running = (
+        select(_live.c.id).where(_live.c.state == literal_column(f"'{state}'"))
+        for state in ("waiting", "held", "parked", "running")
+    )
+    if org_ids is not None:
+        waiting, running = (rows.where(_live.c.org_id.in_(org_ids)) for rows in (waiting, running))
+        # No index has these by org: by its definitions, and by its open waits.
+        held = held.join(_definitions, _definitions.c.id == _live.c.definition_id)
+        held = held.where(_definitions.c.org_id.in_(org_ids))
+        open_ = select(_waits.c.run_id).where(_waits.c.org_id.in_(org_ids), text(tables.OPEN)).distinct()
+        parked = parked.where(_live.c.id.in_(open_.limit(MAX_ROWS + 1)))
+    counts = [
+        _counted(connection, rows, lambda row: {"all": _every})["all"]
+        for rows in (waiting, held, parked, running)
+    ]
+    total = sum(count.total for count in counts[:-1])
+    at_least = total > MAX_ROWS or any(count.at_least for count in counts[:-1])
+    return {"waiting": Count(min(total, MAX_ROWS), at_least), "running": counts[-1]}
+
+
+def ended(connection: Connection, org_ids: Sequence[OrgId], hours: Sequence[datetime]) -> dict[str, int]:
+    """Runs of a few orgs that ended in these hours, by final state."""
+    # By the key: a range of hours would read those of all orgs.
+    query = select(_hours.c.state, func.sum(_hours.c.runs).label("runs")).where(
+        _hours.c.hour.in_(hours), _hours.c.org_id.in_(org_ids)
+    )
+    rows = all_rows(connection, query.group_by(_hours.c.state).limit(len(tables.FINAL_STATES)))
+    return {row["state"]: int(row["runs"]) for row in rows}
+
+
+def definitions(connection: Connection, scope: Scope) -> dict[str, Count]:
+    """Definitions by state, and those that are broken, overdue or late. `all` are the open ones."""
+    now = database_now(connection)
+    columns = (_definitions.c[name] for name in ("id", "org_id", "closed_at", "enabled", "paused_at"))
+    newest = select(*columns).where(*in_scope(_definitions.c.org_id, scope))
+    candidates = select(_failing.c.definition_id).where(*in_scope(_failing.c.org_id, scope))
+    return {
+        **_counted(
+            connection,
+            newest.order_by(_definitions.c.id.desc()),
+            lambda row: {
+                "all": _those(row.closed_at.is_(None)),
+                "disabled": _those(row.closed_at.is_(None), row.paused_at.is_(None), ~row.enabled),
+                "closed": _those(row.closed_at.is_not(None)),
+            },
+        ),
+        **_counted(
+            connection,
+            newest.where(_definitions.c.paused_at.is_not(None), _definitions.c.closed_at.is_(None)),
+            lambda row: {"paused": _every},
+        ),
+        **_counted(
+            connection,
+            candidates.order_by(_failing.c.definition_id.desc()),
+            lambda row: {"broken": _those(failing.is_broken("examined"))},
+            most=MAX_CHECKED,
+        ),
+        **_counted(connection, _due(now), lambda row: {"overdue": _those(*in_scope(row.org_id, scope))}),
+        **_counted(
+            connection,
+            _unstarted(scope),
+            lambda row: {"late": func.count(case((_is_late(row, now), row.definition_id)).distinct())},
+        ),
+    }
+
+
+def orgs(connection: Connection, scope: Scope, states: Iterable[str]) -> dict[str, Count]:
+    """Orgs by state, all of them, and those that are broken."""
+    newest = select(_orgs.c.id, _orgs.c.state).where(*in_scope(_orgs.c.id, scope))
+    every = failing.candidates(scope).subquery()
+    some = select(every.c.org_id).distinct().limit(MAX_CHECKED + 1).subquery()
+    # By its key: as a join, PostgreSQL would read all orgs.
+    needs_fix = select(literal(1)).where(_orgs.c.id == some.c.org_id, failing.needs_fix()).limit(1)
+    return {
+        **_counted(
+            connection,
+            newest.order_by(_orgs.c.id.desc()),
+            lambda row: {"all": _every, **{state: _those(row.state == state) for state in states}},
+        ),
+        **_counted(
+            connection,
+            select(needs_fix.scalar_subquery().label("broken")).select_from(some),
+            lambda row: {"broken": func.count(row.broken)},
+            most=MAX_CHECKED,
+        ),
+    }
+
+
+def troubled(connection: Connection, scope: Scope, state: str) -> Condition:
+    """A condition on `definitions`: open, and `broken`, `overdue` or `late`; MAX_ROWS of the last two."""
+    now = database_now(connection)
+    if state == "broken":
+        rows = select(_failing.c.definition_id).where(failing.is_broken())
+        rows = rows.where(*in_scope(_failing.c.org_id, scope))
+    elif state == "overdue":
+        some = _due(now).where(*in_scope(_schedule.c.org_id, scope)).limit(MAX_ROWS).subquery()
+        rows = select(some.c.definition_id)
+    else:
+        some = _unstarted(scope).limit(MAX_ROWS).subquery()
+        rows = select(some.c.definition_id).where(_is_late(some.c, now))
+    return and_(_definitions.c.id.in_(rows), _definitions.c.closed_at.is_(None))
+
+
+def _due(now: datetime) -> Select[Any]:
+    """The overdue scheduled times."""
+    columns = (_schedule.c.definition_id, _schedule.c.org_id)
+    return select(*columns).where(_schedule.c.next_fire_at <= now - OVERDUE)
+
+
+def _unstarted(scope: Scope) -> Select[Any]:
+    """The waiting runs."""
+    rows = select(_live.c.definition_id, _live.c.available_at)
+    return rows.where(_live.c.state == literal_column("'waiting'"), *in_scope(_live.c.org_id, scope))
+
+
+def _is_late(row: Any, now: datetime) -> Condition:
+    is_late: Condition = row.available_at <= now - LONG_WAIT
+    return is_late
+
+
+def _those(*conditions: Condition) -> ColumnElement[Any]:
+    """The number of rows that meet the conditions."""
+    return func.count(case((and_(*conditions), 1))) if conditions else _every
+
+
+def _counted(
+    connection: Connection,
+    rows: Select[Any],
+    counts: Callable[[Any], Mapping[str, ColumnElement[Any]]],
+    *,
+    most: int | None = None,
+) -> dict[str, Count]:
+    """What is counted of the first `most` rows, by name; by default MAX_ROWS."""
+    most = MAX_ROWS if most is None else most
+    some = rows.limit(most + 1).subquery("examined")
+    wanted = counts(some.c)
+    query = select(_every.label("read"), *(count.label(name) for name, count in wanted.items()))
+    [found] = all_rows(connection, query.select_from(some).limit(1))
+    at_least = found["read"] > most
+    return {name: Count(min(found[name], most), at_least) for name in wanted}
