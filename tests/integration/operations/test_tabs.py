@@ -18,7 +18,7 @@ from worker.operations.runs import run_now
 from worker.store import roles, tables
 from worker.store.lists import DEFINITIONS, MAX_LIMIT, ORGS, TROUBLES, Page, tabs
 from worker.store.lists.read import read
-from worker.store.lists.tabs import LONG_WAIT, OVERDUE, Count
+from worker.store.lists.tabs import LONG_WAIT, OVERDUE, BoundedCount
 
 pytestmark = on_either
 ORG_STATES: tuple[OrgState, ...] = ("active", "paused", "suspended")
@@ -191,7 +191,7 @@ def test_an_org_counts_only_its_own_rows_also_by_the_database_itself(world, data
 
     assert world.counted(tabs.definitions, mine, scope=own) == world.counted(tabs.definitions, mine)
     assert world.counted(tabs.unfinished, [mine], scope=own) == world.counted(tabs.unfinished, [mine])
-    assert world.counted(tabs.orgs, mine, ORGS.states, scope=own)["all"] == Count(1)
+    assert world.counted(tabs.orgs, mine, ORGS.states, scope=own)["all"] == BoundedCount(1)
     of_all = world.counted(tabs.definitions, ALL_ORGS, scope=own)
     assert (of_all == world.counted(tabs.definitions, mine)) == (database.dialect == "postgresql")
 
@@ -206,4 +206,4 @@ def test_counts_stop_at_a_bound_and_say_so(world, monkeypatch):
 
     assert all(count.at_least for count in (*definitions.values(), *orgs.values(), *unfinished.values()))
     assert all(count.total <= 2 for count in (*definitions.values(), *orgs.values(), *unfinished.values()))
-    assert [str(Count(*of)) for of in ((10_000, True), (1234,), (0,))] == ["10,000+", "1,234", "0"]
+    assert [str(BoundedCount(*of)) for of in ((10_000, True), (1234,), (0,))] == ["10,000+", "1,234", "0"]

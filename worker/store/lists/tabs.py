@@ -1,6 +1,6 @@
 """The tabs of runs, definitions and orgs: what is in each state, and how many of them, up to a bound.
 
-A count reads at most so many rows of an index. One that has read them all says "at least".
+A count reads a limited part of an index, and says so if there are more rows.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Condition = ColumnElement[bool]
 _every = func.count()
 
 
-class Count(NamedTuple):
+class BoundedCount(NamedTuple):
     """A number; `at_least` if not all were read."""
 
     total: int
@@ -52,7 +52,7 @@ class Count(NamedTuple):
         return f"{self.total:,}{'+' * self.at_least}"
 
 
-def unfinished(connection: Connection, org_ids: Sequence[OrgId] | None) -> dict[str, Count]:
+def unfinished(connection: Connection, org_ids: Sequence[OrgId] | None) -> dict[str, BoundedCount]:
     """Waiting and running runs of a few orgs, or of all (None)."""
     # As the conditions of the indexes say it: with a parameter, SQLite would not use them.
     waiting, held, parked, running = (
@@ -61,18 +61,23 @@ def unfinished(connection: Connection, org_ids: Sequence[OrgId] | None) -> dict[
     )
     if org_ids is not None:
         waiting, running = (rows.where(_live.c.org_id.in_(org_ids)) for rows in (waiting, running))
-        # No index has these by org: by its definitions, and by its open waits.
+        # No index has these by org: by its definitions, and by its open waits, also those of ended runs.
         held = held.join(_definitions, _definitions.c.id == _live.c.definition_id)
         held = held.where(_definitions.c.org_id.in_(org_ids))
-        open_ = select(_waits.c.run_id).where(_waits.c.org_id.in_(org_ids), text(tables.OPEN)).distinct()
-        parked = parked.where(_live.c.id.in_(open_.limit(MAX_ROWS + 1)))
-    counts = [
-        _counted(connection, rows, lambda row: {"all": _every})["all"]
-        for rows in (waiting, held, parked, running)
-    ]
-    total = sum(count.total for count in counts[:-1])
-    at_least = total > MAX_ROWS or any(count.at_least for count in counts[:-1])
-    return {"waiting": Count(min(total, MAX_ROWS), at_least), "running": counts[-1]}
+        is_parked = parked.where(_live.c.id == _waits.c.run_id).limit(1).correlate(_waits)
+        parked = select(_waits.c.run_id, is_parked.scalar_subquery().label("id"))
+        parked = parked.where(_waits.c.org_id.in_(org_ids), text(tables.OPEN))
+    found = {
+        **_counted(connection, waiting, lambda row: {"waiting": _every}),
+        **_counted(connection, held, lambda row: {"held": _every}),
+        # A run may have several open waits.
+        **_counted(connection, parked, lambda row: {"parked": func.count(row.id.distinct())}),
+        **_counted(connection, running, lambda row: {"running": _every}),
+    }
+    unstarted = [found[state] for state in tables.UNSTARTED]
+    total = sum(count.total for count in unstarted)
+    at_least = total > MAX_ROWS or any(count.at_least for count in unstarted)
+    return {"waiting": BoundedCount(min(total, MAX_ROWS), at_least), "running": found["running"]}
 
 
 def ended(connection: Connection, org_ids: Sequence[OrgId], hours: Sequence[datetime]) -> dict[str, int]:
@@ -85,7 +90,7 @@ def ended(connection: Connection, org_ids: Sequence[OrgId], hours: Sequence[date
     return {row["state"]: int(row["runs"]) for row in rows}
 
 
-def definitions(connection: Connection, scope: Scope) -> dict[str, Count]:
+def definitions(connection: Connection, scope: Scope) -> dict[str, BoundedCount]:
     """Definitions by state, and those that are broken, overdue or late. `all` are the open ones."""
     now = database_now(connection)
     columns = (_definitions.c[name] for name in ("id", "org_id", "closed_at", "enabled", "paused_at"))
@@ -121,7 +126,7 @@ def definitions(connection: Connection, scope: Scope) -> dict[str, Count]:
     }
 
 
-def orgs(connection: Connection, scope: Scope, states: Iterable[str]) -> dict[str, Count]:
+def orgs(connection: Connection, scope: Scope, states: Iterable[str]) -> dict[str, BoundedCount]:
     """Orgs by state, all of them, and those that are broken."""
     newest = select(_orgs.c.id, _orgs.c.state).where(*in_scope(_orgs.c.id, scope))
     every = failing.candidates(scope).subquery()
@@ -186,7 +191,7 @@ def _counted(
     counts: Callable[[Any], Mapping[str, ColumnElement[Any]]],
     *,
     most: int | None = None,
-) -> dict[str, Count]:
+) -> dict[str, BoundedCount]:
     """What is counted of the first `most` rows, by name; by default MAX_ROWS."""
     most = MAX_ROWS if most is None else most
     some = rows.limit(most + 1).subquery("examined")
@@ -194,4 +199,4 @@ def _counted(
     query = select(_every.label("read"), *(count.label(name) for name, count in wanted.items()))
     [found] = all_rows(connection, query.select_from(some).limit(1))
     at_least = found["read"] > most
-    return {name: Count(min(found[name], most), at_least) for name in wanted}
+    return {name: BoundedCount(min(found[name], most), at_least) for name in wanted}

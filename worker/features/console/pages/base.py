@@ -26,7 +26,7 @@ from worker.features.console.pages.rendering import page
 from worker.features.console.sessions import SESSION_COOKIE, Forms, Session, Sessions
 from worker.model.definitions.zones import find_zone, parse_zone
 from worker.model.search import hint_of
-from worker.store.lists.tabs import Count
+from worker.store.lists.tabs import BoundedCount
 
 # Rows of a page of a list.
 ROWS = 25
@@ -176,14 +176,14 @@ class Tab:
     text: str
     href: str
     is_current: bool
-    count: Count | int | None = None
+    count: BoundedCount | int | None = None
 
 
 def tabs_of(
     path: str,
     given: Mapping[str, str],
     choices: Mapping[str, Mapping[str, str]],
-    counts: Mapping[str, Count],
+    counts: Mapping[str, BoundedCount],
 ) -> list[Tab]:
     """The tabs of a list: the parameters of each choice, with the other filters. The current one is added."""
     names = {name for choice in choices.values() for name in choice}

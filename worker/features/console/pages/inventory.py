@@ -172,7 +172,7 @@ class InventoryPages(PageGroup):
 
 def _tabs(connection: Connection, caller: Caller, given: Mapping[str, str]) -> list[Tab]:
     """Definitions by state, with their number unless a name narrows them."""
-    counts: Mapping[str, tabs.Count] = {}
+    counts: Mapping[str, tabs.BoundedCount] = {}
     if "definition" not in given:
         scope = orgs.scope_of(connection, caller.scope(given.get("org")))
         counts = tabs.definitions(connection, scope)

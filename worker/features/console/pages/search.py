@@ -32,8 +32,7 @@ from worker.store.lists.matching import few_orgs
 from worker.store.lists.rows import OrgRow, Run
 from worker.store.lists.run_ids import fitting
 from worker.store.lists.search import suggestions
-from worker.store.lists.tabs import Count
-from worker.store.orgs import scope_of
+from worker.store.lists.tabs import BoundedCount
 
 # Orgs that the page shows above the runs.
 MAX_ORGS = 8
@@ -99,7 +98,9 @@ class SearchPages(PageGroup):
         zone = self._pages.zone(request) or UTC
         return parsed(text, now=self._pages.clock.now(), zone=zone, keys=caller_of(request).search_keys)
 
-    def _counts(self, connection: Connection, caller: Caller, wanted: Query) -> Mapping[str, Count | int]:
+    def _counts(
+        self, connection: Connection, caller: Caller, wanted: Query
+    ) -> Mapping[str, BoundedCount | int]:
         """Runs by state: those that wait and run now, and those that ended in the last 24 hours.
 
         Of the orgs that `org:` names, if they are few; none if anything else narrows the runs.
@@ -120,7 +121,7 @@ class SearchPages(PageGroup):
         return dict.fromkeys(_STATES, 0) | ended | tabs.unfinished(connection, org_ids)
 
 
-def _tabs(text: str, wanted: Query, counts: Mapping[str, Count | int]) -> list[Tab]:
+def _tabs(text: str, wanted: Query, counts: Mapping[str, BoundedCount | int]) -> list[Tab]:
     """A tab for each state: the search with that state instead of its own."""
     return [
         Tab(
@@ -228,7 +229,7 @@ def _only_run(connection: Connection, caller: Caller, text: str) -> RunId | None
     """The run, if the whole text is an id that fits one that the caller sees."""
     if (known := given_id(text)) is None:
         return None
-    found = fitting(connection, scope_of(connection, caller.scope()), known, 2)
+    found = fitting(connection, orgs.scope_of(connection, caller.scope()), known, 2)
     return found[0] if len(found) == 1 else None
 
 
