@@ -15,8 +15,8 @@ from tests.browser.hostile import strings
 from worker.features.console.sentences import MAX_PART, MAX_PARTS, WORDS, actor_name, sentence
 from worker.operations.changes import Action, Kind
 from worker.operations.orgs import _VERBS
-from worker.store.lists.redaction import redacted
 from worker.store.lists.rows import ChangeRow
+from worker.store.redaction import redacted
 
 ROOT = Path(worker.__file__).parent
 NAME = re.compile(r"[a-z]+\.[a-z_]+")

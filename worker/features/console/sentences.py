@@ -149,7 +149,7 @@ def _value(key: str, value: Any) -> Iterator[str]:
 
 
 def _difference(key: str, before: Any, after: Any, absent: str) -> Iterator[str]:
-    """What changed of a value: of a table key by key, of a list what came and went."""
+    """What changed of a value: of a table key by key, of a list what was added and removed."""
     old, new = ({} if each is None else each for each in (before, after))
     if _is_table(key, old) and _is_table(key, new) and (old or new):
         for inner in sorted(old.keys() | new.keys()):
