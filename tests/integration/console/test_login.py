@@ -111,6 +111,19 @@ def rows(database: Database, table: Any) -> list[Any]:
 
 
 @on_either
+async def test_the_login_page_names_the_provider_and_the_command_for_operators(portal: Portal):
+    page = await portal.site.get("/login")
+
+    title = re.search(r'href="/login/start">Log in with ([^<]+)</a>', page.text)
+    assert title is not None
+    assert (
+        f"<code>orgworker operators add NAME</code> makes a token. Everybody else logs in with {title[1]}."
+        in page.text
+    )
+    assert "<code>orgworker login</code>" in page.text
+    assert "No identity provider is set up" not in page.text
+
+
 async def test_a_member_sees_its_own_org_and_no_other(portal: Portal):
     async with portal.site.client() as browser:
         answer = await portal.log_in(browser, "kp_ann", "/orgs/org_a")

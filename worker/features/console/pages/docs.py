@@ -18,6 +18,8 @@ from starlette.routing import Route
 from worker.features.console.sessions import LOGIN, STATIC
 
 DOCS = f"{STATIC}docs/"
+# What is no text: pictures, and comments for the tests.
+_CLUTTER = re.compile(r"^!\[[^\n]*\)\n\n?|^<!--.*?-->\n\n?", re.DOTALL | re.MULTILINE)
 
 
 class Place(NamedTuple):
@@ -64,7 +66,8 @@ def _read() -> Mapping[str, bytes]:
     inside = package / "docs"
     folder = inside if inside.is_dir() else package.parent / "docs"
     names = {place.page for place in (*PLACES.values(), ELSEWHERE)}
-    return {name: (folder / name).read_bytes() for name in sorted(names) if (folder / name).is_file()}
+    texts = {name: folder / name for name in sorted(names) if (folder / name).is_file()}
+    return {name: _CLUTTER.sub("", file.read_text(encoding="utf-8")).encode() for name, file in texts.items()}
 
 
 _PAGES = _read()
