@@ -12,7 +12,7 @@ import httpx
 
 UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # Not pages: what programs ask for, files, streams, and what ends the session.
-LEFT_OUT = re.compile(r"/(api|static|livez|readyz|metrics|logout)\b|/(live|events|log\.txt)$")
+LEFT_OUT = re.compile(r"/(api|static|docs|livez|readyz|metrics|logout)\b|/(live|events|log\.txt)$")
 MAX_PAGES = 400
 
 

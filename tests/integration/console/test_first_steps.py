@@ -17,7 +17,7 @@ from tests.integration.console.conftest import TOKENS, Site
 from worker.features.console.pages import Console
 from worker.features.console.pages.base import _OF_OPERATORS, _OF_ORGS
 from worker.features.console.pages.docs import ELSEWHERE, PLACES, place_of
-from worker.features.console.sessions import STATIC, Forms
+from worker.features.console.sessions import DOCS, STATIC, Forms
 from worker.kit.web.clients import Addresses
 from worker.model.definitions.file import parse_file
 from worker.operations.apply import apply
@@ -113,7 +113,7 @@ async def test_an_org_reads_no_commands(staffed: Site):
 
 def test_each_page_has_a_place_in_the_documentation():
     console = Console(NOTHING, NOTHING, NOTHING, NOTHING, Forms("", Addresses(())))
-    paths = {route.path for route in console.routes() if not route.path.startswith(STATIC)}
+    paths = {route.path for route in console.routes() if not route.path.startswith((STATIC, DOCS))}
 
     lost = {path for path in paths if place_of(re.sub(r"{\w+}", "x", path)) == ELSEWHERE}
     # Forms that lead back to their page.
@@ -136,13 +136,13 @@ async def test_pages_lead_to_what_is_written_about_them(staffed: Site):
         ("/no-such-page", "console.md", "# The console"),
     ):
         page = await staffed.get(path, TOKENS["viewer"])
-        assert f'<a class="docs" href="/static/docs/{name}">' in page.text
-        text = await staffed.get(f"/static/docs/{name.partition('#')[0]}")
+        assert f'<a class="docs" href="/docs/{name}">' in page.text
+        text = await staffed.get(f"/docs/{name.partition('#')[0]}")
         assert (text.status_code, text.headers["content-type"]) == (200, "text/plain; charset=utf-8")
         assert text.headers["x-content-type-options"] == "nosniff"
         assert text.text.startswith(first)
     for other in ("index.md", "../pyproject.toml", "%2e%2e/README.md", "console.md/"):
-        assert (await staffed.get(f"/static/docs/{other}")).status_code == 404
+        assert (await staffed.get(f"/docs/{other}")).status_code in (401, 404)
 
 
 async def test_the_login_page_says_how_to_get_in(staffed: Site):
@@ -151,4 +151,4 @@ async def test_the_login_page_says_how_to_get_in(staffed: Site):
     assert "<code>orgworker login</code> prints a link" in page
     assert "<code>orgworker operators add NAME</code> makes a token" in page
     assert "No identity provider is set up" in page
-    assert '<a class="docs" href="/static/docs/operating/login.md">' in page
+    assert '<a class="docs" href="/docs/operating/login.md">' in page

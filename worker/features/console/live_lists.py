@@ -63,7 +63,7 @@ class LiveLists:
 
     async def _runs(self, request: Request) -> Response:
         caller, text = caller_of(request), request.query_params.get("q", "")
-        query = parsed(text, now=self._clock.now(), zone=self._zone_of(request))
+        query = parsed(text, now=self._clock.now(), zone=self._zone_of(request), keys=caller.search_keys)
         return await self._answer(
             request, lambda connection: ListFilter(query, _orgs(connection, caller, query)), "q"
         )

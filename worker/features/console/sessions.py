@@ -30,13 +30,15 @@ from worker.store.database import Database
 LOGIN = "/login"
 # Style and script, which the login page needs too.
 STATIC = "/static/"
+# The documentation, which tells a stranger how to log in.
+DOCS = "/docs/"
 LASTS = timedelta(hours=12)
 # Sessions of one caller; another one ends its oldest.
 MAX_SESSIONS = 50
 
 
 class AuthMiddleware:
-    """ASGI middleware: authenticates every request except for health, static files and logins.
+    """ASGI middleware: authenticates every request except for health, static files, documentation and logins.
 
     Puts the `Caller` into `scope["caller"]`, and for the console the session into
     `scope["session"]`. The API ignores session cookies: another site's page can make a
@@ -53,7 +55,7 @@ class AuthMiddleware:
         path, connection = scope["path"], HTTPConnection(scope)
         if path == LOGIN or path.startswith(f"{LOGIN}/"):
             self._access.count_stranger(connection)
-        elif path not in PATHS and not path.startswith(STATIC):
+        elif path not in PATHS and not path.startswith((STATIC, DOCS)):
             scope["caller"] = await self._caller(connection)
             # An event stream asks again whether its caller still has access.
             scope["authenticate"] = functools.partial(self._caller, connection)

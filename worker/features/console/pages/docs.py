@@ -15,10 +15,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from worker.features.console.sessions import LOGIN, STATIC
+from worker.features.console.sessions import DOCS, LOGIN
 
-DOCS = f"{STATIC}docs/"
-# What is no text: pictures, and comments for the tests.
+# Pictures, and comments for the tests.
 _CLUTTER = re.compile(r"^!\[[^\n]*\)\n\n?|^<!--.*?-->\n\n?", re.DOTALL | re.MULTILINE)
 
 
@@ -32,7 +31,7 @@ class Place(NamedTuple):
     @property
     def docs(self) -> str | None:
         """The address of the documentation, at the heading; None if it is not installed."""
-        if self.page not in _PAGES:
+        if self.page not in PAGES:
             return None
         # The pages are plain texts, which have no ids: browsers look for the text.
         heading = quote(f"## {self.heading}", safe="").replace("-", "%2D")
@@ -70,7 +69,7 @@ def _read() -> Mapping[str, bytes]:
     return {name: _CLUTTER.sub("", file.read_text(encoding="utf-8")).encode() for name, file in texts.items()}
 
 
-_PAGES = _read()
+PAGES: Mapping[str, bytes] = _read()
 
 
 def place_of(path: str) -> Place:
@@ -79,10 +78,10 @@ def place_of(path: str) -> Place:
 
 
 async def _page(request: Request) -> Response:
-    body = _PAGES[request.url.path.removeprefix(DOCS)]
+    body = PAGES[request.url.path.removeprefix(DOCS)]
     return Response(body, headers={"cache-control": "no-cache"}, media_type="text/plain")
 
 
 def docs_routes() -> tuple[Route, ...]:
     """One route a page, without a login: the login page has a link to its own."""
-    return tuple(Route(DOCS + name, _page) for name in _PAGES)
+    return tuple(Route(DOCS + name, _page) for name in PAGES)
