@@ -143,7 +143,8 @@ async def answers(site: Site, token: str, run: dict[str, str]) -> dict[str, http
 async def pages(site: Site, token: str, run: dict[str, str]) -> dict[str, httpx.Response]:
     async with site.client() as client:
         await log_in(client, token)
-        paths = ["/orgs/org_a", *(f"/runs/{one}" for one in run.values())]
+        lists = ("/audit", "/handlers", "/templates", "/usage", "/credentials")
+        paths = ["/orgs/org_a", *lists, *(f"/runs/{one}" for one in run.values())]
         return {path: await client.get(path) for path in paths}
 
 
