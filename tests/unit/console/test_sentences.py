@@ -100,6 +100,7 @@ def test_a_new_action_would_be_missed() -> None:
         ("scopes", None, ["a", "b"], "scopes: a, b"),
         ("ends_at", None, "2027-01-01T08:00:00Z", "ends at: 2027-01-01 08:00 UTC"),
         ("params", {"a": 1, "b": 2}, {"a": 5, "b": 2}, "params.a: 1 → 5"),
+        ("params", None, {"page_size": 1}, "params.page_size: 1"),
         ("params", {"timeout": "2h"}, {"timeout": "3h"}, "params.timeout: 2h → 3h"),
         ("variants", [], [{"flag": "f", "handler": "h"}], 'variants: added [{"flag": "f", "handler": "h"}]'),
         ("calendar_dates", ["2027-01-01"], [], "dates of its calendar: removed 2027-01-01"),
@@ -162,6 +163,13 @@ def test_parts_are_few_and_short_and_both_values_are_seen() -> None:
     assert parts({"params": became({}, deep)})[0].startswith("params.deeper.deeper.deeper: {")
 
 
+def test_why_and_what_comes_before_the_rest() -> None:
+    added = {f"a{number}": became(None, number) for number in range(9)}
+    added |= {"handler": became(None, "h"), "schedule": became(None, "@daily"), "reason": "asked"}
+
+    assert parts(added)[:4] == ["reason: asked", "schedule: at 00:00 every day", "handler: h", "a0: 0"]
+
+
 def test_any_text_is_taken_as_it_is() -> None:
     for evil in strings():
         detail = {
@@ -198,8 +206,8 @@ def test_an_org_reads_no_more_than_its_row_has() -> None:
         ("worker", "worker", ""),
         ("operator", "operator", ""),
         ("provision", "provision", ""),
-        ("ada", "ada", "command line"),
-        ("1000", "1000", "command line"),
+        ("ada", "ada", "CLI"),
+        ("1000", "1000", "CLI"),
         ("cli:ada", "cli:ada", ""),
     ],
 )

@@ -91,6 +91,8 @@ _LABELS = {
     "wait": "question",
 }
 _FLAGS = {"now": "at once", "from_checkpoint": "from the checkpoint"}
+# What is not among the parts that are left out.
+_FIRST = {key: place for place, key in enumerate(("reason", "note", "schedule", "handler", "orgs"))}
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d:\d\d)")
 
 
@@ -129,8 +131,7 @@ def _parts(kind: str, detail: Any) -> Iterator[str]:
             yield _cut(_words("", detail))
         return
     absent = "the default" if kind in ("definition", "template") else "none"
-    # Why comes first: it is not what is left out.
-    for key, value in sorted(detail.items(), key=lambda item: item[0] not in ("reason", "note")):
+    for key, value in sorted(detail.items(), key=lambda item: _FIRST.get(item[0], len(_FIRST))):
         if isinstance(value, Mapping) and value.keys() == {"before", "after"}:
             yield from _difference(key, value["before"], value["after"], absent)
         else:
@@ -182,7 +183,9 @@ def _without(some: Sequence[Any], others: Sequence[Any]) -> list[Any]:
 
 
 def _part(key: str, words: str) -> str:
-    label = _LABELS.get(key, key.replace("_", " "))
+    # Names below a key are not ours.
+    first, dot, rest = key.partition(".")
+    label = _LABELS.get(key, first.replace("_", " ") + dot + rest)
     return f"{_cut(label, _HALF)}: {_cut(words)}"
 
 
@@ -233,7 +236,7 @@ def actor_name(actor: str) -> ActorName:
     kind, _, rest = actor.partition(":")
     if not rest:
         # The command line writes the user of the operating system.
-        return ActorName(actor, "" if actor in ("worker", "operator", "provision") else "command line")
+        return ActorName(actor, "" if actor in ("worker", "operator", "provision") else "CLI")
     if kind == "person":
         subject, _, org = rest.rpartition("@")
         return ActorName(subject, f"of {org}") if subject else ActorName(rest, kind)

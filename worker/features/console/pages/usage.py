@@ -111,7 +111,7 @@ def _chart(meter: str, used: Mapping[date, int], first: date) -> Markup:
         [ChartSeries(meter, "used", [used.get(day, 0) for day in days])],
         [f"{day:%d %b}" for day in days],
         title=f"{meter} by day (UTC)",
-        ticks=[f"{day:%d %b}" if at % 7 == 1 else "" for at, day in enumerate(days)],
+        ticks=[f"{day:%d %b}" if at % 7 == 3 else "" for at, day in enumerate(days)],
     )
 
 
