@@ -65,7 +65,7 @@ _TITLES = {
 _RUN = re.compile("\ue000([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
 # Characters of a name that is never broken.
 WORD = 16
-# What is left as it is, a tag, or a text.
+# An element that is left as it is, a tag, or a text.
 _LEFT = r"<(pre|select|svg|textarea)\b.*?</\1>|<span class=\"cut\">.*?</span></span>"
 _HTML = re.compile(rf"{_LEFT}|<[^>]*>|([^<]+)", re.DOTALL)
 # East Asian text breaks between any two characters by itself. The short form of an id stays whole.
