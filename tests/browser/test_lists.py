@@ -22,11 +22,12 @@ from worker.store import tables
 WIDTHS = (390, 1024, 1280)
 # Kinds of pages that the crawl finds at least.
 KINDS = 13
-# A long name of words, one of a single word, and one that is neither.
+# A long name with marks, one with spaces, one of a single word, and one that is none of these.
 NAMES = (
     "_".join(["consolidated", "customer-reports.of", "northern:subsidiaries"] * 3),
+    "Reports on customers of the northern branch " * 4 + "office",
     "w" * 120,
-    "crm-sync",
+    "assistant.digest",
 )
 TEXT = "The API answered 503 at https://crm.example/v2/accounts?page=17 after " + "x" * 90
 
@@ -234,7 +235,7 @@ def wrongs_of(tab: Tab, width: int) -> dict[str, Any]:
 
 def test_no_table_cuts_a_word_or_is_too_wide(site: tuple[str, Any, str], tab: Tab):
     base, state, run = site
-    lists = ("/search", "/credentials?risk=all", "/usage?by=definition", f"/retry?q=definition:{NAMES[2]}")
+    lists = ("/search", "/credentials?risk=all", "/usage?by=definition", f"/retry?q=definition:{NAMES[-1]}")
     pages = crawl(base, state, first=("/", *lists, run), each=2)
     assert len(pages) >= KINDS
     wrong = []

@@ -66,6 +66,15 @@ def test_long_names_may_break_behind_marks(text: str, expected: str | None):
     assert made == f"<td>{expected}</td>" if expected else "<wbr>" not in made
 
 
+def test_only_short_links_stay_on_one_line():
+    long, short = (
+        Markup('<a href="/x">{}</a>').format(text) for text in ("the words <of> a name", "two words")
+    )
+
+    assert fitted(long) == '<a href="/x"><span>the words &lt;of&gt; a name</span></a>'
+    assert fitted(short) == short
+
+
 def test_what_has_no_marks_may_be_cut_and_has_the_whole_text_as_title():
     name = "x" * 17
 

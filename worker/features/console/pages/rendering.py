@@ -65,9 +65,9 @@ _TITLES = {
 _RUN = re.compile("\ue000([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
 # Characters of a name that is never broken.
 WORD = 16
-# An element that is left as it is, a tag, or a text.
+# An element that is left as it is, a text, which may be that of a link, or a tag.
 _LEFT = r"<(pre|select|svg|textarea)\b.*?</\1>|<span class=\"cut\">.*?</span></span>"
-_HTML = re.compile(rf"{_LEFT}|<[^>]*>|([^<]+)", re.DOTALL)
+_HTML = re.compile(rf"{_LEFT}|(<a [^>]*>)?([^<]+)|<[^>]*>", re.DOTALL)
 # East Asian text breaks between any two characters by itself. The short form of an id stays whole.
 _CHAR = r"[^\s\u2e80-\ud7ff\uf900-\uffef]"
 _LONG = re.compile(rf"(?<!{_CHAR})(?![0-9a-f]{{8}}-[0-9a-f…-]{{5,11}}(?!\S))({_CHAR}{{{WORD + 1},}})")
@@ -109,20 +109,23 @@ def _fitted(value: Markup | str) -> Markup:
     In a name of more than WORD characters, lines may break behind marks such as `_` and `:`. A part of it
     that is still longer ends in "…" where there is no room, and the title has the whole text.
     """
-    fitted = _HTML.sub(lambda found: _fitted_text(found[2]) if found[2] else found[0], escape(value))
+    fitted = _HTML.sub(
+        lambda found: _fitted_text(found[3], found[2] or "") if found[3] else found[0], escape(value)
+    )
     return Markup(fitted)  # noqa: S704 - tags of the templates; each text is escaped again
 
 
-def _fitted_text(html: str) -> str:
+def _fitted_text(html: str, link: str) -> str:
     text = unescape(html)
     # Every second piece is a long name.
     pieces: list[str] = _LONG.split(text)
     if len(pieces) == 1:
-        return html
+        # Short links stay on one line.
+        return f"{link}<span>{html}</span>" if link and len(text) > WORD else link + html
     pieces[1::2] = map(_broken, pieces[1::2])
     made = Markup().join(pieces)
     title = Markup(' title="{}"').format(text.strip()) if '"cut"' in made else ""
-    return Markup("<span{}>{}</span>").format(title, made)
+    return link + str(Markup("<span{}>{}</span>").format(title, made))
 
 
 def _broken(name: str) -> Markup:
