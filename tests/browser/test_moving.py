@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -70,6 +71,24 @@ def test_other_lists_say_it_too(console: Console, tab: Tab, page: str):
 
     expect(link(tab)).to_have_text(SOME, timeout=PATIENCE)
     assert len(streams(tab)) == 1
+
+
+def test_the_number_is_read_aloud_less_often_than_it_is_shown(tab: Tab):
+    """A definition of the demo is due every 3 s."""
+    tab.go("/")
+    tab.page.evaluate("""() => {
+      window.heard = [];
+      window.seen = new Set();
+      const status = document.querySelector(".fresh [role=status]");
+      const link = document.querySelector(".fresh a");
+      const watch = (node, note) => new MutationObserver(note).observe(node, {childList: true});
+      watch(status, () => heard.push(performance.now()));
+      watch(link, () => seen.add(link.textContent));
+    }""")
+    tab.page.wait_for_function("() => seen.size >= 3 && heard.length >= 1", timeout=PATIENCE)
+    heard = tab.page.evaluate("() => heard")
+
+    assert all(later - before >= 9_900 for before, later in itertools.pairwise(heard)), heard
 
 
 def test_workers_have_a_stream_of_their_own(tab: Tab):

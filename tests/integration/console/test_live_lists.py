@@ -13,6 +13,7 @@ import pytest
 from tests.integration.console.conftest import TOKENS, Site, asking, log_in, logged_in, make_run, on_either
 from tests.integration.console.test_live import API, Reader, app_of
 from worker.features.console import live, live_lists
+from worker.features.console.callers import Caller
 from worker.ids import WorkerId, new_id
 from worker.kit.web.health import Health
 from worker.operations.orgs import set_org_state
@@ -254,14 +255,30 @@ async def test_streams_of_lists_count_as_those_of_runs(staffed: Site, monkeypatc
     await leave(third)
 
 
-async def test_a_stream_of_a_list_ends_with_the_access_of_its_caller(staffed: Site, reads: Reads):
-    app = app_of(staffed)
-    org = await watching(staffed, "/search", staffed.token("org_a"), app)
+async def test_streams_of_lists_end_with_the_access_of_their_caller(
+    staffed: Site, reads: Reads, monkeypatch: pytest.MonkeyPatch
+):
+    """Which is checked once for all streams with one token."""
+    checked: list[str] = []
+    still = live._still
+
+    async def counted(check: live.Check, caller: Caller) -> bool:
+        checked.append(caller.key)
+        return await still(check, caller)
+
+    monkeypatch.setattr(live, "_still", counted)
+    app, mine = app_of(staffed), staffed.token("org_a")
+    tabs = [await watching(staffed, "/search", mine, app) for _ in range(5)]
+    other = await watching(staffed, "/search", staffed.token("org_a", sub="another"), app)
     operator = await watching(staffed, "/search", VIEWER, app)
-    await reads.more()
+    began = staffed.clock.monotonic()
+    await reads.more(3 * round(live.CHECK))
+    passed = staffed.clock.monotonic() - began
+    assert 2 * 3 <= len(checked) <= 3 * (passed / live.CHECK + 1)
     set_org_state(staffed.database, "org_a", "suspended", actor="tester")
     began = staffed.clock.monotonic()
-    await org.end()
+    for reader in (*tabs, other):
+        await reader.end()
 
     assert staffed.clock.monotonic() - began < 2 * live.CHECK
     assert not operator.task.done()

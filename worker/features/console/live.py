@@ -122,6 +122,15 @@ class WatchedRun:
         return self.run["state"] in FINAL_STATES
 
 
+@dataclass(slots=True, eq=False)
+class OpenAccess:
+    """The access of one caller with one token or session: checked once for all of its streams."""
+
+    checked_at: float
+    streams: int = 0
+    is_over: bool = False
+
+
 class EventStream(Response):
     """Server-sent events until the source or the client ends; the source is closed in any case."""
 
@@ -175,6 +184,8 @@ class Live:
         self._watched: dict[RunId, WatchedRun] = {}
         self._lists = ChangedLists()
         self._of_caller: dict[str, int] = {}
+        # By the caller and what it sent to prove who it is.
+        self._accesses: dict[tuple[Caller, str, str], OpenAccess] = {}
         self._streams = 0
         self._reading: asyncio.Task[None] | None = None
         self._turn = asyncio.Event()
@@ -231,7 +242,8 @@ class Live:
         # A stream does not count as a request that is being answered.
         request.scope.get("release", lambda: None)()
         check: Check | None = request.scope.get("authenticate")
-        return EventStream(self._stream(caller, source, check))
+        token, cookies = ("; ".join(request.headers.getlist(name)) for name in ("authorization", "cookie"))
+        return EventStream(self._stream((caller, token, cookies), source, check))
 
     def _check_room(self, caller: Caller) -> None:
         most = MAX_STREAMS_OF_OPERATOR if caller.org is None else MAX_STREAMS_OF_ORG
@@ -239,14 +251,15 @@ class Live:
             raise TooManyRequests(f"{caller.actor} has too many event streams", retry_after=CHECK)
 
     async def _stream(
-        self, caller: Caller, source: AsyncGenerator[bytes, None], check: Check | None
+        self, proof: tuple[Caller, str, str], source: AsyncGenerator[bytes, None], check: Check | None
     ) -> AsyncGenerator[bytes, None]:
         """What the source has at each turn, until it ends, or the caller's access or the process does."""
+        caller = proof[0]
         self._check_room(caller)
-        with self._counted(caller):
+        with self._counted(caller), self._checked(proof) as access:
             async with contextlib.aclosing(source):
                 yield f"retry: {AGAIN}\n\n".encode()
-                checked_at = spoken_at = self._clock.monotonic()
+                spoken_at = self._clock.monotonic()
                 async for sent in source:
                     now = self._clock.monotonic()
                     if sent or now - spoken_at >= CHECK:
@@ -254,10 +267,11 @@ class Live:
                         yield sent or b": \n\n"
                     if self._draining():
                         return
-                    if check is not None and now - checked_at >= CHECK:
-                        checked_at = now
-                        if not await _still(check, caller):
-                            return
+                    if check is not None and now - access.checked_at >= CHECK:
+                        access.checked_at = now
+                        access.is_over = not await _still(check, caller)
+                    if access.is_over:
+                        return
 
     async def _events_of_run(
         self, caller: Caller, found: WatchedRun, place: Place, digest: str
@@ -321,6 +335,18 @@ class Live:
             if not self._streams:
                 self._reading.cancel()
                 self._reading = None
+
+    @contextlib.contextmanager
+    def _checked(self, proof: tuple[Caller, str, str]) -> Iterator[OpenAccess]:
+        """The access that a stream shares as long as the block lasts."""
+        access = self._accesses.setdefault(proof, OpenAccess(self._clock.monotonic()))
+        access.streams += 1
+        try:
+            yield access
+        finally:
+            access.streams -= 1
+            if not access.streams:
+                self._accesses.pop(proof, None)
 
     @contextlib.contextmanager
     def _following(self, found: WatchedRun) -> Iterator[WatchedRun]:

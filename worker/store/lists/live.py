@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, TypedDict
 
-from sqlalchemy import Connection, func, literal, select, text, union_all
+from sqlalchemy import CompoundSelect, Connection, bindparam, func, literal, select, text, union_all
 
 from worker.clock import EPOCH
 from worker.ids import ALL_ORGS, DefinitionId, OrgId, OrgScope, RunId, lowest_id
@@ -206,43 +206,23 @@ def changes(connection: Connection, since: Moment, known: Container[tuple[str, s
 
 def _happened(connection: Connection, since: datetime) -> Mapping[str, list[tuple[str, Moment]]]:
     """The ids and times of the runs that were made since then, and of those that ended by their state."""
-    # By id, since no index has `created_at`: the id of a run that is made late sorts by its due time.
-    newest = select(_runs.c.id, _runs.c.created_at.label("at")).order_by(_runs.c.id.desc()).limit(NEWEST)
-    made = newest.subquery().c
-    parts = [select(literal("").label("state"), made.id, made.at).where(made.at > since)]
-    for state in tables.FINAL_STATES:
-        ends = select(_ends.c.state, _ends.c.run_id, _ends.c.finished_at)
-        ends = ends.where(_ends.c.state == state, _ends.c.finished_at > since)
-        parts.append(ends.order_by(_ends.c.finished_at.desc()).limit(NEWEST).subquery().select())
     found: dict[str, list[tuple[str, Moment]]] = {}
-    for state, id_, at in connection.execute(union_all(*parts)):
+    for state, id_, at in connection.execute(_HAPPENED, {"since": since}):
         found.setdefault(state, []).append((id_, _moment(at)))
     return found
 
 
 def _changed(connection: Connection, ids: list[str]) -> Mapping[str, ChangedRun]:
     """The rows of these runs, as they are now."""
-    its = [
-        _runs.c[name] for name in ("id", "org_id", "definition_id", "handler", "origin", "pool", "created_at")
-    ]
-    state = func.coalesce(_runs.c.state, shown_state(_live.c.state), "running").label("state")
-    reason = func.coalesce(_runs.c.reason, _live.c.reason).label("reason")
-    each = (
-        select(*its, _definitions.c.name.label("definition"), state, reason)
-        .outerjoin(_definitions, _definitions.c.id == _runs.c.definition_id)
-        .outerjoin(_live, _live.c.id == _runs.c.id)
-    )
     found: dict[str, ChangedRun] = {}
     for some in chunks(ids):
-        rows = rows_as(ChangedRun, connection, each.where(_runs.c.id.in_(some)).limit(len(some)))
+        rows = rows_as(ChangedRun, connection, _CHANGED.where(_runs.c.id.in_(some)).limit(len(some)))
         found |= {row["id"]: row for row in rows}
     return found
 
 
 def _workers_changed(connection: Connection, now: datetime) -> Iterator[LiveChange]:
-    columns = (_workers.c[name] for name in ("id", "started_at", "ended_at", "lease_until"))
-    newest = select(*columns).order_by(_workers.c.id.desc()).limit(NEWEST_WORKERS)
-    for id_, started_at, ended_at, lease_until in connection.execute(newest):
+    for id_, started_at, ended_at, lease_until in connection.execute(_STARTS):
         yield LiveChange(id_, "started", _moment(started_at))
         if ended_at is not None:
             yield LiveChange(id_, "ended", _moment(ended_at))
@@ -252,3 +232,36 @@ def _workers_changed(connection: Connection, now: datetime) -> Iterator[LiveChan
 
 def _moment(at: datetime) -> Moment:
     return (at - EPOCH) // _TICK
+
+
+def _of_all_states() -> CompoundSelect[Any]:
+    since = bindparam("since", type_=Instant())
+    # By id, since no index has `created_at`: the id of a run that is made late sorts by its due time.
+    newest = select(_runs.c.id, _runs.c.created_at.label("at")).order_by(_runs.c.id.desc()).limit(NEWEST)
+    made = newest.subquery().c
+    parts = [select(literal("").label("state"), made.id, made.at).where(made.at > since)]
+    for state in tables.FINAL_STATES:
+        ends = select(_ends.c.state, _ends.c.run_id, _ends.c.finished_at)
+        ends = ends.where(_ends.c.state == state, _ends.c.finished_at > since)
+        parts.append(ends.order_by(_ends.c.finished_at.desc()).limit(NEWEST).subquery().select())
+    return union_all(*parts)
+
+
+# Built once, which takes as long as to execute them.
+_HAPPENED = _of_all_states()
+_CHANGED = (
+    select(
+        *(_runs.c[name] for name in ("id", "org_id", "definition_id", "handler", "origin", "pool")),
+        _runs.c.created_at,
+        _definitions.c.name.label("definition"),
+        func.coalesce(_runs.c.state, shown_state(_live.c.state)).label("state"),
+        func.coalesce(_runs.c.reason, _live.c.reason).label("reason"),
+    )
+    .outerjoin(_definitions, _definitions.c.id == _runs.c.definition_id)
+    .outerjoin(_live, _live.c.id == _runs.c.id)
+)
+_STARTS = (
+    select(*(_workers.c[name] for name in ("id", "started_at", "ended_at", "lease_until")))
+    .order_by(_workers.c.id.desc())
+    .limit(NEWEST_WORKERS)
+)
