@@ -36,6 +36,7 @@ from worker.clock import SystemClock
 from worker.features.console.wiring import ConsolePages
 from worker.kit.web.health import Health
 from worker.store.database import Database
+from worker.store.lists import DEFINITIONS
 from worker.telemetry.metrics import Metrics
 
 TOKEN = "token-of-the-benchmark"  # noqa: S105 - of a database that this program fills
@@ -57,6 +58,12 @@ SEARCHES = (
     *("acme", "acme 7", "org:org_7", "state:failed", "state:failed,refused since:1d", "handler:http.request"),
     *('cause:"OSError: disk"', "org:org_7 state:failed", "definition:d3 state:failed", "state:waiting"),
     *("definition:rare state:refused", "77 state:failed", "acme definition:d3 state:failed cause:disk"),
+    *("worker:bench", "worker:nobody", "definition:d3 revision:1"),
+)
+# Tabs of lists.
+TABS = (
+    *("/orgs?broken=true", "/orgs?state=paused", "/definitions?org=org_7"),
+    *(f"/definitions?state={state}" for state in DEFINITIONS.states),
 )
 
 
@@ -220,6 +227,7 @@ def paths_of(app: Any, run: str) -> list[str]:
             filled.append(address)
     if "/search" in filled:
         filled += [str(httpx.URL("/search", params={"q": query})) for query in SEARCHES]
+        filled += TABS
     return filled
 
 

@@ -14,8 +14,8 @@ from sqlalchemy import (
     CompoundSelect,
     Connection,
     and_,
+    case,
     delete,
-    exists,
     or_,
     select,
     text,
@@ -93,8 +93,9 @@ def candidates(scope: Scope) -> CompoundSelect[Any]:
 
 def needs_fix() -> ColumnElement[bool]:
     """A condition on `orgs` that are candidates: it is not removed and it is broken."""
-    of_org = exists().where(_failing.c.org_id == _orgs.c.id, is_broken())
-    return and_(_orgs.c.state != "removed", or_(of_org, is_dead()))
+    # Looked up one by one: PostgreSQL would otherwise read all runs for all of them.
+    of_org = select(_failing.c.run_id).where(_failing.c.org_id == _orgs.c.id, case((is_broken(), 1)) == 1)
+    return and_(_orgs.c.state != "removed", or_(of_org.limit(1).scalar_subquery().is_not(None), is_dead()))
 
 
 class Checked(NamedTuple):

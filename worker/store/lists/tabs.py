@@ -22,7 +22,7 @@ from sqlalchemy import (
     text,
 )
 
-from worker.ids import OrgId, Scope
+from worker.ids import AllOrgs, OrgId, Scope
 from worker.store import failing, tables
 from worker.store.dialect import all_rows, database_now, in_scope
 from worker.store.lists.morning import MAX_ROWS
@@ -35,9 +35,8 @@ LONG_WAIT = timedelta(minutes=15)
 MAX_CHECKED = 500
 
 _live, _waits, _hours = tables.live_runs, tables.waits, tables.rollup_hours
-_definitions, _schedule, _orgs, _failing = (
-    *(tables.definitions, tables.schedule, tables.orgs, tables.failing_definitions),
-)
+_definitions, _schedule = tables.definitions, tables.schedule
+_orgs, _failing = tables.orgs, tables.failing_definitions
 Condition = ColumnElement[bool]
 _every = func.count()
 
@@ -52,14 +51,14 @@ class BoundedCount(NamedTuple):
         return f"{self.total:,}{'+' * self.at_least}"
 
 
-def unfinished(connection: Connection, org_ids: Sequence[OrgId] | None) -> dict[str, BoundedCount]:
-    """Waiting and running runs of a few orgs, or of all (None)."""
+def unfinished(connection: Connection, org_ids: Sequence[OrgId] | AllOrgs) -> dict[str, BoundedCount]:
+    """Waiting and running runs of a few orgs, or of all."""
     # As the conditions of the indexes say it: with a parameter, SQLite would not use them.
     waiting, held, parked, running = (
         select(_live.c.id).where(_live.c.state == literal_column(f"'{state}'"))
         for state in ("waiting", "held", "parked", "running")
     )
-    if org_ids is not None:
+    if not isinstance(org_ids, AllOrgs):
         waiting, running = (rows.where(_live.c.org_id.in_(org_ids)) for rows in (waiting, running))
         # No index has these by org: by its definitions, and by its open waits, also those of ended runs.
         held = held.join(_definitions, _definitions.c.id == _live.c.definition_id)
@@ -152,9 +151,14 @@ def troubled(connection: Connection, scope: Scope, state: str) -> Condition:
     """A condition on `definitions`: open, and `broken`, `overdue` or `late`; MAX_ROWS of the last two."""
     now = database_now(connection)
     if state == "broken":
-        rows = select(_failing.c.definition_id).where(failing.is_broken())
-        rows = rows.where(*in_scope(_failing.c.org_id, scope))
-    elif state == "overdue":
+        candidates = select(_failing.c.definition_id).where(*in_scope(_failing.c.org_id, scope))
+        # One by one, in the order of the list: PostgreSQL would otherwise read all runs for all of them.
+        needs_fix = select(case((failing.is_broken(), 1))).where(
+            _failing.c.definition_id == _definitions.c.id
+        )
+        is_broken = needs_fix.limit(1).scalar_subquery() == 1
+        return and_(_definitions.c.id.in_(candidates), is_broken)
+    if state == "overdue":
         some = _due(now).where(*in_scope(_schedule.c.org_id, scope)).limit(MAX_ROWS).subquery()
         rows = select(some.c.definition_id)
     else:

@@ -111,7 +111,7 @@ class SearchPages(PageGroup):
         if wanted.org is None and caller.org is None:
             return {
                 **totals(self._hours.read(connection, now)),
-                **tabs.unfinished(connection, None),
+                **tabs.unfinished(connection, ALL_ORGS),
             }
         scope = orgs.scope_of(connection, caller.scope())
         org_ids = few_orgs(connection, scope, Query(org=wanted.org))
