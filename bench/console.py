@@ -205,7 +205,7 @@ def routes_of(app: Any) -> list[str]:
     """The paths of all pages: what GET takes outside of the API, static files and health."""
     while not hasattr(app, "routes"):
         app = app._app  # a middleware
-    skipped = ("/api", "/live/", "/static", "/livez", "/readyz", "/metrics", "/log", "/healthz")
+    skipped = ("/api", "/live/", "/static", "/docs", "/livez", "/readyz", "/metrics", "/log", "/healthz")
     paths = [
         route.path
         for route in app.routes
@@ -223,7 +223,7 @@ def paths_of(app: Any, run: str) -> list[str]:
         address = re.sub(r"\{(run|id|run_id)(:\w+)?\}", run, address)
         # Of the runs of a search.
         address += {"/retry": "?q=state%3Afailed", "/cancel": "?q=state%3Awaiting"}.get(address, "")
-        if "{" not in address and not address.endswith(("/live", "/events")):
+        if "{" not in address and not address.endswith(("/live", "/events", "/log.txt")):
             filled.append(address)
     if "/search" in filled:
         filled += [str(httpx.URL("/search", params={"q": query})) for query in SEARCHES]
