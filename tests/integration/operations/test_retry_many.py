@@ -11,6 +11,7 @@ from sqlalchemy import insert, literal, select, true
 from tests.conftest import on_either
 from tests.fakes.site import one_definition
 from worker.errors import NotFound, UsageError
+from worker.ids import short_id
 from worker.model.search import parsed
 from worker.operations import bulk
 from worker.operations.bulk import change_many, matching
@@ -76,6 +77,7 @@ def test_a_word_of_an_error_narrows_what_is_retried(ended, database):
 
     assert (of("503"), of("acme 503"), of("org:org_acme 50")) == (runs[1:], runs[2:], runs[2:])
     assert (of("acme"), of("504")) == ([runs[0], runs[2]], [])
+    assert of(runs[0]) == of(short_id(runs[0], 8)) == of(f"acme {runs[0]}") == [runs[0]]
 
 
 @on_either

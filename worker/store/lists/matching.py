@@ -19,10 +19,11 @@ from sqlalchemy import (
     literal,
     or_,
     select,
+    true,
 )
 from sqlalchemy import cast as sql_cast
 
-from worker.ids import AllOrgs, OrgId, Scope
+from worker.ids import AllOrgs, GivenId, OrgId, Scope, given_id
 from worker.model.search import Query, folded, pieces_of
 from worker.store import tables
 from worker.store.dialect import in_scope
@@ -116,11 +117,22 @@ def seen_words(scope: Scope, words: Any = _run_words.c) -> list[Condition]:
     return [] if isinstance(scope, AllOrgs) else [words.org_id == scope, words.shown]
 
 
+def has_id(given: GivenId, id_: ColumnElement[Any]) -> Condition:
+    """The id begins and ends as given."""
+    ends = sql_cast(id_, Text).endswith(given.tail) if given.tail else true()
+    return and_(id_.between(given.first, given.last), ends)
+
+
 def _has_word(scope: Scope, word: str, run: Any) -> Condition:
-    """A word begins one of the org's name or code; or each of its pieces begins one of the run's words."""
+    """A word begins one of the org's name or code, each piece a word of the run; or it is its id."""
     seen = (_its.c.run_id == run.id, *seen_words(scope, _its.c))
     pieces = [_is_any(begins(piece, _its.c.word), *seen) for piece in pieces_of(word)]
-    return or_(*_has_words(run.org_id, [word]), *([and_(*pieces)] if pieces else []))
+    given = given_id(word)
+    return or_(
+        *_has_words(run.org_id, [word]),
+        *([and_(*pieces)] if pieces else []),
+        *([] if given is None else [has_id(given, run.id)]),
+    )
 
 
 def begins(word: str, column: ColumnElement[Any] = _words.c.word) -> Condition:

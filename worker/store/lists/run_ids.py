@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, Select, Text, func, select
-from sqlalchemy import cast as sql_cast
+from sqlalchemy import Connection, Select, func, select
 
 from worker.errors import AmbiguousRun, NotFound, UsageError
 from worker.ids import MILLISECOND, GivenId, RunId, Scope, given_id
 from worker.store import tables
 from worker.store.dialect import all_rows, in_scope
 from worker.store.lists import checked_id
+from worker.store.lists.matching import has_id
 
 # Runs that an error lists.
 CANDIDATES = 5
@@ -50,11 +50,11 @@ def fitting(connection: Connection, scope: Scope, given: GivenId, limit: int) ->
     Raises:
         UsageError: too many ids begin so to look at the ends of all.
     """
-    mine = (_runs.c.id.between(given.first, given.last), *in_scope(_runs.c.org_id, scope))
-    query = select(_runs.c.id).where(*mine)
+    query = select(_runs.c.id).where(*in_scope(_runs.c.org_id, scope))
     if given.tail:
-        _check_few(connection, given, query)
-        query = query.where(sql_cast(_runs.c.id, Text).endswith(given.tail))
+        begin = given._replace(tail="")
+        _check_few(connection, given, query.where(has_id(begin, _runs.c.id)))
+    query = query.where(has_id(given, _runs.c.id))
     ids = connection.execute(query.order_by(_runs.c.id.desc()).limit(limit)).scalars()
     return [RunId(id_) for id_ in ids]
 
