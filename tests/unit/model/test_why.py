@@ -146,6 +146,19 @@ def test_a_list_reads_no_more_than_the_columns_of_its_rows():
         assert clauses(why_run(shown)).cause.startswith(listed(row))
 
 
+@pytest.mark.parametrize(
+    "evil", ["{0.__class__}", "{run[id]}", "{", "}}", "%(name)s", "{detail}", "<b>{{7*7}}</b>"]
+)
+def test_what_a_handler_says_is_no_template(evil: str):
+    found = why_run(
+        run("waiting", "retry", detail=evil, attempts=[FAILED_ATTEMPT | {"error": {"type": evil}}])
+    )
+
+    assert listed(found.run).startswith(f"its last attempt failed ({evil}); ")
+    assert clauses(found).cause.endswith(f"; it failed with {evil}")
+    assert listed(run("failed", "error", error={"type": evil, "message": evil})) == f"{evil}: {evil}"
+
+
 def test_progress_follows_the_cause_of_a_run_that_is_not_done():
     going = run("running", None, progress={"done": 3, "total": 10, "note": "pages"})
     since = "it has been running since 2030-01-01T03:00:00.000000Z"
