@@ -150,9 +150,8 @@ def test_a_list_reads_no_more_than_the_columns_of_its_rows():
     "evil", ["{0.__class__}", "{run[id]}", "{", "}}", "%(name)s", "{detail}", "<b>{{7*7}}</b>"]
 )
 def test_what_a_handler_says_is_no_template(evil: str):
-    found = why_run(
-        run("waiting", "retry", detail=evil, attempts=[FAILED_ATTEMPT | {"error": {"type": evil}}])
-    )
+    attempts = [FAILED_ATTEMPT | {"error": {"type": evil}}]
+    found = why_run(run("waiting", "retry", detail=evil, error=None, attempts=attempts))
 
     assert listed(found.run).startswith(f"its last attempt failed ({evil}); ")
     assert clauses(found).cause.endswith(f"; it failed with {evil}")
