@@ -19,4 +19,6 @@ def test_without_a_database_the_installed_handlers_are_listed_and_none_is_made(p
     assert "acme.note" in names
     assert f"there is no database {file}; these are the handlers of the plug-ins installed here" in listed.err
     assert shown.json()["distribution"] == "acme-jobs"
+    described = {row["name"]: row["description"] for row in listed.json()}
+    assert described["acme.note"] == "Write one line, and return what the context says about the run."
     assert not file.exists()
