@@ -17,7 +17,8 @@ from worker.model.orgs import OrgState
 from worker.operations.runs import run_now
 from worker.store import roles, tables
 from worker.store.lists import DEFINITIONS, MAX_LIMIT, ORGS, TROUBLES, Page, tabs
-from worker.store.lists.read import read
+from worker.store.lists import read as read_module
+from worker.store.lists.read import page_of, read
 from worker.store.lists.tabs import LONG_WAIT, OVERDUE, BoundedCount
 
 pytestmark = on_either
@@ -182,6 +183,24 @@ def test_orgs_are_counted_by_state(world):
     }
     assert (counts["all"].total, counts["broken"].total) == (len(CODES), len(broken))
     assert broken
+
+
+@pytest.mark.parametrize(
+    ("listing", "state"),
+    [(ORGS, "paused"), (ORGS, "active"), (DEFINITIONS, "disabled"), (DEFINITIONS, "closed")],
+)
+def test_pages_of_a_state_that_no_index_has_go_on_until_all_were_seen(world, monkeypatch, listing, state):
+    whole = [row["id"] for row in world.counted(read, listing, ALL_ORGS, Page(state=state))]
+    monkeypatch.setattr(read_module, "EXAMINED", 2)
+    found, after, pages = [], None, 0
+    while after is not None or not pages:
+        page = world.counted(page_of, listing, ALL_ORGS, Page(state=state, limit=2, after=after))
+        found += [row["id"] for row in page.rows]
+        after, pages = page.next, pages + 1
+
+    assert found == whole
+    assert found
+    assert pages > 1
 
 
 def test_an_org_counts_only_its_own_rows_also_by_the_database_itself(world, database):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Any, TypedDict, TypeVar, cast
+from typing import Annotated, Any, NamedTuple, TypedDict, TypeVar, cast
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
     ScalarSelect,
     Table,
+    Text,
     case,
     func,
     literal,
@@ -19,6 +20,7 @@ from sqlalchemy import (
     select,
     true,
 )
+from sqlalchemy import cast as sql_cast
 
 from worker.errors import DefinitionError, InvalidTrigger, NotFound, UsageError
 from worker.ids import ALL_ORGS, AllOrgs, OrgId, OrgScope, RunId, Scope, lowest_id
@@ -68,6 +70,8 @@ from worker.store.redaction import Shown
 R = TypeVar("R")
 Condition = ColumnElement[bool]
 
+# Rows of one page that are examined for a state that no index has.
+EXAMINED = 10_000
 _IN_FORCE = definition_rows.in_force(tables.definitions)
 _orgs, _audit, _skips, _credentials = tables.orgs, tables.audit, tables.skips, tables.credentials
 _definitions, _revisions, _schedule = tables.definitions, tables.definition_revisions, tables.schedule
@@ -82,7 +86,9 @@ def read(connection: Connection, listing: Listing[R], org: OrgScope, page: Page 
 def page_of(
     connection: Connection, listing: Listing[R], org: OrgScope, page: Page = FIRST_PAGE
 ) -> FoundRows[R]:
-    """A page of a list for one org or for all, newest first. One of a search may have fewer rows than fit.
+    """A page of a list for one org or for all, newest first.
+
+    One of a search, or of orgs or definitions in a state, may have fewer rows than fit.
 
     Raises:
         NotFound: there is no such org.
@@ -93,9 +99,11 @@ def page_of(
     if listing is RUNS and page.query is not None:
         return cast(FoundRows[R], search.runs_of(connection, org, page.query, page))
     limit = listing.limit_of(org, page)
-    rows: Any = _rows_of(connection, listing, org, page, limit)
-    is_full = "limit" in listing.parameters and len(rows) == limit
-    return FoundRows(rows, rows[-1]["id"] if is_full else None)
+    stop = _stop_of(connection, listing, org, page)
+    rows: Any = _rows_of(connection, listing, org, page, limit, stop)
+    if "limit" in listing.parameters and len(rows) == limit:
+        return FoundRows(rows, rows[-1]["id"])
+    return FoundRows(rows, stop.id if stop is not None and stop.is_before_end else None)
 
 
 def place_of(connection: Connection, listing: Listing[Any], org: OrgScope, after: str | None) -> str | None:
@@ -110,7 +118,9 @@ def place_of(connection: Connection, listing: Listing[Any], org: OrgScope, after
     return run_ids.id_of(connection, orgs.scope_of(connection, org), after)
 
 
-def _rows_of(connection: Connection, listing: Listing[R], org: OrgScope, page: Page, limit: int) -> list[R]:
+def _rows_of(
+    connection: Connection, listing: Listing[R], org: OrgScope, page: Page, limit: int, stop: _Stop | None
+) -> list[R]:
     scope = orgs.scope_of(connection, org)
     if listing is RUNS:
         return cast(list[R], runs.page_of(connection, scope, page, limit))
@@ -127,6 +137,8 @@ def _rows_of(connection: Connection, listing: Listing[R], org: OrgScope, page: P
         statement = statement.where(source.of_org(scope))
     if page.definition is not None:
         statement = statement.where(source.columns["definition"] == page.definition)
+    if stop is not None:
+        statement = statement.where(source.key >= stop.id)
     if page.states:
         statement = statement.where(_in_states(connection, listing, scope, page.states))
         if listing is DEFINITIONS and page.states == ("paused",):
@@ -145,6 +157,29 @@ def _rows_of(connection: Connection, listing: Listing[R], org: OrgScope, page: P
     if listing is TEMPLATES and isinstance(scope, AllOrgs):
         _add_reach(connection, rows)
     return cast(list[R], rows)
+
+
+class _Stop(NamedTuple):
+    """The last row that is examined."""
+
+    id: str
+    is_before_end: bool
+
+
+def _stop_of(connection: Connection, listing: Listing[Any], org: OrgScope, page: Page) -> _Stop | None:
+    """Where a list of orgs or definitions of all orgs by a state stops that no index has, if it has rows."""
+    found_by_others = {*TROUBLES, "paused"} if listing is DEFINITIONS else set()
+    is_searched = page.query is not None or page.broken or page.definition is not None
+    if listing not in (ORGS, DEFINITIONS) or org is not ALL_ORGS or is_searched:
+        return None
+    if not set(page.states) - found_by_others:
+        return None
+    key = _SOURCES[listing].key
+    some = select(key).where(*below(key, page.after)).order_by(key.desc()).limit(EXAMINED + 1).subquery()
+    # PostgreSQL has no min(uuid) before version 18.
+    last = select(func.min(sql_cast(some.c.id, Text)).label("id"), func.count().label("size"))
+    [row] = all_rows(connection, last.limit(1))
+    return None if row["id"] is None else _Stop(row["id"], row["size"] > EXAMINED)
 
 
 def _in_states(

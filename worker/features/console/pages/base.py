@@ -201,9 +201,12 @@ def tabs_of(
 
 def next_page(path: str, given: Mapping[str, str], rows: Sequence[Any], limit: int = ROWS) -> str | None:
     """The address of the rows below these, with the same filters; None if there are no more."""
-    if len(rows) < limit:
-        return None
-    return f"{path}?{urlencode({**given, 'after': rows[-1]['id']})}"
+    return page_after(path, given, rows[-1]["id"] if len(rows) == limit else None)
+
+
+def page_after(path: str, given: Mapping[str, str], after: str | None) -> str | None:
+    """The address of the rows that follow this one, with the same filters; None if there is none."""
+    return None if after is None else f"{path}?{urlencode({**given, 'after': after})}"
 
 
 def allowed(request: Request) -> frozenset[Action]:

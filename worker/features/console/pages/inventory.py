@@ -15,7 +15,16 @@ from starlette.routing import Route
 from worker.errors import AccessDenied, Conflict, NotFound, UsageError, WorkerError
 from worker.features.console.callers import Caller, caller_of
 from worker.features.console.live_lists import WORKERS
-from worker.features.console.pages.base import ROWS, PageGroup, Tab, allowed, next_page, query, tabs_of
+from worker.features.console.pages.base import (
+    ROWS,
+    PageGroup,
+    Tab,
+    allowed,
+    next_page,
+    page_after,
+    query,
+    tabs_of,
+)
 from worker.features.console.pages.forms import problem_of
 from worker.ids import ALL_ORGS
 from worker.model.runs import worker_ends
@@ -33,7 +42,7 @@ from worker.store.lists import (
     tabs,
 )
 from worker.store.lists.morning import lease_state
-from worker.store.lists.read import read
+from worker.store.lists.read import page_of, read
 from worker.store.templates import COUNTED
 
 R = TypeVar("R")
@@ -91,14 +100,15 @@ class InventoryPages(PageGroup):
                 after=given.get("after"),
                 limit=ROWS,
             )
-            rows: list[Any] = read(connection, listing, caller.scope(given.get("org")), page)
+            found = page_of(connection, listing, caller.scope(given.get("org")), page)
+            rows: list[Any] = found.rows
             return {
                 "rows": [caller.sees(listing.row, row) for row in rows],
                 "tabs": _tabs(connection, caller, given) if with_tabs else (),
                 "states": listing.states,
                 "counted": COUNTED,
                 "given": dict.fromkeys(filters, "") | given,
-                "next": next_page(request.url.path, given, rows),
+                "next": page_after(request.url.path, given, found.next),
             }
 
         return await self._pages.show(request, template, work)

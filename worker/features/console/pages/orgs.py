@@ -15,7 +15,7 @@ from starlette.routing import Route
 from worker.errors import Conflict, UsageError, WorkerError
 from worker.features.console.callers import caller_of
 from worker.features.console.live_lists import PREFIX
-from worker.features.console.pages.base import ROWS, PageGroup, allowed, next_page, query, tabs_of
+from worker.features.console.pages.base import ROWS, PageGroup, allowed, next_page, page_after, query, tabs_of
 from worker.features.console.pages.forms import problem_of, reason_of
 from worker.features.console.pages.links import day_path, org_path
 from worker.ids import ALL_ORGS
@@ -24,7 +24,7 @@ from worker.model.search import parsed
 from worker.store import history, orgs
 from worker.store.lists import DEFINITIONS, ORGS, RUNS, Page, tabs
 from worker.store.lists.grid import STATES, Broken, broken, grid, open_waits
-from worker.store.lists.read import org, read
+from worker.store.lists.read import org, page_of, read
 from worker.store.lists.rows import DefinitionRow, OrgDetail, Run, RunDetail
 
 # Definitions in the grid, and next times and open waits beside it.
@@ -70,13 +70,13 @@ class OrgPages(PageGroup):
                 query=words,
                 broken="broken" in given,
             )
-            rows = read(connection, ORGS, scope, page)
+            found = page_of(connection, ORGS, scope, page)
             counted = {} if words else tabs.orgs(connection, orgs.scope_of(connection, scope), ORGS.states)
             return {
-                "orgs": [caller.sees(OrgDetail, row) for row in rows],
+                "orgs": [caller.sees(OrgDetail, row) for row in found.rows],
                 "tabs": tabs_of("/orgs", given, _TABS, counted),
                 "given": dict.fromkeys(("q", "state", "broken"), "") | given,
-                "next": next_page("/orgs", given, rows),
+                "next": page_after("/orgs", given, found.next),
             }
 
         return await self._pages.show(request, "orgs.html", work)

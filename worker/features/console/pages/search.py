@@ -16,7 +16,7 @@ from starlette.routing import Route
 from worker.errors import AccessDenied, UsageError
 from worker.features.console.callers import Caller, caller_of
 from worker.features.console.live_lists import RUNS, stream_from_now
-from worker.features.console.pages.base import ROWS, PageGroup, Pages, Tab, next_page, query
+from worker.features.console.pages.base import ROWS, PageGroup, Pages, Tab, page_after, query
 from worker.features.console.pages.links import search_path
 from worker.features.console.pages.morning import EndedByHour, last_hours, totals
 from worker.features.console.pages.rendering import page
@@ -201,7 +201,6 @@ def _found(connection: Connection, caller: Caller, wanted: Query, given: dict[st
     found = search.runs_of(connection, scope, wanted, Page(limit=ROWS, after=after))
     near = suggestions(connection, scope, wanted) if has_names and not (orgs or found.rows) else []
     text = given.get("q", "")
-    following = [] if found.next is None else [{"id": found.next}]
     return {
         "orgs": [caller.sees(OrgRow, row) for row in orgs],
         "runs": [caller.sees(Run, row) for row in found.rows],
@@ -212,7 +211,7 @@ def _found(connection: Connection, caller: Caller, wanted: Query, given: dict[st
         },
         "narrow": lambda key, value: _address(with_term(text, key, value)),
         # The search may have stopped before the page was full.
-        "next": next_page("/search", given, following, limit=1),
+        "next": page_after("/search", given, found.next),
         "near": [
             (each.what, [(word, search_path(text.replace(each.word, word, 1))) for word in each.near])
             for each in near
