@@ -62,7 +62,7 @@ SEARCHES = (
 )
 # Tabs of lists.
 TABS = (
-    *("/orgs?broken=true", "/orgs?state=paused", "/definitions?org=org_7"),
+    *("/orgs?broken=true", "/orgs?state=active", "/definitions?org=org_7"),
     *(f"/definitions?state={state}" for state in DEFINITIONS.states),
 )
 
