@@ -7,6 +7,7 @@ import pytest
 from bench import console
 from bench.history import fill
 from worker.clock import SystemClock
+from worker.ids import ALL_ORGS
 from worker.store.database import Database
 from worker.store.lists import live
 from worker.store.tables import FINAL_STATES
@@ -30,7 +31,7 @@ def test_the_read_for_the_streams_of_lists_is_bounded_and_uses_indexes(migrated_
     database = Database.open(migrated_url, clock=SystemClock())
     recorder = console.Recorder(strict=True)
     with recorder.on() as statements, database.transaction() as connection:
-        read = live.changes(connection, 0, ())
+        read = live.changes(connection, ALL_ORGS, 0, ())
     database.close()
 
     assert [fault for statement in statements for fault in statement.faults] == []

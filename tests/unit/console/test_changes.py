@@ -54,7 +54,7 @@ def change(run: str, at: int, what: str = "made", **given: Any) -> LiveChange:
         ("state:waiting", {"state": "succeeded"}, None),
         ("state:running", {"state": "waiting"}, None),
         ("state:failed,running", {"state": "failed"}, True),
-        ("reason:timed_out", {"reason": "timed_out"}, True),
+        ("reason:timed_out", {"reason": "timed_out", "revision": "7"}, True),
         ("reason:timed_out", {"reason": "error"}, False),
         ("reason:no_token", {"state": "waiting", "reason": "due"}, None),
         # Words are of orgs, ids and errors, and a cause is of an attempt.
@@ -70,7 +70,13 @@ def test_a_query_is_compared_with_the_row_of_a_run(text: str, given: dict[str, A
 
 def test_each_key_of_the_search_is_compared_or_may_find_more():
     """So is a key that is added later: no page says that nothing is new because nobody knew of it."""
-    values = {"state": "running", "since": "2031-01-01", "until": "2029-01-01", "reason": "timed_out"}
+    values = {
+        "state": "running",
+        "since": "2031-01-01",
+        "until": "2029-01-01",
+        "reason": "timed_out",
+        "revision": "7",
+    }
     for key in KEYS.keys() - {"org"}:
         value = values.get(key, "manual" if key == "origin" else "other")
         assert matches(parsed(f"{key}:{value}", now=NOW), a_run()) is not True, key

@@ -37,7 +37,7 @@ from worker.errors import (
 from worker.features.console.api.requests import log_place, query_of
 from worker.features.console.callers import Caller, CallerDatabase, caller_of
 from worker.features.console.changes import ChangedLists, ChangeWindow, ListFilter, news
-from worker.ids import OrgId, RunId
+from worker.ids import ALL_ORGS, OrgId, RunId
 from worker.model.definitions.units import json_default
 from worker.store.lists import live, runs
 from worker.store.lists.rows import LogRow, Run
@@ -405,7 +405,7 @@ def _read(
     rows, lines = live.read(connection, places, LINES) if places else ([], [])
     if since is None or window is None:
         return rows, lines, None
-    return rows, lines, live.changes(connection, since, window)
+    return rows, lines, live.changes(connection, ALL_ORGS, since, window)
 
 
 async def _still(check: Check, caller: Caller) -> bool:

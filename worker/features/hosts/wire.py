@@ -149,7 +149,9 @@ class _Entry(CallPart[HandlerEntry]):
     """A handler that a host offers, or why it does not load."""
 
     def write(self, value: HandlerEntry) -> Message:
-        return asdict(value) | {"scopes": sorted(value.scopes)}
+        entry = asdict(value) | {"scopes": sorted(value.scopes)}
+        # A handler without one is written as before there was one.
+        return {name: part for name, part in entry.items() if name != "description" or part is not None}
 
     def read(self, value: Any, check: TextCheck) -> HandlerEntry:
         given = known_in(HandlerEntry, value)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypedDict
 from sqlalchemy import CompoundSelect, Connection, bindparam, func, literal, select, text, union_all
 
 from worker.clock import EPOCH
-from worker.ids import ALL_ORGS, DefinitionId, OrgId, OrgScope, RunId, lowest_id
+from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, OrgId, OrgScope, RunId, lowest_id
 from worker.store import orgs, tables
 from worker.store.dialect import (
     Instant,
@@ -183,7 +183,7 @@ def moment(connection: Connection) -> Moment:
     return _moment(database_now(connection))
 
 
-def changes(connection: Connection, since: Moment, known: Container[tuple[str, str]]) -> Changes:
+def changes(connection: Connection, _: AllOrgs, since: Moment, known: Container[tuple[str, str]]) -> Changes:
     """What happened to the runs of all orgs and to the workers since then, without the `known` keys.
 
     If there is too much, the newest: see `begins`.

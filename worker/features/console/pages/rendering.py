@@ -68,9 +68,9 @@ WORD = 16
 # An element that is left as it is, a text, which may be that of a link, or a tag.
 _LEFT = r"<(pre|select|svg|textarea)\b.*?</\1>|<span class=\"cut\">.*?</span></span>"
 _HTML = re.compile(rf"{_LEFT}|(<a [^>]*>)?([^<]+)|<[^>]*>", re.DOTALL)
-# East Asian text breaks between any two characters by itself. The short form of an id stays whole.
+# East Asian text breaks between any two characters by itself. An id that is shortened stays whole.
 _CHAR = r"[^\s\u2e80-\ud7ff\uf900-\uffef]"
-_LONG = re.compile(rf"(?<!{_CHAR})(?![0-9a-f]{{8}}-[0-9a-f…-]{{5,11}}(?!\S))({_CHAR}{{{WORD + 1},}})")
+_LONG = re.compile(rf"(?<!{_CHAR})(?!\ue000|[0-9a-f]{{8}}-[0-9a-f…-]{{5,11}}(?!\S))({_CHAR}{{{WORD + 1},}})")
 # Behind these a line may break, but not between digits: numbers and times stay whole.
 _MARKS = r"[-_:/.,;@=&?+|]{1,3}"
 _MARK = re.compile(rf"(?<=[^\W\d_]){_MARKS}(?=[^\W_])|(?<=\d){_MARKS}(?=[^\W\d_])")
