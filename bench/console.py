@@ -58,7 +58,7 @@ SEARCHES = (
     *("acme", "acme 7", "org:org_7", "state:failed", "state:failed,refused since:1d", "handler:http.request"),
     *('cause:"OSError: disk"', "org:org_7 state:failed", "definition:d3 state:failed", "state:waiting"),
     *("definition:rare state:refused", "77 state:failed", "acme definition:d3 state:failed cause:disk"),
-    *("worker:bench", "worker:nobody", "definition:d3 revision:1"),
+    *("worker:bench", "worker:nobody", "definition:d3 revision:1", "disk", "disk 400500", "acme full"),
 )
 # Tabs of lists.
 TABS = (

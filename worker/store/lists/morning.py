@@ -164,7 +164,7 @@ def _named(rows: Sequence[Row]) -> Named:
 
 def has_orgs(connection: Connection, scope: Scope) -> bool:
     """Whether there is an org at all."""
-    query = select(_orgs.c.id).where(*in_scope(_orgs.c.id, scope)).limit(1)
+    query = select(_orgs.c.id).where(*in_scope(_orgs.c.id, scope)).order_by(_orgs.c.id).limit(1)
     return connection.execute(query).first() is not None
 
 

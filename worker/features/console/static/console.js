@@ -73,11 +73,9 @@ async function redraw() {
   if (!answer?.ok) return;
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
   const fresh = page.querySelector("#main"), focused = document.activeElement?.id;
-  const opened = [...document.querySelectorAll("#main details[open][id]")].map((each) => each.id);
   if (!fresh || document.querySelector("details.confirm[open]")) return;
   document.title = page.title;
   document.querySelector("#main").replaceChildren(...fresh.childNodes);
-  for (const id of opened) document.getElementById(id)?.setAttribute("open", "");
   if (focused) document.getElementById(focused)?.focus();
   follow();
 }
