@@ -12,10 +12,10 @@ from tests.fakes import browser as browsers
 from tests.fakes.browser import Tab
 from tests.fakes.console import Console
 
-DEFINITION = "/orgs/org_acme/definitions/nightly-digest"
-SEARCH = "/search?q=org%3Aorg_acme%20definition%3Anightly-digest"
+DEFINITION = "/orgs/org_umbrella/definitions/nightly-digest"
+SEARCH = "/search?q=org%3Aorg_umbrella%20definition%3Anightly-digest"
 # Runs of others end there, too.
-MIXED = ("/", "/search", "/orgs/org_acme")
+MIXED = ("/", "/search", "/orgs/org_umbrella")
 SOME = re.compile(r"^[1-9]\d* new$")
 PATIENCE = 20_000
 
@@ -34,7 +34,7 @@ def streams(tab: Tab) -> list[str]:
 
 
 def run_now(console: Console) -> None:
-    console.cli("definitions", "run", "org_acme", "nightly-digest")
+    console.cli("definitions", "run", "org_umbrella", "nightly-digest")
 
 
 def refuse(tab: Tab, status: int, **headers: str) -> None:
