@@ -24,6 +24,8 @@ from worker.demo.management import Application
 from worker.demo.provider import serve_provider
 from worker.features.console.pages.docs import ELSEWHERE, PLACES
 
+# It is built from what git knows.
+pytestmark = pytest.mark.feature("checkout")
 ROOT = Path(__file__).parents[2]
 
 

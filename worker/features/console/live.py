@@ -184,8 +184,8 @@ class Live:
         self._watched: dict[RunId, WatchedRun] = {}
         self._lists = ChangedLists()
         self._of_caller: dict[str, int] = {}
-        # By the caller and what it sent to prove who it is.
-        self._accesses: dict[tuple[Caller, str, str], OpenAccess] = {}
+        # By the caller and a digest of what it sent to prove who it is.
+        self._accesses: dict[tuple[Caller, bytes], OpenAccess] = {}
         self._streams = 0
         self._reading: asyncio.Task[None] | None = None
         self._turn = asyncio.Event()
@@ -242,8 +242,9 @@ class Live:
         # A stream does not count as a request that is being answered.
         request.scope.get("release", lambda: None)()
         check: Check | None = request.scope.get("authenticate")
-        token, cookies = ("; ".join(request.headers.getlist(name)) for name in ("authorization", "cookie"))
-        return EventStream(self._stream((caller, token, cookies), source, check))
+        sent = [request.headers.getlist(name) for name in ("authorization", "cookie")]
+        proof = caller, hashlib.sha256(json.dumps(sent).encode()).digest()
+        return EventStream(self._stream(proof, source, check))
 
     def _check_room(self, caller: Caller) -> None:
         most = MAX_STREAMS_OF_OPERATOR if caller.org is None else MAX_STREAMS_OF_ORG
@@ -251,7 +252,7 @@ class Live:
             raise TooManyRequests(f"{caller.actor} has too many event streams", retry_after=CHECK)
 
     async def _stream(
-        self, proof: tuple[Caller, str, str], source: AsyncGenerator[bytes, None], check: Check | None
+        self, proof: tuple[Caller, bytes], source: AsyncGenerator[bytes, None], check: Check | None
     ) -> AsyncGenerator[bytes, None]:
         """What the source has at each turn, until it ends, or the caller's access or the process does."""
         caller = proof[0]
@@ -337,7 +338,7 @@ class Live:
                 self._reading = None
 
     @contextlib.contextmanager
-    def _checked(self, proof: tuple[Caller, str, str]) -> Iterator[OpenAccess]:
+    def _checked(self, proof: tuple[Caller, bytes]) -> Iterator[OpenAccess]:
         """The access that a stream shares as long as the block lasts."""
         access = self._accesses.setdefault(proof, OpenAccess(self._clock.monotonic()))
         access.streams += 1

@@ -207,7 +207,7 @@ def of_definition(
 
 
 class Neighbours(NamedTuple):
-    """The runs of the same definition that were made before and after a run; None if there is none."""
+    """The previous and the next run of the same definition; None at an end."""
 
     previous: RunId | None
     next: RunId | None

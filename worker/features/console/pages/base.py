@@ -205,7 +205,7 @@ def next_page(path: str, given: Mapping[str, str], rows: Sequence[Any], limit: i
 
 
 def page_after(path: str, given: Mapping[str, str], after: str | None) -> str | None:
-    """The address of the rows that follow this one, with the same filters; None if there is none."""
+    """The address of the rows below `after`, with the same filters; None without it."""
     return None if after is None else f"{path}?{urlencode({**given, 'after': after})}"
 
 
