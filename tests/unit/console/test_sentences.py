@@ -72,6 +72,7 @@ def test_every_action_that_is_written_has_words() -> None:
     assert written() - WORDS.keys() == set()
 
 
+@pytest.mark.feature("checkout")
 def test_no_words_are_of_an_action_that_nothing_writes() -> None:
     assert WORDS.keys() - written() == set()
 
