@@ -21,6 +21,7 @@ from worker.handlers.given import Given, HeldToken, Org, State, ThisRun
 from worker.handlers.job import Job
 from worker.handlers.models import HandlerMissing, read_checkpoint, read_params, read_settings
 from worker.ids import RunId
+from worker.model.egress import OPEN_EGRESS, BoundSecret, Egress
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.budgets import BudgetState
 from worker.model.runs.outcome import Error, Failed, Outcome
@@ -40,7 +41,8 @@ class Work:
     `entry_point` is `module:attribute`, `memory` a cap in bytes, `checkpoint` from the previous attempt;
     `replays` if earlier attempts may have stored steps. `state` is that of the definition, or None if the
     handler does not declare one. `budgets` are those of the org that may stop it, None without any.
-    `secrets` are those of the org that the handler declares, by name.
+    `secrets` are those of the org that the handler declares, by name: a value, or the placeholder of one of
+    the `bound`, which only the broker gets. `egress` is what the run may reach.
     """
 
     run_id: RunId
@@ -68,6 +70,8 @@ class Work:
     budgets: tuple[BudgetState, ...] | None = None
     meter_usage: bool = False
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    egress: Egress = OPEN_EGRESS
+    bound: tuple[BoundSecret, ...] = field(default=(), repr=False)
 
     def given(self, job: Job, log: logging.Logger, clock: Clock) -> Given[Any, Any]:
         """What the handler's context is made of.

@@ -197,7 +197,7 @@ class Setup:
         return json.dumps(asdict(self))
 
 
-WORK = trusted(Work, without=("claims", "token"))
+WORK = trusted(Work, without=("claims", "token", "bound"))
 
 
 def work_message(work: Work, seconds: float) -> Message:

@@ -1,0 +1,194 @@
+"""Egress: what a run may reach, as handlers, definitions and operators list it. Pure.
+
+A list has `api` (the origins that the org's token may go to), `public` (any public address), `open` (today's
+network), origins such as `https://api.openai.com`, and wildcards such as `https://*.example.com`. A handler
+declares one, a definition narrows it and an operator caps it: a request must be allowed by each of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+from worker.guard.urls import Origin, is_loopback, origin_of
+
+if TYPE_CHECKING:
+    from publicsuffixlist import PublicSuffixList
+
+API, PUBLIC, OPEN = "api", "public", "open"
+WORDS = (API, PUBLIC, OPEN)
+# Items of a list, and characters of one.
+MAX_ITEMS = 100
+MAX_ITEM = 300
+_WILDCARD = re.compile(r"https://\*\.([a-z0-9-]+(?:\.[a-z0-9-]+)+)(?::(\d{1,5}))?/?")
+_ORIGIN = re.compile(r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?/?")
+EXAMPLE = (
+    'write "api", "public", "open", or an origin such as https://api.openai.com or https://*.example.com'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One item of a list, read. `below` is a name whose subdomains it allows."""
+
+    word: str = ""
+    origin: Origin | None = None
+    below: str = ""
+    port: int = 0
+
+    def allows(self, origin: Origin, api: Collection[Origin]) -> bool:
+        if self.word:
+            return self.word != API or origin in api
+        if self.below:
+            inside = origin.host.endswith(f".{self.below}")
+            return inside and (origin.scheme, origin.port) == ("https", self.port)
+        return origin == self.origin
+
+
+def parse_item(text: object) -> Rule:
+    """One item of a list. Raises ValueError that says what to write instead.
+
+    Whether a wildcard's name is a public suffix is left to `check_wildcards`, which reads a long list.
+    """
+    if not isinstance(text, str) or not 0 < len(text) <= MAX_ITEM:
+        raise ValueError(f"an item is not a text of 1 to {MAX_ITEM} characters; {EXAMPLE}")
+    if text in WORDS:
+        return Rule(word=text)
+    lower = text.lower()
+    if (found := _WILDCARD.fullmatch(lower)) is not None:
+        port = int(found[2] or 443)
+        if not 0 < port < 65536:
+            raise ValueError(f"{text!r} has no valid port; {EXAMPLE}")
+        return Rule(below=found[1], port=port)
+    if _ORIGIN.fullmatch(lower) is None:
+        raise ValueError(f"{text!r} is not allowed here; {EXAMPLE}")
+    try:
+        origin = origin_of(lower)
+    except ValueError:
+        raise ValueError(f"{text!r} has no valid port; {EXAMPLE}") from None
+    if origin.scheme == "http" and not is_loopback(origin.host):
+        raise ValueError(f"{text!r} must be https; http is for loopback addresses only")
+    return Rule(origin=origin)
+
+
+def parse_items(texts: object) -> tuple[str, ...]:
+    """A list as it is stored: checked, without repetition, in its order. Raises ValueError."""
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise ValueError(f"it must be a list of texts, not {type(texts).__name__}; {EXAMPLE}")
+    items = tuple(dict.fromkeys(texts))
+    if len(items) > MAX_ITEMS:
+        raise ValueError(f"it has more than {MAX_ITEMS} items")
+    for item in items:
+        parse_item(item)
+    return items
+
+
+def check_wildcards(items: Iterable[str]) -> None:
+    """Raise ValueError for a wildcard below a public suffix: its subdomains belong to anyone.
+
+    The list of public suffixes has a private section too, in which `s3.amazonaws.com` is (publicsuffix.org).
+    """
+    for item in items:
+        below = parse_item(item).below
+        if below and _suffixes().is_public(below):
+            raise ValueError(f"{item!r}: anyone can have a name below {below}, which is a public suffix")
+
+
+@cache
+def _suffixes() -> PublicSuffixList:
+    # Imported where a list has a wildcard: it takes 60 ms.
+    from publicsuffixlist import PublicSuffixList
+
+    return PublicSuffixList()
+
+
+@dataclass(frozen=True, slots=True)
+class Egress:
+    """What one attempt may reach: each of `lists` has to allow it. Without any, it is `open`.
+
+    With `reveal_token` a sealed run gets the org's token itself; without, a placeholder.
+    `audiences` are those for which it may ask for another token.
+    """
+
+    lists: tuple[tuple[str, ...], ...] = ()
+    reveal_token: bool = False
+    audiences: tuple[str, ...] = ()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing is denied. A run that is not open is sealed."""
+        return all(OPEN in items for items in self.lists)
+
+
+# Of a run whose handler, definition and operator list nothing.
+OPEN_EGRESS = Egress()
+
+
+def effective(
+    declared: Sequence[str] | None,
+    narrowed: Sequence[str] | None,
+    cap: Sequence[str] | None,
+    *,
+    required: bool,
+) -> tuple[tuple[str, ...], ...]:
+    """The lists of an attempt: of its handler, its definition and the operator; None where there is none.
+
+    If the operator has `required` sealed runs, what declares nothing gets `["api"]`.
+    """
+    if required and declared is None and narrowed is None:
+        declared = (API,)
+    return tuple(tuple(items) for items in (declared, narrowed, cap) if items is not None)
+
+
+class Gate:
+    """Says which origins the lists of one attempt allow, and which addresses are checked for them."""
+
+    def __init__(
+        self, lists: Sequence[Sequence[str]], api_origins: Iterable[str], private_origins: Iterable[str] = ()
+    ) -> None:
+        self.api = frozenset(map(origin_of, api_origins))
+        self._trusted = self.api | frozenset(map(origin_of, private_origins))
+        self._lists = [[parse_item(item) for item in items] for items in lists]
+        self._is_open = all(OPEN in items for items in lists)
+
+    def allows(self, origin: Origin) -> bool:
+        """Whether each list has an item for the origin."""
+        return all(any(rule.allows(origin, self.api) for rule in rules) for rules in self._lists)
+
+    def checks_address(self, origin: Origin, *, public: bool = False) -> bool:
+        """Whether its addresses must be public: listing an origin exempts nothing from that.
+
+        With `public` they must be in any case, as `ctx.public_http` promises.
+        """
+        return origin not in self._trusted and (public or not self._is_open)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundSecret:
+    """A secret that a run does not get: the broker puts `value` in the place of its placeholder.
+
+    Only in headers of requests to `origin`; with `header` it sets that header itself.
+    """
+
+    name: str
+    value: str = field(repr=False)
+    origin: str
+    header: str | None = None
+    placeholder: str = ""
+
+
+# The name under which the placeholder of the org's token is made.
+TOKEN = ""
+
+
+def placeholder_of(run_id: str, name: str) -> str:
+    """The text that a run gets in the place of a secret: one per run and name, on every attempt.
+
+    Knowing it is worth nothing: the broker replaces only those that it was given for the same attempt.
+    """
+    digest = sha256(f"{run_id}\n{name}".encode()).hexdigest()
+    return f"orgworker-placeholder-{digest[:32]}"
