@@ -1,40 +1,19 @@
-"""Requests to other services: pooled connections, and how long a response asks to wait.
-
-`OutboundConnections` is an httpx transport for HTTP/1.1 that keeps idle connections, for many small requests.
-
-httpx's own pool looks at every connection at the start and the end of each request, which cost a fifth of
-a token request. Here a request takes the connection that was used last. It is sent as a whole, by
-`Sockets`.
-"""
+"""Requests to other services: pooled connections for httpx, and how long a response asks to wait."""
 
 from __future__ import annotations
 
-import asyncio
-import select
 import ssl
-import time
-from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple
 
 import httpcore
 import httpx
 
+from worker.connections import KEPT, Connections
 from worker.guard import http
 
-# Seconds that an idle connection is kept, and idle connections of each origin.
-KEPT = 5.0
-MAX_IDLE = 50
-# Bytes that are collected before they are sent, and that may have arrived before reading pauses.
-UNSENT = 64 * 1024
-UNREAD = 256 * 1024
-# Seconds until an address of another family is tried too (RFC 8305).
-NEXT_ADDRESS = 0.25
-
-Place = tuple[bytes, bytes, int | None]
 # The most specific first.
 _ERRORS: Mapping[type[Exception], type[httpx.TransportError]] = {
     httpcore.ConnectTimeout: httpx.ConnectTimeout,
@@ -47,13 +26,8 @@ _ERRORS: Mapping[type[Exception], type[httpx.TransportError]] = {
 }
 
 
-class _Idle(NamedTuple):
-    since: float  # monotonic
-    connection: httpcore.AsyncHTTPConnection
-
-
 class OutboundConnections(httpx.AsyncBaseTransport):
-    """Connections to any number of origins, without a limit: the callers have theirs."""
+    """`Connections` as httpx takes them."""
 
     def __init__(
         self,
@@ -63,64 +37,36 @@ class OutboundConnections(httpx.AsyncBaseTransport):
         backend: httpcore.AsyncNetworkBackend | None = None,
     ) -> None:
         """`kept` is in seconds, of an idle connection."""
-        self._context = context
-        self._kept = kept
-        self._backend = backend or Sockets()
-        self._idle: dict[Place, deque[_Idle]] = {}
+        self._connections = Connections(context, kept=kept, backend=backend)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         url = request.url
-        place = (url.raw_scheme, url.raw_host, url.port)
         sent = httpcore.Request(
             request.method,
-            httpcore.URL(scheme=place[0], host=place[1], port=place[2], target=url.raw_path),
+            httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
             headers=request.headers.raw,
             content=request.stream,
             extensions=request.extensions,
         )
         with _as_httpx():
-            connection = await self._take(place) or httpcore.AsyncHTTPConnection(
-                sent.url.origin,
-                ssl_context=self._context,
-                keepalive_expiry=self._kept,
-                network_backend=self._backend,
-            )
+            connection = await self._connections.take(sent.url)
             # One that fails has closed itself.
             response = await connection.handle_async_request(sent)
         return httpx.Response(
             response.status,
             headers=response.headers,
-            stream=_Body(self, place, connection, response),
+            stream=_Body(self._connections, sent.url, connection, response),
             extensions=response.extensions,
         )
 
-    async def keep(self, place: Place, connection: httpcore.AsyncHTTPConnection) -> None:
-        """Use the connection again if it can be; close those that were not used for long."""
-        now, idle = time.monotonic(), self._idle.setdefault(place, deque())
-        if connection.is_idle():
-            idle.append(_Idle(now, connection))
-        while idle and (idle[0].since < now - self._kept or len(idle) > MAX_IDLE):
-            await idle.popleft().connection.aclose()
-
     async def aclose(self) -> None:
-        while self._idle:
-            for idle in self._idle.popitem()[1]:
-                await idle.connection.aclose()
-
-    async def _take(self, place: Place) -> httpcore.AsyncHTTPConnection | None:
-        idle = self._idle.get(place)
-        while idle:
-            connection = idle.pop().connection
-            if not (connection.is_closed() or connection.has_expired()):
-                return connection
-            await connection.aclose()
-        return None
+        await self._connections.aclose()
 
 
 @dataclass(eq=False)
 class _Body(httpx.AsyncByteStream):
-    _connections: OutboundConnections
-    _place: Place
+    _connections: Connections
+    _url: httpcore.URL
     _connection: httpcore.AsyncHTTPConnection
     _response: httpcore.Response
 
@@ -132,163 +78,7 @@ class _Body(httpx.AsyncByteStream):
     async def aclose(self) -> None:
         with _as_httpx():
             await self._response.aclose()
-            await self._connections.keep(self._place, self._connection)
-
-
-class Sockets(httpcore.AsyncNetworkBackend):
-    """Opens TCP connections of asyncio for httpcore.
-
-    With httpcore's own, on anyio, a token costs a worker a quarter more processor time
-    (`bench.cold_tokens`), and a cold run in `bench.nine` a fifth more of workers and server: each part of a
-    request is sent by itself, and each step yields to the event loop and pauses or resumes reading.
-    """
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        """A connection to the first address of the host that answers.
-
-        Raises:
-            httpcore.ConnectTimeout, httpcore.ConnectError
-        """
-        with _connecting():
-            async with asyncio.timeout(timeout):
-                _, stream = await asyncio.get_running_loop().create_connection(
-                    _Stream, host, port, happy_eyeballs_delay=NEXT_ADDRESS
-                )
-        return stream
-
-
-class _Stream(asyncio.Protocol, httpcore.AsyncNetworkStream):
-    """One connection. A request is sent as a whole, once its response is waited for."""
-
-    _transport: asyncio.Transport
-
-    def __init__(self) -> None:
-        self._unsent = bytearray()
-        self._received = bytearray()
-        self._is_over = self._is_paused = False
-        self._error: Exception | None = None
-        # Waits for data, for the end, or until what was sent has left.
-        self._waiter: asyncio.Future[None] | None = None
-        self._is_full = False
-
-    # What asyncio calls.
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]
-
-    def data_received(self, data: bytes) -> None:
-        self._received += data
-        if len(self._received) > UNREAD:
-            self._is_paused = True
-            self._transport.pause_reading()
-        self._wake()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._is_over, self._error = True, exc
-        self._wake()
-
-    def pause_writing(self) -> None:
-        self._is_full = True
-
-    def resume_writing(self) -> None:
-        self._is_full = False
-        self._wake()
-
-    # What httpcore calls.
-
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        self._send()
-        if not self._received and not self._is_over:
-            await self._wait(timeout, httpcore.ReadTimeout)
-        data = bytes(self._received[:max_bytes])
-        del self._received[:max_bytes]
-        if self._is_paused and not self._received:
-            self._is_paused = False
-            self._transport.resume_reading()
-        if not data and self._error is not None:
-            raise httpcore.ReadError(str(self._error)) from self._error
-        return data
-
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        if self._is_over:
-            raise httpcore.WriteError("the connection was closed")
-        self._unsent += buffer
-        if len(self._unsent) > UNSENT:
-            self._send()
-            while self._is_full and not self._is_over:
-                await self._wait(timeout, httpcore.WriteTimeout)
-
-    async def aclose(self) -> None:
-        self._transport.abort()
-
-    async def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.AsyncNetworkStream:
-        with _connecting():
-            async with asyncio.timeout(timeout):
-                encrypted = await asyncio.get_running_loop().start_tls(
-                    self._transport, self, ssl_context, server_hostname=server_hostname
-                )
-        if encrypted is None:
-            raise httpcore.ConnectError("the connection was closed")
-        self._transport = encrypted
-        return self
-
-    def get_extra_info(self, info: str) -> Any:
-        if info == "is_readable":
-            return bool(self._is_over or self._received or self._is_readable())
-        return self._transport.get_extra_info(_NAMES.get(info, info))
-
-    def _is_readable(self) -> bool:
-        """Whether the end has arrived, or data that was not asked for, before the loop knows it."""
-        if self._transport.is_closing():
-            return True
-        look = select.poll()
-        look.register(self._transport.get_extra_info("socket"), select.POLLIN)
-        return bool(look.poll(0))
-
-    def _send(self) -> None:
-        if self._unsent and not self._is_over:
-            self._transport.write(bytes(self._unsent))
-            self._unsent.clear()
-
-    async def _wait(self, timeout: float | None, late: type[Exception]) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            if timeout is None:
-                await self._waiter
-            else:
-                async with asyncio.timeout(timeout):
-                    await self._waiter
-        except TimeoutError as error:
-            raise late("the other side is silent") from error
-        finally:
-            self._waiter = None
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
-# Of httpcore, as asyncio calls them.
-_NAMES = {"client_addr": "sockname", "server_addr": "peername"}
-
-
-@contextmanager
-def _connecting() -> Iterator[None]:
-    try:
-        yield
-    except TimeoutError as error:
-        raise httpcore.ConnectTimeout("no connection in time") from error
-    except OSError as error:  # a certificate that is refused too
-        raise httpcore.ConnectError(str(error)) from error
+            await self._connections.keep(self._url, self._connection)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.fakes.clock import settle
-from worker import outbound as connections
+from worker import connections
 from worker.outbound import OutboundConnections
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

@@ -23,7 +23,7 @@ import pytest
 from jobs.http_request import Params, http_request
 from tests.fakes.network import Answers, Names
 from tests.fakes.running import claims, token
-from worker import PermanentError
+from worker import PermanentError, addresses
 from worker.clock import SystemClock
 from worker.handlers import public_http
 from worker.handlers.calling import call
@@ -256,7 +256,7 @@ async def test_no_redirect_leads_to_them_where_a_handler_follows_it() -> None:
 
 async def test_without_the_check_each_of_them_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: the same requests, with every address taken for public."""
-    monkeypatch.setattr(public_http, "kind_of", lambda address: None)
+    monkeypatch.setattr(addresses, "kind_of", lambda address: None)
     async with listening() as site:
         for url in [*LITERAL, *OTHER_FORMS, *USERINFO, *RESOLVED, *REDIRECTS]:
             before = site.reached

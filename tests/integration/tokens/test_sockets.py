@@ -10,8 +10,9 @@ import httpcore
 import httpx
 import pytest
 
-from worker import outbound
-from worker.outbound import OutboundConnections, Sockets
+from worker import connections
+from worker.connections import Sockets
+from worker.outbound import OutboundConnections
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -55,7 +56,7 @@ async def test_a_request_is_sent_as_a_whole() -> None:
 
 
 async def test_what_is_too_much_is_sent_in_parts_and_read_in_parts() -> None:
-    size = 20 * outbound.UNREAD
+    size = 20 * connections.UNREAD
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(await reader.readexactly(size))
@@ -79,8 +80,8 @@ async def test_reading_pauses_while_data_is_not_taken() -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal sent
         while True:
-            writer.write(b"x" * outbound.UNREAD)
-            sent += outbound.UNREAD
+            writer.write(b"x" * connections.UNREAD)
+            sent += connections.UNREAD
             await writer.drain()
 
     async with server(answer) as port:
@@ -91,7 +92,7 @@ async def test_reading_pauses_while_data_is_not_taken() -> None:
             await asyncio.sleep(0.2)
 
         assert stream.get_extra_info("is_readable")
-        assert len(await stream.read(1 << 30)) <= 3 * outbound.UNREAD
+        assert len(await stream.read(1 << 30)) <= 3 * connections.UNREAD
         await stream.aclose()
 
 

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fakes.network import OK, BlockingNetwork, Names, ScriptedNetwork
-from worker import PermanentError
+from worker import PermanentError, addresses
+from worker.addresses import kind_of
 from worker.handlers import public_http
 from worker.handlers.public_http import (
     MAX_ADDRESSES,
     AddressRefused,
     BlockingPublicTransport,
     PublicTransport,
-    kind_of,
 )
 
 PUBLIC = "93.184.216.34"
@@ -280,7 +280,7 @@ async def test_without_the_check_the_same_client_reaches_what_is_refused(
 
     It also fails if a release of httpx no longer sends through the replaced pool.
     """
-    monkeypatch.setattr(public_http, "kind_of", lambda address: None)
+    monkeypatch.setattr(addresses, "kind_of", lambda address: None)
     caller = Caller(kind, Names({"api.test": ["127.0.0.1"]}))
 
     response = await caller.get("http://api.test/")
