@@ -12,7 +12,7 @@ import select
 import ssl
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -101,7 +101,11 @@ class Sockets(httpcore.AsyncNetworkBackend):
     With httpcore's own, on anyio, a token costs a worker a quarter more processor time
     (`bench.cold_tokens`), and a cold run in `bench.nine` a fifth more of workers and server: each part of a
     request is sent by itself, and each step yields to the event loop and pauses or resumes reading.
+    Once `may_send` says no, nothing more is sent, and the connection is closed.
     """
+
+    def __init__(self, may_send: Callable[[], bool] = lambda: True) -> None:
+        self._may_send = may_send
 
     async def connect_tcp(
         self,
@@ -119,7 +123,7 @@ class Sockets(httpcore.AsyncNetworkBackend):
         with _connecting():
             async with asyncio.timeout(timeout):
                 _, stream = await asyncio.get_running_loop().create_connection(
-                    _Stream, host, port, happy_eyeballs_delay=NEXT_ADDRESS
+                    lambda: _Stream(self._may_send), host, port, happy_eyeballs_delay=NEXT_ADDRESS
                 )
         return stream
 
@@ -129,7 +133,8 @@ class _Stream(asyncio.Protocol, httpcore.AsyncNetworkStream):
 
     _transport: asyncio.Transport
 
-    def __init__(self) -> None:
+    def __init__(self, may_send: Callable[[], bool]) -> None:
+        self._may_send = may_send
         self._unsent = bytearray()
         self._received = bytearray()
         self._is_over = self._is_paused = False
@@ -216,6 +221,9 @@ class _Stream(asyncio.Protocol, httpcore.AsyncNetworkStream):
 
     def _send(self) -> None:
         if self._unsent and not self._is_over:
+            if not self._may_send():
+                self._transport.abort()
+                raise httpcore.WriteError("nothing may be sent now")
             self._transport.write(bytes(self._unsent))
             self._unsent.clear()
 

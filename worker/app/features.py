@@ -34,7 +34,8 @@ CALENDARS = Feature(
     gives={"calendars.named": "operations"},
     tables=("calendars",),
 )
+EGRESS = Feature("egress", gives={"egress.broker": "wiring:make_broker"})
 IMPORTING = Feature("importing", verbs={"import": "verbs:app"})
 ORG_SECRETS = Feature("org_secrets", verbs={"secrets": "verbs:app"}, tables=("org_secrets",))
 
-FEATURES = (CONSOLE, PROVISIONING, HOSTS, CALENDARS, IMPORTING, ORG_SECRETS)
+FEATURES = (CONSOLE, PROVISIONING, HOSTS, CALENDARS, EGRESS, IMPORTING, ORG_SECRETS)

@@ -54,11 +54,13 @@ from worker.wiring.addition import Addition, MakeAddition, Parts
 from worker.wiring.catalogue import StoredCatalogue
 from worker.wiring.issuers import issuers_of
 from worker.wiring.secrets import OpenedCredentials, OpenedSecrets, StoredTokens
-from worker.wiring.start import VERSION, start
+from worker.wiring.start import VERSION, MakeBroker, start
 from worker.wiring.traces import traces_of
 
 # What features add to a worker.
 ADDITIONS: tuple[Point[MakeAddition], ...] = (Point("hosts.worker", "[attempts] listen"),)
+# What sends the requests of runs.
+BROKER: Point[MakeBroker] = Point("egress.broker", "[execution] network")
 # A collection of the newest objects stops the loop: 100,000 take some 20 ms, and these some 5.
 COLLECT = (20_000, 100, 50)
 # Seconds between two searches for runs whose handler no worker offers; each reads all waiting runs.
@@ -111,7 +113,11 @@ def run(settings: Settings) -> int:
         # On SQLite the file lock decides, not the lease: nothing is frozen.
         lock_fd = None if lock is None else lock.fd
         given = (settings, clock, notifier, health, confinement)
-        process = start("worker", *given, collect=COLLECT, freezing=not on_file, lock_fd=lock_fd)
+        make_broker = BROKER.find()
+        broker = None if make_broker is None else make_broker(settings, clock, confinement)
+        process = start(
+            "worker", *given, collect=COLLECT, freezing=not on_file, lock_fd=lock_fd, broker=broker
+        )
         # From here on this process holds keys, and nothing is forked from it.
         try:
             keyring = open_keyring(settings, database=database)
@@ -269,7 +275,7 @@ class _Parts:
 
     def _tools(self, steps: StepWriter) -> Tools:
         worker, store, settings = self.worker, self.store, self.worker.settings
-        clock, execution = worker.process.clock, settings.execution
+        clock, execution, children = worker.process.clock, settings.execution, worker.process.children
         plans = Plans(
             store,
             clock,
@@ -282,7 +288,7 @@ class _Parts:
             plans=plans,
             tokens=self.tokens,
             handlers=self.handlers,
-            runners={"child": worker.process.children, "inline": Inline(clock)},
+            runners={"child": children, "inline": Inline(clock, broker=children.broker)},
             store=store,
             steps=steps,
             run_log=RunLogWriter(store, clock),

@@ -9,7 +9,7 @@ import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, Literal
 
 from worker.guard.claims import Claims, flag_value
 from worker.handlers.blocking import finish
@@ -276,24 +276,27 @@ class Context(_Shared[P, S]):
 
         `api_base_url` is the base of relative URLs.
         """
-        from worker.handlers.http import org_client
+        return self._client("http", base_url=self._given.api_base_url)
+
+    @cached_property
+    def public_http(self) -> httpx.AsyncClient:
+        """As `ctx.http`, for a URL from params: it reaches only public addresses and listed origins."""
+        return self._client("public_http")
+
+    def http_client(self) -> httpx.AsyncClient:
+        """As `ctx.http`, without a base URL, for a library that takes an httpx client and may close it."""
+        return self._client("http")
+
+    def _client(self, name: Literal["http", "public_http"], *, base_url: str = "") -> httpx.AsyncClient:
+        from worker.handlers.clients import client
         from worker.handlers.model_usage import LLM_TOKENS
 
         async def count(tokens: int) -> None:
             await self._spending.count(LLM_TOKENS, tokens)
 
-        given = self._given
-        transport, counted = self._transports.get("http"), count if given.meter_usage else None
-        return org_client(given, self._token, transport, base_url=given.api_base_url, count=counted)
-
-    @cached_property
-    def public_http(self) -> httpx.AsyncClient:
-        """As `ctx.http`, for a URL from params: it reaches only public addresses and listed origins."""
-        from worker.handlers.http import org_client
-        from worker.handlers.public_http import PublicTransport
-
-        transport = self._transports.get("public_http") or PublicTransport(self._given.trusted_origins)
-        return org_client(self._given, self._token, transport)
+        given, counts = self._given, self._given.meter_usage and name == "http"
+        replaced, counted = self._transports.get(name), count if counts else None
+        return client(given, self._token, name, replaced, base_url=base_url, count=counted)
 
     async def token(self) -> AccessToken:
         """The org's token, renewed before it expires; `.reveal()` returns its text."""
@@ -395,25 +398,27 @@ class BlockingContext(_Shared[P, S]):
 
         `api_base_url` is the base of relative URLs.
         """
-        from worker.handlers.http import blocking_org_client
+        return self._client("http", base_url=self._given.api_base_url)
+
+    @cached_property
+    def public_http(self) -> httpx.Client:
+        """As `ctx.http`, for a URL from params: it reaches only public addresses and listed origins."""
+        return self._client("public_http")
+
+    def http_client(self) -> httpx.Client:
+        """As `Context.http_client`."""
+        return self._client("http")
+
+    def _client(self, name: Literal["http", "public_http"], *, base_url: str = "") -> httpx.Client:
+        from worker.handlers.clients import blocking_client
         from worker.handlers.model_usage import LLM_TOKENS
 
         def count(tokens: int) -> None:
             finish(self._spending.count(LLM_TOKENS, tokens))
 
-        given = self._given
-        transport, counted = self._transports.get("http"), count if given.meter_usage else None
-        return blocking_org_client(given, self._token, transport, base_url=given.api_base_url, count=counted)
-
-    @cached_property
-    def public_http(self) -> httpx.Client:
-        """As `ctx.http`, for a URL from params: it reaches only public addresses and listed origins."""
-        from worker.handlers.http import blocking_org_client
-        from worker.handlers.public_http import BlockingPublicTransport
-
-        transport = self._transports.get("public_http")
-        transport = transport or BlockingPublicTransport(self._given.trusted_origins)
-        return blocking_org_client(self._given, self._token, transport)
+        given, counts = self._given, self._given.meter_usage and name == "http"
+        replaced, counted = self._transports.get(name), count if counts else None
+        return blocking_client(given, self._token, name, replaced, base_url=base_url, count=counted)
 
     def token(self) -> AccessToken:
         """As `Context.token`."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar
@@ -25,6 +26,8 @@ from worker.secret import AccessToken
 
 P = TypeVar("P")
 S = TypeVar("S")
+# Opens a stream to the broker. Raises OSError once the attempt has ended.
+Connect = Callable[[], socket.socket]
 
 
 @dataclass(slots=True)
@@ -38,9 +41,13 @@ class HeldToken:
     @property
     def stale(self) -> bool:
         """Whether so little of the token's life is left that a call might outlast it."""
+        return self.clock.now() >= self.token.expires_at - self.margin
+
+    @property
+    def margin(self) -> timedelta:
+        """What of the token's life is left for the calls that it is used for."""
         life = self.token.expires_at - self.claims.issued_at
-        margin = min(max(life / 5, timedelta(seconds=2)), timedelta(seconds=60))
-        return self.clock.now() >= self.token.expires_at - margin
+        return min(max(life / 5, timedelta(seconds=2)), timedelta(seconds=60))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +136,7 @@ class Given(Generic[P, S]):
 
     `replays` if earlier ones may have stored steps; `budgets` are those of the org that may stop it,
     None without any. With `meter_usage` the clients count the `usage` of the answers of models. `secrets`
-    are those that the handler declares.
+    are those that the handler declares. With `connect` the broker sends the requests of the clients.
     """
 
     org: Org
@@ -151,6 +158,7 @@ class Given(Generic[P, S]):
     budgets: tuple[BudgetState, ...] | None = None
     meter_usage: bool = False
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    connect: Connect | None = None
 
     @property
     def trusted_origins(self) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ TokenSource = Callable[[bool], Awaitable[AccessToken]]
 Hook = Callable[[Any], Any]
 
 KEY = "Idempotency-Key"
+TRACE = "traceparent"
 _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 
 
@@ -47,11 +48,13 @@ class OrgAuth(httpx.Auth):
     """
 
     def __init__(self, given: Given[Any, Any], token: TokenSource) -> None:
+        self._api = frozenset(map(origin_of, given.api_origins))
+        self._trace = given.traceparent
         insecure = frozenset(map(origin_of, given.insecure_origins))
         # Configuration already refuses an unencrypted origin; this is the second line of defence.
         self._origins = frozenset(
             origin
-            for origin in map(origin_of, given.api_origins)
+            for origin in self._api
             if origin[0] == "https" or is_loopback(origin[1]) or origin in insecure
         )
         self._token = token
@@ -98,8 +101,13 @@ class OrgAuth(httpx.Auth):
             del request.headers["Authorization"]
 
     def prepare(self, request: httpx.Request) -> None:
-        """The hook of each request; inside a step it gets an idempotency key of its own."""
+        """The hook of each request; inside a step it gets an idempotency key of its own.
+
+        Only the org's API learns the run's place in a trace.
+        """
         self.strip(request)
+        if request.headers.get(TRACE) == self._trace and origin_of(request.url) not in self._api:
+            request.headers.pop(TRACE, None)
         step = open_step()
         # A request that is repeated or redirected has its key already, or the handler has set another.
         if step is not None and request.headers.get(KEY) == self._run_key:
@@ -116,14 +124,17 @@ def org_client(
     *,
     base_url: str = "",
     count: Count | None = None,
+    authorizes: bool = True,
 ) -> httpx.AsyncClient:
     """The client of an async handler, bound to its run's token, origins, idempotency key and trace.
 
-    `count` gets the tokens that the answer of a model has cost.
+    `count` gets the tokens that the answer of a model has cost. A broker `authorizes` requests itself.
     """
     auth = OrgAuth(given, token)
     options = _options(given, auth.async_prepare, None if count is None else counting(count))
-    return httpx.AsyncClient(auth=auth, transport=transport, base_url=base_url, **options)
+    return httpx.AsyncClient(
+        auth=auth if authorizes else None, transport=transport, base_url=base_url, **options
+    )
 
 
 def blocking_org_client(
@@ -133,16 +144,17 @@ def blocking_org_client(
     *,
     base_url: str = "",
     count: BlockingCount | None = None,
+    authorizes: bool = True,
 ) -> httpx.Client:
     """The same for a handler that blocks."""
     auth = OrgAuth(given, token)
     options = _options(given, auth.prepare, None if count is None else blocking_counting(count))
-    return httpx.Client(auth=auth, transport=transport, base_url=base_url, **options)
+    return httpx.Client(auth=auth if authorizes else None, transport=transport, base_url=base_url, **options)
 
 
 def _options(given: Given[Any, Any], on_request: Hook, on_response: Hook | None) -> dict[str, Any]:
     headers = {KEY: given.run.idempotency_key}
     if given.traceparent is not None:
-        headers["traceparent"] = given.traceparent
+        headers[TRACE] = given.traceparent
     hooks = {"request": [on_request], "response": [on_response] if on_response else []}
     return {"headers": headers, "timeout": _TIMEOUT, "verify": tls_context(), "event_hooks": hooks}

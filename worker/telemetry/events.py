@@ -201,6 +201,10 @@ _ROWS = (
     _error(
         "zygote.died: pid runs", "the process that forks the runs died; its runs were killed and are lost"
     ),
+    _error(
+        "broker.died: pid attempts", "the process that sends requests of runs died; another one is started"
+    ),
+    _info("broker.started: pid", "the process that sends requests of runs has started"),
     _warning(
         "sandbox.incomplete: sandbox", "handlers are not fully confined; `sandbox` says what is missing"
     ),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Literal
 
 from worker.clock import Clock
 from worker.engine.incarnation import ProcessTools, VitalsReader
 from worker.engine.runners.child.pool import SHARE_AFTER, ChildPool
+from worker.engine.runners.egress import EgressBroker
 from worker.model.runs.run import Isolation
 from worker.process.confinement import Confinement
 from worker.process.guarded_files import FileWatch
@@ -17,6 +19,8 @@ from worker.settings import Settings
 from worker.telemetry.vitals import Notifier
 
 VERSION = version("orgworker")
+# What sends the requests of runs, made by the feature that has it.
+MakeBroker = Callable[[Settings, Clock, Confinement], EgressBroker]
 # Seconds for which a thread keeps the interpreter while another asks for it. The database threads ask
 # at each step: with Python's default of 5 ms a busy loop slows them to a tenth of their speed.
 SWITCH = 0.0001
@@ -34,10 +38,11 @@ def start(
     freezing: bool = True,
     lock_fd: int | None = None,
     farewell: float = 0.0,
+    broker: EgressBroker | None = None,
 ) -> ProcessTools:
     """Start the zygote, and set how this process collects garbage and switches threads.
 
-    Call it before this process holds a secret: the zygote is forked from it.
+    Call it before this process holds a secret: the zygote is forked from it. The `broker` starts too.
     """
     execution = settings.execution
     slots: dict[Isolation, int] = {"child": execution.max_children, "inline": execution.max_inline}
@@ -52,6 +57,7 @@ def start(
         spares=min(execution.spare_children, execution.max_children),
         share_after=SHARE_AFTER,
         describes=True,
+        broker=broker,
     )
     children.start()
     # The collector skips what is loaded now and runs less often: each time it walks what all runs in

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
@@ -134,6 +135,12 @@ class Running:
 
     def used(self, peak_memory: int) -> None:
         self.trail.peak_memory = peak_memory
+
+    def egress(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replaced by the record."""
+
+    def denied(self, origin: str, reason: str) -> None:
+        """Replaced by the record."""
 
     def close(self) -> None:
         self.closed = True

@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import logging
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -142,6 +142,12 @@ class RunServices(Port, Protocol):
 
     def used(self, peak_memory: int) -> None:
         """Record the peak memory of the run's process, in bytes."""
+
+    def egress(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take what the attempt has sent, by origin: `Totals` of the broker as JSON."""
+
+    def denied(self, origin: str, reason: str) -> None:
+        """A request of the handler was not sent."""
 
     def close(self) -> None:
         """Reject further calls of the handler with LeaseLost: its run has ended."""

@@ -28,6 +28,7 @@ from worker.engine.runners.contract import (
     outcome_of_stop,
     start_task,
 )
+from worker.engine.runners.egress import BrokeredAttempt, EgressBroker
 from worker.engine.runners.output import RunOutput, Sink, marked
 from worker.handlers.blocking import DaemonThread
 from worker.handlers.calling import call, call_blocking, outcome_of_error
@@ -120,6 +121,7 @@ class Inline:
     find: Callable[[str], Job] = load
     transports: Transports = lambda given: {}
     watched: bool = True
+    broker: EgressBroker | None = None
     _abandoned: set[asyncio.Task[None]] = field(default_factory=set)
     # Looking up a module that is already imported costs more than calling the handler.
     _jobs: dict[str, Job] = field(default_factory=dict)
@@ -129,6 +131,9 @@ class Inline:
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         """Run the handler as a task of this loop."""
         attempt, cancelled = _Attempt(work, services, stop, self.clock), Cancellation()
+        if self.broker is not None:
+            attempt.brokered = self.broker.serve(work, services)
+            stop.on_kill(attempt.brokered.stop)
         if self.watched and attempt.loop is not self._loop:
             self._loop = attempt.loop
             watch_loop(attempt.loop)
@@ -137,7 +142,11 @@ class Inline:
         try:
             if not task.done():
                 await attempt.wait(task, cancelled, task.cancel)
+            if attempt.brokered is not None:
+                await attempt.brokered.end()
         finally:
+            if attempt.brokered is not None:
+                attempt.brokered.drop()
             services.close()
             attempt.log.close()
             if not task.done():
@@ -151,6 +160,7 @@ class Inline:
         try:
             job = self._job(work.entry_point)
             given = work.given(job, attempt.log, self.clock)
+            given.connect = None if attempt.brokered is None else attempt.brokered.connect
             ctx = Context(given, services, cancelled, self.transports(given), attempt.park)
             services.started()
             try:
@@ -281,6 +291,7 @@ class _Attempt:
         self._parked: Parked | None = None
         self._over: asyncio.Future[None] | None = None
         self._last_steps: asyncio.TimerHandle | None = None
+        self.brokered: BrokeredAttempt | None = None
 
     def park(self, outcome: Parked) -> None:
         """Take the outcome, from any thread. The handler has `LAST_STEPS` seconds to end."""

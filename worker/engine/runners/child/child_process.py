@@ -233,8 +233,13 @@ class ChildReceiver(Protocol):
 class ChildProcess(asyncio.Protocol):
     """`open` it, have it forked, `serve` one run, and `close` it once it has `ended`."""
 
-    def __init__(self, number: int, folder: str, tell_zygote: Callable[[Message], None]) -> None:
+    def __init__(
+        self, number: int, folder: str, tell_zygote: Callable[[Message], None], *, brokered: bool = False
+    ) -> None:
+        """With `brokered` it gets a door to the broker."""
         self.number = number
+        self._brokered = brokered
+        self._door: socket.socket | None = None
         self.folder = folder
         self._tell_zygote = tell_zygote
         self._loop = asyncio.get_running_loop()
@@ -251,7 +256,7 @@ class ChildProcess(asyncio.Protocol):
         self.ended: asyncio.Future[Ended] = self._loop.create_future()
 
     async def open(self) -> list[int]:
-        """The descriptors for the process: channel, stdout, stderr. Raises OSError."""
+        """The descriptors for the process: channel, stdout, stderr and perhaps a door. Raises OSError."""
         ours, theirs = socket.socketpair()
         given = [theirs.detach()]
         try:
@@ -261,12 +266,20 @@ class ChildProcess(asyncio.Protocol):
                 self._pipes[source], end = os.pipe()
                 given.append(end)
                 os.set_blocking(self._pipes[source], False)
+            if self._brokered:
+                self._door, outside = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                given.append(outside.detach())
         except OSError:
             self.close()
             for descriptor in given:
                 os.close(descriptor)
             raise
         return given
+
+    def take_door(self) -> socket.socket | None:
+        """The broker's end of its door; the caller closes it."""
+        taken, self._door = self._door, None
+        return taken
 
     @property
     def usable(self) -> bool:
@@ -332,6 +345,8 @@ class ChildProcess(asyncio.Protocol):
         """Close every descriptor."""
         for source in list(self._pipes):
             self._close_pipe(source)
+        if (door := self.take_door()) is not None:
+            door.close()
         if self._channel is not None:
             self._channel.abort()
 

@@ -25,9 +25,10 @@ from worker.engine.runners.contract import (
     handler_exited,
     outcome_of_stop,
 )
+from worker.engine.runners.egress import EgressBroker
 from worker.engine.runners.output import RunOutput
 from worker.errors import LeaseLost, WorkerError
-from worker.handlers.calls import Call, NotACall, OneWayCall, read
+from worker.handlers.calls import AskToken, Call, NotACall, OneWayCall, read
 from worker.handlers.json_text import NotStorable, check_json_text
 from worker.handlers.parts import Count
 from worker.handlers.steps import StepError
@@ -65,8 +66,12 @@ class ChildRun:
         clock: Clock,
         on_started: Callable[[], None],
         turns: InboxTurns,
+        broker: EgressBroker | None = None,
     ) -> None:
         self._process = process
+        # What its clients send goes by the broker; a run with a list of what it may reach, is sealed.
+        self._brokered = None if broker is None else broker.serve(work, services)
+        self._sealed = broker is not None and not work.egress.is_open
         self._on_started = on_started
         self._work = work
         self._services = services
@@ -90,7 +95,12 @@ class ChildRun:
         self.on_room = self._inbox.go_on
         self.on_output = self._output.feed
         self.stop = stop
-        process.serve(self, messages.work_message(work, (work.timeout_at - clock.now()).total_seconds()))
+        environment = {} if broker is None else broker.environment(work)
+        seconds = (work.timeout_at - clock.now()).total_seconds()
+        if self._brokered is not None and (door := process.take_door()) is not None:
+            self._brokered.open(door)
+        first = messages.work_message(work, seconds, sealed=self._sealed, environment=environment)
+        process.serve(self, first)
         if work.memory is not None:
             process.signal("cap", memory=work.memory)
         self._unread = self._loop.call_later(UNREAD, self._check_read)
@@ -98,7 +108,7 @@ class ChildRun:
     async def finish(self) -> Outcome | None:
         """Wait for the end, and stop the run when asked to. None: the process ended before the run began."""
         stopping = asyncio.create_task(self._stop_when_requested())
-        self.stop.on_kill(lambda: self._process.signal("kill"))
+        self.stop.on_kill(self._kill)
         try:
             ended = await self._process.ended
             # All its processes are gone: read what they have written.
@@ -108,6 +118,8 @@ class ChildRun:
                     await self._inbox.emptied()
             if self._ending is not None:
                 await asyncio.wait({self._ending})
+            if self._brokered is not None:
+                await self._brokered.end()
         finally:
             stopping.cancel()
             self.close()
@@ -129,6 +141,8 @@ class ChildRun:
         """Close every descriptor."""
         self._process.close()
         self._inbox.close()
+        if self._brokered is not None:
+            self._brokered.drop()
         if self._ending is not None:
             self._ending.cancel()
         for task in self._requests:
@@ -192,7 +206,8 @@ class ChildRun:
         """Take the outcome; only the first one counts."""
         if self._linger is not None:
             return
-        self._linger = self._loop.call_later(LAST_STEPS, self._process.signal, "kill")
+        self._linger = self._loop.call_later(LAST_STEPS, self._kill)
+        self._stop_sending()
         if unchecked:
             self._ending = asyncio.create_task(self._check_end(outcome, unchecked))
         else:
@@ -211,7 +226,15 @@ class ChildRun:
         """End a run whose process does not keep to the protocol."""
         self._returned = BROKEN
         self._inbox.close()
+        self._kill()
+
+    def _kill(self) -> None:
+        self._stop_sending()
         self._process.signal("kill")
+
+    def _stop_sending(self) -> None:
+        if self._brokered is not None:
+            self._brokered.stop()
 
     def _answer_later(self, number: int, call: Call[Any], unchecked: Unchecked) -> None:
         task = asyncio.create_task(self._answer(number, call, unchecked))
@@ -226,7 +249,10 @@ class ChildRun:
         try:
             for text in unchecked:
                 await self._inbox.check(*text)
-            answer = call.answer.write(await self._services.ask(call))
+            given = await self._services.ask(call)
+            if self._sealed and isinstance(call, AskToken):
+                given = messages.hidden(self._work, given[0]), given[1]
+            answer = call.answer.write(given)
         except (NotStorable, NotACall):
             self._refuse()
             return
@@ -243,7 +269,7 @@ class ChildRun:
             lambda: self._process.signal("interrupt"),
         )
         self._emit_killed(self.stop.reason or "lease lost")
-        self._process.signal("kill")
+        self._kill()
 
     def _emit_killed(self, reason: str) -> None:
         work = self._work

@@ -36,6 +36,9 @@ WRITE = (_MAKE_SYM << 1) - 1 & ~(_MAKE_CHAR | _MAKE_BLOCK) | _REFER | _TRUNCATE 
 
 # The first version of the kernel's interface that confines signals and abstract sockets (Linux 6.12).
 SCOPES = 6
+# The first version that confines TCP (Linux 6.7), by its two rights.
+NETWORK = 4
+_BIND_AND_CONNECT = 3
 # What versions before the number do not confine.
 LATER = {3: "truncating files by path", 5: "ioctl on devices", SCOPES: "signals and abstract sockets"}
 _SCOPE_ABSTRACT_UNIX_SOCKET = 1 << 0
@@ -63,14 +66,18 @@ def rule(descriptor: int, access: int, version: int, *, is_folder: bool) -> byte
 
 
 class Ruleset:
-    """What is allowed; everything else that `version` handles is denied. Calls raise OSError."""
+    """What is allowed; everything else that `version` handles is denied. Calls raise OSError.
 
-    def __init__(self, version: int) -> None:
+    With `files` false it denies TCP and nothing else.
+    """
+
+    def __init__(self, version: int, *, files: bool = True) -> None:
         self._version = version
         scoped = _SCOPE_ABSTRACT_UNIX_SOCKET | _SCOPE_SIGNAL if version >= SCOPES else 0
         # Words for files, network and scopes; later versions have more.
-        size = 24 if version >= SCOPES else 16 if version >= 4 else 8
-        attributes = struct.pack("=QQQ", handled(version), 0, scoped)
+        size = 24 if version >= SCOPES else 16 if version >= NETWORK else 8
+        words = (handled(version), 0, scoped) if files else (0, _BIND_AND_CONNECT, 0)
+        attributes = struct.pack("=QQQ", *words)
         self.descriptor = _checked(_create_ruleset(_CREATE_RULESET, attributes, size, 0), "create_ruleset")
 
     def add(self, rule: bytes) -> None:

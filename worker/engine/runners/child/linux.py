@@ -46,6 +46,7 @@ class ProcessName(StrEnum):
     ZYGOTE = "orgworker-zyg"
     RUN = "orgworker-run"
     DESCRIBE = "orgworker-desc"
+    BROKER = "orgworker-brok"
     CHECK = "orgworker-check"
 
 

@@ -26,9 +26,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
+from urllib.request import getproxies
 
 from worker.clock import SystemClock
-from worker.engine.runners.child import linux
+from worker.engine.runners.child import landlock, linux, seccomp
 from worker.engine.runners.child.landlock import Ruleset
 from worker.engine.runners.child.messages import (
     CHANNEL_CLOSED,
@@ -47,7 +48,8 @@ from worker.handlers.calling import call, call_blocking, outcome_of_error, sandb
 from worker.handlers.calls import A, Call, OneWayCall, answer_in, message_of
 from worker.handlers.context import BlockingContext, Context
 from worker.handlers.describe import LAST_DESCRIPTOR
-from worker.handlers.given import BlockingCancellation, Cancellation, Given
+from worker.handlers.door import Door
+from worker.handlers.given import BlockingCancellation, Cancellation, Connect, Given
 from worker.handlers.job import Job
 from worker.handlers.models import load
 from worker.model.runs.outcome import Outcome, Parked
@@ -209,13 +211,14 @@ _CPU_GRACE = 5
 
 @dataclass(frozen=True, slots=True)
 class RunPlace:
-    """Where a run lives: descriptors, its own folder, and that of its cgroup."""
+    """Where a run lives: descriptors, its own folder, and that of its cgroup; `door` leads to the broker."""
 
     channel: int
     stdout: int
     stderr: int
     folder: str
     group: str | None = None
+    door: int | None = None
 
 
 def isolate(place: RunPlace, *, zygote: int, lock: int | None, ruleset: Ruleset | None) -> int | None:
@@ -254,6 +257,8 @@ def _default_signals() -> None:
 
 def _keep_only(place: RunPlace, lock: int | None, *others: int) -> None:
     kept = {place.channel, *others}
+    if place.door is not None:
+        kept.add(place.door)
     if lock is not None:
         kept.add(linux.hold_shared(lock))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -302,7 +307,14 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def main(descriptor: int, cap: int | None) -> NoReturn:
+def seal() -> None:
+    """Deny this process the network for good, before a plug-in is loaded; raises OSError."""
+    if (version := landlock.abi()) >= landlock.NETWORK:
+        landlock.Ruleset(version, files=False).restrict()
+    seccomp.restrict(seccomp.SEALED)
+
+
+def main(descriptor: int, cap: int | None, door: int | None = None) -> NoReturn:
     """Wait for the work of this process and run its handler; never returns."""
     global _channel
     home = os.getpid()
@@ -312,12 +324,15 @@ def main(descriptor: int, cap: int | None) -> NoReturn:
         message = channel.receive()
         # From here on it holds data of an org; nothing of a plug-in runs before the limits apply.
         _limit(message["seconds"], message["memory"], cap)
+        if message["sealed"]:
+            seal()
+        os.environ |= message["environment"]
         work = work_of(message)
         if work.traceparent is not None:
             # The variable that OpenTelemetry's tools read, also in programs that the handler starts.
             os.environ["TRACEPARENT"] = work.traceparent
         signal.signal(signal.SIGTERM, _raise_interrupted)
-        outcome = call_handler(work, channel)
+        outcome = call_handler(work, channel, _way_out(door, sealed=message["sealed"]))
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if os.getpid() == home:
             _flush()
@@ -335,14 +350,23 @@ def main(descriptor: int, cap: int | None) -> NoReturn:
         os._exit(code)
 
 
-def call_handler(work: Work, channel: WorkerChannel) -> Outcome:
-    """Import the handler, validate its input, call it.
+def _way_out(door: int | None, *, sealed: bool) -> Connect | None:
+    """How the clients of `ctx` reach the broker; None if they connect themselves.
+
+    Where a network is left by a proxy only, the broker would not reach what an open run reaches.
+    """
+    return None if door is None or (not sealed and getproxies()) else Door(door).connect
+
+
+def call_handler(work: Work, channel: WorkerChannel, connect: Connect | None = None) -> Outcome:
+    """Import the handler, validate its input, call it; `connect` leads to the broker.
 
     Its event loop is not closed: that would wait for tasks that the handler left behind.
     """
     try:
         job = load(work.entry_point)
         given = work.given(job, logging.getLogger(work.handler), SystemClock())
+        given.connect = connect
         channel.send({"op": "started"})
         if job.is_async:
             loop = asyncio.new_event_loop()

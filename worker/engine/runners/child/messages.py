@@ -22,8 +22,10 @@ from worker.handlers.installed import ENVIRONMENT
 from worker.handlers.json_text import LIMIT, UNMASKED_LIMIT, check_json_text
 from worker.handlers.parts import CallPart, JsonText, Maybe, Row, Text, TextCheck, TimeSpan, Truth, trusted
 from worker.handlers.steps import StepError
+from worker.model.egress import TOKEN, placeholder_of
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.outcome import Error, Outcome
+from worker.secret import AccessToken
 
 Message = dict[str, Any]
 
@@ -200,12 +202,23 @@ class Setup:
 WORK = trusted(Work, without=("claims", "token", "bound"))
 
 
-def work_message(work: Work, seconds: float) -> Message:
-    """The first message to a run: everything its process needs, including the token.
+def work_message(
+    work: Work, seconds: float, *, sealed: bool = False, environment: Mapping[str, str] | None = None
+) -> Message:
+    """The first message to a run: everything its process needs, including its token or the placeholder of it.
 
-    `seconds` are left until its timeout, by the worker's clock.
+    `seconds` are left until its timeout, by the worker's clock. `environment` has placeholders of variables.
     """
-    return WORK.write(work) | {"seconds": seconds} | GRANTED.write((work.token, work.claims))
+    more = {"seconds": seconds, "sealed": sealed, "environment": environment or {}}
+    token = hidden(work, work.token) if sealed else work.token
+    return WORK.write(work) | more | GRANTED.write((token, work.claims))
+
+
+def hidden(work: Work, token: AccessToken) -> AccessToken:
+    """The token as a sealed run gets it."""
+    if work.egress.reveal_token:
+        return token
+    return AccessToken(placeholder_of(work.run_id, TOKEN), token.expires_at)
 
 
 def work_of(message: Mapping[str, Any]) -> Work:

@@ -22,6 +22,7 @@ from worker.engine.runners.child.messages import Setup
 from worker.engine.runners.child.sandbox import SandboxRules
 from worker.engine.runners.child.zygote_handle import Message, ZygoteHandle
 from worker.engine.runners.contract import LEASE_LOST, RunServices, StopSignal, Work, outcome_of_stop
+from worker.engine.runners.egress import EgressBroker
 from worker.handlers.installed import ENVIRONMENT, FOLDERS
 from worker.model.runs.lease import Lease
 from worker.model.runs.outcome import HandedBack, Outcome
@@ -114,7 +115,8 @@ class ChildPool:
     `lock_fd` is the descriptor of the SQLite file's lock, which the zygote holds while it lives. The zygote
     imports the `preload` modules or distributions. Without `sandbox` the runs are not confined. `spares`
     processes are forked ahead. After `share_after` forks, if it is given, the zygote shares its pages with
-    later ones. With `describes` the first zygote also forks a process that describes handlers.
+    later ones. With `describes` the first zygote also forks a process that describes handlers. If there is a
+    `broker`, it sends the requests of handlers.
     """
 
     def __init__(
@@ -130,8 +132,10 @@ class ChildPool:
         spares: int = 0,
         share_after: int | None = None,
         describes: bool = False,
+        broker: EgressBroker | None = None,
     ) -> None:
         self._clock = clock
+        self.broker = broker
         self._freezing = freezing
         self._setup = Setup(
             folder="",
@@ -164,6 +168,8 @@ class ChildPool:
         linux.become_subreaper()
         linux.allow_many_descriptors()
         self._setup = replace(self._setup, folder=tempfile.mkdtemp(prefix=FOLDERS))
+        if self.broker is not None:
+            self.broker.start()
         if not self._describes:
             self._zygote = ZygoteHandle(self._setup)
             return
@@ -192,6 +198,8 @@ class ChildPool:
             self._lease = {"op": "lease", "freeze_at": lease.freeze_at}
             if self._zygote is not None:
                 self._zygote.send(self._lease)
+            if self.broker is not None:
+                self.broker.renewed(lease)
 
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         """Run the handler in its own process; none of its processes is left afterwards."""
@@ -224,7 +232,8 @@ class ChildPool:
             self._turns = InboxTurns(asyncio.get_running_loop().call_soon)
         self._spares.starting(number)
         started = partial(self._spares.started, number)
-        self._runs[number] = run = ChildRun(process, work, services, stop, self._clock, started, self._turns)
+        given = (process, work, services, stop, self._clock, started, self._turns, self.broker)
+        self._runs[number] = run = ChildRun(*given)
         try:
             return await run.finish()
         except asyncio.CancelledError:
@@ -238,7 +247,8 @@ class ChildPool:
         zygote, number = self._zygote, next(self._numbers)
         if zygote is None or not self._up.is_set():
             raise OSError(errno.ECHILD, "the zygote is gone")
-        process = ChildProcess(number, run_folders.name_in(self._setup.folder), zygote.send)
+        folder, brokered = run_folders.name_in(self._setup.folder), self.broker is not None
+        process = ChildProcess(number, folder, zygote.send, brokered=brokered)
         self._processes[number] = process  # before the next await, so that it ends if the zygote dies
         try:
             os.makedirs(process.folder, 0o700)
@@ -262,6 +272,8 @@ class ChildPool:
             await zygote.gone(CLOSE)
         for number in list(self._processes):
             self._end(number, Ended(why="lost"))
+        if self.broker is not None:
+            await self.broker.close()
         if self._reaping is not None:
             self._reaping.cancel()
         if self._background:

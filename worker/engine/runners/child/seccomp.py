@@ -4,6 +4,9 @@ Watches deliver the names of files in folders that a process may not list. The o
 to the account: they outlive a run, and no memory cap counts them. Denied calls fail with EACCES, as those
 that Landlock denies, so that libraries fall back to polling. The filter cannot be lifted; child processes
 inherit it.
+
+A sealed run gets a second filter, without which it could open a socket: Landlock denies TCP by its ports, but
+not TCP Fast Open, MPTCP, UDP or any other family. The broker has one too.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from worker.engine.runners.child import landlock
@@ -29,8 +32,13 @@ _LOAD = 0x20  # BPF_LD | BPF_W | BPF_ABS
 _IF_EQUAL = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
 _IF_AT_LEAST = 0x35  # BPF_JMP | BPF_JGE | BPF_K
 _RETURN = 0x06  # BPF_RET | BPF_K
+_IF_ANY_BIT = 0x45  # BPF_JMP | BPF_JSET | BPF_K
+_AND = 0x54  # BPF_ALU | BPF_AND | BPF_K
 _NUMBER = 0
 _ARCHITECTURE = 4
+# Of its arguments the lower halves, which are those that count of an `int`; these machines are little-endian.
+_ARGUMENTS = 16
+_ARGUMENT = 8
 # Numbers from here on are calls of x32, a third interface of x86_64.
 _X32 = 0x40000000
 
@@ -67,6 +75,78 @@ MACHINES: Mapping[str, tuple[Interface, ...]] = {
 }
 
 
+# The numbers of what the filters of sealed runs and of the broker deny, for each machine's own interface.
+_CALLS: Mapping[str, Mapping[str, int]] = {
+    "x86_64": {
+        **{"socket": 41, "connect": 42, "accept": 43, "bind": 49, "listen": 50, "socketpair": 53},
+        **{
+            "accept4": 288,
+            "clone": 56,
+            "fork": 57,
+            "vfork": 58,
+            "clone3": 435,
+            "execve": 59,
+            "execveat": 322,
+        },
+        **{"ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312, "pidfd_getfd": 438},
+        **{"unshare": 272, "setns": 308, "bpf": 321, "userfaultfd": 323, "perf_event_open": 298},
+        **{"io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427},
+        **{"add_key": 248, "request_key": 249, "keyctl": 250},
+    },
+    "aarch64": {
+        **{"socket": 198, "connect": 203, "accept": 202, "bind": 200, "listen": 201, "socketpair": 199},
+        **{"accept4": 242, "clone": 220, "clone3": 435, "execve": 221, "execveat": 281},
+        **{"ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271, "kcmp": 272, "pidfd_getfd": 438},
+        **{"unshare": 97, "setns": 268, "bpf": 280, "userfaultfd": 282, "perf_event_open": 241},
+        **{"io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427},
+        **{"add_key": 217, "request_key": 218, "keyctl": 219},
+    },
+}
+# What reaches other processes, or calls of the kernel past a filter.
+_REACHING = (
+    *("ptrace", "process_vm_readv", "process_vm_writev", "kcmp", "pidfd_getfd", "unshare", "setns", "bpf"),
+    *("userfaultfd", "perf_event_open", "io_uring_setup", "io_uring_enter", "io_uring_register"),
+    *("add_key", "request_key", "keyctl"),
+)
+_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
+_SOCK_STREAM, _SOCK_SEQPACKET, _SOCK_TYPE = 1, 5, 0xF
+_CLONE_THREAD = 0x00010000
+# CLONE_NEWNS, _NEWCGROUP, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID and _NEWNET.
+_CLONE_NAMESPACES = 0x00020000 | 0x7E000000
+
+
+@dataclass(frozen=True, slots=True)
+class Sieve:
+    """A filter for the machine's own interface; a call of any other one ends the process.
+
+    `denied` fail with EACCES. `clone3`, whose flags no filter sees, fails with ENOSYS, so that the C library
+    uses `clone`. `sockets` and `pairs` are the families, and the types of pairs, that are allowed.
+    """
+
+    denied: Sequence[str]
+    sockets: Sequence[int]
+    pairs: Sequence[int]
+    # Bits of the flags of `clone` of which none may be set, and one that must be.
+    clone_without: int = 0
+    clone_with: int = 0
+
+
+# A sealed run reaches the broker by its inherited descriptor, over pairs of sockets that it makes itself.
+SEALED = Sieve(
+    denied=("socket", "connect", "bind", "listen", "accept", "accept4", *_REACHING),
+    sockets=(),
+    pairs=(_SOCK_STREAM, _SOCK_SEQPACKET),
+    clone_without=_CLONE_NAMESPACES,
+)
+# The broker starts no process and no server; names are resolved by UDP, with a look at the routes.
+BROKER = Sieve(
+    denied=("listen", "accept", "accept4", "fork", "vfork", "execve", "execveat", *_REACHING),
+    sockets=(_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK),
+    pairs=(_SOCK_STREAM,),
+    clone_with=_CLONE_THREAD,
+)
+
+
 class _Program(ctypes.Structure):
     """`struct sock_fprog`."""
 
@@ -77,10 +157,11 @@ _prctl = ctypes.CDLL(None, use_errno=True)["prctl"]
 _prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong)
 
 
-def restrict() -> None:
-    """Filter the calls of this thread and its descendants for good; raises OSError."""
+def restrict(sieve: Sieve | None = None) -> None:
+    """Filter the calls of this thread and its descendants for good; raises OSError. Filters add up."""
     landlock.gain_no_privileges()
-    code = program(MACHINES[os.uname().machine])
+    machine = os.uname().machine
+    code = program(MACHINES[machine]) if sieve is None else sieve_program(sieve, machine)
     filter_ = _Program(len(code) // _INSTRUCTION.size, code)
     if _prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.addressof(filter_), 0, 0) != 0:
         number = ctypes.get_errno()
@@ -131,5 +212,61 @@ def _of_interface(interface: Interface) -> Iterator[bytes]:
     yield _instruction(_RETURN, _ERRNO | errno.EACCES)
 
 
+def sieve_program(sieve: Sieve, machine: str) -> bytes:
+    """The instructions of a `Sieve` on this machine."""
+    numbers = _CALLS[machine]
+    parts: list[tuple[str, list[bytes]]] = [
+        ("clone3", [_instruction(_RETURN, _ERRNO | errno.ENOSYS)]),
+        (
+            "socketpair",
+            _unless_equal(0, [_AF_UNIX], _unless_equal(1, sieve.pairs, _ALLOWED, mask=_SOCK_TYPE)),
+        ),
+    ]
+    if sieve.sockets:
+        parts.append(("socket", _unless_equal(0, sieve.sockets, _ALLOWED)))
+    if sieve.clone_with:
+        parts.append(("clone", _bits(sieve.clone_with, _ALLOWED, _DENIED)))
+    if sieve.clone_without:
+        parts.append(("clone", _bits(sieve.clone_without, _DENIED, _ALLOWED)))
+    parts += [(name, _DENIED) for name in sieve.denied]
+    interface = MACHINES[machine][0]
+    code = [
+        _instruction(_LOAD, _ARCHITECTURE),
+        _instruction(_IF_EQUAL, interface.architecture, 1, 0),
+        _instruction(_RETURN, _KILL_PROCESS),
+        _instruction(_LOAD, _NUMBER),
+    ]
+    if interface is _X86_64:
+        code += [_instruction(_IF_AT_LEAST, _X32, 0, 1), _instruction(_RETURN, _ERRNO | errno.ENOSYS)]
+    for name, part in parts:
+        if (number := numbers.get(name)) is not None:  # `fork` is a `clone` on some machines
+            code += [_instruction(_IF_EQUAL, number, 0, len(part)), *part]
+    return b"".join([*code, *_ALLOWED])
+
+
+def _unless_equal(
+    place: int, values: Iterable[int], then: list[bytes], *, mask: int | None = None
+) -> list[bytes]:
+    """Deny unless an argument is one of these; then go on."""
+    allowed = list(values)
+    tests = [_instruction(_IF_EQUAL, value, len(allowed) - at, 0) for at, value in enumerate(allowed)]
+    masked = [] if mask is None else [_instruction(_AND, mask)]
+    return [_instruction(_LOAD, _ARGUMENTS + _ARGUMENT * place), *masked, *tests, *_DENIED, *then]
+
+
+def _bits(bits: int, if_any: list[bytes], if_none: list[bytes]) -> list[bytes]:
+    """What follows from the flags of `clone`, its first argument."""
+    return [
+        _instruction(_LOAD, _ARGUMENTS),
+        _instruction(_IF_ANY_BIT, bits, 0, len(if_any)),
+        *if_any,
+        *if_none,
+    ]
+
+
 def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
     return _INSTRUCTION.pack(code, if_true, if_false, value)
+
+
+_ALLOWED = [_instruction(_RETURN, _ALLOW)]
+_DENIED = [_instruction(_RETURN, _ERRNO | errno.EACCES)]

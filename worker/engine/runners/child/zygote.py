@@ -160,7 +160,7 @@ class Zygote:
         """Act on what has arrived: the newest of several leases counts. False if the worker is gone."""
         for _ in range(AT_ONCE):
             try:
-                data, descriptors, _, _ = socket.recv_fds(self._control, DATAGRAM, 3, socket.MSG_CMSG_CLOEXEC)
+                data, descriptors, _, _ = socket.recv_fds(self._control, DATAGRAM, 4, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 return True
             except OSError:
@@ -190,8 +190,8 @@ class Zygote:
         run, group = message["run"], None
         if message["grouped"] and self._groups is not None:
             group = self._groups.make(run)
-        channel, stdout, stderr = descriptors
-        place = child.RunPlace(channel, stdout, stderr, message["folder"], group)
+        channel, stdout, stderr, *door = descriptors
+        place = child.RunPlace(channel, stdout, stderr, message["folder"], group, *door)
         ruleset = None
         try:
             ruleset = None if self._sandbox is None else self._sandbox.ruleset(place.folder)
@@ -372,7 +372,7 @@ class Zygote:
 def _run_child(place: child.RunPlace, *, zygote: int, lock: int | None, ruleset: Ruleset | None) -> NoReturn:
     try:
         cap = child.isolate(place, zygote=zygote, lock=lock, ruleset=ruleset)
-        child.main(place.channel, cap)
+        child.main(place.channel, cap, place.door)
     except BaseException as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode("utf-8", "replace"))
     finally:

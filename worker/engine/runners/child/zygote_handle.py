@@ -1,4 +1,4 @@
-"""The zygote as the worker sees it: its process, and the messages to and from it."""
+"""Processes that a worker execs and speaks with over a socket: the zygote, and the broker."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,39 +21,55 @@ from worker.handlers.installed import environment
 from worker.telemetry.events import emit
 
 Message = Mapping[str, Any]
-_DATAGRAM = 65_536
+# Bytes of a datagram that is read, and of the buffer for those that are sent; the kernel may allow less.
+_DATAGRAM = 256 * 1024
+_BUFFER = 1024 * 1024
 _STEP = 0.002
 
 
-class ZygoteHandle:
-    """One zygote process, alive or not. `send` is thread-safe."""
+class HelperProcess:
+    """A process of a module of this package, alive or not, and its control socket, which has JSON datagrams.
 
-    def __init__(self, setup: Setup) -> None:
+    The module gets the socket's descriptor and `arguments`. `send` is thread-safe.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        variables: Iterable[str],
+        passed: Sequence[int] = (),
+        *,
+        own_session: bool = False,
+    ) -> None:
+        """`variables` of the environment and the descriptors `passed` are those that it inherits.
+
+        With an `own_session` it and what it forks are told from other children.
+        """
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
-        given = [number for number in (setup.lock, setup.describing) if number is not None]
+        for end in (self._control, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
         with theirs:
             self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-m", "worker.engine.runners.child.zygote"),
-                    *(str(theirs.fileno()), replace(setup, parent=os.getpid()).as_json()),
-                ],
-                env=environment(setup.environment),
-                pass_fds=[theirs.fileno(), *given],
+                [sys.executable, "-P", "-m", module, str(theirs.fileno()), *arguments],
+                env=environment(variables),
+                pass_fds=[theirs.fileno(), *passed],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                start_new_session=True,
+                start_new_session=own_session,
             )
         self.pid = self._process.pid
-        born = linux.process_of(self.pid)
-        self._started = 0.0 if born is None else born.started
         self._pidfd = os.pidfd_open(self.pid)
         self._sending = threading.Lock()
         self._unsent: deque[tuple[bytes, Sequence[int]]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
-        emit("zygote.started", pid=self.pid)
 
-    def attach(self, on_message: Callable[[Message], None], on_death: Callable[[], None]) -> None:
+    @property
+    def is_attached(self) -> bool:
+        return self._loop is not None
+
+    def attach(self, on_message: Callable[[Any], None], on_death: Callable[[], None]) -> None:
         """Listen on the running loop; `on_death` is called once, when the process is gone."""
         self._loop = loop = asyncio.get_running_loop()
 
@@ -74,35 +90,24 @@ class ZygoteHandle:
                 self._loop.call_soon_threadsafe(self._send_later)
 
     def close(self) -> None:
+        """Close the socket, at which the process ends."""
         if self._loop is not None:
             self._loop.remove_reader(self._control)
             self._loop.remove_reader(self._pidfd)
             self._loop.remove_writer(self._control)
-        self._control.close()
+        with self._sending:
+            self._control.close()
+            self._flush()
 
     async def gone(self, patience: float) -> None:
-        """Wait until the process has ended, killing it after `patience` seconds; kill what it leaves."""
+        """Wait until the process has ended, killing it after `patience` seconds."""
         loop = asyncio.get_running_loop()
         until = loop.time() + patience
         while self._process.poll() is None:
             if loop.time() >= until:
                 self._process.kill()
             await asyncio.sleep(_STEP)
-        await self._end_adopted()
         os.close(self._pidfd)
-
-    async def _end_adopted(self) -> None:
-        """Kill what the dead zygote has left to this process, a subreaper: it is younger than the zygote."""
-        while True:
-            table = linux.processes()
-            left = {process.pid for process in linux.adopted(table) if process.started >= self._started}
-            if not left:
-                return
-            # Parents first: one must not report how its children end.
-            linux.send([*left, *linux.descendants(table, left)], signal.SIGKILL)
-            await asyncio.sleep(_STEP)
-            for pid in left:
-                linux.reap(pid)
 
     def _receive(self, on_message: Callable[[Message], None]) -> None:
         while True:
@@ -125,7 +130,7 @@ class ZygoteHandle:
                 socket.send_fds(self._control, [data], descriptors)
             except BlockingIOError:
                 return False
-            except OSError:  # it is dead; its runs are about to end
+            except OSError:  # it is dead, which its pidfd reports
                 pass
             self._unsent.popleft()
             for descriptor in descriptors:
@@ -140,3 +145,34 @@ class ZygoteHandle:
         with self._sending:
             if self._flush() and self._loop is not None:
                 self._loop.remove_writer(self._control)
+
+
+class ZygoteHandle(HelperProcess):
+    """One zygote process."""
+
+    def __init__(self, setup: Setup) -> None:
+        passed = [number for number in (setup.lock, setup.describing) if number is not None]
+        arguments = [replace(setup, parent=os.getpid()).as_json()]
+        module, variables = "worker.engine.runners.child.zygote", setup.environment
+        super().__init__(module, arguments, variables, passed, own_session=True)
+        born = linux.process_of(self.pid)
+        self._started = 0.0 if born is None else born.started
+        emit("zygote.started", pid=self.pid)
+
+    async def gone(self, patience: float) -> None:
+        """As `HelperProcess.gone`; kills what it leaves."""
+        await super().gone(patience)
+        await self._end_adopted()
+
+    async def _end_adopted(self) -> None:
+        """Kill what the dead zygote has left to this process, a subreaper: it is younger than the zygote."""
+        while True:
+            table = linux.processes()
+            left = {process.pid for process in linux.adopted(table) if process.started >= self._started}
+            if not left:
+                return
+            # Parents first: one must not report how its children end.
+            linux.send([*left, *linux.descendants(table, left)], signal.SIGKILL)
+            await asyncio.sleep(_STEP)
+            for pid in left:
+                linux.reap(pid)

@@ -1,0 +1,48 @@
+"""The broker as runners see it: what sends the requests of runs, if the feature that has it is installed."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from typing import Protocol
+
+from worker.engine.runners.contract import RunServices, Work
+from worker.model.runs.lease import Lease
+
+
+class BrokeredAttempt(Protocol):
+    """One attempt, whose token and bound secrets the broker gets with its first request."""
+
+    def open(self, door: socket.socket) -> None:
+        """Serve what its process passes over the other end of `door`, which this closes at the end."""
+
+    def connect(self) -> socket.socket:
+        """A stream to the broker, for a handler in this process. Raises OSError once it has ended."""
+
+    def stop(self) -> None:
+        """Send nothing more of what is queued, and close its connections: it is killed, or its lease lost."""
+
+    async def end(self) -> None:
+        """Drop it: none of its processes is left. What it has sent is in its services afterwards."""
+
+    def drop(self) -> None:
+        """Drop it without waiting, unless that is done; what it has sent is not recorded."""
+
+
+class EgressBroker(Protocol):
+    """The broker's process, which is started anew when it ends."""
+
+    def start(self) -> None:
+        """Start it; call this before any key is read. Needs no running loop."""
+
+    def serve(self, work: Work, services: RunServices) -> BrokeredAttempt:
+        """Serve an attempt."""
+
+    def environment(self, work: Work) -> Mapping[str, str]:
+        """The placeholders of the variables that are bound to an origin, for a process of the run."""
+
+    def renewed(self, lease: Lease) -> None:
+        """The lease is renewed: runs may send until its `freeze_at`. Thread-safe."""
+
+    async def close(self) -> None:
+        """End it."""

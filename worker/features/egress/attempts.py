@@ -1,0 +1,172 @@
+"""Attempts, as the broker serves them: what each may reach, with which values, and what it has sent."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from worker.features.egress.injection import Value
+from worker.features.egress.requests import Refused, Request, shown
+from worker.guard.urls import Origin, is_loopback, origin_of
+from worker.model.egress import Gate
+
+# Origins of one attempt that are counted by themselves.
+MAX_ORIGINS = 100
+OTHERS = "others"
+# Streams of one attempt at a time.
+MAX_STREAMS = 256
+
+
+class Stream(Protocol):
+    def close(self) -> None:
+        """Close it now, with the connection of its request."""
+
+
+@dataclass(slots=True)
+class Totals:
+    """What an attempt has sent to one origin. Bytes are those of heads and bodies, without TLS."""
+
+    requests: int = 0
+    bytes_out: int = 0
+    bytes_in: int = 0
+    statuses: dict[str, int] = field(default_factory=dict)
+    denied: int = 0
+    waited: float = 0.0
+
+
+@dataclass(slots=True)
+class Held:
+    """A token, and until when it is used, by the monotonic clock."""
+
+    text: bytes = field(repr=False)
+    until: float
+
+
+# Asks the worker for a token of an attempt: (number, fresh) -> text, seconds for which it is used.
+AskToken = Callable[[int, bool], Awaitable["Held"]]
+
+
+class NoToken(Exception):
+    """The worker has no token for the run now."""
+
+    def __init__(self, code: str, message: str, retry_after: float | None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry_after = retry_after
+
+
+class Attempt:
+    """One attempt, from its first request until the worker ends it."""
+
+    def __init__(self, fields: Mapping[str, Any], ask: AskToken) -> None:
+        self.number: int = fields["number"]
+        self.org: str = fields["org"]
+        self.traced: bool = fields["traced"]
+        # Whether the run has the token itself; then nothing is gained by masking it.
+        self.revealed: bool = fields["revealed"]
+        self.gate = Gate(fields["lists"], fields["api_origins"], fields["private_origins"])
+        insecure = frozenset(map(origin_of, fields["insecure_origins"]))
+        # Configuration already refuses an unencrypted origin; this is the second line of defence.
+        self._token_origins = frozenset(
+            origin
+            for origin in self.gate.api
+            if origin.scheme == "https" or is_loopback(origin.host) or origin in insecure
+        )
+        self._token_placeholder = fields["token_placeholder"].encode()
+        self._secrets: dict[Origin, list[Value]] = {}
+        self._ask = ask
+        self._token: Held | None = None
+        self._asking: asyncio.Task[Held] | None = None
+        self.streams: set[Stream] = set()
+        self.stopped = False
+        self.totals: dict[str, Totals] = {}
+        self.changed = False
+
+    def bind(self, fields: Mapping[str, Any]) -> None:
+        """Take a bound secret."""
+        header = fields["header"]
+        value = Value(
+            fields["placeholder"].encode(),
+            fields["value"].encode("latin-1"),
+            None if header is None else header.lower().encode(),
+        )
+        self._secrets.setdefault(origin_of(fields["origin"]), []).append(value)
+
+    def check(self, request: Request) -> None:
+        """Raise Refused unless the lists allow the origin of a request."""
+        if not self.gate.allows(request.origin):
+            origin = shown(request.origin)
+            raise Refused(
+                "denied",
+                f"{origin} is not in the egress list of this run: add it to egress of @job(...), and to that "
+                "of the definition or of [execution], where they narrow it",
+            )
+
+    def checks_address(self, request: Request) -> bool:
+        return self.gate.checks_address(request.origin, public=request.public)
+
+    async def values(self, request: Request) -> tuple[list[Value], Value | None]:
+        """The values for a request, and that of the token if it goes to the origin. Raises NoToken."""
+        values = list(self._secrets.get(request.origin, ()))
+        if request.origin not in self._token_origins:
+            return values, None
+        held = await self._held(fresh=request.fresh)
+        return values, Value(self._token_placeholder, held.text)
+
+    async def _held(self, *, fresh: bool) -> Held:
+        if not fresh and self._token is not None and time.monotonic() < self._token.until:
+            return self._token
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.ensure_future(self._renewed(fresh))
+        # Requests at the same time share the question; one that is cancelled does not end it.
+        return await asyncio.shield(self._asking)
+
+    async def _renewed(self, fresh: bool) -> Held:
+        self._token = await self._ask(self.number, fresh)
+        return self._token
+
+    def of(self, origin: Origin) -> Totals:
+        """The totals of an origin, or those of all others once there are many."""
+        self.changed = True
+        name = shown(origin)
+        if name not in self.totals and len(self.totals) >= MAX_ORIGINS:
+            name = OTHERS
+        return self.totals.setdefault(name, Totals())
+
+    def stop(self) -> None:
+        """Send nothing more, and close the connections of its requests."""
+        self.stopped = True
+        self.close_streams()
+
+    def close_streams(self) -> None:
+        for stream in list(self.streams):
+            stream.close()
+
+    def end(self) -> Sequence[dict[str, Any]]:
+        """Drop its token and secrets; the rows of its totals."""
+        self.stop()
+        self._token = None
+        self._secrets.clear()
+        if self._asking is not None:
+            self._asking.cancel()
+            self._asking = None
+        return self.rows()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The totals by origin."""
+        self.changed = False
+        return [
+            {
+                "origin": origin,
+                "requests": of.requests,
+                "bytes_out": of.bytes_out,
+                "bytes_in": of.bytes_in,
+                "statuses": of.statuses,
+                "denied": of.denied,
+                "waited_seconds": round(of.waited, 3),
+            }
+            for origin, of in self.totals.items()
+        ]

@@ -1,0 +1,304 @@
+"""The broker: a process that sends what runs ask for, and so holds tokens while it reads hostile bytes.
+
+So it confines itself before it hears of an org: it reads no files but those of the resolver, starts no
+process, and no core shows its memory. Over its control socket it gets attempts, doors, leases and answers,
+and sends questions and records, each a JSON datagram. When the worker is gone, it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import resource
+import signal
+import socket
+import ssl
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+from worker.engine.runners.child import landlock, linux, seccomp
+from worker.features.egress.attempts import Attempt, Held, NoToken
+from worker.features.egress.injection import Headers
+from worker.features.egress.network import Pools
+from worker.features.egress.requests import Request
+from worker.features.egress.streams import RunStream, Slot
+from worker.guard.urls import Origin
+
+DATAGRAM = 256 * 1024
+# Seconds between two looks at idle connections.
+TIDY = 1.0
+# Messages that are read before anything else is done.
+AT_ONCE = 64
+# The files that resolving a name and checking a certificate need while it runs.
+FILES = (
+    *("/etc/resolv.conf", "/etc/hosts", "/etc/host.conf", "/etc/gai.conf", "/etc/nsswitch.conf"),
+    *("/etc/services", "/etc/localtime", "/dev/urandom"),
+)
+CODE = ("/usr/lib", "/lib", "/lib64", "/usr/lib64")
+# Modules that are imported at a first use, when their files cannot be read any more.
+LATE = ("anyio._backends._asyncio", "encodings.idna", "concurrent.futures.thread")
+Message = Mapping[str, Any]
+
+
+class NoWait:
+    """The slot of an origin without limits."""
+
+    waited = 0.0
+
+    def release(self) -> None:
+        """Nothing was taken."""
+
+
+NO_WAIT = NoWait()
+
+
+class BrokerProcess:
+    """Serves the doors of attempts; `control` leads to the worker."""
+
+    def __init__(self, control: socket.socket, context: ssl.SSLContext, **network: Any) -> None:
+        self._control = control
+        self._loop = asyncio.get_running_loop()
+        self.pools = Pools(context, self.may_send, **network)
+        self.attempts: dict[int, Attempt] = {}
+        self._doors: dict[int, socket.socket] = {}
+        self._freeze_at = float("inf")
+        self._freezing: asyncio.TimerHandle | None = None
+        self._numbers = itertools.count(1)
+        self._asked: dict[int, asyncio.Future[Message]] = {}
+        self._unsent: deque[bytes] = deque()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.ended = asyncio.Event()
+
+    async def serve(self) -> None:
+        """Serve until the worker is gone."""
+        self._loop.add_reader(self._control, self._receive)
+        self._tell({"op": "ready"})
+        while not self.ended.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TIDY):
+                    await self.ended.wait()
+            await self.pools.tidy()
+
+    # What streams need
+
+    def may_send(self) -> bool:
+        return time.monotonic() < self._freeze_at
+
+    async def admit(self, attempt: Attempt, origin: Origin) -> Slot:
+        return NO_WAIT
+
+    def answered(self, attempt: Attempt, request: Request, status: int, headers: Headers) -> None:
+        """Limits learn of it."""
+
+    def denied(self, attempt: Attempt, origin: str, reason: str) -> None:
+        self._tell({"op": "denied", "number": attempt.number, "origin": origin, "reason": reason})
+
+    def sent(self, attempt: Attempt, request: Request, began: int, status: int | None, error: str) -> None:
+        where = {"method": request.method, "host": request.origin.host, "port": request.origin.port}
+        when = {"began": began, "ended": time.time_ns()}
+        self._tell(
+            {"op": "sent", "number": attempt.number, "status": status, "error": error, **where, **when}
+        )
+
+    async def ask(self, message: Message) -> Message:
+        """The worker's answer to a question."""
+        number = next(self._numbers)
+        answer: asyncio.Future[Message] = self._loop.create_future()
+        self._asked[number] = answer
+        self._tell({**message, "n": number})
+        try:
+            return await answer
+        finally:
+            self._asked.pop(number, None)
+
+    # Messages of the worker
+
+    def _receive(self) -> None:
+        for _ in range(AT_ONCE):
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self._control, DATAGRAM, 1, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                return
+            except OSError:
+                data, descriptors = b"", []
+            if not data:
+                self._loop.remove_reader(self._control)
+                self.ended.set()
+                return
+            self._obey(json.loads(data), descriptors)
+
+    def _obey(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        number = message.get("number")
+        match message["op"]:
+            case "attempt":
+                self.attempts[message["number"]] = Attempt(message, self._token)
+            case "secret" if number in self.attempts:
+                self.attempts[message["number"]].bind(message)
+            case "door":
+                self._open(message["number"], socket.socket(fileno=descriptors[0]))
+            case "stream":
+                self._accept(message["number"], descriptors[0])
+            case "lease":
+                self._renew(message["freeze_at"])
+            case "stop" if number in self.attempts:
+                self.attempts[message["number"]].stop()
+            case "end":
+                self._end(message["number"])
+            case "answer":
+                answer = self._asked.get(message["n"])
+                if answer is not None and not answer.done():
+                    answer.set_result(message)
+
+    def _open(self, number: int, door: socket.socket) -> None:
+        """Accept the streams that a run passes over its door."""
+        door.setblocking(False)
+        self._doors[number] = door
+        self._loop.add_reader(door, self._pass, number, door)
+
+    def _pass(self, number: int, door: socket.socket) -> None:
+        for _ in range(AT_ONCE):
+            try:
+                data, descriptors, _, _ = socket.recv_fds(door, 16, 1, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                return
+            except OSError:
+                data, descriptors = b"", []
+            for descriptor in descriptors:
+                self._accept(number, descriptor)
+            if not data:  # no process holds the other end
+                self._loop.remove_reader(door)
+                return
+
+    def _accept(self, number: int, descriptor: int) -> None:
+        stream, attempt = socket.socket(fileno=descriptor), self.attempts.get(number)
+        # A run can pass any descriptor.
+        if attempt is None or (stream.family, stream.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            stream.close()
+            return
+        stream.setblocking(False)
+        self._begin(self._loop.create_connection(lambda: RunStream(self, attempt), sock=stream))
+
+    def _end(self, number: int) -> None:
+        """Drop all of an attempt, and tell the worker what it has sent."""
+        if (door := self._doors.pop(number, None)) is not None:
+            self._loop.remove_reader(door)
+            door.close()
+        attempt = self.attempts.pop(number, None)
+        self._tell({"op": "ended", "number": number, "rows": attempt.end() if attempt else []})
+
+    # Leases
+
+    def _renew(self, freeze_at: float) -> None:
+        self._freeze_at = freeze_at
+        if self._freezing is not None:
+            self._freezing.cancel()
+        # A stopped process learns here that it is late: `may_send` has said so already.
+        self._freezing = self._loop.call_later(max(freeze_at - time.monotonic(), 0), self._freeze)
+
+    def _freeze(self) -> None:
+        if self.may_send():
+            self._renew(self._freeze_at)
+            return
+        for attempt in self.attempts.values():
+            attempt.close_streams()
+        self._begin(self.pools.close())
+
+    # Questions
+
+    async def _token(self, number: int, fresh: bool) -> Held:
+        answer = await self.ask({"op": "token", "number": number, "fresh": fresh})
+        if "error" in answer:
+            error = answer["error"]
+            raise NoToken(error["code"], error["message"], error["retry_after"])
+        return Held(answer["text"].encode(), time.monotonic() + answer["seconds"])
+
+    def _begin(self, work: Any) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _tell(self, message: Message) -> None:
+        self._unsent.append(json.dumps(message).encode())
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent:
+                self._control.send(self._unsent[0])
+                self._unsent.popleft()
+        except BlockingIOError:
+            self._loop.add_writer(self._control, self._flush)
+            return
+        except OSError:  # the worker is gone, which the next read reports
+            self._unsent.clear()
+        self._loop.remove_writer(self._control)
+
+
+def confine(*, landlocked: bool, filtered: bool) -> None:
+    """Confine this process for good. Raises OSError."""
+    linux.hide_memory()
+    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # 1 also turns off a program that gets cores
+    if landlocked:
+        ruleset = landlock.Ruleset(landlock.abi())
+        for path, access in ((FILES, landlock.READ), (CODE, landlock.READ_AND_EXECUTE)):
+            for each in path:
+                _allow(ruleset, each, access)
+        ruleset.restrict()
+    if filtered:
+        seccomp.restrict()
+        seccomp.restrict(seccomp.BROKER)
+
+
+def _allow(ruleset: landlock.Ruleset, path: str, access: int) -> None:
+    try:
+        descriptor = os.open(os.path.realpath(path), os.O_PATH | os.O_CLOEXEC)
+    except OSError:  # it does not exist
+        return
+    try:
+        ruleset.allow(descriptor, access, is_folder=os.path.isdir(path))
+    finally:
+        os.close(descriptor)
+
+
+def tls_context() -> ssl.SSLContext:
+    """As httpx makes it, without importing it: certifi's authorities, or those that a variable names."""
+    for name, load in (("SSL_CERT_FILE", "cafile"), ("SSL_CERT_DIR", "capath")):
+        if path := os.environ.get(name):
+            return ssl.create_default_context(**{load: path})  # type: ignore[arg-type]
+    import certifi
+
+    return ssl.create_default_context(cafile=certifi.where())
+
+
+async def _serve(control: socket.socket, prepare: Callable[[], None]) -> None:
+    context = tls_context()
+    # Before there is a second thread: only threads that start later are confined too.
+    prepare()
+    await BrokerProcess(control, context).serve()
+
+
+def main() -> None:
+    """`python -m worker.features.egress.broker DESCRIPTOR PARENT SETUP`, for worker and host only."""
+    control, parent, setup = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), json.loads(sys.argv[3])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # only the worker ends it
+    linux.name_process(linux.ProcessName.BROKER)
+    linux.die_with_parent()
+    if os.getppid() != parent:
+        sys.exit(os.EX_UNAVAILABLE)
+    linux.allow_many_descriptors()
+    control.setblocking(False)
+    for name in LATE:
+        import_module(name)
+    asyncio.run(_serve(control, lambda: confine(**setup)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""The broker as its worker or host sees it: its process, and the attempts that it serves."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import socket
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from worker.clock import Clock
+from worker.engine.runners.child.zygote_handle import HelperProcess
+from worker.engine.runners.contract import RunServices, Work
+from worker.errors import WorkerError
+from worker.handlers.calls import AskToken
+from worker.handlers.given import HeldToken
+from worker.model.egress import TOKEN, BoundSecret, placeholder_of
+from worker.model.runs.lease import Lease
+from worker.telemetry.events import emit
+
+Message = Mapping[str, Any]
+MODULE = "worker.features.egress.broker"
+# Seconds between starts of a broker that does not come up, at first and at most.
+RESTART = 0.05
+LONGEST_RESTART = 5.0
+# Seconds until a broker whose control socket is closed is killed.
+CLOSE = 1.0
+# Seconds that the end of an attempt waits for its record.
+RECORD = 1.0
+# Variables by which OpenSSL and HTTP libraries find certificate authorities.
+AUTHORITIES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+
+
+class BrokerHandle:
+    """Implements `engine.runners.egress.EgressBroker`. `confinement` is that of `broker.confine`."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        confinement: Mapping[str, bool],
+        *,
+        bound: Sequence[BoundSecret] = (),
+        traced: bool = False,
+    ) -> None:
+        """`bound` are of this process's environment, for all attempts; `traced` if requests have spans."""
+        self._clock = clock
+        self._confinement = confinement
+        self.bound = tuple(bound)
+        self.traced = traced
+        self._numbers = itertools.count(1)
+        self._process: HelperProcess | None = None
+        self._lease: Message | None = None
+        self._attempts: dict[int, _Attempt] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+        self._pause = RESTART
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        arguments = [str(os.getpid()), json.dumps(dict(self._confinement))]
+        self._process = HelperProcess(MODULE, arguments, AUTHORITIES)
+        emit("broker.started", pid=self._process.pid)
+
+    def serve(self, work: Work, services: RunServices) -> _Attempt:
+        self._attach()
+        return _Attempt(self, next(self._numbers), work, services, self._clock)
+
+    def environment(self, work: Work) -> Mapping[str, str]:
+        return {bound.name: placeholder_of(work.run_id, bound.name) for bound in self.bound}
+
+    def renewed(self, lease: Lease) -> None:
+        self._lease = {"op": "lease", "freeze_at": lease.freeze_at}
+        if (process := self._process) is not None:
+            process.send(self._lease)
+
+    async def close(self) -> None:
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        process, self._process = self._process, None
+        if process is not None:
+            process.close()
+            await process.gone(CLOSE)
+
+    # For attempts
+
+    def add(self, attempt: _Attempt) -> None:
+        """Give the broker an attempt, at its first request."""
+        self._attempts[attempt.number] = attempt
+        self._introduce(attempt)
+
+    def remove(self, attempt: _Attempt) -> None:
+        self._attempts.pop(attempt.number, None)
+
+    def send(self, message: Message, descriptor: int | None = None) -> None:
+        if self._process is not None:
+            self._process.send(message, () if descriptor is None else (os.dup(descriptor),))
+
+    def begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _introduce(self, attempt: _Attempt) -> None:
+        for message in attempt.introduction():
+            self.send(message)
+        if attempt.door is not None:
+            self.send({"op": "door", "number": attempt.number}, attempt.door.fileno())
+
+    # The process
+
+    def _attach(self) -> None:
+        if self._process is not None and not self._process.is_attached:
+            self._process.attach(self._receive, self._died)
+            if self._lease is not None:
+                self._process.send(self._lease)
+
+    def _died(self) -> None:
+        if not self._closed:
+            emit("broker.died", pid=self.pid, attempts=len(self._attempts))
+            self.begin(self._restart())
+
+    async def _restart(self) -> None:
+        """Start another broker, and give it what the last one had."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.close()
+            await process.gone(0)
+        await asyncio.sleep(self._pause)
+        self._pause = min(self._pause * 2, LONGEST_RESTART)
+        if self._closed:
+            return
+        for attempt in self._attempts.values():
+            attempt.lost()
+        self.start()
+        self._attach()
+        for attempt in self._attempts.values():
+            self._introduce(attempt)
+
+    def _receive(self, message: dict[str, Any]) -> None:
+        attempt = self._attempts.get(message.get("number", 0))
+        match message["op"]:
+            case "ready":
+                self._pause = RESTART
+            case "token" if attempt is not None:
+                self.begin(self._answer_token(attempt, message))
+            case "denied" if attempt is not None:
+                attempt.services.denied(message["origin"], message["reason"])
+            case "ended" if attempt is not None:
+                attempt.recorded(message["rows"])
+
+    async def _answer_token(self, attempt: _Attempt, question: Message) -> None:
+        answer = await attempt.token(fresh=question["fresh"])
+        self.send({"op": "answer", "n": question["n"], **answer})
+
+
+class _Attempt:
+    """Implements `engine.runners.egress.BrokeredAttempt`."""
+
+    def __init__(
+        self, broker: BrokerHandle, number: int, work: Work, services: RunServices, clock: Clock
+    ) -> None:
+        self.number = number
+        self.services = services
+        self.door: socket.socket | None = None
+        self._broker = broker
+        self._work = work
+        self._held = HeldToken(work.token, work.claims, clock)
+        self._clock = clock
+        self._known = self._stopped = self._ended = False
+        self._rows: asyncio.Future[list[dict[str, Any]]] | None = None
+
+    def open(self, door: socket.socket) -> None:
+        # Most runs never send a request: the broker hears of those that do.
+        self.door = door
+        asyncio.get_running_loop().add_reader(door, self._first)
+
+    def connect(self) -> socket.socket:
+        if self._ended or self._stopped:
+            raise OSError("the attempt has ended")
+        self._make_known()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            self._broker.send({"op": "stream", "number": self.number}, theirs.fileno())
+        return ours
+
+    def stop(self) -> None:
+        self._stopped = True
+        if self._known:
+            self._broker.send({"op": "stop", "number": self.number})
+
+    async def end(self) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        if self._known:
+            self._rows = asyncio.get_running_loop().create_future()
+            self._broker.send({"op": "end", "number": self.number})
+            with suppress(TimeoutError):
+                async with asyncio.timeout(RECORD):
+                    await self._rows
+        self._forget()
+
+    def drop(self) -> None:
+        if not self._ended:
+            self._ended = True
+            if self._known:
+                self._broker.send({"op": "end", "number": self.number})
+            self._forget()
+
+    def introduction(self) -> list[Message]:
+        """What the broker has to know of it. A secret is at most 16 KiB, and goes alone."""
+        work = self._work
+        about = {
+            "op": "attempt",
+            "number": self.number,
+            "org": work.org_code,
+            "lists": work.egress.lists,
+            "api_origins": work.api_origins,
+            "private_origins": work.private_origins,
+            "insecure_origins": work.insecure_origins,
+            "revealed": work.egress.is_open or work.egress.reveal_token,
+            "token_placeholder": placeholder_of(work.run_id, TOKEN),
+            "traced": self._broker.traced,
+        }
+        messages: list[Message] = [about]
+        for bound in (*work.bound, *self._broker.bound):
+            one = {"value": bound.value, "origin": bound.origin, "header": bound.header}
+            placeholder = bound.placeholder or placeholder_of(work.run_id, bound.name)
+            messages.append({"op": "secret", "number": self.number, "placeholder": placeholder, **one})
+        if self._stopped:
+            messages.append({"op": "stop", "number": self.number})
+        return messages
+
+    async def token(self, *, fresh: bool) -> dict[str, Any]:
+        """The answer to a question for the token of the attempt."""
+        held = self._held
+        if self._ended:
+            return {"error": {"code": "lease_lost", "message": "the run has ended", "retry_after": None}}
+        try:
+            if fresh or held.stale:
+                held.token, held.claims = await self.services.ask(AskToken(fresh))
+        except WorkerError as error:
+            pause = getattr(error, "retry_after", None)
+            return {"error": {"code": error.code, "message": error.message, "retry_after": pause}}
+        seconds = max((held.token.expires_at - held.margin - self._clock.now()).total_seconds(), 0.0)
+        return {"text": held.token.reveal(), "seconds": seconds}
+
+    def recorded(self, rows: list[dict[str, Any]]) -> None:
+        """The totals of the attempt, at its end."""
+        if rows:
+            self.services.egress(rows)
+        if self._rows is not None and not self._rows.done():
+            self._rows.set_result(rows)
+
+    def lost(self) -> None:
+        """The broker has ended, and with it what it had counted."""
+        if self._rows is not None and not self._rows.done():
+            self._rows.set_result([])
+
+    def _first(self) -> None:
+        """The run has passed its first stream, or all of its processes are gone."""
+        if self.door is not None:
+            asyncio.get_running_loop().remove_reader(self.door)
+            if not self._ended:
+                self._make_known()
+
+    def _make_known(self) -> None:
+        if not self._known:
+            self._known = True
+            self._broker.add(self)
+
+    def _forget(self) -> None:
+        self._broker.remove(self)
+        if self.door is not None:
+            asyncio.get_running_loop().remove_reader(self.door)
+            self.door.close()
+            self.door = None

@@ -1,0 +1,339 @@
+"""Streams of runs: each carries one request at a time to the broker, and its answer back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import zlib
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, Protocol, cast
+
+import httpcore
+
+from worker.features.egress.attempts import MAX_STREAMS, Attempt, NoToken, Totals
+from worker.features.egress.injection import Decoder, Headers, Mask, NoDecoder, decoder_of, inject
+from worker.features.egress.network import NotPublic, Pools
+from worker.features.egress.requests import Refused, Request, read_request, shown
+from worker.guard.urls import Origin
+from worker.handlers.frames import (
+    ANSWER,
+    DATA,
+    END,
+    FAILED,
+    HEAD,
+    SENDING,
+    BrokenFrame,
+    Frame,
+    Frames,
+    data_frames,
+    frame,
+    json_frame,
+)
+
+# Bytes of a body that may wait to be sent, before its stream is read no further.
+UNSENT = 256 * 1024
+# Of an answer, which the broker frames anew.
+_OF_CONNECTION = (b"connection", b"keep-alive", b"transfer-encoding", b"trailer", b"upgrade")
+_OF_BODY = (b"content-length", b"content-encoding", b"content-md5", b"etag", b"digest")
+# In the headers of a request whose answer is masked.
+_ACCEPT = b"accept-encoding"
+
+
+class Slot(Protocol):
+    """Leave to send one request; `waited` in seconds."""
+
+    waited: float
+
+    def release(self) -> None: ...
+
+
+class Broker(Protocol):
+    """What streams need of the broker."""
+
+    pools: Pools
+
+    def may_send(self) -> bool:
+        """Whether the worker's lease holds."""
+
+    async def admit(self, attempt: Attempt, origin: Origin) -> Slot:
+        """Wait for the limits of an origin. Raises Refused."""
+
+    def answered(self, attempt: Attempt, request: Request, status: int, headers: Headers) -> None:
+        """Take what an answer says of the limits of its service."""
+
+    def denied(self, attempt: Attempt, origin: str, reason: str) -> None:
+        """Report a request that is not sent."""
+
+    def sent(self, attempt: Attempt, request: Request, began: int, status: int | None, error: str) -> None:
+        """Report a request for its trace; `began` in nanoseconds since 1970."""
+
+
+class RunStream(asyncio.Protocol):
+    """One stream of a run."""
+
+    _transport: asyncio.Transport
+
+    def __init__(self, broker: Broker, attempt: Attempt) -> None:
+        self._broker = broker
+        self._attempt = attempt
+        self._frames = Frames()
+        self._task: asyncio.Task[None] | None = None
+        self._body: deque[bytes] = deque()
+        self._size = 0
+        self._body_ended = True
+        self._wakes = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        if self._attempt.stopped or len(self._attempt.streams) >= MAX_STREAMS:
+            self._transport.abort()
+            return
+        self._attempt.streams.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for found in self._frames.feed(data):
+                self._take(found)
+        except BrokenFrame:
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._attempt.streams.discard(self)
+        self._room.set()
+        if self._task is not None:
+            self._task.cancel()
+
+    def pause_writing(self) -> None:
+        self._room.clear()
+
+    def resume_writing(self) -> None:
+        self._room.set()
+
+    def close(self) -> None:
+        """Close it now, with the connection of its request."""
+        self._attempt.streams.discard(self)
+        if self._task is not None:
+            self._task.cancel()
+        self._transport.abort()
+
+    def _take(self, found: Frame) -> None:
+        if found.kind == HEAD and self._task is None:
+            self._body_ended = False
+            self._task = asyncio.create_task(self._serve(found))
+        elif found.kind == DATA and not self._body_ended:
+            self._body.append(found.body)
+            self._size += len(found.body)
+            if self._size > UNSENT:
+                self._transport.pause_reading()
+        elif found.kind == END and not self._body_ended:
+            self._body_ended = True
+        else:
+            raise BrokenFrame("a frame out of its order")
+        self._wakes.set()
+
+    async def _parts(self) -> AsyncIterator[bytes]:
+        """The body of the request, as it arrives."""
+        while True:
+            while self._body:
+                part = self._body.popleft()
+                self._size -= len(part)
+                if self._size <= UNSENT // 2:
+                    self._transport.resume_reading()
+                yield part
+            if self._body_ended:
+                return
+            self._wakes.clear()
+            await self._wakes.wait()
+
+    async def write(self, data: bytes) -> None:
+        """Send data to the run; waits while it does not read."""
+        self._transport.write(data)
+        if not self._room.is_set():
+            await self._room.wait()
+
+    # A request
+
+    async def _serve(self, head: Frame) -> None:
+        failure: Mapping[str, Any] | None = None
+        try:
+            await _Exchange(self._broker, self._attempt, self.write, self._parts).run(head)
+        except (Refused, NotPublic, NoToken, BrokenFrame, httpcore.TimeoutException) as error:
+            failure = failure_of(error)
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol) as error:
+            failure = failure_of(error)
+        except (zlib.error, ValueError) as error:
+            failure = {"error": "RemoteProtocolError", "message": f"the answer cannot be read: {error}"}
+        finally:
+            # Its frames, and so its exception, have values in them.
+            self._task = None
+        # Only now: the run may send the next head at once.
+        self._transport.write(frame(END) if failure is None else json_frame(FAILED, failure))
+        if not self._body_ended:
+            # The rest of a body that nobody wants.
+            self._attempt.streams.discard(self)
+            self._transport.close()
+        self._body.clear()
+        self._size = 0
+
+
+def failure_of(error: Exception) -> dict[str, Any]:
+    """An error as a FAILED frame says it; see `handlers.brokered`."""
+    match error:
+        case Refused():
+            return {"error": error.kind, "message": str(error)}
+        case NotPublic():
+            return {"error": "address", "message": str(error)}
+        case NoToken():
+            more = {"code": error.code, "retry_after": error.retry_after}
+            return {"error": "no_token", "message": str(error), **more}
+    name, message = type(error).__name__, str(error)
+    if isinstance(error, httpcore.ProtocolError):
+        message = "the exchange does not keep to HTTP/1.1"  # theirs quotes what was sent or received
+    # Errors of httpcore and httpx have the same names.
+    return {"error": name, "message": message or name}
+
+
+class _Exchange:
+    """One request of an attempt and its answer."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        attempt: Attempt,
+        write: Callable[[bytes], Awaitable[None]],
+        parts: Callable[[], AsyncIterator[bytes]],
+    ) -> None:
+        self._broker = broker
+        self._attempt = attempt
+        self._write = write
+        self._parts = parts
+
+    async def run(self, head: Frame) -> None:
+        """Send the request and pass on its answer. Raises what `RunStream` knows."""
+        request, attempt, broker = read_request(head.fields()), self._attempt, self._broker
+        try:
+            attempt.check(request)
+        except Refused as refused:
+            attempt.of(request.origin).denied += 1
+            broker.denied(attempt, shown(request.origin), refused.kind)
+            raise
+        values, token = await attempt.values(request)
+        slot = await broker.admit(attempt, request.origin)
+        totals, began, status, failed = attempt.of(request.origin), time.time_ns(), None, ""
+        totals.waited += slot.waited
+        try:
+            headers, masked, authorized = prepared(request, values, token, revealed=attempt.revealed)
+            status = await self._sent(request, headers, masked, authorized, totals)
+        except NotPublic as error:
+            totals.denied += 1
+            failed = "NotPublic"
+            broker.denied(attempt, shown(request.origin), str(error))
+            raise
+        except BaseException as error:
+            failed = type(error).__name__
+            raise
+        finally:
+            slot.release()
+            if attempt.traced:
+                broker.sent(attempt, request, began, status, failed)
+
+    async def _sent(
+        self, request: Request, headers: Headers, masked: list[bytes], authorized: bool, totals: Totals
+    ) -> int:
+        if self._attempt.stopped or not self._broker.may_send():
+            raise Refused("ConnectError", "the worker's lease does not hold now; nothing was sent")
+        url = request.url()
+        pool = self._broker.pools.of(self._attempt.org, checked=self._attempt.checks_address(request))
+        names = {name.lower() for name, _ in headers}
+        body = self._counted(totals)
+        if b"content-length" not in names and (first := await anext(body, None)) is not None:
+            headers.append((b"Transfer-Encoding", b"chunked"))
+            body = _with(first, body)
+        await self._write(frame(SENDING))
+        totals.requests += 1
+        totals.bytes_out += sum(len(name) + len(value) + 4 for name, value in headers) + len(request.target)
+        sent = httpcore.Request(
+            request.method, url, headers=headers, content=body, extensions={"timeout": dict(request.timeout)}
+        )
+        connection = await pool.take(url)
+        try:
+            response = await connection.handle_async_request(sent)
+            try:
+                await self._passed(request, response, masked, authorized, totals)
+            finally:
+                await response.aclose()
+        except BaseException:
+            await connection.aclose()
+            raise
+        await pool.keep(url, connection)
+        return response.status
+
+    async def _passed(
+        self,
+        request: Request,
+        response: httpcore.Response,
+        masked: list[bytes],
+        authorized: bool,
+        totals: Totals,
+    ) -> None:
+        """Pass on an answer, with the values that were sent masked."""
+        status = str(response.status)
+        totals.statuses[status] = totals.statuses.get(status, 0) + 1
+        totals.bytes_in += sum(len(name) + len(value) + 4 for name, value in response.headers)
+        self._broker.answered(self._attempt, request, response.status, response.headers)
+        headers = [(name, value) for name, value in response.headers if name.lower() not in _OF_CONNECTION]
+        decoder: Decoder = NoDecoder()
+        mask = Mask(masked) if masked else None
+        if mask is not None:
+            encoding = b",".join(value for name, value in headers if name.lower() == b"content-encoding")
+            if (found := decoder_of(encoding)) is None:
+                raise Refused("RemoteProtocolError", "the answer has an encoding that cannot be masked")
+            decoder = found
+            if request.method != "HEAD":
+                headers = [(name, value) for name, value in headers if name.lower() not in _OF_BODY]
+            headers = [(mask.text(name), mask.text(value)) for name, value in headers]
+        shown_headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+        answer = {"status": response.status, "headers": shown_headers, "authorized": authorized}
+        await self._write(json_frame(ANSWER, answer))
+        async for part in cast(AsyncIterator[bytes], response.stream):
+            totals.bytes_in += len(part)
+            for decoded in decoder.feed(part):
+                for data in data_frames(decoded if mask is None else mask.feed(decoded)):
+                    await self._write(data)
+        if mask is not None:
+            await self._write(b"".join(data_frames(mask.end())))
+
+    async def _counted(self, totals: Totals) -> AsyncIterator[bytes]:
+        async for part in self._parts():
+            totals.bytes_out += len(part)
+            yield part
+
+
+def prepared(
+    request: Request, values: list[Any], token: Any, *, revealed: bool
+) -> tuple[Headers, list[bytes], bool]:
+    """The headers to send, the values to mask in the answer, and whether the org's token was added."""
+    headers, masked = inject(request.headers, values)
+    authorized = False
+    if token is not None:
+        headers, injected = inject(headers, [token])
+        if not any(name.lower() == b"authorization" for name, _ in headers):
+            headers.append((b"Authorization", b"Bearer " + token.text))
+            injected, authorized = [token.text], True
+        if not revealed:
+            masked += injected
+    if masked:
+        headers = [(name, value) for name, value in headers if name.lower() != _ACCEPT]
+        headers.append((b"Accept-Encoding", b"identity"))
+    return headers, masked, authorized
+
+
+async def _with(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for part in rest:
+        yield part
