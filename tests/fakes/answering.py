@@ -88,6 +88,8 @@ class AnsweringWorker:
     has_started: bool = False
     closed: bool = False
     peak_memory: int = 0
+    sent: list[Mapping[str, Any]] = field(default_factory=list)
+    denials: list[tuple[str, str]] = field(default_factory=list)
 
     async def ask(self, call: Call[A]) -> A:
         self.calls.append(call)
@@ -138,6 +140,12 @@ class AnsweringWorker:
 
     def used(self, peak_memory: int) -> None:
         self.peak_memory = peak_memory
+
+    def egress(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.sent = list(rows)
+
+    def denied(self, origin: str, reason: str) -> None:
+        self.denials.append((origin, reason))
 
     def close(self) -> None:
         self.closed = True

@@ -40,8 +40,8 @@ from worker.handlers.results import PermanentError
 
 # Idle streams of one client.
 MAX_IDLE = 20
-# Times that a request is passed again that no broker has sent, and seconds before that, at first and at most: a
-# broker that has ended is started anew within one.
+# Times that a request is passed again that no broker has sent, and seconds before that, at first and at
+# most: a broker that has ended is started anew within one.
 AGAIN = 10
 PAUSE = 0.02
 LONGEST_PAUSE = 1.0
@@ -162,7 +162,7 @@ class _BlockingStream:
         return self._ready.pop(0)
 
     async def wait(self, seconds: float) -> None:
-        time.sleep(seconds)
+        time.sleep(seconds)  # noqa: ASYNC251 - run by `finish`
 
     def close(self) -> None:
         self._socket.close()

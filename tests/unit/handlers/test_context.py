@@ -29,6 +29,7 @@ MEMBERS = {
     "flag",
     "secret",
     "http",
+    "http_client",
     "public_http",
     "token",
     "checkpoint",

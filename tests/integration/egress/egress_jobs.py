@@ -1,0 +1,45 @@
+"""Handlers of the tests of egress, in a plug-in of their own."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from worker import BlockingContext, Context, job
+
+
+@job("get")
+async def get(ctx: Context[Any, Any]) -> Any:
+    """GET a URL with headers; the answer's body as text."""
+    response = await ctx.http.get(ctx.params["url"], headers=ctx.params.get("headers", {}))
+    return {"status": response.status_code, "text": response.text, "headers": dict(response.headers)}
+
+
+@job("blocking_get")
+def blocking_get(ctx: BlockingContext[Any, Any]) -> Any:
+    """The same, by a handler that blocks."""
+    response = ctx.http.get(ctx.params["url"], headers=ctx.params.get("headers", {}))
+    return {"status": response.status_code, "text": response.text, "headers": dict(response.headers)}
+
+
+@job("reveal")
+async def reveal(ctx: Context[Any, Any]) -> str:
+    """What the handler gets as its token."""
+    return (await ctx.token()).reveal()
+
+
+@job("connect")
+def connect(ctx: BlockingContext[Any, Any]) -> str:
+    """Open a connection of its own."""
+    with socket.create_connection((ctx.params["host"], ctx.params["port"]), timeout=5):
+        return "connected"
+
+
+@job("get_twice")
+async def get_twice(ctx: Context[Any, Any]) -> list[int]:
+    """Two requests, with a sign of life in between."""
+    first = await ctx.http.get(ctx.params["url"])
+    ctx.progress(1)
+    await ctx.cancelled.wait() if ctx.params.get("waits") else None
+    second = await ctx.http.get(ctx.params["url"])
+    return [first.status_code, second.status_code]

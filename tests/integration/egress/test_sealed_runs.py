@@ -1,0 +1,144 @@
+"""A sealed run reaches what its list names, by the broker, and holds a placeholder of its token."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from tests.fakes.answering import AnsweringWorker
+from tests.fakes.running import until, work
+from tests.integration.egress.conftest import MODULE
+from tests.integration.egress.service import Service
+from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.contract import StopSignal, Work
+from worker.features.egress.handle import BrokerHandle
+from worker.model.egress import TOKEN, BoundSecret, Egress, placeholder_of
+from worker.model.runs.outcome import Failed, Outcome, Succeeded
+
+pytestmark = pytest.mark.anyio
+ONLY_API = Egress((("api",),))
+SECRET = "sk-proj-0123456789/abc+def"
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Service]:
+    async with Service().serving() as service:
+        yield service
+
+
+def given(handler: str, service: Service, **fields: Any) -> Work:
+    """The work of a run whose API is the service."""
+    common = {"entry_point": f"{MODULE}:{handler}", "api_origins": (service.url,), "egress": ONLY_API}
+    return work(handler, **{**common, "params": {"url": f"{service.url}/things"}, **fields})
+
+
+def result(outcome: Outcome) -> Any:
+    assert isinstance(outcome, Succeeded), outcome
+    return None if outcome.result is None else json.loads(outcome.result)
+
+
+def failure(outcome: Outcome) -> str:
+    assert isinstance(outcome, Failed), outcome
+    return f"{outcome.error.type}: {outcome.error.message}"
+
+
+@pytest.mark.parametrize("handler", ["get", "blocking_get"])
+async def test_the_api_gets_the_token_and_the_run_does_not(
+    children: ChildPool, service: Service, handler: str
+) -> None:
+    link = AnsweringWorker()
+
+    seen = result(await children.run(given(handler, service), link, StopSignal()))
+
+    assert service.requests[-1].headers["authorization"] == "Bearer token-one"
+    # The service gives all headers back.
+    assert "token-one" not in json.dumps(seen)
+    assert json.loads(seen["text"])["authorization"] == "Bearer [masked]"
+    rows = [(row["origin"], row["requests"], row["statuses"]) for row in link.sent]
+    assert rows == [(service.url, 1, {"200": 1})]
+
+
+async def test_an_open_run_has_its_token(children: ChildPool, service: Service) -> None:
+    work_of = given("reveal", service, egress=Egress())
+    assert result(await children.run(work_of, AnsweringWorker(), StopSignal())) == "token-one"
+
+
+async def test_a_sealed_run_has_a_placeholder_unless_its_definition_reveals_the_token(
+    children: ChildPool, service: Service
+) -> None:
+    sealed = given("reveal", service)
+    seen = result(await children.run(sealed, AnsweringWorker(), StopSignal()))
+    assert seen == placeholder_of(sealed.run_id, TOKEN)
+
+    revealed = given("reveal", service, egress=Egress((("api",),), reveal_token=True))
+    assert result(await children.run(revealed, AnsweringWorker(), StopSignal())) == "token-one"
+
+
+async def test_an_origin_that_is_not_listed_is_denied_before_its_name_is_resolved(
+    children: ChildPool, service: Service
+) -> None:
+    link = AnsweringWorker()
+
+    outcome = await children.run(
+        given("get", service, params={"url": "https://nobody.invalid/x"}), link, StopSignal()
+    )
+
+    assert "EgressDenied: https://nobody.invalid is not in the egress list" in failure(outcome)
+    assert link.denials == [("https://nobody.invalid", "denied")]
+
+
+async def test_a_connection_of_its_own_needs_an_open_network(children: ChildPool, service: Service) -> None:
+    params = {"host": "127.0.0.1", "port": service.port}
+
+    sealed = await children.run(given("connect", service, params=params), AnsweringWorker(), StopSignal())
+    opened = await children.run(
+        given("connect", service, params=params, egress=Egress()), AnsweringWorker(), StopSignal()
+    )
+
+    assert "PermissionError" in failure(sealed)
+    assert result(opened) == "connected"
+
+
+async def test_a_bound_secret_is_put_in_for_its_origin_only(children: ChildPool, service: Service) -> None:
+    bound = BoundSecret("openai", SECRET, service.url)
+    async with Service().serving() as other:
+        lists = Egress(((service.url, other.url),))
+        placeholder = placeholder_of(work("get").run_id, "openai")
+        for target in (service, other):
+            await children.run(
+                given(
+                    "get",
+                    service,
+                    egress=lists,
+                    bound=(bound,),
+                    private_origins=(service.url, other.url),
+                    params={"url": target.url, "headers": {"X-Key": placeholder}},
+                ),
+                AnsweringWorker(),
+                StopSignal(),
+            )
+        assert service.requests[-1].headers["x-key"] == SECRET
+        assert other.requests[-1].headers["x-key"] == placeholder
+
+
+async def test_a_broker_that_dies_is_replaced_and_knows_the_attempt(
+    children: ChildPool, broker: BrokerHandle, service: Service
+) -> None:
+    service.pause()
+    first = given("get_twice", service)
+    link = AnsweringWorker()
+    running = asyncio.create_task(children.run(first, link, StopSignal()))
+    await until(lambda: len(service.requests) == 1)
+    service.go_on()
+    await until(lambda: link.progressed)
+    assert broker.pid is not None
+    os.kill(broker.pid, signal.SIGKILL)
+
+    assert result(await running) == [200, 200]
+    assert len(service.requests) == 2
