@@ -301,7 +301,7 @@ class Row(CallPart[V]):
         for name, part, _ in self._written:
             message[name] = part.write(message[name])
         for name, default in self._lean:
-            if message[name] == default:
+            if getattr(value, name) == default:
                 del message[name]
         return message
 
@@ -371,10 +371,10 @@ class Those(CallPart[Any]):
         return self.kind(self.part.read(each, check) for each in value)
 
 
-def trusted(kind: type[V], without: Collection[str] = ()) -> Row[V]:
+def trusted(kind: type[V], without: Collection[str] = (), *, lean: Sequence[str] = ()) -> Row[V]:
     """The row of a dataclass that a trusted side writes; the parts follow from the types of its fields."""
     hints = get_type_hints(kind)
-    return Row(kind, {name: _trusted_part(hints[name]) for name in hints if name not in without})
+    return Row(kind, {name: _trusted_part(hints[name]) for name in hints if name not in without}, lean=lean)
 
 
 def _trusted_part(hint: Any) -> CallPart[Any]:

@@ -99,7 +99,7 @@ class ChildRun:
         seconds = (work.timeout_at - clock.now()).total_seconds()
         if self._brokered is not None and (door := process.take_door()) is not None:
             self._brokered.open(door)
-        first = messages.work_message(work, seconds, sealed=self._sealed, environment=environment)
+        first = messages.first_message(work, seconds, sealed=self._sealed, environment=environment)
         process.serve(self, first)
         if work.memory is not None:
             process.signal("cap", memory=work.memory)

@@ -10,7 +10,7 @@ import json
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
 from worker.engine.runners.child.sandbox import SandboxRules
@@ -199,19 +199,21 @@ class Setup:
         return json.dumps(asdict(self))
 
 
-WORK = trusted(Work, without=("claims", "token", "bound"))
+WORK = trusted(Work, without=("claims", "token", "bound"), lean=("egress",))
 
 
-def work_message(
-    work: Work, seconds: float, *, sealed: bool = False, environment: Mapping[str, str] | None = None
-) -> Message:
-    """The first message to a run: everything its process needs, including its token or the placeholder of it.
+def work_message(work: Work, seconds: float) -> Message:
+    """All of an attempt's work, including the token; `seconds` are left until its timeout."""
+    return WORK.write(work) | {"seconds": seconds} | GRANTED.write((work.token, work.claims))
+
+
+def first_message(work: Work, seconds: float, *, sealed: bool, environment: Mapping[str, str]) -> Message:
+    """The first message to a run's process: its work, as a `sealed` run gets it or in clear.
 
     `seconds` are left until its timeout, by the worker's clock. `environment` has placeholders of variables.
     """
-    more = {"seconds": seconds, "sealed": sealed, "environment": environment or {}}
-    token = hidden(work, work.token) if sealed else work.token
-    return WORK.write(work) | more | GRANTED.write((token, work.claims))
+    shown = replace(work, token=hidden(work, work.token)) if sealed else work
+    return work_message(shown, seconds) | {"sealed": sealed, "environment": environment}
 
 
 def hidden(work: Work, token: AccessToken) -> AccessToken:
