@@ -8,7 +8,7 @@ socket of a run's process, or over the attempt API of a host. `engine/attempt/an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -49,6 +49,8 @@ C = TypeVar("C", bound="type[Call[Any]]")
 
 # Spends of one step, of as many meters: those of one meter are added up.
 MAX_METERS = 1000
+# Characters of an audience or a resource.
+AUDIENCE_LIMIT = 2000
 # Bytes that the body of a host's call may have: of a small one, of a batch, of one with a checkpoint, which
 # may double when it is quoted, and of one with results.
 OWN_BYTES = 32 * 1024
@@ -261,11 +263,11 @@ CALLS: dict[str, type[Call[Any]]] = {}
 ONE_WAY: dict[str, type[OneWayCall]] = {}
 
 
-def declared(way: Way, answer: CallAnswer[Any] = NOTHING) -> Any:
-    """Complete the class of a call, and make it known under its names."""
+def declared(way: Way, answer: CallAnswer[Any] = NOTHING, *, lean: Sequence[str] = ()) -> Any:
+    """Complete the class of a call, and make it known under its names; `lean` as for `Row`."""
 
     def declare(kind: C) -> C:
-        kind.way, kind.answer, kind.row = way, answer, row_of(kind)
+        kind.way, kind.answer, kind.row = way, answer, row_of(kind, lean=lean)
         known: dict[str, Any] = ONE_WAY if issubclass(kind, OneWayCall) else CALLS
         known.update(dict.fromkeys((way.name, *way.also), kind))
         return kind
@@ -282,12 +284,24 @@ class Save(Call[None]):
     number: Annotated[int, Count(2**31 - 1)] = 0
 
 
-@declared(Way("token", waits=False, with_handler=True), GRANTED)
+@declared(
+    Way("token", also=("token_for",), waits=False, with_handler=True), GRANTED, lean=("audience", "resource")
+)
 @dataclass(frozen=True, slots=True)
 class AskToken(Call[tuple[AccessToken, Claims]]):
-    """A token with some life left; with `fresh` a new one."""
+    """A token with some life left; with `fresh` a new one.
+
+    With an `audience` it is for that one, with a `resource` for that URL (RFC 8707).
+    """
 
     fresh: Annotated[bool, Truth()] = False
+    audience: Annotated[str, Text(AUDIENCE_LIMIT)] = ""
+    resource: Annotated[str, Text(AUDIENCE_LIMIT)] = ""
+
+    @property
+    def path(self) -> str:
+        # A name of its own: a worker that does not know it would answer with the token of the run.
+        return "token_for" if self.audience or self.resource else "token"
 
 
 @declared(Way("steps"), PageAnswer())

@@ -140,7 +140,18 @@ class _Shared(Generic[P, S]):
         check_progress(done, total)
         self._port.tell(Progress(done, total, None if note is None else clean(note, UNMASKED_LIMIT)))
 
-    async def _token(self, fresh: bool = False) -> AccessToken:
+    async def _token(
+        self, fresh: bool = False, *, audience: str | None = None, resource: str | None = None
+    ) -> AccessToken:
+        if audience is not None or resource is not None:
+            if audience is not None and resource is not None:
+                raise TypeError("ctx.token takes an audience or a resource, not both")
+            if (other := audience or resource or "") not in self._given.audiences:
+                raise TypeError(
+                    f"ctx.token: {other!r} is not in audiences of @job(...) and of the definition"
+                )
+            token, _ = await self._port.ask(AskToken(fresh, audience or "", resource or ""))
+            return token
         held = self._given.held
         if fresh or held.stale:
             held.token, held.claims = await self._port.ask(AskToken(fresh))
@@ -298,9 +309,14 @@ class Context(_Shared[P, S]):
         replaced, counted = self._transports.get(name), count if counts else None
         return client(given, self._token, name, replaced, base_url=base_url, count=counted)
 
-    async def token(self) -> AccessToken:
-        """The org's token, renewed before it expires; `.reveal()` returns its text."""
-        return await self._token()
+    async def token(self, *, audience: str | None = None, resource: str | None = None) -> AccessToken:
+        """The org's token, renewed before it expires; `.reveal()` returns its text.
+
+        In a sealed run that text is a placeholder, which the broker replaces in headers of requests to
+        `api_origins`, or with a `resource`, the URL of an MCP server, to its origin (RFC 8707). `audience` or
+        `resource` is one of the definition's `audiences`; any other is a TypeError.
+        """
+        return await self._token(audience=audience, resource=resource)
 
     async def save(self, data: Any) -> None:
         """Store a checkpoint of at most 1 MiB of JSON; the next attempt gets it as `ctx.checkpoint`.
@@ -420,9 +436,9 @@ class BlockingContext(_Shared[P, S]):
         replaced, counted = self._transports.get(name), count if counts else None
         return blocking_client(given, self._token, name, replaced, base_url=base_url, count=counted)
 
-    def token(self) -> AccessToken:
+    def token(self, *, audience: str | None = None, resource: str | None = None) -> AccessToken:
         """As `Context.token`."""
-        return finish(self._token())
+        return finish(self._token(audience=audience, resource=resource))
 
     def save(self, data: Any) -> None:
         """As `Context.save`."""

@@ -137,6 +137,7 @@ class Given(Generic[P, S]):
     `replays` if earlier ones may have stored steps; `budgets` are those of the org that may stop it,
     None without any. With `meter_usage` the clients count the `usage` of the answers of models. `secrets`
     are those that the handler declares. With `connect` the broker sends the requests of the clients.
+    `audiences` are those for which it may ask for another token.
     """
 
     org: Org
@@ -159,6 +160,7 @@ class Given(Generic[P, S]):
     meter_usage: bool = False
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     connect: Connect | None = None
+    audiences: tuple[str, ...] = ()
 
     @property
     def trusted_origins(self) -> tuple[str, ...]:

@@ -185,6 +185,11 @@ class BoundSecret:
 TOKEN = ""
 
 
+def token_name(audience: str | None = None, resource: str | None = None) -> str:
+    """The name under which the placeholder of a token for another audience or resource is made."""
+    return f"audience\n{audience}" if audience else f"resource\n{resource}" if resource else TOKEN
+
+
 def placeholder_of(run_id: str, name: str) -> str:
     """The text that a run gets in the place of a secret: one per run and name, on every attempt.
 

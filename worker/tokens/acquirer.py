@@ -165,7 +165,12 @@ class Acquirer:
             credential = candidates[0]
             try:
                 granted = await self.client.grant(
-                    credential, audience=request.audience, scopes=scopes, tries=tries, ahead=ahead
+                    credential,
+                    audience=request.audience,
+                    scopes=scopes,
+                    tries=tries,
+                    ahead=ahead,
+                    resource=request.resource,
                 )
             except CredentialsRejected as rejected:
                 await self._count_use(credential, rejected.detail)

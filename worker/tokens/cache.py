@@ -345,4 +345,5 @@ def _request_of(want: TokenWant, issuer: Issuer) -> TokenRequest:
         )
     # The request stays in memory with its token, so it has no empty set of its own.
     also_ask = also_ask - scopes if also_ask else also_ask
-    return TokenRequest(issuer.name, org, audience.replace("{org}", org.code), scopes, also_ask)
+    audience = audience.replace("{org}", org.code)
+    return TokenRequest(issuer.name, org, audience, scopes, also_ask, want.resource)

@@ -58,6 +58,16 @@ class GrantedToken:
     expires_in: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request for a token, without how it is sent."""
+
+    credential: Credential
+    audience: str
+    scopes: frozenset[str]
+    resource: bool
+
+
 class IssuerClient:
     """One issuer's endpoints, keys, budget and breaker."""
 
@@ -83,10 +93,12 @@ class IssuerClient:
         scopes: frozenset[str],
         tries: int,
         ahead: bool = False,
+        resource: bool = False,
     ) -> GrantedToken:
         """Request a token for one org, at most `tries` times while the issuer fails for this org alone.
 
-        `ahead` of a run that needs it, the request lets all others pass.
+        `ahead` of a run that needs it, the request lets all others pass. An audience that is a `resource` is
+        asked for by that parameter (RFC 8707, section 2).
 
         Raises:
             CredentialsRejected: the issuer does not know this client or secret; retrying does not help.
@@ -98,7 +110,7 @@ class IssuerClient:
         """
         masker.hold(credential.secret.reveal(), credential.org_id)
         try:
-            granted = await self._request_again(tries, credential, audience, scopes, ahead)
+            granted = await self._request_again(tries, _Asked(credential, audience, scopes, resource), ahead)
         finally:
             masker.release(credential.secret.reveal(), credential.org_id)
         masker.note(granted.text, credential.org_id)
@@ -124,33 +136,29 @@ class IssuerClient:
     async def close(self) -> None:
         await self._keys.close()
 
-    async def _request_again(
-        self, tries: int, credential: Credential, audience: str, scopes: frozenset[str], ahead: bool
-    ) -> GrantedToken:
+    async def _request_again(self, tries: int, asked: _Asked, ahead: bool) -> GrantedToken:
         """As `_request`, at most `tries` times while the failure may pass."""
         # Without a library: building its retries costs as much as verifying a token.
         longest = RETRY_FIRST
         for _ in range(tries - 1):
             try:
-                return await self._request(credential, audience, scopes, ahead)
+                return await self._request(asked, ahead)
             except IssuerUnavailable as error:
-                if not (_may_pass(error) and self._breaker.fails_alone(credential.org_code)):
+                if not (_may_pass(error) and self._breaker.fails_alone(asked.credential.org_code)):
                     raise
             await self._clock.sleep(random.uniform(0, longest))  # noqa: S311
             longest = min(longest * 2, RETRY_LAST)
-        return await self._request(credential, audience, scopes, ahead)
+        return await self._request(asked, ahead)
 
-    async def _request(
-        self, credential: Credential, audience: str, scopes: frozenset[str], ahead: bool
-    ) -> GrantedToken:
-        org = credential.org_code
+    async def _request(self, asked: _Asked, ahead: bool) -> GrantedToken:
+        org = asked.credential.org_code
         doubtful = self._breaker.doubts(org)
         # The breaker first: a slot of the budget must not be spent on a request that it then refuses.
         with self._breaker.watch(org):
             async with self.budget.request(org, doubtful=doubtful, ahead=ahead):
                 # In two steps, so that the frames of the error hold no secret in a variable.
-                reply = await self._send(credential, audience, scopes)
-                result = self._judge(reply, credential)
+                reply = await self._send(asked)
+                result = self._judge(reply, asked.credential)
                 if isinstance(reply, Reply):
                     names, now = self.issuer.profile.reset_headers, self._clock.now().timestamp()
                     self.budget.note_room(*room_left(reply.headers, names, now))
@@ -158,8 +166,9 @@ class IssuerClient:
                     return result
                 raise result
 
-    async def _send(self, credential: Credential, audience: str, scopes: frozenset[str]) -> Reply | str:
+    async def _send(self, asked: _Asked) -> Reply | str:
         profile, endpoint = self.issuer.profile, await self.endpoints.token()
+        credential, audience, scopes = asked.credential, asked.audience, asked.scopes
         form = {"grant_type": "client_credentials"}
         form |= {name: value.replace("{audience}", audience) for name, value in profile.parameters.items()}
         headers: dict[str, str] = {}
@@ -177,7 +186,9 @@ class IssuerClient:
                     "client_assertion": self._assertion(credential, endpoint),
                 }
         is_org = profile.org_prefix and audience.startswith(profile.org_prefix)
-        if profile.audience_parameter and not is_org:
+        if asked.resource:
+            form["resource"] = audience
+        elif profile.audience_parameter and not is_org:
             form[profile.audience_parameter] = audience
         if profile.org_parameter and credential.org_code:
             form[profile.org_parameter] = credential.org_code

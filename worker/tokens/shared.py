@@ -46,7 +46,8 @@ MAX_IDS = 4_096
 class TokenRequest(NamedTuple):
     """What a `TokenWant` comes to at its issuer, and the key of its token in memory and in the table.
 
-    `scopes` are enforced, `also_ask` are only requested. A tuple's hash costs a tenth of a dataclass's.
+    `scopes` are enforced, `also_ask` are only requested. The audience may be a `resource` (RFC 8707). A
+    tuple's hash costs a tenth of a dataclass's.
     """
 
     issuer: str
@@ -54,6 +55,7 @@ class TokenRequest(NamedTuple):
     audience: str
     scopes: frozenset[str]
     also_ask: frozenset[str] = frozenset()
+    resource: bool = False
 
     @property
     def labels(self) -> dict[str, str]:
@@ -63,7 +65,11 @@ class TokenRequest(NamedTuple):
     @property
     def parts(self) -> list[str | list[str]]:
         """What it is for, without the org's code, which may change."""
-        return [self.issuer, self.org.id, self.audience, sorted(self.scopes), sorted(self.also_ask)]
+        resource = ["resource"] if self.resource else []
+        return [
+            *(self.issuer, self.org.id, self.audience, sorted(self.scopes), sorted(self.also_ask)),
+            *resource,
+        ]
 
     @property
     def id(self) -> str:

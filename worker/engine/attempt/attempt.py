@@ -194,7 +194,8 @@ async def run_handler(
 ) -> Outcome:
     """The handler: in its own process, or inline if the operator allows it."""
     limits, work = prepared.limits, prepared.work
-    running = Running(inflight, trail, tools.acts, tools.run_log, tools.clock, work.checkpoint)
+    given = (tools.acts, tools.run_log, tools.clock, work.checkpoint, work.egress.audiences)
+    running = Running(inflight, trail, *given)
     tools.deadlines.add(inflight.stop, limits.timeout, limits.cancel_grace)
     try:
         outcome = await tools.runners[inflight.run.isolation].run(work, running, inflight.stop)

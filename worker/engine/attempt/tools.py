@@ -179,8 +179,10 @@ class Tools:
         handler = plan.definition.handler
         return plan.want(plan.limits(handler, self.handlers.get(handler)), self.handlers)
 
-    async def renew(self, inflight: InflightRun, *, fresh: bool) -> tuple[AccessToken, Claims]:
-        """A token of a running attempt with some life left, enforced; with `fresh` a new one.
+    async def renew(self, inflight: InflightRun, call: AskToken) -> tuple[AccessToken, Claims]:
+        """A token of a running attempt with some life left, enforced, as it asks for it.
+
+        One for another audience or resource has no scopes: those of the definition are of its own audience.
 
         Raises TokenRefused, and TokenError and Unavailable as `TokenSource.ensure`.
         """
@@ -188,20 +190,23 @@ class Tools:
         if plan is None:
             raise LeaseLost(f"run {inflight.run.id} has not started")
         definition, org = plan.definition, plan.org
+        other = call.audience or call.resource
+        scopes = frozenset() if other else inflight.scopes
         enforced = await self.tokens.ensure(
             TokenWant(
                 org,
                 plan.issuer,
-                definition.audience,
-                inflight.scopes,
+                other or definition.audience,
+                scopes,
                 max_age=definition.max_claims_age,
-                fresh=fresh,
+                fresh=call.fresh,
+                resource=bool(call.resource),
             )
         )
         inflight.hold(enforced.token)
-        enforce(enforced.claims, org_code=org.code, client_id=None, scopes=inflight.scopes)
+        enforce(enforced.claims, org_code=org.code, client_id=None, scopes=scopes)
         self.pool_rules.enforce(inflight.run.pool, enforced.claims)
-        if self.store.limits_in_claims:
+        if self.store.limits_in_claims and not other:
             await self.store.note_claims(org.id, enforced.claims)
         return enforced.token, enforced.claims
 
@@ -238,8 +243,8 @@ class StoreActs:
                 return budgets
             case AskBudgets():
                 return await store.budgets_of(run)
-            case AskToken(fresh):
-                return await tools.renew(of.inflight, fresh=fresh)
+            case AskToken():
+                return await tools.renew(of.inflight, call)
             case LoadSteps(after):
                 return await store.load_steps(run.id, after)
             case StepTotals():

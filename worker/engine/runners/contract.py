@@ -110,6 +110,7 @@ class Work:
             budgets=self.budgets,
             meter_usage=self.meter_usage,
             secrets={name: self.secrets[name] for name in job.secrets},
+            audiences=self.egress.audiences,
         )
 
 

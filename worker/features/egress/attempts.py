@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from worker.features.egress.injection import Value
 from worker.features.egress.requests import Refused, Request, shown
@@ -45,8 +45,16 @@ class Held:
     until: float
 
 
-# Asks the worker for a token of an attempt: (number, fresh) -> text, seconds for which it is used.
-AskToken = Callable[[int, bool], Awaitable["Held"]]
+# Asks the worker for a token of an attempt: number, whether a new one, audience, resource.
+AskToken = Callable[[int, bool, str, str], Awaitable["Held"]]
+
+
+class Wanted(NamedTuple):
+    """A token for which a run has a placeholder, and the audience or the resource that it is for."""
+
+    placeholder: bytes
+    audience: str = ""
+    resource: str = ""
 
 
 class NoToken(Exception):
@@ -75,11 +83,12 @@ class Attempt:
             for origin in self.gate.api
             if origin.scheme == "https" or is_loopback(origin.host) or origin in insecure
         )
-        self._token_placeholder = fields["token_placeholder"].encode()
+        # That of the run comes first.
+        self._wanted = [Wanted(placeholder.encode(), *of) for placeholder, *of in fields["tokens"]]
         self._secrets: dict[Origin, list[Value]] = {}
         self._ask = ask
-        self._token: Held | None = None
-        self._asking: asyncio.Task[Held] | None = None
+        self._held: dict[Wanted, Held] = {}
+        self._asking: dict[Wanted, asyncio.Task[Held]] = {}
         self.streams: set[Stream] = set()
         self.stopped = False
         self.totals: dict[str, Totals] = {}
@@ -108,25 +117,42 @@ class Attempt:
     def checks_address(self, request: Request) -> bool:
         return self.gate.checks_address(request.origin, public=request.public)
 
-    async def values(self, request: Request) -> tuple[list[Value], Value | None]:
-        """The values for a request, and that of the token if it goes to the origin. Raises NoToken."""
-        values = list(self._secrets.get(request.origin, ()))
-        if request.origin not in self._token_origins:
-            return values, None
-        held = await self._held(fresh=request.fresh)
-        return values, Value(self._token_placeholder, held.text)
+    async def values(self, request: Request) -> tuple[list[Value], list[Value]]:
+        """The secrets for a request, and the tokens that may go to its origin. Raises NoToken.
 
-    async def _held(self, *, fresh: bool) -> Held:
-        if not fresh and self._token is not None and time.monotonic() < self._token.until:
-            return self._token
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.ensure_future(self._renewed(fresh))
+        That of the run comes first, if it goes there; another if a header has its placeholder.
+        """
+        tokens: list[Value] = []
+        for wanted in self._wanted:
+            own = not (wanted.audience or wanted.resource)
+            if self._goes_to(wanted, request.origin) and (own or _names(request, wanted)):
+                held = await self._token(wanted, fresh=request.fresh)
+                tokens.append(Value(wanted.placeholder, held.text))
+        return list(self._secrets.get(request.origin, ())), tokens
+
+    def adds_token(self, origin: Origin) -> bool:
+        """Whether a request without an Authorization header gets the token of the run."""
+        return origin in self._token_origins
+
+    def _goes_to(self, wanted: Wanted, origin: Origin) -> bool:
+        """Whether a token may go to an origin: that of its resource, or those of the org's API."""
+        if wanted.resource:
+            return origin == origin_of(wanted.resource)
+        return origin in self._token_origins
+
+    async def _token(self, wanted: Wanted, *, fresh: bool) -> Held:
+        held = self._held.get(wanted)
+        if not fresh and held is not None and time.monotonic() < held.until:
+            return held
+        asking = self._asking.get(wanted)
+        if asking is None or asking.done():
+            asking = self._asking[wanted] = asyncio.ensure_future(self._renewed(wanted, fresh))
         # Requests at the same time share the question; one that is cancelled does not end it.
-        return await asyncio.shield(self._asking)
+        return await asyncio.shield(asking)
 
-    async def _renewed(self, fresh: bool) -> Held:
-        self._token = await self._ask(self.number, fresh)
-        return self._token
+    async def _renewed(self, wanted: Wanted, fresh: bool) -> Held:
+        held = self._held[wanted] = await self._ask(self.number, fresh, wanted.audience, wanted.resource)
+        return held
 
     def of(self, origin: Origin) -> Totals:
         """The totals of an origin, or those of all others once there are many."""
@@ -148,11 +174,11 @@ class Attempt:
     def end(self) -> Sequence[dict[str, Any]]:
         """Drop its token and secrets; the rows of its totals."""
         self.stop()
-        self._token = None
+        self._held.clear()
         self._secrets.clear()
-        if self._asking is not None:
-            self._asking.cancel()
-            self._asking = None
+        for asking in self._asking.values():
+            asking.cancel()
+        self._asking.clear()
         return self.rows()
 
     def rows(self) -> list[dict[str, Any]]:
@@ -170,3 +196,8 @@ class Attempt:
             }
             for origin, of in self.totals.items()
         ]
+
+
+def _names(request: Request, wanted: Wanted) -> bool:
+    """Whether a request needs a token: its placeholder may be in Basic credentials too."""
+    return any(wanted.placeholder in text or text[:6].lower() == b"basic " for _, text in request.headers)

@@ -212,8 +212,9 @@ class BrokerProcess:
 
     # Questions
 
-    async def _token(self, number: int, fresh: bool) -> Held:
-        answer = await self.ask({"op": "token", "number": number, "fresh": fresh})
+    async def _token(self, number: int, fresh: bool, audience: str, resource: str) -> Held:
+        of = {"fresh": fresh, "audience": audience, "resource": resource}
+        answer = await self.ask({"op": "token", "number": number, **of})
         if "error" in answer:
             error = answer["error"]
             raise NoToken(error["code"], error["message"], error["retry_after"])

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import socket
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -17,7 +17,7 @@ from worker.engine.runners.contract import RunServices, Work
 from worker.errors import WorkerError
 from worker.handlers.calls import AskToken
 from worker.handlers.given import HeldToken
-from worker.model.egress import TOKEN, BoundSecret, placeholder_of
+from worker.model.egress import BoundSecret, placeholder_of, token_name
 from worker.model.runs.lease import Lease
 from worker.telemetry.events import emit
 
@@ -156,7 +156,8 @@ class BrokerHandle:
                 attempt.recorded(message["rows"])
 
     async def _answer_token(self, attempt: _Attempt, question: Message) -> None:
-        answer = await attempt.token(fresh=question["fresh"])
+        call = AskToken(question["fresh"], question["audience"], question["resource"])
+        answer = await attempt.token(call)
         self.send({"op": "answer", "n": question["n"], **answer})
 
 
@@ -226,7 +227,7 @@ class _Attempt:
             "private_origins": work.private_origins,
             "insecure_origins": work.insecure_origins,
             "revealed": work.egress.is_open or work.egress.reveal_token,
-            "token_placeholder": placeholder_of(work.run_id, TOKEN),
+            "tokens": [(placeholder_of(work.run_id, token_name(*of)), *of) for of in self._tokens()],
             "traced": self._broker.traced,
         }
         messages: list[Message] = [about]
@@ -238,14 +239,24 @@ class _Attempt:
             messages.append({"op": "stop", "number": self.number})
         return messages
 
-    async def token(self, *, fresh: bool) -> dict[str, Any]:
-        """The answer to a question for the token of the attempt."""
+    def _tokens(self) -> Iterator[tuple[str, str]]:
+        """The audience and the resource of each token for which the run may have a placeholder."""
+        yield "", ""
+        for audience in self._work.egress.audiences:
+            yield audience, ""
+            if audience.startswith(("https://", "http://")):
+                yield "", audience
+
+    async def token(self, call: AskToken) -> dict[str, Any]:
+        """The answer to a question for a token of the attempt."""
         held = self._held
+        if call.audience or call.resource:
+            held = HeldToken(held.token, held.claims, self._clock)
         if self._ended:
             return {"error": {"code": "lease_lost", "message": "the run has ended", "retry_after": None}}
         try:
-            if fresh or held.stale:
-                held.token, held.claims = await self.services.ask(AskToken(fresh))
+            if call.fresh or held.stale or held is not self._held:
+                held.token, held.claims = await self.services.ask(call)
         except WorkerError as error:
             pause = getattr(error, "retry_after", None)
             return {"error": {"code": error.code, "message": error.message, "retry_after": pause}}

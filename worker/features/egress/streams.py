@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 import httpcore
 
 from worker.features.egress.attempts import MAX_STREAMS, Attempt, NoToken, Totals
-from worker.features.egress.injection import Decoder, Headers, Mask, NoDecoder, decoder_of, inject
+from worker.features.egress.injection import Decoder, Headers, Mask, NoDecoder, Value, decoder_of, inject
 from worker.features.egress.network import NotPublic, Pools
 from worker.features.egress.requests import Refused, Request, read_request, shown
 from worker.guard.urls import Origin
@@ -222,12 +222,14 @@ class _Exchange:
             attempt.of(request.origin).denied += 1
             broker.denied(attempt, shown(request.origin), refused.kind)
             raise
-        values, token = await attempt.values(request)
+        values, tokens = await attempt.values(request)
         slot = await broker.admit(attempt, request.origin)
         totals, began, status, failed = attempt.of(request.origin), time.time_ns(), None, ""
         totals.waited += slot.waited
         try:
-            headers, masked, authorized = prepared(request, values, token, revealed=attempt.revealed)
+            headers, masked, authorized = prepared(
+                request, values, tokens, adds=attempt.adds_token(request.origin), revealed=attempt.revealed
+            )
             status = await self._sent(request, headers, masked, authorized, totals)
         except NotPublic as error:
             totals.denied += 1
@@ -315,18 +317,20 @@ class _Exchange:
 
 
 def prepared(
-    request: Request, values: list[Any], token: Any, *, revealed: bool
+    request: Request, values: list[Value], tokens: list[Value], *, adds: bool, revealed: bool
 ) -> tuple[Headers, list[bytes], bool]:
-    """The headers to send, the values to mask in the answer, and whether the org's token was added."""
+    """The headers to send, the values to mask in the answer, and whether the org's token was added.
+
+    If it `adds` one, that is the first of the tokens. Those that are `revealed` to a run are not masked.
+    """
     headers, masked = inject(request.headers, values)
-    authorized = False
-    if token is not None:
-        headers, injected = inject(headers, [token])
-        if not any(name.lower() == b"authorization" for name, _ in headers):
-            headers.append((b"Authorization", b"Bearer " + token.text))
-            injected, authorized = [token.text], True
-        if not revealed:
-            masked += injected
+    headers, injected = inject(headers, tokens)
+    authorized = adds and not any(name.lower() == b"authorization" for name, _ in headers)
+    if authorized:
+        headers.append((b"Authorization", b"Bearer " + tokens[0].text))
+        injected.append(tokens[0].text)
+    if not revealed:
+        masked += injected
     if masked:
         headers = [(name, value) for name, value in headers if name.lower() != _ACCEPT]
         headers.append((b"Accept-Encoding", b"identity"))

@@ -30,7 +30,7 @@ class TokenWant(NamedTuple):
     The token must have the `scopes`; `also_ask`, the scopes of variants, are requested too but may be
     missing. It is usable `covers` seconds from now, and received within `max_age`, which counts as at least
     60 s. `fresh` requests a new one, unless one was minted so in the last two seconds. An `audience` of None
-    is the issuer's.
+    is the issuer's; one that is a `resource` is asked for as RFC 8707 says.
     """
 
     org: OrgRef
@@ -41,6 +41,7 @@ class TokenWant(NamedTuple):
     covers: float = 0.0
     max_age: timedelta | None = None
     fresh: bool = False
+    resource: bool = False
 
 
 @dataclass(frozen=True, slots=True)

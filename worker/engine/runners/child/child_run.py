@@ -251,7 +251,7 @@ class ChildRun:
                 await self._inbox.check(*text)
             given = await self._services.ask(call)
             if self._sealed and isinstance(call, AskToken):
-                given = messages.hidden(self._work, given[0]), given[1]
+                given = messages.hidden(self._work, given[0], call), given[1]
             answer = call.answer.write(given)
         except (NotStorable, NotACall):
             self._refuse()

@@ -16,13 +16,13 @@ from typing import Any, get_args
 from worker.engine.runners.child.sandbox import SandboxRules
 from worker.engine.runners.contract import Work
 from worker.errors import LeaseLost, Unavailable, WorkerError
-from worker.handlers.calls import GRANTED
+from worker.handlers.calls import GRANTED, AskToken
 from worker.handlers.given import STATE_LIMIT, check_object
 from worker.handlers.installed import ENVIRONMENT
 from worker.handlers.json_text import LIMIT, UNMASKED_LIMIT, check_json_text
 from worker.handlers.parts import CallPart, JsonText, Maybe, Row, Text, TextCheck, TimeSpan, Truth, trusted
 from worker.handlers.steps import StepError
-from worker.model.egress import TOKEN, placeholder_of
+from worker.model.egress import TOKEN, placeholder_of, token_name
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.outcome import Error, Outcome
 from worker.secret import AccessToken
@@ -216,11 +216,12 @@ def first_message(work: Work, seconds: float, *, sealed: bool, environment: Mapp
     return work_message(shown, seconds) | {"sealed": sealed, "environment": environment}
 
 
-def hidden(work: Work, token: AccessToken) -> AccessToken:
-    """The token as a sealed run gets it."""
+def hidden(work: Work, token: AccessToken, call: AskToken | None = None) -> AccessToken:
+    """The token as a sealed run gets it; `call` asked for it."""
     if work.egress.reveal_token:
         return token
-    return AccessToken(placeholder_of(work.run_id, TOKEN), token.expires_at)
+    name = TOKEN if call is None else token_name(call.audience, call.resource)
+    return AccessToken(placeholder_of(work.run_id, name), token.expires_at)
 
 
 def work_of(message: Mapping[str, Any]) -> Work:
