@@ -28,6 +28,7 @@ from worker.engine.runners.inline import Inline
 from worker.engine.signals import Signals
 from worker.errors import ConfigurationError
 from worker.ids import RunId, WorkerId, new_id
+from worker.kit.broker import broker_of
 from worker.kit.feature import Point
 from worker.kit.web.health import Health, metrics_of
 from worker.kit.web.side import PAGES, Web
@@ -54,13 +55,11 @@ from worker.wiring.addition import Addition, MakeAddition, Parts
 from worker.wiring.catalogue import StoredCatalogue
 from worker.wiring.issuers import issuers_of
 from worker.wiring.secrets import OpenedCredentials, OpenedSecrets, StoredTokens
-from worker.wiring.start import VERSION, MakeBroker, start
+from worker.wiring.start import VERSION, start
 from worker.wiring.traces import traces_of
 
 # What features add to a worker.
 ADDITIONS: tuple[Point[MakeAddition], ...] = (Point("hosts.worker", "[attempts] listen"),)
-# What sends the requests of runs.
-BROKER: Point[MakeBroker] = Point("egress.broker", "[execution] network")
 # A collection of the newest objects stops the loop: 100,000 take some 20 ms, and these some 5.
 COLLECT = (20_000, 100, 50)
 # Seconds between two searches for runs whose handler no worker offers; each reads all waiting runs.
@@ -113,8 +112,7 @@ def run(settings: Settings) -> int:
         # On SQLite the file lock decides, not the lease: nothing is frozen.
         lock_fd = None if lock is None else lock.fd
         given = (settings, clock, notifier, health, confinement)
-        make_broker = BROKER.find()
-        broker = None if make_broker is None else make_broker(settings, clock, confinement)
+        broker = broker_of(settings, clock, confinement)
         process = start(
             "worker", *given, collect=COLLECT, freezing=not on_file, lock_fd=lock_fd, broker=broker
         )

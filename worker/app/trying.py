@@ -21,6 +21,7 @@ from worker.errors import Conflict
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.models import load
 from worker.ids import OrgId, new_id
+from worker.kit.broker import broker_of
 from worker.model.orgs import OrgRef
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import LogLine
@@ -165,8 +166,14 @@ def _runner(
         find = partial(with_on_error, on_error=request.on_error)
         return Inline(clock, find=find, watched=False) if job.is_async else Blocking(clock, find=find)
     # Inline handlers too: they work in a process, and inline brings nothing for one run.
-    passed, sandbox = settings.execution.pass_environment, confinement_of(settings).rules
-    children = ChildPool(clock, freezing=False, pass_environment=passed, sandbox=sandbox)
+    passed, confinement = settings.execution.pass_environment, confinement_of(settings)
+    children = ChildPool(
+        clock,
+        freezing=False,
+        pass_environment=passed,
+        sandbox=confinement.rules,
+        broker=broker_of(settings, clock, confinement),
+    )
     children.start()
     stack.push_async_callback(children.close)
     return children

@@ -56,6 +56,8 @@ from worker.secret import AccessToken
 if TYPE_CHECKING:
     import httpx
 
+# What `http_client` makes a client of.
+Library = Literal["httpx", "httpx2"]
 # Characters that are stored, once the worker has masked them.
 NOTE_LIMIT = 500
 # The members that are HTTP clients, each created on first use.
@@ -294,9 +296,17 @@ class Context(_Shared[P, S]):
         """As `ctx.http`, for a URL from params: it reaches only public addresses and listed origins."""
         return self._client("public_http")
 
-    def http_client(self) -> httpx.AsyncClient:
-        """As `ctx.http`, without a base URL, for a library that takes an httpx client and may close it."""
-        return self._client("http")
+    def http_client(self, library: Library = "httpx") -> Any:
+        """As `ctx.http`, without a base URL, for a library that takes a client and may close it.
+
+        It is an `AsyncClient` of `library`: httpx, or httpx2, which the packages of OpenAI and MCP need.
+        """
+        client = self._client("http")
+        if library == "httpx":
+            return client
+        from worker.handlers.httpx2_client import over
+
+        return over(client)
 
     def _client(self, name: Literal["http", "public_http"], *, base_url: str = "") -> httpx.AsyncClient:
         from worker.handlers.clients import client
@@ -421,9 +431,14 @@ class BlockingContext(_Shared[P, S]):
         """As `ctx.http`, for a URL from params: it reaches only public addresses and listed origins."""
         return self._client("public_http")
 
-    def http_client(self) -> httpx.Client:
-        """As `Context.http_client`."""
-        return self._client("http")
+    def http_client(self, library: Library = "httpx") -> Any:
+        """As `Context.http_client`; a `Client` of the library."""
+        client = self._client("http")
+        if library == "httpx":
+            return client
+        from worker.handlers.httpx2_client import blocking_over
+
+        return blocking_over(client)
 
     def _client(self, name: Literal["http", "public_http"], *, base_url: str = "") -> httpx.Client:
         from worker.handlers.clients import blocking_client

@@ -1,8 +1,8 @@
-"""`httpx2_client`: `ctx.http` for libraries that need httpx2, such as the clients of OpenAI and MCP."""
+"""Clients of httpx2 whose requests `ctx` sends, for libraries that need it: those of OpenAI and MCP."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,9 @@ except ModuleNotFoundError as missing:
         name=missing.name,
     ) from missing
 
-# `ctx.http` sets these itself. It adds the org's token only to requests without an Authorization header.
-_LEFT_OUT = frozenset({"host", "content-length", "accept-encoding", "authorization"})
+# The client that sends a request sets these itself.
+_LEFT_OUT = frozenset({"host", "content-length", "accept-encoding"})
+_TIMEOUT = httpx2.Timeout(30.0, connect=10.0)
 # These describe the body as it was sent; it is passed on decoded.
 _OF_THE_BODY = frozenset({"content-encoding", "content-length", "transfer-encoding"})
 
@@ -32,29 +33,63 @@ def httpx2_client(ctx: Context[Any, Any]) -> httpx2.AsyncClient:
     """
     if not isinstance(ctx, Context):
         raise TypeError("httpx2_client needs the Context of an async handler")
-    return httpx2.AsyncClient(transport=_OrgTransport(ctx.http), timeout=httpx2.Timeout(30.0, connect=10.0))
+    # `ctx.http` adds the org's token only to requests without that header.
+    transport = _Transport(ctx.http, _LEFT_OUT | {"authorization"})
+    return httpx2.AsyncClient(transport=transport, timeout=_TIMEOUT)
 
 
-class _OrgTransport(httpx2.AsyncBaseTransport):
-    def __init__(self, http: httpx.AsyncClient) -> None:
+def over(http: httpx.AsyncClient) -> httpx2.AsyncClient:
+    """An httpx2 client whose requests are sent by `http`, with all of their headers."""
+    return httpx2.AsyncClient(transport=_Transport(http), timeout=_TIMEOUT)
+
+
+def blocking_over(http: httpx.Client) -> httpx2.Client:
+    """The same for a handler that blocks."""
+    return httpx2.Client(transport=_BlockingTransport(http), timeout=_TIMEOUT)
+
+
+class _Transport(httpx2.AsyncBaseTransport):
+    def __init__(self, http: httpx.AsyncClient, left_out: Collection[str] = _LEFT_OUT) -> None:
         self._http = http
+        self._left_out = left_out
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        sent = self._http.build_request(
-            request.method,
-            str(request.url),
-            headers=[(name, value) for name, value in request.headers.multi_items() if name not in _LEFT_OUT],
-            # Read at once, so that it can be sent again after a 401.
-            content=await request.aread(),
-            timeout=httpx.Timeout(**request.extensions.get("timeout", {"timeout": None})),
-        )
+        # Read at once, so that it can be sent again after a 401.
+        sent = _sent_by(self._http, request, await request.aread(), self._left_out)
         with _errors_of_httpx2(request):
             response = await self._http.send(sent, stream=True, follow_redirects=False)
         return httpx2.Response(
-            response.status_code,
-            headers=[item for item in response.headers.multi_items() if item[0] not in _OF_THE_BODY],
-            stream=_Body(response, request),
+            response.status_code, headers=_headers_of(response), stream=_Body(response, request)
         )
+
+
+class _BlockingTransport(httpx2.BaseTransport):
+    def __init__(self, http: httpx.Client) -> None:
+        self._http = http
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        sent = _sent_by(self._http, request, request.read(), _LEFT_OUT)
+        with _errors_of_httpx2(request):
+            response = self._http.send(sent, stream=True, follow_redirects=False)
+        return httpx2.Response(
+            response.status_code, headers=_headers_of(response), stream=_BlockingBody(response, request)
+        )
+
+
+def _sent_by(
+    http: httpx.Client | httpx.AsyncClient, request: httpx2.Request, content: bytes, left_out: Collection[str]
+) -> httpx.Request:
+    return http.build_request(
+        request.method,
+        str(request.url),
+        headers=[(name, value) for name, value in request.headers.multi_items() if name not in left_out],
+        content=content,
+        timeout=httpx.Timeout(**request.extensions.get("timeout", {"timeout": None})),
+    )
+
+
+def _headers_of(response: httpx.Response) -> list[tuple[str, str]]:
+    return [item for item in response.headers.multi_items() if item[0] not in _OF_THE_BODY]
 
 
 class _Body(httpx2.AsyncByteStream):
@@ -71,6 +106,21 @@ class _Body(httpx2.AsyncByteStream):
 
     async def aclose(self) -> None:
         await self._response.aclose()
+
+
+class _BlockingBody(httpx2.SyncByteStream):
+    """The same for a handler that blocks."""
+
+    def __init__(self, response: httpx.Response, request: httpx2.Request) -> None:
+        self._response = response
+        self._request = request
+
+    def __iter__(self) -> Iterator[bytes]:
+        with _errors_of_httpx2(self._request):
+            yield from self._response.iter_bytes()
+
+    def close(self) -> None:
+        self._response.close()
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from worker.features.hosts.taking import Taking
 from worker.features.hosts.temporal.connection import place_of, require_client, tls_of
 from worker.features.hosts.wire import Registered, Registration, Taken
 from worker.ids import WorkerId
-from worker.kit.feature import Point
+from worker.kit.broker import broker_of
 from worker.kit.web.connections import Connections
 from worker.kit.web.health import Health
 from worker.kit.web.listener import WebServer, bind, build_health
@@ -41,11 +41,9 @@ from worker.telemetry import events, logs
 from worker.telemetry.events import emit
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.vitals import Notifier
-from worker.wiring.start import VERSION, MakeBroker, start
+from worker.wiring.start import VERSION, start
 from worker.wiring.traces import traces_of
 
-# What sends the requests of runs.
-BROKER: Point[MakeBroker] = Point("egress.broker", "[execution] network")
 COLLECT = (100_000, 20, 50)
 # The share of the lease that a renewal waits for its answer: two tries fit in before the runs freeze.
 PATIENCE = 0.3
@@ -72,8 +70,7 @@ def run(settings: Settings, *, pool: str | None = None) -> int:
     context = trusting(settings.host.ca_file)
     web = _health_server(settings, health, clock)
     given = (settings, clock, notifier, health, confinement)
-    make = BROKER.find()
-    broker = None if make is None else make(settings, clock, confinement)
+    broker = broker_of(settings, clock, confinement)
     process = start("host", *given, collect=COLLECT, farewell=FAREWELL, broker=broker)
     # From here on this process holds the host's token, and nothing is forked from it.
     try:
