@@ -35,6 +35,7 @@ from worker.features.hosts.remote import RemoteStore
 from worker.features.hosts.sharing import Sharing
 from worker.handlers.ceiling import Grant, Offered
 from worker.ids import OrgId
+from worker.model.bindings import in_clear
 from worker.model.claims import Enforced
 from worker.model.runs.budgets import OrgBudgets
 from worker.model.runs.outcome import EndedAttempt
@@ -147,7 +148,7 @@ async def worker(exchange: Exchange, path: str, request: bytes) -> tuple[httpx.R
         run_log=RunLogWriter(fake, clock),
         clock=clock,
         random=Random(1),
-        secrets=GivenSecrets(exchanges.SECRETS),
+        secrets=GivenSecrets(in_clear(exchanges.SECRETS)),
     )
     shared = HostTools(tools, fake, fake, Sharing(fake, clock, 2.0), lambda ended, inflight: None)
     places = {"eu": exchanges.TEMPORAL}

@@ -22,6 +22,7 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.models import load
 from worker.ids import OrgId, new_id
 from worker.kit.broker import broker_of
+from worker.model.bindings import OrgSecrets
 from worker.model.orgs import OrgRef
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import LogLine
@@ -59,7 +60,7 @@ class TryRequest:
     state: Mapping[str, Any] | None = None
     answers: Mapping[str, Any] = field(default_factory=dict)
     budgets: Mapping[str, int] = field(default_factory=dict)
-    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    secrets: OrgSecrets = field(default_factory=dict, repr=False)
     database: Database | None = None
     on_error: OnError | None = None
     on_line: Callable[[LogLine], None] = lambda line: None
@@ -191,9 +192,9 @@ class _WithGiven:
     """The secrets of a real org, except those that are given."""
 
     stored: SecretSource
-    given: Mapping[str, str] = field(repr=False)
+    given: OrgSecrets = field(repr=False)
 
-    async def of(self, org: OrgRef, names: Collection[str]) -> Mapping[str, str]:
+    async def of(self, org: OrgRef, names: Collection[str]) -> OrgSecrets:
         given = {name: self.given[name] for name in names if name in self.given}
         left = [name for name in names if name not in given]
         return {**given, **(await self.stored.of(org, left) if left else {})}

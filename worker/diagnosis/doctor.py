@@ -20,6 +20,7 @@ from worker.model.definitions.units import format_duration
 from worker.model.runs import worker_ends
 from worker.model.runs.next_steps import NextStep
 from worker.operations import approvals
+from worker.operations.handlers import Handlers
 from worker.operations.installation import ADOPT, NO_WORD, difference
 from worker.process.confinement import OFF, confinement_of, in_words, readable_management_secrets
 from worker.process.guarded_files import changeable, guarded
@@ -190,29 +191,38 @@ def tokens(database: Database, org: NameOf = str) -> Iterator[Diagnostic]:
 def org_secrets(database: Database, ring: KeyRing | None, org: NameOf = str) -> Iterator[Diagnostic]:
     """A secret that the key ring does not open: runs that need it wait. Nothing if no org has secrets.
 
-    Tries the newest ones.
+    Tries the newest ones, and warns of those that handlers get in clear.
     """
     ok, bad = _said("secrets")
     with database.autocommit() as connection:
         rows = stored_secrets.newest(connection, ALL_ORGS, limit=MAX_OPENED)
+        declared = Handlers(connection).declared_secrets() if rows else set()
     closed = [row for row in rows if not _opens(ring, row)]
     if closed:
         first = closed[0]
         code, secret = org(first["org"]), first["name"]
         yield bad(
             f"the key ring here does not open the secret {secret} of {code}{_and_more(closed, MAX_OPENED)}",
-            f"put the key {first['key_id']} back into the key ring, or `secrets rotate {code} {secret}`",
+            f"put the key {first['key_id']} back into the key ring, or `secrets remove {code} {secret}` and "
+            f"`secrets add {code} {secret}`, with --for ORIGIN if it was bound",
         )
     elif rows:
         yield ok("the key ring opens the secrets of orgs")
+    if clear := [row for row in rows if row["origin"] is None and row["name"] in declared]:
+        names = [f"{row['name']} of {org(row['org'])}" for row in clear[:NAMED]]
+        named = listed(Named(len(clear), names), at_least=len(rows) == MAX_OPENED)
+        code, secret = org(clear[0]["org"]), clear[0]["name"]
+        yield ok(
+            f"handlers get secrets in clear, and could send them anywhere: {named}",
+            f"bind each to its service: `secrets bind {code} {secret} --for ORIGIN`",
+        )
 
 
 def _opens(ring: KeyRing | None, row: Row) -> bool:
     if ring is None:
         return False
-    place = {name: row[name] for name in ("org_id", "name", "generation")}
     try:
-        ring.unseal_secret(row["sealed"], row["key_id"], **place)
+        ring.unseal_secret(row["sealed"], row["key_id"], **stored_secrets.place_of(row))
     except ConfigurationError:
         return False
     return True

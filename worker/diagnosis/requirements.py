@@ -288,7 +288,7 @@ def lacking_of_all_orgs(database: Database) -> list[tuple[str, Diagnostic]]:
     """As `lacking`, with the org's code, of every org that can run something, by code."""
     with database.autocommit() as connection:
         handlers = Handlers(connection)
-        if not handlers.declare_secrets():
+        if not handlers.declared_secrets():
             return []
         return [
             (org.org.code, found)

@@ -150,8 +150,9 @@ def _is_solved(connection: Connection, org_id: OrgId, run: Row, found: Why) -> b
         return False
     if found.since_then is not None and found.since_then.later.get("succeeded"):
         return True
-    if run["reason"] == "secret_missing":
-        return org_secrets.find(connection, org_id, str(run["detail"])) is not None
+    if run["reason"] in ("secret_missing", "secret_bound"):
+        stored = org_secrets.find(connection, org_id, str(run["detail"]))
+        return stored is not None and (run["reason"] == "secret_missing" or stored["origin"] is None)
     if run["reason"] != "expired":
         return False
     match last_reason(run["detail"])[0]:

@@ -126,7 +126,8 @@ class _Shared(Generic[P, S]):
     def secret(self, name: str, /) -> str:
         """The value of one of the org's secrets, such as its own model key; declared by `@job(secrets={…})`.
 
-        It is as it was when the attempt began. It is masked in all that runs of the org write.
+        It is as it was when the attempt began. It is masked in all that runs of the org write. Of a bound
+        secret it is a placeholder: put it into a header of a request, and the broker puts the value there.
         """
         try:
             return self._given.secrets[name]

@@ -144,11 +144,10 @@ class Handlers:
         row = self.effective(name, pool)
         return frozenset() if row is None else frozenset(row["secrets"])
 
-    def declare_secrets(self) -> bool:
-        """Whether any handler gets secrets."""
-        if any(row["secrets"] for rows in self._of_workers().values() for row in rows):
-            return True
-        return places.is_any_secret_approved(self.connection)
+    def declared_secrets(self) -> set[str]:
+        """The names of the secrets that any handler gets."""
+        own = {name for rows in self._of_workers().values() for row in rows for name in row["secrets"]}
+        return own | places.approved_secrets(self.connection)
 
     def _within(self, name: str, pool: str) -> HandlerEntry | None:
         """What hosts of the pool may do of what they declare; None for a handler of workers."""

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Table
 from worker.errors import ConfigurationError, Conflict, NotFound, UsageError
 from worker.handlers.job import MAX_SECRET_BYTES, SECRET_NAME
 from worker.ids import ALL_ORGS
+from worker.model.bindings import Binding, check_sendable, parse_bound_origin, parse_header
 from worker.store import access_tokens, audit, org_secrets, orgs, tables
 from worker.store.database import Database
 from worker.store.dialect import Row
@@ -84,7 +85,7 @@ def _reseal(connection: Connection, ring: KeyRing, table: Table, row: Row) -> bo
     place = {"org_id": row["org_id"], "credential_id": row["id"]}
     if table is tables.org_secrets:
         seal, unseal = ring.seal_secret, ring.unseal_secret
-        place = {name: row[name] for name in ("org_id", "name", "generation")}
+        place = org_secrets.place_of(row)
     try:
         secret = unseal(row["sealed"], row["key_id"], **place)
     except ConfigurationError:
@@ -142,11 +143,37 @@ def _drop(database: Database, **which: str) -> int:
             return total
 
 
-def check_secret(name: str, value: str) -> None:
-    """Refuse a secret that no handler can ask for, or that cannot be masked.
+def binding_of(origin: str | None, header: str | None) -> Binding | None:
+    """The binding that a person gives, or None without an origin.
 
     Raises:
-        UsageError: an invalid name, or an empty, short or long value.
+        UsageError: it is invalid, or there is a header without an origin.
+    """
+    if origin is None:
+        if header is not None:
+            raise UsageError(
+                "header: only a bound secret has one",
+                fix="add its origin, such as --for https://api.acme.com",
+            )
+        return None
+    try:
+        where = parse_bound_origin(origin)
+    except ValueError as error:
+        fix = "give what the URLs of the service begin with"
+        raise UsageError(f"origin: {error}", fix=fix) from None
+    try:
+        return Binding(where, None if header is None else parse_header(header))
+    except ValueError as error:
+        raise UsageError(
+            f"header: {error}", fix="leave it out if handlers put the secret into a header themselves"
+        ) from None
+
+
+def check_secret(name: str, value: str, binding: Binding | None = None) -> None:
+    """Refuse a secret that no handler can ask for, that cannot be masked, or that its binding cannot send.
+
+    Raises:
+        UsageError: an invalid name, an empty, short or long value, or one that a header cannot carry.
     """
     if not SECRET_NAME.fullmatch(name):
         raise UsageError(
@@ -165,3 +192,11 @@ def check_secret(name: str, value: str) -> None:
             "characters or more",
             fix="choose a longer one",
         )
+    if binding is not None:
+        try:
+            check_sendable(value)
+        except ValueError as error:
+            raise UsageError(
+                f"the secret {name} is bound to {binding.origin}, and {error}",
+                fix="store the key alone, or leave it unbound: handlers then get it in clear",
+            ) from None

@@ -15,8 +15,15 @@ from worker.store.bulk import among
 from worker.store.dialect import Row, above, all_rows, first_row
 
 _secrets = tables.org_secrets
+# What the sealing of a value authenticates: it opens in no other row, and with no other binding.
+_PLACE = ("org_id", "name", "generation", "origin", "header")
 # What it takes to open a value.
-_SEALED = tuple(_secrets.c[name] for name in ("id", "org_id", "name", "generation", "sealed", "key_id"))
+_SEALED = tuple(_secrets.c[name] for name in ("id", *_PLACE, "sealed", "key_id"))
+
+
+def place_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row says of its value, which must be as it was when the value was sealed."""
+    return {name: row[name] for name in _PLACE}
 
 
 def find(connection: Connection, org_id: OrgId, name: str) -> Row | None:
@@ -45,6 +52,24 @@ def rotate(
         update(_secrets)
         .where(_secrets.c.org_id == org_id, _secrets.c.id == secret_id)
         .values(generation=generation, sealed=sealed, key_id=key_id, rotated_at=at, rotated_by=by)
+    )
+
+
+def bind(
+    connection: Connection,
+    org_id: OrgId,
+    secret_id: str,
+    *,
+    origin: str | None,
+    header: str | None,
+    sealed: bytes,
+    key_id: str,
+) -> None:
+    """Replace the binding of a secret, and the same value sealed with it."""
+    connection.execute(
+        update(_secrets)
+        .where(_secrets.c.org_id == org_id, _secrets.c.id == secret_id)
+        .values(origin=origin, header=header, sealed=sealed, key_id=key_id)
     )
 
 

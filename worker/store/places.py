@@ -56,10 +56,10 @@ def broken(connection: Connection) -> list[Row]:
     return all_rows(connection, query.order_by(_handlers.c.name, _handlers.c.pool).limit(BROKEN))
 
 
-def is_any_secret_approved(connection: Connection) -> bool:
-    """Whether an administrator approved a secret for any handler of hosts."""
+def approved_secrets(connection: Connection) -> set[str]:
+    """The names of the secrets that an administrator approved for handlers of hosts."""
     query = select(_approvals.c.ceiling).limit(MAX_ROWS)
-    return any(ceiling.get("secrets") for ceiling in connection.execute(query).scalars())
+    return {name for ceiling in connection.execute(query).scalars() for name in ceiling.get("secrets", ())}
 
 
 def orgs(connection: Connection, _: AllOrgs) -> Iterator[Row]:

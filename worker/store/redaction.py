@@ -36,7 +36,16 @@ OPERATOR = "operator"
 _DETAILED = {
     *("error", "retry", "snoozed", "by_handler", "handler_exited", "result_invalid", "flag_off", "expired"),
     *("org_mismatch", "client_mismatch", "scope_missing", "property_missing", "settings_invalid"),
-    *("token_invalid", "pool_mismatch", "secret_missing", "asleep", "answer", "resumed", "no_pool"),
+    *(
+        "token_invalid",
+        "pool_mismatch",
+        "secret_missing",
+        "secret_bound",
+        "asleep",
+        "answer",
+        "resumed",
+        "no_pool",
+    ),
 }
 
 

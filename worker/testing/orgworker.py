@@ -24,6 +24,7 @@ from worker.handlers.job import Job
 from worker.handlers.models import load
 from worker.handlers.results import Duration, as_timedelta
 from worker.ids import OrgId, new_id
+from worker.model.bindings import in_clear
 from worker.model.orgs import OrgRef
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import Isolation
@@ -243,7 +244,7 @@ class Orgworker:
                         state=state,
                         answers=answers,
                         budgets=budgets,
-                        secrets=GivenSecrets(secrets or {}),
+                        secrets=GivenSecrets(in_clear(secrets or {})),
                         isolation=ISOLATION[place],
                         on_line=lambda line: logs.append(LogLine(line.attempt, line.level, line.text)),
                         on_saved=injector.saved,

@@ -138,27 +138,45 @@ class KeyRing:
             return None
         return self._open(raw, key_id, "attempt", *place)
 
-    def seal_secret(self, value: str, *, org_id: str, name: str, generation: int) -> tuple[bytes, str]:
-        """An org's secret sealed for its row and generation, and the id of the key that sealed it."""
-        return self._seal(value, "org secret", org_id, name, generation)
+    def seal_secret(
+        self, value: str, *, org_id: str, name: str, generation: int, origin: str | None, header: str | None
+    ) -> tuple[bytes, str]:
+        """An org's secret sealed for its row and binding, and the id of the key that sealed it."""
+        return self._seal(value, *_place_of_secret(org_id, name, generation, origin, header))
 
-    def unseal_secret(self, sealed: bytes, key_id: str, *, org_id: str, name: str, generation: int) -> str:
+    def unseal_secret(
+        self,
+        sealed: bytes,
+        key_id: str,
+        *,
+        org_id: str,
+        name: str,
+        generation: int,
+        origin: str | None,
+        header: str | None,
+    ) -> str:
         """An org's secret.
 
         Raises:
-            ConfigurationError: its key is not in the ring, or it was sealed for another row or generation,
-                or damaged.
+            ConfigurationError: its key is not in the ring, or it was sealed for another row, generation or
+                binding, or damaged.
         """
-        fix = f"store it again with `python -m worker secrets rotate ORG {name}`"
+        # `secrets rotate` would seal a new value for whatever origin the row has now.
+        fix = (
+            f"store it again: `python -m worker secrets remove ORG {name}`, then `secrets add ORG {name}`, "
+            "with --for ORIGIN if it was bound"
+        )
         if key_id not in self._keys:
             raise ConfigurationError(
                 f"the secret {name} is sealed with the key {key_id}, which is not in {self.path}",
                 fix=f"put the key's line back into the key ring, or {fix}",
             )
-        value = self._open(sealed, key_id, "org secret", org_id, name, generation)
+        value = self._open(sealed, key_id, *_place_of_secret(org_id, name, generation, origin, header))
         if value is None:
             raise ConfigurationError(
-                f"the secret {name} does not open: it is damaged, or from another row", fix=fix
+                f"the secret {name} does not open: it is damaged, from another row, or its binding was "
+                "changed in the row",
+                fix=fix,
             )
         return value
 
@@ -238,6 +256,15 @@ def _associated(key_id: str, place: Sequence[object]) -> bytes:
     """What a ciphertext is bound to; all but a credential's place begins with a word for what is sealed."""
     # JSON, so that no two places have the same text.
     return json.dumps([*place, key_id]).encode()
+
+
+def _place_of_secret(
+    org_id: str, name: str, generation: int, origin: str | None, header: str | None
+) -> tuple[object, ...]:
+    """Where an org's secret belongs: a change of the binding in its row cannot redirect it."""
+    if origin is None and header is None:
+        return "org secret", org_id, name, generation
+    return "bound secret", org_id, name, generation, origin, header
 
 
 def _new_line() -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from worker.clock import Clock
 from worker.errors import ConfigurationError
 from worker.ids import OrgId
+from worker.model.bindings import Binding, OrgSecret, OrgSecrets
 from worker.model.orgs import OrgRef
 from worker.secret import Secret
 from worker.store import access_tokens, credentials, org_secrets
@@ -138,7 +139,7 @@ class OpenedSecrets:
         self._stored: BatchLoader[tuple[OrgId, str], dict[str, Any]] = BatchLoader(self._read)
         self._unusable: set[str] = set()
 
-    async def of(self, org: OrgRef, names: Collection[str]) -> Mapping[str, str]:
+    async def of(self, org: OrgRef, names: Collection[str]) -> OrgSecrets:
         """The org's secrets with these names, without those that it lacks.
 
         Raises:
@@ -148,8 +149,8 @@ class OpenedSecrets:
         rows = await asyncio.gather(*(self._stored.of((org.id, name)) for name in names))
         return {row["name"]: self._opened(row, org) for row in rows if row is not None}
 
-    def _opened(self, row: Mapping[str, Any], org: OrgRef) -> str:
-        """The value of a row; reports the first failure to open it."""
+    def _opened(self, row: Mapping[str, Any], org: OrgRef) -> OrgSecret:
+        """The secret of a row; reports the first failure to open it."""
         try:
             value = self._open(row)
         except ConfigurationError as error:
@@ -158,7 +159,8 @@ class OpenedSecrets:
                 emit("secret.unusable", org=org.code, secret=row["name"], error=error.message)
             raise
         self._unusable.discard(row["id"])
-        return value
+        origin = row["origin"]
+        return OrgSecret(value, None if origin is None else Binding(origin, row["header"]))
 
     def _open(self, row: Mapping[str, Any]) -> str:
         ring = self._ring(row["key_id"])
@@ -166,8 +168,7 @@ class OpenedSecrets:
             raise ConfigurationError(
                 f"there is no key ring to open the secret {row['name']}", fix="put the key ring back"
             )
-        place = {name: row[name] for name in ("org_id", "name", "generation")}
-        return ring.unseal_secret(row["sealed"], row["key_id"], **place)
+        return ring.unseal_secret(row["sealed"], row["key_id"], **org_secrets.place_of(row))
 
     async def _read(self, wanted: Sequence[tuple[OrgId, str]]) -> Mapping[tuple[OrgId, str], dict[str, Any]]:
         return await self._database.call_autocommit(org_secrets.sealed_of, wanted)

@@ -15,14 +15,17 @@ from worker.diagnosis.requirements import lacking_of_all_orgs
 from worker.errors import ConfigurationError, Conflict, NotFound, UsageError
 from worker.features.org_secrets.operations import (
     add_secret,
+    bind_secret,
     remove_secret,
     rotate_secret,
 )
 from worker.handlers.catalogue import HandlerEntry
+from worker.model.bindings import Binding, OrgSecret, OrgSecrets
 from worker.model.orgs import OrgEntry, OrgRef
 from worker.operations.keys import rekey, remove_key
 from worker.operations.orgs import add_org, set_org_state
 from worker.store import catalogue, tables
+from worker.tokens import sealing
 from worker.tokens.sealing import KeyRing
 from worker.wiring import check_ring, list_keys
 from worker.wiring.secrets import OpenedSecrets
@@ -37,10 +40,15 @@ def orgs(database):
 
 
 def opened(database, ring, rows, org: str, *names: str) -> dict[str, str]:
-    """The secrets that an attempt of the org gets."""
+    """The values of the secrets that an attempt of the org uses."""
+    found = secrets_of(database, ring, rows, *names, org=org)
+    return {name: each.value for name, each in found.items()}
+
+
+def secrets_of(database, ring, rows, *names: str, org: str = "org_a") -> dict[str, OrgSecret]:
     ref = next(OrgRef(row["id"], row["code"]) for row in rows.orgs if row["code"] == org)
 
-    async def ask() -> dict[str, str]:
+    async def ask() -> dict[str, OrgSecret]:
         return dict(await OpenedSecrets(database, lambda _: ring).of(ref, names))
 
     return asyncio.run(ask())
@@ -74,7 +82,7 @@ def test_those_asked_for_at_once_are_read_in_one_query(database, keyring, rows):
 
     source._stored._read = counted
 
-    async def ask() -> list[dict[str, str]]:
+    async def ask() -> list[OrgSecrets]:
         refs = [OrgRef(row["id"], row["code"]) for row in rows.orgs] * 20
         return await asyncio.gather(*(source.of(ref, ("openai",)) for ref in refs))
 
@@ -119,6 +127,153 @@ def test_a_value_copied_from_another_row_or_an_older_one_does_not_open(database,
     paste(second["sealed"])
     with pytest.raises(ConfigurationError, match="another row"):
         opened(database, keyring, rows, "org_b", "openai")
+
+
+OPENAI, EVIL = "https://api.openai.com", "https://evil.example"
+
+
+@on_either
+def test_a_binding_is_kept_by_rotation_and_changed_with_the_same_value(database, keyring, rows):
+    given = {"origin": "HTTPS://api.OpenAI.com:443/", "header": "X-API-Key"}
+    row = add_secret(database, keyring, "org_a", "openai", KEY, **given, actor="ops")
+    assert (row["origin"], row["header"], row["generation"]) == (OPENAI, "x-api-key", 1)
+    rotate_secret(database, keyring, "org_a", "openai", f"{KEY}-2", actor="ops")
+
+    bound = Binding(OPENAI, "x-api-key")
+    assert secrets_of(database, keyring, rows, "openai") == {"openai": OrgSecret(f"{KEY}-2", bound)}
+    for _ in range(2):
+        row = bind_secret(database, keyring, "org_a", "openai", origin=f"{OPENAI}:8443", actor="eve")
+    assert (row["origin"], row["header"], row["generation"]) == (f"{OPENAI}:8443", None, 2)
+    bind_secret(database, keyring, "org_a", "openai", origin=None, actor="eve")
+    assert secrets_of(database, keyring, rows, "openai") == {"openai": OrgSecret(f"{KEY}-2")}
+    first, second = {"origin": OPENAI, "header": "x-api-key"}, {"origin": f"{OPENAI}:8443", "header": None}
+    kept = [row for row in rows.audit if row["action"].startswith("secret.")]
+    assert [(row["action"], row["actor"], row["detail"]) for row in kept] == [
+        ("secret.add", "ops", {"generation": 1, **first}),
+        ("secret.rotate", "ops", {"generation": 2}),
+        ("secret.bind", "eve", {**second, "before": first}),
+        ("secret.bind", "eve", {"origin": None, "header": None, "before": second}),
+    ]
+
+
+TAMPERED = [
+    {"origin": EVIL},
+    {"header": "x-other"},
+    {"header": None},
+    {"origin": None, "header": None},
+    {"origin": None},
+    {"name": "mail"},
+]
+
+
+@pytest.mark.parametrize("tampered", TAMPERED, ids=str)
+@pytest.mark.parametrize("authenticated", [True, False], ids=["authenticated", "control"])
+@on_either
+def test_who_writes_the_row_cannot_redirect_a_bound_secret(
+    database, keyring, rows, tampered, authenticated, monkeypatch
+):
+    """In the control the sealing leaves the row out, and the value goes where the row says."""
+    if not authenticated:
+        monkeypatch.setattr(sealing, "_place_of_secret", lambda *place: ("org secret",))
+    bound = {"origin": OPENAI, "header": "x-api-key"}
+    add_secret(database, keyring, "org_a", "openai", KEY, **bound, actor="ops")
+    with database.transaction() as connection:
+        connection.execute(update(tables.org_secrets).values(**tampered))
+    name = tampered.get("name", "openai")
+
+    if not authenticated:
+        [found] = secrets_of(database, keyring, rows, name).values()
+        origin, header = ({**bound, **tampered}[key] for key in ("origin", "header"))
+        assert found == OrgSecret(KEY, None if origin is None else Binding(origin, header))
+        return
+    with pytest.raises(ConfigurationError, match="its binding was changed in the row"):
+        secrets_of(database, keyring, rows, name)
+    [found] = doctor.org_secrets(database, keyring)
+    assert not found.ok
+    # Nor does a person seal a new value for that origin, or this one for another.
+    before = rows.org_secrets
+    for change in (
+        lambda: rotate_secret(database, keyring, "org_a", name, f"{KEY}-2", actor="ops"),
+        lambda: bind_secret(database, keyring, "org_a", name, origin=EVIL, actor="ops"),
+        lambda: bind_secret(database, keyring, "org_a", name, origin=None, actor="ops"),
+    ):
+        with pytest.raises(ConfigurationError) as fault:
+            change()
+        assert f"secrets remove ORG {name}" in fault.value.fix
+    assert rekey(database, keyring, actor="ops")["unopened"] == 1
+    assert rows.org_secrets == before
+
+
+@on_either
+def test_a_new_key_seals_a_bound_secret_with_its_binding(database, keyring, rows):
+    add_secret(database, keyring, "org_a", "openai", KEY, origin=OPENAI, header="x-api-key", actor="ops")
+    add_secret(database, keyring, "org_a", "mail", "mail-0123456789", actor="ops")
+
+    assert rekey(database, keyring, actor="ops")["resealed"] == 2
+
+    ring = KeyRing.load(keyring.path)
+    assert {row["key_id"] for row in rows.org_secrets} == {ring.sealing_key_id}
+    assert secrets_of(database, ring, rows, "openai", "mail") == {
+        "openai": OrgSecret(KEY, Binding(OPENAI, "x-api-key")),
+        "mail": OrgSecret("mail-0123456789"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"origin": "api.openai.com"}, "^origin: "),
+        ({"origin": "http://api.openai.com"}, "^origin: "),
+        ({"origin": "https://*.openai.com"}, "^origin: "),
+        ({"origin": OPENAI, "header": "host"}, "^header: "),
+        ({"origin": OPENAI, "header": "x api"}, "^header: "),
+        ({"header": "x-api-key"}, "^header: "),
+    ],
+)
+def test_a_wrong_binding_is_refused_with_its_field(database, keyring, rows, given, match):
+    with pytest.raises(UsageError, match=match) as fault:
+        add_secret(database, keyring, "org_a", "openai", KEY, **given, actor="ops")
+    assert fault.value.fix
+    assert rows.org_secrets == []
+    add_secret(database, keyring, "org_a", "openai", KEY, actor="ops")
+    with pytest.raises(UsageError, match=match):
+        bind_secret(database, keyring, "org_a", "openai", **{"origin": None} | given, actor="ops")
+
+
+def test_a_value_that_no_header_carries_is_not_bound(database, keyring, rows):
+    lines = f"{KEY}\nx-evil: 1"
+    with pytest.raises(UsageError, match="a header cannot carry it") as fault:
+        add_secret(database, keyring, "org_a", "openai", lines, origin=OPENAI, actor="ops")
+    assert "canary" not in str(fault.value)
+    # Handlers may get it in clear.
+    add_secret(database, keyring, "org_a", "openai", lines, actor="ops")
+    with pytest.raises(UsageError, match="a header cannot carry it"):
+        bind_secret(database, keyring, "org_a", "openai", origin=OPENAI, actor="ops")
+    add_secret(database, keyring, "org_a", "mail", KEY, origin=OPENAI, actor="ops")
+    with pytest.raises(UsageError, match="a header cannot carry it"):
+        rotate_secret(database, keyring, "org_a", "mail", lines, actor="ops")
+    assert [row["generation"] for row in rows.org_secrets] == [1, 1]
+    with pytest.raises(NotFound):
+        bind_secret(database, keyring, "org_a", "stripe", origin=OPENAI, actor="ops")
+
+
+@on_either
+def test_doctor_lists_what_handlers_get_in_clear(database, keyring):
+    """And not what no handler declares."""
+    entry = HandlerEntry("acme.ask", "acme-jobs", "1.0", "acme_jobs:ask", secrets=("mail", "openai"))
+    with database.transaction() as connection:
+        catalogue.put(connection, [entry], at=database.now(connection))
+    for name in ("openai", "unused"):
+        add_secret(database, keyring, "org_a", name, KEY, actor="ops")
+    add_secret(database, keyring, "org_a", "mail", KEY, origin=OPENAI, actor="ops")
+
+    [opens, clear] = doctor.org_secrets(database, keyring)
+
+    assert (opens.ok, clear.ok) == (True, True)
+    assert clear.detail == "handlers get secrets in clear, and could send them anywhere: openai of org_a"
+    assert clear.fix == "bind each to its service: `secrets bind org_a openai --for ORIGIN`"
+    bind_secret(database, keyring, "org_a", "openai", origin=OPENAI, actor="ops")
+    assert [found.detail for found in doctor.org_secrets(database, keyring)] == [opens.detail]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +355,7 @@ def test_a_lost_ring_is_found(database, keyring, tmp_path):
     for ring in (other, None):
         [found] = doctor.org_secrets(database, ring)
         assert (found.ok, "openai of org_a" in found.detail) == (False, True)
-        assert "secrets rotate org_a openai" in found.fix
+        assert "`secrets remove org_a openai` and `secrets add org_a openai`" in found.fix
     assert rekey(database, other, actor="ops")["unopened"] == 1
     with pytest.raises(ConfigurationError, match="has 1 sealed secrets"):
         check_ring(database, None, tmp_path / "lost")

@@ -20,6 +20,7 @@ from worker.engine.attempt.inflight import InflightRun
 from worker.engine.attempt.plan import HandlerRegistry, Plans
 from worker.engine.attempt.run_log import RunLogWriter
 from worker.engine.attempt.tools import Tools
+from worker.engine.runners.child import messages
 from worker.engine.runners.contract import RunServices, StopSignal, Work
 from worker.errors import (
     ConfigurationError,
@@ -41,7 +42,9 @@ from worker.handlers.calls import (
 )
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import ALL_ORGS, OrgId, RunId
+from worker.model.bindings import Binding, OrgSecret, OrgSecrets
 from worker.model.claims import Enforced, PoolRules
+from worker.model.egress import BoundSecret, placeholder_of
 from worker.model.orgs import OrgRef, TokenWant
 from worker.model.runs.budgets import BudgetState, OrgBudgets
 from worker.model.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded
@@ -64,18 +67,20 @@ CLAIMS = replace(
 
 
 class Secrets:
-    """The secrets of an org, and what was asked for."""
+    """The secrets of an org, and what was asked for; those with a binding are bound."""
 
     def __init__(self) -> None:
         self.values: dict[str, str] = {}
+        self.bindings: dict[str, Binding] = {}
         self.error: Exception | None = None
         self.asked: list[list[str]] = []
 
-    async def of(self, org: OrgRef, names: Collection[str]) -> dict[str, str]:
+    async def of(self, org: OrgRef, names: Collection[str]) -> OrgSecrets:
         self.asked.append(sorted(names))
         if self.error is not None:
             raise self.error
-        return {name: self.values[name] for name in names if name in self.values}
+        found = [name for name in names if name in self.values]
+        return {name: OrgSecret(self.values[name], self.bindings.get(name)) for name in found}
 
 
 class Site:
@@ -106,6 +111,7 @@ class Site:
         self.outdated: list[TokenWant] = []
         self.pool_rules = PoolRules()
         self.secrets = Secrets()
+        self.brokered = True
         self.handlers = HandlerRegistry()
         self.handlers.add(HandlerEntry("acme.digest", "acme-jobs", "1.0", "acme:digest", scopes=("read:kb",)))
         self.handlers.add(
@@ -193,6 +199,7 @@ class Site:
             random=Random(7),
             pool_rules=self.pool_rules,
             secrets=self.secrets,
+            brokered=self.brokered,
         )
         return await attempt(InflightRun(admitted(**changes), StopSignal()), tools)
 
@@ -254,6 +261,56 @@ async def test_an_org_that_lacks_a_secret_is_refused_and_keeps_its_token(site: S
     assert (ended.state, ended.reason, ended.detail) == ("refused", "secret_missing", "openai")
     assert ended.error is not None
     assert ended.error["message"] == "org org_acme has no secret openai, which acme.digest declares"
+    assert (site.works, site.outdated) == ([], [])
+
+
+OPENAI = Binding("https://api.openai.com", "x-api-key")
+
+
+async def test_a_run_gets_a_placeholder_of_a_bound_secret_and_only_the_broker_its_value(site: Site) -> None:
+    declare(site)
+    site.secrets.values = {"openai": KEY, "mail": "mail-canary-0123456789"}
+    site.secrets.bindings = {"openai": OPENAI}
+
+    async def echo(work: Work, services: RunServices, stop: StopSignal) -> None:
+        # A service may have echoed the value, and a step may store the placeholder.
+        assert masker.mask(f"a {KEY} b", ALL_ORGS) == "a [masked] b"
+        site.outcome = Succeeded(json.dumps([KEY, work.secrets["openai"]]))
+
+    site.during = echo
+    ended = await site.attempt()
+
+    [work] = site.works
+    place = placeholder_of(work.run_id, "openai")
+    assert work.secrets == {"openai": place, "mail": "mail-canary-0123456789"}
+    assert work.bound == (BoundSecret("openai", KEY, OPENAI.origin, OPENAI.header, place),)
+    assert work.clear_secrets == {"mail": "mail-canary-0123456789"}
+    assert ended.result == json.dumps(["[masked]", place])
+    # What goes to the process of the run.
+    assert KEY.encode() not in messages.frame(messages.work_message(work, 60.0))
+    assert place.encode() in messages.frame(messages.work_message(work, 60.0))
+
+
+@pytest.mark.parametrize("bindings", [{}, {"openai": OPENAI}], ids=["in clear", "bound"])
+async def test_without_a_broker_a_run_is_refused_that_has_a_bound_secret(
+    site: Site, bindings: dict[str, Binding]
+) -> None:
+    """The control is in clear: its handler gets the value, as before."""
+    declare(site)
+    site.secrets.values = {"openai": KEY, "mail": "mail-canary-0123456789"}
+    site.secrets.bindings, site.brokered = bindings, False
+
+    ended = await site.attempt()
+
+    if not bindings:
+        assert (ended.state, site.works[0].secrets["openai"]) == ("succeeded", KEY)
+        return
+    assert (ended.state, ended.reason, ended.detail) == ("refused", "secret_bound", "openai")
+    assert ended.error is not None
+    assert ended.error["message"] == (
+        "the secret openai of org org_acme is bound, and no broker is here that could send it: "
+        "install the feature egress"
+    )
     assert (site.works, site.outdated) == ([], [])
 
 

@@ -41,6 +41,7 @@ from worker.features.hosts.wire import Malformed, Taken
 from worker.handlers.calls import CALLS, Call, OpenWait, Save, StoreStep
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
+from worker.model.egress import BoundSecret, placeholder_of
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.outcome import Failed, Outcome, Succeeded, Trail
 from worker.model.runs.run import AdmittedRun, LogLine, NewStep, OwnedRun
@@ -195,6 +196,38 @@ async def test_the_orgs_secrets_are_masked_on_the_host_too(clock: ManualClock) -
 
     assert host.runner.works[0].secrets == {"openai": key}
     assert key not in json.dumps(workers.calls)
+
+
+async def test_a_bound_secret_is_masked_on_the_host_and_its_placeholder_is_not(clock: ManualClock) -> None:
+    workers, key, place = Workers(finish={"accepted": []}), "sk-canary-of-the-org-1", placeholder_of("r", "a")
+    bound = BoundSecret("openai", key, "https://api.openai.com", None, place)
+    taken = replace(TAKEN, work=replace(TAKEN.work, secrets={"openai": place}, bound=(bound,)))
+    host = Host(clock, workers, Runner(Succeeded(json.dumps([key, place]))))
+
+    ended = await host.attempt(taken)
+    await host.store.finish([ended])
+
+    assert host.runner.works[0].bound == (bound,)
+    assert key not in json.dumps(workers.calls)
+    assert place in json.dumps(workers.calls)
+
+
+@pytest.mark.parametrize("brokered", [True, False])
+async def test_a_host_without_a_broker_does_not_call_a_handler_with_a_bound_secret(
+    clock: ManualClock, brokered: bool
+) -> None:
+    """The worker believes a failure; it could not check that the host refuses for that reason."""
+    bound = BoundSecret("openai", "sk-canary-of-the-org-1", "https://api.openai.com", None, "placeholder")
+    work = replace(TAKEN.work, secrets={"openai": "placeholder"}, bound=(bound,))
+    host = Host(clock, Workers())
+    host.tools = replace(host.tools, brokered=brokered)
+
+    ended = await host.attempt(replace(TAKEN, work=work))
+
+    assert (ended.state, len(host.runner.works)) == (("succeeded", 1) if brokered else ("failed", 0))
+    if ended.error is not None:
+        assert ended.error["message"].startswith("the secret openai is bound, and no broker is here")
+        assert "canary" not in str(ended)
 
 
 async def test_a_result_that_the_workers_reject_is_reported_as_that(clock: ManualClock) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.fakes.clock import START
 from tests.fakes.exchanges import ENTRY, RUN, TAKEN, WORK
+from worker.engine.runners.child.messages import frame, work_message, work_of
 from worker.errors import Throttled, Unavailable
 from worker.features.hosts import sent as sent_module
 from worker.features.hosts import wire
@@ -20,6 +21,7 @@ from worker.features.hosts.wire import Malformed, Registration
 from worker.handlers import calls
 from worker.handlers.calls import MAX_METERS, OpenWait, StoreStep
 from worker.ids import RunId
+from worker.model.egress import BoundSecret
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.run import NewStep
 from worker.model.runs.waits import MAX_WAITS, NewWait
@@ -41,11 +43,28 @@ def test_secrets_come_with_the_attempt_and_are_in_no_repr() -> None:
     assert "sk-canary" not in repr(read)
 
 
+def test_bound_secrets_come_with_the_attempt_and_go_to_no_process_of_a_run() -> None:
+    bound = BoundSecret(
+        "openai", "sk-canary-1234567890", "https://api.openai.com", "x-api-key", "placeholder"
+    )
+    taken = replace(TAKEN, work=replace(WORK, secrets={"openai": "placeholder"}, bound=(bound,)))
+    message = sent(wire.taken_message(taken))
+    read = wire.taken_of(message)
+
+    assert (read.work.bound, read.work.secrets) == ((bound,), {"openai": "placeholder"})
+    assert "sk-canary" not in repr(read)
+    # The control: the message to the host has the value.
+    assert "sk-canary" in json.dumps(message)
+    assert b"sk-canary" not in frame(work_message(read.work, 60.0))
+    assert work_of(work_message(read.work, 60.0)).bound == ()
+
+
 def test_a_worker_of_the_previous_version_sends_no_secrets() -> None:
     message = sent(wire.taken_message(TAKEN))
     del message["work"]["secrets"]
 
     assert wire.taken_of(message).work.secrets == {}
+    assert wire.taken_of(message).work.bound == ()
 
 
 @pytest.mark.parametrize("secrets", ["all", {"openai": 1}, ["a b"], [7], ["a"] * 21])

@@ -26,6 +26,7 @@ REASONS = {
         "property_missing",
         "settings_invalid",
         "secret_missing",
+        "secret_bound",
         "pool_mismatch",
         "token_invalid",
     ],

@@ -42,19 +42,55 @@ def test_a_ciphertext_pasted_into_another_row_does_not_open(path: Path, row: dic
 def test_an_orgs_secret_opens_in_its_own_row_and_generation_only(path: Path) -> None:
     """And never as a credential, a token or the record of an attempt."""
     ring = KeyRing.generate(path)
-    row = {"org_id": "org", "name": "openai", "generation": 2}
+    row = {"org_id": "org", "name": "openai", "generation": 2, "origin": None, "header": None}
     sealed, key_id = ring.seal_secret("sk-ü", **row)
 
     assert ring.unseal_secret(sealed, key_id, **row) == "sk-ü"
     for other in ({"org_id": "b"}, {"name": "mail"}, {"generation": 1}, {"org_id": "orgo", "name": "penai"}):
         with pytest.raises(ConfigurationError, match="another row") as fault:
             ring.unseal_secret(sealed, key_id, **row | other)
-        assert "secrets rotate" in fault.value.fix
+        assert "secrets remove ORG" in fault.value.fix
     with pytest.raises(ConfigurationError, match="not in"):
         ring.unseal_secret(sealed, "k00000000", **row)
     with pytest.raises(ConfigurationError):
         ring.unseal(sealed, key_id, org_id="org", credential_id="openai")
     assert ring.open_token(sealed, key_id, list(row.values())) is None
+
+
+UNBOUND = {"org_id": "org", "name": "openai", "generation": 1, "origin": None, "header": None}
+BOUND = UNBOUND | {"origin": "https://api.openai.com", "header": "x-api-key"}
+
+
+@pytest.mark.parametrize(
+    ("sealed_for", "opened_as"),
+    [
+        (BOUND, BOUND | {"origin": "https://evil.example"}),
+        (BOUND, BOUND | {"header": "x-other"}),
+        (BOUND, BOUND | {"header": None}),
+        (BOUND, BOUND | {"origin": None}),
+        (BOUND, UNBOUND),
+        (UNBOUND, BOUND),
+        (UNBOUND, UNBOUND | {"origin": ""}),
+        (BOUND | {"header": None}, BOUND | {"header": ""}),
+        (BOUND | {"header": None}, BOUND | {"origin": 'https://api.openai.com", "x-api-key'}),
+    ],
+)
+def test_a_secret_opens_with_its_own_binding_only(path: Path, sealed_for: dict, opened_as: dict) -> None:
+    ring = KeyRing.generate(path)
+    sealed, key_id = ring.seal_secret("sk-0123456789", **sealed_for)
+
+    assert ring.unseal_secret(sealed, key_id, **sealed_for) == "sk-0123456789"
+    with pytest.raises(ConfigurationError, match="its binding was changed"):
+        ring.unseal_secret(sealed, key_id, **opened_as)
+
+
+def test_a_secret_of_a_release_without_bindings_opens_unbound(path: Path) -> None:
+    ring = KeyRing.generate(path)
+    sealed, key_id = ring._seal("sk-0123456789", "org secret", "org", "openai", 1)
+
+    assert ring.unseal_secret(sealed, key_id, **UNBOUND) == "sk-0123456789"
+    with pytest.raises(ConfigurationError):
+        ring.unseal_secret(sealed, key_id, **BOUND)
 
 
 def test_a_damaged_ciphertext_does_not_open(path: Path) -> None:

@@ -7,7 +7,6 @@ where the handler runs. For a run on a host, a worker calls `prepare` when the h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -31,6 +30,7 @@ from worker.errors import (
 from worker.guard.claims import Claims, flag_is
 from worker.guard.decode import enforce
 from worker.handlers.catalogue import HandlerEntry
+from worker.model.bindings import OrgSecrets
 from worker.model.claims import ClaimsRecord, Enforced
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.budgets import BudgetState
@@ -41,9 +41,11 @@ from worker.telemetry.events import emit
 # Default pause of a run without a token, in seconds.
 PAUSE = 5.0
 NOTHING_STORED = StoredProgress()
-NO_SECRETS: Mapping[str, str] = {}
+NO_SECRETS: OrgSecrets = {}
 # Why a run is refused whose token is right.
 SECRET_MISSING = "secret_missing"  # noqa: S105 - a reason, not a secret
+SECRET_BOUND = "secret_bound"  # noqa: S105
+NO_BROKER = "no broker is here that could send it: install the feature egress"
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -171,13 +173,17 @@ def _handler(
 
 async def _secrets(
     entry: HandlerEntry, inflight: InflightRun, plan: AttemptPlan, tools: Tools
-) -> Mapping[str, str] | outcomes.Refused:
-    """The secrets that the handler declares."""
+) -> OrgSecrets | outcomes.Refused:
+    """The secrets that the handler declares. A bound one is of no use without a broker that sends it."""
     secrets = await tools.secrets.of(plan.org, entry.secrets)
-    inflight.hold_secrets(secrets)
+    inflight.hold_secrets({name: each.value for name, each in secrets.items()})
     if lacking := [name for name in entry.secrets if name not in secrets]:
         message = f"org {plan.org.code} has no secret {lacking[0]}, which {entry.name} declares"
         return outcomes.Refused(SECRET_MISSING, lacking[0], message)
+    bound = [name for name, each in secrets.items() if each.binding is not None]
+    if bound and not tools.brokered:
+        message = f"the secret {bound[0]} of org {plan.org.code} is bound, and {NO_BROKER}"
+        return outcomes.Refused(SECRET_BOUND, bound[0], message)
     return secrets
 
 
@@ -232,7 +238,7 @@ def outcome_of_error(error: Exception, inflight: InflightRun, random: Random) ->
 async def conclude(inflight: InflightRun, outcome: Outcome, trail: Trail, tools: Tools) -> EndedAttempt:
     """What is written for an attempt that has just ended, with all of its texts masked."""
     run, limits = inflight.run, limits_of(inflight, tools)
-    if isinstance(outcome, outcomes.Refused) and outcome.reason != SECRET_MISSING:
+    if isinstance(outcome, outcomes.Refused) and outcome.reason not in (SECRET_MISSING, SECRET_BOUND):
         await outdate_token(inflight, tools)
     if inflight.moved:
         # Recoveries are counted from the last checkpoint that moved.

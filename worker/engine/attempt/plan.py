@@ -19,6 +19,7 @@ from worker.engine.runners.contract import Work
 from worker.errors import ConfigurationError, DefinitionError, Unavailable
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId
+from worker.model.bindings import OrgSecrets, bound_secrets, given_texts
 from worker.model.claims import Enforced
 from worker.model.definitions import CANCEL_GRACE, TIMEOUT, RetryPolicy
 from worker.model.definitions.definition import Definition, from_spec
@@ -176,7 +177,7 @@ class AttemptPlan:
         enforced: Enforced,
         stored: StoredProgress,
         state: LoadedState | None,
-        secrets: Mapping[str, str],
+        secrets: OrgSecrets,
         limits: Limits,
         *,
         now: datetime,
@@ -206,7 +207,8 @@ class AttemptPlan:
             state=None if state is None else state.value,
             api_base_url=self.api_base_url,
             meter_usage=self.definition.meter_usage,
-            secrets=secrets,
+            secrets=given_texts(run.id, secrets),
+            bound=bound_secrets(run.id, secrets),
         )
 
 

@@ -32,6 +32,7 @@ from worker.handlers.calls import (
     StoreStep,
 )
 from worker.ids import OrgId, RunId
+from worker.model.bindings import OrgSecrets
 from worker.model.claims import Digests, Enforced, PoolRules
 from worker.model.orgs import OrgRef, TokenWant
 from worker.model.runs.budgets import OrgBudgets
@@ -70,7 +71,7 @@ class TokenSource(Protocol):
 
 
 class SecretSource(Protocol):
-    async def of(self, org: OrgRef, names: Collection[str]) -> Mapping[str, str]:
+    async def of(self, org: OrgRef, names: Collection[str]) -> OrgSecrets:
         """The org's secrets with these names as they are now, without those that it lacks.
 
         Raises Unavailable, and ConfigurationError if the key ring does not open one.
@@ -81,9 +82,9 @@ class SecretSource(Protocol):
 class GivenSecrets:
     """The secrets of a trial, whatever its org."""
 
-    values: Mapping[str, str] = field(default_factory=dict, repr=False)
+    values: OrgSecrets = field(default_factory=dict, repr=False)
 
-    async def of(self, org: OrgRef, names: Collection[str]) -> Mapping[str, str]:
+    async def of(self, org: OrgRef, names: Collection[str]) -> OrgSecrets:
         return {name: self.values[name] for name in names if name in self.values}
 
 
@@ -147,7 +148,7 @@ class HandlerTools(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What all attempts of this process share."""
+    """What all attempts of this process share; `brokered` if it has a broker, which sends bound secrets."""
 
     plans: Plans
     tokens: TokenSource
@@ -161,6 +162,7 @@ class Tools:
     digests: Digests | None = None
     pool_rules: PoolRules = field(default_factory=PoolRules)
     secrets: SecretSource = field(default_factory=GivenSecrets)
+    brokered: bool = True
     deadlines: Deadlines = field(default_factory=Deadlines)
 
     async def prepare(self, runs: Sequence[AdmittedRun]) -> None:

@@ -73,6 +73,12 @@ class Work:
     egress: Egress = OPEN_EGRESS
     bound: tuple[BoundSecret, ...] = field(default=(), repr=False)
 
+    @property
+    def clear_secrets(self) -> Mapping[str, str]:
+        """The secrets that the run gets in clear. Placeholders are not masked: a step may store them."""
+        placeholders = {each.placeholder for each in self.bound}
+        return {name: text for name, text in self.secrets.items() if text not in placeholders}
+
     def given(self, job: Job, log: logging.Logger, clock: Clock) -> Given[Any, Any]:
         """What the handler's context is made of.
 

@@ -71,6 +71,7 @@ WORDS: Mapping[str, str] = {
     "run.cancel": "Cancelled the run",
     "run.retry": "Retried as the run",
     "secret.add": "Added the secret",
+    "secret.bind": "Changed the binding of the secret",
     "secret.remove": "Removed the secret",
     "secret.rotate": "Rotated the secret",
     "token.drop": "Dropped the access tokens of",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from random import Random
 
 from worker.clock import Clock
-from worker.engine.attempt.attempt import Prepared, outcome_of_error, run_handler
+from worker.engine.attempt.attempt import NO_BROKER, Prepared, outcome_of_error, run_handler
 from worker.engine.attempt.inflight import Deadlines, InflightRun
 from worker.engine.attempt.plan import HandlerRegistry, Limits
 from worker.engine.attempt.run_log import RunLogWriter, mask_trail, redacted
@@ -17,7 +17,7 @@ from worker.features.hosts.remote import HostedEnd, RemoteActs, RemoteStore
 from worker.features.hosts.wire import Taken
 from worker.ids import RunId
 from worker.model.definitions import RetryPolicy
-from worker.model.runs.outcome import EndedAttempt, NoHandler, Outcome, Trail, end_attempt
+from worker.model.runs.outcome import EndedAttempt, Error, Failed, NoHandler, Outcome, Trail, end_attempt
 from worker.model.runs.run import AdmittedRun, Isolation
 from worker.telemetry import tracing
 from worker.telemetry.tracing import Traced
@@ -29,7 +29,10 @@ _POLICY = RetryPolicy()
 
 @dataclass(frozen=True, slots=True)
 class RemoteTools:
-    """What all attempts of a host share. `taken` are those that have not started."""
+    """What all attempts of a host share; `taken` are those that have not started.
+
+    `brokered` if it has a broker, which sends bound secrets.
+    """
 
     store: RemoteStore
     handlers: HandlerRegistry
@@ -39,6 +42,7 @@ class RemoteTools:
     clock: Clock
     random: Random
     deadlines: Deadlines = field(default_factory=Deadlines)
+    brokered: bool = True
     taken: dict[tuple[RunId, int], Taken] = field(default_factory=dict)
 
     @property
@@ -109,7 +113,11 @@ async def _run(inflight: InflightRun, taken: Taken, trail: Trail, tools: RemoteT
         return outcome_of_stop(inflight.stop)
     work, entry = taken.work, tools.handlers.get(taken.work.handler)
     inflight.hold(work.token)
-    inflight.hold_secrets(work.secrets)
+    inflight.hold_secrets(work.clear_secrets)
+    inflight.hold_secrets({each.name: each.value for each in work.bound})
+    if work.bound and not tools.brokered:
+        error = Error("ConfigurationError", f"the secret {work.bound[0].name} is bound, and {NO_BROKER}")
+        return Failed(error, permanent=True)
     if entry is None or (inflight.run.isolation == "inline" and not tools.handlers.allows_inline(entry)):
         return NoHandler(work.handler)
     # What is installed here is what is called, by the clock of this machine.

@@ -187,7 +187,8 @@ class HostedRuns:
                 inflight.hold(enforced.token)
                 variants = [variant.handler for variant in plan.definition.variants]
                 if names := tools.handlers.secrets([inflight.run.handler, *variants]):
-                    inflight.hold_secrets(await tools.secrets.of(plan.org, names))
+                    secrets = await tools.secrets.of(plan.org, names)
+                    inflight.hold_secrets({name: each.value for name, each in secrets.items()})
 
     async def check_handler(self, hosted: HostedRun, named: str) -> None:
         """Raise Malformed unless the attempt may be one of the handler that its host names."""

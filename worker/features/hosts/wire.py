@@ -41,12 +41,13 @@ from worker.handlers.calls import known_in as known_in
 from worker.handlers.catalogue import ERROR_LIMIT, HandlerEntry, check_secrets
 from worker.handlers.job import one_line
 from worker.handlers.json_text import check_json_text, clean
-from worker.handlers.parts import CallPart, Count, TextCheck, row_of, trusted
+from worker.handlers.parts import CallPart, Count, TextCheck, Those, row_of, trusted
 from worker.handlers.schema import check_schema
 from worker.handlers.steps import StepError
 from worker.ids import RunId
 from worker.model.definitions.pools import parse_pool
 from worker.model.definitions.units import parse_duration, parse_memory
+from worker.model.egress import BoundSecret
 from worker.model.runs.hosts import MAX_HANDLERS, Ticket
 from worker.model.runs.run import AdmittedRun, Isolation, OwnedRun
 
@@ -311,16 +312,22 @@ class Taken:
 
 
 _TAKEN = trusted(Taken, without=("work",))
+# A run's process never gets these: the broker of its host does.
+_BOUND = Those(tuple, trusted(BoundSecret))
 
 
 def taken_message(taken: Taken) -> Message:
     message = _TAKEN.write(taken)
     work, sealed = messages.work_message(taken.work, message["timeout"]), message.pop("sealed")
-    return message | {"work": work, "sealed": sealed}
+    # An attempt without any is written as before there were some.
+    bound = {"bound": _BOUND.write(taken.work.bound)} if taken.work.bound else {}
+    return message | {"work": work, **bound, "sealed": sealed}
 
 
 def taken_of(message: Mapping[str, Any]) -> Taken:
-    return _TAKEN.read(message, work=messages.work_of(message["work"]))
+    work = messages.work_of(message["work"])
+    work.bound = _BOUND.read(message.get("bound", []), check_json_text)
+    return _TAKEN.read(message, work=work)
 
 
 # errors

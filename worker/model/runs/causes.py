@@ -103,6 +103,11 @@ CAUSES: Mapping[tuple[str, str | None], Meaning] = {
     ("refused", "secret_missing"): Meaning(
         "its org has no secret {detail}, which its handler needs", "org", "add_secret"
     ),
+    ("refused", "secret_bound"): Meaning(
+        "the secret {detail} of its org is bound, and its worker has no broker that sends it",
+        "operator",
+        "list_secrets",
+    ),
     ("refused", "token_invalid"): Meaning("its token failed verification{with_detail}", "provider"),
     # A retry gives the same outcome until the token of the org has another flag.
     ("skipped", "flag_off"): Meaning(

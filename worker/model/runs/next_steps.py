@@ -72,6 +72,7 @@ VERBS: Mapping[str, Verb] = {
     "resume_org": Verb("orgs resume {org}", "Resume the org", _ORG, right="pause_org"),
     "list_broken_orgs": Verb("orgs list --broken", "Orgs", "/orgs?broken=true"),
     "add_secret": Verb("secrets add {org} {secret}", "Open the org that lacks the secret", _ORG),
+    "list_secrets": Verb("secrets list {org}", "Open the org", _ORG),
     "list_credentials": Verb("credentials list", "Credentials", "/credentials"),
     "show_budgets": Verb("budgets list --org {org}", "See the org's budgets", "/usage?org={org}"),
     "show_definition": Verb("definitions show {org} {definition}", "Open the definition", _DEFINITION),

@@ -190,7 +190,7 @@ SECRETS = Listing(
     "secrets",
     SecretRow,
     "List secrets of orgs, newest first, without their values.",
-    ("org", "name", "generation", "created_at", "created_by", "rotated_at", "rotated_by"),
+    ("org", "name", "origin", "header", "generation", "created_at", "created_by", "rotated_at", "rotated_by"),
     filters=("org", "since"),
     admin_only=True,
     few_per_org=True,

@@ -42,6 +42,8 @@ class SecretRow(TypedDict):
     id: str
     org: str
     name: str
+    origin: str | None
+    header: str | None
     generation: int
     key_id: str
     created_at: datetime

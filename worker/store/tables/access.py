@@ -87,6 +87,8 @@ org_secrets = table(
     required("created_by", Text),
     Column("rotated_at", Instant, doc="When its value was last replaced."),
     Column("rotated_by", Text, doc="Who replaced it."),
+    Column("origin", Text, doc="The only origin it is sent to; null if handlers get it in clear."),
+    Column("header", Text, doc="The header that the broker sets with it; null if handlers place it."),
     UniqueConstraint("org_id", "name"),
     Index("ix_org_secrets_key_id", "key_id"),
     readers="orgs",
