@@ -19,6 +19,7 @@ from tests.fakes.kernel import require_landlock
 from tests.fakes.plugins import make_plugin
 from worker.demo.provider import Application, serve_provider
 from worker.handlers.catalogue import HandlerEntry
+from worker.model.egress import placeholder_of
 from worker.process import installed_handlers
 from worker.settings import Settings
 
@@ -195,6 +196,30 @@ def test_a_secret_comes_from_a_file_and_is_masked(line):
     assert "canary" not in given.out + given.err
     assert (missing.code, "fix: --secret openai=FILE" in missing.err) == (1, True)
     assert (wrong.code, "is not the name of a secret" in wrong.err) == (2, True)
+
+
+def test_a_bound_secret_reaches_no_handler(line):
+    file = line.settings.parent / "openai.key"
+    file.write_text("sk-canary-0123456789\n")
+    secret = ("try", "acme.keyed", "--secret", f"openai={file}")
+
+    bound = line(*secret, "--secret-for", "openai=https://api.openai.com", "-o", "json")
+    clear = line(*secret, "-o", "json")
+
+    # The length of what the handler got: a placeholder, and in the control the value.
+    assert (bound.json()["result"], clear.json()["result"]) == (len(placeholder_of("", "")), 20)
+    assert "the key is orgworker-placeholder-" in bound.err
+    assert "canary" not in bound.out + bound.err
+    for wrong, problem in (
+        (
+            ("--secret-for", "openai=http://api.openai.com"),
+            "origin: 'http://api.openai.com' is not one origin",
+        ),
+        (("--secret-for", "mail=https://api.openai.com"), "--secret-for: there is no --secret mail"),
+        (("--secret-header", "openai=x-api-key"), "header: only a bound secret has one"),
+    ):
+        done = line(*secret, *wrong, check=False)
+        assert (done.code, problem in done.err) == (2, True)
 
 
 def test_a_state_goes_in_and_comes_out(line):

@@ -22,6 +22,7 @@ from worker.model.runs.traces import trimmed
 if TYPE_CHECKING:
     from worker.app.trying import Tried
     from worker.handlers.catalogue import HandlerEntry
+    from worker.model.bindings import OrgSecrets
 
 FAILED = 1
 FAKE_ORG = "org_example"
@@ -65,6 +66,14 @@ def try_(
             "--secret NAME=FILE",
             "A secret of the org, in a file; with --real instead of the stored one; repeatable.",
         ),
+    ] = None,
+    secret_for: Annotated[
+        list[str] | None,
+        option("--secret-for NAME=ORIGIN", "Bind a --secret, as `secrets add --for` does; repeatable."),
+    ] = None,
+    secret_header: Annotated[
+        list[str] | None,
+        option("--secret-header NAME=HEADER", "The header that gets a bound --secret; repeatable."),
     ] = None,
     real: Annotated[bool, option("--real", "Use the token of --org, which must be in the database.")] = False,
     pdb: Annotated[
@@ -117,7 +126,7 @@ def try_(
             state=before,
             answers=read_pairs(answer or (), option="--answer"),
             budgets=_read_budgets(budget or ()),
-            secrets=_read_secrets(secret or ()),
+            secrets=_read_secrets(secret or (), secret_for or (), secret_header or ()),
             database=stack.enter_context(session.database()) if real else None,
             on_error=_debugger_at(entry.entry_point) if pdb else None,
             on_line=lambda line: say(f"{line.level:<7} {line.text}"),
@@ -156,14 +165,24 @@ def _read_budgets(given: Sequence[str]) -> dict[str, int]:
     return found
 
 
-def _read_secrets(given: Sequence[str]) -> dict[str, str]:
-    """The values of `--secret`, from their files; raises UsageError."""
-    from worker.operations.keys import check_secret
+def _read_secrets(given: Sequence[str], origins: Sequence[str], headers: Sequence[str]) -> OrgSecrets:
+    """The values of `--secret`, from their files, with their bindings; raises UsageError."""
+    from worker.model.bindings import OrgSecret
+    from worker.operations.keys import binding_of, check_secret
 
+    files = split_pairs(given, option="--secret")
+    bound = split_pairs(origins, option="--secret-for")
+    placed = split_pairs(headers, option="--secret-header")
+    for given_as, names in (("--secret-for", bound), ("--secret-header", placed)):
+        if unknown := sorted(names.keys() - files.keys()):
+            raise UsageError(
+                f"{given_as}: there is no --secret {unknown[0]}", fix=f"give --secret {unknown[0]}=FILE too"
+            )
     found = {}
-    for name, file in split_pairs(given, option="--secret").items():
-        found[name] = read_text(file).rstrip("\r\n")
-        check_secret(name, found[name])
+    for name, file in files.items():
+        value, binding = read_text(file).rstrip("\r\n"), binding_of(bound.get(name), placed.get(name))
+        check_secret(name, value, binding)
+        found[name] = OrgSecret(value, binding)
     return found
 
 
