@@ -33,10 +33,10 @@ async def cost(source: OpenedSecrets, orgs: list[OrgRef], names: list[str]) -> f
 
     async def attempt(org: OrgRef) -> None:
         found = await source.of(org, names)
-        for value in found.values():
-            masker.hold(value, org.id, private=True)
-        for value in found.values():
-            masker.release(value, org.id, private=True)
+        for each in found.values():
+            masker.hold(each.value, org.id, private=True)
+        for each in found.values():
+            masker.release(each.value, org.id, private=True)
 
     async def burst() -> None:
         await asyncio.gather(*(attempt(org) for org in orgs))

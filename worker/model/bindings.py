@@ -17,7 +17,15 @@ _FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}")
 RESERVED = frozenset(
     {
         *("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
-        *("host", "content-length", "content-encoding", "content-type", "accept-encoding", "expect"),
+        *(
+            "http2-settings",
+            "host",
+            "content-length",
+            "content-encoding",
+            "content-type",
+            "accept-encoding",
+            "expect",
+        ),
         *("proxy-authenticate", "proxy-authorization", "idempotency-key", "traceparent", "tracestate"),
     }
 )

@@ -29,6 +29,7 @@ from tests.integration.hosts.conftest import (
     step_of,
 )
 from worker.engine.attempt import answers
+from worker.engine.runners.child.messages import frame, work_message
 from worker.features.hosts import attempt_api, wire
 from worker.features.hosts import listener as web
 from worker.features.hosts.operations import list_hosts, remove_host
@@ -36,6 +37,7 @@ from worker.features.org_secrets.operations import add_secret
 from worker.handlers.calls import MAX_BYTES, GrantedAnswer
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import WorkerId, new_id
+from worker.model.egress import BoundSecret, placeholder_of
 from worker.model.runs import outcome as outcomes
 from worker.operations.runs import cancel
 from worker.store import tables
@@ -476,6 +478,29 @@ async def test_secrets_come_with_the_attempt_and_are_masked_again_at_every_worke
 
         stored = str([fleet.rows.run(run), fleet.rows.attempts(run), fleet.rows.all(tables.run_logs)])
         assert (key in stored, MASK in stored) == (False, True)
+
+
+@on_either
+async def test_bound_secrets_come_with_the_attempt_and_are_masked_at_every_worker(fleet: Fleet) -> None:
+    """The run gets the placeholder, which is stored as it is."""
+    host, key, origin = await fleet.host(), "sk-canary-of-org-a-1", "https://api.openai.com"
+    bound = {"origin": origin, "header": "x-api-key"}
+    add_secret(fleet.database, fleet.one.ring, "org_a", "openai", key, **bound, actor="test")
+    for worker in fleet.workers:
+        run = fleet.start("keyed")
+        [taken] = await host.take(fleet.one)
+        place = placeholder_of(run, "openai")
+        assert taken.work.secrets == {"openai": place}
+        assert taken.work.bound == (BoundSecret("openai", key, origin, "x-api-key", place),)
+        assert key.encode() not in frame(work_message(taken.work, 60.0))
+        if worker is fleet.two:
+            masker.clear()
+        await host.call(worker, "logs", lines=[line_of(taken, f"{key} {place}")])
+        await host.finish(worker, end_of(taken, outcomes.Succeeded(json.dumps([key, place]))))
+
+        logged = fleet.rows.all(tables.run_logs)[-1]["text"]
+        assert logged == f"{MASK} {place}"
+        assert fleet.rows.run(run)["result"] == [MASK, place]
 
 
 @pytest.mark.parametrize("scoped", [True, False])
