@@ -298,6 +298,7 @@ class Trial(TrialBudgets):
         answers: Mapping[str, Any] | None = None,
         budgets: Mapping[str, Any] | None = None,
         secrets: SecretSource | None = None,
+        brokered: bool = True,
     ) -> None:
         super().__init__(clock, budgets_of(subject.org.code, budgets or {}))
         self._subject = subject
@@ -335,6 +336,7 @@ class Trial(TrialBudgets):
             clock=clock,
             random=SystemRandom(),
             secrets=secrets or GivenSecrets(),
+            brokered=brokered,
         )
 
     @property
