@@ -134,7 +134,12 @@ class Tables:
             )
 
     def set_ended(
-        self, run_id: str, state: str = "failed", reason: str | None = "error", at: datetime | None = None
+        self,
+        run_id: str,
+        state: str = "failed",
+        reason: str | None = "error",
+        at: datetime | None = None,
+        detail: str | None = None,
     ) -> None:
         """As if the run had ended, now or at `at`."""
         with self._database.transaction() as connection:
@@ -144,7 +149,11 @@ class Tables:
                 update(runs)
                 .where(runs.c.id == run_id)
                 .values(
-                    state=state, reason=reason, finished_at=at or self._database.now(connection), attempt=1
+                    state=state,
+                    reason=reason,
+                    detail=detail,
+                    finished_at=at or self._database.now(connection),
+                    attempt=1,
                 )
             )
 

@@ -9,9 +9,11 @@ import pytest
 from sqlalchemy import update
 
 from tests.conftest import on_either
+from tests.fakes.rows import reading
 from tests.fakes.site import definition
 from worker.diagnosis import doctor
 from worker.diagnosis.requirements import lacking_of_all_orgs
+from worker.diagnosis.why import why
 from worker.errors import ConfigurationError, Conflict, NotFound, UsageError
 from worker.features.org_secrets.operations import (
     add_secret,
@@ -24,6 +26,7 @@ from worker.model.bindings import Binding, OrgSecret, OrgSecrets
 from worker.model.orgs import OrgEntry, OrgRef
 from worker.operations.keys import rekey, remove_key
 from worker.operations.orgs import add_org, set_org_state
+from worker.operations.runs import run_now
 from worker.store import catalogue, tables
 from worker.tokens import sealing
 from worker.tokens.sealing import KeyRing
@@ -31,6 +34,7 @@ from worker.wiring import check_ring, list_keys
 from worker.wiring.secrets import OpenedSecrets
 
 KEY = "sk-canary-0123456789"
+ASK = HandlerEntry("acme.ask", "acme-jobs", "1.0", "acme_jobs:ask", secrets=("mail", "openai"))
 
 
 @pytest.fixture(autouse=True)
@@ -260,9 +264,8 @@ def test_a_value_that_no_header_carries_is_not_bound(database, keyring, rows):
 @on_either
 def test_doctor_lists_what_handlers_get_in_clear(database, keyring):
     """And not what no handler declares."""
-    entry = HandlerEntry("acme.ask", "acme-jobs", "1.0", "acme_jobs:ask", secrets=("mail", "openai"))
     with database.transaction() as connection:
-        catalogue.put(connection, [entry], at=database.now(connection))
+        catalogue.put(connection, [ASK], at=database.now(connection))
     for name in ("openai", "unused"):
         add_secret(database, keyring, "org_a", name, KEY, actor="ops")
     add_secret(database, keyring, "org_a", "mail", KEY, origin=OPENAI, actor="ops")
@@ -368,9 +371,8 @@ FILE = definition("org_a", "ask", "acme.ask", "@yearly") + definition(
 
 @on_either
 def test_an_org_that_lacks_a_secret_of_its_handlers_is_found(database, keyring, apply):
-    entry = HandlerEntry("acme.ask", "acme-jobs", "1.0", "acme_jobs:ask", secrets=("mail", "openai"))
     with database.transaction() as connection:
-        catalogue.put(connection, [entry], at=database.now(connection))
+        catalogue.put(connection, [ASK], at=database.now(connection))
         [row] = catalogue.entries(connection, "acme.ask")
     assert row["secrets"] == ["mail", "openai"]
     apply(FILE)
@@ -383,3 +385,29 @@ def test_an_org_that_lacks_a_secret_of_its_handlers_is_found(database, keyring, 
     assert found.fix == "`python -m worker secrets add org_a mail`"
     add_secret(database, keyring, "org_a", "mail", json.dumps({"key": KEY}), actor="ops")
     assert lacking_of_all_orgs(database) == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "cure"),
+    [
+        ("secret_missing", lambda *of: add_secret(*of, "mail", KEY, actor="ops")),
+        ("secret_bound", lambda *of: bind_secret(*of, "openai", origin=None, actor="ops")),
+    ],
+)
+def test_why_says_when_a_retry_helps(database, keyring, rows, apply, reason, cure):
+    plain = HandlerEntry("acme.plain", "acme-jobs", "1.0", "acme_jobs:plain")
+    with database.transaction() as connection:
+        catalogue.put(connection, [ASK, plain], at=database.now(connection))
+    apply(FILE)
+    add_secret(database, keyring, "org_a", "openai", KEY, origin=OPENAI, actor="ops")
+    run = run_now(database, "org_a", "ask", actor="ops")["id"]
+    detail = "mail" if reason == "secret_missing" else "openai"
+    rows.set_ended(run, state="refused", reason=reason, detail=detail)
+    before = reading(database, why, run)
+
+    cure(database, keyring, "org_a")
+
+    assert (before.step.verb, reading(database, why, run).step.verb) == (
+        "add_secret" if reason == "secret_missing" else "list_secrets",
+        "retry",
+    )
