@@ -294,6 +294,7 @@ class _Parts:
             random=worker.process.random,
             digests=worker.keyring.digests(),
             pool_rules=self.rules,
+            brokered=children.broker is not None,
             secrets=OpenedSecrets(worker.database, self.credentials.ring),
         )
 

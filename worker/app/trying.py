@@ -115,6 +115,7 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
             budgets=request.budgets,
             secrets=secrets,
             live=True,
+            brokered=isinstance(runner, ChildPool) and runner.broker is not None,
             on_line=request.on_line,
             on_progress=request.on_progress,
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from worker.guard.urls import Origin, is_loopback, origin_of
 
@@ -67,6 +68,8 @@ def parse_item(text: object) -> Rule:
     if _ORIGIN.fullmatch(lower) is None:
         raise ValueError(f"{text!r} is not allowed here; {EXAMPLE}")
     try:
+        if urlsplit(lower).port == 0:
+            raise ValueError
         origin = origin_of(lower)
     except ValueError:
         raise ValueError(f"{text!r} has no valid port; {EXAMPLE}") from None

@@ -23,6 +23,8 @@ from worker.telemetry.events import emit
 
 Message = Mapping[str, Any]
 MODULE = "worker.features.egress.broker"
+# Before the names of variables, as no secret is called.
+VARIABLE = "variable "
 # Seconds between starts of a broker that does not come up, at first and at most.
 RESTART = 0.05
 LONGEST_RESTART = 5.0
@@ -72,7 +74,7 @@ class BrokerHandle:
         return _Attempt(self, next(self._numbers), work, services, self._clock)
 
     def environment(self, work: Work) -> Mapping[str, str]:
-        return {bound.name: placeholder_of(work.run_id, bound.name) for bound in self.bound}
+        return {bound.name: placeholder_of(work.run_id, VARIABLE + bound.name) for bound in self.bound}
 
     def renewed(self, lease: Lease) -> None:
         self._lease = {"op": "lease", "freeze_at": lease.freeze_at}
@@ -233,7 +235,7 @@ class _Attempt:
         messages: list[Message] = [about]
         for bound in (*work.bound, *self._broker.bound):
             one = {"value": bound.value, "origin": bound.origin, "header": bound.header}
-            placeholder = bound.placeholder or placeholder_of(work.run_id, bound.name)
+            placeholder = bound.placeholder or placeholder_of(work.run_id, VARIABLE + bound.name)
             messages.append({"op": "secret", "number": self.number, "placeholder": placeholder, **one})
         if self._stopped:
             messages.append({"op": "stop", "number": self.number})

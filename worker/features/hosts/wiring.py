@@ -173,6 +173,7 @@ class Host:
             run_log=RunLogWriter(store, clock),
             clock=clock,
             random=process.random,
+            brokered=process.children.broker is not None,
         )
         dispatcher = Dispatcher(
             tools,
