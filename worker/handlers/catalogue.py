@@ -27,6 +27,7 @@ from worker.handlers.job import MAX_SECRETS, SECRET_NAME, one_line
 from worker.handlers.json_text import clean
 from worker.handlers.schema import check_schema
 from worker.model.definitions.pools import parse_pool
+from worker.model.egress import check_wildcards, parse_audiences, parse_items
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ class HandlerEntry:
     """A handler of a distribution; `error` says why it does not load.
 
     `entry_point` is `module:attribute`; `timeout` and `memory` are text such as `2h` and
-    `512MiB`, or None for the default.
+    `512MiB`, or None for the default. `egress` is None if it declares none.
     """
 
     name: str
@@ -65,6 +66,8 @@ class HandlerEntry:
     pool: str | None = None
     secrets: tuple[str, ...] = ()
     description: str | None = None
+    egress: tuple[str, ...] | None = None
+    audiences: tuple[str, ...] = ()
     error: str | None = None
 
 
@@ -322,7 +325,15 @@ def _declared(described: Mapping[str, Any]) -> dict[str, Any]:
         parse_pool(described["pool"])
     check_secrets(described["secrets"])
     checked = {"secrets": tuple(described["secrets"]), "description": one_line(described["description"])}
-    return {**described, "scopes": tuple(scopes), **checked}
+    return {**described, "scopes": tuple(scopes), **checked, **checked_egress(described)}
+
+
+def checked_egress(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What a handler declares of `egress` and `audiences`, where it is given. Raises ValueError."""
+    egress, audiences = described.get("egress"), described.get("audiences")
+    items = None if egress is None else parse_items(egress)
+    check_wildcards(items or ())
+    return {"egress": items, "audiences": parse_audiences(audiences or ())}
 
 
 def check_secrets(names: Sequence[Any]) -> None:
@@ -351,4 +362,6 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
     "pool": _TEXT,
     "secrets": (list,),
     "description": _TEXT,
+    "egress": (list, type(None)),
+    "audiences": (list,),
 }

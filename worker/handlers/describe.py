@@ -50,7 +50,8 @@ def offer_of(job: Job) -> dict[str, Any]:
     plain = ("isolation", "timeout", "max_attempts", "memory", "max_concurrent", "state", "pool")
     schemas = {"params_schema": job.params_schema(), "settings_schema": job.settings_schema()}
     named = {"scopes": sorted(job.scopes), "secrets": sorted(job.secrets), "description": job.description}
-    return {**named, **schemas, **{name: getattr(job, name) for name in plain}}
+    reached = {"egress": None if job.egress is None else list(job.egress), "audiences": list(job.audiences)}
+    return {**named, **schemas, **reached, **{name: getattr(job, name) for name in plain}}
 
 
 def described(load: Any, name: str, target: str) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from worker.model.egress import OPEN, parse_audiences, parse_items
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
@@ -54,6 +56,11 @@ class Job:
     a host's is ignored."""
     secrets: frozenset[str] = frozenset()
     """The org's secrets that it gets as `ctx.secret(NAME)`; a run whose org lacks one is refused."""
+    egress: tuple[str, ...] | None = None
+    """What its runs may reach: `"api"` (the `api_origins`), `"public"` (any public address), `"open"` and
+    origins such as `https://api.openai.com` or `https://*.example.com`. None declares nothing."""
+    audiences: tuple[str, ...] = ()
+    """The audiences for which it may ask for another token, by `ctx.token(audience=…)`."""
 
     def __post_init__(self) -> None:
         self.__name__ = getattr(self.function, "__name__", self.name)
@@ -116,6 +123,8 @@ def job(
     checkpoint: type[BaseModel] | None = None,
     pool: str | None = None,
     secrets: Iterable[str] = (),
+    egress: Iterable[str] | None = None,
+    audiences: Iterable[str] = (),
 ) -> Callable[[Callable[..., Any]], Job]:
     """Declare a handler; register it as an entry point of group `worker.jobs` under `name`.
 
@@ -124,6 +133,7 @@ def job(
     `memory` such as `512MiB`; `max_concurrent` holds over all workers. With `state` the
     handler has `ctx.state`; `checkpoint` is the pydantic model of what it saves. `pool` names where its
     runs execute, such as `eu-gpu`. `secrets` are names of the org's own secrets, for `ctx.secret`.
+    `egress` lists what a run may reach, `audiences` those of other tokens that it may ask for.
 
     Raises:
         TypeError: the declaration is invalid, such as an inline handler that is not async.
@@ -144,6 +154,13 @@ def job(
             )
     if len(named) > MAX_SECRETS:
         raise TypeError(f"secrets of {name} must be at most {MAX_SECRETS}")
+    reached = None if egress is None else _listed(name, "egress", egress, parse_items)
+    if reached is not None and isolation == "inline" and OPEN not in reached:
+        raise TypeError(
+            f'egress of {name} needs a process of its own, and {name} is inline: write isolation="child", or '
+            'egress=["open"]'
+        )
+    also = _listed(name, "audiences", audiences, parse_audiences)
     for what, count in (("max_attempts", max_attempts), ("max_concurrent", max_concurrent)):
         if count is not None and count < 1:
             raise TypeError(f"{what} of {name} must be at least 1")
@@ -166,9 +183,21 @@ def job(
             checkpoint,
             pool,
             named,
+            reached,
+            also,
         )
         if isolation == "inline" and not declared.is_async:
             raise TypeError(f"{name} is inline and must be an async def, or it would block the worker")
         return declared
 
     return declare
+
+
+def _listed(
+    name: str, what: str, texts: Iterable[str], parse: Callable[[object], tuple[str, ...]]
+) -> tuple[str, ...]:
+    """A list of a declaration as it is stored. Raises TypeError that names the handler."""
+    try:
+        return parse(texts)
+    except ValueError as error:
+        raise TypeError(f"{what} of {name}: {error}") from None

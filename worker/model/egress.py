@@ -8,11 +8,11 @@ declares one, a definition narrows it and an operator caps it: a request must be
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from worker.guard.urls import Origin, is_loopback, origin_of
@@ -25,11 +25,13 @@ WORDS = (API, PUBLIC, OPEN)
 # Items of a list, and characters of one.
 MAX_ITEMS = 100
 MAX_ITEM = 300
+MAX_AUDIENCES = 20
 _WILDCARD = re.compile(r"https://\*\.([a-z0-9-]+(?:\.[a-z0-9-]+)+)(?::(\d{1,5}))?/?")
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?/?")
 EXAMPLE = (
     'write "api", "public", "open", or an origin such as https://api.openai.com or https://*.example.com'
 )
+AUDIENCE = 'write it as ["https://mcp.example.com"]'
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +82,28 @@ def parse_item(text: object) -> Rule:
 
 def parse_items(texts: object) -> tuple[str, ...]:
     """A list as it is stored: checked, without repetition, in its order. Raises ValueError."""
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
-        raise ValueError(f"it must be a list of texts, not {type(texts).__name__}; {EXAMPLE}")
-    items = tuple(dict.fromkeys(texts))
-    if len(items) > MAX_ITEMS:
-        raise ValueError(f"it has more than {MAX_ITEMS} items")
+    items = _listed(texts, EXAMPLE, MAX_ITEMS)
     for item in items:
         parse_item(item)
+    return tuple(dict.fromkeys(items))
+
+
+def parse_audiences(texts: object) -> tuple[str, ...]:
+    """Audiences as they are stored: checked, without repetition, in their order. Raises ValueError."""
+    found = _listed(texts, AUDIENCE, MAX_AUDIENCES)
+    for one in found:
+        if not isinstance(one, str) or not 0 < len(one) <= MAX_ITEM or not one.isprintable() or one.isspace():
+            raise ValueError(f"an audience is a text of 1 to {MAX_ITEM} printable characters; {AUDIENCE}")
+    return tuple(dict.fromkeys(found))
+
+
+def _listed(texts: object, example: str, most: int) -> list[Any]:
+    if isinstance(texts, str | Mapping) or not isinstance(texts, Iterable):
+        raise ValueError(f"it must be a list of texts, not {type(texts).__name__}; {example}")
+    # A set has another order in each process.
+    items = sorted(texts, key=str) if isinstance(texts, set | frozenset) else list(texts)
+    if len(items) > most:
+        raise ValueError(f"it has more than {most} items")
     return items
 
 
@@ -145,6 +162,31 @@ def effective(
     if required and declared is None and narrowed is None:
         declared = (API,)
     return tuple(tuple(items) for items in (declared, narrowed, cap) if items is not None)
+
+
+def wider(items: Iterable[str], than: Collection[str]) -> Iterator[str]:
+    """The items that allow something which no item of the other list does."""
+    rules = [parse_item(item) for item in than]
+    for item in items:
+        if item not in than:
+            rule = parse_item(item)
+            if not any(_covers(outer, rule) for outer in rules):
+                yield item
+
+
+def is_wider(items: Iterable[str], than: Collection[str]) -> bool:
+    return next(wider(items, than), None) is not None
+
+
+def _covers(outer: Rule, inner: Rule) -> bool:
+    """Whether an item allows all that another one does."""
+    if outer.word:
+        return outer.word in (OPEN, inner.word) or (outer.word == PUBLIC and not inner.word)
+    if inner.origin is not None:
+        return outer.allows(inner.origin, ())
+    same_port = inner.port == outer.port
+    below = inner.below == outer.below or inner.below.endswith(f".{outer.below}")
+    return bool(inner.below and outer.below) and same_port and below
 
 
 class Gate:

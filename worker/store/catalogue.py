@@ -30,7 +30,7 @@ _REPLACED = tuple(name for name in _COLUMNS if name not in _KEY)
 # What tells how a handler runs, without its schemas.
 DECLARED = (
     *("name", "distribution", "version", "entry_point", "isolation", "scopes", "timeout", "max_attempts"),
-    *("memory", "max_concurrent", "state", "secrets", "error"),
+    *("memory", "max_concurrent", "state", "secrets", "egress", "audiences", "error"),
 )
 _ENTRY = frozenset(each.name for each in fields(HandlerEntry))
 
@@ -70,13 +70,19 @@ def put(connection: Connection, entries: Iterable[HandlerEntry], *, at: datetime
 def as_row(entry: HandlerEntry) -> Row:
     """A reported handler with the names of the columns."""
     row = {name: value for name, value in asdict(entry).items() if name in _COLUMNS}
-    return row | {"scopes": sorted(entry.scopes)}
+    return row | {"scopes": sorted(entry.scopes), "audiences": list(entry.audiences)}
 
 
 def entry_of(row: Row) -> HandlerEntry:
     """The handler of a row; columns that the row lacks are as if they were not declared."""
     entry = HandlerEntry(**{name: value for name, value in row.items() if name in _ENTRY})
-    return replace(entry, scopes=tuple(entry.scopes), secrets=tuple(entry.secrets))
+    return replace(
+        entry,
+        scopes=tuple(entry.scopes),
+        secrets=tuple(entry.secrets),
+        egress=None if entry.egress is None else tuple(entry.egress),
+        audiences=tuple(entry.audiences),
+    )
 
 
 def forget(connection: Connection, distribution: str, *, but: Iterable[str] = ()) -> None:

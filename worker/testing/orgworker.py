@@ -346,7 +346,8 @@ def _handler(name: str, job: Job | None) -> tuple[HandlerEntry, Job]:
 
 
 def _declared(job: Job) -> dict[str, Any]:
-    return {**offer_of(job), "scopes": tuple(sorted(job.scopes)), "secrets": tuple(sorted(job.secrets))}
+    lists = {"scopes": tuple(sorted(job.scopes)), "secrets": tuple(sorted(job.secrets))}
+    return {**offer_of(job), **lists, "egress": job.egress, "audiences": job.audiences}
 
 
 @contextmanager

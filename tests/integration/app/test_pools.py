@@ -35,8 +35,16 @@ def test_approvals_are_listed_with_their_command_and_approved_once(
     digest = cli("pools", "approvals", "-o", "id").out.strip()
 
     assert list(row)[:2] == ["pool", "handler"]
-    columns = ("pool", "handler", "distribution", "digest", "secrets", "scopes", "timeout", "max_attempts")
-    columns += ("max_concurrent", "approved", "approved_at", "approved_by", "hosts")
+    columns = ("pool", "handler", "distribution", "digest", "secrets", "scopes", "egress", "audiences")
+    columns += (
+        "timeout",
+        "max_attempts",
+        "max_concurrent",
+        "approved",
+        "approved_at",
+        "approved_by",
+        "hosts",
+    )
     assert row.keys() >= set(columns)
     assert (row["secrets"], row["approved"], row["approved_at"]) == (["openai"], False, None)
     assert digest == row["digest"]

@@ -172,7 +172,8 @@ import json, os
 from worker import job
 offer = {{"isolation": "child", "scopes": [], "params_schema": None, "settings_schema": None, "timeout": None,
          "max_attempts": None, "memory": None, "max_concurrent": None,
-         "state": False, "pool": None, "secrets": [], "description": None}}
+         "state": False, "pool": None, "secrets": [], "description": None,
+         "egress": None, "audiences": []}}
 def nested(levels): return {{"not": nested(levels - 1)}} if levels else {{}}
 line = {line}
 for descriptor in map(int, os.listdir("/proc/self/fd")):
@@ -195,6 +196,10 @@ FORGERIES = {
     "secret": ("json.dumps(offer | {'secrets': ['a b']})", "is not the name of a secret"),
     "many_secrets": ("json.dumps(offer | {'secrets': ['a'] * 21})", "secrets are more than 20"),
     "description": ("json.dumps(offer | {'description': ['x']})", "description is a list"),
+    "egress": ("json.dumps(offer | {'egress': 'open'})", "egress is a str"),
+    "item": ("json.dumps(offer | {'egress': [['open']]})", "an item is not a text"),
+    "wildcard": ("json.dumps(offer | {'egress': ['https://*.github.io']})", "which is a public suffix"),
+    "audiences": ("json.dumps(offer | {'audiences': ['a'] * 21})", "it has more than 20 items"),
     "isolation": ("json.dumps(offer | {'isolation': 'worker'})", "its isolation or scopes are invalid"),
     "no_schema": ("json.dumps(offer | {'params_schema': [1]})", "params_schema is a list"),
     "deep_schema": (
@@ -238,6 +243,24 @@ async def test_an_import_that_writes_its_own_description_gets_a_printable_line(f
     [entry] = (await read("acme-said", timeout=30)).values()
 
     assert (entry.error, entry.description) == (None, f"a {'b' * (MAX_DESCRIPTION - 3)}…")
+
+
+async def test_what_a_handler_reaches_is_in_the_catalogue(folder: Path) -> None:
+    source = (
+        "from worker import job\n"
+        "@job('acme.lists', egress=['api', 'https://*.example.com'], audiences=['mcp'])\ndef f(ctx): ...\n"
+        "@job('acme.none')\ndef g(ctx): ...\n"
+        "@job('acme.suffix', egress=['https://*.co.uk'])\ndef h(ctx): ...\n"
+    )
+    points = {"acme.lists": "acme_reach:f", "acme.none": "acme_reach:g", "acme.suffix": "acme_reach:h"}
+    make_plugin(folder, dist="acme-reach", modules={"acme_reach": source}, entry_points=points)
+
+    found = await read("acme-reach")
+
+    lists, none, suffix = (found[name] for name in points)
+    assert (lists.egress, lists.audiences) == (("api", "https://*.example.com"), ("mcp",))
+    assert (none.egress, none.audiences, none.error) == (None, (), None)
+    assert suffix.error == ("'https://*.co.uk': anyone can have a name below co.uk, which is a public suffix")
 
 
 async def test_a_model_with_too_large_a_schema_is_named(folder: Path) -> None:

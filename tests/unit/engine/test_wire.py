@@ -73,6 +73,41 @@ def test_a_host_offers_only_names_of_secrets(secrets: Any) -> None:
         wire.entries_of({"entries": [{**sent(wire.ENTRY.write(ENTRY)), "secrets": secrets}]})
 
 
+@pytest.mark.parametrize("egress", [None, (), ("api", "https://*.example.com")])
+def test_a_hosts_egress_arrives_as_it_was_declared(egress: Any) -> None:
+    declared = replace(ENTRY, egress=egress, audiences=("mcp",))
+
+    [read] = wire.entries_of({"entries": [sent(wire.ENTRY.write(declared))]})
+
+    assert (read.egress, read.audiences) == (egress, ("mcp",))
+
+
+def test_a_host_without_one_sends_what_the_previous_version_does() -> None:
+    message = wire.ENTRY.write(replace(ENTRY, egress=None, audiences=()))
+
+    assert message.keys().isdisjoint({"egress", "audiences"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("egress", "api"),
+        ("egress", {"api": 1}),
+        ("egress", [["api"]]),
+        ("egress", ["internal.example"]),
+        ("egress", ["https://*.s3.amazonaws.com"]),
+        ("egress", [f"https://{n}.example" for n in range(101)]),
+        ("audiences", "mcp"),
+        ("audiences", [{}]),
+        ("audiences", ["a\nb"]),
+        ("audiences", ["a"] * 21),
+    ],
+)
+def test_a_host_offers_only_lists_that_a_handler_could_declare(key: str, value: Any) -> None:
+    with pytest.raises(Malformed):
+        wire.entries_of({"entries": [{**sent(wire.ENTRY.write(ENTRY)), key: value}]})
+
+
 def test_a_host_of_the_previous_version_ignores_new_keys() -> None:
     message = sent(wire.taken_message(TAKEN)) | {"new": 1}
     for part in (message["run"], message["work"], message["work"]["granted"]["claims"]):

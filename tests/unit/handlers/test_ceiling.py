@@ -19,6 +19,8 @@ BEYOND: dict[str, HandlerEntry] = {
     "scopes": replace(PLAIN, scopes=("admin:all",)),
     "timeout": replace(PLAIN, timeout="36500d"),
     "max_attempts": replace(PLAIN, max_attempts=2**31 - 1),
+    "egress": replace(PLAIN, egress=("api", "https://api.openai.com")),
+    "audiences": replace(PLAIN, audiences=("mcp",)),
 }
 
 
@@ -35,7 +37,8 @@ def test_what_a_host_asks_for_beyond_them_is_named_and_not_granted(key: str):
     grant = Grant.of("eu", asked, None, None)
 
     assert grant.beyond == {key}
-    assert grant.entry.secrets == grant.entry.scopes == ()
+    assert grant.entry.secrets == grant.entry.scopes == grant.entry.audiences == ()
+    assert grant.entry.egress == (("api",) if key == "egress" else None)
     granted = Ceiling.of(grant.entry)
     assert (granted.timeout, granted.max_attempts) == (TIMEOUT, MAX_ATTEMPTS)
     # The control: an approval of exactly that grants it.
@@ -50,12 +53,16 @@ def test_an_approval_of_less_does_not_cover_it(key: str):
         "scopes": replace(PLAIN, scopes=("admin:all", "read:kb")),
         "timeout": replace(PLAIN, timeout="36500d"),
         "max_attempts": replace(PLAIN, max_attempts=9),
+        "egress": replace(PLAIN, egress=("https://api.openai.com", "public")),
+        "audiences": replace(PLAIN, audiences=("mcp", "kb")),
     }[key]
     less = {
         "secrets": replace(PLAIN, secrets=("openai",)),
         "scopes": replace(PLAIN, scopes=("admin:all",)),
         "timeout": replace(PLAIN, timeout="2h"),
         "max_attempts": replace(PLAIN, max_attempts=8),
+        "egress": replace(PLAIN, egress=("https://api.openai.com",)),
+        "audiences": replace(PLAIN, audiences=("mcp",)),
     }[key]
 
     grant = Grant.of("eu", more, None, Ceiling.of(less))
@@ -98,7 +105,7 @@ def test_the_digest_is_of_pool_handler_and_content():
         digest("eu", "gpu.render", replace(of, max_concurrent=1)),
     }
     assert known not in others
-    assert len(others) == 6
+    assert len(others) == 8
 
 
 def test_order_and_repetition_of_names_change_no_digest():
@@ -106,6 +113,63 @@ def test_order_and_repetition_of_names_change_no_digest():
     two = Ceiling.of(replace(PLAIN, scopes=("b", "a")))
 
     assert digest("eu", "h", one) == digest("eu", "h", two)
+
+
+def test_a_declaration_without_egress_has_the_digest_that_earlier_releases_print():
+    assert digest("eu", "gpu.render", Ceiling.of(BEYOND["secrets"])) == (
+        "1-5a5a5b6abd101cd34272e01c370cd1efad862e7c"
+    )
+    # To reach nothing is a declaration.
+    listed = [replace(PLAIN, egress=egress) for egress in (None, (), ("api",))]
+    assert len({digest("eu", "h", Ceiling.of(entry)) for entry in listed}) == 3
+
+
+def test_a_host_that_declares_no_egress_gets_what_workers_list_or_what_is_approved():
+    theirs, more = replace(PLAIN, egress=("api", "https://a.example")), ("https://b.example",)
+    approved = Ceiling.of(replace(PLAIN, egress=more))
+
+    assert Grant.of("eu", PLAIN, None, None) == Grant(PLAIN)
+    assert Grant.of("eu", PLAIN, theirs, None) == Grant(theirs)
+    assert Grant.of("eu", PLAIN, None, approved) == Grant(replace(PLAIN, egress=more))
+    # Also if workers have the handler and list nothing themselves.
+    assert Grant.of("eu", PLAIN, PLAIN, approved).entry.egress == more
+    # And if it asks for what is not approved.
+    assert Grant.of("eu", BEYOND["secrets"], None, approved).entry.egress == more
+    # An approval of what declared nothing, or of an earlier release, lists nothing.
+    assert Grant.of("eu", PLAIN, None, Ceiling.of(PLAIN)).entry.egress is None
+
+
+def test_a_host_may_list_less_than_workers_do():
+    theirs = replace(PLAIN, secrets=("openai",), egress=("api", "https://*.example.com"))
+
+    granted = Grant.of("eu", replace(PLAIN, egress=("https://a.example.com",)), theirs, None)
+
+    assert granted == Grant(replace(theirs, egress=("https://a.example.com",)))
+    wider = Grant.of("eu", replace(PLAIN, egress=("public",)), theirs, None)
+    assert (wider.beyond, wider.entry.egress) == ({"egress"}, ())
+
+
+@pytest.mark.parametrize("egress", [("open",), ("public",), ("https://a.example",), ("api", "open")])
+def test_a_list_beyond_the_api_needs_an_approval_where_workers_list_nothing(egress: tuple[str, ...]):
+    """Under `network = "require"`, what lists nothing reaches only the API: a host cannot say otherwise."""
+    declared = replace(PLAIN, egress=egress)
+
+    assert Grant.of("eu", declared, None, None).beyond == {"egress"}
+    assert Grant.of("eu", declared, PLAIN, None).beyond == {"egress"}
+    assert Grant.of("eu", declared, replace(PLAIN, egress=("open",)), None).beyond == frozenset()
+
+
+def test_an_approval_of_open_covers_every_list():
+    approved = Ceiling.of(replace(PLAIN, egress=("open",)))
+
+    assert excess(Ceiling.of(replace(PLAIN, egress=("https://a.example", "public"))), approved) == frozenset()
+
+
+def test_a_definition_does_not_stand_in_for_an_approval_of_egress():
+    own = {"egress": ["https://api.openai.com"], "audiences": ["mcp"]}
+
+    for key in ("egress", "audiences"):
+        assert not Grant.of("eu", BEYOND[key], None, None).may_run(own)
 
 
 @pytest.mark.parametrize("ceiling", [Ceiling(), *map(Ceiling.of, BEYOND.values()), Ceiling(max_concurrent=0)])

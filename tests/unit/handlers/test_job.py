@@ -90,11 +90,40 @@ def test_no_model_means_no_schema() -> None:
         ({"secrets": {"a b"}}, "is not the name of a secret"),
         ({"secrets": {"../openai"}}, "is not the name of a secret"),
         ({"secrets": {f"s{n}" for n in range(21)}}, "secrets of x must be at most 20"),
+        ({"egress": "api"}, "egress of x: it must be a list of texts, not str; write"),
+        ({"egress": ["api.openai.com"]}, "egress of x: 'api.openai.com' is not allowed here; write"),
+        ({"egress": [["api"]]}, "egress of x: an item is not a text"),
+        ({"egress": ["http://api.openai.com"]}, "egress of x: .* must be https"),
+        ({"audiences": "mcp"}, "audiences of x: it must be a list of texts"),
+        ({"audiences": ["a\nb"]}, "audiences of x: an audience is a text of 1 to 300 printable"),
+        ({"audiences": [" "]}, "audiences of x: an audience is a text"),
+        ({"audiences": [str(n) for n in range(21)]}, "audiences of x: it has more than 20 items"),
     ],
 )
 def test_a_declaration_that_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         job("x", **options)(lambda ctx: None)
+
+
+def test_it_declares_what_it_reaches_in_its_own_order() -> None:
+    one = job("x", egress=["https://b.example", "api", "api"], audiences=["m", "k", "m"])(lambda ctx: None)
+
+    assert (one.egress, one.audiences) == (("https://b.example", "api"), ("m", "k"))
+    assert job("x", egress={"public", "api"})(lambda ctx: None).egress == ("api", "public")
+
+
+def test_to_declare_nothing_is_not_to_declare_an_empty_list() -> None:
+    assert job("x")(lambda ctx: None).egress is None
+    assert job("x", egress=[])(lambda ctx: None).egress == ()
+
+
+def test_an_inline_handler_can_only_be_open() -> None:
+    async def function(ctx: Any) -> None: ...
+
+    with pytest.raises(TypeError, match='egress of x needs a process of its own.*isolation="child"'):
+        job("x", isolation="inline", egress=["api"])(function)
+
+    assert job("x", isolation="inline", egress=["open"])(function).egress == ("open",)
 
 
 @pytest.mark.parametrize("name", ["", " x", "a b", "ä", "../x", ".x"])

@@ -38,7 +38,7 @@ from worker.errors import (
 from worker.handlers.calls import BATCH_BYTES, CALLS, MAX_BYTES, NotACall, Progress
 from worker.handlers.calls import OWN_BYTES as OWN_BYTES
 from worker.handlers.calls import known_in as known_in
-from worker.handlers.catalogue import ERROR_LIMIT, HandlerEntry, check_secrets
+from worker.handlers.catalogue import ERROR_LIMIT, HandlerEntry, check_secrets, checked_egress
 from worker.handlers.job import one_line
 from worker.handlers.json_text import check_json_text, clean
 from worker.handlers.parts import CallPart, Count, TextCheck, Those, row_of, trusted
@@ -146,13 +146,17 @@ def rows_of(message: Mapping[str, Any], name: str, part: CallPart[V]) -> list[V]
 # incarnations
 
 
+# What handlers declare since a later version, and what stands for nothing. An empty egress is a declaration.
+_LATER: Mapping[str, object] = {"description": None, "egress": None, "audiences": ()}
+
+
 class _Entry(CallPart[HandlerEntry]):
     """A handler that a host offers, or why it does not load."""
 
     def write(self, value: HandlerEntry) -> Message:
         entry = asdict(value) | {"scopes": sorted(value.scopes)}
-        # A handler without one is written as before there was one.
-        return {name: part for name, part in entry.items() if name != "description" or part is not None}
+        # A handler without one of these is written as before there were such.
+        return {name: part for name, part in entry.items() if name not in _LATER or part != _LATER[name]}
 
     def read(self, value: Any, check: TextCheck) -> HandlerEntry:
         given = known_in(HandlerEntry, value)
@@ -187,6 +191,7 @@ class _Entry(CallPart[HandlerEntry]):
             raise ValueError(f"description of {given['name']} is not a text")
         given["description"] = one_line(description)
         given["state"] = given.get("state") is True
+        given |= checked_egress(given)
         return HandlerEntry(**given)
 
 

@@ -168,7 +168,7 @@ HANDLERS = Listing(
     "handlers",
     Handler,
     "List handlers by name, those that do not load with their error.",
-    ("name", "source", "pool", "distribution", "version", "isolation", "scopes", "error"),
+    ("name", "source", "pool", "distribution", "version", "isolation", "scopes", "egress", "error"),
     filters=("org",),
     note="an org sees the handlers of its definitions",
 )

@@ -330,6 +330,8 @@ class Handler(TypedDict):
     pool: Shown[str | None]
     secrets: Shown[list[str]]
     description: Annotated[str | None, redaction.text]
+    egress: Shown[list[str] | None]
+    audiences: Shown[list[str]]
     error: Annotated[str | None, redaction.not_loaded]
     seen_at: Shown[datetime]
 

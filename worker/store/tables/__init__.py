@@ -309,6 +309,13 @@ catalogue = table(
         "for a host; it counts if a worker lists the handler.",
     ),
     Column("description", Text, doc="The first sentence of its docstring."),
+    Column(
+        "egress", json_type(), doc="What its runs may reach, as `@job` says; null if it declares nothing."
+    ),
+    required(
+        *("audiences", json_type(), "The audiences for which it may ask for a token, as `@job` says."),
+        server_default="[]",
+    ),
     readers="orgs",
 )
 
@@ -320,6 +327,9 @@ def like(column: Column[Any]) -> Column[Any]:
     return Column(column.name, column.type, nullable=column.nullable, server_default=given, doc=column.doc)
 
 
+# Columns that both tables of handlers got last.
+_LATER = ("description", "egress", "audiences")
+
 host_handlers = table(
     "host_handlers",
     "What the plug-ins of hosts declare. It places no run and grants nothing: see `pool_approvals`.",
@@ -330,11 +340,11 @@ host_handlers = table(
     *(
         like(of)
         for of in catalogue.c
-        if of.name not in ("name", "distribution", "pool", "of_worker", "seen_at", "description")
+        if of.name not in ("name", "distribution", "pool", "of_worker", "seen_at", *_LATER)
     ),
     required("bytes", Integer, "The size of this row's declaration."),
     required("seen_at", Instant, "When the host last declared it, or was last seen running it."),
-    like(catalogue.c.description),
+    *(like(catalogue.c[name]) for name in _LATER),
     Index("ix_host_handlers_host_id", "host_id"),
     readers="orgs",
 )

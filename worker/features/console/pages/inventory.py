@@ -209,8 +209,9 @@ def shown_approvals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if seen[row["pool"]] > APPROVALS:
             continue
         is_last = seen[row["pool"]] == APPROVALS
-        long = sum(map(len, (*row["secrets"], *row["scopes"]))) > MAX_DECLARED
-        names = {key: [] if long else row[key] for key in ("secrets", "scopes")}
+        lists = {key: row[key] for key in ("secrets", "scopes", "egress", "audiences")}
+        long = sum(len(name) for names in lists.values() for name in names or ()) > MAX_DECLARED
+        names = {key: [] if long else listed for key, listed in lists.items()}
         left_out = of_pool[row["pool"]] - APPROVALS if is_last else 0
         command = approvals.command_of(row)
         shown.append({**row, **names, "is_long": long, "left_out": left_out, "command": command})
