@@ -30,6 +30,7 @@ KINDS: dict[Any, str] = {
     tuple[str, ...]: "a list of texts",
     dict[str, str]: "a table of texts",
     dict[str, bool | int | float | str]: "a table of values",
+    dict[str, types.BoundVariable]: "a table of origins",
 }
 
 

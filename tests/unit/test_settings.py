@@ -225,6 +225,53 @@ def test_the_file_is_found_by_argument_then_variable_then_place():
             "[execution]\nprivate_origins = ['10.0.0.5:8080']",
             "execution.private_origins: '10.0.0.5:8080' is not an origin",
         ),
+        (
+            "[execution]\negress = ['api.acme.com']",
+            "worker.toml: execution.egress: 'api.acme.com' is not allowed here; write \"api\"",
+        ),
+        (
+            "[execution]\negress = ['https://*.s3.amazonaws.com']",
+            "execution.egress: 'https://*.s3.amazonaws.com': anyone can have a name below s3.amazonaws.com",
+        ),
+        ("[execution]\negress = [['api']]", "execution.egress: an item is not a text"),
+        (
+            "[execution]\nnetwork = 'open'\negress = ['api']",
+            'execution: network = "open" seals no run, so that egress would cap nothing; remove egress',
+        ),
+        ("[execution]\nnetwork = 'closed'", "execution.network: Input should be 'auto', 'require' or 'open'"),
+        (
+            "[execution]\npass_environment = ['KEY']\nbind_environment = { KEY = 'https://a.example' }",
+            "execution: KEY is in bind_environment and in pass_environment, which gives handlers its value",
+        ),
+        (
+            "[execution]\nbind_environment = { KEY = 'public' }",
+            "execution.bind_environment.KEY.origin: 'public' is not one origin; write it as https://api.openai",
+        ),
+        (
+            "[execution]\nbind_environment = { KEY = 'https://*.example.com' }",
+            "'https://*.example.com' is not one origin",
+        ),
+        (
+            "[execution]\nbind_environment = { KEY = 'http://a.example' }",
+            "execution.bind_environment.KEY.origin: 'http://a.example' must be https",
+        ),
+        (
+            "[execution]\nbind_environment = { KEY = { header = 'x-api-key' } }",
+            "execution.bind_environment.KEY.origin: Field required",
+        ),
+        (
+            "[execution]\nbind_environment = { KEY = { origin = 'https://a.example', header = 'x: y' } }",
+            "execution.bind_environment.KEY.header: write the name of a header",
+        ),
+        (
+            "[execution]\nbind_environment = { 'A-KEY' = 'https://a.example' }",
+            "execution.bind_environment: 'A-KEY' is not the name of an environment variable",
+        ),
+        (
+            "[execution]\nbind_environment = { HOME = 'https://a.example' }",
+            "execution.bind_environment: HOME is passed to every run",
+        ),
+        ("[execution]\nbind_environment = 5", "execution.bind_environment: Input should be a valid dict"),
         ("[issuers.Main]\nurl = 'https://a'", "issuers.Main: write a name of a-z, 0-9, _ and -"),
         ("database = 'x'", "worker.toml: database: Input should be a valid dictionary"),
         ("[log]\nlevel = 'loud'", "log.level: Input should be 'debug', 'info', 'warning' or 'error'"),
@@ -455,6 +502,36 @@ token_file = "token"
 """
 
 
+def test_the_network_of_runs_has_its_settings():
+    config = written(
+        "[execution]\nnetwork = 'require'\negress = ['api', 'https://*.openai.com', 'api']\n"
+        "[execution.bind_environment]\nOPENAI_API_KEY = 'https://api.openai.com'\n"
+        "[execution.bind_environment.ANTHROPIC_API_KEY]\n"
+        "origin = 'https://api.anthropic.com'\nheader = 'x-api-key'\n"
+    )
+
+    execution = load(config, environ={}).execution
+
+    assert (execution.network, execution.egress) == ("require", ("api", "https://*.openai.com"))
+    bound = {name: (one.origin, one.header) for name, one in execution.bind_environment.items()}
+    assert bound == {
+        "OPENAI_API_KEY": ("https://api.openai.com", ""),
+        "ANTHROPIC_API_KEY": ("https://api.anthropic.com", "x-api-key"),
+    }
+
+
+def test_they_can_be_set_by_variables():
+    variables = {
+        "WORKER_EXECUTION__EGRESS": "api, https://api.openai.com",
+        "WORKER_EXECUTION__BIND_ENVIRONMENT": '{"OPENAI_API_KEY": "https://api.openai.com"}',
+    }
+
+    execution = load(written(""), environ=variables).execution
+
+    assert execution.egress == ("api", "https://api.openai.com")
+    assert execution.bind_environment["OPENAI_API_KEY"].origin == "https://api.openai.com"
+
+
 def test_a_host_confines_its_handlers_unless_it_is_told_otherwise():
     config = written(HOST)
 
@@ -472,6 +549,7 @@ def test_a_host_confines_its_handlers_unless_it_is_told_otherwise():
         ("[tokens]\nshared = false", "worker.toml: a host does not take tokens.shared"),
         ("[web]\nlisten = ''", "worker.toml: a host does not take web.listen"),
         ("[execution]\npools = ['eu']", "worker.toml: a host does not take execution.pools"),
+        ("[execution]\negress = ['api']", "worker.toml: a host does not take execution.egress"),
         ("[alerts]\noverdue = '5s'", "worker.toml: a host does not take alerts.overdue"),
     ],
 )

@@ -37,7 +37,7 @@ from worker.operations.chores import Chores, ages_of
 from worker.operations.new_claims import EVERY as NEW_CLAIMS_EVERY
 from worker.operations.new_claims import NewClaims
 from worker.outbound import open_client
-from worker.process.confinement import confinement_of, readable_management_secrets
+from worker.process.confinement import confinement_of, network_of, readable_management_secrets
 from worker.process.monitoring import monitoring
 from worker.settings import Settings
 from worker.store import schema
@@ -281,6 +281,7 @@ class _Parts:
             private_origins=execution.private_origins,
             insecure_origins=execution.insecure_origins,
             api_base_urls={name: issuer.api_base_url for name, issuer in settings.issuers.items()},
+            network=network_of(settings),
         )
         return Tools(
             plans=plans,

@@ -27,7 +27,7 @@ from worker.model.orgs import OrgRef
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import LogLine
 from worker.outbound import open_client
-from worker.process.confinement import confinement_of
+from worker.process.confinement import confinement_of, network_of
 from worker.settings import Settings
 from worker.store import orgs
 from worker.store.database import Database
@@ -157,6 +157,7 @@ def _subject(settings: Settings, entry: HandlerEntry, request: TryRequest) -> Su
         private_origins=execution.private_origins,
         insecure_origins=execution.insecure_origins,
         api_base_url=issuer.api_base_url if issuer else "",
+        network=network_of(settings),
     )
 
 

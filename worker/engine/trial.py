@@ -16,7 +16,7 @@ from zoneinfo import ZoneInfo
 from worker.clock import Clock
 from worker.engine.attempt.attempt import attempt
 from worker.engine.attempt.inflight import InflightRun
-from worker.engine.attempt.plan import HandlerRegistry, Plans
+from worker.engine.attempt.plan import AUTO, HandlerRegistry, NetworkPolicy, Plans
 from worker.engine.attempt.run_log import Progress, RunLogWriter
 from worker.engine.attempt.tools import GivenSecrets, SecretSource, TokenSource, Tools
 from worker.engine.runners.contract import Runner, StopSignal
@@ -218,6 +218,7 @@ class Subject:
     private_origins: tuple[str, ...] = ()
     insecure_origins: tuple[str, ...] = ()
     api_base_url: str = ""
+    network: NetworkPolicy = AUTO
 
 
 @dataclass(slots=True)
@@ -326,6 +327,7 @@ class Trial(TrialBudgets):
                 private_origins=subject.private_origins,
                 insecure_origins=subject.insecure_origins,
                 api_base_urls={subject.issuer: subject.api_base_url},
+                network=subject.network,
             ),
             tokens=tokens,
             handlers=_handlers(list(entries)),

@@ -16,6 +16,7 @@ from worker.handlers.schema import Schema, check_schema
 from worker.model.definitions.definition import Definition
 from worker.model.definitions.fields import refusal
 from worker.model.definitions.pools import pool_of
+from worker.model.egress import OPEN, wider
 from worker.model.runs.run import Declared, Isolation
 from worker.store import audit, catalogue, host_grants, host_handlers, places
 from worker.store.database import Database
@@ -195,9 +196,11 @@ class Handlers:
 
         Raises:
             UnknownHandler: no distribution offers it, or it does not load (unless `allow_unknown`).
-            DefinitionError: invalid params, inline although the operator has not allowed it, state
-                with concurrent runs, or no pool although only hosts offer a handler.
+            DefinitionError: invalid params, inline although the operator has not allowed it, or with an
+                egress that is not open, state with concurrent runs, egress or audiences that no handler
+                declares, or no pool although only hosts offer a handler.
         """
+        rows: list[Row] = []
         for name in definition.handlers:
             field = "handler" if name == definition.handler else "variants"
             for pool in self._places(name, definition, org_pools):
@@ -206,9 +209,12 @@ class Handlers:
                     if not allow_unknown:
                         raise self._unknown(name, pool, entry, field)
                     continue
+                rows.append(row)
                 self._check_row(name, row, definition, entry, inline)
                 self.check_params(name, definition.params, entry, pool)
                 self._check_params_by_hand(name, definition.params_by_hand, entry, pool)
+        if len({row["name"] for row in rows}) == len(definition.handlers):
+            _check_narrowing(definition, rows, entry)
 
     def _places(
         self, name: str, definition: Definition, org_pools: Callable[[], Collection[str | None]]
@@ -233,6 +239,8 @@ class Handlers:
                 fix=f'if you trust it, add "{row["distribution"]}" to execution.inline in worker.toml; '
                 'else set isolation = "child"',
             )
+        if (definition.isolation or row["isolation"]) == "inline":
+            _check_open(name, row, definition, entry)
         if row["state"] and not definition.serial:
             raise refusal(
                 f"{name} declares state, which concurrent runs would overwrite",
@@ -302,6 +310,49 @@ class Handlers:
             fix=f"{close} `handlers list` lists those there are; --allow-unknown-handlers stores it "
             "anyway".strip(),
         )
+
+
+def _check_open(name: str, row: Row, definition: Definition, entry: str) -> None:
+    """Refuse an inline run whose egress is not open: the worker's own process cannot be sealed."""
+    if definition.egress is not None and OPEN not in definition.egress:
+        raise refusal(
+            f"{name} would run inline, in the worker's process, which cannot be sealed",
+            entry,
+            "egress",
+            fix='set isolation = "child", or leave egress out',
+        )
+    if row["egress"] is not None and OPEN not in row["egress"]:
+        raise refusal(
+            f"{name} declares egress, and would run inline, in the worker's process, which cannot be sealed",
+            entry,
+            "isolation",
+            fix='set isolation = "child"',
+        )
+
+
+def _check_narrowing(definition: Definition, rows: Sequence[Row], entry: str) -> None:
+    """Refuse what a definition lists and no handler declares, unless one of them declares no list."""
+    for key, own, too_much in (
+        ("egress", definition.egress, wider),
+        ("audiences", definition.audiences, _missing),
+    ):
+        lists = [row[key] for row in rows]
+        if own is None or any(listed is None or (key == "audiences" and not listed) for listed in lists):
+            continue
+        declared = sorted({item for listed in lists for item in listed})
+        for item in too_much(own, declared):
+            names = ", ".join(sorted({row["name"] for row in rows}))
+            raise refusal(
+                f"{names} does not declare {item!r}, and a definition can only narrow what its handler "
+                f"declares: {', '.join(declared) or 'nothing'}",
+                entry,
+                key,
+                fix=f"remove it, or add it to {key} of @job",
+            )
+
+
+def _missing(items: Collection[str], declared: Collection[str]) -> list[str]:
+    return [item for item in items if item not in declared]
 
 
 def _name_a_pool(pools: Sequence[str]) -> str:

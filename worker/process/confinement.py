@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from worker.engine.attempt.plan import NetworkPolicy
 from worker.engine.runners.child import landlock, seccomp
 from worker.engine.runners.child.sandbox import Narrowed, Planner, SandboxRules, SecretPath, level
 from worker.errors import ConfigurationError
@@ -31,6 +32,16 @@ class Confinement:
     narrowed: tuple[Narrowed, ...] = ()
 
     @property
+    def seals(self) -> bool:
+        """Whether a run can be sealed: without all of the sandbox it could read the key ring."""
+        return self.rules is not None and self.rules.filtered and self.version >= landlock.SCOPES
+
+    @property
+    def unsealed(self) -> str | None:
+        """Why no run can be sealed; None if one can."""
+        return None if self.seals else self.level
+
+    @property
     def describe(self) -> tuple[str, ...]:
         """The command that describes handlers for the catalogue."""
         return DESCRIBE if self.rules is None else (*_CONFINED, self.rules.as_json())
@@ -48,8 +59,20 @@ def confinement_of(settings: Settings, *, version: int | None = None) -> Confine
 
     Raises:
         ConfigurationError: the sandbox is required, and the kernel does not support all of it
-            or a path that handlers can use contains a secret.
+            or a path that handlers can use contains a secret; or sealed runs are required, and
+            no run can be sealed.
     """
+    confinement = _confinement_of(settings, version)
+    if settings.execution.network == "require" and confinement.unsealed is not None:
+        raise ConfigurationError(
+            f'[execution] network = "require": no run can be sealed: {confinement.unsealed}',
+            fix="use Linux 6.12 or newer with Landlock and seccomp turned on and sandbox not off, or set "
+            "network to auto",
+        )
+    return confinement
+
+
+def _confinement_of(settings: Settings, version: int | None) -> Confinement:
     execution = settings.execution
     if execution.sandbox == "off":
         return Confinement(OFF, 0)
@@ -75,6 +98,11 @@ def confinement_of(settings: Settings, *, version: int | None = None) -> Confine
         )
     rules = replace(rules, filtered=unfiltered is None)
     return Confinement(described, version, rules, tuple(planner.narrowed))
+
+
+def network_of(settings: Settings) -> NetworkPolicy:
+    """What the operator says of the network of runs; an empty list caps nothing."""
+    return NetworkPolicy(settings.execution.network, settings.execution.egress or None)
 
 
 def in_words(narrowed: Narrowed) -> str:

@@ -44,7 +44,7 @@ MOUNTED_SECRETS = "/run/secrets"
 
 # The sections that a host has besides `[web] health_listen`, and what its workers decide for it.
 HOST_SECTIONS = ("host", "execution", "log", "tracing", "temporal")
-NOT_OF_HOSTS = ("pools", "lease", "renew", "poll", "private_origins", "insecure_origins")
+NOT_OF_HOSTS = ("pools", "lease", "renew", "poll", "private_origins", "insecure_origins", "egress")
 TOLD_TO_HOSTS = ("namespace", "place_timeout")
 
 # Variables of settings that are in no section.
@@ -164,7 +164,7 @@ def _check_host(values: Sourced) -> Settings:
 
 
 def _is_of_host(keys: Keys) -> bool:
-    if keys[0] == "execution" and keys[-1] in NOT_OF_HOSTS:
+    if keys[0] == "execution" and keys[1:2] and keys[1] in NOT_OF_HOSTS:
         return False
     if keys[0] == "temporal" and keys[-1] in TOLD_TO_HOSTS:
         return False

@@ -17,6 +17,7 @@ from worker.guard.urls import is_loopback
 from worker.model.definitions.origins import parse_base_url, parse_origin, unencrypted
 from worker.model.definitions.pools import DEFAULT_POOL, parse_pool
 from worker.model.definitions.units import parse_duration, parse_memory
+from worker.model.egress import check_wildcards, parse_item, parse_items
 from worker.model.provider import parse_rule
 from worker.telemetry.masking import shown_url
 
@@ -55,6 +56,21 @@ def _control(url: str) -> None:
     parse_origin(url)
     if unencrypted((url,), ()):
         raise ValueError(f"{shown_url(url)!r} would carry orgs' tokens unencrypted; write https://")
+
+
+def _egress(value: Any) -> Any:
+    items = _listed(value)
+    if isinstance(items, list | tuple):
+        items = parse_items(items)
+        check_wildcards(items)
+    return items
+
+
+def _bound_origin(url: str) -> str:
+    rule = parse_item(url)
+    if rule.origin is None:
+        raise ValueError(f"{url!r} is not one origin; write it as https://api.openai.com")
+    return url
 
 
 def _network(network: str) -> None:
@@ -134,6 +150,7 @@ Duration = Annotated[timedelta, BeforeValidator(_duration)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Paths = Annotated[tuple[str, ...], _each(_path)]
 Origins = Annotated[tuple[str, ...], _each(parse_origin)]
+Egress = Annotated[tuple[str, ...], BeforeValidator(_egress)]
 Networks = Annotated[tuple[str, ...], _each(_network)]
 Url = Annotated[str, BeforeValidator(_url)]
 BaseUrl = Annotated[str, AfterValidator(_base_url)]
@@ -203,8 +220,37 @@ class IssuerSettings(Section):
     management: ManagementSettings = ManagementSettings()
 
 
+_OF_EVERY_RUN = ("PATH", "HOME", "LANG", "TZ", "TMPDIR")
+
+
+class BoundVariable(Section):
+    """`[execution.bind_environment]`: the only origin that gets a variable's value; runs get a placeholder.
+
+    With `header` the value is sent in that header, without any placeholder.
+    """
+
+    origin: Annotated[str, AfterValidator(_bound_origin)]
+    header: Annotated[str, _matching(r"|[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}", "the name of a header")] = ""
+
+
+def _bindings(value: Any) -> Any:
+    """A variable has an origin, or a table with `origin` and `header`."""
+    table = _tables(value)
+    if not isinstance(table, dict):
+        return table
+    for name in table:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,199}", name):
+            raise ValueError(f"{name!r} is not the name of an environment variable")
+        if name in _OF_EVERY_RUN:
+            raise ValueError(f"{name} is passed to every run; bind a variable that has a secret")
+    return {name: {"origin": one} if isinstance(one, str) else one for name, one in table.items()}
+
+
+Bindings = Annotated[dict[str, BoundVariable], BeforeValidator(_bindings)]
+
+
 class ExecutionSettings(Section):
-    """`[execution]`: pools, concurrency, sandbox, lease and drain of a worker."""
+    """`[execution]`: pools, concurrency, sandbox, network, lease and drain of a worker."""
 
     pools: Pools = (DEFAULT_POOL,)
 
@@ -214,6 +260,9 @@ class ExecutionSettings(Section):
     inline: Texts = ()
     preload: Texts = ()
     pass_environment: Texts = ()
+    bind_environment: Bindings = Field(default_factory=dict)
+    network: Literal["auto", "require", "open"] = "auto"
+    egress: Egress = ()
     private_origins: Origins = ()
     insecure_origins: Origins = ()
     sandbox: Literal["auto", "require", "off"] = "auto"
@@ -224,6 +273,25 @@ class ExecutionSettings(Section):
     poll: Duration = Field(timedelta(seconds=1), ge=timedelta(milliseconds=10), le=timedelta(minutes=1))
     drain: Duration = timedelta(seconds=60)
     max_freeze: Duration = timedelta(minutes=10)
+
+    @model_validator(mode="after")
+    def _bound_or_passed(self) -> ExecutionSettings:
+        for name in self.bind_environment:
+            if name in self.pass_environment:
+                raise ValueError(
+                    f"{name} is in bind_environment and in pass_environment, which gives handlers its value; "
+                    "remove it from pass_environment"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _sealed_or_open(self) -> ExecutionSettings:
+        if self.egress and self.network == "open":
+            raise ValueError(
+                'network = "open" seals no run, so that egress would cap nothing; remove egress, or set '
+                "network to auto"
+            )
+        return self
 
     @model_validator(mode="after")
     def _renew_often_enough(self) -> ExecutionSettings:

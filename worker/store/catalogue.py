@@ -70,7 +70,8 @@ def put(connection: Connection, entries: Iterable[HandlerEntry], *, at: datetime
 def as_row(entry: HandlerEntry) -> Row:
     """A reported handler with the names of the columns."""
     row = {name: value for name, value in asdict(entry).items() if name in _COLUMNS}
-    return row | {"scopes": sorted(entry.scopes), "audiences": list(entry.audiences)}
+    egress = None if entry.egress is None else list(entry.egress)
+    return row | {"scopes": sorted(entry.scopes), "egress": egress, "audiences": list(entry.audiences)}
 
 
 def entry_of(row: Row) -> HandlerEntry:

@@ -18,7 +18,7 @@ from tests.conftest import on_either
 from tests.fakes.rows import within
 from tests.fakes.site import definition
 from tests.integration.hosts.conftest import FILE, HANDLER, OTHER, Fleet, Host, end_of, fence
-from worker.engine.attempt.plan import HandlerRegistry
+from worker.engine.attempt.plan import HandlerRegistry, NetworkPolicy
 from worker.errors import UnknownHandler
 from worker.features.hosts import delivery, wire
 from worker.features.hosts import listener as web
@@ -29,6 +29,7 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import Grant
 from worker.ids import RunId, WorkerId
 from worker.model.definitions.file import parse_file
+from worker.model.egress import Egress
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.fire import decide
 from worker.operations.apply import apply
@@ -282,6 +283,53 @@ async def test_scopes_are_not_the_hosts_to_choose(fleet: Fleet, before: bool) ->
     assert asked == [frozenset({"read:kb"})]
     assert waits(fleet, run) == ("not_approved", host_grants_command(SCOPED))
     assert fleet.rows.attempts(run) == []
+
+
+async def test_egress_is_not_the_hosts_to_choose(fleet: Fleet, before: bool) -> None:
+    """Where sealed runs are required, a host's handler would be open because the host says so."""
+    fleet.one.tools.plans.network = NetworkPolicy("require")
+    opened = replace(OWN, egress=("open",), audiences=("mcp",))
+    host = await in_eu(fleet, opened)
+    run = fleet.start("own")
+
+    taken = await host.take(fleet.one, wait=5.0 if before else 0.2)
+
+    if before:
+        assert [(one.work.egress.is_open, one.work.egress.audiences) for one in taken] == [(True, ("mcp",))]
+        return
+    mark(fleet)
+    assert (taken, waits(fleet, run)) == ([], ("not_approved", host_grants_command(opened)))
+    approve(fleet, opened)
+    [one] = await host.take(fleet.one)
+    assert one.work.egress == Egress((("open",),), audiences=("mcp",))
+
+
+async def test_a_host_that_leaves_its_list_out_reaches_no_more(fleet: Fleet, before: bool) -> None:
+    """Such as a version of a plug-in that drops it, once an administrator has approved the one before."""
+    listed = replace(OWN, egress=("api", "https://a.example"))
+    await in_eu(fleet, listed)
+    if not before:
+        approve(fleet, listed)
+    silent = await in_eu(fleet, OWN, name="gpu2")
+    fleet.start("own")
+
+    [one] = await silent.take(fleet.one)
+
+    assert one.work.egress.lists == (() if before else (listed.egress,))
+
+
+async def test_a_handler_that_lists_nothing_anywhere_runs_as_the_operator_says(fleet: Fleet) -> None:
+    """As before there were lists; what requires sealed runs gives it the API and no more."""
+    host = await in_eu(fleet, OWN)
+    fleet.start("own")
+    [open_] = await host.take(fleet.one)
+    assert open_.work.egress.lists == ()
+
+    fleet.one.tools.plans.network = NetworkPolicy("require")
+    fleet.one.tools.plans._plans.clear()
+    fleet.start("own")
+    [sealed] = await host.take(fleet.one)
+    assert sealed.work.egress.lists == (("api",),)
 
 
 async def test_timeout_and_attempts_are_not_the_hosts_to_choose(fleet: Fleet, before: bool) -> None:

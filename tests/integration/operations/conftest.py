@@ -36,6 +36,12 @@ CATALOGUE = (
         },
     ),
     HandlerEntry("acme.plain", "acme-jobs", "1.0", "acme_jobs:plain"),
+    HandlerEntry(
+        *("acme.lists", "acme-jobs", "1.0", "acme_jobs:lists"),
+        egress=("api", "https://*.a.example"),
+        audiences=("mcp", "kb"),
+    ),
+    HandlerEntry("acme.also", "acme-jobs", "1.0", "acme_jobs:also", egress=("https://c.example",)),
     HandlerEntry("acme.inline", "acme-inline", "2.0", "acme_inline:go", isolation="inline"),
     HandlerEntry("acme.broken", "acme-broken", "0.1", "acme_broken:go", error="ImportError: no module"),
 )

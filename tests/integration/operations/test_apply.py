@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 
 import pytest
@@ -184,6 +185,60 @@ def test_the_operator_may_allow_inline_and_unknown_handlers(apply, rows):
     apply(ORG + inline + unknown, inline=["acme-inline"], allow_unknown_handlers=True)
 
     assert len(rows.definitions) == 2
+
+
+LISTS = DIGEST.replace("acme.note", "acme.lists")
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "message"),
+    [
+        (DIGEST.replace("acme.note", "acme.inline") + 'egress = ["api"]', "egress", "which cannot be sealed"),
+        (LISTS + 'isolation = "inline"', "isolation", "acme.lists declares egress, and would run inline"),
+        (LISTS + 'egress = ["api", "https://b.example"]', "egress", "does not declare 'https://b.example'"),
+        (LISTS + 'egress = ["open"]', "egress", "can only narrow what its handler declares: api, https"),
+        (LISTS + 'audiences = ["mcp", "other"]', "audiences", "acme.lists does not declare 'other'"),
+        (DIGEST + 'egress = ["https://*.co.uk"]', "egress", "anyone can have a name below co.uk"),
+    ],
+)
+def test_a_definition_that_asks_for_more_network_than_it_can_have_is_refused(
+    apply, rows, text, field, message
+):
+    with pytest.raises(DefinitionError, match=re.escape(message)) as refused:
+        apply(ORG + text, inline=["acme-inline", "acme-jobs"])
+
+    assert (refused.value.field, refused.value.fix != "" or field == "egress") == (field, True)
+    assert refused.value.exit_code == 78
+    assert rows.definitions == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        DIGEST.replace("acme.note", "acme.inline") + 'egress = ["open"]',
+        DIGEST.replace("acme.note", "acme.inline") + 'egress = ["api"]\nisolation = "child"',
+        LISTS + 'egress = ["https://eu.a.example"]\naudiences = ["mcp"]',
+        LISTS + "egress = []\naudiences = []",
+        # What declares nothing can be given a list.
+        DIGEST + 'egress = ["public"]\naudiences = ["any"]\nreveal_token = true',
+        # One of the handlers that a run may be of has it.
+        LISTS + 'egress = ["https://c.example"]\nvariants = [{ flag = "v2", handler = "acme.also" }]',
+        LISTS + 'audiences = ["other"]\nvariants = [{ flag = "v2", handler = "acme.note" }]',
+    ],
+)
+def test_a_definition_narrows_what_its_handlers_declare(apply, rows, text):
+    apply(ORG + text, inline=["acme-inline"])
+
+    assert len(rows.definitions) == 1
+
+
+def test_to_reveal_the_token_is_in_the_audit(apply, rows):
+    apply(ORG + DIGEST + "reveal_token = true")
+    apply(ORG + DIGEST)
+
+    details = [row["detail"] for row in rows.audit if row["action"].startswith("definition.")]
+    assert details[0]["reveal_token"] == {"before": None, "after": True}
+    assert details[1]["reveal_token"] == {"before": True, "after": None}
 
 
 def test_what_was_due_before_an_edit_is_settled_by_the_old_revision(apply, rows):

@@ -17,7 +17,7 @@ from tests.unit.engine.runs import admitted
 from worker.engine.attempt import answers
 from worker.engine.attempt.attempt import attempt
 from worker.engine.attempt.inflight import InflightRun
-from worker.engine.attempt.plan import HandlerRegistry, Plans
+from worker.engine.attempt.plan import AUTO, HandlerRegistry, NetworkPolicy, Plans
 from worker.engine.attempt.run_log import RunLogWriter
 from worker.engine.attempt.tools import Tools
 from worker.engine.runners.child import messages
@@ -44,7 +44,7 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.ids import ALL_ORGS, OrgId, RunId
 from worker.model.bindings import Binding, OrgSecret, OrgSecrets
 from worker.model.claims import Enforced, PoolRules
-from worker.model.egress import BoundSecret, placeholder_of
+from worker.model.egress import BoundSecret, Egress, placeholder_of
 from worker.model.orgs import OrgRef, TokenWant
 from worker.model.runs.budgets import BudgetState, OrgBudgets
 from worker.model.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded
@@ -423,6 +423,103 @@ async def test_an_unencrypted_origin_that_the_operator_allows_goes_to_the_handle
     [work] = site.works
     assert work.api_origins == work.insecure_origins == ("http://api.acme.test",)
     assert work.private_origins == ("http://10.0.0.5:8080",)
+
+
+LISTS = HandlerEntry(
+    "acme.digest", "acme-jobs", "1.0", "acme:digest", egress=("api", "public"), audiences=("mcp", "kb")
+)
+
+
+@pytest.mark.parametrize(
+    ("entry", "spec", "policy", "lists"),
+    [
+        (HandlerEntry("acme.digest", "acme-jobs", "1.0", "a:d"), {}, NetworkPolicy(), ()),
+        (LISTS, {}, NetworkPolicy(), (("api", "public"),)),
+        (LISTS, {"egress": ["api"]}, NetworkPolicy(), (("api", "public"), ("api",))),
+        (LISTS, {"egress": []}, NetworkPolicy("auto", ("api",)), (("api", "public"), (), ("api",))),
+        (HandlerEntry("acme.digest", "acme-jobs", "1.0", "a:d"), {}, NetworkPolicy("require"), (("api",),)),
+        (
+            HandlerEntry("acme.digest", "x", "1", "a:d"),
+            {},
+            NetworkPolicy("auto", ("public",)),
+            (("public",),),
+        ),
+        (LISTS, {"egress": ["api"]}, NetworkPolicy("open"), ()),
+    ],
+)
+async def test_the_lists_of_a_run_are_those_of_handler_definition_and_operator(
+    site: Site,
+    entry: HandlerEntry,
+    spec: dict[str, Any],
+    policy: NetworkPolicy,
+    lists: tuple[tuple[str, ...], ...],
+) -> None:
+    site.handlers.add(entry)
+    site.spec, site.origins = site.spec | spec, {"network": policy}
+
+    await site.attempt()
+
+    assert site.works[0].egress.lists == lists
+    assert site.works[0].egress.is_open is (lists == ())
+
+
+@pytest.mark.parametrize(
+    ("of_handler", "own", "audiences"),
+    [
+        ((), None, ()),
+        (("mcp", "kb"), None, ("mcp", "kb")),
+        (("mcp", "kb"), ["kb", "other"], ("kb",)),
+        (("mcp",), [], ()),
+        ((), ["other"], ("other",)),
+    ],
+)
+async def test_the_audiences_of_a_run_are_the_definitions_of_those_of_its_handler(
+    site: Site, of_handler: tuple[str, ...], own: list[str] | None, audiences: tuple[str, ...]
+) -> None:
+    site.handlers.add(replace(LISTS, audiences=of_handler))
+    site.spec = site.spec | {"audiences": own, "reveal_token": own is None}
+
+    await site.attempt()
+
+    assert site.works[0].egress.audiences == audiences
+    assert site.works[0].egress.reveal_token is (own is None)
+
+
+@pytest.mark.parametrize(
+    ("egress", "policy", "runs"),
+    [
+        (None, NetworkPolicy(), True),
+        (("open",), NetworkPolicy("require"), True),
+        (("api",), NetworkPolicy("open"), True),
+        (("api",), NetworkPolicy(), False),
+        (None, NetworkPolicy("require"), False),
+        (("open",), NetworkPolicy("auto", ("public",)), False),
+    ],
+)
+async def test_an_inline_run_whose_egress_is_not_open_fails_at_once(
+    site: Site, egress: tuple[str, ...] | None, policy: NetworkPolicy, runs: bool
+) -> None:
+    site.handlers = HandlerRegistry(frozenset({"acme-jobs"}))
+    site.handlers.add(replace(LISTS, egress=egress))
+    site.origins = {"network": policy}
+
+    ended = await site.attempt(isolation="inline")
+
+    assert (len(site.works), ended.state) == ((1, "succeeded") if runs else (0, "failed"))
+    if not runs:
+        assert ended.error is not None
+        assert 'set isolation = "child"' in ended.error["message"]
+    # In a process of its own it runs.
+    assert (await site.attempt()).state == "succeeded"
+
+
+def test_a_host_makes_of_it_what_its_own_network_says() -> None:
+    lists, nothing = Egress((("api",),), True, ("mcp",)), Egress()
+
+    assert [AUTO.of_host(one) for one in (lists, nothing)] == [lists, nothing]
+    assert NetworkPolicy("require").of_host(lists) == lists
+    assert NetworkPolicy("require").of_host(nothing) == Egress((("api",),))
+    assert NetworkPolicy("open").of_host(lists) == Egress((), True, ("mcp",))
 
 
 async def test_the_handlers_scopes_are_asked_for_where_the_definition_names_none(site: Site) -> None:

@@ -168,6 +168,32 @@ def test_auto_takes_what_there_is_and_says_what_is_missing(tmp_path: Path, emitt
     assert [event.fields["sandbox"] for event in emitted] == [none.level, files.level]
 
 
+def test_a_run_can_be_sealed_with_all_of_the_sandbox_only(tmp_path: Path):
+    none, files = (
+        confinement_of(settings(tmp_path), version=version) for version in (0, landlock.SCOPES - 1)
+    )
+    full, off = (
+        confinement_of(settings(tmp_path, sandbox=sandbox), version=landlock.SCOPES)
+        for sandbox in ("auto", "off")
+    )
+
+    assert (full.seals, full.unsealed) == (True, None)
+    for confinement in (none, files, off):
+        assert (confinement.seals, confinement.unsealed) == (False, confinement.level)
+
+
+@pytest.mark.parametrize(("version", "sandbox"), [(0, "auto"), (landlock.SCOPES - 1, "auto"), (7, "off")])
+def test_sealed_runs_that_are_required_must_be_possible(tmp_path: Path, version: int, sandbox: str):
+    with pytest.raises(ConfigurationError, match=r'network = "require": no run can be sealed: ') as refused:
+        confinement_of(settings(tmp_path, network="require", sandbox=sandbox), version=version)
+
+    assert refused.value.exit_code == 78
+    assert "set network to auto" in refused.value.fix
+    # The controls: a kernel that can, and a network that may be open.
+    assert confinement_of(settings(tmp_path, network="require"), version=landlock.SCOPES).seals
+    assert not confinement_of(settings(tmp_path, sandbox=sandbox), version=version).seals
+
+
 def test_off_confines_nothing(tmp_path: Path):
     confinement = confinement_of(settings(tmp_path, sandbox="off"), version=7)
 

@@ -105,6 +105,7 @@ def test_another_architecture_has_the_rest_of_the_sandbox_and_says_so(
     confinement = confinement_of(settings(mode), version=landlock.SCOPES)
 
     assert confinement.rules is not None and not confinement.rules.filtered
+    assert not confinement.seals
     assert confinement.level == (
         "partial: Landlock 6 without seccomp (no filter for riscv64), which does not confine "
         "watches of folders and System V IPC"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import timedelta
 from typing import Any
 
@@ -58,12 +59,48 @@ FULL: dict[str, Any] = LEAST | {
     "max_claims_age": "60s",
     "api_origins": ["https://api.acme.com", "http://127.0.0.1:8080"],
     "api_base_url": "https://api.acme.com/v1",
+    "egress": ["api", "https://*.example.com"],
+    "audiences": ["https://mcp.example.com"],
+    "reveal_token": True,
     "enabled": False,
 }
 
 
 def parse(**changes: Any) -> Definition:
     return parse_definition(LEAST | changes, entry="definition org_acme/nightly-digest")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("egress", "api", "expected a list of texts"),
+        ("egress", ["api.example.com"], "'api.example.com' is not allowed here; write \"api\""),
+        ("egress", [f"https://{n}.example" for n in range(101)], "more than 100 items"),
+        ("egress", ["https://*.github.io"], "anyone can have a name below github.io"),
+        ("audiences", ["x" * 301], "an audience is a text of 1 to 300"),
+        ("reveal_token", "yes", "expected true or false"),
+    ],
+)
+def test_what_a_definition_lists_of_the_network_is_checked(key: str, value: Any, message: str):
+    with pytest.raises(DefinitionError, match=re.escape(message)) as refused:
+        parse(**{key: value})
+
+    assert refused.value.field == key
+
+
+def test_to_list_nothing_is_kept():
+    spec = to_spec(parse(egress=[], audiences=[], reveal_token=False))
+
+    assert (spec["egress"], spec["audiences"]) == ([], [])
+    assert "reveal_token" not in spec
+    assert from_spec("o", "n", spec).egress == ()
+    assert parse().egress is None
+
+
+def test_a_stored_wildcard_is_read_whatever_the_list_of_suffixes_says_today():
+    spec = to_spec(parse()) | {"egress": ["https://*.github.io"]}
+
+    assert from_spec("o", "n", spec).egress == ("https://*.github.io",)
 
 
 def test_a_definition_needs_four_keys_and_has_the_documented_defaults():

@@ -17,6 +17,8 @@ HANDLER = {
     "isolation": "inline",
     "memory": "1GiB",
     "pool": "gpu",
+    "egress": ["api"],
+    "audiences": ["mcp"],
 }
 
 
@@ -35,6 +37,8 @@ def found(spec: dict[str, Any], key: str, **given: Any) -> tuple[Any, str]:
         ("isolation", "child", "inline", "child"),
         ("memory", "64MiB", "1GiB", None),
         ("pool", "eu-gpu", "gpu", "default"),
+        ("egress", ["public"], ["api"], "not listed"),
+        ("audiences", ["kb"], ["mcp"], []),
     ],
 )
 def test_the_definition_wins_over_its_handler_and_that_over_the_default(
@@ -45,6 +49,11 @@ def test_the_definition_wins_over_its_handler_and_that_over_the_default(
     assert found(SPEC, key, handler=HANDLER) == (of_handler, "handler")
     assert found(SPEC, key) == (without, "default")
     assert found(SPEC, key, handler=dict.fromkeys(HANDLER)) == (without, "default")
+
+
+def test_a_handler_that_reaches_nothing_says_something():
+    assert found(SPEC, "egress", handler=HANDLER | {"egress": []}) == ([], "handler")
+    assert found(SPEC, "audiences", handler=HANDLER | {"audiences": []}) == ([], "default")
 
 
 def test_a_zone_is_the_orgs_if_the_definition_names_none():

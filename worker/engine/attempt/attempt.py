@@ -14,7 +14,13 @@ from random import Random
 
 from worker.engine.attempt.answers import Running
 from worker.engine.attempt.inflight import InflightRun, record_claims, run_admitted
-from worker.engine.attempt.plan import DEFAULT_LIMITS, AttemptPlan, Limits, state_without_order
+from worker.engine.attempt.plan import (
+    DEFAULT_LIMITS,
+    AttemptPlan,
+    Limits,
+    cannot_be_sealed,
+    state_without_order,
+)
 from worker.engine.attempt.run_log import mask_trail, redacted
 from worker.engine.attempt.tools import HandlerTools, Tools
 from worker.engine.runners.contract import LONGEST_PAUSE, Stopped, Work, outcome_of_stop
@@ -168,6 +174,9 @@ def _handler(
         enforce(claims, org_code=plan.org.code, client_id=None, scopes=inflight.scopes)
     if entry.state and not plan.definition.serial:
         return state_without_order(plan, name)
+    if run.isolation == "inline":
+        unsealed = cannot_be_sealed(name, plan.network.egress(plan.definition, entry))
+        return entry if unsealed is None else unsealed
     return entry
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 from worker.bounded import Sized
 from worker.clock import Clock
@@ -25,12 +25,14 @@ from worker.model.definitions import CANCEL_GRACE, TIMEOUT, RetryPolicy
 from worker.model.definitions.definition import Definition, from_spec
 from worker.model.definitions.origins import check_base_url, check_encrypted, is_listed
 from worker.model.definitions.units import parse_duration, parse_memory
+from worker.model.egress import API, Egress, effective
 from worker.model.orgs import OrgRef, TokenWant
 from worker.model.runs.outcome import Error, Failed
 from worker.model.runs.run import AdmittedRun, Declared, LoadedState, RunContext, StoredProgress
 from worker.telemetry.tracing import traceparent
 
 ANYWHERE = Declared()
+Network = Literal["auto", "require", "open"]
 
 
 class HandlerRegistry:
@@ -134,6 +136,36 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
+@dataclass(frozen=True, slots=True)
+class NetworkPolicy:
+    """What the operator says of the network of runs: `[execution] network`, and `egress` as a cap."""
+
+    network: Network = "auto"
+    cap: tuple[str, ...] | None = None
+
+    def egress(self, definition: Definition, entry: HandlerEntry) -> Egress:
+        """What an attempt of this handler may reach, and the audiences for which it may ask for a token."""
+        lists: tuple[tuple[str, ...], ...] = ()
+        if self.network != "open":
+            required = self.network == "require"
+            lists = effective(entry.egress, definition.egress, self.cap, required=required)
+        audiences = entry.audiences if definition.audiences is None else definition.audiences
+        if entry.audiences:
+            audiences = tuple(one for one in audiences if one in entry.audiences)
+        return Egress(lists, definition.reveal_token, audiences)
+
+    def of_host(self, egress: Egress) -> Egress:
+        """What a host with this policy makes of the egress that its worker decided; it has no cap."""
+        if self.network == "open":
+            return replace(egress, lists=())
+        if self.network == "require" and not egress.lists:
+            return replace(egress, lists=((API,),))
+        return egress
+
+
+AUTO = NetworkPolicy()
+
+
 # Not frozen: where each run is of another org, each has a plan of its own.
 @dataclass(slots=True)
 class AttemptPlan:
@@ -150,6 +182,7 @@ class AttemptPlan:
     private_origins: tuple[str, ...] = ()
     insecure_origins: tuple[str, ...] = ()
     api_base_url: str = ""
+    network: NetworkPolicy = AUTO
     _limits: dict[str, tuple[HandlerEntry | None, Limits]] = field(default_factory=dict, repr=False)
     _want: TokenWant | None = field(default=None, repr=False)
 
@@ -209,7 +242,19 @@ class AttemptPlan:
             meter_usage=self.definition.meter_usage,
             secrets=given_texts(run.id, secrets),
             bound=bound_secrets(run.id, secrets),
+            egress=self.network.egress(self.definition, entry),
         )
+
+
+def cannot_be_sealed(handler: str, egress: Egress) -> Failed | None:
+    """The outcome of an inline run whose egress is not open: it would run in this process. None if it is."""
+    if egress.is_open:
+        return None
+    message = (
+        f"{handler} runs inline, in a process that cannot be sealed, and its egress is not open: set "
+        'isolation = "child", or declare egress=["open"] in @job if [execution] egress allows it'
+    )
+    return Failed(Error("ConfigurationError", message), permanent=True)
 
 
 def state_without_order(plan: AttemptPlan, handler: str) -> Failed:
@@ -253,6 +298,7 @@ class Plans:
     private_origins: tuple[str, ...] = ()
     insecure_origins: tuple[str, ...] = ()
     api_base_urls: Mapping[str, str] = field(default_factory=dict)
+    network: NetworkPolicy = AUTO
     _plans: OrderedDict[Revision, tuple[float, AttemptPlan]] = field(default_factory=OrderedDict)
     # By issuer, name and spec: a template's definitions differ in their org only.
     _shared: Sized[tuple[str, str, str], _Shared] = field(
@@ -307,6 +353,7 @@ class Plans:
             private_origins=self.private_origins,
             insecure_origins=self.insecure_origins,
             api_base_url=shared.api_base_url,
+            network=self.network,
             _limits=shared.limits,
         )
 

@@ -9,7 +9,7 @@ from random import Random
 from worker.clock import Clock
 from worker.engine.attempt.attempt import NO_BROKER, Prepared, outcome_of_error, run_handler
 from worker.engine.attempt.inflight import Deadlines, InflightRun
-from worker.engine.attempt.plan import HandlerRegistry, Limits
+from worker.engine.attempt.plan import AUTO, HandlerRegistry, Limits, NetworkPolicy, cannot_be_sealed
 from worker.engine.attempt.run_log import RunLogWriter, mask_trail, redacted
 from worker.engine.loops.step_writer import StepWriter
 from worker.engine.runners.contract import Runner, outcome_of_stop
@@ -41,6 +41,7 @@ class RemoteTools:
     run_log: RunLogWriter
     clock: Clock
     random: Random
+    network: NetworkPolicy = AUTO
     deadlines: Deadlines = field(default_factory=Deadlines)
     brokered: bool = True
     taken: dict[tuple[RunId, int], Taken] = field(default_factory=dict)
@@ -123,5 +124,8 @@ async def _run(inflight: InflightRun, taken: Taken, trail: Trail, tools: RemoteT
     # What is installed here is what is called, by the clock of this machine.
     work.entry_point = entry.entry_point
     work.timeout_at = tools.clock.now() + taken.timeout
+    work.egress = tools.network.of_host(work.egress)
+    if inflight.run.isolation == "inline" and (refused := cannot_be_sealed(work.handler, work.egress)):
+        return refused
     limits = Limits(timeout=taken.timeout, cancel_grace=taken.cancel_grace)
     return await run_handler(Prepared(work, limits, commits=True), inflight, trail, tools)

@@ -35,7 +35,7 @@ from worker.kit.broker import broker_of
 from worker.kit.web.connections import Connections
 from worker.kit.web.health import Health
 from worker.kit.web.listener import WebServer, bind, build_health
-from worker.process.confinement import confinement_of
+from worker.process.confinement import confinement_of, network_of
 from worker.settings import Settings
 from worker.telemetry import events, logs
 from worker.telemetry.events import emit
@@ -174,6 +174,7 @@ class Host:
             clock=clock,
             random=process.random,
             brokered=process.children.broker is not None,
+            network=network_of(self.settings),
         )
         dispatcher = Dispatcher(
             tools,

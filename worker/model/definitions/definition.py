@@ -34,6 +34,7 @@ from worker.model.definitions.pools import parse_pool
 from worker.model.definitions.triggers import Trigger, parse_schedule, without_dates
 from worker.model.definitions.units import format_duration, format_memory, parse_duration, parse_memory
 from worker.model.definitions.zones import parse_zone
+from worker.model.egress import check_wildcards, parse_audiences, parse_items
 
 Spread = Literal["auto", "off"] | timedelta
 _SHORTEST = timedelta(milliseconds=1)
@@ -148,6 +149,14 @@ class Definition:
     """
     api_base_url: str | None = None
     """The base of relative URLs of `ctx.http`; default the issuer's. Its origin is one of `api_origins`."""
+    egress: tuple[str, ...] | None = None
+    """What its runs may reach, of what the handler lists: `"api"`, `"public"`, `"open"` and origins; default
+    the handler's. With `[execution] egress` a request must be in that list, too.
+    """
+    audiences: tuple[str, ...] | None = None
+    """The audiences for which its runs may ask for another token; default the handler's."""
+    reveal_token: bool = False
+    """Whether a sealed run gets the org's token itself; by default it gets a placeholder."""
     meter_usage: bool = False
     """Whether `ctx.http` counts the `usage` of answers in OpenAI's form, as the meter `llm_tokens`."""
     enabled: bool = True
@@ -199,6 +208,10 @@ def parse_definition(values: Mapping[str, Any], entry: str) -> Definition:
         name=reader.take("name", fields.name),
         enabled=reader.take("enabled", fields.boolean, True),
     )
+    try:
+        check_wildcards(definition.egress or ())
+    except ValueError as error:
+        raise refusal(str(error), entry, "egress") from error
     if definition.starts_at and definition.ends_at and definition.ends_at <= definition.starts_at:
         raise refusal("ends_at is not after starts_at", entry, "ends_at")
     try:
@@ -286,6 +299,14 @@ def _write_variants(variants: tuple[Variant, ...]) -> list[dict[str, Any]]:
     return [_write_condition(variant.flag) | {"handler": variant.handler} for variant in variants]
 
 
+def _read_egress(value: Any) -> tuple[str, ...]:
+    return parse_items(fields.texts(value))
+
+
+def _read_audiences(value: Any) -> tuple[str, ...]:
+    return parse_audiences(fields.texts(value))
+
+
 def _read_spread(value: Any) -> Spread:
     return value if value in ("auto", "off") else parse_duration(value)
 
@@ -342,6 +363,9 @@ _KEYS: dict[str, _Form] = {
     "max_claims_age": _duration(timedelta(seconds=60), what="at least 60s"),
     "api_origins": _Form(fields.origins, list),
     "api_base_url": _Form(fields.base_url),
+    "egress": _Form(_read_egress, list),
+    "audiences": _Form(_read_audiences, list),
+    "reveal_token": _Form(fields.boolean),
     "meter_usage": _Form(fields.boolean),
 }
 # The keys that an edit may change.

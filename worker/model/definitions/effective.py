@@ -26,7 +26,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "Token and claims": (
         *("scopes", "audience", "requires_flag", "requires_properties", "max_claims_age", "api_origins"),
-        *("api_base_url", "meter_usage"),
+        *("api_base_url", "egress", "audiences", "reveal_token", "meter_usage"),
     ),
 }
 # What no value means, for keys whose default is not in the handler.
@@ -36,6 +36,8 @@ _WITHOUT: Mapping[str, tuple[Any, Source]] = {
     "audience": ("the issuer's", "issuer"),
     "api_origins": ("the issuer's", "issuer"),
     "api_base_url": ("the issuer's", "issuer"),
+    "egress": ("not listed", "default"),
+    "audiences": ([], "default"),
     "timeout": (format_duration(TIMEOUT), "default"),
     "max_attempts": (MAX_ATTEMPTS, "default"),
     "isolation": ("child", "default"),
@@ -44,7 +46,9 @@ _WITHOUT: Mapping[str, tuple[Any, Source]] = {
     "start_deadline": ("one period, at least 1h", "default"),
 }
 # Keys whose default is the handler's value.
-_OF_HANDLER = ("scopes", "timeout", "max_attempts", "isolation", "memory", "pool")
+_OF_HANDLER = ("scopes", "timeout", "max_attempts", "isolation", "memory", "pool", "egress", "audiences")
+# What the handler has where it says nothing; an empty egress says that nothing is reached.
+_NOTHING: Mapping[str, Any] = {"scopes": [], "audiences": []}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,7 @@ def effective(
             return Effective(key, values[key], own)
         if key == "timezone" and org_timezone:
             return Effective(key, org_timezone, "org")
-        if key in _OF_HANDLER and handler is not None and handler[key] not in (None, []):
+        if key in _OF_HANDLER and handler is not None and handler[key] not in (None, _NOTHING.get(key)):
             return Effective(key, handler[key], "handler")
         if key == "pool" and org_pool:
             return Effective(key, org_pool, "org")
