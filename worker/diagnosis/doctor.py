@@ -77,7 +77,7 @@ def run_checks(
     """
     return [
         *(check(database) for check in (held_snapshots, live_rows, web_roles, file_modes)),
-        *(check(settings) for check in (insecure_origins, sandbox, changeable_files, trusted_code)),
+        *(check(settings) for check in (insecure_origins, sandbox, network, changeable_files, trusted_code)),
         *(check(settings) for check in (management_secrets, database_password)),
         installation(database, settings),
         workers(database),
@@ -85,6 +85,8 @@ def run_checks(
         *tokens(database, org),
         *org_secrets(database, ring, org),
         handlers(database),
+        *undeclared_egress(database, settings),
+        *revealed_tokens(database, org),
         *unapproved(database),
         *homeless(database, org),
         served_pools(database, org),
@@ -485,7 +487,7 @@ def sandbox(settings: Settings) -> Diagnostic:
     """How a worker that starts here and now would confine handlers."""
     ok, bad = _said("sandbox")
     try:
-        confinement = confinement_of(settings)
+        confinement = confinement_of(_with(settings, network="auto"))
     except ConfigurationError as error:
         return bad(error.message, error.fix)
     if confinement.narrowed:
@@ -496,6 +498,75 @@ def sandbox(settings: Settings) -> Diagnostic:
     if confinement.rules is None:
         return bad(confinement.level, "use Linux 6.12 or newer with Landlock turned on")
     return ok(confinement.level)
+
+
+def network(settings: Settings) -> Diagnostic:
+    """Whether a worker that starts here and now could seal runs, so that they reach only what is listed."""
+    ok, bad = _said("network")
+    policy = settings.execution.network
+    if policy == "open":
+        return ok(
+            '[execution] network = "open": no run is sealed, whatever handlers and definitions list',
+            "set it to auto",
+        )
+    try:
+        confinement = confinement_of(_with(settings, sandbox=_unless_required(settings)))
+    except ConfigurationError as error:
+        return bad(error.message, error.fix)
+    if confinement.unsealed is not None:
+        return ok(
+            f"no run can be sealed here, so that what it lists does not bind it: {confinement.unsealed}",
+            "use Linux 6.12 or newer with Landlock and seccomp turned on and sandbox not off",
+        )
+    most = ", ".join(settings.execution.egress)
+    return ok("runs can be sealed" + (f", with at most {most}" if most else ""))
+
+
+def _unless_required(settings: Settings) -> str:
+    """The sandbox, without what the check `sandbox` reports."""
+    return "off" if settings.execution.sandbox == "off" else "auto"
+
+
+def _with(settings: Settings, **execution: str) -> Settings:
+    return settings.model_copy(update={"execution": settings.execution.model_copy(update=execution)})
+
+
+def undeclared_egress(database: Database, settings: Settings) -> Iterator[Diagnostic]:
+    """Handlers that declare no egress. Nothing if there is no handler, or no run is sealed anyway."""
+    ok, policy = _said("egress")[0], settings.execution.network
+    with database.autocommit() as connection:
+        total, silent = places.undeclared_egress(connection)
+    if policy == "open" or not total:
+        return
+    if not silent:
+        yield ok("every handler declares what it reaches")
+        return
+    named = listed(Named(len(silent), silent[:NAMED]))
+    if policy == "require":
+        meaning = "their runs reach only the api_origins"
+    elif settings.execution.egress:
+        meaning = "their runs reach all that [execution] egress lists"
+    else:
+        meaning = "their runs keep the network, the org's token and its unbound secrets"
+    yield ok(
+        f"handlers that declare no egress: {named}; {meaning}",
+        'add a line to their @job: egress=["api"], with the other origins that they reach',
+    )
+
+
+def revealed_tokens(database: Database, org: NameOf = str) -> Iterator[Diagnostic]:
+    """Definitions whose sealed runs get the org's token itself; nothing without any."""
+    ok = _said("reveal_token")[0]
+    with database.autocommit() as connection:
+        rows = places.revealing(connection, ALL_ORGS)
+    if rows:
+        first = rows[0]
+        yield ok(
+            f"runs of a definition of {first['handler']} by {org(first['org'])} get the org's token itself, "
+            f"also if they are sealed{_and_more(rows, places.REVEALING)}",
+            "remove reveal_token where ctx.http, which adds the token, is enough; `definitions list -o json` "
+            "has a column reveal_token",
+        )
 
 
 def changeable_files(settings: Settings) -> Diagnostic:

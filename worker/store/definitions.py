@@ -15,6 +15,7 @@ from sqlalchemy import (
     Select,
     Subquery,
     bindparam,
+    false,
     func,
     select,
     text,
@@ -109,6 +110,11 @@ def newest_open(scope: Scope) -> Subquery:
         .limit(NEWEST)
         .subquery()
     )
+
+
+def reveals_token() -> ColumnElement[bool]:
+    """Whether the revision in the outer query gives sealed runs the org's token itself."""
+    return func.coalesce(_revisions.c.spec["reveal_token"].as_boolean(), false())
 
 
 def _query() -> Select[Any]:

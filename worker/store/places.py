@@ -11,10 +11,11 @@ from sqlalchemy import Connection, func, select
 
 from worker.ids import AllOrgs, Scope
 from worker.store import catalogue, tables
-from worker.store.definitions import in_force, newest_open
+from worker.store.definitions import in_force, newest_open, reveals_token
 from worker.store.dialect import Row, all_rows, chunks
 
 _handlers, _orgs, _approvals = tables.host_handlers, tables.orgs, tables.pool_approvals
+_catalogue = tables.catalogue
 _revisions = tables.definition_revisions
 # Declarations of one handler in one pool that are looked at, the newest.
 DECLARATIONS = 20
@@ -25,6 +26,8 @@ NAMED = 5
 # Names of one pool that a misspelt one is compared with, and orgs that are read at a time.
 NAMES = 500
 PAGE = 1_000
+# Definitions with a revealed token that are counted.
+REVEALING = 100
 # More approvals, and handlers, than any installation has.
 MAX_ROWS = 10_000
 
@@ -60,6 +63,38 @@ def approved_secrets(connection: Connection) -> set[str]:
     """The names of the secrets that an administrator approved for handlers of hosts."""
     query = select(_approvals.c.ceiling).limit(MAX_ROWS)
     return {name for ceiling in connection.execute(query).scalars() for name in ceiling.get("secrets", ())}
+
+
+def undeclared_egress(connection: Connection) -> tuple[int, list[str]]:
+    """How many handlers load, on workers or hosts, and the names of those that declare no egress.
+
+    A handler that workers have is theirs. One that several hosts declare counts if any declares nothing.
+    """
+    of_workers = select(_catalogue.c.name, _catalogue.c.egress).where(
+        catalogue.OF_WORKERS, _catalogue.c.error.is_(None)
+    )
+    of_hosts = select(_handlers.c.name, _handlers.c.egress).where(
+        _handlers.c.error.is_(None), _handlers.c.name.not_in(catalogue.names())
+    )
+    declared: dict[str, bool] = {}
+    for query in (of_workers, of_hosts):
+        for name, egress in connection.execute(query.limit(MAX_ROWS)):
+            declared[name] = declared.get(name, True) and egress is not None
+    return len(declared), sorted(name for name, is_declared in declared.items() if not is_declared)
+
+
+def revealing(connection: Connection, scope: Scope) -> list[Row]:
+    """Org and handler of definitions with `reveal_token`, among the newest open ones; the first of them."""
+    newest = newest_open(scope)
+    query = (
+        select(_orgs.c.code.label("org"), _revisions.c.spec["handler"].as_string().label("handler"))
+        .select_from(newest)
+        .join(_orgs, _orgs.c.id == newest.c.org_id)
+        .join(_revisions, in_force(newest))
+        .where(_orgs.c.state != "removed", reveals_token())
+        .order_by(newest.c.id.desc())
+    )
+    return all_rows(connection, query.limit(REVEALING))
 
 
 def orgs(connection: Connection, _: AllOrgs) -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,12 +15,16 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.stock import Stock
 from worker.diagnosis import doctor
 from worker.diagnosis.doctor import file_modes, held_snapshots, live_rows, run_checks, too_old
+from worker.engine.runners.child import landlock
 from worker.handlers.catalogue import HandlerEntry
-from worker.ids import new_id
+from worker.ids import ALL_ORGS, new_id
 from worker.settings import Settings
+from worker.settings.sections import ExecutionSettings
 from worker.store import catalogue, tables, workers
 from worker.store.database import Database
 from worker.store.health import Holder
+from worker.store.lists import DEFINITIONS
+from worker.store.lists import read as lists
 
 
 @pytest.fixture
@@ -242,6 +247,79 @@ def test_a_handler_that_does_not_load_is_named_with_its_error(stock):
     assert not broken.ok
     assert broken.detail == "acme.bad of acme-jobs 2.0 does not load: ImportError"
     assert "handlers show acme.bad" in broken.fix
+
+
+NOTE = HandlerEntry("acme.note", "acme-jobs", "2.0", "acme:note")
+
+
+def of_execution(**values: object) -> Settings:
+    return Settings(execution=ExecutionSettings.model_validate(values))
+
+
+@on_either
+def test_handlers_that_declare_no_egress_are_named_with_the_line_to_add(stock):
+    assert list(doctor.undeclared_egress(stock.database, Settings())) == []
+    listed = replace(NOTE, name="acme.listed", egress=())
+    broken = replace(NOTE, name="acme.broken", error="no")
+    stock.within(catalogue.put, [NOTE, listed, broken], at=stock.now())
+
+    [found] = doctor.undeclared_egress(stock.database, Settings())
+
+    assert found.detail == (
+        "handlers that declare no egress: acme.note; their runs keep the network, the org's token and its "
+        "unbound secrets"
+    )
+    assert 'egress=["api"]' in found.fix
+    for execution, meaning in (
+        ({"network": "require"}, "their runs reach only the api_origins"),
+        ({"egress": ["public"]}, "their runs reach all that [execution] egress lists"),
+    ):
+        [found] = doctor.undeclared_egress(stock.database, of_execution(**execution))
+        assert found.detail.endswith(meaning)
+    assert list(doctor.undeclared_egress(stock.database, of_execution(network="open"))) == []
+    stock.within(catalogue.put, [replace(NOTE, egress=("api",))], at=stock.now())
+    [found] = doctor.undeclared_egress(stock.database, Settings())
+    assert (found.detail, found.fix) == ("every handler declares what it reaches", "")
+
+
+@on_either
+def test_definitions_whose_runs_get_the_token_itself_are_named(stock):
+    org = stock.org()
+    stock.definition(org, spec={"handler": "acme.quiet", "schedule": "@daily", "reveal_token": False})
+    assert list(doctor.revealed_tokens(stock.database)) == []
+
+    for handler in ("acme.old", "acme.new"):
+        stock.definition(org, spec={"handler": handler, "schedule": "@daily", "reveal_token": True})
+    [found] = doctor.revealed_tokens(stock.database, org=lambda code: "org 1")
+
+    assert found.ok
+    assert found.detail == (
+        "runs of a definition of acme.new by org 1 get the org's token itself, also if they are sealed; "
+        "and 1 more"
+    )
+    with stock.database.autocommit() as connection:
+        rows = lists.read(connection, DEFINITIONS, ALL_ORGS)
+    assert sorted(row["reveal_token"] for row in rows) == [False, True, True]
+
+
+def test_it_says_whether_runs_can_be_sealed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(landlock, "abi", lambda: landlock.SCOPES)
+    assert doctor.network(of_execution()).detail == "runs can be sealed"
+    capped = doctor.network(of_execution(network="require", egress=["api", "public"]))
+    assert (capped.ok, capped.detail) == (True, "runs can be sealed, with at most api, public")
+    off = doctor.network(of_execution(network="open"))
+    assert (off.ok, off.fix) == (True, "set it to auto")
+    unconfined = doctor.network(of_execution(sandbox="off"))
+    assert (unconfined.ok, "does not bind it: off" in unconfined.detail) == (True, True)
+
+    monkeypatch.setattr(landlock, "abi", lambda: 4)
+    partial = doctor.network(of_execution())
+    assert (partial.ok, "does not bind it: partial: Landlock 4" in partial.detail) == (True, True)
+    # The sandbox itself says so of what it requires.
+    assert doctor.network(of_execution(sandbox="require")).ok
+    required = of_execution(network="require")
+    assert not doctor.network(required).ok
+    assert "no run can be sealed" not in doctor.sandbox(required).detail
 
 
 def remove(stock: Stock, table: object) -> None:

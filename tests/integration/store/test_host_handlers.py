@@ -160,6 +160,40 @@ def test_a_declaration_goes_with_its_token_or_when_it_was_not_seen_for_30_days(s
     assert stored(stock) == set()
 
 
+def test_handlers_that_declare_no_egress_are_counted_once(stock: Stock) -> None:
+    _, one = in_eu(stock)
+    _, two = in_eu(stock, "gpu2")
+    theirs = HandlerEntry("acme.note", "acme", "1", "acme:note", egress=("api",))
+    stock.within(catalogue.put, [theirs], at=stock.now())
+    listed = replace(RENDER, name="gpu.listed", egress=())
+    # What workers have is theirs, and of two hosts the one counts that declares nothing.
+    declare(stock, one, RENDER, listed, replace(theirs, egress=None))
+    declare(stock, two, replace(RENDER, egress=("api",)), replace(RENDER, name="gpu.broken", error="no"))
+
+    assert stock.reading(places.undeclared_egress) == (3, ["gpu.render"])
+
+
+def test_a_list_is_stored_as_it_was_declared(stock: Stock) -> None:
+    _, worker = in_eu(stock)
+    egress = ("https://a.example", "api")
+    declare(stock, worker, replace(RENDER, egress=egress, audiences=("mcp",)), replace(KEYED, egress=()))
+
+    [row] = [row for row in declared(stock) if row["handler"] == "gpu.render"]
+    assert (row["beyond"], row["egress"], row["audiences"]) == (
+        ["egress", "audiences"],
+        ["api", "https://a.example"],
+        ["mcp"],
+    )
+    stored = stock.reading(places.declared_in, "gpu.render", "eu")
+    assert [catalogue.entry_of(one).egress for one in stored] == [egress]
+    assert [one["egress"] for one in stock.reading(places.declared_in, "gpu.keyed", "eu")] == [[]]
+    granted = stock.reading(host_grants.offered, worker).grants["gpu.render"]
+    assert (granted.entry.egress, granted.entry.audiences) == (("api",), ())
+    approve(stock, "gpu.render", row["digest"])
+    granted = stock.reading(host_grants.offered, worker).grants["gpu.render"]
+    assert (granted.beyond, granted.entry.egress, granted.entry.audiences) == (set(), egress, ("mcp",))
+
+
 def test_what_goes_beyond_the_defaults_is_approved_by_its_digest(stock: Stock) -> None:
     _, worker = in_eu(stock)
     in_eu(stock, "gpu2")

@@ -128,10 +128,11 @@ def check(
     Secrets: orgs that lack one which a handler of their definitions declares. Approvals: what hosts declare
     of their handlers that no administrator has approved; fails if definitions need it.
 
-    Warns if this user may read the secret of a management API, as workers must not.
+    Warns if this user may read the secret of a management API, as workers must not. Of egress it warns if
+    this machine cannot seal runs, and names handlers that declare none and definitions that reveal the token.
     """
     from worker.diagnosis.capacity import Machine, capacity
-    from worker.diagnosis.doctor import unapproved
+    from worker.diagnosis.doctor import network, revealed_tokens, unapproved, undeclared_egress
     from worker.diagnosis.requirements import forecast_tokens, lacking_of_all_orgs
     from worker.process.confinement import readable_management_secrets
     from worker.wiring.issuers import issuers_of
@@ -143,6 +144,10 @@ def check(
         found = capacity(database, session.settings.execution, Machine.here())
         lacking = [] if only_capacity else lacking_of_all_orgs(database)
         pending = None if only_capacity else next(unapproved(database), None)
+        of_egress: list[Diagnostic] = []
+        if not only_capacity:
+            of_egress = [network(session.settings), *undeclared_egress(database, session.settings)]
+            of_egress += revealed_tokens(database)
     rows = [forecast.as_row(issuers.get(forecast.issuer), now, tokens) for forecast in forecasts if now]
     if not only_capacity:
         session.print_rows(rows, FORECAST_COLUMNS, key="issuer")
@@ -179,8 +184,13 @@ def check(
     if pending is not None and pending.fix:
         say(f"{'warning' if pending.ok else 'approvals'}: {pending.detail}")
         say(f"fix: {pending.fix}")
+    for one in of_egress:
+        if one.fix:
+            say(f"{'warning' if one.ok else one.check}: {one.detail}")
+            say(f"fix: {one.fix}")
     failed = (
-        (pending is not None and not pending.ok)
+        not all(one.ok for one in of_egress)
+        or (pending is not None and not pending.ok)
         or any(row["problem"] for row in rows)
         or not all(measure.ok for measure in found.measures)
     )
@@ -229,11 +239,11 @@ def doctor(
 
 
 def _of_host(session: Invocation) -> list[Diagnostic]:
-    from worker.diagnosis.doctor import changeable_files, sandbox, trusted_code
+    from worker.diagnosis.doctor import changeable_files, network, sandbox, trusted_code
     from worker.settings import load
 
     settings = load(session.config, session.overrides, of_host=True)
-    checks = (sandbox, changeable_files, trusted_code)
+    checks = (sandbox, network, changeable_files, trusted_code)
     return [*HOST_CHECKS.require()(settings.host), *(check(settings) for check in checks)]
 
 

@@ -399,6 +399,7 @@ _SOURCES: Mapping[Listing[Any], _Source] = {
             (_definitions.c.enabled, literal("active")),
             else_=literal("disabled"),
         ),
+        reveal_token=definition_rows.reveals_token(),
         org_state=_orgs.c.state,
         next_scheduled_for=_schedule.c.next_scheduled_for,
         next_fire_at=_schedule.c.next_fire_at,

@@ -85,6 +85,7 @@ class DefinitionRow(TypedDict):
     timezone: Shown[str]
     calendar: Shown[str | None]
     pool: Shown[str]
+    reveal_token: Shown[bool]
     state: Shown[str]
     org_state: Shown[OrgState]
     next_scheduled_for: Shown[datetime | None]
