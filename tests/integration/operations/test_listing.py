@@ -163,8 +163,10 @@ def test_orgs_and_the_audit_are_listed(connection):
 @on_either
 def test_the_catalogue_keeps_the_broken_ones_and_forgets_what_is_gone(database, connection, rows):
     assert [(row["name"], row["error"] is None) for row in catalogue.entries(connection)] == [
+        ("acme.also", True),
         ("acme.broken", False),
         ("acme.inline", True),
+        ("acme.lists", True),
         ("acme.note", True),
         ("acme.plain", True),
     ]
