@@ -102,6 +102,61 @@ def test_doctor_warns_of_origins_that_get_a_token_unencrypted(cli: CommandLine, 
     assert "warning: insecure_origins: tokens can be sent unencrypted to http://api.acme.com" in done.err
 
 
+@pytest.mark.parametrize("command", ["doctor", "check"])
+def test_what_is_not_sealed_is_named(own_cli: CommandLine, monkeypatch: pytest.MonkeyPatch, command: str):
+    own_cli("orgs", "add", "org_a")
+    own_cli("apply", "-", stdin=definition("org_a", "tick", "acme.note", "0 0 1 1 *", reveal_token=True))
+
+    done = own_cli(command)
+    assert "handlers that declare no egress: " in done.err
+    assert 'add a line to their @job: egress=["api"], with the other origins that they reach' in done.err
+    assert "runs of a definition of acme.note by org_a get the org's token itself" in done.err
+    [row] = own_cli("definitions", "list", "-o", "json").json()
+    assert row["reveal_token"] is True
+
+    monkeypatch.setenv("WORKER_EXECUTION__NETWORK", "open")
+    opened = own_cli(command)
+    assert '[execution] network = "open": no run is sealed' in opened.err
+    assert "egress: " not in opened.err
+
+    monkeypatch.setenv("WORKER_EXECUTION__NETWORK", "require")
+    monkeypatch.setenv("WORKER_EXECUTION__SANDBOX", "off")
+    refused = own_cli(command, check=False)
+    assert refused.code == 1
+    assert "use Linux 6.12 or newer with Landlock and seccomp turned on and sandbox not off" in refused.err
+
+
+def test_a_worker_that_must_seal_runs_and_cannot_exits_78(
+    own_cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WORKER_EXECUTION__NETWORK", "require")
+    monkeypatch.setenv("WORKER_EXECUTION__SANDBOX", "off")
+
+    refused = own_cli("run", check=False)
+
+    assert refused.code == 78
+    assert "no run can be sealed" in refused.err
+    assert "set network to auto" in refused.err
+
+
+def test_an_egress_that_an_inline_run_cannot_keep_exits_78(
+    own_cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WORKER_EXECUTION__INLINE", "acme-jobs")
+    own_cli("orgs", "add", "org_a")
+    keys = {"isolation": "inline", "egress": ["api"]}
+
+    refused = own_cli(
+        *("apply", "-", "-o", "json"),
+        stdin=definition("org_a", "x", "acme.note", "@daily", **keys),
+        check=False,
+    )
+
+    assert refused.code == 78
+    assert "egress: acme.note would run inline" in refused.err
+    assert 'set isolation = \\"child\\"' in refused.err
+
+
 def test_doctor_exits_1_and_says_what_to_do_where_a_check_fails(cli: CommandLine):
     cli("orgs", "add", "org_a")
     cli("apply", "-", stdin=definition("org_a", "tick", "acme.note", "0 0 1 1 *"))

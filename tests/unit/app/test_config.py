@@ -47,6 +47,29 @@ def test_a_setting_that_is_a_secret_is_masked():
     }
 
 
+def test_a_list_of_egress_is_shown_as_it_is():
+    items = ("api", "https://*.openai.com", "https://a.example:8443")
+
+    assert masked({"execution": {"egress": items}}) == {"execution": {"egress": items}}
+
+
+def test_who_said_a_table_of_origins_is_known_however_it_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    Path("worker.toml").write_text('[execution.bind_environment]\nKEY = "https://a.example"\n[pools.eu]\n')
+    assert invoke(["config", "show", "-o", "jsonl"]) == 0
+    monkeypatch.setenv("WORKER_EXECUTION__BIND_ENVIRONMENT", '{"KEY": "https://b.example"}')
+    assert invoke(["config", "show", "-o", "jsonl"]) == 0
+
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    setting = "execution.bind_environment.KEY.origin"
+    assert [(row["value"], row["said_by"]) for row in rows if row["setting"] == setting] == [
+        ("https://a.example", "worker.toml"),
+        ("https://b.example", "WORKER_EXECUTION__BIND_ENVIRONMENT"),
+    ]
+    assert {row["said_by"] for row in rows if row["setting"] == "pools.eu.placer"} == {"default"}
+
+
 def test_every_setting_is_shown_with_who_said_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

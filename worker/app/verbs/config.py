@@ -18,6 +18,8 @@ DEFAULT = "default"
 _SECRET = ("headers", "deadman_url")
 # URLs whose path can be a secret.
 _SECRET_PATH = ("webhook_url", "endpoint")
+# Lists of what is an origin or a wildcard, and has no place for a password.
+_PLAIN = ("egress",)
 
 
 @verb(app, "show")
@@ -45,7 +47,7 @@ def masked(value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
         return {name: masked(entry, name) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(masked(entry) for entry in value)
+        return type(value)(entry if key in _PLAIN else masked(entry) for entry in value)
     if value and (key.endswith("_secret") or key in _SECRET):
         return "***"
     # A malformed URL is masked as one, too.
@@ -63,4 +65,6 @@ def _flat(tree: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[t
 
 
 def _source_of(said: dict[tuple[str, ...], tuple[Any, str]], keys: tuple[str, ...]) -> str:
-    return said[keys][1] if keys in said else DEFAULT
+    # A variable can have the whole table in which a setting is; what comes last counts, as in `check`.
+    sources = [where for named, (value, where) in said.items() if value != {} and keys[: len(named)] == named]
+    return sources[-1] if sources else DEFAULT

@@ -29,6 +29,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "overlap": OVERLAPS,
     "misfire": MISFIRE_MODES,
     "isolation": ("child", "inline"),
+    "reveal_token": ("true", "false"),
     "enabled": ("true", "false"),
 }
 # Keys whose values people write on several lines.
