@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from worker.handlers.context import BlockingContext, Context
     from worker.handlers.httpx2_client import httpx2_client
     from worker.handlers.job import job
-    from worker.handlers.results import Cancel, HandBack, PermanentError, Retry, Snooze
+    from worker.handlers.results import Cancel, HandBack, PermanentError, RateLimited, Retry, Snooze
     from worker.handlers.spending import BudgetExceeded
     from worker.handlers.steps import StepError
     from worker.handlers.waits import WaitTimeout
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     **dict.fromkeys(("BlockingContext", "Context"), "worker.handlers.context"),
-    **dict.fromkeys(("Cancel", "HandBack", "PermanentError", "Retry", "Snooze"), "worker.handlers.results"),
+    **dict.fromkeys(
+        ("Cancel", "HandBack", "PermanentError", "RateLimited", "Retry", "Snooze"), "worker.handlers.results"
+    ),
     "AccessToken": "worker.secret",
     "BudgetExceeded": "worker.handlers.spending",
     "Claims": "worker.guard.claims",
@@ -39,6 +41,7 @@ __all__ = [
     "Context",
     "HandBack",
     "PermanentError",
+    "RateLimited",
     "Retry",
     "Snooze",
     "StepError",

@@ -34,8 +34,13 @@ CALENDARS = Feature(
     gives={"calendars.named": "operations"},
     tables=("calendars",),
 )
-EGRESS = Feature("egress", gives={"egress.broker": "wiring:make_broker"})
 IMPORTING = Feature("importing", verbs={"import": "verbs:app"})
 ORG_SECRETS = Feature("org_secrets", verbs={"secrets": "verbs:app"}, tables=("org_secrets",))
+EGRESS = Feature(
+    "egress",
+    verbs={"limits": "verbs:app"},
+    gives={"egress.broker": "wiring:make_broker", "egress.limits": "limits"},
+    tables=("limits", "limit_shares", "origin_pauses"),
+)
 
 FEATURES = (CONSOLE, PROVISIONING, HOSTS, CALENDARS, EGRESS, IMPORTING, ORG_SECRETS)

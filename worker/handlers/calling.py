@@ -20,10 +20,19 @@ from worker.handlers.given import State
 from worker.handlers.job import Job
 from worker.handlers.json_text import UNMASKED_LIMIT, NotStorable, clean, to_json_text
 from worker.handlers.models import CheckpointInvalid, HandlerMissing, ParamsInvalid, SettingsInvalid
-from worker.handlers.results import Cancel, HandBack, PermanentError, Retry, Snooze, as_timedelta
+from worker.handlers.results import (
+    Cancel,
+    HandBack,
+    PermanentError,
+    RateLimited,
+    Retry,
+    Snooze,
+    as_timedelta,
+)
 from worker.handlers.spending import BudgetExceeded
 from worker.handlers.steps import StepError
 from worker.handlers.waits import WaitTimeout
+from worker.model.limits import MAX_PAUSE
 from worker.model.runs.outcome import (
     SUCCEEDED,
     Cancelled,
@@ -116,6 +125,8 @@ def outcome_of_error(error: BaseException) -> Outcome:
     match error:
         case BudgetExceeded():
             return Failed(error_of(error), reason="budget", permanent=True)
+        case RateLimited():
+            return Snoozed(timedelta(seconds=min(error.retry_after, MAX_PAUSE)), _detail(str(error)))
         case PermanentError() | StepError() | WaitTimeout():
             return Failed(error_of(error), permanent=True)
         case SettingsInvalid():

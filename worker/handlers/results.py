@@ -48,6 +48,21 @@ class PermanentError(Exception):
     """Raised by a handler: the run has failed, and a retry would not help."""
 
 
+class RateLimited(Exception):
+    """A request was not sent: a limit of the service, or a pause that it asked for, lasts too long.
+
+    `retry_after` is in seconds, as `Snooze` takes it. If a handler lets it escape, the run waits that long
+    and begins again; this does not count against `max_attempts`.
+    """
+
+    def __init__(self, retry_after: float, origin: str = "") -> None:
+        super().__init__(
+            f"the limit of requests to {origin or 'the service'} allows one in {retry_after:.1f} s"
+        )
+        self.retry_after = retry_after
+        self.origin = origin
+
+
 def as_timedelta(duration: Duration) -> timedelta:
     """Convert a timedelta, seconds, or text such as `5m`; raises ValueError."""
     if isinstance(duration, str):

@@ -1,4 +1,4 @@
-"""Apply a file of orgs, templates, definitions, calendars and budgets: all or nothing."""
+"""Apply a file of orgs, templates, definitions, calendars, budgets and limits: all or nothing."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from worker.operations import settle
 from worker.operations.budgets import BudgetChange, budget_changes, wake_changed, write_budgets
 from worker.operations.changes import (
     CALENDARS,
+    LIMITS,
     Action,
     CalendarChange,
     Change,
     Dates,
     DefinitionChange,
+    LimitChange,
     OrgChange,
     TemplateChange,
     check_selected,
@@ -39,6 +41,7 @@ from worker.store import audit, calendars, definitions, orgs, places, templates
 from worker.store.database import Database
 from worker.store.dialect import Row, chunks
 
+AnyChange = OrgChange | TemplateChange | DefinitionChange | BudgetChange | CalendarChange | LimitChange
 Report = Callable[[int, int, str], None]
 # The pools of the orgs that have a definition; None for an org without one.
 OrgPools = Callable[[], Collection[str | None]]
@@ -107,10 +110,11 @@ class _Plan:
     definitions: list[DefinitionChange] = field(default_factory=list)
     budgets: list[BudgetChange] = field(default_factory=list)
     calendars: list[CalendarChange] = field(default_factory=list)
+    limits: list[LimitChange] = field(default_factory=list)
 
     @property
-    def all(self) -> list[OrgChange | TemplateChange | DefinitionChange | BudgetChange | CalendarChange]:
-        return [*self.calendars, *self.orgs, *self.templates, *self.definitions, *self.budgets]
+    def all(self) -> list[AnyChange]:
+        return [*self.calendars, *self.orgs, *self.templates, *self.definitions, *self.budgets, *self.limits]
 
 
 def _carry_out(connection: Connection, plan: _Plan, *, actor: str, at: datetime, report: Report) -> None:
@@ -134,6 +138,8 @@ def _carry_out(connection: Connection, plan: _Plan, *, actor: str, at: datetime,
             report(done, len(plan.definitions), "definitions written")
     write_templates(connection, plan.templates, actor=actor, at=at)
     write_budgets(connection, plan.budgets, actor=actor, at=at)
+    if plan.limits:
+        LIMITS.require().write_limits(connection, plan.limits, actor=actor, at=at)
     audit.record(connection, [change.audit_entry() for change in plan.all], at=at, actor=actor)
     materialise_first(connection, actor=actor, at=at)
 
@@ -232,6 +238,8 @@ def _make_plan(
         plan.templates += named_calendars.following_templates(connection, changed, in_file)
     pruned = frozenset(ids.values()) if prune else frozenset[OrgId]()
     plan.budgets += budget_changes(connection, file.budgets, ids, issuers, prune=pruned)
+    if file.limits:
+        plan.limits += LIMITS.require().limit_changes(connection, file.limits)
     return plan
 
 

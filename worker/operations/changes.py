@@ -1,4 +1,4 @@
-"""Changes of orgs, templates, definitions and calendars: what each changes, its rows, its audit entry.
+"""Changes of orgs, templates, definitions, calendars, limits: what each changes, its rows, its audit entry.
 
 Those of budgets are in `operations/budgets.py`.
 """
@@ -18,12 +18,14 @@ from worker.model.definitions import CALENDAR_DATES
 from worker.model.definitions.calendars import CalendarEntry
 from worker.model.definitions.definition import Definition, to_spec
 from worker.model.definitions.fields import refusal
+from worker.model.definitions.limits import COLUMNS as LIMIT_COLUMNS
+from worker.model.definitions.limits import LimitEntry, shown
 from worker.model.orgs import Selector
 from worker.operations import settle
 from worker.store import audit, backfills, definitions, edit_runs, orgs, templates
 from worker.store.dialect import Row
 
-Kind = Literal["org", "definition", "template", "budget", "calendar"]
+Kind = Literal["org", "definition", "template", "budget", "calendar", "limit"]
 Action = Literal["add", "change", "reopen", "close", "remove"]
 # The dates of calendars by name.
 Dates = Mapping[str, tuple[date, ...]]
@@ -378,3 +380,36 @@ class NamedCalendars(Protocol):
 
 
 CALENDARS: Point[NamedCalendars] = Point("calendars.named", "`calendar` of a definition")
+
+
+@dataclass(frozen=True, slots=True)
+class LimitChange:
+    """A limit at another service to add (`before` None), change or remove (`new` None)."""
+
+    before: Row | None
+    new: Mapping[str, Any] | None
+
+    def shown(self) -> Change:
+        name = shown(self.new or self.before or {})
+        if self.new is None:
+            return Change("limit", "remove", None, name)
+        old = {} if self.before is None else {key: self.before[key] for key in LIMIT_COLUMNS}
+        new = {key: self.new[key] for key in LIMIT_COLUMNS}
+        return Change("limit", "add" if self.before is None else "change", None, name, differing(old, new))
+
+    def audit_entry(self) -> audit.Entry:
+        change = self.shown()
+        return audit.Entry(None, f"limit.{change.action}", change.name, change.detail)
+
+
+class AppliedLimits(Protocol):
+    """What the feature egress does for a file with limits."""
+
+    def limit_changes(self, connection: Connection, entries: Sequence[LimitEntry]) -> list[LimitChange]: ...
+
+    def write_limits(
+        self, connection: Connection, changes: Sequence[LimitChange], *, actor: str, at: datetime
+    ) -> None: ...
+
+
+LIMITS: Point[AppliedLimits] = Point("egress.limits", "[[limit]] of a file")

@@ -28,6 +28,7 @@ from worker.store import (
     credentials,
     definitions,
     edit_runs,
+    limits,
     org_secrets,
     orgs,
     sign_in,
@@ -175,6 +176,7 @@ def _stop(connection: Connection, org_id: OrgId, state: OrgState, rows: list[Row
         stopped["secrets_destroyed"] = org_secrets.destroy(connection, org_id)
         stopped["states_cleared"] = states.clear(connection, org_id)
         backfills.cancel(connection, org_id, at=at)
+        limits.forget_org(connection, org_id)
         for row in rows:
             closing = definitions.DefinitionUpdate(org_id, row["id"], row["revision"], {"closed_at": at})
             definitions.change(connection, [closing], at=at)

@@ -39,6 +39,7 @@ from worker.store import (
     firing,
     host_handlers,
     hosts,
+    limits,
     pools,
     spending,
     states,
@@ -415,6 +416,7 @@ class WorkerStore:
     forget_skips = in_transaction(sweeps.forget_skips)
     forget_logs = in_transaction(sweeps.forget_logs)
     forget_counters = in_transaction(budgets.forget_counters)
+    forget_shares = in_transaction(limits.forget_idle)
     forget_workers = in_transaction(workers.forget_workers)
 
     async def handlers_changed(self, handlers: Sequence[str]) -> None:

@@ -126,6 +126,14 @@ _ROWS = (
         "budget.warned: org meter per used limit",
         "a budget's `warn_at` was passed, once in its period; at `limit` runs wait, fail or ask",
     ),
+    _warning(
+        "egress.paused: org origin seconds",
+        "a service answered 429 or 503: requests of this org to it pause for `seconds`, on all workers",
+    ),
+    _debug(
+        "limit.counted: origin waiting waited seconds refused",
+        "`waiting` requests wait for a limit now, `waited` have waited `seconds`, `refused` would too long",
+    ),
     _debug("pool.counted: pool waiting", "`waiting` due runs of a pool wait for a slot, over all workers"),
     _info("pool.rules_changed: pool rules", "this worker stored other rules for a pool, for all workers"),
     _warning(

@@ -63,7 +63,7 @@ def _metric(kind: Kind, words: str, meaning: str, source: str = "") -> Metric:
 _counter, _gauge, _histogram = (partial(_metric, kind) for kind in ("counter", "gauge", "histogram"))
 
 # The number of label values does not depend on the number of orgs: handlers, issuers, pools and loops are
-# what is installed and configured; outcomes, states and reasons are closed sets.
+# what is installed and configured; origins are at most 100; outcomes, states and reasons are closed sets.
 METRICS: tuple[Metric, ...] = (
     _counter("events_total: event", "events of the documented set, by name"),
     # Definition to run.
@@ -83,6 +83,11 @@ METRICS: tuple[Metric, ...] = (
     _counter("runs_fenced_out_total", "runs held here that another worker already owned", "run.fenced_out"),
     _counter("spent_total: meter", "spends of meters that have a budget", "meter.spent amount"),
     _counter("budgets_warned_total: meter per", "budgets that passed their `warn_at`", "budget.warned"),
+    _gauge("limit_waiting: origin", "requests that wait for a limit or a pause", "limit.counted waiting"),
+    _counter("limit_waits_total: origin", "requests that waited for a limit", "limit.counted waited"),
+    _counter("limit_wait_seconds_total: origin", "how long they waited", "limit.counted seconds"),
+    _counter("limit_refused_total: origin", "requests that raised RateLimited", "limit.counted refused"),
+    _counter("origin_pauses_total: origin", "pauses of an org that a service asked for", "egress.paused"),
     _gauge(
         "pool_waiting: pool",
         "due runs that wait for a slot of a pool; each worker reports those of all",

@@ -41,6 +41,9 @@ class Rows:
     async def forget_counters(self) -> int:
         return 0
 
+    async def forget_shares(self) -> int:
+        return 0
+
     def _take(self, kind: str, age: timedelta, limit: int) -> int:
         if not kind.startswith("parts_of_"):
             self.asked[kind] = age

@@ -1,4 +1,4 @@
-"""`apply`: make the database match a file of orgs, definitions, templates, calendars and budgets."""
+"""`apply`: make the database match a file of orgs, definitions, templates, calendars, budgets and limits."""
 
 from __future__ import annotations
 

@@ -92,7 +92,8 @@ class RetentionStore(Protocol):
     """Each deletes at most `limit` rows of a table that are older than `age`, and returns their number.
 
     `forget_parts` deletes log lines, attempts and spends of the `runs` that `forget_runs` deletes next,
-    `forget_counters` those of periods that no budget compares any more.
+    `forget_counters` those of periods that no budget compares any more, `forget_shares` those of limits that
+    no worker uses.
     """
 
     async def forget_parts(self, state: str, age: timedelta, *, runs: int, limit: int) -> int: ...
@@ -101,6 +102,7 @@ class RetentionStore(Protocol):
     async def forget_logs(self, age: timedelta, *, limit: int) -> int: ...
     async def forget_workers(self, age: timedelta) -> int: ...
     async def forget_counters(self) -> int: ...
+    async def forget_shares(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,7 @@ class Retention:
         lines = await self._in_batches(partial(store.forget_logs, ages.logs), PARTS)
         workers = await store.forget_workers(ages.workers)
         await store.forget_counters()
+        await store.forget_shares()
         if runs or skips or lines or workers:
             emit("history.forgotten", runs=runs, skips=skips, lines=lines, workers=workers)
 

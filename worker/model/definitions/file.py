@@ -1,4 +1,4 @@
-"""A file for `apply`, TOML or JSON: orgs, definitions, templates, calendars and budgets, all checked."""
+"""A file for `apply`, TOML or JSON: orgs, definitions, templates, calendars, budgets and limits."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from worker.model.definitions.budgets import BudgetEntry, parse_budget
 from worker.model.definitions.calendars import CalendarEntry, ReadFile, no_files, parse_calendar
 from worker.model.definitions.definition import Definition, from_spec, parse_definition, to_spec
 from worker.model.definitions.fields import Faults, Fields, refusal
+from worker.model.definitions.limits import LimitEntry, parse_limit
 from worker.model.definitions.pools import parse_pool
 from worker.model.definitions.units import MAX_DEPTH
 from worker.model.definitions.zones import zone_name
@@ -58,6 +59,7 @@ class DefinitionsFile:
     templates: tuple[TemplateEntry, ...] = ()
     budgets: tuple[BudgetEntry, ...] = ()
     calendars: tuple[CalendarEntry, ...] = ()
+    limits: tuple[LimitEntry, ...] = ()
 
 
 def format_of(path: str) -> Format:
@@ -74,12 +76,12 @@ def parse_file(
     """
     values, faults = _load(content, format), Faults()
     for key in values:
-        if key not in ("org", "definition", "template", "budget", "calendar"):
+        if key not in ("org", "definition", "template", "budget", "calendar", "limit"):
             faults.add(
                 DefinitionError(
                     f"unknown key {key!r}",
                     field=key,
-                    fix="a file has [[org]], [[definition]], [[template]], [[calendar]] and [[budget]]",
+                    fix="write [[org]], [[definition]], [[template]], [[calendar]], [[budget]] or [[limit]]",
                 )
             )
     read_calendar = partial(parse_calendar, read_file=read_file)
@@ -89,6 +91,7 @@ def parse_file(
         _entries(values, "template", ("name",), parse_template, faults),
         _budgets(values, faults),
         _entries(values, "calendar", ("name",), read_calendar, faults, each_key=False),
+        _limits(values, faults),
     )
     faults.check()
     return file
@@ -149,7 +152,7 @@ def _load(content: str | bytes, format: Format) -> Mapping[str, Any]:
         ) from error
     if not isinstance(values, dict):
         raise DefinitionError(
-            "the file is not valid: expected a table of org, definition, template, calendar and budget",
+            "the file is not valid: expected a table of org, definition, template, calendar, budget, limit",
             fix='as JSON it is one object: {"definition": [...]}',
         )
     return values
@@ -239,4 +242,21 @@ def _budgets(values: Mapping[str, Any], faults: Faults) -> tuple[BudgetEntry, ..
                 problem = "the same orgs, meter and period appear twice in the file"
                 raise refusal(problem, entry, "per", fix="remove one: of several limits, the lowest counts")
             found[identity] = budget
+    return tuple(found.values())
+
+
+def _limits(values: Mapping[str, Any], faults: Faults) -> tuple[LimitEntry, ...]:
+    """The parsed limits; an origin has one of each `per`."""
+    found: dict[tuple[str, str], LimitEntry] = {}
+    for number, item in enumerate(_items(values, "limit", faults), start=1):
+        origin = item.get("origin") if isinstance(item, Mapping) else None
+        entry = f"limit number {number}" + (f" ({origin})" if isinstance(origin, str) else "")
+        with faults.collecting():
+            limit = parse_limit(item, entry)
+            identity = (limit.origin, limit.per)
+            if identity in found:
+                raise refusal(
+                    "the same origin and per appear twice in the file", entry, "per", fix="remove one"
+                )
+            found[identity] = limit
     return tuple(found.values())

@@ -21,6 +21,7 @@ from worker.store.lists.rows import (
     CredentialRow,
     DefinitionRow,
     Handler,
+    LimitRow,
     OrgRow,
     Run,
     SecretRow,
@@ -214,6 +215,13 @@ CALENDARS = Listing(
     Calendar,
     "List calendars, newest first.",
     ("name", "days", "first_date", "last_date", "updated_at", "updated_by"),
+    filters=("since",),
+)
+LIMITS = Listing(
+    "limits",
+    LimitRow,
+    "List limits of calls to other services, newest first.",
+    ("origin", "per", "rate", "burst", "concurrent", "max_wait", "updated_at", "updated_by"),
     filters=("since",),
 )
 # The lists of the API.

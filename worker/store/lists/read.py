@@ -40,6 +40,7 @@ from worker.store.lists import (
     DEFINITIONS,
     FIRST_PAGE,
     HANDLERS,
+    LIMITS,
     MAX_LIMIT,
     ORGS,
     RUNS,
@@ -426,6 +427,7 @@ _SOURCES: Mapping[Listing[Any], _Source] = {
     SECRETS: _Source(SECRETS, tables.org_secrets),
     AUDIT: _Source(AUDIT, _audit, since="at"),
     CALENDARS: _Source(CALENDARS, tables.calendars),
+    LIMITS: _Source(LIMITS, tables.limits),
     BACKFILLS: _Source(
         BACKFILLS,
         _backfills,

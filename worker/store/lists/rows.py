@@ -159,6 +159,45 @@ class CalendarDetail(Calendar):
     templates: list[str]
 
 
+class LimitRow(TypedDict):
+    """A limit of calls to a service, for operators only."""
+
+    id: str
+    origin: str
+    per: str
+    rate: str | None
+    burst: int | None
+    concurrent: int | None
+    max_wait: str
+    created_at: datetime
+    updated_at: datetime
+    updated_by: str
+
+
+class LimitDetail(LimitRow):
+    """`orgs` is how many have a bucket now, `used` the buckets whose requests wait or are under way."""
+
+    orgs: int
+    used: list[LimitUse]
+    pauses: list[OriginPause]
+
+
+class LimitUse(TypedDict):
+    """What all workers use of a limit now: of an org, or of all orgs together."""
+
+    org: str | None
+    tokens: float
+    waiting: int
+    slots: int
+
+
+class OriginPause(TypedDict):
+    """An org whose requests to the service pause until then, as it asked."""
+
+    org: str
+    until: datetime
+
+
 class AttemptRow(TypedDict):
     attempt: Shown[int]
     worker: Annotated[WorkerId | None, redaction.hidden]

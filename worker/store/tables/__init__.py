@@ -1,7 +1,8 @@
 """The tables, with named constraints; a column's meaning is its `doc`, which the reference shows.
 
 Here are the tables of orgs, definitions, workers, audit and alerts; `tables/runs.py` has those of runs,
-`tables/budgets.py` those of budgets and spends, `tables/access.py` those of credentials and logins.
+`tables/budgets.py` those of budgets and spends, `tables/limits.py` those of limits at other services,
+`tables/access.py` those of credentials and logins.
 The migrations also make views, triggers and functions: `tests/migrations/ddl.py` shows their current form.
 """
 
@@ -39,6 +40,9 @@ from worker.store.tables.budgets import meter_days as meter_days
 from worker.store.tables.budgets import meters as meters
 from worker.store.tables.budgets import org_properties as org_properties
 from worker.store.tables.budgets import spends as spends
+from worker.store.tables.limits import limit_shares as limit_shares
+from worker.store.tables.limits import limits as limits
+from worker.store.tables.limits import origin_pauses as origin_pauses
 from worker.store.tables.runs import ATTEMPT_OUTCOMES as ATTEMPT_OUTCOMES
 from worker.store.tables.runs import FINAL_STATES as FINAL_STATES
 from worker.store.tables.runs import NEVER as NEVER

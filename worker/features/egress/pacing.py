@@ -1,0 +1,495 @@
+"""Pacing: requests of the broker wait here for limits of their service, and for pauses that it asked for.
+
+A lane is what one key has: tokens and slots that the worker leased, and the requests that wait for them. It
+asks for more as they are needed. Nothing is used after its end on CLOCK_MONOTONIC, so a process that was
+frozen sends nothing with what it held.
+
+Imports neither an HTTP client nor a database: the broker is a small process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from worker.guard.clock import Clock
+from worker.handlers.results import RateLimited
+from worker.model.limits import MAX_PAUSE, MAX_WAIT, SLOT_LIFE, SPACING, Ask, Key, Limit, Share
+
+AskForShare = Callable[[Ask], Awaitable[Share]]
+Place = tuple[str, str]
+
+# Seconds of its present use that a lane asks for in advance, so that most requests do not wait.
+STOCK = 0.3
+# Seconds without use after which a lane gives back what it has.
+IDLE = 0.5
+# Seconds until slots are renewed, and the most until a lane that waits asks again: it keeps its turn so.
+RENEWAL = SLOT_LIFE * 0.4
+PATIENCE = SLOT_LIFE * 0.8
+# Seconds until a question is repeated that had no answer.
+AGAIN = 0.5
+# Origins that are counted by name.
+MAX_ORIGINS = 100
+OTHERS = "other"
+
+
+class Stopped(Exception):
+    """The broker is frozen or its lease is lost: the request was not sent."""
+
+
+class OriginCounts(NamedTuple):
+    """Of one origin: requests that wait now; and since the start those that waited, their seconds, those
+    that were refused with `RateLimited`, and pauses.
+    """
+
+    origin: str
+    waiting: int = 0
+    waited: int = 0
+    seconds: float = 0.0
+    refused: int = 0
+    pauses: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    """A request that waits, until `limit_at` at most. `group` is whose turn it takes."""
+
+    place: Place
+    group: str
+    lanes: tuple[_Lane, ...]
+    limit_at: float
+    granted: asyncio.Future[None]
+    until: float = math.inf
+
+
+class _Tokens(NamedTuple):
+    number: int
+    until: float
+    granted_at: float
+
+
+@dataclass(eq=False, slots=True)
+class _Lane:
+    """The leased tokens and slots of one key, and the requests that wait for them, by group."""
+
+    key: Key
+    limit: Limit
+    groups: OrderedDict[str, OrderedDict[_Waiter, None]] = field(default_factory=OrderedDict)
+    waiting: int = 0
+    in_use: int = 0
+    held: deque[_Tokens] = field(default_factory=deque)
+    # Tokens that have ended or were too many, and the time of the oldest grant of them.
+    unused: int = 0
+    unused_since: float = math.inf
+    slots: int = 0
+    slots_until: float = 0.0
+    renewed_at: float = -math.inf
+    # The answer to the last question if it was less than what was wanted.
+    short: bool = False
+    answered_at: float = 0.0
+    wait: float = 0.0
+    pace: float = 0.0
+    used: int = 0
+    use: float = 0.0
+    used_at: float = -math.inf
+    measured_at: float = 0.0
+    ask_at: float = 0.0
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+    def tokens(self, now: float) -> int:
+        """The tokens that can be used now."""
+        while self.held and self.held[0].until <= now:
+            self._give_back(self.held.popleft())
+        return sum(each.number for each in self.held)
+
+    def is_open(self, now: float) -> bool:
+        """Whether a request may begin."""
+        if self.limit.rate is not None and not self.tokens(now):
+            return False
+        free = self.in_use < self.slots and now < self.slots_until
+        return self.limit.concurrent is None or free
+
+    def take(self, now: float) -> float:
+        """Let a request begin; returns until when it may be sent."""
+        until = math.inf if self.limit.concurrent is None else self.slots_until
+        if self.limit.rate is not None:
+            first = self.held.popleft()
+            until = min(until, first.until)
+            if first.number > 1:
+                self.held.appendleft(first._replace(number=first.number - 1))
+        self.in_use += 1
+        self.used += 1
+        self.used_at = now
+        return until
+
+    def drop(self) -> None:
+        """Give up what was leased, without giving it back."""
+        self.held.clear()
+        self.unused, self.unused_since = 0, math.inf
+        self.slots, self.slots_until = 0, 0.0
+
+    def give_all_back(self) -> None:
+        while self.held:
+            self._give_back(self.held.popleft())
+
+    def _give_back(self, tokens: _Tokens) -> None:
+        self.unused += tokens.number
+        self.unused_since = min(self.unused_since, tokens.granted_at)
+
+    def waiters(self) -> Iterator[_Waiter]:
+        """Those that wait, a group after the other in turn."""
+        rounds = [iter(tuple(group)) for group in self.groups.values()]
+        while rounds:
+            left = []
+            for one in rounds:
+                if (waiter := next(one, None)) is not None:
+                    yield waiter
+                    left.append(one)
+            rounds = left
+
+    def wanting(self, now: float) -> int:
+        """The requests that wait for this key, and not only for another one of theirs."""
+        return sum(
+            not any(lane is not self and lane.short and not lane.is_open(now) for lane in waiter.lanes)
+            for waiter in self.waiters()
+        )
+
+    def stock(self, now: float) -> int:
+        """The tokens to have in advance, by the present use."""
+        if (passed := now - self.measured_at) >= SPACING:
+            self.use = (self.use + self.used / passed) / 2 if now - self.used_at < 2 else 0.0
+            self.used, self.measured_at = 0, now
+        return math.ceil(self.use * STOCK) if now - self.used_at < IDLE else 0
+
+    def delay(self, place: int, now: float) -> float:
+        """The seconds that the request at this place of the queue (from 1) is expected to wait."""
+        missing = place - self.tokens(now)
+        if self.limit.rate is None or missing <= 0 or not self.short or self.pace <= 0:
+            return 0.0
+        elapsed = now - self.answered_at
+        return max(self.wait + (missing - 1) / self.pace - elapsed, 0.0)
+
+
+class Slot:
+    """A request may be sent before `until`, on CLOCK_MONOTONIC. `waited` is in seconds.
+
+    `release` it when its response has ended, or when it was not sent.
+    """
+
+    def __init__(self, waited: float, until: float, release: Callable[[], None]) -> None:
+        self.waited = waited
+        self.until = until
+        self._release: Callable[[], None] | None = release
+
+    def release(self) -> None:
+        """Free its slots; may be called again."""
+        if self._release is not None:
+            self._release()
+            self._release = None
+
+
+class Pacer:
+    """Lets the requests of a broker begin within the limits of their origins. Used on one event loop."""
+
+    def __init__(self, clock: Clock, ask: AskForShare) -> None:
+        """`ask` gets the worker's answer to a question; it may raise any exception."""
+        self._clock = clock
+        self._ask = ask
+        self._lanes: dict[Key, _Lane] = {}
+        self._pauses: dict[Place, float] = {}
+        # The futures of all that wait, by place.
+        self._pending: dict[Place, set[asyncio.Future[None]]] = {}
+        self._counts: dict[str, OriginCounts] = {}
+        self._is_stopped = False
+        # Counts the stops: what began before one does not go on after it.
+        self._stops = 0
+
+    async def acquire(
+        self, org: str, origin: str, limits: Sequence[Limit], deadline: float, *, group: str = ""
+    ) -> Slot:
+        """Wait until a request of an org to an origin may be sent; `limits` are those of the origin.
+
+        `deadline` is on CLOCK_MONOTONIC. Waiting requests of one `group`, such as an attempt, take turns
+        with those of others; default the org.
+
+        Raises:
+            RateLimited: it would wait longer than `max_wait` of a limit, or until after the deadline.
+            Stopped: the broker was stopped meanwhile.
+        """
+        place = (org, origin)
+        started = now = self._clock.monotonic()
+        limit_at = min(deadline, started + min((limit.max_wait for limit in limits), default=MAX_WAIT))
+        stops = self._stops
+        while True:
+            if self._is_stopped or stops != self._stops:
+                raise Stopped("the broker is stopped")
+            lanes = tuple(self._lane(limit, org) for limit in limits)
+            now = self._clock.monotonic()
+            if (left := self._pauses.get(place, now) - now) > 0:
+                if now + left > limit_at:
+                    raise self._refusal(left, origin)
+                await self._wait(place, self._future(), left)
+                continue
+            self._pauses.pop(place, None)
+            if all(lane.waiting == 0 and lane.is_open(now) for lane in lanes):
+                until = min((lane.take(now) for lane in lanes), default=math.inf)
+                break
+            expected = max(lane.delay(lane.waiting + 1, now) for lane in lanes)
+            if now + expected > limit_at:
+                raise self._refusal(expected, origin)
+            waiter = _Waiter(place, group or org, lanes, limit_at, self._future())
+            if await self._queue(waiter):
+                until, now = waiter.until, self._clock.monotonic()
+                if now < until and stops == self._stops:
+                    break
+                # This process was late: what it was given has ended.
+                self._release(lanes)
+        if now > started:
+            counts = self._counted(origin)
+            self._counts[counts.origin] = counts._replace(
+                waited=counts.waited + 1, seconds=counts.seconds + now - started
+            )
+        for lane in lanes:
+            self._serve(lane)
+        return Slot(now - started, until, lambda: self._release(lanes))
+
+    def pause(self, org: str, origin: str, seconds: float) -> None:
+        """Let the requests of an org to an origin wait; those that wait for a limit wait again."""
+        until = self._clock.monotonic() + min(seconds, MAX_PAUSE)
+        if until <= self._pauses.get((org, origin), 0.0):
+            return
+        self._pauses[org, origin] = until
+        counts = self._counted(origin)
+        self._counts[counts.origin] = counts._replace(pauses=counts.pauses + 1)
+        for future in tuple(self._pending.get((org, origin), ())):
+            if not future.done():
+                future.cancel()
+
+    def stop(self) -> None:
+        """End all waits with Stopped, and drop what was leased: nothing that waits goes on."""
+        self._is_stopped = True
+        self._stops += 1
+        for lane in self._lanes.values():
+            lane.drop()
+        for futures in self._pending.values():
+            for future in tuple(futures):
+                if not future.done():
+                    future.set_exception(Stopped("the broker is stopped"))
+
+    def resume(self) -> None:
+        """Let new requests begin again."""
+        self._is_stopped = False
+
+    async def close(self) -> None:
+        """As `stop`, and end the tasks."""
+        self.stop()
+        tasks = [lane.task for lane in self._lanes.values() if lane.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def counts(self) -> list[OriginCounts]:
+        """The counts of each origin; of more than `MAX_ORIGINS`, the others are one."""
+        waiting: dict[str, int] = {}
+        for (_, origin), futures in self._pending.items():
+            name = self._counted(origin).origin
+            waiting[name] = waiting.get(name, 0) + len(futures)
+        return [each._replace(waiting=waiting.get(name, 0)) for name, each in self._counts.items()]
+
+    def _future(self) -> asyncio.Future[None]:
+        return asyncio.get_running_loop().create_future()
+
+    def _lane(self, limit: Limit, org: str) -> _Lane:
+        key = limit.key(org)
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = _Lane(key, limit)
+        lane.limit = limit
+        return lane
+
+    def _counted(self, origin: str) -> OriginCounts:
+        name = origin if origin in self._counts or len(self._counts) < MAX_ORIGINS else OTHERS
+        return self._counts.setdefault(name, OriginCounts(name))
+
+    def _refusal(self, seconds: float, origin: str) -> RateLimited:
+        counts = self._counted(origin)
+        self._counts[counts.origin] = counts._replace(refused=counts.refused + 1)
+        return RateLimited(max(seconds, 0.1), origin)
+
+    async def _wait(self, place: Place, future: asyncio.Future[None], seconds: float) -> bool:
+        """Wait for a future, at most so long; returns whether it has a result. Raises what it has else."""
+        timer = asyncio.ensure_future(self._clock.sleep(seconds))
+        pending = self._pending.setdefault(place, set())
+        pending.add(future)
+        try:
+            await asyncio.wait((future, timer), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            timer.cancel()
+            pending.discard(future)
+            if not pending:
+                self._pending.pop(place, None)
+        if not future.done() or future.cancelled():
+            return False
+        future.result()
+        return True
+
+    async def _queue(self, waiter: _Waiter) -> bool:
+        """Wait for all lanes; returns False if a pause has begun. Raises RateLimited and Stopped."""
+        for lane in waiter.lanes:
+            lane.groups.setdefault(waiter.group, OrderedDict())[waiter] = None
+            lane.waiting += 1
+            self._serve(lane)
+        origin = waiter.place[1]
+        try:
+            now = self._clock.monotonic()
+            if await self._wait(waiter.place, waiter.granted, waiter.limit_at - now):
+                return True
+        except asyncio.CancelledError:
+            if waiter.granted.done() and not waiter.granted.cancelled() and not waiter.granted.exception():
+                self._release(waiter.lanes)
+            raise
+        finally:
+            self._leave(waiter)
+        if waiter.granted.cancelled():
+            return False
+        left = max((lane.delay(1, self._clock.monotonic()) for lane in waiter.lanes), default=0.0)
+        raise self._refusal(max(left, 1.0), origin)
+
+    def _leave(self, waiter: _Waiter) -> None:
+        for lane in waiter.lanes:
+            group = lane.groups.get(waiter.group)
+            if group is not None and waiter in group:
+                del group[waiter]
+                lane.waiting -= 1
+                if not group:
+                    del lane.groups[waiter.group]
+
+    def _release(self, lanes: Sequence[_Lane]) -> None:
+        for lane in lanes:
+            lane.in_use -= 1
+            self._admit(lane)
+            lane.woken.set()
+
+    def _admit(self, lane: _Lane) -> None:
+        """Let requests begin that wait for this lane, a group after the other."""
+        if self._is_stopped:
+            return
+        now = self._clock.monotonic()
+        blocked: set[str] = set()
+        while lane.is_open(now):
+            group = next((name for name in lane.groups if name not in blocked), None)
+            if group is None:
+                return
+            waiter = next(iter(lane.groups[group]))
+            lane.groups.move_to_end(group)
+            if waiter.granted.done():
+                # It has ended, and has not run since.
+                self._leave(waiter)
+            elif all(each.is_open(now) for each in waiter.lanes):
+                waiter.until = min(each.take(now) for each in waiter.lanes)
+                self._leave(waiter)
+                waiter.granted.set_result(None)
+            else:
+                blocked.add(group)
+
+    # --- What a lane does while it is in use. ---
+
+    def _serve(self, lane: _Lane) -> None:
+        if lane.task is None or lane.task.done():
+            self._lanes[lane.key] = lane
+            lane.task = asyncio.ensure_future(self._run(lane))
+        else:
+            lane.woken.set()
+
+    async def _run(self, lane: _Lane) -> None:
+        """Ask for what a lane needs, until it is no longer in use and has given back what it had."""
+        while True:
+            lane.woken.clear()
+            self._admit(lane)
+            now = self._clock.monotonic()
+            question, wait = self._question(lane, now)
+            if question is not None:
+                await self._renew(lane, question)
+                self._refuse_late(lane)
+                continue
+            if wait is None:
+                break
+            await self._sleep(lane, wait)
+        if self._lanes.get(lane.key) is lane:
+            del self._lanes[lane.key]
+
+    async def _sleep(self, lane: _Lane, seconds: float) -> None:
+        woken = asyncio.ensure_future(lane.woken.wait())
+        timer = asyncio.ensure_future(self._clock.sleep(seconds))
+        try:
+            await asyncio.wait((woken, timer), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            woken.cancel()
+            timer.cancel()
+
+    def _question(self, lane: _Lane, now: float) -> tuple[Ask | None, float | None]:
+        """What to ask now, or the seconds until then; neither if the lane is no longer in use."""
+        limit, tokens = lane.limit, lane.tokens(now)
+        is_used = lane.waiting or now - lane.used_at < IDLE or (lane.in_use and limit.concurrent is not None)
+        if self._is_stopped:
+            return None, None
+        if not is_used:
+            lane.give_all_back()
+            has_slots = lane.slots > 0 and now < lane.slots_until
+            if lane.unused or has_slots:
+                return self._ask_for(lane, want=0, slots=0), None
+            return None, None
+        if now < lane.ask_at:
+            return None, lane.ask_at - now
+        wanting, stock = lane.wanting(now), lane.stock(now)
+        want = 0
+        if limit.rate is not None and (wanting > tokens or tokens < stock / 2):
+            want = max(wanting + stock - tokens, 0)
+        slots, due = 0, False
+        if limit.concurrent is not None:
+            slots = lane.in_use + wanting
+            due = now - lane.renewed_at >= RENEWAL or (slots > lane.slots and not lane.short)
+            due = due or (lane.slots > slots and now - lane.renewed_at >= SPACING)
+        if want or (due and slots) or (due and lane.slots):
+            return self._ask_for(lane, want=want, slots=slots), None
+        return None, RENEWAL if limit.concurrent is not None else SPACING
+
+    def _ask_for(self, lane: _Lane, *, want: int, slots: int) -> Ask:
+        since = lane.unused_since if lane.unused else 0.0
+        question = Ask(lane.key, want, lane.unused, since, slots, lane.in_use)
+        # If the answer is lost, they are too: given back twice, they would be used twice.
+        lane.unused, lane.unused_since = 0, math.inf
+        return question
+
+    async def _renew(self, lane: _Lane, question: Ask) -> None:
+        """Ask, and take what the worker answers, unless the broker was stopped meanwhile."""
+        try:
+            share = await self._ask(question)
+        except Exception:
+            lane.ask_at = self._clock.monotonic() + AGAIN
+            lane.short, lane.pace = False, 0.0
+            return
+        now = self._clock.monotonic()
+        if self._is_stopped:
+            return
+        if share.tokens and lane.limit.rate is not None:
+            lane.held.append(_Tokens(share.tokens, share.until, share.granted_at))
+        lane.slots, lane.slots_until, lane.renewed_at = share.slots, share.slots_until, now
+        lane.short = share.tokens < question.want or share.slots < question.slots
+        lane.answered_at, lane.wait, lane.pace = now, share.wait, share.pace
+        lane.ask_at = now + (min(max(share.wait, SPACING), PATIENCE) if lane.short else 0.0)
+
+    def _refuse_late(self, lane: _Lane) -> None:
+        """Refuse the requests that would wait too long by what the worker answered."""
+        self._admit(lane)
+        now = self._clock.monotonic()
+        for place, waiter in enumerate(tuple(lane.waiters()), start=1):
+            expected = lane.delay(place, now)
+            if now + expected > waiter.limit_at and not waiter.granted.done():
+                self._leave(waiter)
+                waiter.granted.set_exception(self._refusal(expected, waiter.place[1]))
