@@ -21,12 +21,13 @@ from worker.model.runs.causes import READY, last_reason
 from worker.model.runs.fire import is_closed
 from worker.model.runs.next_steps import NextStep
 from worker.model.runs.outcome import Error, fingerprint
-from worker.model.runs.why import SinceThen, Why, blocked, last_error, solved, why_run
+from worker.model.runs.why import SinceThen, Why, blocked, last_error, limited, solved, why_run
 from worker.operations import approvals
 from worker.store import catalogue, definitions, health, history, org_secrets, orgs, places
 from worker.store.dialect import database_now
 from worker.store.lists import morning
 from worker.store.lists import runs as run_lists
+from worker.store.lists.limits import waiting_for
 
 Row = Mapping[str, Any]
 
@@ -121,6 +122,8 @@ def explain(connection: Connection, run: Row, *, across_orgs: bool = True) -> Wh
     found = why_run(run, **known)
     if run["state"] == "waiting":
         return _blocked(connection, run, org, found)
+    if run["state"] == "running":
+        return limited(found, waiting_for(connection, org_id))
     return solved(found) if _is_solved(connection, org_id, run, found) else found
 
 

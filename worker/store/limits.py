@@ -13,17 +13,19 @@ from uuid import UUID, uuid5
 from sqlalchemy import Connection, delete, insert, select, update
 
 from worker.clock import EPOCH
-from worker.ids import ALL_ORGS, AllOrgs, OrgId, Scope, new_id
+from worker.ids import AllOrgs, OrgId, new_id
 from worker.model.definitions.limits import limit_of
 from worker.model.limits import MAX_PAUSE, Ask, Bucket, Key, Limit, Share, answer, new_bucket
 from worker.store import tables
 from worker.store.bulk import among, insert_many
-from worker.store.dialect import Row, all_rows, chunks, database_now, in_scope, insert_into
+from worker.store.dialect import Row, all_rows, chunks, database_now, insert_into
 
 _limits, _shares, _pauses = tables.limits, tables.limit_shares, tables.origin_pauses
 
 # The most pauses that a worker keeps.
 MAX_PAUSES = 10_000
+# Seconds that the row of a key is kept that is not in use any more.
+KEPT = 10.0
 # Rows that one cleanup deletes.
 BATCH = 1_000
 
@@ -119,7 +121,7 @@ def _row(key: Key, bucket: Bucket, limit: Limit) -> dict[str, Any]:
         "limit_id": key.limit_id,
         "org_id": key.org_id,
         "bucket": bucket.as_json(),
-        "idle_at": EPOCH + timedelta(seconds=min(bucket.idle_at(limit), _LAST)),
+        "idle_at": EPOCH + timedelta(seconds=min(bucket.idle_at(limit) + KEPT, _LAST)),
     }
 
 
@@ -187,10 +189,9 @@ def pause(connection: Connection, asked: Sequence[Pause]) -> None:
         connection.execute(statement, rows)
 
 
-def pauses(connection: Connection, scope: Scope = ALL_ORGS) -> list[Pause]:
-    """The pauses that are not over, those that end last first, with the seconds that are left."""
+def pauses(connection: Connection, _: AllOrgs) -> list[Pause]:
+    """The pauses of all orgs that are not over, those that end last first, with the seconds that are left."""
     now = database_now(connection)
-    mine = () if isinstance(scope, AllOrgs) else in_scope(_pauses.c.org_id, scope)
-    query = select(_pauses.c.org_id, _pauses.c.origin, _pauses.c.until).where(_pauses.c.until > now, *mine)
+    query = select(_pauses.c.org_id, _pauses.c.origin, _pauses.c.until).where(_pauses.c.until > now)
     rows = connection.execute(query.order_by(_pauses.c.until.desc()).limit(MAX_PAUSES))
     return [Pause(org_id, origin, (until - now).total_seconds()) for org_id, origin, until in rows]

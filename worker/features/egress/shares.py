@@ -14,6 +14,7 @@ from typing import NamedTuple
 from worker.clock import Clock
 from worker.errors import Unavailable
 from worker.features.egress.pacing import OriginCounts
+from worker.ids import ALL_ORGS
 from worker.model.limits import (
     GATHERING,
     LIFE,
@@ -171,7 +172,7 @@ class Shares:
         while True:
             await self._active.wait()
             while self._is_active():
-                self._read(await self._database.call_autocommit(limits.pauses))
+                self._read(await self._database.call_autocommit(limits.pauses, ALL_ORGS))
                 await self._clock.sleep(POLL)
             self._active.clear()
 

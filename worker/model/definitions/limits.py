@@ -85,7 +85,10 @@ def shown(values: Mapping[str, Any]) -> str:
 
 
 def _origin(value: Any) -> str:
-    return origin_text(parse_origin(fields.text(value)))
+    text = fields.text(value)
+    if "*" in text:
+        raise ValueError(f"{text[:60]!r} is not an origin: a limit has no wildcard; write each origin")
+    return origin_text(parse_origin(text))
 
 
 def _rate(value: Any) -> str:

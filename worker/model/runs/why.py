@@ -178,6 +178,18 @@ def blocked(found: Why, block: str, *, since: datetime | None = None, **values: 
     )
 
 
+def limited(found: Why, limits: Sequence[str]) -> Why:
+    """The same with the limits of other services that requests of the run's org wait for now."""
+    if not limits:
+        return found
+    addition = "requests of its org wait for {limits}"
+    return replace(
+        found,
+        addition="; ".join(filter(None, (found.addition, addition))),
+        values={**found.values, "limits": " and ".join(limits)},
+    )
+
+
 def solved(found: Why) -> Why:
     """The same for what prevented a run and does so no more: a retry is what comes next."""
     return replace(
