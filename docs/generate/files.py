@@ -11,6 +11,7 @@ from docs.generate.tables import code, table
 from worker.model.definitions.budgets import BudgetEntry
 from worker.model.definitions.calendars import CalendarEntry
 from worker.model.definitions.definition import Definition
+from worker.model.definitions.limits import LimitEntry
 from worker.model.definitions.units import format_duration
 from worker.model.orgs import OrgEntry
 
@@ -34,6 +35,10 @@ def budget_keys() -> str:
 
 def calendar_keys() -> str:
     return _keys(CalendarEntry)
+
+
+def limit_keys() -> str:
+    return _keys(LimitEntry)
 
 
 def _keys(owner: type) -> str:

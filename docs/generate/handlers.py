@@ -14,7 +14,10 @@ from worker.handlers.given import Cancellation, Org, ThisRun
 from worker.handlers.job import Job, job
 
 # What a handler may return or raise, importable from `worker`.
-RESULTS = (worker.Retry, worker.Snooze, worker.Cancel, worker.HandBack, worker.PermanentError)
+RESULTS = (
+    *(worker.Retry, worker.Snooze, worker.Cancel, worker.HandBack, worker.PermanentError),
+    worker.RateLimited,
+)
 # Called by the worker to stop a handler.
 NOT_FOR_HANDLERS = (Cancellation.note, Cancellation.set)
 

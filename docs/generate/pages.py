@@ -39,6 +39,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "exit-codes": commands.exit_codes,
     "http-request-params": builtin.http_request_params,
     "job": handlers.job_parameters,
+    "limit-keys": files.limit_keys,
     "list-columns": lists.columns,
     "list-parameters": lists.parameters,
     "metrics": signals.metrics,

@@ -1,6 +1,7 @@
 """The Python of the pages, executed: what a block leaves to its reader comes from the test.
 
-Here are blocks of agents.md, budgets.md, handlers.md, long-runs.md, monitoring.md and secrets.md.
+Here are blocks of agents.md, budgets.md, handlers.md, long-runs.md, monitoring.md, secrets.md and
+service-limits.md.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from opentelemetry import trace
 from pydantic import BaseModel
 
 from tests.fakes.pages import ROOT, blocks
-from worker import Context, job
+from worker import Context, RateLimited, job
 from worker.testing import Orgworker
 
 REFERENCE = ROOT / "docs" / "reference"
@@ -113,6 +114,24 @@ def test_a_step_spends_what_it_used(orgworker: Orgworker):
 
     assert finished.result == "gpt-4 says so"
     assert finished.spends == {"llm_tokens": 12}
+
+
+@pytest.mark.parametrize("is_caught", [True, False])
+def test_a_limit_of_a_service_lets_the_run_wait(orgworker: Orgworker, is_caught: bool):
+    pages: list[int] = []
+
+    async def summarise(http: httpx.AsyncClient, page: int) -> None:
+        pages.append(page)
+        if len(pages) == 5:
+            raise RateLimited(12.5, "https://api.example.com")
+
+    [text] = python_of(REFERENCE / "service-limits.md")
+    if not is_caught:
+        text = text.replace("except RateLimited", "except ZeroDivisionError")
+    finished = orgworker.run(executed(text, summarise=summarise)["summaries"])
+
+    assert [attempt.outcome for attempt in finished.attempts] == ["snoozed", "succeeded"]
+    assert pages == [*range(5), *range(4 if is_caught else 0, 10)]
 
 
 def test_an_agent_is_durable(orgworker: Orgworker):

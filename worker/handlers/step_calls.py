@@ -23,7 +23,7 @@ from worker.errors import WorkerError
 from worker.handlers.blocking import DaemonThread, finish
 from worker.handlers.calls import MAX_METERS, LoadSteps, Port, StoreStep
 from worker.handlers.json_text import NotStorable, to_json_text
-from worker.handlers.results import Duration, PermanentError, as_timedelta
+from worker.handlers.results import Duration, PermanentError, RateLimited, as_timedelta
 from worker.handlers.spending import Spending
 from worker.handlers.steps import (
     RESULT_LIMIT,
@@ -46,7 +46,7 @@ MAX_CONCURRENCY = 1_000
 BACKOFF = 1.0
 LONGEST_BACKOFF = 3600.0
 # A retry inside the step would not help.
-_NOT_RETRIED = (StepError, PermanentError, WorkerError)
+_NOT_RETRIED = (StepError, PermanentError, RateLimited, WorkerError)
 
 Call = Callable[[], Any]
 KeyOf = Callable[[Any], str | int]

@@ -62,7 +62,7 @@ def origin_text(origin: Origin) -> str:
     return f"{origin.scheme}://{host}{port}"
 
 
-class Key(NamedTuple):
+class BucketKey(NamedTuple):
     """What has a bucket of its own: a limit, and the org if the limit is by org."""
 
     limit_id: str
@@ -81,8 +81,8 @@ class Limit:
     concurrent: int | None = None
     max_wait: float = MAX_WAIT
 
-    def key(self, org_id: str) -> Key:
-        return Key(self.id, org_id if self.per == "org" else None)
+    def key(self, org_id: str) -> BucketKey:
+        return BucketKey(self.id, org_id if self.per == "org" else None)
 
     @property
     def capacity(self) -> float:
@@ -104,7 +104,7 @@ class Ask(NamedTuple):
     `slots` are all that it can use, those of the `in_use` requests included.
     """
 
-    key: Key
+    key: BucketKey
     want: int = 0
     returned: int = 0
     granted_at: float = 0.0
@@ -129,7 +129,7 @@ class Share(NamedTuple):
     slots_until: float = 0.0
 
 
-class Holder(NamedTuple):
+class BucketUser(NamedTuple):
     """What one worker has of a key, and waits for, until `until`. `served_at` is of its last token."""
 
     slots: int = 0
@@ -145,14 +145,14 @@ class Bucket:
 
     tokens: float
     at: float
-    holders: dict[str, Holder] = field(default_factory=dict)
+    holders: dict[str, BucketUser] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return {"tokens": self.tokens, "at": self.at, "holders": self.holders}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Bucket:
-        holders = {worker: Holder(*each) for worker, each in values["holders"].items()}
+        holders = {worker: BucketUser(*each) for worker, each in values["holders"].items()}
         return cls(values["tokens"], values["at"], holders)
 
     def idle_at(self, limit: Limit) -> float:
@@ -173,7 +173,7 @@ def answer(limit: Limit, bucket: Bucket, worker: str, ask: Ask, now: float) -> S
     others = {
         name: holder for name, holder in bucket.holders.items() if name != worker and holder.until > now
     }
-    mine = bucket.holders.get(worker, Holder())
+    mine = bucket.holders.get(worker, BucketUser())
     given, wait, pace = ask.want, 0.0, 0.0
     if limit.rate is not None:
         _fill(limit, bucket, now)
@@ -188,7 +188,7 @@ def answer(limit: Limit, bucket: Bucket, worker: str, ask: Ask, now: float) -> S
     unmet = ask.want - given
     bucket.holders = others
     if held or unmet or ask.slots or given:
-        bucket.holders[worker] = Holder(held, ask.slots, unmet, served_at, now + SLOT_LIFE)
+        bucket.holders[worker] = BucketUser(held, ask.slots, unmet, served_at, now + SLOT_LIFE)
     return Share(given, slots, now, wait, pace)
 
 
@@ -201,7 +201,7 @@ def _fill(limit: Limit, bucket: Bucket, now: float) -> None:
 
 
 def _tokens(
-    rate: float, tokens: float, others: Mapping[str, Holder], mine: Holder, want: int
+    rate: float, tokens: float, others: Mapping[str, BucketUser], mine: BucketUser, want: int
 ) -> tuple[int, float, float]:
     """The tokens that a worker gets, when to ask again, and its pace.
 
@@ -221,7 +221,9 @@ def _tokens(
     return given, wait, rate * want / (want + unmet)
 
 
-def _slots(limit: Limit, worker: str, others: Mapping[str, Holder], ask: Ask, now: float) -> tuple[int, int]:
+def _slots(
+    limit: Limit, worker: str, others: Mapping[str, BucketUser], ask: Ask, now: float
+) -> tuple[int, int]:
     """The slots that a worker may use from now on, and those that it has until its requests end."""
     if limit.concurrent is None:
         return 0, 0
@@ -235,7 +237,7 @@ def _slots(limit: Limit, worker: str, others: Mapping[str, Holder], ask: Ask, no
 
 
 def divided(total: int, wanted: Mapping[str, int], turn: int) -> dict[str, int]:
-    """Slots by worker: nobody gets more than it wants, and the others the same number.
+    """Slots by worker: none gets more than it wants, and the others the same number.
 
     Those that are left over go to a worker each, to others in each turn.
     """
@@ -257,7 +259,7 @@ def divided(total: int, wanted: Mapping[str, int], turn: int) -> dict[str, int]:
     return found
 
 
-class Level(NamedTuple):
+class BucketLevel(NamedTuple):
     """What is left of a key, and what its workers wait for and hold."""
 
     tokens: float
@@ -265,11 +267,11 @@ class Level(NamedTuple):
     slots: int
 
 
-def level(limit: Limit, bucket: Bucket, now: float) -> Level:
+def level(limit: Limit, bucket: Bucket, now: float) -> BucketLevel:
     """The state of a key at a time of the database; changes nothing."""
     gained = (limit.rate or 0.0) * max(now - bucket.at, 0.0)
     current = [holder for holder in bucket.holders.values() if holder.until > now]
     waiting = sum(max(holder.unmet, holder.slots_wanted - holder.slots) for holder in current)
-    return Level(
+    return BucketLevel(
         min(limit.capacity, bucket.tokens + gained), waiting, sum(holder.slots for holder in current)
     )

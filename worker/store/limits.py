@@ -15,7 +15,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 from worker.clock import EPOCH
 from worker.ids import AllOrgs, OrgId, new_id
 from worker.model.definitions.limits import limit_of
-from worker.model.limits import MAX_PAUSE, Ask, Bucket, Key, Limit, Share, answer, new_bucket
+from worker.model.limits import MAX_PAUSE, Ask, Bucket, BucketKey, Limit, Share, answer, new_bucket
 from worker.store import tables
 from worker.store.bulk import among, insert_many
 from worker.store.dialect import Row, all_rows, chunks, database_now, insert_into
@@ -68,7 +68,7 @@ def load(connection: Connection, limit_ids: Collection[str] | None = None) -> di
 # --- Shares. ---
 
 
-def share_id(key: Key) -> str:
+def share_id(key: BucketKey) -> str:
     """The id of the row of a key, which every worker computes."""
     return str(uuid5(UUID(key.limit_id), key.org_id or "all"))
 
@@ -103,7 +103,7 @@ def share(connection: Connection, asked: Sequence[tuple[str, Ask]]) -> list[Shar
     return found
 
 
-def add_rows(connection: Connection, keys: Collection[Key]) -> None:
+def add_rows(connection: Connection, keys: Collection[BucketKey]) -> None:
     """Add rows of keys that come into use, each with a full bucket."""
     limits = load(connection, {key.limit_id for key in keys})
     at = seconds(database_now(connection))
@@ -115,7 +115,7 @@ def add_rows(connection: Connection, keys: Collection[Key]) -> None:
     insert_many(connection, _shares, sorted(rows, key=lambda row: row["id"]), key=("id",))
 
 
-def _row(key: Key, bucket: Bucket, limit: Limit) -> dict[str, Any]:
+def _row(key: BucketKey, bucket: Bucket, limit: Limit) -> dict[str, Any]:
     return {
         "id": share_id(key),
         "limit_id": key.limit_id,

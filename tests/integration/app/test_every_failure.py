@@ -82,6 +82,9 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "calendars list": ((), ""),
     "calendars show": (("holidays",), ""),
     "calendars remove": (("holidays",), ""),
+    "limits list": ((), ""),
+    "limits show": (("https://api.example.com", "org"), ""),
+    "limits remove": (("https://api.example.com", "org"), ""),
     "runs why": ((RUN,), ""),
     "runs retry": ((RUN,), ""),
     "runs cancel": ((RUN,), ""),
@@ -197,6 +200,8 @@ def site(cli: CommandLine) -> CommandLine:
     template = '[[template]]\nname = "export"\norgs = "all"\nhandler = "acme.note"\nschedule = "@yearly"\n'
     if is_here("calendars"):
         template += 'calendar = "holidays"\n[[calendar]]\nname = "holidays"\ndates = ["2030-12-25"]\n'
+    if is_here("egress"):
+        template += '[[limit]]\norigin = "https://api.example.com"\nper = "org"\nrate = "40/s"\n'
     cli("apply", "-", stdin=template)
     return cli
 
@@ -359,6 +364,10 @@ WRONG: list[tuple[str, tuple[str, ...], int]] = [
     ("calendars show", ("absent",), 3),
     ("calendars remove", ("absent",), 3),
     ("calendars remove", ("holidays",), 5),
+    ("limits list", ("--limit", "0"), 2),
+    ("limits show", ("https://absent.example", "org"), 3),
+    ("limits show", ("https://api.example.com", "day"), 3),
+    ("limits remove", ("https://absent.example", "org"), 3),
     ("runs why", ("--org", "org_acme", "--definition", "tick", "--at", "noon"), 2),
     ("runs retry", (RUN, "--canary", "1"), 2),
     ("runs retry", ("--org", "absent"), 3),

@@ -16,7 +16,7 @@ from worker.features.egress.limits import remove_limit
 from worker.ids import ALL_ORGS, new_id
 from worker.model.definitions.file import parse_file
 from worker.model.definitions.limits import LimitEntry
-from worker.model.limits import Ask, Key
+from worker.model.limits import Ask, BucketKey
 from worker.model.orgs import OrgEntry
 from worker.model.runs.clauses import sentence
 from worker.operations.apply import apply as apply_file
@@ -156,7 +156,7 @@ def test_the_defaults_of_an_entry():
 def test_a_limit_is_shown_with_what_is_used_and_removed_with_it(database: Database, org_id: str):
     changes(database, OPENAI)
     row = reading(database, limits.every)["https://api.openai.com", "org"]
-    key = Key(row["id"], org_id)
+    key = BucketKey(row["id"], org_id)
     within(database, limits.add_rows, [key])
     within(database, limits.share, [("a", Ask(key, 60, slots=9))])
     within(database, limits.pause, [Pause(org_id, "https://api.openai.com", 20)])
@@ -194,7 +194,7 @@ def test_why_names_the_limits_that_requests_of_the_org_of_a_running_run_wait_for
 
 
 def test_a_share_of_no_limit_is_not_stored(database: Database, org_id: str):
-    within(database, limits.add_rows, [Key(new_id(), org_id)])
+    within(database, limits.add_rows, [BucketKey(new_id(), org_id)])
 
     with database.autocommit() as connection:
         assert connection.execute(select(tables.limit_shares.c.id)).all() == []

@@ -14,7 +14,7 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.rows import reading, within
 from tests.fakes.stock import Stock
 from worker.ids import ALL_ORGS, OrgId
-from worker.model.limits import LIFE, MAX_PAUSE, SLOT_LIFE, Ask, Key, Share
+from worker.model.limits import LIFE, MAX_PAUSE, SLOT_LIFE, Ask, BucketKey, Share
 from worker.store import limits, tables
 from worker.store.database import Database
 from worker.store.limits import Pause
@@ -48,16 +48,16 @@ def rows(database: Database) -> int:
 def test_workers_share_one_bucket_of_an_org_and_another_org_has_its_own(database: Database, stock: Stock):
     limit_id, one, other = add_limit(database), stock.org(), stock.org()
 
-    first = share(database, "a", Ask(Key(limit_id, one), 100))
-    second = share(database, "b", Ask(Key(limit_id, one), 100))
-    elsewhere = share(database, "b", Ask(Key(limit_id, other), 100))
+    first = share(database, "a", Ask(BucketKey(limit_id, one), 100))
+    second = share(database, "b", Ask(BucketKey(limit_id, one), 100))
+    elsewhere = share(database, "b", Ask(BucketKey(limit_id, other), 100))
 
     assert (first.tokens, second.tokens, elsewhere.tokens) == (14, 0, 14)
     assert second.wait > 0
 
 
 def test_the_bucket_fills_by_the_database_clock(database: Database, stock: Stock, clock: ManualClock):
-    key = Key(add_limit(database), stock.org())
+    key = BucketKey(add_limit(database), stock.org())
     share(database, "a", Ask(key, 100))
 
     clock.advance(0.5)
@@ -67,7 +67,7 @@ def test_the_bucket_fills_by_the_database_clock(database: Database, stock: Stock
 
 
 def test_a_limit_of_all_orgs_has_one_bucket(database: Database, stock: Stock):
-    key = Key(add_limit(database, per="all"), None)
+    key = BucketKey(add_limit(database, per="all"), None)
 
     assert share(database, "a", Ask(key, 14)).tokens == 14
     assert share(database, "b", Ask(key, 1)).tokens == 0
@@ -76,7 +76,7 @@ def test_a_limit_of_all_orgs_has_one_bucket(database: Database, stock: Stock):
 def test_slots_are_leased_and_end_unless_they_are_renewed(
     database: Database, stock: Stock, clock: ManualClock
 ):
-    key = Key(add_limit(database, rate=None, burst=None, concurrent=2), stock.org())
+    key = BucketKey(add_limit(database, rate=None, burst=None, concurrent=2), stock.org())
 
     assert share(database, "a", Ask(key, slots=2)).slots == 2
     assert share(database, "b", Ask(key, slots=1)).slots == 0
@@ -87,7 +87,7 @@ def test_slots_are_leased_and_end_unless_they_are_renewed(
 def test_a_key_has_a_row_only_while_it_is_in_use(database: Database, stock: Stock, clock: ManualClock):
     limit_id = add_limit(database)
     for _ in range(3):
-        share(database, "a", Ask(Key(limit_id, stock.org()), 5))
+        share(database, "a", Ask(BucketKey(limit_id, stock.org()), 5))
     assert within(database, limits.forget_idle) == 0
 
     clock.advance(SLOT_LIFE + limits.KEPT + 1)
@@ -98,7 +98,7 @@ def test_a_key_has_a_row_only_while_it_is_in_use(database: Database, stock: Stoc
 
 def test_a_limit_that_was_removed_limits_nothing(database: Database, stock: Stock):
     limit_id = add_limit(database)
-    ask = Ask(Key(limit_id, stock.org()), 1000)
+    ask = Ask(BucketKey(limit_id, stock.org()), 1000)
     assert share(database, "a", ask).tokens == 14
 
     within(database, limits.remove, limit_id)
@@ -109,7 +109,7 @@ def test_a_limit_that_was_removed_limits_nothing(database: Database, stock: Stoc
 
 def test_a_changed_rate_holds_from_the_next_question_on(database: Database, stock: Stock, clock: ManualClock):
     limit_id, org_id = add_limit(database, rate="1000/s", burst=1000), stock.org()
-    ask = Ask(Key(limit_id, org_id), 10_000)
+    ask = Ask(BucketKey(limit_id, org_id), 10_000)
     assert share(database, "a", ask).tokens == 1400
     before = reading(database, limits.every)[ORIGIN, "org"]
 
@@ -124,7 +124,7 @@ def test_a_changed_rate_holds_from_the_next_question_on(database: Database, stoc
 def test_one_batch_has_the_questions_of_many_keys_and_holders(database: Database, stock: Stock):
     limit_id = add_limit(database)
     orgs = [stock.org() for _ in range(30)]
-    keys = [Key(limit_id, org_id) for org_id in orgs]
+    keys = [BucketKey(limit_id, org_id) for org_id in orgs]
     within(database, limits.add_rows, keys)
 
     asked = [("a", Ask(key, 10)) for key in keys] + [("host", Ask(keys[0], 10))]
@@ -137,7 +137,7 @@ def test_what_an_org_uses_goes_with_it(database: Database, stock: Stock):
     gone, stays = stock.org(), stock.org()
     limit_id = add_limit(database)
     for org_id in (gone, stays):
-        share(database, "a", Ask(Key(limit_id, org_id), 1))
+        share(database, "a", Ask(BucketKey(limit_id, org_id), 1))
         within(database, limits.pause, [Pause(org_id, ORIGIN, 60)])
 
     within(database, limits.forget_org, gone)
@@ -172,7 +172,7 @@ def test_a_pause_has_a_ceiling(database: Database, stock: Stock):
 def test_workers_at_once_take_no_token_twice(postgres: Database):
     """Four connections ask for keys in any order: no deadlock, and never more than the bucket has."""
     limit_id = add_limit(postgres, rate="1/h", burst=100)
-    keys = [Key(limit_id, str(OrgId(f"00000000-0000-7000-8000-{number:012}"))) for number in range(20)]
+    keys = [BucketKey(limit_id, str(OrgId(f"00000000-0000-7000-8000-{number:012}"))) for number in range(20)]
     got = dict.fromkeys(keys, 0)
     lock = threading.Lock()
 
@@ -199,7 +199,7 @@ def test_workers_at_once_take_no_token_twice(postgres: Database):
 def test_a_question_waits_for_no_row_of_firing_and_admission(postgres: Database):
     """It goes on while another transaction holds all of those rows."""
     limit_id = add_limit(postgres)
-    key = Key(limit_id, "00000000-0000-7000-8000-000000000001")
+    key = BucketKey(limit_id, "00000000-0000-7000-8000-000000000001")
     with postgres.transaction() as held:
         locked = "orgs, definitions, schedule, runs, live_runs, workers"
         held.execute(text(f"LOCK TABLE {locked} IN ACCESS EXCLUSIVE MODE"))

@@ -38,13 +38,14 @@ NOT_OF_ORGS = {
     "sessions",
     "login_transactions",
     "calendars",
+    "limits",
     "host_handlers",
     "pool_approvals",
 }
 # Rows that name machines or many orgs at once; nobody who acts for one org may read them.
 NOT_FOR_ORGS = {
     *("workers", "hosts", "alerts", "alert_strikes", "applications", "access_tokens", "pools", "calendars"),
-    "pool_approvals",
+    *("pool_approvals", "limits", "limit_shares", "origin_pauses"),
 }
 # All that API and console write, and no right more: by table, the columns of its UPDATE.
 WRITES = {

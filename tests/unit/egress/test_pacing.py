@@ -14,7 +14,18 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from worker.features.egress.pacing import MAX_ORIGINS, OTHERS, Pacer, Slot, Stopped
 from worker.handlers.results import RateLimited
-from worker.model.limits import LIFE, MAX_PAUSE, SLOT_LIFE, Ask, Bucket, Key, Limit, Share, answer, new_bucket
+from worker.model.limits import (
+    LIFE,
+    MAX_PAUSE,
+    SLOT_LIFE,
+    Ask,
+    Bucket,
+    BucketKey,
+    Limit,
+    Share,
+    answer,
+    new_bucket,
+)
 
 ORIGIN = "https://api.example.com"
 NEVER = float("inf")
@@ -27,7 +38,7 @@ class Worker:
     clock: ManualClock
     limits: dict[str, Limit]
     name: str = "worker"
-    buckets: dict[Key, Bucket] = field(default_factory=dict)
+    buckets: dict[BucketKey, Bucket] = field(default_factory=dict)
     asked: list[Ask] = field(default_factory=list)
     broken: bool = False
     delay: float = 0.0
@@ -286,7 +297,7 @@ async def test_slots_are_given_back_when_nothing_uses_them(bench, clock):
 
     await clock.pass_time(2, step=0.1)
 
-    assert setup.worker.buckets[Key("1", "acme")].holders == {}
+    assert setup.worker.buckets[BucketKey("1", "acme")].holders == {}
     before = len(setup.worker.asked)
     await clock.pass_time(10, step=0.1)
     assert len(setup.worker.asked) == before
@@ -301,7 +312,7 @@ async def test_what_is_not_used_comes_back(bench, clock):
     await clock.pass_time(2, step=0.1)
 
     assert sum(ask.returned for ask in setup.worker.asked) > 0
-    assert setup.worker.buckets[Key("1", "acme")].tokens + 3 > 20.4 - 12
+    assert setup.worker.buckets[BucketKey("1", "acme")].tokens + 3 > 20.4 - 12
 
 
 async def test_a_pause_stops_that_org_at_that_origin_only(bench, clock):

@@ -17,7 +17,7 @@ from worker.model.limits import (
     TURN,
     Ask,
     Bucket,
-    Key,
+    BucketKey,
     Limit,
     Share,
     answer,
@@ -27,7 +27,7 @@ from worker.model.limits import (
     parse_rate,
 )
 
-KEY = Key("limit", "org")
+KEY = BucketKey("limit", "org")
 START = 1_900_000_000.0
 
 

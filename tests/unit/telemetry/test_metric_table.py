@@ -62,8 +62,9 @@ def test_no_label_takes_a_value_for_each_org_run_or_error():
         if metric.name != "orgworker_org_attempts_total"
     }
 
-    # Meters are those that operators limit by a budget, pools those that they name.
-    of_what_is_installed = {"handler", "issuer", "version", "isolation", "loop", "meter", "pool"}
+    # Meters are those that operators limit by a budget, pools those that they name; a worker names at most
+    # `MAX_ORIGINS` origins.
+    of_what_is_installed = {"handler", "issuer", "version", "isolation", "loop", "meter", "origin", "pool"}
     closed = {"event", "outcome", "state", "reason", "kind", "status", "result", "request", "per"}
     assert labels == of_what_is_installed | closed
 

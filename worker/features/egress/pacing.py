@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from worker.guard.clock import Clock
 from worker.handlers.results import RateLimited
-from worker.model.limits import MAX_PAUSE, MAX_WAIT, SLOT_LIFE, SPACING, Ask, Key, Limit, Share
+from worker.model.limits import MAX_PAUSE, MAX_WAIT, SLOT_LIFE, SPACING, Ask, BucketKey, Limit, Share
 
 AskForShare = Callable[[Ask], Awaitable[Share]]
 Place = tuple[str, str]
@@ -76,7 +76,7 @@ class _Tokens(NamedTuple):
 class _Lane:
     """The leased tokens and slots of one key, and the requests that wait for them, by group."""
 
-    key: Key
+    key: BucketKey
     limit: Limit
     groups: OrderedDict[str, OrderedDict[_Waiter, None]] = field(default_factory=OrderedDict)
     waiting: int = 0
@@ -200,7 +200,7 @@ class Pacer:
         """`ask` gets the worker's answer to a question; it may raise any exception."""
         self._clock = clock
         self._ask = ask
-        self._lanes: dict[Key, _Lane] = {}
+        self._lanes: dict[BucketKey, _Lane] = {}
         self._pauses: dict[Place, float] = {}
         # The futures of all that wait, by place.
         self._pending: dict[Place, set[asyncio.Future[None]]] = {}
@@ -322,7 +322,7 @@ class Pacer:
         return RateLimited(max(seconds, 0.1), origin)
 
     async def _wait(self, place: Place, future: asyncio.Future[None], seconds: float) -> bool:
-        """Wait for a future, at most so long; returns whether it has a result. Raises what it has else."""
+        """Wait for a future, at most `seconds`; returns whether it has a result. Raises its exception."""
         timer = asyncio.ensure_future(self._clock.sleep(seconds))
         pending = self._pending.setdefault(place, set())
         pending.add(future)

@@ -22,7 +22,7 @@ from worker.model.limits import (
     SLOT_LIFE,
     SPACING,
     Ask,
-    Key,
+    BucketKey,
     Limit,
     Share,
 )
@@ -37,7 +37,7 @@ ACTIVE = 5.0
 # Seconds that the limits are kept before they are read again.
 LIMITS_KEPT = 2.0
 # The most tokens or slots of one question: it may come from a host, which speaks for itself.
-MOST = 100_000
+MAX_COUNT = 100_000
 # Keys whose grants are remembered, before those are dropped that have ended.
 KEPT = 10_000
 # Origins that metrics name.
@@ -76,7 +76,7 @@ class Shares:
         self._questions: list[_Question] = []
         self._asking: asyncio.Task[None] | None = None
         self._asked_at = float("-inf")
-        self._granted: dict[tuple[str, Key], list[_Grant]] = {}
+        self._granted: dict[tuple[str, BucketKey], list[_Grant]] = {}
         self._pauses: dict[tuple[str, str], float] = {}
         self._told: dict[tuple[str, str], float] = {}
         self._active_until = float("-inf")
@@ -110,7 +110,7 @@ class Shares:
         `org` is the org's code, for the event.
 
         Raises:
-            Unavailable: the database does not answer; brokers of this worker know it all the same.
+            Unavailable: the database does not answer; the brokers of this worker still know it.
         """
         seconds = min(max(seconds, 0.0), MAX_PAUSE)
         until = self._clock.monotonic() + seconds
@@ -187,7 +187,7 @@ class Shares:
             if wait > 0:
                 await self._clock.sleep(wait)
             questions, self._questions = self._questions, []
-            # Before the question is sent: what is granted ends at most so long after the grant.
+            # Before the question is sent: tokens end at most `LIFE` seconds after the grant.
             self._asked_at = self._clock.monotonic()
             try:
                 await self._answer(questions)
@@ -232,7 +232,7 @@ class Shares:
         self._granted[place] = _without(grants, returned)
         return ask._replace(returned=returned, granted_at=since)
 
-    def _note_grant(self, holder: str, key: Key, share: Share) -> None:
+    def _note_grant(self, holder: str, key: BucketKey, share: Share) -> None:
         if not share.tokens:
             return
         if len(self._granted) >= KEPT:
@@ -243,7 +243,7 @@ class Shares:
         grants = self._recent((holder, key))
         self._granted[holder, key] = [*grants, _Grant(share.tokens, share.granted_at, kept_until)]
 
-    def _recent(self, place: tuple[str, Key]) -> list[_Grant]:
+    def _recent(self, place: tuple[str, BucketKey]) -> list[_Grant]:
         now = self._clock.monotonic()
         return [grant for grant in self._granted.get(place, ()) if grant.kept_until > now]
 
@@ -264,7 +264,7 @@ class Shares:
 
 
 def _without(grants: Sequence[_Grant], number: int) -> list[_Grant]:
-    """What is left of grants without so many tokens of them, the oldest first."""
+    """What is left of grants without a number of tokens, the oldest first."""
     left = []
     for grant in grants:
         gone = min(grant.tokens, number)
@@ -276,7 +276,7 @@ def _without(grants: Sequence[_Grant], number: int) -> list[_Grant]:
 
 def _bounded(ask: Ask) -> Ask:
     def number(value: int) -> int:
-        return min(max(int(value), 0), MOST)
+        return min(max(int(value), 0), MAX_COUNT)
 
     return ask._replace(
         want=number(ask.want),

@@ -32,7 +32,7 @@ limit_shares = table(
     "limit_shares",
     "What workers use of a limit. A key that is not in use has no row.",
     Column("id", Id, primary_key=True, doc="Follows from the limit and the org."),
-    required("limit_id", Id),
+    required("limit_id", Id, "A row of `limits`."),
     Column("org_id", Id, doc="The org, of a limit by org."),
     required("bucket", json_type(), "Tokens, their time, and what each worker holds and waits for."),
     required("idle_at", Instant, "When the row is of no use, unless a worker asks."),
