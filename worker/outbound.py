@@ -1,12 +1,11 @@
-"""Requests to other services: pooled connections for httpx, and how long a response asks to wait."""
+"""Requests to other services: pooled connections as httpx takes them."""
 
 from __future__ import annotations
 
 import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 
 import httpcore
 import httpx
@@ -93,46 +92,3 @@ def _as_httpx() -> Iterator[None]:
 def open_client(transport: httpx.AsyncBaseTransport | None = None) -> http.ProviderClient:
     """The client that all issuers share, as `worker.guard.http.open_client`; it keeps idle connections."""
     return http.open_client(transport, pool=OutboundConnections)
-
-
-def retry_delay(headers: httpx.Headers, reset_headers: tuple[str, ...], now: float) -> float | None:
-    """Seconds that a response asks to wait, or None: Retry-After (RFC 9110, 10.2.3), else a reset header.
-
-    `now` is in seconds since 1970. A reset header holds seconds from now or a Unix time.
-    """
-    text = headers.get("retry-after", "").strip()
-    with suppress(ValueError, TypeError, OverflowError):
-        seconds = _seconds(text)
-        return max(parsedate_to_datetime(text).timestamp() - now if seconds is None else seconds, 0.0)
-    for name in reset_headers:
-        if (seconds := _seconds(headers.get(name, "").strip())) is not None:
-            return _until(seconds, now)
-    return None
-
-
-def room_left(
-    headers: httpx.Headers, reset_headers: tuple[str, ...], now: float
-) -> tuple[float | None, float]:
-    """The share of the allowed requests that is left, or None if unknown, and the seconds until it is reset.
-
-    From `RateLimit-Limit`, `RateLimit-Remaining` and `RateLimit-Reset`, or the names of a provider.
-    """
-    for name in reset_headers:
-        limit, left, reset = (
-            _seconds(headers.get(name.replace("Reset", part), "").strip())
-            for part in ("Limit", "Remaining", "Reset")
-        )
-        if limit and left is not None and reset is not None:
-            return left / limit, _until(reset, now)
-    return None, 0.0
-
-
-def _until(reset: float, now: float) -> float:
-    return max(reset - now if reset > 1e9 else reset, 0.0)
-
-
-def _seconds(text: str) -> float | None:
-    whole, _, fraction = text.partition(".")
-    if len(text) > 20 or not text.isascii() or not whole.isdigit() or not (fraction or "0").isdigit():
-        return None
-    return float(text)

@@ -31,7 +31,7 @@ from worker.guard.jwks import KeySet
 from worker.guard.profile import FailureClass
 from worker.guard.strict_json import MalformedJson
 from worker.guard.verify import MAX_TOKEN, read, verify, verify_message
-from worker.outbound import retry_delay, room_left
+from worker.model.throttling import retry_delay, room_left
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
 from worker.tokens.breaker import Breaker, IssuerPaused

@@ -30,7 +30,7 @@ from worker.errors import (
 )
 from worker.guard.http import Reply, exchange
 from worker.guard.strict_json import MalformedJson
-from worker.outbound import retry_delay
+from worker.model.throttling import retry_delay
 from worker.secret import Secret
 
 RESPONSE_LIMIT = 4 * 1024 * 1024  # bytes; a page of 500 orgs has about 100 KiB
