@@ -31,11 +31,15 @@ Kind = Literal[
     "waiting",
     "files_opened",
     "files_changeable",
+    "egress_denied",
 ]
 Status = Literal["firing", "resolved"]
 
 # Maximum open alerts; more than these have one common cause, which has been reported by then.
 MAX_OPEN = 1000
+# Origins of one handler with an alert of their own: a run that tries many must not use up the open alerts.
+MAX_ORIGINS = 10
+OTHERS = "other origins"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +99,18 @@ class Strikes:
         self._on_strike = on_strike
         self._lock = threading.Lock()
         self._gathered: dict[str, Strike] = {}
+        # The origins that each handler was denied.
+        self._denied: dict[str, set[str]] = {}
 
     def hear(self, emitted: Emitted) -> None:
         """Process one event; may be called from any thread."""
         wanted = _STATES.get(emitted.event.name)
         if wanted is None or emitted.fields.get("state") not in wanted:
             return
-        self._add([self._strike(emitted.event.name, emitted.fields)])
+        fields = emitted.fields
+        if emitted.event.name == "egress.denied":
+            fields = {**fields, "origin": self._known(fields["handler"], fields["origin"])}
+        self._add([self._strike(emitted.event.name, fields)])
         self._on_strike()
 
     def take(self) -> list[Strike]:
@@ -115,6 +124,14 @@ class Strikes:
         with self._lock:
             newer, self._gathered = self._gathered, {}
         self._add([*strikes, *newer.values()])
+
+    def _known(self, handler: str, origin: str) -> str:
+        """The origin, or `OTHERS` for one after the first that this handler was denied."""
+        with self._lock:
+            known = self._denied.setdefault(handler, set())
+            if len(known) < MAX_ORIGINS:
+                known.add(origin)
+            return origin if origin in known else OTHERS
 
     def _add(self, strikes: Sequence[Strike]) -> None:
         with self._lock:
@@ -173,6 +190,10 @@ def _cause(event: str, fields: Mapping[str, Any]) -> tuple[Kind, tuple[str | Non
             issuer, error = fields.get("issuer"), fields.get("error")
             summary = f"orgs of issuer {issuer} are not compared with the provider's: {error}"
             return "provisioning_failed", ("issuer", issuer, error), summary
+        case "egress.denied", _:
+            origin = fields.get("origin")
+            summary = f"{handler} was denied requests to {origin}: {reason}"
+            return "egress_denied", (handler, origin), summary
         case "files.opened", _:
             undone = "its mode is restored" if fields.get("restored") else "another account owns it"
             summary = f"{fields.get('path')} was opened to other accounts ({fields.get('mode')}); {undone}"
@@ -192,6 +213,7 @@ _STATES: Mapping[str, frozenset[str | None]] = {
         (
             *("definition.paused", "run.asks", "org.parked", "credential.unusable", "schedule.overdue"),
             *("provisioning.failed", "provisioning.unavailable", "files.opened", "files.changeable"),
+            "egress.denied",
         ),
         frozenset({None}),
     ),

@@ -121,6 +121,15 @@ _ROWS = (
     _info("engine.back: pool seconds", "the engine that places the runs of a pool responds again"),
     _error("result.unstorable: org run attempt error", "the database rejects a result; the run fails"),
     _warning("logs.dropped: lines", "dropped lines of run logs that came faster than they were written"),
+    _warning(
+        "egress.denied: org run attempt handler origin reason",
+        "a request was not sent, since the run may not reach this origin; once an attempt and origin",
+    ),
+    _debug(
+        "egress.counted: org run handler origin denied waited",
+        "an attempt ended: its requests to this origin that were denied, and the seconds that others waited",
+    ),
+    _debug("egress.sent: origin status count", "an attempt ended: its requests, by class of status"),
     _debug("meter.spent: meter amount", "runs spent `amount` of a meter that has a budget"),
     _warning(
         "budget.warned: org meter per used limit",

@@ -32,6 +32,9 @@ SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 9
 _BOUNDS: list[str] = [floatToGoString(bound) for bound in (*SECONDS, float("inf"))]  # type: ignore[no-untyped-call]
 # `metrics_top_orgs` tracks at most this many orgs; later ones are not counted.
 MAX_ORGS = 100_000
+# Origins that metrics tell apart; later ones are counted together.
+MAX_ORIGINS = 100
+OTHERS = "others"
 # The run states after an attempt.
 STATES = ("waiting", "succeeded", "failed", "cancelled", "refused", "skipped")
 
@@ -88,6 +91,17 @@ METRICS: tuple[Metric, ...] = (
     _counter("limit_wait_seconds_total: origin", "how long they waited", "limit.counted seconds"),
     _counter("limit_refused_total: origin", "requests that raised RateLimited", "limit.counted refused"),
     _counter("origin_pauses_total: origin", "pauses of an org that a service asked for", "egress.paused"),
+    _counter(
+        "egress_requests_total: origin status",
+        "requests of runs, by class of status; `none` without a response",
+        "egress.sent count",
+    ),
+    _counter("egress_denied_total: origin", "requests of runs that were not sent", "egress.counted denied"),
+    _counter(
+        "egress_waited_seconds_total: origin",
+        "time that requests of runs waited for a limit",
+        "egress.counted waited",
+    ),
     _gauge(
         "pool_waiting: pool",
         "due runs that wait for a slot of a pool; each worker reports those of all",
@@ -152,6 +166,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("process_start_time_seconds", "gauge", (), "start time in Unix time"),
     Metric("process_virtual_memory_bytes", "gauge", (), "virtual memory"),
 )
+
+
+_OF_ORIGINS = frozenset(metric.event for metric in METRICS if "origin" in metric.labels)
 
 
 class MetricSeries:
@@ -264,6 +281,7 @@ class Metrics(Collector):
         self._vitals: Vitals | None = None
         self._top_orgs = top_orgs
         self._attempts: dict[str, Tally[str]] = {}
+        self._origins: set[str] = set()
         self._counts = dict.fromkeys(EVENTS, 0)
         self._series: dict[str, MetricSeries] = {}
         self._follow: dict[str, list[Callable[[Fields], None]]] = {name: [] for name in EVENTS}
@@ -295,6 +313,8 @@ class Metrics(Collector):
         name, fields = emitted.event.name, emitted.fields
         with self._lock:
             self._counts[name] += 1
+            if name in _OF_ORIGINS:
+                fields = {**fields, "origin": self._known(fields["origin"])}
             for follow in self._follow[name]:
                 follow(fields)
             if self._top_orgs and name == "run.ended":
@@ -327,6 +347,12 @@ class Metrics(Collector):
             # A drain has ended the loops on purpose.
             ages = {} if vitals.draining() else vitals.ages()
             yield _family("loop_tick_age_seconds", [((name,), age) for name, age in ages.items()])
+
+    def _known(self, origin: str) -> str:
+        """The origin, or `OTHERS` for one after the first `MAX_ORIGINS`."""
+        if len(self._origins) < MAX_ORIGINS:
+            self._origins.add(origin)
+        return origin if origin in self._origins else OTHERS
 
     def _count_org(self, fields: Fields) -> None:
         org, state = fields.get("org"), fields.get("state")

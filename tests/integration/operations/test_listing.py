@@ -92,6 +92,26 @@ def test_a_running_run_is_shown_with_the_attempt_that_is_on(database, connection
 
 
 @on_either
+def test_a_run_is_shown_with_what_it_sent_most_requests_first(database, connection, runs, rows):
+    org_id = next(org["id"] for org in rows.orgs if org["code"] == "org_a")
+    numbers = {"bytes_out": 10, "bytes_in": 20, "statuses": {"200": 1}, "waited_seconds": 0.5}
+    sent = [
+        {"origin": origin, "requests": requests, "denied": denied} | numbers
+        for origin, requests, denied in (
+            ("https://api.example", 3, 0), ("https://evil.example", 0, 4), ("https://a.example", 0, 1)
+        )
+    ]  # fmt: skip
+    with database.transaction() as writing:
+        writing.execute(
+            tables.run_egress.insert(),
+            [row | {"run_id": runs[0], "org_id": org_id, "attempt": 1} for row in reversed(sent)],
+        )
+
+    assert run_lists.run(connection, "org_a", runs[0])["egress"] == sent
+    assert run_lists.run(connection, "org_a", runs[1])["egress"] == []
+
+
+@on_either
 def test_definitions_show_the_schedule_in_force_and_what_is_next(database, connection):
     pause_definition(database, "org_b", "digest", actor="ops")
     close_definition(database, "org_b", "other", actor="ops")

@@ -32,6 +32,7 @@ from worker.kit.progress import shown
 from worker.kit.session import Invocation, verb
 from worker.model.claims import without_digests
 from worker.model.definitions.units import parse_time
+from worker.model.runs.egress import statuses_in_words, waited_for
 from worker.model.runs.run import step_label
 from worker.model.runs.waits import is_open_question
 from worker.store.lists import RUNS
@@ -424,7 +425,7 @@ add_list(app, RUNS, cells=RUN_CELLS, titles=True, short=True)
 
 @verb(app, "show")
 def show(session: Invocation, run: RunArgument) -> None:
-    """Show one run with its attempts, checkpoint, steps, claims (redacted) and spec.
+    """Show one run with its attempts, checkpoint, steps, requests, claims (redacted) and spec.
 
     The table has the newest 20 steps without results; `-o json` has the newest 1,000, with results
     of at most 1 MiB together.
@@ -450,8 +451,11 @@ def _for_people(run: RunDetail) -> dict[str, Any]:
         }
         for step in run["steps"][-STEPS:]
     ]
-    claims = without_digests(run["claims"])
-    return {**run, "claims": claims, "error": in_lines(run["error"]), "attempts": attempts, "steps": steps}
+    egress = [{**row, "statuses": statuses_in_words(row["statuses"])} for row in run["egress"]]
+    waited = waited_for(run["egress"])
+    shown: dict[str, Any] = {"attempts": attempts, "steps": steps, "egress": egress}
+    shown |= {"claims": without_digests(run["claims"]), "error": in_lines(run["error"])}
+    return {**run, **shown} | ({"limits": waited} if waited else {})
 
 
 @verb(app, "logs")

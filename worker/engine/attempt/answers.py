@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
 
 from worker.clock import Clock
-from worker.engine.attempt.inflight import InflightRun
+from worker.engine.attempt.inflight import InflightRun, egress_denied
 from worker.engine.attempt.run_log import RunLogWriter
 from worker.engine.runners.contract import GivenErrors
 from worker.errors import LeaseLost, TokenRefused, Unavailable, WorkerError
@@ -37,6 +37,7 @@ from worker.handlers.calls import (
 from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.handlers.waits import SLEEP
 from worker.model.runs.budgets import OrgBudgets, decisive, wait_of
+from worker.model.runs.egress import MAX_ORIGINS, EgressRow, merge
 from worker.model.runs.outcome import Trail
 from worker.model.runs.run import AdmittedRun, NewStep
 from worker.model.runs.waits import BUDGET, MAX_WAITS, NewWait, WaitState
@@ -112,6 +113,8 @@ class Running:
     room: StepRoom | None = field(default=None, init=False)
     # The waits in `trail.asks`, with their occurrences.
     asked: set[tuple[str, int]] = field(default_factory=set, init=False)
+    # The origins whose denial was reported.
+    denials: set[str] = field(default_factory=set, init=False)
 
     @property
     def run(self) -> AdmittedRun:
@@ -138,11 +141,13 @@ class Running:
     def used(self, peak_memory: int) -> None:
         self.trail.peak_memory = peak_memory
 
-    def egress(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Replaced by the record."""
+    def egress(self, rows: Iterable[EgressRow]) -> None:
+        self.trail.egress = merge(rows)
 
     def denied(self, origin: str, reason: str) -> None:
-        """Replaced by the record."""
+        if origin not in self.denials and len(self.denials) < MAX_ORIGINS:
+            self.denials.add(origin)
+            egress_denied(self.inflight, self.trail.handler, origin, reason)
 
     def close(self) -> None:
         self.closed = True

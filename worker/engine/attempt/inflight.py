@@ -15,10 +15,12 @@ from typing import Any, TypeVar
 from worker.bounded import remember
 from worker.engine.attempt.plan import AttemptPlan
 from worker.engine.runners.contract import StopSignal
+from worker.handlers.json_text import clean
 from worker.ids import RunId
 from worker.model.claims import ClaimsRecord
 from worker.model.definitions import CANCEL_GRACE
 from worker.model.definitions.definition import Definition
+from worker.model.runs.egress import shown_origin
 from worker.model.runs.outcome import EndedAttempt, Trail, summary
 from worker.model.runs.run import AdmittedRun, OwnedRun
 from worker.secret import AccessToken
@@ -32,6 +34,8 @@ T = TypeVar("T")
 
 # Attempts that are remembered as handed back.
 MAX_HANDED_BACK = 10_000
+# Characters of why a request was not sent.
+REASON_LIMIT = 200
 
 
 @dataclass(slots=True, eq=False)
@@ -248,9 +252,35 @@ def run_ended(ended: EndedAttempt, inflight: InflightRun | None) -> None:
             attempt=ended.attempt,
             wait=wait,
         )
+    for row in ended.trail.egress:
+        emit(
+            "egress.counted",
+            org=plan and plan.org.code,
+            run=ended.run_id,
+            handler=ended.trail.handler,
+            origin=row.origin,
+            denied=row.denied,
+            waited=row.waited_seconds,
+        )
+        for status, count in row.by_class().items():
+            emit("egress.sent", origin=row.origin, status=status, count=count)
     tracer = tracing.in_use()
     if tracer is not None:
         trace(tracer, ended, inflight)
+
+
+def egress_denied(inflight: InflightRun, handler: str, origin: str, reason: str) -> None:
+    """Emit `egress.denied` for a request that was not sent."""
+    run = inflight.run
+    emit(
+        "egress.denied",
+        org=inflight.org_code,
+        run=run.id,
+        attempt=run.attempt,
+        handler=handler,
+        origin=masker.mask(shown_origin(origin), run.org_id),
+        reason=clean(masker.mask(reason, run.org_id), REASON_LIMIT),
+    )
 
 
 def attempt_ended(ended: EndedAttempt, inflight: InflightRun | None) -> None:

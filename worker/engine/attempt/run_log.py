@@ -19,6 +19,7 @@ from worker.handlers.calling import DETAIL_LIMIT, MESSAGE_LIMIT, TRACE_LIMIT
 from worker.handlers.context import NOTE_LIMIT
 from worker.handlers.json_text import clean
 from worker.ids import OrgId, RunId
+from worker.model.runs.egress import merge
 from worker.model.runs.outcome import SUCCEEDED, Cancelled, Error, Outcome, Retried, Snoozed, Trail
 from worker.model.runs.run import AdmittedRun, LogLine
 from worker.telemetry.events import emit
@@ -172,9 +173,14 @@ async def _redacted(error: Error, org: OrgId) -> Error:
 
 
 async def mask_trail(trail: Trail, org: OrgId) -> None:
-    """Mask the note of the last progress."""
+    """Mask the note of the last progress, and the origins: a handler may ask for a host named by a secret."""
     if trail.progress is not None:
         trail.progress = await masked_progress(trail.progress, org)
+    if trail.egress:
+        masked = await mask_each([(row.origin, org) for row in trail.egress])
+        trail.egress = merge(
+            replace(row, origin=origin) for row, origin in zip(trail.egress, masked, strict=True)
+        )
 
 
 async def masked_progress(progress: Mapping[str, Any], org: OrgId) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import logging
 import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -24,6 +24,7 @@ from worker.ids import RunId
 from worker.model.egress import OPEN_EGRESS, BoundSecret, Egress
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.budgets import BudgetState
+from worker.model.runs.egress import EgressRow
 from worker.model.runs.outcome import Error, Failed, Outcome
 from worker.secret import AccessToken
 
@@ -150,11 +151,11 @@ class RunServices(Port, Protocol):
     def used(self, peak_memory: int) -> None:
         """Record the peak memory of the run's process, in bytes."""
 
-    def egress(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Take what the attempt has sent, by origin: `Totals` of the broker as JSON."""
+    def egress(self, rows: Iterable[EgressRow]) -> None:
+        """Record what the attempt has sent so far, by origin; later totals replace earlier ones."""
 
     def denied(self, origin: str, reason: str) -> None:
-        """A request of the handler was not sent."""
+        """Report a request that was not sent, since the run may not reach its origin."""
 
     def close(self) -> None:
         """Reject further calls of the handler with LeaseLost: its run has ended."""

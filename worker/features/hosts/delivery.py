@@ -42,7 +42,7 @@ TAKEN_BYTES = 8 * 1024 * 1024
 TICKET_LOOK = 1.0
 TICKET_AGE = 15.0
 # What an attempt has recorded when its handler may be called.
-RECORDED = trusted(Trail, without=("handler_started_at", "progress", "peak_memory", "asks"))
+RECORDED = trusted(Trail, without=("handler_started_at", "progress", "peak_memory", "asks", "egress"))
 
 Key = tuple[RunId, int]
 

@@ -24,7 +24,7 @@ from worker.engine.attempt.attempt import (
     outdate_token,
     without_state,
 )
-from worker.engine.attempt.inflight import InflightRun, run_ended, run_fenced_out
+from worker.engine.attempt.inflight import InflightRun, egress_denied, run_ended, run_fenced_out
 from worker.engine.attempt.tools import StoreActs, Tools
 from worker.engine.loops.finisher import Finisher
 from worker.engine.runners.contract import (
@@ -50,6 +50,7 @@ from worker.features.hosts.sent import AttemptLog, End
 from worker.features.hosts.wire import Malformed
 from worker.ids import RunId, WorkerId
 from worker.model.runs import outcome as outcomes
+from worker.model.runs.egress import merge
 from worker.model.runs.hosts import HostCaller
 from worker.model.runs.outcome import EndedAttempt, Failed, Outcome, Trail
 from worker.model.runs.run import AdmittedRun, OwnedRun
@@ -70,6 +71,8 @@ OF_TOKENS = frozenset(
 )
 TOO_OFTEN = "its hosts handed it back too often in a row without a new checkpoint or step"
 NOT_SEALED = "its host did not return what its worker sealed, or the key ring no longer has the key"
+# Why a request was not sent, which only the host's own event says.
+BY_HOST = "by its host"
 # Ends that are remembered: a host repeats those whose answer was lost.
 MAX_ENDS = 10_000
 
@@ -317,6 +320,7 @@ class HostedRuns:
         trail.peak_memory = end.peak_memory
         trail.progress = end.progress
         trail.asks = end.asks
+        trail.egress = merge(end.egress)
         inflight.moved = inflight.moved or end.moved
         if (refused := hosted.running.refused) is not None:
             outcome = outcome_of_error(refused, inflight, tools.random)
@@ -383,6 +387,10 @@ class HostedRuns:
         inflight = self.delivery.undelivered.get(key) if hosted is None else hosted.inflight
         if accepted:
             run_ended(ended, inflight)
+            if inflight is not None:
+                for row in ended.trail.egress:
+                    if row.denied:
+                        egress_denied(inflight, ended.trail.handler, row.origin, BY_HOST)
             self._shared.on_end(ended, inflight)
         else:
             run_fenced_out(ended.run_id, ended.attempt, ended.fencing_token, inflight)

@@ -161,6 +161,7 @@ class RemoteStore:
             progress=trail.progress,
             moved=ended.moved,
             asks=trail.asks,
+            egress=trail.egress,
         )
 
     # what running handlers ask for, and tell

@@ -14,6 +14,7 @@ from typing import Any
 
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.model.definitions import RetryPolicy
+from worker.model.runs.egress import EgressRow
 from worker.model.runs.run import AdmittedRun
 
 
@@ -182,6 +183,8 @@ class Trail:
     peak_memory: int | None = None
     # The names of open waits for which the handler asked for an alert.
     asks: tuple[str, ...] = ()
+    # What was sent, by origin.
+    egress: tuple[EgressRow, ...] = ()
 
 
 # Not frozen: with this many fields that triples the cost of construction, for every run.

@@ -28,6 +28,13 @@ Row = Mapping[str, Any]
 
 # Options of a question that its command names.
 OPTIONS = 6
+# What of a run no text names.
+_NOT_IN_TEXTS = frozenset(
+    {
+        *("attempts", "waits", "steps", "spends", "egress"),
+        *("spec", "claims", "checkpoint", "result"),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +293,7 @@ def values_of(run: Row) -> dict[str, Any]:
     values: dict[str, Any] = {
         name: value if isinstance(value, datetime) else "none" if value is None else str(value)
         for name, value in run.items()
-        if name not in ("attempts", "waits", "steps", "spends", "spec", "claims", "checkpoint", "result")
+        if name not in _NOT_IN_TEXTS
     }
     _, last = last_reason(run["detail"])
     return values | {

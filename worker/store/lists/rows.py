@@ -235,6 +235,18 @@ class Spent(TypedDict):
     spends: Shown[int]
 
 
+class EgressShown(TypedDict):
+    """What a run sent to one origin: `denied` requests were not sent. Without paths and bodies."""
+
+    origin: Shown[str]
+    requests: Shown[int]
+    bytes_out: Shown[int]
+    bytes_in: Shown[int]
+    statuses: Shown[dict[str, int]]
+    denied: Shown[int]
+    waited_seconds: Shown[float]
+
+
 class WaitRow(TypedDict):
     """What a run waits for, or has waited for: a sleep, or an answer."""
 
@@ -293,6 +305,7 @@ class RunDetail(Run):
     step_count: Shown[int]
     steps: Annotated[list[StepRow], redaction.rows(StepRow)]
     spends: Annotated[list[Spent], redaction.rows(Spent)]
+    egress: Annotated[list[EgressShown], redaction.rows(EgressShown)]
     spec: Spec
 
 

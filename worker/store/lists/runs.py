@@ -29,7 +29,17 @@ from worker.model.runs.budgets import MAX_SPENDS
 from worker.store import orgs, tables
 from worker.store.dialect import Id, Instant, Row, all_rows, below, first_row, in_scope, json_type, rows_as
 from worker.store.lists import MAX_LIMIT, Page
-from worker.store.lists.rows import AttemptRow, LogRow, Run, RunDetail, Spent, StepRow, WaitRow, columns_of
+from worker.store.lists.rows import (
+    AttemptRow,
+    EgressShown,
+    LogRow,
+    Run,
+    RunDetail,
+    Spent,
+    StepRow,
+    WaitRow,
+    columns_of,
+)
 from worker.store.lists.run_ids import id_of
 
 # Runs examined under one condition: about 20 ms on SQLite.
@@ -144,6 +154,7 @@ _attempts = tables.attempts
 _checkpoints = tables.checkpoints
 _steps = tables.steps
 _waits = tables.waits
+_egress = tables.run_egress
 _revisions = tables.definition_revisions
 # Bytes of the results of steps that are shown with a run.
 RESULT_BYTES = 1024 * 1024
@@ -292,6 +303,7 @@ def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
         "step_count": _step_count(connection, org_id, id_),
         "steps": newest_steps(connection, org_id, id_),
         "spends": _spends_of(connection, org_id, id_),
+        "egress": _egress_of(connection, org_id, id_),
         "spec": connection.execute(spec.limit(1)).scalar_one_or_none(),
     }
     return cast(RunDetail, {name: more.get(name, found.get(name)) for name in columns_of(RunDetail)})
@@ -316,6 +328,16 @@ def _spends_of(connection: Connection, org_id: OrgId, run_id: RunId) -> list[Spe
         Spent(meter=row["meter"], amount=int(row["amount"]), spends=row["spends"])
         for row in all_rows(connection, query)
     ]
+
+
+def _egress_of(connection: Connection, org_id: OrgId, run_id: RunId) -> list[EgressShown]:
+    """What a run has sent, the origins with the most requests first; a run has few of them."""
+    query = (
+        select(*(_egress.c[name] for name in columns_of(EgressShown)))
+        .where(_egress.c.run_id == run_id, _egress.c.org_id == org_id)
+        .order_by(_egress.c.requests.desc(), _egress.c.denied.desc(), _egress.c.origin)
+    )
+    return rows_as(EgressShown, connection, query.limit(MAX_LIMIT))
 
 
 def newest_steps(connection: Connection, org_id: OrgId, run_id: RunId) -> list[StepRow]:

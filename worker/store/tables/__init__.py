@@ -55,6 +55,7 @@ from worker.store.tables.runs import attempts as attempts
 from worker.store.tables.runs import checkpoints as checkpoints
 from worker.store.tables.runs import live_runs as live_runs
 from worker.store.tables.runs import metadata as metadata
+from worker.store.tables.runs import run_egress as run_egress
 from worker.store.tables.runs import run_ends as run_ends
 from worker.store.tables.runs import run_logs as run_logs
 from worker.store.tables.runs import run_words as run_words
@@ -438,7 +439,7 @@ rollup_hours = table(
 
 ALERT_KINDS = (
     *("failed", "refused", "overdue", "paused", "credential_dead", "provisioning_failed", "waiting"),
-    *("files_opened", "files_changeable"),
+    *("files_opened", "files_changeable", "egress_denied"),
 )
 
 alerts = table(
@@ -450,7 +451,7 @@ alerts = table(
         "kind",
         Text,
         "`failed`, `refused`, `overdue`, `paused`, `credential_dead`, `provisioning_failed`, `waiting`, "
-        "`files_opened` or `files_changeable`.",
+        "`files_opened`, `files_changeable` or `egress_denied`.",
     ),
     required("summary", Text, "A sentence for people."),
     required("fields", json_type(), "The fields of the first event."),

@@ -16,6 +16,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Float,
     Index,
     Integer,
     MetaData,
@@ -396,6 +397,27 @@ run_words = table(
     required("shown", Boolean, "Whether the org itself finds the run by it."),
     Index("ix_run_words_org_id_word_run_id", "org_id", "word", "run_id"),
     Index("ix_run_words_run_id", "run_id"),
+    readers="orgs",
+)
+
+run_egress = table(
+    "run_egress",
+    "What each run sent, by origin, without paths and bodies.",
+    Column("run_id", Id, primary_key=True),
+    Column(
+        "origin",
+        Text,
+        primary_key=True,
+        doc="As in `https://api.example.com`; `others` for those beyond 100 of a run.",
+    ),
+    required("org_id", Id),
+    required("attempt", Integer, "The last attempt that is counted in it."),
+    count("requests", "Requests that were sent.", type_=BigInteger),
+    count("bytes_out", "Bytes that were sent.", type_=BigInteger),
+    count("bytes_in", "Bytes that were received.", type_=BigInteger),
+    count("denied", "Requests that were not sent, since the run may not reach the origin.", type_=BigInteger),
+    required("statuses", json_type(), "The number of responses by status; `others` beyond 20 statuses."),
+    required("waited_seconds", Float, "How long its requests waited for a limit."),
     readers="orgs",
 )
 

@@ -35,6 +35,7 @@ from worker.model.definitions.units import took
 from worker.model.definitions.words import in_brief
 from worker.model.orgs import selector_in_words
 from worker.model.runs.clauses import listed
+from worker.model.runs.egress import statuses_in_words
 
 _WEB = Path(__file__).parents[1]
 _TYPES = {".css": "text/css", ".js": "text/javascript"}
@@ -194,6 +195,7 @@ templates.filters |= {
     "actor": actor_name,
     "selector": selector_in_words,
     "schedule": in_brief,
+    "statuses": statuses_in_words,
 }
 # What `Pages.show` sets for a caller; the login page has none of it.
 templates.globals |= {

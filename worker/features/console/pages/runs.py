@@ -30,6 +30,7 @@ from worker.ids import OrgId, RunId, given_id
 from worker.kit.output import printable
 from worker.model.claims import claims_in_words
 from worker.model.runs.clauses import clauses, up
+from worker.model.runs.egress import waited_for
 from worker.model.runs.run import step_label
 from worker.model.runs.traces import Part, parts_of
 from worker.model.runs.why import Why
@@ -120,6 +121,7 @@ class RunPages(PageGroup):
                 "log": page_before(connection, caller, run["id"]),
                 "is_live": run["state"] in ("waiting", "held", "running"),
                 "questions": _questions_of(run),
+                "waited": waited_for(run["egress"]),
                 "waits": [wait for wait in run["waits"][::-1] if wait["opened_at"] is not None][:WAITS],
                 "values": _values_of(run),
                 **problem_of(problem),

@@ -14,7 +14,7 @@ from worker.ids import DefinitionId, RunId, WorkerId
 from worker.model.runs.outcome import EndedAttempt, Trail
 from worker.model.runs.run import AdmittedRun, LogLine
 from worker.store.dialect import driver
-from worker.store.sql import run_words
+from worker.store.sql import run_egress, run_words
 from worker.store.sql.contract import (
     ADD_TO_DAY,
     ADD_TO_HOUR,
@@ -315,6 +315,28 @@ WHERE a.worker_id IS NOT DISTINCT FROM %s::uuid
 ON CONFLICT DO NOTHING
 """
 
+SENT_BEFORE = f"""
+SELECT run_id, {run_egress.COLUMNS} FROM run_egress WHERE run_id = ANY(%s::uuid[]) ORDER BY run_id, origin
+"""
+
+# As WORDS. An end that is written again, and one of an earlier attempt, changes nothing.
+SENT = f"""
+INSERT INTO run_egress AS sent (run_id, org_id, attempt, {run_egress.COLUMNS})
+SELECT DISTINCT ON (e.run_id, e.origin) e.run_id, e.org_id, e.attempt, e.origin, e.requests, e.bytes_out,
+       e.bytes_in, e.statuses::jsonb, e.denied, e.waited_seconds
+FROM unnest(%s::uuid[], %s::uuid[], %s::integer[], %s::text[], %s::bigint[], %s::bigint[], %s::bigint[],
+            %s::text[], %s::bigint[], %s::float8[], %s::bigint[])
+  AS e(run_id, org_id, attempt, {run_egress.COLUMNS}, fencing_token)
+JOIN attempts a ON a.run_id = e.run_id AND a.attempt = e.attempt AND a.fencing_token = e.fencing_token
+WHERE a.worker_id IS NOT DISTINCT FROM %s::uuid
+ORDER BY e.run_id, e.origin, e.attempt DESC
+ON CONFLICT (run_id, origin) DO UPDATE
+SET attempt = excluded.attempt, requests = excluded.requests, bytes_out = excluded.bytes_out,
+    bytes_in = excluded.bytes_in, statuses = excluded.statuses, denied = excluded.denied,
+    waited_seconds = excluded.waited_seconds
+WHERE sent.attempt < excluded.attempt
+"""
+
 # The start deadline counts from the promotion. A row that is locked is left to the next sweep: the sums of
 # orgs are locked already here, and they come last everywhere else.
 PROMOTE = """
@@ -351,6 +373,14 @@ STATE = Columns((uuids, "run_id definition_id"), (texts, "definition_state"))
 FENCED = Columns((plain, "run_id attempt fencing_token outcome"))
 # Of a `RunWord`.
 SAID = Columns((texts, "word"), (plain, "run_id org_id"), (flags, "shown"), (plain, "attempt fencing_token"))
+# Of a `StoredEgress`.
+TOTALS = Columns(
+    (plain, "run_id org_id attempt"),
+    (texts, "total.origin"),
+    (plain, "total.requests total.bytes_out total.bytes_in"),
+    (jsons, "total.statuses"),
+    (plain, "total.denied total.waited_seconds fencing_token"),
+)
 
 
 def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]:
@@ -362,7 +392,7 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
     if len({attempt.run_id for attempt in final}) < len(final):
         # Given twice, it is written once.
         final = [*{(attempt.run_id, attempt.fencing_token): attempt for attempt in final}.values()]
-    said = _words_of(raw, ended)
+    said, sent = _words_of(raw, ended), _sent_by(raw, ended)
     # With COMMIT in the same pipeline: other workers wait for the sums of the same orgs.
     with raw.pipeline():
         number, *tokens = tokens_of(attempt.trail for attempt in final)
@@ -374,6 +404,8 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
             promote(connection, [attempt.definition_id for attempt in final])
         if said:
             raw.execute(WORDS, (*SAID.of(said), worker_id))
+        if sent:
+            raw.execute(SENT, (*TOTALS.of(sent), worker_id))
         raw.execute("COMMIT", prepare=False)
     accepted = waiting.union(id_ for (id_,) in rows.fetchall())
     fenced = [attempt for attempt in ended if attempt.run_id not in accepted]
@@ -386,6 +418,13 @@ def _words_of(raw: Any, ended: Sequence[EndedAttempt]) -> list[run_words.RunWord
         return []
     names = raw.execute(NAMES, (plain({attempt.definition_id for attempt in telling}),))
     return run_words.words_of(telling, dict(names.fetchall()))
+
+
+def _sent_by(raw: Any, ended: Sequence[EndedAttempt]) -> list[run_egress.StoredEgress]:
+    sending = run_egress.sending(ended)
+    run_ids = run_egress.repeated(sending)
+    before = run_egress.by_run(raw.execute(SENT_BEFORE, (plain(run_ids),))) if run_ids else {}
+    return run_egress.totals_of(sending, before)
 
 
 def add_rollups(connection: Connection, rollups: Rollups) -> None:

@@ -11,10 +11,11 @@ from sqlalchemy import Connection
 
 from worker.clock import from_text, to_text
 from worker.ids import DefinitionId, RunId, WorkerId
+from worker.model.runs.egress import EgressRow
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import AdmittedRun, LogLine
 from worker.store.dialect import compact_json, driver, file_now
-from worker.store.sql import run_words
+from worker.store.sql import run_egress, run_words
 from worker.store.sql.contract import (
     ADD_TO_DAY,
     ADD_TO_HOUR,
@@ -108,6 +109,16 @@ INSERT INTO run_words (word, run_id, org_id, shown)
 SELECT * FROM {rows} WHERE column1 IS NOT NULL ON CONFLICT DO NOTHING
 """
 
+SENT_BEFORE = f"""
+SELECT run_id, {run_egress.COLUMNS} FROM run_egress
+WHERE run_id IN (SELECT value FROM json_each(?)) ORDER BY run_id, origin
+"""
+
+SENT = f"""
+INSERT OR REPLACE INTO run_egress (run_id, org_id, attempt, {run_egress.COLUMNS})
+SELECT * FROM {{rows}} WHERE column1 IS NOT NULL
+"""
+
 ANY_HELD = "SELECT 1 FROM live_runs WHERE state = 'held' LIMIT 1"
 
 HELD = """
@@ -132,6 +143,12 @@ ENDED = Rows(
     (None, "attempt.trail.claims_hash attempt.trail.peak_memory"),
 )
 STATES = Rows((None, "attempt.definition_id attempt.org_id attempt.definition_state attempt.run_id"))
+# Of a `StoredEgress`.
+TOTALS = Rows(
+    (None, "run_id org_id attempt total.origin total.requests total.bytes_out total.bytes_in"),
+    (json_text, "total.statuses"),
+    (None, "total.denied total.waited_seconds"),
+)
 LOG_LINES = Rows((None, "run_id attempt seq org_id"), (to_text, "at"), (None, "level source text"))
 
 
@@ -168,6 +185,9 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
     if telling := run_words.telling(ending.attempt for ending in endings):
         names = cursor.execute(NAMES, (json_list(attempt.definition_id for attempt in telling),))
         in_one_step(cursor, WORDS, [word[:4] for word in run_words.words_of(telling, dict(names))])
+    if sending := run_egress.sending(ending.attempt for ending in endings):
+        totals = run_egress.totals_of(sending, _sent_before(cursor, run_egress.repeated(sending)))
+        in_one_step(cursor, SENT, TOTALS.of(totals))
     add_rollups(connection, sum_up(endings, now))
     if final and any_held:
         promote(connection, [ending.attempt.definition_id for ending in final])
@@ -230,6 +250,13 @@ def _waiting(ending: Ending, available_at: datetime) -> tuple[Any, ...]:
     counts = attempt.failures, attempt.recoveries, attempt.keep_start_by
     why = attempt.run_id, ending.reason, attempt.detail
     return (*why, to_text(available_at), *counts, json_text(attempt.trail.progress))
+
+
+def _sent_before(cursor: Any, run_ids: Sequence[RunId]) -> dict[RunId, list[EgressRow]]:
+    """What these runs have sent in earlier attempts."""
+    if not run_ids:
+        return {}
+    return run_egress.by_run(cursor.execute(SENT_BEFORE, (json_list(run_ids),)), json.loads)
 
 
 def _written(cursor: Any, worker_id: WorkerId, fenced: Iterable[EndedAttempt]) -> set[RunId]:

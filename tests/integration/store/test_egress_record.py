@@ -1,0 +1,151 @@
+"""What runs sent: written with the end of an attempt by whoever owns the run, added to earlier attempts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from tests.fakes.stock import Stock
+from worker.model.runs.egress import MAX_ORIGINS, MAX_TOTAL, OTHERS, EgressRow
+from worker.model.runs.outcome import EndedAttempt
+from worker.store import sweeps, tables
+
+API = EgressRow("https://api.example.com", 3, 300, 9_000, {"200": 2, "429": 1}, 0, 1.5)
+DENIED = EgressRow("https://evil.example", denied=4)
+
+
+def sent(end: EndedAttempt, *rows: EgressRow) -> EndedAttempt:
+    return replace(end, trail=replace(end.trail, egress=rows))
+
+
+def record_of(stock: Stock, run_id: str) -> dict[str, dict[str, Any]]:
+    rows = [row for row in stock.all(tables.run_egress) if row["run_id"] == run_id]
+    return {row.pop("origin"): row for row in rows}
+
+
+def row_of(run: Any, attempt: int, row: EgressRow) -> dict[str, Any]:
+    numbers = {name: getattr(row, name) for name in EgressRow.__slots__ if name != "origin"}
+    return {"run_id": run.id, "org_id": run.org_id, "attempt": attempt, **numbers}
+
+
+@pytest.mark.parametrize("state", ["succeeded", "failed", "waiting", "parked"])
+def test_what_an_attempt_sent_is_written_with_its_end(stock: Stock, state: str) -> None:
+    worker = stock.worker()
+    run, quiet = stock.running(worker), stock.running(worker)
+    outcome = {"waiting": "retry"}.get(state, state)
+
+    stock.finish(worker, sent(stock.ended(run, state, outcome=outcome), API, DENIED), stock.ended(quiet))
+
+    assert record_of(stock, run.id) == {
+        API.origin: row_of(run, 1, API),
+        DENIED.origin: row_of(run, 1, DENIED),
+    }
+    assert record_of(stock, quiet.id) == {}
+
+
+def test_two_attempts_add_up(stock: Stock) -> None:
+    worker = stock.worker()
+    run = stock.running(worker)
+    stock.finish(worker, sent(stock.ended(run, "waiting"), API, DENIED))
+    stock.make_available(run.id)
+    (again,) = stock.admit(worker)
+    more = EgressRow(API.origin, 2, 1, MAX_TOTAL, {"200": 1, "503": 1}, 1, 0.25)
+    new = EgressRow("https://new.example", 1)
+
+    stock.finish(worker, sent(stock.ended(again), more, new))
+
+    total = EgressRow(API.origin, 5, 301, MAX_TOTAL, {"200": 3, "429": 1, "503": 1}, 1, 1.75)
+    assert record_of(stock, run.id) == {
+        API.origin: row_of(run, 2, total),
+        DENIED.origin: row_of(run, 1, DENIED),
+        new.origin: row_of(run, 2, new),
+    }
+
+
+def test_an_end_of_a_lost_attempt_writes_nothing(stock: Stock) -> None:
+    worker, other = stock.worker(), stock.worker()
+    run, kept = stock.running(worker), stock.running(worker)
+    late = sent(replace(stock.ended(run), fencing_token=7), API)
+
+    assert stock.finish(worker, late, sent(stock.ended(kept), API)) == {kept.id}
+    assert stock.finish(other, sent(stock.ended(run), API)) == set()
+
+    assert record_of(stock, run.id) == {}
+    assert record_of(stock, kept.id) == {API.origin: row_of(kept, 1, API)}
+
+
+def test_a_late_end_adds_nothing_to_what_a_later_attempt_sent(stock: Stock) -> None:
+    worker = stock.worker()
+    run = stock.running(worker)
+    first = sent(stock.ended(run, "waiting"), API)
+    stock.finish(worker, first)
+    stock.make_available(run.id)
+    (again,) = stock.admit(worker)
+    stock.finish(worker, sent(stock.ended(again), DENIED))
+
+    late = sent(first, replace(API, requests=1_000), EgressRow("https://late.example", 1))
+    stock.finish(worker, replace(late, fencing_token=again.fencing_token), late)
+
+    found = record_of(stock, run.id)
+    assert found[API.origin] == row_of(run, 1, API)
+    assert found[DENIED.origin] == row_of(run, 2, DENIED)
+
+
+def test_an_end_that_is_written_again_adds_nothing(stock: Stock) -> None:
+    """The answer to COMMIT was cut, and the worker writes the same end again."""
+    worker = stock.worker()
+    run, other = stock.running(worker), stock.running(worker)
+    retry = sent(stock.ended(run, "waiting"), API)
+
+    for _ in range(2):
+        assert stock.finish(worker, retry) == {run.id}
+    stock.make_available(run.id)
+    (again,) = stock.admit(worker)
+    last = sent(stock.ended(again), API)
+    for end in (last, last, retry):
+        stock.finish(worker, end, sent(stock.ended(other), API))
+
+    assert record_of(stock, run.id)[API.origin]["requests"] == 2 * API.requests
+    assert record_of(stock, other.id)[API.origin]["requests"] == API.requests
+
+
+def test_a_run_has_a_bounded_number_of_rows_over_all_attempts(stock: Stock) -> None:
+    worker = stock.worker()
+    run = stock.running(worker)
+    for attempt in range(3):
+        rows = [EgressRow(f"https://{attempt}-{n}.example", 1) for n in range(60)]
+        stock.finish(worker, sent(stock.ended(run, "waiting"), *rows))
+        stock.make_available(run.id)
+        (run,) = stock.admit(worker)
+
+    found = record_of(stock, run.id)
+    assert len(found) == MAX_ORIGINS + 1
+    assert found[OTHERS]["requests"] == 80
+    assert sum(row["requests"] for row in found.values()) == 180
+
+
+def test_ends_without_requests_do_not_touch_the_table(stock: Stock) -> None:
+    worker = stock.worker()
+    run, other = stock.running(worker), stock.running(worker)
+    with stock.database.transaction() as connection:
+        connection.execute(text("ALTER TABLE run_egress RENAME TO hidden"))
+
+    assert stock.finish(worker, stock.ended(run)) == {run.id}
+    with pytest.raises(Exception, match="run_egress"):
+        stock.finish(worker, sent(stock.ended(other), API))
+
+
+def test_the_record_is_deleted_with_its_run(stock: Stock) -> None:
+    worker = stock.worker()
+    run, kept = stock.running(worker), stock.running(worker)
+    stock.finish(worker, sent(stock.ended(run), API), sent(stock.ended(kept, "failed", reason="error"), API))
+
+    assert stock.within(sweeps.forget_parts, "succeeded", timedelta(seconds=-60), runs=5, limit=1) == 1
+    stock.within(sweeps.forget_runs, "succeeded", timedelta(seconds=-60), limit=5)
+
+    assert record_of(stock, run.id) == {}
+    assert record_of(stock, kept.id) == {API.origin: row_of(kept, 1, API)}
