@@ -126,8 +126,8 @@ _ROWS = (
         "a request was not sent, since the run may not reach this origin; once an attempt and origin",
     ),
     _debug(
-        "egress.counted: org run handler origin denied waited",
-        "an attempt ended: its requests to this origin that were denied, and the seconds that others waited",
+        "egress.counted: org run attempt handler origin denied seconds",
+        "an attempt ended: its requests to this origin that were denied, and how long others waited",
     ),
     _debug("egress.sent: origin status count", "an attempt ended: its requests, by class of status"),
     _debug("meter.spent: meter amount", "runs spent `amount` of a meter that has a budget"),

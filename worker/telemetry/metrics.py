@@ -100,7 +100,7 @@ METRICS: tuple[Metric, ...] = (
     _counter(
         "egress_waited_seconds_total: origin",
         "time that requests of runs waited for a limit",
-        "egress.counted waited",
+        "egress.counted seconds",
     ),
     _gauge(
         "pool_waiting: pool",

@@ -6,7 +6,9 @@ Imported only if tracing is enabled: it needs the extra `orgworker[otel]`.
 from __future__ import annotations
 
 import logging
+import re
 import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from hashlib import blake2b
@@ -17,12 +19,22 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import Decision
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    Span,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+    set_span_in_context,
+)
 from opentelemetry.util.types import AttributeValue
 
+from worker.bounded import remember
 from worker.clock import Clock
 from worker.telemetry.events import Emitted, emit
-from worker.telemetry.tracing import BAD, RESULTS, Marks, Result, Traced
+from worker.telemetry.tracing import BAD, METHODS, OTHER_METHOD, RESULTS, Marks, Result, Traced, TracedRequest
 
 
 def otlp_exporter(endpoint: str, headers: str) -> SpanExporter:
@@ -70,6 +82,7 @@ class QuietExporter(SpanExporter):
         return False
 
 
+_TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 # What a span has of an attempt, as `orgworker.NAME`.
 _SHOWN = (
     *("org", "definition", "handler", "origin", "isolation"),
@@ -77,6 +90,10 @@ _SHOWN = (
 )
 # Maximum attempts with marks; more exist only if the ends of attempts are lost.
 BOUND = 100_000
+# Requests of an attempt that have spans, and characters of their hosts and errors.
+MAX_REQUESTS = 1_000
+MAX_HOST = 253
+MAX_ERROR = 100
 # Seconds to export the last spans at the end of the process.
 LAST_EXPORT = 5.0
 
@@ -100,6 +117,8 @@ class OtelTracer:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("orgworker", version)
         self._marks: dict[tuple[str, int], Marks] = {}
+        # Requests by the span of their handler.
+        self._requests: OrderedDict[int, int] = OrderedDict()
 
     def hear(self, emitted: Emitted) -> None:
         """Mark the start of an attempt; drop the marks of one that was fenced out."""
@@ -121,6 +140,7 @@ class OtelTracer:
 
     def marks(self, run_id: str, fencing_token: int) -> Marks:
         """Remove and return the marks of an attempt that has ended."""
+        self._requests.pop(_span_id(run_id, fencing_token, "handler"), None)
         return self._marks.pop((run_id, fencing_token), Marks())
 
     def end(self, traced: Traced, marks: Marks) -> None:
@@ -149,6 +169,37 @@ class OtelTracer:
                 self._ids.span_id = _span_id(traced.run_id, traced.fencing_token, "handler")
                 self._end_task(span, traced, "handler", marks.handler_began_at, traced.ended_at, result)
         _end(span, traced.ended_at, result)
+
+    def request(self, traceparent: str, request: TracedRequest) -> None:
+        """Make the span of a request below the handler's, for the first `MAX_REQUESTS` of an attempt."""
+        parent = _parent_of(traceparent)
+        if parent is None or not self._has_room(parent.span_id):
+            return
+        method = request.method if request.method in METHODS else OTHER_METHOD
+        failed = request.error if request.status is None else _error_status(request.status)
+        attributes = {
+            "http.request.method": method,
+            "server.address": request.host[:MAX_HOST],
+            "server.port": request.port,
+            "http.response.status_code": request.status,
+            "error.type": None if failed is None else failed[:MAX_ERROR],
+        }
+        span = self._tracer.start_span(
+            "HTTP" if method == OTHER_METHOD else method,
+            context=set_span_in_context(NonRecordingSpan(parent)),
+            kind=SpanKind.CLIENT,
+            start_time=request.started,
+            attributes=_present(attributes),
+        )
+        if failed is not None:
+            span.set_status(Status(StatusCode.ERROR))
+        span.end(max(request.started, request.ended))
+
+    def _has_room(self, handler: int) -> bool:
+        """Count a request of this handler's span; spans of one run must not keep out those of others."""
+        count = self._requests.get(handler, 0) + 1
+        remember(self._requests, handler, count, BOUND)
+        return count <= MAX_REQUESTS
 
     def close(self) -> None:
         """Send the last spans within `LAST_EXPORT` seconds."""
@@ -222,6 +273,20 @@ def _end(span: Span, at: datetime, result: Result) -> None:
     if result in BAD:
         span.set_status(Status(StatusCode.ERROR))
     span.end(_nanoseconds(at))
+
+
+def _parent_of(traceparent: str) -> SpanContext | None:
+    """The span that a W3C traceparent names; None if it is none."""
+    found = _TRACEPARENT.fullmatch(traceparent)
+    if found is None:
+        return None
+    trace_id, span_id, flags = (int(part, 16) for part in found.groups())
+    return SpanContext(trace_id, span_id, is_remote=True, trace_flags=TraceFlags(flags))
+
+
+def _error_status(status: int) -> str | None:
+    """The `error.type` of a response to a client; None if its status is no error."""
+    return str(status) if status >= 400 else None
 
 
 def _trace_id(run_id: str) -> int:

@@ -67,12 +67,34 @@ class Marks:
     handler_began_at: datetime | None = None
 
 
+# The methods of RFC 9110 and RFC 5789, which name spans; semantic conventions call any other one so.
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
+OTHER_METHOD = "_OTHER"
+
+
+@dataclass(frozen=True, slots=True)
+class TracedRequest:
+    """A request of a run, without path and query. The times are Unix nanoseconds.
+
+    `status` is that of the response, None without one; `error` then says why, in a word such as `timeout`.
+    """
+
+    method: str
+    host: str
+    port: int
+    started: int
+    ended: int
+    status: int | None = None
+    error: str | None = None
+
+
 class Tracer(Protocol):
     """See `otel.OtelTracer`; all calls come from the worker's event loop."""
 
     def hand_over(self, run_id: str, fencing_token: int) -> str | None: ...
     def marks(self, run_id: str, fencing_token: int) -> Marks: ...
     def end(self, traced: Traced, marks: Marks) -> None: ...
+    def request(self, traceparent: str, request: TracedRequest) -> None: ...
 
 
 _tracer: Tracer | None = None
@@ -98,3 +120,12 @@ def in_use() -> Tracer | None:
 def traceparent(run_id: str, fencing_token: int) -> str | None:
     """The W3C traceparent of a handler that is about to be called, or None if tracing is off."""
     return None if _tracer is None else _tracer.hand_over(run_id, fencing_token)
+
+
+def request_span(traceparent: str | None, request: TracedRequest) -> None:
+    """Make the span of a request that an attempt has sent; nothing if tracing is off.
+
+    `traceparent` is that of the attempt's handler, as `Work` has it.
+    """
+    if _tracer is not None and traceparent is not None:
+        _tracer.request(traceparent, request)

@@ -291,8 +291,8 @@ def test_a_cause_that_strikes_no_more_is_over_after_longer_than_a_day(ledger, st
     assert "it has not occurred again" in end.summary
 
 
-@pytest.mark.parametrize("kind", ["files_opened", "files_changeable"])
-def test_files_that_were_opened_no_more_are_over_after_longer_than_a_day(ledger, stock, kind):
+@pytest.mark.parametrize("kind", ["files_opened", "files_changeable", "egress_denied"])
+def test_what_only_occurs_is_over_after_longer_than_a_day(ledger, stock, kind):
     ledger.note(strike(ledger, kind))
     ledger.settle()
     assert ledger.briefly() == [(kind, "firing")]

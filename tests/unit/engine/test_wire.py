@@ -20,9 +20,11 @@ from worker.features.hosts.sent import END, LINE, End, LineRow, Sent, calls_of, 
 from worker.features.hosts.wire import Malformed, Registration
 from worker.handlers import calls
 from worker.handlers.calls import MAX_METERS, OpenWait, StoreStep
+from worker.handlers.json_text import check_json_text
 from worker.ids import RunId
 from worker.model.egress import BoundSecret
 from worker.model.runs import outcome as outcomes
+from worker.model.runs.egress import MAX_ORIGIN, MAX_ORIGINS, MAX_TOTAL, EgressRow
 from worker.model.runs.run import NewStep
 from worker.model.runs.waits import MAX_WAITS, NewWait
 
@@ -154,6 +156,28 @@ def test_an_end_that_names_no_run_is_refused(changed: dict[str, Any]) -> None:
         wire.rows_of({"ends": [END.write(ENDED) | changed]}, "ends", END)
 
 
+EGRESS = {
+    "origin": "https://api.example.com",
+    "requests": 3,
+    "bytes_out": 300,
+    "bytes_in": 9_000,
+    "denied": 1,
+    "statuses": {"200": 2, "429": 1},
+    "waited_seconds": 1.5,
+}
+
+
+def test_an_end_names_what_was_sent_and_only_if_anything_was() -> None:
+    """A worker of the previous release ignores the key; a host of it leaves it out."""
+    row = EgressRow("https://api.example.com", 3, 300, 9_000, {"200": 2, "429": 1}, 1, 1.5)
+
+    message = sent(END.write(replace(ENDED, egress=(row,))))
+
+    assert message["egress"] == [EGRESS]
+    assert END.read(message, check_json_text).egress == (row,)
+    assert "egress" not in END.write(ENDED)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -162,6 +186,19 @@ def test_an_end_that_names_no_run_is_refused(changed: dict[str, Any]) -> None:
         {"progress": {"done": float("nan"), "total": None, "note": None}},
         {"asks": "approve"},
         {"asks": ["a\n"]},
+        {"egress": "none"},
+        {"egress": [EGRESS] * (MAX_ORIGINS + 2)},
+        {"egress": [EGRESS | {"origin": "https://" + "a" * MAX_ORIGIN}]},
+        {"egress": [EGRESS | {"origin": "https://a\n"}]},
+        {"egress": [EGRESS | {"requests": -1}]},
+        {"egress": [EGRESS | {"bytes_in": MAX_TOTAL + 1}]},
+        {"egress": [EGRESS | {"denied": 0.5}]},
+        {"egress": [EGRESS | {"statuses": {"200": "1"}}]},
+        {"egress": [EGRESS | {"statuses": {str(n): 1 for n in range(200, 300)}}]},
+        {"egress": [EGRESS | {"waited_seconds": float("nan")}]},
+        {"egress": [EGRESS | {"waited_seconds": -1}]},
+        {"egress": [None]},
+        {"egress": [{}]},
     ],
 )
 @pytest.mark.parametrize("alone", [True, False], ids=["", "control"])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.clock import ManualClock
-from worker.telemetry import events
+from worker.telemetry import alerts, events
 from worker.telemetry.alerts import MAX_OPEN, Alert, Strike, Strikes
 from worker.telemetry.events import EVENTS, emit
 
@@ -140,7 +140,7 @@ def test_each_kind_comes_of_an_event_of_the_table_and_of_no_other(heard):
 
     assert set(heard.kinds()) == {
         *("failed", "paused", "credential_dead", "overdue", "provisioning_failed", "waiting"),
-        *("files_opened", "files_changeable"),
+        *("files_opened", "files_changeable", "egress_denied"),
     }
 
 
@@ -154,6 +154,38 @@ def test_each_file_that_was_opened_is_a_cause(heard):
         ("files_opened", 1, "/etc/b was opened to other accounts (0644); another account owns it"),
         ("files_changeable", 1, "handlers could open /etc/a to other accounts; `doctor` has the fix"),
     ]
+
+
+def deny(handler: str, origin: str, org: str = "org_a") -> None:
+    given = {"run": "r", "attempt": 1, "reason": "not listed"}
+    emit("egress.denied", org=org, handler=handler, origin=origin, **given)
+
+
+def test_each_origin_that_a_handler_was_denied_is_a_cause(heard):
+    for org in ("org_a", "org_b"):
+        deny("acme.digest", "https://evil.example", org)
+    deny("acme.digest", "https://other.example")
+    deny("acme.render", "https://evil.example")
+
+    assert [(strike.kind, strike.count, strike.summary) for strike in heard.taken()] == [
+        ("egress_denied", 2, "acme.digest was denied requests to https://evil.example: not listed"),
+        ("egress_denied", 1, "acme.digest was denied requests to https://other.example: not listed"),
+        ("egress_denied", 1, "acme.render was denied requests to https://evil.example: not listed"),
+    ]
+
+
+def test_a_handler_that_tries_many_origins_uses_up_few_of_the_open_alerts(heard, monkeypatch):
+    def causes() -> int:
+        for number in range(MAX_OPEN + 10):
+            deny("acme.hostile", f"https://{number}.example")
+        deny("acme.digest", "https://evil.example")
+        return len(heard.taken())
+
+    assert causes() == alerts.MAX_ORIGINS + 2
+
+    # The control: each of them would be a cause.
+    monkeypatch.setattr(alerts, "MAX_ORIGINS", 10 * MAX_OPEN)
+    assert causes() == MAX_OPEN
 
 
 def test_what_could_not_be_written_down_comes_again_with_what_struck_meanwhile(heard):

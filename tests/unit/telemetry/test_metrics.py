@@ -206,3 +206,28 @@ def test_a_worker_reports_the_database_and_a_host_its_workers(metrics: Metrics):
     assert value(host, "control_up") == 1
     assert ("orgworker_database_up", ()) not in series(host)
     assert ("orgworker_control_up", ()) not in series(metrics)
+
+
+def test_requests_are_counted_by_origin_and_class_of_status(metrics: Metrics):
+    for origin, denied, waited in (("https://a", 0, 1.5), ("https://a", 0, 2.0), ("https://b", 3, 0.0)):
+        emit("egress.counted", origin=origin, denied=denied, seconds=waited)
+    for status, count in (("2xx", 3), ("5xx", 1), ("2xx", 2)):
+        emit("egress.sent", origin="https://a", status=status, count=count)
+
+    assert value(metrics, "egress_requests_total", origin="https://a", status="2xx") == 5
+    assert value(metrics, "egress_requests_total", origin="https://a", status="5xx") == 1
+    assert value(metrics, "egress_denied_total", origin="https://b") == 3
+    assert value(metrics, "egress_waited_seconds_total", origin="https://a") == 3.5
+
+
+def test_origins_after_the_first_hundred_are_counted_together(metrics: Metrics):
+    for number in range(module.MAX_ORIGINS + 50):
+        emit("egress.counted", origin=f"https://{number}", denied=1, seconds=0.5)
+        emit("egress.sent", origin=f"https://{number}", status="2xx", count=1)
+    emit("egress.sent", origin="https://7", status="2xx", count=1)
+
+    found = [name for name in series(metrics) if name[0] == "orgworker_egress_requests_total"]
+    assert len(found) == module.MAX_ORIGINS + 1
+    assert value(metrics, "egress_requests_total", origin="others", status="2xx") == 50
+    assert value(metrics, "egress_denied_total", origin="others") == 50
+    assert value(metrics, "egress_requests_total", origin="https://7", status="2xx") == 2

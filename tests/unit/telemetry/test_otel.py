@@ -20,10 +20,10 @@ from opentelemetry.trace import SpanKind, StatusCode
 from tests.fakes.clock import START, ManualClock
 from worker.ids import new_id
 from worker.store.tables import ATTEMPT_OUTCOMES
-from worker.telemetry import otel
+from worker.telemetry import otel, tracing
 from worker.telemetry.events import emit, listen
 from worker.telemetry.otel import OtelTracer
-from worker.telemetry.tracing import BAD, RESULTS, Traced
+from worker.telemetry.tracing import BAD, RESULTS, Traced, TracedRequest
 
 RUN = new_id()
 TRACED = Traced(
@@ -247,3 +247,88 @@ def test_what_is_remembered_of_attempts_ends_with_them_and_is_bounded(collected,
 
     marks = {f"r{number}": collected.tracer.marks(f"r{number}", 1) for number in range(5)}
     assert [run for run, each in marks.items() if each.token_began_at] == ["r2", "r3"]
+
+
+SENT_AT = int(START.timestamp()) * 10**9
+GET = TracedRequest("GET", "api.example.com", 443, SENT_AT, SENT_AT + 1_500_000_000, 200)
+
+
+def request_spans(collected: Collected, *requests: TracedRequest) -> list[ReadableSpan]:
+    """The spans of requests of an attempt that has ended."""
+    emit("run.admitted", run=RUN, fencing_token=7)
+    parent = collected.tracer.hand_over(RUN, 7)
+    assert parent is not None
+    for request in requests:
+        collected.tracer.request(parent, request)
+    collected.tracer.end(TRACED, collected.tracer.marks(RUN, 7))
+    collected.tracer.close()
+    return [span for span in collected.exporter.get_finished_spans() if span.kind is SpanKind.CLIENT]
+
+
+def test_a_request_is_a_span_below_its_handlers_without_path_and_query(collected):
+    (span,) = request_spans(collected, GET)
+
+    by_name = {each.name: each for each in collected.exporter.get_finished_spans()}
+    handler = by_name["handler"]
+    assert (span.name, span.parent.span_id) == ("GET", handler.context.span_id)
+    assert span.context.trace_id == handler.context.trace_id
+    assert seconds(span) == (0, 1.5)
+    assert dict(span.attributes) == {
+        "http.request.method": "GET",
+        "server.address": "api.example.com",
+        "server.port": 443,
+        "http.response.status_code": 200,
+    }
+    assert span.status.status_code is StatusCode.UNSET
+
+
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [({"status": 404}, "404"), ({"status": 503}, "503"), ({"status": None, "error": "timeout"}, "timeout")],
+)
+def test_a_request_that_failed_has_an_error_type(collected, changed: dict[str, Any], error: str):
+    (span,) = request_spans(collected, replace(GET, **changed))
+
+    assert span.attributes["error.type"] == error
+    assert span.status.status_code is StatusCode.ERROR
+
+
+def test_what_a_run_chooses_makes_no_name_and_no_long_attribute(collected):
+    hostile = replace(GET, method="STEAL /token", host="h" * 9_000, status=None, error="e" * 9_000, ended=0)
+
+    (span,) = request_spans(collected, hostile)
+
+    assert (span.name, span.attributes["http.request.method"]) == ("HTTP", "_OTHER")
+    assert len(span.attributes["server.address"]) == otel.MAX_HOST
+    assert len(span.attributes["error.type"]) == otel.MAX_ERROR
+    assert span.end_time == span.start_time
+
+
+def test_a_run_with_many_requests_leaves_room_for_the_spans_of_others(collected, monkeypatch):
+    monkeypatch.setattr(otel, "MAX_REQUESTS", 3)
+
+    assert len(request_spans(collected, *[GET] * 10)) == 3
+
+
+def test_requests_of_an_attempt_that_is_not_sampled_make_no_span(clock, monkeypatch):
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
+
+    assert request_spans(Collected(clock), GET) == []
+
+
+@pytest.mark.parametrize("parent", ["", "00-zz-1-01", "01-" + "a" * 32 + "-" + "b" * 16 + "-01"])
+def test_a_request_without_a_valid_traceparent_makes_no_span(collected, parent: str):
+    collected.tracer.request(parent, GET)
+
+    assert collected.spans() == {}
+
+
+def test_a_request_span_is_made_by_the_tracer_in_use(collected):
+    tracing.request_span("00-" + "a" * 32 + "-" + "b" * 16 + "-01", GET)
+    stop = tracing.use(collected.tracer)
+    tracing.request_span(None, GET)
+    tracing.request_span("00-" + "a" * 32 + "-" + "b" * 16 + "-01", GET)
+    stop()
+
+    assert list(collected.spans()) == ["GET"]
+    assert len(collected.exporter.get_finished_spans()) == 1

@@ -257,10 +257,11 @@ def run_ended(ended: EndedAttempt, inflight: InflightRun | None) -> None:
             "egress.counted",
             org=plan and plan.org.code,
             run=ended.run_id,
+            attempt=ended.attempt,
             handler=ended.trail.handler,
             origin=row.origin,
             denied=row.denied,
-            waited=row.waited_seconds,
+            seconds=row.waited_seconds,
         )
         for status, count in row.by_class().items():
             emit("egress.sent", origin=row.origin, status=status, count=count)
