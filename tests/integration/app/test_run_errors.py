@@ -1,4 +1,4 @@
-"""`runs logs` and `runs show` for people: the error with its trace, and a log with nothing in it."""
+"""`runs logs` and `runs show` for people: errors with their traces, requests, a log with nothing in it."""
 
 from __future__ import annotations
 
@@ -107,3 +107,27 @@ def test_a_run_that_logged_nothing_is_said_to(cli: CommandLine):
 
     assert (done.out, done.err) == ("", f"run {run} has logged nothing (waiting due)\n")
     assert cli("runs", "logs", run, "-o", "json").json() == []
+
+
+@on_either
+def test_a_run_is_shown_with_what_it_sent_and_how_long_it_waited(
+    failed: str, own_cli: CommandLine, migrated_url: str
+):
+    assert own_cli("runs", "show", failed, "-o", "json").json()["egress"] == []
+    assert "waited" not in own_cli("runs", "show", failed).out
+    database = Database.open(migrated_url, clock=SystemClock())
+    row = {
+        "origin": "https://api.example.com", "requests": 3, "bytes_out": 1200, "bytes_in": 56000,
+        "statuses": {"200": 2, "429": 1}, "denied": 0, "waited_seconds": 12.0,
+    }  # fmt: skip
+    with database.transaction() as connection:
+        ids = {"run_id": failed, "org_id": orgs.require(connection, "org_a")["id"], "attempt": 1}
+        connection.execute(insert(tables.run_egress).values(**ids, **row))
+    database.close()
+
+    shown = own_cli("runs", "show", failed).out
+
+    (line,) = [line for line in shown.splitlines() if "https://api.example.com  " in line]
+    assert "200: 2, 429: 1" in line
+    assert "waited 12 s for https://api.example.com" in shown
+    assert own_cli("runs", "show", failed, "-o", "json").json()["egress"] == [row]

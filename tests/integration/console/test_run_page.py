@@ -40,6 +40,7 @@ from worker.store import tables
 from worker.store.lists import runs
 from worker.store.sql import statements
 
+API = "/api/v1"
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(1)>"
 TRACE = (
     "Traceback (most recent call last):\n"
@@ -150,6 +151,54 @@ async def test_the_answer_comes_first_with_the_next_step_in_the_console(staffed:
     assert "attempt 2" in text.lower()
     assert "<desc>waiting" in text
     assert other not in text
+
+
+def sent(site: Site, run_id: str, *origins: str) -> None:
+    """Let a run have sent three requests to each of these origins, and tried another one."""
+    with site.database.transaction() as connection:
+        org_id = connection.execute(
+            select(tables.runs.c.org_id).where(tables.runs.c.id == run_id)
+        ).scalar_one()
+        numbers = {"requests": 3, "bytes_out": 1_200, "bytes_in": 56_000, "denied": 1, "attempt": 1}
+        row = numbers | {"statuses": {"429": 1, "200": 2}, "waited_seconds": 12.0}
+        rows = [row | {"run_id": run_id, "org_id": org_id, "origin": origin} for origin in origins]
+        connection.execute(insert(tables.run_egress), rows)
+
+
+@on_either
+async def test_a_run_shows_what_it_sent_to_its_org_and_to_operators(staffed: Site):
+    run, other = make_run(staffed), make_run(staffed, "org_b")
+    sent(staffed, run, "https://api.example.com")
+    sent(staffed, other, "https://canary.example.com")
+
+    for token in (TOKENS["viewer"], staffed.token("org_a")):
+        text = (await staffed.get(f"/runs/{run}", token)).text
+        shown = (await staffed.get(f"{API}/runs/{run}", token)).json()
+
+        for cell in ("https://api.example.com", "200: 2, 429: 1", "12.0 s", "1,200", "56,000"):
+            assert cell in text
+        assert "It waited 12 s for https://api.example.com." in text
+        assert shown["egress"] == [
+            {
+                "origin": "https://api.example.com", "requests": 3, "bytes_out": 1_200, "bytes_in": 56_000,
+                "statuses": {"200": 2, "429": 1}, "denied": 1, "waited_seconds": 12.0,
+            }
+        ]  # fmt: skip
+        assert "canary" not in text
+    assert (await staffed.get(f"/runs/{other}", staffed.token("org_a"))).status_code == 404
+    assert 'id="requests"' not in (await staffed.get(f"/runs/{make_run(staffed)}", TOKENS["viewer"])).text
+
+
+async def test_origins_that_a_run_chose_run_nothing_in_a_page(staffed: Site):
+    run = make_run(staffed)
+    hostile = [text for text in strings() if text.isprintable()]
+    sent(staffed, run, EVIL, *hostile[:50])
+
+    page = await staffed.get(f"/runs/{run}", TOKENS["viewer"])
+
+    assert page.status_code == 200
+    assert "&lt;script&gt;" in page.text
+    assert dangers(page.text) == []
 
 
 CAUSES = [

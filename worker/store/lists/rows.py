@@ -235,8 +235,8 @@ class Spent(TypedDict):
     spends: Shown[int]
 
 
-class EgressShown(TypedDict):
-    """What a run sent to one origin: `denied` requests were not sent. Without paths and bodies."""
+class EgressTotals(TypedDict):
+    """What a run sent to one origin; `denied` requests were not sent, `waited_seconds` waited for a limit."""
 
     origin: Shown[str]
     requests: Shown[int]
@@ -305,7 +305,7 @@ class RunDetail(Run):
     step_count: Shown[int]
     steps: Annotated[list[StepRow], redaction.rows(StepRow)]
     spends: Annotated[list[Spent], redaction.rows(Spent)]
-    egress: Annotated[list[EgressShown], redaction.rows(EgressShown)]
+    egress: Annotated[list[EgressTotals], redaction.rows(EgressTotals)]
     spec: Spec
 
 

@@ -31,7 +31,7 @@ from worker.store.dialect import Id, Instant, Row, all_rows, below, first_row, i
 from worker.store.lists import MAX_LIMIT, Page
 from worker.store.lists.rows import (
     AttemptRow,
-    EgressShown,
+    EgressTotals,
     LogRow,
     Run,
     RunDetail,
@@ -330,14 +330,14 @@ def _spends_of(connection: Connection, org_id: OrgId, run_id: RunId) -> list[Spe
     ]
 
 
-def _egress_of(connection: Connection, org_id: OrgId, run_id: RunId) -> list[EgressShown]:
+def _egress_of(connection: Connection, org_id: OrgId, run_id: RunId) -> list[EgressTotals]:
     """What a run has sent, the origins with the most requests first; a run has few of them."""
     query = (
-        select(*(_egress.c[name] for name in columns_of(EgressShown)))
+        select(*(_egress.c[name] for name in columns_of(EgressTotals)))
         .where(_egress.c.run_id == run_id, _egress.c.org_id == org_id)
         .order_by(_egress.c.requests.desc(), _egress.c.denied.desc(), _egress.c.origin)
     )
-    return rows_as(EgressShown, connection, query.limit(MAX_LIMIT))
+    return rows_as(EgressTotals, connection, query.limit(MAX_LIMIT))
 
 
 def newest_steps(connection: Connection, org_id: OrgId, run_id: RunId) -> list[StepRow]:
