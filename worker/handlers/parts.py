@@ -19,7 +19,7 @@ from worker.clock import from_text, to_text
 from worker.handlers.json_text import check_json_text, clean
 from worker.handlers.results import as_timedelta
 from worker.handlers.steps import StepError, check_key, check_name
-from worker.model.definitions.budgets import OWN_METERS
+from worker.model.definitions.budgets import RESERVED_METERS
 
 V = TypeVar("V")
 
@@ -106,7 +106,7 @@ class Meter(Name):
     """The name of a meter of handlers."""
 
     def read(self, value: Any, check: TextCheck) -> str:
-        if value in OWN_METERS:
+        if isinstance(value, str) and value in RESERVED_METERS:
             raise ValueError("orgworker counts this meter itself")
         return super().read(value, check)
 

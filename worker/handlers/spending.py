@@ -18,7 +18,7 @@ from worker.clock import Clock
 from worker.handlers.calls import AskBudgets, CountSpend, Port
 from worker.handlers.steps import StepError, check_name, open_step
 from worker.handlers.waits import AnyWaits
-from worker.model.definitions.budgets import MAX_AMOUNT, OWN_METERS
+from worker.model.definitions.budgets import MAX_AMOUNT, RESERVED_METERS
 from worker.model.runs.budgets import MAX_SPENDS, BudgetState, decisive, tightest, wait_of
 from worker.model.runs.waits import BUDGET
 
@@ -94,7 +94,7 @@ class Spending:
 
     def spend(self, meter: str, amount: int) -> Coroutine[Any, Any, None] | None:
         """As `Context.spend`. None inside a step: it is noted, and there is nothing to wait for."""
-        if check_name("meter", meter) in OWN_METERS:
+        if check_name("meter", meter) in RESERVED_METERS:
             raise StepError(f"spend {meter}: orgworker counts this meter itself; use another name")
         if isinstance(amount, bool) or not isinstance(amount, int) or not 0 <= amount <= MAX_AMOUNT:
             raise StepError(

@@ -177,7 +177,7 @@ class OtelTracer:
             return
         method = request.method if request.method in METHODS else OTHER_METHOD
         failed = request.error if request.status is None else _error_status(request.status)
-        attributes = {
+        attributes: dict[str, AttributeValue | None] = {
             "http.request.method": method,
             "server.address": request.host[:MAX_HOST],
             "server.port": request.port,
@@ -276,7 +276,7 @@ def _end(span: Span, at: datetime, result: Result) -> None:
 
 
 def _parent_of(traceparent: str) -> SpanContext | None:
-    """The span that a W3C traceparent names; None if it is none."""
+    """The span that a W3C traceparent names; None for any other text."""
     found = _TRACEPARENT.fullmatch(traceparent)
     if found is None:
         return None
@@ -285,7 +285,7 @@ def _parent_of(traceparent: str) -> SpanContext | None:
 
 
 def _error_status(status: int) -> str | None:
-    """The `error.type` of a response to a client; None if its status is no error."""
+    """The `error.type` of a response: its status from 400 on, else None."""
     return str(status) if status >= 400 else None
 
 

@@ -14,9 +14,11 @@ from tests.conftest import on_either
 from tests.integration.hosts.conftest import HANDLER, Fleet, Host, end_of, fence
 from worker.features.hosts.hosted_runs import HostedRuns
 from worker.model.runs import outcome as outcomes
+from worker.model.runs.egress import EgressRow
 from worker.model.runs.outcome import Error, Failed, Outcome
 from worker.operations.runs import cancel
 from worker.store import hosts, tables
+from worker.telemetry.events import Emitted
 
 
 async def report(fleet: Fleet, host: Host, outcome: Outcome) -> str:
@@ -30,6 +32,59 @@ async def report(fleet: Fleet, host: Host, outcome: Outcome) -> str:
 async def believe(runs: HostedRuns, reported: Outcome, *_: Any) -> Outcome:
     """In place of the defence."""
     return reported
+
+
+SENT = EgressRow("https://api.example.com", 3, 300, 9_000, {"200": 2, "429": 1}, 0, 1.5)
+
+
+def recorded(fleet: Fleet, run: str) -> dict[str, int]:
+    """The requests by origin that are stored of a run."""
+    rows = fleet.rows.all(tables.run_egress, tables.run_egress.c.run_id == run)
+    return {row["origin"]: row["requests"] for row in rows}
+
+
+@on_either
+async def test_what_a_run_of_a_host_sent_is_stored_with_its_end(fleet: Fleet, emitted: list[Emitted]) -> None:
+    host, taken = await fleet.busy_host()
+    run = taken.run.id
+    end = end_of(taken, egress=(SENT, EgressRow("https://evil.example", denied=2)))
+    for _ in range(2):  # the answer to the first was lost
+        assert await host.finish(fleet.one, end) == [run]
+
+    rows = fleet.rows.all(tables.run_egress)
+    assert [(row["run_id"], row["org_id"], row["origin"], row["denied"]) for row in rows] == [
+        (run, fleet.org("org_a"), "https://api.example.com", 0),
+        (run, fleet.org("org_a"), "https://evil.example", 2),
+    ]
+    assert (rows[0]["statuses"], rows[0]["waited_seconds"]) == ({"200": 2, "429": 1}, 1.5)
+    [denied] = [one.fields for one in emitted if one.event.name == "egress.denied"]
+    assert (denied["org"], denied["run"], denied["origin"]) == ("org_a", run, "https://evil.example")
+
+
+async def test_what_a_host_says_of_a_run_that_is_not_its_own_is_not_stored(fleet: Fleet) -> None:
+    host, other = await fleet.host(), await fleet.host("h2")
+    run = fleet.start()
+    [taken] = await host.take(fleet.one)
+
+    assert await other.finish(fleet.one, end_of(taken, egress=(SENT,))) == []
+    assert recorded(fleet, run) == {}
+
+    # The control: its own host may.
+    assert await host.finish(fleet.one, end_of(taken, egress=(SENT,))) == [run]
+    assert recorded(fleet, run) == {"https://api.example.com": 3}
+
+
+async def test_totals_beyond_the_limits_fail_the_attempt_and_are_not_stored(fleet: Fleet) -> None:
+    host = await fleet.host()
+    run = fleet.start()
+    [taken] = await host.take(fleet.one)
+    flood = tuple(EgressRow(f"https://{number}.example", 1) for number in range(1_000))
+
+    assert await host.finish(fleet.one, end_of(taken, egress=flood)) == [run]
+
+    assert recorded(fleet, run) == {}
+    [attempt] = fleet.rows.attempts(run)
+    assert "egress: not a list of at most" in attempt["error"]["message"]
 
 
 FORGED = [

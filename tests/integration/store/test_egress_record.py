@@ -10,9 +10,10 @@ import pytest
 from sqlalchemy import text
 
 from tests.fakes.stock import Stock
-from worker.model.runs.egress import MAX_ORIGINS, MAX_TOTAL, OTHERS, EgressRow
+from worker.model.runs.egress import MAX_ORIGINS, MAX_TOTAL, MAX_WAITED, OTHERS, EgressRow
 from worker.model.runs.outcome import EndedAttempt
 from worker.store import sweeps, tables
+from worker.store.sql.run_egress import MAX_USED
 
 API = EgressRow("https://api.example.com", 3, 300, 9_000, {"200": 2, "429": 1}, 0, 1.5)
 DENIED = EgressRow("https://evil.example", denied=4)
@@ -126,6 +127,65 @@ def test_a_run_has_a_bounded_number_of_rows_over_all_attempts(stock: Stock) -> N
     assert len(found) == MAX_ORIGINS + 1
     assert found[OTHERS]["requests"] == 80
     assert sum(row["requests"] for row in found.values()) == 180
+
+
+def used(stock: Stock) -> dict[tuple[str, str, str], int]:
+    """What is used of each meter, by org and definition."""
+    rows = stock.all(tables.meter_days)
+    assert {row["day"] for row in rows} <= {stock.now().date()}
+    return {(row["org_id"], row["definition_id"], row["meter"]): row["used"] for row in rows}
+
+
+def test_requests_and_waits_add_up_in_the_usage_of_their_org(stock: Stock) -> None:
+    worker, org = stock.worker(), stock.org()
+    runs = [stock.running(worker, org), stock.running(worker, org), stock.running(worker)]
+    slow = replace(API, requests=0, waited_seconds=2.2)
+    stock.finish(worker, *(sent(stock.ended(run, "waiting"), API, slow) for run in runs))
+    for run in runs:
+        stock.make_available(run.id)
+    again = stock.admit(worker)
+
+    stock.finish(worker, *(sent(stock.ended(run), API, DENIED) for run in again))
+
+    assert used(stock) == {
+        (run.org_id, run.definition_id, meter): amount
+        for run in runs
+        # 1.5 + 2.2 s, then 1.5 s, each rounded.
+        for meter, amount in (("egress_requests", 6), ("egress_wait_seconds", 6))
+    }
+
+
+def test_a_lost_or_repeated_end_adds_nothing_to_the_usage(stock: Stock) -> None:
+    worker, other = stock.worker(), stock.worker()
+    run, lost = stock.running(worker), stock.running(worker)
+    first = sent(stock.ended(run, "waiting"), API)
+    stock.finish(worker, first, sent(replace(stock.ended(lost), fencing_token=7), API))
+    stock.finish(other, sent(stock.ended(lost), API))
+    stock.finish(worker, first)
+    stock.make_available(run.id)
+    (again,) = stock.admit(worker)
+    last = sent(stock.ended(again), API)
+    for end in (last, last, first):
+        stock.finish(worker, end)
+
+    assert used(stock) == {
+        (run.org_id, run.definition_id, "egress_requests"): 6,
+        (run.org_id, run.definition_id, "egress_wait_seconds"): 4,
+    }
+
+
+def test_no_claim_of_a_host_makes_a_sum_too_large_to_store(stock: Stock) -> None:
+    """Else the ends of its org would fail from then on, and with them those of others in their batches."""
+    worker = stock.worker()
+    run = stock.running(worker)
+    stock.finish(worker, sent(stock.ended(run), API))
+    with stock.database.transaction() as connection:
+        connection.execute(tables.meter_days.update().values(used=MAX_USED - 1))
+    more = stock.running(worker, run.org_id, run.definition_id)
+
+    stock.finish(worker, sent(stock.ended(more), replace(API, requests=MAX_TOTAL, waited_seconds=MAX_WAITED)))
+
+    assert set(used(stock).values()) == {MAX_USED}
 
 
 def test_ends_without_requests_do_not_touch_the_table(stock: Stock) -> None:

@@ -47,6 +47,7 @@ from worker.model.claims import Enforced, PoolRules
 from worker.model.egress import BoundSecret, Egress, placeholder_of
 from worker.model.orgs import OrgRef, TokenWant
 from worker.model.runs.budgets import BudgetState, OrgBudgets
+from worker.model.runs.egress import MAX_ORIGINS, MAX_TOTAL, EgressRow
 from worker.model.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded
 from worker.model.runs.run import (
     AdmittedRun,
@@ -59,6 +60,7 @@ from worker.model.runs.run import (
     StoredProgress,
 )
 from worker.model.runs.waits import MAX_WAITS, NewWait, WaitState
+from worker.telemetry import events
 from worker.telemetry.masking import masker
 
 CLAIMS = replace(
@@ -797,6 +799,66 @@ async def test_a_run_asks_no_more_than_it_may_wait_for(site: Site) -> None:
     site.ask(*(OpenWait(NewWait(f"w{number}", 1, "answer", alert=True)) for number in range(MAX_WAITS + 5)))
 
     assert len((await site.attempt()).trail.asks) == MAX_WAITS
+
+
+async def test_an_attempt_keeps_the_newest_totals_of_what_it_sent(site: Site) -> None:
+    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
+        services.egress([EgressRow("https://api.acme.test", 1, 10)])
+        services.egress(
+            [EgressRow("https://api.acme.test", 2, 30), EgressRow("https://b.test", denied=2**70)]
+        )
+
+    site.during = during
+
+    assert (await site.attempt()).trail.egress == (
+        EgressRow("https://api.acme.test", 2, 30),
+        EgressRow("https://b.test", denied=MAX_TOTAL),
+    )
+
+
+async def test_an_origin_that_was_denied_is_reported_once_an_attempt(
+    site: Site, emitted: list[events.Emitted]
+) -> None:
+    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
+        for _ in range(3):
+            services.denied("https://evil.test", "not listed")
+        services.denied("https://other.test", "x" * 1_000)
+        for number in range(2 * MAX_ORIGINS):
+            services.denied(f"https://{number}.test", "not listed")
+
+    site.during = during
+    await site.attempt()
+
+    denied = [one.fields for one in emitted if one.event.name == "egress.denied"]
+    assert len(denied) == MAX_ORIGINS
+    run = admitted()
+    assert denied[0] == {
+        "org": "org_acme", "run": run.id, "attempt": run.attempt, "handler": "acme.digest",
+        "origin": "https://evil.test", "reason": "not listed",
+    }  # fmt: skip
+    assert len(denied[1]["reason"]) < 300
+
+
+@pytest.mark.parametrize("masks", [True, False], ids=["", "control"])
+async def test_a_host_that_is_named_by_a_secret_is_recorded_masked(
+    site: Site, emitted: list[events.Emitted], masks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler, or what it has read, asks for `https://TOKEN.evil.test`."""
+    if not masks:
+        monkeypatch.setattr(masker, "mask", lambda text, org: text)
+
+    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
+        origin = f"https://{work.token.reveal()}.evil.test"
+        services.egress([EgressRow(origin, 1), EgressRow(f"http://{work.token.reveal()}.evil.test", 1)])
+        services.denied(origin, f"no {work.token.reveal()}")
+
+    site.during = during
+    ended = await site.attempt()
+
+    [denied] = [one.fields for one in emitted if one.event.name == "egress.denied"]
+    shown = f"{ended.trail.egress} {denied}"
+    assert (site.works[0].token.reveal() in shown) == (not masks)
+    assert len(ended.trail.egress) == 2
 
 
 @pytest.mark.parametrize("clamped", [True, False], ids=["", "control"])

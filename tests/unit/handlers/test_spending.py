@@ -332,7 +332,10 @@ async def test_the_budget_is_as_last_known_and_now_if_awaited(clock: ManualClock
 
 @pytest.mark.parametrize(
     ("meter", "amount"),
-    [("two words", 1), (METER, -1), (METER, 1.5), (METER, True), (METER, 10**16), ("runs", 1)],
+    [
+        *(("two words", 1), (METER, -1), (METER, 1.5), (METER, True), (METER, 10**16)),
+        *(("runs", 1), ("egress_requests", 1)),
+    ],
 )
 async def test_a_wrong_spend_is_an_error_that_names_it(clock: ManualClock, meter: str, amount: Any):
     org = Org(clock)

@@ -64,6 +64,8 @@ def test_a_budget_is_for_an_org_or_for_those_that_it_selects():
         ({"warn_at": "1.1"}, "warn_at"),
         ({"meter": '"runs"', "at_limit": '"fail"'}, "at_limit"),
         ({"meter": '"run_seconds"', "per": '"run"', "at_limit": '"fail"'}, "per"),
+        ({"meter": '"egress_requests"'}, "meter"),
+        ({"meter": '"egress_wait_seconds"', "per": '"month"'}, "meter"),
         ({"limits": "1"}, "limits"),
     ],
 )

@@ -25,6 +25,12 @@ WARN_AT = 0.8
 RUNS = "runs"
 RUN_SECONDS = "run_seconds"
 OWN_METERS = (RUNS, RUN_SECONDS)
+# Meters that orgworker only records, for usage: the requests of runs, and how long they waited for a limit.
+EGRESS_REQUESTS = "egress_requests"
+EGRESS_WAIT_SECONDS = "egress_wait_seconds"
+RECORDED_METERS = (EGRESS_REQUESTS, EGRESS_WAIT_SECONDS)
+# No handler spends these.
+RESERVED_METERS = frozenset({*OWN_METERS, *RECORDED_METERS})
 MAX_AMOUNT = 10**15
 """The largest limit, and the largest amount of one spend."""
 
@@ -97,6 +103,9 @@ def parse_budget(values: Any, entry: str) -> BudgetEntry:
 
 def _check(budget: BudgetEntry, entry: str) -> None:
     own = budget.meter in OWN_METERS
+    if budget.meter in RECORDED_METERS:
+        problem = f"{budget.meter} is only recorded: no budget holds it back"
+        raise refusal(problem, entry, "meter", fix="limit requests to an origin with a table [[limit]]")
     if budget.per == "run":
         if own:
             problem = f"{budget.meter} is counted by day or month"

@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from worker.ids import OrgId, RunId
+from worker.ids import DefinitionId, OrgId, RunId
+from worker.model.definitions.budgets import EGRESS_REQUESTS, EGRESS_WAIT_SECONDS, MAX_AMOUNT
 from worker.model.runs.egress import EgressRow, merge
 from worker.model.runs.outcome import EndedAttempt
 
@@ -26,6 +27,37 @@ class StoredEgress(NamedTuple):
     attempt: int
     total: EgressRow
     fencing_token: int
+
+
+class Used(NamedTuple):
+    """What an attempt adds to a meter, for the usage of its org."""
+
+    run_id: RunId
+    org_id: OrgId
+    definition_id: DefinitionId
+    attempt: int
+    meter: str
+    amount: int
+    fencing_token: int
+
+
+# The largest sum of a day: no sum of sums passes what a column holds.
+MAX_USED = 10**18
+
+
+def used_by(attempts: Iterable[EndedAttempt]) -> list[Used]:
+    """The requests of attempts, and the seconds for which these waited, rounded for each attempt."""
+    found = []
+    for attempt in attempts:
+        rows = attempt.trail.egress
+        for meter, amount in (
+            (EGRESS_REQUESTS, sum(row.requests for row in rows)),
+            (EGRESS_WAIT_SECONDS, round(sum(row.waited_seconds for row in rows))),
+        ):
+            if amount > 0:
+                key = attempt.run_id, attempt.org_id, attempt.definition_id, attempt.attempt
+                found.append(Used(*key, meter, min(amount, MAX_AMOUNT), attempt.fencing_token))
+    return found
 
 
 def sending(attempts: Iterable[EndedAttempt]) -> list[EndedAttempt]:

@@ -337,6 +337,21 @@ SET attempt = excluded.attempt, requests = excluded.requests, bytes_out = exclud
 WHERE sent.attempt < excluded.attempt
 """
 
+# Before SENT, whose rows say what is counted already. The order of rows is that of all who add to these sums.
+USED = f"""
+INSERT INTO meter_days AS used_before (day, org_id, meter, definition_id, used)
+SELECT (SELECT clock_timestamp()::date), e.org_id, e.meter, e.definition_id,
+       LEAST(sum(e.amount), {run_egress.MAX_USED})
+FROM unnest(%s::uuid[], %s::uuid[], %s::uuid[], %s::integer[], %s::text[], %s::bigint[], %s::bigint[])
+  AS e(run_id, org_id, definition_id, attempt, meter, amount, fencing_token)
+JOIN attempts a ON a.run_id = e.run_id AND a.attempt = e.attempt AND a.fencing_token = e.fencing_token
+WHERE a.worker_id IS NOT DISTINCT FROM %s::uuid
+  AND NOT EXISTS (SELECT 1 FROM run_egress s WHERE s.run_id = e.run_id AND s.attempt >= e.attempt)
+GROUP BY e.org_id, e.meter, e.definition_id ORDER BY e.org_id, e.meter, e.definition_id
+ON CONFLICT (day, org_id, meter, definition_id)
+DO UPDATE SET used = LEAST(used_before.used + excluded.used, {run_egress.MAX_USED})
+"""
+
 # The start deadline counts from the promotion. A row that is locked is left to the next sweep: the sums of
 # orgs are locked already here, and they come last everywhere else.
 PROMOTE = """
@@ -381,6 +396,8 @@ TOTALS = Columns(
     (jsons, "total.statuses"),
     (plain, "total.denied total.waited_seconds fencing_token"),
 )
+# Of a `Used`.
+COUNTED = Columns((plain, "run_id org_id definition_id attempt meter amount fencing_token"))
 
 
 def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]:
@@ -392,7 +409,9 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
     if len({attempt.run_id for attempt in final}) < len(final):
         # Given twice, it is written once.
         final = [*{(attempt.run_id, attempt.fencing_token): attempt for attempt in final}.values()]
-    said, sent = _words_of(raw, ended), _sent_by(raw, ended)
+    said = _words_of(raw, ended)
+    sending = run_egress.sending(ended)
+    sent = _sent_by(raw, sending)
     # With COMMIT in the same pipeline: other workers wait for the sums of the same orgs.
     with raw.pipeline():
         number, *tokens = tokens_of(attempt.trail for attempt in final)
@@ -404,7 +423,9 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
             promote(connection, [attempt.definition_id for attempt in final])
         if said:
             raw.execute(WORDS, (*SAID.of(said), worker_id))
-        if sent:
+        if sending:
+            if used := run_egress.used_by(sending):
+                raw.execute(USED, (*COUNTED.of(used), worker_id))
             raw.execute(SENT, (*TOTALS.of(sent), worker_id))
         raw.execute("COMMIT", prepare=False)
     accepted = waiting.union(id_ for (id_,) in rows.fetchall())
@@ -420,8 +441,7 @@ def _words_of(raw: Any, ended: Sequence[EndedAttempt]) -> list[run_words.RunWord
     return run_words.words_of(telling, dict(names.fetchall()))
 
 
-def _sent_by(raw: Any, ended: Sequence[EndedAttempt]) -> list[run_egress.StoredEgress]:
-    sending = run_egress.sending(ended)
+def _sent_by(raw: Any, sending: Sequence[EndedAttempt]) -> list[run_egress.StoredEgress]:
     run_ids = run_egress.repeated(sending)
     before = run_egress.by_run(raw.execute(SENT_BEFORE, (plain(run_ids),))) if run_ids else {}
     return run_egress.totals_of(sending, before)

@@ -119,6 +119,14 @@ INSERT OR REPLACE INTO run_egress (run_id, org_id, attempt, {run_egress.COLUMNS}
 SELECT * FROM {{rows}} WHERE column1 IS NOT NULL
 """
 
+USED = f"""
+INSERT INTO meter_days (day, org_id, definition_id, meter, used)
+SELECT ?, column2, column3, column5, min(sum(column6), {run_egress.MAX_USED})
+FROM {{rows}} WHERE column1 IS NOT NULL GROUP BY column2, column3, column5
+ON CONFLICT (day, org_id, meter, definition_id)
+DO UPDATE SET used = min(used + excluded.used, {run_egress.MAX_USED})
+"""
+
 ANY_HELD = "SELECT 1 FROM live_runs WHERE state = 'held' LIMIT 1"
 
 HELD = """
@@ -188,6 +196,7 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
     if sending := run_egress.sending(ending.attempt for ending in endings):
         totals = run_egress.totals_of(sending, _sent_before(cursor, run_egress.repeated(sending)))
         in_one_step(cursor, SENT, TOTALS.of(totals))
+        in_one_step(cursor, USED, run_egress.used_by(sending), first=(now.date().isoformat(),))
     add_rollups(connection, sum_up(endings, now))
     if final and any_held:
         promote(connection, [ending.attempt.definition_id for ending in final])
