@@ -33,7 +33,9 @@ from opentelemetry.util.types import AttributeValue
 
 from worker.bounded import remember
 from worker.clock import Clock
+from worker.ids import ALL_ORGS
 from worker.telemetry.events import Emitted, emit
+from worker.telemetry.masking import masker
 from worker.telemetry.tracing import BAD, METHODS, OTHER_METHOD, RESULTS, Marks, Result, Traced, TracedRequest
 
 
@@ -179,7 +181,7 @@ class OtelTracer:
         failed = request.error if request.status is None else _error_status(request.status)
         attributes: dict[str, AttributeValue | None] = {
             "http.request.method": method,
-            "server.address": request.host[:MAX_HOST],
+            "server.address": masker.mask(request.host, ALL_ORGS)[:MAX_HOST],
             "server.port": request.port,
             "http.response.status_code": request.status,
             "error.type": None if failed is None else failed[:MAX_ERROR],

@@ -194,7 +194,7 @@ def test_an_end_names_what_was_sent_and_only_if_anything_was() -> None:
         {"egress": [EGRESS | {"bytes_in": MAX_TOTAL + 1}]},
         {"egress": [EGRESS | {"denied": 0.5}]},
         {"egress": [EGRESS | {"statuses": {"200": "1"}}]},
-        {"egress": [EGRESS | {"statuses": {str(n): 1 for n in range(200, 300)}}]},
+        {"egress": [EGRESS | {"statuses": ["200"]}]},
         {"egress": [EGRESS | {"waited_seconds": float("nan")}]},
         {"egress": [EGRESS | {"waited_seconds": -1}]},
         {"egress": [None]},

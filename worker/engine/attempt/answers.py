@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
@@ -37,7 +37,7 @@ from worker.handlers.calls import (
 from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.handlers.waits import SLEEP
 from worker.model.runs.budgets import OrgBudgets, decisive, wait_of
-from worker.model.runs.egress import MAX_ORIGINS, EgressRow, merge
+from worker.model.runs.egress import MAX_ORIGINS, merge, row_of
 from worker.model.runs.outcome import Trail
 from worker.model.runs.run import AdmittedRun, NewStep
 from worker.model.runs.waits import BUDGET, MAX_WAITS, NewWait, WaitState
@@ -141,8 +141,11 @@ class Running:
     def used(self, peak_memory: int) -> None:
         self.trail.peak_memory = peak_memory
 
-    def egress(self, rows: Iterable[EgressRow]) -> None:
-        self.trail.egress = merge(rows)
+    def egress(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        try:
+            self.trail.egress = merge(map(row_of, rows))
+        except (ValueError, TypeError, KeyError) as error:
+            _log.warning("what run %s sent is not recorded: %s", self.run.id, error)
 
     def denied(self, origin: str, reason: str) -> None:
         if origin not in self.denials and len(self.denials) < MAX_ORIGINS:

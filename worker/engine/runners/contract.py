@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import logging
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -24,7 +24,6 @@ from worker.ids import RunId
 from worker.model.egress import OPEN_EGRESS, BoundSecret, Egress
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.budgets import BudgetState
-from worker.model.runs.egress import EgressRow
 from worker.model.runs.outcome import Error, Failed, Outcome
 from worker.secret import AccessToken
 
@@ -151,8 +150,11 @@ class RunServices(Port, Protocol):
     def used(self, peak_memory: int) -> None:
         """Record the peak memory of the run's process, in bytes."""
 
-    def egress(self, rows: Iterable[EgressRow]) -> None:
-        """Record what the attempt has sent so far, by origin; later totals replace earlier ones."""
+    def egress(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record what the attempt has sent so far, by origin; later totals replace earlier ones.
+
+        The rows are JSON with the fields of `EgressRow`, as the broker counted them.
+        """
 
     def denied(self, origin: str, reason: str) -> None:
         """Report a request that was not sent, since the run may not reach its origin."""

@@ -50,7 +50,6 @@ from worker.features.hosts.sent import AttemptLog, End
 from worker.features.hosts.wire import Malformed
 from worker.ids import RunId, WorkerId
 from worker.model.runs import outcome as outcomes
-from worker.model.runs.egress import merge
 from worker.model.runs.hosts import HostCaller
 from worker.model.runs.outcome import EndedAttempt, Failed, Outcome, Trail
 from worker.model.runs.run import AdmittedRun, OwnedRun
@@ -320,7 +319,7 @@ class HostedRuns:
         trail.peak_memory = end.peak_memory
         trail.progress = end.progress
         trail.asks = end.asks
-        trail.egress = merge(end.egress)
+        trail.egress = end.egress
         inflight.moved = inflight.moved or end.moved
         if (refused := hosted.running.refused) is not None:
             outcome = outcome_of_error(refused, inflight, tools.random)

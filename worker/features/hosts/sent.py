@@ -7,7 +7,7 @@ run and, if needed, the handler. A log becomes as long as a local one at most.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Annotated, Any, Protocol, cast
 
@@ -18,29 +18,10 @@ from worker.engine.runners.output import CAP, LINE_COST, LINE_LIMIT
 from worker.features.hosts.wire import FENCE, Fence, Label, ShownProgress, reading, reason_of, rows_of
 from worker.handlers.calls import CALLS, MAX_BYTES, Call, message_of, read
 from worker.handlers.json_text import check_json_text, clean
-from worker.handlers.parts import (
-    CallPart,
-    Count,
-    Maybe,
-    Number,
-    OneOf,
-    Row,
-    Several,
-    Text,
-    TextCheck,
-    Truth,
-    When,
-    row_of,
-)
+from worker.handlers.parts import CallPart, Count, Maybe, Number, OneOf, Text, TextCheck, Truth, When, row_of
 from worker.ids import RunId
-from worker.model.runs.egress import (
-    MAX_ORIGIN,
-    MAX_ORIGINS,
-    MAX_STATUSES,
-    MAX_TOTAL,
-    MAX_WAITED,
-    EgressRow,
-)
+from worker.model.runs.egress import MAX_ORIGINS, EgressRow, merge
+from worker.model.runs.egress import row_of as row_of_egress
 from worker.model.runs.outcome import Error, Outcome, TimedOut
 from worker.model.runs.run import AdmittedRun
 from worker.model.runs.waits import MAX_WAITS
@@ -81,43 +62,16 @@ class _Asks(CallPart[tuple[str, ...]]):
         return tuple(Label().read(name, check) for name in value[:MAX_WAITS])
 
 
-class _Origin(CallPart[str]):
-    """An origin that a run has sent to."""
+class _Egress(CallPart[tuple[EgressRow, ...]]):
+    """What was sent, by origin."""
 
-    def read(self, value: Any, check: TextCheck) -> str:
-        if not isinstance(value, str) or not 0 < len(value) <= MAX_ORIGIN or not value.isprintable():
-            raise ValueError(f"not a text of 1 to {MAX_ORIGIN} printable characters")
-        return value
+    def write(self, value: tuple[EgressRow, ...]) -> list[Message]:
+        return [asdict(row) for row in value]
 
-
-class _Statuses(CallPart[Mapping[str, int]]):
-    """The number of responses by status."""
-
-    def read(self, value: Any, check: TextCheck) -> Mapping[str, int]:
-        if not isinstance(value, dict) or len(value) > MAX_STATUSES + 1:
-            raise ValueError(f"not an object of at most {MAX_STATUSES + 1} keys")
-        return {status: _TOTAL.read(count, check) for status, count in value.items()}
-
-
-class _Waited(Number):
-    """Seconds that requests have waited."""
-
-    def read(self, value: Any, check: TextCheck) -> float:
-        if not 0 <= (seconds := super().read(value, check)) <= MAX_WAITED:
-            raise ValueError(f"not a number from 0 to {MAX_WAITED:g}")
-        return float(seconds)
-
-
-_TOTAL = Count(MAX_TOTAL)
-_EGRESS = Row(
-    EgressRow,
-    {
-        "origin": _Origin(),
-        **dict.fromkeys(("requests", "bytes_out", "bytes_in", "denied"), _TOTAL),
-        "statuses": _Statuses(),
-        "waited_seconds": _Waited(),
-    },
-)
+    def read(self, value: Any, check: TextCheck) -> tuple[EgressRow, ...]:
+        if not isinstance(value, list) or len(value) > MAX_ORIGINS + 1:
+            raise ValueError(f"not a list of at most {MAX_ORIGINS + 1}")
+        return merge(map(row_of_egress, value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +85,7 @@ class End(Fence):
     progress: Annotated[Mapping[str, Any] | None, Maybe(ShownProgress())] = None
     moved: Annotated[bool, Truth()] = False
     asks: Annotated[tuple[str, ...], _Asks()] = ()
-    egress: Annotated[tuple[EgressRow, ...], Several(_EGRESS, MAX_ORIGINS + 1)] = ()
+    egress: Annotated[tuple[EgressRow, ...], _Egress()] = ()
 
 
 REPORTED = row_of(End, lean=("egress",))

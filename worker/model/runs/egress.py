@@ -21,6 +21,7 @@ MAX_ORIGIN = 300
 # The largest number, which JSON has exactly, and the most seconds of waiting.
 MAX_TOTAL = 2**53 - 1
 MAX_WAITED = 1e9
+_COUNTS = ("requests", "bytes_out", "bytes_in", "denied")
 # Origins that a sentence names.
 NAMED = 3
 # The class of requests that got no response.
@@ -52,6 +53,26 @@ class EgressRow:
         if (unanswered := self.requests - sum(self.statuses.values())) > 0:
             found[NO_STATUS] = unanswered
         return found
+
+
+def row_of(value: Mapping[str, Any]) -> EgressRow:
+    """A row of JSON that is not trusted. Raises ValueError, TypeError or KeyError."""
+    origin, statuses, waited = value["origin"], value["statuses"], value["waited_seconds"]
+    if not isinstance(origin, str) or shown_origin(origin) != origin:
+        raise ValueError(f"origin: not a text of 1 to {MAX_ORIGIN} printable characters")
+    if isinstance(waited, bool) or not isinstance(waited, int | float) or not 0 <= waited <= MAX_WAITED:
+        raise ValueError(f"waited_seconds: not a number from 0 to {MAX_WAITED:g}")
+    if not isinstance(statuses, dict):
+        raise TypeError("statuses: not an object")
+    counts = {status: _count(number, "statuses") for status, number in statuses.items()}
+    numbers = {name: _count(value[name], name) for name in _COUNTS}
+    return EgressRow(origin, statuses=counts, waited_seconds=float(waited), **numbers)
+
+
+def _count(value: Any, name: str) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_TOTAL:
+        raise ValueError(f"{name}: not a whole number from 0 to {MAX_TOTAL}")
+    return value
 
 
 def merge(rows: Iterable[EgressRow]) -> tuple[EgressRow, ...]:
