@@ -16,7 +16,7 @@ from tests.fakes.clock import START, ManualClock
 from tests.unit.engine.runs import admitted
 from worker.engine.attempt import answers
 from worker.engine.attempt.attempt import attempt
-from worker.engine.attempt.inflight import InflightRun
+from worker.engine.attempt.inflight import REPORTED, InflightRun, run_ended
 from worker.engine.attempt.plan import AUTO, HandlerRegistry, NetworkPolicy, Plans
 from worker.engine.attempt.run_log import RunLogWriter
 from worker.engine.attempt.tools import Tools
@@ -814,6 +814,31 @@ async def test_an_attempt_keeps_the_newest_totals_of_what_it_sent(site: Site) ->
     site.during = during
 
     assert (await site.attempt()).trail.egress == (rows[0], EgressRow("https://b.test", denied=2))
+
+
+async def test_events_of_an_end_count_what_it_sent_and_name_few_origins(
+    site: Site, emitted: list[events.Emitted]
+) -> None:
+    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
+        row = EgressRow(
+            "https://api.acme.test", 9, statuses={"200": 5, "204": 1, "503": 1}, waited_seconds=1.5
+        )
+        many = [EgressRow(f"https://{number}.test", 1, denied=1) for number in range(50)]
+        services.egress([asdict(each) for each in (*many, row)])
+
+    site.during = during
+    run_ended(await site.attempt(), None)
+
+    counted = [one.fields for one in emitted if one.event.name == "egress.counted"]
+    assert [fields["origin"] for fields in counted][:2] == ["https://api.acme.test", "https://0.test"]
+    assert (len(counted), counted[-1]["origin"]) == (REPORTED + 1, "others")
+    assert (counted[0]["seconds"], sum(fields["denied"] for fields in counted)) == (1.5, 50)
+    sent = [one.fields for one in emitted if one.event.name == "egress.sent"]
+    assert sent[:3] == [
+        {"origin": "https://api.acme.test", "status": status, "count": count}
+        for status, count in (("2xx", 6), ("5xx", 1), ("none", 2))
+    ]
+    assert sum(fields["count"] for fields in sent) == 59
 
 
 async def test_an_origin_that_was_denied_is_reported_once_an_attempt(

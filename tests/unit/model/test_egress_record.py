@@ -12,7 +12,9 @@ from worker.model.runs.egress import (
     MAX_WAITED,
     OTHERS,
     EgressRow,
+    busiest,
     merge,
+    waited_for,
 )
 
 API = "https://api.example.com"
@@ -42,6 +44,34 @@ def test_origins_beyond_the_first_hundred_are_one_row():
     assert merged[0].requests == 3
     assert merged[-1] == EgressRow(OTHERS, 40, statuses={"200": 40})
     assert merge(merged) == merged
+
+
+def test_the_origins_with_the_most_requests_are_named_and_the_rest_is_one_row():
+    rows = [EgressRow(f"https://{n}", n, denied=n == 1) for n in (1, 5, 3, 2)]
+
+    assert busiest(rows, 4) == rows
+    assert busiest(rows, 2) == (
+        EgressRow("https://5", 5),
+        EgressRow("https://3", 3),
+        EgressRow(OTHERS, 3, denied=1),
+    )
+
+
+def test_a_sentence_names_the_longest_waits():
+    waits = [
+        ("https://a", 0.0),
+        ("https://b", 12.0),
+        ("https://c", 1.54),
+        ("https://d", 90),
+        ("https://e", 1),
+    ]
+    rows = [{"origin": origin, "waited_seconds": seconds} for origin, seconds in waits]
+
+    assert waited_for(rows[:2]) == "waited 12 s for https://b"
+    assert waited_for(rows) == (
+        "waited 1 min 30 s for https://d, 12 s for https://b, 1.5 s for https://c, and for 1 more"
+    )
+    assert waited_for(rows[:1]) is None
 
 
 def test_what_is_no_printable_origin_of_limited_length_is_merged():

@@ -20,7 +20,7 @@ from worker.ids import RunId
 from worker.model.claims import ClaimsRecord
 from worker.model.definitions import CANCEL_GRACE
 from worker.model.definitions.definition import Definition
-from worker.model.runs.egress import shown_origin
+from worker.model.runs.egress import busiest, shown_origin
 from worker.model.runs.outcome import EndedAttempt, Trail, summary
 from worker.model.runs.run import AdmittedRun, OwnedRun
 from worker.secret import AccessToken
@@ -34,6 +34,8 @@ T = TypeVar("T")
 
 # Attempts that are remembered as handed back.
 MAX_HANDED_BACK = 10_000
+# Origins of an attempt that events name when it has ended: metrics tell few apart, and each event takes time.
+REPORTED = 20
 # Characters of why a request was not sent.
 REASON_LIMIT = 200
 
@@ -252,7 +254,7 @@ def run_ended(ended: EndedAttempt, inflight: InflightRun | None) -> None:
             attempt=ended.attempt,
             wait=wait,
         )
-    for row in ended.trail.egress:
+    for row in busiest(ended.trail.egress, REPORTED):
         emit(
             "egress.counted",
             org=plan and plan.org.code,

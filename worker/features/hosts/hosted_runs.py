@@ -24,7 +24,13 @@ from worker.engine.attempt.attempt import (
     outdate_token,
     without_state,
 )
-from worker.engine.attempt.inflight import InflightRun, egress_denied, run_ended, run_fenced_out
+from worker.engine.attempt.inflight import (
+    REPORTED,
+    InflightRun,
+    egress_denied,
+    run_ended,
+    run_fenced_out,
+)
 from worker.engine.attempt.tools import StoreActs, Tools
 from worker.engine.loops.finisher import Finisher
 from worker.engine.runners.contract import (
@@ -387,9 +393,9 @@ class HostedRuns:
         if accepted:
             run_ended(ended, inflight)
             if inflight is not None:
-                for row in ended.trail.egress:
-                    if row.denied:
-                        egress_denied(inflight, ended.trail.handler, row.origin, BY_HOST)
+                denied = [row for row in ended.trail.egress if row.denied]
+                for row in denied[:REPORTED]:
+                    egress_denied(inflight, ended.trail.handler, row.origin, BY_HOST)
             self._shared.on_end(ended, inflight)
         else:
             run_fenced_out(ended.run_id, ended.attempt, ended.fencing_token, inflight)

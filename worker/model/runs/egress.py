@@ -5,7 +5,7 @@ What a broker counts is a claim, above all that of a host's: origins and numbers
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -75,17 +75,24 @@ def _count(value: Any, name: str) -> int:
     return value
 
 
-def merge(rows: Iterable[EgressRow]) -> tuple[EgressRow, ...]:
+def busiest(rows: Sequence[EgressRow], most: int) -> Sequence[EgressRow]:
+    """The rows with the most requests, sent or denied; the rest is added up under `OTHERS`."""
+    if len(rows) <= most:
+        return rows
+    return merge(sorted(rows, key=lambda row: -row.requests - row.denied), most)
+
+
+def merge(rows: Iterable[EgressRow], most: int = MAX_ORIGINS) -> tuple[EgressRow, ...]:
     """The rows with those of one origin added up, in the order in which the origins first appear.
 
-    Origins after the first `MAX_ORIGINS` are added up under `OTHERS`, which comes last. Numbers are cut to
+    Origins after the first `most` are added up under `OTHERS`, which comes last. Numbers are cut to
     their limits.
     """
     found: dict[str, EgressRow] = {}
     others: EgressRow | None = None
     for row in rows:
         origin = shown_origin(row.origin)
-        if origin != OTHERS and (origin in found or len(found) < MAX_ORIGINS):
+        if origin != OTHERS and (origin in found or len(found) < most):
             found[origin] = _sum(found.get(origin) or EgressRow(origin), row)
         else:
             others = _sum(others or EgressRow(OTHERS), row)
