@@ -2,8 +2,8 @@
 
 Expand first: workers of the previous release record none, and deliver such alerts too.
 
-Revision ID: 0036
-Revises: 0033
+Revision ID: 0037
+Revises: 0036
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-revision = "0036"
-down_revision = "0033"
-# The oldest schema version whose workers run on this one: 0022 to 0036 change nothing that these need.
+revision = "0037"
+down_revision = "0036"
+# The oldest schema version whose workers run on this one: 0022 to 0037 change nothing that these need.
 works_with = "0021"
 branch_labels = None
 depends_on = None

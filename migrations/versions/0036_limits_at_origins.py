@@ -2,8 +2,8 @@
 
 Expand first: the workers of the previous release do not notice it.
 
-Revision ID: 0035
-Revises: 0033
+Revision ID: 0036
+Revises: 0035
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-revision = "0035"
-down_revision = "0033"
-# The oldest schema version whose workers run on this one: 0022 to 0035 change nothing that these need.
+revision = "0036"
+down_revision = "0035"
+# The oldest schema version whose workers run on this one: 0022 to 0036 change nothing that these need.
 works_with = "0021"
 branch_labels = None
 depends_on = None

@@ -2,8 +2,8 @@
 
 Expand first: the workers of the previous release leave both as they are.
 
-Revision ID: 0034
-Revises: 0033
+Revision ID: 0035
+Revises: 0034
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-revision = "0034"
-down_revision = "0033"
-# The oldest schema version whose workers run on this one: 0022 to 0034 change nothing that these need.
+revision = "0035"
+down_revision = "0034"
+# The oldest schema version whose workers run on this one: 0022 to 0035 change nothing that these need.
 works_with = "0021"
 branch_labels = None
 depends_on = None
