@@ -87,6 +87,7 @@ class AnsweringWorker:
     errors: GivenErrors = field(default_factory=GivenErrors)
     has_started: bool = False
     closed: bool = False
+    org_id: str = "00000000-0000-7000-8000-000000000001"
     peak_memory: int = 0
     sent: list[Mapping[str, Any]] = field(default_factory=list)
     denials: list[tuple[str, str]] = field(default_factory=list)

@@ -39,7 +39,11 @@ ORG_SECRETS = Feature("org_secrets", verbs={"secrets": "verbs:app"}, tables=("or
 EGRESS = Feature(
     "egress",
     verbs={"limits": "verbs:app"},
-    gives={"egress.broker": "wiring:make_broker", "egress.limits": "limits"},
+    gives={
+        "egress.broker": "wiring:make_broker",
+        "egress.limits": "limits",
+        "egress.shares": "limit_source:shared_limits",
+    },
     tables=("limits", "limit_shares", "origin_pauses"),
 )
 

@@ -15,7 +15,7 @@ from worker.engine.attempt.attempt import attempt
 from worker.engine.attempt.inflight import InflightRuns
 from worker.engine.attempt.plan import HandlerRegistry, Plans
 from worker.engine.attempt.run_log import RunLogWriter
-from worker.engine.attempt.tools import Tools
+from worker.engine.attempt.tools import LimitSource, NoLimits, Tools
 from worker.engine.incarnation import Incarnation, ProcessTools, run_incarnations
 from worker.engine.loops.admission import Admission
 from worker.engine.loops.dispatcher import Dispatcher
@@ -51,7 +51,7 @@ from worker.tokens.cache import Tokens
 from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import SharedTokens
 from worker.wiring import check_ring, find_keyring, open_keyring
-from worker.wiring.addition import Addition, MakeAddition, Parts
+from worker.wiring.addition import Addition, MakeAddition, MakeLimits, Parts
 from worker.wiring.catalogue import StoredCatalogue
 from worker.wiring.issuers import issuers_of
 from worker.wiring.secrets import OpenedCredentials, OpenedSecrets, StoredTokens
@@ -60,6 +60,8 @@ from worker.wiring.traces import traces_of
 
 # What features add to a worker.
 ADDITIONS: tuple[Point[MakeAddition], ...] = (Point("hosts.worker", "[attempts] listen"),)
+# What shares limits of calls to other services between workers.
+SHARES: Point[MakeLimits] = Point("egress.shares", "[[limit]]")
 # A collection of the newest objects stops the loop: 100,000 take some 20 ms, and these some 5.
 COLLECT = (20_000, 100, 50)
 # Seconds between two searches for runs whose handler no worker offers; each reads all waiting runs.
@@ -224,7 +226,9 @@ class _Parts:
         clock, execution = process.clock, settings.execution
         poll = execution.poll.total_seconds()
         steps, wakeups = StepWriter(store, clock), Wakeups(database.hint, clock)
-        tools, chores = self._tools(steps), Chores(database, on_runs=signals.runs_due)
+        make_limits = SHARES.find()
+        limits = NoLimits() if make_limits is None else make_limits(database, self.id, clock)
+        tools, chores = self._tools(steps, limits), Chores(database, on_runs=signals.runs_due)
         parts = Parts(self.id, store, tools, self.credentials.ring, signals, chores.ended, resources)
         joined = [addition.join(parts) for addition in self.worker.additions]
         inflight_runs, free = InflightRuns(), signals.slots_free
@@ -261,6 +265,7 @@ class _Parts:
             "backfills": chores.backfills,
             "hints": wakeups.run,
             "listener": partial(database.listen, signals.notified),
+            "limits": limits.run,
             **{name: loop for each in joined for name, loop in each.loops.items()},
         }
         if settings.tokens.shared:
@@ -271,7 +276,7 @@ class _Parts:
         chores.add_to(incarnation.housekeeping)
         return incarnation
 
-    def _tools(self, steps: StepWriter) -> Tools:
+    def _tools(self, steps: StepWriter, limits: LimitSource) -> Tools:
         worker, store, settings = self.worker, self.store, self.worker.settings
         clock, execution, children = worker.process.clock, settings.execution, worker.process.children
         plans = Plans(
@@ -296,6 +301,7 @@ class _Parts:
             digests=worker.keyring.digests(),
             pool_rules=self.rules,
             brokered=children.broker is not None,
+            limits=limits,
             secrets=OpenedSecrets(worker.database, self.credentials.ring),
         )
 

@@ -36,7 +36,7 @@ from worker.handlers.frames import (
 )
 from worker.handlers.given import Connect
 from worker.handlers.public_http import AddressRefused
-from worker.handlers.results import PermanentError
+from worker.handlers.results import PermanentError, RateLimited
 
 # Idle streams of one client.
 MAX_IDLE = 20
@@ -325,6 +325,8 @@ def _error_of(fields: Mapping[str, Any], request: httpx.Request) -> Exception:
             return EgressDenied(message)
         case "address":
             return AddressRefused(request.url, message)
+        case "limited":
+            return RateLimited(fields["retry_after"], message)
         case "no_token":
             error = Unavailable(message)
             error.code, error.retry_after = fields["code"], fields["retry_after"]

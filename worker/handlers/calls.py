@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from worker.clock import from_text, to_text
 from worker.guard.claims import Claims
@@ -39,6 +39,7 @@ from worker.handlers.parts import (
 )
 from worker.handlers.steps import MAX_STEPS, RESULT_LIMIT, StepError
 from worker.model.definitions.budgets import MAX_AMOUNT
+from worker.model.limits import Limit, Share
 from worker.model.runs.budgets import MAX_SPENDS, BudgetState, OrgBudgets
 from worker.model.runs.run import NewStep, StepPage, StoredStep
 from worker.model.runs.waits import KINDS, MAX_ASKED, MAX_WAITS, NewWait, WaitState, check_options
@@ -51,6 +52,8 @@ C = TypeVar("C", bound="type[Call[Any]]")
 MAX_METERS = 1000
 # Characters of an audience or a resource.
 AUDIENCE_LIMIT = 2000
+# Characters of an origin.
+ORIGIN_LIMIT = 300
 # Bytes that the body of a host's call may have: of a small one, of a batch, of one with a checkpoint, which
 # may double when it is quoted, and of one with results.
 OWN_BYTES = 32 * 1024
@@ -198,6 +201,33 @@ class BudgetsAnswer(CallAnswer[OrgBudgets]):
         return OrgBudgets(_BUDGETS.read(message["budgets"], check_json_text), message.get("missing"))
 
 
+class KnownLimits(NamedTuple):
+    """The limits of an origin, and the seconds for which it has paused the org."""
+
+    limits: tuple[Limit, ...] = ()
+    paused: float = 0.0
+
+
+class LimitsAnswer(CallAnswer[KnownLimits]):
+    """The limits of an origin."""
+
+    def write(self, value: KnownLimits) -> dict[str, Any]:
+        return {"limits": [limit.as_json() for limit in value.limits], "paused": value.paused}
+
+    def read(self, message: Mapping[str, Any]) -> KnownLimits:
+        return KnownLimits(tuple(map(Limit.from_json, message["limits"])), message["paused"])
+
+
+class ShareAnswer(CallAnswer[Share]):
+    """A share of a limit; its ends are in seconds from the question on, since clocks of machines differ."""
+
+    def write(self, value: Share) -> dict[str, Any]:
+        return {"share": list(value)}
+
+    def read(self, message: Mapping[str, Any]) -> Share:
+        return Share(*message["share"])
+
+
 class SpendKey(CallPart[str]):
     """The key of a spend, `attempt:number`; each counts once."""
 
@@ -302,6 +332,37 @@ class AskToken(Call[tuple[AccessToken, Claims]]):
     def path(self) -> str:
         # A name of its own: a worker that does not know it would answer with the token of the run.
         return "token_for" if self.audience or self.resource else "token"
+
+
+@declared(Way("limits", from_process=False, waits=False), LimitsAnswer())
+@dataclass(frozen=True, slots=True)
+class AskLimits(Call[KnownLimits]):
+    """The limits of an origin for the run's org; a broker asks for them."""
+
+    origin: Annotated[str, Text(ORIGIN_LIMIT)]
+
+
+@declared(Way("share", from_process=False, waits=False), ShareAnswer())
+@dataclass(frozen=True, slots=True)
+class AskShare(Call[Share]):
+    """A share of a limit, as `model.limits.Ask` asks for it; `broker` tells one of a host from its others."""
+
+    limit: Annotated[str, Text(ORIGIN_LIMIT)]
+    broker: Annotated[str, Text(64)]
+    want: Annotated[int, Count(2**31)] = 0
+    returned: Annotated[int, Count(2**31)] = 0
+    granted_at: Annotated[float, Number()] = 0.0
+    slots: Annotated[int, Count(2**31)] = 0
+    in_use: Annotated[int, Count(2**31)] = 0
+
+
+@declared(Way("pause", from_process=False, waits=False))
+@dataclass(frozen=True, slots=True)
+class PauseOrigin(Call[None]):
+    """Let the requests of the run's org to an origin wait: it has asked for that."""
+
+    origin: Annotated[str, Text(ORIGIN_LIMIT)]
+    seconds: Annotated[float, Number()]
 
 
 @declared(Way("steps"), PageAnswer())

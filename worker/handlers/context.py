@@ -305,7 +305,7 @@ class Context(_Shared[P, S]):
         client = self._client("http")
         if library == "httpx":
             return client
-        from worker.handlers.httpx2_client import over
+        from worker.handlers.httpx2_transport import over
 
         return over(client)
 
@@ -437,7 +437,7 @@ class BlockingContext(_Shared[P, S]):
         client = self._client("http")
         if library == "httpx":
             return client
-        from worker.handlers.httpx2_client import blocking_over
+        from worker.handlers.httpx2_transport import blocking_over
 
         return blocking_over(client)
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from worker.clock import Clock
 from worker.engine.attempt.inflight import InflightRun
-from worker.engine.attempt.tools import Tools
+from worker.engine.attempt.tools import LimitSource, Tools
 from worker.engine.loops.supervisor import Loop
 from worker.engine.signals import Signals
 from worker.ids import WorkerId
@@ -64,3 +64,5 @@ class Addition(Protocol):
 
 
 MakeAddition = Callable[[Settings, Clock], Addition]
+# The limits of calls to other services, of one incarnation.
+MakeLimits = Callable[[Database, WorkerId, Clock], LimitSource]

@@ -120,6 +120,10 @@ class Running:
     def run(self) -> AdmittedRun:
         return self.inflight.run
 
+    @property
+    def org_id(self) -> str:
+        return self.run.org_id
+
     async def ask(self, call: Call[A]) -> A:
         """The answer to a call of the handler, as `answer`."""
         return await answer(call, self)

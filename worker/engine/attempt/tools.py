@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -16,17 +17,21 @@ from worker.engine.attempt.inflight import Deadlines, InflightRun
 from worker.engine.attempt.plan import AttemptPlan, HandlerRegistry, Plans
 from worker.engine.attempt.run_log import RunLogWriter
 from worker.engine.runners.contract import Runner
-from worker.errors import LeaseLost
+from worker.errors import LeaseLost, Unavailable
 from worker.guard.claims import Claims
 from worker.guard.decode import enforce
 from worker.handlers.calls import (
     A,
     AskBudgets,
+    AskLimits,
+    AskShare,
     AskToken,
     Call,
     CountSpend,
+    KnownLimits,
     LoadSteps,
     OpenWait,
+    PauseOrigin,
     Save,
     StepTotals,
     StoreStep,
@@ -34,6 +39,7 @@ from worker.handlers.calls import (
 from worker.ids import OrgId, RunId
 from worker.model.bindings import OrgSecrets
 from worker.model.claims import Digests, Enforced, PoolRules
+from worker.model.limits import Share
 from worker.model.orgs import OrgRef, TokenWant
 from worker.model.runs.budgets import OrgBudgets
 from worker.model.runs.run import AdmittedRun, Isolation, LoadedState, RunStep, StepPage, StoredProgress
@@ -76,6 +82,38 @@ class SecretSource(Protocol):
 
         Raises Unavailable, and ConfigurationError if the key ring does not open one.
         """
+
+
+class LimitSource(Protocol):
+    """Limits of calls to other services, by origin, which all workers share."""
+
+    async def limits_of(self, org_id: OrgId, origin: str) -> KnownLimits:
+        """The limits of an origin, and for how long it pauses the org. Raises Unavailable."""
+
+    async def share_of(self, org_id: OrgId, call: AskShare, *, hosted: bool) -> Share:
+        """A share of a limit; its ends are in seconds from now. Raises Unavailable."""
+
+    async def pause_origin(self, org: OrgRef, origin: str, seconds: float) -> None:
+        """Let the requests of an org to an origin wait, on all workers. Raises Unavailable."""
+
+    async def run(self) -> None:
+        """A loop that learns of the pauses of other workers, until cancelled. Raises Unavailable."""
+
+
+class NoLimits:
+    """For workers without the feature, and trials."""
+
+    async def limits_of(self, org_id: OrgId, origin: str) -> KnownLimits:
+        return KnownLimits()
+
+    async def share_of(self, org_id: OrgId, call: AskShare, *, hosted: bool) -> Share:
+        raise Unavailable("there are no limits")
+
+    async def pause_origin(self, org: OrgRef, origin: str, seconds: float) -> None:
+        return
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +202,7 @@ class Tools:
     secrets: SecretSource = field(default_factory=GivenSecrets)
     brokered: bool = True
     deadlines: Deadlines = field(default_factory=Deadlines)
+    limits: LimitSource = field(default_factory=NoLimits)
 
     async def prepare(self, runs: Sequence[AdmittedRun]) -> None:
         """Read what the attempts of these runs need in few queries, so that they need not wait one by one."""
@@ -247,6 +286,13 @@ class StoreActs:
                 return await store.budgets_of(run)
             case AskToken():
                 return await tools.renew(of.inflight, call)
+            case AskLimits(origin):
+                return await tools.limits.limits_of(run.org_id, origin)
+            case AskShare():
+                return await tools.limits.share_of(run.org_id, call, hosted=of.hosted)
+            case PauseOrigin(origin, seconds):
+                org = OrgRef(run.org_id, of.inflight.org_code or "")
+                return await tools.limits.pause_origin(org, origin, seconds)
             case LoadSteps(after):
                 return await store.load_steps(run.id, after)
             case StepTotals():

@@ -141,6 +141,10 @@ class RunServices(Port, Protocol):
     def errors(self) -> GivenErrors:
         """What of it was answered with an error."""
 
+    @property
+    def org_id(self) -> str:
+        """The id of the run's org."""
+
     def log(self, level: str, source: str, text: str, at: datetime | None = None) -> None:
         """Add a line to the run's log; `source` is log, stdout or stderr, `at` defaults to now."""
 

@@ -190,7 +190,7 @@ class Attempt:
                 "requests": of.requests,
                 "bytes_out": of.bytes_out,
                 "bytes_in": of.bytes_in,
-                "statuses": of.statuses,
+                "statuses": dict(of.statuses),
                 "denied": of.denied,
                 "waited_seconds": round(of.waited, 3),
             }

@@ -20,16 +20,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import import_module
+from secrets import token_hex
 from typing import Any
 
 from worker.engine.runners.child import landlock, linux, seccomp
 from worker.features.egress.attempts import Attempt, Held, NoToken
 from worker.features.egress.injection import Headers
 from worker.features.egress.network import Pools
-from worker.features.egress.requests import Request
+from worker.features.egress.pacing import Pacer, Stopped
+from worker.features.egress.requests import NO_LEASE, Refused, Request, shown
 from worker.features.egress.streams import RunStream, Slot
+from worker.guard.clock import SystemClock
 from worker.guard.urls import Origin
+from worker.handlers.results import RateLimited
+from worker.model.limits import Ask, BucketKey, Limit, Share
+from worker.model.throttling import asked_pause
 
 DATAGRAM = 256 * 1024
 # Seconds between two looks at idle connections.
@@ -42,21 +49,29 @@ FILES = (
     *("/etc/services", "/etc/localtime", "/dev/urandom"),
 )
 CODE = ("/usr/lib", "/lib", "/lib64", "/usr/lib64")
+# Seconds for which the limits of an origin are known.
+KNOWN = 1.0
 # Modules that are imported at a first use, when their files cannot be read any more.
 LATE = ("anyio._backends._asyncio", "encodings.idna", "concurrent.futures.thread")
 Message = Mapping[str, Any]
 
 
-class NoWait:
-    """The slot of an origin without limits."""
+class Fields:
+    """The headers of an answer by name."""
 
-    waited = 0.0
+    def __init__(self, headers: Headers) -> None:
+        self._fields = {name.lower(): value.decode("latin-1") for name, value in headers}
 
-    def release(self) -> None:
-        """Nothing was taken."""
+    def get(self, key: str, default: str = "", /) -> str:
+        return self._fields.get(key.lower().encode(), default)
 
 
-NO_WAIT = NoWait()
+@dataclass(frozen=True, slots=True)
+class KnownPlace:
+    """What is known of an org at an origin, until a time of the monotonic clock."""
+
+    limits: tuple[Limit, ...]
+    until: float
 
 
 class BrokerProcess:
@@ -72,6 +87,11 @@ class BrokerProcess:
         self._freezing: asyncio.TimerHandle | None = None
         self._numbers = itertools.count(1)
         self._asked: dict[int, asyncio.Future[Message]] = {}
+        # What the worker said of limits, and the questions under way.
+        self._places: dict[tuple[str, str], KnownPlace] = {}
+        self._looking: dict[tuple[str, str], asyncio.Task[KnownPlace]] = {}
+        self._pacer = Pacer(SystemClock(), self._ask_share)
+        self._name = token_hex(8)
         self._unsent: deque[bytes] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
         self.ended = asyncio.Event()
@@ -92,10 +112,22 @@ class BrokerProcess:
         return time.monotonic() < self._freeze_at
 
     async def admit(self, attempt: Attempt, origin: Origin) -> Slot:
-        return NO_WAIT
+        name = shown(origin)
+        known = await self._place(attempt, name)
+        try:
+            return await self._pacer.acquire(
+                attempt.org, name, known.limits, float("inf"), group=str(attempt.number)
+            )
+        except RateLimited as limited:
+            raise Refused("limited", name, retry_after=limited.retry_after) from None
+        except Stopped:
+            raise Refused("ConnectError", NO_LEASE) from None
 
     def answered(self, attempt: Attempt, request: Request, status: int, headers: Headers) -> None:
-        """Limits learn of it."""
+        if (seconds := asked_pause(status, Fields(headers), time.time())) is not None:
+            name = shown(request.origin)
+            self._pacer.pause(attempt.org, name, seconds)
+            self._begin(self._pause(attempt.number, name, seconds))
 
     def denied(self, attempt: Attempt, origin: str, reason: str) -> None:
         self._tell({"op": "denied", "number": attempt.number, "origin": origin, "reason": reason})
@@ -107,16 +139,65 @@ class BrokerProcess:
             {"op": "sent", "number": attempt.number, "status": status, "error": error, **where, **when}
         )
 
-    async def ask(self, message: Message) -> Message:
-        """The worker's answer to a question."""
+    async def ask(self, of: int, call: str, fields: Message) -> Message:
+        """The worker's answer to a call in the name of an attempt; has `error` if there is none."""
         number = next(self._numbers)
         answer: asyncio.Future[Message] = self._loop.create_future()
         self._asked[number] = answer
-        self._tell({**message, "n": number})
+        self._tell({"op": "ask", "number": of, "call": call, "fields": fields, "n": number})
         try:
             return await answer
         finally:
             self._asked.pop(number, None)
+
+    # Limits
+
+    async def _place(self, attempt: Attempt, origin: str) -> KnownPlace:
+        """The limits of an origin, as they were at most `KNOWN` seconds ago; none if nothing is known."""
+        key = (attempt.org, origin)
+        known = self._places.get(key)
+        if known is not None and time.monotonic() < known.until:
+            return known
+        looking = self._looking.get(key)
+        if looking is None:
+            looking = self._looking[key] = self._loop.create_task(self._look(attempt, origin))
+            looking.add_done_callback(lambda _: self._looking.pop(key, None))
+        return await asyncio.shield(looking)
+
+    async def _look(self, attempt: Attempt, origin: str) -> KnownPlace:
+        now = time.monotonic()
+        answer = await self.ask(attempt.number, "limits", {"origin": origin})
+        key = (attempt.org, origin)
+        if "error" in answer:
+            # The database is away: go on with what was known.
+            limits = self._places[key].limits if key in self._places else ()
+        else:
+            limits = tuple(map(Limit.from_json, answer["limits"]))
+            if answer["paused"] > 0:
+                self._pacer.pause(attempt.org, origin, answer["paused"])
+        known = self._places[key] = KnownPlace(limits, now + KNOWN)
+        return known
+
+    async def _ask_share(self, ask: Ask) -> Share:
+        began = time.monotonic()
+        number = self._number_of(ask.key)
+        fields = {"limit": ask.key.limit_id, "broker": self._name, **ask._asdict()}
+        del fields["key"]
+        answer = await self.ask(number, "share", fields)
+        if "error" in answer:
+            raise ConnectionError(answer["error"]["message"])
+        share = Share(*answer["share"])
+        return share._replace(until=began + share.until, slots_until=began + share.slots_until)
+
+    def _number_of(self, key: BucketKey) -> int:
+        """An attempt in whose name a share of a limit can be asked for: of the org, if it is by org."""
+        for attempt in self.attempts.values():
+            if key.org_id in (None, attempt.org):
+                return attempt.number
+        raise ConnectionError("no attempt is left that uses the limit")
+
+    async def _pause(self, number: int, origin: str, seconds: float) -> None:
+        await self.ask(number, "pause", {"origin": origin, "seconds": seconds})
 
     # Messages of the worker
 
@@ -197,6 +278,8 @@ class BrokerProcess:
 
     def _renew(self, freeze_at: float) -> None:
         self._freeze_at = freeze_at
+        if self.may_send():
+            self._pacer.resume()
         if self._freezing is not None:
             self._freezing.cancel()
         # A stopped process learns here that it is late: `may_send` has said so already.
@@ -206,6 +289,7 @@ class BrokerProcess:
         if self.may_send():
             self._renew(self._freeze_at)
             return
+        self._pacer.stop()
         for attempt in self.attempts.values():
             attempt.close_streams()
         self._begin(self.pools.close())
@@ -213,8 +297,8 @@ class BrokerProcess:
     # Questions
 
     async def _token(self, number: int, fresh: bool, audience: str, resource: str) -> Held:
-        of = {"fresh": fresh, "audience": audience, "resource": resource}
-        answer = await self.ask({"op": "token", "number": number, **of})
+        of = {"audience": audience, "resource": resource} if audience or resource else {}
+        answer = await self.ask(number, "token_for" if of else "token", {"fresh": fresh, **of})
         if "error" in answer:
             error = answer["error"]
             raise NoToken(error["code"], error["message"], error["retry_after"])

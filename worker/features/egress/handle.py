@@ -15,14 +15,18 @@ from worker.clock import Clock
 from worker.engine.runners.child.zygote_handle import HelperProcess
 from worker.engine.runners.contract import RunServices, Work
 from worker.errors import WorkerError
-from worker.handlers.calls import AskToken
+from worker.handlers.calls import AskLimits, AskShare, AskToken, NotACall, PauseOrigin, read
 from worker.handlers.given import HeldToken
 from worker.model.egress import BoundSecret, placeholder_of, token_name
 from worker.model.runs.lease import Lease
 from worker.telemetry.events import emit
+from worker.telemetry.tracing import TracedRequest, request_span
 
 Message = Mapping[str, Any]
 MODULE = "worker.features.egress.broker"
+# What the broker may call in the name of an attempt, and what it is answered after the attempt's end.
+BROKER_CALLS = (AskToken, AskLimits, AskShare, PauseOrigin)
+ENDED: dict[str, Any] = {"error": {"code": "lease_lost", "message": "the run has ended", "retry_after": None}}
 # Before the names of variables, as no secret is called.
 VARIABLE = "variable "
 # Seconds between starts of a broker that does not come up, at first and at most.
@@ -150,16 +154,18 @@ class BrokerHandle:
         match message["op"]:
             case "ready":
                 self._pause = RESTART
-            case "token" if attempt is not None:
-                self.begin(self._answer_token(attempt, message))
+            case "ask":
+                self.begin(self._answer(attempt, message))
+            case "sent" if attempt is not None:
+                attempt.trace(message)
             case "denied" if attempt is not None:
                 attempt.services.denied(message["origin"], message["reason"])
             case "ended" if attempt is not None:
                 attempt.recorded(message["rows"])
 
-    async def _answer_token(self, attempt: _Attempt, question: Message) -> None:
-        call = AskToken(question["fresh"], question["audience"], question["resource"])
-        answer = await attempt.token(call)
+    async def _answer(self, attempt: _Attempt | None, question: Message) -> None:
+        """Answer a call of the broker, in the name of an attempt that it serves."""
+        answer = ENDED if attempt is None else await attempt.answer(question["call"], question["fields"])
         self.send({"op": "answer", "n": question["n"], **answer})
 
 
@@ -223,7 +229,7 @@ class _Attempt:
         about = {
             "op": "attempt",
             "number": self.number,
-            "org": work.org_code,
+            "org": self.services.org_id,
             "lists": work.egress.lists,
             "api_origins": work.api_origins,
             "private_origins": work.private_origins,
@@ -249,21 +255,44 @@ class _Attempt:
             if audience.startswith(("https://", "http://")):
                 yield "", audience
 
-    async def token(self, call: AskToken) -> dict[str, Any]:
-        """The answer to a question for a token of the attempt."""
-        held = self._held
-        if call.audience or call.resource:
-            held = HeldToken(held.token, held.claims, self._clock)
+    async def answer(self, name: str, fields: Message) -> dict[str, Any]:
+        """The answer to a call of the broker in the name of this attempt, or its `error`."""
         if self._ended:
-            return {"error": {"code": "lease_lost", "message": "the run has ended", "retry_after": None}}
+            return ENDED
+        call = read(name, fields)
+        if not isinstance(call, BROKER_CALLS):
+            raise NotACall(f"a broker may not call {name}")
         try:
-            if call.fresh or held.stale or held is not self._held:
-                held.token, held.claims = await self.services.ask(call)
+            if isinstance(call, AskToken):
+                return await self._token(call)
+            return call.answer.write(await self.services.ask(call))
         except WorkerError as error:
             pause = getattr(error, "retry_after", None)
             return {"error": {"code": error.code, "message": error.message, "retry_after": pause}}
+
+    async def _token(self, call: AskToken) -> dict[str, Any]:
+        held = self._held
+        if call.audience or call.resource:
+            held = HeldToken(held.token, held.claims, self._clock)
+        if call.fresh or held.stale or held is not self._held:
+            held.token, held.claims = await self.services.ask(call)
         seconds = max((held.token.expires_at - held.margin - self._clock.now()).total_seconds(), 0.0)
         return {"text": held.token.reveal(), "seconds": seconds}
+
+    def trace(self, message: Message) -> None:
+        """Make the span of a request."""
+        request_span(
+            self._work.traceparent,
+            TracedRequest(
+                message["method"],
+                message["host"],
+                message["port"],
+                message["began"],
+                message["ended"],
+                message["status"],
+                message["error"] or None,
+            ),
+        )
 
     def recorded(self, rows: list[dict[str, Any]]) -> None:
         """The totals of the attempt, at its end."""

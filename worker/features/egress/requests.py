@@ -38,12 +38,16 @@ _REFUSED_METHODS = ("TRACE", "TRACK", "CONNECT")
 _STEPS = ("connect", "read", "write", "pool")
 
 
-class Refused(Exception):
-    """A request that is not sent; `kind` as in `handlers.brokered`."""
+NO_LEASE = "the worker's lease does not hold now; nothing was sent"
 
-    def __init__(self, kind: str, message: str) -> None:
+
+class Refused(Exception):
+    """A request that is not sent; `kind` as in `handlers.brokered`. `retry_after` is in seconds."""
+
+    def __init__(self, kind: str, message: str, *, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.kind = kind
+        self.retry_after = retry_after
 
 
 @dataclass(slots=True)

@@ -155,6 +155,10 @@ class Shares:
                 self._limits_at = now
         return self._limits
 
+    def paused_for(self, org_id: str, origin: str) -> float:
+        """The seconds for which an origin still pauses an org."""
+        return max(self._pauses.get((org_id, origin), 0.0) - self._clock.monotonic(), 0.0)
+
     def label_of(self, origin: str) -> str:
         """The origin as metrics name it: only so many, the others are `other`."""
         if origin in self._origins or len(self._origins) < MAX_ORIGINS:

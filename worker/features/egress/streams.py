@@ -14,7 +14,7 @@ import httpcore
 from worker.features.egress.attempts import MAX_STREAMS, Attempt, NoToken, Totals
 from worker.features.egress.injection import Decoder, Headers, Mask, NoDecoder, Value, decoder_of, inject
 from worker.features.egress.network import NotPublic, Pools
-from worker.features.egress.requests import Refused, Request, read_request, shown
+from worker.features.egress.requests import NO_LEASE, Refused, Request, read_request, shown
 from worker.guard.urls import Origin
 from worker.handlers.frames import (
     ANSWER,
@@ -185,7 +185,7 @@ def failure_of(error: Exception) -> dict[str, Any]:
     """An error as a FAILED frame says it; see `handlers.brokered`."""
     match error:
         case Refused():
-            return {"error": error.kind, "message": str(error)}
+            return {"error": error.kind, "message": str(error), "retry_after": error.retry_after}
         case NotPublic():
             return {"error": "address", "message": str(error)}
         case NoToken():
@@ -248,7 +248,7 @@ class _Exchange:
         self, request: Request, headers: Headers, masked: list[bytes], authorized: bool, totals: Totals
     ) -> int:
         if self._attempt.stopped or not self._broker.may_send():
-            raise Refused("ConnectError", "the worker's lease does not hold now; nothing was sent")
+            raise Refused("ConnectError", NO_LEASE)
         url = request.url()
         pool = self._broker.pools.of(self._attempt.org, checked=self._attempt.checks_address(request))
         names = {name.lower() for name, _ in headers}

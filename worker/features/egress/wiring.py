@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 from worker.clock import Clock
 from worker.features.egress.handle import BrokerHandle
+from worker.model.egress import BoundSecret
 from worker.process.confinement import Confinement
 from worker.settings import Settings
 
@@ -12,4 +15,9 @@ def make_broker(settings: Settings, clock: Clock, confinement: Confinement) -> B
     """The broker; it confines itself as far as runs are confined."""
     rules = confinement.rules
     confined = {"landlocked": rules is not None, "filtered": rules is not None and rules.filtered}
-    return BrokerHandle(clock, confined, traced=settings.tracing.enabled)
+    variables = [
+        BoundSecret(name, os.environ[name], binding.origin, binding.header)
+        for name, binding in settings.execution.bind_environment.items()
+        if name in os.environ
+    ]
+    return BrokerHandle(clock, confined, bound=variables, traced=settings.tracing.enabled)
