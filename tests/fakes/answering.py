@@ -17,9 +17,11 @@ from worker.guard.claims import Claims
 from worker.handlers.calls import (
     A,
     AskBudgets,
+    AskLimits,
     AskToken,
     Call,
     CountSpend,
+    KnownLimits,
     LoadSteps,
     OneWayCall,
     OpenWait,
@@ -117,6 +119,10 @@ class AnsweringWorker:
                 if self.refuses is not None:
                     raise self.refuses
                 return self.renewed or (token("token-two"), claims(n="two"))
+            case AskLimits():
+                return KnownLimits()
+            case AskLimits():
+                return KnownLimits()
             case LoadSteps(after):
                 return page(self.steps, after)
             case StoreStep(step):

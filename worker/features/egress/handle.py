@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import os
 import socket
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
@@ -15,18 +16,26 @@ from worker.clock import Clock
 from worker.engine.runners.child.zygote_handle import HelperProcess
 from worker.engine.runners.contract import RunServices, Work
 from worker.errors import WorkerError
-from worker.handlers.calls import AskLimits, AskShare, AskToken, NotACall, PauseOrigin, read
+from worker.handlers.calls import AskToken, NotACall, read
 from worker.handlers.given import HeldToken
 from worker.model.egress import BoundSecret, placeholder_of, token_name
 from worker.model.runs.lease import Lease
 from worker.telemetry.events import emit
 from worker.telemetry.tracing import TracedRequest, request_span
 
+_log = logging.getLogger(__name__)
 Message = Mapping[str, Any]
 MODULE = "worker.features.egress.broker"
+
+
+def failed(code: str, message: str, retry_after: float | None = None) -> dict[str, Any]:
+    """An answer that is an error."""
+    return {"error": {"code": code, "message": message, "retry_after": retry_after}}
+
+
 # What the broker may call in the name of an attempt, and what it is answered after the attempt's end.
 BROKER_CALLS = (AskToken, AskLimits, AskShare, PauseOrigin)
-ENDED: dict[str, Any] = {"error": {"code": "lease_lost", "message": "the run has ended", "retry_after": None}}
+ENDED = failed("lease_lost", "the run has ended")
 # Before the names of variables, as no secret is called.
 VARIABLE = "variable "
 # Seconds between starts of a broker that does not come up, at first and at most.
@@ -165,7 +174,12 @@ class BrokerHandle:
 
     async def _answer(self, attempt: _Attempt | None, question: Message) -> None:
         """Answer a call of the broker, in the name of an attempt that it serves."""
-        answer = ENDED if attempt is None else await attempt.answer(question["call"], question["fields"])
+        try:
+            answer = ENDED if attempt is None else await attempt.answer(question["call"], question["fields"])
+        except Exception as error:
+            # A question without an answer would leave its request waiting.
+            _log.exception("a question of the broker failed")
+            answer = failed("internal", f"not possible now ({type(error).__name__})")
         self.send({"op": "answer", "n": question["n"], **answer})
 
 
@@ -267,8 +281,7 @@ class _Attempt:
                 return await self._token(call)
             return call.answer.write(await self.services.ask(call))
         except WorkerError as error:
-            pause = getattr(error, "retry_after", None)
-            return {"error": {"code": error.code, "message": error.message, "retry_after": pause}}
+            return failed(error.code, error.message, getattr(error, "retry_after", None))
 
     async def _token(self, call: AskToken) -> dict[str, Any]:
         held = self._held

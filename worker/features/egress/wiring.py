@@ -16,7 +16,7 @@ def make_broker(settings: Settings, clock: Clock, confinement: Confinement) -> B
     rules = confinement.rules
     confined = {"landlocked": rules is not None, "filtered": rules is not None and rules.filtered}
     variables = [
-        BoundSecret(name, os.environ[name], binding.origin, binding.header)
+        BoundSecret(name, os.environ[name], binding.origin, binding.header or None)
         for name, binding in settings.execution.bind_environment.items()
         if name in os.environ
     ]
