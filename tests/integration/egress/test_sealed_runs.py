@@ -106,7 +106,9 @@ async def test_a_connection_of_its_own_needs_an_open_network(children: ChildPool
 
 
 async def test_a_bound_secret_is_put_in_for_its_origin_only(children: ChildPool, service: Service) -> None:
-    bound = BoundSecret("openai", SECRET, service.url)
+    bound = BoundSecret(
+        "openai", SECRET, service.url, placeholder=placeholder_of(work("get").run_id, "openai")
+    )
     async with Service().serving() as other:
         lists = Egress(((service.url, other.url),))
         placeholder = placeholder_of(work("get").run_id, "openai")

@@ -16,7 +16,7 @@ from worker.clock import Clock
 from worker.engine.runners.child.zygote_handle import HelperProcess
 from worker.engine.runners.contract import RunServices, Work
 from worker.errors import WorkerError
-from worker.handlers.calls import AskToken, NotACall, read
+from worker.handlers.calls import AskLimits, AskShare, AskToken, Call, NotACall, PauseOrigin, read
 from worker.handlers.given import HeldToken
 from worker.model.egress import BoundSecret, placeholder_of, token_name
 from worker.model.runs.lease import Lease
@@ -28,14 +28,8 @@ Message = Mapping[str, Any]
 MODULE = "worker.features.egress.broker"
 
 
-def failed(code: str, message: str, retry_after: float | None = None) -> dict[str, Any]:
-    """An answer that is an error."""
-    return {"error": {"code": code, "message": message, "retry_after": retry_after}}
-
-
-# What the broker may call in the name of an attempt, and what it is answered after the attempt's end.
+# What the broker may call in the name of an attempt.
 BROKER_CALLS = (AskToken, AskLimits, AskShare, PauseOrigin)
-ENDED = failed("lease_lost", "the run has ended")
 # Before the names of variables, as no secret is called.
 VARIABLE = "variable "
 # Seconds between starts of a broker that does not come up, at first and at most.
@@ -47,6 +41,14 @@ CLOSE = 1.0
 RECORD = 1.0
 # Variables by which OpenSSL and HTTP libraries find certificate authorities.
 AUTHORITIES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+
+
+def failed(code: str, message: str, retry_after: float | None = None) -> dict[str, Any]:
+    """An answer that is an error."""
+    return {"error": {"code": code, "message": message, "retry_after": retry_after}}
+
+
+ENDED = failed("lease_lost", "the run has ended")
 
 
 class BrokerHandle:
@@ -273,13 +275,14 @@ class _Attempt:
         """The answer to a call of the broker in the name of this attempt, or its `error`."""
         if self._ended:
             return ENDED
-        call = read(name, fields)
+        call: Call[Any] = read(name, fields)
         if not isinstance(call, BROKER_CALLS):
             raise NotACall(f"a broker may not call {name}")
         try:
             if isinstance(call, AskToken):
                 return await self._token(call)
-            return call.answer.write(await self.services.ask(call))
+            given: dict[str, Any] = call.answer.write(await self.services.ask(call))
+            return given
         except WorkerError as error:
             return failed(error.code, error.message, getattr(error, "retry_after", None))
 
