@@ -161,6 +161,29 @@ def test_up_down_and_up_again_leaves_nothing_and_then_the_same(database_url: str
     assert read(database_url) == first
 
 
+def test_going_back_leaves_no_alert_that_the_release_before_does_not_know(migrated_url: str) -> None:
+    def kinds() -> list[str]:
+        with connected(migrated_url) as connection:
+            return list(connection.execute(text("SELECT kind FROM alerts ORDER BY kind")).scalars())
+
+    with connected(migrated_url) as connection:
+        at = connection.execute(text("SELECT CURRENT_TIMESTAMP")).scalar_one()
+        for kind in ("egress_denied", "failed"):
+            row = {"cause": kind, "id": kind, "kind": kind, "summary": "s", "at": at}
+            connection.execute(
+                text(
+                    "INSERT INTO alerts (cause, id, kind, summary, fields, since, struck_at, count) "
+                    "VALUES (:cause, :id, :kind, :summary, '{}', :at, :at, 1)"
+                ),
+                row,
+            )
+    assert kinds() == ["egress_denied", "failed"]
+
+    alembic(migrated_url, command.downgrade, "0033")
+
+    assert kinds() == ["failed"]
+
+
 @pytest.fixture
 def twin_url(database_url: str, postgres_server: postgres.Server, tmp_path: Path) -> Iterator[str]:
     """A second empty database of the same kind."""
