@@ -37,7 +37,7 @@ from worker.handlers.calls import (
 from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.handlers.waits import SLEEP
 from worker.model.runs.budgets import OrgBudgets, decisive, wait_of
-from worker.model.runs.egress import MAX_ORIGINS, merge, row_of
+from worker.model.runs.egress import MAX_ORIGINS, merge, row_of, shown_origin
 from worker.model.runs.outcome import Trail
 from worker.model.runs.run import AdmittedRun, NewStep
 from worker.model.runs.waits import BUDGET, MAX_WAITS, NewWait, WaitState
@@ -152,6 +152,7 @@ class Running:
             _log.warning("what run %s sent is not recorded: %s", self.run.id, error)
 
     def denied(self, origin: str, reason: str) -> None:
+        origin = shown_origin(origin)
         if origin not in self.denials and len(self.denials) < MAX_ORIGINS:
             self.denials.add(origin)
             egress_denied(self.inflight, self.trail.handler, origin, reason)

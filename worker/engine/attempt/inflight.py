@@ -20,7 +20,7 @@ from worker.ids import RunId
 from worker.model.claims import ClaimsRecord
 from worker.model.definitions import CANCEL_GRACE
 from worker.model.definitions.definition import Definition
-from worker.model.runs.egress import busiest, shown_origin
+from worker.model.runs.egress import busiest
 from worker.model.runs.outcome import EndedAttempt, Trail, summary
 from worker.model.runs.run import AdmittedRun, OwnedRun
 from worker.secret import AccessToken
@@ -273,7 +273,7 @@ def run_ended(ended: EndedAttempt, inflight: InflightRun | None) -> None:
 
 
 def egress_denied(inflight: InflightRun, handler: str, origin: str, reason: str) -> None:
-    """Emit `egress.denied` for a request that was not sent."""
+    """Emit `egress.denied` for a request that was not sent; `origin` is one of `shown_origin`."""
     run = inflight.run
     emit(
         "egress.denied",
@@ -281,8 +281,9 @@ def egress_denied(inflight: InflightRun, handler: str, origin: str, reason: str)
         run=run.id,
         attempt=run.attempt,
         handler=handler,
-        origin=masker.mask(shown_origin(origin), run.org_id),
-        reason=clean(masker.mask(reason, run.org_id), REASON_LIMIT),
+        origin=masker.mask(origin, run.org_id),
+        # More than is shown: what is cut from a secret would not be masked.
+        reason=clean(masker.mask(reason[: 2 * REASON_LIMIT], run.org_id), REASON_LIMIT),
     )
 
 
