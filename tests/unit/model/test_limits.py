@@ -208,6 +208,19 @@ def test_no_window_sees_more_than_the_bound(kind, actions):
     assert worst(sent, rate, burst) <= 1e-6
 
 
+def test_tokens_without_an_end_would_break_the_bound():
+    """The control: a worker that is frozen for 20 s goes on with all that it was granted before."""
+    limit, bucket = rated(40, burst=1), new_bucket(rated(40, burst=1), START)
+    granted = [answer(limit, bucket, "a", Ask(KEY, 50), START + tick * 0.2) for tick in range(100)]
+    thawed = START + 20
+
+    ended = [thawed for share in granted for _ in range(share.tokens) if share.granted_at + LIFE >= thawed]
+    without_end = [thawed for share in granted for _ in range(share.tokens)]
+
+    assert worst(ended, 40, 1) <= 0
+    assert worst(without_end, 40, 1) > 300
+
+
 def test_greedy_workers_use_nearly_all_of_the_rate_and_never_more():
     limit, bucket = rated(40, burst=1), new_bucket(rated(40, burst=1), START)
     sent: list[float] = []
