@@ -24,10 +24,10 @@ from worker.handlers.results import (
     Cancel,
     HandBack,
     PermanentError,
-    RateLimited,
     Retry,
     Snooze,
     as_timedelta,
+    limited_by,
 )
 from worker.handlers.spending import BudgetExceeded
 from worker.handlers.steps import StepError
@@ -122,11 +122,11 @@ def _with_state(outcome: Outcome, state: State | None) -> Outcome:
 
 def outcome_of_error(error: BaseException) -> Outcome:
     """The outcome for an exception that a handler raised."""
+    if (limited := limited_by(error)) is not None:
+        return Snoozed(timedelta(seconds=min(limited.retry_after, MAX_PAUSE)), _detail(str(limited)))
     match error:
         case BudgetExceeded():
             return Failed(error_of(error), reason="budget", permanent=True)
-        case RateLimited():
-            return Snoozed(timedelta(seconds=min(error.retry_after, MAX_PAUSE)), _detail(str(error)))
         case PermanentError() | StepError() | WaitTimeout():
             return Failed(error_of(error), permanent=True)
         case SettingsInvalid():

@@ -63,6 +63,17 @@ class RateLimited(Exception):
         self.origin = origin
 
 
+def limited_by(error: BaseException | None) -> RateLimited | None:
+    """The `RateLimited` that an error is or was raised from, as client libraries do; None for any other."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, RateLimited):
+            return error
+        seen.add(id(error))
+        error = error.__cause__
+    return None
+
+
 def as_timedelta(duration: Duration) -> timedelta:
     """Convert a timedelta, seconds, or text such as `5m`; raises ValueError."""
     if isinstance(duration, str):

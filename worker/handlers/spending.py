@@ -16,13 +16,14 @@ from typing import Any
 
 from worker.clock import Clock
 from worker.handlers.calls import AskBudgets, CountSpend, Port
-from worker.handlers.steps import StepError, check_name, open_step
+from worker.handlers.results import RateLimited
+from worker.handlers.steps import NAME_LIMIT, StepError, check_name, open_step
 from worker.handlers.waits import AnyWaits
 from worker.model.definitions.budgets import MAX_AMOUNT, RESERVED_METERS
 from worker.model.runs.budgets import MAX_SPENDS, BudgetState, decisive, tightest, wait_of
-from worker.model.runs.waits import BUDGET
+from worker.model.runs.waits import BUDGET, LIMIT, NewWait
 
-# Waits for one meter that one call passes, before it gives up.
+# Waits of a run for one meter, or for one service, before it gives up.
 MAX_WAITS = 1000
 
 States = Sequence[BudgetState]
@@ -63,6 +64,9 @@ class KnownBudget(Awaitable[Budget]):
 
     def __await__(self) -> Generator[Any, None, Budget]:
         return self._ask().__await__()
+
+
+_NO_BRACKETS = str.maketrans("", "", "[]")
 
 
 class _Done(Awaitable[None]):
@@ -169,6 +173,16 @@ class Spending:
         self._waited[wait.name] = wait.occurrence
         if found.answer_json is not None and json.loads(found.answer_json) is False:
             raise BudgetExceeded(f"{in_words(state)}; an operator did not raise it")
+
+    async def wait_for(self, limited: RateLimited) -> None:
+        """Park until a limit of a service has room again; raises `limited` if the run did so too often."""
+        # An address in brackets is not a name.
+        name = f"{LIMIT}{limited.origin}".translate(_NO_BRACKETS)[:NAME_LIMIT]
+        occurrence = self._waited.get(name, 0) + 1
+        if occurrence > MAX_WAITS:
+            raise limited
+        await self._waits.park(NewWait(name, occurrence, "sleep", limited.retry_after))
+        self._waited[name] = occurrence
 
 
 def in_words(state: BudgetState) -> str:

@@ -23,7 +23,7 @@ from worker.errors import WorkerError
 from worker.handlers.blocking import DaemonThread, finish
 from worker.handlers.calls import MAX_METERS, LoadSteps, Port, StoreStep
 from worker.handlers.json_text import NotStorable, to_json_text
-from worker.handlers.results import Duration, PermanentError, RateLimited, as_timedelta
+from worker.handlers.results import Duration, PermanentError, RateLimited, as_timedelta, limited_by
 from worker.handlers.spending import Spending
 from worker.handlers.steps import (
     RESULT_LIMIT,
@@ -234,15 +234,25 @@ class StepCalls:
         self, step: StepId, call: Call, tries: Tries, is_async: bool, *, parks: bool = True
     ) -> Any:
         text = await self._replayed(step)
-        if text is None:
+        while text is None:
             while self._gate is not None and (stopped := await self._gate.reached()) is not None:
                 if not parks:
                     raise _Stopped(stopped)
                 await self._gate.stop(stopped)
+            limited = None
             with self.journal.open(step) as opened:
                 started_at = self._clock.now()
-                value = await self._tried(opened, call, tries, is_async)
-                text = await self._stored(self._new_step(opened, value, started_at))
+                try:
+                    value = await self._tried(opened, call, tries, is_async)
+                except Exception as error:
+                    limited = limited_by(error)
+                    # Before its first request a step has done nothing: the run waits, and calls it again.
+                    if limited is None or not parks or self._gate is None or opened.begun > 1:
+                        raise
+                else:
+                    text = await self._stored(self._new_step(opened, value, started_at))
+            if limited is not None and self._gate is not None:
+                await self._gate.wait_for(limited)
         return json.loads(text)
 
     async def _replayed(self, step: StepId) -> str | None:
@@ -260,8 +270,8 @@ class StepCalls:
                 return await self._called(call, tries.timeout, is_async)
             except _NOT_RETRIED:
                 raise
-            except Exception:
-                if delay is None:
+            except Exception as error:
+                if delay is None or limited_by(error) is not None:
                     raise
             await self._pause(delay)
 

@@ -78,13 +78,14 @@ class StepId:
 class OpenStep:
     """A step whose function is being called or whose result is being stored.
 
-    `spends` are stored with its result; `requests` counts its requests, from 1 at each try. `placed`
-    once its result has a place among the steps of the run.
+    `spends` are stored with its result; `requests` counts its requests, from 1 at each try, `begun` those of
+    all tries. `placed` once its result has a place among the steps of the run.
     """
 
     id: StepId
     spends: list[tuple[str, int]] = field(default_factory=list)
     requests: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    begun: int = 0
     closed: bool = False
     placed: bool = False
 
@@ -109,6 +110,7 @@ def request_key(run_key: str, step: OpenStep) -> str:
     The first 32 hexadecimal digits of SHA-256 over run key, name, key, occurrence and number, in lines.
     """
     number = next(step.requests)
+    step.begun += 1
     parts = (run_key, step.id.name, step.id.key or "", str(step.id.occurrence), str(number))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 

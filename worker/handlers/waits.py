@@ -21,6 +21,7 @@ from worker.handlers.steps import Occurrences, StepError, StepJournal, check_nam
 from worker.model.runs.outcome import Parked
 from worker.model.runs.run import step_label
 from worker.model.runs.waits import BUDGET as BUDGET
+from worker.model.runs.waits import LIMIT as LIMIT
 from worker.model.runs.waits import MAX_ASKED, MAX_WAITS, NewWait, Option, WaitKind, WaitState, check_options
 
 SLEEP = "sleep"
@@ -78,7 +79,7 @@ class AnyWaits(ABC):
     ) -> Coroutine[Any, Any, Any]:
         """As `Context.wait_for`. The occurrence is taken now."""
         what = f"wait_for {check_name('wait_for', name)}"
-        if name == SLEEP or name.startswith(BUDGET):
+        if name == SLEEP or name.startswith((BUDGET, LIMIT)):
             raise StepError(f"{what}: this name is reserved; use another one")
         seconds = None if timeout is None else as_timedelta(timeout).total_seconds()
         try:

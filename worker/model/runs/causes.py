@@ -192,7 +192,9 @@ CAUSES: Mapping[tuple[str, str | None], Meaning] = {
         expired="it could not be placed on a host of its pool: {last}",
     ),
     ("waiting", "asleep"): Meaning(
-        "its handler sleeps until {available_at}, without a process", "handler", customer="goes on later"
+        "its handler sleeps until {available_at}{with_detail}, without a process",
+        "handler",
+        customer="goes on later",
     ),
     ("waiting", "answer"): Meaning(
         "its handler waits for an answer{with_detail}, without a process",

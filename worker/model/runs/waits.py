@@ -13,6 +13,8 @@ KINDS: tuple[WaitKind, ...] = get_args(WaitKind)
 
 # Names that begin so are those of budgets.
 BUDGET = "budget:"
+# Those of limits of other services.
+LIMIT = "limit:"
 # Waits of one run.
 MAX_WAITS = 10_000
 # Bytes of JSON text in UTF-8: what a handler asks, with its options, and an answer.
