@@ -20,7 +20,7 @@ from worker.model.limits import Ask, BucketKey
 from worker.model.orgs import OrgEntry
 from worker.model.runs.clauses import sentence
 from worker.operations.apply import apply as apply_file
-from worker.operations.orgs import add_org
+from worker.operations.orgs import add_org, set_org_state
 from worker.operations.runs import run_now
 from worker.store import limits, tables
 from worker.store.database import Database
@@ -191,6 +191,19 @@ def test_why_names_the_limits_that_requests_of_the_org_of_a_running_run_wait_for
 
     text = "requests of its org wait for https://api.openai.com, which asked for a pause"
     assert text in sentence(found)
+
+
+def test_nothing_of_an_org_that_is_removed_stays(database: Database, org_id: str, rows):
+    changes(database, OPENAI)
+    row = reading(database, limits.every)["https://api.openai.com", "org"]
+    within(database, limits.add_rows, [BucketKey(row["id"], org_id)])
+    within(database, limits.pause, [Pause(org_id, "https://api.openai.com", 20)])
+    assert (len(rows.limit_shares), len(rows.origin_pauses)) == (1, 1)
+
+    set_org_state(database, "org_acme", "removed", actor="ops")
+
+    assert (rows.limit_shares, rows.origin_pauses) == ([], [])
+    assert len(rows.limits) == 2
 
 
 def test_a_share_of_no_limit_is_not_stored(database: Database, org_id: str):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.clock import ManualClock, settle
-from worker.errors import StoreUnavailable
+from worker.errors import StoreUnavailable, Unavailable
 from worker.features.egress.pacing import OriginCounts
 from worker.features.egress.shares import ACTIVE, MAX_COUNT, MAX_ORIGINS, OTHERS, POLL, Shares
 from worker.model.limits import GATHERING, LIFE, MAX_PAUSE, SLOT_LIFE, SPACING, Ask, BucketKey, Limit, Share
@@ -141,6 +141,19 @@ async def test_without_the_database_a_question_fails_and_the_next_one_is_asked(s
     await settle()
     await clock.pass_time(1, step=0.05)
     assert task.result().tokens == 1
+
+
+@pytest.mark.parametrize("passed", [0.0, GATHERING])
+async def test_when_the_worker_stops_questions_fail(shares, database, clock, passed):
+    database.delay = 5
+    asking = asyncio.create_task(shares.share(Ask(key(), 1)))
+    await settle()
+    await clock.pass_time(passed)
+
+    await shares.close()
+
+    with pytest.raises(Unavailable):
+        await asking
 
 
 async def ask(shares: Shares, clock: ManualClock, ask: Ask, holder: str | None = None) -> Share:

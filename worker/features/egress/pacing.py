@@ -400,8 +400,10 @@ class Pacer:
     # --- What a lane does while it is in use. ---
 
     def _serve(self, lane: _Lane) -> None:
+        if self._lanes.setdefault(lane.key, lane) is not lane:
+            # It had ended, and another one has its place: two would lease slots in one name.
+            return
         if lane.task is None or lane.task.done():
-            self._lanes[lane.key] = lane
             lane.task = asyncio.ensure_future(self._run(lane))
         else:
             lane.woken.set()

@@ -180,6 +180,16 @@ class Shares:
                 await self._clock.sleep(POLL)
             self._active.clear()
 
+    async def close(self) -> None:
+        """End what is being asked; questions that have no answer yet fail."""
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.gather(self._asking, return_exceptions=True)
+        for question in self._questions:
+            if not question.answer.done():
+                question.answer.set_exception(Unavailable("the worker is stopping"))
+        self._questions.clear()
+
     def _is_active(self) -> bool:
         return self._clock.monotonic() < self._active_until or bool(self._pauses)
 
