@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -401,3 +401,77 @@ async def test_no_task_is_left_when_a_lane_is_idle(bench, clock):
     await clock.pass_time(3, step=0.1)
 
     assert asyncio.all_tasks() == before
+
+
+@dataclass
+class Fleet:
+    """Pacers of several workers on one set of buckets, and the requests that are under way at the service."""
+
+    clock: ManualClock
+    limit: Limit
+    seconds: float
+    under_way: int = 0
+    most: int = 0
+    busy: float = 0.0
+    done: dict[str, int] = field(default_factory=dict)
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    def start(self, workers: int, requests: int) -> list[Pacer]:
+        """Each worker keeps so many requests waiting or under way."""
+        buckets: dict[BucketKey, Bucket] = {}
+        pacers = []
+        for number in range(workers):
+            worker = Worker(self.clock, {self.limit.id: self.limit}, f"w{number}", buckets, delay=0.01)
+            pacers.append(Pacer(self.clock, worker))
+            for _ in range(requests):
+                self.tasks.append(asyncio.create_task(self._send(pacers[-1], worker.name)))
+        return pacers
+
+    async def _send(self, pacer: Pacer, name: str) -> None:
+        while True:
+            slot = await pacer.acquire("acme", ORIGIN, [self.limit], NEVER)
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+            await self.clock.sleep(self.seconds)
+            self.under_way -= 1
+            self.done[name] = self.done.get(name, 0) + 1
+            slot.release()
+
+    async def pass_time(self, seconds: float, step: float = 0.01) -> None:
+        for _ in range(round(seconds / step)):
+            await self.clock.pass_time(step)
+            self.busy += self.under_way * step
+
+    async def stop(self, pacers: Sequence[Pacer]) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        for pacer in pacers:
+            await pacer.close()
+
+
+@pytest.mark.parametrize("slots", [8, 6])
+async def test_workers_keep_all_slots_busy_and_never_use_more(clock, slots):
+    fleet = Fleet(clock, limit(concurrent=slots, max_wait=3600), seconds=0.1)
+    pacers = fleet.start(workers=4, requests=6)
+
+    await fleet.pass_time(20)
+
+    done = fleet.done
+    await fleet.stop(pacers)
+    assert fleet.most == slots
+    assert fleet.busy >= 0.95 * 20 * slots
+    assert min(done.values()) > 0.15 * sum(done.values())
+
+
+async def test_the_last_slot_goes_round(clock):
+    fleet = Fleet(clock, limit(concurrent=1, max_wait=3600), seconds=0.1)
+    pacers = fleet.start(workers=3, requests=2)
+
+    await fleet.pass_time(30)
+
+    done = fleet.done
+    await fleet.stop(pacers)
+    assert fleet.most == 1
+    assert min(done.get(name, 0) for name in ("w0", "w1", "w2")) > 0.2 * sum(done.values())
+    assert fleet.busy >= 0.75 * 30

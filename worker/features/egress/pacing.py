@@ -1,8 +1,7 @@
 """Pacing: requests of the broker wait here for limits of their service, and for pauses that it asked for.
 
-A lane is what one key has: tokens and slots that the worker leased, and the requests that wait for them. It
-asks for more as they are needed. Nothing is used after its end on CLOCK_MONOTONIC, so a process that was
-frozen sends nothing with what it held.
+`lanes` has what each key of a limit leased from the worker. Nothing is used after its end on CLOCK_MONOTONIC,
+so a process that was frozen sends nothing with what it held.
 
 Imports neither an HTTP client nor a database: the broker is a small process.
 """
@@ -11,27 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
+from worker.features.egress.lanes import Lane, Place, Waiter
 from worker.guard.clock import Clock
 from worker.handlers.results import RateLimited
-from worker.model.limits import MAX_PAUSE, MAX_WAIT, SLOT_LIFE, SPACING, Ask, BucketKey, Limit, Share
+from worker.model.limits import MAX_PAUSE, MAX_WAIT, Ask, BucketKey, Limit, Share
 
 AskForShare = Callable[[Ask], Awaitable[Share]]
-Place = tuple[str, str]
 
-# Seconds of its present use that a lane asks for in advance, so that most requests do not wait.
-STOCK = 0.3
-# Seconds without use after which a lane gives back what it has.
-IDLE = 0.5
-# Seconds until slots are renewed, and the most until a lane that waits asks again: it keeps its turn so.
-RENEWAL = SLOT_LIFE * 0.4
-PATIENCE = SLOT_LIFE * 0.8
-# Seconds until a question is repeated that had no answer.
-AGAIN = 0.5
 # Origins that are counted by name.
 MAX_ORIGINS = 100
 OTHERS = "other"
@@ -52,127 +41,6 @@ class OriginCounts(NamedTuple):
     seconds: float = 0.0
     refused: int = 0
     pauses: int = 0
-
-
-@dataclass(eq=False, slots=True)
-class _Waiter:
-    """A request that waits, until `limit_at` at most. `group` is whose turn it takes."""
-
-    place: Place
-    group: str
-    lanes: tuple[_Lane, ...]
-    limit_at: float
-    granted: asyncio.Future[None]
-    until: float = math.inf
-
-
-class _Tokens(NamedTuple):
-    number: int
-    until: float
-    granted_at: float
-
-
-@dataclass(eq=False, slots=True)
-class _Lane:
-    """The leased tokens and slots of one key, and the requests that wait for them, by group."""
-
-    key: BucketKey
-    limit: Limit
-    groups: OrderedDict[str, OrderedDict[_Waiter, None]] = field(default_factory=OrderedDict)
-    waiting: int = 0
-    in_use: int = 0
-    held: deque[_Tokens] = field(default_factory=deque)
-    # Tokens that have ended or were too many, and the time of the oldest grant of them.
-    unused: int = 0
-    unused_since: float = math.inf
-    slots: int = 0
-    slots_until: float = 0.0
-    renewed_at: float = -math.inf
-    # The answer to the last question if it was less than what was wanted.
-    short: bool = False
-    answered_at: float = 0.0
-    wait: float = 0.0
-    pace: float = 0.0
-    used: int = 0
-    use: float = 0.0
-    used_at: float = -math.inf
-    measured_at: float = 0.0
-    ask_at: float = 0.0
-    woken: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
-
-    def tokens(self, now: float) -> int:
-        """The tokens that can be used now."""
-        while self.held and self.held[0].until <= now:
-            self._give_back(self.held.popleft())
-        return sum(each.number for each in self.held)
-
-    def is_open(self, now: float) -> bool:
-        """Whether a request may begin."""
-        if self.limit.rate is not None and not self.tokens(now):
-            return False
-        free = self.in_use < self.slots and now < self.slots_until
-        return self.limit.concurrent is None or free
-
-    def take(self, now: float) -> float:
-        """Let a request begin; returns until when it may be sent."""
-        until = math.inf if self.limit.concurrent is None else self.slots_until
-        if self.limit.rate is not None:
-            first = self.held.popleft()
-            until = min(until, first.until)
-            if first.number > 1:
-                self.held.appendleft(first._replace(number=first.number - 1))
-        self.in_use += 1
-        self.used += 1
-        self.used_at = now
-        return until
-
-    def drop(self) -> None:
-        """Give up what was leased, without giving it back."""
-        self.held.clear()
-        self.unused, self.unused_since = 0, math.inf
-        self.slots, self.slots_until = 0, 0.0
-
-    def give_all_back(self) -> None:
-        while self.held:
-            self._give_back(self.held.popleft())
-
-    def _give_back(self, tokens: _Tokens) -> None:
-        self.unused += tokens.number
-        self.unused_since = min(self.unused_since, tokens.granted_at)
-
-    def waiters(self) -> Iterator[_Waiter]:
-        """Those that wait, a group after the other in turn."""
-        rounds = [iter(tuple(group)) for group in self.groups.values()]
-        while rounds:
-            left = []
-            for one in rounds:
-                if (waiter := next(one, None)) is not None:
-                    yield waiter
-                    left.append(one)
-            rounds = left
-
-    def wanting(self, now: float) -> int:
-        """The requests that wait for this key, and not only for another one of theirs."""
-        return sum(
-            not any(lane is not self and lane.short and not lane.is_open(now) for lane in waiter.lanes)
-            for waiter in self.waiters()
-        )
-
-    def stock(self, now: float) -> int:
-        """The tokens to have in advance, by the present use."""
-        if (passed := now - self.measured_at) >= SPACING:
-            self.use = (self.use + self.used / passed) / 2 if now - self.used_at < 2 else 0.0
-            self.used, self.measured_at = 0, now
-        return math.ceil(self.use * STOCK) if now - self.used_at < IDLE else 0
-
-    def delay(self, place: int, now: float) -> float:
-        """The seconds that the request at this place of the queue (from 1) is expected to wait."""
-        missing = place - self.tokens(now)
-        if self.limit.rate is None or missing <= 0 or not self.short or self.pace <= 0:
-            return 0.0
-        elapsed = now - self.answered_at
-        return max(self.wait + (missing - 1) / self.pace - elapsed, 0.0)
 
 
 class Slot:
@@ -200,7 +68,7 @@ class Pacer:
         """`ask` gets the worker's answer to a question; it may raise any exception."""
         self._clock = clock
         self._ask = ask
-        self._lanes: dict[BucketKey, _Lane] = {}
+        self._lanes: dict[BucketKey, Lane] = {}
         self._pauses: dict[Place, float] = {}
         # The futures of all that wait, by place.
         self._pending: dict[Place, set[asyncio.Future[None]]] = {}
@@ -242,7 +110,7 @@ class Pacer:
             expected = max(lane.delay(lane.waiting + 1, now) for lane in lanes)
             if now + expected > limit_at:
                 raise self._refusal(expected, origin)
-            waiter = _Waiter(place, group or org, lanes, limit_at, self._future())
+            waiter = Waiter(place, group or org, lanes, limit_at, self._future())
             if await self._queue(waiter):
                 until, now = waiter.until, self._clock.monotonic()
                 if now < until and stops == self._stops:
@@ -304,11 +172,11 @@ class Pacer:
     def _future(self) -> asyncio.Future[None]:
         return asyncio.get_running_loop().create_future()
 
-    def _lane(self, limit: Limit, org: str) -> _Lane:
+    def _lane(self, limit: Limit, org: str) -> Lane:
         key = limit.key(org)
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = _Lane(key, limit)
+            lane = self._lanes[key] = Lane(key, limit)
         lane.limit = limit
         return lane
 
@@ -338,7 +206,7 @@ class Pacer:
         future.result()
         return True
 
-    async def _queue(self, waiter: _Waiter) -> bool:
+    async def _queue(self, waiter: Waiter) -> bool:
         """Wait for all lanes; returns False if a pause has begun. Raises RateLimited and Stopped."""
         for lane in waiter.lanes:
             lane.groups.setdefault(waiter.group, OrderedDict())[waiter] = None
@@ -360,7 +228,7 @@ class Pacer:
         left = max((lane.delay(1, self._clock.monotonic()) for lane in waiter.lanes), default=0.0)
         raise self._refusal(max(left, 1.0), origin)
 
-    def _leave(self, waiter: _Waiter) -> None:
+    def _leave(self, waiter: Waiter) -> None:
         for lane in waiter.lanes:
             group = lane.groups.get(waiter.group)
             if group is not None and waiter in group:
@@ -369,13 +237,13 @@ class Pacer:
                 if not group:
                     del lane.groups[waiter.group]
 
-    def _release(self, lanes: Sequence[_Lane]) -> None:
+    def _release(self, lanes: Sequence[Lane]) -> None:
         for lane in lanes:
             lane.in_use -= 1
             self._admit(lane)
             lane.woken.set()
 
-    def _admit(self, lane: _Lane) -> None:
+    def _admit(self, lane: Lane) -> None:
         """Let requests begin that wait for this lane, a group after the other."""
         if self._is_stopped:
             return
@@ -399,7 +267,7 @@ class Pacer:
 
     # --- What a lane does while it is in use. ---
 
-    def _serve(self, lane: _Lane) -> None:
+    def _serve(self, lane: Lane) -> None:
         if self._lanes.setdefault(lane.key, lane) is not lane:
             # It had ended, and another one has its place: two would lease slots in one name.
             return
@@ -408,13 +276,13 @@ class Pacer:
         else:
             lane.woken.set()
 
-    async def _run(self, lane: _Lane) -> None:
+    async def _run(self, lane: Lane) -> None:
         """Ask for what a lane needs, until it is no longer in use and has given back what it had."""
         while True:
             lane.woken.clear()
             self._admit(lane)
             now = self._clock.monotonic()
-            question, wait = self._question(lane, now)
+            question, wait = (None, None) if self._is_stopped else lane.question(now)
             if question is not None:
                 await self._renew(lane, question)
                 self._refuse_late(lane)
@@ -425,7 +293,7 @@ class Pacer:
         if self._lanes.get(lane.key) is lane:
             del self._lanes[lane.key]
 
-    async def _sleep(self, lane: _Lane, seconds: float) -> None:
+    async def _sleep(self, lane: Lane, seconds: float) -> None:
         woken = asyncio.ensure_future(lane.woken.wait())
         timer = asyncio.ensure_future(self._clock.sleep(seconds))
         try:
@@ -434,59 +302,17 @@ class Pacer:
             woken.cancel()
             timer.cancel()
 
-    def _question(self, lane: _Lane, now: float) -> tuple[Ask | None, float | None]:
-        """What to ask now, or the seconds until then; neither if the lane is no longer in use."""
-        limit, tokens = lane.limit, lane.tokens(now)
-        is_used = lane.waiting or now - lane.used_at < IDLE or (lane.in_use and limit.concurrent is not None)
-        if self._is_stopped:
-            return None, None
-        if not is_used:
-            lane.give_all_back()
-            has_slots = lane.slots > 0 and now < lane.slots_until
-            if lane.unused or has_slots:
-                return self._ask_for(lane, want=0, slots=0), None
-            return None, None
-        if now < lane.ask_at:
-            return None, lane.ask_at - now
-        wanting, stock = lane.wanting(now), lane.stock(now)
-        want = 0
-        if limit.rate is not None and (wanting > tokens or tokens < stock / 2):
-            want = max(wanting + stock - tokens, 0)
-        slots, due = 0, False
-        if limit.concurrent is not None:
-            slots = lane.in_use + wanting
-            due = now - lane.renewed_at >= RENEWAL or (slots > lane.slots and not lane.short)
-            due = due or (lane.slots > slots and now - lane.renewed_at >= SPACING)
-        if want or (due and slots) or (due and lane.slots):
-            return self._ask_for(lane, want=want, slots=slots), None
-        return None, RENEWAL if limit.concurrent is not None else SPACING
-
-    def _ask_for(self, lane: _Lane, *, want: int, slots: int) -> Ask:
-        since = lane.unused_since if lane.unused else 0.0
-        question = Ask(lane.key, want, lane.unused, since, slots, lane.in_use)
-        # If the answer is lost, they are too: given back twice, they would be used twice.
-        lane.unused, lane.unused_since = 0, math.inf
-        return question
-
-    async def _renew(self, lane: _Lane, question: Ask) -> None:
+    async def _renew(self, lane: Lane, question: Ask) -> None:
         """Ask, and take what the worker answers, unless the broker was stopped meanwhile."""
         try:
             share = await self._ask(question)
         except Exception:
-            lane.ask_at = self._clock.monotonic() + AGAIN
-            lane.short, lane.pace = False, 0.0
+            lane.not_answered(self._clock.monotonic())
             return
-        now = self._clock.monotonic()
-        if self._is_stopped:
-            return
-        if share.tokens and lane.limit.rate is not None:
-            lane.held.append(_Tokens(share.tokens, share.until, share.granted_at))
-        lane.slots, lane.slots_until, lane.renewed_at = share.slots, share.slots_until, now
-        lane.short = share.tokens < question.want or share.slots < question.slots
-        lane.answered_at, lane.wait, lane.pace = now, share.wait, share.pace
-        lane.ask_at = now + (min(max(share.wait, SPACING), PATIENCE) if lane.short else 0.0)
+        if not self._is_stopped:
+            lane.answered(question, share, self._clock.monotonic())
 
-    def _refuse_late(self, lane: _Lane) -> None:
+    def _refuse_late(self, lane: Lane) -> None:
         """Refuse the requests that would wait too long by what the worker answered."""
         self._admit(lane)
         now = self._clock.monotonic()
