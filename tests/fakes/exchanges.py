@@ -40,11 +40,15 @@ from worker.features.hosts.wire import Malformed, Registered, Registration, Take
 from worker.guard.claims import Claims, Flag
 from worker.handlers.calls import (
     AskBudgets,
+    AskLimits,
+    AskShare,
     AskToken,
     Call,
     CountSpend,
+    KnownLimits,
     LoadSteps,
     OpenWait,
+    PauseOrigin,
     Save,
     StepTotals,
     StoreStep,
@@ -52,11 +56,21 @@ from worker.handlers.calls import (
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.ids import RunId, WorkerId
+from worker.model.limits import Limit, Share
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.budgets import BudgetState, OrgBudgets
 from worker.model.runs.hosts import HostCaller, PoolLoad
 from worker.model.runs.outcome import Error, Outcome, Trail
-from worker.model.runs.run import Isolation, LogLine, NewStep, OwnedRun, RunStep, StepPage, StoredStep
+from worker.model.runs.run import (
+    Isolation,
+    LogLine,
+    NewStep,
+    OwnedRun,
+    RunContext,
+    RunStep,
+    StepPage,
+    StoredStep,
+)
 from worker.model.runs.waits import NewWait, WaitState
 from worker.secret import AccessToken
 
@@ -169,6 +183,24 @@ TAKEN = Taken(
 )
 
 
+ORIGIN = "https://api.example.com"
+LIMITS = KnownLimits((Limit("0190-a", ORIGIN, "org", 40.0, 10, 4, 10.0),), 1.5)
+SHARE_ASKED = AskShare("0190-a", "broker-1", want=5, returned=1, granted_at=1.25, slots=2, in_use=1)
+SHARE = Share(3, 2, 1.5, 0.05, 40.0, 0.6, 1.0)
+# A definition that may ask for tokens of another audience.
+BILLING = {
+    "org_and_definition": RunContext(
+        RUN.org_id,
+        "org_acme",
+        "Acme",
+        None,
+        "main",
+        "nightly",
+        json.dumps({**json.loads(SPEC), "audiences": ["billing"]}),
+    )
+}
+
+
 @dataclass(frozen=True)
 class Exchange:
     """One call: what a host asks and is given, and what the worker's store is asked and answers.
@@ -275,6 +307,17 @@ CALLS = [
     Exchange("token", "held", asks(AskToken(fresh=False)), (ACCESS, CLAIMS)),
     Exchange("token", "fresh", asks(AskToken(fresh=True)), (ACCESS, CLAIMS)),
     Exchange("token", "refused", asks(AskToken(fresh=True)), REFUSED, answers={"ensure": REFUSED}),
+    Exchange("token_for", "", asks(AskToken(False, "billing")), (ACCESS, CLAIMS), answers=BILLING),
+    Exchange("limits", "", asks(AskLimits(ORIGIN)), LIMITS, [("limits_of", RUN.org_id, ORIGIN)]),
+    Exchange(
+        "share",
+        "",
+        asks(SHARE_ASKED),
+        SHARE,
+        [("share_of", RUN.org_id, SHARE_ASKED, True)],
+        {"share_of": SHARE},
+    ),
+    Exchange("pause", "", asks(PauseOrigin(ORIGIN, 2.5))),
     Exchange("save", "", asks(Save('{"done":[1,"ü"]}', 4)), None, SAVED, {"save_checkpoint": True}),
     Exchange("save", "lost", asks(Save("null", 1)), LOST, answers={"save_checkpoint": False}),
     Exchange(

@@ -128,6 +128,7 @@ async def worker(exchange: Exchange, path: str, request: bytes) -> tuple[httpx.R
         "step_totals": (2, 17),
         "budgets_of": OrgBudgets(exchanges.BUDGETS),
         "is_limited": True,
+        "limits_of": exchanges.LIMITS,
         "log_size": (0, 0, set()),
         "finish": lambda _, ended: {end.run_id for end in ended},
         **dict.fromkeys(("at_hand", "ensure"), enforced()),
@@ -149,6 +150,7 @@ async def worker(exchange: Exchange, path: str, request: bytes) -> tuple[httpx.R
         clock=clock,
         random=Random(1),
         secrets=GivenSecrets(in_clear(exchanges.SECRETS)),
+        limits=fake,
     )
     shared = HostTools(tools, fake, fake, Sharing(fake, clock, 2.0), lambda ended, inflight: None)
     places = {"eu": exchanges.TEMPORAL}

@@ -519,6 +519,10 @@ OF_EACH: Mapping[str, Any] = {
     "wait": (NewWait("nap", 1, "sleep", 1.0),),
     "choose": (NewWait("approval", 1, "answer", options=("yes", "no")),),
     "spend": ("llm", 1, "1:1"),
+    "token_for": (False, "https://billing.example.com"),
+    "limits": ("https://api.example.com",),
+    "share": ("0190", "broker"),
+    "pause": ("https://api.example.com", 5.0),
 }
 
 

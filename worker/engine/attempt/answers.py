@@ -93,9 +93,8 @@ class StepRoom:
 class Running:
     """An attempt whose handler may call, on a worker, on a host or in a trial. It is its `RunServices`.
 
-    `audiences` are those for which it may ask for other tokens. `hosted` on a worker for a run of
-    one of its hosts, which may send a call again; `resumed` if another process may have answered calls of the
-    attempt. `refused` is the error of a token that was refused.
+    `hosted` on a worker for a run of one of its hosts, which may send a call again; `resumed` if another
+    process may have answered calls of this attempt. `refused` is the error of a token that was refused.
     """
 
     inflight: InflightRun
@@ -104,7 +103,6 @@ class Running:
     run_log: RunLogWriter
     clock: Clock
     checkpoint: Any = None
-    audiences: tuple[str, ...] = ()
     hosted: bool = False
     resumed: bool = False
     errors: GivenErrors = field(default_factory=GivenErrors, init=False)
@@ -263,7 +261,7 @@ async def _believed(call: Any, of: Running) -> Any:
         case CountSpend():
             check_attempt(call, of)
         case AskToken(audience=audience, resource=resource) if audience or resource:
-            if (audience or resource) not in of.audiences or (audience and resource):
+            if (audience or resource) not in of.inflight.audiences or (audience and resource):
                 raise NotACall("audience: it is not one of the definition's audiences")
     return call
 

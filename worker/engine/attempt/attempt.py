@@ -108,6 +108,7 @@ async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared
     if isinstance(secrets, outcomes.Refused):
         return secrets
     work = plan.work(run, entry, enforced, stored, state, secrets, limits, now=tools.clock.now())
+    inflight.audiences = work.egress.audiences
     if tools.store.is_limited(plan.org.id):
         work.budgets = await _budgets(run, tools)
     return Prepared(work, limits, commits=state is not None and state.commits)
@@ -209,8 +210,7 @@ async def run_handler(
 ) -> Outcome:
     """The handler: in its own process, or inline if the operator allows it."""
     limits, work = prepared.limits, prepared.work
-    given = (tools.acts, tools.run_log, tools.clock, work.checkpoint, work.egress.audiences)
-    running = Running(inflight, trail, *given)
+    running = Running(inflight, trail, tools.acts, tools.run_log, tools.clock, work.checkpoint)
     tools.deadlines.add(inflight.stop, limits.timeout, limits.cancel_grace)
     try:
         outcome = await tools.runners[inflight.run.isolation].run(work, running, inflight.stop)

@@ -45,8 +45,9 @@ class InflightRun:
     """An admitted run, until its end is written.
 
     `moved` once the attempt has stored a new checkpoint or step; `storing` are steps that are being
-    stored, which a process may leave behind that dies. `scopes` are those that its tokens must have. A host
-    knows no `plan`. `masked` are its tokens, and its secrets, which are private to the org.
+    stored, which a process may leave behind that dies. `scopes` are those that its tokens must have,
+    `audiences` those for which it may ask for others. A host knows no `plan`. `masked` are its tokens, and its
+    secrets, which are private to the org.
     """
 
     run: AdmittedRun
@@ -55,6 +56,7 @@ class InflightRun:
     org_code: str | None = None
     cancel_grace: timedelta = CANCEL_GRACE
     scopes: frozenset[str] = frozenset()
+    audiences: tuple[str, ...] = ()
     moved: bool = False
     storing: set[asyncio.Future[Any]] | None = None
     masked: tuple[tuple[str, bool], ...] = field(default=(), repr=False)

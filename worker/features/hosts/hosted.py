@@ -123,6 +123,7 @@ async def _run(inflight: InflightRun, taken: Taken, trail: Trail, tools: RemoteT
         return NoHandler(work.handler)
     # What is installed here is what is called, by the clock of this machine.
     work.entry_point = entry.entry_point
+    inflight.audiences = work.egress.audiences
     work.timeout_at = tools.clock.now() + taken.timeout
     work.egress = tools.network.of_host(work.egress)
     if inflight.run.isolation == "inline" and (refused := cannot_be_sealed(work.handler, work.egress)):

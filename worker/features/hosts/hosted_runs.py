@@ -187,6 +187,8 @@ class HostedRuns:
             return  # the attempt ends as one whose definition cannot be read
         limits = limits_of(inflight, tools)
         inflight.scopes = limits.scopes
+        if (entry := tools.handlers.get(inflight.run.handler)) is not None:
+            inflight.audiences = plan.network.egress(plan.definition, entry).audiences
         with suppress(WorkerError, TimeoutError):
             async with asyncio.timeout(TOKEN_WITHIN):
                 # Its age does not matter: it is only masked.
