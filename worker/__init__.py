@@ -11,7 +11,15 @@ if TYPE_CHECKING:
     from worker.handlers.context import BlockingContext, Context
     from worker.handlers.httpx2_client import httpx2_client
     from worker.handlers.job import job
-    from worker.handlers.results import Cancel, HandBack, PermanentError, RateLimited, Retry, Snooze
+    from worker.handlers.results import (
+        Cancel,
+        EgressDenied,
+        HandBack,
+        PermanentError,
+        RateLimited,
+        Retry,
+        Snooze,
+    )
     from worker.handlers.spending import BudgetExceeded
     from worker.handlers.steps import StepError
     from worker.handlers.waits import WaitTimeout
@@ -20,7 +28,8 @@ if TYPE_CHECKING:
 _HOMES = {
     **dict.fromkeys(("BlockingContext", "Context"), "worker.handlers.context"),
     **dict.fromkeys(
-        ("Cancel", "HandBack", "PermanentError", "RateLimited", "Retry", "Snooze"), "worker.handlers.results"
+        ("Cancel", "EgressDenied", "HandBack", "PermanentError", "RateLimited", "Retry", "Snooze"),
+        "worker.handlers.results",
     ),
     "AccessToken": "worker.secret",
     "BudgetExceeded": "worker.handlers.spending",
@@ -39,6 +48,7 @@ __all__ = [
     "Cancel",
     "Claims",
     "Context",
+    "EgressDenied",
     "HandBack",
     "PermanentError",
     "RateLimited",

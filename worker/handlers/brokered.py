@@ -36,7 +36,7 @@ from worker.handlers.frames import (
 )
 from worker.handlers.given import Connect
 from worker.handlers.public_http import AddressRefused
-from worker.handlers.results import PermanentError, RateLimited
+from worker.handlers.results import EgressDenied, PermanentError, RateLimited
 
 # Idle streams of one client.
 MAX_IDLE = 20
@@ -53,10 +53,6 @@ NAMES = frozenset(
         *("WriteTimeout", "RemoteProtocolError", "LocalProtocolError", "UnsupportedProtocol"),
     ]
 )
-
-
-class EgressDenied(PermanentError):
-    """The origin of a request is not in the run's egress list; nothing was sent and no name resolved."""
 
 
 class BrokeredTransport(httpx.AsyncBaseTransport):

@@ -48,6 +48,10 @@ class PermanentError(Exception):
     """Raised by a handler: the run has failed, and a retry would not help."""
 
 
+class EgressDenied(PermanentError):
+    """The origin of a request is not in the run's egress list; nothing was sent and no name resolved."""
+
+
 class RateLimited(Exception):
     """A request was not sent: a limit of the service, or a pause that it asked for, lasts too long.
 

@@ -46,8 +46,8 @@ class InflightRun:
 
     `moved` once the attempt has stored a new checkpoint or step; `storing` are steps that are being
     stored, which a process may leave behind that dies. `scopes` are those that its tokens must have,
-    `audiences` those for which it may ask for others. A host knows no `plan`. `masked` are its tokens, and its
-    secrets, which are private to the org.
+    `audiences` those for which it may ask for others. A host knows no `plan`. `masked` are its tokens, and
+    its secrets, which are private to the org.
     """
 
     run: AdmittedRun

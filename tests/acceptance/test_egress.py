@@ -1,0 +1,125 @@
+"""Sealed runs of a real worker: what reaches services, what is recorded, and that limits hold."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.handlers import read_journal
+from tests.fakes.plugins import make_plugin
+from tests.fakes.site import Site, application, definition, wait_until
+
+pytestmark = pytest.mark.feature("egress")
+KEY = "sk-canary-of-acme-0123456789"
+SOURCE = """
+import json, socket
+from worker import BlockingContext, Context, job
+
+def write(ctx, **fields):
+    with open(ctx.params["journal"], "a") as file:
+        file.write(json.dumps(fields) + "\\n")
+
+@job("acme.sealed", egress=["api", "http://127.0.0.1:*"], secrets={"openai"}, max_attempts=1)
+async def sealed(ctx: Context):
+    for url in ctx.params["urls"]:
+        response = await ctx.http.get(url, headers={"X-Key": ctx.secret("openai")})
+        write(ctx, url=url, status=response.status_code, text=response.text)
+    write(ctx, token=(await ctx.token()).reveal(), secret=ctx.secret("openai"))
+    try:
+        socket.create_connection(("127.0.0.1", 9))
+    except OSError as error:
+        write(ctx, socket=type(error).__name__)
+    await ctx.http.get("https://evil.example.com/")
+"""
+
+
+class Service(ThreadingHTTPServer):
+    """Answers with the headers that it got."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, str]] = []
+        super().__init__(("127.0.0.1", 0), _Answer)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Answer(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Service
+
+    def do_GET(self) -> None:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.seen.append(headers)
+        body = json.dumps(headers).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        """Nothing: the test looks at what arrived."""
+
+
+@contextmanager
+def service() -> Iterator[Service]:
+    with Service() as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+
+
+def prepared(site: Site, *origins: str) -> None:
+    """The handlers, and an org with a secret for the first origin."""
+    source = SOURCE.replace('"http://127.0.0.1:*"', ", ".join(json.dumps(each) for each in origins))
+    make_plugin(
+        site.plugins,
+        dist="acme-sealed",
+        modules={"acme_sealed": source},
+        entry_points={"acme.sealed": "acme_sealed:sealed"},
+    )
+    site.add_orgs(application("org_acme"))
+    site.cli("secrets", "add", "org_acme", "openai", "--for", origins[0], stdin=f"{KEY}\n")
+
+
+def test_a_sealed_run_reaches_its_list_and_holds_neither_token_nor_secret(site: Site, journal: Path) -> None:
+    with service() as api, service() as model:
+        prepared(site, model.url)
+        params = {"journal": str(journal), "urls": [f"{api.url}/a", f"{model.url}/b"]}
+        site.apply(definition("org_acme", "sealed", "acme.sealed", params=params, api_origins=[api.url]))
+        site.environment["WORKER_EXECUTION__PRIVATE_ORIGINS"] = model.url
+        site.start_worker()
+        site.wait_for_handlers("acme.sealed")
+
+        run_id = site.cli("definitions", "run", "org_acme", "sealed", "-o", "id").out.strip()
+        ended = wait_until(
+            lambda: next((row for row in site.runs() if row["id"] == run_id and row["finished_at"]), None),
+            "the end of the sealed run",
+        )
+
+        assert ended["state"] == "failed"
+        assert "EgressDenied" in json.dumps(ended["error"], default=str)
+        token = api.seen[0]["authorization"].removeprefix("Bearer ")
+        assert token.count(".") == 2
+        assert model.seen[0]["x-key"] == KEY
+        assert "authorization" not in model.seen[0]
+        told = journal.read_text()
+        assert token not in told
+        assert KEY not in told
+        *_, held, refused = read_journal(journal)
+        assert held["token"].startswith("orgworker-placeholder-")
+        assert held["secret"].startswith("orgworker-placeholder-")
+        assert refused == {"socket": "PermissionError"}
+
+        shown = site.cli("runs", "show", run_id, "-o", "json").json()
+        rows = {row["origin"]: (row["requests"], row["denied"]) for row in shown["egress"]}
+        assert rows == {api.url: (1, 0), model.url: (1, 0), "https://evil.example.com": (0, 1)}
