@@ -45,6 +45,8 @@ class Service(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         self.seen: list[dict[str, str]] = []
+        # Answers with 429 that are left, each with a pause of two seconds.
+        self.refuses = 0
         super().__init__(("127.0.0.1", 0), _Answer)
 
     @property
@@ -60,7 +62,11 @@ class _Answer(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.server.seen.append(headers)
         body = json.dumps(headers).encode()
-        self.send_response(200)
+        refused = self.server.refuses > 0
+        self.server.refuses -= refused
+        self.send_response(429 if refused else 200)
+        if refused:
+            self.send_header("Retry-After", "2")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -123,3 +129,57 @@ def test_a_sealed_run_reaches_its_list_and_holds_neither_token_nor_secret(site: 
         shown = site.cli("runs", "show", run_id, "-o", "json").json()
         rows = {row["origin"]: (row["requests"], row["denied"]) for row in shown["egress"]}
         assert rows == {api.url: (1, 0), model.url: (1, 0), "https://evil.example.com": (0, 1)}
+
+
+BUSY = """
+import time
+from worker import Context, job
+
+@job("acme.busy", max_attempts=1)
+async def busy(ctx: Context):
+    began = time.monotonic()
+    for _ in range(ctx.params["times"]):
+        await ctx.http.get(ctx.params["url"])
+    return {"seconds": time.monotonic() - began}
+"""
+
+
+def ended_run(site: Site, run_id: str) -> dict[str, Any]:
+    return wait_until(
+        lambda: next((row for row in site.runs() if row["id"] == run_id and row["finished_at"]), None),
+        f"the end of run {run_id}",
+    )
+
+
+def test_a_limit_holds_back_requests_and_a_429_pauses_the_org(site: Site) -> None:
+    with service() as api:
+        make_plugin(
+            site.plugins,
+            dist="acme-busy",
+            modules={"acme_busy": BUSY},
+            entry_points={"acme.busy": "acme_busy:busy"},
+        )
+        site.add_orgs(application("org_acme"))
+        params = {"url": f"{api.url}/a", "times": 30}
+        limit = f'[[limit]]\norigin = "{api.url}"\nper = "org"\nrate = "20/s"\nburst = 5\n'
+        site.apply(definition("org_acme", "busy", "acme.busy", params=params, api_origins=[api.url]) + limit)
+        site.start_worker()
+        site.wait_for_handlers("acme.busy")
+
+        run_id = site.cli("definitions", "run", "org_acme", "busy", "-o", "id").out.strip()
+        ended = ended_run(site, run_id)
+
+        assert ended["state"] == "succeeded"
+        # 25 requests beyond the burst, and at most one second in advance.
+        assert ended["result"]["seconds"] > 25 / 20 - 1
+        [row] = site.cli("runs", "show", run_id, "-o", "json").json()["egress"]
+        assert row["requests"] == 30
+        assert row["waited_seconds"] > 0
+        assert "waited" in site.cli("runs", "show", run_id).out
+
+        api.refuses = 1
+        run_id = site.cli("definitions", "run", "org_acme", "busy", "-o", "id").out.strip()
+        assert ended_run(site, run_id)["state"] == "succeeded"
+        [row] = site.cli("runs", "show", run_id, "-o", "json").json()["egress"]
+        assert row["statuses"] == {"200": 29, "429": 1}
+        assert row["waited_seconds"] > 1.5
