@@ -34,20 +34,20 @@ class Waiter:
 
     place: Place
     group: str
-    lanes: tuple[Lane, ...]
+    lanes: tuple[LimitLane, ...]
     limit_at: float
     granted: asyncio.Future[None]
     until: float = math.inf
 
 
-class Tokens(NamedTuple):
+class LeasedTokens(NamedTuple):
     number: int
     until: float
     granted_at: float
 
 
 @dataclass(eq=False, slots=True)
-class Lane:
+class LimitLane:
     """The leased tokens and slots of one key, and the requests that wait for them, by group."""
 
     key: BucketKey
@@ -55,8 +55,8 @@ class Lane:
     groups: OrderedDict[str, OrderedDict[Waiter, None]] = field(default_factory=OrderedDict)
     waiting: int = 0
     in_use: int = 0
-    held: deque[Tokens] = field(default_factory=deque)
-    # Tokens that have ended or were too many, and the time of the oldest grant of them.
+    held: deque[LeasedTokens] = field(default_factory=deque)
+    # LeasedTokens that have ended or were too many, and the time of the oldest grant of them.
     unused: int = 0
     unused_since: float = math.inf
     slots: int = 0
@@ -113,7 +113,7 @@ class Lane:
         while self.held:
             self._give_back(self.held.popleft())
 
-    def _give_back(self, tokens: Tokens) -> None:
+    def _give_back(self, tokens: LeasedTokens) -> None:
         self.unused += tokens.number
         self.unused_since = min(self.unused_since, tokens.granted_at)
 
@@ -192,7 +192,7 @@ class Lane:
     def answered(self, question: Ask, share: Share, now: float) -> None:
         """Take what the worker answers."""
         if share.tokens and self.limit.rate is not None:
-            self.held.append(Tokens(share.tokens, share.until, share.granted_at))
+            self.held.append(LeasedTokens(share.tokens, share.until, share.granted_at))
         self.slots, self.slots_until, self.renewed_at = share.slots, share.slots_until, now
         self.leased = max(share.slots, question.in_use) if self.limit.concurrent is not None else 0
         self.short = share.tokens < question.want or share.slots < question.slots

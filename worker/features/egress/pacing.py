@@ -14,13 +14,15 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
-from worker.features.egress.lanes import Lane, Place, Waiter
+from worker.features.egress.lanes import LimitLane, Place, Waiter
 from worker.guard.clock import Clock
 from worker.handlers.results import RateLimited
 from worker.model.limits import MAX_PAUSE, MAX_WAIT, Ask, BucketKey, Limit, Share
 
 AskForShare = Callable[[Ask], Awaitable[Share]]
 
+# Pauses that are kept, before those are dropped that are over.
+MAX_PAUSES = 10_000
 # Origins that are counted by name.
 MAX_ORIGINS = 100
 OTHERS = "other"
@@ -68,7 +70,7 @@ class Pacer:
         """`ask` gets the worker's answer to a question; it may raise any exception."""
         self._clock = clock
         self._ask = ask
-        self._lanes: dict[BucketKey, Lane] = {}
+        self._lanes: dict[BucketKey, LimitLane] = {}
         self._pauses: dict[Place, float] = {}
         # The futures of all that wait, by place.
         self._pending: dict[Place, set[asyncio.Future[None]]] = {}
@@ -90,26 +92,28 @@ class Pacer:
             Stopped: the broker was stopped meanwhile.
         """
         place = (org, origin)
-        started = now = self._clock.monotonic()
+        started = self._clock.monotonic()
         limit_at = min(deadline, started + min((limit.max_wait for limit in limits), default=MAX_WAIT))
-        stops = self._stops
+        stops, has_waited = self._stops, False
         while True:
             if self._is_stopped or stops != self._stops:
                 raise Stopped("the broker is stopped")
-            lanes = tuple(self._lane(limit, org) for limit in limits)
             now = self._clock.monotonic()
             if (left := self._pauses.get(place, now) - now) > 0:
                 if now + left > limit_at:
                     raise self._refusal(left, origin)
+                has_waited = True
                 await self._wait(place, self._future(), left)
                 continue
             self._pauses.pop(place, None)
+            lanes = tuple(self._lane(limit, org) for limit in limits)
             if all(lane.waiting == 0 and lane.is_open(now) for lane in lanes):
                 until = min((lane.take(now) for lane in lanes), default=math.inf)
                 break
             expected = max(lane.delay(lane.waiting + 1, now) for lane in lanes)
             if now + expected > limit_at:
                 raise self._refusal(expected, origin)
+            has_waited = True
             waiter = Waiter(place, group or org, lanes, limit_at, self._future())
             if await self._queue(waiter):
                 until, now = waiter.until, self._clock.monotonic()
@@ -117,18 +121,22 @@ class Pacer:
                     break
                 # This process was late: what it was given has ended.
                 self._release(lanes)
-        if now > started:
+        if has_waited:
             counts = self._counted(origin)
             self._counts[counts.origin] = counts._replace(
                 waited=counts.waited + 1, seconds=counts.seconds + now - started
             )
         for lane in lanes:
-            self._serve(lane)
-        return Slot(now - started, until, lambda: self._release(lanes))
+            # It looks at what it has every `SPACING` seconds.
+            self._serve(lane, wake=False)
+        return Slot(now - started if has_waited else 0.0, until, lambda: self._release(lanes))
 
     def pause(self, org: str, origin: str, seconds: float) -> None:
         """Let the requests of an org to an origin wait; those that wait for a limit wait again."""
-        until = self._clock.monotonic() + min(seconds, MAX_PAUSE)
+        now = self._clock.monotonic()
+        until = now + min(seconds, MAX_PAUSE)
+        if len(self._pauses) >= MAX_PAUSES:
+            self._pauses = {place: end for place, end in self._pauses.items() if end > now}
         if until <= self._pauses.get((org, origin), 0.0):
             return
         self._pauses[org, origin] = until
@@ -172,11 +180,11 @@ class Pacer:
     def _future(self) -> asyncio.Future[None]:
         return asyncio.get_running_loop().create_future()
 
-    def _lane(self, limit: Limit, org: str) -> Lane:
+    def _lane(self, limit: Limit, org: str) -> LimitLane:
         key = limit.key(org)
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = Lane(key, limit)
+            lane = self._lanes[key] = LimitLane(key, limit)
         lane.limit = limit
         return lane
 
@@ -237,13 +245,14 @@ class Pacer:
                 if not group:
                     del lane.groups[waiter.group]
 
-    def _release(self, lanes: Sequence[Lane]) -> None:
+    def _release(self, lanes: Sequence[LimitLane]) -> None:
         for lane in lanes:
             lane.in_use -= 1
             self._admit(lane)
-            lane.woken.set()
+            if lane.limit.concurrent is not None:
+                lane.woken.set()
 
-    def _admit(self, lane: Lane) -> None:
+    def _admit(self, lane: LimitLane) -> None:
         """Let requests begin that wait for this lane, a group after the other."""
         if self._is_stopped:
             return
@@ -267,16 +276,16 @@ class Pacer:
 
     # --- What a lane does while it is in use. ---
 
-    def _serve(self, lane: Lane) -> None:
+    def _serve(self, lane: LimitLane, *, wake: bool = True) -> None:
         if self._lanes.setdefault(lane.key, lane) is not lane:
             # It had ended, and another one has its place: two would lease slots in one name.
             return
         if lane.task is None or lane.task.done():
             lane.task = asyncio.ensure_future(self._run(lane))
-        else:
+        elif wake:
             lane.woken.set()
 
-    async def _run(self, lane: Lane) -> None:
+    async def _run(self, lane: LimitLane) -> None:
         """Ask for what a lane needs, until it is no longer in use and has given back what it had."""
         while True:
             lane.woken.clear()
@@ -293,7 +302,7 @@ class Pacer:
         if self._lanes.get(lane.key) is lane:
             del self._lanes[lane.key]
 
-    async def _sleep(self, lane: Lane, seconds: float) -> None:
+    async def _sleep(self, lane: LimitLane, seconds: float) -> None:
         woken = asyncio.ensure_future(lane.woken.wait())
         timer = asyncio.ensure_future(self._clock.sleep(seconds))
         try:
@@ -302,7 +311,7 @@ class Pacer:
             woken.cancel()
             timer.cancel()
 
-    async def _renew(self, lane: Lane, question: Ask) -> None:
+    async def _renew(self, lane: LimitLane, question: Ask) -> None:
         """Ask, and take what the worker answers, unless the broker was stopped meanwhile."""
         try:
             share = await self._ask(question)
@@ -312,7 +321,7 @@ class Pacer:
         if not self._is_stopped:
             lane.answered(question, share, self._clock.monotonic())
 
-    def _refuse_late(self, lane: Lane) -> None:
+    def _refuse_late(self, lane: LimitLane) -> None:
         """Refuse the requests that would wait too long by what the worker answered."""
         self._admit(lane)
         now = self._clock.monotonic()
