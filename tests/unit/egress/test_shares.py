@@ -192,20 +192,50 @@ async def test_what_was_granted_long_ago_does_not_come_back(shares, database, cl
     assert database.asked()[-1][1].returned == 0
 
 
-async def test_a_pause_is_told_at_once_and_stored(shares, database, told):
-    await shares.pause("org", ORIGIN, 30)
-    await shares.pause("org", ORIGIN, 5)
-
+async def test_a_pause_is_told_at_once_and_stored(shares, database, clock, told):
+    storing = asyncio.create_task(shares.pause("org", ORIGIN, 30))
+    await settle()
     assert [(each.org_id, each.seconds) for each in told] == [("org", 30)]
-    assert [argument for name, _, argument in database.calls if name == "pause"] == [
-        [Pause("org", ORIGIN, 30)]
-    ]
+
+    await clock.pass_time(1, step=0.05)
+
+    await storing
+    [[stored]] = [argument for name, _, argument in database.calls if name == "pause"]
+    assert (stored.org_id, stored.origin) == ("org", ORIGIN)
+    assert stored.seconds == pytest.approx(30, abs=0.1)
 
 
-async def test_a_pause_that_a_service_asks_for_has_a_ceiling(shares, told):
-    await shares.pause("org", ORIGIN, 1e12)
+async def test_a_flood_of_429_is_few_transactions_and_events(shares, database, clock, told):
+    """All orgs of a service that is down, and every request that was under way."""
+    storing = []
+    for _ in range(10):
+        for number in range(100):
+            storing.append(asyncio.create_task(shares.pause(f"org {number}", ORIGIN, 5)))
+        await clock.pass_time(0.05)
+
+    await clock.pass_time(1, step=0.05)
+
+    assert len(database.times("pause")) == 1
+    assert all(task.done() for task in storing)
+    assert len(told) == 100
+
+
+async def test_a_pause_that_a_service_asks_for_has_a_ceiling(shares, clock, told):
+    storing = asyncio.create_task(shares.pause("org", ORIGIN, 1e12))
+    await clock.pass_time(1, step=0.05)
+    await storing
 
     assert told[0].seconds == MAX_PAUSE
+
+
+async def test_a_pause_that_is_not_stored_holds_here(shares, database, clock, told):
+    database.broken = True
+    storing = asyncio.create_task(shares.pause("org", ORIGIN, 30))
+    await clock.pass_time(1, step=0.05)
+
+    with pytest.raises(StoreUnavailable):
+        await storing
+    assert len(told) == 1
 
 
 async def test_pauses_of_other_workers_are_known_within_a_second(shares, database, clock, told):

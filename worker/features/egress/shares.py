@@ -78,6 +78,8 @@ class Shares:
         self._asked_at = float("-inf")
         self._granted: dict[tuple[str, BucketKey], list[_Grant]] = {}
         self._pauses: dict[tuple[str, str], float] = {}
+        self._new_pauses: dict[tuple[str, str], float] = {}
+        self._storing: asyncio.Task[None] | None = None
         self._told: dict[tuple[str, str], float] = {}
         self._active_until = float("-inf")
         self._active = asyncio.Event()
@@ -113,14 +115,28 @@ class Shares:
             Unavailable: the database does not answer; the brokers of this worker still know it.
         """
         seconds = min(max(seconds, 0.0), MAX_PAUSE)
-        until = self._clock.monotonic() + seconds
-        if until <= self._pauses.get((org_id, origin), 0.0):
+        place, until = (org_id, origin), self._clock.monotonic() + seconds
+        # Many requests that were under way have the same answer.
+        if until <= self._pauses.get(place, 0.0) + POLL:
             return
-        self._pauses[org_id, origin] = until
+        self._pauses[place] = self._new_pauses[place] = until
         self._tell()
         self._active.set()
         emit("egress.paused", org=org, origin=self.label_of(origin), seconds=round(seconds, 1))
-        await self._database.call(limits.pause, [Pause(org_id, origin, seconds)])
+        if self._storing is None or self._storing.done():
+            self._storing = asyncio.ensure_future(self._store_pauses())
+        await asyncio.shield(self._storing)
+
+    async def _store_pauses(self) -> None:
+        """Store new pauses, those of many orgs in one transaction."""
+        await self._clock.sleep(GATHERING)
+        while self._new_pauses:
+            found, self._new_pauses = self._new_pauses, {}
+            now = self._clock.monotonic()
+            await self._database.call(
+                limits.pause, [Pause(*place, end - now) for place, end in found.items()]
+            )
+            await self._clock.sleep(SPACING)
 
     def count(self, counts: Iterable[OriginCounts], broker: str = "") -> None:
         """Report what the pacer of a broker counted since it started; one that starts again begins at 0."""
@@ -182,9 +198,10 @@ class Shares:
 
     async def close(self) -> None:
         """End what is being asked; questions that have no answer yet fail."""
-        if self._asking is not None:
-            self._asking.cancel()
-            await asyncio.gather(self._asking, return_exceptions=True)
+        for task in (self._asking, self._storing):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         for question in self._questions:
             if not question.answer.done():
                 question.answer.set_exception(Unavailable("the worker is stopping"))
@@ -263,7 +280,8 @@ class Shares:
 
     def _read(self, found: Sequence[Pause]) -> None:
         now = self._clock.monotonic()
-        self._pauses = {(each.org_id, each.origin): now + each.seconds for each in found}
+        # Those that are not stored yet stay.
+        self._pauses = {(each.org_id, each.origin): now + each.seconds for each in found} | self._new_pauses
         self._tell()
 
     def _tell(self) -> None:
