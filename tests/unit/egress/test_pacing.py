@@ -345,6 +345,14 @@ async def test_a_pause_reaches_requests_that_wait_for_a_limit(bench, clock):
     assert task.done()
 
 
+async def test_a_pause_that_is_learned_twice_is_one(bench, clock):
+    setup = bench()
+    for seconds in (10, 10.05, 10.09, 5):
+        setup.pacer.pause("acme", ORIGIN, seconds)
+
+    assert setup.pacer.counts()[0].pauses == 1
+
+
 async def test_a_pause_longer_than_max_wait_is_refused_with_its_time(bench):
     setup = bench()
     setup.pacer.pause("acme", ORIGIN, 1e9)

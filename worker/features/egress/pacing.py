@@ -21,6 +21,8 @@ from worker.model.limits import MAX_PAUSE, MAX_WAIT, Ask, BucketKey, Limit, Shar
 
 AskForShare = Callable[[Ask], Awaitable[Share]]
 
+# Seconds by which the ends of two pauses differ at least.
+TOLERANCE = 0.1
 # Pauses that are kept, before those are dropped that are over.
 MAX_PAUSES = 10_000
 # Origins that are counted by name.
@@ -137,7 +139,8 @@ class Pacer:
         until = now + min(seconds, MAX_PAUSE)
         if len(self._pauses) >= MAX_PAUSES:
             self._pauses = {place: end for place, end in self._pauses.items() if end > now}
-        if until <= self._pauses.get((org, origin), 0.0):
+        # The same one is also learned from others, by their clocks.
+        if until <= self._pauses.get((org, origin), 0.0) + TOLERANCE:
             return
         self._pauses[org, origin] = until
         counts = self._counted(origin)
