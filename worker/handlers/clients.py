@@ -23,15 +23,17 @@ def client(
     *,
     base_url: str = "",
     count: Count | None = None,
+    of_library: bool = False,
 ) -> httpx.AsyncClient:
-    """A client of an async handler; `replaced` is the transport of a test."""
+    """A client of an async handler, or `of_library`; `replaced` is the transport of a test."""
     transport, public = replaced, name == "public_http"
     if replaced is None and given.connect is not None:
         transport = BrokeredTransport(given.connect, public=public)
     elif replaced is None and public:
         transport = PublicTransport(given.trusted_origins)
     authorizes = not isinstance(transport, BrokeredTransport)
-    return org_client(given, token, transport, base_url=base_url, count=count, authorizes=authorizes)
+    more = {"authorizes": authorizes, "of_library": of_library}
+    return org_client(given, token, transport, base_url=base_url, count=count, **more)
 
 
 def blocking_client(
@@ -42,6 +44,7 @@ def blocking_client(
     *,
     base_url: str = "",
     count: BlockingCount | None = None,
+    of_library: bool = False,
 ) -> httpx.Client:
     """The same for a handler that blocks."""
     transport, public = replaced, name == "public_http"
@@ -50,4 +53,5 @@ def blocking_client(
     elif replaced is None and public:
         transport = BlockingPublicTransport(given.trusted_origins)
     authorizes = not isinstance(transport, BlockingBrokeredTransport)
-    return blocking_org_client(given, token, transport, base_url=base_url, count=count, authorizes=authorizes)
+    more = {"authorizes": authorizes, "of_library": of_library}
+    return blocking_org_client(given, token, transport, base_url=base_url, count=count, **more)

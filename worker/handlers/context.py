@@ -300,16 +300,19 @@ class Context(_Shared[P, S]):
     def http_client(self, library: Library = "httpx") -> Any:
         """As `ctx.http`, without a base URL, for a library that takes a client and may close it.
 
-        It is an `AsyncClient` of `library`: httpx, or httpx2, which the packages of OpenAI and MCP need.
+        It is an `AsyncClient` of `library`: httpx, or httpx2, which the packages of OpenAI and MCP need. To
+        `api_origins` it sends the org's token in place of the library's key, which may be any text.
         """
-        client = self._client("http")
+        client = self._client("http", of_library=True)
         if library == "httpx":
             return client
         from worker.handlers.httpx2_transport import over
 
         return over(client)
 
-    def _client(self, name: Literal["http", "public_http"], *, base_url: str = "") -> httpx.AsyncClient:
+    def _client(
+        self, name: Literal["http", "public_http"], *, base_url: str = "", of_library: bool = False
+    ) -> httpx.AsyncClient:
         from worker.handlers.clients import client
         from worker.handlers.model_usage import LLM_TOKENS
 
@@ -318,7 +321,8 @@ class Context(_Shared[P, S]):
 
         given, counts = self._given, self._given.meter_usage and name == "http"
         replaced, counted = self._transports.get(name), count if counts else None
-        return client(given, self._token, name, replaced, base_url=base_url, count=counted)
+        given_to = (given, self._token, name, replaced)
+        return client(*given_to, base_url=base_url, count=counted, of_library=of_library)
 
     async def token(self, *, audience: str | None = None, resource: str | None = None) -> AccessToken:
         """The org's token, renewed before it expires; `.reveal()` returns its text.
@@ -434,14 +438,16 @@ class BlockingContext(_Shared[P, S]):
 
     def http_client(self, library: Library = "httpx") -> Any:
         """As `Context.http_client`; a `Client` of the library."""
-        client = self._client("http")
+        client = self._client("http", of_library=True)
         if library == "httpx":
             return client
         from worker.handlers.httpx2_transport import blocking_over
 
         return blocking_over(client)
 
-    def _client(self, name: Literal["http", "public_http"], *, base_url: str = "") -> httpx.Client:
+    def _client(
+        self, name: Literal["http", "public_http"], *, base_url: str = "", of_library: bool = False
+    ) -> httpx.Client:
         from worker.handlers.clients import blocking_client
         from worker.handlers.model_usage import LLM_TOKENS
 
@@ -450,7 +456,8 @@ class BlockingContext(_Shared[P, S]):
 
         given, counts = self._given, self._given.meter_usage and name == "http"
         replaced, counted = self._transports.get(name), count if counts else None
-        return blocking_client(given, self._token, name, replaced, base_url=base_url, count=counted)
+        given_to = (given, self._token, name, replaced)
+        return blocking_client(*given_to, base_url=base_url, count=counted, of_library=of_library)
 
     def token(self, *, audience: str | None = None, resource: str | None = None) -> AccessToken:
         """As `Context.token`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -13,6 +13,7 @@ from worker.guard.urls import DEFAULT_PORTS, is_loopback
 from worker.handlers.blocking import finish
 from worker.handlers.model_usage import BlockingCount, Count, blocking_counting, counting
 from worker.handlers.steps import open_step, request_key
+from worker.model.egress import PLACEHOLDER
 from worker.secret import AccessToken
 
 if TYPE_CHECKING:
@@ -113,8 +114,38 @@ class OrgAuth(httpx.Auth):
         if step is not None and request.headers.get(KEY) == self._run_key:
             request.headers[KEY] = request_key(self._run_key, step)
 
+    def drop_key(self, request: httpx.Request) -> None:
+        """Remove what a library sends as its key to the org's API, unless the broker replaces it."""
+        key = request.headers.get("Authorization", "")
+        if origin_of(request.url) in self._origins and PLACEHOLDER not in key:
+            request.headers.pop("Authorization", None)
+
     async def async_prepare(self, request: httpx.Request) -> None:
         self.prepare(request)
+
+
+class _LibraryClient(httpx.AsyncClient):
+    """A client that a library gets; `drop_key` is called before the token is added."""
+
+    def __init__(self, drop_key: Callable[[httpx.Request], None], **options: Any) -> None:
+        super().__init__(**options)
+        self._drop_key = drop_key
+
+    async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+        self._drop_key(request)
+        return await super().send(request, **options)
+
+
+class _BlockingLibraryClient(httpx.Client):
+    """The same for a handler that blocks."""
+
+    def __init__(self, drop_key: Callable[[httpx.Request], None], **options: Any) -> None:
+        super().__init__(**options)
+        self._drop_key = drop_key
+
+    def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+        self._drop_key(request)
+        return super().send(request, **options)
 
 
 def org_client(
@@ -125,16 +156,17 @@ def org_client(
     base_url: str = "",
     count: Count | None = None,
     authorizes: bool = True,
+    of_library: bool = False,
 ) -> httpx.AsyncClient:
     """The client of an async handler, bound to its run's token, origins, idempotency key and trace.
 
-    `count` gets the tokens that the answer of a model has cost. A broker `authorizes` requests itself.
+    `count` gets the tokens that the answer of a model has cost. Without `authorizes` a broker adds the token.
+    A client of a library sends the org's token in place of the library's key.
     """
     auth = OrgAuth(given, token)
     options = _options(given, auth.async_prepare, None if count is None else counting(count))
-    return httpx.AsyncClient(
-        auth=auth if authorizes else None, transport=transport, base_url=base_url, **options
-    )
+    kind = partial(_LibraryClient, auth.drop_key) if of_library else httpx.AsyncClient
+    return kind(auth=auth if authorizes else None, transport=transport, base_url=base_url, **options)
 
 
 def blocking_org_client(
@@ -145,11 +177,13 @@ def blocking_org_client(
     base_url: str = "",
     count: BlockingCount | None = None,
     authorizes: bool = True,
+    of_library: bool = False,
 ) -> httpx.Client:
     """The same for a handler that blocks."""
     auth = OrgAuth(given, token)
     options = _options(given, auth.prepare, None if count is None else blocking_counting(count))
-    return httpx.Client(auth=auth if authorizes else None, transport=transport, base_url=base_url, **options)
+    kind = partial(_BlockingLibraryClient, auth.drop_key) if of_library else httpx.Client
+    return kind(auth=auth if authorizes else None, transport=transport, base_url=base_url, **options)
 
 
 def _options(given: Given[Any, Any], on_request: Hook, on_response: Hook | None) -> dict[str, Any]:

@@ -226,6 +226,8 @@ class BoundSecret:
     placeholder: str = ""
 
 
+# How placeholders begin.
+PLACEHOLDER = "orgworker-placeholder-"
 # The name under which the placeholder of the org's token is made.
 TOKEN = ""
 
@@ -241,4 +243,4 @@ def placeholder_of(run_id: str, name: str) -> str:
     Knowing it is worth nothing: the broker replaces only those that it was given for the same attempt.
     """
     digest = sha256(f"{run_id}\n{name}".encode()).hexdigest()
-    return f"orgworker-placeholder-{digest[:32]}"
+    return f"{PLACEHOLDER}{digest[:32]}"

@@ -136,3 +136,19 @@ def test_without_its_package_the_error_names_the_extra(package: str, name: str):
 
     shown = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout
     assert "extra pydantic-ai" in shown
+
+
+@job("acme.library")
+async def library(ctx: Context[dict[str, Any], Any]) -> Any:
+    async with ctx.http_client(ctx.params["library"]) as client:
+        response = await client.post(ctx.params["url"], json={}, headers=LIBRARY)
+    return response.status_code
+
+
+@pytest.mark.parametrize("kind", ["httpx", "httpx2"])
+def test_a_client_for_libraries_replaces_the_key_only_for_the_orgs_api(orgworker: Orgworker, kind: str):
+    for url, keeps in ((URL, False), ("https://other.example.com/", True)):
+        finished = orgworker.run(library, api=echo, params={"library": kind, "url": url})
+
+        assert finished.result == 200
+        assert (finished.requests[-1].headers["Authorization"] == LIBRARY["Authorization"]) is keeps
