@@ -228,6 +228,7 @@ class _Parts:
         steps, wakeups = StepWriter(store, clock), Wakeups(database.hint, clock)
         make_limits = SHARES.find()
         limits = NoLimits() if make_limits is None else make_limits(database, self.id, clock)
+        resources.push_async_callback(limits.close)
         tools, chores = self._tools(steps, limits), Chores(database, on_runs=signals.runs_due)
         parts = Parts(self.id, store, tools, self.credentials.ring, signals, chores.ended, resources)
         joined = [addition.join(parts) for addition in self.worker.additions]

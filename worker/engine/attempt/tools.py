@@ -96,6 +96,9 @@ class LimitSource(Protocol):
     async def pause_origin(self, org: OrgRef, origin: str, seconds: float) -> None:
         """Let the requests of an org to an origin wait, on all workers. Raises Unavailable."""
 
+    async def close(self) -> None:
+        """End the questions that are under way."""
+
     async def run(self) -> None:
         """A loop that learns of the pauses of other workers, until cancelled. Raises Unavailable."""
 
@@ -110,6 +113,9 @@ class NoLimits:
         raise Unavailable("there are no limits")
 
     async def pause_origin(self, org: OrgRef, origin: str, seconds: float) -> None:
+        return
+
+    async def close(self) -> None:
         return
 
     async def run(self) -> None:

@@ -49,6 +49,8 @@ FILES = (
     *("/etc/services", "/etc/localtime", "/dev/urandom"),
 )
 CODE = ("/usr/lib", "/lib", "/lib64", "/usr/lib64")
+# The code of an answer of a worker that does not know a call.
+UNKNOWN_CALL = "unknown_call"
 # Seconds for which the limits of an origin are known.
 KNOWN = 1.0
 # Modules that are imported at a first use, when their files cannot be read any more.
@@ -165,16 +167,21 @@ class BrokerProcess:
         return await asyncio.shield(looking)
 
     async def _look(self, attempt: Attempt, origin: str) -> KnownPlace:
-        now = time.monotonic()
-        answer = await self.ask(attempt.number, "limits", {"origin": origin})
-        key = (attempt.org, origin)
-        if "error" in answer:
-            # The database is away: go on with what was known.
-            limits = self._places[key].limits if key in self._places else ()
-        else:
-            limits = tuple(map(Limit.from_json, answer["limits"]))
-            if answer["paused"] > 0:
-                self._pacer.pause(attempt.org, origin, answer["paused"])
+        key, limits = (attempt.org, origin), None
+        while limits is None:
+            now = time.monotonic()
+            answer = await self.ask(attempt.number, "limits", {"origin": origin})
+            error = answer.get("error")
+            if error is None:
+                limits = tuple(map(Limit.from_json, answer["limits"]))
+                if answer["paused"] > 0:
+                    self._pacer.pause(attempt.org, origin, answer["paused"])
+            elif error["code"] == UNKNOWN_CALL or attempt.stopped:
+                limits = ()  # a worker of an older release, behind a host
+            elif key in self._places:
+                limits = self._places[key].limits  # the database is away
+            else:
+                await asyncio.sleep(KNOWN)
         known = self._places[key] = KnownPlace(limits, now + KNOWN)
         return known
 

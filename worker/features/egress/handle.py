@@ -18,6 +18,7 @@ from worker.engine.runners.contract import RunServices, Work
 from worker.errors import WorkerError
 from worker.handlers.calls import AskLimits, AskShare, AskToken, Call, NotACall, PauseOrigin, read
 from worker.handlers.given import HeldToken
+from worker.handlers.steps import StepError
 from worker.model.egress import BoundSecret, placeholder_of, token_name
 from worker.model.runs.lease import Lease
 from worker.telemetry.events import emit
@@ -30,6 +31,8 @@ MODULE = "worker.features.egress.broker"
 
 # What the broker may call in the name of an attempt.
 BROKER_CALLS = (AskToken, AskLimits, AskShare, PauseOrigin)
+# The code of an answer of a worker that does not know a call, behind a host.
+UNKNOWN_CALL = "unknown_call"
 # Before the names of variables, as no secret is called.
 VARIABLE = "variable "
 # Seconds between starts of a broker that does not come up, at first and at most.
@@ -283,6 +286,8 @@ class _Attempt:
                 return await self._token(call)
             given: dict[str, Any] = call.answer.write(await self.services.ask(call))
             return given
+        except StepError as error:
+            return failed(UNKNOWN_CALL, str(error))
         except WorkerError as error:
             return failed(error.code, error.message, getattr(error, "retry_after", None))
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from worker.clock import Clock
-from worker.errors import Unavailable
 from worker.features.egress.shares import Shares
 from worker.handlers.calls import AskShare, KnownLimits
 from worker.ids import OrgId, WorkerId
-from worker.model.limits import Ask, Share
+from worker.model.limits import LIFE, SLOT_LIFE, Ask, Share
 from worker.model.orgs import OrgRef
 from worker.store.database import Database
+
+# Tokens a second of a limit that is none any more.
+PACE = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +33,8 @@ class SharedLimits:
     async def share_of(self, org_id: OrgId, call: AskShare, *, hosted: bool) -> Share:
         """As `LimitSource.share_of`; the org is that of the run, whatever its broker says."""
         limit = next((each for each in await self.shares.limits() if each.id == call.limit), None)
-        if limit is None:
-            raise Unavailable("the limit was removed")
+        if limit is None:  # it was removed: its requests go on
+            return Share(call.want, call.slots, 0.0, pace=PACE, until=LIFE, slots_until=SLOT_LIFE)
         began = self.clock.monotonic()
         ask = Ask(limit.key(org_id), call.want, call.returned, call.granted_at, call.slots, call.in_use)
         share = await self.shares.share(ask, f"{self.worker_id} {call.broker}" if hosted else None)
@@ -42,6 +44,10 @@ class SharedLimits:
     async def pause_origin(self, org: OrgRef, origin: str, seconds: float) -> None:
         """As `LimitSource.pause_origin`."""
         await self.shares.pause(org.id, origin, seconds, org=org.code)
+
+    async def close(self) -> None:
+        """End the questions that are under way."""
+        await self.shares.close()
 
     async def run(self) -> None:
         """Look at the pauses while there are requests or pauses, until cancelled. Raises Unavailable."""
