@@ -70,8 +70,10 @@ class Connections:
     async def keep(self, url: httpcore.URL, connection: httpcore.AsyncHTTPConnection) -> None:
         """Use the connection again if it can be; close those that were not used for long."""
         idle = self._idle.setdefault((url.scheme, url.host, url.port), deque())
-        if connection.is_idle():
+        if connection.is_idle() and not _has_rest(connection):
             idle.append(_Idle(time.monotonic(), connection))
+        else:
+            await connection.aclose()
         await self._close_old(idle)
 
     async def tidy(self) -> int:
@@ -93,6 +95,12 @@ class Connections:
         oldest = time.monotonic() - self._kept
         while idle and (idle[0].since < oldest or len(idle) > MAX_IDLE):
             await idle.popleft().connection.aclose()
+
+
+def _has_rest(connection: httpcore.AsyncHTTPConnection) -> bool:
+    """Whether more than the answer has arrived: it would be taken for the answer to the next request."""
+    protocol = connection._connection
+    return isinstance(protocol, httpcore.AsyncHTTP11Connection) and bool(protocol._h11_state.trailing_data[0])
 
 
 class Sockets(httpcore.AsyncNetworkBackend):

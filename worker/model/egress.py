@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -108,14 +109,18 @@ def _listed(texts: object, example: str, most: int) -> list[Any]:
 
 
 def check_wildcards(items: Iterable[str]) -> None:
-    """Raise ValueError for a wildcard below a public suffix: its subdomains belong to anyone.
+    """Raise ValueError for a wildcard at or above a public suffix: names below that belong to anyone.
 
     The list of public suffixes has a private section too, in which `s3.amazonaws.com` is (publicsuffix.org).
+    So `https://*.amazonaws.com` is refused too: it has everyone's buckets.
     """
     for item in items:
         below = parse_item(item).below
-        if below and _suffixes().is_public(below):
-            raise ValueError(f"{item!r}: anyone can have a name below {below}, which is a public suffix")
+        if below and (_suffixes().is_public(below) or below in _above()):
+            raise ValueError(
+                f"{item!r}: anyone can have a name below {below}, which is a public suffix or above one; "
+                "write the origins, or a longer name"
+            )
 
 
 @cache
@@ -124,6 +129,19 @@ def _suffixes() -> PublicSuffixList:
     from publicsuffixlist import PublicSuffixList
 
     return PublicSuffixList()
+
+
+@cache
+def _above() -> frozenset[str]:
+    """The names above public suffixes."""
+    from publicsuffixlist import PSLFILE
+
+    found = set()
+    for line in Path(PSLFILE).read_text("utf-8").splitlines():
+        if line and not line.startswith("//"):
+            labels = line.split()[0].lstrip("!").removeprefix("*.").split(".")
+            found |= {".".join(labels[at:]) for at in range(1, len(labels))}
+    return frozenset(found)
 
 
 @dataclass(frozen=True, slots=True)

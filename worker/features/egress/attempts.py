@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from worker.features.egress.injection import Value
+from worker.features.egress.injection import MaskForms, Value
 from worker.features.egress.requests import Refused, Request, shown
 from worker.guard.urls import Origin, is_loopback, origin_of
 from worker.model.egress import Gate
@@ -16,8 +16,14 @@ from worker.model.egress import Gate
 # Origins of one attempt that are counted by themselves.
 MAX_ORIGINS = 100
 OTHERS = "others"
+# Different statuses that are counted for an origin; others by their hundred.
+MAX_STATUSES = 20
 # Streams of one attempt at a time.
 MAX_STREAMS = 256
+# Tokens that one attempt may have at a time, and seconds for which one is masked after its last use: a
+# service may still give an older one back.
+MAX_TOKENS = 16
+STALE = 3600.0
 
 
 class Stream(Protocol):
@@ -35,6 +41,13 @@ class Totals:
     statuses: dict[str, int] = field(default_factory=dict)
     denied: int = 0
     waited: float = 0.0
+
+    def answered(self, status: int) -> None:
+        """Count an answer by its status, which a service chooses."""
+        name = str(status)
+        if name not in self.statuses and len(self.statuses) >= MAX_STATUSES:
+            name = f"{name[0]}xx"
+        self.statuses[name] = self.statuses.get(name, 0) + 1
 
 
 @dataclass(slots=True)
@@ -87,8 +100,10 @@ class Attempt:
         self._wanted = [Wanted(placeholder.encode(), *of) for placeholder, *of in fields["tokens"]]
         self._secrets: dict[Origin, list[Value]] = {}
         self._ask = ask
-        self._held: dict[Wanted, Held] = {}
+        # Of each, the newest is the last.
+        self._held: dict[Wanted, list[Held]] = {}
         self._asking: dict[Wanted, asyncio.Task[Held]] = {}
+        self._forms: dict[Origin, MaskForms | None] = {}
         self.streams: set[Stream] = set()
         self.stopped = False
         self.totals: dict[str, Totals] = {}
@@ -99,10 +114,11 @@ class Attempt:
         header = fields["header"]
         value = Value(
             fields["placeholder"].encode(),
-            fields["value"].encode("latin-1"),
+            fields["value"].encode(),
             None if header is None else header.lower().encode(),
         )
         self._secrets.setdefault(origin_of(fields["origin"]), []).append(value)
+        self._forms.clear()
 
     def check(self, request: Request) -> None:
         """Raise Refused unless the lists allow the origin of a request."""
@@ -134,6 +150,16 @@ class Attempt:
         """Whether a request without an Authorization header gets the token of the run."""
         return origin in self._token_origins
 
+    def masks(self, origin: Origin) -> MaskForms | None:
+        """What is masked in answers of an origin: all that it may have got, with this request or another."""
+        if origin not in self._forms:
+            texts = [value.text for value in self._secrets.get(origin, ())]
+            for wanted, held in self._held.items():
+                if self._goes_to(wanted, origin) and not self.revealed:
+                    texts += [each.text for each in held]
+            self._forms[origin] = MaskForms(texts) if texts else None
+        return self._forms[origin]
+
     def _goes_to(self, wanted: Wanted, origin: Origin) -> bool:
         """Whether a token may go to an origin: that of its resource, or those of the org's API."""
         if wanted.resource:
@@ -141,9 +167,10 @@ class Attempt:
         return origin in self._token_origins
 
     async def _token(self, wanted: Wanted, *, fresh: bool) -> Held:
-        held = self._held.get(wanted)
-        if not fresh and held is not None and time.monotonic() < held.until:
-            return held
+        held, now = self._held.get(wanted, []), time.monotonic()
+        # A run may ask for a fresh one with each request.
+        if held and now < held[-1].until and (not fresh or len(held) >= MAX_TOKENS):
+            return held[-1]
         asking = self._asking.get(wanted)
         if asking is None or asking.done():
             asking = self._asking[wanted] = asyncio.ensure_future(self._renewed(wanted, fresh))
@@ -151,7 +178,13 @@ class Attempt:
         return await asyncio.shield(asking)
 
     async def _renewed(self, wanted: Wanted, fresh: bool) -> Held:
-        held = self._held[wanted] = await self._ask(self.number, fresh, wanted.audience, wanted.resource)
+        held = await self._ask(self.number, fresh, wanted.audience, wanted.resource)
+        now = time.monotonic()
+        kept = [
+            old for old in self._held.get(wanted, ()) if now < old.until + STALE and old.text != held.text
+        ]
+        self._held[wanted] = [*kept, held]
+        self._forms.clear()
         return held
 
     def of(self, origin: Origin) -> Totals:
@@ -176,6 +209,7 @@ class Attempt:
         self.stop()
         self._held.clear()
         self._secrets.clear()
+        self._forms.clear()
         for asking in self._asking.values():
             asking.cancel()
         self._asking.clear()

@@ -8,6 +8,7 @@ and sends questions and records, each a JSON datagram. When the worker is gone, 
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import json
 import os
@@ -56,6 +57,19 @@ KNOWN = 1.0
 # Modules that are imported at a first use, when their files cannot be read any more.
 LATE = ("anyio._backends._asyncio", "encodings.idna", "concurrent.futures.thread")
 Message = Mapping[str, Any]
+
+
+class StreamSocket(socket.socket):
+    """A socket of a run, which has it too and could make it block: O_NONBLOCK belongs to all who share it."""
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        return super().recv(size, flags | socket.MSG_DONTWAIT)
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        return super().send(data, flags | socket.MSG_DONTWAIT)
+
+    def sendmsg(self, buffers: Any, ancillary: Any = (), flags: int = 0, *address: Any) -> int:
+        return super().sendmsg(buffers, ancillary, flags | socket.MSG_DONTWAIT, *address)
 
 
 class Fields:
@@ -265,8 +279,13 @@ class BrokerProcess:
                 return
 
     def _accept(self, number: int, descriptor: int) -> None:
-        stream, attempt = socket.socket(fileno=descriptor), self.attempts.get(number)
+        attempt = self.attempts.get(number)
         # A run can pass any descriptor.
+        try:
+            stream = StreamSocket(fileno=descriptor)
+        except OSError:  # not a socket
+            os.close(descriptor)
+            return
         if attempt is None or (stream.family, stream.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
             stream.close()
             return
@@ -328,8 +347,11 @@ class BrokerProcess:
         except BlockingIOError:
             self._loop.add_writer(self._control, self._flush)
             return
-        except OSError:  # the worker is gone, which the next read reports
-            self._unsent.clear()
+        except OSError as error:
+            if error.errno == errno.EMSGSIZE:  # this one only: others are of other orgs
+                self._unsent.popleft()
+                return self._flush()
+            self._unsent.clear()  # the worker is gone, which the next read reports
         self._loop.remove_writer(self._control)
 
 

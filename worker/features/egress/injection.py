@@ -7,8 +7,9 @@ import binascii
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from html import escape
 from typing import Protocol
 from urllib.parse import quote
 
@@ -16,8 +17,10 @@ MASK = b"[masked]"
 Headers = list[tuple[bytes, bytes]]
 # Bytes that one call of a decoder may give.
 _DECODED = 64 * 1024
-# The first bytes of a form that are searched for.
-_HINT = 3
+# What is held back of a body is a multiple of this, so that it does not give away a value's length.
+_HELD = 256
+# Bytes between which a body is never held back: lines of server-sent events and of JSON end with one.
+_BREAKS = b" \t\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +32,14 @@ class Value:
     header: bytes | None = None
 
 
-def inject(headers: Headers, values: Iterable[Value]) -> tuple[Headers, list[bytes]]:
-    """The headers with these values, and the texts of the values that are in them now."""
-    injected: list[bytes] = []
+def inject(headers: Headers, values: Iterable[Value]) -> Headers:
+    """The headers with these values."""
     for value in values:
         if value.header is not None:
             headers = [(name, text) for name, text in headers if name.lower() != value.header]
             headers.append((value.header, value.text))
-            injected.append(value.text)
-        before = headers
         headers = [(name, _replaced(name, text, value)) for name, text in headers]
-        if headers != before:
-            injected.append(value.text)
-    return headers, injected
+    return headers
 
 
 def _replaced(name: bytes, text: bytes, value: Value) -> bytes:
@@ -59,12 +57,25 @@ def _replaced(name: bytes, text: bytes, value: Value) -> bytes:
 
 
 def forms(value: bytes) -> set[bytes]:
-    """How a service may give a value back: as it is, percent-encoded, in JSON, in base64 at any offset."""
+    """How a service may give a value back: as it is, escaped for URLs, JSON or HTML, in UTF-16 or base64."""
     found = {value, b"".join(b"%%%02X" % byte for byte in value)}
-    found |= {quote(value, safe=kept).encode() for kept in ("", "/", "+/=")}
+    # As Python, Java and JavaScript encode URLs, and forms.
+    found |= {
+        quote(value, safe=kept).encode() for kept in ("", "/", "+/=", "*-._", "!'()*", "!'()*;,/?:@&=+$#")
+    }
+    found |= {form.replace(b"%20", b"+") for form in found if b" " in value}
     found |= {re.sub(rb"%[0-9A-F]{2}", lambda code: code[0].lower(), form) for form in found}
-    quoted = json.dumps(value.decode("latin-1"))[1:-1].encode()
-    found |= {quoted, quoted.replace(b"/", b"\\/")}
+    for text in {value.decode("latin-1"), value.decode(errors="replace")}:
+        quoted = json.dumps(text)[1:-1].encode()
+        found |= {quoted, quoted.replace(b"/", b"\\/"), json.dumps(text, ensure_ascii=False)[1:-1].encode()}
+        # As encoders write it that expect HTML around it.
+        found.add(re.sub(rb"[<>&'+]", lambda sign: b"\\u%04x" % ord(sign[0]), quoted))
+        found |= {
+            escape(text).encode(),
+            escape(text, quote=False).encode(),
+            escape(text).encode("latin-1", "replace"),
+        }
+        found |= {text.encode("utf-16-le"), text.encode("utf-16-be")}
     for offset in range(3):
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
             encoded = encode(bytes(offset) + value).rstrip(b"=")
@@ -74,42 +85,74 @@ def forms(value: bytes) -> set[bytes]:
     return {form for form in found if form}
 
 
-class Mask:
-    """Masks values in texts, and in a body that arrives in parts; a value may be cut between two of them."""
+class MaskForms:
+    """The forms of some values, for masks of many answers.
+
+    They are searched for one by one: `re` would keep a pattern, and so the values, after their attempt, and
+    takes longer to compile it than a request takes.
+    """
 
     def __init__(self, values: Iterable[bytes]) -> None:
-        found = sorted({form for value in values for form in forms(value)}, key=len, reverse=True)
-        self._forms: Sequence[bytes] = found
-        self._pattern = re.compile(b"|".join(map(re.escape, found)))
-        self._longest = max(map(len, found))
-        hints = {form[:_HINT] for form in found}
-        self._hints = re.compile(b"|".join(b"(?=%b)" % re.escape(hint) for hint in sorted(hints)))
+        self._forms = sorted({form for value in values for form in forms(value)})
+        self.longest = -(-max(map(len, self._forms)) // _HELD) * _HELD
+        self.breaks = b"" if any(sign in form for form in self._forms for sign in _BREAKS) else _BREAKS
+
+    def spans(self, text: bytes) -> list[tuple[int, int]]:
+        """Where the values are, in order; forms that overlap are one span."""
+        found: list[tuple[int, int]] = []
+        for form in self._forms:
+            at = text.find(form)
+            while at >= 0:
+                found.append((at, at + len(form)))
+                at = text.find(form, at + 1)
+        found.sort()
+        merged: list[tuple[int, int]] = []
+        for start, end in found:
+            if merged and start < merged[-1][1]:
+                merged[-1] = merged[-1][0], max(end, merged[-1][1])
+            else:
+                merged.append((start, end))
+        return merged
+
+    def mask(self, text: bytes) -> bytes:
+        return self.masked(text, len(text))[0]
+
+    def masked(self, text: bytes, until: int) -> tuple[bytes, int]:
+        """The text up to a place, masked, and where it ends: a value that begins before that is whole."""
+        passed, at = [], 0
+        for start, end in self.spans(text):
+            if start >= until:
+                break
+            passed += [text[at:start], MASK]
+            at = end
+        place = max(at, until)
+        return b"".join([*passed, text[at:place]]), place
+
+
+class Mask:
+    """Masks values in a body that arrives in parts; a value may be cut between two of them.
+
+    What is held back must not depend on the values. Else a run could have a service give its guess back, see
+    from the parts of the answer whether it was held back, and so find a value one character after the other.
+    """
+
+    def __init__(self, forms: MaskForms) -> None:
+        self._forms = forms
         self._kept = b""
 
-    def text(self, text: bytes) -> bytes:
-        return self._pattern.sub(MASK, text)
-
     def feed(self, part: bytes) -> bytes:
-        """What of the body can be passed on: all but an end that may be the beginning of a value."""
-        data = self.text(self._kept + part)
-        at = self._suspicious(data)
-        data, self._kept = data[:at], data[at:]
-        return data
+        """What of the body can be passed on: up to the last break, or to as far as a value may reach."""
+        data = self._kept + part
+        safe = max(
+            len(data) - self._forms.longest + 1, *(data.rfind(sign) + 1 for sign in self._forms.breaks), 0
+        )
+        passed, end = self._forms.masked(data, safe)
+        self._kept = data[end:]
+        return passed
 
     def end(self) -> bytes:
         kept, self._kept = self._kept, b""
-        return kept
-
-    def _suspicious(self, data: bytes) -> int:
-        """Where an end of the data begins that is the beginning of a form."""
-        start = max(0, len(data) - self._longest + 1)
-        places = [found.start() for found in self._hints.finditer(data, start)]
-        places += range(max(start, len(data) - _HINT + 1), len(data))
-        for place in places:
-            rest = data[place:]
-            if any(form.startswith(rest) for form in self._forms):
-                return place
-        return len(data)
+        return self._forms.mask(kept)
 
 
 class Decoder(Protocol):
@@ -131,11 +174,19 @@ class ZlibDecoder:
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """The decoded parts. Raises zlib.error."""
-        while data and not self._decoder.eof:
+        while True:
             part = self._decoder.decompress(data, _DECODED)
             if part:
                 yield part
             data = self._decoder.unconsumed_tail
+            if self._decoder.eof:
+                data = self._decoder.unused_data
+                if not data:
+                    return
+                # Files in gzip may follow one another.
+                self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
+            elif not data and len(part) < _DECODED:
+                return
 
 
 def decoder_of(encoding: bytes) -> Decoder | None:

@@ -6,6 +6,7 @@ request, for the origin that was checked. The rest (the framing, Host and the co
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -133,7 +134,10 @@ def host_of(origin: Origin, *, with_port: bool = False) -> bytes:
 def _seconds(given: Any) -> float:
     if given is None:
         return LONGEST_TIMEOUT
-    return min(max(float(given), 0.001), LONGEST_TIMEOUT)
+    seconds = float(given)
+    if not math.isfinite(seconds):  # a timer of NaN would delay those of others
+        raise ValueError("a time that is not finite")
+    return min(max(seconds, 0.001), LONGEST_TIMEOUT)
 
 
 def shown(origin: Origin) -> str:

@@ -12,7 +12,16 @@ from typing import Any, Protocol, cast
 import httpcore
 
 from worker.features.egress.attempts import MAX_STREAMS, Attempt, NoToken, Totals
-from worker.features.egress.injection import Decoder, Headers, Mask, NoDecoder, Value, decoder_of, inject
+from worker.features.egress.injection import (
+    Decoder,
+    Headers,
+    Mask,
+    MaskForms,
+    NoDecoder,
+    Value,
+    decoder_of,
+    inject,
+)
 from worker.features.egress.network import NotPublic, Pools
 from worker.features.egress.requests import NO_LEASE, Refused, Request, read_request, shown
 from worker.guard.urls import Origin
@@ -35,9 +44,12 @@ from worker.handlers.frames import (
 UNSENT = 256 * 1024
 # Of an answer, which the broker frames anew.
 _OF_CONNECTION = (b"connection", b"keep-alive", b"transfer-encoding", b"trailer", b"upgrade")
-_OF_BODY = (b"content-length", b"content-encoding", b"content-md5", b"etag", b"digest")
-# In the headers of a request whose answer is masked.
-_ACCEPT = b"accept-encoding"
+_OF_BODY = (
+    *(b"content-length", b"content-encoding", b"content-md5", b"etag"),
+    *(b"digest", b"content-digest", b"repr-digest"),
+)
+# Not in the headers of a request whose answer is masked: a range may have only a part of a value.
+_NOT_MASKED = (b"accept-encoding", b"range", b"if-range")
 
 
 class Slot(Protocol):
@@ -168,6 +180,8 @@ class RunStream(asyncio.Protocol):
             failure = failure_of(error)
         except (zlib.error, ValueError) as error:
             failure = {"error": "RemoteProtocolError", "message": f"the answer cannot be read: {error}"}
+        except Exception as error:  # the run must not wait for an answer that never comes
+            failure = {"error": "ReadError", "message": f"the request has failed: {type(error).__name__}"}
         finally:
             # Its frames, and so its exception, have values in them.
             self._task = None
@@ -227,10 +241,10 @@ class _Exchange:
         totals, began, status, failed = attempt.of(request.origin), time.time_ns(), None, ""
         totals.waited += slot.waited
         try:
-            headers, masked, authorized = prepared(
-                request, values, tokens, adds=attempt.adds_token(request.origin), revealed=attempt.revealed
-            )
-            status = await self._sent(request, headers, masked, authorized, totals)
+            forms = attempt.masks(request.origin)
+            adds = attempt.adds_token(request.origin)
+            headers, authorized = prepared(request, values, tokens, adds=adds, masked=forms is not None)
+            status = await self._sent(request, headers, forms, authorized, totals)
         except NotPublic as error:
             totals.denied += 1
             failed = "NotPublic"
@@ -245,7 +259,7 @@ class _Exchange:
                 broker.sent(attempt, request, began, status, failed)
 
     async def _sent(
-        self, request: Request, headers: Headers, masked: list[bytes], authorized: bool, totals: Totals
+        self, request: Request, headers: Headers, forms: MaskForms | None, authorized: bool, totals: Totals
     ) -> int:
         if self._attempt.stopped or not self._broker.may_send():
             raise Refused("ConnectError", NO_LEASE)
@@ -266,7 +280,7 @@ class _Exchange:
         try:
             response = await connection.handle_async_request(sent)
             try:
-                await self._passed(request, response, masked, authorized, totals)
+                await self._passed(request, response, forms, authorized, totals)
             finally:
                 await response.aclose()
         except BaseException:
@@ -279,26 +293,25 @@ class _Exchange:
         self,
         request: Request,
         response: httpcore.Response,
-        masked: list[bytes],
+        forms: MaskForms | None,
         authorized: bool,
         totals: Totals,
     ) -> None:
-        """Pass on an answer, with the values that were sent masked."""
-        status = str(response.status)
-        totals.statuses[status] = totals.statuses.get(status, 0) + 1
+        """Pass on an answer, with the values of its origin masked."""
+        totals.answered(response.status)
         totals.bytes_in += sum(len(name) + len(value) + 4 for name, value in response.headers)
         self._broker.answered(self._attempt, request, response.status, response.headers)
         headers = [(name, value) for name, value in response.headers if name.lower() not in _OF_CONNECTION]
         decoder: Decoder = NoDecoder()
-        mask = Mask(masked) if masked else None
-        if mask is not None:
+        mask = None if forms is None else Mask(forms)
+        if forms is not None:
             encoding = b",".join(value for name, value in headers if name.lower() == b"content-encoding")
             if (found := decoder_of(encoding)) is None:
                 raise Refused("RemoteProtocolError", "the answer has an encoding that cannot be masked")
             decoder = found
             if request.method != "HEAD":
                 headers = [(name, value) for name, value in headers if name.lower() not in _OF_BODY]
-            headers = [(mask.text(name), mask.text(value)) for name, value in headers]
+            headers = [(forms.mask(name), forms.mask(value)) for name, value in headers]
         shown_headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
         answer = {"status": response.status, "headers": shown_headers, "authorized": authorized}
         await self._write(json_frame(ANSWER, answer))
@@ -317,24 +330,20 @@ class _Exchange:
 
 
 def prepared(
-    request: Request, values: list[Value], tokens: list[Value], *, adds: bool, revealed: bool
-) -> tuple[Headers, list[bytes], bool]:
-    """The headers to send, the values to mask in the answer, and whether the org's token was added.
+    request: Request, values: list[Value], tokens: list[Value], *, adds: bool, masked: bool
+) -> tuple[Headers, bool]:
+    """The headers to send, and whether the org's token was added; `masked` if the answer will be.
 
-    If it `adds` one, that is the first of the tokens. Those that are `revealed` to a run are not masked.
+    If it `adds` one, that is the first of the tokens.
     """
-    headers, masked = inject(request.headers, values)
-    headers, injected = inject(headers, tokens)
+    headers = inject(request.headers, [*values, *tokens])
     authorized = adds and not any(name.lower() == b"authorization" for name, _ in headers)
     if authorized:
         headers.append((b"Authorization", b"Bearer " + tokens[0].text))
-        injected.append(tokens[0].text)
-    if not revealed:
-        masked += injected
     if masked:
-        headers = [(name, value) for name, value in headers if name.lower() != _ACCEPT]
+        headers = [(name, value) for name, value in headers if name.lower() not in _NOT_MASKED]
         headers.append((b"Accept-Encoding", b"identity"))
-    return headers, masked, authorized
+    return headers, authorized
 
 
 async def _with(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

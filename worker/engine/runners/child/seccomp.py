@@ -22,6 +22,10 @@ from worker.engine.runners.child import landlock
 
 _PR_SET_SECCOMP = 22
 _MODE_FILTER = 2
+# seccomp(2), which filters all threads of the process; prctl(2) only the calling one.
+_SECCOMP = {"x86_64": 317, "aarch64": 277}
+_SET_MODE_FILTER = 1
+_ALL_THREADS = 1
 
 _ALLOW = 0x7FFF0000
 _KILL_PROCESS = 0x80000000
@@ -91,7 +95,7 @@ _CALLS: Mapping[str, Mapping[str, int]] = {
         **{"ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312, "pidfd_getfd": 438},
         **{"unshare": 272, "setns": 308, "bpf": 321, "userfaultfd": 323, "perf_event_open": 298},
         **{"io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427},
-        **{"add_key": 248, "request_key": 249, "keyctl": 250},
+        **{"add_key": 248, "request_key": 249, "keyctl": 250, "mq_open": 240},
     },
     "aarch64": {
         **{"socket": 198, "connect": 203, "accept": 202, "bind": 200, "listen": 201, "socketpair": 199},
@@ -99,14 +103,15 @@ _CALLS: Mapping[str, Mapping[str, int]] = {
         **{"ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271, "kcmp": 272, "pidfd_getfd": 438},
         **{"unshare": 97, "setns": 268, "bpf": 280, "userfaultfd": 282, "perf_event_open": 241},
         **{"io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427},
-        **{"add_key": 217, "request_key": 218, "keyctl": 219},
+        **{"add_key": 217, "request_key": 218, "keyctl": 219, "mq_open": 180},
     },
 }
 # What reaches other processes, or calls of the kernel past a filter.
 _REACHING = (
     *("ptrace", "process_vm_readv", "process_vm_writev", "kcmp", "pidfd_getfd", "unshare", "setns", "bpf"),
     *("userfaultfd", "perf_event_open", "io_uring_setup", "io_uring_enter", "io_uring_register"),
-    *("add_key", "request_key", "keyctl"),
+    # A message queue of POSIX belongs to the account, and without Landlock it is open to all runs.
+    *("add_key", "request_key", "keyctl", "mq_open"),
 )
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
 _SOCK_STREAM, _SOCK_SEQPACKET, _SOCK_TYPE = 1, 5, 0xF
@@ -155,16 +160,23 @@ class _Program(ctypes.Structure):
 
 _prctl = ctypes.CDLL(None, use_errno=True)["prctl"]
 _prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong)
+_syscall = ctypes.CDLL(None, use_errno=True)["syscall"]
+_syscall.argtypes = (ctypes.c_long, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p)
+_syscall.restype = ctypes.c_long
 
 
 def restrict(sieve: Sieve | None = None) -> None:
-    """Filter the calls of this thread and its descendants for good; raises OSError. Filters add up."""
+    """Filter the calls of this process and its descendants for good; raises OSError. Filters add up.
+
+    A module that the zygote has imported may have started threads after the fork: they are filtered too.
+    """
     landlock.gain_no_privileges()
     machine = os.uname().machine
     code = program(MACHINES[machine]) if sieve is None else sieve_program(sieve, machine)
     filter_ = _Program(len(code) // _INSTRUCTION.size, code)
-    if _prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.addressof(filter_), 0, 0) != 0:
-        number = ctypes.get_errno()
+    result = _syscall(_SECCOMP[machine], _SET_MODE_FILTER, _ALL_THREADS, ctypes.addressof(filter_))
+    if result != 0:  # above 0 it is a thread with another filter
+        number = ctypes.get_errno() if result < 0 else errno.EBUSY
         raise OSError(number, f"seccomp: {os.strerror(number)}")
 
 
