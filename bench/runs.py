@@ -33,7 +33,7 @@ from tests.fakes.running import until, work
 from worker.clock import SystemClock
 from worker.engine.runners.child.pool import ChildPool
 from worker.engine.runners.child.sandbox import Planner
-from worker.engine.runners.contract import StopSignal
+from worker.engine.runners.contract import StopSignal, Work
 
 HANDLERS = """\
 import asyncio
@@ -56,6 +56,7 @@ async def inline(ctx):
     await asyncio.sleep(3600)
 """
 ENTRY_POINTS = {f"bench.{name}": f"bench_jobs:{name}" for name in ("noop", "waits", "inline")}
+NOOP = work("noop", entry_point="bench_jobs:noop")
 
 
 # Starts of each kind that are not counted.
@@ -121,11 +122,11 @@ class Starts:
         self.used: list[float] = []
         self.faults: list[int] = []
 
-    async def add(self, children: ChildPool, pause: float) -> None:
+    async def add(self, children: ChildPool, pause: float, given: Work = NOOP) -> None:
         """One run, and a pause in which a spare is forked for it."""
         before, faulted, link = cpu(children), faults(children), TimedServices()
         began = time.perf_counter()
-        await children.run(work("noop", entry_point="bench_jobs:noop"), link, StopSignal())
+        await children.run(given, link, StopSignal())
         self.over.append(time.perf_counter() - began)
         self.called.append(link.started_at - began)
         await asyncio.sleep(pause)
@@ -138,14 +139,17 @@ class Starts:
             f"{statistics.mean(self.used) * 1000:.2f} ms a run; {statistics.mean(self.faults):.0f} faults"
         )
 
-    def ratio_to(self, other: Starts) -> str:
+    def ratios_to(self, other: Starts) -> dict[str, float]:
         # Each pair ran within a few milliseconds, so the median excludes slow moments of the machine.
-        pairs = {
+        return {
             name: statistics.median(
                 a / b for a, b in zip(getattr(self, name), getattr(other, name), strict=True)
             )
             for name in ("called", "over")
         }
+
+    def ratio_to(self, other: Starts) -> str:
+        pairs = self.ratios_to(other)
         used = statistics.mean(self.used) / statistics.mean(other.used)
         return f"called {pairs['called']:.3f}, over {pairs['over']:.3f} (median of pairs), CPU {used:.3f}"
 

@@ -36,6 +36,32 @@ class _Idle(NamedTuple):
     connection: httpcore.AsyncHTTPConnection
 
 
+class _NoLock:
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(self, *error: object) -> None:
+        pass
+
+
+class _Connection(httpcore.AsyncHTTPConnection):
+    """A connection for one request at a time: the locks of httpcore's own, three a request, each cost a turn
+    of the loop."""
+
+    _connection: httpcore.AsyncHTTP11Connection | None
+
+    async def handle_async_request(self, request: httpcore.Request) -> httpcore.Response:
+        if self._connection is None:
+            try:
+                stream = await self._connect(request)
+            except BaseException:
+                self._connect_failed = True
+                raise
+            self._connection = httpcore.AsyncHTTP11Connection(self._origin, stream, self._keepalive_expiry)
+            self._connection._state_lock = _NoLock()  # type: ignore[assignment]
+        return await self._connection.handle_async_request(request)
+
+
 class Connections:
     """Connections to any number of origins, without a limit: the callers have theirs."""
 
@@ -60,7 +86,7 @@ class Connections:
             if not (connection.is_closed() or connection.has_expired()):
                 return connection
             await connection.aclose()
-        return httpcore.AsyncHTTPConnection(
+        return _Connection(
             url.origin,
             ssl_context=self._context,
             keepalive_expiry=self._kept,
@@ -109,11 +135,13 @@ class Sockets(httpcore.AsyncNetworkBackend):
     With httpcore's own, on anyio, a token costs a worker a quarter more processor time
     (`bench.cold_tokens`), and a cold run in `bench.nine` a fifth more of workers and server: each part of a
     request is sent by itself, and each step yields to the event loop and pauses or resumes reading.
-    Once `may_send` says no, nothing more is sent, and the connection is closed.
+    Once `may_send` says no, nothing more is sent, and the connection is closed. After `unread` bytes have
+    arrived, reading pauses.
     """
 
-    def __init__(self, may_send: Callable[[], bool] = lambda: True) -> None:
+    def __init__(self, may_send: Callable[[], bool] = lambda: True, *, unread: int = UNREAD) -> None:
         self._may_send = may_send
+        self._unread = unread
 
     async def connect_tcp(
         self,
@@ -131,7 +159,10 @@ class Sockets(httpcore.AsyncNetworkBackend):
         with _connecting():
             async with asyncio.timeout(timeout):
                 _, stream = await asyncio.get_running_loop().create_connection(
-                    lambda: _Stream(self._may_send), host, port, happy_eyeballs_delay=NEXT_ADDRESS
+                    lambda: _Stream(self._may_send, self._unread),
+                    host,
+                    port,
+                    happy_eyeballs_delay=NEXT_ADDRESS,
                 )
         return stream
 
@@ -141,8 +172,9 @@ class _Stream(asyncio.Protocol, httpcore.AsyncNetworkStream):
 
     _transport: asyncio.Transport
 
-    def __init__(self, may_send: Callable[[], bool]) -> None:
+    def __init__(self, may_send: Callable[[], bool], unread: int) -> None:
         self._may_send = may_send
+        self._unread = unread
         self._unsent = bytearray()
         self._received = bytearray()
         self._is_over = self._is_paused = False
@@ -158,7 +190,7 @@ class _Stream(asyncio.Protocol, httpcore.AsyncNetworkStream):
 
     def data_received(self, data: bytes) -> None:
         self._received += data
-        if len(self._received) > UNREAD:
+        if len(self._received) > self._unread:
             self._is_paused = True
             self._transport.pause_reading()
         self._wake()

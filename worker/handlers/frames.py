@@ -16,6 +16,7 @@ HEAD, DATA, END, SENDING, ANSWER, FAILED = range(1, 7)
 # Bytes of a head, which has the headers, and of a part of a body.
 MAX_HEAD = 256 * 1024
 MAX_DATA = 64 * 1024
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 _START = struct.Struct("!BI")
 _LIMITS = {HEAD: MAX_HEAD, ANSWER: MAX_HEAD, FAILED: MAX_HEAD, DATA: MAX_DATA, END: 0, SENDING: 0}
 
@@ -48,7 +49,7 @@ def frame(kind: int, body: bytes = b"") -> bytes:
 
 def json_frame(kind: int, fields: Mapping[str, Any]) -> bytes:
     """A frame with a JSON object. Raises ValueError if it is too long."""
-    return frame(kind, json.dumps(fields, separators=(",", ":")).encode())
+    return frame(kind, _encode(fields).encode())
 
 
 def data_frames(data: bytes) -> Iterator[bytes]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import itertools
 import json
 import os
@@ -29,7 +30,7 @@ from typing import Any
 from worker.engine.runners.child import landlock, linux, seccomp
 from worker.features.egress.attempts import Attempt, Held, NoToken
 from worker.features.egress.injection import Headers
-from worker.features.egress.network import Pools
+from worker.features.egress.network import Pools, read_less
 from worker.features.egress.pacing import Pacer, Stopped
 from worker.features.egress.requests import NO_LEASE, Refused, Request, shown
 from worker.features.egress.streams import RunStream, Slot
@@ -121,6 +122,7 @@ class BrokerProcess:
                 async with asyncio.timeout(TIDY):
                     await self.ended.wait()
             await self.pools.tidy()
+            linux.release_memory()
 
     # What streams need
 
@@ -395,6 +397,7 @@ async def _serve(control: socket.socket, prepare: Callable[[], None]) -> None:
     context = tls_context()
     # Before there is a second thread: only threads that start later are confined too.
     prepare()
+    gc.freeze()
     await BrokerProcess(control, context).serve()
 
 
@@ -411,6 +414,7 @@ def main() -> None:
     control.setblocking(False)
     for name in LATE:
         import_module(name)
+    read_less()
     asyncio.run(_serve(control, lambda: confine(**setup)))
 
 

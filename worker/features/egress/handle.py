@@ -331,7 +331,7 @@ class _Attempt:
         """The run has passed its first stream, or all of its processes are gone."""
         if self.door is not None:
             asyncio.get_running_loop().remove_reader(self.door)
-            if not self._ended:
+            if not self._ended and _has_data(self.door):
                 self._make_known()
 
     def _make_known(self) -> None:
@@ -345,3 +345,11 @@ class _Attempt:
             asyncio.get_running_loop().remove_reader(self.door)
             self.door.close()
             self.door = None
+
+
+def _has_data(door: socket.socket) -> bool:
+    """Whether it has something to read, and not only its end."""
+    try:
+        return bool(door.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except OSError:
+        return False

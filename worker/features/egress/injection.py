@@ -117,6 +117,12 @@ class MaskForms:
     def mask(self, text: bytes) -> bytes:
         return self.masked(text, len(text))[0]
 
+    def headers(self, headers: Headers) -> Headers:
+        """The headers masked; most have no value, which one search tells."""
+        if not self.spans(b"\n".join(part for header in headers for part in header)):
+            return headers
+        return [(self.mask(name), self.mask(value)) for name, value in headers]
+
     def masked(self, text: bytes, until: int) -> tuple[bytes, int]:
         """The text up to a place, masked, and where it ends: a value that begins before that is whole."""
         passed, at = [], 0

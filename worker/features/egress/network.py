@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from asyncio import selector_events, sslproto
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from ipaddress import ip_address
 from typing import Any
 
 import httpcore
@@ -16,6 +20,10 @@ from worker.connections import Connections, Sockets
 # Seconds to wait for one address before the next is tried, and addresses that are tried.
 NEXT_ADDRESS = 3.0
 MAX_ADDRESSES = 4
+# Bytes that are read of a connection at a time, and that may have arrived before reading pauses.
+READ = 16 * 1024
+# Connections that begin in one turn of the loop; a TLS handshake takes a millisecond of it.
+AT_ONCE = 4
 # (host, port) -> its addresses, the best first; raises OSError.
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
@@ -24,11 +32,40 @@ class NotPublic(Exception):
     """The kind of an address that is not public."""
 
 
+class Turns:
+    """Lets a few go on in each turn of the loop, in their order, so that others have theirs."""
+
+    def __init__(self) -> None:
+        self._left = AT_ONCE
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def take(self) -> None:
+        if self._left == AT_ONCE:
+            asyncio.get_running_loop().call_soon(self._next)
+        if self._left:
+            self._left -= 1
+        else:
+            self._waiting.append(asyncio.get_running_loop().create_future())
+            await self._waiting[-1]
+
+    def _next(self) -> None:
+        self._left = AT_ONCE
+        while self._left and self._waiting:
+            if not (future := self._waiting.popleft()).done():
+                future.set_result(None)
+                self._left -= 1
+        if self._left < AT_ONCE:
+            asyncio.get_running_loop().call_soon(self._next)
+
+
 class BrokerSockets(Sockets):
     """Connects to an address of the host, to public ones only if `checked`."""
 
-    def __init__(self, may_send: Callable[[], bool], resolve: Resolve, *, checked: bool) -> None:
-        super().__init__(may_send)
+    def __init__(
+        self, may_send: Callable[[], bool], resolve: Resolve, turns: Turns, *, checked: bool
+    ) -> None:
+        super().__init__(may_send, unread=READ)
+        self._turns = turns
         self._resolve = resolve
         self._checked = checked
 
@@ -51,6 +88,7 @@ class BrokerSockets(Sockets):
         if self._checked and (kind := first_kind(addresses)):
             raise NotPublic(kind)
         failure: Exception = httpcore.ConnectError(f"{host} cannot be resolved: it has no address")
+        await self._turns.take()
         addresses = list(dict.fromkeys(addresses))[:MAX_ADDRESSES]
         soon = NEXT_ADDRESS if timeout is None else min(NEXT_ADDRESS, timeout)
         for left, address in zip(reversed(range(len(addresses))), addresses, strict=True):
@@ -63,8 +101,31 @@ class BrokerSockets(Sockets):
 
 async def addresses_of(host: str, port: int) -> list[str]:
     """The addresses of a host as the system resolves it, including forms such as 0x7f.1 and 2130706433."""
+    with suppress(ValueError):
+        return [str(ip_address(host))]
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(entry[4][0]) for entry in found]
+
+
+_shared = memoryview(bytearray(READ))
+
+
+class _TlsProtocol(sslproto.SSLProtocol):
+    """Has no buffer of its own: the loop empties it in the same step in which it fills it."""
+
+    max_size = READ
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._ssl_buffer, self._ssl_buffer_view = _shared.obj, _shared
+        self._set_read_buffer_limits(READ)  # type: ignore[attr-defined]
+        self._set_write_buffer_limits(READ)  # type: ignore[attr-defined]
+
+
+def read_less() -> None:
+    """Let asyncio read `READ` bytes at a time: with its 256 KiB each TLS connection takes 250 KB more."""
+    sslproto.SSLProtocol = _TlsProtocol  # type: ignore[misc]
+    selector_events._SelectorTransport.max_size = READ  # type: ignore[attr-defined]
 
 
 class Pools:
@@ -74,8 +135,9 @@ class Pools:
         self, context: ssl.SSLContext, may_send: Callable[[], bool], resolve: Resolve = addresses_of
     ) -> None:
         self._context = context
+        turns = Turns()
         self._networks = {
-            checked: BrokerSockets(may_send, resolve, checked=checked) for checked in (False, True)
+            checked: BrokerSockets(may_send, resolve, turns, checked=checked) for checked in (False, True)
         }
         self._pools: dict[tuple[str, bool], Connections] = {}
 

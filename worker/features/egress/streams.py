@@ -6,7 +6,7 @@ import asyncio
 import time
 import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Protocol, cast
 
 import httpcore
@@ -42,14 +42,18 @@ from worker.handlers.frames import (
 
 # Bytes of a body that may wait to be sent, before its stream is read no further.
 UNSENT = 256 * 1024
+# Bytes of an answer that are collected in one turn of the loop, and that wait while the run does not read.
+TOGETHER = 32 * 1024
 # Of an answer, which the broker frames anew.
-_OF_CONNECTION = (b"connection", b"keep-alive", b"transfer-encoding", b"trailer", b"upgrade")
-_OF_BODY = (
-    *(b"content-length", b"content-encoding", b"content-md5", b"etag"),
-    *(b"digest", b"content-digest", b"repr-digest"),
+_OF_CONNECTION = frozenset([b"connection", b"keep-alive", b"transfer-encoding", b"trailer", b"upgrade"])
+_OF_BODY = frozenset(
+    [
+        *(b"content-length", b"content-encoding", b"content-md5", b"etag"),
+        *(b"digest", b"content-digest", b"repr-digest"),
+    ]
 )
 # Not in the headers of a request whose answer is masked: a range may have only a part of a value.
-_NOT_MASKED = (b"accept-encoding", b"range", b"if-range")
+_NOT_MASKED = frozenset([b"accept-encoding", b"range", b"if-range"])
 
 
 class Slot(Protocol):
@@ -94,9 +98,10 @@ class RunStream(asyncio.Protocol):
         self._body: deque[bytes] = deque()
         self._size = 0
         self._body_ended = True
-        self._wakes = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
+        self._unsent = bytearray()
+        self._is_full = False
+        # Waits for a frame of the body, or until the run has read.
+        self._waiter: asyncio.Future[None] | None = None
 
     # asyncio.Protocol
 
@@ -105,6 +110,7 @@ class RunStream(asyncio.Protocol):
         if self._attempt.stopped or len(self._attempt.streams) >= MAX_STREAMS:
             self._transport.abort()
             return
+        self._transport.set_write_buffer_limits(TOGETHER)
         self._attempt.streams.add(self)
 
     def data_received(self, data: bytes) -> None:
@@ -116,15 +122,15 @@ class RunStream(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._attempt.streams.discard(self)
-        self._room.set()
         if self._task is not None:
             self._task.cancel()
 
     def pause_writing(self) -> None:
-        self._room.clear()
+        self._is_full = True
 
     def resume_writing(self) -> None:
-        self._room.set()
+        self._is_full = False
+        self._wake()
 
     def close(self) -> None:
         """Close it now, with the connection of its request."""
@@ -146,7 +152,7 @@ class RunStream(asyncio.Protocol):
             self._body_ended = True
         else:
             raise BrokenFrame("a frame out of its order")
-        self._wakes.set()
+        self._wake()
 
     async def _parts(self) -> AsyncIterator[bytes]:
         """The body of the request, as it arrives."""
@@ -159,21 +165,45 @@ class RunStream(asyncio.Protocol):
                 yield part
             if self._body_ended:
                 return
-            self._wakes.clear()
-            await self._wakes.wait()
+            await self._woken()
+
+    def write_now(self, data: bytes) -> None:
+        self._unsent += data
+        self._flush()
 
     async def write(self, data: bytes) -> None:
-        """Send data to the run; waits while it does not read."""
-        self._transport.write(data)
-        if not self._room.is_set():
-            await self._room.wait()
+        """Send data to the run, together with what follows at once; waits while it does not read."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent += data
+        if len(self._unsent) > TOGETHER:
+            self._flush()
+        while self._is_full:
+            await self._woken()
+
+    async def _woken(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _flush(self) -> None:
+        # Each write wakes the run, which costs both more than the rest of it.
+        if self._unsent:
+            data, self._unsent = self._unsent, bytearray()
+            self._transport.write(data)
 
     # A request
 
     async def _serve(self, head: Frame) -> None:
         failure: Mapping[str, Any] | None = None
         try:
-            await _Exchange(self._broker, self._attempt, self.write, self._parts).run(head)
+            await _Exchange(self._broker, self._attempt, self, self._parts).run(head)
         except (Refused, NotPublic, NoToken, BrokenFrame, httpcore.TimeoutException) as error:
             failure = failure_of(error)
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol) as error:
@@ -186,7 +216,7 @@ class RunStream(asyncio.Protocol):
             # Its frames, and so its exception, have values in them.
             self._task = None
         # Only now: the run may send the next head at once.
-        self._transport.write(frame(END) if failure is None else json_frame(FAILED, failure))
+        self.write_now(frame(END) if failure is None else json_frame(FAILED, failure))
         if not self._body_ended:
             # The rest of a body that nobody wants.
             self._attempt.streams.discard(self)
@@ -219,12 +249,12 @@ class _Exchange:
         self,
         broker: Broker,
         attempt: Attempt,
-        write: Callable[[bytes], Awaitable[None]],
+        run: RunStream,
         parts: Callable[[], AsyncIterator[bytes]],
     ) -> None:
         self._broker = broker
         self._attempt = attempt
-        self._write = write
+        self._run = run
         self._parts = parts
 
     async def run(self, head: Frame) -> None:
@@ -270,7 +300,7 @@ class _Exchange:
         if b"content-length" not in names and (first := await anext(body, None)) is not None:
             headers.append((b"Transfer-Encoding", b"chunked"))
             body = _with(first, body)
-        await self._write(frame(SENDING))
+        self._run.write_now(frame(SENDING))
         totals.requests += 1
         totals.bytes_out += sum(len(name) + len(value) + 4 for name, value in headers) + len(request.target)
         sent = httpcore.Request(
@@ -311,17 +341,17 @@ class _Exchange:
             decoder = found
             if request.method != "HEAD":
                 headers = [(name, value) for name, value in headers if name.lower() not in _OF_BODY]
-            headers = [(forms.mask(name), forms.mask(value)) for name, value in headers]
+            headers = forms.headers(headers)
         shown_headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
         answer = {"status": response.status, "headers": shown_headers, "authorized": authorized}
-        await self._write(json_frame(ANSWER, answer))
+        await self._run.write(json_frame(ANSWER, answer))
         async for part in cast(AsyncIterator[bytes], response.stream):
             totals.bytes_in += len(part)
             for decoded in decoder.feed(part):
                 for data in data_frames(decoded if mask is None else mask.feed(decoded)):
-                    await self._write(data)
+                    await self._run.write(data)
         if mask is not None:
-            await self._write(b"".join(data_frames(mask.end())))
+            await self._run.write(b"".join(data_frames(mask.end())))
 
     async def _counted(self, totals: Totals) -> AsyncIterator[bytes]:
         async for part in self._parts():

@@ -307,11 +307,34 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def seal() -> None:
-    """Deny this process the network for good, before a plug-in is loaded; raises OSError."""
-    if (version := landlock.abi()) >= landlock.NETWORK:
-        landlock.Ruleset(version, files=False).restrict()
-    seccomp.restrict(seccomp.SEALED)
+class WayOut:
+    """The network of a run, by its door to the broker or open; made before the process has its work."""
+
+    def __init__(self, door: int) -> None:
+        self._connect = Door(door).connect
+        # Where a network is left by a proxy only, the broker would not reach what an open run reaches.
+        self._proxied = bool(getproxies())
+        self._ruleset = self._filter = None
+        if seccomp.known():
+            self._filter = seccomp.Filter(seccomp.SEALED)
+            if (version := landlock.abi()) >= landlock.NETWORK:
+                self._ruleset = Ruleset(version, files=False)
+            landlock.gain_no_privileges()
+
+    def take(self, *, sealed: bool) -> Connect | None:
+        """How the clients of `ctx` reach the broker; None if they connect themselves.
+
+        If `sealed`, this process is denied the network for good; raises OSError.
+        """
+        if sealed:
+            if self._ruleset is not None:
+                self._ruleset.restrict()
+            if self._filter is None:
+                raise OSError(f"no filter for {os.uname().machine}")
+            self._filter.install()
+        elif self._ruleset is not None:
+            self._ruleset.close()
+        return None if self._proxied and not sealed else self._connect
 
 
 def main(descriptor: int, cap: int | None, door: int | None = None) -> NoReturn:
@@ -321,18 +344,20 @@ def main(descriptor: int, cap: int | None, door: int | None = None) -> NoReturn:
     code = os.EX_SOFTWARE
     try:
         channel = _channel = WorkerChannel(socket.socket(fileno=descriptor))
+        way_out = None if door is None else WayOut(door)
         message = channel.receive()
         # From here on it holds data of an org; nothing of a plug-in runs before the limits apply.
         _limit(message["seconds"], message["memory"], cap)
-        if message["sealed"]:
-            seal()
+        if way_out is None and message["sealed"]:
+            raise OSError("a sealed run needs a broker")
+        connect = None if way_out is None else way_out.take(sealed=message["sealed"])
         os.environ |= message["environment"]
         work = work_of(message)
         if work.traceparent is not None:
             # The variable that OpenTelemetry's tools read, also in programs that the handler starts.
             os.environ["TRACEPARENT"] = work.traceparent
         signal.signal(signal.SIGTERM, _raise_interrupted)
-        outcome = call_handler(work, channel, _way_out(door, sealed=message["sealed"]))
+        outcome = call_handler(work, channel, connect)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if os.getpid() == home:
             _flush()
@@ -348,14 +373,6 @@ def main(descriptor: int, cap: int | None, door: int | None = None) -> NoReturn:
         _flush()
         # The handler has returned: skip threads, exit functions and leftover tasks.
         os._exit(code)
-
-
-def _way_out(door: int | None, *, sealed: bool) -> Connect | None:
-    """How the clients of `ctx` reach the broker; None if they connect themselves.
-
-    Where a network is left by a proxy only, the broker would not reach what an open run reaches.
-    """
-    return None if door is None or (not sealed and getproxies()) else Door(door).connect
 
 
 def call_handler(work: Work, channel: WorkerChannel, connect: Connect | None = None) -> Outcome:

@@ -17,6 +17,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from worker.engine.runners.child import landlock
 
@@ -165,19 +166,30 @@ _syscall.argtypes = (ctypes.c_long, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_voi
 _syscall.restype = ctypes.c_long
 
 
-def restrict(sieve: Sieve | None = None) -> None:
-    """Filter the calls of this process and its descendants for good; raises OSError. Filters add up.
+class Filter:
+    """A filter that is ready for use: that of a `Sieve`, or the one of all runs."""
 
-    A module that the zygote has imported may have started threads after the fork: they are filtered too.
-    """
-    landlock.gain_no_privileges()
-    machine = os.uname().machine
-    code = program(MACHINES[machine]) if sieve is None else sieve_program(sieve, machine)
-    filter_ = _Program(len(code) // _INSTRUCTION.size, code)
-    result = _syscall(_SECCOMP[machine], _SET_MODE_FILTER, _ALL_THREADS, ctypes.addressof(filter_))
-    if result != 0:  # above 0 it is a thread with another filter
-        number = ctypes.get_errno() if result < 0 else errno.EBUSY
-        raise OSError(number, f"seccomp: {os.strerror(number)}")
+    def __init__(self, sieve: Sieve | None = None) -> None:
+        machine = os.uname().machine
+        code = program(MACHINES[machine]) if sieve is None else sieve_program(sieve, machine)
+        self._call = _SECCOMP[machine]
+        self._program = _Program(len(code) // _INSTRUCTION.size, code)
+
+    def install(self) -> None:
+        """Filter the calls of this process and its descendants for good; raises OSError. Filters add up.
+
+        A module that the zygote has imported may have started threads after the fork: they are filtered too.
+        """
+        landlock.gain_no_privileges()
+        result = _syscall(self._call, _SET_MODE_FILTER, _ALL_THREADS, ctypes.addressof(self._program))
+        if result != 0:  # above 0 it is a thread with another filter
+            number = ctypes.get_errno() if result < 0 else errno.EBUSY
+            raise OSError(number, f"seccomp: {os.strerror(number)}")
+
+
+def restrict(sieve: Sieve | None = None) -> None:
+    """Install a `Filter`."""
+    Filter(sieve).install()
 
 
 def known() -> bool:
@@ -224,8 +236,9 @@ def _of_interface(interface: Interface) -> Iterator[bytes]:
     yield _instruction(_RETURN, _ERRNO | errno.EACCES)
 
 
+@cache
 def sieve_program(sieve: Sieve, machine: str) -> bytes:
-    """The instructions of a `Sieve` on this machine."""
+    """The instructions of a `Sieve` on this machine, made once: the zygote does it for its runs."""
     numbers = _CALLS[machine]
     parts: list[tuple[str, list[bytes]]] = [
         ("clone3", [_instruction(_RETURN, _ERRNO | errno.ENOSYS)]),

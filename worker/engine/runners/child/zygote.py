@@ -424,7 +424,9 @@ def main() -> None:
     linux.name_process(linux.ProcessName.ZYGOTE)
     linux.hide_memory()  # a run that could write to it would control every later run
     if setup.sandbox is not None and setup.sandbox.filtered:
-        seccomp.restrict()  # here, so that no run pays for it
+        # Here, so that no run pays for it.
+        seccomp.restrict()
+        seccomp.sieve_program(seccomp.SEALED, os.uname().machine)
     gc.disable()  # what is imported stays; one collection takes 20 ms
     tls_context()
     for name in WARM:
