@@ -33,7 +33,7 @@ Place = tuple[bytes, bytes, int | None]
 
 class _Idle(NamedTuple):
     since: float  # monotonic
-    connection: httpcore.AsyncHTTPConnection
+    connection: PooledConnection
 
 
 class _NoLock:
@@ -44,13 +44,14 @@ class _NoLock:
         pass
 
 
-class _Connection(httpcore.AsyncHTTPConnection):
+class PooledConnection(httpcore.AsyncHTTPConnection):
     """A connection for one request at a time: the locks of httpcore's own, three a request, each cost a turn
     of the loop."""
 
     _connection: httpcore.AsyncHTTP11Connection | None
 
-    async def handle_async_request(self, request: httpcore.Request) -> httpcore.Response:
+    async def open(self, request: httpcore.Request) -> httpcore.AsyncHTTP11Connection:
+        """Connect, unless that is done, within the timeouts of a request; sends none of it."""
         if self._connection is None:
             try:
                 stream = await self._connect(request)
@@ -59,7 +60,14 @@ class _Connection(httpcore.AsyncHTTPConnection):
                 raise
             self._connection = httpcore.AsyncHTTP11Connection(self._origin, stream, self._keepalive_expiry)
             self._connection._state_lock = _NoLock()  # type: ignore[assignment]
-        return await self._connection.handle_async_request(request)
+        return self._connection
+
+    def is_usable(self) -> bool:
+        """Whether it is open, as far as is known."""
+        return not (self.is_closed() or self.has_expired())
+
+    async def handle_async_request(self, request: httpcore.Request) -> httpcore.Response:
+        return await (await self.open(request)).handle_async_request(request)
 
 
 class Connections:
@@ -78,22 +86,22 @@ class Connections:
         self._backend = backend or Sockets()
         self._idle: dict[Place, deque[_Idle]] = {}
 
-    async def take(self, url: httpcore.URL) -> httpcore.AsyncHTTPConnection:
+    async def take(self, url: httpcore.URL) -> PooledConnection:
         """A connection for one request: the idle one that was used last, or a new one."""
         idle = self._idle.get((url.scheme, url.host, url.port))
         while idle:
             connection = idle.pop().connection
-            if not (connection.is_closed() or connection.has_expired()):
+            if connection.is_usable():
                 return connection
             await connection.aclose()
-        return _Connection(
+        return PooledConnection(
             url.origin,
             ssl_context=self._context,
             keepalive_expiry=self._kept,
             network_backend=self._backend,
         )
 
-    async def keep(self, url: httpcore.URL, connection: httpcore.AsyncHTTPConnection) -> None:
+    async def keep(self, url: httpcore.URL, connection: PooledConnection) -> None:
         """Use the connection again if it can be; close those that were not used for long."""
         idle = self._idle.setdefault((url.scheme, url.host, url.port), deque())
         if connection.is_idle() and not _has_rest(connection):
@@ -123,7 +131,7 @@ class Connections:
             await idle.popleft().connection.aclose()
 
 
-def _has_rest(connection: httpcore.AsyncHTTPConnection) -> bool:
+def _has_rest(connection: PooledConnection) -> bool:
     """Whether more than the answer has arrived: it would be taken for the answer to the next request."""
     protocol = connection._connection
     return isinstance(protocol, httpcore.AsyncHTTP11Connection) and bool(protocol._h11_state.trailing_data[0])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import httpcore
 import httpx
 
-from worker.connections import KEPT, Connections
+from worker.connections import KEPT, Connections, PooledConnection
 from worker.guard import http
 
 # The most specific first.
@@ -66,7 +66,7 @@ class OutboundConnections(httpx.AsyncBaseTransport):
 class _Body(httpx.AsyncByteStream):
     _connections: Connections
     _url: httpcore.URL
-    _connection: httpcore.AsyncHTTPConnection
+    _connection: PooledConnection
     _response: httpcore.Response
 
     async def __aiter__(self) -> AsyncIterator[bytes]:

@@ -41,7 +41,7 @@ from worker.handlers.results import EgressDenied, PermanentError, RateLimited
 # Idle streams of one client.
 MAX_IDLE = 20
 # Times that a request is passed again that no broker has sent, and seconds before that, at first and at
-# most: a broker that has ended is started anew within one.
+# most: a broker that has ended is started again within one.
 AGAIN = 10
 PAUSE = 0.02
 LONGEST_PAUSE = 1.0
@@ -222,7 +222,7 @@ class _Exchanges:
         *,
         fresh: bool,
     ) -> tuple[_Stream, Mapping[str, Any]]:
-        """Pass a request to the broker, and once more if one ended before it sent anything."""
+        """Pass a request to the broker, and again if one ended before it sent anything."""
         pause = PAUSE
         for left in reversed(range(AGAIN)):
             stream = self._take()

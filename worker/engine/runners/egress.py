@@ -30,7 +30,7 @@ class BrokeredAttempt(Protocol):
 
 
 class EgressBroker(Protocol):
-    """The broker's process, which is started anew when it ends."""
+    """The broker's process, which is started again when it ends."""
 
     def start(self) -> None:
         """Start it; call this before any key is read. Needs no running loop."""

@@ -7,10 +7,12 @@ import time
 import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import httpcore
 
+from worker.connections import Connections, PooledConnection
 from worker.features.egress.attempts import MAX_STREAMS, Attempt, NoToken, Totals
 from worker.features.egress.injection import (
     Decoder,
@@ -44,7 +46,9 @@ from worker.handlers.frames import (
 UNSENT = 256 * 1024
 # Bytes of an answer that are collected in one turn of the loop, and that wait while the run does not read.
 TOGETHER = 32 * 1024
-# Of an answer, which the broker frames anew.
+# Times that a request connects for which leave to send has ended meanwhile.
+TRIES = 5
+# Of an answer, which the broker frames again.
 _OF_CONNECTION = frozenset([b"connection", b"keep-alive", b"transfer-encoding", b"trailer", b"upgrade"])
 _OF_BODY = frozenset(
     [
@@ -57,9 +61,10 @@ _NOT_MASKED = frozenset([b"accept-encoding", b"range", b"if-range"])
 
 
 class Slot(Protocol):
-    """Leave to send one request; `waited` in seconds."""
+    """Leave to send one request before `until`, on the monotonic clock; `waited` in seconds."""
 
     waited: float
+    until: float
 
     def release(self) -> None: ...
 
@@ -218,7 +223,7 @@ class RunStream(asyncio.Protocol):
         # Only now: the run may send the next head at once.
         self.write_now(frame(END) if failure is None else json_frame(FAILED, failure))
         if not self._body_ended:
-            # The rest of a body that nobody wants.
+            # No one wants the rest of the body.
             self._attempt.streams.discard(self)
             self._transport.close()
         self._body.clear()
@@ -240,6 +245,16 @@ def failure_of(error: Exception) -> dict[str, Any]:
         message = "the exchange does not keep to HTTP/1.1"  # theirs quotes what was sent or received
     # Errors of httpcore and httpx have the same names.
     return {"error": name, "message": message or name}
+
+
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    """A request with its values in `headers`; `forms` are masked in its answer."""
+
+    request: Request
+    headers: Headers
+    forms: MaskForms | None
+    authorized: bool
 
 
 class _Exchange:
@@ -267,14 +282,13 @@ class _Exchange:
             broker.denied(attempt, shown(request.origin), refused.kind)
             raise
         values, tokens = await attempt.values(request)
-        slot = await broker.admit(attempt, request.origin)
+        forms = attempt.masks(request.origin)
+        adds = attempt.adds_token(request.origin)
+        headers, authorized = prepared(request, values, tokens, adds=adds, masked=forms is not None)
+        sending = _Sending(request, headers, forms, authorized)
         totals, began, status, failed = attempt.of(request.origin), time.time_ns(), None, ""
-        totals.waited += slot.waited
         try:
-            forms = attempt.masks(request.origin)
-            adds = attempt.adds_token(request.origin)
-            headers, authorized = prepared(request, values, tokens, adds=adds, masked=forms is not None)
-            status = await self._sent(request, headers, forms, authorized, totals)
+            status = await self._sent(sending, totals)
         except NotPublic as error:
             totals.denied += 1
             failed = "NotPublic"
@@ -284,50 +298,72 @@ class _Exchange:
             failed = type(error).__name__
             raise
         finally:
-            slot.release()
             if attempt.traced:
                 broker.sent(attempt, request, began, status, failed)
 
-    async def _sent(
-        self, request: Request, headers: Headers, forms: MaskForms | None, authorized: bool, totals: Totals
-    ) -> int:
-        if self._attempt.stopped or not self._broker.may_send():
-            raise Refused("ConnectError", NO_LEASE)
-        url = request.url()
-        pool = self._broker.pools.of(self._attempt.org, checked=self._attempt.checks_address(request))
+    async def _sent(self, sending: _Sending, totals: Totals) -> int:
+        request, headers, attempt = sending.request, sending.headers, self._attempt
+        url, body = request.url(), self._counted(totals)
+        pool = self._broker.pools.of(attempt.org, checked=attempt.checks_address(request))
         names = {name.lower() for name, _ in headers}
-        body = self._counted(totals)
         if b"content-length" not in names and (first := await anext(body, None)) is not None:
             headers.append((b"Transfer-Encoding", b"chunked"))
             body = _with(first, body)
-        self._run.write_now(frame(SENDING))
-        totals.requests += 1
-        totals.bytes_out += sum(len(name) + len(value) + 4 for name, value in headers) + len(request.target)
         sent = httpcore.Request(
             request.method, url, headers=headers, content=body, extensions={"timeout": dict(request.timeout)}
         )
-        connection = await pool.take(url)
+        connection, slot = await self._ready(pool, sent, request.origin, totals)
         try:
+            if attempt.stopped or not self._broker.may_send():
+                raise Refused("ConnectError", NO_LEASE)
+            self._run.write_now(frame(SENDING))
+            totals.requests += 1
+            totals.bytes_out += sum(len(name) + len(value) + 4 for name, value in headers)
+            totals.bytes_out += len(request.target)
             response = await connection.handle_async_request(sent)
             try:
-                await self._passed(request, response, forms, authorized, totals)
+                await self._passed(sending, response, totals)
             finally:
                 await response.aclose()
         except BaseException:
             await connection.aclose()
             raise
+        finally:
+            slot.release()
         await pool.keep(url, connection)
         return response.status
 
-    async def _passed(
-        self,
-        request: Request,
-        response: httpcore.Response,
-        forms: MaskForms | None,
-        authorized: bool,
-        totals: Totals,
-    ) -> None:
+    async def _ready(
+        self, pool: Connections, sent: httpcore.Request, origin: Origin, totals: Totals
+    ) -> tuple[PooledConnection, Slot]:
+        """An open connection, and leave to send now.
+
+        Leave ends within a second. If connecting took longer, other leave is needed: a service would get the
+        requests of many such connections at once.
+        """
+        connection: PooledConnection | None = None
+        for _ in range(TRIES):
+            slot = await self._broker.admit(self._attempt, origin)
+            totals.waited += slot.waited
+            try:
+                if connection is None or not connection.is_usable():
+                    connection = await pool.take(sent.url)
+                await connection.open(sent)
+            except BaseException:
+                slot.release()
+                if connection is not None:
+                    await connection.aclose()
+                raise
+            if time.monotonic() < slot.until:
+                return connection, slot
+            slot.release()
+        if connection is not None:
+            await connection.aclose()
+        raise Refused("ConnectTimeout", "connecting takes longer than a limit lets a request wait")
+
+    async def _passed(self, sending: _Sending, response: httpcore.Response, totals: Totals) -> None:
         """Pass on an answer, with the values of its origin masked."""
+        request, forms = sending.request, sending.forms
         totals.answered(response.status)
         totals.bytes_in += sum(len(name) + len(value) + 4 for name, value in response.headers)
         self._broker.answered(self._attempt, request, response.status, response.headers)
@@ -343,7 +379,7 @@ class _Exchange:
                 headers = [(name, value) for name, value in headers if name.lower() not in _OF_BODY]
             headers = forms.headers(headers)
         shown_headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
-        answer = {"status": response.status, "headers": shown_headers, "authorized": authorized}
+        answer = {"status": response.status, "headers": shown_headers, "authorized": sending.authorized}
         await self._run.write(json_frame(ANSWER, answer))
         async for part in cast(AsyncIterator[bytes], response.stream):
             totals.bytes_in += len(part)

@@ -44,7 +44,7 @@ class HelperProcess:
     ) -> None:
         """`variables` of the environment and the descriptors `passed` are those that it inherits.
 
-        With an `own_session` it and what it forks are told from other children.
+        With an `own_session` it and what it forks are distinguished from other children.
         """
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
