@@ -18,7 +18,7 @@ from tests.fakes.exchanges import CLAIMS, TAKEN
 from tests.unit.engine.runs import admitted
 from worker.engine.attempt.answers import Running
 from worker.engine.attempt.inflight import InflightRun, InflightRuns
-from worker.engine.attempt.plan import HandlerRegistry
+from worker.engine.attempt.plan import HandlerRegistry, NetworkPolicy
 from worker.engine.attempt.run_log import RunLogWriter
 from worker.engine.loops.finisher import unstorable
 from worker.engine.loops.step_writer import StepWriter
@@ -41,7 +41,7 @@ from worker.features.hosts.wire import Malformed, Taken
 from worker.handlers.calls import CALLS, Call, OpenWait, Save, StoreStep
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
-from worker.model.egress import BoundSecret, placeholder_of
+from worker.model.egress import BoundSecret, Egress, placeholder_of
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.outcome import Failed, Outcome, Succeeded, Trail
 from worker.model.runs.run import AdmittedRun, LogLine, NewStep, OwnedRun
@@ -257,6 +257,30 @@ async def test_inline_code_needs_the_hosts_own_permission(clock: ManualClock) ->
     ended = await host.attempt(replace(TAKEN, run=replace(RUN, isolation="inline")))
 
     assert isinstance(ended.returned, outcomes.NoHandler)
+
+
+@pytest.mark.parametrize(
+    ("network", "decided", "lists"),
+    [
+        ("auto", (("api",),), (("api",),)),
+        ("auto", (), ()),
+        ("require", (), (("api",),)),
+        ("open", (("api",),), ()),
+    ],
+)
+async def test_what_a_run_reaches_is_the_workers_to_decide_and_the_hosts_to_narrow(
+    clock: ManualClock, network: Any, decided: tuple[tuple[str, ...], ...], lists: tuple[tuple[str, ...], ...]
+) -> None:
+    host = Host(clock, Workers())
+    host.tools = replace(host.tools, network=NetworkPolicy(network))
+    taken = replace(TAKEN, work=replace(TAKEN.work, egress=Egress(decided, audiences=("mcp",))))
+
+    await host.attempt(taken)
+
+    assert host.runner.works[0].egress == Egress(lists, audiences=("mcp",))
+    # Inline it is in the host's own process, which cannot be sealed.
+    ended = await host.attempt(replace(taken, run=replace(RUN, isolation="inline")))
+    assert (len(host.runner.works), ended.outcome) == ((1, "failed") if lists else (2, "succeeded"))
 
 
 async def test_a_run_that_is_cancelled_before_it_starts_is_not_started(clock: ManualClock) -> None:

@@ -91,22 +91,33 @@ def test_a_host_without_one_sends_what_the_previous_version_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("key", "value", "error"),
     [
-        ("egress", "api"),
-        ("egress", {"api": 1}),
-        ("egress", [["api"]]),
-        ("egress", ["internal.example"]),
-        ("egress", ["https://*.s3.amazonaws.com"]),
-        ("egress", [f"https://{n}.example" for n in range(101)]),
-        ("audiences", "mcp"),
-        ("audiences", [{}]),
-        ("audiences", ["a\nb"]),
-        ("audiences", ["a"] * 21),
+        ("egress", [["api"]], "an item is not a text"),
+        ("egress", ["internal.example"], "'internal.example' is not allowed here"),
+        ("egress", ["https://*.s3.amazonaws.com"], "which is a public suffix"),
+        ("egress", [f"https://{n}.example" for n in range(101)], "more than 100 items"),
+        ("audiences", [{}], "an audience is a text"),
+        ("audiences", ["a\nb"], "an audience is a text"),
+        ("audiences", ["a"] * 21, "more than 20 items"),
     ],
 )
-def test_a_host_offers_only_lists_that_a_handler_could_declare(key: str, value: Any) -> None:
-    with pytest.raises(Malformed):
+def test_a_list_that_no_handler_could_declare_breaks_this_handler_only(
+    key: str, value: Any, error: str
+) -> None:
+    wrong = {**sent(wire.ENTRY.write(ENTRY)), key: value}
+
+    broken, other = wire.entries_of({"entries": [wrong, sent(wire.ENTRY.write(ENTRY))]})
+
+    assert error in str(broken.error)
+    assert (broken.egress, broken.scopes, broken.name) == (None, (), ENTRY.name)
+    assert other == ENTRY
+
+
+@pytest.mark.parametrize("value", ["api", {"api": 1}, 5])
+@pytest.mark.parametrize("key", ["egress", "audiences"])
+def test_what_is_not_a_list_is_malformed(key: str, value: Any) -> None:
+    with pytest.raises(Malformed, match=f"{key} of .* is not a list"):
         wire.entries_of({"entries": [{**sent(wire.ENTRY.write(ENTRY)), key: value}]})
 
 

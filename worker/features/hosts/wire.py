@@ -162,9 +162,9 @@ class _Entry(CallPart[HandlerEntry]):
         given = known_in(HandlerEntry, value)
         for name in ("name", "distribution", "version", "entry_point"):
             text_in(given, name)
+        broken = {key: given[key] for key in ("name", "distribution", "version", "entry_point")}
         if given.get("error") is not None:
-            keys = ("name", "distribution", "version", "entry_point")
-            return HandlerEntry(**{key: given[key] for key in keys}, error=clean(given["error"], ERROR_LIMIT))
+            return HandlerEntry(**broken, error=clean(given["error"], ERROR_LIMIT))
         for name in ("params_schema", "settings_schema"):
             if given.get(name) is not None:
                 if not isinstance(given[name], dict):
@@ -191,7 +191,14 @@ class _Entry(CallPart[HandlerEntry]):
             raise ValueError(f"description of {given['name']} is not a text")
         given["description"] = one_line(description)
         given["state"] = given.get("state") is True
-        given |= checked_egress(given)
+        for name in ("egress", "audiences"):
+            if not isinstance(given.get(name), list | None):
+                raise ValueError(f"{name} of {given['name']} is not a list")
+        try:
+            given |= checked_egress(given)
+        except ValueError as error:
+            # It may be of a newer release, or of a newer list of public suffixes; other handlers go on.
+            return HandlerEntry(**broken, error=clean(str(error), ERROR_LIMIT))
         return HandlerEntry(**given)
 
 
