@@ -245,15 +245,15 @@ def test_the_file_is_found_by_argument_then_variable_then_place():
         ),
         (
             "[execution]\nbind_environment = { KEY = 'public' }",
-            "execution.bind_environment.KEY.origin: 'public' is not one origin; write it as https://api.openai",
+            "execution.bind_environment.KEY.origin: 'public' is not an origin",
         ),
         (
             "[execution]\nbind_environment = { KEY = 'https://*.example.com' }",
-            "'https://*.example.com' is not one origin",
+            "execution.bind_environment.KEY.origin: ",
         ),
         (
             "[execution]\nbind_environment = { KEY = 'http://a.example' }",
-            "execution.bind_environment.KEY.origin: 'http://a.example' must be https",
+            "'http://a.example' is not one origin that may get a secret; write https, a host and a port",
         ),
         (
             "[execution]\nbind_environment = { KEY = { header = 'x-api-key' } }",
@@ -261,7 +261,11 @@ def test_the_file_is_found_by_argument_then_variable_then_place():
         ),
         (
             "[execution]\nbind_environment = { KEY = { origin = 'https://a.example', header = 'x: y' } }",
-            "execution.bind_environment.KEY.header: write the name of a header",
+            "execution.bind_environment.KEY.header: 'x: y' is not the name of a header",
+        ),
+        (
+            "[execution]\nbind_environment = { KEY = { origin = 'https://a.example', header = 'Host' } }",
+            "execution.bind_environment.KEY.header: host cannot carry a secret",
         ),
         (
             "[execution]\nbind_environment = { 'A-KEY' = 'https://a.example' }",
@@ -507,7 +511,7 @@ def test_the_network_of_runs_has_its_settings():
         "[execution]\nnetwork = 'require'\negress = ['api', 'https://*.openai.com', 'api']\n"
         "[execution.bind_environment]\nOPENAI_API_KEY = 'https://api.openai.com'\n"
         "[execution.bind_environment.ANTHROPIC_API_KEY]\n"
-        "origin = 'https://api.anthropic.com'\nheader = 'x-api-key'\n"
+        "origin = 'https://API.anthropic.com:443/'\nheader = 'X-Api-Key'\n"
     )
 
     execution = load(config, environ={}).execution
@@ -515,7 +519,7 @@ def test_the_network_of_runs_has_its_settings():
     assert (execution.network, execution.egress) == ("require", ("api", "https://*.openai.com"))
     bound = {name: (one.origin, one.header) for name, one in execution.bind_environment.items()}
     assert bound == {
-        "OPENAI_API_KEY": ("https://api.openai.com", ""),
+        "OPENAI_API_KEY": ("https://api.openai.com", None),
         "ANTHROPIC_API_KEY": ("https://api.anthropic.com", "x-api-key"),
     }
 

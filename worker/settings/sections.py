@@ -14,10 +14,11 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from worker.guard.urls import is_loopback
+from worker.model.bindings import parse_bound_origin, parse_header
 from worker.model.definitions.origins import parse_base_url, parse_origin, unencrypted
 from worker.model.definitions.pools import DEFAULT_POOL, parse_pool
 from worker.model.definitions.units import parse_duration, parse_memory
-from worker.model.egress import check_wildcards, parse_item, parse_items
+from worker.model.egress import check_wildcards, parse_items
 from worker.model.provider import parse_rule
 from worker.telemetry.masking import shown_url
 
@@ -66,11 +67,8 @@ def _egress(value: Any) -> Any:
     return items
 
 
-def _bound_origin(url: str) -> str:
-    rule = parse_item(url)
-    if rule.origin is None:
-        raise ValueError(f"{url!r} is not one origin; write it as https://api.openai.com")
-    return url
+def _header(name: str | None) -> str | None:
+    return None if name is None else parse_header(name)
 
 
 def _network(network: str) -> None:
@@ -229,8 +227,8 @@ class BoundVariable(Section):
     With `header` the value is sent in that header, without any placeholder.
     """
 
-    origin: Annotated[str, AfterValidator(_bound_origin)]
-    header: Annotated[str, _matching(r"|[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}", "the name of a header")] = ""
+    origin: Annotated[str, AfterValidator(parse_bound_origin)]
+    header: Annotated[str | None, AfterValidator(_header)] = None
 
 
 def _bindings(value: Any) -> Any:
