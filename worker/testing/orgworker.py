@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import httpx
 
+from worker.engine.attempt.plan import NetworkPolicy
 from worker.engine.attempt.tools import GivenSecrets
 from worker.engine.runners.contract import Runner
 from worker.engine.trial import LIFETIME, Subject, Trial, definition_of
@@ -186,7 +187,8 @@ class Orgworker:
         The token has `org`, `properties`, `flags` and `scopes`, by default all that the handler
         requires. `api` responds to `ctx.http`: a function of the request, an ASGI app, or an
         httpx transport; only `api_origins` get the token. `ctx.public_http` checks addresses:
-        `hosts` sets those that are not public, and `private_origins` are exempt. `definition`
+        `hosts` sets those that are not public, and `private_origins` are exempt. A request to what
+        the handler does not list as `egress` is denied, as by the broker. `definition`
         has more keys, as in a file for `apply`; `variants` are handlers that it names and that
         are not installed. `checkpoint` is that of an earlier run, `state` that of the definition.
         `budgets` has a limit by meter, at which the run fails, or keys as in a file for `apply`.
@@ -228,6 +230,7 @@ class Orgworker:
                             api_origins=origins,
                             private_origins=tuple(private_origins),
                             insecure_origins=origins,
+                            network=NetworkPolicy(seals_inline=True),
                         ),
                         [entry for entry, _ in handlers],
                         FaultyTokens(

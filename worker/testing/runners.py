@@ -16,11 +16,14 @@ from worker.engine.runners.child.pool import ChildPool
 from worker.engine.runners.contract import Runner, RunServices, StopSignal, Work
 from worker.engine.runners.inline import Blocking, Inline
 from worker.errors import UsageError
+from worker.guard import urls
+from worker.handlers.brokered import EgressDenied
 from worker.handlers.given import Given
 from worker.handlers.http import origin_of
 from worker.handlers.job import Job
 from worker.handlers.models import HandlerMissing, load
 from worker.handlers.public_http import check_addresses
+from worker.model.egress import Gate
 from worker.model.runs.outcome import Outcome
 
 Answer = httpx.Response | Coroutine[Any, Any, httpx.Response]
@@ -38,8 +41,16 @@ class RecordingApi(httpx.AsyncBaseTransport):
         self._inner = _transport(api)
         self._before = before
         self.requests: list[httpx.Request] = []
+        # What the handler lists as egress.
+        self.gate = Gate((), ())
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        url = request.url
+        if not self.gate.allows(urls.origin_of(str(url))):
+            raise EgressDenied(
+                f"{url.scheme}://{url.netloc.decode()} is not in the egress list of this run: add it to "
+                "egress of @job(...), and to that of the definition if it has one"
+            )
         await request.aread()
         if (rejected := self._before(request)) is not None:
             return rejected
@@ -118,6 +129,7 @@ class InProcess:
         self, jobs: Mapping[str, Job], api: RecordingApi, clock: Clock, hosts: Mapping[str, str]
     ) -> None:
         self._jobs = jobs
+        self._api = api
         loop = asyncio.get_running_loop()
 
         def transports(given: Given[Any, Any]) -> dict[str, httpx.AsyncBaseTransport]:
@@ -131,6 +143,7 @@ class InProcess:
         self._blocking = Blocking(clock, find=find, transports=blocking_transports)
 
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
+        self._api.gate = Gate(work.egress.lists, work.api_origins, work.private_origins)
         runner: Runner = self._inline if self._jobs[work.entry_point].is_async else self._blocking
         return await runner.run(work, services, stop)
 

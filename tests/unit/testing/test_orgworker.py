@@ -288,6 +288,35 @@ def test_an_installed_handler_is_found_by_its_name(orgworker):
     assert finished.state == "succeeded"
 
 
+@job("t.listed", egress=["api", "https://b.example"])
+async def listed(ctx: Context) -> int:
+    return (await ctx.http.get(ctx.params["url"])).status_code
+
+
+@pytest.mark.parametrize(
+    ("url", "definition", "denied"),
+    [
+        ("https://api.example.com/x", {}, False),
+        ("https://b.example/x", {}, False),
+        ("https://c.example/x", {}, True),
+        ("https://b.example:8443/x", {}, True),
+        ("https://b.example/x", {"egress": ["api"]}, True),
+    ],
+)
+def test_a_request_to_what_a_handler_does_not_list_is_denied(
+    orgworker, url: str, definition: dict[str, Any], denied: bool
+):
+    finished = orgworker.run(
+        listed, params={"url": url}, api=lambda request: httpx.Response(200), definition=definition
+    )
+
+    if not denied:
+        assert (finished.state, finished.result) == ("succeeded", 200)
+        return
+    assert (finished.state, finished.error["type"].rpartition(".")[2]) == ("failed", "EgressDenied")
+    assert "is not in the egress list of this run" in finished.error["message"]
+
+
 @job("t.fetch")
 async def fetch(ctx: Context) -> int:
     return (await ctx.public_http.get(ctx.params["url"])).status_code

@@ -175,7 +175,7 @@ def _handler(
         enforce(claims, org_code=plan.org.code, client_id=None, scopes=inflight.scopes)
     if entry.state and not plan.definition.serial:
         return state_without_order(plan, name)
-    if run.isolation == "inline":
+    if run.isolation == "inline" and not plan.network.seals_inline:
         unsealed = cannot_be_sealed(name, plan.network.egress(plan.definition, entry))
         return entry if unsealed is None else unsealed
     return entry

@@ -138,10 +138,14 @@ DEFAULT_LIMITS = Limits()
 
 @dataclass(frozen=True, slots=True)
 class NetworkPolicy:
-    """What the operator says of the network of runs: `[execution] network`, and `egress` as a cap."""
+    """What the operator says of the network of runs: `[execution] network`, and `egress` as a cap.
+
+    With `seals_inline`, inline runs may list something too: in a test, where only their clients are bound.
+    """
 
     network: Network = "auto"
     cap: tuple[str, ...] | None = None
+    seals_inline: bool = False
 
     def egress(self, definition: Definition, entry: HandlerEntry) -> Egress:
         """What an attempt of this handler may reach, and the audiences for which it may ask for a token."""
