@@ -47,7 +47,7 @@ class UnexpectedAnswer(Exception):
     """The server responded with a status that a retry may fix."""
 
 
-@job("http.request", params=Params, timeout="1h", max_attempts=4)
+@job("http.request", params=Params, timeout="1h", max_attempts=4, egress=["api", "public"])
 async def http_request(ctx: Context[Params, Any]) -> dict[str, Any] | Retry:
     """Send the request and return the status and the first 64 KiB of the body.
 
