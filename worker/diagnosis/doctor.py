@@ -17,6 +17,7 @@ from worker.ids import ALL_ORGS
 from worker.model.claims import PoolRules
 from worker.model.definitions.pools import DEFAULT_POOL
 from worker.model.definitions.units import format_duration
+from worker.model.egress import OPEN
 from worker.model.runs import worker_ends
 from worker.model.runs.next_steps import NextStep
 from worker.operations import approvals
@@ -518,8 +519,16 @@ def network(settings: Settings) -> Diagnostic:
             f"no run can be sealed here, so that what it lists does not bind it: {confinement.unsealed}",
             "use Linux 6.12 or newer with Landlock and seccomp turned on and sandbox not off",
         )
-    most = ", ".join(settings.execution.egress)
-    return ok("runs can be sealed" + (f", with at most {most}" if most else ""))
+    execution, most = settings.execution, ", ".join(settings.execution.egress)
+    detail = "runs can be sealed" + (f", with at most {most}" if most else "")
+    capped = bool(most) and OPEN not in execution.egress
+    if execution.inline and (capped or policy == "require"):
+        unless = "" if capped else ' unless their @job has egress=["open"]'
+        return ok(
+            f"{detail}; inline runs of {', '.join(execution.inline)} cannot, and fail{unless}",
+            'give their definitions isolation = "child"',
+        )
+    return ok(detail)
 
 
 def _unless_required(settings: Settings) -> str:

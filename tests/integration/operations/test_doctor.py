@@ -307,6 +307,14 @@ def test_it_says_whether_runs_can_be_sealed_here(tmp_path: Path, monkeypatch: py
     assert doctor.network(of_execution()).detail == "runs can be sealed"
     capped = doctor.network(of_execution(network="require", egress=["api", "public"]))
     assert (capped.ok, capped.detail) == (True, "runs can be sealed, with at most api, public")
+    inline = doctor.network(of_execution(network="require", inline=["acme-jobs"]))
+    assert inline.detail == (
+        'runs can be sealed; inline runs of acme-jobs cannot, and fail unless their @job has egress=["open"]'
+    )
+    assert (inline.ok, inline.fix) == (True, 'give their definitions isolation = "child"')
+    fail = doctor.network(of_execution(egress=["public"], inline=["acme-jobs"]))
+    assert fail.detail.endswith("inline runs of acme-jobs cannot, and fail")
+    assert doctor.network(of_execution(egress=["open"], inline=["acme-jobs"])).fix == ""
     off = doctor.network(of_execution(network="open"))
     assert (off.ok, off.fix) == (True, "set it to auto")
     unconfined = doctor.network(of_execution(sandbox="off"))
