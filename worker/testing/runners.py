@@ -17,12 +17,12 @@ from worker.engine.runners.contract import Runner, RunServices, StopSignal, Work
 from worker.engine.runners.inline import Blocking, Inline
 from worker.errors import UsageError
 from worker.guard import urls
-from worker.handlers.brokered import EgressDenied
 from worker.handlers.given import Given
 from worker.handlers.http import origin_of
 from worker.handlers.job import Job
 from worker.handlers.models import HandlerMissing, load
 from worker.handlers.public_http import check_addresses
+from worker.handlers.results import EgressDenied
 from worker.model.egress import Gate
 from worker.model.runs.outcome import Outcome
 

@@ -76,7 +76,7 @@ def test_a_header_is_a_field_name_in_lower_case() -> None:
     [
         *("", "x api key", "x-api-key:", ":authority", "x-api-key\r\nhost", "x\0", "schlüssel", "x" * 101),
         *("Host", "Content-Length", "Transfer-Encoding", "Connection", "TE", "Upgrade", "Trailer", "Expect"),
-        *RESERVED,
+        *sorted(RESERVED),
     ],
 )
 def test_a_header_that_frames_or_routes_a_request_is_refused(text: str) -> None:
