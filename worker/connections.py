@@ -147,6 +147,10 @@ class Sockets(httpcore.AsyncNetworkBackend):
     arrived, reading pauses.
     """
 
+    # Seconds until the next address is tried; None: one after the other. A race that is cancelled may leave
+    # a socket open.
+    _next_address: float | None = NEXT_ADDRESS
+
     def __init__(self, may_send: Callable[[], bool] = lambda: True, *, unread: int = UNREAD) -> None:
         self._may_send = may_send
         self._unread = unread
@@ -170,7 +174,7 @@ class Sockets(httpcore.AsyncNetworkBackend):
                     lambda: _Stream(self._may_send, self._unread),
                     host,
                     port,
-                    happy_eyeballs_delay=NEXT_ADDRESS,
+                    happy_eyeballs_delay=self._next_address,
                 )
         return stream
 

@@ -61,6 +61,8 @@ class Turns:
 class BrokerSockets(Sockets):
     """Connects to an address of the host, to public ones only if `checked`."""
 
+    _next_address = None
+
     def __init__(
         self, may_send: Callable[[], bool], resolve: Resolve, turns: Turns, *, checked: bool
     ) -> None:
