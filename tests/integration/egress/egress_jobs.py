@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import Any
 
@@ -43,3 +44,11 @@ async def get_twice(ctx: Context[Any, Any]) -> list[int]:
     await ctx.cancelled.wait() if ctx.params.get("waits") else None
     second = await ctx.http.get(ctx.params["url"])
     return [first.status_code, second.status_code]
+
+
+@job("look", secrets={"KEY"})
+async def look(ctx: Context[Any, Any]) -> None:
+    """Two requests with the token and the secret, and the process's id."""
+    headers = {"X-Pid": str(os.getpid()), "X-Key": ctx.secret("KEY")}
+    for path in ("/first", "/look"):
+        await ctx.http.get(f"{ctx.params['url']}{path}", headers=headers)
