@@ -6,7 +6,6 @@ import asyncio
 import socket
 import ssl
 from asyncio import selector_events, sslproto
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from ipaddress import ip_address
@@ -16,6 +15,7 @@ import httpcore
 
 from worker.addresses import first_kind
 from worker.connections import Connections, Sockets
+from worker.pacing import Turns
 
 # Seconds to wait for one address before the next is tried, and addresses that are tried.
 NEXT_ADDRESS = 3.0
@@ -30,32 +30,6 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 class NotPublic(Exception):
     """The kind of an address that is not public."""
-
-
-class Turns:
-    """Lets a few go on in each turn of the loop, in their order, so that others have theirs."""
-
-    def __init__(self) -> None:
-        self._left = AT_ONCE
-        self._waiting: deque[asyncio.Future[None]] = deque()
-
-    async def take(self) -> None:
-        if self._left == AT_ONCE:
-            asyncio.get_running_loop().call_soon(self._next)
-        if self._left:
-            self._left -= 1
-        else:
-            self._waiting.append(asyncio.get_running_loop().create_future())
-            await self._waiting[-1]
-
-    def _next(self) -> None:
-        self._left = AT_ONCE
-        while self._left and self._waiting:
-            if not (future := self._waiting.popleft()).done():
-                future.set_result(None)
-                self._left -= 1
-        if self._left < AT_ONCE:
-            asyncio.get_running_loop().call_soon(self._next)
 
 
 class BrokerSockets(Sockets):
@@ -90,7 +64,7 @@ class BrokerSockets(Sockets):
         if self._checked and (kind := first_kind(addresses)):
             raise NotPublic(kind)
         failure: Exception = httpcore.ConnectError(f"{host} cannot be resolved: it has no address")
-        await self._turns.take()
+        await self._turns.take(1)
         addresses = list(dict.fromkeys(addresses))[:MAX_ADDRESSES]
         soon = NEXT_ADDRESS if timeout is None else min(NEXT_ADDRESS, timeout)
         for left, address in zip(reversed(range(len(addresses))), addresses, strict=True):
@@ -137,7 +111,7 @@ class Pools:
         self, context: ssl.SSLContext, may_send: Callable[[], bool], resolve: Resolve = addresses_of
     ) -> None:
         self._context = context
-        turns = Turns()
+        turns = Turns(AT_ONCE)
         self._networks = {
             checked: BrokerSockets(may_send, resolve, turns, checked=checked) for checked in (False, True)
         }
