@@ -70,7 +70,7 @@ class PooledConnection(httpcore.AsyncHTTPConnection):
         return await (await self.open(request)).handle_async_request(request)
 
 
-class Connections:
+class IdleConnections:
     """Connections to any number of origins, without a limit: the callers have theirs."""
 
     def __init__(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import httpcore
 import httpx
 
-from worker.connections import KEPT, Connections, PooledConnection
+from worker.connections import KEPT, IdleConnections, PooledConnection
 from worker.guard import http
 
 # The most specific first.
@@ -26,7 +26,7 @@ _ERRORS: Mapping[type[Exception], type[httpx.TransportError]] = {
 
 
 class OutboundConnections(httpx.AsyncBaseTransport):
-    """`Connections` as httpx takes them."""
+    """`IdleConnections` as httpx takes them."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class OutboundConnections(httpx.AsyncBaseTransport):
         backend: httpcore.AsyncNetworkBackend | None = None,
     ) -> None:
         """`kept` is in seconds, of an idle connection."""
-        self._connections = Connections(context, kept=kept, backend=backend)
+        self._connections = IdleConnections(context, kept=kept, backend=backend)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         url = request.url
@@ -64,7 +64,7 @@ class OutboundConnections(httpx.AsyncBaseTransport):
 
 @dataclass(eq=False)
 class _Body(httpx.AsyncByteStream):
-    _connections: Connections
+    _connections: IdleConnections
     _url: httpcore.URL
     _connection: PooledConnection
     _response: httpcore.Response

@@ -1,4 +1,4 @@
-"""Sealed runs of a real worker: what reaches services, what is recorded, and that limits hold."""
+"""Sealed runs of a real worker (docs/egress.md): what reaches services, what is recorded, that limits hold."""
 
 from __future__ import annotations
 

@@ -113,11 +113,8 @@ def run(settings: Settings) -> int:
             check_ring(database, None, settings.keyring_file)
         # On SQLite the file lock decides, not the lease: nothing is frozen.
         lock_fd = None if lock is None else lock.fd
-        given = (settings, clock, notifier, health, confinement)
-        broker = broker_of(settings, clock, confinement)
-        process = start(
-            "worker", *given, collect=COLLECT, freezing=not on_file, lock_fd=lock_fd, broker=broker
-        )
+        given = (settings, clock, notifier, health, confinement, broker_of(settings, clock, confinement))
+        process = start("worker", *given, collect=COLLECT, freezing=not on_file, lock_fd=lock_fd)
         # From here on this process holds keys, and nothing is forked from it.
         try:
             keyring = open_keyring(settings, database=database)

@@ -21,7 +21,9 @@ from worker.guard.urls import Origin, is_loopback, origin_of
 if TYPE_CHECKING:
     from publicsuffixlist import PublicSuffixList
 
-API, PUBLIC, OPEN = "api", "public", "open"
+API = "api"
+PUBLIC = "public"
+OPEN = "open"
 WORDS = (API, PUBLIC, OPEN)
 # Items of a list, and characters of one.
 MAX_ITEMS = 100

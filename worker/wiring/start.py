@@ -33,12 +33,12 @@ def start(
     notifier: Notifier,
     health: VitalsReader,
     confinement: Confinement,
+    broker: EgressBroker | None,
     *,
     collect: tuple[int, int, int],
     freezing: bool = True,
     lock_fd: int | None = None,
     farewell: float = 0.0,
-    broker: EgressBroker | None = None,
 ) -> ProcessTools:
     """Start the zygote, and set how this process collects garbage and switches threads.
 

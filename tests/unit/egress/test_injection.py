@@ -14,9 +14,9 @@ import pytest
 
 from worker.features.egress.injection import (
     MASK,
+    InjectedValue,
     Mask,
     MaskForms,
-    Value,
     decoder_of,
     inject,
 )
@@ -24,7 +24,7 @@ from worker.features.egress.injection import (
 SECRET = b"sk-proj-0123456789/abc+def~&<x>\"y'"
 TOKEN = base64.urlsafe_b64encode(bytes(range(60))).rstrip(b"=")
 PLACEHOLDER = b"orgworker-placeholder-0123"
-KEY = Value(PLACEHOLDER, SECRET)
+KEY = InjectedValue(PLACEHOLDER, SECRET)
 
 
 def through(forms: MaskForms, *parts: bytes) -> list[bytes]:
@@ -145,7 +145,7 @@ def test_a_placeholder_is_replaced_in_headers_and_basic_credentials_only() -> No
 
 
 def test_a_header_of_a_secret_replaces_what_the_run_sends() -> None:
-    value = Value(PLACEHOLDER, SECRET, b"x-api-key")
+    value = InjectedValue(PLACEHOLDER, SECRET, b"x-api-key")
     assert inject([(b"X-Api-Key", b"mine"), (b"A", b"b")], [value]) == [(b"A", b"b"), (b"x-api-key", SECRET)]
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from worker.features.egress.requests import LONGEST_TIMEOUT, Refused, Request, read_request
+from worker.features.egress.requests import LONGEST_TIMEOUT, RequestRefused, RunRequest, read_request
 from worker.guard.urls import Origin
 
 
-def read(**fields: Any) -> Request:
+def read(**fields: Any) -> RunRequest:
     common: dict[str, Any] = {
         "method": "GET",
         "scheme": "https",
@@ -79,7 +79,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_a_hostile_head_is_refused(what: str) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         read(**HOSTILE[what])
 
 
@@ -99,7 +99,7 @@ def test_a_head_that_lacks_a_field_is_refused(field: str) -> None:
         "fresh": False,
     }
     del fields[field]
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         read_request(fields)
 
 
@@ -143,12 +143,12 @@ def test_a_head_that_lacks_a_field_is_refused(field: str) -> None:
     ],
 )
 def test_a_header_that_could_smuggle_is_refused(name: str, value: str) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         sent((name, value))
 
 
 def test_lengths_that_differ_are_refused_and_equal_ones_are_one() -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         sent(("Content-Length", "1"), ("content-length", "2"))
     assert sent(("Content-Length", "05"), ("content-length", "5"))[1:] == [(b"Content-Length", b"5")]
 
@@ -191,6 +191,6 @@ def test_times_have_limits() -> None:
 
 
 def test_what_is_refused_is_not_repeated_in_the_error() -> None:
-    with pytest.raises(Refused) as raised:
+    with pytest.raises(RequestRefused) as raised:
         sent(("A", "a secret value\r\n"))
     assert "secret" not in str(raised.value)

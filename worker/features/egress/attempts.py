@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from worker.features.egress.injection import MaskForms, Value
-from worker.features.egress.requests import Refused, Request, shown
+from worker.features.egress.injection import InjectedValue, MaskForms
+from worker.features.egress.requests import RequestRefused, RunRequest, shown
 from worker.guard.urls import Origin, is_loopback, origin_of
 from worker.model.egress import Gate
 
@@ -26,7 +26,7 @@ MAX_TOKENS = 16
 STALE = 3600.0
 
 
-class Stream(Protocol):
+class OpenStream(Protocol):
     def close(self) -> None:
         """Close it now, with the connection of its request."""
 
@@ -70,7 +70,7 @@ class Wanted(NamedTuple):
     resource: str = ""
 
 
-class NoToken(Exception):
+class TokenMissing(Exception):
     """The worker has no token for the run now."""
 
     def __init__(self, code: str, message: str, retry_after: float | None) -> None:
@@ -79,7 +79,7 @@ class NoToken(Exception):
         self.retry_after = retry_after
 
 
-class Attempt:
+class ServedAttempt:
     """One attempt, from its first request until the worker ends it."""
 
     def __init__(self, fields: Mapping[str, Any], ask: AskToken) -> None:
@@ -98,13 +98,13 @@ class Attempt:
         )
         # That of the run comes first.
         self._wanted = [Wanted(placeholder.encode(), *of) for placeholder, *of in fields["tokens"]]
-        self._secrets: dict[Origin, list[Value]] = {}
+        self._secrets: dict[Origin, list[InjectedValue]] = {}
         self._ask = ask
         # Of each, the newest is the last.
         self._held: dict[Wanted, list[Held]] = {}
         self._asking: dict[Wanted, asyncio.Task[Held]] = {}
         self._forms: dict[Origin, MaskForms | None] = {}
-        self.streams: set[Stream] = set()
+        self.streams: set[OpenStream] = set()
         self.stopped = False
         self.totals: dict[str, Totals] = {}
         self.changed = False
@@ -112,7 +112,7 @@ class Attempt:
     def bind(self, fields: Mapping[str, Any]) -> None:
         """Take a bound secret."""
         header = fields["header"]
-        value = Value(
+        value = InjectedValue(
             fields["placeholder"].encode(),
             fields["value"].encode(),
             None if header is None else header.lower().encode(),
@@ -120,30 +120,30 @@ class Attempt:
         self._secrets.setdefault(origin_of(fields["origin"]), []).append(value)
         self._forms.clear()
 
-    def check(self, request: Request) -> None:
-        """Raise Refused unless the lists allow the origin of a request."""
+    def check(self, request: RunRequest) -> None:
+        """Raise RequestRefused unless the lists allow the origin of a request."""
         if not self.gate.allows(request.origin):
             origin = shown(request.origin)
-            raise Refused(
+            raise RequestRefused(
                 "denied",
                 f"{origin} is not in the egress list of this run: add it to egress of @job(...), and to that "
                 "of the definition or of [execution], where they narrow it",
             )
 
-    def checks_address(self, request: Request) -> bool:
+    def checks_address(self, request: RunRequest) -> bool:
         return self.gate.checks_address(request.origin, public=request.public)
 
-    async def values(self, request: Request) -> tuple[list[Value], list[Value]]:
-        """The secrets for a request, and the tokens that may go to its origin. Raises NoToken.
+    async def values(self, request: RunRequest) -> tuple[list[InjectedValue], list[InjectedValue]]:
+        """The secrets for a request, and the tokens that may go to its origin. Raises TokenMissing.
 
         That of the run comes first, if it goes there; another if a header has its placeholder.
         """
-        tokens: list[Value] = []
+        tokens: list[InjectedValue] = []
         for wanted in self._wanted:
             own = not (wanted.audience or wanted.resource)
             if self._goes_to(wanted, request.origin) and (own or _names(request, wanted)):
                 held = await self._token(wanted, fresh=request.fresh)
-                tokens.append(Value(wanted.placeholder, held.text))
+                tokens.append(InjectedValue(wanted.placeholder, held.text))
         return list(self._secrets.get(request.origin, ())), tokens
 
     def adds_token(self, origin: Origin) -> bool:
@@ -232,6 +232,6 @@ class Attempt:
         ]
 
 
-def _names(request: Request, wanted: Wanted) -> bool:
+def _names(request: RunRequest, wanted: Wanted) -> bool:
     """Whether a request needs a token: its placeholder may be in Basic credentials too."""
     return any(wanted.placeholder in text or text[:6].lower() == b"basic " for _, text in request.headers)

@@ -28,12 +28,12 @@ from secrets import token_hex
 from typing import Any
 
 from worker.engine.runners.child import landlock, linux, seccomp
-from worker.features.egress.attempts import Attempt, Held, NoToken
+from worker.features.egress.attempts import Held, ServedAttempt, TokenMissing
 from worker.features.egress.injection import Headers
 from worker.features.egress.network import Pools, read_less
-from worker.features.egress.pacing import Pacer, Stopped
-from worker.features.egress.requests import NO_LEASE, Refused, Request, shown
-from worker.features.egress.streams import RunStream, Slot
+from worker.features.egress.pacing import Pacer, Slot, Stopped
+from worker.features.egress.requests import NO_LEASE, RequestRefused, RunRequest, shown
+from worker.features.egress.streams import RunStream
 from worker.guard.clock import SystemClock
 from worker.guard.urls import Origin
 from worker.handlers.results import RateLimited
@@ -73,7 +73,7 @@ class StreamSocket(socket.socket):
         return super().sendmsg(buffers, ancillary, flags | socket.MSG_DONTWAIT, *address)
 
 
-class Fields:
+class HeaderFields:
     """The headers of an answer by name."""
 
     def __init__(self, headers: Headers) -> None:
@@ -98,7 +98,7 @@ class BrokerProcess:
         self._control = control
         self._loop = asyncio.get_running_loop()
         self.pools = Pools(context, self.may_send, **network)
-        self.attempts: dict[int, Attempt] = {}
+        self.attempts: dict[int, ServedAttempt] = {}
         self._doors: dict[int, socket.socket] = {}
         self._freeze_at = float("inf")
         self._freezing: asyncio.TimerHandle | None = None
@@ -129,7 +129,7 @@ class BrokerProcess:
     def may_send(self) -> bool:
         return time.monotonic() < self._freeze_at
 
-    async def admit(self, attempt: Attempt, origin: Origin) -> Slot:
+    async def admit(self, attempt: ServedAttempt, origin: Origin) -> Slot:
         name = shown(origin)
         known = await self._place(attempt, name)
         try:
@@ -137,20 +137,22 @@ class BrokerProcess:
                 attempt.org, name, known.limits, float("inf"), group=str(attempt.number)
             )
         except RateLimited as limited:
-            raise Refused("limited", name, retry_after=limited.retry_after) from None
+            raise RequestRefused("limited", name, retry_after=limited.retry_after) from None
         except Stopped:
-            raise Refused("ConnectError", NO_LEASE) from None
+            raise RequestRefused("ConnectError", NO_LEASE) from None
 
-    def answered(self, attempt: Attempt, request: Request, status: int, headers: Headers) -> None:
-        if (seconds := asked_pause(status, Fields(headers), time.time())) is not None:
+    def answered(self, attempt: ServedAttempt, request: RunRequest, status: int, headers: Headers) -> None:
+        if (seconds := asked_pause(status, HeaderFields(headers), time.time())) is not None:
             name = shown(request.origin)
             self._pacer.pause(attempt.org, name, seconds)
             self._begin(self._pause(attempt.number, name, seconds))
 
-    def denied(self, attempt: Attempt, origin: str, reason: str) -> None:
+    def denied(self, attempt: ServedAttempt, origin: str, reason: str) -> None:
         self._tell({"op": "denied", "number": attempt.number, "origin": origin, "reason": reason})
 
-    def sent(self, attempt: Attempt, request: Request, began: int, status: int | None, error: str) -> None:
+    def sent(
+        self, attempt: ServedAttempt, request: RunRequest, began: int, status: int | None, error: str
+    ) -> None:
         where = {"method": request.method, "host": request.origin.host, "port": request.origin.port}
         when = {"began": began, "ended": time.time_ns()}
         self._tell(
@@ -170,7 +172,7 @@ class BrokerProcess:
 
     # Limits
 
-    async def _place(self, attempt: Attempt, origin: str) -> KnownPlace:
+    async def _place(self, attempt: ServedAttempt, origin: str) -> KnownPlace:
         """The limits of an origin, as they were at most `KNOWN` seconds ago; none if nothing is known."""
         key = (attempt.org, origin)
         known = self._places.get(key)
@@ -182,7 +184,7 @@ class BrokerProcess:
             looking.add_done_callback(lambda _: self._looking.pop(key, None))
         return await asyncio.shield(looking)
 
-    async def _look(self, attempt: Attempt, origin: str) -> KnownPlace:
+    async def _look(self, attempt: ServedAttempt, origin: str) -> KnownPlace:
         key, limits = (attempt.org, origin), None
         while limits is None:
             now = time.monotonic()
@@ -242,7 +244,7 @@ class BrokerProcess:
         number = message.get("number")
         match message["op"]:
             case "attempt":
-                self.attempts[message["number"]] = Attempt(message, self._token)
+                self.attempts[message["number"]] = ServedAttempt(message, self._token)
             case "secret" if number in self.attempts:
                 self.attempts[message["number"]].bind(message)
             case "door":
@@ -329,7 +331,7 @@ class BrokerProcess:
         answer = await self.ask(number, "token_for" if of else "token", {"fresh": fresh, **of})
         if "error" in answer:
             error = answer["error"]
-            raise NoToken(error["code"], error["message"], error["retry_after"])
+            raise TokenMissing(error["code"], error["message"], error["retry_after"])
         return Held(answer["text"].encode(), time.monotonic() + answer["seconds"])
 
     def _begin(self, work: Any) -> None:

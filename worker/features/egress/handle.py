@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import socket
+import sys
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -26,7 +27,7 @@ from worker.telemetry.tracing import TracedRequest, request_span
 
 _log = logging.getLogger(__name__)
 Message = Mapping[str, Any]
-MODULE = "worker.features.egress.broker"
+COMMAND = (sys.executable, "-P", "-m", "worker.features.egress.broker")
 
 
 # What the broker may call in the name of an attempt.
@@ -84,7 +85,7 @@ class BrokerHandle:
 
     def start(self) -> None:
         arguments = [str(os.getpid()), json.dumps(dict(self._confinement))]
-        self._process = HelperProcess(MODULE, arguments, AUTHORITIES)
+        self._process = HelperProcess(COMMAND, arguments, AUTHORITIES)
         emit("broker.started", pid=self._process.pid)
 
     def serve(self, work: Work, services: RunServices) -> _Attempt:

@@ -24,7 +24,7 @@ _BREAKS = b" \t\r\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Value:
+class InjectedValue:
     """A value for requests to one origin; it goes into the place of its placeholder, or into `header`."""
 
     placeholder: bytes
@@ -32,7 +32,7 @@ class Value:
     header: bytes | None = None
 
 
-def inject(headers: Headers, values: Iterable[Value]) -> Headers:
+def inject(headers: Headers, values: Iterable[InjectedValue]) -> Headers:
     """The headers with these values."""
     for value in values:
         if value.header is not None:
@@ -42,7 +42,7 @@ def inject(headers: Headers, values: Iterable[Value]) -> Headers:
     return headers
 
 
-def _replaced(name: bytes, text: bytes, value: Value) -> bytes:
+def _replaced(name: bytes, text: bytes, value: InjectedValue) -> bytes:
     if value.placeholder in text:
         return text.replace(value.placeholder, value.text)
     scheme, _, rest = text.partition(b" ")

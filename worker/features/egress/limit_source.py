@@ -12,7 +12,7 @@ from worker.model.limits import LIFE, SLOT_LIFE, Ask, Share
 from worker.model.orgs import OrgRef
 from worker.store.database import Database
 
-# Tokens a second of a limit that is none any more.
+# Tokens a second of a limit that was removed.
 PACE = 1e6
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import httpcore
 
 from worker.addresses import first_kind
-from worker.connections import Connections, Sockets
+from worker.connections import IdleConnections, Sockets
 from worker.pacing import Turns
 
 # Seconds to wait for one address before the next is tried, and addresses that are tried.
@@ -115,12 +115,12 @@ class Pools:
         self._networks = {
             checked: BrokerSockets(may_send, resolve, turns, checked=checked) for checked in (False, True)
         }
-        self._pools: dict[tuple[str, bool], Connections] = {}
+        self._pools: dict[tuple[str, bool], IdleConnections] = {}
 
-    def of(self, org: str, *, checked: bool) -> Connections:
+    def of(self, org: str, *, checked: bool) -> IdleConnections:
         pool = self._pools.get((org, checked))
         if pool is None:
-            pool = Connections(self._context, backend=self._networks[checked], kept=4.0)
+            pool = IdleConnections(self._context, backend=self._networks[checked], kept=4.0)
             self._pools[org, checked] = pool
         return pool
 

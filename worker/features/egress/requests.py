@@ -42,7 +42,7 @@ _STEPS = ("connect", "read", "write", "pool")
 NO_LEASE = "the worker's lease does not hold now; nothing was sent"
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """A request that is not sent; `kind` as in `handlers.brokered`. `retry_after` is in seconds."""
 
     def __init__(self, kind: str, message: str, *, retry_after: float | None = None) -> None:
@@ -52,7 +52,7 @@ class Refused(Exception):
 
 
 @dataclass(slots=True)
-class Request:
+class RunRequest:
     """A request that was read; `public` if its addresses must be public, `fresh` if its token must be new."""
 
     method: str
@@ -69,57 +69,57 @@ class Request:
         return httpcore.URL(scheme=scheme.encode(), host=name.encode(), port=port, target=self.target)
 
 
-def read_request(fields: Mapping[str, Any]) -> Request:
-    """The request in the head of a run. Raises Refused."""
+def read_request(fields: Mapping[str, Any]) -> RunRequest:
+    """The request in the head of a run. Raises RequestRefused."""
     try:
         method, target = str(fields["method"]), str(fields["target"])
         if method in _REFUSED_METHODS:
-            raise Refused("refused", f"{method} is refused: its answer would repeat the headers")
+            raise RequestRefused("refused", f"{method} is refused: its answer would repeat the headers")
         if _METHOD.fullmatch(method) is None:
-            raise Refused("refused", "the method is not one of HTTP")
+            raise RequestRefused("refused", "the method is not one of HTTP")
         if len(target) > MAX_TARGET or _TARGET.fullmatch(target) is None:
-            raise Refused("refused", "the path is not encoded as in RFC 3986, or too long")
+            raise RequestRefused("refused", "the path is not encoded as in RFC 3986, or too long")
         origin = _origin(fields["scheme"], fields["host"], fields["port"])
         headers = _headers(fields["headers"], origin)
         timeout = {step: _seconds(fields["timeout"].get(step)) for step in _STEPS}
         flags = fields["public"] is True, fields["fresh"] is True
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise Refused("refused", "the request is not as a client of ctx sends it") from error
-    return Request(method, origin, target.encode(), headers, timeout, *flags)
+        raise RequestRefused("refused", "the request is not as a client of ctx sends it") from error
+    return RunRequest(method, origin, target.encode(), headers, timeout, *flags)
 
 
 def _origin(scheme: Any, host: Any, port: Any) -> Origin:
     if scheme not in ("http", "https"):
-        raise Refused("UnsupportedProtocol", "a URL must begin with http:// or https://")
+        raise RequestRefused("UnsupportedProtocol", "a URL must begin with http:// or https://")
     if not isinstance(host, str) or _HOST.fullmatch(host.lower().strip("[]")) is None:
-        raise Refused("refused", "the host is not a name or an address")
+        raise RequestRefused("refused", "the host is not a name or an address")
     if type(port) is not int or not 0 < port < 65536:
-        raise Refused("refused", "the port is not a number from 1 to 65535")
+        raise RequestRefused("refused", "the port is not a number from 1 to 65535")
     return Origin(scheme, host.lower().strip("[]"), port)
 
 
 def _headers(given: Any, origin: Origin) -> Headers:
     """The headers to send. A body's length stays, and httpcore holds the body to it."""
     if len(given) > MAX_HEADERS:
-        raise Refused("refused", f"more than {MAX_HEADERS} headers")
+        raise RequestRefused("refused", f"more than {MAX_HEADERS} headers")
     headers: Headers = [(b"Host", host_of(origin))]
     lengths = set()
     for name_text, value_text in given:
         name, value = name_text.encode("latin-1"), value_text.encode("latin-1")
         if _NAME.fullmatch(name) is None or _VALUE.fullmatch(value.strip(b" \t")) is None:
-            raise Refused("LocalProtocolError", "a header has a name or value that HTTP does not allow")
+            raise RequestRefused("LocalProtocolError", "HTTP does not allow this name or value of a header")
         lower = name.lower()
         if lower == b"host":
             if value.lower() not in (host_of(origin), host_of(origin, with_port=True)):
-                raise Refused("refused", "the header Host names another host than the URL")
+                raise RequestRefused("refused", "the header Host names another host than the URL")
         elif lower == b"content-length":
             lengths.add(int(value) if value.isdigit() and len(value) < 19 else -1)
         elif lower == b"upgrade" and b"websocket" in value.lower():
-            raise Refused("refused", "WebSocket is not possible by the broker")
+            raise RequestRefused("refused", "WebSocket is not possible by the broker")
         elif lower not in _OF_CONNECTION:
             headers.append((name, value.strip(b" \t")))
     if len(lengths) > 1 or -1 in lengths:
-        raise Refused("LocalProtocolError", "Content-Length is not one number")
+        raise RequestRefused("LocalProtocolError", "Content-Length is not one number")
     headers += [(b"Content-Length", b"%d" % length) for length in lengths]
     return headers
 

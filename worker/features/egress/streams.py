@@ -12,20 +12,21 @@ from typing import Any, Protocol, cast
 
 import httpcore
 
-from worker.connections import Connections, PooledConnection
-from worker.features.egress.attempts import MAX_STREAMS, Attempt, NoToken, Totals
+from worker.connections import IdleConnections, PooledConnection
+from worker.features.egress.attempts import MAX_STREAMS, ServedAttempt, TokenMissing, Totals
 from worker.features.egress.injection import (
     Decoder,
     Headers,
+    InjectedValue,
     Mask,
     MaskForms,
     NoDecoder,
-    Value,
     decoder_of,
     inject,
 )
 from worker.features.egress.network import NotPublic, Pools
-from worker.features.egress.requests import NO_LEASE, Refused, Request, read_request, shown
+from worker.features.egress.pacing import Slot
+from worker.features.egress.requests import NO_LEASE, RequestRefused, RunRequest, read_request, shown
 from worker.guard.urls import Origin
 from worker.handlers.frames import (
     ANSWER,
@@ -60,15 +61,6 @@ _OF_BODY = frozenset(
 _NOT_MASKED = frozenset([b"accept-encoding", b"range", b"if-range"])
 
 
-class Slot(Protocol):
-    """Leave to send one request before `until`, on the monotonic clock; `waited` in seconds."""
-
-    waited: float
-    until: float
-
-    def release(self) -> None: ...
-
-
 class Broker(Protocol):
     """What streams need of the broker."""
 
@@ -77,16 +69,18 @@ class Broker(Protocol):
     def may_send(self) -> bool:
         """Whether the worker's lease holds."""
 
-    async def admit(self, attempt: Attempt, origin: Origin) -> Slot:
-        """Wait for the limits of an origin. Raises Refused."""
+    async def admit(self, attempt: ServedAttempt, origin: Origin) -> Slot:
+        """Wait for the limits of an origin. Raises RequestRefused."""
 
-    def answered(self, attempt: Attempt, request: Request, status: int, headers: Headers) -> None:
+    def answered(self, attempt: ServedAttempt, request: RunRequest, status: int, headers: Headers) -> None:
         """Take what an answer says of the limits of its service."""
 
-    def denied(self, attempt: Attempt, origin: str, reason: str) -> None:
+    def denied(self, attempt: ServedAttempt, origin: str, reason: str) -> None:
         """Report a request that is not sent."""
 
-    def sent(self, attempt: Attempt, request: Request, began: int, status: int | None, error: str) -> None:
+    def sent(
+        self, attempt: ServedAttempt, request: RunRequest, began: int, status: int | None, error: str
+    ) -> None:
         """Report a request for its trace; `began` in nanoseconds since 1970."""
 
 
@@ -95,7 +89,7 @@ class RunStream(asyncio.Protocol):
 
     _transport: asyncio.Transport
 
-    def __init__(self, broker: Broker, attempt: Attempt) -> None:
+    def __init__(self, broker: Broker, attempt: ServedAttempt) -> None:
         self._broker = broker
         self._attempt = attempt
         self._frames = Frames()
@@ -209,7 +203,7 @@ class RunStream(asyncio.Protocol):
         failure: Mapping[str, Any] | None = None
         try:
             await _Exchange(self._broker, self._attempt, self, self._parts).run(head)
-        except (Refused, NotPublic, NoToken, BrokenFrame, httpcore.TimeoutException) as error:
+        except (RequestRefused, NotPublic, TokenMissing, BrokenFrame, httpcore.TimeoutException) as error:
             failure = failure_of(error)
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol) as error:
             failure = failure_of(error)
@@ -233,11 +227,11 @@ class RunStream(asyncio.Protocol):
 def failure_of(error: Exception) -> dict[str, Any]:
     """An error as a FAILED frame says it; see `handlers.brokered`."""
     match error:
-        case Refused():
+        case RequestRefused():
             return {"error": error.kind, "message": str(error), "retry_after": error.retry_after}
         case NotPublic():
             return {"error": "address", "message": str(error)}
-        case NoToken():
+        case TokenMissing():
             more = {"code": error.code, "retry_after": error.retry_after}
             return {"error": "no_token", "message": str(error), **more}
     name, message = type(error).__name__, str(error)
@@ -251,7 +245,7 @@ def failure_of(error: Exception) -> dict[str, Any]:
 class _Sending:
     """A request with its values in `headers`; `forms` are masked in its answer."""
 
-    request: Request
+    request: RunRequest
     headers: Headers
     forms: MaskForms | None
     authorized: bool
@@ -263,7 +257,7 @@ class _Exchange:
     def __init__(
         self,
         broker: Broker,
-        attempt: Attempt,
+        attempt: ServedAttempt,
         run: RunStream,
         parts: Callable[[], AsyncIterator[bytes]],
     ) -> None:
@@ -277,7 +271,7 @@ class _Exchange:
         request, attempt, broker = read_request(head.fields()), self._attempt, self._broker
         try:
             attempt.check(request)
-        except Refused as refused:
+        except RequestRefused as refused:
             attempt.of(request.origin).denied += 1
             broker.denied(attempt, shown(request.origin), refused.kind)
             raise
@@ -315,7 +309,7 @@ class _Exchange:
         connection, slot = await self._ready(pool, sent, request.origin, totals)
         try:
             if attempt.stopped or not self._broker.may_send():
-                raise Refused("ConnectError", NO_LEASE)
+                raise RequestRefused("ConnectError", NO_LEASE)
             self._run.write_now(frame(SENDING))
             totals.requests += 1
             totals.bytes_out += sum(len(name) + len(value) + 4 for name, value in headers)
@@ -334,7 +328,7 @@ class _Exchange:
         return response.status
 
     async def _ready(
-        self, pool: Connections, sent: httpcore.Request, origin: Origin, totals: Totals
+        self, pool: IdleConnections, sent: httpcore.Request, origin: Origin, totals: Totals
     ) -> tuple[PooledConnection, Slot]:
         """An open connection, and leave to send now.
 
@@ -359,7 +353,7 @@ class _Exchange:
             slot.release()
         if connection is not None:
             await connection.aclose()
-        raise Refused("ConnectTimeout", "connecting takes longer than a limit lets a request wait")
+        raise RequestRefused("ConnectTimeout", "connecting takes longer than a limit lets a request wait")
 
     async def _passed(self, sending: _Sending, response: httpcore.Response, totals: Totals) -> None:
         """Pass on an answer, with the values of its origin masked."""
@@ -373,7 +367,7 @@ class _Exchange:
         if forms is not None:
             encoding = b",".join(value for name, value in headers if name.lower() == b"content-encoding")
             if (found := decoder_of(encoding)) is None:
-                raise Refused("RemoteProtocolError", "the answer has an encoding that cannot be masked")
+                raise RequestRefused("RemoteProtocolError", "an encoding that cannot be masked")
             decoder = found
             if request.method != "HEAD":
                 headers = [(name, value) for name, value in headers if name.lower() not in _OF_BODY]
@@ -396,7 +390,7 @@ class _Exchange:
 
 
 def prepared(
-    request: Request, values: list[Value], tokens: list[Value], *, adds: bool, masked: bool
+    request: RunRequest, values: list[InjectedValue], tokens: list[InjectedValue], *, adds: bool, masked: bool
 ) -> tuple[Headers, bool]:
     """The headers to send, and whether the org's token was added; `masked` if the answer will be.
 

@@ -69,9 +69,8 @@ def run(settings: Settings, *, pool: str | None = None) -> int:
     health = Health(metrics, sandbox=confinement.level)
     context = trusting(settings.host.ca_file)
     web = _health_server(settings, health, clock)
-    given = (settings, clock, notifier, health, confinement)
-    broker = broker_of(settings, clock, confinement)
-    process = start("host", *given, collect=COLLECT, farewell=FAREWELL, broker=broker)
+    given = (settings, clock, notifier, health, confinement, broker_of(settings, clock, confinement))
+    process = start("host", *given, collect=COLLECT, farewell=FAREWELL)
     # From here on this process holds the host's token, and nothing is forked from it.
     try:
         token = read_token(settings.host.token_file)

@@ -114,8 +114,13 @@ _REACHING = (
     # A message queue of POSIX belongs to the account, and without Landlock it is open to all runs.
     *("add_key", "request_key", "keyctl", "mq_open"),
 )
-_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
-_SOCK_STREAM, _SOCK_SEQPACKET, _SOCK_TYPE = 1, 5, 0xF
+_AF_UNIX = 1
+_AF_INET = 2
+_AF_INET6 = 10
+_AF_NETLINK = 16
+_SOCK_STREAM = 1
+_SOCK_SEQPACKET = 5
+_SOCK_TYPE = 0xF
 _CLONE_THREAD = 0x00010000
 # CLONE_NEWNS, _NEWCGROUP, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID and _NEWNET.
 _CLONE_NAMESPACES = 0x00020000 | 0x7E000000

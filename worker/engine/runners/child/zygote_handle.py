@@ -28,14 +28,14 @@ _STEP = 0.002
 
 
 class HelperProcess:
-    """A process of a module of this package, alive or not, and its control socket, which has JSON datagrams.
+    """A process of this package, alive or not, and its control socket, which has JSON datagrams.
 
-    The module gets the socket's descriptor and `arguments`. `send` is thread-safe.
+    Its command gets the socket's descriptor and `arguments`. `send` is thread-safe.
     """
 
     def __init__(
         self,
-        module: str,
+        command: Sequence[str],
         arguments: Sequence[str],
         variables: Iterable[str],
         passed: Sequence[int] = (),
@@ -52,7 +52,7 @@ class HelperProcess:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, str(theirs.fileno()), *arguments],
+                [*command, str(theirs.fileno()), *arguments],
                 env=environment(variables),
                 pass_fds=[theirs.fileno(), *passed],
                 stdin=subprocess.DEVNULL,
@@ -153,8 +153,8 @@ class ZygoteHandle(HelperProcess):
     def __init__(self, setup: Setup) -> None:
         passed = [number for number in (setup.lock, setup.describing) if number is not None]
         arguments = [replace(setup, parent=os.getpid()).as_json()]
-        module, variables = "worker.engine.runners.child.zygote", setup.environment
-        super().__init__(module, arguments, variables, passed, own_session=True)
+        command = (sys.executable, "-P", "-m", "worker.engine.runners.child.zygote")
+        super().__init__(command, arguments, setup.environment, passed, own_session=True)
         born = linux.process_of(self.pid)
         self._started = 0.0 if born is None else born.started
         emit("zygote.started", pid=self.pid)
