@@ -1,4 +1,4 @@
-"""Sealed runs of a real worker (docs/egress.md): what reaches services, what is recorded, that limits hold."""
+"""Sealed runs of a real worker (docs/egress.md): what reaches services, what is recorded, and limits."""
 
 from __future__ import annotations
 
