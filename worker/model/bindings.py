@@ -105,8 +105,17 @@ def parse_header(text: str) -> str:
     return name
 
 
+# Characters of a bound secret.
+LEAST = 8
+
+
 def check_sendable(value: str) -> None:
-    """Raise ValueError for a value that a header cannot carry; the message does not quote it."""
+    """Raise ValueError for a value that cannot be bound; the message does not quote it.
+
+    A mask tells who guesses a whole value, so a run could find a short one by an echo of its guesses.
+    """
+    if len(value) < LEAST:
+        raise ValueError(f"a bound secret needs at least {LEAST} characters")
     if _SENDABLE.fullmatch(value) is None:
         raise ValueError(
             "a header cannot carry it: it needs visible ASCII characters, in one line, without space around"

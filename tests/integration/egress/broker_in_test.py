@@ -91,7 +91,7 @@ class Worker:
             "private_origins": ["http://127.0.0.1:1"],
             "insecure_origins": [],
             "revealed": False,
-            "token_placeholder": TOKEN_PLACEHOLDER,
+            "tokens": [[TOKEN_PLACEHOLDER, "", ""]],
             "traced": False,
         }
         self.send({"op": "attempt", "number": number, "org": org, **about, **fields})
@@ -123,7 +123,9 @@ class Worker:
             while data := self.control.recv(256 * 1024):
                 message = json.loads(data)
                 self.told.append(message)
-                if message["op"] == "token" and self.answers:
+                if message["op"] == "ask" and message["call"] == "limits":
+                    self.send({"op": "answer", "n": message["n"], "limits": [], "paused": 0})
+                elif asks_token(message) and self.answers:
                     self.answer(message)
 
     def answer(self, question: dict[str, Any]) -> None:
@@ -135,6 +137,11 @@ class Worker:
         for door in self._doors.values():
             door.close()
         self.control.close()
+
+
+def asks_token(message: dict[str, Any]) -> bool:
+    """Whether the broker asks for the token of an attempt."""
+    return message["op"] == "ask" and message["call"] == "token"
 
 
 @asynccontextmanager

@@ -17,6 +17,7 @@ from tests.integration.egress.broker_in_test import (
     KEY_PLACEHOLDER,
     Stream,
     Worker,
+    asks_token,
     broker_in_test,
     get,
     head,
@@ -69,11 +70,11 @@ async def test_a_request_that_waits_for_its_token_is_not_sent(
     worker.answers = False
     stream = Stream(worker.attempt(1, service.url))
     await stream.send(get(service.url))
-    await until(lambda: [each for each in worker.told if each["op"] == "token"])
+    await until(lambda: [each for each in worker.told if asks_token(each)])
     if how != "go on":
         STOPS[how](worker)
         assert await stream.ended()
-    worker.answer(next(each for each in worker.told if each["op"] == "token"))
+    worker.answer(next(each for each in worker.told if asks_token(each)))
     if how == "go on":  # the control
         assert kinds(await stream.answer())[-1] == END
     await asyncio.sleep(0.05)
@@ -184,7 +185,7 @@ async def test_an_attempt_may_not_have_tokens_renewed_without_end(worker: Worker
     for _ in range(40):
         await stream.send(get(service.url, fresh=True))
         assert kinds(await stream.answer())[-1] == END
-    assert len([each for each in worker.told if each["op"] == "token"]) == 16
+    assert len([each for each in worker.told if asks_token(each)]) == 16
 
 
 def references(needle: bytes) -> list[str]:
@@ -278,7 +279,7 @@ async def test_nothing_refers_to_a_value_after_its_attempt(worker: Worker, how: 
         worker.tokens = [TOKEN]
         await how(worker, url, worker.attempt(1, url, value=SECRET))
         # The control: the attempt has them.
-        assert worker.broker.attempts[1]._secrets and worker.broker.attempts[1]._tokens
+        assert worker.broker.attempts[1]._secrets and worker.broker.attempts[1]._held
         assert all(references(text[3:].encode()) for text in (TOKEN, SECRET))
         await worker.end(1)
         await asyncio.sleep(0.1)

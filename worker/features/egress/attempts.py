@@ -106,6 +106,9 @@ class ServedAttempt:
         self._forms: dict[Origin, MaskForms | None] = {}
         self.streams: set[OpenStream] = set()
         self.stopped = False
+        # Bytes of bodies that wait to be sent, and origins whose denial was reported.
+        self.unsent = 0
+        self.reported: set[str] = set()
         self.totals: dict[str, Totals] = {}
         self.changed = False
 

@@ -28,7 +28,7 @@ from secrets import token_hex
 from typing import Any
 
 from worker.engine.runners.child import landlock, linux, seccomp
-from worker.features.egress.attempts import Held, ServedAttempt, TokenMissing
+from worker.features.egress.attempts import MAX_ORIGINS, Held, ServedAttempt, TokenMissing
 from worker.features.egress.injection import Headers
 from worker.features.egress.network import Pools, read_less
 from worker.features.egress.pacing import Pacer, Slot, Stopped
@@ -148,7 +148,9 @@ class BrokerProcess:
             self._begin(self._pause(attempt.number, name, seconds))
 
     def denied(self, attempt: ServedAttempt, origin: str, reason: str) -> None:
-        self._tell({"op": "denied", "number": attempt.number, "origin": origin, "reason": reason})
+        if origin not in attempt.reported and len(attempt.reported) < MAX_ORIGINS:
+            attempt.reported.add(origin)
+            self._tell({"op": "denied", "number": attempt.number, "origin": origin, "reason": reason})
 
     def sent(
         self, attempt: ServedAttempt, request: RunRequest, began: int, status: int | None, error: str

@@ -44,7 +44,11 @@ from worker.handlers.frames import (
 )
 
 # Bytes of a body that may wait to be sent, before its stream is read no further.
-UNSENT = 256 * 1024
+UNSENT = 128 * 1024
+# The same for all streams of an attempt together.
+UNSENT_OF_ATTEMPT = 1024 * 1024
+# Seconds that a request with leave to send may wait for the next part of its body: others may wait for leave.
+LONGEST_PART = 60.0
 # Bytes of an answer that are collected in one turn of the loop, and that wait while the run does not read.
 TOGETHER = 32 * 1024
 # Times that a request connects for which leave to send has ended meanwhile.
@@ -121,6 +125,7 @@ class RunStream(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._attempt.streams.discard(self)
+        self._drop_body()
         if self._task is not None:
             self._task.cancel()
 
@@ -145,7 +150,8 @@ class RunStream(asyncio.Protocol):
         elif found.kind == DATA and not self._body_ended:
             self._body.append(found.body)
             self._size += len(found.body)
-            if self._size > UNSENT:
+            self._attempt.unsent += len(found.body)
+            if self._size > UNSENT or self._attempt.unsent > UNSENT_OF_ATTEMPT:
                 self._transport.pause_reading()
         elif found.kind == END and not self._body_ended:
             self._body_ended = True
@@ -159,12 +165,18 @@ class RunStream(asyncio.Protocol):
             while self._body:
                 part = self._body.popleft()
                 self._size -= len(part)
+                self._attempt.unsent -= len(part)
                 if self._size <= UNSENT // 2:
                     self._transport.resume_reading()
                 yield part
             if self._body_ended:
                 return
             await self._woken()
+
+    def _drop_body(self) -> None:
+        self._body.clear()
+        self._attempt.unsent -= self._size
+        self._size = 0
 
     def write_now(self, data: bytes) -> None:
         self._unsent += data
@@ -220,8 +232,7 @@ class RunStream(asyncio.Protocol):
             # No one wants the rest of the body.
             self._attempt.streams.discard(self)
             self._transport.close()
-        self._body.clear()
-        self._size = 0
+        self._drop_body()
 
 
 def failure_of(error: Exception) -> dict[str, Any]:
@@ -297,7 +308,7 @@ class _Exchange:
 
     async def _sent(self, sending: _Sending, totals: Totals) -> int:
         request, headers, attempt = sending.request, sending.headers, self._attempt
-        url, body = request.url(), self._counted(totals)
+        url, body = request.url(), self._counted(totals, min(request.timeout["write"], LONGEST_PART))
         pool = self._broker.pools.of(attempt.org, checked=attempt.checks_address(request))
         names = {name.lower() for name, _ in headers}
         if b"content-length" not in names and (first := await anext(body, None)) is not None:
@@ -383,8 +394,16 @@ class _Exchange:
         if mask is not None:
             await self._run.write(b"".join(data_frames(mask.end())))
 
-    async def _counted(self, totals: Totals) -> AsyncIterator[bytes]:
-        async for part in self._parts():
+    async def _counted(self, totals: Totals, longest: float) -> AsyncIterator[bytes]:
+        parts = self._parts()
+        while True:
+            try:
+                async with asyncio.timeout(longest):
+                    part = await anext(parts, None)
+            except TimeoutError:
+                raise httpcore.WriteTimeout("the run sends no more of the body") from None
+            if part is None:
+                return
             totals.bytes_out += len(part)
             yield part
 
