@@ -80,6 +80,8 @@ BAD = {
     ),
 }
 
+SUFFIX = "which is a public suffix or above one; write the origins, or a longer name"
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -198,7 +200,10 @@ FORGERIES = {
     "description": ("json.dumps(offer | {'description': ['x']})", "description is a list"),
     "egress": ("json.dumps(offer | {'egress': 'open'})", "egress is a str"),
     "item": ("json.dumps(offer | {'egress': [['open']]})", "an item is not a text"),
-    "wildcard": ("json.dumps(offer | {'egress': ['https://*.github.io']})", "which is a public suffix"),
+    "wildcard": (
+        "json.dumps(offer | {'egress': ['https://*.github.io']})",
+        SUFFIX,
+    ),
     "audiences": ("json.dumps(offer | {'audiences': ['a'] * 21})", "it has more than 20 items"),
     "isolation": ("json.dumps(offer | {'isolation': 'worker'})", "its isolation or scopes are invalid"),
     "no_schema": ("json.dumps(offer | {'params_schema': [1]})", "params_schema is a list"),
@@ -260,7 +265,7 @@ async def test_what_a_handler_reaches_is_in_the_catalogue(folder: Path) -> None:
     lists, none, suffix = (found[name] for name in points)
     assert (lists.egress, lists.audiences) == (("api", "https://*.example.com"), ("mcp",))
     assert (none.egress, none.audiences, none.error) == (None, (), None)
-    assert suffix.error == ("'https://*.co.uk': anyone can have a name below co.uk, which is a public suffix")
+    assert suffix.error == (f"'https://*.co.uk': anyone can have a name below co.uk, {SUFFIX}")
 
 
 async def test_a_model_with_too_large_a_schema_is_named(folder: Path) -> None:
