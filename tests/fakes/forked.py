@@ -353,7 +353,7 @@ def prepare_zygote() -> list[str] | None:
     def start_zygote(
         command: list[str], *, env: Mapping[str, str], pass_fds: list[int], **others: Any
     ) -> Any:
-        if not waiting:
+        if not waiting or ZYGOTE not in command:  # such as the broker
             return subprocess.Popen(command, env=env, pass_fds=pass_fds, **others)
         request = {"arguments": command[4:], "env": dict(env), "cwd": os.getcwd(), "descriptors": pass_fds}
         with ours:
