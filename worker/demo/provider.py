@@ -156,10 +156,13 @@ class Provider:
         app = self.applications.get(fields.get("client_id", ""))
         if app is None or not app.accepts(fields.get("client_secret", "")):
             raise TokenRefusal("invalid_client", "Client authentication failed", 401)
-        audience = fields.get("audience")
+        resource = fields.get("resource")
+        audience = resource or fields.get("audience")
         if not audience:
             raise TokenRefusal("invalid_request", "The request is missing the parameter audience")
         if audience not in app.audiences:
+            if resource:
+                raise TokenRefusal("invalid_target", f"Not authorized for resource '{resource}'")
             raise TokenRefusal("unauthorized_client", f"Not authorized for audience '{audience}'")
         scopes = tuple(fields.get("scope", "").split()) or app.scopes
         if foreign := [scope for scope in scopes if scope not in app.scopes]:
