@@ -364,7 +364,7 @@ class BrokerProcess:
 def confine(*, landlocked: bool, filtered: bool) -> None:
     """Confine this process for good. Raises OSError."""
     linux.hide_memory()
-    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # 1 also turns off a program that gets cores
+    linux.lower_limit(resource.RLIMIT_CORE, 1, 1)  # 1 also turns off a program that gets cores
     if landlocked:
         ruleset = landlock.Ruleset(landlock.abi())
         for path, access in ((FILES, landlock.READ), (CODE, landlock.READ_AND_EXECUTE)):

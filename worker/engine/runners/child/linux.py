@@ -76,6 +76,14 @@ def name_process(name: ProcessName) -> None:
     _prctl(_PR_SET_NAME, name.encode())
 
 
+def lower_limit(what: int, soft: int, hard: int) -> None:
+    """Set a limit, within those that this process has."""
+    given = resource.getrlimit(what)[1]
+    if given != resource.RLIM_INFINITY:
+        soft, hard = min(soft, given), min(hard, given)
+    resource.setrlimit(what, (soft, hard))
+
+
 def hide_memory() -> None:
     """Hide this process's memory from others of the same user (PR_SET_DUMPABLE); exec undoes this."""
     _prctl(_PR_SET_DUMPABLE, 0)

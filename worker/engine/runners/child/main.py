@@ -237,8 +237,8 @@ def isolate(place: RunPlace, *, zygote: int, lock: int | None, ruleset: Ruleset 
     own_proc = () if ruleset is None else (ruleset.descriptor, allow_own_proc(ruleset))
     _keep_only(place, lock, *own_proc, *(() if cap is None else (cap,)))
     # A core would contain the token. 1 also turns off a program that the kernel would give it to.
-    _lower(resource.RLIMIT_CORE, 1, 1)
-    _lower(resource.RLIMIT_NOFILE, FILES, MAX_FILES)
+    linux.lower_limit(resource.RLIMIT_CORE, 1, 1)
+    linux.lower_limit(resource.RLIMIT_NOFILE, FILES, MAX_FILES)
     os.chdir(place.folder)
     tempfile.tempdir = os.environ["HOME"] = os.environ["TMPDIR"] = place.folder
     if ruleset is not None:
@@ -276,21 +276,13 @@ def _limit(seconds: float, memory: int | None, cap: int | None) -> None:
     """Limit what this run may use: `seconds` until its timeout, and bytes of memory."""
     # In case nothing ends the run at its timeout; until then it may use every processor.
     most = int(max(seconds, 0) + CPU_SLACK) * (os.cpu_count() or 1)
-    _lower(resource.RLIMIT_CPU, most, most + _CPU_GRACE)
+    linux.lower_limit(resource.RLIMIT_CPU, most, most + _CPU_GRACE)
     if cap is not None:
         linux.write_cap(cap, memory)
     if memory is not None:
         # The zygote checks actual usage; this stops allocations that are faster than its checks.
         most = linux.data_size() + 2 * memory + _DATA_SLACK
-        _lower(resource.RLIMIT_DATA, most, most)
-
-
-def _lower(what: int, soft: int, hard: int) -> None:
-    """Set a limit, within the worker's own."""
-    given = resource.getrlimit(what)[1]
-    if given != resource.RLIM_INFINITY:
-        soft, hard = min(soft, given), min(hard, given)
-    resource.setrlimit(what, (soft, hard))
+        linux.lower_limit(resource.RLIMIT_DATA, most, most)
 
 
 # The channel of the run in this process.
