@@ -15,9 +15,12 @@ import pytest
 from tests.conftest import copied
 from tests.fakes.handlers import install_handlers, read_journal
 from tests.fakes.image import Image
+from tests.fakes.plugins import make_plugin
+from tests.fakes.sealed import ASKS
 from tests.fakes.site import Site, application, definition, opened, wait_until
+from tests.fakes.traffic import traffic
 from worker.demo.provider import Provider
-from worker.engine.runners.child import landlock
+from worker.engine.runners.child import landlock, linux
 
 
 class Container(Site):
@@ -143,3 +146,34 @@ def test_a_second_container_on_the_same_file_names_the_first_and_is_to_be_tried_
     container.wait_for_handlers("acme.note")
 
     assert container.cli("run", check=False).code == 75
+
+
+@pytest.mark.feature("egress")
+@pytest.mark.timeout(180)
+def test_sealed_runs_use_the_broker_which_a_drain_leaves_to_them(container: Container) -> None:
+    """On a read-only root, without rights; SIGTERM to process 1 ends the broker last."""
+    make_plugin(container.plugins, **ASKS)
+    container.migrate()
+    with traffic() as api, container.in_process():
+        url = api.url.replace("127.0.0.1", "localhost")
+        container.add_orgs(application("org_a"))
+        params = {"url": url, "seconds": 1}
+        container.apply(definition("org_a", "asks", "acme.asks", params=params, api_origins=[url]))
+        container.hand_over()
+        outer = container.start_worker()
+        container.wait_for_handlers("acme.asks")
+        container.cli("definitions", "run", "org_a", "asks")
+        wait_until(lambda: api.seen, "the first request")
+
+        [worker] = psutil.Process(outer.pid).children()
+        [broker] = [child for child in worker.children() if child.name() == linux.ProcessName.BROKER]
+        # As a terminal and some managers do: to all of them.
+        broker.send_signal(signal.SIGTERM)
+        worker.send_signal(signal.SIGTERM)
+        assert outer.wait(20) == 0
+
+    [run] = container.runs(definition="asks")
+    assert run["result"] == {"statuses": [200, 200], "socket": "PermissionError"}
+    assert [each.headers["authorization"].count(".") for each in api.seen] == [2, 2]
+    assert "broker.died" not in container.log_text()
+    assert not broker.is_running()
