@@ -287,12 +287,11 @@ def test_the_unit_lets_runs_be_sealed_and_the_broker_send(machine: Machine) -> N
     machine.hand_over()
     manager.must("systemctl", "start", "orgworker-upgrade")
     machine.add_orgs(application("org_a"))
-    manager.drop_in(
-        "orgworker.service",
-        f"Environment=PYTHONPATH={STATE}/plugins {HEALTH}= WORKER_EXECUTION__NETWORK=require",
-    )
     with traffic() as api:
-        url = api.url.replace("127.0.0.1", "localhost")
+        url, other = (api.url.replace("127.0.0.1", name) for name in ("localhost", "api.acme.test"))
+        machine.environment["WORKER_EXECUTION__INSECURE_ORIGINS"] = other
+        settings = f"WORKER_EXECUTION__NETWORK=require WORKER_EXECUTION__INSECURE_ORIGINS={other}"
+        manager.drop_in("orgworker.service", f"Environment=PYTHONPATH={STATE}/plugins {HEALTH}= {settings}")
         with machine.in_process():
             text = definition(
                 "org_a", "asks", "acme.asks", params={"url": url, "seconds": 0}, api_origins=[url]
@@ -306,7 +305,39 @@ def test_the_unit_lets_runs_be_sealed_and_the_broker_send(machine: Machine) -> N
 
         ended = machine.wait_for_end(definition="asks", timeout=60)
 
-    assert ended["result"] == {"statuses": [200, 200], "socket": "PermissionError"}
+        with machine.in_process():
+            params = {"url": url, "seconds": 5}
+            text = definition("org_a", "spans", "acme.asks", params=params, api_origins=[url])
+            machine.apply(text, "--allow-unknown-handlers")
+            machine.cli("definitions", "run", "org_a", "spans")
+        wait_until(lambda: len(api.seen) == 3, "its first request")
+
+        # As network managers do: a file of the resolver is replaced, and no process may read the new one.
+        def broker() -> str:
+            return manager.call("pgrep", "--full", "features.egress.broker").stdout
+
+        before = broker()
+        hosts = "printf '127.0.0.1 localhost api.acme.test\\n' >/etc/hosts.new; mv /etc/hosts.new /etc/hosts"
+        manager.must("sh", "-ec", hosts)
+        wait_until(lambda: broker() not in ("", before), "another broker")
+        with machine.in_process():
+            params = {"url": other, "seconds": 0}
+            text = definition("org_a", "again", "acme.asks", params=params, api_origins=[other])
+            machine.apply(text, "--allow-unknown-handlers")
+            machine.cli("definitions", "run", "org_a", "again")
+        again = machine.wait_for_end(definition="again", timeout=60)
+        spans = machine.wait_for_end(definition="spans", timeout=60)
+        with machine.in_process():
+            shown = machine.cli("runs", "show", str(spans["id"]), "-o", "json").json()
+
+    # What both brokers have sent.
+    assert [(row["origin"], row["requests"]) for row in shown["egress"]] == [(url, 2)]
+    assert (
+        ended["result"]
+        == again["result"]
+        == spans["result"]
+        == {"statuses": [200, 200], "socket": "PermissionError"}
+    )
     assert api.seen[0].headers["authorization"].count(".") == 2
     names = manager.must("ps", "-e", "-o", "comm=").split()
     assert names.count(linux.ProcessName.BROKER) == 1

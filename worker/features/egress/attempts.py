@@ -27,6 +27,10 @@ STALE = 3600.0
 
 
 class OpenStream(Protocol):
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way."""
+
     def close(self) -> None:
         """Close it now, with the connection of its request."""
 

@@ -20,7 +20,7 @@ import ssl
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -50,6 +50,9 @@ FILES = (
     *("/etc/resolv.conf", "/etc/hosts", "/etc/host.conf", "/etc/gai.conf", "/etc/nsswitch.conf"),
     *("/etc/services", "/etc/localtime", "/dev/urandom"),
 )
+# Seconds that a broker whose files were replaced waits for a pause in its requests, and for the last of them.
+PAUSE = 10.0
+LAST = 60.0
 CODE = ("/usr/lib", "/lib", "/lib64", "/usr/lib64")
 # The code of an answer of a worker that does not know a call.
 UNKNOWN_CALL = "unknown_call"
@@ -58,6 +61,8 @@ KNOWN = 1.0
 # Modules that are imported at a first use, when their files cannot be read any more.
 LATE = ("anyio._backends._asyncio", "encodings.idna", "concurrent.futures.thread")
 Message = Mapping[str, Any]
+# Device and inode; None if there is none.
+FileId = tuple[int, int] | None
 
 
 class StreamSocket(socket.socket):
@@ -94,8 +99,18 @@ class KnownPlace:
 class BrokerProcess:
     """Serves the doors of attempts; `control` leads to the worker."""
 
-    def __init__(self, control: socket.socket, context: ssl.SSLContext, **network: Any) -> None:
+    def __init__(
+        self,
+        control: socket.socket,
+        context: ssl.SSLContext,
+        *,
+        files: Sequence[FileId] | None = None,
+        **network: Any,
+    ) -> None:
+        """`files` are those of `FILES` that it may read; None if it may read all."""
         self._control = control
+        self._files = files
+        self._retiring = False
         self._loop = asyncio.get_running_loop()
         self.pools = Pools(context, self.may_send, **network)
         self.attempts: dict[int, ServedAttempt] = {}
@@ -114,7 +129,7 @@ class BrokerProcess:
         self.ended = asyncio.Event()
 
     async def serve(self) -> None:
-        """Serve until the worker is gone."""
+        """Serve until the worker is gone, or files of the resolver are replaced: it may not read them."""
         self._loop.add_reader(self._control, self._receive)
         self._tell({"op": "ready"})
         while not self.ended.is_set():
@@ -123,6 +138,32 @@ class BrokerProcess:
                     await self.ended.wait()
             await self.pools.tidy()
             linux.release_memory()
+            if self._files is not None and resolver_files() != self._files:
+                await self._retire()
+                return
+
+    async def _retire(self) -> None:
+        """End at the next pause in the requests, or after the last of them: another broker goes on."""
+        began = time.monotonic()
+        while not self.ended.is_set() and self._busy() and time.monotonic() < began + LAST:
+            if time.monotonic() > began + PAUSE:
+                self._take_no_more()
+            await asyncio.sleep(0.02)
+        for attempt in self.attempts.values():
+            self._tell({"op": "counted", "number": attempt.number, "rows": attempt.rows()})
+        self._tell({"op": "retired"})
+
+    def _busy(self) -> bool:
+        return any(stream.busy for attempt in self.attempts.values() for stream in attempt.streams)
+
+    def _take_no_more(self) -> None:
+        """Leave what the runs pass from now on to the next broker."""
+        self._retiring = True
+        for door in self._doors.values():
+            self._loop.remove_reader(door)
+        for attempt in self.attempts.values():
+            for stream in [each for each in attempt.streams if not each.busy]:
+                stream.close()
 
     # What streams need
 
@@ -268,7 +309,8 @@ class BrokerProcess:
         """Accept the streams that a run passes over its door."""
         door.setblocking(False)
         self._doors[number] = door
-        self._loop.add_reader(door, self._pass, number, door)
+        if not self._retiring:
+            self._loop.add_reader(door, self._pass, number, door)
 
     def _pass(self, number: int, door: socket.socket) -> None:
         for _ in range(AT_ONCE):
@@ -361,6 +403,19 @@ class BrokerProcess:
         self._loop.remove_writer(self._control)
 
 
+def resolver_files() -> list[FileId]:
+    """The files that resolving needs, as they are now. They are replaced as networks change."""
+
+    def identity(path: str) -> FileId:
+        try:
+            found = os.stat(path)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    return [identity(path) for path in FILES]
+
+
 def confine(*, landlocked: bool, filtered: bool) -> None:
     """Confine this process for good. Raises OSError."""
     linux.hide_memory()
@@ -397,12 +452,12 @@ def tls_context() -> ssl.SSLContext:
     return ssl.create_default_context(cafile=certifi.where())
 
 
-async def _serve(control: socket.socket, prepare: Callable[[], None]) -> None:
-    context = tls_context()
+async def _serve(control: socket.socket, *, landlocked: bool, filtered: bool) -> None:
+    context, files = tls_context(), resolver_files() if landlocked else None
     # Before there is a second thread: only threads that start later are confined too.
-    prepare()
+    confine(landlocked=landlocked, filtered=filtered)
     gc.freeze()
-    await BrokerProcess(control, context).serve()
+    await BrokerProcess(control, context, files=files).serve()
 
 
 def main() -> None:
@@ -419,7 +474,7 @@ def main() -> None:
     for name in LATE:
         import_module(name)
     read_less()
-    asyncio.run(_serve(control, lambda: confine(**setup)))
+    asyncio.run(_serve(control, **setup))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class BrokerHandle:
         self._lease: Message | None = None
         self._attempts: dict[int, _Attempt] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._closed = False
+        self._closed = self._retired = False
         self._pause = RESTART
 
     @property
@@ -144,7 +144,9 @@ class BrokerHandle:
 
     def _died(self) -> None:
         if not self._closed:
-            emit("broker.died", pid=self.pid, attempts=len(self._attempts))
+            if not self._retired:
+                emit("broker.died", pid=self.pid, attempts=len(self._attempts))
+            self._retired = False
             self.begin(self._restart())
 
     async def _restart(self) -> None:
@@ -177,6 +179,10 @@ class BrokerHandle:
                 attempt.services.denied(message["origin"], message["reason"])
             case "ended" if attempt is not None:
                 attempt.recorded(message["rows"])
+            case "counted" if attempt is not None:
+                attempt.counted += message["rows"]
+            case "retired":
+                self._retired = True
 
     async def _answer(self, attempt: _Attempt | None, question: Message) -> None:
         """Answer a call of the broker, in the name of an attempt that it serves."""
@@ -198,6 +204,8 @@ class _Attempt:
         self.number = number
         self.services = services
         self.door: socket.socket | None = None
+        # The totals of brokers that have left it to another one.
+        self.counted: list[dict[str, Any]] = []
         self._broker = broker
         self._work = work
         self._held = HeldToken(work.token, work.claims, clock)
@@ -318,15 +326,15 @@ class _Attempt:
 
     def recorded(self, rows: list[dict[str, Any]]) -> None:
         """The totals of the attempt, at its end."""
-        if rows:
-            self.services.egress(rows)
+        if total := [*self.counted, *rows]:
+            self.services.egress(total)
         if self._rows is not None and not self._rows.done():
             self._rows.set_result(rows)
 
     def lost(self) -> None:
         """The broker has ended, and with it what it had counted."""
         if self._rows is not None and not self._rows.done():
-            self._rows.set_result([])
+            self.recorded([])
 
     def _first(self) -> None:
         """The run has passed its first stream, or all of its processes are gone."""

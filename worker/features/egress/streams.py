@@ -106,6 +106,10 @@ class RunStream(asyncio.Protocol):
         # Waits for a frame of the body, or until the run has read.
         self._waiter: asyncio.Future[None] | None = None
 
+    @property
+    def busy(self) -> bool:
+        return self._task is not None
+
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
