@@ -396,8 +396,8 @@ def test_every_locked_package_has_a_hash_and_no_host_or_path_is_named(name):
 
 
 # What starts Python on a module of ours, as an argument list or in a line for a shell.
-_STARTS = re.compile(r'"-m", "worker|bin/python (?:-P )?-m worker')
-_SAFELY = re.compile(r'"-P", "-m", "worker|bin/python -P -m worker')
+_STARTS = re.compile(r'"-m", (?:"worker|module\b)|bin/python (?:-P )?-m worker')
+_SAFELY = re.compile(r'"-P", "-m", (?:"worker|module\b)|bin/python -P -m worker')
 
 
 def test_nothing_that_is_shipped_imports_from_its_working_directory():
