@@ -234,13 +234,18 @@ def test_a_definition_that_reveals_gives_a_sealed_run_the_token(site: Site, prov
         assert line["digest"] in {hashlib.sha256(each.encode()).hexdigest() for each in provider.issued}
 
 
-def test_http_request_reaches_private_origins_by_the_broker_and_no_other_private_one(site: Site) -> None:
+@pytest.mark.parametrize(("network", "keys"), [("auto", {}), ("require", {"egress": ["api", "public"]})])
+def test_http_request_reaches_private_origins_by_the_broker_and_no_other_private_one(
+    site: Site, network: str, keys: dict[str, Any]
+) -> None:
     with traffic() as private, traffic() as other:
-        site.configure(execution=f'private_origins = ["{private.url}"]')
+        site.configure(execution=f'private_origins = ["{private.url}"]\nnetwork = "{network}"')
         site.add_orgs(application("org_acme"))
         site.apply(
-            definition("org_acme", "private", "http.request", params={"url": f"{private.url}/{{org_code}}"})
-            + definition("org_acme", "other", "http.request", params={"url": f"{other.url}/x"})
+            definition(
+                "org_acme", "private", "http.request", params={"url": f"{private.url}/{{org_code}}"}, **keys
+            )
+            + definition("org_acme", "other", "http.request", params={"url": f"{other.url}/x"}, **keys)
         )
         site.start_worker()
         site.wait_for_handlers("http.request")

@@ -83,8 +83,8 @@ def parse_bound_origin(text: str) -> str:
         origin = None
     if origin is None:
         raise ValueError(
-            f"{shown_url(text)!r} is not one origin that may get a secret; write https, a host and a port, "
-            "such as https://api.openai.com; http is for loopback addresses only"
+            f"{shown_url(text)!r} is not one origin that may get a secret; write https and a host without "
+            "a wildcard, such as https://api.openai.com; http is for loopback addresses only"
         )
     return _text_of(origin)
 

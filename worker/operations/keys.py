@@ -159,7 +159,7 @@ def binding_of(origin: str | None, header: str | None) -> Binding | None:
     try:
         where = parse_bound_origin(origin)
     except ValueError as error:
-        fix = "give what the URLs of the service begin with"
+        fix = "give scheme, host and port without a path, such as --for https://api.openai.com"
         raise UsageError(f"origin: {error}", fix=fix) from None
     try:
         return Binding(where, None if header is None else parse_header(header))
