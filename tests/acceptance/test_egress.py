@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ import pytest
 from tests.fakes.handlers import read_journal
 from tests.fakes.plugins import make_plugin
 from tests.fakes.site import Site, application, definition, wait_until
+from tests.fakes.traffic import Seen, traffic
 
 pytestmark = pytest.mark.feature("egress")
 KEY = "sk-canary-of-acme-0123456789"
@@ -40,48 +37,17 @@ async def sealed(ctx: Context):
 """
 
 
-class Service(ThreadingHTTPServer):
-    """Answers with the headers that it got."""
+class Refusing:
+    """Answers with the headers that it got, or so many times with 429 and a pause of two seconds."""
 
-    def __init__(self) -> None:
-        self.seen: list[dict[str, str]] = []
-        # Answers with 429 that are left, each with a pause of two seconds.
-        self.refuses = 0
-        super().__init__(("127.0.0.1", 0), _Answer)
+    times = 0
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class _Answer(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Service
-
-    def do_GET(self) -> None:
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        self.server.seen.append(headers)
-        body = json.dumps(headers).encode()
-        refused = self.server.refuses > 0
-        self.server.refuses -= refused
-        self.send_response(429 if refused else 200)
-        if refused:
-            self.send_header("Retry-After", "2")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: Any) -> None:
-        """Nothing: the test looks at what arrived."""
-
-
-@contextmanager
-def service() -> Iterator[Service]:
-    with Service() as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield server
-        server.shutdown()
+    def __call__(self, seen: Seen) -> tuple[int, dict[str, str], bytes]:
+        body = json.dumps(seen.headers).encode()
+        if self.times:
+            self.times -= 1
+            return 429, {"Retry-After": "2"}, body
+        return 200, {}, body
 
 
 def prepared(site: Site, *origins: str) -> None:
@@ -98,7 +64,7 @@ def prepared(site: Site, *origins: str) -> None:
 
 
 def test_a_sealed_run_reaches_its_list_and_holds_neither_token_nor_secret(site: Site, journal: Path) -> None:
-    with service() as api, service() as model:
+    with traffic() as api, traffic() as model:
         prepared(site, model.url)
         params = {"journal": str(journal), "urls": [f"{api.url}/a", f"{model.url}/b"]}
         site.apply(definition("org_acme", "sealed", "acme.sealed", params=params, api_origins=[api.url]))
@@ -114,10 +80,10 @@ def test_a_sealed_run_reaches_its_list_and_holds_neither_token_nor_secret(site: 
 
         assert ended["state"] == "failed"
         assert "EgressDenied" in json.dumps(ended["error"], default=str)
-        token = api.seen[0]["authorization"].removeprefix("Bearer ")
+        token = api.seen[0].headers["authorization"].removeprefix("Bearer ")
         assert token.count(".") == 2
-        assert model.seen[0]["x-key"] == KEY
-        assert "authorization" not in model.seen[0]
+        assert model.seen[0].headers["x-key"] == KEY
+        assert "authorization" not in model.seen[0].headers
         told = journal.read_text()
         assert token not in told
         assert KEY not in told
@@ -152,7 +118,8 @@ def ended_run(site: Site, run_id: str) -> dict[str, Any]:
 
 
 def test_a_limit_holds_back_requests_and_a_429_pauses_the_org(site: Site) -> None:
-    with service() as api:
+    refusing = Refusing()
+    with traffic(refusing) as api:
         make_plugin(
             site.plugins,
             dist="acme-busy",
@@ -177,7 +144,7 @@ def test_a_limit_holds_back_requests_and_a_429_pauses_the_org(site: Site) -> Non
         assert row["waited_seconds"] > 0
         assert "waited" in site.cli("runs", "show", run_id).out
 
-        api.refuses = 1
+        refusing.times = 1
         run_id = site.cli("definitions", "run", "org_acme", "busy", "-o", "id").out.strip()
         assert ended_run(site, run_id)["state"] == "succeeded"
         [row] = site.cli("runs", "show", run_id, "-o", "json").json()["egress"]
