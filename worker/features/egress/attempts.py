@@ -27,12 +27,12 @@ STALE = 3600.0
 
 
 class OpenStream(Protocol):
+    def close(self) -> None:
+        """Close it now, with the connection of its request."""
+
     @property
     def busy(self) -> bool:
         """Whether a request is under way."""
-
-    def close(self) -> None:
-        """Close it now, with the connection of its request."""
 
 
 @dataclass(slots=True)

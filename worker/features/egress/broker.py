@@ -20,7 +20,7 @@ import ssl
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -141,29 +141,7 @@ class BrokerProcess:
             if self._files is not None and resolver_files() != self._files:
                 await self._retire()
                 return
-
-    async def _retire(self) -> None:
-        """End at the next pause in the requests, or after the last of them: another broker goes on."""
-        began = time.monotonic()
-        while not self.ended.is_set() and self._busy() and time.monotonic() < began + LAST:
-            if time.monotonic() > began + PAUSE:
-                self._take_no_more()
-            await asyncio.sleep(0.02)
-        for attempt in self.attempts.values():
-            self._tell({"op": "counted", "number": attempt.number, "rows": attempt.rows()})
-        self._tell({"op": "retired"})
-
-    def _busy(self) -> bool:
-        return any(stream.busy for attempt in self.attempts.values() for stream in attempt.streams)
-
-    def _take_no_more(self) -> None:
-        """Leave what the runs pass from now on to the next broker."""
-        self._retiring = True
-        for door in self._doors.values():
-            self._loop.remove_reader(door)
-        for attempt in self.attempts.values():
-            for stream in [each for each in attempt.streams if not each.busy]:
-                stream.close()
+            await self.pools.tidy()
 
     # What streams need
 
@@ -348,6 +326,31 @@ class BrokerProcess:
         attempt = self.attempts.pop(number, None)
         self._tell({"op": "ended", "number": number, "rows": attempt.end() if attempt else []})
 
+    # Files that are replaced
+
+    async def _retire(self) -> None:
+        """End at the next pause in the requests, or after the last of them: another broker goes on."""
+        began = time.monotonic()
+        while not self.ended.is_set() and self._busy() and time.monotonic() < began + LAST:
+            if time.monotonic() > began + PAUSE:
+                self._take_no_more()
+            await asyncio.sleep(0.02)
+        for attempt in self.attempts.values():
+            self._tell({"op": "counted", "number": attempt.number, "rows": attempt.rows()})
+        self._tell({"op": "retired"})
+
+    def _busy(self) -> bool:
+        return any(stream.busy for attempt in self.attempts.values() for stream in attempt.streams)
+
+    def _take_no_more(self) -> None:
+        """Leave what the runs pass from now on to the next broker."""
+        self._retiring = True
+        for door in self._doors.values():
+            self._loop.remove_reader(door)
+        for attempt in self.attempts.values():
+            for stream in [each for each in attempt.streams if not each.busy]:
+                stream.close()
+
     # Leases
 
     def _renew(self, freeze_at: float) -> None:
@@ -416,8 +419,9 @@ def resolver_files() -> list[FileId]:
     return [identity(path) for path in FILES]
 
 
-def confine(*, landlocked: bool, filtered: bool) -> None:
-    """Confine this process for good. Raises OSError."""
+def confine(*, landlocked: bool, filtered: bool) -> Sequence[FileId] | None:
+    """Confine this process for good; the files of `FILES` that it may read, None if all. Raises OSError."""
+    files = resolver_files() if landlocked else None
     linux.hide_memory()
     linux.lower_limit(resource.RLIMIT_CORE, 1, 1)  # 1 also turns off a program that gets cores
     if landlocked:
@@ -429,6 +433,7 @@ def confine(*, landlocked: bool, filtered: bool) -> None:
     if filtered:
         seccomp.restrict()
         seccomp.restrict(seccomp.BROKER)
+    return files
 
 
 def _allow(ruleset: landlock.Ruleset, path: str, access: int) -> None:
@@ -452,10 +457,10 @@ def tls_context() -> ssl.SSLContext:
     return ssl.create_default_context(cafile=certifi.where())
 
 
-async def _serve(control: socket.socket, *, landlocked: bool, filtered: bool) -> None:
-    context, files = tls_context(), resolver_files() if landlocked else None
+async def _serve(control: socket.socket, prepare: Callable[[], Sequence[FileId] | None]) -> None:
+    context = tls_context()
     # Before there is a second thread: only threads that start later are confined too.
-    confine(landlocked=landlocked, filtered=filtered)
+    files = prepare()
     gc.freeze()
     await BrokerProcess(control, context, files=files).serve()
 
@@ -474,7 +479,7 @@ def main() -> None:
     for name in LATE:
         import_module(name)
     read_less()
-    asyncio.run(_serve(control, **setup))
+    asyncio.run(_serve(control, lambda: confine(**setup)))
 
 
 if __name__ == "__main__":
