@@ -141,7 +141,6 @@ class BrokerProcess:
             if self._files is not None and resolver_files() != self._files:
                 await self._retire()
                 return
-            await self.pools.tidy()
 
     # What streams need
 
