@@ -199,14 +199,15 @@ def references(needle: bytes) -> list[str]:
         if id(each) in seen or id(each) in own:
             continue
         seen.add(id(each))
-        match each:
-            case bytes() | bytearray() if needle in each:
-                found.append(f"{type(each).__name__} of {len(each)}")
-            case str() if needle.decode() in each:
+        # By its type: `isinstance` asks lazy objects of other libraries for theirs.
+        kind = type(each)
+        if issubclass(kind, (bytes, bytearray)):
+            if needle in each:
+                found.append(f"{kind.__name__} of {len(each)}")
+        elif issubclass(kind, str):
+            if needle.decode() in each:
                 found.append(f"str of {len(each)}: {each[:30]!r}")
-            case memoryview() | int() | float() | str() | bytes() | bytearray():
-                continue
-        if not isinstance(each, (str, bytes, bytearray)):
+        elif not issubclass(kind, (memoryview, int, float)):
             left.extend(gc.get_referents(each))
     return found
 
