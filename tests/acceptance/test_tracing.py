@@ -142,7 +142,10 @@ def test_a_run_arrives_as_a_trace_that_its_handlers_own_calls_join(traced_site, 
 
     spans = trace_of(collector, chosen["id"])
     root, token, handler = spans["RUN acme.note"], spans["token"], spans["handler"]
-    assert len(spans) == 3
+    sent = spans["GET"]
+    assert len(spans) == 4
+    assert (sent.parent, sent.attributes["http.response.status_code"]) == (handler.id, "200")
+    assert not {"url.full", "url.path"} & sent.attributes.keys()
     assert (root.parent, token.parent, handler.parent) == ("", root.id, root.id)
     assert not any(span.failed for span in spans.values())
     assert root.resource["service.name"] == "orgworker"
