@@ -108,6 +108,7 @@ class SimulatedChildren(ChildPool):
         max_freeze: float,
         asks: Callable[[str], object],
     ) -> None:
+        self.broker = None
         self._loop = loop
         # Called with the name of each call of a handler.
         self._asks = asks

@@ -31,6 +31,8 @@ from tests.simulation.plan import Plan, plan_of
 from tests.simulation.stage import Stage
 from tests.simulation.templates import Template, made
 from tests.simulation.world import World
+from worker.app.features import FEATURES
+from worker.kit.feature import use
 
 # Real seconds after which a simulation is given up.
 PATIENCE = 300.0
@@ -248,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.report:
         return _report(given.ledger)
     logging.disable(logging.CRITICAL)
+    use(FEATURES)
     jwk()  # a key for all seeds
     with tempfile.TemporaryDirectory(prefix="simulations-") as folder, ExitStack() as stack:
         Path(folder).chmod(0o755)
