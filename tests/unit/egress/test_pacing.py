@@ -303,6 +303,20 @@ async def test_slots_are_given_back_when_nothing_uses_them(bench, clock):
     assert len(setup.worker.asked) == before
 
 
+@pytest.mark.timeout(20)
+async def test_slots_that_cannot_be_given_back_are_left_to_end(bench, clock):
+    """The last attempt of an org has ended: nobody can ask for it. Asked again at once, the loop stands still."""
+    setup = bench(limit(concurrent=2))
+    (await setup.start()).release()
+    setup.worker.broken, asked = True, len(setup.worker.asked)
+
+    await clock.pass_time(2, step=0.1)
+
+    assert len(setup.worker.asked) <= asked + 2
+    setup.worker.broken = False
+    (await setup.start()).release()
+
+
 async def test_what_is_not_used_comes_back(bench, clock):
     setup = bench(limit(1, burst=20))
     for _ in range(12):

@@ -199,7 +199,11 @@ class LimitLane:
         self.answered_at, self.wait, self.pace = now, share.wait, share.pace
         self.ask_at = now + (min(max(share.wait, SPACING), PATIENCE) if self.short else 0.0)
 
-    def not_answered(self, now: float) -> None:
-        """Ask again after a while, and estimate nothing meanwhile."""
+    def not_answered(self, question: Ask, now: float) -> None:
+        """Ask again after a while, and estimate nothing meanwhile.
+
+        Slots that the question was to give back are left to end: it would be asked again at once.
+        """
+        self.leased = min(self.leased, max(self.slots, self.in_use)) if question.slots else 0
         self.ask_at = now + AGAIN
         self.short, self.pace = False, 0.0

@@ -319,7 +319,7 @@ class Pacer:
         try:
             share = await self._ask(question)
         except Exception:
-            lane.not_answered(self._clock.monotonic())
+            lane.not_answered(question, self._clock.monotonic())
             return
         if not self._is_stopped:
             lane.answered(question, share, self._clock.monotonic())
