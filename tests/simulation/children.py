@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 from tests.simulation import jobs
+from tests.simulation.broker import Brokers, Door, StreamTransport
 from tests.simulation.loop import SeededLoop, SimulatedProcess
+from tests.simulation.pipes import Pipe
 from worker.clock import Clock
 from worker.engine.runners.child.pool import ChildPool
 from worker.engine.runners.contract import LEASE_LOST, RunServices, StopSignal, Work, handler_exited
@@ -24,23 +25,6 @@ from worker.model.runs.outcome import Outcome
 
 # Seconds until a zygote that died is replaced.
 REPLACED = 0.5
-
-
-class Pipe:
-    """One direction of a socket between two processes: messages arrive late, and in order."""
-
-    def __init__(self, loop: SeededLoop, to: SimulatedProcess) -> None:
-        self._loop = loop
-        self._to = to
-        self._sent: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
-
-    def send(self, receive: Callable[..., object], *args: Any) -> None:
-        self._sent.append((receive, args))
-        self._loop.call_later(self._loop.delay(), self._arrive, context=self._to.context)
-
-    def _arrive(self) -> None:
-        receive, args = self._sent.popleft()
-        receive(*args)
 
 
 class ChildPort:
@@ -84,13 +68,21 @@ class ChildPort:
 class RunProcess:
     """The process of one run, from the worker's side."""
 
-    def __init__(self, process: SimulatedProcess, stop: StopSignal, ended: asyncio.Future[Outcome]) -> None:
+    def __init__(
+        self,
+        process: SimulatedProcess,
+        stop: StopSignal,
+        ended: asyncio.Future[Outcome],
+        stop_sending: Callable[[], None],
+    ) -> None:
         self.process = process
         self.stop = stop
         self.ended = ended
         self.lost = False
+        self._stop_sending = stop_sending
 
     def end(self, outcome: Outcome) -> None:
+        self._stop_sending()
         if not self.ended.done():
             self.ended.set_result(outcome)
 
@@ -107,8 +99,9 @@ class SimulatedChildren(ChildPool):
         freezing: bool,
         max_freeze: float,
         asks: Callable[[str], object],
+        brokers: Brokers,
     ) -> None:
-        self.broker = None
+        self.broker = brokers.of(clock)
         self._loop = loop
         # Called with the name of each call of a handler.
         self._asks = asks
@@ -132,9 +125,11 @@ class SimulatedChildren(ChildPool):
     def renewed(self, lease: Lease) -> None:
         if self._freezing:
             self._down.send(self._take_lease, lease.freeze_at)
+            self.broker.renewed(lease)
 
     async def close(self) -> None:
         self.zygote.kill()
+        await self.broker.close()
 
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         await self._up.wait()
@@ -149,15 +144,26 @@ class SimulatedChildren(ChildPool):
         up, down = Pipe(loop, self._worker), Pipe(loop, child)
         port, cancelled = ChildPort(loop, services, up, down, self._asks), Cancellation()
         attempt = _Attempt(work, services, stop, self._clock)
-        running = self._running[number] = RunProcess(child, stop, loop.create_future())
-        body = self._body(work, port, cancelled, attempt, running)
+        door, brokered = Door(loop, child), self.broker.serve(work, services)
+        brokered.open(door)  # type: ignore[arg-type]
+        running = self._running[number] = RunProcess(child, stop, loop.create_future(), brokered.stop)
+        body = self._body(work, port, cancelled, attempt, running, door)
         task = child.context.run(loop.create_task, body)
-        stop.on_kill(child.kill)
+
+        def kill() -> None:
+            brokered.stop()
+            child.kill()
+
+        stop.on_kill(kill)
         try:
             told: Any = SimpleNamespace(set=lambda reason: down.send(cancelled.set, reason))
             if not stop.killed:
                 await attempt.wait(running.ended, told, lambda: down.send(task.cancel))
+            child.end()
+            door.hang_up()
+            await brokered.end()
         finally:
+            brokered.drop()
             services.close()
             attempt.log.close()
             child.end()
@@ -167,12 +173,19 @@ class SimulatedChildren(ChildPool):
         return attempt.outcome(running.ended)
 
     async def _body(
-        self, work: Work, port: ChildPort, cancelled: Cancellation, attempt: _Attempt, running: RunProcess
+        self,
+        work: Work,
+        port: ChildPort,
+        cancelled: Cancellation,
+        attempt: _Attempt,
+        running: RunProcess,
+        door: Door,
     ) -> None:
         try:
             made = jobs.find(work.entry_point)
             given = work.given(made, attempt.log, self._clock)
-            ctx = Context(given, port, cancelled, {}, lambda outcome: port.up.send(attempt.park, outcome))
+            network = {"http": StreamTransport(door)}
+            ctx = Context(given, port, cancelled, network, lambda outcome: port.up.send(attempt.park, outcome))
             port.up.send(port._services.started)
             outcome = await call(made, ctx)
         except BaseException as error:

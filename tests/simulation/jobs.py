@@ -6,8 +6,11 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import httpx
+
 from tests.simulation.loop import process_now
-from worker import Context, HandBack, PermanentError, Retry, Snooze, WaitTimeout, job
+from tests.simulation.service import FREE, LIMITED, Seen
+from worker import Context, HandBack, PermanentError, RateLimited, Retry, Snooze, WaitTimeout, job
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.describe import offer_of
 from worker.handlers.job import Job
@@ -39,6 +42,11 @@ class Journal:
         process = process_now()
         if process is not None:
             process.loop.note(process, f"{who} {fields or ''} by attempt {ctx.run.attempt} of {ctx.run.id}")
+
+    def seen(self, seen: Seen) -> None:
+        """A service has seen a request of an attempt."""
+        of = {"run": seen.run, "attempt": seen.attempt, "org": seen.org, "token_of": seen.org}
+        self.lines.append({**of, "who": "seen", "number": seen.number, "at": seen.at})
 
 
 JOURNAL = Journal(lambda: 0.0)
@@ -163,9 +171,39 @@ async def versioned_2(ctx: Context[Any, Any]) -> str:
     return "second"
 
 
+@job("sim.calls")
+async def calls(ctx: Context[Any, Any]) -> None:
+    """Call both services some times, in lanes side by side. What is refused or lost is not called again."""
+
+    async def lane(place: int) -> None:
+        for turn in range(ctx.params["turns"]):
+            number = f"{place}.{turn}"
+            origin = FREE if (place + turn) % 3 == 2 else LIMITED
+            headers = {
+                "x-run": ctx.run.id,
+                "x-attempt": str(ctx.run.attempt),
+                "x-org": ctx.org.code,
+                "x-number": number,
+            }
+            write(ctx, "calls", number=number, origin=origin)
+            try:
+                response = await ctx.http.get(f"{origin}/things", headers=headers)
+            except RateLimited as limited:
+                write(ctx, "limited", number=number, origin=origin, seconds=limited.retry_after)
+            except httpx.TransportError as error:
+                write(ctx, "lost", number=number, origin=origin, error=type(error).__name__)
+            else:
+                write(ctx, "called", number=number, origin=origin, status=response.status_code)
+            await asyncio.sleep(ctx.params["rest"])
+
+    async with asyncio.TaskGroup() as lanes:
+        for place in range(ctx.params["lanes"]):
+            lanes.create_task(lane(place))
+
+
 JOBS: dict[str, Job] = {
     f"simulated:{made.name}": made
-    for made in (note, acts, saves, pays, counts, retries, fails, asks, versioned, versioned_2)
+    for made in (note, acts, saves, pays, counts, retries, fails, asks, versioned, versioned_2, calls)
 }
 
 

@@ -227,6 +227,20 @@ class SeededLoop(asyncio.BaseEventLoop):
     def add_signal_handler(self, sig: int, callback: Any, *args: Any) -> None:
         """Signals are sent by the simulation itself."""
 
+    def add_reader(self, fd: Any, callback: Any, *args: Any) -> None:
+        """Call it when a simulated descriptor can be read; no other one is ever readable."""
+        if (read_by := getattr(fd, "read_by", None)) is not None:
+            read_by(lambda: callback(*args))
+
+    def remove_reader(self, fd: Any) -> bool:
+        if (read_by := getattr(fd, "read_by", None)) is not None:
+            read_by(None)
+        return True
+
+    def remove_writer(self, fd: Any) -> bool:
+        """A simulated descriptor takes all that is sent."""
+        return False
+
     def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:
         """Run it in a greenlet, as many at once as the executor has threads."""
         future: asyncio.Future[T] = self.create_future()

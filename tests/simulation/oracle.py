@@ -19,6 +19,7 @@ from psycopg.rows import dict_row
 from tests.faults.checker import FINAL, History, falling_tokens, holes, late_writes, two_owners
 from tests.faults.cluster import instants
 from tests.simulation import jobs
+from tests.simulation.calls import Calls
 from tests.simulation.database import EPOCH
 from tests.simulation.stage import Stage
 from tests.simulation.world import LEASE, POLL, RENEW, World
@@ -34,7 +35,10 @@ SELECT 'definition ' || r.definition_id, count(*) FROM live_runs r
 WHERE r.state = 'running' AND r.max_concurrent IS NOT NULL
 GROUP BY r.definition_id HAVING count(*) > min(r.max_concurrent)
 """
-TABLES = ("runs", "attempts", "workers", "checkpoints", "steps", "waits", "spends", "meter_days", "live_runs")
+TABLES = (
+    *("runs", "attempts", "workers", "checkpoints", "steps", "waits", "spends", "meter_days", "live_runs"),
+    "run_egress",
+)
 NAMED = """
 SELECT {columns} FROM {table} t JOIN definitions d ON d.id = t.definition_id JOIN orgs o ON o.id = d.org_id
 """
@@ -163,6 +167,8 @@ class Oracle:
         yield from self._answers()
         yield from self._request_keys()
         yield from self._orgs()
+        rows = self.rows["runs"], self.rows["run_egress"]
+        yield from Calls(self.world, self.stage.plan.faults, *rows).objections()
 
     def _inner_failures(self) -> Iterator[str]:
         for at, process, name, fields in self.world.emitted:

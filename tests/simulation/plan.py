@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 from tests.simulation import jobs
+from tests.simulation.service import FREE, LIMITED
 from tests.simulation.world import LEASE
 
 LAST_FAULT, END = 225.0, 284.0
@@ -28,6 +29,10 @@ retry_backoff_max = "4s"
 """
 # Where a process is struck: as it sends a call or as the answer arrives, any call or that of a handler.
 POINTS = ("sent", "done", "Save", "Save", "StoreStep", "StoreStep", "CountSpend", "OpenWait")
+# Of so many seeds one has runs that call services; the others are as they were without.
+CALLING = 3
+# Seconds between two times at which they do so, all at once.
+CALLS_EVERY = 100
 # How long something stands still, in leases.
 LENGTHS = (0.2, 0.5, 0.9, 1.1, 1.5, 2.5)
 # How often a person who raises a budget does so, each second, and by how much.
@@ -60,6 +65,13 @@ class Entry:
             f'schedule = "{schedule}"\nenabled = {str(enabled).lower()}\nparams = {{ {params} }}\n'
             f"{KEYS}{self.keys}{pool}{extra}"
         )
+
+
+# Of the limited service. Its burst is large beside its rate, so that what is sent besides shows.
+LIMITS = {
+    "org": {"rate": 0.5, "burst": 5, "concurrent": 3},
+    "all": {"rate": 1.0, "burst": 8, "concurrent": 5},
+}
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,10 @@ def plan_of(seed: int, dialect: str) -> Plan:
     entries = _entries(chance, hosts)
     acts = _acts(chance, entries)
     faults = _faults(chance, on_file, workers, hosts)
+    calling = Random(f"calls {seed}")
+    if not calling.randrange(CALLING):
+        entries += _calls(calling, hosts)
+        faults = tuple(sorted([*faults, *_faults_of_calls(calling, workers, hosts)], key=lambda one: one.at))
     return Plan(workers, hosts, entries, acts, faults)
 
 
@@ -139,6 +155,14 @@ def _entries(chance: Random, hosts: int) -> tuple[Entry, ...]:
             Entry(4, "hosted-acts", "sim.acts", 28, params={"seconds": 4}, pool="private"),
         ]
     return tuple(entries)
+
+
+def _calls(chance: Random, hosts: int) -> tuple[Entry, ...]:
+    params = {"lanes": chance.choice((2, 3, 4)), "turns": 5, "rest": chance.choice((0.3, 1.0))}
+    found = [Entry(org, "calls", "sim.calls", CALLS_EVERY, params=params) for org in (0, 1, 2)]
+    if hosts:
+        found.append(Entry(1, "hosted-calls", "sim.calls", CALLS_EVERY, params=params, pool="private"))
+    return tuple(found)
 
 
 def _acts(chance: Random, entries: tuple[Entry, ...]) -> tuple[Action, ...]:
@@ -189,6 +213,23 @@ def _faults(chance: Random, on_file: bool, workers: int, hosts: int) -> tuple[Ac
         where = chance.choice(POINTS) if kind.endswith(" at") else ""
         found.append(Action(at, kind, target, _size(kind, chance), where))
     return tuple(sorted(found, key=lambda fault: fault.at))
+
+
+def _faults_of_calls(chance: Random, workers: int, hosts: int) -> list[Action]:
+    """What befalls brokers and services while runs call them."""
+    who = [f"w{number}" for number in range(1, workers + 1)] + [f"h{number}" for number in range(1, hosts + 1)]
+    kinds = ("throttle", "throttle", "kill broker", "freeze broker", "freeze broker at", "freeze broker at", "freeze")
+    found = []
+    for _ in range(chance.randint(2, 4)):
+        kind, target = chance.choice(kinds), chance.choice(who)
+        at = CALLS_EVERY * chance.randint(1, 2) + chance.uniform(0, 15)
+        size = chance.choice(LENGTHS) * LEASE
+        where = "AskShare" if kind == "freeze broker at" else ""
+        if kind == "throttle":
+            target, size = chance.choice(("0", "1", "2")), chance.choice((2.0, 6.0, 15.0))
+            where = chance.choice((LIMITED, FREE))
+        found.append(Action(at, kind, target, size, where))
+    return found
 
 
 def _size(kind: str, chance: Random) -> float:

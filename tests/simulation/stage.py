@@ -13,7 +13,19 @@ from sqlalchemy import text
 from tests.simulation import jobs
 from tests.simulation.database import EPOCH
 from tests.simulation.loop import SimulatedProcess, outside
-from tests.simulation.plan import BUDGET, END, LATE_SPENDERS, LIMIT, LIVENESS, RAISES, Action, Entry, Plan
+from tests.simulation.plan import (
+    BUDGET,
+    END,
+    LATE_SPENDERS,
+    LIMIT,
+    LIMITS,
+    LIVENESS,
+    RAISES,
+    Action,
+    Entry,
+    Plan,
+)
+from tests.simulation.service import LIMITED
 from tests.simulation.world import LEASE, LOST, ORGS, POLL, Struck, World, app_of
 from worker.errors import StoreUnavailable, WorkerError
 from worker.model.definitions.file import parse_file
@@ -74,6 +86,7 @@ class Stage:
         await self.do(lambda database: self._apply(database, enabled=False))
         loop.note(None, "END of the load")
         await self._until_done()
+        world.still_waiting = world.brokers.waiting()
         world.stop_restarts()
         for machine in world.machines.values():
             machine.stop()
@@ -109,8 +122,9 @@ class Stage:
         world.net.armed.clear()
         for machine in world.machines.values():
             machine.skew.ahead = machine.skew.drift = 0.0
-            if machine.process is not None and machine.process.frozen:
-                machine.process.thaw()
+            for process in (machine.process, machine.broker and machine.broker.process):
+                if process is not None and process.frozen:
+                    process.thaw()
         for number in range(ORGS):
             await self.do(orgs.set_org_state, f"org_{number}", "active", actor="people")
         for entry in self.plan.entries:
@@ -136,6 +150,12 @@ class Stage:
         text_ += (
             f'[[budget]]\norg = "org_1"\nmeter = "calls"\nlimit = {BUDGET}\nper = "day"\nat_limit = "wait"\n'
         )
+        if any(entry.name == "calls" for entry in self.plan.entries):
+            text_ += "".join(
+                f'[[limit]]\norigin = "{LIMITED}"\nper = "{per}"\nrate = "{60 * limit["rate"]:g}/m"\n'
+                f"burst = {limit['burst']}\nconcurrent = {limit['concurrent']}\n"
+                for per, limit in LIMITS.items()
+            )
         apply.apply(
             database,
             parse_file(text_),
@@ -375,6 +395,25 @@ class Stage:
 
     def _lose_host_answer(self, action: Action) -> None:
         self.world.net.armed.append((action.target, "http.done", lambda process: True))
+
+
+    def _kill_broker(self, action: Action) -> None:
+        broker = self._machine(action).broker
+        if broker is not None:
+            broker.kill()
+
+    def _freeze_broker(self, action: Action) -> None:
+        broker = self._machine(action).broker
+        if broker is not None and not broker.process.frozen:
+            broker.process.freeze()
+            self.world.loop.call_later(action.size, broker.process.thaw, context=outside())
+
+    def _freeze_broker_at(self, action: Action) -> None:
+        self._at(action, self._freeze_broker)
+
+    def _throttle(self, action: Action) -> None:
+        """The next answer to an org asks it to pause."""
+        self.world.service.pauses[action.where, f"org_{action.target}"] = action.size
 
 
 def with_lease(database: Database) -> set[str]:

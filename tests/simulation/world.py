@@ -28,6 +28,7 @@ import httpx
 
 from tests.fakes.issuer import AUDIENCE, URL, App, FakeIssuer
 from tests.simulation import jobs
+from tests.simulation.broker import Brokers, SimulatedHelper
 from tests.simulation.children import SimulatedChildren
 from tests.simulation.database import EPOCH, PostgresServer, SqliteFile
 from tests.simulation.loop import (
@@ -40,6 +41,7 @@ from tests.simulation.loop import (
     within,
 )
 from tests.simulation.network import HostControls, Net, ToIssuer
+from tests.simulation.service import LIMITED, Service
 from worker import ids
 from worker.app import process as wiring
 from worker.app.process import Worker
@@ -186,6 +188,12 @@ class Machine:
         self.wanted = True
 
     @property
+    def broker(self) -> SimulatedHelper | None:
+        """Its broker, while both are alive."""
+        found = None if self.process is None else self.world.brokers.running.get(self.process)
+        return found if self.up and found is not None and found.process.alive else None
+
+    @property
     def up(self) -> bool:
         return self.process is not None and self.process.alive
 
@@ -217,6 +225,7 @@ class Machine:
             freezing=freezing,
             max_freeze=world.settings.execution.max_freeze.total_seconds(),
             asks=partial(world.net.reached, process),
+            brokers=world.brokers,
         )
         self.tools = ProcessTools(
             self.kind,
@@ -308,6 +317,8 @@ class World:
             else PostgresServer(self.loop, self.net, url, idle=min(IDLE, LEASE))
         )
         self.clock = MachineClock(self.loop, Skew())
+        self.service = Service(self.loop)
+        self.brokers = Brokers(self.loop, self.service, self.net)
         self.issuer: Any = FakeIssuer(self.clock)  # type: ignore[arg-type]
         for number in range(ORGS):
             self.issuer.add(app_of(number))
@@ -322,6 +333,8 @@ class World:
         self.on_admission: Callable[[], None] = lambda: None
         # By worker how many seconds the answer of its next admission takes; without end if it is lost.
         self.late_admissions: dict[str, float] = {}
+        # The workers and hosts in whose brokers requests waited at the end.
+        self.still_waiting: list[str] = []
         # What befell a machine, or "*" all of them.
         self.struck: list[Struck] = []
         self.emitted: list[tuple[float, str, str, dict[str, Any]]] = []
@@ -429,7 +442,9 @@ class World:
             stack.callback(ids.draw_from)
             stack.callback(events.listen(heard))
             stack.enter_context(self.server.simulated())
+            stack.enter_context(self.brokers.simulated())
             jobs.JOURNAL = jobs.Journal(loop.time)
+            self.service.note = jobs.JOURNAL.seen
             yield
 
     def run(self, main: Awaitable[Any]) -> Any:
@@ -453,6 +468,7 @@ def settings_of(url: str, folder: Path) -> Settings:
                     "url": URL,
                     "audience": AUDIENCE,
                     "max_requests_per_second": 100,
+                    "api_origins": [LIMITED],
                 }
             },
             "tokens": {"shared": True},

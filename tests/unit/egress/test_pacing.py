@@ -305,7 +305,7 @@ async def test_slots_are_given_back_when_nothing_uses_them(bench, clock):
 
 @pytest.mark.timeout(20)
 async def test_slots_that_cannot_be_given_back_are_left_to_end(bench, clock):
-    """The last attempt of an org has ended: nobody can ask for it. Asked again at once, the loop stands still."""
+    """As after the last attempt of an org. Asked for again at once, they keep the loop from all others."""
     setup = bench(limit(concurrent=2))
     (await setup.start()).release()
     setup.worker.broken, asked = True, len(setup.worker.asked)
