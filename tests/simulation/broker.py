@@ -1,7 +1,7 @@
 """Brokers under simulation: the product's own, but for sockets, processes and the network.
 
-The worker's side is `BrokerHandle`, the broker is `BrokerProcess`, a run sends by `ctx.http`. In place of sockets
-there are pipes: what is sent over them arrives late, and in order.
+The worker's side is `BrokerHandle`, the broker is `BrokerProcess`, a run sends by `ctx.http`. In place of
+sockets there are pipes: what is sent over them arrives late, and in order.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ class Door:
 
     def _wake(self, process: SimulatedProcess | None) -> None:
         assert process is not None
-        self._loop.call_later(min(self._loop.delay(), LOCAL), self._readable, process, context=process.context)
+        self._loop.call_later(
+            min(self._loop.delay(), LOCAL), self._readable, process, context=process.context
+        )
 
     def _readable(self, process: SimulatedProcess) -> None:
         if (reader := self._readers.get(process)) is not None:
@@ -288,6 +290,7 @@ class SimulatedPools:
         """As a connection that was not used before: it connects, sends the request as a whole, and reads."""
         loop, broker = self._broker._loop, self._broker
         assert isinstance(loop, SeededLoop)
+        broker.service.begin(request)
         await asyncio.sleep(loop.delay())
         if (trace := request.extensions.get("trace")) is not None:
             await trace("http11.send_request_headers.started", {})
@@ -366,6 +369,9 @@ class Brokers:
     def number(self) -> int:
         self._count += 1
         return self._count
+
+    def clock(self) -> LoopClock:
+        return LoopClock(self.loop)
 
     def of(self, clock: Any) -> handle.BrokerHandle:
         """The broker of the running process."""

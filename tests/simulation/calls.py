@@ -1,4 +1,4 @@
-"""What the services of a simulation must see: limits, pauses, leases and the record, judged by their own list."""
+"""What the services of a simulation must see: limits, pauses, leases and the record."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from tests.simulation import jobs
 from tests.simulation.plan import LIMITS
 from tests.simulation.service import FREE, LIMITED, Seen
-from tests.simulation.world import LEASE, World
+from tests.simulation.world import World
 
 Row = Mapping[str, Any]
 
@@ -18,8 +18,9 @@ WINDOW = 10.0
 # Seconds after an answer until each worker knows of its pause: promised, and for answers of the network that
 # come late.
 KNOWN, LATE = 1.0, 3.0
-# Seconds after the last request of a run until its record is written.
-RECORDED = 10.0
+# Seconds after a fault until all is as before, and after the last request of a run until its record is
+# written.
+AFTER, RECORDED = 30.0, 10.0
 # Faults after which workers and brokers may know late what others know.
 HOLDING = ("lose", "slow", "cut", "outage", "kill", "freeze", "drain", "late")
 
@@ -128,18 +129,24 @@ class Calls:
                 continue
             until = paused.ended_at + paused.pause
             for seen in self.seen:
-                if (seen.origin, seen.org) != (paused.origin, paused.org) or not paused.ended_at < seen.at < until:
+                if (seen.origin, seen.org) != (
+                    paused.origin,
+                    paused.org,
+                ) or not paused.ended_at < seen.at < until:
                     continue
                 late = seen.at - paused.ended_at
-                if seen.sender.broker is paused.sender.broker and late > 0.01 or late > KNOWN + LATE and self._is_calm(paused.ended_at, seen.at):
+                if (seen.sender.broker is paused.sender.broker and late > 0.01) or (
+                    late > KNOWN + LATE and self._is_calm(paused.ended_at, seen.at)
+                ):
                     yield (
-                        f"{seen.org} was paused at {seen.origin} by {paused.sender.broker} at {paused.ended_at:.3f} for "
-                        f"{paused.pause:.1f} s, and {seen.sender.broker} sent a request {late:.3f} s later"
+                        f"{seen.org} was paused at {seen.origin} at {paused.ended_at:.3f} by "
+                        f"{paused.sender.broker} for {paused.pause:.1f} s, and {seen.sender.broker} sent a "
+                        f"request {late:.3f} s later"
                     )
 
     def _is_calm(self, since: float, until: float) -> bool:
-        """Whether nothing held up or ended a worker or a broker meanwhile."""
-        return not any(since - 3 * LEASE < fault.at < until + RECORDED for fault in self.faults)
+        """Whether nothing held up or ended a worker, a host or a broker meanwhile."""
+        return not any(since - fault.size - AFTER < fault.at < until for fault in self.faults)
 
     def _refusals(self) -> Iterator[str]:
         """A service without a limit refuses an org that it has paused, and no other."""
@@ -150,7 +157,7 @@ class Calls:
                 seen.pause and (seen.origin, seen.org) == (FREE, line["org"]) and seen.at < line["at"]
                 for seen in self.seen
             ):
-                yield f"run {line['run']} of {line['org']} was refused by {FREE}, which had paused another org"
+                yield f"run {line['run']} was refused by {FREE}, which had not paused {line['org']}"
 
     def _left(self) -> Iterator[str]:
         """At the end each request has an answer, or was refused."""
@@ -158,20 +165,24 @@ class Calls:
             yield f"requests still wait in the broker of {name}"
 
     def _record(self) -> Iterator[str]:
-        """The record counts what the service saw of a run, or less where a broker or its worker died."""
+        """The record counts the requests of a run that were begun, or less where something died meanwhile.
+
+        Such a request may have ended before the service saw it.
+        """
         counted = Counter({(row["run_id"], row["origin"]): row["requests"] for row in self.sent})
-        seen = Counter((each.run, each.origin) for each in self.seen)
         times: dict[str, list[float]] = defaultdict(list)
-        for each in self.seen:
-            times[each.run].append(each.at)
-        for place in sorted(counted.keys() | seen.keys()):
-            run = times[place[0]]
-            if counted[place] > seen[place] or (counted[place] < seen[place] and self._is_calm(run[0], run[-1])):
-                yield f"run {place[0]} has {counted[place]} requests to {place[1]} on record of {seen[place]}"
+        for seen in self.seen:
+            times[seen.run].append(seen.at)
+        begun = self.world.service.begun
+        for run, origin in sorted(counted.keys() | begun.keys()):
+            count, most = counted[run, origin], begun[run, origin]
+            is_calm = bool(times[run]) and self._is_calm(times[run][0], times[run][-1] + RECORDED)
+            if count > most or (count < most and is_calm):
+                yield f"run {run} has {count} requests to {origin} on record of {most}"
 
     def _tokens(self) -> Iterator[str]:
         """The API gets the token of the run's org, and the other service none."""
         for seen in self.seen:
             run = self.runs.get(seen.run)
             if seen.token_of != ("" if seen.origin == FREE or run is None else run["org"]):
-                yield f"request {seen.number} of run {seen.run} of {seen.org} had a token of {seen.token_of!r}"
+                yield f"request {seen.number} of run {seen.run} had a token of {seen.token_of!r}"

@@ -185,7 +185,9 @@ class SimulatedChildren(ChildPool):
             made = jobs.find(work.entry_point)
             given = work.given(made, attempt.log, self._clock)
             network = {"http": StreamTransport(door)}
-            ctx = Context(given, port, cancelled, network, lambda outcome: port.up.send(attempt.park, outcome))
+            ctx = Context(
+                given, port, cancelled, network, lambda outcome: port.up.send(attempt.park, outcome)
+            )
             port.up.send(port._services.started)
             outcome = await call(made, ctx)
         except BaseException as error:

@@ -30,7 +30,7 @@ retry_backoff_max = "4s"
 # Where a process is struck: as it sends a call or as the answer arrives, any call or that of a handler.
 POINTS = ("sent", "done", "Save", "Save", "StoreStep", "StoreStep", "CountSpend", "OpenWait")
 # Of so many seeds one has runs that call services; the others are as they were without.
-CALLING = 3
+CALLING = 4
 # Seconds between two times at which they do so, all at once.
 CALLS_EVERY = 100
 # How long something stands still, in leases.
@@ -159,7 +159,10 @@ def _entries(chance: Random, hosts: int) -> tuple[Entry, ...]:
 
 def _calls(chance: Random, hosts: int) -> tuple[Entry, ...]:
     params = {"lanes": chance.choice((2, 3, 4)), "turns": 5, "rest": chance.choice((0.3, 1.0))}
-    found = [Entry(org, "calls", "sim.calls", CALLS_EVERY, params=params) for org in (0, 1, 2)]
+    found = [
+        Entry(org, name, "sim.calls", CALLS_EVERY, params=params)
+        for org, name in ((0, "calls"), (1, "calls"), (1, "more-calls"))  # of org 1 by two workers at once
+    ]
     if hosts:
         found.append(Entry(1, "hosted-calls", "sim.calls", CALLS_EVERY, params=params, pool="private"))
     return tuple(found)
@@ -217,8 +220,12 @@ def _faults(chance: Random, on_file: bool, workers: int, hosts: int) -> tuple[Ac
 
 def _faults_of_calls(chance: Random, workers: int, hosts: int) -> list[Action]:
     """What befalls brokers and services while runs call them."""
-    who = [f"w{number}" for number in range(1, workers + 1)] + [f"h{number}" for number in range(1, hosts + 1)]
-    kinds = ("throttle", "throttle", "kill broker", "freeze broker", "freeze broker at", "freeze broker at", "freeze")
+    who = [f"w{number}" for number in range(1, workers + 1)]
+    who += [f"h{number}" for number in range(1, hosts + 1)]
+    kinds = (
+        *("throttle", "throttle", "kill broker", "freeze broker"),
+        *("freeze broker at", "freeze broker at", "freeze"),
+    )
     found = []
     for _ in range(chance.randint(2, 4)):
         kind, target = chance.choice(kinds), chance.choice(who)
@@ -226,7 +233,7 @@ def _faults_of_calls(chance: Random, workers: int, hosts: int) -> list[Action]:
         size = chance.choice(LENGTHS) * LEASE
         where = "AskShare" if kind == "freeze broker at" else ""
         if kind == "throttle":
-            target, size = chance.choice(("0", "1", "2")), chance.choice((2.0, 6.0, 15.0))
+            target, size = chance.choice(("0", "1", "1")), chance.choice((2.0, 6.0, 15.0))
             where = chance.choice((LIMITED, FREE))
         found.append(Action(at, kind, target, size, where))
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +53,8 @@ class Service:
     loop: SeededLoop
     note: Callable[[Seen], object] = lambda seen: None
     seen: list[Seen] = field(default_factory=list)
+    # By run and origin the requests for which a connection was opened.
+    begun: Counter[tuple[str, str]] = field(default_factory=Counter)
     # By origin and org the pause that the next answer asks for.
     pauses: dict[tuple[str, str], float] = field(default_factory=dict)
     # By worker or host when its lease was renewed, and until when it may send then.
@@ -70,12 +72,15 @@ class Service:
     def leased(self, broker: SimulatedProcess, key: BucketKey, share: Share) -> None:
         self.slots[broker, key].append((self.loop.time(), share.slots_until))
 
+    def begin(self, request: httpcore.Request) -> None:
+        """A broker opens a connection for a request."""
+        self.begun[headers_of(request)["x-run"], origin_of(request)] += 1
+
     async def answer(
         self, sender: Sender, request: httpcore.Request
     ) -> tuple[int, list[tuple[bytes, bytes]]]:
         """One request and its answer, as the broker's connection has them."""
-        sent = {name.lower().decode(): value.decode() for name, value in request.headers}
-        origin = f"{request.url.scheme.decode()}://{request.url.host.decode()}"
+        sent, origin = headers_of(request), origin_of(request)
         seen = Seen(
             self.loop.time(),
             sender,
@@ -100,6 +105,14 @@ class Service:
             return 200, []
         finally:
             seen.ended_at = self.loop.time()
+
+
+def headers_of(request: httpcore.Request) -> dict[str, str]:
+    return {name.lower().decode(): value.decode() for name, value in request.headers}
+
+
+def origin_of(request: httpcore.Request) -> str:
+    return f"{request.url.scheme.decode()}://{request.url.host.decode()}"
 
 
 def org_of(authorization: str) -> str:

@@ -353,6 +353,9 @@ class BrokerProcess:
     # Leases
 
     def _renew(self, freeze_at: float) -> None:
+        if not self.may_send():
+            # It was late, and reads the renewal before its timer is due.
+            self._end_waits()
         self._freeze_at = freeze_at
         if self.may_send():
             self._pacer.resume()
@@ -365,6 +368,10 @@ class BrokerProcess:
         if self.may_send():
             self._renew(self._freeze_at)
             return
+        self._end_waits()
+
+    def _end_waits(self) -> None:
+        """Send nothing of what is queued, and close all connections."""
         self._pacer.stop()
         for attempt in self.attempts.values():
             attempt.close_streams()
