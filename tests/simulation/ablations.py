@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 from unittest.mock import patch
 
@@ -22,6 +23,10 @@ from worker.engine.loops import finisher, reconciler
 from worker.engine.loops.heartbeat import Heartbeat
 from worker.engine.loops.reconciler import Renewal
 from worker.errors import Unavailable
+from worker.features.egress.attempts import Attempt as BrokerAttempt
+from worker.features.egress.lanes import LimitLane
+from worker.features.egress.pacing import Pacer
+from worker.features.egress.shares import Shares
 from worker.guard import decode
 from worker.handlers import steps as handler_steps
 from worker.model.runs import lease
@@ -321,6 +326,29 @@ def heartbeat_retry(stack: ExitStack, url: str) -> None:
         return found
 
     stack.enter_context(patch.object(Heartbeat, "beat", beat))
+
+
+# Of requests to other services.
+
+
+@ablation("what waits in a broker ends with a freeze: its queue, its streams and its leave to send")
+def queue_kept(stack: ExitStack, url: str) -> None:
+    stack.enter_context(patch.object(Pacer, "stop", lambda pacer: None))
+    stack.enter_context(patch.object(BrokerAttempt, "close_streams", lambda attempt: None))
+
+
+@ablation("a token of a limit ends a second after it was leased")
+def share_without_end(stack: ExitStack, url: str) -> None:
+    def answered(lane: Any, question: Any, share: Any, now: float) -> None:
+        real(lane, question, share._replace(until=inf), now)
+
+    real = LimitLane.answered
+    stack.enter_context(patch.object(LimitLane, "answered", answered))
+
+
+@ablation("a pause that one worker learns of holds on all")
+def own_pauses(stack: ExitStack, url: str) -> None:
+    stack.enter_context(patch.object(Shares, "paused_for", lambda shares, org, origin: 0.0))
 
 
 # What the simulator has found: the defect is back.

@@ -396,7 +396,6 @@ class Stage:
     def _lose_host_answer(self, action: Action) -> None:
         self.world.net.armed.append((action.target, "http.done", lambda process: True))
 
-
     def _kill_broker(self, action: Action) -> None:
         broker = self._machine(action).broker
         if broker is not None:

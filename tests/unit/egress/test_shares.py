@@ -12,6 +12,7 @@ import pytest
 
 from tests.fakes.clock import ManualClock, settle
 from worker.errors import StoreUnavailable, Unavailable
+from worker.features.egress.broker import KNOWN
 from worker.features.egress.pacing import OriginCounts
 from worker.features.egress.shares import ACTIVE, MAX_COUNT, MAX_ORIGINS, OTHERS, POLL, Shares
 from worker.model.limits import GATHERING, LIFE, MAX_PAUSE, SLOT_LIFE, SPACING, Ask, BucketKey, Limit, Share
@@ -292,3 +293,8 @@ def test_metrics_name_only_so_many_origins(shares):
 
     assert len(labels) == MAX_ORIGINS + 1
     assert OTHERS in labels
+
+
+def test_all_workers_know_of_a_pause_within_a_second():
+    """It is gathered and stored by one; another reads it, and its broker asks again."""
+    assert GATHERING + POLL + KNOWN < 1.0

@@ -56,8 +56,9 @@ LAST = 60.0
 CODE = ("/usr/lib", "/lib", "/lib64", "/usr/lib64")
 # The code of an answer of a worker that does not know a call.
 UNKNOWN_CALL = "unknown_call"
-# Seconds for which the limits of an origin are known.
-KNOWN = 1.0
+# Seconds for which the limits of an origin are known, and its pauses, which other workers learn of in
+# `shares.POLL` seconds: within one in all.
+KNOWN = 0.4
 # Modules that are imported at a first use, when their files cannot be read any more.
 LATE = ("anyio._backends._asyncio", "encodings.idna", "concurrent.futures.thread")
 Message = Mapping[str, Any]
