@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tests.simulation import jobs
@@ -21,8 +21,9 @@ KNOWN, LATE = 1.0, 3.0
 # Seconds after a fault until all is as before, and after the last request of a run until its record is
 # written.
 AFTER, RECORDED = 30.0, 10.0
-# Faults after which workers and brokers may know late what others know.
-HOLDING = ("lose", "slow", "cut", "outage", "kill", "freeze", "drain", "late")
+# Faults after which workers and brokers may know late what others know, and those that befall all of them.
+HOLDING = ("lose", "slow", "cut database", "cut host", "outage", "kill", "freeze", "drain", "late")
+OF_ALL = ("slow", "outage", "cut host", "freeze worker of host at", "lose host answer")
 
 
 class Calls:
@@ -135,8 +136,9 @@ class Calls:
                 ) or not paused.ended_at < seen.at < until:
                     continue
                 late = seen.at - paused.ended_at
+                machines = self._machines_of([paused, seen])
                 if (seen.sender.broker is paused.sender.broker and late > 0.01) or (
-                    late > KNOWN + LATE and self._is_calm(paused.ended_at, seen.at)
+                    late > KNOWN + LATE and self._is_calm(paused.ended_at, seen.at, machines)
                 ):
                     yield (
                         f"{seen.org} was paused at {seen.origin} at {paused.ended_at:.3f} by "
@@ -144,9 +146,18 @@ class Calls:
                         f"request {late:.3f} s later"
                     )
 
-    def _is_calm(self, since: float, until: float) -> bool:
-        """Whether nothing held up or ended a worker, a host or a broker meanwhile."""
-        return not any(since - fault.size - AFTER < fault.at < until for fault in self.faults)
+    def _is_calm(self, since: float, until: float, machines: Collection[str]) -> bool:
+        """Whether nothing held up or ended one of these workers and hosts, or their brokers, meanwhile."""
+        return not any(
+            since - fault.size - AFTER < fault.at < until
+            for fault in self.faults
+            if fault.target in machines or fault.kind in OF_ALL
+        )
+
+    def _machines_of(self, seen: Iterable[Seen]) -> set[str]:
+        """Those that sent these requests; a host asks any worker."""
+        found = {each.sender.worker.name for each in seen}
+        return found.union(self.world.workers if any(name.startswith("h") for name in found) else ())
 
     def _refusals(self) -> Iterator[str]:
         """A service without a limit refuses an org that it has paused, and no other."""
@@ -170,15 +181,19 @@ class Calls:
         Such a request may have ended before the service saw it.
         """
         counted = Counter({(row["run_id"], row["origin"]): row["requests"] for row in self.sent})
-        times: dict[str, list[float]] = defaultdict(list)
+        of_run: dict[str, list[Seen]] = defaultdict(list)
         for seen in self.seen:
-            times[seen.run].append(seen.at)
+            of_run[seen.run].append(seen)
         begun = self.world.service.begun
         for run, origin in sorted(counted.keys() | begun.keys()):
             count, most = counted[run, origin], begun[run, origin]
-            is_calm = bool(times[run]) and self._is_calm(times[run][0], times[run][-1] + RECORDED)
-            if count > most or (count < most and is_calm):
+            if count > most or (count < most and self._is_recorded(of_run[run])):
                 yield f"run {run} has {count} requests to {origin} on record of {most}"
+
+    def _is_recorded(self, seen: Sequence[Seen]) -> bool:
+        """Whether nothing has happened to those who count these requests of a run."""
+        machines = self._machines_of(seen)
+        return bool(seen) and self._is_calm(seen[0].at, seen[-1].at + RECORDED, machines)
 
     def _tokens(self) -> Iterator[str]:
         """The API gets the token of the run's org, and the other service none."""
