@@ -26,7 +26,6 @@ from worker.errors import Unavailable
 from worker.features.egress.attempts import Attempt as BrokerAttempt
 from worker.features.egress.lanes import LimitLane
 from worker.features.egress.pacing import Pacer
-from worker.features.egress.shares import Shares
 from worker.guard import decode
 from worker.handlers import steps as handler_steps
 from worker.model.runs import lease
@@ -346,9 +345,9 @@ def share_without_end(stack: ExitStack, url: str) -> None:
     stack.enter_context(patch.object(LimitLane, "answered", answered))
 
 
-@ablation("a pause that one worker learns of holds on all")
-def own_pauses(stack: ExitStack, url: str) -> None:
-    stack.enter_context(patch.object(Shares, "paused_for", lambda shares, org, origin: 0.0))
+@ablation("requests wait for the end of a pause that a service asks for")
+def service_pause(stack: ExitStack, url: str) -> None:
+    stack.enter_context(patch.object(Pacer, "pause", lambda pacer, org, origin, seconds: None))
 
 
 # What the simulator has found: the defect is back.

@@ -21,7 +21,7 @@ def simulate(*arguments: str, check: bool = True) -> str:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("dialect", "seed"), [("sqlite", "61"), ("postgresql", "32")])
 def test_a_seed_gives_the_same_trace_each_time(dialect: str, seed: str):
-    """The traces have each statement, each event, and where the choices ended. Runs of seed 61 call services."""
+    """The traces have each statement, each event, and where the choices ended. Seed 61 calls services."""
     told = simulate("--dialect", dialect, "--seed", seed, "--replays", "2", "--jobs", "1")
 
     assert told.startswith(f"seed {seed}: 2 replays, traces ")
