@@ -59,6 +59,8 @@ UNKNOWN_CALL = "unknown_call"
 # Seconds for which the limits of an origin are known, and its pauses, which other workers learn of in
 # `shares.POLL` seconds: within one in all.
 KNOWN = 0.4
+# Seconds for which they are remembered besides, in case the database is away.
+REMEMBERED = 60.0
 # Modules that are imported at a first use, when their files cannot be read any more.
 LATE = ("anyio._backends._asyncio", "encodings.idna", "concurrent.futures.thread")
 Message = Mapping[str, Any]
@@ -138,6 +140,7 @@ class BrokerProcess:
                 async with asyncio.timeout(TIDY):
                     await self.ended.wait()
             await self.pools.tidy()
+            self._forget_places()
             linux.release_memory()
             if self._files is not None and resolver_files() != self._files:
                 await self._retire()
@@ -201,21 +204,25 @@ class BrokerProcess:
             return known
         looking = self._looking.get(key)
         if looking is None:
-            looking = self._looking[key] = self._loop.create_task(self._look(attempt, origin))
+            looking = self._looking[key] = self._loop.create_task(self._look(*key))
             looking.add_done_callback(lambda _: self._looking.pop(key, None))
         return await asyncio.shield(looking)
 
-    async def _look(self, attempt: ServedAttempt, origin: str) -> KnownPlace:
-        key, limits = (attempt.org, origin), None
+    async def _look(self, org: str, origin: str) -> KnownPlace:
+        """Ask in the name of any attempt of the org: the one that began may end before the answer."""
+        key, limits = (org, origin), None
         while limits is None:
             now = time.monotonic()
-            answer = await self.ask(attempt.number, "limits", {"origin": origin})
+            number = next((each.number for each in self.attempts.values() if each.org == org), None)
+            if number is None:  # nor is there a request that waits
+                return KnownPlace((), now)
+            answer = await self.ask(number, "limits", {"origin": origin})
             error = answer.get("error")
             if error is None:
                 limits = tuple(map(Limit.from_json, answer["limits"]))
                 if answer["paused"] > 0:
-                    self._pacer.pause(attempt.org, origin, answer["paused"])
-            elif error["code"] == UNKNOWN_CALL or attempt.stopped:
+                    self._pacer.pause(org, origin, answer["paused"])
+            elif error["code"] == UNKNOWN_CALL:
                 limits = ()  # a worker of an older release, behind a host
             elif key in self._places:
                 limits = self._places[key].limits  # the database is away
@@ -223,6 +230,12 @@ class BrokerProcess:
                 await asyncio.sleep(KNOWN)
         known = self._places[key] = KnownPlace(limits, now + KNOWN)
         return known
+
+    def _forget_places(self) -> None:
+        """Forget origins that were not asked for lately: a run may reach any number of them."""
+        oldest = time.monotonic() - REMEMBERED
+        for key in [key for key, known in self._places.items() if known.until < oldest]:
+            del self._places[key]
 
     async def _ask_share(self, ask: Ask) -> Share:
         began = time.monotonic()

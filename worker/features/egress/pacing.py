@@ -25,6 +25,8 @@ AskForShare = Callable[[Ask], Awaitable[Share]]
 TOLERANCE = 0.1
 # Pauses that are kept, before those are dropped that are over.
 MAX_PAUSES = 10_000
+# Pauses that are remembered before those are dropped that are over.
+MAX_PAUSES = 1000
 # Origins that are counted by name.
 MAX_ORIGINS = 100
 OTHERS = "other"
@@ -142,6 +144,9 @@ class Pacer:
         # The same one is also learned from others, by their clocks.
         if until <= self._pauses.get((org, origin), 0.0) + TOLERANCE:
             return
+        if len(self._pauses) >= MAX_PAUSES:
+            now = self._clock.monotonic()
+            self._pauses = {place: end for place, end in self._pauses.items() if end > now}
         self._pauses[org, origin] = until
         counts = self._counted(origin)
         self._counts[counts.origin] = counts._replace(pauses=counts.pauses + 1)
