@@ -131,8 +131,11 @@ def test_a_run_arrives_as_a_trace_that_its_handlers_own_calls_join(traced_site, 
             params={"url": url, "journal": str(journal)},
             requires_flag="beta",
             variants=[{"flag": "agent-v2", "handler": "acme.traced"}],
+            api_origins=[url.rstrip("/")],
         )
-        + definition("org_acme", "inline", "acme.traced_inline", params={"url": url})
+        + definition(
+            "org_acme", "inline", "acme.traced_inline", params={"url": url}, api_origins=[url.rstrip("/")]
+        )
     )
     site.start_worker()
     site.cli("definitions", "run", "org_acme", "chosen")

@@ -27,6 +27,7 @@ from worker.engine.attempt.tools import Tools
 from worker.engine.runners.contract import StopSignal
 from worker.errors import TokenRefused
 from worker.guard.claims import Claims
+from worker.handlers.calls import AskToken
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import OrgId, WorkerId, new_id
 from worker.model.claims import Enforced, PoolRules, Rules
@@ -167,7 +168,7 @@ async def attempt(worker: Worker, run: AdmittedRun, orgs: Orgs, tally: Tally) ->
         orgs.change(run.org_id)
         allowed = orgs.may(run.org_id, run.pool)
         try:
-            await worker.tools.renew(inflight, fresh=True)
+            await worker.tools.renew(inflight, AskToken(fresh=True))
         except TokenRefused as refused:
             assert (refused.reason, allowed) == ("pool_mismatch", False)
             tally.renewals["refused"] += 1

@@ -23,7 +23,7 @@ from worker.engine.loops import finisher, reconciler
 from worker.engine.loops.heartbeat import Heartbeat
 from worker.engine.loops.reconciler import Renewal
 from worker.errors import Unavailable
-from worker.features.egress.attempts import Attempt as BrokerAttempt
+from worker.features.egress.attempts import ServedAttempt as BrokerAttempt
 from worker.features.egress.lanes import LimitLane
 from worker.features.egress.pacing import Pacer
 from worker.guard import decode

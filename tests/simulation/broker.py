@@ -26,9 +26,9 @@ from tests.simulation.network import Net
 from tests.simulation.pipes import Pipe
 from tests.simulation.service import Sender, Service
 from worker.features.egress import attempts, broker, handle, streams
-from worker.features.egress.attempts import Attempt
+from worker.features.egress.attempts import ServedAttempt as Attempt
 from worker.features.egress.broker import BrokerProcess
-from worker.features.egress.streams import Slot
+from worker.features.egress.pacing import Slot
 from worker.guard.urls import Origin
 from worker.handlers.brokered import BrokeredTransport, _Exchanges
 from worker.handlers.frames import Frame, Frames
@@ -82,6 +82,10 @@ class Door:
         self._readers[process] = reader
         if self._waiting:
             self._wake(process)
+
+    def recv(self, size: int, flags: int) -> bytes:
+        """What the worker peeks at: whether a stream waits."""
+        return b"s" if self._waiting else b""
 
     def take(self) -> Iterator[Stream]:
         while self._waiting:
@@ -182,8 +186,11 @@ class BrokerEnd(asyncio.Transport):
 
     abort = close
 
-    def pause_reading(self) -> None:
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         """A stream takes all that is sent."""
+
+    def pause_reading(self) -> None:
+        """The same."""
 
     resume_reading = pause_reading
 
@@ -286,12 +293,20 @@ class SimulatedPools:
     async def aclose(self) -> None:
         """Its request has ended."""
 
-    async def handle_async_request(self, request: httpcore.Request) -> httpcore.Response:
-        """As a connection that was not used before: it connects, sends the request as a whole, and reads."""
-        loop, broker = self._broker._loop, self._broker
+    async def open(self, request: httpcore.Request) -> SimulatedPools:
+        """As a connection that was not used before."""
+        loop = self._broker._loop
         assert isinstance(loop, SeededLoop)
-        broker.service.begin(request)
+        self._broker.service.begin(request)
         await asyncio.sleep(loop.delay())
+        return self
+
+    def is_usable(self) -> bool:
+        return True
+
+    async def handle_async_request(self, request: httpcore.Request) -> httpcore.Response:
+        """Send the request as a whole, and read."""
+        broker = self._broker
         if (trace := request.extensions.get("trace")) is not None:
             await trace("http11.send_request_headers.started", {})
         if not broker.may_send():
