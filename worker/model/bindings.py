@@ -114,9 +114,9 @@ def check_sendable(value: str) -> None:
 
     A mask tells who guesses a whole value, so a run could find a short one by an echo of its guesses.
     """
-    if len(value) < LEAST:
-        raise ValueError(f"a bound secret needs at least {LEAST} characters")
     if _SENDABLE.fullmatch(value) is None:
         raise ValueError(
             "a header cannot carry it: it needs visible ASCII characters, in one line, without space around"
         )
+    if len(value) < LEAST:
+        raise ValueError(f"a bound secret needs at least {LEAST} characters")

@@ -84,7 +84,7 @@ def test_a_header_that_frames_or_routes_a_request_is_refused(text: str) -> None:
         parse_header(text)
 
 
-@pytest.mark.parametrize("value", ["sk-0123456789", "Bearer sk-0123456789", "!~"])
+@pytest.mark.parametrize("value", ["sk-0123456789", "Bearer sk-0123456789", "!~!~!~!~"])
 def test_a_value_that_a_header_carries(value: str) -> None:
     check_sendable(value)
 

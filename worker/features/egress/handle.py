@@ -267,9 +267,11 @@ class _Attempt:
             "traced": self._broker.traced,
         }
         messages: list[Message] = [about]
-        for bound in (*work.bound, *self._broker.bound):
+        named = [(bound, bound.name) for bound in work.bound]
+        named += [(bound, VARIABLE + bound.name) for bound in self._broker.bound]
+        for bound, name in named:
             one = {"value": bound.value, "origin": bound.origin, "header": bound.header}
-            placeholder = bound.placeholder or placeholder_of(work.run_id, VARIABLE + bound.name)
+            placeholder = bound.placeholder or placeholder_of(work.run_id, name)
             messages.append({"op": "secret", "number": self.number, "placeholder": placeholder, **one})
         if self._stopped:
             messages.append({"op": "stop", "number": self.number})
