@@ -253,7 +253,7 @@ def test_the_file_is_found_by_argument_then_variable_then_place():
         ),
         (
             "[execution]\nbind_environment = { KEY = 'http://a.example' }",
-            "'http://a.example' is not one origin that may get a secret; write https and a host without a wildcard",
+            "'http://a.example' is not one origin that may get a secret; write https and a host",
         ),
         (
             "[execution]\nbind_environment = { KEY = { header = 'x-api-key' } }",
