@@ -317,3 +317,49 @@ async def test_what_arrives_does_not_tell_a_guess_of_the_secret(worker: Worker) 
             shapes.append([(found.kind, len(found.body)) for found in await stream.answer()])
         stream.close()
     assert shapes[0] == shapes[1] == shapes[2]
+
+
+class Repeating:
+    """A service that begins to answer its first request, and ends it with the token of a later one."""
+
+    def __init__(self) -> None:
+        self.authorizations: list[bytes] = []
+        self.has_later = asyncio.Event()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = await reader.readuntil(b"\r\n\r\n")
+        lines = [line for line in asked.split(b"\r\n") if line.lower().startswith(b"authorization:")]
+        is_first = not self.authorizations
+        self.authorizations += lines
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        if is_first:
+            writer.write(b"6\r\nfirst\n\r\n")
+            await self.has_later.wait()
+            text = self.authorizations[-1]
+            writer.write(b"%x\r\n%b\r\n" % (len(text), text))
+        else:
+            self.has_later.set()
+        writer.write(b"0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+
+async def test_an_answer_that_has_begun_is_masked_with_later_values_too(worker: Worker) -> None:
+    """The control is what the service got: a token that was not there when its answer began."""
+    service = Repeating()
+    server = await asyncio.start_server(service.serve, "127.0.0.1", 0)
+    async with server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        door = worker.attempt(1, url)
+        worker.tokens[:] = ["token-of-before", "token-of-later"]
+        first, later = Stream(door), Stream(door)
+        await first.send(get(url))
+        await until(lambda: service.authorizations)
+        await later.send(get(url, fresh=True))
+        assert kinds(await later.answer())[-1] == END
+
+        text = text_of(await first.answer())
+
+    assert service.authorizations[-1].endswith(b"token-of-later")
+    assert text.startswith("first")
+    assert "token-of-later" not in text and "[masked]" in text

@@ -90,7 +90,7 @@ async def test_an_origin_that_is_not_listed_is_denied_before_its_name_is_resolve
     )
 
     assert "EgressDenied: https://nobody.invalid is not in the egress list" in failure(outcome)
-    assert link.denials == [("https://nobody.invalid", "denied")]
+    assert link.denials == [("https://nobody.invalid", "not listed")]
 
 
 async def test_a_connection_of_its_own_needs_an_open_network(children: ChildPool, service: Service) -> None:

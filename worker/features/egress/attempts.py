@@ -107,14 +107,13 @@ class ServedAttempt:
         # Of each, the newest is the last.
         self._held: dict[Wanted, list[Held]] = {}
         self._asking: dict[Wanted, asyncio.Task[Held]] = {}
-        self._forms: dict[Origin, MaskForms | None] = {}
+        self._forms: dict[Origin, MaskForms] = {}
         self.streams: set[OpenStream] = set()
         self.stopped = False
         # Bytes of bodies that wait to be sent, and origins whose denial was reported.
         self.unsent = 0
         self.reported: set[str] = set()
         self.totals: dict[str, Totals] = {}
-        self.changed = False
 
     def bind(self, fields: Mapping[str, Any]) -> None:
         """Take a bound secret."""
@@ -157,14 +156,23 @@ class ServedAttempt:
         """Whether a request without an Authorization header gets the token of the run."""
         return origin in self._token_origins
 
-    def masks(self, origin: Origin) -> MaskForms | None:
-        """What is masked in answers of an origin: all that it may have got, with this request or another."""
+    def is_masked(self, origin: Origin) -> bool:
+        """Whether the origin gets something that the run has not, with any request."""
+        if origin in self._secrets:
+            return True
+        return not self.revealed and any(self._goes_to(wanted, origin) for wanted in self._wanted)
+
+    def masks(self, origin: Origin) -> MaskForms:
+        """What is masked in answers of an origin now: all that it may have got so far, with any request.
+
+        Look again for each part of an answer: a service may give back what a later request has brought it.
+        """
         if origin not in self._forms:
             texts = [value.text for value in self._secrets.get(origin, ())]
             for wanted, held in self._held.items():
                 if self._goes_to(wanted, origin) and not self.revealed:
                     texts += [each.text for each in held]
-            self._forms[origin] = MaskForms(texts) if texts else None
+            self._forms[origin] = MaskForms(texts)
         return self._forms[origin]
 
     def _goes_to(self, wanted: Wanted, origin: Origin) -> bool:
@@ -196,7 +204,6 @@ class ServedAttempt:
 
     def of(self, origin: Origin) -> Totals:
         """The totals of an origin, or those of all others once there are many."""
-        self.changed = True
         name = shown(origin)
         if name not in self.totals and len(self.totals) >= MAX_ORIGINS:
             name = OTHERS
@@ -224,7 +231,6 @@ class ServedAttempt:
 
     def rows(self) -> list[dict[str, Any]]:
         """The totals by origin."""
-        self.changed = False
         return [
             {
                 "origin": origin,

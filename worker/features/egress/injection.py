@@ -7,7 +7,7 @@ import binascii
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import quote
@@ -108,7 +108,7 @@ class MaskForms:
         found = self._all()
         # All of them take ten times what a value takes, and most answers have none.
         self._starts = {form[:_START] for form in found}
-        self.longest = -(-max(map(len, found)) // _HELD) * _HELD
+        self.longest = -(-max(map(len, found), default=0) // _HELD) * _HELD
         self.breaks = b"" if any(sign in form for form in found for sign in _BREAKS) else _BREAKS
 
     def spans(self, text: bytes) -> list[tuple[int, int]]:
@@ -157,27 +157,26 @@ class MaskForms:
 class Mask:
     """Masks values in a body that arrives in parts; a value may be cut between two of them.
 
-    What is held back must not depend on the values. Else a run could have a service give its guess back, see
-    from the parts of the answer whether it was held back, and so find a value one character after the other.
+    `forms` gives those of the values that are masked now. What is held back must not depend on the values.
+    Else a run could have a service give its guess back, see from the parts of the answer whether it was held
+    back, and so find a value one character after the other.
     """
 
-    def __init__(self, forms: MaskForms) -> None:
+    def __init__(self, forms: Callable[[], MaskForms]) -> None:
         self._forms = forms
         self._kept = b""
 
     def feed(self, part: bytes) -> bytes:
         """What of the body can be passed on: up to the last break, or to as far as a value may reach."""
-        data = self._kept + part
-        safe = max(
-            len(data) - self._forms.longest + 1, *(data.rfind(sign) + 1 for sign in self._forms.breaks), 0
-        )
-        passed, end = self._forms.masked(data, safe)
+        data, forms = self._kept + part, self._forms()
+        safe = max(len(data) - forms.longest + 1, *(data.rfind(sign) + 1 for sign in forms.breaks), 0)
+        passed, end = forms.masked(data, safe)
         self._kept = data[end:]
         return passed
 
     def end(self) -> bytes:
         kept, self._kept = self._kept, b""
-        return self._forms.mask(kept)
+        return self._forms().mask(kept)
 
 
 class Decoder(Protocol):

@@ -6,8 +6,9 @@ import asyncio
 import time
 import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import httpcore
@@ -19,7 +20,6 @@ from worker.features.egress.injection import (
     Headers,
     InjectedValue,
     Mask,
-    MaskForms,
     NoDecoder,
     decoder_of,
     inject,
@@ -163,7 +163,7 @@ class RunStream(asyncio.Protocol):
             raise BrokenFrame("a frame out of its order")
         self._wake()
 
-    async def _parts(self) -> AsyncIterator[bytes]:
+    async def parts(self) -> AsyncIterator[bytes]:
         """The body of the request, as it arrives."""
         while True:
             while self._body:
@@ -218,7 +218,7 @@ class RunStream(asyncio.Protocol):
     async def _serve(self, head: Frame) -> None:
         failure: Mapping[str, Any] | None = None
         try:
-            await _Exchange(self._broker, self._attempt, self, self._parts).run(head)
+            await _Exchange(self._broker, self._attempt, self).run(head)
         except (RequestRefused, NotPublic, TokenMissing, BrokenFrame, httpcore.TimeoutException) as error:
             failure = failure_of(error)
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol) as error:
@@ -258,43 +258,35 @@ def failure_of(error: Exception) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Sending:
-    """A request with its values in `headers`; `forms` are masked in its answer."""
+    """A request with its values in `headers`; `masked` if its answer is."""
 
     request: RunRequest
     headers: Headers
-    forms: MaskForms | None
+    masked: bool
     authorized: bool
 
 
 class _Exchange:
     """One request of an attempt and its answer."""
 
-    def __init__(
-        self,
-        broker: Broker,
-        attempt: ServedAttempt,
-        run: RunStream,
-        parts: Callable[[], AsyncIterator[bytes]],
-    ) -> None:
+    def __init__(self, broker: Broker, attempt: ServedAttempt, run: RunStream) -> None:
         self._broker = broker
         self._attempt = attempt
         self._run = run
-        self._parts = parts
 
     async def run(self, head: Frame) -> None:
         """Send the request and pass on its answer. Raises what `RunStream` knows."""
         request, attempt, broker = read_request(head.fields()), self._attempt, self._broker
         try:
             attempt.check(request)
-        except RequestRefused as refused:
+        except RequestRefused:
             attempt.of(request.origin).denied += 1
-            broker.denied(attempt, shown(request.origin), refused.kind)
+            broker.denied(attempt, shown(request.origin), "not listed")
             raise
         values, tokens = await attempt.values(request)
-        forms = attempt.masks(request.origin)
-        adds = attempt.adds_token(request.origin)
-        headers, authorized = prepared(request, values, tokens, adds=adds, masked=forms is not None)
-        sending = _Sending(request, headers, forms, authorized)
+        adds, masked = attempt.adds_token(request.origin), attempt.is_masked(request.origin)
+        headers, authorized = prepared(request, values, tokens, adds=adds, masked=masked)
+        sending = _Sending(request, headers, masked, authorized)
         totals, began, status, failed = attempt.of(request.origin), time.time_ns(), None, ""
         try:
             status = await self._sent(sending, totals)
@@ -312,7 +304,7 @@ class _Exchange:
 
     async def _sent(self, sending: _Sending, totals: Totals) -> int:
         request, headers, attempt = sending.request, sending.headers, self._attempt
-        url, body = request.url(), self._counted(totals, min(request.timeout["write"], LONGEST_PART))
+        url, body = request.url(), self._counted(totals)
         pool = self._broker.pools.of(attempt.org, checked=attempt.checks_address(request))
         names = {name.lower() for name, _ in headers}
         if b"content-length" not in names and (first := await anext(body, None)) is not None:
@@ -372,21 +364,22 @@ class _Exchange:
 
     async def _passed(self, sending: _Sending, response: httpcore.Response, totals: Totals) -> None:
         """Pass on an answer, with the values of its origin masked."""
-        request, forms = sending.request, sending.forms
+        request = sending.request
         totals.answered(response.status)
         totals.bytes_in += sum(len(name) + len(value) + 4 for name, value in response.headers)
         self._broker.answered(self._attempt, request, response.status, response.headers)
         headers = [(name, value) for name, value in response.headers if name.lower() not in _OF_CONNECTION]
         decoder: Decoder = NoDecoder()
-        mask = None if forms is None else Mask(forms)
-        if forms is not None:
+        forms = partial(self._attempt.masks, request.origin)
+        mask = Mask(forms) if sending.masked else None
+        if mask is not None:
             encoding = b",".join(value for name, value in headers if name.lower() == b"content-encoding")
             if (found := decoder_of(encoding)) is None:
                 raise RequestRefused("RemoteProtocolError", "an encoding that cannot be masked")
             decoder = found
             if request.method != "HEAD":
                 headers = [(name, value) for name, value in headers if name.lower() not in _OF_BODY]
-            headers = forms.headers(headers)
+            headers = forms().headers(headers)
         shown_headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
         answer = {"status": response.status, "headers": shown_headers, "authorized": sending.authorized}
         await self._run.write(json_frame(ANSWER, answer))
@@ -398,11 +391,11 @@ class _Exchange:
         if mask is not None:
             await self._run.write(b"".join(data_frames(mask.end())))
 
-    async def _counted(self, totals: Totals, longest: float) -> AsyncIterator[bytes]:
-        parts = self._parts()
+    async def _counted(self, totals: Totals) -> AsyncIterator[bytes]:
+        parts = self._run.parts()
         while True:
             try:
-                async with asyncio.timeout(longest):
+                async with asyncio.timeout(LONGEST_PART):
                     part = await anext(parts, None)
             except TimeoutError:
                 raise httpcore.WriteTimeout("the run sends no more of the body") from None
