@@ -185,7 +185,7 @@ TAKEN = Taken(
 
 ORIGIN = "https://api.example.com"
 LIMITS = KnownLimits((Limit("0190-a", ORIGIN, "org", 40.0, 10, 4, 10.0),), 1.5)
-SHARE_ASKED = AskShare("0190-a", "broker-1", want=5, returned=1, granted_at=1.25, slots=2, in_use=1)
+SHARE_ASKED = AskShare("0190-a", want=5, returned=1, granted_at=1.25, slots=2, in_use=1)
 SHARE = Share(3, 2, 1.5, 0.05, 40.0, 0.6, 1.0)
 # A definition that may ask for tokens of another audience.
 BILLING = {
@@ -314,7 +314,7 @@ CALLS = [
         "",
         asks(SHARE_ASKED),
         SHARE,
-        [("share_of", RUN.org_id, SHARE_ASKED, True)],
+        [("share_of", RUN.org_id, SHARE_ASKED, WORKER)],
         {"share_of": SHARE},
     ),
     Exchange("pause", "", asks(PauseOrigin(ORIGIN, 2.5))),

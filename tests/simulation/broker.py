@@ -409,15 +409,12 @@ class Brokers:
         def nanoseconds() -> int:
             return int((epoch + loop.time()) * 1e9)
 
-        time: Any = SimpleNamespace(
-            monotonic=loop.time, time=lambda: epoch + loop.time(), time_ns=nanoseconds
-        )
+        time: Any = SimpleNamespace(monotonic=loop.time, time_ns=nanoseconds)
         machine: Any = SimpleNamespace(dup=lambda descriptor: descriptor, getpid=os.getpid)
         with ExitStack() as stack:
             for module in (attempts, broker, streams):
                 stack.enter_context(patch.object(module, "time", time))
             stack.enter_context(patch.object(broker, "SystemClock", partial(LoopClock, loop)))
-            stack.enter_context(patch.object(broker, "token_hex", lambda size: f"broker {self.number()}"))
             stack.enter_context(patch.object(handle, "os", machine))
             stack.enter_context(patch.object(handle, "HelperProcess", partial(SimulatedHelper, self)))
             yield

@@ -345,10 +345,9 @@ class AskLimits(Call[KnownLimits]):
 @declared(Way("share", from_process=False, waits=False), ShareAnswer())
 @dataclass(frozen=True, slots=True)
 class AskShare(Call[Share]):
-    """A share of a limit, as `model.limits.Ask` asks for it; `broker` tells one of a host from its others."""
+    """A share of a limit, by its id, as `model.limits.Ask` asks for it."""
 
     limit: Annotated[str, Text(ORIGIN_LIMIT)]
-    broker: Annotated[str, Text(64)]
     want: Annotated[int, Count(2**31)] = 0
     returned: Annotated[int, Count(2**31)] = 0
     granted_at: Annotated[float, Number()] = 0.0

@@ -175,9 +175,10 @@ def effective(
     *,
     required: bool,
 ) -> tuple[tuple[str, ...], ...]:
-    """The lists of an attempt: of its handler, its definition and the operator; None where there is none.
+    """The lists of an attempt: of its handler, its definition and the operator.
 
-    If the operator has `required` sealed runs, what declares nothing gets `["api"]`.
+    A list is None if its owner gives none. If the operator has `required` sealed runs, what declares
+    nothing gets `["api"]`.
     """
     if required and declared is None and narrowed is None:
         declared = (API,)

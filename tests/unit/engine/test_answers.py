@@ -68,9 +68,9 @@ def acts(clock: ManualClock) -> Acting:
     return Acting(clock)
 
 
-def running(acts: Acting, *, hosted: bool = False, **run: Any) -> Running:
+def running(acts: Acting, *, host: str | None = None, **run: Any) -> Running:
     inflight = InflightRun(admitted(**run), StopSignal())
-    return Running(inflight, Trail("h"), cast(Any, acts), cast(Any, None), acts.clock, hosted=hosted)
+    return Running(inflight, Trail("h"), cast(Any, acts), cast(Any, None), acts.clock, host=host)
 
 
 def step(seq: int = 1, text: str = "1") -> StoreStep:
@@ -91,7 +91,7 @@ async def test_a_call_is_repeated_while_the_database_is_away_but_not_for_a_host(
 
     acts.fail(Save, away)
     with pytest.raises(StoreUnavailable):
-        await answer(Save("1"), running(acts, hosted=True))
+        await answer(Save("1"), running(acts, host="h.1"))
     assert len(acts.done) == 4
 
 
@@ -167,7 +167,7 @@ async def test_a_flood_of_failing_calls_is_no_work_for_the_garbage_collector(
 
 
 async def test_a_place_may_come_again_from_a_host_only(acts: Acting) -> None:
-    of, behind = running(acts), running(acts, hosted=True)
+    of, behind = running(acts), running(acts, host="h.1")
     for each in (of, behind):
         await answer(step(), each)
 
@@ -178,12 +178,12 @@ async def test_a_place_may_come_again_from_a_host_only(acts: Acting) -> None:
     assert len([call for call in acts.done if isinstance(call, StoreStep)]) == 3
 
 
-@pytest.mark.parametrize(("hosted", "fits"), [(False, 1), (True, 2)])
+@pytest.mark.parametrize(("host", "fits"), [(None, 1), ("h.1", 2)])
 async def test_one_result_more_fits_if_it_may_be_one_that_was_sent_again(
-    acts: Acting, hosted: bool, fits: int
+    acts: Acting, host: str | None, fits: int
 ) -> None:
     acts.answers[StepTotals] = lambda: (1, TOTAL_LIMIT - 10)
-    of = running(acts, hosted=hosted, attempt=2)
+    of = running(acts, host=host, attempt=2)
 
     for seq in range(2, 2 + fits):
         await answer(step(seq, "1" * 10), of)
@@ -193,7 +193,7 @@ async def test_one_result_more_fits_if_it_may_be_one_that_was_sent_again(
 
 async def test_a_property_that_a_budget_lacks_is_left_to_the_host_of_a_run(acts: Acting) -> None:
     acts.answers[AskBudgets] = lambda: OrgBudgets([], "cap")
-    of, behind = running(acts), running(acts, hosted=True)
+    of, behind = running(acts), running(acts, host="h.1")
 
     with pytest.raises(TokenRefused):
         await answer(AskBudgets(), of)

@@ -545,7 +545,7 @@ OF_EACH: Mapping[str, Any] = {
     "spend": ("llm", 1, "1:1"),
     "token_for": (False, "https://billing.example.com"),
     "limits": ("https://api.example.com",),
-    "share": ("0190", "broker"),
+    "share": ("0190",),
     "pause": ("https://api.example.com", 5.0),
 }
 

@@ -93,8 +93,9 @@ class StepRoom:
 class Running:
     """An attempt whose handler may call, on a worker, on a host or in a trial. It is its `RunServices`.
 
-    `hosted` on a worker for a run of one of its hosts, which may send a call again; `resumed` if another
-    process may have answered calls of this attempt. `refused` is the error of a token that was refused.
+    `host` is the incarnation of the host that runs it, on the workers' side; it may send a call again.
+    `resumed` if another process may have answered calls of this attempt. `refused` is the error of a token
+    that was refused.
     """
 
     inflight: InflightRun
@@ -103,7 +104,7 @@ class Running:
     run_log: RunLogWriter
     clock: Clock
     checkpoint: Any = None
-    hosted: bool = False
+    host: str | None = None
     resumed: bool = False
     errors: GivenErrors = field(default_factory=GivenErrors, init=False)
     refused: TokenRefused | None = field(default=None, init=False)
@@ -121,6 +122,11 @@ class Running:
     @property
     def org_id(self) -> str:
         return self.run.org_id
+
+    @property
+    def hosted(self) -> bool:
+        """Whether a host runs it, and this is a worker."""
+        return self.host is not None
 
     async def ask(self, call: Call[A]) -> A:
         """The answer to a call of the handler, as `answer`."""

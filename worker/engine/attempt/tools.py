@@ -90,8 +90,11 @@ class LimitSource(Protocol):
     async def limits_of(self, org_id: OrgId, origin: str) -> KnownLimits:
         """The limits of an origin, and for how long it pauses the org. Raises Unavailable."""
 
-    async def share_of(self, org_id: OrgId, call: AskShare, *, hosted: bool) -> Share:
-        """A share of a limit; its ends are in seconds from now. Raises Unavailable."""
+    async def share_of(self, org_id: OrgId, call: AskShare, *, host: str | None) -> Share:
+        """A share of a limit; its ends are in seconds from now. Raises Unavailable.
+
+        `host` is the incarnation of the host whose broker asks; None for the worker's own.
+        """
 
     async def pause_origin(self, org: OrgRef, origin: str, seconds: float) -> None:
         """Let the requests of an org to an origin wait, on all workers. Raises Unavailable."""
@@ -109,7 +112,7 @@ class NoLimits:
     async def limits_of(self, org_id: OrgId, origin: str) -> KnownLimits:
         return KnownLimits()
 
-    async def share_of(self, org_id: OrgId, call: AskShare, *, hosted: bool) -> Share:
+    async def share_of(self, org_id: OrgId, call: AskShare, *, host: str | None) -> Share:
         raise Unavailable("there are no limits")
 
     async def pause_origin(self, org: OrgRef, origin: str, seconds: float) -> None:
@@ -295,7 +298,7 @@ class StoreActs:
             case AskLimits(origin):
                 return await tools.limits.limits_of(run.org_id, origin)
             case AskShare():
-                return await tools.limits.share_of(run.org_id, call, hosted=of.hosted)
+                return await tools.limits.share_of(run.org_id, call, host=of.host)
             case PauseOrigin(origin, seconds):
                 org = OrgRef(run.org_id, of.inflight.org_code or "")
                 return await tools.limits.pause_origin(org, origin, seconds)

@@ -24,7 +24,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from secrets import token_hex
 from typing import Any
 
 from worker.engine.runners.child import landlock, linux, seccomp
@@ -64,7 +63,7 @@ REMEMBERED = 60.0
 # Modules that are imported at a first use, when their files cannot be read any more.
 LATE = ("anyio._backends._asyncio", "encodings.idna", "concurrent.futures.thread")
 Message = Mapping[str, Any]
-# Device and inode; None if there is none.
+# Device and inode; None for a file that does not exist.
 FileId = tuple[int, int] | None
 
 
@@ -125,8 +124,8 @@ class BrokerProcess:
         # What the worker said of limits, and the questions under way.
         self._places: dict[tuple[str, str], KnownPlace] = {}
         self._looking: dict[tuple[str, str], asyncio.Task[KnownPlace]] = {}
-        self._pacer = Pacer(SystemClock(), self._ask_share)
-        self._name = token_hex(8)
+        self._clock = SystemClock()
+        self._pacer = Pacer(self._clock, self._ask_share)
         self._unsent: deque[bytes] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
         self.ended = asyncio.Event()
@@ -164,7 +163,7 @@ class BrokerProcess:
             raise RequestRefused("ConnectError", NO_LEASE) from None
 
     def answered(self, attempt: ServedAttempt, request: RunRequest, status: int, headers: Headers) -> None:
-        if (seconds := asked_pause(status, HeaderFields(headers), time.time())) is not None:
+        if (seconds := asked_pause(status, HeaderFields(headers), self._clock.now().timestamp())) is not None:
             name = shown(request.origin)
             self._pacer.pause(attempt.org, name, seconds)
             self._begin(self._pause(attempt.number, name, seconds))
@@ -184,7 +183,7 @@ class BrokerProcess:
         )
 
     async def ask(self, of: int, call: str, fields: Message) -> Message:
-        """The worker's answer to a call in the name of an attempt; has `error` if there is none."""
+        """The worker's answer to a call in the name of an attempt; or its `error`."""
         number = next(self._numbers)
         answer: asyncio.Future[Message] = self._loop.create_future()
         self._asked[number] = answer
@@ -240,7 +239,7 @@ class BrokerProcess:
     async def _ask_share(self, ask: Ask) -> Share:
         began = time.monotonic()
         number = self._number_of(ask.key)
-        fields = {"limit": ask.key.limit_id, "broker": self._name, **ask._asdict()}
+        fields = {"limit": ask.key.limit_id, **ask._asdict()}
         del fields["key"]
         answer = await self.ask(number, "share", fields)
         if "error" in answer:

@@ -21,7 +21,6 @@ class SharedLimits:
     """Implements `engine.attempt.tools.LimitSource`."""
 
     shares: Shares
-    worker_id: WorkerId
     clock: Clock
 
     async def limits_of(self, org_id: OrgId, origin: str) -> KnownLimits:
@@ -30,14 +29,14 @@ class SharedLimits:
         found = tuple(limit for limit in await self.shares.limits() if limit.origin == origin)
         return KnownLimits(found, self.shares.paused_for(org_id, origin))
 
-    async def share_of(self, org_id: OrgId, call: AskShare, *, hosted: bool) -> Share:
-        """As `LimitSource.share_of`; the org is that of the run, whatever its broker says."""
+    async def share_of(self, org_id: OrgId, call: AskShare, *, host: str | None) -> Share:
+        """As `LimitSource.share_of`; org and holder are those of the run, whatever its broker says."""
         limit = next((each for each in await self.shares.limits() if each.id == call.limit), None)
         if limit is None:  # it was removed: its requests go on
             return Share(call.want, call.slots, 0.0, pace=PACE, until=LIFE, slots_until=SLOT_LIFE)
         began = self.clock.monotonic()
         ask = Ask(limit.key(org_id), call.want, call.returned, call.granted_at, call.slots, call.in_use)
-        share = await self.shares.share(ask, f"{self.worker_id} {call.broker}" if hosted else None)
+        share = await self.shares.share(ask, host)
         # The worker's clock means nothing to another machine. It asked later than `began`.
         return share._replace(until=share.until - began, slots_until=share.slots_until - began)
 
@@ -56,4 +55,4 @@ class SharedLimits:
 
 def shared_limits(database: Database, worker_id: WorkerId, clock: Clock) -> SharedLimits:
     """The limits of one incarnation of a worker."""
-    return SharedLimits(Shares(database, worker_id, clock), worker_id, clock)
+    return SharedLimits(Shares(database, worker_id, clock), clock)

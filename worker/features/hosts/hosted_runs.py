@@ -151,7 +151,7 @@ class HostedRuns:
     def _running(self, inflight: InflightRun, handler: str, *, resumed: bool = False) -> Running:
         tools, trail = self._shared.tools, Trail(handler)
         acts = StoreActs(tools)
-        return Running(inflight, trail, acts, tools.run_log, tools.clock, hosted=True, resumed=resumed)
+        return Running(inflight, trail, acts, tools.run_log, tools.clock, host=self.worker, resumed=resumed)
 
     # running
 
