@@ -147,13 +147,18 @@ class Sockets(httpcore.AsyncNetworkBackend):
     arrived, reading pauses.
     """
 
-    # Seconds until the next address is tried; None: one after the other. A race that is cancelled may leave
-    # a socket open.
-    _next_address: float | None = NEXT_ADDRESS
-
-    def __init__(self, may_send: Callable[[], bool] = lambda: True, *, unread: int = UNREAD) -> None:
+    def __init__(
+        self,
+        may_send: Callable[[], bool] = lambda: True,
+        *,
+        unread: int = UNREAD,
+        next_address: float | None = NEXT_ADDRESS,
+    ) -> None:
+        # `next_address`: seconds until the next address is tried as well; with None each address is tried
+        # after the one before. Trying several at once may leave a socket open if it is cancelled.
         self._may_send = may_send
         self._unread = unread
+        self._next_address = next_address
 
     async def connect_tcp(
         self,

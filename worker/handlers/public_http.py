@@ -7,28 +7,22 @@ is therefore part of each connection, and so covers every redirect.
 
 from __future__ import annotations
 
-import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import httpcore
 import httpx
 
-from worker.addresses import first_kind
+from worker.addresses import NotPublic, Resolve, addresses_of, connect_checked, first_kind, resolved
 from worker.handlers.blocking import finish
 from worker.handlers.http import origin_of, tls_context
 from worker.handlers.results import PermanentError
 
 T = TypeVar("T")
 
-# Seconds to wait for one address to accept a connection before trying the next.
-NEXT_ADDRESS = 3.0
-MAX_ADDRESSES = 4
-
-# (host, port) -> its addresses, the best first; raises OSError or ValueError.
-Resolve = Callable[[str, int], Awaitable[list[str]]]
+# As `Resolve`, for a handler that blocks.
 BlockingResolve = Callable[[str, int], list[str]]
 
 
@@ -43,10 +37,6 @@ class AddressRefused(PermanentError):
             f'add "{origin}" to [execution] private_origins of worker.toml, or to api_origins '
             "if it may have the org's token"
         )
-
-
-class _NotPublic(Exception):
-    """The kind of an address that is not public."""
 
 
 def check_addresses(url: httpx.URL, addresses: Iterable[str]) -> None:
@@ -67,7 +57,7 @@ class _Routes(Generic[T]):
     def of(self, request: httpx.Request) -> Iterator[T]:
         try:
             yield self.anywhere if origin_of(request.url) in self._trusted else self.public
-        except _NotPublic as error:
+        except NotPublic as error:
             raise AddressRefused(request.url, str(error)) from None
 
 
@@ -117,14 +107,8 @@ class BlockingPublicTransport(httpx.BaseTransport):
         self._routes.public.close()
 
 
-async def addresses_of(host: str, port: int) -> list[str]:
-    """The addresses of a host as the system resolves it, including forms such as 0x7f.1 and 2130706433."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(entry[4][0]) for entry in found]
-
-
 def blocking_addresses_of(host: str, port: int) -> list[str]:
-    """The same for a handler that blocks."""
+    """As `addresses_of`, for a handler that blocks."""
     return [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
@@ -139,16 +123,12 @@ class _PublicNetwork(httpcore.AsyncNetworkBackend):
         self, host: str, port: int, timeout: float | None = None, *args: Any, **kwargs: Any
     ) -> httpcore.AsyncNetworkStream:
         async def resolve() -> list[str]:
-            try:
-                async with asyncio.timeout(timeout):
-                    return await self._resolve(host, port)
-            except TimeoutError:
-                raise httpcore.ConnectTimeout(f"{host} was not resolved in time") from None
+            return await resolved(self._resolve, host, port, timeout)
 
         async def connect(address: str, seconds: float | None) -> httpcore.AsyncNetworkStream:
             return await self._network.connect_tcp(address, port, seconds, *args, **kwargs)
 
-        return await _connect(host, timeout, resolve, connect)
+        return await connect_checked(host, timeout, resolve, connect)
 
 
 class _BlockingPublicNetwork(httpcore.NetworkBackend):
@@ -167,30 +147,7 @@ class _BlockingPublicNetwork(httpcore.NetworkBackend):
         async def connect(address: str, seconds: float | None) -> httpcore.NetworkStream:
             return self._network.connect_tcp(address, port, seconds, *args, **kwargs)
 
-        return finish(_connect(host, timeout, resolve, connect))
-
-
-async def _connect(
-    host: str,
-    timeout: float | None,
-    resolve: Callable[[], Awaitable[list[str]]],
-    connect: Callable[[str, float | None], Awaitable[T]],
-) -> T:
-    try:
-        addresses = await resolve()
-    except (OSError, ValueError) as error:
-        raise httpcore.ConnectError(f"{host} cannot be resolved: {error}") from None
-    if kind := first_kind(addresses):
-        raise _NotPublic(kind)
-    failure: Exception = httpcore.ConnectError(f"{host} cannot be resolved: it has no address")
-    addresses = list(dict.fromkeys(addresses))[:MAX_ADDRESSES]
-    soon = NEXT_ADDRESS if timeout is None else min(NEXT_ADDRESS, timeout)
-    for number, address in enumerate(addresses, start=1):
-        try:
-            return await connect(address, timeout if number == len(addresses) else soon)
-        except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-            failure = error
-    raise failure
+        return finish(connect_checked(host, timeout, resolve, connect))
 
 
 def _transport(network: httpcore.AsyncNetworkBackend) -> httpx.AsyncHTTPTransport:

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from tests.fakes.network import OK, BlockingNetwork, Names, ScriptedNetwork
 from worker import PermanentError, addresses
-from worker.addresses import kind_of
+from worker.addresses import MAX_ADDRESSES, kind_of
 from worker.handlers import public_http
 from worker.handlers.public_http import (
-    MAX_ADDRESSES,
     AddressRefused,
     BlockingPublicTransport,
     PublicTransport,
@@ -269,7 +268,7 @@ async def test_a_proxy_of_the_environment_is_ignored(kind: str, monkeypatch: pyt
 
 async def test_the_systems_own_resolver_reads_other_forms_of_an_address() -> None:
     for host in ("2130706433", "0x7f.1", "0177.0.0.1", "127.1", "127.0.0.1"):
-        assert set(await public_http.addresses_of(host, 80)) == {"127.0.0.1"}
+        assert set(await addresses.addresses_of(host, 80)) == {"127.0.0.1"}
         assert set(public_http.blocking_addresses_of(host, 80)) == {"127.0.0.1"}
 
 

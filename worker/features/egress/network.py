@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
-import socket
+import os
 import ssl
 from asyncio import selector_events, sslproto
-from collections.abc import Awaitable, Callable, Iterable
-from contextlib import suppress
-from ipaddress import ip_address
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import httpcore
 
-from worker.addresses import first_kind
+from worker.addresses import Resolve, addresses_of, connect_checked, resolved
 from worker.connections import IdleConnections, Sockets
 from worker.pacing import Turns
 
-# Seconds to wait for one address before the next is tried, and addresses that are tried.
-NEXT_ADDRESS = 3.0
-MAX_ADDRESSES = 4
 # Bytes that are read of a connection at a time, and that may have arrived before reading pauses.
 READ = 16 * 1024
 # Connections that begin in one turn of the loop; a TLS handshake takes a millisecond of it.
 AT_ONCE = 4
-# (host, port) -> its addresses, the best first; raises OSError.
-Resolve = Callable[[str, int], Awaitable[list[str]]]
-
-
-class NotPublic(Exception):
-    """The kind of an address that is not public."""
 
 
 class BrokerSockets(Sockets):
     """Connects to an address of the host, to public ones only if `checked`."""
 
-    _next_address = None
-
     def __init__(
         self, may_send: Callable[[], bool], resolve: Resolve, turns: Turns, *, checked: bool
     ) -> None:
-        super().__init__(may_send, unread=READ)
+        super().__init__(may_send, unread=READ, next_address=None)
         self._turns = turns
         self._resolve = resolve
         self._checked = checked
@@ -54,33 +40,16 @@ class BrokerSockets(Sockets):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
         """As `Sockets.connect_tcp`; TLS still gets the host's name. Raises NotPublic too."""
-        try:
-            async with asyncio.timeout(timeout):
-                addresses = await self._resolve(host.strip("[]"), port)
-        except TimeoutError:
-            raise httpcore.ConnectTimeout(f"{host} was not resolved in time") from None
-        except (OSError, ValueError) as error:
-            raise httpcore.ConnectError(f"{host} cannot be resolved: {error}") from None
-        if self._checked and (kind := first_kind(addresses)):
-            raise NotPublic(kind)
-        failure: Exception = httpcore.ConnectError(f"{host} cannot be resolved: it has no address")
-        await self._turns.take(1)
-        addresses = list(dict.fromkeys(addresses))[:MAX_ADDRESSES]
-        soon = NEXT_ADDRESS if timeout is None else min(NEXT_ADDRESS, timeout)
-        for left, address in zip(reversed(range(len(addresses))), addresses, strict=True):
-            try:
-                return await super().connect_tcp(address, port, soon if left else timeout)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-                failure = error
-        raise failure
+        opened = super().connect_tcp
 
+        async def resolve() -> list[str]:
+            return await resolved(self._resolve, host.strip("[]"), port, timeout)
 
-async def addresses_of(host: str, port: int) -> list[str]:
-    """The addresses of a host as the system resolves it, including forms such as 0x7f.1 and 2130706433."""
-    with suppress(ValueError):
-        return [str(ip_address(host))]
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(entry[4][0]) for entry in found]
+        async def connect(address: str, seconds: float | None) -> httpcore.AsyncNetworkStream:
+            await self._turns.take(1)
+            return await opened(address, port, seconds)
+
+        return await connect_checked(host, timeout, resolve, connect, public=self._checked)
 
 
 _shared = memoryview(bytearray(READ))
@@ -102,6 +71,16 @@ def read_less() -> None:
     """Let asyncio read `READ` bytes at a time: with its 256 KiB each TLS connection takes 250 KB more."""
     sslproto.SSLProtocol = _TlsProtocol  # type: ignore[misc]
     selector_events._SelectorTransport.max_size = READ  # type: ignore[attr-defined]
+
+
+def tls_context() -> ssl.SSLContext:
+    """As httpx makes it, without importing it: certifi's authorities, or those that a variable names."""
+    for name, load in (("SSL_CERT_FILE", "cafile"), ("SSL_CERT_DIR", "capath")):
+        if path := os.environ.get(name):
+            return ssl.create_default_context(**{load: path})  # type: ignore[arg-type]
+    import certifi
+
+    return ssl.create_default_context(cafile=certifi.where())
 
 
 class Pools:

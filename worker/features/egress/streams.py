@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 
 import httpcore
 
+from worker.addresses import NotPublic
 from worker.connections import IdleConnections, PooledConnection
 from worker.features.egress.attempts import MAX_STREAMS, ServedAttempt, TokenMissing, Totals
 from worker.features.egress.injection import (
@@ -24,7 +25,7 @@ from worker.features.egress.injection import (
     decoder_of,
     inject,
 )
-from worker.features.egress.network import NotPublic, Pools
+from worker.features.egress.network import Pools
 from worker.features.egress.pacing import Slot
 from worker.features.egress.requests import NO_LEASE, RequestRefused, RunRequest, read_request, shown
 from worker.guard.urls import Origin
