@@ -13,7 +13,6 @@ import gc
 import itertools
 import json
 import os
-import resource
 import signal
 import socket
 import ssl
@@ -26,12 +25,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from worker.engine.runners.child import landlock, linux, seccomp
+from worker.engine.runners.child import linux
 from worker.features.egress.attempts import MAX_ORIGINS, Held, ServedAttempt, TokenMissing
+from worker.features.egress.confinement import FileId, confine, resolver_files
 from worker.features.egress.injection import Headers
-from worker.features.egress.network import Pools, read_less
+from worker.features.egress.network import Pools, read_less, tls_context
 from worker.features.egress.pacing import Pacer, Slot, Stopped
-from worker.features.egress.requests import NO_LEASE, RequestRefused, RunRequest, shown
+from worker.features.egress.requests import NO_LEASE, UNKNOWN_CALL, RequestRefused, RunRequest, shown
 from worker.features.egress.streams import RunStream
 from worker.guard.clock import SystemClock
 from worker.guard.urls import Origin
@@ -44,17 +44,9 @@ DATAGRAM = 256 * 1024
 TIDY = 1.0
 # Messages that are read before anything else is done.
 AT_ONCE = 64
-# The files that resolving a name and checking a certificate need while it runs.
-FILES = (
-    *("/etc/resolv.conf", "/etc/hosts", "/etc/host.conf", "/etc/gai.conf", "/etc/nsswitch.conf"),
-    *("/etc/services", "/etc/localtime", "/dev/urandom"),
-)
 # Seconds that a broker whose files were replaced waits for a pause in its requests, and for the last of them.
 PAUSE = 10.0
 LAST = 60.0
-CODE = ("/usr/lib", "/lib", "/lib64", "/usr/lib64")
-# The code of an answer of a worker that does not know a call.
-UNKNOWN_CALL = "unknown_call"
 # Seconds for which the limits of an origin are known, and its pauses, which other workers learn of in
 # `shares.POLL` seconds: within one in all.
 KNOWN = 0.4
@@ -63,8 +55,6 @@ REMEMBERED = 60.0
 # Modules that are imported at a first use, when their files cannot be read any more.
 LATE = ("anyio._backends._asyncio", "encodings.idna", "concurrent.futures.thread")
 Message = Mapping[str, Any]
-# Device and inode; None for a file that does not exist.
-FileId = tuple[int, int] | None
 
 
 class StreamSocket(socket.socket):
@@ -423,57 +413,6 @@ class BrokerProcess:
                 return self._flush()
             self._unsent.clear()  # the worker is gone, which the next read reports
         self._loop.remove_writer(self._control)
-
-
-def resolver_files() -> list[FileId]:
-    """The files that resolving needs, as they are now. They are replaced as networks change."""
-
-    def identity(path: str) -> FileId:
-        try:
-            found = os.stat(path)
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino
-
-    return [identity(path) for path in FILES]
-
-
-def confine(*, landlocked: bool, filtered: bool) -> Sequence[FileId] | None:
-    """Confine this process for good; the files of `FILES` that it may read, None if all. Raises OSError."""
-    files = resolver_files() if landlocked else None
-    linux.hide_memory()
-    linux.lower_limit(resource.RLIMIT_CORE, 1, 1)  # 1 also turns off a program that gets cores
-    if landlocked:
-        ruleset = landlock.Ruleset(landlock.abi())
-        for path, access in ((FILES, landlock.READ), (CODE, landlock.READ_AND_EXECUTE)):
-            for each in path:
-                _allow(ruleset, each, access)
-        ruleset.restrict()
-    if filtered:
-        seccomp.restrict()
-        seccomp.restrict(seccomp.BROKER)
-    return files
-
-
-def _allow(ruleset: landlock.Ruleset, path: str, access: int) -> None:
-    try:
-        descriptor = os.open(os.path.realpath(path), os.O_PATH | os.O_CLOEXEC)
-    except OSError:  # it does not exist
-        return
-    try:
-        ruleset.allow(descriptor, access, is_folder=os.path.isdir(path))
-    finally:
-        os.close(descriptor)
-
-
-def tls_context() -> ssl.SSLContext:
-    """As httpx makes it, without importing it: certifi's authorities, or those that a variable names."""
-    for name, load in (("SSL_CERT_FILE", "cafile"), ("SSL_CERT_DIR", "capath")):
-        if path := os.environ.get(name):
-            return ssl.create_default_context(**{load: path})  # type: ignore[arg-type]
-    import certifi
-
-    return ssl.create_default_context(cafile=certifi.where())
 
 
 async def _serve(control: socket.socket, prepare: Callable[[], Sequence[FileId] | None]) -> None:

@@ -17,6 +17,7 @@ from worker.clock import Clock
 from worker.engine.runners.child.zygote_handle import HelperProcess
 from worker.engine.runners.contract import RunServices, Work
 from worker.errors import WorkerError
+from worker.features.egress.requests import UNKNOWN_CALL
 from worker.handlers.calls import AskLimits, AskShare, AskToken, Call, NotACall, PauseOrigin, read
 from worker.handlers.given import HeldToken
 from worker.handlers.steps import StepError
@@ -28,12 +29,8 @@ from worker.telemetry.tracing import TracedRequest, request_span
 _log = logging.getLogger(__name__)
 Message = Mapping[str, Any]
 COMMAND = (sys.executable, "-P", "-m", "worker.features.egress.broker")
-
-
 # What the broker may call in the name of an attempt.
 BROKER_CALLS = (AskToken, AskLimits, AskShare, PauseOrigin)
-# The code of an answer of a worker that does not know a call, behind a host.
-UNKNOWN_CALL = "unknown_call"
 # Before the names of variables, as no secret is called.
 VARIABLE = "variable "
 # Seconds between starts of a broker that does not come up, at first and at most.
@@ -56,7 +53,7 @@ ENDED = failed("lease_lost", "the run has ended")
 
 
 class BrokerHandle:
-    """Implements `engine.runners.egress.EgressBroker`. `confinement` is that of `broker.confine`."""
+    """Implements `engine.runners.egress.EgressBroker`. `confinement` is that of `confinement.confine`."""
 
     def __init__(
         self,

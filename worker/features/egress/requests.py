@@ -39,6 +39,8 @@ _REFUSED_METHODS = ("TRACE", "TRACK", "CONNECT")
 _STEPS = ("connect", "read", "write", "pool")
 
 
+# The code of an answer of a worker, behind a host, that does not know a call.
+UNKNOWN_CALL = "unknown_call"
 NO_LEASE = "the worker's lease does not hold now; nothing was sent"
 
 
