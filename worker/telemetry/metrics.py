@@ -97,11 +97,6 @@ METRICS: tuple[Metric, ...] = (
         "egress.sent count",
     ),
     _counter("egress_denied_total: origin", "requests of runs that were not sent", "egress.counted denied"),
-    _counter(
-        "egress_waited_seconds_total: origin",
-        "time that requests of runs waited for a limit",
-        "egress.counted seconds",
-    ),
     _gauge(
         "pool_waiting: pool",
         "due runs that wait for a slot of a pool; each worker reports those of all",
