@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.clock import to_text
+from worker.diagnosis.machine import OF_SETTINGS, and_more, said
 from worker.diagnosis.matters import DAY, listed, what_of
 from worker.errors import ConfigurationError, Diagnostic
 from worker.handlers.ceiling import may_run
@@ -17,14 +17,11 @@ from worker.ids import ALL_ORGS
 from worker.model.claims import PoolRules
 from worker.model.definitions.pools import DEFAULT_POOL
 from worker.model.definitions.units import format_duration
-from worker.model.egress import OPEN
 from worker.model.runs import worker_ends
 from worker.model.runs.next_steps import NextStep
 from worker.operations import approvals
 from worker.operations.handlers import Handlers
 from worker.operations.installation import ADOPT, NO_WORD, difference
-from worker.process.confinement import OFF, confinement_of, in_words, readable_management_secrets
-from worker.process.guarded_files import changeable, guarded
 from worker.settings import Settings
 from worker.store import calendars, catalogue, health, placements, places, pools, roles
 from worker.store import installation as stored_installation
@@ -56,11 +53,6 @@ MAX_OPENED = 1_000
 NameOf = Callable[[str], str]
 
 
-def _said(check: str) -> tuple[Callable[..., Diagnostic], Callable[..., Diagnostic]]:
-    """Functions of detail and fix that make the diagnostic of a check: an ok one, and one that is not."""
-    return partial(Diagnostic, check, True), partial(Diagnostic, check, False)
-
-
 def run_checks(
     database: Database,
     settings: Settings,
@@ -78,8 +70,7 @@ def run_checks(
     """
     return [
         *(check(database) for check in (held_snapshots, live_rows, web_roles, file_modes)),
-        *(check(settings) for check in (insecure_origins, sandbox, network, changeable_files, trusted_code)),
-        *(check(settings) for check in (management_secrets, database_password)),
+        *(check(settings) for check in OF_SETTINGS),
         installation(database, settings),
         workers(database),
         credentials(database, org),
@@ -99,7 +90,7 @@ def run_checks(
 
 def installation(database: Database, settings: Settings) -> Diagnostic:
     """A copy of a database has what another installation made at the provider; the word tells them apart."""
-    (ok, bad), word = _said("installation"), settings.installation
+    (ok, bad), word = said("installation"), settings.installation
     with database.autocommit() as connection:
         found = stored_installation.read(connection)
     state = found.state(word)
@@ -121,7 +112,7 @@ def installation(database: Database, settings: Settings) -> Diagnostic:
 
 def workers(database: Database) -> Diagnostic:
     """A worker that died holds its runs until another one takes over; without one, nothing runs."""
-    ok, bad = _said("workers")
+    ok, bad = said("workers")
     with database.autocommit() as connection:
         now = database.now(connection)
         crashed = crashed_workers(connection, ALL_ORGS, now - DAY)
@@ -136,7 +127,7 @@ def workers(database: Database) -> Diagnostic:
         )
         how = f"{alive} live ones take" if alive else "start one (`systemctl start orgworker`): it takes"
         return bad(
-            f"{detail}: its lease expired at {to_text(first['lease_until'])}{_and_more(lost)}",
+            f"{detail}: its lease expired at {to_text(first['lease_until'])}{and_more(lost)}",
             f"{how} over its runs within the length of a lease; its log says whether it died or was cut off",
         )
     since = _crashes(crashed, now)
@@ -161,14 +152,14 @@ def _crashes(found: CappedCount, now: datetime) -> str:
 
 def credentials(database: Database, org: NameOf = str) -> Diagnostic:
     """An org whose credentials are all rejected gets no token: its runs wait."""
-    ok, bad = _said("credentials")
+    ok, bad = said("credentials")
     with database.autocommit() as connection:
         dead = health.dead_credentials(connection)
     if not dead:
         return ok("no issuer has rejected all credentials of an active org")
     code = org(dead[0]["code"])
     return bad(
-        f"{code} gets no token: {dead[0]['last_error']}{_and_more(dead)}",
+        f"{code} gets no token: {dead[0]['last_error']}{and_more(dead)}",
         f"`credentials rotate {code} --client-id ID --secret-file FILE` stores a new secret; "
         f"{_command('check_org', org=code)} tries it",
     )
@@ -176,7 +167,7 @@ def credentials(database: Database, org: NameOf = str) -> Diagnostic:
 
 def tokens(database: Database, org: NameOf = str) -> Iterator[Diagnostic]:
     """A provider that gave orgs the tokens of others in the last day: their runs are refused."""
-    ok, bad = _said("tokens")
+    ok, bad = said("tokens")
     with database.autocommit() as connection:
         found = mismatches(connection, ALL_ORGS, database.now(connection) - DAY)
     for one in found:
@@ -196,7 +187,7 @@ def org_secrets(database: Database, ring: KeyRing | None, org: NameOf = str) -> 
 
     Tries the newest ones, and warns of those that handlers get in clear.
     """
-    ok, bad = _said("secrets")
+    ok, bad = said("secrets")
     with database.autocommit() as connection:
         rows = stored_secrets.newest(connection, ALL_ORGS, limit=MAX_OPENED)
         declared = Handlers(connection).declared_secrets() if rows else set()
@@ -205,7 +196,7 @@ def org_secrets(database: Database, ring: KeyRing | None, org: NameOf = str) -> 
         first = closed[0]
         code, secret = org(first["org"]), first["name"]
         yield bad(
-            f"the key ring here does not open the secret {secret} of {code}{_and_more(closed, MAX_OPENED)}",
+            f"the key ring here does not open the secret {secret} of {code}{and_more(closed, MAX_OPENED)}",
             f"put the key {first['key_id']} back into the key ring, or `secrets remove {code} {secret}` and "
             f"`secrets add {code} {secret}`, with --for ORIGIN if it was bound",
         )
@@ -233,7 +224,7 @@ def _opens(ring: KeyRing | None, row: Row) -> bool:
 
 def handlers(database: Database) -> Diagnostic:
     """A handler that does not load: the runs of its definitions wait."""
-    ok, bad = _said("handlers")
+    ok, bad = said("handlers")
     with database.autocommit() as connection:
         broken = [row for row in catalogue.entries(connection) if row["error"] is not None]
         on_hosts = [] if broken else places.broken(connection)
@@ -242,7 +233,7 @@ def handlers(database: Database) -> Diagnostic:
     first = (broken or on_hosts)[0]
     place = f"{first['name']} of {first['distribution']} {first['version']}"
     place += "" if broken else f" on hosts of pool {first['pool']}"
-    more = _and_more(broken) if broken else _and_more(on_hosts, places.BROKEN)
+    more = and_more(broken) if broken else and_more(on_hosts, places.BROKEN)
     return (bad if broken else ok)(
         f"{place} does not load: {type_of(first['error'])}{more}",
         f"install a fixed version and restart {'the workers' if broken else 'these hosts'}; "
@@ -255,7 +246,7 @@ def unapproved(database: Database) -> Iterator[Diagnostic]:
 
     Names keys and not their values, which hosts choose. Nothing without hosts.
     """
-    ok, bad = _said("approvals")
+    ok, bad = said("approvals")
     with database.autocommit() as connection:
         rows = approvals.declared(connection)
         waiting = [row for row in rows if not row["approved"]]
@@ -282,7 +273,7 @@ def _waits(row: Row, use: Row) -> bool:
 
 def homeless(database: Database, org: NameOf = str) -> Iterator[Diagnostic]:
     """Definitions of handlers that only hosts offer, without a pool: their runs reach no host."""
-    bad = _said("hosts_only")[1]
+    bad = said("hosts_only")[1]
     with database.autocommit() as connection:
         used = places.uses(connection, ALL_ORGS, places.only_of_hosts(connection))
         found = [row for row in used if row["pool"] is None]
@@ -292,7 +283,7 @@ def homeless(database: Database, org: NameOf = str) -> Iterator[Diagnostic]:
         written = "its template" if first["template_id"] is not None else "it"
         yield bad(
             f"only hosts offer {first['handler']}, and a definition of {org(first['org'])} names no pool"
-            f"{_and_more(found)}",
+            f"{and_more(found)}",
             f'give {written} pool = "{pools_of[0] if pools_of else "POOL"}", or its org a pool; '
             f"{_command('show_handler', handler=first['handler'])} shows who offers it",
         )
@@ -300,7 +291,7 @@ def homeless(database: Database, org: NameOf = str) -> Iterator[Diagnostic]:
 
 def served_pools(database: Database, org: NameOf = str) -> Diagnostic:
     """A definition whose pool no worker or host serves: its runs wait. Looks at the newest definitions."""
-    ok, bad = _said("pools")
+    ok, bad = said("pools")
     with database.autocommit() as connection:
         served = pools.slots_of(health.live_workers(connection))
         wanted = pools.of_definitions(connection)
@@ -312,7 +303,7 @@ def served_pools(database: Database, org: NameOf = str) -> Diagnostic:
     pool = lacking[0]
     return bad(
         f"no worker or host serves pool {pool}, where a definition of {org(wanted[pool])} runs"
-        f"{_and_more(lacking)}",
+        f"{and_more(lacking)}",
         f"start a host of it, add it to [execution] pools of a worker, or correct the name; "
         f"`pools list` shows what waits for {pool}",
     )
@@ -320,20 +311,20 @@ def served_pools(database: Database, org: NameOf = str) -> Diagnostic:
 
 def placed_pool(database: Database, pool: str) -> Diagnostic:
     """A handler that only some hosts of a pool offer which Temporal places: its runs wait."""
-    ok, bad = _said("placed_pool")
+    ok, bad = said("placed_pool")
     with database.autocommit() as connection:
         lacking = placements.unplaced_handlers(connection, pool)
     if not lacking:
         return ok(f"the hosts of pool {pool} offer the same handlers")
     return bad(
-        f"not all hosts of pool {pool} offer {lacking[0]}, so its runs are not placed{_and_more(lacking)}",
+        f"not all hosts of pool {pool} offer {lacking[0]}, so its runs are not placed{and_more(lacking)}",
         f"install the same plug-ins on all hosts of {pool}; `hosts list` shows them",
     )
 
 
 def pool_rules(database: Database, settings: Settings) -> Diagnostic:
     """What pools require: the same in every configuration, and only of pools that are served."""
-    ok, bad = _said("pool_rules")
+    ok, bad = said("pool_rules")
     with database.autocommit() as connection:
         rules = PoolRules(settings.pool_rules, pools.rules(connection))
         alive = health.live_workers(connection)
@@ -341,14 +332,14 @@ def pool_rules(database: Database, settings: Settings) -> Diagnostic:
         pool = min(rules.differing)
         return bad(
             f"[pools.{pool}] requires {_rule(rules.own[pool])} here, and {_rule(rules.stored.get(pool, {}))} "
-            f"is stored{_and_more(sorted(rules.differing))}",
+            f"is stored{and_more(sorted(rules.differing))}",
             "give every worker the same [pools], and restart those with older rules: they take no run of it",
         )
     served = pools.slots_of(alive)
     unserved = sorted(pool for pool in rules.stored if pool not in served)
     if alive and unserved:
         return ok(
-            f"pool {unserved[0]} has rules, and no worker or host serves it{_and_more(unserved)}",
+            f"pool {unserved[0]} has rules, and no worker or host serves it{and_more(unserved)}",
             f"start one, correct the name in worker.toml, or `pools forget {unserved[0]}`",
         )
     stored = ", ".join(f"{pool} requires {_rule(rule)}" for pool, rule in sorted(rules.stored.items()))
@@ -357,7 +348,7 @@ def pool_rules(database: Database, settings: Settings) -> Diagnostic:
 
 def ending_calendars(database: Database) -> Diagnostic:
     """Calendars in use that have no later dates: definitions run on the holidays after the last one."""
-    ok = _said("calendars")[0]
+    ok = said("calendars")[0]
     with database.autocommit() as connection:
         until = (database.now(connection) + CALENDAR_AHEAD).date()
         ending = calendars.ending(connection, until)
@@ -366,7 +357,7 @@ def ending_calendars(database: Database) -> Diagnostic:
     first = ending[0]
     last = "no dates" if first["last_date"] is None else f"no date after {first['last_date']}"
     return ok(
-        f"calendar {first['name']} has {last}{_and_more(ending)}",
+        f"calendar {first['name']} has {last}{and_more(ending)}",
         f"apply a file that has its next dates, too; `calendars show {first['name']}` says what uses it",
     )
 
@@ -384,15 +375,9 @@ def _command(verb: str, **subject: str) -> str:
     return f"`{NextStep(verb, subject).command}`"
 
 
-def _and_more(found: Sequence[object], most: int = health.NEWEST) -> str:
-    if len(found) < 2:
-        return ""
-    return f"; and {'at least ' if len(found) == most else ''}{len(found) - 1} more"
-
-
 def held_snapshots(database: Database) -> Diagnostic:
     """A held snapshot keeps every row that has ended since, and slows admission down."""
-    ok, bad = _said("held_snapshots")
+    ok, bad = said("held_snapshots")
     if database.dialect == "sqlite":
         return ok("SQLite holds no snapshots")
     with database.autocommit() as connection:
@@ -424,7 +409,7 @@ def too_old(holder: health.Holder) -> bool:
 
 def live_rows(database: Database) -> Diagnostic:
     """A run has a live row exactly until it ends."""
-    ok, bad = _said("live_rows")
+    ok, bad = said("live_rows")
     with database.autocommit() as connection:
         strayed = health.strayed(connection)
     if not strayed:
@@ -437,21 +422,9 @@ def live_rows(database: Database) -> Diagnostic:
     )
 
 
-def insecure_origins(settings: Settings) -> Diagnostic:
-    """Anyone on the way to such an origin can read each org's token and use it."""
-    ok = _said("insecure_origins")[0]
-    listed = ", ".join(settings.execution.insecure_origins)
-    if not listed:
-        return ok("tokens are always sent encrypted")
-    return ok(
-        f"tokens can be sent unencrypted to {listed}",
-        "serve it over https and remove it from [execution] insecure_origins",
-    )
-
-
 def web_roles(database: Database) -> Diagnostic:
     """The web side uses two roles of its own; a login that cannot take them answers 503."""
-    ok, bad = _said("web_roles")
+    ok, bad = said("web_roles")
     if database.dialect == "sqlite":
         return ok("SQLite has no roles")
     with database.autocommit() as connection:
@@ -463,7 +436,7 @@ def web_roles(database: Database) -> Diagnostic:
 
 def file_modes(database: Database) -> Diagnostic:
     """New files are readable by their owner only; those of an older release can be open to others."""
-    ok = _said("file_modes")[0]
+    ok = said("file_modes")[0]
     if database.dialect != "sqlite":
         return ok("PostgreSQL has no database file here")
     with database.autocommit() as connection:
@@ -484,65 +457,9 @@ def _others(path: Path) -> int:
     return 0o011 if path.stat().st_uid == os.geteuid() else 0o001
 
 
-def sandbox(settings: Settings) -> Diagnostic:
-    """How a worker that starts here and now would confine handlers."""
-    ok, bad = _said("sandbox")
-    try:
-        confinement = confinement_of(_with(settings, network="auto"))
-    except ConfigurationError as error:
-        return bad(error.message, error.fix)
-    if confinement.narrowed:
-        detail = f"{confinement.level}; {in_words(confinement.narrowed[0])}"
-        return bad(detail, "move it elsewhere, or allow handlers a smaller folder")
-    if confinement.level == OFF:
-        return ok(OFF, "handlers can read all that the worker's user can; set it to auto")
-    if confinement.rules is None:
-        return bad(confinement.level, "use Linux 6.12 or newer with Landlock turned on")
-    return ok(confinement.level)
-
-
-def network(settings: Settings) -> Diagnostic:
-    """Whether a worker that starts here and now could seal runs, so that they reach only what is listed."""
-    ok, bad = _said("network")
-    policy = settings.execution.network
-    if policy == "open":
-        return ok(
-            '[execution] network = "open": no run is sealed, whatever handlers and definitions list',
-            "set it to auto",
-        )
-    try:
-        confinement = confinement_of(_with(settings, sandbox=_unless_required(settings)))
-    except ConfigurationError as error:
-        return bad(error.message, error.fix)
-    if confinement.unsealed is not None:
-        return ok(
-            f"no run can be sealed here, so that what it lists does not bind it: {confinement.unsealed}",
-            "use Linux 6.12 or newer with Landlock and seccomp turned on and sandbox not off",
-        )
-    execution, most = settings.execution, ", ".join(settings.execution.egress)
-    detail = "runs can be sealed" + (f", with at most {most}" if most else "")
-    capped = bool(most) and OPEN not in execution.egress
-    if execution.inline and (capped or policy == "require"):
-        unless = "" if capped else ' unless their @job has egress=["open"]'
-        return ok(
-            f"{detail}; inline runs of {', '.join(execution.inline)} cannot, and fail{unless}",
-            'give their definitions isolation = "child"',
-        )
-    return ok(detail)
-
-
-def _unless_required(settings: Settings) -> str:
-    """The sandbox, without what the check `sandbox` reports."""
-    return "off" if settings.execution.sandbox == "off" else "auto"
-
-
-def _with(settings: Settings, **execution: str) -> Settings:
-    return settings.model_copy(update={"execution": settings.execution.model_copy(update=execution)})
-
-
 def undeclared_egress(database: Database, settings: Settings) -> Iterator[Diagnostic]:
     """Handlers that declare no egress. Nothing if there is no handler, or no run is sealed anyway."""
-    ok, policy = _said("egress")[0], settings.execution.network
+    ok, policy = said("egress")[0], settings.execution.network
     with database.autocommit() as connection:
         total, silent = places.undeclared_egress(connection)
     if policy == "open" or not total:
@@ -565,66 +482,14 @@ def undeclared_egress(database: Database, settings: Settings) -> Iterator[Diagno
 
 def revealed_tokens(database: Database, org: NameOf = str) -> Iterator[Diagnostic]:
     """Definitions whose sealed runs get the org's token itself; nothing without any."""
-    ok = _said("reveal_token")[0]
+    ok = said("reveal_token")[0]
     with database.autocommit() as connection:
         rows = places.revealing(connection, ALL_ORGS)
     if rows:
         first = rows[0]
         yield ok(
             f"runs of a definition of {first['handler']} by {org(first['org'])} get the org's token itself, "
-            f"also if they are sealed{_and_more(rows, places.REVEALING)}",
+            f"also if they are sealed{and_more(rows, places.REVEALING)}",
             "remove reveal_token where ctx.http, which adds the token, is enough; `definitions list -o json` "
             "has a column reveal_token",
         )
-
-
-def changeable_files(settings: Settings) -> Diagnostic:
-    """Files with secrets that handlers could open to other accounts, if workers run as this user."""
-    ok, bad = _said("changeable_files")
-    found = changeable(guarded(settings))
-    if not found:
-        return ok("handlers cannot change the modes of key ring and settings")
-    detail = f"handlers could open {found[0]} to other accounts (chmod){_and_more(found)}"
-    if settings.execution.sandbox != "require":
-        return ok(f"{detail}; a worker restores modes, and require forbids it")
-    return bad(
-        f"{detail}; from the next release on, a worker or host exits with 78",
-        "let another account own it (chown root:GROUP, chmod 0640), or mount it read-only",
-    )
-
-
-def trusted_code(settings: Settings) -> Diagnostic:
-    """Plug-in code outside every sandbox: inline handlers, and what the zygote imports."""
-    ok = _said("trusted_code")[0]
-    execution = settings.execution
-    trusted = {"preload": execution.preload, "inline": execution.inline}
-    named = [f"{setting}: {', '.join(names)}" for setting, names in trusted.items() if names]
-    return ok("; ".join(named) or "none: each handler has its own process")
-
-
-def management_secrets(settings: Settings) -> Diagnostic:
-    """The secret of a management API opens those of all orgs, so workers must not be able to read it."""
-    ok = _said("management_secrets")[0]
-    readable = readable_management_secrets(settings)
-    if not readable:
-        return ok("this user cannot read the secret of a management API")
-    return ok(
-        f"this user may read {', '.join(readable)}",
-        "if workers run as this user, move it to a secrets_dir that only provisioning uses",
-    )
-
-
-def database_password(settings: Settings) -> Diagnostic:
-    """Handlers can use the network, so the database must ask for a password."""
-    ok, bad = _said("database_password")
-    database = settings.database
-    if database.sqlite_file is not None:
-        return ok("SQLite is a file, not a server")
-    urls = [url for url in (database.url, database.owner_url) if url]
-    open_to = [user for url in urls for user in health.users_without_password(url)]
-    if not open_to:
-        return ok("the database asks for a password")
-    return bad(
-        f"the database accepts logins without a password: {', '.join(dict.fromkeys(open_to))}",
-        "in pg_hba.conf use scram-sha-256 for this user, not trust, peer or ident",
-    )

@@ -13,7 +13,7 @@ from sqlalchemy import delete
 from tests.conftest import on_either
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import Stock
-from worker.diagnosis import doctor
+from worker.diagnosis import doctor, machine
 from worker.diagnosis.doctor import file_modes, held_snapshots, live_rows, run_checks, too_old
 from worker.engine.runners.child import landlock
 from worker.handlers.catalogue import HandlerEntry
@@ -304,30 +304,30 @@ def test_definitions_whose_runs_get_the_token_itself_are_named(stock):
 
 def test_it_says_whether_runs_can_be_sealed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(landlock, "abi", lambda: landlock.SCOPES)
-    assert doctor.network(of_execution()).detail == "runs can be sealed"
-    capped = doctor.network(of_execution(network="require", egress=["api", "public"]))
+    assert machine.network(of_execution()).detail == "runs can be sealed"
+    capped = machine.network(of_execution(network="require", egress=["api", "public"]))
     assert (capped.ok, capped.detail) == (True, "runs can be sealed, with at most api, public")
-    inline = doctor.network(of_execution(network="require", inline=["acme-jobs"]))
+    inline = machine.network(of_execution(network="require", inline=["acme-jobs"]))
     assert inline.detail == (
         'runs can be sealed; inline runs of acme-jobs cannot, and fail unless their @job has egress=["open"]'
     )
     assert (inline.ok, inline.fix) == (True, 'give their definitions isolation = "child"')
-    fail = doctor.network(of_execution(egress=["public"], inline=["acme-jobs"]))
+    fail = machine.network(of_execution(egress=["public"], inline=["acme-jobs"]))
     assert fail.detail.endswith("inline runs of acme-jobs cannot, and fail")
-    assert doctor.network(of_execution(egress=["open"], inline=["acme-jobs"])).fix == ""
-    off = doctor.network(of_execution(network="open"))
+    assert machine.network(of_execution(egress=["open"], inline=["acme-jobs"])).fix == ""
+    off = machine.network(of_execution(network="open"))
     assert (off.ok, off.fix) == (True, "set it to auto")
-    unconfined = doctor.network(of_execution(sandbox="off"))
+    unconfined = machine.network(of_execution(sandbox="off"))
     assert (unconfined.ok, "does not bind it: off" in unconfined.detail) == (True, True)
 
     monkeypatch.setattr(landlock, "abi", lambda: 4)
-    partial = doctor.network(of_execution())
+    partial = machine.network(of_execution())
     assert (partial.ok, "does not bind it: partial: Landlock 4" in partial.detail) == (True, True)
     # The sandbox itself says so of what it requires.
-    assert doctor.network(of_execution(sandbox="require")).ok
+    assert machine.network(of_execution(sandbox="require")).ok
     required = of_execution(network="require")
-    assert not doctor.network(required).ok
-    assert "no run can be sealed" not in doctor.sandbox(required).detail
+    assert not machine.network(required).ok
+    assert "no run can be sealed" not in machine.sandbox(required).detail
 
 
 def remove(stock: Stock, table: object) -> None:

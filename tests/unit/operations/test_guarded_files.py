@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.clock import ManualClock
-from worker.diagnosis.doctor import changeable_files
+from worker.diagnosis.machine import changeable_files
 from worker.features.hosts.access import read_token
 from worker.process import guarded_files
 from worker.process.guarded_files import ACCESS_LIST, FileWatch, changeable, guarded

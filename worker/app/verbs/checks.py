@@ -132,7 +132,8 @@ def check(
     this machine cannot seal runs, and names handlers that declare none and definitions that reveal the token.
     """
     from worker.diagnosis.capacity import Machine, capacity
-    from worker.diagnosis.doctor import network, revealed_tokens, unapproved, undeclared_egress
+    from worker.diagnosis.doctor import revealed_tokens, unapproved, undeclared_egress
+    from worker.diagnosis.machine import network
     from worker.diagnosis.requirements import forecast_tokens, lacking_of_all_orgs
     from worker.process.confinement import readable_management_secrets
     from worker.wiring.issuers import issuers_of
@@ -239,12 +240,11 @@ def doctor(
 
 
 def _of_host(session: Invocation) -> list[Diagnostic]:
-    from worker.diagnosis.doctor import changeable_files, network, sandbox, trusted_code
+    from worker.diagnosis.machine import OF_HOST
     from worker.settings import load
 
     settings = load(session.config, session.overrides, of_host=True)
-    checks = (sandbox, network, changeable_files, trusted_code)
-    return [*HOST_CHECKS.require()(settings.host), *(check(settings) for check in checks)]
+    return [*HOST_CHECKS.require()(settings.host), *(check(settings) for check in OF_HOST)]
 
 
 def _write(path: str, session: Invocation, database: Database) -> None:
