@@ -226,7 +226,7 @@ class _Parts:
         make_limits = SHARES.find()
         limits = NoLimits() if make_limits is None else make_limits(database, self.id, clock)
         resources.push_async_callback(limits.close)
-        tools, chores = self._tools(steps, limits), Chores(database, on_runs=signals.runs_due)
+        tools, chores = self._tools(steps, limits), Chores(database, on_runs=signals.fired)
         parts = Parts(self.id, store, tools, self.credentials.ring, signals, chores.ended, resources)
         joined = [addition.join(parts) for addition in self.worker.additions]
         inflight_runs, free = InflightRuns(), signals.slots_free
