@@ -378,6 +378,17 @@ async def test_a_worker_that_stops_lets_what_it_did_not_deliver_wait_again(fleet
     assert (live["state"], live["reason"]) == ("waiting", "handed_back")
 
 
+async def test_renewals_that_hear_at_once_that_the_incarnation_has_ended(fleet: Fleet) -> None:
+    host = await fleet.host()
+    await host.call(fleet.one, "renew")
+    with fleet.database.transaction() as connection:
+        connection.execute(tables.workers.update().values(ended_at=fleet.database.now(connection)))
+
+    answers = await asyncio.gather(*(host.call(fleet.one, "renew") for _ in range(5)))
+
+    assert [answer["registered"] for answer in answers] == [False] * 5
+
+
 async def test_the_versions_are_listed_without_a_token(fleet: Fleet) -> None:
     response = await fleet.client.get(f"{fleet.one.url}/attempts")
 

@@ -176,6 +176,8 @@ class AttemptApi:
         return runs
 
     def _drop(self, runs: HostedRuns) -> None:
+        if self._incarnations.get(runs.worker) is not runs:
+            return  # another call was answered at the same time
         del self._incarnations[runs.worker]
         closing = asyncio.create_task(runs.close())
         self._closing.add(closing)
