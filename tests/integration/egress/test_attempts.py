@@ -191,12 +191,13 @@ async def test_an_attempt_may_not_have_tokens_renewed_without_end(worker: Worker
     assert len([each for each in worker.told if asks_token(each)]) == 16
 
 
-def references(needle: bytes) -> list[str]:
-    """What has the needle of all that anything refers to, but for the constants of this module."""
-    seen: set[int] = {id(needle), id(TOKEN), id(SECRET)}
-    found: list[str] = []
+def references(*texts: str) -> dict[str, list[str]]:
+    """For each text what has it of all that anything refers to, but for the constants of this module."""
+    seen: set[int] = {id(TOKEN), id(SECRET), *map(id, texts)}
+    found: dict[str, list[str]] = {text: [] for text in texts}
+    needles = [(text, text.encode()) for text in texts]
     left: list[Any] = gc.get_objects()
-    own = {id(left), id(seen), id(found)}
+    own = {id(each) for each in (left, seen, found, needles, *needles)} | {id(each) for _, each in needles}
     while left:
         each = left.pop()
         if id(each) in seen or id(each) in own:
@@ -205,11 +206,13 @@ def references(needle: bytes) -> list[str]:
         # By its type: `isinstance` asks lazy objects of other libraries for theirs.
         kind = type(each)
         if issubclass(kind, (bytes, bytearray)):
-            if needle in each:
-                found.append(f"{kind.__name__} of {len(each)}")
+            for text, needle in needles:
+                if needle in each:
+                    found[text].append(f"{kind.__name__} of {len(each)}")
         elif issubclass(kind, str):
-            if needle.decode() in each:
-                found.append(f"str of {len(each)}: {each[:30]!r}")
+            for text in texts:
+                if text in each:
+                    found[text].append(f"str of {len(each)}: {each[:30]!r}")
         elif not issubclass(kind, (memoryview, int, float)):
             left.extend(gc.get_referents(each))
     return found
@@ -284,7 +287,7 @@ async def test_nothing_refers_to_a_value_after_its_attempt(worker: Worker, how: 
         await how(worker, url, worker.attempt(1, url, value=SECRET))
         # The control: the attempt has them.
         assert worker.broker.attempts[1]._secrets and worker.broker.attempts[1]._held
-        assert all(references(text[3:].encode()) for text in (TOKEN, SECRET))
+        assert all(references(TOKEN[3:], SECRET[3:]).values())
         await worker.end(1)
         await asyncio.sleep(0.1)
 
@@ -294,6 +297,5 @@ async def test_nothing_refers_to_a_value_after_its_attempt(worker: Worker, how: 
     gc.collect()
     worker.told.clear()
     worker.tokens.clear()
-    for text in (TOKEN, SECRET):
-        found = references(text[3:].encode())
-        assert not found, found
+    found = references(TOKEN[3:], SECRET[3:])
+    assert not any(found.values()), found
