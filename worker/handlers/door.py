@@ -9,7 +9,8 @@ class Door:
     """The descriptor by which a run's process reaches the broker."""
 
     def __init__(self, descriptor: int) -> None:
-        self._door = socket.socket(fileno=descriptor)
+        # With its kind given, the kernel need not be asked for that.
+        self._door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, descriptor)
 
     def connect(self) -> socket.socket:
         """A stream to the broker. Raises OSError once the attempt has ended."""

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.fakes.answering import AnsweringWorker
 from tests.fakes.running import until, work
 from tests.integration.egress.conftest import MODULE
 from tests.integration.egress.service import Service
+from worker.engine.runners.child import linux
 from worker.engine.runners.child.pool import ChildPool
 from worker.engine.runners.contract import StopSignal, Work
 from worker.features.egress.handle import BrokerHandle
@@ -103,6 +105,28 @@ async def test_a_connection_of_its_own_needs_an_open_network(children: ChildPool
 
     assert "PermissionError" in failure(sealed)
     assert result(opened) == "connected"
+
+
+async def test_a_process_that_waits_for_a_sealed_run_has_no_network_already(
+    children: ChildPool, service: Service
+) -> None:
+    """Of those that wait, one for each kind, that for open runs is the control."""
+    for egress in (Egress(), ONLY_API):
+        result(await children.run(given("reveal", service, egress=egress), AnsweringWorker(), StopSignal()))
+
+    await until(lambda: len(filters_of_spares(children)) == 2)
+    one, other = filters_of_spares(children)
+    assert other == one + 1
+
+
+def filters_of_spares(children: ChildPool) -> list[int]:
+    """The numbers of filters of processes that wait for a run; the zygote's own is among them."""
+    found = []
+    for pid, process in linux.processes().items():
+        if process.parent == children.zygote_pid and process.state == "S":
+            status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+            found.append(int(status["Seccomp_filters"]))
+    return sorted(found)
 
 
 async def test_a_bound_secret_is_put_in_for_its_origin_only(children: ChildPool, service: Service) -> None:

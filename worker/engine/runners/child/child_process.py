@@ -234,10 +234,17 @@ class ChildProcess(asyncio.Protocol):
     """`open` it, have it forked, `serve` one run, and `close` it once it has `ended`."""
 
     def __init__(
-        self, number: int, folder: str, tell_zygote: Callable[[Message], None], *, brokered: bool = False
+        self,
+        number: int,
+        folder: str,
+        tell_zygote: Callable[[Message], None],
+        *,
+        brokered: bool = False,
+        sealed: bool = False,
     ) -> None:
-        """With `brokered` it gets a door to the broker."""
+        """With `brokered` it gets a door to the broker; if `sealed`, that is its only way out."""
         self.number = number
+        self.sealed = sealed
         self._brokered = brokered
         self._door: socket.socket | None = None
         self.folder = folder

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from worker.clock import Clock
-from worker.engine.runners.child import messages, seccomp
+from worker.engine.runners.child import messages
 from worker.engine.runners.child.child_process import CHECKED_AT_ONCE, ChildProcess, Ended, Inbox, InboxTurns
 from worker.engine.runners.child.messages import MALFORMED, BrokenMessage, Message
 from worker.engine.runners.contract import (
@@ -97,12 +97,12 @@ class ChildRun:
         self.stop = stop
         environment = {} if broker is None else broker.environment(work)
         seconds = (work.timeout_at - clock.now()).total_seconds()
+        process.serve(
+            self, messages.first_message(work, seconds, sealed=self._sealed, environment=environment)
+        )
+        # What the run passes meanwhile waits in the door.
         if self._brokered is not None and (door := process.take_door()) is not None:
             self._brokered.open(door)
-        first = messages.first_message(
-            work, seconds, sealed=self._sealed, filtered=seccomp.known(), environment=environment
-        )
-        process.serve(self, first)
         if work.memory is not None:
             process.signal("cap", memory=work.memory)
         self._unread = self._loop.call_later(UNREAD, self._check_read)

@@ -211,7 +211,10 @@ _CPU_GRACE = 5
 
 @dataclass(frozen=True, slots=True)
 class RunPlace:
-    """Where a run lives: descriptors, its own folder, and that of its cgroup; `door` leads to the broker."""
+    """Where a run lives: descriptors, its own folder, and that of its cgroup; `door` leads to the broker.
+
+    If `sealed`, that is its only way out.
+    """
 
     channel: int
     stdout: int
@@ -219,9 +222,27 @@ class RunPlace:
     folder: str
     group: str | None = None
     door: int | None = None
+    sealed: bool = False
 
 
-def isolate(place: RunPlace, *, zygote: int, lock: int | None, ruleset: Ruleset | None) -> int | None:
+class Seal:
+    """Denies a process the network; the zygote makes it once, since that takes longer than to apply it."""
+
+    def __init__(self) -> None:
+        version = landlock.abi()
+        self.ruleset = Ruleset(version, files=False) if version >= landlock.NETWORK else None
+        self._filter = seccomp.Filter(seccomp.SEALED)
+
+    def apply(self) -> None:
+        """Deny this process and its descendants the network for good; raises OSError."""
+        if self.ruleset is not None:
+            self.ruleset.restrict()
+        self._filter.install()
+
+
+def isolate(
+    place: RunPlace, *, zygote: int, lock: int | None, ruleset: Ruleset | None, seal: Seal | None
+) -> int | None:
     """Turn a process that was just forked into a run's own; raises OSError if the kernel refuses.
 
     Returns a descriptor for the cap of its cgroup, for `main`.
@@ -235,7 +256,8 @@ def isolate(place: RunPlace, *, zygote: int, lock: int | None, ruleset: Ruleset 
     cap = None if place.group is None else linux.join_cgroup(place.group)
     _default_signals()
     own_proc = () if ruleset is None else (ruleset.descriptor, allow_own_proc(ruleset))
-    _keep_only(place, lock, *own_proc, *(() if cap is None else (cap,)))
+    of_seal = () if seal is None or seal.ruleset is None else (seal.ruleset.descriptor,)
+    _keep_only(place, lock, *own_proc, *of_seal, *(() if cap is None else (cap,)))
     # A core would contain the token. 1 also turns off a program that the kernel would give it to.
     linux.lower_limit(resource.RLIMIT_CORE, 1, 1)
     linux.lower_limit(resource.RLIMIT_NOFILE, FILES, MAX_FILES)
@@ -245,6 +267,8 @@ def isolate(place: RunPlace, *, zygote: int, lock: int | None, ruleset: Ruleset 
         ruleset.restrict()
         linux.show_memory()  # the zygote counts its files in memory
         sandboxed()
+    if seal is not None:
+        seal.apply()
     return cap
 
 
@@ -299,50 +323,25 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-class WayOut:
-    """The network of a run, by its door to the broker or open; made before the process has its work."""
-
-    def __init__(self, door: int) -> None:
-        self._connect = Door(door).connect
-        # Where a network is left by a proxy only, the broker would not reach what an open run reaches.
-        self._proxied = bool(getproxies())
-        self._ruleset = self._filter = None
-        if seccomp.known():
-            self._filter = seccomp.Filter(seccomp.SEALED)
-            if (version := landlock.abi()) >= landlock.NETWORK:
-                self._ruleset = Ruleset(version, files=False)
-            landlock.gain_no_privileges()
-
-    def take(self, *, sealed: bool) -> Connect | None:
-        """How the clients of `ctx` reach the broker; None if they connect themselves.
-
-        If `sealed`, this process is denied the network for good; raises OSError.
-        """
-        if sealed:
-            if self._ruleset is not None:
-                self._ruleset.restrict()
-            if self._filter is None:
-                raise OSError(f"no filter for {os.uname().machine}")
-            self._filter.install()
-        elif self._ruleset is not None:
-            self._ruleset.close()
-        return None if self._proxied and not sealed else self._connect
+def _way_out(place: RunPlace) -> Connect | None:
+    """How the clients of `ctx` reach the broker; None if they connect themselves."""
+    # Where a network is left by a proxy only, the broker would not reach what an open run reaches.
+    if place.door is None or (not place.sealed and getproxies()):
+        return None
+    return Door(place.door).connect
 
 
-def main(descriptor: int, cap: int | None, door: int | None = None) -> NoReturn:
+def main(place: RunPlace, cap: int | None) -> NoReturn:
     """Wait for the work of this process and run its handler; never returns."""
     global _channel
     home = os.getpid()
     code = os.EX_SOFTWARE
     try:
-        channel = _channel = WorkerChannel(socket.socket(fileno=descriptor))
-        way_out = None if door is None else WayOut(door)
+        channel = _channel = WorkerChannel(socket.socket(fileno=place.channel))
+        connect = _way_out(place)
         message = channel.receive()
         # From here on it holds data of an org; nothing of a plug-in runs before the limits apply.
         _limit(message["seconds"], message["memory"], cap)
-        if way_out is None and message["sealed"]:
-            raise OSError("a sealed run needs a broker")
-        connect = None if way_out is None else way_out.take(sealed=message["sealed"])
         os.environ |= message["environment"]
         work = work_of(message)
         if work.traceparent is not None:

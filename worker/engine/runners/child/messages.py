@@ -207,16 +207,13 @@ def work_message(work: Work, seconds: float) -> Message:
     return WORK.write(work) | {"seconds": seconds} | GRANTED.write((work.token, work.claims))
 
 
-def first_message(
-    work: Work, seconds: float, *, sealed: bool, filtered: bool, environment: Mapping[str, str]
-) -> Message:
+def first_message(work: Work, seconds: float, *, sealed: bool, environment: Mapping[str, str]) -> Message:
     """The first message to a run's process: its work, as a `sealed` run gets it or in clear.
 
     `seconds` are left until its timeout, by the worker's clock. `environment` has placeholders of variables.
-    A sealed run is `filtered` where this machine can.
     """
     shown = replace(work, token=hidden(work, work.token)) if sealed else work
-    return work_message(shown, seconds) | {"sealed": sealed and filtered, "environment": environment}
+    return work_message(shown, seconds) | {"environment": environment}
 
 
 def hidden(work: Work, token: AccessToken, call: AskToken | None = None) -> AccessToken:

@@ -8,6 +8,7 @@ import itertools
 import os
 import socket
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -15,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from worker.clock import Clock
-from worker.engine.runners.child import linux, run_folders
+from worker.engine.runners.child import linux, run_folders, seccomp
 from worker.engine.runners.child.child_process import ChildProcess, Ended, InboxTurns
 from worker.engine.runners.child.child_run import ChildRun, exit_detail
 from worker.engine.runners.child.messages import Setup
@@ -41,34 +42,34 @@ TRIES = 3
 
 
 class Spares:
-    """Processes forked ahead of their runs, at most `count`; each serves one run.
+    """Processes forked ahead of their runs, at most `count` for sealed runs and as many for others.
 
-    There are none before the first run, and they are replaced while no run waits for its process. `fork`
-    raises OSError.
+    Each serves one run. There are none before the first run of their kind, and they are replaced while no run
+    waits for its process. `fork` gets whether a process is sealed; it raises OSError.
     """
 
-    def __init__(self, count: int, fork: Callable[[], Coroutine[Any, Any, ChildProcess]]) -> None:
+    def __init__(self, count: int, fork: Callable[[bool], Coroutine[Any, Any, ChildProcess]]) -> None:
         self._count = count
         self._fork = fork
         self._idle: dict[int, ChildProcess] = {}
         self._starting: set[int] = set()
-        self._used = False
+        self._kinds: dict[bool, None] = {}
         self._refilling: asyncio.Task[None] | None = None
         self._pause = 0.0
 
-    def take(self) -> ChildProcess | None:
-        """The oldest that is alive."""
-        while self._idle:
-            process = self._idle.pop(next(iter(self._idle)))
+    def take(self, *, sealed: bool) -> ChildProcess | None:
+        """The oldest of this kind that is alive."""
+        for process in [each for each in self._idle.values() if each.sealed == sealed]:
+            del self._idle[process.number]
             if process.usable:
                 self._pause = 0.0
                 return process
         return None
 
-    def starting(self, number: int) -> None:
+    def starting(self, process: ChildProcess) -> None:
         """A run waits for this process."""
-        self._used = True
-        self._starting.add(number)
+        self._kinds[process.sealed] = None
+        self._starting.add(process.number)
 
     def started(self, number: int) -> None:
         """The handler of this process is about to be called, or the process has ended."""
@@ -84,7 +85,7 @@ class Spares:
 
     def refill(self) -> None:
         """Fork what is missing, unless a run waits for its process."""
-        if self._used and self._refilling is None and not self._starting and len(self._idle) < self._count:
+        if self._refilling is None and not self._starting and self._missing():
             self._refilling = asyncio.create_task(self._refill())
 
     def retire(self) -> list[ChildProcess]:
@@ -100,13 +101,18 @@ class Spares:
     async def _refill(self) -> None:
         try:
             await asyncio.sleep(self._pause)
-            while len(self._idle) < self._count and not self._starting:
-                process = await self._fork()
+            while (missing := self._missing()) and not self._starting:
+                process = await self._fork(missing[0])
                 self._idle[process.number] = process
         except OSError:  # no descriptors, for instance: the next run tries again
             pass
         finally:
             self._refilling = None
+
+    def _missing(self) -> list[bool]:
+        """The kinds of which there are too few."""
+        idle = Counter(process.sealed for process in self._idle.values())
+        return [sealed for sealed in self._kinds if idle[sealed] < self._count]
 
 
 class ChildPool:
@@ -114,9 +120,9 @@ class ChildPool:
 
     `lock_fd` is the descriptor of the SQLite file's lock, which the zygote holds while it lives. The zygote
     imports the `preload` modules or distributions. Without `sandbox` the runs are not confined. `spares`
-    processes are forked ahead. After `share_after` forks, if it is given, the zygote shares its pages with
-    later ones. With `describes` the first zygote also forks a process that describes handlers. If there is a
-    `broker`, it sends the requests of handlers.
+    processes of each kind are forked ahead. After `share_after` forks, if it is given, the zygote shares its
+    pages with later ones. With `describes` the first zygote also forks a process that describes handlers. If
+    there is a `broker`, it sends the requests of handlers.
     """
 
     def __init__(
@@ -155,7 +161,7 @@ class ChildPool:
         self._numbers = itertools.count(1)
         self._processes: dict[int, ChildProcess] = {}
         self._runs: dict[int, ChildRun] = {}
-        self._spares = Spares(spares, lambda: self._fork(grouped=True))
+        self._spares = Spares(spares, lambda sealed: self._fork(grouped=True, sealed=sealed))
         self._up = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
         self._reaping: asyncio.Task[None] | None = None
@@ -204,6 +210,8 @@ class ChildPool:
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         """Run the handler in its own process; none of its processes is left afterwards."""
         self.attach()
+        # Before it has its work: that takes as long as a twentieth of its start.
+        sealed = self.broker is not None and not work.egress.is_open and seccomp.known()
         for _ in range(TRIES):
             zygote = await self._ready(stop)
             if stop.killed:
@@ -211,7 +219,9 @@ class ChildPool:
             if zygote is None:
                 return outcome_of_stop(stop) if stop.asked else HandedBack("the worker is ending")
             try:
-                process = self._spares.take() or await self._fork(grouped=work.memory is not None)
+                process = self._spares.take(sealed=sealed)
+                if process is None:
+                    process = await self._fork(grouped=work.memory is not None, sealed=sealed)
             except OSError as error:
                 return await self._cannot_start(error.strerror)
             outcome = await self._serve(process, work, services, stop)
@@ -230,7 +240,7 @@ class ChildPool:
         number = process.number
         if self._turns is None:
             self._turns = InboxTurns(asyncio.get_running_loop().call_soon)
-        self._spares.starting(number)
+        self._spares.starting(process)
         started = partial(self._spares.started, number)
         given = (process, work, services, stop, self._clock, started, self._turns, self.broker)
         self._runs[number] = run = ChildRun(*given)
@@ -242,13 +252,13 @@ class ChildPool:
         finally:
             self._runs.pop(number, None)
 
-    async def _fork(self, *, grouped: bool) -> ChildProcess:
+    async def _fork(self, *, grouped: bool, sealed: bool) -> ChildProcess:
         """A new process, which waits for its work; in a cgroup if `grouped`. Raises OSError."""
         zygote, number = self._zygote, next(self._numbers)
         if zygote is None or not self._up.is_set():
             raise OSError(errno.ECHILD, "the zygote is gone")
         folder, brokered = run_folders.name_in(self._setup.folder), self.broker is not None
-        process = ChildProcess(number, folder, zygote.send, brokered=brokered)
+        process = ChildProcess(number, folder, zygote.send, brokered=brokered, sealed=sealed)
         self._processes[number] = process  # before the next await, so that it ends if the zygote dies
         try:
             os.makedirs(process.folder, 0o700)
@@ -256,8 +266,8 @@ class ChildPool:
         except OSError:
             self._end(number, Ended(why="no_process"))
             raise
-        start = {"op": "start", "run": number, "folder": process.folder, "grouped": grouped}
-        zygote.send(start, descriptors)
+        of = {"folder": process.folder, "grouped": grouped, "sealed": sealed}
+        zygote.send({"op": "start", "run": number, **of}, descriptors)
         return process
 
     async def close(self) -> None:

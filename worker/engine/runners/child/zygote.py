@@ -72,6 +72,7 @@ class Zygote:
         self._setup = setup
         self._pid = os.getpid()
         self._sandbox = None if setup.sandbox is None else Sandbox(setup.sandbox)
+        self._seal: child.Seal | None = None
         self._own_memory = linux.resident(os.getpid())
         self._memory_due_at = float("inf")
         self._groups = linux.RunGroups.find()
@@ -190,10 +191,12 @@ class Zygote:
         run, group = message["run"], None
         if message["grouped"] and self._groups is not None:
             group = self._groups.make(run)
-        channel, stdout, stderr, *door = descriptors
-        place = child.RunPlace(channel, stdout, stderr, message["folder"], group, *door)
-        ruleset = None
+        channel, stdout, stderr, *doors = descriptors
+        door, folder, sealed = next(iter(doors), None), message["folder"], message["sealed"]
+        place = child.RunPlace(channel, stdout, stderr, folder, group, door, sealed)
         try:
+            if place.sealed and self._seal is None:
+                self._seal = child.Seal()
             ruleset = None if self._sandbox is None else self._sandbox.ruleset(place.folder)
             pid = os.fork()
         except OSError as error:
@@ -201,7 +204,8 @@ class Zygote:
             self._send(end | {"why": "no_process", "detail": error.strerror})
             pid = None
         if pid == 0:
-            _run_child(place, zygote=self._pid, lock=self._setup.lock, ruleset=ruleset)
+            seal = self._seal if place.sealed else None
+            _run_child(place, zygote=self._pid, lock=self._setup.lock, ruleset=ruleset, seal=seal)
         for descriptor in descriptors:
             os.close(descriptor)
         if self._sandbox is not None:
@@ -369,10 +373,12 @@ class Zygote:
             return
 
 
-def _run_child(place: child.RunPlace, *, zygote: int, lock: int | None, ruleset: Ruleset | None) -> NoReturn:
+def _run_child(
+    place: child.RunPlace, *, zygote: int, lock: int | None, ruleset: Ruleset | None, seal: child.Seal | None
+) -> NoReturn:
     try:
-        cap = child.isolate(place, zygote=zygote, lock=lock, ruleset=ruleset)
-        child.main(place.channel, cap, place.door)
+        cap = child.isolate(place, zygote=zygote, lock=lock, ruleset=ruleset, seal=seal)
+        child.main(place, cap)
     except BaseException as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode("utf-8", "replace"))
     finally:
@@ -426,7 +432,6 @@ def main() -> None:
     if setup.sandbox is not None and setup.sandbox.filtered:
         # Here, so that no run pays for it.
         seccomp.restrict()
-        seccomp.sieve_program(seccomp.SEALED, os.uname().machine)
     gc.disable()  # what is imported stays; one collection takes 20 ms
     tls_context()
     for name in WARM:
