@@ -7,23 +7,24 @@ from collections import deque
 
 
 class Turns:
-    """Lets work of at most `most` begin in one iteration of the loop; what is more waits, first come first.
+    """Lets work of at most `most` begin in one iteration of the loop; what is more waits.
 
-    Work that is larger alone begins in an iteration of its own.
+    Groups take turns, and in a group the first comes first. Work that is larger alone begins in an iteration
+    of its own.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._begun = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._waiting: dict[str, deque[tuple[int, asyncio.Future[None]]]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def take(self, size: int) -> None:
+    async def take(self, size: int, group: str = "") -> None:
         """Return when work of this size may begin."""
         if self._begin(size):
             return
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.append((size, turn))
+        self._waiting.setdefault(group, deque()).append((size, turn))
         await turn
 
     def _begin(self, size: int) -> bool:
@@ -45,8 +46,14 @@ class Turns:
     def _next(self) -> None:
         """The next iteration begins."""
         self._begun = 0
-        while self._waiting and self._has_room(self._waiting[0][0]):
-            size, turn = self._waiting.popleft()
+        while self._waiting:
+            group, waiting = next(iter(self._waiting.items()))
+            if not self._has_room(waiting[0][0]):
+                break
+            size, turn = waiting.popleft()
+            del self._waiting[group]
+            if waiting:
+                self._waiting[group] = waiting  # behind the others
             if not turn.done():
                 self._begun += max(size, 1)
                 turn.set_result(None)

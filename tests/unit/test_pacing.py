@@ -58,6 +58,37 @@ async def test_work_that_is_larger_than_the_limit_begins_alone() -> None:
     assert (order, most) == ([0, 1, 2, 3], 500)
 
 
+async def order_of(groups: list[str]) -> list[str]:
+    """The groups of works in the order in which they begin, two in an iteration, if all ask at once."""
+    turns, order = Turns(2), list[str]()
+
+    async def work(group: str) -> None:
+        await turns.take(1, group)
+        order.append(group)
+
+    await asyncio.gather(*map(work, groups))
+    return order
+
+
+async def test_groups_take_turns() -> None:
+    order = await order_of([*["many"] * 100, "few", "few"])
+
+    assert [place for place, group in enumerate(order) if group == "few"] == [3, 5]
+
+
+async def test_in_a_group_work_waits_for_all_that_came_before() -> None:
+    """The control."""
+    turns, order = Turns(2), list[int]()
+
+    async def work(number: int) -> None:
+        await turns.take(1, "many")
+        order.append(number)
+
+    await asyncio.gather(*map(work, range(102)))
+
+    assert order == list(range(102))
+
+
 async def test_work_that_no_longer_waits_takes_no_turn() -> None:
     turns = Turns(10)
     _, gone, waiting = (asyncio.ensure_future(turns.take(10)) for _ in range(3))

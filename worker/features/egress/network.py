@@ -6,6 +6,7 @@ import os
 import ssl
 from asyncio import selector_events, sslproto
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import httpcore
@@ -16,18 +17,19 @@ from worker.pacing import Turns
 
 # Bytes that are read of a connection at a time, and that may have arrived before reading pauses.
 READ = 16 * 1024
-# Connections that begin in one turn of the loop; a TLS handshake takes a millisecond of it.
+# Connections that begin in one turn of the loop, of all orgs; a TLS handshake takes a millisecond of it.
 AT_ONCE = 4
 
 
 class BrokerSockets(Sockets):
-    """Connects to an address of the host, to public ones only if `checked`."""
+    """Connects to an address of the host, to public ones only if `checked`; the `turns` are by org."""
 
     def __init__(
-        self, may_send: Callable[[], bool], resolve: Resolve, turns: Turns, *, checked: bool
+        self, may_send: Callable[[], bool], resolve: Resolve, turns: Turns, org: str, *, checked: bool
     ) -> None:
         super().__init__(may_send, unread=READ, next_address=None)
         self._turns = turns
+        self._org = org
         self._resolve = resolve
         self._checked = checked
 
@@ -46,7 +48,7 @@ class BrokerSockets(Sockets):
             return await resolved(self._resolve, host.strip("[]"), port, timeout)
 
         async def connect(address: str, seconds: float | None) -> httpcore.AsyncNetworkStream:
-            await self._turns.take(1)
+            await self._turns.take(1, self._org)
             return await opened(address, port, seconds)
 
         return await connect_checked(host, timeout, resolve, connect, public=self._checked)
@@ -90,16 +92,13 @@ class Pools:
         self, context: ssl.SSLContext, may_send: Callable[[], bool], resolve: Resolve = addresses_of
     ) -> None:
         self._context = context
-        turns = Turns(AT_ONCE)
-        self._networks = {
-            checked: BrokerSockets(may_send, resolve, turns, checked=checked) for checked in (False, True)
-        }
+        self._network = partial(BrokerSockets, may_send, resolve, Turns(AT_ONCE))
         self._pools: dict[tuple[str, bool], IdleConnections] = {}
 
     def of(self, org: str, *, checked: bool) -> IdleConnections:
         pool = self._pools.get((org, checked))
         if pool is None:
-            pool = IdleConnections(self._context, backend=self._networks[checked], kept=4.0)
+            pool = IdleConnections(self._context, backend=self._network(org, checked=checked), kept=4.0)
             self._pools[org, checked] = pool
         return pool
 
