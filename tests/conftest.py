@@ -26,6 +26,7 @@ from worker.telemetry import events
 from worker.telemetry.masking import masker
 
 HERE = Path(__file__).parent
+FULL = os.environ.get("FAULTS") == "full"
 
 
 speed.begin()
@@ -140,6 +141,12 @@ def anyio_backend() -> str:
 def clock() -> ManualClock:
     """A clock at 2030-01-01T00:00Z that stands still."""
     return ManualClock()
+
+
+@pytest.fixture(scope="session")
+def full() -> bool:
+    """Whether all of the fault suite runs (`./dev faults`), or in two minutes what only processes show."""
+    return FULL
 
 
 @pytest.fixture(autouse=True)

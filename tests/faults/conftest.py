@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,13 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.conftest import FULL
 from tests.faults.cluster import Cluster
 from tests.faults.proxy import Proxy
 from worker.demo.provider import Provider, serve_provider
 
 HERE = Path(__file__).parent
 MakeCluster = Callable[..., Cluster]
-
-
-FULL = os.environ.get("FAULTS") == "full"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,12 +31,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left = [item for item in ours if not FULL and item.get_closest_marker("simulated") is not None]
     items[:] = [item for item in items if item not in left]
     config.hook.pytest_deselected(items=left)
-
-
-@pytest.fixture(scope="session")
-def full() -> bool:
-    """Whether all of it runs (`./dev faults`) or what only real processes show, in two minutes."""
-    return FULL
 
 
 @pytest.fixture(scope="module")
