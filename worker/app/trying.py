@@ -13,7 +13,6 @@ from typing import Any
 from worker.clock import Clock
 from worker.engine.attempt.tools import GivenSecrets, SecretSource, TokenSource
 from worker.engine.runners.child.pool import ChildPool
-from worker.engine.runners.contract import Runner
 from worker.engine.runners.inline import Blocking, Inline
 from worker.engine.trial import FakeTokens, Subject, Trial, definition_of
 from worker.engine.trial_attempts import OnError, interrupt, run_to_end, with_on_error
@@ -89,7 +88,7 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
     """
     subject = _subject(settings, entry, request)
     async with AsyncExitStack() as stack:
-        # The zygote starts before any key is read.
+        # The zygote and the broker start before any key is read.
         runner = _runner(settings, entry, request, clock, stack)
         tokens: TokenSource
         secrets: SecretSource = GivenSecrets(request.secrets)
@@ -115,7 +114,7 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
             budgets=request.budgets,
             secrets=secrets,
             live=True,
-            brokered=isinstance(runner, ChildPool) and runner.broker is not None,
+            brokered=runner.broker is not None,
             on_line=request.on_line,
             on_progress=request.on_progress,
         )
@@ -163,19 +162,22 @@ def _subject(settings: Settings, entry: HandlerEntry, request: TryRequest) -> Su
 
 def _runner(
     settings: Settings, entry: HandlerEntry, request: TryRequest, clock: Clock, stack: AsyncExitStack
-) -> Runner:
+) -> ChildPool | Inline | Blocking:
+    confinement = confinement_of(settings)
+    broker = broker_of(settings, clock, confinement)
     if request.on_error is not None:
+        if broker is not None:
+            broker.start()
+            stack.push_async_callback(broker.close)
         job = load(entry.entry_point)
         find = partial(with_on_error, on_error=request.on_error)
-        return Inline(clock, find=find, watched=False) if job.is_async else Blocking(clock, find=find)
+        if job.is_async:
+            return Inline(clock, find=find, watched=False, broker=broker)
+        return Blocking(clock, find=find, broker=broker)
     # Inline handlers too: they work in a process, and inline brings nothing for one run.
-    passed, confinement = settings.execution.pass_environment, confinement_of(settings)
+    passed = settings.execution.pass_environment
     children = ChildPool(
-        clock,
-        freezing=False,
-        pass_environment=passed,
-        sandbox=confinement.rules,
-        broker=broker_of(settings, clock, confinement),
+        clock, freezing=False, pass_environment=passed, sandbox=confinement.rules, broker=broker
     )
     children.start()
     stack.push_async_callback(children.close)

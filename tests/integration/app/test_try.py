@@ -17,6 +17,7 @@ from tests.conftest import copied
 from tests.fakes.cli import CommandLine
 from tests.fakes.kernel import require_landlock
 from tests.fakes.plugins import make_plugin
+from tests.fakes.traffic import traffic
 from worker.demo.provider import Application, serve_provider
 from worker.handlers.catalogue import HandlerEntry
 from worker.model.egress import placeholder_of
@@ -27,7 +28,7 @@ SOURCE = """\
 import sys
 import time
 from pydantic import BaseModel, Field
-from worker import BlockingContext, Context, Retry, Snooze, job
+from worker import BlockingContext, Context, EgressDenied, Retry, Snooze, job
 
 class Params(BaseModel):
     pages: int
@@ -72,6 +73,32 @@ async def fail(ctx: Context) -> None:
 @job("acme.fail_blocking")
 def fail_blocking(ctx: BlockingContext) -> None:
     (lambda: deep({}))()
+
+@job("acme.ask", egress=["api"], secrets={"openai"})
+async def ask(ctx: Context) -> None:
+    token, headers = (await ctx.token()).reveal(), {"X-Key": ctx.secret("openai")}
+    answer = await ctx.http.get("echo", headers=headers)
+    try:
+        await ctx.http.get(ctx.params["other"])
+    except EgressDenied as error:
+        denied = error
+    deep({})
+
+@job("acme.ask_blocking", egress=["api"], secrets={"openai"})
+def ask_blocking(ctx: BlockingContext) -> None:
+    token, headers = ctx.token().reveal(), {"X-Key": ctx.secret("openai")}
+    answer = ctx.http.get("echo", headers=headers)
+    try:
+        ctx.http.get(ctx.params["other"])
+    except EgressDenied as error:
+        denied = error
+    deep({})
+
+@job("acme.ask_openly", egress=["open"])
+async def ask_openly(ctx: Context) -> None:
+    token = (await ctx.token()).reveal()
+    answer = await ctx.http.get(ctx.params["other"])
+    deep({})
 
 @job("acme.exit")
 def exit(ctx: BlockingContext) -> None:
@@ -357,6 +384,52 @@ def test_the_debugger_stops_in_the_handlers_own_code(line, handler):
     assert 'return secret["missing"]' in done.out
     assert "['secret']" in done.out
     assert "fix:" not in done.err
+
+
+@pytest.mark.feature("egress")
+@pytest.mark.parametrize("handler", ["acme.ask", "acme.ask_blocking"])
+def test_with_the_debugger_requests_go_by_the_broker(line, handler):
+    """An open run, the control, has the token and reaches what is not listed."""
+    key = line.settings.parent / "key"
+    key.write_text("sk-canary-0123456789\n")
+    with traffic() as api, traffic() as other:
+        base = f'api_origins = ["{api.url}"]\napi_base_url = "{api.url}/"\n'
+        line.settings.write_text(line.settings.read_text() + base)
+        about = ("--param", f"other={other.url}", "--pdb")
+        secret = ("--secret", f"openai={key}", "--secret-for", f"openai={api.url}")
+        looks = "up\np token\np answer.text\n"
+
+        done = line("try", handler, *about, *secret, stdin=f"{looks}p denied\nquit\n", check=False)
+        assert other.seen == []
+        opened = line("try", "acme.ask_openly", *about, stdin=f"{looks}quit\n", check=False)
+
+    [asked] = api.seen
+    assert asked.headers["x-key"] == "sk-canary-0123456789"
+    assert asked.headers["authorization"].startswith("Bearer made-up.")
+    assert "'orgworker-placeholder-" in done.out
+    assert f"{other.url} is not in the egress list of this run" in done.out
+    assert asked.headers["authorization"].removeprefix("Bearer ") not in done.out
+    assert "canary" not in done.out + done.err
+    assert (len(other.seen), "'made-up." in opened.out) == (1, True)
+
+
+@pytest.mark.feature("egress")
+def test_a_handler_that_blocks_can_ask_from_the_debugger(line):
+    key = line.settings.parent / "key"
+    key.write_text("sk-canary-0123456789\n")
+    with traffic() as api:
+        base = f'api_origins = ["{api.url}"]\napi_base_url = "{api.url}/"\n'
+        line.settings.write_text(line.settings.read_text() + base)
+        about = ("--param", f"other={api.url}", "--secret", f"openai={key}", "--pdb")
+
+        done = line(
+            *("try", "acme.ask_blocking", *about),
+            stdin="up\np ctx.http.get('again').status_code\nquit\n",
+            check=False,
+        )
+
+    assert api.paths()[-1] == "/again"
+    assert "200" in done.out
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
-import logging
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
 
 from worker.clock import Clock
+from worker.engine.runners.child.messages import hidden
 from worker.engine.runners.contract import (
     LEASE_LOST,
     Interrupted,
@@ -29,10 +30,10 @@ from worker.engine.runners.contract import (
     start_task,
 )
 from worker.engine.runners.egress import BrokeredAttempt, EgressBroker
-from worker.engine.runners.output import RunOutput, Sink, marked
+from worker.engine.runners.output import RunLogger
 from worker.handlers.blocking import DaemonThread
 from worker.handlers.calling import call, call_blocking, outcome_of_error
-from worker.handlers.calls import A, Call, OneWayCall
+from worker.handlers.calls import A, AskToken, Call, OneWayCall, Port
 from worker.handlers.context import (
     BlockingContext,
     Context,
@@ -40,12 +41,13 @@ from worker.handlers.context import (
     close_http,
     used_clients,
 )
-from worker.handlers.given import BlockingCancellation, Cancellation, Given
+from worker.handlers.given import BlockingCancellation, Cancellation, Connect, Given
 from worker.handlers.job import Job
 from worker.handlers.models import load
 from worker.model.runs.outcome import Failed, Outcome, Parked
 from worker.telemetry.events import emit
 
+T = TypeVar("T")
 # Seconds without an iteration of the loop before it counts as blocked, and between two checks.
 PATIENCE = 1.0
 TICK = 0.25
@@ -130,10 +132,7 @@ class Inline:
 
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         """Run the handler as a task of this loop."""
-        attempt, cancelled = _Attempt(work, services, stop, self.clock), Cancellation()
-        if self.broker is not None:
-            attempt.brokered = self.broker.serve(work, services)
-            stop.on_kill(attempt.brokered.stop)
+        attempt, cancelled = _Attempt(work, services, stop, self.clock, self.broker), Cancellation()
         if self.watched and attempt.loop is not self._loop:
             self._loop = attempt.loop
             watch_loop(attempt.loop)
@@ -145,10 +144,8 @@ class Inline:
             if attempt.brokered is not None:
                 await attempt.brokered.end()
         finally:
-            if attempt.brokered is not None:
-                attempt.brokered.drop()
             services.close()
-            attempt.log.close()
+            attempt.close()
             if not task.done():
                 self._abandon(task)
         return attempt.outcome(task)
@@ -159,9 +156,9 @@ class Inline:
         _RUN.set(work)
         try:
             job = self._job(work.entry_point)
-            given = work.given(job, attempt.log, self.clock)
-            given.connect = None if attempt.brokered is None else attempt.brokered.connect
-            ctx = Context(given, services, cancelled, self.transports(given), attempt.park)
+            connect = None if attempt.brokered is None else attempt.brokered.connect
+            given, port = attempt.given(job, services, connect)
+            ctx = Context(given, port, cancelled, self.transports(given), attempt.park)
             services.started()
             try:
                 return await call(job, ctx)
@@ -198,17 +195,20 @@ class Blocking:
     clock: Clock
     find: Callable[[str], Job] = load
     transports: Transports = lambda given: {}
+    broker: EgressBroker | None = None
 
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         """Run the handler in a thread; its calls to the worker are answered on this loop."""
-        attempt, cancelled = _Attempt(work, services, stop, self.clock), BlockingCancellation()
+        attempt, cancelled = _Attempt(work, services, stop, self.clock, self.broker), BlockingCancellation()
         port = _ThreadPort(services, attempt.loop)
         ended = attempt.loop.run_in_executor(DaemonThread(), self._body, work, port, cancelled, attempt)
         try:
             await attempt.wait(ended, cancelled, port.interrupt)
+            if attempt.brokered is not None:
+                await attempt.brokered.end()
         finally:
             port.close()
-            attempt.log.close()
+            attempt.close()
             ended.cancel()
         return attempt.outcome(ended)
 
@@ -217,8 +217,10 @@ class Blocking:
     ) -> Outcome:
         try:
             job = self.find(work.entry_point)
-            given = work.given(job, attempt.log, self.clock)
-            ctx = BlockingContext(given, port, cancelled, self.transports(given), attempt.park)
+            brokered = attempt.brokered
+            connect = None if brokered is None else partial(port.call, brokered.connect)
+            given, asked = attempt.given(job, port, connect)
+            ctx = BlockingContext(given, asked, cancelled, self.transports(given), attempt.park)
             port.started()
             try:
                 return call_blocking(job, ctx)
@@ -240,9 +242,20 @@ class _ThreadPort:
 
     async def ask(self, call: Call[A]) -> A:
         """The answer; blocks this thread until the loop has it."""
+        return self._result(self._services.ask(call))
+
+    def call(self, function: Callable[[], T]) -> T:
+        """What a function returns on the loop."""
+
+        async def called() -> T:
+            return function()
+
+        return self._result(called())
+
+    def _result(self, work: Coroutine[Any, Any, T]) -> T:
         with self._lock:
             self._check()
-            waiting = asyncio.run_coroutine_threadsafe(self._services.ask(call), self._loop)
+            waiting = asyncio.run_coroutine_threadsafe(work, self._loop)
             self._waiting.add(waiting)
         try:
             return waiting.result()
@@ -280,18 +293,65 @@ class _ThreadPort:
             raise Interrupted("the run is being stopped")
 
 
-class _Attempt:
-    """One run in this process: its log, and how it ends or parks."""
+class _HidingPort:
+    """What a handler asks, with a token as a sealed run gets it."""
 
-    def __init__(self, work: Work, services: RunServices, stop: StopSignal, clock: Clock) -> None:
+    def __init__(self, port: Port, work: Work) -> None:
+        self._port = port
+        self._work = work
+
+    async def ask(self, call: Call[A]) -> A:
+        given: Any = await self._port.ask(call)
+        if isinstance(call, AskToken):
+            given = hidden(self._work, given[0], call), given[1]
+        return given  # type: ignore[no-any-return]
+
+    def tell(self, notice: OneWayCall) -> None:
+        self._port.tell(notice)
+
+
+class _Attempt:
+    """One run in this process: its log, its requests, and how it ends or parks."""
+
+    def __init__(
+        self,
+        work: Work,
+        services: RunServices,
+        stop: StopSignal,
+        clock: Clock,
+        broker: EgressBroker | None,
+    ) -> None:
         self.loop = asyncio.get_running_loop()
         self.log = RunLogger(work.handler, services.log, clock, self.loop)
+        self._work = work
+        self._clock = clock
         self._errors = services.errors
         self._stop = stop
         self._parked: Parked | None = None
         self._over: asyncio.Future[None] | None = None
         self._last_steps: asyncio.TimerHandle | None = None
         self.brokered: BrokeredAttempt | None = None
+        if broker is not None:
+            self.brokered = broker.serve(work, services)
+            stop.on_kill(self.brokered.stop)
+
+    def given(self, job: Job, port: Port, connect: Connect | None) -> tuple[Given[Any, Any], Port]:
+        """What the handler's context is made of; `connect` leads to the broker. Raises as `Work.given`.
+
+        What a sealed run would have a placeholder for has one here too.
+        """
+        work = self._work
+        if connect is not None and not work.egress.is_open:
+            work, port = replace(work, token=hidden(work, work.token)), _HidingPort(port, work)
+        given = work.given(job, self.log, self._clock)
+        given.connect = connect
+        return given, port
+
+    def close(self) -> None:
+        """Close its log, and drop what the broker has of it."""
+        if self.brokered is not None:
+            self.brokered.drop()
+        self.log.close()
 
     def park(self, outcome: Parked) -> None:
         """Take the outcome, from any thread. The handler has `LAST_STEPS` seconds to end."""
@@ -354,60 +414,3 @@ def _outcome_of(error: BaseException) -> Outcome:
     # It would end the worker.
     code = error.code if isinstance(error.code, int) else int(error.code is not None)
     return handler_exited(f"exit code {code}")
-
-
-# Formats records, and reports on stderr those that cannot be formatted.
-_FORMATTER = logging.Handler()
-
-
-class RunLogger(logging.Logger):
-    """`ctx.log`, outside logging's own hierarchy, because its records belong to one run. Thread-safe.
-
-    It handles records itself: a handler for each run would cost more than the run.
-    """
-
-    # What `logging.Logger` sets: most runs log nothing, and its constructor takes longer than a handler.
-    parent = None
-    propagate = True
-    disabled = False
-    _output: RunOutput | None = None
-    _closed = False
-
-    def __init__(self, name: str, sink: Sink, clock: Clock, loop: asyncio.AbstractEventLoop) -> None:
-        self.name = name
-        self.level = logging.INFO
-        self._sink = sink
-        self._clock = clock
-        self._loop = loop
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("filters", "handlers", "_cache"):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        self.filters, self.handlers = [], []
-        self._cache: dict[int, bool] = {}
-        return self.__dict__[name]
-
-    def close(self) -> None:
-        """Pass on what the run logged last; drop what it logs from now on."""
-        self._closed = True
-        if self._output is not None:
-            self._output.close()
-
-    def callHandlers(self, record: logging.LogRecord) -> None:
-        try:
-            line = marked(record.levelname.lower(), _FORMATTER.format(record))
-            if asyncio._get_running_loop() is self._loop:
-                self._feed(line)
-            else:
-                self._loop.call_soon_threadsafe(self._feed, line)
-        except Exception:
-            _FORMATTER.handleError(record)
-        for handler in self.handlers:
-            handler.handle(record)
-
-    def _feed(self, line: bytes) -> None:
-        if self._closed:
-            return
-        if self._output is None:
-            self._output = RunOutput(self._sink, self._clock)
-        self._output.feed("stderr", line)

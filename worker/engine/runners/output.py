@@ -5,6 +5,7 @@ A handler that prints the mark only adds a line to its own log.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from worker.clock import Clock
 from worker.handlers.json_text import UNMASKED_LIMIT, clean
@@ -185,6 +187,63 @@ class RunOutput:
         else:
             text = line.decode("utf-8", "replace").rstrip("\r")
             self._sink(_LEVELS[source], source, clean(text, UNMASKED_LIMIT) if "\0" in text else text, at)
+
+
+# Formats records, and reports on stderr those that cannot be formatted.
+_FORMATTER = logging.Handler()
+
+
+class RunLogger(logging.Logger):
+    """`ctx.log`, outside logging's own hierarchy, because its records belong to one run. Thread-safe.
+
+    It handles records itself: a handler for each run would cost more than the run.
+    """
+
+    # What `logging.Logger` sets: most runs log nothing, and its constructor takes longer than a handler.
+    parent = None
+    propagate = True
+    disabled = False
+    _output: RunOutput | None = None
+    _closed = False
+
+    def __init__(self, name: str, sink: Sink, clock: Clock, loop: asyncio.AbstractEventLoop) -> None:
+        self.name = name
+        self.level = logging.INFO
+        self._sink = sink
+        self._clock = clock
+        self._loop = loop
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("filters", "handlers", "_cache"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        self.filters, self.handlers = [], []
+        self._cache: dict[int, bool] = {}
+        return self.__dict__[name]
+
+    def close(self) -> None:
+        """Pass on what the run logged last; drop what it logs from now on."""
+        self._closed = True
+        if self._output is not None:
+            self._output.close()
+
+    def callHandlers(self, record: logging.LogRecord) -> None:
+        try:
+            line = marked(record.levelname.lower(), _FORMATTER.format(record))
+            if asyncio._get_running_loop() is self._loop:
+                self._feed(line)
+            else:
+                self._loop.call_soon_threadsafe(self._feed, line)
+        except Exception:
+            _FORMATTER.handleError(record)
+        for handler in self.handlers:
+            handler.handle(record)
+
+    def _feed(self, line: bytes) -> None:
+        if self._closed:
+            return
+        if self._output is None:
+            self._output = RunOutput(self._sink, self._clock)
+        self._output.feed("stderr", line)
 
 
 def _cost(block: _Block) -> int:
