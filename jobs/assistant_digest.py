@@ -1,7 +1,7 @@
 """`assistant.digest`: a support assistant for each org that summarises what is new in its knowledge base.
 
-It reads the knowledge base with the org's token over `ctx.public_http`. The model gets requests
-from another client with its own credential from the environment, never the org's token.
+Both the knowledge base and the model are asked over clients of `ctx`. The knowledge base gets the org's
+token; the model gets a key of its own, never that token, even if its origin is one of `api_origins`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import httpx
 from pydantic import BaseModel, ConfigDict, Field
 
 from worker import Context, PermanentError, Retry, WaitTimeout, job
 
-# The child gets it only if `execution.pass_environment` in worker.toml lists it.
+# A placeholder in `[execution.bind_environment]` of worker.toml, or the key itself in `pass_environment`.
 API_KEY_VARIABLE = "ASSISTANT_API_KEY"
+# Seconds that the model may take to answer.
+PATIENCE = 60.0
 # What the tokens of the model count for.
 METER = "llm_tokens"
 REVIEW_FLAG = "review-before-publish"
@@ -75,11 +76,15 @@ class ChatBusy(Exception):
 
 
 class Chat:
-    """An OpenAI-compatible chat endpoint, used with the org's model and limit."""
+    """An OpenAI-compatible chat endpoint, used with the org's model and limit.
 
-    def __init__(self, http: httpx.AsyncClient, ctx: Context[Params, Settings]) -> None:
-        self._http = http
+    The key is sent as the request's own header: `ctx.http_client()`, made for libraries, would send the org's
+    token in place of a key to `api_origins`.
+    """
+
+    def __init__(self, ctx: Context[Params, Settings], key: str) -> None:
         self._ctx = ctx
+        self._headers = {"Authorization": f"Bearer {key}"}
 
     async def ask(self, task: str, text: str) -> str:
         """The assistant's response to one text; what it used is spent.
@@ -89,8 +94,10 @@ class Chat:
             ChatBusy: it responded with 429.
         """
         settings = self._ctx.settings
-        response = await self._http.post(
-            "/v1/chat/completions",
+        response = await self._ctx.http.post(
+            f"{self._ctx.params.chat}/v1/chat/completions",
+            headers=self._headers,
+            timeout=PATIENCE,
             json={
                 "model": settings.model_version,
                 "max_tokens": settings.max_tokens,
@@ -130,6 +137,8 @@ async def fold_in(chat: Chat, digest: str, page: Page) -> str:
     return await chat.ask("Fold the articles into the digest and cite each by its [id].", text)
 
 
+# Params say where the knowledge base, the model and the digest's reader are.
+EGRESS = ("api", "public")
 # The first agent writes a paragraph for each page; the second rewrites the digest, and cites articles.
 V1 = Agent("v1", sum_up, lambda digest, written: f"{digest}\n\n{written}".strip())
 V2 = Agent("v2", fold_in, lambda digest, written: written)
@@ -143,6 +152,7 @@ V2 = Agent("v2", fold_in, lambda digest, written: written)
     timeout="2h",
     max_attempts=4,
     state=True,
+    egress=EGRESS,
 )
 async def digest(ctx: Context[Params, Settings]) -> dict[str, Any] | Retry:
     """Summarise the new articles of the org's knowledge base page by page, with the first agent."""
@@ -157,6 +167,7 @@ async def digest(ctx: Context[Params, Settings]) -> dict[str, Any] | Retry:
     timeout="2h",
     max_attempts=4,
     state=True,
+    egress=EGRESS,
 )
 async def digest_v2(ctx: Context[Params, Settings]) -> dict[str, Any] | Retry:
     """The same with agent v2, for orgs with the flag `agent-v2`."""
@@ -171,17 +182,16 @@ async def digest_news(ctx: Context[Params, Settings], agent: Agent) -> dict[str,
     """
     digest, articles = "", 0
     at: int | None = ctx.state.get(ctx.params.collection, 0)
+    chat = Chat(ctx, model_key())
     try:
-        async with chat_client(ctx.params.chat) as http:
-            chat = Chat(http, ctx)
-            while at is not None:
-                page = await ctx.step("page", read_page, ctx, chat, agent, digest, at)
-                articles += page["articles"]
-                if page["articles"]:
-                    digest = agent.join(digest, page["written"])
-                ctx.progress(articles)
-                ctx.state[ctx.params.collection] = at + page["articles"]
-                at = page["next"]
+        while at is not None:
+            page = await ctx.step("page", read_page, ctx, chat, agent, digest, at)
+            articles += page["articles"]
+            if page["articles"]:
+                digest = agent.join(digest, page["written"])
+            ctx.progress(articles)
+            ctx.state[ctx.params.collection] = at + page["articles"]
+            at = page["next"]
     except ChatBusy as busy:
         return Retry(after=busy.after)
     return {
@@ -235,11 +245,12 @@ async def fetch_page(ctx: Context[Params, Settings], after: int) -> Page:
     return Page.model_validate(response.json())
 
 
-def chat_client(base_url: str) -> httpx.AsyncClient:
-    """A client with the model's own credential."""
+def model_key() -> str:
+    """The model's own credential: a placeholder if it is bound to the origin of the chat endpoint."""
     key = os.environ.get(API_KEY_VARIABLE)
     if not key:
         raise PermanentError(
-            f"{API_KEY_VARIABLE} is not set: export it and name it in execution.pass_environment"
+            f"{API_KEY_VARIABLE} is not set: export it and bind it to the origin of the chat endpoint in "
+            "[execution.bind_environment]"
         )
-    return httpx.AsyncClient(base_url=base_url, headers={"Authorization": f"Bearer {key}"}, timeout=60.0)
+    return key

@@ -111,6 +111,12 @@ def chat(seen: Seen) -> tuple[int, dict[str, str], bytes]:
     return 200, {"Content-Type": "text/event-stream"}, lines.encode()
 
 
+def knowledge_base(seen: Seen) -> tuple[int, dict[str, str], bytes]:
+    """One page with an article."""
+    page = {"articles": [{"id": "kb-1", "title": "Login", "text": "How to log in."}], "next": None}
+    return 200, {"Content-Type": "application/json"}, json.dumps(page).encode()
+
+
 def prepared(site: Site, api: Traffic, other: Traffic, **network: Any) -> None:
     """A worker with the handlers; `other` is an origin with a bound secret, a variable and a resource."""
     make_plugin(
@@ -261,3 +267,38 @@ def test_http_request_reaches_private_origins_by_the_broker_and_no_other_private
         assert (row["origin"], row["requests"], row["statuses"]) == (private.url, 1, {"200": 1})
         [row] = site.cli("runs", "show", str(refused["id"]), "-o", "json").json()["egress"]
         assert (row["denied"], row["statuses"]) == (1, {})
+
+
+def test_the_digest_sends_its_model_a_bound_key_and_never_the_token(site: Site, provider: Provider) -> None:
+    """Also a model whose origin is one of the API's. The knowledge base, the control, gets the token."""
+    provider.issued.clear()
+    with traffic(knowledge_base) as api, traffic(chat) as model:
+        site.configure(
+            execution=f'bind_environment = {{ ASSISTANT_API_KEY = "{model.url}" }}\n'
+            f'private_origins = ["{model.url}"]'
+        )
+        site.environment["ASSISTANT_API_KEY"] = KEY
+        site.add_orgs(application("org_acme"))
+        keys = {"params": {"knowledge_base": api.url, "chat": model.url}, "scopes": ["read:kb"]}
+        names = {"apart": [api.url], "together": [api.url, model.url]}
+        site.apply(
+            "".join(
+                definition("org_acme", name, "assistant.digest", api_origins=origins, **keys)
+                for name, origins in names.items()
+            )
+        )
+        site.start_worker()
+        site.wait_for_handlers("assistant.digest")
+        for name in names:
+            site.cli("definitions", "run", "org_acme", name)
+        ended = [site.wait_for_end("org_acme", name) for name in names]
+
+        assert [run["state"] for run in ended] == ["succeeded"] * 2
+        # The model says which key it got.
+        assert all(run["result"]["digest"].startswith("Bearer ") for run in ended)
+        assert KEY not in json.dumps([run["result"] for run in ended])
+        assert [seen.headers["authorization"] for seen in model.seen] == [f"Bearer {KEY}"] * 2
+        tokens = {seen.headers["authorization"].removeprefix("Bearer ") for seen in api.seen}
+        assert tokens
+        assert tokens <= set(provider.issued)
+        assert not [seen for seen in model.seen if any(token in repr(seen) for token in provider.issued)]

@@ -158,7 +158,7 @@ max_requests_per_second = 100
 tags = {{ pro = "properties.plan=pro" }}
 
 [execution]
-pass_environment = ["ASSISTANT_API_KEY"]
+bind_environment = {{ ASSISTANT_API_KEY = "{surroundings.api_url}" }}
 drain = "3s"
 
 [web]

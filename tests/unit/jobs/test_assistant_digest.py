@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from pydantic import ValidationError
 
-from jobs import assistant_digest
 from jobs.assistant_digest import Params, Settings, digest, digest_v2
 from worker.handlers.job import Job
 from worker.testing import Finished, Orgworker
@@ -20,8 +18,8 @@ from worker.testing import Finished, Orgworker
 # An org may choose the collection where its definition says so; the rest of the path is not its choice.
 OUTSIDE = ["..", ".", "", "../../admin", "a/b", "a%2fb", "faq?x=1", "faq#", "faq\n", "a b", "é"]
 
-KB = "https://kb.example"
-PARAMS = {"knowledge_base": KB, "chat": "https://chat.example", "page_size": 2}
+KB, CHAT = "https://kb.example", httpx.URL("https://chat.example")
+PARAMS = {"knowledge_base": KB, "chat": str(CHAT), "page_size": 2}
 PROPERTIES = {"model_version": "gpt-4o", "max_tokens": "50"}
 ARTICLES = [{"id": f"kb-{n}", "title": f"Title {n}", "text": f"Text {n}."} for n in range(1, 6)]
 
@@ -64,28 +62,31 @@ class Model:
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Model:
-    model = Model()
     monkeypatch.setenv("ASSISTANT_API_KEY", "model-key")
-
-    def with_mock(**kwargs: Any) -> httpx.AsyncClient:
-        return httpx.AsyncClient(transport=httpx.MockTransport(model.answer), **kwargs)
-
-    monkeypatch.setattr(assistant_digest, "httpx", SimpleNamespace(AsyncClient=with_mock))
-    return model
+    return Model()
 
 
 Run = Callable[..., Finished]
+Answer = Callable[[httpx.Request], httpx.Response]
 
 
 @pytest.fixture
 def run(model: Model, orgworker: Orgworker) -> Run:
-    """Runs the digest of a fake org; `model` answers."""
+    """Runs the digest of a fake org; `model` answers what is sent to the chat endpoint, `api` the rest."""
 
-    def run(handler: Job = digest, **options: Any) -> Finished:
-        given = {"params": PARAMS, "properties": PROPERTIES, "api": knowledge_base, "api_origins": [KB]}
+    def run(handler: Job = digest, *, api: Answer = knowledge_base, **options: Any) -> Finished:
+        def answer(request: httpx.Request) -> httpx.Response:
+            return model.answer(request) if request.url.host == CHAT.host else api(request)
+
+        given = {"params": PARAMS, "properties": PROPERTIES, "api": answer, "api_origins": [KB]}
         return orgworker.run(handler, org="org_acme", **(given | options))
 
     return run
+
+
+def of_the_org(finished: Finished) -> list[httpx.Request]:
+    """The requests to the org's own services."""
+    return [request for request in finished.requests if request.url.host != CHAT.host]
 
 
 def test_every_page_is_read_once(run: Run):
@@ -98,7 +99,7 @@ def test_every_page_is_read_once(run: Run):
         "digest": "answer 1\n\nanswer 2\n\nanswer 3",
         "published": True,
     }
-    assert [request.url.params["after"] for request in finished.requests] == ["0", "2", "4"]
+    assert [request.url.params["after"] for request in of_the_org(finished)] == ["0", "2", "4"]
     assert finished.progress == {"done": 5, "total": None, "note": None}
 
 
@@ -160,9 +161,9 @@ def posting(request: httpx.Request) -> httpx.Response:
 def test_a_digest_is_posted_once_with_the_orgs_token(run: Run):
     finished = run(api=posting, params=PARAMS | {"publish": f"{KB}/digests"})
 
-    [post] = [request for request in finished.requests if request.method == "POST"]
+    [post] = [request for request in of_the_org(finished) if request.method == "POST"]
     assert json.loads(post.content) == {"digest": finished.result["digest"]}
-    assert post.headers["authorization"] == finished.requests[0].headers["authorization"]
+    assert post.headers["authorization"] == of_the_org(finished)[0].headers["authorization"]
 
 
 @pytest.mark.parametrize("status", [403, 404])
@@ -186,7 +187,7 @@ def test_an_org_may_review_a_digest_before_it_is_published(run: Run, model: Mode
 
     assert [attempt.outcome for attempt in finished.attempts] == ["parked", "succeeded"]
     assert finished.result["published"] is (posts == 1)
-    assert [request.method for request in finished.requests].count("POST") == posts
+    assert [request.method for request in of_the_org(finished)].count("POST") == posts
     assert len(model.requests) == 3
 
 
@@ -230,11 +231,19 @@ def test_the_model_is_asked_as_the_orgs_properties_say(run: Run, model: Model):
     assert {(body["model"], body["max_tokens"]) for body in model.bodies} == {("gpt-4o", 50)}
 
 
-def test_the_model_gets_its_own_credential(run: Run, model: Model):
-    finished = run()
+@pytest.mark.parametrize("api_origins", [[KB], [KB, str(CHAT)]])
+def test_the_model_gets_its_own_credential_and_never_the_orgs_token(
+    run: Run, model: Model, api_origins: list[str]
+):
+    """Also if its origin is one of the API's. The knowledge base, the control, gets the token only."""
+    finished = run(api_origins=api_origins)
 
+    tokens = {request.headers["authorization"] for request in of_the_org(finished)}
     assert {request.headers["authorization"] for request in model.requests} == {"Bearer model-key"}
-    assert "Bearer model-key" not in {request.headers["authorization"] for request in finished.requests}
+    assert [token.startswith("Bearer made-up.") for token in tokens] == [True]
+    [token] = tokens
+    sent = [repr((request.url, request.headers.raw, request.content)) for request in model.requests]
+    assert not [text for text in sent if token.removeprefix("Bearer ") in text]
 
 
 def test_without_its_credential_the_run_is_not_tried_again(run: Run, monkeypatch: pytest.MonkeyPatch):
@@ -243,7 +252,7 @@ def test_without_its_credential_the_run_is_not_tried_again(run: Run, monkeypatch
     finished = run()
 
     assert (finished.state, len(finished.attempts)) == ("failed", 1)
-    assert "pass_environment" in (finished.error or {})["message"]
+    assert "bind_environment" in (finished.error or {})["message"]
 
 
 def test_a_busy_model_is_asked_again_later(run: Run, model: Model):
