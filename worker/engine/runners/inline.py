@@ -242,7 +242,7 @@ class _ThreadPort:
 
     async def ask(self, call: Call[A]) -> A:
         """The answer; blocks this thread until the loop has it."""
-        return self._result(self._services.ask(call))
+        return self._result(lambda: self._services.ask(call))
 
     def call(self, function: Callable[[], T]) -> T:
         """What a function returns on the loop."""
@@ -250,12 +250,12 @@ class _ThreadPort:
         async def called() -> T:
             return function()
 
-        return self._result(called())
+        return self._result(called)
 
-    def _result(self, work: Coroutine[Any, Any, T]) -> T:
+    def _result(self, begin: Callable[[], Coroutine[Any, Any, T]]) -> T:
         with self._lock:
             self._check()
-            waiting = asyncio.run_coroutine_threadsafe(work, self._loop)
+            waiting = asyncio.run_coroutine_threadsafe(begin(), self._loop)
             self._waiting.add(waiting)
         try:
             return waiting.result()
