@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -30,3 +32,15 @@ def make_plugin(
     (info / "entry_points.txt").write_text("[worker.jobs]\n" + "".join(lines))
     (info / "RECORD").write_text("")
     return home
+
+
+@contextmanager
+def plugin_on_path(folder: Path, source: Path, entry_points: Mapping[str, str]) -> Iterator[Path]:
+    """The folder of a plug-in with the module of a file, which is found by sys.path alone."""
+    home = make_plugin(folder, modules={source.stem: source.read_text()}, entry_points=entry_points)
+    sys.path.append(str(home))
+    try:
+        yield home
+    finally:
+        sys.path.remove(str(home))
+        sys.modules.pop(source.stem, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -10,8 +9,10 @@ import pytest
 
 from tests.conftest import copied
 from tests.fakes import postgres
-from tests.fakes.plugins import make_plugin
+from tests.fakes.plugins import plugin_on_path
+from tests.fakes.running import child_pool
 from tests.integration.contract.carriers import CARRIERS, ENTRY, FILE, Carrier, Site, opened
+from tests.integration.engine.conftest import anyio_backend
 from tests.integration.hosts.conftest import database, fleet, migrated_url
 from worker.clock import SystemClock
 from worker.engine.runners.child.pool import ChildPool
@@ -26,29 +27,13 @@ SOURCE = Path(__file__).with_name("contract_jobs.py")
 
 
 @pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    """One loop for a module, so that its tests share workers and a zygote."""
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
 async def children(
     postgres_server: postgres.Server, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[ChildPool]:
     # A pool adopts what starts after it in this process, and ends that when it closes: also a server.
-    folder = make_plugin(
-        tmp_path_factory.mktemp("plugin"),
-        modules={"contract_jobs": SOURCE.read_text()},
-        entry_points={ENTRY.name: ENTRY.entry_point},
-    )
-    sys.path.append(str(folder))
-    runner = ChildPool(SystemClock(), spares=1)
-    runner.start()
-    runner.attach()
-    yield runner
-    await runner.close()
-    sys.path.remove(str(folder))
-    sys.modules.pop("contract_jobs", None)
+    with plugin_on_path(tmp_path_factory.mktemp("plugin"), SOURCE, {ENTRY.name: ENTRY.entry_point}):
+        async with child_pool(attached=True, spares=1) as runner:
+            yield runner
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])

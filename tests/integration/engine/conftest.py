@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.fakes.plugins import make_plugin
-from tests.fakes.running import MODULE
-from worker.clock import SystemClock
+from tests.fakes.plugins import plugin_on_path
+from tests.fakes.running import MODULE, child_pool
 from worker.engine.runners.child.pool import ChildPool
 from worker.engine.runners.child.sandbox import Planner
 
@@ -27,15 +25,8 @@ def anyio_backend() -> str:
 @pytest.fixture(scope="module")
 def plugin_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of the plug-in's distribution, on sys.path while the module's tests run."""
-    folder = make_plugin(
-        tmp_path_factory.mktemp("plugin"),
-        modules={MODULE: SOURCE.read_text()},
-        entry_points={"ok": f"{MODULE}:ok"},
-    )
-    sys.path.append(str(folder))
-    yield folder
-    sys.path.remove(str(folder))
-    sys.modules.pop(MODULE, None)
+    with plugin_on_path(tmp_path_factory.mktemp("plugin"), SOURCE, {"ok": f"{MODULE}:ok"}) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +37,8 @@ async def children(plugin_folder: Path, tmp_path_factory: pytest.TempPathFactory
     them.
     """
     rules = replace(Planner([]).rules([], []), write=(str(tmp_path_factory.getbasetemp()), "/dev/shm"))
-    runner = ChildPool(SystemClock(), sandbox=rules, spares=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORKER_DATABASE__URL", "postgresql://somebody:secret@somewhere")
-        runner.start()
-    runner.attach()
-    yield runner
-    await runner.close()
+        async with child_pool(attached=True, sandbox=rules, spares=1) as runner:
+            patch.undo()
+            yield runner
