@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import time
@@ -10,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
 from tests.fakes.handlers import read_journal
 from tests.fakes.plugins import make_plugin
+from tests.fakes.ports import free_port
 from tests.fakes.site import Site, application, definition, org_entry, wait_until
 from tests.fakes.traffic import Traffic, traffic
 from worker.engine.runners.child import linux
@@ -277,3 +280,55 @@ def test_a_broker_that_wakes_up_after_its_lease_sends_nothing(site_on_either: Si
         assert closed < woke_at + CLOSED_WITHIN
         for process in (first, second):
             assert site.stop_worker(process) == 0
+
+
+BREAKS = """
+import os, sys
+if "worker.features.egress.broker" in sys.orig_argv and os.path.exists({flag!r}):
+    os._exit(3)
+"""
+
+
+def test_a_worker_whose_broker_does_not_start_takes_no_runs_and_says_why(site: Site) -> None:
+    """Once one starts, the same run succeeds with its only attempt."""
+    flag, port = site.out / "broken", free_port()
+    flag.touch()
+    (site.out / "done").touch()
+    site.configure(web=f'listen = "127.0.0.1:{port}"')
+
+    def readiness() -> httpx.Response | None:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/readyz")
+        except httpx.TransportError:
+            return None
+
+    def broker_check() -> dict[str, object]:
+        rows = json.loads(site.process("doctor", "-o", "json", check=False).out)
+        return next(row for row in rows if row["check"] == "broker")
+
+    with traffic() as api:
+        prepared(site)
+        (site.plugins / "sitecustomize.py").write_text(BREAKS.format(flag=str(flag)))
+        params = {"url": api.url, "until": str(site.out / "done")}
+        site.apply(
+            org_entry("org_acme")
+            + definition("org_acme", "numbers", "acme.numbers", params=params, api_origins=[api.url])
+        )
+        site.start_worker()
+        wait_until(lambda: (found := readiness()) and "broker" in found.json()["lacking"], "the fault")
+        found = readiness()
+        assert found is not None
+        assert (found.status_code, found.json()["broker"]) == (503, "exit code 3")
+        assert not broker_check()["ok"]
+        assert "exit code 3" in str(broker_check()["detail"])
+        site.cli("definitions", "run", "org_acme", "numbers")
+        time.sleep(1.0)
+        assert [(run["state"], run["attempt"]) for run in site.runs("org_acme", "numbers")] == [
+            ("waiting", 0)
+        ]
+
+        flag.unlink()
+        ended = site.wait_for_end("org_acme", "numbers")
+        assert (ended["state"], ended["attempt"]) == ("succeeded", 1)
+        wait_until(lambda: (found := readiness()) and found.status_code == 200, "a worker that is ready")
+        assert broker_check()["ok"]

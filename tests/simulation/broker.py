@@ -358,6 +358,10 @@ class SimulatedHelper:
     async def gone(self, patience: float) -> None:
         """It ends at once."""
 
+    @property
+    def end(self) -> str:
+        return "signal SIGKILL"
+
     def kill(self) -> None:
         """SIGKILL; the worker notices."""
         self.process.kill()

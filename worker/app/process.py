@@ -231,9 +231,8 @@ class _Parts:
         joined = [addition.join(parts) for addition in self.worker.additions]
         inflight_runs, free = InflightRuns(), signals.slots_free
         dispatcher = Dispatcher(tools, attempt, inflight_runs, store, on_free=free, on_end=chores.ended)
-        admission = Admission(
-            store, inflight_runs, handlers, clock, process.slots, poll, dispatcher.start, signals.ready
-        )
+        given = (process.slots, poll, dispatcher.start, signals.ready, process.broker_fault)
+        admission = Admission(store, inflight_runs, handlers, clock, *given)
         if store.refills:
             dispatcher.finisher.refill_with(admission, store)
         scheduler = Scheduler(store, handlers, clock, poll=poll, on_fired=signals.fired)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from worker.clock import SystemClock
 from worker.errors import ConfigurationError, Diagnostic
+from worker.kit.broker import broker_fault
 from worker.model.egress import OPEN
 from worker.process.confinement import OFF, confinement_of, in_words, readable_management_secrets
 from worker.process.guarded_files import changeable, guarded
 from worker.settings import Settings
 from worker.store import health
+from worker.wiring.start import BROKER_FIX
 
 
 def said(check: str) -> tuple[Callable[..., Diagnostic], Callable[..., Diagnostic]]:
@@ -83,6 +86,19 @@ def network(settings: Settings) -> Diagnostic:
     return ok(detail)
 
 
+def broker(settings: Settings) -> Diagnostic:
+    """Whether the broker of a worker that starts here and now comes up: without it no request is sent."""
+    ok, bad = said("broker")
+    try:
+        confinement = confinement_of(_with(settings, network="auto", sandbox=_unless_required(settings)))
+    except ConfigurationError as error:
+        return bad(error.message, error.fix)
+    fault = broker_fault(settings, SystemClock(), confinement)
+    if fault is None:
+        return ok("the process that sends the requests of runs starts")
+    return bad(f"the process that sends the requests of runs does not start here: {fault}", BROKER_FIX)
+
+
 def _unless_required(settings: Settings) -> str:
     """The sandbox, without what the check `sandbox` reports."""
     return "off" if settings.execution.sandbox == "off" else "auto"
@@ -145,5 +161,5 @@ def database_password(settings: Settings) -> Diagnostic:
 
 
 # Of a worker, and of a host.
-OF_HOST = (sandbox, network, changeable_files, trusted_code)
+OF_HOST = (sandbox, network, broker, changeable_files, trusted_code)
 OF_SETTINGS = (insecure_origins, *OF_HOST, management_secrets, database_password)

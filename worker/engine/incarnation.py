@@ -120,6 +120,11 @@ class ProcessTools:
     requests: StopRequests = field(default_factory=StopRequests)
     started_at: float = 0.0
 
+    def broker_fault(self) -> str | None:
+        """Why no broker is up; then no runs are taken, since their requests would wait."""
+        broker = self.children.broker
+        return None if broker is None else broker.fault
+
     def starting(self) -> None:
         """Begin the next incarnation."""
         self.health.starting()
@@ -185,6 +190,7 @@ class Incarnation:
             draining=self._resting,
             slots={str(isolation): count for isolation, count in process.slots.items()},
             used=inflight_runs.used,
+            broker_fault=process.broker_fault,
         )
         process.health.watch(self._vitals)
         # After an outage, runs are taken only once the lease is renewed.

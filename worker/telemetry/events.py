@@ -219,9 +219,10 @@ _ROWS = (
         "zygote.died: pid runs", "the process that forks the runs died; its runs were killed and are lost"
     ),
     _error(
-        "broker.died: pid attempts", "the process that sends requests of runs died; another one is started"
+        "broker.died: pid attempts reason",
+        "the process that sends requests of runs died, or did not start; another one is started",
     ),
-    _info("broker.started: pid", "the process that sends requests of runs has started"),
+    _info("broker.started: pid", "the process that sends requests of runs is up"),
     _warning(
         "sandbox.incomplete: sandbox", "handlers are not fully confined; `sandbox` says what is missing"
     ),

@@ -53,7 +53,7 @@ class Vitals:
 
     `ages` are the seconds since the last tick of each loop, `stalled` the loops that do not tick.
     `lease_remaining` is in seconds, 0 or less after the lease has expired. `slots` and `used` count
-    runs by isolation.
+    runs by isolation. `broker_fault` is why no broker is up, which keeps it from taking runs.
     """
 
     ages: Callable[[], Mapping[str, float]]
@@ -63,6 +63,7 @@ class Vitals:
     draining: Callable[[], bool]
     slots: Mapping[str, int]
     used: Callable[[str], int]
+    broker_fault: Callable[[], str | None] = lambda: None
 
     def in_words(self) -> str:
         """One line for `systemctl status`: problems, runs, lease."""
@@ -72,6 +73,7 @@ class Vitals:
             [
                 *(["draining"] if self.draining() else []),
                 *(f"the loop {name} stands still" for name in self.stalled()),
+                *([] if self.broker_fault() is None else [f"no broker: {self.broker_fault()}"]),
                 *([] if self.admitting() or self.draining() else ["nothing admitted"]),
                 f"runs: {', '.join(taken.values()) or 'no slots'}",
                 f"lease: {left:.0f} s" if left > 0 else "lease lost",

@@ -94,6 +94,21 @@ async def test_a_worker_that_takes_no_work_is_alive_and_not_ready(
     assert (answer.status_code, answer.json()["lacking"]) == (503, lacking)
 
 
+async def test_a_worker_without_a_broker_says_why_and_is_not_ready():
+    fault: list[str | None] = ["SSLError: no certificate"]
+    health = watched(broker_fault=lambda: fault[0])
+
+    answer = await get(health, "/readyz")
+    assert (answer.status_code, answer.json()) == (
+        503,
+        {"status": "failing", "lacking": ["broker"], "broker": "SSLError: no certificate"},
+    )
+    assert (await get(health, "/livez")).status_code == 200
+
+    fault[0] = None
+    assert (await get(health, "/readyz")).json() == {"status": "ok", "lacking": []}
+
+
 async def test_loops_that_a_drain_has_ended_are_not_missed():
     """Else an orchestrator would kill a worker for draining."""
     health = watched(stalled=lambda: ["scheduler"], draining=lambda: True)

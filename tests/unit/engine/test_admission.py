@@ -46,6 +46,31 @@ async def test_ready_is_what_the_database_answered_and_again_after_each_outage(c
     assert told == [True, True]
 
 
+async def test_nothing_is_admitted_while_no_broker_could_send_its_requests(clock: ManualClock):
+    faults: list[str | None] = ["exit code 1"]
+    inflight_runs, started = InflightRuns(), list[str]()
+
+    def start(runs: Sequence[AdmittedRun]) -> None:
+        for run in runs:
+            inflight_runs.add(run)
+            started.append(run.id)
+
+    given = {"slots": {"inline": 2}, "start": start, "fault": lambda: faults[0]}
+    admitting = admission(Backlog(), inflight_runs, clock, **given)
+    task = asyncio.create_task(admitting.run())
+    await settle()
+    assert (started, admitting.taking) == ([], False)
+
+    faults[0] = None
+    admitting.wake.set()
+    await settle()
+    assert (started, admitting.taking) == (["r1", "r2"], True)
+
+    faults[0] = "exit code 1"
+    assert admitting.begin([ended("r1")])[1] == {}  # nor with the ends
+    task.cancel()
+
+
 async def test_only_the_slots_of_runs_that_end_here_are_filled_with_their_ends(clock: ManualClock):
     """All others are filled by the loop itself, which may be waiting for the database."""
     inflight_runs, started = InflightRuns(), list[str]()

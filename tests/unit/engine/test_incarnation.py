@@ -45,6 +45,8 @@ from worker.telemetry.vitals import Vitals
 
 
 class Children:
+    broker = None
+
     def attach(self) -> None:
         """Nothing runs here."""
 

@@ -25,10 +25,16 @@ def test_a_healthy_worker_tells_its_runs_and_its_lease():
 
 
 def test_what_is_amiss_stands_before_all_else():
-    ill = vitals(stalled=lambda: ["scheduler"], admitting=lambda: False, lease_remaining=lambda: -1.0)
+    ill = vitals(
+        stalled=lambda: ["scheduler"],
+        broker_fault=lambda: "exit code 1",
+        admitting=lambda: False,
+        lease_remaining=lambda: -1.0,
+    )
 
     assert ill.in_words() == (
-        "the loop scheduler stands still; nothing admitted; runs: 3 of 50 child, 0 of 1000 inline; lease lost"
+        "the loop scheduler stands still; no broker: exit code 1; nothing admitted; "
+        "runs: 3 of 50 child, 0 of 1000 inline; lease lost"
     )
 
 

@@ -34,7 +34,7 @@ class Admission:
     """Fills this worker's free slots. Woken by the scheduler, by written ends, and by each poll.
 
     `start` gets the admitted runs in rank order. `on_taking` is called when the database lets this
-    worker admit, for the first time and after each outage.
+    worker admit, for the first time and after each outage. It admits nothing while there is a `fault`.
     """
 
     store: AdmitStore
@@ -45,6 +45,7 @@ class Admission:
     poll: float
     start: Callable[[Sequence[AdmittedRun]], None]
     on_taking: Callable[[], None]
+    fault: Callable[[], str | None] = lambda: None
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     taking: bool = False
     _more_wait: bool = False
@@ -80,7 +81,7 @@ class Admission:
         database. Without slots neither `end` nor a start follows.
         """
         free: Counter[Isolation] = Counter()
-        if self._running and self._more_wait:
+        if self._running and self._more_wait and self.fault() is None:
             for attempt in ended:
                 inflight = self.inflight_runs.get(attempt.run_id)
                 if inflight is not None and inflight.run.fencing_token == attempt.fencing_token:
@@ -98,6 +99,9 @@ class Admission:
         self._refilled.set()
 
     async def _admit(self) -> bool:
+        if self.fault() is not None:
+            self.taking = False
+            return False
         few = min(FEW, sum(self.slots.values()) // 10)
         if self._more_wait and 0 < sum(self._free().values()) < few:
             await self.clock.sleep(MOMENT)

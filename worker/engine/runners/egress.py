@@ -8,6 +8,9 @@ from typing import Protocol
 
 from worker.engine.runners.contract import RunServices, Work
 from worker.model.runs.lease import Lease
+from worker.model.runs.outcome import Failed, HandedBack, Outcome, TimedOut
+
+STARVED = "the broker of its worker or host, which sends its requests, did not start"
 
 
 class BrokeredAttempt(Protocol):
@@ -15,6 +18,10 @@ class BrokeredAttempt(Protocol):
 
     def open(self, door: socket.socket) -> None:
         """Serve what its process passes over the other end of `door`, which this closes at the end."""
+
+    @property
+    def starved(self) -> bool:
+        """Whether its requests had to wait for a broker that did not start."""
 
     def connect(self) -> socket.socket:
         """A stream to the broker, for a handler in this process. Raises OSError once it has ended."""
@@ -32,8 +39,18 @@ class BrokeredAttempt(Protocol):
 class EgressBroker(Protocol):
     """The broker's process, which is started again when it ends."""
 
+    @property
+    def fault(self) -> str | None:
+        """Why none is up that could send; None also while one is about to start."""
+
     def start(self) -> None:
         """Start it; call this before any key is read. Needs no running loop."""
+
+    def await_start(self) -> str | None:
+        """Wait until it is up, before `attach`; returns why it is not."""
+
+    def attach(self) -> None:
+        """Listen to it on the running loop, and start another one when it ends."""
 
     def serve(self, work: Work, services: RunServices) -> BrokeredAttempt:
         """Serve an attempt."""
@@ -46,3 +63,13 @@ class EgressBroker(Protocol):
 
     async def close(self) -> None:
         """End it."""
+
+
+def unless_starved(outcome: Outcome, brokered: BrokeredAttempt | None) -> Outcome:
+    """The outcome of an attempt; one that failed for want of a broker waits for another worker instead."""
+    if brokered is None or not brokered.starved:
+        return outcome
+    match outcome:
+        case TimedOut() | Failed(reason="error", permanent=False):
+            return HandedBack(STARVED)
+    return outcome

@@ -29,7 +29,7 @@ from worker.engine.runners.contract import (
     outcome_of_stop,
     start_task,
 )
-from worker.engine.runners.egress import BrokeredAttempt, EgressBroker
+from worker.engine.runners.egress import BrokeredAttempt, EgressBroker, unless_starved
 from worker.engine.runners.output import RunLogger
 from worker.handlers.blocking import DaemonThread
 from worker.handlers.calling import call, call_blocking, outcome_of_error
@@ -148,7 +148,7 @@ class Inline:
             attempt.close()
             if not task.done():
                 self._abandon(task)
-        return attempt.outcome(task)
+        return unless_starved(attempt.outcome(task), attempt.brokered)
 
     async def _body(
         self, work: Work, services: RunServices, cancelled: Cancellation, attempt: _Attempt

@@ -416,9 +416,14 @@ class BrokerProcess:
 
 
 async def _serve(control: socket.socket, prepare: Callable[[], Sequence[FileId] | None]) -> None:
-    context = tls_context()
-    # Before there is a second thread: only threads that start later are confined too.
-    files = prepare()
+    try:
+        context = tls_context()
+        # Before there is a second thread: only threads that start later are confined too.
+        files = prepare()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        control.send(json.dumps({"op": "failed", "reason": reason}).encode())
+        raise
     gc.freeze()
     await BrokerProcess(control, context, files=files).serve()
 

@@ -18,6 +18,7 @@ from worker.engine.runners.child.zygote_handle import HelperProcess
 from worker.engine.runners.contract import RunServices, Work
 from worker.errors import WorkerError
 from worker.features.egress.requests import UNKNOWN_CALL
+from worker.features.egress.restarts import SILENT, START_WITHIN, Restarts
 from worker.handlers.calls import AskLimits, AskShare, AskToken, Call, NotACall, PauseOrigin, read
 from worker.handlers.given import HeldToken
 from worker.handlers.steps import StepError
@@ -33,9 +34,6 @@ COMMAND = (sys.executable, "-P", "-m", "worker.features.egress.broker")
 BROKER_CALLS = (AskToken, AskLimits, AskShare, PauseOrigin)
 # Before the names of variables, as no secret is called.
 VARIABLE = "variable "
-# Seconds between starts of a broker that does not come up, at first and at most.
-RESTART = 0.05
-LONGEST_RESTART = 5.0
 # Seconds until a broker whose control socket is closed is killed.
 CLOSE = 1.0
 # Seconds that the end of an attempt waits for its record.
@@ -73,20 +71,51 @@ class BrokerHandle:
         self._lease: Message | None = None
         self._attempts: dict[int, _Attempt] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._closed = self._retired = False
-        self._pause = RESTART
+        self._attached = self._closed = self._retired = False
+        self._restarts = Restarts(clock)
+        # What a broker that does not come up says of that; and when it is killed.
+        self._failure = ""
+        self._starting: asyncio.TimerHandle | None = None
+
+    @property
+    def fault(self) -> str | None:
+        return self._restarts.fault
 
     @property
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        arguments = [str(os.getpid()), json.dumps(dict(self._confinement))]
-        self._process = HelperProcess(COMMAND, arguments, AUTHORITIES)
-        emit("broker.started", pid=self._process.pid)
+        arguments, self._failure = [str(os.getpid()), json.dumps(dict(self._confinement))], ""
+        try:
+            self._process = HelperProcess(COMMAND, arguments, AUTHORITIES)
+        except OSError as error:  # there is no memory or process left, or no interpreter any more
+            self._process, self._failure = None, f"{type(error).__name__}: {error}"
+
+    def await_start(self) -> str | None:
+        process = self._process
+        if process is not None and (message := process.first_message(START_WITHIN)) is not None:
+            self._receive(message)
+        if self._restarts.is_up:
+            return None
+        return self._failure or ("" if process is None else process.end) or SILENT
+
+    def attach(self) -> None:
+        if self._attached:
+            return
+        self._attached = True
+        process = self._process
+        if process is None:
+            self._ended()
+            return
+        process.attach(self._receive, self._ended)
+        if not self._restarts.is_up:
+            self._starting = asyncio.get_running_loop().call_later(START_WITHIN, process.kill)
+        if self._lease is not None:
+            process.send(self._lease)
 
     def serve(self, work: Work, services: RunServices) -> _Attempt:
-        self._attach()
+        self.attach()
         return _Attempt(self, next(self._numbers), work, services, self._clock)
 
     def environment(self, work: Work) -> Mapping[str, str]:
@@ -101,6 +130,8 @@ class BrokerHandle:
         self._closed = True
         for task in self._tasks:
             task.cancel()
+        if self._starting is not None:
+            self._starting.cancel()
         process, self._process = self._process, None
         if process is not None:
             process.close()
@@ -111,6 +142,7 @@ class BrokerHandle:
     def add(self, attempt: _Attempt) -> None:
         """Give the broker an attempt, at its first request."""
         self._attempts[attempt.number] = attempt
+        attempt.starved = self.fault is not None
         self._introduce(attempt)
 
     def remove(self, attempt: _Attempt) -> None:
@@ -133,41 +165,48 @@ class BrokerHandle:
 
     # The process
 
-    def _attach(self) -> None:
-        if self._process is not None and not self._process.is_attached:
-            self._process.attach(self._receive, self._died)
-            if self._lease is not None:
-                self._process.send(self._lease)
-
-    def _died(self) -> None:
+    def _ended(self) -> None:
         if not self._closed:
-            if not self._retired:
-                emit("broker.died", pid=self.pid, attempts=len(self._attempts))
-            self._retired = False
             self.begin(self._restart())
 
     async def _restart(self) -> None:
         """Start another broker, and give it what the last one had."""
         process, self._process = self._process, None
+        if self._starting is not None:
+            self._starting.cancel()
         if process is not None:
             process.close()
             await process.gone(0)
-        await asyncio.sleep(self._pause)
-        self._pause = min(self._pause * 2, LONGEST_RESTART)
+        await asyncio.sleep(self._restarts.retired() if self._retired else self._died(process))
+        self._retired = False
         if self._closed:
             return
         for attempt in self._attempts.values():
             attempt.lost()
+        self._attached = False
         self.start()
-        self._attach()
+        self.attach()
         for attempt in self._attempts.values():
             self._introduce(attempt)
+
+    def _died(self, process: HelperProcess | None) -> float:
+        """Report a broker that has died, or was not started; returns the seconds until the next one."""
+        pid, how = (None, "") if process is None else (process.pid, process.end)
+        reason = self._failure or how
+        pause = self._restarts.ended(reason)
+        emit("broker.died", pid=pid, attempts=len(self._attempts), reason=reason)
+        if self.fault is not None:
+            for attempt in self._attempts.values():
+                attempt.starved = True
+        return pause
 
     def _receive(self, message: dict[str, Any]) -> None:
         attempt = self._attempts.get(message.get("number", 0))
         match message["op"]:
             case "ready":
-                self._pause = RESTART
+                self._came_up()
+            case "failed":
+                self._failure = message["reason"]
             case "ask":
                 self.begin(self._answer(attempt, message))
             case "sent" if attempt is not None:
@@ -180,6 +219,12 @@ class BrokerHandle:
                 attempt.counted += message["rows"]
             case "retired":
                 self._retired = True
+
+    def _came_up(self) -> None:
+        self._restarts.came_up()
+        if self._starting is not None:
+            self._starting.cancel()
+        emit("broker.started", pid=self.pid)
 
     async def _answer(self, attempt: _Attempt | None, question: Message) -> None:
         """Answer a call of the broker, in the name of an attempt that it serves."""
@@ -201,6 +246,7 @@ class _Attempt:
         self.number = number
         self.services = services
         self.door: socket.socket | None = None
+        self.starved = False
         # The totals of brokers that have left it to another one.
         self.counted: list[dict[str, Any]] = []
         self._broker = broker

@@ -25,7 +25,7 @@ class Taking:
     """Fills this host's free slots. A request stays open for each kind of slot that is free.
 
     `start` gets the attempts in order. `on_taking` is called when this host can be given runs, for the first
-    time and after each outage. `offers` is false until it has a handler.
+    time and after each outage. `offers` is false until it has a handler, and while it can run none.
     """
 
     store: RemoteStore
@@ -50,7 +50,9 @@ class Taking:
                 self.wake.clear()
                 self.ticked_at = self.clock.monotonic()
                 free = self._uncovered()
-                if free and self.offers():
+                offers = self.offers()
+                self.taking = self.taking and offers
+                if free and offers:
                     task = asyncio.create_task(self._take(free))
                     self._open[task] = free
                     task.add_done_callback(self._answered)

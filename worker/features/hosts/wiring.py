@@ -211,13 +211,16 @@ class Host:
     ) -> Source:
         clock, tools, pool = self.process.clock, dispatcher.tools, registered.pool
 
+        def offers() -> bool:
+            return bool(tools.handlers.names()) and self.process.broker_fault() is None
+
         def start(attempts: Sequence[Taken]) -> None:
             dispatcher.start(tools.keep(attempts))
 
         common: dict[str, Any] = {
             "slots": self.process.slots,
             "poll": registered.poll,
-            "offers": lambda: bool(tools.handlers.names()),
+            "offers": offers,
             "start": start,
             "on_taking": signals.ready,
         }

@@ -78,13 +78,15 @@ class Health:
         lacks = {
             "lease": vitals.lease_remaining() <= 0,
             "admission": not vitals.admitting(),
+            "broker": vitals.broker_fault() is not None,
             **{f"loop {name}": True for name in vitals.stalled()},
         }
         return [name for name, lacking in lacks.items() if lacking]
 
     def details(self) -> Mapping[str, Any]:
         """What /readyz tells besides."""
-        return {"sandbox": self._sandbox} if self._sandbox else {}
+        fault = None if self._vitals is None else self._vitals.broker_fault()
+        return {name: value for name, value in (("sandbox", self._sandbox), ("broker", fault)) if value}
 
     def routes(self) -> Sequence[Route]:
         return (

@@ -25,7 +25,7 @@ from worker.engine.runners.contract import (
     handler_exited,
     outcome_of_stop,
 )
-from worker.engine.runners.egress import EgressBroker
+from worker.engine.runners.egress import EgressBroker, unless_starved
 from worker.engine.runners.output import RunOutput
 from worker.errors import LeaseLost, WorkerError
 from worker.handlers.calls import AskToken, Call, NotACall, OneWayCall, read
@@ -135,6 +135,7 @@ class ChildRun:
         outcome = outcome_of_end(
             self._returned, ended, self.stop, memory=self._work.memory, errors=self._services.errors
         )
+        outcome = unless_starved(outcome, self._brokered)
         if isinstance(outcome, Failed) and (self._returned is None or outcome.reason == "handler_exited"):
             self._services.log("error", "log", outcome.error.message)
         return outcome

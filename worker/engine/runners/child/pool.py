@@ -184,9 +184,11 @@ class ChildPool:
             self._zygote = ZygoteHandle(replace(self._setup, describing=theirs.fileno()))
 
     def attach(self) -> None:
-        """Listen to the zygote on the running loop; `run` does it if needed."""
+        """Listen to the zygote and the broker on the running loop; `run` does it if needed."""
         if self._reaping is None and self._zygote is not None:
             self._use(self._zygote)
+            if self.broker is not None:
+                self.broker.attach()
             self._reaping = asyncio.create_task(self._reap_periodically())
 
     def take_describing(self) -> socket.socket | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -44,13 +46,14 @@ class HelperProcess:
     ) -> None:
         """`variables` of the environment and the descriptors `passed` are those that it inherits.
 
-        With an `own_session` it and what it forks are distinguished from other children.
+        With an `own_session` it and what it forks are distinguished from other children. Raises OSError.
         """
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
         for end in (self._control, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-        with theirs:
+        with theirs, ExitStack() as unless_started:
+            unless_started.callback(self._control.close)
             self._process = subprocess.Popen(
                 [*command, str(theirs.fileno()), *arguments],
                 env=environment(variables),
@@ -59,6 +62,7 @@ class HelperProcess:
                 stdout=subprocess.DEVNULL,
                 start_new_session=own_session,
             )
+            unless_started.pop_all()
         self.pid = self._process.pid
         self._pidfd = os.pidfd_open(self.pid)
         self._sending = threading.Lock()
@@ -68,6 +72,26 @@ class HelperProcess:
     @property
     def is_attached(self) -> bool:
         return self._loop is not None
+
+    @property
+    def end(self) -> str:
+        """How it has ended, in words; empty while it lives."""
+        code = self._process.poll()
+        if code is None:
+            return ""
+        return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+
+    def first_message(self, seconds: float) -> dict[str, Any] | None:
+        """Wait for its first message, before it is attached; None if it ends or is silent."""
+        ready, _, _ = select.select([self._control], [], [], seconds)
+        data = self._control.recv(_DATAGRAM) if ready else b""
+        if ready and not data:  # it has closed the socket, and so is about to end
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(seconds)
+        return json.loads(data) if data else None
+
+    def kill(self) -> None:
+        self._process.kill()
 
     def attach(self, on_message: Callable[[Any], None], on_death: Callable[[], None]) -> None:
         """Listen on the running loop; `on_death` is called once, when the process is gone."""

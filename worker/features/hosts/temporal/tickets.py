@@ -38,7 +38,7 @@ class TicketTaking:
     """Fills this host's slots with the runs that Temporal offers to its pool; as `Taking` does by polls.
 
     `start` gets each attempt. `on_taking` is called when Temporal responds, for the first time and after each
-    outage at the start. `offers` is false until this host has a handler.
+    outage at the start. `offers` is false until this host has a handler, and while it can run none.
     """
 
     store: RemoteStore
@@ -129,8 +129,8 @@ class TicketTaking:
     @activity.defn(name=ACTIVITY)
     async def _attempt(self, ticket: str) -> None:
         """One activity: takes the attempt and lasts until it has ended. Never fails."""
-        if self._stopping:
-            return
+        if self._stopping or not self.offers():
+            return  # it is placed again
         taking = asyncio.create_task(self._take(ticket))
         self._takes.add(taking)
         taking.add_done_callback(self._takes.discard)
