@@ -123,7 +123,8 @@ _ROWS = (
     _warning("logs.dropped: lines", "dropped lines of run logs that came faster than they were written"),
     _warning(
         "egress.denied: org run attempt handler origin reason",
-        "a request was not sent, since the run may not reach this origin; once an attempt and origin",
+        "a request was not sent, since the run may not reach this origin; once an attempt and origin. Of a "
+        "host's run its worker reports it",
     ),
     _debug(
         "egress.counted: org run attempt handler origin denied seconds",

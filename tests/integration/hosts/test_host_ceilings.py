@@ -301,7 +301,7 @@ async def test_egress_is_not_the_hosts_to_choose(fleet: Fleet, before: bool) -> 
     assert (taken, waits(fleet, run)) == ([], ("not_approved", host_grants_command(opened)))
     approve(fleet, opened)
     [one] = await host.take(fleet.one)
-    assert one.work.egress == Egress((("open",),), audiences=("mcp",))
+    assert one.work.egress == Egress((("open",),), audiences=("mcp",), owners=("handler",))
 
 
 async def test_a_host_that_leaves_its_list_out_reaches_no_more(fleet: Fleet, before: bool) -> None:

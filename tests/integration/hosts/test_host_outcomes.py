@@ -47,7 +47,8 @@ def recorded(fleet: Fleet, run: str) -> dict[str, int]:
 async def test_what_a_run_of_a_host_sent_is_stored_with_its_end(fleet: Fleet, emitted: list[Emitted]) -> None:
     host, taken = await fleet.busy_host()
     run = taken.run.id
-    end = end_of(taken, egress=(SENT, EgressRow("https://evil.example", denied=2)))
+    evil = EgressRow("https://evil.example", denied=2, reason="not listed in egress of its @job(...)")
+    end = end_of(taken, egress=(SENT, evil))
     for _ in range(2):  # the answer to the first was lost
         assert await host.finish(fleet.one, end) == [run]
 
@@ -59,6 +60,7 @@ async def test_what_a_run_of_a_host_sent_is_stored_with_its_end(fleet: Fleet, em
     assert (rows[0]["statuses"], rows[0]["waited_seconds"]) == ({"200": 2, "429": 1}, 1.5)
     [denied] = [one.fields for one in emitted if one.event.name == "egress.denied"]
     assert (denied["org"], denied["run"], denied["origin"]) == ("org_a", run, "https://evil.example")
+    assert denied["reason"] == evil.reason
 
 
 async def test_what_a_host_says_of_a_run_that_is_not_its_own_is_not_stored(fleet: Fleet) -> None:

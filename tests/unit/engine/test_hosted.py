@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from random import Random
 from typing import Any
@@ -43,11 +43,13 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.model.egress import BoundSecret, Egress, placeholder_of
 from worker.model.runs import outcome as outcomes
+from worker.model.runs.egress import EgressRow
 from worker.model.runs.outcome import Failed, Outcome, Succeeded, Trail
 from worker.model.runs.run import AdmittedRun, LogLine, NewStep, OwnedRun
 from worker.model.runs.waits import NewWait
 from worker.secret import AccessToken
 from worker.telemetry import tracing
+from worker.telemetry.events import Emitted
 from worker.telemetry.tracing import Marks, Traced
 
 RUN = TAKEN.run
@@ -277,7 +279,8 @@ async def test_what_a_run_reaches_is_the_workers_to_decide_and_the_hosts_to_narr
 
     await host.attempt(taken)
 
-    assert host.runner.works[0].egress == Egress(lists, audiences=("mcp",))
+    reached = host.runner.works[0].egress
+    assert (reached.lists, reached.audiences) == (lists, ("mcp",))
     # Inline it is in the host's own process, which cannot be sealed.
     ended = await host.attempt(replace(taken, run=replace(RUN, isolation="inline")))
     assert (len(host.runner.works), ended.outcome) == ((1, "failed") if lists else (2, "succeeded"))
@@ -582,3 +585,20 @@ async def test_a_wait_with_options_is_not_sent_to_a_worker_that_would_ignore_the
     assert workers.sent("wait") == []
     assert [call["wait"]["options"] for call in workers.sent("choose")] == [["yes", "no"]]
     assert (await host.store.control.call("wait", workers.sent("choose")[0])) == state
+
+
+async def test_what_is_denied_on_a_host_is_left_to_its_worker_to_report(
+    clock: ManualClock, emitted: list[Emitted]
+) -> None:
+    """The worker has the alerts: it reports what comes with the end, with the reason."""
+
+    async def during(services: RunServices, stop: StopSignal) -> None:
+        services.denied("https://evil.test", "not listed in egress of its @job(...)")
+        services.egress([asdict(EgressRow("https://evil.test", denied=1))])
+
+    host = Host(clock, Workers(), Runner(during=during))
+    ended = await host.attempt()
+
+    assert [one for one in emitted if one.event.name == "egress.denied"] == []
+    [row] = ended.trail.egress
+    assert (row.denied, row.reason) == (1, "not listed in egress of its @job(...)")

@@ -37,7 +37,7 @@ from worker.handlers.calls import (
 from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.handlers.waits import SLEEP
 from worker.model.runs.budgets import OrgBudgets, decisive, wait_of
-from worker.model.runs.egress import MAX_ORIGINS, merge, row_of, shown_origin
+from worker.model.runs.egress import MAX_ORIGINS, MAX_REASON, merge, row_of, shown_origin
 from worker.model.runs.outcome import Trail
 from worker.model.runs.run import AdmittedRun, NewStep
 from worker.model.runs.waits import BUDGET, MAX_WAITS, NewWait, WaitState
@@ -55,7 +55,10 @@ _log = logging.getLogger(__name__)
 
 
 class Acts(Protocol):
-    """Does what a running handler asks."""
+    """Does what a running handler asks; with `reports_denials` this process emits `egress.denied`."""
+
+    @property
+    def reports_denials(self) -> bool: ...
 
     async def act(self, call: Call[A], of: Running) -> A:
         """Do what an admitted call asks.
@@ -112,8 +115,8 @@ class Running:
     room: StepRoom | None = field(default=None, init=False)
     # The waits in `trail.asks`, with their occurrences.
     asked: set[tuple[str, int]] = field(default_factory=set, init=False)
-    # The origins whose denial was reported.
-    denials: set[str] = field(default_factory=set, init=False)
+    # Why requests were not sent, by origin.
+    denials: dict[str, str] = field(default_factory=dict, init=False)
 
     @property
     def run(self) -> AdmittedRun:
@@ -151,15 +154,17 @@ class Running:
 
     def egress(self, rows: Sequence[Mapping[str, Any]]) -> None:
         try:
-            self.trail.egress = merge(map(row_of, rows))
+            sent = merge(map(row_of, rows))
+            self.trail.egress = tuple(replace(row, reason=self.denials.get(row.origin, "")) for row in sent)
         except (ValueError, TypeError, KeyError) as error:
             _log.warning("what run %s sent is not recorded: %s", self.run.id, error)
 
     def denied(self, origin: str, reason: str) -> None:
         origin = shown_origin(origin)
         if origin not in self.denials and len(self.denials) < MAX_ORIGINS:
-            self.denials.add(origin)
-            egress_denied(self.inflight, self.trail.handler, origin, reason)
+            self.denials[origin] = reason = reason[:MAX_REASON]
+            if self.acts.reports_denials:
+                egress_denied(self.inflight, self.trail.handler, origin, reason)
 
     def close(self) -> None:
         self.closed = True

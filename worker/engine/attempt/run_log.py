@@ -177,9 +177,11 @@ async def mask_trail(trail: Trail, org: OrgId) -> None:
     if trail.progress is not None:
         trail.progress = await masked_progress(trail.progress, org)
     if trail.egress:
-        masked = await mask_each([(row.origin, org) for row in trail.egress])
+        texts = [(text, org) for row in trail.egress for text in (row.origin, row.reason)]
+        masked = await mask_each(texts)
         trail.egress = merge(
-            replace(row, origin=origin) for row, origin in zip(trail.egress, masked, strict=True)
+            replace(row, origin=origin, reason=reason)
+            for row, origin, reason in zip(trail.egress, masked[::2], masked[1::2], strict=True)
         )
 
 

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from worker.clock import Clock
 from worker.engine.attempt.answers import Acts, Running
@@ -266,6 +266,7 @@ class StoreActs:
     """Does what handlers ask in stores: of a worker, or of a trial."""
 
     tools: Tools
+    reports_denials: ClassVar[bool] = True
 
     async def act(self, call: Call[A], of: Running) -> A:
         """As `Acts.act`."""

@@ -76,7 +76,7 @@ OF_TOKENS = frozenset(
 )
 TOO_OFTEN = "its hosts handed it back too often in a row without a new checkpoint or step"
 NOT_SEALED = "its host did not return what its worker sealed, or the key ring no longer has the key"
-# Why a request was not sent, which only the host's own event says.
+# Why a request was not sent, if its host is of an older release.
 BY_HOST = "by its host"
 # Ends that are remembered: a host repeats those whose answer was lost.
 MAX_ENDS = 10_000
@@ -397,7 +397,7 @@ class HostedRuns:
             if inflight is not None:
                 denied = [row for row in ended.trail.egress if row.denied]
                 for row in denied[:REPORTED]:
-                    egress_denied(inflight, ended.trail.handler, row.origin, BY_HOST)
+                    egress_denied(inflight, ended.trail.handler, row.origin, row.reason or BY_HOST)
             self._shared.on_end(ended, inflight)
         else:
             run_fenced_out(ended.run_id, ended.attempt, ended.fencing_token, inflight)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from worker.engine.attempt.answers import Running
 from worker.engine.attempt.inflight import InflightRuns
@@ -245,6 +245,8 @@ class RemoteActs:
 
     store: RemoteStore
     rows: StepWriter
+    # The worker does, with the end of the attempt: it has the alerts.
+    reports_denials: ClassVar[bool] = False
 
     async def act(self, call: Call[A], of: Running) -> A:
         """As `Acts.act`. Raises StepError as well, if the worker does not know the call."""

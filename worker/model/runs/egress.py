@@ -16,8 +16,9 @@ from worker.model.definitions.units import took
 OTHERS = "others"
 MAX_ORIGINS = 100
 MAX_STATUSES = 20
-# Characters of an origin.
+# Characters of an origin, and of why it was denied: what is cut from a secret would not be masked.
 MAX_ORIGIN = 300
+MAX_REASON = 400
 # The largest number, which JSON has exactly, and the most seconds of waiting.
 MAX_TOTAL = 2**53 - 1
 MAX_WAITED = 1e9
@@ -32,8 +33,8 @@ NO_STATUS = "none"
 class EgressRow:
     """What was sent to one origin, such as `https://api.example.com`.
 
-    `requests` were sent, `denied` ones were not. `statuses` counts responses by status. `waited_seconds` is
-    the time that requests waited for a limit.
+    `requests` were sent, `denied` ones were not, for the `reason`, which is not stored. `statuses` counts
+    responses by status. `waited_seconds` is the time that requests waited for a limit.
     """
 
     origin: str
@@ -43,6 +44,7 @@ class EgressRow:
     statuses: Mapping[str, int] = field(default_factory=dict)
     denied: int = 0
     waited_seconds: float = 0.0
+    reason: str = field(default="", compare=False)
 
     def by_class(self) -> dict[str, int]:
         """The requests by class of status, such as `2xx`; `none` for those without a response."""
@@ -58,6 +60,9 @@ class EgressRow:
 def row_of(value: Mapping[str, Any]) -> EgressRow:
     """A row of JSON that is not trusted. Raises ValueError, TypeError or KeyError."""
     origin, statuses, waited = value["origin"], value["statuses"], value["waited_seconds"]
+    reason = value.get("reason", "")
+    if not isinstance(reason, str) or len(reason) > MAX_REASON:
+        raise ValueError(f"reason: not a text of at most {MAX_REASON} characters")
     if not isinstance(origin, str) or shown_origin(origin) != origin:
         raise ValueError(f"origin: not a text of 1 to {MAX_ORIGIN} printable characters")
     if isinstance(waited, bool) or not isinstance(waited, int | float) or not 0 <= waited <= MAX_WAITED:
@@ -66,7 +71,7 @@ def row_of(value: Mapping[str, Any]) -> EgressRow:
         raise TypeError("statuses: not an object")
     counts = {status: _count(number, "statuses") for status, number in statuses.items()}
     numbers = {name: _count(value[name], name) for name in _COUNTS}
-    return EgressRow(origin, statuses=counts, waited_seconds=float(waited), **numbers)
+    return EgressRow(origin, statuses=counts, waited_seconds=float(waited), reason=reason, **numbers)
 
 
 def _count(value: Any, name: str) -> int:
@@ -135,6 +140,7 @@ def _sum(row: EgressRow, more: EgressRow) -> EgressRow:
         statuses=statuses,
         denied=_capped(row.denied + _capped(more.denied)),
         waited_seconds=_waited(row.waited_seconds + _waited(more.waited_seconds)),
+        reason=more.reason or row.reason,
     )
 
 
