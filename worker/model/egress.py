@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from worker.guard.urls import Origin, is_loopback, origin_of
@@ -146,17 +146,50 @@ def _above() -> frozenset[str]:
     return frozenset(found)
 
 
+# Whose a list is, and where it is written.
+Owner = Literal["handler", "definition", "operator"]
+PLACES: Mapping[Owner, str] = {
+    "handler": "egress of its @job(...)",
+    "definition": "egress of its definition",
+    "operator": "[execution] egress of worker.toml",
+}
+
+
+def not_listed(origin: str, owners: Iterable[Owner]) -> str:
+    """What an error says of an origin that the lists of these owners deny; they may be unknown."""
+    denied = f"{origin} is not in the egress list of this run"
+    if origin.startswith("http:") and not is_loopback(origin_of(origin).host):
+        return f"{denied}, and http can be listed for loopback addresses only: use https"
+    places = " and to ".join(PLACES[owner] for owner in owners)
+    if not places:
+        places = f"{PLACES['handler']}, and to the lists that narrow it"
+    return f'{denied}: add "{origin}" to {places}'
+
+
+def denial(owners: Sequence[Owner]) -> str:
+    """Why an origin was denied, in short: the lists of these owners have it not."""
+    places = " and ".join(PLACES[owner] for owner in owners)
+    return f"not listed in {places}" if places else "not listed"
+
+
+def deniers(message: str) -> tuple[Owner, ...]:
+    """The owners that a message of `not_listed` names."""
+    return tuple(owner for owner, place in PLACES.items() if place in message)
+
+
 @dataclass(frozen=True, slots=True)
 class Egress:
     """What one attempt may reach: each of `lists` has to allow it. Without any, it is `open`.
 
-    With `reveal_token` a sealed run gets the org's token itself; without, a placeholder.
-    `audiences` are those for which it may ask for another token.
+    `owners` are those of the lists; empty if a worker of an older release made it. With `reveal_token` a
+    sealed run gets the org's token itself; without, a placeholder. `audiences` are those for which it may
+    ask for another token.
     """
 
     lists: tuple[tuple[str, ...], ...] = ()
     reveal_token: bool = False
     audiences: tuple[str, ...] = ()
+    owners: tuple[Owner, ...] = ()
 
     @property
     def is_open(self) -> bool:
@@ -174,15 +207,20 @@ def effective(
     cap: Sequence[str] | None,
     *,
     required: bool,
-) -> tuple[tuple[str, ...], ...]:
-    """The lists of an attempt: of its handler, its definition and the operator.
+) -> Mapping[Owner, tuple[str, ...]]:
+    """The lists of an attempt by their owners.
 
     A list is None if its owner gives none. If the operator has `required` sealed runs, what declares
     nothing gets `["api"]`.
     """
     if required and declared is None and narrowed is None:
         declared = (API,)
-    return tuple(tuple(items) for items in (declared, narrowed, cap) if items is not None)
+    lists: Mapping[Owner, Sequence[str] | None] = {
+        "handler": declared,
+        "definition": narrowed,
+        "operator": cap,
+    }
+    return {owner: tuple(items) for owner, items in lists.items() if items is not None}
 
 
 def wider(items: Iterable[str], than: Collection[str]) -> Iterator[str]:
@@ -214,16 +252,29 @@ class Gate:
     """Says which origins the lists of one attempt allow, and which addresses are checked for them."""
 
     def __init__(
-        self, lists: Sequence[Sequence[str]], api_origins: Iterable[str], private_origins: Iterable[str] = ()
+        self,
+        lists: Sequence[Sequence[str]],
+        api_origins: Iterable[str],
+        private_origins: Iterable[str] = (),
+        owners: Sequence[Owner] = (),
     ) -> None:
         self.api = frozenset(map(origin_of, api_origins))
         self._trusted = self.api | frozenset(map(origin_of, private_origins))
         self._lists = [[parse_item(item) for item in items] for items in lists]
         self._is_open = all(OPEN in items for items in lists)
+        self._owners = owners
 
     def allows(self, origin: Origin) -> bool:
         """Whether each list has an item for the origin."""
-        return all(any(rule.allows(origin, self.api) for rule in rules) for rules in self._lists)
+        return all(self._allow(rules, origin) for rules in self._lists)
+
+    def deniers(self, origin: Origin) -> list[Owner]:
+        """The owners of the lists that deny the origin, as far as they are known."""
+        owned = zip(self._owners, self._lists, strict=False)
+        return [owner for owner, rules in owned if not self._allow(rules, origin)]
+
+    def _allow(self, rules: Iterable[Rule], origin: Origin) -> bool:
+        return any(rule.allows(origin, self.api) for rule in rules)
 
     def checks_address(self, origin: Origin, *, public: bool = False) -> bool:
         """Whether its addresses must be public: listing an origin exempts nothing from that.

@@ -23,7 +23,7 @@ from worker.handlers.job import Job
 from worker.handlers.models import HandlerMissing, load
 from worker.handlers.public_http import check_addresses
 from worker.handlers.results import EgressDenied
-from worker.model.egress import Gate
+from worker.model.egress import Gate, not_listed
 from worker.model.runs.outcome import Outcome
 
 Answer = httpx.Response | Coroutine[Any, Any, httpx.Response]
@@ -47,10 +47,8 @@ class RecordingApi(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         url = request.url
         if not self.gate.allows(urls.origin_of(str(url))):
-            raise EgressDenied(
-                f"{url.scheme}://{url.netloc.decode()} is not in the egress list of this run: add it to "
-                "egress of @job(...), and to that of the definition if it has one"
-            )
+            origin = urls.origin_of(str(url))
+            raise EgressDenied(not_listed(f"{url.scheme}://{url.netloc.decode()}", self.gate.deniers(origin)))
         await request.aread()
         if (rejected := self._before(request)) is not None:
             return rejected
@@ -143,7 +141,7 @@ class InProcess:
         self._blocking = Blocking(clock, find=find, transports=blocking_transports)
 
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
-        self._api.gate = Gate(work.egress.lists, work.api_origins, work.private_origins)
+        self._api.gate = Gate(work.egress.lists, work.api_origins, work.private_origins, work.egress.owners)
         runner: Runner = self._inline if self._jobs[work.entry_point].is_async else self._blocking
         return await runner.run(work, services, stop)
 

@@ -87,6 +87,7 @@ class Worker:
         """Introduce an attempt with the owner's API and secret; returns the run's end of its door."""
         about = {
             "lists": [["api", "http://127.0.0.1:1"]],
+            "owners": ["handler"],
             "api_origins": [owner],
             "private_origins": ["http://127.0.0.1:1"],
             "insecure_origins": [],

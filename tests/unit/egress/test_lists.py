@@ -14,8 +14,12 @@ from worker.model.egress import (
     BoundSecret,
     Egress,
     Gate,
+    Owner,
     check_wildcards,
+    denial,
+    deniers,
     effective,
+    not_listed,
     parse_item,
     parse_items,
     placeholder_of,
@@ -151,9 +155,41 @@ def test_each_list_must_allow_an_origin() -> None:
 def test_only_open_lists_are_open_and_an_empty_list_allows_nothing() -> None:
     assert Egress().is_open and Egress((("open",), ("api", "open"))).is_open
     assert not Egress(((),)).is_open and not Egress((("open",), ("api",))).is_open
-    assert effective(None, None, None, required=True) == (("api",),)
-    assert effective([], None, None, required=True) == ((),)
-    assert effective(None, ["open"], ["api"], required=True) == (("open",), ("api",))
+    assert effective(None, None, None, required=True) == {"handler": ("api",)}
+    assert effective([], None, None, required=True) == {"handler": ()}
+    both = effective(None, ["open"], ["api"], required=True)
+    assert both == {"definition": ("open",), "operator": ("api",)}
+
+
+def test_what_is_denied_names_the_lists_that_lack_it_and_the_line_to_add():
+    lists = (("api", "https://a.acme.test"), ("https://*.acme.test",), ("api",))
+    gate = Gate(lists, ["https://api.other.test"], owners=("handler", "definition", "operator"))
+
+    def lacking(origin: str) -> list[Owner]:
+        return gate.deniers(origin_of(origin))
+
+    assert lacking("https://api.other.test") == ["definition"]
+    assert lacking("https://a.acme.test") == ["operator"]
+    assert not_listed("https://a.acme.test", lacking("https://a.acme.test")) == (
+        'https://a.acme.test is not in the egress list of this run: add "https://a.acme.test" to [execution] '
+        "egress of worker.toml"
+    )
+    assert denial(lacking("https://a.acme.test")) == "not listed in [execution] egress of worker.toml"
+    every = lacking("https://b.example")
+    assert deniers(not_listed("https://b.example", every)) == ("handler", "definition", "operator")
+
+
+def test_http_is_not_proposed_where_it_cannot_be_listed():
+    assert not_listed("http://a.test", ["handler"]).endswith("for loopback addresses only: use https")
+    assert 'add "http://127.0.0.1:80" to' in not_listed("http://127.0.0.1:80", ["handler"])
+
+
+def test_lists_of_a_worker_that_did_not_name_their_owners_are_the_handlers():
+    gate = Gate((("api",),), [])
+
+    message = not_listed("https://a.test", gate.deniers(origin_of("https://a.test")))
+    assert deniers(message) == ("handler",)
+    assert denial(gate.deniers(origin_of("https://a.test"))) == "not listed"
 
 
 def test_listing_an_origin_exempts_it_from_no_check_of_its_address() -> None:

@@ -462,6 +462,7 @@ async def test_the_lists_of_a_run_are_those_of_handler_definition_and_operator(
     await site.attempt()
 
     assert site.works[0].egress.lists == lists
+    assert len(site.works[0].egress.owners) == len(lists)
     assert site.works[0].egress.is_open is (lists == ())
 
 
@@ -520,7 +521,7 @@ def test_a_host_makes_of_it_what_its_own_network_says() -> None:
 
     assert [AUTO.of_host(one) for one in (lists, nothing)] == [lists, nothing]
     assert NetworkPolicy("require").of_host(lists) == lists
-    assert NetworkPolicy("require").of_host(nothing) == Egress((("api",),))
+    assert NetworkPolicy("require").of_host(nothing) == Egress((("api",),), owners=("handler",))
     assert NetworkPolicy("open").of_host(lists) == Egress((), True, ("mcp",))
 
 

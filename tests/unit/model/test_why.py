@@ -6,9 +6,12 @@ import re
 from datetime import UTC, datetime
 from typing import Any
 
+import httpx
 import pytest
 
 from worker.features.console.pages.links import step_path
+from worker.handlers.public_http import AddressRefused
+from worker.model.egress import Owner, not_listed
 from worker.model.runs.causes import BLOCKS, CAUSES, FOR_CUSTOMER, kept_reason, last_reason
 from worker.model.runs.clauses import clauses, listed, row_of, sentence
 from worker.model.runs.next_steps import VERBS
@@ -173,6 +176,60 @@ def test_progress_follows_the_cause_of_a_run_that_is_not_done():
 
 def test_no_words_are_for_a_reason_that_no_run_has():
     assert set(CAUSES) == set(ALL)
+
+
+@pytest.mark.parametrize(
+    ("owners", "whose", "command", "where"),
+    [
+        (["handler"], "handler", "handlers show acme.digest", "egress of its @job(...) has its origin"),
+        (
+            ["definition"], "operator", "definitions show org_acme digest",
+            "egress of its definition has its origin",
+        ),
+        (["operator"], "operator", "config show", "[execution] egress of worker.toml has its origin"),
+        (
+            ["handler", "operator"], "handler", "handlers show acme.digest",
+            "egress of its @job(...) has its origin and [execution] egress of worker.toml has its origin",
+        ),
+    ],
+)  # fmt: skip
+def test_a_denied_origin_is_listed_first_and_not_retried(
+    owners: list[Owner], whose: str, command: str, where: str
+):
+    message = not_listed("https://evil.test", owners)
+    why = why_run(run("failed", "error", error={"type": "EgressDenied", "message": message}))
+
+    assert (why.whose, why.probably, why.step.command) == (whose, False, command)
+    assert clauses(why).cause == f"EgressDenied: {message}"
+    assert clauses(why).retry == f"a retry is denied again until {where}"
+
+
+def test_a_private_address_needs_private_origins():
+    message = str(AddressRefused(httpx.URL("https://db.internal/x"), "private"))
+    why = why_run(run("failed", "error", error={"type": "AddressRefused", "message": message}))
+
+    assert why.step.command == "config show"
+    assert 'add "https://db.internal:443" to [execution] private_origins' in clauses(why).cause
+    assert "private_origins or api_origins has its origin" in clauses(why).retry
+
+
+def test_a_failure_after_a_denied_request_names_that_too():
+    """A library has raised an error of its own: its handler may have passed over the denial."""
+    sent = [{"origin": "https://evil.test", "denied": 2}, {"origin": "https://api.test", "denied": 0}]
+    why = why_run(run("failed", "error", egress=sent))
+
+    assert clauses(why).cause == (
+        "KeyError: 'title'; requests to https://evil.test were not sent: it may not reach that"
+    )
+    assert why.step.command == f"runs retry {RUN}"
+
+
+def test_a_denied_run_that_was_retried_leads_to_its_retry():
+    error = {"type": "EgressDenied", "message": not_listed("https://evil.test", ["handler"])}
+    why = why_run(run("failed", "error", error=error), retried={"id": "r2", "state": "succeeded"})
+
+    assert why.step.command == "runs show r2"
+    assert "no other retry is needed" in clauses(why).retry
 
 
 def test_a_text_for_the_customer_is_about_the_job_alone():

@@ -25,7 +25,7 @@ from worker.model.definitions import CANCEL_GRACE, TIMEOUT, RetryPolicy
 from worker.model.definitions.definition import Definition, from_spec
 from worker.model.definitions.origins import check_base_url, check_encrypted, is_listed
 from worker.model.definitions.units import parse_duration, parse_memory
-from worker.model.egress import API, Egress, effective
+from worker.model.egress import API, Egress, Owner, effective
 from worker.model.orgs import OrgRef, TokenWant
 from worker.model.runs.outcome import Error, Failed
 from worker.model.runs.run import AdmittedRun, Declared, LoadedState, RunContext, StoredProgress
@@ -149,21 +149,21 @@ class NetworkPolicy:
 
     def egress(self, definition: Definition, entry: HandlerEntry) -> Egress:
         """What an attempt of this handler may reach, and the audiences for which it may ask for a token."""
-        lists: tuple[tuple[str, ...], ...] = ()
+        lists: Mapping[Owner, tuple[str, ...]] = {}
         if self.network != "open":
             required = self.network == "require"
             lists = effective(entry.egress, definition.egress, self.cap, required=required)
         audiences = entry.audiences if definition.audiences is None else definition.audiences
         if entry.audiences:
             audiences = tuple(one for one in audiences if one in entry.audiences)
-        return Egress(lists, definition.reveal_token, audiences)
+        return Egress(tuple(lists.values()), definition.reveal_token, audiences, tuple(lists))
 
     def of_host(self, egress: Egress) -> Egress:
         """What a host with this policy makes of the egress that its worker decided; it has no cap."""
         if self.network == "open":
-            return replace(egress, lists=())
+            return replace(egress, lists=(), owners=())
         if self.network == "require" and not egress.lists:
-            return replace(egress, lists=((API,),))
+            return replace(egress, lists=((API,),), owners=("handler",))
         return egress
 
 

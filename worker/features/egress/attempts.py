@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from worker.features.egress.injection import InjectedValue, MaskForms
 from worker.features.egress.requests import RequestRefused, RunRequest, shown
 from worker.guard.urls import Origin, is_loopback, origin_of
-from worker.model.egress import Gate
+from worker.model.egress import Gate, not_listed
 
 # Origins of one attempt that are counted by themselves.
 MAX_ORIGINS = 100
@@ -92,7 +92,7 @@ class ServedAttempt:
         self.traced: bool = fields["traced"]
         # Whether the run has the token itself; then nothing is gained by masking it.
         self.revealed: bool = fields["revealed"]
-        self.gate = Gate(fields["lists"], fields["api_origins"], fields["private_origins"])
+        self.gate = Gate(fields["lists"], fields["api_origins"], fields["private_origins"], fields["owners"])
         insecure = frozenset(map(origin_of, fields["insecure_origins"]))
         # Configuration already refuses an unencrypted origin; this is the second line of defence.
         self._token_origins = frozenset(
@@ -129,12 +129,8 @@ class ServedAttempt:
     def check(self, request: RunRequest) -> None:
         """Raise RequestRefused unless the lists allow the origin of a request."""
         if not self.gate.allows(request.origin):
-            origin = shown(request.origin)
-            raise RequestRefused(
-                "denied",
-                f"{origin} is not in the egress list of this run: add it to egress of @job(...), and to that "
-                "of the definition or of [execution], where they narrow it",
-            )
+            deniers = self.gate.deniers(request.origin)
+            raise RequestRefused("denied", not_listed(shown(request.origin), deniers))
 
     def checks_address(self, request: RunRequest) -> bool:
         return self.gate.checks_address(request.origin, public=request.public)

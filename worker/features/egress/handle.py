@@ -302,6 +302,7 @@ class _Attempt:
             "number": self.number,
             "org": self.services.org_id,
             "lists": work.egress.lists,
+            "owners": work.egress.owners,
             "api_origins": work.api_origins,
             "private_origins": work.private_origins,
             "insecure_origins": work.insecure_origins,

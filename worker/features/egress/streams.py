@@ -43,6 +43,7 @@ from worker.handlers.frames import (
     frame,
     json_frame,
 )
+from worker.model.egress import denial
 
 # Bytes of a body that may wait to be sent, before its stream is read no further.
 UNSENT = 128 * 1024
@@ -282,7 +283,7 @@ class _Exchange:
             attempt.check(request)
         except RequestRefused:
             attempt.of(request.origin).denied += 1
-            broker.denied(attempt, shown(request.origin), "not listed")
+            broker.denied(attempt, shown(request.origin), denial(attempt.gate.deniers(request.origin)))
             raise
         values, tokens = await attempt.values(request)
         adds, masked = attempt.adds_token(request.origin), attempt.is_masked(request.origin)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from worker.model.egress import PLACES, Owner, deniers
 from worker.model.runs.outcome import names_http_status
 
 # Whose a cause is: the installation and its operators, the handler and its author, the org, its identity
@@ -144,9 +145,9 @@ CAUSES: Mapping[tuple[str, str | None], Meaning] = {
         customer="goes on later",
     ),
     ("waiting", "handed_back"): Meaning(
-        "its worker was stopped while it ran",
+        "its worker gave it back while it ran{with_detail}",
         "operator",
-        expired="its worker was stopped before its handler had started",
+        expired="its worker gave it back before its handler had started",
     ),
     ("waiting", "recovered"): Meaning(
         "its worker died while it ran",
@@ -295,6 +296,36 @@ _TOKEN_ERRORS: Mapping[str, Whose] = {
     "throttled": "provider",
     "answer_too_large": "provider",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Denial:
+    """A request that was not sent, of which an attempt failed: who can allow it, and how."""
+
+    whose: Whose
+    verb: str
+    retry: str
+
+
+_BY_OWNER: Mapping[Owner, tuple[Whose, str]] = {
+    "handler": ("handler", "list_in_handler"),
+    "definition": ("operator", "list_in_definition"),
+    "operator": ("operator", "list_in_settings"),
+}
+_UNTIL_LISTED = "a retry is denied again until {where}"
+
+
+def denial_of(error: Mapping[str, Any]) -> Denial | None:
+    """What an error says of a request that was not sent; None for any other error."""
+    kind, message = str(error.get("type") or ""), str(error.get("message") or "")
+    if kind == "AddressRefused":
+        where = "[execution] private_origins or api_origins has its origin"
+        return Denial("operator", "list_in_settings", _UNTIL_LISTED.format(where=where))
+    if kind != "EgressDenied":
+        return None
+    owners = deniers(message) or ("handler",)
+    where = " and ".join(f"{PLACES[owner]} has its origin" for owner in owners)
+    return Denial(*_BY_OWNER[owners[0]], _UNTIL_LISTED.format(where=where))
 
 
 def whose_error(error: Mapping[str, Any]) -> Whose:

@@ -90,6 +90,11 @@ VERBS: Mapping[str, Verb] = {
     "show_calendar": Verb("calendars show {calendar}", "Open the definition", _DEFINITION),
     "list_handlers": Verb("handlers list", "See the handlers", "/handlers"),
     "show_handler": Verb("handlers show {handler}", "See the handlers", "/handlers"),
+    "list_in_handler": Verb("handlers show {handler}", "See what its handler lists", "/handlers"),
+    "list_in_definition": Verb(
+        "definitions show {org} {definition}", "See what its definition lists", _DEFINITION
+    ),
+    "list_in_settings": Verb("config show", "See the handlers", "/handlers"),
     "list_approvals": Verb("pools approvals {pool}", "See what hosts declare", "/workers#approvals"),
     "list_all_approvals": Verb("pools approvals", "See what hosts declare", "/workers#approvals"),
     "approve": Verb(

@@ -17,10 +17,12 @@ from worker.model.runs.causes import (
     VERB_OF_STATE,
     Meaning,
     Whose,
+    denial_of,
     last_reason,
     whose_error,
     whose_token,
 )
+from worker.model.runs.egress import NAMED
 from worker.model.runs.next_steps import NextStep
 from worker.model.runs.waits import is_open_question
 
@@ -130,9 +132,15 @@ def why_run(
     text, addition, whose, probably = cause_of(run), "", meaning.whose, meaning.probably
     questions = tuple(_question(wait) for wait in run.get("waits") or () if is_open_question(wait))
     values = _values(run, questions)
+    denial = denial_of(_error_of(run)) if (state, reason) == ("failed", "error") else None
     match state, reason:
+        case "failed", "error" if denial is not None:
+            whose, probably = denial.whose, False
         case "failed", "error":
             whose = whose_error(_error_of(run))
+            if not_sent := [row["origin"] for row in run.get("egress") or () if row["denied"]]:
+                addition = "requests to {denied} were not sent: it may not reach that"
+                values["denied"] = ", ".join(not_sent[:NAMED])
         case "waiting", "retry":
             error = _error_of(run)
             whose, addition = whose_error(error), "it failed with {last_error}" if error else ""
@@ -144,7 +152,7 @@ def why_run(
             whose, probably = _whose_expired(run, meaning)
         case "running", _ if run.get("cancel_requested_at"):
             addition = "it was asked to stop"
-    step = NextStep.of(_verb(run, meaning, questions), values)
+    step = NextStep.of(_verb(run, meaning, questions) if denial is None else denial.verb, values)
     if retried is not None:
         verb = "show_run" if retried["state"] == "succeeded" else "explain_run"
         step = NextStep.of(verb, {"run": str(retried["id"])})
@@ -164,6 +172,7 @@ def why_run(
         other_orgs=others,
         more_orgs=more,
         retried=retried,
+        retry="" if denial is None or retried is not None else denial.retry,
     )
 
 
