@@ -23,11 +23,20 @@ from sqlalchemy import (
 
 from worker.guard.claims import Claims
 from worker.ids import AllOrgs, OrgId, RunId, new_id
-from worker.model.definitions.budgets import OWN_METERS, AtLimit, Per, Period, limit_of_property, period_of
+from worker.model.definitions.budgets import (
+    MAX_SUM,
+    OWN_METERS,
+    AtLimit,
+    Per,
+    Period,
+    limit_of_property,
+    period_of,
+)
 from worker.model.definitions.zones import parse_zone
 from worker.model.orgs import parse_selector
 from worker.store import tables
 from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, insert_into
+from worker.store.sums import Capped, CappedSum
 
 _budgets, _raises, _meters = tables.budgets, tables.budget_raises, tables.meters
 _spends, _properties, _orgs, _live = tables.spends, tables.org_properties, tables.orgs, tables.live_runs
@@ -200,15 +209,14 @@ def read_counters(
 
 def spent_by(connection: Connection, run_id: RunId, meter: str) -> int:
     """What one run has spent of a meter."""
-    total = select(func.coalesce(func.sum(_spends.c.amount), 0))
-    query = total.where(_spends.c.run_id == run_id, _spends.c.meter == meter)
+    query = select(CappedSum(_spends.c.amount)).where(_spends.c.run_id == run_id, _spends.c.meter == meter)
     return int(connection.execute(query).scalar_one())
 
 
 def _since(counter: Counter) -> Any:
     """A query of all spends of a counter's period."""
     org_id, meter, _, start = counter
-    return select(func.coalesce(func.sum(_spends.c.amount), 0)).where(
+    return select(CappedSum(_spends.c.amount)).where(
         _spends.c.org_id == org_id, _spends.c.meter == meter, _spends.c.at >= start
     )
 
@@ -224,11 +232,11 @@ def count(connection: Connection, added: Mapping[Counter, int]) -> dict[Counter,
         connection.execute(
             update(_meters)
             .where(*(_meters.c[name] == _parameter(name) for name in ("org_id", "meter", "per", "starts_at")))
-            .values(used=_meters.c.used + _parameter("added")),
+            .values(used=Capped(_meters.c.used + _parameter("added"))),
             [dict(zip(_COUNTER, (*counter, added[counter]), strict=True)) for counter in existing],
         )
     for counter in existing:
-        used[counter] += added[counter]
+        used[counter] = min(used[counter] + added[counter], MAX_SUM)
     for counter in sorted(added.keys() - used.keys()):
         org_id, meter, per, start = counter
         statement = insert_into(connection, _meters).values(
@@ -237,7 +245,7 @@ def count(connection: Connection, added: Mapping[Counter, int]) -> dict[Counter,
         # Another worker may have made it meanwhile, without these spends.
         statement = statement.on_conflict_do_update(
             index_elements=["org_id", "meter", "per", "starts_at"],
-            set_={"used": _meters.c.used + added[counter]},
+            set_={"used": Capped(_meters.c.used + added[counter])},
         )
         used[counter] = connection.execute(statement.returning(_meters.c.used)).scalar_one()
     return used

@@ -10,7 +10,7 @@ from datetime import UTC, date, datetime, timedelta
 from sqlalchemy import Connection, insert, literal, select, update
 
 from worker.ids import DefinitionId, OrgId, RunId
-from worker.model.definitions.budgets import OWN_METERS, RUN_SECONDS, RUNS
+from worker.model.definitions.budgets import MAX_SUM, OWN_METERS, RUN_SECONDS, RUNS
 from worker.model.runs.budgets import BudgetState, OrgBudgets, decisive
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import AdmittedRun, RunStep
@@ -19,6 +19,7 @@ from worker.store import budgets, tables
 from worker.store.budgets import Counter, Level, OrgBudget
 from worker.store.dialect import database_now, insert_into
 from worker.store.sql import statements
+from worker.store.sums import Capped
 
 _live, _spends, _days = tables.live_runs, tables.spends, tables.meter_days
 
@@ -79,7 +80,7 @@ def record(connection: Connection, spends: Sequence[Spend], now: datetime) -> Co
     counters: dict[Counter, int] = {}
     for budget in limits:
         if budget.counter is not None and (amount := added.get((budget.org_id, budget.meter))):
-            counters[budget.counter] = amount
+            counters[budget.counter] = min(amount, MAX_SUM)
     used = budgets.count(connection, counters) if counters else {}
     warned = []
     for budget in limits:
@@ -114,10 +115,11 @@ def _add_days(connection: Connection, days: Mapping[tuple[date, OrgId, str, Defi
     statement = insert_into(connection, _days)
     statement = statement.on_conflict_do_update(
         index_elements=["day", "org_id", "meter", "definition_id"],
-        set_={"used": _days.c.used + statement.excluded.used},
+        set_={"used": Capped(_days.c.used + statement.excluded.used)},
     )
     names = ("day", "org_id", "meter", "definition_id", "used")
-    connection.execute(statement, [dict(zip(names, (*key, days[key]), strict=True)) for key in sorted(days)])
+    rows = [dict(zip(names, (*key, min(days[key], MAX_SUM)), strict=True)) for key in sorted(days)]
+    connection.execute(statement, rows)
 
 
 def uses(connection: Connection, definition_id: DefinitionId, meters: Collection[str]) -> set[str]:

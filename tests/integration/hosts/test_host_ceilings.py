@@ -17,7 +17,7 @@ from sqlalchemy import Connection, update
 from tests.conftest import on_either
 from tests.fakes.rows import within
 from tests.fakes.site import definition
-from tests.integration.hosts.conftest import FILE, HANDLER, OTHER, Fleet, Host, end_of, fence
+from tests.integration.hosts.conftest import FILE, HANDLER, OTHER, Fleet, Host, end_of, fence, step_of
 from worker.engine.attempt.plan import HandlerRegistry, NetworkPolicy
 from worker.errors import UnknownHandler
 from worker.features.hosts import delivery, wire
@@ -25,15 +25,17 @@ from worker.features.hosts import listener as web
 from worker.features.hosts.delivery import GrantedHandlers
 from worker.features.hosts.operations import remove_host
 from worker.features.org_secrets.operations import add_secret
+from worker.handlers.calls import MAX_METERS
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.ceiling import Grant
 from worker.ids import RunId, WorkerId
+from worker.model.definitions.budgets import MAX_AMOUNT, MAX_SUM
 from worker.model.definitions.file import parse_file
 from worker.model.egress import Egress
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.fire import decide
 from worker.operations.apply import apply
-from worker.store import catalogue, host_grants, host_handlers, host_store, sweeps, tables
+from worker.store import catalogue, host_grants, host_handlers, host_store, spending, sweeps, tables
 from worker.store.dialect import database_now
 
 OWN = HandlerEntry("gpu.own", "gpu", "1", "gpu:own")
@@ -555,3 +557,48 @@ async def test_what_a_host_told_an_older_worker_places_no_run(fleet: Fleet) -> N
     with fleet.database.transaction() as connection:
         connection.execute(update(tables.catalogue).values(of_worker=True))
     assert (await fleet.one.store.look_at_pools())[OWN.name].pool == "pa"
+
+
+async def store_spends(fleet: Fleet, host: Host, taken: wire.Taken, *, steps: int = 12) -> list[int]:
+    """As many steps, each with as many spends of as much as one may have; the statuses of the answers."""
+    spends = [["llm", MAX_AMOUNT]] * MAX_METERS
+    sent = [step_of(taken, key=str(n), seq=n, spends=spends) for n in range(1, steps + 1)]
+    return [(await host.send(fleet.one, "store", {"steps": [step]})).status_code for step in sent]
+
+
+@on_either
+async def test_the_sums_of_what_a_hosts_runs_spend_have_a_limit(fleet: Fleet) -> None:
+    """In 64 bits they would overflow, and no spend of the org and meter could be stored from then on."""
+    host, taken = await fleet.busy_host()
+
+    assert set(await store_spends(fleet, host, taken)) == {200}
+
+    assert [row["used"] for row in fleet.rows.all(tables.meter_days)] == [MAX_SUM]
+    assert await host.call(fleet.one, "spend", **fence(taken), meter="llm", amount=1, key="1:1")
+    assert [row["used"] for row in fleet.rows.all(tables.meter_days)] == [MAX_SUM]
+
+
+@pytest.mark.parametrize("migrated_url", ["postgresql"], indirect=True)
+async def test_without_that_limit_the_spends_of_the_org_are_not_stored_any_more(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control."""
+    monkeypatch.setattr(spending, "Capped", lambda number: number)
+    host, taken = await fleet.busy_host()
+
+    assert 500 in await store_spends(fleet, host, taken)
+
+
+async def test_a_spend_of_more_than_one_may_have_is_an_error_that_says_so(fleet: Fleet) -> None:
+    host, taken = await fleet.busy_host()
+    spend = {**fence(taken), "handler": HANDLER, "meter": "llm", "key": "1:1"}
+
+    for amount in (MAX_AMOUNT + 1, -1, 1.5, True, 2**63):
+        refused = await host.send(fleet.one, "spend", {**spend, "amount": amount})
+        assert refused.status_code == 422
+        assert f"amount: not a whole number from 0 to {MAX_AMOUNT}" in refused.text
+    step = step_of(taken, spends=[["llm", MAX_AMOUNT + 1]])
+    refused = await host.send(fleet.one, "store", {"steps": [step]})
+    assert refused.status_code == 422
+    assert f"not a whole number from 0 to {MAX_AMOUNT}" in refused.text
+    assert fleet.rows.all(tables.spends) == []

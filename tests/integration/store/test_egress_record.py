@@ -10,10 +10,10 @@ import pytest
 from sqlalchemy import text
 
 from tests.fakes.stock import Stock
+from worker.model.definitions.budgets import MAX_SUM
 from worker.model.runs.egress import MAX_ORIGINS, MAX_TOTAL, MAX_WAITED, OTHERS, EgressRow
 from worker.model.runs.outcome import EndedAttempt
 from worker.store import sweeps, tables
-from worker.store.sql.run_egress import MAX_USED
 
 API = EgressRow("https://api.example.com", 3, 300, 9_000, {"200": 2, "429": 1}, 0, 1.5)
 DENIED = EgressRow("https://evil.example", denied=4)
@@ -29,7 +29,9 @@ def record_of(stock: Stock, run_id: str) -> dict[str, dict[str, Any]]:
 
 
 def row_of(run: Any, attempt: int, row: EgressRow) -> dict[str, Any]:
-    numbers = {name: getattr(row, name) for name in EgressRow.__slots__ if name != "origin"}
+    # The reason of a denial is reported, not stored.
+    stored = EgressRow.__slots__[1:-1]
+    numbers = {name: getattr(row, name) for name in stored}
     return {"run_id": run.id, "org_id": run.org_id, "attempt": attempt, **numbers}
 
 
@@ -180,12 +182,12 @@ def test_no_claim_of_a_host_makes_a_sum_too_large_to_store(stock: Stock) -> None
     run = stock.running(worker)
     stock.finish(worker, sent(stock.ended(run), API))
     with stock.database.transaction() as connection:
-        connection.execute(tables.meter_days.update().values(used=MAX_USED - 1))
+        connection.execute(tables.meter_days.update().values(used=MAX_SUM - 1))
     more = stock.running(worker, run.org_id, run.definition_id)
 
     stock.finish(worker, sent(stock.ended(more), replace(API, requests=MAX_TOTAL, waited_seconds=MAX_WAITED)))
 
-    assert set(used(stock).values()) == {MAX_USED}
+    assert set(used(stock).values()) == {MAX_SUM}
 
 
 def test_ends_without_requests_do_not_touch_the_table(stock: Stock) -> None:

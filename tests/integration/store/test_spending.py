@@ -8,18 +8,22 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, select
+from sqlalchemy import func, insert, select
+from sqlalchemy.exc import DBAPIError
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import HANDLER, Stock
+from worker.errors import StoreUnavailable
 from worker.guard.claims import Claims
-from worker.ids import OrgId, RunId, WorkerId, new_id
+from worker.ids import ALL_ORGS, OrgId, RunId, WorkerId, new_id
+from worker.model.definitions.budgets import MAX_AMOUNT, MAX_SUM
 from worker.model.runs.budgets import wait_of
 from worker.model.runs.run import AdmittedRun, NewStep, RunStep
 from worker.model.runs.waits import NewWait, WaitKind
 from worker.operations import budgets as operations_budgets
 from worker.store import budgets, spending, tables
 from worker.store.database import Database
+from worker.store.lists import usage
 from worker.store.spending import Spend
 from worker.store.sql import statements
 from worker.store.worker_store import WorkerStore
@@ -531,3 +535,56 @@ def test_a_wait_that_is_stored_while_a_raise_commits_is_ended_by_its_second_look
     with stock.database.autocommit() as connection:
         until = connection.execute(select(tables.waits.c.until)).scalar_one()
     assert (until <= stock.now()) is again
+
+
+def spend_most(stock: Stock, run: AdmittedRun, times: int = 12) -> None:
+    """Spend as much as a step can, again and again: 10**18 each."""
+    for seq in range(1, times + 1):
+        step = NewStep("s", str(seq), 1, seq, "1", stock.now(), stock.now(), ((METER, MAX_AMOUNT),) * 1000)
+        with stock.database.transaction() as connection:
+            ours, _ = spending.store_steps(connection, [RunStep(run, METER, step, 1)])
+        assert len(ours) == 1
+
+
+def test_no_amount_that_a_host_says_makes_a_sum_too_large_to_store(stock: Stock):
+    """Else its transaction fails, with the steps of others that are stored in it."""
+    org_id = stock.org()
+    add_budget(stock, org_id, limit=MAX_AMOUNT)
+    _, [run] = admitted(stock, org_id)
+
+    spend_most(stock, run)
+
+    assert used(stock, org_id) == [MAX_SUM]
+    with stock.database.autocommit() as connection:
+        assert connection.execute(select(tables.meter_days.c.used)).scalars().all() == [MAX_SUM]
+        # The spends alone add up to more than a column holds.
+        assert budgets.spent_by(connection, run.id, METER) == MAX_SUM
+        [listed] = usage.usage(connection, ALL_ORGS, "meter")
+        assert listed["used"] == MAX_SUM
+
+
+def test_without_the_limit_of_sums_the_spends_of_an_org_cannot_be_stored(
+    stock: Stock, monkeypatch: pytest.MonkeyPatch
+):
+    """The control. SQLite stores a number that is no integer, and cannot add up the spends any more."""
+    monkeypatch.setattr(spending, "Capped", lambda number: number)
+    monkeypatch.setattr(budgets, "CappedSum", func.sum)
+    org_id = stock.org()
+    _, [run] = admitted(stock, org_id)
+
+    with pytest.raises((DBAPIError, StoreUnavailable), match=r"out of range|overflow"):
+        spend_most(stock, run)
+        with stock.database.autocommit() as connection:
+            budgets.spent_by(connection, run.id, METER)
+
+
+def test_a_counter_that_begins_with_more_spends_than_it_holds_begins_at_its_limit(stock: Stock):
+    org_id = stock.org()
+    _, [run] = admitted(stock, org_id)
+    spend_most(stock, run)
+
+    add_budget(stock, org_id, limit=MAX_AMOUNT)
+
+    assert used(stock, org_id) == [MAX_SUM]
+    spend(stock, run, 1, key="1:99")
+    assert used(stock, org_id) == [MAX_SUM]

@@ -32,6 +32,8 @@ RECORDED_METERS = (EGRESS_REQUESTS, EGRESS_WAIT_SECONDS)
 # No handler spends these.
 RESERVED_METERS = frozenset({*OWN_METERS, *RECORDED_METERS})
 MAX_AMOUNT = 10**15
+# The largest sum that is counted: what one batch adds to it still fits into a column of 64 bits.
+MAX_SUM = 10**18
 """The largest limit, and the largest amount of one spend."""
 
 _METER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,199}")

@@ -41,6 +41,7 @@ from worker.store.lists.rows import (
     columns_of,
 )
 from worker.store.lists.run_ids import id_of
+from worker.store.sums import CappedSum
 
 # Runs examined under one condition: about 20 ms on SQLite.
 WINDOW = 20_000
@@ -320,7 +321,7 @@ def _spends_of(connection: Connection, org_id: OrgId, run_id: RunId) -> list[Spe
         .subquery()
     )
     query = (
-        select(first.c.meter, func.sum(first.c.amount).label("amount"), func.count().label("spends"))
+        select(first.c.meter, CappedSum(first.c.amount).label("amount"), func.count().label("spends"))
         .group_by(first.c.meter)
         .order_by(first.c.meter)
     )

@@ -26,6 +26,7 @@ from worker.store.dialect import Row, all_rows, below, chunks, database_now, in_
 from worker.store.lists import DEFAULT_LIMIT, Page
 from worker.store.lists.rows import columns_of
 from worker.store.redaction import Shown
+from worker.store.sums import CappedSum
 
 By = Literal["meter", "definition", "day"]
 BYS: tuple[By, ...] = get_args(By)
@@ -148,7 +149,7 @@ def usage(
     part: list[ColumnElement[Any]] = []
     if by != "meter":
         part.append(_days.c.definition_id if by == "definition" else _days.c.day)
-    used = func.sum(_days.c.used).label("used")
+    used = CappedSum(_days.c.used).label("used")
     rows: list[Row] = []
     for some in chunks(named):
         query = (

@@ -41,10 +41,6 @@ class Used(NamedTuple):
     fencing_token: int
 
 
-# The largest sum of a day: no sum of sums passes what a column holds.
-MAX_USED = 10**18
-
-
 def used_by(attempts: Iterable[EndedAttempt]) -> list[Used]:
     """The requests of attempts, and the seconds for which these waited, rounded for each attempt."""
     found = []

@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from worker.ids import DefinitionId, RunId, WorkerId
+from worker.model.definitions.budgets import MAX_SUM
 from worker.model.runs.outcome import EndedAttempt, Trail
 from worker.model.runs.run import AdmittedRun, LogLine
 from worker.store.dialect import driver
@@ -341,7 +342,7 @@ WHERE sent.attempt < excluded.attempt
 USED = f"""
 INSERT INTO meter_days AS used_before (day, org_id, meter, definition_id, used)
 SELECT (SELECT clock_timestamp()::date), e.org_id, e.meter, e.definition_id,
-       LEAST(sum(e.amount), {run_egress.MAX_USED})
+       LEAST(sum(e.amount), {MAX_SUM})
 FROM unnest(%s::uuid[], %s::uuid[], %s::uuid[], %s::integer[], %s::text[], %s::bigint[], %s::bigint[])
   AS e(run_id, org_id, definition_id, attempt, meter, amount, fencing_token)
 JOIN attempts a ON a.run_id = e.run_id AND a.attempt = e.attempt AND a.fencing_token = e.fencing_token
@@ -349,7 +350,7 @@ WHERE a.worker_id IS NOT DISTINCT FROM %s::uuid
   AND NOT EXISTS (SELECT 1 FROM run_egress s WHERE s.run_id = e.run_id AND s.attempt >= e.attempt)
 GROUP BY e.org_id, e.meter, e.definition_id ORDER BY e.org_id, e.meter, e.definition_id
 ON CONFLICT (day, org_id, meter, definition_id)
-DO UPDATE SET used = LEAST(used_before.used + excluded.used, {run_egress.MAX_USED})
+DO UPDATE SET used = LEAST(used_before.used + excluded.used, {MAX_SUM})
 """
 
 # The start deadline counts from the promotion. A row that is locked is left to the next sweep: the sums of

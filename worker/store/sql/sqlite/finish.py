@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 
 from worker.clock import from_text, to_text
 from worker.ids import DefinitionId, RunId, WorkerId
+from worker.model.definitions.budgets import MAX_SUM
 from worker.model.runs.egress import EgressRow
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import AdmittedRun, LogLine
@@ -121,10 +122,10 @@ SELECT * FROM {{rows}} WHERE column1 IS NOT NULL
 
 USED = f"""
 INSERT INTO meter_days (day, org_id, definition_id, meter, used)
-SELECT ?, column2, column3, column5, min(sum(column6), {run_egress.MAX_USED})
+SELECT ?, column2, column3, column5, min(sum(column6), {MAX_SUM})
 FROM {{rows}} WHERE column1 IS NOT NULL GROUP BY column2, column3, column5
 ON CONFLICT (day, org_id, meter, definition_id)
-DO UPDATE SET used = min(used + excluded.used, {run_egress.MAX_USED})
+DO UPDATE SET used = min(used + excluded.used, {MAX_SUM})
 """
 
 ANY_HELD = "SELECT 1 FROM live_runs WHERE state = 'held' LIMIT 1"
