@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 import socket
 from typing import Any
@@ -42,6 +44,7 @@ async def get_twice(ctx: Context[Any, Any]) -> list[int]:
     first = await ctx.http.get(ctx.params["url"])
     ctx.progress(1)
     await ctx.cancelled.wait() if ctx.params.get("waits") else None
+    await asyncio.sleep(ctx.params.get("pause", 0.0))
     second = await ctx.http.get(ctx.params["url"])
     return [first.status_code, second.status_code]
 
@@ -52,3 +55,14 @@ async def look(ctx: Context[Any, Any]) -> None:
     headers = {"X-Pid": str(os.getpid()), "X-Key": ctx.secret("KEY")}
     for path in ("/first", "/look"):
         await ctx.http.get(f"{ctx.params['url']}{path}", headers=headers)
+
+
+@job("get_given")
+async def get_given(ctx: Context[Any, Any]) -> int:
+    """A request by a run that may pass no descriptor, as the kernel says where an account has too many."""
+
+    def too_many(*_: Any) -> int:
+        raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+
+    socket.send_fds = too_many
+    return (await ctx.http.get(ctx.params["url"])).status_code

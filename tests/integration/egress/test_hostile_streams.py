@@ -10,7 +10,11 @@ import json
 import os
 import random
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,10 +31,13 @@ from tests.integration.egress.broker_in_test import (
     text_of,
 )
 from tests.integration.egress.service import Service
+from worker.engine.runners.child.main import MAX_FILES
+from worker.handlers.door import GIVE, PASS
 from worker.handlers.frames import ANSWER, DATA, END, FAILED, HEAD, SENDING, frame, json_frame
 
 pytestmark = pytest.mark.anyio
 SECRET = "sk-0123456789abcdef"
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -363,3 +370,47 @@ async def test_an_answer_that_has_begun_is_masked_with_later_values_too(worker: 
     assert service.authorizations[-1].endswith(b"token-of-later")
     assert text.startswith("first")
     assert "token-of-later" not in text and "[masked]" in text
+
+
+@pytest.mark.parametrize("control", [False, True], ids=["", "control"])
+def test_descriptors_in_flight_keep_no_other_run_from_the_broker(control: bool) -> None:
+    """The kernel counts them by account: a run that has as many as it may stops those that others pass.
+
+    The control may not ask the broker for a stream instead.
+    """
+    # Root is exempt from that limit, and no account needs more than to read this repository.
+    account: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+    command = [sys.executable, "-m", "tests.integration.egress.in_flight", str(int(control))]
+    told = json.loads(subprocess.check_output(command, cwd=ROOT, timeout=60, **account))
+
+    assert told["inflight"] > MAX_FILES
+    if control:
+        assert all("Too many references" in each for each in told["found"])
+    else:
+        assert told["found"] == [200, 200, 200]
+
+
+async def test_a_run_that_asks_for_streams_and_takes_none_fills_its_own_door_only(
+    worker: Worker, service: Service, door: socket.socket
+) -> None:
+    await serves_another(worker, service)
+    before = descriptors()
+    for _ in range(200):
+        door.send(GIVE)
+        await asyncio.sleep(0)
+    await serves_another(worker, service, 3)
+    # Both ends of each that it has not taken; the kernel has some in flight.
+    assert descriptors() - before < 20
+
+    taken = 0
+    door.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            data, found, _, _ = socket.recv_fds(door, 16, 1)
+            assert data == PASS
+            taken += len(found)
+            for each in found:
+                os.close(each)
+    assert 1 <= taken < 20
+    await worker.end(1)
+    await until(lambda: descriptors() <= before)

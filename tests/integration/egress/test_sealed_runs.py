@@ -153,11 +153,18 @@ async def test_a_bound_secret_is_put_in_for_its_origin_only(children: ChildPool,
         assert other.requests[-1].headers["x-key"] == placeholder
 
 
+async def test_a_run_that_may_pass_no_descriptor_gets_its_stream_from_the_broker(
+    children: ChildPool, service: Service
+) -> None:
+    assert result(await children.run(given("get_given", service), AnsweringWorker(), StopSignal())) == 200
+
+
 async def test_a_broker_that_dies_is_replaced_and_knows_the_attempt(
     children: ChildPool, broker: BrokerHandle, service: Service
 ) -> None:
     service.pause()
-    first = given("get_twice", service)
+    # What a broker has begun to send fails with it: the second request comes later.
+    first = given("get_twice", service, params={"url": f"{service.url}/things", "pause": 2.0})
     link = AnsweringWorker()
     running = asyncio.create_task(children.run(first, link, StopSignal()))
     await until(lambda: len(service.requests) == 1)

@@ -35,6 +35,7 @@ from worker.features.egress.requests import NO_LEASE, UNKNOWN_CALL, RequestRefus
 from worker.features.egress.streams import RunStream
 from worker.guard.clock import SystemClock
 from worker.guard.urls import Origin
+from worker.handlers.door import GIVE, PASS
 from worker.handlers.results import RateLimited
 from worker.model.limits import Ask, BucketKey, Limit, Share
 from worker.model.throttling import asked_pause
@@ -288,6 +289,8 @@ class BrokerProcess:
     def _open(self, number: int, door: socket.socket) -> None:
         """Accept the streams that a run passes over its door."""
         door.setblocking(False)
+        # The least that the kernel allows, some five messages: a run may leave unread what it has asked for.
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         self._doors[number] = door
         if not self._retiring:
             self._loop.add_reader(door, self._pass, number, door)
@@ -302,9 +305,22 @@ class BrokerProcess:
                 data, descriptors = b"", []
             for descriptor in descriptors:
                 self._accept(number, descriptor)
+            if data == GIVE:
+                self._give(number, door)
             if not data:  # no process holds the other end
                 self._loop.remove_reader(door)
                 return
+
+    def _give(self, number: int, door: socket.socket) -> None:
+        """Pass a stream to a run that may pass none: this process may have more descriptors in flight."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            try:
+                socket.send_fds(door, [PASS], [theirs.fileno()])
+            except OSError:  # the run reads none of them, or has ended
+                ours.close()
+                return
+        self._accept(number, ours.detach())
 
     def _accept(self, number: int, descriptor: int) -> None:
         attempt = self.attempts.get(number)

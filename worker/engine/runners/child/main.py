@@ -260,7 +260,10 @@ def isolate(
     _keep_only(place, lock, *own_proc, *of_seal, *(() if cap is None else (cap,)))
     # A core would contain the token. 1 also turns off a program that the kernel would give it to.
     linux.lower_limit(resource.RLIMIT_CORE, 1, 1)
-    linux.lower_limit(resource.RLIMIT_NOFILE, FILES, MAX_FILES)
+    # The kernel also counts the descriptors in flight between processes by account, and compares them with
+    # the limit of the process that sends: no run may have as many as keep the worker from passing its own.
+    most = min(MAX_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    linux.lower_limit(resource.RLIMIT_NOFILE, min(FILES, most), most)
     os.chdir(place.folder)
     tempfile.tempdir = os.environ["HOME"] = os.environ["TMPDIR"] = place.folder
     if ruleset is not None:
