@@ -23,6 +23,7 @@ class Bench:
     """A host without Temporal: tests call its activity."""
 
     def __init__(self, clock: ManualClock) -> None:
+        self.offers = True
         self.inflight_runs = InflightRuns()
         self.answers: dict[str, Any] = {}
         self.answered = asyncio.Event()
@@ -41,10 +42,11 @@ class Bench:
             "a host",
             slots={"child": 1, "inline": 0},
             poll=0.01,
-            offers=lambda: False,
+            offers=lambda: self.offers,
             start=self._start,
             on_taking=lambda: None,
         )
+        self.taking._poll = self._poll  # type: ignore[method-assign]
 
     async def take_by(self, ticket: str) -> Sequence[Taken]:
         await self.answered.wait()
@@ -65,6 +67,10 @@ class Bench:
         assert details == ()
         self.heartbeats += 1
 
+    async def _poll(self) -> None:
+        """In place of Temporal's own."""
+        await asyncio.Event().wait()
+
     def end(self, name: str) -> None:
         """The attempt has ended, and its end is written."""
         (inflight,) = [each for each in self.inflight_runs if each.run.id == name]
@@ -84,6 +90,15 @@ async def settled(task: asyncio.Task[Any]) -> bool:
 @pytest.fixture
 def bench(clock: ManualClock) -> Bench:
     return Bench(clock)
+
+
+async def test_a_host_that_can_run_nothing_takes_no_ticket(bench: Bench) -> None:
+    """None of its requests could be sent, for instance: the run is placed again."""
+    bench.offers = False
+    bench.offer("a")
+
+    assert await settled(bench.activity("a"))
+    assert bench.started == []
 
 
 async def test_an_activity_lasts_as_long_as_its_attempt(bench: Bench) -> None:
