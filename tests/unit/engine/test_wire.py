@@ -175,17 +175,19 @@ EGRESS = {
     "denied": 1,
     "statuses": {"200": 2, "429": 1},
     "waited_seconds": 1.5,
+    "reason": "not listed",
 }
 
 
 def test_an_end_names_what_was_sent_and_only_if_anything_was() -> None:
     """A worker of the previous release ignores the key; a host of it leaves it out."""
-    row = EgressRow("https://api.example.com", 3, 300, 9_000, {"200": 2, "429": 1}, 1, 1.5)
+    row = EgressRow("https://api.example.com", 3, 300, 9_000, {"200": 2, "429": 1}, 1, 1.5, "not listed")
 
     message = sent(END.write(replace(ENDED, egress=(row,))))
 
     assert message["egress"] == [EGRESS]
     assert END.read(message, check_json_text).egress == (row,)
+    assert END.read(message, check_json_text).egress[0].reason == "not listed"
     assert "egress" not in END.write(ENDED)
 
 
