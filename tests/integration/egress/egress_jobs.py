@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import socket
@@ -40,11 +39,9 @@ def connect(ctx: BlockingContext[Any, Any]) -> str:
 
 @job("get_twice")
 async def get_twice(ctx: Context[Any, Any]) -> list[int]:
-    """Two requests, with a sign of life in between."""
+    """Two requests, with a call in between."""
     first = await ctx.http.get(ctx.params["url"])
-    ctx.progress(1)
-    await ctx.cancelled.wait() if ctx.params.get("waits") else None
-    await asyncio.sleep(ctx.params.get("pause", 0.0))
+    await ctx.save({})
     second = await ctx.http.get(ctx.params["url"])
     return [first.status_code, second.status_code]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ from worker.engine.runners.child import linux
 from worker.engine.runners.child.pool import ChildPool
 from worker.engine.runners.contract import StopSignal, Work
 from worker.features.egress.handle import BrokerHandle
+from worker.handlers.calls import Save
 from worker.model.egress import TOKEN, BoundSecret, Egress, placeholder_of
 from worker.model.runs.outcome import Failed, Outcome, Succeeded
 
@@ -162,16 +162,12 @@ async def test_a_run_that_may_pass_no_descriptor_gets_its_stream_from_the_broker
 async def test_a_broker_that_dies_is_replaced_and_knows_the_attempt(
     children: ChildPool, broker: BrokerHandle, service: Service
 ) -> None:
-    service.pause()
-    # What a broker has begun to send fails with it: the second request comes later.
-    first = given("get_twice", service, params={"url": f"{service.url}/things", "pause": 2.0})
-    link = AnsweringWorker()
-    running = asyncio.create_task(children.run(first, link, StopSignal()))
-    await until(lambda: len(service.requests) == 1)
-    service.go_on()
-    await until(lambda: link.progressed)
-    assert broker.pid is not None
-    os.kill(broker.pid, signal.SIGKILL)
+    async def kill(call: Save) -> None:
+        assert broker.pid is not None
+        os.kill(broker.pid, signal.SIGKILL)
 
-    assert result(await running) == [200, 200]
+    link = AnsweringWorker(answers={Save: kill})
+    outcome = await children.run(given("get_twice", service), link, StopSignal())
+
+    assert result(outcome) == [200, 200]
     assert len(service.requests) == 2
