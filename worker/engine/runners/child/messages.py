@@ -10,7 +10,7 @@ import json
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
 from worker.engine.runners.child.sandbox import SandboxRules
@@ -202,9 +202,9 @@ class Setup:
 WORK = trusted(Work, without=("claims", "token", "bound"), lean=("egress",))
 
 
-def work_message(work: Work, seconds: float) -> Message:
-    """All of an attempt's work, including the token; `seconds` are left until its timeout."""
-    return WORK.write(work) | {"seconds": seconds} | GRANTED.write((work.token, work.claims))
+def work_message(work: Work, seconds: float, token: AccessToken | None = None) -> Message:
+    """All of an attempt's work, with its token or another one; `seconds` are left until its timeout."""
+    return WORK.write(work) | {"seconds": seconds} | GRANTED.write((token or work.token, work.claims))
 
 
 def first_message(work: Work, seconds: float, *, sealed: bool, environment: Mapping[str, str]) -> Message:
@@ -212,8 +212,8 @@ def first_message(work: Work, seconds: float, *, sealed: bool, environment: Mapp
 
     `seconds` are left until its timeout, by the worker's clock. `environment` has placeholders of variables.
     """
-    shown = replace(work, token=hidden(work, work.token)) if sealed else work
-    return work_message(shown, seconds) | {"environment": environment}
+    token = hidden(work, work.token) if sealed else work.token
+    return work_message(work, seconds, token) | {"environment": environment}
 
 
 def hidden(work: Work, token: AccessToken, call: AskToken | None = None) -> AccessToken:

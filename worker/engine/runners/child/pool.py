@@ -142,6 +142,7 @@ class ChildPool:
     ) -> None:
         self._clock = clock
         self.broker = broker
+        self._seals = broker is not None and seccomp.known()
         self._freezing = freezing
         self._setup = Setup(
             folder="",
@@ -212,8 +213,7 @@ class ChildPool:
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         """Run the handler in its own process; none of its processes is left afterwards."""
         self.attach()
-        # Before it has its work: that takes as long as a twentieth of its start.
-        sealed = self.broker is not None and not work.egress.is_open and seccomp.known()
+        sealed = self._seals and not work.egress.is_open
         for _ in range(TRIES):
             zygote = await self._ready(stop)
             if stop.killed:
