@@ -97,7 +97,10 @@ def next_(
     ] = None,
     count: Annotated[int, option("-n N", "How many times.", min=1, max=1000)] = 10,
 ) -> None:
-    """Preview the next scheduled times of a definition, or of --schedule."""
+    """Preview the next scheduled times of a definition, or of --schedule.
+
+    `deadline` is when the run of each must have succeeded, if the definition has `done_by` or `done_within`.
+    """
     at = None if start is None else parse_time(start, session.clock, name="--from")
     if schedule is not None and org is None:
         from worker.model.runs.preview import preview_schedule
@@ -117,7 +120,8 @@ def next_(
         raise UsageError(
             "no schedule is named", fix="name either ORG and NAME, or --schedule TEXT (with --timezone ZONE)"
         )
-    session.print_rows(rows, ("scheduled_for", "local", "note"), key="scheduled_for")
+    until = ("deadline",) if any(row["deadline"] for row in rows) else ()
+    session.print_rows(rows, ("scheduled_for", "local", *until, "note"), key="scheduled_for")
 
 
 @verb(app, "run")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
-from datetime import date, datetime, timedelta
+from datetime import date, datetime, time, timedelta
 from typing import Any, Literal, NamedTuple
+from zoneinfo import ZoneInfo
 
 from worker.clock import to_text
 from worker.errors import InvalidTrigger
@@ -29,6 +30,7 @@ from worker.model.definitions import (
     fields,
 )
 from worker.model.definitions.calendars import read_dates
+from worker.model.definitions.deadline import Deadline, deadline, is_always_at, read_time, write_time
 from worker.model.definitions.fields import Fields, refusal, text
 from worker.model.definitions.pools import parse_pool
 from worker.model.definitions.triggers import Trigger, parse_schedule, without_dates
@@ -102,6 +104,14 @@ class Definition:
     start_deadline: timedelta | None = None
     """A scheduled run whose handler has not started after this is `skipped(expired)`; default one period,
     at least `1h`.
+    """
+    done_by: time | None = None
+    """The time of day, such as `06:00`, by which the run of a scheduled time must have succeeded: the next
+    one that is not on a date of the calendar. Else the definition is late; no run is stopped by it.
+    """
+    done_within: timedelta | None = None
+    """How long after its scheduled time a run must have succeeded, such as `2h`; with `done_by`, the earlier
+    deadline counts.
     """
     timeout: timedelta | None = None
     """The maximum duration of an attempt; default the handler's, else `1h`."""
@@ -189,9 +199,21 @@ class Definition:
 
     def trigger(self, org_timezone: str | None = None) -> Trigger:
         """The trigger in the definition's zone, else the org's, else UTC; raises InvalidTrigger."""
-        zone = parse_zone(self.timezone or org_timezone or "UTC")
+        zone = self._zone(org_timezone)
         trigger = parse_schedule(self.schedule, zone, starts_at=self.starts_at, ends_at=self.ends_at)
         return without_dates(trigger, self.calendar_dates, zone) if self.calendar_dates else trigger
+
+    @property
+    def has_deadline(self) -> bool:
+        """Whether a scheduled time of it may be late."""
+        return self.done_by is not None or self.done_within is not None
+
+    def deadline(self, org_timezone: str | None = None) -> Deadline | None:
+        """The deadlines in the definition's zone, else the org's, else UTC; None without any."""
+        return deadline(self.done_by, self.done_within, self._zone(org_timezone), self.calendar_dates)
+
+    def _zone(self, org_timezone: str | None) -> ZoneInfo:
+        return parse_zone(self.timezone or org_timezone or "UTC")
 
 
 def parse_definition(values: Mapping[str, Any], entry: str) -> Definition:
@@ -215,11 +237,29 @@ def parse_definition(values: Mapping[str, Any], entry: str) -> Definition:
     if definition.starts_at and definition.ends_at and definition.ends_at <= definition.starts_at:
         raise refusal("ends_at is not after starts_at", entry, "ends_at")
     try:
-        definition.trigger()
+        nominal = definition.trigger().nominal
     except InvalidTrigger as error:
         problem = f"{entry}, {error.field}: {error.message}" if entry else error.message
         raise InvalidTrigger(problem, entry=entry, field=error.field, fix=error.fix) from error
+    _check_done_by(definition, nominal, entry)
     return definition
+
+
+def _check_done_by(definition: Definition, nominal: Trigger, entry: str) -> None:
+    """Refuse a `done_by` that is the time of the schedule itself; raises DefinitionError."""
+    done_by = definition.done_by
+    # Without a zone of its own, only times of day of the schedule itself are known.
+    known = definition.timezone is not None or not definition.schedule.lstrip().startswith(("every", "at"))
+    if done_by is None or not known:
+        return
+    if is_always_at(done_by, nominal, parse_zone(definition.timezone or "UTC")):
+        shown = write_time(done_by)
+        raise refusal(
+            f"{shown} is the time of the schedule itself, so a run would be late when the next one is due",
+            entry,
+            "done_by",
+            fix=f'write a time of day after {shown}, or how long a run may take, as done_within = "2h"',
+        )
 
 
 def from_spec(org: str, name: str, spec: Mapping[str, Any], *, enabled: bool = True) -> Definition:
@@ -343,6 +383,8 @@ _KEYS: dict[str, _Form] = {
     "misfire_within": _duration(),
     "misfire_limit": _Form(fields.integer(1)),
     "start_deadline": _duration(_SHORTEST),
+    "done_by": _Form(read_time, write_time),
+    "done_within": _duration(_SHORTEST),
     "timeout": _duration(_SHORTEST),
     "cancel_grace": _duration(),
     "max_attempts": _Form(fields.integer(1)),

@@ -17,7 +17,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "What runs": ("handler", "params", "params_by_hand", "variants", "enabled"),
     "When": (
         *("schedule", "timezone", "spread", "starts_at", "ends_at", "overlap", "misfire", "misfire_grace"),
-        *("misfire_within", "misfire_limit", "start_deadline", "calendar"),
+        *("misfire_within", "misfire_limit", "start_deadline", "done_by", "done_within", "calendar"),
     ),
     "Limits and retries": (
         *("timeout", "cancel_grace", "max_attempts", "retry_backoff", "retry_backoff_max", "max_recoveries"),

@@ -12,11 +12,20 @@ from typing import Any, Literal
 
 from worker.ids import DefinitionId, OrgId, RunId, new_id_at
 from worker.model.definitions import LEAST_PATIENCE, MisfirePolicy
+from worker.model.definitions.deadline import Deadline
 from worker.model.definitions.definition import Definition, Spread, from_spec
 from worker.model.definitions.pools import pool_of
 from worker.model.definitions.triggers import EveryTrigger, Trigger
 from worker.model.definitions.units import format_duration
-from worker.model.runs.run import Decision, Declared, DueDefinition, NewRun, NewSkip, NextFire
+from worker.model.runs.run import (
+    Decision,
+    Declared,
+    DueDefinition,
+    NewDeadline,
+    NewRun,
+    NewSkip,
+    NextFire,
+)
 
 # More runs than this are left to the next call, which follows at once.
 MAX_RUNS = 1000
@@ -221,6 +230,10 @@ def decide(due: DueDefinition, now: datetime, declared: DeclaredBy) -> Decision:
         runs=[run_of(*times) for times in decided.runs],
         skips=[skip_of(span) for span in decided.skipped],
         next=NextFire(due.definition_id, decided.next, decided.next_fire_at),
+        deadlines=[
+            NewDeadline(due.definition_id, due.org_id, at, deadline_at)
+            for at, deadline_at in decided.deadlines
+        ],
     )
 
 
@@ -232,6 +245,7 @@ class _Read:
     definition: Definition
     trigger: Trigger
     window: timedelta
+    deadline: Deadline | None
 
 
 _known: dict[tuple[int, str | None], _Read] = {}
@@ -248,18 +262,23 @@ def _read(due: DueDefinition) -> _Read:
     window = window_of(definition.schedule, trigger, definition.spread)
     if len(_known) >= SPECS_KEPT:
         _known.clear()
-    read = _known[key] = _Read(due.spec, definition, trigger, window)
+    deadline = definition.deadline(due.org_timezone)
+    read = _known[key] = _Read(due.spec, definition, trigger, window, deadline)
     return read
 
 
 @dataclass(frozen=True, slots=True)
 class _Decided:
-    """Of each run when it is due, when it may start and until when; and what comes next."""
+    """Of each run when it is due, when it may start and until when; and what comes next.
+
+    `deadlines` has scheduled times, each with the time until which it must be done.
+    """
 
     runs: list[tuple[datetime, datetime, datetime | None]]
     skipped: list[Span]
     next: datetime | None
     next_fire_at: datetime | None
+    deadlines: Sequence[tuple[datetime, datetime]]
 
 
 # The definitions of one fire have the same `now`.
@@ -278,19 +297,31 @@ def _decide(read: _Read, first: datetime, now: datetime, spread: timedelta) -> _
         due.skipped,
         due.next,
         None if due.next is None else due.next + spread,
+        () if read.deadline is None else _deadlines(read.deadline, due),
     )
+
+
+def _deadlines(deadline: Deadline, due: Due) -> list[tuple[datetime, datetime]]:
+    """The deadlines of the runs, and of what was missed: not of what is on the dates of a calendar.
+
+    Of a range of missed times the first, whose deadline passes first, and the last, with which all are done.
+    """
+    missed = [span for span in due.skipped if span.reason == "missed"]
+    times = [at for span in missed for at in (span.skipped_from, span.skipped_until)]
+    return deadline.of_each([*times, *due.runs])
 
 
 def preview(
     row: Row, unfinished: Sequence[Row], now: datetime, *, start: datetime | None, count: int
-) -> Iterator[tuple[datetime, str]]:
-    """The first `count` scheduled times from `start` on, each with a note, empty if it simply runs.
+) -> Iterator[tuple[datetime, datetime | None, str]]:
+    """The first `count` scheduled times from `start` on, each with its deadline and a note.
 
-    `row` is that of `definitions show`, `unfinished` the id and state of its unfinished serial runs.
-    By default it starts with what is due, else now.
+    The deadline is None without one and where nothing runs, the note empty if it simply runs. `row` is that
+    of `definitions show`, `unfinished` the id and state of its unfinished serial runs. By default it starts
+    with what is due, else now.
     """
     definition = from_spec(row["org"], row["name"], row["spec"])
-    trigger = definition.trigger(row["timezone"])
+    trigger, deadline = definition.trigger(row["timezone"]), definition.deadline(row["timezone"])
     spread = spread_of(row["org"], row["name"], definition.schedule, trigger, definition.spread)
     first = row["next_scheduled_for"]
     if start is None:
@@ -316,7 +347,8 @@ def preview(
             when = "late: as soon as a worker fires it" if scheduled_for in late else when
             # Later overlaps cannot be known.
             note, overlap = "; ".join(filter(None, (when, overlap))), ""
-        yield scheduled_for, note
+        has_deadline = deadline is not None and not is_closed(trigger, scheduled_for)
+        yield scheduled_for, deadline.of(scheduled_for) if deadline and has_deadline else None, note
 
 
 def _due_now(row: Row, now: datetime) -> Decision | None:

@@ -15,10 +15,14 @@ from worker.model.runs.fire import preview
 
 
 class NextTime(TypedDict):
-    """A scheduled time, also as local time; `note` says what is special about it."""
+    """A scheduled time, also as local time; `note` says what is special about it.
+
+    `deadline` is when it must be done by, None without `done_by` and `done_within`.
+    """
 
     scheduled_for: datetime
     local: str
+    deadline: datetime | None
     note: str | None
 
 
@@ -45,12 +49,14 @@ def preview_definition(
     Without `start` it begins with those that are due and have not fired yet.
     """
     zone = parse_zone(row["timezone"])
-    return [_row(at, zone, note) for at, note in preview(row, unfinished, now, start=start, count=count)]
+    times = preview(row, unfinished, now, start=start, count=count)
+    return [_row(at, zone, deadline, note) for at, deadline, note in times]
 
 
-def _row(at: datetime, zone: ZoneInfo, note: str = "") -> NextTime:
+def _row(at: datetime, zone: ZoneInfo, deadline: datetime | None = None, note: str = "") -> NextTime:
     notes = "; ".join(filter(None, (note, _clock_change(at, zone))))
-    return {"scheduled_for": at, "local": at.astimezone(zone).isoformat(), "note": notes or None}
+    local = at.astimezone(zone).isoformat()
+    return {"scheduled_for": at, "local": local, "deadline": deadline, "note": notes or None}
 
 
 def _clock_change(at: datetime, zone: ZoneInfo) -> str:

@@ -188,12 +188,22 @@ class NextFire(NamedTuple):
     next_fire_at: datetime | None
 
 
+class NewDeadline(NamedTuple):
+    """The time by which a scheduled time and those before it must be done."""
+
+    definition_id: DefinitionId
+    org_id: OrgId
+    scheduled_for: datetime
+    deadline_at: datetime
+
+
 class Decision(NamedTuple):
     """What to insert for one due definition."""
 
     runs: Sequence[NewRun]
     skips: Sequence[NewSkip]
     next: NextFire
+    deadlines: Sequence[NewDeadline] = ()
 
 
 @dataclass(frozen=True, slots=True)
