@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import islice
 
+from worker.clock import to_text
 from worker.engine.attempt.inflight import InflightRun
 from worker.engine.loops.maintenance import Ages, FailureWatch, Housekeeping
 from worker.errors import Unavailable
-from worker.ids import ALL_ORGS
+from worker.ids import ALL_ORGS, DefinitionId
 from worker.model.definitions.zones import zone_data_version
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import Recovered
@@ -18,7 +20,7 @@ from worker.operations.backfill import fill_backfills
 from worker.operations.definitions import count_failures
 from worker.operations.templates import materialise
 from worker.settings.sections import RetentionSettings
-from worker.store import access_tokens, failing, orgs
+from worker.store import access_tokens, deadlines, failing, orgs
 from worker.store.database import Database
 from worker.store.sweeps import pending
 from worker.telemetry.events import emit
@@ -52,6 +54,9 @@ class Chores:
         self._failures = FailureWatch()
         self._backfill_waits = asyncio.Event()
         self._zone_data_checked = False
+        # Definitions with a deadline that have done something, and how many were late at the last look.
+        self._done: set[DefinitionId] = set()
+        self._late = 0
 
     def add_to(self, housekeeping: Housekeeping) -> None:
         """Schedule all chores as one job: a tick costs more than a look."""
@@ -63,6 +68,9 @@ class Chores:
     def ended(self, ended: EndedAttempt, held: InflightRun | None) -> None:
         """Record the end of an attempt after it is written."""
         self._failures.ended(ended, held)
+        plan = None if held is None else held.plan
+        if plan is not None and plan.definition.has_deadline and ended.state in ("succeeded", "skipped"):
+            self._done.add(ended.definition_id)
         if held is not None and held.run.origin == "backfill":
             self._backfill_waits.set()
 
@@ -94,6 +102,7 @@ class Chores:
 
     async def _look(self) -> None:
         await self._count_failures()
+        await self.end_done(self._done)
         found = await self._database.call_autocommit(pending)
         if found.backfills:
             self._backfill_waits.set()
@@ -101,6 +110,11 @@ class Chores:
             while (done := await self._database.run(materialise, self._database)).orgs:
                 for name, reached, total in done.progress:
                     emit("template.progress", template=name, done=reached, total=total)
+        if found.deadlines:
+            await self.pass_deadlines()
+        if found.late != self._late:
+            self._late = found.late
+            emit("late.counted", definitions=found.late)
         if not self._zone_data_checked:
             await self._check_zone_data()
 
@@ -117,6 +131,36 @@ class Chores:
             if failures is not None:
                 self._failures.counted(key, failures)
             taken.pop()
+
+    async def pass_deadlines(self) -> None:
+        """Report the definitions that have become late."""
+        more = True
+        while more:
+            late, more = await self._database.call(deadlines.pass_due)
+            for each in late:
+                emit(
+                    "schedule.late",
+                    org=each.org,
+                    definition=each.definition,
+                    newest_run=each.run,
+                    scheduled_for=to_text(each.scheduled_for),
+                    late_at=to_text(each.deadline_at),
+                    why=each.why,
+                )
+
+    async def end_done(self, done: set[DefinitionId]) -> None:
+        """Drop what definitions have done, and report those that were late; takes them from the set."""
+        while done:
+            some = list(islice(done, deadlines.BATCH))
+            # Taken first: one that is done again meanwhile is looked at again.
+            done.difference_update(some)
+            try:
+                ended = await self._database.call(deadlines.end_done, some)
+            except Unavailable:
+                done.update(some)
+                raise
+            for each in ended:
+                emit("schedule.done", org=each.org, definition=each.definition)
 
     async def _check_zone_data(self) -> None:
         """Once after the start: recompute the schedules if the time zone data has changed."""
@@ -141,11 +185,22 @@ class Chores:
 
     async def _forget(self) -> None:
         self._failures.forget_sound()
+        await self.check_late()
         after = None
         while True:
             checked = await self._database.call_autocommit(failing.check, after)
             if checked.sound:
                 await self._database.call(failing.remove, checked.sound)
+            if checked.next is None:
+                return
+            after = checked.next
+
+    async def check_late(self) -> None:
+        """Find what is done of what was late: a worker may have died between a success and its look."""
+        after = None
+        while True:
+            checked = await self._database.call_autocommit(deadlines.check, after)
+            await self.end_done(set(checked.done))
             if checked.next is None:
                 return
             after = checked.next

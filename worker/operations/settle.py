@@ -15,9 +15,9 @@ from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, Scope
 from worker.model.definitions.definition import Definition, from_spec
 from worker.model.definitions.triggers import Trigger
 from worker.model.runs.fire import decide, spread_of
-from worker.model.runs.run import DueDefinition, NewRun, NewSkip, NextFire
+from worker.model.runs.run import Decision, DueDefinition, NewDeadline, NextFire
 from worker.operations.handlers import Handlers
-from worker.store import audit, definitions, firing, schema
+from worker.store import audit, deadlines, definitions, firing, schema
 from worker.store.database import Database
 from worker.store.dialect import Row, chunks, compact_json
 from worker.telemetry.events import emit
@@ -33,12 +33,46 @@ def rescheduling(
 ) -> Iterator[None]:
     """Settle locked definitions, let the caller change them or their org, then schedule them from now.
 
-    With an org as `scope`, all of them are its own, and no statement looks further.
+    Their deadlines follow the change, also those of times that were decided before. With an org as `scope`,
+    all of them are its own, and no statement looks further.
     """
     before = {row["id"]: row for row in rows}
     settle(connection, list(before.values()), at=at, scope=scope)
     yield
-    schedule_next(connection, definitions.read(connection, scope, before), at=at, scope=scope)
+    changed = definitions.read(connection, scope, before)
+    schedule_next(connection, changed, at=at, scope=scope)
+    _move_deadlines(connection, changed, at=at, scope=scope)
+
+
+def _move_deadlines(connection: Connection, rows: Sequence[Row], *, at: datetime, scope: Scope) -> None:
+    """Let the deadlines of changed definitions be those of the new revision; drop them if it has none.
+
+    A definition is no longer late if its new deadline is still to come, if it is closed or disabled, or if
+    its org is suspended or removed.
+    """
+    if not rows or not deadlines.is_any(connection, scope):
+        return
+    of = {row["id"]: row for row in rows}
+    moved = [
+        (each, until)
+        for each in deadlines.stored(connection, scope, of)
+        if (until := _deadline_of(of[each.definition_id], each.scheduled_for)) != each.deadline_at
+        and not (each.is_late and until is not None and until <= at)
+    ]
+    deadlines.drop(connection, [each for each, _ in moved])
+    new = [
+        NewDeadline(each.definition_id, each.org_id, each.scheduled_for, until)
+        for each, until in moved
+        if until is not None
+    ]
+    deadlines.add(connection, new)
+
+
+def _deadline_of(row: Row, scheduled_for: datetime) -> datetime | None:
+    if row["closed_at"] is not None or not row["enabled"] or row["org_state"] in deadlines.UNWANTED:
+        return None
+    found = from_spec(row["org"], row["name"], row["spec"]).deadline(row["org_timezone"])
+    return None if found is None else found.of(scheduled_for)
 
 
 def settle(connection: Connection, rows: Sequence[Row], *, at: datetime, scope: Scope) -> None:
@@ -49,17 +83,19 @@ def settle(connection: Connection, rows: Sequence[Row], *, at: datetime, scope: 
     due = [row for row in rows if row["next_scheduled_for"] is not None and row["next_scheduled_for"] <= at]
     handlers = Handlers(connection)
     for part in chunks(due, 100):
-        runs: list[NewRun] = []
-        skips: list[NewSkip] = []
-        nexts = [_decide(row, at, handlers, runs, skips) for row in part]
+        decisions: list[Decision] = []
+        nexts = [_decide(row, at, handlers, decisions) for row in part]
+        runs = [run for decision in decisions for run in decision.runs]
+        skips = [skip for decision in decisions for skip in decision.skips]
+        until = [each for decision in decisions for each in decision.deadlines]
         if isinstance(scope, AllOrgs):
-            firing.write(connection, runs, skips, nexts)
+            firing.write(connection, runs, skips, nexts, until)
         else:
             # The next times follow: what was decided is not decided again.
-            firing.write_of_org(connection, scope, runs, skips)
+            firing.write_of_org(connection, scope, runs, skips, until)
 
 
-def _decide(row: Row, at: datetime, handlers: Handlers, runs: list[NewRun], skips: list[NewSkip]) -> NextFire:
+def _decide(row: Row, at: datetime, handlers: Handlers, decisions: list[Decision]) -> NextFire:
     next_fire = NextFire(row["id"], row["next_scheduled_for"], row["next_fire_at"])
     while next_fire.next_scheduled_for is not None and next_fire.next_scheduled_for <= at:
         due = DueDefinition(
@@ -74,8 +110,7 @@ def _decide(row: Row, at: datetime, handlers: Handlers, runs: list[NewRun], skip
             org_pool=row["org_pool"],
         )
         decision = decide(due, max(at, next_fire.next_fire_at or at), handlers.declared)
-        runs.extend(decision.runs)
-        skips.extend(decision.skips)
+        decisions.append(decision)
         next_fire = decision.next
     return next_fire
 

@@ -54,6 +54,10 @@ _ANSWERED = (
       AND l.state = 'parked' AND w.answered_at IS NULL AND w.timed_out_at IS NULL)""",
     "it was answered, its deadline passed, or the run has ended",
 )
+_DONE = (
+    "NOT EXISTS (SELECT 1 FROM late_definitions l WHERE l.definition_id = subject_id)",
+    "no affected definition is late any more",
+)
 # When an affected definition or org has recovered, and how the alert says that all have.
 RECOVERED: Mapping[Kind, tuple[str, str]] = {
     "failed": _SUCCEEDED,
@@ -62,6 +66,7 @@ RECOVERED: Mapping[Kind, tuple[str, str]] = {
     "credential_dead": _HAS_TOKEN,
     "provisioning_failed": _PROVISIONED,
     "waiting": _ANSWERED,
+    "late": _DONE,
 }
 MAY_GO_QUIET: tuple[Kind, ...] = (
     *("failed", "refused", "credential_dead", "provisioning_failed"),

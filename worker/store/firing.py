@@ -10,8 +10,17 @@ from typing import Any
 from sqlalchemy import Connection, Text, cast, select, tuple_
 
 from worker.ids import DefinitionId, OrgId, Scope
-from worker.model.runs.run import Decision, DueDefinition, FireReport, NewRun, NewSkip, NextFire, Upcoming
-from worker.store import edit_runs, tables
+from worker.model.runs.run import (
+    Decision,
+    DueDefinition,
+    FireReport,
+    NewDeadline,
+    NewRun,
+    NewSkip,
+    NextFire,
+    Upcoming,
+)
+from worker.store import deadlines, edit_runs, tables
 from worker.store.dialect import database_now, in_scope
 from worker.store.sql import statements
 from worker.store.sql.contract import Specs, shares
@@ -76,7 +85,8 @@ def fire(connection: Connection, decide: Decide, *, limit: int, specs: Specs) ->
     decisions = [decide(definition, now) for definition in due]
     runs = [run for decision in decisions for run in decision.runs]
     skips = [skip for decision in decisions for skip in decision.skips]
-    report = write(connection, runs, skips, [decision.next for decision in decisions])
+    until = [each for decision in decisions for each in decision.deadlines]
+    report = write(connection, runs, skips, [decision.next for decision in decisions], until)
     return replace(report, now=now, more=len(due) >= shares(limit)[0])
 
 
@@ -85,8 +95,9 @@ def write(
     runs: Sequence[NewRun],
     skips: Sequence[NewSkip] = (),
     next_fires: Sequence[NextFire] = (),
+    until: Sequence[NewDeadline] = (),
 ) -> FireReport:
-    """Insert runs and skips and set the next fire times, under the definitions' locks.
+    """Insert runs, skips and deadlines and set the next fire times, under the definitions' locks.
 
     A serial run that overlaps an unfinished one is placed by its policy, or becomes a skip
     (overlap); an existing run is ignored.
@@ -97,11 +108,17 @@ def write(
     skips = [*skips, *(_overlap(run) for run in left if run.origin == "schedule")]
     if skips:
         hot.fire_skips(connection, skips)
+    if until:
+        deadlines.add(connection, until)
     return FireReport([*made.inserted, *placed], left, skips, made.next_fire_at, made.now)
 
 
 def write_of_org(
-    connection: Connection, org_id: OrgId, runs: Sequence[NewRun], skips: Sequence[NewSkip]
+    connection: Connection,
+    org_id: OrgId,
+    runs: Sequence[NewRun],
+    skips: Sequence[NewSkip],
+    until: Sequence[NewDeadline] = (),
 ) -> None:
     """As `write`, in the role of one org: it sees a run before its row of `live_runs` is checked.
 
@@ -112,6 +129,8 @@ def write_of_org(
     left = [run for run in new if place(connection, run, at=at) is not None]
     if skips := [*skips, *(_overlap(run) for run in left)]:
         statements(connection).fire_skips(connection, skips)
+    if until:
+        deadlines.add(connection, until)
 
 
 def _overlap(run: NewRun) -> NewSkip:

@@ -94,6 +94,7 @@ _WRITES: Mapping[str, Sequence[str]] = {
     "definitions": ("UPDATE (updated_at, paused_at, paused_by, pause_note, consecutive_failures)",),
     "schedule": ("INSERT", "UPDATE (next_scheduled_for, next_fire_at)"),
     "skips": ("INSERT", "UPDATE (skipped_until, count)"),
+    "deadlines": ("INSERT", "UPDATE (scheduled_for)"),
     # For SELECT FOR UPDATE.
     "orgs": ("UPDATE (updated_at)",),
 }
@@ -108,6 +109,9 @@ _OPERATOR_WRITES: Mapping[str, Sequence[str]] = {
     "access_tokens": ("DELETE",),
     "definitions": ("UPDATE (enabled, revision, closed_at, template_id, template_revision, calendar)",),
     "definition_revisions": ("INSERT",),
+    # With an edit, or an org that is suspended.
+    "deadlines": ("DELETE",),
+    "late_definitions": ("DELETE",),
     "definition_states": (
         "INSERT",
         "DELETE",

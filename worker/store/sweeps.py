@@ -15,7 +15,15 @@ from worker.model.runs.run import Swept
 from worker.store import host_grants, tables
 from worker.store.bulk import among
 from worker.store.definitions import names_of
-from worker.store.dialect import Instant, above, chunks, database_now, in_scope, is_postgresql
+from worker.store.dialect import (
+    Instant,
+    above,
+    chunks,
+    database_now,
+    file_now,
+    in_scope,
+    is_postgresql,
+)
 from worker.store.sql import statements
 from worker.store.sql.contract import Rollups
 
@@ -24,20 +32,35 @@ _PENDING = """
 SELECT COALESCE((SELECT min(templates_seen) FROM orgs)
                 < CAST((SELECT value FROM facts WHERE name = 'templates_change') AS BIGINT), false)
        OR EXISTS (SELECT 1 FROM templates WHERE materialised_at IS NULL),
-       EXISTS (SELECT 1 FROM backfills WHERE finished_at IS NULL)
+       EXISTS (SELECT 1 FROM backfills WHERE finished_at IS NULL),
+       EXISTS (SELECT 1 FROM deadlines WHERE deadline_at <= {now}),
+       (SELECT count(*) FROM (SELECT 1 FROM late_definitions LIMIT {most}) counted)
 """
+# Late definitions that are counted.
+MAX_LATE = 10_000
+# The clock is in a subquery: called once, it can be compared along an index.
+_NOW = {"postgresql": "(SELECT clock_timestamp())", "sqlite": ":now"}
 
 
 class Pending(NamedTuple):
-    """Whether orgs are behind the templates, and whether backfills are unfinished."""
+    """Whether orgs are behind the templates, backfills are unfinished, and deadlines have passed.
+
+    `late` is the number of late definitions, up to MAX_LATE.
+    """
 
     templates: bool
     backfills: bool
+    deadlines: bool
+    late: int
 
 
 def pending(connection: Connection) -> Pending:
     """What there is to do now, in one query."""
-    return Pending(*map(bool, connection.execute(text(_PENDING)).one()))
+    query = text(_PENDING.format(now=_NOW[connection.dialect.name], most=MAX_LATE))
+    if not is_postgresql(connection):
+        query = query.bindparams(bindparam("now", file_now(connection), type_=Instant()))
+    templates, backfills, deadlines, late = connection.execute(query).one()
+    return Pending(bool(templates), bool(backfills), bool(deadlines), late)
 
 
 # Rows that one transaction changes.

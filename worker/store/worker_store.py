@@ -36,6 +36,7 @@ from worker.model.runs.run import (
 from worker.model.runs.waits import NewWait, WaitState
 from worker.store import (
     budgets,
+    deadlines,
     firing,
     host_handlers,
     hosts,
@@ -414,6 +415,7 @@ class WorkerStore:
     forget_runs = in_transaction(sweeps.forget_runs)
     forget_parts = in_transaction(sweeps.forget_parts)
     forget_skips = in_transaction(sweeps.forget_skips)
+    forget_late = in_transaction(deadlines.forget_late)
     forget_logs = in_transaction(sweeps.forget_logs)
     forget_counters = in_transaction(budgets.forget_counters)
     forget_shares = in_transaction(limits.forget_idle)

@@ -32,6 +32,7 @@ Kind = Literal[
     "files_opened",
     "files_changeable",
     "egress_denied",
+    "late",
 ]
 Status = Literal["firing", "resolved"]
 
@@ -148,11 +149,11 @@ class Strikes:
         shown = {name: value for name, value in fields.items() if value is not None}
         strike = Strike(cause, kind, summary, shown, self._clock.now())
         org, definition = fields.get("org"), fields.get("definition")
-        if "run" in fields:
+        if kind in ("paused", "late"):
+            strike.definitions.add((str(org), str(definition)))
+        elif "run" in fields:
             affected = (org, definition) if definition else (fields["run"],)
             strike.runs[affected] = fields["run"]
-        elif kind == "paused":
-            strike.definitions.add((str(org), str(definition)))
         elif org is not None and kind in ("credential_dead", "provisioning_failed"):
             strike.orgs.add(str(org))
         return strike
@@ -178,6 +179,10 @@ def _cause(event: str, fields: Mapping[str, Any]) -> tuple[Kind, tuple[str | Non
         case "definition.paused", _:
             summary = f"{definition} of {org} is paused after {fields.get('failures')} failures"
             return "paused", (org, definition), summary
+        case "schedule.late", _:
+            why = fields.get("why")
+            summary = f"{definition} of {org} is late, due by {fields.get('late_at')}: {why}"
+            return "late", (org, why), summary
         case "schedule.overdue", _:
             seconds = fields.get("seconds")
             summary = f"no worker fires schedules: {definition} of {org} has been due for {seconds} s"
@@ -213,7 +218,7 @@ _STATES: Mapping[str, frozenset[str | None]] = {
         (
             *("definition.paused", "run.asks", "org.parked", "credential.unusable", "schedule.overdue"),
             *("provisioning.failed", "provisioning.unavailable", "files.opened", "files.changeable"),
-            "egress.denied",
+            *("egress.denied", "schedule.late"),
         ),
         frozenset({None}),
     ),

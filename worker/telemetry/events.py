@@ -88,6 +88,12 @@ _ROWS = (
         "schedule.overdue: org definition seconds",
         "a scheduled time has been due for `seconds` and was not fired; this one is the oldest",
     ),
+    _error(
+        "schedule.late: org definition newest_run scheduled_for late_at why",
+        "a scheduled time was not done by its deadline, and why; once until the definition is done",
+    ),
+    _info("schedule.done: org definition", "a definition that was late has done its work"),
+    _debug("late.counted: definitions", "the number of late definitions, of all orgs, has changed"),
     _info("schedule.caught_up", "no scheduled time is overdue any more"),
     # Run to outcome.
     _debug(

@@ -102,6 +102,11 @@ METRICS: tuple[Metric, ...] = (
         "due runs that wait for a slot of a pool; each worker reports those of all",
         "pool.counted waiting",
     ),
+    _gauge(
+        "late",
+        "definitions that are late, up to 10,000; each worker reports those of all",
+        "late.counted definitions",
+    ),
     _counter("run_log_lines_dropped_total", "dropped lines of run logs", "logs.dropped lines"),
     # Tokens.
     _counter("tokens_requested_total: issuer", "tokens issued and accepted", "token.requested"),

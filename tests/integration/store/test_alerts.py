@@ -90,6 +90,31 @@ def failed(ledger: Ledger, definition_id: str, org_id: str, cause: str = "c") ->
     return strike(ledger, cause=cause, runs={(definition_id,): run})
 
 
+@pytest.mark.parametrize("many", [1, 2])
+def test_a_late_definition_is_told_once_an_org_and_cause_until_all_are_done(
+    ledger: Ledger, stock: Stock, many: int
+) -> None:
+    org = stock.org()
+    late = [stock.definition(org) for _ in range(many)]
+    names = [row["name"] for row in stock.all(tables.definitions) if row["id"] in late]
+    with stock.database.transaction() as connection:
+        at = {"scheduled_for": stock.now(), "late_at": stock.now()}
+        rows = [{"definition_id": id_, "org_id": org} | at for id_ in late]
+        connection.execute(insert(tables.late_definitions), rows)
+    for name in names:
+        ledger.note(strike(ledger, "late", definitions={(stock.code(org), name)}))
+
+    ledger.settle()
+    assert ledger.briefly() == [("late", "firing")]
+    for number, definition in enumerate(late):
+        assert number == 0 or ledger.briefly() == []
+        with stock.database.transaction() as connection:
+            gone = tables.late_definitions.delete()
+            connection.execute(gone.where(tables.late_definitions.c.definition_id == definition))
+        ledger.settle()
+    assert ledger.briefly() == [("late", "resolved")]
+
+
 def test_failures_of_one_cause_are_one_alert_and_one_resolved_when_each_has_succeeded(ledger, stock):
     org = stock.org()
     struck = [stock.definition(org) for _ in range(3)]

@@ -69,6 +69,7 @@ WRITES = {
     "definitions": ("UPDATE consecutive_failures pause_note paused_at paused_by updated_at",),
     "schedule": ("INSERT", "UPDATE next_fire_at next_scheduled_for"),
     "skips": ("INSERT", "UPDATE count skipped_until"),
+    "deadlines": ("INSERT", "UPDATE scheduled_for"),
     "orgs": ("UPDATE updated_at",),
 }
 # For operators it also edits and backfills definitions, pauses orgs, and adds and retires credentials.
@@ -82,6 +83,8 @@ OPERATOR_WRITES = WRITES | {
         "template_id template_revision updated_at",
     ),
     "definition_revisions": ("INSERT",),
+    "deadlines": ("INSERT", "DELETE", "UPDATE scheduled_for"),
+    "late_definitions": ("DELETE",),
     "definition_states": ("INSERT", "DELETE", "UPDATE data run_id updated_at updated_by version"),
     "backfills": ("INSERT", "UPDATE cancelled_at finished_at made max_concurrent next_scheduled_for"),
     # Logins are kept before a caller is known, in this role; an org's role has no right to them.
@@ -234,6 +237,7 @@ REFERS = {
     "live_runs": ("definition", "run"),
     "schedule": ("definition",),
     "skips": ("definition",),
+    "deadlines": ("definition",),
     "run_ends": ("definition", "run"),
     "checkpoints": ("run",),
     "waits": ("run",),
@@ -250,7 +254,7 @@ def test_an_org_writes_no_row_of_anothers_definition_or_run(logins, owners, name
         for mixed in mixed_with(other, mine, name):
             with pytest.raises(ProgrammingError, match="violates row-level security"):
                 insert(web, table, mixed)
-        if name in ("skips", "run_ends"):
+        if name in ("skips", "run_ends", "deadlines"):
             # Its key has an id or a time of its own.
             insert(web, table, mine)
         else:

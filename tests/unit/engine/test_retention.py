@@ -38,6 +38,9 @@ class Rows:
     async def forget_workers(self, age: timedelta) -> int:
         return self._take("workers", age, 100)
 
+    async def forget_late(self, age: timedelta, *, limit: int) -> int:
+        return 0
+
     async def forget_counters(self) -> int:
         return 0
 

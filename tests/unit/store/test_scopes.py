@@ -27,8 +27,8 @@ CODES = frozenset({"org", "orgs", "codes", "code"})
 # What the loops of workers, hosts and placers call: by keys of runs, workers and tokens, whatever their org.
 LOOPS = frozenset(
     {
-        *("access_tokens", "alerts", "failing", "firing", "host_grants", "hosts", "limits", "placements"),
-        *("pools", "steps", "sweeps", "worker_store", "workers"),
+        *("access_tokens", "alerts", "deadlines", "failing", "firing", "host_grants", "hosts", "limits"),
+        *("placements", "pools", "steps", "sweeps", "worker_store", "workers"),
     }
 )
 # What commands and chores of an operator call, by keys or by rows that have their org.

@@ -44,6 +44,25 @@ def fail(org: str = "org_a", **fields: Any) -> None:
     end_run("failed", org, **({"reason": "error", "error_cause": "HTTPError: <n>"} | fields))
 
 
+def test_what_is_late_is_one_cause_for_an_org_and_why(heard: Heard) -> None:
+    late = {"scheduled_for": "2027-01-04T03:00:00Z", "late_at": "2027-01-04T06:00:00Z"}
+    for org, definition, why in (
+        ("org_a", "digest", "waiting (no_token)"),
+        ("org_a", "sync", "waiting (no_token)"),
+        ("org_a", "export", "failed (error)"),
+        ("org_b", "digest", "waiting (no_token)"),
+    ):
+        emit("schedule.late", org=org, definition=definition, newest_run="r", why=why, **late)
+
+    first, second, third = heard.taken()
+
+    assert (first.kind, first.count) == ("late", 2)
+    assert first.definitions == {("org_a", "digest"), ("org_a", "sync")}
+    assert first.summary == "digest of org_a is late, due by 2027-01-04T06:00:00Z: waiting (no_token)"
+    assert first.fields["newest_run"] == "r"
+    assert (second.definitions, third.definitions) == ({("org_a", "export")}, {("org_b", "digest")})
+
+
 def test_a_hundred_failures_of_one_cause_are_one_strike_that_knows_whom_it_struck(heard, clock):
     began = clock.now()
     for number in range(100):
@@ -140,7 +159,7 @@ def test_each_kind_comes_of_an_event_of_the_table_and_of_no_other(heard):
 
     assert set(heard.kinds()) == {
         *("failed", "paused", "credential_dead", "overdue", "provisioning_failed", "waiting"),
-        *("files_opened", "files_changeable", "egress_denied"),
+        *("files_opened", "files_changeable", "egress_denied", "late"),
     }
 
 

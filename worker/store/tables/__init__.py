@@ -45,11 +45,11 @@ from worker.store.tables.limits import limits as limits
 from worker.store.tables.limits import origin_pauses as origin_pauses
 from worker.store.tables.runs import ATTEMPT_OUTCOMES as ATTEMPT_OUTCOMES
 from worker.store.tables.runs import FINAL_STATES as FINAL_STATES
+from worker.store.tables.runs import HOT, UPDATED, count, one_of, partial, required, table
 from worker.store.tables.runs import NEVER as NEVER
 from worker.store.tables.runs import OPEN as OPEN
 from worker.store.tables.runs import UNFINISHED as UNFINISHED
 from worker.store.tables.runs import UNSTARTED as UNSTARTED
-from worker.store.tables.runs import UPDATED, count, one_of, partial, required, table
 from worker.store.tables.runs import WAITING_REASONS as WAITING_REASONS
 from worker.store.tables.runs import attempts as attempts
 from worker.store.tables.runs import checkpoints as checkpoints
@@ -189,6 +189,32 @@ failing_definitions = table(
     required("org_id", Id),
     required("run_id", Id, "The run that failed or was refused last."),
     Index("ix_failing_definitions_org_id", "org_id"),
+    readers="orgs",
+)
+
+deadlines = table(
+    "deadlines",
+    "Scheduled times that must be done by a time and are not known to be; a worker takes those that pass.",
+    Column("definition_id", Id, primary_key=True),
+    Column("deadline_at", Instant, primary_key=True, doc="The earlier of `done_by` and `done_within`."),
+    required("org_id", Id),
+    required("scheduled_for", Instant, "The last scheduled time with this deadline."),
+    Index("ix_deadlines_deadline_at", "deadline_at"),
+    Index("ix_deadlines_org_id", "org_id"),
+    postgresql_with=HOT,
+    readers="orgs",
+)
+
+late_definitions = table(
+    "late_definitions",
+    "The late definitions: a deadline passed, and no run for that scheduled time or a later one succeeded.",
+    Column("definition_id", Id, primary_key=True),
+    required("org_id", Id),
+    required(
+        "scheduled_for", Instant, "The last scheduled time whose deadline passed: it ends with that one."
+    ),
+    required("late_at", Instant, "The first deadline that passed."),
+    Index("ix_late_definitions_org_id", "org_id"),
     readers="orgs",
 )
 
@@ -439,7 +465,7 @@ rollup_hours = table(
 
 ALERT_KINDS = (
     *("failed", "refused", "overdue", "paused", "credential_dead", "provisioning_failed", "waiting"),
-    *("files_opened", "files_changeable", "egress_denied"),
+    *("files_opened", "files_changeable", "egress_denied", "late"),
 )
 
 alerts = table(
@@ -451,7 +477,7 @@ alerts = table(
         "kind",
         Text,
         "`failed`, `refused`, `overdue`, `paused`, `credential_dead`, `provisioning_failed`, `waiting`, "
-        "`files_opened`, `files_changeable` or `egress_denied`.",
+        "`files_opened`, `files_changeable`, `egress_denied` or `late`.",
     ),
     required("summary", Text, "A sentence for people."),
     required("fields", json_type(), "The fields of the first event."),
