@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+
 from tests.fakes import hook as hooks
 from tests.fakes.hook import Hook
 from tests.fakes.ports import free_port
@@ -98,3 +100,44 @@ def test_refusals_pauses_and_dead_credentials_arrive_and_so_do_their_ends(site, 
         assert hook.wait_for(kind, "resolved")["cause"] == hook.wait_for(kind, "firing")["cause"]
         assert hook.told(kind) == [(kind, "firing"), (kind, "resolved")]
     assert all(post.genuine for post in hook.taken)
+
+
+def test_what_was_not_done_while_no_worker_ran_is_late_once_until_a_retry_has_done_it(
+    site, hook, journal, tmp_path
+):
+    mended, due = tmp_path / "mended", datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=8)
+    site.configure(extra=hook.settings())
+    site.add_orgs(application("org_acme"))
+    site.apply(
+        definition(
+            *("org_acme", "import", "acme.wants_file", f"at {due:%Y-%m-%dT%H:%M:%SZ}"),
+            params={"file": str(mended), "journal": str(journal)},
+            max_attempts=1,
+            done_within="20s",
+        )
+    )
+    worker = site.start_worker()
+    run = site.wait_for_end("org_acme", "import")["id"]
+    worker.kill()
+    worker.wait()
+    deadline = due + timedelta(seconds=20)
+    assert site.cli("orgs", "list", "--late", "-o", "json").json() == []
+    wait_until(lambda: datetime.now(UTC) > deadline, "the deadline")
+
+    worker = site.start_worker()
+    alert = hook.wait_for("late", "firing")
+
+    assert (alert["org"], alert["definition"], alert["newest_run"]) == ("org_acme", "import", run)
+    assert (alert["why"], alert["affected"]) == ("failed (error)", 1)
+    [org] = site.cli("orgs", "list", "--late", "-o", "json").json()
+    assert org["code"] == "org_acme"
+    [matter] = [each for each in site.cli("status", "-o", "json").json()["matters"] if each["kind"] == "late"]
+    assert matter["subject"]["definitions"] == ["org_acme/import"]
+    # Nothing is told again by a worker that starts later.
+    assert site.stop_worker(worker) == 0
+    site.start_worker()
+    mended.touch()
+    site.cli("runs", "retry", run)
+    hook.wait_for("late", "resolved")
+    assert hook.told("late") == [("late", "firing"), ("late", "resolved")]
+    assert site.cli("orgs", "list", "--late", "-o", "json").json() == []

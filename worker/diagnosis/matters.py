@@ -158,6 +158,7 @@ def matters(
         *_of_crashes(connection, now),
         *_of_causes(connection, "failed", now),
         *_of_causes(connection, "refused", now, known),
+        *_of_late(connection),
         *_of_tokens(connection, is_admin=is_admin),
         *_of_inventory(connection),
         *_of_waiting(connection, now),
@@ -326,6 +327,28 @@ def _is_known(cause: failures.Cause, known: Collection[tuple[str, str]]) -> bool
     # Of more orgs than are named, some may work again.
     return 0 < cause["open_orgs"] == len(cause["named"]) and all(
         (cause["reason"], org) in known for org in cause["named"]
+    )
+
+
+def _of_late(connection: Connection) -> Iterator[Matter]:
+    late = morning.late_definitions(connection, ALL_ORGS)
+    if not late.total:
+        return
+    first = late.examples[0]
+    only = NextStep("show_definition", {"org": first["org"], "definition": first["name"]})
+    due = [f"{row['org']}/{row['name']} (due {row['late_at']:%Y-%m-%d %H:%M} UTC)" for row in late.examples]
+    yield Matter(
+        "late",
+        "bad",
+        "operator",
+        f"{_count(late.total, 'definition')} not done by {'its' if late.total == 1 else 'their'} deadline",
+        f"{listed(Named(late.total, due))}. A run that succeeds ends it.",
+        only if late.total == 1 else NextStep("list_late_orgs"),
+        {
+            "orgs": _named(row["org"] for row in late.examples).names,
+            "definitions": [f"{row['org']}/{row['name']}" for row in late.examples],
+        },
+        min(row["late_at"] for row in late.examples),
     )
 
 

@@ -51,6 +51,13 @@ _FILTERS: Mapping[str, tuple[Any, Any]] = {
         ],
         False,
     ),
+    "late": (
+        Annotated[
+            bool,
+            option("--late", "Only those with a definition that is not done by its deadline."),
+        ],
+        False,
+    ),
 }
 _WordsArgument = Annotated[
     list[str] | None, argument("[WORD]...", "Only those whose name or code has words that begin so.")

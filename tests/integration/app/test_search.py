@@ -33,7 +33,7 @@ def test_one_line_finds_runs_and_orgs(cli: CommandLine, runs: list[str]):
     assert (
         cli("orgs", "list", "-q", "org:gmbh", "-o", "id").out == cli("orgs", "list", "acme", "-o", "id").out
     )
-    assert cli("orgs", "list", "--broken").err == "none\n"
+    assert cli("orgs", "list", "--broken").err == cli("orgs", "list", "--late").err == "none\n"
     lines = cli(
         "runs", "list", "--state", "waiting,running", "--since", "monday", "-q", "acme"
     ).out.splitlines()

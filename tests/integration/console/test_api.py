@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 
 import httpx
 import pytest
+from sqlalchemy import insert, select
 
 from tests.integration.console.conftest import TOKENS, Site, make_run, on_either
 from worker.features.console.callers import Caller, CallerDatabase
 from worker.ids import ALL_ORGS
 from worker.operations.definitions import pause_definition
-from worker.store import orgs
+from worker.store import orgs, tables
 from worker.store.lists import LISTS, RUNS
 from worker.store.lists.read import read
 from worker.store.lists.rows import Run, columns_of
@@ -128,6 +130,25 @@ class TestWhatAnOrgSees:
         assert await found("broken=true", site.token("org_a"), "orgs") == []
         assert "org_b" in await found("q=org", TOKENS["viewer"], "orgs")
         assert await found("broken=true", TOKENS["viewer"], "orgs") == []
+
+    @on_either
+    async def test_late_orgs_and_definitions_are_those_of_the_caller(self, staffed: Site):
+        site = staffed
+        with site.database.transaction() as connection:
+            rows = connection.execute(select(tables.definitions.c.id, tables.definitions.c.org_id)).all()
+            at = datetime(2027, 1, 4, 6, tzinfo=UTC)
+            late = [
+                {"definition_id": id_, "org_id": org, "scheduled_for": at, "late_at": at} for id_, org in rows
+            ]
+            connection.execute(insert(tables.late_definitions), late)
+
+        for token, codes in ((TOKENS["viewer"], {"org_a", "org_b"}), (site.token("org_a"), {"org_a"})):
+            orgs = (await site.get(f"{API}/orgs?late=true", token)).json()
+            definitions = (await site.get(f"{API}/definitions?state=late", token)).json()
+            assert {row["code"] for row in orgs} & {"org_a", "org_b"} == codes
+            assert {row["org"] for row in definitions} & {"org_a", "org_b"} == codes
+            assert {row["late_since"] for row in definitions} == {"2027-01-04T06:00:00.000000Z"}
+        assert (await site.get(f"{API}/orgs?late=yes", TOKENS["viewer"])).status_code == 400
 
     async def test_an_answer_for_anothers_org_is_that_for_one_that_does_not_exist(self, site: Site):
         token = site.token("org_a")

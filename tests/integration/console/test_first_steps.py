@@ -94,6 +94,7 @@ async def test_what_filters_have_left_out_is_not_what_is_missing(staffed: Site):
         assert "orgworker orgs import" not in page
     assert "<h2>No run fits</h2>" in await read(staffed, "/search?q=state:failed", TOKENS["admin"])
     assert "<h2>No org is broken</h2>" in await read(staffed, "/orgs?broken=true", TOKENS["admin"])
+    assert "<h2>No org is late</h2>" in await read(staffed, "/orgs?late=true", TOKENS["admin"])
 
 
 @on_both

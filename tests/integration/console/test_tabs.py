@@ -245,6 +245,7 @@ async def test_orgs_have_tabs_by_state_with_counts(staffed: Site):
     assert every.tabs(label) == {
         "All 3": ("", True),
         "Broken 1": ("broken=true", False),
+        "Late 0": ("late=true", False),
         "Active 2": ("state=active", False),
         "Paused 1": ("state=paused", False),
         "Suspended 0": ("state=suspended", False),
@@ -252,4 +253,4 @@ async def test_orgs_have_tabs_by_state_with_counts(staffed: Site):
     }
     assert broken.tabs(label)["Broken 1"][1]
     assert named.tabs(label)["Paused"] == ("q=org_c&state=paused", True)
-    assert list(own.tabs(label))[:3] == ["All 1", "Broken 0", "Active 1"]
+    assert list(own.tabs(label))[:4] == ["All 1", "Broken 0", "Late 0", "Active 1"]

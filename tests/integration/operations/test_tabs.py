@@ -51,6 +51,11 @@ class World:
             about = {"paused_at": dice.choice((None, None, self.now)), "enabled": dice.random() < 0.7}
             closed_at = self.now if is_closed else None
             self.set(tables.definitions, row["id"], **about, closed_at=closed_at)
+        for row in self.rows.definitions:
+            if row["closed_at"] is None and row["name"] in NAMES[:2] and row["org_id"] < max(codes):
+                of = {"definition_id": row["id"], "org_id": row["org_id"]}
+                at = {"scheduled_for": late, "late_at": self.now}
+                self.rows.insert(insert(tables.late_definitions).values(**of, **at))
         for number, code in enumerate(CODES[:3]):
             self.set(tables.orgs, self.org_ids[code], state=ORG_STATES[number])
         for back in range(-1, 26):
@@ -105,6 +110,7 @@ class World:
             for row in self.rows.live_runs
             if row["state"] == "waiting" and row["available_at"] <= self.now - LONG_WAIT
         }
+        undone = {row["definition_id"] for row in self.rows.late_definitions}
         overdue = [row for row in opened if (at := due.get(row["id"])) and at <= self.now - OVERDUE]
         return {
             "all": {row["id"] for row in opened},
@@ -113,7 +119,7 @@ class World:
             "disabled": {row["id"] for row in opened if not row["paused_at"] and not row["enabled"]},
             "broken": {row["id"] for row in opened if self.newest_of(row["id"]) in ("failed", "refused")},
             "overdue": {row["id"] for row in overdue},
-            "late": {row["id"] for row in opened if row["id"] in waiting},
+            "late": {row["id"] for row in opened if row["id"] in waiting | undone},
         }
 
     def newest_of(self, definition_id):
@@ -183,6 +189,9 @@ def test_orgs_are_counted_by_state(world):
     }
     assert (counts["all"].total, counts["broken"].total) == (len(CODES), len(broken))
     assert broken
+    late = world.counted(read, ORGS, ALL_ORGS, Page(late=True))
+    assert {row["id"] for row in late} == {row["org_id"] for row in world.rows.late_definitions}
+    assert len(CODES) > counts["late"].total == len(late) > 2
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ VERBS: Mapping[str, Verb] = {
     "show_org": Verb("orgs show {org}", "Open the org", _ORG),
     "resume_org": Verb("orgs resume {org}", "Resume the org", _ORG, right="pause_org"),
     "list_broken_orgs": Verb("orgs list --broken", "Orgs", "/orgs?broken=true"),
+    "list_late_orgs": Verb("orgs list --late", "Orgs", "/orgs?late=true"),
     "add_secret": Verb("secrets add {org} {secret}", "Open the org that lacks the secret", _ORG),
     "list_secrets": Verb("secrets list {org}", "Open the org", _ORG),
     "list_credentials": Verb("credentials list", "Credentials", "/credentials"),

@@ -57,6 +57,8 @@ class Page:
     """Of runs and orgs: what to search for."""
     broken: bool = False
     """Of orgs: only broken ones."""
+    late: bool = False
+    """Of orgs: only those with a definition that is not done by its deadline."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and not 1 <= self.limit <= MAX_LIMIT:
@@ -129,7 +131,7 @@ ORGS = Listing(
     OrgRow,
     "List orgs, newest first.",
     ("code", "name", "issuer", "state", "max_concurrent_runs", "weight", "tags", "timezone", "created_at"),
-    filters=("org", "state", "since", "q", "broken"),
+    filters=("org", "state", "since", "q", "broken", "late"),
     states=get_args(OrgState),
 )
 DEFINITIONS = Listing(

@@ -38,6 +38,7 @@ ERRORS = 5
 
 _live, _orgs, _definitions = tables.live_runs, tables.orgs, tables.definitions
 _credentials, _catalogue, _workers = tables.credentials, tables.catalogue, tables.workers
+_late = tables.late_definitions
 _hours, _schedule, _revisions = tables.rollup_hours, tables.schedule, tables.definition_revisions
 # Between the keys of a timing, in one text: no key of a definition has it.
 _BETWEEN = "\x1f"
@@ -215,6 +216,17 @@ def paused_definitions(connection: Connection, scope: Scope) -> CappedCount:
         .where(*in_scope(_definitions.c.org_id, scope))
     )
     return _counted(connection, query, _definitions.c.id)
+
+
+def late_definitions(connection: Connection, scope: Scope) -> CappedCount:
+    """Definitions that are not done by their deadline, newest first."""
+    query = (
+        select(_late.c.definition_id, _orgs.c.code.label("org"), _definitions.c.name, _late.c.late_at)
+        .join(_orgs, _orgs.c.id == _late.c.org_id)
+        .join(_definitions, _definitions.c.id == _late.c.definition_id)
+        .where(*in_scope(_late.c.org_id, scope))
+    )
+    return _counted(connection, query, _late.c.definition_id)
 
 
 def broken_handlers(connection: Connection) -> CappedCount:

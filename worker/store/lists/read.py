@@ -125,7 +125,7 @@ def _rows_of(
     scope = orgs.scope_of(connection, org)
     if listing is RUNS:
         return cast(list[R], runs.page_of(connection, scope, page, limit))
-    if listing is ORGS and (page.query is not None or page.broken):
+    if listing is ORGS and (page.query is not None or page.broken or page.late):
         query = page.query or Query()
         if query.is_of_runs:
             raise UsageError("orgs have no such keys", fix="search for orgs by words, or by org:NAME")
@@ -170,7 +170,7 @@ class _Stop(NamedTuple):
 def _stop_of(connection: Connection, listing: Listing[Any], org: OrgScope, page: Page) -> _Stop | None:
     """Where a list of orgs or definitions of all orgs by a state stops that no index has, if it has rows."""
     found_by_others = {*TROUBLES, "paused"} if listing is DEFINITIONS else set()
-    is_searched = page.query is not None or page.broken or page.definition is not None
+    is_searched = page.query is not None or page.broken or page.late or page.definition is not None
     if listing not in (ORGS, DEFINITIONS) or org is not ALL_ORGS or is_searched:
         return None
     if not set(page.states) - found_by_others:
@@ -404,6 +404,10 @@ _SOURCES: Mapping[Listing[Any], _Source] = {
         org_state=_orgs.c.state,
         next_scheduled_for=_schedule.c.next_scheduled_for,
         next_fire_at=_schedule.c.next_fire_at,
+        late_since=select(tables.late_definitions.c.late_at)
+        .where(tables.late_definitions.c.definition_id == _definitions.c.id)
+        .limit(1)
+        .scalar_subquery(),
         template=_templates.c.name,
     ),
     TEMPLATES: _Source(

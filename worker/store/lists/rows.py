@@ -75,7 +75,10 @@ class OrgDetail(OrgRow):
 
 
 class DefinitionRow(TypedDict):
-    """What an org asked for; `timezone` and `pool` are those in force."""
+    """What an org asked for; `timezone` and `pool` are those in force.
+
+    `late_since` is the first deadline that passed, of a definition that is late.
+    """
 
     id: Shown[DefinitionId]
     org: Shown[str]
@@ -90,6 +93,7 @@ class DefinitionRow(TypedDict):
     org_state: Shown[OrgState]
     next_scheduled_for: Shown[datetime | None]
     next_fire_at: Shown[datetime | None]
+    late_since: Shown[datetime | None]
     revision: Shown[int]
     enabled: Shown[bool]
     paused_at: Shown[datetime | None]

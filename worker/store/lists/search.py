@@ -27,7 +27,7 @@ from sqlalchemy import cast as sql_cast
 
 from worker.ids import AllOrgs, OrgScope, RunId, Scope, given_id, highest_id, lowest_id
 from worker.model.search import Query, folded, near, pieces_of
-from worker.store import failing, orgs, tables
+from worker.store import deadlines, failing, orgs, tables
 from worker.store.dialect import below, in_scope, rows_as
 from worker.store.lists import DEFAULT_LIMIT, FIRST_PAGE, MAX_LIMIT, FoundRows, Page
 from worker.store.lists import runs as run_lists
@@ -98,7 +98,7 @@ def runs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = 
 def orgs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = FIRST_PAGE) -> list[OrgRow]:
     """A page of the orgs that the words and `org:` match, newest first.
 
-    `state`, `since` and `broken` of the page narrow them.
+    `state`, `since`, `broken` and `late` of the page narrow them.
 
     Raises:
         NotFound: there is no org of the scope.
@@ -112,6 +112,8 @@ def orgs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = 
         statement = statement.where(_orgs.c.id.in_(few))
     if page.broken:
         statement = statement.where(failing.broken_orgs(org_id))
+    if page.late:
+        statement = statement.where(deadlines.late_orgs(org_id))
     if page.states:
         statement = statement.where(_orgs.c.state.in_(page.states))
     if page.since is not None:

@@ -6,11 +6,12 @@ A count reads a limited part of an index, and says so if there are more rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
+    CompoundSelect,
     Connection,
     Select,
     and_,
@@ -20,11 +21,12 @@ from sqlalchemy import (
     literal_column,
     select,
     text,
+    union_all,
 )
 
 from worker.ids import AllOrgs, OrgId, Scope
 from worker.store import failing, tables
-from worker.store.dialect import all_rows, database_now, in_scope
+from worker.store.dialect import Instant, all_rows, database_now, in_scope
 from worker.store.lists.morning import MAX_ROWS
 
 # A scheduled time is overdue after this.
@@ -36,7 +38,7 @@ MAX_CHECKED = 500
 
 _live, _waits, _hours = tables.live_runs, tables.waits, tables.rollup_hours
 _definitions, _schedule = tables.definitions, tables.schedule
-_orgs, _failing = tables.orgs, tables.failing_definitions
+_orgs, _failing, _late = tables.orgs, tables.failing_definitions, tables.late_definitions
 Condition = ColumnElement[bool]
 _every = func.count()
 
@@ -119,14 +121,14 @@ def definitions(connection: Connection, scope: Scope) -> dict[str, BoundedCount]
         **_counted(connection, _due(now), lambda row: {"overdue": _those(*in_scope(row.org_id, scope))}),
         **_counted(
             connection,
-            _unstarted(scope),
+            _may_be_late(scope),
             lambda row: {"late": func.count(case((_is_late(row, now), row.definition_id)).distinct())},
         ),
     }
 
 
 def orgs(connection: Connection, scope: Scope, states: Iterable[str]) -> dict[str, BoundedCount]:
-    """Orgs by state, all of them, and those that are broken."""
+    """Orgs by state, all of them, and those that are broken or late."""
     newest = select(_orgs.c.id, _orgs.c.state).where(*in_scope(_orgs.c.id, scope))
     every = failing.candidates(scope).subquery()
     some = select(every.c.org_id).distinct().limit(MAX_CHECKED + 1).subquery()
@@ -143,6 +145,11 @@ def orgs(connection: Connection, scope: Scope, states: Iterable[str]) -> dict[st
             select(needs_fix.scalar_subquery().label("broken")).select_from(some),
             lambda row: {"broken": func.count(row.broken)},
             most=MAX_CHECKED,
+        ),
+        **_counted(
+            connection,
+            select(_late.c.org_id).where(*in_scope(_late.c.org_id, scope)),
+            lambda row: {"late": func.count(row.org_id.distinct())},
         ),
     }
 
@@ -162,7 +169,7 @@ def troubled(connection: Connection, scope: Scope, state: str) -> Condition:
         some = _due(now).where(*in_scope(_schedule.c.org_id, scope)).limit(MAX_ROWS).subquery()
         rows = select(some.c.definition_id)
     else:
-        some = _unstarted(scope).limit(MAX_ROWS).subquery()
+        some = _may_be_late(scope).limit(MAX_ROWS).subquery()
         rows = select(some.c.definition_id).where(_is_late(some.c, now))
     return and_(_definitions.c.id.in_(rows), _definitions.c.closed_at.is_(None))
 
@@ -173,10 +180,13 @@ def _due(now: datetime) -> Select[Any]:
     return select(*columns).where(_schedule.c.next_fire_at <= now - OVERDUE)
 
 
-def _unstarted(scope: Scope) -> Select[Any]:
-    """The waiting runs."""
+def _may_be_late(scope: Scope) -> CompoundSelect[Any]:
+    """What passed its deadline, which is late in any case, and the waiting runs."""
+    long_ago = literal(datetime(1970, 1, 1, tzinfo=UTC), Instant()).label("available_at")
+    undone = select(_late.c.definition_id, long_ago).where(*in_scope(_late.c.org_id, scope))
     rows = select(_live.c.definition_id, _live.c.available_at)
-    return rows.where(_live.c.state == literal_column("'waiting'"), *in_scope(_live.c.org_id, scope))
+    waiting = rows.where(_live.c.state == literal_column("'waiting'"), *in_scope(_live.c.org_id, scope))
+    return union_all(undone, waiting)
 
 
 def _is_late(row: Any, now: datetime) -> Condition:
@@ -191,7 +201,7 @@ def _those(*conditions: Condition) -> ColumnElement[Any]:
 
 def _counted(
     connection: Connection,
-    rows: Select[Any],
+    rows: Select[Any] | CompoundSelect[Any],
     counts: Callable[[Any], Mapping[str, ColumnElement[Any]]],
     *,
     most: int | None = None,

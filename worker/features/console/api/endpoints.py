@@ -106,6 +106,7 @@ FILTERS: Mapping[str, tuple[Schema, str]] = {
     "q": ({"type": "string", "maxLength": MAX_TEXT}, "A search, as `runs list -q` takes it."),
     "pool": (STRING, "A pool; only the newest runs are searched, as with `q`."),
     "broken": ({"enum": ["true", "false"]}, "Only broken orgs."),
+    "late": ({"enum": ["true", "false"]}, "Only orgs with a definition that is not done by its deadline."),
 }
 
 RUN_PATH = "/runs/{run}"

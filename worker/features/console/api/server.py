@@ -331,6 +331,7 @@ def read_list(
         after=lists.place_of(connection, listing, org, given.get("after")),
         query=of_pool(words, given.get("pool")),
         broken=flag_of(given, "broken"),
+        late=flag_of(given, "late"),
     )
     found = lists.page_of(connection, listing, org, page)
     return [caller.sees(listing.row, row) for row in found.rows], found.next

@@ -32,10 +32,13 @@ MAX_DEFINITIONS = 40
 SHOWN = 10
 
 
+# Parameters of the list that are `true` or absent.
+_FLAGS = ("broken", "late")
 # The parameters of each tab of the list.
 _TABS: Mapping[str, Mapping[str, str]] = {
     "all": {},
     "broken": {"broken": "true"},
+    "late": {"late": "true"},
     **{state: {"state": state} for state in ORGS.states},
 }
 
@@ -51,11 +54,11 @@ class OrgPages(PageGroup):
 
     async def _orgs(self, request: Request) -> Response:
         caller = caller_of(request)
-        given = query(request, "q", "state", "broken", "after")
-        if given.get("broken", "true") != "true":
-            raise UsageError(
-                f"{given['broken']!r} is not a value of broken", fix="use broken=true, or leave it out"
-            )
+        given = query(request, "q", "state", *_FLAGS, "after")
+        for flag in _FLAGS:
+            if given.get(flag, "true") != "true":
+                problem = f"{given[flag]!r} is not a value of {flag}"
+                raise UsageError(problem, fix=f"use {flag}=true, or leave it out")
         zone = self._pages.zone(request) or UTC
         words = parsed(given["q"], now=self._pages.clock.now(), zone=zone) if "q" in given else None
         if words is not None and words.is_of_runs:
@@ -69,13 +72,14 @@ class OrgPages(PageGroup):
                 limit=ROWS,
                 query=words,
                 broken="broken" in given,
+                late="late" in given,
             )
             found = page_of(connection, ORGS, scope, page)
             counted = {} if words else tabs.orgs(connection, orgs.scope_of(connection, scope), ORGS.states)
             return {
                 "orgs": [caller.sees(OrgDetail, row) for row in found.rows],
                 "tabs": tabs_of("/orgs", given, _TABS, counted),
-                "given": dict.fromkeys(("q", "state", "broken"), "") | given,
+                "given": dict.fromkeys(("q", "state", *_FLAGS), "") | given,
                 "next": page_after("/orgs", given, found.next),
             }
 
