@@ -130,8 +130,10 @@ def check(
 
     Warns if this user may read the secret of a management API, as workers must not. Of egress it warns if
     this machine cannot seal runs, and names handlers that declare none and definitions that reveal the token.
+    It also names definitions whose deadline passes before they fire, or after the next scheduled time.
     """
     from worker.diagnosis.capacity import Machine, capacity
+    from worker.diagnosis.deadlines import odd_deadlines
     from worker.diagnosis.doctor import revealed_tokens, unapproved, undeclared_egress
     from worker.diagnosis.machine import network
     from worker.diagnosis.requirements import forecast_tokens, lacking_of_all_orgs
@@ -145,10 +147,10 @@ def check(
         found = capacity(database, session.settings.execution, Machine.here())
         lacking = [] if only_capacity else lacking_of_all_orgs(database)
         pending = None if only_capacity else next(unapproved(database), None)
-        of_egress: list[Diagnostic] = []
+        warned: list[Diagnostic] = []
         if not only_capacity:
-            of_egress = [network(session.settings), *undeclared_egress(database, session.settings)]
-            of_egress += revealed_tokens(database)
+            warned = [network(session.settings), *undeclared_egress(database, session.settings)]
+            warned += [*revealed_tokens(database), *odd_deadlines(database)]
     rows = [forecast.as_row(issuers.get(forecast.issuer), now, tokens) for forecast in forecasts if now]
     if not only_capacity:
         session.print_rows(rows, FORECAST_COLUMNS, key="issuer")
@@ -185,12 +187,12 @@ def check(
     if pending is not None and pending.fix:
         say(f"{'warning' if pending.ok else 'approvals'}: {pending.detail}")
         say(f"fix: {pending.fix}")
-    for one in of_egress:
+    for one in warned:
         if one.fix:
             say(f"{'warning' if one.ok else one.check}: {one.detail}")
             say(f"fix: {one.fix}")
     failed = (
-        not all(one.ok for one in of_egress)
+        not all(one.ok for one in warned)
         or (pending is not None and not pending.ok)
         or any(row["problem"] for row in rows)
         or not all(measure.ok for measure in found.measures)
