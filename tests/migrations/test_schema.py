@@ -18,7 +18,7 @@ from tests.fakes import postgres
 from tests.fakes.clock import ManualClock
 from tests.migrations import ddl
 from worker.errors import ConfigurationError
-from worker.store import schema, tables
+from worker.store import schema, start_functions, tables
 from worker.store.database import Database
 
 Snapshot = dict[str, Any]
@@ -122,6 +122,9 @@ def from_metadata(url: str) -> Snapshot:
             *ddl.ORGS_RENAMED[dialect],
         ):
             connection.execute(text(statement))
+        if dialect == "postgresql":
+            for statement in start_functions.CREATE:
+                connection.exec_driver_sql(statement.replace("%", "%%"))
         return snapshot(connection)
 
 

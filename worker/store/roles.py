@@ -51,7 +51,7 @@ _OF_ORGS = ("orgs", "definition_revisions", "alerts", "alert_strikes", "template
 ORG_DATA = tuple(
     table.name for table in tables.metadata.sorted_tables if "org_id" in table.c or table.name in _OF_ORGS
 )
-_ALL = (*tables.metadata.tables, "run_view", "alembic_version")
+ALL = (*tables.metadata.tables, "run_view", "alembic_version")
 
 # Columns that the web side never reads.
 SECRETS: Mapping[str, frozenset[str]] = {
@@ -187,10 +187,8 @@ def grant(connection: Connection) -> None:
     Revokes rights that only an earlier release granted.
     """
     for role in (WORKER, WEB, OPERATOR):
-        connection.execute(text(_CREATE.format(role=role)))
-        if connection.execute(_EXISTS, {"role": role}).first() is None:
+        if not make(connection, role):
             continue
-        connection.execute(text(_JOIN.format(role=role)))
         for statement in _grants(role):
             connection.execute(text(statement))
         if role != WEB:
@@ -201,20 +199,29 @@ def grant(connection: Connection) -> None:
             connection.execute(text(_JOIN_WORKERS.format(role=role)))
 
 
+def make(connection: Connection, role: str) -> bool:
+    """Create a role without login, and join it, as far as this login may; returns whether the role exists."""
+    connection.execute(text(_CREATE.format(role=role)))
+    if connection.execute(_EXISTS, {"role": role}).first() is None:
+        return False
+    connection.execute(text(_JOIN.format(role=role)))
+    return True
+
+
 def _grants(role: str) -> list[str]:
     """Statements that leave the role with exactly its rights."""
-    statements = [f"REVOKE ALL ON {', '.join(_ALL)} FROM {role}"]
+    statements = [f"REVOKE ALL ON {', '.join(ALL)} FROM {role}"]
     if role == WORKER:
         kept = APPEND_ONLY | {"run_view", "alembic_version"}
-        changed = ", ".join(name for name in _ALL if name not in kept)
+        changed = ", ".join(name for name in ALL if name not in kept)
         statements += [
-            f"GRANT SELECT ON {', '.join(_ALL)} TO {role}",
+            f"GRANT SELECT ON {', '.join(ALL)} TO {role}",
             f"GRANT INSERT, UPDATE, DELETE ON {changed} TO {role}",
             f"GRANT INSERT ON {', '.join(sorted(APPEND_ONLY))} TO {role}",
         ]
         return statements
     hidden = _NOT_FOR_ORGS if role == WEB else frozenset[str]()
-    whole = ", ".join(name for name in _ALL if name not in hidden | SECRETS.keys())
+    whole = ", ".join(name for name in ALL if name not in hidden | SECRETS.keys())
     statements.append(f"GRANT SELECT ON {whole} TO {role}")
     for name, secret in SECRETS.items():
         if name in hidden:

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, inspect, select, text
 
 from worker.clock import SystemClock
 from worker.errors import ConfigurationError
-from worker.store import roles, tables
+from worker.store import roles, start_functions, tables
 from worker.store.database import Database, translated
 from worker.store.dialect import insert_into, is_postgresql, upsert
 from worker.store.engine import open_engine, read_url
@@ -183,6 +183,7 @@ def complete(connection: Connection, scripts: ScriptDirectory) -> None:
     )
     if version == scripts.get_current_head() and is_postgresql(connection):
         roles.grant(connection)
+        start_functions.install(connection)
 
 
 @contextmanager

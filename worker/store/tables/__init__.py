@@ -2,7 +2,7 @@
 
 Here are the tables of orgs, definitions, workers, audit and alerts; `tables/runs.py` has those of runs,
 `tables/budgets.py` those of budgets and spends, `tables/limits.py` those of limits at other services,
-`tables/access.py` those of credentials and logins.
+`tables/starts.py` those of starts by a product, `tables/access.py` those of credentials and logins.
 The migrations also make views, triggers and functions: `tests/migrations/ddl.py` shows their current form.
 """
 
@@ -63,6 +63,9 @@ from worker.store.tables.runs import runs as runs
 from worker.store.tables.runs import skips as skips
 from worker.store.tables.runs import steps as steps
 from worker.store.tables.runs import waits as waits
+from worker.store.tables.starts import START_STATES as START_STATES
+from worker.store.tables.starts import product_logins as product_logins
+from worker.store.tables.starts import starts as starts
 
 ORG_STATES = ("active", "paused", "suspended", "removed")
 
