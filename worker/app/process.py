@@ -22,6 +22,7 @@ from worker.engine.loops.dispatcher import Dispatcher
 from worker.engine.loops.maintenance import Housekeeping, Retention, sweep
 from worker.engine.loops.reconciler import emit_recovered, recover_dead_workers
 from worker.engine.loops.scheduler import Scheduler, Wakeups
+from worker.engine.loops.starts import Starts
 from worker.engine.loops.step_writer import StepWriter
 from worker.engine.loops.token_renewal import TokenRenewal
 from worker.engine.runners.inline import Inline
@@ -36,13 +37,14 @@ from worker.model.claims import PoolRules
 from worker.operations.chores import Chores, ages_of
 from worker.operations.new_claims import EVERY as NEW_CLAIMS_EVERY
 from worker.operations.new_claims import NewClaims
+from worker.operations.starts import make_runs
 from worker.outbound import open_client
 from worker.process.confinement import confinement_of, network_of, readable_management_secrets
 from worker.process.monitoring import monitoring
 from worker.settings import Settings
 from worker.store import schema
 from worker.store.database import Database
-from worker.store.engine import IDLE, lock_sqlite_file
+from worker.store.engine import IDLE, STATEMENT_DEADLINE, lock_sqlite_file
 from worker.store.worker_store import WorkerStore, heartbeat_database
 from worker.telemetry import logs
 from worker.telemetry.events import emit
@@ -269,6 +271,12 @@ class _Parts:
             ahead = settings.tokens.ahead
             renewal = TokenRenewal(store, self.tokens, handlers, clock, process.random, ahead)
             incarnation.intake["tokens"] = renewal.run
+        if database.dialect == "postgresql":
+            # Over a connection of its own: a backlog keeps neither firing nor ends waiting.
+            own = database.with_deadline(STATEMENT_DEADLINE)
+            make = partial(own.run, partial(make_runs, own))
+            starts = Starts(make, clock, poll=poll, on_made=signals.fired)
+            incarnation.intake["starts"] = starts.run
         self._add_chores(incarnation.housekeeping, max(poll, 1.0))
         chores.add_to(incarnation.housekeeping)
         return incarnation

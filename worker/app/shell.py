@@ -59,6 +59,7 @@ NOUNS = {
     "budgets": "budgets:app",
     "usage": "usage:app",
     "pools": "pools:app",
+    "product": "product:app",
     "db": "db:app",
     "keys": "keys:app",
     "tokens": "keys:tokens",

@@ -42,7 +42,7 @@ def ages_of(settings: RetentionSettings) -> Ages:
         "cancelled": failed,
         "skipped": settings.skipped,
     }
-    return Ages(runs=runs, skips=settings.skipped, logs=settings.logs)
+    return Ages(runs=runs, skips=settings.skipped, logs=settings.logs, start_keys=settings.start_keys)
 
 
 class Chores:

@@ -31,6 +31,7 @@ from worker.store import (
     limits,
     org_secrets,
     orgs,
+    product_logins,
     sign_in,
     states,
 )
@@ -177,6 +178,8 @@ def _stop(connection: Connection, org_id: OrgId, state: OrgState, rows: list[Row
         stopped["states_cleared"] = states.clear(connection, org_id)
         backfills.cancel(connection, org_id, at=at)
         limits.forget_org(connection, org_id)
+        if revoked := product_logins.forget_org(connection, org_id):
+            stopped["product_logins_revoked"] = revoked
         for row in rows:
             closing = definitions.DefinitionUpdate(org_id, row["id"], row["revision"], {"closed_at": at})
             definitions.change(connection, [closing], at=at)

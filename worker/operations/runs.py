@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from worker.errors import AccessDenied, Conflict, NotFound, UsageError
 from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, new_id
-from worker.model.definitions import fields
+from worker.model.definitions import Overlap, fields
 from worker.model.definitions.definition import Definition, from_spec
 from worker.model.runs.run import NewRun, Origin
 from worker.operations.changes import because, differing
@@ -269,28 +269,49 @@ def _place(
         DefinitionError: params that the handler does not accept.
     """
     require_active(row)
-    entry = f"definition {row['org']}/{row['name']}"
     definition = from_spec(row["org"], row["name"], row["spec"])
     handlers = Handlers(connection)
     if params is not None:
-        pool = handlers.pool_of(definition, row["org_pool"])
-        try:
-            params = fields.json_table(params)
-        except ValueError as error:
-            raise fields.refusal(str(error), entry, "params") from error
-        for handler in definition.handlers:
-            params = as_taken(handlers.schema(handler, pool), params, typed or {})
-            handlers.check_params(handler, params, entry, pool)
+        params = checked_params(row, definition, handlers, params, typed or {})
     run = new_run(row, definition, handlers, origin=origin, scheduled_for=scheduled_for, at=at)
     run = replace(run, created_by=actor, params=params, **identity)
     blocking = firing.place(connection, run, at=at)
     if blocking is not None:
-        state = "held back already" if blocking["state"] == "held" else blocking["state"]
         raise Conflict(
-            f"run {blocking['id']} of this definition is {state}, and its overlap is {run.overlap}",
+            overlap_problem(blocking, run.overlap),
             fix=f"wait for it, or end it with `runs cancel {blocking['id']}`",
         )
     return run.id
+
+
+def checked_params(
+    row: Mapping[str, Any],
+    definition: Definition,
+    handlers: Handlers,
+    params: Mapping[str, Any],
+    typed: Mapping[str, str],
+) -> Mapping[str, Any]:
+    """All params of a run of a definition row as its handlers take them.
+
+    Raises:
+        DefinitionError: a handler does not accept them.
+    """
+    entry = f"definition {row['org']}/{row['name']}"
+    pool = handlers.pool_of(definition, row["org_pool"])
+    try:
+        params = fields.json_table(params)
+    except ValueError as error:
+        raise fields.refusal(str(error), entry, "params") from error
+    for handler in definition.handlers:
+        params = as_taken(handlers.schema(handler, pool), params, typed)
+        handlers.check_params(handler, params, entry, pool)
+    return params
+
+
+def overlap_problem(blocking: Mapping[str, Any], overlap: Overlap) -> str:
+    """Why an unfinished run keeps another one of its definition out."""
+    state = "held back already" if blocking["state"] == "held" else blocking["state"]
+    return f"run {blocking['id']} of this definition is {state}, and its overlap is {overlap}"
 
 
 def _continue(

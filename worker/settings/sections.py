@@ -502,12 +502,13 @@ class ProvisioningSettings(Section):
 
 
 class RetentionSettings(Section):
-    """`[retention]`: how long finished runs, skips and logs are retained."""
+    """`[retention]`: how long finished runs, skips, logs and keys of starts are retained."""
 
     succeeded: Duration = timedelta(days=30)
     failed: Duration = timedelta(days=90)
     skipped: Duration = timedelta(days=7)
     logs: Duration = timedelta(days=14)
+    start_keys: Duration = timedelta(days=7)
 
 
 class HostSettings(Section):

@@ -93,7 +93,7 @@ def insert_run(connection: Connection, run: NewRun, *, at: datetime, held: bool 
     both = {name: getattr(run, name) for name in _OF_BOTH}
     both["params"] = None if run.params is None else dict(run.params)
     made = {name: getattr(run, name) for name in ("created_by", "request_key", "retry_of")}
-    connection.execute(insert(_runs).values(**both, **made, created_at=at))
+    connection.execute(insert(_runs).values(**both, **made, created_at=run.created_at or at))
     waits = {name: getattr(run, name) for name in _OF_LIVE}
     waits |= {"variant_handlers": list(run.variant_handlers) or None}
     waits |= {"state": "held" if held else "waiting", "reason": "held" if held else "due"}

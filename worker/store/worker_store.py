@@ -43,6 +43,7 @@ from worker.store import (
     limits,
     pools,
     spending,
+    starts,
     states,
     steps,
     sweeps,
@@ -417,6 +418,7 @@ class WorkerStore:
     forget_skips = in_transaction(sweeps.forget_skips)
     forget_late = in_transaction(deadlines.forget_late)
     forget_logs = in_transaction(sweeps.forget_logs)
+    forget_starts = in_transaction(starts.forget)
     forget_counters = in_transaction(budgets.forget_counters)
     forget_shares = in_transaction(limits.forget_idle)
     forget_workers = in_transaction(workers.forget_workers)

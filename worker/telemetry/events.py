@@ -73,6 +73,7 @@ _ROWS = (
     _error("lease.lost: late", "the lease expired `late` seconds ago; other workers may own the runs"),
     # Definition to run.
     _info("runs.fired: count overlapped skips", "due times became runs, in one transaction"),
+    _info("starts.made: count refused", "starts of products became runs, in one transaction"),
     _error("definition.failed: org definition error", "the next fire times cannot be computed"),
     _info("template.progress: template done total", "`done` of `total` orgs have the latest template"),
     _info(
@@ -156,7 +157,7 @@ _ROWS = (
         "pool.rules_differ: pool rules stored",
         "a worker that started later stored other rules; this one takes no run of the pool until it restarts",
     ),
-    _info("history.forgotten: runs skips lines workers", "deleted what `[retention]` no longer keeps"),
+    _info("history.forgotten: runs skips lines keys workers", "deleted what `[retention]` no longer keeps"),
     # Tokens.
     _error(
         "credential.unusable: org generation error",

@@ -92,6 +92,7 @@ class RetentionStore(Protocol):
     """Each deletes at most `limit` rows of a table that are older than `age`, and returns their number.
 
     `forget_parts` deletes log lines, attempts and spends of the `runs` that `forget_runs` deletes next,
+    `forget_starts` the keys of starts whose run was made,
     `forget_counters` those of periods that no budget compares any more, `forget_shares` those of limits that
     no worker uses, `forget_late` definitions whose late run is deleted.
     """
@@ -101,6 +102,7 @@ class RetentionStore(Protocol):
     async def forget_skips(self, age: timedelta, *, limit: int) -> int: ...
     async def forget_late(self, age: timedelta, *, limit: int) -> int: ...
     async def forget_logs(self, age: timedelta, *, limit: int) -> int: ...
+    async def forget_starts(self, age: timedelta, *, limit: int) -> int: ...
     async def forget_workers(self, age: timedelta) -> int: ...
     async def forget_counters(self) -> int: ...
     async def forget_shares(self) -> int: ...
@@ -108,11 +110,12 @@ class RetentionStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ages:
-    """How long rows are kept: runs by their final state, skips, and log lines."""
+    """How long rows are kept: runs by their final state, skips, log lines, and keys of starts."""
 
     runs: Mapping[str, timedelta]
     skips: timedelta
     logs: timedelta
+    start_keys: timedelta
     workers: timedelta = WORKERS
 
 
@@ -136,11 +139,12 @@ class Retention:
         skips = await self._in_batches(partial(store.forget_skips, ages.skips), BATCH)
         await self._in_batches(partial(store.forget_late, ages.runs["failed"]), BATCH)
         lines = await self._in_batches(partial(store.forget_logs, ages.logs), PARTS)
+        keys = await self._in_batches(partial(store.forget_starts, ages.start_keys), PARTS)
         workers = await store.forget_workers(ages.workers)
         await store.forget_counters()
         await store.forget_shares()
-        if runs or skips or lines or workers:
-            emit("history.forgotten", runs=runs, skips=skips, lines=lines, workers=workers)
+        if runs or skips or lines or keys or workers:
+            emit("history.forgotten", runs=runs, skips=skips, lines=lines, keys=keys, workers=workers)
 
     async def _forget_runs(self, state: str, age: timedelta, *, limit: int) -> int:
         # Parts first, in their own batches, so that no transaction is long.

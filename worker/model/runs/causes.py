@@ -109,6 +109,26 @@ CAUSES: Mapping[tuple[str, str | None], Meaning] = {
         "operator",
         "list_secrets",
     ),
+    ("refused", "params_invalid"): Meaning(
+        "a product started it with params that its handler does not accept: {detail}",
+        "operator",
+        "show_handler",
+    ),
+    ("refused", "org_inactive"): Meaning(
+        "a product started it while its org was not active: {detail}",
+        "operator",
+        "show_org",
+        "was not started: your account was suspended",
+    ),
+    ("refused", "definition_closed"): Meaning(
+        "a product started it after its definition was closed: {detail}", "operator", "show_definition"
+    ),
+    ("refused", "overlap"): Meaning(
+        "a product started it, and an unfinished run kept it out: {detail}",
+        "limit",
+        "list_runs",
+        "was not started: an earlier run had not ended",
+    ),
     ("refused", "token_invalid"): Meaning("its token failed verification{with_detail}", "provider"),
     # A retry gives the same outcome until the token of the org has another flag.
     ("skipped", "flag_off"): Meaning(

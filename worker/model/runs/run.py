@@ -63,6 +63,8 @@ class NewRun:
     created_by: str | None = None
     params: Mapping[str, Any] | None = None
     pool: str = DEFAULT_POOL
+    # When it was asked for; None: as it is inserted.
+    created_at: datetime | None = None
 
 
 @dataclass(slots=True)
@@ -230,6 +232,24 @@ class Swept:
     attempt: int
     state: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class MadeRuns:
+    """What one step made of starts: the number of `runs` that wait, and the runs that were `refused`.
+
+    `passed` is the definition after which the next step goes on, None after the last one. `unreadable` are
+    the definitions that this release cannot read, with org, name and error: their starts stay.
+    """
+
+    runs: int = 0
+    refused: Sequence[Swept] = ()
+    passed: DefinitionId | None = None
+    unreadable: Mapping[DefinitionId, tuple[str, str, str]] = field(default_factory=dict)
+
+    @property
+    def made(self) -> int:
+        return self.runs + len(self.refused)
 
 
 @dataclass(frozen=True, slots=True)

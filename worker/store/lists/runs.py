@@ -22,6 +22,7 @@ from sqlalchemy import (
     tuple_,
 )
 
+from worker.clock import to_text
 from worker.errors import NotFound
 from worker.handlers.steps import MAX_STEPS
 from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, OrgId, OrgScope, RunId, Scope, lowest_id
@@ -156,6 +157,7 @@ _checkpoints = tables.checkpoints
 _steps = tables.steps
 _waits = tables.waits
 _egress = tables.run_egress
+_starts = tables.starts
 _revisions = tables.definition_revisions
 # Bytes of the results of steps that are shown with a run.
 RESULT_BYTES = 1024 * 1024
@@ -256,11 +258,24 @@ def with_org(connection: Connection, scope: Scope, run_id: str) -> tuple[Run, Or
 
 def _require(connection: Connection, columns: Select[Any], scope: Scope, run_id: str) -> Row:
     """These columns of a run; raises as `id_of`."""
-    mine = (_view.c.id == id_of(connection, scope, run_id), *in_scope(_view.c.org_id, scope))
-    row = first_row(connection, columns.where(*mine))
+    id_ = id_of(connection, scope, run_id)
+    row = first_row(connection, columns.where(_view.c.id == id_, *in_scope(_view.c.org_id, scope)))
     if row is None:
-        raise NotFound(f"there is no run {run_id}", fix="`runs list` shows the runs")
+        raise _missing(connection, scope, id_)
     return row
+
+
+def _missing(connection: Connection, scope: Scope, run_id: RunId) -> NotFound:
+    """What is known of a run that is not there: a product may have started it a moment ago."""
+    query = select(_starts.c.not_before).where(_starts.c.id == run_id, _starts.c.state != "made")
+    found = first_row(connection, query.where(*in_scope(_starts.c.org_id, scope)))
+    if found is None:
+        return NotFound(f"there is no run {run_id}", fix="`runs list` shows the runs")
+    if found["not_before"] is None:
+        fix = "a worker makes it within `execution.poll`; `doctor` says if none is up"
+        return NotFound(f"run {run_id} is not made yet: a product has just started it", fix=fix)
+    at = to_text(found["not_before"])
+    return NotFound(f"run {run_id} is not made yet: it was started for {at}", fix="it is made at that time")
 
 
 def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:

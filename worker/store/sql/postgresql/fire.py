@@ -67,11 +67,11 @@ WITH new AS (
   JOIN unnest(
     %s::integer[], %s::text[], %s::text[], %s::timestamptz[], %s::text[], %s::text[], %s::uuid[],
     %s::uuid[], %s::jsonb[], %s::jsonb[], %s::text[], %s::integer[], %s::integer[], %s::boolean[],
-    %s::timestamptz[], %s::timestamptz[], %s::text[]
+    %s::timestamptz[], %s::timestamptz[], %s::text[], %s::timestamptz[]
   ) WITH ORDINALITY AS k(
     revision, handler, origin, scheduled_for, created_by, request_key, backfill_id,
     retry_of, params, variant_handlers, isolation, max_concurrent, priority, serial,
-    available_at, start_by, pool, number) ON k.number = n.kind
+    available_at, start_by, pool, created_at, number) ON k.number = n.kind
 ), fresh AS MATERIALIZED (
   SELECT * FROM new n
   WHERE (n.origin <> 'schedule' OR (
@@ -90,7 +90,7 @@ WITH new AS (
   RETURNING id
 ), run AS (
   INSERT INTO runs ({OF_RUN}, created_at)
-  SELECT {OF_RUN}, clock_timestamp()
+  SELECT {OF_RUN}, COALESCE(created_at, clock_timestamp())
   FROM fresh WHERE (id IN (SELECT id FROM live)) IS TRUE ORDER BY place
 )
 SELECT i.id, i.id IN (SELECT id FROM fresh) FROM unnest((SELECT %s::uuid[])) AS i(id)
@@ -159,6 +159,7 @@ KINDS = Columns(
     (flags, "serial"),
     (instants, "available_at start_by"),
     (texts, "pool"),
+    (instants, "created_at"),
 )
 _KIND = attrgetter(*(name for name in KINDS.names if name != "params"))
 NEXT_FIRES = Columns((uuids, "definition_id"), (instants, "next_scheduled_for next_fire_at"))

@@ -28,7 +28,7 @@ NEWEST = OLDEST.replace("ORDER BY next_fire_at LIMIT", "ORDER BY next_fire_at DE
 SPEC = "SELECT spec FROM definition_revisions WHERE definition_id = ? AND revision = ?"
 
 RUN = f"""
-INSERT INTO runs ({OF_RUN}, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO runs ({OF_RUN}, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, COALESCE(?, ?))
 ON CONFLICT DO NOTHING
 """
 
@@ -77,6 +77,7 @@ RUNS = Rows(
     (None, "created_by request_key backfill_id retry_of idempotency_key"),
     (json_text, "params"),
     (None, "pool"),
+    (instant, "created_at"),
 )
 LIVE_RUNS = Rows(
     (None, "id org_id definition_id revision handler"),

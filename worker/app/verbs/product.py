@@ -1,0 +1,65 @@
+"""`product`: the database logins of your product, and the orgs whose runs they may start."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from worker.kit.options import argument
+from worker.kit.session import Invocation, verb
+
+app = typer.Typer(
+    help="Database logins of your product, which start runs in its own transactions: allow, list, revoke."
+)
+
+COLUMNS = ("login", "org", "member", "created_at", "created_by")
+LoginArgument = Annotated[str, argument("LOGIN", "The login of the product's connections.")]
+
+
+@verb(app, "list")
+def list_(session: Invocation) -> None:
+    """List the logins that may start runs, with the orgs of each; `*` stands for all.
+
+    `member` says whether the login exists and is a member of the role `orgworker_product`, without which it
+    cannot call `orgworker_start`.
+    """
+    from worker.operations.product import list_logins
+
+    with session.database() as database:
+        rows = list_logins(database)
+    session.print_rows(rows, COLUMNS, key="login")
+
+
+@verb(app, "allow")
+def allow(
+    session: Invocation,
+    login: LoginArgument,
+    orgs: Annotated[list[str], argument("ORG...", "The codes of the orgs; '*' for all, now and later.")],
+) -> None:
+    """Let a login start the definitions of orgs by `orgworker_start`, on PostgreSQL; prints what it may start.
+
+    Transactions that begin later can do so. The login also needs `GRANT orgworker_product TO LOGIN`.
+    """
+    from worker.operations.product import allow as allow_orgs
+
+    with session.database() as database:
+        rows = allow_orgs(database, login, orgs, actor=session.actor)
+    session.print_rows(rows, COLUMNS, key="login")
+
+
+@verb(app, "revoke")
+def revoke(
+    session: Invocation,
+    login: LoginArgument,
+    orgs: Annotated[
+        list[str] | None,
+        argument("[ORG...]", "The codes of the orgs; '*' for the row of all. Default: every row."),
+    ] = None,
+) -> None:
+    """Take orgs from a login; prints what it may still start. What it has started runs; exit 3 if it has none."""
+    from worker.operations.product import revoke as revoke_orgs
+
+    with session.database() as database:
+        rows = revoke_orgs(database, login, orgs or [], actor=session.actor)
+    session.print_rows(rows, COLUMNS, key="login")
