@@ -27,9 +27,9 @@ MAX_KEY = 200
 START = "orgworker_start(text, text, jsonb, text, timestamptz)"
 START_MANY = "orgworker_start_many(jsonb)"
 
-# All names are qualified: nothing that a login makes, in whatever schema, is found in place of ours. The keys
-# of a batch are inserted in their order, so that two batches with the same keys cannot deadlock; the ids are
-# in the order given. An id is a UUIDv7 whose time is that at which the run is due, then its place in the batch.
+# All names are qualified: nothing that a login makes, in whatever schema, is found in place of ours. Keys are
+# inserted in their order, so that two batches with the same ones cannot deadlock; ids are in the order given.
+# An id is a UUIDv7: the time at which the run is due, then its place in the batch.
 CREATE = (
     f"""
     CREATE OR REPLACE FUNCTION public.orgworker_start_many(starts jsonb) RETURNS uuid[]
@@ -57,7 +57,7 @@ CREATE = (
       END IF;
       IF jsonb_array_length(starts) > {MAX_STARTS} THEN
         RAISE EXCEPTION 'one call starts at most {MAX_STARTS} runs, not %', jsonb_array_length(starts)
-          USING ERRCODE = 'program_limit_exceeded', HINT = 'call it again for the rest, in the same transaction';
+          USING ERRCODE = 'program_limit_exceeded', HINT = 'call it again for the rest';
       END IF;
       ids := array_fill(NULL::uuid, ARRAY[jsonb_array_length(starts)]);
       FOR entry, place IN
@@ -76,7 +76,8 @@ CREATE = (
             USING ERRCODE = 'invalid_parameter_value', HINT = 'pass {{}} or null if there are none';
         END IF;
         IF octet_length(params::text) > {MAX_PARAMS} THEN
-          RAISE EXCEPTION 'start %, params: % bytes, more than {MAX_PARAMS}', place, octet_length(params::text)
+          RAISE EXCEPTION 'start %, params: % bytes, more than {MAX_PARAMS}',
+                          place, octet_length(params::text)
             USING ERRCODE = 'program_limit_exceeded', HINT = 'store it, and pass a reference to it';
         END IF;
         IF start_key IS NULL OR length(start_key) NOT BETWEEN 1 AND {MAX_KEY}
@@ -110,13 +111,15 @@ CREATE = (
           END IF;
         END IF;
         micros := floor(extract(epoch FROM COALESCE(not_before, moment)) * 1000000);
-        new_id := lpad(to_hex(micros / 1000), 12, '0') || '7' || lpad(to_hex(micros % 1000 * 4096 / 1000), 3, '0')
+        new_id := lpad(to_hex(micros / 1000), 12, '0')
+                  || '7' || lpad(to_hex(micros % 1000 * 4096 / 1000), 3, '0')
                   || to_hex(32768 + place) || right(gen_random_uuid()::text, 12);
         FOR try IN 1..3 LOOP
           INSERT INTO public.starts
             (id, org_id, definition_id, key, state, login, created_at, not_before, params)
           VALUES (new_id, found_org, found_definition, start_key,
-                  CASE WHEN not_before IS NULL THEN 'due' ELSE 'later' END, caller, moment, not_before, params)
+                  CASE WHEN not_before IS NULL THEN 'due' ELSE 'later' END,
+                  caller, moment, not_before, params)
           ON CONFLICT (org_id, definition_id, key) DO NOTHING RETURNING id INTO found_id;
           EXIT WHEN found_id IS NOT NULL;
           SELECT s.id INTO found_id FROM public.starts s
@@ -161,7 +164,8 @@ _DENIED = ("42501", "0LP01")
 _IS_INSTALLED = text("SELECT to_regprocedure(:start) IS NOT NULL AND to_regprocedure(:many) IS NOT NULL")
 _LOGINS = text("""
 SELECT r.rolname FROM pg_roles r
-WHERE r.rolname = ANY(:logins) AND pg_has_role(r.oid, (SELECT oid FROM pg_roles WHERE rolname = :product), 'MEMBER')
+WHERE r.rolname = ANY(:logins)
+  AND pg_has_role(r.oid, (SELECT oid FROM pg_roles WHERE rolname = :product), 'MEMBER')
 """)
 
 

@@ -35,11 +35,11 @@ def list_(session: Invocation) -> None:
 def allow(
     session: Invocation,
     login: LoginArgument,
-    orgs: Annotated[list[str], argument("ORG...", "The codes of the orgs; '*' for all, now and later.")],
+    orgs: Annotated[list[str], argument("ORG...", "The codes of the orgs; '*' for all.")],
 ) -> None:
-    """Let a login start the definitions of orgs by `orgworker_start`, on PostgreSQL; prints what it may start.
+    """Let a login start definitions of these orgs by `orgworker_start`; prints what it may start.
 
-    Transactions that begin later can do so. The login also needs `GRANT orgworker_product TO LOGIN`.
+    Only on PostgreSQL. The login also needs `GRANT orgworker_product TO LOGIN`.
     """
     from worker.operations.product import allow as allow_orgs
 
@@ -54,10 +54,13 @@ def revoke(
     login: LoginArgument,
     orgs: Annotated[
         list[str] | None,
-        argument("[ORG...]", "The codes of the orgs; '*' for the row of all. Default: every row."),
+        argument("[ORG...]", "Codes of orgs; '*' for the row of all. Default: every row."),
     ] = None,
 ) -> None:
-    """Take orgs from a login; prints what it may still start. What it has started runs; exit 3 if it has none."""
+    """Take orgs from a login; prints what it may still start. What it has started runs.
+
+    Exit 3 if the login may not start one of them as it is.
+    """
     from worker.operations.product import revoke as revoke_orgs
 
     with session.database() as database:
