@@ -68,8 +68,8 @@ def listed(connection: Connection, login: str | None = None) -> list[ProductLogi
 def add(connection: Connection, login: str, org_id: OrgId | None, *, at: datetime, by: str) -> bool:
     """Let a login start the definitions of an org, or with None of all; False if it may already."""
     values = {"id": new_id(), "login": login, "org_id": org_id, "created_at": at, "created_by": by}
-    made = insert_into(connection, _logins).values(values).on_conflict_do_nothing()
-    return connection.execute(made).rowcount == 1
+    made = insert_into(connection, _logins).values(values).on_conflict_do_nothing().returning(_logins.c.id)
+    return connection.execute(made).first() is not None
 
 
 def remove(connection: Connection, login: str, org_id: OrgId | None) -> bool:
