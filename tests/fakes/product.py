@@ -78,6 +78,10 @@ class Product:
             if not made.made and after is None:
                 return
 
+    def id_of_org(self, code: str) -> str:
+        [row] = self.query("SELECT id FROM orgs WHERE code = %s", code)
+        return str(row["id"])
+
     def change(self, statement: str) -> None:
         """Change rows as the superuser."""
         with psycopg.connect(self.url) as connection:

@@ -49,4 +49,5 @@ def product(
     found.login = found.new_login("org_acme")
     yield found
     for login in found.logins:
+        found.change(f"DROP OWNED BY {login}")
         kept_session(postgres_server.url()).execute(f"DROP ROLE {login}".encode())

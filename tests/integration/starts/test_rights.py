@@ -106,9 +106,7 @@ def tries(product: Product, login: str, *before: str, org: str = "org_globex") -
 # What a login may set or make before it calls the function.
 DISGUISES: dict[str, Callable[[Product], tuple[str, ...]]] = {
     "a session variable": lambda product: ("SET app.org = 'org_globex'",),
-    "the id of the org in app.org": lambda product: (
-        f"SET app.org = '{product.query("SELECT id FROM orgs WHERE code = 'org_globex'")[0]['id']}'",
-    ),
+    "the id of the org in app.org": lambda product: (f"SET app.org = '{product.id_of_org('org_globex')}'",),
     "the role of the product": lambda product: (f"SET ROLE {start_functions.PRODUCT}",),
     "the role of another login": lambda product: (f"SET ROLE {product.logins[-1]}",),
     "temporary tables": lambda product: (

@@ -12,7 +12,9 @@ from worker.settings.sections import RetentionSettings
 from worker.store.tables import FINAL_STATES
 
 DAY = timedelta(days=1)
-AGES = Ages(runs={"succeeded": 30 * DAY, "failed": 90 * DAY}, skips=7 * DAY, logs=14 * DAY)
+AGES = Ages(
+    runs={"succeeded": 30 * DAY, "failed": 90 * DAY}, skips=7 * DAY, logs=14 * DAY, start_keys=5 * DAY
+)
 
 
 class Rows:
@@ -34,6 +36,9 @@ class Rows:
 
     async def forget_logs(self, age: timedelta, *, limit: int) -> int:
         return self._take("lines", age, limit)
+
+    async def forget_starts(self, age: timedelta, *, limit: int) -> int:
+        return self._take("keys", age, limit)
 
     async def forget_workers(self, age: timedelta) -> int:
         return self._take("workers", age, 100)
@@ -63,7 +68,7 @@ async def test_everything_old_enough_goes_in_batches_with_pauses_between(clock, 
 
     assert not any(store.rows.values())
     assert emitted[-1].event.name == "history.forgotten"
-    assert emitted[-1].fields == {"runs": 2 * BATCH + 2, "skips": 0, "lines": PARTS, "workers": 0}
+    assert emitted[-1].fields == {"runs": 2 * BATCH + 2, "skips": 0, "lines": PARTS, "keys": 0, "workers": 0}
 
 
 async def test_what_goes_with_runs_goes_before_them_and_a_few_at_a_time(clock):
@@ -89,13 +94,16 @@ async def test_each_kind_is_kept_as_long_as_its_setting_says(clock, emitted):
         "failed": 90 * DAY,
         "skips": 7 * DAY,
         "lines": 14 * DAY,
+        "keys": 5 * DAY,
         "workers": 7 * DAY,
     }
     assert emitted == []
 
 
 def test_every_final_state_has_its_age_in_the_settings():
-    settings = RetentionSettings(succeeded=1 * DAY, failed=2 * DAY, skipped=3 * DAY, logs=4 * DAY)
+    settings = RetentionSettings(
+        succeeded=1 * DAY, failed=2 * DAY, skipped=3 * DAY, logs=4 * DAY, start_keys=5 * DAY
+    )
 
     ages = ages_of(settings)
 
@@ -107,7 +115,7 @@ def test_every_final_state_has_its_age_in_the_settings():
         "cancelled": 2 * DAY,
         "skipped": 3 * DAY,
     }
-    assert (ages.skips, ages.logs) == (3 * DAY, 4 * DAY)
+    assert (ages.skips, ages.logs, ages.start_keys) == (3 * DAY, 4 * DAY, 5 * DAY)
 
 
 async def tidied(store: Rows, clock: ManualClock) -> None:
