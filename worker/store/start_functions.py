@@ -145,7 +145,7 @@ CREATE = (
 
 # What the owner of the functions may do: only what they need.
 _RIGHTS = (
-    "GRANT INSERT (id, org_id, definition_id, key, state, login, created_at, not_before, params) ON starts",
+    "GRANT INSERT ON starts",
     "GRANT SELECT (id, org_id, definition_id, key) ON starts",
     "GRANT SELECT (id, code) ON orgs",
     "GRANT SELECT (id, org_id, name) ON definitions",
