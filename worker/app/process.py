@@ -272,9 +272,9 @@ class _Parts:
             renewal = TokenRenewal(store, self.tokens, handlers, clock, process.random, ahead)
             incarnation.intake["tokens"] = renewal.run
         if database.dialect == "postgresql":
-            # Over a connection of its own: a backlog keeps neither firing nor ends waiting.
+            # Over a connection of its own, once there are starts: they keep neither firing nor ends waiting.
             own = database.with_deadline(STATEMENT_DEADLINE)
-            make = partial(own.run, partial(make_runs, own))
+            make = partial(own.run, partial(make_runs, own, looking=database))
             starts = Starts(make, clock, poll=poll, on_made=signals.fired)
             incarnation.intake["starts"] = starts.run
         self._add_chores(incarnation.housekeeping, max(poll, 1.0))

@@ -34,20 +34,25 @@ RUNS = 500
 
 
 def make_runs(
-    database: Database, after: DefinitionId | None = None, without: Collection[DefinitionId] = ()
+    database: Database,
+    after: DefinitionId | None = None,
+    without: Collection[DefinitionId] = (),
+    *,
+    looking: Database | None = None,
 ) -> MadeRuns:
     """Make the next runs of committed starts, in one transaction; those of definitions after `after` first.
 
-    Definitions in `without` are passed. Of each definition, runs are made in the order of insertion, one
-    that has a `not_before` in the place of that time.
+    Definitions in `without` are passed. `looking` is the database to look for starts with, if not the same.
+    Of each definition, runs are made in the order of insertion, one that has a `not_before` in the place of
+    that time.
     """
-    place = after or starts.BEFORE_ALL
-    with database.autocommit() as connection:
+    place, looking = after or starts.BEFORE_ALL, looking or database
+    with looking.autocommit() as connection:
         is_any_late, found = starts.due(connection, place, DEFINITIONS)
     if is_any_late:
         with database.transaction() as connection:
             starts.wake(connection)
-        with database.autocommit() as connection:
+        with looking.autocommit() as connection:
             _, found = starts.due(connection, place, DEFINITIONS)
     passed = found[-1] if len(found) == DEFINITIONS else None
     if not (wanted := [id_ for id_ in found if id_ not in without]):

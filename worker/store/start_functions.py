@@ -1,11 +1,11 @@
 """The functions by which a product starts runs in its own transactions, on PostgreSQL, and their roles.
 
-`orgworker_product` may call them and nothing else. They run as `orgworker_starts`, which nobody logs in as:
+`orgworker_product` may call them and nothing else. They run as `orgworker_starts`, a role without login:
 it inserts rows of `starts`, reads the id of a key that is there already, and reads names. So a transaction
 of the product never holds a row that firing, admission or overlap waits for.
 
-Which orgs a login may start is in `product_logins`, by `session_user`: unlike a session variable or the
-role that is set, whoever is logged in cannot change it.
+Which orgs a login may start is in `product_logins`, by `session_user`: a session changes its variables and its
+role, but not that.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ CREATE = (
           EXIT WHEN found_id IS NOT NULL;
           SELECT s.id INTO found_id FROM public.starts s
           WHERE s.org_id = found_org AND s.definition_id = found_definition AND s.key = start_key;
-          -- Without a row the key has just ended: once more.
+          -- Without a row the key has just ended: try again.
           EXIT WHEN found_id IS NOT NULL;
         END LOOP;
         ids[place] := found_id;

@@ -21,7 +21,7 @@ MakeRuns = Callable[[DefinitionId | None, Collection[DefinitionId]], Awaitable[M
 
 
 class Starts:
-    """Makes runs in batches while there are starts, then looks once a poll: nobody is notified of them.
+    """Makes runs in batches while there are starts, then looks once a poll: no notification is sent.
 
     `on_made` is called after runs were made, so that they are admitted at once.
     """
