@@ -4,8 +4,8 @@
 it inserts rows of `starts`, reads the id of a key that is there already, and reads names. So a transaction
 of the product never holds a row that firing, admission or overlap waits for.
 
-Which orgs a login may start is in `product_logins`, by `session_user`: a session changes its variables and its
-role, but not that.
+Which orgs a login may start is in `product_logins`, by `session_user`: a session can change its
+variables and its role, but not that.
 """
 
 from __future__ import annotations
