@@ -42,6 +42,8 @@ def test_a_committed_start_becomes_a_run_with_its_id(product: Product) -> None:
     assert run["params"] == {"n": 1}
     assert run["created_by"] == f"product:{product.login}"
     assert str(run["idempotency_key"]) == id_
+    shown = reading(product.database, run_lists.run, ALL_ORGS, id_)
+    assert (shown["created_by"], shown["request_key"]) == (f"product:{product.login}", "order-1")
     [kept] = product.query("SELECT * FROM starts")
     assert (kept["state"], kept["params"], kept["key"]) == ("made", None, "order-1")
     assert kept["created_at"] == run["created_at"] == run["scheduled_for"] <= run["starts_at"]

@@ -298,6 +298,7 @@ class Run(TypedDict):
 
 class RunDetail(Run):
     created_at: Shown[datetime]
+    created_by: Annotated[str | None, redaction.actor]
     request_key: Shown[str | None]
     idempotency_key: Shown[str]
     params: Annotated[Json, redaction.by_hand]

@@ -312,6 +312,7 @@ def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
         )
     )
     more = {
+        **_made_by(connection, org_id, id_),
         "claims": next((each["claims"] for each in reversed(ended) if each["claims"] is not None), None),
         "attempts": attempts,
         "waits": waits_of(connection, org_id, id_),
@@ -323,6 +324,13 @@ def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
         "spec": connection.execute(spec.limit(1)).scalar_one_or_none(),
     }
     return cast(RunDetail, {name: more.get(name, found.get(name)) for name in columns_of(RunDetail)})
+
+
+def _made_by(connection: Connection, org_id: OrgId, run_id: RunId) -> Row:
+    """Who made a run, and with which key: of one that a product started, while the key holds."""
+    columns = _runs.c.created_by, func.coalesce(_runs.c.request_key, _starts.c.key).label("request_key")
+    query = select(*columns).outerjoin(_starts, _starts.c.id == _runs.c.id)
+    return first_row(connection, query.where(_runs.c.id == run_id, _runs.c.org_id == org_id)) or {}
 
 
 def _spends_of(connection: Connection, org_id: OrgId, run_id: RunId) -> list[Spent]:
