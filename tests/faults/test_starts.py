@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
+import pytest
 
 from tests.fakes.postgres import Server
 from tests.faults.cluster import Cluster
@@ -110,6 +111,7 @@ class Shop:
             process.wait()
 
 
+@pytest.mark.timeout(900)
 def test_runs_are_what_the_product_has_committed(
     cluster_at: MakeCluster, own_postgres: Server, tmp_path: Path, full: bool
 ) -> None:
@@ -143,10 +145,10 @@ def test_runs_are_what_the_product_has_committed(
                 case "server":
                     own_postgres.stop(signal.SIGQUIT)
                     own_postgres.start()
-        cluster.wait_for(shop.has_ended, "the end of the product's transactions", 300.0)
+        cluster.wait_for(shop.has_ended, "the end of the product's transactions", 500.0)
     finally:
         shop.close()
-    cluster.wait_for(lambda: _all_ended(cluster), "the end of all runs", 120.0)
+    cluster.wait_for(lambda: _all_ended(cluster), "the end of all runs", 200.0)
 
     committed = {
         (row["key"], row["name"]): str(row["run"]) for row in cluster.query("SELECT * FROM shop_orders")
