@@ -3,7 +3,7 @@
 Expand first: workers of the previous release make no runs of starts; those of this one do.
 
 Revision ID: 0039
-Revises: 0037
+Revises: 0038
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from alembic import op
 from sqlalchemy.dialects import postgresql
 
 revision = "0039"
-down_revision = "0037"
+down_revision = "0038"
 # The oldest schema version whose workers run on this one: 0022 to 0039 change nothing that these need.
 works_with = "0021"
 branch_labels = None
