@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from datetime import datetime
-from typing import Any
+from datetime import datetime, timedelta
+from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection
 
@@ -32,8 +32,23 @@ from worker.store.lists import runs as run_lists
 from worker.store.lists.rows import Run
 from worker.store.lists.run_ids import id_of
 
+# How far ahead a run may be started.
+MAX_AHEAD = timedelta(days=30)
 
-def run_now(
+
+class Started(NamedTuple):
+    """A run, and if its key had made it before, whether with the `same` or with `other` params."""
+
+    run: Run
+    replayed: Literal["same", "other"] | None = None
+
+
+def run_now(database: Database, org: str, name: str, **what: Any) -> Run:
+    """As `start`, and returns the run's row alone."""
+    return start(database, org, name, **what).run
+
+
+def start(
     database: Database,
     org: str,
     name: str,
@@ -42,22 +57,26 @@ def run_now(
     request_key: str | None = None,
     params: Mapping[str, Any] | None = None,
     typed: Mapping[str, str] | None = None,
+    not_before: datetime | None = None,
     by_org: bool = False,
+    only_own: bool = False,
     reason: str | None = None,
-) -> Run:
-    """Make a run that can start at once, also of a paused definition; returns its row of `runs list`.
+) -> Started:
+    """Make a run that can start at once, or not before a time, also of a paused definition.
 
     `params` override the definition's. `typed` has params as they were typed on a command
     line: where the handler accepts only text, the typed text is used. With `by_org` the org
     itself asks and can give only the definition's `params_by_hand`. A request key that was
-    used before returns the run that it made, in whatever state. `reason` is kept in the
-    audit row.
+    used before returns the run that it made, in whatever state; with `only_own` that run has to be
+    the actor's. `reason` is kept in the audit row.
 
     Raises:
         NotFound: no such org or definition.
         AccessDenied: a param that the org cannot give.
-        Conflict: the definition is closed, its org is not active, or an unfinished run blocks it.
+        Conflict: the definition is closed, its org is not active, or an unfinished run blocks it; or
+            another actor has used the key.
         DefinitionError: params that the handler does not accept.
+        UsageError: an invalid key, or a time that is too far ahead.
     """
     if request_key is not None and not (0 < len(request_key) <= 200 and request_key.isprintable()):
         raise UsageError(
@@ -71,14 +90,17 @@ def run_now(
             _check_given_by_org(from_spec(org, name, row["spec"]), params)
         existing = edit_runs.find_by_request_key(connection, org_id, row["id"], key)
         if existing is not None:
-            return run_lists.row(connection, org_id, existing)
+            return _replayed(connection, row, existing, params, actor if only_own else None)
         now = database.now(connection)
+        if not_before is not None and not_before > now + MAX_AHEAD:
+            raise UsageError(f"not_before is over {MAX_AHEAD.days} days ahead", fix="start it later")
         run_id = _place(
             connection,
             row,
             origin="manual",
             scheduled_for=now,
             at=now,
+            available_at=max(now, not_before or now),
             actor=actor,
             params={**row["spec"].get("params", {}), **params} if params else None,
             typed=typed,
@@ -86,7 +108,32 @@ def run_now(
         )
         detail = {"run": run_id, "request_key": key, **because(reason)}
         audit.note(connection, org_id, "definition.run", f"{org} {name}", detail, at=now, actor=actor)
-        return run_lists.row(connection, org_id, run_id)
+        return Started(run_lists.row(connection, org_id, run_id))
+
+
+def _replayed(
+    connection: Connection,
+    row: Mapping[str, Any],
+    run_id: RunId,
+    params: Mapping[str, Any] | None,
+    only: str | None,
+) -> Started:
+    """The run that a key has made, which has to be the actor's in `only`.
+
+    Raises:
+        Conflict: another actor has used the key.
+    """
+    org_id = OrgId(row["org_id"])
+    old = edit_runs.find(connection, org_id, run_id)
+    if old is None or only not in (None, old["created_by"]):
+        raise Conflict(
+            f"another caller has used this key for {row['org']}/{row['name']}",
+            fix="use a key of your own, such as one with a prefix",
+        )
+    spec = definitions.spec_of(connection, org_id, row["id"], old["revision"])
+    own = spec.get("params", {})
+    same = {**own, **(params or {})} == (own if old["params"] is None else old["params"])
+    return Started(run_lists.row(connection, org_id, run_id), "same" if same else "other")
 
 
 def cancel(

@@ -332,7 +332,7 @@ class OperatorSettings(Section):
     """`[[web.operators]]`: a person or program with access to all orgs, known by the hash of its token."""
 
     name: Annotated[str, _matching(r"[^\s:][^\n:]{0,99}", "a name of 1 to 100 characters without a colon")]
-    role: Literal["viewer", "operator", "admin"] = "viewer"
+    role: Literal["starter", "viewer", "operator", "admin"] = "viewer"
     token_sha256: Annotated[
         str, _matching(r"[0-9a-f]{64}", "the SHA-256 of the token: 64 characters 0-9 and a-f")
     ] = Field(repr=False)

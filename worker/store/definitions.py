@@ -101,6 +101,19 @@ def in_force(of: FromClause) -> ColumnElement[bool]:
     return (_revisions.c.definition_id == of.c.id) & (_revisions.c.revision == of.c.revision)
 
 
+def spec_of(
+    connection: Connection, org_id: OrgId, definition_id: DefinitionId, revision: int
+) -> Mapping[str, Any]:
+    """The keys of a definition as of a revision that it has."""
+    query = select(_revisions.c.spec).where(
+        _revisions.c.org_id == org_id,
+        _revisions.c.definition_id == definition_id,
+        _revisions.c.revision == revision,
+    )
+    spec: Mapping[str, Any] = connection.execute(query).scalar_one()
+    return spec
+
+
 def newest_open(scope: Scope) -> Subquery:
     """The newest `NEWEST` open definitions: id, org_id, name, revision, template_id."""
     return (

@@ -40,7 +40,9 @@ on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indire
 BASE = "http://127.0.0.1:8470"
 # The headers of a form that a page of ours sent.
 OURS = {"origin": BASE}
-TOKENS: dict[Role, str] = {role: f"token-of-the-{role}" for role in ("viewer", "operator", "admin")}
+TOKENS: dict[Role, str] = {
+    role: f"token-of-the-{role}" for role in ("starter", "viewer", "operator", "admin")
+}
 OPERATORS = [
     Operator(role, role, hashlib.sha256(token.encode()).hexdigest()) for role, token in TOKENS.items()
 ]

@@ -8,9 +8,11 @@ from dataclasses import KW_ONLY, InitVar, dataclass, field, replace
 from typing import Literal
 
 from starlette.requests import HTTPConnection
+from starlette.routing import Match, Route
 
 from worker.clock import Clock
 from worker.errors import AccessDenied, TokenError, TokenRefused, Unavailable
+from worker.features.console.api.endpoints import BASE, ENDPOINTS
 from worker.features.console.callers import Caller, Role
 from worker.features.console.operators import TOKEN_PREFIX
 from worker.guard import Guard, bearer_token
@@ -19,7 +21,14 @@ from worker.store import roles, sign_in
 from worker.store.database import Database
 from worker.store.orgs import OrgCaller
 
-OperatorRole = Literal["viewer", "operator", "admin"]
+OperatorRole = Literal["starter", "viewer", "operator", "admin"]
+
+# What a starter may call; everything else is denied before it is routed.
+_FOR_STARTERS = [
+    Route(f"{BASE}{one.path}", lambda request: None, methods=[one.method])
+    for one in ENDPOINTS
+    if one.for_starters
+]
 
 # Seconds for which it is remembered that the database has operators, or none.
 REMEMBERED = 2.0
@@ -93,6 +102,14 @@ class Operators:
         return None if self._stored is None else await self._stored.find(digest)
 
 
+def _check_may_log_in(caller: Caller) -> None:
+    if caller.role == "starter":
+        raise AccessDenied(
+            f"{caller.actor} has the role starter, which opens no session",
+            fix="log in with the token of an operator with another role",
+        )
+
+
 # `orgs.find_caller` by the org's code and the token's client id.
 FindCaller = Callable[[str, str], Awaitable[OrgCaller | None]]
 
@@ -141,11 +158,21 @@ class Access:
                 "exactly one Authorization header with a bearer token is required",
                 fix="send Authorization: Bearer TOKEN",
             )
-        return await self._caller_with(token, connection)
+        caller = await self._caller_with(token, connection)
+        if caller.role == "starter" and not any(
+            route.matches(connection.scope)[0] is Match.FULL for route in _FOR_STARTERS
+        ):
+            raise AccessDenied(
+                f"{caller.actor} has the role starter, which only starts runs and reads those",
+                fix="use the token of an operator with another role",
+            )
+        return caller
 
     async def log_in(self, token: str, connection: HTTPConnection) -> Caller:
-        """The caller with this token, after `count_login`; raises as `caller_of`."""
-        return await self._caller_with(token, connection, is_counted=True)
+        """The caller with this token, after `count_login`; raises as `caller_of`, and for a starter."""
+        caller = await self._caller_with(token, connection, is_counted=True)
+        _check_may_log_in(caller)
+        return caller
 
     async def _caller_with(
         self, token: str, connection: HTTPConnection, *, is_counted: bool = False
@@ -180,6 +207,7 @@ class Access:
             if operator is None:
                 raise TokenError("the token of this session was removed", fix="log in with another token")
             caller = replace(caller, name=operator.name, role=operator.role)
+            _check_may_log_in(caller)
         if caller.kind == "org":
             # Sessions of the previous release name no scope: they rest on the credential alone.
             has_scope = caller.has_org_scope and caller.basis == self._scope_basis != ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -13,14 +13,14 @@ from sqlalchemy import Connection
 from starlette.requests import Request
 
 from worker.errors import AccessDenied, Conflict, NotFound
-from worker.ids import ALL_ORGS, OrgId, OrgScope
+from worker.ids import ALL_ORGS, OrgId, OrgScope, RunId, given_id
 from worker.model.search import KEYS, KEYS_OF_ORGS, Query
 from worker.operations import answers, approvals, budgets, bulk, credentials, definitions, orgs, runs
 from worker.operations import backfill as backfills
-from worker.store import roles
+from worker.store import edit_runs, roles
 from worker.store.database import Database
 from worker.store.edit_runs import Cancellable, Retryable
-from worker.store.lists import MAX_LIMIT
+from worker.store.lists import MAX_LIMIT, checked_id
 from worker.store.lists.rows import (
     Bulk,
     BulkRow,
@@ -43,9 +43,9 @@ _FILTERS: Mapping[str, type[Cancellable | Retryable]] = {"retry": Retryable, "ca
 T = TypeVar("T")
 P = ParamSpec("P")
 
-# `member` and `manager` are roles of people in their own org.
-Role = Literal["viewer", "operator", "admin", "member", "manager"]
-RANK: Mapping[Role, int] = {"member": 0, "manager": 0, "viewer": 0, "operator": 1, "admin": 2}
+# `member` and `manager` are roles of people in their own org, `starter` is that of a product's backend.
+Role = Literal["starter", "viewer", "operator", "admin", "member", "manager"]
+RANK: Mapping[Role, int] = {"starter": -1, "member": 0, "manager": 0, "viewer": 0, "operator": 1, "admin": 2}
 Kind = Literal["operator", "org", "person", "link"]
 
 # What can be changed through the web side; `pause` includes to resume. Those not in BY_ORGS are for operators
@@ -104,7 +104,9 @@ class Caller:
         """The name in audit rows and as the origin of runs."""
         if self.kind == "person":
             return f"person:{self.subject}@{self.home}"
-        return f"operator:{self.name}" if self.org is None else f"org:{self.org}"
+        if self.org is not None:
+            return f"org:{self.org}"
+        return f"{'starter' if self.role == 'starter' else 'operator'}:{self.name}"
 
     @property
     def key(self) -> str:
@@ -130,6 +132,8 @@ class Caller:
             return False
         if self.role == "manager":
             return action in self.portal
+        if self.role == "starter":
+            return action == "run"
         return RANK[self.role] >= RANK[_role_for(action)]
 
     def require_may(self, action: Action) -> None:
@@ -161,6 +165,27 @@ class Caller:
     def sees(self, kind: type, row: Row) -> Row:
         """A row as this caller sees it; `kind` is the class that declares its columns."""
         return row if self.org is None else redacted(kind, row, self.org)
+
+    def reader_of(self, org: str, org_id: OrgId | None = None) -> Caller:
+        """Who reads a run of this org: the caller, or in place of a starter the org, which sees less."""
+        return replace(self, org=org, org_id=org_id) if self.role == "starter" else self
+
+
+def check_started(connection: Connection, caller: Caller, run_id: str) -> None:
+    """Check that a starter itself has started this run; others may read what they see.
+
+    Raises:
+        NotFound: it has not, or it gave a short id, for which other runs would be compared.
+    """
+    if caller.role != "starter":
+        return
+    given = given_id(run_id)
+    is_whole = given is not None and given.is_whole
+    row = edit_runs.find(connection, ALL_ORGS, RunId(checked_id(run_id))) if is_whole else None
+    if row is None or row["created_by"] != caller.actor:
+        raise NotFound(
+            f"{caller.actor} has started no run {run_id:.80}", fix="give the whole id that the start returned"
+        )
 
 
 def caller_of(request: Request) -> Caller:
@@ -256,10 +281,14 @@ class CallerDatabase:
     clear_state = _of_org("state", definitions.clear_state)
     backfill = _of_org("backfill", backfills.backfill)
 
+    async def start(self, caller: Caller, org: str, name: str, **what: Any) -> runs.Started:
+        """Start a run of a definition."""
+        what |= {"by_org": caller.org is not None, "only_own": caller.role == "starter"}
+        return await self.change_of(caller, "run", runs.start, org, name, **what)
+
     async def run_now(self, caller: Caller, org: str, name: str, **what: Any) -> Run:
         """Run a definition now."""
-        what["by_org"] = caller.org is not None
-        return await self.change_of(caller, "run", runs.run_now, org, name, **what)
+        return (await self.start(caller, org, name, **what)).run
 
     async def add_credential(
         self, caller: Caller, org: str, *, secret: str | None = None, **what: Any

@@ -35,7 +35,7 @@ from worker.errors import (
     WorkerError,
 )
 from worker.features.console.api.requests import log_place, query_of
-from worker.features.console.callers import Caller, CallerDatabase, caller_of
+from worker.features.console.callers import Caller, CallerDatabase, caller_of, check_started
 from worker.features.console.changes import ChangedLists, ChangeWindow, ListFilter, news
 from worker.ids import ALL_ORGS, OrgId, RunId
 from worker.model.definitions.units import json_default
@@ -206,13 +206,15 @@ class Live:
         place, digest = _last(request.headers.get("last-event-id", "")) or begin
 
         def work(connection: Connection) -> WatchedRun:
+            check_started(connection, caller, request.path_params["run"])
             return WatchedRun(*live.watched(connection, caller.scope(), request.path_params["run"]))
 
         watched = await self._admitted(caller, work)
-        if watched.ended and digest == watched.state_of(caller)[0]:
+        reader = caller.reader_of(watched.run["org"], watched.org_id)
+        if watched.ended and digest == watched.state_of(reader)[0]:
             # The client has seen the end. A browser connects again unless it gets a 204.
             return Response(status_code=204)
-        return self._response(request, caller, self._events_of_run(caller, watched, place, digest))
+        return self._response(request, caller, self._events_of_run(reader, watched, place, digest))
 
     async def list_events(
         self, request: Request, place: str, filter_of: Callable[[Connection], ListFilter]

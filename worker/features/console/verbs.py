@@ -23,8 +23,11 @@ NameArgument = Annotated[str, argument("NAME", "The name in the audit: 1 to 100 
 
 
 RoleOption = Annotated[
-    Literal["viewer", "operator", "admin"],
-    option("--role", "viewer reads; operator also changes runs; admin sees all."),
+    Literal["starter", "viewer", "operator", "admin"],
+    option(
+        "--role",
+        "starter starts runs and reads those; viewer reads; operator also changes runs; admin sees all.",
+    ),
 ]
 
 

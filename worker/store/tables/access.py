@@ -135,8 +135,9 @@ applications = table(
 )
 
 
-OPERATOR_ROLES = ("viewer", "operator", "admin")
-ROLES = (*OPERATOR_ROLES, "member", "manager")
+# Of those who log in; a starter has a token only.
+ROLES = ("viewer", "operator", "admin", "member", "manager")
+OPERATOR_ROLES = ("starter", "viewer", "operator", "admin")
 SESSION_KINDS = ("operator", "org", "person", "link")
 LOGIN_KINDS = ("provider", "link")
 

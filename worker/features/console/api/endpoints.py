@@ -66,6 +66,8 @@ class Endpoint:
     body: tuple[Field, ...] | None = None
     errors: tuple[int, ...] = ()
     role: Role = "viewer"
+    # Whether the role `starter` may call it too; it may call nothing else.
+    for_starters: bool = False
     media: str = "application/json"
     # Headers of the answer.
     returns: Mapping[str, str] = field(default_factory=dict)
@@ -93,6 +95,7 @@ TIME: Schema = {"type": "string", "maxLength": 64}
 # Never shown, not even in an error: `body_of` has a check of its own for it.
 SECRET: Schema = {"type": "string", "minLength": 1, "maxLength": 16_384, "writeOnly": True}
 REASON = Field("reason", _text(), "Why; it is kept in the audit.")
+REPLAYED = "Idempotency-Replayed"
 _ETAG = {"ETag": "What `If-Match` of a change takes."}
 _NEW_RUN: Mapping[str, Any] = {"status": 201, "returns": {"Location": "The new run."}}
 
@@ -166,6 +169,7 @@ RUN = _get(
     RUN_PATH,
     "One run with its attempts, steps and claims; for operators also its spec.",
     RunDetail,
+    for_starters=True,
 )
 WHY = _get(
     "explain_run",
@@ -194,6 +198,7 @@ EVENTS = _get(
     headers=(Field("Last-Event-ID", STRING, "Resume after this event."),),
     errors=(204,),
     media="text/event-stream",
+    for_starters=True,
 )
 CANCEL = _change(
     "cancel_run",
@@ -336,9 +341,15 @@ RUN_NOW = _change(
     "Run a definition now.",
     Run,
     Field("params", OBJECT, "Params of this run, laid over the definition's."),
+    Field("not_before", TIME, "The earliest start, at most 30 days ahead: `2027-01-01T08:00:00Z`."),
     REASON,
     headers=(Field("Idempotency-Key", STRING, "Requests with one key make one run."),),
-    **_NEW_RUN,
+    for_starters=True,
+    status=201,
+    returns={
+        "Location": "The run.",
+        REPLAYED: "Only if a run of this key was there: `same-params`, or `other-params` if it has others.",
+    },
 )
 PAUSE = _change(
     "pause_definition",

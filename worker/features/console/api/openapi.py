@@ -131,7 +131,7 @@ def _operation(endpoint: Endpoint, schemas: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "operationId": endpoint.operation,
         "summary": endpoint.about,
-        "description": f"Operators need the role `{endpoint.role}`.",
+        "description": f"Operators need the role `{endpoint.role}`{' or `starter`' * endpoint.for_starters}.",
         "parameters": [
             *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in path),
             *(_parameter(one, "query") for one in endpoint.query),

@@ -21,7 +21,7 @@ from worker.features.console.api import endpoints
 from worker.features.console.api.endpoints import BASE, LIST_ENDPOINTS, Endpoint, parameters_of
 from worker.features.console.api.openapi import document
 from worker.features.console.api.requests import body_of, flag_of, limit_of, log_place, query_of
-from worker.features.console.callers import Caller, CallerDatabase, Many, caller_of
+from worker.features.console.callers import Caller, CallerDatabase, Many, caller_of, check_started
 from worker.kit.web.responses import fresh, json_response
 from worker.model.definitions.units import parse_time
 from worker.model.runs.clauses import row_of
@@ -231,7 +231,9 @@ class Api:
         query_of(request, (), "a run")
 
         def work(connection: Connection) -> Response:
-            row = caller.sees(RunDetail, runs.run(connection, caller.scope(), run))
+            check_started(connection, caller, run)
+            found = runs.run(connection, caller.scope(), run)
+            row = caller.reader_of(found["org"]).sees(RunDetail, found)
             return json_response(row if part is None else row[part])
 
         return await self._database.read(caller, work)
@@ -276,8 +278,14 @@ class Api:
     async def _run_now(self, request: Request) -> Response:
         body, caller = await body_of(request, endpoints.RUN_NOW), caller_of(request)
         key = request.headers.get("idempotency-key")
-        row = await self._database.run_now(caller, *_named(request), request_key=key, **body)
-        return _changed(endpoints.RUN_NOW, caller, row)
+        if "not_before" in body:
+            body["not_before"] = parse_time(body["not_before"], self._clock, name="not_before")
+        started = await self._database.start(caller, *_named(request), request_key=key, **body)
+        reader = caller.reader_of(started.run["org"])
+        answer = _changed(endpoints.RUN_NOW, reader, started.run)
+        if started.replayed is not None:
+            answer.headers[endpoints.REPLAYED] = f"{started.replayed}-params"
+        return answer
 
     async def _backfill(self, request: Request) -> Response:
         body, caller = await body_of(request, endpoints.BACKFILL), caller_of(request)
