@@ -90,7 +90,7 @@ def start(
             _check_given_by_org(from_spec(org, name, row["spec"]), params)
         existing = edit_runs.find_by_request_key(connection, org_id, row["id"], key)
         if existing is not None:
-            return _replayed(connection, row, existing, params, actor if only_own else None)
+            return _replayed(connection, row, existing, params, actor=actor, only_own=only_own)
         now = database.now(connection)
         if not_before is not None and not_before > now + MAX_AHEAD:
             raise UsageError(f"not_before is over {MAX_AHEAD.days} days ahead", fix="start it later")
@@ -116,16 +116,19 @@ def _replayed(
     row: Mapping[str, Any],
     run_id: RunId,
     params: Mapping[str, Any] | None,
-    only: str | None,
+    *,
+    actor: str,
+    only_own: bool,
 ) -> Started:
-    """The run that a key has made, which has to be the actor's in `only`.
+    """The run that a key has made; what another actor gave it always counts as other params.
 
     Raises:
         Conflict: another actor has used the key.
     """
     org_id = OrgId(row["org_id"])
     old = edit_runs.find(connection, org_id, run_id)
-    if old is None or only not in (None, old["created_by"]):
+    is_own = old is not None and old["created_by"] == actor
+    if old is None or (only_own and not is_own):
         raise Conflict(
             f"another caller has used this key for {row['org']}/{row['name']}",
             fix="use a key of your own, such as one with a prefix",
@@ -133,7 +136,7 @@ def _replayed(
     spec = definitions.spec_of(connection, org_id, row["id"], old["revision"])
     own = spec.get("params", {})
     same = {**own, **(params or {})} == (own if old["params"] is None else old["params"])
-    return Started(run_lists.row(connection, org_id, run_id), "same" if same else "other")
+    return Started(run_lists.row(connection, org_id, run_id), "same" if is_own and same else "other")
 
 
 def cancel(

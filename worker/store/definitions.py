@@ -105,10 +105,14 @@ def spec_of(
     connection: Connection, org_id: OrgId, definition_id: DefinitionId, revision: int
 ) -> Mapping[str, Any]:
     """The keys of a definition as of a revision that it has."""
-    query = select(_revisions.c.spec).where(
-        _revisions.c.org_id == org_id,
-        _revisions.c.definition_id == definition_id,
-        _revisions.c.revision == revision,
+    query = (
+        select(_revisions.c.spec)
+        .join(_definitions, _definitions.c.id == _revisions.c.definition_id)
+        .where(
+            _definitions.c.org_id == org_id,
+            _definitions.c.id == definition_id,
+            _revisions.c.revision == revision,
+        )
     )
     spec: Mapping[str, Any] = connection.execute(query).scalar_one()
     return spec
