@@ -46,5 +46,6 @@ EGRESS = Feature(
     },
     tables=("limits", "limit_shares", "origin_pauses"),
 )
+OUTBOX = Feature("outbox", verbs={"relay": "verbs:relay", "outbox": "verbs:app"}, settings=("relay",))
 
-FEATURES = (CONSOLE, PROVISIONING, HOSTS, CALENDARS, EGRESS, IMPORTING, ORG_SECRETS)
+FEATURES = (CONSOLE, PROVISIONING, HOSTS, CALENDARS, EGRESS, IMPORTING, ORG_SECRETS, OUTBOX)

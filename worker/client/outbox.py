@@ -136,9 +136,14 @@ class Outbox:
         """The newest rows in a state."""
         return self._rows(connection, statements.SHOW, {"state": state, "most": limit})
 
-    def again(self, connection: Any, row_id: int) -> None:
-        """Let a refused row wait again, after what refused it was mended; the caller commits."""
+    def again(self, connection: Any, row_id: int) -> dict[str, Any] | None:
+        """Let a refused row wait again, after what refused it was corrected; the caller commits.
+
+        Returns the row as it was, None if no such row was refused.
+        """
+        found = self._rows(connection, statements.REFUSED_ROW, {"id": row_id})
         self._execute(connection, statements.AGAIN, {"id": row_id})
+        return found[0] if found else None
 
     def written(self, statement: str, ids: int = 0) -> str:
         """A statement for this outbox."""
@@ -178,7 +183,8 @@ class Outbox:
         if _module_of(connection) == "sqlalchemy" and hasattr(connection, "execute"):
             from sqlalchemy import text
 
-            return connection.execute(text(statement), dict(values))
+            result = connection.execute(text(statement), dict(values))
+            return [tuple(row) for row in result] if result.returns_rows else []
         sql, names = compiled(statement, self.style_of(connection))
         cursor = connection.cursor()
         try:

@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
@@ -107,7 +107,7 @@ class Relay:
 
     client: Starter
     outbox: Outbox
-    report: Report = log
+    report: InitVar[Report] = log
     poll: float = POLL
     lease: float = LEASE
     round: float = ROUND
@@ -118,6 +118,10 @@ class Relay:
     # No request before this time, monotonic.
     _paused_until: float = 0.0
     _pruned_at: float = 0.0
+    _report: Report = field(init=False)
+
+    def __post_init__(self, report: Report) -> None:
+        self._report = report
 
     async def run(self, *, once: bool = False, stop: asyncio.Event | None = None) -> RelayCounts:
         """Relay until it is cancelled or `stop` is set; with `once`, until a round has nothing to send.
@@ -129,7 +133,7 @@ class Relay:
         """
         stop = stop or asyncio.Event()
         database = _Database(self.outbox)
-        self.report("relay.started", table=self.outbox.table)
+        self._report("relay.started", table=self.outbox.table)
         try:
             while not stop.is_set():
                 fault: ClientError | None = None
@@ -139,7 +143,7 @@ class Relay:
                     if once:
                         raise
                     done = 0
-                    self.report("relay.database_failed", error=type(error).__name__)
+                    self._report("relay.database_failed", error=type(error).__name__)
                     self._pause(None)
                 if once and fault is not None:
                     raise fault
@@ -149,7 +153,7 @@ class Relay:
                 await _sleep(stop, pause if pause > 0 or done else self.poll)
         finally:
             await database.close()
-            self.report("relay.stopped", sent=self.counts.sent, refused=self.counts.refused)
+            self._report("relay.stopped", sent=self.counts.sent, refused=self.counts.refused)
         return self.counts
 
     async def _round(self, database: _Database) -> tuple[int, ClientError | None]:
@@ -166,10 +170,10 @@ class Relay:
         await database.run(self._mark, claim, marks)
         if not faults:
             if self._failures:
-                self.report("relay.back", failures=self._failures)
+                self._report("relay.back", failures=self._failures)
             self._failures = 0
             return len(marks), None
-        self.report("relay.waiting", error=faults[0].code, message=faults[0].message, fix=faults[0].fix)
+        self._report("relay.waiting", error=faults[0].code, message=faults[0].message, fix=faults[0].fix)
         self._pause(faults[0].retry_after)
         return len(marks), faults[0]
 
@@ -209,14 +213,13 @@ class Relay:
                 self.counts.replayed += started.replayed is not None
                 note = "the key had made this run with other params" if started.replayed == "other" else None
                 if note:
-                    self.report("relay.other_params", row=row.id, run=started.run.id)
+                    self._report("relay.other_params", row=row.id, **_names(row))
                 marks.append(Mark(row, statements.SENT, {"run": started.run.id, "error": note}))
         return marks
 
     def _refuse(self, row: Row, error: str, *, fix: str = "") -> Mark:
         self.counts.refused += 1
-        where = {"org": row.org, "definition": row.definition, "key": row.key}
-        self.report("relay.refused", row=row.id, **where, error=error, fix=fix)
+        self._report("relay.refused", row=row.id, **_names(row), error=error, fix=fix)
         return Mark(row, statements.REFUSED, {"error": f"{error} ({fix})"[: 2 * SHOWN] if fix else error})
 
     def _put_off(self, row: Row, error: ClientError, *, own: bool) -> list[Mark]:
@@ -270,6 +273,10 @@ class Relay:
                 execute(statements.DELETE, {"id": id_})
 
         await database.run(work)
+
+
+def _names(row: Row) -> dict[str, str]:
+    return {"org": row.org, "definition": row.definition, "key": row.key}
 
 
 def _is_of_row(error: ClientError) -> bool:

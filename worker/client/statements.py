@@ -140,6 +140,8 @@ SHOW = """SELECT id, org, definition, start_key, state, tries, run_id, error, cr
 FROM {table} WHERE state = :state ORDER BY id DESC LIMIT :most"""
 BY_KEY = """SELECT id, org, definition, start_key, state, tries, run_id, error, created_at, ended_at
 FROM {table} WHERE start_key = :start_key AND org = :org AND definition = :definition ORDER BY id LIMIT 1"""
+REFUSED_ROW = """SELECT id, org, definition, start_key, state, tries, run_id, error, created_at, ended_at
+FROM {table} WHERE id = :id AND state = 'refused'"""
 AGAIN = """UPDATE {table}
 SET state = 'waiting', next_at = 0, claim = NULL, first_sent_at = NULL, ended_at = NULL, tries = 0
 WHERE id = :id AND state = 'refused'"""

@@ -73,10 +73,9 @@ def start(
     Raises:
         NotFound: no such org or definition.
         AccessDenied: a param that the org cannot give.
-        Conflict: the definition is closed, its org is not active, or an unfinished run blocks it; or
-            another actor has used the key.
+        Conflict: the definition is closed, its org is not active, or an unfinished run blocks it.
         DefinitionError: params that the handler does not accept.
-        UsageError: an invalid key, or a time that is too far ahead.
+        UsageError: a key that is invalid or another actor's, or a time that is too far ahead.
     """
     if request_key is not None and not (0 < len(request_key) <= 200 and request_key.isprintable()):
         raise UsageError(
@@ -123,13 +122,13 @@ def _replayed(
     """The run that a key has made; what another actor gave it always counts as other params.
 
     Raises:
-        Conflict: another actor has used the key.
+        UsageError: another actor has used the key.
     """
     org_id = OrgId(row["org_id"])
     old = edit_runs.find(connection, org_id, run_id)
     is_own = old is not None and old["created_by"] == actor
     if old is None or (only_own and not is_own):
-        raise Conflict(
+        raise UsageError(
             f"another caller has used this key for {row['org']}/{row['name']}",
             fix="use a key of your own, such as one with a prefix",
         )

@@ -28,6 +28,7 @@ from worker.settings.sections import (
     PoolName,
     PoolSettings,
     ProvisioningSettings,
+    RelaySettings,
     RetentionSettings,
     Section,
     TemporalSettings,
@@ -77,6 +78,7 @@ class Settings(Section):
     retention: RetentionSettings = RetentionSettings()
     log: LogSettings = LogSettings()
     host: HostSettings = HostSettings()
+    relay: RelaySettings = RelaySettings()
 
     @cached_property
     def config_file(self) -> str:

@@ -519,6 +519,17 @@ class HostSettings(Section):
     ca_file: str = ""
 
 
+class RelaySettings(Section):
+    """`[relay]`: the outbox of a product, and the API where its starts go. The token is in a file."""
+
+    api: Url = ""
+    token_file: str = ""
+    ca_file: str = ""
+    plain_http: bool = False
+    outbox_url: str = Field("", repr=False)
+    table: str = "orgworker_outbox"
+
+
 class LogSettings(Section):
     """`[log]`: the log on stderr; the default style is console on a terminal and json elsewhere."""
 

@@ -57,6 +57,18 @@ _ROWS = (
     _info("worker.draining: worker running seconds", "no new runs; the drain lasts at most `seconds`"),
     _info("worker.stopped: worker exit_code", "every run has ended or was handed back; all is written"),
     _info("host.started: worker host pid version pool", "a host was registered; it serves `pool`"),
+    _info("relay.started: table", "a relay of an outbox begins"),
+    _info(
+        "relay.stopped: sent refused", "a relay has ended; what is not marked is sent again by the next one"
+    ),
+    _warning("relay.waiting: error message fix", "the API takes no start; the relay tries again"),
+    _info("relay.back: failures", "the API takes starts again"),
+    _error("relay.refused: row org definition key error fix", "the API refuses a start for good"),
+    _warning(
+        "relay.other_params: row org definition key",
+        "the key had made a run of other params, which stays",
+    ),
+    _warning("relay.database_failed: error", "the outbox's database does not answer; the relay tries again"),
     _info("host.stopped: worker exit_code", "every run of a host has ended or was handed back"),
     _warning(
         "loop.blocked: org run attempt handler where seconds",

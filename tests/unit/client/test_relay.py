@@ -1,4 +1,4 @@
-"""A relay of an SQLite outbox against an API that fails in every way; tests/integration/client has real ones."""
+"""A relay of an SQLite outbox, and an API that fails in every way; tests/integration/client has real ones."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ async def test_a_key_with_other_params_is_the_first_run_and_says_so(product: Pro
     assert product.api.runs["org_a", "export", "k"]["params"] == {"page": 1}
     assert product.rows("run_id", "error")[1][1] == "the key had made this run with other params"
     assert [fields for event, fields in product.reported if event == "relay.other_params"] == [
-        {"row": 2, "run": product.rows("run_id")[0]}
+        {"row": 2, "org": "org_a", "definition": "export", "key": "k"}
     ]
 
 

@@ -44,6 +44,7 @@ class ProcessName(StrEnum):
     HOST = "orgworker-host"
     SERVE = "orgworker-serve"
     PROVISION = "orgworker-prov"
+    RELAY = "orgworker-relay"
     ZYGOTE = "orgworker-zyg"
     RUN = "orgworker-run"
     DESCRIBE = "orgworker-desc"
