@@ -17,6 +17,8 @@ import yaml
 
 from tests.fakes.pages import unknown_words
 from worker import settings as places
+from worker.client.client import EXCHANGE
+from worker.client.relay import ROUND
 from worker.engine.incarnation import LAST_FLUSH
 from worker.engine.loops.supervisor import PATIENCE
 from worker.errors import ConfigurationError
@@ -68,9 +70,10 @@ UNITS = (
     "orgworker-upgrade.service",
     "orgworker-provision.service",
     "orgworker-host.service",
+    "orgworker-relay.service",
 )
 # Of units with a user of their own.
-USERS = {"orgworker-provision.service": "orgworker-provision", "orgworker-host.service": "orgworker-host"}
+USERS = {f"orgworker-{name}.service": f"orgworker-{name}" for name in ("provision", "host", "relay")}
 RUN_HANDLERS = ("orgworker.service", "orgworker-host.service")
 ANALYZE = shutil.which("systemd-analyze")
 
@@ -158,6 +161,21 @@ def test_a_host_has_no_secret_but_its_token(service):
     assert parse_duration(host["TimeoutStopSec"]).total_seconds() > DRAINED
     # It is ready once a worker answers, which may take any time.
     assert host["TimeoutStartSec"] == "infinity"
+
+
+def test_a_relay_has_a_token_and_the_products_database_and_no_other_secret(service):
+    relay = unit("orgworker-relay.service")
+    names = ("relay_token", "relay__outbox_url")
+
+    assert relay["LoadCredential"].split("\n") == [f"{name}:orgworker.{name}" for name in names]
+    assert relay["Environment"] == "WORKER_RELAY__TOKEN_FILE=%d/relay_token"
+    assert is_setting("relay__token_file") and is_setting("relay__outbox_url")
+    assert relay["ExecStart"] == service["ExecStart"].replace("worker.toml run", "relay.toml relay")
+    assert relay["RestartPreventExitStatus"] == service["RestartPreventExitStatus"]
+    assert parse_duration(relay["TimeoutStopSec"]).total_seconds() > ROUND + EXCHANGE
+    assert pod("Deployment", of="relay")["terminationGracePeriodSeconds"] > ROUND + EXCHANGE
+    [container] = pod("Deployment", of="relay")["containers"]
+    assert {one["name"] for one in container["env"]} == {"WORKER_RELAY__TOKEN_FILE"}
 
 
 @pytest.mark.parametrize(
@@ -330,7 +348,7 @@ def manifest(kind: str, *, of: str = "worker") -> dict[str, Any]:
 
     def belongs(one: dict[str, Any]) -> bool:
         name = one.get("metadata", {}).get("name", "").removeprefix("orgworker-")
-        return (name if name in ("provision", "host", "attempts", "upgrade") else "worker") == of
+        return (name if name in ("provision", "host", "relay", "attempts", "upgrade") else "worker") == of
 
     [found] = [one for one in manifests() if one["kind"] == kind and belongs(one)]
     return found
@@ -409,7 +427,7 @@ def test_nothing_that_is_shipped_imports_from_its_working_directory():
 
     assert {Path(name).name for name in starts} >= {
         *("orgworker.service", "orgworker-upgrade.service", "orgworker-provision.service", "orgworker"),
-        *("orgworker-host.service", "Containerfile", "dev"),
+        *("orgworker-host.service", "orgworker-relay.service", "Containerfile", "dev"),
         *("installation.py", "zygote_handle.py", "catalogue.py"),
     }
     assert starts == {name: len(_SAFELY.findall(texts[name])) for name in starts}

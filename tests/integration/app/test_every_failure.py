@@ -34,6 +34,10 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "host": ((), ""),
     "serve": ((), ""),
     "provision": ((), ""),
+    "relay": ((), ""),
+    "outbox ddl": (("postgresql",), ""),
+    "outbox list": ((), ""),
+    "outbox retry": (("1",), ""),
     "demo": (("--seconds", "1"), ""),
     "apply": (("-",), FILE),
     "try": (("acme.note",), ""),
@@ -136,11 +140,11 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
 }
 RIGHT = {command: line for command, line in RIGHT.items() if is_here(command)}
 # These go on without an output of their own to choose.
-WITHOUT_OUTPUT = {"run", "host", "serve", "provision", "demo", "completion", "new-job"}
+WITHOUT_OUTPUT = {"run", "host", "serve", "provision", "relay", "demo", "completion", "new-job"}
 # Servers change the process they are in, so they get one of their own.
-SERVERS = {"run", "host", "serve", "provision"}
+SERVERS = {"run", "host", "serve", "provision", "relay"}
 IMPORTS = {"import crontab", "import celery-beat", "import apscheduler"}
-NEED_NO_SETTINGS = {"demo", "completion", "try", "new-job"} | IMPORTS
+NEED_NO_SETTINGS = {"demo", "completion", "try", "new-job", "outbox ddl"} | IMPORTS
 NEED_NO_DATABASE = NEED_NO_SETTINGS | {"db upgrade", "keys generate", "config show"}
 LIST_WHAT_IS_INSTALLED = {"handlers list", "handlers show"}
 # Those that look at a database that is there, of whatever version, or not at all.
@@ -262,9 +266,11 @@ def test_a_database_of_a_newer_release_exits_78(site: CommandLine, tmp_path: Pat
     failing(elsewhere(tmp_path, f"sqlite:///{tmp_path / 'worker.db'}"), command, code=78, outputs=("json",))
 
 
-# Those that look at no database. A host must not have one; `provision` has no issuer to follow here, and says
-# that first.
-LOOK_AT_NO_DATABASE = NEED_NO_SETTINGS | {"keys generate", "config show", "provision", "host"}
+# Those that look at no database of ours. A host must not have one; `provision` has no issuer to follow here,
+# and says that first; the outbox is in that of a product.
+LOOK_AT_NO_DATABASE = NEED_NO_SETTINGS | {
+    *("keys generate", "config show", "provision", "host", "relay", "outbox list", "outbox retry")
+}
 
 
 @pytest.mark.parametrize("command", sorted(set(RIGHT) - LOOK_AT_NO_DATABASE))
@@ -281,6 +287,14 @@ WRONG: list[tuple[str, tuple[str, ...], int]] = [
     ("run", ("more",), 2),
     ("host", ("more",), 2),
     ("serve", ("more",), 2),
+    ("relay", ("more",), 2),
+    ("outbox ddl", ("oracle",), 2),
+    ("outbox ddl", ("mysql", "--table", "a; b"), 78),
+    ("outbox list", ("--limit", "0"), 2),
+    ("outbox list", ("--state", "lost"), 2),
+    # [relay] is empty here.
+    ("outbox list", (), 78),
+    ("outbox retry", ("soon",), 2),
     ("demo", ("--seconds", "soon"), 2),
     ("completion", ("tcsh",), 2),
     ("new-job", ("no name",), 2),

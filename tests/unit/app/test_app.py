@@ -159,6 +159,7 @@ def test_the_module_without_a_verb_means_run(verb: list[str], monkeypatch: pytes
     [
         pytest.param("host", "orgworker-host", marks=pytest.mark.feature("hosts")),
         pytest.param("serve", "orgworker-serve", marks=pytest.mark.feature("console")),
+        pytest.param("relay", "orgworker-relay", marks=pytest.mark.feature("outbox")),
         pytest.param("provision", "orgworker-prov", marks=pytest.mark.feature("provisioning")),
         # The control: a command that ends at once has the name that `main` gave it.
         ("runs list", None),

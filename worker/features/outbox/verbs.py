@@ -8,6 +8,7 @@ import typer
 
 from worker.errors import UsageError
 from worker.kit.options import LimitOption, argument, option
+from worker.kit.output import Format
 from worker.kit.session import Invocation, session_of, verb
 
 app = typer.Typer(help="The outbox of a product's database: its table, its rows, and what was refused.")
@@ -47,7 +48,11 @@ def ddl(
     """Print the statements that make the outbox's table, for a migration of the product."""
     from worker.features.outbox.wiring import ddl_of
 
-    session.print_rows([{"sql": each} for each in ddl_of(dialect, table)], ("sql",), key="sql")
+    statements = ddl_of(dialect, table)
+    if session.output is Format.TABLE:
+        print("\n".join(statements))
+    else:
+        session.print_rows([{"sql": each} for each in statements], ("sql",), key="sql")
 
 
 @verb(app, "list")
