@@ -53,6 +53,7 @@ class FakeApi:
 
 
 def raised(fault: httpx.Response | Exception) -> httpx.Response:
+    """A copy, since a response is read once; or raises the error."""
     if isinstance(fault, Exception):
         raise fault
-    return fault
+    return httpx.Response(fault.status_code, headers=fault.headers, content=fault.content)

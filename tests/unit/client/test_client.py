@@ -1,11 +1,12 @@
-"""The client of the API, in both colours: what it sends, what it makes of answers, and what it never gives away."""
+"""The client of the API, in both colours: what it sends, makes of answers, and never gives away."""
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import pickle
+import subprocess
+import sys
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.unit.client.api import TOKEN, URL, FakeApi, problem
+from tests.unit.client.api import TOKEN, URL, FakeApi, problem, raised
 from worker import client as package
 from worker.client import (
     AsyncClient,
@@ -123,10 +124,10 @@ async def test_a_limit_says_when_to_try_again(made: Callable[..., Colour], naps:
 async def test_a_server_cannot_make_a_client_sleep_for_days(made: Callable[..., Colour], naps: list[float]):
     answer = problem(429, "too_many_requests", Retry_After=999_999_999)
 
-    with pytest.raises(TooManyRequests) as raised:
+    with pytest.raises(TooManyRequests) as caught:
         await made(lambda request: answer, retry_for=30)("start", "org_a", "export")
 
-    assert (naps, raised.value.retry_after) == ([], plans.LONGEST_RETRY_AFTER)
+    assert (naps, caught.value.retry_after) == ([], plans.LONGEST_RETRY_AFTER)
 
 
 @pytest.mark.parametrize(
@@ -148,10 +149,10 @@ async def test_a_problem_is_a_type_with_its_fix(
 ):
     answer = problem(status, code, field="params.page")
 
-    with pytest.raises(kind) as raised:
+    with pytest.raises(kind) as caught:
         await made(lambda request: answer)("run", "run-1")
 
-    error = raised.value
+    error = caught.value
     assert (error.status, error.code, error.field) == (status, code, "params.page")
     assert (error.message, error.fix) == (f"the detail of {code}", "the fix")
     assert error.is_final == (status in (400, 404, 422))
@@ -177,14 +178,13 @@ async def test_a_problem_is_a_type_with_its_fix(
         httpx.Response(200, content=b"1" * 5_000_000),
         httpx.Response(200, headers={"content-encoding": "gzip"}, content=b""),
     ],
-    ids=str,
 )
 async def test_what_is_not_the_api_is_a_bad_answer(made: Callable[..., Colour], answer: httpx.Response):
     asked = []
 
     def serve(request: httpx.Request) -> httpx.Response:
         asked.append(str(request.url))
-        return answer
+        return raised(answer)
 
     with pytest.raises(BadAnswer):
         await made(serve, retry_for=30)("run", "run-1")
@@ -267,7 +267,11 @@ async def test_the_token_is_in_nothing_that_people_see(
             texts.append(repr(await client("run", "run-1")))
         except ClientError as error:
             texts += [*traceback.format_exception(error), repr(error), repr(vars(error))]
-            assert error.__context__ is None or error.__suppress_context__ or TOKEN not in repr(error.__context__)
+            assert (
+                error.__context__ is None
+                or error.__suppress_context__
+                or TOKEN not in repr(error.__context__)
+            )
     texts += [record.getMessage() for record in caplog.records]
 
     assert [text for text in texts if TOKEN in text] == []
@@ -290,10 +294,10 @@ async def test_the_token_is_in_nothing_that_people_see(
 )
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_an_address_that_would_give_the_token_away_is_refused(kind: Any, url: str, more: dict[str, bool]):
-    with pytest.raises(ConfigurationError) as raised:
+    with pytest.raises(ConfigurationError) as caught:
         kind(url, TOKEN, **more)
 
-    assert "secret" not in str(raised.value)
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8470", "http://localhost:8470/", "http://[::1]:8470"])
@@ -429,7 +433,7 @@ def test_a_wait_gives_up_when_the_api_is_away_for_too_long():
         plan.send(lost)
 
 
-@pytest.mark.parametrize("piece", [b"x" * 1000, b"data: x\n" * 100, b"\n" * 500 + b"y" * 600])
+@pytest.mark.parametrize("piece", [b"x" * 1000, b"data: x\n" * 100])
 def test_events_without_an_end_are_not_kept(piece: bytes):
     reader = EventReader()
     with pytest.raises(BadAnswer, match="too large"):
@@ -444,13 +448,9 @@ def test_a_plan_asks_for_what_it_needs_and_nothing_else():
     assert step == Send("GET", "/runs/run-1")
 
 
-def test_a_client_that_only_inserts_needs_no_http(tmp_path: Any):
+def test_a_product_that_only_inserts_needs_no_http():
     """`Outbox` in a request handler must not load what it does not use."""
-    import subprocess
-    import sys
-
     code = "import sys; from worker.client import Outbox; print('httpx' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout == "False\n"
-    gc.collect()
