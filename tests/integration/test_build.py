@@ -152,7 +152,7 @@ def test_a_change_makes_another_build_and_version(built: dict[str, Path], tmp_pa
         assert wheel.read("worker/commit").decode().strip() == git(folder, "rev-parse", "HEAD") + "+changes"
 
 
-@pytest.mark.parametrize("name", ["orgworker", "orgworker_guard"])
+@pytest.mark.parametrize("name", ["orgworker", "orgworker_guard", "orgworker_client"])
 def test_the_wheel_of_the_sdist_is_the_wheel(
     built: dict[str, Path], checkout: Path, tmp_path: Path, name: str
 ):

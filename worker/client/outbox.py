@@ -180,7 +180,8 @@ class Outbox:
     def _execute(self, connection: Any, statement: str, values: Mapping[str, Any]) -> Any:
         """Execute on any sync connection; returns what has its rows."""
         statement = self.written(statement)
-        if _module_of(connection) == "sqlalchemy" and hasattr(connection, "execute"):
+        # A connection of SQLAlchemy's pool wraps the driver's, and is used as that.
+        if _module_of(connection) == "sqlalchemy" and not hasattr(connection, "dbapi_connection"):
             from sqlalchemy import text
 
             result = connection.execute(text(statement), dict(values))
@@ -216,7 +217,6 @@ def _style_of(connection: Any) -> str | None:
         # Django takes %s for every database.
         return "format"
     if module == "sqlalchemy":
-        # A connection of a pool, which wraps the driver's.
         return _style_of(connection.dbapi_connection)
     if module == "aiosqlite":
         return "qmark"

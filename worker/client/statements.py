@@ -81,7 +81,7 @@ _DDL: Mapping[Dialect, tuple[str, ...]] = {
     ),
     "sqlite": (
         """CREATE TABLE {table} (
-  id INTEGER PRIMARY KEY AUTOINCREMENT,
+  id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT,
   org TEXT NOT NULL,
   definition TEXT NOT NULL,
   params TEXT NOT NULL,

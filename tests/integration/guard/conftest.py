@@ -45,8 +45,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def alone(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of that environment; dependencies are linked, nothing is downloaded."""
-    folder = tmp_path_factory.mktemp("guard") / "venv"
+    """The interpreter of that environment."""
+    return installed_alone(wheel, tmp_path_factory.mktemp("guard") / "venv")
+
+
+def installed_alone(wheel: Path, folder: Path) -> Path:
+    """The interpreter of an environment with a wheel alone; dependencies are linked, nothing is downloaded."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
     install = [
@@ -64,8 +68,8 @@ def alone(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(subprocess.check_output([python, "-c", where], text=True).strip())
     lent = Path(sysconfig.get_path("purelib"))
-    guard = [str(each) for each in distribution_of(site).requires or ()]
-    for installed in needed(guard).values():
+    requires = [str(each) for each in distribution_of(site).requires or ()]
+    for installed in needed(requires).values():
         for name in {
             file.parts[0] for file in installed.files or () if file.parts[0] not in ("..", "__pycache__")
         }:
@@ -74,7 +78,8 @@ def alone(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def distribution_of(site: Path) -> Distribution:
-    [folder] = site.glob("orgworker_guard-*.dist-info")
+    """The slim distribution that is installed there."""
+    [folder] = site.glob("orgworker_*.dist-info")
     return Distribution.at(folder)
 
 
