@@ -38,6 +38,8 @@ CONNECT, READ, EXCHANGE = 5.0, 15.0, 30.0
 # The API sends at least a comment every 15 s.
 QUIET = 45.0
 RETRY_FOR = 30.0
+# Bytes of a token that is masked; a shorter one is a test's, and would be found in other words.
+LEAST_MASKED = 8
 
 
 def token_file(path: str | Path) -> Callable[[], str]:
@@ -159,7 +161,9 @@ class _Body:
     def reply(self) -> Reply:
         response = self._response
         # A server that sends the token back gets it into no error and no log of ours.
-        content = bytes(self._content.replace(self._token, b"[token]"))
+        content = bytes(self._content)
+        if len(self._token) >= LEAST_MASKED:
+            content = content.replace(self._token, b"[token]")
         return Reply(response.status_code, dict(response.headers), content)
 
 

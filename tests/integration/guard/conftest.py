@@ -50,7 +50,7 @@ def alone(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def installed_alone(wheel: Path, folder: Path) -> Path:
-    """The interpreter of an environment with a wheel alone; dependencies are linked, nothing is downloaded."""
+    """The interpreter of an environment with this wheel; dependencies are linked, nothing is downloaded."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
     install = [
