@@ -53,7 +53,7 @@ _INSTALLER = re.compile(
 # A command over two lines: in a shell, or in a sentence or comment that breaks around `install`.
 _WRAPPED = re.compile(r"\\\n\s*|(?<=install)\n(?:# )?|(?<=pip|ipx)\n(?:# )?(?=install)")
 # A requirement by name, unlike the path of a wheel.
-_OURS = re.compile(r"['\"]?orgworker([-_]guard)?(\[[\w,-]*\])?([=<>~!@].*)?['\"]?[.,:]?$")
+_OURS = re.compile(r"['\"]?orgworker([-_](guard|client))?(\[[\w,-]*\])?([=<>~!@].*)?['\"]?[.,:]?$")
 
 
 @dataclass(frozen=True)
