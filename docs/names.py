@@ -1,7 +1,8 @@
 """Find names that break the rules: `python -m docs.names`.
 
-A public class of `worker/` has one home. A maximum is called `MAX_` with its noun, and each constant has a
-statement of its own. Prints `FILE:LINE: what is wrong` for each problem of a rule in `ENFORCED`, and exits 1
+A public class of `worker/` has one home; those of `worker/client`, which products import as a distribution of
+its own, are counted apart. A maximum is called `MAX_` with its noun, and each constant has a statement of its
+own. Prints `FILE:LINE: what is wrong` for each problem of a rule in `ENFORCED`, and exits 1
 if there is one; of the other rules it prints how many problems there are.
 """
 
@@ -24,6 +25,8 @@ EXCEPTIONS: Mapping[str, str] = {
     "RequireToken": "worker.guard publishes it for ASGI and for WSGI",
 }
 
+# A distribution that shares no module with the rest, unlike the guard.
+APART = "worker/client/"
 _CONSTANT = re.compile(r"_?[A-Z][A-Z0-9_]*")
 _OLD_MAXIMUM = re.compile(r"_?MOST(_[A-Z0-9_]+)?")
 
@@ -47,7 +50,8 @@ def problems(sources: Mapping[str, str], exceptions: Mapping[str, str] = EXCEPTI
             if isinstance(statement, ast.ClassDef):
                 found += _constants(_statements(statement.body), path)
                 if not statement.name.startswith("_"):
-                    homes[statement.name].append(f"{path}:{statement.lineno}")
+                    own = APART if path.startswith(APART) else ""
+                    homes[own + statement.name].append(f"{path}:{statement.lineno}")
     for name, places in homes.items():
         if len(places) > 1 and name not in exceptions:
             text = f"class {name} has {len(places)} homes, rename all but one: {', '.join(places)}"

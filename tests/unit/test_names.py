@@ -55,3 +55,12 @@ def test_the_worker_has_no_such_problem():
 
     assert check.returncode == 0, check.stdout
     assert len(EXCEPTIONS) <= MAX_EXCEPTIONS and all(EXCEPTIONS.values())
+
+
+def test_the_clients_names_are_counted_apart():
+    """Products import them from a distribution of its own."""
+    twice = {"worker/client/errors.py": "class NotFound: ...", "worker/errors.py": "class NotFound: ..."}
+    within = {"worker/client/errors.py": "class NotFound: ...", "worker/client/x.py": "class NotFound: ..."}
+
+    assert problems(twice, {}) == []
+    assert len(problems(within, {})) == 1

@@ -123,7 +123,7 @@ def test_toml_on_a_page_is_what_its_reader_takes(tmp_path: Path):
 
 def is_there(module: str, name: str) -> bool:
     # The same modules, in a distribution of their own.
-    module = re.sub(r"^orgworker_guard\b", "worker.guard", module)
+    module = re.sub(r"^orgworker_(guard|client)\b", r"worker.\1", module)
     owner = importlib.import_module(module)
     return hasattr(owner, name) or importlib.util.find_spec(f"{module}.{name}") is not None
 

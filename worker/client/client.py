@@ -34,7 +34,9 @@ T = TypeVar("T")
 # A token, or what reads it: called for each request, so that a token in a file can be replaced.
 Token = str | Callable[[], str]
 # Seconds.
-CONNECT, READ, EXCHANGE = 5.0, 15.0, 30.0
+CONNECT = 5.0
+READ = 15.0
+EXCHANGE = 30.0
 # The API sends at least a comment every 15 s.
 QUIET = 45.0
 RETRY_FOR = 30.0
@@ -133,7 +135,7 @@ class _Body:
     def __init__(self, step: Send | Listen, response: httpx.Response, token: str) -> None:
         if response.headers.get("content-encoding", "identity").lower() != "identity":
             raise BadAnswer(
-                "the answer is compressed, which nobody asked for", fix="see the proxy before the API"
+                "the answer is compressed, which was not asked for", fix="see the proxy before the API"
             )
         self._token = token.encode()
         self._response = response
@@ -214,7 +216,7 @@ class Client(_Endpoint):
         return self._take(plans.show(run_id, self._retries()))
 
     def wait(self, run_id: str, *, timeout: float | None = None) -> Run:
-        """The run once it has ended, however it ended. Raises WaitTimeout after so many seconds."""
+        """The run once it has ended, however it ended. Raises WaitTimeout after `timeout` seconds."""
         return self._take(plans.wait(run_id, timeout, self._retries()))
 
     def close(self) -> None:
@@ -302,7 +304,7 @@ class AsyncClient(_Endpoint):
         return await self.send_start(request)
 
     async def send_start(self, request: plans.StartRequest, *, retry_for: float | None = None) -> Started:
-        """Send a checked request, repeated for so many seconds."""
+        """Send a checked request, repeated for `retry_for` seconds."""
         return await self._take(plans.start(request, self._retries(retry_for)))
 
     async def run(self, run_id: str) -> Run:

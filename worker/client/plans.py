@@ -60,7 +60,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Listen:
-    """An event stream for `reader`, until its run has ended, or for so many seconds."""
+    """An event stream for `reader`, until its run has ended, or for `seconds`."""
 
     path: str
     reader: EventReader
@@ -182,7 +182,7 @@ def wait(run_id: str, seconds: float | None, retries: Retries) -> Plan[Run]:
     """A run that has ended, from its events; a stream that ends before is opened again.
 
     Raises:
-        WaitTimeout: it has not ended in so many seconds.
+        WaitTimeout: it has not ended in `seconds`.
     """
     path = f"/runs/{_segment(run_id, 'run')}/events?after={NO_LOG}"
     reader, until, tries = EventReader(), None if seconds is None else retries.monotonic() + seconds, 0

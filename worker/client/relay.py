@@ -29,12 +29,16 @@ from .results import Started
 
 T = TypeVar("T")
 # Seconds that a claim holds, and in which a round sends; the rest is for the last answer and the marks.
-LEASE, ROUND = 90.0, 3.0
+LEASE = 90.0
+ROUND = 3.0
 # Definitions of a round, rows of each, and requests at once.
-STREAMS, ROWS, AT_ONCE = 50, 100, 8
+STREAMS = 50
+ROWS = 100
+AT_ONCE = 8
 # Seconds between two looks at an empty outbox, and the pauses after failures.
 POLL = 1.0
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+FIRST_PAUSE = 1.0
+LONGEST_PAUSE = 60.0
 # Sent rows are kept as long, for `Outbox.find`; those of a second are deleted at most.
 KEEP = timedelta(days=7)
 DELETED = 500

@@ -124,7 +124,7 @@ FROM {table}
 WHERE state = 'waiting' AND org = :org AND definition = :definition AND not_before <= {now} AND id >= :head
 ORDER BY id LIMIT :most"""
 SENDING = "UPDATE {table} SET first_sent_at = {now} WHERE id = :id AND first_sent_at IS NULL"
-# An accepted start is one, whoever else has marked the row.
+# An accepted start stays one, whatever another relay has marked.
 SENT = """UPDATE {table} SET state = 'sent', run_id = :run, error = :error, ended_at = {now}, claim = NULL
 WHERE id = :id AND state <> 'sent'"""
 REFUSED = """UPDATE {table} SET state = 'refused', error = :error, ended_at = {now}, claim = NULL
@@ -156,7 +156,7 @@ def ddl(dialect: Dialect, table: str) -> tuple[str, ...]:
 
 @lru_cache(256)
 def written(statement: str, dialect: Dialect, table: str, ids: int = 0, *, skip_locked: bool = True) -> str:
-    """A statement for this table, with so many ids as parameters."""
+    """A statement for this table, with this number of ids as parameters."""
     return statement.format(
         table=table,
         now=NOW[dialect],

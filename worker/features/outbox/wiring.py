@@ -33,7 +33,8 @@ DIALECTS: dict[str, Dialect] = {
     "mariadb": "mysql",
     "sqlite": "sqlite",
 }
-EXIT_OK, EXIT_LATER = 0, 75
+EXIT_OK = 0
+EXIT_LATER = 75
 
 
 def run(settings: Settings, *, once: bool) -> int:
@@ -49,7 +50,7 @@ def run(settings: Settings, *, once: bool) -> int:
         if not getattr(relay, name):
             raise _lacking(name)
     read = _token(relay.token_file)
-    # So that a wrong file is told at the start; later ones wait until it is back.
+    # An unusable file ends the start; later on the relay waits until it is back.
     read()
     try:
         client = AsyncClient(relay.api, read, ca_file=relay.ca_file, plain_http=relay.plain_http)
@@ -76,7 +77,7 @@ async def _relay(client: AsyncClient, outbox: Outbox, *, once: bool) -> int:
 
 
 def ddl_of(dialect: Dialect, table: str) -> Sequence[str]:
-    """The statements that make the table; raises ConfigurationError for a name that is none."""
+    """The statements that make the table; raises ConfigurationError for an invalid name."""
     try:
         return [f"{statement};" for statement in Outbox(dialect, table=table).ddl]
     except ClientConfigurationError as error:

@@ -135,7 +135,7 @@ applications = table(
 )
 
 
-# Of those who log in; a starter has a token only.
+# Roles of a login; a starter has a token only.
 ROLES = ("viewer", "operator", "admin", "member", "manager")
 OPERATOR_ROLES = ("starter", "viewer", "operator", "admin")
 SESSION_KINDS = ("operator", "org", "person", "link")
