@@ -67,7 +67,7 @@ class _Endpoint:
     ) -> None:
         self.url = _checked(url, plain_http=plain_http)
         self._token = token
-        self._ca_file = ca_file
+        self._context = None if transport else _trusting(ca_file)
         self._retry_for = retry_for
         self._transport = transport
 
@@ -90,14 +90,8 @@ class _Endpoint:
 
     def _options(self) -> dict[str, Any]:
         """What both of httpx's clients take."""
-        context: ssl.SSLContext | bool = True
-        if self._transport is None:
-            context = httpx.create_ssl_context()
-            context.load_default_certs(ssl.Purpose.SERVER_AUTH)
-            if self._ca_file:
-                context.load_verify_locations(self._ca_file)
         return {
-            "verify": context,
+            "verify": self._context or True,
             "transport": self._transport,
             "follow_redirects": False,
             # A cookie of one caller must not travel with another's request.
@@ -412,6 +406,21 @@ def _checked(url: str, *, plain_http: bool) -> str:
             fix="use https, or plain_http=True within a network that you trust",
         )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+
+
+def _trusting(ca_file: str) -> ssl.SSLContext:
+    """Trusts Mozilla's authorities, the system's, and those of a file; raises ConfigurationError."""
+    context = httpx.create_ssl_context()
+    context.load_default_certs(ssl.Purpose.SERVER_AUTH)
+    try:
+        if ca_file:
+            context.load_verify_locations(ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigurationError(
+            f"ca_file {ca_file} cannot be used: {type(error).__name__}",
+            fix="name a file with certificates in PEM",
+        ) from None
+    return context
 
 
 def _is_local(host: str) -> bool:

@@ -55,9 +55,12 @@ def run(settings: Settings, *, once: bool) -> int:
     try:
         client = AsyncClient(relay.api, read, ca_file=relay.ca_file, plain_http=relay.plain_http)
     except ClientConfigurationError as error:
-        raise ConfigurationError(f"relay.api: {error.message}", fix=error.fix) from None
+        raise ConfigurationError(f"relay: {error.message}", fix=error.fix) from None
     with _engine(relay) as engine:
-        return asyncio.run(_relay(client, _outbox(relay, engine), once=once))
+        try:
+            return asyncio.run(_relay(client, _outbox(relay, engine), once=once))
+        except engine.dialect.loaded_dbapi.Error as error:
+            raise _unavailable(error) from None
 
 
 async def _relay(client: AsyncClient, outbox: Outbox, *, once: bool) -> int:
@@ -68,8 +71,6 @@ async def _relay(client: AsyncClient, outbox: Outbox, *, once: bool) -> int:
     async with client:
         try:
             await client.relay(outbox, once=once, stop=stop, report=emit)
-        except DBAPIError as error:
-            raise _unavailable(error) from None
         except ClientError:
             # The event relay.waiting has said why.
             return EXIT_LATER
@@ -117,7 +118,7 @@ def _connected(relay: RelaySettings) -> Iterator[tuple[Outbox, Any]]:
             with engine.connect() as connection:
                 yield _outbox(relay, engine), connection
         except DBAPIError as error:
-            raise _unavailable(error) from None
+            raise _unavailable(error.orig) from None
 
 
 @contextmanager
@@ -178,9 +179,8 @@ def _lacking(name: str) -> ConfigurationError:
     return ConfigurationError(f"relay.{name} is not set", fix=f"set {name} in [relay] of worker.toml")
 
 
-def _unavailable(error: DBAPIError) -> Unavailable:
-    what = type(error.orig).__name__
+def _unavailable(error: BaseException | None) -> Unavailable:
     return StoreUnavailable(
-        f"the outbox's database answers with an error: {what}",
+        f"the outbox's database answers with an error: {type(error).__name__}",
         fix="check relay.outbox_url and relay.table; `outbox ddl` prints the table",
     )
