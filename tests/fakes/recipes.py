@@ -15,9 +15,13 @@ from tests.fakes.pages import ROOT, blocks
 
 @contextlib.contextmanager
 def product(name: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """The modules of a page by name, written to an empty folder; scripts are left out."""
+    """The modules of a page by name, written to an empty folder; scripts and parts of files are left out."""
     page = ROOT / "docs" / "recipes" / f"{name}.md"
-    files = {block.file: block.text for block in blocks(page.read_text()) if block.language == "python"}
+    files = {
+        block.file: block.text
+        for block in blocks(page.read_text())
+        if block.language == "python" and block.file
+    }
     names = []
     for file, text in files.items():
         (folder / str(file)).write_text(text)

@@ -332,7 +332,9 @@ class SimulatedHelper:
         loop = self._loop = brokers.loop
         self.process = SimulatedProcess(loop, f"{worker.name}/broker", worker)
         self.pid = brokers.number()
-        self._receive: Callable[[Any], None] = lambda message: None
+        # What it says before its worker listens waits in the socket.
+        self._unread: list[Any] = []
+        self._receive: Callable[[Any], None] = self._unread.append
         self._on_death: Callable[[], None] = lambda: None
         self.is_attached = False
         self._down, self._up = Pipe(loop, self.process, LOCAL), Pipe(loop, worker, LOCAL)
@@ -347,6 +349,9 @@ class SimulatedHelper:
 
     def attach(self, on_message: Callable[[Any], None], on_death: Callable[[], None]) -> None:
         self.is_attached, self._receive, self._on_death = True, on_message, on_death
+        for message in self._unread:
+            on_message(message)
+        self._unread.clear()
 
     def send(self, message: Any, descriptors: Sequence[Any] = ()) -> None:
         if message["op"] == "lease":

@@ -117,7 +117,8 @@ class SimulatedChildren(ChildPool):
         self._start_zygote()
 
     def attach(self) -> None:
-        """The zygote is there already."""
+        """Listen to the broker; the zygote is there already."""
+        self.broker.attach()
 
     def take_describing(self) -> None:
         """No process describes handlers: the simulation gives the catalogue."""
@@ -143,7 +144,7 @@ class SimulatedChildren(ChildPool):
             child.freeze()
         up, down = Pipe(loop, self._worker), Pipe(loop, child)
         port, cancelled = ChildPort(loop, services, up, down, self._asks), Cancellation()
-        attempt = _Attempt(work, services, stop, self._clock)
+        attempt = _Attempt(work, services, stop, self._clock, None)
         door, brokered = Door(loop, child), self.broker.serve(work, services)
         brokered.open(door)  # type: ignore[arg-type]
         running = self._running[number] = RunProcess(child, stop, loop.create_future(), brokered.stop)
