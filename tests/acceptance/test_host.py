@@ -227,7 +227,7 @@ def test_the_command_of_the_page_starts_a_host(fleet: Fleet) -> None:
 
 
 def test_doctor_on_a_host_says_what_it_lacks(fleet: Fleet) -> None:
-    checks = ("token", "control", "sandbox", "network", "changeable_files", "trusted_code")
+    checks = ("token", "control", "sandbox", "network", "broker", "changeable_files", "trusted_code")
     folder = fleet.hosts.prepare("doctor", ports=fleet.ports[:1])
 
     def failed(mode: str) -> tuple[int, list[str]]:

@@ -162,6 +162,10 @@ _HAS_POLICY = text(
 # SQLSTATEs: the login may not grant in the schema, or not act as the owner of the functions.
 _DENIED = ("42501", "0LP01")
 _IS_INSTALLED = text("SELECT to_regprocedure(:start) IS NOT NULL AND to_regprocedure(:many) IS NOT NULL")
+_OWNED_BY_OTHERS = text("""
+SELECT 1 FROM pg_proc p JOIN pg_roles r ON r.oid = p.proowner
+WHERE p.oid = to_regprocedure(:function) AND r.rolname <> :owner
+""")
 _LOGINS = text("""
 SELECT r.rolname FROM pg_roles r
 WHERE r.rolname = ANY(:logins)
@@ -187,6 +191,11 @@ def install(connection: Connection) -> bool:
                 connection.execute(text(f"CREATE POLICY {name} ON {table} {policy.format(OWNER)}"))
     nested = connection.begin_nested()
     try:
+        for function in (START, START_MANY):
+            # A restore that gives no owners has made them this login's.
+            named = {"function": f"public.{function}", "owner": OWNER}
+            if connection.execute(_OWNED_BY_OTHERS, named).first() is not None:
+                connection.execute(text(f"DROP FUNCTION public.{function}"))
         connection.execute(text(f"GRANT USAGE, CREATE ON SCHEMA public TO {OWNER}"))
         connection.execute(text(f"SET LOCAL ROLE {OWNER}"))
         for statement in CREATE:

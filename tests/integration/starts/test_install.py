@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import psycopg
+
 from tests.fakes.clock import ManualClock
 from tests.fakes.postgres import Server
 from tests.fakes.rows import reading
@@ -53,3 +55,20 @@ def test_an_owner_that_may_not_installs_them_once_an_administrator_made_the_role
 
     own_postgres.execute(f"GRANT {start_functions.OWNER} TO owner")
     assert is_installed(migrated(own_postgres, "owner", clock))
+
+
+def test_an_upgrade_gives_functions_of_a_restored_database_to_their_role(
+    own_postgres: Server, clock: ManualClock
+) -> None:
+    own_postgres.execute("CREATE ROLE owner LOGIN CREATEROLE")
+    own_postgres.execute("CREATE DATABASE orgworker OWNER owner")
+    assert is_installed(migrated(own_postgres, "owner", clock))
+    owners = "SELECT DISTINCT proowner::regrole::text FROM pg_proc WHERE proname LIKE 'orgworker_start%'"
+    with psycopg.connect(own_postgres.url("orgworker"), autocommit=True) as superuser:
+        for function in (start_functions.START, start_functions.START_MANY):
+            superuser.execute(f"ALTER FUNCTION public.{function} OWNER TO owner")
+        assert superuser.execute(owners).fetchall() == [("owner",)]
+
+        assert is_installed(migrated(own_postgres, "owner", clock))
+
+        assert superuser.execute(owners).fetchall() == [(start_functions.OWNER,)]
