@@ -272,14 +272,17 @@ class _Parts:
             renewal = TokenRenewal(store, self.tokens, handlers, clock, process.random, ahead)
             incarnation.intake["tokens"] = renewal.run
         if database.dialect == "postgresql":
-            # Over a connection of its own, once there are starts: they keep neither firing nor ends waiting.
-            own = database.with_deadline(STATEMENT_DEADLINE)
-            make = partial(own.run, partial(make_runs, own, looking=database))
-            starts = Starts(make, clock, poll=poll, on_made=signals.fired)
-            incarnation.intake["starts"] = starts.run
+            incarnation.intake["starts"] = self._starts(poll).run
         self._add_chores(incarnation.housekeeping, max(poll, 1.0))
         chores.add_to(incarnation.housekeeping)
         return incarnation
+
+    def _starts(self, poll: float) -> Starts:
+        """Over a connection of its own, once there are starts: they keep neither firing nor ends waiting."""
+        database = self.worker.database
+        own = database.with_deadline(STATEMENT_DEADLINE)
+        make = partial(own.run, partial(make_runs, own, looking=database))
+        return Starts(make, self.worker.process.clock, poll=poll, on_made=self.signals.fired)
 
     def _tools(self, steps: StepWriter, limits: LimitSource) -> Tools:
         worker, store, settings = self.worker, self.store, self.worker.settings

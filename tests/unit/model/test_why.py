@@ -32,6 +32,10 @@ REASONS = {
         "secret_bound",
         "pool_mismatch",
         "token_invalid",
+        "params_invalid",
+        "org_inactive",
+        "definition_closed",
+        "overlap",
     ],
     "skipped": ["flag_off", "expired"],
     "failed": [

@@ -28,7 +28,7 @@ CODES = frozenset({"org", "orgs", "codes", "code"})
 LOOPS = frozenset(
     {
         *("access_tokens", "alerts", "deadlines", "failing", "firing", "host_grants", "hosts", "limits"),
-        *("placements", "pools", "steps", "sweeps", "worker_store", "workers"),
+        *("placements", "pools", "starts", "steps", "sweeps", "worker_store", "workers"),
     }
 )
 # What commands and chores of an operator call, by keys or by rows that have their org.
@@ -44,6 +44,7 @@ BY_KEY = {
     "morning": {"codes_of"},
     "org_secrets": {"add"},
     "orgs": {"add"},
+    "product_logins": {"rows_of", "listed"},
     "read": {"calendar"},
     "spending": {"lock_running", "uses"},
     "templates": {

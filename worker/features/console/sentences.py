@@ -65,6 +65,8 @@ WORDS: Mapping[str, str] = {
     "pool.approve": "Approved the handler",
     "pool.forget_rules": "Forgot the rules of the pool",
     "pool.revoke": "Revoked the approval of the handler",
+    "product.allow": "Allowed starts to the login",
+    "product.revoke": "Took starts from the login",
     "property.set": "Set the property",
     "property.unset": "Unset the property",
     "run.answer": "Answered the run",

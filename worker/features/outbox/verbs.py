@@ -30,7 +30,7 @@ def relay(
     starter`. Several may relay one outbox.
     """
     from worker.engine.runners.child.linux import ProcessName, name_process
-    from worker.features.outbox.wiring import run
+    from worker.features.outbox.relaying import run
 
     name_process(ProcessName.RELAY)
     raise typer.Exit(run(session_of(context).settings, once=once))
@@ -46,7 +46,7 @@ def ddl(
     table: Annotated[str, option("--table NAME", "The table's name, also SCHEMA.NAME.")] = "orgworker_outbox",
 ) -> None:
     """Print the statements that make the outbox's table, for a migration of the product."""
-    from worker.features.outbox.wiring import ddl_of
+    from worker.features.outbox.relaying import ddl_of
 
     statements = ddl_of(dialect, table)
     if session.output is Format.TABLE:
@@ -62,7 +62,7 @@ def list_(
     limit: LimitOption = 50,
 ) -> None:
     """List rows of the outbox in relay.outbox_url, by default those that the API has refused, with why."""
-    from worker.features.outbox.wiring import rows
+    from worker.features.outbox.relaying import rows
 
     if not 0 < limit <= MAX_ROWS:
         raise UsageError(f"--limit {limit} is not between 1 and {MAX_ROWS}", fix="such as --limit 50")
@@ -72,6 +72,6 @@ def list_(
 @verb(app, "retry")
 def retry(session: Invocation, row: Annotated[int, argument("ROW", "The number of the row.")]) -> None:
     """Let a refused row wait again, after what refused it was corrected. Exit 3 if there is no such row."""
-    from worker.features.outbox.wiring import retry as let_wait
+    from worker.features.outbox.relaying import retry as let_wait
 
     session.print_row(let_wait(session.settings, row))
