@@ -15,7 +15,7 @@ from tests.fakes.pages import ROOT, blocks
 
 @contextlib.contextmanager
 def product(name: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """The modules of a page by name, written to an empty folder; scripts and parts of files are left out."""
+    """The modules of a page by name, written to an empty folder; no scripts, relays and parts of files."""
     page = ROOT / "docs" / "recipes" / f"{name}.md"
     files = {
         block.file: block.text
@@ -25,7 +25,7 @@ def product(name: str, folder: Path) -> Iterator[dict[str, Any]]:
     names = []
     for file, text in files.items():
         (folder / str(file)).write_text(text)
-        if "django.setup()" not in text:
+        if "django.setup()" not in text and "lifespan_context" not in text:
             names.append(str(file).removesuffix(".py"))
     with (
         mock.patch.object(sys, "path", [str(folder), *sys.path]),
