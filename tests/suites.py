@@ -29,7 +29,8 @@ VARIABLE = "ORGWORKER_SUITE"
 # Which processes and databases a suite needs is up to its files; these look at the whole checkout.
 FOLDERS = ("tests/unit", "tests/integration", "tests/acceptance", "tests/migrations")
 TOGETHER = ("--numprocesses", "2", "--dist", "loadfile")
-_MARK = re.compile(r"^pytestmark\b.*?mark\.feature\(\"(\w+)\"\)", re.MULTILINE)
+_MARKS = re.compile(r"^pytestmark\b.*", re.MULTILINE)
+_FEATURE = re.compile(r"mark\.feature\(\"(\w+)\"\)")
 
 
 @cache
@@ -41,7 +42,7 @@ def features_of(file: Path) -> frozenset[str]:
 def _features_of(file: Path, seen: set[Path]) -> frozenset[str]:
     seen.add(file)
     text = file.read_text(encoding="utf-8")
-    found = set(_MARK.findall(text))
+    found = {name for line in _MARKS.findall(text) for name in _FEATURE.findall(line)}
     beside = [folder / "conftest.py" for folder in file.parents if folder.is_relative_to(ROOT / "tests")]
     wanted = [each for each in beside if each.exists()]
     for module in _imported(ast.parse(text)):

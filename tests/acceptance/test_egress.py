@@ -13,7 +13,7 @@ from tests.fakes.plugins import make_plugin
 from tests.fakes.site import Site, application, definition, wait_until
 from tests.fakes.traffic import Seen, traffic
 
-pytestmark = pytest.mark.feature("egress")
+pytestmark = [pytest.mark.feature("egress"), pytest.mark.feature("org_secrets")]
 KEY = "sk-canary-of-acme-0123456789"
 SOURCE = """
 import json, socket

@@ -20,7 +20,7 @@ from tests.fakes.traffic import traffic
 from tests.faults.proxy import Proxy
 from worker.engine.runners.child import linux
 
-pytestmark = pytest.mark.feature("egress")
+pytestmark = [pytest.mark.feature("egress"), pytest.mark.feature("hosts"), pytest.mark.feature("org_secrets")]
 KEY = "sk-canary-of-acme-0123456789"
 LEASE = 4.0
 EXECUTION = f'lease = "{LEASE:g}s"\nrenew = "300ms"\nmax_children = 0\nmax_inline = 0'

@@ -17,7 +17,7 @@ from tests.fakes.site import AUDIENCE, Site, application, definition
 from tests.fakes.traffic import Seen, Traffic, traffic
 from worker.demo.provider import Provider
 
-pytestmark = [pytest.mark.feature("egress"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.feature("egress"), pytest.mark.feature("org_secrets"), pytest.mark.timeout(300)]
 KEY = "sk-canary/of+acme-0123456789"
 VARIABLE = "canary-of-the-environment-0123456789"
 SOURCE = """
