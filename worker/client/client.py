@@ -23,7 +23,6 @@ import httpx
 from . import plans
 from .errors import BadAnswer, ConfigurationError, Unavailable
 from .plans import BASE, Listen, Plan, Reply, Retries, Send
-from .report import Report, log
 from .results import Run, Started
 
 if TYPE_CHECKING:
@@ -315,7 +314,6 @@ class AsyncClient(_Endpoint):
         *,
         once: bool = False,
         stop: asyncio.Event | None = None,
-        report: Report = log,
         **how: Any,
     ) -> RelayCounts:
         """Start what the outbox has, until `stop` is set; with `once` until nothing is due.
@@ -324,7 +322,7 @@ class AsyncClient(_Endpoint):
         """
         from .relay import Relay
 
-        return await Relay(self, outbox, report=report, **how).run(once=once, stop=stop)
+        return await Relay(self, outbox, **how).run(once=once, stop=stop)
 
     async def aclose(self) -> None:
         """Close this loop's connections; a later call opens new ones."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,10 +25,11 @@ from . import statements
 from .errors import ClientError, ConfigurationError, Conflict, InvalidRequest, Unavailable
 from .outbox import Outbox
 from .plans import SHOWN, StartRequest, start_request
-from .report import Report, log
 from .results import Started
 
 T = TypeVar("T")
+# Called with the name of an event and its fields.
+Report = Callable[..., object]
 # Seconds that a claim holds, and in which a round sends; the rest is for the last answer and the marks.
 LEASE = 90.0
 ROUND = 3.0
@@ -46,6 +48,13 @@ DELETED = 500
 KEY_HOLDS = timedelta(days=6)
 # Tries of a row that the state of its definition does not allow: after a week it is refused.
 MAX_TRIES = 10_000
+
+
+def log(event: str, /, **fields: Any) -> None:
+    """Log an event under the package's name: what somebody has to look at as a warning."""
+    level = logging.INFO if event in ("relay.started", "relay.stopped", "relay.back") else logging.WARNING
+    shown = " ".join(f"{name}={value}" for name, value in fields.items())
+    logging.getLogger(__package__).log(level, "%s %s", event, shown)
 
 
 class Starter(Protocol):
