@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 
 from worker.errors import WorkerError
 from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, Scope
+from worker.model.definitions.deadline import Deadline
 from worker.model.definitions.definition import Definition, from_spec
 from worker.model.definitions.triggers import Trigger
 from worker.model.runs.fire import decide, spread_of
@@ -52,27 +53,28 @@ def _move_deadlines(connection: Connection, rows: Sequence[Row], *, at: datetime
     """
     if not rows or not deadlines.is_any(connection, scope):
         return
-    of = {row["id"]: row for row in rows}
-    moved = [
-        (each, until)
-        for each in deadlines.stored(connection, scope, of)
-        if (until := _deadline_of(of[each.definition_id], each.scheduled_for)) != each.deadline_at
-        and not (each.is_late and until is not None and until <= at)
-    ]
-    deadlines.drop(connection, [each for each, _ in moved])
-    new = [
-        NewDeadline(each.definition_id, each.org_id, each.scheduled_for, until)
-        for each, until in moved
-        if until is not None
-    ]
-    deadlines.add(connection, new)
+    wanted = {row["id"]: _deadline_of(row) for row in rows}
+    moved, new = [], []
+    for each in deadlines.stored(connection, scope, wanted):
+        deadline = wanted[each.definition_id]
+        until = None if deadline is None else deadline.of(each.scheduled_for)
+        is_still_late = each.is_late and until is not None and until <= at
+        if until != each.deadline_at and not is_still_late:
+            moved.append(each)
+        elif each.is_late:
+            continue
+        if until is not None:
+            # Also of one that stays: a moved one may come to its time, and the last scheduled time counts.
+            new.append(NewDeadline(each.definition_id, each.org_id, each.scheduled_for, until))
+    if moved:
+        deadlines.drop(connection, moved)
+        deadlines.add(connection, new)
 
 
-def _deadline_of(row: Row, scheduled_for: datetime) -> datetime | None:
+def _deadline_of(row: Row) -> Deadline | None:
     if row["closed_at"] is not None or not row["enabled"] or row["org_state"] in deadlines.UNWANTED:
         return None
-    found = from_spec(row["org"], row["name"], row["spec"]).deadline(row["org_timezone"])
-    return None if found is None else found.of(scheduled_for)
+    return from_spec(row["org"], row["name"], row["spec"]).deadline(row["org_timezone"])
 
 
 def settle(connection: Connection, rows: Sequence[Row], *, at: datetime, scope: Scope) -> None:

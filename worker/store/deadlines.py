@@ -8,10 +8,11 @@ each in the order of definitions, as firing does.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import NamedTuple
+from itertools import groupby
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
@@ -19,6 +20,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     delete,
+    exists,
     func,
     literal_column,
     or_,
@@ -86,22 +88,22 @@ def pass_due(connection: Connection) -> tuple[list[Late], bool]:
     passed = [NewDeadline(*(getattr(row, name) for name in NewDeadline._fields)) for row in rows]
     _remove(connection, passed)
     wanted = _wanted(connection, {each.definition_id for each in passed})
-    done = _done_until(connection, wanted, min((each.scheduled_for for each in passed), default=now))
+    # The oldest of each comes last.
+    newest_first = sorted(passed, key=lambda each: each.scheduled_for, reverse=True)
+    since = {each.definition_id: each.scheduled_for for each in newest_first if each.definition_id in wanted}
+    done = _done_until(connection, since)
     undone = [each for each in passed if each.definition_id in wanted and not _is_done(each, done)]
     return _mark(connection, undone), len(rows) == BATCH
 
 
 def end_done(connection: Connection, ids: Collection[DefinitionId]) -> list[Done]:
     """Drop what these definitions have done; returns those of them that were late until now."""
-    oldest = [
-        at
-        for table in (_deadlines, _late)
-        for (at,) in rows_among(
-            connection, select(func.min(table.c.scheduled_for)), table.c.definition_id, ids
-        )
-        if at is not None
-    ]
-    done = _done_until(connection, ids, min(oldest)) if oldest else {}
+    oldest: dict[DefinitionId, datetime] = {}
+    for table in (_deadlines, _late):
+        first = select(table.c.definition_id, func.min(table.c.scheduled_for)).group_by(table.c.definition_id)
+        for id_, at in rows_among(connection, first, table.c.definition_id, ids):
+            oldest[id_] = min(at, oldest.get(id_, at))
+    done = _done_until(connection, oldest)
     if not done:
         return []
     of_done = delete(_deadlines).where(
@@ -128,7 +130,7 @@ def check(connection: Connection, after: DefinitionId | None = None) -> CheckedL
     page = select(_late.c.definition_id, _late.c.scheduled_for).where(*above(_late.c.definition_id, after))
     rows = connection.execute(page.order_by(_late.c.definition_id).limit(BATCH)).all()
     late: dict[DefinitionId, datetime] = {row.definition_id: row.scheduled_for for row in rows}
-    done = _done_until(connection, late, min(late.values())) if late else {}
+    done = _done_until(connection, late)
     ended = [id_ for id_, at in late.items() if id_ in done and at <= done[id_]]
     return CheckedLate(ended, rows[-1].definition_id if len(rows) == BATCH else None)
 
@@ -144,11 +146,14 @@ class StoredDeadline(NamedTuple):
 
 
 def stored(connection: Connection, scope: Scope, ids: Iterable[DefinitionId]) -> list[StoredDeadline]:
-    """The deadlines of these definitions of one org or of all, and those of them that are late."""
+    """The deadlines of these definitions of one org or of all, locked, and those of them that are late."""
     ids, found = list(ids), []
     for table, at in ((_deadlines, _deadlines.c.deadline_at), (_late, _late.c.late_at)):
         query = select(table.c.definition_id, table.c.org_id, table.c.scheduled_for, at)
         query = query.where(*in_scope(table.c.org_id, scope))
+        if table is _deadlines:
+            # What `pass_due` has taken meanwhile is then seen among those that are late.
+            query = query.order_by(table.c.definition_id, table.c.deadline_at).with_for_update()
         rows = rows_among(connection, query, table.c.definition_id, ids)
         found += [
             StoredDeadline(id_, org_id, nominal, until, table is _late)
@@ -177,10 +182,16 @@ def drop(connection: Connection, dropped: Iterable[StoredDeadline]) -> None:
 
 
 def forget_late(connection: Connection, age: timedelta, *, limit: int) -> int:
-    """Drop definitions that are late for a scheduled time longer than `age` ago: its run is gone, too."""
-    old = select(_late.c.definition_id).where(_late.c.scheduled_for < database_now(connection) - age)
-    ids = connection.execute(old.order_by(_late.c.definition_id).limit(limit)).scalars().all()
-    return connection.execute(delete(_late).where(_late.c.definition_id.in_(ids))).rowcount if ids else 0
+    """Drop definitions that are late for a scheduled time longer than `age` ago, and have no unfinished run.
+
+    The run of that time is gone, too.
+    """
+    unfinished = exists().where(_live.c.definition_id == _late.c.definition_id)
+    old = (_late.c.scheduled_for < database_now(connection) - age, ~unfinished)
+    query = select(_late.c.definition_id).where(*old).order_by(_late.c.definition_id).limit(limit)
+    ids = connection.execute(query).scalars().all()
+    gone = delete(_late).where(_late.c.definition_id.in_(ids), *old)
+    return connection.execute(gone).rowcount if ids else 0
 
 
 def with_deadline(connection: Connection, scope: Scope) -> list[Row]:
@@ -220,20 +231,35 @@ def _wanted(connection: Connection, ids: Collection[DefinitionId]) -> set[Defini
     return {id_ for (id_,) in rows_among(connection, query, _definitions.c.id, ids)}
 
 
+def _groups(
+    since: Mapping[DefinitionId, datetime], by: Callable[[datetime], Any]
+) -> Iterator[tuple[datetime, list[DefinitionId]]]:
+    """Definitions whose times are the same by `by`, with the first of these times."""
+    in_order = sorted(since, key=lambda id_: (since[id_], id_))
+    for _, group in groupby(in_order, key=lambda id_: by(since[id_])):
+        ids = list(group)
+        yield since[ids[0]], ids
+
+
 def _done_until(
-    connection: Connection, ids: Iterable[DefinitionId], since: datetime
+    connection: Connection, since: Mapping[DefinitionId, datetime]
 ) -> Mapping[DefinitionId, datetime]:
-    """The last scheduled time of each definition that is done, among the runs made `since`."""
+    """The last scheduled time of each definition that is done, among the runs made since its time.
+
+    By day: one that is late for weeks must not have the runs of weeks read of all others.
+    """
     # As the condition of an index says it.
     is_done = or_(
         _runs.c.state == literal_column("'succeeded'"),
         and_(_runs.c.state == literal_column("'skipped'"), _runs.c.reason == "flag_off"),
     )
-    mine = (_runs.c.definition_id == _definitions.c.id, _runs.c.id >= lowest_id(since), is_done)
-    last = select(func.max(_runs.c.scheduled_for)).where(*mine).correlate(_definitions).scalar_subquery()
-    query = select(_definitions.c.id, last)
-    found = rows_among(connection, query, _definitions.c.id, ids)
-    return {id_: at for id_, at in found if at is not None}
+    done: dict[DefinitionId, datetime] = {}
+    for first, ids in _groups(since, datetime.date):
+        mine = (_runs.c.definition_id == _definitions.c.id, _runs.c.id >= lowest_id(first), is_done)
+        last = select(func.max(_runs.c.scheduled_for)).where(*mine).correlate(_definitions).scalar_subquery()
+        found = rows_among(connection, select(_definitions.c.id, last), _definitions.c.id, ids)
+        done |= {id_: at for id_, at in found if at is not None}
+    return done
 
 
 def _is_done(each: NewDeadline, done: Mapping[DefinitionId, datetime]) -> bool:
@@ -287,20 +313,20 @@ def _reasons(
     connection: Connection, late: Sequence[NewDeadline]
 ) -> dict[DefinitionId, tuple[RunId | None, str]]:
     """Of each definition its newest run since that scheduled time, and why it is not done."""
-    if not late:
-        return {}
-    since = min(each.scheduled_for for each in late)
-    mine = (_runs.c.definition_id == _definitions.c.id, _runs.c.id >= lowest_id(since))
-    # Of runs that are made within a second, the id does not say which is newer.
-    newest = select(_runs.c.id).where(*mine, _runs.c.scheduled_for >= since)
-    newest = newest.order_by(_runs.c.id.desc()).limit(1).correlate(_definitions)
-    skipped = select(_skips.c.reason).where(
-        _skips.c.definition_id == _definitions.c.id, _skips.c.skipped_until >= since
-    )
-    skipped = skipped.order_by(_skips.c.skipped_from.desc()).limit(1).correlate(_definitions)
-    query = select(_definitions.c.id, newest.scalar_subquery(), skipped.scalar_subquery())
-    ids = [each.definition_id for each in late]
-    found = {id_: (run, skip) for id_, run, skip in rows_among(connection, query, _definitions.c.id, ids)}
+    found: dict[DefinitionId, tuple[RunId | None, str | None]] = {}
+    times = {each.definition_id: each.scheduled_for for each in late}
+    for since, ids in _groups(times, lambda at: at):
+        mine = (_runs.c.definition_id == _definitions.c.id, _runs.c.id >= lowest_id(since))
+        # Of runs that are made within a second, the id does not say which is newer.
+        newest = select(_runs.c.id).where(*mine, _runs.c.scheduled_for >= since)
+        newest = newest.order_by(_runs.c.id.desc()).limit(1).correlate(_definitions)
+        skipped = select(_skips.c.reason).where(
+            _skips.c.definition_id == _definitions.c.id, _skips.c.skipped_until >= since
+        )
+        skipped = skipped.order_by(_skips.c.skipped_from.desc()).limit(1).correlate(_definitions)
+        query = select(_definitions.c.id, newest.scalar_subquery(), skipped.scalar_subquery())
+        for id_, run, skip in rows_among(connection, query, _definitions.c.id, ids):
+            found[id_] = run, skip
     states = select(
         _runs.c.id,
         func.coalesce(_runs.c.state, _live.c.state),

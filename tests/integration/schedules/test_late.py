@@ -59,6 +59,10 @@ class Watched:
         with self.timeline.database.autocommit() as connection:
             return definition(connection, ORG, NAME)["late_since"]
 
+    def pending(self) -> list[datetime]:
+        """The scheduled times that have a deadline to come."""
+        return sorted(row["scheduled_for"] for row in self.timeline.stock.all(tables.deadlines))
+
     def edit(self, **changes: Any) -> None:
         edit_definition(self.timeline.database, ORG, NAME, changes, actor="tester")
 
@@ -226,6 +230,17 @@ async def test_an_edit_moves_deadlines_that_were_decided_before(watched: Watched
     watched.edit(done_within="10m")
     await watched.look()
     assert watched.late_since == utc("2027-01-05T03:10")
+
+
+async def test_deadlines_that_meet_after_an_edit_wait_for_the_last_scheduled_time(watched: Watched) -> None:
+    watched.start("2027-01-04T00:30", schedule="0 1,3 * * *", done_within="3h", overlap="allow")
+    await watched.go("2027-01-04T03:10")
+    assert [at.hour for at in watched.pending()] == [1, 3]
+
+    # 01:00 was due by 04:00, 03:00 by 06:00: both are due by 06:00 now.
+    watched.edit(done_within=None, done_by="06:00")
+
+    assert [at.hour for at in watched.pending()] == [3]
 
 
 async def test_a_disabled_definition_is_not_late(watched: Watched) -> None:

@@ -37,6 +37,12 @@ class Plant:
         given = {"scheduled_for": at, "available_at": at, "origin": origin} | values
         return self.stock.run(self.org, self.definition, **given)
 
+    def run_stored(self, at: datetime) -> NewRun:
+        """A run without a deadline."""
+        run = self.run(at)
+        self.stock.within(firing.write, [run])
+        return run
+
     def fire(self, until: datetime, at: datetime | None = None, **values: object) -> NewRun:
         """A scheduled time that has become a run, with its deadline."""
         run = self.run(at, **values)
@@ -268,12 +274,31 @@ def test_what_was_done_while_no_worker_looked_is_found_in_pages(
 
 def test_what_can_no_longer_be_retried_is_forgotten(plant: Plant, clock: ManualClock) -> None:
     run = plant.fire(plant.at + HOUR)
-    plant.end(run, "failed", "error")
     plant.passed()
+    # It still waits, however long that takes.
+    assert plant.stock.within(deadlines.forget_late, HOUR, limit=10) == 0
+
+    plant.end(run, "failed", "error")
+    with plant.stock.database.transaction() as connection:
+        connection.execute(tables.live_runs.delete())
 
     assert plant.stock.within(deadlines.forget_late, DAY, limit=10) == 0
     assert plant.stock.within(deadlines.forget_late, HOUR, limit=10) == 1
     assert plant.late() == []
+
+
+def test_each_definition_that_is_late_has_its_own_reason(stock: Stock) -> None:
+    early, missed = Plant(stock), Plant(stock)
+    early.end(early.fire(early.at + HOUR), "failed", "error")
+    # A run of the second definition has succeeded, for a time before the one that was missed.
+    missed.end(missed.run_stored(missed.at + HOUR))
+    last = missed.at + 2 * HOUR
+    stock.within(deadlines.add, [NewDeadline(missed.definition, missed.org, last, last)])
+
+    found = {late.definition_id: late for late in early.passed()}
+
+    assert found[early.definition].why == "failed (error)"
+    assert (found[missed.definition].why, found[missed.definition].run) == ("skipped", None)
 
 
 def test_the_deadlines_of_one_org_are_its_own(stock: Stock) -> None:
