@@ -336,7 +336,6 @@ class SimulatedHelper:
         self._unread: list[Any] = []
         self._receive: Callable[[Any], None] = self._unread.append
         self._on_death: Callable[[], None] = lambda: None
-        self.is_attached = False
         self._down, self._up = Pipe(loop, self.process, LOCAL), Pipe(loop, worker, LOCAL)
         self._worker = worker
         tell = partial(self._up.send, self._told)
@@ -348,7 +347,7 @@ class SimulatedHelper:
         brokers.running[worker] = self
 
     def attach(self, on_message: Callable[[Any], None], on_death: Callable[[], None]) -> None:
-        self.is_attached, self._receive, self._on_death = True, on_message, on_death
+        self._receive, self._on_death = on_message, on_death
         for message in self._unread:
             on_message(message)
         self._unread.clear()

@@ -167,7 +167,7 @@ def not_listed(origin: str, owners: Iterable[Owner]) -> str:
 
 
 def denial(owners: Sequence[Owner]) -> str:
-    """Why an origin was denied, in short: the lists of these owners have it not."""
+    """Why an origin was denied, in short: these owners' lists lack it."""
     places = " and ".join(PLACES[owner] for owner in owners)
     return f"not listed in {places}" if places else "not listed"
 

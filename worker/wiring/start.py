@@ -27,7 +27,7 @@ MakeBroker = Callable[[Settings, Clock, Confinement], EgressBroker]
 # at each step: with Python's default of 5 ms a busy loop slows them to a tenth of their speed.
 SWITCH = 0.0001
 BROKER_FIX = (
-    "correct what it says: the log has more. SSL_CERT_FILE may name a file without a certificate, or the "
+    "fix what it says: the log has details. SSL_CERT_FILE may name a file without a certificate, or the "
     "service may have no memory or process left (MemoryMax, TasksMax)"
 )
 

@@ -8,8 +8,8 @@ from worker.features.egress.restarts import (
     LONGEST_AFTER_UP,
     LONGEST_RESTART,
     RESTART,
-    SILENT,
     STABLE,
+    WAITING,
     Restarts,
 )
 
@@ -63,7 +63,7 @@ def test_one_that_never_answers_is_a_fault_too():
     clock.advance(DOWN - 0.1)
     assert restarts.fault is None
     clock.advance(0.1)
-    assert restarts.fault == SILENT
+    assert restarts.fault == WAITING
 
 
 def test_brokers_that_die_after_they_were_up_are_no_fault():

@@ -205,7 +205,7 @@ def test_a_denied_origin_is_listed_first_and_not_retried(
 
     assert (why.whose, why.probably, why.step.command) == (whose, False, command)
     assert clauses(why).cause == f"EgressDenied: {message}"
-    assert clauses(why).retry == f"a retry is denied again until {where}"
+    assert clauses(why).retry == f"a retry is denied until {where}"
 
 
 def test_a_private_address_needs_private_origins():

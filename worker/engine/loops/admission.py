@@ -100,7 +100,6 @@ class Admission:
 
     async def _admit(self) -> bool:
         if self.fault() is not None:
-            self.taking = False
             return False
         few = min(FEW, sum(self.slots.values()) // 10)
         if self._more_wait and 0 < sum(self._free().values()) < few:

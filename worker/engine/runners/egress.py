@@ -66,7 +66,7 @@ class EgressBroker(Protocol):
 
 
 def unless_starved(outcome: Outcome, brokered: BrokeredAttempt | None) -> Outcome:
-    """The outcome of an attempt; one that failed for want of a broker waits for another worker instead."""
+    """The outcome of an attempt; one that failed because no broker was up waits for another worker."""
     if brokered is None or not brokered.starved:
         return outcome
     match outcome:

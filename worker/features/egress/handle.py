@@ -18,7 +18,7 @@ from worker.engine.runners.child.zygote_handle import HelperProcess
 from worker.engine.runners.contract import RunServices, Work
 from worker.errors import WorkerError
 from worker.features.egress.requests import UNKNOWN_CALL
-from worker.features.egress.restarts import SILENT, START_WITHIN, Restarts
+from worker.features.egress.restarts import RESTART, SILENT, START_WITHIN, Restarts
 from worker.handlers.calls import AskLimits, AskShare, AskToken, Call, NotACall, PauseOrigin, read
 from worker.handlers.given import HeldToken
 from worker.handlers.steps import StepError
@@ -48,6 +48,8 @@ def failed(code: str, message: str, retry_after: float | None = None) -> dict[st
 
 
 ENDED = failed("lease_lost", "the run has ended")
+# Seconds after a broker is up again in which attempts still fail because it was not.
+AFTERWARDS = 60.0
 
 
 class BrokerHandle:
@@ -110,7 +112,7 @@ class BrokerHandle:
             return
         process.attach(self._receive, self._ended)
         if not self._restarts.is_up:
-            self._starting = asyncio.get_running_loop().call_later(START_WITHIN, process.kill)
+            self._starting = asyncio.get_running_loop().call_later(START_WITHIN, self._give_up, process)
         if self._lease is not None:
             process.send(self._lease)
 
@@ -142,7 +144,8 @@ class BrokerHandle:
     def add(self, attempt: _Attempt) -> None:
         """Give the broker an attempt, at its first request."""
         self._attempts[attempt.number] = attempt
-        attempt.starved = self.fault is not None
+        if self.fault is not None:
+            attempt.starve(float("inf"))
         self._introduce(attempt)
 
     def remove(self, attempt: _Attempt) -> None:
@@ -161,7 +164,16 @@ class BrokerHandle:
         for message in attempt.introduction():
             self.send(message)
         if attempt.door is not None:
+            self._give_door(attempt, self._process)
+
+    def _give_door(self, attempt: _Attempt, process: HelperProcess | None) -> None:
+        """Give the broker an attempt's door; later, if this process has no descriptor left for the moment."""
+        if attempt.door is None or process is not self._process or attempt.number not in self._attempts:
+            return
+        try:
             self.send({"op": "door", "number": attempt.number}, attempt.door.fileno())
+        except OSError:
+            asyncio.get_running_loop().call_later(RESTART, self._give_door, attempt, process)
 
     # The process
 
@@ -197,8 +209,12 @@ class BrokerHandle:
         emit("broker.died", pid=pid, attempts=len(self._attempts), reason=reason)
         if self.fault is not None:
             for attempt in self._attempts.values():
-                attempt.starved = True
+                attempt.starve(float("inf"))
         return pause
+
+    def _give_up(self, process: HelperProcess) -> None:
+        self._failure = SILENT
+        process.kill()
 
     def _receive(self, message: dict[str, Any]) -> None:
         attempt = self._attempts.get(message.get("number", 0))
@@ -224,6 +240,9 @@ class BrokerHandle:
         self._restarts.came_up()
         if self._starting is not None:
             self._starting.cancel()
+        for attempt in self._attempts.values():
+            if attempt.starved:
+                attempt.starve(AFTERWARDS)
         emit("broker.started", pid=self.pid)
 
     async def _answer(self, attempt: _Attempt | None, question: Message) -> None:
@@ -246,7 +265,8 @@ class _Attempt:
         self.number = number
         self.services = services
         self.door: socket.socket | None = None
-        self.starved = False
+        # Until when its failure may be for want of a broker, monotonic.
+        self._starved_until = 0.0
         # The totals of brokers that have left it to another one.
         self.counted: list[dict[str, Any]] = []
         self._broker = broker
@@ -255,6 +275,14 @@ class _Attempt:
         self._clock = clock
         self._known = self._stopped = self._ended = False
         self._rows: asyncio.Future[list[dict[str, Any]]] | None = None
+
+    @property
+    def starved(self) -> bool:
+        return self._clock.monotonic() < self._starved_until
+
+    def starve(self, seconds: float) -> None:
+        """If it fails within so many seconds, it does because no broker was up."""
+        self._starved_until = self._clock.monotonic() + seconds
 
     def open(self, door: socket.socket) -> None:
         # Most runs never send a request: the broker hears of those that do.

@@ -13,6 +13,7 @@ STABLE = 2.0
 # Seconds after which a broker that is not up is killed.
 START_WITHIN = 10.0
 SILENT = f"it was not up within {START_WITHIN:g} s"
+WAITING = "it is not up yet"
 # It is a fault if as many starts in a row have failed, or no broker was up for this many seconds. One that
 # comes up and dies is not: what a run sends may be the cause, and one org must not stop those of others.
 FAILED_STARTS = 2
@@ -29,7 +30,7 @@ class Restarts:
         self._failed = 0
         self._pause = 0.0
         # How the last one ended.
-        self.reason = SILENT
+        self.reason = WAITING
 
     @property
     def is_up(self) -> bool:
@@ -44,7 +45,7 @@ class Restarts:
         return self.reason if lasting else None
 
     def came_up(self) -> None:
-        self._up_at, self._failed = self._clock.monotonic(), 0
+        self._up_at, self._failed, self.reason = self._clock.monotonic(), 0, WAITING
 
     def retired(self) -> float:
         """It has ended on its own, for another one; returns the seconds until that starts."""

@@ -50,9 +50,7 @@ class Taking:
                 self.wake.clear()
                 self.ticked_at = self.clock.monotonic()
                 free = self._uncovered()
-                offers = self.offers()
-                self.taking = self.taking and offers
-                if free and offers:
+                if free and self.offers():
                     task = asyncio.create_task(self._take(free))
                     self._open[task] = free
                     task.add_done_callback(self._answered)

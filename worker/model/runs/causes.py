@@ -332,7 +332,7 @@ _BY_OWNER: Mapping[Owner, tuple[Whose, str]] = {
     "definition": ("operator", "list_in_definition"),
     "operator": ("operator", "list_in_settings"),
 }
-_UNTIL_LISTED = "a retry is denied again until {where}"
+_UNTIL_LISTED = "a retry is denied until {where}"
 
 
 def denial_of(error: Mapping[str, Any]) -> Denial | None:

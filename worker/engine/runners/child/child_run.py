@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from worker.clock import Clock
-from worker.engine.runners.child import messages
+from worker.engine.runners.child import linux, messages
 from worker.engine.runners.child.child_process import CHECKED_AT_ONCE, ChildProcess, Ended, Inbox, InboxTurns
 from worker.engine.runners.child.messages import MALFORMED, BrokenMessage, Message
 from worker.engine.runners.contract import (
@@ -327,9 +326,4 @@ def exit_detail(status: int) -> str:
     code = os.waitstatus_to_exitcode(status)
     if code == messages.CHANNEL_CLOSED:
         return "its channel to the worker was closed"
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"signal {signal.Signals(-code).name}"
-    except ValueError:
-        return f"signal {-code}"
+    return linux.exit_words(code)

@@ -407,3 +407,13 @@ def write_cap(descriptor: int, memory: int | None) -> None:
             os.write(descriptor, str(memory).encode())
     finally:
         os.close(descriptor)
+
+
+def exit_words(code: int) -> str:
+    """How a process has ended, by its exit code as `subprocess` has it: `exit code 3`, `signal SIGSEGV`."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:  # a real-time signal has no name
+        return f"signal {-code}"

@@ -62,24 +62,19 @@ class HelperProcess:
                 stdout=subprocess.DEVNULL,
                 start_new_session=own_session,
             )
+            unless_started.callback(self._process.kill)
+            self.pid = self._process.pid
+            self._pidfd = os.pidfd_open(self.pid)
             unless_started.pop_all()
-        self.pid = self._process.pid
-        self._pidfd = os.pidfd_open(self.pid)
         self._sending = threading.Lock()
         self._unsent: deque[tuple[bytes, Sequence[int]]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
-    def is_attached(self) -> bool:
-        return self._loop is not None
-
-    @property
     def end(self) -> str:
         """How it has ended, in words; empty while it lives."""
         code = self._process.poll()
-        if code is None:
-            return ""
-        return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+        return "" if code is None else linux.exit_words(code)
 
     def first_message(self, seconds: float) -> dict[str, Any] | None:
         """Wait for its first message, before it is attached; None if it ends or is silent."""

@@ -129,8 +129,12 @@ class TicketTaking:
     @activity.defn(name=ACTIVITY)
     async def _attempt(self, ticket: str) -> None:
         """One activity: takes the attempt and lasts until it has ended. Never fails."""
-        if self._stopping or not self.offers():
+        if self._stopping:
             return  # it is placed again
+        if not self.offers():
+            # It is placed again, and could come back at once.
+            await wait_for(self.wake, self.poll)
+            return
         taking = asyncio.create_task(self._take(ticket))
         self._takes.add(taking)
         taking.add_done_callback(self._takes.discard)
