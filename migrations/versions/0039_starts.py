@@ -33,7 +33,7 @@ UPDATED = {
     "fillfactor": "70",
 }
 TABLES = ("starts", "product_logins")
-# `roles.grant` makes them at the end of each upgrade, owned by a role that can do nothing else.
+# `start_functions.install` makes them at the end of each upgrade, owned by a role that can do nothing else.
 FUNCTIONS = (
     "orgworker_start(text, text, jsonb, text, timestamptz)",
     "orgworker_start_many(jsonb)",
@@ -92,7 +92,7 @@ def downgrade() -> None:
     if op.get_bind().dialect.name == "postgresql":
         for function in FUNCTIONS:
             op.execute(f"DROP FUNCTION IF EXISTS {function}")
-        # They let the functions read names: see `roles.grant`.
+        # They let the functions read names: see `start_functions.install`.
         for table in ("orgs", "definitions"):
             op.execute(f"DROP POLICY IF EXISTS orgworker_starts ON {table}")
     for table in reversed(TABLES):

@@ -90,11 +90,11 @@ def _require_functions(connection: Connection) -> None:
     _require_postgresql(connection)
     if not start_functions.is_installed(connection):
         raise ConfigurationError(
-            "the function orgworker_start is not installed: `db upgrade` could not make it or its roles",
+            "the function orgworker_start is not installed, or belongs to another role",
             fix="see `A product's login` on the documentation's page Many workers on one PostgreSQL",
         )
 
 
 def _nothing(login: str, code: str | None) -> NotFound:
-    may = "start no runs" if code is None else f"not start runs of {'all orgs' if code == ALL else code}"
-    return NotFound(f"login {login} may {may} as it is", fix="`product list` shows what logins may start")
+    missing = "has no orgs" if code is None else f"has no row for {'all orgs' if code == ALL else code}"
+    return NotFound(f"login {login} {missing}", fix="`product list` shows what logins may start")

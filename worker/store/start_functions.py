@@ -42,6 +42,7 @@ CREATE = (
       place integer;
       params jsonb;
       start_key text;
+      unknown text;
       not_before timestamptz;
       found_org uuid;
       found_definition uuid;
@@ -66,6 +67,13 @@ CREATE = (
       LOOP
         IF jsonb_typeof(entry) <> 'object' THEN
           RAISE EXCEPTION 'start %: expected an object', place
+            USING ERRCODE = 'invalid_parameter_value',
+                  HINT = 'its keys are org, definition, params, key and not_before';
+        END IF;
+        SELECT k INTO unknown FROM jsonb_object_keys(entry) k
+        WHERE k NOT IN ('org', 'definition', 'params', 'key', 'not_before') ORDER BY k LIMIT 1;
+        IF unknown IS NOT NULL THEN
+          RAISE EXCEPTION 'start %: unknown key %', place, unknown
             USING ERRCODE = 'invalid_parameter_value',
                   HINT = 'its keys are org, definition, params, key and not_before';
         END IF;
@@ -127,6 +135,10 @@ CREATE = (
           -- Without a row the key has just ended: try again.
           EXIT WHEN found_id IS NOT NULL;
         END LOOP;
+        IF found_id IS NULL THEN
+          RAISE EXCEPTION 'start %, key: other transactions keep changing it', place
+            USING ERRCODE = 'serialization_failure', HINT = 'repeat the transaction';
+        END IF;
         ids[place] := found_id;
       END LOOP;
       RETURN ids;
@@ -161,7 +173,11 @@ _HAS_POLICY = text(
 )
 # SQLSTATEs: the login may not grant in the schema, or not act as the owner of the functions.
 _DENIED = ("42501", "0LP01")
-_IS_INSTALLED = text("SELECT to_regprocedure(:start) IS NOT NULL AND to_regprocedure(:many) IS NOT NULL")
+# They are there, and their owner is the role that can do nothing else.
+_IS_INSTALLED = text("""
+SELECT count(*) = 2 FROM pg_proc p JOIN pg_roles r ON r.oid = p.proowner
+WHERE p.oid IN (to_regprocedure(:start), to_regprocedure(:many)) AND r.rolname = :owner
+""")
 _OWNED_BY_OTHERS = text("""
 SELECT 1 FROM pg_proc p JOIN pg_roles r ON r.oid = p.proowner
 WHERE p.oid = to_regprocedure(:function) AND r.rolname <> :owner
@@ -217,8 +233,8 @@ def install(connection: Connection) -> bool:
 
 
 def is_installed(connection: Connection) -> bool:
-    """Whether both functions are there."""
-    names = {"start": f"public.{START}", "many": f"public.{START_MANY}"}
+    """Whether both functions are there, and belong to their role."""
+    names = {"start": f"public.{START}", "many": f"public.{START_MANY}", "owner": OWNER}
     return bool(connection.execute(_IS_INSTALLED, names).scalar_one())
 
 

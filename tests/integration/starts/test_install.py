@@ -68,6 +68,7 @@ def test_an_upgrade_gives_functions_of_a_restored_database_to_their_role(
         for function in (start_functions.START, start_functions.START_MANY):
             superuser.execute(f"ALTER FUNCTION public.{function} OWNER TO owner")
         assert superuser.execute(owners).fetchall() == [("owner",)]
+        assert not is_installed(Database.open(own_postgres.url("orgworker"), clock=clock))
 
         assert is_installed(migrated(own_postgres, "owner", clock))
 

@@ -285,6 +285,11 @@ WRONG = {
         '"not_before": "soon"}]\')',
         "invalid input syntax",
     ),
+    "unknown key": (
+        'SELECT orgworker_start_many(\'[{"org": "org_acme", "definition": "digest", "key": "k", '
+        '"param": {}}]\')',
+        "start 1: unknown key param",
+    ),
     "no org": ("SELECT orgworker_start(NULL, 'digest', NULL, 'k')", "there is no definition"),
 }
 

@@ -57,7 +57,7 @@ def revoke(
         argument("[ORG...]", "Codes of orgs; '*' for the row of all. Default: every row."),
     ] = None,
 ) -> None:
-    """Take orgs from a login; prints what it may still start. What it has started runs.
+    """Revoke orgs from a login, and print what it may still start. Runs that it has started continue.
 
     Exit 3 if the login may not start one of them as it is.
     """

@@ -281,7 +281,7 @@ class _Attempt:
         return self._clock.monotonic() < self._starved_until
 
     def starve(self, seconds: float) -> None:
-        """If it fails within so many seconds, it does because no broker was up."""
+        """If it fails within these seconds, it does because no broker was up."""
         self._starved_until = self._clock.monotonic() + seconds
 
     def open(self, door: socket.socket) -> None:

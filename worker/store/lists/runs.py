@@ -273,7 +273,7 @@ def _missing(connection: Connection, scope: Scope, run_id: RunId) -> NotFound:
         return NotFound(f"there is no run {run_id}", fix="`runs list` shows the runs")
     if found["not_before"] is None:
         fix = "a worker makes it within `execution.poll`; `doctor` says if none is up"
-        return NotFound(f"run {run_id} is not made yet: a product has just started it", fix=fix)
+        return NotFound(f"run {run_id} is not made yet: its start waits for a worker", fix=fix)
     at = to_text(found["not_before"])
     return NotFound(f"run {run_id} is not made yet: it was started for {at}", fix="it is made at that time")
 
