@@ -158,7 +158,10 @@ def _segment(text: str, name: str) -> str:
     """A segment of a path; a dot segment would lead to another address."""
     if not isinstance(text, str) or not 0 < len(text) <= MAX_NAME or text in (".", ".."):
         raise InvalidRequest(f"{name} {text!r:.80} is not a name", fix="1 to 200 characters", field=name)
-    return quote(text, safe="")
+    try:
+        return quote(text, safe="")
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{name} is not text", fix="leave out surrogates", field=name) from None
 
 
 def start(request: StartRequest, retries: Retries) -> Plan[Started]:

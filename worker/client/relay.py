@@ -46,12 +46,14 @@ KEEP = timedelta(days=7)
 DELETED = 500
 # The API knows a key as long as its run: `[retention]`, 7 days at least by default.
 KEY_HOLDS = timedelta(days=6)
+# Milliseconds by which a row that was not sent comes before one that was put off at the same time.
+AHEAD = 86_400_000
 # Tries of a row that the state of its definition does not allow: after a week it is refused.
 MAX_TRIES = 10_000
 
 
 def log(event: str, /, **fields: Any) -> None:
-    """Log an event under the package's name: what somebody has to look at as a warning."""
+    """Log an event under the package's name; problems are warnings."""
     level = logging.INFO if event in ("relay.started", "relay.stopped", "relay.back") else logging.WARNING
     shown = " ".join(f"{name}={value}" for name, value in fields.items())
     logging.getLogger(__package__).log(level, "%s %s", event, shown)
@@ -89,20 +91,19 @@ class Row:
 
     def request(self) -> StartRequest:
         """What is sent; raises InvalidRequest for a row that another program wrote wrongly."""
-        at = datetime.fromtimestamp(self.not_before / 1000, UTC) if self.not_before else None
+        try:
+            at = datetime.fromtimestamp(self.not_before / 1000, UTC) if self.not_before > 0 else None
+        except (TypeError, ValueError, OverflowError, OSError):
+            raise InvalidRequest("not_before is not a time", fix="insert milliseconds since 1970") from None
         try:
             params = json.loads(self.params)
-        except (ValueError, RecursionError):
+        except (TypeError, ValueError, RecursionError):
             raise InvalidRequest("params is not JSON", fix="insert the text of a JSON object") from None
         return start_request(self.org, self.definition, params, self.key, at)
 
 
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """Rows of one definition, in order."""
-
-    claim: str
-    rows: Sequence[Row]
+# Rows of one definition, in order.
+Stream = Sequence[Row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,9 +205,9 @@ class Relay:
         """Send the rows of a stream in order, until one has to wait; the marks of those dealt with."""
         marks: list[Mark] = []
         async with slots:
-            for number, row in enumerate(stream.rows):
+            for number, row in enumerate(stream):
                 if faults or time.monotonic() >= until:
-                    return marks + _untouched(stream.rows[number:], first=not marks)
+                    return marks + _untouched(stream[number:], first=not marks)
                 if row.sent_ago is not None and row.sent_ago > self.key_holds.total_seconds():
                     days = f"{row.sent_ago / 86400:.0f} days"
                     marks.append(self._refuse(row, f"sent {days} ago, without an answer: it may have run"))
@@ -221,7 +222,11 @@ class Relay:
                     if not own:
                         faults.append(error)
                     marks += self._put_off(row, error, own=own)
-                    return marks + _untouched(stream.rows[number + 1 :], first=False)
+                    return marks + _untouched(stream[number + 1 :], first=False)
+                except Exception as error:
+                    # The rows of other definitions keep their marks.
+                    marks += self._put_off(row, ClientError(type(error).__name__), own=True)
+                    return marks + _untouched(stream[number + 1 :], first=False)
                 self.counts.sent += 1
                 self.counts.replayed += started.replayed is not None
                 note = "the key had made this run with other params" if started.replayed == "other" else None
@@ -247,7 +252,7 @@ class Relay:
 
     def _claim(self, execute: Execute, claim: str) -> list[Stream]:
         """Take the first due rows of definitions, and read those behind them."""
-        heads = [id_ for (id_,) in execute(statements.HEADS, {"most": STREAMS})]
+        in_turn = heads = [id_ for (id_,) in execute(statements.HEADS, {"most": STREAMS})]
         if heads and self.outbox.skip_locked:
             heads = [id_ for (id_,) in execute(statements.FREE, _ids(heads), ids=len(heads))]
         lease = int(self.lease * 1000)
@@ -257,15 +262,15 @@ class Relay:
         if not heads:
             return []
         found = execute(statements.CLAIMED, {**_ids(heads), "claim": claim}, ids=len(heads))
-        streams = []
-        for head, org, definition in found:
+        streams: list[Stream] = []
+        for head, org, definition in sorted(found, key=lambda one: in_turn.index(one[0])):
             where = {"org": org, "definition": definition, "head": head, "most": ROWS}
             rows = [
                 Row(id_, org, definition, params, key, at, tries, None if ago is None else float(ago) / 1000)
                 for id_, params, key, at, tries, ago in execute(statements.ROWS, where)
             ]
-            streams.append(Stream(claim, rows))
-        for row in sorted((row for one in streams for row in one.rows), key=lambda row: row.id):
+            streams.append(rows)
+        for row in sorted((row for one in streams for row in one), key=lambda row: row.id):
             if row.sent_ago is None:
                 execute(statements.SENDING, {"id": row.id})
         return streams
@@ -298,10 +303,10 @@ def _is_of_row(error: ClientError) -> bool:
 
 
 def _untouched(rows: Sequence[Row], *, first: bool) -> list[Mark]:
-    """Rows that were claimed and not sent: they are due again at once."""
+    """Rows that were claimed and not sent: they are due again at once, before those that were put off."""
     marks = [Mark(row, statements.NOT_SENT, {}) for row in rows if row.sent_ago is None]
     if first and rows:
-        marks.append(Mark(rows[0], statements.LATER, {"pause": 0, "error": None, "tried": 0}))
+        marks.append(Mark(rows[0], statements.LATER, {"pause": -AHEAD, "error": None, "tried": 0}))
     return marks
 
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 Dialect = Literal["postgresql", "mysql", "sqlite"]
-Style = Literal["qmark", "format", "numeric_dollar", "named"]
+Style = Literal["qmark", "format", "numeric_dollar"]
 
 _PARAMETER = re.compile(r":([a-z_0-9]+)")
 
@@ -109,11 +109,12 @@ VALUES (:org, :definition, :params, :start_key, :not_before, {now})"""
 
 # A relay takes only the first due row of each definition, and with it those behind it: so at most one relay
 # sends for a definition, in order. A row that is committed late is the first one then; no place is remembered
-# that could pass it.
+# that could pass it. One that was put off comes after those that were not.
 HEADS = """SELECT o.id FROM (
   SELECT MIN(id) AS id FROM {table} WHERE state = 'waiting' AND not_before <= {now} GROUP BY org, definition
 ) h JOIN {table} o ON o.id = h.id
-WHERE o.next_at <= {now} ORDER BY o.id LIMIT :most"""
+WHERE o.next_at <= {now}
+ORDER BY CASE WHEN o.next_at = 0 THEN o.created_at ELSE o.next_at END, o.id LIMIT :most"""
 FREE = """SELECT id FROM {table} WHERE id IN ({ids}) AND state = 'waiting' AND next_at <= {now}
 ORDER BY id{skip_locked}"""
 CLAIM = """UPDATE {table} SET claim = :claim, next_at = {now} + :lease
@@ -171,8 +172,6 @@ def compiled(statement: str, style: Style) -> tuple[str, tuple[str, ...]]:
     names: list[str] = []
 
     def replace(found: re.Match[str]) -> str:
-        if style == "named":
-            return found[0]
         names.append(found[1])
         return {"qmark": "?", "format": "%s"}.get(style) or f"${len(names)}"
 

@@ -14,7 +14,9 @@ import pytest
 from tests.fakes import forked
 from tests.fakes.cli import CommandLine, Completed
 from tests.fakes.ports import free_port
+from worker.client import ConfigurationError as ClientConfigurationError
 from worker.client import Outbox
+from worker.features.outbox.relaying import _token
 
 pytestmark = pytest.mark.feature("outbox")
 PASSWORD = "s3cret-of-the-product"
@@ -116,6 +118,18 @@ def test_an_outbox_without_its_table_exits_69(relayed: Relayed):
     assert (done.code, "outbox ddl" in done.err) == (69, True)
     listed = relayed.cli("outbox", "list", check=False)
     assert (listed.code, "outbox ddl" in listed.err) == (69, True)
+
+
+def test_a_token_that_goes_away_while_it_relays_is_an_error_of_the_client(relayed: Relayed):
+    """So the relay waits for it, and does not take it for one of the database."""
+    read = _token(str(relayed.token))
+    assert read() == "orgworker_op_canary-4711"
+    relayed.token.chmod(0o644)
+    with pytest.raises(ClientConfigurationError, match="others may read"):
+        read()
+    relayed.token.unlink()
+    with pytest.raises(ClientConfigurationError, match="No such file"):
+        read()
 
 
 @pytest.mark.parametrize(

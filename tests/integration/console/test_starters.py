@@ -95,17 +95,21 @@ async def test_a_starter_may_not_and_the_control_may(staffed: Site, method: str,
     last = path.partition("?")[0].rpartition("/")[2]
     body = None if method == "GET" else json.dumps(BODIES.get(last, {}))
     by_admin = any(word in path for word in BY_ADMINS)
-    statuses = []
+    answers = []
     for token in (STARTER, TOKENS["admin"] if by_admin else OPERATOR):
         async with asker(staffed, token) as client:
             if path.endswith(("/live", "/live/runs")):
                 # A stream does not end by itself.
                 method = "HEAD"
-            statuses.append((await client.request(method, path, content=body)).status_code)
+            answers.append(await client.request(method, path, content=body))
+            nowhere = await client.request(method, f"{path.partition('?')[0]}/nowhere/at/all", content=body)
 
+    statuses = [answer.status_code for answer in answers]
     assert statuses[0] == 403
     # Conflicts and what is not there are answers to one who may.
     assert statuses[1] in (200, 201, 303, 400, 404, 409), statuses
+    # Nor is it an address that does not exist.
+    assert (statuses[1], answers[1].text) != (nowhere.status_code, nowhere.text)
 
 
 def test_there_are_thirty_of_them():

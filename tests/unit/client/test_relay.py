@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.unit.client.api import TOKEN, URL, FakeApi, problem
-from worker.client import AsyncClient, ClientError, Outbox, RelayCounts
+from worker.client import AsyncClient, ClientError, ConfigurationError, Outbox, RelayCounts
 from worker.client.relay import MAX_TRIES
 
 What = tuple[str, str, str]
@@ -187,6 +187,35 @@ async def test_the_apis_own_trouble_refuses_no_row(product: Product, answer: Any
     assert (counts.sent, sorted(product.keys)) == (2, ["k1", "k2"])
 
 
+async def test_a_proxy_that_refuses_one_row_stops_no_other(product: Product):
+    product.start("bad")
+    for number in range(40):
+        product.start(f"k{number}", org=f"org_{number}")
+    product.api.before = lambda what: httpx.Response(403, text="<html>") if what[2] == "bad" else None
+
+    for _ in range(2):
+        with pytest.raises(ClientError):
+            await product.relay()
+
+    assert sorted(product.keys) == sorted(f"k{number}" for number in range(40))
+    assert product.rows("state") == ["waiting", *["sent"] * 40]
+
+
+async def test_a_token_that_is_away_for_a_moment_marks_no_row_as_sent(product: Product):
+    product.start("k1")
+    error = ConfigurationError("the token file cannot be read")
+
+    def absent() -> str:
+        raise error
+
+    client = AsyncClient(URL, absent, transport=httpx.MockTransport(product.api))
+    with pytest.raises(ConfigurationError):
+        await client.relay(product.outbox, once=True)
+    assert product.rows("state", "first_sent_at", "claim") == [("waiting", None, None)]
+
+    assert (await product.relay()).sent == 1
+
+
 async def test_a_conflict_holds_back_its_definition_alone(product: Product):
     product.start("a1")
     product.start("a2")
@@ -276,6 +305,14 @@ async def test_a_week_without_the_api_loses_no_row(product: Product):
         await product.relay()
     product.passed(7 * 86_400_000)
     product.api.before = lambda what: None
+
+    assert (await product.relay()).sent == 1
+
+
+async def test_a_time_before_1970_is_at_once(product: Product):
+    product.start("k1")
+    product.connection.execute("UPDATE orgworker_outbox SET not_before = ?", (-(10**17),))
+    product.connection.commit()
 
     assert (await product.relay()).sent == 1
 

@@ -50,8 +50,11 @@ def run(settings: Settings, *, once: bool) -> int:
         if not getattr(relay, name):
             raise _lacking(name)
     read = _token(relay.token_file)
-    # An unusable file ends the start; later on the relay waits until it is back.
-    read()
+    try:
+        # An unusable file ends the start; later on the relay waits until it is back.
+        read()
+    except ClientConfigurationError as error:
+        raise ConfigurationError(error.message, fix=error.fix) from None
     try:
         client = AsyncClient(relay.api, read, ca_file=relay.ca_file, plain_http=relay.plain_http)
     except ClientConfigurationError as error:
@@ -98,7 +101,7 @@ def retry(settings: Settings, row_id: int) -> Row:
         connection.commit()
     if found is None:
         raise NotFound(f"no row {row_id} of the outbox was refused", fix="`outbox list` lists those")
-    return _shown(found)
+    return _shown({**found, "state": "waiting"})
 
 
 def _shown(row: Row) -> Row:
@@ -154,7 +157,7 @@ def _outbox(relay: RelaySettings, engine: Engine) -> Outbox:
 
 
 def _token(path: str) -> Callable[[], str]:
-    """Reads the token for each request: it may be replaced while the relay runs."""
+    """Reads the token for each request: it may be replaced while the relay runs. Raises as `token_file`."""
     read_file = token_file(path)
 
     def read() -> str:
@@ -162,13 +165,14 @@ def _token(path: str) -> Callable[[], str]:
             file = Path(path)
             opened = file.stat().st_mode & stat.S_IRWXO
             if opened and not file.resolve().is_relative_to(MOUNTED_SECRETS):
-                raise ConfigurationError(f"relay.token_file: others may read {path}", fix=f"chmod o= {path}")
-            token = read_file()
-        except (OSError, ClientConfigurationError):
-            raise ConfigurationError(
-                f"relay.token_file: {path} cannot be read",
+                problem = f"relay.token_file: others may read {path}"
+                raise ClientConfigurationError(problem, fix=f"chmod o= {path}")
+        except OSError as error:
+            raise ClientConfigurationError(
+                f"relay.token_file: {path} cannot be read: {error.strerror}",
                 fix="put the token of `operators add NAME --role starter` there, readable by this user only",
             ) from None
+        token = read_file()
         masker.register(token)
         return token
 
