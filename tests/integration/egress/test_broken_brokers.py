@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.fakes.answering import AnsweringWorker
+from tests.fakes.clock import ManualClock
 from tests.fakes.running import until, work
 from tests.integration.egress.conftest import CONFINED, MODULE
 from tests.integration.egress.service import Service
@@ -18,14 +22,14 @@ from worker.clock import SystemClock
 from worker.engine.runners.child.pool import ChildPool
 from worker.engine.runners.child.sandbox import Planner
 from worker.engine.runners.contract import StopSignal, Work
-from worker.engine.runners.egress import STARVED
+from worker.engine.runners.egress import STARVED, unless_starved
 from worker.engine.runners.inline import Inline
 from worker.errors import ConfigurationError
 from worker.features.egress import handle, restarts
 from worker.features.egress.handle import BrokerHandle
 from worker.kit.broker import broker_fault
 from worker.model.egress import Egress
-from worker.model.runs.outcome import HandedBack, Succeeded, TimedOut
+from worker.model.runs.outcome import Error, Failed, HandedBack, Succeeded, TimedOut
 from worker.process.confinement import Confinement
 from worker.settings import Settings
 from worker.telemetry.events import Emitted
@@ -33,6 +37,7 @@ from worker.wiring import start
 
 pytestmark = pytest.mark.anyio
 WORKING = handle.COMMAND
+FAILED = Failed(Error("ValueError", "no"), "error")
 
 
 @pytest.fixture
@@ -108,6 +113,47 @@ async def test_a_run_that_ends_for_want_of_a_broker_is_not_counted(
     await until(lambda: pool.broker.fault is None)
     service.pause()
     assert isinstance(await outcome(), TimedOut)
+
+
+async def test_a_door_is_given_once_there_is_a_descriptor_for_it(
+    pool: ChildPool, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mended(monkeypatch)
+    assert pool.broker is not None
+    await until(lambda: pool.broker.fault is None and pool.broker._restarts.is_up)
+    refusals = [OSError(errno.EMFILE, "too many open files")] * 2
+
+    def dup(descriptor: int) -> int:
+        if refusals:
+            raise refusals.pop()
+        return os.dup(descriptor)
+
+    monkeypatch.setattr(handle, "os", SimpleNamespace(dup=dup, getpid=os.getpid))
+    assert isinstance(await pool.run(given(service), AnsweringWorker(), StopSignal()), Succeeded)
+    assert not refusals
+
+
+async def test_a_failure_long_after_the_broker_is_back_counts(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken(monkeypatch, "raise SystemExit(3)")
+    clock = ManualClock()
+    broker = BrokerHandle(clock, CONFINED)
+    broker.start()
+    broker.attach()
+    await until(lambda: broker.fault is not None)
+    attempt = broker.serve(given(service), AnsweringWorker())
+    attempt.connect().close()
+    assert unless_starved(FAILED, attempt) == HandedBack(STARVED)
+
+    mended(monkeypatch)
+    await until(lambda: broker.fault is None)
+    clock.advance(handle.AFTERWARDS - 1)
+    assert unless_starved(FAILED, attempt) == HandedBack(STARVED)
+    clock.advance(2)
+    assert unless_starved(FAILED, attempt) == FAILED
+    attempt.drop()
+    await broker.close()
 
 
 async def test_one_that_never_answers_is_killed_and_replaced(
