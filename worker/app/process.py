@@ -76,6 +76,7 @@ POOLS_EVERY = 2.0
 COUNT_EVERY = 10.0
 # Seconds between two searches for parked runs whose first deadline has passed.
 WAKE_EVERY = 1.0
+FAMILIES_EVERY = 5.0
 # Seconds between two retention passes.
 RETENTION_EVERY = 60.0
 
@@ -318,6 +319,7 @@ class _Parts:
         new_claims = NewClaims(self.worker.database, clock)
         housekeeping.every(often, "sweep", partial(sweep, store))
         housekeeping.every(WAKE_EVERY, "waits", self._wake_parked)
+        housekeeping.every(FAMILIES_EVERY, "families", self._look_at_families)
         housekeeping.every(NO_HANDLER_EVERY, "no_handler", store.mark_no_handler)
         housekeeping.every(POOLS_EVERY, "pools", self._look_at_pools)
         housekeeping.every(NEW_CLAIMS_EVERY, "new_claims", partial(self._outdate_tokens, new_claims))
@@ -334,6 +336,10 @@ class _Parts:
 
     async def _wake_parked(self) -> None:
         if await self.store.wake_parked():
+            self.signals.fired()
+
+    async def _look_at_families(self) -> None:
+        if await self.store.look_at_families():
             self.signals.fired()
 
     async def _look_at_pools(self) -> None:

@@ -22,6 +22,19 @@ def finish(coroutine: Coroutine[Any, Any, T]) -> T:
     raise RuntimeError("a coroutine that must not suspend did")
 
 
+class ThreadLock:
+    """A lock of threads, which blocks where a lock of tasks suspends."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    async def __aenter__(self) -> None:
+        self._lock.acquire()
+
+    async def __aexit__(self, *error: object) -> None:
+        self._lock.release()
+
+
 class DaemonThread(Executor):
     """Runs one call in a daemon thread, which does not keep the interpreter from exiting."""
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from worker.errors import LeaseLost, TokenError, Unavailable
 from worker.handlers.blocking import finish
+from worker.handlers.children import ChildFailed
 from worker.handlers.context import BlockingContext, Context, state_of
 from worker.handlers.given import State
 from worker.handlers.job import Job
@@ -66,10 +67,14 @@ async def call(job: Job, ctx: Context[Any, Any] | BlockingContext[Any, Any]) -> 
         outcome = _with_state(outcome_of(await result if job.is_async else result), state_of(ctx))
     except SystemExit:
         if _parked(ctx) is None:
+            await _stored(ctx)
             raise
         outcome = Succeeded()
     except BaseException as error:
         outcome = outcome_of_error(error)
+    unstored = await _stored(ctx)
+    if unstored is not None and isinstance(outcome, Succeeded):
+        outcome = outcome_of_error(unstored)
     # Once the attempt parks, what the handler returns or raises does not count.
     return _parked(ctx) or outcome
 
@@ -77,6 +82,17 @@ async def call(job: Job, ctx: Context[Any, Any] | BlockingContext[Any, Any]) -> 
 def call_blocking(job: Job, ctx: BlockingContext[Any, Any]) -> Outcome:
     """The same without an event loop, for a handler that blocks."""
     return finish(call(job, ctx))
+
+
+async def _stored(ctx: object) -> BaseException | None:
+    """Store the children that the handler has started last; the error if that fails."""
+    children = ctx.__dict__.get("_children")
+    if children is not None:
+        try:
+            await children.store()
+        except BaseException as error:
+            return error
+    return None
 
 
 def _parked(ctx: object) -> Parked | None:
@@ -127,7 +143,7 @@ def outcome_of_error(error: BaseException) -> Outcome:
     match error:
         case BudgetExceeded():
             return Failed(error_of(error), reason="budget", permanent=True)
-        case PermanentError() | StepError() | WaitTimeout():
+        case PermanentError() | StepError() | WaitTimeout() | ChildFailed():
             return Failed(error_of(error), permanent=True)
         case SettingsInvalid():
             return Refused("settings_invalid", error.property, str(error))

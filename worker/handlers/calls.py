@@ -41,6 +41,17 @@ from worker.handlers.steps import MAX_STEPS, RESULT_LIMIT, StepError
 from worker.model.definitions.budgets import MAX_AMOUNT
 from worker.model.limits import Limit, Share
 from worker.model.runs.budgets import MAX_SPENDS, BudgetState, OrgBudgets
+from worker.model.runs.children import (
+    AT_ONCE,
+    MAX_CHILD_PARAMS,
+    MAX_CHILDREN,
+    MAX_WINDOW,
+    ChildPage,
+    ChildrenWait,
+    EndedRow,
+    NewChild,
+    PlacedChild,
+)
 from worker.model.runs.run import NewStep, StepPage, StoredStep
 from worker.model.runs.waits import KINDS, MAX_ASKED, MAX_WAITS, NewWait, WaitState, check_options
 from worker.secret import AccessToken
@@ -54,9 +65,10 @@ MAX_METERS = 1000
 AUDIENCE_LIMIT = 2000
 # Characters of an origin.
 ORIGIN_LIMIT = 300
-# Bytes that the body of a host's call may have: of a small one, of a batch, of one with a checkpoint, which
-# may double when it is quoted, and of one with results.
+# Bytes that the body of a host's call may have: of a small one, of one with children, of a batch, of one with
+# a checkpoint, which may double when it is quoted, and of one with results.
 OWN_BYTES = 32 * 1024
+CHILDREN_BYTES = 512 * 1024
 BATCH_BYTES = 1024 * 1024
 CHECKPOINT_BYTES = 2 * LIMIT + 64 * 1024
 MAX_BYTES = 16 * 1024 * 1024
@@ -201,6 +213,29 @@ class BudgetsAnswer(CallAnswer[OrgBudgets]):
         return OrgBudgets(_BUDGETS.read(message["budgets"], check_json_text), message.get("missing"))
 
 
+class PlacedAnswer(CallAnswer[tuple[PlacedChild, ...]]):
+    """Children that are stored, each as its place and its run."""
+
+    def write(self, value: tuple[PlacedChild, ...]) -> dict[str, Any]:
+        return {"placed": [(child.place, child.run_id) for child in value]}
+
+    def read(self, message: Mapping[str, Any]) -> tuple[PlacedChild, ...]:
+        return tuple(PlacedChild(*values) for values in message["placed"])
+
+
+class ChildPageAnswer(CallAnswer[ChildPage]):
+    """Children as their parent reads them, each as a list."""
+
+    def write(self, value: ChildPage) -> dict[str, Any]:
+        rows = [
+            (row.place, row.state, row.reason, row.error, row.result_json, row.seen) for row in value.rows
+        ]
+        return {"children": rows, "more": value.more}
+
+    def read(self, message: Mapping[str, Any]) -> ChildPage:
+        return ChildPage(tuple(EndedRow(*values) for values in message["children"]), message["more"])
+
+
 class KnownLimits(NamedTuple):
     """The limits of an origin, and the seconds for which it has paused the org."""
 
@@ -254,6 +289,36 @@ class Options(CallPart[Any]):
         return (("an option of a wait", option) for option in value if isinstance(option, str))
 
 
+class Spans(CallPart[tuple[tuple[int, int], ...]]):
+    """Rows of places of children, each as its first and last."""
+
+    def read(self, value: Any, check: TextCheck) -> tuple[tuple[int, int], ...]:
+        if not isinstance(value, list) or not 0 < len(value) <= MAX_CHILDREN:
+            raise ValueError(f"not a list of 1 to {MAX_CHILDREN:,} spans")
+        place = Count(MAX_CHILDREN, 1)
+        found: list[tuple[int, int]] = []
+        for first, last in value:
+            span = place.read(first, check), place.read(last, check)
+            if span[0] > span[1] or (found and span[0] <= found[-1][1]):
+                raise ValueError("not spans in order")
+            found.append(span)
+        return tuple(found)
+
+
+CHILD = Row(
+    NewChild,
+    {
+        "handler": Text(200),
+        "key": Maybe(KeyText("child")),
+        "occurrence": Count(MAX_CHILDREN, 1),
+        "params_json": JsonText("params of the child", MAX_CHILD_PARAMS),
+        "map": Count(MAX_CHILDREN),
+        "window": Count(MAX_WINDOW),
+    },
+    lean=("map", "window"),
+)
+CHILDREN_WAIT = Row(ChildrenWait, {"spans": Spans(), "any": Truth()})
+
 STEP = Row(
     NewStep,
     {
@@ -269,9 +334,11 @@ STEP = Row(
 )
 
 
-def _only_answers_have_options(wait: NewWait) -> None:
+def _fits_its_kind(wait: NewWait) -> None:
     if wait.options and wait.kind != "answer":
         raise ValueError("only a wait for an answer has options")
+    if (wait.kind == "children") != (wait.children is not None):
+        raise ValueError("only a wait for children has spans of them, and each has")
 
 
 WAIT = Row(
@@ -284,9 +351,10 @@ WAIT = Row(
         "ask_json": Maybe(JsonText("ask", MAX_ASKED)),
         "alert": Truth(),
         "options": Options(),
+        "children": Maybe(CHILDREN_WAIT),
     },
-    lean=("options",),
-    then=_only_answers_have_options,
+    lean=("options", "children"),
+    then=_fits_its_kind,
 )
 
 CALLS: dict[str, type[Call[Any]]] = {}
@@ -386,7 +454,7 @@ class StoreStep(Call["str | None"]):
     step: Annotated[NewStep, STEP]
 
 
-@declared(Way("wait", also=("choose",), body=BATCH_BYTES), StateAnswer())
+@declared(Way("wait", also=("choose", "wait_children"), body=BATCH_BYTES), StateAnswer())
 @dataclass(frozen=True, slots=True)
 class OpenWait(Call[WaitState]):
     """Store what the run waits for, and say how that stands."""
@@ -396,7 +464,35 @@ class OpenWait(Call[WaitState]):
     @property
     def path(self) -> str:
         # A name of its own: a worker that does not know it refuses it, where it would ignore a key of `wait`.
+        if self.wait.children is not None:
+            return "wait_children"
         return "choose" if self.wait.options else "wait"
+
+
+@declared(Way("start_children", with_handler=True, body=CHILDREN_BYTES), PlacedAnswer())
+@dataclass(frozen=True, slots=True)
+class StartChildren(Call[tuple[PlacedChild, ...]]):
+    """Store children of the run, or find those that are stored; with `keep` they go on if it fails."""
+
+    children: Annotated[tuple[NewChild, ...], Several(CHILD, AT_ONCE)]
+    keep: Annotated[bool, Truth()] = False
+
+
+@declared(Way("children"), ChildPageAnswer())
+@dataclass(frozen=True, slots=True)
+class ReadChildren(Call[ChildPage]):
+    """Children of the run by their places, as many as fit into one answer."""
+
+    places: Annotated[tuple[int, ...], Several(Count(MAX_CHILDREN, 1), AT_ONCE)]
+
+
+@declared(Way("ended_children", body=BATCH_BYTES), ChildPageAnswer())
+@dataclass(frozen=True, slots=True)
+class ReadEnded(Call[ChildPage]):
+    """The next children of these spans that have ended; the order in which the run sees them is stored."""
+
+    spans: Annotated[tuple[tuple[int, int], ...], Spans()]
+    after: Annotated[int, Count(MAX_CHILDREN)] = 0
 
 
 @declared(Way("budgets"), BudgetsAnswer())

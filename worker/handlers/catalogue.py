@@ -23,11 +23,12 @@ from importlib.metadata import EntryPoint
 from typing import Any, Self, TypeVar
 
 from worker.handlers.installed import FOLDERS, Distribution, distributions, environment, normalised
-from worker.handlers.job import MAX_SECRETS, SECRET_NAME, one_line
+from worker.handlers.job import HANDLER_NAME, MAX_SECRETS, SECRET_NAME, one_line
 from worker.handlers.json_text import clean
 from worker.handlers.schema import check_schema
 from worker.model.definitions.pools import parse_pool
 from worker.model.egress import check_wildcards, parse_audiences, parse_items
+from worker.model.runs.children import MAX_CHILD_HANDLERS
 
 T = TypeVar("T")
 
@@ -68,6 +69,7 @@ class HandlerEntry:
     description: str | None = None
     egress: tuple[str, ...] | None = None
     audiences: tuple[str, ...] = ()
+    children: tuple[str, ...] = ()
     error: str | None = None
 
 
@@ -324,7 +326,9 @@ def _declared(described: Mapping[str, Any]) -> dict[str, Any]:
     if described["pool"] is not None:
         parse_pool(described["pool"])
     check_secrets(described["secrets"])
-    checked = {"secrets": tuple(described["secrets"]), "description": one_line(described["description"])}
+    check_children(described["children"])
+    lists = {name: tuple(described[name]) for name in ("secrets", "children")}
+    checked = {**lists, "description": one_line(described["description"])}
     return {**described, "scopes": tuple(scopes), **checked, **checked_egress(described)}
 
 
@@ -342,6 +346,14 @@ def check_secrets(names: Sequence[Any]) -> None:
         raise ValueError(f"secrets are more than {MAX_SECRETS}")
     if not all(isinstance(name, str) and SECRET_NAME.fullmatch(name) for name in names):
         raise ValueError("secrets has something that is not the name of a secret")
+
+
+def check_children(names: Sequence[Any]) -> None:
+    """Raise ValueError unless these are names of handlers that a handler may start."""
+    if len(names) > MAX_CHILD_HANDLERS:
+        raise ValueError(f"children are more than {MAX_CHILD_HANDLERS}")
+    if not all(isinstance(name, str) and HANDLER_NAME.fullmatch(name) for name in names):
+        raise ValueError("children has something that is not the name of a handler")
 
 
 _DUPLICATE = "another installed distribution has a handler of the same name"
@@ -364,4 +376,5 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
     "description": _TEXT,
     "egress": (list, type(None)),
     "audiences": (list,),
+    "children": (list,),
 }

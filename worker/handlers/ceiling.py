@@ -1,7 +1,7 @@
 """Ceiling: what a handler that a host declares may get in a pool, and what goes beyond it. Pure.
 
-Without an approval that is nothing beyond the defaults: no secrets, scopes and audiences of the handler's
-own, no egress but `api`, and the default timeout and attempts. What the workers themselves declare of the
+Without an approval that is nothing beyond the defaults: no secrets, scopes, audiences and children of the
+handler's own, no egress but `api`, and the default timeout and attempts. What the workers themselves declare of the
 handler, and what an administrator approved for it in that pool, is added.
 
 A host that declares no egress claims nothing: its runs get what workers declare of the handler, or what is
@@ -37,7 +37,8 @@ ATTEMPTS = "max_attempts"
 CONCURRENCY = "max_concurrent"
 EGRESS = "egress"
 AUDIENCES = "audiences"
-KEYS = (SECRETS, SCOPES, EGRESS, AUDIENCES, TIMEOUT_KEY, ATTEMPTS, CONCURRENCY)
+CHILDREN = "children"
+KEYS = (SECRETS, SCOPES, EGRESS, AUDIENCES, CHILDREN, TIMEOUT_KEY, ATTEMPTS, CONCURRENCY)
 # A definition decides these for its runs, if it sets them: the handler's value is only a default.
 OF_DEFINITIONS = frozenset({SCOPES, TIMEOUT_KEY, ATTEMPTS})
 
@@ -56,6 +57,7 @@ class Ceiling:
     max_concurrent: int | None = None
     egress: frozenset[str] | None = None
     audiences: frozenset[str] = frozenset()
+    children: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, entry: HandlerEntry) -> Self:
@@ -74,12 +76,14 @@ class Ceiling:
             stored.get(CONCURRENCY),
             None if egress is None else frozenset(egress),
             frozenset(stored.get(AUDIENCES, ())),
+            frozenset(stored.get(CHILDREN, ())),
         )
 
     def as_json(self) -> dict[str, Any]:
-        # What declares neither has the digest that it had before they were there.
+        # What declares none of these has the digest that it had before they were there.
         later = {EGRESS: None if self.egress is None else sorted(self.egress)}
         later[AUDIENCES] = sorted(self.audiences) or None
+        later[CHILDREN] = sorted(self.children) or None
         return {
             "version": VERSION,
             SECRETS: sorted(self.secrets),
@@ -129,6 +133,7 @@ def allowed(workers: Ceiling | None = None, approved: Ceiling | None = None) -> 
         max((most for most in limits if most is not None), default=None) if None not in limits else None,
         frozenset[str]().union(*lists) if lists else None,
         frozenset[str]().union(*(one.audiences for one in given)),
+        frozenset[str]().union(*(one.children for one in given)),
     )
 
 
@@ -140,6 +145,7 @@ def excess(declared: Ceiling, ceiling: Ceiling) -> frozenset[str]:
         SCOPES: not declared.scopes <= ceiling.scopes,
         EGRESS: is_wider(declared.egress or (), _listed(ceiling)),
         AUDIENCES: not declared.audiences <= ceiling.audiences,
+        CHILDREN: not declared.children <= ceiling.children,
         TIMEOUT_KEY: declared.timeout > ceiling.timeout,
         ATTEMPTS: declared.max_attempts > ceiling.max_attempts,
         CONCURRENCY: most is not None and (declared.max_concurrent is None or declared.max_concurrent > most),
@@ -168,6 +174,7 @@ def clamped(entry: HandlerEntry, ceiling: Ceiling) -> HandlerEntry:
         max_concurrent=ceiling.max_concurrent if CONCURRENCY in keys else entry.max_concurrent,
         egress=egress,
         audiences=tuple(one for one in entry.audiences if one in ceiling.audiences),
+        children=tuple(one for one in entry.children if one in ceiling.children),
     )
 
 

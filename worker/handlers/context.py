@@ -6,14 +6,25 @@ import asyncio
 import itertools
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, Literal
 
 from worker.guard.claims import Claims, flag_value
-from worker.handlers.blocking import finish
+from worker.handlers.blocking import ThreadLock, finish
 from worker.handlers.calls import AskToken, Port, Progress, Save
+from worker.handlers.children import Child, ChildCalls, ChildResults, EndedChild, KeyOfRun, each
 from worker.handlers.given import (
     BlockingCancellation,
     Cancellation,
@@ -50,6 +61,7 @@ from worker.handlers.waits import (
     OnPark,
     no_runner,
 )
+from worker.model.runs.children import WINDOW, OnFailure
 from worker.model.runs.waits import Option
 from worker.secret import AccessToken
 
@@ -94,7 +106,14 @@ class _Shared(Generic[P, S]):
         self.deadline = given.deadline
         self.log = given.log
         self._given = given
+        # What the handler starts; None if it declares no children.
+        self._children: ChildCalls | None = None
         self._port = port
+        if given.job is not None and given.job.children:
+            declared, keep = given.job.children, given.job.keep_children
+            lock = self._new_lock()
+            self._children = ChildCalls(port, self._journal, declared, keep=keep, lock=lock)
+            self._port = self._children.port
         self._on_park = on_park
         # Numbers of the saves of this attempt, in the order in which they were called.
         self._saves = itertools.count(1)
@@ -102,6 +121,31 @@ class _Shared(Generic[P, S]):
     @cached_property
     def _journal(self) -> StepJournal:
         return StepJournal(replays=self._given.replays)
+
+    def _new_lock(self) -> AbstractAsyncContextManager[object]:
+        """A lock of the tasks, or threads, of the handler."""
+        raise NotImplementedError
+
+    def _started(self, what: str) -> ChildCalls:
+        if self._children is None:
+            raise TypeError(f"{what} needs @job(..., children={{...}})")
+        return self._children
+
+    @cached_property
+    def _results(self) -> ChildResults:
+        return ChildResults(self._started("ctx.gather"), self._waits.park)
+
+    def start(self, handler: str, params: Any = None, *, key: str | int | None = None) -> Child:
+        """Start a run of another handler, for the same org, and return at once; see `ctx.gather`.
+
+        The handler is one of `@job(children={…})`. `params` are a mapping or a model, of at most 64 KiB of
+        JSON. `key` names the child in this run: there is exactly one for it, however often the run is
+        attempted. Without one, the number of its use does; two tasks start one handler only with different
+        keys. It is stored at the latest by the next step, save or wait, or with the attempt's end. The
+        maximum is 10,000 children a run, 4 levels and 100,000 runs below the first one, and 64 KiB a
+        result. Wrong use and limits raise StepError.
+        """
+        return self._started("ctx.start").start(handler, params, key)
 
     @cached_property
     def _spending(self) -> Spending:
@@ -190,7 +234,45 @@ class Context(_Shared[P, S]):
 
     @cached_property
     def _waits(self) -> AsyncWaits:
-        return AsyncWaits(self._journal, self._port, self._on_park, self._task)
+        storing = self._children.storing if self._children is not None else lambda: None
+        return AsyncWaits(self._journal, self._port, self._on_park, self._task, storing)
+
+    def _new_lock(self) -> asyncio.Lock:
+        return asyncio.Lock()
+
+    def gather(self, children: Iterable[Child], on_failure: OnFailure = "raise") -> AsyncIterator[Any]:
+        """The results of these children, in their order, as an async iterator, once all have ended.
+
+        Until then the run waits without a process. A child that did not succeed raises ChildFailed in its
+        place; with `on_failure="return"` that is returned there. Results are read some at a time.
+        """
+        return self._results.gather(children, on_failure)
+
+    def as_ended(self, children: Iterable[Child]) -> AsyncIterator[EndedChild]:
+        """These children as they end, as an async iterator of `EndedChild`: `child`, `state`, `result`.
+
+        The order is stored: a later attempt sees the same one. While none ends the run waits without a
+        process, and goes on at most once a second.
+        """
+        return self._results.as_ended(children)
+
+    def map_runs(
+        self,
+        handler: str,
+        items: Iterable[Any],
+        /,
+        *,
+        concurrency: int = WINDOW,
+        key: KeyOfRun | None = None,
+        on_failure: OnFailure = "raise",
+    ) -> AsyncIterator[Any]:
+        """Start a child for the params in each of the items; the results as those of `ctx.gather`.
+
+        At most `concurrency` of them are unfinished at the same time; workers start the next ones while this
+        run waits. `key` makes the key of a child from its item.
+        """
+        started = self._started("ctx.map_runs").map_runs(handler, items, concurrency, key)
+        return self._results.gather(started, on_failure)
 
     def step(
         self,
@@ -363,6 +445,31 @@ class BlockingContext(_Shared[P, S]):
     @cached_property
     def _waits(self) -> BlockingWaits:
         return BlockingWaits(self._journal, self._port, self._on_park)
+
+    def _new_lock(self) -> ThreadLock:
+        return ThreadLock()
+
+    def gather(self, children: Iterable[Child], on_failure: OnFailure = "raise") -> Iterator[Any]:
+        """As `Context.gather`. Ends the handler by a BaseException, which it must not catch."""
+        return each(self._results.gather(children, on_failure))
+
+    def as_ended(self, children: Iterable[Child]) -> Iterator[EndedChild]:
+        """As `Context.as_ended`. Ends the handler by a BaseException, which it must not catch."""
+        return each(self._results.as_ended(children))
+
+    def map_runs(
+        self,
+        handler: str,
+        items: Iterable[Any],
+        /,
+        *,
+        concurrency: int = WINDOW,
+        key: KeyOfRun | None = None,
+        on_failure: OnFailure = "raise",
+    ) -> Iterator[Any]:
+        """As `Context.map_runs`. Ends the handler by a BaseException, which it must not catch."""
+        started = self._started("ctx.map_runs").map_runs(handler, items, concurrency, key)
+        return each(self._results.gather(started, on_failure))
 
     def step(
         self,

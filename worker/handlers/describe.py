@@ -51,6 +51,7 @@ def offer_of(job: Job) -> dict[str, Any]:
     schemas = {"params_schema": job.params_schema(), "settings_schema": job.settings_schema()}
     named = {"scopes": sorted(job.scopes), "secrets": sorted(job.secrets), "description": job.description}
     reached = {"egress": None if job.egress is None else list(job.egress), "audiences": list(job.audiences)}
+    reached["children"] = sorted(job.children)
     return {**named, **schemas, **reached, **{name: getattr(job, name) for name in plain}}
 
 

@@ -10,11 +10,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from worker.model.egress import OPEN, parse_audiences, parse_items
+from worker.model.runs.children import MAX_CHILD_HANDLERS
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
+HANDLER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 SECRET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # Secrets of one handler, and the bytes of a value.
 MAX_SECRETS = 20
@@ -61,6 +62,10 @@ class Job:
     origins such as `https://api.openai.com` or `https://*.example.com`. None declares nothing."""
     audiences: tuple[str, ...] = ()
     """The audiences for which it may ask for another token, by `ctx.token(audience=…)`."""
+    children: frozenset[str] = frozenset()
+    """The handlers that it may start, by `ctx.start`; none of them gets more than this one has."""
+    keep_children: bool = False
+    """Whether children that wait go on if it fails; by default they are cancelled."""
 
     def __post_init__(self) -> None:
         self.__name__ = getattr(self.function, "__name__", self.name)
@@ -125,6 +130,8 @@ def job(
     secrets: Iterable[str] = (),
     egress: Iterable[str] | None = None,
     audiences: Iterable[str] = (),
+    children: Iterable[str] = (),
+    keep_children: bool = False,
 ) -> Callable[[Callable[..., Any]], Job]:
     """Declare a handler; register it as an entry point of group `worker.jobs` under `name`.
 
@@ -133,16 +140,17 @@ def job(
     `memory` such as `512MiB`; `max_concurrent` holds over all workers. With `state` the
     handler has `ctx.state`; `checkpoint` is the pydantic model of what it saves. `pool` names where its
     runs execute, such as `eu-gpu`. `secrets` are names of the org's own secrets, for `ctx.secret`.
-    `egress` lists what a run may reach, `audiences` those of other tokens that it may ask for.
+    `egress` lists what a run may reach, `audiences` those of other tokens that it may ask for. `children` are
+    the handlers that it may start; with `keep_children` those that wait go on if it fails.
 
     Raises:
         TypeError: the declaration is invalid, such as an inline handler that is not async.
     """
-    if not _NAME.fullmatch(name):
+    if not HANDLER_NAME.fullmatch(name):
         raise TypeError(f"{name!r} is not a handler name: use letters, digits, '.', '_' and '-'")
     if isolation not in ("child", "inline"):
         raise TypeError(f"isolation of {name} must be 'child' or 'inline', not {isolation!r}")
-    for what, texts in (("scopes", scopes), ("secrets", secrets)):
+    for what, texts in (("scopes", scopes), ("secrets", secrets), ("children", children)):
         if isinstance(texts, str):
             raise TypeError(f"{what} of {name} must be a set of strings, not a string")
     named = frozenset(secrets)
@@ -154,6 +162,14 @@ def job(
             )
     if len(named) > MAX_SECRETS:
         raise TypeError(f"secrets of {name} must be at most {MAX_SECRETS}")
+    started = frozenset(children)
+    for child in started:
+        if not isinstance(child, str) or not HANDLER_NAME.fullmatch(child):
+            raise TypeError(f"{child!r} in children of {name} is not a handler name")
+    if len(started) > MAX_CHILD_HANDLERS:
+        raise TypeError(f"children of {name} must be at most {MAX_CHILD_HANDLERS}")
+    if keep_children and not started:
+        raise TypeError(f"keep_children of {name} needs children")
     reached = None if egress is None else _listed(name, "egress", egress, parse_items)
     if reached is not None and isolation == "inline" and OPEN not in reached:
         raise TypeError(
@@ -185,6 +201,8 @@ def job(
             named,
             reached,
             also,
+            started,
+            keep_children,
         )
         if isolation == "inline" and not declared.is_async:
             raise TypeError(f"{name} is inline and must be an async def, or it would block the worker")

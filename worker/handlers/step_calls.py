@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from worker.clock import Clock
 from worker.errors import WorkerError
-from worker.handlers.blocking import DaemonThread, finish
+from worker.handlers.blocking import DaemonThread, ThreadLock, finish
 from worker.handlers.calls import MAX_METERS, LoadSteps, Port, StoreStep
 from worker.handlers.json_text import NotStorable, to_json_text
 from worker.handlers.results import Duration, PermanentError, RateLimited, as_timedelta, limited_by
@@ -295,25 +295,12 @@ class StepCalls:
             raise
 
 
-class _ThreadLock:
-    """A lock of threads, which blocks where a lock of tasks suspends."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    async def __aenter__(self) -> None:
-        self._lock.acquire()
-
-    async def __aexit__(self, *error: object) -> None:
-        self._lock.release()
-
-
 class BlockingStepCalls(StepCalls):
     """The steps of a handler that blocks: `done` gives the result of each. `map` uses threads."""
 
     def __init__(self, journal: StepJournal, port: Port, clock: Clock, gate: Spending | None = None) -> None:
         super().__init__(journal, port, clock, gate)
-        self._loading = _ThreadLock()
+        self._loading = ThreadLock()
 
     def _check(self, what: str, function: Any, timeout: float | None) -> bool:
         if super()._check(what, function, timeout):

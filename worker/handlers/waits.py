@@ -21,6 +21,7 @@ from worker.handlers.steps import Occurrences, StepError, StepJournal, check_nam
 from worker.model.runs.outcome import Parked
 from worker.model.runs.run import step_label
 from worker.model.runs.waits import BUDGET as BUDGET
+from worker.model.runs.waits import CHILDREN as CHILDREN
 from worker.model.runs.waits import LIMIT as LIMIT
 from worker.model.runs.waits import MAX_ASKED, MAX_WAITS, NewWait, Option, WaitKind, WaitState, check_options
 
@@ -40,6 +41,8 @@ _GATHERED: type = getattr(asyncio.tasks, "_GatheringFuture", asyncio.Task)
 _OF_TASKS = frozenset({"wait", "_wait", "gather", "wait_for", "_wait_for_one", "shield"})
 
 OnPark = Callable[[Parked], None]
+# What must be stored before an attempt parks; None for nothing.
+Storing = Callable[[], asyncio.Future[None] | None]
 
 
 class WaitTimeout(Exception):
@@ -79,7 +82,7 @@ class AnyWaits(ABC):
     ) -> Coroutine[Any, Any, Any]:
         """As `Context.wait_for`. The occurrence is taken now."""
         what = f"wait_for {check_name('wait_for', name)}"
-        if name == SLEEP or name.startswith((BUDGET, LIMIT)):
+        if name == SLEEP or name.startswith((BUDGET, LIMIT, CHILDREN)):
             raise StepError(f"{what}: this name is reserved; use another one")
         seconds = None if timeout is None else as_timedelta(timeout).total_seconds()
         try:
@@ -127,14 +130,15 @@ class AnyWaits(ABC):
         """Decide that the attempt parks: from now on no step begins."""
         waits = list(self._pending.values())
         kinds = {wait.kind for wait in waits}
-        reason = "answer" if "answer" in kinds else "budget" if "budget" in kinds else "asleep"
+        # In the order of what matters most to people.
+        reason = next((kind for kind in ("answer", "budget", "children") if kind in kinds), "asleep")
         # A budget's wait is named after its meter, and how often the run waited for it says nothing.
         names = [
             wait.name.removeprefix(BUDGET)
             if wait.kind == "budget"
             else step_label(wait.name, None, wait.occurrence)
             for wait in waits
-            if wait.name != SLEEP
+            if wait.name != SLEEP and wait.kind != "children"
         ]
         detail = ", ".join(names)[:DETAIL_LIMIT] or None
         self.parked = Parked(reason, detail)
@@ -146,13 +150,18 @@ class AsyncWaits(AnyWaits):
     """The waits of an async handler, which runs in `task`.
 
     The attempt parks when no step is in flight and the handler can only go on by one of its waits: its own
-    task waits for one, or for other tasks.
+    task waits for one, or for other tasks. What `storing` gives is stored before.
     """
 
     _ends = asyncio.CancelledError
 
     def __init__(
-        self, journal: StepJournal, port: Port, on_park: OnPark, task: asyncio.Task[Any] | None
+        self,
+        journal: StepJournal,
+        port: Port,
+        on_park: OnPark,
+        task: asyncio.Task[Any] | None,
+        storing: Storing = lambda: None,
     ) -> None:
         super().__init__(journal, port, on_park)
         self._task = task
@@ -162,6 +171,7 @@ class AsyncWaits(AnyWaits):
         # What the handler's task was last seen to wait for, and since when.
         self._seen: tuple[object, float] = (None, 0.0)
         self._never: set[asyncio.Future[None]] = set()
+        self._storing = storing
         journal.on_idle(self._consider_soon)
 
     async def park(self, wait: NewWait) -> WaitState:
@@ -210,6 +220,10 @@ class AsyncWaits(AnyWaits):
         elif self._task is not None and not self._waits_for_tasks(self._task, self._loop.time()):
             # It does something else meanwhile, such as a request, and may then need no wait any more.
             self._loop.call_later(LOOK_AGAIN, self._look, 0)
+        elif (storing := self._storing()) is not None:
+            # Considered again once it has ended.
+            storing.add_done_callback(lambda _: self._consider())
+            self._looking = False
         else:
             self._park()
             if self._task is not None:

@@ -15,7 +15,7 @@ from worker.store.database import Database
 from worker.store.dialect import Row
 
 # What an administrator decides on, besides pool, handler and digest.
-DECLARED = ("secrets", "scopes", "egress", "audiences", "timeout", "max_attempts", "max_concurrent")
+DECLARED = ("secrets", "scopes", "egress", "audiences", "children", "timeout", "max_attempts", "max_concurrent")
 
 
 def list_approvals(database: Database, pool: str | None = None) -> list[Row]:
@@ -103,7 +103,8 @@ def _shown(approval: Row) -> Row:
     """An approval with its ceiling as columns."""
     ceiling = approval["ceiling"]
     named = {key: approval[key] for key in ("pool", "handler", "digest")}
-    decided = {key: ceiling.get(key) for key in DECLARED} | {"audiences": ceiling.get("audiences", [])}
+    decided = {key: ceiling.get(key) for key in DECLARED}
+    decided |= {key: ceiling.get(key, []) for key in ("audiences", "children")}
     return named | decided | {key: approval[key] for key in ("approved_at", "approved_by")}
 
 

@@ -30,7 +30,7 @@ _REPLACED = tuple(name for name in _COLUMNS if name not in _KEY)
 # What tells how a handler runs, without its schemas.
 DECLARED = (
     *("name", "distribution", "version", "entry_point", "isolation", "scopes", "timeout", "max_attempts"),
-    *("memory", "max_concurrent", "state", "secrets", "egress", "audiences", "error"),
+    *("memory", "max_concurrent", "state", "secrets", "egress", "audiences", "children", "error"),
 )
 _ENTRY = frozenset(each.name for each in fields(HandlerEntry))
 
@@ -71,7 +71,11 @@ def as_row(entry: HandlerEntry) -> Row:
     """A reported handler with the names of the columns."""
     row = {name: value for name, value in asdict(entry).items() if name in _COLUMNS}
     egress = None if entry.egress is None else list(entry.egress)
-    return row | {"scopes": sorted(entry.scopes), "egress": egress, "audiences": list(entry.audiences)}
+    return (
+        row
+        | {"scopes": sorted(entry.scopes), "egress": egress, "audiences": list(entry.audiences)}
+        | {"children": list(entry.children)}
+    )
 
 
 def entry_of(row: Row) -> HandlerEntry:
@@ -83,6 +87,7 @@ def entry_of(row: Row) -> HandlerEntry:
         secrets=tuple(entry.secrets),
         egress=None if entry.egress is None else tuple(entry.egress),
         audiences=tuple(entry.audiences),
+        children=tuple(entry.children),
     )
 
 

@@ -6,17 +6,19 @@ import os
 import socket
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Text, cast, select
 
-from worker.errors import NotFound, StoreUnavailable
+from worker.errors import NotFound, StoreUnavailable, Unavailable
 from worker.guard.claims import Claims
 from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, WorkerId
 from worker.model.claims import PoolRules, Rules
 from worker.model.definitions.budgets import limit_of_property
 from worker.model.definitions.pools import DEFAULT_POOL
+from worker.model.runs.children import ChildPage, FamilyCap, NewChild, PlacedChild, Span
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import (
     AdmittedRun,
@@ -36,6 +38,7 @@ from worker.model.runs.run import (
 from worker.model.runs.waits import NewWait, WaitState
 from worker.store import (
     budgets,
+    children,
     deadlines,
     firing,
     host_handlers,
@@ -151,6 +154,7 @@ class WorkerStore:
         self._waited: set[str] = set()
         self._nothing_was_due = False
         self._marked_until: RunId | None = None
+        self._families_after: RunId | None = None
         self._specs = _SpecCache()
         self._budgets = budgets.WatchedBudgets()
         self._looks = 0
@@ -204,9 +208,11 @@ class WorkerStore:
     async def finish_by(self, worker_id: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]:
         """The same for the incarnation that owns them: a host's."""
         await self._charge(ended)
-        return await self.database.call(
+        accepted = await self.database.call(
             lambda connection: statements(connection).finish(connection, worker_id, ended)
         )
+        await self._settle(ended)
+        return accepted
 
     @property
     def refills(self) -> bool:
@@ -227,7 +233,28 @@ class WorkerStore:
             return accepted, self._admission.admit(offered, free, connection)
 
         accepted, admitted = await self.database.call(work)
+        await self._settle(ended)
         return accepted, await self._hold_back(admitted)
+
+    async def _settle(self, ended: Sequence[EndedAttempt]) -> None:
+        """Let the families of runs go on whose ends are committed; `look_at_families` repeats what fails."""
+        ends = [attempt for attempt in ended if attempt.is_child or attempt.has_children]
+        if not ends:
+            return
+        over = [attempt.run_id for attempt in ends if attempt.is_child and attempt.final]
+        parked = [attempt.run_id for attempt in ends if attempt.reason == "children"]
+        parents = [attempt.run_id for attempt in ends if attempt.has_children and attempt.final]
+        with suppress(StoreUnavailable):
+            if over or parked:
+                await self.database.call(children.settle, over, parked)
+            if parents:
+                await self.database.call(children.orphan, parents)
+
+    async def look_at_families(self) -> int:
+        """Do what `_settle` would have done for workers that died before it; returns how many runs changed."""
+        looked = await self.database.call(children.look, self._families_after)
+        self._families_after = self._families_after if looked.again else looked.after
+        return looked.changed
 
     async def _charge(self, ended: Sequence[EndedAttempt]) -> None:
         """Count the run seconds of orgs that have a budget for them."""
@@ -315,6 +342,29 @@ class WorkerStore:
             )
         )
 
+    async def start_children(
+        self,
+        run: AdmittedRun,
+        new: Sequence[NewChild],
+        *,
+        cap: FamilyCap,
+        keep: bool,
+        isolations: Mapping[str, Isolation],
+    ) -> Sequence[PlacedChild] | None:
+        """Store children of a run, fenced; None if it was not ours.
+
+        Raises:
+            StepError: a limit is reached.
+            Unavailable: the run is being cancelled.
+        """
+        placed = await self.database.call(children.start, run, new, cap=cap, keep=keep, isolations=isolations)
+        if placed == "cancelled":
+            raise Unavailable("the run is being cancelled, and starts no others")
+        return placed if isinstance(placed, list) else None
+
+    read_children = in_autocommit(children.read)
+    read_ended = in_transaction(children.read_ended)
+    cap_of = in_autocommit(children.cap_of)
     budgets_of = in_autocommit(spending.states_of)
     load_progress = in_autocommit(load_progress)
     load_steps = in_autocommit(steps.load_steps)
@@ -377,6 +427,8 @@ class WorkerStore:
 
     async def open_wait(self, run: AdmittedRun, wait: NewWait) -> WaitState | None:
         """Store what a run waits for; None if the run is no longer ours."""
+        if wait.children is not None:
+            return await self.database.call(children.open_wait, run, wait)
         state = await self.database.call(
             lambda connection: statements(connection).open_wait(
                 connection, run.id, run.fencing_token, attempt=run.attempt, wait=wait

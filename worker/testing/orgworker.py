@@ -349,7 +349,7 @@ def _handler(name: str, job: Job | None) -> tuple[HandlerEntry, Job]:
 
 
 def _declared(job: Job) -> dict[str, Any]:
-    lists = {"scopes": tuple(sorted(job.scopes)), "secrets": tuple(sorted(job.secrets))}
+    lists = {name: tuple(sorted(getattr(job, name))) for name in ("scopes", "secrets", "children")}
     return {**offer_of(job), **lists, "egress": job.egress, "audiences": job.audiences}
 
 

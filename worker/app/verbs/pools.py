@@ -14,7 +14,7 @@ app = typer.Typer(help="Pools: where runs execute, their rules and backlog, what
 
 COLUMNS = ("name", "requires", "waiting", "running", "workers", "hosts", "slots")
 APPROVALS = (
-    *("pool", "handler", "distribution", "digest", "secrets", "scopes", "egress", "audiences", "timeout"),
+    *("pool", "handler", "distribution", "digest", "secrets", "scopes", "egress", "audiences", "children", "timeout"),
     *("max_attempts", "max_concurrent", "approved", "approved_at", "approved_by", "hosts"),
 )
 NameArgument = Annotated[str, argument("POOL", "The name of the pool.")]
@@ -55,7 +55,7 @@ def approvals(
 ) -> None:
     """List what hosts declare of their handlers beyond what needs no approval; those not approved first.
 
-    Without an approval a handler gets no secrets and no audiences, reaches no more than `api`, and has the
+    Without an approval a handler gets no secrets, no audiences and no children, reaches no more than `api`, and has the
     scopes, timeout and attempts of the definition or the defaults. Where a host declares no egress, what
     workers declare or what is approved counts. `digest` is of all that is declared for the handler in the
     pool.

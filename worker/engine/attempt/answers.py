@@ -31,6 +31,7 @@ from worker.handlers.calls import (
     OpenWait,
     Progress,
     Save,
+    StartChildren,
     StepTotals,
     StoreStep,
 )
@@ -271,6 +272,12 @@ async def _believed(call: Any, of: Running) -> Any:
             return OpenWait(await believed_wait(wait, of))
         case CountSpend():
             check_attempt(call, of)
+        case StartChildren(children) if of.inflight.plan is not None:
+            for child in children:
+                if child.handler not in of.inflight.children:
+                    raise NotACall(f"handler: {child.handler} is not in children of @job")
+            # It is there whatever becomes of the process.
+            of.inflight.moved = True
         case AskToken(audience=audience, resource=resource) if audience or resource:
             if (audience or resource) not in of.inflight.audiences or (audience and resource):
                 raise NotACall("audience: it is not one of the definition's audiences")

@@ -40,6 +40,7 @@ from worker.model.bindings import OrgSecrets
 from worker.model.claims import ClaimsRecord, Enforced
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.budgets import BudgetState
+from worker.model.runs.children import EXCEEDS, MAX_CHILD_RESULT
 from worker.model.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded, Trail, end_attempt
 from worker.model.runs.run import AdmittedRun, StoredProgress
 from worker.telemetry.events import emit
@@ -51,6 +52,8 @@ NO_SECRETS: OrgSecrets = {}
 # Why a run is refused whose token is right.
 SECRET_MISSING = "secret_missing"  # noqa: S105 - a reason, not a secret
 SECRET_BOUND = "secret_bound"  # noqa: S105
+# A new token would change nothing about these.
+NOT_OF_TOKENS = (SECRET_MISSING, SECRET_BOUND, EXCEEDS)
 NO_BROKER = "no broker is here that could send it: install the feature egress"
 
 
@@ -103,15 +106,38 @@ async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared
     entry = _handler(stored, enforced.claims, inflight, plan, trail, tools)
     if not isinstance(entry, HandlerEntry):
         return entry
+    if run.origin == "child" and (refused := await _beyond_parent(entry, limits, inflight, plan, tools)):
+        return refused
     state = await tools.store.load_state(run) if entry.state else None
     secrets = await _secrets(entry, inflight, plan, tools) if entry.secrets else NO_SECRETS
     if isinstance(secrets, outcomes.Refused):
         return secrets
     work = plan.work(run, entry, enforced, stored, state, secrets, limits, now=tools.clock.now())
     inflight.audiences = work.egress.audiences
+    may_start(inflight, plan, entry, limits)
     if tools.store.is_limited(plan.org.id):
         work.budgets = await _budgets(run, tools)
     return Prepared(work, limits, commits=state is not None and state.commits)
+
+
+def may_start(inflight: InflightRun, plan: AttemptPlan, entry: HandlerEntry, limits: Limits) -> None:
+    """Keep which handlers an attempt may start, and what those may have."""
+    if entry.children:
+        inflight.children = frozenset(entry.children)
+        inflight.cap = replace(plan.cap(entry, limits), scopes=inflight.scopes)
+
+
+async def _beyond_parent(
+    entry: HandlerEntry, limits: Limits, inflight: InflightRun, plan: AttemptPlan, tools: Tools
+) -> outcomes.Refused | None:
+    """The refusal of a child whose handler declares more than that of its parent; None if it does not."""
+    cap = await tools.store.cap_of(inflight.run.id)
+    more = None if cap is None else cap.excess(plan.cap(entry, limits))
+    if cap is None or more is None:
+        return None
+    return outcomes.Refused(
+        EXCEEDS, more, f"{entry.name} declares {more}, which its parent {cap.handler} lacks"
+    )
 
 
 async def _token(
@@ -146,7 +172,7 @@ def _claims(
     flag = definition.requires_flag
     if flag is not None and not flag_is(claims, flag.name, flag.equals):
         return outcomes.Gated("flag_off", flag.name)
-    for variant in definition.variants:
+    for variant in definition.variants if inflight.run.origin != "child" else ():
         if flag_is(claims, variant.flag.name, variant.flag.equals):
             trail.handler = variant.handler
             break
@@ -173,8 +199,8 @@ def _handler(
             return outcomes.NotApproved(command)
         inflight.scopes |= frozenset(entry.scopes)
         enforce(claims, org_code=plan.org.code, client_id=None, scopes=inflight.scopes)
-    if entry.state and not plan.definition.serial:
-        return state_without_order(plan, name)
+    if entry.state and (not plan.definition.serial or run.origin == "child"):
+        return state_without_order(plan, name, is_child=run.origin == "child")
     if run.isolation == "inline" and not plan.network.seals_inline:
         unsealed = cannot_be_sealed(name, plan.network.egress(plan.definition, entry))
         return entry if unsealed is None else unsealed
@@ -247,21 +273,36 @@ def outcome_of_error(error: Exception, inflight: InflightRun, random: Random) ->
 async def conclude(inflight: InflightRun, outcome: Outcome, trail: Trail, tools: Tools) -> EndedAttempt:
     """What is written for an attempt that has just ended, with all of its texts masked."""
     run, limits = inflight.run, limits_of(inflight, tools)
-    if isinstance(outcome, outcomes.Refused) and outcome.reason not in (SECRET_MISSING, SECRET_BOUND):
+    if isinstance(outcome, outcomes.Refused) and outcome.reason not in NOT_OF_TOKENS:
         await outdate_token(inflight, tools)
     if inflight.moved:
         # Recoveries are counted from the last checkpoint that moved.
         run = replace(run, recoveries=0)
     await mask_trail(trail, run.org_id)
-    return end_attempt(
+    ended = end_attempt(
         run,
-        await redacted(outcome, run.org_id),
+        await redacted(_within_parent(run, outcome), run.org_id),
         trail,
         limits.retry,
         now=tools.clock.now(),
         random=tools.random,
-        parked_counts=limits.parked_counts,
+        # It would wait for children that its own slot keeps from starting.
+        parked_counts=limits.parked_counts and not inflight.children,
     )
+    ended.has_children = bool(inflight.children)
+    return ended
+
+
+def _within_parent(run: AdmittedRun, outcome: Outcome) -> Outcome:
+    """The outcome of a child, whose result its parent reads: failed if that is too large."""
+    if run.origin == "child" and isinstance(outcome, Succeeded) and outcome.result is not None:
+        if (size := len(outcome.result.encode())) > MAX_CHILD_RESULT:
+            message = (
+                f"the result of a child is {size / 1024:.1f} KiB of JSON; the maximum is "
+                f"{MAX_CHILD_RESULT // 1024} KiB: store it elsewhere and return where"
+            )
+            return Failed(Error("NotStorable", message), reason="result_invalid")
+    return outcome
 
 
 async def outdate_token(inflight: InflightRun, tools: Tools) -> None:

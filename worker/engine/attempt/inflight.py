@@ -20,6 +20,7 @@ from worker.ids import RunId
 from worker.model.claims import ClaimsRecord
 from worker.model.definitions import CANCEL_GRACE
 from worker.model.definitions.definition import Definition
+from worker.model.runs.children import FamilyCap
 from worker.model.runs.egress import busiest
 from worker.model.runs.outcome import EndedAttempt, Trail, summary
 from worker.model.runs.run import AdmittedRun, OwnedRun
@@ -46,7 +47,8 @@ class InflightRun:
 
     `moved` once the attempt has stored a new checkpoint or step; `storing` are steps that are being
     stored, which a process may leave behind that dies. `scopes` are those that its tokens must have,
-    `audiences` those for which it may ask for others. A host knows no `plan`. `masked` are its tokens, and
+    `audiences` those for which it may ask for others. `children` are the handlers that it may start, and `cap`
+    what those may have; a host knows neither it nor a `plan`. `masked` are its tokens, and
     its secrets, which are private to the org.
     """
 
@@ -57,6 +59,8 @@ class InflightRun:
     cancel_grace: timedelta = CANCEL_GRACE
     scopes: frozenset[str] = frozenset()
     audiences: tuple[str, ...] = ()
+    children: frozenset[str] = frozenset()
+    cap: FamilyCap | None = None
     moved: bool = False
     storing: set[asyncio.Future[Any]] | None = None
     masked: tuple[tuple[str, bool], ...] = field(default=(), repr=False)

@@ -27,6 +27,7 @@ from worker.model.definitions.origins import check_base_url, check_encrypted, is
 from worker.model.definitions.units import parse_duration, parse_memory
 from worker.model.egress import API, Egress, Owner, effective
 from worker.model.orgs import OrgRef, TokenWant
+from worker.model.runs.children import FamilyCap
 from worker.model.runs.outcome import Error, Failed
 from worker.model.runs.run import AdmittedRun, Declared, LoadedState, RunContext, StoredProgress
 from worker.telemetry.tracing import traceparent
@@ -230,7 +231,7 @@ class AttemptPlan:
             org_name=self.org_name,
             handler=entry.name,
             entry_point=entry.entry_point,
-            params={**self.definition.params, **(run.params or {})},
+            params={**(self.definition.params if run.origin != "child" else {}), **(run.params or {})},
             claims=enforced.claims,
             token=enforced.token,
             api_origins=self.api_origins,
@@ -249,6 +250,12 @@ class AttemptPlan:
             egress=self.network.egress(self.definition, entry),
         )
 
+    def cap(self, entry: HandlerEntry, limits: Limits) -> FamilyCap:
+        """What the runs may have that a run of this handler starts: no more than it has itself."""
+        egress = self.network.egress(self.definition, entry)
+        scopes, secrets = limits.scopes, frozenset(entry.secrets)
+        return FamilyCap(entry.name, scopes, secrets, egress.lists, frozenset(egress.audiences))
+
 
 def cannot_be_sealed(handler: str, egress: Egress) -> Failed | None:
     """The outcome of an inline run whose egress is not open: it would run in this process. None if it is."""
@@ -261,11 +268,12 @@ def cannot_be_sealed(handler: str, egress: Egress) -> Failed | None:
     return Failed(Error("ConfigurationError", message), permanent=True)
 
 
-def state_without_order(plan: AttemptPlan, handler: str) -> Failed:
+def state_without_order(plan: AttemptPlan, handler: str, *, is_child: bool = False) -> Failed:
     """The outcome if runs of a definition could overwrite each other's state: an older definition."""
+    fix = "start a handler without state" if is_child else "choose skip, queue_one or replace"
     message = (
         f"definition {plan.org.code}/{plan.definition.name}, overlap: {handler} declares state, which "
-        "concurrent runs would overwrite; choose skip, queue_one or replace"
+        f"concurrent runs would overwrite; {fix}"
     )
     return Failed(Error("DefinitionError", message), permanent=True)
 

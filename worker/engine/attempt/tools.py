@@ -32,7 +32,10 @@ from worker.handlers.calls import (
     LoadSteps,
     OpenWait,
     PauseOrigin,
+    ReadChildren,
+    ReadEnded,
     Save,
+    StartChildren,
     StepTotals,
     StoreStep,
 )
@@ -42,6 +45,7 @@ from worker.model.claims import Digests, Enforced, PoolRules
 from worker.model.limits import Share
 from worker.model.orgs import OrgRef, TokenWant
 from worker.model.runs.budgets import OrgBudgets
+from worker.model.runs.children import ChildPage, FamilyCap, NewChild, PlacedChild, Span
 from worker.model.runs.run import AdmittedRun, Isolation, LoadedState, RunStep, StepPage, StoredProgress
 from worker.model.runs.waits import NewWait, WaitState
 from worker.secret import AccessToken
@@ -152,6 +156,29 @@ class AttemptStore(Protocol):
 
     async def open_wait(self, run: AdmittedRun, wait: NewWait) -> WaitState | None:
         """Store what a run waits for, fenced, and return how that stands; None if it was no longer ours."""
+
+    async def start_children(
+        self,
+        run: AdmittedRun,
+        children: Sequence[NewChild],
+        *,
+        cap: FamilyCap,
+        keep: bool,
+        isolations: Mapping[str, Isolation],
+    ) -> Sequence[PlacedChild] | None:
+        """Store children of a run, fenced, each in the isolation of its handler; None if it was not ours.
+
+        Raises StepError at a limit, and Unavailable if the run is being cancelled.
+        """
+
+    async def read_children(self, run_id: RunId, places: Sequence[int]) -> ChildPage:
+        """Children of a run by their places."""
+
+    async def read_ended(self, run: AdmittedRun, spans: Sequence[Span], after: int) -> ChildPage | None:
+        """The next children of these spans that have ended, fenced; None if the run was no longer ours."""
+
+    async def cap_of(self, run_id: RunId) -> FamilyCap | None:
+        """What the parent of an unfinished child allows it."""
 
     async def budgets_of(self, run: AdmittedRun) -> OrgBudgets:
         """The budgets of a run's org now."""
@@ -288,6 +315,14 @@ class StoreActs:
                 if (state := await store.open_wait(run, wait)) is None:
                     raise _lost(of)
                 return state
+            case StartChildren(children, keep):
+                return await self._start(children, keep, of)
+            case ReadChildren(places):
+                return await store.read_children(run.id, places)
+            case ReadEnded(spans, after):
+                if (page := await store.read_ended(run, spans, after)) is None:
+                    raise _lost(of)
+                return page
             case CountSpend(meter, amount, key):
                 if (budgets := await store.spend(run, meter, amount, key)) is None:
                     raise _lost(of)
@@ -308,6 +343,23 @@ class StoreActs:
             case StepTotals():
                 return await store.step_totals(run.id)
         raise TypeError(f"no store does what {call.way.name} asks")
+
+    async def _start(self, children: Sequence[NewChild], keep: bool, of: Running) -> Sequence[PlacedChild]:
+        inflight, run, handlers = of.inflight, of.run, self.tools.handlers
+        if inflight.plan is None or inflight.cap is None:
+            raise LeaseLost(f"run {run.id} has not started")
+        # A definition may keep all of its runs out of the worker's process, but bring none in.
+        apart = inflight.plan.definition.isolation == "child"
+        isolations: dict[str, Isolation] = {
+            name: "child" if apart else handlers.declared(name).isolation_in(run.pool)
+            for name in {child.handler for child in children}
+        }
+        placed = await self.tools.store.start_children(
+            run, children, cap=inflight.cap, keep=keep, isolations=isolations
+        )
+        if placed is None:
+            raise _lost(of)
+        return tuple(placed)
 
 
 def row_of(call: StoreStep, of: Running) -> RunStep:

@@ -20,6 +20,7 @@ from worker.engine.attempt.attempt import (
     PAUSE,
     conclude,
     limits_of,
+    may_start,
     outcome_of_error,
     outdate_token,
     without_state,
@@ -189,6 +190,7 @@ class HostedRuns:
         inflight.scopes = limits.scopes
         if (entry := tools.handlers.get(inflight.run.handler)) is not None:
             inflight.audiences = plan.network.egress(plan.definition, entry).audiences
+            may_start(inflight, plan, entry, limits)
         with suppress(WorkerError, TimeoutError):
             async with asyncio.timeout(TOKEN_WITHIN):
                 # Its age does not matter: it is only masked.
@@ -211,9 +213,12 @@ class HostedRuns:
             if named not in possible:
                 raise Malformed(f"handler: run {run.id} is not one of {named}")
             hosted.handler = hosted.running.trail.handler = named
-            entry = (await self.delivery.tools()).handlers.get(named)
+            tools = await self.delivery.tools()
+            entry = tools.handlers.get(named)
             if named != run.handler and entry is not None:
                 hosted.inflight.scopes |= frozenset(entry.scopes)
+                if (plan := hosted.inflight.plan) is not None:
+                    may_start(hosted.inflight, plan, entry, limits_of(hosted.inflight, tools))
         if named != hosted.handler:
             raise Malformed(f"handler: the attempt of run {hosted.run.id} is one of {hosted.handler}")
 

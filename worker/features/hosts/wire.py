@@ -38,7 +38,7 @@ from worker.errors import (
 from worker.handlers.calls import BATCH_BYTES, CALLS, MAX_BYTES, NotACall, Progress
 from worker.handlers.calls import OWN_BYTES as OWN_BYTES
 from worker.handlers.calls import known_in as known_in
-from worker.handlers.catalogue import ERROR_LIMIT, HandlerEntry, check_secrets, checked_egress
+from worker.handlers.catalogue import ERROR_LIMIT, HandlerEntry, check_children, check_secrets, checked_egress
 from worker.handlers.job import one_line
 from worker.handlers.json_text import check_json_text, clean
 from worker.handlers.parts import CallPart, Count, TextCheck, Those, row_of, trusted
@@ -147,7 +147,7 @@ def rows_of(message: Mapping[str, Any], name: str, part: CallPart[V]) -> list[V]
 
 
 # What handlers declare since a later version, and what stands for nothing. An empty egress is a declaration.
-_LATER: Mapping[str, object] = {"description": None, "egress": None, "audiences": ()}
+_LATER: Mapping[str, object] = {"description": None, "egress": None, "audiences": (), "children": ()}
 
 
 class _Entry(CallPart[HandlerEntry]):
@@ -187,6 +187,10 @@ class _Entry(CallPart[HandlerEntry]):
             raise ValueError(f"secrets of {given['name']}")
         check_secrets(secrets)
         given["secrets"] = tuple(secrets)
+        if not isinstance(children := given.get("children", []), list):
+            raise ValueError(f"children of {given['name']} is not a list")
+        check_children(children)
+        given["children"] = tuple(children)
         if not isinstance(description := given.get("description"), str | None):
             raise ValueError(f"description of {given['name']} is not a text")
         given["description"] = one_line(description)

@@ -141,13 +141,15 @@ class Gated:
 
 @dataclass(frozen=True, slots=True)
 class Parked:
-    """The handler waits without a process. `reason` is asleep, answer or budget; `detail` names the waits."""
+    """The handler waits without a process. `reason` is asleep, answer, budget or children; `detail` names the
+    waits.
+    """
 
     reason: str
     detail: str | None = None
 
 
-PARKED_REASONS = ("asleep", "answer", "budget")
+PARKED_REASONS = ("asleep", "answer", "budget", "children")
 
 Outcome = (
     Succeeded
@@ -196,7 +198,8 @@ class EndedAttempt:
     write; None means at once), or `parked` with `reason` until one of its waits is over. `failures` and
     `recoveries` are the run's new counts. `result` is JSON text. `keep_start_by` is true if the handler
     has not started. With `counted` the parked run counts against the limits of definition and handler.
-    `definition_state` is the JSON text that is committed with a success, or None.
+    `definition_state` is the JSON text that is committed with a success, or None. `is_child` if another run
+    started the run; `has_children` if it may have started others.
     """
 
     run_id: RunId
@@ -220,6 +223,8 @@ class EndedAttempt:
     error: Mapping[str, str] | None = field(default=None)
     error_cause: str | None = None
     definition_state: str | None = None
+    is_child: bool = False
+    has_children: bool = False
 
     @property
     def final(self) -> bool:
@@ -283,6 +288,7 @@ def end_attempt(
             keep_start_by=trail.handler_started_at is None,
             error=error.as_json() if error else None,
             error_cause=fingerprint(error) if error else None,
+            is_child=run.origin == "child",
         )
 
     def failed(attempt: EndedAttempt, *, after: timedelta | None = None, final: bool = False) -> EndedAttempt:

@@ -11,7 +11,7 @@ from worker.ids import DefinitionId, OrgId, RunId
 from worker.model.definitions import Overlap
 from worker.model.definitions.pools import DEFAULT_POOL
 
-Origin = Literal["schedule", "manual", "backfill", "retry"]
+Origin = Literal["schedule", "manual", "backfill", "retry", "child"]
 Isolation = Literal["child", "inline"]
 SkipReason = Literal["missed", "overlap", "calendar"]
 

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, get_args
 
-WaitKind = Literal["sleep", "answer", "budget"]
+from worker.model.runs.children import ChildrenWait
+
+WaitKind = Literal["sleep", "answer", "budget", "children"]
 KINDS: tuple[WaitKind, ...] = get_args(WaitKind)
 
 # Names that begin so are those of budgets.
 BUDGET = "budget:"
 # Those of limits of other services.
 LIMIT = "limit:"
+# Those of children.
+CHILDREN = "children:"
 # Waits of one run.
 MAX_WAITS = 10_000
 # Bytes of JSON text in UTF-8: what a handler asks, with its options, and an answer.
@@ -63,7 +67,7 @@ class NewWait:
     """A wait of one attempt. `seconds` is the time until its deadline, None for no deadline.
 
     `ask_json` is what people are asked, as JSON text. With `alert` an alert fires while it is open. With
-    `options` no other answer is taken.
+    `options` no other answer is taken. `children` are those that it waits for.
     """
 
     name: str
@@ -73,6 +77,7 @@ class NewWait:
     ask_json: str | None = None
     alert: bool = False
     options: tuple[Option, ...] = ()
+    children: ChildrenWait | None = None
 
 
 def options_text(wait: NewWait) -> str | None:

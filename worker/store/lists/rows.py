@@ -390,6 +390,7 @@ class Handler(TypedDict):
     description: Annotated[str | None, redaction.text]
     egress: Shown[list[str] | None]
     audiences: Shown[list[str]]
+    children: Shown[list[str]]
     error: Annotated[str | None, redaction.not_loaded]
     seen_at: Shown[datetime]
 

@@ -53,8 +53,10 @@ from worker.store.tables.runs import UNSTARTED as UNSTARTED
 from worker.store.tables.runs import WAITING_REASONS as WAITING_REASONS
 from worker.store.tables.runs import attempts as attempts
 from worker.store.tables.runs import checkpoints as checkpoints
+from worker.store.tables.runs import children as children
 from worker.store.tables.runs import live_runs as live_runs
 from worker.store.tables.runs import metadata as metadata
+from worker.store.tables.runs import parents as parents
 from worker.store.tables.runs import run_egress as run_egress
 from worker.store.tables.runs import run_ends as run_ends
 from worker.store.tables.runs import run_logs as run_logs
@@ -350,6 +352,7 @@ catalogue = table(
         *("audiences", json_type(), "The audiences for which it may ask for a token, as `@job` says."),
         server_default="[]",
     ),
+    required("children", json_type(), "The handlers that it may start, as `@job` says.", server_default="[]"),
     readers="orgs",
 )
 
@@ -362,7 +365,7 @@ def like(column: Column[Any]) -> Column[Any]:
 
 
 # Columns that both tables of handlers got last.
-_LATER = ("description", "egress", "audiences")
+_LATER = ("description", "egress", "audiences", "children")
 
 host_handlers = table(
     "host_handlers",

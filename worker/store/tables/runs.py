@@ -86,7 +86,7 @@ def unique(name: str, columns: tuple[str, ...], where: str) -> Index:
     return Index(name, *columns, unique=True, **partial(where))
 
 
-ORIGINS = ("schedule", "manual", "backfill", "retry")
+ORIGINS = ("schedule", "manual", "backfill", "retry", "child")
 FINAL_STATES = ("succeeded", "failed", "cancelled", "refused", "skipped")
 # A condition on runs that have ended, and few did so. Indexes have it, word for word.
 RARE = "state <> 'succeeded'"
@@ -101,7 +101,7 @@ runs = table(
     required("definition_id", Id),
     required("revision", Integer),
     required("handler", Text, "The definition's; an attempt may use a variant."),
-    required("origin", Text, "`schedule`, `manual`, `backfill` or `retry`."),
+    required("origin", Text, "`schedule`, `manual`, `backfill`, `retry` or `child`."),
     required("scheduled_for", Instant, "The nominal time."),
     required("created_at", Instant),
     Column("created_by", Text),
@@ -144,7 +144,7 @@ runs = table(
 
 run_ends = table(
     "run_ends",
-    "The ended runs, by state and time. Triggers maintain it; on SQLite it is a view.",
+    "The ended runs without children, by state and time. Triggers maintain it; on SQLite it is a view.",
     Column("state", Text, primary_key=True, doc="As in `runs`."),
     Column("finished_at", Instant, primary_key=True, doc="As in `runs`."),
     Column("run_id", Id, primary_key=True),
@@ -163,7 +163,7 @@ UNFINISHED = {"waiting": ("waiting", "held", "parked"), "running": ("running",)}
 UNSTARTED = UNFINISHED["waiting"]
 WAITING_REASONS = (
     *("due", "held", "retry", "snoozed", "handed_back", "recovered", "no_token", "no_handler", "no_pool"),
-    *("not_approved", "unplaced", "asleep", "answer", "budget", "resumed"),
+    *("not_approved", "unplaced", "asleep", "answer", "budget", "children", "window", "resumed"),
 )
 # When a parked run goes on that waits without a deadline.
 NEVER = datetime(9999, 12, 31, tzinfo=UTC)
@@ -226,8 +226,10 @@ live_runs = table(
     ),
     Column("progress", json_type(), doc="As in `runs`."),
     Column("cancel_requested_at", Instant, doc="When its cancellation was requested."),
-    Column("cancel_reason", Text, doc="Why: `requested`, `replaced` or `closed`."),
+    Column("cancel_reason", Text, doc="Why: `requested`, `replaced`, `closed` or `parent`."),
     required("pool", Text, "As in `runs`.", server_default=DEFAULT_POOL),
+    Column("parent_id", Id, doc="Of a child: the run that started it."),
+    Column("place", Integer, doc="Of a child: as in `children`."),
     CheckConstraint(one_of("state", LIVE_STATES), name="state"),
     CheckConstraint(one_of("isolation", ("child", "inline")), name="isolation"),
     CheckConstraint("(state = 'running') = (worker_id IS NOT NULL)", name="owner"),
@@ -250,6 +252,9 @@ live_runs = table(
     Index("ix_live_runs_parked_available_at", "available_at", **partial("state = 'parked'")),
     Index("ix_live_runs_parked_handler", "handler", **partial("state = 'parked' AND started_at IS NOT NULL")),
     unique("uq_live_runs_held", ("definition_id",), "state = 'held'"),
+    # The first unfinished child of a run says whether it waits on.
+    Index("ix_live_runs_parent_id_place", "parent_id", "place", **partial("parent_id IS NOT NULL")),
+    Index("ix_live_runs_parked_children", "id", **partial("state = 'parked' AND reason = 'children'")),
     postgresql_with=HOT,
     readers="orgs",
 )
@@ -305,18 +310,18 @@ attempts = table(
     readers="orgs",
 )
 
-WAIT_KINDS = ("sleep", "answer", "budget")
+WAIT_KINDS = ("sleep", "answer", "budget", "children")
 
 waits = table(
     "waits",
-    "What runs wait for: sleeps, and answers of people, with those answers.",
+    "What runs wait for: sleeps, children, and answers of people, with those answers.",
     Column("run_id", Id, primary_key=True),
     Column(
         "name", Text, primary_key=True, doc="As the handler calls it; `sleep` for a sleep without a name."
     ),
     Column("occurrence", Integer, primary_key=True, doc="1 for the first wait of that name in the run."),
     required("org_id", Id),
-    required("kind", Text, "`sleep`, `answer` or `budget`."),
+    required("kind", Text, "`sleep`, `answer`, `budget` or `children`."),
     Column("ask", json_type(), doc="What the handler asks, for people."),
     Column("opened_at", Instant, doc="When the handler first waited; null if the answer came earlier."),
     Column("until", Instant, doc="Its deadline; null without one."),
@@ -327,9 +332,52 @@ waits = table(
     Column("timed_out_at", Instant, doc="When the handler learned that the deadline had passed."),
     Column("options", json_type(), doc="The list of the only answers that it takes; null for any."),
     Column("refused", json_type(), doc="With `answer`: one that was kept before, and is not an option."),
+    Column(
+        "children",
+        json_type(),
+        doc="Which children: `spans` has the first and last place of each row of them; with `any` the next "
+        "one that ends.",
+    ),
     CheckConstraint(one_of("kind", WAIT_KINDS), name="kind"),
     CheckConstraint("answered_at IS NULL OR timed_out_at IS NULL", name="over"),
     Index("ix_waits_open_org_id", "org_id", "run_id", **partial(OPEN)),
+    readers="orgs",
+)
+
+parents = table(
+    "parents",
+    "The runs that started others, and what those may have at most.",
+    Column("run_id", Id, primary_key=True),
+    required("org_id", Id),
+    required("root_id", Id, "The run at the top of its tree; itself, if no run started it."),
+    required("depth", Integer, "Levels below that run."),
+    required("cap", json_type(), "What its handler declares: `scopes`, `secrets`, `egress`, `audiences`."),
+    required("keep", Boolean, "Whether its children go on if it fails."),
+    count("started", "The children that it started."),
+    count("seen", "Those of them that `ctx.as_ended` gave."),
+    count("tree", "Of the run at the top: the runs below it."),
+    Column("windows", json_type(), doc="By `ctx.map_runs`: the number of unfinished runs at the same time."),
+    postgresql_with=UPDATED,
+    readers="orgs",
+)
+
+children = table(
+    "children",
+    "Which run started which: one child for each handler, key and occurrence of a run.",
+    Column("parent_id", Id, primary_key=True, doc="The run that started it, or took it up as a retry."),
+    Column("place", Integer, primary_key=True, doc="Its place among the children of that run, from 1."),
+    required("run_id", Id, "The child."),
+    required("org_id", Id),
+    required("root_id", Id, "As in `parents`."),
+    required("depth", Integer, "Levels below the run at the top, from 1."),
+    required("handler", Text, "The name passed to `ctx.start`."),
+    required("key", Text, "The key passed with it; empty without one."),
+    required("occurrence", Integer, "Which use of that handler and key it is, from 1."),
+    Column("seen", Integer, doc="Its place among those that `ctx.as_ended` gave."),
+    Column("map", Integer, doc="The number of its `ctx.map_runs`, from 1."),
+    UniqueConstraint("parent_id", "handler", "key", "occurrence"),
+    Index("ix_children_run_id", "run_id"),
+    Index("ix_children_root_id_depth", "root_id", "depth"),
     readers="orgs",
 )
 

@@ -209,7 +209,7 @@ def shown_approvals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if seen[row["pool"]] > APPROVALS:
             continue
         is_last = seen[row["pool"]] == APPROVALS
-        lists = {key: row[key] for key in ("secrets", "scopes", "egress", "audiences")}
+        lists = {key: row[key] for key in ("secrets", "scopes", "egress", "audiences", "children")}
         long = sum(len(name) for names in lists.values() for name in names or ()) > MAX_DECLARED
         names = {key: [] if long else listed for key, listed in lists.items()}
         left_out = of_pool[row["pool"]] - APPROVALS if is_last else 0

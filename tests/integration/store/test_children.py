@@ -1,0 +1,427 @@
+"""Children of runs: one for each key, whatever is killed; their parents wake, and end with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from tests.fakes.clock import ManualClock
+from tests.fakes.stock import HANDLER, Stock
+from worker.handlers.steps import StepError
+from worker.ids import ALL_ORGS, RunId, WorkerId
+from worker.model.runs.children import MAX_CHILDREN, MAX_TREE, ChildrenWait, FamilyCap, NewChild, PlacedChild
+from worker.model.runs.outcome import EndedAttempt
+from worker.model.runs.run import AdmittedRun
+from worker.model.runs.waits import NewWait, WaitState
+from worker.store import children, tables
+
+CAP = FamilyCap(HANDLER, frozenset({"read:kb"}), frozenset(), (), frozenset())
+
+
+@pytest.fixture
+def worker(stock: Stock) -> WorkerId:
+    return stock.worker()
+
+
+def admitted(stock: Stock, worker: WorkerId, **values: Any) -> AdmittedRun:
+    org = stock.org(limit=1000)
+    return stock.running(worker, org, stock.definition(org), **values)
+
+
+def pages(count: int, first: int = 0, **values: Any) -> list[NewChild]:
+    return [
+        NewChild(HANDLER, f"page-{n}", 1, f'{{"page":{n}}}', **values) for n in range(first, first + count)
+    ]
+
+
+def start(
+    stock: Stock, run: AdmittedRun, new: Sequence[NewChild], *, keep: bool = False
+) -> list[PlacedChild] | str | None:
+    return stock.within(children.start, run, new, cap=CAP, keep=keep, isolations={HANDLER: "child"})
+
+
+def started(stock: Stock, run: AdmittedRun, count: int, **values: Any) -> list[RunId]:
+    placed = start(stock, run, pages(count, **values))
+    assert isinstance(placed, list)
+    return [RunId(child.run_id) for child in placed]
+
+
+def wait(stock: Stock, run: AdmittedRun, *spans: tuple[int, int], any: bool = False) -> WaitState | None:
+    new = NewWait("children:gather", 1, "children", children=ChildrenWait(spans, any))
+    return stock.within(children.open_wait, run, new)
+
+
+def park(stock: Stock, worker: WorkerId, run: AdmittedRun) -> None:
+    end = replace(stock.ended(run, "parked", outcome="parked", reason="children"), has_children=True)
+    assert stock.finish(worker, end) == {run.id}
+
+
+def of_child(end: EndedAttempt) -> EndedAttempt:
+    return replace(end, is_child=True)
+
+
+def finish(stock: Stock, worker: WorkerId, runs: Sequence[AdmittedRun], state: str = "succeeded") -> None:
+    """End children, and settle their families as a worker does."""
+    stock.finish(worker, *(of_child(stock.ended(run, state)) for run in runs))
+    stock.within(children.settle, [run.id for run in runs])
+
+
+def states(stock: Stock, ids: Sequence[RunId]) -> list[str | None]:
+    return [stock.stored(id_)["state"] or stock.unended(id_)["state"] for id_ in ids]
+
+
+def test_children_wait_as_runs_of_the_definition_of_their_parent(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+
+    placed = start(stock, run, pages(3))
+
+    assert isinstance(placed, list) and [child.place for child in placed] == [1, 2, 3]
+    row, live = stock.stored(placed[1].run_id), stock.unended(placed[1].run_id)
+    assert (row["org_id"], row["definition_id"], row["origin"]) == (run.org_id, run.definition_id, "child")
+    assert (row["handler"], row["params"], row["scheduled_for"]) == (HANDLER, {"page": 1}, run.scheduled_for)
+    assert (live["state"], live["serial"], live["parent_id"], live["place"]) == ("waiting", False, run.id, 2)
+    [child, *_] = stock.admit(worker, 1)
+    assert (child.id, child.origin, child.params) == (placed[0].run_id, "child", {"page": 0})
+
+
+def test_a_key_makes_one_child_in_all_attempts(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    first = start(stock, run, pages(2))
+    stock.finish(worker, stock.ended(run, "waiting"))
+    stock.make_available(run.id)
+    again = next(each for each in stock.admit(worker) if each.id == run.id)
+
+    second = start(stock, again, pages(3))
+
+    assert isinstance(first, list) and isinstance(second, list)
+    assert [child.run_id for child in second[:2]] == [child.run_id for child in first]
+    assert [child.place for child in second] == [1, 2, 3]
+    assert len(stock.all(tables.children)) == 3
+    # The answer may have been lost: the same call again.
+    assert start(stock, again, pages(3)) == second
+
+
+def test_an_attempt_that_lost_its_run_starts_nothing(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    stock.change(tables.live_runs, run.id, fencing_token=run.fencing_token + 1)
+
+    assert start(stock, run, pages(1)) is None
+    assert stock.all(tables.children) == stock.all(tables.parents) == []
+
+
+def test_a_run_that_is_being_cancelled_starts_nothing(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    stock.change(tables.live_runs, run.id, cancel_requested_at=stock.now(), cancel_reason="requested")
+
+    assert start(stock, run, pages(1)) == "cancelled"
+    assert stock.all(tables.children) == []
+
+
+def test_limits_are_errors_and_store_nothing(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    started(stock, run, 1)
+    stock.change(tables.parents, run.id, started=MAX_CHILDREN)
+    with pytest.raises(StepError, match="10,000 children"):
+        start(stock, run, pages(1, 1))
+    stock.change(tables.parents, run.id, started=1, tree=MAX_TREE)
+    with pytest.raises(StepError, match="100,000 runs"):
+        start(stock, run, pages(1, 1))
+    assert len(stock.all(tables.children)) == 1
+
+
+def test_depth_is_limited(stock: Stock, worker: WorkerId) -> None:
+    run = root = admitted(stock, worker)
+    for _ in range(4):
+        started(stock, run, 1)
+        [run] = stock.admit(worker)
+
+    with pytest.raises(StepError, match="4 levels"):
+        start(stock, run, pages(1))
+    rows = stock.all(tables.children)
+    assert sorted(row["depth"] for row in rows) == [1, 2, 3, 4]
+    assert {row["root_id"] for row in rows} == {root.id}
+    assert stock.reading(children.root_of, run.id) == root.id
+    [top] = stock.all(tables.parents, tables.parents.c.run_id == root.id)
+    assert top["tree"] == 4
+
+
+def test_a_parent_goes_on_once_its_last_child_has_ended(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    started(stock, run, 3)
+    assert wait(stock, run, (1, 3)) == WaitState("children", "pending")
+    park(stock, worker, run)
+    one, two, three = stock.admit(worker)
+
+    finish(stock, worker, [one, three])
+    assert stock.unended(run.id)["state"] == "parked"
+    finish(stock, worker, [two])
+
+    live = stock.unended(run.id)
+    assert (live["state"], live["reason"]) == ("waiting", "resumed")
+    [again] = stock.admit(worker)
+    assert wait(stock, again, (1, 3)) == WaitState("children", "over")
+
+
+def test_a_wait_for_some_children_does_not_wait_for_others(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    started(stock, run, 5)
+    wait(stock, run, (1, 1), (3, 4))
+    park(stock, worker, run)
+    one, _, three, four, _ = stock.admit(worker)
+
+    finish(stock, worker, [one, three])
+    assert stock.unended(run.id)["state"] == "parked"
+    finish(stock, worker, [four])
+    assert stock.unended(run.id)["state"] == "waiting"
+
+
+def test_a_parent_that_parks_after_its_last_child_ended_goes_on(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    started(stock, run, 1)
+    assert wait(stock, run, (1, 1)) == WaitState("children", "pending")
+    [child] = stock.admit(worker)
+
+    # The child's worker looks before the park is committed, the parent's after it.
+    finish(stock, worker, [child])
+    park(stock, worker, run)
+    stock.within(children.settle, [], [run.id])
+
+    assert stock.unended(run.id)["state"] == "waiting"
+
+
+def test_two_last_children_that_end_at_once_wake_their_parent(postgres: Any) -> None:
+    """Neither transaction sees the other's end; each looks once its own is committed."""
+    stock = Stock(postgres)
+    worker = stock.worker()
+    run = admitted(stock, worker)
+    started(stock, run, 2)
+    wait(stock, run, (1, 2))
+    park(stock, worker, run)
+    one, two = stock.admit(worker)
+
+    with postgres.transaction() as held:
+        stock.finish(worker, of_child(stock.ended(one)))
+        # As the end of the other one, which is not committed yet.
+        held.execute(tables.live_runs.delete().where(tables.live_runs.c.id == two.id))
+        stock.within(children.settle, [one.id])
+        assert stock.unended(run.id)["state"] == "parked"
+    # Control: the look of the first one missed the second.
+    assert stock.unended(run.id)["state"] == "parked"
+    stock.within(children.settle, [two.id])
+    assert stock.unended(run.id)["state"] == "waiting"
+
+
+def test_what_a_dead_worker_left_is_found(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    started(stock, run, 1)
+    wait(stock, run, (1, 1))
+    park(stock, worker, run)
+    [child] = stock.admit(worker)
+    stock.finish(worker, of_child(stock.ended(child)))
+    assert stock.unended(run.id)["state"] == "parked"
+
+    assert stock.within(children.look).changed == 1
+    assert stock.unended(run.id)["state"] == "waiting"
+    assert stock.within(children.look).changed == 0
+
+
+def test_results_are_read_in_their_order(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    started(stock, run, 3)
+    one, two, _ = stock.admit(worker)
+    finish(stock, worker, [two])
+    failed = replace(stock.ended(one, "failed"), reason="error", error={"type": "E", "message": "m"})
+    stock.finish(worker, of_child(failed))
+
+    page = stock.reading(children.read, run.id, [3, 1, 2])
+
+    rows = [(row.place, row.state, row.reason, row.result_json) for row in page.rows]
+    assert rows == [(1, "failed", "error", None), (2, "succeeded", None, rows[1][3]), (3, None, None, None)]
+    assert rows[1][3] is not None and rows[1][3].replace(" ", "") == '{"articles":3}'
+    assert page.rows[0].error == {"type": "E", "message": "m"}
+
+
+def test_the_order_in_which_children_ended_stays(stock: Stock, worker: WorkerId, clock: ManualClock) -> None:
+    run = admitted(stock, worker)
+    started(stock, run, 4)
+    one, two, three, four = stock.admit(worker)
+    finish(stock, worker, [three])
+    clock.advance(timedelta(seconds=1))
+    finish(stock, worker, [one])
+
+    first = stock.within(children.read_ended, run, [(1, 3)], 0)
+    finish(stock, worker, [two, four])
+    second = stock.within(children.read_ended, run, [(1, 3)], 2)
+    again = stock.within(children.read_ended, run, [(1, 3)], 0)
+    rest = stock.within(children.read_ended, run, [(4, 4)], 0)
+
+    assert first and second and again and rest
+    assert [(row.place, row.seen) for row in first.rows] == [(3, 1), (1, 2)]
+    assert [(row.place, row.seen) for row in second.rows] == [(2, 3)]
+    assert [row.place for row in again.rows] == [3, 1, 2]
+    assert [row.place for row in rest.rows] == [4]
+
+
+def test_a_parent_that_takes_children_as_they_end_goes_on_once_a_second(
+    stock: Stock, worker: WorkerId, clock: ManualClock
+) -> None:
+    run = admitted(stock, worker)
+    started(stock, run, 3)
+    assert wait(stock, run, (1, 3), any=True) == WaitState("children", "pending")
+    opened = stock.all(tables.waits)[0]["opened_at"]
+    park(stock, worker, run)
+    one, *_ = stock.admit(worker)
+
+    finish(stock, worker, [one])
+
+    live = stock.unended(run.id)
+    assert (live["state"], live["available_at"]) == ("waiting", opened + timedelta(seconds=1))
+    stock.make_available(run.id)
+    [again] = stock.admit(worker)
+    assert wait(stock, again, (1, 3), any=True) == WaitState("children", "over")
+    assert stock.within(children.read_ended, again, [(1, 3)], 0)
+    assert wait(stock, again, (1, 3), any=True) == WaitState("children", "pending")
+
+
+def test_a_window_is_filled_as_its_children_end(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    ids = started(stock, run, 5, map=1, window=2)
+    wait(stock, run, (1, 5))
+    park(stock, worker, run)
+
+    assert states(stock, ids) == ["waiting", "waiting", "parked", "parked", "parked"]
+    one, two = stock.admit(worker)
+    finish(stock, worker, [two])
+    assert states(stock, ids) == ["running", "succeeded", "waiting", "parked", "parked"]
+    [three] = stock.admit(worker)
+    finish(stock, worker, [one, three])
+    assert states(stock, ids)[3:] == ["waiting", "waiting"]
+    finish(stock, worker, stock.admit(worker))
+    assert stock.unended(run.id)["state"] == "waiting"
+    assert stock.all(tables.parents)[0]["windows"] is None
+
+
+def test_cancelling_a_parent_cancels_its_whole_tree(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    ids = started(stock, run, 3)
+    one, two, three = stock.admit(worker)
+    below = started(stock, one, 2)
+    wait(stock, one, (1, 2))
+    park(stock, worker, one)
+    stock.finish(worker, stock.ended(three, "waiting"))
+    now = stock.now()
+
+    stock.within(children.cancel_below, run.org_id, run.id, at=now)
+
+    assert states(stock, ids) == ["cancelled", "running", "cancelled"]
+    assert states(stock, below) == ["cancelled", "cancelled"]
+    assert stock.stored(below[0])["reason"] == "parent"
+    assert stock.unended(two.id)["cancel_reason"] == "parent"
+    assert stock.unended(run.id)["cancel_requested_at"] is None
+
+
+@pytest.mark.parametrize(("keep", "left"), [(False, "cancelled"), (True, "waiting")])
+def test_a_failed_parent_cancels_the_children_that_wait(
+    stock: Stock, worker: WorkerId, keep: bool, left: str
+) -> None:
+    run = admitted(stock, worker)
+    placed = start(stock, run, pages(2), keep=keep)
+    assert isinstance(placed, list)
+    [running] = stock.admit(worker, 1)
+    stock.finish(worker, replace(stock.ended(run, "failed"), reason="error", has_children=True))
+
+    stock.within(children.orphan, [run.id])
+    assert states(stock, [RunId(child.run_id) for child in placed]) == ["running", left]
+    assert stock.unended(running.id)["cancel_requested_at"] is None
+    # What a dead worker did not do, another does.
+    assert stock.within(children.look).changed == 0
+
+
+def test_children_of_a_parent_that_succeeded_go_on(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    ids = started(stock, run, 2)
+    stock.finish(worker, replace(stock.ended(run), has_children=True))
+
+    stock.within(children.orphan, [run.id])
+    stock.within(children.look)
+
+    assert states(stock, ids) == ["waiting", "waiting"]
+
+
+def test_ends_of_children_are_not_listed_and_do_not_fail_their_definition(
+    stock: Stock, worker: WorkerId
+) -> None:
+    run = admitted(stock, worker)
+    started(stock, run, 2)
+    one, two = stock.admit(worker)
+
+    finish(stock, worker, [one])
+    stock.finish(worker, replace(of_child(stock.ended(two, "failed")), reason="error"))
+
+    assert stock.all(tables.run_ends) == []
+    assert stock.all(tables.failing_definitions) == []
+
+
+def test_one_slot_is_enough_for_a_tree_of_four_levels(stock: Stock, worker: WorkerId) -> None:
+    org = stock.org(limit=1)
+    run = stock.running(worker, org, stock.definition(org), max_concurrent=1)
+    above: list[AdmittedRun] = []
+    for _ in range(4):
+        started(stock, run, 2)
+        wait(stock, run, (1, 2))
+        park(stock, worker, run)
+        above.append(run)
+        [run] = stock.admit(worker)
+    ended = 0
+    while True:
+        if run.id in {each.id for each in above}:
+            assert wait(stock, run, (1, 2)) == WaitState("children", "over")
+        if run.origin == "child":
+            finish(stock, worker, [run])
+        else:
+            stock.finish(worker, stock.ended(run))
+        ended += 1
+        following = stock.admit(worker)
+        if not following:
+            break
+        [run] = following
+
+    assert ended == 9
+    assert stock.all(tables.live_runs) == []
+
+
+def test_counts_are_by_state(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    started(stock, run, 4, map=1, window=3)
+    one, two, _ = stock.admit(worker)
+    finish(stock, worker, [one])
+    finish(stock, worker, [two], "refused")
+
+    counts = stock.reading(children.counts, ALL_ORGS, run.id)
+
+    assert (counts.total, counts.ended, counts.failed) == (4, 2, 1)
+    assert counts.by_state == {"succeeded": 1, "refused": 1, "running": 1, "waiting": 1}
+
+
+def test_a_retry_takes_up_children_that_succeeded(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    ids = started(stock, run, 4)
+    one, two, three, _ = stock.admit(worker)
+    finish(stock, worker, [one])
+    finish(stock, worker, [two], "failed")
+    stock.finish(worker, replace(stock.ended(run, "failed"), reason="error"))
+    retry = stock.running(worker, run.org_id, run.definition_id, retry_of=run.id, origin="retry")
+
+    assert stock.within(children.take_up, run.org_id, run.id, retry.id) == 3
+    placed = start(stock, retry, pages(5))
+
+    assert isinstance(placed, list)
+    taken = {child.run_id: child.place for child in placed}
+    assert [taken.get(id_) for id_ in ids] == [1, None, 2, 3]
+    assert sorted(taken.values()) == [1, 2, 3, 4, 5]
+    assert stock.unended(three.id)["parent_id"] == retry.id
+    wait(stock, retry, (1, 5))
