@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from worker.guard.claims import Claims
     from worker.handlers.agents import durable
+    from worker.handlers.children import Child, ChildFailed, EndedChild
     from worker.handlers.context import BlockingContext, Context
     from worker.handlers.httpx2_client import httpx2_client
     from worker.handlers.job import job
@@ -31,6 +32,7 @@ _HOMES = {
         ("Cancel", "EgressDenied", "HandBack", "PermanentError", "RateLimited", "Retry", "Snooze"),
         "worker.handlers.results",
     ),
+    **dict.fromkeys(("Child", "ChildFailed", "EndedChild"), "worker.handlers.children"),
     "AccessToken": "worker.secret",
     "BudgetExceeded": "worker.handlers.spending",
     "Claims": "worker.guard.claims",
@@ -46,9 +48,12 @@ __all__ = [
     "BlockingContext",
     "BudgetExceeded",
     "Cancel",
+    "Child",
+    "ChildFailed",
     "Claims",
     "Context",
     "EgressDenied",
+    "EndedChild",
     "HandBack",
     "PermanentError",
     "RateLimited",

@@ -20,6 +20,7 @@ from worker.engine.attempt.plan import AUTO, HandlerRegistry, NetworkPolicy, Pla
 from worker.engine.attempt.run_log import Progress, RunLogWriter
 from worker.engine.attempt.tools import GivenSecrets, SecretSource, TokenSource, Tools
 from worker.engine.runners.contract import Runner, StopSignal
+from worker.engine.trial_children import Family, TrialChildren
 from worker.errors import UsageError
 from worker.guard import profile
 from worker.guard.claims import Claims
@@ -37,6 +38,7 @@ from worker.model.runs.run import (
     Isolation,
     LoadedState,
     LogLine,
+    Origin,
     RunContext,
     RunStep,
     StepPage,
@@ -241,8 +243,19 @@ class TrialWait:
         return self.until or datetime.max.replace(tzinfo=UTC)
 
 
-def _first_run(subject: Subject, isolation: Isolation, now: datetime, *, continues: bool) -> AdmittedRun:
-    """The first attempt of a manual run, or of one that continues another and so has a checkpoint to load."""
+def _first_run(
+    subject: Subject,
+    isolation: Isolation,
+    now: datetime,
+    *,
+    continues: bool,
+    params: Mapping[str, Any] | None,
+) -> AdmittedRun:
+    """The first attempt of a manual run, or of one that continues another and so has a checkpoint to load.
+
+    With `params` it is that of a child.
+    """
+    origin: Origin = "manual" if params is None else "child"
     run_id = RunId(new_id())
     return AdmittedRun(
         id=run_id,
@@ -251,7 +264,7 @@ def _first_run(subject: Subject, isolation: Isolation, now: datetime, *, continu
         revision=1,
         handler=subject.definition.handler,
         isolation=isolation,
-        origin="retry" if continues else "manual",
+        origin="retry" if continues else origin,
         scheduled_for=now,
         available_at=now,
         start_by=None,
@@ -261,7 +274,7 @@ def _first_run(subject: Subject, isolation: Isolation, now: datetime, *, continu
         recoveries=0,
         fencing_token=1,
         idempotency_key=run_id,
-        params=None,
+        params=params,
     )
 
 
@@ -272,12 +285,12 @@ def _handlers(entries: Sequence[HandlerEntry]) -> HandlerRegistry:
     return handlers
 
 
-class Trial(TrialBudgets):
+class Trial(TrialBudgets, TrialChildren):
     """A run; each call of `attempt` makes its next attempt.
 
     `on_line` and `on_progress` get what the run logs and shows, masked: within half a second if `live`,
     else at the end of an attempt. `on_saved` is awaited after each checkpoint is stored, `on_step` after
-    each step.
+    each step. `family` runs its children; with `params` it is a child itself.
     """
 
     def __init__(
@@ -300,8 +313,11 @@ class Trial(TrialBudgets):
         budgets: Mapping[str, Any] | None = None,
         secrets: SecretSource | None = None,
         brokered: bool = True,
+        family: Family | None = None,
+        params: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(clock, budgets_of(subject.org.code, budgets or {}))
+        TrialBudgets.__init__(self, clock, budgets_of(subject.org.code, budgets or {}))
+        TrialChildren.__init__(self, family or Family())
         self._subject = subject
         self._live = live
         self._on_line = on_line
@@ -317,7 +333,9 @@ class Trial(TrialBudgets):
         # The attempt and number of the last save.
         self._saved = (0, 0)
         self._state = json.dumps(state or {})
-        self._run = _first_run(subject, isolation, clock.now(), continues=checkpoint is not None)
+        self._run = _first_run(
+            subject, isolation, clock.now(), continues=checkpoint is not None, params=params
+        )
         self.inflight = InflightRun(self._run, StopSignal())
         self._tools = Tools(
             plans=Plans(
@@ -387,6 +405,8 @@ class Trial(TrialBudgets):
         pending = [each for each in self.waits.values() if each.attempt == last and each.is_open]
         answered = False
         for each in pending:
+            if each.wait.children is not None and self.children_are_over(each.wait.children):
+                answered = True
             key = step_label(each.wait.name, None, each.wait.occurrence)
             if each.wait.kind == "answer" and key in self._answers:
                 if each.wait.options and not is_option(each.wait.options, self._answers[key]):
@@ -480,12 +500,17 @@ class Trial(TrialBudgets):
             return None
         now = self._tools.clock.now()
         found = self.waits.get((wait.name, wait.occurrence))
+        if found is not None and wait.children is not None:
+            # The spans of the newest call count.
+            found = self.waits[wait.name, wait.occurrence] = replace(found, wait=wait)
         if found is None:
             until = None if wait.seconds is None else now + timedelta(seconds=wait.seconds)
             found = self.waits[wait.name, wait.occurrence] = TrialWait(wait, until)
         found.attempt = run.attempt
         if not found.is_answered and found.until is not None and found.until <= now:
             found.is_over = True
+        if wait.children is not None:
+            found.is_over = self.children_are_over(wait.children)
         state: Literal["answered", "over", "pending"] = "over" if found.is_over else "pending"
         if found.is_answered:
             state = "answered"

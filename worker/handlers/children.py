@@ -12,7 +12,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from worker.handlers.blocking import ThreadLock, finish
+from worker.handlers.blocking import finish
 from worker.handlers.calls import A, Call, OneWayCall, Port, ReadChildren, ReadEnded, StartChildren
 from worker.handlers.json_text import NotStorable, to_json_text
 from worker.handlers.steps import Occurrences, StepError, StepJournal, check_key
@@ -21,7 +21,6 @@ from worker.model.runs.children import (
     MAX_CHILD_PARAMS,
     MAX_CHILDREN,
     MAX_WINDOW,
-    WINDOW,
     ChildrenWait,
     EndedRow,
     NewChild,

@@ -15,7 +15,16 @@ from worker.store.database import Database
 from worker.store.dialect import Row
 
 # What an administrator decides on, besides pool, handler and digest.
-DECLARED = ("secrets", "scopes", "egress", "audiences", "children", "timeout", "max_attempts", "max_concurrent")
+DECLARED = (
+    "secrets",
+    "scopes",
+    "egress",
+    "audiences",
+    "children",
+    "timeout",
+    "max_attempts",
+    "max_concurrent",
+)
 
 
 def list_approvals(database: Database, pool: str | None = None) -> list[Row]:

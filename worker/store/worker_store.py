@@ -18,7 +18,7 @@ from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, WorkerId
 from worker.model.claims import PoolRules, Rules
 from worker.model.definitions.budgets import limit_of_property
 from worker.model.definitions.pools import DEFAULT_POOL
-from worker.model.runs.children import ChildPage, FamilyCap, NewChild, PlacedChild, Span
+from worker.model.runs.children import FamilyCap, NewChild, PlacedChild
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import (
     AdmittedRun,

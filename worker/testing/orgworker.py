@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Literal, TypeVar
 
@@ -17,6 +17,7 @@ from worker.engine.attempt.plan import NetworkPolicy
 from worker.engine.attempt.tools import GivenSecrets
 from worker.engine.runners.contract import Runner
 from worker.engine.trial import LIFETIME, Subject, Trial, definition_of
+from worker.engine.trial_children import Family
 from worker.errors import NotFound, UsageError, WorkerError
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.describe import offer_of
@@ -27,6 +28,7 @@ from worker.handlers.results import Duration, as_timedelta
 from worker.ids import OrgId, new_id
 from worker.model.bindings import in_clear
 from worker.model.orgs import OrgRef
+from worker.model.runs.children import FamilyCap, NewChild
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import Isolation
 from worker.testing.clock import LeapingLoop, SettableClock
@@ -118,6 +120,28 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True)
+class ChildRun:
+    """A child of the run, after its last attempt."""
+
+    handler: str
+    """As passed to `ctx.start`."""
+    key: str | None
+    """The key passed with it."""
+    occurrence: int
+    """Which use of that handler and key it is, from 1."""
+    params: Mapping[str, Any]
+    """Its params."""
+    state: str | None
+    """The final state; None if it was not run, since its parent waited for nothing."""
+    reason: str | None
+    """The reason for it."""
+    result: Any
+    """What its handler returned."""
+    error: Mapping[str, str] | None
+    """What went wrong: `type`, `message` and `trace`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The run after its last attempt, with the values of `runs show`."""
 
@@ -137,6 +161,8 @@ class Finished:
     """The state of the definition afterwards; `{}` if its handler has none."""
     steps: tuple[Step, ...]
     """The stored steps, in the order in which they were stored."""
+    children: tuple[ChildRun, ...]
+    """The runs that it started, in order."""
     waits: tuple[Wait, ...]
     """What the run slept and waited for, in the order in which it did."""
     spends: Mapping[str, int]
@@ -172,6 +198,7 @@ class Orgworker:
         hosts: Mapping[str, str] | None = None,
         definition: Mapping[str, Any] | None = None,
         variants: Iterable[Job] = (),
+        children: Iterable[Job] = (),
         checkpoint: Any = None,
         state: Mapping[str, Any] | None = None,
         answers: Mapping[str, Any] | None = None,
@@ -190,7 +217,8 @@ class Orgworker:
         `hosts` sets those that are not public, and `private_origins` are exempt. A request to what
         the handler does not list as `egress` is denied, as by the broker. `definition`
         has more keys, as in a file for `apply`; `variants` are handlers that it names and that
-        are not installed. `checkpoint` is that of an earlier run, `state` that of the definition.
+        are not installed, `children` those that the run starts. Those run while it waits for them.
+        `checkpoint` is that of an earlier run, `state` that of the definition.
         `budgets` has a limit by meter, at which the run fails, or keys as in a file for `apply`.
         `secrets` has the org's secrets by name.
         While the run waits or sleeps, the clock advances and another attempt starts, at most
@@ -206,11 +234,14 @@ class Orgworker:
         """
         with _fixes_shown():
             _refuse_a_running_loop()
-            given = {job.name: job for job in (*variants, *([handler] if isinstance(handler, Job) else ()))}
+            started = {job.name: job for job in children}
+            named = (*variants, *([handler] if isinstance(handler, Job) else ()))
+            given = started | {job.name: job for job in named}
             name = handler.name if isinstance(handler, Job) else handler
             keys = {**(definition or {}), **({} if params is None else {"params": dict(params)})}
             parsed = definition_of(org, name, keys)
-            handlers = [_handler(wanted, given.get(wanted)) for wanted in parsed.handlers]
+            wanted = dict.fromkeys((*parsed.handlers, *started))
+            handlers = [_handler(one, given.get(one)) for one in wanted]
             jobs = {entry.entry_point: job for entry, job in handlers}
             origins = tuple(api_origins) if parsed.api_origins is None else parsed.api_origins
             injector = FaultInjector(faults, self.clock)
@@ -222,36 +253,58 @@ class Orgworker:
                     runner: Runner = InProcess(jobs, recording, self.clock, hosts or {})
                     if place == "child":
                         runner = await stack.enter_async_context(in_child(jobs, self.clock))
-                    trial = Trial(
-                        Subject(
-                            OrgRef(OrgId(new_id()), org),
-                            org,
-                            parsed,
-                            api_origins=origins,
-                            private_origins=tuple(private_origins),
-                            insecure_origins=origins,
-                            network=NetworkPolicy(seals_inline=True),
-                        ),
-                        [entry for entry, _ in handlers],
-                        FaultyTokens(
-                            injector,
+                    subject = Subject(
+                        OrgRef(OrgId(new_id()), org),
+                        org,
+                        parsed,
+                        api_origins=origins,
+                        private_origins=tuple(private_origins),
+                        insecure_origins=origins,
+                        network=NetworkPolicy(seals_inline=True),
+                    )
+                    tokens = FaultyTokens(
+                        injector,
+                        self.clock,
+                        properties=properties,
+                        flags=flags,
+                        scopes=scopes,
+                        lifetime=as_timedelta(token_lifetime),
+                    )
+                    shared: dict[str, Any] = {
+                        "secrets": GivenSecrets(in_clear(secrets or {})),
+                        "isolation": ISOLATION[place],
+                        "on_line": lambda line: logs.append(LogLine(line.attempt, line.level, line.text)),
+                    }
+                    entries = [entry for entry, _ in handlers]
+
+                    async def run_child(new: NewChild, cap: FamilyCap, depth: int) -> EndedAttempt:
+                        of = replace(parsed, handler=new.handler, variants=())
+                        child = Trial(
+                            replace(subject, definition=of),
+                            entries,
+                            tokens,
+                            runner,
                             self.clock,
-                            properties=properties,
-                            flags=flags,
-                            scopes=scopes,
-                            lifetime=as_timedelta(token_lifetime),
-                        ),
+                            family=Family(run_child, cap, depth),
+                            params=json.loads(new.params_json),
+                            **shared,
+                        )
+                        return (await self._attempts(child, None, attempts))[-1]
+
+                    trial = Trial(
+                        subject,
+                        entries,
+                        tokens,
                         runner,
                         self.clock,
                         checkpoint=checkpoint,
                         state=state,
                         answers=answers,
                         budgets=budgets,
-                        secrets=GivenSecrets(in_clear(secrets or {})),
-                        isolation=ISOLATION[place],
-                        on_line=lambda line: logs.append(LogLine(line.attempt, line.level, line.text)),
                         on_saved=injector.saved,
                         on_step=injector.stepped,
+                        family=Family(run_child if started else None),
+                        **shared,
                     )
                     return trial, await self._attempts(trial, injector, attempts)
 
@@ -265,18 +318,21 @@ class Orgworker:
         injector.check()
         return _finished(ended, trial, logs, recording.requests)
 
-    async def _attempts(self, trial: Trial, injector: FaultInjector, most: int) -> list[EndedAttempt]:
+    async def _attempts(self, trial: Trial, injector: FaultInjector | None, most: int) -> list[EndedAttempt]:
         ended: list[EndedAttempt] = []
         while len(ended) < most and (not ended or not ended[-1].final):
             if ended:
                 last = ended[-1]
+                await trial.run_children()
                 delay = trial.resume() if last.state == "parked" else last.available_after or timedelta()
                 if delay is None:  # it waits for an answer that the test does not give
                     break
                 self.clock.advance(delay)
-            injector.begin(trial)
+            if injector is not None:
+                injector.begin(trial)
             ended.append(await trial.attempt())
-            injector.end()
+            if injector is not None:
+                injector.end()
             if trace := (ended[-1].error or {}).get("trace"):
                 # pytest shows it if the test fails.
                 sys.stderr.write(f"attempt {ended[-1].attempt} of {ended[-1].trail.handler}:\n{trace}")
@@ -299,6 +355,18 @@ def _finished(
         steps=tuple(
             _like(Step, row.step, attempt=row.run.attempt, result=json.loads(row.step.result_json))
             for row in trial.steps
+        ),
+        children=tuple(
+            _like(
+                ChildRun,
+                child.new,
+                params=json.loads(child.new.params_json),
+                state=child.ended and child.ended.state,
+                reason=child.ended and child.ended.reason,
+                result=None if child.ended is None else _parsed(child.ended.result),
+                error=child.ended and child.ended.error,
+            )
+            for child in trial.children.values()
         ),
         waits=tuple(
             _like(

@@ -17,6 +17,7 @@ from random import Random
 from typing import Any
 
 import httpx
+from sqlalchemy import update
 
 from tests.integration.hosts.conftest import Fleet, Host
 from worker.clock import SystemClock
@@ -36,13 +37,16 @@ from worker.ids import RunId
 from worker.operations.runs import cancel
 from worker.store import tables
 from worker.store.database import Database
+from worker.store.dialect import database_now
 from worker.tokens.sealing import KeyRing
 
 CARRIERS = ("inline", "thread", "child", "blocking child", "host")
 # Nothing here renews a lease.
 LEASE = timedelta(hours=1)
 BLOCKING = ("thread", "blocking child")
-ENTRY = HandlerEntry("acme.script", "acme", "1", "contract_jobs:script", scopes=("read:kb",))
+ENTRY = HandlerEntry(
+    "acme.script", "acme", "1", "contract_jobs:script", scopes=("read:kb",), children=("acme.script",)
+)
 FILE = """
 [[org]]
 code = "org_a"
@@ -133,6 +137,12 @@ class Carrier:
     def start(self, *calls: list[Any], **params: Any) -> RunId:
         return self.site.fleet.start("script", calls=[*calls], **params)
 
+    def make_available(self, run: RunId) -> None:
+        """Let a waiting run start now."""
+        with self.site.fleet.database.transaction() as connection:
+            changed = update(tables.live_runs).where(tables.live_runs.c.id == run)
+            connection.execute(changed.values(available_at=database_now(connection)))
+
     async def run(self, *calls: list[Any], **params: Any) -> Told:
         """A whole run of one attempt."""
         return await self.attempt(self.start(*calls, **params))
@@ -199,6 +209,10 @@ class Told:
 
     def rows(self, table: Any) -> list[dict[str, Any]]:
         return self.fleet.rows.all(table, table.c.run_id == self.run)
+
+    @property
+    def children(self) -> list[dict[str, Any]]:
+        return self.fleet.rows.all(tables.children, tables.children.c.parent_id == self.run)
 
     @property
     def outcomes(self) -> list[str]:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from worker import BlockingContext, Context, Retry, job
+from worker import BlockingContext, ChildFailed, Context, Retry, job
 
 # How often a step's function was called in this attempt.
 Calls = list[Any]
@@ -51,7 +51,25 @@ def started(ctx: Any, done: Calls, name: str, args: list[Any]) -> Any:
             return ctx.wait_for(wait, **options)
         case "state":
             return ctx.state.update(*args)
+        case "start":
+            ctx.start("acme.script", *args)
+            return None
+        case "gather" | "as_ended":
+            keys, *options = args
+            children = [ctx.start("acme.script", {"calls": []}, key=key) for key in keys]
+            return getattr(ctx, name)(children, *options)
+        case "map_runs":
+            [count, concurrency] = args
+            items = [{"calls": [], "n": n} for n in range(count)]
+            return ctx.map_runs("acme.script", items, concurrency=concurrency)
     return getattr(ctx, name)(*args)
+
+
+def shown_child(found: Any) -> Any:
+    """What a child returned, its key and what it returned, or the error that is in its place."""
+    if isinstance(found, ChildFailed):
+        return [type(found).__name__, found.state, found.reason]
+    return [found.child.key, found.result] if hasattr(found, "child") else found
 
 
 def outcome(ctx: Any, given: list[Any], done: Calls) -> Any:
@@ -66,12 +84,17 @@ def shown(ctx: Any, error: Exception) -> str:
     return type(error).__name__
 
 
-@job("acme.script")
+CHILDREN = {"children": {"acme.script"}}
+
+
+@job("acme.script", **CHILDREN)
 async def script(ctx: Context[Any, Any]) -> Any:
     given, done = [], Calls()
     for name, *args in calls_of(ctx, (await ctx.token()).reveal()):
         try:
             value = started(ctx, done, name, args)
+            if hasattr(value, "__aiter__"):
+                value = [shown_child(each) async for each in value]
             if asyncio.iscoroutine(value) or hasattr(value, "__await__"):
                 value = await value
             given.append(plain(value))
@@ -80,12 +103,15 @@ async def script(ctx: Context[Any, Any]) -> Any:
     return outcome(ctx, given, done)
 
 
-@job("acme.script")
+@job("acme.script", **CHILDREN)
 def script_blocking(ctx: BlockingContext[Any, Any]) -> Any:
     given, done = [], Calls()
     for name, *args in calls_of(ctx, ctx.token().reveal()):
         try:
-            given.append(plain(started(ctx, done, name, args)))
+            value = started(ctx, done, name, args)
+            if hasattr(value, "__next__"):
+                value = [shown_child(each) for each in value]
+            given.append(plain(value))
         except Exception as error:
             given.append(shown(ctx, error))
     return outcome(ctx, given, done)

@@ -9,7 +9,9 @@ import pytest
 
 from tests.integration.contract.carriers import Carrier
 from worker.errors import IssuerUnavailable, TokenRefused
+from worker.ids import RunId
 from worker.operations.answers import answer
+from worker.operations.runs import cancel
 from worker.secret import AccessToken
 from worker.store import tables
 from worker.telemetry.masking import MASK
@@ -154,3 +156,86 @@ async def test_a_token_that_ends_during_a_run_is_renewed_or_ends_the_attempt(
     assert (told.outcomes, (row["state"], row["reason"])) == ([outcome], why)
     assert len(told.tokens) == (2 if renewed is None else 1)
     assert [row["data"] for row in told.rows(tables.checkpoints)] == ([MASK] if renewed is None else [])
+
+
+async def attempt_children(carrier: Carrier, run: RunId) -> list[RunId]:
+    """The next attempt of each child of a run that may start now, oldest first."""
+    rows = carrier.site.fleet.rows
+    waiting = rows.all(tables.live_runs, tables.live_runs.c.parent_id == run)
+    ready = sorted((row["place"], RunId(row["id"])) for row in waiting if row["state"] == "waiting")
+    for _, child in ready:
+        await carrier.attempt(child)
+    return [child for _, child in ready]
+
+
+@pytest.mark.parametrize(
+    ("call", "given"),
+    [
+        (["gather", ["a", "b"]], [{"given": [], "done": []}] * 2),
+        (["as_ended", ["a", "b"]], [["a", {"given": [], "done": []}], ["b", {"given": [], "done": []}]]),
+        (["map_runs", 2, 5], [{"given": [], "done": []}] * 2),
+    ],
+    ids=["gather", "as_ended", "map_runs"],
+)
+async def test_a_run_waits_for_its_children_without_an_attempt(
+    carrier: Carrier, call: Any, given: Any
+) -> None:
+    run = carrier.start(call)
+
+    parked = await carrier.attempt(run)
+    live = parked.row
+    assert (parked.outcomes, live["state"], live["reason"]) == (["parked"], "parked", "children")
+    children = await attempt_children(carrier, run)
+    assert len(children) == 2
+    carrier.make_available(run)
+    told = await carrier.attempt(run)
+
+    assert (told.outcomes, told.given) == (["parked", "succeeded"], [given])
+    assert len(told.children) == 2
+
+
+async def test_children_are_stored_masked_and_at_the_end_of_an_attempt_at_the_latest(
+    carrier: Carrier,
+) -> None:
+    told = await carrier.run(["start", {"calls": [], "leak": "x $token"}], ["start"])
+
+    stored = [carrier.site.fleet.rows.run(row["run_id"]) for row in told.children]
+    assert told.outcomes == ["succeeded"]
+    assert [row["params"] for row in stored] == [{"calls": [], "leak": f"x {MASK}"}, {}]
+    assert not any(token in str(stored) for token in told.tokens)
+    for row in stored:
+        cancel(carrier.site.fleet.database, row["id"], actor="test")
+
+
+async def test_a_step_is_stored_after_the_children_that_were_started_before_it(carrier: Carrier) -> None:
+    told = await carrier.run(["start", {"calls": []}], ["step", "a", 1], ["log", "x"], retries=True)
+
+    [child] = told.children
+    assert told.outcomes == ["retry"]
+    assert len(told.rows(tables.steps)) == 1
+    for id_ in (told.run, child["run_id"]):
+        cancel(carrier.site.fleet.database, id_, actor="test")
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        (["return"], [["ChildFailed", "cancelled", "requested"], {"given": [], "done": []}]),
+        ([], "ChildFailed"),
+    ],
+    ids=["return", "raise"],
+)
+async def test_a_failed_child_is_returned_in_its_place_or_raised(
+    carrier: Carrier, options: list[str], given: Any
+) -> None:
+    run = carrier.start(["gather", ["a", "b"], *options])
+    await carrier.attempt(run)
+    rows = carrier.site.fleet.rows
+    one, two = sorted(
+        rows.all(tables.live_runs, tables.live_runs.c.parent_id == run), key=lambda row: row["place"]
+    )
+    cancel(carrier.site.fleet.database, one["id"], actor="test")
+    await carrier.attempt(two["id"])
+    told = await carrier.attempt(run)
+
+    assert told.given == [given]

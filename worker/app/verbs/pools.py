@@ -14,7 +14,18 @@ app = typer.Typer(help="Pools: where runs execute, their rules and backlog, what
 
 COLUMNS = ("name", "requires", "waiting", "running", "workers", "hosts", "slots")
 APPROVALS = (
-    *("pool", "handler", "distribution", "digest", "secrets", "scopes", "egress", "audiences", "children", "timeout"),
+    *(
+        "pool",
+        "handler",
+        "distribution",
+        "digest",
+        "secrets",
+        "scopes",
+        "egress",
+        "audiences",
+        "children",
+        "timeout",
+    ),
     *("max_attempts", "max_concurrent", "approved", "approved_at", "approved_by", "hosts"),
 )
 NameArgument = Annotated[str, argument("POOL", "The name of the pool.")]
