@@ -8,11 +8,12 @@ from __future__ import annotations
 RUN_ENDS = {
     "sqlite": (
         "CREATE VIEW run_ends AS "
-        "SELECT state, finished_at, id AS run_id, org_id, definition_id FROM runs WHERE state IS NOT NULL",
+        "SELECT state, finished_at, id AS run_id, org_id, definition_id FROM runs "
+        "WHERE state IS NOT NULL AND origin <> 'child'",
         *(
             f"""
             CREATE TRIGGER {name} AFTER {event} ON runs
-            WHEN NEW.state IN ('failed', 'refused') AND NEW.origin <> 'backfill' BEGIN
+            WHEN NEW.state IN ('failed', 'refused') AND NEW.origin NOT IN ('backfill', 'child') BEGIN
               INSERT INTO failing_definitions (definition_id, org_id, run_id)
               VALUES (NEW.definition_id, NEW.org_id, NEW.id)
               ON CONFLICT (definition_id) DO UPDATE SET run_id = excluded.run_id;
@@ -25,11 +26,14 @@ RUN_ENDS = {
         """
         CREATE FUNCTION runs_ended() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
           INSERT INTO run_ends (state, finished_at, run_id, org_id, definition_id)
-          SELECT state, finished_at, id, org_id, definition_id FROM changed WHERE state IS NOT NULL;
-          IF EXISTS (SELECT 1 FROM changed WHERE state IN ('failed', 'refused') AND origin <> 'backfill') THEN
+          SELECT state, finished_at, id, org_id, definition_id FROM changed
+          WHERE state IS NOT NULL AND origin <> 'child';
+          IF EXISTS (SELECT 1 FROM changed
+                     WHERE state IN ('failed', 'refused') AND origin NOT IN ('backfill', 'child')) THEN
             INSERT INTO failing_definitions (definition_id, org_id, run_id)
             SELECT DISTINCT ON (definition_id) definition_id, org_id, id FROM changed
-            WHERE state IN ('failed', 'refused') AND origin <> 'backfill' ORDER BY definition_id, id DESC
+            WHERE state IN ('failed', 'refused') AND origin NOT IN ('backfill', 'child')
+            ORDER BY definition_id, id DESC
             ON CONFLICT (definition_id) DO UPDATE SET run_id = excluded.run_id;
           END IF;
           RETURN NULL;
@@ -42,8 +46,9 @@ RUN_ENDS = {
         """
         CREATE FUNCTION runs_put() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
           INSERT INTO run_ends (state, finished_at, run_id, org_id, definition_id)
-          VALUES (NEW.state, NEW.finished_at, NEW.id, NEW.org_id, NEW.definition_id) ON CONFLICT DO NOTHING;
-          IF NEW.state IN ('failed', 'refused') AND NEW.origin <> 'backfill' THEN
+          SELECT NEW.state, NEW.finished_at, NEW.id, NEW.org_id, NEW.definition_id
+          WHERE true AND NEW.origin <> 'child' ON CONFLICT DO NOTHING;
+          IF NEW.state IN ('failed', 'refused') AND NEW.origin NOT IN ('backfill', 'child') THEN
             INSERT INTO failing_definitions (definition_id, org_id, run_id)
             VALUES (NEW.definition_id, NEW.org_id, NEW.id)
             ON CONFLICT (definition_id) DO UPDATE SET run_id = excluded.run_id;

@@ -23,7 +23,7 @@ from worker.model.runs.next_steps import NextStep
 from worker.model.runs.outcome import Error, fingerprint
 from worker.model.runs.why import SinceThen, Why, blocked, last_error, limited, solved, why_run
 from worker.operations import approvals
-from worker.store import catalogue, definitions, health, history, org_secrets, orgs, places
+from worker.store import catalogue, children, definitions, health, history, org_secrets, orgs, places
 from worker.store.dialect import database_now
 from worker.store.lists import morning
 from worker.store.lists import runs as run_lists
@@ -120,11 +120,21 @@ def explain(connection: Connection, run: Row, *, across_orgs: bool = True) -> Wh
     if others is not None:
         known |= {"others": others.orgs, "more": others.more}
     found = why_run(run, **known)
+    if run["reason"] == "children" and run["state"] == "waiting":
+        return _waits_for_children(connection, org_id, run, found)
     if run["state"] == "waiting":
         return _blocked(connection, run, org, found)
     if run["state"] == "running":
         return limited(found, waiting_for(connection, org_id))
     return solved(found) if _is_solved(connection, org_id, run, found) else found
+
+
+def _waits_for_children(connection: Connection, org_id: OrgId, run: Row, found: Why) -> Why:
+    """The same, with how far the runs are that a run waits for."""
+    counts = children.counts(connection, org_id, RunId(run["id"]))
+    values = {"ended": f"{counts.ended:,}", "total": f"{counts.total:,}", "failed": f"{counts.failed:,}"}
+    addition = "{ended} of {total} have ended" + (", and {failed} of them failed" if counts.failed else "")
+    return replace(found, values={**found.values, **values}, addition=addition)
 
 
 def _since_then(connection: Connection, org_id: OrgId, run: Row) -> SinceThen | None:

@@ -1,8 +1,8 @@
 """Ceiling: what a handler that a host declares may get in a pool, and what goes beyond it. Pure.
 
 Without an approval that is nothing beyond the defaults: no secrets, scopes, audiences and children of the
-handler's own, no egress but `api`, and the default timeout and attempts. What the workers themselves declare of the
-handler, and what an administrator approved for it in that pool, is added.
+handler's own, no egress but `api`, and the default timeout and attempts. What the workers themselves declare
+of the handler, and what an administrator approved for it in that pool, is added.
 
 A host that declares no egress claims nothing: its runs get what workers declare of the handler, or what is
 approved, and only if neither lists anything what `[execution] network` says of undeclared ones. So neither a

@@ -1,4 +1,4 @@
-"""`ctx.start`, `ctx.gather`, `ctx.as_ended` and `ctx.map_runs`: start runs of the same org, and wait for them.
+"""`ctx.start`, `ctx.gather`, `ctx.as_ended`, `ctx.map_runs`: start runs of the same org, and wait for them.
 
 What is started is kept here and stored in batches, before the next call of the attempt and at its end.
 """

@@ -18,8 +18,10 @@ from worker.operations.changes import because, differing
 from worker.operations.handlers import Handlers, as_taken
 from worker.store import (
     audit,
+    children,
     definitions,
     edit_runs,
+    families,
     firing,
     orgs,
     spending,
@@ -149,6 +151,8 @@ def cancel(
 ) -> Run:
     """Cancel a waiting run, or ask a running one to stop by the next renewal; returns its row.
 
+    Those below it end with it.
+
     With `org`, only that org's runs are found; with `states`, only a run in one is cancelled.
     `reason` is kept in the audit row.
 
@@ -169,6 +173,7 @@ def cancel(
         this = edit_runs.is_run(wanted)
         if not edit_runs.end_waiting(connection, org_id, this, reason="requested"):
             edit_runs.ask_to_stop(connection, org_id, this, reason="requested", at=now)
+        families.cancel_below(connection, org_id, wanted, at=now)
         row = run_lists.row(connection, org_id, wanted)
         detail = {"definition": row["definition"], **because(reason)}
         audit.note(connection, org_id, "run.cancel", wanted, detail, at=now, actor=actor)
@@ -205,6 +210,12 @@ def retry(
             raise Conflict(
                 f"run {old['id']} has not ended", fix=f"`runs cancel {old['id']}` ends it, then retry"
             )
+        if old["origin"] == "child":
+            parent = children.parent_of(connection, RunId(old["id"]))
+            raise Conflict(
+                f"run {old['id']} is a child of run {parent}",
+                fix=f"`runs retry {parent} --children` starts the children again that did not succeed",
+            )
         org_id, old_id = OrgId(old["org_id"]), RunId(old["id"])
         row = definitions.require_by_id(connection, org_id, DefinitionId(old["definition_id"]))
         if not again and (newer := edit_runs.retry_of(connection, org_id, old_id)) is not None:
@@ -233,6 +244,51 @@ def retry(
         detail = {"retry_of": old_id, "from_checkpoint": from_checkpoint, **because(reason)}
         audit.note(connection, org_id, "run.retry", new_run_id, detail, at=now, actor=actor)
         return run_lists.row(connection, org_id, new_run_id)
+
+
+def retry_children(
+    database: Database,
+    run_id: str,
+    *,
+    actor: str,
+    org: str | None = None,
+    reason: str | None = None,
+) -> tuple[Run, int]:
+    """Start those children of a run again that did not succeed; returns the run's row, and how many there are.
+
+    An unfinished run waits for them in their places. One that has ended is retried from its checkpoint, which
+    takes up the children that succeeded: its row is that of the new run.
+
+    Raises:
+        NotFound: no such run.
+        Conflict: no child of it failed; and as `retry`.
+    """
+    with database.transaction() as connection:
+        run = require_run(connection, run_id, org)
+        org_id, parent_id = OrgId(run["org_id"]), RunId(run["id"])
+        failed = children.counts(connection, org_id, parent_id).not_succeeded
+        if not failed:
+            raise Conflict(
+                f"run {parent_id} has no child that did not succeed", fix=f"see `runs show {parent_id}`"
+            )
+        if run["state"] is None and waits.lock_attempt(connection, org_id, parent_id) is not None:
+            now = database.now(connection)
+            declared = Handlers(connection).declared
+            count = children.restart(
+                connection,
+                org_id,
+                parent_id,
+                lambda handler, pool: declared(handler).isolation_in(pool),
+                at=now,
+                by=actor,
+            )
+            detail = {"children": count, **because(reason)}
+            audit.note(connection, org_id, "run.retry_children", parent_id, detail, at=now, actor=actor)
+            return run_lists.row(connection, org_id, parent_id), count
+    return (
+        retry(database, run_id, actor=actor, org=org, from_checkpoint=True, again=True, reason=reason),
+        failed,
+    )
 
 
 def require_run(connection: Connection, run_id: str, org: str | None) -> Row:
@@ -377,7 +433,8 @@ def _continue(
     stored = steps.copy_steps(connection, org_id, old, new)
     spending.copy(connection, org_id, old, new)
     answered = waits.copy(connection, org_id, old, new)
-    if not (saved or stored or answered):
+    taken = children.take_up(connection, org_id, old, new)
+    if not (saved or stored or answered or taken):
         raise Conflict(
             f"run {old} saved no checkpoint and stored no step", fix="retry it without --from-checkpoint"
         )

@@ -15,6 +15,7 @@ from sqlalchemy import (
     exists,
     func,
     insert,
+    literal,
     or_,
     select,
     tuple_,
@@ -35,7 +36,7 @@ from worker.model.definitions.budgets import (
 from worker.model.definitions.zones import parse_zone
 from worker.model.orgs import parse_selector
 from worker.store import tables
-from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, insert_into
+from worker.store.dialect import Id, Row, all_rows, chunks, database_now, first_row, insert_into
 from worker.store.sums import Capped, CappedSum
 
 _budgets, _raises, _meters = tables.budgets, tables.budget_raises, tables.meters
@@ -190,7 +191,7 @@ def levels(connection: Connection, budgets: Iterable[OrgBudget], run_id: RunId |
         if budget.counter is not None:
             found.append(Level(budget, used[budget.counter]))
         elif run_id is not None:
-            found.append(Level(budget, spent_by(connection, run_id, budget.meter)))
+            found.append(Level(budget, spent_in_tree(connection, run_id, budget.meter)))
     return found
 
 
@@ -210,6 +211,14 @@ def read_counters(
 def spent_by(connection: Connection, run_id: RunId, meter: str) -> int:
     """What one run has spent of a meter."""
     query = select(CappedSum(_spends.c.amount)).where(_spends.c.run_id == run_id, _spends.c.meter == meter)
+    return int(connection.execute(query).scalar_one())
+
+
+def spent_in_tree(connection: Connection, root_id: RunId, meter: str) -> int:
+    """What one run and those below it have spent of a meter."""
+    links = tables.children
+    tree = select(links.c.run_id).where(links.c.root_id == root_id).union_all(select(literal(root_id, Id)))
+    query = select(CappedSum(_spends.c.amount)).where(_spends.c.run_id.in_(tree), _spends.c.meter == meter)
     return int(connection.execute(query).scalar_one())
 
 

@@ -81,7 +81,11 @@ _WRITES: Mapping[str, Sequence[str]] = {
         "DELETE",
         "UPDATE (state, reason, available_at, start_by, started_at)",
         "UPDATE (cancel_requested_at, cancel_reason)",
+        # A retry takes up the children of the run that it continues.
+        "UPDATE (parent_id, place)",
     ),
+    "parents": ("INSERT",),
+    "children": ("INSERT", "UPDATE (run_id, seen)"),
     "run_ends": ("INSERT",),
     "checkpoints": ("INSERT",),
     # Answers.

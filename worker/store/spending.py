@@ -15,7 +15,7 @@ from worker.model.runs.budgets import BudgetState, OrgBudgets, decisive
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import AdmittedRun, RunStep
 from worker.model.runs.waits import BUDGET, NewWait
-from worker.store import budgets, tables
+from worker.store import budgets, children, tables
 from worker.store.budgets import Counter, Level, OrgBudget
 from worker.store.dialect import database_now, insert_into
 from worker.store.sql import statements
@@ -141,13 +141,15 @@ def states_of(connection: Connection, run: AdmittedRun) -> RunBudgets:
 
 
 def _states(connection: Connection, run: AdmittedRun, now: datetime) -> RunBudgets:
-    found = budgets.of_orgs(connection, [run.org_id], None, now, run.id).get(run.org_id, [])
+    # A budget per run is one of the whole tree.
+    top = children.root_of(connection, run.id) if run.origin == "child" else run.id
+    found = budgets.of_orgs(connection, [run.org_id], None, now, top).get(run.org_id, [])
     found = [budget for budget in found if budget.meter not in OWN_METERS]
     if not found:
         return RunBudgets(())
     used = uses(connection, run.definition_id, {budget.meter for budget in found})
     states, missing = [], None
-    for level in budgets.levels(connection, found, run.id):
+    for level in budgets.levels(connection, found, top):
         budget = level.budget
         if budget.limit is None:
             missing = budget.property_name if budget.meter in used else missing

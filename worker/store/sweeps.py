@@ -259,7 +259,7 @@ def end_waiting(
 # Tables whose rows belong to a run.
 _OF_A_RUN = (
     *(tables.run_logs, tables.checkpoints, tables.steps, tables.waits, tables.attempts, tables.spends),
-    *(tables.budget_raises, tables.run_words, tables.run_egress),
+    *(tables.budget_raises, tables.run_words, tables.run_egress, tables.parents),
 )
 
 # By the place in the table: these rows never change, and a key of three columns is slow to compare.
@@ -309,9 +309,52 @@ def forget_runs(connection: Connection, state: str, age: timedelta, *, limit: in
     ids = _old_runs(connection, state, age, limit)
     if not ids:
         return 0
+    # One whose children are still there goes once they are gone.
+    links = tables.children.c.root_id
+    above = set(connection.execute(select(links).where(among(connection, links, ids)).distinct()).scalars())
+    return _delete(connection, [id_ for id_ in ids if id_ not in above])
+
+
+def _delete(connection: Connection, ids: Sequence[Any]) -> int:
+    if not ids:
+        return 0
     for table in _OF_A_RUN:
         connection.execute(delete(table).where(among(connection, table.c.run_id, ids)))
     return connection.execute(delete(_runs).where(among(connection, _runs.c.id, ids))).rowcount
+
+
+def forget_trees(connection: Connection, state: str, age: timedelta, *, runs: int, limit: int) -> int:
+    """Delete up to `limit` runs below those that `forget_runs` deletes next, the deepest first; returns how
+    many.
+
+    A child is kept as long as the run at the top of its tree, and while a retry of its parent has taken it up.
+    """
+    roots = _old_runs(connection, state, age, runs)
+    if not roots:
+        return 0
+    links = tables.children
+    below = select(links.c.parent_id, links.c.place, links.c.run_id)
+    unfinished = select(_live.c.id).where(_live.c.id == links.c.run_id).exists()
+    below = below.where(among(connection, links.c.root_id, roots), ~unfinished)
+    below = below.order_by(links.c.depth.desc()).limit(limit)
+    rows = connection.execute(below.with_for_update(skip_locked=True)).all()
+    if not rows:
+        return 0
+    for parent_id, places in _by_parent(rows).items():
+        of = (links.c.parent_id == parent_id, links.c.place.in_(places))
+        connection.execute(delete(links).where(*of))
+    ids = sorted({row.run_id for row in rows})
+    taken_up = select(links.c.run_id).where(among(connection, links.c.run_id, ids))
+    kept = set(connection.execute(taken_up).scalars())
+    _delete(connection, [id_ for id_ in ids if id_ not in kept])
+    return len(rows)
+
+
+def _by_parent(rows: Sequence[Any]) -> dict[RunId, list[int]]:
+    found: dict[RunId, list[int]] = {}
+    for row in rows:
+        found.setdefault(row.parent_id, []).append(row.place)
+    return found
 
 
 def _old_runs(connection: Connection, state: str, age: timedelta, limit: int) -> Sequence[Any]:

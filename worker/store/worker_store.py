@@ -40,6 +40,7 @@ from worker.store import (
     budgets,
     children,
     deadlines,
+    families,
     firing,
     host_handlers,
     hosts,
@@ -246,13 +247,13 @@ class WorkerStore:
         parents = [attempt.run_id for attempt in ends if attempt.has_children and attempt.final]
         with suppress(StoreUnavailable):
             if over or parked:
-                await self.database.call(children.settle, over, parked)
+                await self.database.call(families.settle, over, parked)
             if parents:
-                await self.database.call(children.orphan, parents)
+                await self.database.call(families.orphan, parents)
 
     async def look_at_families(self) -> int:
-        """Do what `_settle` would have done for workers that died before it; returns how many runs changed."""
-        looked = await self.database.call(children.look, self._families_after)
+        """Do what `_settle` would have done for workers that died before; returns how many runs changed."""
+        looked = await self.database.call(families.look, self._families_after)
         self._families_after = self._families_after if looked.again else looked.after
         return looked.changed
 
@@ -428,7 +429,7 @@ class WorkerStore:
     async def open_wait(self, run: AdmittedRun, wait: NewWait) -> WaitState | None:
         """Store what a run waits for; None if the run is no longer ours."""
         if wait.children is not None:
-            return await self.database.call(children.open_wait, run, wait)
+            return await self.database.call(families.open_wait, run, wait)
         state = await self.database.call(
             lambda connection: statements(connection).open_wait(
                 connection, run.id, run.fencing_token, attempt=run.attempt, wait=wait
@@ -467,6 +468,7 @@ class WorkerStore:
 
     forget_runs = in_transaction(sweeps.forget_runs)
     forget_parts = in_transaction(sweeps.forget_parts)
+    forget_trees = in_transaction(sweeps.forget_trees)
     forget_skips = in_transaction(sweeps.forget_skips)
     forget_late = in_transaction(deadlines.forget_late)
     forget_logs = in_transaction(sweeps.forget_logs)

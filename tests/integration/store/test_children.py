@@ -17,7 +17,7 @@ from worker.model.runs.children import MAX_CHILDREN, MAX_TREE, ChildrenWait, Fam
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import AdmittedRun
 from worker.model.runs.waits import NewWait, WaitState
-from worker.store import children, tables
+from worker.store import children, families, tables
 
 CAP = FamilyCap(HANDLER, frozenset({"read:kb"}), frozenset(), (), frozenset())
 
@@ -52,7 +52,7 @@ def started(stock: Stock, run: AdmittedRun, count: int, **values: Any) -> list[R
 
 def wait(stock: Stock, run: AdmittedRun, *spans: tuple[int, int], any: bool = False) -> WaitState | None:
     new = NewWait("children:gather", 1, "children", children=ChildrenWait(spans, any))
-    return stock.within(children.open_wait, run, new)
+    return stock.within(families.open_wait, run, new)
 
 
 def park(stock: Stock, worker: WorkerId, run: AdmittedRun) -> None:
@@ -67,7 +67,7 @@ def of_child(end: EndedAttempt) -> EndedAttempt:
 def finish(stock: Stock, worker: WorkerId, runs: Sequence[AdmittedRun], state: str = "succeeded") -> None:
     """End children, and settle their families as a worker does."""
     stock.finish(worker, *(of_child(stock.ended(run, state)) for run in runs))
-    stock.within(children.settle, [run.id for run in runs])
+    stock.within(families.settle, [run.id for run in runs])
 
 
 def states(stock: Stock, ids: Sequence[RunId]) -> list[str | None]:
@@ -188,7 +188,7 @@ def test_a_parent_that_parks_after_its_last_child_ended_goes_on(stock: Stock, wo
     # The child's worker looks before the park is committed, the parent's after it.
     finish(stock, worker, [child])
     park(stock, worker, run)
-    stock.within(children.settle, [], [run.id])
+    stock.within(families.settle, [], [run.id])
 
     assert stock.unended(run.id)["state"] == "waiting"
 
@@ -207,11 +207,11 @@ def test_two_last_children_that_end_at_once_wake_their_parent(postgres: Any) -> 
         stock.finish(worker, of_child(stock.ended(one)))
         # As the end of the other one, which is not committed yet.
         held.execute(tables.live_runs.delete().where(tables.live_runs.c.id == two.id))
-        stock.within(children.settle, [one.id])
+        stock.within(families.settle, [one.id])
         assert stock.unended(run.id)["state"] == "parked"
     # Control: the look of the first one missed the second.
     assert stock.unended(run.id)["state"] == "parked"
-    stock.within(children.settle, [two.id])
+    stock.within(families.settle, [two.id])
     assert stock.unended(run.id)["state"] == "waiting"
 
 
@@ -224,9 +224,9 @@ def test_what_a_dead_worker_left_is_found(stock: Stock, worker: WorkerId) -> Non
     stock.finish(worker, of_child(stock.ended(child)))
     assert stock.unended(run.id)["state"] == "parked"
 
-    assert stock.within(children.look).changed == 1
+    assert stock.within(families.look).changed == 1
     assert stock.unended(run.id)["state"] == "waiting"
-    assert stock.within(children.look).changed == 0
+    assert stock.within(families.look).changed == 0
 
 
 def test_results_are_read_in_their_order(stock: Stock, worker: WorkerId) -> None:
@@ -315,7 +315,7 @@ def test_cancelling_a_parent_cancels_its_whole_tree(stock: Stock, worker: Worker
     stock.finish(worker, stock.ended(three, "waiting"))
     now = stock.now()
 
-    stock.within(children.cancel_below, run.org_id, run.id, at=now)
+    stock.within(families.cancel_below, run.org_id, run.id, at=now)
 
     assert states(stock, ids) == ["cancelled", "running", "cancelled"]
     assert states(stock, below) == ["cancelled", "cancelled"]
@@ -334,11 +334,11 @@ def test_a_failed_parent_cancels_the_children_that_wait(
     [running] = stock.admit(worker, 1)
     stock.finish(worker, replace(stock.ended(run, "failed"), reason="error", has_children=True))
 
-    stock.within(children.orphan, [run.id])
+    stock.within(families.orphan, [run.id])
     assert states(stock, [RunId(child.run_id) for child in placed]) == ["running", left]
     assert stock.unended(running.id)["cancel_requested_at"] is None
     # What a dead worker did not do, another does.
-    assert stock.within(children.look).changed == 0
+    assert stock.within(families.look).changed == 0
 
 
 def test_children_of_a_parent_that_succeeded_go_on(stock: Stock, worker: WorkerId) -> None:
@@ -346,8 +346,8 @@ def test_children_of_a_parent_that_succeeded_go_on(stock: Stock, worker: WorkerI
     ids = started(stock, run, 2)
     stock.finish(worker, replace(stock.ended(run), has_children=True))
 
-    stock.within(children.orphan, [run.id])
-    stock.within(children.look)
+    stock.within(families.orphan, [run.id])
+    stock.within(families.look)
 
     assert states(stock, ids) == ["waiting", "waiting"]
 

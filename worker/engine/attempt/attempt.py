@@ -295,14 +295,15 @@ async def conclude(inflight: InflightRun, outcome: Outcome, trail: Trail, tools:
 
 def _within_parent(run: AdmittedRun, outcome: Outcome) -> Outcome:
     """The outcome of a child, whose result its parent reads: failed if that is too large."""
-    if run.origin == "child" and isinstance(outcome, Succeeded) and outcome.result is not None:
-        if (size := len(outcome.result.encode())) > MAX_CHILD_RESULT:
-            message = (
-                f"the result of a child is {size / 1024:.1f} KiB of JSON; the maximum is "
-                f"{MAX_CHILD_RESULT // 1024} KiB: store it elsewhere and return where"
-            )
-            return Failed(Error("NotStorable", message), reason="result_invalid")
-    return outcome
+    if run.origin != "child" or not isinstance(outcome, Succeeded) or outcome.result is None:
+        return outcome
+    if (size := len(outcome.result.encode())) <= MAX_CHILD_RESULT:
+        return outcome
+    message = (
+        f"the result of a child is {size / 1024:.1f} KiB of JSON; the maximum is "
+        f"{MAX_CHILD_RESULT // 1024} KiB: store it elsewhere and return where"
+    )
+    return Failed(Error("NotStorable", message), reason="result_invalid")
 
 
 async def outdate_token(inflight: InflightRun, tools: Tools) -> None:

@@ -47,9 +47,9 @@ class InflightRun:
 
     `moved` once the attempt has stored a new checkpoint or step; `storing` are steps that are being
     stored, which a process may leave behind that dies. `scopes` are those that its tokens must have,
-    `audiences` those for which it may ask for others. `children` are the handlers that it may start, and `cap`
-    what those may have; a host knows neither it nor a `plan`. `masked` are its tokens, and
-    its secrets, which are private to the org.
+    `audiences` those for which it may ask for others. `children` are the handlers that it may start, `cap`
+    is what those may have. A host knows neither that nor a `plan`. `masked` are its tokens, and its secrets,
+    which are private to the org.
     """
 
     run: AdmittedRun

@@ -93,11 +93,13 @@ class RetentionStore(Protocol):
 
     `forget_parts` deletes log lines, attempts and spends of the `runs` that `forget_runs` deletes next,
     `forget_starts` the keys of starts whose run was made,
+    `forget_trees` the runs below them,
     `forget_counters` those of periods that no budget compares any more, `forget_shares` those of limits that
     no worker uses, `forget_late` definitions whose late run is deleted.
     """
 
     async def forget_parts(self, state: str, age: timedelta, *, runs: int, limit: int) -> int: ...
+    async def forget_trees(self, state: str, age: timedelta, *, runs: int, limit: int) -> int: ...
     async def forget_runs(self, state: str, age: timedelta, *, limit: int) -> int: ...
     async def forget_skips(self, age: timedelta, *, limit: int) -> int: ...
     async def forget_late(self, age: timedelta, *, limit: int) -> int: ...
@@ -148,6 +150,7 @@ class Retention:
 
     async def _forget_runs(self, state: str, age: timedelta, *, limit: int) -> int:
         # Parts first, in their own batches, so that no transaction is long.
+        await self._in_batches(partial(self.store.forget_trees, state, age, runs=limit), BATCH)
         await self._in_batches(partial(self.store.forget_parts, state, age, runs=limit), PARTS)
         return await self.store.forget_runs(state, age, limit=limit)
 

@@ -30,7 +30,7 @@ from worker.secret import AccessToken
 # Maximum pause of a run without a token, in seconds: a new secret may fix it at any time.
 LONGEST_PAUSE = 60.0
 
-StopReason = Literal["drain", "cancel", "timeout", "suspended", "replaced", "closed"]
+StopReason = Literal["drain", "cancel", "timeout", "suspended", "replaced", "closed", "parent"]
 LEASE_LOST = outcomes.Lost("the lease on the run is lost")
 
 
@@ -275,7 +275,7 @@ class StopSignal:
 def stop_reason_of(cancel_reason: str) -> StopReason:
     """Why a run stops whose cancellation was requested so."""
     match cancel_reason:
-        case "suspended" | "replaced" | "closed":
+        case "suspended" | "replaced" | "closed" | "parent":
             return cancel_reason
         case _:
             return "cancel"

@@ -88,6 +88,9 @@ CAUSES: Mapping[tuple[str, str | None], Meaning] = {
     ("cancelled", "closed"): Meaning(
         "its definition was closed", "operator", "show_definition", "was cancelled: the job was closed"
     ),
+    ("cancelled", "parent"): Meaning(
+        "the run that started it was cancelled or has failed", "operator", "show_run", probably=True
+    ),
     ("cancelled", "by_handler"): Meaning(
         "its handler cancelled it: {detail}", "handler", customer="ended early, as it was made to"
     ),
@@ -128,6 +131,11 @@ CAUSES: Mapping[tuple[str, str | None], Meaning] = {
         "limit",
         "list_runs",
         "was not started: an earlier run had not ended",
+    ),
+    ("refused", "child_exceeds"): Meaning(
+        "its handler declares {detail}, which the handler that started it does not have",
+        "handler",
+        "show_handler",
     ),
     ("refused", "token_invalid"): Meaning("its token failed verification{with_detail}", "provider"),
     # A retry gives the same outcome until the token of the org has another flag.
@@ -223,6 +231,16 @@ CAUSES: Mapping[tuple[str, str | None], Meaning] = {
         "answer",
         "waits for an answer",
         probably=True,
+    ),
+    ("waiting", "children"): Meaning(
+        "its handler waits for the runs that it started{with_detail}, without a process",
+        "handler",
+        customer="waits for its parts to end",
+    ),
+    ("waiting", "window"): Meaning(
+        "as many of its siblings are unfinished as ctx.map_runs allows",
+        "limit",
+        customer="waits for its turn",
     ),
     ("waiting", "resumed"): Meaning(
         "what it waited for has come, and it waits for its turn",

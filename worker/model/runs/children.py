@@ -173,6 +173,11 @@ class ChildCounts:
         return self.total - sum(self.by_state.get(state, 0) for state in ("waiting", "running"))
 
     @property
+    def not_succeeded(self) -> int:
+        """Those that a retry starts again."""
+        return self.ended - self.by_state.get("succeeded", 0)
+
+    @property
     def failed(self) -> int:
         return sum(self.by_state.get(state, 0) for state in ("failed", "refused"))
 

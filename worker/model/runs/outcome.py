@@ -80,7 +80,7 @@ class Snoozed:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """Ended on request. `reason` is requested, suspended, replaced, closed or by_handler."""
+    """Ended on request. `reason` is requested, suspended, replaced, closed, parent or by_handler."""
 
     reason: str
     detail: str | None = None
