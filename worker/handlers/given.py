@@ -81,8 +81,8 @@ class Cancellation:
     """Whether the run was asked to stop, and why."""
 
     reason: str | None
-    """`drain`, `cancel`, `timeout`, `suspended`, `replaced`, `closed` or `parent`; None until the run is asked
-    to stop."""
+    """`drain`, `cancel`, `timeout`, `suspended`, `replaced`, `closed` or `parent`; None until the run is
+    asked to stop."""
 
     def __init__(self) -> None:
         self.reason = None

@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from worker.errors import UsageError
+from worker.ids import given_id
 from worker.model.definitions.units import time_of
 from worker.model.runs.causes import CAUSES
 
@@ -23,7 +24,7 @@ STATES = tuple(dict.fromkeys(state for state, _ in CAUSES))
 """Every state of a run."""
 REASONS = tuple(dict.fromkeys(reason for _, reason in CAUSES if reason is not None))
 """Every reason of a run."""
-ORIGINS = ("schedule", "manual", "backfill", "retry")
+ORIGINS = ("schedule", "manual", "backfill", "retry", "child")
 
 KEYS: Mapping[str, str] = {
     "org": "an org's code, or the beginnings of words of its name",
@@ -38,6 +39,8 @@ KEYS: Mapping[str, str] = {
     "pool": "the pool of the run",
     "worker": "the machine of the worker or host that runs it or ended it, or an end of that worker's id",
     "revision": "the number of the definition's revision",
+    "parent": "the whole id of a run: those that it started",
+    "children": "yes: also runs that other runs started",
 }
 """The keys, and what their values are."""
 KEYS_OF_ORGS: Mapping[str, str] = {key: meaning for key, meaning in KEYS.items() if key != "worker"}
@@ -67,6 +70,13 @@ class Query:
     pool: str | None = None
     worker: str | None = None
     revision: int | None = None
+    parent: str | None = None
+    children: bool = False
+
+    @property
+    def has_children(self) -> bool:
+        """Whether it finds runs that other runs started."""
+        return self.children or self.parent is not None or self.origin == "child"
 
     @property
     def is_of_runs(self) -> bool:
@@ -113,6 +123,11 @@ def parsed(text: str, *, now: datetime, zone: tzinfo = UTC, keys: Mapping[str, s
             read[key] = time_of(read[key], now=now, zone=zone, name=f"{key}:")
     if "revision" in read:
         read["revision"] = _revision_of(read["revision"])
+    if "parent" in read:
+        read["parent"] = _whole_id(read["parent"])
+    if "children" in read:
+        _check(read["children"], ("yes",), "a value of children:")
+        read["children"] = True
     return Query(words=tuple(words), states=states, **read)
 
 
@@ -174,6 +189,13 @@ def _revision_of(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
         raise UsageError(f"revision: {text!r} is not a number", fix=f"it is {KEYS['revision']}")
     return int(text)
+
+
+def _whole_id(text: str) -> str:
+    given = given_id(text)
+    if given is None or not given.is_whole:
+        raise UsageError(f"parent: {text!r} is not the whole id of a run", fix=f"it is {KEYS['parent']}")
+    return given.first
 
 
 def _tokens(text: str) -> Iterable[Term]:

@@ -16,7 +16,8 @@ from worker.handlers.schema import Schema, check_schema
 from worker.model.definitions.definition import Definition
 from worker.model.definitions.fields import refusal
 from worker.model.definitions.pools import pool_of
-from worker.model.egress import OPEN, wider
+from worker.model.egress import OPEN, effective, wider
+from worker.model.runs.children import FamilyCap
 from worker.model.runs.run import Declared, Isolation
 from worker.store import audit, catalogue, host_grants, host_handlers, places
 from worker.store.database import Database
@@ -198,7 +199,8 @@ class Handlers:
             UnknownHandler: no distribution offers it, or it does not load (unless `allow_unknown`).
             DefinitionError: invalid params, inline although the operator has not allowed it, or with an
                 egress that is not open, state with concurrent runs, egress or audiences that no handler
-                declares, or no pool although only hosts offer a handler.
+                declares, no pool although only hosts offer a handler, or a handler that starts others that
+                declare more than it does.
         """
         rows: list[Row] = []
         for name in definition.handlers:
@@ -211,6 +213,7 @@ class Handlers:
                     continue
                 rows.append(row)
                 self._check_row(name, row, definition, entry, inline)
+                self._check_children(row, definition, entry, pool)
                 self.check_params(name, definition.params, entry, pool)
                 self._check_params_by_hand(name, definition.params_by_hand, entry, pool)
         if len({row["name"] for row in rows}) == len(definition.handlers):
@@ -248,6 +251,36 @@ class Handlers:
                 "overlap",
                 fix="choose skip, queue_one or replace",
             )
+
+    def _check_children(self, row: Row, definition: Definition, entry: str, pool: str | None) -> None:
+        """Refuse a definition whose runs would wait for their children for good, or start some in vain."""
+        name = row["name"]
+        if row["children"] and definition.parked_counts:
+            raise refusal(
+                f"{name} waits for runs that it starts, and would keep a slot that they need",
+                entry,
+                "parked_counts",
+                fix="leave it out",
+            )
+        cap = _cap_of(row, definition)
+        for child in row["children"]:
+            its = self._usable(child, pool)
+            if its is None:
+                continue
+            if its["state"]:
+                raise refusal(
+                    f"{name} starts {child}, which declares state that concurrent runs would overwrite",
+                    entry,
+                    "handler",
+                    fix=f"remove {child} from children of {name}, or state from {child}",
+                )
+            if (more := cap.excess(_cap_of(its, definition))) is not None:
+                raise refusal(
+                    f"{name} starts {child}, which declares {more}: its runs are refused (child_exceeds)",
+                    entry,
+                    "handler",
+                    fix=f"declare it in @job of {name} as well, or remove it from {child}",
+                )
 
     def check_params(self, name: str, params: Mapping[str, Any], entry: str, pool: str | None) -> None:
         """Check params against the handler's schema in this pool, if it has one.
@@ -349,6 +382,15 @@ def _check_narrowing(definition: Definition, rows: Sequence[Row], entry: str) ->
                 key,
                 fix=f"remove it, or add it to {key} of @job",
             )
+
+
+def _cap_of(row: Row, definition: Definition) -> FamilyCap:
+    """What a handler declares that those have to keep to that it starts."""
+    scopes = row["scopes"] if definition.scopes is None else definition.scopes
+    lists = effective(row["egress"], definition.egress, None, required=False)
+    return FamilyCap(
+        row["name"], frozenset(scopes), frozenset(row["secrets"]), lists, frozenset(row["audiences"])
+    )
 
 
 def _missing(items: Collection[str], declared: Collection[str]) -> list[str]:

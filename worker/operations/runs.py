@@ -254,7 +254,7 @@ def retry_children(
     org: str | None = None,
     reason: str | None = None,
 ) -> tuple[Run, int]:
-    """Start those children of a run again that did not succeed; returns the run's row, and how many there are.
+    """Start those children of a run again that did not succeed; returns the run's row, and their number.
 
     An unfinished run waits for them in their places. One that has ended is retried from its checkpoint, which
     takes up the children that succeeded: its row is that of the new run.

@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import Connection, Text, bindparam, cast, func, insert, select, tuple_, update
 
 from worker.handlers.steps import StepError
-from worker.ids import ALL_ORGS, OrgId, RunId, Scope, new_id
+from worker.ids import OrgId, RunId, Scope, new_id
 from worker.model.runs.children import (
     AT_ONCE,
     MAX_CHILDREN,
@@ -379,9 +379,10 @@ def restart(
     at: datetime,
     by: str,
 ) -> int:
-    """Start those children of an unfinished run again that did not succeed, in their places; returns how many.
+    """Start those children of an unfinished run again that did not succeed; returns how many.
 
-    Each gets a new run with its params and its idempotency key. `isolation_of` takes a handler and a pool.
+    Each gets a new run in its place, with its params and its idempotency key. `isolation_of` takes a handler
+    and a pool.
     """
     live = first_row(connection, select(_live).where(_live.c.id == parent_id, _live.c.org_id == org_id))
     if live is None:

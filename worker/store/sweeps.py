@@ -327,7 +327,7 @@ def forget_trees(connection: Connection, state: str, age: timedelta, *, runs: in
     """Delete up to `limit` runs below those that `forget_runs` deletes next, the deepest first; returns how
     many.
 
-    A child is kept as long as the run at the top of its tree, and while a retry of its parent has taken it up.
+    A child is kept as long as the run at the top of its tree, and while a retry of its parent has it.
     """
     roots = _old_runs(connection, state, age, runs)
     if not roots:

@@ -66,10 +66,10 @@ def approvals(
 ) -> None:
     """List what hosts declare of their handlers beyond what needs no approval; those not approved first.
 
-    Without an approval a handler gets no secrets, audiences and children, reaches no more than `api`, and has the
-    scopes, timeout and attempts of the definition or the defaults. Where a host declares no egress, what
-    workers declare or what is approved counts. `digest` is of all that is declared for the handler in the
-    pool.
+    Without an approval a handler gets no secrets, audiences and children, reaches no more than `api`, and
+    has the scopes, timeout and attempts of the definition or the defaults. Where a host declares no
+    egress, what workers declare or what is approved counts. `digest` is of all that is declared for
+    the handler in the pool.
     """
     from worker.operations.approvals import command_of, list_approvals
 

@@ -118,6 +118,9 @@ def retry(
         bool, option("--from-checkpoint", "Start from the old run's last checkpoint and its steps.")
     ] = False,
     again: Annotated[bool, option("--again", "Retry RUN even if it was retried already.")] = False,
+    children: Annotated[
+        bool, option("--children", "Start those runs again that RUN has started and that did not succeed.")
+    ] = False,
     dry_run: DryRunOption = False,
     canary: Annotated[int, option("--canary N", "Retry N, and the rest only if those succeed.", min=0)] = 0,
     limit: Annotated[int, option("--limit N", "Retry at most N runs.", min=1)] = LIMIT,
@@ -127,6 +130,9 @@ def retry(
     Without RUN, retries all runs that match the options and were not retried yet, oldest
     end first; failed ones unless --state selects others. Exit 1 if one of --canary did not
     succeed, or waits for an answer: the rest is not retried.
+
+    With --children an unfinished RUN waits for them in their places; one that has ended is retried
+    from its checkpoint, and takes up the others.
     """
     from worker.operations import bulk
     from worker.operations import runs as operation
@@ -134,9 +140,14 @@ def retry(
 
     options = {"definition": definition, "state": state, "reason": reason, "query": query, "since": since}
     given = _filters(session, run, org, options | {"cause": cause}, is_bulk=dry_run or canary > 0)
-    if again and run is None:
-        raise UsageError("--again needs a run's id", fix="many runs at once are retried once each")
+    if (again or children) and run is None:
+        name = "--children" if children else "--again"
+        raise UsageError(f"{name} needs a run's id", fix="many runs at once are retried once each")
     with session.database() as database:
+        if run is not None and children:
+            row, _ = operation.retry_children(database, run, actor=session.actor)
+            session.print_row(row)
+            return
         if run is not None:
             row = operation.retry(
                 database,

@@ -35,7 +35,7 @@ _orgs, _words, _run_words = tables.orgs, tables.org_words, tables.run_words
 # Other names, for conditions within statements that read these tables.
 _named, _unended = tables.definitions.alias("named"), tables.live_runs.alias("unended")
 _tried, _its = tables.attempts.alias("tried"), tables.run_words.alias("its")
-_acting = tables.workers.alias("acting")
+_acting, _links = tables.workers.alias("acting"), tables.children.alias("links")
 # At least this much of the end of a worker's id.
 _TAIL = re.compile(r"[0-9a-f-]{4,}")
 # Greater than every letter.
@@ -97,6 +97,8 @@ def conditions(scope: Scope, query: Query, run: Any) -> list[Condition]:
         ended, kept = query.states & set(tables.FINAL_STATES), kept_states(query.states)
         each = [run.state.in_(ended)] if ended else []
         found.append(or_(*each, *([_is_live(run, _unended.c.state.in_(kept))] if kept else [])))
+    if query.parent is not None:
+        found.append(_is_any(_links.c.run_id == run.id, _links.c.parent_id == query.parent))
     if query.cause is not None:
         cause = func.lower(_tried.c.error_cause).contains(query.cause.lower(), autoescape=True)
         found.append(_is_any(_tried.c.run_id == run.id, _tried.c.org_id == run.org_id, cause))

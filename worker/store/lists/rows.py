@@ -251,6 +251,16 @@ class EgressTotals(TypedDict):
     waited_seconds: Shown[float]
 
 
+class Children(TypedDict):
+    """The runs that a run started: how many there are, have ended and failed, and the first that failed."""
+
+    total: Shown[int]
+    ended: Shown[int]
+    failed: Shown[int]
+    states: Shown[dict[str, int]]
+    failed_runs: Shown[list[RunId]]
+
+
 class WaitRow(TypedDict):
     """What a run waits for, or has waited for: a sleep, or an answer."""
 
@@ -311,6 +321,8 @@ class RunDetail(Run):
     steps: Annotated[list[StepRow], redaction.rows(StepRow)]
     spends: Annotated[list[Spent], redaction.rows(Spent)]
     egress: Annotated[list[EgressTotals], redaction.rows(EgressTotals)]
+    parent: Shown[RunId | None]
+    children: Shown[Children | None]
     spec: Spec
 
 

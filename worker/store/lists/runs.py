@@ -27,11 +27,13 @@ from worker.errors import NotFound
 from worker.handlers.steps import MAX_STEPS
 from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, OrgId, OrgScope, RunId, Scope, lowest_id
 from worker.model.runs.budgets import MAX_SPENDS
+from worker.store import children as run_children
 from worker.store import orgs, tables
 from worker.store.dialect import Id, Instant, Row, all_rows, below, first_row, in_scope, json_type, rows_as
 from worker.store.lists import MAX_LIMIT, Page
 from worker.store.lists.rows import (
     AttemptRow,
+    Children,
     EgressTotals,
     LogRow,
     Run,
@@ -53,7 +55,7 @@ _ends = tables.run_ends
 _live = tables.live_runs
 _definitions = tables.definitions
 
-_LOOKED_AT = (_runs.c.id, _runs.c.org_id, _runs.c.definition_id, _runs.c.state)
+_LOOKED_AT = (_runs.c.id, _runs.c.org_id, _runs.c.definition_id, _runs.c.state, _runs.c.origin)
 _ENDED = (_ends.c.run_id.label("id"), _ends.c.org_id, _ends.c.definition_id, _ends.c.state)
 
 Condition = ColumnElement[bool]
@@ -80,7 +82,7 @@ def find(connection: Connection, scope: Scope, page: Page, limit: int) -> list[R
                 found = _in_window(connection, alone, met, page, limit)
                 if found is not None:
                     return found
-    query = select(_runs.c.id).where(*_that_meet(_runs, met), *_bounds(_runs.c.id, page))
+    query = select(_runs.c.id).where(*_that_meet(_runs, met), *_bounds(_runs.c.id, page), _is_listed(_runs))
     if page.since is not None:
         query = query.where(_runs.c.created_at >= page.since)
     return _ids(connection, query, _runs.c.id, limit)
@@ -89,7 +91,7 @@ def find(connection: Connection, scope: Scope, page: Page, limit: int) -> list[R
 def _unfinished(connection: Connection, met: Met, kept: Sequence[str], page: Page, limit: int) -> list[RunId]:
     """Search the unfinished runs, which are few and in a table of their own."""
     query = select(_live.c.id).where(
-        _live.c.state.in_(kept), *_that_meet(_live, met), *_bounds(_live.c.id, page)
+        _live.c.state.in_(kept), *_that_meet(_live, met), *_bounds(_live.c.id, page), _is_listed(_live)
     )
     if page.since is not None:
         query = query.join(_runs, _runs.c.id == _live.c.id).where(_runs.c.created_at >= page.since)
@@ -115,6 +117,11 @@ def _that_meet(rows: FromClause, met: Met) -> list[Condition]:
     ]
 
 
+def _is_listed(rows: FromClause) -> Condition:
+    """Whether a run is shown in lists: one that another run started only if that is asked for."""
+    return rows.c.origin != "child"
+
+
 def _bounds(id_: ColumnElement[Any], page: Page) -> list[Condition]:
     """Bounds of the ids, which sort by creation time."""
     bounds = [*below(id_, page.after)]
@@ -136,6 +143,8 @@ def _in_window(
     in_order = not isinstance(within.get("definition_id"), Select)
     window = (some.order_by(columns[0].desc()) if in_order else some).subquery("some")
     rest = _that_meet(window, {name: value for name, value in met.items() if name not in alone})
+    if rows is _runs:
+        rest.append(_is_listed(window))
     query = select(window.c.id).where(*rest).order_by(window.c.id.desc()).limit(limit)
     if page.since is not None and rows is _ends:
         query = query.join(_runs, _runs.c.id == window.c.id).where(_runs.c.created_at >= page.since)
@@ -161,6 +170,8 @@ _starts = tables.starts
 _revisions = tables.definition_revisions
 # Bytes of the results of steps that are shown with a run.
 RESULT_BYTES = 1024 * 1024
+# Children that failed that are shown with a run.
+SHOWN_FAILED = 20
 _view = table(
     "run_view",
     *(
@@ -214,7 +225,7 @@ def of_definition(
     """The newest runs of one definition, newest first."""
     newest = (
         select(_runs.c.id)
-        .where(_runs.c.org_id == org_id, _runs.c.definition_id == definition_id)
+        .where(_runs.c.org_id == org_id, _runs.c.definition_id == definition_id, _is_listed(_runs))
         .order_by(_runs.c.id.desc())
     )
     return rows_of(connection, org_id, list(connection.execute(newest.limit(limit)).scalars()))
@@ -231,7 +242,7 @@ def neighbours(connection: Connection, org: OrgScope, run_id: RunId) -> Neighbou
     """The runs beside an existing one, in the order of lists; raises NotFound: there is no such org."""
     mine = in_scope(_runs.c.org_id, orgs.scope_of(connection, org))
     of_run = select(_runs.c.definition_id).where(_runs.c.id == run_id, *mine).scalar_subquery()
-    beside = select(_runs.c.id).where(_runs.c.definition_id == of_run, *mine).limit(1)
+    beside = select(_runs.c.id).where(_runs.c.definition_id == of_run, *mine, _is_listed(_runs)).limit(1)
     previous = beside.where(_runs.c.id < run_id).order_by(_runs.c.id.desc())
     following = beside.where(_runs.c.id > run_id).order_by(_runs.c.id)
     found = connection.execute(select(previous.scalar_subquery(), following.scalar_subquery())).one()
@@ -321,6 +332,8 @@ def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
         "steps": newest_steps(connection, org_id, id_),
         "spends": _spends_of(connection, org_id, id_),
         "egress": _egress_of(connection, org_id, id_),
+        "parent": run_children.parent_of(connection, id_) if found["origin"] == "child" else None,
+        "children": _children_of(connection, org_id, id_),
         "spec": connection.execute(spec.limit(1)).scalar_one_or_none(),
     }
     return cast(RunDetail, {name: more.get(name, found.get(name)) for name in columns_of(RunDetail)})
@@ -331,6 +344,30 @@ def _made_by(connection: Connection, org_id: OrgId, run_id: RunId) -> Row:
     columns = _runs.c.created_by, func.coalesce(_runs.c.request_key, _starts.c.key).label("request_key")
     query = select(*columns).outerjoin(_starts, _starts.c.id == _runs.c.id)
     return first_row(connection, query.where(_runs.c.id == run_id, _runs.c.org_id == org_id)) or {}
+
+
+def _children_of(connection: Connection, org_id: OrgId, run_id: RunId) -> Children | None:
+    """How far the runs are that a run started, and the first ones that failed; None if it started none."""
+    links = tables.children
+    some = select(links.c.run_id).where(links.c.parent_id == run_id, links.c.org_id == org_id).limit(1)
+    if connection.execute(some).first() is None:
+        return None
+    counts = run_children.counts(connection, org_id, run_id)
+    failed = (
+        select(_runs.c.id)
+        .join(links, links.c.run_id == _runs.c.id)
+        .where(links.c.parent_id == run_id, links.c.org_id == org_id)
+        .where(_runs.c.state.in_(("failed", "refused")))
+        .order_by(links.c.place)
+        .limit(SHOWN_FAILED)
+    )
+    return Children(
+        total=counts.total,
+        ended=counts.ended,
+        failed=counts.failed,
+        states=dict(counts.by_state),
+        failed_runs=list(connection.execute(failed).scalars()),
+    )
 
 
 def _spends_of(connection: Connection, org_id: OrgId, run_id: RunId) -> list[Spent]:

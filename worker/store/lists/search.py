@@ -56,7 +56,7 @@ FEW_CAUSES = 50
 
 _runs, _live, _ends, _attempts = tables.runs, tables.live_runs, tables.run_ends, tables.attempts
 _orgs, _definitions, _words = tables.orgs, tables.definitions, tables.org_words
-_run_words = tables.run_words
+_run_words, _links = tables.run_words, tables.children
 _EXAMINED = tuple(
     _runs.c[name]
     for name in (
@@ -145,6 +145,8 @@ class _Search:
         self.is_empty = (bool(page.states) and not states) or page.definition not in (None, definition)
         # What is left to compare: the sources have only runs that match the rest.
         self.query = replace(query, states=states or query.states, since=since, definition=definition)
+        # Whoever gives the id of a child means it.
+        self.has_children = query.has_children
         self.connection, self.scope, self.limit, self.after = connection, scope, limit, page.after
         # Where the search stopped, if it did before the end.
         self.stopped: RunId | None = None
@@ -176,7 +178,11 @@ class _Search:
         """Where the runs that match are, in the index that leaves out most others; no longer in the query."""
         query = self.query
         if (fits := self._take_id()) is not None:
+            self.has_children = True
             return [_Source(_runs.c.id, (fits,))]
+        if query.parent is not None:
+            self.query = replace(query, parent=None)
+            return [_Source(_links.c.run_id, (_links.c.parent_id == query.parent,))]
         for word in sorted(query.words, key=len, reverse=True):
             if (worded := self._of_a_word(word)) is not None:
                 return worded
@@ -190,7 +196,8 @@ class _Search:
         if query.cause is not None and (causes := self._few_causes(query.cause)) is not None:
             self.query = replace(query, cause=None)
             return [_Source(_attempts.c.run_id, (_attempts.c.error_cause == cause,)) for cause in causes]
-        if not query.states or "succeeded" in query.states:
+        # `run_ends` has no children.
+        if not query.states or "succeeded" in query.states or self.has_children:
             return [_Source(_runs.c.id)]
         self.query = replace(query, states=frozenset())
         ended = query.states & set(tables.FINAL_STATES)
@@ -283,7 +290,8 @@ class _Search:
         """What the rest of the query says of the columns of a run."""
         of_code = replace(self.query, words=())
         of_org = orgs_that_match(self.connection, self.scope, of_code, run.org_id)
-        return [*conditions(self.scope, self.query, run), *of_org]
+        listed = [] if self.has_children else [run.origin != "child"]
+        return [*conditions(self.scope, self.query, run), *of_org, *listed]
 
     def _ids(self, statement: Select[Any]) -> list[RunId]:
         return [RunId(id_) for id_ in self.connection.execute(statement).scalars()]
