@@ -33,6 +33,7 @@ from worker.tokens.sealing import KeyRing
 AUDIENCE = "https://api.bench.example"
 HANDLERS = """\
 import asyncio
+import resource
 import time
 
 from worker import job
@@ -63,6 +64,16 @@ async def asks_child(ctx):
     return await ctx.wait_for("approval")
 
 
+@job("bench.tree", children={"bench.inline", "bench.child"})
+async def tree(ctx):
+    count = 0
+    children = [ctx.start(ctx.params["handler"], key=n) for n in range(ctx.params["children"])]
+    async for _ in ctx.gather(children):
+        count += 1
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"count": count, "peak": peak}
+
+
 async def stepwise(ctx):
     async def nothing():
         return None
@@ -89,7 +100,7 @@ async def mapped(ctx):
 ENTRY_POINTS = {
     **{
         f"bench.{name}": f"orgworker_bench:{name}"
-        for name in ("inline", "fails", "child", "asks", "asks_child", "steps")
+        for name in ("inline", "fails", "child", "asks", "asks_child", "steps", "tree")
     },
     "bench.steps_inline": "orgworker_bench:steps_inline",
     "bench.map": "orgworker_bench:mapped",

@@ -45,6 +45,7 @@ from worker.model.runs.children import (
     AT_ONCE,
     MAX_CHILD_PARAMS,
     MAX_CHILDREN,
+    MAX_SPANS,
     MAX_WINDOW,
     ChildPage,
     ChildrenWait,
@@ -293,8 +294,8 @@ class Spans(CallPart[tuple[tuple[int, int], ...]]):
     """Rows of places of children, each as its first and last."""
 
     def read(self, value: Any, check: TextCheck) -> tuple[tuple[int, int], ...]:
-        if not isinstance(value, list) or not 0 < len(value) <= MAX_CHILDREN:
-            raise ValueError(f"not a list of 1 to {MAX_CHILDREN:,} spans")
+        if not isinstance(value, list) or not 0 < len(value) <= MAX_SPANS:
+            raise ValueError(f"not a list of 1 to {MAX_SPANS:,} spans")
         place = Count(MAX_CHILDREN, 1)
         found: list[tuple[int, int]] = []
         for first, last in value:

@@ -20,6 +20,7 @@ from worker.model.runs.children import (
     AT_ONCE,
     MAX_CHILD_PARAMS,
     MAX_CHILDREN,
+    MAX_SPANS,
     MAX_WINDOW,
     ChildrenWait,
     EndedRow,
@@ -34,8 +35,9 @@ T = TypeVar("T")
 # Makes the key of a child from the item of `ctx.map_runs`.
 KeyOfRun = Callable[[Any], str | int]
 
-# Bytes of the params that one call stores, and that may be unstored.
-BATCH_BYTES = 128 * 1024
+# Bytes that the children of one call may have, whose texts may double when they are quoted; bytes of params
+# that may be unstored.
+BATCH_BYTES = 80 * 1024
 MOST_UNSTORED = 32 * 1024 * 1024
 # Children whose results are read at once.
 PAGE = 100
@@ -225,7 +227,7 @@ class ChildCalls:
     def _batch(self) -> list[tuple[Child, NewChild]]:
         size = count = 0
         for _, new in self._unstored[:AT_ONCE]:
-            size += len(new.params_json)
+            size += len(new.params_json.encode()) + len(new.handler) + len((new.key or "").encode()) + 40
             if count and size > BATCH_BYTES:
                 break
             count += 1
@@ -270,8 +272,8 @@ class ChildResults:
     ) -> AsyncGenerator[Any, None]:
         await self._calls.store()
         spans = spans_of({child._place for child in children})
-        if spans:
-            await self._park(replace(wait, children=ChildrenWait(spans)))
+        for begin in range(0, len(spans), MAX_SPANS):
+            await self._park(replace(wait, children=ChildrenWait(spans[begin : begin + MAX_SPANS])))
         for begin in range(0, len(children), PAGE):
             part = children[begin : begin + PAGE]
             rows = await self._read({child._place for child in part})
@@ -286,6 +288,11 @@ class ChildResults:
         await self._calls.store()
         by_place = {child._place: child for child in children}
         spans, after, left = spans_of(by_place.keys()), 0, len(by_place)
+        if len(spans) > MAX_SPANS:
+            raise StepError(
+                f"ctx.as_ended: others were started between more than {MAX_SPANS:,} of the children; start "
+                "them one after the other"
+            )
         while left:
             page = await self._calls.port.ask(ReadEnded(spans, after))
             for row in page.rows:

@@ -7,7 +7,6 @@ A child is a row of `children`, unique by parent, handler, key and occurrence, b
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -34,14 +33,16 @@ from worker.model.runs.children import (
 )
 from worker.model.runs.run import AdmittedRun, Isolation
 from worker.store import families, tables
+from worker.store.bulk import among
 from worker.store.dialect import (
     Row,
     all_rows,
-    database_now,
     first_row,
     hint,
     in_scope,
 )
+from worker.store.sql import statements
+from worker.store.sql.contract import ChildRow
 
 _live, _runs = tables.live_runs, tables.runs
 _parents, _children = tables.parents, tables.children
@@ -78,7 +79,7 @@ def start(
         if (identity := _identity(child)) not in known:
             fresh.setdefault(identity, child)
     if fresh:
-        known |= _insert(connection, run, live, parent, fresh, isolations)
+        known |= _insert(connection, run, parent, fresh, isolations)
     return [known[_identity(child)] for child in new]
 
 
@@ -118,7 +119,6 @@ def _known(connection: Connection, parent_id: RunId, new: Iterable[NewChild]) ->
 def _insert(
     connection: Connection,
     run: AdmittedRun,
-    live: Any,
     parent: Row,
     fresh: Mapping[_Identity, NewChild],
     isolations: Mapping[str, Isolation],
@@ -136,62 +136,27 @@ def _insert(
     ).scalar_one()
     if in_tree > MAX_TREE:
         raise StepError(f"ctx.start: {MAX_TREE:,} runs are below run {root_id}, the limit; start fewer")
-    now = database_now(connection)
-    shared = {
-        "org_id": run.org_id,
-        "definition_id": run.definition_id,
-        "revision": run.revision,
-        "origin": "child",
-        "scheduled_for": run.scheduled_for,
-        "pool": live.pool,
-    }
     places: dict[_Identity, PlacedChild] = {}
-    runs, waiting, links = [], [], []
+    rows: list[ChildRow] = []
     windows = dict(parent["windows"] or {})
     for place, (identity, child) in enumerate(fresh.items(), first):
-        id_ = new_id()
-        places[identity] = PlacedChild(place, id_)
-        own = {
-            "id": id_,
-            "handler": child.handler,
-            "idempotency_key": _key_of(run.idempotency_key, identity),
-            "params": json.loads(child.params_json),
-        }
-        runs.append(shared | own | {"created_at": now})
-        waits = {"state": "waiting", "reason": "due", "available_at": now}
-        if child.window:
+        row = ChildRow(
+            id=RunId(new_id()),
+            handler=child.handler,
+            isolation=isolations[child.handler],
+            idempotency_key=_key_of(run.idempotency_key, identity),
+            params_json=child.params_json,
+            held=child.window > 0,
+            place=place,
+            key=child.key or "",
+            occurrence=child.occurrence,
+            map=child.map or None,
+        )
+        if row.held:
             windows[str(child.map)] = child.window
-            waits = {"state": "parked", "reason": "window", "available_at": tables.NEVER}
-        waiting.append(
-            shared
-            | own
-            | waits
-            | {
-                "isolation": isolations[child.handler],
-                "max_concurrent": live.max_concurrent,
-                "priority": live.priority,
-                "serial": False,
-                "parent_id": run.id,
-                "place": place,
-            }
-        )
-        links.append(
-            {
-                "parent_id": run.id,
-                "place": place,
-                "run_id": id_,
-                "org_id": run.org_id,
-                "root_id": root_id,
-                "depth": parent["depth"] + 1,
-                "handler": identity[0],
-                "key": identity[1],
-                "occurrence": identity[2],
-                "map": child.map or None,
-            }
-        )
-    connection.execute(insert(_runs), runs)
-    connection.execute(insert(_live), waiting)
-    connection.execute(insert(_children), links)
+        rows.append(row)
+        places[identity] = PlacedChild(place, row.id)
+    statements(connection).put_children(connection, run.id, rows)
     changed = {"started": last, "windows": windows or None}
     connection.execute(update(_parents).where(_parents.c.run_id == run.id).values(**changed))
     if windows:
@@ -289,13 +254,15 @@ def _page(connection: Connection, where: Sequence[Any], order: Any) -> ChildPage
     return ChildPage(tuple(rows))
 
 
-def cap_of(connection: Connection, run_id: RunId) -> FamilyCap | None:
-    """What the parent of an unfinished child allows it; None if it is no child."""
-    query = (
-        select(_parents.c.cap).join(_live, _live.c.parent_id == _parents.c.run_id).where(_live.c.id == run_id)
-    )
-    found = connection.execute(query).scalar_one_or_none()
-    return None if found is None else FamilyCap.from_json(found)
+def caps_of(connection: Connection, run_ids: Sequence[RunId]) -> dict[RunId, FamilyCap]:
+    """What the parents of these unfinished children allow them; without those that are no children."""
+    query = select(_live.c.id, _live.c.parent_id).where(among(connection, _live.c.id, sorted(run_ids)))
+    parents = {RunId(id_): parent for id_, parent in connection.execute(query) if parent is not None}
+    caps = select(_parents.c.run_id, _parents.c.cap)
+    caps = caps.where(among(connection, _parents.c.run_id, sorted(set(parents.values()))))
+    # The children of one parent share the object.
+    of = {parent: FamilyCap.from_json(cap) for parent, cap in connection.execute(caps)} if parents else {}
+    return {id_: of[parent] for id_, parent in parents.items() if parent in of}
 
 
 def parent_of(connection: Connection, run_id: RunId) -> RunId | None:

@@ -151,6 +151,7 @@ class WorkerStore:
         self.pool_rules = pool_rules or PoolRules()
         self._admission = RingWalk(database, worker_id, pools=pools)
         self._contexts = BatchLoader(self.orgs_and_definitions)
+        self._caps = BatchLoader(self.caps_of)
         # Pools in which runs have waited.
         self._waited: set[str] = set()
         self._nothing_was_due = False
@@ -363,9 +364,13 @@ class WorkerStore:
             raise Unavailable("the run is being cancelled, and starts no others")
         return placed if isinstance(placed, list) else None
 
+    async def cap_of(self, run_id: RunId) -> FamilyCap | None:
+        """What the parent of an unfinished child allows it; children that start together share a query."""
+        return await self._caps.of(run_id)
+
     read_children = in_autocommit(children.read)
     read_ended = in_transaction(children.read_ended)
-    cap_of = in_autocommit(children.cap_of)
+    caps_of = in_autocommit(children.caps_of)
     budgets_of = in_autocommit(spending.states_of)
     load_progress = in_autocommit(load_progress)
     load_steps = in_autocommit(steps.load_steps)

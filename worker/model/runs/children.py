@@ -19,8 +19,10 @@ MAX_CHILD_PARAMS = 64 * 1024
 MAX_CHILD_RESULT = 64 * 1024
 # Handlers that one handler may start.
 MAX_CHILD_HANDLERS = 50
-# Children that one call starts or reads, and the bytes of the results that it reads.
-AT_ONCE = 500
+# Children that one call starts or reads, and the bytes of the results that it reads; rows of consecutive
+# places that one call names. The message of a run's process may have some 8,000 parts.
+AT_ONCE = 400
+MAX_SPANS = 1_000
 READ_BYTES = 1024 * 1024
 # Children of one `ctx.map_runs` that are unfinished at the same time: by default, and at most.
 WINDOW = 50

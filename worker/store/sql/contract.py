@@ -100,6 +100,23 @@ class Fired:
     now: datetime
 
 
+# Not frozen: a run may start thousands.
+@dataclass(slots=True)
+class ChildRow:
+    """A child to insert, below a run that is locked; `held` until its `ctx.map_runs` has room for it."""
+
+    id: RunId
+    handler: str
+    isolation: Isolation
+    idempotency_key: str
+    params_json: str
+    held: bool
+    place: int
+    key: str
+    occurrence: int
+    map: int | None
+
+
 class OrgQueue(NamedTuple):
     """What ranks an org's waiting runs: its running runs, their limit, and its weight."""
 
@@ -298,6 +315,14 @@ OF_ATTEMPT = """run_id, attempt, org_id, worker_id, fencing_token, handler, star
 OF_STEP = """run_id, org_id, fencing_token, attempt, handler, seq, name, key, occurrence, started_at,
   ended_at, size, result"""
 
+# What a child has of its parent, in `live_runs`, which is `p`, and `parents`, which is `f`; `n` is its own.
+CHILD_OF_RUN = """id, org_id, definition_id, revision, handler, origin, scheduled_for, created_at,
+  idempotency_key, params, pool"""
+CHILD_OF_LIVE = """id, org_id, definition_id, revision, handler, isolation, origin, scheduled_for,
+  idempotency_key, params, max_concurrent, priority, serial, state, reason, available_at, pool, parent_id,
+  place"""
+CHILD_LINK = "parent_id, place, run_id, org_id, root_id, depth, handler, key, occurrence, map"
+
 # The ends of statements that add to the sums.
 ADD_TO_DAY = """ON CONFLICT (day, org_id) DO UPDATE SET runs = rollup_days.runs + excluded.runs,
   attempts = rollup_days.attempts + excluded.attempts,
@@ -329,6 +354,9 @@ class Statements(Protocol):
 
         A serial run that overlaps an unfinished one is returned, not inserted; an existing one is ignored.
         """
+
+    def put_children(self, connection: Connection, parent_id: RunId, rows: Sequence[ChildRow]) -> None:
+        """Insert children of a running run whose row, and that of `parents`, this transaction has locked."""
 
     def fire_skips(self, connection: Connection, skips: Sequence[NewSkip]) -> None:
         """Write skips; consecutive ones extend their definition's last row."""

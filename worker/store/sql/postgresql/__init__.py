@@ -3,6 +3,7 @@
 from worker.store.sql.postgresql.admit import admit_choose as admit_choose
 from worker.store.sql.postgresql.admit import admit_crowd as admit_crowd
 from worker.store.sql.postgresql.admit import admit_ring as admit_ring
+from worker.store.sql.postgresql.children import put_children as put_children
 from worker.store.sql.postgresql.finish import add_rollups as add_rollups
 from worker.store.sql.postgresql.finish import append_logs as append_logs
 from worker.store.sql.postgresql.finish import finish as finish

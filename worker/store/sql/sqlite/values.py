@@ -54,19 +54,25 @@ class Rows:
 
 
 def in_one_step(
-    cursor: Any, statement: str, rows: Sequence[tuple[Any, ...]], *, first: Sequence[Any] = ()
+    cursor: Any,
+    statement: str,
+    rows: Sequence[tuple[Any, ...]],
+    *,
+    first: Sequence[Any] = (),
+    last: Sequence[Any] = (),
 ) -> None:
     """Execute a statement with `{rows}` as a table of these rows: column1, column2 and so on.
 
     Rows of nulls pad it to a power of two, so that there are few different statements: the text must
-    ignore them, as by `WHERE column1 IS NOT NULL`. `first` are the parameters before the rows.
+    ignore them, as by `WHERE column1 IS NOT NULL`. `first` are the parameters before the rows, `last` those
+    after them.
     """
     for part in range(0, len(rows), MAX_ROWS):
         some = rows[part : part + MAX_ROWS]
         length, width = 1 << (len(some) - 1).bit_length(), len(some[0])
         values = list(itertools.chain(first, *some))
         values += [None] * (length * width + len(first) - len(values))
-        cursor.execute(_with_rows(statement, width, length), values)
+        cursor.execute(_with_rows(statement, width, length), [*values, *last])
 
 
 @functools.cache
