@@ -49,7 +49,10 @@ from worker.handlers.calls import (
     LoadSteps,
     OpenWait,
     PauseOrigin,
+    ReadChildren,
+    ReadEnded,
     Save,
+    StartChildren,
     StepTotals,
     StoreStep,
 )
@@ -59,6 +62,7 @@ from worker.ids import RunId, WorkerId
 from worker.model.limits import Limit, Share
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.budgets import BudgetState, OrgBudgets
+from worker.model.runs.children import ChildPage, ChildrenWait, EndedRow, NewChild, PlacedChild
 from worker.model.runs.hosts import HostCaller, PoolLoad
 from worker.model.runs.outcome import Error, Outcome, Trail
 from worker.model.runs.run import (
@@ -270,6 +274,20 @@ PENDING = WaitState("sleep", "pending", None, LATER)
 ANSWERED = WaitState("answer", "answered", '{"ok":"ü"}', LATER)
 OVER = WaitState("budget", "over")
 CHOSEN = WaitState("answer", "pending")
+GATHER = NewWait("children:gather", 1, "children", children=ChildrenWait(((1, 2), (4, 4))))
+GATHERING = WaitState("children", "pending")
+CHILDREN = (
+    NewChild("acme.page", "ü", 1, '{"page":1}'),
+    NewChild("acme.page", None, 2, "{}", map=1, window=5),
+)
+PLACED = (PlacedChild(1, RUN.id), PlacedChild(2, WORKER))
+OF_CHILDREN = ChildPage(
+    (
+        EndedRow(1, "succeeded", None, None, '{"n":"ü"}', 1),
+        EndedRow(2, "failed", "error", {"type": "E", "message": "no ü"}, None, 4),
+    ),
+    more=True,
+)
 ROWS = [RunStep(RUN, "acme.digest", step, 19) for step in STEPS]
 TOLD = [(RUN.id, RUN.fencing_token, PROGRESS)]
 TEMPORAL = TemporalPlace("t:7233", "prod", tls=True)
@@ -343,6 +361,38 @@ CALLS = [
     Exchange("wait", "lost", asks(OpenWait(SLEEP)), LOST),
     Exchange(
         "choose", "", asks(OpenWait(CHOICE)), CHOSEN, [("open_wait", RUN, CHOICE)], {"open_wait": CHOSEN}
+    ),
+    Exchange(
+        "wait_children",
+        "",
+        asks(OpenWait(GATHER)),
+        GATHERING,
+        [("open_wait", RUN, GATHER)],
+        {"open_wait": GATHERING},
+    ),
+    Exchange(
+        "start_children",
+        "",
+        asks(StartChildren(CHILDREN, keep=True)),
+        PLACED,
+        answers={"start_children": PLACED},
+    ),
+    Exchange("start_children", "lost", asks(StartChildren(CHILDREN)), LOST, answers={"start_children": None}),
+    Exchange(
+        "children",
+        "",
+        asks(ReadChildren((1, 2))),
+        OF_CHILDREN,
+        [("read_children", RUN.id, (1, 2))],
+        {"read_children": OF_CHILDREN},
+    ),
+    Exchange(
+        "ended_children",
+        "",
+        asks(ReadEnded(((1, 2),), 3)),
+        OF_CHILDREN,
+        [("read_ended", RUN, ((1, 2),), 3)],
+        {"read_ended": OF_CHILDREN},
     ),
     Exchange("budgets", "", asks(AskBudgets()), OrgBudgets(BUDGETS), [("budgets_of", RUN)]),
     Exchange(

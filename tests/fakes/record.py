@@ -11,7 +11,7 @@ import asyncio
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -117,10 +117,11 @@ def enforced() -> Enforced:
 async def worker(exchange: Exchange, path: str, request: bytes) -> tuple[httpx.Response, Answering]:
     """What a worker answers to a host that sends this, and what was asked of its store."""
     spec, clock = exchanges.SPEC, ManualClock()
+    entry = replace(ENTRY, children=("acme.page",)) if exchange.call == "start_children" else ENTRY
     usual = {
         "find": exchanges.CALLER,
         "begin": exchanges.WORKER,
-        "offered": Offered("default", {ENTRY.name: Grant(ENTRY)}, frozenset({ENTRY.name})),
+        "offered": Offered("default", {ENTRY.name: Grant(entry)}, frozenset({ENTRY.name})),
         "owned": [RUN],
         "org_and_definition": RunContext(OrgId("o1"), "org_acme", "Acme", None, "main", "nightly", spec),
         "orgs_and_definitions": {},

@@ -69,7 +69,7 @@ ORIGIN_LIMIT = 300
 # Bytes that the body of a host's call may have: of a small one, of one with children, of a batch, of one with
 # a checkpoint, which may double when it is quoted, and of one with results.
 OWN_BYTES = 32 * 1024
-CHILDREN_BYTES = 512 * 1024
+CHILDREN_BYTES = 256 * 1024
 BATCH_BYTES = 1024 * 1024
 CHECKPOINT_BYTES = 2 * LIMIT + 64 * 1024
 MAX_BYTES = 16 * 1024 * 1024

@@ -72,6 +72,24 @@ MESSAGES: dict[str, dict[str, Any]] = {
             **{"ask_json": json.dumps(LONG), "options": ["yes", LONG[:100], 1, None]},
         },
     },
+    "wait_children": {
+        **RUN,
+        "wait": {
+            **{"name": "children:gather", "occurrence": 1, "kind": "children", "seconds": None},
+            **{"ask_json": json.dumps(LONG), "alert": False},
+            "children": {"spans": [[1, 5], [7, 7]], "any": False},
+        },
+    },
+    "start_children": {
+        **RUN,
+        "handler": "h",
+        "children": [
+            {"handler": "h", "key": "k", "occurrence": 1, "params_json": json.dumps({"a": LONG})},
+            {"handler": "h", "key": None, "occurrence": 2, "params_json": "{}", "map": 1, "window": 5},
+        ],
+        "keep": True,
+    },
+    "ended_children": {**RUN, "spans": [[1, 5], [7, 7]], "after": 3},
     "handlers": {
         "entries": [
             wire.ENTRY.write(
@@ -144,7 +162,7 @@ def test_checked_texts_are_not_checked_again_and_others_are() -> None:
     assert type(part["entries"][0]["params_schema"]) is CheckedObject
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if name in MESSAGES])
+@pytest.mark.parametrize("name", [name for name in CALLS if name in MESSAGES and body_check.JSON_TEXTS[name]])
 def test_each_call_has_its_json_text_checked_and_nothing_else(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.model.egress import BoundSecret, Egress, placeholder_of
 from worker.model.runs import outcome as outcomes
+from worker.model.runs.children import ChildrenWait, NewChild
 from worker.model.runs.egress import EgressRow
 from worker.model.runs.outcome import Failed, Outcome, Succeeded, Trail
 from worker.model.runs.run import AdmittedRun, LogLine, NewStep, OwnedRun
@@ -545,6 +546,10 @@ OF_EACH: Mapping[str, Any] = {
     "store": (STEP,),
     "wait": (NewWait("nap", 1, "sleep", 1.0),),
     "choose": (NewWait("approval", 1, "answer", options=("yes", "no")),),
+    "wait_children": (NewWait("children:gather", 1, "children", children=ChildrenWait(((1, 2),))),),
+    "start_children": ((NewChild("acme.page", None, 1, "{}"),),),
+    "children": ((1, 2),),
+    "ended_children": (((1, 2),),),
     "spend": ("llm", 1, "1:1"),
     "token_for": (False, "https://billing.example.com"),
     "limits": ("https://api.example.com",),
