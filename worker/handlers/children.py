@@ -38,7 +38,7 @@ KeyOfRun = Callable[[Any], str | int]
 # Bytes that the children of one call may have, whose texts may double when they are quoted; bytes of params
 # that may be unstored.
 BATCH_BYTES = 80 * 1024
-MOST_UNSTORED = 32 * 1024 * 1024
+MAX_UNSTORED = 32 * 1024 * 1024
 # Children whose results are read at once.
 PAGE = 100
 GATHER = f"{CHILDREN}gather"
@@ -160,8 +160,8 @@ class ChildCalls:
             raise StepError(
                 f"{what}: the run has {MAX_CHILDREN:,} children, the limit; let them start others"
             )
-        if self._bytes + len(text) > MOST_UNSTORED:
-            most = MOST_UNSTORED // 1024 // 1024
+        if self._bytes + len(text) > MAX_UNSTORED:
+            most = MAX_UNSTORED // 1024 // 1024
             raise StepError(
                 f"{what}: the params of children that are not stored yet reach {most} MiB; await a step, "
                 "ctx.save or ctx.gather in between"

@@ -255,7 +255,7 @@ def _page(connection: Connection, where: Sequence[Any], order: Any) -> ChildPage
 
 
 def caps_of(connection: Connection, run_ids: Sequence[RunId]) -> dict[RunId, FamilyCap]:
-    """What the parents of these unfinished children allow them; without those that are no children."""
+    """What the parents of these unfinished children allow them; leaves out runs without a parent."""
     query = select(_live.c.id, _live.c.parent_id).where(among(connection, _live.c.id, sorted(run_ids)))
     parents = {RunId(id_): parent for id_, parent in connection.execute(query) if parent is not None}
     caps = select(_parents.c.run_id, _parents.c.cap)

@@ -2,7 +2,7 @@
 
 The end of a child writes what any end writes. Once that is committed, `settle` looks whether its parent may
 go on, in a later transaction: of two children that end at once, and of a child and the park of its parent,
-whoever commits last sees both. `look` finds what a worker left that died in between.
+the one that commits last sees both. `look` finds what a worker left that died in between.
 """
 
 from __future__ import annotations

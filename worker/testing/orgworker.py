@@ -120,7 +120,7 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True)
-class ChildRun:
+class FinishedChild:
     """A child of the run, after its last attempt."""
 
     handler: str
@@ -161,7 +161,7 @@ class Finished:
     """The state of the definition afterwards; `{}` if its handler has none."""
     steps: tuple[Step, ...]
     """The stored steps, in the order in which they were stored."""
-    children: tuple[ChildRun, ...]
+    children: tuple[FinishedChild, ...]
     """The runs that it started, in order."""
     waits: tuple[Wait, ...]
     """What the run slept and waited for, in the order in which it did."""
@@ -358,7 +358,7 @@ def _finished(
         ),
         children=tuple(
             _like(
-                ChildRun,
+                FinishedChild,
                 child.new,
                 params=json.loads(child.new.params_json),
                 state=child.ended and child.ended.state,

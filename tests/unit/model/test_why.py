@@ -36,6 +36,7 @@ REASONS = {
         "org_inactive",
         "definition_closed",
         "overlap",
+        "child_exceeds",
     ],
     "skipped": ["flag_off", "expired"],
     "failed": [
@@ -48,7 +49,7 @@ REASONS = {
         "budget",
         "lost",
     ],
-    "cancelled": ["requested", "suspended", "replaced", "closed", "by_handler"],
+    "cancelled": ["requested", "suspended", "replaced", "closed", "parent", "by_handler"],
     "waiting": list(WAITING_REASONS),
     "succeeded": [None],
     "running": [None],

@@ -145,7 +145,7 @@ class _Search:
         self.is_empty = (bool(page.states) and not states) or page.definition not in (None, definition)
         # What is left to compare: the sources have only runs that match the rest.
         self.query = replace(query, states=states or query.states, since=since, definition=definition)
-        # Whoever gives the id of a child means it.
+        # A search by the id of a child finds it.
         self.has_children = query.has_children
         self.connection, self.scope, self.limit, self.after = connection, scope, limit, page.after
         # Where the search stopped, if it did before the end.
