@@ -253,7 +253,7 @@ class Handlers:
             )
 
     def _check_children(self, row: Row, definition: Definition, entry: str, pool: str | None) -> None:
-        """Refuse a definition whose runs would wait for their children for good, or start some that are refused."""
+        """Refuse a definition whose runs would wait for good, or start runs that are refused."""
         name = row["name"]
         if row["children"] and definition.parked_counts:
             raise refusal(

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from tests.integration.contract.carriers import Carrier
 from worker.errors import IssuerUnavailable, TokenRefused
@@ -239,3 +240,24 @@ async def test_a_failed_child_is_returned_in_its_place_or_raised(
     told = await carrier.attempt(run)
 
     assert told.given == [given]
+
+
+async def test_a_child_that_declares_more_than_its_parent_is_refused(carrier: Carrier) -> None:
+    """Its cap is that of when it was started; the handler has grown since."""
+    if carrier.name == "host":
+        pytest.skip("its pool grants the handler no scopes at all")
+    run = carrier.start(["gather", ["a"]])
+    await carrier.attempt(run)
+    site = carrier.site
+    [parent] = site.fleet.rows.all(tables.parents, tables.parents.c.run_id == run)
+    with site.fleet.database.transaction() as connection:
+        of_run = update(tables.parents).where(tables.parents.c.run_id == run)
+        connection.execute(of_run.values(cap={**parent["cap"], "scopes": []}))
+    [child] = site.fleet.rows.all(tables.live_runs, tables.live_runs.c.parent_id == run)
+    await carrier.attempt(child["id"])
+
+    ended = site.fleet.rows.run(child["id"])
+    assert (ended["state"], ended["reason"]) == ("refused", "child_exceeds")
+    assert ended["detail"] == "the scope read:kb"
+    told = await carrier.attempt(run)
+    assert told.given == ["ChildFailed"]

@@ -17,7 +17,7 @@ from worker.model.runs.children import MAX_CHILDREN, MAX_TREE, ChildrenWait, Fam
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import AdmittedRun
 from worker.model.runs.waits import NewWait, WaitState
-from worker.store import children, families, tables
+from worker.store import budgets, children, families, spending, sweeps, tables, workers
 
 CAP = FamilyCap(HANDLER, frozenset({"read:kb"}), frozenset(), (), frozenset())
 
@@ -425,3 +425,107 @@ def test_a_retry_takes_up_children_that_succeeded(stock: Stock, worker: WorkerId
     assert sorted(taken.values()) == [1, 2, 3, 4, 5]
     assert stock.unended(three.id)["parent_id"] == retry.id
     wait(stock, retry, (1, 5))
+
+
+def test_children_are_forgotten_with_the_run_at_the_top(
+    stock: Stock, worker: WorkerId, clock: ManualClock
+) -> None:
+    run = admitted(stock, worker)
+    ids = started(stock, run, 2)
+    one, two = stock.admit(worker)
+    below = started(stock, one, 2)
+    finish(stock, worker, stock.admit(worker))
+    finish(stock, worker, [one, two])
+    clock.advance(timedelta(days=30))
+    week = timedelta(days=7)
+
+    def forget() -> int:
+        while stock.within(sweeps.forget_trees, "succeeded", week, runs=500, limit=2):
+            pass
+        return stock.within(sweeps.forget_runs, "succeeded", week, limit=500)
+
+    # Their parent may still read them.
+    assert forget() == 0
+    assert states(stock, [*ids, *below]) == ["succeeded"] * 4
+    stock.finish(worker, replace(stock.ended(run), has_children=True))
+    assert forget() == 0
+    clock.advance(timedelta(days=8))
+
+    assert forget() == 1
+    assert stock.all(tables.runs) == stock.all(tables.children) == stock.all(tables.parents) == []
+
+
+def test_a_child_that_a_retry_has_taken_up_outlives_its_first_parent(
+    stock: Stock, worker: WorkerId, clock: ManualClock
+) -> None:
+    run = admitted(stock, worker)
+    [id_, _] = started(stock, run, 2)
+    finish(stock, worker, stock.admit(worker))
+    stock.finish(worker, replace(stock.ended(run, "failed"), reason="error"))
+    clock.advance(timedelta(days=30))
+    retry = stock.running(None, run.org_id, run.definition_id, retry_of=run.id, origin="retry")
+    stock.within(children.take_up, run.org_id, run.id, retry.id)
+    week = timedelta(days=7)
+
+    assert stock.within(sweeps.forget_trees, "failed", week, runs=500, limit=500) == 2
+    assert stock.within(sweeps.forget_runs, "failed", week, limit=500) == 1
+
+    page = stock.reading(children.read, retry.id, [1, 2])
+    assert [row.state for row in page.rows] == ["succeeded", "succeeded"]
+    assert stock.stored(id_)["state"] == "succeeded"
+
+
+def test_children_that_did_not_succeed_start_again_in_their_places(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    ids = started(stock, run, 3)
+    wait(stock, run, (1, 3))
+    park(stock, worker, run)
+    one, two, three = stock.admit(worker)
+    finish(stock, worker, [one, three])
+    finish(stock, worker, [two], "failed")
+    assert stock.unended(run.id)["state"] == "waiting"
+    [again] = stock.admit(worker)
+
+    at = stock.now()
+    count = stock.within(children.restart, run.org_id, run.id, lambda handler, pool: "child", at=at, by="kim")
+
+    assert count == 1
+    assert wait(stock, again, (1, 3)) == WaitState("children", "pending")
+    [new] = [row for row in stock.all(tables.children) if row["run_id"] not in ids]
+    before, after = stock.stored(ids[1]), stock.stored(new["run_id"])
+    assert (new["place"], after["retry_of"], after["params"]) == (2, ids[1], before["params"])
+    assert after["idempotency_key"] == before["idempotency_key"]
+    [child] = stock.admit(worker)
+    finish(stock, worker, [child])
+    assert wait(stock, again, (1, 3)) == WaitState("children", "over")
+
+
+def test_what_a_tree_spends_counts_for_the_budget_of_each_run_in_it(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    started(stock, run, 2)
+    one, two = stock.admit(worker)
+    other = admitted(stock, worker)
+    for each, amount in ((run, 1), (one, 2), (two, 4), (other, 8)):
+        stock.within(spending.spend, each, "tickets", amount, "1:1")
+
+    def spent(of: RunId) -> int:
+        return stock.reading(budgets.spent_in_tree, of, "tickets")
+
+    assert spent(stock.reading(children.root_of, one.id)) == spent(run.id) == 7
+    assert spent(other.id) == 8
+
+
+def test_a_run_that_was_lost_with_its_worker_leaves_its_children(stock: Stock, worker: WorkerId) -> None:
+    """The next attempt finds them."""
+    run = admitted(stock, worker)
+    ids = started(stock, run, 2)
+    stock.change(tables.workers, worker, ended_at=stock.now())
+    second = stock.worker()
+    stock.within(workers.recover, max_recoveries=3, by=second)
+    stock.make_available(run.id)
+    again = next(each for each in stock.admit(second) if each.id == run.id)
+
+    placed = start(stock, again, pages(2))
+
+    assert isinstance(placed, list)
+    assert [child.run_id for child in placed] == ids
