@@ -42,6 +42,10 @@ CATALOGUE = (
         audiences=("mcp", "kb"),
     ),
     HandlerEntry("acme.also", "acme-jobs", "1.0", "acme_jobs:also", egress=("https://c.example",)),
+    HandlerEntry("acme.starts", "acme-jobs", "1.0", "acme_jobs:starts", children=("acme.plain", "acme.gone")),
+    HandlerEntry("acme.exceeds", "acme-jobs", "1.0", "acme_jobs:exceeds", children=("acme.note",)),
+    HandlerEntry("acme.keeps", "acme-jobs", "1.0", "acme_jobs:keeps", state=True),
+    HandlerEntry("acme.confuses", "acme-jobs", "1.0", "acme_jobs:confuses", children=("acme.keeps",)),
     HandlerEntry("acme.inline", "acme-inline", "2.0", "acme_inline:go", isolation="inline"),
     HandlerEntry("acme.broken", "acme-broken", "0.1", "acme_broken:go", error="ImportError: no module"),
 )

@@ -232,6 +232,40 @@ def test_a_definition_narrows_what_its_handlers_declare(apply, rows, text):
     assert len(rows.definitions) == 1
 
 
+STARTS = DIGEST.replace("acme.note", "acme.starts").replace('params = { text = "hello" }', "")
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "message"),
+    [
+        (STARTS + "parked_counts = true", "parked_counts", "would keep a slot that they need"),
+        (STARTS.replace("starts", "exceeds"), "handler", "which declares the scope read:kb"),
+        (STARTS.replace("starts", "confuses"), "handler", "which declares state"),
+    ],
+)
+def test_a_definition_whose_children_could_not_run_is_refused(apply, rows, text, field, message):
+    with pytest.raises(DefinitionError, match=re.escape(message)) as refused:
+        apply(ORG + text)
+
+    assert (refused.value.field, rows.definitions) == (field, [])
+    assert refused.value.fix
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # A child that nobody offers yet says nothing.
+        STARTS,
+        # The definition's scopes are those of all of its runs.
+        STARTS.replace("starts", "exceeds") + 'scopes = ["read:kb"]',
+    ],
+)
+def test_a_definition_whose_children_keep_to_their_parent_is_stored(apply, rows, text):
+    apply(ORG + text)
+
+    assert len(rows.definitions) == 1
+
+
 def test_to_reveal_the_token_is_in_the_audit(apply, rows):
     apply(ORG + DIGEST + "reveal_token = true")
     apply(ORG + DIGEST)

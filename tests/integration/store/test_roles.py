@@ -56,8 +56,11 @@ WRITES = {
     "live_runs": (
         "DELETE",
         "INSERT",
-        "UPDATE available_at cancel_reason cancel_requested_at reason start_by started_at state",
+        "UPDATE available_at cancel_reason cancel_requested_at parent_id place reason start_by started_at "
+        "state",
     ),
+    "parents": ("INSERT",),
+    "children": ("INSERT", "UPDATE run_id seen"),
     "run_ends": ("INSERT",),
     "checkpoints": ("INSERT",),
     "waits": ("INSERT", "UPDATE answer answered_at answered_by"),

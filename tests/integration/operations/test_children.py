@@ -1,0 +1,147 @@
+"""Trees of runs as people end, retry and read them, on both databases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.conftest import on_either
+from tests.fakes.rows import reading
+from tests.fakes.site import one_definition
+from tests.fakes.stock import Stock
+from worker.diagnosis.why import why
+from worker.errors import Conflict, UsageError
+from worker.ids import ALL_ORGS
+from worker.model.runs.children import ChildrenWait, FamilyCap, NewChild
+from worker.model.runs.clauses import sentence
+from worker.model.runs.waits import NewWait
+from worker.model.search import parsed
+from worker.operations.runs import cancel, retry, retry_children, run_now
+from worker.store import children, families, tables
+from worker.store.lists import RUNS, Page
+from worker.store.lists import runs as run_lists
+from worker.store.lists.read import read
+from worker.store.lists.search import runs_of
+
+FILE = one_definition(handler="acme.starts") + 'overlap = "allow"'
+OFFERED = {"acme.starts": None, "acme.plain": None}
+
+
+@pytest.fixture
+def tree(apply, database):
+    """A run that waits for three children, of which the first succeeded, and the second runs."""
+
+    class Tree:
+        def __init__(self):
+            apply(FILE)
+            self.stock = stock = Stock(database)
+            self.worker = stock.worker(handlers=list(OFFERED))
+            run_now(database, "org_acme", "digest", actor="tester")
+            [self.parent] = stock.admit(self.worker, offered=OFFERED)
+            new = [NewChild("acme.plain", f"k{n}", 1, f'{{"n":{n}}}') for n in range(3)]
+            cap = FamilyCap("acme.starts")
+            placed = stock.within(
+                children.start, self.parent, new, cap=cap, keep=False, isolations={"acme.plain": "child"}
+            )
+            self.ids = [child.run_id for child in placed]
+            wait = NewWait("children:gather", 1, "children", children=ChildrenWait(((1, 3),)))
+            stock.within(families.open_wait, self.parent, wait)
+            parked = stock.ended(self.parent, "parked", outcome="parked", reason="children")
+            stock.finish(self.worker, replace(parked, has_children=True))
+            one, self.running = stock.admit(self.worker, 2, offered=OFFERED)
+            self.end(one)
+
+        def end(self, run, state="succeeded"):
+            self.stock.finish(self.worker, replace(self.stock.ended(run, state), is_child=True))
+            self.stock.within(families.settle, [run.id])
+
+        def states(self):
+            return [reading(database, run_lists.run, ALL_ORGS, id_)["state"] for id_ in self.ids]
+
+    return Tree()
+
+
+@on_either
+def test_cancelling_a_run_cancels_what_it_started(tree, database):
+    cancel(database, tree.parent.id, actor="tester")
+
+    assert tree.states() == ["succeeded", "running", "cancelled"]
+    assert tree.stock.unended(tree.running.id)["cancel_reason"] == "parent"
+    row = reading(database, run_lists.run, ALL_ORGS, tree.ids[2])
+    assert (row["reason"], row["parent"]) == ("parent", tree.parent.id)
+
+
+@on_either
+def test_a_run_shows_how_far_its_children_are(tree, database):
+    row = reading(database, run_lists.run, "org_acme", tree.parent.id)
+
+    states = {"succeeded": 1, "running": 1, "waiting": 1}
+    assert row["children"] == {"total": 3, "ended": 1, "failed": 0, "states": states, "failed_runs": []}
+    assert "1 of 3 have ended" in sentence(reading(database, why, tree.parent.id))
+    tree.end(tree.running, "failed")
+    row = reading(database, run_lists.run, "org_acme", tree.parent.id)
+    assert (row["children"]["failed"], row["children"]["failed_runs"]) == (1, [tree.ids[1]])
+
+
+@on_either
+def test_lists_have_children_only_if_they_are_asked_for(tree, database, clock):
+    def found(text, **narrowed):
+        query = parsed(text, now=clock.now())
+        return {row["id"] for row in reading(database, runs_of, ALL_ORGS, query, Page(**narrowed)).rows}
+
+    parent, ids = tree.parent.id, set(tree.ids)
+    for page in (Page(), Page(state="waiting"), Page(definition="digest"), Page(state="succeeded")):
+        listed = {row["id"] for row in reading(database, read, RUNS, "org_acme", page)}
+        assert listed <= {parent}
+    assert found("definition:digest") == found("org:org_acme") == found("state:waiting") == {parent}
+    assert found(f"parent:{parent}") == ids
+    assert found(f"parent:{parent} state:running") == {tree.ids[1]}
+    assert found("children:yes") == found("org:org_acme children:yes") == {parent, *ids}
+    assert found("children:yes state:succeeded") == found("origin:child state:succeeded") == {tree.ids[0]}
+    assert found(tree.ids[2]) == {tree.ids[2]}
+    with pytest.raises(UsageError, match="not the whole id of a run"):
+        found("parent:0192")
+
+
+@on_either
+def test_a_retry_from_the_checkpoint_starts_only_what_did_not_succeed(tree, database):
+    with pytest.raises(Conflict, match="is a child of run"):
+        retry(database, tree.ids[0], actor="tester")
+    cancel(database, tree.parent.id, actor="tester")
+
+    new = retry(database, tree.parent.id, actor="tester", from_checkpoint=True)
+
+    rows = tree.stock.all(tables.children, tables.children.c.parent_id == new["id"])
+    # The one that still runs is asked to stop, and is there until it has.
+    assert [(row["place"], row["run_id"]) for row in rows] == [(1, tree.ids[0]), (2, tree.ids[1])]
+
+
+@on_either
+def test_the_children_that_failed_are_retried_in_one_action(tree, database):
+    with pytest.raises(Conflict, match="no child that did not succeed"):
+        retry_children(database, tree.parent.id, actor="tester")
+    tree.end(tree.running, "failed")
+
+    row, count = retry_children(database, tree.parent.id, actor="tester", org="org_acme")
+
+    assert (row["id"], row["state"], count) == (tree.parent.id, "waiting", 1)
+    [link] = tree.stock.all(tables.children, tables.children.c.place == 2)
+    assert tree.stock.stored(link["run_id"])["retry_of"] == tree.ids[1]
+    counts = reading(database, children.counts, ALL_ORGS, tree.parent.id)
+    assert (counts.total, counts.failed, counts.by_state["waiting"]) == (3, 0, 2)
+
+
+@on_either
+def test_the_children_of_a_run_that_failed_are_retried_by_a_new_run(tree, database):
+    tree.end(tree.running, "failed")
+    [third] = tree.stock.admit(tree.worker, offered=OFFERED)
+    tree.end(third)
+    [again] = tree.stock.admit(tree.worker, offered=OFFERED)
+    tree.stock.finish(tree.worker, tree.stock.ended(again, "failed", reason="error", has_children=True))
+
+    row, count = retry_children(database, tree.parent.id, actor="tester")
+
+    assert (row["origin"], row["retry_of"], count) == ("retry", tree.parent.id, 1)
+    taken = tree.stock.all(tables.children, tables.children.c.parent_id == row["id"])
+    assert [link["run_id"] for link in taken] == [tree.ids[0], tree.ids[2]]
