@@ -188,9 +188,12 @@ def retry(
     org: str | None = None,
     from_checkpoint: bool = False,
     again: bool = False,
+    only_children: bool = False,
     reason: str | None = None,
 ) -> Run:
     """Make a new run of an ended one's definition, as it is now; returns its row of `runs list`.
+
+    With `only_children` as `retry_children`.
 
     The new run has the old one's `scheduled_for`, `idempotency_key` and params given by
     hand, and its checkpoint and steps with `from_checkpoint`. A run is retried only once, unless
@@ -204,6 +207,8 @@ def retry(
             stored them is gone; its definition is closed, its org is not active, or an unfinished run
             of the definition blocks it.
     """
+    if only_children:
+        return retry_children(database, run_id, actor=actor, org=org, reason=reason)[0]
     with database.transaction() as connection:
         old = require_run(connection, run_id, org)
         if old["state"] is None:

@@ -144,10 +144,6 @@ def retry(
         name = "--children" if children else "--again"
         raise UsageError(f"{name} needs a run's id", fix="many runs at once are retried once each")
     with session.database() as database:
-        if run is not None and children:
-            row, _ = operation.retry_children(database, run, actor=session.actor)
-            session.print_row(row)
-            return
         if run is not None:
             row = operation.retry(
                 database,
@@ -155,6 +151,7 @@ def retry(
                 actor=session.actor,
                 from_checkpoint=from_checkpoint,
                 again=again,
+                only_children=children,
             )
             session.print_row(row)
             return

@@ -214,6 +214,12 @@ RETRY = _change(
     Run,
     Field("from_checkpoint", BOOLEAN, "Start from the checkpoint and the steps of the old run."),
     Field("again", BOOLEAN, "Also if it was retried already."),
+    Field(
+        "only_children",
+        BOOLEAN,
+        "Start those runs again that it has started and that did not succeed: an unfinished run waits for "
+        "them in their places, one that has ended is retried from its checkpoint.",
+    ),
     REASON,
     **_NEW_RUN,
 )

@@ -202,6 +202,7 @@ class RunPages(PageGroup):
                 run_id,
                 from_checkpoint="from_checkpoint" in form,
                 again="again" in form,
+                only_children="only_children" in form,
                 reason=reason_of(form),
             )
         except (Conflict, DefinitionError) as error:
