@@ -132,11 +132,13 @@ class OtelTracer:
         elif emitted.event.name == "run.fenced_out":
             self.marks(emitted.fields["run"], emitted.fields["fencing_token"])
 
-    def hand_over(self, run_id: str, fencing_token: int) -> str | None:
+    def hand_over(self, run_id: str, fencing_token: int, parent: str | None = None) -> str | None:
         """Mark the call of a handler; returns its traceparent."""
         self._marks.setdefault((run_id, fencing_token), Marks()).handler_began_at = self._clock.now()
-        trace_id = _trace_id(run_id)
-        sampling = self._provider.sampler.should_sample(None, trace_id, "RUN", SpanKind.SERVER)
+        above = None if parent is None else _parent_of(parent)
+        trace_id = _trace_id(run_id) if above is None else above.trace_id
+        context = None if above is None else set_span_in_context(NonRecordingSpan(above))
+        sampling = self._provider.sampler.should_sample(context, trace_id, "RUN", SpanKind.SERVER)
         handler = _span_id(run_id, fencing_token, "handler")
         return f"00-{trace_id:032x}-{handler:016x}-{sampling.decision is Decision.RECORD_AND_SAMPLE:02x}"
 
@@ -148,7 +150,9 @@ class OtelTracer:
     def end(self, traced: Traced, marks: Marks) -> None:
         """Make the spans of an attempt that has ended."""
         result = RESULTS[traced.outcome]
-        self._ids.trace_id = _trace_id(traced.run_id)
+        above = None if traced.parent is None else _parent_of(traced.parent)
+        # A run that another one started is in the trace of that one, which gives its id.
+        self._ids.trace_id = _trace_id(traced.run_id) if above is None else 0
         self._ids.span_id = _span_id(traced.run_id, traced.fencing_token, "attempt")
         attributes = {
             "cicd.pipeline.name": traced.pipeline,
@@ -161,6 +165,7 @@ class OtelTracer:
         }
         span = self._tracer.start_span(
             f"RUN {traced.pipeline}",
+            context=None if above is None else set_span_in_context(NonRecordingSpan(above)),
             kind=SpanKind.SERVER,
             start_time=_nanoseconds(traced.started_at),
             attributes=_present(attributes),

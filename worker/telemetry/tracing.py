@@ -57,6 +57,8 @@ class Traced:
     token_ready_at: datetime | None
     ended_at: datetime
     flags: Sequence[tuple[str, bool]] = field(default=())
+    parent: str | None = None
+    """The traceparent of the handler that started the run."""
 
 
 @dataclass(slots=True)
@@ -91,7 +93,7 @@ class TracedRequest:
 class Tracer(Protocol):
     """See `otel.OtelTracer`; all calls come from the worker's event loop."""
 
-    def hand_over(self, run_id: str, fencing_token: int) -> str | None: ...
+    def hand_over(self, run_id: str, fencing_token: int, parent: str | None = None) -> str | None: ...
     def marks(self, run_id: str, fencing_token: int) -> Marks: ...
     def end(self, traced: Traced, marks: Marks) -> None: ...
     def request(self, traceparent: str, request: TracedRequest) -> None: ...
@@ -117,9 +119,12 @@ def in_use() -> Tracer | None:
     return _tracer
 
 
-def traceparent(run_id: str, fencing_token: int) -> str | None:
-    """The W3C traceparent of a handler that is about to be called, or None if tracing is off."""
-    return None if _tracer is None else _tracer.hand_over(run_id, fencing_token)
+def traceparent(run_id: str, fencing_token: int, parent: str | None = None) -> str | None:
+    """The W3C traceparent of a handler that is about to be called, or None if tracing is off.
+
+    `parent` is that of the handler that started the run, if one did.
+    """
+    return None if _tracer is None else _tracer.hand_over(run_id, fencing_token, parent)
 
 
 def request_span(traceparent: str | None, request: TracedRequest) -> None:

@@ -306,6 +306,34 @@ async def test_egress_is_not_the_hosts_to_choose(fleet: Fleet, before: bool) -> 
     assert one.work.egress == Egress((("open",),), audiences=("mcp",), owners=("handler",))
 
 
+async def test_which_handlers_it_starts_is_not_the_hosts_to_choose(fleet: Fleet, before: bool) -> None:
+    """It could start any handler of the workers, with params of its own."""
+    starting = replace(OWN, children=("gpu.other",))
+    host = await in_eu(fleet, starting)
+    run = fleet.start("own")
+
+    taken = await host.take(fleet.one, wait=5.0 if before else 0.2)
+
+    if before:
+        assert len(taken) == 1
+        return
+    mark(fleet)
+    assert (taken, waits(fleet, run)) == ([], ("not_approved", host_grants_command(starting)))
+    approve(fleet, starting)
+    [one] = await host.take(fleet.one)
+    for worker in fleet.workers:
+        for name, answer in (("gpu.other", "placed"), ("acme.secret", "error")):
+            child = {"handler": name, "key": "k", "occurrence": 1, "params_json": "{}"}
+            call = fence(one) | {"handler": one.work.handler, "children": [child]}
+            response = await host.send(worker, "start_children", call)
+            assert answer in response.json()
+    # Two workers, one key.
+    [link] = fleet.rows.all(tables.children)
+    assert (link["parent_id"], link["handler"]) == (run, "gpu.other")
+    live = fleet.rows.unended(link["run_id"])
+    assert (live["pool"], live["org_id"]) == ("eu", fleet.org("org_a"))
+
+
 async def test_a_host_that_leaves_its_list_out_reaches_no_more(fleet: Fleet, before: bool) -> None:
     """Such as a version of a plug-in that drops it, once an administrator has approved the one before."""
     listed = replace(OWN, egress=("api", "https://a.example"))

@@ -415,7 +415,7 @@ class Tracer:
     def __init__(self) -> None:
         self.traced: list[Traced] = []
 
-    def hand_over(self, run_id: str, fencing_token: int) -> str | None:
+    def hand_over(self, run_id: str, fencing_token: int, parent: str | None = None) -> str | None:
         return f"00-{run_id}-{fencing_token}"
 
     def marks(self, run_id: str, fencing_token: int) -> Marks:

@@ -95,6 +95,19 @@ def test_an_attempt_is_a_span_with_one_for_its_token_and_one_for_its_handler(col
     assert (seconds(run), seconds(token), seconds(handler)) == ((0, 9), (0, 2), (3, 9))
 
 
+def test_the_spans_of_a_child_are_below_the_handler_that_started_it(collected):
+    parent = collected.carry()
+    child = replace(TRACED, run_id=new_id(), pipeline="acme.page", origin="child", parent=parent)
+    given = collected.tracer.hand_over(child.run_id, child.fencing_token, parent)
+    collected.tracer.end(child, collected.tracer.marks(child.run_id, child.fencing_token))
+
+    spans = collected.spans()
+    page, started_by = spans["RUN acme.page"], spans["RUN acme.digest"]
+    assert page.context.trace_id == started_by.context.trace_id
+    assert f"{page.parent.span_id:016x}" == parent.split("-")[2]
+    assert given.split("-")[1] == parent.split("-")[1]
+
+
 def test_spans_are_named_as_the_conventions_have_it(collected):
     collected.carry()
 

@@ -112,19 +112,27 @@ async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared
     secrets = await _secrets(entry, inflight, plan, tools) if entry.secrets else NO_SECRETS
     if isinstance(secrets, outcomes.Refused):
         return secrets
-    work = plan.work(run, entry, enforced, stored, state, secrets, limits, now=tools.clock.now())
+    given = run, entry, enforced, stored, state, secrets, limits
+    work = plan.work(*given, now=tools.clock.now(), parent_trace=inflight.parent_trace)
     inflight.audiences = work.egress.audiences
-    may_start(inflight, plan, entry, limits)
+    may_start(inflight, plan, entry, limits, work.traceparent)
     if tools.store.is_limited(plan.org.id):
         work.budgets = await _budgets(run, tools)
     return Prepared(work, limits, commits=state is not None and state.commits)
 
 
-def may_start(inflight: InflightRun, plan: AttemptPlan, entry: HandlerEntry, limits: Limits) -> None:
+def may_start(
+    inflight: InflightRun,
+    plan: AttemptPlan,
+    entry: HandlerEntry,
+    limits: Limits,
+    traceparent: str | None = None,
+) -> None:
     """Keep which handlers an attempt may start, and what those may have."""
     if entry.children:
         inflight.children = frozenset(entry.children)
-        inflight.cap = replace(plan.cap(entry, limits), scopes=inflight.scopes)
+        cap = plan.cap(entry, limits)
+        inflight.cap = replace(cap, scopes=inflight.scopes, traceparent=traceparent)
 
 
 async def _beyond_parent(
@@ -132,6 +140,7 @@ async def _beyond_parent(
 ) -> outcomes.Refused | None:
     """The refusal of a child whose handler declares more than that of its parent; None if it does not."""
     cap = await tools.store.cap_of(inflight.run.id)
+    inflight.parent_trace = None if cap is None else cap.traceparent
     more = None if cap is None else cap.excess(plan.cap(entry, limits))
     if cap is None or more is None:
         return None

@@ -48,8 +48,8 @@ class InflightRun:
     `moved` once the attempt has stored a new checkpoint or step; `storing` are steps that are being
     stored, which a process may leave behind that dies. `scopes` are those that its tokens must have,
     `audiences` those for which it may ask for others. `children` are the handlers that it may start, `cap`
-    is what those may have. A host knows neither that nor a `plan`. `masked` are its tokens, and its secrets,
-    which are private to the org.
+    is what those may have. A host knows neither that nor a `plan`. `parent_trace` is the traceparent of the
+    handler that started the run. `masked` are its tokens, and its secrets, which are private to the org.
     """
 
     run: AdmittedRun
@@ -61,6 +61,7 @@ class InflightRun:
     audiences: tuple[str, ...] = ()
     children: frozenset[str] = frozenset()
     cap: FamilyCap | None = None
+    parent_trace: str | None = None
     moved: bool = False
     storing: set[asyncio.Future[Any]] | None = None
     masked: tuple[tuple[str, bool], ...] = field(default=(), repr=False)
@@ -336,6 +337,7 @@ def trace(tracer: Tracer, ended: EndedAttempt, inflight: InflightRun | None) -> 
         token_ready_at=trail.token_ready_at,
         ended_at=ended.ended_at,
         flags=_evaluated_flags(plan.definition, ended, handler_called=marks.handler_began_at is not None),
+        parent=inflight.parent_trace,
     )
     tracer.end(traced, marks)
 

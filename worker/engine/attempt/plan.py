@@ -219,6 +219,7 @@ class AttemptPlan:
         limits: Limits,
         *,
         now: datetime,
+        parent_trace: str | None = None,
     ) -> Work:
         """The work of a run for the handler `entry`, which starts now."""
         return Work(
@@ -238,7 +239,7 @@ class AttemptPlan:
             timeout_at=now + limits.timeout,
             checkpoint=stored.checkpoint,
             memory=limits.memory,
-            traceparent=traceparent(run.id, run.fencing_token),
+            traceparent=traceparent(run.id, run.fencing_token, parent_trace),
             private_origins=self.private_origins,
             insecure_origins=self.insecure_origins,
             replays=run.may_have_checkpoint,

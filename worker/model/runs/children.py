@@ -88,6 +88,7 @@ class FamilyCap:
     """What the handler of a run declares for itself, as it was when it started children: none has more.
 
     `egress` has the lists of an attempt, all of which a request must be allowed by; none if it is open.
+    `traceparent` is that of the attempt which started the first of them.
     """
 
     handler: str
@@ -95,6 +96,7 @@ class FamilyCap:
     secrets: frozenset[str] = frozenset()
     egress: tuple[tuple[str, ...], ...] = ()
     audiences: frozenset[str] = frozenset()
+    traceparent: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -103,6 +105,7 @@ class FamilyCap:
             "secrets": sorted(self.secrets),
             "egress": [list(items) for items in self.egress],
             "audiences": sorted(self.audiences),
+            "traceparent": self.traceparent,
         }
 
     @classmethod
@@ -113,6 +116,7 @@ class FamilyCap:
             frozenset(stored["secrets"]),
             tuple(tuple(items) for items in stored["egress"]),
             frozenset(stored["audiences"]),
+            stored.get("traceparent"),
         )
 
     def excess(self, child: FamilyCap) -> str | None:
