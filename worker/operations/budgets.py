@@ -18,7 +18,7 @@ from worker.model.runs.waits import BUDGET
 from worker.model.search import hint_of
 from worker.operations.changes import Change, because, check_selected, differing
 from worker.operations.runs import require_run
-from worker.store import audit, budgets, orgs, waits
+from worker.store import audit, budgets, children, orgs, waits
 from worker.store.database import Database
 from worker.store.dialect import Row, hint
 from worker.store.lists import runs as run_lists
@@ -245,6 +245,8 @@ def answer_budget(
         if found["timed_out_at"] is not None or (found["until"] is not None and found["until"] <= now):
             raise Conflict(f"{name} of run {wanted} is over: its period has ended, or it was raised", fix=see)
         per = None
+        # A budget per run is one of the whole tree.
+        top = children.root_of(connection, wanted)
         if by:
             meter = name.removeprefix(BUDGET)
             per, until = _asked(connection, org_id, wanted, meter, found, now)
@@ -257,7 +259,7 @@ def answer_budget(
                 until=until,
                 actor=actor,
                 at=now,
-                run_id=wanted if per == "run" else None,
+                run_id=top if per == "run" else None,
             )
         waits.answer(connection, found, {"by": by} if by else False, at=now, by=actor)
         if found["pending_attempt"] == attempt:
@@ -265,7 +267,7 @@ def answer_budget(
         detail = {"wait": name, "occurrence": occurrence, "by": by}
         audit.note(connection, org_id, "run.answer", wanted, detail, at=now, actor=actor)
         row = run_lists.wait(connection, org_id, wanted, name, occurrence)
-    if per not in (None, "run"):
+    if per is not None and (per != "run" or top != wanted):
         # Here runs are locked in the order of their ids.
         wake_again(database, [org_id])
     return row

@@ -108,6 +108,8 @@ class Strikes:
         wanted = _STATES.get(emitted.event.name)
         if wanted is None or emitted.fields.get("state") not in wanted:
             return
+        if emitted.fields.get("child"):
+            return  # the run that started it fails, or goes on without it
         fields = emitted.fields
         if emitted.event.name == "egress.denied":
             fields = {**fields, "origin": self._known(fields["handler"], fields["origin"])}

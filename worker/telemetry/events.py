@@ -116,8 +116,8 @@ _ROWS = (
     _debug("run.changed: org run definition attempt state reason detail", "a run changed state"),
     _info(
         "run.ended: org run definition handler attempt outcome state reason detail seconds "
-        "error_cause error_summary",
-        "an attempt ended with `outcome`; the run is now in `state`",
+        "error_cause error_summary child",
+        "an attempt ended with `outcome`; the run is now in `state`; `child` if another run started it",
     ),
     _info(
         "attempt.ended: org run handler attempt outcome seconds",

@@ -78,6 +78,16 @@ def test_a_hundred_failures_of_one_cause_are_one_strike_that_knows_whom_it_struc
     assert heard.taken() == []
 
 
+def test_a_child_that_fails_strikes_nothing(heard):
+    """The run that started it fails, or goes on without it."""
+    fail(child=True)
+    end_run("refused", child=True, reason="child_exceeds")
+    assert heard.taken() == []
+
+    fail()
+    assert heard.kinds() == ["failed"]
+
+
 def test_a_summary_has_the_status_that_its_cause_leaves_out(heard):
     fail(error_summary="HTTPError: the CRM answers 503")
     fail(error_summary="HTTPError: the CRM answers 502")

@@ -251,6 +251,7 @@ def run_ended(ended: EndedAttempt, inflight: InflightRun | None) -> None:
         error_cause=ended.error_cause,
         # `lost` and the like are causes without an error of a handler.
         error_summary=summary(ended.error) if ended.error and ended.state == "failed" else None,
+        child=ended.is_child or None,
     )
     for wait in ended.trail.asks if ended.state == "parked" else ():
         emit(

@@ -180,7 +180,7 @@ class FailureWatch:
         self._healthy: set[Key] = set()
 
     def ended(self, ended: EndedAttempt, inflight: InflightRun | None) -> None:
-        if inflight is None or inflight.plan is None or inflight.run.origin == "backfill":
+        if inflight is None or inflight.plan is None or inflight.run.origin in ("backfill", "child"):
             return
         if inflight.plan.definition.pause_after_failures is None or ended.state not in COUNTED:
             return
