@@ -206,12 +206,12 @@ def release(connection: Connection, parent_id: RunId) -> int:
 # What ends with a parent.
 
 
-def unfinished_below(connection: Connection, run_id: RunId) -> list[RunId]:
+def unfinished_below(connection: Connection, org_id: OrgId, run_id: RunId) -> list[RunId]:
     """The unfinished runs below an unfinished run, or below one that has just ended."""
-    below = select(_live.c.id).where(_live.c.parent_id == run_id).cte("below", recursive=True)
-    deeper = select(_live.c.id).join(below, _live.c.parent_id == below.c.id)
-    ids = connection.execute(select(below.union(deeper).c.id)).scalars().all()
-    return sorted(ids)
+    below = select(_live.c.id).where(_live.c.parent_id == run_id, _live.c.org_id == org_id)
+    tree = below.cte("below", recursive=True)
+    deeper = select(_live.c.id).join(tree, _live.c.parent_id == tree.c.id).where(_live.c.org_id == org_id)
+    return sorted(connection.execute(select(tree.union(deeper).c.id)).scalars().all())
 
 
 def cancel_below(
@@ -221,7 +221,7 @@ def cancel_below(
 
     No more than `CANCELLED` of those that wait end here; `look` ends the others.
     """
-    ids = unfinished_below(connection, run_id)
+    ids = unfinished_below(connection, org_id, run_id)
     if not ids:
         return 0
     changed = 0

@@ -77,6 +77,8 @@ def around(connection: Connection, org_id: OrgId, run_id: RunId) -> Around:
     query = select(_runs.c.state, _runs.c.reason, _runs.c.error, _runs.c.finished_at).where(
         _runs.c.definition_id == mine.scalar_subquery(), _runs.c.org_id == org_id
     )
+    # Beside a child are those of its definition that nothing started.
+    query = query.where((_runs.c.origin != "child") | (_runs.c.id == run_id))
     sides = (
         query.where(_runs.c.id <= run_id).order_by(_runs.c.id.desc()),
         query.where(_runs.c.id > run_id).order_by(_runs.c.id),
@@ -133,7 +135,9 @@ def run_of(connection: Connection, org_id: OrgId, definition_id: DefinitionId, a
     )
     scheduled = mine.where(_runs.c.origin == "schedule")
     found = connection.execute(scheduled).scalar_one_or_none()
-    return found or connection.execute(mine.order_by(_runs.c.id.desc()).limit(1)).scalar_one_or_none()
+    # Its children have the same scheduled time.
+    others = mine.where(_runs.c.origin != "child").order_by(_runs.c.id.desc()).limit(1)
+    return found or connection.execute(others).scalar_one_or_none()
 
 
 def skip_of(connection: Connection, org_id: OrgId, definition_id: DefinitionId, at: datetime) -> Row | None:
@@ -156,7 +160,7 @@ def run_in_the_way(
         .where(
             _runs.c.org_id == org_id,
             _runs.c.definition_id == definition_id,
-            _runs.c.origin != "backfill",
+            _runs.c.origin.not_in(("backfill", "child")),
             _runs.c.created_at <= at + MISFIRE_GRACE,
             _runs.c.finished_at.is_(None) | (_runs.c.finished_at >= at),
         )

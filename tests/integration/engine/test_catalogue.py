@@ -175,7 +175,7 @@ from worker import job
 offer = {{"isolation": "child", "scopes": [], "params_schema": None, "settings_schema": None, "timeout": None,
          "max_attempts": None, "memory": None, "max_concurrent": None,
          "state": False, "pool": None, "secrets": [], "description": None,
-         "egress": None, "audiences": []}}
+         "egress": None, "audiences": [], "children": []}}
 def nested(levels): return {{"not": nested(levels - 1)}} if levels else {{}}
 line = {line}
 for descriptor in map(int, os.listdir("/proc/self/fd")):

@@ -83,7 +83,7 @@ def grid(connection: Connection, org_id: OrgId, now: datetime) -> Grid:
     start = now - timedelta(days=DAYS)
     newest = (
         select(_runs.c.id, _runs.c.definition_id, _runs.c.scheduled_for, _runs.c.state, _runs.c.created_at)
-        .where(_runs.c.org_id == org_id, _runs.c.id >= lowest_id(start))
+        .where(_runs.c.org_id == org_id, _runs.c.id >= lowest_id(start), _runs.c.origin != "child")
         .order_by(_runs.c.id.desc())
         .limit(MAX_RUNS)
         .subquery("newest")
@@ -228,6 +228,7 @@ def lengths(
     newest = (
         select(_runs.c.id, _runs.c.scheduled_for, _runs.c.state, _runs.c.started_at, _runs.c.finished_at)
         .where(_runs.c.org_id == org_id, _runs.c.definition_id == definition_id)
+        .where(_runs.c.origin != "child")
         .order_by(_runs.c.id.desc())
         .limit(limit)
     )
