@@ -96,6 +96,8 @@ async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared
         return outcomes.Gated("expired")
     if (command := tools.handlers.unapproved(run.handler, plan.definition)) is not None:
         return outcomes.NotApproved(command)
+    if run.origin == "child" and (beyond := await _beyond_parent(limits, inflight, plan, tools)) is not None:
+        return beyond
 
     enforced = await _token(inflight, plan, limits, trail, tools)
     if not isinstance(enforced, Enforced):
@@ -106,8 +108,6 @@ async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared
     entry = _handler(stored, enforced.claims, inflight, plan, trail, tools)
     if not isinstance(entry, HandlerEntry):
         return entry
-    if run.origin == "child" and (refused := await _beyond_parent(entry, limits, inflight, plan, tools)):
-        return refused
     state = await tools.store.load_state(run) if entry.state else None
     secrets = await _secrets(entry, inflight, plan, tools) if entry.secrets else NO_SECRETS
     if isinstance(secrets, outcomes.Refused):
@@ -136,13 +136,16 @@ def may_start(
 
 
 async def _beyond_parent(
-    entry: HandlerEntry, limits: Limits, inflight: InflightRun, plan: AttemptPlan, tools: Tools
+    limits: Limits, inflight: InflightRun, plan: AttemptPlan, tools: Tools
 ) -> outcomes.Refused | None:
-    """The refusal of a child whose handler declares more than that of its parent; None if it does not."""
-    cap = await tools.store.cap_of(inflight.run.id)
+    """The refusal of a child whose handler declares more than that of its parent; None if it does not.
+
+    Before its token is requested, which would have the scopes of the child.
+    """
+    entry, cap = tools.handlers.get(inflight.run.handler), await tools.store.cap_of(inflight.run.id)
     inflight.parent_trace = None if cap is None else cap.traceparent
-    more = None if cap is None else cap.excess(plan.cap(entry, limits))
-    if cap is None or more is None:
+    more = None if cap is None or entry is None else cap.excess(plan.cap(entry, limits))
+    if cap is None or entry is None or more is None:
         return None
     return outcomes.Refused(
         EXCEEDS, more, f"{entry.name} declares {more}, which its parent {cap.handler} lacks"
