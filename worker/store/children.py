@@ -89,14 +89,17 @@ def _identity(child: NewChild) -> _Identity:
 
 def _parent(connection: Connection, run: AdmittedRun, live: Any, cap: FamilyCap, *, keep: bool) -> Row:
     """The row of a run that starts children, made at the first ones. Raises StepError."""
-    query = select(_parents).where(_parents.c.run_id == run.id).with_for_update()
-    found = first_row(connection, query)
-    if found is not None:
-        return found
     root_id, depth = run.id, 0
     if live.parent_id is not None:
         of = (_children.c.parent_id == live.parent_id, _children.c.place == live.place)
         root_id, depth = connection.execute(select(_children.c.root_id, _children.c.depth).where(*of)).one()
+    # In the order of ids, as `families.release_all`: the run at the top is the oldest of its tree.
+    ids = sorted({root_id, run.id})
+    query = select(_parents).where(_parents.c.run_id.in_(ids)).order_by(_parents.c.run_id)
+    rows = all_rows(connection, query.with_for_update())
+    found = next((row for row in rows if row["run_id"] == run.id), None)
+    if found is not None:
+        return found
     if depth >= MAX_DEPTH:
         raise StepError(
             f"ctx.start: this run is {depth} levels below the first one, the limit; start less deep"
