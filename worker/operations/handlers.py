@@ -387,10 +387,9 @@ def _check_narrowing(definition: Definition, rows: Sequence[Row], entry: str) ->
 def _cap_of(row: Row, definition: Definition) -> FamilyCap:
     """What a handler declares that those have to keep to that it starts."""
     scopes = row["scopes"] if definition.scopes is None else definition.scopes
-    lists = effective(row["egress"], definition.egress, None, required=False)
-    return FamilyCap(
-        row["name"], frozenset(scopes), frozenset(row["secrets"]), lists, frozenset(row["audiences"])
-    )
+    lists = tuple(effective(row["egress"], definition.egress, None, required=False).values())
+    secrets, audiences = frozenset(row["secrets"]), frozenset(row["audiences"])
+    return FamilyCap(row["name"], frozenset(scopes), secrets, lists, audiences)
 
 
 def _missing(items: Collection[str], declared: Collection[str]) -> list[str]:
