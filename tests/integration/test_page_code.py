@@ -53,6 +53,18 @@ def test_steps_and_a_map(orgworker: Orgworker):
     assert orgworker.run(handler["summaries"]).result == {"sum": 6}
 
 
+def test_a_run_gathers_what_its_children_return(orgworker: Orgworker):
+    async def fetch(number: int) -> int:
+        return 10 + number
+
+    (text,) = python_of(REFERENCE / "children.md")
+    handlers = executed(text, fetch=fetch)
+
+    finished = orgworker.run(handlers["sync"], params={"pages": 3}, children=[handlers["page"]])
+
+    assert finished.result == 10 + 11 + 12
+
+
 def test_a_state_remembers_the_cursor(orgworker: Orgworker):
     async def new_articles(http: httpx.AsyncClient, since: int | None) -> list[dict[str, int]]:
         return [{"id": number} for number in range(1, 6) if number > (since or 0)]

@@ -55,6 +55,8 @@ _WAITS = {
     "budget": "wait{s} for the budget of {whats}",
     "asleep": "sleep{s}, as {their} handler asked",
     "answer": "wait{s} for a person's answer",
+    "children": "wait{s} for the runs that {they} started",
+    "window": "wait{s} until other runs of {their} parent have ended",
     "resumed": "wait{s} for a free slot, to go on after a sleep or an answer",
 }
 # What the names of such a reason are.
@@ -395,6 +397,7 @@ def _of_waiting(connection: Connection, now: datetime) -> Iterator[Matter]:
         waits = _WAITS.get(reason, f"wait{{s}} ({reason})").format(
             s="s" if runs == 1 else "",
             their="its" if runs == 1 else "their",
+            they="it" if runs == 1 else "they",
             pools="pool" if whats.total == 1 else "pools",
             whats=listed(whats, at_least=least) or "their orgs",
         )

@@ -338,15 +338,7 @@ class Trial(TrialBudgets, TrialChildren):
         )
         self.inflight = InflightRun(self._run, StopSignal())
         self._tools = Tools(
-            plans=Plans(
-                self,
-                clock,
-                api_origins={subject.issuer: subject.api_origins},
-                private_origins=subject.private_origins,
-                insecure_origins=subject.insecure_origins,
-                api_base_urls={subject.issuer: subject.api_base_url},
-                network=subject.network,
-            ),
+            plans=self._plans(clock),
             tokens=tokens,
             handlers=_handlers(list(entries)),
             runners={isolation: runner},
@@ -357,6 +349,18 @@ class Trial(TrialBudgets, TrialChildren):
             random=SystemRandom(),
             secrets=secrets or GivenSecrets(),
             brokered=brokered,
+        )
+
+    def _plans(self, clock: Clock) -> Plans:
+        subject = self._subject
+        return Plans(
+            self,
+            clock,
+            api_origins={subject.issuer: subject.api_origins},
+            private_origins=subject.private_origins,
+            insecure_origins=subject.insecure_origins,
+            api_base_urls={subject.issuer: subject.api_base_url},
+            network=subject.network,
         )
 
     @property

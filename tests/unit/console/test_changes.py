@@ -60,6 +60,10 @@ def change(run: str, at: int, what: str = "made", **given: Any) -> LiveChange:
         # Words are of orgs, ids and errors, and a cause is of an attempt.
         ("acme", {}, None),
         ("acme state:succeeded", {}, False),
+        ("", {"origin": "child"}, False),
+        ("children:yes", {"origin": "child"}, True),
+        ("children:yes", {}, True),
+        ("parent:00000000-0000-0000-0000-000000000000", {"origin": "child"}, None),
         ("cause:disk", {}, None),
         ("cause:disk origin:manual", {}, False),
     ],
@@ -76,8 +80,9 @@ def test_each_key_of_the_search_is_compared_or_may_find_more():
         "until": "2029-01-01",
         "reason": "timed_out",
         "revision": "7",
+        "parent": "00000000-0000-0000-0000-000000000000",
     }
-    for key in KEYS.keys() - {"org"}:
+    for key in KEYS.keys() - {"org", "children"}:
         value = values.get(key, "manual" if key == "origin" else "other")
         assert matches(parsed(f"{key}:{value}", now=NOW), a_run()) is not True, key
 

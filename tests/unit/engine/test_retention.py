@@ -28,6 +28,9 @@ class Rows:
     async def forget_parts(self, state: str, age: timedelta, *, runs: int, limit: int) -> int:
         return self._take(f"parts_of_{state}", age, limit)
 
+    async def forget_trees(self, state: str, age: timedelta, *, runs: int, limit: int) -> int:
+        return self._take(f"below_{state}", age, limit)
+
     async def forget_runs(self, state: str, age: timedelta, *, limit: int) -> int:
         return self._take(state, age, limit)
 
@@ -53,7 +56,7 @@ class Rows:
         return 0
 
     def _take(self, kind: str, age: timedelta, limit: int) -> int:
-        if not kind.startswith("parts_of_"):
+        if not kind.startswith(("parts_of_", "below_")):
             self.asked[kind] = age
         taken = min(self.rows.get(kind, 0), limit)
         self.batches.append((kind, taken))
@@ -72,14 +75,17 @@ async def test_everything_old_enough_goes_in_batches_with_pauses_between(clock, 
 
 
 async def test_what_goes_with_runs_goes_before_them_and_a_few_at_a_time(clock):
-    store = Rows(succeeded=BATCH + 1, parts_of_succeeded=2 * PARTS + 1)
+    store = Rows(succeeded=BATCH + 1, parts_of_succeeded=2 * PARTS + 1, below_succeeded=BATCH + 1)
 
     await tidied(store, clock)
 
-    assert store.batches[:5] == [
+    assert store.batches[:8] == [
+        ("below_succeeded", BATCH),
+        ("below_succeeded", 1),
         *[("parts_of_succeeded", PARTS)] * 2,
         ("parts_of_succeeded", 1),
         ("succeeded", BATCH),
+        ("below_succeeded", 0),
         ("parts_of_succeeded", 0),
     ]
 

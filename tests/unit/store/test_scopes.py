@@ -27,16 +27,19 @@ CODES = frozenset({"org", "orgs", "codes", "code"})
 # What the loops of workers, hosts and placers call: by keys of runs, workers and tokens, whatever their org.
 LOOPS = frozenset(
     {
-        *("access_tokens", "alerts", "deadlines", "failing", "firing", "host_grants", "hosts", "limits"),
-        *("placements", "pools", "starts", "steps", "sweeps", "worker_store", "workers"),
+        *("access_tokens", "alerts", "deadlines", "failing", "families", "firing", "host_grants", "hosts"),
+        *("limits", "placements", "pools", "starts", "steps", "sweeps", "worker_store", "workers"),
     }
 )
 # What commands and chores of an operator call, by keys or by rows that have their org.
 BY_KEY = {
     "applications": {"find", "by_name", "known_ids", "change"},
     "backfills": {"add", "is_any_unfinished"},
-    "budgets": {"spent_by", "put", "by_target", "end_waits", "find", "remove", "forget_counters"},
+    "budgets": {
+        *("spent_by", "spent_in_tree", "put", "by_target", "end_waits", "find", "remove", "forget_counters"),
+    },
     "calendars": {"ending"},
+    "children": {"caps_of", "parent_of", "read", "root_of"},
     "credentials": {"add", "insert_pending"},
     "definitions": {"add"},
     "health": {"oldest_unfired", "dead_credentials"},

@@ -27,7 +27,7 @@ NEVER: Moment = 2**62
 PlacedChange = tuple[Moment, LiveChange]
 # The parts of a query that are compared with the same column of a run.
 _EQUAL = ("definition", "handler", "origin", "pool")
-_COMPARED = frozenset((*_EQUAL, "org", "states", "since", "until", "reason"))
+_COMPARED = frozenset((*_EQUAL, "org", "states", "since", "until", "reason", "children"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,8 @@ class ListFilter:
 
 def matches(query: Query, run: ChangedRun) -> bool | None:
     """Whether a search finds this run, apart from `org:`; None if its row does not say."""
+    if run["origin"] == "child" and not query.has_children:
+        return False
     for name in _EQUAL:
         if getattr(query, name) not in (None, run[name]):  # type: ignore[literal-required]
             return False

@@ -72,6 +72,7 @@ WORDS: Mapping[str, str] = {
     "run.answer": "Answered the run",
     "run.cancel": "Cancelled the run",
     "run.retry": "Retried as the run",
+    "run.retry_children": "Retried children of the run",
     "secret.add": "Added the secret",
     "secret.bind": "Changed the binding of the secret",
     "secret.remove": "Removed the secret",
