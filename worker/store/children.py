@@ -99,6 +99,10 @@ def _parent(connection: Connection, run: AdmittedRun, live: Any, cap: FamilyCap,
     rows = all_rows(connection, query.with_for_update())
     found = next((row for row in rows if row["run_id"] == run.id), None)
     if found is not None:
+        if found["cap"] != cap.as_json():
+            # Of the handler as it is in this attempt.
+            mine = update(_parents).where(_parents.c.run_id == run.id)
+            connection.execute(mine.values(cap=cap.as_json()))
         return found
     if depth >= MAX_DEPTH:
         raise StepError(
@@ -305,7 +309,10 @@ def counts(connection: Connection, scope: Scope, parent_id: RunId) -> ChildCount
 
 
 def take_up(connection: Connection, org_id: OrgId, of: RunId, to: RunId) -> int:
-    """Give a retry the children of the run that it continues that succeeded or are unfinished."""
+    """Give a retry the children of the run that it continues that succeeded or are unfinished.
+
+    Unfinished ones that another retry has taken up stay with that one.
+    """
     parent = first_row(
         connection, select(_parents).where(_parents.c.run_id == of, _parents.c.org_id == org_id)
     )
@@ -314,8 +321,9 @@ def take_up(connection: Connection, org_id: OrgId, of: RunId, to: RunId) -> int:
     query = (
         select(_children, _runs.c.state)
         .join(_runs, _runs.c.id == _children.c.run_id)
+        .outerjoin(_live, _live.c.id == _children.c.run_id)
         .where(_children.c.parent_id == of, _children.c.org_id == org_id)
-        .where((_runs.c.state == "succeeded") | _runs.c.state.is_(None))
+        .where((_runs.c.state == "succeeded") | (_live.c.parent_id == of))
         .order_by(_children.c.place)
     )
     rows = all_rows(connection, query)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import ARRAY, Connection, bindparam, func, select, text, update
+from sqlalchemy import ARRAY, Connection, bindparam, func, literal, select, text, update
 
 from worker.ids import OrgId, RunId, Scope
 from worker.model.runs.children import BY_PARENT, PACE
@@ -207,11 +207,12 @@ def release(connection: Connection, parent_id: RunId) -> int:
 
 
 def unfinished_below(connection: Connection, org_id: OrgId, run_id: RunId) -> list[RunId]:
-    """The unfinished runs below an unfinished run, or below one that has just ended."""
-    below = select(_live.c.id).where(_live.c.parent_id == run_id, _live.c.org_id == org_id)
-    tree = below.cte("below", recursive=True)
-    deeper = select(_live.c.id).join(tree, _live.c.parent_id == tree.c.id).where(_live.c.org_id == org_id)
-    return sorted(connection.execute(select(tree.union(deeper).c.id)).scalars().all())
+    """The unfinished runs below a run, also below those between that have ended."""
+    tree = select(literal(run_id, _live.c.id.type).label("id")).cte("tree", recursive=True)
+    deeper = select(_children.c.run_id).join(tree, _children.c.parent_id == tree.c.id)
+    parents = tree.union(deeper.join(_parents, _parents.c.run_id == _children.c.run_id))
+    below = select(_live.c.id).join(parents, _live.c.parent_id == parents.c.id)
+    return sorted(connection.execute(below.where(_live.c.org_id == org_id)).scalars().all())
 
 
 def cancel_below(

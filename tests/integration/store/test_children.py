@@ -324,6 +324,20 @@ def test_cancelling_a_parent_cancels_its_whole_tree(stock: Stock, worker: Worker
     assert stock.unended(run.id)["cancel_requested_at"] is None
 
 
+def test_cancelling_a_parent_cancels_what_its_ended_children_started(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    started(stock, run, 1)
+    [one] = stock.admit(worker)
+    below = started(stock, one, 2)
+    [two] = stock.admit(worker, 1)
+    deepest = started(stock, two, 1)
+    finish(stock, worker, [one, two])
+
+    stock.within(families.cancel_below, run.org_id, run.id, at=stock.now())
+
+    assert states(stock, [*below, *deepest]) == ["succeeded", "cancelled", "cancelled"]
+
+
 @pytest.mark.parametrize(("keep", "left"), [(False, "cancelled"), (True, "waiting")])
 def test_a_failed_parent_cancels_the_children_that_wait(
     stock: Stock, worker: WorkerId, keep: bool, left: str
@@ -425,6 +439,32 @@ def test_a_retry_takes_up_children_that_succeeded(stock: Stock, worker: WorkerId
     assert sorted(taken.values()) == [1, 2, 3, 4, 5]
     assert stock.unended(three.id)["parent_id"] == retry.id
     wait(stock, retry, (1, 5))
+
+
+def test_a_second_retry_leaves_unfinished_children_to_the_first(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    started(stock, run, 2)
+    one, two = stock.admit(worker)
+    finish(stock, worker, [one])
+    stock.finish(worker, stock.ended(run, "failed", reason="error"))
+    first, second = (
+        stock.running(worker, run.org_id, run.definition_id, retry_of=run.id, origin="retry") for _ in "12"
+    )
+
+    taken = [stock.within(children.take_up, run.org_id, run.id, one.id) for one in (first, second)]
+
+    assert taken == [2, 1]
+    assert stock.unended(two.id)["parent_id"] == first.id
+
+
+def test_what_children_may_do_is_that_of_the_last_attempt(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    ids = started(stock, run, 1)
+    narrower = replace(CAP, scopes=frozenset())
+
+    stock.within(children.start, run, pages(1), cap=narrower, keep=False, isolations={HANDLER: "child"})
+
+    assert stock.within(children.caps_of, ids) == {ids[0]: narrower}
 
 
 def test_children_are_forgotten_with_the_run_at_the_top(

@@ -143,9 +143,11 @@ async def _beyond_parent(
     Before its token is requested, which would have the scopes of the child.
     """
     entry, cap = tools.handlers.get(inflight.run.handler), await tools.store.cap_of(inflight.run.id)
-    inflight.parent_trace = None if cap is None else cap.traceparent
-    more = None if cap is None or entry is None else cap.excess(plan.cap(entry, limits))
-    if cap is None or entry is None or more is None:
+    if cap is None:
+        return outcomes.Refused(EXCEEDS, "its parent is gone", "nothing says what its parent allows")
+    inflight.parent_trace = cap.traceparent
+    more = None if entry is None else cap.excess(plan.cap(entry, limits))
+    if entry is None or more is None:
         return None
     return outcomes.Refused(
         EXCEEDS, more, f"{entry.name} declares {more}, which its parent {cap.handler} lacks"

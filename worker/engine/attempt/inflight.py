@@ -362,7 +362,7 @@ def _evaluated_flags(
     if not handler_called:
         return []
     evaluated = [] if required is None else [(required.name, True)]
-    for variant in definition.variants:
+    for variant in () if ended.is_child else definition.variants:
         chosen = variant.handler == ended.trail.handler
         evaluated.append((variant.flag.name, chosen))
         if chosen:

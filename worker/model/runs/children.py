@@ -85,10 +85,10 @@ class ChildPage:
 
 @dataclass(frozen=True, slots=True)
 class FamilyCap:
-    """What the handler of a run declares for itself, as it was when it started children: none has more.
+    """What the handler of a run declares for itself, in the last attempt that started children: none has more.
 
     `egress` has the lists of an attempt, all of which a request must be allowed by; none if it is open.
-    `traceparent` is that of the attempt which started the first of them.
+    `traceparent` is that of this attempt.
     """
 
     handler: str
