@@ -373,6 +373,20 @@ async def test_a_host_cannot_choose_the_handler_of_the_next_attempt(fleet: Fleet
     assert [row["run_id"] for row in fleet.rows.all(tables.checkpoints)] == [taken.run.id]
 
 
+@pytest.mark.parametrize(("origin", "answer"), [("manual", 200), ("child", 422)])
+async def test_a_child_cannot_become_a_variant_of_its_definition(
+    fleet: Fleet, origin: str, answer: int
+) -> None:
+    """With its scopes and children it would have more than its parent; any other run may be one."""
+    host, taken = await fleet.busy_host()
+    with fleet.database.transaction() as connection:
+        connection.execute(tables.live_runs.update().values(origin=origin))
+
+    save = {**fence(taken), "handler": OTHER, "data": "1"}
+
+    assert (await host.send(fleet.two, "save", save)).status_code == answer
+
+
 @on_either
 async def test_state_is_only_changed_by_a_run_that_may(fleet: Fleet) -> None:
     host = await fleet.host()

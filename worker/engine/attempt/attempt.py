@@ -186,7 +186,7 @@ def _claims(
     flag = definition.requires_flag
     if flag is not None and not flag_is(claims, flag.name, flag.equals):
         return outcomes.Gated("flag_off", flag.name)
-    for variant in definition.variants if inflight.run.origin != "child" else ():
+    for variant in definition.variants_of(inflight.run.origin):
         if flag_is(claims, variant.flag.name, variant.flag.equals):
             trail.handler = variant.handler
             break

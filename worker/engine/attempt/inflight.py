@@ -337,7 +337,9 @@ def trace(tracer: Tracer, ended: EndedAttempt, inflight: InflightRun | None) -> 
         started_at=ended.started_at,
         token_ready_at=trail.token_ready_at,
         ended_at=ended.ended_at,
-        flags=_evaluated_flags(plan.definition, ended, handler_called=marks.handler_began_at is not None),
+        flags=_evaluated_flags(
+            plan.definition, run, ended, handler_called=marks.handler_began_at is not None
+        ),
         parent=inflight.parent_trace,
     )
     tracer.end(traced, marks)
@@ -353,7 +355,7 @@ def _error_type(ended: EndedAttempt) -> str | None:
 
 
 def _evaluated_flags(
-    definition: Definition, ended: EndedAttempt, *, handler_called: bool
+    definition: Definition, run: AdmittedRun, ended: EndedAttempt, *, handler_called: bool
 ) -> list[tuple[str, bool]]:
     """The flags that were evaluated, in order, and whether each had the required value."""
     required = definition.requires_flag
@@ -362,7 +364,7 @@ def _evaluated_flags(
     if not handler_called:
         return []
     evaluated = [] if required is None else [(required.name, True)]
-    for variant in () if ended.is_child else definition.variants:
+    for variant in definition.variants_of(run.origin):
         chosen = variant.handler == ended.trail.handler
         evaluated.append((variant.flag.name, chosen))
         if chosen:

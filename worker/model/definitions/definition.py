@@ -188,6 +188,10 @@ class Definition:
         """All handlers that an attempt may select, the definition's own first."""
         return tuple(dict.fromkeys((self.handler, *(variant.handler for variant in self.variants))))
 
+    def variants_of(self, origin: str) -> tuple[Variant, ...]:
+        """The variants that a run of this origin may use instead of its handler: a child uses its own."""
+        return () if origin == "child" else self.variants
+
     def retry_policy(self, handler_max_attempts: int | None = None) -> RetryPolicy:
         """The retry policy, with the handler's value as a default."""
         attempts = self.max_attempts or handler_max_attempts or MAX_ATTEMPTS

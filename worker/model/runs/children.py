@@ -85,7 +85,7 @@ class ChildPage:
 
 @dataclass(frozen=True, slots=True)
 class FamilyCap:
-    """What the handler of a run declares for itself, in the last attempt that started children: none has more.
+    """What the handler of a run declared in the last attempt that started children: none of them has more.
 
     `egress` has the lists of an attempt, all of which a request must be allowed by; none if it is open.
     `traceparent` is that of this attempt.
