@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).with_name("fault_jobs.py")
 HANDLERS = (
     *("steps", "effects", "acts", "polite", "deaf", "spin", "spin_async", "sleep_in_c", "note", "leak"),
-    "paid",
+    *("paid", "leaf", "node", "tree"),
 )
 RECOVERABLE: dict[str, Any] = {
     "max_attempts": 100,

@@ -232,3 +232,62 @@ async def paid(ctx: Context[Any, Any]) -> dict[str, Any]:
     answers += await ctx.map("more", ask, range(41, 51), concurrency=4)
     write(ctx, "end")
     return {"answers": [answer["id"] for answer in answers]}
+
+
+# Leaves of all trees that may run at the same time.
+LEAVES = 4
+
+
+@job("fault.leaf", max_concurrent=LEAVES)
+async def leaf(ctx: Context[Any, Any]) -> dict[str, Any]:
+    """Act for a moment; return the name it was given, and the org that it acts for."""
+    write(ctx, "begin")
+    await asyncio.sleep(0.15)
+    write(ctx, "end")
+    return {"name": ctx.params["name"], "org": ctx.org.code}
+
+
+def named(ctx: Context[Any, Any], name: str) -> dict[str, Any]:
+    return {"journal": ctx.params["journal"], "name": f"{ctx.params.get('name', ctx.run.id)}/{name}"}
+
+
+@job("fault.node", children={"fault.leaf"})
+async def node(ctx: Context[Any, Any]) -> dict[str, Any]:
+    """Start `params["leaves"]` leaves in the way of `params["how"]`; return their results in order."""
+    write(ctx, "begin")
+    given = [named(ctx, f"leaf{number}") for number in range(ctx.params["leaves"])]
+    if ctx.params["how"] == "map_runs":
+        results = [one async for one in ctx.map_runs("fault.leaf", given, concurrency=3, key=_name)]
+        return {"org": ctx.org.code, "leaves": results}
+    started = []
+    for params in given:
+        started.append(ctx.start("fault.leaf", params, key=params["name"]))
+        if len(started) % 2 == 0:
+            await ctx.save({"started": len(started)})
+            await asyncio.sleep(0.05)
+    if ctx.params["how"] == "gather":
+        return {"org": ctx.org.code, "leaves": [one async for one in ctx.gather(started)]}
+    results = []
+    async for one in ctx.as_ended(started):
+        write(ctx, "took", key=one.child.key)
+        results.append(one.result)
+    return {"org": ctx.org.code, "leaves": sorted(results, key=_name)}
+
+
+def _name(params: dict[str, Any]) -> str:
+    name: str = params["name"]
+    return name
+
+
+@job("fault.tree", children={"fault.node", "fault.leaf"})
+async def tree(ctx: Context[Any, Any]) -> dict[str, Any]:
+    """A node of each way to wait, and a leaf of its own between them."""
+    write(ctx, "begin")
+    started = []
+    for how in ("gather", "as_ended", "map_runs"):
+        given = named(ctx, how) | {"how": how, "leaves": ctx.params["leaves"]}
+        started.append(ctx.start("fault.node", given, key=how))
+        started.append(ctx.start("fault.leaf", named(ctx, f"{how}-leaf"), key=how))
+        await ctx.save({"started": how})
+        await asyncio.sleep(0.1)
+    return {"org": ctx.org.code, "children": [one async for one in ctx.gather(started)]}
