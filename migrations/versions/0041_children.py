@@ -88,23 +88,33 @@ def upgrade() -> None:
             name=op.f("uq_children_parent_id_handler_key_occurrence"),
         ),
     )
+    op.create_table(
+        "tree_spends",
+        sa.Column("run_id", ID, nullable=False),
+        sa.Column("meter", sa.Text, nullable=False),
+        sa.Column("org_id", ID, nullable=False),
+        sa.Column("used", sa.BigInteger, server_default="0", nullable=False),
+        sa.PrimaryKeyConstraint("run_id", "meter", name=op.f("pk_tree_spends")),
+        postgresql_with=UPDATED,
+    )
     op.create_index("ix_children_run_id", "children", ["run_id"])
     op.create_index("ix_children_root_id_depth", "children", ["root_id", "depth"])
     op.add_column("live_runs", sa.Column("parent_id", ID))
     op.add_column("live_runs", sa.Column("place", sa.Integer))
     op.create_index("ix_live_runs_parent_id_place", "live_runs", ["parent_id", "place"], **where(IS_CHILD))
     op.create_index("ix_live_runs_parked_children", "live_runs", ["id"], **where(WAITS))
+    op.create_index("ix_runs_listed_id", "runs", ["id"], **where("origin <> 'child'"))
     op.add_column("waits", sa.Column("children", JSON))
     for table in ("catalogue", "host_handlers"):
         op.add_column(table, sa.Column("children", JSON, server_default="[]", nullable=False))
     if op.get_bind().dialect.name == "postgresql":
         # Row-level security as in 0001; a row that an org writes refers to a run of it, as in 0010.
-        for table, column in (("parents", "run_id"), ("children", "run_id")):
+        for table in ("parents", "children", "tree_spends"):
             op.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
             op.execute(f"ALTER TABLE {table} FORCE ROW LEVEL SECURITY")
             op.execute(
                 f"CREATE POLICY one_org ON {table} USING (org_id = {ORG}) WITH CHECK (org_id = {ORG} AND "
-                f"EXISTS (SELECT 1 FROM runs r WHERE r.id = {table}.{column} AND r.org_id = {ORG}))"
+                f"EXISTS (SELECT 1 FROM runs r WHERE r.id = {table}.run_id AND r.org_id = {ORG}))"
             )
             op.execute(f"CREATE POLICY owner ON {table} TO CURRENT_USER USING (true)")
     for check in CHECKS:
@@ -127,10 +137,12 @@ def downgrade() -> None:
     for table in ("host_handlers", "catalogue"):
         op.drop_column(table, "children")
     op.drop_column("waits", "children")
+    op.drop_index("ix_runs_listed_id", "runs")
     op.drop_index("ix_live_runs_parked_children", "live_runs")
     op.drop_index("ix_live_runs_parent_id_place", "live_runs")
     op.drop_column("live_runs", "place")
     op.drop_column("live_runs", "parent_id")
+    op.drop_table("tree_spends")
     op.drop_table("children")
     op.drop_table("parents")
 

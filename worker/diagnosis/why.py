@@ -216,7 +216,7 @@ def _blocked(connection: Connection, run: Row, org: Row, found: Why) -> Why:
         if lacking is not found:
             return lacking
     limit = org["max_concurrent_runs"]
-    if morning.running(connection, org["id"], most=limit) >= limit:
+    if morning.running(connection, org["id"], most=limit, children=True) >= limit:
         return blocked(found, "org_limit", limit=limit)
     silent = [
         one for one in serving if morning.lease_state(one["renewed_at"], one["lease_until"], now) == "late"

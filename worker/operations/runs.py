@@ -439,6 +439,7 @@ def _continue(
     spending.copy(connection, org_id, old, new)
     answered = waits.copy(connection, org_id, old, new)
     taken = children.take_up(connection, org_id, old, new)
+    spending.take_up(connection, org_id, new)
     if not (saved or stored or answered or taken):
         raise Conflict(
             f"run {old} saved no checkpoint and stored no step", fix="retry it without --from-checkpoint"

@@ -15,7 +15,6 @@ from sqlalchemy import (
     exists,
     func,
     insert,
-    literal,
     or_,
     select,
     tuple_,
@@ -36,13 +35,13 @@ from worker.model.definitions.budgets import (
 from worker.model.definitions.zones import parse_zone
 from worker.model.orgs import parse_selector
 from worker.store import tables
-from worker.store.dialect import Id, Row, all_rows, chunks, database_now, first_row, insert_into
+from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, insert_into
 from worker.store.sums import Capped, CappedSum
 
 _budgets, _raises, _meters = tables.budgets, tables.budget_raises, tables.meters
 _spends, _properties, _orgs, _live = tables.spends, tables.org_properties, tables.orgs, tables.live_runs
 
-_waits = tables.waits
+_waits, _trees = tables.waits, tables.tree_spends
 # Conditions of a wait for a budget that is not over.
 _PENDING = (
     _waits.c.kind == "budget",
@@ -216,10 +215,9 @@ def spent_by(connection: Connection, run_id: RunId, meter: str) -> int:
 
 def spent_in_tree(connection: Connection, root_id: RunId, meter: str) -> int:
     """What one run and those below it have spent of a meter."""
-    links = tables.children
-    tree = select(links.c.run_id).where(links.c.root_id == root_id).union_all(select(literal(root_id, Id)))
-    query = select(CappedSum(_spends.c.amount)).where(_spends.c.run_id.in_(tree), _spends.c.meter == meter)
-    return int(connection.execute(query).scalar_one())
+    below = select(_trees.c.used).where(_trees.c.run_id == root_id, _trees.c.meter == meter)
+    used = connection.execute(below).scalar_one_or_none() or 0
+    return min(used + spent_by(connection, root_id, meter), MAX_SUM)
 
 
 def _since(counter: Counter) -> Any:

@@ -281,10 +281,15 @@ def parent_of(connection: Connection, run_id: RunId) -> RunId | None:
 
 def root_of(connection: Connection, run_id: RunId) -> RunId:
     """The run at the top of a run's tree; itself, if no run started it."""
-    query = select(_children.c.root_id).where(_children.c.run_id == run_id)
-    # A retry of its parent may have taken it up.
-    found = connection.execute(query.order_by(_children.c.parent_id).limit(1)).scalar_one_or_none()
-    return run_id if found is None else RunId(found)
+    return roots_of(connection, [run_id])[run_id]
+
+
+def roots_of(connection: Connection, run_ids: Collection[RunId]) -> dict[RunId, RunId]:
+    """The runs at the top of the trees of these runs: those of a retry, if one took a run up."""
+    query = select(_children.c.run_id, _children.c.root_id)
+    query = query.where(among(connection, _children.c.run_id, sorted(run_ids)))
+    found = connection.execute(query.order_by(_children.c.parent_id))
+    return {id_: id_ for id_ in run_ids} | {RunId(id_): RunId(root) for id_, root in found}
 
 
 def counts(connection: Connection, scope: Scope, parent_id: RunId) -> ChildCounts:

@@ -86,6 +86,7 @@ _WRITES: Mapping[str, Sequence[str]] = {
     ),
     "parents": ("INSERT",),
     "children": ("INSERT", "UPDATE (run_id, seen)"),
+    "tree_spends": ("INSERT",),
     "run_ends": ("INSERT",),
     "checkpoints": ("INSERT",),
     # Answers.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 
 from sqlalchemy import Connection, insert, literal, select, update
@@ -19,9 +19,10 @@ from worker.store import budgets, children, tables
 from worker.store.budgets import Counter, Level, OrgBudget
 from worker.store.dialect import database_now, insert_into
 from worker.store.sql import statements
-from worker.store.sums import Capped
+from worker.store.sums import Capped, CappedSum
 
 _live, _spends, _days = tables.live_runs, tables.spends, tables.meter_days
+_trees = tables.tree_spends
 
 # How long a run that a budget holds back waits at most before it is looked at again.
 LOOK_AGAIN = timedelta(days=1)
@@ -31,7 +32,10 @@ MOVED = 1000
 
 @dataclass(frozen=True, slots=True)
 class Spend:
-    """What a run spent of a meter; the same key of the same run counts once."""
+    """What a run spent of a meter; the same key of the same run counts once.
+
+    That of a child counts for its tree, too.
+    """
 
     run_id: RunId
     org_id: OrgId
@@ -39,6 +43,7 @@ class Spend:
     meter: str
     key: str
     amount: int
+    is_child: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +69,7 @@ def lock_running(connection: Connection, fencing_tokens: Mapping[RunId, int]) ->
 def record(connection: Connection, spends: Sequence[Spend], now: datetime) -> CountedSpends:
     """Count spends of runs that this transaction has locked; those that are stored already do not count.
 
-    Rows are locked in one order: `spends` by key, `meter_days`, then `meters`.
+    Rows are locked in one order: `spends` by key, `meter_days`, `tree_spends`, then `meters`.
     """
     fresh = _insert(connection, spends, now)
     days: dict[tuple[date, OrgId, str, DefinitionId], int] = defaultdict(int)
@@ -74,6 +79,7 @@ def record(connection: Connection, spends: Sequence[Spend], now: datetime) -> Co
         days[today, spend.org_id, spend.meter, spend.definition_id] += spend.amount
         added[spend.org_id, spend.meter] += spend.amount
     _add_days(connection, days)
+    _add_trees(connection, [spend for spend in fresh if spend.is_child])
     meters = {spend.meter for spend in spends}
     found = budgets.of_orgs(connection, {spend.org_id for spend in spends}, meters, now)
     limits = [budget for of_org in found.values() for budget in of_org]
@@ -102,7 +108,8 @@ def _insert(connection: Connection, spends: Sequence[Spend], now: datetime) -> l
         return []
     by_key = {(spend.run_id, spend.meter, spend.key): spend for spend in spends}
     ordered = [by_key[key] for key in sorted(by_key)]
-    rows = [asdict(spend) | {"at": now} for spend in ordered]
+    names = [column.name for column in _spends.c if column.name != "at"]
+    rows = [{name: getattr(spend, name) for name in names} | {"at": now} for spend in ordered]
     statement = insert_into(connection, _spends).on_conflict_do_nothing()
     new = connection.execute(statement.returning(_spends.c.run_id, _spends.c.meter, _spends.c.key), rows)
     stored = {(run_id, meter, key) for run_id, meter, key in new}
@@ -119,6 +126,23 @@ def _add_days(connection: Connection, days: Mapping[tuple[date, OrgId, str, Defi
     )
     names = ("day", "org_id", "meter", "definition_id", "used")
     rows = [dict(zip(names, (*key, min(days[key], MAX_SUM)), strict=True)) for key in sorted(days)]
+    connection.execute(statement, rows)
+
+
+def _add_trees(connection: Connection, spends: Sequence[Spend]) -> None:
+    """Add what children spent to the counters of their trees."""
+    if not spends:
+        return
+    roots = children.roots_of(connection, {spend.run_id for spend in spends})
+    added: dict[tuple[RunId, str, OrgId], int] = defaultdict(int)
+    for spend in spends:
+        added[roots[spend.run_id], spend.meter, spend.org_id] += spend.amount
+    statement = insert_into(connection, _trees)
+    statement = statement.on_conflict_do_update(
+        index_elements=["run_id", "meter"], set_={"used": Capped(_trees.c.used + statement.excluded.used)}
+    )
+    names = ("run_id", "meter", "org_id", "used")
+    rows = [dict(zip(names, (*key, min(added[key], MAX_SUM)), strict=True)) for key in sorted(added)]
     connection.execute(statement, rows)
 
 
@@ -174,7 +198,8 @@ def spend(connection: Connection, run: AdmittedRun, meter: str, amount: int, key
     if not lock_running(connection, {run.id: run.fencing_token}):
         return None
     now = database_now(connection)
-    given = Spend(run.id, run.org_id, run.definition_id, meter, key, amount)
+    is_child = run.origin == "child"
+    given = Spend(run.id, run.org_id, run.definition_id, meter, key, amount, is_child)
     counted = record(connection, [given], now)
     return replace(_states(connection, run, now), counted=counted)
 
@@ -206,8 +231,23 @@ def store_steps(
     for (place, meter), total in totals.items():
         row = mine[place]
         run, key = row.run, f"step:{row.step.seq}"
-        spends.append(Spend(run.id, run.org_id, run.definition_id, meter, key, total))
+        is_child = run.origin == "child"
+        spends.append(Spend(run.id, run.org_id, run.definition_id, meter, key, total, is_child))
     return ours, record(connection, spends, database_now(connection))
+
+
+def take_up(connection: Connection, org_id: OrgId, to: RunId) -> None:
+    """Count what the children spent that a new run has taken up."""
+    links = tables.children
+    taken = select(links.c.run_id).where(links.c.parent_id == to, links.c.org_id == org_id)
+    rows = (
+        select(
+            literal(to, _trees.c.run_id.type), _spends.c.meter, _spends.c.org_id, CappedSum(_spends.c.amount)
+        )
+        .where(_spends.c.run_id.in_(taken), _spends.c.org_id == org_id)
+        .group_by(_spends.c.meter, _spends.c.org_id)
+    )
+    connection.execute(insert(_trees).from_select(["run_id", "meter", "org_id", "used"], rows))
 
 
 def copy(connection: Connection, org_id: OrgId, of: RunId, to: RunId) -> int:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import ARRAY, Connection, bindparam, delete, literal_column, select, text, update
 
-from worker.ids import ALL_ORGS, RunId, Scope
+from worker.ids import ALL_ORGS, OrgId, RunId, Scope
 from worker.model.runs.causes import kept_reason
 from worker.model.runs.run import Swept
 from worker.store import host_grants, tables
@@ -207,6 +207,7 @@ def end_waiting(
     """End those of these runs that no process runs, of one org or of all, without another attempt."""
     mine = in_scope(_live.c.org_id, scope)
     ended: list[Swept] = []
+    listed: Counter[OrgId] = Counter()
     for part in chunks(sorted(run_ids)):
         rows = connection.execute(
             select(_live)
@@ -240,6 +241,7 @@ def end_waiting(
             )
             named = names[row.definition_id]
             ended.append(Swept(row.id, row.org_id, row.definition_id, *named, row.attempt, state, reason))
+            listed[row.org_id] += row.origin != "child"
     if ended:
         hot = statements(connection)
         now = database_now(connection)
@@ -249,7 +251,7 @@ def end_waiting(
             connection,
             Rollups(
                 [(hour.date(), org_id, runs, 0, 0) for org_id, runs in counts],
-                [(hour, org_id, state, runs) for org_id, runs in counts],
+                [(hour, org_id, state, runs) for org_id, runs in sorted((+listed).items())],
             ),
         )
         hot.promote(connection, [run.definition_id for run in ended])
@@ -259,7 +261,7 @@ def end_waiting(
 # Tables whose rows belong to a run.
 _OF_A_RUN = (
     *(tables.run_logs, tables.checkpoints, tables.steps, tables.waits, tables.attempts, tables.spends),
-    *(tables.budget_raises, tables.run_words, tables.run_egress, tables.parents),
+    *(tables.budget_raises, tables.run_words, tables.run_egress, tables.parents, tables.tree_spends),
 )
 
 # By the place in the table: these rows never change, and a key of three columns is slow to compare.

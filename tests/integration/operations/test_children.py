@@ -19,7 +19,7 @@ from worker.model.runs.waits import NewWait
 from worker.model.search import parsed
 from worker.operations.runs import cancel, retry, retry_children, run_now
 from worker.store import children, families, tables
-from worker.store.lists import RUNS, Page
+from worker.store.lists import RUNS, Page, morning, search, tabs
 from worker.store.lists import runs as run_lists
 from worker.store.lists.read import read
 from worker.store.lists.search import runs_of
@@ -102,6 +102,42 @@ def test_lists_have_children_only_if_they_are_asked_for(tree, database, clock):
     assert found(tree.ids[2]) == {tree.ids[2]}
     with pytest.raises(UsageError, match="not the whole id of a run"):
         found("parent:0192")
+
+
+@on_either
+def test_a_search_passes_over_a_large_tree(tree, database, clock, monkeypatch):
+    """Its windows hold only runs that are listed; else a page would be empty and say where to go on."""
+    older = tree.parent.id
+    monkeypatch.setattr(search, "WINDOWS", (2,))
+
+    for text in ("", "org:org_acme", "definition:digest", "state:waiting"):
+        found = reading(database, runs_of, ALL_ORGS, parsed(text, now=clock.now()), Page(limit=1))
+        assert [row["id"] for row in found.rows] == [older], text
+
+
+@on_either
+def test_the_morning_page_counts_parents(tree, database):
+    tree.end(tree.running)
+    tree.stock.within(families.end_waiting, ALL_ORGS, tree.ids)
+    [org_id] = {row["id"] for row in tree.stock.all(tables.orgs)}
+
+    [waiting] = reading(database, morning.waiting, ALL_ORGS)
+    assert (waiting.reason, waiting.runs) == ("children", 1)
+    assert reading(database, tabs.unfinished, [org_id])["waiting"].total == 1
+    assert tree.stock.all(tables.rollup_hours) == []
+    # What an org used counts all.
+    assert [row["runs"] for row in tree.stock.all(tables.rollup_days)] == [3]
+    tree.stock.within(families.settle, tree.ids)
+    [again] = tree.stock.admit(tree.worker, offered=OFFERED)
+    assert reading(database, morning.running, ALL_ORGS) == 1
+    tree.stock.finish(tree.worker, tree.stock.ended(again))
+    assert [row["runs"] for row in tree.stock.all(tables.rollup_hours)] == [1]
+
+
+@on_either
+def test_the_morning_page_counts_no_running_child(tree, database):
+    assert reading(database, morning.running, ALL_ORGS) == 0
+    assert reading(database, morning.running, ALL_ORGS, children=True) == 1
 
 
 @on_either

@@ -553,6 +553,28 @@ def test_what_a_tree_spends_counts_for_the_budget_of_each_run_in_it(stock: Stock
 
     assert spent(stock.reading(children.root_of, one.id)) == spent(run.id) == 7
     assert spent(other.id) == 8
+    # With the same key it counts once.
+    stock.within(spending.spend, one, "tickets", 2, "1:1")
+    assert spent(run.id) == 7
+    assert [row["used"] for row in stock.all(tables.tree_spends)] == [6]
+
+
+def test_a_retry_has_spent_what_the_children_that_it_takes_up_have(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    started(stock, run, 3)
+    one, two, three = stock.admit(worker)
+    for each, amount in ((run, 1), (one, 2), (two, 4), (three, 8)):
+        stock.within(spending.spend, each, "tickets", amount, "1:1")
+    finish(stock, worker, [one])
+    finish(stock, worker, [two], "failed")
+    stock.finish(worker, replace(stock.ended(run, "failed"), reason="error"))
+    retry = stock.running(worker, run.org_id, run.definition_id, retry_of=run.id, origin="retry")
+
+    stock.within(children.take_up, run.org_id, run.id, retry.id)
+    stock.within(spending.take_up, run.org_id, retry.id)
+    stock.within(spending.spend, three, "tickets", 16, "1:2")
+
+    assert stock.reading(budgets.spent_in_tree, retry.id, "tickets") == 2 + 8 + 16
 
 
 def test_a_run_that_was_lost_with_its_worker_leaves_its_children(stock: Stock, worker: WorkerId) -> None:

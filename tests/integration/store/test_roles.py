@@ -61,6 +61,7 @@ WRITES = {
     ),
     "parents": ("INSERT",),
     "children": ("INSERT", "UPDATE run_id seen"),
+    "tree_spends": ("INSERT",),
     "run_ends": ("INSERT",),
     "checkpoints": ("INSERT",),
     "waits": ("INSERT", "UPDATE answer answered_at answered_by"),

@@ -36,10 +36,11 @@ BY_KEY = {
     "applications": {"find", "by_name", "known_ids", "change"},
     "backfills": {"add", "is_any_unfinished"},
     "budgets": {
-        *("spent_by", "spent_in_tree", "put", "by_target", "end_waits", "find", "remove", "forget_counters"),
+        *("spent_by", "spent_in_tree", "put", "by_target", "end_waits", "find", "remove"),
+        "forget_counters",
     },
     "calendars": {"ending"},
-    "children": {"caps_of", "parent_of", "read", "root_of"},
+    "children": {"read", "caps_of", "parent_of", "root_of", "roots_of"},
     "credentials": {"add", "insert_pending"},
     "definitions": {"add"},
     "health": {"oldest_unfired", "dead_credentials"},

@@ -27,6 +27,7 @@ from worker.store.dialect import Row, above, all_rows, in_scope, rows_as
 from worker.store.health import ENDS, OF_HOST
 from worker.store.lists import checked_id
 from worker.store.lists.rows import CredentialRow
+from worker.store.lists.runs import is_listed
 from worker.store.redaction import Shown
 
 # Rows that are counted; a count that reaches this means "at least".
@@ -99,9 +100,12 @@ class Workers(NamedTuple):
 
 
 def waiting(connection: Connection, scope: Scope) -> list[Waiting]:
-    """Waiting and held runs by reason, up to MAX_ROWS of them, and as many parked ones; most runs first."""
+    """Waiting and held runs by reason, up to MAX_ROWS of them, and as many parked ones; most runs first.
+
+    Children are left out, as in lists.
+    """
     columns = (_live.c.reason, _live.c.org_id, _live.c.available_at, _WHAT.label("what"))
-    mine = in_scope(_live.c.org_id, scope)
+    mine = [*in_scope(_live.c.org_id, scope), is_listed(_live)]
     parts = [
         select(select(*columns).where(_live.c.state.in_(states), *mine).limit(MAX_ROWS).subquery())
         for states in (("waiting", "held"), ("parked",))
@@ -169,9 +173,11 @@ def has_orgs(connection: Connection, scope: Scope) -> bool:
     return connection.execute(query).first() is not None
 
 
-def running(connection: Connection, scope: Scope, *, most: int = MAX_ROWS) -> int:
-    """The number of running runs, up to `most`."""
-    mine = (_live.c.state == "running", *in_scope(_live.c.org_id, scope))
+def running(connection: Connection, scope: Scope, *, most: int = MAX_ROWS, children: bool = False) -> int:
+    """The number of running runs, up to `most`; without `children` only of those that lists show."""
+    mine = [_live.c.state == "running", *in_scope(_live.c.org_id, scope)]
+    if not children:
+        mine.append(is_listed(_live))
     some = select(_live.c.id).where(*mine).limit(most).subquery()
     return connection.execute(select(func.count()).select_from(some)).scalar_one()
 

@@ -17,6 +17,7 @@ from sqlalchemy import (
     case,
     column,
     func,
+    literal_column,
     select,
     table,
     tuple_,
@@ -82,7 +83,7 @@ def find(connection: Connection, scope: Scope, page: Page, limit: int) -> list[R
                 found = _in_window(connection, alone, met, page, limit)
                 if found is not None:
                     return found
-    query = select(_runs.c.id).where(*_that_meet(_runs, met), *_bounds(_runs.c.id, page), _is_listed(_runs))
+    query = select(_runs.c.id).where(*_that_meet(_runs, met), *_bounds(_runs.c.id, page), is_listed(_runs))
     if page.since is not None:
         query = query.where(_runs.c.created_at >= page.since)
     return _ids(connection, query, _runs.c.id, limit)
@@ -91,7 +92,7 @@ def find(connection: Connection, scope: Scope, page: Page, limit: int) -> list[R
 def _unfinished(connection: Connection, met: Met, kept: Sequence[str], page: Page, limit: int) -> list[RunId]:
     """Search the unfinished runs, which are few and in a table of their own."""
     query = select(_live.c.id).where(
-        _live.c.state.in_(kept), *_that_meet(_live, met), *_bounds(_live.c.id, page), _is_listed(_live)
+        _live.c.state.in_(kept), *_that_meet(_live, met), *_bounds(_live.c.id, page), is_listed(_live)
     )
     if page.since is not None:
         query = query.join(_runs, _runs.c.id == _live.c.id).where(_runs.c.created_at >= page.since)
@@ -117,9 +118,10 @@ def _that_meet(rows: FromClause, met: Met) -> list[Condition]:
     ]
 
 
-def _is_listed(rows: FromClause) -> Condition:
+def is_listed(rows: FromClause) -> Condition:
     """Whether a run is shown in lists: one that another run started only if that is asked for."""
-    return rows.c.origin != "child"
+    # As the index says it: with a parameter, no plan would use it.
+    return rows.c.origin != literal_column("'child'")
 
 
 def _bounds(id_: ColumnElement[Any], page: Page) -> list[Condition]:
@@ -140,11 +142,13 @@ def _in_window(
     some = select(*columns).where(*_that_meet(rows, within), *_bounds(columns[0], page)).limit(WINDOW)
     if page.since is not None and rows is _runs:
         some = some.where(_runs.c.created_at >= page.since)
+    if rows is _runs and not alone:
+        some = some.where(is_listed(_runs))
     in_order = not isinstance(within.get("definition_id"), Select)
     window = (some.order_by(columns[0].desc()) if in_order else some).subquery("some")
     rest = _that_meet(window, {name: value for name, value in met.items() if name not in alone})
     if rows is _runs:
-        rest.append(_is_listed(window))
+        rest.append(is_listed(window))
     query = select(window.c.id).where(*rest).order_by(window.c.id.desc()).limit(limit)
     if page.since is not None and rows is _ends:
         query = query.join(_runs, _runs.c.id == window.c.id).where(_runs.c.created_at >= page.since)
@@ -225,7 +229,7 @@ def of_definition(
     """The newest runs of one definition, newest first."""
     newest = (
         select(_runs.c.id)
-        .where(_runs.c.org_id == org_id, _runs.c.definition_id == definition_id, _is_listed(_runs))
+        .where(_runs.c.org_id == org_id, _runs.c.definition_id == definition_id, is_listed(_runs))
         .order_by(_runs.c.id.desc())
     )
     return rows_of(connection, org_id, list(connection.execute(newest.limit(limit)).scalars()))
@@ -242,7 +246,7 @@ def neighbours(connection: Connection, org: OrgScope, run_id: RunId) -> Neighbou
     """The runs beside an existing one, in the order of lists; raises NotFound: there is no such org."""
     mine = in_scope(_runs.c.org_id, orgs.scope_of(connection, org))
     of_run = select(_runs.c.definition_id).where(_runs.c.id == run_id, *mine).scalar_subquery()
-    beside = select(_runs.c.id).where(_runs.c.definition_id == of_run, *mine, _is_listed(_runs)).limit(1)
+    beside = select(_runs.c.id).where(_runs.c.definition_id == of_run, *mine, is_listed(_runs)).limit(1)
     previous = beside.where(_runs.c.id < run_id).order_by(_runs.c.id.desc())
     following = beside.where(_runs.c.id > run_id).order_by(_runs.c.id)
     found = connection.execute(select(previous.scalar_subquery(), following.scalar_subquery())).one()

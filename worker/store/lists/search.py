@@ -260,7 +260,7 @@ class _Search:
         """The newest ids of each source, with its number, or with `columns` of its rows."""
         parts = [
             select(source.id.label("id"), *(columns or (literal_column(str(number)).label("number"),)))
-            .where(*source.conditions, *self._bounds(source.id, after))
+            .where(*source.conditions, *self._bounds(source.id, after), *self._listed(source.id.table))
             .order_by(source.id.desc())
             .limit(each)
             for number, source in enumerate(sources)
@@ -292,6 +292,10 @@ class _Search:
         of_org = orgs_that_match(self.connection, self.scope, of_code, run.org_id)
         listed = [] if self.has_children else [run.origin != "child"]
         return [*conditions(self.scope, self.query, run), *of_org, *listed]
+
+    def _listed(self, rows: FromClause) -> list[Condition]:
+        """A condition that leaves children out of a source, whose newest rows may be a large tree."""
+        return [run_lists.is_listed(rows)] if rows in (_runs, _live) and not self.has_children else []
 
     def _ids(self, statement: Select[Any]) -> list[RunId]:
         return [RunId(id_) for id_ in self.connection.execute(statement).scalars()]

@@ -28,6 +28,7 @@ from worker.ids import AllOrgs, OrgId, Scope
 from worker.store import failing, tables
 from worker.store.dialect import Instant, all_rows, database_now, in_scope
 from worker.store.lists.morning import MAX_ROWS
+from worker.store.lists.runs import is_listed
 
 # A scheduled time is overdue after this.
 OVERDUE = timedelta(seconds=60)
@@ -54,10 +55,10 @@ class BoundedCount(NamedTuple):
 
 
 def unfinished(connection: Connection, org_ids: Sequence[OrgId] | AllOrgs) -> dict[str, BoundedCount]:
-    """Waiting and running runs of a few orgs, or of all."""
+    """Waiting and running runs of a few orgs, or of all; without children, as in lists."""
     # As the conditions of the indexes say it: with a parameter, SQLite would not use them.
     waiting, held, parked, running = (
-        select(_live.c.id).where(_live.c.state == literal_column(f"'{state}'"))
+        select(_live.c.id).where(_live.c.state == literal_column(f"'{state}'"), is_listed(_live))
         for state in ("waiting", "held", "parked", "running")
     )
     if not isinstance(org_ids, AllOrgs):

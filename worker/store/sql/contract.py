@@ -247,11 +247,15 @@ def wake(
 
 
 def sum_up(endings: Iterable[Ending], now: datetime) -> Rollups:
-    """Runs, attempts and handler time by day and org; runs by hour, org and final state."""
+    """Runs, attempts and handler time by day and org; runs by hour, org and final state.
+
+    The hours have no runs that other runs started.
+    """
     today = now.astimezone(UTC).date()
     hour = now.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
     attempts: dict[OrgId, int] = {}
     seconds: dict[OrgId, float] = {}
+    ended: dict[OrgId, int] = {}
     runs: dict[tuple[OrgId, str], int] = {}
     for ending in endings:
         attempt, state = ending.attempt, ending.state
@@ -261,18 +265,15 @@ def sum_up(endings: Iterable[Ending], now: datetime) -> Rollups:
             took = (ending.ended_at - began_at).total_seconds()
             seconds[org_id] = seconds.get(org_id, 0.0) + took
         if ending.final:
-            key = org_id, state
-            runs[key] = runs.get(key, 0) + 1
-    hours = [(hour, org_id, state, count) for (org_id, state), count in sorted(runs.items())]
-    ended: dict[OrgId, int] = {}
-    for _, org_id, _, count in hours:
-        ended[org_id] = ended.get(org_id, 0) + count
+            ended[org_id] = ended.get(org_id, 0) + 1
+            if not attempt.is_child:
+                runs[org_id, state] = runs.get((org_id, state), 0) + 1
     return Rollups(
         [
             (today, org_id, ended.get(org_id, 0), count, round(seconds.get(org_id, 0.0)))
             for org_id, count in sorted(attempts.items())
         ],
-        hours,
+        [(hour, org_id, state, count) for (org_id, state), count in sorted(runs.items())],
     )
 
 

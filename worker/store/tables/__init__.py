@@ -40,6 +40,7 @@ from worker.store.tables.budgets import meter_days as meter_days
 from worker.store.tables.budgets import meters as meters
 from worker.store.tables.budgets import org_properties as org_properties
 from worker.store.tables.budgets import spends as spends
+from worker.store.tables.budgets import tree_spends as tree_spends
 from worker.store.tables.limits import limit_shares as limit_shares
 from worker.store.tables.limits import limits as limits
 from worker.store.tables.limits import origin_pauses as origin_pauses
@@ -460,7 +461,7 @@ rollup_days = table(
 
 rollup_hours = table(
     "rollup_hours",
-    "Sums by hour, org and state. They are kept when the runs are deleted.",
+    "Sums by hour, org and state, without children. They are kept when the runs are deleted.",
     Column("hour", Instant, primary_key=True, doc="The hour in which they ended."),
     Column("org_id", Id, primary_key=True),
     Column("state", Text, primary_key=True, doc="Their final state."),

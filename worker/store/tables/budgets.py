@@ -112,6 +112,17 @@ spends = table(
     readers="orgs",
 )
 
+tree_spends = table(
+    "tree_spends",
+    "What the runs below a run have spent, for budgets per run.",
+    Column("run_id", Id, primary_key=True, doc="The run at the top of their tree."),
+    Column("meter", Text, primary_key=True, doc="What was spent: as in `budgets`."),
+    required("org_id", Id),
+    count("used", "How much.", type_=BigInteger),
+    postgresql_with=UPDATED,
+    readers="orgs",
+)
+
 org_properties = table(
     "org_properties",
     "The properties that are limits of budgets, from the newest token of each org.",

@@ -132,6 +132,8 @@ runs = table(
     Index("ix_runs_org_id_id", "org_id", "id"),
     Index("ix_runs_definition_id_id", "definition_id", "id"),
     Index("ix_runs_retry_of", "retry_of", **partial("retry_of IS NOT NULL")),
+    # Pages of all runs pass over large trees. It grows at its end only; one by org would cost more.
+    Index("ix_runs_listed_id", "id", **partial("origin <> 'child'")),
     # On PostgreSQL no index contains the outcome of a run: its update then stays on its page.
     Index("ix_runs_state_finished_at", "state", "finished_at", sqlite_where=text("state IS NOT NULL")).ddl_if(
         dialect="sqlite"

@@ -227,9 +227,10 @@ WITH c AS MATERIALIZED (SELECT clock_timestamp() AS now
   WHERE l.id = ANY(ARRAY(SELECT id FROM e)) AND l.state NOT IN ('waiting', 'held', 'parked')
     AND l.worker_id IS NOT DISTINCT FROM %s::uuid
     AND ((l.id, l.fencing_token) IN (SELECT id, fencing_token FROM e)) IS TRUE
-  RETURNING l.id, l.org_id, l.available_at, l.started_at, l.attempt, l.fencing_token, l.worker_id, l.progress
+  RETURNING l.id, l.org_id, l.origin, l.available_at, l.started_at, l.attempt, l.fencing_token,
+            l.worker_id, l.progress
 ), gone AS MATERIALIZED (
-  SELECT l.id, l.org_id, l.available_at, l.started_at, l.attempt, l.fencing_token, l.worker_id,
+  SELECT l.id, l.org_id, l.origin, l.available_at, l.started_at, l.attempt, l.fencing_token, l.worker_id,
          COALESCE(e.progress::jsonb, l.progress) AS progress, e.state, e.reason, e.detail, e.result,
          e.error::jsonb AS error, e.error_cause, e.handler, e.outcome, e.peak_memory, e.said,
          e.token_ready_at, e.handler_started_at,
@@ -257,7 +258,7 @@ WITH c AS MATERIALIZED (SELECT clock_timestamp() AS now
 ), hours AS (
   INSERT INTO rollup_hours (hour, org_id, state, runs)
   SELECT (SELECT date_trunc('hour', now) FROM c), org_id, state, count(*) FROM gone
-  WHERE (SELECT count(*) FROM days) > 0
+  WHERE (SELECT count(*) FROM days) > 0 AND origin <> 'child'
   GROUP BY org_id, state ORDER BY org_id, state
   {ADD_TO_HOUR}
 )
