@@ -7,6 +7,7 @@ A child is a row of `children`, unique by parent, handler, key and occurrence, b
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -263,13 +264,14 @@ def _page(connection: Connection, where: Sequence[Any], order: Any) -> ChildPage
 
 def caps_of(connection: Connection, run_ids: Sequence[RunId]) -> dict[RunId, FamilyCap]:
     """What the parents of these unfinished children allow them; leaves out runs without a parent."""
-    query = select(_live.c.id, _live.c.parent_id).where(among(connection, _live.c.id, sorted(run_ids)))
-    parents = {RunId(id_): parent for id_, parent in connection.execute(query) if parent is not None}
-    caps = select(_parents.c.run_id, _parents.c.cap)
-    caps = caps.where(among(connection, _parents.c.run_id, sorted(set(parents.values()))))
+    query = select(_live.c.id, cast(_parents.c.cap, Text)).join(
+        _parents, _parents.c.run_id == _live.c.parent_id
+    )
+    query = query.where(among(connection, _live.c.id, sorted(run_ids)))
+    found: dict[RunId, str] = {RunId(id_): cap for id_, cap in connection.execute(query)}
     # The children of one parent share the object.
-    of = {parent: FamilyCap.from_json(cap) for parent, cap in connection.execute(caps)} if parents else {}
-    return {id_: of[parent] for id_, parent in parents.items() if parent in of}
+    caps = {text: FamilyCap.from_json(json.loads(text)) for text in set(found.values())}
+    return {id_: caps[text] for id_, text in found.items()}
 
 
 def parent_of(connection: Connection, run_id: RunId) -> RunId | None:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import ARRAY, Connection, bindparam, func, literal, select, text, update
+from sqlalchemy import ARRAY, BindParameter, Connection, bindparam, func, literal, select, text, update
 
 from worker.ids import OrgId, RunId, Scope
 from worker.model.runs.children import BY_PARENT, PACE
@@ -79,6 +79,15 @@ FROM live_runs p JOIN waits w ON w.run_id = p.id AND w.pending_attempt = p.attem
 WHERE p.id {among} AND p.state = 'parked' AND p.reason = 'children' AND {over}
 ORDER BY p.id
 """
+# Each parent once, however many of its children have ended.
+_UNSETTLED = """
+SELECT c.parent_id
+FROM (SELECT DISTINCT parent_id FROM children WHERE run_id {among}) c
+JOIN parents f ON f.run_id = c.parent_id
+LEFT JOIN live_runs p ON p.id = c.parent_id AND p.state = 'parked' AND p.reason = 'children'
+LEFT JOIN waits w ON w.run_id = p.id AND w.pending_attempt = p.attempt AND w.kind = 'children'
+WHERE f.windows IS NOT NULL OR (w.run_id IS NOT NULL AND {over})
+"""
 _ANY = {"postgresql": "(w.children->>'any')::boolean", "sqlite": "json_extract(w.children, '$.any')"}
 
 
@@ -121,11 +130,7 @@ def settle(connection: Connection, ended: Collection[RunId], parked: Collection[
     To call once those ends are committed. Also starts the next runs of `ctx.map_runs`. Returns how many
     parents go on.
     """
-    parents = set(parked)
-    if ended:
-        of = select(_children.c.parent_id).where(among(connection, _children.c.run_id, sorted(ended)))
-        for parent_id in sorted(set(connection.execute(of).scalars())):
-            parents.add(parent_id)
+    parents = {*parked, *unsettled(connection, ended)}
     woken = wake(connection, sorted(parents)) if parents else 0
     if ended and parents:
         woken += release_all(connection, parents)
@@ -134,18 +139,35 @@ def settle(connection: Connection, ended: Collection[RunId], parked: Collection[
     return woken
 
 
+def unsettled(connection: Connection, ended: Collection[RunId]) -> list[RunId]:
+    """Parents of children that `ended` that may go on, or have a `ctx.map_runs` that may start the next ones.
+
+    Of a large tree nearly every end changes nothing: this only reads.
+    """
+    if not ended:
+        return []
+    query = text(_UNSETTLED.format(among=_among(connection), over=_OVER[connection.dialect.name]))
+    query = query.bindparams(_ids(connection, ended))
+    return list(connection.execute(query.columns(parent_id=_live.c.id.type)).scalars())
+
+
+def _among(connection: Connection) -> str:
+    return "= ANY(:ids)" if is_postgresql(connection) else "IN :ids"
+
+
+def _ids(connection: Connection, ids: Collection[RunId]) -> BindParameter[Any]:
+    kind = _live.c.id.type
+    if is_postgresql(connection):
+        return bindparam("ids", sorted(ids), type_=ARRAY(kind))
+    return bindparam("ids", sorted(ids), type_=kind, expanding=True)
+
+
 def wake(connection: Connection, parents: Sequence[RunId]) -> int:
     """Let those of these parked runs wait for a slot whose children have ended; returns how many."""
     dialect = connection.dialect.name
-    ids = "= ANY(:ids)" if is_postgresql(connection) else "IN :ids"
-    kind = _live.c.id.type
-    given = (
-        bindparam("ids", list(parents), type_=ARRAY(kind))
-        if is_postgresql(connection)
-        else bindparam("ids", list(parents), type_=kind, expanding=True)
-    )
-    ready = text(_READY.format(any=_ANY[dialect], among=ids, over=_OVER[dialect])).bindparams(given)
-    columns = {"id": kind, "attempt": _live.c.attempt.type, "opened_at": _waits.c.opened_at.type}
+    ready = text(_READY.format(any=_ANY[dialect], among=_among(connection), over=_OVER[dialect]))
+    ready = ready.bindparams(_ids(connection, parents))
+    columns = {"id": _live.c.id.type, "attempt": _live.c.attempt.type, "opened_at": _waits.c.opened_at.type}
     rows = connection.execute(ready.columns(**columns)).all()
     if not rows:
         return 0

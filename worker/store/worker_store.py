@@ -56,6 +56,7 @@ from worker.store import (
 )
 from worker.store.database import BatchLoader, Database, in_autocommit, in_transaction
 from worker.store.dialect import database_now, driver, is_postgresql
+from worker.store.ended_children import EndedChildren
 from worker.store.ring_walk import BEFORE_ALL, RingWalk
 from worker.store.sql import statements
 from worker.store.sql.contract import Progress
@@ -152,6 +153,7 @@ class WorkerStore:
         self._admission = RingWalk(database, worker_id, pools=pools)
         self._contexts = BatchLoader(self.orgs_and_definitions)
         self._caps = BatchLoader(self.caps_of)
+        self._ended_children = EndedChildren(database)
         # Pools in which runs have waited.
         self._waited: set[str] = set()
         self._nothing_was_due = False
@@ -246,9 +248,10 @@ class WorkerStore:
         over = [attempt.run_id for attempt in ends if attempt.is_child and attempt.final]
         parked = [attempt.run_id for attempt in ends if attempt.reason == "children"]
         parents = [attempt.run_id for attempt in ends if attempt.has_children and attempt.final]
+        self._ended_children.add(over)
         with suppress(StoreUnavailable):
-            if over or parked:
-                await self.database.call(families.settle, over, parked)
+            if parked:
+                await self.database.call(families.settle, (), parked)
             if parents:
                 await self.database.call(families.orphan, parents)
 
