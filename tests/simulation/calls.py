@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tests.simulation import jobs
-from tests.simulation.plan import LIMITS
+from tests.simulation.plan import LIMITS, Action
 from tests.simulation.service import FREE, LIMITED, Seen
 from tests.simulation.world import World
 
@@ -29,10 +29,17 @@ OF_ALL = ("slow", "outage", "cut host", "freeze worker of host at", "lose host a
 class Calls:
     """Judges what services have seen. `runs` have `org` and `id`, `sent` are the rows of the record."""
 
-    def __init__(self, world: World, faults: Iterable[Any], runs: Sequence[Row], sent: Sequence[Row]) -> None:
+    def __init__(
+        self, world: World, faults: Sequence[Action], runs: Sequence[Row], sent: Sequence[Row]
+    ) -> None:
         self.world = world
         self.seen = sorted(world.service.seen, key=lambda seen: seen.at)
         self.faults = [fault for fault in faults if fault.kind.startswith(HOLDING)]
+        # Those that strike at a call strike when it comes.
+        self.faults += [
+            Action(struck.since, "slow" if struck.machine == "*" else "kill", struck.machine, struck.lasting)
+            for struck in world.struck
+        ]
         self.wrong_clock = any(fault.kind in ("clock", "drift") for fault in faults)
         self.runs = {run["id"]: run for run in runs}
         self.sent = sent

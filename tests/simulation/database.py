@@ -46,6 +46,21 @@ CREATE OR REPLACE FUNCTION {SCHEMA}.clock_timestamp() RETURNS timestamptz LANGUA
 $$ SELECT timestamptz '{EPOCH.isoformat()}' + pg_read_file('%s')::bigint * interval '1 microsecond' $$
 """
 SEARCH_PATH = f"{SCHEMA}, pg_catalog, public"
+# Time and chance of the functions of a product, which run as a role that may not read the file.
+PREPARE_STARTS = f"""
+CREATE SCHEMA IF NOT EXISTS {SCHEMA}_starts;
+GRANT USAGE ON SCHEMA {SCHEMA}_starts TO PUBLIC;
+CREATE SEQUENCE IF NOT EXISTS {SCHEMA}_starts.numbers;
+CREATE OR REPLACE FUNCTION {SCHEMA}_starts.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE
+SECURITY DEFINER AS $$ SELECT {SCHEMA}.clock_timestamp() $$;
+CREATE OR REPLACE FUNCTION {SCHEMA}_starts.gen_random_uuid() RETURNS uuid LANGUAGE sql VOLATILE
+SECURITY DEFINER AS $$ SELECT md5(nextval('{SCHEMA}_starts.numbers')::text)::uuid $$;
+ALTER FUNCTION public.orgworker_start_many(jsonb) SET search_path = {SCHEMA}_starts, pg_catalog, pg_temp;
+INSERT INTO public.product_logins (id, login, created_at, created_by)
+VALUES (gen_random_uuid(), session_user, now(), 'simulation')
+"""
+# The process of the product, for which nothing of ours may wait.
+PRODUCT = "product"
 # Digits of the microseconds in that file.
 DIGITS = 18
 
@@ -166,7 +181,7 @@ class PostgresServer(Points):
         os.fchmod(handle, 0o644)
         self._time = handle
         self._tell_time()
-        for statement in (PREPARE % self._time_file).split(";\n"):
+        for statement in (PREPARE % self._time_file + ";\n" + PREPARE_STARTS).split(";\n"):
             self._control.execute(statement.encode())
         self._sessions: dict[int, Session] = {}
         # Those whose clients have gone while they waited for a lock.
@@ -318,6 +333,8 @@ class PostgresServer(Points):
             self._sessions.pop(fileno, None)
         elif pgconn.transaction_status != pq.TransactionStatus.IDLE:
             session.idle_since = since = self.loop.time()
+            if session.process.name == PRODUCT:
+                return
             self.loop.call_later(self._idle, self._end_idle, session, since, context=outside())
             return
         else:
@@ -384,6 +401,10 @@ class PostgresServer(Points):
         while more:
             reached |= more
             more = {pid for one in more for pid in waits_for.get(one, ())} - reached
+        for pid in session.blockers:
+            other = next((one for one in self._sessions.values() if one.pid == pid), None)
+            if other is not None and other.process.name == PRODUCT != session.process.name:
+                self.loop.failures.append(f"{session.process} waits for a transaction of the product")
         if session.pid in reached:
             self.loop.failures.append(f"a deadlock: {session.process} waits for itself")
 

@@ -7,16 +7,30 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+from pydantic import BaseModel
 
 from tests.simulation.loop import process_now
 from tests.simulation.service import FREE, LIMITED, Seen
-from worker import Context, HandBack, PermanentError, RateLimited, Retry, Snooze, WaitTimeout, job
+from worker import (
+    ChildFailed,
+    Context,
+    HandBack,
+    PermanentError,
+    RateLimited,
+    Retry,
+    Snooze,
+    WaitTimeout,
+    job,
+)
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.describe import offer_of
 from worker.handlers.job import Job
 
 DISTRIBUTION = "simulated-jobs"
 FLAG = "second-version"
+# What each child spends one of, and the children that `sim.mapped` has unfinished at a time.
+PAGES = "pages"
+WINDOW = 2
 
 
 class Journal:
@@ -201,9 +215,122 @@ async def calls(ctx: Context[Any, Any]) -> None:
             lanes.create_task(lane(place))
 
 
+class Numbered(BaseModel):
+    number: int
+
+
+@job("sim.started", params=Numbered)
+async def started(ctx: Context[Numbered, Any]) -> None:
+    """Say which number a product has started it with."""
+    write(ctx, "effect", number=ctx.params.number)
+
+
+@job("sim.leaf")
+async def leaf(ctx: Context[Any, Any]) -> dict[str, Any]:
+    """A child: spend, fail as `number` says, and return what names it."""
+    number = ctx.params["number"]
+    write(ctx, "leaf", number=number)
+    await ctx.spend(PAGES, 1)
+    await asyncio.sleep(ctx.params["seconds"])
+    if number % 5 == 1 and ctx.run.attempt == 1:
+        raise ConnectionError("flaky")
+    if number % 5 == 4:
+        raise PermanentError("as always")
+    return {"number": number, "org": ctx.org.code}
+
+
+def _leaves(ctx: Context[Any, Any]) -> list[dict[str, Any]]:
+    seconds = ctx.params["seconds"]
+    return [{"number": number, "seconds": seconds} for number in range(ctx.params["leaves"])]
+
+
+@job("sim.branch", children={"sim.leaf"})
+async def branch(ctx: Context[Any, Any]) -> dict[str, Any]:
+    """A child with children."""
+    write(ctx, "parent")
+    started = [ctx.start("sim.leaf", params, key=params["number"]) for params in _leaves(ctx)]
+    found = [one async for one in ctx.gather(started, on_failure="return")]
+    _write_results(ctx, [child.key for child in started], found)
+    return {"number": ctx.params["number"], "org": ctx.org.code}
+
+
+@job("sim.tree", children={"sim.leaf", "sim.branch"})
+async def tree(ctx: Context[Any, Any]) -> None:
+    """Start leaves and a branch, in two batches, and fail once; a later attempt gathers their results."""
+    write(ctx, "parent")
+
+    async def pay(number: int) -> int:
+        write(ctx, "paid", step=number)
+        return number
+
+    leaves = _leaves(ctx)
+    started = [ctx.start("sim.leaf", params, key=params["number"]) for params in leaves[::2]]
+    await ctx.step("between", pay, 1, key=1)
+    started += [ctx.start("sim.leaf", params, key=params["number"]) for params in leaves[1::2]]
+    number = len(leaves)
+    params = {"number": number, "leaves": 2, "seconds": ctx.params["seconds"]}
+    started.append(ctx.start("sim.branch", params, key=number))
+    if ctx.run.attempt == 1:
+        raise ConnectionError("flaky")
+    found = [one async for one in ctx.gather(started, on_failure="return")]
+    _write_results(ctx, [child.key for child in started], found)
+
+
+@job("sim.ended", children={"sim.leaf"})
+async def ended(ctx: Context[Any, Any]) -> None:
+    """Take its children as they end."""
+    write(ctx, "parent")
+    started = [ctx.start("sim.leaf", params, key=params["number"]) for params in _leaves(ctx)]
+    async for one in ctx.as_ended(started):
+        number = None if one.failure is not None else one.result["number"]
+        write(ctx, "ended", key=one.child.key, state=one.state, number=number, left=len(started))
+
+
+@job("sim.mapped", children={"sim.leaf"})
+async def mapped(ctx: Context[Any, Any]) -> None:
+    """Start a child for each item, at most `WINDOW` at a time."""
+    write(ctx, "parent")
+    items = _leaves(ctx)
+    results = ctx.map_runs(
+        "sim.leaf", items, concurrency=WINDOW, key=lambda item: item["number"], on_failure="return"
+    )
+    found = [one async for one in results]
+    _write_results(ctx, [str(item["number"]) for item in items], found)
+
+
+async def _leave(ctx: Context[Any, Any]) -> None:
+    write(ctx, "parent")
+    for params in _leaves(ctx):
+        ctx.start("sim.leaf", params, key=params["number"])
+    raise PermanentError("as always")
+
+
+@job("sim.leaves", children={"sim.leaf"})
+async def leaves(ctx: Context[Any, Any]) -> None:
+    """Start children and fail: those that wait end with it."""
+    await _leave(ctx)
+
+
+@job("sim.keeps", children={"sim.leaf"}, keep_children=True)
+async def keeps(ctx: Context[Any, Any]) -> None:
+    """Start children and fail: they go on."""
+    await _leave(ctx)
+
+
+def _write_results(ctx: Context[Any, Any], keys: list[str | None], found: list[Any]) -> None:
+    results = [
+        [one.child.key, one.state] if isinstance(one, ChildFailed) else [str(one["number"]), one["org"]]
+        for one in found
+    ]
+    write(ctx, "results", keys=keys, results=results)
+
+
 JOBS: dict[str, Job] = {
     f"simulated:{made.name}": made
-    for made in (note, acts, saves, pays, counts, retries, fails, asks, versioned, versioned_2, calls)
+    for made in (
+        *(note, acts, saves, pays, counts, retries, fails, asks, versioned, versioned_2, calls),
+        *(started, leaf, branch, tree, ended, mapped, leaves, keeps),
+    )
 }
 
 

@@ -20,7 +20,11 @@ from tests.faults.checker import FINAL, History, falling_tokens, holes, late_wri
 from tests.faults.cluster import instants
 from tests.simulation import jobs
 from tests.simulation.calls import Calls
+from tests.simulation.calm import Calm
 from tests.simulation.database import EPOCH
+from tests.simulation.deadlines import Deadlines
+from tests.simulation.families import WINDOWS, Families, Waking
+from tests.simulation.product import REFUSED, Starts
 from tests.simulation.stage import Stage
 from tests.simulation.world import LEASE, POLL, RENEW, World
 
@@ -37,7 +41,7 @@ GROUP BY r.definition_id HAVING count(*) > min(r.max_concurrent)
 """
 TABLES = (
     *("runs", "attempts", "workers", "checkpoints", "steps", "waits", "spends", "meter_days", "live_runs"),
-    "run_egress",
+    *("run_egress", "parents", "children", "starts"),
 )
 NAMED = """
 SELECT {columns} FROM {table} t JOIN definitions d ON d.id = t.definition_id JOIN orgs o ON o.id = d.org_id
@@ -60,6 +64,13 @@ class Watch:
         self._world = world
         self._look = _looking(world.url)
         self._left = self.EVERY
+        self._limits = LIMITS
+        # Of runs with children, where there are such.
+        self.waking: Waking | None = None
+
+    def watch_trees(self) -> None:
+        self._limits = f"{LIMITS} UNION ALL {WINDOWS}"
+        self.waking = Waking(self._world, self._look)
 
     def committed(self) -> None:
         self._left -= 1
@@ -68,8 +79,10 @@ class Watch:
 
     def look(self) -> None:
         self._left = self.EVERY
-        for what, count in self._look(LIMITS):
+        for what, count in self._look(self._limits):
             self.found.append(f"at {self._world.loop.time():.3f} {what} had {count} running runs")
+        if self.waking is not None:
+            self.waking.look()
 
 
 def _looking(url: str) -> Callable[[str], Sequence[tuple[Any, ...]]]:
@@ -169,6 +182,13 @@ class Oracle:
         yield from self._orgs()
         rows = self.rows["runs"], self.rows["run_egress"]
         yield from Calls(self.world, self.stage.plan.faults, *rows).objections()
+        calm = Calm(self.world, self.stage.plan.faults)
+        if self.world.watch.waking is not None:
+            yield from Families(self.world, self.world.watch.waking, calm, self.rows).objections()
+        yield from Starts(self.stage.product, self.rows["starts"], self.rows["runs"]).objections()
+        if not (self.world.on_file and self.wrong_clock):
+            found = Deadlines(self.world, self.stage, calm, self.entries, self.rows["runs"])
+            yield from found.objections()
 
     def _inner_failures(self) -> Iterator[str]:
         for at, process, name, fields in self.world.emitted:
@@ -187,7 +207,12 @@ class Oracle:
         for run in self.rows["runs"]:
             state, reason = run["state"], run["reason"]
             entry = self.entries.get((run["org"], run["definition"]))
-            if state not in FINAL or entry is None or state in entry.ends:
+            if state not in FINAL or entry is None or (state in entry.ends and run["origin"] != "child"):
+                continue
+            is_leaf = run["handler"] == "sim.leaf" and state in ("succeeded", "failed")
+            if run["origin"] == "child" and (is_leaf or state == "succeeded" or reason == "parent"):
+                continue  # see `families`
+            if state == "refused" and reason in REFUSED and (run["created_by"] or "").startswith("product:"):
                 continue
             if state == "cancelled" and reason in (
                 "requested",

@@ -15,7 +15,9 @@ from tests.simulation import jobs
 from tests.simulation.service import FREE, LIMITED
 from tests.simulation.world import LEASE
 
-LAST_FAULT, END = 225.0, 284.0
+LAST_FAULT, END = 220.0, 281.0
+# Runs that the schedules of a seed make together, some more than a seed must have.
+RUNS = 101
 # Seconds after the end in which everything must be done that can be.
 LIVENESS = 240.0
 LIMIT = 2
@@ -29,8 +31,10 @@ retry_backoff_max = "4s"
 """
 # Where a process is struck: as it sends a call or as the answer arrives, any call or that of a handler.
 POINTS = ("sent", "done", "Save", "Save", "StoreStep", "StoreStep", "CountSpend", "OpenWait")
-# Of so many seeds one has runs that call services; the others are as they were without.
-CALLING = 4
+# Of so many seeds one has runs that call services, runs with children, or a product that starts runs.
+CALLING, TREES, PRODUCT = 4, 2, 2
+# What an org may spend of `jobs.PAGES` in a run with all below it.
+PAGES = {"org_1": 9, "org_2": 3, "org_4": 3}
 # Seconds between two times at which they do so, all at once.
 CALLS_EVERY = 100
 # How long something stands still, in leases.
@@ -55,15 +59,20 @@ class Entry:
     schedule: str = ""
     params: dict[str, Any] = field(default_factory=dict)
     pool: str = ""
+    # Seconds in which its scheduled times must be done; 0 for no deadline.
+    done_within: float = 0
+    # Runs of one scheduled time, with those below it.
+    size: int = 1
 
     def toml(self, *, enabled: bool, extra: str = "") -> str:
         schedule = self.schedule or f"every {self.period:g}s"
         params = ", ".join(f"{name} = {json.dumps(value)}" for name, value in self.params.items())
         pool = f'pool = "{self.pool}"\n' if self.pool else ""
+        within = f'done_within = "{self.done_within:g}s"\n' if self.done_within else ""
         return (
             f'[[definition]]\norg = "org_{self.org}"\nname = "{self.name}"\nhandler = "{self.handler}"\n'
             f'schedule = "{schedule}"\nenabled = {str(enabled).lower()}\nparams = {{ {params} }}\n'
-            f"{KEYS}{self.keys}{pool}{extra}"
+            f"{KEYS}{self.keys}{pool}{within}{extra}"
         )
 
 
@@ -100,6 +109,10 @@ class Plan:
     acts: tuple[Action, ...]
     faults: tuple[Action, ...]
 
+    @property
+    def has_trees(self) -> bool:
+        return any(entry.handler in PARENTS for entry in self.entries)
+
     def without(self, acts: frozenset[int], faults: frozenset[int], entries: frozenset[int]) -> Plan:
         return Plan(
             self.workers,
@@ -116,28 +129,41 @@ def plan_of(seed: int, dialect: str) -> Plan:
     workers = 1 if on_file else chance.choice((3, 3, 3, 3, 4, 5))
     hosts = chance.choice((0, 0, 0, 1, 1, 2))
     entries = _entries(chance, hosts)
-    acts = _acts(chance, entries)
-    faults = _faults(chance, on_file, workers, hosts)
-    calling = Random(f"calls {seed}")
+    faults = list(_faults(chance, on_file, workers, hosts))
+    trees, calling, product = (Random(f"{name} {seed}") for name in ("trees", "calls", "product"))
+    more: list[Action] = []
+    if not trees.randrange(TREES):
+        grown = _trees(trees, hosts)
+        # In place of others: a seed has some hundred runs.
+        left = trees.sample(SPARED, len(SPARED) - 3)
+        entries = tuple(entry for entry in entries if entry.name not in left) + grown
+        more += _acts_on_trees(trees, grown, hosts)
+        faults += _faults_of_trees(trees, workers, hosts)
+    more += _acts(chance, entries)
     if not calling.randrange(CALLING):
         entries += _calls(calling, hosts)
-        faults = tuple(sorted([*faults, *_faults_of_calls(calling, workers, hosts)], key=lambda one: one.at))
-    return Plan(workers, hosts, entries, acts, faults)
+        faults += _faults_of_calls(calling, workers, hosts)
+    if not on_file and not product.randrange(PRODUCT):
+        entries += _for_product()
+        more += _product(product, entries)
+        faults += [Action(product.uniform(15, LAST_FAULT), "kill product") for _ in range(2)]
+    entries = (*entries, _filling(entries))
+    acts, faults = (sorted(actions, key=lambda one: one.at) for actions in (more, faults))
+    return Plan(workers, hosts, entries, tuple(acts), tuple(faults))
 
 
 def _entries(chance: Random, hosts: int) -> tuple[Entry, ...]:
     misfire = chance.choice(("once", "skip", "all"))
     entries = [
-        Entry(0, "note", "sim.note", chance.choice((8, 9))),
         Entry(0, "saves", "sim.saves", chance.choice((30, 40)),
-              params={"steps": chance.randint(3, 9), "rest": 15}),
+              params={"steps": chance.randint(3, 9), "rest": 15}, done_within=20),
         Entry(1, "pays", "sim.pays", chance.choice((40, 50)),
               params={"steps": chance.randint(2, 3), "pause": chance.choice((0.2, 4))}),
         Entry(2, "counts", "sim.counts", chance.choice((25, 35)),
-              keys=f'overlap = "skip"\nmisfire = "{misfire}"\n'),
+              keys=f'overlap = "skip"\nmisfire = "{misfire}"\n', done_within=15),
         Entry(2, "retries", "sim.retries", chance.choice((50, 70))),
         Entry(3, "asks", "sim.asks", 80),
-        Entry(3, "fails", "sim.fails", 120, ends=("failed",)),
+        Entry(3, "fails", "sim.fails", 120, ends=("failed",), done_within=10),
         Entry(3, "versioned", "sim.versioned", 45,
               keys='overlap = "queue_one"\nmisfire = "once"\n'
               f'variants = [{{ flag = "{jobs.FLAG}", equals = true, handler = "sim.versioned_2" }}]\n'),
@@ -149,12 +175,20 @@ def _entries(chance: Random, hosts: int) -> tuple[Entry, ...]:
         Entry(0, "inline", "sim.note", 37, keys=f'{ALL}isolation = "inline"\n'),
     ]  # fmt: skip
     if hosts:
-        entries += [
-            Entry(1, "hosted", "sim.saves", 25, params={"steps": 4, "rest": 15}, pool="private"),
+        hosted = [
+            Entry(1, "hosted", "sim.saves", 30, params={"steps": 4, "rest": 15}, pool="private"),
             Entry(2, "hosted-pays", "sim.pays", 35, params={"steps": 2, "pause": 0.2}, pool="private"),
             Entry(4, "hosted-acts", "sim.acts", 28, params={"seconds": 4}, pool="private"),
         ]
+        entries += chance.sample(hosted, 2)
     return tuple(entries)
+
+
+def _filling(entries: tuple[Entry, ...]) -> Entry:
+    """Cheap runs, so many that a seed has `RUNS` together."""
+    made = sum(END // entry.period * entry.size for entry in entries)
+    period = max(5, min(50, int(END / max(RUNS - made, 1.0))))
+    return Entry(0, "note", "sim.note", period, done_within=15)
 
 
 def _calls(chance: Random, hosts: int) -> tuple[Entry, ...]:
@@ -168,7 +202,87 @@ def _calls(chance: Random, hosts: int) -> tuple[Entry, ...]:
     return tuple(found)
 
 
-def _acts(chance: Random, entries: tuple[Entry, ...]) -> tuple[Action, ...]:
+# Definitions that seeds with other loads leave out, most of them.
+SPARED = ("acts", "long", "cron", "inline", "retries", "limited", "asks")
+# Their runs start others.
+PARENTS = ("sim.tree", "sim.ended", "sim.mapped", "sim.leaves", "sim.keeps")
+
+
+def _trees(chance: Random, hosts: int) -> tuple[Entry, ...]:
+    seconds = chance.choice((0.2, 2.5))
+    alone = f"{ALL}max_concurrent = 1\n"
+    found = [
+        Entry(1, "tree", "sim.tree", 85, params={"leaves": 4, "seconds": seconds}, size=8,
+              keys=chance.choice((ALL, alone))),
+        Entry(2, "ended", "sim.ended", 80, params={"leaves": 4, "seconds": seconds}, size=5),
+        Entry(4, "mapped", "sim.mapped", 90, params={"leaves": 5, "seconds": seconds}, size=6,
+              keys=chance.choice((ALL, f'{ALL}isolation = "inline"\n'))),
+        Entry(0, "leaves", chance.choice(("sim.leaves", "sim.keeps")), 95, ends=("failed",),
+              keys=alone,
+              params={"leaves": 3, "seconds": 3}, size=4),
+    ]  # fmt: skip
+    if hosts:
+        found.append(Entry(1, "hosted-tree", "sim.tree", 110, params={"leaves": 1, "seconds": 0.2}, size=5,
+                           pool="private"))  # fmt: skip
+    return tuple(chance.sample(found, 3))
+
+
+def _acts_on_trees(chance: Random, trees: tuple[Entry, ...], hosts: int) -> list[Action]:
+    found = [Action(at, "approve") for at in (8.0, 16.0) if hosts]
+    for kind in chance.choices(("cancel tree", "retry tree", "continue tree"), weights=(2, 1, 1), k=3):
+        entry = chance.choice(trees)
+        # Just after it began, or when it has ended.
+        late = chance.uniform(1, 12) if kind == "cancel tree" else chance.uniform(10, 50)
+        at = entry.period * chance.randint(1, 2) + late
+        found.append(Action(min(at, LAST_FAULT), kind, f"{entry.org}/{entry.name}"))
+    return found
+
+
+def _faults_of_trees(chance: Random, workers: int, hosts: int) -> list[Action]:
+    """What befalls workers and hosts just as a run stores children, or reads them."""
+    who = [f"w{number}" for number in range(1, workers + 1)]
+    of_hosts = [f"h{number}" for number in range(1, hosts + 1)]
+    found = []
+    for _ in range(2):
+        target, kind = chance.choice([*who, *of_hosts]), chance.choice(("kill at", "freeze at"))
+        where = chance.choice(("StartChildren", "StartChildren", "ReadEnded", "ReadChildren", "OpenWait"))
+        size = chance.choice(LENGTHS[2:]) * LEASE if "freeze" in kind else 0.0
+        found.append(Action(chance.uniform(15, LAST_FAULT), kind, target, size, where))
+    return found
+
+
+def _for_product() -> tuple[Entry, ...]:
+    """Definitions that a product starts, one of which is closed meanwhile."""
+    return (
+        Entry(0, "started", "sim.started", 130, params={"number": 0}),
+        Entry(3, "closing", "sim.started", 130, params={"number": 0}),
+    )
+
+
+# How a product's transaction ends, and the seconds that one is open.
+COMMITS = ("commit", "commit", "commit", "rollback")
+OPEN = (0.0, 0.0, 0.3, 3.0, 20.0)
+
+
+def _product(chance: Random, entries: tuple[Entry, ...]) -> list[Action]:
+    """A product's transactions, each with some starts of these definitions, whose keys come again."""
+    names = ["0/started", "3/closing", *chance.sample([f"{one.org}/{one.name}" for one in entries], 2)]
+    found = [Action(chance.uniform(60, LAST_FAULT), "close", "3/closing")]
+    since = [chance.uniform(10, LAST_FAULT) for _ in range(4)]
+    for number in range(10):
+        # Some at once, for the same definitions.
+        at = chance.choice(since) + chance.uniform(0, 2)
+        starts = {
+            (chance.choice(names), f"key-{chance.randrange(6)}"): chance.choice(("right", "right", "wrong"))
+            for _ in range(chance.randint(1, 3))
+        }
+        # Keys in order, as a product must that does not want deadlocks.
+        said = "; ".join(f"{name} {key} {what}" for (name, key), what in sorted(starts.items()))
+        found.append(Action(at, f"product {chance.choice(COMMITS)}", said, chance.choice(OPEN), str(number)))
+    return found
+
+
+def _acts(chance: Random, entries: tuple[Entry, ...]) -> list[Action]:
     kinds = (
         *("run now", "run now", "cancel", "retry", "pause", "edit", "suspend", "pause org"),
         *("backfill", "raise", "bulk cancel", "flag", "rotate"),
@@ -181,7 +295,7 @@ def _acts(chance: Random, entries: tuple[Entry, ...]) -> tuple[Action, ...]:
         found.append(Action(at, kind, f"{entry.org}/{entry.name}", chance.uniform(2, 20)))
     # A person answers what is asked, now and then twice.
     found += [Action(at, "answer", size=chance.random()) for at in range(20, int(END), 9)]
-    return tuple(sorted(found, key=lambda act: act.at))
+    return found
 
 
 def _faults(chance: Random, on_file: bool, workers: int, hosts: int) -> tuple[Action, ...]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
-
-from sqlalchemy import text
 
 from tests.simulation import jobs
 from tests.simulation.database import EPOCH
@@ -20,16 +18,37 @@ from tests.simulation.plan import (
     LIMIT,
     LIMITS,
     LIVENESS,
+    PAGES,
     RAISES,
     Action,
     Entry,
     Plan,
 )
+from tests.simulation.product import Product
+from tests.simulation.queries import (
+    late_definitions,
+    newest_of,
+    newest_parent,
+    open_waits,
+    unfinished,
+    waiting_of,
+    with_lease,
+)
 from tests.simulation.service import LIMITED
 from tests.simulation.world import LEASE, LOST, ORGS, POLL, Struck, World, app_of
 from worker.errors import StoreUnavailable, WorkerError
 from worker.model.definitions.file import parse_file
-from worker.operations import answers, apply, backfill, budgets, credentials, definitions, orgs, runs
+from worker.operations import (
+    answers,
+    apply,
+    approvals,
+    backfill,
+    budgets,
+    credentials,
+    definitions,
+    orgs,
+    runs,
+)
 from worker.store.database import Database
 from worker.tokens.sealing import KeyRing
 
@@ -50,6 +69,9 @@ class Stage:
         self.answered: dict[str, str] = {}
         # Machines that lived at the end without a lease.
         self.forgotten: list[str] = []
+        self.product = Product(world)
+        # The definitions that were late as the load ended, and the scheduled time that each was late for.
+        self.late: list[tuple[str, datetime]] = []
 
     async def do(self, work: Callable[..., Any], *args: Any, **keys: Any) -> Any:
         """A person's command; tried again while the database does not answer. None if it was refused."""
@@ -83,6 +105,7 @@ class Stage:
         await self._heal()
         for task in tasks:
             await task
+        self.late = await self.do(late_definitions)
         await self.do(lambda database: self._apply(database, enabled=False))
         loop.note(None, "END of the load")
         await self._until_done()
@@ -119,6 +142,7 @@ class Stage:
 
     async def _heal(self) -> None:
         world = self.world
+        self.product.stop()
         world.net.armed.clear()
         for machine in world.machines.values():
             machine.skew.ahead = machine.skew.drift = 0.0
@@ -150,16 +174,27 @@ class Stage:
         text_ += (
             f'[[budget]]\norg = "org_1"\nmeter = "calls"\nlimit = {BUDGET}\nper = "day"\nat_limit = "wait"\n'
         )
+        if self.plan.has_trees:
+            text_ += "".join(
+                f'[[budget]]\norg = "{org}"\nmeter = "{jobs.PAGES}"\nlimit = {limit}\nper = "run"\n'
+                'at_limit = "fail"\n'
+                for org, limit in PAGES.items()
+            )
         if any(entry.name == "calls" for entry in self.plan.entries):
             text_ += "".join(
                 f'[[limit]]\norigin = "{LIMITED}"\nper = "{per}"\nrate = "{60 * limit["rate"]:g}/m"\n'
                 f"burst = {limit['burst']}\nconcurrent = {limit['concurrent']}\n"
                 for per, limit in LIMITS.items()
             )
-        apply.apply(
+        self._apply_text(database, text_)
+
+    @staticmethod
+    def _apply_text(database: Database, text_: str, *, prune: bool = False) -> object:
+        return apply.apply(
             database,
             parse_file(text_),
             actor="people",
+            prune=prune,
             allow_unknown_handlers=True,
             inline=[jobs.DISTRIBUTION],
         )
@@ -192,6 +227,43 @@ class Stage:
         run = await self.do(newest_of, *self._named(action), True)
         return await self.do(runs.retry, run, actor="people", again=True) if run else None
 
+    async def _cancel_tree(self, action: Action) -> object:
+        run = await self.do(newest_parent, *self._named(action))
+        return run if run and await self.do(runs.cancel, run, actor="people") else None
+
+    async def _retry_tree(self, action: Action) -> object:
+        """Those of its children that did not succeed: in their places, or by a run that continues it."""
+        run = await self.do(newest_parent, *self._named(action))
+        return await self.do(runs.retry_children, run, actor="people") if run else None
+
+    async def _continue_tree(self, action: Action) -> object:
+        run = await self.do(newest_parent, *self._named(action))
+        return await self.do(runs.retry, run, actor="people", from_checkpoint=True) if run else None
+
+    async def _approve(self, action: Action) -> object:
+        """What the hosts declare."""
+        for row in await self.do(approvals.list_approvals) or ():
+            step = approvals.step_of(row).subject
+            await self.do(approvals.approve, step["pool"], step["handler"], step["digest"], actor="people")
+        return None
+
+    async def _close(self, action: Action) -> object:
+        """The file of its org has every other definition."""
+        org, name = self._named(action)
+        others = [e for e in self.plan.entries if f"org_{e.org}" == org and e.name != name]
+        text_ = f'[[org]]\ncode = "{org}"\nissuer = "main"\nmax_concurrent_runs = 20\n'
+        text_ += "".join(entry.toml(enabled=True) for entry in others)
+        return await self.do(self._apply_text, text_, prune=True)
+
+    def _product_commit(self, action: Action) -> None:
+        self.product.transact(action, commits=True)
+
+    def _product_rollback(self, action: Action) -> None:
+        self.product.transact(action, commits=False)
+
+    def _kill_product(self, action: Action) -> None:
+        self.product.kill()
+
     async def _pause(self, action: Action) -> object:
         await self.do(definitions.pause_definition, *self._named(action), actor="people")
         await asyncio.sleep(action.size)
@@ -200,15 +272,7 @@ class Stage:
     async def _edit(self, action: Action) -> object:
         entry = self._entry(action)
         changed = entry.toml(enabled=True, extra=f"priority = {int(action.size)}\n")
-        return await self.do(
-            lambda database: apply.apply(
-                database,
-                parse_file(changed),
-                actor="people",
-                allow_unknown_handlers=True,
-                inline=[jobs.DISTRIBUTION],
-            )
-        )
+        return await self.do(self._apply_text, changed)
 
     async def _suspend(self, action: Action) -> object:
         return await self._org_state(action, "suspended")
@@ -413,46 +477,3 @@ class Stage:
     def _throttle(self, action: Action) -> None:
         """The next answer to an org asks it to pause."""
         self.world.service.pauses[action.where, f"org_{action.target}"] = action.size
-
-
-def with_lease(database: Database) -> set[str]:
-    query = "SELECT id FROM workers WHERE ended_at IS NULL"
-    with database.autocommit() as connection:
-        return {str(one) for one in connection.execute(text(query)).scalars()}
-
-
-def unfinished(database: Database) -> int:
-    with database.autocommit() as connection:
-        return int(connection.execute(text("SELECT count(*) FROM live_runs")).scalar_one())
-
-
-_NAMED = (
-    "FROM {table} r JOIN definitions d ON d.id = r.definition_id JOIN orgs o ON o.id = d.org_id "
-    "WHERE o.code = :org AND d.name = :name ORDER BY r.id DESC LIMIT 1"
-)
-
-
-def newest_of(database: Database, org: str, name: str, ended: bool) -> str | None:
-    table = "run_ends e JOIN runs r ON r.id = e.run_id" if ended else "live_runs r"
-    query = "SELECT r.id " + _NAMED.replace("{table} r", table)
-    with database.autocommit() as connection:
-        found = connection.execute(text(query), {"org": org, "name": name}).scalar_one_or_none()
-    return None if found is None else str(found)
-
-
-def waiting_of(database: Database, org: str) -> list[str]:
-    query = (
-        "SELECT r.id FROM live_runs r JOIN orgs o ON o.id = r.org_id "
-        "WHERE o.code = :org AND r.state = 'waiting' ORDER BY r.id"
-    )
-    with database.autocommit() as connection:
-        return [str(one) for one in connection.execute(text(query), {"org": org}).scalars()]
-
-
-def open_waits(database: Database) -> list[tuple[str, str, int]]:
-    query = (
-        "SELECT w.run_id, w.name, w.occurrence FROM waits w JOIN live_runs r ON r.id = w.run_id "
-        "WHERE w.answered_at IS NULL AND w.timed_out_at IS NULL AND w.name = 'approval' ORDER BY w.run_id"
-    )
-    with database.autocommit() as connection:
-        return [(str(run), name, occurrence) for run, name, occurrence in connection.execute(text(query))]

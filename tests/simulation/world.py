@@ -52,7 +52,7 @@ from worker.errors import StoreUnavailable, WorkerError
 from worker.features.hosts import wiring as hosting
 from worker.features.hosts.wiring import Host
 from worker.features.hosts.worker_wiring import AttemptListener, HostsOfWorker
-from worker.operations import chores
+from worker.operations import chores, starts
 from worker.outbound import open_client
 from worker.pacing import Turns
 from worker.settings import Settings
@@ -68,6 +68,10 @@ ORGS = 5
 LEASE, RENEW, POLL = 24.0, 5.0, 8.0
 # How much rarer chores are than in the product: their work is the same, and its instants are not.
 RARER = 20
+# Seconds between two looks at the families of runs, and at deadlines and what is late.
+FAMILIES_EVERY, DEADLINES_EVERY = 25.0, 20.0
+# Starts whose runs a worker makes in one transaction.
+MADE_AT_ONCE = 3
 # Seconds until systemd starts a worker again that ended.
 AGAIN = 1.0
 IDLE = 5.0
@@ -109,6 +113,10 @@ class Struck:
     kind: Literal["killed", "zygote", "still"]
     since: float
     until: float
+
+    @property
+    def lasting(self) -> float:
+        return self.until - self.since
 
 
 class Health:
@@ -434,7 +442,9 @@ class World:
                 "NO_HANDLER_EVERY",
             ):
                 stack.enter_context(patch.object(wiring, name, RARER * getattr(wiring, name)))
-            stack.enter_context(patch.object(chores, "EVERY", RARER * chores.EVERY))
+            stack.enter_context(patch.object(wiring, "FAMILIES_EVERY", FAMILIES_EVERY))
+            stack.enter_context(patch.object(chores, "EVERY", DEADLINES_EVERY))
+            stack.enter_context(patch.object(starts, "RUNS", MADE_AT_ONCE))
             for module in (wiring, hosting):
                 runner = partial(inline.Inline, find=jobs.find, watched=False)
                 stack.enter_context(patch.object(module, "Inline", runner))
