@@ -155,13 +155,13 @@ def plan_of(seed: int, dialect: str) -> Plan:
 def _entries(chance: Random, hosts: int) -> tuple[Entry, ...]:
     misfire = chance.choice(("once", "skip", "all"))
     entries = [
-        Entry(0, "saves", "sim.saves", chance.choice((30, 40)),
+        Entry(0, "saves", "sim.saves", chance.choice((45, 60)),
               params={"steps": chance.randint(3, 9), "rest": 15}, done_within=20),
-        Entry(1, "pays", "sim.pays", chance.choice((40, 50)),
+        Entry(1, "pays", "sim.pays", chance.choice((60, 75)),
               params={"steps": chance.randint(2, 3), "pause": chance.choice((0.2, 4))}),
         Entry(2, "counts", "sim.counts", chance.choice((25, 35)),
               keys=f'overlap = "skip"\nmisfire = "{misfire}"\n', done_within=15),
-        Entry(2, "retries", "sim.retries", chance.choice((50, 70))),
+        Entry(2, "retries", "sim.retries", chance.choice((80, 100))),
         Entry(3, "asks", "sim.asks", 80),
         Entry(3, "fails", "sim.fails", 120, ends=("failed",), done_within=10),
         Entry(3, "versioned", "sim.versioned", 45,
@@ -212,17 +212,16 @@ def _trees(chance: Random, hosts: int) -> tuple[Entry, ...]:
     seconds = chance.choice((0.2, 2.5))
     alone = f"{ALL}max_concurrent = 1\n"
     found = [
-        Entry(1, "tree", "sim.tree", 85, params={"leaves": 4, "seconds": seconds}, size=8,
+        Entry(1, "tree", "sim.tree", 100, params={"leaves": 4, "seconds": seconds}, size=8,
               keys=chance.choice((ALL, alone))),
-        Entry(2, "ended", "sim.ended", 80, params={"leaves": 4, "seconds": seconds}, size=5),
-        Entry(4, "mapped", "sim.mapped", 90, params={"leaves": 5, "seconds": seconds}, size=6,
+        Entry(2, "ended", "sim.ended", 95, params={"leaves": 4, "seconds": seconds}, size=5),
+        Entry(4, "mapped", "sim.mapped", 105, params={"leaves": 5, "seconds": seconds}, size=6,
               keys=chance.choice((ALL, f'{ALL}isolation = "inline"\n'))),
-        Entry(0, "leaves", chance.choice(("sim.leaves", "sim.keeps")), 95, ends=("failed",),
-              keys=alone,
-              params={"leaves": 3, "seconds": 3}, size=4),
+        Entry(0, "leaves", chance.choice(("sim.leaves", "sim.keeps")), 115, ends=("failed",),
+              keys=alone, params={"leaves": 3, "seconds": 3}, size=4),
     ]  # fmt: skip
     if hosts:
-        found.append(Entry(1, "hosted-tree", "sim.tree", 110, params={"leaves": 1, "seconds": 0.2}, size=5,
+        found.append(Entry(1, "hosted-tree", "sim.tree", 130, params={"leaves": 1, "seconds": 0.2}, size=5,
                            pool="private"))  # fmt: skip
     return tuple(chance.sample(found, 3))
 

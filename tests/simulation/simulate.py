@@ -262,10 +262,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         template = stack.enter_context(made(Path(folder) / "template", given.dialect))
         if given.ablations:
             return _ablations(given, template)
+        if given.replays and (given.seed is not None or given.failing):
+            return _replays(given, template)
         if given.seed is None:
             return _many(given, template)
-        if given.replays:
-            return _replays(given, template)
         return _one(given, template)
 
 
@@ -281,6 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="run this seed and tell what happened")
     parser.add_argument("--shrink", action="store_true", help="leave out what its violation does not need")
     parser.add_argument("--replays", type=int, default=0, help="run it so many times and compare the traces")
+    parser.add_argument("--failing", type=int, default=0, help="replay so many seeds that violate something")
     parser.add_argument("--ablate", choices=sorted(ABLATIONS), default="", help="take this defence out")
     parser.add_argument("--ablations", action="store_true", help="find a seed that notices each ablation")
     return parser
@@ -297,11 +298,26 @@ def _one(given: argparse.Namespace, template: Template) -> int:
 
 
 def _replays(given: argparse.Namespace, template: Template) -> int:
-    variants = iter([Variant(given.seed, ablate=given.ablate)] * given.replays)
-    results = [result for _, result in run_all(variants, template, jobs=given.jobs)]
-    traces = sorted({result.digest for result in results})
-    print(f"seed {given.seed}: {len(results)} replays, traces {' '.join(traces)}")
-    return 0 if len(traces) == 1 else 1
+    """Repeat one seed, or the first ones that violate something: each has one trace."""
+    bad, tried = 0, 0
+    for seed in [given.seed] if given.seed is not None else _violating(given, template):
+        variants = iter([Variant(seed, ablate=given.ablate)] * given.replays)
+        results = [result for _, result in run_all(variants, template, jobs=given.jobs)]
+        traces = sorted({result.digest for result in results})
+        print(f"seed {seed}: {len(results)} replays, traces {' '.join(traces)}", flush=True)
+        bad, tried = bad + (len(traces) > 1), tried + 1
+    if given.seed is None:
+        print(f"{tried} failing seeds on {given.dialect}, {given.replays} replays each; {bad} differ")
+    return 1 if bad or not tried else 0
+
+
+def _violating(given: argparse.Namespace, template: Template) -> Iterator[int]:
+    """The first `failing` seeds that violate something with this defence taken out."""
+    first, found = given.first or 0, 0
+    for seed in range(first, first + given.seeds):
+        if found < given.failing and one(Variant(seed, ablate=given.ablate), template).objections:
+            found += 1
+            yield seed
 
 
 def _ablations(given: argparse.Namespace, template: Template) -> int:
