@@ -28,7 +28,7 @@ GROUP BY c.parent_id, c.map HAVING count(*) > {jobs.WINDOW}
 """
 # Runs that wait for children, and have no unfinished one.
 FORGOTTEN = """
-SELECT p.id FROM live_runs p WHERE p.state = 'parked' AND p.reason = 'children'
+SELECT p.id, p.attempt FROM live_runs p WHERE p.state = 'parked' AND p.reason = 'children'
 AND NOT EXISTS (SELECT 1 FROM live_runs l WHERE l.parent_id = p.id)
 """
 # Seconds between two looks for these, and after which one that was seen is forgotten.
@@ -41,10 +41,10 @@ LATE = 4.0
 
 
 class Waking:
-    """Looks for parents that nobody lets go on; `found` has when each was first seen, and last."""
+    """Looks for parents that nobody lets go on; `found` has when an attempt was first seen, and last."""
 
     def __init__(self, world: World, look: Look) -> None:
-        self.found: dict[str, tuple[float, float]] = {}
+        self.found: dict[tuple[str, int], tuple[float, float]] = {}
         self._world = world
         self._look = look
         self._next = 0.0
@@ -54,9 +54,9 @@ class Waking:
         if now < self._next:
             return
         self._next = now + EVERY
-        for (id_,) in self._look(FORGOTTEN):
-            first, _ = self.found.get(str(id_), (now, now))
-            self.found[str(id_)] = first, now
+        for id_, attempt in self._look(FORGOTTEN):
+            first, _ = self.found.get((str(id_), attempt), (now, now))
+            self.found[str(id_), attempt] = first, now
 
 
 class Families:
@@ -206,7 +206,7 @@ class Families:
 
     def _left_waiting(self) -> Iterator[str]:
         """A parent goes on soon once its children have ended."""
-        for id_, (first, last) in self._waking.found.items():
+        for (id_, _), (first, last) in self._waking.found.items():
             if last - first > SOON and self._calm.between(first - SOON, last):
                 yield f"run {id_} waited for children from {first:.1f} to {last:.1f}, and all had ended"
 

@@ -21,7 +21,10 @@ def simulate(*arguments: str, check: bool = True) -> str:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("dialect", "seed"), [("sqlite", "1"), ("postgresql", "45")])
 def test_a_seed_gives_the_same_trace_each_time(dialect: str, seed: str):
-    """The traces have each statement, each event, and where the choices ended. Both call services and have trees; the second has a product."""
+    """The traces have each statement, each event, and where the choices ended.
+
+    Both seeds call services and have trees of runs; the second has a product.
+    """
     told = simulate("--dialect", dialect, "--seed", seed, "--replays", "2", "--jobs", "1")
 
     assert told.startswith(f"seed {seed}: 2 replays, traces ")
