@@ -194,8 +194,10 @@ class Calls:
         begun = self.world.service.begun
         for run, origin in sorted(counted.keys() | begun.keys()):
             count, most = counted[run, origin], begun[run, origin]
-            if count > most or (count < most and self._is_recorded(of_run[run])):
-                yield f"run {run} has {count} requests to {origin} on record of {most}"
+            # One that is refused while its connection is opened is begun, and not sent.
+            least = sum(seen.origin == origin for seen in of_run[run])
+            if count > most or (count < least and self._is_recorded(of_run[run])):
+                yield f"run {run} has {count} requests to {origin} on record of {least} to {most}"
 
     def _is_recorded(self, seen: Sequence[Seen]) -> bool:
         """Whether nothing has happened to those who count these requests of a run."""

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from tests.simulation import jobs
-from tests.simulation.calm import Calm
+from tests.simulation.calm import RECOVERED, Calm
 from tests.simulation.database import EPOCH
 from tests.simulation.plan import PAGES
 from tests.simulation.world import RENEW, World
@@ -186,7 +186,7 @@ class Families:
             if (
                 parent["state"] == "cancelled"
                 and stopped > ended + STOPPED
-                and self._calm.between(ended, ended + STOPPED)
+                and self._calm.between(ended, ended + STOPPED, after=RECOVERED)
             ):
                 yield f"run {child['id']} ended at {stopped:.1f}, and run {parent['id']} at {ended:.1f}"
 

@@ -44,6 +44,12 @@ RAISES = 12
 # Runs that spend of a budget as it is raised for the last time.
 LATE_SPENDERS = 3
 ALL = 'overlap = "allow"\nmisfire = "all"\n'
+# Handlers whose runs start others, and definitions most of which seeds with those leave out.
+PARENTS = ("sim.tree", "sim.ended", "sim.mapped", "sim.leaves", "sim.keeps")
+SPARED = ("acts", "long", "cron", "inline", "retries", "limited", "asks")
+# How a product's transaction ends, and the seconds that one is open.
+COMMITS = ("commit", "commit", "commit", "rollback")
+OPEN = (0.0, 0.0, 0.3, 3.0, 20.0)
 
 
 @dataclass(frozen=True)
@@ -202,12 +208,6 @@ def _calls(chance: Random, hosts: int) -> tuple[Entry, ...]:
     return tuple(found)
 
 
-# Definitions that seeds with other loads leave out, most of them.
-SPARED = ("acts", "long", "cron", "inline", "retries", "limited", "asks")
-# Their runs start others.
-PARENTS = ("sim.tree", "sim.ended", "sim.mapped", "sim.leaves", "sim.keeps")
-
-
 def _trees(chance: Random, hosts: int) -> tuple[Entry, ...]:
     seconds = chance.choice((0.2, 2.5))
     alone = f"{ALL}max_concurrent = 1\n"
@@ -256,11 +256,6 @@ def _for_product() -> tuple[Entry, ...]:
         Entry(0, "started", "sim.started", 130, params={"number": 0}),
         Entry(3, "closing", "sim.started", 130, params={"number": 0}),
     )
-
-
-# How a product's transaction ends, and the seconds that one is open.
-COMMITS = ("commit", "commit", "commit", "rollback")
-OPEN = (0.0, 0.0, 0.3, 3.0, 20.0)
 
 
 def _product(chance: Random, entries: tuple[Entry, ...]) -> list[Action]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from tests.simulation.database import EPOCH, PRODUCT, PostgresServer
 from tests.simulation.loop import SimulatedProcess, Thread
@@ -96,6 +97,8 @@ class Product:
             made.state = "committed"
         except RolledBack:
             made.state = "rolled back"
+        except DBAPIError:
+            made.state = "rolled back"  # it is of no definition that is there
         except StoreUnavailable:
             # Whether it was committed is in the database only.
             made.state = "rolled back" if made.state == "open" else "unknown"
