@@ -245,10 +245,10 @@ class Relay:
         self.counts.later += 1
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(row.tries, 10)) if own else 0.0
         text = f"{error.code}: {error.message}"[:SHOWN]
-        marks = [Mark(row, statements.LATER, {"pause": int(pause * 1000), "error": text, "tried": int(own)})]
-        if row.sent_ago is None and not (isinstance(error, Unavailable) and error.was_sent):
-            marks.append(Mark(row, statements.NOT_SENT, {}))
-        return marks
+        later = Mark(row, statements.LATER, {"pause": int(pause * 1000), "error": text, "tried": int(own)})
+        is_sent = row.sent_ago is not None or (isinstance(error, Unavailable) and error.was_sent)
+        # The first of the two, since LATER gives the claim back.
+        return [later] if is_sent else [Mark(row, statements.NOT_SENT, {}), later]
 
     def _claim(self, execute: Execute, claim: str) -> list[Stream]:
         """Take the first due rows of definitions, and read those behind them."""
@@ -271,8 +271,7 @@ class Relay:
             ]
             streams.append(rows)
         for row in sorted((row for one in streams for row in one), key=lambda row: row.id):
-            if row.sent_ago is None:
-                execute(statements.SENDING, {"id": row.id})
+            execute(statements.SENDING, {"id": row.id, "claim": claim})
         return streams
 
     def _mark(self, execute: Execute, claim: str, marks: Iterable[Mark]) -> None:

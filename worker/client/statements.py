@@ -124,15 +124,17 @@ ROWS = """SELECT id, params, start_key, not_before, tries, {now} - first_sent_at
 FROM {table}
 WHERE state = 'waiting' AND org = :org AND definition = :definition AND not_before <= {now} AND id >= :head
 ORDER BY id LIMIT :most"""
-SENDING = "UPDATE {table} SET first_sent_at = {now} WHERE id = :id AND first_sent_at IS NULL"
-# An accepted start stays one, whatever another relay has marked.
+SENDING = """UPDATE {table} SET claim = :claim, first_sent_at = COALESCE(first_sent_at, {now})
+WHERE id = :id AND state = 'waiting'"""
+# An accepted start stays one, however late it is marked and whatever another relay has marked. All else is
+# marked only by the relay that took the row last: one that was stopped beyond its lease marks too late.
 SENT = """UPDATE {table} SET state = 'sent', run_id = :run, error = :error, ended_at = {now}, claim = NULL
 WHERE id = :id AND state <> 'sent'"""
 REFUSED = """UPDATE {table} SET state = 'refused', error = :error, ended_at = {now}, claim = NULL
-WHERE id = :id AND state = 'waiting'"""
+WHERE id = :id AND state = 'waiting' AND claim = :claim"""
 LATER = """UPDATE {table} SET next_at = {now} + :pause, error = :error, claim = NULL, tries = tries + :tried
-WHERE id = :id AND state = 'waiting' AND (claim = :claim OR next_at <= {now})"""
-NOT_SENT = "UPDATE {table} SET first_sent_at = NULL WHERE id = :id AND state = 'waiting'"
+WHERE id = :id AND state = 'waiting' AND claim = :claim"""
+NOT_SENT = "UPDATE {table} SET first_sent_at = NULL WHERE id = :id AND state = 'waiting' AND claim = :claim"
 OLD = "SELECT id FROM {table} WHERE state = 'sent' AND ended_at < {now} - :keep ORDER BY id LIMIT :most"
 DELETE = "DELETE FROM {table} WHERE id = :id AND state = 'sent'"
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,8 +14,18 @@ import httpx
 import pytest
 
 from tests.unit.client.api import TOKEN, URL, FakeApi, problem
-from worker.client import AsyncClient, ClientError, ConfigurationError, Outbox, RelayCounts
-from worker.client.relay import MAX_TRIES
+from worker.client import (
+    AsyncClient,
+    ClientError,
+    ConfigurationError,
+    Conflict,
+    InvalidRequest,
+    Outbox,
+    RelayCounts,
+)
+from worker.client.plans import StartRequest
+from worker.client.relay import MAX_TRIES, Relay
+from worker.client.results import Started
 
 What = tuple[str, str, str]
 
@@ -127,6 +138,72 @@ async def test_a_relay_killed_anywhere_leaves_its_rows_to_the_next_one(product: 
     assert sorted(product.keys) == ["b", "k0", "k1", "k2", "k3"]
     assert [key for key in product.keys if key != "b"] == ["k0", "k1", "k2", "k3"]
     assert set(product.rows("state")) == {"sent"}
+
+
+class Stopped:
+    """A relay's client that is stopped at its first start for longer than the lease: others act meanwhile."""
+
+    def __init__(self, meanwhile: Callable[[], Awaitable[None]], then: Exception) -> None:
+        self._meanwhile, self._then, self._stopped = meanwhile, then, False
+
+    async def send_start(self, request: StartRequest, *, retry_for: float | None = None) -> Started:
+        if not self._stopped:
+            self._stopped = True
+            await self._meanwhile()
+        raise self._then
+
+
+@pytest.mark.parametrize(
+    "then", [ConfigurationError("no token"), InvalidRequest("wrong"), Conflict("paused")], ids=repr
+)
+async def test_a_relay_beyond_its_lease_changes_nothing_of_the_next_one(product: Product, then: Exception):
+    """Its marks come late: the next one has sent k2 without an answer, and put it off."""
+    for number in range(1, 5):
+        product.start(f"k{number}")
+    columns = ("start_key", "state", "next_at", "first_sent_at IS NULL", "tries", "error")
+    stop, left = asyncio.Event(), list[Any]()
+
+    async def meanwhile() -> None:
+        product.passed(100_000)
+        lost = [httpx.ReadTimeout("lost")]
+        product.api.after = lambda what: lost.pop() if lost and what[2] == "k2" else None
+        with pytest.raises(ClientError, match="did not answer"):
+            await product.relay()
+        left.extend(product.rows(*columns))
+        stop.set()
+
+    await Relay(Stopped(meanwhile, then), product.outbox).run(stop=stop)
+
+    assert product.rows(*columns) == left
+    assert [(key, state, unsent) for key, state, _, unsent, *_ in left[:2]] == [
+        ("k1", "sent", 0),
+        ("k2", "waiting", 0),
+    ]
+    # So k2 is not sent again once the API may have forgotten its key.
+    product.passed(int(6.5 * 86_400_000))
+    product.api.runs.clear()
+    await product.relay()
+    assert product.rows("start_key", "state")[:2] == [("k1", "sent"), ("k2", "refused")]
+    assert product.keys == []
+
+
+async def test_a_start_that_was_accepted_is_sent_however_late_it_is_marked(product: Product):
+    """The next relay's start was refused meanwhile; the run is there."""
+    product.start("k1")
+    stopped = product.client()
+    send = stopped.send_start
+
+    async def send_and_stop(request: StartRequest, **how: Any) -> Started:
+        started = await send(request, **how)
+        product.passed(100_000)
+        product.api.before = lambda what: problem(422, "definition")
+        await product.relay()
+        return started
+
+    stopped.send_start = send_and_stop  # type: ignore[method-assign]
+    await Relay(stopped, product.outbox).run(once=True)
+
+    assert product.rows("state", "run_id", "error") == [("sent", "run-1", None)]
 
 
 async def test_a_row_refused_for_good_blocks_none_and_is_shown(product: Product):
