@@ -13,14 +13,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import httpx
 import pytest
 
+from tests.conftest import FULL
 from tests.fakes.ports import free_port
 from tests.faults.cluster import ROOT, Cluster
 from tests.faults.outbox_product import ORGS, TABLE, connect, execute, outbox_of
+from tests.faults.proxy import Proxy, Verdict
 from tests.integration.client.conftest import KINDS, ProductDatabase, database_of
 from tests.integration.client.conftest import maria as maria
 
@@ -77,6 +81,11 @@ class Processes:
             process.kill()
             process.wait()
             self.begin(name)
+
+    def api_is_up(self) -> bool:
+        with suppress(httpx.TransportError):
+            return httpx.get(f"http://127.0.0.1:{self.port}/livez").status_code == 200
+        return False
 
     def log(self, name: str) -> str:
         path: Path = self.cluster.folder / f"{name}.log"
@@ -156,6 +165,84 @@ def test_runs_are_what_was_committed(processes: Processes, full: bool) -> None:
     for name in ("relay 1", "relay 2"):
         processes.running[name].send_signal(signal.SIGTERM)
         assert processes.running[name].wait(40) == 0, processes.log(name)[-2000:]
+
+
+class Mute:
+    """What a relay sends arrives, and each answer waits for `let_go`."""
+
+    left: ClassVar[int] = 0
+
+    def sees(self, data: bytes) -> Verdict:
+        return "mute"
+
+
+class Cut:
+    """What a relay sends on a connection arrives, and only the first answer comes back."""
+
+    left: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        self._requests = 0
+
+    def sees(self, data: bytes) -> Verdict:
+        self._requests += data.startswith(b"POST ")
+        return "pass" if self._requests < 2 else "cut"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("product", KINDS if FULL else ["postgresql"], indirect=True)
+def test_a_relay_stopped_beyond_its_lease(processes: Processes, full: bool) -> None:
+    """It has sent the first starts, and marks late what the next relay has sent without an answer."""
+    cluster, product = processes.cluster, processes.product
+    outbox, connection = outbox_of(product.kind), connect(product.kind, product.url)
+    for number in range(1, 41):
+        org = f"org_{number % ORGS}"
+        execute(connection, f"INSERT INTO orders VALUES ({number}, '{org}')")
+        outbox.start(connection, org, "note", {"order": number}, key=f"order-{number}")
+    connection.commit()
+    connection.close()
+    processes.begin("api")
+    cluster.wait_for(processes.api_is_up, "the API", 60.0)
+
+    def rows(where: str) -> dict[int, tuple[Any, ...]]:
+        columns = "id, state, first_sent_at, run_id"
+        return {row[0]: row for row in product.execute(f"SELECT {columns} FROM {outbox.table} WHERE {where}")}
+
+    with Proxy(processes.port) as first, Proxy(processes.port) as second:
+        first.watch, second.watch = Mute, Cut
+        for name, proxy in (("relay 1", first), ("relay 2", second)):
+            module = "worker" if full else "tests.faults.short_lease"
+            toml = str(cluster.folder / "relay.toml")
+            through = ["--set", f"relay.api=http://127.0.0.1:{proxy.port}"]
+            processes.commands[name] = [sys.executable, "-m", module, "--config", toml, *through, "relay"]
+        processes.begin("relay 1")
+        cluster.wait_for(lambda: len(cluster.query("SELECT id FROM runs")) == ORGS, "the first starts", 60.0)
+        processes.running["relay 1"].send_signal(signal.SIGSTOP)
+        claimed = rows("claim IS NOT NULL")
+        processes.begin("relay 2")
+        cluster.wait_for(lambda: rows("error IS NOT NULL"), "the next relay", 150.0)
+        processes.running["relay 2"].kill()
+        left = rows("error IS NOT NULL")
+        assert set(left) < set(claimed) and {row[1] for row in left.values()} == {"waiting"}
+
+        first.let_go()
+        first.watch = None
+        processes.running["relay 1"].send_signal(signal.SIGCONT)
+        cluster.wait_for(lambda: not rows("state = 'waiting'"), "an empty outbox", 150.0)
+    cluster.wait_for(cluster.all_ended, "the runs' ends", 60.0)
+
+    # One run a key, in order, and each row has its own.
+    runs = cluster.query("SELECT id, request_key, org FROM run_view ORDER BY id")
+    made = [int(run["request_key"].removeprefix("order-")) for run in runs]
+    assert sorted(made) == list(range(1, 41))
+    assert all(of == sorted(of) for org in range(ORGS) for of in ([n for n in made if n % ORGS == org],))
+    assert {f"order-{id_}": row[3] for id_, row in rows("1 = 1").items()} == {
+        run["request_key"]: str(run["id"]) for run in runs
+    }
+    # What the next relay has recorded is there: a start of a week ago would not be sent again.
+    assert {id_: row[2] for id_, row in rows("1 = 1").items() if id_ in left} == {
+        id_: row[2] for id_, row in left.items()
+    }
 
 
 def live(cluster: Cluster) -> list[dict[str, Any]]:
