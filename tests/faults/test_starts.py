@@ -1,4 +1,4 @@
-"""A product starts runs in its own transactions while it, the workers and PostgreSQL are killed at random.
+"""A product starts runs in its own transactions, which it leaves open, or while anything is killed at random.
 
 What the product's own table says it has committed is the truth: each of its rows has exactly one run, and
 each run a row.
@@ -11,13 +11,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
+from psycopg.pq import TransactionStatus
 
 from tests.fakes.postgres import Server
+from tests.fakes.site import NEVER
 from tests.faults.cluster import Cluster
 from tests.faults.conftest import MakeCluster
 from tests.faults.storm import seed
@@ -53,6 +58,27 @@ while number < last:
         time.sleep(0.1)
     print(number, flush=True)
 """
+
+
+INLINE = 'inline = ["fault-jobs"]\nmax_inline = 200'
+
+
+def file_of(cluster: Cluster, schedules: Mapping[str, str], **keys: Any) -> str:
+    """An org with room for any number of runs, and its definitions, for `apply`."""
+    given = {"overlap": "allow", "isolation": "inline", "spread": "off", **keys}
+    org = '[[org]]\ncode = "org_acme"\nname = "Acme"\nissuer = "main"\nmax_concurrent_runs = 1000\n'
+    each = (cluster.define("org_acme", name, "fault.note", when, **given) for name, when in schedules.items())
+    return org + "".join(each)
+
+
+def url_of_a_login(cluster: Cluster, server: Server) -> str:
+    """Of a new login of a product that may start runs of `org_acme`, and has a table for its orders."""
+    login = f"shop_{new_id()[-12:]}"
+    server.execute(f"CREATE ROLE {login} LOGIN IN ROLE {PRODUCT}")
+    server.execute("CREATE TABLE shop_orders (key text PRIMARY KEY, name text, run uuid)")
+    server.execute(f"GRANT ALL ON shop_orders TO {login}")
+    cluster.cli("product", "allow", login, "org_acme")
+    return server.url().replace("postgres@", f"{login}@")
 
 
 @dataclass(frozen=True)
@@ -116,18 +142,11 @@ def test_runs_are_what_the_product_has_committed(
     cluster_at: MakeCluster, own_postgres: Server, tmp_path: Path, full: bool
 ) -> None:
     amount, drawn = FULL if full else SHORT, random.Random(seed())
-    inline = 'inline = ["fault-jobs"]\nmax_inline = 200'
-    cluster = cluster_at(own_postgres.url(), poll=0.2, execution=inline)
-    keys = {"overlap": "allow", "isolation": "inline"}
-    file = '[[org]]\ncode = "org_acme"\nname = "Acme"\nissuer = "main"\nmax_concurrent_runs = 1000\n'
-    cluster.start(file + "".join(cluster.define("org_acme", name, "fault.note", **keys) for name in NAMES))
-    login = f"shop_{new_id()[-12:]}"
-    own_postgres.execute(f"CREATE ROLE {login} LOGIN IN ROLE {PRODUCT}")
-    own_postgres.execute("CREATE TABLE shop_orders (key text PRIMARY KEY, name text, run uuid)")
-    own_postgres.execute(f"GRANT ALL ON shop_orders TO {login}")
-    cluster.cli("product", "allow", login, "org_acme")
+    cluster = cluster_at(own_postgres.url(), poll=0.2, execution=INLINE)
+    cluster.start(file_of(cluster, {name: NEVER for name in NAMES}))
+    url = url_of_a_login(cluster, own_postgres)
     workers = [cluster.up(), cluster.up()]
-    shop = Shop(tmp_path, own_postgres.url().replace("postgres@", f"{login}@"), amount.transactions, 1)
+    shop = Shop(tmp_path, url, amount.transactions, 1)
 
     faults = [*["product"] * amount.product, *["worker"] * amount.worker, *["server"] * amount.server]
     drawn.shuffle(faults)
@@ -175,3 +194,127 @@ def _all_ended(cluster: Cluster) -> bool:
         cluster.disconnect()
         return False
     return left["n"] == 0
+
+
+# Seconds for which the product leaves its transaction open, and in which runs are watched before it does.
+OPEN, SHORTLY = 75.0, 3.0
+EACH_SECOND = {"often": "every 1s", "serial": "every 1s"}
+START = "SELECT orgworker_start('org_acme', %s, NULL, %s)"
+LATE = """
+SELECT extract(epoch FROM a.started_at - r.scheduled_for)::float AS late
+FROM attempts a JOIN runs r ON r.id = a.run_id
+WHERE r.origin = ? AND r.scheduled_for >= ? AND r.scheduled_for < ? ORDER BY 1
+"""
+WAITS_FOR = "SELECT pid, query FROM pg_stat_activity WHERE ? = ANY(pg_blocking_pids(pid))"
+
+
+class Counter:
+    """The product's other transactions, one after another, each with a start of both definitions."""
+
+    def __init__(self, cluster: Cluster, url: str, held: int) -> None:
+        self._cluster, self._held, self._number = cluster, held, 0
+        self._shop = psycopg.connect(url, autocommit=True, options="-c lock_timeout=5s")
+        self.waits: list[dict[str, Any]] = []
+
+    def work(self, seconds: float) -> tuple[datetime, datetime]:
+        """Place orders for so long; returns when it began and ended, by the database's clock."""
+        [began] = self._cluster.query("SELECT clock_timestamp() AS at")
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            for name in EACH_SECOND:
+                self._number += 1
+                self._shop.execute(START, (name, f"{self._held} {self._number}"))
+            self.waits += self._cluster.query(WAITS_FOR, self._held)
+            time.sleep(0.1)
+        [ended] = self._cluster.query("SELECT clock_timestamp() AS at")
+        return began["at"], ended["at"]
+
+    def __enter__(self) -> Counter:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._shop.close()
+
+
+@pytest.mark.timeout(900)
+def test_a_transaction_left_open_for_a_minute_delays_nothing(
+    cluster_at: MakeCluster, own_postgres: Server, full: bool
+) -> None:
+    """It has a start of each definition that fires, is started and is edited meanwhile; retention deletes."""
+    ages = '[retention]\nfailed = "1s"\nstart_keys = "1s"'
+    cluster = cluster_at(own_postgres.url(), poll=0.2, execution=f"{INLINE}\n{ages}")
+    fails = cluster.define(
+        "org_acme", "fails", "fault.note", params={"journal": "/nowhere/at/all"}, max_attempts=1
+    )
+    cluster.start(file_of(cluster, EACH_SECOND) + fails)
+    url = url_of_a_login(cluster, own_postgres)
+    workers = [cluster.up(), cluster.up()]
+    runs_of = "SELECT id FROM runs WHERE id = ANY(?)"
+    figures: dict[str, list[float]] = {}
+
+    def late_of(what: str, window: tuple[datetime, datetime]) -> None:
+        for origin in ("schedule", "manual"):
+            # A run that waits for the transaction waits until its end.
+            cluster.wait_for(lambda: not _unfinished_before(cluster, window[1]), f"runs {what}", 30.0)
+            late = [float(row["late"]) for row in cluster.query(LATE, origin, *window)]
+            assert len(late) > (window[1] - window[0]).total_seconds(), (what, origin)
+            figures[f"{origin}, {what}"] = late
+
+    with psycopg.connect(url) as product, Counter(cluster, url, product.info.backend_pid) as counter:
+        late_of("before", counter.work(OPEN / 3 if full else SHORTLY))
+        product.execute(START, ("often", "an old key"))
+        old = [row[0] for row in product.execute(START, ("fails", "to be deleted")).fetchall()]
+        product.commit()
+        cluster.wait_for(lambda: cluster.query(runs_of, old), "a run that is deleted")
+        product.execute(START, ("often", "an old key"))
+        ids = [row[0] for name in EACH_SECOND for row in product.execute(START, (name, "open")).fetchall()]
+        assert cluster.query(runs_of, old)
+
+        late_of("meanwhile", counter.work(OPEN if full else SHORTLY))
+        cluster.apply(file_of(cluster, EACH_SECOND, misfire="all"), "--allow-unknown-handlers")
+        late_of("after an edit", counter.work(SHORTLY))
+        if full:
+            cluster.wait_for(lambda: not cluster.query(runs_of, old), "retention of runs", 70.0)
+            old_key = "SELECT id FROM starts WHERE key = 'an old key'"
+            cluster.wait_for(lambda: not cluster.query(old_key), "retention of keys", 70.0)
+        assert product.info.transaction_status == TransactionStatus.INTRANS
+        assert cluster.query(runs_of, ids) == []
+        product.commit()
+    cluster.wait_for(lambda: len(cluster.query(runs_of, ids)) == len(EACH_SECOND), "its own runs")
+
+    for what, late in figures.items():
+        print(f"{what}: {len(late)} runs, p50 {late[len(late) // 2]:.2f} s, max {late[-1]:.2f} s late")
+    assert counter.waits == []
+    assert not full or max(late[-1] for late in figures.values()) < OPEN / 5
+    for worker in workers:
+        cluster.drain(worker)
+
+
+def test_a_transaction_that_locks_a_definition_delays_its_starts(
+    cluster_at: MakeCluster, own_postgres: Server
+) -> None:
+    """The control: what the functions would do if they locked the rows that they read."""
+    cluster = cluster_at(own_postgres.url(), poll=0.2, execution=INLINE)
+    cluster.start(file_of(cluster, dict.fromkeys(EACH_SECOND, NEVER)))
+    url = url_of_a_login(cluster, own_postgres)
+    cluster.up()
+    made = "SELECT key FROM starts WHERE state = 'made' ORDER BY key"
+    with psycopg.connect(own_postgres.url()) as locking, psycopg.connect(url, autocommit=True) as shop:
+        locking.execute("SELECT id FROM definitions WHERE name = 'often' FOR UPDATE")
+        shop.execute(START, ("often", "kept waiting"))
+        shop.execute(START, ("serial", "passes"))
+        cluster.wait_for(lambda: cluster.query(made), "a start of another definition")
+        time.sleep(1.0)
+        assert cluster.query(made) == [{"key": "passes"}]
+        locking.rollback()
+        cluster.wait_for(lambda: len(cluster.query(made)) == 2, "the start that waited")
+
+
+def _unfinished_before(cluster: Cluster, at: datetime) -> list[dict[str, Any]]:
+    """What was to start by then and has not ended, the transaction's own starts apart."""
+    return cluster.query(
+        "SELECT id::text FROM live_runs WHERE scheduled_for < ? "
+        "UNION ALL SELECT id::text FROM starts WHERE state <> 'made' AND created_at < ?",
+        at,
+        at,
+    )
