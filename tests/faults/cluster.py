@@ -26,8 +26,10 @@ ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).with_name("fault_jobs.py")
 HANDLERS = (
     *("steps", "effects", "acts", "polite", "deaf", "spin", "spin_async", "sleep_in_c", "note", "leak"),
-    *("paid", "leaf", "node", "tree"),
+    *("paid", "leaf", "node", "tree", "deep", "wide"),
 )
+# Offered only where the settings allow inline handlers.
+INLINE = ("idle",)
 RECOVERABLE: dict[str, Any] = {
     "max_attempts": 100,
     "max_recoveries": 100,
@@ -78,7 +80,7 @@ class Cluster(Site):
             self.plugins,
             dist="fault-jobs",
             modules={"fault_jobs": SOURCE.read_text()},
-            entry_points={f"fault.{name}": f"fault_jobs:{name}" for name in HANDLERS},
+            entry_points={f"fault.{name}": f"fault_jobs:{name}" for name in HANDLERS + INLINE},
         )
         self.migrate()
 

@@ -291,3 +291,28 @@ async def tree(ctx: Context[Any, Any]) -> dict[str, Any]:
         await ctx.save({"started": how})
         await asyncio.sleep(0.1)
     return {"org": ctx.org.code, "children": [one async for one in ctx.gather(started)]}
+
+
+@job("fault.deep", children={"fault.deep"})
+async def deep(ctx: Context[Any, Any]) -> int:
+    """Start one of itself `params["below"]` times below each other; return how deep that went."""
+    if not ctx.params["below"]:
+        return 0
+    child = ctx.start("fault.deep", ctx.params | {"below": ctx.params["below"] - 1}, key="below")
+    [depth] = [one async for one in ctx.gather([child])]
+    return int(depth) + 1
+
+
+@job("fault.idle", isolation="inline")
+async def idle(ctx: Context[Any, Any]) -> None:
+    """Run until it is cancelled."""
+    await ctx.cancelled.wait()
+    await asyncio.sleep(3600)
+
+
+@job("fault.wide", children={"fault.idle"})
+async def wide(ctx: Context[Any, Any]) -> None:
+    """Wait for `params["children"]` runs that do not end."""
+    children = [ctx.start("fault.idle", key=number) for number in range(ctx.params["children"])]
+    async for _ in ctx.gather(children):
+        pass

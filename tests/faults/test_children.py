@@ -184,6 +184,54 @@ def test_trees_on_sqlite_have_each_child_and_result_once(on_file: Cluster, full:
     assert_kept(grove)
 
 
+def test_a_tree_of_four_levels_ends_in_an_org_with_one_slot(on_either: Cluster) -> None:
+    cluster = on_either
+    cluster.up()
+    cluster.add_orgs(application("org_one"))
+    limit = '[[org]]\ncode = "org_one"\nissuer = "main"\nmax_concurrent_runs = 1\n'
+    cluster.apply(limit + cluster.define("org_one", "deep", "fault.deep", params={"below": 4}))
+
+    cluster.run_now("deep", "org_one")
+    cluster.wait_for(cluster.all_ended, "the end of the tree", 60.0)
+
+    runs = instants(cluster.runs())
+    assert [(run["state"], run["result"]) for run in runs] == [("succeeded", 4 - depth) for depth in range(5)]
+    assert at_once(instants(cluster.query("SELECT * FROM attempts"))) == 1
+
+
+GRACE = 1.0
+
+
+@pytest.mark.timeout(600)
+def test_a_cancelled_parent_ends_with_all_its_running_children(
+    cluster_at: MakeCluster, migrated_postgres_url: str, full: bool
+) -> None:
+    """Their handlers hear of it, and do not end before their grace is over."""
+    count, workers = (1000, 4) if full else (100, 2)
+    inline = f'inline = ["fault-jobs"]\nmax_inline = {count}'
+    cluster = cluster_at(migrated_postgres_url, execution=inline)
+    for _ in range(workers):
+        cluster.up()
+    cluster.add_orgs(application("org_one"))
+    limit = f'[[org]]\ncode = "org_one"\nissuer = "main"\nmax_concurrent_runs = {count}\n'
+    keys = {"params": {"children": count}, "cancel_grace": f"{GRACE:g}s"}
+    cluster.apply(limit + cluster.define("org_one", "wide", "fault.wide", **keys))
+    parent = str(cluster.run_now("wide", "org_one")["id"])
+    running = "SELECT count(*) AS n FROM live_runs WHERE state = 'running' AND handler = 'fault.idle'"
+    cluster.wait_for(lambda: cluster.query(running) == [{"n": count}], f"{count} running children", 120.0)
+
+    cluster.cli("runs", "cancel", parent)
+    cluster.wait_for(cluster.all_ended, "the end of all", 60.0)
+
+    runs = instants(cluster.runs())
+    [asked] = [run["finished_at"] for run in runs if run["id"] == parent]
+    seconds = (max(run["finished_at"] for run in runs) - asked).total_seconds()
+    print(f"{count} running children had ended {seconds:.2f} s after their parent was cancelled")
+    assert {(run["state"], run["reason"]) for run in runs if run["id"] != parent} == {("cancelled", "parent")}
+    assert len(runs) == count + 1
+    assert GRACE <= seconds <= GRACE + 2.0
+
+
 def assert_kept(grove: Grove) -> None:
     """Fail with all objections to what the trees left behind."""
     history = grove.cluster.history()

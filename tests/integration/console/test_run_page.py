@@ -35,8 +35,9 @@ from tests.integration.console.conftest import (
 from worker.features.console.pages import runs as run_pages
 from worker.ids import ALL_ORGS, RunId, new_id, short_id
 from worker.model.runs import worker_ends
+from worker.model.runs.children import ChildCounts, FamilyCap
 from worker.model.runs.waits import NewWait
-from worker.store import tables
+from worker.store import children, tables
 from worker.store.lists import runs
 from worker.store.sql import statements
 
@@ -641,3 +642,82 @@ async def test_the_newest_steps_are_listed_with_the_beginning_of_their_results(s
     assert "answer 51 xxx" in page.text and "x" * 200 not in page.text
     assert dangers(page.text) == []
     assert "its 52 steps, the last one ask[&lt;b&gt;]" in page.text
+
+
+def family(site: Site) -> tuple[str, str, str]:
+    """A run of org_a that waits, and its two children: one has failed, the other one waits."""
+    parent, failed, waiting = make_run(site), new_id(), new_id()
+    with site.database.transaction() as connection:
+        run, live = (
+            dict(connection.execute(select(table).where(table.c.id == parent)).mappings().one())
+            for table in (tables.runs, tables.live_runs)
+        )
+        of_parent = {"run_id": parent, "org_id": run["org_id"], "root_id": parent}
+        cap = FamilyCap("acme.digest").as_json()
+        connection.execute(
+            insert(tables.parents).values(**of_parent, depth=0, cap=cap, keep=False, started=2, tree=2)
+        )
+        for place, id_ in enumerate((failed, waiting), 1):
+            own = {"id": id_, "origin": "child", "handler": "acme.other", "idempotency_key": new_id()}
+            end = {"state": "failed", "finished_at": site.clock.now()} if id_ == failed else {}
+            connection.execute(insert(tables.runs).values(run | own | {"request_key": None} | end))
+            if not end:
+                place_of = {"parent_id": parent, "place": place, "serial": False}
+                connection.execute(insert(tables.live_runs).values(live | own | place_of))
+            link = {"parent_id": parent, "place": place, "run_id": id_, "depth": 1}
+            link |= {"org_id": run["org_id"], "root_id": parent}
+            key = {"handler": "acme.other", "key": f"k{place}", "occurrence": 1}
+            connection.execute(insert(tables.children).values(**link, **key))
+    return parent, failed, waiting
+
+
+@on_either
+async def test_the_children_of_a_run_are_one_bar_and_those_that_failed_start_again(
+    staffed: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = staffed
+    parent, failed, waiting = family(site)
+    async with logged_in(site, TOKENS["operator"]) as client:
+        with monkeypatch.context() as patched:
+            many = ChildCounts({"succeeded": 7309, "failed": 3, "running": 8, "waiting": 2680})
+            patched.setattr(children, "counts", lambda *_: many)
+            page = await client.get(f"/runs/{parent}")
+        text = " ".join(re.sub("<[^>]+>", "", page.text).split())
+        assert "7,312 of 10,000 have ended, 3 failed" in text
+        assert '<progress max="10000" value="7312"' in page.text
+        # Children have no rows here but the first that failed.
+        assert f"/runs/{failed}" in page.text
+        assert f"/runs/{waiting}" not in page.text
+
+        form = {"csrf": csrf_of(page), "only_children": "1"}
+        answer = await client.post(f"/runs/{parent}/retry", data=form, headers=OURS)
+
+    assert (answer.status_code, answer.headers["location"]) == (303, f"/runs/{parent}")
+    stock = Stock(site.database)
+    [again] = [row for row in stock.all(tables.runs) if row["retry_of"] == failed]
+    assert [row["run_id"] for row in stock.all(tables.children)] == [again["id"], waiting]
+    row = reading(site.database, runs.run, ALL_ORGS, parent)
+    assert row["children"] is not None
+    assert (row["children"]["total"], row["children"]["failed"]) == (2, 0)
+
+
+@on_either
+async def test_the_api_lists_children_only_to_those_who_ask_and_see_them(staffed: Site) -> None:
+    site = staffed
+    parent, failed, waiting = family(site)
+
+    async def found(query: str, token: str) -> set[str]:
+        answer = await site.get(f"{API}/runs?{query}", token)
+        assert answer.status_code == 200, answer.text
+        return {row["id"] for row in answer.json()}
+
+    ours, others = site.token("org_a"), site.token("org_b")
+    assert await found("", ours) == await found("q=definition:digest", ours) == {parent}
+    assert await found(f"q=parent:{parent}", ours) == {failed, waiting}
+    assert await found(f"q=parent:{parent} state:failed", ours) == {failed}
+    assert await found("q=children:yes", ours) == {parent, failed, waiting}
+    for query in (f"q=parent:{parent}", "q=children:yes", f"q={waiting}"):
+        assert await found(query, others) == set(), query
+    row = (await site.get(f"{API}/runs/{parent}", ours)).json()
+    assert (row["children"]["total"], row["children"]["failed_runs"]) == (2, [failed])
+    assert (await site.get(f"{API}/runs/{failed}", ours)).json()["parent"] == parent
