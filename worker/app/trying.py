@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from worker.engine.runners.child.pool import ChildPool
 from worker.engine.runners.inline import Blocking, Inline
 from worker.engine.trial import FakeTokens, Subject, Trial, definition_of
 from worker.engine.trial_attempts import OnError, interrupt, run_to_end, with_on_error
+from worker.engine.trial_children import Family
 from worker.errors import Conflict
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.models import load
@@ -23,10 +25,12 @@ from worker.ids import OrgId, new_id
 from worker.kit.broker import broker_of
 from worker.model.bindings import OrgSecrets
 from worker.model.orgs import OrgRef
+from worker.model.runs.children import FamilyCap, NewChild
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import LogLine
 from worker.outbound import open_client
 from worker.process.confinement import confinement_of, network_of
+from worker.process.installed_handlers import find_handler
 from worker.settings import Settings
 from worker.store import orgs
 from worker.store.database import Database
@@ -78,15 +82,18 @@ class Tried:
 
 
 async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest, clock: Clock) -> Tried:
-    """Run one attempt; Ctrl-C cancels it, a second Ctrl-C kills it.
+    """Run one attempt, and the children that it starts one after another; they spend from no budget.
+
+    Ctrl-C cancels the run that is under way, a second Ctrl-C kills it.
 
     Raises:
-        NotFound: there is no such org.
+        NotFound: there is no such org, or a handler of `children` is not installed.
         Conflict: the org is suspended or removed.
         ConfigurationError: an issuer or the key ring is not usable.
         DefinitionError: the scopes or the timeout of the handler are invalid.
     """
     subject = _subject(settings, entry, request)
+    children = await _children_of(settings, entry)
     async with AsyncExitStack() as stack:
         # The zygote and the broker start before any key is read.
         runner = _runner(settings, entry, request, clock, stack)
@@ -103,25 +110,54 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
             tokens = Tokens(issuers_of(settings), source, client=client, clock=clock)
             stack.push_async_callback(tokens.close)
             secrets = _WithGiven(OpenedSecrets(request.database, source.ring), request.secrets)
+        trials: list[Trial] = []
+        entries = [entry, *children]
+        shared: dict[str, Any] = {
+            "secrets": secrets,
+            "live": True,
+            "brokered": runner.broker is not None,
+            "on_line": request.on_line,
+        }
+
+        async def run_child(new: NewChild, cap: FamilyCap, depth: int) -> EndedAttempt:
+            of = replace(subject, definition=replace(subject.definition, handler=new.handler))
+            family, params = Family(run_child, cap, depth), json.loads(new.params_json)
+            trials.append(Trial(of, entries, tokens, runner, clock, family=family, params=params, **shared))
+            try:
+                return await run_to_end(trials[-1], request.on_resume)
+            finally:
+                trials.pop()
+
         trial = Trial(
             subject,
-            [entry],
+            entries,
             tokens,
             runner,
             clock,
             state=request.state,
             answers=request.answers,
             budgets=request.budgets,
-            secrets=secrets,
-            live=True,
-            brokered=runner.broker is not None,
-            on_line=request.on_line,
             on_progress=request.on_progress,
+            family=Family(run_child),
+            **shared,
         )
+        trials.append(trial)
         if request.on_error is None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, partial(interrupt, trial))
+            # The run that is under way: the handler, or a child while its parent waits.
+            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, lambda: interrupt(trials[-1]))
         ended = await run_to_end(trial, request.on_resume)
         return Tried(ended, trial.checkpoint, trial.state, trial.spent)
+
+
+async def _children_of(settings: Settings, entry: HandlerEntry) -> list[HandlerEntry]:
+    """The handlers that it may start, and those that these may start."""
+    found: dict[str, HandlerEntry] = {entry.name: entry}
+    wanted = list(entry.children)
+    while wanted:
+        if (name := wanted.pop()) not in found:
+            found[name] = await find_handler(name, settings)
+            wanted += found[name].children
+    return [each for each in found.values() if each is not entry]
 
 
 def _subject(settings: Settings, entry: HandlerEntry, request: TryRequest) -> Subject:

@@ -24,7 +24,10 @@ async def run_to_end(trial: Trial, on_resume: Callable[[str], None]) -> EndedAtt
     `on_resume` gets what an attempt waited for before the next one begins.
     """
     ended = await trial.attempt()
-    while ended.state == "parked" and (delay := trial.resume()) is not None:
+    while ended.state == "parked":
+        await trial.run_children()
+        if (delay := trial.resume()) is None:
+            break
         on_resume(_resumed(ended, delay))
         ended = await trial.attempt()
     return ended

@@ -127,6 +127,18 @@ def opens(ctx: BlockingContext) -> str:
 async def fetch(ctx: Context) -> str:
     return str((await ctx.http.get("contacts")).request.url)
 
+@job("acme.page")
+async def page(ctx: Context) -> dict:
+    if ctx.params["number"] == 2:
+        raise RuntimeError("page 2 is gone")
+    return {"number": ctx.params["number"], "org": ctx.org.code}
+
+@job("acme.pages", children={"acme.page"}, max_attempts=1)
+async def pages(ctx: Context) -> list:
+    pages = [ctx.start("acme.page", {"number": n}, key=n) for n in range(4)]
+    return [str(each) if isinstance(each, Exception) else each
+            async for each in ctx.gather(pages, on_failure="return")]
+
 @job("acme.list")
 def lists(ctx: BlockingContext) -> dict:
     return dict(ctx.settings)
@@ -208,6 +220,16 @@ def test_it_shows_all_that_a_run_does_and_stores_nothing(line):
     ]
     assert "progress 2/2 pages" in done.err
     assert [file.name for file in line.settings.parent.iterdir()] == ["worker.toml"]
+
+
+def test_it_runs_the_children_of_a_handler(line):
+    done = line("try", "acme.pages", "--org", "org_acme", "-o", "json")
+
+    row = done.json()
+    first, second, gone, last = row["result"]
+    assert [first, second, last] == [{"number": number, "org": "org_acme"} for number in (0, 1, 3)]
+    assert "page 2 is gone" in gone
+    assert (done.code, row["state"]) == (0, "succeeded")
 
 
 def test_a_secret_comes_from_a_file_and_is_masked(line):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -378,6 +379,27 @@ def test_ends_of_children_are_not_listed_and_do_not_fail_their_definition(
 
     assert stock.all(tables.run_ends) == []
     assert stock.all(tables.failing_definitions) == []
+
+
+def test_orgs_beside_a_large_tree_get_their_share_of_the_slots(stock: Stock, worker: WorkerId) -> None:
+    """A single run of another org gets the next free slot; with as much to do, half of all slots."""
+    run = admitted(stock, worker)
+    for first in range(0, 10_000, 400):
+        start(stock, run, pages(400, first))
+    wait(stock, run, (1, 10_000))
+    park(stock, worker, run)
+    slots = stock.admit(worker, 8)
+    other = stock.org(limit=1000)
+    stock.put(*stock.runs([other]))
+
+    finish(stock, worker, slots[:1])
+    [next_] = stock.admit(worker, 1)
+
+    assert next_.org_id == other
+    stock.put(*stock.runs([other] * 100))
+    finish(stock, worker, slots[1:])
+    finish(stock, worker, [next_])
+    assert Counter(each.org_id for each in stock.admit(worker, 8)) == {run.org_id: 4, other: 4}
 
 
 def test_one_slot_is_enough_for_a_tree_of_four_levels(stock: Stock, worker: WorkerId) -> None:
