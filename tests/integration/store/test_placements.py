@@ -12,9 +12,10 @@ import pytest
 from tests.fakes.stock import HANDLER, LEASE, Stock
 from worker.diagnosis import doctor
 from worker.ids import RunId, WorkerId, new_id
+from worker.model.runs.children import FamilyCap, NewChild
 from worker.model.runs.hosts import PoolRoom, Ticket
 from worker.model.runs.run import AdmittedRun
-from worker.store import placements, tables, workers
+from worker.store import children, placements, tables, workers
 from worker.store.database import Database
 from worker.store.ring_walk import RingWalk
 
@@ -376,3 +377,21 @@ def test_doctor_names_handlers_that_only_some_hosts_offer(pool: Pool, stock: Sto
 
     assert not found.ok
     assert found.detail == f"not all hosts of pool {POOL} offer acme.one, so its runs are not placed"
+
+
+def test_children_are_placed_in_the_pool_of_their_tree(stock: Stock) -> None:
+    """By the placer, whichever it is; a worker of another pool does not take them."""
+    pool = Pool(stock)
+    pool.host()
+    pool.put()
+    [run] = pool.admit()
+    new, cap = NewChild(HANDLER, "page", 1, "{}"), FamilyCap(HANDLER)
+    placed = stock.within(children.start, run, [new], cap=cap, keep=False, isolations={HANDLER: "child"})
+    assert isinstance(placed, list)
+
+    assert stock.admit(stock.worker()) == []
+    [child] = pool.admit()
+
+    assert (child.id, child.origin, child.pool) == (placed[0].run_id, "child", POOL)
+    [ticket] = pool.place([child])
+    assert ticket.run_id == child.id
