@@ -6,6 +6,7 @@ import json
 import os
 import sqlite3
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from tests.fakes.cli import CommandLine, Completed
 from tests.fakes.ports import free_port
 from worker.client import ConfigurationError as ClientConfigurationError
 from worker.client import Outbox
-from worker.features.outbox.relaying import _token
+from worker.features.outbox.relaying import _token_for_client
+from worker.settings.sections import RelaySettings
 
 pytestmark = pytest.mark.feature("outbox")
 PASSWORD = "s3cret-of-the-product"
@@ -122,7 +124,7 @@ def test_an_outbox_without_its_table_exits_69(relayed: Relayed):
 
 def test_a_token_that_goes_away_while_it_relays_is_an_error_of_the_client(relayed: Relayed):
     """So the relay waits for it, and does not take it for one of the database."""
-    read = _token(str(relayed.token))
+    read = partial(_token_for_client, RelaySettings(token_file=str(relayed.token)))
     assert read() == "orgworker_op_canary-4711"
     relayed.token.chmod(0o644)
     with pytest.raises(ClientConfigurationError, match="others may read"):

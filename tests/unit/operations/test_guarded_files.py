@@ -12,10 +12,11 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from worker.diagnosis.machine import changeable_files
-from worker.features.hosts.access import read_token
+from worker.features.hosts.access import token_of
 from worker.process import guarded_files
 from worker.process.guarded_files import ACCESS_LIST, FileWatch, changeable, guarded
 from worker.settings import Settings, load
+from worker.settings.sections import HostSettings
 from worker.telemetry.events import Emitted
 from worker.tokens.sealing import KeyRing
 
@@ -145,7 +146,7 @@ def test_an_account_that_may_only_read_by_its_group_can_use_key_ring_and_token(i
     token.chmod(0o640)
 
     assert KeyRing.load(ring).path == ring
-    assert read_token(str(token)) == "orgworker_host_x"
+    assert token_of(HostSettings(token_file=str(token))) == "orgworker_host_x"
 
 
 # doctor

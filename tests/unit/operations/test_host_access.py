@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from worker.errors import ConfigurationError
-from worker.features.hosts import access as host_access
-from worker.features.hosts.access import check_access, read_token, trusting
+from worker.features.hosts.access import check_access, token_of, trusting
+from worker.settings import token_files
 from worker.settings.sections import HostSettings
 
 TOKEN = "host-token-canary-9d20"
@@ -39,28 +39,28 @@ def worker(status: int, *, versions: object = ("v1",)) -> Answer:
 
 
 def test_a_token_is_read_without_its_line_end(file: Path):
-    assert read_token(str(file)) == TOKEN
+    assert token_of(settings(file)) == TOKEN
 
 
 def test_a_token_that_cannot_be_used_is_an_error_that_does_not_quote_it(file: Path, tmp_path: Path):
     file.chmod(0o644)
     with pytest.raises(ConfigurationError, match=f"others may read {file}") as raised:
-        read_token(str(file))
+        token_of(settings(file))
     assert TOKEN not in raised.value.message + raised.value.fix
     for text in ("", "two\nlines"):
         file.chmod(0o600)
         file.write_text(text)
         with pytest.raises(ConfigurationError, match="there is no token in"):
-            read_token(str(file))
+            token_of(settings(file))
     with pytest.raises(ConfigurationError, match="cannot be read: No such file"):
-        read_token(str(tmp_path / "absent"))
+        token_of(settings(tmp_path / "absent"))
 
 
 def test_a_container_engine_may_give_the_file_any_mode(file: Path, monkeypatch: pytest.MonkeyPatch):
     file.chmod(0o444)
-    monkeypatch.setattr(host_access, "MOUNTED_SECRETS", str(file.parent))
+    monkeypatch.setattr(token_files, "MOUNTED_SECRETS", str(file.parent))
 
-    assert read_token(str(file)) == TOKEN
+    assert token_of(settings(file)) == TOKEN
 
 
 def test_certificates_that_cannot_be_used_are_an_error(file: Path):

@@ -4,40 +4,21 @@ from __future__ import annotations
 
 import json
 import ssl
-import stat
-from pathlib import Path
 
 import httpx
 
 from worker.errors import ConfigurationError, Diagnostic
 from worker.features.hosts.wire import PREFIX, VERSIONS
-from worker.settings import MOUNTED_SECRETS
 from worker.settings.sections import HostSettings
-from worker.telemetry.masking import masker
+from worker.settings.token_files import read_token
 
 # Seconds that `doctor` waits for each worker.
 PATIENCE = 5.0
 
 
-def read_token(path: str) -> str:
-    """The host's token, from a file that others cannot read. Raises ConfigurationError.
-
-    In a container the engine sets the mode, and the container has no other user.
-    """
-    fix = "put the token that `python -m worker hosts add` printed into it, readable by this user only"
-    try:
-        file = Path(path)
-        mode = file.stat().st_mode
-        token = file.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not ASCII text"
-        raise ConfigurationError(f"host.token_file: {path} cannot be read: {why}", fix=fix) from None
-    if mode & stat.S_IRWXO and not file.resolve().is_relative_to(MOUNTED_SECRETS):
-        raise ConfigurationError(f"host.token_file: others may read {path}", fix=f"chmod o= {path}")
-    if not token or not token.isprintable():
-        raise ConfigurationError(f"host.token_file: there is no token in {path}", fix=fix)
-    masker.register(token)
-    return token
+def token_of(settings: HostSettings) -> str:
+    """The host's token. Raises ConfigurationError."""
+    return read_token(settings.token_file, setting="host.token_file", made_by="python -m worker hosts add")
 
 
 def trusting(ca_file: str) -> ssl.SSLContext:
@@ -53,7 +34,7 @@ def trusting(ca_file: str) -> ssl.SSLContext:
 def check_access(settings: HostSettings, *, transport: httpx.BaseTransport | None = None) -> list[Diagnostic]:
     """Whether the token can be read, and what each worker says to it. Changes nothing."""
     try:
-        token, context = read_token(settings.token_file), trusting(settings.ca_file)
+        token, context = token_of(settings), trusting(settings.ca_file)
     except ConfigurationError as error:
         return [Diagnostic("token", False, error.message, error.fix)]
     found = [Diagnostic("token", True, f"{settings.token_file} has one, and others cannot read it")]

@@ -23,7 +23,7 @@ from worker.engine.loops.step_writer import StepWriter
 from worker.engine.runners.inline import Inline
 from worker.engine.signals import Signals
 from worker.errors import ConfigurationError, Unavailable
-from worker.features.hosts.access import read_token, trusting
+from worker.features.hosts.access import token_of, trusting
 from worker.features.hosts.control import AsyncControl, BlockingControl, ControlDenied, Controls
 from worker.features.hosts.hosted import RemoteTools, hosted_attempt
 from worker.features.hosts.remote import RemoteStore
@@ -73,7 +73,7 @@ def run(settings: Settings, *, pool: str | None = None) -> int:
     process = start("host", *given, collect=COLLECT, farewell=FAREWELL)
     # From here on this process holds the host's token, and nothing is forked from it.
     try:
-        token = read_token(settings.host.token_file)
+        token = token_of(settings.host)
     except ConfigurationError:
         asyncio.run(process.children.close())
         raise

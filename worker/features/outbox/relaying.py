@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Engine, NullPool, create_engine
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
-from worker.client import AsyncClient, ClientError, Outbox, token_file
+from worker.client import AsyncClient, ClientError, Outbox
 from worker.client import ConfigurationError as ClientConfigurationError
 from worker.client.statements import Dialect
 from worker.errors import ConfigurationError, NotFound, StoreUnavailable, Unavailable
-from worker.settings import MOUNTED_SECRETS, Settings
+from worker.settings import Settings
 from worker.settings.sections import RelaySettings
+from worker.settings.token_files import read_token
 from worker.store.dialect import Row
 from worker.telemetry import logs
 from worker.telemetry.events import emit
-from worker.telemetry.masking import masker
 from worker.telemetry.vitals import Notifier
 
 DIALECTS: dict[str, Dialect] = {
@@ -49,12 +48,9 @@ def run(settings: Settings, *, once: bool) -> int:
     for name in ("api", "token_file", "outbox_url"):
         if not getattr(relay, name):
             raise _lacking(name)
-    read = _token(relay.token_file)
-    try:
-        # An unusable file ends the start; later on the relay waits until it is back.
-        read()
-    except ClientConfigurationError as error:
-        raise ConfigurationError(error.message, fix=error.fix) from None
+    # An unusable file ends the start; later on the relay waits until it is back.
+    _token(relay)
+    read = partial(_token_for_client, relay)
     try:
         client = AsyncClient(relay.api, read, ca_file=relay.ca_file, plain_http=relay.plain_http)
     except ClientConfigurationError as error:
@@ -156,27 +152,18 @@ def _outbox(relay: RelaySettings, engine: Engine) -> Outbox:
         raise ConfigurationError(f"relay.table: {error.message}", fix=error.fix) from None
 
 
-def _token(path: str) -> Callable[[], str]:
-    """Reads the token for each request: it may be replaced while the relay runs. Raises as `token_file`."""
-    read_file = token_file(path)
+def _token(relay: RelaySettings) -> str:
+    """Raises ConfigurationError."""
+    made_by = "operators add NAME --role starter"
+    return read_token(relay.token_file, setting="relay.token_file", made_by=made_by)
 
-    def read() -> str:
-        try:
-            file = Path(path)
-            opened = file.stat().st_mode & stat.S_IRWXO
-            if opened and not file.resolve().is_relative_to(MOUNTED_SECRETS):
-                problem = f"relay.token_file: others may read {path}"
-                raise ClientConfigurationError(problem, fix=f"chmod o= {path}")
-        except OSError as error:
-            raise ClientConfigurationError(
-                f"relay.token_file: {path} cannot be read: {error.strerror}",
-                fix="put the token of `operators add NAME --role starter` there, readable by this user only",
-            ) from None
-        token = read_file()
-        masker.register(token)
-        return token
 
-    return read
+def _token_for_client(relay: RelaySettings) -> str:
+    """Read for each request, since it may be replaced. Raises the client's ConfigurationError."""
+    try:
+        return _token(relay)
+    except ConfigurationError as error:
+        raise ClientConfigurationError(error.message, fix=error.fix) from None
 
 
 def _lacking(name: str) -> ConfigurationError:
