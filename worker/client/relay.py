@@ -44,7 +44,7 @@ LONGEST_PAUSE = 60.0
 # Sent rows are kept as long, for `Outbox.find`; those of a second are deleted at most.
 KEEP = timedelta(days=7)
 DELETED = 500
-# The API knows a key as long as its run: `[retention]`, 7 days at least by default.
+# Less than the API knows a key, which is as long as it retains the run: 7 days at least by default.
 KEY_HOLDS = timedelta(days=6)
 # Milliseconds by which a row that was not sent comes before one that was put off at the same time.
 AHEAD = 86_400_000

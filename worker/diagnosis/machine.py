@@ -8,6 +8,7 @@ from functools import partial
 from worker.clock import SystemClock
 from worker.errors import ConfigurationError, Diagnostic
 from worker.kit.broker import broker_fault
+from worker.model.definitions.units import format_duration
 from worker.model.egress import OPEN
 from worker.process.confinement import OFF, confinement_of, in_words, readable_management_secrets
 from worker.process.guarded_files import changeable, guarded
@@ -160,6 +161,22 @@ def database_password(settings: Settings) -> Diagnostic:
     )
 
 
+def request_keys(settings: Settings) -> Diagnostic:
+    """A key of the API ends with its run: then a relay that sends a start again makes another run."""
+    ok = said("request_keys")[0]
+    retention, relayed = settings.retention, settings.relay.key_holds
+    by_state = {name: getattr(retention, name) for name in ("succeeded", "failed", "skipped")}
+    name = min(by_state, key=by_state.__getitem__)
+    shortest, longest = format_duration(by_state[name]), format_duration(relayed)
+    if by_state[name] > relayed:
+        return ok(f"a key of the API holds for {shortest} or more; relays send starts again for {longest}")
+    return ok(
+        f"a key of the API may end after {shortest} ([retention] {name}), and relays send a start without an "
+        f"answer again for {longest}: it may run twice",
+        "retain runs longer, or give relays a shorter key_holds, in [relay] here, too",
+    )
+
+
 # Of a worker, and of a host.
 OF_HOST = (sandbox, network, broker, changeable_files, trusted_code)
-OF_SETTINGS = (insecure_origins, *OF_HOST, management_secrets, database_password)
+OF_SETTINGS = (insecure_origins, *OF_HOST, management_secrets, database_password, request_keys)

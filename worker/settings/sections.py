@@ -528,6 +528,7 @@ class RelaySettings(Section):
     plain_http: bool = False
     outbox_url: str = Field("", repr=False)
     table: str = "orgworker_outbox"
+    key_holds: Duration = timedelta(days=6)
 
 
 class LogSettings(Section):

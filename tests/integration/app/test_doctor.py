@@ -41,7 +41,7 @@ def test_doctor_exits_0_where_all_is_well(asked_for_password: CommandLine):
     assert [row["check"] for row in done.json()] == [
         *("held_snapshots", "live_rows", "web_roles", "file_modes"),
         *("insecure_origins", "sandbox", "network", "broker", "changeable_files", "trusted_code"),
-        *("management_secrets", "database_password"),
+        *("management_secrets", "database_password", "request_keys"),
         *("installation", "workers", "credentials", "tokens", "handlers", "egress"),
         *("pools", "pool_rules", "calendars"),
     ]

@@ -6,7 +6,7 @@ import asyncio
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -57,19 +57,19 @@ def run(settings: Settings, *, once: bool) -> int:
         raise ConfigurationError(f"relay: {error.message}", fix=error.fix) from None
     with _engine(relay) as engine:
         try:
-            return asyncio.run(_relay(client, _outbox(relay, engine), once=once))
+            return asyncio.run(_relay(client, _outbox(relay, engine), once=once, key_holds=relay.key_holds))
         except engine.dialect.loaded_dbapi.Error as error:
             raise _unavailable(error) from None
 
 
-async def _relay(client: AsyncClient, outbox: Outbox, *, once: bool) -> int:
+async def _relay(client: AsyncClient, outbox: Outbox, *, once: bool, key_holds: timedelta) -> int:
     stop, notifier = asyncio.Event(), Notifier()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     notifier.ready(f"relays {outbox.table}")
     async with client:
         try:
-            await client.relay(outbox, once=once, stop=stop, report=emit)
+            await client.relay(outbox, once=once, stop=stop, report=emit, key_holds=key_holds)
         except ClientError:
             # The event relay.waiting has said why.
             return EXIT_LATER
