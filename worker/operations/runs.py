@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection
@@ -13,7 +13,7 @@ from worker.errors import AccessDenied, Conflict, NotFound, UsageError
 from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, new_id
 from worker.model.definitions import Overlap, fields
 from worker.model.definitions.definition import Definition, from_spec
-from worker.model.runs.run import NewRun, Origin
+from worker.model.runs.run import MAX_AHEAD, START_LATER, TOO_FAR_AHEAD, NewRun, Origin
 from worker.operations.changes import because, differing
 from worker.operations.handlers import Handlers, as_taken
 from worker.store import (
@@ -33,9 +33,6 @@ from worker.store.dialect import Row
 from worker.store.lists import runs as run_lists
 from worker.store.lists.rows import Run
 from worker.store.lists.run_ids import id_of
-
-# How far ahead a run may be started.
-MAX_AHEAD = timedelta(days=30)
 
 
 class Started(NamedTuple):
@@ -94,7 +91,7 @@ def start(
             return _replayed(connection, row, existing, params, actor=actor, only_own=only_own)
         now = database.now(connection)
         if not_before is not None and not_before > now + MAX_AHEAD:
-            raise UsageError(f"not_before is over {MAX_AHEAD.days} days ahead", fix="start it later")
+            raise UsageError(TOO_FAR_AHEAD, fix=START_LATER)
         run_id = _place(
             connection,
             row,

@@ -11,10 +11,12 @@ variables and its role, but not that.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
+from worker.model.runs.run import MAX_AHEAD, START_LATER, TOO_FAR_AHEAD
 from worker.store import roles
 
 PRODUCT = "orgworker_product"
@@ -95,9 +97,10 @@ CREATE = (
                   HINT = 'the same key makes one run: name what the run is for';
         END IF;
         not_before := entry->>'not_before';
-        IF not_before >= '9999-01-01 00:00:00+00' THEN
-          RAISE EXCEPTION 'start %, not_before: must be before the year 9999', place
-            USING ERRCODE = 'invalid_parameter_value', HINT = 'leave it out to start at once';
+        -- In hours: a day has 23 of them in some nights of the session's time zone.
+        IF not_before > moment + interval '{MAX_AHEAD // timedelta(hours=1)} hours' THEN
+          RAISE EXCEPTION 'start %: {TOO_FAR_AHEAD}', place
+            USING ERRCODE = 'invalid_parameter_value', HINT = '{START_LATER}';
         END IF;
         IF not_before <= moment THEN
           not_before := NULL;

@@ -15,6 +15,7 @@ from psycopg import errors
 
 from tests.fakes.product import Product, start
 from worker.ids import new_id
+from worker.model.runs.run import TOO_FAR_AHEAD
 from worker.operations.product import allow, list_logins, revoke
 from worker.store import roles, start_functions, tables
 
@@ -279,7 +280,11 @@ WRONG = {
         "SELECT orgworker_start('org_acme', 'digest', NULL, E'a\\nb')",
         "key: expected 1 to 200",
     ),
-    "never": ("SELECT orgworker_start('org_acme', 'digest', NULL, 'k', 'infinity')", "before the year 9999"),
+    "never": ("SELECT orgworker_start('org_acme', 'digest', NULL, 'k', 'infinity')", TOO_FAR_AHEAD),
+    "in a month and a minute": (
+        "SELECT orgworker_start('org_acme', 'digest', NULL, 'k', now() + interval '720 hours 1 minute')",
+        f"start 1: {TOO_FAR_AHEAD}",
+    ),
     "not a time": (
         'SELECT orgworker_start_many(\'[{"org": "org_acme", "definition": "digest", "key": "k", '
         '"not_before": "soon"}]\')',

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
 from worker.ids import DefinitionId, OrgId, RunId
@@ -14,6 +14,11 @@ from worker.model.definitions.pools import DEFAULT_POOL
 Origin = Literal["schedule", "manual", "backfill", "retry", "child"]
 Isolation = Literal["child", "inline"]
 SkipReason = Literal["missed", "overlap", "calendar"]
+
+# How far ahead the start of a run may be put off, by the API and by SQL, and what both say beyond it.
+MAX_AHEAD = timedelta(days=30)
+TOO_FAR_AHEAD = f"not_before is over {MAX_AHEAD.days} days ahead"
+START_LATER = "start it later"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any
 from worker.diagnosis.matters import Overview
 from worker.features.console.callers import Role
 from worker.model.definitions.definition import EDITABLE
+from worker.model.runs.run import MAX_AHEAD
 from worker.model.runs.waits import MAX_WAITS
 from worker.store.lists import LISTS, MAX_LIMIT, Listing
 from worker.store.lists.read import DefinitionState
@@ -347,7 +348,11 @@ RUN_NOW = _change(
     "Run a definition now.",
     Run,
     Field("params", OBJECT, "Params of this run, laid over the definition's."),
-    Field("not_before", TIME, "The earliest start, at most 30 days ahead: `2027-01-01T08:00:00Z`."),
+    Field(
+        "not_before",
+        TIME,
+        f"The earliest start, at most {MAX_AHEAD.days} days ahead: `2027-01-01T08:00:00Z`.",
+    ),
     REASON,
     headers=(Field("Idempotency-Key", STRING, "Requests with one key make one run."),),
     for_starters=True,
