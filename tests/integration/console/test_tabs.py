@@ -219,7 +219,7 @@ async def test_definitions_have_tabs_by_state_with_counts(staffed: Site):
         "Broken 1": ("state=broken", False),
         **{
             f"{state} 0": (f"state={state.lower()}", False)
-            for state in ("Overdue", "Late", "Paused", "Disabled", "Closed")
+            for state in ("Overdue", "Late", "Delayed", "Paused", "Disabled", "Closed")
         },
     }
     assert list(broken.tabs(label))[:2] == ["All 1", "Broken 1"]

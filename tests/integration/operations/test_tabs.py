@@ -119,7 +119,8 @@ class World:
             "disabled": {row["id"] for row in opened if not row["paused_at"] and not row["enabled"]},
             "broken": {row["id"] for row in opened if self.newest_of(row["id"]) in ("failed", "refused")},
             "overdue": {row["id"] for row in overdue},
-            "late": {row["id"] for row in opened if row["id"] in waiting | undone},
+            "late": {row["id"] for row in opened if row["id"] in undone},
+            "delayed": {row["id"] for row in opened if row["id"] in waiting},
         }
 
     def newest_of(self, definition_id):

@@ -125,7 +125,7 @@ class Listing(Generic[R]):
 
 
 # What an open definition may be besides its state.
-TROUBLES = ("broken", "overdue", "late")
+TROUBLES = ("broken", "overdue", "late", "delayed")
 ORGS = Listing(
     "orgs",
     OrgRow,

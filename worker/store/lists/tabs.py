@@ -6,7 +6,7 @@ A count reads a limited part of an index, and says so if there are more rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
@@ -21,18 +21,17 @@ from sqlalchemy import (
     literal_column,
     select,
     text,
-    union_all,
 )
 
 from worker.ids import AllOrgs, OrgId, Scope
 from worker.store import failing, tables
-from worker.store.dialect import Instant, all_rows, database_now, in_scope
+from worker.store.dialect import all_rows, database_now, in_scope
 from worker.store.lists.morning import MAX_ROWS
 from worker.store.lists.runs import is_listed
 
 # A scheduled time is overdue after this.
 OVERDUE = timedelta(seconds=60)
-# A run that could have started so long ago waits for more than a free slot.
+# A run that could have started so long ago is delayed: it waits for more than a free slot.
 LONG_WAIT = timedelta(minutes=15)
 # Definitions or orgs whose newest runs are looked at: each takes a few look-ups.
 MAX_CHECKED = 500
@@ -93,7 +92,7 @@ def ended(connection: Connection, org_ids: Sequence[OrgId], hours: Sequence[date
 
 
 def definitions(connection: Connection, scope: Scope) -> dict[str, BoundedCount]:
-    """Definitions by state, and those that are broken, overdue or late. `all` are the open ones."""
+    """Definitions by state, and by trouble. `all` are the open ones."""
     now = database_now(connection)
     columns = (_definitions.c[name] for name in ("id", "org_id", "closed_at", "enabled", "paused_at"))
     newest = select(*columns).where(*in_scope(_definitions.c.org_id, scope))
@@ -120,10 +119,11 @@ def definitions(connection: Connection, scope: Scope) -> dict[str, BoundedCount]
             most=MAX_CHECKED,
         ),
         **_counted(connection, _due(now), lambda row: {"overdue": _those(*in_scope(row.org_id, scope))}),
+        **_counted(connection, _undone(scope), lambda row: {"late": _every}),
         **_counted(
             connection,
-            _may_be_late(scope),
-            lambda row: {"late": func.count(case((_is_late(row, now), row.definition_id)).distinct())},
+            _waiting(scope),
+            lambda row: {"delayed": func.count(case((_is_long(row, now), row.definition_id)).distinct())},
         ),
     }
 
@@ -156,7 +156,7 @@ def orgs(connection: Connection, scope: Scope, states: Iterable[str]) -> dict[st
 
 
 def troubled(connection: Connection, scope: Scope, state: str) -> Condition:
-    """A condition on `definitions`: open, and `broken`, `overdue` or `late`; MAX_ROWS of the last two."""
+    """A condition on `definitions`: open, and in this trouble; of those that are not broken MAX_ROWS."""
     now = database_now(connection)
     if state == "broken":
         candidates = select(_failing.c.definition_id).where(*in_scope(_failing.c.org_id, scope))
@@ -169,9 +169,11 @@ def troubled(connection: Connection, scope: Scope, state: str) -> Condition:
     if state == "overdue":
         some = _due(now).where(*in_scope(_schedule.c.org_id, scope)).limit(MAX_ROWS).subquery()
         rows = select(some.c.definition_id)
+    elif state == "late":
+        rows = select(_undone(scope).limit(MAX_ROWS).subquery().c.definition_id)
     else:
-        some = _may_be_late(scope).limit(MAX_ROWS).subquery()
-        rows = select(some.c.definition_id).where(_is_late(some.c, now))
+        some = _waiting(scope).limit(MAX_ROWS).subquery()
+        rows = select(some.c.definition_id).where(_is_long(some.c, now))
     return and_(_definitions.c.id.in_(rows), _definitions.c.closed_at.is_(None))
 
 
@@ -181,18 +183,21 @@ def _due(now: datetime) -> Select[Any]:
     return select(*columns).where(_schedule.c.next_fire_at <= now - OVERDUE)
 
 
-def _may_be_late(scope: Scope) -> CompoundSelect[Any]:
-    """What passed its deadline, which is late in any case, and the waiting runs."""
-    long_ago = literal(datetime(1970, 1, 1, tzinfo=UTC), Instant()).label("available_at")
-    undone = select(_late.c.definition_id, long_ago).where(*in_scope(_late.c.org_id, scope))
+def _undone(scope: Scope) -> Select[Any]:
+    """The definitions whose deadline has passed."""
+    return select(_late.c.definition_id).where(*in_scope(_late.c.org_id, scope))
+
+
+def _waiting(scope: Scope) -> Select[Any]:
+    """The waiting runs."""
     rows = select(_live.c.definition_id, _live.c.available_at)
-    waiting = rows.where(_live.c.state == literal_column("'waiting'"), *in_scope(_live.c.org_id, scope))
-    return union_all(undone, waiting)
+    return rows.where(_live.c.state == literal_column("'waiting'"), *in_scope(_live.c.org_id, scope))
 
 
-def _is_late(row: Any, now: datetime) -> Condition:
-    is_late: Condition = row.available_at <= now - LONG_WAIT
-    return is_late
+def _is_long(row: Any, now: datetime) -> Condition:
+    """Whether a waiting run is delayed."""
+    is_long: Condition = row.available_at <= now - LONG_WAIT
+    return is_long
 
 
 def _those(*conditions: Condition) -> ColumnElement[Any]:
