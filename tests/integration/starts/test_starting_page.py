@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from types import SimpleNamespace
+from typing import Annotated, Any
 from uuid import UUID
 
+import httpx
 import psycopg
 import pytest
-from fastapi import Depends, FastAPI, Header
+from fastapi import FastAPI, Header
 from fastapi.testclient import TestClient
 from psycopg import errors
 from sqlalchemy import NullPool, create_engine, text
@@ -28,18 +29,18 @@ DOCS = Path(__file__).parents[3] / "docs"
 PAGE, FASTAPI, DJANGO = (
     DOCS / name for name in ("starting-runs.md", "recipes/fastapi.md", "recipes/django.md")
 )
+# As both recipes have it.
+TABLE = "CREATE TABLE shop_orders (number text PRIMARY KEY, total int, org text, run uuid)"
 # A project of Django with the view of the page, in a process of its own: its settings are the process's.
 PROJECT = """
-import json, sys
+import sys
 from urllib.parse import urlsplit
-from uuid import UUID
 from django.conf import settings
 url = urlsplit(sys.argv[1])
 settings.configure(DATABASES={"default": {
     "ENGINE": "django.db.backends.postgresql", "NAME": url.path[1:], "USER": url.username,
     "HOST": url.hostname, "PORT": url.port,
 }})
-from django.db import connection, transaction
 CODE
 first = order("org_acme", "o-30")
 try:
@@ -59,7 +60,7 @@ def shop(product: Product, define) -> Product:
         define(one_definition(org, "invoice", "acme.plain", overlap="allow"))
     define(one_definition("org_acme", "export", "acme.plain", overlap="allow"))
     login = product.new_login(roles="pg_monitor")
-    product.change(f"CREATE TABLE shop_orders (number text, total int); GRANT ALL ON shop_orders TO {login}")
+    product.change(f"{TABLE}; GRANT ALL ON shop_orders TO {login}")
     product.login = login
     return product
 
@@ -105,33 +106,39 @@ def test_starting_page(shop: Product) -> None:
     assert [row["key"] for row in later] == ["invoices of May"]
 
 
-def test_the_recipe_of_fastapi(shop: Product) -> None:
+def test_the_recipe_of_fastapi(shop: Product, monkeypatch: pytest.MonkeyPatch) -> None:
     allowed(shop)
-    engine = create_engine(shop.url_of().replace("postgresql:", "postgresql+psycopg:"), poolclass=NullPool)
+    monkeypatch.setenv("CRM_DATABASE", shop.url_of().replace("postgresql:", "postgresql+psycopg:"))
+    app, answers = FastAPI(), [httpx.Response(404), httpx.Response(200, json={"state": "succeeded"})]
 
-    def session() -> Iterator[Session]:
-        with Session(engine) as found:
-            yield found
+    async def ask(method: str, path: str) -> httpx.Response:
+        return answers.pop(0)
 
-    app = FastAPI()
-    space = {
-        "app": app,
-        "Org": Annotated[str, Depends(lambda: "org_acme")],
-        "Database": Annotated[Session, Depends(session)],
-        **{each.__name__: each for each in (UUID, Header, text)},
-        "Annotated": Annotated,
-        "json": json,
+    modules: dict[str, dict[str, Any]] = {
+        "crm": {"app": app, "Org": Annotated[str, Header(alias="X-Org")]},
+        "database": {},
+        "sync": {"TEXTS": {"waiting": "soon"}, "ask": ask, "shown": dict},
     }
-    [python] = code("python", FASTAPI)
-    exec(python, space)
+    for name, has in modules.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**has))
+    database, orders = code("python", FASTAPI)
+    assert TABLE in FASTAPI.read_text() and TABLE in DJANGO.read_text()
+    exec(database, vars(sys.modules["database"]))
+    exec(orders, {})
 
-    key = {"Idempotency-Key": "5f0c7a52-6f0e-4c3c-9d3f-1f2f6a3b7c11"}
-    first, second = (TestClient(app).post("/orders", headers=key) for _ in range(2))
-    engine.dispose()
+    client, mine, others = TestClient(app), {"X-Org": "org_acme"}, {"X-Org": "org_globex"}
+    key = mine | {"Idempotency-Key": "5f0c7a52-6f0e-4c3c-9d3f-1f2f6a3b7c11"}
+    first, second = (client.post("/orders", headers=key) for _ in range(2))
+    path = f"/orders/{first.json()['run']}"
+    unmade = client.get(path, headers=mine)
+    assert shop.make() == 1
+    made, theirs = (client.get(path, headers=headers) for headers in (mine, others))
+    sys.modules["database"].engine.dispose()
 
     assert first.status_code == second.status_code == 202
-    assert first.json()["run"] == second.json()["run"]
-    assert shop.make() == 1
+    assert first.json() == second.json() == unmade.json()
+    assert (made.json(), theirs.status_code) == ({"state": "succeeded"}, 404)
+    assert len(shop.query("SELECT number FROM shop_orders")) == 1
 
 
 def test_the_recipe_of_django(shop: Product, tmp_path: Path) -> None:
