@@ -317,6 +317,12 @@ style = "json"
             query = text("SELECT count(*) FROM runs WHERE state IN ('succeeded', 'failed')")
             return int(connection.execute(query).scalar_one())
 
+    def new_database(self) -> contextlib.AbstractContextManager[str]:
+        """The URL of another database of its PostgreSQL."""
+        if self._server is None:
+            raise LookupError("SQLite has no server")
+        return self._server.new_database()
+
     def server_cpu(self) -> float:
         """Processor seconds of PostgreSQL; 0 on SQLite."""
         pid = None if self._server is None else self._server.pid

@@ -134,7 +134,7 @@ def test_runs_are_what_was_committed(processes: Processes, full: bool) -> None:
         assert code in (None, 0), processes.log("product")[-2000:]
         return code == 0
 
-    patience = 1500.0 if full else 150.0
+    patience = 3000.0 if full else 150.0
     cluster.wait_for(product_done, "the product", patience)
     waiting = "SELECT COUNT(*) FROM orgworker_outbox WHERE state = 'waiting'"
     cluster.wait_for(lambda: product.execute(waiting)[0][0] == 0, "an empty outbox", patience)
