@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -18,8 +19,10 @@ from tests.fakes.running import until
 from tests.integration.hosts.conftest import HANDLER, Fleet, Host, Worker, end_of, fence, line_of, step_of
 from worker.clock import to_text
 from worker.engine.runners.output import CAP, LINE_COST, LINE_LIMIT, RunOutput
+from worker.errors import Busy
 from worker.features.hosts import attempt_api, checker, sent, wire
 from worker.features.hosts import listener as web
+from worker.features.hosts.body_check import ENDING, FRAME
 from worker.features.hosts.sent import END, LAST_LINE, TOO_MUCH, TRUSTED, LineRow
 from worker.handlers.parts import Count, row_of
 from worker.handlers.steps import RESULT_LIMIT
@@ -288,6 +291,22 @@ async def test_a_check_that_takes_too_long_is_tried_later(
     assert (response.status_code, response.json()["code"]) == (503, "busy")
     monkeypatch.undo()
     assert await status(host, fleet.one, "save", large_calls(taken)["save"]) == 200
+
+
+async def test_a_process_that_writes_without_end_is_killed_and_closed() -> None:
+    """Asyncio does not read all of it, and so would wait for the end of the process for good."""
+    endless = f"import sys\nwhile True: sys.stdout.buffer.write({FRAME.pack(ENDING, 0)!r} * 10_000)"
+    checking = checker.Checker((sys.executable, "-c", endless), deadline=1.0)
+    check = asyncio.create_task(checking.check("save", b"{}"))
+    while (process := checking._process) is None:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+    async with asyncio.timeout(20):
+        with pytest.raises(Busy, match="not checked in time"):
+            await check
+        await checking.close()
+
+    assert process._transport.is_closing()  # type: ignore[attr-defined]
 
 
 async def test_a_worker_that_stops_leaves_large_bodies_to_others(fleet: Fleet) -> None:

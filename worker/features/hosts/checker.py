@@ -69,7 +69,12 @@ class Checker:
     async def close(self) -> None:
         """End the process for good; a body that is being checked is to be sent to another worker."""
         self._closed = True
-        await self._kill()
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                self._process.kill()
+        # A check under way reads to the end of the process, or is starting another one.
+        async with self._turn:
+            await self._kill()
 
     async def _ask(self, name: str, body: bytes | bytearray) -> list[Message]:
         process = await self._started()
@@ -123,6 +128,9 @@ class Checker:
             return None
         with suppress(ProcessLookupError):
             process.kill()
+        if process.stdout is not None:
+            # Asyncio stops reading from a process that has written much, and then never sees its end.
+            await process.stdout.read()
         return await process.wait()
 
 
