@@ -17,7 +17,7 @@ from tests.simulation.world import LEASE
 
 LAST_FAULT, END = 220.0, 281.0
 # Runs that the schedules of a seed make together, some more than a seed must have.
-RUNS = 101
+RUNS = 104
 # Seconds after the end in which everything must be done that can be.
 LIVENESS = 240.0
 LIMIT = 2
@@ -198,7 +198,7 @@ def _filling(entries: tuple[Entry, ...]) -> Entry:
 
 
 def _calls(chance: Random, hosts: int) -> tuple[Entry, ...]:
-    params = {"lanes": chance.choice((2, 3, 4)), "turns": 5, "rest": chance.choice((0.3, 1.0))}
+    params = {"lanes": chance.choice((2, 3)), "turns": 4, "rest": chance.choice((0.3, 1.0))}
     found = [
         Entry(org, name, "sim.calls", CALLS_EVERY, params=params)
         for org, name in ((0, "calls"), (1, "calls"), (1, "more-calls"))  # of org 1 by two workers at once
@@ -288,7 +288,7 @@ def _acts(chance: Random, entries: tuple[Entry, ...]) -> list[Action]:
         at = chance.uniform(15, LAST_FAULT)
         found.append(Action(at, kind, f"{entry.org}/{entry.name}", chance.uniform(2, 20)))
     # A person answers what is asked, now and then twice.
-    found += [Action(at, "answer", size=chance.random()) for at in range(20, int(END), 9)]
+    found += [Action(at, "answer", size=chance.random()) for at in range(20, int(END), 12)]
     return found
 
 
