@@ -67,6 +67,7 @@ class Deadlines:
             yield from self._rightly(key)
             if key not in self._changed:
                 yield from self._missed(key, within)
+                yield from self._forgotten(key, within)
         yield from self._kept()
 
     def _done_at(self, key: tuple[str, str], scheduled_for: datetime) -> float:
@@ -101,6 +102,22 @@ class Deadlines:
             over = [at for at in self._ended[key] if max(became) < at < deadline]
             if over:
                 yield f"{key}: run {run['id']} was due at {deadline:.1f}, and was forgotten at {over[0]:.1f}"
+
+    def _forgotten(self, key: tuple[str, str], within: float) -> Iterator[str]:
+        """What is done is soon no longer late, unless a newer scheduled time is late by then."""
+        for at, scheduled_for in self._noted[key]:
+            since = max(at, self._done_at(key, scheduled_for))
+            until = since + NOTED
+            if until > END or not self._calm.between(since, until):
+                continue
+            if any(since <= ended_at <= until for ended_at in self._ended[key]):
+                continue
+            newer = {run["scheduled_for"] for run in self._runs[key] if run["scheduled_for"] > scheduled_for}
+            deadlines = {time: _seconds(time) + within for time in newer}
+            if not any(
+                passed <= until and self._done_at(key, time) > passed for time, passed in deadlines.items()
+            ):
+                yield f"{key} was done for {scheduled_for} at {since:.1f}, and was late until {until:.1f}"
 
     def _kept(self) -> Iterator[str]:
         """What is done is no longer late."""

@@ -41,7 +41,7 @@ GROUP BY r.definition_id HAVING count(*) > min(r.max_concurrent)
 """
 TABLES = (
     *("runs", "attempts", "workers", "checkpoints", "steps", "waits", "spends", "meter_days", "live_runs"),
-    *("run_egress", "parents", "children", "starts"),
+    *("run_egress", "parents", "children", "starts", "definitions"),
 )
 NAMED = """
 SELECT {columns} FROM {table} t JOIN definitions d ON d.id = t.definition_id JOIN orgs o ON o.id = d.org_id
@@ -185,7 +185,7 @@ class Oracle:
         calm = Calm(self.world, self.stage.plan.faults)
         if self.world.watch.waking is not None:
             yield from Families(self.world, self.world.watch.waking, calm, self.rows).objections()
-        yield from Starts(self.stage.product, self.rows["starts"], self.rows["runs"]).objections()
+        yield from Starts(self.stage.product, self.rows).objections()
         if not (self.world.on_file and self.wrong_clock):
             found = Deadlines(self.world, self.stage, calm, self.entries, self.rows["runs"])
             yield from found.objections()

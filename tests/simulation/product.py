@@ -108,10 +108,11 @@ class Product:
 class Starts:
     """Judges what became of the starts of a product. `runs` have `org` and `definition`."""
 
-    def __init__(self, product: Product, starts: Sequence[Row], runs: Sequence[Row]) -> None:
+    def __init__(self, product: Product, rows: Mapping[str, Sequence[Row]]) -> None:
         self._transactions = product.transactions
-        self._starts = starts
-        self._runs = runs
+        self._starts = rows["starts"]
+        self._runs = rows["runs"]
+        self._closed_at = {row["id"]: row["closed_at"] for row in rows["definitions"]}
 
     def objections(self) -> Iterator[str]:
         yield from self._keys()
@@ -150,8 +151,15 @@ class Starts:
                 yield f"the start {start['id']} is {start['state']}; its run is {run and run['state']}"
             elif counted[start["id"]] != 1:
                 yield f"the start {start['id']} is {counted[start['id']]} runs"
+            elif self._is_closed(start) and run["state"] != "refused":
+                yield f"the start {start['id']} of a closed definition is {run['state']}"
         for id_ in of_product.keys() - {start["id"] for start in self._starts}:
             yield f"run {id_} is of no start"
+
+    def _is_closed(self, start: Row) -> bool:
+        """Whether its definition was closed for good before its run was made."""
+        closed_at = self._closed_at[start["definition_id"]]
+        return closed_at is not None and (start["made_at"] - closed_at).total_seconds() > BLUR
 
     def _order(self) -> Iterator[str]:
         """Of one definition, what was committed before another was made is made before it."""
