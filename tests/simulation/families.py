@@ -38,6 +38,8 @@ EVERY, SOON = 2.0, 8.0
 BEGUN, STOPPED = 4.0, RENEW + 10.0 + 10.0
 # Seconds after a limit was reached in which a child that spends may still begin.
 LATE = 4.0
+# Seconds after which workers have learnt of the budgets, which a simulation has them look for rarely.
+KNOWN = 50.0
 
 
 class Waking:
@@ -194,15 +196,12 @@ class Families:
         return parent in self._parents and bool(self._parents[parent]["keep"])
 
     def _above(self, link: Row) -> Iterator[Row]:
-        """The links from a child up to the top of its tree."""
-        yield link
+        """The links from a child up to the top of its tree; also of other runs that have it by a retry."""
         for other in self._children:
-            if other["run_id"] == link["parent_id"]:
-                yield from self._above(other)
-        # A run that was retried is above those that its retry took up.
-        for other in self._children:
-            if other["run_id"] == link["run_id"] and other["parent_id"] > link["parent_id"]:
+            if other["run_id"] == link["run_id"]:
                 yield other
+            elif other["run_id"] == link["parent_id"]:
+                yield from self._above(other)
 
     def _left_waiting(self) -> Iterator[str]:
         """A parent goes on soon once its children have ended."""
@@ -228,7 +227,7 @@ class Families:
             for row in rows[limit:]:
                 attempt = int(row["key"].partition(":")[0])
                 began = begun.get((row["run_id"], attempt), 0.0)
-                if began > reached + LATE and self._calm.between(reached, began):
+                if reached > KNOWN and began > reached + LATE and self._calm.between(reached, began):
                     yield (
                         f"run {row['run_id']} began at {began:.1f} and spent of a limit that its tree had "
                         f"reached at {reached:.1f}"
