@@ -318,19 +318,20 @@ def counts(connection: Connection, scope: Scope, parent_id: RunId) -> ChildCount
 def take_up(connection: Connection, org_id: OrgId, of: RunId, to: RunId) -> int:
     """Give a retry the children of the run that it continues that succeeded or are unfinished.
 
-    Unfinished ones that another retry has taken up stay with that one.
+    Unfinished ones that are being cancelled are left out, and those that another retry has taken up.
     """
     parent = first_row(
         connection, select(_parents).where(_parents.c.run_id == of, _parents.c.org_id == org_id)
     )
     if parent is None:
         return 0
+    mine = (_live.c.parent_id == of) & _live.c.cancel_requested_at.is_(None)
     query = (
         select(_children, _runs.c.state)
         .join(_runs, _runs.c.id == _children.c.run_id)
         .outerjoin(_live, _live.c.id == _children.c.run_id)
         .where(_children.c.parent_id == of, _children.c.org_id == org_id)
-        .where((_runs.c.state == "succeeded") | (_live.c.parent_id == of))
+        .where((_runs.c.state == "succeeded") | mine)
         .order_by(_children.c.place)
     )
     rows = all_rows(connection, query)

@@ -479,6 +479,18 @@ def test_a_second_retry_leaves_unfinished_children_to_the_first(stock: Stock, wo
     assert stock.unended(two.id)["parent_id"] == first.id
 
 
+def test_a_retry_leaves_children_that_are_being_cancelled(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    started(stock, run, 2)
+    [one] = stock.admit(worker, 1)
+    stock.within(families.cancel_below, run.org_id, run.id, at=stock.now())
+    stock.finish(worker, stock.ended(run, "cancelled", reason="requested"))
+    retry = stock.running(worker, run.org_id, run.definition_id, retry_of=run.id, origin="retry")
+
+    assert stock.within(children.take_up, run.org_id, run.id, retry.id) == 0
+    assert stock.unended(one.id)["parent_id"] == run.id
+
+
 def test_what_children_may_do_is_that_of_the_last_attempt(stock: Stock, worker: WorkerId) -> None:
     run = admitted(stock, worker)
     ids = started(stock, run, 1)
