@@ -319,7 +319,9 @@ async def keeps(ctx: Context[Any, Any]) -> None:
 
 def _write_results(ctx: Context[Any, Any], keys: list[str | None], found: list[Any]) -> None:
     results = [
-        [one.child.key, one.state] if isinstance(one, ChildFailed) else [str(one["number"]), one["org"]]
+        [one.child.key, f"{one.state}: {one.reason}"]
+        if isinstance(one, ChildFailed)
+        else [str(one["number"]), one["org"]]
         for one in found
     ]
     write(ctx, "results", keys=keys, results=results)
