@@ -254,7 +254,7 @@ class _Parts:
             signals=signals,
             lease=execution.lease,
             renew=execution.renew.total_seconds(),
-            leave=partial(database.run, store.unregister),
+            leave=store.leave,
             cancel=partial(self._cancel, dispatcher),
             is_placed=lambda run: any(each.is_placed(run) for each in joined),
             resources=resources,

@@ -33,6 +33,11 @@ class EndedChildren:
         if self._ended and self._looking is None:
             self._looking = asyncio.get_running_loop().create_task(self._look())
 
+    async def finish(self) -> None:
+        """Return once all that was added is looked at."""
+        if self._looking is not None:
+            await asyncio.wait([self._looking])
+
     async def _look(self) -> None:
         try:
             while self._ended:

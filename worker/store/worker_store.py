@@ -255,6 +255,10 @@ class WorkerStore:
             if parents:
                 await self.database.call(families.orphan, parents)
 
+    async def families_settled(self) -> None:
+        """Return once the families of all children that have ended here may go on."""
+        await self._ended_children.finish()
+
     async def look_at_families(self) -> int:
         """Do what `_settle` would have done for workers that died before; returns how many runs changed."""
         looked = await self.database.call(families.look, self._families_after)
@@ -525,6 +529,11 @@ class WorkerStore:
         """Extend the lease and return the runs it covers; False if this incarnation was ended."""
         with self._heartbeat_database.transaction() as connection:
             return statements(connection).renew(connection, self._worker_id, self._lease)
+
+    async def leave(self) -> None:
+        """Give up the lease. Families of children that have ended here do not wait for another worker."""
+        await self.families_settled()
+        await self.database.run(self.unregister)
 
     def unregister(self) -> None:
         """End this incarnation."""

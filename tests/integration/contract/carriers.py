@@ -167,6 +167,7 @@ class Carrier:
         tools = self.site.tools
         for worker in self.site.fleet.workers:
             await worker.store.look_at_budgets()
+            await worker.store.families_settled()
         [taken] = await self.site.host.take(self.site.fleet.one)
         assert taken.run.id == run
         tools.keep([taken])
@@ -190,6 +191,7 @@ class Carrier:
         handlers.add(replace(ENTRY, entry_point=entry_point))
         tools = replace(worker.tools, handlers=handlers, runners={"child": runners[self.name]})
         await worker.store.look_at_budgets()
+        await worker.store.families_settled()
         [admitted] = await worker.store.admit(handlers.limits(), {"child": 1})
         assert admitted.id == run
         inflight = InflightRun(admitted, StopSignal())

@@ -62,6 +62,19 @@ async def test_those_that_end_during_a_look_share_the_next():
     assert database.settled == [[TWO, THREE]]
 
 
+async def test_it_finishes_with_all_that_was_added():
+    database = Database()
+    ended = EndedChildren(database)
+    await ended.finish()
+
+    ended.add([ONE])
+    await asyncio.sleep(0)
+    ended.add([TWO])
+    await ended.finish()
+
+    assert database.looked == [[ONE], [TWO]]
+
+
 @pytest.mark.parametrize("error", [StoreUnavailable("away"), RuntimeError("odd")])
 async def test_an_error_ends_no_later_look(error: Exception, emitted: list[Emitted]):
     database = Database(error=error)
