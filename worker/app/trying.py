@@ -30,7 +30,7 @@ from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import LogLine
 from worker.outbound import open_client
 from worker.process.confinement import confinement_of, network_of
-from worker.process.installed_handlers import find_handler
+from worker.process.installed_handlers import children_of
 from worker.settings import Settings
 from worker.store import orgs
 from worker.store.database import Database
@@ -93,23 +93,11 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
         DefinitionError: the scopes or the timeout of the handler are invalid.
     """
     subject = _subject(settings, entry, request)
-    children = await _children_of(settings, entry)
+    children = await children_of(entry, settings)
     async with AsyncExitStack() as stack:
         # The zygote and the broker start before any key is read.
         runner = _runner(settings, entry, request, clock, stack)
-        tokens: TokenSource
-        secrets: SecretSource = GivenSecrets(request.secrets)
-        if request.database is None:
-            tokens = FakeTokens(
-                clock, properties=request.properties, flags=request.flags, scopes=request.scopes
-            )
-        else:
-            keyring = find_keyring(settings)
-            source = _UncountedCredentials(request.database, keyring, settings.secrets_dir, clock)
-            client = await stack.enter_async_context(open_client())
-            tokens = Tokens(issuers_of(settings), source, client=client, clock=clock)
-            stack.push_async_callback(tokens.close)
-            secrets = _WithGiven(OpenedSecrets(request.database, source.ring), request.secrets)
+        tokens, secrets = await _sources(settings, request, clock, stack)
         trials: list[Trial] = []
         entries = [entry, *children]
         shared: dict[str, Any] = {
@@ -149,15 +137,18 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
         return Tried(ended, trial.checkpoint, trial.state, trial.spent)
 
 
-async def _children_of(settings: Settings, entry: HandlerEntry) -> list[HandlerEntry]:
-    """The handlers that it may start, and those that these may start."""
-    found: dict[str, HandlerEntry] = {entry.name: entry}
-    wanted = list(entry.children)
-    while wanted:
-        if (name := wanted.pop()) not in found:
-            found[name] = await find_handler(name, settings)
-            wanted += found[name].children
-    return [each for each in found.values() if each is not entry]
+async def _sources(
+    settings: Settings, request: TryRequest, clock: Clock, stack: AsyncExitStack
+) -> tuple[TokenSource, SecretSource]:
+    if request.database is None:
+        fake = FakeTokens(clock, properties=request.properties, flags=request.flags, scopes=request.scopes)
+        return fake, GivenSecrets(request.secrets)
+    keyring = find_keyring(settings)
+    source = _UncountedCredentials(request.database, keyring, settings.secrets_dir, clock)
+    client = await stack.enter_async_context(open_client())
+    tokens = Tokens(issuers_of(settings), source, client=client, clock=clock)
+    stack.push_async_callback(tokens.close)
+    return tokens, _WithGiven(OpenedSecrets(request.database, source.ring), request.secrets)
 
 
 def _subject(settings: Settings, entry: HandlerEntry, request: TryRequest) -> Subject:

@@ -63,3 +63,19 @@ async def read_entries(settings: Settings, names: Sequence[str]) -> list[Handler
     passed, command = settings.execution.pass_environment, confinement_of(settings).describe
     reading = read_catalogue(names, pass_environment=passed, command=command)
     return [entry async for found in reading for entry in found]
+
+
+async def children_of(entry: HandlerEntry, settings: Settings) -> list[HandlerEntry]:
+    """The handlers that a handler may start, and those that these may start.
+
+    Raises:
+        NotFound: one of them is not installed.
+    """
+    found = {entry.name: entry}
+    wanted = list(entry.children)
+    for name in wanted:
+        if name not in found:
+            found[name] = await find_handler(name, settings)
+            # The loop goes on with these.
+            wanted += found[name].children
+    return [each for each in found.values() if each is not entry]
