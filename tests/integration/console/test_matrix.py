@@ -170,6 +170,8 @@ Kind = Literal[
     "zone",
     "bulk",
     "approve",
+    "plan",
+    "plan_form",
 ]
 
 
@@ -222,6 +224,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("POST", f"{API}/definitions/{{org}}/{{name}}/pause"): Rule("run_now", role="operator"),
     ("POST", f"{API}/definitions/{{org}}/{{name}}/resume"): Rule("run_now", role="operator"),
     ("POST", f"{API}/definitions/{{org}}/{{name}}/backfill"): replace(BY_STAFF, status=200),
+    ("GET", f"{API}/definitions/{{org}}/{{name}}/next"): Rule("own_org"),
     ("GET", f"{API}/definitions/{{org}}/{{name}}/state"): Rule("own_org"),
     ("PUT", f"{API}/definitions/{{org}}/{{name}}/state"): replace(BY_STAFF, status=200),
     ("DELETE", f"{API}/definitions/{{org}}/{{name}}/state"): replace(BY_STAFF, status=200),
@@ -253,6 +256,9 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("POST", "/runs/{run}/cancel"): Rule("write", role="operator", status=303),
     ("POST", "/runs/{run}/retry"): Rule("write", role="operator", status=303),
     ("POST", "/runs/{run}/answer"): Rule("write", role="operator", status=303),
+    # There is no plan here; tests/integration/console/test_mcp_plans.py has some.
+    ("GET", "/plans/{plan}"): Rule("plan", status=404),
+    ("POST", "/plans/{plan}"): Rule("plan_form", status=404),
     ("GET", "/orgs/{org}/definitions/{name}"): Rule("own_org"),
     **{
         ("POST", f"/orgs/{{org}}/definitions/{{name}}/{verb}"): Rule("run_now", role="operator", status=303)
@@ -305,11 +311,11 @@ def expected(rule: Rule, who: Who, target: str, *, session: bool, page: bool, pa
         return 200 if who.org is None else 403
     if rule.kind == "login":
         return rule.status
-    is_form = rule.kind in ("write", "run_now", "logout", "zone", "approve") or rule == BY_STAFF
+    is_form = rule.kind in ("write", "run_now", "logout", "zone", "approve", "plan_form") or rule == BY_STAFF
     if page and not session and is_form:
         # A form is taken from a page of ours only.
         return 401
-    if rule.kind in ("logout", "zone", "document"):
+    if rule.kind in ("logout", "zone", "document", "plan", "plan_form"):
         return rule.status
     if rule.kind == "approve":
         return rule.status if who.org is None and RANK[who.role] >= RANK[rule.role] else 403
@@ -721,7 +727,7 @@ class Matrix:
         made = self.unused.get((thing, target))
         run = made if thing in ("waiting", "cancelled") else self.made.ended[target]
         generation = made if thing == "new_credential" else 0
-        url = path.format(run=run, org=target, name="digest", code="x", generation=generation)
+        url = path.format(run=run, org=target, name="digest", code="x", plan="x", generation=generation)
         if rule.kind == "bulk":
             url += f"?q={NOTHING}" if method == "GET" else ""
         if rule.kind == "list":

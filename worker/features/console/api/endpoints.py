@@ -13,6 +13,7 @@ from typing import Any
 from worker.diagnosis.matters import Overview
 from worker.features.console.callers import Role
 from worker.model.definitions.definition import EDITABLE
+from worker.model.runs.preview import NextTime
 from worker.model.runs.run import MAX_AHEAD
 from worker.model.runs.waits import MAX_WAITS
 from worker.store.lists import LISTS, MAX_LIMIT, Listing
@@ -37,6 +38,8 @@ BASE = "/api/v1"
 # Every operation may answer these; 404 for what does not exist, or belongs to another org.
 ALWAYS = (400, 401, 403, 404, 429, 503)
 MAX_TEXT = 500
+# Scheduled times of a preview.
+MAX_TIMES = 1000
 
 Schema = Mapping[str, Any]
 
@@ -72,6 +75,11 @@ class Endpoint:
     media: str = "application/json"
     # Headers of the answer.
     returns: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def path_names(self) -> tuple[str, ...]:
+        """The names of the parts of its path that a request chooses."""
+        return tuple(part[1:-1] for part in self.path.replace(":", "/").split("/") if part.startswith("{"))
 
     @property
     def statuses(self) -> Sequence[int]:
@@ -187,6 +195,7 @@ LOGS = _get(
     LogRow,
     Field("limit", LIMIT, f"Lines of a page, {MAX_LIMIT} by default."),
     Field("after", STRING, "`attempt.seq` of the last line of the page before."),
+    Field("newest", {"enum": ["true", "false"]}, "The newest lines, instead of a page."),
     is_list=True,
 )
 EVENTS = _get(
@@ -331,6 +340,15 @@ DEFINITION = _get(
     errors=(304,),
     returns=_ETAG,
 )
+NEXT = _get(
+    "preview_definition",
+    f"{DEFINITION_PATH}/next",
+    "The next scheduled times of a definition, as `definitions next` prints them.",
+    NextTime,
+    Field("from", TIME, "From this time on; by default from those that are due."),
+    Field("count", _number(MAX_TIMES), "How many, 10 by default."),
+    is_list=True,
+)
 EDIT = _change(
     "edit_definition",
     f"PATCH {DEFINITION_PATH}",
@@ -417,7 +435,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *(OVERVIEW, USAGE, BUDGETS, RAISE),
     *(ORG, PAUSE_ORG, RESUME_ORG, ADD_CREDENTIAL, RETIRE_CREDENTIAL),
     *(RUN, WHY, ATTEMPTS, LOGS, EVENTS, CANCEL, RETRY, ANSWER, CANCEL_MANY, RETRY_MANY),
-    *(DEFINITION, EDIT, RUN_NOW, PAUSE, RESUME, BACKFILL),
+    *(DEFINITION, NEXT, EDIT, RUN_NOW, PAUSE, RESUME, BACKFILL),
     *(STATE, SET_STATE, CLEAR_STATE),
     DOCUMENT,
 )

@@ -127,13 +127,15 @@ def _operation(endpoint: Endpoint, schemas: dict[str, Any]) -> dict[str, Any]:
             responses[str(status)] = {"description": HTTPStatus(status).phrase}
         else:
             responses[str(status)] = {"$ref": f"#/components/responses/{status}"}
-    path = [part[1:-1] for part in endpoint.path.replace(":", "/").split("/") if part.startswith("{")]
     found: dict[str, Any] = {
         "operationId": endpoint.operation,
         "summary": endpoint.about,
         "description": f"Operators need the role `{endpoint.role}`{' or `starter`' * endpoint.for_starters}.",
         "parameters": [
-            *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in path),
+            *(
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                for name in endpoint.path_names
+            ),
             *(_parameter(one, "query") for one in endpoint.query),
             *(_parameter(one, "header") for one in endpoint.headers),
         ],

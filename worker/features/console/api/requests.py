@@ -32,7 +32,7 @@ def query_of(request: Request, known: Sequence[str], what: str) -> dict[str, str
         fix = f"{hint_of(min(unknown), known)}it has {', '.join(known) or 'none'}"
         raise UsageError(f"{what} has no parameter {', '.join(sorted(unknown))}", fix=fix)
     for name, value in given.items():
-        _storable(value, name)
+        check_storable(value, name)
     return given
 
 
@@ -72,7 +72,7 @@ async def body_of(request: Request, endpoint: Endpoint) -> dict[str, Any]:
         raise UsageError(f"{'.'.join(problem.path) or 'the body'}: {problem.message}", fix=fix)
     for name, value in body.items():
         if isinstance(value, str):
-            _storable(value, name)
+            check_storable(value, name)
     return body
 
 
@@ -129,7 +129,8 @@ def log_place(text: str) -> tuple[int, int]:
     return int(attempt), int(seq)
 
 
-def _storable(value: str, name: str) -> None:
+def check_storable(value: str, name: str) -> None:
+    """Raise UsageError for a text that no database can store."""
     try:
         fields.check_text(value, name)
     except ValueError as error:

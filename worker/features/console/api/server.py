@@ -25,8 +25,10 @@ from worker.features.console.callers import Caller, CallerDatabase, Many, caller
 from worker.kit.web.responses import fresh, json_response
 from worker.model.definitions.units import parse_time
 from worker.model.runs.clauses import row_of
+from worker.model.runs.preview import preview_definition
 from worker.model.search import of_pool, parsed
 from worker.operations.runs import require_run
+from worker.store.dialect import database_now
 from worker.store.lists import MAX_LIMIT, Listing, Page, runs
 from worker.store.lists import read as lists
 from worker.store.lists.rows import (
@@ -76,12 +78,14 @@ class Api:
             endpoints.STATE: ("a state", lists.state),
         }
         self._handlers: Mapping[Endpoint, Handler] = {
+            **{one: functools.partial(self._list, listing) for one, listing in LIST_ENDPOINTS.items()},
             **{one: functools.partial(self._change, one, change) for one, change in changes.items()},
             **{one: functools.partial(self._show, one, *read) for one, read in named.items()},
             endpoints.OVERVIEW: self._overview,
             endpoints.USAGE: self._usage,
             endpoints.BUDGETS: self._budgets,
             endpoints.RAISE: self._raise,
+            endpoints.NEXT: self._next,
             endpoints.ADD_CREDENTIAL: self._add_credential,
             endpoints.RETIRE_CREDENTIAL: self._retire_credential,
             endpoints.RUN: self._run,
@@ -100,14 +104,27 @@ class Api:
     def routes(self) -> Sequence[Route]:
         """One route for each path: a method that a path does not have answers 405 with the others."""
         by_path: dict[str, dict[str, Handler]] = {}
-        for one, listing in LIST_ENDPOINTS.items():
-            by_path[one.path] = {one.method: functools.partial(self._list, listing)}
         for endpoint, handler in self._handlers.items():
             by_path.setdefault(endpoint.path, {})[endpoint.method] = handler
         return [
             Route(f"{BASE}{path}", _by_method(methods), methods=list(methods))
             for path, methods in by_path.items()
         ]
+
+    async def answer(
+        self, endpoint: Endpoint, caller: Caller, names: Mapping[str, str], query: Mapping[str, str]
+    ) -> Response:
+        """The answer to a GET of an endpoint, with the parts of its path and a query; raises WorkerError."""
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": BASE + endpoint.path,
+            "query_string": urlencode(query).encode(),
+            "headers": [],
+            "path_params": names,
+            "caller": caller,
+        }
+        return await self._handlers[endpoint](Request(scope))
 
     async def _list(self, listing: Listing[Any], request: Request) -> Response:
         given, caller = query_of(request, parameters_of(listing), listing.name), caller_of(request)
@@ -250,14 +267,34 @@ class Api:
         return await self._database.read(caller, work)
 
     async def _logs(self, request: Request) -> Response:
-        given, caller = query_of(request, ("after", "limit"), "a log"), caller_of(request)
+        given = query_of(request, [one.name for one in endpoints.LOGS.query], "a log")
+        caller, newest = caller_of(request), flag_of(given, "newest")
+        if newest and "after" in given:
+            raise UsageError("newest and after exclude each other", fix="leave one of them out")
         after = log_place(given.get("after", "0.0"))
         limit = Page(limit=limit_of(given)).limit or MAX_LIMIT
 
         def work(connection: Connection) -> Response:
             run = require_run(connection, request.path_params["run"], caller.org)
-            lines = runs.lines(connection, caller.scope(), run["id"], after=after, limit=limit)
+            if newest:
+                lines = runs.newest_lines(connection, caller.scope(), run["id"], limit=limit)
+            else:
+                lines = runs.lines(connection, caller.scope(), run["id"], after=after, limit=limit)
             return json_response([caller.sees(LogRow, line) for line in lines])
+
+        return await self._database.read(caller, work)
+
+    async def _next(self, request: Request) -> Response:
+        caller, (org, name) = caller_of(request), _named(request)
+        caller.scope(org)
+        given = query_of(request, [one.name for one in endpoints.NEXT.query], "a preview")
+        start = parse_time(given["from"], self._clock, name="from") if "from" in given else None
+        count = limit_of({"limit": given.get("count", "10")}) or 10
+
+        def work(connection: Connection) -> Response:
+            row = lists.definition(connection, org, name)
+            serial = runs.unfinished(connection, org, row["id"])
+            return json_response(preview_definition(row, serial, start, count, now=database_now(connection)))
 
         return await self._database.read(caller, work)
 
