@@ -8,7 +8,7 @@ CONSOLE = Feature(
     "console",
     verbs={"serve": "verbs:serve", "login": "verbs:login", "operators": "verbs:app"},
     gives={"console.pages": "wiring:ConsolePages"},
-    tables=("operators", "sessions", "login_transactions"),
+    tables=("operators", "sessions", "login_transactions", "plans"),
 )
 PROVISIONING = Feature(
     "provisioning",

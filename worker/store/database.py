@@ -70,6 +70,7 @@ class Database:
         self._clock = clock
         self._connectivity = connectivity
         self._scope: roles.Scope | None = None
+        self._open: Connection | None = None
         self.dialect: Dialect = "sqlite" if engine.dialect.name == "sqlite" else "postgresql"
         self.url_shown = shown_url(engine.url.render_as_string(hide_password=False))
         self._threads = ThreadPoolExecutor(
@@ -158,6 +159,15 @@ class Database:
         view._scope = scope
         return view
 
+    def within(self, connection: Connection) -> Database:
+        """This database for operations that are part of a transaction that is open on this connection.
+
+        Their `transaction` and `autocommit` begin and end nothing.
+        """
+        view = copy.copy(self)
+        view._open = connection
+        return view
+
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
         """One transaction: BEGIN IMMEDIATE on SQLite, READ COMMITTED on PostgreSQL.
@@ -166,6 +176,9 @@ class Database:
             StoreUnavailable: the database did not answer, or refused the connection.
             RolesMissing: the login may not take the role of this scope.
         """
+        if self._open is not None:
+            yield self._open
+            return
         with self._write_lock(), self._reporting(), self._connection() as connection, connection.begin():
             if self._scope is not None and self.dialect == "postgresql":
                 roles.act(connection, self._scope)
@@ -178,6 +191,9 @@ class Database:
         Raises:
             StoreUnavailable, RolesMissing: as in `transaction`.
         """
+        if self._open is not None:
+            yield self._open
+            return
         if self._scope is not None and self.dialect == "postgresql":
             # A role lasts as long as its transaction; without one, as long as the session.
             with self.transaction() as connection:

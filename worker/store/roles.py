@@ -130,6 +130,7 @@ _OPERATOR_WRITES: Mapping[str, Sequence[str]] = {
     # an org sends can read or open a session.
     "sessions": ("INSERT", "DELETE"),
     "login_transactions": ("INSERT", "DELETE"),
+    "plans": ("INSERT", "DELETE"),
     "pool_approvals": ("INSERT", "UPDATE (digest, ceiling, approved_at, approved_by)"),
 }
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Table, delete, exists, insert, select
+from sqlalchemy import Connection, Table, delete, exists, insert, select, update
 
 from worker.store import tables
 from worker.store.dialect import Row, all_rows, first_row
@@ -93,6 +93,17 @@ def find_operator(connection: Connection, token_sha256: str) -> Row | None:
     return first_row(connection, _NAME_AND_ROLE.where(_operators.c.token_sha256 == token_sha256))
 
 
+def find_operator_of_client(connection: Connection, mcp_token_sha256: str) -> Row | None:
+    """The operator whose MCP client has this token: `name` and `role`."""
+    return first_row(connection, _NAME_AND_ROLE.where(_operators.c.mcp_token_sha256 == mcp_token_sha256))
+
+
+def set_client_token(connection: Connection, name: str, mcp_token_sha256: str | None) -> bool:
+    """Set or remove the token of an operator's MCP client; False if there is no such operator."""
+    change = update(_operators).where(_operators.c.name == name).values(mcp_token_sha256=mcp_token_sha256)
+    return bool(connection.execute(change).rowcount)
+
+
 def has_operators(connection: Connection) -> bool:
     """Whether there is any operator."""
     return bool(connection.execute(select(exists().select_from(_operators))).scalar())
@@ -110,7 +121,7 @@ def add_operator(connection: Connection, row: Mapping[str, Any]) -> None:
 
 
 def remove_operator(connection: Connection, name: str) -> Row | None:
-    """Delete an operator and return it, with the hash of its token; None if it does not exist."""
+    """Delete an operator and return it, with the hashes of its tokens; None if it does not exist."""
     return first_row(connection, delete(_operators).where(_operators.c.name == name).returning(_operators))
 
 

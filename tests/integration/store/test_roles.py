@@ -37,6 +37,7 @@ NOT_OF_ORGS = {
     "operators",
     "sessions",
     "login_transactions",
+    "plans",
     "calendars",
     "limits",
     "host_handlers",
@@ -94,6 +95,7 @@ OPERATOR_WRITES = WRITES | {
     # Logins are kept before a caller is known, in this role; an org's role has no right to them.
     "sessions": ("INSERT", "DELETE"),
     "login_transactions": ("INSERT", "DELETE"),
+    "plans": ("INSERT", "DELETE"),
     "pool_approvals": ("INSERT", "UPDATE approved_at approved_by ceiling digest"),
 }
 ORG_COLUMNS = """

@@ -33,6 +33,7 @@ from worker.store.tables.access import credentials as credentials
 from worker.store.tables.access import login_transactions as login_transactions
 from worker.store.tables.access import operators as operators
 from worker.store.tables.access import org_secrets as org_secrets
+from worker.store.tables.access import plans as plans
 from worker.store.tables.access import sessions as sessions
 from worker.store.tables.budgets import budget_raises as budget_raises
 from worker.store.tables.budgets import budgets as budgets

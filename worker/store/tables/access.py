@@ -150,7 +150,25 @@ operators = table(
     required("token_sha256", Text, "The SHA-256 of the token.", unique=True),
     required("created_at", Instant),
     required("created_by", Text),
+    Column("mcp_token_sha256", Text, doc="The SHA-256 of the token of its MCP client; null without one."),
+    Index("uq_operators_mcp_token_sha256", "mcp_token_sha256", unique=True),
     CheckConstraint(one_of("role", OPERATOR_ROLES), name="role"),
+    readers="operators",
+)
+
+plans = table(
+    "plans",
+    "Changes that MCP clients have planned, until a person confirms them; each row is used once.",
+    Column("id", Id, primary_key=True),
+    required("operator", Text, "`operator:NAME`, who may confirm it."),
+    required("token_sha256", Text, "The SHA-256 of the token with which it was planned."),
+    required("change", Text, "What it does, by the operation of the API: `retry_run`."),
+    required("arguments", Text, "What that is called with, as JSON."),
+    required("shown", Text, "What there was and what it would be, as JSON: a person confirms just this."),
+    required("created_at", Instant),
+    required("until", Instant, "When it expires, ten minutes after it was made."),
+    Index("ix_plans_operator_created_at", "operator", "created_at"),
+    Index("ix_plans_until", "until"),
     readers="operators",
 )
 
