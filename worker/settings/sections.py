@@ -412,6 +412,7 @@ class WebSettings(Section):
     logins_per_minute: int = Field(10, ge=1, le=100_000)
     calls_per_second: int = Field(50, ge=1, le=100_000)
     metrics_top_orgs: int = Field(0, ge=0, le=1000)
+    mcp: bool = False
     login: LoginSettings = LoginSettings()
     portal: PortalSettings = PortalSettings()
 

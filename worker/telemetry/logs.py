@@ -25,7 +25,7 @@ _LEVELS: Mapping[Level, int] = {
 }
 
 # Too verbose at INFO: httpx logs each URL with its query, alembic each migration step.
-QUIET = ("httpx", "httpcore", "apscheduler", "alembic", "sqlalchemy", "uvicorn", "asyncio")
+QUIET = ("httpx", "httpcore", "apscheduler", "alembic", "sqlalchemy", "uvicorn", "asyncio", "mcp")
 
 
 def configure(style: Style | None = None, *, level: str = "info", stream: TextIO | None = None) -> None:

@@ -79,6 +79,8 @@ class Site:
         self.org_scope = ""
         self.public_url = ""
         self.installation = ""
+        # Without it there is no /mcp.
+        self.mcp_hosts: list[str] | None = None
         self.trusted_proxies: tuple[str, ...] = ()
         self.limits = no_limits(clock)
         self.login: Login | None = None
@@ -133,6 +135,7 @@ class Site:
             login=self.login,
             open_ring=self.open_ring,
             installation=self.installation,
+            mcp_hosts=self.mcp_hosts,
         )
 
     def last_change(self) -> tuple[str, str, Any]:

@@ -14,7 +14,8 @@ from worker.clock import Clock
 from worker.errors import AccessDenied, TokenError, TokenRefused, Unavailable
 from worker.features.console.api.endpoints import BASE, ENDPOINTS
 from worker.features.console.callers import Caller, Role
-from worker.features.console.operators import TOKEN_PREFIX
+from worker.features.console.mcp import PATH as MCP
+from worker.features.console.operators import CLIENT_PREFIX, TOKEN_PREFIX
 from worker.guard import Guard, bearer_token
 from worker.kit.web.clients import Addresses, ClientLimits
 from worker.store import roles, sign_in
@@ -57,6 +58,11 @@ class StoredOperators:
         row = await self._database.call_autocommit(sign_in.find_operator, token_sha256)
         return None if row is None else Operator(row["name"], row["role"], token_sha256)
 
+    async def find_of_client(self, token_sha256: str) -> Operator | None:
+        """The operator whose MCP client has this token; raises StoreUnavailable."""
+        row = await self._database.call_autocommit(sign_in.find_operator_of_client, token_sha256)
+        return None if row is None else Operator(row["name"], row["role"], token_sha256)
+
     async def has_any(self) -> bool:
         """Whether there is any, at most REMEMBERED seconds ago; raises StoreUnavailable."""
         now = self._clock.monotonic()
@@ -82,6 +88,12 @@ class Operators:
             return await self._in_database(digest)
         return found
 
+    async def of_client(self, token: str) -> Operator | None:
+        """The operator whose MCP client has this token; raises StoreUnavailable."""
+        if self._stored is None or not token.startswith(CLIENT_PREFIX):
+            return None
+        return await self._stored.find_of_client(sign_in.sha256(token))
+
     async def with_hash(self, token_sha256: str) -> Operator | None:
         """The operator whose token has this hash; raises as `with_token`."""
         return self._in_file(token_sha256) or await self._in_database(token_sha256)
@@ -103,6 +115,11 @@ class Operators:
 
 
 def _check_may_log_in(caller: Caller) -> None:
+    if caller.is_client:
+        raise AccessDenied(
+            f"this is the token of an MCP client of {caller.actor}, which opens no session",
+            fix="log in with the operator's own token",
+        )
     if caller.role == "starter":
         raise AccessDenied(
             f"{caller.actor} has the role starter, which opens no session",
@@ -165,6 +182,11 @@ class Access:
             raise AccessDenied(
                 f"{caller.actor} has the role starter, which only starts runs and reads those",
                 fix="use the token of an operator with another role",
+            )
+        if caller.is_client and connection.scope["path"] != MCP:
+            raise AccessDenied(
+                f"this is the token of an MCP client of {caller.actor}, which may ask {MCP} only",
+                fix="use the operator's own token",
             )
         return caller
 
@@ -254,10 +276,12 @@ class Access:
         self.limits.stranger(self.addresses.client_of(connection))
 
     async def _operator(self, token: str) -> Caller | None:
-        operator = await self._operators.with_token(token)
+        of_client = await self._operators.of_client(token)
+        operator = of_client or await self._operators.with_token(token)
         if operator is None:
             return None
-        return Caller(operator.name, operator.role, basis=operator.token_sha256)
+        is_client = of_client is not None
+        return Caller(operator.name, operator.role, basis=operator.token_sha256, is_client=is_client)
 
     async def _org(self, token: str) -> Caller:
         """The org that the token was issued for. `confirm` checks whether it has access."""

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from worker.errors import AccessDenied, Conflict, NotFound
 from worker.ids import ALL_ORGS, OrgId, OrgScope, RunId, given_id
 from worker.model.search import KEYS, KEYS_OF_ORGS, Query
-from worker.operations import answers, approvals, budgets, bulk, credentials, definitions, orgs, runs
+from worker.operations import answers, approvals, budgets, bulk, credentials, definitions, orgs, plans, runs
 from worker.operations import backfill as backfills
 from worker.store import edit_runs, roles
 from worker.store.database import Database
@@ -68,6 +68,10 @@ BY_ADMINS: frozenset[Action] = frozenset({"credentials", "approve"})
 BY_ORGS: frozenset[Action] = frozenset({"run", "retry", "cancel", "pause", "answer"})
 
 
+# Changes that an MCP client may plan, by the operation of the API.
+PLANNED: Mapping[str, Action] = {"retry_run": "retry", "pause_definition": "pause", "answer_run": "answer"}
+
+
 def no_ring() -> None:
     """The key ring of a process that has none."""
 
@@ -96,6 +100,8 @@ class Caller:
     home: str = ""
     # A hash of what a session rests on; the session ends when that is gone.
     basis: str = field(default="", repr=False)
+    # It came with the token of an MCP client: it reads and plans, and a person confirms.
+    is_client: bool = False
     # What a manager may do.
     portal: frozenset[str] = frozenset()
 
@@ -149,6 +155,15 @@ class Caller:
         raise AccessDenied(
             f"only an operator may do this, not {self.actor}", fix="ask the operator of this worker"
         )
+
+    def require_may_plan(self, change: str) -> None:
+        """Raise AccessDenied unless the caller may plan this change, for the operator to confirm."""
+        self.require_may(PLANNED[change])
+        if not self.is_client:
+            raise AccessDenied(
+                f"only an MCP client plans changes, and {self.actor} did not send the token of one",
+                fix="give the client the token of `operators mcp-token NAME`, which makes no change itself",
+            )
 
     def scope(self, org: str | None = None) -> OrgScope:
         """Whose rows to read: the caller's own, or for operators those of `org` or of all orgs.
@@ -325,6 +340,28 @@ class CallerDatabase:
         _check_of(caller, "backfill", org)
         database = self._as(caller)
         return await database.run(backfills.planned_backfill, database, org, name, **what)
+
+    async def plan(self, caller: Caller, change: str, arguments: Mapping[str, Any], *, at: datetime) -> Row:
+        """Plan a change; changes nothing until `confirm`."""
+        caller.require_may_plan(change)
+        database = self._as(caller)
+        make = partial(plans.make, token_sha256=caller.basis, at=at, actor=caller.actor)
+        return await database.run(make, database, change, arguments)
+
+    async def find_plan(self, caller: Caller, plan_id: str, *, at: datetime) -> Row:
+        """An open plan of this operator."""
+        # A link or a person can have an operator's name.
+        if caller.kind != "operator":
+            raise NotFound(
+                f"there is no plan {plan_id:.80} of yours",
+                fix="log in with the token of the operator whose client made it",
+            )
+        return await self.read(caller, partial(plans.find, plan_id=plan_id, operator=caller.actor, at=at))
+
+    async def confirm(self, caller: Caller, plan_id: str, *, at: datetime) -> plans.Confirmed:
+        """Do what an open plan of this operator says, once."""
+        found = await self.find_plan(caller, plan_id, at=at)
+        return await self.change(caller, PLANNED[found["change"]], plans.confirm, plan_id, at=at)
 
     async def change_many(self, caller: Caller, action: Literal["retry", "cancel"], many: Many) -> Bulk:
         """Retry the runs that match and were not retried yet, or cancel the unfinished ones; oldest first."""

@@ -16,6 +16,8 @@ from worker.store.tables import OPERATOR_ROLES
 
 # Distinguishes them from the tokens of orgs, and lets scanners of source code find them.
 TOKEN_PREFIX = "orgworker_op_"  # noqa: S105 - not a secret
+# Of tokens of MCP clients.
+CLIENT_PREFIX = "orgworker_mcp_"
 MAX_OPERATORS = 1000
 # How long a link is valid, and links of one user at a time; another one replaces the oldest.
 LINK_LASTS = timedelta(minutes=10)
@@ -57,6 +59,37 @@ def add_operator(database: Database, name: str, role: str, *, taken: Collection[
     return row | {"token": token}
 
 
+def make_client_token(
+    database: Database, name: str, *, configured: Collection[str], actor: str, remove: bool = False
+) -> Row:
+    """Replace the token of an operator's MCP client, or remove it; returns the row with the new `token`.
+
+    The former token is refused at once, and with it go the plans that were made with it. `configured` are the
+    names of `[[web.operators]]`, for the error.
+
+    Raises:
+        NotFound: the database has no such operator.
+        UsageError: the operator is a starter, which reads and plans nothing.
+    """
+    token = None if remove else CLIENT_PREFIX + secrets.token_urlsafe(32)
+    with database.transaction() as connection:
+        found = sign_in.operator_named(connection, name)
+        if found is None:
+            fix = "`operators list` lists them"
+            if name in configured:
+                fix = (
+                    "it is in [[web.operators]] of worker.toml, which has no such tokens: `operators add` one"
+                )
+            raise NotFound(f"there is no operator {name}", fix=fix)
+        if found["role"] == "starter":
+            raise UsageError(f"{name} is a starter, which only starts runs", fix="name an operator who reads")
+        sign_in.set_client_token(connection, name, None if token is None else sign_in.sha256(token))
+        action = "operator.mcp_token" if token else "operator.remove_mcp_token"
+        now = database.now(connection)
+        audit.note(connection, None, action, name, {"role": found["role"]}, at=now, actor=actor)
+    return {"name": name, "role": found["role"], "token": token}
+
+
 def list_operators(database: Database) -> list[Row]:
     """The operators of the database by name, without the hashes of their tokens."""
     with database.autocommit() as connection:
@@ -79,6 +112,7 @@ def remove_operator(database: Database, name: str, *, configured: Collection[str
                 fix = "it is in [[web.operators]] of worker.toml: remove it there and restart"
             raise NotFound(f"there is no operator {name}", fix=fix)
         token_sha256 = removed.pop("token_sha256")
+        del removed["mcp_token_sha256"]
         ended = sign_in.end_sessions_on(connection, token_sha256)
         now = database.now(connection)
         detail = {"role": removed["role"], "sessions_ended": ended}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -17,6 +18,8 @@ from worker.features.console.callers import CallerDatabase, EditDefinition, Open
 from worker.features.console.live import Live
 from worker.features.console.live_lists import LiveLists
 from worker.features.console.login import Login
+from worker.features.console.mcp import PATH as MCP
+from worker.features.console.mcp.tools import McpTools
 from worker.features.console.pages import Console
 from worker.features.console.sessions import AuthMiddleware, Forms, Sessions
 from worker.kit.web.health import Health
@@ -127,24 +130,32 @@ def build(
     open_ring: OpenRing = no_ring,
     secrets_dir: Path | None = None,
     installation: str = "",
+    mcp_hosts: Sequence[str] | None = None,
 ) -> ASGIApp:
     """The application; browsers reach it at `public_url`, and people log in by `login`.
 
-    Without `with_health`, health has a listener of its own. The rest is what `CallerDatabase`
-    needs for changes.
+    Without `with_health`, health has a listener of its own. With `mcp_hosts` it has /mcp, which clients may
+    reach by these names, too. The rest is what `CallerDatabase` needs for changes.
     """
     health.protect(access)
     sessions, forms = Sessions(database, clock), Forms(public_url, access.addresses)
     caller_database = CallerDatabase(database, edit=edit, open_ring=open_ring, secrets_dir=secrets_dir)
     live = Live(caller_database, clock, health.draining)
     console = Console(caller_database, clock, access, sessions, forms, login=login, installation=installation)
+    api = Api(caller_database, clock, live.events, installation=installation)
     routes = [
         *(health.routes() if with_health else ()),
-        *Api(caller_database, clock, live.events, installation=installation).routes(),
+        *api.routes(),
         Route("/runs/{run}/live", live.events),
         *LiveLists(live, clock, console.zone).routes(),
         *console.routes(),
     ]
+    if mcp_hosts is not None:
+        # An extra, and only where it is used: it loads a second HTTP client.
+        from worker.features.console.mcp.server import Mcp
+
+        tools = McpTools(api, caller_database, clock)
+        routes.append(Route(MCP, Mcp(tools, public_url, mcp_hosts), methods=["POST"]))
     router = Router(routes=routes, redirect_slashes=False)
     limited = RequestLimit(AuthMiddleware(router, access, sessions, forms), health)
     app: ASGIApp = Compression(ErrorMiddleware(limited, console.error_page))

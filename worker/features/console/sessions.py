@@ -21,6 +21,7 @@ from worker.features.console.access import Access
 from worker.features.console.api import BASE
 from worker.features.console.callers import Caller
 from worker.features.console.login import Transactions
+from worker.features.console.mcp import PATH as MCP
 from worker.kit.web.clients import Addresses
 from worker.kit.web.health import PATHS
 from worker.kit.web.responses import read_form
@@ -82,7 +83,7 @@ class AuthMiddleware:
 def in_api(scope: Scope) -> bool:
     """Whether the path is for programs, not for people."""
     path: str = scope["path"]
-    return path in PATHS or path == "/api" or path.startswith(f"{BASE.rpartition('/')[0]}/")
+    return path in (*PATHS, MCP, "/api") or path.startswith(f"{BASE.rpartition('/')[0]}/")
 
 
 @dataclass(frozen=True, slots=True)

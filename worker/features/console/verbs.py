@@ -57,6 +57,26 @@ def list_(session: Invocation) -> None:
     session.print_rows(sorted(rows, key=lambda row: str(row["name"])), COLUMNS, key="name")
 
 
+@verb(app, "mcp-token")
+def mcp_token(
+    session: Invocation,
+    name: NameArgument,
+    remove: Annotated[bool, option("--remove", "Remove the token, and make no other one.")] = False,
+) -> None:
+    """Make the token for an operator's MCP client and print it, once; the former one is refused at once.
+
+    With it a client reads what the operator may read, and plans changes, which the operator confirms in the
+    console. It opens neither the API nor the console. Exit 3 if the operator is unknown.
+    """
+    from worker.features.console.operators import make_client_token
+
+    configured = [operator.name for operator in session.settings.web.operators]
+    key = "name" if remove else "token"
+    session.change(make_client_token, name, remove=remove, configured=configured, key=key)
+    if session.output is Format.TABLE and not remove:
+        say("the token is not stored and cannot be shown again")
+
+
 @verb(app, "remove")
 def remove(session: Invocation, name: NameArgument) -> None:
     """Remove an operator and end its sessions; the token is refused within 2 s. Exit 3 if it is unknown."""

@@ -7,6 +7,7 @@ import contextlib
 import signal
 from collections.abc import Mapping
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -49,7 +50,15 @@ class ConsolePages:
         self._open_ring = open_ring
 
     def check(self) -> None:
-        """Raise ConfigurationError if the secret of `[web.login]` cannot be read."""
+        """Raise ConfigurationError if the secret of `[web.login]` or the extra for `[web] mcp` is missing."""
+        if self._settings.web.mcp:
+            try:
+                import_module("worker.features.console.mcp.server")
+            except ModuleNotFoundError as error:
+                raise ConfigurationError(
+                    f"[web] mcp = true needs the extra mcp: the module {error.name} is not installed",
+                    fix="pip install 'orgworker[mcp]', or set mcp = false",
+                ) from None
         if self._settings.web.login.issuer:
             login_secret(self._settings.web.login.issuer, self._settings.secrets_dir)
 
@@ -100,6 +109,7 @@ class ConsolePages:
             open_ring=self._open_ring,
             secrets_dir=Path(folder) if (folder := self._settings.secrets_dir) else None,
             installation=self._settings.installation,
+            mcp_hosts=[web.listen] if web.mcp else None,
         )
 
     def _login(self, client: httpx.AsyncClient) -> Login | None:

@@ -23,6 +23,7 @@ from worker.features.console.pages.inventory import InventoryPages
 from worker.features.console.pages.login import LoginPages
 from worker.features.console.pages.morning import EndedByHour, MorningPage
 from worker.features.console.pages.orgs import OrgPages
+from worker.features.console.pages.plans import PlanPages
 from worker.features.console.pages.rendering import error_page, static_routes
 from worker.features.console.pages.runs import RunPages
 from worker.features.console.pages.search import FailurePages, SearchPages
@@ -65,6 +66,7 @@ class Console:
             *InventoryPages(self._pages).routes(),
             *UsagePages(self._pages).routes(),
             *EditPages(self._pages).routes(),
+            *PlanPages(self._pages).routes(),
             *ZonePages(self._pages).routes(),
             *self._login.routes(),
         )
