@@ -1,10 +1,11 @@
-"""The endpoints of the API, besides its lists."""
+"""The endpoints of the API, besides its lists, and the tools for MCP clients."""
 
 from __future__ import annotations
 
 from docs.generate.tables import code, table
 from worker.features.console.api import ENDPOINTS, LIST_ENDPOINTS
 from worker.features.console.api.endpoints import Endpoint
+from worker.features.console.mcp.tools import TOOLS
 
 _PLACES = {"{run}": "ID", "{org}": "ORG", "{name}": "NAME", "{generation}": "GENERATION"}
 
@@ -17,6 +18,19 @@ def endpoints() -> str:
         if one not in LIST_ENDPOINTS
     ]
     return table(("request", "takes", "does"), rows)
+
+
+def tools() -> str:
+    """Return a table of the tools for MCP clients with their arguments and what they answer."""
+    rows = [
+        (
+            code(tool.name),
+            ", ".join(map(code, tool.parameters["properties"])),
+            _answers(tool.endpoint) if not tool.is_plan else f"Plans: {_answers(tool.endpoint)}",
+        )
+        for tool in TOOLS.values()
+    ]
+    return table(("tool", "arguments", "says"), rows)
 
 
 def _path(one: Endpoint) -> str:

@@ -35,6 +35,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "database": database.database,
     "definition-keys": files.definition_keys,
     "endpoints": endpoints.endpoints,
+    "mcp-tools": endpoints.tools,
     "events": signals.events,
     "exit-codes": commands.exit_codes,
     "http-request-params": builtin.http_request_params,

@@ -17,7 +17,7 @@ import pytest
 from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 from mcp.server.transport_security import TransportSecuritySettings
-from sqlalchemy import insert, update
+from sqlalchemy import insert, select, update
 
 from tests.fakes.hostile_texts import TEXTS
 from tests.integration.console.conftest import BASE, OPERATORS, TOKENS, Site, log_in, make_run, on_either
@@ -31,11 +31,11 @@ from worker.features.console.mcp.tools import MAX_ROWS, ROWS, TOOLS
 from worker.features.console.operators import add_operator, make_client_token
 from worker.features.console.sessions import SESSION_COOKIE
 from worker.features.console.wiring import ConsolePages
+from worker.ids import new_id
 from worker.kit.web.health import Health
 from worker.operations.runs import cancel
 from worker.settings import Settings
 from worker.store import orgs, tables
-from worker.store.dialect import Row
 from worker.telemetry.metrics import Metrics
 
 URL = f"{BASE}/mcp"
@@ -78,18 +78,18 @@ async def send(site: Site, token: str | None, method: str = "tools/list", **para
     return await site.post("/mcp", token, json=body, headers=JSON)
 
 
-async def call(site: Site, token: str, name: str, **arguments: Any) -> tuple[bool, list[str]]:
+async def call(site: Site, token: str, tool: str, /, **arguments: Any) -> tuple[bool, list[str]]:
     """Whether a tool failed, and its texts."""
-    answer = await send(site, token, "tools/call", name=name, arguments=arguments)
+    answer = await send(site, token, "tools/call", name=tool, arguments=arguments)
     assert answer.status_code == 200, answer.text
     result = answer.json()["result"]
     assert "structuredContent" not in result
     return result.get("isError", False), [each["text"] for each in result["content"]]
 
 
-async def data(site: Site, token: str, name: str, **arguments: Any) -> Any:
+async def data(site: Site, token: str, tool: str, /, **arguments: Any) -> Any:
     """What a tool quotes."""
-    is_error, texts = await call(site, token, name, **arguments)
+    is_error, texts = await call(site, token, tool, **arguments)
     assert not is_error, texts
     return data_of(texts[-1])
 
@@ -181,13 +181,23 @@ async def test_fifty_hostile_lines_and_names_come_back_quoted(served: Site):
     lines = await data(served, token, "list_logs", run=run, limit=MAX_ROWS)
     assert [line["text"] for line in lines["rows"]] == storable
 
+    with served.database.transaction() as connection:
+        old = connection.execute(select(tables.runs).where(tables.runs.c.id == run)).mappings().one()
+        for text in storable:
+            own = {"id": (new := new_id()), "idempotency_key": new, "origin": "manual", "state": "failed"}
+            said = {"result": {text: text}, "error": {"type": text, "message": text}}
+            connection.execute(insert(tables.runs).values(**{**old, **own, **said}))
+    rows: list[Any] = []
+    while len(rows) < len(storable):
+        after = {"after": rows[-1]["id"]} if rows else {}
+        # Few enough that none is cut.
+        rows += (await data(served, token, "list_runs", state="failed", limit=4, **after))["rows"]
+    assert [row["result"] for row in rows[::-1]] == [{text: text} for text in storable]
+    assert [row["error"]["message"] for row in rows[::-1]] == storable
+
     for text in storable:
         with served.database.transaction() as connection:
-            values: Row = {"result": {text: text}, "error": {"type": text, "message": text}}
-            connection.execute(update(tables.runs).where(tables.runs.c.id == run).values(**values))
             connection.execute(update(tables.orgs).where(tables.orgs.c.code == "org_a").values(name=text))
-        [row] = (await data(served, token, "list_runs"))["rows"]
-        assert (row["result"], row["error"]["message"]) == ({text: text}, text)
         [org] = (await data(served, token, "list_orgs", org="org_a"))["rows"]
         assert org["name"] == text
         # An error quotes what it was given.
