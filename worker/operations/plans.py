@@ -118,7 +118,7 @@ def make(
             _, shown = _done(database, connection, change, arguments, actor)
         finally:
             undone.rollback()
-        row = {
+        row: Row = {
             "id": new_id(),
             "operator": actor,
             "token_sha256": token_sha256,
@@ -129,7 +129,8 @@ def make(
             "until": until,
         }
         plans.add(connection, row, most=MAX_OPEN)
-        _note(connection, database, "plan.make", row, actor)
+        now = database.now(connection)
+        audit.note(connection, None, "plan.make", row["id"], _detail(row), at=now, actor=actor)
     return {"id": row["id"], "until": until, "shown": json.loads(shown)}
 
 
@@ -172,7 +173,8 @@ def confirm(database: Database, plan_id: str, *, at: datetime, actor: str) -> Co
                 f"what plan {plan_id} changes has changed since it was made, so it would do something else",
                 fix="ask for a new plan, and compare",
             )
-        _note(connection, database, "plan.confirm", row, actor)
+        now = database.now(connection)
+        audit.note(connection, None, "plan.confirm", row["id"], _detail(row), at=now, actor=actor)
         return Confirmed(row["change"], arguments, done)
 
 
@@ -189,10 +191,10 @@ def _done(
     return row, json.dumps(shown, default=json_default)
 
 
-def _note(connection: Connection, database: Database, action: str, row: Row, actor: str) -> None:
-    detail = {"change": row["change"], "arguments": json.loads(row["arguments"])}
-    detail["arguments"].pop("data", None)
-    audit.note(connection, None, action, row["id"], detail, at=database.now(connection), actor=actor)
+def _detail(row: Row) -> Row:
+    """What the audit keeps of a plan: the answer to a question is with the question."""
+    arguments = json.loads(row["arguments"])
+    return {"change": row["change"], **{name: arguments[name] for name in arguments if name != "data"}}
 
 
 def _gone(plan_id: str) -> NotFound:

@@ -111,6 +111,7 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "operators list": ((), ""),
     "operators add": (("ops",), ""),
     "operators remove": (("ops",), ""),
+    "operators mcp-token": (("ops",), ""),
     "hosts list": ((), ""),
     "hosts add": (("gpu1", "--pool", "eu-gpu"), ""),
     "hosts remove": (("gpu1",), ""),

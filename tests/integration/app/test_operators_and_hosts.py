@@ -65,6 +65,21 @@ def test_people_see_the_token_of_an_operator_and_that_it_is_shown_once(cli: Comm
     assert table.split("\n")[0].split() == ["name", "role", "source", "created_at", "created_by"]
 
 
+@pytest.mark.feature("console")
+def test_the_token_of_an_operators_mcp_client_is_shown_once(cli: CommandLine):
+    cli("operators", "add", "cat")
+
+    made = cli("operators", "mcp-token", "cat")
+    again = cli("operators", "mcp-token", "cat", "-o", "json").json()
+    removed = cli("operators", "mcp-token", "cat", "--remove", "-o", "json").json()
+
+    assert "orgworker_mcp_" in made.out and "cannot be shown again" in made.err
+    assert again["token"].startswith("orgworker_mcp_") and again["token"] not in made.out
+    assert removed == {"name": "cat", "role": "viewer", "token": None}
+    assert "orgworker_mcp_" not in cli("operators", "list").out + cli("audit", "list", "-o", "json").out
+    assert cli("operators", "mcp-token", "nobody", check=False).code == 3
+
+
 @pytest.mark.feature("hosts")
 def test_people_see_the_token_of_a_host_and_that_it_is_shown_once(cli: CommandLine):
     added = cli("hosts", "add", "gpu1", "--pool", "eu-gpu")

@@ -184,7 +184,7 @@ async def test_fifty_hostile_lines_and_names_come_back_quoted(served: Site):
     with served.database.transaction() as connection:
         old = connection.execute(select(tables.runs).where(tables.runs.c.id == run)).mappings().one()
         for text in storable:
-            own = {"id": (new := new_id()), "idempotency_key": new, "origin": "manual", "state": "failed"}
+            own = {"id": new_id(), "request_key": None, "state": "failed"}
             said = {"result": {text: text}, "error": {"type": text, "message": text}}
             connection.execute(insert(tables.runs).values(**{**old, **own, **said}))
     rows: list[Any] = []

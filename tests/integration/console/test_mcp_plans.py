@@ -120,7 +120,7 @@ async def test_a_plan_shows_what_a_retry_would_do_and_its_operator_makes_it(ada:
     [new] = retries(site)
     assert (answer.status_code, answer.headers["location"]) == (303, f"/runs/{new}")
     assert audit_of(site, "operator:ada") == ["plan.make", "run.retry", "plan.confirm"]
-    assert site.last_change()[2]["arguments"] == {"run": run, "reason": "ticket 4711"}
+    assert site.last_change()[2] == {"change": "retry_run", "run": run, "reason": "ticket 4711"}
 
 
 @on_either
@@ -302,15 +302,16 @@ async def test_an_operator_has_a_limited_number_of_open_plans(ada: Ada):
 
 
 async def test_a_hostile_name_is_text_on_the_page_of_a_plan(ada: Ada):
-    note = "<script>alert(1)</script>\"'&"
+    note = "<script>alert(1)</script>\"'& \u202eyas"
     path = await ada.plan("pause_definition", org="org_a", name="digest", note=note)
     async with logged_in(ada.site, ada.token) as browser:
         page = await browser.get(path)
 
     assert "<script>alert" not in page.text and "&lt;script&gt;alert" in page.text
+    assert "\u202e" not in page.text
 
 
-def test_tokens_of_clients_belong_to_operators_of_the_database(site: Site):
+async def test_tokens_of_clients_belong_to_operators_of_the_database(site: Site):
     with pytest.raises(NotFound, match="no operator ada") as missing:
         make_client_token(site.database, "ada", configured=("ada",), actor="tester")
     assert "worker.toml" in missing.value.fix

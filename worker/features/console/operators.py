@@ -84,7 +84,7 @@ def make_client_token(
         if found["role"] == "starter":
             raise UsageError(f"{name} is a starter, which only starts runs", fix="name an operator who reads")
         sign_in.set_client_token(connection, name, None if token is None else sign_in.sha256(token))
-        action = "operator.mcp_token" if token else "operator.remove_mcp_token"
+        action = "operator.add_mcp_token" if token else "operator.remove_mcp_token"
         now = database.now(connection)
         audit.note(connection, None, action, name, {"role": found["role"]}, at=now, actor=actor)
     return {"name": name, "role": found["role"], "token": token}

@@ -13,6 +13,7 @@ from starlette.routing import Route
 from worker.features.console.callers import PLANNED, caller_of
 from worker.features.console.pages.base import PageGroup, allowed, query
 from worker.features.console.pages.links import definition_path
+from worker.kit.output import printable
 
 # The heading of each change.
 _TITLES = {
@@ -50,9 +51,10 @@ class PlanPages(PageGroup):
 
 
 def _listed(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and values as text, other values as JSON."""
-    return [
-        (name.replace("_", " "), value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    """Names and values as text, other values as JSON; without what a reader would not see as it is."""
+    texts = {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for name, value in row.items()
         if value is not None
-    ]
+    }
+    return [(name.replace("_", " "), printable(text)) for name, text in texts.items()]

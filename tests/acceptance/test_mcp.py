@@ -1,0 +1,100 @@
+"""/mcp of a real process, asked by the official clients of both generations of the protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import httpx2
+import pytest
+from mcp import ClientSession
+from mcp.client import Client
+from mcp.client.streamable_http import streamable_http_client
+
+from tests.acceptance.test_serve import ended, serving, status
+from tests.fakes.ports import free_port
+from tests.fakes.site import Site, application, definition, wait_until
+from tests.integration.console.conftest import csrf_of
+from tests.unit.console.test_quoting import data_of
+
+Called = tuple[bool, list[str]]
+
+
+@asynccontextmanager
+async def connected(url: str, token: str, kind: str) -> AsyncIterator[Any]:
+    """A client after it has begun: `Client` agrees on a version, `ClientSession` sends `initialize`."""
+    headers = {"authorization": f"Bearer {token}"}
+    async with httpx2.AsyncClient(headers=headers, timeout=60) as http:
+        transport = streamable_http_client(url, http_client=http)
+        if kind == "Client":
+            async with Client(transport) as client:
+                yield client
+            return
+        async with transport as (read, write), ClientSession(read, write) as session:
+            await session.initialize()
+            yield session
+
+
+async def press(url: str, path: str, token: str) -> int:
+    """Log in as a person with a browser, and confirm a plan."""
+    async with httpx.AsyncClient(base_url=url, headers={"origin": url}, timeout=60) as browser:
+        login = {"token": token, "csrf": csrf_of(await browser.get("/"))}
+        assert (await browser.post("/login", data=login)).status_code == 303
+        page = await browser.get(path)
+        return (await browser.post(path, data={"csrf": csrf_of(page)})).status_code
+
+
+@pytest.mark.timeout(600)
+async def test_official_clients_ask_plan_and_a_person_confirms(site_on_either: Site):
+    site, port = site_on_either, free_port()
+    url = f"http://127.0.0.1:{port}"
+    site.configure(web=f'listen = "127.0.0.1:{port}"\nmcp = true')
+    site.add_orgs(application("org_acme"))
+    site.apply(definition("org_acme", "note", "acme.note"))
+    token = site.cli("operators", "add", "ada", "--role", "operator", "-o", "id").out.strip()
+    client_token = site.cli("operators", "mcp-token", "ada", "-o", "id").out.strip()
+    run = site.cli("definitions", "run", "org_acme", "note", "-o", "id").out.strip()
+    site.cli("runs", "cancel", run)
+    named = {"org": "org_acme", "name": "note"}
+    calls: dict[str, dict[str, Any]] = {
+        "show_overview": {},
+        **{f"list_{noun}": {"org": "org_acme"} for noun in ("runs", "definitions", "orgs", "usage")},
+        **{name: {"run": run} for name in ("show_run", "explain_run", "list_attempts", "list_logs")},
+        **{name: named for name in ("show_definition", "preview_definition")},
+        "plan_retry_run": {"run": run},
+        "plan_pause_definition": named,
+    }
+    with ended(serving(site)) as process:
+        await asyncio.to_thread(wait_until, lambda: status(port, "/readyz") == 200, "readiness")
+        for number, kind in enumerate(("ClientSession", "Client"), 1):
+            async with connected(f"{url}/mcp", client_token, kind) as client:
+                listed = {tool.name for tool in (await client.list_tools()).tools}
+                assert listed == {*calls, "plan_answer_run"}
+                texts: dict[str, list[str]] = {}
+                for name, arguments in calls.items():
+                    result = await client.call_tool(name, arguments)
+                    texts[name] = [content.text for content in result.content]
+                    assert not result.is_error, texts[name]
+                    data_of(texts[name][-1])
+                assert data_of(texts["explain_run"][0])["run"] == run
+                # It was retried by the client before: that is asked for.
+                plan = await client.call_tool("plan_retry_run", {"run": run, "again": True})
+            found = re.search(rf"{url}(/plans/\S+)", plan.content[0].text)
+            assert found is not None
+            assert await press(url, found[1], token) == 303
+            assert len(site.runs()) == 1 + number
+            calls["plan_retry_run"]["again"] = True
+
+        # A client that is connected does not hold the process.
+        async with connected(f"{url}/mcp", client_token, "ClientSession") as client:
+            await client.list_tools()
+            began = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(process.wait, 30) == 0
+            assert time.monotonic() - began < 20
