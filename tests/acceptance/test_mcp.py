@@ -6,7 +6,7 @@ import asyncio
 import re
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,13 +17,11 @@ from mcp import ClientSession
 from mcp.client import Client
 from mcp.client.streamable_http import streamable_http_client
 
-from tests.acceptance.test_serve import ended, serving, status
+from tests.acceptance.test_serve import Process, ended, serving, status
 from tests.fakes.ports import free_port
 from tests.fakes.site import Site, application, definition, wait_until
 from tests.integration.console.conftest import csrf_of
 from tests.unit.console.test_quoting import data_of
-
-Called = tuple[bool, list[str]]
 
 
 @asynccontextmanager
@@ -50,51 +48,57 @@ async def press(url: str, path: str, token: str) -> int:
         return (await browser.post(path, data={"csrf": csrf_of(page)})).status_code
 
 
+async def ask(url: str, token: str, kind: str, calls: Mapping[str, Mapping[str, Any]]) -> str:
+    """Call each tool once, and return the path of a plan to retry the run again."""
+    async with connected(f"{url}/mcp", token, kind) as client:
+        listed = {tool.name for tool in (await client.list_tools()).tools}
+        assert listed == {*calls, "plan_answer_run"}
+        for name, arguments in calls.items():
+            result = await client.call_tool(name, dict(arguments))
+            texts = [content.text for content in result.content]
+            assert not result.is_error, texts
+            data_of(texts[-1])
+        plan = await client.call_tool("plan_retry_run", dict(calls["plan_retry_run"]))
+    found = re.search(rf"{url}(/plans/\S+)", plan.content[0].text)
+    assert found is not None
+    return found[1]
+
+
+async def end(process: Process, url: str, token: str) -> None:
+    """A client that is connected does not hold the process."""
+    async with connected(f"{url}/mcp", token, "ClientSession") as client:
+        await client.list_tools()
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait, 30) == 0
+        assert time.monotonic() - began < 20
+
+
 @pytest.mark.timeout(600)
-async def test_official_clients_ask_plan_and_a_person_confirms(site_on_either: Site):
+def test_official_clients_ask_and_plan_and_a_person_confirms(site_on_either: Site):
     site, port = site_on_either, free_port()
     url = f"http://127.0.0.1:{port}"
     site.configure(web=f'listen = "127.0.0.1:{port}"\nmcp = true')
     site.add_orgs(application("org_acme"))
-    site.apply(definition("org_acme", "note", "acme.note"))
+    site.apply(definition("org_acme", "note", "acme.note", overlap="allow"))
     token = site.cli("operators", "add", "ada", "--role", "operator", "-o", "id").out.strip()
     client_token = site.cli("operators", "mcp-token", "ada", "-o", "id").out.strip()
     run = site.cli("definitions", "run", "org_acme", "note", "-o", "id").out.strip()
     site.cli("runs", "cancel", run)
     named = {"org": "org_acme", "name": "note"}
-    calls: dict[str, dict[str, Any]] = {
+    calls = {
         "show_overview": {},
         **{f"list_{noun}": {"org": "org_acme"} for noun in ("runs", "definitions", "orgs", "usage")},
         **{name: {"run": run} for name in ("show_run", "explain_run", "list_attempts", "list_logs")},
         **{name: named for name in ("show_definition", "preview_definition")},
-        "plan_retry_run": {"run": run},
+        "plan_retry_run": {"run": run, "again": True},
         "plan_pause_definition": named,
     }
     with ended(serving(site)) as process:
-        await asyncio.to_thread(wait_until, lambda: status(port, "/readyz") == 200, "readiness")
+        wait_until(lambda: status(port, "/readyz") == 200, "readiness", timeout=240)
         for number, kind in enumerate(("ClientSession", "Client"), 1):
-            async with connected(f"{url}/mcp", client_token, kind) as client:
-                listed = {tool.name for tool in (await client.list_tools()).tools}
-                assert listed == {*calls, "plan_answer_run"}
-                texts: dict[str, list[str]] = {}
-                for name, arguments in calls.items():
-                    result = await client.call_tool(name, arguments)
-                    texts[name] = [content.text for content in result.content]
-                    assert not result.is_error, texts[name]
-                    data_of(texts[name][-1])
-                assert data_of(texts["explain_run"][0])["run"] == run
-                # It was retried by the client before: that is asked for.
-                plan = await client.call_tool("plan_retry_run", {"run": run, "again": True})
-            found = re.search(rf"{url}(/plans/\S+)", plan.content[0].text)
-            assert found is not None
-            assert await press(url, found[1], token) == 303
+            path = asyncio.run(ask(url, client_token, kind, calls))
+            assert len(site.runs()) == number
+            assert asyncio.run(press(url, path, token)) == 303
             assert len(site.runs()) == 1 + number
-            calls["plan_retry_run"]["again"] = True
-
-        # A client that is connected does not hold the process.
-        async with connected(f"{url}/mcp", client_token, "ClientSession") as client:
-            await client.list_tools()
-            began = time.monotonic()
-            process.send_signal(signal.SIGTERM)
-            assert await asyncio.to_thread(process.wait, 30) == 0
-            assert time.monotonic() - began < 20
+        asyncio.run(end(process, url, client_token))

@@ -52,6 +52,7 @@ PLACES: Mapping[str, Place] = {
     r"/credentials$": Place("/credentials", "secrets.md", "Change a secret"),
     r"/usage\b": Place("/usage", "reference/budgets.md"),
     r"/(workers|pools/approve)$": Place("/workers", "console.md", "Workers and audit"),
+    r"/plans/": Place("", "reference/mcp.md", "Plans"),
     r"/audit$": Place("/audit", "console.md", "Workers and audit"),
     rf"{LOGIN}\b": Place("", "operating/login.md"),
     r"/$": Place("/", "console.md", "What needs attention"),
