@@ -57,7 +57,7 @@ class ConsolePages:
             except ModuleNotFoundError as error:
                 raise ConfigurationError(
                     f"[web] mcp = true needs the extra mcp: the module {error.name} is not installed",
-                    fix="pip install 'orgworker[mcp]', or set mcp = false",
+                    fix="install the worker with it, as docs/install.md says, or set mcp = false",
                 ) from None
         if self._settings.web.login.issuer:
             login_secret(self._settings.web.login.issuer, self._settings.secrets_dir)
