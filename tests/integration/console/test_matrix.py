@@ -838,7 +838,7 @@ async def test_every_statement_of_an_orgs_request_on_sqlite_names_its_org(
                     if not path.startswith(("/login", "/logout")):
                         answer = await client.ask(
                             method,
-                            path.format(run=run, org=target, name="digest", code="x", generation=1),
+                            path.format(run=run, org=target, name="digest", code="x", plan="x", generation=1),
                             session=session,
                         )
                         done += answer.status_code in (200, 201, 303)

@@ -55,10 +55,8 @@ class ConsolePages:
             try:
                 import_module("worker.features.console.mcp.server")
             except ModuleNotFoundError as error:
-                raise ConfigurationError(
-                    f"[web] mcp = true needs the extra mcp: the module {error.name} is not installed",
-                    fix="install the worker with it, as docs/install.md says, or set mcp = false",
-                ) from None
+                message = f"[web] mcp needs the extra mcp: the module {error.name} is not installed"
+                raise ConfigurationError(message, fix="install that extra, or set mcp = false") from None
         if self._settings.web.login.issuer:
             login_secret(self._settings.web.login.issuer, self._settings.secrets_dir)
 
