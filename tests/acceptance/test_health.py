@@ -82,8 +82,9 @@ def test_a_worker_is_ready_then_drains_and_one_bad_org_changes_nothing(
     wait_until(lambda: "org.parked" in site.log_text(), "the bad org to be parked")
 
     assert port.get("/livez")[0] == port.get("/readyz")[0] == 200
+    used = 'orgworker_slots_used{isolation="child"} 1.0'
+    wait_until(lambda: used in port.get("/metrics")[1], "the run of the bad org to give back its slot")
     metrics = port.get("/metrics")[1]
-    assert 'orgworker_slots_used{isolation="child"} 1.0' in metrics
     families = text_string_to_metric_families(metrics)
     served = {family.name + ("_total" if family.type == "counter" else "") for family in families}
     assert served <= set(re.findall(r"(?m)^\| `(\w+)`", (ROOT / "docs/reference/metrics.md").read_text()))
