@@ -37,6 +37,7 @@ def test_approvals_are_listed_with_their_command_and_approved_once(
     assert list(row)[:2] == ["pool", "handler"]
     columns = ("pool", "handler", "distribution", "digest", "secrets", "scopes", "egress", "audiences")
     columns += (
+        "children",
         "timeout",
         "max_attempts",
         "max_concurrent",
