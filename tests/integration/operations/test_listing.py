@@ -185,10 +185,14 @@ def test_the_catalogue_keeps_the_broken_ones_and_forgets_what_is_gone(database, 
     assert [(row["name"], row["error"] is None) for row in catalogue.entries(connection)] == [
         ("acme.also", True),
         ("acme.broken", False),
+        ("acme.confuses", True),
+        ("acme.exceeds", True),
         ("acme.inline", True),
+        ("acme.keeps", True),
         ("acme.lists", True),
         ("acme.note", True),
         ("acme.plain", True),
+        ("acme.starts", True),
     ]
     assert ("acme-jobs", "1.0", "acme.plain") in catalogue.offered(connection)
     with database.transaction() as writing:
