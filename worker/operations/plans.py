@@ -138,7 +138,7 @@ def find(connection: Connection, plan_id: str, *, operator: str, at: datetime) -
     """An open plan of this operator, with `arguments` and `shown` as values.
 
     Raises:
-        NotFound: there is none, or it was used or has expired.
+        NotFound: no such plan, or it was confirmed already, or it is too old.
     """
     row = plans.find(connection, checked_id(plan_id), operator=operator, at=at)
     if row is None:

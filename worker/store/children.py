@@ -348,11 +348,16 @@ def take_up(connection: Connection, org_id: OrgId, of: RunId, to: RunId) -> int:
     )
     if links:
         connection.execute(insert(_children), links)
-    for link, row in zip(links, rows, strict=True):
-        if row["state"] is None:
-            unfinished = (_live.c.id == row["run_id"], _live.c.org_id == org_id)
-            moved = {"parent_id": to, "place": link["place"]}
-            connection.execute(update(_live).where(*unfinished).values(**moved))
+    moved = [
+        {"run": row["run_id"], "at": link["place"]}
+        for link, row in zip(links, rows, strict=True)
+        if row["state"] is None
+    ]
+    if moved:
+        unfinished = (_live.c.id == bindparam("run"), _live.c.org_id == org_id)
+        connection.execute(
+            update(_live).where(*unfinished).values(parent_id=to, place=bindparam("at")), moved
+        )
     return count
 
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import delete, update
 
 from tests.integration.contract.carriers import Carrier
 from worker.errors import IssuerUnavailable, TokenRefused
@@ -240,6 +240,24 @@ async def test_a_failed_child_is_returned_in_its_place_or_raised(
     told = await carrier.attempt(run)
 
     assert told.given == [given]
+
+
+async def test_a_child_without_the_row_of_its_parent_does_not_start(carrier: Carrier) -> None:
+    """Nothing says then what it may have. The control is every other test with a child."""
+    run = carrier.start(["gather", ["a"]])
+    await carrier.attempt(run)
+    site = carrier.site
+    [child] = site.fleet.rows.all(tables.live_runs, tables.live_runs.c.parent_id == run)
+    with site.fleet.database.transaction() as connection:
+        connection.execute(delete(tables.parents).where(tables.parents.c.run_id == run))
+
+    if carrier.name == "host":
+        assert await site.host.take(site.fleet.one, wait=1) == []
+    else:
+        await carrier.attempt(child["id"])
+
+    ended = site.fleet.rows.run(child["id"])
+    assert (ended["state"], ended["reason"]) == ("cancelled", "parent")
 
 
 async def test_a_child_that_declares_more_than_its_parent_is_refused(carrier: Carrier) -> None:

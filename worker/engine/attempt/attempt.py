@@ -40,7 +40,7 @@ from worker.model.bindings import OrgSecrets
 from worker.model.claims import ClaimsRecord, Enforced
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.budgets import BudgetState
-from worker.model.runs.children import EXCEEDS, MAX_CHILD_RESULT
+from worker.model.runs.children import BY_PARENT, EXCEEDS, MAX_CHILD_RESULT
 from worker.model.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded, Trail, end_attempt
 from worker.model.runs.run import AdmittedRun, StoredProgress
 from worker.telemetry.events import emit
@@ -137,14 +137,15 @@ def may_start(
 
 async def _beyond_parent(
     limits: Limits, inflight: InflightRun, plan: AttemptPlan, tools: Tools
-) -> outcomes.Refused | None:
+) -> outcomes.Refused | outcomes.Cancelled | None:
     """The refusal of a child whose handler declares more than that of its parent; None if it does not.
 
-    Before its token is requested, which would have the scopes of the child.
+    Before its token is requested, which would have the scopes of the child. Without the row of its parent,
+    nothing says what it may have.
     """
     entry, cap = tools.handlers.get(inflight.run.handler), await tools.store.cap_of(inflight.run.id)
     if cap is None:
-        return outcomes.Refused(EXCEEDS, "its parent is gone", "nothing says what its parent allows")
+        return outcomes.Cancelled(BY_PARENT)
     inflight.parent_trace = cap.traceparent
     more = None if entry is None else cap.excess(plan.cap(entry, limits))
     if entry is None or more is None:

@@ -15,13 +15,6 @@ from worker.features.console.pages.base import PageGroup, allowed, query
 from worker.features.console.pages.links import definition_path
 from worker.kit.output import printable
 
-# The heading of each change.
-_TITLES = {
-    "retry_run": "Retry a run",
-    "pause_definition": "Pause a definition",
-    "answer_run": "Answer a run",
-}
-
 
 class PlanPages(PageGroup):
     def routes(self) -> Sequence[Route]:
@@ -33,7 +26,7 @@ class PlanPages(PageGroup):
             caller_of(request), request.path_params["plan"], at=self._pages.clock.now()
         )
         may = PLANNED[plan["change"]] in allowed(request)
-        values = {"plan": plan, "title": _TITLES[plan["change"]], "may_confirm": may}
+        values = {"plan": plan, "title": plan["change"].replace("_", " ").capitalize(), "may_confirm": may}
         values |= {part: _listed(plan["shown"][part]) for part in ("before", "after")}
         values["arguments"] = _listed(plan["arguments"])
         return await self._pages.show(request, "plan.html", lambda connection: values)
