@@ -26,7 +26,7 @@ class PlanPages(PageGroup):
             caller_of(request), request.path_params["plan"], at=self._pages.clock.now()
         )
         may = PLANNED[plan["change"]] in allowed(request)
-        values = {"plan": plan, "title": plan["change"].replace("_", " ").capitalize(), "may_confirm": may}
+        values = {"plan": plan, "title": plan["change"].replace("_", " a ").capitalize(), "may_confirm": may}
         values |= {part: _listed(plan["shown"][part]) for part in ("before", "after")}
         values["arguments"] = _listed(plan["arguments"])
         return await self._pages.show(request, "plan.html", lambda connection: values)
