@@ -3,79 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
-from google.protobuf.json_format import MessageToDict
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tests.fakes.site import Site, application, definition, wait_until
+from tests.fakes.collector import Collector, trace_of
+from tests.fakes.site import Site, application, definition
 from worker.demo.serving import ServerThread, bind_loopback
 
 SECRET = "canary-secret-of-acme"
 KEY = "canary-key-of-the-collector"
-
-
-@dataclass(frozen=True)
-class ReceivedSpan:
-    """A span; ids are in lower-case hex, `parent` is "" for a root."""
-
-    name: str
-    trace: str
-    id: str
-    parent: str
-    attributes: dict[str, Any]
-    events: list[tuple[str, dict[str, Any]]]
-    resource: dict[str, Any]
-    failed: bool
-
-
-class Collector:
-    """An OTLP collector on loopback; `bodies` and `headers` are those of the requests."""
-
-    def __init__(self) -> None:
-        self.bodies: list[bytes] = []
-        self.headers: list[dict[str, str]] = []
-        routes = [Route("/v1/traces", self._take, methods=["POST"])]
-        self.server = ServerThread(Starlette(routes=routes), bind_loopback()).start()
-        self.endpoint = f"{self.server.url}/v1/traces"
-
-    def spans(self) -> list[ReceivedSpan]:
-        """All spans so far."""
-        return [span for body in list(self.bodies) for span in _spans(body)]
-
-    async def _take(self, request: Request) -> Response:
-        self.headers.append(dict(request.headers))
-        self.bodies.append(await request.body())
-        return Response(media_type="application/x-protobuf")
-
-
-def _spans(body: bytes) -> list[ReceivedSpan]:
-    return [
-        ReceivedSpan(
-            name=span.name,
-            trace=span.trace_id.hex(),
-            id=span.span_id.hex(),
-            parent=span.parent_span_id.hex(),
-            attributes=_values(span.attributes),
-            events=[(event.name, _values(event.attributes)) for event in span.events],
-            resource=_values(resource.resource.attributes),
-            failed=span.status.code == span.status.STATUS_CODE_ERROR,
-        )
-        for resource in ExportTraceServiceRequest.FromString(body).resource_spans
-        for scope in resource.scope_spans
-        for span in scope.spans
-    ]
-
-
-def _values(attributes: Any) -> dict[str, Any]:
-    """Attributes as plain values; integers are text, as in Protobuf's JSON."""
-    return {each.key: next(iter(MessageToDict(each.value).values())) for each in attributes}
 
 
 @pytest.fixture
@@ -105,19 +45,6 @@ def traced_site(site: Site, collector: Collector) -> Site:
     wanted = f'enabled = true\nendpoint = "{collector.endpoint}"\nheaders = "authorization=Bearer {KEY}"'
     site.configure(execution='inline = ["acme-jobs"]', extra=f"[tracing]\n{wanted}")
     return site
-
-
-def trace_of(collector: Collector, run_id: object) -> dict[str, ReceivedSpan]:
-    """The spans of a run's one attempt, by name, once its root has arrived."""
-
-    def arrived() -> str | None:
-        roots = (span for span in collector.spans() if "cicd.pipeline.run.id" in span.attributes)
-        return next(
-            (root.trace for root in roots if root.attributes["cicd.pipeline.run.id"] == str(run_id)), None
-        )
-
-    trace = wait_until(arrived, f"the trace of {run_id}")
-    return {span.name: span for span in collector.spans() if span.trace == trace}
 
 
 def test_a_run_arrives_as_a_trace_that_its_handlers_own_calls_join(traced_site, collector, api, journal):

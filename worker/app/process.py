@@ -90,7 +90,8 @@ def run(settings: Settings) -> int:
     """
     clock = SystemClock()
     logs.configure(settings.log.style or None, level=settings.log.level)
-    traces = traces_of(settings.tracing, clock, version=VERSION)
+    content = settings.telemetry.record_content
+    traces = traces_of(settings.tracing, clock, version=VERSION, record_content=content)
     notifier = Notifier()
     confinement = confinement_of(settings)
     confinement.warn()

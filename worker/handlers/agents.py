@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from worker.handlers.context import Context
 from worker.handlers.results import Duration
-from worker.handlers.steps import NAME_LIMIT, StepError, check_name
+from worker.handlers.steps import NAME_LIMIT, StepError, check_name, open_step
 
 try:
     from pydantic_ai.agent import AbstractAgent, AgentRun, WrapperAgent
@@ -46,6 +46,8 @@ try:
         ToolDenied,
     )
     from pydantic_ai.toolsets import AbstractToolset, ToolsetTool, WrapperToolset
+
+    from worker.handlers.agent_spans import note_outcome, note_request, note_response, note_tool
 except ImportError as missing:
     raise ImportError(
         f"durable needs pydantic-ai 2.68 or later ({missing}): install orgworker with its extra pydantic-ai"
@@ -154,6 +156,7 @@ class _Steps(AbstractCapability[AgentDepsT]):
         self, ctx: Context[Any, Any], runs: _Runs, number: int, meter: str | None, timeout: Duration | None
     ) -> None:
         self._ctx = ctx
+        self._agent = runs.name
         self._meter = meter
         self._approval_timeout = timeout
         self._model = f"model:{_written(runs.name)}"
@@ -195,11 +198,19 @@ class _Steps(AbstractCapability[AgentDepsT]):
         ids = (call.tool_call_id for call in requests.approvals)
         return DeferredToolResults(approvals=dict(zip(ids, map(_decision, answers), strict=True)))
 
-    async def request(self, send: Callable[[], Awaitable[ModelResponse]]) -> ModelResponse:
+    async def request(
+        self,
+        send: Callable[[], Awaitable[ModelResponse]],
+        model: Model,
+        messages: list[ModelMessage],
+        settings: ModelSettings | None,
+    ) -> ModelResponse:
         """Send a model request as a step; what the response says it used is stored with it."""
 
         async def ask() -> Any:
+            _note(note_request, self._agent, model, messages, settings)
             response = await send()
+            _note(note_response, response)
             if self._meter is not None and response.usage.total_tokens:
                 await self._ctx.spend(self._meter, response.usage.total_tokens)
             return _RESPONSE.dump_python(response, mode="json")
@@ -209,13 +220,18 @@ class _Steps(AbstractCapability[AgentDepsT]):
         self._digest = _digest(stored)[:12]
         return response
 
-    async def call(self, name: str, call_id: str, call: Callable[[], Awaitable[Any]]) -> Any:
+    async def call(
+        self, name: str, call_id: str, arguments: dict[str, Any], call: Callable[[], Awaitable[Any]]
+    ) -> Any:
         """Call a tool as a step. What it raises to steer the agent is stored as well."""
         self._calls[call_id] += 1
         times = self._calls[call_id]
 
         async def outcome() -> Any:
-            return await _outcome(call())
+            _note(note_tool, self._agent, name, call_id, arguments)
+            found = await _outcome(call())
+            _note(note_outcome, found)
+            return found
 
         key = self._key(call_id if times == 1 else f"{call_id}#{times}")
         return _result(await self._ctx.step(f"tool:{_written(name)}", outcome, key=key))
@@ -241,7 +257,10 @@ class _StepModel(WrapperModel):
         model_request_parameters: ModelRequestParameters,
     ) -> ModelResponse:
         return await self._steps.request(
-            lambda: self.wrapped.request(messages, model_settings, model_request_parameters)
+            lambda: self.wrapped.request(messages, model_settings, model_request_parameters),
+            self.wrapped,
+            messages,
+            model_settings,
         )
 
     @asynccontextmanager
@@ -261,7 +280,10 @@ class _StepModel(WrapperModel):
         self, request_context: ModelRequestContext, *, instructions: str | None = None
     ) -> ModelResponse:
         return await self._steps.request(
-            lambda: self.wrapped.compact_messages(request_context, instructions=instructions)
+            lambda: self.wrapped.compact_messages(request_context, instructions=instructions),
+            self.wrapped,
+            request_context.messages,
+            request_context.model_settings,
         )
 
 
@@ -279,8 +301,17 @@ class _StepToolset(WrapperToolset[AgentDepsT]):
         return await self.steps.call(
             ctx.tool_name or name,
             ctx.tool_call_id,
+            tool_args,
             lambda: self.wrapped.call_tool(name, tool_args, ctx, tool),
         )
+
+
+def _note(say: Callable[..., None], *about: Any) -> None:
+    """Say something for the span of the current step, if it has one. What fails is left out."""
+    step = open_step()
+    if step is not None and step.notes is not None:
+        with suppress(Exception):
+            say(step.notes, *about)
 
 
 async def _outcome(call: Awaitable[Any]) -> dict[str, Any]:

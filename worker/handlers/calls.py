@@ -37,6 +37,7 @@ from worker.handlers.parts import (
     row_of,
     trusted,
 )
+from worker.handlers.span_parts import STEP_SPAN
 from worker.handlers.steps import MAX_STEPS, RESULT_LIMIT, StepError
 from worker.model.definitions.budgets import MAX_AMOUNT
 from worker.model.limits import Limit, Share
@@ -56,6 +57,7 @@ from worker.model.runs.children import (
 from worker.model.runs.run import NewStep, StepPage, StoredStep
 from worker.model.runs.waits import KINDS, MAX_ASKED, MAX_WAITS, NewWait, WaitState, check_options
 from worker.secret import AccessToken
+from worker.telemetry.tracing import StepSpan
 
 A = TypeVar("A")
 C = TypeVar("C", bound="type[Call[Any]]")
@@ -102,6 +104,8 @@ class Way:
     """A host names the handler beside the run."""
     batch: str = ""
     """Hosts send many of them at once, as rows under this key."""
+    each: bool = False
+    """A call without an answer of which each counts, also on a host, which passes it on."""
     body: int = OWN_BYTES
     """Bytes that a host's call may have."""
 
@@ -120,7 +124,7 @@ class Call(Generic[A]):
 
 
 class OneWayCall(Call[None]):
-    """A call without an answer; of each kind only the newest counts."""
+    """A call without an answer; of each kind only the newest counts, unless its `Way` says so."""
 
 
 class CallAnswer(Generic[A]):
@@ -367,7 +371,7 @@ def declared(way: Way, answer: CallAnswer[Any] = NOTHING, *, lean: Sequence[str]
 
     def declare(kind: C) -> C:
         kind.way, kind.answer, kind.row = way, answer, row_of(kind, lean=lean)
-        known: dict[str, Any] = ONE_WAY if issubclass(kind, OneWayCall) else CALLS
+        known: dict[str, Any] = ONE_WAY if issubclass(kind, OneWayCall) and not way.each else CALLS
         known.update(dict.fromkeys((way.name, *way.also), kind))
         return kind
 
@@ -520,6 +524,14 @@ class Progress(OneWayCall):
     done: Annotated[float, Number()]
     total: Annotated[float | None, Maybe(Number())] = None
     note: Annotated[str | None, Maybe(Text(UNMASKED_LIMIT))] = None
+
+
+@declared(Way("trace", waits=False, batch="spans", each=True, body=BATCH_BYTES))
+@dataclass(frozen=True, slots=True)
+class TraceStep(OneWayCall):
+    """Make a span of a step; asked for by `Work.traces`."""
+
+    span: Annotated[StepSpan, STEP_SPAN]
 
 
 class Port(Protocol):

@@ -21,6 +21,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, Literal
 
+from worker.clock import Clock
 from worker.guard.claims import Claims, flag_value
 from worker.handlers.blocking import ThreadLock, finish
 from worker.handlers.calls import AskToken, Port, Progress, Save
@@ -53,6 +54,7 @@ from worker.handlers.step_calls import (
     Tries,
     done,
 )
+from worker.handlers.step_tracing import StepTracing
 from worker.handlers.steps import StepJournal
 from worker.handlers.waits import (
     SLEEP,
@@ -121,6 +123,11 @@ class _Shared(Generic[P, S]):
     @cached_property
     def _journal(self) -> StepJournal:
         return StepJournal(replays=self._given.replays)
+
+    @property
+    def _of_steps(self) -> tuple[StepJournal, Port, Clock, Spending, StepTracing | None]:
+        tracing = StepTracing.of(self._given, self._port)
+        return self._journal, self._port, self._given.held.clock, self._spending, tracing
 
     def _new_lock(self) -> AbstractAsyncContextManager[object]:
         """A lock of the tasks, or threads, of the handler."""
@@ -230,7 +237,7 @@ class Context(_Shared[P, S]):
 
     @cached_property
     def _steps(self) -> StepCalls:
-        return StepCalls(self._journal, self._port, self._given.held.clock, self._spending)
+        return StepCalls(*self._of_steps)
 
     @cached_property
     def _waits(self) -> AsyncWaits:
@@ -440,7 +447,7 @@ class BlockingContext(_Shared[P, S]):
 
     @cached_property
     def _steps(self) -> BlockingStepCalls:
-        return BlockingStepCalls(self._journal, self._port, self._given.held.clock, self._spending)
+        return BlockingStepCalls(*self._of_steps)
 
     @cached_property
     def _waits(self) -> BlockingWaits:

@@ -23,6 +23,7 @@ from worker.handlers.job import Job
 from worker.handlers.json_text import NotStorable, check_json_text, to_json_text
 from worker.model.runs.budgets import BudgetState
 from worker.secret import AccessToken
+from worker.telemetry.tracing import Detail
 
 P = TypeVar("P")
 S = TypeVar("S")
@@ -138,7 +139,7 @@ class Given(Generic[P, S]):
     `replays` if earlier ones may have stored steps; `budgets` are those of the org that may stop it,
     None without any. With `meter_usage` the clients count the `usage` of the answers of models. `secrets`
     are those that the handler declares. With `connect` the broker sends the requests of the clients.
-    `audiences` are those for which it may ask for another token.
+    `audiences` are those for which it may ask for another token. `traces` is what it reports of its steps.
     """
 
     org: Org
@@ -151,6 +152,7 @@ class Given(Generic[P, S]):
     log: logging.Logger
     held: HeldToken
     traceparent: str | None = None
+    traces: Detail = "none"
     private_origins: tuple[str, ...] = ()
     insecure_origins: tuple[str, ...] = ()
     replays: bool = False

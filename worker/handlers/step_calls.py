@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from operator import itemgetter
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from worker.clock import Clock
 from worker.errors import WorkerError
@@ -25,6 +25,7 @@ from worker.handlers.calls import MAX_METERS, LoadSteps, Port, StoreStep
 from worker.handlers.json_text import NotStorable, to_json_text
 from worker.handlers.results import Duration, PermanentError, RateLimited, as_timedelta, limited_by
 from worker.handlers.spending import Spending
+from worker.handlers.step_tracing import StepTracing
 from worker.handlers.steps import (
     RESULT_LIMIT,
     OpenStep,
@@ -98,12 +99,22 @@ _Placed = tuple[int, tuple[StepId, Call]]
 class StepCalls:
     """The steps of an async handler."""
 
-    def __init__(self, journal: StepJournal, port: Port, clock: Clock, gate: Spending | None = None) -> None:
+    _lock: ClassVar[type[AbstractAsyncContextManager[object]]] = asyncio.Lock
+
+    def __init__(
+        self,
+        journal: StepJournal,
+        port: Port,
+        clock: Clock,
+        gate: Spending | None = None,
+        tracing: StepTracing | None = None,
+    ) -> None:
         self.journal = journal
         self._port = port
         self._clock = clock
         self._gate = gate
-        self._loading: AbstractAsyncContextManager[object] = asyncio.Lock()
+        self._tracing = tracing
+        self._loading = self._lock()
 
     def step(
         self,
@@ -234,6 +245,8 @@ class StepCalls:
         self, step: StepId, call: Call, tries: Tries, is_async: bool, *, parks: bool = True
     ) -> Any:
         text = await self._replayed(step)
+        if text is not None and self._tracing is not None:
+            self._tracing.replayed(step)
         while text is None:
             while self._gate is not None and (stopped := await self._gate.reached()) is not None:
                 if not parks:
@@ -242,15 +255,22 @@ class StepCalls:
             limited = None
             with self.journal.open(step) as opened:
                 started_at = self._clock.now()
+                if self._tracing is not None:
+                    self._tracing.begin(opened)
                 try:
                     value = await self._tried(opened, call, tries, is_async)
-                except Exception as error:
-                    limited = limited_by(error)
+                except BaseException as error:
+                    if self._tracing is not None:
+                        self._tracing.failed(opened, started_at, error)
+                    limited = limited_by(error) if isinstance(error, Exception) else None
                     # Before its first request a step has done nothing: the run waits, and calls it again.
                     if limited is None or not parks or self._gate is None or opened.begun > 1:
                         raise
                 else:
-                    text = await self._stored(self._new_step(opened, value, started_at))
+                    new = self._new_step(opened, value, started_at)
+                    text = await self._stored(new)
+                    if self._tracing is not None:
+                        self._tracing.stored(opened, new)
             if limited is not None and self._gate is not None:
                 await self._gate.wait_for(limited)
         return json.loads(text)
@@ -298,9 +318,7 @@ class StepCalls:
 class BlockingStepCalls(StepCalls):
     """The steps of a handler that blocks: `done` gives the result of each. `map` uses threads."""
 
-    def __init__(self, journal: StepJournal, port: Port, clock: Clock, gate: Spending | None = None) -> None:
-        super().__init__(journal, port, clock, gate)
-        self._loading = ThreadLock()
+    _lock = ThreadLock
 
     def _check(self, what: str, function: Any, timeout: float | None) -> bool:
         if super()._check(what, function, timeout):

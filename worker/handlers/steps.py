@@ -75,11 +75,24 @@ class StepId:
 
 
 @dataclass(eq=False, slots=True)
+class StepNotes:
+    """What a step's function says for its span, as `StepSpan` has it; `texts` is None if unwanted."""
+
+    texts: dict[str, str] | None
+    about: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    def clear(self) -> None:
+        self.about, self.error = {}, None
+        self.texts = None if self.texts is None else {}
+
+
+@dataclass(eq=False, slots=True)
 class OpenStep:
     """A step whose function is being called or whose result is being stored.
 
     `spends` are stored with its result; `requests` counts its requests, from 1 at each try, `begun` those of
-    all tries. `placed` once its result has a place among the steps of the run.
+    all tries. `placed` once its result has a place among the steps of the run. `notes` if it has a span.
     """
 
     id: StepId
@@ -88,10 +101,13 @@ class OpenStep:
     begun: int = 0
     closed: bool = False
     placed: bool = False
+    notes: StepNotes | None = None
 
     def begin_try(self) -> None:
         """Forget what a failed try did: only the last one counts."""
         self.spends.clear()
+        if self.notes is not None:
+            self.notes.clear()
         self.requests = itertools.count(1)
 
 

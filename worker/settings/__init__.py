@@ -31,6 +31,7 @@ from worker.settings.sections import (
     RelaySettings,
     RetentionSettings,
     Section,
+    TelemetrySettings,
     TemporalSettings,
     TokenSettings,
     TracingSettings,
@@ -44,7 +45,7 @@ CONFIG_PLACES = ("/etc/orgworker/worker.toml", "worker.toml")
 MOUNTED_SECRETS = "/run/secrets"
 
 # The sections that a host has besides `[web] health_listen`, and what its workers decide for it.
-HOST_SECTIONS = ("host", "execution", "log", "tracing", "temporal")
+HOST_SECTIONS = ("host", "execution", "log", "tracing", "telemetry", "temporal")
 NOT_OF_HOSTS = ("pools", "lease", "renew", "poll", "private_origins", "insecure_origins", "egress")
 TOLD_TO_HOSTS = ("namespace", "place_timeout")
 
@@ -74,6 +75,7 @@ class Settings(Section):
     attempts: AttemptsSettings = AttemptsSettings()
     alerts: AlertSettings = AlertSettings()
     tracing: TracingSettings = TracingSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
     provisioning: ProvisioningSettings = ProvisioningSettings()
     retention: RetentionSettings = RetentionSettings()
     log: LogSettings = LogSettings()
@@ -144,8 +146,9 @@ def _check_host(values: Sourced) -> Settings:
         if not _is_of_host(keys):
             raise ConfigurationError(
                 f"{where}: a host does not take {'.'.join(keys)}",
-                fix="remove it; a host has [host], [execution], [log], [tracing], [temporal] and [web] "
-                "health_listen, and learns everything else from the workers in [host] control",
+                fix="remove it; a host has [host], [execution], [log], [tracing], [telemetry], "
+                "[temporal] and [web] health_listen, and learns everything else from the workers in "
+                "[host] control",
             )
     settings = check(values)
     host = settings.host

@@ -470,6 +470,12 @@ class TracingSettings(Section):
     dashboard_url: Url = ""
 
 
+class TelemetrySettings(Section):
+    """`[telemetry]`: what telemetry has of the content of runs."""
+
+    record_content: bool = False
+
+
 class TokenSettings(Section):
     """`[tokens]`: how workers come by access tokens."""
 

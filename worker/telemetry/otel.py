@@ -34,9 +34,23 @@ from opentelemetry.util.types import AttributeValue
 from worker.bounded import remember
 from worker.clock import Clock
 from worker.ids import ALL_ORGS
+from worker.telemetry import genai
 from worker.telemetry.events import Emitted, emit
 from worker.telemetry.masking import masker
-from worker.telemetry.tracing import BAD, METHODS, OTHER_METHOD, RESULTS, Marks, Result, Traced, TracedRequest
+from worker.telemetry.tracing import (
+    BAD,
+    MAX_REPLAYED,
+    MAX_STEPS,
+    METHODS,
+    OTHER_METHOD,
+    RESULTS,
+    Marks,
+    Result,
+    StepSpan,
+    Traced,
+    TracedRequest,
+    TracedStep,
+)
 
 
 def otlp_exporter(endpoint: str, headers: str) -> SpanExporter:
@@ -104,12 +118,19 @@ class OtelTracer:
     """Makes one trace for each run; its id is derived from the run id, so all attempts share it.
 
     The standard OTEL_* variables set sampler, resource, limits and batches. `dashboard_url` is the
-    public URL of the console, or empty.
+    public URL of the console, or empty. With `records_texts` spans of models and tools have their texts.
     """
 
     def __init__(
-        self, exporter: SpanExporter, clock: Clock, *, version: str, dashboard_url: str = ""
+        self,
+        exporter: SpanExporter,
+        clock: Clock,
+        *,
+        version: str,
+        dashboard_url: str = "",
+        records_texts: bool = False,
     ) -> None:
+        self.records_texts = records_texts
         self._clock = clock
         self._pages = dashboard_url.rstrip("/")
         self._ids = _ChosenIds()
@@ -119,8 +140,8 @@ class OtelTracer:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("orgworker", version)
         self._marks: dict[tuple[str, int], Marks] = {}
-        # Requests by the span of their handler.
-        self._requests: OrderedDict[int, int] = OrderedDict()
+        # Spans of a kind below that of a handler.
+        self._counts: OrderedDict[tuple[int, str], int] = OrderedDict()
 
     def hear(self, emitted: Emitted) -> None:
         """Mark the start of an attempt; drop the marks of one that was fenced out."""
@@ -135,16 +156,25 @@ class OtelTracer:
     def hand_over(self, run_id: str, fencing_token: int, parent: str | None = None) -> str | None:
         """Mark the call of a handler; returns its traceparent."""
         self._marks.setdefault((run_id, fencing_token), Marks()).handler_began_at = self._clock.now()
+        handler = self._handler(run_id, fencing_token, parent)
+        return f"00-{handler.trace_id:032x}-{handler.span_id:016x}-{handler.trace_flags:02x}"
+
+    def _handler(self, run_id: str, fencing_token: int, parent: str | None) -> SpanContext:
+        """The place of a handler's span, which is made when the attempt has ended."""
         above = None if parent is None else _parent_of(parent)
         trace_id = _trace_id(run_id) if above is None else above.trace_id
         context = None if above is None else set_span_in_context(NonRecordingSpan(above))
         sampling = self._provider.sampler.should_sample(context, trace_id, "RUN", SpanKind.SERVER)
-        handler = _span_id(run_id, fencing_token, "handler")
-        return f"00-{trace_id:032x}-{handler:016x}-{sampling.decision is Decision.RECORD_AND_SAMPLE:02x}"
+        sampled = sampling.decision is Decision.RECORD_AND_SAMPLE
+        flags = TraceFlags(TraceFlags.SAMPLED if sampled else TraceFlags.DEFAULT)
+        place = _span_id(run_id, fencing_token, "handler")
+        return SpanContext(trace_id, place, is_remote=True, trace_flags=flags)
 
     def marks(self, run_id: str, fencing_token: int) -> Marks:
         """Remove and return the marks of an attempt that has ended."""
-        self._requests.pop(_span_id(run_id, fencing_token, "handler"), None)
+        handler = _span_id(run_id, fencing_token, "handler")
+        for kind in ("request", "step"):
+            self._counts.pop((handler, kind), None)
         return self._marks.pop((run_id, fencing_token), Marks())
 
     def end(self, traced: Traced, marks: Marks) -> None:
@@ -172,6 +202,8 @@ class OtelTracer:
         )
         if span.is_recording():
             self._end_token(span, traced, marks, result)
+            for replayed in marks.replayed:
+                span.add_event("orgworker.step.replayed", _step(replayed), _nanoseconds(replayed.ended_at))
             if marks.handler_began_at is not None:
                 self._ids.span_id = _span_id(traced.run_id, traced.fencing_token, "handler")
                 self._end_task(span, traced, "handler", marks.handler_began_at, traced.ended_at, result)
@@ -180,7 +212,7 @@ class OtelTracer:
     def request(self, traceparent: str, request: TracedRequest) -> None:
         """Make the span of a request below the handler's, for the first `MAX_REQUESTS` of an attempt."""
         parent = _parent_of(traceparent)
-        if parent is None or not self._has_room(parent.span_id):
+        if parent is None or not self._has_room(parent.span_id, "request", MAX_REQUESTS):
             return
         method = request.method if request.method in METHODS else OTHER_METHOD
         failed = request.error if request.status is None else _error_status(request.status)
@@ -202,11 +234,51 @@ class OtelTracer:
             span.set_status(Status(StatusCode.ERROR))
         span.end(max(request.started, request.ended))
 
-    def _has_room(self, handler: int) -> bool:
-        """Count a request of this handler's span; spans of one run must not keep out those of others."""
-        count = self._requests.get(handler, 0) + 1
-        remember(self._requests, handler, count, BOUND)
-        return count <= MAX_REQUESTS
+    def step(self, step: TracedStep) -> None:
+        """Make the span of a step below the handler's, for the first `MAX_STEPS` of an attempt.
+
+        A stored result becomes an event of the attempt's span, for the first `MAX_REPLAYED`.
+        """
+        handler, span = self._handler(step.run_id, step.fencing_token, step.parent), step.span
+        if not handler.trace_flags.sampled:
+            return
+        if span.replayed:
+            marks = self._marks.get((step.run_id, step.fencing_token))
+            if marks is not None and len(marks.replayed) < MAX_REPLAYED:
+                marks.replayed.append(span)
+            return
+        if not self._has_room(handler.span_id, "step", MAX_STEPS):
+            return
+        about, failed = span.about, None if span.error is None else span.error[:MAX_ERROR]
+        operation = about.get(genai.OPERATION, "")
+        model_or_tool = about.get(genai.NAMED_BY.get(operation, ""))
+        attributes: dict[str, AttributeValue | None] = {
+            **about,
+            **(span.texts if self.records_texts else {}),
+            "orgworker.step.key": span.key if self.records_texts else None,
+            "cicd.pipeline.run.id": step.run_id,
+            "orgworker.org": step.org,
+            "orgworker.definition": step.definition,
+            "orgworker.attempt": step.attempt,
+            **_step(span),
+            "error.type": failed,
+        }
+        made = self._tracer.start_span(
+            span.name if model_or_tool is None else f"{operation} {model_or_tool}",
+            context=set_span_in_context(NonRecordingSpan(handler)),
+            kind=SpanKind.CLIENT if operation == genai.CHAT else SpanKind.INTERNAL,
+            start_time=_nanoseconds(span.started_at),
+            attributes=_present(attributes),
+        )
+        if failed is not None:
+            made.set_status(Status(StatusCode.ERROR))
+        made.end(_nanoseconds(span.ended_at))
+
+    def _has_room(self, handler: int, kind: str, most: int) -> bool:
+        """Count a span below this handler's; those of one run must not keep out those of others."""
+        count = self._counts.get((handler, kind), 0) + 1
+        remember(self._counts, (handler, kind), count, BOUND)
+        return count <= most
 
     def close(self) -> None:
         """Send the last spans within `LAST_EXPORT` seconds."""
@@ -274,6 +346,10 @@ def _resource(version: str) -> Resource:
 
 def _present(attributes: Mapping[str, AttributeValue | None]) -> Mapping[str, AttributeValue]:
     return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _step(span: StepSpan) -> dict[str, AttributeValue]:
+    return {"orgworker.step": span.name, "orgworker.step.occurrence": span.occurrence}
 
 
 def _end(span: Span, at: datetime, result: Result) -> None:

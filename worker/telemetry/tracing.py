@@ -1,6 +1,7 @@
-"""Tracing: one span for each attempt, with child spans for its token and its handler.
+"""Tracing: one span for each attempt, with spans below it for its token, its handler, requests and steps.
 
-All spans are made when the attempt has ended; only the handler's W3C traceparent is made before.
+Those of the attempt, its token and its handler are made when the attempt has ended, those of requests and
+steps before; only the handler's W3C traceparent is made first.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 Result = Literal["success", "failure", "error", "timeout", "cancellation", "skip"]
 
@@ -63,10 +64,11 @@ class Traced:
 
 @dataclass(slots=True)
 class Marks:
-    """When an attempt requested its token and started its handler."""
+    """When an attempt requested its token and started its handler; its first returned stored results."""
 
     token_began_at: datetime | None = None
     handler_began_at: datetime | None = None
+    replayed: list[StepSpan] = field(default_factory=list)
 
 
 # The methods of RFC 9110 and RFC 5789, which name spans; semantic conventions call any other one so.
@@ -90,13 +92,55 @@ class TracedRequest:
     error: str | None = None
 
 
+# Steps of an attempt that have spans, and its stored results that have events.
+MAX_STEPS = 1_000
+MAX_REPLAYED = 100
+# What an attempt reports of its steps: nothing, their spans, or these with texts.
+Detail = Literal["none", "steps", "texts"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepSpan:
+    """A call of a step's function; with `replayed` a stored result that was returned without a call.
+
+    `error` is the class of what it raised. `about` has attributes of `genai.ATTRIBUTES`, and `texts` what
+    people, models and tools said, by names of `genai.TEXTS`.
+    """
+
+    name: str
+    key: str | None
+    occurrence: int
+    started_at: datetime
+    ended_at: datetime
+    replayed: bool = False
+    error: str | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TracedStep:
+    """A step of a running attempt, masked; `parent` as in `Traced`."""
+
+    run_id: str
+    attempt: int
+    fencing_token: int
+    org: str
+    definition: str
+    span: StepSpan
+    parent: str | None = None
+
+
 class Tracer(Protocol):
     """See `otel.OtelTracer`; all calls come from the worker's event loop."""
 
+    @property
+    def records_texts(self) -> bool: ...
     def hand_over(self, run_id: str, fencing_token: int, parent: str | None = None) -> str | None: ...
     def marks(self, run_id: str, fencing_token: int) -> Marks: ...
     def end(self, traced: Traced, marks: Marks) -> None: ...
     def request(self, traceparent: str, request: TracedRequest) -> None: ...
+    def step(self, step: TracedStep) -> None: ...
 
 
 _tracer: Tracer | None = None
@@ -125,6 +169,13 @@ def traceparent(run_id: str, fencing_token: int, parent: str | None = None) -> s
     `parent` is that of the handler that started the run, if one did.
     """
     return None if _tracer is None else _tracer.hand_over(run_id, fencing_token, parent)
+
+
+def detail(traceparent: str | None = "") -> Detail:
+    """What an attempt reports of its steps: nothing if its traceparent is None or not sampled."""
+    if _tracer is None or traceparent is None or traceparent.endswith("-00"):
+        return "none"
+    return "texts" if _tracer.records_texts else "steps"
 
 
 def request_span(traceparent: str | None, request: TracedRequest) -> None:

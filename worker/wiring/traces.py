@@ -17,8 +17,12 @@ from worker.telemetry.masking import masker
 HEADERS = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")
 
 
-def traces_of(settings: TracingSettings, clock: Clock, *, version: str) -> AbstractContextManager[None]:
+def traces_of(
+    settings: TracingSettings, clock: Clock, *, version: str, record_content: bool = False
+) -> AbstractContextManager[None]:
     """A context manager that makes and sends traces; nothing starts before its block.
+
+    With `record_content` they have what people, models and tools say.
 
     Raises ConfigurationError if OpenTelemetry is not installed.
     """
@@ -35,15 +39,21 @@ def traces_of(settings: TracingSettings, clock: Clock, *, version: str) -> Abstr
     for headers in (settings.headers, *(os.environ.get(name, "") for name in HEADERS)):
         for part in headers.split(","):
             masker.register(part.partition("=")[2])
-    return _tracing(settings, clock, version)
+    return _tracing(settings, clock, version, record_content)
 
 
 @contextlib.contextmanager
-def _tracing(settings: TracingSettings, clock: Clock, version: str) -> Iterator[None]:
+def _tracing(settings: TracingSettings, clock: Clock, version: str, record_content: bool) -> Iterator[None]:
     from worker.telemetry import otel
 
     exporter = otel.QuietExporter(otel.otlp_exporter(settings.endpoint, settings.headers))
-    tracer = otel.OtelTracer(exporter, clock, version=version, dashboard_url=settings.dashboard_url)
+    tracer = otel.OtelTracer(
+        exporter,
+        clock,
+        version=version,
+        dashboard_url=settings.dashboard_url,
+        records_texts=record_content,
+    )
     stop_listening = events.listen(tracer.hear)
     stop_tracing = tracing.use(tracer)
     try:

@@ -89,6 +89,19 @@ MESSAGES: dict[str, dict[str, Any]] = {
         ],
         "keep": True,
     },
+    "trace": {
+        "spans": [
+            {
+                **RUN,
+                "span": {
+                    **{"name": "model:a", "key": "1", "occurrence": 1, "error": "ValueError"},
+                    **{"started_at": NOW, "ended_at": NOW},
+                    "about": {"gen_ai.operation.name": "chat", "gen_ai.usage.input_tokens": 5},
+                    "texts": {"gen_ai.input.messages": LONG},
+                },
+            },
+        ],
+    },
     "ended_children": {**RUN, "spans": [[1, 5], [7, 7]], "after": 3},
     "handlers": {
         "entries": [

@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
@@ -34,7 +35,9 @@ from worker.handlers.calls import (
     StartChildren,
     StepTotals,
     StoreStep,
+    TraceStep,
 )
+from worker.handlers.span_parts import cut
 from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.handlers.waits import SLEEP
 from worker.model.runs.budgets import OrgBudgets, decisive, wait_of
@@ -43,12 +46,16 @@ from worker.model.runs.outcome import Trail
 from worker.model.runs.run import AdmittedRun, NewStep
 from worker.model.runs.waits import BUDGET, MAX_WAITS, NewWait, WaitState
 from worker.telemetry.mask_in_turn import mask_each
+from worker.telemetry.tracing import MAX_REPLAYED, MAX_STEPS, Detail, StepSpan
 
 # Seconds between two tries of a call while the database is away, at first and at most.
 RETRY = 0.1
 LONGEST_RETRY = 2.0
 # Characters of a checkpoint that is parsed to compare it with the last one; that holds the interpreter lock.
 COMPARED = 32 * 1024
+# Characters of the texts of an attempt's spans, and seconds that one may take to be made.
+MAX_SPAN_TEXTS = 1024 * 1024
+TRACED_WITHIN = 5.0
 
 C = TypeVar("C", bound=Call[Any])
 
@@ -93,6 +100,34 @@ class StepRoom:
         self.sizes[step.seq] = size
 
 
+@dataclass(eq=False, slots=True)
+class SpanRoom:
+    """How many spans and events, and characters of texts, an attempt may still report: it may lie."""
+
+    detail: Detail
+    steps: int = MAX_STEPS
+    replayed: int = MAX_REPLAYED
+    texts: int = MAX_SPAN_TEXTS
+
+    @classmethod
+    def of(cls, detail: Detail) -> SpanRoom | None:
+        """None if nothing is to be reported."""
+        return None if detail == "none" else cls(detail)
+
+    def take(self, span: StepSpan) -> StepSpan | None:
+        """The span as far as there is room for it."""
+        kind = "replayed" if span.replayed else "steps"
+        left = getattr(self, kind)
+        if not left:
+            return None
+        setattr(self, kind, left - 1)
+        size = sum(map(len, span.texts.values()))
+        if self.detail == "steps" or size > self.texts:
+            return replace(span, key=None, texts={})
+        self.texts -= size
+        return span
+
+
 @dataclass(eq=False, repr=False)
 class Running:
     """An attempt whose handler may call, on a worker, on a host or in a trial. It is its `RunServices`.
@@ -116,6 +151,8 @@ class Running:
     room: StepRoom | None = field(default=None, init=False)
     # The waits in `trail.asks`, with their occurrences.
     asked: set[tuple[str, int]] = field(default_factory=set, init=False)
+    # What its handler may report of its steps; None if nothing.
+    spans: SpanRoom | None = None
     # Why requests were not sent, by origin.
     denials: dict[str, str] = field(default_factory=dict, init=False)
 
@@ -143,6 +180,17 @@ class Running:
             # Masked when it is written: a run may report its progress thousands of times a second.
             self.trail.progress = progress = asdict(notice)
             self.run_log.progress(self.run, progress)
+        elif isinstance(notice, TraceStep):
+            span = None if self.spans is None else self.spans.take(notice.span)
+            if span is not None:
+                self.inflight.keep(self._trace(believed_span(span, self.run, self.clock.now())))
+
+    async def _trace(self, span: StepSpan) -> None:
+        """Make a span, or have it made; it is dropped if that takes too long."""
+        with suppress(TimeoutError, WorkerError, StepError):
+            async with asyncio.timeout(TRACED_WITHIN):
+                masked = await _masked(TraceStep(span), self)
+                await self.acts.act(TraceStep(cut(masked.span)), self)
 
     def log(self, level: str, source: str, text: str, at: datetime | None = None) -> None:
         self.run_log.line(self.run, level, source, text, at)
@@ -303,14 +351,26 @@ def check_attempt(spend: CountSpend, of: Running) -> None:
         raise NotACall("key: it is of another attempt")
 
 
+def believed_span(span: StepSpan, run: AdmittedRun, now: datetime) -> StepSpan:
+    """The span with its times within those of its attempt."""
+    started_at, ended_at = _within_attempt(span.started_at, span.ended_at, run, now)
+    return replace(span, started_at=started_at, ended_at=ended_at)
+
+
 def believed_step(step: NewStep, run: AdmittedRun, now: datetime) -> NewStep:
     """The step with its times within those of its attempt: what a process or a host says is a claim."""
-    earliest = min(run.started_at, now)
-    ended_at = max(earliest, min(step.ended_at, now))
-    started_at = max(earliest, min(step.started_at, ended_at))
+    started_at, ended_at = _within_attempt(step.started_at, step.ended_at, run, now)
     if (started_at, ended_at) == (step.started_at, step.ended_at):
         return step
     return replace(step, started_at=started_at, ended_at=ended_at)
+
+
+def _within_attempt(
+    started_at: datetime, ended_at: datetime, run: AdmittedRun, now: datetime
+) -> tuple[datetime, datetime]:
+    earliest = min(run.started_at, now)
+    ended_at = max(earliest, min(ended_at, now))
+    return max(earliest, min(started_at, ended_at)), ended_at
 
 
 async def believed_wait(wait: NewWait, of: Running) -> NewWait:

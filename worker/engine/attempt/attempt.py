@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from random import Random
 
-from worker.engine.attempt.answers import Running
+from worker.engine.attempt.answers import Running, SpanRoom
 from worker.engine.attempt.inflight import InflightRun, record_claims, run_admitted
 from worker.engine.attempt.plan import (
     DEFAULT_LIMITS,
@@ -251,7 +251,8 @@ async def run_handler(
 ) -> Outcome:
     """The handler: in its own process, or inline if the operator allows it."""
     limits, work = prepared.limits, prepared.work
-    running = Running(inflight, trail, tools.acts, tools.run_log, tools.clock, work.checkpoint)
+    given = inflight, trail, tools.acts, tools.run_log, tools.clock, work.checkpoint
+    running = Running(*given, spans=SpanRoom.of(work.traces))
     tools.deadlines.add(inflight.stop, limits.timeout, limits.cancel_grace)
     try:
         outcome = await tools.runners[inflight.run.isolation].run(work, running, inflight.stop)

@@ -29,7 +29,7 @@ from worker.telemetry import tracing
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
 from worker.telemetry.secret_forms import parts_of
-from worker.telemetry.tracing import Traced, Tracer
+from worker.telemetry.tracing import StepSpan, Traced, TracedStep, Tracer
 
 T = TypeVar("T")
 
@@ -48,8 +48,9 @@ class InflightRun:
     `moved` once the attempt has stored a new checkpoint or step; `storing` are steps that are being
     stored, which a process may leave behind that dies. `scopes` are those that its tokens must have,
     `audiences` those for which it may ask for others. `children` are the handlers that it may start, `cap`
-    is what those may have. A host knows neither that nor a `plan`. `parent_trace` is the traceparent of the
-    handler that started the run. `masked` are its tokens, and its secrets, which are private to the org.
+    is what those may have. A host knows neither that nor a `plan`, but the name of the `definition`.
+    `parent_trace` is the traceparent of the handler that started the run, `traced_here` whether this process
+    makes its spans. `masked` are its tokens, and its secrets, which are private to the org.
     """
 
     run: AdmittedRun
@@ -61,7 +62,9 @@ class InflightRun:
     audiences: tuple[str, ...] = ()
     children: frozenset[str] = frozenset()
     cap: FamilyCap | None = None
+    definition: str | None = None
     parent_trace: str | None = None
+    traced_here: bool = True
     moved: bool = False
     storing: set[asyncio.Future[Any]] | None = None
     masked: tuple[tuple[str, bool], ...] = field(default=(), repr=False)
@@ -70,6 +73,7 @@ class InflightRun:
         """Keep what the attempt needs to know."""
         self.plan = plan
         self.org_code = plan.org.code
+        self.definition = plan.definition.name
         self.cancel_grace = plan.definition.cancel_grace
 
     def hold(self, token: AccessToken) -> None:
@@ -94,14 +98,18 @@ class InflightRun:
 
     async def store(self, storing: Coroutine[Any, Any, T]) -> T:
         """The result of storing a step. It goes on if the caller is cancelled: the call was made and paid."""
+        return await asyncio.shield(self.keep(storing))
+
+    def keep(self, storing: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Begin to store something; the end of the attempt waits for it."""
         task = asyncio.ensure_future(storing)
         self.storing = self.storing or set()
         self.storing.add(task)
         task.add_done_callback(self.storing.discard)
-        return await asyncio.shield(task)
+        return task
 
     async def stored(self) -> None:
-        """Wait for the steps that are being stored: the end of the attempt would fence them out."""
+        """Wait for what is being stored: the attempt's end fences it out, and nothing is masked after it."""
         if self.storing:
             await asyncio.wait(self.storing)
 
@@ -343,6 +351,15 @@ def trace(tracer: Tracer, ended: EndedAttempt, inflight: InflightRun | None) -> 
         parent=inflight.parent_trace,
     )
     tracer.end(traced, marks)
+
+
+def trace_step(span: StepSpan, inflight: InflightRun) -> None:
+    """Make the span of a step of a running attempt; its texts are masked."""
+    tracer, run = tracing.in_use(), inflight.run
+    if tracer is None or inflight.definition is None:
+        return
+    org, definition, parent = inflight.org_code or "", inflight.definition, inflight.parent_trace
+    tracer.step(TracedStep(run.id, run.attempt, run.fencing_token, org, definition, span, parent))
 
 
 def _error_type(ended: EndedAttempt) -> str | None:

@@ -30,7 +30,7 @@ from worker.model.orgs import OrgRef, TokenWant
 from worker.model.runs.children import FamilyCap
 from worker.model.runs.outcome import Error, Failed
 from worker.model.runs.run import AdmittedRun, Declared, LoadedState, RunContext, StoredProgress
-from worker.telemetry.tracing import traceparent
+from worker.telemetry.tracing import detail, traceparent
 
 ANYWHERE = Declared()
 Network = Literal["auto", "require", "open"]
@@ -222,6 +222,7 @@ class AttemptPlan:
         parent_trace: str | None = None,
     ) -> Work:
         """The work of a run for the handler `entry`, which starts now."""
+        place = traceparent(run.id, run.fencing_token, parent_trace)
         return Work(
             run_id=run.id,
             attempt=run.attempt,
@@ -239,7 +240,8 @@ class AttemptPlan:
             timeout_at=now + limits.timeout,
             checkpoint=stored.checkpoint,
             memory=limits.memory,
-            traceparent=traceparent(run.id, run.fencing_token, parent_trace),
+            traceparent=place,
+            traces=detail(place),
             private_origins=self.private_origins,
             insecure_origins=self.insecure_origins,
             replays=run.may_have_checkpoint,

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 from worker.clock import Clock
 from worker.engine.attempt.answers import Acts, Running
-from worker.engine.attempt.inflight import Deadlines, InflightRun
+from worker.engine.attempt.inflight import Deadlines, InflightRun, trace_step
 from worker.engine.attempt.plan import AttemptPlan, HandlerRegistry, Plans
 from worker.engine.attempt.run_log import RunLogWriter
 from worker.engine.runners.contract import Runner
@@ -38,6 +38,7 @@ from worker.handlers.calls import (
     StartChildren,
     StepTotals,
     StoreStep,
+    TraceStep,
 )
 from worker.ids import OrgId, RunId
 from worker.model.bindings import OrgSecrets
@@ -342,6 +343,8 @@ class StoreActs:
                 return await store.load_steps(run.id, after)
             case StepTotals():
                 return await store.step_totals(run.id)
+            case TraceStep(span):
+                return trace_step(span, of.inflight)
         raise TypeError(f"no store does what {call.way.name} asks")
 
     async def _start(self, children: Sequence[NewChild], keep: bool, of: Running) -> Sequence[PlacedChild]:

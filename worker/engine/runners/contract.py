@@ -26,6 +26,7 @@ from worker.model.runs import outcome as outcomes
 from worker.model.runs.budgets import BudgetState
 from worker.model.runs.outcome import Error, Failed, Outcome
 from worker.secret import AccessToken
+from worker.telemetry.tracing import Detail
 
 # Maximum pause of a run without a token, in seconds: a new secret may fix it at any time.
 LONGEST_PAUSE = 60.0
@@ -42,7 +43,8 @@ class Work:
     `replays` if earlier attempts may have stored steps. `state` is that of the definition, or None if the
     handler does not declare one. `budgets` are those of the org that may stop it, None without any.
     `secrets` are those of the org that the handler declares, by name: a value, or the placeholder of one of
-    the `bound`, which only the broker gets. `egress` is what the run may reach.
+    the `bound`, which only the broker gets. `egress` is what the run may reach, `traces` what it reports of
+    its steps.
     """
 
     run_id: RunId
@@ -62,6 +64,7 @@ class Work:
     checkpoint: Any = field(default=None, repr=False)
     memory: int | None = None
     traceparent: str | None = None
+    traces: Detail = "none"
     private_origins: tuple[str, ...] = ()
     insecure_origins: tuple[str, ...] = ()
     replays: bool = False
@@ -107,6 +110,7 @@ class Work:
             log=log,
             held=HeldToken(self.token, self.claims, clock),
             traceparent=self.traceparent,
+            traces=self.traces,
             private_origins=self.private_origins,
             insecure_origins=self.insecure_origins,
             replays=self.replays,

@@ -27,7 +27,7 @@ from worker.features.hosts.hosted_runs import HostedRuns
 from worker.features.hosts.sent import END, LINE, PROGRESS, LineRow, calls_of
 from worker.features.hosts.wire import Malformed, Registered, TemporalPlace
 from worker.handlers import calls
-from worker.handlers.calls import NotACall, StoreStep
+from worker.handlers.calls import NotACall, OneWayCall, StoreStep
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.json_text import clean
 from worker.ids import WorkerId
@@ -288,6 +288,19 @@ class AttemptApi:
                 rows.append(row_of(step, hosted.running))
         return {"stored": sorted(await self.rows.store_steps(rows)) if rows else []}
 
+    async def _notices(self, runs: HostedRuns, message: Mapping[str, Any], *, name: str) -> Message:
+        """The same for calls without an answer, which come at once too."""
+        sent = calls_of(name, message)
+        known = await runs.known(one.key for one in sent)
+        for one in sent:
+            if (hosted := known.get(one.key)) is not None:
+                with suppress(LeaseLost):
+                    hosted.running.tell(cast(OneWayCall, one.call))
+        # Until they are masked, the host must not end the runs.
+        for hosted in known.values():
+            await hosted.inflight.stored()
+        return {"stored": sorted(known)}
+
     async def _logs(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
         rows = wire.rows_of(message, "lines", LINE)
         known = await runs.known(row.key for row in rows)
@@ -330,12 +343,15 @@ def _line(run: AdmittedRun, row: LineRow, text: str, now: datetime) -> LogLine:
     )
 
 
+def _method_of(call: type[calls.Call[Any]]) -> Callable[..., Awaitable[Message]]:
+    if issubclass(call, OneWayCall):
+        return AttemptApi._notices
+    return AttemptApi._batch if call.way.batch else AttemptApi._declared
+
+
 Method = Callable[[AttemptApi, HostedRuns, Mapping[str, Any]], Awaitable[Message | bytes]]
 # All calls but register and take, which are special.
 CALLS: Mapping[str, Method] = {
     name: getattr(AttemptApi, f"_{name}")
     for name in ("handlers", "renew", "unregister", "hand_back", "finish", "logs", "progress")
-} | {
-    name: partial(AttemptApi._batch if call.way.batch else AttemptApi._declared, name=name)
-    for name, call in calls.CALLS.items()
-}
+} | {name: partial(_method_of(call), name=name) for name, call in calls.CALLS.items()}

@@ -63,12 +63,14 @@ async def hosted_attempt(inflight: InflightRun, tools: RemoteTools) -> HostedEnd
     """Call the handler of one taken attempt. Errors become outcomes, never exceptions."""
     run = inflight.run
     taken = tools.taken.pop((run.id, run.fencing_token))
-    inflight.org_code, inflight.cancel_grace = taken.org, taken.cancel_grace
+    inflight.org_code, inflight.definition = taken.org, taken.definition
+    inflight.cancel_grace = taken.cancel_grace
     trail = Trail(taken.work.handler)
     # A worker with tracing on makes the spans of the attempt itself.
-    traced_here = taken.work.traceparent is None
+    inflight.traced_here = traced_here = taken.work.traceparent is None
     if traced_here:
-        taken.work.traceparent = tracing.traceparent(run.id, run.fencing_token)
+        taken.work.traceparent = place = tracing.traceparent(run.id, run.fencing_token)
+        taken.work.traces = tracing.detail(place)
     try:
         outcome = await _run(inflight, taken, trail, tools)
     except Exception as error:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from worker.bounded import remember
-from worker.engine.attempt.answers import Running
+from worker.engine.attempt.answers import Running, SpanRoom
 from worker.engine.attempt.attempt import (
     PAUSE,
     conclude,
@@ -61,6 +61,7 @@ from worker.model.runs.hosts import HostCaller
 from worker.model.runs.outcome import EndedAttempt, Failed, Outcome, Trail
 from worker.model.runs.run import AdmittedRun, OwnedRun
 from worker.store.host_store import HostStore
+from worker.telemetry import tracing
 from worker.telemetry.events import emit
 
 # Seconds that a call waits until its ends are written, and that a run unknown here waits for its token.
@@ -152,7 +153,9 @@ class HostedRuns:
     def _running(self, inflight: InflightRun, handler: str, *, resumed: bool = False) -> Running:
         tools, trail = self._shared.tools, Trail(handler)
         acts = StoreActs(tools)
-        return Running(inflight, trail, acts, tools.run_log, tools.clock, host=self.worker, resumed=resumed)
+        given = inflight, trail, acts, tools.run_log, tools.clock
+        spans = SpanRoom.of(tracing.detail())
+        return Running(*given, host=self.worker, resumed=resumed, spans=spans)
 
     # running
 
@@ -183,7 +186,7 @@ class HostedRuns:
         """Read the plan of a run that another worker has prepared; mask its token and secrets here too."""
         inflight = hosted.inflight
         try:
-            inflight.plan = plan = await tools.plans.of(inflight.run)
+            inflight.begin(plan := await tools.plans.of(inflight.run))
         except (DefinitionError, ConfigurationError, NotFound):
             return  # the attempt ends as one whose definition cannot be read
         limits = limits_of(inflight, tools)

@@ -9,14 +9,14 @@ from datetime import datetime
 from typing import Any, ClassVar
 
 from worker.engine.attempt.answers import Running
-from worker.engine.attempt.inflight import InflightRuns
+from worker.engine.attempt.inflight import InflightRuns, trace_step
 from worker.engine.loops.step_writer import StepWriter
 from worker.errors import Busy, LeaseLost, TokenRefused
 from worker.features.hosts import wire
 from worker.features.hosts.control import AsyncControl, BlockingControl, ControlDenied, encode
 from worker.features.hosts.sent import END, LINE, PROGRESS, End, LineRow, ProgressRow, Sent, sent_message
 from worker.features.hosts.wire import FENCE, Fence, Malformed, Registered, Registration, Taken
-from worker.handlers.calls import A, Call, answer_in
+from worker.handlers.calls import A, Call, TraceStep, answer_in
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.ids import RunId
@@ -251,6 +251,9 @@ class RemoteActs:
     async def act(self, call: Call[A], of: Running) -> A:
         """As `Acts.act`. Raises StepError as well, if the worker does not know the call."""
         run = of.run
+        if isinstance(call, TraceStep) and of.inflight.traced_here:
+            trace_step(call.span, of.inflight)
+            return None  # type: ignore[return-value]
         sent = Sent(run.id, run.fencing_token, of.trail.handler, call)
         if call.way.batch:
             size = sum(len(text.encode()) for text in call.row.texts(call))

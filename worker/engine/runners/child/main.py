@@ -115,8 +115,12 @@ class WorkerChannel:
         return answer_in(call, self.request(call).result())
 
     def tell(self, notice: OneWayCall) -> None:
-        """Send a notice soon, unless a newer one of its kind replaces it."""
-        self._told[notice.path] = {"op": notice.path, **message_of(notice)}
+        """Send a notice soon, unless a newer one of its kind replaces it; at once if each counts."""
+        message = {"op": notice.path, **message_of(notice)}
+        if notice.way.each:
+            self.send(message)
+            return
+        self._told[notice.path] = message
         self._send_told(time.monotonic() - TOLD_EVERY)
 
     def send_end(self, outcome: Mapping[str, Any]) -> None:

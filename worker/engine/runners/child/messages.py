@@ -199,7 +199,7 @@ class Setup:
         return json.dumps(asdict(self))
 
 
-WORK = trusted(Work, without=("claims", "token", "bound"), lean=("egress",))
+WORK = trusted(Work, without=("claims", "token", "bound"), lean=("egress", "traces"))
 
 
 def work_message(work: Work, seconds: float, token: AccessToken | None = None) -> Message:
