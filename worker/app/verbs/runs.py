@@ -455,7 +455,7 @@ def _for_people(run: RunDetail) -> dict[str, Any]:
     steps = [
         {
             "step": step_label(step["name"], step["key"], step["occurrence"]),
-            **{name: step[name] for name in ("attempt", "started_at", "ended_at", "size")},
+            **{name: step[name] for name in ("attempt", "started_at", "ended_at", "size", "spends")},
         }
         for step in run["steps"][-STEPS:]
     ]

@@ -217,7 +217,10 @@ class AttemptRow(TypedDict):
 
 
 class StepRow(TypedDict):
-    """A stored step; `result` is null if the results of newer steps take the room."""
+    """A stored step; `result` is null if the results of newer steps take the room.
+
+    `spends` is what it spent, by meter.
+    """
 
     seq: Shown[int]
     name: Shown[str]
@@ -229,6 +232,7 @@ class StepRow(TypedDict):
     ended_at: Shown[datetime]
     size: Shown[int]
     result: Shown[Json]
+    spends: Shown[dict[str, int]]
 
 
 class Spent(TypedDict):

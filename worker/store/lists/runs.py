@@ -45,6 +45,7 @@ from worker.store.lists.rows import (
     columns_of,
 )
 from worker.store.lists.run_ids import id_of
+from worker.store.lists.step_spends import spends_of_steps
 from worker.store.sums import CappedSum
 
 # Runs examined under one condition: about 20 ms on SQLite.
@@ -326,6 +327,7 @@ def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
             _definitions.c.org_id == org_id,
         )
     )
+    spends = _spends_of(connection, org_id, id_)
     more = {
         **_made_by(connection, org_id, id_),
         "claims": next((each["claims"] for each in reversed(ended) if each["claims"] is not None), None),
@@ -333,8 +335,8 @@ def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
         "waits": waits_of(connection, org_id, id_),
         "checkpoint": connection.execute(checkpoint.limit(1)).scalar_one_or_none(),
         "step_count": _step_count(connection, org_id, id_),
-        "steps": newest_steps(connection, org_id, id_),
-        "spends": _spends_of(connection, org_id, id_),
+        "steps": newest_steps(connection, org_id, id_, [each["meter"] for each in spends]),
+        "spends": spends,
         "egress": _egress_of(connection, org_id, id_),
         "parent": run_children.parent_of(connection, id_) if found["origin"] == "child" else None,
         "children": _children_of(connection, org_id, id_),
@@ -405,8 +407,13 @@ def _egress_of(connection: Connection, org_id: OrgId, run_id: RunId) -> list[Egr
     return rows_as(EgressTotals, connection, query.limit(MAX_LIMIT))
 
 
-def newest_steps(connection: Connection, org_id: OrgId, run_id: RunId) -> list[StepRow]:
-    """The newest steps of a run, oldest first; results only of those that fit into `RESULT_BYTES`."""
+def newest_steps(
+    connection: Connection, org_id: OrgId, run_id: RunId, meters: Sequence[str] = ()
+) -> list[StepRow]:
+    """The newest steps of a run, oldest first; results only of those that fit into `RESULT_BYTES`.
+
+    With what they spent of these meters.
+    """
     size = func.sum(_steps.c.size).over(order_by=_steps.c.seq.desc()).label("with_newer")
     newest = (
         select(_steps, size)
@@ -416,8 +423,11 @@ def newest_steps(connection: Connection, org_id: OrgId, run_id: RunId) -> list[S
         .subquery()
     )
     result = case((newest.c.with_newer <= RESULT_BYTES, newest.c.result)).label("result")
-    columns = [result if name == "result" else newest.c[name] for name in columns_of(StepRow)]
-    return rows_as(StepRow, connection, select(*columns).order_by(newest.c.seq))
+    stored = [name for name in columns_of(StepRow) if name != "spends"]
+    columns = [result if name == "result" else newest.c[name] for name in stored]
+    found = all_rows(connection, select(*columns).order_by(newest.c.seq))
+    spent = spends_of_steps(connection, org_id, run_id, [step["seq"] for step in found], meters)
+    return [cast(StepRow, {**step, "spends": spent.get(step["seq"], {})}) for step in found]
 
 
 def _step_count(connection: Connection, org_id: OrgId, run_id: RunId) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ from worker.model.runs.why import Why
 from worker.model.runs.worker_ends import SOURCE
 from worker.operations.runs import require_run
 from worker.store.lists import runs
-from worker.store.lists.rows import LogRow, Run, RunDetail, WaitRow
+from worker.store.lists.rows import LogRow, Run, RunDetail, StepRow, WaitRow
 from worker.store.lists.run_ids import id_of
 from worker.store.orgs import scope_of
 
@@ -113,6 +114,7 @@ class RunPages(PageGroup):
                 "run": run,
                 "attempts": run["attempts"][: -ATTEMPTS - 1 : -1],
                 "steps": _steps_of(run),
+                "by_name": by_name(run["steps"]),
                 "neighbours": runs.neighbours(connection, caller.scope(), run["id"]),
                 "answer": answer_of(connection, caller, run),
                 "chart": gantt(lanes_of(run, now), title="Waiting and running, by attempt", now=now),
@@ -228,6 +230,32 @@ def _steps_of(run: Mapping[str, Any]) -> list[dict[str, Any]]:
             {**step, "label": step_label(step["name"], step["key"], step["occurrence"]), "text": text}
         )
     return shown
+
+
+class NamedSteps(NamedTuple):
+    """The steps of one name: how many there are, the time that their calls took together, what they spent."""
+
+    name: str
+    steps: int
+    took: timedelta
+    spends: Mapping[str, int]
+
+
+def by_name(steps: Sequence[StepRow]) -> list[NamedSteps]:
+    """Steps by their names, those that took longest first; nothing if no name is used twice."""
+    rows: dict[str, list[StepRow]] = {}
+    for step in steps:
+        rows.setdefault(step["name"], []).append(step)
+    if len(rows) == len(steps):
+        return []
+    named = []
+    for name, of_name in rows.items():
+        together = sum((step["ended_at"] - step["started_at"] for step in of_name), timedelta())
+        spends: Counter[str] = Counter()
+        for step in of_name:
+            spends.update(step["spends"])
+        named.append(NamedSteps(name, len(of_name), together, spends))
+    return sorted(named, key=lambda one: one.took, reverse=True)[:STEPS]
 
 
 def _trace_of(attempt: Mapping[str, Any] | None) -> list[Part]:
