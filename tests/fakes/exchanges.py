@@ -55,6 +55,7 @@ from worker.handlers.calls import (
     StartChildren,
     StepTotals,
     StoreStep,
+    TraceStep,
 )
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
@@ -77,6 +78,7 @@ from worker.model.runs.run import (
 )
 from worker.model.runs.waits import NewWait, WaitState
 from worker.secret import AccessToken
+from worker.telemetry.tracing import StepSpan
 
 
 def compact(message: Any) -> str:
@@ -254,6 +256,11 @@ def store_steps(store: RemoteStore) -> Any:
     return store.store_steps([SentRow(RUN, Sent(RUN.id, 7, "acme.digest", call), 0) for call in calls])
 
 
+def trace_steps(store: RemoteStore) -> Any:
+    call = cast(Any, TraceStep(SPAN))
+    return store.store_steps([SentRow(RUN, Sent(RUN.id, 7, "acme.digest", call), 0)])
+
+
 def finish(case: str, outcome: Outcome) -> Callable[[RemoteStore], Any]:
     """Report the end of the run."""
     told: Any = {"asks": ("approve",), "peak_memory": 5, "progress": PROGRESS} if case == "succeeded" else {}
@@ -289,6 +296,12 @@ OF_CHILDREN = ChildPage(
     more=True,
 )
 ROWS = [RunStep(RUN, "acme.digest", step, 19) for step in STEPS]
+SPAN = StepSpan(
+    *("ask ü", "k", 1, START, START + timedelta(seconds=1.5)),
+    error="ValueError",
+    about={"gen_ai.operation.name": "chat", "gen_ai.usage.input_tokens": 12},
+    texts={"gen_ai.input.messages": "hello ü"},
+)
 TOLD = [(RUN.id, RUN.fencing_token, PROGRESS)]
 TEMPORAL = TemporalPlace("t:7233", "prod", tls=True)
 REGISTERED = Registered(WORKER, "default", 30.0, 10.0, 0.5)
@@ -411,6 +424,7 @@ CALLS = [
         {"spend": OrgBudgets(BUDGETS)},
     ),
     Exchange("spend", "lost", asks(SPEND), LOST),
+    Exchange("trace", "", trace_steps, {(RUN.id, 7)}),
     Exchange("progress", "", lambda store: store.write_progress(TOLD), None, [("write_progress", TOLD)]),
     Exchange("logs", "", lambda store: store.append_logs(LINES), None, [("append_logs", LINES)]),
     Exchange("finish", "of another", finish("", outcomes.SUCCEEDED), set(), answers={"owned": []}),
