@@ -18,7 +18,7 @@ from worker.model.orgs import OrgEntry
 # Defaults that the file reader supplies for required attributes.
 FILLED_IN = {(OrgEntry, "name"): "the code"}
 # What a stored spec has besides the keys of a file.
-STORED = {(Definition, "calendar_dates")}
+STORED = {(Definition, "calendar_dates"), (BudgetEntry, "currency")}
 
 
 def org_keys() -> str:

@@ -45,6 +45,7 @@ from worker.settings import Settings
 from worker.store import schema
 from worker.store.database import Database
 from worker.store.engine import IDLE, STATEMENT_DEADLINE, lock_sqlite_file
+from worker.store.prices import keep_currency
 from worker.store.worker_store import WorkerStore, heartbeat_database
 from worker.telemetry import logs
 from worker.telemetry.events import emit
@@ -105,6 +106,8 @@ def run(settings: Settings) -> int:
     try:
         with database.autocommit() as connection:
             schema.check(connection)
+        with database.transaction() as connection:
+            keep_currency(connection, settings.prices.currency)
         health = Health(metrics_of(settings, version=VERSION), sandbox=confinement.level)
         pages = PAGES.find()
         given_pages = pages and pages(settings, clock, health, open_ring=partial(find_keyring, settings))
@@ -159,7 +162,12 @@ class Worker:
         settings, database, execution = self.settings, self.database, self.settings.execution
         worker_id, rules = WorkerId(new_id()), PoolRules(settings.pool_rules)
         handlers = HandlerRegistry(frozenset(execution.inline))
-        store = WorkerStore(database, worker_id, execution.lease, pools=execution.pools, pool_rules=rules)
+        store = WorkerStore(
+            *(database, worker_id, execution.lease),
+            pools=execution.pools,
+            pool_rules=rules,
+            prices=settings.prices.prices,
+        )
         await self._register(worker_id, store, handlers)
         for addition in self.additions:
             await addition.prepare(database)

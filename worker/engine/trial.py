@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from fractions import Fraction
+from functools import cached_property
 from random import SystemRandom
 from typing import Any, Literal
 from zoneinfo import ZoneInfo
@@ -28,9 +30,17 @@ from worker.guard.decode import decode
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId, OrgId, RunId, new_id
 from worker.model.claims import Enforced
-from worker.model.definitions.budgets import BudgetEntry, limit_of_property, parse_budget, period_of
+from worker.model.definitions.budgets import (
+    MONEY,
+    BudgetEntry,
+    limit_in,
+    parse_budget,
+    period_of,
+    property_key,
+)
 from worker.model.definitions.definition import Definition, parse_definition, to_spec
 from worker.model.orgs import OrgRef, TokenWant
+from worker.model.prices import ModelUsage, Prices
 from worker.model.runs.budgets import BudgetState, OrgBudgets
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import (
@@ -163,6 +173,7 @@ class TrialBudgets:
             amounts[meter] += amount
         for meter, amount in amounts.items():
             self._count(meter, amount, f"step:{step.step.seq}")
+        self._cost(step.step.used, f"step:{step.step.seq}")
 
     def is_limited(self, org_id: OrgId) -> bool:
         return bool(self.entries)
@@ -180,7 +191,7 @@ class TrialBudgets:
         for entry in self.entries:
             limit = entry.limit
             if entry.property_name is not None and self._claims is not None:
-                limit = limit_of_property(self._claims.properties.get(entry.property_name))
+                limit = limit_in(self._claims.properties, property_key(entry.meter, entry.property_name))
             uses = entry.meter in spent
             if limit is None:
                 missing = entry.property_name if uses else missing
@@ -200,9 +211,26 @@ class TrialBudgets:
             )
         return OrgBudgets(states, missing)
 
-    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> OrgBudgets | None:
+    async def spend(
+        self, run: AdmittedRun, meter: str, amount: int, key: str, used: ModelUsage | None = None
+    ) -> OrgBudgets | None:
         self._count(meter, amount, key)
+        self._cost([] if used is None else [used], key)
         return await self.budgets_of(run)
+
+    def _cost(self, used: Sequence[ModelUsage], key: str) -> None:
+        """Count what these uses of models cost by the prices of the release."""
+        if not used:
+            return
+        priced = [self._prices.price(each, at=self.clock.now()).money for each in used]
+        if known := [money for money in priced if money is not None]:
+            self._count(MONEY, sum(known), key)
+
+    @cached_property
+    def _prices(self) -> Prices:
+        from worker.model.price_list import GenaiPrices
+
+        return Prices(GenaiPrices.released(), per_usd=Fraction(1))
 
     def _count(self, meter: str, amount: int, key: str) -> None:
         self._spends.setdefault((meter, key), (self.clock.now(), amount))

@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +19,10 @@ from pydantic import TypeAdapter
 from worker.handlers.context import Context
 from worker.handlers.results import Duration
 from worker.handlers.steps import NAME_LIMIT, StepError, check_name, open_step
+from worker.model.prices import Kind, model_name
 
 try:
+    from genai_prices.data_snapshot import get_snapshot
     from pydantic_ai.agent import AbstractAgent, AgentRun, WrapperAgent
     from pydantic_ai.capabilities import AbstractCapability, CapabilityOrdering
     from pydantic_ai.durable_exec import conversation_id_from_run_id
@@ -46,6 +48,7 @@ try:
         ToolDenied,
     )
     from pydantic_ai.toolsets import AbstractToolset, ToolsetTool, WrapperToolset
+    from pydantic_ai.usage import RequestUsage
 
     from worker.handlers.agent_spans import note_outcome, note_request, note_response, note_tool
 except ImportError as missing:
@@ -55,6 +58,12 @@ except ImportError as missing:
 
 # What counts the tokens of responses.
 METER = "llm_tokens"
+# Members of the usage of responses with billed calls of the provider's tools.
+_CALLS: Mapping[Kind, str] = {
+    "web_search": "web_searches",
+    "file_search": "storage_searches",
+    "code_execution": "code_executions",
+}
 
 _RESPONSE = TypeAdapter(ModelResponse)
 _RETURN = TypeAdapter(ToolReturn)
@@ -211,14 +220,26 @@ class _Steps(AbstractCapability[AgentDepsT]):
             _note(note_request, self._agent, model, messages, settings)
             response = await send()
             _note(note_response, response)
-            if self._meter is not None and response.usage.total_tokens:
-                await self._ctx.spend(self._meter, response.usage.total_tokens)
+            if self._meter is not None:
+                await self._spend(self._meter, response)
             return _RESPONSE.dump_python(response, mode="json")
 
         stored = await self._ctx.step(self._model, ask, key=self._key(f"{next(self._requests)}"))
         response = _RESPONSE.validate_python(stored)
         self._digest = _digest(stored)[:12]
         return response
+
+    async def _spend(self, meter: str, response: ModelResponse) -> None:
+        """Count what a response says it used, by kind if it names its model."""
+        kinds = kinds_of(response.usage)
+        try:
+            model, provider = model_name(response.model_name), _provider_of(response)
+        except ValueError:  # it has none
+            if response.usage.total_tokens:
+                await self._ctx.spend(meter, response.usage.total_tokens)
+            return
+        if kinds:
+            await self._ctx.spend(meter, {**kinds, "request": 1}, model=model, provider=provider)
 
     async def call(
         self, name: str, call_id: str, arguments: dict[str, Any], call: Callable[[], Awaitable[Any]]
@@ -351,6 +372,37 @@ def _decision(answer: Any) -> ToolApproved | ToolDenied:
     if isinstance(answer, dict):
         return ToolApproved(override_args=answer)
     return ToolDenied(answer) if isinstance(answer, str) and answer else ToolDenied()
+
+
+def kinds_of(usage: RequestUsage) -> dict[Kind, int]:
+    """What a request used, by kind; those that are 0 are left out. The tokens add up to `total_tokens`."""
+    input_, output = usage.input_tokens, usage.output_tokens
+    read, written, hour = usage.cache_read_tokens, usage.cache_write_tokens, usage.cache_write_1h_tokens
+    reasoning = usage.output_reasoning_tokens
+    if read + written > input_ or hour > written:
+        read = written = hour = 0  # what contradicts itself counts at the full price
+    if reasoning > output:
+        reasoning = 0
+    kinds: dict[Kind, int] = {
+        "input": input_ - read - written,
+        "cache_read": read,
+        "cache_write": written - hour,
+        "cache_write_1h": hour,
+        "output": output - reasoning,
+        "reasoning": reasoning,
+    }
+    for kind, name in _CALLS.items():
+        # Members that only responses with such calls have.
+        kinds[kind] = getattr(usage, name, 0) or 0
+    return {kind: units for kind, units in kinds.items() if units}
+
+
+def _provider_of(response: ModelResponse) -> str | None:
+    """The provider by its URL, which is more precise, as of a gateway; else by its name."""
+    if response.provider_url:
+        with suppress(LookupError):
+            return get_snapshot().find_provider(None, None, response.provider_url).id
+    return None if response.provider_name is None else model_name(response.provider_name)
 
 
 def _digest(value: Any) -> str:

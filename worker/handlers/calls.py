@@ -41,6 +41,8 @@ from worker.handlers.span_parts import STEP_SPAN
 from worker.handlers.steps import MAX_STEPS, RESULT_LIMIT, StepError
 from worker.model.definitions.budgets import MAX_AMOUNT
 from worker.model.limits import Limit, Share
+from worker.model.prices import KINDS as PRICED_KINDS
+from worker.model.prices import ModelUsage, model_name
 from worker.model.runs.budgets import MAX_SPENDS, BudgetState, OrgBudgets
 from worker.model.runs.children import (
     AT_ONCE,
@@ -64,6 +66,8 @@ C = TypeVar("C", bound="type[Call[Any]]")
 
 # Spends of one step, of as many meters: those of one meter are added up.
 MAX_METERS = 1000
+# Requests of one step to models: further ones are added to those of the same model.
+MAX_USED = 100
 # Characters of an audience or a resource.
 AUDIENCE_LIMIT = 2000
 # Characters of an origin.
@@ -310,6 +314,24 @@ class Spans(CallPart[tuple[tuple[int, int], ...]]):
         return tuple(found)
 
 
+@dataclass(frozen=True)
+class ModelName(CallPart[str]):
+    """The name of a model or a provider."""
+
+    what: str
+
+    def read(self, value: Any, check: TextCheck) -> str:
+        return model_name(value)
+
+    def names(self, value: str) -> Iterator[tuple[str, str]]:
+        yield f"a {self.what}", value
+
+
+def _each_kind_once(usage: ModelUsage) -> None:
+    if len({kind for kind, _ in usage.kinds}) < len(usage.kinds):
+        raise ValueError("not each kind once")
+
+
 CHILD = Row(
     NewChild,
     {
@@ -324,6 +346,16 @@ CHILD = Row(
 )
 CHILDREN_WAIT = Row(ChildrenWait, {"spans": Spans(), "any": Truth()})
 
+USAGE = Row(
+    ModelUsage,
+    {
+        "provider": Maybe(ModelName("provider")),
+        "model": ModelName("model"),
+        "kinds": Several(Together(OneOf(PRICED_KINDS), Count(MAX_AMOUNT)), len(PRICED_KINDS)),
+    },
+    then=_each_kind_once,
+)
+
 STEP = Row(
     NewStep,
     {
@@ -335,7 +367,9 @@ STEP = Row(
         "started_at": When(),
         "ended_at": When(),
         "spends": Several(Together(Meter("spend"), Count(MAX_AMOUNT)), MAX_METERS),
+        "used": Several(USAGE, MAX_USED),
     },
+    lean=("used",),
 )
 
 
@@ -506,14 +540,15 @@ class AskBudgets(Call[OrgBudgets]):
     """The budgets of the run's org now."""
 
 
-@declared(Way("spend"), BudgetsAnswer())
+@declared(Way("spend"), BudgetsAnswer(), lean=("used",))
 @dataclass(frozen=True, slots=True)
 class CountSpend(Call[OrgBudgets]):
-    """Count what was spent, once for each key; the budgets after it."""
+    """Count what was spent, once for each key; the budgets after it. `used` says of which model it was."""
 
     meter: Annotated[str, Meter("spend")]
     amount: Annotated[int, Count(MAX_AMOUNT)]
     key: Annotated[str, SpendKey()]
+    used: Annotated[ModelUsage | None, Maybe(USAGE)] = None
 
 
 @declared(Way("progress"))

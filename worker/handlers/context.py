@@ -63,6 +63,7 @@ from worker.handlers.waits import (
     OnPark,
     no_runner,
 )
+from worker.model.prices import Kind
 from worker.model.runs.children import WINDOW, OnFailure
 from worker.model.runs.waits import Option
 from worker.secret import AccessToken
@@ -356,14 +357,26 @@ class Context(_Shared[P, S]):
         """
         return self._waits.wait_for(name, timeout, ask, alert, options)
 
-    def spend(self, meter: str, amount: int, /) -> Awaitable[None]:
+    def spend(
+        self,
+        meter: str,
+        amount: int | Mapping[Kind, int],
+        /,
+        *,
+        model: str | None = None,
+        provider: str | None = None,
+        kind: Kind | None = None,
+    ) -> Awaitable[None]:
         """Add `amount`, a whole number, to what the org's runs have spent of a meter, such as `llm_tokens`.
+
+        With a `model` the worker also counts what it costs. `kind` says what the units are, such as `input`
+        or `output`; or `amount` has the units of one request by kind: `{"input": 1200, "output": 80}`.
 
         It counts once: inside a step it is stored with the step's result, and outside of steps it is
         durable when this returns. If a budget of the org is used up, the run stops before its next new
         step or its next spend outside of steps: it waits without a process, or BudgetExceeded is raised.
         """
-        return self._spending.spend(meter, amount) or DONE
+        return self._spending.spend(meter, amount, model, provider, kind) or DONE
 
     def budget(self, meter: str, /) -> KnownBudget:
         """The tightest budget of a meter: `limit`, `used`, `left` and `resets_at`.
@@ -528,9 +541,18 @@ class BlockingContext(_Shared[P, S]):
         """As `Context.wait_for`. Ends the handler by a BaseException, which it must not catch."""
         return finish(self._waits.wait_for(name, timeout, ask, alert, options))
 
-    def spend(self, meter: str, amount: int, /) -> None:
+    def spend(
+        self,
+        meter: str,
+        amount: int | Mapping[Kind, int],
+        /,
+        *,
+        model: str | None = None,
+        provider: str | None = None,
+        kind: Kind | None = None,
+    ) -> None:
         """As `Context.spend`."""
-        if (spent := self._spending.spend(meter, amount)) is not None:
+        if (spent := self._spending.spend(meter, amount, model, provider, kind)) is not None:
             finish(spent)
 
     def budget(self, meter: str, /) -> Budget:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -19,7 +19,8 @@ from worker.handlers.calls import AskBudgets, CountSpend, Port
 from worker.handlers.results import RateLimited
 from worker.handlers.steps import NAME_LIMIT, StepError, check_name, open_step
 from worker.handlers.waits import AnyWaits
-from worker.model.definitions.budgets import MAX_AMOUNT, RESERVED_METERS
+from worker.model.definitions.budgets import MAX_AMOUNT, RESERVED_METERS, amount_text
+from worker.model.prices import KINDS, Kind, ModelUsage, model_name
 from worker.model.runs.budgets import MAX_SPENDS, BudgetState, decisive, tightest, wait_of
 from worker.model.runs.waits import BUDGET, LIMIT, NewWait
 
@@ -96,34 +97,40 @@ class Spending:
         self._number = 0
         self._waited: dict[str, int] = {}
 
-    def spend(self, meter: str, amount: int) -> Coroutine[Any, Any, None] | None:
+    def spend(
+        self,
+        meter: str,
+        amount: int | Mapping[Kind, int],
+        model: str | None = None,
+        provider: str | None = None,
+        kind: Kind | None = None,
+    ) -> Coroutine[Any, Any, None] | None:
         """As `Context.spend`. None inside a step: it is noted, and there is nothing to wait for."""
         if check_name("meter", meter) in RESERVED_METERS:
             raise StepError(f"spend {meter}: orgworker counts this meter itself; use another name")
-        if isinstance(amount, bool) or not isinstance(amount, int) or not 0 <= amount <= MAX_AMOUNT:
-            raise StepError(
-                f"spend {meter}: the amount is a whole number from 0 to {MAX_AMOUNT:,}, "
-                f"not {str(amount)[:40]}; count smaller units instead of fractions"
-            )
-        return None if self._in_step(meter, amount) else self._spent(meter, amount)
+        used = _usage(meter, amount, model, provider, kind)
+        number = _amount(meter, amount if used is None else used.amount)
+        return None if self._in_step(meter, number, used) else self._spent(meter, number, used)
 
-    async def _spent(self, meter: str, amount: int) -> None:
+    async def _spent(self, meter: str, amount: int, used: ModelUsage | None) -> None:
         """Count a spend, unless a budget stops the run before it."""
         while (state := await self.reached()) is not None:
             await self.stop(state)
-        await self.count(meter, amount)
+        await self.count(meter, amount, used)
 
-    async def count(self, meter: str, amount: int) -> None:
+    async def count(self, meter: str, amount: int, used: ModelUsage | None = None) -> None:
         """Count what was spent already, without a stop before it."""
-        if not self._in_step(meter, amount):
-            spend = CountSpend(meter, amount, f"{self._attempt}:{self._next_number()}")
+        if not self._in_step(meter, amount, used):
+            spend = CountSpend(meter, amount, f"{self._attempt}:{self._next_number()}", used)
             self._learn((await self._port.ask(spend)).states)
 
-    def _in_step(self, meter: str, amount: int) -> bool:
+    def _in_step(self, meter: str, amount: int, used: ModelUsage | None) -> bool:
         """Note the spend with the open step, if there is one; it is stored with the step's result."""
         step = open_step()
         if step is not None:
             step.spends.append((meter, amount))
+            if used is not None:
+                step.used.append(used)
         return step is not None
 
     def _next_number(self) -> int:
@@ -187,4 +194,38 @@ class Spending:
 
 def in_words(state: BudgetState) -> str:
     """A budget that is used up, for people."""
-    return f"the budget of {state.meter} per {state.per} is used up: {state.used:,} of {state.limit:,}"
+    used, limit = (amount_text(state.meter, amount) for amount in (state.used, state.limit))
+    return f"the budget of {state.meter} per {state.per} is used up: {used} of {limit}"
+
+
+def _amount(meter: str, amount: Any) -> int:
+    """The amount of a spend; raises StepError."""
+    if isinstance(amount, bool) or not isinstance(amount, int) or not 0 <= amount <= MAX_AMOUNT:
+        raise StepError(
+            f"spend {meter}: the amount is a whole number from 0 to {MAX_AMOUNT:,}, "
+            f"not {str(amount)[:40]}; count smaller units instead of fractions"
+        )
+    return amount
+
+
+def _usage(meter: str, amount: Any, model: Any, provider: Any, kind: Any) -> ModelUsage | None:
+    """What the model of a spend used; None for a spend without a model. Raises StepError."""
+    if model is None:
+        if kind is not None or provider is not None or isinstance(amount, Mapping):
+            raise StepError(f'spend {meter}: kinds and a provider belong to a model: pass model="gpt-5-mini"')
+        return None
+    if isinstance(amount, Mapping) == (kind is not None):
+        raise StepError(
+            f'spend {meter}: pass a number and its kind, kind="input", '
+            'or the numbers of one request by kind, {"input": 1200, "output": 80}'
+        )
+    by_kind = amount if kind is None else {kind: amount}
+    for name in by_kind:
+        if name not in KINDS:
+            raise StepError(f"spend {meter}: {name!r:.60} is not a kind; use {', '.join(KINDS)}")
+    try:
+        named = None if provider is None else model_name(provider)
+        kinds = tuple((name, _amount(meter, units)) for name, units in by_kind.items())
+        return ModelUsage(named, model_name(model), kinds)
+    except ValueError as error:
+        raise StepError(f"spend {meter}: {error}") from None

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TypeVar
 from worker.clock import Clock
 from worker.errors import WorkerError
 from worker.handlers.blocking import DaemonThread, ThreadLock, finish
-from worker.handlers.calls import MAX_METERS, LoadSteps, Port, StoreStep
+from worker.handlers.calls import MAX_METERS, MAX_USED, LoadSteps, Port, StoreStep
 from worker.handlers.json_text import NotStorable, to_json_text
 from worker.handlers.results import Duration, PermanentError, RateLimited, as_timedelta, limited_by
 from worker.handlers.spending import Spending
@@ -37,6 +37,7 @@ from worker.handlers.steps import (
     digest_of,
 )
 from worker.model.definitions.budgets import MAX_AMOUNT
+from worker.model.prices import ModelUsage
 from worker.model.runs.budgets import BudgetState
 from worker.model.runs.run import NewStep
 
@@ -178,6 +179,7 @@ class StepCalls:
             started_at=started_at,
             ended_at=self._clock.now(),
             spends=_by_meter(step, opened.spends),
+            used=_by_request(step, opened.used),
         )
 
     def _check(self, what: str, function: Any, timeout: float | None) -> bool:
@@ -405,6 +407,21 @@ def _by_meter(step: StepId, spends: Sequence[tuple[str, int]]) -> tuple[tuple[st
     if len(added) > MAX_METERS:
         raise StepError(f"step {step}: it has spends of more than {MAX_METERS:,} meters, the limit")
     return tuple(added)
+
+
+def _by_request(step: StepId, used: Sequence[ModelUsage]) -> tuple[ModelUsage, ...]:
+    """What the requests of a step used; those above the limit are added to others. Raises StepError."""
+    kept = list(used[:MAX_USED])
+    for more in used[MAX_USED:]:
+        for place in reversed(range(MAX_USED)):
+            if (kept[place].provider, kept[place].model) == (more.provider, more.model):
+                kept[place] = kept[place].join(more)
+                break
+        else:
+            raise StepError(f"step {step}: it has requests to more than {MAX_USED} models, the limit")
+    if any(units > MAX_AMOUNT for each in kept for _, units in each.kinds):
+        raise StepError(f"step {step}: one of its models used more than {MAX_AMOUNT:,} units, the limit")
+    return tuple(kept)
 
 
 def _is_async(what: str, function: Any) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from worker.handlers.json_text import NotStorable, to_json_text
+from worker.model.prices import ModelUsage
 from worker.model.runs.run import StepPage, step_label
 
 # Bytes of the JSON text of one result and of all results of a run, and steps of a run.
@@ -91,12 +92,14 @@ class StepNotes:
 class OpenStep:
     """A step whose function is being called or whose result is being stored.
 
-    `spends` are stored with its result; `requests` counts its requests, from 1 at each try, `begun` those of
-    all tries. `placed` once its result has a place among the steps of the run. `notes` if it has a span.
+    `spends` and `used` are stored with its result; `requests` counts its requests, from 1 at each try,
+    `begun` those of all tries. `placed` once its result has a place among the steps of the run. `notes` if it
+    has a span.
     """
 
     id: StepId
     spends: list[tuple[str, int]] = field(default_factory=list)
+    used: list[ModelUsage] = field(default_factory=list)
     requests: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     begun: int = 0
     closed: bool = False
@@ -106,6 +109,7 @@ class OpenStep:
     def begin_try(self) -> None:
         """Forget what a failed try did: only the last one counts."""
         self.spends.clear()
+        self.used.clear()
         if self.notes is not None:
             self.notes.clear()
         self.requests = itertools.count(1)

@@ -9,6 +9,7 @@ nano-unit for each kind: what has a price never costs 0, however small its parts
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
@@ -60,6 +61,12 @@ class ModelUsage:
     provider: str | None
     model: str
     kinds: tuple[tuple[Kind, int], ...]
+
+    def join(self, other: ModelUsage) -> ModelUsage:
+        """Both as one usage; it counts as one request with a prompt as long as both."""
+        units = Counter(dict(self.kinds))
+        units.update(dict(other.kinds))
+        return ModelUsage(self.provider, self.model, tuple(units.items()))
 
     @property
     def tokens(self) -> int:

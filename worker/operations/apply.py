@@ -59,6 +59,7 @@ def apply(
     insecure_origins: Collection[str] = (),
     issuers: Collection[str] | None = None,
     api_origins: IssuerOrigins = NO_ISSUERS,
+    currency: str | None = None,
     report: Report = lambda done, total, what: None,
 ) -> list[Change]:
     """Make the database match the file in one transaction; returns the changes, which `dry_run` only checks.
@@ -71,7 +72,8 @@ def apply(
     templates' definitions in this transaction, the others from the workers. `inline` are the
     distributions whose handlers can run inline, `insecure_origins` the http origins that can be
     `api_origins`, `issuers` those of `worker.toml` (None if unknown), `api_origins` the origins of
-    each. `report` gets the number of definitions that are checked, then written, and of all.
+    each, `currency` that of money. `report` gets the number of definitions that are checked, then written,
+    and of all.
 
     Raises:
         DefinitionError: names the entry and field that is refused, with the `others`; nothing was changed.
@@ -93,7 +95,14 @@ def apply(
 
         with faults.collecting():
             plan = _make_plan(
-                connection, file, prune=prune, issuers=issuers, check=check, faults=faults, report=report
+                connection,
+                file,
+                prune=prune,
+                issuers=issuers,
+                check=check,
+                faults=faults,
+                report=report,
+                currency=currency,
             )
         faults.check()
         if not dry_run:
@@ -153,6 +162,7 @@ def _make_plan(
     check: Callable[[Definition, str, Collection[str], OrgPools], None],
     faults: Faults,
     report: Report,
+    currency: str | None,
 ) -> _Plan:
     """Check the whole file and compare it with the stored rows, which stay locked.
 
@@ -237,7 +247,7 @@ def _make_plan(
         in_file = {entry.name for entry in file.templates}
         plan.templates += named_calendars.following_templates(connection, changed, in_file)
     pruned = frozenset(ids.values()) if prune else frozenset[OrgId]()
-    plan.budgets += budget_changes(connection, file.budgets, ids, issuers, prune=pruned)
+    plan.budgets += budget_changes(connection, file.budgets, ids, issuers, prune=pruned, currency=currency)
     if file.limits:
         plan.limits += LIMITS.require().limit_changes(connection, file.limits)
     return plan

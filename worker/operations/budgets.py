@@ -12,13 +12,14 @@ from sqlalchemy import Connection
 from worker.clock import to_text
 from worker.errors import Conflict, NotFound, UsageError
 from worker.ids import OrgId, RunId, new_id
-from worker.model.definitions.budgets import PERS, BudgetEntry, Per, amount, meter_name
+from worker.model.definitions.budgets import MONEY, PERS, BudgetEntry, Per, amount, meter_name
 from worker.model.definitions.fields import refusal
+from worker.model.money import parse_money
 from worker.model.runs.waits import BUDGET
 from worker.model.search import hint_of
 from worker.operations.changes import Change, because, check_selected, differing
 from worker.operations.runs import require_run
-from worker.store import audit, budgets, children, orgs, waits
+from worker.store import audit, budgets, children, orgs, prices, waits
 from worker.store.database import Database
 from worker.store.dialect import Row, hint
 from worker.store.lists import runs as run_lists
@@ -41,6 +42,8 @@ class BudgetChange:
     name: str
     before: Row | None
     new: Mapping[str, Any] | None
+    currency: str | None = None
+    """That of a new limit of money."""
 
     @property
     def action(self) -> Literal["add", "change", "remove"]:
@@ -65,6 +68,7 @@ def budget_changes(
     issuers: Iterable[str] | None,
     *,
     prune: frozenset[OrgId],
+    currency: str | None = None,
 ) -> list[BudgetChange]:
     """What a file changes; `ids` are its orgs, stored or new. Those of the orgs in `prune` that it lacks go.
 
@@ -74,6 +78,7 @@ def budget_changes(
     if not (entries or prune):
         return []
     stored = budgets.by_target(connection, lock=True)
+    currency = prices.currency_of(connection) or currency
     changes = []
     for entry in entries:
         name = f"budget {entry.meter} per {entry.per}"
@@ -81,6 +86,9 @@ def budget_changes(
             fix = f'add [[org]] code = "{entry.org}" to the file, or `orgs add {entry.org}`'
             raise refusal(f"there is no org {entry.org}", name, "org", fix=fix)
         check_selected(entry.orgs, issuers, name)
+        if None not in (entry.currency, currency) and entry.currency != currency:
+            problem = f"the limit is in {entry.currency}, and money is counted in {currency}"
+            raise refusal(problem, name, "limit", fix=f"write it in {currency}; see [prices] currency")
         before = stored.pop((entry.target, entry.meter, entry.per), None)
         new = {
             "limit": entry.limit,
@@ -109,6 +117,7 @@ def budget_changes(
                 shown,
                 before,
                 values,
+                entry.currency,
             )
         )
     for row in stored.values():
@@ -123,6 +132,8 @@ def write_budgets(
 ) -> None:
     """Write changes of budgets, and let the runs that wait for one be looked at again."""
     budgets.remove(connection, [change.id for change in changes if change.new is None])
+    for currency in {change.currency for change in changes if change.currency is not None}:
+        prices.keep_currency(connection, currency)
     for change in changes:
         if change.new is not None:
             values = {**change.new, "updated_at": at, "updated_by": actor}
@@ -150,7 +161,7 @@ def raise_budget(
     org: str,
     meter: str,
     *,
-    by: int,
+    by: int | str,
     per: str,
     until: datetime | None = None,
     actor: str,
@@ -158,14 +169,16 @@ def raise_budget(
 ) -> Raise:
     """Raise an org's budgets of a meter and period until a time, by default until the period ends.
 
-    Each period that begins before then has the higher limit. Wakes the runs that wait for it.
+    Each period that begins before then has the higher limit. Wakes the runs that wait for it. `by` is a
+    number, or of money a text such as `5 USD`.
 
     Raises:
         NotFound: no such org, or it has no such budget.
         UsageError: an invalid value.
     """
-    wanted = _checked(meter, by, per)
+    wanted = _checked(meter, per)
     with database.transaction() as connection:
+        more = _more(connection, meter, by)
         org_id = OrgId(orgs.require(connection, org, lock=True)["id"])
         now = database.now(connection)
         found = budgets.of_orgs(connection, [org_id], [meter], now).get(org_id, [])
@@ -182,7 +195,7 @@ def raise_budget(
         if end <= now:
             raise UsageError(f"until {to_text(end)} is not in the future", fix="choose a later time")
         row = budgets.raise_limit(
-            connection, org_id, meter=meter, per=wanted, amount=by, until=end, actor=actor, at=now
+            connection, org_id, meter=meter, per=wanted, amount=more, until=end, actor=actor, at=now
         )
         budgets.wake(connection, [org_id], now)
         detail = {"by": by, "per": per, "until": to_text(end), **because(reason)}
@@ -193,9 +206,9 @@ def raise_budget(
             org=org,
             meter=meter,
             per=per,
-            amount=by,
+            amount=more,
             until=end,
-            limit=min(budget.limit + by for budget in same if budget.limit is not None)
+            limit=min(budget.limit + more for budget in same if budget.limit is not None)
             if any(budget.limit is not None for budget in same)
             else None,
             created_at=now,
@@ -225,8 +238,8 @@ def answer_budget(
         UsageError: the answer is neither `{"by": N}` nor false.
         Conflict: the run does not ask this now, or it was answered already.
     """
-    by = _by(data)
     with database.transaction() as connection:
+        by = _by(connection, name.removeprefix(BUDGET), data)
         run = require_run(connection, run_id, None)
         org_id, wanted = OrgId(run["org_id"]), RunId(run["id"])
         # Before the run: a raise by hand locks them in this order.
@@ -261,10 +274,10 @@ def answer_budget(
                 at=now,
                 run_id=top if per == "run" else None,
             )
-        waits.answer(connection, found, {"by": by} if by else False, at=now, by=actor)
+        waits.answer(connection, found, data if by else False, at=now, by=actor)
         if found["pending_attempt"] == attempt:
             waits.wake(connection, org_id, wanted, at=now)
-        detail = {"wait": name, "occurrence": occurrence, "by": by}
+        detail = {"wait": name, "occurrence": occurrence, "by": data["by"] if by else 0}
         audit.note(connection, org_id, "run.answer", wanted, detail, at=now, actor=actor)
         row = run_lists.wait(connection, org_id, wanted, name, occurrence)
     if per is not None and (per != "run" or top != wanted):
@@ -294,12 +307,13 @@ def _asked(
     return same[0].per, until if wait["until"] is None else min(until, wait["until"])
 
 
-def _by(data: Any) -> int:
+def _by(connection: Connection, meter: str, data: Any) -> int:
     """What to add, 0 for no; raises UsageError."""
     if data is False:
         return 0
     try:
-        return amount("by", least=1)(data["by"] if isinstance(data, dict) and data.keys() == {"by"} else None)
+        by = data["by"] if isinstance(data, dict) and data.keys() == {"by"} else None
+        return _amount_of(connection, meter, by, "by")
     except ValueError as error:
         raise UsageError(
             f"a budget's question is answered with a number or no: {error}",
@@ -307,10 +321,33 @@ def _by(data: Any) -> int:
         ) from None
 
 
-def _checked(meter: str, by: int, per: str) -> Per:
+def _more(connection: Connection, meter: str, by: int | str) -> int:
+    """What a raise adds; raises UsageError."""
+    if meter != MONEY and isinstance(by, str) and by.isascii() and by.isdecimal():
+        by = int(by[:20])
+    try:
+        return _amount_of(connection, meter, by, "--by")
+    except ValueError as error:
+        such = '"5 USD"' if meter == MONEY else "50000"
+        raise UsageError(str(error), fix=f"such as `budgets raise ORG {meter} --by {such}`") from None
+
+
+def _amount_of(connection: Connection, meter: str, by: Any, what: str) -> int:
+    """What a raise adds: a number, or of money a text with the currency. Raises ValueError."""
+    if meter != MONEY:
+        return amount(what, least=1)(by)
+    nano, given = parse_money(by)
+    currency = prices.currency_of(connection)
+    if currency is not None and given != currency:
+        raise ValueError(f"{what} is in {given}, and money is counted in {currency}")
+    if not nano:
+        raise ValueError(f"{what} is 0")
+    return nano
+
+
+def _checked(meter: str, per: str) -> Per:
     try:
         meter_name(meter)
-        amount("--by", least=1)(by)
     except ValueError as error:
         raise UsageError(str(error), fix="such as `budgets raise ORG llm_tokens --by 50000`") from None
     for known in PERS:

@@ -27,6 +27,7 @@ from worker.settings.sections import (
     LogSettings,
     PoolName,
     PoolSettings,
+    PriceSettings,
     ProvisioningSettings,
     RelaySettings,
     RetentionSettings,
@@ -74,6 +75,7 @@ class Settings(Section):
     web: WebSettings = WebSettings()
     attempts: AttemptsSettings = AttemptsSettings()
     alerts: AlertSettings = AlertSettings()
+    prices: PriceSettings = PriceSettings()
     tracing: TracingSettings = TracingSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     provisioning: ProvisioningSettings = ProvisioningSettings()

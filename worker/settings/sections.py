@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import date, timedelta
+from decimal import Decimal
+from fractions import Fraction
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +21,8 @@ from worker.model.definitions.origins import parse_base_url, parse_origin, unenc
 from worker.model.definitions.pools import DEFAULT_POOL, parse_pool
 from worker.model.definitions.units import parse_duration, parse_memory
 from worker.model.egress import check_wildcards, parse_items
+from worker.model.money import DEFAULT_CURRENCY, parse_currency
+from worker.model.prices import KINDS, NAME_LIMIT, Kind, OwnPrice, Prices
 from worker.model.provider import parse_rule
 from worker.telemetry.masking import shown_url
 
@@ -413,6 +417,7 @@ class WebSettings(Section):
     calls_per_second: int = Field(50, ge=1, le=100_000)
     metrics_top_orgs: int = Field(0, ge=0, le=1000)
     mcp: bool = False
+    org_usage: bool = False
     login: LoginSettings = LoginSettings()
     portal: PortalSettings = PortalSettings()
 
@@ -457,6 +462,90 @@ class AlertSettings(Section):
         if self.webhook_url and len(self.webhook_secret) < 16:
             raise ValueError("webhook_url needs webhook_secret, at least 16 characters, for the signature")
         return self
+
+
+def _decimal(value: Any) -> Any:
+    """An exact number that is not negative; of a float, the digits that TOML has."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("write a number, such as 0.25")
+    text = format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,12})?", text):
+        raise ValueError(f"{text[:40]!r} is not a price; write a number, such as 0.25")
+    return Decimal(text)
+
+
+def _rate(value: Any) -> Any:
+    return None if value in ("", None) else _decimal(value)
+
+
+def _day(value: Any) -> Any:
+    return date.fromisoformat(value) if isinstance(value, str) else value
+
+
+Amount = Annotated[Decimal, BeforeValidator(_decimal)]
+
+
+class OwnPriceSettings(Section):
+    """`[[prices.own]]`: a price of your own, which counts instead of that of the price list."""
+
+    model: str = Field(min_length=1, max_length=NAME_LIMIT)
+    provider: str | None = None
+    org: str | None = None
+    tariff: Literal["standard", "batch"] | None = None
+    start: Annotated[date | None, BeforeValidator(_day)] = Field(None, alias="from")
+    factor: Amount | None = None
+    input: Amount | None = None
+    cache_read: Amount | None = None
+    cache_write: Amount | None = None
+    cache_write_1h: Amount | None = None
+    output: Amount | None = None
+    reasoning: Amount | None = None
+    web_search: Amount | None = None
+    file_search: Amount | None = None
+    code_execution: Amount | None = None
+    request: Amount | None = None
+
+    @property
+    def rates(self) -> dict[Kind, Fraction]:
+        """The prices that are given, by kind."""
+        given = ((kind, getattr(self, kind)) for kind in KINDS)
+        return {kind: Fraction(amount) for kind, amount in given if amount is not None}
+
+    @model_validator(mode="after")
+    def _priced(self) -> OwnPriceSettings:
+        if not self.rates and self.factor is None:
+            raise ValueError("give a price, such as input = 0.25, or a factor of the price list's")
+        return self
+
+
+class PriceSettings(Section):
+    """`[prices]`: what models cost."""
+
+    currency: Annotated[str, AfterValidator(parse_currency)] = DEFAULT_CURRENCY
+    per_usd: Annotated[Decimal | None, BeforeValidator(_rate)] = None
+    own: Annotated[tuple[OwnPriceSettings, ...], BeforeValidator(_tables)] = ()
+
+    @property
+    def prices(self) -> Prices:
+        """The own prices, without a list."""
+        own = tuple(
+            OwnPrice(
+                each.model,
+                each.rates,
+                None if each.factor is None else Fraction(each.factor),
+                each.provider,
+                each.org,
+                each.tariff,
+                each.start,
+            )
+            for each in self.own
+        )
+        per_usd = Fraction(1) if self.currency == DEFAULT_CURRENCY else None
+        return Prices(
+            own=own,
+            currency=self.currency,
+            per_usd=per_usd if self.per_usd is None else Fraction(self.per_usd),
+        )
 
 
 class TracingSettings(Section):

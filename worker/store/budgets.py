@@ -29,8 +29,9 @@ from worker.model.definitions.budgets import (
     AtLimit,
     Per,
     Period,
-    limit_of_property,
+    limit_in,
     period_of,
+    property_key,
 )
 from worker.model.definitions.zones import parse_zone
 from worker.model.orgs import parse_selector
@@ -119,11 +120,12 @@ def of_orgs(
     for org in all_rows(connection, chosen.where(_orgs.c.id.in_(org_ids))):
         matched += [(row, org) for row in rows if applies(row, org)]
     raised = _raised(connection, {org["id"] for _, org in matched}, now, run_id)
-    properties = _stored_properties(connection, [(org["id"], row["property"]) for row, org in matched])
+    wanted = [(org["id"], _key_of(row)) for row, org in matched]
+    properties = _stored_properties(connection, wanted)
     for row, org in matched:
         org_id, limit = org["id"], row["limit"]
         if limit is None:
-            limit = properties.get((org_id, row["property"]))
+            limit = properties.get((org_id, _key_of(row)))
         if limit is not None:
             limit += raised.get((org_id, row["meter"], row["per"]), 0)
         period = None
@@ -141,6 +143,11 @@ def of_orgs(
             )
         )
     return found
+
+
+def _key_of(row: Row) -> str | None:
+    """The name under which the limit of a row of `budgets` is stored; None if the row has it."""
+    return None if row["property"] is None else property_key(row["meter"], row["property"])
 
 
 def applies(budget: Mapping[str, Any], org: Mapping[str, Any]) -> bool:
@@ -343,7 +350,7 @@ class WatchedBudgets:
     limiting: frozenset[OrgId] = frozenset()
     """Orgs with a budget of another meter."""
     properties: frozenset[str] = frozenset()
-    """The properties that are limits of budgets."""
+    """The names under which the properties that are limits of budgets are stored."""
     version: tuple[tuple[str, datetime], ...] = ()
     """The budgets that this was made of."""
 
@@ -365,13 +372,13 @@ def watched(connection: Connection, _: AllOrgs, known: WatchedBudgets | None = N
             for row in selecting:
                 if applies(row, org):
                     found[row["meter"] in OWN_METERS].add(org["id"])
-    properties = frozenset(row["property"] for row in rows if row["property"] is not None)
+    properties = frozenset(key for row in rows if (key := _key_of(row)) is not None)
     return WatchedBudgets(frozenset(found[True]), frozenset(found[False]), properties, version)
 
 
 def store_properties(connection: Connection, org_id: OrgId, claims: Claims, names: Iterable[str]) -> None:
     """Store the limits that a token has, if it is the newest; a higher one wakes the org's runs."""
-    values = {name: limit_of_property(claims.properties.get(name)) for name in sorted(names)}
+    values = {name: limit_in(claims.properties, name) for name in sorted(names)}
     before = _stored_properties(connection, [(org_id, name) for name in values])
     for name, value in values.items():
         statement = insert_into(connection, _properties).values(

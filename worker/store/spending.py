@@ -10,14 +10,17 @@ from datetime import UTC, date, datetime, timedelta
 from sqlalchemy import Connection, insert, literal, select, update
 
 from worker.ids import DefinitionId, OrgId, RunId
-from worker.model.definitions.budgets import MAX_SUM, OWN_METERS, RUN_SECONDS, RUNS
+from worker.model.definitions.budgets import MAX_SUM, MONEY, OWN_METERS, RUN_SECONDS, RUNS
+from worker.model.prices import ModelUsage, Prices
 from worker.model.runs.budgets import BudgetState, OrgBudgets, decisive
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import AdmittedRun, RunStep
 from worker.model.runs.waits import BUDGET, NewWait
 from worker.store import budgets, children, tables
+from worker.store import prices as model_prices
 from worker.store.budgets import Counter, Level, OrgBudget
 from worker.store.dialect import database_now, insert_into
+from worker.store.prices import Costed, ModelUse, Unpriced
 from worker.store.sql import statements
 from worker.store.sums import Capped, CappedSum
 
@@ -26,6 +29,8 @@ _trees = tables.tree_spends
 
 # How long a run that a budget holds back waits at most before it is looked at again.
 LOOK_AGAIN = timedelta(days=1)
+# Prices of an installation that has none.
+UNPRICED = Prices()
 # Waiting runs of an org that one admission moves to the end of the period.
 MOVED = 1000
 
@@ -52,6 +57,8 @@ class CountedSpends:
 
     warned: Sequence[Level]
     spent: Mapping[str, int]
+    unpriced: Sequence[Unpriced] = ()
+    costed: Sequence[Costed] = ()
 
 
 def lock_running(connection: Connection, fencing_tokens: Mapping[RunId, int]) -> set[RunId]:
@@ -66,12 +73,22 @@ def lock_running(connection: Connection, fencing_tokens: Mapping[RunId, int]) ->
     return {id_ for id_, token, state in rows if state == "running" and fencing_tokens[id_] == token}
 
 
-def record(connection: Connection, spends: Sequence[Spend], now: datetime) -> CountedSpends:
+def record(
+    connection: Connection,
+    spends: Sequence[Spend],
+    now: datetime,
+    used: Sequence[ModelUse] = (),
+    prices: Prices = UNPRICED,
+) -> CountedSpends:
     """Count spends of runs that this transaction has locked; those that are stored already do not count.
 
-    Rows are locked in one order: `spends` by key, `meter_days`, `tree_spends`, then `meters`.
+    `used` is what they used of models. What it costs by these prices counts for the meter `money`. Rows are
+    locked in one order: `spends` by key, `model_spends`, `model_days`, `meter_days`, `tree_spends`, then `meters`.
     """
+    costed = model_prices.cost(connection, used, prices, now)
+    spends = [*spends, *_money(costed)]
     fresh = _insert(connection, spends, now)
+    unpriced = model_prices.store(connection, costed, now)
     days: dict[tuple[date, OrgId, str, DefinitionId], int] = defaultdict(int)
     added: dict[tuple[OrgId, str], int] = defaultdict(int)
     today = now.astimezone(UTC).date()
@@ -87,11 +104,11 @@ def record(connection: Connection, spends: Sequence[Spend], now: datetime) -> Co
     for budget in limits:
         if budget.counter is not None and (amount := added.get((budget.org_id, budget.meter))):
             counters[budget.counter] = min(amount, MAX_SUM)
-    used = budgets.count(connection, counters) if counters else {}
+    counts = budgets.count(connection, counters) if counters else {}
     warned = []
     for budget in limits:
-        if budget.counter is not None and budget.counter in used:
-            level = Level(budget, used[budget.counter])
+        if budget.counter is not None and budget.counter in counts:
+            level = Level(budget, counts[budget.counter])
             if level.warned(level.used - counters[budget.counter]):
                 warned.append(level)
     limited = {(budget.org_id, budget.meter) for budget in limits}
@@ -99,7 +116,24 @@ def record(connection: Connection, spends: Sequence[Spend], now: datetime) -> Co
     for (org_id, meter), amount in added.items():
         if (org_id, meter) in limited:
             spent[meter] += amount
-    return CountedSpends(warned, spent)
+    return CountedSpends(warned, spent, unpriced, costed)
+
+
+def _money(costed: Sequence[Costed]) -> list[Spend]:
+    """What these cost, as spends of the meter `money`: one for each key of a run."""
+    total: dict[tuple[RunId, str], int] = defaultdict(int)
+    whose: dict[tuple[RunId, str], ModelUse] = {}
+    for each in costed:
+        if (money := each.priced.money) is not None:
+            key = each.used.run_id, each.used.key
+            total[key] += money
+            whose[key] = each.used
+    return [
+        Spend(
+            used.run_id, used.org_id, used.definition_id, MONEY, used.key, min(total[key], MAX_SUM), used.is_child
+        )
+        for key, used in whose.items()
+    ]
 
 
 def _insert(connection: Connection, spends: Sequence[Spend], now: datetime) -> list[Spend]:
@@ -193,14 +227,23 @@ def _states(connection: Connection, run: AdmittedRun, now: datetime) -> RunBudge
     return RunBudgets(states, missing)
 
 
-def spend(connection: Connection, run: AdmittedRun, meter: str, amount: int, key: str) -> RunBudgets | None:
+def spend(
+    connection: Connection,
+    run: AdmittedRun,
+    meter: str,
+    amount: int,
+    key: str,
+    usage: ModelUsage | None = None,
+    prices: Prices = UNPRICED,
+) -> RunBudgets | None:
     """Count a spend, fenced; returns the budgets after it, or None if the run is no longer ours."""
     if not lock_running(connection, {run.id: run.fencing_token}):
         return None
     now = database_now(connection)
     is_child = run.origin == "child"
     given = Spend(run.id, run.org_id, run.definition_id, meter, key, amount, is_child)
-    counted = record(connection, [given], now)
+    used = [] if usage is None else [_use(run, key, usage)]
+    counted = record(connection, [given], now, used, prices)
     return replace(_states(connection, run, now), counted=counted)
 
 
@@ -218,7 +261,7 @@ def end_raised(connection: Connection, run: AdmittedRun, wait: NewWait) -> bool:
 
 
 def store_steps(
-    connection: Connection, rows: Sequence[RunStep]
+    connection: Connection, rows: Sequence[RunStep], prices: Prices = UNPRICED
 ) -> tuple[set[tuple[RunId, int]], CountedSpends]:
     """Store steps with their spends in one transaction, fenced; returns the runs that still run."""
     ours = statements(connection).store_steps(connection, rows, commit=False)
@@ -233,7 +276,18 @@ def store_steps(
         run, key = row.run, f"step:{row.step.seq}"
         is_child = run.origin == "child"
         spends.append(Spend(run.id, run.org_id, run.definition_id, meter, key, total, is_child))
-    return ours, record(connection, spends, database_now(connection))
+    used = [
+        _use(row.run, f"step:{row.step.seq}", usage, place)
+        for row in mine
+        for place, usage in enumerate(row.step.used)
+    ]
+    return ours, record(connection, spends, database_now(connection), used, prices)
+
+
+def _use(run: AdmittedRun, key: str, usage: ModelUsage, place: int = 0) -> ModelUse:
+    return ModelUse(
+        run.id, run.org_id, run.definition_id, key, usage, place, is_child=run.origin == "child"
+    )
 
 
 def take_up(connection: Connection, org_id: OrgId, to: RunId) -> None:

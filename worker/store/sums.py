@@ -13,6 +13,9 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from worker.model.definitions.budgets import MAX_SUM
 
+# A number is summed up in two parts on SQLite, each of which fits for billions of rows.
+PART = 10**9
+
 
 class Capped(FunctionElement[int]):
     """A number, or `MAX_SUM` if it is larger."""
@@ -22,7 +25,7 @@ class Capped(FunctionElement[int]):
 
 
 class CappedSum(FunctionElement[int]):
-    """The sum of a column, 0 without rows; exact up to 2**53."""
+    """The sum of a column of numbers from 0, 0 without rows; exact."""
 
     type = BigInteger()
     inherit_cache = True
@@ -39,5 +42,7 @@ def _capped_sum(element: CappedSum, compiler: Any, **how: Any) -> str:
     column = compiler.process(element.clauses, **how)
     if compiler.dialect.name == "postgresql":  # where the sum of a bigint column is numeric
         return f"CAST(LEAST(COALESCE(sum({column}), 0), {MAX_SUM}) AS bigint)"
-    # Where `sum` of integers raises an error, `total` goes on with floats.
-    return f"CAST(min(total({column}), {MAX_SUM}) AS integer)"
+    # Where `sum` of integers raises an error, the sums of their upper and lower digits do not.
+    high, low = (f"COALESCE(sum({column} {sign} {PART}), 0)" for sign in ("/", "%"))
+    total = f"min({high} * {PART} + {low}, {MAX_SUM})"
+    return f"CASE WHEN {high} >= {MAX_SUM // PART} THEN {MAX_SUM} ELSE {total} END"

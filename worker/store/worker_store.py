@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -16,8 +16,10 @@ from worker.errors import NotFound, StoreUnavailable, Unavailable
 from worker.guard.claims import Claims
 from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, WorkerId
 from worker.model.claims import PoolRules, Rules
-from worker.model.definitions.budgets import limit_of_property
+from worker.model.definitions.budgets import limit_in
 from worker.model.definitions.pools import DEFAULT_POOL
+from worker.model.money import NANO
+from worker.model.prices import ModelUsage, Prices
 from worker.model.runs.children import FamilyCap, NewChild, PlacedChild
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import (
@@ -46,6 +48,7 @@ from worker.store import (
     hosts,
     limits,
     pools,
+    prices,
     spending,
     starts,
     states,
@@ -143,6 +146,7 @@ class WorkerStore:
         *,
         pools: Sequence[str] = (DEFAULT_POOL,),
         pool_rules: PoolRules | None = None,
+        prices: Prices = spending.UNPRICED,
     ) -> None:
         self.database = database
         self._heartbeat_database = heartbeat_database(database, lease)
@@ -164,6 +168,9 @@ class WorkerStore:
         self._looks = 0
         # Of each org the newest token whose limits are stored: when it was issued, and what they were.
         self._limits_of: OrderedDict[OrgId, tuple[datetime, tuple[int | None, ...]]] = OrderedDict()
+        # The own prices, and those with the price list and its digest, once a run has used a model.
+        self._own_prices = prices
+        self._prices: tuple[Prices, str | None] | None = None
 
     async def fire(self, decide: firing.Decide, *, limit: int = 100) -> FireReport:
         """Turn due definitions into runs and skips; `decide` is called for each and never raises."""
@@ -276,6 +283,16 @@ class WorkerStore:
         self._looks += 1
         known = None if self._looks % LOOK_AGAIN == 0 else self._budgets
         self._budgets = await self.database.call_autocommit(budgets.watched, ALL_ORGS, known)
+        if self._prices is not None:
+            newest = await self.database.call_autocommit(prices.newest_list)
+            if (None if newest is None else newest["digest"]) != self._prices[1]:
+                self._prices = await self.database.call_autocommit(prices.load, self._own_prices)
+
+    async def prices(self) -> Prices:
+        """The prices with the newest price list, which is loaded when a run first uses a model."""
+        if self._prices is None:
+            self._prices = await self.database.call_autocommit(prices.load, self._own_prices)
+        return self._prices[0]
 
     async def look_at_pools(self) -> Mapping[str, Declared]:
         """Learn the rules that other workers stored; returns where handlers ask to run."""
@@ -313,7 +330,7 @@ class WorkerStore:
     async def note_claims(self, org_id: OrgId, claims: Claims) -> None:
         """Store the limits that an enforced token has, once for each token."""
         names = sorted(self._budgets.properties)
-        seen = (claims.issued_at, tuple(limit_of_property(claims.properties.get(name)) for name in names))
+        seen = (claims.issued_at, tuple(limit_in(claims.properties, name) for name in names))
         if self._limits_of.get(org_id) == seen:
             return
         await self.database.call(budgets.store_properties, org_id, claims, names)
@@ -322,9 +339,16 @@ class WorkerStore:
         if len(self._limits_of) > LIMITS_KEPT:
             self._limits_of.popitem(last=False)
 
-    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> spending.RunBudgets | None:
+    async def spend(
+        self, run: AdmittedRun, meter: str, amount: int, key: str, used: ModelUsage | None = None
+    ) -> spending.RunBudgets | None:
         """Count a spend, fenced, once for each key; None if the run is no longer ours."""
-        found = await self.database.call(spending.spend, run, meter, amount, key)
+        if used is None:
+            found = await self.database.call(spending.spend, run, meter, amount, key)
+        else:
+            found = await self.database.call(
+                spending.spend, run, meter, amount, key, used, await self.prices()
+            )
         if found is not None and found.counted is not None:
             self._report(found.counted)
         return found
@@ -342,6 +366,17 @@ class WorkerStore:
                 used=level.used,
                 limit=level.budget.limit,
             )
+        for found in counted.unpriced:
+            emit("price.missing", org=found.org, provider=found.provider, model=found.model)
+        sums: Counter[tuple[str, str, str]] = Counter()
+        for costed in counted.costed:
+            for line in costed.priced.kinds:
+                of = line.kind, costed.priced.tariff
+                sums["units", *of] += line.units
+                sums["money", *of] += line.money or 0
+        for _, kind, tariff in [key for key in sums if key[0] == "units"]:
+            units, money = (sums[what, kind, tariff] for what in ("units", "money"))
+            emit("model.used", kind=kind, tariff=tariff, units=units, money=money / NANO)
 
     async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str, number: int = 0) -> bool:
         """Store a run's checkpoint, its attempt's save `number`; False if the run is no longer ours."""
@@ -388,6 +423,10 @@ class WorkerStore:
 
     async def store_steps(self, rows: Sequence[RunStep]) -> set[tuple[RunId, int]]:
         """Store steps with their spends, fenced; returns the runs, with fencing tokens, that still run."""
+        if any(row.step.used for row in rows):
+            ours, counted = await self.database.call(spending.store_steps, rows, await self.prices())
+            self._report(counted)
+            return ours
         if any(row.step.spends for row in rows):
             ours, counted = await self.database.call(spending.store_steps, rows)
             self._report(counted)

@@ -151,6 +151,19 @@ _ROWS = (
     ),
     _debug("egress.sent: origin status count", "an attempt ended: its requests, by class of status"),
     _debug("meter.spent: meter amount", "runs spent `amount` of a meter that has a budget"),
+    _debug(
+        "model.used: kind tariff units money",
+        "runs used `units` of models, which cost `money` in units of the currency",
+    ),
+    _warning(
+        "price.missing: org provider model",
+        "runs of an org used a model without a price for the first time: no budget of money counts it until "
+        "`[prices]` or a newer list, see `prices update`, has a price",
+    ),
+    _error(
+        "prices.unreadable: error digest",
+        "this worker cannot read the price list in the database, and uses that of its release",
+    ),
     _warning(
         "budget.warned: org meter per used limit",
         "a budget's `warn_at` was passed, once in its period; at `limit` runs wait, fail or ask",

@@ -85,6 +85,13 @@ METRICS: tuple[Metric, ...] = (
     _counter("runs_recovered_total: state", "runs taken over from a dead worker", "run.recovered"),
     _counter("runs_fenced_out_total", "runs held here that another worker already owned", "run.fenced_out"),
     _counter("spent_total: meter", "spends of meters that have a budget", "meter.spent amount"),
+    _counter("model_units_total: kind tariff", "tokens of models, and billed calls", "model.used units"),
+    _counter(
+        "model_money_total: kind tariff",
+        "what models cost, in units of `[prices] currency`",
+        "model.used money",
+    ),
+    _counter("prices_missing_total", "models without a price, new for an org", "price.missing"),
     _counter("budgets_warned_total: meter per", "budgets that passed their `warn_at`", "budget.warned"),
     _gauge("limit_waiting: origin", "requests that wait for a limit or a pause", "limit.counted waiting"),
     _counter("limit_waits_total: origin", "requests that waited for a limit", "limit.counted waited"),

@@ -30,9 +30,9 @@ from tests.fakes.answering import AnsweringWorker
 from tests.fakes.clock import ManualClock
 from worker import Context, StepError, durable, job
 from worker.handlers.calls import StoreStep
-from worker.handlers.spending import DONE
+from worker.handlers.spending import DONE, Spending
 from worker.handlers.step_calls import StepCalls
-from worker.handlers.steps import StepJournal, open_step
+from worker.handlers.steps import StepJournal
 from worker.model.runs.run import NewStep
 from worker.testing import Crash, Orgworker
 
@@ -78,12 +78,9 @@ class Attempt(Context[Any, Any]):
     def _steps(self) -> StepCalls:  # type: ignore[override]
         return self.steps_of
 
-    def spend(self, meter: str, amount: int, /) -> Any:
+    def spend(self, meter: str, amount: Any, /, **how: Any) -> Any:
         """Noted with the open step, as for a run with budgets."""
-        step = open_step()
-        assert step is not None
-        step.spends.append((meter, amount))
-        return DONE
+        return Spending(self.store.port(), None, None, 1, ManualClock()).spend(meter, amount, **how) or DONE  # type: ignore[arg-type]
 
     async def wait_for(self, name: str, /, *, ask: Any = None, **options: Any) -> Any:
         """The answer, by the beginning of the name; else the attempt parks."""

@@ -62,6 +62,7 @@ def apply(
                 insecure_origins=session.settings.execution.insecure_origins,
                 issuers=session.settings.issuers,
                 api_origins=session.settings.api_origins,
+                currency=session.settings.prices.currency,
                 report=progress.at,
             )
         _print(session, changes, dry_run=dry_run)

@@ -43,7 +43,7 @@ def raise_(
     session: Invocation,
     org: OrgArgument,
     meter: Annotated[str, argument("METER", "The meter, such as llm_tokens.")],
-    by: Annotated[int, option("--by N", "What to add to the limit of each period.")],
+    by: Annotated[str, option("--by N", 'What to add to the limit of each period; of money "5 USD".')],
     per: Annotated[str, option("--per PERIOD", "The budgets to raise: day, month or run.")] = "day",
     until: Annotated[
         str | None,

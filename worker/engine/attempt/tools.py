@@ -45,6 +45,7 @@ from worker.model.bindings import OrgSecrets
 from worker.model.claims import Digests, Enforced, PoolRules
 from worker.model.limits import Share
 from worker.model.orgs import OrgRef, TokenWant
+from worker.model.prices import ModelUsage
 from worker.model.runs.budgets import OrgBudgets
 from worker.model.runs.children import ChildPage, FamilyCap, NewChild, PlacedChild, Span
 from worker.model.runs.run import AdmittedRun, Isolation, LoadedState, RunStep, StepPage, StoredProgress
@@ -184,7 +185,9 @@ class AttemptStore(Protocol):
     async def budgets_of(self, run: AdmittedRun) -> OrgBudgets:
         """The budgets of a run's org now."""
 
-    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> OrgBudgets | None:
+    async def spend(
+        self, run: AdmittedRun, meter: str, amount: int, key: str, used: ModelUsage | None = None
+    ) -> OrgBudgets | None:
         """Count a spend, fenced, once for each key; None if the run is no longer ours."""
 
     async def load_progress(self, run_id: RunId) -> StoredProgress:
@@ -324,8 +327,8 @@ class StoreActs:
                 if (page := await store.read_ended(run, spans, after)) is None:
                     raise _lost(of)
                 return page
-            case CountSpend(meter, amount, key):
-                if (budgets := await store.spend(run, meter, amount, key)) is None:
+            case CountSpend(meter, amount, key, used):
+                if (budgets := await store.spend(run, meter, amount, key, used)) is None:
                     raise _lost(of)
                 return budgets
             case AskBudgets():

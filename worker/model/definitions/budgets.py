@@ -13,6 +13,7 @@ from zoneinfo import ZoneInfo
 from worker.model.definitions import fields
 from worker.model.definitions.fields import Fields, refusal
 from worker.model.definitions.zones import zone_name
+from worker.model.money import MAX_MONEY, money_text, nano_of, parse_money
 from worker.model.orgs import Selector, parse_selector
 
 Per = Literal["run", "day", "month"]
@@ -29,15 +30,22 @@ OWN_METERS = (RUNS, RUN_SECONDS)
 EGRESS_REQUESTS = "egress_requests"
 EGRESS_WAIT_SECONDS = "egress_wait_seconds"
 RECORDED_METERS = (EGRESS_REQUESTS, EGRESS_WAIT_SECONDS)
+# What models cost, in nano-units of the installation's currency: the worker computes it from what runs used.
+MONEY = "money"
 # No handler spends these.
-RESERVED_METERS = frozenset({*OWN_METERS, *RECORDED_METERS})
+RESERVED_METERS = frozenset({*OWN_METERS, *RECORDED_METERS, MONEY})
 MAX_AMOUNT = 10**15
 # The largest sum that is counted: what one batch adds to it still fits into a column of 64 bits.
 MAX_SUM = 10**18
 """The largest limit, and the largest amount of one spend."""
 
 _METER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,199}")
+# A limit, and the currency of one of money.
+_Limit = tuple[int | None, str | None]
 _PROPERTY = "property:"
+# Properties with limits of money are stored in nano-units.
+_OF_MONEY = "nano:"
+_UNITS = re.compile(r"[0-9]{1,12}(?:\.[0-9]{1,9})?")
 _KEYS = ("org", "orgs", "meter", "limit", "limit_from", "per", "zone", "at_limit", "warn_at")
 
 
@@ -46,7 +54,7 @@ class BudgetEntry:
     """A table `[[budget]]` of a file for `apply`."""
 
     meter: str
-    """What is counted: a name that handlers pass to `ctx.spend`, or `runs` or `run_seconds`."""
+    """What is counted: a name that handlers pass to `ctx.spend`, or `money`, `runs` or `run_seconds`."""
     per: Per
     """The period that the limit is for: `run`, `day` or `month`."""
     org: str | None = None
@@ -54,7 +62,7 @@ class BudgetEntry:
     orgs: Selector | None = None
     """The orgs that it applies to: `"all"`, `{ tags = ["pro"] }` or `{ issuer = "main" }`."""
     limit: int | None = None
-    """How much may be spent in a period."""
+    """How much may be spent in a period: a number, or of money a text such as `"20 USD"`."""
     limit_from: str | None = None
     """Instead of `limit`: `property:NAME`, the property of the org's newest token that has the limit."""
     zone: str | None = None
@@ -65,6 +73,7 @@ class BudgetEntry:
     """
     warn_at: float = WARN_AT
     """The part of the limit at which the event `budget.warned` is emitted."""
+    currency: str | None = None
 
     @property
     def target(self) -> str:
@@ -88,16 +97,21 @@ def parse_budget(values: Any, entry: str) -> BudgetEntry:
     _one_of_two(reader, "limit", "limit_from", 'limit = 100000, or limit_from = "property:daily_tokens"')
     orgs = reader.take("orgs", lambda value: value, None)
     zone = reader.take("zone", zone_name, None)
+    meter = reader.take("meter", meter_name)
+    read: Callable[[Any], _Limit] = parse_money if meter == MONEY else _counted
+    unlimited: _Limit = (None, None)
+    limit, currency = reader.take("limit", read, unlimited)
     budget = BudgetEntry(
-        meter=reader.take("meter", meter_name),
+        meter=meter,
         per=reader.take("per", fields.one_of(PERS)),
         org=reader.take("org", fields.name, None),
         orgs=None if orgs is None else parse_selector(orgs, entry=entry),
-        limit=reader.take("limit", amount("the limit"), None),
+        limit=limit,
         limit_from=reader.take("limit_from", _limit_from, None),
         zone=zone,
         at_limit=reader.take("at_limit", fields.one_of(AT_LIMIT), "wait"),
         warn_at=reader.take("warn_at", _part, WARN_AT),
+        currency=currency,
     )
     _check(budget, entry)
     return budget
@@ -153,6 +167,10 @@ def amount(what: str, least: int = 0) -> Callable[[Any], int]:
     return read
 
 
+def _counted(value: Any) -> _Limit:
+    return amount("the limit")(value), None
+
+
 def _part(value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
         raise ValueError(f"warn_at is a part of the limit, above 0 and at most 1, not {str(value)[:60]}")
@@ -177,6 +195,26 @@ def limit_of_property(value: Any) -> int | None:
     return min(value, MAX_AMOUNT)
 
 
+def money_of_property(value: Any) -> int | None:
+    """The limit of money that a token's property has, in nano-units: a number, or its digits as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    found = _UNITS.fullmatch(str(value).strip())
+    return None if found is None else min(nano_of(found[0]), MAX_MONEY)
+
+
+def property_key(meter: str, name: str) -> str:
+    """The name under which the limit in a token's property is stored: money has other units."""
+    return f"{_OF_MONEY}{name}" if meter == MONEY else name
+
+
+def limit_in(properties: Mapping[str, Any], key: str) -> int | None:
+    """The limit that a token's properties have under such a name; None if they have none."""
+    if key.startswith(_OF_MONEY):
+        return money_of_property(properties.get(key.removeprefix(_OF_MONEY)))
+    return limit_of_property(properties.get(key))
+
+
 class Period(NamedTuple):
     """A day or a month of a zone's calendar in UTC; `end` belongs to the next one."""
 
@@ -199,6 +237,11 @@ def period_of(per: Per, zone: ZoneInfo, at: datetime) -> Period:
 def _midnight(day: date, zone: ZoneInfo) -> datetime:
     """The first moment of a day: if its midnight does not exist, that of the change; if twice, the first."""
     return datetime.combine(day, time(), zone).astimezone(UTC)
+
+
+def amount_text(meter: str, amount: int, currency: str = "") -> str:
+    """An amount of a meter for people: money in units of the currency."""
+    return money_text(amount, currency) if meter == MONEY else f"{amount:,}"
 
 
 def shown(values: Mapping[str, Any]) -> str:

@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from worker.clock import to_text
-from worker.model.definitions.budgets import AtLimit, Per
+from worker.model.definitions.budgets import MONEY, AtLimit, Per
+from worker.model.money import money_text
 from worker.model.runs.waits import BUDGET, NewWait
 
 # Spends of an attempt outside of steps, and those noted in one step.
@@ -72,8 +74,10 @@ def wait_of(state: BudgetState, occurrence: int, now: datetime) -> NewWait:
     ask = None
     if state.at_limit == "ask":
         resets_at = None if ends_at is None else to_text(ends_at)
-        known = {name: getattr(state, name) for name in ("meter", "per", "limit", "used")}
-        ask = json.dumps(known | {"resets_at": resets_at})
+        amounts: dict[str, Any] = {"limit": state.limit, "used": state.used}
+        if state.meter == MONEY:
+            amounts = {name: money_text(amount) for name, amount in amounts.items()}
+        ask = json.dumps({"meter": state.meter, "per": state.per, **amounts, "resets_at": resets_at})
     return NewWait(f"{BUDGET}{state.meter}", occurrence, "budget", seconds, ask)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.model.definitions import Overlap
 from worker.model.definitions.pools import DEFAULT_POOL
+from worker.model.prices import ModelUsage
 
 Origin = Literal["schedule", "manual", "backfill", "retry", "child"]
 Isolation = Literal["child", "inline"]
@@ -297,7 +298,10 @@ def step_label(name: str, key: str | None, occurrence: int) -> str:
 # Not frozen: a run may have thousands.
 @dataclass(slots=True)
 class NewStep:
-    """The result of a step to store: `seq` counts from 1 in its run, `spends` are meters and amounts."""
+    """The result of a step to store: `seq` counts from 1 in its run, `spends` are meters and amounts.
+
+    `used` is what its requests to models used; its tokens are in `spends` as well.
+    """
 
     name: str
     key: str | None
@@ -307,6 +311,7 @@ class NewStep:
     started_at: datetime
     ended_at: datetime
     spends: tuple[tuple[str, int], ...] = ()
+    used: tuple[ModelUsage, ...] = ()
 
 
 @dataclass(slots=True)

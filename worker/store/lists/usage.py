@@ -13,6 +13,7 @@ from sqlalchemy import (
     Connection,
     Select,
     and_,
+    case,
     func,
     literal_column,
     select,
@@ -21,6 +22,7 @@ from sqlalchemy import (
 
 from worker.errors import UsageError
 from worker.ids import AllOrgs, OrgId, OrgScope
+from worker.model.definitions.budgets import MONEY, property_key
 from worker.store import budgets, orgs, tables
 from worker.store.dialect import Row, all_rows, below, chunks, database_now, in_scope, rows_as
 from worker.store.lists import DEFAULT_LIMIT, Page
@@ -306,6 +308,8 @@ def _counters(window: Sequence[ColumnElement[bool]], *, of_orgs: bool) -> Select
     """Counters with each budget that may be theirs: those of single orgs, or those that select orgs."""
     stored, properties = tables.budgets, tables.org_properties
     limit = func.coalesce(stored.c.limit, properties.c.value)
+    of_money = stored.c.meter == MONEY, property_key(MONEY, "") + stored.c.property
+    key = case(of_money, else_=stored.c.property)
     whose = stored.c.org_id == _meters.c.org_id if of_orgs else stored.c.org_id.is_(None)
     return (
         select(
@@ -316,7 +320,7 @@ def _counters(window: Sequence[ColumnElement[bool]], *, of_orgs: bool) -> Select
         .join(stored, and_(stored.c.meter == _meters.c.meter, stored.c.per == _meters.c.per, whose))
         .outerjoin(
             properties,
-            and_(properties.c.org_id == _meters.c.org_id, properties.c.name == stored.c.property),
+            and_(properties.c.org_id == _meters.c.org_id, properties.c.name == key),
         )
         .where(*window, limit > 0, _is_near(_meters.c.used, limit))
     )

@@ -1,8 +1,9 @@
 """The tables, with named constraints; a column's meaning is its `doc`, which the reference shows.
 
 Here are the tables of orgs, definitions, workers, audit and alerts; `tables/runs.py` has those of runs,
-`tables/budgets.py` those of budgets and spends, `tables/limits.py` those of limits at other services,
-`tables/starts.py` those of starts by a product, `tables/access.py` those of credentials and logins.
+`tables/budgets.py` those of budgets and spends, `tables/prices.py` those of what models cost,
+`tables/limits.py` those of limits at other services, `tables/starts.py` those of starts by a product,
+`tables/access.py` those of credentials and logins.
 The migrations also make views, triggers and functions: `tests/migrations/ddl.py` shows their current form.
 """
 
@@ -45,6 +46,9 @@ from worker.store.tables.budgets import tree_spends as tree_spends
 from worker.store.tables.limits import limit_shares as limit_shares
 from worker.store.tables.limits import limits as limits
 from worker.store.tables.limits import origin_pauses as origin_pauses
+from worker.store.tables.prices import model_days as model_days
+from worker.store.tables.prices import model_spends as model_spends
+from worker.store.tables.prices import price_lists as price_lists
 from worker.store.tables.runs import ATTEMPT_OUTCOMES as ATTEMPT_OUTCOMES
 from worker.store.tables.runs import FINAL_STATES as FINAL_STATES
 from worker.store.tables.runs import HOT, UPDATED, count, one_of, partial, required, table

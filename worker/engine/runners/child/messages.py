@@ -36,8 +36,8 @@ JSON_LIMIT = 256 * 1024
 TEXTS_LIMIT = 3 * 1024 * 1024
 # Characters from which a text follows the JSON.
 LONG = 1024
-# Marks and texts in the JSON of a run's frame: a step has up to 1,000 spends.
-MAX_TOKENS = 8192
+# Marks and texts in the JSON of a run's frame: a step has up to 1,000 spends, and 100 requests to models.
+MAX_TOKENS = 12_288
 _LENGTH = struct.Struct("!I")
 _LENGTHS = struct.Struct("!II")
 _TEXTS = "texts"
