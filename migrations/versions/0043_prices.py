@@ -32,6 +32,14 @@ UPDATED = {
     "autovacuum_analyze_threshold": "20000",
     "fillfactor": "70",
 }
+BEFORE = (
+    "kind IN ('failed', 'refused', 'overdue', 'paused', 'credential_dead', 'provisioning_failed', 'waiting', "
+    "'files_opened', 'files_changeable', 'egress_denied', 'late')"
+)
+NOW = (
+    "kind IN ('failed', 'refused', 'overdue', 'paused', 'credential_dead', 'provisioning_failed', 'waiting', "
+    "'files_opened', 'files_changeable', 'egress_denied', 'late', 'unpriced', 'forecast')"
+)
 UNPRICED = {"postgresql_where": sa.text("unpriced > 0"), "sqlite_where": sa.text("unpriced > 0")}
 
 
@@ -90,9 +98,37 @@ def upgrade() -> None:
             op.execute(f"ALTER TABLE {table} FORCE ROW LEVEL SECURITY")
             op.execute(f"CREATE POLICY one_org ON {table} USING (org_id = {ORG}) WITH CHECK (org_id = {ORG})")
             op.execute(f"CREATE POLICY owner ON {table} TO CURRENT_USER USING (true)")
+    allow_kinds(BEFORE, NOW)
 
 
 def downgrade() -> None:
+    added = "kind IN ('unpriced', 'forecast')"
+    op.execute(f"DELETE FROM alert_strikes WHERE cause IN (SELECT cause FROM alerts WHERE {added})")
+    op.execute(f"DELETE FROM alerts WHERE {added}")
+    allow_kinds(NOW, BEFORE)
     op.drop_table("price_lists")
     op.drop_table("model_days")
     op.drop_table("model_spends")
+
+
+def allow_kinds(before: str, now: str) -> None:
+    """Replace the condition on the kinds of alerts; on SQLite in the stored schema, as in 0014."""
+    connection = op.get_bind()
+    if connection.dialect.name == "postgresql":
+        op.drop_constraint(op.f("ck_alerts_kind"), "alerts", type_="check")
+        op.create_check_constraint(op.f("ck_alerts_kind"), "alerts", now)
+        return
+    version = connection.execute(sa.text("PRAGMA schema_version")).scalar_one()
+    op.execute("PRAGMA writable_schema = ON")
+    of_alerts = "FROM sqlite_master WHERE type = 'table' AND name = 'alerts'"
+    text = connection.execute(sa.text(f"SELECT sql {of_alerts}")).scalar_one()
+    old, new = f"CONSTRAINT ck_alerts_kind CHECK ({before})", f"CONSTRAINT ck_alerts_kind CHECK ({now})"
+    if old not in text:
+        raise RuntimeError(f"alerts lacks the condition {old}")
+    connection.execute(
+        sa.text("UPDATE sqlite_master SET sql = :sql WHERE type = 'table' AND name = 'alerts'"),
+        {"sql": text.replace(old, new)},
+    )
+    op.execute(f"PRAGMA schema_version = {version + 1}")
+    # Reads the schema again in this connection, too.
+    op.execute("PRAGMA writable_schema = RESET")

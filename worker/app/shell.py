@@ -58,6 +58,7 @@ NOUNS = {
     "handlers": "handlers:app",
     "budgets": "budgets:app",
     "usage": "usage:app",
+    "prices": "prices:app",
     "pools": "pools:app",
     "product": "product:app",
     "db": "db:app",

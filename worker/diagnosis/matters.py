@@ -24,6 +24,8 @@ from worker.store.lists import failures, morning
 from worker.store.lists.failures import Mismatch, mismatches
 from worker.store.lists.morning import NAMED, Named
 from worker.store.lists.tabs import LONG_WAIT, OVERDUE
+from worker.store.lists.usage import forecast_text, forecasts
+from worker.store.prices import currency_of
 
 DAY = timedelta(days=1)
 HOUR = timedelta(hours=1)
@@ -161,6 +163,7 @@ def matters(
         *_of_causes(connection, "failed", now),
         *_of_causes(connection, "refused", now, known),
         *_of_late(connection),
+        *_of_forecasts(connection),
         *_of_tokens(connection, is_admin=is_admin),
         *_of_inventory(connection),
         *_of_waiting(connection, now),
@@ -351,6 +354,25 @@ def _of_late(connection: Connection) -> Iterator[Matter]:
             "definitions": [f"{row['org']}/{row['name']}" for row in late.examples],
         },
         min(row["late_at"] for row in late.examples),
+    )
+
+
+def _of_forecasts(connection: Connection) -> Iterator[Matter]:
+    ahead = forecasts(connection, ALL_ORGS, limit=NAMED + 1)
+    if not ahead:
+        return
+    currency = currency_of(connection) or ""
+    texts = [forecast_text(level, currency) or "" for level in ahead[:NAMED]]
+    more = " There are others." if len(ahead) > NAMED else ""
+    only = len(ahead) == 1
+    yield Matter(
+        "forecast",
+        "warn",
+        "limit",
+        "the budget of money of one org will not last" if only else "budgets of money will not last",
+        f"{'; '.join(texts).capitalize()}.{more}",
+        NextStep("show_budgets", {"org": ahead[0]["org"]}) if only else NextStep("list_usage"),
+        {"orgs": [level["org"] for level in ahead[:NAMED]]},
     )
 
 

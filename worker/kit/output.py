@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from worker.clock import SystemClock, to_text
 from worker.ids import ALL_ORGS, short_ids
+from worker.model.definitions.budgets import MONEY
 from worker.model.definitions.units import json_default
+from worker.model.money import money_text
 from worker.model.runs.clauses import listed
 from worker.model.runs.traces import trimmed
 from worker.model.runs.worker_ends import SOURCE
@@ -348,6 +350,18 @@ def why(row: Run) -> str | None:
     return ", ".join(filter(None, (retried, listed(row)))) or None
 
 
+def _amount(name: str) -> Callable[[Mapping[str, Any]], Any]:
+    def cell(row: Mapping[str, Any]) -> Any:
+        value = row.get(name)
+        return money_text(value) if row["meter"] == MONEY and isinstance(value, int) else value
+
+    return cell
+
+
+# Cells of rows with a meter: money is in nano-units.
+AMOUNTS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    name: _amount(name) for name in ("limit", "used", "left")
+}
 RUN_CELLS: Mapping[str, Callable[[Run], Any]] = {
     "scheduled_for": _scheduled_for,
     "took": _took,

@@ -136,6 +136,9 @@ class PriceList(Protocol):
     def has_batch(self, provider: str | None, model: str, at: datetime) -> bool:
         """Whether the model has prices at the tariff `batch`."""
 
+    def models(self, provider: str | None = None) -> list[tuple[str, str]]:
+        """Provider and model of all that is listed, in order."""
+
 
 @dataclass(frozen=True, slots=True)
 class OwnPrice:
@@ -230,6 +233,9 @@ class NoList:
 
     def has_batch(self, provider: str | None, model: str, at: datetime) -> bool:
         return False
+
+    def models(self, provider: str | None = None) -> list[tuple[str, str]]:
+        return []
 
 
 @dataclass(frozen=True)

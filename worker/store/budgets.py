@@ -25,6 +25,7 @@ from worker.guard.claims import Claims
 from worker.ids import AllOrgs, OrgId, RunId, new_id
 from worker.model.definitions.budgets import (
     MAX_SUM,
+    MONEY,
     OWN_METERS,
     AtLimit,
     Per,
@@ -32,6 +33,7 @@ from worker.model.definitions.budgets import (
     limit_in,
     period_of,
     property_key,
+    reaches_at,
 )
 from worker.model.definitions.zones import parse_zone
 from worker.model.orgs import parse_selector
@@ -92,6 +94,13 @@ class Level:
     @property
     def reached(self) -> bool:
         return self.budget.limit is not None and self.used >= self.budget.limit
+
+    def reaches_at(self, used: int, now: datetime) -> datetime | None:
+        """When the pace of a month of money that has `used` so much reaches its limit, before it ends."""
+        budget = self.budget
+        if budget.meter != MONEY or budget.per != "month" or budget.period is None or budget.limit is None:
+            return None
+        return reaches_at(budget.period, used, budget.limit, now)
 
     def warned(self, before: int) -> bool:
         """Whether its use has passed the warning since it was `before`."""

@@ -166,14 +166,18 @@ def not_loaded(value: Any, row: Row, org: str) -> Any:
     return value and NOT_LOADED
 
 
-def rows(kind: type) -> Rule:
-    """A list of rows, each redacted by its own class; a refused attempt has the reason of its run."""
+def rows(kind: type, *, without: tuple[str, str] | None = None) -> Rule:
+    """A list of rows, each redacted by its own class; a refused attempt has the reason of its run.
+
+    `without` is a column and the value that hides a row.
+    """
 
     def redact(value: Any, row: Row, org: str) -> Any:
         reason = {"reason": row.get("reason")}
         return [
             redacted(kind, {**each, **(reason if each.get("outcome") == "refused" else {})}, org)
             for each in value
+            if without is None or each[without[0]] != without[1]
         ]
 
     return redact

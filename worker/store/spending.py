@@ -59,6 +59,8 @@ class CountedSpends:
     spent: Mapping[str, int]
     unpriced: Sequence[Unpriced] = ()
     costed: Sequence[Costed] = ()
+    ahead: Sequence[tuple[Level, datetime]] = ()
+    """Budgets of money whose pace reaches their limit since these spends, and when it will."""
 
 
 def lock_running(connection: Connection, fencing_tokens: Mapping[RunId, int]) -> set[RunId]:
@@ -105,18 +107,22 @@ def record(
         if budget.counter is not None and (amount := added.get((budget.org_id, budget.meter))):
             counters[budget.counter] = min(amount, MAX_SUM)
     counts = budgets.count(connection, counters) if counters else {}
-    warned = []
+    warned, ahead = [], []
     for budget in limits:
         if budget.counter is not None and budget.counter in counts:
             level = Level(budget, counts[budget.counter])
-            if level.warned(level.used - counters[budget.counter]):
+            before = level.used - counters[budget.counter]
+            if level.warned(before):
                 warned.append(level)
+            at = level.reaches_at(level.used, now)
+            if at is not None and level.reaches_at(before, now) is None:
+                ahead.append((level, at))
     limited = {(budget.org_id, budget.meter) for budget in limits}
     spent: dict[str, int] = defaultdict(int)
     for (org_id, meter), amount in added.items():
         if (org_id, meter) in limited:
             spent[meter] += amount
-    return CountedSpends(warned, spent, unpriced, costed)
+    return CountedSpends(warned, spent, unpriced, costed, ahead)
 
 
 def _money(costed: Sequence[Costed]) -> list[Spend]:

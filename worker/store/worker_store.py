@@ -12,13 +12,14 @@ from typing import Any, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Text, cast, select
 
+from worker.clock import to_text
 from worker.errors import NotFound, StoreUnavailable, Unavailable
 from worker.guard.claims import Claims
 from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, WorkerId
 from worker.model.claims import PoolRules, Rules
 from worker.model.definitions.budgets import limit_in
 from worker.model.definitions.pools import DEFAULT_POOL
-from worker.model.money import NANO
+from worker.model.money import NANO, money_text
 from worker.model.prices import ModelUsage, Prices
 from worker.model.runs.children import FamilyCap, NewChild, PlacedChild
 from worker.model.runs.outcome import EndedAttempt
@@ -365,6 +366,18 @@ class WorkerStore:
                 per=level.budget.per,
                 used=level.used,
                 limit=level.budget.limit,
+            )
+        for level, at in counted.ahead:
+            period = level.budget.period
+            emit(
+                "budget.forecast",
+                org=level.budget.org,
+                meter=level.budget.meter,
+                per=level.budget.per,
+                used=money_text(level.used),
+                limit=money_text(level.budget.limit or 0),
+                reaches_at=to_text(at),
+                resets_at=None if period is None else to_text(period.end),
             )
         for found in counted.unpriced:
             emit("price.missing", org=found.org, provider=found.provider, model=found.model)

@@ -33,6 +33,8 @@ Kind = Literal[
     "files_changeable",
     "egress_denied",
     "late",
+    "unpriced",
+    "forecast",
 ]
 Status = Literal["firing", "resolved"]
 
@@ -156,7 +158,9 @@ class Strikes:
         elif "run" in fields:
             affected = (org, definition) if definition else (fields["run"],)
             strike.runs[affected] = fields["run"]
-        elif org is not None and kind in ("credential_dead", "provisioning_failed"):
+        elif org is not None and kind in (
+            *("credential_dead", "provisioning_failed", "unpriced", "forecast"),
+        ):
             strike.orgs.add(str(org))
         return strike
 
@@ -197,6 +201,16 @@ def _cause(event: str, fields: Mapping[str, Any]) -> tuple[Kind, tuple[str | Non
             issuer, error = fields.get("issuer"), fields.get("error")
             summary = f"orgs of issuer {issuer} are not compared with the provider's: {error}"
             return "provisioning_failed", ("issuer", issuer, error), summary
+        case "price.missing", _:
+            model, of = fields.get("model"), fields.get("provider")
+            summary = (
+                f"{model}{f' of {of}' if of else ''} has no price: what runs use of it counts as unpriced"
+            )
+            return "unpriced", (of, model), summary
+        case "budget.forecast", _:
+            per, limit, reaches_at = fields.get("per"), fields.get("limit"), fields.get("reaches_at")
+            summary = f"at this pace {org} reaches its budget of {limit} per {per} on {str(reaches_at)[:10]}"
+            return "forecast", (org, per, fields.get("resets_at")), summary
         case "egress.denied", _:
             origin = fields.get("origin")
             summary = f"{handler} was denied requests to {origin}: {reason}"
@@ -220,7 +234,7 @@ _STATES: Mapping[str, frozenset[str | None]] = {
         (
             *("definition.paused", "run.asks", "org.parked", "credential.unusable", "schedule.overdue"),
             *("provisioning.failed", "provisioning.unavailable", "files.opened", "files.changeable"),
-            *("egress.denied", "schedule.late"),
+            *("egress.denied", "schedule.late", "price.missing", "budget.forecast"),
         ),
         frozenset({None}),
     ),

@@ -156,6 +156,10 @@ _ROWS = (
         "runs used `units` of models, which cost `money` in units of the currency",
     ),
     _warning(
+        "budget.forecast: org meter per used limit reaches_at resets_at",
+        "the pace of a budget of money reaches its limit before the month ends, as of this spend",
+    ),
+    _warning(
         "price.missing: org provider model",
         "runs of an org used a model without a price for the first time: no budget of money counts it until "
         "`[prices]` or a newer list, see `prices update`, has a price",

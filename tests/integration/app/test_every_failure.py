@@ -29,6 +29,10 @@ BEAT = "beat_schedule = {'tick': {'task': 'acme.note', 'schedule': 60}}\n"
 CREDENTIAL = ("--client-id", "b", "--secret-file", "-")
 
 # Each command as it would be right, and what it reads from standard input.
+PRICES = (
+    '[{"id": "house", "name": "House", "api_pattern": "x", "models": '
+    '[{"id": "m", "match": {"equals": "m"}, "prices": {"input_mtok": 1}}]}]'
+)
 RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "run": ((), ""),
     "host": ((), ""),
@@ -105,6 +109,9 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "budgets raise": (("org_acme", "llm_tokens", "--by", "10"), ""),
     "budgets remove": ((RUN,), ""),
     "usage list": ((), ""),
+    "prices list": ((), ""),
+    "prices show": (("gpt-5-mini",), ""),
+    "prices update": (("-",), PRICES),
     "db upgrade": ((), ""),
     "db check": ((), ""),
     "keys generate": ((), ""),
@@ -422,6 +429,15 @@ WRONG: list[tuple[str, tuple[str, ...], int]] = [
     ("budgets remove", ("not-an-id",), 3),
     ("usage list", ("--org", "absent"), 3),
     ("usage list", ("--limit", "0"), 2),
+    ("usage list", ("--by", "week"), 2),
+    ("usage list", ("--by", "org,week"), 2),
+    ("prices list", ("--limit", "0"), 2),
+    ("prices list", ("--provider", "absent"), 3),
+    ("prices show", ("absent-model",), 3),
+    ("prices show", ("two words",), 2),
+    ("prices show", ("gpt-5-mini", "--org", "absent"), 3),
+    ("prices update", ("absent.json",), 2),
+    ("budgets raise", ("org_acme", "money", "--by", "5"), 2),
     ("usage list", ("--since", "2020-01-01"), 2),
     ("keys generate", (), 5),
     ("keys rekey", ("--batch", "0"), 2),

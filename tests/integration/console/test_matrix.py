@@ -214,6 +214,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("POST", f"{API}/orgs/{{org}}/resume"): replace(BY_STAFF, status=200),
     ("GET", f"{API}/status"): Rule("staff"),
     ("GET", f"{API}/usage"): Rule("list"),
+    ("GET", f"{API}/costs"): Rule("staff"),
     ("GET", f"{API}/budgets/{{org}}"): Rule("by_staff"),
     ("POST", f"{API}/budgets/{{org}}/raise"): replace(BY_STAFF, status=200),
     ("POST", f"{API}/credentials/{{org}}"): replace(BY_STAFF, role="admin", status=201),

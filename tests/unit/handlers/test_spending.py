@@ -16,11 +16,12 @@ from tests.unit.handlers.test_context import given
 from worker import BudgetExceeded, StepError
 from worker.handlers import spending
 from worker.handlers.calling import outcome_of_error
-from worker.handlers.calls import MAX_METERS, AskBudgets, CountSpend, OpenWait
+from worker.handlers.calls import MAX_METERS, MAX_USED, AskBudgets, CountSpend, OpenWait
 from worker.handlers.context import BlockingContext, Context
 from worker.handlers.given import BlockingCancellation, Cancellation
 from worker.handlers.spending import Budget
 from worker.model.definitions.budgets import MAX_AMOUNT
+from worker.model.prices import ModelUsage
 from worker.model.runs.budgets import BudgetState, OrgBudgets
 from worker.model.runs.outcome import Failed, Parked
 from worker.model.runs.run import NewStep
@@ -380,3 +381,90 @@ async def test_an_attempt_has_a_limit_of_spends_outside_of_steps(
     with pytest.raises(StepError, match="the limit"):
         await ctx.spend(METER, 1)
     assert len(org.spent) == 2
+
+
+# --- Spends of models. ---
+
+
+async def test_a_spend_of_a_model_counts_its_tokens_and_says_what_it_used(clock: ManualClock):
+    org = Org(clock)
+
+    async def ask(ctx: Context[Any, Any]) -> None:
+        await ctx.spend(
+            METER, {"input": 30, "output": 5, "web_search": 2}, model="gpt-5-mini", provider="openai"
+        )
+        await ctx.spend("searches", 3, model="gpt-5-mini", kind="web_search")
+        await ctx.spend(METER, 1)
+
+    ctx = org.context()
+    await ctx.step("ask", ask, ctx)
+
+    [step] = org.steps
+    assert step.spends == ((METER, 36), ("searches", 3))
+    assert step.used == (
+        ModelUsage("openai", "gpt-5-mini", (("input", 30), ("output", 5), ("web_search", 2))),
+        ModelUsage(None, "gpt-5-mini", (("web_search", 3),)),
+    )
+
+
+async def test_a_failed_try_used_nothing_of_a_model(clock: ManualClock):
+    org = Org(clock)
+    ctx, tries = org.context(), iter((1, 2))
+
+    async def ask() -> None:
+        number = next(tries)
+        await ctx.spend(METER, number, model="m", kind="input")
+        if number == 1:
+            raise OSError
+
+    with pytest.raises(OSError):
+        await ctx.step("ask", ask)
+    await ctx.step("ask", ask)
+
+    assert [step.used for step in org.steps] == [(ModelUsage(None, "m", (("input", 2),)),)]
+
+
+INPUT = {"kind": "input"}
+
+
+@pytest.mark.parametrize("amount, how, named", [
+    (5, {"kind": "input"}, "belong to a model"), ({"input": 5}, {}, "belong to a model"),
+    (5, {"model": "m"}, "its kind"), ({"input": 5}, {"model": "m", "kind": "input"}, "its kind"),
+    (5, {"model": "m", "kind": "batch"}, "'batch' is not a kind"), ({"x": 5}, {"model": "m"}, "'x' is not"),
+    (-5, {"model": "m", "kind": "input"}, "whole number"), ({"input": 0.5}, {"model": "m"}, "whole number"),
+    (5, {"model": "two words"} | INPUT, "name of a model"), (5, {"model": ""} | INPUT, "name"),
+    (5, {"model": "m", "provider": "x" * 201, "kind": "input"}, "name of a model or provider"),
+])  # fmt: skip
+async def test_a_wrong_spend_of_a_model_is_refused(clock: ManualClock, amount: Any, how: Any, named: str):
+    with pytest.raises(StepError, match=named):
+        await Org(clock).context().spend(METER, amount, **how)
+
+
+async def test_no_run_spends_money(clock: ManualClock):
+    with pytest.raises(StepError, match="orgworker counts this meter itself"):
+        await Org(clock).context().spend("money", 5)
+
+
+async def test_a_step_with_many_requests_adds_up_the_last_ones_by_model(clock: ManualClock):
+    org = Org(clock)
+
+    async def ask(ctx: Context[Any, Any]) -> None:
+        for number in range(MAX_USED + 50):
+            await ctx.spend(METER, 2, model=f"m{number % 2}", kind="input")
+
+    ctx = org.context()
+    await ctx.step("ask", ask, ctx)
+
+    [step] = org.steps
+    assert (len(step.used), step.spends) == (MAX_USED, ((METER, 2 * (MAX_USED + 50)),))
+    assert sum(usage.tokens for usage in step.used) == 2 * (MAX_USED + 50)
+
+
+async def test_a_step_with_requests_to_too_many_models_fails(clock: ManualClock):
+    async def ask(ctx: Context[Any, Any]) -> None:
+        for number in range(MAX_USED + 1):
+            await ctx.spend(METER, 2, model=f"m{number}", kind="input")
+
+    ctx = Org(clock).context()
+    with pytest.raises(StepError, match="more than 100 models"):
+        await ctx.step("ask", ask, ctx)

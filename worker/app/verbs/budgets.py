@@ -8,7 +8,7 @@ import typer
 
 from worker.errors import UsageError
 from worker.kit.options import AfterOption, LimitOption, OrgArgument, OrgOption, argument, option
-from worker.kit.output import Row
+from worker.kit.output import AMOUNTS, Row
 from worker.kit.session import Invocation, verb
 from worker.model.definitions.units import parse_time
 from worker.store.lists import DEFAULT_LIMIT, MAX_LIMIT, checked_id
@@ -16,7 +16,7 @@ from worker.store.lists import DEFAULT_LIMIT, MAX_LIMIT, checked_id
 app = typer.Typer(help="What orgs may spend: list, raise, remove. `apply` adds and changes budgets.")
 
 COLUMNS = ("org", "orgs", "meter", "per", "limit", "limit_from", "at_limit", "zone", "id")
-COLUMNS_OF_ORG = ("meter", "per", "limit", "used", "left", "resets_at", "at_limit", "id")
+COLUMNS_OF_ORG = ("meter", "per", "limit", "used", "left", "resets_at", "reaches_at", "at_limit", "id")
 
 
 @verb(app, "list")
@@ -31,11 +31,11 @@ def list_(
     with session.connection() as connection:
         if org is not None:
             rows = cast(list[Row], budgets_of(connection, org))
-            session.print_rows(rows, COLUMNS_OF_ORG)
+            session.print_rows(rows, COLUMNS_OF_ORG, cells=AMOUNTS)
             return
         place = None if after is None else checked_id(after)
         rows = cast(list[Row], budget_rows(connection, limit=limit, after=place))
-    session.print_rows(rows, COLUMNS, limit=limit)
+    session.print_rows(rows, COLUMNS, limit=limit, cells=AMOUNTS)
 
 
 @verb(app, "raise")

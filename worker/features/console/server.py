@@ -131,18 +131,25 @@ def build(
     secrets_dir: Path | None = None,
     installation: str = "",
     mcp_hosts: Sequence[str] | None = None,
+    org_usage: bool = False,
 ) -> ASGIApp:
     """The application; browsers reach it at `public_url`, and people log in by `login`.
 
     Without `with_health`, health has a listener of its own. With `mcp_hosts` it has /mcp, which clients may
-    reach by these names, too. The rest is what `CallerDatabase` needs for changes.
+    reach by these names, too. With `org_usage` orgs see what their runs cost. The rest is what
+    `CallerDatabase` needs for changes.
     """
     health.protect(access)
     sessions, forms = Sessions(database, clock), Forms(public_url, access.addresses)
     caller_database = CallerDatabase(database, edit=edit, open_ring=open_ring, secrets_dir=secrets_dir)
     live = Live(caller_database, clock, health.draining)
-    console = Console(caller_database, clock, access, sessions, forms, login=login, installation=installation)
-    api = Api(caller_database, clock, live.events, installation=installation)
+    console = Console(
+        *(caller_database, clock, access, sessions, forms),
+        login=login,
+        installation=installation,
+        org_usage=org_usage,
+    )
+    api = Api(caller_database, clock, live.events, installation=installation, org_usage=org_usage)
     routes = [
         *(health.routes() if with_health else ()),
         *api.routes(),

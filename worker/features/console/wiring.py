@@ -108,6 +108,7 @@ class ConsolePages:
             secrets_dir=Path(folder) if (folder := self._settings.secrets_dir) else None,
             installation=self._settings.installation,
             mcp_hosts=[web.listen] if web.mcp else None,
+            org_usage=web.org_usage,
         )
 
     def _login(self, client: httpx.AsyncClient) -> Login | None:

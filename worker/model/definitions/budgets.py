@@ -42,6 +42,7 @@ MAX_SUM = 10**18
 _METER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,199}")
 # A limit, and the currency of one of money.
 _Limit = tuple[int | None, str | None]
+_TICK = timedelta(microseconds=1)
 _PROPERTY = "property:"
 # Properties with limits of money are stored in nano-units.
 _OF_MONEY = "nano:"
@@ -232,6 +233,18 @@ def period_of(per: Per, zone: ZoneInfo, at: datetime) -> Period:
         following = (first + timedelta(days=31)).replace(day=1)
         return Period(_midnight(first, zone), _midnight(following, zone))
     raise ValueError("the period of a budget per run is the run")
+
+
+def reaches_at(period: Period, used: int, limit: int, now: datetime) -> datetime | None:
+    """When the pace of a period so far reaches its limit; None if that is after its end, or was.
+
+    The first tenth of a period says nothing yet.
+    """
+    elapsed, whole = now - period.start, period.end - period.start
+    if elapsed * 10 < whole or not 0 < used < limit:
+        return None
+    needed = (elapsed // _TICK) * limit // used
+    return period.start + needed * _TICK if needed < whole // _TICK else None
 
 
 def _midnight(day: date, zone: ZoneInfo) -> datetime:

@@ -75,6 +75,7 @@ VERBS: Mapping[str, Verb] = {
     "add_secret": Verb("secrets add {org} {secret}", "Open the org that lacks the secret", _ORG),
     "list_secrets": Verb("secrets list {org}", "Open the org", _ORG),
     "list_credentials": Verb("credentials list", "Credentials", "/credentials"),
+    "list_usage": Verb("usage list --by org", "See what orgs spent", "/usage"),
     "show_budgets": Verb("budgets list --org {org}", "See the org's budgets", "/usage?org={org}"),
     "show_definition": Verb("definitions show {org} {definition}", "Open the definition", _DEFINITION),
     "list_paused": Verb("definitions list --state paused", "Definitions", "/definitions?state=paused"),

@@ -10,6 +10,7 @@ from datetime import date, datetime
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from worker.ids import DefinitionId, OrgId, RunId, TemplateId, WorkerId
+from worker.model.definitions.budgets import MONEY
 from worker.model.orgs import OrgState
 from worker.store import redaction
 from worker.store.redaction import Shown, Spec
@@ -323,7 +324,7 @@ class RunDetail(Run):
     checkpoint: Shown[Json]
     step_count: Shown[int]
     steps: Annotated[list[StepRow], redaction.rows(StepRow)]
-    spends: Annotated[list[Spent], redaction.rows(Spent)]
+    spends: Annotated[list[Spent], redaction.rows(Spent, without=("meter", MONEY))]
     egress: Annotated[list[EgressTotals], redaction.rows(EgressTotals)]
     parent: Shown[RunId | None]
     children: Shown[Children | None]

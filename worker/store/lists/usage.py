@@ -22,7 +22,7 @@ from sqlalchemy import (
 
 from worker.errors import UsageError
 from worker.ids import AllOrgs, OrgId, OrgScope
-from worker.model.definitions.budgets import MONEY, property_key
+from worker.model.definitions.budgets import MONEY, amount_text, property_key, reaches_at
 from worker.store import budgets, orgs, tables
 from worker.store.dialect import Row, all_rows, below, chunks, database_now, in_scope, rows_as
 from worker.store.lists import DEFAULT_LIMIT, Page
@@ -37,6 +37,9 @@ DAYS = 30
 MAX_DAYS = 400
 # Counters that are looked at to find those nearest to a limit.
 MAX_READ = 1_000
+# The parts of a limit of which one is used, of those near it, and of those that a forecast may be for.
+HALF = 2
+FORECAST = 10
 
 _days, _definitions, _orgs = tables.meter_days, tables.definitions, tables.orgs
 _meters = tables.meters
@@ -69,7 +72,10 @@ class Raise(TypedDict):
 
 
 class BudgetLevel(TypedDict):
-    """A budget of an org in its current period; `used` and the times are null for a budget per run."""
+    """A budget of an org in its current period; `used` and the times are null for a budget per run.
+
+    Money is in nano-units. `reaches_at` is when the pace so far reaches the limit, if before the period ends.
+    """
 
     id: Shown[str]
     org: Shown[str]
@@ -81,6 +87,7 @@ class BudgetLevel(TypedDict):
     resets_at: Shown[datetime | None]
     at_limit: Shown[str]
     property: Shown[str | None]
+    reaches_at: Shown[datetime | None]
 
 
 class BudgetRow(TypedDict):
@@ -132,6 +139,7 @@ def usage(
     until: datetime | None = None,
     limit: int | None = None,
     after: str | None = None,
+    with_money: bool = True,
 ) -> list[Usage]:
     """What was spent, a row for each org, meter, and definition or day; days newest first, then most first.
 
@@ -147,7 +155,7 @@ def usage(
     scope = orgs.scope_of(connection, org)
     first, last = window(connection, since, until)
     named = _page_of_orgs(connection, first, last, most, after) if isinstance(scope, AllOrgs) else [scope]
-    codes = _texts(connection, _orgs.c.code, named)
+    codes = texts_of(connection, _orgs.c.code, named)
     part: list[ColumnElement[Any]] = []
     if by != "meter":
         part.append(_days.c.definition_id if by == "definition" else _days.c.day)
@@ -159,10 +167,12 @@ def usage(
             .where(_days.c.org_id.in_(some), _days.c.day >= first, _days.c.day <= last)
             .group_by(_days.c.org_id, _days.c.meter, *part)
         )
+        if not with_money:
+            query = query.where(_days.c.meter != MONEY)
         rows += all_rows(connection, query)
     shown = {row["definition_id"] for row in rows} if by == "definition" else set[str]()
     mine = in_scope(_definitions.c.org_id, scope)
-    names = _texts(connection, _definitions.c.name, shown, *mine)
+    names = texts_of(connection, _definitions.c.name, shown, *mine)
     places = {org_id: place for place, org_id in enumerate(named)}
     newest_first = [
         (places[row["org_id"]], -row["day"].toordinal() if by == "day" else 0, -int(row["used"]), n)
@@ -193,7 +203,7 @@ def _page_of_orgs(
     return list(connection.execute(query).scalars())
 
 
-def _texts(
+def texts_of(
     connection: Connection, column: Column[Any], ids: Collection[str], *mine: ColumnElement[bool]
 ) -> dict[str, str]:
     """A column of the rows with these ids."""
@@ -223,14 +233,32 @@ def budgets_of(connection: Connection, org: str) -> list[BudgetLevel]:
     Raises:
         NotFound: no such org.
     """
-    org_id = OrgId(orgs.require(connection, org)["id"])
-    found = budgets.of_orgs(connection, [org_id], None, database_now(connection)).get(org_id, [])
+    org_id, now = OrgId(orgs.require(connection, org)["id"]), database_now(connection)
+    found = budgets.of_orgs(connection, [org_id], None, now).get(org_id, [])
     known = {level.budget.id: level.used for level in budgets.levels(connection, found)}
     ordered = sorted(found, key=lambda one: (one.meter, one.per, one.id))
-    return [_level(budget, known.get(budget.id)) for budget in ordered]
+    return [_level(budget, known.get(budget.id), now) for budget in ordered]
 
 
-def _level(budget: budgets.OrgBudget, used: int | None) -> BudgetLevel:
+def forecasts(connection: Connection, _: AllOrgs, *, limit: int) -> list[BudgetLevel]:
+    """The budgets of money of a month whose pace reaches the limit before its end, soonest first.
+
+    For operators only. Looked for among the MAX_READ of which most is used without raises.
+    """
+    now = database_now(connection)
+    ids = _near(connection, now, MAX_READ, FORECAST, (_meters.c.meter == MONEY, _meters.c.per == "month"))
+    found = [each for one in budgets.of_orgs(connection, ids, [MONEY], now).values() for each in one]
+    counters = {budget.counter: budget for budget in found if budget.per == "month" and budget.counter}
+    used = budgets.read_counters(connection, list(counters))
+    levels = [_level(budget, used[key], now) for key, budget in counters.items() if key in used]
+    ahead = [(level["reaches_at"], level) for level in levels if level["reaches_at"] is not None]
+    return [level for _, level in sorted(ahead, key=lambda each: (each[0], each[1]["org"]))[:limit]]
+
+
+def _level(budget: budgets.OrgBudget, used: int | None, now: datetime) -> BudgetLevel:
+    ahead = None
+    if None not in (budget.period, used, budget.limit):
+        ahead = reaches_at(budget.period, used, budget.limit, now)  # type: ignore[arg-type]
     return BudgetLevel(
         id=budget.id,
         org=budget.org,
@@ -242,6 +270,18 @@ def _level(budget: budgets.OrgBudget, used: int | None) -> BudgetLevel:
         resets_at=None if budget.period is None else budget.period.end,
         at_limit=budget.at_limit,
         property=budget.property_name,
+        reaches_at=ahead,
+    )
+
+
+def forecast_text(level: Mapping[str, Any], currency: str) -> str | None:
+    """What the pace of a budget comes to, for people; None if it stays below the limit."""
+    if level["reaches_at"] is None:
+        return None
+    limit = amount_text(level["meter"], level["limit"], currency)
+    return (
+        f"at this pace {level['org']} reaches {limit} of {level['meter']} per {level['per']} "
+        f"on {level['reaches_at']:%Y-%m-%d}"
     )
 
 
@@ -261,17 +301,24 @@ def nearest(connection: Connection, _: AllOrgs, *, limit: int) -> list[BudgetLev
         if budget.counter in used and budget.limit and _is_near(used[budget.counter], budget.limit)
     ]
     levels.sort(key=lambda each: (-each[0], each[1].org, each[1].meter, each[1].per, each[1].id))
-    return [_level(budget, used[budget.counter]) for _, budget in levels[:limit] if budget.counter]
+    return [_level(budget, used[budget.counter], now) for _, budget in levels[:limit] if budget.counter]
 
 
-def _is_near(used: Any, limit: Any) -> Any:
-    """Whether half of a limit is used, of numbers or of columns."""
-    return used * 2 >= limit
+def _is_near(used: Any, limit: Any, parts: int = HALF) -> Any:
+    """Whether half of a limit is used, or another part, of numbers or of columns."""
+    return used * parts >= limit
 
 
-def _near(connection: Connection, now: datetime, most: int) -> list[OrgId]:
+def _near(
+    connection: Connection,
+    now: datetime,
+    most: int,
+    near: int = HALF,
+    which: Sequence[ColumnElement[bool]] = (),
+) -> list[OrgId]:
     """The orgs with the counters that are nearest to a limit, without raises; at most `most`."""
-    parts = [_counters(window, of_orgs=own) for window in _windows(now) for own in (True, False)]
+    windows = [(*window, *which) for window in _windows(now)]
+    parts = [_counters(window, near, of_orgs=own) for window in windows for own in (True, False)]
     each = union_all(*parts).order_by(literal_column("part").desc()).limit(MAX_READ).subquery("each")
     query = (
         select(each, _orgs.c.tags, _orgs.c.issuer)
@@ -304,7 +351,7 @@ def _windows(now: datetime) -> list[tuple[ColumnElement[bool], ...]]:
     ]
 
 
-def _counters(window: Sequence[ColumnElement[bool]], *, of_orgs: bool) -> Select[Any]:
+def _counters(window: Sequence[ColumnElement[bool]], near: int, *, of_orgs: bool) -> Select[Any]:
     """Counters with each budget that may be theirs: those of single orgs, or those that select orgs."""
     stored, properties = tables.budgets, tables.org_properties
     limit = func.coalesce(stored.c.limit, properties.c.value)
@@ -322,7 +369,7 @@ def _counters(window: Sequence[ColumnElement[bool]], *, of_orgs: bool) -> Select
             properties,
             and_(properties.c.org_id == _meters.c.org_id, properties.c.name == key),
         )
-        .where(*window, limit > 0, _is_near(_meters.c.used, limit))
+        .where(*window, limit > 0, _is_near(_meters.c.used, limit, near))
     )
 
 

@@ -477,7 +477,7 @@ rollup_hours = table(
 
 ALERT_KINDS = (
     *("failed", "refused", "overdue", "paused", "credential_dead", "provisioning_failed", "waiting"),
-    *("files_opened", "files_changeable", "egress_denied", "late"),
+    *("files_opened", "files_changeable", "egress_denied", "late", "unpriced", "forecast"),
 )
 
 alerts = table(
@@ -489,7 +489,7 @@ alerts = table(
         "kind",
         Text,
         "`failed`, `refused`, `overdue`, `paused`, `credential_dead`, `provisioning_failed`, `waiting`, "
-        "`files_opened`, `files_changeable`, `egress_denied` or `late`.",
+        "`files_opened`, `files_changeable`, `egress_denied`, `late`, `unpriced` or `forecast`.",
     ),
     required("summary", Text, "A sentence for people."),
     required("fields", json_type(), "The fields of the first event."),

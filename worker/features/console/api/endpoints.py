@@ -17,6 +17,7 @@ from worker.model.runs.preview import NextTime
 from worker.model.runs.run import MAX_AHEAD
 from worker.model.runs.waits import MAX_WAITS
 from worker.store.lists import LISTS, MAX_LIMIT, Listing
+from worker.store.lists.costs import PARTS, ModelCost
 from worker.store.lists.read import DefinitionState
 from worker.store.lists.rows import (
     AttemptRow,
@@ -293,7 +294,12 @@ RAISE = _change(
     "Raise an org's budgets of a meter; runs that wait for them go on. Only operators.",
     Raise,
     Field("meter", _text(200), "The meter, such as `llm_tokens`.", required=True),
-    Field("by", {"type": "integer"}, "What to add to the limit of each period.", required=True),
+    Field(
+        "by",
+        {"type": ["integer", "string"]},
+        "What to add to the limit of each period; of money a text such as `5 USD`.",
+        required=True,
+    ),
     Field("per", {"enum": ["day", "month", "run"]}, "The budgets to raise; `day` by default."),
     Field("until", TIME, "When the raise ends; by default with the period."),
     REASON,
@@ -305,6 +311,21 @@ USAGE = _get(
     Usage,
     Field("org", STRING, "An org's code."),
     Field("by", {"enum": list(BYS)}, "Also a row for each definition or UTC day."),
+    Field("since", TIME, "The first UTC day, 29 days ago by default."),
+    Field("until", TIME, "The last UTC day, today by default."),
+    Field("limit", LIMIT, "Orgs of a page, 50 by default."),
+    Field("after", STRING, "The last org of the page before."),
+    is_list=True,
+    errors=(304,),
+)
+COSTS = _get(
+    "list_costs",
+    "/costs",
+    "What models cost, a row for each org and each of the parts; money in nano-units of the currency. For "
+    "operators, and with `[web] org_usage` also for an org's own token.",
+    ModelCost,
+    Field("org", STRING, "An org's code."),
+    Field("by", STRING, f"Some of `{','.join(PARTS)}`, `org` by default: a row for each."),
     Field("since", TIME, "The first UTC day, 29 days ago by default."),
     Field("until", TIME, "The last UTC day, today by default."),
     Field("limit", LIMIT, "Orgs of a page, 50 by default."),
@@ -432,7 +453,7 @@ DOCUMENT = _get("openapi", "/openapi.json", "This document.", OBJECT, errors=(30
 LIST_ENDPOINTS: Mapping[Endpoint, Listing[Any]] = {list_endpoint(listing): listing for listing in LISTS}
 ENDPOINTS: tuple[Endpoint, ...] = (
     *LIST_ENDPOINTS,
-    *(OVERVIEW, USAGE, BUDGETS, RAISE),
+    *(OVERVIEW, USAGE, COSTS, BUDGETS, RAISE),
     *(ORG, PAUSE_ORG, RESUME_ORG, ADD_CREDENTIAL, RETIRE_CREDENTIAL),
     *(RUN, WHY, ATTEMPTS, LOGS, EVENTS, CANCEL, RETRY, ANSWER, CANCEL_MANY, RETRY_MANY),
     *(DEFINITION, NEXT, EDIT, RUN_NOW, PAUSE, RESUME, BACKFILL),

@@ -31,6 +31,7 @@ from worker.operations.runs import require_run
 from worker.store.dialect import database_now
 from worker.store.lists import MAX_LIMIT, Listing, Page, runs
 from worker.store.lists import read as lists
+from worker.store.lists.costs import ModelCost, costs
 from worker.store.lists.rows import (
     Backfill,
     Bulk,
@@ -56,11 +57,18 @@ class Api:
     """
 
     def __init__(
-        self, database: CallerDatabase, clock: Clock, watch: Handler, *, installation: str = ""
+        self,
+        database: CallerDatabase,
+        clock: Clock,
+        watch: Handler,
+        *,
+        installation: str = "",
+        org_usage: bool = False,
     ) -> None:
         self._database = database
         self._clock = clock
         self._installation = installation
+        self._org_usage = org_usage
         changes: Mapping[Endpoint, Callable[..., Awaitable[Row]]] = {
             endpoints.PAUSE_ORG: CallerDatabase.pause_org,
             endpoints.RESUME_ORG: CallerDatabase.resume_org,
@@ -83,6 +91,7 @@ class Api:
             **{one: functools.partial(self._show, one, *read) for one, read in named.items()},
             endpoints.OVERVIEW: self._overview,
             endpoints.USAGE: self._usage,
+            endpoints.COSTS: self._costs,
             endpoints.BUDGETS: self._budgets,
             endpoints.RAISE: self._raise,
             endpoints.NEXT: self._next,
@@ -191,8 +200,36 @@ class Api:
                 until=until,
                 limit=limit_of(given),
                 after=given.get("after"),
+                with_money=caller.org is None or self._org_usage,
             )
             return fresh(request, json_response([caller.sees(Usage, row) for row in rows]))
+
+        return await self._database.read(caller, work)
+
+    async def _costs(self, request: Request) -> Response:
+        caller = caller_of(request)
+        given = query_of(request, [one.name for one in endpoints.COSTS.query], "costs")
+        org = caller.scope(given.get("org"))
+        if caller.org is not None and not self._org_usage:
+            raise AccessDenied(
+                "costs are for operators", fix="an operator can show orgs theirs: [web] org_usage"
+            )
+        since, until = (
+            parse_time(given[name], self._clock, name=name) if name in given else None
+            for name in ("since", "until")
+        )
+
+        def work(connection: Connection) -> Response:
+            rows = costs(
+                connection,
+                org,
+                given.get("by", "org"),
+                since=since,
+                until=until,
+                limit=limit_of(given),
+                after=given.get("after"),
+            )
+            return fresh(request, json_response([caller.sees(ModelCost, row) for row in rows]))
 
         return await self._database.read(caller, work)
 

@@ -45,9 +45,11 @@ class Console:
         *,
         login: Login | None = None,
         installation: str = "",
+        org_usage: bool = False,
     ) -> None:
         self._pages = Pages(database, clock, access, sessions, forms)
         self._installation = installation
+        self._org_usage = org_usage
         self._login = LoginPages(self._pages, login)
         self._hours = EndedByHour()
         self._search = SearchPages(self._pages, self._hours)
@@ -64,7 +66,7 @@ class Console:
             *BulkPages(self._pages, self._search).routes(),
             *FailurePages(self._pages).routes(),
             *InventoryPages(self._pages).routes(),
-            *UsagePages(self._pages).routes(),
+            *UsagePages(self._pages, self._org_usage).routes(),
             *EditPages(self._pages).routes(),
             *PlanPages(self._pages).routes(),
             *ZonePages(self._pages).routes(),
