@@ -21,7 +21,7 @@ branch_labels = None
 depends_on = None
 
 ID = sa.String(36).with_variant(postgresql.UUID(as_uuid=False), "postgresql")
-INSTANT = sa.DateTime(timezone=True)
+INSTANT = sa.String(27).with_variant(sa.DateTime(timezone=True), "postgresql")
 ORG = "NULLIF(current_setting('app.org', true), '')::uuid"
 # As in 0001: vacuum by count, and room for updates on each page.
 UPDATED = {

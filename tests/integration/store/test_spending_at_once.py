@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fractions import Fraction
 from random import Random
 
 import pytest
@@ -21,6 +22,8 @@ from tests.fakes.rows import reading, within
 from tests.fakes.stock import Stock
 from tests.integration.store.test_spending import METER, add_budget
 from worker.ids import OrgId
+from worker.model.definitions.budgets import MONEY
+from worker.model.prices import ModelUsage, OwnPrice, Prices
 from worker.model.runs.run import AdmittedRun
 from worker.store import spending, tables
 from worker.store.database import Database
@@ -85,7 +88,11 @@ def stale() -> Check:
 
 
 def spend_at_once(
-    database: Database, runs: dict[OrgId, AdmittedRun], check: Check, calls: int = CALLS
+    database: Database,
+    runs: dict[OrgId, AdmittedRun],
+    check: Check,
+    calls: int = CALLS,
+    prices: Prices | None = None,
 ) -> History:
     history = History()
     orgs = sorted(runs)
@@ -104,7 +111,8 @@ def spend_at_once(
             key = f"{number}:{call}"
             # The answer to a commit may be lost: then the same spend is sent again.
             for _ in range(1 + (random.random() < 0.2)):
-                found = within(database, spending.spend, run, METER, amount, key)
+                priced = () if prices is None else (ModelUsage(None, "m", (("input", amount),)), prices)
+                found = within(database, spending.spend, run, METER, amount, key, *priced)
                 assert found is not None
             reached = any(state.used >= state.limit for state in found.states)
             with history.lock:
@@ -129,24 +137,29 @@ def database(migrated_postgres_url: str, clock: ManualClock):
 @pytest.fixture
 def runs(database: Database) -> dict[OrgId, AdmittedRun]:
     """A running run for each of the orgs, of which the limits differ."""
+    return runs_with_budgets(database, METER)
+
+
+def runs_with_budgets(database: Database, meter: str) -> dict[OrgId, AdmittedRun]:
     stock, random = Stock(database), Random(7)
     orgs = [stock.org() for _ in range(ORGS)]
     for org_id in orgs:
-        add_budget(stock, org_id, limit=random.choice((200, 500, 1000, 2500)))
-        add_budget(stock, org_id, limit=10**9, per="month")
+        add_budget(stock, org_id, meter, limit=random.choice((200, 500, 1000, 2500)))
+        add_budget(stock, org_id, meter, limit=10**9, per="month")
     stock.put(*stock.runs(orgs))
     return {run.org_id: run for run in stock.admit(stock.worker())}
 
 
-def used_by_org(database: Database) -> dict[OrgId, set[int]]:
+def used_by_org(database: Database, meter: str = METER) -> dict[OrgId, set[int]]:
     """What each counter and each sum of an org says."""
     used: dict[OrgId, set[int]] = defaultdict(set)
     with database.autocommit() as connection:
         for table in (tables.meters, tables.meter_days):
-            for row in connection.execute(select(table)).mappings():
+            for row in connection.execute(select(table).where(table.c.meter == meter)).mappings():
                 used[row["org_id"]].add(row["used"])
         totals: dict[OrgId, int] = defaultdict(int)
-        for row in connection.execute(select(tables.spends)).mappings():
+        of_meter = select(tables.spends).where(tables.spends.c.meter == meter)
+        for row in connection.execute(of_meter).mappings():
             totals[row["org_id"]] += row["amount"]
     for org_id, total in totals.items():
         used[org_id].add(total)
@@ -182,3 +195,23 @@ def test_the_check_objects_to_a_worker_that_does_not_ask_again(
     history = spend_at_once(database, runs, stale(), calls=CALLS // 2)
 
     assert history.late > 0
+
+
+def test_money_ends_above_its_limit_by_the_calls_in_flight_at_most(database: Database):
+    """A token costs a nano-unit here, so amounts of money are those of tokens."""
+    prices = Prices(own=[OwnPrice("m", {"input": Fraction(1, 1000)})])
+    runs = runs_with_budgets(database, MONEY)
+
+    history = spend_at_once(database, runs, may_call, prices=prices)
+
+    assert len(history.full) > ORGS // 2
+    assert history.late == 0
+    spent = history.spent()
+    assert {org_id: {total} for org_id, total in spent.items()} == used_by_org(database, MONEY)
+    with database.autocommit() as connection:
+        per_day = select(tables.budgets.c.org_id, tables.budgets.c.limit).where(tables.budgets.c.per == "day")
+        limits = dict(connection.execute(per_day).all())
+        days = connection.execute(select(tables.model_days.c.org_id, tables.model_days.c.money)).all()
+    assert {org_id: money for org_id, money in days} == spent
+    for org_id in history.full:
+        assert spent[org_id] < limits[org_id] + history.in_flight_at_limit(org_id)
