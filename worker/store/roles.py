@@ -60,6 +60,7 @@ SECRETS: Mapping[str, frozenset[str]] = {
     "org_secrets": frozenset({"sealed"}),
     "hosts": frozenset({"token_sha256"}),
     "placements": frozenset({"ticket_sha256"}),
+    "batch_items": frozenset({"body", "result"}),
 }
 # Tables that no org reads: they name machines, or several orgs, or say who may log in.
 _NOT_FOR_ORGS = frozenset(

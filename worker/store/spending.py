@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 
-from sqlalchemy import Connection, insert, literal, select, update
+from sqlalchemy import Connection, insert, literal, select, tuple_, update
 
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.model.definitions.budgets import MAX_SUM, MONEY, OWN_METERS, RUN_SECONDS, RUNS
@@ -184,6 +184,46 @@ def _add_trees(connection: Connection, spends: Sequence[Spend]) -> None:
     names = ("run_id", "meter", "org_id", "used")
     rows = [dict(zip(names, (*key, min(added[key], MAX_SUM)), strict=True)) for key in sorted(added)]
     connection.execute(statement, rows)
+
+
+def settle(connection: Connection, spends: Sequence[Spend]) -> None:
+    """Set what was spent under keys that are stored already, such as a reservation: counters follow.
+
+    A period that is over stays as it is, and a spend that is not stored is not counted.
+    """
+    by_key = {(spend.run_id, spend.meter, spend.key): spend for spend in spends}
+    if not by_key:
+        return
+    key = (_spends.c.run_id, _spends.c.meter, _spends.c.key)
+    query = select(*key, _spends.c.amount, _spends.c.at).where(tuple_(*key).in_(sorted(by_key)))
+    days: dict[tuple[date, OrgId, str, DefinitionId], int] = defaultdict(int)
+    changed: list[tuple[Spend, int, datetime]] = []
+    for run_id, meter, name, before, at in connection.execute(query.order_by(*key).with_for_update()):
+        spend = by_key[run_id, meter, name]
+        if (delta := spend.amount - before) != 0:
+            changed.append((spend, delta, at))
+            days[at.astimezone(UTC).date(), spend.org_id, meter, spend.definition_id] += delta
+            same = (_spends.c.run_id == run_id, _spends.c.meter == meter, _spends.c.key == name)
+            connection.execute(update(_spends).where(*same).values(amount=spend.amount))
+    if not changed:
+        return
+    _add_days(connection, days)
+    _add_trees(connection, [replace(spend, amount=delta) for spend, delta, _ in changed if spend.is_child])
+    orgs, meters = {spend.org_id for spend, _, _ in changed}, {spend.meter for spend, _, _ in changed}
+    found = budgets.of_orgs(connection, orgs, meters, database_now(connection))
+    counters: dict[Counter, int] = defaultdict(int)
+    for spend, delta, at in changed:
+        for budget in found.get(spend.org_id, ()):
+            period, counter = budget.period, budget.counter
+            if (
+                budget.meter == spend.meter
+                and period is not None
+                and counter is not None
+                and at >= period.start
+            ):
+                counters[counter] += delta
+    if counters:
+        budgets.count(connection, counters)
 
 
 def uses(connection: Connection, definition_id: DefinitionId, meters: Collection[str]) -> set[str]:

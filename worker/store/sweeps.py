@@ -262,7 +262,7 @@ def end_waiting(
 _OF_A_RUN = (
     *(tables.run_logs, tables.checkpoints, tables.steps, tables.waits, tables.attempts, tables.spends),
     *(tables.budget_raises, tables.run_words, tables.run_egress, tables.parents, tables.tree_spends),
-    tables.model_spends,
+    *(tables.model_spends, tables.batch_items),
 )
 
 # By the place in the table: these rows never change, and a key of three columns is slow to compare.
@@ -303,7 +303,10 @@ def forget_parts(connection: Connection, state: str, age: timedelta, *, runs: in
         query, named = _SOME["sqlite"], bindparam("ids", ids, type_=kind, expanding=True)
     return max(
         connection.execute(text(query.format(table=table)).bindparams(named), {"limit": limit}).rowcount
-        for table in ("run_logs", "steps", "attempts", "spends", "model_spends", "run_words", "run_egress")
+        for table in (
+            *("run_logs", "steps", "attempts", "spends", "model_spends", "run_words", "run_egress"),
+            "batch_items",
+        )
     )
 
 

@@ -35,7 +35,7 @@ def find(connection: Connection, org_id: OrgId, run_id: RunId, name: str, occurr
 
 def open_questions(connection: Connection, org_id: OrgId, run_id: RunId, *, at: datetime) -> list[Row]:
     """What a run asks and somebody can answer at this time, oldest first, by the index of open waits."""
-    asks = (_waits.c.run_id == run_id, _waits.c.org_id == org_id, _waits.c.kind != "sleep")
+    asks = (_waits.c.run_id == run_id, _waits.c.org_id == org_id, _waits.c.kind.not_in(("sleep", "batch")))
     is_open = (text(tables.OPEN), or_(_waits.c.until.is_(None), _waits.c.until > at))
     query = select(_waits).where(*asks, *is_open).order_by(_waits.c.opened_at, _waits.c.name)
     return list(filter(is_open_question, all_rows(connection, query.limit(MAX_OPEN))))
@@ -87,8 +87,8 @@ def wake(connection: Connection, org_id: OrgId, run_id: RunId, *, at: datetime) 
 def copy(connection: Connection, org_id: OrgId, of: RunId, to: RunId) -> int:
     """Give a new run the answers and ended sleeps of an older one, not what timed out; returns how many."""
     columns = [column for column in _waits.c if column.name not in ("run_id", "pending_attempt")]
-    # A question of a budget is asked again.
-    done = (_waits.c.kind != "budget") & or_(
+    # A question of a budget is asked again, and a request is sent again.
+    done = _waits.c.kind.not_in(("budget", "batch")) & or_(
         _waits.c.answered_at.is_not(None), (_waits.c.kind == "sleep") & _waits.c.timed_out_at.is_not(None)
     )
     kept = (_waits.c.run_id == of, _waits.c.org_id == org_id, done)

@@ -169,6 +169,16 @@ class Definition:
     """Whether a sealed run gets the org's token itself; by default it gets a placeholder."""
     meter_usage: bool = False
     """Whether `ctx.http` counts the `usage` of answers in OpenAI's form, as the meter `llm_tokens`."""
+    model_requests: Literal["sync", "batch"] = "sync"
+    """`batch`: model requests of `durable` agents and `ctx.complete` go into batches, for half the price, and
+    the run waits for them without a process.
+    """
+    batch_until: time | None = None
+    """The time of day, such as `06:00`, by which a run should have ended: a request that would miss it in a
+    batch is sent on its own.
+    """
+    batch_within: timedelta | None = None
+    """The same as a time after the scheduled time, such as `8h`; the earlier one counts."""
     enabled: bool = True
     """If false, no run is due."""
     calendar_dates: tuple[date, ...] = ()
@@ -216,6 +226,11 @@ class Definition:
         """The deadlines in the definition's zone, else the org's, else UTC; None without any."""
         return deadline(self.done_by, self.done_within, self._zone(org_timezone), self.calendar_dates)
 
+    def batch_deadline(self, scheduled_for: datetime, org_timezone: str | None = None) -> datetime | None:
+        """When the run of a scheduled time should have ended, by `batch_until` and `batch_within`."""
+        found = deadline(self.batch_until, self.batch_within, self._zone(org_timezone))
+        return None if found is None else found.of(scheduled_for)
+
     def _zone(self, org_timezone: str | None) -> ZoneInfo:
         return parse_zone(self.timezone or org_timezone or "UTC")
 
@@ -238,6 +253,11 @@ def parse_definition(values: Mapping[str, Any], entry: str) -> Definition:
         check_wildcards(definition.egress or ())
     except ValueError as error:
         raise refusal(str(error), entry, "egress") from error
+    if definition.model_requests == "sync":
+        for key in ("batch_until", "batch_within"):
+            if getattr(definition, key) is not None:
+                fix = f'add model_requests = "batch", or remove {key}'
+                raise refusal("its model requests go into no batches", entry, key, fix=fix)
     if definition.starts_at and definition.ends_at and definition.ends_at <= definition.starts_at:
         raise refusal("ends_at is not after starts_at", entry, "ends_at")
     try:
@@ -413,6 +433,9 @@ _KEYS: dict[str, _Form] = {
     "audiences": _Form(_read_audiences, list),
     "reveal_token": _Form(fields.boolean),
     "meter_usage": _Form(fields.boolean),
+    "model_requests": _Form(fields.one_of(("sync", "batch"))),
+    "batch_until": _Form(read_time, write_time),
+    "batch_within": _duration(_SHORTEST),
 }
 # The keys that an edit may change.
 EDITABLE = (*_KEYS, "enabled")

@@ -28,6 +28,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         *("scopes", "audience", "requires_flag", "requires_properties", "max_claims_age", "api_origins"),
         *("api_base_url", "egress", "audiences", "reveal_token", "meter_usage"),
     ),
+    "Model requests": ("model_requests", "batch_until", "batch_within"),
 }
 # What no value means, for keys whose default is not in the handler.
 _WITHOUT: Mapping[str, tuple[Any, Source]] = {

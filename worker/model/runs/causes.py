@@ -237,6 +237,11 @@ CAUSES: Mapping[tuple[str, str | None], Meaning] = {
         "handler",
         customer="waits for its parts to end",
     ),
+    ("waiting", "batch"): Meaning(
+        "its model requests are in a batch of {detail}, for which it waits without a process",
+        "provider",
+        customer="waits for the answer of a model",
+    ),
     ("waiting", "window"): Meaning(
         "as many of its siblings are unfinished as ctx.map_runs allows",
         "limit",

@@ -141,15 +141,15 @@ class Gated:
 
 @dataclass(frozen=True, slots=True)
 class Parked:
-    """The handler waits without a process. `reason` is asleep, answer, budget or children; `detail` names the
-    waits.
+    """The handler waits without a process. `reason` is asleep, answer, budget, children or batch; `detail`
+    names the waits.
     """
 
     reason: str
     detail: str | None = None
 
 
-PARKED_REASONS = ("asleep", "answer", "budget", "children")
+PARKED_REASONS = ("asleep", "answer", "budget", "children", "batch")
 
 Outcome = (
     Succeeded

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, get_args
 
+from worker.model.batches import NewRequest
 from worker.model.runs.children import ChildrenWait
 
-WaitKind = Literal["sleep", "answer", "budget", "children"]
+WaitKind = Literal["sleep", "answer", "budget", "children", "batch"]
 KINDS: tuple[WaitKind, ...] = get_args(WaitKind)
 
 # Names that begin so are those of budgets.
@@ -19,6 +20,8 @@ BUDGET = "budget:"
 LIMIT = "limit:"
 # Those of children.
 CHILDREN = "children:"
+# Those of model requests in batches.
+BATCH = "batch:"
 # Waits of one run.
 MAX_WAITS = 10_000
 # Bytes of JSON text in UTF-8: what a handler asks, with its options, and an answer.
@@ -67,7 +70,8 @@ class NewWait:
     """A wait of one attempt. `seconds` is the time until its deadline, None for no deadline.
 
     `ask_json` is what people are asked, as JSON text. With `alert` an alert fires while it is open. With
-    `options` no other answer is taken. `children` are those that it waits for.
+    `options` no other answer is taken. `children` are those that it waits for, `request` is
+    that of a wait for a batch.
     """
 
     name: str
@@ -78,6 +82,7 @@ class NewWait:
     alert: bool = False
     options: tuple[Option, ...] = ()
     children: ChildrenWait | None = None
+    request: NewRequest | None = None
 
 
 def options_text(wait: NewWait) -> str | None:

@@ -3,6 +3,7 @@
 Here are the tables of orgs, definitions, workers, audit and alerts; `tables/runs.py` has those of runs,
 `tables/budgets.py` those of budgets and spends, `tables/prices.py` those of what models cost,
 `tables/limits.py` those of limits at other services, `tables/starts.py` those of starts by a product,
+`tables/batches.py` those of batches of model requests,
 `tables/access.py` those of credentials and logins.
 The migrations also make views, triggers and functions: `tests/migrations/ddl.py` shows their current form.
 """
@@ -36,6 +37,10 @@ from worker.store.tables.access import operators as operators
 from worker.store.tables.access import org_secrets as org_secrets
 from worker.store.tables.access import plans as plans
 from worker.store.tables.access import sessions as sessions
+from worker.store.tables.batches import OPEN_BATCH as OPEN_BATCH
+from worker.store.tables.batches import batch_items as batch_items
+from worker.store.tables.batches import batch_leases as batch_leases
+from worker.store.tables.batches import batches as batches
 from worker.store.tables.budgets import budget_raises as budget_raises
 from worker.store.tables.budgets import budgets as budgets
 from worker.store.tables.budgets import meter_days as meter_days

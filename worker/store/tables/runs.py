@@ -165,7 +165,7 @@ UNFINISHED = {"waiting": ("waiting", "held", "parked"), "running": ("running",)}
 UNSTARTED = UNFINISHED["waiting"]
 WAITING_REASONS = (
     *("due", "held", "retry", "snoozed", "handed_back", "recovered", "no_token", "no_handler", "no_pool"),
-    *("not_approved", "unplaced", "asleep", "answer", "budget", "children", "window", "resumed"),
+    *("not_approved", "unplaced", "asleep", "answer", "budget", "children", "batch", "window", "resumed"),
 )
 # When a parked run goes on that waits without a deadline.
 NEVER = datetime(9999, 12, 31, tzinfo=UTC)
@@ -312,18 +312,18 @@ attempts = table(
     readers="orgs",
 )
 
-WAIT_KINDS = ("sleep", "answer", "budget", "children")
+WAIT_KINDS = ("sleep", "answer", "budget", "children", "batch")
 
 waits = table(
     "waits",
-    "What runs wait for: sleeps, children, and answers of people, with those answers.",
+    "What runs wait for: sleeps, children, batches, and answers of people, with those answers.",
     Column("run_id", Id, primary_key=True),
     Column(
         "name", Text, primary_key=True, doc="As the handler calls it; `sleep` for a sleep without a name."
     ),
     Column("occurrence", Integer, primary_key=True, doc="1 for the first wait of that name in the run."),
     required("org_id", Id),
-    required("kind", Text, "`sleep`, `answer`, `budget` or `children`."),
+    required("kind", Text, "`sleep`, `answer`, `budget`, `children` or `batch`."),
     Column("ask", json_type(), doc="What the handler asks, for people."),
     Column("opened_at", Instant, doc="When the handler first waited; null if the answer came earlier."),
     Column("until", Instant, doc="Its deadline; null without one."),

@@ -1,0 +1,519 @@
+"""Batches: model requests of runs that wait for their result, the batches that they are in, and the lease.
+
+What changes a run locks its row in `live_runs` first, as an answer to a wait does, in the order of ids. A
+batch is changed only under the lease of its pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import Connection, and_, func, insert, literal_column, select, text, update
+
+from worker.ids import DefinitionId, OrgId, RunId, WorkerId, new_id
+from worker.model.batches import (
+    KNOWN_BATCHES,
+    KNOWN_RUNS,
+    Experience,
+    Fallback,
+    PendingRequest,
+    Pool,
+    percentile,
+    wait_name,
+)
+from worker.model.runs.run import AdmittedRun
+from worker.model.runs.waits import NewWait, WaitState
+from worker.store import spending, tables
+from worker.store.bulk import among
+from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, hint, insert_into
+from worker.store.sql import statements
+
+_items, _batches, _leases = tables.batch_items, tables.batches, tables.batch_leases
+_live, _runs, _waits, _orgs = tables.live_runs, tables.runs, tables.waits, tables.orgs
+
+# Requests of a pool that one look reads, and rows that one transaction changes.
+READ = 50_000
+CHANGED = 100
+# Batches that one look advances.
+ADVANCED = 100
+# Who answers the wait for a batch.
+BY = "batch"
+
+
+def new_item_id() -> str:
+    """A random id: a provider sees it, so it says neither when nor for whom the request was made."""
+    return str(uuid4())
+
+
+@dataclass(frozen=True, slots=True)
+class NewItem:
+    """A request of a run, to be stored; with a `fallback` it is sent on its own."""
+
+    id: str
+    name: str
+    key: str
+    occurrence: int
+    pool: Pool
+    size: int
+    body: bytes | None
+    meter: str | None
+    reserved: int
+    fall_back_at: datetime | None = None
+    fallback: Fallback | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """How a request stands: its row, and the state of the wait for it."""
+
+    wait: WaitState
+    item: Row | None = None
+
+
+# --- What a run asks. ---
+
+
+def open_item(connection: Connection, run: AdmittedRun, wait: NewWait, new: NewItem) -> Opened | None:
+    """Store a request and the wait for it, fenced, or find it; None if the run is no longer ours.
+
+    The same step of the same run is one request, however often it is opened. Reserves its tokens.
+    """
+    state = statements(connection).open_wait(
+        connection, run.id, run.fencing_token, attempt=run.attempt, wait=wait
+    )
+    if state is None or state.state == "too_many" or state.kind != "batch":
+        return None if state is None else Opened(state)
+    now = database_now(connection)
+    same = (_items.c.run_id == run.id, _items.c.name == new.name, _items.c.key == new.key)
+    query = select(_items).where(*same, _items.c.occurrence == new.occurrence)
+    item = first_row(connection, query)
+    if item is None:
+        _insert(connection, run, new, now)
+        item = first_row(connection, query)
+    if item is not None and item["state"] not in ("pending", "sent") and state.state == "pending":
+        _answer(connection, [(run.id, wait.name, wait.occurrence)], now)
+    return Opened(state, item)
+
+
+def find_item(connection: Connection, run_id: RunId, name: str, key: str, occurrence: int) -> Row | None:
+    """The request of a step."""
+    return first_row(
+        connection, select(_items).filter_by(run_id=run_id, name=name, key=key, occurrence=occurrence)
+    )
+
+
+def _insert(connection: Connection, run: AdmittedRun, new: NewItem, now: datetime) -> None:
+    is_sync = new.fallback is not None
+    reserved = 0 if is_sync or new.meter is None else new.reserved
+    values = {
+        **{"id": new.id, "org_id": run.org_id, "run_id": run.id, "definition_id": run.definition_id},
+        **{"pool": run.pool, "name": new.name, "key": new.key, "occurrence": new.occurrence},
+        **{"api": new.pool.api, "own_key": new.pool.account is not None, "path": new.pool.path},
+        **{"model": new.pool.model, "betas": new.pool.betas, "size": new.size, "meter": new.meter},
+        **{"state": "sync" if is_sync else "pending", "reason": new.fallback, "apart": False},
+        **{"opened_at": now, "ended_at": now if is_sync else None, "fall_back_at": new.fall_back_at},
+        **{"body": None if is_sync else new.body, "reserved": reserved},
+    }
+    connection.execute(insert(_items).values(**values))
+    if reserved and new.meter is not None:
+        spending.record(connection, [_spend(values | {"tokens": reserved})], now)
+
+
+def experience(connection: Connection, definition_id: DefinitionId, api: str, model: str) -> Experience:
+    """The requests of the last runs of a definition, and how long the last batches of a model took."""
+    ended = (_runs.c.definition_id == definition_id, _runs.c.state == literal_column("'succeeded'"))
+    last = select(_runs.c.id).where(*ended).order_by(_runs.c.id.desc()).limit(KNOWN_RUNS)
+    ids = connection.execute(last).scalars().all()
+    of_runs = select(func.count()).where(among(connection, _items.c.run_id, ids)).group_by(_items.c.run_id)
+    turns = connection.execute(of_runs).scalars().all() if ids else ()
+    return Experience(tuple(turns), _times(connection, api, model))
+
+
+def _times(connection: Connection, api: str, model: str) -> tuple[float, ...]:
+    """How long the last batches of a model took, in seconds."""
+    of_model = (_batches.c.api == api, _batches.c.model == model, _batches.c.ended_at.is_not(None))
+    took = select(_batches.c.created_at, _batches.c.ended_at).where(*of_model)
+    rows = connection.execute(took.order_by(_batches.c.ended_at.desc()).limit(KNOWN_BATCHES)).all()
+    return tuple((ended - began).total_seconds() for began, ended in rows)
+
+
+def turns_of(connection: Connection, run_id: RunId) -> int:
+    """The requests of a run so far."""
+    return connection.execute(select(func.count()).where(_items.c.run_id == run_id)).scalar_one()
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How the oldest open request of a run stands; `usual` is the median of the last batches, in seconds."""
+
+    opened_at: datetime
+    sent_at: datetime | None
+    fall_back_at: datetime | None
+    usual: float | None
+
+
+def standing(connection: Connection, run_id: RunId) -> Standing | None:
+    """How the oldest open request of a run stands; None without one."""
+    open_ = (_items.c.run_id == run_id, _items.c.state.in_(("pending", "sent")))
+    row = first_row(connection, select(_items).where(*open_).order_by(_items.c.opened_at))
+    if row is None:
+        return None
+    seconds = _times(connection, row["api"], row["model"])
+    return Standing(row["opened_at"], row["sent_at"], row["fall_back_at"], percentile(seconds, 0.5))
+
+
+# --- The lease of a pool. ---
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLease:
+    """The right to send the batches of a pool; `until` is by the database's clock."""
+
+    pool: str
+    worker_id: WorkerId
+    fencing_token: int
+    until: datetime
+
+
+def take_lease(connection: Connection, pool: str, worker_id: WorkerId, lasts: timedelta) -> PoolLease | None:
+    """Take or renew the lease of a pool; None while another worker has it."""
+    now = database_now(connection)
+    row = connection.execute(select(_leases).where(_leases.c.pool == pool).with_for_update()).first()
+    until = now + lasts
+    if row is None:
+        values = {"pool": pool, "worker_id": worker_id, "fencing_token": 1, "until": until}
+        statement = insert_into(connection, _leases).values(**values).on_conflict_do_nothing()
+        made = connection.execute(statement.returning(_leases.c.pool)).first()
+        return None if made is None else PoolLease(pool, worker_id, 1, until)
+    if row.worker_id != worker_id and row.until > now:
+        return None
+    # One that has expired is another one, also for its last holder: it may have been frozen.
+    token = row.fencing_token + (row.worker_id != worker_id or row.until <= now)
+    changed = {"worker_id": worker_id, "fencing_token": token, "until": until}
+    connection.execute(update(_leases).where(_leases.c.pool == pool).values(**changed))
+    return PoolLease(pool, worker_id, token, until)
+
+
+def release_lease(connection: Connection, lease: PoolLease) -> None:
+    """Let another worker take the lease at once."""
+    mine = (_leases.c.pool == lease.pool, _leases.c.worker_id == lease.worker_id)
+    now = database_now(connection)
+    token = _leases.c.fencing_token == lease.fencing_token
+    connection.execute(update(_leases).where(*mine, token).values(until=now))
+
+
+def holds(connection: Connection, lease: PoolLease) -> bool:
+    """Whether a lease is still held, which is so until this transaction ends."""
+    row = connection.execute(select(_leases).where(_leases.c.pool == lease.pool).with_for_update()).first()
+    return (
+        row is not None
+        and (row.worker_id, row.fencing_token) == (lease.worker_id, lease.fencing_token)
+        and row.until > database_now(connection)
+    )
+
+
+# --- Pooling. ---
+
+
+def pending(connection: Connection, pool: str) -> list[PendingRequest]:
+    """The requests of unfinished runs of active orgs that wait for a batch, oldest first."""
+    columns = (_items.c.id, _items.c.org_id, _items.c.api, _items.c.own_key, _items.c.path, _items.c.model)
+    query = (
+        select(*columns, _items.c.betas, _items.c.size, _items.c.opened_at, _items.c.apart)
+        .join(_live, _live.c.id == _items.c.run_id)
+        .join(_orgs, _orgs.c.id == _items.c.org_id)
+        .where(text("batch_items.state = 'pending'"), _items.c.pool == pool, _orgs.c.state == "active")
+        .order_by(_items.c.opened_at)
+        .limit(READ)
+    )
+    found = []
+    for row in connection.execute(query):
+        of = Pool(row.api, row.org_id if row.own_key else None, row.path, row.model, row.betas)
+        found.append(PendingRequest(row.id, row.org_id, of, row.size, row.opened_at, row.apart))
+    return found
+
+
+def end_orphans(connection: Connection, pool: str) -> int:
+    """End the pending requests whose run has ended; returns how many."""
+    query = (
+        select(_items)
+        .where(text("batch_items.state = 'pending'"), _items.c.pool == pool)
+        .where(~select(_live.c.id).where(_live.c.id == _items.c.run_id).exists())
+        .order_by(_items.c.id)
+        .limit(CHANGED)
+        .with_for_update()
+    )
+    rows = all_rows(connection, query)
+    if rows:
+        now = database_now(connection)
+        ids = [row["id"] for row in rows]
+        values = {"state": "over", "reason": "run_ended", "ended_at": now, "body": None}
+        connection.execute(update(_items).where(among(connection, _items.c.id, ids)).values(**values))
+        spending.settle(connection, [_spend(row) for row in rows if row["meter"] is not None])
+    return len(rows)
+
+
+def make_batch(connection: Connection, lease: PoolLease, listed: Sequence[PendingRequest]) -> str | None:
+    """Put these requests into a batch, fenced; returns its id, or None if the lease is lost."""
+    if not holds(connection, lease):
+        return None
+    pool, id_, now = listed[0].pool, new_id(), database_now(connection)
+    taken = 0
+    for part in chunks(sorted(one.id for one in listed)):
+        still = (among(connection, _items.c.id, part), _items.c.state == "pending")
+        taken += connection.execute(update(_items).where(*still).values(state="sent", batch_id=id_)).rowcount
+    if not taken:
+        return None
+    connection.execute(
+        insert(_batches).values(
+            **{"id": id_, "pool": lease.pool, "api": pool.api, "org_id": pool.account, "path": pool.path},
+            **{"model": pool.model, "betas": pool.betas, "state": "new", "requests": taken},
+            **{"apart": listed[0].apart, "created_at": now, "next_at": now},
+            fencing_token=lease.fencing_token,
+        )
+    )
+    return id_
+
+
+# --- Batches. ---
+
+
+def due(connection: Connection, pool: str) -> list[Row]:
+    """The unfinished batches of a pool that something may be done with now, those first that wait longest."""
+    now = database_now(connection)
+    query = select(_batches).where(text(f"batches.{tables.OPEN_BATCH}"), _batches.c.pool == pool)
+    query = query.where(_batches.c.next_at <= now).order_by(_batches.c.next_at).limit(ADVANCED)
+    return all_rows(connection, query)
+
+
+def change(connection: Connection, lease: PoolLease, batch_id: str, given: Mapping[str, Any]) -> bool:
+    """Change columns of a batch, fenced; returns whether the lease was held.
+
+    `wait` is in seconds until the next look; a value of True is the time now.
+    """
+    if not holds(connection, lease):
+        return False
+    now = database_now(connection)
+    stamped = {name: now if value is True else value for name, value in given.items() if name != "wait"}
+    if "wait" in given:
+        stamped["next_at"] = now + timedelta(seconds=given["wait"])
+    of = _batches.c.id == batch_id
+    connection.execute(update(_batches).where(of).values(**stamped, fencing_token=lease.fencing_token))
+    if "sent_at" in stamped:
+        in_batch = (_items.c.batch_id == batch_id, _items.c.state == "sent")
+        connection.execute(update(_items).where(*in_batch).values(sent_at=stamped["sent_at"]))
+    return True
+
+
+def requests_of(connection: Connection, batch_id: str) -> list[Row]:
+    """The requests of a batch that are not over and whose runs are unfinished, by id."""
+    columns = (_items.c.id, _items.c.org_id, _items.c.run_id, _items.c.body)
+    query = select(*columns).where(_items.c.batch_id == batch_id, _items.c.state == "sent")
+    query = query.join(_live, _live.c.id == _items.c.run_id)
+    return all_rows(connection, query.order_by(_items.c.id))
+
+
+def open_of(connection: Connection, batch_id: str) -> list[str]:
+    """The ids of the requests of a batch that are not over, in order."""
+    query = select(_items.c.id).where(_items.c.batch_id == batch_id, _items.c.state == "sent")
+    return list(connection.execute(query.order_by(_items.c.id)).scalars())
+
+
+def are_of_batch(connection: Connection, batch_id: str, ids: Collection[str]) -> bool:
+    """Whether one of these ids is that of a request which was put into this batch."""
+    listed = [id_ for id_ in ids if _is_id(id_)]
+    if not listed:
+        return False
+    query = select(_items.c.id).where(among(connection, _items.c.id, listed), _items.c.batch_id == batch_id)
+    return connection.execute(query.limit(1)).first() is not None
+
+
+def known_ids(connection: Connection, ids: Collection[str]) -> set[str]:
+    """Those of these ids of a provider that belong to batches of this installation."""
+    query = select(_batches.c.provider_id).where(among(connection, _batches.c.provider_id, sorted(ids)))
+    return set(connection.execute(query).scalars()) if ids else set()
+
+
+def _is_id(text_: str) -> bool:
+    return len(text_) == 36 and text_.count("-") == 4 and not set(text_) - set("0123456789abcdef-")
+
+
+# --- Results. ---
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResult:
+    """The result of a request: sealed, with its tokens; or why the request is sent on its own."""
+
+    id: str
+    result: bytes | None = None
+    tokens: int = 0
+    fallback: Fallback | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What became of results: `stored` woke their runs; `late` were of no use any more, with these tokens."""
+
+    stored: int = 0
+    late: int = 0
+    late_tokens: int = 0
+
+
+def places_of(connection: Connection, batch_id: str, ids: Sequence[str]) -> dict[str, tuple[OrgId, RunId]]:
+    """The org and run of those of these ids that are requests of this batch."""
+    listed = [id_ for id_ in ids if _is_id(id_)]
+    query = select(_items.c.id, _items.c.org_id, _items.c.run_id)
+    query = query.where(among(connection, _items.c.id, listed), _items.c.batch_id == batch_id)
+    return {id_: (org_id, run_id) for id_, org_id, run_id in connection.execute(query)} if listed else {}
+
+
+def store_results(
+    connection: Connection, batch_id: str, provider_id: str, results: Sequence[StoredResult]
+) -> Counted:
+    """Store the results of requests of a batch, each once, and let their runs go on.
+
+    A result whose request is not in the state `sent` any more, or whose run has ended, changes no run: its
+    tokens are charged. Results of one provider's batch count once, however often they are read.
+    """
+    given = {one.id: one for one in results}
+    of = and_(among(connection, _items.c.id, sorted(given)), _items.c.batch_id == batch_id)
+    runs = connection.execute(select(_items.c.run_id).where(of)).scalars().all()
+    live = _lock_runs(connection, runs)
+    rows = all_rows(connection, select(_items).where(of).order_by(_items.c.id).with_for_update())
+    now, ended, charged = database_now(connection), [], []
+    late = late_tokens = 0
+    for row in rows:
+        one = given[row["id"]]
+        if provider_id in row["seen"].split(","):
+            continue
+        is_of_use = row["state"] == "sent" and row["run_id"] in live
+        values: dict[str, Any] = {"seen": ",".join(filter(None, (row["seen"], provider_id)))}
+        values["tokens"] = row["tokens"] + one.tokens
+        if is_of_use:
+            state = "done" if one.fallback is None else "sync"
+            values |= {"state": state, "reason": one.fallback, "result": one.result}
+            ended.append(row)
+        else:
+            values["late"] = row["late"] + (one.fallback is None)
+            late += one.fallback is None
+            late_tokens += one.tokens
+            if row["state"] == "sent":
+                values |= {"state": "over", "reason": "run_ended"}
+        if row["state"] == "sent":
+            values |= {"ended_at": now, "body": None}
+        connection.execute(update(_items).where(_items.c.id == row["id"]).values(**values))
+        charged.append(row | values)
+    spending.settle(connection, [_spend(row) for row in charged if row["meter"] is not None])
+    _end_waits(connection, ended, live, now)
+    return Counted(len(ended), late, late_tokens)
+
+
+def fall_back(connection: Connection, ids: Sequence[str] | None, reason: Fallback) -> int:
+    """Let requests be sent on their own that are not over: these, or those whose time has come.
+
+    Returns how many; at most `CHANGED` in one call.
+    """
+    open_ = text("batch_items.state IN ('pending', 'sent')")
+    query = select(_items.c.id, _items.c.run_id).where(open_).limit(CHANGED)
+    if ids is None:
+        query = query.where(_items.c.fall_back_at <= database_now(connection)).order_by(_items.c.fall_back_at)
+    else:
+        query = query.where(among(connection, _items.c.id, sorted(ids)[:CHANGED]))
+    found = connection.execute(query).all()
+    live = _lock_runs(connection, [run_id for _, run_id in found])
+    listed = among(connection, _items.c.id, sorted(id_ for id_, _ in found))
+    locked = select(_items).where(listed, open_).order_by(_items.c.id).with_for_update()
+    rows = all_rows(connection, locked) if found else []
+    if not rows:
+        return 0
+    now = database_now(connection)
+    values = {"state": "sync", "reason": reason, "ended_at": now, "body": None}
+    changed = among(connection, _items.c.id, [row["id"] for row in rows])
+    connection.execute(update(_items).where(changed).values(**values))
+    spending.settle(connection, [_spend(row) for row in rows if row["meter"] is not None])
+    _end_waits(connection, rows, live, now)
+    return len(rows)
+
+
+def send_again(connection: Connection, batch_id: str, ids: Sequence[str] | None, *, apart: bool) -> int:
+    """Let requests of a batch wait for another one: these, or all that are not over; returns how many."""
+    of = (_items.c.batch_id == batch_id, _items.c.state == "sent")
+    changed = 0
+    for part in [None] if ids is None else chunks(sorted(ids)):
+        some = () if part is None else (among(connection, _items.c.id, part),)
+        values = {"state": "pending", "batch_id": None, "sent_at": None, "apart": apart}
+        changed += connection.execute(update(_items).where(*of, *some).values(**values)).rowcount
+    return changed
+
+
+def forget_org(connection: Connection, org_id: OrgId) -> None:
+    """Drop the requests and results of an org that is removed; late results are still recognised."""
+    values = {"state": "over", "reason": "org_removed", "ended_at": database_now(connection)}
+    open_ = text("batch_items.state IN ('pending', 'sent')")
+    connection.execute(update(_items).where(_items.c.org_id == org_id, open_).values(**values))
+    connection.execute(update(_items).where(_items.c.org_id == org_id).values(body=None, result=None))
+
+
+def forget_batches(connection: Connection, age: timedelta, *, limit: int) -> int:
+    """Delete batches that ended longer than `age` ago; returns how many."""
+    before = database_now(connection) - age
+    old = select(_batches.c.id).where(
+        _batches.c.state.in_(("done", "failed")), _batches.c.created_at < before
+    )
+    ids = connection.execute(old.order_by(_batches.c.id).limit(limit)).scalars().all()
+    return (
+        connection.execute(_batches.delete().where(among(connection, _batches.c.id, ids))).rowcount
+        if ids
+        else 0
+    )
+
+
+def _lock_runs(connection: Connection, run_ids: Collection[RunId]) -> Mapping[RunId, Any]:
+    """Those of these runs that are unfinished, locked in the order of ids."""
+    columns = (_live.c.id, _live.c.state, _live.c.attempt)
+    found = select(*columns).where(among(connection, _live.c.id, sorted(set(run_ids))))
+    rows = connection.execute(found.order_by(_live.c.id).with_for_update()).all() if run_ids else []
+    return {row.id: row for row in rows}
+
+
+def _end_waits(connection: Connection, rows: Sequence[Row], live: Mapping[RunId, Any], now: datetime) -> None:
+    """End the waits of these requests, whose runs are locked, and wake those that are parked for them."""
+    places = [(row["run_id"], wait_name(row["name"], row["key"]), row["occurrence"]) for row in rows]
+    waited = _answer(connection, places, now)
+    woken = [
+        run_id
+        for run_id, attempt in sorted(waited)
+        if run_id in live and live[run_id].state == "parked" and live[run_id].attempt == attempt
+    ]
+    for part in chunks(sorted(set(woken))):
+        values = {"state": "waiting", "reason": "resumed", "available_at": now, "started_at": None}
+        parked = (among(connection, _live.c.id, part), _live.c.state == "parked")
+        connection.execute(update(_live).where(*parked).values(**values))
+    if woken:
+        hint(connection)
+
+
+def _answer(
+    connection: Connection, places: Sequence[tuple[RunId, str, int]], now: datetime
+) -> set[tuple[RunId, int]]:
+    """Answer these waits; returns the runs that wait for them, each with its attempt."""
+    waited: set[tuple[RunId, int]] = set()
+    for run_id, name, occurrence in sorted(places):
+        of = (_waits.c.run_id == run_id, _waits.c.name == name, _waits.c.occurrence == occurrence)
+        ended = update(_waits).where(*of, _waits.c.answered_at.is_(None))
+        ended = ended.values(answered_at=now, answered_by=BY)
+        for (attempt,) in connection.execute(ended.returning(_waits.c.pending_attempt)):
+            if attempt is not None:
+                waited.add((run_id, attempt))
+    return waited
+
+
+def _spend(row: Mapping[str, Any]) -> spending.Spend:
+    """What a request has spent: the tokens of its results, nothing while it has none."""
+    of_run = RunId(row["run_id"]), OrgId(row["org_id"]), DefinitionId(row["definition_id"])
+    return spending.Spend(*of_run, row["meter"], f"batch:{row['id']}", row["tokens"])
