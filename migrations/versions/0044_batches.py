@@ -4,7 +4,7 @@ Expand first: the workers of the previous release know no wait for a batch. A ru
 by a worker of this release only.
 
 Revision ID: 0044
-Revises: 0041
+Revises: 0043
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from alembic import op
 from sqlalchemy.dialects import postgresql
 
 revision = "0044"
-down_revision = "0041"
+down_revision = "0043"
 # The oldest schema version whose workers run on this one: 0022 to 0044 change nothing that these need.
 works_with = "0021"
 branch_labels = None

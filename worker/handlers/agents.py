@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import itertools
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
@@ -16,9 +17,11 @@ from weakref import WeakKeyDictionary
 
 from pydantic import TypeAdapter
 
-from worker.handlers.context import Context
+from worker.handlers.completions import Encoded
+from worker.handlers.context import Context, batched, given_of
 from worker.handlers.results import Duration
 from worker.handlers.steps import NAME_LIMIT, StepError, check_name, open_step
+from worker.model.batches import PATHS, ModelApi
 from worker.model.prices import Kind, model_name
 
 try:
@@ -26,7 +29,7 @@ try:
     from pydantic_ai.agent import AbstractAgent, AgentRun, WrapperAgent
     from pydantic_ai.capabilities import AbstractCapability, CapabilityOrdering
     from pydantic_ai.durable_exec import conversation_id_from_run_id
-    from pydantic_ai.exceptions import ApprovalRequired, CallDeferred, ModelRetry, ToolFailed
+    from pydantic_ai.exceptions import ApprovalRequired, CallDeferred, ModelRetry, ToolFailed, UserError
     from pydantic_ai.messages import ModelMessage, ModelResponse, ToolReturn, ToolReturnContent
     from pydantic_ai.models import (
         CompletedStreamedResponse,
@@ -35,6 +38,7 @@ try:
         ModelRequestParameters,
         StreamedResponse,
     )
+    from pydantic_ai.models.batch import BatchRequest, BatchResult
     from pydantic_ai.models.wrapper import WrapperModel
     from pydantic_ai.output import OutputDataT
     from pydantic_ai.run import AgentRunResult
@@ -65,6 +69,7 @@ _CALLS: Mapping[Kind, str] = {
     "code_execution": "code_executions",
 }
 
+_log = logging.getLogger(__name__)
 _RESPONSE = TypeAdapter(ModelResponse)
 _RETURN = TypeAdapter(ToolReturn)
 _CONTENT: TypeAdapter[Any] = TypeAdapter(ToolReturnContent)
@@ -213,8 +218,12 @@ class _Steps(AbstractCapability[AgentDepsT]):
         model: Model,
         messages: list[ModelMessage],
         settings: ModelSettings | None,
+        parameters: ModelRequestParameters | None = None,
     ) -> ModelResponse:
-        """Send a model request as a step; what the response says it used is stored with it."""
+        """Send a model request as a step; what the response says it used is stored with it.
+
+        With `parameters` it goes into a batch if the definition says so and the model has batches.
+        """
 
         async def ask() -> Any:
             _note(note_request, self._agent, model, messages, settings)
@@ -224,7 +233,12 @@ class _Steps(AbstractCapability[AgentDepsT]):
                 await self._spend(self._meter, response)
             return _RESPONSE.dump_python(response, mode="json")
 
-        stored = await self._ctx.step(self._model, ask, key=self._key(f"{next(self._requests)}"))
+        key = self._key(f"{next(self._requests)}")
+        batch = None if parameters is None else self._to_batch(model, messages, settings, parameters)
+        if batch is None:
+            stored = await self._ctx.step(self._model, ask, key=key)
+        else:
+            stored = await batched(self._ctx, self._model, key, batch.encode, ask, batch.decode, self._meter)
         response = _RESPONSE.validate_python(stored)
         self._digest = _digest(stored)[:12]
         return response
@@ -240,6 +254,26 @@ class _Steps(AbstractCapability[AgentDepsT]):
             return
         if kinds:
             await self._ctx.spend(meter, {**kinds, "request": 1}, model=model, provider=provider)
+
+    def _to_batch(
+        self,
+        model: Model,
+        messages: list[ModelMessage],
+        settings: ModelSettings | None,
+        parameters: ModelRequestParameters,
+    ) -> _ToBatch | None:
+        """The request as one for a batch; None if the definition puts none into batches."""
+        given = given_of(self._ctx)
+        if not given.batched:
+            return None
+        # The worker gives it the id that the provider sees.
+        request = BatchRequest(
+            custom_id="request",
+            messages=messages,
+            model_settings=settings,
+            model_request_parameters=parameters,
+        )
+        return _ToBatch(model, given.model_apis, request)
 
     async def call(
         self, name: str, call_id: str, arguments: dict[str, Any], call: Callable[[], Awaitable[Any]]
@@ -264,6 +298,35 @@ class _Steps(AbstractCapability[AgentDepsT]):
         return f"sha256:{_digest(key)}"
 
 
+@dataclass(frozen=True, slots=True)
+class _ToBatch:
+    """A request that may go into a batch. `apis` are those of `[batches]`."""
+
+    model: Model
+    apis: tuple[ModelApi, ...]
+    request: BatchRequest
+
+    async def encode(self) -> Encoded | None:
+        """The request as its provider takes it; None if it cannot go into a batch."""
+        model = self.model
+        if model.batch_max_requests is None:
+            return None
+        api = next((one for one in self.apis if one.answers(model.system, model.base_url or "")), None)
+        if api is None:
+            return None
+        try:
+            encoded = await model.batch_encode(self.request)
+        except UserError as error:
+            _log.info("a request of %s is sent on its own: %s", model.model_name, error)
+            return None
+        betas = json.loads(encoded.group).get("betas") or ()
+        return Encoded(api, PATHS[api.provider][0], encoded.body, tuple(betas))
+
+    def decode(self, answer: Mapping[str, Any]) -> Any:
+        result = BatchResult(custom_id=self.request.custom_id, status="succeeded", body=answer["body"])
+        return _RESPONSE.dump_python(self.model.batch_decode(result, self.request), mode="json")
+
+
 class _StepModel(WrapperModel):
     """A model whose requests are steps. A stream delivers its response once it is complete."""
 
@@ -282,6 +345,7 @@ class _StepModel(WrapperModel):
             self.wrapped,
             messages,
             model_settings,
+            model_request_parameters,
         )
 
     @asynccontextmanager

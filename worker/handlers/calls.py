@@ -39,6 +39,7 @@ from worker.handlers.parts import (
 )
 from worker.handlers.span_parts import STEP_SPAN
 from worker.handlers.steps import MAX_STEPS, RESULT_LIMIT, StepError
+from worker.model.batches import MAX_BETAS, MAX_BODY, NewRequest
 from worker.model.definitions.budgets import MAX_AMOUNT
 from worker.model.limits import Limit, Share
 from worker.model.prices import KINDS as PRICED_KINDS
@@ -344,6 +345,20 @@ CHILD = Row(
     },
     lean=("map", "window"),
 )
+REQUEST = Row(
+    NewRequest,
+    {
+        "step": Name("step"),
+        "key": Maybe(KeyText("step")),
+        "occurrence": Count(2**31 - 1, 1),
+        "api": Text(200),
+        "path": Text(100),
+        "body_json": JsonText("model request", MAX_BODY),
+        "betas": Several(Text(100), MAX_BETAS),
+        "meter": Maybe(Meter("spend")),
+    },
+    lean=("betas", "meter"),
+)
 CHILDREN_WAIT = Row(ChildrenWait, {"spans": Spans(), "any": Truth()})
 
 USAGE = Row(
@@ -378,6 +393,8 @@ def _fits_its_kind(wait: NewWait) -> None:
         raise ValueError("only a wait for an answer has options")
     if (wait.kind == "children") != (wait.children is not None):
         raise ValueError("only a wait for children has spans of them, and each has")
+    if (wait.kind == "batch") != (wait.request is not None):
+        raise ValueError("only a wait for a batch has a request, and each has")
 
 
 WAIT = Row(
@@ -391,8 +408,9 @@ WAIT = Row(
         "alert": Truth(),
         "options": Options(),
         "children": Maybe(CHILDREN_WAIT),
+        "request": Maybe(REQUEST),
     },
-    lean=("options", "children"),
+    lean=("options", "children", "request"),
     then=_fits_its_kind,
 )
 
@@ -493,7 +511,7 @@ class StoreStep(Call["str | None"]):
     step: Annotated[NewStep, STEP]
 
 
-@declared(Way("wait", also=("choose", "wait_children"), body=BATCH_BYTES), StateAnswer())
+@declared(Way("wait", also=("choose", "wait_children", "wait_batch"), body=BATCH_BYTES), StateAnswer())
 @dataclass(frozen=True, slots=True)
 class OpenWait(Call[WaitState]):
     """Store what the run waits for, and say how that stands."""
@@ -505,6 +523,8 @@ class OpenWait(Call[WaitState]):
         # A name of its own: a worker that does not know it refuses it, where it would ignore a key of `wait`.
         if self.wait.children is not None:
             return "wait_children"
+        if self.wait.request is not None:
+            return "wait_batch"
         return "choose" if self.wait.options else "wait"
 
 

@@ -26,6 +26,18 @@ from worker.guard.claims import Claims, flag_value
 from worker.handlers.blocking import ThreadLock, finish
 from worker.handlers.calls import AskToken, Port, Progress, Save
 from worker.handlers.children import Child, ChildCalls, ChildResults, EndedChild, KeyOfRun, each
+from worker.handlers.completions import (
+    STEP,
+    Completions,
+    Decode,
+    Encode,
+    api_of,
+    encoded_body,
+    read_response,
+    response_of,
+    sent,
+    tokens_of,
+)
 from worker.handlers.given import (
     BlockingCancellation,
     Cancellation,
@@ -99,6 +111,7 @@ class _Shared(Generic[P, S]):
 
     # How steps and spends wait.
     _waits: cached_property[Any]
+    _steps: cached_property[Any]
 
     def __init__(self, given: Given[P, S], port: Port, on_park: OnPark) -> None:
         self.org = given.org
@@ -159,6 +172,10 @@ class _Shared(Generic[P, S]):
     def _spending(self) -> Spending:
         given = self._given
         return Spending(self._port, self._waits, given.budgets, given.run.attempt, given.held.clock)
+
+    @cached_property
+    def _completions(self) -> Completions:
+        return Completions(self._steps, self._waits, self._spending, self._given.batched)
 
     @property
     def claims(self) -> Claims:
@@ -327,6 +344,30 @@ class Context(_Shared[P, S]):
         """
         tries = Tries.of(retries, backoff, timeout)
         return self._steps.map(name, function, items, concurrency, key, tries)
+
+    def complete(
+        self, request: Mapping[str, Any], /, *, via: str | None = None, key: str | int | None = None
+    ) -> Coroutine[Any, Any, Any]:
+        """Send a request to a model, as a step named `complete`, and return the JSON of its response.
+
+        `request` is the body as the API takes it, with its `model`: of OpenAI's responses (`input`) or chat
+        completions (`messages`), or of Anthropic's messages. If the definition has `model_requests = "batch"`
+        it goes into a batch, and the run waits without a process; else it is sent at once. `via` is the NAME
+        of `[batches.NAME]`, by default the only one. `key` as for `ctx.step`. Its tokens count as
+        `llm_tokens`.
+        """
+        api = api_of(self._given.model_apis, via)
+        encoded = encoded_body(api, request)
+        step = self._steps._id(STEP, key)
+
+        async def send() -> Any:
+            arguments = sent(encoded, self._given.secrets)
+            body = read_response(await self.http_client().post(**arguments))
+            if (spent := tokens_of(body)) is not None and not self._given.meter_usage:
+                await self.spend(*spent)
+            return body
+
+        return self._completions.complete(step, encoded, send, response_of(api))
 
     def sleep(self, duration: Duration, /, *, name: str = SLEEP) -> Coroutine[Any, Any, None]:
         """Wait without a process: the attempt ends, and the next one goes on after `duration`.
@@ -524,6 +565,22 @@ class BlockingContext(_Shared[P, S]):
         tries = Tries.of(retries, backoff, timeout)
         return done(self._steps.map(name, function, items, concurrency, key, tries))
 
+    def complete(
+        self, request: Mapping[str, Any], /, *, via: str | None = None, key: str | int | None = None
+    ) -> Any:
+        """As `Context.complete`. Ends the handler by a BaseException, which it must not catch."""
+        api = api_of(self._given.model_apis, via)
+        encoded = encoded_body(api, request)
+        step = self._steps._id(STEP, key)
+
+        def send() -> Any:
+            body = read_response(self.http_client().post(**sent(encoded, self._given.secrets)))
+            if (spent := tokens_of(body)) is not None and not self._given.meter_usage:
+                self.spend(*spent)
+            return body
+
+        return done(self._completions.complete(step, encoded, send, response_of(api)))
+
     def sleep(self, duration: Duration, /, *, name: str = SLEEP) -> None:
         """As `Context.sleep`. Ends the handler by a BaseException, which it must not catch."""
         finish(self._waits.sleep(duration, name))
@@ -609,6 +666,24 @@ class BlockingContext(_Shared[P, S]):
 def state_of(ctx: Context[Any, Any] | BlockingContext[Any, Any]) -> State | None:
     """The state that the attempt loaded, if its handler declares one."""
     return ctx._given.state
+
+
+def given_of(ctx: Context[Any, Any]) -> Given[Any, Any]:
+    """The data of the attempt."""
+    return ctx._given
+
+
+def batched(
+    ctx: Context[Any, Any],
+    name: str,
+    key: str,
+    encode: Encode,
+    send: Callable[[], Any],
+    decode: Decode,
+    meter: str | None,
+) -> Coroutine[Any, Any, Any]:
+    """A model request as a step that may go into a batch; see `Completions.request`."""
+    return ctx._completions.request(ctx._steps._id(name, key), encode, send, decode, meter)
 
 
 def _current_task() -> asyncio.Task[Any] | None:

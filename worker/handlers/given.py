@@ -21,6 +21,7 @@ from worker.clock import Clock
 from worker.guard.claims import Claims
 from worker.handlers.job import Job
 from worker.handlers.json_text import NotStorable, check_json_text, to_json_text
+from worker.model.batches import ModelApi
 from worker.model.runs.budgets import BudgetState
 from worker.secret import AccessToken
 from worker.telemetry.tracing import Detail
@@ -140,6 +141,7 @@ class Given(Generic[P, S]):
     None without any. With `meter_usage` the clients count the `usage` of the answers of models. `secrets`
     are those that the handler declares. With `connect` the broker sends the requests of the clients.
     `audiences` are those for which it may ask for another token. `traces` is what it reports of its steps.
+    `model_apis` are those of `[batches]`; with `batched` its model requests go into batches.
     """
 
     org: Org
@@ -164,6 +166,8 @@ class Given(Generic[P, S]):
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     connect: Connect | None = None
     audiences: tuple[str, ...] = ()
+    model_apis: tuple[ModelApi, ...] = ()
+    batched: bool = False
 
     @property
     def trusted_origins(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from worker.handlers.results import Duration, as_timedelta
 from worker.handlers.steps import Occurrences, StepError, StepJournal, check_name
 from worker.model.runs.outcome import Parked
 from worker.model.runs.run import step_label
+from worker.model.runs.waits import BATCH as BATCH
 from worker.model.runs.waits import BUDGET as BUDGET
 from worker.model.runs.waits import CHILDREN as CHILDREN
 from worker.model.runs.waits import LIMIT as LIMIT
@@ -82,7 +83,7 @@ class AnyWaits(ABC):
     ) -> Coroutine[Any, Any, Any]:
         """As `Context.wait_for`. The occurrence is taken now."""
         what = f"wait_for {check_name('wait_for', name)}"
-        if name == SLEEP or name.startswith((BUDGET, LIMIT, CHILDREN)):
+        if name == SLEEP or name.startswith((BUDGET, LIMIT, CHILDREN, BATCH)):
             raise StepError(f"{what}: this name is reserved; use another one")
         seconds = None if timeout is None else as_timedelta(timeout).total_seconds()
         try:
@@ -131,15 +132,17 @@ class AnyWaits(ABC):
         waits = list(self._pending.values())
         kinds = {wait.kind for wait in waits}
         # In the order of what matters most to people.
-        reason = next((kind for kind in ("answer", "budget", "children") if kind in kinds), "asleep")
+        reason = next((kind for kind in ("answer", "budget", "children", "batch") if kind in kinds), "asleep")
         # A budget's wait is named after its meter, and how often the run waited for it says nothing.
         names = [
             wait.name.removeprefix(BUDGET)
             if wait.kind == "budget"
             else step_label(wait.name, None, wait.occurrence)
             for wait in waits
-            if wait.name != SLEEP and wait.kind != "children"
+            if wait.name != SLEEP and wait.kind not in ("children", "batch")
         ]
+        # The requests of a run are many; what they are sent to says more.
+        names += dict.fromkeys(wait.request.api for wait in waits if wait.request is not None)
         detail = ", ".join(names)[:DETAIL_LIMIT] or None
         self.parked = Parked(reason, detail)
         self._journal.close(self._ends)

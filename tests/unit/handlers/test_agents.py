@@ -73,6 +73,7 @@ class Attempt(Context[Any, Any]):
         self.steps_of = StepCalls(StepJournal(replays=True), store.port(), ManualClock())
 
         self.store = store
+        self._given = SimpleNamespace(batched=False)  # type: ignore[assignment]
 
     @property
     def _steps(self) -> StepCalls:  # type: ignore[override]

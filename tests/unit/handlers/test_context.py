@@ -30,6 +30,7 @@ MEMBERS = {
     "secret",
     "http",
     "http_client",
+    "complete",
     "public_http",
     "token",
     "checkpoint",

@@ -40,11 +40,12 @@ from worker.handlers.calls import (
 from worker.handlers.span_parts import cut
 from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.handlers.waits import SLEEP
+from worker.model.batches import wait_name
 from worker.model.runs.budgets import OrgBudgets, decisive, wait_of
 from worker.model.runs.egress import MAX_ORIGINS, MAX_REASON, merge, row_of, shown_origin
 from worker.model.runs.outcome import Trail
 from worker.model.runs.run import AdmittedRun, NewStep
-from worker.model.runs.waits import BUDGET, MAX_WAITS, NewWait, WaitState
+from worker.model.runs.waits import BATCH, BUDGET, MAX_WAITS, NewWait, WaitState
 from worker.telemetry.mask_in_turn import mask_each
 from worker.telemetry.tracing import MAX_REPLAYED, MAX_STEPS, Detail, StepSpan
 
@@ -388,6 +389,15 @@ async def believed_wait(wait: NewWait, of: Running) -> NewWait:
         if state is None or state.at_limit == "fail":
             return replace(wait, seconds=0.0, ask_json=None, alert=False)
         return wait_of(state, wait.occurrence, of.clock.now())
+    if wait.request is not None:
+        request, plan = wait.request, of.inflight.plan
+        if of.hosted or (plan is not None and plan.definition.model_requests != "batch"):
+            raise NotACall("request: the model requests of this run go into no batches")
+        # There is one wait for a step, whatever its process calls it.
+        name = wait_name(request.step, request.key or "")
+        return NewWait(name, request.occurrence, "batch", request=request)
+    if wait.name.startswith(BATCH):
+        raise StepError(f"wait {wait.name}: this name is reserved; use another one")
     if wait.kind == "budget" or (wait.kind == "answer" and (of_budget or wait.name == SLEEP)):
         raise StepError(f"wait {wait.name}: this name is reserved; use another one")
     return wait

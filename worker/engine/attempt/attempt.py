@@ -71,6 +71,9 @@ async def attempt(inflight: InflightRun, tools: Tools) -> EndedAttempt:
     trail = Trail(inflight.run.handler)
     try:
         prepared = await prepare(inflight, trail, tools)
+        if isinstance(prepared, Prepared):
+            # Not for one on a host: a worker of its pool would have to send its requests.
+            _with_batches(prepared.work, inflight, tools)
         outcome = (
             await run_handler(prepared, inflight, trail, tools)
             if isinstance(prepared, Prepared)
@@ -79,6 +82,14 @@ async def attempt(inflight: InflightRun, tools: Tools) -> EndedAttempt:
     except Exception as error:
         outcome = outcome_of_error(error, inflight, tools.random)
     return await conclude(inflight, outcome, trail, tools)
+
+
+def _with_batches(work: Work, inflight: InflightRun, tools: Tools) -> None:
+    """Let the model requests of an attempt go into batches, if its definition says so."""
+    batches, plan = tools.batches, inflight.plan
+    work.model_apis = batches.apis
+    is_batched = plan is not None and plan.definition.model_requests == "batch"
+    work.batched = is_batched and batches.serves(inflight.run.pool)
 
 
 async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared | Outcome:

@@ -188,6 +188,7 @@ class AttemptPlan:
     insecure_origins: tuple[str, ...] = ()
     api_base_url: str = ""
     network: NetworkPolicy = AUTO
+    org_timezone: str | None = None
     _limits: dict[str, tuple[HandlerEntry | None, Limits]] = field(default_factory=dict, repr=False)
     _want: TokenWant | None = field(default=None, repr=False)
 
@@ -369,6 +370,7 @@ class Plans:
             insecure_origins=self.insecure_origins,
             api_base_url=shared.api_base_url,
             network=self.network,
+            org_timezone=context.org_timezone,
             _limits=shared.limits,
         )
 

@@ -41,6 +41,7 @@ from worker.handlers.calls import (
     TraceStep,
 )
 from worker.ids import OrgId, RunId
+from worker.model.batches import ModelApi
 from worker.model.bindings import OrgSecrets
 from worker.model.claims import Digests, Enforced, PoolRules
 from worker.model.limits import Share
@@ -126,6 +127,42 @@ class NoLimits:
 
     async def close(self) -> None:
         return
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+
+class Batches(Protocol):
+    """Model requests that are sent in batches, for all workers of a pool."""
+
+    @property
+    def apis(self) -> tuple[ModelApi, ...]:
+        """Those of `[batches]`."""
+
+    def serves(self, pool: str) -> bool:
+        """Whether this worker sends batches for runs of a pool."""
+
+    async def open(self, inflight: InflightRun, wait: NewWait) -> WaitState | None:
+        """Store a request of a run, fenced, and say how it stands; None if the run is no longer ours.
+
+        `over`: the run sends it on its own. `answered`: its result is the answer. Raises Unavailable.
+        """
+
+    async def run(self) -> None:
+        """A loop that sends batches and stores their results, until cancelled. Raises Unavailable."""
+
+
+class NoBatches:
+    """For workers without the feature, and trials."""
+
+    def __init__(self, apis: tuple[ModelApi, ...] = ()) -> None:
+        self.apis = apis
+
+    def serves(self, pool: str) -> bool:
+        return False
+
+    async def open(self, inflight: InflightRun, wait: NewWait) -> WaitState | None:
+        return WaitState("batch", "over")
 
     async def run(self) -> None:
         await asyncio.Event().wait()
@@ -243,6 +280,7 @@ class Tools:
     brokered: bool = True
     deadlines: Deadlines = field(default_factory=Deadlines)
     limits: LimitSource = field(default_factory=NoLimits)
+    batches: Batches = field(default_factory=NoBatches)
 
     async def prepare(self, runs: Sequence[AdmittedRun]) -> None:
         """Read what the attempts of these runs need in few queries, so that they need not wait one by one."""
@@ -315,6 +353,10 @@ class StoreActs:
                 if not await store.save_checkpoint(run, of.trail.handler, data, number):
                     raise _lost(of)
                 return None
+            case OpenWait(wait) if wait.kind == "batch":
+                if (state := await tools.batches.open(of.inflight, wait)) is None:
+                    raise _lost(of)
+                return state
             case OpenWait(wait):
                 if (state := await store.open_wait(run, wait)) is None:
                     raise _lost(of)

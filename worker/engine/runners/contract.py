@@ -21,6 +21,7 @@ from worker.handlers.given import Given, HeldToken, Org, State, ThisRun
 from worker.handlers.job import Job
 from worker.handlers.models import HandlerMissing, read_checkpoint, read_params, read_settings
 from worker.ids import RunId
+from worker.model.batches import ModelApi
 from worker.model.egress import OPEN_EGRESS, BoundSecret, Egress
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.budgets import BudgetState
@@ -44,7 +45,7 @@ class Work:
     handler does not declare one. `budgets` are those of the org that may stop it, None without any.
     `secrets` are those of the org that the handler declares, by name: a value, or the placeholder of one of
     the `bound`, which only the broker gets. `egress` is what the run may reach, `traces` what it reports of
-    its steps.
+    its steps. `model_apis` are those of `[batches]`; with `batched` its model requests go into batches.
     """
 
     run_id: RunId
@@ -75,6 +76,8 @@ class Work:
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     egress: Egress = OPEN_EGRESS
     bound: tuple[BoundSecret, ...] = field(default=(), repr=False)
+    model_apis: tuple[ModelApi, ...] = ()
+    batched: bool = False
 
     @property
     def clear_secrets(self) -> Mapping[str, str]:
@@ -121,6 +124,8 @@ class Work:
             meter_usage=self.meter_usage,
             secrets={name: self.secrets[name] for name in job.secrets},
             audiences=self.egress.audiences,
+            model_apis=self.model_apis,
+            batched=self.batched,
         )
 
 

@@ -199,7 +199,9 @@ class Setup:
         return json.dumps(asdict(self))
 
 
-WORK = trusted(Work, without=("claims", "token", "bound"), lean=("egress", "traces"))
+WORK = trusted(
+    Work, without=("claims", "token", "bound"), lean=("egress", "traces", "model_apis", "batched")
+)
 
 
 def work_message(work: Work, seconds: float, token: AccessToken | None = None) -> Message:
