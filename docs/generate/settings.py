@@ -67,7 +67,7 @@ def settings() -> str:
 def parts(text: str) -> Iterator[Part]:
     """Yield the sections of the file, including the commented-out ones."""
     # The commented-out sections are nested: their comments begin with `# # `.
-    text = re.sub(r"(?m)^# ((?:# |\[issuers|\[pools|\w+ = ).*)$", r"\1", text)
+    text = re.sub(r"(?m)^# ((?:# |\[issuers|\[pools|\[batches|\w+ = ).*)$", r"\1", text)
     # The text above the first setting introduces the whole file.
     part, words = Part("", ""), list[str]()
     for line in text.splitlines():
@@ -99,6 +99,8 @@ def _model(section: str) -> tuple[type[BaseModel], str]:
         model, names = types.IssuerSettings, names[2:]
     if names[0:1] == ["pools"]:
         model, names = types.PoolSettings, names[2:]
+    if names[0:1] == ["batches"]:
+        model, names = types.BatchSettings, names[2:]
     for name in names:
         model = type(model.model_fields[name].default)
     return model, f"{PREFIX}{section.upper().replace('.', '__')}__"

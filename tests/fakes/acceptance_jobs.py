@@ -228,3 +228,34 @@ async def approving_agent(ctx: Context[Any, Any]) -> str:
         return f"sent {text}"
 
     return (await durable(sender, ctx).run("Send both.")).output
+
+
+@job("acme.batched_agent")
+async def batched_agent(ctx: Context[Any, Any]) -> dict[str, Any]:
+    """Run an agent of OpenAI that calls a tool at each turn but the last; each call is a line."""
+    from pydantic_ai import Agent
+    from pydantic_ai.models.openai import OpenAIResponsesModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    from worker import durable
+
+    url = ctx.params["url"]
+    provider = OpenAIProvider(base_url=f"{url}/v1", api_key="sk-run")
+    model = OpenAIResponsesModel("gpt-5-mini", provider=provider)
+    agent = Agent(model, name="digest")
+
+    @agent.tool_plain
+    async def look_up(topic: str) -> str:
+        write(ctx, who="tool", topic=topic, org=ctx.org.code)
+        return f"about {topic}"
+
+    result = await durable(agent, ctx).run(f"Report on {ctx.org.code}.")
+    return {"output": result.output}
+
+
+@job("acme.completing")
+async def completing(ctx: Context[Any, Any]) -> dict[str, Any]:
+    """Send one request to a model without a library."""
+    body = {"model": "gpt-5-mini", "input": f"of {ctx.org.code}"}
+    response = await ctx.complete(body)
+    return {"text": response["output"][0]["content"][0]["text"]}

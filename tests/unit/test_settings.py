@@ -16,6 +16,7 @@ from worker.settings import (
     HOST_SECTIONS,
     NOT_OF_HOSTS,
     TOLD_TO_HOSTS,
+    BatchSettings,
     ExecutionSettings,
     IssuerSettings,
     PoolSettings,
@@ -55,7 +56,7 @@ def test_the_shipped_file_changes_nothing():
 
 def test_the_shipped_file_names_every_setting():
     text = SHIPPED.read_text(encoding="utf-8")
-    uncommented = re.sub(r"(?m)^# ((?:# |\[issuers|\[pools|\w+ = ).*)$", r"\1", text)
+    uncommented = re.sub(r"(?m)^# ((?:# |\[issuers|\[pools|\[batches|\w+ = ).*)$", r"\1", text)
     tree = tomllib.loads(uncommented)
 
     for name, field in Settings.model_fields.items():
@@ -64,6 +65,7 @@ def test_the_shipped_file_names_every_setting():
             assert set(tree[name]) == set(type(field.default).model_fields)
     assert set(tree["issuers"]["main"]) == set(IssuerSettings.model_fields)
     assert set(tree["pools"]["eu"]) == set(PoolSettings.model_fields)
+    assert set(tree["batches"]["openai"]) == set(BatchSettings.model_fields)
 
 
 def test_the_issuer_explained_in_the_shipped_file_is_one_of_defaults():

@@ -46,6 +46,12 @@ EGRESS = Feature(
     },
     tables=("limits", "limit_shares", "origin_pauses"),
 )
+BATCHES = Feature(
+    "batches",
+    gives={"batches.worker": "wiring:make_batches"},
+    settings=("batches",),
+    tables=("batches", "batch_items", "batch_leases"),
+)
 OUTBOX = Feature("outbox", verbs={"relay": "verbs:relay", "outbox": "verbs:app"}, settings=("relay",))
 
-FEATURES = (CONSOLE, PROVISIONING, HOSTS, CALENDARS, EGRESS, IMPORTING, ORG_SECRETS, OUTBOX)
+FEATURES = (CONSOLE, PROVISIONING, HOSTS, CALENDARS, EGRESS, IMPORTING, ORG_SECRETS, OUTBOX, BATCHES)

@@ -15,7 +15,7 @@ from worker.engine.attempt.attempt import attempt
 from worker.engine.attempt.inflight import InflightRuns
 from worker.engine.attempt.plan import HandlerRegistry, Plans
 from worker.engine.attempt.run_log import RunLogWriter
-from worker.engine.attempt.tools import LimitSource, NoLimits, Tools
+from worker.engine.attempt.tools import Batches, LimitSource, NoBatches, NoLimits, SecretSource, Tools
 from worker.engine.incarnation import Incarnation, ProcessTools, run_incarnations
 from worker.engine.loops.admission import Admission
 from worker.engine.loops.dispatcher import Dispatcher
@@ -54,7 +54,7 @@ from worker.tokens.cache import Tokens
 from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import SharedTokens
 from worker.wiring import check_ring, find_keyring, open_keyring
-from worker.wiring.addition import Addition, MakeAddition, MakeLimits, Parts
+from worker.wiring.addition import Addition, BatchParts, MakeAddition, MakeBatches, MakeLimits, Parts
 from worker.wiring.catalogue import StoredCatalogue
 from worker.wiring.issuers import issuers_of
 from worker.wiring.secrets import OpenedCredentials, OpenedSecrets, StoredTokens
@@ -65,6 +65,8 @@ from worker.wiring.traces import traces_of
 ADDITIONS: tuple[Point[MakeAddition], ...] = (Point("hosts.worker", "[attempts] listen"),)
 # What shares limits of calls to other services between workers.
 SHARES: Point[MakeLimits] = Point("egress.shares", "[[limit]]")
+# What sends model requests in batches.
+BATCHES: Point[MakeBatches] = Point("batches.worker", "[batches.NAME]")
 # A collection of the newest objects stops the loop: 100,000 take some 20 ms, and these some 5.
 COLLECT = (20_000, 100, 50)
 # Seconds between two searches for runs whose handler no worker offers; each reads all waiting runs.
@@ -238,7 +240,9 @@ class _Parts:
         make_limits = SHARES.find()
         limits = NoLimits() if make_limits is None else make_limits(database, self.id, clock)
         resources.push_async_callback(limits.close)
-        tools, chores = self._tools(steps, limits), Chores(database, on_runs=signals.fired)
+        secrets = OpenedSecrets(database, self.credentials.ring)
+        batches = self._batches(secrets)
+        tools, chores = self._tools(steps, limits, secrets, batches), Chores(database, on_runs=signals.fired)
         parts = Parts(self.id, store, tools, self.credentials.ring, signals, chores.ended, resources)
         joined = [addition.join(parts) for addition in self.worker.additions]
         inflight_runs, free = InflightRuns(), signals.slots_free
@@ -275,6 +279,7 @@ class _Parts:
             "hints": wakeups.run,
             "listener": partial(database.listen, signals.notified),
             "limits": limits.run,
+            "batches": batches.run,
             **{name: loop for each in joined for name, loop in each.loops.items()},
         }
         if settings.tokens.shared:
@@ -294,7 +299,16 @@ class _Parts:
         make = partial(own.run, partial(make_runs, own, looking=database))
         return Starts(make, self.worker.process.clock, poll=poll, on_made=self.signals.fired)
 
-    def _tools(self, steps: StepWriter, limits: LimitSource) -> Tools:
+    def _batches(self, secrets: SecretSource) -> Batches:
+        worker = self.worker
+        if not worker.settings.batches or (make := BATCHES.find()) is None:
+            return NoBatches()
+        clock, ring, woken = worker.process.clock, self.credentials.ring, self.signals.fired
+        return make(BatchParts(worker.settings, worker.database, self.id, clock, ring, secrets, woken))
+
+    def _tools(
+        self, steps: StepWriter, limits: LimitSource, secrets: SecretSource, batches: Batches
+    ) -> Tools:
         worker, store, settings = self.worker, self.store, self.worker.settings
         clock, execution, children = worker.process.clock, settings.execution, worker.process.children
         plans = Plans(
@@ -320,7 +334,8 @@ class _Parts:
             pool_rules=self.rules,
             brokered=children.broker is not None,
             limits=limits,
-            secrets=OpenedSecrets(worker.database, self.credentials.ring),
+            secrets=secrets,
+            batches=batches,
         )
 
     def _add_chores(self, housekeeping: Housekeeping, often: float) -> None:

@@ -16,6 +16,7 @@ from worker.handlers.ceiling import OF_DEFINITIONS
 from worker.ids import ALL_ORGS, OrgId, RunId
 from worker.model.definitions.definition import Definition, from_spec
 from worker.model.definitions.triggers import Trigger
+from worker.model.definitions.units import format_duration
 from worker.model.definitions.zones import parse_zone
 from worker.model.runs.causes import READY, last_reason
 from worker.model.runs.fire import is_closed
@@ -23,7 +24,7 @@ from worker.model.runs.next_steps import NextStep
 from worker.model.runs.outcome import Error, fingerprint
 from worker.model.runs.why import SinceThen, Why, blocked, last_error, limited, solved, why_run
 from worker.operations import approvals
-from worker.store import catalogue, children, definitions, health, history, org_secrets, orgs, places
+from worker.store import batches, catalogue, children, definitions, health, history, org_secrets, orgs, places
 from worker.store.dialect import database_now
 from worker.store.lists import morning
 from worker.store.lists import runs as run_lists
@@ -122,6 +123,8 @@ def explain(connection: Connection, run: Row, *, across_orgs: bool = True) -> Wh
     found = why_run(run, **known)
     if run["reason"] == "children" and run["state"] == "waiting":
         return _waits_for_children(connection, org_id, run, found)
+    if run["reason"] == "batch" and run["state"] == "waiting":
+        return _waits_for_batch(connection, RunId(run["id"]), found)
     if run["state"] == "waiting":
         return _blocked(connection, run, org, found)
     if run["state"] == "running":
@@ -135,6 +138,24 @@ def _waits_for_children(connection: Connection, org_id: OrgId, run: Row, found: 
     values = {"ended": f"{counts.ended:,}", "total": f"{counts.total:,}", "failed": f"{counts.failed:,}"}
     addition = "{ended} of {total} have ended" + (", and {failed} of them failed" if counts.failed else "")
     return replace(found, values={**found.values, **values}, addition=addition)
+
+
+def _waits_for_batch(connection: Connection, run_id: RunId, found: Why) -> Why:
+    """The same, with how long its request has been on its way, and how long that usually takes."""
+    standing = batches.standing(connection, run_id)
+    if standing is None:
+        return found
+    addition = (
+        "sent {since_sent}" if standing.sent_at is not None else "not sent yet, but pooled since {opened}"
+    )
+    values: dict[str, Any] = {"since_sent": standing.sent_at, "opened": standing.opened_at}
+    if standing.usual is not None:
+        values["usual"] = format_duration(timedelta(minutes=max(1, round(standing.usual / 60))))
+        addition += ", usually answered within {usual}"
+    if standing.fall_back_at is not None:
+        values["fall_back_at"] = standing.fall_back_at
+        addition += "; sent on its own at {fall_back_at} at the latest"
+    return replace(found, values={**found.values, **values}, addition=addition, since=standing.opened_at)
 
 
 def _since_then(connection: Connection, org_id: OrgId, run: Row) -> SinceThen | None:

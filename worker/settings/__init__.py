@@ -18,6 +18,7 @@ from worker.model.definitions.origins import is_listed, unencrypted
 from worker.settings.sections import (
     AlertSettings,
     AttemptsSettings,
+    BatchSettings,
     DatabaseSettings,
     ExecutionSettings,
     HostSettings,
@@ -79,6 +80,7 @@ class Settings(Section):
     tracing: TracingSettings = TracingSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     provisioning: ProvisioningSettings = ProvisioningSettings()
+    batches: dict[IssuerName, BatchSettings] = Field(default_factory=dict)
     retention: RetentionSettings = RetentionSettings()
     log: LogSettings = LogSettings()
     host: HostSettings = HostSettings()

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from worker.guard.urls import is_loopback
+from worker.model.batches import MAX_BATCH_BYTES, root_of
 from worker.model.bindings import parse_bound_origin, parse_header
 from worker.model.definitions.origins import parse_base_url, parse_origin, unencrypted
 from worker.model.definitions.pools import DEFAULT_POOL, parse_pool
@@ -105,6 +106,12 @@ def _url(value: Any) -> Any:
 
 def _base_url(value: str) -> str:
     return parse_base_url(value) if value else value
+
+
+def _model_url(value: str) -> str:
+    if value and not value.startswith("https://") and not is_loopback(urlsplit(value).hostname or ""):
+        raise ValueError(f"{shown_url(value)!r} would carry keys and prompts unencrypted; write https://")
+    return root_of(value)
 
 
 def _size(value: str) -> str:
@@ -595,6 +602,28 @@ class ProvisioningSettings(Section):
     def suspended_share(self) -> float:
         """`max_suspended` as a fraction."""
         return float(self.max_suspended.removesuffix("%")) / 100
+
+
+class BatchSettings(Section):
+    """`[batches.NAME]`: an API that answers model requests in batches. The operator's key is in a file."""
+
+    provider: Literal["openai", "anthropic"]
+    base_url: Annotated[Url, AfterValidator(_model_url)] = ""
+    secret: str = ""
+    every: Duration = Field(timedelta(minutes=10), ge=timedelta(milliseconds=100), le=timedelta(hours=24))
+    poll: Duration = Field(timedelta(minutes=1), ge=timedelta(milliseconds=100), le=timedelta(hours=1))
+    max_requests: int = Field(10_000, ge=1, le=50_000)
+    max_bytes: Size = "100MiB"
+
+    @property
+    def bytes(self) -> int:
+        return parse_memory(self.max_bytes)
+
+    @model_validator(mode="after")
+    def _within_the_provider(self) -> BatchSettings:
+        if self.bytes > MAX_BATCH_BYTES:
+            raise ValueError("max_bytes is at most 190MiB: OpenAI takes no larger file")
+        return self
 
 
 class RetentionSettings(Section):

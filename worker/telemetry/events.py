@@ -176,6 +176,22 @@ _ROWS = (
         "egress.paused: org origin seconds",
         "a service answered 429 or 503: requests of this org to it pause for `seconds`, on all workers",
     ),
+    _info(
+        "batch.sent: batch api model requests",
+        "a batch of model requests was submitted to a provider",
+    ),
+    _info(
+        "batch.ended: batch api model requests seconds late",
+        "the results of a batch are stored; `late` of them were of no use any more, and were paid",
+    ),
+    _warning(
+        "batch.unsure: batch api error",
+        "the answer to the submission of a batch was lost; it is looked for before it is submitted again",
+    ),
+    _error(
+        "batch.failed: batch api model requests error",
+        "a provider refused a batch; its requests are sent again, apart by org or on their own",
+    ),
     _debug(
         "limit.counted: origin waiting waited seconds refused",
         "`waiting` requests wait for a limit now, `waited` have waited `seconds`, `refused` would too long",

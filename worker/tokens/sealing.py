@@ -199,17 +199,34 @@ class KeyRing:
             )
         return secret
 
+    def seal_request(self, data: bytes, place: Sequence[object]) -> bytes:
+        """A model request or its result sealed for one `place`, of JSON values; begins with the key's id."""
+        sealed, key_id = self._seal_bytes(data, "model request", *place)
+        return key_id.encode() + b"." + sealed
+
+    def open_request(self, sealed: bytes, place: Sequence[object]) -> bytes | None:
+        """That data, or None if the ring lacks its key, or it is of another place or damaged."""
+        key_id, _, raw = sealed.partition(b".")
+        return self._open_bytes(raw, key_id.decode("ascii", "replace"), "model request", *place)
+
     def _seal(self, text: str, *place: object) -> tuple[bytes, str]:
+        return self._seal_bytes(text.encode(), *place)
+
+    def _seal_bytes(self, data: bytes, *place: object) -> tuple[bytes, str]:
         key_id, nonce = self.sealing_key_id, os.urandom(NONCE_BYTES)
-        ciphertext = self._keys[key_id].encrypt(nonce, text.encode(), _associated(key_id, place))
+        ciphertext = self._keys[key_id].encrypt(nonce, data, _associated(key_id, place))
         return FORMAT + nonce + ciphertext, key_id
 
     def _open(self, sealed: bytes, key_id: str, *place: object) -> str | None:
+        opened = self._open_bytes(sealed, key_id, *place)
+        return None if opened is None else opened.decode()
+
+    def _open_bytes(self, sealed: bytes, key_id: str, *place: object) -> bytes | None:
         key = self._keys.get(key_id)
         nonce, ciphertext = sealed[1 : 1 + NONCE_BYTES], sealed[1 + NONCE_BYTES :]
         if key is not None and sealed[:1] == FORMAT and len(ciphertext) >= 16:
             with suppress(InvalidTag):
-                return key.decrypt(nonce, ciphertext, _associated(key_id, place)).decode()
+                return key.decrypt(nonce, ciphertext, _associated(key_id, place))
         return None
 
 

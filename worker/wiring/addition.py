@@ -9,7 +9,7 @@ from typing import Protocol
 
 from worker.clock import Clock
 from worker.engine.attempt.inflight import InflightRun
-from worker.engine.attempt.tools import LimitSource, Tools
+from worker.engine.attempt.tools import Batches, LimitSource, SecretSource, Tools
 from worker.engine.loops.supervisor import Loop
 from worker.engine.signals import Signals
 from worker.ids import WorkerId
@@ -64,5 +64,22 @@ class Addition(Protocol):
 
 
 MakeAddition = Callable[[Settings, Clock], Addition]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchParts:
+    """What an incarnation has for its batches. `on_woken` is called when runs go on."""
+
+    settings: Settings
+    database: Database
+    worker_id: WorkerId
+    clock: Clock
+    ring: Callable[[str | None], KeyRing | None]
+    secrets: SecretSource
+    on_woken: Callable[[], object]
+
+
+# What sends model requests in batches, if worker.toml has `[batches]`.
+MakeBatches = Callable[[BatchParts], Batches]
 # The limits of calls to other services, of one incarnation.
 MakeLimits = Callable[[Database, WorkerId, Clock], LimitSource]

@@ -1,0 +1,36 @@
+"""The batches of one incarnation of a worker, as its settings have them."""
+
+from __future__ import annotations
+
+from worker.features.batches.accounts import Accounts, apis_of
+from worker.features.batches.desk import Desk
+from worker.features.batches.loop import BatchSender
+from worker.features.batches.sealing import Sealer
+from worker.model.batches import BatchLimits
+from worker.outbound import open_client
+from worker.wiring.addition import BatchParts
+
+
+def make_batches(parts: BatchParts) -> BatchSender:
+    """What sends the batches of the worker's pools."""
+    settings = parts.settings
+    known = {api.name: api for api in apis_of(settings)}
+    configured = settings.batches
+    limits = {name: BatchLimits(one.every, one.max_requests, one.bytes) for name, one in configured.items()}
+    accounts = Accounts(known, settings.secrets_dir, parts.secrets, open_client())
+    sealer = Sealer(parts.ring)
+    desk = Desk(parts.database, parts.clock, known, limits, accounts, sealer)
+    return BatchSender(
+        database=parts.database,
+        worker_id=parts.worker_id,
+        clock=parts.clock,
+        pools=settings.execution.pools,
+        lasts=settings.execution.lease,
+        desk=desk,
+        accounts=accounts,
+        sealer=sealer,
+        known=known,
+        limits=limits,
+        polls={name: one.poll.total_seconds() for name, one in configured.items()},
+        on_woken=parts.on_woken,
+    )
