@@ -110,6 +110,7 @@ def upgrade() -> None:
         sa.Column("ended_at", INSTANT),
         sa.Column("next_at", INSTANT, nullable=False),
         sa.Column("error", sa.Text),
+        sa.Column("late", sa.Integer, server_default="0", nullable=False),
         sa.Column("fencing_token", sa.BigInteger, nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_batches")),
         sa.CheckConstraint(BATCH_STATES, name=op.f("ck_batches_state")),

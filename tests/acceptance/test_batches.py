@@ -6,7 +6,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from worker.demo.provider import Provider
 
 ORGS = [f"org_batch{number}" for number in range(4)]
 TURNS = 3
+KILLS = 5
 EXECUTION = """lease = "4s"
 renew = "500ms"
 poll = "100ms"
@@ -70,12 +71,11 @@ poll = "200ms"
         yield site
 
 
-def begin(site: Site, handler: str, **keys: Any) -> None:
-    params = {"journal": str(site.out / "journal"), "url": site.url}  # type: ignore[attr-defined]
-    for org in ORGS:
-        site.apply(
-            definition(org, "digest", handler, params=params, model_requests="batch", egress=["open"], **keys)
-        )
+def begin(site: Site, handler: str, orgs: Sequence[str] = ORGS, *, turns: int = 1, **keys: Any) -> None:
+    params = {"journal": str(site.out / "journal"), "url": site.url, "turns": turns}  # type: ignore[attr-defined]
+    given = {"params": params, "model_requests": "batch", "egress": ["open"], **keys}
+    site.apply("".join(definition(org, "digest", handler, **given) for org in orgs))
+    for org in orgs:
         site.cli("definitions", "run", org, "digest")
 
 
@@ -84,55 +84,77 @@ def ended(site: Site) -> list[dict[str, Any]] | None:
     return runs if all(run["state"] not in ("waiting", "running") for run in runs) else None
 
 
-def test_agents_of_many_orgs_share_batches_and_killed_workers_pay_nothing_twice(
+def result_of(site: Site, run: dict[str, Any]) -> Any:
+    return site.cli("runs", "show", run["id"], "-o", "json").json()["result"]
+
+
+@pytest.mark.timeout(400)
+def test_runs_of_many_orgs_share_batches_and_killed_workers_pay_nothing_twice(
     batch_site: Site, apis: ModelApis
 ) -> None:
     site = batch_site
+    apis.reply = lambda body: f"{body['input'].split()[1]}-{len(body['input'].split()) - 2}"
     worker = site.start_worker()
-    begin(site, "acme.batched_agent", batch_within="8h")
-    wait_until(lambda: apis.batches, "a batch", timeout=60)
-    seen = None
-    for _ in range(4):
-        time.sleep(random.uniform(0.3, 2.0))
-        seen = seen or next((run for run in site.runs(definition="digest") if run["reason"] == "batch"), None)
+    begin(site, "acme.completing", turns=TURNS, batch_within="8h")
+    killed = 0
+    while killed < KILLS and ended(site) is None:
+        began = len(apis.asked)
+        wait_until(lambda: len(apis.asked) > began + 3, "requests of a worker", timeout=90)  # noqa: B023
+        time.sleep(random.uniform(0, 1))
         worker.kill()
         worker.wait()
-        worker = site.start_worker()
+        worker, killed = site.start_worker(), killed + 1
 
-    runs = wait_until(lambda: ended(site), "the ends of all runs", timeout=150)
+    runs = wait_until(lambda: ended(site), "the ends of all runs", timeout=200)
 
     assert {run["state"] for run in runs} == {"succeeded"}, runs
     for run in runs:
-        assert site.cli("runs", "show", run["id"], "-o", "json").json()["result"] == {
-            "output": f"report of {run['org']}"
-        }
+        assert result_of(site, run) == {"said": [f"{run['org']}-{turn}" for turn in range(TURNS)]}
     assert apis.twice == 0 and apis.alone == []
+    assert sum(apis.paid.values()) == TURNS * len(ORGS)
     # The orgs share batches: fewer than one for each turn of each org.
     assert len(apis.batches) < TURNS * len(ORGS)
-    assert sum(apis.paid.values()) == TURNS * len(ORGS)
     wait_until(lambda: not apis.files, "the deletion of all files", timeout=30)
     assert not [entry for entry in read_journal(site.out / "journal") if alive(entry["pid"])]
 
 
-def test_a_request_of_a_plain_handler_waits_in_a_batch_and_says_why(
-    batch_site: Site, apis: ModelApis
-) -> None:
+@pytest.mark.timeout(400)
+def test_an_agent_waits_in_batches_without_a_change_of_its_code(batch_site: Site, apis: ModelApis) -> None:
+    site, orgs = batch_site, ORGS[:2]
+    site.start_worker()
+    begin(site, "acme.batched_agent", orgs)
+
+    runs = wait_until(lambda: ended(site), "the ends of all runs", timeout=350)
+
+    assert {run["org"]: result_of(site, run) for run in runs} == {
+        org: {"output": f"report of {org}"} for org in orgs
+    }
+    assert apis.twice == 0 and apis.alone == []
+    tools = read_journal(site.out / "journal", "tool")
+    assert sorted(entry["topic"] for entry in tools) == [
+        f"{org}-{turn}" for org in orgs for turn in range(TURNS - 1)
+    ]
+
+
+@pytest.mark.timeout(400)
+def test_a_request_that_waits_says_why_and_its_tokens_count(batch_site: Site, apis: ModelApis) -> None:
     site = batch_site
-    apis.takes = lambda: 6.0
+    apis.takes = lambda: 15.0
     apis.reply = lambda body: f"echo {body['input']}"
     site.start_worker()
-    begin(site, "acme.completing")
+    begin(site, "acme.completing", ORGS[:1])
 
     def parked() -> list[dict[str, Any]]:
         return [run for run in site.runs(definition="digest") if run["reason"] == "batch"]
 
-    def sent() -> bool:
-        return any("sent" in site.cli("runs", "why", run["id"]).out for run in parked())
+    def sent() -> str:
+        said = [site.cli("runs", "why", run["id"]).out for run in parked()]
+        return next((text for text in said if "sent 20" in " ".join(text.split())), "")
 
-    wait_until(sent, "a run whose request was sent", timeout=60)
-    runs = wait_until(lambda: ended(site), "the ends of all runs", timeout=60)
+    said = wait_until(sent, "a run whose request was sent", timeout=90)
+    assert "in a batch of openai" in " ".join(said.split())
+    [run] = wait_until(lambda: ended(site), "the end of the run", timeout=90)
 
-    results = {run["org"]: site.cli("runs", "show", run["id"], "-o", "json").json()["result"] for run in runs}
-    assert results == {org: {"text": f"echo of {org}"} for org in ORGS}
+    assert result_of(site, run) == {"said": [f"echo of {ORGS[0]}"]}
     usage = site.cli("usage", "list", "-o", "json").json()
-    assert sum(row["used"] for row in usage if row["meter"] == "llm_tokens") == 120 * len(ORGS)
+    assert sum(row["used"] for row in usage if row["meter"] == "llm_tokens") == 120

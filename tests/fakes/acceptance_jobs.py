@@ -255,7 +255,10 @@ async def batched_agent(ctx: Context[Any, Any]) -> dict[str, Any]:
 
 @job("acme.completing")
 async def completing(ctx: Context[Any, Any]) -> dict[str, Any]:
-    """Send one request to a model without a library."""
-    body = {"model": "gpt-5-mini", "input": f"of {ctx.org.code}"}
-    response = await ctx.complete(body)
-    return {"text": response["output"][0]["content"][0]["text"]}
+    """Send requests to a model, one after the other, without a library; each has the answers before it."""
+    said = [f"of {ctx.org.code}"]
+    for turn in range(ctx.params.get("turns", 1)):
+        write(ctx, who="turn", turn=turn)
+        response = await ctx.complete({"model": "gpt-5-mini", "input": " ".join(said)})
+        said.append(response["output"][0]["content"][0]["text"])
+    return {"said": said[1:]}

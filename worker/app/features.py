@@ -48,7 +48,8 @@ EGRESS = Feature(
 )
 BATCHES = Feature(
     "batches",
-    gives={"batches.worker": "wiring:make_batches"},
+    verbs={"batches": "verbs:app"},
+    gives={"batches.worker": "wiring:make_batches", "batches.trial": "wiring:make_trial"},
     settings=("batches",),
     tables=("batches", "batch_items", "batch_leases"),
 )

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from worker.clock import Clock
-from worker.engine.attempt.tools import GivenSecrets, SecretSource, TokenSource
+from worker.engine.attempt.tools import Batches, GivenSecrets, NoBatches, SecretSource, TokenSource
 from worker.engine.runners.child.pool import ChildPool
 from worker.engine.runners.inline import Blocking, Inline
 from worker.engine.trial import FakeTokens, Subject, Trial, definition_of
@@ -23,6 +23,7 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.models import load
 from worker.ids import OrgId, new_id
 from worker.kit.broker import broker_of
+from worker.kit.feature import Point
 from worker.model.bindings import OrgSecrets
 from worker.model.orgs import OrgRef
 from worker.model.runs.children import FamilyCap, NewChild
@@ -37,10 +38,13 @@ from worker.store.database import Database
 from worker.tokens.cache import Tokens
 from worker.tokens.credentials import Credential
 from worker.wiring import find_keyring
+from worker.wiring.addition import MakeTrialBatches
 from worker.wiring.issuers import issuers_of
 from worker.wiring.secrets import OpenedCredentials, OpenedSecrets
 
-# The handler's timeout does not interrupt a debugger.
+# What takes the model requests of a trial into batches.
+BATCHES: Point[MakeTrialBatches] = Point("batches.trial", "`try --batch`")
+# The handler's timeout interrupts neither a debugger nor a wait for a batch.
 NO_TIMEOUT = "365d"
 
 
@@ -50,9 +54,9 @@ class TryRequest:
 
     `scopes` None means all that the handler declares; `state` is that of its definition, `budgets`
     are limits by meter. `secrets` are those of the org, or replace those that a real one has. `answers`
-    are given by the name of the wait. `on_resume` gets what the run waited for each time it goes on. With
-    `on_error` the handler runs in this process; it is called with the exception of the handler while its
-    frames still exist.
+    are given by the name of the wait. With `batch` its model requests go into batches. `on_resume` gets
+    what the run waited for each time it goes on. With `on_error` the handler runs in this process; it is
+    called with the exception of the handler while its frames still exist.
     """
 
     org: str
@@ -65,6 +69,7 @@ class TryRequest:
     budgets: Mapping[str, int] = field(default_factory=dict)
     secrets: OrgSecrets = field(default_factory=dict, repr=False)
     database: Database | None = None
+    batch: bool = False
     on_error: OnError | None = None
     on_line: Callable[[LogLine], None] = lambda line: None
     on_progress: Callable[[Mapping[str, Any]], None] = lambda progress: None
@@ -127,6 +132,7 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
             budgets=request.budgets,
             on_progress=request.on_progress,
             family=Family(run_child),
+            batches=_batches(settings, secrets, clock, request),
             **shared,
         )
         trials.append(trial)
@@ -151,11 +157,20 @@ async def _sources(
     return tokens, _WithGiven(OpenedSecrets(request.database, source.ring), request.secrets)
 
 
+def _batches(settings: Settings, secrets: SecretSource, clock: Clock, request: TryRequest) -> Batches:
+    """What takes the model requests of the run: batches if that was asked, else nothing."""
+    if request.batch:
+        return BATCHES.require()(settings, secrets, clock, request.on_resume)
+    return NoBatches()
+
+
 def _subject(settings: Settings, entry: HandlerEntry, request: TryRequest) -> Subject:
     # One attempt only: a failure is shown rather than retried.
     keys: dict[str, Any] = {"params": dict(request.params), "max_attempts": 1, "max_recoveries": 0}
-    if request.on_error is not None:
+    if request.on_error is not None or request.batch:
         keys["timeout"] = NO_TIMEOUT
+    if request.batch:
+        keys["model_requests"] = "batch"
     execution = settings.execution
     if request.database is None:
         org, name, named = OrgRef(OrgId(new_id()), request.org), request.org, "made-up"

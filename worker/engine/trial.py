@@ -20,7 +20,7 @@ from worker.engine.attempt.attempt import attempt
 from worker.engine.attempt.inflight import InflightRun
 from worker.engine.attempt.plan import AUTO, HandlerRegistry, NetworkPolicy, Plans
 from worker.engine.attempt.run_log import Progress, RunLogWriter
-from worker.engine.attempt.tools import GivenSecrets, SecretSource, TokenSource, Tools
+from worker.engine.attempt.tools import Batches, GivenSecrets, NoBatches, SecretSource, TokenSource, Tools
 from worker.engine.runners.contract import Runner, StopSignal
 from worker.engine.trial_children import Family, TrialChildren
 from worker.errors import UsageError
@@ -318,7 +318,8 @@ class Trial(TrialBudgets, TrialChildren):
 
     `on_line` and `on_progress` get what the run logs and shows, masked: within half a second if `live`,
     else at the end of an attempt. `on_saved` is awaited after each checkpoint is stored, `on_step` after
-    each step. `family` runs its children; with `params` it is a child itself.
+    each step. `family` runs its children; with `params` it is a child itself. `batches` take its model
+    requests, if its definition has `model_requests = "batch"`.
     """
 
     def __init__(
@@ -343,6 +344,7 @@ class Trial(TrialBudgets, TrialChildren):
         brokered: bool = True,
         family: Family | None = None,
         params: Mapping[str, Any] | None = None,
+        batches: Batches | None = None,
     ) -> None:
         TrialBudgets.__init__(self, clock, budgets_of(subject.org.code, budgets or {}))
         TrialChildren.__init__(self, family or Family())
@@ -377,6 +379,7 @@ class Trial(TrialBudgets, TrialChildren):
             random=SystemRandom(),
             secrets=secrets or GivenSecrets(),
             brokered=brokered,
+            batches=batches or NoBatches(),
         )
 
     def _plans(self, clock: Clock) -> Plans:

@@ -42,7 +42,16 @@ RESERVED_OUTPUT = 4096
 BYTES_OF_TOKEN = 3
 # Why a request is sent on its own.
 Fallback = Literal[
-    "no_key", "no_api", "too_large", "late", "deadline", "failed", "expired", "unreadable", "refused"
+    "no_key",
+    "no_api",
+    "egress",
+    "too_large",
+    "late",
+    "deadline",
+    "failed",
+    "expired",
+    "unreadable",
+    "refused",
 ]
 
 

@@ -159,7 +159,9 @@ class Standing:
 def standing(connection: Connection, run_id: RunId) -> Standing | None:
     """How the oldest open request of a run stands; None without one."""
     open_ = (_items.c.run_id == run_id, _items.c.state.in_(("pending", "sent")))
-    row = first_row(connection, select(_items).where(*open_).order_by(_items.c.opened_at))
+    # Not its body, which the web side may not read.
+    columns = (_items.c.opened_at, _items.c.sent_at, _items.c.fall_back_at, _items.c.api, _items.c.model)
+    row = first_row(connection, select(*columns).where(*open_).order_by(_items.c.opened_at))
     if row is None:
         return None
     seconds = _times(connection, row["api"], row["model"])
@@ -413,18 +415,22 @@ def store_results(
     return Counted(len(ended), late, late_tokens)
 
 
-def fall_back(connection: Connection, ids: Sequence[str] | None, reason: Fallback) -> int:
-    """Let requests be sent on their own that are not over: these, or those whose time has come.
+def fall_back_due(connection: Connection, pool: str) -> int:
+    """Let requests of a pool be sent on their own whose time has come; returns how many."""
+    due_at = _items.c.fall_back_at <= database_now(connection)
+    query = select(_items.c.id).where(text(f"batch_items.{tables.OPEN_ITEM}"), due_at, _items.c.pool == pool)
+    ids = connection.execute(query.order_by(_items.c.fall_back_at).limit(CHANGED)).scalars().all()
+    return fall_back(connection, ids, "deadline") if ids else 0
 
-    Returns how many; at most `CHANGED` in one call.
+
+def fall_back(connection: Connection, ids: Sequence[str], reason: Fallback) -> int:
+    """Let these requests be sent on their own if they are not over; returns how many.
+
+    At most `CHANGED` in one call.
     """
-    open_ = text("batch_items.state IN ('pending', 'sent')")
-    query = select(_items.c.id, _items.c.run_id).where(open_).limit(CHANGED)
-    if ids is None:
-        query = query.where(_items.c.fall_back_at <= database_now(connection)).order_by(_items.c.fall_back_at)
-    else:
-        query = query.where(among(connection, _items.c.id, sorted(ids)[:CHANGED]))
-    found = connection.execute(query).all()
+    open_ = text(f"batch_items.{tables.OPEN_ITEM}")
+    query = select(_items.c.id, _items.c.run_id).where(open_)
+    found = connection.execute(query.where(among(connection, _items.c.id, sorted(ids)[:CHANGED]))).all()
     live = _lock_runs(connection, [run_id for _, run_id in found])
     listed = among(connection, _items.c.id, sorted(id_ for id_, _ in found))
     locked = select(_items).where(listed, open_).order_by(_items.c.id).with_for_update()
@@ -454,7 +460,7 @@ def send_again(connection: Connection, batch_id: str, ids: Sequence[str] | None,
 def forget_org(connection: Connection, org_id: OrgId) -> None:
     """Drop the requests and results of an org that is removed; late results are still recognised."""
     values = {"state": "over", "reason": "org_removed", "ended_at": database_now(connection)}
-    open_ = text("batch_items.state IN ('pending', 'sent')")
+    open_ = text(f"batch_items.{tables.OPEN_ITEM}")
     connection.execute(update(_items).where(_items.c.org_id == org_id, open_).values(**values))
     connection.execute(update(_items).where(_items.c.org_id == org_id).values(body=None, result=None))
 

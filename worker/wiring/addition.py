@@ -81,5 +81,7 @@ class BatchParts:
 
 # What sends model requests in batches, if worker.toml has `[batches]`.
 MakeBatches = Callable[[BatchParts], Batches]
+# The same for one run of `try --batch`; the last one gets what happens, as text.
+MakeTrialBatches = Callable[[Settings, SecretSource, Clock, Callable[[str], object]], Batches]
 # The limits of calls to other services, of one incarnation.
 MakeLimits = Callable[[Database, WorkerId, Clock], LimitSource]

@@ -41,12 +41,14 @@ NOT_OF_ORGS = {
     "calendars",
     "limits",
     "host_handlers",
+    "batch_leases",
     "pool_approvals",
 }
 # Rows that name machines or many orgs at once; nobody who acts for one org may read them.
 NOT_FOR_ORGS = {
     *("workers", "hosts", "alerts", "alert_strikes", "applications", "access_tokens", "pools", "calendars"),
     *("pool_approvals", "limits", "limit_shares", "origin_pauses", "product_logins"),
+    *("batches", "batch_leases"),
 }
 # All that API and console write, and no right more: by table, the columns of its UPDATE.
 WRITES = {

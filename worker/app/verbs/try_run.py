@@ -76,6 +76,9 @@ def try_(
         option("--secret-header NAME=HEADER", "The header that gets a bound --secret; repeatable."),
     ] = None,
     real: Annotated[bool, option("--real", "Use the token of --org, which must be in the database.")] = False,
+    batch: Annotated[
+        bool, option("--batch", "Send its model requests in batches, and wait for them for up to a day.")
+    ] = False,
     pdb: Annotated[
         bool, option("--pdb", "Run it in this process, and open the debugger if it fails.")
     ] = False,
@@ -125,6 +128,7 @@ def try_(
             scopes=scope or None,
             state=before,
             answers=read_pairs(answer or (), option="--answer"),
+            batch=batch,
             budgets=_read_budgets(budget or ()),
             secrets=_read_secrets(secret or (), secret_for or (), secret_header or ()),
             database=stack.enter_context(session.database()) if real else None,

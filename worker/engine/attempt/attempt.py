@@ -38,6 +38,7 @@ from worker.guard.decode import enforce
 from worker.handlers.catalogue import HandlerEntry
 from worker.model.bindings import OrgSecrets
 from worker.model.claims import ClaimsRecord, Enforced
+from worker.model.egress import Gate
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.budgets import BudgetState
 from worker.model.runs.children import BY_PARENT, EXCEEDS, MAX_CHILD_RESULT
@@ -90,6 +91,8 @@ def _with_batches(work: Work, inflight: InflightRun, tools: Tools) -> None:
     work.model_apis = batches.apis
     is_batched = plan is not None and plan.definition.model_requests == "batch"
     work.batched = is_batched and batches.serves(inflight.run.pool)
+    if work.batched:
+        inflight.gate = Gate(work.egress.lists, work.api_origins)
 
 
 async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared | Outcome:

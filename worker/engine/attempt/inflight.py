@@ -20,6 +20,7 @@ from worker.ids import RunId
 from worker.model.claims import ClaimsRecord
 from worker.model.definitions import CANCEL_GRACE
 from worker.model.definitions.definition import Definition
+from worker.model.egress import Gate
 from worker.model.runs.children import FamilyCap
 from worker.model.runs.egress import busiest
 from worker.model.runs.outcome import EndedAttempt, Trail, summary
@@ -47,10 +48,11 @@ class InflightRun:
 
     `moved` once the attempt has stored a new checkpoint or step; `storing` are steps that are being
     stored, which a process may leave behind that dies. `scopes` are those that its tokens must have,
-    `audiences` those for which it may ask for others. `children` are the handlers that it may start, `cap`
-    is what those may have. A host knows neither that nor a `plan`, but the name of the `definition`.
-    `parent_trace` is the traceparent of the handler that started the run, `traced_here` whether this process
-    makes its spans. `masked` are its tokens, and its secrets, which are private to the org.
+    `audiences` those for which it may ask for others, `gate` says what it may reach. `children` are the
+    handlers that it may start, `cap` is what those may have. A host knows neither that nor a `plan`, but the
+    name of the `definition`. `parent_trace` is the traceparent of the handler that started the run,
+    `traced_here` whether this process makes its spans. `masked` are its tokens, and its secrets, which are
+    private to the org.
     """
 
     run: AdmittedRun
@@ -60,6 +62,7 @@ class InflightRun:
     cancel_grace: timedelta = CANCEL_GRACE
     scopes: frozenset[str] = frozenset()
     audiences: tuple[str, ...] = ()
+    gate: Gate | None = None
     children: frozenset[str] = frozenset()
     cap: FamilyCap | None = None
     definition: str | None = None

@@ -277,7 +277,8 @@ class Advance:
             counted = await self._store(row, api, remote)
             await self._fall_back(row, "expired")
             files = ",".join(remote.files) or None
-            await self._change(row, state="read", ended_at=True, results=files, error=None, wait=0)
+            ended = {"state": "read", "ended_at": True, "results": files, "error": None, "wait": 0}
+            await self._change(row, **ended, late=row["late"] + counted.late)
             self._report(row, counted)
 
     async def _store(self, row: Row, api: BatchApi, remote: Remote) -> Counted:
@@ -335,7 +336,9 @@ class Advance:
             if remote.state == "open":
                 return False
             if await self._is_ours(row, api, remote):
-                self._report(row, await self._store(row, api, remote))
+                counted = await self._store(row, api, remote)
+                await self._change(row, late=row["late"] + counted.late)
+                self._report(row, counted)
                 await api.forget(remote.id)
         return True
 

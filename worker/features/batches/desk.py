@@ -17,6 +17,7 @@ from worker.engine.attempt.inflight import InflightRun
 from worker.errors import LeaseLost
 from worker.features.batches.accounts import Accounts
 from worker.features.batches.sealing import Sealer
+from worker.guard.urls import origin_of
 from worker.handlers.steps import StepError
 from worker.ids import DefinitionId
 from worker.model.batches import (
@@ -108,6 +109,9 @@ class Desk:
             fallback = "no_key"
         elif size > self.limits[api.name].max_bytes:
             fallback = "too_large"
+        elif inflight.gate is not None and not inflight.gate.allows(origin_of(api.base_url)):
+            # The run sends it, and gets the error of a request that it may not send.
+            fallback = "egress"
         until = plan.definition.batch_deadline(run.scheduled_for, plan.org_timezone)
         known = await self._experience(run.definition_id, pool)
         found = forecast(self.clock.now(), until, looked.turns, known)

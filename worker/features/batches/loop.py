@@ -31,6 +31,10 @@ from worker.telemetry.events import emit
 EVERY = 1.0
 # Batches of a pool that are advanced at the same time.
 AT_ONCE = 8
+# Seconds between two deletions of old batches, how many of them, and how old.
+FORGET_EVERY = 60.0
+FORGOTTEN = 1000
+KEPT = timedelta(days=90)
 # The part of a lease after which it is renewed, and after which nothing is sent under it.
 RENEW = 0.3
 TRUSTED = 0.8
@@ -56,6 +60,7 @@ class BatchSender:
     patience: Patience = field(default_factory=Patience)
     # Of each pool the lease, and the monotonic time after which it is not trusted.
     _held: dict[str, tuple[PoolLease, float]] = field(default_factory=dict)
+    _forgotten: float = float("-inf")
 
     @property
     def apis(self) -> tuple[ModelApi, ...]:
@@ -107,10 +112,13 @@ class BatchSender:
     async def look(self, pool: str) -> None:
         """Pool what waits, and do what is next for each batch. Raises LeaseGone, Unavailable."""
         self._check(pool)
-        while await self.database.call(batches.fall_back, None, "deadline"):
+        while await self.database.call(batches.fall_back_due, pool):
             self.on_woken()
         while await self.database.call(batches.end_orphans, pool):
             self._check(pool)
+        if self.clock.monotonic() - self._forgotten > FORGET_EVERY:
+            self._forgotten = self.clock.monotonic()
+            await self.database.call(batches.forget_batches, KEPT, limit=FORGOTTEN)
         now, waiting = await self.database.call_autocommit(_pending, pool)
         for listed in pooled(waiting, self.limits, now):
             self._check(pool)

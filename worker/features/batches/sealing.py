@@ -33,4 +33,7 @@ class Sealer:
             return None
         ring = self.ring(sealed.partition(b".")[0].decode("ascii", "replace"))
         opened = None if ring is None else ring.open_request(sealed, (what, org, run, item))
-        return None if opened is None else zlib.decompress(opened).decode()
+        if opened is None:
+            return None
+        # Sealed by this installation: it is what was compressed.
+        return zlib.decompress(opened).decode()

@@ -22,6 +22,7 @@ from worker.store.lists.rows import (
     DefinitionRow,
     Handler,
     LimitRow,
+    ModelBatch,
     OrgRow,
     Run,
     SecretRow,
@@ -224,6 +225,13 @@ LIMITS = Listing(
     LimitRow,
     "List limits of calls to other services, newest first.",
     ("origin", "per", "rate", "burst", "concurrent", "max_wait", "updated_at", "updated_by"),
+    filters=("since",),
+)
+BATCHES = Listing(
+    "batches",
+    ModelBatch,
+    "List batches of model requests, newest first; `late` counts results that were paid for nothing.",
+    ("api", "model", "pool", "state", "requests", "late", "created_at", "sent_at", "ended_at", "error"),
     filters=("since",),
 )
 # The lists of the API.

@@ -35,6 +35,7 @@ from worker.store.dialect import Row, all_rows, below, first_row
 from worker.store.lists import (
     AUDIT,
     BACKFILLS,
+    BATCHES,
     CALENDARS,
     CREDENTIALS,
     DEFINITIONS,
@@ -432,6 +433,7 @@ _SOURCES: Mapping[Listing[Any], _Source] = {
     AUDIT: _Source(AUDIT, _audit, since="at"),
     CALENDARS: _Source(CALENDARS, tables.calendars),
     LIMITS: _Source(LIMITS, tables.limits),
+    BATCHES: _Source(BATCHES, tables.batches),
     BACKFILLS: _Source(
         BACKFILLS,
         _backfills,

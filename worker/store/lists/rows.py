@@ -179,6 +179,24 @@ class LimitRow(TypedDict):
     updated_by: str
 
 
+class ModelBatch(TypedDict):
+    """A batch of model requests at a provider, for operators only."""
+
+    id: str
+    pool: str
+    api: str
+    model: str
+    state: str
+    requests: int
+    late: int
+    tries: int
+    provider_id: str | None
+    created_at: datetime
+    sent_at: datetime | None
+    ended_at: datetime | None
+    error: str | None
+
+
 class LimitDetail(LimitRow):
     """`orgs` is how many have a bucket now, `used` the buckets whose requests wait or are under way."""
 

@@ -38,6 +38,7 @@ from worker.store.tables.access import org_secrets as org_secrets
 from worker.store.tables.access import plans as plans
 from worker.store.tables.access import sessions as sessions
 from worker.store.tables.batches import OPEN_BATCH as OPEN_BATCH
+from worker.store.tables.batches import OPEN_ITEM as OPEN_ITEM
 from worker.store.tables.batches import batch_items as batch_items
 from worker.store.tables.batches import batch_leases as batch_leases
 from worker.store.tables.batches import batches as batches

@@ -22,7 +22,8 @@ ITEM_STATES = ("pending", "sent", "done", "sync", "over")
 # `new`: has requests. `uploaded`: has a file. `creating`: the provider may have it. `sent`: it has.
 # `read`: its results are stored, its files not deleted. `done` and `failed` are final.
 BATCH_STATES = ("new", "uploaded", "creating", "sent", "read", "done", "failed")
-# A condition on batches that have something to do.
+# Conditions on requests that are not over, and on batches that have something to do.
+OPEN_ITEM = "state IN ('pending', 'sent')"
 OPEN_BATCH = "state NOT IN ('done', 'failed')"
 
 batch_items = table(
@@ -60,7 +61,7 @@ batch_items = table(
     UniqueConstraint("run_id", "name", "key", "occurrence"),
     Index("ix_batch_items_pool_pending", "pool", "opened_at", **partial("state = 'pending'")),
     Index("ix_batch_items_batch_id", "batch_id"),
-    Index("ix_batch_items_fall_back_at", "fall_back_at", **partial("state IN ('pending', 'sent')")),
+    Index("ix_batch_items_fall_back_at", "fall_back_at", **partial(OPEN_ITEM)),
     Index("ix_batch_items_org_id", "org_id"),
     CheckConstraint(one_of("state", ITEM_STATES), name="state"),
     postgresql_with=UPDATED,
@@ -90,6 +91,7 @@ batches = table(
     Column("ended_at", Instant, doc="When its results were there."),
     required("next_at", Instant, "When it is looked at next."),
     Column("error", Text, doc="What went wrong last."),
+    count("late", "Its results that were of no use any more: paid twice, or for a run that had ended."),
     required("fencing_token", BigInteger, "The lease under which it was last changed."),
     Index("ix_batches_open", "pool", "next_at", **partial(OPEN_BATCH)),
     Index("ix_batches_provider_id", "provider_id"),
