@@ -18,6 +18,8 @@ from tests.fakes.model_apis import ModelApis, serving
 from tests.fakes.site import Site, application, definition, opened, wait_until
 from worker.demo.provider import Provider
 
+pytestmark = pytest.mark.feature("batches")
+
 ORGS = [f"org_batch{number}" for number in range(4)]
 TURNS = 3
 KILLS = 5

@@ -242,6 +242,7 @@ class _Parts:
         resources.push_async_callback(limits.close)
         secrets = OpenedSecrets(database, self.credentials.ring)
         batches = self._batches(secrets)
+        resources.push_async_callback(batches.close)
         tools, chores = self._tools(steps, limits, secrets, batches), Chores(database, on_runs=signals.fired)
         parts = Parts(self.id, store, tools, self.credentials.ring, signals, chores.ended, resources)
         joined = [addition.join(parts) for addition in self.worker.additions]

@@ -103,6 +103,8 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
         # The zygote and the broker start before any key is read.
         runner = _runner(settings, entry, request, clock, stack)
         tokens, secrets = await _sources(settings, request, clock, stack)
+        batches = _batches(settings, secrets, clock, request)
+        stack.push_async_callback(batches.close)
         trials: list[Trial] = []
         entries = [entry, *children]
         shared: dict[str, Any] = {
@@ -132,7 +134,7 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
             budgets=request.budgets,
             on_progress=request.on_progress,
             family=Family(run_child),
-            batches=_batches(settings, secrets, clock, request),
+            batches=batches,
             **shared,
         )
         trials.append(trial)

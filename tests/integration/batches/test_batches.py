@@ -498,6 +498,22 @@ async def test_one_worker_at_a_time_sends_the_batches_of_a_pool(rig: Rig) -> Non
     assert rig.stock.within(batches.make_batch, second._held["default"][0], listed) is not None
 
 
+async def test_a_lease_that_was_lost_in_between_is_not_the_one_that_was_held(rig: Rig) -> None:
+    """A worker was frozen in the middle of a batch, another one had the pool, and the first has it again."""
+    first, second = rig.sender(), rig.sender()
+    await rig.hold(first)
+    advance = first.advance("default")
+    rig.clock.advance(timedelta(seconds=31))
+    assert await rig.hold(second)
+    rig.clock.advance(timedelta(seconds=31))
+    assert await rig.hold(first)
+
+    with pytest.raises(LeaseGone):
+        advance.check()
+    # The control: what began under the new lease goes on.
+    first.advance("default").check()
+
+
 async def test_a_worker_whose_lease_may_have_expired_sends_nothing(rig: Rig, apis: ModelApis) -> None:
     sender, run = rig.sender(), rig.running()
     await rig.ask(sender, run)

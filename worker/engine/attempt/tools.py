@@ -151,6 +151,9 @@ class Batches(Protocol):
     async def run(self) -> None:
         """A loop that sends batches and stores their results, until cancelled. Raises Unavailable."""
 
+    async def close(self) -> None:
+        """Close its connections."""
+
 
 class NoBatches:
     """For workers without the feature, and trials."""
@@ -166,6 +169,9 @@ class NoBatches:
 
     async def run(self) -> None:
         await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        return
 
 
 @dataclass(frozen=True, slots=True)

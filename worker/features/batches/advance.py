@@ -60,7 +60,7 @@ class Advance:
     sealer: Sealer
     apis: Mapping[str, ModelApi]
     polls: Mapping[str, float]
-    lease: Callable[[], PoolLease]
+    lease: PoolLease
     check: Callable[[], None]
     on_woken: Callable[[], object]
     patience: Patience = field(default_factory=Patience)
@@ -354,7 +354,7 @@ class Advance:
         )
 
     async def _change(self, row: Row, **values: Any) -> None:
-        if not await self.database.call(batches.change, self.lease(), row["id"], values):
+        if not await self.database.call(batches.change, self.lease, row["id"], values):
             raise LeaseGone
         row |= {name: value for name, value in values.items() if name in row and value is not True}
 

@@ -81,6 +81,10 @@ class BatchSender:
                 tasks.create_task(self._lease(pool))
                 tasks.create_task(self._serve(pool))
 
+    async def close(self) -> None:
+        """As `Batches.close`."""
+        await self.accounts.client.aclose()
+
     async def _lease(self, pool: str) -> None:
         """Hold the lease of a pool while no other worker does."""
         try:
@@ -137,15 +141,16 @@ class BatchSender:
                 raise error
 
     def advance(self, pool: str) -> Advance:
-        """What advances the batches of a pool."""
+        """What advances the batches of a pool, under the lease that is held now and no later one."""
+        lease = self._lease_of(pool)
         return Advance(
             self.database,
             self.accounts,
             self.sealer,
             self.known,
             self.polls,
-            partial(self._lease_of, pool),
-            partial(self._check, pool),
+            lease,
+            partial(self._check, pool, lease),
             self.on_woken,
             self.patience,
         )
@@ -155,10 +160,15 @@ class BatchSender:
             raise LeaseGone
         return held[0]
 
-    def _check(self, pool: str) -> None:
-        """Raise LeaseGone if the lease may have expired: this process may have been frozen."""
+    def _check(self, pool: str, lease: PoolLease | None = None) -> None:
+        """Raise LeaseGone if the lease may have expired: this process may have been frozen.
+
+        With a `lease` also if it is not that one any more: another worker may have had the pool in between.
+        """
         held = self._held.get(pool)
         if held is None or self.clock.monotonic() >= held[1]:
+            raise LeaseGone
+        if lease is not None and held[0].fencing_token != lease.fencing_token:
             raise LeaseGone
 
 

@@ -40,6 +40,10 @@ class TrialBatches:
     async def run(self) -> None:
         """As `Batches.run`: requests are sent as they come."""
 
+    async def close(self) -> None:
+        """As `Batches.close`."""
+        await self.accounts.client.aclose()
+
     async def open(self, inflight: InflightRun, wait: NewWait) -> WaitState | None:
         """As `Batches.open`, but it returns once the result is there. Raises StepError."""
         request, plan = wait.request, inflight.plan
