@@ -70,7 +70,7 @@ def test_the_shipped_file_names_every_setting():
 
 def test_the_issuer_explained_in_the_shipped_file_is_one_of_defaults():
     text = SHIPPED.read_text(encoding="utf-8")
-    uncommented = re.sub(r"(?m)^# ((?:# |\[issuers|\[pools|\w+ = ).*)$", r"\1", text)
+    uncommented = re.sub(r"(?m)^# ((?:# |\[issuers|\[pools|\[batches|\w+ = ).*)$", r"\1", text)
 
     issuer = load(written(uncommented), environ={}).issuers["main"]
 

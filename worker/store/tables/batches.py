@@ -105,7 +105,7 @@ batches = table(
 batch_leases = table(
     "batch_leases",
     "Which worker sends the batches of a pool.",
-    Column("pool", Text, primary_key=True),
+    Column("pool", Text, primary_key=True, doc="The pool."),
     required("worker_id", Id, "The worker."),
     required("fencing_token", BigInteger, "Grows with each new holder."),
     required("until", Instant, "When the lease expires."),
