@@ -64,7 +64,8 @@ class Rig:
         self.ring = KeyRing.load_or_generate(self.folder / "keyring")
         for api in (OPENAI, ANTHROPIC):
             (self.folder / f"model_key__{api.name}").write_text(KEY)
-        self.worker = self.stock.worker()
+        # Its lease outlasts the time that tests let pass.
+        self.worker = self.stock.worker(lease=timedelta(days=30))
 
     def sender(self, worker: WorkerId | None = None, **values: Any) -> BatchSender:
         """What sends the batches of one worker."""
