@@ -1,4 +1,4 @@
-"""A file for `apply`, TOML or JSON: orgs, definitions, templates, calendars, budgets and limits."""
+"""A file for `apply`, TOML or JSON: orgs, definitions, templates, calendars, budgets, limits, rollouts."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from worker.model.definitions.definition import Definition, from_spec, parse_def
 from worker.model.definitions.fields import Faults, Fields, refusal
 from worker.model.definitions.limits import LimitEntry, parse_limit
 from worker.model.definitions.pools import parse_pool
+from worker.model.definitions.rollouts import RolloutEntry, parse_rollout
 from worker.model.definitions.units import MAX_DEPTH
 from worker.model.definitions.zones import zone_name
 from worker.model.orgs import MAX_CONCURRENT_RUNS, WEIGHT, OrgEntry, Selector, parse_selector
@@ -33,6 +34,7 @@ _STAND_INS = dict.fromkeys(("code", "issuer", "org", "name", "handler"), "x") | 
     "schedule": "@hourly",
     "orgs": "all",
 }
+_KINDS = ("org", "definition", "template", "calendar", "budget", "limit", "rollout")
 _ORG_KEYS = ("code", "name", "issuer", "max_concurrent_runs", "weight", "tags", "timezone", "pool")
 
 
@@ -60,6 +62,7 @@ class DefinitionsFile:
     budgets: tuple[BudgetEntry, ...] = ()
     calendars: tuple[CalendarEntry, ...] = ()
     limits: tuple[LimitEntry, ...] = ()
+    rollouts: tuple[RolloutEntry, ...] = ()
 
 
 def format_of(path: str) -> Format:
@@ -76,12 +79,12 @@ def parse_file(
     """
     values, faults = _load(content, format), Faults()
     for key in values:
-        if key not in ("org", "definition", "template", "budget", "calendar", "limit"):
+        if key not in _KINDS:
             faults.add(
                 DefinitionError(
                     f"unknown key {key!r}",
                     field=key,
-                    fix="write [[org]], [[definition]], [[template]], [[calendar]], [[budget]] or [[limit]]",
+                    fix=f"write {', '.join(f'[[{kind}]]' for kind in _KINDS[:-1])} or [[{_KINDS[-1]}]]",
                 )
             )
     read_calendar = partial(parse_calendar, read_file=read_file)
@@ -92,6 +95,7 @@ def parse_file(
         _budgets(values, faults),
         _entries(values, "calendar", ("name",), read_calendar, faults, each_key=False),
         _limits(values, faults),
+        _entries(values, "rollout", ("name",), parse_rollout, faults, each_key=False),
     )
     faults.check()
     return file
@@ -152,7 +156,7 @@ def _load(content: str | bytes, format: Format) -> Mapping[str, Any]:
         ) from error
     if not isinstance(values, dict):
         raise DefinitionError(
-            "the file is not valid: expected a table of org, definition, template, calendar, budget, limit",
+            f"the file is not valid: expected a table of {', '.join(_KINDS)}",
             fix='as JSON it is one object: {"definition": [...]}',
         )
     return values

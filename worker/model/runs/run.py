@@ -135,7 +135,7 @@ class OwnedRun:
 
 
 class RunContext(NamedTuple):
-    """The org and the definition of a run; `spec` is that of the run's revision, as JSON text."""
+    """The org and the definition of a run; `spec`, of the run's revision, and `tags` are JSON text."""
 
     org_id: OrgId
     org_code: str
@@ -144,6 +144,7 @@ class RunContext(NamedTuple):
     issuer: str
     definition_name: str
     spec: str
+    tags: str = "[]"
 
 
 @dataclass(slots=True)
