@@ -262,3 +262,16 @@ async def completing(ctx: Context[Any, Any]) -> dict[str, Any]:
         response = await ctx.complete({"model": "gpt-5-mini", "input": " ".join(said)})
         said.append(response["output"][0]["content"][0]["text"])
     return {"said": said[1:]}
+
+
+@job("acme.v1", isolation="inline")
+async def v1(ctx: Context[Any, Any]) -> dict[str, Any]:
+    return {"version": 1}
+
+
+@job("acme.v2", isolation="inline")
+async def v2(ctx: Context[Any, Any]) -> dict[str, Any]:
+    """As `acme.v1`, until the file `params["worse"]` exists."""
+    if os.path.exists(ctx.params["worse"]):
+        raise ValueError("the new prompt is worse")
+    return {"version": 2}

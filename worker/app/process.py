@@ -62,7 +62,10 @@ from worker.wiring.start import VERSION, start
 from worker.wiring.traces import traces_of
 
 # What features add to a worker.
-ADDITIONS: tuple[Point[MakeAddition], ...] = (Point("hosts.worker", "[attempts] listen"),)
+ADDITIONS: tuple[Point[MakeAddition], ...] = (
+    Point("hosts.worker", "[attempts] listen"),
+    Point("rollouts.worker", "the comparison of rollouts"),
+)
 # What shares limits of calls to other services between workers.
 SHARES: Point[MakeLimits] = Point("egress.shares", "[[limit]]")
 # What sends model requests in batches.
@@ -320,6 +323,7 @@ class _Parts:
             insecure_origins=execution.insecure_origins,
             api_base_urls={name: issuer.api_base_url for name, issuer in settings.issuers.items()},
             network=network_of(settings),
+            rollouts=store.rollouts,
         )
         return Tools(
             plans=plans,
@@ -337,6 +341,7 @@ class _Parts:
             limits=limits,
             secrets=secrets,
             batches=batches,
+            versions=store,
         )
 
     def _add_chores(self, housekeeping: Housekeeping, often: float) -> None:
@@ -350,6 +355,7 @@ class _Parts:
         housekeeping.every(NEW_CLAIMS_EVERY, "new_claims", partial(self._outdate_tokens, new_claims))
         housekeeping.every(COUNT_EVERY, "backlog", store.count_waiting)
         housekeeping.every(BUDGETS_EVERY, "budgets", store.look_at_budgets)
+        housekeeping.every(often, "rollouts", store.look_at_rollouts)
         retention = Retention(store, ages_of(settings.retention), clock)
         housekeeping.every(RETENTION_EVERY, "retention", retention.tidy)
 

@@ -24,7 +24,18 @@ from worker.model.runs.next_steps import NextStep
 from worker.model.runs.outcome import Error, fingerprint
 from worker.model.runs.why import SinceThen, Why, blocked, last_error, limited, solved, why_run
 from worker.operations import approvals
-from worker.store import batches, catalogue, children, definitions, health, history, org_secrets, orgs, places
+from worker.store import (
+    batches,
+    catalogue,
+    children,
+    definitions,
+    health,
+    history,
+    org_secrets,
+    orgs,
+    places,
+    rollouts,
+)
 from worker.store.dialect import database_now
 from worker.store.lists import morning
 from worker.store.lists import runs as run_lists
@@ -39,6 +50,15 @@ _HALF_HOUR = timedelta(minutes=30)
 # Retries of retries that are followed.
 _MAX_RETRIES = 20
 _YEAR = timedelta(days=366)
+# Why a run has its version, which a rollout decided on when it started.
+_BY_ROLLOUT = "by the rollout {version_rollout} it runs {version_handler}"
+VERSION_BY = {
+    "step": f"{_BY_ROLLOUT}, as of its step {{version_share}}",
+    "flag": f"{_BY_ROLLOUT}, since the token of its org lacks the flag",
+    "halted": f"{_BY_ROLLOUT}, since that was halted",
+    "finished": f"{_BY_ROLLOUT}, which was finished",
+    "stored": f"{_BY_ROLLOUT}, with which it had begun",
+}
 _STOPS = {
     "definition.pause": "the definition was paused",
     "definition.close": "the definition was closed",
@@ -103,6 +123,19 @@ def why_time(connection: Connection, org: str, name: str, at: datetime, *, now: 
 
 def explain(connection: Connection, run: Row, *, across_orgs: bool = True) -> Why:
     """Explain a run by its row; without `across_orgs`, nothing of other orgs and of workers is read."""
+    found = _explain(connection, run, across_orgs=across_orgs)
+    if not across_orgs:
+        return found
+    version = rollouts.version_of(connection, orgs.require(connection, run["org"])["id"], RunId(run["id"]))
+    if version is None:
+        return found
+    addition = "; ".join(filter(None, (found.addition, VERSION_BY[version["why"]])))
+    values = {name: str(version[name]) for name in ("handler", "rollout", "share")}
+    named = {f"version_{name}": value for name, value in values.items()}
+    return replace(found, values={**found.values, **named}, addition=addition)
+
+
+def _explain(connection: Connection, run: Row, *, across_orgs: bool) -> Why:
     org = orgs.require(connection, run["org"])
     org_id = org["id"]
     known: dict[str, Any] = {

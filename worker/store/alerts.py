@@ -70,7 +70,7 @@ RECOVERED: Mapping[Kind, tuple[str, str]] = {
 }
 MAY_GO_QUIET: tuple[Kind, ...] = (
     *("failed", "refused", "credential_dead", "provisioning_failed"),
-    *("files_opened", "files_changeable", "egress_denied", "unpriced", "forecast"),
+    *("files_opened", "files_changeable", "egress_denied", "unpriced", "forecast", "rollout"),
 )
 
 

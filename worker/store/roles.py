@@ -133,6 +133,11 @@ _OPERATOR_WRITES: Mapping[str, Sequence[str]] = {
     "login_transactions": ("INSERT", "DELETE"),
     "plans": ("INSERT", "DELETE"),
     "pool_approvals": ("INSERT", "UPDATE (digest, ceiling, approved_at, approved_by)"),
+    "rollouts": (
+        "UPDATE (state, step, step_began_at, began_at, ready, stalled, verdict, halted_at, halted_by)",
+        "UPDATE (reason, updated_at, updated_by)",
+    ),
+    "rollout_orgs": ("INSERT", "UPDATE (from_sums, to_sums)"),
 }
 
 # A role may exist already, created manually or by a migration of another database.

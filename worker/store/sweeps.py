@@ -262,7 +262,7 @@ def end_waiting(
 _OF_A_RUN = (
     *(tables.run_logs, tables.checkpoints, tables.steps, tables.waits, tables.attempts, tables.spends),
     *(tables.budget_raises, tables.run_words, tables.run_egress, tables.parents, tables.tree_spends),
-    *(tables.model_spends, tables.batch_items),
+    *(tables.model_spends, tables.batch_items, tables.run_versions),
 )
 
 # By the place in the table: these rows never change, and a key of three columns is slow to compare.

@@ -21,6 +21,7 @@ from worker.model.definitions.budgets import limit_in
 from worker.model.definitions.pools import DEFAULT_POOL
 from worker.model.money import NANO, money_text
 from worker.model.prices import ModelUsage, Prices
+from worker.model.rollouts.rollout import RolloutBook, RunVersion, VersionAsk
 from worker.model.runs.children import FamilyCap, NewChild, PlacedChild
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import (
@@ -50,6 +51,7 @@ from worker.store import (
     limits,
     pools,
     prices,
+    rollouts,
     spending,
     starts,
     states,
@@ -86,7 +88,8 @@ def load_progress(connection: Connection, run_id: RunId) -> StoredProgress:
 
 # Each row is looked up by its key: PostgreSQL might read all of them for a join.
 CONTEXTS = """
-SELECT r.definition_id, r.revision, o.id, o.code, o.name, o.timezone, o.issuer, d.name, r.spec::text
+SELECT r.definition_id, r.revision, o.id, o.code, o.name, o.timezone, o.issuer, d.name, r.spec::text,
+       o.tags::text
 FROM unnest((SELECT %s::uuid[]), (SELECT %s::integer[])) AS w(definition_id, revision)
 CROSS JOIN LATERAL (SELECT * FROM definition_revisions r
                     WHERE r.definition_id = w.definition_id AND r.revision = w.revision LIMIT 1) r
@@ -108,7 +111,7 @@ def run_contexts(
         definition_id, revision = _revisions.c.definition_id, _revisions.c.revision
         columns = definition_id, revision, orgs.c.id, orgs.c.code, orgs.c.name, orgs.c.timezone, orgs.c.issuer
         rows = connection.execute(
-            select(*columns, definitions.c.name, cast(_revisions.c.spec, Text))
+            select(*columns, definitions.c.name, cast(_revisions.c.spec, Text), cast(orgs.c.tags, Text))
             .join(definitions, definitions.c.id == definition_id)
             .join(orgs, orgs.c.id == definitions.c.org_id)
             .where(
@@ -159,6 +162,8 @@ class WorkerStore:
         self._contexts = BatchLoader(self.orgs_and_definitions)
         self._caps = BatchLoader(self.caps_of)
         self._ended_children = EndedChildren(database)
+        self._versions = BatchLoader(self.keep_versions)
+        self.rollouts = RolloutBook()
         # Pools in which runs have waited.
         self._waited: set[str] = set()
         self._nothing_was_due = False
@@ -295,6 +300,17 @@ class WorkerStore:
             self._prices = await self.database.call_autocommit(prices.load, self._own_prices)
         return self._prices[0]
 
+    async def look_at_rollouts(self) -> None:
+        """Learn of rollouts that were added or changed."""
+        self.rollouts.take(await self.database.call_autocommit(rollouts.known))
+
+    async def keep_version(self, ask: VersionAsk) -> RunVersion | None:
+        """The version of a run that starts, stored with it, fenced; None if the run is no longer ours.
+
+        Runs that start together share a transaction.
+        """
+        return await self._versions.of(ask)
+
     async def look_at_pools(self) -> Mapping[str, Declared]:
         """Learn the rules that other workers stored; returns where handlers ask to run."""
 
@@ -426,6 +442,7 @@ class WorkerStore:
     read_children = in_autocommit(children.read)
     read_ended = in_transaction(children.read_ended)
     caps_of = in_autocommit(children.caps_of)
+    keep_versions = in_transaction(rollouts.keep_versions)
     budgets_of = in_autocommit(spending.states_of)
     load_progress = in_autocommit(load_progress)
     load_steps = in_autocommit(steps.load_steps)
@@ -571,6 +588,7 @@ class WorkerStore:
                 pools=self._pools,
             )
             self._budgets = budgets.watched(connection, ALL_ORGS)
+            self.rollouts.take(rollouts.known(connection))
             stored, changed = pools.store_rules(connection, self.pool_rules.own, by=socket.gethostname())
         for pool in changed:
             emit("pool.rules_changed", pool=pool, rules=stored[pool])

@@ -35,6 +35,7 @@ Kind = Literal[
     "late",
     "unpriced",
     "forecast",
+    "rollout",
 ]
 Status = Literal["firing", "resolved"]
 
@@ -189,6 +190,16 @@ def _cause(event: str, fields: Mapping[str, Any]) -> tuple[Kind, tuple[str | Non
             why = fields.get("why")
             summary = f"{definition} of {org} is late, due by {fields.get('late_at')}: {why}"
             return "late", (org, why), summary
+        case "rollout.halted", _:
+            summary = (
+                f"rollout {fields.get('rollout')} is halted: {fields.get('metric')} is worse by "
+                f"{fields.get('effect')}, tolerated are {fields.get('tolerance')}; all orgs get the old one"
+            )
+            return "rollout", (fields.get("rollout"), "halted"), summary
+        case "rollout.stalled", _:
+            side = "new" if fields.get("side") == "to" else "old"
+            summary = f"the {side} version of rollout {fields.get('rollout')} has had no runs for a day"
+            return "rollout", (fields.get("rollout"), "stalled"), summary
         case "schedule.overdue", _:
             seconds = fields.get("seconds")
             summary = f"no worker fires schedules: {definition} of {org} has been due for {seconds} s"
@@ -235,6 +246,7 @@ _STATES: Mapping[str, frozenset[str | None]] = {
             *("definition.paused", "run.asks", "org.parked", "credential.unusable", "schedule.overdue"),
             *("provisioning.failed", "provisioning.unavailable", "files.opened", "files.changeable"),
             *("egress.denied", "schedule.late", "price.missing", "budget.forecast"),
+            *("rollout.halted", "rollout.stalled"),
         ),
         frozenset({None}),
     ),

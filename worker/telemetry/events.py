@@ -107,6 +107,18 @@ _ROWS = (
     ),
     _info("schedule.done: org definition", "a definition that was late has done its work"),
     _debug("late.counted: definitions", "the number of late definitions, of all orgs, has changed"),
+    _error(
+        "rollout.halted: rollout metric effect tolerance orgs runs",
+        "a metric of the new version exceeds its tolerance: new runs of all orgs take the old version",
+    ),
+    _error(
+        "rollout.stalled: rollout side",
+        "a side of a rollout has had no runs for a day, while the other one had: nothing can be compared",
+    ),
+    _info(
+        "rollout.ready: rollout step next", "a step has shown what it must; a person may start the next one"
+    ),
+    _info("rollout.advanced: rollout step", "the next step of a rollout has begun by itself"),
     _info("schedule.caught_up", "no scheduled time is overdue any more"),
     # Run to outcome.
     _debug(

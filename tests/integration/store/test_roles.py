@@ -40,6 +40,8 @@ NOT_OF_ORGS = {
     "plans",
     "calendars",
     "limits",
+    "rollouts",
+    "rollout_days",
     "host_handlers",
     "batch_leases",
     "pool_approvals",
@@ -48,7 +50,7 @@ NOT_OF_ORGS = {
 NOT_FOR_ORGS = {
     *("workers", "hosts", "alerts", "alert_strikes", "applications", "access_tokens", "pools", "calendars"),
     *("pool_approvals", "limits", "limit_shares", "origin_pauses", "product_logins"),
-    *("batches", "batch_leases"),
+    *("batches", "batch_leases", "rollouts", "rollout_orgs", "rollout_days"),
 }
 # All that API and console write, and no right more: by table, the columns of its UPDATE.
 WRITES = {
@@ -99,6 +101,11 @@ OPERATOR_WRITES = WRITES | {
     "login_transactions": ("INSERT", "DELETE"),
     "plans": ("INSERT", "DELETE"),
     "pool_approvals": ("INSERT", "UPDATE approved_at approved_by ceiling digest"),
+    "rollouts": (
+        "UPDATE began_at halted_at halted_by ready reason stalled state step step_began_at updated_at "
+        "updated_by verdict",
+    ),
+    "rollout_orgs": ("INSERT", "UPDATE from_sums to_sums"),
 }
 ORG_COLUMNS = """
 SELECT c.relname, c.relrowsecurity AND c.relforcerowsecurity AND EXISTS (

@@ -39,6 +39,7 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.model.bindings import OrgSecrets
 from worker.model.claims import ClaimsRecord, Enforced
 from worker.model.egress import Gate
+from worker.model.rollouts.rollout import VersionAsk
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.budgets import BudgetState
 from worker.model.runs.children import BY_PARENT, EXCEEDS, MAX_CHILD_RESULT
@@ -119,6 +120,7 @@ async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared
     if (gated := _claims(enforced.claims, inflight, plan, trail, tools)) is not None:
         return gated
     stored = await tools.store.load_progress(run.id) if run.may_have_checkpoint else NOTHING_STORED
+    await _version(stored, enforced.claims, inflight, plan, trail, tools)
     entry = _handler(stored, enforced.claims, inflight, plan, trail, tools)
     if not isinstance(entry, HandlerEntry):
         return entry
@@ -206,6 +208,30 @@ def _claims(
             trail.handler = variant.handler
             break
     return None
+
+
+async def _version(
+    stored: StoredProgress,
+    claims: Claims,
+    inflight: InflightRun,
+    plan: AttemptPlan,
+    trail: Trail,
+    tools: Tools,
+) -> None:
+    """Take the version that a rollout gives the run at its first start, and that it keeps.
+
+    A variant that a flag has chosen goes first, and a child has the version of its parent.
+    """
+    run, rollout = inflight.run, plan.rollout
+    if rollout is None or tools.versions is None or run.origin == "child" or trail.handler != run.handler:
+        return
+    flag = rollout.flag
+    flag_on = flag is None or flag_is(claims, flag.name, flag.equals)
+    given = run.id, run.fencing_token, run.attempt, run.origin, run.org_id, rollout.id, flag_on
+    version = await tools.versions.keep_version(VersionAsk(*given, stored.handler))
+    if version is None:
+        raise LeaseLost(f"run {run.id} is no longer ours")
+    trail.handler = version.handler
 
 
 def _handler(

@@ -27,6 +27,7 @@ from worker.model.definitions.origins import check_base_url, check_encrypted, is
 from worker.model.definitions.units import parse_duration, parse_memory
 from worker.model.egress import API, Egress, Owner, effective
 from worker.model.orgs import OrgRef, TokenWant
+from worker.model.rollouts.rollout import Rollout, RolloutBook
 from worker.model.runs.children import FamilyCap
 from worker.model.runs.outcome import Error, Failed
 from worker.model.runs.run import AdmittedRun, Declared, LoadedState, RunContext, StoredProgress
@@ -189,6 +190,7 @@ class AttemptPlan:
     api_base_url: str = ""
     network: NetworkPolicy = AUTO
     org_timezone: str | None = None
+    rollout: Rollout | None = None
     _limits: dict[str, tuple[HandlerEntry | None, Limits]] = field(default_factory=dict, repr=False)
     _want: TokenWant | None = field(default=None, repr=False)
 
@@ -199,12 +201,17 @@ class AttemptPlan:
             cached = self._limits[handler] = (entry, Limits.of(self.definition, entry))
         return cached[1]
 
+    def others(self, origin: str = "schedule") -> tuple[str, ...]:
+        """The handlers besides its own that a flag or a rollout may choose for a run; a child has none."""
+        variants = tuple(variant.handler for variant in self.definition.variants_of(origin))
+        return variants if self.rollout is None or origin == "child" else (*variants, self.rollout.new)
+
     def want(self, limits: Limits, handlers: HandlerRegistry) -> TokenWant:
-        """The token of an attempt, which may have the scopes of its variants too."""
+        """The token of an attempt, which may have the scopes of its other handlers too."""
         definition, want = self.definition, self._want
         # Cached unless the scopes change with the handlers that are offered.
-        if want is None or want.scopes is not limits.scopes or definition.variants:
-            also_ask = handlers.scopes([variant.handler for variant in definition.variants])
+        if want is None or want.scopes is not limits.scopes or definition.variants or self.rollout:
+            also_ask = handlers.scopes(self.others())
             asked = (self.org, self.issuer, definition.audience, limits.scopes, also_ask)
             want = self._want = TokenWant(*asked, max_age=definition.max_claims_age)
         return want
@@ -315,6 +322,7 @@ class Plans:
     insecure_origins: tuple[str, ...] = ()
     api_base_urls: Mapping[str, str] = field(default_factory=dict)
     network: NetworkPolicy = AUTO
+    rollouts: RolloutBook = field(default_factory=RolloutBook)
     _plans: OrderedDict[Revision, tuple[float, AttemptPlan]] = field(default_factory=OrderedDict)
     # By issuer, name and spec: a template's definitions differ in their org only.
     _shared: Sized[tuple[str, str, str], _Shared] = field(
@@ -360,8 +368,9 @@ class Plans:
     def _plan_of(self, context: RunContext) -> AttemptPlan:
         """The plan of a context; raises as `of`."""
         shared = self._shared_of(context)
+        definition = shared.definition
         return AttemptPlan(
-            definition=shared.definition,
+            definition=definition,
             org=OrgRef(context.org_id, context.org_code),
             org_name=context.org_name,
             issuer=context.issuer,
@@ -371,6 +380,9 @@ class Plans:
             api_base_url=shared.api_base_url,
             network=self.network,
             org_timezone=context.org_timezone,
+            rollout=self.rollouts.find(
+                definition.name, definition.handler, tags_json=context.tags, issuer=context.issuer
+            ),
             _limits=shared.limits,
         )
 

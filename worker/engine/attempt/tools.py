@@ -47,6 +47,7 @@ from worker.model.claims import Digests, Enforced, PoolRules
 from worker.model.limits import Share
 from worker.model.orgs import OrgRef, TokenWant
 from worker.model.prices import ModelUsage
+from worker.model.rollouts.rollout import RunVersion, VersionAsk
 from worker.model.runs.budgets import OrgBudgets
 from worker.model.runs.children import ChildPage, FamilyCap, NewChild, PlacedChild, Span
 from worker.model.runs.run import AdmittedRun, Isolation, LoadedState, RunStep, StepPage, StoredProgress
@@ -250,6 +251,11 @@ class AttemptStore(Protocol):
         """Store the limits of budgets that an enforced token has."""
 
 
+class VersionStore(Protocol):
+    async def keep_version(self, ask: VersionAsk) -> RunVersion | None:
+        """The version of a run that starts, stored with it, fenced; None if the run is no longer ours."""
+
+
 class HandlerTools(Protocol):
     """What all attempts of a worker or of a host share, to run handlers."""
 
@@ -287,6 +293,8 @@ class Tools:
     deadlines: Deadlines = field(default_factory=Deadlines)
     limits: LimitSource = field(default_factory=NoLimits)
     batches: Batches = field(default_factory=NoBatches)
+    # None in a trial, which has no rollouts.
+    versions: VersionStore | None = None
 
     async def prepare(self, runs: Sequence[AdmittedRun]) -> None:
         """Read what the attempts of these runs need in few queries, so that they need not wait one by one."""

@@ -200,8 +200,8 @@ class HostedRuns:
                 want = plan.want(limits, tools.handlers)._replace(max_age=None)
                 enforced = await tools.tokens.ensure(want)
                 inflight.hold(enforced.token)
-                variants = [variant.handler for variant in plan.definition.variants_of(inflight.run.origin)]
-                if names := tools.handlers.secrets([inflight.run.handler, *variants]):
+                others = plan.others(inflight.run.origin)
+                if names := tools.handlers.secrets([inflight.run.handler, *others]):
                     secrets = await tools.secrets.of(plan.org, names)
                     inflight.hold_secrets({name: each.value for name, each in secrets.items()})
 
@@ -209,8 +209,7 @@ class HostedRuns:
         """Raise Malformed unless the attempt may be one of the handler that its host names."""
         if hosted.handler is None:
             plan, run = hosted.inflight.plan, hosted.run
-            variants = () if plan is None else plan.definition.variants_of(run.origin)
-            possible = {run.handler, *(variant.handler for variant in variants)}
+            possible = {run.handler, *(() if plan is None else plan.others(run.origin))}
             if named not in possible:
                 possible.add((await self._shared.tools.store.load_progress(run.id)).handler or "")
             if named not in possible:

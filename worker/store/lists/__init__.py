@@ -24,6 +24,7 @@ from worker.store.lists.rows import (
     LimitRow,
     ModelBatch,
     OrgRow,
+    RolloutRow,
     Run,
     SecretRow,
     Skip,
@@ -232,6 +233,13 @@ BATCHES = Listing(
     ModelBatch,
     "List batches of model requests, newest first; `late` counts results that were paid for nothing.",
     ("api", "model", "pool", "state", "requests", "late", "created_at", "sent_at", "ended_at", "error"),
+    filters=("since",),
+)
+ROLLOUTS = Listing(
+    "rollouts",
+    RolloutRow,
+    "List rollouts, newest first.",
+    ("name", "definitions", "from_handler", "to_handler", "state", "step", "steps", "ready", "updated_at"),
     filters=("since",),
 )
 # The lists of the API.

@@ -44,6 +44,7 @@ from worker.store.lists import (
     LIMITS,
     MAX_LIMIT,
     ORGS,
+    ROLLOUTS,
     RUNS,
     SECRETS,
     SKIPS,
@@ -434,6 +435,7 @@ _SOURCES: Mapping[Listing[Any], _Source] = {
     CALENDARS: _Source(CALENDARS, tables.calendars),
     LIMITS: _Source(LIMITS, tables.limits),
     BATCHES: _Source(BATCHES, tables.batches),
+    ROLLOUTS: _Source(ROLLOUTS, tables.rollouts),
     BACKFILLS: _Source(
         BACKFILLS,
         _backfills,

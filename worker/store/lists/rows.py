@@ -221,6 +221,57 @@ class OriginPause(TypedDict):
     until: datetime
 
 
+class RolloutRow(TypedDict):
+    """A rollout of a new version, for operators only."""
+
+    id: str
+    name: str
+    definitions: str
+    from_handler: str
+    to_handler: str
+    orgs: Any
+    flag: Any
+    steps: list[str]
+    auto: bool
+    watch: dict[str, str]
+    state: str
+    step: int
+    step_began_at: datetime | None
+    began_at: datetime | None
+    ready: bool
+    stalled: bool
+    judged_at: datetime | None
+    halted_at: datetime | None
+    halted_by: str | None
+    reason: str | None
+    created_at: datetime
+    updated_at: datetime
+    updated_by: str
+
+
+class RolloutDetail(RolloutRow):
+    """`metrics` are the numbers of the last verdict, `evidence` those of the last halt by a metric."""
+
+    share: str | None
+    orgs_in_all: int
+    orgs_moved: int
+    moved: list[dict[str, Any]]
+    metrics: dict[str, Any] | None
+    evidence: dict[str, Any] | None
+    days: list[dict[str, Any]]
+
+
+class PlannedStepRow(TypedDict):
+    """A step before it starts; `days` is null if it never shows what it must within a year."""
+
+    step: str
+    orgs: int
+    runs_per_day: float
+    runs: int | None
+    days: int | None
+    note: str
+
+
 class AttemptRow(TypedDict):
     attempt: Shown[int]
     worker: Annotated[WorkerId | None, redaction.hidden]

@@ -55,6 +55,11 @@ from worker.store.tables.limits import origin_pauses as origin_pauses
 from worker.store.tables.prices import model_days as model_days
 from worker.store.tables.prices import model_spends as model_spends
 from worker.store.tables.prices import price_lists as price_lists
+from worker.store.tables.rollouts import ROLLOUT_SIDES as ROLLOUT_SIDES
+from worker.store.tables.rollouts import rollout_days as rollout_days
+from worker.store.tables.rollouts import rollout_orgs as rollout_orgs
+from worker.store.tables.rollouts import rollouts as rollouts
+from worker.store.tables.rollouts import run_versions as run_versions
 from worker.store.tables.runs import ATTEMPT_OUTCOMES as ATTEMPT_OUTCOMES
 from worker.store.tables.runs import FINAL_STATES as FINAL_STATES
 from worker.store.tables.runs import HOT, UPDATED, count, one_of, partial, required, table
@@ -483,7 +488,7 @@ rollup_hours = table(
 
 ALERT_KINDS = (
     *("failed", "refused", "overdue", "paused", "credential_dead", "provisioning_failed", "waiting"),
-    *("files_opened", "files_changeable", "egress_denied", "late", "unpriced", "forecast"),
+    *("files_opened", "files_changeable", "egress_denied", "late", "unpriced", "forecast", "rollout"),
 )
 
 alerts = table(
@@ -495,7 +500,7 @@ alerts = table(
         "kind",
         Text,
         "`failed`, `refused`, `overdue`, `paused`, `credential_dead`, `provisioning_failed`, `waiting`, "
-        "`files_opened`, `files_changeable`, `egress_denied`, `late`, `unpriced` or `forecast`.",
+        "`files_opened`, `files_changeable`, `egress_denied`, `late`, `unpriced`, `forecast` or `rollout`.",
     ),
     required("summary", Text, "A sentence for people."),
     required("fields", json_type(), "The fields of the first event."),
