@@ -53,6 +53,16 @@ BATCHES = Feature(
     settings=("batches",),
     tables=("batches", "batch_items", "batch_leases"),
 )
+ROLLOUTS = Feature(
+    "rollouts",
+    verbs={"rollouts": "verbs:app"},
+    gives={
+        "rollouts.applied": "applying",
+        "rollouts.moves": "operations",
+        "rollouts.worker": "wiring:RolloutsOfWorker",
+    },
+    tables=("rollout_orgs", "rollout_days"),
+)
 OUTBOX = Feature("outbox", verbs={"relay": "verbs:relay", "outbox": "verbs:app"}, settings=("relay",))
 
-FEATURES = (CONSOLE, PROVISIONING, HOSTS, CALENDARS, EGRESS, IMPORTING, ORG_SECRETS, OUTBOX, BATCHES)
+FEATURES = (CONSOLE, PROVISIONING, HOSTS, CALENDARS, EGRESS, IMPORTING, ORG_SECRETS, OUTBOX, BATCHES, ROLLOUTS)

@@ -1,4 +1,4 @@
-"""Apply a file of orgs, templates, definitions, calendars, budgets and limits: all or nothing."""
+"""Apply a file of orgs, templates, definitions, calendars, budgets, limits, rollouts: all or nothing."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from worker.operations.budgets import BudgetChange, budget_changes, wake_changed
 from worker.operations.changes import (
     CALENDARS,
     LIMITS,
+    ROLLOUTS,
     Action,
     CalendarChange,
     Change,
@@ -28,6 +29,7 @@ from worker.operations.changes import (
     DefinitionChange,
     LimitChange,
     OrgChange,
+    RolloutChange,
     TemplateChange,
     check_selected,
     differing,
@@ -41,7 +43,15 @@ from worker.store import audit, calendars, definitions, orgs, places, templates
 from worker.store.database import Database
 from worker.store.dialect import Row, chunks
 
-AnyChange = OrgChange | TemplateChange | DefinitionChange | BudgetChange | CalendarChange | LimitChange
+AnyChange = (
+    OrgChange
+    | TemplateChange
+    | DefinitionChange
+    | BudgetChange
+    | CalendarChange
+    | LimitChange
+    | RolloutChange
+)
 Report = Callable[[int, int, str], None]
 # The pools of the orgs that have a definition; None for an org without one.
 OrgPools = Callable[[], Collection[str | None]]
@@ -120,10 +130,12 @@ class _Plan:
     budgets: list[BudgetChange] = field(default_factory=list)
     calendars: list[CalendarChange] = field(default_factory=list)
     limits: list[LimitChange] = field(default_factory=list)
+    rollouts: list[RolloutChange] = field(default_factory=list)
 
     @property
     def all(self) -> list[AnyChange]:
-        return [*self.calendars, *self.orgs, *self.templates, *self.definitions, *self.budgets, *self.limits]
+        first: list[AnyChange] = [*self.calendars, *self.orgs, *self.templates, *self.definitions]
+        return [*first, *self.budgets, *self.limits, *self.rollouts]
 
 
 def _carry_out(connection: Connection, plan: _Plan, *, actor: str, at: datetime, report: Report) -> None:
@@ -149,6 +161,8 @@ def _carry_out(connection: Connection, plan: _Plan, *, actor: str, at: datetime,
     write_budgets(connection, plan.budgets, actor=actor, at=at)
     if plan.limits:
         LIMITS.require().write_limits(connection, plan.limits, actor=actor, at=at)
+    if plan.rollouts:
+        ROLLOUTS.require().write_rollouts(connection, plan.rollouts, actor=actor, at=at)
     audit.record(connection, [change.audit_entry() for change in plan.all], at=at, actor=actor)
     materialise_first(connection, actor=actor, at=at)
 
@@ -250,6 +264,8 @@ def _make_plan(
     plan.budgets += budget_changes(connection, file.budgets, ids, issuers, prune=pruned, currency=currency)
     if file.limits:
         plan.limits += LIMITS.require().limit_changes(connection, file.limits)
+    if file.rollouts:
+        plan.rollouts += ROLLOUTS.require().rollout_changes(connection, file.rollouts)
     return plan
 
 

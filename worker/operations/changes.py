@@ -20,12 +20,16 @@ from worker.model.definitions.definition import Definition, to_spec
 from worker.model.definitions.fields import refusal
 from worker.model.definitions.limits import COLUMNS as LIMIT_COLUMNS
 from worker.model.definitions.limits import LimitEntry, shown
+from worker.model.definitions.rollouts import COLUMNS as ROLLOUT_COLUMNS
+from worker.model.definitions.rollouts import RolloutEntry
 from worker.model.orgs import Selector
 from worker.operations import settle
 from worker.store import audit, backfills, definitions, edit_runs, orgs, templates
+from worker.store.database import Database
 from worker.store.dialect import Row
+from worker.store.lists.rows import PlannedStepRow, RolloutDetail
 
-Kind = Literal["org", "definition", "template", "budget", "calendar", "limit"]
+Kind = Literal["org", "definition", "template", "budget", "calendar", "limit", "rollout"]
 Action = Literal["add", "change", "reopen", "close", "remove"]
 # The dates of calendars by name.
 Dates = Mapping[str, tuple[date, ...]]
@@ -412,4 +416,48 @@ class AppliedLimits(Protocol):
     ) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class RolloutChange:
+    """A rollout to add (`before` None) or change, with its columns of `COLUMNS`."""
+
+    name: str
+    before: Row | None
+    new: Mapping[str, Any]
+
+    def shown(self) -> Change:
+        old = {} if self.before is None else {key: self.before[key] for key in ROLLOUT_COLUMNS}
+        action: Action = "add" if self.before is None else "change"
+        return Change("rollout", action, None, self.name, differing(old, self.new))
+
+    def audit_entry(self) -> audit.Entry:
+        change = self.shown()
+        return audit.Entry(None, f"rollout.{change.action}", self.name, change.detail)
+
+
+class AppliedRollouts(Protocol):
+    """What the feature rollouts does for a file with rollouts."""
+
+    def rollout_changes(
+        self, connection: Connection, entries: Sequence[RolloutEntry]
+    ) -> list[RolloutChange]: ...
+
+    def write_rollouts(
+        self, connection: Connection, changes: Sequence[RolloutChange], *, actor: str, at: datetime
+    ) -> None: ...
+
+
+class RolloutMoves(Protocol):
+    """What the feature rollouts does for pages and the API."""
+
+    def advance(
+        self, database: Database, name: str, *, reason: str | None, anyway: bool, actor: str
+    ) -> RolloutDetail: ...
+
+    def move(self, database: Database, name: str, verb: str, *, reason: str, actor: str) -> RolloutDetail: ...
+
+    def plan_steps(self, connection: Connection, name: str) -> list[PlannedStepRow]: ...
+
+
+ROLLOUT_MOVES: Point[RolloutMoves] = Point("rollouts.moves", "a change of a rollout")
+ROLLOUTS: Point[AppliedRollouts] = Point("rollouts.applied", "[[rollout]] of a file")
 LIMITS: Point[AppliedLimits] = Point("egress.limits", "[[limit]] of a file")

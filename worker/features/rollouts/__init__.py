@@ -1,0 +1,1 @@
+"""Rollouts: new versions of handlers, step by step, compared by org."""
