@@ -12,11 +12,22 @@ from worker.model.definitions.budgets import BudgetEntry
 from worker.model.definitions.calendars import CalendarEntry
 from worker.model.definitions.definition import Definition
 from worker.model.definitions.limits import LimitEntry
+from worker.model.definitions.rollouts import RolloutEntry
 from worker.model.definitions.units import format_duration
 from worker.model.orgs import OrgEntry
 
 # Defaults that the file reader supplies for required attributes.
-FILLED_IN = {(OrgEntry, "name"): "the code"}
+FILLED_IN = {
+    (OrgEntry, "name"): "the code",
+    (RolloutEntry, "selector"): code('"all"'),
+    (RolloutEntry, "watch"): code('{ failed = "+2 points", refused = "+1 point" }'),
+}
+# Keys whose attributes have another name.
+NAMED = {
+    (RolloutEntry, "old"): "from",
+    (RolloutEntry, "new"): "to",
+    (RolloutEntry, "selector"): "orgs",
+}
 # What a stored spec has besides the keys of a file.
 STORED = {(Definition, "calendar_dates"), (BudgetEntry, "currency")}
 
@@ -41,6 +52,10 @@ def limit_keys() -> str:
     return _keys(LimitEntry)
 
 
+def rollout_keys() -> str:
+    return _keys(RolloutEntry)
+
+
 def _keys(owner: type) -> str:
     words = attributes(owner)
     rows = []
@@ -48,7 +63,8 @@ def _keys(owner: type) -> str:
         if (owner, field.name) in STORED:
             continue
         default = FILLED_IN.get((owner, field.name)) or _default(field)
-        rows.append((code(field.name), default, words[field.name][1]))
+        name = NAMED.get((owner, field.name), field.name)
+        rows.append((code(name), default, words[field.name][1]))
     return table(("key", "default", "meaning"), rows)
 
 

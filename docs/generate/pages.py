@@ -41,6 +41,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "http-request-params": builtin.http_request_params,
     "job": handlers.job_parameters,
     "limit-keys": files.limit_keys,
+    "rollout-keys": files.rollout_keys,
     "list-columns": lists.columns,
     "list-parameters": lists.parameters,
     "metrics": signals.metrics,

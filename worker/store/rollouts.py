@@ -22,7 +22,7 @@ _RULES = tuple(
     _rollouts.c[name]
     for name in (
         *("id", "name", "definitions", "from_handler", "to_handler", "orgs", "flag", "steps", "auto"),
-        *("watch", "state", "step"),
+        *("watch", "state", "step", "began_at"),
     )
 )
 
@@ -90,7 +90,7 @@ def keep_versions(connection: Connection, asked: Sequence[VersionAsk]) -> dict[V
         rollout = rollouts[ask.rollout_id]
         version, compared = decide(rollout, ask)
         found[ask] = RunVersion(rollout.handler(version.side), version.side)
-        if rollout.state in ("planned", "undone"):
+        if rollout.state == "undone":
             continue
         new.append(
             {

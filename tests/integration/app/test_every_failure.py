@@ -94,6 +94,14 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "batches list": ((), ""),
     "limits show": (("https://api.example.com", "org"), ""),
     "limits remove": (("https://api.example.com", "org"), ""),
+    "rollouts list": ((), ""),
+    "rollouts show": (("digest-v2",), ""),
+    "rollouts plan": (("digest-v2",), ""),
+    "rollouts advance": (("digest-v2",), ""),
+    "rollouts halt": (("digest-v2", "--reason", "bad"), ""),
+    "rollouts resume": (("digest-v2", "--reason", "fixed"), ""),
+    "rollouts finish": (("digest-v2", "--reason", "good"), ""),
+    "rollouts undo": (("digest-v2", "--reason", "bad"), ""),
     "runs why": ((RUN,), ""),
     "runs retry": ((RUN,), ""),
     "runs cancel": ((RUN,), ""),
@@ -218,6 +226,9 @@ def site(cli: CommandLine) -> CommandLine:
         template += 'calendar = "holidays"\n[[calendar]]\nname = "holidays"\ndates = ["2030-12-25"]\n'
     if is_here("egress"):
         template += '[[limit]]\norigin = "https://api.example.com"\nper = "org"\nrate = "40/s"\n'
+    if is_here("rollouts"):
+        template += '[[rollout]]\nname = "digest-v2"\ndefinitions = "export"\nfrom = "acme.note"\n'
+        template += 'to = "acme.note_v2"\nsteps = ["5%", "100%"]\n'
     cli("apply", "-", stdin=template)
     return cli
 
@@ -395,6 +406,16 @@ WRONG: list[tuple[str, tuple[str, ...], int]] = [
     ("limits show", ("https://absent.example", "org"), 3),
     ("limits show", ("https://api.example.com", "day"), 3),
     ("limits remove", ("https://absent.example", "org"), 3),
+    ("rollouts list", ("--limit", "0"), 2),
+    ("rollouts show", ("absent",), 3),
+    ("rollouts plan", ("absent",), 3),
+    ("rollouts advance", ("absent",), 3),
+    ("rollouts halt", ("absent", "--reason", "bad"), 3),
+    ("rollouts halt", ("digest-v2",), 2),
+    ("rollouts halt", ("digest-v2", "--reason", "bad"), 5),
+    ("rollouts resume", ("digest-v2", "--reason", "fixed"), 5),
+    ("rollouts finish", ("digest-v2", "--reason", "good"), 5),
+    ("rollouts undo", ("absent", "--reason", "bad"), 3),
     ("runs why", ("--org", "org_acme", "--definition", "tick", "--at", "noon"), 2),
     ("runs retry", (RUN, "--canary", "1"), 2),
     ("runs retry", ("--org", "absent"), 3),

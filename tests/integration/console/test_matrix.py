@@ -24,7 +24,7 @@ import httpx
 import psycopg
 import pytest
 from psycopg import sql
-from sqlalchemy import Connection, Engine, event, insert, select
+from sqlalchemy import Connection, Engine, event, insert, select, update
 
 import worker.operations.runs
 from tests.fakes import postgres
@@ -53,7 +53,7 @@ from worker.operations.definitions import pause_definition
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import cancel, run_now
 from worker.operations.templates import materialise
-from worker.store import catalogue, edit_runs, host_handlers, hosts, orgs, roles, sign_in, tables
+from worker.store import catalogue, edit_runs, host_handlers, hosts, orgs, roles, rollouts, sign_in, tables
 from worker.store.database import Database
 from worker.store.lists import morning
 from worker.store.orgs import OrgCaller
@@ -114,6 +114,7 @@ CHANGED = (
     "credentials",
     "budget_raises",
     "pool_approvals",
+    "rollouts",
 )
 # How each of these is read, and the place of its org: what is of no org is kept by its first column.
 READ = {
@@ -172,6 +173,7 @@ Kind = Literal[
     "approve",
     "plan",
     "plan_form",
+    "rollout",
 ]
 
 
@@ -186,6 +188,8 @@ class Rule:
 
 API = "/api/v1"
 BY_STAFF = Rule("by_staff", role="operator", status=303)
+# Changes of what belongs to no org.
+OF_NO_ORG = ("approve", "rollout")
 # A search that finds no run.
 NOTHING = "definition:nothing"
 RULES: Mapping[tuple[str, str], Rule] = {
@@ -229,6 +233,11 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", f"{API}/definitions/{{org}}/{{name}}/state"): Rule("own_org"),
     ("PUT", f"{API}/definitions/{{org}}/{{name}}/state"): replace(BY_STAFF, status=200),
     ("DELETE", f"{API}/definitions/{{org}}/{{name}}/state"): replace(BY_STAFF, status=200),
+    **{("GET", f"{API}/rollouts{rest}"): Rule("staff") for rest in ("", "/{rollout}", "/{rollout}/plan")},
+    **{
+        ("POST", f"{API}/rollouts/{{rollout}}/{verb}"): Rule("rollout", role="operator")
+        for verb in ("advance", "halt", "resume", "finish", "undo")
+    },
     ("GET", f"{API}/openapi.json"): Rule("document"),
     ("GET", "/static/console.css"): Rule("open"),
     ("GET", "/static/console.js"): Rule("open"),
@@ -241,6 +250,9 @@ RULES: Mapping[tuple[str, str], Rule] = {
     },
     **{("GET", f"/{page}"): Rule("page", role="admin") for page in ("credentials", "audit")},
     **{("GET", f"/{page}"): Rule("staff") for page in ("workers", "failures")},
+    **{("GET", f"/rollouts{rest}"): Rule("staff") for rest in ("", "/{rollout}")},
+    # That of a verb which there is not is tested in tests/integration/console/test_rollouts.py.
+    ("POST", "/rollouts/{rollout}/{verb}"): Rule("rollout", role="operator", status=303),
     ("GET", "/orgs/{org}"): Rule("own_org"),
     ("POST", "/orgs/{org}/pause"): BY_STAFF,
     ("POST", "/orgs/{org}/resume"): BY_STAFF,
@@ -312,13 +324,15 @@ def expected(rule: Rule, who: Who, target: str, *, session: bool, page: bool, pa
         return 200 if who.org is None else 403
     if rule.kind == "login":
         return rule.status
-    is_form = rule.kind in ("write", "run_now", "logout", "zone", "approve", "plan_form") or rule == BY_STAFF
+    is_form = (
+        rule.kind in ("write", "run_now", "logout", "zone", "plan_form", *OF_NO_ORG) or rule == BY_STAFF
+    )
     if page and not session and is_form:
         # A form is taken from a page of ours only.
         return 401
     if rule.kind in ("logout", "zone", "document", "plan", "plan_form"):
         return rule.status
-    if rule.kind == "approve":
+    if rule.kind in OF_NO_ORG:
         return rule.status if who.org is None and RANK[who.role] >= RANK[rule.role] else 403
     if rule.kind == "bulk":
         if rule.status == 303 and not session:
@@ -360,6 +374,7 @@ class Installation:
     # The incarnation of a host of pool eu, and the digest of what it declares last.
     host: WorkerId = field(default_factory=lambda: WorkerId(""))
     digest: str = ""
+    known_rollout: str = ""
     ids: dict[str, str] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)
     names: dict[str, set[str]] = field(default_factory=dict)
@@ -406,6 +421,30 @@ class Installation:
         within(self.admin, host_handlers.report, self.host, [entry])
         self.digest = digest("eu", entry.name, Ceiling.of(entry))
         return self.digest
+
+    def rollout(self, state: str) -> str:
+        """The name of a new rollout in this state."""
+        name, at = f"rollout-{next(NUMBERS)}", self.clock.now()
+        values = {
+            "definitions": "digest", "from_handler": "acme.v1",
+            "to_handler": "acme.canary-org_a", "orgs": "all",
+            "flag": None, "steps": ["50%", "100%"], "auto": False, "watch": {"failed": "+2 points"},
+        }  # fmt: skip
+        within(self.admin, rollouts.put, name, values, None, at=at, actor="tester")
+        if state != "planned":
+            began = {"state": state, "step": 1, "step_began_at": at, "began_at": at}
+            change = update(tables.rollouts).where(tables.rollouts.c.name == name).values(**began)
+            within(self.admin, lambda connection: connection.execute(change))
+        return name
+
+    def planned(self, _: str) -> str:
+        return self.rollout("planned")
+
+    def running(self, _: str) -> str:
+        return self.rollout("running")
+
+    def halted(self, _: str) -> str:
+        return self.rollout("halted")
 
     def callers(self) -> list[Who]:
         org = {role: f"of org_a as {role}" for role in ("viewer", "operator")}
@@ -573,6 +612,7 @@ async def made(
         installation = Installation(admin, served, served_url, clock, issuer, guard)
         fill(installation)
         installation.host = begin_host(admin)
+        installation.known_rollout = installation.rollout("running")
         set_org_state(admin, "org_z", "suspended", actor="tester")
         yield installation
 
@@ -647,6 +687,8 @@ class Client:
         if path.endswith("/backfill"):
             start = datetime(2020, 1, 1, tzinfo=UTC) + timedelta(days=next(NUMBERS))
             return {"from": start.isoformat(), "until": (start + timedelta(days=1)).isoformat()}
+        if path.startswith(f"{API}/rollouts/"):
+            return {"reason": "why"}
         return {"confirmed": "1", "key.priority": str(next(NUMBERS))} if path.endswith("/edit") else {}
 
 
@@ -676,6 +718,12 @@ def used_by(path: str) -> str | None:
         "/{name}/resume": "paused",
         "/retire": "new_credential",
         "/approve": "unapproved",
+        "{rollout}/{verb}": "planned",
+        "{rollout}/advance": "planned",
+        "{rollout}/undo": "planned",
+        "{rollout}/halt": "running",
+        "{rollout}/finish": "running",
+        "{rollout}/resume": "halted",
     }
     return next((thing for end, thing in ends.items() if path.endswith(end)), None)
 
@@ -720,7 +768,7 @@ class Matrix:
         self, client: Client, method: str, path: str, rule: Rule, target: str, *, session: bool
     ) -> None:
         who, page = client.who, is_page(path)
-        writes = rule.kind in ("write", "run_now", "by_staff", "approve") and method != "GET"
+        writes = rule.kind in ("write", "run_now", "by_staff", *OF_NO_ORG) and method != "GET"
         thing = used_by(path)
         if thing is not None and (thing, target) not in self.unused:
             self.unused[thing, target] = getattr(self.made, thing)(target)
@@ -728,7 +776,10 @@ class Matrix:
         made = self.unused.get((thing, target))
         run = made if thing in ("waiting", "cancelled") else self.made.ended[target]
         generation = made if thing == "new_credential" else 0
-        url = path.format(run=run, org=target, name="digest", code="x", plan="x", generation=generation)
+        named = {"run": run, "org": target, "name": "digest", "code": "x", "plan": "x", "generation": generation}
+        if "{rollout}" in path:
+            named["rollout"] = made or self.made.known_rollout
+        url = path.format(**named, verb="advance")
         if rule.kind == "bulk":
             url += f"?q={NOTHING}" if method == "GET" else ""
         if rule.kind == "list":
@@ -746,7 +797,7 @@ class Matrix:
         self.judge_text(who, called, answer, url)
         if before is not None:
             # An approval is of a pool, and of no org.
-            changed = "" if rule.kind == "approve" else target
+            changed = "" if rule.kind in OF_NO_ORG else target
             self.judge_effect(who, called, changed, before, done=wanted == rule.status)
         if wanted == rule.status:
             self.unused.pop((thing, target), None)
@@ -839,7 +890,16 @@ async def test_every_statement_of_an_orgs_request_on_sqlite_names_its_org(
                     if not path.startswith(("/login", "/logout")):
                         answer = await client.ask(
                             method,
-                            path.format(run=run, org=target, name="digest", code="x", plan="x", generation=1),
+                            path.format(
+                                run=run,
+                                org=target,
+                                name="digest",
+                                code="x",
+                                plan="x",
+                                generation=1,
+                                rollout=made.known_rollout,
+                                verb="advance",
+                            ),
                             session=session,
                         )
                         done += answer.status_code in (200, 201, 303)
@@ -938,7 +998,7 @@ async def test_without_its_roles_the_web_side_serves_nobody_and_tells_operators_
             for method, path in ((m, p) for (m, p), rule in RULES.items() if rule.kind != "document"):
                 if not path.startswith(API):
                     continue
-                names = {"org": "org_a", "name": "digest", "code": "x", "generation": 1}
+                names = {"org": "org_a", "name": "digest", "code": "x", "generation": 1, "rollout": "r"}
                 url = path.format(run=made.ended["org_a"], **names)
                 answer = await client.ask(method, url, session=False)
                 if RANK[who.role] < RANK[RULES[method, path].role]:

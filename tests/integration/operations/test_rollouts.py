@@ -183,6 +183,15 @@ def test_a_run_that_another_worker_owns_gets_no_version(site: Site):
     assert len(site.versions(ids, which)) == len(which)
 
 
+def test_a_run_that_was_lost_before_its_start_gets_its_version_at_its_next_attempt(site: Site):
+    begin(site, orgs=30)
+    site.clock.advance(60)
+    which = list(site.definitions().items())
+    ids = site.insert_runs(which)
+
+    assert {side for _, side in site.versions(ids, which, attempt=2).values()} == {"from", "to"}
+
+
 def test_an_org_moves_with_the_first_step_above_its_place_and_stays(site: Site):
     begin(site, orgs=60)
     which = list(site.definitions().items())
@@ -361,6 +370,15 @@ def test_people_move_a_rollout_with_a_reason(site: Site):
         *("add", "advance", "advance", "halt", "resume", "finish", "undo"),
     ]
     assert [row.detail.get("reason") for row in rows[2:]] == ["small", "bad", "fixed", "good", "no"]
+
+
+def test_a_rollout_to_a_handler_that_nobody_offers_does_not_begin(site: Site):
+    for handler in ("acme.absent", "acme.broken"):
+        text = ROLLOUT.format(auto="false").replace("acme.also", handler).replace("digest-v2", handler)
+        apply_file(site.database, parse_file(text), actor="anna")
+        with pytest.raises(Conflict, match="no worker or host offers"):
+            advance(site.database, handler, actor="anna")
+        move(site.database, handler, "undo", reason="absent", actor="anna")
 
 
 @on_either

@@ -64,7 +64,7 @@ def test_an_entry_has_defaults():
         ('steps = ["0%"]', "steps", "is not a share"),
         (STEPS + '\nwatch = { failed = "2x" }', "watch", "number of points"),
         (STEPS + '\nwatch = { money = "+2 points" }', "watch", "is not a factor"),
-        (STEPS + '\nwatch = { duration_p95 = "0.5x" }', "watch", "no slower"),
+        (STEPS + '\nwatch = { duration_p95 = "0.5x" }', "watch", "take the same time"),
         (STEPS + "\nother = 1", "other", "unknown key"),
     ],
 )

@@ -17,6 +17,7 @@ from worker.ids import ALL_ORGS, OrgId, OrgScope, RunId, given_id
 from worker.model.search import KEYS, KEYS_OF_ORGS, Query
 from worker.operations import answers, approvals, budgets, bulk, credentials, definitions, orgs, plans, runs
 from worker.operations import backfill as backfills
+from worker.operations.changes import ROLLOUT_MOVES
 from worker.store import edit_runs, roles
 from worker.store.database import Database
 from worker.store.edit_runs import Cancellable, Retryable
@@ -27,6 +28,7 @@ from worker.store.lists.rows import (
     CredentialRow,
     DefinitionDetail,
     PlannedBackfill,
+    RolloutDetail,
     Run,
 )
 from worker.store.redaction import Row, redacted
@@ -63,6 +65,7 @@ Action = Literal[
     "credentials",
     "state",
     "approve",
+    "rollout",
 ]
 BY_ADMINS: frozenset[Action] = frozenset({"credentials", "approve"})
 BY_ORGS: frozenset[Action] = frozenset({"run", "retry", "cancel", "pause", "answer"})
@@ -334,6 +337,18 @@ class CallerDatabase:
     async def approve(self, caller: Caller, pool: str, handler: str, digest: str) -> Row:
         """Approve what hosts of a pool declare of a handler."""
         return await self.change(caller, "approve", approvals.approve, pool, handler, digest)
+
+    async def advance_rollout(
+        self, caller: Caller, name: str, *, reason: str | None = None, anyway: bool = False
+    ) -> RolloutDetail:
+        """Begin the next step of a rollout."""
+        advance = ROLLOUT_MOVES.require().advance
+        return await self.change(caller, "rollout", advance, name, reason=reason, anyway=anyway)
+
+    async def move_rollout(self, caller: Caller, name: str, verb: str, *, reason: str) -> RolloutDetail:
+        """Halt, resume, finish or undo a rollout."""
+        move = ROLLOUT_MOVES.require().move
+        return await self.change(caller, "rollout", move, name, verb, reason=reason)
 
     async def planned_backfill(self, caller: Caller, org: str, name: str, **what: Any) -> PlannedBackfill:
         """What `backfill` would do; changes nothing."""

@@ -1,4 +1,4 @@
-"""Charts as SVG that the server draws: bars, a Gantt of attempts, run lengths. Each has its data as a table.
+"""Charts as SVG that the server draws: bars, curves, a Gantt of attempts, run lengths; each also as a table.
 
 Positions are percentages across and pixels down, so a chart fills its place while its text keeps its size.
 Colours are CSS classes (`c-KIND`), since the pages allow no inline style. Kinds that mean trouble are
@@ -8,6 +8,7 @@ hatched as well, so that no chart depends on colour. Pure.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -121,6 +122,51 @@ def bars(
     heads = ["", *(layer.name for layer in series)]
     over = _targets(links, totals, labels)
     return _figure(title, about, BARS, drawn, legend, heads, rows, numbers_from=1, over=over)
+
+
+def curves(series: Sequence[ChartSeries], labels: Sequence[str], *, title: str, unit: str = "") -> Markup:
+    """Lines over the same labels; a value that is not known is NaN, and leaves a gap."""
+    known = [value for layer in series for value in layer.values if not math.isnan(value)]
+    top, base, slot = _round_up(max(known, default=0)), BARS - 20, 100 / max(len(labels), 1)
+
+    def shown(value: float) -> str:
+        return "" if math.isnan(value) else f"{value:.3g}{unit}"
+
+    drawn, values = _rules(top, base, shown)
+    for layer in series:
+        places = [
+            (
+                (at + 0.5) * slot,
+                base - value / top * (base - 12),
+                f"{labels[at]}: {value:.3g}{unit} {layer.name}",
+            )
+            for at, value in enumerate(layer.values)
+            if not math.isnan(value)
+        ]
+        for (x, y, _), (next_x, next_y, _) in itertools.pairwise(places):
+            drawn.append(
+                Markup('<line class="{}" x1="{:.2f}%" x2="{:.2f}%" y1="{:.1f}" y2="{:.1f}"/>').format(
+                    _class(layer.kind), x, next_x, y, next_y
+                )
+            )
+        drawn += [
+            Markup('<circle class="{}" cx="{:.2f}%" cy="{:.1f}" r="3"><title>{}</title></circle>').format(
+                _class(layer.kind), x, y, text
+            )
+            for x, y, text in places
+        ]
+    drawn += values
+    last = [f"{layer.name} {shown(layer.values[-1])}" for layer in series if layer.values]
+    rows: list[list[str | Markup]] = [
+        [
+            label,
+            *("" if math.isnan(layer.values[at]) else f"{layer.values[at]:.3g}{unit}" for layer in series),
+        ]
+        for at, label in enumerate(labels)
+    ]
+    legend = [(layer.name, layer.kind) for layer in series]
+    heads = ["", *(layer.name for layer in series)]
+    return _figure(title, ", ".join(last) or "nothing yet", BARS, drawn, legend, heads, rows, numbers_from=1)
 
 
 def gantt(lanes: Sequence[Lane], *, title: str, now: datetime) -> Markup:

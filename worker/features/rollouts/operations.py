@@ -14,7 +14,7 @@ from worker.ids import ALL_ORGS
 from worker.model.rollouts.rollout import Rollout
 from worker.model.rollouts.verdict import OrgVolume, plan
 from worker.operations.changes import because
-from worker.store import audit, rollout_sums, rollouts
+from worker.store import audit, catalogue, places, rollout_sums, rollouts
 from worker.store.database import Database
 from worker.store.dialect import Row, database_now
 from worker.store.lists.rollouts import rollout as shown
@@ -36,8 +36,8 @@ def advance(
 
     Raises:
         NotFound: there is no such rollout.
-        Conflict: it does not run, is at its last step, or its step has not shown yet what it must and
-            `anyway` is not given.
+        Conflict: it does not run, is at its last step, no worker offers the new handler, or its step has
+            not shown yet what it must and `anyway` is not given.
     """
     with database.transaction() as connection:
         row = rollouts.require(connection, name, lock=True)
@@ -51,6 +51,7 @@ def advance(
                 f"step {rollout.steps[rollout.step - 1]} of rollout {name} has not shown yet what it must",
                 fix=f"wait; `rollouts show {name}` has the numbers, and --anyway goes on without them",
             )
+        _check_offered(connection, row["to_handler"])
         values = advance_to(connection, rollout, rollout.step + 1, now, actor, reason, Events())
         if row["state"] == "planned":
             rollout_sums.begin(connection, rollout)
@@ -91,6 +92,16 @@ def move(database: Database, name: str, verb: str, *, reason: str, actor: str) -
         rollouts.change(connection, row["id"], values)
         audit.note(connection, None, f"rollout.{verb}", name, because(reason), at=now, actor=actor)
         return shown(connection, name)
+
+
+def _check_offered(connection: Connection, handler: str) -> None:
+    """Raise Conflict if the runs of a step would wait for a handler that no worker or host has."""
+    found = catalogue.entries(connection, handler)
+    if all(entry["error"] for entry in found) and not places.pools_with(connection, handler):
+        raise Conflict(
+            f"no worker or host offers the handler {handler}",
+            fix=f"install it, and restart the workers; `handlers show {handler}` shows who has it",
+        )
 
 
 def _fix(row: Row) -> str:

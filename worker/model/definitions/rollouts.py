@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from worker.model.definitions import fields
@@ -21,6 +21,7 @@ _KEYS = ("name", "definitions", "from", "to", "orgs", "flag", "steps", "auto", "
 _PERCENT = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,3})?)\s*%")
 _POINTS = re.compile(r"\+\s*([0-9]{1,2}(?:\.[0-9]{1,2})?)\s+points?")
 _FACTOR = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,3})?)x")
+_ALL = Selector()
 _DEFAULT_WATCH = {"failed": "+2 points", "refused": "+1 point"}
 
 
@@ -33,18 +34,18 @@ class RolloutEntry:
     definitions: str
     """The name of a template, or of definitions of several orgs."""
     old: str
-    """`from`: their handler, which keeps all orgs that have not moved."""
+    """Their handler, which all orgs keep that have not moved."""
     new: str
-    """`to`: the handler that orgs move to, step by step."""
-    selector: Selector
-    """`orgs`: which orgs may get it at all, as in a template; by default all."""
-    flag: FlagCondition | None
-    """An org whose token does not have this flag keeps `from`."""
+    """The handler that orgs move to, step by step."""
     steps: tuple[str, ...]
     """Shares of the orgs, rising: `["1%", "5%", "25%", "100%"]`."""
-    auto: bool
-    """True: a step ends by itself once it has shown what it must. Default false."""
-    watch: Mapping[str, str]
+    selector: Selector = _ALL
+    """Which orgs may get it at all, as in a template."""
+    flag: FlagCondition | None = None
+    """An org whose token does not have this flag keeps `from`: a name, or `{ flag, equals }`."""
+    auto: bool = False
+    """True: a step ends by itself once it has shown what it must."""
+    watch: Mapping[str, str] = field(default_factory=lambda: dict(_DEFAULT_WATCH))
     """What may be lost by metric: `+2 points` of `failed` and `refused`, else a factor such as `1.3x`."""
 
     @property
@@ -139,5 +140,5 @@ def factor_of(metric: str, allowed: str) -> float:
             f'{metric}: {allowed[:40]!r} is not a factor; write "1.3x", or "0.9x" if less is worse'
         )
     if metric == DURATION and float(found[1]) < 1:
-        raise ValueError(f"{metric}: a factor below 1 would halt versions that are no slower")
+        raise ValueError(f"{metric}: a factor below 1 would halt versions that take the same time")
     return float(found[1])

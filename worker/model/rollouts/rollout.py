@@ -6,10 +6,11 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Any, Literal, NamedTuple
 
-from worker.ids import OrgId, RunId
+from worker.ids import OrgId, RunId, lowest_id
 from worker.model.definitions.definition import FlagCondition
 from worker.model.definitions.rollouts import DURATION, POINTS, factor_of, points_of, share_of
 from worker.model.orgs import Selector, parse_selector
@@ -23,6 +24,8 @@ Side = Literal["from", "to"]
 # Why a run got its version: by its step, its org's flag, a halt, the end, or what it had stored before.
 Why = Literal["step", "flag", "halted", "finished", "undone", "stored"]
 
+# After which all workers know of a rollout whose first step has begun.
+KNOWN_AFTER = timedelta(seconds=30)
 # Beyond its tolerance a share must show this, and a ratio this factor.
 GAP = 0.03
 RATIO_GAP = 1.3
@@ -62,6 +65,7 @@ class Rollout:
     state: State
     step: int
     scales: Mapping[str, Scale] = field(default_factory=dict)
+    began_at: datetime | None = None
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Rollout:
@@ -81,6 +85,7 @@ class Rollout:
             state=row["state"],
             step=row["step"],
             scales={metric: scale_of(metric, allowed) for metric, allowed in row["watch"].items()},
+            began_at=row["began_at"],
         )
 
     @property
@@ -104,6 +109,10 @@ class Rollout:
         if self.state == "finished":
             return Version("to", "finished", self.step)
         return Version("to" if place_of(self.id, org_id) < self.share else "from", "step", self.step)
+
+    def is_younger(self, run_id: RunId) -> bool:
+        """Whether a run was due before all workers knew of the rollout, and may have started without it."""
+        return self.began_at is None or run_id < lowest_id(self.began_at + KNOWN_AFTER)
 
     def handler(self, side: Side) -> str:
         return self.new if side == "to" else self.old
@@ -149,8 +158,8 @@ COMPARED = ("schedule", "manual")
 
 def decide(rollout: Rollout, ask: VersionAsk) -> tuple[Version, bool]:
     """The version of a run that has none yet, and whether it is compared."""
-    if ask.stored in (rollout.old, rollout.new) or ask.attempt > 1:
-        # It goes on with what it began with, also if that was before the rollout.
+    if ask.stored in (rollout.old, rollout.new) or (ask.attempt > 1 and rollout.is_younger(ask.run_id)):
+        # It goes on with what it began with, before the rollout or on another worker.
         side: Side = "to" if ask.stored == rollout.new else "from"
         return Version(side, "stored", rollout.step), False
     version = rollout.version(ask.org_id, flag_on=ask.flag_on)

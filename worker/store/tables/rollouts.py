@@ -59,7 +59,7 @@ rollouts = table(
 rollout_orgs = table(
     "rollout_orgs",
     "The orgs of a rollout: their runs before it, and since its step began.",
-    Column("rollout_id", Id, primary_key=True),
+    Column("rollout_id", Id, primary_key=True, doc="A row of `rollouts`."),
     Column("org_id", Id, primary_key=True),
     required("definition_id", Id),
     Column("before", json_type(), doc="Runs, sum and sum of squares by metric, before it; null until read."),
@@ -81,7 +81,7 @@ rollout_orgs = table(
 rollout_days = table(
     "rollout_days",
     "The curves of a rollout: sums by day and side.",
-    Column("rollout_id", Id, primary_key=True),
+    Column("rollout_id", Id, primary_key=True, doc="A row of `rollouts`."),
     Column("day", Date, primary_key=True, doc="The UTC day on which the runs ended."),
     Column("side", Text, primary_key=True, doc="`from` or `to`."),
     required("sums", json_type(), "As in `rollout_orgs`, of all orgs."),

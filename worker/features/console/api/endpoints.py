@@ -29,6 +29,9 @@ from worker.store.lists.rows import (
     LogRow,
     OrgDetail,
     PlannedBackfill,
+    PlannedStepRow,
+    RolloutDetail,
+    RolloutRow,
     Run,
     RunDetail,
     WaitRow,
@@ -426,6 +429,45 @@ BACKFILL = _change(
     REASON,
 )
 
+ROLLOUT_PATH = "/rollouts/{rollout}"
+ROLLOUT_LIST = _get("list_rollouts", "/rollouts", "All rollouts. Only operators.", RolloutRow, is_list=True)
+ROLLOUT = _get(
+    "show_rollout",
+    ROLLOUT_PATH,
+    "One rollout with the numbers of both sides, its curves and the orgs that moved. Only operators.",
+    RolloutDetail,
+)
+ROLLOUT_PLAN = _get(
+    "plan_rollout",
+    f"{ROLLOUT_PATH}/plan",
+    "The orgs, runs and days that each step needs at today's volume. Only operators.",
+    PlannedStepRow,
+    is_list=True,
+)
+ADVANCE_ROLLOUT = _change(
+    "advance_rollout",
+    f"POST {ROLLOUT_PATH}/advance",
+    "Begin the first or the next step; 409 unless the step before is ready. Only operators.",
+    RolloutDetail,
+    Field("anyway", BOOLEAN, "Also if the step has not shown yet what it must."),
+    REASON,
+)
+
+
+def _rollout_move(verb: str, about: str) -> Endpoint:
+    reason = Field("reason", _text(), "Why; it is kept in the audit.", required=True)
+    call = f"POST {ROLLOUT_PATH}/{verb}"
+    return _change(f"{verb}_rollout", call, f"{about} Only operators.", RolloutDetail, reason)
+
+
+# By the verb of the operation.
+ROLLOUT_MOVES: Mapping[str, Endpoint] = {
+    "halt": _rollout_move("halt", "Give new runs of all orgs the old version; running ones go on."),
+    "resume": _rollout_move("resume", "Begin the step of a halted rollout again."),
+    "finish": _rollout_move("finish", "End a rollout: new runs of all its orgs take the new version."),
+    "undo": _rollout_move("undo", "End a rollout: new runs of all orgs take the old version."),
+}
+
 STATE_PATH = f"{DEFINITION_PATH}/state"
 STATE = _get(
     "show_state",
@@ -458,5 +500,6 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *(RUN, WHY, ATTEMPTS, LOGS, EVENTS, CANCEL, RETRY, ANSWER, CANCEL_MANY, RETRY_MANY),
     *(DEFINITION, NEXT, EDIT, RUN_NOW, PAUSE, RESUME, BACKFILL),
     *(STATE, SET_STATE, CLEAR_STATE),
+    *(ROLLOUT_LIST, ROLLOUT, ROLLOUT_PLAN, ADVANCE_ROLLOUT, *ROLLOUT_MOVES.values()),
     DOCUMENT,
 )

@@ -22,16 +22,19 @@ from worker.features.console.api.endpoints import BASE, LIST_ENDPOINTS, Endpoint
 from worker.features.console.api.openapi import document
 from worker.features.console.api.requests import body_of, flag_of, limit_of, log_place, query_of
 from worker.features.console.callers import Caller, CallerDatabase, Many, caller_of, check_started
+from worker.ids import ALL_ORGS
 from worker.kit.web.responses import fresh, json_response
 from worker.model.definitions.units import parse_time
 from worker.model.runs.clauses import row_of
 from worker.model.runs.preview import preview_definition
 from worker.model.search import of_pool, parsed
+from worker.operations.changes import ROLLOUT_MOVES
 from worker.operations.runs import require_run
 from worker.store.dialect import database_now
-from worker.store.lists import MAX_LIMIT, Listing, Page, runs
+from worker.store.lists import MAX_LIMIT, ROLLOUTS, Listing, Page, runs
 from worker.store.lists import read as lists
 from worker.store.lists.costs import ModelCost, costs
+from worker.store.lists.rollouts import rollout
 from worker.store.lists.rows import (
     Backfill,
     Bulk,
@@ -40,6 +43,8 @@ from worker.store.lists.rows import (
     Explanation,
     LogRow,
     PlannedBackfill,
+    PlannedStepRow,
+    RolloutRow,
     RunDetail,
 )
 from worker.store.lists.usage import BudgetLevel, Usage, budgets_of, usage
@@ -107,6 +112,14 @@ class Api:
             endpoints.EDIT: self._edit,
             endpoints.RUN_NOW: self._run_now,
             endpoints.BACKFILL: self._backfill,
+            endpoints.ROLLOUT_LIST: functools.partial(self._rollout, _every_rollout),
+            endpoints.ROLLOUT: functools.partial(self._rollout, rollout),
+            endpoints.ROLLOUT_PLAN: functools.partial(self._rollout, _planned_steps),
+            endpoints.ADVANCE_ROLLOUT: self._advance_rollout,
+            **{
+                endpoint: functools.partial(self._move_rollout, verb, endpoint)
+                for verb, endpoint in endpoints.ROLLOUT_MOVES.items()
+            },
             endpoints.DOCUMENT: self._document,
         }
 
@@ -372,9 +385,37 @@ class Api:
         row = await self._database.backfill(caller, *_named(request), **what)
         return json_response(caller.sees(Backfill, row))
 
+    async def _rollout(self, read: Callable[..., Any], request: Request) -> Response:
+        """What a rollout's path names; for operators."""
+        caller, names = caller_of(request), request.path_params
+        if caller.org is not None:
+            raise AccessDenied("rollouts are for operators", fix="GET /runs has your runs")
+        query_of(request, (), "rollouts")
+        return await self._database.read(
+            caller, lambda connection: json_response(read(connection, *names.values()))
+        )
+
+    async def _advance_rollout(self, request: Request) -> Response:
+        body, caller = await body_of(request, endpoints.ADVANCE_ROLLOUT), caller_of(request)
+        row = await self._database.advance_rollout(caller, request.path_params["rollout"], **body)
+        return json_response(row)
+
+    async def _move_rollout(self, verb: str, endpoint: Endpoint, request: Request) -> Response:
+        body, caller = await body_of(request, endpoint), caller_of(request)
+        row = await self._database.move_rollout(caller, request.path_params["rollout"], verb, **body)
+        return json_response(row)
+
     async def _document(self, request: Request) -> Response:
         query_of(request, (), "the document")
         return fresh(request, json_response(document()))
+
+
+def _every_rollout(connection: Connection) -> list[RolloutRow]:
+    return lists.read(connection, ROLLOUTS, ALL_ORGS, Page(limit=MAX_LIMIT))
+
+
+def _planned_steps(connection: Connection, name: str) -> list[PlannedStepRow]:
+    return ROLLOUT_MOVES.require().plan_steps(connection, name)
 
 
 def _by_method(handlers: Mapping[str, Handler]) -> Handler:

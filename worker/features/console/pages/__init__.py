@@ -25,6 +25,7 @@ from worker.features.console.pages.morning import EndedByHour, MorningPage
 from worker.features.console.pages.orgs import OrgPages
 from worker.features.console.pages.plans import PlanPages
 from worker.features.console.pages.rendering import error_page, static_routes
+from worker.features.console.pages.rollouts import RolloutPages
 from worker.features.console.pages.runs import RunPages
 from worker.features.console.pages.search import FailurePages, SearchPages
 from worker.features.console.pages.usage import UsagePages
@@ -67,6 +68,7 @@ class Console:
             *FailurePages(self._pages).routes(),
             *InventoryPages(self._pages).routes(),
             *UsagePages(self._pages, self._org_usage).routes(),
+            *RolloutPages(self._pages).routes(),
             *EditPages(self._pages).routes(),
             *PlanPages(self._pages).routes(),
             *ZonePages(self._pages).routes(),

@@ -40,6 +40,7 @@ _OF_OPERATORS = (
     ("/search", "Runs", False),
     ("/failures", "Failures", False),
     ("/usage", "Usage", False),
+    ("/rollouts", "Rollouts", False),
     ("/templates", "Templates", False),
     ("/handlers", "Handlers", False),
     ("/credentials", "Credentials", True),

@@ -50,6 +50,7 @@ PLACES: Mapping[str, Place] = {
     r"/templates$": Place("/templates", "reference/files.md"),
     r"/handlers$": Place("/handlers", "reference/handlers.md"),
     r"/credentials$": Place("/credentials", "secrets.md", "Change a secret"),
+    r"/rollouts\b": Place("/rollouts", "console.md", "Rollouts"),
     r"/usage\b": Place("/usage", "reference/budgets.md"),
     r"/(workers|pools/approve)$": Place("/workers", "console.md", "Workers and audit"),
     r"/plans/": Place("", "reference/mcp.md", "Plans"),
