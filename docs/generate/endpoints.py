@@ -7,7 +7,13 @@ from worker.features.console.api import ENDPOINTS, LIST_ENDPOINTS
 from worker.features.console.api.endpoints import Endpoint
 from worker.features.console.mcp.tools import TOOLS
 
-_PLACES = {"{run}": "ID", "{org}": "ORG", "{name}": "NAME", "{generation}": "GENERATION"}
+_PLACES = {
+    "{run}": "ID",
+    "{org}": "ORG",
+    "{name}": "NAME",
+    "{generation}": "GENERATION",
+    "{rollout}": "ROLLOUT",
+}
 
 
 def endpoints() -> str:

@@ -65,6 +65,7 @@ def upgrade() -> None:
         sa.Column("ready", sa.Boolean, server_default=sa.false(), nullable=False),
         sa.Column("stalled", sa.Boolean, server_default=sa.false(), nullable=False),
         sa.Column("judged_at", INSTANT),
+        sa.Column("unjudged", sa.Boolean, server_default=sa.false(), nullable=False),
         sa.Column("verdict", JSON),
         sa.Column("halted_at", INSTANT),
         sa.Column("halted_by", sa.Text),

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from tests.conftest import on_either
 from tests.fakes.site import Site, application, wait_until
 from worker.clock import from_text
@@ -39,6 +41,7 @@ def wait_for(probe: Callable[[], Any], what: str) -> Any:
     return wait_until(probe, what, timeout=240.0)
 
 
+@pytest.mark.timeout(900)
 @on_either
 def test_a_version_that_becomes_worse_is_halted(site_on_either: Site):
     site = site_on_either

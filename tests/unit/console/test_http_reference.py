@@ -19,7 +19,7 @@ NOTHING: Any = None
 
 def test_every_address_of_the_api_is_documented():
     documented = set(re.findall(r"(?m)^\| `(GET|POST|PATCH|PUT|DELETE) (/[\w/:.]+)`", REFERENCE))
-    places = {"run": "ID", "org": "ORG", "name": "NAME", "generation": "GENERATION"}
+    places = {"run": "ID", "org": "ORG", "name": "NAME", "generation": "GENERATION", "rollout": "ROLLOUT"}
     served = set()
     for route in Api(NOTHING, NOTHING, NOTHING).routes():
         path = re.sub(r"\{(\w+)\}", lambda found: places[found[1]], route.path.removeprefix(BASE))

@@ -12,6 +12,7 @@ import pytest
 
 import worker
 from tests.browser.hostile import strings
+from worker.features.console.api.endpoints import ROLLOUT_MOVES
 from worker.features.console.sentences import MAX_PART, MAX_PARTS, WORDS, actor_name, sentence
 from worker.operations.changes import Action, Kind
 from worker.operations.orgs import _VERBS
@@ -23,6 +24,7 @@ NAME = re.compile(r"[a-z]+\.[a-z_]+")
 # Actions that are put together from a declaration: the text before the verb, and the verbs.
 MADE = {f"{kind}.": frozenset[str](get_args(Action)) for kind in get_args(Kind)}
 MADE["org."] |= frozenset(_VERBS.values())
+MADE["rollout."] |= frozenset(ROLLOUT_MOVES)
 # The place of the action among the arguments of what writes a row.
 PLACES = {"note": 2, "Entry": 1, "_record": 2}
 

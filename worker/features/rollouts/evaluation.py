@@ -24,6 +24,9 @@ from worker.telemetry.events import emit
 ACTOR = "worker"
 # After which a side without runs is reported.
 SILENT = timedelta(days=1)
+# Between two verdicts, for each org: one costs some 50 us an org. And without new runs, as time passes.
+PER_ORG = timedelta(milliseconds=1)
+IDLE = timedelta(minutes=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +64,16 @@ def _pass(connection: Connection, rollout_id: str) -> tuple[Passed, Events]:
     now, events = database_now(connection), Events()
     lasted = now - row["step_began_at"]
     _note_silence(connection, row, lasted, events)
-    if not counted and (row["judged_at"] is None or now - row["judged_at"] < timedelta(minutes=1)):
+    if not _is_due(connection, row, counted, now):
+        if counted:
+            rollouts.change(connection, rollout.id, {"unjudged": True})
         return Passed(), events
     runs = rollout_sums.compared(connection, ALL_ORGS, rollout.id)
     verdict = judge(rollout, priors_of(rollout.scales, [one.before for one in runs]), runs, lasted=lasted)
     numbers = {
         metric: shown_effect(metric, rollout.scales[metric], one) for metric, one in verdict.effects.items()
     }
-    values: dict[str, Any] = {"judged_at": now, "verdict": numbers}
+    values: dict[str, Any] = {"judged_at": now, "unjudged": False, "verdict": numbers}
     if verdict.action == "halt":
         evidence = _evidence(row, verdict, numbers, rollout_sums.totals(runs), now)
         values |= _halt(connection, rollout, verdict, numbers, evidence, now, events)
@@ -76,6 +81,17 @@ def _pass(connection: Connection, rollout_id: str) -> tuple[Passed, Events]:
         values |= _ready(connection, rollout, row, now, events)
     rollouts.change(connection, rollout.id, values)
     return Passed(halted=verdict.action == "halt"), events
+
+
+def _is_due(connection: Connection, row: Row, counted: int, now: datetime) -> bool:
+    """Whether to judge: runs were counted, and the last verdict is long enough ago."""
+    last = row["judged_at"]
+    if last is None:
+        return counted > 0
+    pause = IDLE
+    if counted or row["unjudged"]:
+        pause = PER_ORG * rollout_sums.org_count(connection, ALL_ORGS, row["id"])
+    return bool(now - last >= pause)
 
 
 def _evidence(

@@ -41,6 +41,7 @@ rollouts = table(
     required("ready", Boolean, "Whether the step has shown what it must.", server_default=false()),
     required("stalled", Boolean, "Whether a side has stopped running.", server_default=false()),
     Column("judged_at", Instant, doc="When it was last evaluated."),
+    required("unjudged", Boolean, "Whether runs were counted since.", server_default=false()),
     Column("verdict", json_type(), doc="The numbers of the last evaluation, by metric."),
     Column("halted_at", Instant, doc="When it was halted."),
     Column("halted_by", Text, doc="Who halted it; `worker` if a metric did."),
