@@ -16,7 +16,7 @@ from worker.store.bulk import among, insert_many
 from worker.store.dialect import Row, all_rows, database_now, first_row
 from worker.store.spending import lock_running
 
-_rollouts, _versions = tables.rollouts, tables.run_versions
+_rollouts, _versions, _runs = tables.rollouts, tables.run_versions, tables.runs
 
 _RULES = tuple(
     _rollouts.c[name]
@@ -79,6 +79,9 @@ def keep_versions(connection: Connection, asked: Sequence[VersionAsk]) -> dict[V
     rows = all_rows(connection, select(*_RULES).where(_rollouts.c.id.in_({ask.rollout_id for ask in asked})))
     rollouts = {row["id"]: Rollout.of(row) for row in rows}
     stored = _stored(connection, ours)
+    created = _created(
+        connection, [ask.run_id for ask in asked if ask.attempt > 1 and ask.run_id not in stored]
+    )
     now, new = database_now(connection), []
     found: dict[VersionAsk, RunVersion] = {}
     for ask in sorted(asked):
@@ -88,7 +91,7 @@ def keep_versions(connection: Connection, asked: Sequence[VersionAsk]) -> dict[V
             found[ask] = kept
             continue
         rollout = rollouts[ask.rollout_id]
-        version, compared = decide(rollout, ask)
+        version, compared = decide(rollout, ask, created.get(ask.run_id))
         found[ask] = RunVersion(rollout.handler(version.side), version.side)
         if rollout.state == "undone":
             continue
@@ -117,6 +120,13 @@ def _stored(connection: Connection, run_ids: Iterable[Any]) -> dict[Any, RunVers
     query = select(_versions.c.run_id, _versions.c.handler, _versions.c.side)
     rows = connection.execute(query.where(among(connection, _versions.c.run_id, ids)))
     return {run_id: RunVersion(handler, side) for run_id, handler, side in rows}
+
+
+def _created(connection: Connection, run_ids: Sequence[RunId]) -> dict[RunId, datetime]:
+    if not run_ids:
+        return {}
+    query = select(_runs.c.id, _runs.c.created_at).where(among(connection, _runs.c.id, sorted(run_ids)))
+    return {run_id: created_at for run_id, created_at in connection.execute(query)}
 
 
 def version_of(connection: Connection, org_id: OrgId, run_id: RunId) -> Row | None:

@@ -115,11 +115,11 @@ class Site:
     def end(self, ids: list[RunId], fails: Callable[[RunId], float], **ended: Any) -> None:
         at, runs, live = self.clock.now(), tables.runs, tables.live_runs
         with self.database.transaction() as connection:
-            for id_ in ids:
-                state = "failed" if self.random.random() < fails(id_) else "succeeded"
-                values = {"state": state, "reason": "error" if state == "failed" else None, "finished_at": at}
-                connection.execute(update(runs).where(runs.c.id == id_).values(**{**values, **ended}))
-                connection.execute(live.delete().where(live.c.id == id_))
+            bad = {id_ for id_ in ids if self.random.random() < fails(id_)}
+            for some, state in ((bad, "failed"), (set(ids) - bad, "succeeded")):
+                values = {"state": state, "reason": "error" if some is bad else None, "finished_at": at}
+                connection.execute(update(runs).where(runs.c.id.in_(some)).values(**{**values, **ended}))
+            connection.execute(live.delete().where(live.c.id.in_(ids)))
 
     def round(self, *, worse: float) -> None:
         """A run of each org: 3 % fail, of the new version `worse` more."""

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Any, Literal, NamedTuple
 
-from worker.ids import OrgId, RunId, lowest_id
+from worker.ids import OrgId, RunId
 from worker.model.definitions.definition import FlagCondition
 from worker.model.definitions.rollouts import DURATION, POINTS, factor_of, points_of, share_of
 from worker.model.orgs import Selector, parse_selector
@@ -110,9 +110,9 @@ class Rollout:
             return Version("to", "finished", self.step)
         return Version("to" if place_of(self.id, org_id) < self.share else "from", "step", self.step)
 
-    def is_younger(self, run_id: RunId) -> bool:
-        """Whether a run was due before all workers knew of the rollout, and may have started without it."""
-        return self.began_at is None or run_id < lowest_id(self.began_at + KNOWN_AFTER)
+    def may_precede(self, created_at: datetime) -> bool:
+        """Whether a run may have started before all workers knew of the rollout."""
+        return self.began_at is None or created_at < self.began_at + KNOWN_AFTER
 
     def handler(self, side: Side) -> str:
         return self.new if side == "to" else self.old
@@ -156,9 +156,13 @@ class RunVersion(NamedTuple):
 COMPARED = ("schedule", "manual")
 
 
-def decide(rollout: Rollout, ask: VersionAsk) -> tuple[Version, bool]:
-    """The version of a run that has none yet, and whether it is compared."""
-    if ask.stored in (rollout.old, rollout.new) or (ask.attempt > 1 and rollout.is_younger(ask.run_id)):
+def decide(rollout: Rollout, ask: VersionAsk, created_at: datetime | None = None) -> tuple[Version, bool]:
+    """The version of a run that has none yet, and whether it is compared.
+
+    `created_at` is known of a run that had attempts: if it is younger than the rollout, none of them started.
+    """
+    precedes = created_at is not None and rollout.may_precede(created_at)
+    if ask.stored in (rollout.old, rollout.new) or precedes:
         # It goes on with what it began with, before the rollout or on another worker.
         side: Side = "to" if ask.stored == rollout.new else "from"
         return Version(side, "stored", rollout.step), False
