@@ -110,7 +110,7 @@ def test_a_version_that_becomes_worse_is_halted(site_on_either: Site):
         site.query(
             "SELECT o.org_id FROM run_versions o "
             "JOIN run_versions n ON n.org_id = o.org_id AND n.side = 'to' "
-            "WHERE o.side = 'from' AND o.started_at > n.started_at AND o.started_at < ?",
+            "WHERE o.why = 'step' AND o.side = 'from' AND o.started_at > n.started_at AND o.started_at < ?",
             halted_at,
         )
         == []
