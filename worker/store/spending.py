@@ -85,7 +85,7 @@ def record(
     """Count spends of runs that this transaction has locked; those that are stored already do not count.
 
     `used` is what they used of models. What it costs by these prices counts for the meter `money`. Rows are
-    locked in one order: `spends` by key, `model_spends`, `model_days`, `meter_days`, `tree_spends`, then `meters`.
+    locked in one order: `spends` by key, `model_spends`, `model_days`, `meter_days`, `tree_spends`, `meters`.
     """
     costed = model_prices.cost(connection, used, prices, now)
     spends = [*spends, *_money(costed)]
@@ -136,9 +136,15 @@ def _money(costed: Sequence[Costed]) -> list[Spend]:
             whose[key] = each.used
     return [
         Spend(
-            used.run_id, used.org_id, used.definition_id, MONEY, used.key, min(total[key], MAX_SUM), used.is_child
+            each.run_id,
+            each.org_id,
+            each.definition_id,
+            MONEY,
+            each.key,
+            min(total[key], MAX_SUM),
+            each.is_child,
         )
-        for key, used in whose.items()
+        for key, each in whose.items()
     ]
 
 
@@ -331,9 +337,7 @@ def store_steps(
 
 
 def _use(run: AdmittedRun, key: str, usage: ModelUsage, place: int = 0) -> ModelUse:
-    return ModelUse(
-        run.id, run.org_id, run.definition_id, key, usage, place, is_child=run.origin == "child"
-    )
+    return ModelUse(run.id, run.org_id, run.definition_id, key, usage, place, is_child=run.origin == "child")
 
 
 def take_up(connection: Connection, org_id: OrgId, to: RunId) -> None:

@@ -324,9 +324,7 @@ def expected(rule: Rule, who: Who, target: str, *, session: bool, page: bool, pa
         return 200 if who.org is None else 403
     if rule.kind == "login":
         return rule.status
-    is_form = (
-        rule.kind in ("write", "run_now", "logout", "zone", "plan_form", *OF_NO_ORG) or rule == BY_STAFF
-    )
+    is_form = rule.kind in ("write", "run_now", "logout", "zone", "plan_form", *OF_NO_ORG) or rule == BY_STAFF
     if page and not session and is_form:
         # A form is taken from a page of ours only.
         return 401
@@ -776,7 +774,14 @@ class Matrix:
         made = self.unused.get((thing, target))
         run = made if thing in ("waiting", "cancelled") else self.made.ended[target]
         generation = made if thing == "new_credential" else 0
-        named = {"run": run, "org": target, "name": "digest", "code": "x", "plan": "x", "generation": generation}
+        named = {
+            "run": run,
+            "org": target,
+            "name": "digest",
+            "code": "x",
+            "plan": "x",
+            "generation": generation,
+        }
         if "{rollout}" in path:
             named["rollout"] = made or self.made.known_rollout
         url = path.format(**named, verb="advance")

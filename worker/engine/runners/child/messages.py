@@ -199,9 +199,7 @@ class Setup:
         return json.dumps(asdict(self))
 
 
-WORK = trusted(
-    Work, without=("claims", "token", "bound"), lean=("egress", "traces", "model_apis", "batched")
-)
+WORK = trusted(Work, without=("claims", "token", "bound"), lean=("egress", "traces", "model_apis", "batched"))
 
 
 def work_message(work: Work, seconds: float, token: AccessToken | None = None) -> Message:
