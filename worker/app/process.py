@@ -109,10 +109,7 @@ def run(settings: Settings) -> int:
     idle = min(IDLE, lease.total_seconds())
     database = Database.open(settings.database.url, clock=clock, own_reads=True, idle=idle)
     try:
-        with database.autocommit() as connection:
-            schema.check(connection)
-        with database.transaction() as connection:
-            keep_currency(connection, settings.prices.currency)
+        _check(database, settings)
         health = Health(metrics_of(settings, version=VERSION), sandbox=confinement.level)
         pages = PAGES.find()
         given_pages = pages and pages(settings, clock, health, open_ring=partial(find_keyring, settings))
@@ -149,6 +146,14 @@ def run(settings: Settings) -> int:
         return asyncio.run(serve())
     finally:
         database.close()
+
+
+def _check(database: Database, settings: Settings) -> None:
+    """Raise ConfigurationError unless this worker can use what the database has."""
+    with database.autocommit() as connection:
+        schema.check(connection)
+    with database.transaction() as connection:
+        keep_currency(connection, settings.prices.currency)
 
 
 @dataclass
@@ -240,13 +245,7 @@ class _Parts:
         clock, execution = process.clock, settings.execution
         poll = execution.poll.total_seconds()
         steps, wakeups = StepWriter(store, clock), Wakeups(database.hint, clock)
-        make_limits = SHARES.find()
-        limits = NoLimits() if make_limits is None else make_limits(database, self.id, clock)
-        resources.push_async_callback(limits.close)
-        secrets = OpenedSecrets(database, self.credentials.ring)
-        batches = self._batches(secrets)
-        resources.push_async_callback(batches.close)
-        tools, chores = self._tools(steps, limits, secrets, batches), Chores(database, on_runs=signals.fired)
+        tools, chores = self._tools(steps, resources), Chores(database, on_runs=signals.fired)
         parts = Parts(self.id, store, tools, self.credentials.ring, signals, chores.ended, resources)
         joined = [addition.join(parts) for addition in self.worker.additions]
         inflight_runs, free = InflightRuns(), signals.slots_free
@@ -282,8 +281,8 @@ class _Parts:
             "backfills": chores.backfills,
             "hints": wakeups.run,
             "listener": partial(database.listen, signals.notified),
-            "limits": limits.run,
-            "batches": batches.run,
+            "limits": tools.limits.run,
+            "batches": tools.batches.run,
             **{name: loop for each in joined for name, loop in each.loops.items()},
         }
         if settings.tokens.shared:
@@ -310,11 +309,17 @@ class _Parts:
         clock, ring, woken = worker.process.clock, self.credentials.ring, self.signals.fired
         return make(BatchParts(worker.settings, worker.database, self.id, clock, ring, secrets, woken))
 
-    def _tools(
-        self, steps: StepWriter, limits: LimitSource, secrets: SecretSource, batches: Batches
-    ) -> Tools:
+    def _limits(self) -> LimitSource:
+        make = SHARES.find()
+        return NoLimits() if make is None else make(self.worker.database, self.id, self.worker.process.clock)
+
+    def _tools(self, steps: StepWriter, resources: AsyncExitStack) -> Tools:
         worker, store, settings = self.worker, self.store, self.worker.settings
         clock, execution, children = worker.process.clock, settings.execution, worker.process.children
+        limits, secrets = self._limits(), OpenedSecrets(worker.database, self.credentials.ring)
+        batches = self._batches(secrets)
+        for closed in (limits, batches):
+            resources.push_async_callback(closed.close)
         plans = Plans(
             store,
             clock,

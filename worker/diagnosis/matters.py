@@ -58,6 +58,7 @@ _WAITS = {
     "asleep": "sleep{s}, as {their} handler asked",
     "answer": "wait{s} for a person's answer",
     "children": "wait{s} for the runs that {they} started",
+    "batch": "wait{s} for {their} requests to a model, which are in a batch",
     "window": "wait{s} until other runs of {their} parent have ended",
     "resumed": "wait{s} for a free slot, to go on after a sleep or an answer",
 }

@@ -27,7 +27,8 @@ ZONE_DATA = "tzdata"
 
 def read(connection: Connection, name: str) -> str | None:
     """The fact, or None."""
-    return connection.execute(select(_facts.c.value).where(_facts.c.name == name)).scalar_one_or_none()
+    query = select(_facts.c.value).where(_facts.c.name == name).limit(1)
+    return connection.execute(query).scalar_one_or_none()
 
 
 def write(connection: Connection, name: str, value: str) -> None:

@@ -21,14 +21,44 @@ ORG_DATA = frozenset({*roles.ORG_DATA, "run_ends"})
 # Types that name the org, or rows that have it.
 SAYS = (
     *("OrgId", "Scope", "AllOrgs", "AdmittedRun", "EndedAttempt", "RunStep", "NewRun", "NewSkip"),
-    *("Reservation", "Use]", "Spend]", "LogLine", "DefinitionUpdate", "Entry", "OrgBudget", "Counter"),
+    *(
+        "Reservation",
+        "Use]",
+        "Spend]",
+        "Costed]",
+        "LogLine",
+        "DefinitionUpdate",
+        "Entry",
+        "OrgBudget",
+        "Counter",
+    ),
 )
 CODES = frozenset({"org", "orgs", "codes", "code"})
 # What the loops of workers, hosts and placers call: by keys of runs, workers and tokens, whatever their org.
 LOOPS = frozenset(
     {
-        *("access_tokens", "alerts", "deadlines", "failing", "families", "firing", "host_grants", "hosts"),
-        *("limits", "placements", "pools", "starts", "steps", "sweeps", "worker_store", "workers"),
+        *(
+            "access_tokens",
+            "alerts",
+            "batches",
+            "deadlines",
+            "failing",
+            "families",
+            "firing",
+            "host_grants",
+            "hosts",
+        ),
+        *(
+            "limits",
+            "placements",
+            "pools",
+            "rollout_sums",
+            "starts",
+            "steps",
+            "sweeps",
+            "worker_store",
+            "workers",
+        ),
     }
 )
 # What commands and chores of an operator call, by keys or by rows that have their org.

@@ -65,7 +65,7 @@ def test_no_label_takes_a_value_for_each_org_run_or_error():
     # Meters are those that operators limit by a budget, pools those that they name; a worker names at most
     # `MAX_ORIGINS` origins.
     of_what_is_installed = {"handler", "issuer", "version", "isolation", "loop", "meter", "origin", "pool"}
-    closed = {"event", "outcome", "state", "reason", "kind", "status", "result", "request", "per"}
+    closed = {"event", "outcome", "state", "reason", "kind", "status", "result", "request", "per", "tariff"}
     # The first hundred; others are counted together.
     limited = {"origin"}
     assert labels == of_what_is_installed | closed | limited

@@ -12,9 +12,9 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
-from worker.clock import to_text
+from worker.clock import Clock, to_text
 from worker.ids import ALL_ORGS
-from worker.model.rollouts.rollout import Rollout
+from worker.model.rollouts.rollout import Rollout, RolloutBook
 from worker.model.rollouts.verdict import Verdict, judge, priors_of, shown_effect
 from worker.store import audit, rollout_sums, rollouts, tables
 from worker.store.database import Database
@@ -44,6 +44,23 @@ def evaluate(database: Database, rollout_id: str) -> Passed:
     for name, fields in events:
         emit(name, **fields)
     return passed
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Evaluates the rollouts that run, one after another, again after `every` seconds."""
+
+    database: Database
+    known: RolloutBook
+    clock: Clock
+    every: float
+
+    async def run(self) -> None:
+        while True:
+            for rollout_id in self.known.evaluated():
+                while (await self.database.run(evaluate, self.database, rollout_id)).again:
+                    await self.clock.sleep(0)
+            await self.clock.sleep(self.every)
 
 
 Events = list[tuple[str, dict[str, Any]]]

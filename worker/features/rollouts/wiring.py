@@ -6,7 +6,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
 from worker.clock import Clock
-from worker.features.rollouts.evaluation import evaluate
+from worker.features.rollouts.evaluation import Evaluation
 from worker.settings import Settings
 from worker.store.database import Database
 from worker.wiring.addition import Joined, Parts
@@ -30,12 +30,5 @@ class RolloutsOfWorker:
 
     def join(self, parts: Parts) -> Joined:
         every = max(self.settings.execution.poll.total_seconds(), 1.0)
-
-        async def run() -> None:
-            while True:
-                for rollout_id in parts.store.rollouts.evaluated():
-                    while (await parts.store.database.run(evaluate, parts.store.database, rollout_id)).again:
-                        await self.clock.sleep(0)
-                await self.clock.sleep(every)
-
-        return Joined({"rollouts": run})
+        store = parts.store
+        return Joined({"rollouts": Evaluation(store.database, store.rollouts, self.clock, every).run})

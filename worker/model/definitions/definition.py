@@ -32,6 +32,13 @@ from worker.model.definitions import (
 from worker.model.definitions.calendars import read_dates
 from worker.model.definitions.deadline import Deadline, deadline, is_always_at, read_time, write_time
 from worker.model.definitions.fields import Fields, refusal, text
+from worker.model.definitions.flags import (
+    FlagCondition,
+    read_condition,
+    read_flag,
+    write_condition,
+    write_flag,
+)
 from worker.model.definitions.pools import parse_pool
 from worker.model.definitions.triggers import Trigger, parse_schedule, without_dates
 from worker.model.definitions.units import format_duration, format_memory, parse_duration, parse_memory
@@ -40,16 +47,7 @@ from worker.model.egress import check_wildcards, parse_audiences, parse_items
 
 Spread = Literal["auto", "off"] | timedelta
 _SHORTEST = timedelta(milliseconds=1)
-_FLAG = '"agent-v2", or { flag = "model", equals = "new" }'
 _VARIANT = '{ flag = "agent-v2", handler = "acme.digest_v2" }'
-
-
-@dataclass(frozen=True, slots=True)
-class FlagCondition:
-    """Met if the flag `name` has the value `equals`; an absent flag is false."""
-
-    name: str
-    equals: Any = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,37 +328,15 @@ def _read(reader: Fields, *, org: str, name: str, enabled: bool) -> Definition:
     return Definition(org, name, handler, schedule, enabled=enabled, **given)
 
 
-def _read_flag(value: Any) -> FlagCondition:
-    return FlagCondition(text(value)) if isinstance(value, str) else _read_condition(value, {"flag"}, _FLAG)
-
-
-def _read_condition(value: Any, keys: set[str], example: str) -> FlagCondition:
-    if not isinstance(value, Mapping) or not keys <= set(value) <= keys | {"equals"}:
-        raise ValueError(f"write it as {example}")
-    equals = value.get("equals", True)
-    if not isinstance(equals, bool | str | int | float):
-        raise ValueError("equals must be true, false, text or a number")
-    return FlagCondition(text(value["flag"]), equals)
-
-
-def _write_flag(condition: FlagCondition) -> Any:
-    return condition.name if condition.equals is True else _write_condition(condition)
-
-
-def _write_condition(condition: FlagCondition) -> dict[str, Any]:
-    written = {"flag": condition.name}
-    return written if condition.equals is True else written | {"equals": condition.equals}
-
-
 def _read_variants(value: Any) -> tuple[Variant, ...]:
     if not isinstance(value, list):
         raise ValueError(f"write it as a list: [{_VARIANT}]")
-    conditions = [_read_condition(item, {"flag", "handler"}, _VARIANT) for item in value]
+    conditions = [read_condition(item, {"flag", "handler"}, _VARIANT) for item in value]
     return tuple(Variant(flag, text(item["handler"])) for flag, item in zip(conditions, value, strict=True))
 
 
 def _write_variants(variants: tuple[Variant, ...]) -> list[dict[str, Any]]:
-    return [_write_condition(variant.flag) | {"handler": variant.handler} for variant in variants]
+    return [write_condition(variant.flag) | {"handler": variant.handler} for variant in variants]
 
 
 def _read_egress(value: Any) -> tuple[str, ...]:
@@ -398,7 +374,7 @@ _KEYS: dict[str, _Form] = {
     "audience": _Form(text),
     "params": _Form(fields.json_table, dict),
     "params_by_hand": _Form(fields.texts, list),
-    "requires_flag": _Form(_read_flag, _write_flag),
+    "requires_flag": _Form(read_flag, write_flag),
     "requires_properties": _Form(fields.texts, list),
     "variants": _Form(_read_variants, _write_variants),
     "overlap": _Form(fields.one_of(OVERLAPS)),

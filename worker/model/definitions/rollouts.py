@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from worker.model.definitions import fields
-from worker.model.definitions.definition import FlagCondition
 from worker.model.definitions.fields import Fields, refusal
+from worker.model.definitions.flags import FlagCondition, read_flag
 from worker.model.orgs import Selector, parse_selector
 
 POINTS = ("failed", "refused")
@@ -82,19 +82,11 @@ def parse_rollout(values: Any, entry: str) -> RolloutEntry:
         old=old,
         new=new,
         selector=selector,
-        flag=reader.take("flag", _flag, None),
+        flag=reader.take("flag", read_flag, None),
         steps=reader.take("steps", _steps),
         auto=reader.take("auto", fields.boolean, False),
         watch=reader.take("watch", _watch, _DEFAULT_WATCH),
     )
-
-
-def _flag(value: Any) -> FlagCondition:
-    if isinstance(value, Mapping):
-        if not {"flag"} <= set(value) <= {"flag", "equals"}:
-            raise ValueError('write "agent-v2", or { flag = "model", equals = "new" }')
-        return FlagCondition(fields.text(value["flag"]), value.get("equals", True))
-    return FlagCondition(fields.text(value))
 
 
 def _steps(value: Any) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from hashlib import sha256
 from typing import Any, Literal, NamedTuple
 
 from worker.ids import OrgId, RunId
-from worker.model.definitions.definition import FlagCondition
+from worker.model.definitions.flags import FlagCondition
 from worker.model.definitions.rollouts import DURATION, POINTS, factor_of, points_of, share_of
 from worker.model.orgs import Selector, parse_selector
 from worker.model.rollouts.effect import Scale
