@@ -98,7 +98,7 @@ class TrialChildren:
         rows = [child.row() for child in self._of(spans) if child.seen is not None and child.seen > after]
         return ChildPage(tuple(sorted(rows, key=lambda row: row.seen or 0)))
 
-    async def cap_of(self, run_id: RunId) -> FamilyCap | None:
+    async def cap_of(self, run: AdmittedRun) -> FamilyCap | None:
         return self.family.cap
 
     def children_are_over(self, wait: ChildrenWait) -> bool:

@@ -372,9 +372,14 @@ class Those(CallPart[Any]):
 
 
 def trusted(kind: type[V], without: Collection[str] = (), *, lean: Sequence[str] = ()) -> Row[V]:
-    """The row of a dataclass that a trusted side writes; the parts follow from the types of its fields."""
+    """The row of a dataclass that a trusted side writes; the parts follow from the types of its fields.
+
+    It leaves out fields with the metadata `{"sent": False}`.
+    """
     hints = get_type_hints(kind)
-    return Row(kind, {name: _trusted_part(hints[name]) for name in hints if name not in without}, lean=lean)
+    unsent = {each.name for each in fields(kind) if not each.metadata.get("sent", True)}  # type: ignore[arg-type]
+    sent = [name for name in hints if name not in without and name not in unsent]
+    return Row(kind, {name: _trusted_part(hints[name]) for name in sent}, lean=lean)
 
 
 def _trusted_part(hint: Any) -> CallPart[Any]:

@@ -263,15 +263,10 @@ def _page(connection: Connection, where: Sequence[Any], order: Any) -> ChildPage
 
 
 def caps_of(connection: Connection, run_ids: Sequence[RunId]) -> dict[RunId, FamilyCap]:
-    """What the parents of these unfinished children allow them; leaves out runs without a parent."""
-    query = select(_live.c.id, cast(_parents.c.cap, Text)).join(
-        _parents, _parents.c.run_id == _live.c.parent_id
-    )
-    query = query.where(among(connection, _live.c.id, sorted(run_ids)))
-    found: dict[RunId, str] = {RunId(id_): cap for id_, cap in connection.execute(query)}
-    # The children of one parent share the object.
-    caps = {text: FamilyCap.from_json(json.loads(text)) for text in set(found.values())}
-    return {id_: caps[text] for id_, text in found.items()}
+    """What these runs allow their children; leaves out those that started none."""
+    query = select(_parents.c.run_id, cast(_parents.c.cap, Text))
+    query = query.where(among(connection, _parents.c.run_id, sorted(run_ids)))
+    return {RunId(id_): FamilyCap.from_json(json.loads(cap)) for id_, cap in connection.execute(query)}
 
 
 def parent_of(connection: Connection, run_id: RunId) -> RunId | None:

@@ -414,20 +414,29 @@ class BatchLoader(Generic[K, V]):
     """Reads by key, all keys asked for at the same time in one query.
 
     `read` returns the values that exist; the others are None. Keys that come within `linger`
-    seconds after a query share the next one.
+    seconds after a query share the next one. A value answers for `keep` seconds after its query.
     """
 
     def __init__(
-        self, read: Callable[[Sequence[K]], Awaitable[Mapping[K, V]]], *, linger: float = 0.0
+        self,
+        read: Callable[[Sequence[K]], Awaitable[Mapping[K, V]]],
+        *,
+        linger: float = 0.0,
+        keep: float = 0.0,
     ) -> None:
         self._read = read
         self._linger = linger
+        self._keep = keep
+        # Until when, by the time of the loop, and the value.
+        self._kept: dict[K, tuple[float, V]] = {}
         self._waiting: dict[K, list[asyncio.Future[V | None]]] = {}
         self._reading: asyncio.Task[None] | None = None
 
     async def of(self, key: K) -> V | None:
         """The value of one key; raises what `read` raises."""
         loop = asyncio.get_running_loop()
+        if (kept := self._kept.get(key)) is not None and loop.time() < kept[0]:
+            return kept[1]
         answer: asyncio.Future[V | None] = loop.create_future()
         self._waiting.setdefault(key, []).append(answer)
         if self._reading is None:
@@ -448,6 +457,10 @@ class BatchLoader(Generic[K, V]):
                             # Mark it as retrieved, in case no caller waits any more.
                             answer.exception()
                 else:
+                    if self._keep:
+                        now = asyncio.get_running_loop().time()
+                        kept = {key: one for key, one in self._kept.items() if now < one[0]}
+                        self._kept = kept | {key: (now + self._keep, value) for key, value in found.items()}
                     for key, answer in answers:
                         if not answer.done():
                             answer.set_result(found.get(key))

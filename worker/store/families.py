@@ -19,7 +19,8 @@ from worker.model.runs.run import AdmittedRun
 from worker.model.runs.waits import MAX_WAITS, NewWait, WaitState
 from worker.store import sweeps, tables
 from worker.store.bulk import among
-from worker.store.dialect import database_now, hint, insert_into, is_postgresql
+from worker.store.dialect import database_now, driver, hint, insert_into, is_postgresql
+from worker.store.sql.postgresql.arrays import words
 
 _live, _runs = tables.live_runs, tables.runs
 _parents, _children, _waits = tables.parents, tables.children, tables.waits
@@ -88,6 +89,7 @@ LEFT JOIN live_runs p ON p.id = c.parent_id AND p.state = 'parked' AND p.reason 
 LEFT JOIN waits w ON w.run_id = p.id AND w.pending_attempt = p.attempt AND w.kind = 'children'
 WHERE f.windows IS NOT NULL OR (w.run_id IS NOT NULL AND {over})
 """
+_UNSETTLED_OF_ANY = _UNSETTLED.format(among="= ANY((SELECT %s::uuid[])::uuid[])", over=_OVER["postgresql"])
 _ANY = {"postgresql": "(w.children->>'any')::boolean", "sqlite": "json_extract(w.children, '$.any')"}
 
 
@@ -146,6 +148,10 @@ def unsettled(connection: Connection, ended: Collection[RunId]) -> list[RunId]:
     """
     if not ended:
         return []
+    if is_postgresql(connection):
+        # As often as children end: by SQLAlchemy it takes three times as long.
+        rows = driver(connection).execute(_UNSETTLED_OF_ANY, (words(ended),)).fetchall()
+        return [RunId(id_) for (id_,) in rows]
     query = text(_UNSETTLED.format(among=_among(connection), over=_OVER[connection.dialect.name]))
     query = query.bindparams(_ids(connection, ended))
     return list(connection.execute(query.columns(parent_id=_live.c.id.type)).scalars())

@@ -75,6 +75,8 @@ _revisions = tables.definition_revisions
 
 # Looks at budgets after which the tags of orgs are read again.
 LOOK_AGAIN = 15
+# Seconds that what a parent allows its children is remembered: each child of a process would ask.
+CAP_KEPT = 1.0
 # Orgs of which the limits in their newest token are remembered.
 LIMITS_KEPT = 10_000
 
@@ -160,7 +162,7 @@ class WorkerStore:
         self.pool_rules = pool_rules or PoolRules()
         self._admission = RingWalk(database, worker_id, pools=pools)
         self._contexts = BatchLoader(self.orgs_and_definitions)
-        self._caps = BatchLoader(self.caps_of)
+        self._caps = BatchLoader(self.caps_of, keep=CAP_KEPT)
         self._ended_children = EndedChildren(database)
         self._versions = BatchLoader(self.keep_versions)
         self.rollouts = RolloutBook()
@@ -435,9 +437,9 @@ class WorkerStore:
             raise Unavailable("the run is being cancelled, and starts no others")
         return placed if isinstance(placed, list) else None
 
-    async def cap_of(self, run_id: RunId) -> FamilyCap | None:
-        """What the parent of an unfinished child allows it; children that start together share a query."""
-        return await self._caps.of(run_id)
+    async def cap_of(self, run: AdmittedRun) -> FamilyCap | None:
+        """What the parent of a child allows it, or did up to `CAP_KEPT` seconds ago."""
+        return None if run.parent_id is None else await self._caps.of(run.parent_id)
 
     read_children = in_autocommit(children.read)
     read_ended = in_transaction(children.read_ended)

@@ -493,12 +493,14 @@ def test_a_retry_leaves_children_that_are_being_cancelled(stock: Stock, worker: 
 
 def test_what_children_may_do_is_that_of_the_last_attempt(stock: Stock, worker: WorkerId) -> None:
     run = admitted(stock, worker)
-    ids = started(stock, run, 1)
+    started(stock, run, 1)
     narrower = replace(CAP, scopes=frozenset())
 
     stock.within(children.start, run, pages(1), cap=narrower, keep=False, isolations={HANDLER: "child"})
 
-    assert stock.within(children.caps_of, ids) == {ids[0]: narrower}
+    assert stock.within(children.caps_of, [run.id]) == {run.id: narrower}
+    [child] = stock.admit(worker, 1)
+    assert child.parent_id == run.id
 
 
 def test_children_are_forgotten_with_the_run_at_the_top(

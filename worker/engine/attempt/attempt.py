@@ -159,7 +159,7 @@ async def _beyond_parent(
     Before its token is requested, which would have the scopes of the child. Without the row of its parent,
     nothing says what it may have.
     """
-    entry, cap = tools.handlers.get(inflight.run.handler), await tools.store.cap_of(inflight.run.id)
+    entry, cap = tools.handlers.get(inflight.run.handler), await tools.store.cap_of(inflight.run)
     if cap is None:
         return outcomes.Cancelled(BY_PARENT)
     inflight.parent_trace = cap.traceparent

@@ -223,8 +223,8 @@ class AttemptStore(Protocol):
     async def read_ended(self, run: AdmittedRun, spans: Sequence[Span], after: int) -> ChildPage | None:
         """The next children of these spans that have ended, fenced; None if the run was no longer ours."""
 
-    async def cap_of(self, run_id: RunId) -> FamilyCap | None:
-        """What the parent of an unfinished child allows it."""
+    async def cap_of(self, run: AdmittedRun) -> FamilyCap | None:
+        """What the parent of a child allows it; None if its row is gone."""
 
     async def budgets_of(self, run: AdmittedRun) -> OrgBudgets:
         """The budgets of a run's org now."""

@@ -78,7 +78,8 @@ class AdmittedRun:
     """A run that this incarnation owns, under one fencing token. Never changed.
 
     `attempt` starts at 1. `failures` are the earlier attempts that count against `max_attempts`,
-    `recoveries` the losses of its worker since the last checkpoint that changed.
+    `recoveries` the losses of its worker since the last checkpoint that changed. `parent_id` is the run that
+    started a child.
     """
 
     id: RunId
@@ -99,6 +100,7 @@ class AdmittedRun:
     idempotency_key: str
     params: Mapping[str, Any] | None
     pool: str = DEFAULT_POOL
+    parent_id: RunId | None = field(default=None, metadata={"sent": False})
 
     @property
     def may_have_checkpoint(self) -> bool:

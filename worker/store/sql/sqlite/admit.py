@@ -32,7 +32,7 @@ _HANDLER = 4
 _ISOLATION = 5
 _AVAILABLE_AT = 8
 _MAX_CONCURRENT = 16
-_POOL = 17
+_POOL, _PARENT = 17, 18
 
 # The same portion of each org's queue. `{names}` and `{pools}` become one parameter for each.
 # JSON is joined as text: `json_group_array(json(line))` would parse it again.
@@ -42,7 +42,7 @@ SELECT '[' || COALESCE(group_concat(line), '') || ']' FROM (
     SELECT json_group_array(json_array(
       c.id, c.org_id, c.definition_id, c.revision, c.handler, c.isolation, c.origin, c.scheduled_for,
       c.available_at, c.start_by, c.attempt, c.failures, c.recoveries, c.fencing_token,
-      c.idempotency_key, c.params, c.max_concurrent, c.pool))
+      c.idempotency_key, c.params, c.max_concurrent, c.pool, c.parent_id))
     FROM (
       SELECT * FROM live_runs l INDEXED BY ix_live_runs_waiting
       WHERE l.org_id = e.value AND l.state = 'waiting' AND l.available_at <= ? AND l.isolation IN (?, ?)
@@ -347,5 +347,6 @@ def _admitted(run: Candidate, now: datetime) -> AdmittedRun:
             idempotency_key,
             json_value(params),
             run[_POOL],
+            run[_PARENT],
         )
     )

@@ -68,5 +68,5 @@ owner(id) AS (
   WHERE id = ANY(ARRAY(SELECT id FROM picked)) AND state NOT IN ('running', 'held', 'parked')
   RETURNING id, org_id, definition_id, revision, handler, isolation, origin, scheduled_for, available_at,
             start_by, started_at, attempt, failures, recoveries, fencing_token, idempotency_key, params,
-            pool
+            pool, parent_id
 )
