@@ -144,6 +144,23 @@ def test_a_stolen_ticket_is_of_no_use(pool: TemporalPool) -> None:
     assert len(read_journal(pool.journal("stolen"))) == 1
 
 
+def test_children_are_placed_on_hosts_by_the_pool_of_their_tree(pool: TemporalPool) -> None:
+    site = pool.site
+    run = pool.begin("spread", "acme.spread", children=5)
+
+    ended = site.wait_for_state("spread", "succeeded", attempt=2, timeout=90)
+
+    assert ended["result"] == ["org_acme"] * 5
+    assert len(read_journal(pool.journal("spread"), "note")) == 5
+    rows = site.query(
+        "SELECT DISTINCT w.host_id IS NOT NULL AS on_host, r.pool FROM attempts a "
+        "JOIN runs r ON r.id = a.run_id JOIN workers w ON w.id = a.worker_id "
+        "WHERE r.origin = 'child' OR r.id = ?",
+        run,
+    )
+    assert [(bool(row["on_host"]), row["pool"]) for row in rows] == [(True, "gpu")]
+
+
 def test_a_host_that_stops_drains_and_another_goes_on(pool: TemporalPool) -> None:
     site, journal = pool.site, pool.journal("drained")
     run = pool.begin("drained", "acme.steps", steps=300)
