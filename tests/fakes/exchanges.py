@@ -60,7 +60,9 @@ from worker.handlers.calls import (
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.ids import RunId, WorkerId
+from worker.model.batches import NewRequest
 from worker.model.limits import Limit, Share
+from worker.model.prices import ModelUsage
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.budgets import BudgetState, OrgBudgets
 from worker.model.runs.children import ChildPage, ChildrenWait, EndedRow, NewChild, PlacedChild
@@ -123,6 +125,10 @@ SLEEP = NewWait("nap", 1, "sleep", 90.5)
 ASK = NewWait("approve", 2, "answer", 86_400.0, '{"text":"go on? ü"}', alert=True)
 CHOICE = NewWait("approve", 1, "answer", None, '"which?"', options=("yes", 1, True, None))
 LIMIT = NewWait("budget:tokens", 1, "budget", 60.0)
+REQUEST = NewRequest(
+    *("model:0", "k", 1, "openai", "/v1/responses", '{"model":"gpt-5-mini","input":"ü"}'), ("beta",), "tokens"
+)
+IN_BATCH = NewWait("batch:0123", 1, "batch", 60.0, request=REQUEST)
 BUDGETS = (
     BudgetState("tokens", "day", 10, 4, LATER, "ask"),
     BudgetState("pages", "run", 5, 5, None, "wait", uses=False),
@@ -137,6 +143,8 @@ LINES = [
 LOAD = PoolLoad(Counter({"child": 1}), 0.0, {WORKER: {"child": 4, "inline": 4}}, {WORKER: Counter()})
 OWNED = [OwnedRun(RUN.id, 7, None), OwnedRun(RunId("r2"), 8, "requested")]
 SPEND = CountSpend("tokens", 5, "2:7")
+USAGE = ModelUsage(None, "gpt-5-mini", (("input", 3), ("cache_read", 0)))
+PRICED = CountSpend("tokens", 3, "2:8", USAGE)
 PROGRESS = {"done": 1.0, "total": 2, "note": "half ü"}
 TICKET = f"{RUN.id}.7.{'a' * 43}"
 SECRETS = {"openai": "sk-canary-1234567890"}
@@ -157,6 +165,7 @@ KEPT = {
 SEALED = compact(KEPT | {"commits": True})
 FREE: dict[Isolation, int] = {"child": 2, "inline": 0}
 STEPS = [STEP, replace(STEP, key=None, seq=4, spends=())]
+USED_STEP = replace(STEP, used=(USAGE, ModelUsage("openai", "gpt-5", (("output", 2), ("web_search", 1)))))
 WORK = Work(
     run_id=RUN.id,
     attempt=2,
@@ -251,8 +260,8 @@ def asks(call: Call[Any]) -> Callable[[RemoteStore], Any]:
     return ask
 
 
-def store_steps(store: RemoteStore) -> Any:
-    calls = [StoreStep(step) for step in STEPS]
+def store_steps(store: RemoteStore, steps: Sequence[NewStep] = STEPS) -> Any:
+    calls = [StoreStep(step) for step in steps]
     return store.store_steps([SentRow(RUN, Sent(RUN.id, 7, "acme.digest", call), 0) for call in calls])
 
 
@@ -281,6 +290,7 @@ PENDING = WaitState("sleep", "pending", None, LATER)
 ANSWERED = WaitState("answer", "answered", '{"ok":"ü"}', LATER)
 OVER = WaitState("budget", "over")
 CHOSEN = WaitState("answer", "pending")
+NOT_BATCHED = "request: the model requests of this run go into no batches"
 GATHER = NewWait("children:gather", 1, "children", children=ChildrenWait(((1, 2), (4, 4))))
 GATHERING = WaitState("children", "pending")
 CHILDREN = (
@@ -363,6 +373,14 @@ CALLS = [
     Exchange(
         "store", "", store_steps, {(RUN.id, 7)}, [("store_steps", ROWS)], {"store_steps": {(RUN.id, 7)}}
     ),
+    Exchange(
+        "store",
+        "of models",
+        lambda store: store_steps(store, [USED_STEP]),
+        {(RUN.id, 7)},
+        [("store_steps", [RunStep(RUN, "acme.digest", USED_STEP, 19)])],
+        {"store_steps": {(RUN.id, 7)}},
+    ),
     Exchange("store", "lost", store_steps, set(), answers={"owned": []}),
     Exchange(
         "wait", "sleep", asks(OpenWait(SLEEP)), PENDING, [("open_wait", RUN, SLEEP)], {"open_wait": PENDING}
@@ -383,6 +401,8 @@ CALLS = [
         [("open_wait", RUN, GATHER)],
         {"open_wait": GATHERING},
     ),
+    # Hosts send no requests into batches.
+    Exchange("wait_batch", "", asks(OpenWait(IN_BATCH)), Malformed(NOT_BATCHED)),
     Exchange(
         "start_children",
         "",
@@ -420,7 +440,15 @@ CALLS = [
         "",
         asks(SPEND),
         OrgBudgets(BUDGETS),
-        [("spend", RUN, "tokens", 5, "2:7")],
+        [("spend", RUN, "tokens", 5, "2:7", None)],
+        {"spend": OrgBudgets(BUDGETS)},
+    ),
+    Exchange(
+        "spend",
+        "of a model",
+        asks(PRICED),
+        OrgBudgets(BUDGETS),
+        [("spend", RUN, "tokens", 3, "2:8", USAGE)],
         {"spend": OrgBudgets(BUDGETS)},
     ),
     Exchange("spend", "lost", asks(SPEND), LOST),

@@ -1,6 +1,6 @@
 """The Python of the pages, executed: what a block leaves to its reader comes from the test.
 
-Here are blocks of agents.md, budgets.md, handlers.md, long-runs.md, monitoring.md, secrets.md and
+Here are blocks of agents.md, budgets.md, handlers.md, long-runs.md, monitoring.md, prices.md, secrets.md and
 service-limits.md.
 """
 
@@ -126,6 +126,19 @@ def test_a_step_spends_what_it_used(orgworker: Orgworker):
 
     assert finished.result == "gpt-4 says so"
     assert finished.spends == {"llm_tokens": 12}
+
+
+def test_spends_name_their_model(orgworker: Orgworker):
+    [text] = python_of(REFERENCE / "prices.md")
+    code = compile(text, "prices.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+    @job("acme.ask")
+    async def handler(ctx: Context) -> None:
+        await eval(code, {"ctx": ctx})
+
+    spent = orgworker.run(handler).spends
+    assert spent == {"llm_tokens": 1200 + 80 + 1200, "money": spent["money"]}
+    assert spent["money"] > 0
 
 
 @pytest.mark.parametrize("is_caught", [True, False])

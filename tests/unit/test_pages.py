@@ -113,7 +113,7 @@ def test_toml_on_a_page_is_what_its_reader_takes(tmp_path: Path):
         keys = set(tomllib.loads(block.text)) if block.language == "toml" else set()
         if "org_asserted_by" in keys:
             parse_profile(block.text, source=page.name)
-        elif keys & {"org", "definition", "template", "calendar", "budget", "limit"}:
+        elif keys & {"org", "definition", "template", "calendar", "budget", "limit", "rollout"}:
             parse_file(block.text)
         elif keys and keys != {"project"}:
             file = tmp_path / f"{page.stem}-{block.line}.toml"

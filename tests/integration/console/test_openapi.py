@@ -17,12 +17,24 @@ from worker.features.console.api.openapi import document
 from worker.model.definitions.file import parse_file
 from worker.operations.apply import apply
 from worker.operations.runs import cancel, run_now
-from worker.store import orgs, tables
+from worker.store import orgs, rollouts, tables
 from worker.tokens.sealing import KeyRing
 
 # Requests for each operation as the document says, and as many others; PostgreSQL refuses more.
 EXAMPLES = {"sqlite": 1, "postgresql": 3}
 NUMBERS = itertools.count(1)
+# A rollout in the state in which it can be moved, for each move.
+ROLLOUTS = {"show": "planned", "advance": "planned", "halt": "running", "resume": "halted"}
+ROLLOUTS |= {"finish": "running", "undo": "running"}
+ROLLOUT = {
+    "definitions": "digest",
+    "from_handler": "acme.digest",
+    "to_handler": "acme.other",
+    "orgs": "all",
+    "steps": ["50%", "100%"],
+    "auto": False,
+    "watch": {"failed": "+2 points"},
+}
 
 
 def test_the_document_is_valid_openapi():
@@ -51,6 +63,12 @@ def seeded(staffed: Site, tmp_path: Path) -> dict[str, str]:
     cancel(database, run, actor="tester")
     with database.transaction() as connection:
         org_id, now = orgs.require(connection, "org_a")["id"], database.now(connection)
+        for verb, state in ROLLOUTS.items():
+            rollouts.put(connection, f"of {verb}", ROLLOUT, None, at=now, actor="tester")
+            if state != "planned":
+                began = {"state": state, "step": 1, "began_at": now, "step_began_at": now}
+                id_ = rollouts.require(connection, f"of {verb}")["id"]
+                rollouts.change(connection, id_, began)
         for seq in range(1, 4):
             row = {"run_id": run, "org_id": org_id, "attempt": 1, "seq": seq, "at": now}
             connection.execute(
@@ -63,6 +81,7 @@ def seeded(staffed: Site, tmp_path: Path) -> dict[str, str]:
         "waiting": waiting,
         "waiting_on": on,
         "generation": "1",
+        "rollout": "of show",
     }
 
 
@@ -104,6 +123,8 @@ def ask_everything(app: Any, seeded: dict[str, str], examples: int) -> dict[str,
                     case.path_parameters["run"] = seeded["waiting"]
                 if case.operation.label.endswith("/raise"):
                     case.body = {"meter": "calls", "by": 1}
+                if (verb := case.operation.label.rpartition("/")[2]) in ROLLOUTS:
+                    case.path_parameters["rollout"] = f"of {verb}"
                 if "/runs:" in case.operation.label:
                     case.body = {
                         "q": f"state:{'waiting' if 'cancel' in case.operation.label else 'succeeded'}"

@@ -342,7 +342,8 @@ async def test_every_unsafe_route_refuses_what_no_page_of_ours_sent(staffed: Sit
     async with logged_in(staffed, TOKENS["operator"]) as client:
         csrf = csrf_of(await client.get("/"))
         for route in routes:
-            path = route.path.format(run=run, org="org_a", name="digest", code="x", plan="x")
+            names = {"name": "digest", "code": "x", "plan": "x", "rollout": "x", "verb": "halt"}
+            path = route.path.format(run=run, org="org_a", **names)
             for form, headers in (
                 ({}, OURS),
                 ({"csrf": csrf}, {}),

@@ -40,6 +40,7 @@ NOT_OF_ORGS = {
     "plans",
     "calendars",
     "limits",
+    "price_lists",
     "rollouts",
     "rollout_days",
     "host_handlers",

@@ -22,6 +22,7 @@ RUN = {"run": "00000000-0000-0000-0000-000000000001", "fencing_token": 3}
 STEP = {
     **{"name": "s", "key": None, "occurrence": 1, "seq": 1, "result_json": '{"a":[1]}'},
     **{"spends": [["llm", 2]], "started_at": NOW, "ended_at": NOW},
+    "used": [{"provider": None, "model": "m", "kinds": [["input", 2]]}],
 }
 LONG = 'é"\\x' * 1000
 MESSAGES: dict[str, dict[str, Any]] = {
@@ -78,6 +79,17 @@ MESSAGES: dict[str, dict[str, Any]] = {
             **{"name": "children:gather", "occurrence": 1, "kind": "children", "seconds": None},
             **{"ask_json": json.dumps(LONG), "alert": False},
             "children": {"spans": [[1, 5], [7, 7]], "any": False},
+        },
+    },
+    "wait_batch": {
+        **RUN,
+        "wait": {
+            **{"name": "batch:1", "occurrence": 1, "kind": "batch", "seconds": 60.0, "alert": False},
+            "ask_json": None,
+            "request": {
+                **{"step": "model", "key": None, "occurrence": 1, "api": "openai", "path": "/v1/responses"},
+                "body_json": json.dumps({"input": LONG}),
+            },
         },
     },
     "start_children": {

@@ -170,6 +170,7 @@ def test_each_kind_comes_of_an_event_of_the_table_and_of_no_other(heard):
     assert set(heard.kinds()) == {
         *("failed", "paused", "credential_dead", "overdue", "provisioning_failed", "waiting"),
         *("files_opened", "files_changeable", "egress_denied", "late"),
+        *("unpriced", "forecast", "rollout"),
     }
 
 

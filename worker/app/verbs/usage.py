@@ -7,6 +7,7 @@ import sys
 from typing import Annotated, Any, Literal, cast
 
 import typer
+from typer.core import TyperGroup
 
 from worker.ids import ALL_ORGS
 from worker.kit.options import LimitOption, OrgOption, SinceOption, option, read_since
@@ -15,7 +16,16 @@ from worker.kit.session import session_of
 from worker.model.definitions.units import json_default, parse_time
 from worker.store.lists import DEFAULT_LIMIT
 
-app = typer.Typer(help="What orgs spent, by meter, definition or day; and what models cost.")
+
+class ListGroup(TyperGroup):
+    """`usage --by …` is `usage list --by …`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        is_option = bool(args) and args[0].startswith("-") and args[0] != "--help"
+        return super().parse_args(ctx, ["list", *args] if is_option else args)
+
+
+app = typer.Typer(cls=ListGroup, help="What orgs spent, by meter, definition or day; and what models cost.")
 
 
 @app.command("list")

@@ -69,6 +69,7 @@ WORDS: Mapping[str, str] = {
     "pool.approve": "Approved the handler",
     "pool.forget_rules": "Forgot the rules of the pool",
     "pool.revoke": "Revoked the approval of the handler",
+    "prices.update": "Read a price list into",
     "product.allow": "Allowed starts to the login",
     "product.revoke": "Took starts from the login",
     "property.set": "Set the property",
