@@ -239,6 +239,7 @@ class Told:
     def everything(self) -> str:
         """All that is stored of the run, to look for what must not be there."""
         found = [self.row, *self.fleet.rows.attempts(self.run)]
-        for table in (tables.checkpoints, tables.steps, tables.waits, tables.run_logs, tables.spends):
+        kept = (tables.steps, tables.waits, tables.run_logs, tables.spends, tables.model_spends)
+        for table in (tables.checkpoints, *kept):
             found += self.rows(table)
         return str(found)

@@ -37,9 +37,20 @@ def started(ctx: Any, done: Calls, name: str, args: list[Any]) -> Any:
                 return value
 
             return ctx.step(step, compute, **({"key": key[0]} if key else {}))
+        case "spending step":
+            step, *spends = args
+
+            def use() -> None:
+                for meter, amount, named in spends:
+                    ctx.spend(meter, amount, **named)
+
+            return ctx.step(step, use)
         case "map":
             step, count = args
             return ctx.map(step, lambda n: n, list(range(count)))
+        case "spend" if len(args) > 2:
+            meter, amount, named = args
+            return ctx.spend(meter, amount, **named)
         case "budget":
             return ctx.budget(*args)
         case "secret" | "progress":

@@ -81,6 +81,26 @@ async def test_spends_count_once_and_a_used_up_budget_stops_the_next_step(carrie
     assert told.rows(tables.steps) == []
 
 
+async def test_what_a_model_used_is_priced_by_the_worker_once(carrier: Carrier) -> None:
+    """The run names model and units; the price is the worker's: 2 USD for a million tokens of input."""
+    house = {"model": "house", "provider": "acme"}
+    told = await carrier.run(
+        ["spend", "tokens", 5, {**house, "kind": "input"}],
+        ["spending step", "ask", ["tokens", {"input": 7, "output": 1}, house], ["tokens", 3, {}]],
+        ["spend", "tokens", 1, {"model": "unheard-of", "kind": "output"}],
+    )
+
+    rows = [(row["model"], row["kind"], row["units"], row["money"]) for row in told.rows(tables.model_spends)]
+    assert sorted(rows, key=str) == [
+        ("house", "input", 5, 10_000),
+        ("house", "input", 7, 14_000),
+        ("house", "output", 1, None),
+        ("unheard-of", "output", 1, None),
+    ]
+    spends = sorted((row["meter"], row["amount"]) for row in told.rows(tables.spends))
+    assert spends == [("money", 10_000), ("money", 14_000), ("tokens", 1), ("tokens", 5), ("tokens", 11)]
+
+
 async def test_a_renewed_token_is_masked(carrier: Carrier) -> None:
     told = await carrier.run(["token"], ["save", "$token"])
 
@@ -103,6 +123,8 @@ async def test_lines_and_progress_are_stored_masked(carrier: Carrier) -> None:
         ["step", "s$token", 1],
         ["step", "s", 1, "k$token"],
         ["spend", "m$token", 1],
+        ["spend", "m", 1, {"model": "m$token", "kind": "input"}],
+        ["spending step", "s", ["m", {"input": 1}, {"model": "m", "provider": "$token"}]],
         ["wait_for", "ok", {"options": ["yes", "$token"]}],
     ],
 )
@@ -111,6 +133,7 @@ async def test_a_name_with_a_secret_is_refused_and_the_handler_goes_on(carrier: 
 
     assert told.given == ["StepError", None]
     assert told.rows(tables.steps) == told.rows(tables.spends) == told.rows(tables.waits) == []
+    assert told.rows(tables.model_spends) == []
 
 
 async def test_a_refusal_that_the_handler_does_not_catch_fails_the_run_for_good(carrier: Carrier) -> None:

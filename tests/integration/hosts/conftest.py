@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -35,6 +36,7 @@ from worker.ids import OrgId, RunId, WorkerId, new_id
 from worker.model.claims import Enforced
 from worker.model.definitions.file import parse_file
 from worker.model.orgs import OrgRef, TokenWant
+from worker.model.prices import OwnPrice, Prices
 from worker.model.runs import outcome as outcomes
 from worker.model.runs.outcome import EndedAttempt
 from worker.operations.apply import apply
@@ -75,6 +77,8 @@ FILE = "".join(
     )
 )
 LEASE = timedelta(seconds=30)
+# Units of the currency for a million tokens.
+PRICES = Prices(own=[OwnPrice("house", {"input": Fraction(2)})])
 NOW = "2030-01-01T00:00:00Z"
 STEP: Mapping[str, Any] = {
     **{"name": "fetch", "key": None, "occurrence": 1, "seq": 1, "result_json": "[1]", "spends": []},
@@ -141,7 +145,7 @@ class Worker:
     def __post_init__(self) -> None:
         clock = SystemClock()
         self.id = WorkerId(new_id())
-        self.store = store = WorkerStore(self.database, self.id, self.lease)
+        self.store = store = WorkerStore(self.database, self.id, self.lease, prices=PRICES)
         self.tools = Tools(
             plans=Plans(store, clock, api_origins={"main": ()}),
             tokens=self.tokens,
