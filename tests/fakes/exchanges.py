@@ -60,7 +60,6 @@ from worker.handlers.calls import (
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.ids import RunId, WorkerId
-from worker.model.batches import NewRequest
 from worker.model.limits import Limit, Share
 from worker.model.prices import ModelUsage
 from worker.model.runs import outcome as outcomes
@@ -125,10 +124,6 @@ SLEEP = NewWait("nap", 1, "sleep", 90.5)
 ASK = NewWait("approve", 2, "answer", 86_400.0, '{"text":"go on? ü"}', alert=True)
 CHOICE = NewWait("approve", 1, "answer", None, '"which?"', options=("yes", 1, True, None))
 LIMIT = NewWait("budget:tokens", 1, "budget", 60.0)
-REQUEST = NewRequest(
-    *("model:0", "k", 1, "openai", "/v1/responses", '{"model":"gpt-5-mini","input":"ü"}'), ("beta",), "tokens"
-)
-IN_BATCH = NewWait("batch:0123", 1, "batch", 60.0, request=REQUEST)
 BUDGETS = (
     BudgetState("tokens", "day", 10, 4, LATER, "ask"),
     BudgetState("pages", "run", 5, 5, None, "wait", uses=False),
@@ -290,7 +285,6 @@ PENDING = WaitState("sleep", "pending", None, LATER)
 ANSWERED = WaitState("answer", "answered", '{"ok":"ü"}', LATER)
 OVER = WaitState("budget", "over")
 CHOSEN = WaitState("answer", "pending")
-NOT_BATCHED = "request: the model requests of this run go into no batches"
 GATHER = NewWait("children:gather", 1, "children", children=ChildrenWait(((1, 2), (4, 4))))
 GATHERING = WaitState("children", "pending")
 CHILDREN = (
@@ -401,8 +395,6 @@ CALLS = [
         [("open_wait", RUN, GATHER)],
         {"open_wait": GATHERING},
     ),
-    # Hosts send no requests into batches.
-    Exchange("wait_batch", "", asks(OpenWait(IN_BATCH)), Malformed(NOT_BATCHED)),
     Exchange(
         "start_children",
         "",

@@ -81,17 +81,6 @@ MESSAGES: dict[str, dict[str, Any]] = {
             "children": {"spans": [[1, 5], [7, 7]], "any": False},
         },
     },
-    "wait_batch": {
-        **RUN,
-        "wait": {
-            **{"name": "batch:1", "occurrence": 1, "kind": "batch", "seconds": 60.0, "alert": False},
-            "ask_json": None,
-            "request": {
-                **{"step": "model", "key": None, "occurrence": 1, "api": "openai", "path": "/v1/responses"},
-                "body_json": json.dumps({"input": LONG}),
-            },
-        },
-    },
     "start_children": {
         **RUN,
         "handler": "h",
