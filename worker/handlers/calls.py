@@ -511,7 +511,7 @@ class StoreStep(Call["str | None"]):
     step: Annotated[NewStep, STEP]
 
 
-@declared(Way("wait", also=("choose", "wait_children", "wait_batch"), body=BATCH_BYTES), StateAnswer())
+@declared(Way("wait", also=("choose", "wait_children"), body=BATCH_BYTES), StateAnswer())
 @dataclass(frozen=True, slots=True)
 class OpenWait(Call[WaitState]):
     """Store what the run waits for, and say how that stands."""
@@ -523,8 +523,6 @@ class OpenWait(Call[WaitState]):
         # A name of its own: a worker that does not know it refuses it, where it would ignore a key of `wait`.
         if self.wait.children is not None:
             return "wait_children"
-        if self.wait.request is not None:
-            return "wait_batch"
         return "choose" if self.wait.options else "wait"
 
 

@@ -1,4 +1,7 @@
-"""`ctx.complete` and agents in batch mode: a request parks its run, and is sent on its own if it must be."""
+"""`ctx.complete` and agents in batch mode: a request parks its run, and is sent on its own if it must be.
+
+That is what docs/reference/batches.md says of them.
+"""
 
 from __future__ import annotations
 
