@@ -87,7 +87,8 @@ def record(
     `used` is what they used of models. What it costs by these prices counts for the meter `money`. Rows are
     locked in one order: `spends` by key, `model_spends`, `model_days`, `meter_days`, `tree_spends`, `meters`.
     """
-    costed = model_prices.cost(connection, used, prices, now)
+    once = {(each.run_id, each.key, each.place): each for each in used}
+    costed = model_prices.cost(connection, list(once.values()), prices, now)
     spends = [*spends, *_money(costed)]
     fresh = _insert(connection, spends, now)
     unpriced = model_prices.store(connection, costed, now)

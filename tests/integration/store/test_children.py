@@ -6,14 +6,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
+from fractions import Fraction
 from typing import Any
 
 import pytest
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import HANDLER, Stock
+from tests.integration.store.test_spending import add_budget, step_of
 from worker.handlers.steps import StepError
 from worker.ids import ALL_ORGS, RunId, WorkerId
+from worker.model.definitions.budgets import MONEY
+from worker.model.prices import ModelUsage, OwnPrice, Prices
+from worker.model.runs.budgets import decisive
 from worker.model.runs.children import MAX_CHILDREN, MAX_TREE, ChildrenWait, FamilyCap, NewChild, PlacedChild
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import AdmittedRun
@@ -21,6 +26,9 @@ from worker.model.runs.waits import NewWait, WaitState
 from worker.store import budgets, children, families, spending, sweeps, tables, workers
 
 CAP = FamilyCap(HANDLER, frozenset({"read:kb"}), frozenset(), (), frozenset())
+
+# A nano-unit of the currency a token.
+PRICES = Prices(own=[OwnPrice("house", {"input": Fraction(1, 1000)})])
 
 
 @pytest.fixture
@@ -593,6 +601,31 @@ def test_what_a_tree_spends_counts_for_the_budget_of_each_run_in_it(stock: Stock
     stock.within(spending.spend, one, "tickets", 2, "1:1")
     assert spent(run.id) == 7
     assert [row["used"] for row in stock.all(tables.tree_spends)] == [6]
+
+
+def test_the_money_of_children_counts_for_the_budget_of_their_tree(stock: Stock, worker: WorkerId) -> None:
+    """By spends and by steps, once for each key. The run at the top stops, and so does each child."""
+    run = admitted(stock, worker)
+    add_budget(stock, run.org_id, MONEY, limit=100, per="run", at_limit="fail")
+    started(stock, run, 2)
+    one, two = stock.admit(worker)
+    used = ModelUsage(None, "house", (("input", 30),))
+    for each in (run, one, one):
+        stock.within(spending.spend, each, "tokens", 30, "1:1", used, PRICES)
+
+    def is_stopped(each: AdmittedRun) -> bool:
+        return decisive(stock.reading(spending.states_of, each).states) is not None
+
+    before = [is_stopped(each) for each in (run, one, two)]
+    step = step_of(two, 1, ("tokens", 40))
+    step.step.used = (ModelUsage(None, "house", (("input", 40),)),)
+    stock.within(spending.store_steps, [step, step], PRICES)
+
+    assert (before, [is_stopped(each) for each in (run, one, two)]) == ([False] * 3, [True] * 3)
+    assert stock.reading(budgets.spent_in_tree, run.id, MONEY) == 30 + 30 + 40
+    trees = {row["meter"]: row["used"] for row in stock.all(tables.tree_spends)}
+    assert trees == {MONEY: 70, "tokens": 70}
+    assert sum(row["money"] for row in stock.all(tables.model_days)) == 100
 
 
 def test_a_retry_has_spent_what_the_children_that_it_takes_up_have(stock: Stock, worker: WorkerId) -> None:
