@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from tests.acceptance.test_runs import alive
 from tests.fakes.handlers import read_journal
 from tests.fakes.site import Site, application, definition, wait_until
+from worker.model.money import NANO
 
 BUDGET = """\
 [[budget]]
@@ -18,14 +21,28 @@ meter = "llm_tokens"
 limit = 25
 per = "day"
 at_limit = "ask"
+
+[[budget]]
+org = "org_payer"
+meter = "money"
+limit_from = "property:monthly_usd"
+per = "month"
+at_limit = "ask"
+"""
+# 0.1 USD a token.
+PRICES = """
+[[prices.own]]
+model = "house-*"
+input = 100000
 """
 
 
 @pytest.fixture(scope="module")
 def installed(shared_site: Callable[..., Site]) -> Site:
     """An installation whose worker is up; each test has an org and a definition of its own."""
-    site = shared_site('lease = "4s"\nrenew = "500ms"')
+    site = shared_site('lease = "4s"\nrenew = "500ms"' + PRICES)
     site.add_orgs(*(application(f"org_{name}") for name in ("approved", "spender", "agent")))
+    site.add_orgs(application("org_payer", properties={"monthly_usd": "2.50"}))
     # A worker that is up learns of another one only later.
     site.apply(BUDGET)
     site.worker = site.start_worker()  # type: ignore[attr-defined]
@@ -99,6 +116,25 @@ def test_an_operator_answers_a_budget_that_asks(installed: Site) -> None:
     assert [entry["number"] for entry in read_journal(site.out / "spender", "call")] == [0, 1, 2, 3]
     usage = site.cli("usage", "list", "--org", "org_spender", "-o", "json").json()
     assert sum(row["used"] for row in usage if row["meter"] == "llm_tokens") == 41
+
+
+def test_a_budget_of_money_stops_a_run_that_no_budget_of_tokens_limits(installed: Site) -> None:
+    """Its limit is a property of the org."""
+    site = installed
+    run = str(begin(site, "payer", "acme.spender", steps=4, model="house-1")["id"])
+    assert len(read_journal(site.out / "payer", "call")) == 3
+    [budget] = site.cli("budgets", "list", "--org", "org_payer", "-o", "json").json()
+    assert (budget["limit"], budget["used"], budget["property"]) == (2_500_000_000, 3 * NANO, "monthly_usd")
+
+    site.cli("runs", "answer", run, "budget:money", "--data", '{"by": "5 USD"}')
+
+    ended = site.wait_for_state("payer", "succeeded", attempt=2, timeout=30)
+    assert ended["result"]["used"] == 4 * NANO + NANO // 10
+    assert ended["result"]["left"] == 7_500_000_000 - ended["result"]["used"]
+    text = site.cli("usage", "--org", "org_payer", "--by", "org,model,definition,month", "-o", "csv").out
+    [line] = csv.DictReader(io.StringIO(text))
+    shown = [line[name] for name in ("model", "tokens", "amount", "currency")]
+    assert shown == ["house-1", "41", "4.10", "USD"]
 
 
 def test_tools_of_an_agent_that_need_approval_wait_for_it(installed: Site) -> None:

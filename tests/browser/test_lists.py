@@ -165,6 +165,23 @@ def fill(connection: Connection, now: datetime) -> str:
             definition_id=definition,
             used=9_999_999,
         )
+        for kind, units in (("input", 123_456_789), ("cache_write_1h", 0)):
+            put(
+                tables.model_days,
+                **{"day": now.date(), "org_id": org, "definition_id": definition, "provider": "openai"},
+                **{"model": name, "kind": kind, "tariff": "standard", "units": units, "unpriced": units},
+                money=1_234_567_890_123 + number,
+            )
+        put(
+            tables.budgets,
+            **{"id": new_id(), "target": f"org:{org}", "org_id": org, "meter": "money", "per": "month"},
+            **{"limit": 1_999_999_999_999, "at_limit": "wait", "warn_at": 0.8, "updated_by": name},
+            **{"created_at": at, "updated_at": at},
+        )
+        month = now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+        put(tables.meters, org_id=org, meter="money", per="month", starts_at=month, used=1_234_567_890_123)
+        money = {"meter": "money", "definition_id": definition, "used": 1_234_567_890_123}
+        put(tables.meter_days, day=now.date(), org_id=org, **money)
         made = put_run(connection, org, definition, worker, name, at)
         run = run or made
     return f"/runs/{run}"
@@ -236,6 +253,7 @@ def wrongs_of(tab: Tab, width: int) -> dict[str, Any]:
 def test_no_table_cuts_a_word_or_is_too_wide(site: tuple[str, Any, str], tab: Tab):
     base, state, run = site
     lists = ("/search", "/credentials?risk=all", "/usage?by=definition", f"/retry?q=definition:{NAMES[-1]}")
+    lists += ("/usage?by=definition,model", "/usage?by=kind,tariff", f"/usage?org=org_{NAMES[0]}&by=org")
     pages = crawl(base, state, first=("/", *lists, run), each=2)
     assert len(pages) >= KINDS
     wrong = []

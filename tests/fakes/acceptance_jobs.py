@@ -185,17 +185,18 @@ async def leak_result(ctx: Context[Any, Any]) -> dict[str, str]:
 
 @job("acme.spender")
 async def spender(ctx: Context[Any, Any]) -> dict[str, Any]:
-    """Make `steps` calls that spend 10 tokens each; each is a line of the journal."""
+    """Make `steps` calls that spend 10 tokens each, of a `model`; each is a line of the journal."""
+    named = {"model": ctx.params["model"], "kind": "input"} if "model" in ctx.params else {}
 
     async def call(number: int) -> int:
         write(ctx, who="call", number=number)
-        await ctx.spend("llm_tokens", 10)
+        await ctx.spend("llm_tokens", 10, **named)
         await asyncio.sleep(ctx.params.get("pause", 0))
         return number
 
     results = [await ctx.step("call", call, number) for number in range(ctx.params["steps"])]
-    await ctx.spend("llm_tokens", 1)
-    budget = await ctx.budget("llm_tokens")
+    await ctx.spend("llm_tokens", 1, **named)
+    budget = await ctx.budget("money" if named else "llm_tokens")
     return {"results": results, "used": budget.used, "left": budget.left}
 
 

@@ -87,6 +87,7 @@ class Site:
         self.login_basis = ""
         self.portal: tuple[str, ...] = ("run", "pause", "retry")
         self.top_orgs = 0
+        self.org_usage = False
         self.guard = Guard(kinde_issuer(), client=self.issuer.client(), clock=clock)
         # As `serve`: without a key ring.
         self.open_ring: OpenRing = no_ring
@@ -136,6 +137,7 @@ class Site:
             open_ring=self.open_ring,
             installation=self.installation,
             mcp_hosts=self.mcp_hosts,
+            org_usage=self.org_usage,
         )
 
     def last_change(self) -> tuple[str, str, Any]:
