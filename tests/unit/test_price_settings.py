@@ -76,7 +76,9 @@ OF_MODEL = '[[prices.own]]\nmodel = "m"\n'
     (OF_MODEL, "give a price"), ("[[prices.own]]\ninput = 1", "model"),
     (OF_MODEL + "input = -1", "not a price"), (OF_MODEL + "input = nan", "price"),
     (OF_MODEL + 'input = "1e9"', "not a price"), (OF_MODEL + "inptu = 1", "inptu"),
-    (OF_MODEL + "input = true", "a number"), (OF_MODEL + 'input = 1\nfrom = "soon"', "from"),
+    (OF_MODEL + "input = true", "a number"),
+    (OF_MODEL + 'input = 1\nfrom = "soon"', "from: 'soon' is not a day"),
+    ('[[prices.own]]\nmodel = "m 1"\ninput = 1', "model: 'm 1' is not the name of a model"),
 ])  # fmt: skip
 def test_a_wrong_price_is_refused_by_name(tmp_path: Path, text: str, named: str):
     with pytest.raises(ConfigurationError, match=named):

@@ -363,7 +363,7 @@ def _of_forecasts(connection: Connection) -> Iterator[Matter]:
     if not ahead:
         return
     currency = currency_of(connection) or ""
-    texts = [forecast_text(level, currency) or "" for level in ahead[:NAMED]]
+    said = "; ".join(forecast_text(level, currency) or "" for level in ahead[:NAMED])
     more = " There are others." if len(ahead) > NAMED else ""
     only = len(ahead) == 1
     yield Matter(
@@ -371,7 +371,7 @@ def _of_forecasts(connection: Connection) -> Iterator[Matter]:
         "warn",
         "limit",
         "the budget of money of one org will not last" if only else "budgets of money will not last",
-        f"{'; '.join(texts).capitalize()}.{more}",
+        f"{said[:1].upper()}{said[1:]}.{more}",
         NextStep("show_budgets", {"org": ahead[0]["org"]}) if only else NextStep("list_usage"),
         {"orgs": [level["org"] for level in ahead[:NAMED]]},
     )

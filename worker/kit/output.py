@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from worker.store.lists.rows import Run
 
 Row = Mapping[str, Any]
+# What columns of a table, or keys of a row, show for people.
+Cells = Mapping[str, Callable[[Any], Any]]
 
 MODULE = "python -m worker"
 SCRIPT = "orgworker"
@@ -55,7 +57,7 @@ def print_rows(
     key: str = "id",
     limit: int | None = None,
     titles: bool = False,
-    cells: Mapping[str, Callable[[Any], Any]] | None = None,
+    cells: Cells | None = None,
     short: bool = False,
 ) -> None:
     """Print a list. A table has only `columns`, JSON every key. For a full page, mention --after.
@@ -85,16 +87,19 @@ def as_json(value: Any) -> str:
     return masker.mask(json.dumps(value, default=json_default, indent=2), ALL_ORGS)
 
 
-def print_row(row: Row, output: Format, *, key: str = "id", verbatim: bool = False) -> None:
+def print_row(
+    row: Row, output: Format, *, key: str = "id", verbatim: bool = False, cells: Cells | None = None
+) -> None:
     """Print one row: an object in JSON; for people a line for each key, with nested values indented.
 
-    `verbatim` is for data of a handler, whose keys mean nothing here.
+    `verbatim` is for data of a handler, whose keys mean nothing here. `cells` as for `print_rows`.
     """
     if not verbatim:
         row = _with_commands(row)
     if output is not Format.TABLE:
         _print_for_programs(row, [row], output, key)
         return
+    row = dict(row) | {name: cell(row) for name, cell in (cells or {}).items() if name in row}
     width = max(len(name) for name in row)
     for name, value in row.items():
         lines = _nested(value)
@@ -360,7 +365,7 @@ def _amount(name: str) -> Callable[[Mapping[str, Any]], Any]:
 
 # Cells of rows with a meter: money is in nano-units.
 AMOUNTS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
-    name: _amount(name) for name in ("limit", "used", "left")
+    name: _amount(name) for name in ("limit", "used", "left", "amount")
 }
 RUN_CELLS: Mapping[str, Callable[[Run], Any]] = {
     "scheduled_for": _scheduled_for,

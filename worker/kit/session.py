@@ -15,7 +15,7 @@ from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError, NotFound, UsageError, WorkerError, did_you_mean
 from worker.ids import ALL_ORGS
 from worker.kit.feature import refuse_settings
-from worker.kit.output import Format, Row, print_row, print_rows
+from worker.kit.output import Cells, Format, Row, print_row, print_rows
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -116,16 +116,23 @@ class Invocation:
         self.print_row(row)
 
     def change(
-        self, operation: Callable[..., Mapping[str, Any]], *given: object, key: str = "id", **named: Any
+        self,
+        operation: Callable[..., Mapping[str, Any]],
+        *given: object,
+        key: str = "id",
+        cells: Cells | None = None,
+        **named: Any,
     ) -> None:
         """Call an operation with the database and the actor, and print the row that it returns."""
         with self.database() as database:
             row = operation(database, *given, **named, actor=self.actor)
-        self.print_row(row, key=key)
+        self.print_row(row, key=key, cells=cells)
 
-    def print_row(self, row: Row, *, key: str = "id", verbatim: bool = False) -> None:
+    def print_row(
+        self, row: Row, *, key: str = "id", verbatim: bool = False, cells: Cells | None = None
+    ) -> None:
         """Print a row in the format that was asked for, as `output.print_row`."""
-        print_row(row, self.output, key=key, verbatim=verbatim)
+        print_row(row, self.output, key=key, verbatim=verbatim, cells=cells)
 
     def print_rows(self, rows: Sequence[Row], columns: Sequence[str], **how: Any) -> None:
         """Print a list in the format that was asked for, as `output.print_rows`."""

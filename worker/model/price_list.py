@@ -24,6 +24,7 @@ from genai_prices.types import (
     TieredPrices,
     _providers_from_raw,
 )
+from pydantic import ValidationError
 
 from worker.model.prices import Kind, ListedModel, Tariff
 
@@ -69,6 +70,10 @@ class GenaiPrices:
         try:
             raw = json.loads(data)
             providers = _providers_from_raw(raw) if isinstance(raw, list) else []
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise ValueError(f"it is not a price list of genai-prices: {place}: {first['msg']}") from None
         except (ValueError, RecursionError, TypeError, AttributeError) as error:
             raise ValueError(f"it is not a price list of genai-prices: {str(error)[:200]}") from None
         if not providers:

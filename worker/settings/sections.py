@@ -23,7 +23,7 @@ from worker.model.definitions.pools import DEFAULT_POOL, parse_pool
 from worker.model.definitions.units import parse_duration, parse_memory
 from worker.model.egress import check_wildcards, parse_items
 from worker.model.money import DEFAULT_CURRENCY, parse_currency
-from worker.model.prices import KINDS, NAME_LIMIT, Kind, OwnPrice, Prices
+from worker.model.prices import KINDS, Kind, OwnPrice, Prices, model_name
 from worker.model.provider import parse_rule
 from worker.telemetry.masking import shown_url
 
@@ -486,7 +486,10 @@ def _rate(value: Any) -> Any:
 
 
 def _day(value: Any) -> Any:
-    return date.fromisoformat(value) if isinstance(value, str) else value
+    try:
+        return date.fromisoformat(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError(f"{value[:40]!r} is not a day; write a UTC day such as 2027-01-01") from None
 
 
 Amount = Annotated[Decimal, BeforeValidator(_decimal)]
@@ -495,8 +498,8 @@ Amount = Annotated[Decimal, BeforeValidator(_decimal)]
 class OwnPriceSettings(Section):
     """`[[prices.own]]`: a price of your own, which counts instead of that of the price list."""
 
-    model: str = Field(min_length=1, max_length=NAME_LIMIT)
-    provider: str | None = None
+    model: Annotated[str, AfterValidator(model_name)]
+    provider: Annotated[str, AfterValidator(model_name)] | None = None
     org: str | None = None
     tariff: Literal["standard", "batch"] | None = None
     start: Annotated[date | None, BeforeValidator(_day)] = Field(None, alias="from")

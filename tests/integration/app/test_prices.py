@@ -89,6 +89,17 @@ def stock(shop: CommandLine) -> Iterator[Stock]:
     database.close()
 
 
+def test_a_raise_of_money_and_a_wrong_list_are_for_people(shop: CommandLine, stock: Stock):
+    org_id = stock.org()
+    add_budget(stock, org_id, MONEY, limit=20 * NANO, per="month")
+    raised = shop("budgets", "raise", "org_1", "money", "--by", "5 USD", "--per", "month").out.split()
+    wrong = shop("prices", "update", "-", stdin="[1]", check=False)
+
+    assert (raised[raised.index("amount") + 1], raised[raised.index("limit") + 1]) == ("5.00", "25.00")
+    assert wrong.code == 2 and "genai-prices: 0: Input should be a dictionary" in wrong.err
+    assert "errors.pydantic.dev" not in wrong.err
+
+
 def code_of(cli: CommandLine, *arguments: str) -> tuple[int, str]:
     done = cli(*arguments, check=False)
     return done.code, done.err

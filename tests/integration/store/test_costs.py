@@ -18,6 +18,7 @@ from worker.model.definitions.budgets import MONEY, period_of, reaches_at
 from worker.model.money import NANO
 from worker.model.prices import OwnPrice, Prices
 from worker.operations.budgets import raise_budget
+from worker.store import prices
 from worker.store.lists import usage
 from worker.store.lists.costs import columns_of_costs, costs, parts_of
 
@@ -101,9 +102,11 @@ def test_a_forecast_is_reported_and_a_matter_of_the_morning(stock: Stock, clock:
     [row] = stock.reading(usage.forecasts, ALL_ORGS, limit=5)
     text = usage.forecast_text(row, "USD")
     assert text == f"at this pace {stock.code(org_id)} reaches 1.00 USD of money per month on 2026-12-17"
+    stock.within(prices.keep_currency, "USD")
     with stock.database.autocommit() as connection:
         found = [one for one in matters(connection, clock.now(), installation="") if one.kind == "forecast"]
     assert [one.step.command for one in found] == [f"budgets list --org {stock.code(org_id)}"]
+    assert found[0].about == f"A{text[1:]}."
 
 
 def test_a_budget_of_money_is_raised_in_its_currency(stock: Stock):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -57,7 +57,8 @@ def raise_(
     from worker.operations.budgets import raise_budget
 
     end = None if until is None else parse_time(until, session.clock, name="--until")
-    session.change(raise_budget, org=org, meter=meter, by=by, per=per, until=end, reason=reason)
+    how: dict[str, Any] = {"org": org, "meter": meter, "by": by, "per": per, "until": end, "reason": reason}
+    session.change(raise_budget, cells=AMOUNTS, **how)
 
 
 @verb(app, "remove")

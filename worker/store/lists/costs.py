@@ -58,7 +58,8 @@ def parts_of(by: str) -> tuple[Part, ...]:
     given = [part.strip() for part in by.split(",") if part.strip()]
     for part in given:
         if part not in PARTS:
-            raise UsageError(f"{part!r:.60} is not a way to list costs", fix=f"use some of {','.join(PARTS)}")
+            fix = f"use some of {','.join(PARTS)}; or meter alone"
+            raise UsageError(f"{part!r:.60} is not a way to list costs", fix=fix)
     return tuple(part for part in PARTS if part in given)
 
 
