@@ -66,7 +66,7 @@ async def test_operators_see_what_models_cost_by_org_and_model(staffed: Site):
     async with staffed.client(TOKENS["viewer"]) as client:
         days = await client.get("/api/v1/costs?by=day,org")
 
-    assert [(row[0], row[3], row[5]) for row in cells(by_org)] == [
+    assert [(row[0], row[3], row[4]) for row in cells(by_org)] == [
         ("org_a", "1.50 USD", "◷1,000"),
         ("org_b", "0.25 USD", "0"),
     ]
