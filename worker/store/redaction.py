@@ -162,6 +162,11 @@ def _is_of_spec(value: Any) -> bool:
     return isinstance(value, Mapping) and set(value) == {"before", "after"}
 
 
+def without_key(key: str) -> Rule:
+    """An object without one of its keys."""
+    return lambda value, row, org: {name: each for name, each in value.items() if name != key}
+
+
 def not_loaded(value: Any, row: Row, org: str) -> Any:
     return value and NOT_LOADED
 

@@ -6,13 +6,15 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, update
 
 from tests.integration.console.conftest import TOKENS, Site, logged_in, make_run, on_either
 from worker.features.console.pages.runs import by_name
 from worker.ids import ALL_ORGS
+from worker.model.definitions.budgets import MONEY
 from worker.store import tables
 from worker.store.lists import runs, step_spends
+from worker.store.prices import keep_currency
 
 STEPS = ("fetch", "model:support", "tool:look_up", "model:support")
 SPENDS = (
@@ -65,6 +67,30 @@ async def test_each_step_has_its_time_and_what_it_spent(staffed: Site) -> None:
     for amount in ("1,234", "1,200", "34"):
         assert f'<span class="number">{amount}</span> <code>llm_tokens</code>' in steps
     assert "pages&lt;b&gt;" in steps and "pages<b>" not in page
+
+
+@on_either
+async def test_an_org_sees_no_money_of_its_runs_and_operators_see_it_in_their_currency(staffed: Site) -> None:
+    run_id = stepped(staffed)
+    with staffed.database.transaction() as connection:
+        keep_currency(connection, "USD")
+        of_money = tables.spends.c.meter == "pages<b>"
+        values = {"meter": MONEY, "amount": 30_025_000}
+        connection.execute(update(tables.spends).where(of_money).values(**values))
+
+    async def seen(token: str) -> tuple[str, Any]:
+        async with logged_in(staffed, token) as client:
+            page = (await client.get(f"/runs/{run_id}")).text
+        return page, (await staffed.get(f"/api/v1/runs/{run_id}", token)).json()
+
+    page, shown = await seen(TOKENS["viewer"])
+    theirs, seen_by_org = await seen(staffed.token("org_a"))
+
+    assert page.count("0.030025 USD") == 3 and "30,025,000" not in page
+    assert shown["steps"][1]["spends"] == {"llm_tokens": 1200, MONEY: 30_025_000}
+    assert seen_by_org["steps"][1]["spends"] == {"llm_tokens": 1200}
+    assert [spent["meter"] for spent in seen_by_org["spends"]] == ["llm_tokens"]
+    assert MONEY not in theirs and "USD" not in theirs
 
 
 async def test_a_run_with_many_meters_shows_the_first_of_them_by_step(

@@ -302,7 +302,7 @@ class StepRow(TypedDict):
     ended_at: Shown[datetime]
     size: Shown[int]
     result: Shown[Json]
-    spends: Shown[dict[str, int]]
+    spends: Annotated[dict[str, int], redaction.without_key(MONEY)]
 
 
 class Spent(TypedDict):

@@ -30,6 +30,7 @@ from worker.features.console.pages.rendering import in_words
 from worker.ids import OrgId, RunId, given_id
 from worker.kit.output import printable
 from worker.model.claims import claims_in_words
+from worker.model.definitions.budgets import MONEY, amount_text
 from worker.model.runs.clauses import clauses, up
 from worker.model.runs.egress import waited_for
 from worker.model.runs.run import step_label
@@ -41,6 +42,7 @@ from worker.store.lists import runs
 from worker.store.lists.rows import LogRow, Run, RunDetail, StepRow, WaitRow
 from worker.store.lists.run_ids import id_of
 from worker.store.orgs import scope_of
+from worker.store.prices import currency_of
 
 # Characters of a value such as params that a page shows at most.
 VALUE = 8_000
@@ -109,11 +111,14 @@ class RunPages(PageGroup):
             run = caller.sees(RunDetail, runs.run(connection, caller.scope(), run_id))
             failed = next((each for each in reversed(run["attempts"]) if each["error"]), None)
             cause = failed and failed["error_cause"]
+            has_money = any(spent["meter"] == MONEY for spent in run["spends"])
+            currency = currency_of(connection) or "" if has_money else ""
             others = cause_path(cause) if cause and caller.org is None else None
             return {
                 "run": run,
                 "attempts": run["attempts"][: -ATTEMPTS - 1 : -1],
                 "steps": _steps_of(run),
+                "amount": partial(amount_text, currency=currency),
                 "by_name": by_name(run["steps"]),
                 "neighbours": runs.neighbours(connection, caller.scope(), run["id"]),
                 "answer": answer_of(connection, caller, run),
