@@ -122,6 +122,12 @@ def _stored(connection: Connection, run_ids: Iterable[Any]) -> dict[Any, RunVers
     return {run_id: RunVersion(handler, side) for run_id, handler, side in rows}
 
 
+def kept(connection: Connection, run_id: RunId) -> str | None:
+    """The handler that a run has got by a rollout, or None."""
+    found = _stored(connection, [run_id]).get(run_id)
+    return None if found is None else found.handler
+
+
 def _created(connection: Connection, run_ids: Sequence[RunId]) -> dict[RunId, datetime]:
     if not run_ids:
         return {}

@@ -313,6 +313,10 @@ class WorkerStore:
         """
         return await self._versions.of(ask)
 
+    async def kept_version(self, run_id: RunId) -> str | None:
+        """The handler that a run has got by a rollout, or None."""
+        return await self.database.call_autocommit(rollouts.kept, run_id)
+
     async def look_at_pools(self) -> Mapping[str, Declared]:
         """Learn the rules that other workers stored; returns where handlers ask to run."""
 

@@ -147,7 +147,7 @@ class Worker:
         self.id = WorkerId(new_id())
         self.store = store = WorkerStore(self.database, self.id, self.lease, prices=PRICES)
         self.tools = Tools(
-            plans=Plans(store, clock, api_origins={"main": ()}),
+            plans=Plans(store, clock, api_origins={"main": ()}, rollouts=store.rollouts),
             tokens=self.tokens,
             handlers=HandlerRegistry(),
             runners={},
@@ -157,6 +157,7 @@ class Worker:
             clock=clock,
             random=Random(1),
             secrets=OpenedSecrets(self.database, lambda _: self.ring),
+            versions=store,
         )
         settings = Settings(
             attempts=AttemptsSettings(listen=f"127.0.0.1:{free_port()}"),

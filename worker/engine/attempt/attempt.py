@@ -220,10 +220,12 @@ async def _version(
 ) -> None:
     """Take the version that a rollout gives the run at its first start, and that it keeps.
 
-    A variant that a flag has chosen goes first, and a child has the version of its parent.
+    A variant goes first that a flag has chosen now, or that has stored progress.
     """
-    run, rollout = inflight.run, plan.rollout
-    if rollout is None or tools.versions is None or run.origin == "child" or trail.handler != run.handler:
+    run, rollout = inflight.run, plan.rollout_of(inflight.run)
+    if rollout is None or tools.versions is None or trail.handler != run.handler:
+        return
+    if stored.handler not in (None, rollout.old, rollout.new):
         return
     flag = rollout.flag
     flag_on = flag is None or flag_is(claims, flag.name, flag.equals)

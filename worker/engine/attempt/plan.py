@@ -201,9 +201,19 @@ class AttemptPlan:
             cached = self._limits[handler] = (entry, Limits.of(self.definition, entry))
         return cached[1]
 
+    def variants(self, origin: str = "schedule") -> tuple[str, ...]:
+        """The handlers besides its own that a flag may choose for a run; a child has none."""
+        return tuple(variant.handler for variant in self.definition.variants_of(origin))
+
+    def rollout_of(self, run: AdmittedRun) -> Rollout | None:
+        """The rollout that decides the version of a run; None for a child, which has its parent's."""
+        rollout = self.rollout
+        is_one = rollout is not None and run.origin != "child" and run.handler == rollout.old
+        return rollout if is_one else None
+
     def others(self, origin: str = "schedule") -> tuple[str, ...]:
-        """The handlers besides its own that a flag or a rollout may choose for a run; a child has none."""
-        variants = tuple(variant.handler for variant in self.definition.variants_of(origin))
+        """As `variants`, with the handler that a rollout may choose."""
+        variants = self.variants(origin)
         return variants if self.rollout is None or origin == "child" else (*variants, self.rollout.new)
 
     def want(self, limits: Limits, handlers: HandlerRegistry) -> TokenWant:

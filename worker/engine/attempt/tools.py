@@ -255,6 +255,9 @@ class VersionStore(Protocol):
     async def keep_version(self, ask: VersionAsk) -> RunVersion | None:
         """The version of a run that starts, stored with it, fenced; None if the run is no longer ours."""
 
+    async def kept_version(self, run_id: RunId) -> str | None:
+        """The handler that a run has got by a rollout, or None."""
+
 
 class HandlerTools(Protocol):
     """What all attempts of a worker or of a host share, to run handlers."""

@@ -208,8 +208,8 @@ class HostedRuns:
     async def check_handler(self, hosted: HostedRun, named: str) -> None:
         """Raise Malformed unless the attempt may be one of the handler that its host names."""
         if hosted.handler is None:
-            plan, run = hosted.inflight.plan, hosted.run
-            possible = {run.handler, *(() if plan is None else plan.others(run.origin))}
+            run = hosted.run
+            possible = await self._possible_handlers(hosted)
             if named not in possible:
                 possible.add((await self._shared.tools.store.load_progress(run.id)).handler or "")
             if named not in possible:
@@ -223,6 +223,16 @@ class HostedRuns:
                     may_start(hosted.inflight, plan, entry, limits_of(hosted.inflight, tools))
         if named != hosted.handler:
             raise Malformed(f"handler: the attempt of run {hosted.run.id} is one of {hosted.handler}")
+
+    async def _possible_handlers(self, hosted: HostedRun) -> set[str]:
+        """The handlers that another worker may have prepared a run for: the one that a rollout gave it."""
+        plan, run, versions = hosted.inflight.plan, hosted.run, self._shared.tools.versions
+        if plan is None:
+            return {run.handler}
+        version = None
+        if plan.rollout_of(run) is not None and versions is not None:
+            version = await versions.kept_version(run.id)
+        return {run.handler, *plan.variants(run.origin)} if version is None else {version}
 
     async def renew_as_json(self) -> tuple[bool, bytes]:
         """The answer to a renewal. Mostly it is passed on as the database gives it."""
