@@ -32,7 +32,8 @@ from worker.store.definitions import in_force
 from worker.store.dialect import Row, all_rows, chunks, database_now, upsert
 
 _rollouts, _orgs_of, _days = tables.rollouts, tables.rollout_orgs, tables.rollout_days
-_versions, _runs, _spends = tables.run_versions, tables.runs, tables.spends
+_versions, _runs = tables.run_versions, tables.runs
+_spends, _trees = tables.spends, tables.tree_spends
 _definitions, _revisions, _orgs = tables.definitions, tables.definition_revisions, tables.orgs
 
 # The time before a rollout, and the newest runs of an org in it that are read.
@@ -148,13 +149,15 @@ def _run(row: Row, spends: Mapping[str, Mapping[str, int]]) -> EndedRun:
 def _spends_of(
     connection: Connection, watch: Collection[str], run_ids: Sequence[Any]
 ) -> dict[str, dict[str, int]]:
+    """What runs have spent of the meters that are watched, with those below them."""
     meters = [metric for metric in watch if metric not in OWN_METRICS]
-    found: dict[str, dict[str, int]] = defaultdict(dict)
+    found: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for part in chunks(run_ids) if meters else ():
-        query = select(_spends.c.run_id, _spends.c.meter, func.sum(_spends.c.amount))
-        query = query.where(among(connection, _spends.c.run_id, part), _spends.c.meter.in_(meters))
-        for run_id, meter, amount in connection.execute(query.group_by(_spends.c.run_id, _spends.c.meter)):
-            found[run_id][meter] = int(amount)
+        for table, amount in ((_spends, _spends.c.amount), (_trees, _trees.c.used)):
+            query = select(table.c.run_id, table.c.meter, func.sum(amount))
+            query = query.where(among(connection, table.c.run_id, part), table.c.meter.in_(meters))
+            for run_id, meter, spent in connection.execute(query.group_by(table.c.run_id, table.c.meter)):
+                found[run_id][meter] += int(spent)
     return found
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from fractions import Fraction
 from random import Random
 from typing import Any
 
@@ -20,11 +22,14 @@ from worker.features.rollouts.evaluation import evaluate
 from worker.features.rollouts.operations import advance, move, plan_steps
 from worker.ids import OrgId, RunId, WorkerId, new_id, new_id_at
 from worker.model.definitions.file import parse_file
+from worker.model.prices import ModelUsage, OwnPrice, Prices
 from worker.model.rollouts.rollout import Rollout, VersionAsk, place_of
 from worker.operations.apply import apply as apply_file
-from worker.store import rollout_sums, rollouts, tables
+from worker.store import rollout_sums, rollouts, spending, tables
 from worker.store.database import Database
 from worker.store.lists.rollouts import rollout as shown
+from worker.store.prices import ModelUse
+from worker.store.spending import Spend
 
 ROLLOUT = """
 [[template]]
@@ -138,8 +143,16 @@ def site(database: Database, clock: ManualClock) -> Site:
     return Site(database, clock, Random(7))
 
 
-def begin(site: Site, *, orgs: int = 120, auto: str = "false", history: int = 10) -> None:
-    text = ROLLOUT.format(auto=auto) + "".join(
+def begin(
+    site: Site,
+    *,
+    orgs: int = 120,
+    auto: str = "false",
+    history: int = 10,
+    file: str = ROLLOUT,
+    start: bool = True,
+) -> None:
+    text = file.format(auto=auto) + "".join(
         ORG.format(number, "pro" if number % 20 else "free") for number in range(orgs)
     )
     apply_file(site.database, parse_file(text), actor="anna")
@@ -147,7 +160,8 @@ def begin(site: Site, *, orgs: int = 120, auto: str = "false", history: int = 10
         site.clock.advance(3600)
         site.insert_runs(list(site.definitions().items()), finished=True)
     site.clock.advance(3600)
-    advance(site.database, "digest-v2", actor="anna")
+    if start:
+        advance(site.database, "digest-v2", actor="anna")
 
 
 @on_either
@@ -310,6 +324,76 @@ def test_faults_of_issuers_and_workers_count_on_neither_side(site: Site):
     site.evaluate()
     runs = reading(site.database, rollout_sums.compared, None, site.rollout.id)
     assert sum(one.after["failed"].total for one in runs) == len(which)
+
+
+MODEL = Prices(own=[OwnPrice("m", {"input": Fraction(1)})])
+
+
+def spend(site: Site, which: list[tuple[RunId, OrgId]], meter: str, amount: int) -> None:
+    """Tokens of a model, which cost money, or what runs spend of another meter."""
+    definitions = site.definitions()
+    given = [(id_, org_id, definitions[org_id], meter, "1:1") for id_, org_id in which]
+    usage = ModelUsage(None, "m", (("input", amount),))
+    with site.database.transaction() as connection:
+        now = site.database.now(connection)
+        spends = [Spend(*each, amount) for each in given]
+        used = [ModelUse(*each[:3], "1:1", usage) for each in given if meter == "tokens"]
+        spending.record(connection, spends, now, used, MODEL)
+
+
+@on_either
+@pytest.mark.parametrize(
+    ("metric", "allowed", "values", "ratio"),
+    [
+        ("money", "1.3x", ({"tokens": 100}, {"tokens": 300}), 3.0),
+        ("pages", "1.3x", ({"pages": 2}, {"pages": 6}), 3.0),
+        ("score", "0.9x", ({"score": 0.9}, {"score": 0.5}), 0.556),
+    ],
+)
+def test_a_version_that_costs_more_or_scores_less_is_halted(
+    site: Site, metric: str, allowed: str, values: tuple[dict[str, Any], dict[str, Any]], ratio: float
+):
+    """`money` is what requests to models cost by the prices, and `score` is in what the handler returns."""
+    watch = f'watch = {{{{ failed = "+2 points", {metric} = "{allowed}" }}}}'
+    begin(site, orgs=80, history=0, file=re.sub(r"watch = .*", watch, ROLLOUT), start=False)
+    which = list(site.definitions().items())
+    rounds = 0
+    while site.row["state"] in ("planned", "running") and rounds < 40:
+        if rounds == 6:
+            advance(site.database, "digest-v2", actor="anna")
+        site.clock.advance(600)
+        ids = site.insert_runs(which)
+        sides = site.versions(ids, which) if rounds >= 6 else {}
+        for of_side, given in zip(("from", "to"), values, strict=True):
+            mine = [id_ for id_ in ids if sides.get(id_, ("", "from"))[1] == of_side]
+            orgs = dict(zip(ids, (org_id for org_id, _ in which), strict=True))
+            for name, value in given.items():
+                if name != "score":
+                    spend(site, [(id_, orgs[id_]) for id_ in mine], name, value)
+            site.end(mine, lambda id_: 0.0, result=given)
+        if rounds >= 6:
+            site.evaluate()
+        rounds += 1
+
+    row = site.row
+    assert (row["state"], (row["evidence"] or {}).get("halted_by")) == ("halted", [metric])
+    found = row["verdict"][metric]
+    assert (found["unit"], found["effect"]) == ("x", pytest.approx(ratio, rel=0.02))
+    assert row["verdict"]["failed"]["exceeds"] is False
+
+
+def test_what_children_spend_is_of_their_parent(site: Site):
+    begin(site, orgs=2, history=0)
+    [(org_id, definition), *_] = site.definitions().items()
+    [id_] = site.insert_runs([(org_id, definition)])
+    spend(site, [(id_, org_id)], "pages", 2)
+    with site.database.transaction() as connection:
+        tree = {"run_id": id_, "meter": "pages", "org_id": org_id, "used": 5}
+        connection.execute(insert(tables.tree_spends).values(**tree))
+
+    found = reading(site.database, rollout_sums._spends_of, {"pages": "1.3x"}, [id_])
+
+    assert found == {id_: {"pages": 7}}
 
 
 def test_each_run_counts_once_whoever_looks(site: Site):
