@@ -185,6 +185,24 @@ async def versioned_2(ctx: Context[Any, Any]) -> str:
     return "second"
 
 
+async def _roll(ctx: Context[Any, Any], version: int) -> None:
+    write(ctx, "version", version=version)
+    if ctx.run.attempt == 1:
+        await asyncio.sleep(ctx.params["rest"])
+        raise ConnectionError("flaky")
+
+
+@job("sim.rolled")
+async def rolled(ctx: Context[Any, Any]) -> None:
+    """Say which version it is, rest, and fail; a later attempt succeeds, by then perhaps after a halt."""
+    await _roll(ctx, 1)
+
+
+@job("sim.rolled_2")
+async def rolled_2(ctx: Context[Any, Any]) -> None:
+    await _roll(ctx, 2)
+
+
 @job("sim.calls")
 async def calls(ctx: Context[Any, Any]) -> None:
     """Call both services some times, in lanes side by side. What is refused or lost is not called again."""
@@ -331,7 +349,7 @@ JOBS: dict[str, Job] = {
     f"simulated:{made.name}": made
     for made in (
         *(note, acts, saves, pays, counts, retries, fails, asks, versioned, versioned_2, calls),
-        *(started, leaf, branch, tree, ended, mapped, leaves, keeps),
+        *(started, leaf, branch, tree, ended, mapped, leaves, keeps, rolled, rolled_2),
     )
 }
 

@@ -25,6 +25,7 @@ from tests.simulation.database import EPOCH
 from tests.simulation.deadlines import Deadlines
 from tests.simulation.families import WINDOWS, Families, Waking
 from tests.simulation.product import REFUSED, Starts
+from tests.simulation.rollouts import Rollouts
 from tests.simulation.stage import Stage
 from tests.simulation.world import LEASE, POLL, RENEW, World
 
@@ -42,6 +43,7 @@ GROUP BY r.definition_id HAVING count(*) > min(r.max_concurrent)
 TABLES = (
     *("runs", "attempts", "workers", "checkpoints", "steps", "waits", "spends", "meter_days", "live_runs"),
     *("run_egress", "parents", "children", "starts", "definitions"),
+    *("rollouts", "rollout_orgs", "run_versions", "audit"),
 )
 NAMED = """
 SELECT {columns} FROM {table} t JOIN definitions d ON d.id = t.definition_id JOIN orgs o ON o.id = d.org_id
@@ -185,6 +187,9 @@ class Oracle:
         calm = Calm(self.world, self.stage.plan.faults)
         if self.world.watch.waking is not None:
             yield from Families(self.world, self.world.watch.waking, calm, self.rows).objections()
+        if self.stage.plan.has_rollout:
+            by_clock = not (self.world.on_file and self.wrong_clock)
+            yield from Rollouts(self.rows, calm, by_clock=by_clock).objections()
         yield from Starts(self.stage.product, self.rows).objections()
         if not (self.world.on_file and self.wrong_clock):
             found = Deadlines(self.world, self.stage, calm, self.entries, self.rows["runs"])

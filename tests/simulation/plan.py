@@ -31,8 +31,9 @@ retry_backoff_max = "4s"
 """
 # Where a process is struck: as it sends a call or as the answer arrives, any call or that of a handler.
 POINTS = ("sent", "done", "Save", "Save", "StoreStep", "StoreStep", "CountSpend", "OpenWait")
-# Of so many seeds one has runs that call services, runs with children, or a product that starts runs.
-CALLING, TREES, PRODUCT = 4, 2, 2
+# Of so many seeds one has runs that call services, runs with children, a product that starts runs, or a
+# rollout.
+CALLING, TREES, PRODUCT, ROLLOUTS = 4, 2, 2, 3
 # What an org may spend of `jobs.PAGES` in a run with all below it.
 PAGES = {"org_1": 9, "org_2": 3, "org_4": 3}
 # Seconds between two times at which they do so, all at once.
@@ -89,6 +90,18 @@ LIMITS = {
 }
 
 
+# Of the definitions of all orgs with this name.
+ROLLED = "rolled"
+ROLLOUT = f"""\
+[[rollout]]
+name = "{ROLLED}"
+definitions = "{ROLLED}"
+from = "sim.rolled"
+to = "sim.rolled_2"
+steps = ["30%", "60%", "100%"]
+"""
+
+
 @dataclass(frozen=True)
 class Action:
     """Something that happens at a time: what a person does, or a fault."""
@@ -118,6 +131,10 @@ class Plan:
     @property
     def has_trees(self) -> bool:
         return any(entry.handler in PARENTS for entry in self.entries)
+
+    @property
+    def has_rollout(self) -> bool:
+        return any(entry.name == ROLLED for entry in self.entries)
 
     def without(self, acts: frozenset[int], faults: frozenset[int], entries: frozenset[int]) -> Plan:
         return Plan(
@@ -153,6 +170,10 @@ def plan_of(seed: int, dialect: str) -> Plan:
         entries += _for_product()
         more += _product(product, entries)
         faults += [Action(product.uniform(15, LAST_FAULT), "kill product") for _ in range(2)]
+    rollouts = Random(f"rollouts {seed}")
+    if not rollouts.randrange(ROLLOUTS):
+        entries += _rolled(rollouts)
+        more += _moves(rollouts)
     entries = (*entries, _filling(entries))
     acts, faults = (sorted(actions, key=lambda one: one.at) for actions in (more, faults))
     return Plan(workers, hosts, entries, tuple(acts), tuple(faults))
@@ -248,6 +269,20 @@ def _faults_of_trees(chance: Random, workers: int, hosts: int) -> list[Action]:
         size = chance.choice(LENGTHS[2:]) * LEASE if "freeze" in kind else 0.0
         found.append(Action(chance.uniform(15, LAST_FAULT), kind, target, size, where))
     return found
+
+
+def _rolled(chance: Random) -> tuple[Entry, ...]:
+    """A definition of each org, whose runs have two attempts."""
+    period, params = chance.choice((40, 55)), {"rest": chance.choice((1, 12))}
+    return tuple(Entry(org, ROLLED, "sim.rolled", period, params=params) for org in range(5))
+
+
+def _moves(chance: Random) -> list[Action]:
+    """What people do to a rollout: it advances, is halted, and goes on or ends."""
+    kinds = ["advance", *chance.choices(("advance", "halt", "resume"), weights=(2, 3, 3), k=7)]
+    kinds += chance.choice((["halt"], ["undo"], ["finish"], []))
+    times = sorted(chance.uniform(8, LAST_FAULT) for _ in kinds)
+    return [Action(at, f"{kind} rollout") for at, kind in zip(times, kinds, strict=True)]
 
 
 def _for_product() -> tuple[Entry, ...]:

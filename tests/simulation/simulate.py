@@ -25,7 +25,7 @@ from typing import Any
 
 from tests.fakes import unsynced
 from tests.fakes.issuer import jwk
-from tests.simulation import family_ablations  # noqa: F401 adds to them
+from tests.simulation import family_ablations, rollout_ablations  # noqa: F401 add to them
 from tests.simulation.ablations import ABLATIONS
 from tests.simulation.oracle import Oracle, Watch
 from tests.simulation.plan import Plan, plan_of
@@ -92,6 +92,7 @@ def simulate(variant: Variant, template: Template) -> Result:
             hosts=plan.hosts,
             trace=lines if variant.trace else None,
         )
+        world.has_rollout = plan.has_rollout
         if variant.ablate:
             ABLATIONS[variant.ablate].cut(stack, url)
         with world.simulated():

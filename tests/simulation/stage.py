@@ -20,6 +20,8 @@ from tests.simulation.plan import (
     LIVENESS,
     PAGES,
     RAISES,
+    ROLLED,
+    ROLLOUT,
     Action,
     Entry,
     Plan,
@@ -37,6 +39,7 @@ from tests.simulation.queries import (
 from tests.simulation.service import LIMITED
 from tests.simulation.world import ORGS, World, app_of
 from worker.errors import StoreUnavailable, WorkerError
+from worker.features.rollouts import operations as rollouts
 from worker.model.definitions.file import parse_file
 from worker.operations import (
     answers,
@@ -180,6 +183,8 @@ class Stage(Faults):
                 'at_limit = "fail"\n'
                 for org, limit in PAGES.items()
             )
+        if self.plan.has_rollout:
+            text_ += ROLLOUT
         if any(entry.name == "calls" for entry in self.plan.entries):
             text_ += "".join(
                 f'[[limit]]\norigin = "{LIMITED}"\nper = "{per}"\nrate = "{60 * limit["rate"]:g}/m"\n'
@@ -239,6 +244,18 @@ class Stage(Faults):
     async def _continue_tree(self, action: Action) -> object:
         run = await self.do(newest_parent, *self._named(action))
         return await self.do(runs.retry, run, actor="people", from_checkpoint=True) if run else None
+
+    async def _advance_rollout(self, action: Action) -> object:
+        return await self.do(rollouts.advance, ROLLED, anyway=True, actor="people")
+
+    async def _halt_rollout(self, action: Action) -> object:
+        return await self._move_rollout(action)
+
+    _resume_rollout = _undo_rollout = _finish_rollout = _halt_rollout
+
+    async def _move_rollout(self, action: Action) -> object:
+        verb = action.kind.partition(" ")[0]
+        return await self.do(rollouts.move, ROLLED, verb, reason="to see", actor="people")
 
     async def _approve(self, action: Action) -> object:
         """What the hosts declare."""

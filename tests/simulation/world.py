@@ -53,6 +53,7 @@ from worker.errors import StoreUnavailable, WorkerError
 from worker.features.hosts import wiring as hosting
 from worker.features.hosts.wiring import Host
 from worker.features.hosts.worker_wiring import AttemptListener, HostsOfWorker
+from worker.features.rollouts.wiring import RolloutsOfWorker
 from worker.operations import chores, starts
 from worker.outbound import open_client
 from worker.settings import Settings
@@ -201,7 +202,9 @@ class Machine:
         hosts = HostsOfWorker(settings, tools.clock)
         hosts.listener._listener = SimpleNamespace()  # type: ignore[assignment]
         self.attempts = hosts.listener
-        worker = Worker(settings, database, keyring, tools, [hosts])
+        # Where there is a rollout: its loop would change what all other seeds do.
+        more = [RolloutsOfWorker(settings, tools.clock)] if world.has_rollout else []
+        worker = Worker(settings, database, keyring, tools, [hosts, *more])
         try:
             return await run_incarnations(worker.begin, tools, waiting="waiting for the database")
         finally:
@@ -280,6 +283,7 @@ class World:
         for name in [f"h{number}" for number in range(1, hosts + 1)]:
             self.machines[name] = Machine(self, name, "host")
         self.watch: Any = None
+        self.has_rollout = False
         self.on_admission: Callable[[], None] = lambda: None
         # By worker how many seconds the answer of its next admission takes; without end if it is lost.
         self.late_admissions: dict[str, float] = {}
