@@ -74,6 +74,47 @@ async def tree(ctx):
     return {"count": count, "peak": peak}
 
 
+@job("bench.agent")
+async def agent(ctx):
+    from pydantic_ai import Agent
+
+    from worker import durable
+
+    from pydantic_ai.models.openai import OpenAIResponsesModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    provider = OpenAIProvider(base_url=ctx.params["url"] + "/v1", api_key="sk-run")
+    reporter = Agent(OpenAIResponsesModel("gpt-5-mini", provider=provider), name="reporter")
+
+    @reporter.tool_plain
+    async def look_up(topic: str) -> str:
+        return f"about {topic}"
+
+    return (await durable(reporter, ctx).run(f"Report on {ctx.org.code}.")).output
+
+
+@job("bench.plain_agent")
+async def plain_agent(ctx):
+    # The same over Anthropic's messages, without a library.
+    messages = [{"role": "user", "content": f"Report on {ctx.org.code}."}]
+    while True:
+        body = {"model": "claude-sonnet-4-5", "max_tokens": 500, "messages": messages}
+        response = await ctx.complete(body)
+        [part] = response["content"]
+        if part["type"] == "text":
+            return part["text"]
+
+        async def look_up():
+            return f"about {part['input']['topic']}"
+
+        found = await ctx.step("look_up", look_up)
+        result = {"type": "tool_result", "tool_use_id": part["id"], "content": found}
+        messages += [
+            {"role": "assistant", "content": [part]},
+            {"role": "user", "content": [result]},
+        ]
+
+
 async def stepwise(ctx):
     async def nothing():
         return None
@@ -100,7 +141,17 @@ async def mapped(ctx):
 ENTRY_POINTS = {
     **{
         f"bench.{name}": f"orgworker_bench:{name}"
-        for name in ("inline", "fails", "child", "asks", "asks_child", "steps", "tree")
+        for name in (
+            "inline",
+            "fails",
+            "child",
+            "asks",
+            "asks_child",
+            "steps",
+            "tree",
+            "agent",
+            "plain_agent",
+        )
     },
     "bench.steps_inline": "orgworker_bench:steps_inline",
     "bench.map": "orgworker_bench:mapped",

@@ -9,6 +9,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import and_
+
 from tests.fakes.clock import ManualClock
 from tests.fakes.model_apis import ModelApis, client_of
 from tests.fakes.stock import HANDLER, Row, Stock
@@ -25,9 +27,11 @@ from worker.model.batches import BatchLimits, ModelApi, NewRequest, wait_name
 from worker.model.bindings import OrgSecret, OrgSecrets
 from worker.model.definitions.definition import Definition
 from worker.model.orgs import OrgRef
+from worker.model.prices import Prices
 from worker.model.runs.run import AdmittedRun
 from worker.model.runs.waits import NewWait, WaitState
 from worker.store import batches, tables
+from worker.store.spending import CountedSpends
 from worker.tokens.sealing import KeyRing
 
 OPENAI = ModelApi("openai", "openai", "https://api.openai.com", "openai_key")
@@ -48,6 +52,20 @@ class OrgKeys:
 
 
 @dataclass
+class KnownPrices:
+    """Prices that stay as they are; keeps what is reported."""
+
+    known: Prices
+    reported: list[CountedSpends]
+
+    async def prices(self) -> Prices:
+        return self.known
+
+    def report(self, counted: CountedSpends) -> None:
+        self.reported.append(counted)
+
+
+@dataclass
 class Rig:
     """Workers that share a database, and the runs that they have."""
 
@@ -57,6 +75,8 @@ class Rig:
     folder: Path
     limits: BatchLimits = LIMITS
     keys: OrgKeys = field(default_factory=OrgKeys)
+    prices: Prices = field(default_factory=Prices)
+    reported: list[CountedSpends] = field(default_factory=list)
     woken: int = 0
     definition: Mapping[str, Any] = field(default_factory=dict)
 
@@ -73,7 +93,7 @@ class Rig:
         limits = dict.fromkeys(known, self.limits)
         accounts = Accounts(known, str(self.folder), self.keys, client_of(self.apis))
         sealer = Sealer(lambda key_id: self.ring)
-        database = self.stock.database
+        database, ledger = self.stock.database, KnownPrices(self.prices, self.reported)
 
         def wake() -> None:
             self.woken += 1
@@ -84,9 +104,10 @@ class Rig:
             clock=self.clock,
             pools=("default",),
             lasts=timedelta(seconds=30),
-            desk=Desk(database, self.clock, known, limits, accounts, sealer),
+            desk=Desk(database, self.clock, known, limits, accounts, sealer, ledger),
             accounts=accounts,
             sealer=sealer,
+            ledger=ledger,
             known=known,
             limits=limits,
             polls=dict.fromkeys(known, 60.0),
@@ -168,9 +189,9 @@ class Rig:
     def live(self, run: AdmittedRun) -> str:
         return str(self.stock.unended(run.id)["state"])
 
-    def spent(self, run: AdmittedRun) -> int:
-        rows = self.stock.all(tables.spends, tables.spends.c.run_id == run.id)
-        return sum(row["amount"] for row in rows)
+    def spent(self, run: AdmittedRun, meter: str = "llm_tokens") -> int:
+        of = tables.spends.c.run_id == run.id, tables.spends.c.meter == meter
+        return sum(row["amount"] for row in self.stock.all(tables.spends, and_(*of)))
 
 
 def wait_of(request: NewRequest) -> NewWait:

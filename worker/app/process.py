@@ -307,7 +307,8 @@ class _Parts:
         if not worker.settings.batches or (make := BATCHES.find()) is None:
             return NoBatches()
         clock, ring, woken = worker.process.clock, self.credentials.ring, self.signals.fired
-        return make(BatchParts(worker.settings, worker.database, self.id, clock, ring, secrets, woken))
+        given = worker.settings, worker.database, self.id, clock, ring, secrets, self.store
+        return make(BatchParts(*given, woken))
 
     def _limits(self) -> LimitSource:
         make = SHARES.find()

@@ -22,7 +22,7 @@ from worker.handlers.context import Context, batched, given_of
 from worker.handlers.results import Duration
 from worker.handlers.steps import NAME_LIMIT, StepError, check_name, open_step
 from worker.model.batches import PATHS, ModelApi
-from worker.model.prices import Kind, model_name
+from worker.model.prices import Kind, model_name, token_kinds
 
 try:
     from genai_prices.data_snapshot import get_snapshot
@@ -440,21 +440,14 @@ def _decision(answer: Any) -> ToolApproved | ToolDenied:
 
 def kinds_of(usage: RequestUsage) -> dict[Kind, int]:
     """What a request used, by kind; those that are 0 are left out. The tokens add up to `total_tokens`."""
-    input_, output = usage.input_tokens, usage.output_tokens
-    read, written, hour = usage.cache_read_tokens, usage.cache_write_tokens, usage.cache_write_1h_tokens
-    reasoning = usage.output_reasoning_tokens
-    if read + written > input_ or hour > written:
-        read = written = hour = 0  # what contradicts itself counts at the full price
-    if reasoning > output:
-        reasoning = 0
-    kinds: dict[Kind, int] = {
-        "input": input_ - read - written,
-        "cache_read": read,
-        "cache_write": written - hour,
-        "cache_write_1h": hour,
-        "output": output - reasoning,
-        "reasoning": reasoning,
-    }
+    kinds = token_kinds(
+        usage.input_tokens,
+        usage.output_tokens,
+        read=usage.cache_read_tokens,
+        written=usage.cache_write_tokens,
+        hour=usage.cache_write_1h_tokens,
+        reasoning=usage.output_reasoning_tokens,
+    )
     for kind, name in _CALLS.items():
         # Members that only responses with such calls have.
         kinds[kind] = getattr(usage, name, 0) or 0

@@ -27,6 +27,7 @@ from worker.model.batches import (
     usage_of,
     wait_name,
 )
+from worker.model.prices import ModelUsage
 from worker.model.runs.waits import NewWait
 
 STEP = "complete"
@@ -179,7 +180,6 @@ def read_response(response: httpx.Response) -> Any:
     return response.json()
 
 
-def tokens_of(body: Any) -> tuple[str, int] | None:
-    """What a response of a request of its own has spent; None for nothing."""
-    total = usage_of(body).total
-    return (LLM_TOKENS, total) if total else None
+def used_by(encoded: Encoded, body: Any) -> ModelUsage | None:
+    """What the response of a request that was sent on its own reports; None for nothing."""
+    return usage_of(encoded.api.provider, json.loads(encoded.body)["model"], body)

@@ -36,7 +36,7 @@ from worker.handlers.completions import (
     read_response,
     response_of,
     sent,
-    tokens_of,
+    used_by,
 )
 from worker.handlers.given import (
     BlockingCancellation,
@@ -49,6 +49,7 @@ from worker.handlers.given import (
     ThisRun,
 )
 from worker.handlers.json_text import UNMASKED_LIMIT, clean
+from worker.handlers.model_usage import LLM_TOKENS
 from worker.handlers.models import checkpoint_text
 from worker.handlers.results import Duration
 from worker.handlers.spending import (
@@ -363,8 +364,8 @@ class Context(_Shared[P, S]):
         async def send() -> Any:
             arguments = sent(encoded, self._given.secrets)
             body = read_response(await self.http_client().post(**arguments))
-            if (spent := tokens_of(body)) is not None and not self._given.meter_usage:
-                await self.spend(*spent)
+            if (used := used_by(encoded, body)) is not None and not self._given.meter_usage:
+                await self.spend(LLM_TOKENS, dict(used.kinds), model=used.model, provider=used.provider)
             return body
 
         return self._completions.complete(step, encoded, send, response_of(api))
@@ -457,7 +458,6 @@ class Context(_Shared[P, S]):
         self, name: Literal["http", "public_http"], *, base_url: str = "", of_library: bool = False
     ) -> httpx.AsyncClient:
         from worker.handlers.clients import client
-        from worker.handlers.model_usage import LLM_TOKENS
 
         async def count(tokens: int) -> None:
             await self._spending.count(LLM_TOKENS, tokens)
@@ -575,8 +575,8 @@ class BlockingContext(_Shared[P, S]):
 
         def send() -> Any:
             body = read_response(self.http_client().post(**sent(encoded, self._given.secrets)))
-            if (spent := tokens_of(body)) is not None and not self._given.meter_usage:
-                self.spend(*spent)
+            if (used := used_by(encoded, body)) is not None and not self._given.meter_usage:
+                self.spend(LLM_TOKENS, dict(used.kinds), model=used.model, provider=used.provider)
             return body
 
         return done(self._completions.complete(step, encoded, send, response_of(api)))
@@ -642,7 +642,6 @@ class BlockingContext(_Shared[P, S]):
         self, name: Literal["http", "public_http"], *, base_url: str = "", of_library: bool = False
     ) -> httpx.Client:
         from worker.handlers.clients import blocking_client
-        from worker.handlers.model_usage import LLM_TOKENS
 
         def count(tokens: int) -> None:
             finish(self._spending.count(LLM_TOKENS, tokens))

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from worker.ids import OrgId
+from worker.model.definitions.budgets import MAX_AMOUNT
+from worker.model.prices import Kind, ModelUsage, model_name, token_kinds
 
 Provider = Literal["openai", "anthropic"]
 
@@ -40,6 +43,12 @@ SYNC_TURN = timedelta(seconds=60)
 # Output tokens that are reserved for a request that names no maximum; bytes of an input token.
 RESERVED_OUTPUT = 4096
 BYTES_OF_TOKEN = 3
+# What a response of OpenAI contains for each call of a tool that is billed.
+_OPENAI_CALLS: Mapping[Kind, str] = {
+    "web_search": "web_search_call",
+    "file_search": "file_search_call",
+    "code_execution": "code_interpreter_call",
+}
 # Why a request is sent on its own.
 Fallback = Literal[
     "no_key",
@@ -223,40 +232,65 @@ def percentile(values: Sequence[float], share: float) -> float | None:
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
-def reserved_tokens(body: Mapping[str, Any], size: int) -> int:
-    """The most tokens that a request is expected to take: its input, by its bytes, and its maximum output."""
+def most_usage(provider: Provider, model: str, body: Mapping[str, Any], size: int) -> ModelUsage:
+    """The most that a request is expected to use: its input, by its bytes, and its maximum output."""
     most = [body.get(key) for key in ("max_output_tokens", "max_completion_tokens", "max_tokens")]
     output = next((value for value in most if isinstance(value, int) and value > 0), RESERVED_OUTPUT)
-    return math.ceil(size / BYTES_OF_TOKEN) + output
+    kinds = token_kinds(math.ceil(size / BYTES_OF_TOKEN), min(output, MAX_AMOUNT))
+    return _usage(provider, model, {**kinds, "request": 1})
 
 
-class TokenUsage(NamedTuple):
-    """The tokens of a response."""
+def usage_of(provider: Provider, model: str, response: Any) -> ModelUsage | None:
+    """What the response of a model reports that it used; None if it reports nothing.
 
-    input: int = 0
-    output: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.input + self.output
-
-
-def usage_of(response: Any) -> TokenUsage:
-    """The tokens that a response of either provider reports, those of caches among its input."""
+    `model` is the one that was asked, for a response that names none.
+    """
     found = response.get("usage") if isinstance(response, Mapping) else None
     if not isinstance(found, Mapping):
-        return TokenUsage()
+        return None
+    kinds = _anthropic_kinds(found) if provider == "anthropic" else _openai_kinds(found, response)
+    if not any(kinds.values()):
+        return None
+    with suppress(ValueError):
+        model = model_name(response.get("model"))
+    return _usage(provider, model, {**kinds, "request": 1})
 
-    def sum_of(*names: str) -> int:
-        values = (found.get(name) for name in names)
-        return sum(
-            value for value in values if isinstance(value, int) and not isinstance(value, bool) and value > 0
-        )
 
-    if "prompt_tokens" in found:
-        return TokenUsage(sum_of("prompt_tokens"), sum_of("completion_tokens"))
-    cached = ("cache_creation_input_tokens", "cache_read_input_tokens")
-    return TokenUsage(sum_of("input_tokens", *cached), sum_of("output_tokens"))
+def _usage(provider: Provider, model: str, kinds: Mapping[Kind, int]) -> ModelUsage:
+    return ModelUsage(provider, model, tuple((kind, units) for kind, units in kinds.items() if units))
+
+
+def _openai_kinds(usage: Mapping[str, Any], response: Mapping[str, Any]) -> dict[Kind, int]:
+    prompt, output = ("prompt", "completion") if "prompt_tokens" in usage else ("input", "output")
+    tokens = token_kinds(
+        _number(usage, f"{prompt}_tokens"),
+        _number(usage, f"{output}_tokens"),
+        read=_number(usage.get(f"{prompt}_tokens_details"), "cached_tokens"),
+        reasoning=_number(usage.get(f"{output}_tokens_details"), "reasoning_tokens"),
+    )
+    said = response.get("output")
+    parts = said if isinstance(said, list) else ()
+    called = Counter(str(one.get("type")) for one in parts if isinstance(one, Mapping))
+    return tokens | {kind: called[type_] for kind, type_ in _OPENAI_CALLS.items()}
+
+
+def _anthropic_kinds(usage: Mapping[str, Any]) -> dict[Kind, int]:
+    written, read = (_number(usage, f"cache_{what}_input_tokens") for what in ("creation", "read"))
+    tokens = token_kinds(
+        _number(usage, "input_tokens") + written + read,
+        _number(usage, "output_tokens"),
+        read=read,
+        written=written,
+        hour=_number(usage.get("cache_creation"), "ephemeral_1h_input_tokens"),
+    )
+    return tokens | {"web_search": _number(usage.get("server_tool_use"), "web_search_requests")}
+
+
+def _number(found: Any, name: str) -> int:
+    value = found.get(name) if isinstance(found, Mapping) else None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        return 0
+    return min(value, MAX_AMOUNT)
 
 
 @dataclass(frozen=True, slots=True)

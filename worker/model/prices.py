@@ -83,6 +83,28 @@ class ModelUsage:
         return self.tokens or sum(units for _, units in self.kinds)
 
 
+def token_kinds(
+    prompt: int, output: int, *, read: int = 0, written: int = 0, hour: int = 0, reasoning: int = 0
+) -> dict[Kind, int]:
+    """The tokens of a request by kind, which add up to prompt and output.
+
+    What was `read` from a cache or `written` to one is part of the prompt, `hour` of what was written, and
+    reasoning of the output. Parts that contradict that count at the full price.
+    """
+    if read + written > prompt or hour > written:
+        read = written = hour = 0
+    if reasoning > output:
+        reasoning = 0
+    return {
+        "input": prompt - read - written,
+        "cache_read": read,
+        "cache_write": written - hour,
+        "cache_write_1h": hour,
+        "output": output - reasoning,
+        "reasoning": reasoning,
+    }
+
+
 def model_name(value: object) -> str:
     """The name of a model or a provider; raises ValueError."""
     if not isinstance(value, str) or not _NAME.fullmatch(value):

@@ -6,8 +6,9 @@ batch is changed only under the lease of its pool.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -25,11 +26,16 @@ from worker.model.batches import (
     percentile,
     wait_name,
 )
+from worker.model.definitions.budgets import MONEY
+from worker.model.prices import ModelUsage, Prices
 from worker.model.runs.run import AdmittedRun
 from worker.model.runs.waits import NewWait, WaitState
-from worker.store import spending, tables
+from worker.store import budgets, spending, tables
+from worker.store import prices as model_prices
 from worker.store.bulk import among
 from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, hint, insert_into
+from worker.store.prices import ModelUse
+from worker.store.spending import CountedSpends, Spend
 from worker.store.sql import statements
 
 _items, _batches, _leases = tables.batch_items, tables.batches, tables.batch_leases
@@ -40,8 +46,9 @@ READ = 50_000
 CHANGED = 100
 # Batches that one look advances.
 ADVANCED = 100
-# Who answers the wait for a batch.
+# Who answers the wait for a batch, and the first part of the keys of what its requests spend.
 BY = "batch"
+NOTHING = CountedSpends((), {})
 
 
 def new_item_id() -> str:
@@ -61,7 +68,8 @@ class NewItem:
     size: int
     body: bytes | None
     meter: str | None
-    reserved: int
+    most: ModelUsage | None
+    """What it is expected to use at most; it is reserved."""
     fall_back_at: datetime | None = None
     fallback: Fallback | None = None
 
@@ -72,15 +80,19 @@ class Opened:
 
     wait: WaitState
     item: Row | None = None
+    spends: CountedSpends = NOTHING
 
 
 # --- What a run asks. ---
 
 
-def open_item(connection: Connection, run: AdmittedRun, wait: NewWait, new: NewItem) -> Opened | None:
+def open_item(
+    connection: Connection, run: AdmittedRun, wait: NewWait, new: NewItem, prices: Prices
+) -> Opened | None:
     """Store a request and the wait for it, fenced, or find it; None if the run is no longer ours.
 
-    The same step of the same run is one request, however often it is opened. Reserves its tokens.
+    The same step of the same run is one request, however often it is opened. Reserves its tokens, and what
+    they cost in a batch if its org has a budget of money.
     """
     state = statements(connection).open_wait(
         connection, run.id, run.fencing_token, attempt=run.attempt, wait=wait
@@ -90,13 +102,13 @@ def open_item(connection: Connection, run: AdmittedRun, wait: NewWait, new: NewI
     now = database_now(connection)
     same = (_items.c.run_id == run.id, _items.c.name == new.name, _items.c.key == new.key)
     query = select(_items).where(*same, _items.c.occurrence == new.occurrence)
-    item = first_row(connection, query)
+    item, spends = first_row(connection, query), NOTHING
     if item is None:
-        _insert(connection, run, new, now)
+        spends = _insert(connection, run, new, prices, now)
         item = first_row(connection, query)
     if item is not None and item["state"] not in ("pending", "sent") and state.state == "pending":
         _answer(connection, [(run.id, wait.name, wait.occurrence)], now)
-    return Opened(state, item)
+    return Opened(state, item, spends)
 
 
 def find_item(connection: Connection, run_id: RunId, name: str, key: str, occurrence: int) -> Row | None:
@@ -106,9 +118,11 @@ def find_item(connection: Connection, run_id: RunId, name: str, key: str, occurr
     )
 
 
-def _insert(connection: Connection, run: AdmittedRun, new: NewItem, now: datetime) -> None:
+def _insert(
+    connection: Connection, run: AdmittedRun, new: NewItem, prices: Prices, now: datetime
+) -> CountedSpends:
     is_sync = new.fallback is not None
-    reserved = 0 if is_sync or new.meter is None else new.reserved
+    most = None if is_sync or new.meter is None else new.most
     values = {
         **{"id": new.id, "org_id": run.org_id, "run_id": run.id, "definition_id": run.definition_id},
         **{"pool": run.pool, "name": new.name, "key": new.key, "occurrence": new.occurrence},
@@ -116,11 +130,26 @@ def _insert(connection: Connection, run: AdmittedRun, new: NewItem, now: datetim
         **{"model": new.pool.model, "betas": new.pool.betas, "size": new.size, "meter": new.meter},
         **{"state": "sync" if is_sync else "pending", "reason": new.fallback, "apart": False},
         **{"opened_at": now, "ended_at": now if is_sync else None, "fall_back_at": new.fall_back_at},
-        **{"body": None if is_sync else new.body, "reserved": reserved},
+        **{"body": None if is_sync else new.body, "reserved": 0 if most is None else most.tokens},
     }
     connection.execute(insert(_items).values(**values))
-    if reserved and new.meter is not None:
-        spending.record(connection, [_spend(values | {"tokens": reserved})], now)
+    if most is None:
+        return NOTHING
+    spend = _spend(values | {"tokens": most.tokens}, is_child=run.origin == "child")
+    reserved = [spend, *_money(connection, spend, most, prices, now)]
+    # What it has spent is known with its result.
+    return replace(spending.record(connection, reserved, now), spent={})
+
+
+def _money(
+    connection: Connection, spend: Spend, most: ModelUsage, prices: Prices, now: datetime
+) -> list[Spend]:
+    """What a request costs at most, if its org has a budget of money and its model a price."""
+    if not budgets.of_orgs(connection, [spend.org_id], [MONEY], now):
+        return []
+    [costed] = model_prices.cost(connection, [_use(spend, most)], prices, now)
+    money = costed.priced.money
+    return [] if money is None else [replace(spend, meter=MONEY, amount=money)]
 
 
 def experience(connection: Connection, definition_id: DefinitionId, api: str, model: str) -> Experience:
@@ -255,7 +284,7 @@ def end_orphans(connection: Connection, pool: str) -> int:
         ids = [row["id"] for row in rows]
         values = {"state": "over", "reason": "run_ended", "ended_at": now, "body": None}
         connection.execute(update(_items).where(among(connection, _items.c.id, ids)).values(**values))
-        spending.settle(connection, [_spend(row) for row in rows if row["meter"] is not None])
+        spending.settle(connection, _spends(connection, rows))
     return len(rows)
 
 
@@ -349,21 +378,24 @@ def _is_id(text_: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class StoredResult:
-    """The result of a request: sealed, with its tokens; or why the request is sent on its own."""
+    """The result of a request: sealed, with what it used; or why the request is sent on its own."""
 
     id: str
     result: bytes | None = None
-    tokens: int = 0
+    used: ModelUsage | None = None
     fallback: Fallback | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """What became of results: `stored` woke their runs; `late` were of no use any more, with these tokens."""
+    """What became of results: `stored` woke their runs, of which `failed` send their request on their own;
+    `late` were of no use any more.
+    """
 
     stored: int = 0
     late: int = 0
-    late_tokens: int = 0
+    failed: Mapping[str, int] = field(default_factory=dict)
+    spends: CountedSpends = NOTHING
 
 
 def places_of(connection: Connection, batch_id: str, ids: Sequence[str]) -> dict[str, tuple[OrgId, RunId]]:
@@ -375,7 +407,7 @@ def places_of(connection: Connection, batch_id: str, ids: Sequence[str]) -> dict
 
 
 def store_results(
-    connection: Connection, batch_id: str, provider_id: str, results: Sequence[StoredResult]
+    connection: Connection, batch_id: str, provider_id: str, results: Sequence[StoredResult], prices: Prices
 ) -> Counted:
     """Store the results of requests of a batch, each once, and let their runs go on.
 
@@ -387,15 +419,17 @@ def store_results(
     runs = connection.execute(select(_items.c.run_id).where(of)).scalars().all()
     live = _lock_runs(connection, runs)
     rows = all_rows(connection, select(_items).where(of).order_by(_items.c.id).with_for_update())
-    now, ended, charged = database_now(connection), [], []
-    late = late_tokens = 0
+    now, ended, charged, late = database_now(connection), [], [], 0
+    used: dict[str, tuple[int, ModelUsage]] = {}
     for row in rows:
-        one = given[row["id"]]
-        if provider_id in row["seen"].split(","):
+        one, seen = given[row["id"]], list(filter(None, row["seen"].split(",")))
+        if provider_id in seen:
             continue
         is_of_use = row["state"] == "sent" and row["run_id"] in live
-        values: dict[str, Any] = {"seen": ",".join(filter(None, (row["seen"], provider_id)))}
-        values["tokens"] = row["tokens"] + one.tokens
+        values: dict[str, Any] = {"seen": ",".join((*seen, provider_id))}
+        if one.used is not None:
+            values["tokens"] = row["tokens"] + one.used.tokens
+            used[row["id"]] = len(seen), one.used
         if is_of_use:
             state = "done" if one.fallback is None else "sync"
             values |= {"state": state, "reason": one.fallback, "result": one.result}
@@ -403,16 +437,18 @@ def store_results(
         else:
             values["late"] = row["late"] + (one.fallback is None)
             late += one.fallback is None
-            late_tokens += one.tokens
             if row["state"] == "sent":
                 values |= {"state": "over", "reason": "run_ended"}
         if row["state"] == "sent":
             values |= {"ended_at": now, "body": None}
         connection.execute(update(_items).where(_items.c.id == row["id"]).values(**values))
         charged.append(row | values)
-    spending.settle(connection, [_spend(row) for row in charged if row["meter"] is not None])
+    spends = _spends(connection, charged)
+    uses = [_use(spend, *used[id_][::-1]) for spend in spends if (id_ := _item_of(spend)) in used]
+    counted = spending.settle(connection, spends, uses, prices)
     _end_waits(connection, ended, live, now)
-    return Counted(len(ended), late, late_tokens)
+    failed = Counter[str](filter(None, (given[row["id"]].fallback for row in ended)))
+    return Counted(len(ended), late, failed, counted)
 
 
 def fall_back_due(connection: Connection, pool: str) -> int:
@@ -441,7 +477,7 @@ def fall_back(connection: Connection, ids: Sequence[str], reason: Fallback) -> i
     values = {"state": "sync", "reason": reason, "ended_at": now, "body": None}
     changed = among(connection, _items.c.id, [row["id"] for row in rows])
     connection.execute(update(_items).where(changed).values(**values))
-    spending.settle(connection, [_spend(row) for row in rows if row["meter"] is not None])
+    spending.settle(connection, _spends(connection, rows))
     _end_waits(connection, rows, live, now)
     return len(rows)
 
@@ -519,7 +555,25 @@ def _answer(
     return waited
 
 
-def _spend(row: Mapping[str, Any]) -> spending.Spend:
-    """What a request has spent: the tokens of its results, nothing while it has none."""
+def _spends(connection: Connection, rows: Sequence[Row]) -> list[Spend]:
+    """What these requests have spent: the tokens of their results, nothing while they have none."""
+    metered = [row for row in rows if row["meter"] is not None]
+    of = tables.children.c.run_id
+    query = select(of).where(among(connection, of, sorted({row["run_id"] for row in metered})))
+    below = set(connection.execute(query).scalars()) if metered else set()
+    return [_spend(row, is_child=row["run_id"] in below) for row in metered]
+
+
+def _spend(row: Mapping[str, Any], *, is_child: bool) -> Spend:
     of_run = RunId(row["run_id"]), OrgId(row["org_id"]), DefinitionId(row["definition_id"])
-    return spending.Spend(*of_run, row["meter"], f"batch:{row['id']}", row["tokens"])
+    return Spend(*of_run, row["meter"], f"{BY}:{row['id']}", row["tokens"], is_child)
+
+
+def _item_of(spend: Spend) -> str:
+    return spend.key.removeprefix(f"{BY}:")
+
+
+def _use(spend: Spend, usage: ModelUsage, place: int = 0) -> ModelUse:
+    """What a request used of a model; `place` counts the results that were paid for it."""
+    of_run = spend.run_id, spend.org_id, spend.definition_id
+    return ModelUse(*of_run, spend.key, usage, place, tariff="batch", is_child=spend.is_child)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 
-from sqlalchemy import Connection, insert, literal, select, tuple_, update
+from sqlalchemy import Connection, Text, cast, insert, literal, select, tuple_, update
 
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.model.definitions.budgets import MAX_SUM, MONEY, OWN_METERS, RUN_SECONDS, RUNS
@@ -25,7 +25,7 @@ from worker.store.sql import statements
 from worker.store.sums import Capped, CappedSum
 
 _live, _spends, _days = tables.live_runs, tables.spends, tables.meter_days
-_trees = tables.tree_spends
+_trees, _items = tables.tree_spends, tables.batch_items
 
 # How long a run that a budget holds back waits at most before it is looked at again.
 LOOK_AGAIN = timedelta(days=1)
@@ -107,6 +107,14 @@ def record(
     for budget in limits:
         if budget.counter is not None and (amount := added.get((budget.org_id, budget.meter))):
             counters[budget.counter] = min(amount, MAX_SUM)
+    warned, ahead = _count(connection, limits, counters, now)
+    return CountedSpends(warned, _limited(limits, added), unpriced, costed, ahead)
+
+
+def _count(
+    connection: Connection, limits: Sequence[OrgBudget], counters: Mapping[Counter, int], now: datetime
+) -> tuple[list[Level], list[tuple[Level, datetime]]]:
+    """Add to the counters of budgets; returns those that pass their warning, and those whose pace is new."""
     counts = budgets.count(connection, counters) if counters else {}
     warned, ahead = [], []
     for budget in limits:
@@ -118,12 +126,17 @@ def record(
             at = level.reaches_at(level.used, now)
             if at is not None and level.reaches_at(before, now) is None:
                 ahead.append((level, at))
+    return warned, ahead
+
+
+def _limited(limits: Sequence[OrgBudget], added: Mapping[tuple[OrgId, str], int]) -> dict[str, int]:
+    """What was spent of meters of which its org has a budget."""
     limited = {(budget.org_id, budget.meter) for budget in limits}
     spent: dict[str, int] = defaultdict(int)
     for (org_id, meter), amount in added.items():
         if (org_id, meter) in limited:
             spent[meter] += amount
-    return CountedSpends(warned, spent, unpriced, costed, ahead)
+    return spent
 
 
 def _money(costed: Sequence[Costed]) -> list[Spend]:
@@ -193,14 +206,26 @@ def _add_trees(connection: Connection, spends: Sequence[Spend]) -> None:
     connection.execute(statement, rows)
 
 
-def settle(connection: Connection, spends: Sequence[Spend]) -> None:
+def settle(
+    connection: Connection,
+    spends: Sequence[Spend],
+    used: Sequence[ModelUse] = (),
+    prices: Prices = UNPRICED,
+) -> CountedSpends:
     """Set what was spent under keys that are stored already, such as a reservation: counters follow.
 
-    A period that is over stays as it is, and a spend that is not stored is not counted.
+    There is one spend for a key of a run. `used` is added to what is stored of models under these keys, and
+    the meter `money` is set to what that costs. A period that is over stays as it is, and a spend that is not
+    stored, other than money, is not counted.
     """
-    by_key = {(spend.run_id, spend.meter, spend.key): spend for spend in spends}
-    if not by_key:
-        return
+    if not spends:
+        return CountedSpends((), {})
+    now = database_now(connection)
+    costed = model_prices.cost(connection, used, prices, now)
+    unpriced = model_prices.store(connection, costed, now)
+    paid = _paid(connection, spends)
+    _insert(connection, [replace(spend, amount=0) for spend in paid if spend.amount], now)
+    by_key = {(spend.run_id, spend.meter, spend.key): spend for spend in (*spends, *paid)}
     key = (_spends.c.run_id, _spends.c.meter, _spends.c.key)
     query = select(*key, _spends.c.amount, _spends.c.at).where(tuple_(*key).in_(sorted(by_key)))
     days: dict[tuple[date, OrgId, str, DefinitionId], int] = defaultdict(int)
@@ -212,12 +237,11 @@ def settle(connection: Connection, spends: Sequence[Spend]) -> None:
             days[at.astimezone(UTC).date(), spend.org_id, meter, spend.definition_id] += delta
             same = (_spends.c.run_id == run_id, _spends.c.meter == meter, _spends.c.key == name)
             connection.execute(update(_spends).where(*same).values(amount=spend.amount))
-    if not changed:
-        return
     _add_days(connection, days)
     _add_trees(connection, [replace(spend, amount=delta) for spend, delta, _ in changed if spend.is_child])
-    orgs, meters = {spend.org_id for spend, _, _ in changed}, {spend.meter for spend, _, _ in changed}
-    found = budgets.of_orgs(connection, orgs, meters, database_now(connection))
+    orgs, meters = {spend.org_id for spend in by_key.values()}, {meter for _, meter, _ in by_key}
+    found = budgets.of_orgs(connection, orgs, meters, now)
+    limits = [budget for of_org in found.values() for budget in of_org]
     counters: dict[Counter, int] = defaultdict(int)
     for spend, delta, at in changed:
         for budget in found.get(spend.org_id, ()):
@@ -229,8 +253,26 @@ def settle(connection: Connection, spends: Sequence[Spend]) -> None:
                 and at >= period.start
             ):
                 counters[counter] += delta
-    if counters:
-        budgets.count(connection, counters)
+    warned, ahead = _count(connection, limits, counters, now)
+    return CountedSpends(warned, _limited(limits, _added(spends, costed)), unpriced, costed, ahead)
+
+
+def _paid(connection: Connection, spends: Sequence[Spend]) -> list[Spend]:
+    """What is stored of models under the keys of these, as spends of the meter `money`."""
+    stored = model_prices.money_of(connection, {(spend.run_id, spend.key) for spend in spends})
+    paid = ((spend, stored.get((spend.run_id, spend.key), 0)) for spend in spends)
+    return [replace(spend, meter=MONEY, amount=min(money, MAX_SUM)) for spend, money in paid]
+
+
+def _added(spends: Sequence[Spend], costed: Sequence[Costed]) -> Mapping[tuple[OrgId, str], int]:
+    """What these uses add to the meters of the spends that they belong to."""
+    meters = {(spend.run_id, spend.key): spend.meter for spend in spends}
+    added: dict[tuple[OrgId, str], int] = defaultdict(int)
+    for each in costed:
+        used = each.used
+        added[used.org_id, meters[used.run_id, used.key]] += used.usage.amount
+        added[used.org_id, MONEY] += each.priced.money or 0
+    return added
 
 
 def uses(connection: Connection, definition_id: DefinitionId, meters: Collection[str]) -> set[str]:
@@ -358,8 +400,13 @@ def take_up(connection: Connection, org_id: OrgId, to: RunId) -> None:
 def copy(connection: Connection, org_id: OrgId, of: RunId, to: RunId) -> int:
     """Give a new run the spends of the steps that it continues with; they are not counted again."""
     kept = [column for column in _spends.c if column.name != "run_id"]
+    # That of a step whose model request was in a batch is under the key of the request.
+    batched = select(literal("batch:") + cast(_items.c.id, Text)).where(
+        _items.c.run_id == of, _items.c.state == "done"
+    )
+    of_step = _spends.c.key.like("step:%") | _spends.c.key.in_(batched)
     rows = select(literal(to, _spends.c.run_id.type), *kept).where(
-        _spends.c.run_id == of, _spends.c.org_id == org_id, _spends.c.key.like("step:%")
+        _spends.c.run_id == of, _spends.c.org_id == org_id, of_step
     )
     statement = insert(_spends).from_select(["run_id", *(column.name for column in kept)], rows)
     return connection.execute(statement.execution_options(preserve_rowcount=True)).rowcount

@@ -214,7 +214,7 @@ class WorkerStore:
         try:
             started, counted = await self.database.call(spending.hold_back, checked)
             starting = {run.id for run in started}
-            self._report(counted)
+            self.report(counted)
         except StoreUnavailable:
             # The renewal hands these back. The others were admitted, and must start.
             starting = set()
@@ -284,7 +284,7 @@ class WorkerStore:
         """Count the run seconds of orgs that have a budget for them."""
         holding = self._budgets.holding
         if holding and (timed := [attempt for attempt in ended if attempt.org_id in holding]):
-            self._report(await self.database.call(spending.charge_seconds, timed))
+            self.report(await self.database.call(spending.charge_seconds, timed))
 
     async def look_at_budgets(self) -> None:
         """Learn of budgets that were added, changed or removed; now and then also of orgs' new tags."""
@@ -373,11 +373,12 @@ class WorkerStore:
                 spending.spend, run, meter, amount, key, used, await self.prices()
             )
         if found is not None and found.counted is not None:
-            self._report(found.counted)
+            self.report(found.counted)
         return found
 
     @staticmethod
-    def _report(counted: spending.CountedSpends) -> None:
+    def report(counted: spending.CountedSpends) -> None:
+        """Emit what was counted: budgets that warn, models without a price, and what was used."""
         for meter, amount in counted.spent.items():
             emit("meter.spent", meter=meter, amount=amount)
         for level in counted.warned:
@@ -461,11 +462,11 @@ class WorkerStore:
         """Store steps with their spends, fenced; returns the runs, with fencing tokens, that still run."""
         if any(row.step.used for row in rows):
             ours, counted = await self.database.call(spending.store_steps, rows, await self.prices())
-            self._report(counted)
+            self.report(counted)
             return ours
         if any(row.step.spends for row in rows):
             ours, counted = await self.database.call(spending.store_steps, rows)
-            self._report(counted)
+            self.report(counted)
             return ours
         return await self.database.call(
             lambda connection: statements(connection).store_steps(connection, rows)

@@ -196,6 +196,10 @@ _ROWS = (
         "batch.ended: batch api model requests seconds late",
         "the results of a batch are stored; `late` of them were of no use any more, and were paid",
     ),
+    _debug(
+        "batch.fell_back: reason requests",
+        "runs send `requests` on their own at the full price, that were to go into batches",
+    ),
     _warning(
         "batch.unsure: batch api error",
         "the answer to the submission of a batch was lost; it is looked for before it is submitted again",

@@ -68,7 +68,10 @@ MakeAddition = Callable[[Settings, Clock], Addition]
 
 @dataclass(frozen=True, slots=True)
 class BatchParts:
-    """What an incarnation has for its batches. `on_woken` is called when runs go on."""
+    """What an incarnation has for its batches; `ledger` prices and reports what they use.
+
+    `on_woken` is called when runs go on.
+    """
 
     settings: Settings
     database: Database
@@ -76,6 +79,7 @@ class BatchParts:
     clock: Clock
     ring: Callable[[str | None], KeyRing | None]
     secrets: SecretSource
+    ledger: WorkerStore
     on_woken: Callable[[], object]
 
 

@@ -17,12 +17,13 @@ from worker.model.batches import (
     ModelApi,
     PendingRequest,
     Pool,
+    Provider,
     Result,
     forecast,
+    most_usage,
     path_of,
     percentile,
     pooled,
-    reserved_tokens,
     usage_of,
     wait_name,
 )
@@ -128,25 +129,76 @@ def test_a_percentile_is_one_of_the_values() -> None:
     assert percentile([1.0, 2.0], 0.5) == 1.0
 
 
+OPENAI_USAGE = {
+    "usage": {
+        **{"input_tokens": 100, "input_tokens_details": {"cached_tokens": 60}},
+        **{"output_tokens": 30, "output_tokens_details": {"reasoning_tokens": 10}},
+    },
+    "output": [{"type": "web_search_call"}, {"type": "message"}],
+}
+ANTHROPIC_USAGE = {
+    "usage": {
+        **{"input_tokens": 1, "cache_read_input_tokens": 20, "cache_creation_input_tokens": 9},
+        **{"cache_creation": {"ephemeral_1h_input_tokens": 4}, "output_tokens": 2},
+        "server_tool_use": {"web_search_requests": 3},
+    }
+}
+
+
 @pytest.mark.parametrize(
-    ("response", "total"),
+    ("provider", "response", "kinds"),
     [
-        ({"usage": {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}}, 15),
-        ({"usage": {"prompt_tokens": 10, "completion_tokens": 5}}, 15),
-        ({"usage": {"input_tokens": 1, "cache_read_input_tokens": 20, "output_tokens": 2}}, 23),
-        ({"usage": {"input_tokens": -5, "output_tokens": True}}, 0),
-        ({"usage": [1]}, 0),
-        ("text", 0),
-        (None, 0),
+        (
+            *("openai", OPENAI_USAGE),
+            {"input": 40, "cache_read": 60, "output": 20, "reasoning": 10, "web_search": 1},
+        ),
+        ("openai", {"usage": {"prompt_tokens": 10, "completion_tokens": 5}}, {"input": 10, "output": 5}),
+        (
+            *("anthropic", ANTHROPIC_USAGE),
+            {
+                "input": 1,
+                "cache_read": 20,
+                "cache_write": 5,
+                "cache_write_1h": 4,
+                "output": 2,
+                "web_search": 3,
+            },
+        ),
+        # Parts that are more than the whole count as none.
+        (
+            "openai",
+            {"usage": {"input_tokens": 5, "input_tokens_details": {"cached_tokens": 9}}, "output": 3},
+            {"input": 5},
+        ),
     ],
 )
-def test_tokens_are_those_that_the_response_reports(response: object, total: int) -> None:
-    assert usage_of(response).total == total
+def test_what_a_response_reports_is_counted_by_kind(
+    provider: Provider, response: object, kinds: dict[str, int]
+) -> None:
+    used = usage_of(provider, "asked", response)
+
+    assert used is not None and dict(used.kinds) == {**kinds, "request": 1}
+    assert (used.provider, used.model) == (provider, "asked")
+
+
+@pytest.mark.parametrize(
+    "response", [{"usage": {"input_tokens": -5, "output_tokens": True}}, {"usage": [1]}, "text", None]
+)
+def test_a_response_without_usage_has_used_nothing(response: object) -> None:
+    assert usage_of("openai", "asked", response) is None
+
+
+def test_the_model_is_the_one_that_answered_if_it_has_a_name() -> None:
+    usage = {"usage": {"input_tokens": 1}}
+    for said, model in (("gpt-5-mini-2025-08-07", "gpt-5-mini-2025-08-07"), ("a b", "asked"), (7, "asked")):
+        used = usage_of("openai", "asked", {**usage, "model": said})
+        assert used is not None and used.model == model
 
 
 def test_what_is_reserved_is_the_input_and_the_most_output() -> None:
-    assert reserved_tokens({"max_tokens": 500}, 300) == 600
-    assert reserved_tokens({"max_output_tokens": "many"}, 300) == 100 + 4096
+    most = most_usage("openai", "m", {"max_tokens": 500}, 300)
+    assert dict(most.kinds) == {"input": 100, "output": 500, "request": 1}
+    assert most_usage("openai", "m", {"max_output_tokens": "many"}, 300).tokens == 100 + 4096
 
 
 def test_a_result_of_anthropic_has_its_message_inside() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import httpx
 
@@ -17,7 +18,9 @@ from worker.handlers.completions import ANTHROPIC_VERSION
 from worker.ids import OrgId
 from worker.model.batches import BASE_URLS, ModelApi
 from worker.model.orgs import OrgRef
+from worker.model.prices import Prices
 from worker.settings import Settings
+from worker.store.spending import CountedSpends
 from worker.telemetry.masking import masker
 from worker.wiring.issuers import read_secret
 
@@ -28,6 +31,16 @@ def apis_of(settings: Settings) -> tuple[ModelApi, ...]:
         ModelApi(name, one.provider, one.base_url or BASE_URLS[one.provider], one.secret)
         for name, one in settings.batches.items()
     )
+
+
+class Ledger(Protocol):
+    """What prices the requests, and reports what they were counted as."""
+
+    async def prices(self) -> Prices:
+        """The prices of now. Raises Unavailable."""
+
+    def report(self, counted: CountedSpends) -> None:
+        """Emit what was counted."""
 
 
 @dataclass(frozen=True, slots=True)

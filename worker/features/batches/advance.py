@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from worker.features.batches.accounts import Accounts
+from worker.features.batches.accounts import Accounts, Ledger
 from worker.features.batches.remote import (
     BatchApi,
     Declined,
@@ -18,7 +18,7 @@ from worker.features.batches.remote import (
     SlowDown,
 )
 from worker.features.batches.sealing import Sealer
-from worker.model.batches import ModelApi, Result, usage_of
+from worker.model.batches import Fallback, ModelApi, Result, usage_of
 from worker.store import batches
 from worker.store.batches import CHANGED, Counted, PoolLease, StoredResult
 from worker.store.database import Database
@@ -58,6 +58,7 @@ class Advance:
     database: Database
     accounts: Accounts
     sealer: Sealer
+    ledger: Ledger
     apis: Mapping[str, ModelApi]
     polls: Mapping[str, float]
     lease: PoolLease
@@ -224,7 +225,7 @@ class Advance:
         await self._change(row, state="failed", error=code)
         await self.database.call(batches.send_again, row["id"], None, apart=True)
 
-    async def _give_up(self, row: Row, reason: Any, code: str) -> None:
+    async def _give_up(self, row: Row, reason: Fallback, code: str) -> None:
         """Let the requests of a batch that are not over be sent on their own."""
         if row["file_id"] and row["state"] == "uploaded" and (api := await self._api(row)) is not None:
             await api.delete_file(row["file_id"])
@@ -234,12 +235,15 @@ class Advance:
     async def _api(self, row: Row) -> BatchApi | None:
         return await self.accounts.open(row["api"], row["org_id"])
 
-    async def _fall_back(self, row: Row, reason: Any) -> None:
-        left = await self.database.call_autocommit(batches.open_of, row["id"])
-        for begin in range(0, len(left), CHANGED):
+    async def _fall_back(self, row: Row, reason: Fallback) -> None:
+        await self._send_alone(await self.database.call_autocommit(batches.open_of, row["id"]), reason)
+
+    async def _send_alone(self, ids: Sequence[str], reason: Fallback) -> None:
+        for begin in range(0, len(ids), CHANGED):
             self.check()
-            await self.database.call(batches.fall_back, left[begin : begin + CHANGED], reason)
-        if left:
+            count = await self.database.call(batches.fall_back, ids[begin : begin + CHANGED], reason)
+            emit("batch.fell_back", reason=reason, requests=count)
+        if ids:
             self.on_woken()
 
     async def _lines(self, row: Row) -> list[Line]:
@@ -252,10 +256,7 @@ class Advance:
                 unreadable.append(one["id"])
             else:
                 lines.append(Line(one["id"], text.encode()))
-        for begin in range(0, len(unreadable), CHANGED):
-            await self.database.call(batches.fall_back, unreadable[begin : begin + CHANGED], "unreadable")
-        if unreadable:
-            self.on_woken()
+        await self._send_alone(unreadable, "unreadable")
         return lines
 
     # --- Results. ---
@@ -287,12 +288,12 @@ class Advance:
         async for part in in_parts(api, remote):
             self.check()
             results = await self._sealed(row, part)
-            counted = await self.database.call(batches.store_results, row["id"], remote.id, results)
-            total = Counted(
-                total.stored + counted.stored,
-                total.late + counted.late,
-                total.late_tokens + counted.late_tokens,
-            )
+            prices = await self.ledger.prices()
+            counted = await self.database.call(batches.store_results, row["id"], remote.id, results, prices)
+            self.ledger.report(counted.spends)
+            total = Counted(total.stored + counted.stored, total.late + counted.late)
+            for reason, count in counted.failed.items():
+                emit("batch.fell_back", reason=reason, requests=count)
             if counted.stored:
                 self.on_woken()
         return total
@@ -308,14 +309,14 @@ class Advance:
         stored = []
         for result, text in zip(mine, masked, strict=True):
             org, run = places[result.id]
-            tokens = usage_of(result.response(provider)).total
+            used = usage_of(provider, row["model"], result.response(provider))
             if result.status != "succeeded":
                 reason: Any = "failed" if result.status == "errored" else "expired"
-                stored.append(StoredResult(result.id, None, tokens, reason))
+                stored.append(StoredResult(result.id, None, used, reason))
                 continue
             sealed = self.sealer.seal("result", text, item=result.id, org=org, run=run)
             fallback: Any = None if sealed is not None else "unreadable"
-            stored.append(StoredResult(result.id, sealed, tokens, fallback))
+            stored.append(StoredResult(result.id, sealed, used, fallback))
         return stored
 
     async def _tidy(self, row: Row, api: BatchApi) -> None:

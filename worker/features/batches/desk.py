@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from worker.clock import Clock
 from worker.engine.attempt.inflight import InflightRun
 from worker.errors import LeaseLost
-from worker.features.batches.accounts import Accounts
+from worker.features.batches.accounts import Accounts, Ledger
 from worker.features.batches.sealing import Sealer
 from worker.guard.urls import origin_of
 from worker.handlers.steps import StepError
@@ -29,7 +29,7 @@ from worker.model.batches import (
     NewRequest,
     Pool,
     forecast,
-    reserved_tokens,
+    most_usage,
 )
 from worker.model.runs.run import AdmittedRun
 from worker.model.runs.waits import NewWait, WaitState
@@ -37,6 +37,7 @@ from worker.store import batches
 from worker.store.batches import NewItem, Opened
 from worker.store.database import Database
 from worker.store.dialect import Row
+from worker.telemetry.events import emit
 
 # Seconds for which what is known of a definition is used, and definitions that are known.
 FRESH = 60.0
@@ -71,6 +72,7 @@ class Desk:
     limits: Mapping[str, BatchLimits]
     accounts: Accounts
     sealer: Sealer
+    ledger: Ledger
     _known: OrderedDict[tuple[DefinitionId, str, str], tuple[float, Experience]] = field(
         default_factory=OrderedDict
     )
@@ -83,14 +85,20 @@ class Desk:
         looked = await self.database.call_autocommit(look, run, request)
         new = self._again(request) if looked.item is not None else await self._new(inflight, request, looked)
         stored = replace(wait, request=None)
-        opened = await self.database.call(batches.open_item, run, stored, new)
-        return None if opened is None else self._state(opened)
+        prices = await self.ledger.prices()
+        opened = await self.database.call(batches.open_item, run, stored, new, prices)
+        if opened is None:
+            return None
+        self.ledger.report(opened.spends)
+        if looked.item is None and new.fallback is not None:
+            emit("batch.fell_back", reason=new.fallback, requests=1)
+        return self._state(opened)
 
     def _again(self, request: NewRequest) -> NewItem:
         """What finds a stored request: nothing else of it counts."""
         pool = Pool(request.api, None, request.path, "", "")
         key = request.step, request.key or "", request.occurrence
-        return NewItem(batches.new_item_id(), *key, pool, 0, None, None, 0, fallback="refused")
+        return NewItem(batches.new_item_id(), *key, pool, 0, None, None, None, fallback="refused")
 
     async def _new(self, inflight: InflightRun, request: NewRequest, looked: KnownRequest) -> NewItem:
         run, plan = inflight.run, inflight.plan
@@ -122,9 +130,9 @@ class Desk:
         if fallback is None:
             sealed = self.sealer.seal("request", request.body_json, item=id_, org=run.org_id, run=run.id)
             fallback = "no_key" if sealed is None else None
-        reserved = reserved_tokens(body, size)
+        most = most_usage(api.provider, pool.model, body, size)
         at = found.fall_back_at
-        return NewItem(id_, *key, pool, size, sealed, request.meter, reserved, at, fallback)
+        return NewItem(id_, *key, pool, size, sealed, request.meter, most, at, fallback)
 
     def _state(self, opened: Opened) -> WaitState:
         item, wait = opened.item, opened.wait

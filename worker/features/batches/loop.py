@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from worker.clock import Clock
 from worker.engine.attempt.inflight import InflightRun
 from worker.errors import Unavailable
-from worker.features.batches.accounts import Accounts
+from worker.features.batches.accounts import Accounts, Ledger
 from worker.features.batches.advance import Advance, LeaseGone, Patience
 from worker.features.batches.desk import Desk
 from worker.features.batches.sealing import Sealer
@@ -52,6 +52,7 @@ class BatchSender:
     desk: Desk
     accounts: Accounts
     sealer: Sealer
+    ledger: Ledger
     known: Mapping[str, ModelApi]
     limits: Mapping[str, BatchLimits]
     polls: Mapping[str, float]
@@ -116,7 +117,8 @@ class BatchSender:
     async def look(self, pool: str) -> None:
         """Pool what waits, and do what is next for each batch. Raises LeaseGone, Unavailable."""
         self._check(pool)
-        while await self.database.call(batches.fall_back_due, pool):
+        while count := await self.database.call(batches.fall_back_due, pool):
+            emit("batch.fell_back", reason="deadline", requests=count)
             self.on_woken()
         while await self.database.call(batches.end_orphans, pool):
             self._check(pool)
@@ -147,6 +149,7 @@ class BatchSender:
             self.database,
             self.accounts,
             self.sealer,
+            self.ledger,
             self.known,
             self.polls,
             lease,

@@ -25,7 +25,7 @@ def make_batches(parts: BatchParts) -> BatchSender:
     limits = {name: BatchLimits(one.every, one.max_requests, one.bytes) for name, one in configured.items()}
     accounts = Accounts(known, settings.secrets_dir, parts.secrets, open_client())
     sealer = Sealer(parts.ring)
-    desk = Desk(parts.database, parts.clock, known, limits, accounts, sealer)
+    desk = Desk(parts.database, parts.clock, known, limits, accounts, sealer, parts.ledger)
     return BatchSender(
         database=parts.database,
         worker_id=parts.worker_id,
@@ -35,6 +35,7 @@ def make_batches(parts: BatchParts) -> BatchSender:
         desk=desk,
         accounts=accounts,
         sealer=sealer,
+        ledger=parts.ledger,
         known=known,
         limits=limits,
         polls={name: one.poll.total_seconds() for name, one in configured.items()},

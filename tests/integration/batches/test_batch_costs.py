@@ -1,0 +1,200 @@
+"""What the requests of batches cost: reserved, then what the results say at the batch tariff, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+from fractions import Fraction
+
+import pytest
+
+from tests.fakes.batches import ANTHROPIC, Rig
+from tests.fakes.model_apis import ModelApis
+from tests.integration.batches.test_batches import body_for
+from tests.integration.store.test_children import CAP, pages
+from tests.integration.store.test_spending import add_budget, used
+from worker.features.batches.remote import Line
+from worker.ids import RunId
+from worker.model.definitions.budgets import MONEY
+from worker.model.money import NANO
+from worker.model.price_list import GenaiPrices
+from worker.model.prices import Prices
+from worker.store import budgets, children, spending, tables
+
+pytestmark = pytest.mark.anyio
+PRICES = Prices(GenaiPrices.released(), per_usd=Fraction(1))
+# 100 tokens of input and 20 of output of gpt-5-mini: 0.25 and 2 USD for a million, the half of it in a batch.
+RESULT = (100 * 250 + 20 * 2000) // 2
+
+
+@pytest.fixture
+def priced(rig: Rig) -> Rig:
+    rig.prices = PRICES
+    return rig
+
+
+def lines(rig: Rig) -> list[tuple[str, int, int | None, int]]:
+    """Kind, units, money and place of what is stored of models, all at the batch tariff."""
+    rows = rig.stock.all(tables.model_spends)
+    assert {row["tariff"] for row in rows} <= {"batch"}
+    return sorted((row["kind"], row["units"], row["money"], row["place"]) for row in rows)
+
+
+def by_day(rig: Rig, meter: str) -> int:
+    return sum(row["used"] for row in rig.stock.all(tables.meter_days) if row["meter"] == meter)
+
+
+def priced_days(rig: Rig) -> int:
+    return sum(row["money"] for row in rig.stock.all(tables.model_days))
+
+
+async def test_a_result_costs_the_half_and_counts_once(priced: Rig) -> None:
+    rig, sender, run = priced, priced.sender(), priced.running()
+    await rig.ask(sender, run)
+    rig.park(run)
+    assert (rig.spent(run, MONEY), lines(rig)) == (0, [])
+
+    await rig.pass_time(sender, 45)
+
+    assert lines(rig) == [("input", 100, 12_500, 0), ("output", 20, 20_000, 0)]
+    assert rig.spent(run, MONEY) == by_day(rig, MONEY) == priced_days(rig) == RESULT
+    assert [(each.used.tariff, each.priced.money) for one in rig.reported for each in one.costed] == [
+        ("batch", RESULT)
+    ]
+
+
+async def test_a_budget_of_money_reserves_what_a_request_costs_at_most(priced: Rig) -> None:
+    rig, sender, run = priced, priced.sender(), priced.running()
+    add_budget(rig.stock, run.org_id, MONEY, limit=NANO, per="month")
+    body = {"model": "gpt-5-mini", "input": "x" * 2400, "max_output_tokens": 500}
+    await rig.ask(sender, run, body)
+    rig.park(run)
+    reserved = rig.spent(run, MONEY)
+    assert 500 * 1000 + 800 * 125 < reserved < 500 * 1000 + 1000 * 125
+    assert used(rig.stock, run.org_id, MONEY) == [reserved]
+
+    await rig.pass_time(sender, 45)
+
+    assert rig.spent(run, MONEY) == by_day(rig, MONEY) == priced_days(rig) == RESULT
+    assert used(rig.stock, run.org_id, MONEY) == [RESULT]
+
+
+async def test_what_is_reserved_warns_and_is_freed_by_a_request_that_is_sent_on_its_own(
+    priced: Rig, apis: ModelApis
+) -> None:
+    apis.reply = lambda body: 500
+    rig, sender, run = priced, priced.sender(), priced.running()
+    add_budget(rig.stock, run.org_id, MONEY, limit=500_000, per="month")
+    await rig.ask(sender, run, {"model": "gpt-5-mini", "input": "x", "max_output_tokens": 500})
+    rig.park(run)
+    assert [level.budget.meter for one in rig.reported for level in one.warned] == [MONEY]
+
+    await rig.pass_time(sender, 45)
+
+    assert [row["reason"] for row in rig.items()] == ["failed"]
+    assert (rig.spent(run, MONEY), used(rig.stock, run.org_id, MONEY), lines(rig)) == (0, [0], [])
+
+
+async def test_a_model_without_a_price_is_unpriced(priced: Rig) -> None:
+    rig, sender, run = priced, priced.sender(), priced.running()
+    add_budget(rig.stock, run.org_id, MONEY, limit=NANO, per="month")
+    await rig.ask(sender, run, {"model": "house", "input": "x"})
+    rig.park(run)
+    await rig.pass_time(sender, 45)
+
+    assert lines(rig) == [("input", 100, None, 0), ("output", 20, None, 0)]
+    assert [each.model for one in rig.reported for each in one.unpriced] == ["house"]
+    assert (rig.spent(run, MONEY), rig.spent(run)) == (0, 120)
+
+
+async def test_a_late_result_is_charged(priced: Rig, apis: ModelApis) -> None:
+    apis.takes = lambda: 120 * 60.0
+    priced.definition = {"batch_within": timedelta(minutes=60)}
+    rig, sender, run = priced, priced.sender(), priced.running()
+    await rig.ask(sender, run)
+    rig.park(run)
+    await rig.pass_time(sender, 61)
+    assert rig.spent(run, MONEY) == rig.spent(run) == 0
+
+    await rig.pass_time(sender, 90)
+
+    assert [row["state"] for row in rig.items()] == ["sync"]
+    assert (rig.spent(run, MONEY), priced_days(rig)) == (RESULT, RESULT)
+
+
+async def test_what_was_paid_twice_is_two_uses(priced: Rig, apis: ModelApis) -> None:
+    apis.lose_requests["POST /v1/messages/batches"] = 1
+    rig, sender, run = priced, priced.sender(), priced.running()
+    body = body_for(ANTHROPIC, "hello") | {"model": "claude-sonnet-4-5"}
+    await rig.ask(sender, run, body, api=ANTHROPIC)
+    rig.park(run)
+    await rig.pass_time(sender, 14)
+    api = await sender.accounts.open("anthropic", None)
+    assert api is not None
+    again = [Line(rig.items()[0]["id"], b'{"model": "claude-sonnet-4-5", "messages": []}')]
+    await api.create("/v1/messages", "", None, again)
+    await rig.pass_time(sender, 60)
+
+    # 3 and 15 USD for a million, the half of it in a batch.
+    once = (100 * 3000 + 20 * 15_000) // 2
+    assert {place for *_, place in lines(rig)} == {0, 1}
+    assert rig.spent(run, MONEY) == priced_days(rig) == 2 * once
+    assert rig.spent(run) == 240
+
+
+async def test_the_reservation_of_a_child_counts_for_its_tree_until_it_is_settled(priced: Rig) -> None:
+    rig, sender, parent = priced, priced.sender(), priced.running()
+    add_budget(rig.stock, parent.org_id, MONEY, limit=NANO, per="run")
+    options = {"cap": CAP, "keep": False, "isolations": {CAP.handler: "child"}}
+    rig.stock.within(children.start, parent, pages(1), **options)
+    [child] = rig.stock.admit(rig.worker)
+    assert child.origin == "child"
+    await rig.ask(sender, child)
+    rig.park(child)
+
+    def of_tree(meter: str) -> int:
+        return rig.stock.reading(budgets.spent_in_tree, RunId(parent.id), meter)
+
+    assert of_tree("llm_tokens") == rig.spent(child) > 1000 and of_tree(MONEY) > RESULT
+
+    await rig.pass_time(sender, 45)
+
+    assert (of_tree("llm_tokens"), of_tree(MONEY)) == (120, RESULT)
+    assert below(rig) == {"llm_tokens": 120, MONEY: RESULT}
+
+
+def below(rig: Rig) -> dict[str, int]:
+    return {row["meter"]: row["used"] for row in rig.stock.all(tables.tree_spends)}
+
+
+async def test_a_retry_has_spent_what_its_steps_in_batches_have(priced: Rig) -> None:
+    rig, sender, run = priced, priced.sender(), priced.running()
+    await rig.ask(sender, run)
+    await rig.pass_time(sender, 45)
+    await rig.ask(sender, run, step="second")
+    rig.stock.finish(rig.worker, rig.stock.ended(run, "failed"))
+    retry = rig.stock.running(rig.worker, run.org_id, run.definition_id, retry_of=run.id, origin="retry")
+
+    rig.stock.within(spending.copy, run.org_id, run.id, retry.id)
+
+    assert (rig.spent(retry), rig.spent(retry, MONEY)) == (120, RESULT)
+
+
+def test_a_settlement_lowers_every_sum_and_changes_no_other_period(rig: Rig) -> None:
+    """Also below 0 for a counter that holds nothing else: reservations of a day that is over."""
+    run = rig.running()
+    add_budget(rig.stock, run.org_id, "llm_tokens", limit=10_000, per="day")
+    of_run = run.id, run.org_id, run.definition_id
+
+    def spends(amounts: Iterable[int]) -> list[spending.Spend]:
+        return [spending.Spend(*of_run, "llm_tokens", f"k{n}", each) for n, each in enumerate(amounts)]
+
+    rig.stock.within(spending.record, spends([500, 700]), rig.stock.now())
+    rig.stock.within(spending.settle, spends([100]))
+    assert used(rig.stock, run.org_id, "llm_tokens") == [800] and by_day(rig, "llm_tokens") == 800
+    rig.clock.advance(timedelta(days=1))
+    rig.stock.within(spending.record, [spending.Spend(*of_run, "llm_tokens", "k2", 5)], rig.stock.now())
+    rig.stock.within(spending.settle, spends([100, 0, 5]))
+
+    assert sorted(row["used"] for row in rig.stock.all(tables.meters)) == [5, 800]
+    assert by_day(rig, "llm_tokens") == 105
