@@ -119,6 +119,11 @@ async def test_a_request_that_falls_back_is_sent_by_the_run(worker: Worker) -> N
 
     assert await worker.run(completing) == Succeeded('"alone"')
 
+    [step] = worker.steps
+    assert step.spends == (("llm_tokens", 120),)
+    assert [(used.model, dict(used.kinds)) for used in step.used] == [
+        ("gpt-5-mini", {"input": 100, "output": 20, "request": 1})
+    ]
     [request] = worker.alone
     assert str(request.url) == "https://api.openai.com/v1/responses"
     assert request.headers["authorization"] == "Bearer sk-of-the-org"

@@ -102,7 +102,7 @@ spends = table(
         "key",
         Text,
         primary_key=True,
-        doc="What it belongs to: `step:SEQ`, else `ATTEMPT:NUMBER`; the same key counts once.",
+        doc="What it belongs to: `step:SEQ`, `batch:ID`, else `ATTEMPT:NUMBER`; the same key counts once.",
     ),
     required("org_id", Id),
     required("definition_id", Id),
