@@ -44,7 +44,6 @@ NOT_OF_ORGS = {
     "rollouts",
     "rollout_days",
     "host_handlers",
-    "price_lists",
     "batch_leases",
     "pool_approvals",
 }

@@ -32,7 +32,8 @@ _HANDLER = 4
 _ISOLATION = 5
 _AVAILABLE_AT = 8
 _MAX_CONCURRENT = 16
-_POOL, _PARENT = 17, 18
+_POOL = 17
+_PARENT = 18
 
 # The same portion of each org's queue. `{names}` and `{pools}` become one parameter for each.
 # JSON is joined as text: `json_group_array(json(line))` would parse it again.
