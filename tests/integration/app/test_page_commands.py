@@ -67,15 +67,19 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, migrated_sqlite_
     cli("orgs", "import", "-", stdin=json.dumps(ORG))
     (tmp_path / "secret").write_text("s3cr3t-of-the-page")
     for block in found:
-        if block.language == "toml" and "budget" in tomllib.loads(block.text):
-            cli("apply", "-", stdin=block.text)
+        given = tomllib.loads(block.text) if block.language == "toml" else {}
+        if "budget" in given or "rollout" in given:
+            named = [(each["definitions"], each["from"]) for each in given.get("rollout", ())]
+            params = {"knowledge_base": "https://kb.acme.com", "chat": "https://chat.acme.com"}
+            definitions = [definition("org_acme", *each, params=params) for each in named]
+            cli("apply", "-", stdin="\n".join((*definitions, block.text)))
     run = ""
     if any(command.endswith(" RUN") for command in commands(page)):
         cli("apply", "-", stdin=DEFINITION)
         run = cli("definitions", "run", "org_acme", "export", "-o", "id").out.strip()
 
     for command in commands(page):
-        words = [word for word in shlex.split(command, comments=True) if "=" not in word]
+        words = [word for word in shlex.split(command.partition(" > ")[0], comments=True) if "=" not in word]
         assert words[0] in ("python", "orgworker"), command
         words = words[1 if words[0] == "orgworker" else words.index("worker") + 1 :]
         given = PLACEHOLDERS | {"FILE": str(tmp_path / "secret"), "RUN": run}
