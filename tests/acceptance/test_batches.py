@@ -87,7 +87,7 @@ def ended(site: Site) -> list[dict[str, Any]] | None:
 
 
 def result_of(site: Site, run: dict[str, Any]) -> Any:
-    return site.cli("runs", "show", run["id"], "-o", "json").json()["result"]
+    return site.cli("runs", "show", str(run["id"]), "-o", "json").json()["result"]
 
 
 @pytest.mark.timeout(400)
@@ -150,7 +150,7 @@ def test_a_request_that_waits_says_why_and_its_tokens_count(batch_site: Site, ap
         return [run for run in site.runs(definition="digest") if run["reason"] == "batch"]
 
     def sent() -> str:
-        said = [site.cli("runs", "why", run["id"]).out for run in parked()]
+        said = [site.cli("runs", "why", str(run["id"])).out for run in parked()]
         return next((text for text in said if "sent 20" in " ".join(text.split())), "")
 
     said = wait_until(sent, "a run whose request was sent", timeout=90)
