@@ -63,7 +63,7 @@ def configure(made: Installation, url: str, args: argparse.Namespace) -> None:
         extra=f"""\
 lease = "10s"
 renew = "2s"
-preload = ["pydantic_ai", "pydantic_ai.models.openai", "worker.handlers.agents"]
+preload = ["worker.handlers.warm_openai"]
 [batches.{args.provider}]
 provider = "{args.provider}"
 base_url = "{url}"

@@ -79,6 +79,7 @@ def run_checks(
         handlers(database),
         *undeclared_egress(database, settings),
         *revealed_tokens(database, org),
+        *unbatched(database, settings, org),
         *unapproved(database),
         *homeless(database, org),
         served_pools(database, org),
@@ -478,6 +479,33 @@ def undeclared_egress(database: Database, settings: Settings) -> Iterator[Diagno
         f"handlers that declare no egress: {named}; {meaning}",
         'add a line to their @job: egress=["api"], with the other origins that they reach',
     )
+
+
+def unbatched(database: Database, settings: Settings, org: NameOf = str) -> Iterator[Diagnostic]:
+    """Definitions whose model requests go into batches, without an API or a key; nothing without any."""
+    ok, bad = said("batches")
+    with database.autocommit() as connection:
+        rows = places.batching(connection, ALL_ORGS)
+    if not rows:
+        return
+    keys = {name: Path(settings.secrets_dir) / f"model_key__{name}" for name in settings.batches}
+    keyless = [name for name, file in keys.items() if not settings.secrets_dir or not file.exists()]
+    first = f"a definition of {rows[0]['handler']} by {org(rows[0]['org'])}"
+    if not keys:
+        yield bad(
+            f'{first} has model_requests = "batch", and worker.toml has no [batches.NAME]: its requests are '
+            f"sent at once, at the full price{and_more(rows, places.REVEALING)}",
+            "add [batches.NAME] with provider and secret, see docs/reference/batches.md",
+        )
+    elif keyless:
+        says = [f"{name} (of orgs: {settings.batches[name].secret or 'none'})" for name in keyless]
+        yield ok(
+            f"[batches] has no operator's key for {', '.join(says)}: requests of orgs without a key of their "
+            "own are sent at once, at the full price",
+            f"write the key into {keys[keyless[0]].name} in secrets_dir, or give each org that secret",
+        )
+    else:
+        yield ok(f"the model requests of {first} go into batches{and_more(rows, places.REVEALING)}")
 
 
 def revealed_tokens(database: Database, org: NameOf = str) -> Iterator[Diagnostic]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import ColumnElement, Connection, func, select
 
 from worker.ids import AllOrgs, Scope
 from worker.store import catalogue, tables
@@ -85,13 +85,22 @@ def undeclared_egress(connection: Connection) -> tuple[int, list[str]]:
 
 def revealing(connection: Connection, scope: Scope) -> list[Row]:
     """Org and handler of definitions with `reveal_token`, among the newest open ones; the first of them."""
+    return _using(connection, scope, reveals_token())
+
+
+def batching(connection: Connection, scope: Scope) -> list[Row]:
+    """The same of definitions whose model requests go into batches."""
+    return _using(connection, scope, _revisions.c.spec["model_requests"].as_string() == "batch")
+
+
+def _using(connection: Connection, scope: Scope, key: ColumnElement[bool]) -> list[Row]:
     newest = newest_open(scope)
     query = (
         select(_orgs.c.code.label("org"), _revisions.c.spec["handler"].as_string().label("handler"))
         .select_from(newest)
         .join(_orgs, _orgs.c.id == newest.c.org_id)
         .join(_revisions, in_force(newest))
-        .where(_orgs.c.state != "removed", reveals_token())
+        .where(_orgs.c.state != "removed", key)
         .order_by(newest.c.id.desc())
     )
     return all_rows(connection, query.limit(REVEALING))

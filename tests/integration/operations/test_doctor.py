@@ -283,6 +283,27 @@ def test_handlers_that_declare_no_egress_are_named_with_the_line_to_add(stock):
 
 
 @on_either
+def test_definitions_in_batch_mode_need_an_api_and_a_key(stock, tmp_path: Path):
+    def found(**apis: dict[str, str]) -> tuple[bool, str, str]:
+        settings = Settings.model_validate({"secrets_dir": str(tmp_path), "batches": apis})
+        [one] = doctor.unbatched(stock.database, settings)
+        return one.ok, one.detail, one.fix
+
+    assert list(doctor.unbatched(stock.database, Settings())) == []
+    spec = {"handler": "acme.report", "schedule": "@daily", "model_requests": "batch"}
+    stock.definition(stock.org(), spec=spec)
+
+    ok, detail, fix = found()
+    assert not ok and "worker.toml has no [batches.NAME]" in detail and fix
+    ok, detail, fix = found(openai={"provider": "openai", "secret": "openai_key"})
+    assert ok and "no operator's key for openai (of orgs: openai_key)" in detail
+    assert "model_key__openai" in fix
+    (tmp_path / "model_key__openai").write_text("sk-operator-0001")
+    ok, detail, fix = found(openai={"provider": "openai"})
+    assert ok and "go into batches" in detail and not fix
+
+
+@on_either
 def test_definitions_whose_runs_get_the_token_itself_are_named(stock):
     org = stock.org()
     stock.definition(org, spec={"handler": "acme.quiet", "schedule": "@daily", "reveal_token": False})
