@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, tuple_
+from sqlalchemy import Connection, delete, insert, select
 
 from worker.errors import ConfigurationError
 from worker.ids import DefinitionId, OrgId, RunId
@@ -18,7 +18,7 @@ from worker.model.definitions.budgets import MAX_SUM
 from worker.model.prices import ModelUsage, Priced, PricedKind, Prices, Tariff
 from worker.store import schema, tables
 from worker.store.dialect import Row, first_row, insert_into
-from worker.store.sums import Capped, CappedSum
+from worker.store.sums import Capped
 from worker.telemetry.events import emit
 
 _spends, _days, _lists, _orgs = tables.model_spends, tables.model_days, tables.price_lists, tables.orgs
@@ -129,14 +129,6 @@ def cost(connection: Connection, used: Sequence[ModelUse], prices: Prices, now: 
         Costed(each, prices.price(each.usage, at=now, tariff=each.tariff, org=codes.get(each.org_id)))
         for each in used
     ]
-
-
-def money_of(connection: Connection, keys: Collection[tuple[RunId, str]]) -> Mapping[tuple[RunId, str], int]:
-    """What is stored under these keys of runs, in nano-units; one without a price is left out."""
-    of = _spends.c.run_id, _spends.c.key
-    query = select(*of, CappedSum(_spends.c.money)).where(tuple_(*of).in_(sorted(keys)))
-    priced = query.where(_spends.c.money.is_not(None))
-    return {(run_id, key): money for run_id, key, money in connection.execute(priced.group_by(*of))}
 
 
 def store(connection: Connection, costed: Sequence[Costed], now: datetime) -> list[Unpriced]:

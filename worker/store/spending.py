@@ -26,6 +26,7 @@ from worker.store.sums import Capped, CappedSum
 
 _live, _spends, _days = tables.live_runs, tables.spends, tables.meter_days
 _trees, _items = tables.tree_spends, tables.batch_items
+_MODEL_SPEND = tuple(tables.model_spends.c[name] for name in ("run_id", "key", "money"))
 
 # How long a run that a budget holds back waits at most before it is looked at again.
 LOOK_AGAIN = timedelta(days=1)
@@ -259,7 +260,10 @@ def settle(
 
 def _paid(connection: Connection, spends: Sequence[Spend]) -> list[Spend]:
     """What is stored of models under the keys of these, as spends of the meter `money`."""
-    stored = model_prices.money_of(connection, {(spend.run_id, spend.key) for spend in spends})
+    keys, (run_id, key, money) = sorted({(spend.run_id, spend.key) for spend in spends}), _MODEL_SPEND
+    priced = tuple_(run_id, key).in_(keys), money.is_not(None)
+    rows = connection.execute(select(run_id, key, CappedSum(money)).where(*priced).group_by(run_id, key))
+    stored = {(of, name): amount for of, name, amount in rows}
     paid = ((spend, stored.get((spend.run_id, spend.key), 0)) for spend in spends)
     return [replace(spend, meter=MONEY, amount=min(money, MAX_SUM)) for spend, money in paid]
 
