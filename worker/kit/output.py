@@ -367,6 +367,13 @@ def _amount(name: str) -> Callable[[Mapping[str, Any]], Any]:
 AMOUNTS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     name: _amount(name) for name in ("limit", "used", "left", "amount")
 }
+
+
+def amounts(spends: Mapping[str, int]) -> dict[str, Any]:
+    """What was spent by meter, for people."""
+    return {meter: money_text(spent) if meter == MONEY else spent for meter, spent in spends.items()}
+
+
 RUN_CELLS: Mapping[str, Callable[[Run], Any]] = {
     "scheduled_for": _scheduled_for,
     "took": _took,

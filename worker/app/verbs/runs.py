@@ -27,7 +27,7 @@ from worker.kit.options import (
     read_query,
     read_since,
 )
-from worker.kit.output import RUN_CELLS, Format, in_lines, in_words, print_log, say
+from worker.kit.output import AMOUNTS, RUN_CELLS, Format, amounts, in_lines, in_words, print_log, say
 from worker.kit.progress import shown
 from worker.kit.session import Invocation, verb
 from worker.model.claims import without_digests
@@ -455,13 +455,15 @@ def _for_people(run: RunDetail) -> dict[str, Any]:
     steps = [
         {
             "step": step_label(step["name"], step["key"], step["occurrence"]),
-            **{name: step[name] for name in ("attempt", "started_at", "ended_at", "size", "spends")},
+            **{name: step[name] for name in ("attempt", "started_at", "ended_at", "size")},
+            "spends": amounts(step["spends"]),
         }
         for step in run["steps"][-STEPS:]
     ]
     egress = [{**row, "statuses": statuses_in_words(row["statuses"])} for row in run["egress"]]
     waited = waited_for(run["egress"])
-    shown: dict[str, Any] = {"attempts": attempts, "steps": steps, "egress": egress}
+    spends = [{**spent, "amount": AMOUNTS["amount"](spent)} for spent in run["spends"]]
+    shown: dict[str, Any] = {"attempts": attempts, "steps": steps, "spends": spends, "egress": egress}
     shown |= {"claims": without_digests(run["claims"]), "error": in_lines(run["error"])}
     return {**run, **shown} | ({"limits": waited} if waited else {})
 

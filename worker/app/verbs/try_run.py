@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from worker.errors import UsageError
 from worker.kit.options import argument, option, read_json, read_pairs, read_text, split_pairs
-from worker.kit.output import Format, in_words, say
+from worker.kit.output import Format, amounts, in_words, say
 from worker.kit.session import Invocation
 from worker.model.runs.traces import trimmed
 
@@ -146,7 +146,8 @@ def try_(
         say(remark)
     if session.output is Format.TABLE:
         error = row["error"] and f"{row['error']['type']}: {row['error']['message']}"
-        session.print_row({**row, "progress": in_words(row["progress"]), "error": error}, key="state")
+        shown = {"progress": in_words(row["progress"]), "spends": amounts(row["spends"]), "error": error}
+        session.print_row({**row, **shown}, key="state")
     else:
         session.print_row(row, key="state")
     if row["state"] == "succeeded":
