@@ -12,6 +12,7 @@ import pytest
 from genai_prices.data import providers
 from genai_prices.types import Usage
 
+from worker.kit.output import amounts
 from worker.model.money import MAX_MONEY, money_text, parse_money
 from worker.model.price_list import GenaiPrices
 from worker.model.prices import (
@@ -251,3 +252,7 @@ def test_money_as_text():
     assert money_text(1_234_500_000_001, "USD") == "1,234.500000001 USD"
     assert money_text(20 * 10**9) == "20.00"
     assert money_text(-1) == "-0.000000001"
+
+
+def test_money_that_a_run_spent_is_shown_as_money():
+    assert amounts({"money": 30_025_000, "llm_tokens": 1280}) == {"money": "0.030025", "llm_tokens": 1280}
