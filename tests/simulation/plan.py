@@ -272,14 +272,15 @@ def _faults_of_trees(chance: Random, workers: int, hosts: int) -> list[Action]:
 
 
 def _rolled(chance: Random) -> tuple[Entry, ...]:
-    """A definition of each org, whose runs have two attempts."""
-    period, params = chance.choice((40, 55)), {"rest": chance.choice((1, 12))}
-    return tuple(Entry(org, ROLLED, "sim.rolled", period, params=params) for org in range(5))
+    """A definition of several orgs, whose runs have two attempts."""
+    period, params = chance.choice((22, 28)), {"rest": chance.choice((1, 12))}
+    return tuple(Entry(org, ROLLED, "sim.rolled", period, params=params) for org in range(4))
 
 
 def _moves(chance: Random) -> list[Action]:
-    """What people do to a rollout: it advances, is halted, and goes on or ends."""
-    kinds = ["advance", *chance.choices(("advance", "halt", "resume"), weights=(2, 3, 3), k=7)]
+    """What people do to a rollout: it advances, is halted and goes on, and may end."""
+    kinds = ["advance", "advance", "halt", "resume"]
+    kinds += chance.choices(("advance", "halt", "resume"), weights=(1, 3, 2), k=3)
     kinds += chance.choice((["halt"], ["undo"], ["finish"], []))
     times = sorted(chance.uniform(8, LAST_FAULT) for _ in kinds)
     return [Action(at, f"{kind} rollout") for at, kind in zip(times, kinds, strict=True)]

@@ -18,8 +18,10 @@ Row = Mapping[str, Any]
 
 HANDLERS = {1: "sim.rolled", 2: "sim.rolled_2"}
 SHARES = (0.3, 0.6, 1.0)
-# Seconds that the transaction of a person may take after the time in its row; and with a fault.
-SOON, LATE = POLL, 60.0
+NEW = 2
+# Seconds after the time in the row of a halt in which a handler may be called that was chosen before it; and
+# where a fault may have kept either waiting.
+SOON, LATE = POLL, 90.0
 
 
 class Rollouts:
@@ -43,14 +45,15 @@ class Rollouts:
         for line in jobs.JOURNAL.lines:
             if line["who"] == "version":
                 self._called[line["run"]].append(line["version"])
-                self._first.setdefault(line["run"], line["at"])
+                if line["attempt"] == 1:
+                    self._first[line["run"]] = line["at"]
 
     def objections(self) -> Iterator[str]:
         yield from self._one()
         if self._rollout is not None and self._by_clock:
             yield from self._each_has_one()
             yield from self._places()
-            yield from self._halts()
+        yield from self._halts()
         yield from self._counts()
 
     def _one(self) -> Iterator[str]:
@@ -69,7 +72,7 @@ class Rollouts:
         known = _seconds(began) + KNOWN_AFTER.total_seconds()
         for run in self._called:
             if _seconds(self._runs[run]["created_at"]) > known and run not in self._versions:
-                yield f"run {run} has no version, and began at {self._first[run]:.1f}"
+                yield f"run {run} has no version"
 
     def _places(self) -> Iterator[str]:
         """An org has its version by its place and the step alone, so it moves at most once a step."""
@@ -82,16 +85,15 @@ class Rollouts:
                 yield f"run {run} was given {row['side']} in step {row['step']}, and its org is at {side}"
 
     def _halts(self) -> Iterator[str]:
-        """From a halt until its end no run starts with the new version."""
+        """From a halt until its end no handler of the new version is called for a run's first attempt."""
         for number, (at, verb) in enumerate(self._moves):
             if verb not in ("halt", "undo"):
                 continue
             until = next((then for then, other in self._moves[number + 1 :] if other == "resume"), 1e9)
-            since = at + (SOON if self._calm.between(at, at + SOON) else LATE)
-            for run, row in self._versions.items():
-                started = _seconds(row["started_at"])
-                if row["side"] == "to" and row["why"] != "stored" and since < started < until:
-                    yield f"run {run} got the new version at {started:.1f}; {verb} was at {at:.1f}"
+            for run, began in self._first.items():
+                since = at + (SOON if self._calm.between(at, began) else LATE)
+                if self._called[run][0] == NEW and since < began < until:
+                    yield f"run {run} began with the new version at {began:.1f}; {verb} was at {at:.1f}"
 
     def _counts(self) -> Iterator[str]:
         """What is compared are the runs of the step that have ended, once each."""
