@@ -118,7 +118,7 @@ class WorseVersion:
 
     def _check_moves(self, halted_at: Any) -> None:
         """An org moves at most once in the step: once on the new version, it has no run of the old one."""
-        query = "SELECT org_id, side FROM run_versions WHERE why = 'step' AND started_at < ? "
+        query = "SELECT org_id, side FROM run_versions WHERE step = 1 AND why = 'step' AND started_at < ? "
         sides: dict[str, list[str]] = {}
         for row in self.site.query(f"{query} ORDER BY started_at, run_id", halted_at):
             seen = sides.setdefault(str(row["org_id"]), [])
