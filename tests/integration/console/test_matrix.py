@@ -424,8 +424,8 @@ class Installation:
         """The name of a new rollout in this state."""
         name, at = f"rollout-{next(NUMBERS)}", self.clock.now()
         values = {
-            "definitions": "digest", "from_handler": "acme.v1",
-            "to_handler": "acme.canary-org_a", "orgs": "all",
+            "definitions": "digest", "from_handler": "acme.canary-org_a",
+            "to_handler": "acme.canary-org_b", "orgs": "all",
             "flag": None, "steps": ["50%", "100%"], "auto": False, "watch": {"failed": "+2 points"},
         }  # fmt: skip
         within(self.admin, rollouts.put, name, values, None, at=at, actor="tester")

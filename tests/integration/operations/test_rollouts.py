@@ -465,6 +465,20 @@ def test_a_rollout_to_a_handler_that_nobody_offers_does_not_begin(site: Site):
         move(site.database, handler, "undo", reason="absent", actor="anna")
 
 
+@pytest.mark.parametrize(
+    ("found", "instead"), [('"digest"', '"digset"'), ('"acme.plain"', '"acme.pln"'), ('["pro"]', '["none"]')]
+)
+def test_a_rollout_of_no_orgs_does_not_begin(site: Site, found: str, instead: str):
+    head, _, entry = ROLLOUT.format(auto="false").partition("[[rollout]]")
+    text = f"{head}[[rollout]]{entry.replace(found, instead)}" + ORG.format(1, "pro")
+    apply_file(site.database, parse_file(text), actor="anna")
+
+    with pytest.raises(Conflict, match="rollout digest-v2 has no orgs"):
+        advance(site.database, "digest-v2", actor="anna")
+
+    assert (site.row["state"], site.row["began_at"]) == ("planned", None)
+
+
 @on_either
 def test_a_plan_says_what_each_step_needs(site: Site):
     begin(site, orgs=120, history=20)

@@ -36,8 +36,8 @@ def advance(
 
     Raises:
         NotFound: there is no such rollout.
-        Conflict: it does not run, is at its last step, no worker offers the new handler, or its step has
-            not shown yet what it must and `anyway` is not given.
+        Conflict: it does not run, is at its last step, no worker offers the new handler, no org has such a
+            definition, or its step has not shown yet what it must and `anyway` is not given.
     """
     with database.transaction() as connection:
         row = rollouts.require(connection, name, lock=True)
@@ -54,7 +54,12 @@ def advance(
         _check_offered(connection, row["to_handler"])
         values = advance_to(connection, rollout, rollout.step + 1, now, actor, reason, Events())
         if row["state"] == "planned":
-            rollout_sums.begin(connection, rollout)
+            if not rollout_sums.begin(connection, rollout):
+                raise Conflict(
+                    f"rollout {name} has no orgs: none that its `orgs` matches has an open definition "
+                    f"{rollout.definitions} with the handler {rollout.old}",
+                    fix="correct definitions, from or orgs in its file, and apply that",
+                )
             values["began_at"] = now
         rollouts.change(connection, row["id"], values)
         return shown(connection, name)
