@@ -19,10 +19,20 @@ from temporalio.client import Client
 
 from tests.fakes.handlers import read_journal
 from tests.fakes.hosts import Hosts
+from tests.fakes.plugins import make_plugin
 from tests.fakes.ports import free_port
 from tests.fakes.site import Site, application, definition, wait_until
 from tests.fakes.temporal import DevServer
 
+SPREAD = """
+from worker import job
+
+@job("spread.over", children={"acme.note"})
+async def over(ctx) -> list[str]:
+    params = {"journal": ctx.params["journal"]}
+    started = [ctx.start("acme.note", params, key=f"{n}") for n in range(ctx.params["children"])]
+    return [each["org"] async for each in ctx.gather(started)]
+"""
 EXECUTION = 'lease = "15s"\nrenew = "500ms"\npoll = "200ms"\nmax_children = 2'
 
 
@@ -44,6 +54,8 @@ address = "{temporal.address}"
 place_timeout = "60s"
 """,
         )
+        plugin = {"modules": {"spread": SPREAD}, "entry_points": {"spread.over": "spread:over"}}
+        make_plugin(self.site.plugins, "spread-jobs", **plugin)
         self.hosts = Hosts(self.site, port)
         self.site.add_orgs(application("org_acme"))
         self.host: Any = None
@@ -146,7 +158,7 @@ def test_a_stolen_ticket_is_of_no_use(pool: TemporalPool) -> None:
 
 def test_children_are_placed_on_hosts_by_the_pool_of_their_tree(pool: TemporalPool) -> None:
     site = pool.site
-    run = pool.begin("spread", "acme.spread", children=5)
+    run = pool.begin("spread", "spread.over", children=5)
 
     ended = site.wait_for_state("spread", "succeeded", attempt=2, timeout=90)
 

@@ -47,14 +47,6 @@ async def note(ctx: Context[Any, Any]) -> dict[str, Any]:
     return {"org": ctx.org.code, "scheduled_for": ctx.run.scheduled_for.isoformat()}
 
 
-@job("acme.spread", children={"acme.note"})
-async def spread(ctx: Context[Any, Any]) -> list[str]:
-    """Start a run of `acme.note` for each of `params["children"]`, and return what they return, in order."""
-    params = {"journal": ctx.params["journal"]}
-    started = [ctx.start("acme.note", params, key=f"{n}") for n in range(ctx.params["children"])]
-    return [each["org"] async for each in ctx.gather(started)]
-
-
 @job("acme.inline", isolation="inline")
 async def inline(ctx: Context[Any, Any]) -> None:
     """Write one line from the worker's own process."""
