@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from worker.guard.claims import Claims
     from worker.handlers.agents import durable
+    from worker.handlers.blocking_context import BlockingContext
     from worker.handlers.children import Child, ChildFailed, EndedChild
-    from worker.handlers.context import BlockingContext, Context
+    from worker.handlers.context import Context
     from worker.handlers.httpx2_client import httpx2_client
     from worker.handlers.job import job
     from worker.handlers.results import (
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from worker.secret import AccessToken
 
 _HOMES = {
-    **dict.fromkeys(("BlockingContext", "Context"), "worker.handlers.context"),
+    "BlockingContext": "worker.handlers.blocking_context",
+    "Context": "worker.handlers.context",
     **dict.fromkeys(
         ("Cancel", "EgressDenied", "HandBack", "PermanentError", "RateLimited", "Retry", "Snooze"),
         "worker.handlers.results",

@@ -63,7 +63,7 @@ def results() -> str:
 def _data(owner: type) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     for base in reversed(owner.__mro__):
-        if base.__module__ == owner.__module__:
+        if base.__module__.partition(".")[0] == owner.__module__.partition(".")[0]:
             found |= attributes(base)
     return found
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from docs.generate import chart, commands, database, handlers, llms, pages, settings
-from worker.handlers.context import BlockingContext, Context
+from worker.handlers.blocking_context import BlockingContext
+from worker.handlers.context import Context
 from worker.handlers.given import BlockingCancellation, Cancellation
 
 pytestmark = pytest.mark.feature("checkout")

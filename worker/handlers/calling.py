@@ -15,8 +15,9 @@ from typing import Any
 
 from worker.errors import LeaseLost, TokenError, Unavailable
 from worker.handlers.blocking import finish
+from worker.handlers.blocking_context import BlockingContext
 from worker.handlers.children import ChildFailed
-from worker.handlers.context import BlockingContext, Context, state_of
+from worker.handlers.context import Context, state_of
 from worker.handlers.given import State
 from worker.handlers.job import Job
 from worker.handlers.json_text import UNMASKED_LIMIT, NotStorable, clean, to_json_text

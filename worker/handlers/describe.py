@@ -32,7 +32,13 @@ from worker.model.definitions.pools import parse_pool
 from worker.model.definitions.units import parse_duration, parse_memory
 
 # What most handlers import, and what their models need once they are declared.
-SHARED = ("httpx", "pydantic.fields", "pydantic.type_adapter", "worker.handlers.context")
+SHARED = (
+    "httpx",
+    "pydantic.fields",
+    "pydantic.type_adapter",
+    "worker.handlers.context",
+    "worker.handlers.blocking_context",
+)
 # Above every descriptor, also where their number is not limited; close_range(2) takes no longer for it.
 LAST_DESCRIPTOR = 2**31 - 1
 # Descriptors that the kernel passes in one message (SCM_MAX_FD).

@@ -22,9 +22,9 @@ from worker.engine.runners.contract import StopSignal
 from worker.engine.runners.output import LINE_LIMIT, RunOutput, marked
 from worker.handlers.calling import MESSAGE_LIMIT, TRACE_LIMIT, error_of, outcome_of
 from worker.handlers.calls import Progress, read
-from worker.handlers.context import NOTE_LIMIT
 from worker.handlers.json_text import UNMASKED_LIMIT, clean
 from worker.handlers.results import Retry
+from worker.handlers.shared_context import NOTE_LIMIT
 from worker.ids import OrgId
 from worker.model.runs.outcome import Error, Failed, Retried, Succeeded, Trail
 from worker.model.runs.run import LogLine

@@ -23,9 +23,10 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.model_apis import ModelApis
 from tests.unit.handlers.test_context import given
 from worker import durable, job
+from worker.handlers.blocking_context import BlockingContext
 from worker.handlers.calling import call, call_blocking
 from worker.handlers.calls import NotACall, OpenWait, message_of, read
-from worker.handlers.context import BlockingContext, Context
+from worker.handlers.context import Context
 from worker.handlers.given import BlockingCancellation, Cancellation
 from worker.model.batches import MAX_BODY, ModelApi, NewRequest
 from worker.model.runs.outcome import Failed, Outcome, Parked, Succeeded

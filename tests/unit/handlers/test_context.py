@@ -14,8 +14,9 @@ from tests.fakes.answering import AnsweringWorker
 from tests.fakes.clock import START, ManualClock
 from tests.fakes.running import NOW
 from worker.guard.claims import Claims, Flag
+from worker.handlers.blocking_context import BlockingContext, close_blocking_http
 from worker.handlers.calls import Save
-from worker.handlers.context import BlockingContext, Context, close_blocking_http, close_http
+from worker.handlers.context import Context, close_http
 from worker.handlers.given import BlockingCancellation, Cancellation, Given, HeldToken, Org, ThisRun
 from worker.handlers.json_text import NotStorable
 from worker.secret import AccessToken

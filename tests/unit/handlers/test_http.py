@@ -14,8 +14,9 @@ from tests.fakes.answering import AnsweringWorker
 from tests.fakes.clock import ManualClock
 from tests.unit.handlers.test_context import given as context_given
 from worker.guard.claims import Claims
+from worker.handlers.blocking_context import BlockingContext
 from worker.handlers.calls import AskToken
-from worker.handlers.context import BlockingContext, Context
+from worker.handlers.context import Context
 from worker.handlers.given import BlockingCancellation, Cancellation, Given, HeldToken
 from worker.handlers.http import origin_of
 from worker.secret import AccessToken

@@ -12,9 +12,10 @@ from tests.fakes.answering import AnsweringWorker
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.handlers.test_context import given
 from worker import RateLimited, StepError
+from worker.handlers.blocking_context import BlockingContext
 from worker.handlers.calling import outcome_of, outcome_of_error
 from worker.handlers.calls import OpenWait
-from worker.handlers.context import BlockingContext, Context
+from worker.handlers.context import Context
 from worker.handlers.given import BlockingCancellation, Cancellation
 from worker.handlers.results import Snooze, limited_by
 from worker.handlers.steps import open_step, request_key

@@ -15,9 +15,10 @@ from tests.fakes.clock import ManualClock, settle
 from tests.unit.handlers.test_context import given
 from worker import BudgetExceeded, StepError
 from worker.handlers import spending
+from worker.handlers.blocking_context import BlockingContext
 from worker.handlers.calling import outcome_of_error
 from worker.handlers.calls import MAX_METERS, MAX_USED, AskBudgets, CountSpend, OpenWait
-from worker.handlers.context import BlockingContext, Context
+from worker.handlers.context import Context
 from worker.handlers.given import BlockingCancellation, Cancellation
 from worker.handlers.spending import Budget
 from worker.model.definitions.budgets import MAX_AMOUNT

@@ -18,8 +18,9 @@ from tests.unit.handlers.test_context import given
 from worker import PermanentError
 from worker.errors import LeaseLost
 from worker.handlers import step_calls
+from worker.handlers.blocking_context import BlockingContext
 from worker.handlers.calls import LoadSteps, StoreStep
-from worker.handlers.context import BlockingContext, Context
+from worker.handlers.context import Context
 from worker.handlers.given import BlockingCancellation, Cancellation
 from worker.handlers.steps import RESULT_LIMIT, StepError, open_step
 from worker.model.runs.run import NewStep, StepPage

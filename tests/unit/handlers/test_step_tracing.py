@@ -20,8 +20,9 @@ from tests.fakes.clock import START, ManualClock
 from tests.unit.handlers.test_context import given
 from worker import durable
 from worker.handlers import agent_spans
+from worker.handlers.blocking_context import BlockingContext
 from worker.handlers.calls import LoadSteps, NotACall, StoreStep, TraceStep, message_of, read
-from worker.handlers.context import BlockingContext, Context
+from worker.handlers.context import Context
 from worker.handlers.given import BlockingCancellation, Cancellation
 from worker.handlers.span_parts import ABOUT_LIMIT, TEXT_LIMIT, TEXTS_LIMIT, cut
 from worker.model.runs.run import NewStep

@@ -16,9 +16,10 @@ from tests.fakes.clock import ManualClock, settle
 from tests.unit.handlers.test_context import given
 from worker import WaitTimeout, job
 from worker.handlers import waits
+from worker.handlers.blocking_context import BlockingContext
 from worker.handlers.calling import call, call_blocking, outcome_of_error
 from worker.handlers.calls import OpenWait
-from worker.handlers.context import BlockingContext, Context
+from worker.handlers.context import Context
 from worker.handlers.given import BlockingCancellation, Cancellation
 from worker.handlers.steps import StepError
 from worker.handlers.waits import Parking

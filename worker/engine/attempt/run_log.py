@@ -16,8 +16,8 @@ from worker.clock import Clock
 from worker.engine.runners.output import stored_lines
 from worker.errors import Unavailable
 from worker.handlers.calling import DETAIL_LIMIT, MESSAGE_LIMIT, TRACE_LIMIT
-from worker.handlers.context import NOTE_LIMIT
 from worker.handlers.json_text import clean
+from worker.handlers.shared_context import NOTE_LIMIT
 from worker.ids import OrgId, RunId
 from worker.model.runs.egress import merge
 from worker.model.runs.outcome import SUCCEEDED, Cancelled, Error, Outcome, Retried, Snoozed, Trail

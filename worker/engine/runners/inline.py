@@ -32,15 +32,10 @@ from worker.engine.runners.contract import (
 from worker.engine.runners.egress import BrokeredAttempt, EgressBroker, unless_starved
 from worker.engine.runners.output import RunLogger
 from worker.handlers.blocking import DaemonThread
+from worker.handlers.blocking_context import BlockingContext, close_blocking_http
 from worker.handlers.calling import call, call_blocking, outcome_of_error
 from worker.handlers.calls import A, AskToken, Call, OneWayCall, Port
-from worker.handlers.context import (
-    BlockingContext,
-    Context,
-    close_blocking_http,
-    close_http,
-    used_clients,
-)
+from worker.handlers.context import Context, close_http, used_clients
 from worker.handlers.given import BlockingCancellation, Cancellation, Connect, Given
 from worker.handlers.job import Job
 from worker.handlers.models import load

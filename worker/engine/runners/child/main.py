@@ -44,9 +44,10 @@ from worker.engine.runners.child.messages import (
 from worker.engine.runners.child.sandbox import allow_own_proc
 from worker.engine.runners.contract import Interrupted, Work
 from worker.engine.runners.output import log_to_stderr
+from worker.handlers.blocking_context import BlockingContext
 from worker.handlers.calling import call, call_blocking, outcome_of_error, sandboxed
 from worker.handlers.calls import A, Call, OneWayCall, answer_in, message_of
-from worker.handlers.context import BlockingContext, Context
+from worker.handlers.context import Context
 from worker.handlers.describe import LAST_DESCRIPTOR
 from worker.handlers.door import Door
 from worker.handlers.given import BlockingCancellation, Cancellation, Connect, Given
