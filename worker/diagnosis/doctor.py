@@ -495,7 +495,7 @@ def unbatched(database: Database, settings: Settings, org: NameOf = str) -> Iter
         yield bad(
             f'{first} has model_requests = "batch", and worker.toml has no [batches.NAME]: its requests are '
             f"sent at once, at the full price{and_more(rows, places.REVEALING)}",
-            "add [batches.NAME] with provider and secret, see docs/reference/batches.md",
+            "add [batches.NAME] with provider and secret, as the page Batches of the documentation says",
         )
     elif keyless:
         says = [f"{name} (of orgs: {settings.batches[name].secret or 'none'})" for name in keyless]

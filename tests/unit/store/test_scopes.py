@@ -78,7 +78,6 @@ BY_KEY = {
     "morning": {"codes_of"},
     "org_secrets": {"add"},
     "orgs": {"add"},
-    "prices": {"money_of"},
     "product_logins": {"rows_of", "listed"},
     "read": {"calendar"},
     "spending": {"lock_running", "uses"},
