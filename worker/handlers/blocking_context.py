@@ -2,53 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import (
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from worker.handlers.blocking import ThreadLock, finish
 from worker.handlers.calls import Port
 from worker.handlers.children import Child, EndedChild, KeyOfRun, each
-from worker.handlers.completions import (
-    STEP,
-    api_of,
-    encoded_body,
-    read_response,
-    response_of,
-    sent,
-    used_by,
-)
-from worker.handlers.given import (
-    BlockingCancellation,
-    Given,
-    P,
-    S,
-)
+from worker.handlers.completions import STEP, api_of, encoded_body, read_response, response_of, sent, used_by
+from worker.handlers.context import Library, used_clients
+from worker.handlers.given import BlockingCancellation, Given, P, S
 from worker.handlers.model_usage import LLM_TOKENS
 from worker.handlers.results import Duration
-from worker.handlers.spending import (
-    Budget,
-)
-from worker.handlers.step_calls import (
-    BACKOFF,
-    CONCURRENCY,
-    BlockingStepCalls,
-    KeyOf,
-    Tries,
-    done,
-)
-from worker.handlers.waits import (
-    SLEEP,
-    BlockingWaits,
-    OnPark,
-    no_runner,
-)
+from worker.handlers.shared_context import SharedContext
+from worker.handlers.spending import Budget
+from worker.handlers.step_calls import BACKOFF, CONCURRENCY, BlockingStepCalls, KeyOf, Tries, done
+from worker.handlers.waits import SLEEP, BlockingWaits, OnPark, no_runner
 from worker.model.prices import Kind
 from worker.model.runs.children import WINDOW, OnFailure
 from worker.model.runs.waits import Option
@@ -57,12 +26,11 @@ from worker.secret import AccessToken
 if TYPE_CHECKING:
     import httpx
 
-from worker.handlers.context import Library, used_clients
-from worker.handlers.shared_context import SharedContext
-
 
 class BlockingContext(SharedContext[P, S]):
     """The members of `Context` for a handler that blocks, without await."""
+
+    _lock = ThreadLock
 
     def __init__(
         self,
@@ -83,9 +51,6 @@ class BlockingContext(SharedContext[P, S]):
     @cached_property
     def _waits(self) -> BlockingWaits:
         return BlockingWaits(self._journal, self._port, self._on_park)
-
-    def _new_lock(self) -> ThreadLock:
-        return ThreadLock()
 
     def gather(self, children: Iterable[Child], on_failure: OnFailure = "raise") -> Iterator[Any]:
         """As `Context.gather`. Ends the handler by a BaseException, which it must not catch."""

@@ -3,15 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,32 +20,13 @@ from worker.handlers.completions import (
     sent,
     used_by,
 )
-from worker.handlers.given import (
-    Cancellation,
-    Given,
-    P,
-    S,
-    State,
-)
+from worker.handlers.given import Cancellation, Given, P, S, State
 from worker.handlers.model_usage import LLM_TOKENS
 from worker.handlers.results import Duration
-from worker.handlers.spending import (
-    DONE,
-    KnownBudget,
-)
-from worker.handlers.step_calls import (
-    BACKOFF,
-    CONCURRENCY,
-    KeyOf,
-    StepCalls,
-    Tries,
-)
-from worker.handlers.waits import (
-    SLEEP,
-    AsyncWaits,
-    OnPark,
-    no_runner,
-)
+from worker.handlers.shared_context import SharedContext
+from worker.handlers.spending import DONE, KnownBudget
+from worker.handlers.step_calls import BACKOFF, CONCURRENCY, KeyOf, StepCalls, Tries
+from worker.handlers.waits import SLEEP, AsyncWaits, OnPark, no_runner
 from worker.model.prices import Kind
 from worker.model.runs.children import WINDOW, OnFailure
 from worker.model.runs.waits import Option
@@ -61,8 +34,6 @@ from worker.secret import AccessToken
 
 if TYPE_CHECKING:
     import httpx
-
-from worker.handlers.shared_context import SharedContext
 
 # What `http_client` makes a client of.
 Library = Literal["httpx", "httpx2"]
@@ -76,6 +47,8 @@ class Context(SharedContext[P, S]):
     `transports` replace the network of `http` and `public_http`, by name. `on_park` is called when
     the attempt parks.
     """
+
+    _lock = asyncio.Lock
 
     def __init__(
         self,
@@ -98,9 +71,6 @@ class Context(SharedContext[P, S]):
     def _waits(self) -> AsyncWaits:
         storing = self._children.storing if self._children is not None else lambda: None
         return AsyncWaits(self._journal, self._port, self._on_park, self._task, storing)
-
-    def _new_lock(self) -> asyncio.Lock:
-        return asyncio.Lock()
 
     def gather(self, children: Iterable[Child], on_failure: OnFailure = "raise") -> AsyncIterator[Any]:
         """The results of these children, in their order, as an async iterator, once all have ended.

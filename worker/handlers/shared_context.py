@@ -8,36 +8,21 @@ import math
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Generic
+from typing import Any, Generic
 
 from worker.clock import Clock
 from worker.guard.claims import Claims, flag_value
 from worker.handlers.calls import AskToken, Port, Progress, Save
 from worker.handlers.children import Child, ChildCalls, ChildResults
-from worker.handlers.completions import (
-    Completions,
-)
-from worker.handlers.given import (
-    Given,
-    Org,
-    P,
-    S,
-    ThisRun,
-)
+from worker.handlers.completions import Completions
+from worker.handlers.given import Given, Org, P, S, ThisRun
 from worker.handlers.json_text import UNMASKED_LIMIT, clean
 from worker.handlers.models import checkpoint_text
-from worker.handlers.spending import (
-    Spending,
-)
+from worker.handlers.spending import Spending
 from worker.handlers.step_tracing import StepTracing
 from worker.handlers.steps import StepJournal
-from worker.handlers.waits import (
-    OnPark,
-)
+from worker.handlers.waits import OnPark
 from worker.secret import AccessToken
-
-if TYPE_CHECKING:
-    pass
 
 # Characters that are stored, once the worker has masked them.
 NOTE_LIMIT = 500
@@ -64,6 +49,8 @@ class SharedContext(Generic[P, S]):
     # How steps and spends wait.
     _waits: cached_property[Any]
     _steps: cached_property[Any]
+    # A lock of the tasks, or threads, of the handler.
+    _lock: type[AbstractAsyncContextManager[object]]
 
     def __init__(self, given: Given[P, S], port: Port, on_park: OnPark) -> None:
         self.org = given.org
@@ -79,8 +66,7 @@ class SharedContext(Generic[P, S]):
         self._port = port
         if given.job is not None and given.job.children:
             declared, keep = given.job.children, given.job.keep_children
-            lock = self._new_lock()
-            self._children = ChildCalls(port, self._journal, declared, keep=keep, lock=lock)
+            self._children = ChildCalls(port, self._journal, declared, keep=keep, lock=self._lock())
             self._port = self._children.port
         self._on_park = on_park
         # Numbers of the saves of this attempt, in the order in which they were called.
@@ -94,10 +80,6 @@ class SharedContext(Generic[P, S]):
     def _of_steps(self) -> tuple[StepJournal, Port, Clock, Spending, StepTracing | None]:
         tracing = StepTracing.of(self._given, self._port)
         return self._journal, self._port, self._given.held.clock, self._spending, tracing
-
-    def _new_lock(self) -> AbstractAsyncContextManager[object]:
-        """A lock of the tasks, or threads, of the handler."""
-        raise NotImplementedError
 
     def _started(self, what: str) -> ChildCalls:
         if self._children is None:

@@ -309,7 +309,7 @@ class Result:
         return json.dumps({"status": self.status, "body": self.body})
 
     def response(self, provider: Provider) -> Any:
-        """The response of the model; None if there is none."""
+        """The model's response, or None if the request failed."""
         if self.status != "succeeded" or self.body is None:
             return None
         read = json.loads(self.body)

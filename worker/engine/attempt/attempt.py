@@ -76,11 +76,9 @@ async def attempt(inflight: InflightRun, tools: Tools) -> EndedAttempt:
         if isinstance(prepared, Prepared):
             # Not for one on a host: a worker of its pool would have to send its requests.
             _with_batches(prepared.work, inflight, tools)
-        outcome = (
-            await run_handler(prepared, inflight, trail, tools)
-            if isinstance(prepared, Prepared)
-            else prepared
-        )
+            outcome = await run_handler(prepared, inflight, trail, tools)
+        else:
+            outcome = prepared
     except Exception as error:
         outcome = outcome_of_error(error, inflight, tools.random)
     return await conclude(inflight, outcome, trail, tools)
