@@ -190,8 +190,14 @@ def slow_recoveries(history: History) -> Iterator[str]:
         waits = [("found", found, since)]
         for at in again:
             # The contact may break once more after the run was found.
-            counted = max(since, earliest_contact(history, at), last_fault_of_control(history, at))
-            placing = history.placing.get(pools.get(lost["run_id"], ""), timedelta(0))
+            pool = pools.get(lost["run_id"], "")
+            counted = max(
+                since,
+                earliest_contact(history, at),
+                earliest_contact(history, at, pool),
+                last_fault_of_control(history, at),
+            )
+            placing = history.placing.get(pool, timedelta(0))
             if placing:
                 # Each host that hangs may have been given the run, and one that still does more than once.
                 hung = [
@@ -212,14 +218,17 @@ def slow_recoveries(history: History) -> Iterator[str]:
                 )
 
 
-def earliest_contact(history: History, at: datetime) -> datetime:
-    """Since when the survivor longest in unbroken contact at `at` has had it."""
+def earliest_contact(history: History, at: datetime, pool: str = "") -> datetime:
+    """Since when the survivor longest in unbroken contact at `at` has had it.
+
+    Of the hosts of a pool, if it has any; else of the workers, since a host recovers nothing.
+    """
     ended = {fault.worker: fault.at for fault in history.faults if is_death(fault)}
     since: list[datetime] = []
-    hosts = hosts_of(history)
+    hosts = {worker["id"] for worker in history.workers if pool and worker.get("pool") == pool}
     for worker in history.workers:
-        if worker["id"] in hosts:
-            continue  # a host recovers nothing
+        if worker["id"] not in hosts if hosts else worker.get("host_id") is not None:
+            continue
         breaks = [
             fault.until or fault.at
             for fault in history.faults

@@ -244,7 +244,7 @@ class Cluster(Site):
             runs=instants(self.runs()),
             attempts=instants(self.query("SELECT * FROM attempts")),
             skips=instants(self.query(f"SELECT s.*, d.name AS definition FROM skips s {named}")),
-            workers=instants(self.query("SELECT * FROM workers")),
+            workers=instants(self.query(WORKERS)),
             checkpoints=instants(self.query("SELECT * FROM checkpoints")),
             journal=[line | {"at": datetime.fromtimestamp(line["at"], UTC)} for line in self.lines()],
             lease=timedelta(seconds=self.lease),
@@ -256,6 +256,7 @@ class Cluster(Site):
         )
 
 
+WORKERS = "SELECT w.*, h.pool FROM workers w LEFT JOIN hosts h ON h.id = w.host_id"
 INSTANTS = {"scheduled_for", "available_at", "skipped_from", "skipped_until"}
 
 

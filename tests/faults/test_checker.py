@@ -215,3 +215,15 @@ def test_what_a_worker_starts_for_a_host_while_it_dies_may_be_lost() -> None:
     assert judge(replace(told, workers=[first | {"host_id": "h1"}, second])) == []
     found = judge(replace(told, workers=[first, second]))
     assert any("nothing had happened" in words for words in found), found
+
+
+def test_a_run_of_a_pool_waits_until_one_of_its_hosts_is_back() -> None:
+    late = [attempt(1, 0, 3.9, "lost"), attempt(2, 7.9, 9, "succeeded", worker_id="w4")]
+    third = {"id": "w3", "started_at": at(-60), "ended_at": None}
+    fourth = {"id": "w4", "started_at": at(3.6), "ended_at": None}
+    hosts = [row | {"host_id": row["id"], "pool": "eu"} for row in (*history().workers, fourth)]
+    parted = Fault("partition", "worker", "w2", at(3.95), at(12))
+    told = history(attempts=late, journal=[], checkpoints=[], workers=[*hosts, third], runs=[run(pool="eu")])
+
+    assert judge(replace(told, faults=(*told.faults, parted))) == []
+    assert any("started again" in words for words in judge(told))
