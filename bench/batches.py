@@ -1,13 +1,15 @@
 """Measures agents whose model requests go into batches, and the same agents without batches.
 
     .venv/bin/python -m bench.batches [--database sqlite|postgresql] [--orgs N] [--turns N] [--workers N]
-        [--provider openai|anthropic] [--minute SECONDS] [--within TEXT] [--kills N] [--lost N] [--alone]
+        [--provider openai|anthropic] [--minute SECONDS] [--within TEXT] [--alone]
+        [--kills N] [--run-kills N] [--outages N] [--lost N]
 
 Each org has one run of an agent that calls a tool at each turn but the last. The API is the fake of the
-tests, whose batches take 1 to 40 minutes, scaled: `--minute` is one of them in seconds. `--kills` workers
-are killed meanwhile, and of the requests that make a file or a batch `--lost` arrive without an answer or do
-not arrive. With `--alone` the agents run a second time, without batches; the difference in processor time is
-what a parked turn costs, of workers and all their processes, which are not killed then.
+tests, whose batches take 1 to 40 minutes, scaled: `--minute` is one of them in seconds. Meanwhile `--kills`
+workers and `--run-kills` processes of runs are killed, PostgreSQL ends `--outages` times at once, and of the
+requests that make a file or a batch `--lost` arrive without an answer or do not arrive. With `--alone` the
+agents run a second time, without batches; the difference in processor time is what a parked turn costs, of
+workers and all their processes, which are not killed then.
 """
 
 from __future__ import annotations
@@ -20,10 +22,8 @@ import random
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from sqlalchemy import func, select, text, update
 
 from bench.installation import Installation, installation
 from tests.fakes.model_apis import ModelApis, serving
+from worker.engine.runners.child import linux
 from worker.model.definitions.units import parse_duration
 from worker.model.prices import TOKEN_KINDS
 from worker.store import tables
@@ -63,7 +64,7 @@ def configure(made: Installation, url: str, args: argparse.Namespace) -> None:
         extra=f"""\
 lease = "10s"
 renew = "2s"
-preload = ["worker.handlers.warm_openai"]
+preload = ["worker.handlers.warm_openai", "orgworker_bench"]
 [batches.{args.provider}]
 provider = "{args.provider}"
 base_url = "{url}"
@@ -71,6 +72,7 @@ every = "{max(0.1, EVERY * args.minute):g}s"
 poll = "{max(0.1, args.minute):g}s"
 """,
     )
+    (made.folder / "plugins" / "models.txt").write_text(f"{url}/v1")
     (made.folder / "secrets" / f"model_key__{args.provider}").write_text("sk-operator-0001")
 
 
@@ -94,6 +96,15 @@ class Killed:
         self.processes[place].wait()
         self.processes[place] = self._start()
 
+    def kill_run(self) -> bool:
+        """Kill the process of a run, if there is one."""
+        workers = [psutil.Process(process.pid) for process in self.processes]
+        found = [each for worker in workers for each in worker.children(recursive=True)]
+        runs = [each for each in found if each.name() == linux.ProcessName.RUN]
+        if runs:
+            CHANCE.choice(runs).kill()
+        return bool(runs)
+
     def processor_time(self) -> float:
         """Seconds of the workers and of all processes that they have or had."""
         total = 0.0
@@ -112,30 +123,40 @@ class Killed:
             process.wait(timeout=60)
 
 
-@contextlib.contextmanager
-def disturbed(apis: ModelApis, workers: Killed, args: argparse.Namespace) -> Iterator[Counter[str]]:
-    """Kill workers and lose answers at random times, and count that."""
-    done, over = Counter[str](), threading.Event()
+class Faults:
+    """All faults that were asked for, at random times; `done` counts those that have come."""
 
-    def disturb() -> None:
-        left = [*["kill"] * args.kills, *["lose"] * args.lost]
-        CHANCE.shuffle(left)
-        while left and not over.wait(CHANCE.uniform(0.2, 2.0) * args.every_fault):
-            what = left.pop()
-            done[what] += 1
-            if what == "kill":
-                workers.kill()
-            else:
-                with apis.lock:
-                    CHANCE.choice((apis.lose_answers, apis.lose_requests))[CHANCE.choice(PLACES)] += 1
+    def __init__(
+        self, made: Installation, apis: ModelApis, workers: Killed, args: argparse.Namespace
+    ) -> None:
+        self._made, self._apis, self._workers, self._every = made, apis, workers, args.every_fault
+        counts = {"worker": args.kills, "run": args.run_kills, "database": args.outages, "answer": args.lost}
+        self._left = [what for what, count in counts.items() for _ in range(count)]
+        CHANCE.shuffle(self._left)
+        self.done = Counter[str]()
+        self._wait()
 
-    thread = threading.Thread(target=disturb)
-    thread.start()
-    try:
-        yield done
-    finally:
-        over.set()
-        thread.join()
+    def _wait(self) -> None:
+        self._next = time.monotonic() + CHANCE.uniform(0.2, 2.0) * self._every
+
+    def come(self) -> None:
+        """Let the next fault come, if it is time."""
+        if not self._left or time.monotonic() < self._next:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            match self._left[-1]:
+                case "worker":
+                    self._workers.kill()
+                case "run" if not self._workers.kill_run():
+                    return
+                case "database":
+                    self._made.restart_server()
+                case "answer":
+                    with self._apis.lock:
+                        lost = CHANCE.choice((self._apis.lose_answers, self._apis.lose_requests))
+                        lost[CHANCE.choice(PLACES)] += 1
+            self.done[self._left.pop()] += 1
+            self._wait()
 
 
 @dataclass
@@ -153,12 +174,12 @@ def run(made: Installation, apis: ModelApis, args: argparse.Namespace, *, faults
         time.sleep(args.warm)
         cpu, began = workers.processor_time(), time.monotonic()
         made.add_backlog(args.orgs, HANDLERS[args.provider], "child", vacuum=False)
-        with disturbed(apis, workers, args) if faults else contextlib.nullcontext(Counter[str]()) as done:
-            made.wait_for_end(ended + args.orgs, timeout=args.timeout)
-        took = Measured(time.monotonic() - began, workers.processor_time() - cpu)
+        disturbances = Faults(made, apis, workers, args)
+        come = disturbances.come if faults else lambda: None
+        made.wait_for_end(ended + args.orgs, timeout=args.timeout, meanwhile=come)
         if faults:
-            print(f"faults: {dict(done)}")
-        return took
+            print(f"faults: {dict(disturbances.done)}")
+        return Measured(time.monotonic() - began, workers.processor_time() - cpu)
     finally:
         workers.stop()
 
@@ -216,6 +237,8 @@ def main() -> None:
     parser.add_argument("--minute", type=float, default=0.5, metavar="SECONDS")
     parser.add_argument("--within", default="8h")
     parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--run-kills", type=int, default=0, metavar="N")
+    parser.add_argument("--outages", type=int, default=0, metavar="N")
     parser.add_argument("--lost", type=int, default=0)
     parser.add_argument("--every-fault", type=float, default=3.0, metavar="SECONDS")
     parser.add_argument("--warm", type=float, default=5.0, metavar="SECONDS")
@@ -232,14 +255,15 @@ def main() -> None:
         keys = {"params": {"url": url}, "isolation": "child", "egress": ["open"], "timeout": "10m"}
         batched = {"model_requests": "batch", "batch_within": args.within}
         made.define(HANDLERS[args.provider], spec={**keys, **batched})
-        took = run(made, apis, args, faults=args.kills + args.lost > 0)
+        faults = args.kills + args.run_kills + args.outages + args.lost
+        took = run(made, apis, args, faults=faults > 0)
         turns = args.orgs * args.turns
         print(
             f"{args.orgs} agents of {args.turns} turns: {took.seconds:.0f} s, load {os.getloadavg()[0]:.1f}"
         )
         check(made, apis, args, parse_duration(args.within).total_seconds())
         stored(made)
-        if not args.kills:
+        if not faults:
             print(f"processor: {1e3 * took.processor / turns:.1f} ms a turn in batches")
         if args.alone:
             with made.database.transaction() as connection:

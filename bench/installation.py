@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ from tests.fakes.plugins import make_plugin
 from tests.fakes.postgres import Server
 from worker.clock import SystemClock
 from worker.demo.provider import Application, serve_provider
+from worker.errors import Unavailable
 from worker.ids import RunId, new_id
 from worker.model.runs.run import NewRun
 from worker.operations.orgs import import_orgs
@@ -35,6 +36,7 @@ HANDLERS = """\
 import asyncio
 import resource
 import time
+from pathlib import Path
 
 from worker import job
 
@@ -76,21 +78,29 @@ async def tree(ctx):
 
 @job("bench.agent")
 async def agent(ctx):
-    from pydantic_ai import Agent
-
     from worker import durable
 
+    return (await durable(REPORTER, ctx).run(f"Report on {ctx.org.code}.")).output
+
+
+def reporter(url):
+    # As agents of a module are made: once, not by each attempt.
+    from pydantic_ai import Agent
     from pydantic_ai.models.openai import OpenAIResponsesModel
     from pydantic_ai.providers.openai import OpenAIProvider
 
-    provider = OpenAIProvider(base_url=ctx.params["url"] + "/v1", api_key="sk-run")
-    reporter = Agent(OpenAIResponsesModel("gpt-5-mini", provider=provider), name="reporter")
+    provider = OpenAIProvider(base_url=url, api_key="sk-run")
+    made = Agent(OpenAIResponsesModel("gpt-5-mini", provider=provider), name="reporter")
 
-    @reporter.tool_plain
+    @made.tool_plain
     async def look_up(topic: str) -> str:
         return f"about {topic}"
 
-    return (await durable(reporter, ctx).run(f"Report on {ctx.org.code}.")).output
+    return made
+
+
+MODELS = Path(__file__).with_name("models.txt")
+REPORTER = reporter(MODELS.read_text()) if MODELS.exists() else None
 
 
 @job("bench.plain_agent")
@@ -374,6 +384,13 @@ style = "json"
             raise LookupError("SQLite has no server")
         return self._server.new_database()
 
+    def restart_server(self) -> None:
+        """End its PostgreSQL at once, as a crash does, and start it again; queries fail meanwhile."""
+        if self._server is None:
+            raise LookupError("SQLite has no server")
+        self._server.stop(signal.SIGQUIT)
+        self._server.start()
+
     def server_cpu(self) -> float:
         """Processor seconds of PostgreSQL; 0 on SQLite."""
         pid = None if self._server is None else self._server.pid
@@ -397,14 +414,24 @@ style = "json"
         # The runs of a short backlog may end with one statement.
         return Rates(steady=(len(ends) - first) / span if span else whole, whole=whole)
 
-    def wait_for_end(self, count: int, *, timeout: float = 600.0) -> None:
-        """Wait until this many runs have ended; polls rarely, so as not to distort the measurement."""
+    def wait_for_end(
+        self, count: int, *, timeout: float = 600.0, meanwhile: Callable[[], object] = lambda: None
+    ) -> None:
+        """Wait until this many runs have ended; polls rarely, so as not to distort the measurement.
+
+        `meanwhile` is called at each poll.
+        """
         until = time.monotonic() + timeout
-        while self.ended() < count:
+        ended = -1
+        while ended < count:
             self.check()
             if time.monotonic() > until:
-                raise SystemExit(f"only {self.ended()} of {count} ended; see {self.folder}/worker.log")
+                raise SystemExit(f"only {ended} of {count} ended; see {self.folder}/worker.log")
             time.sleep(0.25)
+            meanwhile()
+            # The database may be away.
+            with contextlib.suppress(Unavailable):
+                ended = self.ended()
 
 
 @contextlib.contextmanager

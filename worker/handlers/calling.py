@@ -66,17 +66,18 @@ async def call(job: Job, ctx: Context[Any, Any] | BlockingContext[Any, Any]) -> 
     try:
         result = job(ctx)
         outcome = _with_state(outcome_of(await result if job.is_async else result), state_of(ctx))
-    except SystemExit:
-        if _parked(ctx) is None:
+    except BaseException as error:
+        # Once the attempt parks, what the handler returns or raises does not count.
+        if _parked(ctx) is not None:
+            outcome = SUCCEEDED
+        elif isinstance(error, SystemExit):
             await _stored(ctx)
             raise
-        outcome = Succeeded()
-    except BaseException as error:
-        outcome = outcome_of_error(error)
+        else:
+            outcome = outcome_of_error(error)
     unstored = await _stored(ctx)
     if unstored is not None and isinstance(outcome, Succeeded):
         outcome = outcome_of_error(unstored)
-    # Once the attempt parks, what the handler returns or raises does not count.
     return _parked(ctx) or outcome
 
 

@@ -14,21 +14,22 @@ import json
 import openai.lib.streaming.responses  # noqa: F401
 from openai.types.responses import Response
 from pydantic_ai import Agent
-from pydantic_ai.messages import ModelMessage, ModelRequest
+from pydantic_ai.messages import ModelMessage, ModelResponse
 from pydantic_ai.models import ModelRequestParameters
 from pydantic_ai.models.batch import BatchRequest, BatchResult
 from pydantic_ai.models.openai import OpenAIResponsesModel
+from pydantic_ai.models.wrapper import WrapperModel
 from pydantic_ai.providers.openai import OpenAIProvider
-from pydantic_ai.tools import ToolDefinition
+from pydantic_ai.settings import ModelSettings
 
 import worker.handlers.agents  # noqa: F401
 
 _TEXT = {"type": "output_text", "text": "warm", "annotations": []}
 _MESSAGE = {"type": "message", "id": "m", "role": "assistant", "status": "completed", "content": [_TEXT]}
-_CALL = {"type": "function_call", "id": "f", "call_id": "c", "name": "t", "arguments": "{}"}
+_CALL = {"type": "function_call", "id": "f", "call_id": "c", "name": "tool", "arguments": '{"topic": "warm"}'}
 _RESPONSE = {
-    **{"id": "r", "object": "response", "created_at": 0, "model": "warm", "status": "completed"},
-    **{"output": [_CALL, _MESSAGE], "parallel_tool_calls": True, "tool_choice": "auto", "tools": []},
+    **{"id": "r", "object": "response", "created_at": 0, "model": "gpt-5-mini", "status": "completed"},
+    **{"parallel_tool_calls": True, "tool_choice": "auto", "tools": []},
     "usage": {
         **{"input_tokens": 1, "output_tokens": 1, "total_tokens": 2},
         "input_tokens_details": {"cached_tokens": 0},
@@ -37,24 +38,38 @@ _RESPONSE = {
 }
 
 
-async def _warm() -> None:
-    """Encode a request and decode a response, which builds what both need."""
+class _Canned(WrapperModel):
+    """Encodes each request, and decodes a canned response: a call of the tool, then a text."""
+
+    async def request(
+        self,
+        messages: list[ModelMessage],
+        model_settings: ModelSettings | None,
+        model_request_parameters: ModelRequestParameters,
+    ) -> ModelResponse:
+        request = BatchRequest(
+            custom_id="warm",
+            messages=messages,
+            model_settings=model_settings,
+            model_request_parameters=model_request_parameters,
+        )
+        await self.wrapped.batch_encode(request)
+        body = json.dumps(_RESPONSE | {"output": [_CALL if len(messages) == 1 else _MESSAGE]})
+        return self.wrapped.batch_decode(
+            BatchResult(custom_id="warm", status="succeeded", body=body), request
+        )
+
+
+def _warm() -> None:
+    """Run an agent with a tool, which builds what agents need."""
     Response.model_rebuild(force=True)
-    model = OpenAIResponsesModel("warm", provider=OpenAIProvider(api_key="none"))
-    Agent(model)
-    messages: list[ModelMessage] = [ModelRequest.user_text_prompt("warm")]
-    tools = [ToolDefinition(name="t", parameters_json_schema={"type": "object", "properties": {}})]
-    request = BatchRequest(
-        custom_id="warm",
-        messages=messages,
-        model_settings=None,
-        model_request_parameters=ModelRequestParameters(function_tools=tools),
-    )
-    result = BatchResult(custom_id="warm", status="succeeded", body=json.dumps(_RESPONSE))
-    # An answer, then the request with it in its history.
-    for _ in range(2):
-        await model.batch_encode(request)
-        messages.append(model.batch_decode(result, request))
+    agent = Agent(_Canned(OpenAIResponsesModel("gpt-5-mini", provider=OpenAIProvider(api_key="none"))))
+
+    @agent.tool_plain
+    async def tool(topic: str) -> str:
+        return topic
+
+    asyncio.run(agent.run("warm"))
 
 
-asyncio.run(_warm())
+_warm()

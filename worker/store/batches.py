@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import Connection, and_, func, insert, literal_column, select, text, update
+from sqlalchemy import Connection, and_, func, insert, literal_column, select, text, tuple_, update
 
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId, new_id
 from worker.model.batches import (
@@ -32,7 +32,7 @@ from worker.model.runs.run import AdmittedRun
 from worker.model.runs.waits import NewWait, WaitState
 from worker.store import budgets, spending, tables
 from worker.store import prices as model_prices
-from worker.store.bulk import among
+from worker.store.bulk import among, update_many
 from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, hint, insert_into
 from worker.store.prices import ModelUse
 from worker.store.spending import CountedSpends, Spend
@@ -99,15 +99,11 @@ def open_item(
     )
     if state is None or state.state == "too_many" or state.kind != "batch":
         return None if state is None else Opened(state)
-    now = database_now(connection)
-    same = (_items.c.run_id == run.id, _items.c.name == new.name, _items.c.key == new.key)
-    query = select(_items).where(*same, _items.c.occurrence == new.occurrence)
-    item, spends = first_row(connection, query), NOTHING
+    item, spends = find_item(connection, run.id, new.name, new.key, new.occurrence), NOTHING
     if item is None:
-        spends = _insert(connection, run, new, prices, now)
-        item = first_row(connection, query)
-    if item is not None and item["state"] not in ("pending", "sent") and state.state == "pending":
-        _answer(connection, [(run.id, wait.name, wait.occurrence)], now)
+        item, spends = _insert(connection, run, new, prices)
+    if item["state"] not in ("pending", "sent") and state.state == "pending":
+        _answer(connection, [(run.id, wait.name, wait.occurrence)], database_now(connection))
     return Opened(state, item, spends)
 
 
@@ -119,9 +115,9 @@ def find_item(connection: Connection, run_id: RunId, name: str, key: str, occurr
 
 
 def _insert(
-    connection: Connection, run: AdmittedRun, new: NewItem, prices: Prices, now: datetime
-) -> CountedSpends:
-    is_sync = new.fallback is not None
+    connection: Connection, run: AdmittedRun, new: NewItem, prices: Prices
+) -> tuple[Row, CountedSpends]:
+    now, is_sync = database_now(connection), new.fallback is not None
     most = None if is_sync or new.meter is None else new.most
     values = {
         **{"id": new.id, "org_id": run.org_id, "run_id": run.id, "definition_id": run.definition_id},
@@ -132,13 +128,13 @@ def _insert(
         **{"opened_at": now, "ended_at": now if is_sync else None, "fall_back_at": new.fall_back_at},
         **{"body": None if is_sync else new.body, "reserved": 0 if most is None else most.tokens},
     }
-    connection.execute(insert(_items).values(**values))
+    item = all_rows(connection, insert(_items).values(**values).returning(_items))[0]
     if most is None:
-        return NOTHING
+        return item, NOTHING
     spend = _spend(values | {"tokens": most.tokens}, is_child=run.origin == "child")
     reserved = [spend, *_money(connection, spend, most, prices, now)]
     # What it has spent is known with its result.
-    return replace(spending.record(connection, reserved, now), spent={})
+    return item, replace(spending.record(connection, reserved, now), spent={})
 
 
 def _money(
@@ -398,6 +394,9 @@ class Counted:
     spends: CountedSpends = NOTHING
 
 
+_CHANGED_BY_RESULT = ("seen", "tokens", "state", "reason", "result", "late", "ended_at", "body")
+
+
 def places_of(connection: Connection, batch_id: str, ids: Sequence[str]) -> dict[str, tuple[OrgId, RunId]]:
     """The org and run of those of these ids that are requests of this batch."""
     listed = [id_ for id_ in ids if _is_id(id_)]
@@ -426,7 +425,8 @@ def store_results(
         if provider_id in seen:
             continue
         is_of_use = row["state"] == "sent" and row["run_id"] in live
-        values: dict[str, Any] = {"seen": ",".join((*seen, provider_id))}
+        values: dict[str, Any] = {name: row[name] for name in _CHANGED_BY_RESULT}
+        values["seen"] = ",".join((*seen, provider_id))
         if one.used is not None:
             values["tokens"] = row["tokens"] + one.used.tokens
             used[row["id"]] = len(seen), one.used
@@ -441,8 +441,8 @@ def store_results(
                 values |= {"state": "over", "reason": "run_ended"}
         if row["state"] == "sent":
             values |= {"ended_at": now, "body": None}
-        connection.execute(update(_items).where(_items.c.id == row["id"]).values(**values))
         charged.append(row | values)
+    update_many(connection, _items, charged, key=["id"], changed=_CHANGED_BY_RESULT)
     spends = _spends(connection, charged)
     uses = [_use(spend, *used[id_][::-1]) for spend in spends if (id_ := _item_of(spend)) in used]
     counted = spending.settle(connection, spends, uses, prices)
@@ -544,15 +544,10 @@ def _answer(
     connection: Connection, places: Sequence[tuple[RunId, str, int]], now: datetime
 ) -> set[tuple[RunId, int]]:
     """Answer these waits; returns the runs that wait for them, each with its attempt."""
-    waited: set[tuple[RunId, int]] = set()
-    for run_id, name, occurrence in sorted(places):
-        of = (_waits.c.run_id == run_id, _waits.c.name == name, _waits.c.occurrence == occurrence)
-        ended = update(_waits).where(*of, _waits.c.answered_at.is_(None))
-        ended = ended.values(answered_at=now, answered_by=BY)
-        for (attempt,) in connection.execute(ended.returning(_waits.c.pending_attempt)):
-            if attempt is not None:
-                waited.add((run_id, attempt))
-    return waited
+    of = tuple_(_waits.c.run_id, _waits.c.name, _waits.c.occurrence).in_(sorted(places))
+    ended = update(_waits).where(of, _waits.c.answered_at.is_(None)).values(answered_at=now, answered_by=BY)
+    rows = connection.execute(ended.returning(_waits.c.run_id, _waits.c.pending_attempt)) if places else ()
+    return {(run_id, attempt) for run_id, attempt in rows if attempt is not None}
 
 
 def _spends(connection: Connection, rows: Sequence[Row]) -> list[Spend]:

@@ -20,7 +20,9 @@ from sqlalchemy import (
     Select,
     Table,
     any_,
+    bindparam,
     literal,
+    update,
 )
 from sqlalchemy.types import JSON, UserDefinedType
 
@@ -73,6 +75,26 @@ def insert_many(
         tuple([row[name] if write is None else write(row[name]) for name, write in columns]) for row in rows
     ]
     in_one_step(raw.cursor(), _on_sqlite(table, names) + kept, values)
+
+
+def update_many(
+    connection: Connection,
+    table: Table,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    key: Sequence[str],
+    changed: Sequence[str],
+) -> None:
+    """Write the `changed` columns of rows that this transaction has locked, each found by its `key`."""
+    if not rows:
+        return
+    found = [table.c[name] == bindparam(f"of_{name}") for name in key]
+    statement = update(table).where(*found).values({name: bindparam(f"to_{name}") for name in changed})
+    values = [
+        {f"of_{name}": row[name] for name in key} | {f"to_{name}": row[name] for name in changed}
+        for row in rows
+    ]
+    connection.execute(statement, values)
 
 
 class _ArrayText(UserDefinedType[str]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 
 from sqlalchemy import Connection, Text, cast, insert, literal, select, tuple_, update
@@ -19,6 +19,7 @@ from worker.model.runs.waits import BUDGET, NewWait
 from worker.store import budgets, children, tables
 from worker.store import prices as model_prices
 from worker.store.budgets import Counter, Level, OrgBudget
+from worker.store.bulk import update_many
 from worker.store.dialect import database_now, insert_into
 from worker.store.prices import Costed, ModelUse, Unpriced
 from worker.store.sql import statements
@@ -236,8 +237,8 @@ def settle(
         if (delta := spend.amount - before) != 0:
             changed.append((spend, delta, at))
             days[at.astimezone(UTC).date(), spend.org_id, meter, spend.definition_id] += delta
-            same = (_spends.c.run_id == run_id, _spends.c.meter == meter, _spends.c.key == name)
-            connection.execute(update(_spends).where(*same).values(amount=spend.amount))
+    rows = [asdict(spend) for spend, _, _ in changed]
+    update_many(connection, _spends, rows, key=["run_id", "meter", "key"], changed=["amount"])
     _add_days(connection, days)
     _add_trees(connection, [replace(spend, amount=delta) for spend, delta, _ in changed if spend.is_child])
     orgs, meters = {spend.org_id for spend in by_key.values()}, {meter for _, meter, _ in by_key}

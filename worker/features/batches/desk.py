@@ -50,7 +50,7 @@ _MODEL = re.compile(r"[\x21-\x7e]{1,200}")
 
 @dataclass(frozen=True, slots=True)
 class KnownRequest:
-    """What is stored of a request, and the requests of its run so far."""
+    """What is stored of a request; if it is new, the requests of its run so far."""
 
     item: Row | None
     turns: int
@@ -59,7 +59,8 @@ class KnownRequest:
 def look(connection: Connection, run: AdmittedRun, request: NewRequest) -> KnownRequest:
     """Find the request of a step."""
     key = request.step, request.key or "", request.occurrence
-    return KnownRequest(batches.find_item(connection, run.id, *key), batches.turns_of(connection, run.id))
+    item = batches.find_item(connection, run.id, *key)
+    return KnownRequest(item, batches.turns_of(connection, run.id) if item is None else 0)
 
 
 @dataclass(eq=False)
@@ -83,6 +84,8 @@ class Desk:
         if request is None or inflight.plan is None:
             raise LeaseLost(f"run {run.id} has not started")
         looked = await self.database.call_autocommit(look, run, request)
+        if looked.item is not None and (done := self._result(looked.item)) is not None:
+            return done
         new = self._again(request) if looked.item is not None else await self._new(inflight, request, looked)
         stored = replace(wait, request=None)
         prices = await self.ledger.prices()
@@ -140,11 +143,15 @@ class Desk:
             return wait
         if item["state"] in ("pending", "sent"):
             return WaitState("batch", "pending")
-        if item["state"] == "done":
-            place = {"item": item["id"], "org": item["org_id"], "run": item["run_id"]}
-            if (answer := self.sealer.open("result", item["result"], **place)) is not None:
-                return WaitState("batch", "answered", answer)
-        return WaitState("batch", "over")
+        return self._result(item) or WaitState("batch", "over")
+
+    def _result(self, item: Row) -> WaitState | None:
+        """The answer of a request that has one which opens."""
+        if item["state"] != "done":
+            return None
+        place = {"item": item["id"], "org": item["org_id"], "run": item["run_id"]}
+        answer = self.sealer.open("result", item["result"], **place)
+        return None if answer is None else WaitState("batch", "answered", answer)
 
     async def _experience(self, definition_id: DefinitionId, pool: Pool) -> Experience:
         """What is known of a definition and a model, with the time that requests wait for a batch."""
