@@ -141,3 +141,24 @@ def test_what_was_not_done_while_no_worker_ran_is_late_once_until_a_retry_has_do
     hook.wait_for("late", "resolved")
     assert hook.told("late") == [("late", "firing"), ("late", "resolved")]
     assert site.cli("orgs", "list", "--late", "-o", "json").json() == []
+
+
+def test_a_model_without_a_price_is_told_once_and_its_use_is_shown_as_unpriced(site, hook, journal):
+    site.configure(extra=hook.settings())
+    orgs = ("org_acme", "org_other")
+    site.add_orgs(*(application(org) for org in orgs))
+    params = {"model": "house-7b", "steps": 2, "journal": str(journal)}
+    site.apply("".join(definition(org, "digest", "acme.spender", params=params) for org in orgs))
+    site.start_worker()
+    for org in orgs:
+        site.cli("definitions", "run", org, "digest")
+        assert site.wait_for_end(org, "digest")["state"] == "succeeded"
+
+    alert = hook.wait_for("unpriced", "firing")
+
+    assert "house-7b has no price" in alert["summary"]
+    rows = site.cli("usage", "list", "--by", "org,model", "-o", "json").json()
+    assert {(row["org"], row["model"], row["unpriced"], row["money"]) for row in rows} == {
+        (org, "house-7b", 21, 0) for org in orgs
+    }
+    assert hook.told("unpriced") == [("unpriced", "firing")]

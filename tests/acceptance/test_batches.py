@@ -6,7 +6,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from worker.demo.provider import Provider
 pytestmark = pytest.mark.feature("batches")
 
 ORGS = [f"org_batch{number}" for number in range(4)]
+PROVIDERS = ("openai", "anthropic")
 TURNS = 3
 KILLS = 5
 EXECUTION = """lease = "4s"
@@ -32,7 +33,7 @@ poll = "100ms"
 def reply(body: dict[str, Any]) -> Any:
     """A tool call at each turn but the last; then the org that the request names."""
     text = json.dumps(body)
-    answered = text.count("function_call_output")
+    answered = text.count("function_call_output") + text.count('"tool_result"')
     [org] = set(re.findall(r"org_batch\d", text))
     return ("look_up", {"topic": f"{org}-{answered}"}) if answered < TURNS - 1 else f"report of {org}"
 
@@ -45,14 +46,17 @@ def apis() -> ModelApis:
 @pytest.fixture
 def batch_site(tmp_path: Path, provider: Provider, migrated_url: str, apis: ModelApis) -> Iterator[Site]:
     with serving(apis) as url, opened(Site(tmp_path, migrated_url, provider)) as site:
-        batches = f"""
-[batches.openai]
-provider = "openai"
+        batches = [
+            f"""
+[batches.{name}]
+provider = "{name}"
 base_url = "{url}"
 every = "500ms"
 poll = "200ms"
 """
-        site.configure(execution=EXECUTION, extra=batches)
+            for name in PROVIDERS
+        ]
+        site.configure(execution=EXECUTION, extra="".join(batches))
         site.settings.write_text(
             re.sub(
                 r"^secrets_dir = .*$",
@@ -61,7 +65,8 @@ poll = "200ms"
                 flags=re.M,
             )
         )
-        (site.secrets / "model_key__openai").write_text("sk-operator-0001")
+        for name in PROVIDERS:
+            (site.secrets / f"model_key__{name}").write_text("sk-operator-0001")
         install_handlers(site.plugins)
         if not (site.secrets / "keyring").exists():
             site.cli("keys", "generate")
@@ -73,8 +78,15 @@ poll = "200ms"
         yield site
 
 
-def begin(site: Site, handler: str, orgs: Sequence[str] = ORGS, *, turns: int = 1, **keys: Any) -> None:
-    params = {"journal": str(site.out / "journal"), "url": site.url, "turns": turns}  # type: ignore[attr-defined]
+def begin(
+    site: Site,
+    handler: str,
+    orgs: Sequence[str] = ORGS,
+    *,
+    more: Mapping[str, Any] | None = None,
+    **keys: Any,
+) -> None:
+    params = {"journal": str(site.out / "journal"), "url": site.url, **(more or {})}  # type: ignore[attr-defined]
     given = {"params": params, "model_requests": "batch", "egress": ["open"], **keys}
     site.apply("".join(definition(org, "digest", handler, **given) for org in orgs))
     for org in orgs:
@@ -97,7 +109,7 @@ def test_runs_of_many_orgs_share_batches_and_killed_workers_pay_nothing_twice(
     site = batch_site
     apis.reply = lambda body: f"{body['input'].split()[1]}-{len(body['input'].split()) - 2}"
     worker = site.start_worker()
-    begin(site, "acme.completing", turns=TURNS, batch_within="8h")
+    begin(site, "acme.completing", more={"turns": TURNS}, batch_within="8h")
     killed = 0
     while killed < KILLS and ended(site) is None:
         began = len(apis.asked)
@@ -121,10 +133,13 @@ def test_runs_of_many_orgs_share_batches_and_killed_workers_pay_nothing_twice(
 
 
 @pytest.mark.timeout(400)
-def test_an_agent_waits_in_batches_without_a_change_of_its_code(batch_site: Site, apis: ModelApis) -> None:
+@pytest.mark.parametrize("provider_name", PROVIDERS)
+def test_an_agent_waits_in_batches_without_a_change_of_its_code(
+    batch_site: Site, apis: ModelApis, provider_name: str
+) -> None:
     site, orgs = batch_site, ORGS[:2]
     site.start_worker()
-    begin(site, "acme.batched_agent", orgs)
+    begin(site, "acme.batched_agent", orgs, more={"provider": provider_name})
 
     runs = wait_until(lambda: ended(site), "the ends of all runs", timeout=350)
 

@@ -233,17 +233,12 @@ async def approving_agent(ctx: Context[Any, Any]) -> str:
 
 @job("acme.batched_agent")
 async def batched_agent(ctx: Context[Any, Any]) -> dict[str, Any]:
-    """Run an agent of OpenAI that calls a tool at each turn but the last; each call is a line."""
+    """Run an agent that calls a tool at each turn but the last; each call is a line."""
     from pydantic_ai import Agent
-    from pydantic_ai.models.openai import OpenAIResponsesModel
-    from pydantic_ai.providers.openai import OpenAIProvider
 
     from worker import durable
 
-    url = ctx.params["url"]
-    provider = OpenAIProvider(base_url=f"{url}/v1", api_key="sk-run")
-    model = OpenAIResponsesModel("gpt-5-mini", provider=provider)
-    agent = Agent(model, name="digest")
+    agent = Agent(_model_of(ctx.params["provider"], ctx.params["url"]), name="digest")
 
     @agent.tool_plain
     async def look_up(topic: str) -> str:
@@ -252,6 +247,19 @@ async def batched_agent(ctx: Context[Any, Any]) -> dict[str, Any]:
 
     result = await durable(agent, ctx).run(f"Report on {ctx.org.code}.")
     return {"output": result.output}
+
+
+def _model_of(provider: str, url: str) -> Any:
+    if provider == "anthropic":
+        from pydantic_ai.models.anthropic import AnthropicModel
+        from pydantic_ai.providers.anthropic import AnthropicProvider
+
+        return AnthropicModel("claude-sonnet-4-5", provider=AnthropicProvider(base_url=url, api_key="sk-run"))
+    from pydantic_ai.models.openai import OpenAIResponsesModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    given = OpenAIProvider(base_url=f"{url}/v1", api_key="sk-run")
+    return OpenAIResponsesModel("gpt-5-mini", provider=given)
 
 
 @job("acme.completing")
