@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection
 
@@ -36,10 +36,11 @@ Arguments = Mapping[str, Any]
 class Plannable:
     """A change that can be planned: `operation`, called with the arguments `names` and then the others.
 
-    `before` reads what is there. A plan shows it, and the columns `after` of the row that the operation
-    returns: none that time alone changes.
+    `action` is what a caller must be allowed to do. `before` reads what is there. A plan shows it, and the
+    columns `after` of the row that the operation returns: none that time alone changes.
     """
 
+    action: Literal["retry", "pause", "answer"]
     operation: Callable[..., Mapping[str, Any]]
     names: tuple[str, ...]
     before: Callable[[Connection, Arguments], Row]
@@ -79,6 +80,7 @@ def _wait(connection: Connection, arguments: Arguments) -> Row:
 
 PLANNABLE: Mapping[str, Plannable] = {
     "retry_run": Plannable(
+        "retry",
         runs.retry,
         ("run",),
         _run,
@@ -96,10 +98,14 @@ PLANNABLE: Mapping[str, Plannable] = {
         ),
     ),
     "pause_definition": Plannable(
-        definitions.pause_definition, ("org", "name"), _definition, ("state", "paused_by", "pause_note")
+        "pause",
+        definitions.pause_definition,
+        ("org", "name"),
+        _definition,
+        ("state", "paused_by", "pause_note"),
     ),
     "answer_run": Plannable(
-        answers.answer, ("run", "name"), _wait, ("name", "occurrence", "answer", "answered_by")
+        "answer", answers.answer, ("run", "name"), _wait, ("name", "occurrence", "answer", "answered_by")
     ),
 }
 

@@ -72,7 +72,7 @@ BY_ORGS: frozenset[Action] = frozenset({"run", "retry", "cancel", "pause", "answ
 
 
 # Changes that an MCP client may plan, by the operation of the API.
-PLANNED: Mapping[str, Action] = {"retry_run": "retry", "pause_definition": "pause", "answer_run": "answer"}
+PLANNED: Mapping[str, Action] = {change: each.action for change, each in plans.PLANNABLE.items()}
 
 
 def no_ring() -> None:
