@@ -31,7 +31,7 @@ import psutil
 from sqlalchemy import func, select, text, update
 
 from bench.installation import Installation, installation
-from tests.fakes.model_apis import ModelApis, serving
+from worker.demo.model_apis import ModelApis, serving
 from worker.engine.runners.child import linux
 from worker.model.definitions.units import parse_duration
 from worker.model.prices import TOKEN_KINDS

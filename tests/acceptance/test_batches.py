@@ -14,8 +14,8 @@ import pytest
 
 from tests.acceptance.test_runs import alive
 from tests.fakes.handlers import install_handlers, read_journal
-from tests.fakes.model_apis import ModelApis, serving
 from tests.fakes.site import Site, application, definition, opened, wait_until
+from worker.demo.model_apis import ModelApis, serving
 from worker.demo.provider import Provider
 
 pytestmark = pytest.mark.feature("batches")

@@ -148,6 +148,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
         assert raised.returncode == 0, raised.stderr
         demo.until(lambda _: len(demo.of("org_acme", "refund")) == 3, "the refund")
         demo.until(lambda _: len(demo.of("org_globex", "letters")) == 3, "the letters")
+        demo.until(lambda _: "succeeded" in " ".join(demo.of("org_acme", "reviews")), "a batch")
         demo.family = psutil.Process(process.pid).children(recursive=True)
         demo.press(b"\x03")
         while demo.read():
@@ -184,7 +185,7 @@ def test_each_event_is_a_plain_line_that_fits(told: Told):
 
     # The syncs are due on the quarter of an hour.
     named = {row.definition for row in rows} - {"crm-sync"}
-    assert named == {"support-digest", "handbook", "refund", "letters"}
+    assert named == {"support-digest", "handbook", "refund", "letters", "reviews"}
     assert max(len(row.text) for row in rows) <= WIDTH
     assert not [row for row in rows if set(row.happened) & set("{}[]\x1b") or not row.happened]
     assert len(told.ends_of("org_globex")) <= 1 + told.seconds() / QUIET
@@ -193,6 +194,10 @@ def test_each_event_is_a_plain_line_that_fits(told: Told):
 def test_the_flag_chooses_the_agent(told: Told):
     assert "agent-v2 is on, by assistant.digest_v2" in told.of("org_acme")[0]
     assert told.of("org_globex")[0].endswith("agent-v2 is off, by assistant.digest")
+
+
+def test_model_requests_wait_in_a_batch(told: Told):
+    assert told.of("org_globex", "reviews")[0] == "waits in a batch of openai, without a process"
 
 
 def test_a_dead_secret_waits_and_what_to_do_is_printed(told: Told):
@@ -244,7 +249,7 @@ def test_enter_prints_another_link_and_what_waits(told: Told):
 def test_the_console_counts_the_orgs_that_each_template_reaches(told: Told):
     cards = re.findall(r"(?s)<h2>([\w-]+)</h2>.*?<dt>Reaches</dt><dd>(\d+) orgs", told.templates)
 
-    assert dict(cards) == {"support-digest": "4", "letters": "2"}
+    assert dict(cards) == {"support-digest": "4", "letters": "2", "reviews": "2"}
 
 
 @dataclass

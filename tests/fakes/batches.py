@@ -12,8 +12,8 @@ from typing import Any
 from sqlalchemy import and_
 
 from tests.fakes.clock import ManualClock
-from tests.fakes.model_apis import ModelApis, client_of
 from tests.fakes.stock import HANDLER, Row, Stock
+from worker.demo.model_apis import ModelApis, client_of
 from worker.engine.attempt.inflight import InflightRun
 from worker.engine.attempt.plan import AttemptPlan
 from worker.engine.runners.contract import StopSignal

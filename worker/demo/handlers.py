@@ -1,4 +1,4 @@
-"""Two handlers of the demo that stop for a person: one for an approval, one for a budget.
+"""Handlers of the demo that stop: for an approval, for a budget, and for a batch of model requests.
 
 The demo installs them in a folder of its own, so they are in no other installation.
 """
@@ -23,7 +23,9 @@ OPTIONS = ["yes", "no"]
 PACE = 0.05
 DISTRIBUTION = "orgworker-demo"
 VERSION = "1.0"
-HANDLERS = {"demo.refund": "refund", "demo.letters": "letters"}
+HANDLERS = {"demo.refund": "refund", "demo.letters": "letters", "demo.reviews": "reviews"}
+# The model of the summaries.
+MODEL = "gpt-5-mini"
 
 
 class Refund(BaseModel):
@@ -73,6 +75,14 @@ async def send(ctx: Context[Letters, Any]) -> None:
     """Nothing is sent here; it takes a moment."""
     await asyncio.sleep(PACE)
     await ctx.spend(METER, 1)
+
+
+@job("demo.reviews", timeout="10m")
+async def reviews(ctx: Context[Any, Any]) -> dict[str, str]:
+    """Summarise what customers wrote. In a batch it costs the half, and no process waits for it."""
+    said = f"Summarise what customers of {ctx.org.name} wrote."
+    response = await ctx.complete({"model": MODEL, "input": said, "max_output_tokens": 500})
+    return {"summary": response["output"][0]["content"][0]["text"]}
 
 
 def install(folder: Path) -> None:

@@ -9,15 +9,18 @@ import secrets
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from worker.demo import handlers
 from worker.demo.api import CustomerApi
 from worker.demo.handlers import METER
 from worker.demo.management import Application, Organization
+from worker.demo.model_apis import ModelApis, serving
 from worker.demo.people import Person, WebApplication
 from worker.demo.provider import Fault, Provider, serve_provider
 from worker.demo.serving import ServerThread, bind_loopback, url_of
@@ -37,6 +40,9 @@ REFUND_ORG = "org_acme"
 # The template for orgs with the tag `pro`, and the one of them whose budget its run uses up.
 LETTERS = "letters"
 LETTERS_ORG = "org_globex"
+# The template for the same orgs whose model requests go into batches, and the seconds that a batch takes.
+REVIEWS = "reviews"
+BATCH = 6.0
 # The org of the people who run the installation, the console's client id, and the folder with secrets.
 VENDOR = "org_vendor"
 CONSOLE = "console"
@@ -80,7 +86,7 @@ def make_orgs() -> list[Organization]:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What surrounds the demo's worker: the identity provider, the customer API and their orgs."""
+    """What surrounds the demo's worker: the identity provider, the customer API, a model and their orgs."""
 
     orgs: list[Organization]
     provider: Provider
@@ -88,6 +94,7 @@ class World:
     api_url: str
     chat_key: str
     management_secret: str
+    models_url: str
 
     def environment(self) -> dict[str, str]:
         """The environment of the commands and the worker: this process's, without worker settings."""
@@ -105,7 +112,10 @@ class World:
 
 @contextlib.contextmanager
 def world(*, delay: float = CHAT_DELAY, news_every: float | None = None) -> Iterator[World]:
-    """Serve the provider and the API from threads; the chat endpoint takes `delay` seconds to answer."""
+    """Serve the provider, the API and a model's batches from threads.
+
+    The chat endpoint takes `delay` seconds to answer.
+    """
     orgs = make_orgs()
     chat_key, secret = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
     provider, provider_thread = serve_provider()
@@ -114,8 +124,14 @@ def world(*, delay: float = CHAT_DELAY, news_every: float | None = None) -> Iter
     names = {org.code: org.name for org in orgs}
     api = CustomerApi(guard, orgs=names, chat_key=chat_key, delay=delay, news_every=news_every)
     listener = bind_loopback()
-    with provider_thread, ServerThread(api.asgi(), listener):
-        yield World(orgs, provider, api, url_of(listener), chat_key, secret)
+    models = ModelApis(time.time, lambda: BATCH, reply=summary)
+    with provider_thread, ServerThread(api.asgi(), listener), serving(models) as models_url:
+        yield World(orgs, provider, api, url_of(listener), chat_key, secret, models_url)
+
+
+def summary(request: Mapping[str, Any]) -> str:
+    """The model's answer."""
+    return f"Most are content. ({request['input']})"
 
 
 def add_orgs(provider: Provider, orgs: Iterable[Organization], management_secret: str) -> None:
@@ -133,12 +149,13 @@ def add_orgs(provider: Provider, orgs: Iterable[Organization], management_secret
 def settings_file(database: Path, surroundings: World, *, listen: str, token: str) -> str:
     """The demo's worker.toml; `token` is the operator's, for the console at `listen`.
 
-    Registers that console at the provider, with people. Its secret there, and that of the application
-    that manages the others, are files beside the database.
+    Registers that console at the provider, with people. Its secret there, that of the application that
+    manages the others, and the key of the model are files beside the database.
     """
     folder = database.parent / SECRETS
     folder.mkdir(mode=0o700, exist_ok=True)
     (folder / "management__main").write_text(surroundings.management_secret, encoding="utf-8")
+    (folder / "model_key__openai").write_text(secrets.token_urlsafe(24), encoding="utf-8")
     add_people(surroundings.provider, folder, surroundings.orgs, listen)
     return f"""\
 secrets_dir = "{database.parent / SECRETS}"
@@ -160,6 +177,12 @@ tags = {{ pro = "properties.plan=pro" }}
 [execution]
 bind_environment = {{ ASSISTANT_API_KEY = "{surroundings.api_url}" }}
 drain = "3s"
+
+[batches.openai]
+provider = "openai"
+base_url = "{surroundings.models_url}"
+every = "3s"
+poll = "1s"
 
 [web]
 listen = "{listen}"
@@ -258,7 +281,7 @@ def _table(org: Organization, name: str, handler: str, schedule: str, zone: str 
 
 
 def later_file(api_url: str) -> str:
-    """The file for the third `apply`: what runs only by hand, with the budget that one of it uses up."""
+    """The file for the third `apply`: what had no past, with a budget that is soon used up."""
     return f"""\
 [[definition]]
 org = "{HANDBOOK_ORG}"
@@ -281,6 +304,15 @@ orgs = {{ tags = ["pro"] }}
 handler = "demo.letters"
 schedule = "@yearly"
 params = {{ customers = 12 }}
+
+[[template]]
+name = "{REVIEWS}"
+orgs = {{ tags = ["pro"] }}
+handler = "demo.reviews"
+schedule = "every 30s"
+spread = "off"
+model_requests = "batch"
+batch_within = "1h"
 
 [[budget]]
 org = "{LETTERS_ORG}"

@@ -75,6 +75,7 @@ _WORDS: Mapping[tuple[str, str | None], str] = {
     ("waiting", "handed_back"): "its worker stops: the run goes on after the next start",
     ("waiting", "budget"): "used up its budget of {detail}",
     ("waiting", "asleep"): "sleeps, without a process",
+    ("waiting", "batch"): "waits in a batch of {detail}, without a process",
     ("waiting", "snoozed"): "asked to be called again later",
     ("failed", "timed_out"): "failed: it took longer than its timeout",
     ("failed", "handler_exited"): "failed: its process exited without a result",

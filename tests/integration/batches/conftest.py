@@ -9,8 +9,8 @@ import pytest
 
 from tests.fakes.batches import Rig
 from tests.fakes.clock import ManualClock
-from tests.fakes.model_apis import ModelApis
 from tests.fakes.stock import Stock
+from worker.demo.model_apis import ModelApis
 from worker.store.database import Database
 
 

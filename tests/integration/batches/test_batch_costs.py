@@ -9,10 +9,10 @@ from fractions import Fraction
 import pytest
 
 from tests.fakes.batches import ANTHROPIC, Rig
-from tests.fakes.model_apis import ModelApis
 from tests.integration.batches.test_batches import body_for
 from tests.integration.store.test_children import CAP, pages
 from tests.integration.store.test_spending import add_budget, used
+from worker.demo.model_apis import ModelApis
 from worker.features.batches.remote import Line
 from worker.ids import RunId
 from worker.model.definitions.budgets import MONEY

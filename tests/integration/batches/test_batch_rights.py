@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from tests.fakes.batches import OPENAI, Rig, wait_of
-from tests.fakes.model_apis import ModelApis, client_of
+from worker.demo.model_apis import ModelApis, client_of
 from worker.diagnosis.why import explain
 from worker.engine.attempt.answers import Running, admitted
 from worker.engine.attempt.tools import GivenSecrets

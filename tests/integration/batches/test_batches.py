@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import update
 
 from tests.fakes.batches import ANTHROPIC, OPENAI, Rig, answer_of, text_of
-from tests.fakes.model_apis import ModelApis
+from worker.demo.model_apis import ModelApis
 from worker.features.batches.advance import LeaseGone
 from worker.features.batches.remote import Line
 from worker.handlers.steps import StepError

@@ -1,4 +1,4 @@
-"""The demo's two handlers, and the distribution that only the demo installs."""
+"""The demo's handlers, and the distribution that only the demo installs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.demo.handlers import HANDLERS, METER, install, letters, refund
+from worker.demo.handlers import HANDLERS, METER, install, letters, refund, reviews
 from worker.testing import Orgworker
 
 
@@ -35,6 +35,6 @@ def test_it_is_installed_in_the_folder_of_the_demo_alone(tmp_path: Path):
 
     [found] = metadata.distributions(path=[str(tmp_path)])
     points = {point.name: point.load() for point in found.entry_points}
-    assert points == {"demo.refund": refund, "demo.letters": letters}
+    assert points == {"demo.refund": refund, "demo.letters": letters, "demo.reviews": reviews}
     assert not points.keys() & {point.name for point in metadata.entry_points(group="worker.jobs")}
     assert points.keys() == HANDLERS.keys()

@@ -20,9 +20,9 @@ from pydantic_ai.providers.openai import OpenAIProvider
 
 from tests.fakes.answering import AnsweringWorker
 from tests.fakes.clock import ManualClock
-from tests.fakes.model_apis import ModelApis
 from tests.unit.handlers.test_context import given
 from worker import durable, job
+from worker.demo.model_apis import ModelApis
 from worker.handlers.blocking_context import BlockingContext
 from worker.handlers.calling import call, call_blocking
 from worker.handlers.calls import NotACall, OpenWait, message_of, read

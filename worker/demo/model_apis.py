@@ -1,4 +1,4 @@
-"""Fakes of the batch APIs of OpenAI and Anthropic: documented limits, partial failures, expiry, lost answers.
+"""The batch APIs of OpenAI and Anthropic, for the demo and tests: their limits, failures, lost answers.
 
 One `ModelApis` answers both, over httpx's MockTransport or over HTTP. It counts what was paid: each request
 that a batch ran, by its `custom_id`, and those that came on their own.
@@ -75,7 +75,7 @@ class ModelApis:
     throttle: Counter[str] = field(default_factory=Counter)
     # The share of requests that expire in a batch.
     expire: float = 0.0
-    random: random.Random = field(default_factory=lambda: random.Random(7))
+    random: random.Random = field(default_factory=lambda: random.Random(7))  # noqa: S311 - not of secrets
     lock: threading.RLock = field(default_factory=threading.RLock)
     _number: int = 0
 
