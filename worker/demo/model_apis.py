@@ -33,7 +33,7 @@ Json = dict[str, Any]
 Reply = Callable[[Json], "str | tuple[str, Json] | int"]
 
 
-class Lost(Exception):
+class AnswerLost(Exception):
     """The connection breaks before an answer comes."""
 
 
@@ -85,14 +85,14 @@ class ModelApis:
         return sum(count - 1 for count in self.paid.values())
 
     def answer(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
-        """Answer a request. Raises Lost."""
+        """Answer a request. Raises AnswerLost."""
         with self.lock:
             parts = urlsplit(url)
             place = f"{method} {re.sub(r'/(batch|file|msgbatch)[-_][0-9]+', '/ID', parts.path)}"
             self.asked.append(place)
             self._settle()
             if self._take(self.lose_requests, place):
-                raise Lost(place)
+                raise AnswerLost(place)
             if self._take(self.throttle, place):
                 return 429, b'{"error": {"type": "rate_limit_error"}}'
             key = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
@@ -101,7 +101,7 @@ class ModelApis:
             query = dict(parse_qsl(parts.query))
             status, answer = self._route(method, parts.path, query, headers, body, key)
             if self._take(self.lose_answers, place):
-                raise Lost(place)
+                raise AnswerLost(place)
             return status, answer if isinstance(answer, bytes) else json.dumps(answer).encode()
 
     @staticmethod
@@ -357,7 +357,7 @@ def client_of(apis: ModelApis) -> httpx.AsyncClient:
         headers = {name.lower(): value for name, value in request.headers.items()}
         try:
             status, body = apis.answer(request.method, str(request.url), headers, request.read())
-        except Lost as lost:
+        except AnswerLost as lost:
             raise httpx.ReadError(str(lost)) from lost
         return httpx.Response(status, content=body)
 
@@ -376,7 +376,7 @@ def serving(apis: ModelApis) -> Iterator[str]:
             headers = {name.lower(): value for name, value in self.headers.items()}
             try:
                 status, content = apis.answer(self.command, self.path, headers, body)
-            except Lost:
+            except AnswerLost:
                 self.close_connection = True
                 self.connection.close()
                 return
