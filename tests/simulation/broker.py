@@ -316,8 +316,8 @@ class SimulatedPools:
             raise httpcore.WriteError("nothing may be sent now")
         attempt, queued_at = broker.queued.pop(asyncio.current_task())
         sender = Sender(broker.process, broker.worker, queued_at, attempt.stopped)
-        status, headers = await broker.service.answer(sender, request)
-        return httpcore.Response(status, headers=headers, content=b"{}")
+        status, headers, content = await broker.service.answer(sender, request)
+        return httpcore.Response(status, headers=headers, content=content)
 
 
 class SimulatedHelper:

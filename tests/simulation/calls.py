@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tests.simulation import jobs
-from tests.simulation.plan import LIMITS, Action
+from tests.simulation.entries import Action
+from tests.simulation.plan import LIMITS
 from tests.simulation.service import FREE, LIMITED, Seen
 from tests.simulation.world import World
 

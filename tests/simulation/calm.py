@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tests.simulation.plan import Action
+from tests.simulation.entries import Action
 from tests.simulation.world import LEASE, POLL, World
 
 # Seconds after a fault, or the start of a worker, until all works again; until the runs of a dead one have

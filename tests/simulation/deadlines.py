@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.simulation.calm import Calm
 from tests.simulation.database import EPOCH
-from tests.simulation.plan import END, Entry
+from tests.simulation.entries import END, Entry
 from tests.simulation.stage import Stage
 from tests.simulation.world import DEADLINES_EVERY, World
 from worker.clock import from_text

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from tests.simulation.entries import Action
 from tests.simulation.loop import SimulatedProcess, outside
-from tests.simulation.plan import Action
 from tests.simulation.world import LEASE, LOST, POLL, Struck, World
 
 
@@ -37,6 +37,8 @@ class Faults:
 
         if action.where in ("sent", "done"):
             armed.append((who, sent.replace("sent", action.where), struck))
+        elif action.where.startswith("models."):
+            armed.append((action.target, action.where, struck))
         else:
             armed.append((action.target, action.where, called))
 
@@ -151,6 +153,21 @@ class Faults:
 
     def _freeze_broker_at(self, action: Action) -> None:
         self._at(action, self._freeze_broker)
+
+    def _cut_models(self, action: Action) -> None:
+        self.world.net.part(action.target, "models", action.size)
+
+    def _lose_model_answer(self, action: Action) -> None:
+        self.world.net.armed.append((action.target, f"models.done {action.where}", lambda process: True))
+
+    def _late_model_request(self, action: Action) -> None:
+        """Its connection breaks, and it arrives nevertheless."""
+
+        def struck(process: SimulatedProcess) -> bool:
+            self.world.models.late.append(action.size)
+            return True
+
+        self.world.net.armed.append((action.target, f"models.sent {action.where}", struck))
 
     def _throttle(self, action: Action) -> None:
         """The next answer to an org asks it to pause."""

@@ -10,6 +10,7 @@ import httpx
 from pydantic import BaseModel
 
 from tests.simulation.loop import process_now
+from tests.simulation.models import MODEL, MOST_OUTPUT
 from tests.simulation.service import FREE, LIMITED, Seen
 from worker import (
     ChildFailed,
@@ -233,6 +234,21 @@ async def calls(ctx: Context[Any, Any]) -> None:
             lanes.create_task(lane(place))
 
 
+@job("sim.completes")
+async def completes(ctx: Context[Any, Any]) -> None:
+    """Ask a model turn by turn. The request says whose it is, and the response has to repeat that."""
+    for turn in range(ctx.params["turns"]):
+        said = f"{ctx.org.code} {ctx.run.id} {turn}"
+        request: dict[str, Any] = {"model": MODEL}
+        if ctx.params["via"] == "openai":
+            request |= {"input": said, "max_output_tokens": MOST_OUTPUT}
+        else:
+            request |= {"messages": [{"role": "user", "content": said}], "max_tokens": MOST_OUTPUT}
+        found = await ctx.complete(request, via=ctx.params["via"], key=turn)
+        parts = found["output"][0]["content"] if "output" in found else found["content"]
+        write(ctx, "completed", turn=turn, text=parts[0]["text"], id=found["id"])
+
+
 class Numbered(BaseModel):
     number: int
 
@@ -349,7 +365,7 @@ JOBS: dict[str, Job] = {
     f"simulated:{made.name}": made
     for made in (
         *(note, acts, saves, pays, counts, retries, fails, asks, versioned, versioned_2, calls),
-        *(started, leaf, branch, tree, ended, mapped, leaves, keeps, rolled, rolled_2),
+        *(started, leaf, branch, tree, ended, mapped, leaves, keeps, rolled, rolled_2, completes),
     )
 }
 

@@ -19,11 +19,13 @@ from psycopg.rows import dict_row
 from tests.faults.checker import FINAL, History, falling_tokens, holes, late_writes, two_owners
 from tests.faults.cluster import instants
 from tests.simulation import jobs
+from tests.simulation.batches import Batches
 from tests.simulation.calls import Calls
 from tests.simulation.calm import Calm
 from tests.simulation.database import EPOCH
 from tests.simulation.deadlines import Deadlines
 from tests.simulation.families import WINDOWS, Families, Waking
+from tests.simulation.models import ORIGINS
 from tests.simulation.product import REFUSED, Starts
 from tests.simulation.rollouts import Rollouts
 from tests.simulation.stage import Stage
@@ -44,6 +46,7 @@ TABLES = (
     *("runs", "attempts", "workers", "checkpoints", "steps", "waits", "spends", "meter_days", "live_runs"),
     *("run_egress", "parents", "children", "starts", "definitions"),
     *("rollouts", "rollout_orgs", "run_versions", "audit"),
+    *("batches", "batch_items", "meters"),
 )
 NAMED = """
 SELECT {columns} FROM {table} t JOIN definitions d ON d.id = t.definition_id JOIN orgs o ON o.id = d.org_id
@@ -182,7 +185,8 @@ class Oracle:
         yield from self._answers()
         yield from self._request_keys()
         yield from self._orgs()
-        rows = self.rows["runs"], self.rows["run_egress"]
+        of_services = [row for row in self.rows["run_egress"] if row["origin"] not in ORIGINS]
+        rows = self.rows["runs"], of_services
         yield from Calls(self.world, self.stage.plan.faults, *rows).objections()
         calm = Calm(self.world, self.stage.plan.faults)
         if self.world.watch.waking is not None:
@@ -190,6 +194,9 @@ class Oracle:
         if self.stage.plan.has_rollout:
             by_clock = not (self.world.on_file and self.wrong_clock)
             yield from Rollouts(self.rows, calm, by_clock=by_clock).objections()
+        if self.stage.plan.has_batches:
+            by_clock = not (self.world.on_file and self.wrong_clock)
+            yield from Batches(self.world.models, self.rows, by_clock=by_clock).objections()
         yield from Starts(self.stage.product, self.rows).objections()
         if not (self.world.on_file and self.wrong_clock):
             found = Deadlines(self.world, self.stage, calm, self.entries, self.rows["runs"])

@@ -6,81 +6,40 @@ action can be left out of a seed, and the others stay as they were.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
-from typing import Any
 
 from tests.simulation import jobs
+from tests.simulation.batch_plan import COMPLETES, acts_on_batches, asking_entries, faults_of_batches
+from tests.simulation.entries import ALL, END, LAST_FAULT, LENGTHS, Action, Entry
 from tests.simulation.service import FREE, LIMITED
 from tests.simulation.world import LEASE
 
-LAST_FAULT, END = 220.0, 281.0
 # Runs that the schedules of a seed make together, some more than a seed must have.
 RUNS = 104
 # Seconds after the end in which everything must be done that can be.
 LIVENESS = 240.0
 LIMIT = 2
 BUDGET = 20
-KEYS = """\
-spread = "off"
-max_attempts = 100
-max_recoveries = 100
-retry_backoff = "1s"
-retry_backoff_max = "4s"
-"""
 # Where a process is struck: as it sends a call or as the answer arrives, any call or that of a handler.
 POINTS = ("sent", "done", "Save", "Save", "StoreStep", "StoreStep", "CountSpend", "OpenWait")
-# Of so many seeds one has runs that call services, runs with children, a product that starts runs, or a
-# rollout.
-CALLING, TREES, PRODUCT, ROLLOUTS = 4, 2, 2, 3
+# Of so many seeds one has runs that call services, runs with children, a product that starts runs, a
+# rollout, or batches.
+CALLING, TREES, PRODUCT, ROLLOUTS, BATCHES = 4, 2, 2, 3, 3
 # What an org may spend of `jobs.PAGES` in a run with all below it.
 PAGES = {"org_1": 9, "org_2": 3, "org_4": 3}
 # Seconds between two times at which they do so, all at once.
 CALLS_EVERY = 100
-# How long something stands still, in leases.
-LENGTHS = (0.2, 0.5, 0.9, 1.1, 1.5, 2.5)
 # How often a person who raises a budget does so, each second, and by how much.
 RAISES = 12
 # Runs that spend of a budget as it is raised for the last time.
 LATE_SPENDERS = 3
-ALL = 'overlap = "allow"\nmisfire = "all"\n'
 # Handlers whose runs start others, and definitions most of which seeds with those leave out.
 PARENTS = ("sim.tree", "sim.ended", "sim.mapped", "sim.leaves", "sim.keeps")
 SPARED = ("acts", "long", "cron", "inline", "retries", "limited", "asks")
 # How a product's transaction ends, and the seconds that one is open.
 COMMITS = ("commit", "commit", "commit", "rollback")
 OPEN = (0.0, 0.0, 0.3, 3.0, 20.0)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A definition; `period` is in seconds, `ends` are the states in which its runs may end."""
-
-    org: int
-    name: str
-    handler: str
-    period: float
-    ends: tuple[str, ...] = ("succeeded",)
-    keys: str = ALL
-    schedule: str = ""
-    params: dict[str, Any] = field(default_factory=dict)
-    pool: str = ""
-    # Seconds in which its scheduled times must be done; 0 for no deadline.
-    done_within: float = 0
-    # Runs of one scheduled time, with those below it.
-    size: int = 1
-
-    def toml(self, *, enabled: bool, extra: str = "") -> str:
-        schedule = self.schedule or f"every {self.period:g}s"
-        params = ", ".join(f"{name} = {json.dumps(value)}" for name, value in self.params.items())
-        pool = f'pool = "{self.pool}"\n' if self.pool else ""
-        within = f'done_within = "{self.done_within:g}s"\n' if self.done_within else ""
-        return (
-            f'[[definition]]\norg = "org_{self.org}"\nname = "{self.name}"\nhandler = "{self.handler}"\n'
-            f'schedule = "{schedule}"\nenabled = {str(enabled).lower()}\nparams = {{ {params} }}\n'
-            f"{KEYS}{self.keys}{pool}{within}{extra}"
-        )
 
 
 # Of the limited service. Its burst is large beside its rate, so that what is sent besides shows.
@@ -103,22 +62,6 @@ steps = ["30%", "60%", "100%"]
 
 
 @dataclass(frozen=True)
-class Action:
-    """Something that happens at a time: what a person does, or a fault."""
-
-    at: float
-    kind: str
-    target: str = ""
-    # How long it lasts, in seconds, or how large it is.
-    size: float = 0.0
-    where: str = ""
-
-    def __str__(self) -> str:
-        lasting = f" {self.size:.2f}" if self.size else ""
-        return f"{self.at:7.2f} {self.kind} {self.target}{lasting} {self.where}".rstrip()
-
-
-@dataclass(frozen=True)
 class Plan:
     """All that a seed does."""
 
@@ -131,6 +74,10 @@ class Plan:
     @property
     def has_trees(self) -> bool:
         return any(entry.handler in PARENTS for entry in self.entries)
+
+    @property
+    def has_batches(self) -> bool:
+        return any(entry.handler == COMPLETES for entry in self.entries)
 
     @property
     def has_rollout(self) -> bool:
@@ -162,6 +109,11 @@ def plan_of(seed: int, dialect: str) -> Plan:
         entries = tuple(entry for entry in entries if entry.name not in left) + grown
         more += _acts_on_trees(trees, grown, hosts)
         faults += _faults_of_trees(trees, workers, hosts)
+    batches, asking = Random(f"batches {seed}"), tuple[Entry, ...]()
+    if not batches.randrange(BATCHES):
+        asking = asking_entries(batches)
+        left = batches.sample(SPARED, 3)
+        entries = tuple(entry for entry in entries if entry.name not in left)
     more += _acts(chance, entries)
     if not calling.randrange(CALLING):
         entries += _calls(calling, hosts)
@@ -174,6 +126,10 @@ def plan_of(seed: int, dialect: str) -> Plan:
     if not rollouts.randrange(ROLLOUTS):
         entries += _rolled(rollouts)
         more += _moves(rollouts)
+    if asking:
+        entries += asking
+        more += acts_on_batches(batches, asking)
+        faults += faults_of_batches(batches, workers, asking)
     entries = (*entries, _filling(entries))
     acts, faults = (sorted(actions, key=lambda one: one.at) for actions in (more, faults))
     return Plan(workers, hosts, entries, tuple(acts), tuple(faults))

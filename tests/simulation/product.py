@@ -15,8 +15,8 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from tests.simulation.database import EPOCH, PRODUCT, PostgresServer
+from tests.simulation.entries import Action
 from tests.simulation.loop import SimulatedProcess, Thread
-from tests.simulation.plan import Action
 from tests.simulation.world import World
 from worker.errors import StoreUnavailable
 from worker.store.database import Database

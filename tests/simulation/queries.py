@@ -21,6 +21,16 @@ def unfinished(database: Database) -> int:
         return int(connection.execute(text("SELECT count(*) FROM live_runs")).scalar_one())
 
 
+def open_batches(database: Database) -> int:
+    """The requests that are not over, and the batches that something is to be done with."""
+    query = (
+        f"SELECT (SELECT count(*) FROM batch_items WHERE {tables.OPEN_ITEM})"
+        f" + (SELECT count(*) FROM batches WHERE {tables.OPEN_BATCH})"
+    )
+    with database.autocommit() as connection:
+        return int(connection.execute(text(query)).scalar_one())
+
+
 _NAMED = (
     "FROM {table} r JOIN definitions d ON d.id = r.definition_id JOIN orgs o ON o.id = d.org_id "
     "WHERE o.code = :org AND d.name = :name ORDER BY r.id DESC LIMIT 1"

@@ -6,13 +6,14 @@ import asyncio
 import base64
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import AsyncIterable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpcore
 
 from tests.simulation.loop import SeededLoop, SimulatedProcess
+from tests.simulation.models import ORIGINS, Models
 from worker.model.limits import BucketKey, Share
 
 LIMITED, FREE = "https://api.acme.com", "https://status.acme.com"
@@ -57,6 +58,8 @@ class Service:
     begun: Counter[tuple[str, str]] = field(default_factory=Counter)
     # By origin and org the pause that the next answer asks for.
     pauses: dict[tuple[str, str], float] = field(default_factory=dict)
+    # The APIs of models, where runs send requests to them.
+    models: Models | None = None
     # By worker or host when its lease was renewed, and until when it may send then.
     leases: dict[SimulatedProcess, list[tuple[float, float]]] = field(
         default_factory=lambda: defaultdict(list)
@@ -74,13 +77,17 @@ class Service:
 
     def begin(self, request: httpcore.Request) -> None:
         """A broker opens a connection for a request."""
+        if origin_of(request) in ORIGINS:
+            return
         self.begun[headers_of(request)["x-run"], origin_of(request)] += 1
 
     async def answer(
         self, sender: Sender, request: httpcore.Request
-    ) -> tuple[int, list[tuple[bytes, bytes]]]:
+    ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
         """One request and its answer, as the broker's connection has them."""
         sent, origin = headers_of(request), origin_of(request)
+        if self.models is not None and origin in ORIGINS:
+            return await self._answer_of_model(self.models, sender, request)
         seen = Seen(
             self.loop.time(),
             sender,
@@ -100,11 +107,23 @@ class Service:
             await asyncio.sleep(0.2 * self.loop.choices.random() + self.loop.delay())
             if seen.pause:
                 seen.status = 429
-                return 429, [(b"Retry-After", f"{seen.pause:.3f}".encode())]
+                return 429, [(b"Retry-After", f"{seen.pause:.3f}".encode())], b"{}"
             seen.status = 200
-            return 200, []
+            return 200, [], b"{}"
         finally:
             seen.ended_at = self.loop.time()
+
+    async def _answer_of_model(
+        self, models: Models, sender: Sender, request: httpcore.Request
+    ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+        """A request that a run sends on its own, as it is not in a batch."""
+        assert isinstance(request.stream, AsyncIterable)
+        body = b"".join([part async for part in request.stream])
+        await asyncio.sleep(self.loop.delay())
+        status, content = models.answer_alone(request, body)
+        self.loop.note(sender.broker, f"sends a request to {origin_of(request)}")
+        await asyncio.sleep(self.loop.delay())
+        return status, [(b"Content-Type", b"application/json")], content
 
 
 def headers_of(request: httpcore.Request) -> dict[str, str]:

@@ -90,6 +90,7 @@ def simulate(variant: Variant, template: Template) -> Result:
             template.tokens,
             workers=plan.workers,
             hosts=plan.hosts,
+            batches=plan.has_batches,
             trace=lines if variant.trace else None,
         )
         world.has_rollout = plan.has_rollout

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import json
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
 from tests.simulation import jobs
+from tests.simulation.batch_plan import MODEL_BUDGETS
 from tests.simulation.database import EPOCH
+from tests.simulation.entries import END, Action, Entry
 from tests.simulation.faults import Faults
 from tests.simulation.loop import SimulatedProcess
 from tests.simulation.plan import (
     BUDGET,
-    END,
     LATE_SPENDERS,
     LIMIT,
     LIMITS,
@@ -22,8 +24,6 @@ from tests.simulation.plan import (
     RAISES,
     ROLLED,
     ROLLOUT,
-    Action,
-    Entry,
     Plan,
 )
 from tests.simulation.product import Product
@@ -31,6 +31,7 @@ from tests.simulation.queries import (
     late_definitions,
     newest_of,
     newest_parent,
+    open_batches,
     open_waits,
     unfinished,
     waiting_of,
@@ -40,7 +41,9 @@ from tests.simulation.service import LIMITED
 from tests.simulation.world import ORGS, World, app_of
 from worker.errors import StoreUnavailable, WorkerError
 from worker.features.rollouts import operations as rollouts
+from worker.model.definitions.budgets import MONEY
 from worker.model.definitions.file import parse_file
+from worker.model.money import NANO
 from worker.operations import (
     answers,
     apply,
@@ -54,6 +57,13 @@ from worker.operations import (
 )
 from worker.store.database import Database
 from worker.tokens.sealing import KeyRing
+
+
+def _of_models(part: float) -> Iterator[tuple[str, str, int | str]]:
+    """Org, meter, and a part of the limit of each budget of what models use."""
+    for (org, meter), limit in MODEL_BUDGETS.items():
+        amount = int(limit * part)
+        yield org, meter, f"{amount / NANO:.9f} USD" if meter == MONEY else amount
 
 
 class Stage(Faults):
@@ -129,7 +139,9 @@ class Stage(Faults):
             number += 1
             if number % 3 == 0:
                 await self._answer(Action(self.world.loop.time(), "answer"))
-            if await self.do(unfinished) == 0 and not await self._without_lease():
+            if await self.do(unfinished) or await self._without_lease():
+                continue
+            if not (self.plan.has_batches and await self.do(open_batches)):
                 return
 
     async def _without_lease(self) -> list[str]:
@@ -161,6 +173,8 @@ class Stage(Faults):
             await self.do(runs.run_now, "org_1", "pays", actor="people")
         await asyncio.sleep(2 * world.loop.choices.random())
         await self._raise_by(100_000)
+        if self.plan.has_batches:
+            await self._raise_tokens(Action(0, "", size=1000))
 
     # what people do
 
@@ -185,6 +199,11 @@ class Stage(Faults):
             )
         if self.plan.has_rollout:
             text_ += ROLLOUT
+        if self.plan.has_batches:
+            text_ += "".join(
+                f'[[budget]]\norg = "{org}"\nmeter = "{meter}"\nlimit = {json.dumps(amount)}\nper = "day"\n'
+                for org, meter, amount in _of_models(1.0)
+            )
         if any(entry.name == "calls" for entry in self.plan.entries):
             text_ += "".join(
                 f'[[limit]]\norigin = "{LIMITED}"\nper = "{per}"\nrate = "{60 * limit["rate"]:g}/m"\n'
@@ -322,6 +341,12 @@ class Stage(Faults):
 
     async def _raise_by(self, amount: int) -> None:
         await self.do(budgets.raise_budget, "org_1", "calls", by=amount, per="day", actor="people")
+
+    async def _raise_tokens(self, action: Action) -> object:
+        """The budgets of what models use."""
+        for org, meter, amount in _of_models(action.size / 20):
+            await self.do(budgets.raise_budget, org, meter, by=amount, per="day", actor="people")
+        return None
 
     async def _answer(self, action: Action) -> object:
         for run, name, occurrence in await self.do(open_waits) or ():

@@ -27,7 +27,7 @@ import apscheduler.triggers.interval
 import httpx
 
 from tests.fakes.issuer import AUDIENCE, URL, App, FakeIssuer
-from tests.simulation import jobs
+from tests.simulation import jobs, models
 from tests.simulation.broker import Brokers, SimulatedHelper
 from tests.simulation.children import SimulatedChildren
 from tests.simulation.database import EPOCH, PostgresServer, SqliteFile
@@ -255,6 +255,7 @@ class World:
         *,
         workers: int,
         hosts: int,
+        batches: bool = False,
         trace: list[str] | None = None,
     ) -> None:
         self.seed = seed
@@ -275,7 +276,8 @@ class World:
         self.issuer: Any = FakeIssuer(self.clock)  # type: ignore[arg-type]
         for number in range(ORGS):
             self.issuer.add(app_of(number))
-        self.settings = settings_of(url, folder)
+        self.models = self.service.models = models.Models(self.loop, seed)
+        self.settings = settings_of(url, folder, models.settings_in(folder) if batches else {})
         self.machines: dict[str, Machine] = {}
         self.workers = [f"w{number}" for number in range(1, workers + 1)]
         for name in self.workers:
@@ -399,6 +401,8 @@ class World:
             stack.callback(events.listen(heard))
             stack.enter_context(self.server.simulated())
             stack.enter_context(self.brokers.simulated())
+            if self.settings.batches:
+                stack.enter_context(models.simulated(loop, self.net, self.models, self.seed))
             jobs.JOURNAL = jobs.Journal(loop.time)
             self.service.note = jobs.JOURNAL.seen
             yield
@@ -413,7 +417,7 @@ def app_of(number: int) -> App:
     return App(f"org_{number}", f"client-{number}", f"secret-{number}", lifetime=60)
 
 
-def settings_of(url: str, folder: Path) -> Settings:
+def settings_of(url: str, folder: Path, more: Mapping[str, Any]) -> Settings:
     return Settings.model_validate(
         {
             "secrets_dir": str(folder),
@@ -438,5 +442,6 @@ def settings_of(url: str, folder: Path) -> Settings:
             },
             "attempts": {"listen": "127.0.0.1:8471"},
             "web": {"listen": ""},
+            **more,
         }
     )
