@@ -482,15 +482,17 @@ def fall_back(connection: Connection, ids: Sequence[str], reason: Fallback) -> i
     return len(rows)
 
 
-def send_again(connection: Connection, batch_id: str, ids: Sequence[str] | None, *, apart: bool) -> int:
-    """Let requests of a batch wait for another one: these, or all that are not over; returns how many."""
+def fail(connection: Connection, lease: PoolLease, batch_id: str, error: str, *, apart: bool) -> bool:
+    """Fail a batch and let its requests wait for another one, fenced; returns whether the lease was held.
+
+    Those whose run has ended are ended then, by `end_orphans`.
+    """
+    if not change(connection, lease, batch_id, {"state": "failed", "error": error}):
+        return False
     of = (_items.c.batch_id == batch_id, _items.c.state == "sent")
-    changed = 0
-    for part in [None] if ids is None else chunks(sorted(ids)):
-        some = () if part is None else (among(connection, _items.c.id, part),)
-        values = {"state": "pending", "batch_id": None, "sent_at": None, "apart": apart}
-        changed += connection.execute(update(_items).where(*of, *some).values(**values)).rowcount
-    return changed
+    values = {"state": "pending", "batch_id": None, "sent_at": None, "apart": apart}
+    connection.execute(update(_items).where(*of).values(**values))
+    return True
 
 
 def forget_org(connection: Connection, org_id: OrgId) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -363,6 +364,24 @@ async def test_a_request_that_spoils_its_batch_spoils_only_those_of_its_org(
     assert apis.twice == 0 and [rig.live(run) for run in (good, bad)] == ["waiting"] * 2
 
 
+async def test_a_batch_that_fails_lets_its_requests_wait_for_another_one_in_the_same_transaction(
+    rig: Rig, apis: ModelApis
+) -> None:
+    sender, run = rig.sender(), rig.running()
+    await rig.ask(sender, run)
+    apis.throttle["POST /v1/files"] = 1
+    await rig.pass_time(sender, 10)
+    [batch], lease = rig.batches(), sender._held["default"][0]
+
+    lost = replace(lease, fencing_token=lease.fencing_token - 1)
+    assert not rig.stock.within(batches.fail, lost, batch["id"], "refused", apart=True)
+    assert [(row["state"], row["apart"]) for row in rig.items()] == [("sent", False)]
+    assert rig.stock.within(batches.fail, lease, batch["id"], "refused", apart=True)
+
+    assert [(row["state"], row["apart"]) for row in rig.items()] == [("pending", True)]
+    assert [(row["state"], row["error"]) for row in rig.batches()] == [("failed", "refused")]
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -477,6 +496,23 @@ async def test_a_run_that_ended_before_its_batch_pays_nothing(rig: Rig, apis: Mo
 
     assert apis.batches == {} and rig.spent(run) == 0
     assert [(row["state"], row["reason"]) for row in rig.items()] == [("over", "run_ended")]
+
+
+async def test_a_run_that_ended_before_its_batch_was_sent_keeps_nothing_reserved(
+    rig: Rig, apis: ModelApis
+) -> None:
+    sender, run = rig.sender(), rig.running()
+    await rig.ask(sender, run)
+    apis.throttle["POST /v1/files"] = 1
+    await rig.pass_time(sender, 10)
+    assert [row["state"] for row in rig.batches()] == ["new"] and rig.spent(run) > 0
+    rig.stock.finish(rig.worker, rig.stock.ended(run, "cancelled"))
+
+    await rig.pass_time(sender, 5)
+
+    assert apis.batches == {} and rig.spent(run) == 0
+    assert [(row["state"], row["reason"]) for row in rig.items()] == [("over", "run_ended")]
+    assert [(row["state"], row["error"]) for row in rig.batches()] == [("failed", "empty")]
 
 
 # --- The lease. ---

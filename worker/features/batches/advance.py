@@ -104,7 +104,7 @@ class Advance:
     async def _prepare(self, row: Row, api: BatchApi) -> None:
         lines = await self._lines(row)
         if not lines:
-            await self._change(row, state="failed", error="empty")
+            await self._fail(row, "empty", apart=row["apart"])
             return
         if not api.takes_file:
             await self._create(row, api, None, lines)
@@ -222,8 +222,12 @@ class Advance:
         if not again:
             await self._give_up(row, "refused", code)
             return
-        await self._change(row, state="failed", error=code)
-        await self.database.call(batches.send_again, row["id"], None, apart=True)
+        await self._fail(row, code, apart=True)
+
+    async def _fail(self, row: Row, code: str, *, apart: bool) -> None:
+        """End a batch whose requests wait for another one."""
+        if not await self.database.call(batches.fail, self.lease, row["id"], code, apart=apart):
+            raise LeaseGone
 
     async def _give_up(self, row: Row, reason: Fallback, code: str) -> None:
         """Let the requests of a batch that are not over be sent on their own."""
