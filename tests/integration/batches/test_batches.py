@@ -364,6 +364,34 @@ async def test_a_request_that_spoils_its_batch_spoils_only_those_of_its_org(
     assert apis.twice == 0 and [rig.live(run) for run in (good, bad)] == ["waiting"] * 2
 
 
+async def test_an_upload_without_an_answer_is_deleted_although_its_runs_have_ended(
+    rig: Rig, apis: ModelApis
+) -> None:
+    sender, run = rig.sender(), rig.running()
+    await rig.ask(sender, run)
+    apis.lose_answers["POST /v1/files"] = 1
+    await rig.pass_time(sender, 10)
+    assert len(apis.files) == 1
+    rig.stock.finish(rig.worker, rig.stock.ended(run, "cancelled"))
+
+    await rig.pass_time(sender, 5)
+
+    assert apis.files == {}
+
+
+async def test_an_upload_that_arrives_late_is_deleted_with_its_batch(rig: Rig, apis: ModelApis) -> None:
+    sender, run = rig.sender(), rig.running()
+    await rig.ask(sender, run)
+    apis.lose_requests["POST /v1/files"] = 1
+    await rig.pass_time(sender, 12)
+    [(key, name, content, at)] = apis.files.values()
+    apis.files["file-999"] = (key, name, content, at)
+
+    await rig.pass_time(sender, 40)
+
+    assert apis.files == {}
+
+
 async def test_a_batch_that_fails_lets_its_requests_wait_for_another_one_in_the_same_transaction(
     rig: Rig, apis: ModelApis
 ) -> None:

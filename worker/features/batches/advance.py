@@ -102,6 +102,8 @@ class Advance:
     # --- Submission. ---
 
     async def _prepare(self, row: Row, api: BatchApi) -> None:
+        if row["tries"]:
+            await self._delete_uploads(row, api)
         lines = await self._lines(row)
         if not lines:
             await self._fail(row, "empty", apart=row["apart"])
@@ -109,17 +111,17 @@ class Advance:
         if not api.takes_file:
             await self._create(row, api, None, lines)
             return
-        name = f"orgworker-{row['id']}.jsonl"
-        if row["tries"]:
-            # An upload whose answer was lost, or that was fenced.
-            for file_id in await api.find_files(name):
-                await api.delete_file(file_id)
         await self._change(row, tries=row["tries"] + 1)
         row["tries"] += 1
         self.check()
-        file_id = await api.upload(name, row["path"], lines)
+        file_id = await api.upload(_file_name(row), row["path"], lines)
         await self._change(row, state="uploaded", file_id=file_id, requests=len(lines))
         await self._create(row, api, file_id, ())
+
+    async def _delete_uploads(self, row: Row, api: BatchApi) -> None:
+        """Delete uploads whose answers were lost, or that were fenced."""
+        for file_id in await api.find_files(_file_name(row)):
+            await api.delete_file(file_id)
 
     async def _create(self, row: Row, api: BatchApi, file_id: str | None, lines: Sequence[Line]) -> None:
         """Submit a batch. That it may have been is stored before."""
@@ -332,6 +334,9 @@ class Advance:
         for file_id in files:
             if file_id:
                 await api.delete_file(file_id)
+        if row["tries"] > 1:
+            # One may have arrived late.
+            await self._delete_uploads(row, api)
         await api.forget(row["provider_id"])
         await self._change(row, state="done")
 
@@ -368,6 +373,10 @@ class Advance:
 
     def _soon(self, row: Row) -> float:
         return min(self._poll_seconds(row), self.patience.grace.total_seconds() / 4)
+
+
+def _file_name(row: Row) -> str:
+    return f"orgworker-{row['id']}.jsonl"
 
 
 async def in_parts(api: BatchApi, remote: Remote) -> AsyncIterator[list[Result]]:
