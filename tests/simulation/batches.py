@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.simulation import jobs
 from tests.simulation.batch_plan import MODEL_BUDGETS
+from tests.simulation.entries import Action
 from tests.simulation.models import PRICES, Charge, Models, units_of
 from worker.handlers.completions import STEP
 from worker.handlers.model_usage import LLM_TOKENS
@@ -23,8 +24,13 @@ METERS = (LLM_TOKENS, MONEY)
 class Batches:
     """Judges the requests of runs. By `by_clock` the times in the rows are those of one clock."""
 
-    def __init__(self, models: Models, rows: Mapping[str, Sequence[Row]], *, by_clock: bool) -> None:
+    def __init__(
+        self, models: Models, faults: Sequence[Action], rows: Mapping[str, Sequence[Row]], *, by_clock: bool
+    ) -> None:
         self._models = models
+        self._late_uploads = any(
+            fault.where.endswith("POST /v1/files") and not fault.kind.startswith("lose") for fault in faults
+        )
         self._by_clock = by_clock
         self._runs = {run["id"]: run for run in rows["runs"]}
         self._batches = {row["id"]: row for row in rows["batches"]}
@@ -61,8 +67,12 @@ class Batches:
         for id_, row in self._batches.items():
             if row["state"] not in ("done", "failed"):
                 yield f"batch {id_} is left {row['state']} ({row['error']})"
-        for id_, (_, name, _, _) in self._models.files.items():
-            yield f"the file {id_} is left at the provider: {name}"
+        for id_, (_, name, _, at) in self._models.files.items():
+            batch = self._batches.get(name.removeprefix("orgworker-").removesuffix(".jsonl"))
+            ended_at = None if batch is None else batch["ended_at"]
+            # One that arrives later than all is read stays.
+            if not self._late_uploads or (self._by_clock and ended_at and at < ended_at.timestamp()):
+                yield f"the file {id_} is left at the provider: {name}"
 
     def _paid_once(self) -> Iterator[str]:
         """OpenAI is paid once for a request in batches, Anthropic once for each submission of its batch."""

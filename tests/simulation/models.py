@@ -153,7 +153,10 @@ class ToModels(httpx.AsyncBaseTransport):
             if not answered.done():
                 answered.set_result(found)
 
-        if self._net.reached(process, f"models.sent {place}"):
+        breaks = self._net.reached(process, f"models.sent {place}")
+        # Not before it has thawed, if it was frozen just now.
+        await asyncio.sleep(0)
+        if breaks:
             loop.call_later(self._models.late.pop(0), arrive, context=outside())
             raise httpx.ReadError("the connection was reset")
         loop.call_later(loop.delay(), arrive, context=outside())

@@ -196,7 +196,9 @@ class Oracle:
             yield from Rollouts(self.rows, calm, by_clock=by_clock).objections()
         if self.stage.plan.has_batches:
             by_clock = not (self.world.on_file and self.wrong_clock)
-            yield from Batches(self.world.models, self.rows, by_clock=by_clock).objections()
+            yield from Batches(
+                self.world.models, self.stage.plan.faults, self.rows, by_clock=by_clock
+            ).objections()
         yield from Starts(self.stage.product, self.rows).objections()
         if not (self.world.on_file and self.wrong_clock):
             found = Deadlines(self.world, self.stage, calm, self.entries, self.rows["runs"])
