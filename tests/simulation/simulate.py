@@ -25,7 +25,7 @@ from typing import Any
 
 from tests.fakes import unsynced
 from tests.fakes.issuer import jwk
-from tests.simulation import family_ablations, rollout_ablations  # noqa: F401 add to them
+from tests.simulation import batch_ablations, family_ablations, rollout_ablations  # noqa: F401 add to them
 from tests.simulation.ablations import ABLATIONS
 from tests.simulation.oracle import Oracle, Watch
 from tests.simulation.plan import Plan, plan_of

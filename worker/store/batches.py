@@ -424,13 +424,12 @@ def store_results(
         one, seen = given[row["id"]], list(filter(None, row["seen"].split(",")))
         if provider_id in seen:
             continue
-        is_of_use = row["state"] == "sent" and row["run_id"] in live
         values: dict[str, Any] = {name: row[name] for name in _CHANGED_BY_RESULT}
         values["seen"] = ",".join((*seen, provider_id))
         if one.used is not None:
             values["tokens"] = row["tokens"] + one.used.tokens
             used[row["id"]] = len(seen), one.used
-        if is_of_use:
+        if _is_awaited(row, live):
             state = "done" if one.fallback is None else "sync"
             values |= {"state": state, "reason": one.fallback, "result": one.result}
             ended.append(row)
@@ -449,6 +448,11 @@ def store_results(
     _end_waits(connection, ended, live, now)
     failed = Counter[str](filter(None, (given[row["id"]].fallback for row in ended)))
     return Counted(len(ended), late, failed, counted)
+
+
+def _is_awaited(row: Row, live: Mapping[RunId, Any]) -> bool:
+    """Whether the run of a request, locked with it, still waits for its result."""
+    return row["state"] == "sent" and row["run_id"] in live
 
 
 def fall_back_due(connection: Connection, pool: str) -> int:
