@@ -17,6 +17,7 @@ from sqlalchemy import (
     insert,
     or_,
     select,
+    text,
     tuple_,
     update,
 )
@@ -37,6 +38,7 @@ from worker.model.definitions.budgets import (
 )
 from worker.model.definitions.zones import parse_zone
 from worker.model.orgs import parse_selector
+from worker.model.runs.waits import BUDGET
 from worker.store import tables
 from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, insert_into
 from worker.store.sums import Capped, CappedSum
@@ -332,8 +334,40 @@ def wake(connection: Connection, org_ids: Collection[OrgId] | None, now: datetim
     The others than parked ones are held back before they start, or are about to park.
     """
     mine = () if org_ids is None else (_live.c.org_id.in_(org_ids),)
-    asked = exists().where(_waits.c.run_id == _live.c.id, *_PENDING)
-    query = select(_live.c.id).where(*mine, or_(_live.c.reason == "budget", asked))
+    return _let_go(connection, (*mine, or_(_live.c.reason == "budget", _is_asked())), now)
+
+
+def wake_free(connection: Connection) -> int:
+    """Let runs go on that wait for budgets below their limits, as after a settlement; returns how many.
+
+    In a transaction of its own: a settlement has locked other runs.
+    """
+    if connection.execute(select(_budgets.c.id).limit(1)).first() is None:
+        return 0
+    query = select(_waits.c.run_id, _waits.c.org_id, _waits.c.name).where(text(tables.OPEN), *_PENDING)
+    waiting: dict[tuple[OrgId, str], list[RunId]] = {}
+    for run_id, org_id, name in connection.execute(query.join(_live, _live.c.id == _waits.c.run_id)):
+        waiting.setdefault((org_id, name.removeprefix(BUDGET)), []).append(run_id)
+    if not waiting:
+        return 0
+    now = database_now(connection)
+    found = of_orgs(connection, {org_id for org_id, _ in waiting}, {meter for _, meter in waiting}, now)
+    listed = [budget for of_org in found.values() for budget in of_org]
+    reached = [level.budget for level in levels(connection, listed) if level.reached]
+    # A budget per run is reached by what the run itself has spent.
+    reached += [budget for budget in listed if budget.counter is None]
+    full = {(budget.org_id, budget.meter) for budget in reached}
+    ids = sorted(run_id for key, run_ids in waiting.items() if key not in full for run_id in run_ids)
+    return sum(_let_go(connection, (_live.c.id.in_(part), _is_asked()), now) for part in chunks(ids))
+
+
+def _is_asked() -> Any:
+    """Whether a run has a wait for a budget that is not over."""
+    return exists().where(_waits.c.run_id == _live.c.id, *_PENDING)
+
+
+def _let_go(connection: Connection, which: Sequence[Any], now: datetime) -> int:
+    query = select(_live.c.id).where(*which)
     ids = connection.execute(query.order_by(_live.c.id).with_for_update()).scalars().all()
     for part in chunks(ids):
         end_waits(connection, part, now)

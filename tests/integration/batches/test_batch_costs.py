@@ -19,7 +19,10 @@ from worker.model.definitions.budgets import MONEY
 from worker.model.money import NANO
 from worker.model.price_list import GenaiPrices
 from worker.model.prices import Prices
+from worker.model.runs.budgets import wait_of
+from worker.model.runs.run import AdmittedRun
 from worker.store import budgets, children, spending, tables
+from worker.store.worker_store import WorkerStore
 
 pytestmark = pytest.mark.anyio
 PRICES = Prices(GenaiPrices.released(), per_usd=Fraction(1))
@@ -93,6 +96,49 @@ async def test_what_is_reserved_warns_and_is_freed_by_a_request_that_is_sent_on_
 
     assert [row["reason"] for row in rig.items()] == ["failed"]
     assert (rig.spent(run, MONEY), used(rig.stock, run.org_id, MONEY), lines(rig)) == (0, [0], [])
+
+
+async def test_a_run_that_waits_for_what_others_have_reserved_goes_on_once_that_is_settled(
+    rig: Rig,
+) -> None:
+    org = rig.stock.org(limit=10_000)
+    add_budget(rig.stock, org, limit=4000)
+    sender, definition = rig.sender(), rig.stock.definition(org)
+    first, second = (rig.stock.running(rig.worker, org, definition) for _ in range(2))
+    await rig.ask(sender, first)
+    rig.park(first)
+    await wait_for_budget(rig, second)
+    await rig.pass_time(sender, 12)
+    assert used(rig.stock, org) > [4000] and rig.live(second) == "parked"
+
+    await rig.pass_time(sender, 40)
+
+    assert used(rig.stock, org) == [120]
+    assert [rig.live(run) for run in (first, second)] == ["waiting"] * 2
+
+
+async def test_a_settlement_keeps_those_waiting_whose_budget_is_reached_nevertheless(rig: Rig) -> None:
+    org = rig.stock.org(limit=10_000)
+    add_budget(rig.stock, org, limit=100)
+    sender, definition = rig.sender(), rig.stock.definition(org)
+    first, second = (rig.stock.running(rig.worker, org, definition) for _ in range(2))
+    await rig.ask(sender, first)
+    rig.park(first)
+    await wait_for_budget(rig, second)
+
+    await rig.pass_time(sender, 45)
+
+    assert used(rig.stock, org) == [120]
+    assert [rig.live(run) for run in (first, second)] == ["waiting", "parked"]
+
+
+async def wait_for_budget(rig: Rig, run: AdmittedRun) -> None:
+    """Park a run for the budget that stops it."""
+    store = WorkerStore(rig.stock.database, rig.worker, timedelta(days=30))
+    [state] = (await store.budgets_of(run)).states
+    waited = await store.open_wait(run, wait_of(state, 1, rig.stock.now()))
+    assert state.reached and waited is not None and waited.state == "pending"
+    rig.stock.finish(rig.worker, rig.stock.ended(run, "parked", outcome="parked", reason="budget"))
 
 
 async def test_a_model_without_a_price_is_unpriced(priced: Rig) -> None:

@@ -21,7 +21,7 @@ from worker.features.batches.sealing import Sealer
 from worker.ids import WorkerId
 from worker.model.batches import BatchLimits, ModelApi, PendingRequest, pooled
 from worker.model.runs.waits import NewWait, WaitState
-from worker.store import batches
+from worker.store import batches, budgets
 from worker.store.batches import PoolLease
 from worker.store.database import Database
 from worker.store.dialect import Row, database_now
@@ -61,6 +61,8 @@ class BatchSender:
     patience: Patience = field(default_factory=Patience)
     # Of each pool the lease, and the monotonic time after which it is not trusted.
     _held: dict[str, tuple[PoolLease, float]] = field(default_factory=dict)
+    # Pools of which requests may have been settled since runs that wait for budgets were looked at.
+    _settled: set[str] = field(default_factory=set)
     _forgotten: float = float("-inf")
 
     @property
@@ -96,6 +98,10 @@ class BatchSender:
                     if lease is None:
                         self._held.pop(pool, None)
                     else:
+                        before = self._held.get(pool)
+                        if before is None or before[0].fencing_token != lease.fencing_token:
+                            # The last holder may have settled requests, and died.
+                            self._settled.add(pool)
                         self._held[pool] = lease, began + TRUSTED * self.lasts.total_seconds()
                 await self.clock.sleep(RENEW * self.lasts.total_seconds())
         finally:
@@ -120,8 +126,10 @@ class BatchSender:
         while count := await self.database.call(batches.fall_back_due, pool):
             emit("batch.fell_back", reason="deadline", requests=count)
             self.on_woken()
+            self._settled.add(pool)
         while await self.database.call(batches.end_orphans, pool):
             self._check(pool)
+            self._settled.add(pool)
         if self.clock.monotonic() - self._forgotten > FORGET_EVERY:
             self._forgotten = self.clock.monotonic()
             await self.database.call(batches.forget_batches, KEPT, limit=FORGOTTEN)
@@ -130,6 +138,8 @@ class BatchSender:
             self._check(pool)
             await self.database.call(batches.make_batch, self._lease_of(pool), listed)
         rows = await self.database.call_autocommit(batches.due, pool)
+        if rows:
+            self._settled.add(pool)
         turns, advance = asyncio.Semaphore(AT_ONCE), self.advance(pool)
 
         async def one(row: Row) -> None:
@@ -138,6 +148,10 @@ class BatchSender:
                 await advance.next(row)
 
         found = await asyncio.gather(*(one(row) for row in rows), return_exceptions=True)
+        if pool in self._settled:
+            if await self.database.call(budgets.wake_free):
+                self.on_woken()
+            self._settled.discard(pool)
         for error in found:
             if isinstance(error, BaseException):
                 raise error
