@@ -10,7 +10,10 @@ from tests.simulation.world import LEASE
 # The handler whose requests go into batches, what orgs may spend on them, and the calls of the APIs at which
 # something goes wrong.
 COMPLETES = "sim.completes"
-MODEL_BUDGETS = {("org_0", "llm_tokens"): 500, ("org_1", "money"): 800_000}
+# The first is reached, and raised; the second has room for all, but not for what requests reserve.
+MODEL_BUDGETS = {("org_0", "llm_tokens"): 500, ("org_2", "money"): 6_000_000}
+# Tokens that a request may use for its answer, which are reserved, by org.
+MOST_OUTPUT = (60, 60, 800)
 MODEL_CALLS = {
     "openai": (
         *("POST /v1/batches", "POST /v1/batches", "POST /v1/files"),
@@ -31,7 +34,8 @@ def asking_entries(chance: Random) -> tuple[Entry, ...]:
         within = chance.choice(("", "", "", "100s", "150s", "190s"))
         keys = f'{ALL}model_requests = "batch"\n'
         keys += f'batch_within = "{within}"\n' if within else ""
-        params, period = {"turns": chance.choice((1, 2, 2)), "via": via}, chance.choice((30, 40, 55))
+        params = {"turns": chance.choice((1, 2, 2)), "via": via, "most": MOST_OUTPUT[org]}
+        period = chance.choice((30, 40, 55))
         found.append(Entry(org, "completes", COMPLETES, period, keys=keys, params=params))
     return tuple(found)
 

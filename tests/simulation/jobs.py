@@ -10,7 +10,7 @@ import httpx
 from pydantic import BaseModel
 
 from tests.simulation.loop import process_now
-from tests.simulation.models import MODEL, MOST_OUTPUT
+from tests.simulation.models import MODEL
 from tests.simulation.service import FREE, LIMITED, Seen
 from worker import (
     ChildFailed,
@@ -241,9 +241,9 @@ async def completes(ctx: Context[Any, Any]) -> None:
         said = f"{ctx.org.code} {ctx.run.id} {turn}"
         request: dict[str, Any] = {"model": MODEL}
         if ctx.params["via"] == "openai":
-            request |= {"input": said, "max_output_tokens": MOST_OUTPUT}
+            request |= {"input": said, "max_output_tokens": ctx.params["most"]}
         else:
-            request |= {"messages": [{"role": "user", "content": said}], "max_tokens": MOST_OUTPUT}
+            request |= {"messages": [{"role": "user", "content": said}], "max_tokens": ctx.params["most"]}
         found = await ctx.complete(request, via=ctx.params["via"], key=turn)
         parts = found["output"][0]["content"] if "output" in found else found["content"]
         write(ctx, "completed", turn=turn, text=parts[0]["text"], id=found["id"])

@@ -42,8 +42,8 @@ ORIGINS = frozenset(BASE_URLS.values())
 MODEL = "simulated-model"
 # Nano-units of a token that goes in or comes out, by tariff.
 PRICES = {"standard": (2000, 8000), "batch": (1000, 4000)}
-# Tokens that a request may use for its answer, which are reserved, and those that an answer has.
-MOST_OUTPUT, OUTPUT = 60, 12
+# Tokens that an answer has at most.
+OUTPUT = 12
 # Seconds of a batch, from its submission until its results are there.
 TAKES = (3.0, 28.0)
 # Shares of the requests that fail, and that their batch does not get to.

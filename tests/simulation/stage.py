@@ -343,10 +343,9 @@ class Stage(Faults):
         await self.do(budgets.raise_budget, "org_1", "calls", by=amount, per="day", actor="people")
 
     async def _raise_tokens(self, action: Action) -> object:
-        """The budgets of what models use."""
-        for org, meter, amount in _of_models(action.size / 20):
-            await self.do(budgets.raise_budget, org, meter, by=amount, per="day", actor="people")
-        return None
+        """The budget of what models use that is reached."""
+        org, meter, amount = next(_of_models(action.size / 20))
+        return await self.do(budgets.raise_budget, org, meter, by=amount, per="day", actor="people")
 
     async def _answer(self, action: Action) -> object:
         for run, name, occurrence in await self.do(open_waits) or ():
