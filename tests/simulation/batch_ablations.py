@@ -11,6 +11,7 @@ from uuid import UUID
 from tests.simulation.ablations import ablation
 from worker.features.batches.advance import Advance
 from worker.features.batches.loop import BatchSender
+from worker.features.batches.openai import OpenAI
 from worker.store import batches, spending
 from worker.store.tables import batch_items
 
@@ -43,16 +44,16 @@ def batch_unsettled(stack: ExitStack, url: str) -> None:
 
 @ablation("a batch whose submission was not answered is found again by its file")
 def batch_found(stack: ExitStack, url: str) -> None:
-    async def of_file(self: Any, row: Any, api: Any) -> None:
+    async def made_of(self: Any, file_id: str) -> None:
         return None
 
-    stack.enter_context(patch.object(Advance, "_of_file", of_file))
+    stack.enter_context(patch.object(OpenAI, "made_of", made_of))
 
 
 @ablation("the file of a batch that is not found is deleted before the next try")
 def batch_file_deleted(stack: ExitStack, url: str) -> None:
     async def find(self: Any, row: Any, api: Any) -> None:
-        found = await self._of_file(row, api)
+        found = await api.made_of(row["file_id"])
         if found is not None:
             await self._sent(row, found)
         else:

@@ -115,6 +115,21 @@ async def test_openai_is_paid_once_whatever_answer_is_lost(
     assert not apis.files
 
 
+@pytest.mark.parametrize("ahead", [-7200, 7200])
+async def test_openai_is_paid_once_also_if_its_clock_is_another_one(
+    rig: Rig, apis: ModelApis, ahead: int
+) -> None:
+    apis.now = lambda: rig.clock.now().timestamp() + ahead
+    apis.lose_answers["POST /v1/batches"] = 1
+    sender, run = rig.sender(), rig.running()
+    await rig.ask(sender, run)
+    rig.park(run)
+
+    await rig.pass_time(sender, 50)
+
+    assert list(apis.paid.values()) == [1] and rig.live(run) == "waiting"
+
+
 async def test_a_create_of_openai_that_comes_late_is_refused(rig: Rig, apis: ModelApis) -> None:
     """A worker was frozen after it had decided to submit, and another one took over."""
     frozen, run = rig.sender(), rig.running()
@@ -145,7 +160,7 @@ async def test_without_the_fence_it_would_be_paid_twice(rig: Rig, apis: ModelApi
     await api.create("/v1/responses", "", file_id, ())
     await api.create("/v1/responses", "", file_id, ())
     rig.clock.advance(timedelta(hours=1))
-    await api.since(rig.clock.now())
+    await api.find_files("a.jsonl")
 
     assert apis.twice == 1
 

@@ -161,20 +161,14 @@ class Advance:
             await self._find_by_results(row, api)
 
     async def _find_by_file(self, row: Row, api: BatchApi) -> None:
-        if (found := await self._of_file(row, api)) is None:
+        if (found := await api.made_of(row["file_id"])) is None:
             # From here on a submission of that file that comes late is refused.
             await api.delete_file(row["file_id"])
-            found = await self._of_file(row, api)
+            found = await api.made_of(row["file_id"])
         if found is not None:
             await self._sent(row, found)
         else:
             await self._change(row, state="new", file_id=None, wait=0)
-
-    async def _of_file(self, row: Row, api: BatchApi) -> Remote | None:
-        for remote in await api.since(row["creating_at"] - self.patience.skew):
-            if remote.file_id == row["file_id"]:
-                return remote
-        return None
 
     async def _find_by_results(self, row: Row, api: BatchApi) -> None:
         """Without an idempotency key only its results say which batch it is."""

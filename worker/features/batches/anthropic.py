@@ -38,6 +38,9 @@ class Anthropic:
     async def get(self, id_: str) -> Remote:
         return _remote(await self.http.ask("GET", f"{PATH}/{id_}"))
 
+    async def made_of(self, file_id: str) -> Remote | None:
+        return None
+
     async def since(self, at: datetime) -> list[Remote]:
         found: list[Remote] = []
         async for item in self.http.pages(PATH, "after_id", {}):

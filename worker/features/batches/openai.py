@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal
@@ -45,14 +45,15 @@ class OpenAI:
     async def get(self, id_: str) -> Remote:
         return _remote(await self.http.ask("GET", f"/v1/batches/{id_}"))
 
+    async def made_of(self, file_id: str) -> Remote | None:
+        async with aclosing(self.http.pages("/v1/batches", "after", {})) as pages:
+            async for item in pages:
+                if item.get("input_file_id") == file_id:
+                    return _remote(item)
+        return None
+
     async def since(self, at: datetime) -> list[Remote]:
-        found: list[Remote] = []
-        async for item in self.http.pages("/v1/batches", "after", {}):
-            remote = _remote(item)
-            if remote.created_at < at:
-                break
-            found.append(remote)
-        return found
+        return []
 
     async def results(self, remote: Remote) -> AsyncGenerator[Result, None]:
         for file_id in remote.files:

@@ -92,8 +92,11 @@ class BatchApi(Protocol):
     async def get(self, id_: str) -> Remote:
         """A batch as it is now."""
 
+    async def made_of(self, file_id: str) -> Remote | None:
+        """The batch that was made of a file, whatever the provider's clock says."""
+
     async def since(self, at: datetime) -> list[Remote]:
-        """The batches that were made since then, newest first."""
+        """The batches without files that were made since then, newest first."""
 
     def results(self, remote: Remote) -> AsyncGenerator[Result, None]:
         """The results of a batch that has ended, in any order."""
