@@ -12,7 +12,7 @@ from tests.simulation.ablations import ablation
 from worker.features.batches.advance import Advance
 from worker.features.batches.loop import BatchSender
 from worker.features.batches.openai import OpenAI
-from worker.store import batches, spending
+from worker.store import batches, budgets, spending
 from worker.store.tables import batch_items
 
 # Of so many requests each has another id.
@@ -40,6 +40,11 @@ def batch_late_unfenced(stack: ExitStack, url: str) -> None:
 @ablation("a reservation is settled by what was paid")
 def batch_unsettled(stack: ExitStack, url: str) -> None:
     stack.enter_context(patch.object(spending, "settle", lambda *given: batches.NOTHING))
+
+
+@ablation("a run that waits for a budget goes on once a settlement gives it room")
+def batch_wakes(stack: ExitStack, url: str) -> None:
+    stack.enter_context(patch.object(budgets, "wake_free", lambda connection: 0))
 
 
 @ablation("a batch whose submission was not answered is found again by its file")
