@@ -26,10 +26,10 @@ from uuid import UUID
 import httpcore
 import httpx
 
-from tests.fakes.model_apis import Batch, Json, ModelApis
 from tests.simulation.database import EPOCH
 from tests.simulation.loop import SeededLoop, outside, process_now
 from tests.simulation.network import Net
+from worker.demo.model_apis import Batch, Json, ModelApis
 from worker.features.batches import wiring
 from worker.features.batches.advance import Patience
 from worker.features.batches.loop import BatchSender
