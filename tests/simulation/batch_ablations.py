@@ -44,7 +44,7 @@ def batch_unsettled(stack: ExitStack, url: str) -> None:
 
 @ablation("a run that waits for a budget goes on once a settlement gives it room")
 def batch_wakes(stack: ExitStack, url: str) -> None:
-    stack.enter_context(patch.object(budgets, "wake_free", lambda connection: 0))
+    stack.enter_context(patch.object(budgets, "wake_free", lambda *given: 0))
 
 
 @ablation("a batch whose submission was not answered is found again by its file")

@@ -337,10 +337,10 @@ def wake(connection: Connection, org_ids: Collection[OrgId] | None, now: datetim
     return _let_go(connection, (*mine, or_(_live.c.reason == "budget", _is_asked())), now)
 
 
-def wake_free(connection: Connection) -> int:
-    """Let runs go on that wait for budgets below their limits, as after a settlement; returns how many.
+def wake_free(connection: Connection, _: AllOrgs) -> int:
+    """Let runs go on that wait for budgets below their limits; returns how many.
 
-    In a transaction of its own: a settlement has locked other runs.
+    So they do after a settlement, which is another transaction: it has locked other runs.
     """
     if connection.execute(select(_budgets.c.id).limit(1)).first() is None:
         return 0

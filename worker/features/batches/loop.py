@@ -18,7 +18,7 @@ from worker.features.batches.accounts import Accounts, Ledger
 from worker.features.batches.advance import Advance, LeaseGone, Patience
 from worker.features.batches.desk import Desk
 from worker.features.batches.sealing import Sealer
-from worker.ids import WorkerId
+from worker.ids import ALL_ORGS, WorkerId
 from worker.model.batches import BatchLimits, ModelApi, PendingRequest, pooled
 from worker.model.runs.waits import NewWait, WaitState
 from worker.store import batches, budgets
@@ -149,7 +149,7 @@ class BatchSender:
 
         found = await asyncio.gather(*(one(row) for row in rows), return_exceptions=True)
         if pool in self._settled:
-            if await self.database.call(budgets.wake_free):
+            if await self.database.call(budgets.wake_free, ALL_ORGS):
                 self.on_woken()
             self._settled.discard(pool)
         for error in found:
