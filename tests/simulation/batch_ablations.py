@@ -12,7 +12,7 @@ from tests.simulation.ablations import ablation
 from worker.features.batches.advance import Advance
 from worker.features.batches.loop import BatchSender
 from worker.features.batches.openai import OpenAI
-from worker.store import batches, budgets, spending
+from worker.store import batch_requests, batches, budgets, spending
 from worker.store.tables import batch_items
 
 # Of so many requests each has another id.
@@ -27,19 +27,21 @@ def batch_row_reused(stack: ExitStack, url: str) -> None:
         connection.execute(batch_items.delete().where(batch_items.c.id == new.id))
         return real(connection, run, new, *rest)
 
-    real, numbers = batches._insert, count()
-    stack.enter_context(patch.object(batches, "_insert", insert))
-    stack.enter_context(patch.object(batches, "new_item_id", lambda: str(UUID(int=next(numbers) % REUSED))))
+    real, numbers = batch_requests._insert, count()
+    stack.enter_context(patch.object(batch_requests, "_insert", insert))
+    stack.enter_context(
+        patch.object(batch_requests, "new_item_id", lambda: str(UUID(int=next(numbers) % REUSED)))
+    )
 
 
 @ablation("a late result changes no run")
 def batch_late_unfenced(stack: ExitStack, url: str) -> None:
-    stack.enter_context(patch.object(batches, "_is_awaited", lambda row, live: True))
+    stack.enter_context(patch.object(batch_requests, "_is_awaited", lambda row, live: True))
 
 
 @ablation("a reservation is settled by what was paid")
 def batch_unsettled(stack: ExitStack, url: str) -> None:
-    stack.enter_context(patch.object(spending, "settle", lambda *given: batches.NOTHING))
+    stack.enter_context(patch.object(spending, "settle", lambda *given: batch_requests.NOTHING))
 
 
 @ablation("a run that waits for a budget goes on once a settlement gives it room")

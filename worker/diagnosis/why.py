@@ -25,7 +25,7 @@ from worker.model.runs.outcome import Error, fingerprint
 from worker.model.runs.why import SinceThen, Why, blocked, last_error, limited, solved, why_run
 from worker.operations import approvals
 from worker.store import (
-    batches,
+    batch_requests,
     catalogue,
     children,
     definitions,
@@ -175,7 +175,7 @@ def _waits_for_children(connection: Connection, org_id: OrgId, run: Row, found: 
 
 def _waits_for_batch(connection: Connection, run_id: RunId, found: Why) -> Why:
     """The same, with how long its request has been on its way, and how long that usually takes."""
-    standing = batches.standing(connection, run_id)
+    standing = batch_requests.standing(connection, run_id)
     if standing is None:
         return found
     addition = (

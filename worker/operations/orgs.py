@@ -25,7 +25,7 @@ from worker.store import (
     access_tokens,
     audit,
     backfills,
-    batches,
+    batch_requests,
     credentials,
     definitions,
     edit_runs,
@@ -179,7 +179,7 @@ def _stop(connection: Connection, org_id: OrgId, state: OrgState, rows: list[Row
         stopped["states_cleared"] = states.clear(connection, org_id)
         backfills.cancel(connection, org_id, at=at)
         limits.forget_org(connection, org_id)
-        batches.forget_org(connection, org_id)
+        batch_requests.forget_org(connection, org_id)
         if revoked := product_logins.forget_org(connection, org_id):
             stopped["product_logins_revoked"] = revoked
         for row in rows:

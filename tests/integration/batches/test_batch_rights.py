@@ -23,7 +23,7 @@ from worker.model.egress import Gate
 from worker.model.runs.clauses import clauses
 from worker.model.runs.outcome import Trail
 from worker.model.runs.waits import NewWait
-from worker.store import batches
+from worker.store import batch_requests, batches
 from worker.store.lists import BATCHES, FIRST_PAGE
 from worker.store.lists import runs as run_lists
 from worker.store.lists.read import page_of
@@ -120,7 +120,7 @@ async def test_a_removed_orgs_requests_and_results_are_deleted(rig: Rig) -> None
     sender, run, other = rig.sender(), rig.running(), rig.running()
     for one in (run, other):
         await rig.ask(sender, one)
-    rig.stock.within(batches.forget_org, run.org_id)
+    rig.stock.within(batch_requests.forget_org, run.org_id)
 
     rows = {row["run_id"]: row for row in rig.items()}
     assert (rows[run.id]["state"], rows[run.id]["body"]) == ("over", None)

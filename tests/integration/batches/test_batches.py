@@ -17,8 +17,8 @@ from worker.handlers.steps import StepError
 from worker.model.batches import ModelApi
 from worker.model.bindings import Binding, OrgSecret
 from worker.model.prices import ModelUsage, Prices
-from worker.store import batches, tables
-from worker.store.batches import StoredResult
+from worker.store import batch_requests, batches, tables
+from worker.store.batch_requests import StoredResult
 
 pytestmark = pytest.mark.anyio
 BOTH = pytest.mark.parametrize("api", [OPENAI, ANTHROPIC], ids=["openai", "anthropic"])
@@ -264,11 +264,14 @@ async def test_a_result_of_another_batch_reaches_no_run(rig: Rig) -> None:
 
     other = "018f0000-0000-7000-8000-000000000000"
     result = [StoredResult(item["id"], b"x")]
-    counted = rig.stock.within(batches.store_results, other, "batch_x", result, Prices())
+    counted = rig.stock.within(batch_requests.store_results, other, "batch_x", result, Prices())
 
     assert counted.stored == 0 and rig.live(run) == "parked"
     # The control: of its own batch it counts.
-    assert rig.stock.within(batches.store_results, item["batch_id"], "batch_x", result, Prices()).stored == 1
+    assert (
+        rig.stock.within(batch_requests.store_results, item["batch_id"], "batch_x", result, Prices()).stored
+        == 1
+    )
 
 
 async def test_a_result_that_was_copied_to_another_org_does_not_open(rig: Rig) -> None:
@@ -513,7 +516,7 @@ async def test_results_that_are_read_again_count_once(rig: Rig) -> None:
     used = ModelUsage("openai", "gpt-5-mini", (("input", 100), ("output", 20)))
     result = [StoredResult(item["id"], b"x", used)]
     for _ in range(3):
-        rig.stock.within(batches.store_results, item["batch_id"], "batch_1", result, Prices())
+        rig.stock.within(batch_requests.store_results, item["batch_id"], "batch_1", result, Prices())
 
     [item] = rig.items()
     assert (item["late"], item["tokens"], rig.spent(run)) == (0, 120, 120)

@@ -40,6 +40,7 @@ LOOPS = frozenset(
         *(
             "access_tokens",
             "alerts",
+            "batch_requests",
             "batches",
             "deadlines",
             "failing",

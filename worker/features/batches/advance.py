@@ -19,8 +19,9 @@ from worker.features.batches.remote import (
 )
 from worker.features.batches.sealing import Sealer
 from worker.model.batches import Fallback, ModelApi, Result, usage_of
-from worker.store import batches
-from worker.store.batches import CHANGED, Counted, PoolLease, StoredResult
+from worker.store import batch_requests, batches
+from worker.store.batch_requests import CHANGED, Counted, StoredResult
+from worker.store.batches import PoolLease
 from worker.store.database import Database
 from worker.store.dialect import Row, database_now
 from worker.telemetry.events import emit
@@ -241,7 +242,7 @@ class Advance:
     async def _send_alone(self, ids: Sequence[str], reason: Fallback) -> None:
         for begin in range(0, len(ids), CHANGED):
             self.check()
-            count = await self.database.call(batches.fall_back, ids[begin : begin + CHANGED], reason)
+            count = await self.database.call(batch_requests.fall_back, ids[begin : begin + CHANGED], reason)
             emit("batch.fell_back", reason=reason, requests=count)
         if ids:
             self.on_woken()
@@ -289,7 +290,9 @@ class Advance:
             self.check()
             results = await self._sealed(row, part)
             prices = await self.ledger.prices()
-            counted = await self.database.call(batches.store_results, row["id"], remote.id, results, prices)
+            counted = await self.database.call(
+                batch_requests.store_results, row["id"], remote.id, results, prices
+            )
             self.ledger.report(counted.spends)
             total = Counted(total.stored + counted.stored, total.late + counted.late)
             for reason, count in counted.failed.items():
@@ -300,7 +303,7 @@ class Advance:
 
     async def _sealed(self, row: Row, part: Sequence[Result]) -> list[StoredResult]:
         ids = [result.id for result in part]
-        places = await self.database.call_autocommit(batches.places_of, row["id"], ids)
+        places = await self.database.call_autocommit(batch_requests.places_of, row["id"], ids)
         # What is not of this batch reaches no run, whatever the provider says.
         mine = [result for result in part if result.id in places]
         answers = [(result.answer(), places[result.id][0]) for result in mine]

@@ -33,8 +33,8 @@ from worker.model.batches import (
 )
 from worker.model.runs.run import AdmittedRun
 from worker.model.runs.waits import NewWait, WaitState
-from worker.store import batches
-from worker.store.batches import NewItem, Opened
+from worker.store import batch_requests
+from worker.store.batch_requests import NewItem, Opened
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.telemetry.events import emit
@@ -59,8 +59,8 @@ class KnownRequest:
 def look(connection: Connection, run: AdmittedRun, request: NewRequest) -> KnownRequest:
     """Find the request of a step."""
     key = request.step, request.key or "", request.occurrence
-    item = batches.find_item(connection, run.id, *key)
-    return KnownRequest(item, batches.turns_of(connection, run.id) if item is None else 0)
+    item = batch_requests.find_item(connection, run.id, *key)
+    return KnownRequest(item, batch_requests.turns_of(connection, run.id) if item is None else 0)
 
 
 @dataclass(eq=False)
@@ -89,7 +89,7 @@ class Desk:
         new = self._again(request) if looked.item is not None else await self._new(inflight, request, looked)
         stored = replace(wait, request=None)
         prices = await self.ledger.prices()
-        opened = await self.database.call(batches.open_item, run, stored, new, prices)
+        opened = await self.database.call(batch_requests.open_item, run, stored, new, prices)
         if opened is None:
             return None
         self.ledger.report(opened.spends)
@@ -101,7 +101,7 @@ class Desk:
         """What finds a stored request: nothing else of it counts."""
         pool = Pool(request.api, None, request.path, "", "")
         key = request.step, request.key or "", request.occurrence
-        return NewItem(batches.new_item_id(), *key, pool, 0, None, None, None, fallback="refused")
+        return NewItem(batch_requests.new_item_id(), *key, pool, 0, None, None, None, fallback="refused")
 
     async def _new(self, inflight: InflightRun, request: NewRequest, looked: KnownRequest) -> NewItem:
         run, plan = inflight.run, inflight.plan
@@ -128,7 +128,7 @@ class Desk:
         found = forecast(self.clock.now(), until, looked.turns, known)
         if fallback is None and found.late:
             fallback = "late"
-        id_ = batches.new_item_id()
+        id_ = batch_requests.new_item_id()
         sealed = None
         if fallback is None:
             sealed = self.sealer.seal("request", request.body_json, item=id_, org=run.org_id, run=run.id)
@@ -159,7 +159,7 @@ class Desk:
         kept = self._known.get(key)
         if kept is not None and now - kept[0] < FRESH:
             return kept[1]
-        found = await self.database.call_autocommit(batches.experience, *key)
+        found = await self.database.call_autocommit(batch_requests.experience, *key)
         pooling: timedelta = self.limits[pool.api].every
         seconds = [took + pooling.total_seconds() for took in found.seconds]
         known = Experience(found.turns, seconds)

@@ -21,7 +21,7 @@ from worker.features.batches.sealing import Sealer
 from worker.ids import ALL_ORGS, WorkerId
 from worker.model.batches import BatchLimits, ModelApi, PendingRequest, pooled
 from worker.model.runs.waits import NewWait, WaitState
-from worker.store import batches, budgets
+from worker.store import batch_requests, batches, budgets
 from worker.store.batches import PoolLease
 from worker.store.database import Database
 from worker.store.dialect import Row, database_now
@@ -123,11 +123,11 @@ class BatchSender:
     async def look(self, pool: str) -> None:
         """Pool what waits, and do what is next for each batch. Raises LeaseGone, Unavailable."""
         self._check(pool)
-        while count := await self.database.call(batches.fall_back_due, pool):
+        while count := await self.database.call(batch_requests.fall_back_due, pool):
             emit("batch.fell_back", reason="deadline", requests=count)
             self.on_woken()
             self._settled.add(pool)
-        while await self.database.call(batches.end_orphans, pool):
+        while await self.database.call(batch_requests.end_orphans, pool):
             self._check(pool)
             self._settled.add(pool)
         if self.clock.monotonic() - self._forgotten > FORGET_EVERY:

@@ -14,7 +14,7 @@ from worker.features.batches.desk import checked_body
 from worker.features.batches.remote import BatchApi, Failure, Line, Remote
 from worker.model.batches import TITLES, ModelApi, NewRequest
 from worker.model.runs.waits import NewWait, WaitState
-from worker.store.batches import new_item_id
+from worker.store.batch_requests import new_item_id
 
 OVER = WaitState("batch", "over")
 
