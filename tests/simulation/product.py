@@ -62,6 +62,8 @@ class Product:
             self._process = SimulatedProcess(world.loop, PRODUCT)
             url = world.settings.database.url
             self._database = Database.open(url, clock=world.clock, own_reads=True, idle=IDLE)
+            # The first connection holds a real lock while it asks the server: it must not park.
+            self._process.context.run(_connect, self._database)
         made = Transaction(action.where)
         self.transactions.append(made)
         self._process.context.run(
@@ -103,6 +105,11 @@ class Product:
             # Whether it was committed is in the database only.
             made.state = "rolled back" if made.state == "open" else "unknown"
         made.ended_at = self._world.loop.time()
+
+
+def _connect(database: Database) -> None:
+    with database.transaction():
+        pass
 
 
 class Starts:
