@@ -35,7 +35,7 @@ from worker.features.batches.advance import Patience
 from worker.features.batches.loop import BatchSender
 from worker.model.batches import BASE_URLS, Provider
 from worker.outbound import open_client
-from worker.store import batches
+from worker.store import batch_requests
 
 PROVIDERS: tuple[Provider, ...] = ("openai", "anthropic")
 ORIGINS = frozenset(BASE_URLS.values())
@@ -182,7 +182,7 @@ def simulated(loop: SeededLoop, net: Net, models: Models, seed: int) -> Iterator
     with ExitStack() as stack:
         stack.enter_context(patch.object(wiring, "open_client", client))
         stack.enter_context(patch.object(wiring, "BatchSender", sender))
-        stack.enter_context(patch.object(batches, "uuid4", id_of_row))
+        stack.enter_context(patch.object(batch_requests, "uuid4", id_of_row))
         stack.enter_context(patch.dict(os.environ, variables))
         yield
 
