@@ -4,9 +4,9 @@
         [--provider openai|anthropic] [--minute SECONDS] [--within TEXT] [--alone]
         [--kills N] [--run-kills N] [--outages N] [--lost N]
 
-Each org has one run of an agent that calls a tool at each turn but the last. The API is the fake of the
-tests, whose batches take 1 to 40 minutes, scaled: `--minute` is one of them in seconds. Meanwhile `--kills`
-workers and `--run-kills` processes of runs are killed, PostgreSQL ends `--outages` times at once, and of the
+Each org has one run of an agent that calls a tool at each turn but the last. The API is the demo's, whose
+batches take 1 to 40 minutes here, scaled: `--minute` is one of them in seconds. Meanwhile `--kills` workers
+and `--run-kills` processes of runs are killed, PostgreSQL ends `--outages` times at once, and of the
 requests that make a file or a batch `--lost` arrive without an answer or do not arrive. With `--alone` the
 agents run a second time, without batches; the difference in processor time is what a parked turn costs, of
 workers and all their processes, which are not killed then.
