@@ -115,6 +115,26 @@ async def test_a_run_that_ends_for_want_of_a_broker_is_not_counted(
     assert isinstance(await outcome(), TimedOut)
 
 
+async def test_an_attempt_that_ended_while_no_broker_was_up_is_not_in_the_next_one(
+    pool: ChildPool, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Limits are asked for in the name of the org's first attempt: a later one would wait for it for good."""
+    mended(monkeypatch)
+    broker = pool.broker
+    assert isinstance(broker, BrokerHandle)
+    await until(lambda: broker._restarts.is_up)
+    attempt = broker.serve(given(service), AnsweringWorker())
+    with attempt.connect():
+        assert broker._process is not None
+        broker._process.kill()
+        await until(lambda: broker._process is None)
+        await attempt.end()
+    await until(lambda: broker._restarts.is_up)
+
+    async with asyncio.timeout(10):
+        assert isinstance(await pool.run(given(service), AnsweringWorker(), StopSignal()), Succeeded)
+
+
 async def test_a_door_is_given_once_there_is_a_descriptor_for_it(
     pool: ChildPool, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:

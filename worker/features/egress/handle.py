@@ -199,7 +199,9 @@ class BrokerHandle:
         self.start()
         self.attach()
         for attempt in self._attempts.values():
-            self._introduce(attempt)
+            # One that has ended only waits for its record, and would stay in the broker for good.
+            if not attempt.ended:
+                self._introduce(attempt)
 
     def _died(self, process: HelperProcess | None) -> float:
         """Report a broker that has died, or was not started; returns the seconds until the next one."""
@@ -273,7 +275,7 @@ class _Attempt:
         self._work = work
         self._held = HeldToken(work.token, work.claims, clock)
         self._clock = clock
-        self._known = self._stopped = self._ended = False
+        self._known = self._stopped = self.ended = False
         self._rows: asyncio.Future[list[dict[str, Any]]] | None = None
 
     @property
@@ -290,7 +292,7 @@ class _Attempt:
         asyncio.get_running_loop().add_reader(door, self._first)
 
     def connect(self) -> socket.socket:
-        if self._ended or self._stopped:
+        if self.ended or self._stopped:
             raise OSError("the attempt has ended")
         self._make_known()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -304,9 +306,9 @@ class _Attempt:
             self._broker.send({"op": "stop", "number": self.number})
 
     async def end(self) -> None:
-        if self._ended:
+        if self.ended:
             return
-        self._ended = True
+        self.ended = True
         if self._known:
             self._rows = asyncio.get_running_loop().create_future()
             self._broker.send({"op": "end", "number": self.number})
@@ -316,8 +318,8 @@ class _Attempt:
         self._forget()
 
     def drop(self) -> None:
-        if not self._ended:
-            self._ended = True
+        if not self.ended:
+            self.ended = True
             if self._known:
                 self._broker.send({"op": "end", "number": self.number})
             self._forget()
@@ -359,7 +361,7 @@ class _Attempt:
 
     async def answer(self, name: str, fields: Message) -> dict[str, Any]:
         """The answer to a call of the broker in the name of this attempt, or its `error`."""
-        if self._ended:
+        if self.ended:
             return ENDED
         call: Call[Any] = read(name, fields)
         if not isinstance(call, BROKER_CALLS):
@@ -414,7 +416,7 @@ class _Attempt:
         """The run has passed its first stream, or all of its processes are gone."""
         if self.door is not None:
             asyncio.get_running_loop().remove_reader(self.door)
-            if not self._ended and _has_data(self.door):
+            if not self.ended and _has_data(self.door):
                 self._make_known()
 
     def _make_known(self) -> None:
