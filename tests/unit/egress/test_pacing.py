@@ -359,6 +359,17 @@ async def test_a_pause_reaches_requests_that_wait_for_a_limit(bench, clock):
     assert task.done()
 
 
+async def test_a_pause_ends_the_leave_of_requests_that_are_still_connecting(bench, clock):
+    setup = bench()
+    connecting, other = await setup.acquire("acme"), await setup.acquire("other")
+    assert connecting.may_send()
+
+    setup.pacer.pause("acme", ORIGIN, 3)
+
+    assert not connecting.may_send()
+    assert other.may_send()
+
+
 async def test_a_pause_that_is_learned_twice_is_one(bench, clock):
     setup = bench()
     for seconds in (10, 10.05, 10.09, 5):

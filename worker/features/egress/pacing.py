@@ -25,8 +25,6 @@ AskForShare = Callable[[Ask], Awaitable[Share]]
 TOLERANCE = 0.1
 # Pauses that are kept, before those are dropped that are over.
 MAX_PAUSES = 10_000
-# Pauses that are remembered before those are dropped that are over.
-MAX_PAUSES = 1000
 # Origins that are counted by name.
 MAX_ORIGINS = 100
 OTHERS = "other"
@@ -50,14 +48,15 @@ class OriginCounts(NamedTuple):
 
 
 class Slot:
-    """A request may be sent before `until`, on CLOCK_MONOTONIC. `waited` is in seconds.
+    """Leave to send a request while `may_send()`. `waited` is in seconds.
 
     `release` it when its response has ended, or when it was not sent.
     """
 
-    def __init__(self, waited: float, until: float, release: Callable[[], None]) -> None:
+    def __init__(self, waited: float, may_send: Callable[[], bool], release: Callable[[], None]) -> None:
         self.waited = waited
-        self.until = until
+        # False once what it leased has ended, on CLOCK_MONOTONIC, or its service has asked for a pause.
+        self.may_send = may_send
         self._release: Callable[[], None] | None = release
 
     def release(self) -> None:
@@ -133,7 +132,11 @@ class Pacer:
         for lane in lanes:
             # It looks at what it has every `SPACING` seconds.
             self._serve(lane, wake=False)
-        return Slot(now - started if has_waited else 0.0, until, lambda: self._release(lanes))
+
+        def may_send() -> bool:
+            return self._pauses.get(place, 0.0) <= self._clock.monotonic() < until
+
+        return Slot(now - started if has_waited else 0.0, may_send, lambda: self._release(lanes))
 
     def pause(self, org: str, origin: str, seconds: float) -> None:
         """Let the requests of an org to an origin wait; those that wait for a limit wait again."""
@@ -144,9 +147,6 @@ class Pacer:
         # The same one is also learned from others, by their clocks.
         if until <= self._pauses.get((org, origin), 0.0) + TOLERANCE:
             return
-        if len(self._pauses) >= MAX_PAUSES:
-            now = self._clock.monotonic()
-            self._pauses = {place: end for place, end in self._pauses.items() if end > now}
         self._pauses[org, origin] = until
         counts = self._counted(origin)
         self._counts[counts.origin] = counts._replace(pauses=counts.pauses + 1)

@@ -341,8 +341,8 @@ class _Exchange:
     ) -> tuple[PooledConnection, Slot]:
         """An open connection, and leave to send now.
 
-        Leave ends within a second. If connecting took longer, other leave is needed: a service would get the
-        requests of many such connections at once.
+        Leave ends within a second, and with a pause that the service asks for. If it ends while connecting,
+        other leave is needed: a service would get the requests of many such connections at once.
         """
         connection: PooledConnection | None = None
         for _ in range(TRIES):
@@ -357,7 +357,7 @@ class _Exchange:
                 if connection is not None:
                     await connection.aclose()
                 raise
-            if time.monotonic() < slot.until:
+            if slot.may_send():
                 return connection, slot
             slot.release()
         if connection is not None:
