@@ -161,6 +161,7 @@ def cancel(
         run = require_run(connection, run_id, org)
         org_id, wanted = OrgId(run["org_id"]), RunId(run["id"])
         now = database.now(connection)
+        families.lock_tree(connection, org_id, wanted)
         attempt = waits.lock_attempt(connection, org_id, wanted)
         found = run_lists.row(connection, org_id, wanted)["state"]
         if attempt is None:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Connection, Text, bindparam, cast, func, insert, select, tuple_, update
@@ -147,6 +148,11 @@ def _insert(
     places: dict[_Identity, PlacedChild] = {}
     rows: list[ChildRow] = []
     windows = dict(parent["windows"] or {})
+    # Of those below zero, whose children are not in order as long as one is held: see `families.release`.
+    mixed = {
+        name for name, window in windows.items()
+        if window < 0 and families.first_held(connection, run.id, name) is not None
+    }  # fmt: skip
     for place, (identity, child) in enumerate(fresh.items(), first):
         row = ChildRow(
             id=RunId(new_id()),
@@ -161,7 +167,8 @@ def _insert(
             map=child.map or None,
         )
         if row.held:
-            windows[str(child.map)] = child.window
+            name = str(child.map)
+            windows[name] = -child.window if name in mixed else child.window
         rows.append(row)
         places[identity] = PlacedChild(place, row.id)
     statements(connection).put_children(connection, run.id, rows)
@@ -350,9 +357,9 @@ def take_up(connection: Connection, org_id: OrgId, of: RunId, to: RunId) -> int:
     ]
     if moved:
         unfinished = (_live.c.id == bindparam("run"), _live.c.org_id == org_id)
-        connection.execute(
-            update(_live).where(*unfinished).values(parent_id=to, place=bindparam("at")), moved
-        )
+        changed = update(_live).where(*unfinished).values(parent_id=to, place=bindparam("at"))
+        # In the order in which a batch of ends locks them.
+        connection.execute(changed, sorted(moved, key=itemgetter("run")))
     return count
 
 
@@ -367,15 +374,17 @@ def restart(
 ) -> int:
     """Start those children of an unfinished run again that did not succeed; returns how many.
 
-    Each gets a new run in its place, with its params and its idempotency key. `isolation_of` takes a handler
-    and a pool.
+    Each gets a new run in its place, with its params and its idempotency key; those of a `ctx.map_runs` wait
+    for its window. `isolation_of` takes a handler and a pool.
     """
     live = first_row(connection, select(_live).where(_live.c.id == parent_id, _live.c.org_id == org_id))
     if live is None:
         return 0
     columns = ("id", "handler", "idempotency_key", "params", "scheduled_for")
+    mine = (_parents.c.run_id == parent_id, _parents.c.org_id == org_id)
+    windows = connection.execute(select(_parents.c.windows).where(*mine).with_for_update()).scalar_one() or {}
     query = (
-        select(_children.c.place, *(_runs.c[name] for name in columns))
+        select(_children.c.place, _children.c.map, *(_runs.c[name] for name in columns))
         .join(_runs, _runs.c.id == _children.c.run_id)
         .where(_children.c.parent_id == parent_id, _children.c.org_id == org_id)
         .where(_runs.c.state.in_(RESTARTED))
@@ -385,11 +394,15 @@ def restart(
     shared = {name: live[name] for name in ("org_id", "definition_id", "revision", "pool")}
     shared |= {"origin": "child"}
     runs, waiting, places = [], [], []
+    again: set[str] = set()
     for row in failed:
         own = {"id": new_id(), **{name: row[name] for name in columns if name != "id"}}
         runs.append(shared | own | {"created_at": at, "created_by": by, "retry_of": row["id"]})
         limits = {name: live[name] for name in ("max_concurrent", "priority")}
         own |= {"state": "waiting", "reason": "due", "available_at": at}
+        if str(row["map"]) in windows:
+            again.add(str(row["map"]))
+            own |= {"state": "parked", "reason": "window", "available_at": tables.NEVER}
         own["isolation"] = isolation_of(row["handler"], live["pool"])
         waiting.append(
             shared | own | limits | {"serial": False, "parent_id": parent_id, "place": row["place"]}
@@ -401,4 +414,8 @@ def restart(
         of = (_children.c.parent_id == parent_id, _children.c.place == bindparam("at"))
         connection.execute(update(_children).where(*of).values(run_id=bindparam("new"), seen=None), places)
         hint(connection)
+    if again:
+        mixed = windows | {name: -abs(windows[name]) for name in again}
+        connection.execute(update(_parents).where(*mine).values(windows=mixed))
+        families.release(connection, parent_id)
     return len(failed)

@@ -11,7 +11,19 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import ARRAY, BindParameter, Connection, bindparam, func, literal, select, text, update
+from sqlalchemy import (
+    ARRAY,
+    BindParameter,
+    ColumnElement,
+    Connection,
+    Select,
+    bindparam,
+    func,
+    literal,
+    select,
+    text,
+    update,
+)
 
 from worker.ids import OrgId, RunId, Scope
 from worker.model.runs.children import BY_PARENT, PACE
@@ -200,35 +212,51 @@ def release_all(connection: Connection, parents: Collection[RunId]) -> int:
 
 
 def release(connection: Connection, parent_id: RunId) -> int:
-    """Start the next children of each `ctx.map_runs` of a run, up to its window; returns how many."""
+    """Start the next children of each `ctx.map_runs` of a run, up to its window; returns how many.
+
+    A window is negative once its children are no longer held in the order of their places: after the last of
+    them was released, and after some were started again.
+    """
     query = select(_parents.c.windows).where(_parents.c.run_id == parent_id).with_for_update()
     windows: Mapping[str, int] = connection.execute(query).scalar_one_or_none() or {}
     now, released, left = database_now(connection), 0, dict(windows)
-    mine = (_live.c.parent_id == parent_id, _children.c.parent_id == parent_id)
-    for name, window in windows.items():
-        of_map = select(_live.c.id).join(_children, _children.c.place == _live.c.place)
-        of_map = of_map.where(*mine, _children.c.map == int(name))
-        held = (_live.c.state == "parked", _live.c.reason == "window")
-        first = connection.execute(
-            of_map.where(*held).with_only_columns(_live.c.place).order_by(_live.c.place).limit(1)
-        ).scalar_one_or_none()
+    for name, signed in windows.items():
+        window, of_map = abs(signed), _of_map(parent_id, name)
+        first = first_held(connection, parent_id, name)
         if first is None:
-            del left[name]
+            left[name] = -window
             continue
-        # All before the first that is held are released: few, however many are held.
-        some = of_map.where(_live.c.place < first).limit(window).subquery()
-        open_ = connection.execute(select(func.count()).select_from(some)).scalar_one()
-        if open_ >= window:
+        # In order, all before the first that is held are released: few, however many are held.
+        open_ = of_map.where(_live.c.place < first) if signed > 0 else of_map.where(~_HELD)
+        some = select(func.count()).select_from(open_.limit(window).subquery())
+        room = window - connection.execute(some).scalar_one()
+        if room <= 0:
             continue
-        ids = of_map.where(*held).order_by(_live.c.place).limit(window - open_)
+        ids = of_map.where(_HELD).order_by(_live.c.place).limit(room)
         next_ = connection.execute(ids).scalars().all()
         values = {"state": "waiting", "reason": "due", "available_at": now}
-        rows = update(_live).where(among(connection, _live.c.id, sorted(next_)), *held).values(**values)
+        rows = update(_live).where(among(connection, _live.c.id, sorted(next_)), _HELD).values(**values)
         released += connection.execute(rows).rowcount
     if left != windows:
-        changed = update(_parents).where(_parents.c.run_id == parent_id).values(windows=left or None)
-        connection.execute(changed)
+        connection.execute(update(_parents).where(_parents.c.run_id == parent_id).values(windows=left))
     return released
+
+
+_HELD = (_live.c.state == "parked") & (_live.c.reason == "window")
+
+
+def _of_map(parent_id: RunId, name: str) -> Select[Any]:
+    """The unfinished children of one `ctx.map_runs`, of which it has started the `name`th."""
+    joined = select(_live.c.id).join(_children, _children.c.place == _live.c.place)
+    return joined.where(
+        _live.c.parent_id == parent_id, _children.c.parent_id == parent_id, _children.c.map == int(name)
+    )
+
+
+def first_held(connection: Connection, parent_id: RunId, name: str) -> int | None:
+    """The place of the first child of a `ctx.map_runs` that waits for its window."""
+    places = _of_map(parent_id, name).where(_HELD).with_only_columns(_live.c.place)
+    return connection.execute(places.order_by(_live.c.place).limit(1)).scalar_one_or_none()
 
 
 # What ends with a parent.
@@ -243,26 +271,45 @@ def unfinished_below(connection: Connection, org_id: OrgId, run_id: RunId) -> li
     return sorted(connection.execute(below.where(_live.c.org_id == org_id)).scalars().all())
 
 
-def cancel_below(
-    connection: Connection, org_id: OrgId, run_id: RunId, *, at: datetime, running: bool = True
-) -> int:
-    """Cancel the runs below a run: with `running` those too that run, with their grace. Returns how many.
+def lock_tree(connection: Connection, org_id: OrgId, run_id: RunId) -> None:
+    """Lock a run, and those below it that run, in the order of ids, as a batch of ends locks them.
+
+    To call before a run is locked by itself: a retry is newer than the children that it took up.
+    """
+    below = unfinished_below(connection, org_id, run_id)
+    if below:
+        _lock_running(connection, [*below, run_id])
+
+
+_NOT_ASKED = _live.c.cancel_requested_at.is_(None)
+
+
+def _lock_running(connection: Connection, ids: Collection[RunId], *where: ColumnElement[bool]) -> None:
+    if ids:
+        running = (among(connection, _live.c.id, sorted(ids)), _live.c.state == "running", *where)
+        connection.execute(select(_live.c.id).where(*running).order_by(_live.c.id).with_for_update()).all()
+
+
+def cancel_below(connection: Connection, org_id: OrgId, run_id: RunId, *, at: datetime) -> int:
+    """Cancel the runs below a run, those that run too, with their grace. Returns how many.
 
     No more than `CANCELLED` of those that wait end here; `look` ends the others.
     """
-    ids = unfinished_below(connection, org_id, run_id)
+    return _cancel(connection, org_id, unfinished_below(connection, org_id, run_id), at, running=True)
+
+
+def _cancel(
+    connection: Connection, org_id: OrgId, ids: Sequence[RunId], at: datetime, *, running: bool
+) -> int:
     if not ids:
         return 0
     changed = 0
     if running:
+        _lock_running(connection, ids, _NOT_ASKED)
         asked = (_live.c.org_id == org_id, among(connection, _live.c.id, ids), _live.c.state == "running")
-        rows = select(_live.c.id).where(*asked, _live.c.cancel_requested_at.is_(None))
-        locked = connection.execute(rows.order_by(_live.c.id).with_for_update()).scalars().all()
-        if locked:
-            stop = update(_live).where(among(connection, _live.c.id, sorted(locked)))
-            changed += connection.execute(
-                stop.values(cancel_requested_at=at, cancel_reason=BY_PARENT)
-            ).rowcount
+        stop = update(_live).where(*asked, _NOT_ASKED)
+        values = {"cancel_requested_at": at, "cancel_reason": BY_PARENT}
+        changed += connection.execute(stop.values(**values)).rowcount
     return changed + len(end_waiting(connection, org_id, ids))
 
 
@@ -284,8 +331,15 @@ def orphan(connection: Connection, parents: Collection[RunId]) -> int:
     query = query.where(among(connection, _runs.c.id, sorted(parents)), _runs.c.state.is_not(None))
     ended = query.where((_runs.c.state == "cancelled") | (_runs.c.state != "succeeded") & ~_parents.c.keep)
     now, changed = database_now(connection), 0
-    for id_, org_id, state in connection.execute(ended.order_by(_runs.c.id)).all():
-        changed += cancel_below(connection, org_id, id_, at=now, running=state == "cancelled")
+    below = [
+        (org_id, unfinished_below(connection, org_id, id_), state == "cancelled")
+        for id_, org_id, state in connection.execute(ended.order_by(_runs.c.id))
+    ]
+    # Those of all of them first: a batch of ends locks runs of several trees in the order of ids.
+    stopped = {id_ for _, ids, running in below if running for id_ in ids}
+    _lock_running(connection, stopped, _NOT_ASKED)
+    for org_id, ids, running in below:
+        changed += _cancel(connection, org_id, ids, now, running=running)
     return changed
 
 

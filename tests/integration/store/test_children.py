@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from fractions import Fraction
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from tests.fakes.clock import ManualClock
-from tests.fakes.stock import HANDLER, Stock
+from tests.fakes.stock import HANDLER, Stock, await_lock
 from tests.integration.store.test_spending import add_budget, step_of
 from worker.handlers.steps import StepError
 from worker.ids import ALL_ORGS, RunId, WorkerId
@@ -23,7 +25,9 @@ from worker.model.runs.children import MAX_CHILDREN, MAX_TREE, ChildrenWait, Fam
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import AdmittedRun
 from worker.model.runs.waits import NewWait, WaitState
+from worker.operations.runs import cancel
 from worker.store import budgets, children, families, spending, sweeps, tables, workers
+from worker.store.database import Database
 
 CAP = FamilyCap(HANDLER, frozenset({"read:kb"}), frozenset(), (), frozenset())
 
@@ -311,7 +315,7 @@ def test_a_window_is_filled_as_its_children_end(stock: Stock, worker: WorkerId) 
     assert states(stock, ids)[3:] == ["waiting", "waiting"]
     finish(stock, worker, stock.admit(worker))
     assert stock.unended(run.id)["state"] == "waiting"
-    assert stock.all(tables.parents)[0]["windows"] is None
+    assert stock.all(tables.parents)[0]["windows"] == {"1": -2}
 
 
 def test_cancelling_a_parent_cancels_its_whole_tree(stock: Stock, worker: WorkerId) -> None:
@@ -559,6 +563,30 @@ def test_a_child_that_a_retry_has_taken_up_outlives_its_first_parent(
     assert stock.stored(id_)["state"] == "succeeded"
 
 
+def test_a_tree_is_cancelled_while_runs_of_it_end(postgres: Database) -> None:
+    """A retry is newer than the children that it took up: who locks it first waits for a batch of ends."""
+    stock = Stock(postgres)
+    worker = stock.worker()
+    run = admitted(stock, worker)
+    [id_] = started(stock, run, 1)
+    stock.admit(worker)
+    stock.finish(worker, replace(stock.ended(run, "failed"), reason="error"))
+    retry = stock.running(worker, run.org_id, run.definition_id, retry_of=run.id, origin="retry")
+    stock.within(children.take_up, run.org_id, run.id, retry.id)
+    row = select(tables.live_runs.c.id).with_for_update()
+
+    with ThreadPoolExecutor(1) as pool:
+        with postgres.transaction() as batch:
+            batch.execute(row.where(tables.live_runs.c.id == id_)).one()
+            cancelled = pool.submit(cancel, postgres, retry.id, actor="ada")
+            await_lock(postgres)
+            batch.execute(row.where(tables.live_runs.c.id == retry.id)).one()
+        cancelled.result()
+
+    assert stock.unended(id_)["cancel_reason"] == "parent"
+    assert stock.unended(retry.id)["cancel_reason"] == "requested"
+
+
 def test_children_that_did_not_succeed_start_again_in_their_places(stock: Stock, worker: WorkerId) -> None:
     run = admitted(stock, worker)
     ids = started(stock, run, 3)
@@ -582,6 +610,38 @@ def test_children_that_did_not_succeed_start_again_in_their_places(stock: Stock,
     [child] = stock.admit(worker)
     finish(stock, worker, [child])
     assert wait(stock, again, (1, 3)) == WaitState("children", "over")
+
+
+def open_of(stock: Stock, run: AdmittedRun) -> list[int]:
+    """The places of the unfinished children of a run that need not wait for their window."""
+    rows = [row for row in stock.all(tables.live_runs) if row["parent_id"] == run.id]
+    return sorted(row["place"] for row in rows if row["reason"] != "window")
+
+
+def test_children_that_start_again_wait_for_the_window_of_their_map(stock: Stock, worker: WorkerId) -> None:
+    """Also if later ones of the map are running, and others have not been released yet."""
+    run = admitted(stock, worker)
+    started(stock, run, 7, map=1, window=2)
+    for _ in range(2):
+        finish(stock, worker, stock.admit(worker), "failed")
+    running = stock.admit(worker)
+    assert open_of(stock, run) == [5, 6]
+
+    at = stock.now()
+    stock.within(children.restart, run.org_id, run.id, lambda handler, pool: "child", at=at, by="kim")
+
+    assert open_of(stock, run) == [5, 6]
+    finish(stock, worker, running[:1])
+    assert open_of(stock, run) == [1, 6]
+    started(stock, run, 8, map=1, window=2)
+    assert open_of(stock, run) == [1, 6]
+    running = running[1:]
+    while running:
+        finish(stock, worker, running)
+        running = stock.admit(worker)
+        assert len(open_of(stock, run)) <= 2
+    assert {row["state"] for row in stock.all(tables.runs) if row["retry_of"]} == {"succeeded"}
+    assert open_of(stock, run) == []
 
 
 def test_what_a_tree_spends_counts_for_the_budget_of_each_run_in_it(stock: Stock, worker: WorkerId) -> None:

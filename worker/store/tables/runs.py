@@ -358,7 +358,11 @@ parents = table(
     count("started", "The children that it started."),
     count("seen", "Those of them that `ctx.as_ended` gave."),
     count("tree", "Of the run at the top: the runs below it."),
-    Column("windows", json_type(), doc="By `ctx.map_runs`: the number of unfinished runs at the same time."),
+    Column(
+        "windows",
+        json_type(),
+        doc="By `ctx.map_runs`: its unfinished runs at a time; see `release`.",
+    ),
     postgresql_with=UPDATED,
     readers="orgs",
 )
