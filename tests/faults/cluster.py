@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
+from uuid import UUID
 
 import psutil
 
@@ -268,9 +269,7 @@ def instants(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _value(name: str, value: Any) -> Any:
     if isinstance(value, str) and (name in INSTANTS or name.endswith("_at") or name == "lease_until"):
         return datetime.fromisoformat(value)
-    if name.endswith("id") and value is not None:
-        return str(value)
-    return value
+    return str(value) if isinstance(value, UUID) else value
 
 
 def alive(pid: int) -> bool:

@@ -64,13 +64,18 @@ class Waking:
 class Families:
     """Judges trees. `runs` have `org` and `definition`; `entries` are the definitions by these."""
 
-    def __init__(self, world: World, waking: Waking, calm: Calm, rows: Mapping[str, Sequence[Row]]) -> None:
-        self._world = world
+    def __init__(
+        self, world: World, waking: Waking, calm: Calm, rows: Mapping[str, Sequence[Row]], *, by_clock: bool
+    ) -> None:
+        """`by_clock` if the rows have the times of a clock that nothing has moved."""
+        self._by_clock = by_clock
         self._waking = waking
         self._calm = calm
         self._runs = {run["id"]: run for run in rows["runs"]}
         self._children = rows["children"]
         self._parents = {parent["run_id"]: parent for parent in rows["parents"]}
+        # Those that people have cancelled; one may still succeed before it hears of that.
+        self._cancelled = {row["subject"] for row in rows["audit"] if row["action"] == "run.cancel"}
         self._spends = [row for row in rows["spends"] if row["meter"] == jobs.PAGES]
         self._attempts: dict[str, list[Row]] = defaultdict(list)
         for attempt in rows["attempts"]:
@@ -173,7 +178,9 @@ class Families:
             by_parent = (child["state"], child["reason"]) == ("cancelled", "parent")
             above = [self._runs[other["parent_id"]] for other in self._above(link)]
             if by_parent and not any(
-                one["state"] == "cancelled" or (one["state"] != "succeeded" and not self._keeps(one["id"]))
+                one["state"] == "cancelled"
+                or one["id"] in self._cancelled
+                or (one["state"] != "succeeded" and not self._keeps(one["id"]))
                 for one in above
             ):
                 yield f"run {child['id']} was cancelled with run {parent['id']}, which is {parent['state']}"
@@ -184,11 +191,12 @@ class Families:
             ended = _seconds(parent["finished_at"])
             begun = [_seconds(attempt["started_at"]) for attempt in self._attempts[child["id"]]]
             late = [at for at in begun if at > ended + BEGUN and self._calm.between(ended, at)]
-            if late:
+            if late and self._by_clock:
                 yield f"run {child['id']} began at {late[0]:.1f}; run {parent['id']} ended at {ended:.1f}"
             stopped = _seconds(child["finished_at"])
             if (
                 parent["state"] == "cancelled"
+                and self._by_clock
                 and stopped > ended + STOPPED
                 and self._calm.between(ended, ended + STOPPED, after=RECOVERED)
             ):
@@ -213,6 +221,8 @@ class Families:
 
     def _budgets(self) -> Iterator[str]:
         """A tree spends its budget of a run, and what was under way as that was reached."""
+        if not self._by_clock:
+            return
         roots = {link["run_id"]: link["root_id"] for link in self._children}
         spent: dict[str, list[Row]] = defaultdict(list)
         for row in self._spends:

@@ -189,18 +189,17 @@ class Oracle:
         rows = self.rows["runs"], of_services
         yield from Calls(self.world, self.stage.plan.faults, *rows).objections()
         calm = Calm(self.world, self.stage.plan.faults)
-        if self.world.watch.waking is not None:
-            yield from Families(self.world, self.world.watch.waking, calm, self.rows).objections()
+        by_clock = not (self.world.on_file and self.wrong_clock)
+        if (waking := self.world.watch.waking) is not None:
+            yield from Families(self.world, waking, calm, self.rows, by_clock=by_clock).objections()
         if self.stage.plan.has_rollout:
-            by_clock = not (self.world.on_file and self.wrong_clock)
             yield from Rollouts(self.rows, calm, by_clock=by_clock).objections()
         if self.stage.plan.has_batches:
-            by_clock = not (self.world.on_file and self.wrong_clock)
             yield from Batches(
                 self.world.models, self.stage.plan.faults, self.rows, by_clock=by_clock
             ).objections()
         yield from Starts(self.stage.product, self.rows).objections()
-        if not (self.world.on_file and self.wrong_clock):
+        if by_clock:
             found = Deadlines(self.world, self.stage, calm, self.entries, self.rows["runs"])
             yield from found.objections()
 
