@@ -361,7 +361,7 @@ parents = table(
     Column(
         "windows",
         json_type(),
-        doc="By `ctx.map_runs`: its unfinished runs at a time; see `release`.",
+        doc="By `ctx.map_runs`: its `concurrency`; negative once its runs are not held in order.",
     ),
     postgresql_with=UPDATED,
     readers="orgs",
