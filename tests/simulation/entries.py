@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Seconds from which no fault begins any more, and at which the schedules end.
-LAST_FAULT, END = 220.0, 281.0
+LAST_FAULT, END = 220.0, 286.0
 KEYS = """\
 spread = "off"
 max_attempts = 100

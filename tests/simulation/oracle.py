@@ -82,6 +82,10 @@ class Watch:
         if self._left <= 0:
             self.look()
 
+    def runs(self) -> int:
+        [(count,)] = self._look("SELECT count(*) FROM runs")
+        return int(count)
+
     def look(self) -> None:
         self._left = self.EVERY
         for what, count in self._look(self._limits):
