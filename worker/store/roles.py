@@ -85,7 +85,8 @@ _WRITES: Mapping[str, Sequence[str]] = {
         # A retry takes up the children of the run that it continues.
         "UPDATE (parent_id, place)",
     ),
-    "parents": ("INSERT",),
+    # Children of `ctx.map_runs` that are started again wait for its window.
+    "parents": ("INSERT", "UPDATE (windows)"),
     "children": ("INSERT", "UPDATE (run_id, seen)"),
     "tree_spends": ("INSERT",),
     "run_ends": ("INSERT",),

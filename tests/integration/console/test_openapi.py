@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from sqlalchemy import insert
 
 from tests.integration.console.conftest import TOKENS, Site, on_either
+from tests.suites import is_here
 from worker.features.console.api import BASE, ENDPOINTS
 from worker.features.console.api.openapi import document
 from worker.model.definitions.file import parse_file
@@ -93,7 +94,8 @@ async def test_generated_requests_get_documented_answers_and_no_5xx(staffed: Sit
 
     assert all(status < 500 for statuses in asked.values() for status in statuses)
     # Something succeeded everywhere, so not only refusals were checked.
-    assert {label for label, statuses in asked.items() if min(statuses) >= 300} == set()
+    refused = {label for label, statuses in asked.items() if min(statuses) >= 300}
+    assert {label for label in refused if is_here("rollouts") or "/rollouts/" not in label} == set()
 
 
 def ask_everything(app: Any, seeded: dict[str, str], examples: int) -> dict[str, set[int]]:

@@ -33,6 +33,7 @@ def rollout(staffed: Site) -> str:
     return "/rollouts/new%20%3Cb%3E"
 
 
+@pytest.mark.feature("rollouts")
 @on_either
 async def test_an_operator_starts_and_halts_a_rollout_on_its_page(staffed: Site, rollout: str):
     async with logged_in(staffed, TOKENS["operator"]) as client:
@@ -79,6 +80,7 @@ async def test_the_page_has_the_numbers_and_both_curves(staffed: Site, rollout: 
     assert 'class="confirm"' not in page
 
 
+@pytest.mark.feature("rollouts")
 @on_either
 async def test_the_api_moves_a_rollout_with_a_reason(staffed: Site, rollout: str):
     path = f"/api/v1{rollout}"

@@ -65,7 +65,7 @@ WRITES = {
         "UPDATE available_at cancel_reason cancel_requested_at parent_id place reason start_by started_at "
         "state",
     ),
-    "parents": ("INSERT",),
+    "parents": ("INSERT", "UPDATE windows"),
     "children": ("INSERT", "UPDATE run_id seen"),
     "tree_spends": ("INSERT",),
     "run_ends": ("INSERT",),
