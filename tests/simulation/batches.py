@@ -12,7 +12,7 @@ from typing import Any
 from tests.simulation import jobs
 from tests.simulation.batch_plan import MODEL_BUDGETS
 from tests.simulation.entries import Action
-from tests.simulation.models import PRICES, Charge, Models, units_of
+from tests.simulation.models import PATIENCE, PRICES, Charge, Models, units_of
 from worker.handlers.completions import STEP
 from worker.handlers.model_usage import LLM_TOKENS
 from worker.model.definitions.budgets import MONEY
@@ -195,8 +195,10 @@ class Batches:
             return False
         if not self._by_clock:
             return True  # a batch is looked for by the time of its submission
-        made_at = self._models.batches[charge.batch].created_at
-        return made_at > self._batches[item["batch_id"]]["ended_at"].timestamp()
+        made_at, row = self._models.batches[charge.batch].created_at, self._batches[item["batch_id"]]
+        # One whose requests have all left it ends without results, once it was looked for.
+        until = row["ended_at"] or row["creating_at"] + PATIENCE.grace
+        return made_at > float(until.timestamp())
 
 
 def _cost(charge: Charge, meter: str) -> int:
