@@ -119,7 +119,8 @@ def _environment(folder: Path, checkout: Path) -> str:
     lines = [str(checkout), sysconfig.get_path("purelib")]
     Path(packages, "suite.pth").write_text("\n".join(lines) + "\n")
     # A program of a package: its tests look for it beside Python.
-    (folder / "bin" / "temporal").symlink_to(Path(sys.executable).with_name("temporal"))
+    for program in ("temporal", "ruff"):
+        (folder / "bin" / program).symlink_to(Path(sys.executable).with_name(program))
     return str(folder / "bin" / "python")
 
 

@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import bench
 
 ROOT = Path(bench.__file__).parents[1]
 
 
+@pytest.mark.feature("checkout")
 def test_every_benchmark_imports():
     names = [module.name for module in pkgutil.iter_modules(bench.__path__, "bench.")]
     # Those of other queues need packages that only the benchmark's own environment has.

@@ -22,6 +22,8 @@ from tests.fakes.traffic import traffic
 from worker.demo.provider import Provider
 from worker.engine.runners.child import landlock, linux
 
+pytestmark = pytest.mark.feature("checkout")
+
 
 class Container(Site):
     """An installation whose commands are containers of their own; they share the volume."""

@@ -21,6 +21,8 @@ from tests.fakes import forked
 from tests.fakes.site import wait_until
 from worker.demo.journal import QUIET, WIDTH
 
+pytestmark = pytest.mark.feature("checkout")
+
 PATIENCE = 120
 
 

@@ -31,6 +31,8 @@ from tests.fakes.site import definition, wait_until
 from worker.demo.provider import Application, serve_provider
 from worker.demo.serving import ServerThread, bind_loopback, url_of
 
+pytestmark = pytest.mark.feature("checkout")
+
 RUN = [page for page in PAGES if any(block.language == "sh" for block in blocks(page.read_text()))]
 # Addresses that pages name; here each is a free port.
 PORTS = ("8460", "8470", "8480", "8490", "9000")

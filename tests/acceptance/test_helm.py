@@ -28,7 +28,7 @@ from tests.fakes.site import AUDIENCE, definition, wait_until
 CHART = ROOT / "config" / "helm" / "orgworker"
 GROUPS = "orgworker_worker, orgworker_web, orgworker_operator"
 
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+pytestmark = [pytest.mark.feature("hosts"), pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
 
 
 class Pod:

@@ -33,6 +33,8 @@ from tests.faults.proxy import Proxy
 from worker.demo.provider import Provider
 from worker.store import schema
 
+pytestmark = pytest.mark.feature("hosts")
+
 LEASE = 4.0
 # The workers themselves run nothing.
 EXECUTION = f'lease = "{LEASE:g}s"\nrenew = "500ms"\npoll = "200ms"\nmax_children = 0\nmax_inline = 0'

@@ -28,6 +28,8 @@ from tests.fakes.postgres import Server, unprivileged_user
 from tests.fakes.site import Site, application, definition, opened, wait_until
 from worker.demo.provider import Provider
 
+pytestmark = pytest.mark.feature("console")
+
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).with_name("hostile_jobs.py")
 # Makes the needed paths below closed folders reachable: in a mount namespace, each closed folder is an empty

@@ -20,6 +20,8 @@ from tests.fakes.kinde.server import MANAGER, Kinde, serve_kinde
 from tests.fakes.ports import free_port
 from tests.fakes.site import AUDIENCE, Site, opened, wait_until
 
+pytestmark = pytest.mark.feature("provisioning")
+
 TEMPLATE = """
 [[template]]
 name = "note"

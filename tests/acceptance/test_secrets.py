@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.acceptance.test_canary import written
 from tests.fakes.handlers import read_journal
 from tests.fakes.plugins import make_plugin
 from tests.fakes.ports import free_port
 from tests.fakes.site import Site, application, definition, wait_until
+
+pytestmark = pytest.mark.feature("org_secrets")
 
 KEY = "sk/canary+of=acme-0123456789"
 MAIL = "canary-mail-of-acme"

@@ -20,6 +20,8 @@ from tests.fakes.site import AUDIENCE, Site, application, definition, wait_until
 from worker.ids import new_id
 from worker.store import roles
 
+pytestmark = pytest.mark.feature("console")
+
 Process = subprocess.Popen[str]
 
 

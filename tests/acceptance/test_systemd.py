@@ -38,6 +38,7 @@ UNITS = ("orgworker.service", "orgworker-upgrade.service")
 UPGRADE = ROOT / "docs" / "operating" / "upgrade.md"
 
 pytestmark = [
+    pytest.mark.feature("checkout"),
     pytest.mark.skipif(
         not SYSTEMD.exists(),
         reason="systemd is not installed: tests/unit/test_deployment_files.py alone looks at the units",

@@ -24,6 +24,8 @@ from tests.fakes.ports import free_port
 from tests.fakes.site import Site, application, definition, wait_until
 from tests.fakes.temporal import DevServer
 
+pytestmark = pytest.mark.feature("hosts")
+
 SPREAD = """
 from worker import job
 

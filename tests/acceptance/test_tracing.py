@@ -47,6 +47,7 @@ def traced_site(site: Site, collector: Collector) -> Site:
     return site
 
 
+@pytest.mark.feature("egress")
 def test_a_run_arrives_as_a_trace_that_its_handlers_own_calls_join(traced_site, collector, api, journal):
     site, (url, headers) = traced_site, api
     site.add_orgs(application("org_acme", flags={"beta": True, "agent-v2": True}))

@@ -20,6 +20,8 @@ from tests.fakes.temporal import DevServer
 from worker.demo.provider import Provider
 from worker.store import schema
 
+pytestmark = pytest.mark.feature("hosts")
+
 SOURCE = Path(__file__).with_name("form_jobs.py")
 HANDLERS = (
     "succeeds",

@@ -115,8 +115,12 @@ def build(folder: Path) -> None:
     folder.mkdir()
     # In a file system of its own, because an overlay's layers must not contain each other.
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
-    image = _build(folder, (ROOT / "config" / "Containerfile").read_text())
-    (folder / "image").write_bytes(pickle.dumps(image))
+    try:
+        image = _build(folder, (ROOT / "config" / "Containerfile").read_text())
+        (folder / "image").write_bytes(pickle.dumps(image))
+    except BaseException:
+        remove(folder)  # pytest could not remove it later
+        raise
 
 
 def built_at(folder: Path) -> Image:

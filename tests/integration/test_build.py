@@ -22,6 +22,8 @@ import pytest
 from tests.fakes import shared
 from tests.fakes.pages import ROOT, blocks
 
+pytestmark = pytest.mark.feature("checkout")
+
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 COMMITTED_AT = "2030-01-02T03:04:05Z"
 # Equal in all copies, so that the commits are, too.

@@ -31,6 +31,7 @@ def run(lines: list[str], folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.feature("checkout")
 def test_the_first_steps_of_the_quickstart(tmp_path: Path):
     source = copy_of_checkout(tmp_path / "source")
     (clone, demo), ahead = commands("quickstart.md", by="test_checkout_pages")

@@ -20,6 +20,8 @@ import yaml
 from tests.fakes.history import files_before
 from tests.fakes.pages import ROOT, blocks
 
+pytestmark = pytest.mark.feature("checkout")
+
 PAGE = ROOT / "docs" / "operating" / "upgrade.md"
 BEFORE = "config/worker.service"
 UNITS = Path("etc/systemd/system")

@@ -14,6 +14,8 @@ from click import ClickException
 
 from docs.generate import site
 
+pytestmark = pytest.mark.feature("checkout")
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:

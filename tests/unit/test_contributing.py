@@ -25,6 +25,7 @@ def linked(text: str) -> set[str]:
     return {link.partition("#")[0] for link in re.findall(r"\]\(([^):#][^):]*)\)", text)}
 
 
+@pytest.mark.feature("checkout")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_path_that_a_page_names_is_there(page: Path):
     found = {path for path in paths_of(page) if not any(part in path for part in MADE)}

@@ -224,7 +224,7 @@ def site(cli: CommandLine) -> CommandLine:
     template = '[[template]]\nname = "export"\norgs = "all"\nhandler = "acme.note"\nschedule = "@yearly"\n'
     if is_here("calendars"):
         template += 'calendar = "holidays"\n[[calendar]]\nname = "holidays"\ndates = ["2030-12-25"]\n'
-    if is_here("egress"):
+    if is_here("limits"):
         template += '[[limit]]\norigin = "https://api.example.com"\nper = "org"\nrate = "40/s"\n'
     if is_here("rollouts"):
         template += '[[rollout]]\nname = "digest-v2"\ndefinitions = "export"\nfrom = "acme.note"\n'

@@ -247,6 +247,7 @@ def test_a_secret_comes_from_a_file_and_is_masked(line):
     assert (wrong.code, "is not the name of a secret" in wrong.err) == (2, True)
 
 
+@pytest.mark.feature("egress")
 def test_a_bound_secret_reaches_no_handler(line):
     file = line.settings.parent / "openai.key"
     file.write_text("sk-canary-0123456789\n")

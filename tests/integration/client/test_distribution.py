@@ -21,6 +21,8 @@ from tests.integration.guard.conftest import ROOT, distribution_of, installed_al
 from tests.integration.guard.test_distribution import files_of, site_of, size
 from tests.integration.test_build import built_checkout
 
+pytestmark = pytest.mark.feature("checkout")
+
 CLIENT = ROOT / "worker" / "client"
 SCRIPT = """
 import asyncio, sqlite3, sys

@@ -19,6 +19,8 @@ from packaging.requirements import Requirement
 from tests.fakes.key_server import KeyServer
 from tests.integration.guard.conftest import GUARD, ROOT, distribution_of, needed
 
+pytestmark = pytest.mark.feature("checkout")
+
 FRAMEWORKS = {"django": {"asgiref", "django"}, "fastapi": {"fastapi"}, "flask": {"flask"}}
 SCRIPT = """
 import asyncio, sys

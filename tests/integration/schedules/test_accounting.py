@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -131,6 +132,7 @@ def new_timeline(migrated: Path) -> Iterator[Timeline]:
             timeline.close()
 
 
+@pytest.mark.feature("calendars")
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(STEPS)
 def test_every_instant_due_is_a_run_or_counted_in_a_skip(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+import pytest
+
 from tests.fakes.clock import utc
 from tests.fakes.timeline import NAME, ORG, Timeline
 from worker.diagnosis.why import why_time
@@ -14,6 +16,8 @@ from worker.model.runs.preview import preview_definition
 from worker.operations.apply import apply
 from worker.operations.definitions import edit_definition
 from worker.store.lists.read import definition
+
+pytestmark = pytest.mark.feature("calendars")
 
 HOUR = timedelta(hours=1)
 

@@ -82,6 +82,7 @@ class FakeDatabase:
         yield None
 
 
+@pytest.mark.feature("console")
 def test_enter_prints_one_link_a_second_and_none_if_the_database_is_busy(clock, capsys, monkeypatch):
     monkeypatch.setattr("worker.features.console.operators.sign_in.begin_login", lambda *_, **__: None)
     database = FakeDatabase()

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[3] / "worker"
 CORE = (ROOT / "wiring", ROOT / "app" / "process.py", ROOT / "app" / "trying.py")
 FEATURES = {
-    folder.name: tuple(sorted(folder.rglob("*wiring.py"))) for folder in sorted((ROOT / "features").iterdir())
+    folder.name: tuple(sorted(folder.rglob("*wiring.py"))) for folder in sorted((ROOT / "features").glob("*"))
 }
 WIRING = (*CORE, *(file for files in FEATURES.values() for file in files))
 MAX_LINES, MAX_LINES_OF_A_FEATURE = 1_400, 500
