@@ -142,6 +142,7 @@ def urls(own_postgres: Server) -> dict[str, str]:
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.feature("provisioning")
 def test_a_release_comes_up_and_a_host_of_it_runs_a_job(
     tmp_path: Path, urls: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -142,6 +142,7 @@ def served(site: Site, address: str) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.feature("console")
 def test_no_value_is_written_anywhere(site: Site, journal: Path) -> None:
     """The same text that is no secret comes everywhere, so the test would see one."""
     prepared(site)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from urllib.parse import quote
 
 from sqlalchemy.engine import make_url
@@ -80,7 +81,8 @@ def made(folder: Path, dialect: Dialect) -> Iterator[Template]:
 
 def _filled(folder: Path, dialect: Dialect, url: str, server: Server | None) -> Template:
     clock = ManualClock(EPOCH)
-    ids.draw_from(lambda: int(EPOCH.timestamp()) * 1_000_000_000)
+    # The ids of orgs decide which version of a rollout they have.
+    ids.draw_from(lambda: int(EPOCH.timestamp()) * 1_000_000_000, Random("template").randbytes)
     ring = KeyRing.generate(folder / "keyring")
     database = Database.open(url, clock=clock)
     try:
