@@ -10,22 +10,20 @@ import os
 import re
 import select
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tests.fakes import unsynced
 from tests.fakes.issuer import jwk
 from tests.simulation import batch_ablations, family_ablations, rollout_ablations  # noqa: F401 add to them
+from tests.simulation import ledger as ledgers
 from tests.simulation.ablations import ABLATIONS
 from tests.simulation.oracle import Oracle, Watch
 from tests.simulation.plan import Plan, plan_of
@@ -249,13 +247,21 @@ def told(result: Result, *, most: int = 120) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
     if os.environ.get("PYTHONHASHSEED") != "0":
         # The order of a set of texts must not be another one in the next process.
         command = [sys.executable, "-m", "tests.simulation.simulate", *(arguments or sys.argv[1:])]
         os.execve(sys.executable, command, os.environ | {"PYTHONHASHSEED": "0"})
-    if given.report:
-        return _report(given.ledger)
+    if given.ledger is None and (given.report or given.fold):
+        parser.error("--report and --fold need --ledger FILE")
+    if given.ablate and given.ledger is not None:
+        parser.error("a ledger is of seeds with all defences; leave out --ledger or --ablate")
+    if given.fold:
+        ledgers.fold(given.ledger)
+    if given.report or given.fold:
+        print(ledgers.report(given.ledger))
+        return 0
     logging.disable(logging.CRITICAL)
     use(FEATURES)
     jwk()  # a key for all seeds
@@ -280,6 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2, help="seeds at a time")
     parser.add_argument("--ledger", type=Path, help="a file that keeps which seeds were run at which commit")
     parser.add_argument("--report", action="store_true", help="say what the ledger has, and run nothing")
+    parser.add_argument("--fold", action="store_true", help="likewise, and keep one line for each commit")
     parser.add_argument("--seed", type=int, help="run this seed and tell what happened")
     parser.add_argument("--shrink", action="store_true", help="leave out what its violation does not need")
     parser.add_argument("--replays", type=int, default=0, help="run it so many times and compare the traces")
@@ -348,10 +355,10 @@ def _ablations(given: argparse.Namespace, template: Template) -> int:
 
 def _many(given: argparse.Namespace, template: Template) -> int:
     first = given.first if given.first is not None else int.from_bytes(os.urandom(4), "big")
-    began, commit = time.monotonic(), _commit()
+    began, commit = time.monotonic(), ledgers.commit_of_code()
     until = None if given.seconds is None else began + given.seconds
-    done = _done(given.ledger, given.dialect, commit)
-    seeds = (seed for seed in range(first, first + given.seeds) if seed not in done)
+    kept = ledgers.read(given.ledger).get((given.dialect, commit), ledgers.Kept())
+    seeds = (seed for seed in range(first, first + given.seeds) if seed not in kept.seeds)
     variants = (Variant(seed, ablate=given.ablate) for seed in seeds)
     results: list[Result] = []
     for _, result in run_all(variants, template, jobs=given.jobs, until=until):
@@ -362,8 +369,8 @@ def _many(given: argparse.Namespace, template: Template) -> int:
         if result.objections:
             print(f"    again: ./dev simulate --dialect {given.dialect} --seed {result.seed}", flush=True)
         if given.ledger is not None:
-            with given.ledger.open("a") as ledger:
-                print(json.dumps(_entry(result, commit)), file=ledger)
+            with given.ledger.open("a") as file:
+                print(_entry(given.dialect, commit, result), file=file)
     took, bad = time.monotonic() - began, sum(bool(result.objections) for result in results)
     runs, hours = sum(result.runs for result in results), sum(result.virtual for result in results) / 3600
     print(
@@ -379,6 +386,14 @@ def _many(given: argparse.Namespace, template: Template) -> int:
     return 1 if bad else 0
 
 
+def _entry(dialect: str, commit: str, result: Result) -> str:
+    """A line of the ledger."""
+    seed = result.seed
+    told = {"dialect": dialect, "commit": commit, "seeds": [[seed, seed]], "trace": result.digest}
+    told |= {"violated": [seed] if result.objections else [], "runs": result.runs}
+    return json.dumps(told | {"virtual": round(result.virtual), "faults": result.faults})
+
+
 def _summary(result: Result) -> str:
     mark = "VIOLATED" if result.objections else "kept"
     return (
@@ -386,55 +401,6 @@ def _summary(result: Result) -> str:
         f"{result.virtual:.0f} virtual s, {result.steps} steps, {result.real:.1f} s, "
         f"{result.processor:.1f} s of a processor"
     )
-
-
-def _entry(result: Result, commit: str) -> dict[str, Any]:
-    """A line of the ledger."""
-    return {
-        "dialect": result.dialect,
-        "seed": result.seed,
-        "commit": commit,
-        "trace": result.digest,
-        "violations": len(result.objections),
-        "runs": result.runs,
-        "virtual": round(result.virtual),
-        "faults": result.faults,
-    }
-
-
-def _done(ledger: Path | None, dialect: str, commit: str) -> set[int]:
-    """The seeds that were run at this commit."""
-    if ledger is None or not ledger.exists():
-        return set()
-    lines = map(json.loads, ledger.read_text().splitlines())
-    return {line["seed"] for line in lines if (line["dialect"], line["commit"]) == (dialect, commit)}
-
-
-def _report(ledger: Path) -> int:
-    """For each database and commit: seeds, runs, virtual hours, violations, and faults by kind."""
-    kept: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-    for line in map(json.loads, ledger.read_text().splitlines()):
-        kept.setdefault((line["dialect"], line["commit"]), {})[line["seed"]] = line
-    for (dialect, commit), seeds in kept.items():
-        lines, faults = list(seeds.values()), Counter[str]()
-        for line in lines:
-            faults.update(line["faults"])
-        bad = [line["seed"] for line in lines if line["violations"]]
-        hours = sum(line["virtual"] for line in lines) / 3600
-        runs = sum(line["runs"] for line in lines)
-        print(f"{dialect} at {commit}: {len(lines)} seeds, {runs} runs, {hours:.0f} virtual hours")
-        print(
-            f"    violated: {bad or 'none'}; faults: "
-            + ", ".join(f"{n} {k}" for k, n in faults.most_common())
-        )
-    return 0
-
-
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip()
 
 
 if __name__ == "__main__":
