@@ -7,10 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from worker.handlers.blocking import finish
 from worker.handlers.calls import A, Call, OneWayCall, Port, ReadChildren, ReadEnded, StartChildren
@@ -271,12 +280,14 @@ class ChildResults:
         self, children: Sequence[Child], wait: NewWait, on_failure: OnFailure
     ) -> AsyncGenerator[Any, None]:
         await self._calls.store()
-        spans = spans_of({child._place for child in children})
-        for begin in range(0, len(spans), MAX_SPANS):
-            await self._park(replace(wait, children=ChildrenWait(spans[begin : begin + MAX_SPANS])))
+        await self._all(wait, {child._place for child in children})
         for begin in range(0, len(children), PAGE):
             part = children[begin : begin + PAGE]
             rows = await self._read({child._place for child in part})
+            # A person may start them again after they have ended.
+            while again := {row.place for row in rows.values() if row.state is None}:
+                await self._all(wait, again)
+                rows |= await self._read(again)
             for child in part:
                 ended = _ended(child, rows[child._place])
                 if ended.failure is not None and on_failure == "return":
@@ -287,19 +298,27 @@ class ChildResults:
     async def _as_ended(self, children: Sequence[Child], wait: NewWait) -> AsyncGenerator[EndedChild, None]:
         await self._calls.store()
         by_place = {child._place: child for child in children}
-        spans, after, left = spans_of(by_place.keys()), 0, len(by_place)
+        spans, after = spans_of(by_place.keys()), 0
         if len(spans) > MAX_SPANS:
             raise StepError(
                 f"ctx.as_ended: others were started between more than {MAX_SPANS:,} of the children; start "
                 "them one after the other"
             )
-        while left:
+        while by_place:
             page = await self._calls.port.ask(ReadEnded(spans, after))
             for row in page.rows:
-                after, left = row.seen or after, left - 1
-                yield _ended(by_place[row.place], row)
-            if left and not page.rows:
+                after = row.seen or after
+                # One that a person starts again ends a second time: this attempt keeps what it has seen.
+                if row.state is not None and (child := by_place.pop(row.place, None)) is not None:
+                    yield _ended(child, row)
+            if by_place and not page.rows:
                 await self._park(replace(wait, children=ChildrenWait(spans, any=True)))
+
+    async def _all(self, wait: NewWait, places: Collection[int]) -> None:
+        """Park until these children have ended."""
+        spans = spans_of(places)
+        for begin in range(0, len(spans), MAX_SPANS):
+            await self._park(replace(wait, children=ChildrenWait(spans[begin : begin + MAX_SPANS])))
 
     async def _read(self, places: set[int]) -> dict[int, EndedRow]:
         rows: dict[int, EndedRow] = {}
@@ -321,7 +340,7 @@ def each(results: AsyncIterator[T]) -> Iterator[T]:
 
 
 def _ended(child: Child, row: EndedRow) -> EndedChild:
-    state = row.state or "unfinished"
+    state = cast(str, row.state)  # it has ended
     if state == "succeeded":
         return EndedChild(child, state, None, row.result_json)
     return EndedChild(child, state, ChildFailed(child, state, row.reason, row.error))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from worker import BlockingContext, ChildFailed, Context, StepError, job
+from worker.handlers.children import Child, ChildCalls, ChildResults
 from worker.handlers.job import Job
-from worker.model.runs.children import FamilyCap, spans_of, within
+from worker.model.runs.children import ChildPage, ChildrenWait, EndedRow, FamilyCap, spans_of, within
+from worker.model.runs.waits import NewWait
 from worker.testing.orgworker import Finished, Orgworker
 
 
@@ -163,3 +165,65 @@ def test_spans_are_rows_of_places() -> None:
 )
 def test_a_list_of_the_parent_caps_those_of_the_child(parent: Any, child: Any, more: str | None) -> None:
     assert FamilyCap("a", egress=parent).excess(FamilyCap("b", egress=child)) == more
+
+
+class Stored:
+    """The children of a run as they are stored: `reads` has the rows of each read, `parked` what waited."""
+
+    def __init__(self, *reads: list[EndedRow]) -> None:
+        self._reads = list(reads)
+        self.children = [Child("acme.page", str(place), 1, _place=place) for place in (1, 2, 3)]
+        self.parked: list[ChildrenWait] = []
+        self.port = self
+        self.results = ChildResults(cast(ChildCalls, self), self._park)
+
+    async def store(self) -> None: ...
+
+    def take(self, what: str, name: str, children: list[Child]) -> tuple[list[Child], NewWait]:
+        return children, NewWait(name, 1, "children")
+
+    async def ask(self, call: object) -> ChildPage:
+        return ChildPage(tuple(self._reads.pop(0)))
+
+    async def _park(self, wait: NewWait) -> None:
+        assert wait.children is not None
+        self.parked.append(wait.children)
+
+
+def ended(place: int, *, state: str | None = "succeeded", seen: int | None = None) -> EndedRow:
+    return EndedRow(place, state, result_json=str(place), seen=seen)
+
+
+@pytest.mark.anyio
+async def test_a_child_that_a_person_starts_again_is_waited_for_again() -> None:
+    """`runs retry PARENT --children` may come between the wait of a parent and its read."""
+    stored = Stored(
+        [ended(1), ended(2, state=None), ended(3, state=None)],
+        [ended(2), ended(3, state=None)],
+        [ended(3, state="failed")],
+    )
+
+    found = [each async for each in stored.results.gather(stored.children, "return")]
+
+    assert (found[:2], found[2].state) == ([1, 2], "failed")
+    assert [wait.spans for wait in stored.parked] == [((1, 3),), ((2, 3),), ((3, 3),)]
+
+
+@pytest.mark.anyio
+async def test_each_child_is_taken_once_though_a_person_starts_one_again() -> None:
+    """What it was in this attempt stays, and the others are not forgotten for it."""
+    stored = Stored(
+        [ended(1, state="failed", seen=1), ended(2, seen=2)],
+        [ended(1, seen=3)],
+        [],
+        [ended(3, seen=4)],
+    )
+
+    found = [each async for each in stored.results.as_ended(stored.children)]
+
+    assert [(each.child.key, each.state) for each in found] == [
+        ("1", "failed"),
+        ("2", "succeeded"),
+        ("3", "succeeded"),
+    ]
+    assert len(stored.parked) == 1
