@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -194,7 +194,12 @@ class Zygote:
         channel, stdout, stderr, *doors = descriptors
         door, folder, sealed = next(iter(doors), None), message["folder"], message["sealed"]
         place = child.RunPlace(channel, stdout, stderr, folder, group, door, sealed)
+        # It can have expired since the last look: while this process was loaded, or stood still.
+        self._watch_lease()
+        gate: Sequence[int] = ()
         try:
+            if self._frozen_at is not None:
+                gate = os.pipe()
             if place.sealed and self._seal is None:
                 self._seal = child.Seal()
             ruleset = None if self._sandbox is None else self._sandbox.ruleset(place.folder)
@@ -204,9 +209,14 @@ class Zygote:
             self._send(end | {"why": "no_process", "detail": error.strerror})
             pid = None
         if pid == 0:
+            if gate:
+                _wait_at(*gate)
             seal = self._seal if place.sealed else None
             _run_child(place, zygote=self._pid, lock=self._setup.lock, ruleset=ruleset, seal=seal)
-        for descriptor in descriptors:
+        if pid is not None and gate:
+            linux.send([pid], signal.SIGSTOP)
+            os.write(gate[1], b"!")
+        for descriptor in (*descriptors, *gate):
             os.close(descriptor)
         if self._sandbox is not None:
             self._sandbox.used()
@@ -216,8 +226,6 @@ class Zygote:
         if self._share_after is not None:
             self._share_after -= 1
         self._leaders[pid] = Leader(run, pid, None, grouped=group is not None)
-        if self._frozen_at is not None:
-            linux.send([pid], signal.SIGSTOP)
 
     def _cap(self, run: int, memory: int) -> None:
         for leader in self._leaders_of(run):
@@ -371,6 +379,14 @@ class Zygote:
                 self._unsent.popleft()
         except OSError:  # its buffer is full, or it is gone, which the next read reports
             return
+
+
+def _wait_at(reader: int, writer: int) -> None:
+    """In a process that is forked while all are frozen: go no further before it is frozen, too."""
+    os.close(writer)
+    if not os.read(reader, 1):  # the zygote is gone
+        os._exit(os.EX_SOFTWARE)
+    os.close(reader)
 
 
 def _run_child(
