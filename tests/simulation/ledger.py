@@ -16,7 +16,7 @@ from typing import Any
 # What a seed does depends on these alone.
 CODE = (
     *("worker", "jobs", "migrations", "config/requirements"),
-    *("tests/simulation", "tests/fakes", "tests/faults"),
+    *("tests/simulation", "tests/fakes", "tests/faults", ":!tests/simulation/seeds.jsonl"),
 )
 
 
