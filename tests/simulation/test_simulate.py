@@ -19,11 +19,12 @@ def simulate(*arguments: str, check: bool = True) -> str:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("dialect", "seed"), [("sqlite", "30"), ("postgresql", "30")])
+@pytest.mark.parametrize(("dialect", "seed"), [("sqlite", "121"), ("postgresql", "352")])
 def test_a_seed_gives_the_same_trace_in_each_process(dialect: str, seed: str):
     """The traces have each statement, each event, and where the choices ended.
 
-    Both seeds have trees of runs, batches and a rollout, whose versions follow the ids of orgs.
+    Both seeds call services, and have trees of runs, batches and a rollout, whose versions follow the ids of
+    orgs; the second has a product.
     """
     once, again = (
         simulate("--dialect", dialect, "--seed", seed, "--replays", "1", "--jobs", "1") for _ in range(2)

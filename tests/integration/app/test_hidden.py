@@ -51,17 +51,19 @@ main()
 """
 
 
+@pytest.fixture(autouse=True)
+def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody cannot write what ./dev coverage measures, and would say so."""
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _reachable() -> Iterator[None]:
-    """Copies of the packages for nobody, where the checkout lies in a folder that is closed to others.
-
-    Nobody can write what ./dev coverage measures, and would say so.
-    """
+    """Copies of the packages for nobody, where the checkout lies in a folder that is closed to others."""
+    if not NOBODY or all(path.stat().st_mode & 0o001 for path in ROOT.parents):
+        yield
+        return
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as changed:
-        changed.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
-        if not NOBODY or all(path.stat().st_mode & 0o001 for path in ROOT.parents):
-            yield
-            return
         os.chmod(name, 0o755)
         for package in ("worker", "jobs", "migrations"):
             shutil.copytree(ROOT / package, Path(name, package))
