@@ -19,6 +19,8 @@ from tests.simulation.world import LEASE
 RUNS = 104
 # Seconds after the end in which everything must be done that can be.
 LIVENESS = 240.0
+# With batches: where a budget has room for what one request reserves, runs go through theirs one by one.
+LIVENESS_BY_ONE = 480.0
 LIMIT = 2
 BUDGET = 20
 # Where a process is struck: as it sends a call or as the answer arrives, any call or that of a handler.

@@ -20,6 +20,7 @@ from tests.simulation.plan import (
     LIMIT,
     LIMITS,
     LIVENESS,
+    LIVENESS_BY_ONE,
     PAGES,
     RAISES,
     ROLLED,
@@ -140,7 +141,7 @@ class Stage(Faults):
         self.done.append((self.world.loop.time(), action, await work))
 
     async def _until_done(self) -> None:
-        until = self.world.loop.time() + LIVENESS
+        until = self.world.loop.time() + (LIVENESS_BY_ONE if self.plan.has_batches else LIVENESS)
         number = 0
         while self.world.loop.time() < until:
             await asyncio.sleep(3)
