@@ -40,7 +40,7 @@ TRANSIENT_PARK = (2.0, 60.0)
 TRIES = 3  # for one request while the issuer fails, unless it already failed for this org
 WINNER_KEPT = 900.0  # an older generation that worked is tried first for this long
 NO_VERDICT_KEPT = 120.0
-# The detail of a refusal of a token that has expired; one this new was expired when it was received.
+# The detail of a refusal of a token that has expired; one asked for this lately was expired when it was made.
 EXPIRED = "expired"
 NEW = 5.0
 SCOPE_REFUSED = ("invalid_scope", "access_denied")
@@ -106,7 +106,7 @@ class Acquirer:
     ) -> Enforced:
         """Verify and enforce a token; raises as `Tokens.ensure` does.
 
-        If it may be requested `again`, it is not reported that it has expired since it was received.
+        If it may be requested `again`, it is not reported that it has expired since it was asked for.
         """
         try:
             payload = await self.client.verify(granted.text, request.audience)
@@ -121,8 +121,8 @@ class Acquirer:
             raise
 
     def _is_outlived(self, granted: GrantedToken, refused: TokenRefused) -> bool:
-        """Whether it expired only after it was received, as its key was late or this process stood still."""
-        age = self._clock.monotonic() - granted.received_at
+        """Whether it expired only after it was asked for: its key was late, or this process stood still."""
+        age = self._clock.monotonic() - granted.asked_at
         return refused.detail == EXPIRED and age >= NEW
 
     def enforce_at_once(self, request: TokenRequest, granted: GrantedToken) -> Enforced | None:

@@ -54,7 +54,8 @@ class GrantedToken:
 
     text: str = field(repr=False)
     credential: Credential
-    received_at: float  # monotonic
+    asked_at: float  # monotonic, as is the next
+    received_at: float
     expires_in: float | None = None
 
 
@@ -157,8 +158,9 @@ class IssuerClient:
         with self._breaker.watch(org):
             async with self.budget.request(org, doubtful=doubtful, ahead=ahead):
                 # In two steps, so that the frames of the error hold no secret in a variable.
+                asked_at = self._clock.monotonic()
                 reply = await self._send(asked)
-                result = self._judge(reply, asked.credential)
+                result = self._judge(reply, asked.credential, asked_at)
                 if isinstance(reply, Reply):
                     names, now = self.issuer.profile.reset_headers, self._clock.now().timestamp()
                     self.budget.note_room(*room_left(reply.headers, names, now))
@@ -220,7 +222,7 @@ class IssuerClient:
         return jwt.encode(claims, key, algorithm=algorithm, headers={"typ": profile.assertion_type})
 
     def _judge(
-        self, reply: Reply | str, credential: Credential
+        self, reply: Reply | str, credential: Credential, asked_at: float
     ) -> GrantedToken | TokenError | IssuerUnavailable:
         """The token of a response, or what to raise."""
         name = self.issuer.name
@@ -244,9 +246,9 @@ class IssuerClient:
         elif not isinstance(kind, str) or kind.lower() != "bearer":
             fault = "token_type"
         elif expires_in is None:
-            return GrantedToken(text, credential, self._clock.monotonic())
+            return GrantedToken(text, credential, asked_at, self._clock.monotonic())
         elif type(expires_in) in (int, float) and 0 < expires_in <= longest:
-            return GrantedToken(text, credential, self._clock.monotonic(), float(expires_in))
+            return GrantedToken(text, credential, asked_at, self._clock.monotonic(), float(expires_in))
         else:
             fault = "expires_in"
         return IssuerUnavailable(f"issuer {name} sent a malformed token response: {fault}")

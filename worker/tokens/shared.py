@@ -231,7 +231,7 @@ class SharedTokens:
         if text is None:
             return None
         masker.note(text, request.org.id)
-        return GrantedToken(text, credential, received_at, stored.age + stored.left)
+        return GrantedToken(text, credential, received_at, received_at, stored.age + stored.left)
 
     async def _reject(self, request: TokenRequest, stored: StoredToken, error: str) -> None:
         """Report a stored token that must not be used, and delete it, so that it is reported once."""

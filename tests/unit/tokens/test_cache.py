@@ -14,9 +14,11 @@ from tests.fakes.clock import settle
 from tests.fakes.issuer import ORG, App, jwk
 from tests.unit.tokens.conftest import World
 from worker.errors import CredentialsRejected, IssuerUnavailable, StoreUnavailable, TokenRefused
+from worker.guard.http import Reply
 from worker.ids import ALL_ORGS
 from worker.model.orgs import TokenWant
 from worker.telemetry.masking import masker
+from worker.tokens import issuer_client
 from worker.tokens.issuer_client import IssuerClient
 
 
@@ -358,6 +360,26 @@ async def test_a_token_that_expires_while_the_worker_stands_still_is_no_ones_fau
         return await verify(client, text, audience)
 
     monkeypatch.setattr(IssuerClient, "verify", stopped)
+
+    enforced = await world.ensure()
+
+    assert enforced.claims.expires_at > world.clock.now()
+    assert world.issuer.count() == 2
+
+
+async def test_a_token_that_expires_while_its_response_waits_to_be_read_is_no_ones_fault(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.issuer.add(App("org_a", "client-a", "secret-a", lifetime=60))
+    send = issuer_client.exchange
+
+    async def stopped(*args: Any, **keys: Any) -> Reply | str:
+        reply = await send(*args, **keys)
+        if world.issuer.count() == 1:
+            world.clock.advance(60)
+        return reply
+
+    monkeypatch.setattr(issuer_client, "exchange", stopped)
 
     enforced = await world.ensure()
 
