@@ -19,7 +19,7 @@ from tests.simulation.world import LEASE
 RUNS = 104
 # Seconds after the end in which everything must be done that can be.
 LIVENESS = 240.0
-# With batches: where a budget has room for what one request reserves, runs go through theirs one by one.
+# The same with batches, where a budget may have room for one request at a time, so that runs wait for others.
 LIVENESS_BY_ONE = 480.0
 LIMIT = 2
 BUDGET = 20

@@ -40,7 +40,7 @@ TRANSIENT_PARK = (2.0, 60.0)
 TRIES = 3  # for one request while the issuer fails, unless it already failed for this org
 WINNER_KEPT = 900.0  # an older generation that worked is tried first for this long
 NO_VERDICT_KEPT = 120.0
-# The detail of a refusal of a token that has expired; one asked for this lately was expired when it was made.
+# The detail of a refusal of a token that has expired; one requested this lately had expired when it came.
 EXPIRED = "expired"
 NEW = 5.0
 SCOPE_REFUSED = ("invalid_scope", "access_denied")

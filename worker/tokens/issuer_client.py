@@ -157,8 +157,8 @@ class IssuerClient:
         # The breaker first: a slot of the budget must not be spent on a request that it then refuses.
         with self._breaker.watch(org):
             async with self.budget.request(org, doubtful=doubtful, ahead=ahead):
-                # In two steps, so that the frames of the error hold no secret in a variable.
                 asked_at = self._clock.monotonic()
+                # In two steps, so that the frames of the error hold no secret in a variable.
                 reply = await self._send(asked)
                 result = self._judge(reply, asked.credential, asked_at)
                 if isinstance(reply, Reply):
