@@ -5,13 +5,14 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from sqlalchemy import update
 
 from tests.fakes.batches import ANTHROPIC, OPENAI, Rig, answer_of, text_of
-from worker.demo.model_apis import ModelApis
-from worker.features.batches.advance import LeaseGone
+from worker.demo.model_apis import AnswerLost, ModelApis
+from worker.features.batches.advance import LeaseGone, Patience
 from worker.features.batches.remote import Line
 from worker.handlers.steps import StepError
 from worker.model.batches import ModelApi
@@ -193,6 +194,36 @@ async def test_a_request_of_anthropic_that_never_arrived_is_sent_again(rig: Rig,
     await rig.pass_time(sender, 60)
 
     assert rig.live(run) == "waiting" and apis.twice == 0
+
+
+async def test_a_late_submission_is_found_although_the_worker_stood_still_as_it_looked(
+    rig: Rig, apis: ModelApis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It arrives after the list was made, in time; when the list is read, that time is over."""
+    sender, run, real = rig.sender(), rig.running(), apis.answer
+    sender.patience = Patience(grace=timedelta(seconds=70))
+    late = list[tuple[Any, ...]]()
+
+    def answer(*request: Any) -> tuple[int, bytes]:
+        method, url = request[:2]
+        if url.endswith("/batches") and method == "POST" and not late:
+            late.append(request)
+            raise AnswerLost(url)
+        found = real(*request)
+        if "/batches?" in url and apis.batches == {}:
+            real(*late[0])
+            rig.clock.advance(timedelta(seconds=20))
+        return found
+
+    monkeypatch.setattr(apis, "answer", answer)
+    await rig.ask(sender, run, body_for(ANTHROPIC, "hello"), api=ANTHROPIC)
+    rig.park(run)
+
+    await rig.pass_time(sender, 60)
+
+    [row] = rig.batches()
+    assert (row["state"], row["tries"], len(apis.batches)) == ("done", 1, 1)
+    assert rig.live(run) == "waiting"
 
 
 async def test_what_anthropic_was_paid_twice_is_counted_and_charged(rig: Rig, apis: ModelApis) -> None:

@@ -174,6 +174,8 @@ class Advance:
     async def _find_by_results(self, row: Row, api: BatchApi) -> None:
         """Without an idempotency key only its results say which batch it is."""
         is_open = False
+        # Before the list: what arrives in time is in it.
+        now = await self.database.call_autocommit(database_now)
         for remote in await self._unknown(row, api, row["creating_at"]):
             if remote.requests != row["requests"]:
                 continue
@@ -182,7 +184,6 @@ class Advance:
             elif await self._is_ours(row, api, remote):
                 await self._sent(row, remote)
                 return
-        now = await self.database.call_autocommit(database_now)
         if is_open or now < row["creating_at"] + self.patience.grace:
             await self._change(row, wait=self._soon(row))
         else:
