@@ -86,11 +86,15 @@ class Plan:
         return any(entry.name == ROLLED for entry in self.entries)
 
     def without(self, acts: frozenset[int], faults: frozenset[int], entries: frozenset[int]) -> Plan:
+        """Without these, and without what people do to definitions that are left out."""
+        left = {f"{one.org}/{one.name}" for number, one in enumerate(self.entries) if number in entries}
         return Plan(
             self.workers,
             self.hosts,
             tuple(one for number, one in enumerate(self.entries) if number not in entries),
-            tuple(one for number, one in enumerate(self.acts) if number not in acts),
+            tuple(
+                one for number, one in enumerate(self.acts) if number not in acts and one.target not in left
+            ),
             tuple(one for number, one in enumerate(self.faults) if number not in faults),
         )
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.simulation.plan import plan_of
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -52,3 +54,13 @@ def test_a_violation_is_the_same_each_time():
     )
 
     assert "1 failing seeds on sqlite, 3 replays each; 0 differ" in told
+
+
+def test_what_people_do_to_a_definition_is_left_out_with_it():
+    plan = plan_of(0, "sqlite")
+    [number] = [place for place, entry in enumerate(plan.entries) if entry.name == "pays"]
+    assert "1/pays" in {act.target for act in plan.acts}
+
+    left = plan.without(frozenset(), frozenset(), frozenset({number}))
+
+    assert left.acts == tuple(act for act in plan.acts if act.target != "1/pays")
