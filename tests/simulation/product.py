@@ -8,17 +8,20 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from tests.simulation.database import EPOCH, PRODUCT, PostgresServer
+from tests.simulation.database import PRODUCT, PostgresServer
 from tests.simulation.entries import Action
 from tests.simulation.loop import SimulatedProcess, Thread
 from tests.simulation.world import World
 from worker.errors import StoreUnavailable
+from worker.store import starts
 from worker.store.database import Database
 
 Row = Mapping[str, Any]
@@ -51,6 +54,8 @@ class Product:
 
     def __init__(self, world: World) -> None:
         self.transactions: list[Transaction] = []
+        # When a worker began to take each start, for the last time.
+        self.taken: dict[str, float] = {}
         self._world = world
         self._process: SimulatedProcess | None = None
         self._database: Database | None = None
@@ -69,6 +74,20 @@ class Product:
         self._process.context.run(
             world.loop.run_in_executor, None, self._work, self._database, action, made, commits
         )
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Note when workers take what was started."""
+
+        def lock(*given: Any) -> Any:
+            at = self._world.loop.time()
+            locked, taken = real(*given)
+            self.taken.update((str(start.id), at) for start in taken)
+            return locked, taken
+
+        real = starts.lock
+        with patch.object(starts, "lock", lock):
+            yield
 
     def kill(self) -> None:
         process = self._process
@@ -116,7 +135,7 @@ class Starts:
     """Judges what became of the starts of a product. `runs` have `org` and `definition`."""
 
     def __init__(self, product: Product, rows: Mapping[str, Sequence[Row]]) -> None:
-        self._transactions = product.transactions
+        self._transactions, self._taken = product.transactions, product.taken
         self._starts = rows["starts"]
         self._runs = rows["runs"]
         self._closed_at = {row["id"]: row["closed_at"] for row in rows["definitions"]}
@@ -169,7 +188,7 @@ class Starts:
         return closed_at is not None and (start["made_at"] - closed_at).total_seconds() > BLUR
 
     def _order(self) -> Iterator[str]:
-        """Of one definition, what was committed before another was made is made before it."""
+        """Of one definition, what was committed before another was taken is made before it."""
         committed: dict[str, float] = {}
         for made in self._transactions:
             if made.state == "committed":
@@ -180,8 +199,8 @@ class Starts:
             for later in rows:
                 if later["definition_id"] != earlier["definition_id"] or later["id"] <= earlier["id"]:
                     continue
-                made_at = (later["made_at"] - EPOCH).total_seconds()
-                if committed[earlier["id"]] < made_at - BLUR and earlier["made_at"] > later["made_at"]:
+                in_time = committed[earlier["id"]] < self._taken[later["id"]]
+                if in_time and earlier["made_at"] > later["made_at"]:
                     yield (
                         f"the start {later['id']} was made at {later['made_at']}, before {earlier['id']} of "
                         f"{earlier['made_at']}"

@@ -105,6 +105,10 @@ class Stage(Faults):
                 return None
 
     async def run(self) -> None:
+        with self.product.watched():
+            await self._run()
+
+    async def _run(self) -> None:
         world, loop = self.world, self.world.loop
         for machine in world.machines.values():
             machine.start()
