@@ -15,7 +15,7 @@ from tests.simulation import jobs
 from tests.simulation.calm import RECOVERED, Calm
 from tests.simulation.database import EPOCH
 from tests.simulation.plan import PAGES
-from tests.simulation.world import FAMILIES_EVERY, RENEW, World
+from tests.simulation.world import RENEW, World
 
 Row = Mapping[str, Any]
 Look = Callable[[str], Sequence[tuple[Any, ...]]]
@@ -190,13 +190,7 @@ class Families:
                 continue
             ended = _seconds(parent["finished_at"])
             begun = [_seconds(attempt["started_at"]) for attempt in self._attempts[child["id"]]]
-            most = BEGUN
-            if parent["state"] != "cancelled" and any(
-                _seconds(attempt["started_at"]) <= ended + BEGUN and _seconds(attempt["ended_at"]) > ended
-                for attempt in self._attempts[child["id"]]
-            ):
-                most += FAMILIES_EVERY  # it ran, and waits again: a look finds it
-            late = [at for at in begun if at > ended + most and self._calm.between(ended, at)]
+            late = [at for at in begun if at > ended + BEGUN and self._calm.between(ended, at)]
             if late and self._by_clock:
                 yield f"run {child['id']} began at {late[0]:.1f}; run {parent['id']} ended at {ended:.1f}"
             stopped = _seconds(child["finished_at"])
