@@ -343,6 +343,15 @@ def orphan(connection: Connection, parents: Collection[RunId]) -> int:
     return changed
 
 
+def orphan_waiting(connection: Connection, children: Collection[RunId]) -> int:
+    """As `orphan`, for the parents of children that ran as their parent ended, and wait again."""
+    above = select(_live.c.parent_id).where(
+        among(connection, _live.c.id, sorted(children)), _live.c.parent_id.is_not(None)
+    )
+    parents = connection.execute(above.distinct()).scalars().all()
+    return orphan(connection, parents) if parents else 0
+
+
 # Runs with unfinished children, each found by one step along the index.
 _FAMILIES = (
     text(

@@ -263,12 +263,15 @@ class WorkerStore:
         over = [attempt.run_id for attempt in ends if attempt.is_child and attempt.final]
         parked = [attempt.run_id for attempt in ends if attempt.reason == "children"]
         parents = [attempt.run_id for attempt in ends if attempt.has_children and attempt.final]
+        again = [attempt.run_id for attempt in ends if attempt.is_child and not attempt.final]
         self._ended_children.add(over)
         with suppress(StoreUnavailable):
             if parked:
                 await self.database.call(families.settle, (), parked)
             if parents:
                 await self.database.call(families.orphan, parents)
+            if again:
+                await self.database.call(families.orphan_waiting, again)
 
     async def families_settled(self) -> None:
         """Return once the families of all children that have ended here may go on."""

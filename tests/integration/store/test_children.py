@@ -368,6 +368,23 @@ def test_a_failed_parent_cancels_the_children_that_wait(
     assert stock.within(families.look).changed == 0
 
 
+@pytest.mark.parametrize(("state", "left"), [("failed", "cancelled"), (None, "waiting")])
+def test_a_child_that_ran_as_its_parent_failed_does_not_wait_for_another_attempt(
+    stock: Stock, worker: WorkerId, state: str | None, left: str
+) -> None:
+    run = admitted(stock, worker)
+    ids = started(stock, run, 1)
+    [child] = stock.admit(worker, 1)
+    if state is not None:
+        stock.finish(worker, replace(stock.ended(run, state), reason="error", has_children=True))
+        stock.within(families.orphan, [run.id])
+    stock.finish(worker, replace(of_child(stock.ended(child, "waiting")), reason="error"))
+
+    stock.within(families.orphan_waiting, ids)
+
+    assert states(stock, ids) == [left]
+
+
 def test_children_of_a_parent_that_succeeded_go_on(stock: Stock, worker: WorkerId) -> None:
     run = admitted(stock, worker)
     ids = started(stock, run, 2)
