@@ -161,6 +161,12 @@ class Oracle:
             for at, _, name, fields in world.emitted
             if name in ("worker.started", "host.started")
         }
+        # When the end of an attempt was heard of. Its row has the clock of its machine, also on PostgreSQL.
+        self.ends = {
+            (fields["run"], fields["attempt"]): at
+            for at, _, name, fields in world.emitted
+            if name == "run.ended"
+        }
         # On SQLite the rows have the worker's wall clock, which a fault may have moved.
         self.wrong_clock = any(fault.kind in ("clock", "drift") for fault in stage.plan.faults)
 
@@ -273,6 +279,8 @@ class Oracle:
             (attempt[name] - EPOCH).total_seconds() - (NOT_NOTICED if name == "started_at" else 0.0)
             for name in ("started_at", "ended_at")
         )
+        if self.wrong_clock:
+            ended = max(ended, self.ends.get((attempt["run_id"], attempt["attempt"]), ended))
         # On SQLite a host has one worker to ask; that it is killed is no cause, as it is there again at once.
         its_worker = "w1" if self.world.on_file and machine.startswith("h") else ""
         here = (machine, "*", its_worker)
