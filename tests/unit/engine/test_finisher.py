@@ -17,6 +17,7 @@ from worker.features.hosts.wire import Malformed
 from worker.ids import RunId
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import AdmittedRun, Isolation
+from worker.telemetry import events
 
 
 class Store:
@@ -223,6 +224,34 @@ async def test_an_end_without_an_answer_keeps_no_other(
         ("later", "succeeded"),
         ("stuck", "succeeded"),
     ]
+
+
+async def test_an_outage_is_no_failure_of_an_end_that_was_put_aside(
+    clock: ManualClock, emitted: list[events.Emitted]
+) -> None:
+    """It is told as one while the store takes others."""
+    store = Store()
+    store.unanswered = RunId("stuck")
+
+    def told() -> int:
+        return sum(one.event.name == "loop.failed" for one in emitted)
+
+    async with running(store, clock) as (finisher, written):
+        finisher.put(ended("stuck"))
+        finisher.put(ended("good"))
+        await clock.pass_time(RETRY * (TOGETHER + 1), step=RETRY)
+        assert [one.run_id for one, _ in written] == ["good"]
+
+        store.away = True
+        await clock.pass_time(3 * RETRY_ASIDE, step=RETRY)
+        assert told() == 0
+
+        store.away = False
+        for number in range(2):
+            assert told() == 0
+            finisher.put(ended(f"later {number}"))
+            await clock.pass_time(RETRY_ASIDE, step=RETRY)
+        assert told() == 1
 
 
 async def test_an_absent_database_is_not_asked_for_each_end(clock: ManualClock) -> None:

@@ -65,6 +65,8 @@ class Finisher:
     # Ends that the store does not take while it takes others.
     _aside: list[EndedAttempt] = field(default_factory=list)
     _trying: asyncio.Task[None] | None = None
+    # How often the store has taken ends.
+    _writes: int = 0
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -170,7 +172,9 @@ class Finisher:
             self._trying = asyncio.create_task(self._write_aside(), name="ends put aside")
 
     async def _write_aside(self) -> None:
+        before = self._writes
         while self._aside:
+            older, before = before, self._writes
             await self.clock.sleep(RETRY_ASIDE)
             waiting, self._aside = self._aside, []
             for place, ended in enumerate(waiting):
@@ -181,10 +185,12 @@ class Finisher:
                     self._aside += waiting[place:]
                     raise
                 except Exception as error:
-                    if isinstance(error, Unavailable) or _is_bare(ended):
-                        emit("loop.failed", loop="finisher", error=type(error).__name__)
-                    else:
+                    is_unavailable = isinstance(error, Unavailable)
+                    if not is_unavailable and not _is_bare(ended):
                         kept = self._stripped(ended, error)
+                    elif not is_unavailable or self._writes > before > older:
+                        # Others were taken in this round and in the last: it is not an outage that begins.
+                        emit("loop.failed", loop="finisher", error=type(error).__name__)
                     self._aside.append(kept)
                 else:
                     self._report([ended], accepted)
@@ -212,6 +218,7 @@ class Finisher:
             refill.end(admitted)
 
     def _report(self, batch: list[EndedAttempt], accepted: set[RunId]) -> None:
+        self._writes += 1
         for ended in batch:
             self.on_written(ended, ended.run_id in accepted)
 
