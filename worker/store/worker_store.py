@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, ParamSpec, TypeVar
@@ -270,7 +270,12 @@ class WorkerStore:
                 await self.database.call(families.settle, (), parked)
             if parents:
                 await self.database.call(families.orphan, parents)
-            if again:
+        await self._end_orphans(again)
+
+    async def _end_orphans(self, again: Collection[RunId]) -> None:
+        """Cancel those of these that wait again and whose parents have failed; `look_at_families` as well."""
+        if again:
+            with suppress(StoreUnavailable):
                 await self.database.call(families.orphan_waiting, again)
 
     async def families_settled(self) -> None:
@@ -492,9 +497,11 @@ class WorkerStore:
 
     async def recover(self, still: Callable[[], bool], *, max_recoveries: int = 3) -> list[Recovered]:
         """Take over the runs of workers that are gone, if `still` holds once the database has answered."""
-        return await self.database.call(
+        recovered = await self.database.call(
             workers.recover, max_recoveries=max_recoveries, by=self._worker_id, still=still
         )
+        await self._end_orphans([run.run_id for run in recovered])
+        return recovered
 
     async def recover_all_others(self, *, max_recoveries: int = 3) -> list[Recovered]:
         """Take over the runs of every other worker: at the start of a SQLite file's one worker."""
@@ -506,11 +513,14 @@ class WorkerStore:
             others_than=self._worker_id,
         ):
             recovered += part
+            await self._end_orphans([run.run_id for run in part])
         return recovered
 
     async def hand_back(self, owned: Sequence[OwnedRun]) -> set[RunId]:
         """Let runs wait again that this worker owns but does not know."""
-        return await self.database.call(workers.hand_back, self._worker_id, owned)
+        handed = await self.database.call(workers.hand_back, self._worker_id, owned)
+        await self._end_orphans(handed)
+        return handed
 
     async def sweep(self) -> list[Swept]:
         """Promote held runs and skip expired ones; returns the expired ones."""

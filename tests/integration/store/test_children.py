@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import select
 
 from tests.fakes.clock import ManualClock
-from tests.fakes.stock import HANDLER, Stock, await_lock
+from tests.fakes.stock import HANDLER, LEASE, Stock, await_lock
 from tests.integration.store.test_spending import add_budget, step_of
 from worker.handlers.steps import StepError
 from worker.ids import ALL_ORGS, RunId, WorkerId
@@ -28,6 +28,7 @@ from worker.model.runs.waits import NewWait, WaitState
 from worker.operations.runs import cancel
 from worker.store import budgets, children, families, spending, sweeps, tables, workers
 from worker.store.database import Database
+from worker.store.worker_store import WorkerStore
 
 CAP = FamilyCap(HANDLER, frozenset({"read:kb"}), frozenset(), (), frozenset())
 
@@ -383,6 +384,23 @@ def test_a_child_that_ran_as_its_parent_failed_does_not_wait_for_another_attempt
     stock.within(families.orphan_waiting, ids)
 
     assert states(stock, ids) == [left]
+
+
+async def test_a_child_of_a_lost_worker_does_not_wait_for_another_attempt_once_its_parent_has_failed(
+    stock: Stock, worker: WorkerId
+) -> None:
+    run, lost = admitted(stock, worker), stock.worker()
+    ids = started(stock, run, 1)
+    stock.admit(lost, 1)
+    stock.finish(worker, replace(stock.ended(run, "failed"), reason="error", has_children=True))
+    stock.within(families.orphan, [run.id])
+    stock.change(tables.workers, lost, ended_at=stock.now())
+
+    store = WorkerStore(stock.database, worker, LEASE)
+    recovered = await store.recover(lambda: True)
+
+    assert [each.run_id for each in recovered] == ids
+    assert states(stock, ids) == ["cancelled"]
 
 
 def test_children_of_a_parent_that_succeeded_go_on(stock: Stock, worker: WorkerId) -> None:
