@@ -42,6 +42,7 @@ class Journal:
         self._now = now
 
     def write(self, ctx: Context[Any, Any], who: str, **fields: Any) -> None:
+        process = process_now()
         self.lines.append(
             {
                 "run": ctx.run.id,
@@ -51,10 +52,10 @@ class Journal:
                 "token_of": ctx.claims.org_code,
                 "who": who,
                 "at": self._now(),
+                "by": "" if process is None else process.name,
                 **fields,
             }
         )
-        process = process_now()
         if process is not None:
             process.loop.note(process, f"{who} {fields or ''} by attempt {ctx.run.attempt} of {ctx.run.id}")
 

@@ -9,6 +9,7 @@ import json
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -181,11 +182,12 @@ class Oracle:
         yield from self._wrong_ends()
         yield from holes(self.history)
         yield from falling_tokens(self.history)
+        history = replace(self.history, journal=self._fenced_acts())
         if not self.wrong_clock:
-            yield from two_owners(self.history)
+            yield from two_owners(history)
             yield from late_writes(self.history)
         else:
-            yield from self._acts_of_two_owners()
+            yield from self._acts_of_two_owners(history)
         yield from self._lost_without_cause()
         yield from self._ends_lost()
         yield from self._instants()
@@ -254,10 +256,33 @@ class Oracle:
             why = f"{reason}, {run['detail']}, {run['error']}"
             yield f"run {run['id']} of {run['definition']} ended {state} ({why})"
 
-    def _acts_of_two_owners(self) -> Iterator[str]:
+    def _fenced_acts(self) -> list[Row]:
+        """What handlers did, but not inline on a worker that stood still, until a renewal says that it lost.
+
+        They cannot be frozen: see docs/limits.md.
+        """
+        lost = [(process, at) for at, process, name, _ in self.world.emitted if name == "lease.lost"]
+        unfenced = [
+            (still.machine, still.until, at)
+            for still in self.world.struck
+            for process, at in lost
+            if still.kind == "still"
+            and process == still.machine
+            and still.until <= at <= still.until + NOT_NOTICED
+        ]
+        return [
+            line
+            for line in self.history.journal
+            if not any(
+                line.get("by") == machine and since <= (line["at"] - EPOCH).total_seconds() <= until
+                for machine, since, until in unfenced
+            )
+        ]
+
+    def _acts_of_two_owners(self, history: History) -> Iterator[str]:
         """As `two_owners`, from what the handlers did alone."""
         last: dict[str, tuple[int, datetime]] = {}
-        for line in self.history.journal:
+        for line in history.journal:
             attempt, _ = last.get(line["run"], (0, line["at"]))
             if line["attempt"] < attempt:
                 yield f"run {line['run']}: attempt {line['attempt']} acted after attempt {attempt} had begun"
