@@ -195,10 +195,19 @@ class Batches:
             return False
         if not self._by_clock:
             return True  # a batch is looked for by the time of its submission
-        made_at, row = self._models.batches[charge.batch].created_at, self._batches[item["batch_id"]]
+        made_at = self._models.batches[charge.batch].created_at
+        of, all_ = item["batch_id"], self._batches.values()
+        # A request whose run ended is in no batch any more once that has failed as empty.
+        rows = [self._batches[of]] if of else [row for row in all_ if _is_empty(row)]
         # One whose requests have all left it ends without results, once it was looked for.
-        until = row["ended_at"] or row["creating_at"] + PATIENCE.grace
-        return made_at > float(until.timestamp())
+        looked_until = [
+            row["ended_at"] or row["creating_at"] + PATIENCE.grace for row in rows if row["creating_at"]
+        ]
+        return any(made_at > float(until.timestamp()) for until in looked_until)
+
+
+def _is_empty(batch: Row) -> bool:
+    return (batch["api"], batch["error"]) == ("anthropic", "empty")
 
 
 def _cost(charge: Charge, meter: str) -> int:
