@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from sqlalchemy import (
     ColumnElement,
@@ -76,10 +77,26 @@ class OrgBudget:
     property_name: str | None
     period: Period | None
     """None of a budget per run."""
+    zone: ZoneInfo
 
     @property
     def counter(self) -> Counter | None:
-        return None if self.period is None else (self.org_id, self.meter, self.per, self.period.start)
+        return None if self.period is None else self._counter_of(self.period)
+
+    def counters_of(self, at: datetime) -> Iterator[Counter]:
+        """The counters that have counted a spend of this time, without those of periods that are over.
+
+        The period may be a later one than that of now: the clock has gone back then, and what counts now
+        began with all spends since its start.
+        """
+        if self.period is None or at < self.period.start:
+            return
+        yield self._counter_of(self.period)
+        if at >= self.period.end:
+            yield self._counter_of(period_of(self.per, self.zone, at))
+
+    def _counter_of(self, period: Period) -> Counter:
+        return self.org_id, self.meter, self.per, period.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +156,8 @@ def of_orgs(
             limit = properties.get((org_id, _key_of(row)))
         if limit is not None:
             limit += raised.get((org_id, row["meter"], row["per"]), 0)
-        period = None
-        if row["per"] != "run":
-            zone = parse_zone(row["zone"] or org["timezone"] or "UTC")
-            period = period_of(row["per"], zone, now)
+        zone = parse_zone(row["zone"] or org["timezone"] or "UTC")
+        period = None if row["per"] == "run" else period_of(row["per"], zone, now)
         found.setdefault(org_id, []).append(
             OrgBudget(
                 org_id=org_id,
@@ -150,6 +165,7 @@ def of_orgs(
                 limit=limit,
                 property_name=row["property"],
                 period=period,
+                zone=zone,
                 **{name: row[name] for name in ("id", "meter", "per", "at_limit", "warn_at")},
             )
         )

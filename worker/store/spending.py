@@ -246,15 +246,10 @@ def settle(
     limits = [budget for of_org in found.values() for budget in of_org]
     counters: dict[Counter, int] = defaultdict(int)
     for spend, delta, at in changed:
-        for budget in found.get(spend.org_id, ()):
-            period, counter = budget.period, budget.counter
-            if (
-                budget.meter == spend.meter
-                and period is not None
-                and counter is not None
-                and at >= period.start
-            ):
-                counters[counter] += delta
+        mine = [budget for budget in found.get(spend.org_id, ()) if budget.meter == spend.meter]
+        # Once each: several budgets may share one.
+        for counter in {counter for budget in mine for counter in budget.counters_of(at)}:
+            counters[counter] += delta
     warned, ahead = _count(connection, limits, counters, now)
     return CountedSpends(warned, _limited(limits, _added(spends, costed)), unpriced, costed, ahead)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import timedelta
 from fractions import Fraction
 
@@ -244,3 +245,31 @@ def test_a_settlement_lowers_every_sum_and_changes_no_other_period(rig: Rig) -> 
 
     assert sorted(row["used"] for row in rig.stock.all(tables.meters)) == [5, 800]
     assert by_day(rig, "llm_tokens") == 105
+
+
+def test_a_settlement_counts_once_where_two_budgets_limit_the_same(rig: Rig) -> None:
+    run = rig.running()
+    add_budget(rig.stock, run.org_id, "llm_tokens", limit=10_000, per="day")
+    add_budget(rig.stock, None, "llm_tokens", limit=20_000, per="day")
+    spend = spending.Spend(run.id, run.org_id, run.definition_id, "llm_tokens", "k", 700)
+
+    rig.stock.within(spending.record, [spend], rig.stock.now())
+    rig.stock.within(spending.settle, [replace(spend, amount=100)])
+
+    assert [row["used"] for row in rig.stock.all(tables.meters)] == [100]
+
+
+def test_a_settlement_reaches_the_day_of_its_reservation_after_the_clock_went_back(rig: Rig) -> None:
+    """The day before has counted it, too: it began with all that was spent since its start."""
+    run = rig.running()
+    add_budget(rig.stock, run.org_id, "llm_tokens", limit=10_000, per="day")
+    spend = spending.Spend(run.id, run.org_id, run.definition_id, "llm_tokens", "k", 700)
+    rig.stock.within(spending.record, [spend], rig.stock.now())
+
+    rig.clock.advance(-timedelta(days=1))
+    rig.stock.within(spending.record, [replace(spend, key="k2", amount=5)], rig.stock.now())
+    rig.stock.within(spending.settle, [replace(spend, amount=100)])
+    rig.clock.advance(timedelta(days=1))
+
+    assert used(rig.stock, run.org_id, "llm_tokens") == [100]
+    assert sorted(row["used"] for row in rig.stock.all(tables.meters)) == [100, 105]
