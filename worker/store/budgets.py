@@ -360,19 +360,20 @@ def wake_free(connection: Connection, _: AllOrgs) -> int:
     """
     if connection.execute(select(_budgets.c.id).limit(1)).first() is None:
         return 0
-    query = select(_waits.c.run_id, _waits.c.org_id, _waits.c.name).where(text(tables.OPEN), *_PENDING)
-    waiting: dict[tuple[OrgId, str], list[RunId]] = {}
-    for run_id, org_id, name in connection.execute(query.join(_live, _live.c.id == _waits.c.run_id)):
-        waiting.setdefault((org_id, name.removeprefix(BUDGET)), []).append(run_id)
+    columns = (_waits.c.run_id, _waits.c.org_id, _waits.c.name, _waits.c.ask.is_not(None))
+    query = select(*columns).where(text(tables.OPEN), *_PENDING)
+    waiting: dict[tuple[OrgId, str, bool], list[RunId]] = {}
+    for run_id, org_id, name, asks in connection.execute(query.join(_live, _live.c.id == _waits.c.run_id)):
+        waiting.setdefault((org_id, name.removeprefix(BUDGET), bool(asks)), []).append(run_id)
     if not waiting:
         return 0
     now = database_now(connection)
-    found = of_orgs(connection, {org_id for org_id, _ in waiting}, {meter for _, meter in waiting}, now)
+    found = of_orgs(connection, {org for org, _, _ in waiting}, {meter for _, meter, _ in waiting}, now)
     listed = [budget for of_org in found.values() for budget in of_org]
     reached = [level.budget for level in levels(connection, listed) if level.reached]
-    # A budget per run is reached by what the run itself has spent.
-    reached += [budget for budget in listed if budget.counter is None]
-    full = {(budget.org_id, budget.meter) for budget in reached}
+    full = {(budget.org_id, budget.meter, asks) for budget in reached for asks in (False, True)}
+    # A run that asks may have reached its own budget: it would only ask again.
+    full |= {(budget.org_id, budget.meter, True) for budget in listed if budget.counter is None}
     ids = sorted(run_id for key, run_ids in waiting.items() if key not in full for run_id in run_ids)
     return sum(_let_go(connection, (_live.c.id.in_(part), _is_asked()), now) for part in chunks(ids))
 

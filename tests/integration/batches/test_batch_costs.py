@@ -20,7 +20,7 @@ from worker.model.definitions.budgets import MONEY
 from worker.model.money import NANO
 from worker.model.price_list import GenaiPrices
 from worker.model.prices import Prices
-from worker.model.runs.budgets import wait_of
+from worker.model.runs.budgets import decisive, wait_of
 from worker.model.runs.run import AdmittedRun
 from worker.store import budgets, children, spending, tables
 from worker.store.worker_store import WorkerStore
@@ -99,11 +99,15 @@ async def test_what_is_reserved_warns_and_is_freed_by_a_request_that_is_sent_on_
     assert (rig.spent(run, MONEY), used(rig.stock, run.org_id, MONEY), lines(rig)) == (0, [0], [])
 
 
+@pytest.mark.parametrize("own", [None, "fail", "ask"])
 async def test_a_run_that_waits_for_what_others_have_reserved_goes_on_once_that_is_settled(
-    rig: Rig,
+    rig: Rig, own: str | None
 ) -> None:
+    """Also where a budget of each run, which it has not reached, would fail it or ask."""
     org = rig.stock.org(limit=10_000)
     add_budget(rig.stock, org, limit=4000)
+    if own is not None:
+        add_budget(rig.stock, org, limit=9000, per="run", at_limit=own)
     sender, definition = rig.sender(), rig.stock.definition(org)
     first, second = (rig.stock.running(rig.worker, org, definition) for _ in range(2))
     await rig.ask(sender, first)
@@ -133,12 +137,30 @@ async def test_a_settlement_keeps_those_waiting_whose_budget_is_reached_neverthe
     assert [rig.live(run) for run in (first, second)] == ["waiting", "parked"]
 
 
+async def test_a_settlement_keeps_a_run_waiting_that_asks_for_its_own_budget(rig: Rig) -> None:
+    """It would ask again."""
+    org = rig.stock.org(limit=10_000)
+    add_budget(rig.stock, org, limit=100_000)
+    add_budget(rig.stock, org, limit=100, per="run", at_limit="ask")
+    sender, definition = rig.sender(), rig.stock.definition(org)
+    first, second = (rig.stock.running(rig.worker, org, definition) for _ in range(2))
+    await rig.ask(sender, first)
+    rig.park(first)
+    rig.stock.within(spending.spend, second, "llm_tokens", 100, "1:1")
+    await wait_for_budget(rig, second)
+
+    await rig.pass_time(sender, 45)
+
+    assert [rig.live(run) for run in (first, second)] == ["waiting", "parked"]
+
+
 async def wait_for_budget(rig: Rig, run: AdmittedRun) -> None:
     """Park a run for the budget that stops it."""
     store = WorkerStore(rig.stock.database, rig.worker, timedelta(days=30))
-    [state] = (await store.budgets_of(run)).states
+    state = decisive((await store.budgets_of(run)).states)
+    assert state is not None
     waited = await store.open_wait(run, wait_of(state, 1, rig.stock.now()))
-    assert state.reached and waited is not None and waited.state == "pending"
+    assert waited is not None and waited.state == "pending"
     rig.stock.finish(rig.worker, rig.stock.ended(run, "parked", outcome="parked", reason="budget"))
 
 
