@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, ParamSpec, TypeVar
@@ -262,7 +262,8 @@ class WorkerStore:
             return
         over = [attempt.run_id for attempt in ends if attempt.is_child and attempt.final]
         parked = [attempt.run_id for attempt in ends if attempt.reason == "children"]
-        parents = [attempt.run_id for attempt in ends if attempt.has_children and attempt.final]
+        # One that would wait again has ended if its own parent has failed.
+        parents = [a.run_id for a in ends if a.has_children and (a.final or a.is_child)]
         again = [attempt.run_id for attempt in ends if attempt.is_child and not attempt.final]
         self._ended_children.add(over)
         with suppress(StoreUnavailable):
@@ -270,12 +271,8 @@ class WorkerStore:
                 await self.database.call(families.settle, (), parked)
             if parents:
                 await self.database.call(families.orphan, parents)
-        await self._end_orphans(again)
-
-    async def _end_orphans(self, again: Collection[RunId]) -> None:
-        """Cancel those of these that wait again and whose parents have failed; `look_at_families` as well."""
-        if again:
-            with suppress(StoreUnavailable):
+            if again:
+                # Their parents may have failed at the same time.
                 await self.database.call(families.orphan_waiting, again)
 
     async def families_settled(self) -> None:
@@ -497,11 +494,9 @@ class WorkerStore:
 
     async def recover(self, still: Callable[[], bool], *, max_recoveries: int = 3) -> list[Recovered]:
         """Take over the runs of workers that are gone, if `still` holds once the database has answered."""
-        recovered = await self.database.call(
+        return await self.database.call(
             workers.recover, max_recoveries=max_recoveries, by=self._worker_id, still=still
         )
-        await self._end_orphans([run.run_id for run in recovered])
-        return recovered
 
     async def recover_all_others(self, *, max_recoveries: int = 3) -> list[Recovered]:
         """Take over the runs of every other worker: at the start of a SQLite file's one worker."""
@@ -513,14 +508,11 @@ class WorkerStore:
             others_than=self._worker_id,
         ):
             recovered += part
-            await self._end_orphans([run.run_id for run in part])
         return recovered
 
     async def hand_back(self, owned: Sequence[OwnedRun]) -> set[RunId]:
         """Let runs wait again that this worker owns but does not know."""
-        handed = await self.database.call(workers.hand_back, self._worker_id, owned)
-        await self._end_orphans(handed)
-        return handed
+        return await self.database.call(workers.hand_back, self._worker_id, owned)
 
     async def sweep(self) -> list[Swept]:
         """Promote held runs and skip expired ones; returns the expired ones."""

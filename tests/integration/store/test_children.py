@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import select
 
 from tests.fakes.clock import ManualClock
-from tests.fakes.stock import HANDLER, LEASE, Stock, await_lock
+from tests.fakes.stock import HANDLER, Stock, await_lock
 from tests.integration.store.test_spending import add_budget, step_of
 from worker.handlers.steps import StepError
 from worker.ids import ALL_ORGS, RunId, WorkerId
@@ -28,7 +28,6 @@ from worker.model.runs.waits import NewWait, WaitState
 from worker.operations.runs import cancel
 from worker.store import budgets, children, families, spending, sweeps, tables, workers
 from worker.store.database import Database
-from worker.store.worker_store import WorkerStore
 
 CAP = FamilyCap(HANDLER, frozenset({"read:kb"}), frozenset(), (), frozenset())
 
@@ -369,24 +368,48 @@ def test_a_failed_parent_cancels_the_children_that_wait(
     assert stock.within(families.look).changed == 0
 
 
-@pytest.mark.parametrize(("state", "left"), [("failed", "cancelled"), (None, "waiting")])
+@pytest.mark.parametrize(
+    ("state", "keep", "left"),
+    [
+        ("failed", False, "cancelled"),
+        ("failed", True, "waiting"),
+        ("cancelled", True, "cancelled"),
+        ("succeeded", False, "waiting"),
+        (None, False, "waiting"),
+    ],
+)
 def test_a_child_that_ran_as_its_parent_failed_does_not_wait_for_another_attempt(
-    stock: Stock, worker: WorkerId, state: str | None, left: str
+    stock: Stock, worker: WorkerId, state: str | None, keep: bool, left: str
+) -> None:
+    """It is cancelled with its end: another worker might take it before its family is looked at."""
+    run = admitted(stock, worker)
+    start(stock, run, pages(1), keep=keep)
+    [child] = stock.admit(worker, 1)
+    if state is not None:
+        stock.finish(worker, replace(stock.ended(run, state), reason="error", has_children=True))
+
+    stock.finish(worker, replace(of_child(stock.ended(child, "waiting")), reason="error"))
+
+    assert states(stock, [child.id]) == [left]
+    if left == "cancelled":
+        assert stock.stored(child.id)["reason"] == "parent"
+
+
+def test_a_child_that_waits_again_just_before_its_parent_fails_is_cancelled(
+    stock: Stock, worker: WorkerId
 ) -> None:
     run = admitted(stock, worker)
     ids = started(stock, run, 1)
     [child] = stock.admit(worker, 1)
-    if state is not None:
-        stock.finish(worker, replace(stock.ended(run, state), reason="error", has_children=True))
-        stock.within(families.orphan, [run.id])
     stock.finish(worker, replace(of_child(stock.ended(child, "waiting")), reason="error"))
+    stock.finish(worker, replace(stock.ended(run, "failed"), reason="error", has_children=True))
 
     stock.within(families.orphan_waiting, ids)
 
-    assert states(stock, ids) == [left]
+    assert states(stock, ids) == ["cancelled"]
 
 
-async def test_a_child_of_a_lost_worker_does_not_wait_for_another_attempt_once_its_parent_has_failed(
+def test_a_child_of_a_lost_worker_does_not_wait_for_another_attempt_once_its_parent_has_failed(
     stock: Stock, worker: WorkerId
 ) -> None:
     run, lost = admitted(stock, worker), stock.worker()
@@ -396,8 +419,7 @@ async def test_a_child_of_a_lost_worker_does_not_wait_for_another_attempt_once_i
     stock.within(families.orphan, [run.id])
     stock.change(tables.workers, lost, ended_at=stock.now())
 
-    store = WorkerStore(stock.database, worker, LEASE)
-    recovered = await store.recover(lambda: True)
+    recovered = stock.within(workers.recover, max_recoveries=3, by=worker)
 
     assert [each.run_id for each in recovered] == ids
     assert states(stock, ids) == ["cancelled"]

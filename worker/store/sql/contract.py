@@ -164,13 +164,23 @@ def reach(queues: Sequence[OrgQueue], free: int) -> list[int]:
     return counts
 
 
+# Whether a running run `l` is cancelled instead of waiting again, and why: as requested, or as its parent was
+# cancelled, or has failed and does not keep its children. `families.orphan` cancels those that wait already.
+STOPPED = """
+l.cancel_requested_at IS NOT NULL OR (l.parent_id IS NOT NULL AND EXISTS (
+  SELECT 1 FROM runs r JOIN parents p ON p.run_id = r.id
+  WHERE r.id = l.parent_id AND (r.state = 'cancelled' OR (r.state <> 'succeeded' AND NOT p.keep)))),
+CASE WHEN l.cancel_requested_at IS NULL THEN 'parent' ELSE l.cancel_reason END
+"""
+
+
 # Not frozen: each run needs one, and freezing takes three times as long.
 @dataclass(slots=True)
 class LockedRun:
-    """A running row of this worker, as it was locked."""
+    """A running row of this worker, as it was locked; see `STOPPED`."""
 
     fencing_token: int
-    cancel_requested: bool
+    stopped: bool
     cancel_reason: str | None
 
 
@@ -209,7 +219,7 @@ def end_runs(
 ) -> tuple[list[Ending], list[EndedAttempt]]:
     """Separate the attempts that are still ours from those fenced out, each in the order of run ids.
 
-    A run that would wait again is cancelled if its cancellation was requested.
+    A run that would wait again is cancelled if it is stopped.
     """
     endings: dict[RunId, Ending] = {}
     fenced: list[EndedAttempt] = []
@@ -219,7 +229,7 @@ def end_runs(
             fenced.append(attempt)
             continue
         state, reason = attempt.state, attempt.reason
-        if state in UNENDED and row.cancel_requested:
+        if state in UNENDED and row.stopped:
             state, reason = "cancelled", row.cancel_reason or "requested"
         # The worker's clock may differ from the database's: keep the end between start and now.
         ended_at = max(attempt.started_at, min(attempt.ended_at, now))

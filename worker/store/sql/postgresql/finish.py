@@ -20,6 +20,7 @@ from worker.store.sql.contract import (
     ADD_TO_DAY,
     ADD_TO_HOUR,
     OF_ATTEMPT,
+    STOPPED,
     Ending,
     LockedRun,
     OpenWaits,
@@ -71,12 +72,12 @@ NO_SUMS: Sums = ("{}", "{}", "{}", "{}")
 
 # Always in the order of ids, and a separate statement: two batches cannot deadlock.
 # `state NOT IN` means running, but matches no partial index, so the primary key is used.
-LOCK = """
-SELECT id, fencing_token, cancel_requested_at IS NOT NULL, cancel_reason, clock_timestamp()
-FROM live_runs
-WHERE id = ANY(%s::uuid[]) AND state NOT IN ('waiting', 'held', 'parked')
-  AND worker_id IS NOT DISTINCT FROM %s::uuid
-ORDER BY id FOR UPDATE
+LOCK = f"""
+SELECT l.id, l.fencing_token, {STOPPED}, clock_timestamp()
+FROM live_runs l
+WHERE l.id = ANY(%s::uuid[]) AND l.state NOT IN ('waiting', 'held', 'parked')
+  AND l.worker_id IS NOT DISTINCT FROM %s::uuid
+ORDER BY l.id FOR UPDATE OF l
 """
 
 WAIT = """
@@ -168,13 +169,13 @@ def wait_again(
     """Lock the runs of `ended`, which is in the order of run ids, and let those wait or park that go on.
 
     Returns the runs that go on, the attempts that end their runs, and the sums of what was written
-    here. A run whose cancellation was requested ends instead.
+    here. A run that is stopped ends instead: see `STOPPED`.
     """
     rows = raw.execute(LOCK, (uuids(attempt.run_id for attempt in ended), worker_id)).fetchall()
     final = [attempt for attempt in ended if attempt.final]
     if not rows:
         return set(), final, NO_SUMS
-    locked = {id_: LockedRun(token, cancelled, reason) for id_, token, cancelled, reason, _ in rows}
+    locked = {id_: LockedRun(token, stopped, reason) for id_, token, stopped, reason, _ in rows}
     now = rows[0][4]
     settled, _ = end_runs((attempt for attempt in ended if not attempt.final), locked, now)
     waiting = [ending for ending in settled if ending.state == "waiting"]

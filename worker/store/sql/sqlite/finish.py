@@ -20,6 +20,7 @@ from worker.store.sql import run_egress, run_words
 from worker.store.sql.contract import (
     ADD_TO_DAY,
     ADD_TO_HOUR,
+    STOPPED,
     Ending,
     LockedRun,
     OpenWaits,
@@ -33,9 +34,9 @@ from worker.store.sql.sqlite.values import Rows, in_one_step, instant, json_list
 from worker.store.tables import NEVER
 
 # One row for the whole batch: see `values`.
-OWNED = """
+OWNED = f"""
 SELECT json_group_array(json_array(l.id, l.fencing_token, l.available_at, l.started_at, l.progress,
-                                   l.cancel_requested_at IS NOT NULL, l.cancel_reason)),
+                                   {STOPPED})),
        EXISTS (SELECT 1 FROM live_runs WHERE state = 'held')
 FROM json_each(?) e CROSS JOIN live_runs l ON l.id = e.value
 WHERE l.state = 'running' AND l.worker_id = ?
