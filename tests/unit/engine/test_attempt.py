@@ -107,6 +107,7 @@ class Site:
         self.spends: list[tuple[str, int, str]] = []
         self.noted: list[Claims] = []
         self.limits_in_claims = True
+        self.stop, self.is_lost_meanwhile = StopSignal(), False
         self.budgets_found: OrgBudgets | None = None
         self.pages: list[int] = []
         self.totals = (0, 0)
@@ -146,6 +147,8 @@ class Site:
 
     async def note_claims(self, org_id: OrgId, claims: Claims) -> None:
         self.noted.append(claims)
+        if self.is_lost_meanwhile:
+            self.stop.kill()
 
     async def budgets_of(self, run: AdmittedRun) -> OrgBudgets:
         return self.budgets_found or OrgBudgets(())
@@ -203,7 +206,7 @@ class Site:
             secrets=self.secrets,
             brokered=self.brokered,
         )
-        return await attempt(InflightRun(admitted(**changes), StopSignal()), tools)
+        return await attempt(InflightRun(admitted(**changes), self.stop), tools)
 
 
 @pytest.fixture
@@ -554,6 +557,15 @@ async def test_without_an_enforced_token_no_handler_starts(
     assert (ended.state, ended.reason) == (state, reason)
     assert site.works == []
     assert ended.keep_start_by
+
+
+async def test_a_run_whose_lease_is_lost_as_it_is_prepared_does_not_start(site: Site) -> None:
+    """An inline handler would act at once."""
+    site.is_lost_meanwhile = True
+
+    await site.attempt()
+
+    assert site.works == []
 
 
 async def test_a_parked_org_waits_a_minute_at_most_so_that_a_new_secret_is_seen_soon(site: Site) -> None:

@@ -23,7 +23,7 @@ from worker.engine.attempt.plan import (
 )
 from worker.engine.attempt.run_log import mask_trail, redacted
 from worker.engine.attempt.tools import HandlerTools, Tools
-from worker.engine.runners.contract import LONGEST_PAUSE, Stopped, Work, outcome_of_stop
+from worker.engine.runners.contract import LEASE_LOST, LONGEST_PAUSE, Stopped, Work, outcome_of_stop
 from worker.errors import (
     ConfigurationError,
     LeaseLost,
@@ -290,6 +290,9 @@ async def run_handler(
     prepared: Prepared, inflight: InflightRun, trail: Trail, tools: HandlerTools
 ) -> Outcome:
     """The handler: in its own process, or inline if the operator allows it."""
+    if inflight.stop.killed:
+        # Its lease was lost as it was prepared: an inline handler would act before it is cancelled.
+        return LEASE_LOST
     limits, work = prepared.limits, prepared.work
     given = inflight, trail, tools.acts, tools.run_log, tools.clock, work.checkpoint
     running = Running(*given, spans=SpanRoom.of(work.traces))
