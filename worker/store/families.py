@@ -32,6 +32,7 @@ from worker.model.runs.waits import MAX_WAITS, NewWait, WaitState
 from worker.store import sweeps, tables
 from worker.store.bulk import among
 from worker.store.dialect import database_now, driver, hint, insert_into, is_postgresql
+from worker.store.sql.contract import ENDS_CHILDREN
 from worker.store.sql.postgresql.arrays import words
 
 _live, _runs = tables.live_runs, tables.runs
@@ -328,8 +329,7 @@ def orphan(connection: Connection, parents: Collection[RunId]) -> int:
     Of one that was cancelled those that run, too; a failed one may keep its children. Returns how many.
     """
     query = select(_runs.c.id, _runs.c.org_id, _runs.c.state).join(_parents, _parents.c.run_id == _runs.c.id)
-    query = query.where(among(connection, _runs.c.id, sorted(parents)), _runs.c.state.is_not(None))
-    ended = query.where((_runs.c.state == "cancelled") | (_runs.c.state != "succeeded") & ~_parents.c.keep)
+    ended = query.where(among(connection, _runs.c.id, sorted(parents)), text(ENDS_CHILDREN))
     now, changed = database_now(connection), 0
     below = [
         (org_id, unfinished_below(connection, org_id, id_), state == "cancelled")

@@ -164,12 +164,13 @@ def reach(queues: Sequence[OrgQueue], free: int) -> list[int]:
     return counts
 
 
-# Whether a running run `l` is cancelled instead of waiting again, and why: as requested, or as its parent was
-# cancelled, or has failed and does not keep its children. `families.orphan` cancels those that wait already.
-STOPPED = """
+# Whether a run with a row of `parents` has ended in a way that ends its children that wait.
+ENDS_CHILDREN = "(runs.state = 'cancelled' OR (runs.state <> 'succeeded' AND NOT parents.keep))"
+# Whether a running run `l` is cancelled instead of waiting again, and why: as requested, or with its parent.
+STOPPED = f"""
 l.cancel_requested_at IS NOT NULL OR (l.parent_id IS NOT NULL AND EXISTS (
-  SELECT 1 FROM runs r JOIN parents p ON p.run_id = r.id
-  WHERE r.id = l.parent_id AND (r.state = 'cancelled' OR (r.state <> 'succeeded' AND NOT p.keep)))),
+  SELECT 1 FROM runs JOIN parents ON parents.run_id = runs.id
+  WHERE runs.id = l.parent_id AND {ENDS_CHILDREN})),
 CASE WHEN l.cancel_requested_at IS NULL THEN 'parent' ELSE l.cancel_reason END
 """
 
