@@ -10,8 +10,9 @@ from tests.simulation.world import LEASE
 # The handler whose requests go into batches, what orgs may spend on them, and the calls of the APIs at which
 # something goes wrong.
 COMPLETES = "sim.completes"
-# The first is reached, and raised; the second has room for all, but not for what requests reserve.
-MODEL_BUDGETS = {("org_0", "llm_tokens"): 500, ("org_2", "money"): 6_000_000}
+# The first is reached, and raised; the second has room for all, but not for what requests reserve. The third
+# is never reached: it shares the counter of the first.
+MODEL_BUDGETS = {("org_0", "llm_tokens"): 500, ("org_2", "money"): 6_000_000, ("all", "llm_tokens"): 100_000}
 # Tokens that a request may use for its answer, which are reserved, by org.
 MOST_OUTPUT = (60, 60, 800)
 MODEL_CALLS = {

@@ -162,9 +162,10 @@ class Batches:
                     said = self._said[id_]
                     wanted[org] += _cost(Charge("", said, units_of(said)), meter)
             yield from self._differ(f"meter_days of {meter}", self._counted(self._days, meter), wanted)
-            limited = [org for org, of in MODEL_BUDGETS if of == meter]
+            limited = {org for org, of in MODEL_BUDGETS if of == meter}
             if self._by_clock:
                 counted = self._counted(self._meters, meter)
+                limited = limited if "all" not in limited else counted.keys() | wanted.keys()
                 yield from self._differ(
                     f"meters of {meter}",
                     {org: counted[org] for org in limited},

@@ -53,8 +53,8 @@ class Rollouts:
         if self._rollout is not None and self._by_clock:
             yield from self._each_has_one()
             yield from self._places()
+            yield from self._counts(self._rollout)
         yield from self._halts()
-        yield from self._counts()
 
     def _one(self) -> Iterator[str]:
         for run, versions in self._called.items():
@@ -95,10 +95,12 @@ class Rollouts:
                 if self._called[run][0] == NEW and since < began < until:
                     yield f"run {run} began with the new version at {began:.1f}; {verb} was at {at:.1f}"
 
-    def _counts(self) -> Iterator[str]:
-        """What is compared are the runs of the step that have ended, once each."""
-        rollout = self._rollout
-        if rollout is None or rollout["state"] != "running":
+    def _counts(self, rollout: Row) -> Iterator[str]:
+        """What is compared are the runs of the step that have ended, once each.
+
+        A run starts by the clock of its worker, and a step by that of the person who resumed the rollout.
+        """
+        if rollout["state"] != "running":
             return
         for side in ("from", "to"):
             sums = [json.loads(text) for row in self._orgs if (text := row[f"{side}_sums"])]

@@ -113,7 +113,7 @@ class Stage(Faults):
         for machine in world.machines.values():
             machine.start()
         await asyncio.sleep(4)
-        await self.do(self._prepare)
+        await self._apply(enabled=True)
         actions = sorted([*self.plan.acts, *self.plan.faults], key=lambda action: action.at)
         tasks = []
         for action in actions:
@@ -132,7 +132,7 @@ class Stage(Faults):
         for task in tasks:
             await task
         self.late = await self.do(late_definitions)
-        await self.do(lambda database: self._apply(database, enabled=False))
+        await self._apply(enabled=False)
         loop.note(None, "END of the load")
         await self._until_done()
         world.still_waiting = world.brokers.waiting()
@@ -191,10 +191,11 @@ class Stage(Faults):
 
     # what people do
 
-    def _prepare(self, database: Database) -> None:
-        self._apply(database, enabled=True)
+    async def _apply(self, *, enabled: bool) -> None:
+        applied = await self.do(self._apply_text, self._file(enabled=enabled))
+        assert applied is not None, "the file of the simulation was refused"
 
-    def _apply(self, database: Database, *, enabled: bool) -> None:
+    def _file(self, *, enabled: bool) -> str:
         text_ = "".join(
             f'[[org]]\ncode = "org_{number}"\nissuer = "main"\n'
             f"max_concurrent_runs = {LIMIT if number == 4 else 20}\n"
@@ -214,7 +215,8 @@ class Stage(Faults):
             text_ += ROLLOUT
         if self.plan.has_batches:
             text_ += "".join(
-                f'[[budget]]\norg = "{org}"\nmeter = "{meter}"\nlimit = {json.dumps(amount)}\nper = "day"\n'
+                f'[[budget]]\n{"orgs" if org == "all" else "org"} = "{org}"\nmeter = "{meter}"\n'
+                f'limit = {json.dumps(amount)}\nper = "day"\n'
                 for org, meter, amount in _of_models(1.0)
             )
         if any(entry.name == "calls" for entry in self.plan.entries):
@@ -223,7 +225,7 @@ class Stage(Faults):
                 f"burst = {limit['burst']}\nconcurrent = {limit['concurrent']}\n"
                 for per, limit in LIMITS.items()
             )
-        self._apply_text(database, text_)
+        return text_
 
     @staticmethod
     def _apply_text(database: Database, text_: str, *, prune: bool = False) -> object:

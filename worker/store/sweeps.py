@@ -340,8 +340,7 @@ def forget_trees(connection: Connection, state: str, age: timedelta, *, runs: in
         return 0
     links = tables.children
     below = select(links.c.parent_id, links.c.place, links.c.run_id)
-    unfinished = select(_live.c.id).where(_live.c.id == links.c.run_id).exists()
-    below = below.where(among(connection, links.c.root_id, roots), ~unfinished)
+    below = below.where(among(connection, links.c.root_id, roots))
     below = below.order_by(links.c.depth.desc()).limit(limit)
     rows = connection.execute(below.with_for_update(skip_locked=True)).all()
     if not rows:
@@ -364,11 +363,14 @@ def _by_parent(rows: Sequence[Any]) -> dict[RunId, list[int]]:
 
 
 def _old_runs(connection: Connection, state: str, age: timedelta, limit: int) -> Sequence[Any]:
-    """The ids of the oldest, locked against other workers."""
-    ends = tables.run_ends
+    """The ids of the oldest without unfinished runs below them, locked against other workers."""
+    ends, links = tables.run_ends, tables.children
+    unfinished = select(_live.c.id).join(links, links.c.run_id == _live.c.id)
+    unfinished = unfinished.where(links.c.root_id == ends.c.run_id)
     old = (
         select(ends.c.run_id)
         .where(ends.c.state == state, ends.c.finished_at < database_now(connection) - age)
+        .where(~unfinished.exists())
         .order_by(ends.c.finished_at)
         .limit(limit)
         .with_for_update(skip_locked=True)

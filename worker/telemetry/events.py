@@ -129,7 +129,8 @@ _ROWS = (
     _info(
         "run.ended: org run definition handler attempt outcome state reason detail seconds "
         "error_cause error_summary child",
-        "an attempt ended with `outcome`; the run is now in `state`; `child` if another run started it",
+        "an attempt ended with `outcome`; the run is now in `state`, or cancelled if meanwhile that was "
+        "requested or its parent ended; `child` if another run started it",
     ),
     _info(
         "attempt.ended: org run handler attempt outcome seconds",

@@ -600,6 +600,27 @@ def test_children_are_forgotten_with_the_run_at_the_top(
     assert stock.all(tables.runs) == stock.all(tables.children) == stock.all(tables.parents) == []
 
 
+def test_a_run_with_an_unfinished_child_keeps_no_other_from_being_forgotten(
+    stock: Stock, worker: WorkerId, clock: ManualClock
+) -> None:
+    """A batch takes the oldest: as many that must stay, of one suspended org, ended the retention of all."""
+    run = admitted(stock, worker)
+    started(stock, run, 1)
+    stock.admit(worker)
+    stock.finish(worker, replace(stock.ended(run), has_children=True))
+    clock.advance(timedelta(seconds=1))
+    other = admitted(stock, worker)
+    stock.finish(worker, stock.ended(other))
+    clock.advance(timedelta(days=30))
+    week = timedelta(days=7)
+
+    stock.within(sweeps.forget_parts, "succeeded", week, runs=1, limit=5)
+    assert stock.within(sweeps.forget_runs, "succeeded", week, limit=1) == 1
+
+    assert [row["run_id"] for row in stock.all(tables.attempts)] == [run.id]
+    assert states(stock, [run.id]) == ["succeeded"]
+
+
 def test_a_child_that_a_retry_has_taken_up_outlives_its_first_parent(
     stock: Stock, worker: WorkerId, clock: ManualClock
 ) -> None:
