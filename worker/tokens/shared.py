@@ -142,6 +142,7 @@ class SharedTokens:
         self._versions: OrderedDict[TokenRequest, int] = OrderedDict()
         # With the monotonic time of the look.
         self._looked_up: OrderedDict[TokenRequest, tuple[float, Found]] = OrderedDict()
+        self._reserving: set[TokenRequest] = set()
         # When each was reserved or renewed, monotonic.
         self._reserved: dict[TokenRequest, float] = {}
         self._renewing: asyncio.Task[None] | None = None
@@ -257,12 +258,20 @@ class SharedTokens:
         return [found.get(request) for request in requests]
 
     async def reserve(self, request: TokenRequest) -> bool:
-        """Whether this process may request a token now, after `find`; if so, `put` or `release` follows."""
+        """Whether this process may request a token now, after `find`; if so, `put` or `release` follows.
+
+        Not while another task of it asks the same: they would share a reservation, which either ends.
+        """
+        if request in self._reserving:
+            return False
+        self._reserving.add(request)
         try:
             if not await self._store.reserve(request, self._versions.pop(request, 0), RESERVED):
                 return False
         except Unavailable:
             return True
+        finally:
+            self._reserving.remove(request)
         self._reserved[request] = self._clock.monotonic()
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._renew())

@@ -244,8 +244,10 @@ class StoredTokens:
     async def _reserve(
         self, wanted: Sequence[access_tokens.Reservation]
     ) -> Mapping[access_tokens.Reservation, bool]:
-        ours = await self._database.call(access_tokens.reserve, wanted, holder=self._holder)
-        return {each: each.id in ours for each in wanted}
+        # Of several for one token, all but the last one are of tasks that were cancelled.
+        last = {each.id: each for each in wanted}
+        ours = await self._database.call(access_tokens.reserve, list(last.values()), holder=self._holder)
+        return {last[id_]: True for id_ in ours}
 
     async def _store(
         self, tokens: Sequence[tuple[TokenRequest, StoredToken]]

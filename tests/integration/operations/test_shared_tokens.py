@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -243,6 +244,21 @@ def test_no_role_of_the_web_side_reads_tokens(migrated_postgres_url, keyring, cl
         ):
             connection.execute(select(tables.access_tokens.c.sealed))
     database.close()
+
+
+@on_either
+async def test_a_token_that_is_reserved_twice_at_once_keeps_no_other_from_it(database, rows, org_ids):
+    """A task that was cancelled may have asked before, for another version."""
+    first, second = (
+        TokenRequest("main", OrgRef(id_, id_), "https://api", frozenset({"read:kb"})) for id_ in org_ids[:2]
+    )
+    store = StoredTokens(database, str(new_id()))
+    asked = ((first, 3), (first, 0), (second, 0))
+
+    ours = await asyncio.gather(*(store.reserve(request, version, LASTS) for request, version in asked))
+
+    assert ours == [False, True, True]
+    assert {row["id"] for row in rows.access_tokens} == {first.id, second.id}
 
 
 @on_either

@@ -532,6 +532,31 @@ async def test_a_run_that_needs_the_token_meanwhile_shares_the_request(fleet: Fl
     assert fleet.issuer.count() == 1
 
 
+async def test_a_run_and_what_is_ahead_of_it_share_no_reservation(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either would end that of the other, and a second process would request a token too."""
+    gate, asked, real = asyncio.Event(), list[int](), FakeStore.reserve
+
+    async def reserve(self: FakeStore, request: TokenRequest, version: int, seconds: float) -> bool:
+        asked.append(version)
+        await gate.wait()
+        return await real(self, request, version, seconds)
+
+    monkeypatch.setattr(FakeStore, "reserve", reserve)
+    tokens = fleet.start()
+    ahead = asyncio.ensure_future(prepare(tokens, covers=600))
+    await settle(20)
+    run = asyncio.ensure_future(tokens.ensure(TokenWant(ORG, "main")))
+    await settle(20)
+
+    assert asked == [0]
+    gate.set()
+    assert (await fleet.until(run)).claims.org_code == "org_a"
+    assert await ahead is None
+    assert fleet.issuer.count() == 1
+
+
 async def test_requests_of_runs_pass_those_ahead_of_time(fleet: Fleet) -> None:
     """At one request a second; and a run that needs the very token need not wait behind all others."""
     orgs = [fleet.add_org(number) for number in range(1, 25)]
