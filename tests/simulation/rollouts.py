@@ -53,6 +53,7 @@ class Rollouts:
         if self._rollout is not None and self._by_clock:
             yield from self._each_has_one()
             yield from self._places()
+        if self._rollout is not None and (self._by_clock or all(verb != "resume" for _, verb in self._moves)):
             yield from self._counts(self._rollout)
         yield from self._halts()
 
