@@ -164,7 +164,10 @@ class Rotating:
             if deleted_at is not None and _instant(row["ended_at"]) > deleted_at:
                 wrong.append(f"a run used the token of {client} after its application was deleted")
             if row["token_ready_at"] is None:
-                wrong.append(f"an attempt had no token: {row['outcome']}")
+                # A worker that drains hands back what it has only just begun.
+                held = _instant(row["ended_at"]) - _instant(row["started_at"])
+                if row["outcome"] != "handed_back" or held > timedelta(seconds=LONGEST_WITHOUT):
+                    wrong.append(f"an attempt had no token for {held}: {row['outcome']}")
             elif self.without_token(row) > timedelta(seconds=LONGEST_WITHOUT):
                 wrong.append(f"a run waited {self.without_token(row)} for its token")
         return wrong

@@ -257,10 +257,14 @@ class Incarnation:
         self._heartbeat.start(asyncio.get_running_loop())
         try:
             await self._stop.wait()
-            self.housekeeping.stop()
+            self.housekeeping.pause()
             await cancel(intake)
-            return await self._drained()
+            written = await self._drained()
+            if not self._lost and self._stops < 2:
+                await self.housekeeping.finish()
+            return written
         finally:
+            self.housekeeping.stop()
             self._heartbeat.stop()
             await cancel(outlet)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection
 
-from worker.errors import AccessDenied, Conflict, NotFound, UsageError
+from worker.errors import AccessDenied, Conflict, NotFound, StoreUnavailable, UsageError
 from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, new_id
 from worker.model.definitions import Overlap, fields
 from worker.model.definitions.definition import Definition, from_spec
@@ -175,7 +176,11 @@ def cancel(
         row = run_lists.row(connection, org_id, wanted)
         detail = {"definition": row["definition"], **because(reason)}
         audit.note(connection, org_id, "run.cancel", wanted, detail, at=now, actor=actor)
-        return row
+    if row["origin"] == "child" and row["state"] == "cancelled":
+        # A worker that looks at families repeats what fails.
+        with suppress(StoreUnavailable), database.transaction() as connection:
+            families.settle(connection, [wanted])
+    return row
 
 
 def retry(

@@ -73,6 +73,17 @@ def test_cancelling_a_run_cancels_what_it_started(tree, database):
 
 
 @on_either
+def test_a_run_goes_on_as_its_last_child_is_cancelled(tree, database):
+    """Not at the next look of a worker: that may be seconds later, and there may be none."""
+    tree.end(tree.running)
+
+    cancel(database, tree.ids[2], actor="tester")
+
+    row = reading(database, run_lists.run, ALL_ORGS, tree.parent.id)
+    assert (row["state"], row["reason"]) == ("waiting", "resumed")
+
+
+@on_either
 def test_a_run_shows_how_far_its_children_are(tree, database):
     row = reading(database, run_lists.run, "org_acme", tree.parent.id)
 

@@ -300,6 +300,30 @@ async def test_a_drain_ends_what_brings_work_then_writes_closes_and_leaves(
     assert [one.event.name for one in emitted] == ["worker.draining", f"{kind}.stopped"]
 
 
+async def test_a_chore_that_has_begun_ends_before_the_worker_does(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+):
+    """What it has stored would never be told: another worker finds nothing new."""
+    life = Life(clock, monkeypatch)
+    begun, stored = asyncio.Event(), asyncio.Event()
+
+    async def chore() -> None:
+        begun.set()
+        await stored.wait()
+        life.happened.append("the chore has told")
+
+    life.incarnation.housekeeping.every(0.001, "chore", chore)
+    await begun.wait()
+
+    life.incarnation.stop()
+    await settle()
+    assert "the end is written" in life.happened
+    stored.set()
+
+    assert await life.living == 0
+    assert life.happened[-3:] == ["the chore has told", "closed", "left"]
+
+
 async def test_without_its_lease_an_incarnation_announces_no_drain_and_is_not_ended_by_name(
     clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ):

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.interval import IntervalTrigger
@@ -22,6 +22,8 @@ from worker.model.runs.run import Recovered, Swept
 from worker.telemetry.events import emit
 
 Chore = Callable[[], Awaitable[None]]
+# Seconds for which a worker that stops waits for chores that have begun.
+LAST_CHORES = 2.0
 
 
 class Housekeeping:
@@ -29,6 +31,7 @@ class Housekeeping:
 
     def __init__(self) -> None:
         self._scheduler = AsyncIOScheduler(timezone="UTC")
+        self._begun: set[asyncio.Task[Any]] = set()
         # It logs a warning for each tick while a chore still runs, as during an outage of the database.
         logging.getLogger("apscheduler.scheduler").setLevel(logging.ERROR)
 
@@ -36,6 +39,9 @@ class Housekeeping:
         """Add a chore; ticks while it still runs are skipped."""
 
         async def tick() -> None:
+            if (task := asyncio.current_task()) is not None:
+                self._begun.add(task)
+                task.add_done_callback(self._begun.discard)
             try:
                 await chore()
             except (Unavailable, asyncio.CancelledError):
@@ -56,9 +62,18 @@ class Housekeeping:
     def start(self) -> None:
         self._scheduler.start()
 
+    def pause(self) -> None:
+        """Begin no more chores."""
+        self._scheduler.pause()
+
+    async def finish(self) -> None:
+        """Let chores end that have begun, for `LAST_CHORES`: they tell of a change once it is stored."""
+        if self._begun:
+            await asyncio.wait(self._begun, timeout=LAST_CHORES)
+
     def stop(self) -> None:
-        if self._scheduler.running:
-            self._scheduler.shutdown(wait=False)
+        """Cancel those that still run."""
+        self._scheduler.shutdown(wait=False)
 
 
 class SweepStore(Protocol):

@@ -108,7 +108,8 @@ class ServedAttempt:
         self._held: dict[Wanted, list[Held]] = {}
         self._asking: dict[Wanted, asyncio.Task[Held]] = {}
         self._forms: dict[Origin, MaskForms] = {}
-        self.streams: set[OpenStream] = set()
+        # In the order in which they were opened.
+        self.streams: dict[OpenStream, None] = {}
         self.stopped = False
         # Bytes of bodies that wait to be sent, and origins whose denial was reported.
         self.unsent = 0

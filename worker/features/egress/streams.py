@@ -120,7 +120,7 @@ class RunStream(asyncio.Protocol):
             self._transport.abort()
             return
         self._transport.set_write_buffer_limits(TOGETHER)
-        self._attempt.streams.add(self)
+        self._attempt.streams[self] = None
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -130,7 +130,7 @@ class RunStream(asyncio.Protocol):
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._attempt.streams.discard(self)
+        self._attempt.streams.pop(self, None)
         self._drop_body()
         if self._task is not None:
             self._task.cancel()
@@ -144,7 +144,7 @@ class RunStream(asyncio.Protocol):
 
     def close(self) -> None:
         """Close it now, with the connection of its request."""
-        self._attempt.streams.discard(self)
+        self._attempt.streams.pop(self, None)
         if self._task is not None:
             self._task.cancel()
         self._transport.abort()
@@ -236,7 +236,7 @@ class RunStream(asyncio.Protocol):
         self.write_now(frame(END) if failure is None else json_frame(FAILED, failure))
         if not self._body_ended:
             # No one wants the rest of the body.
-            self._attempt.streams.discard(self)
+            self._attempt.streams.pop(self, None)
             self._transport.close()
         self._drop_body()
 
