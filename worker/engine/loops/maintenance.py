@@ -67,7 +67,7 @@ class Housekeeping:
         self._scheduler.pause()
 
     async def finish(self) -> None:
-        """Let chores end that have begun, for `LAST_CHORES`: they tell of a change once it is stored."""
+        """Let chores end that have begun, for `LAST_CHORES`: they report a change once it is stored."""
         if self._begun:
             await asyncio.wait(self._begun, timeout=LAST_CHORES)
 
