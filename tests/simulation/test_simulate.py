@@ -34,7 +34,9 @@ def test_a_seed_gives_the_same_trace_in_each_process(dialect: str, seed: str):
     orgs; the second has a product.
     """
     once, again = (
-        simulate("--dialect", dialect, "--seed", seed, "--replays", "1", "--jobs", "1", PYTHONMALLOC=allocator)
+        simulate(
+            "--dialect", dialect, "--seed", seed, "--replays", "1", "--jobs", "1", PYTHONMALLOC=allocator
+        )
         for allocator in ("pymalloc", "malloc")
     )
 

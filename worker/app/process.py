@@ -275,9 +275,7 @@ class _Parts:
             is_placed=lambda run: any(each.is_placed(run) for each in joined),
             resources=resources,
         )
-        recovery = partial(recover_dead_workers, may_recover=incarnation.may_recover)
         incarnation.intake |= {
-            "recovery": partial(recovery, store, clock, poll=poll, on_recovered=chores.recovered),
             "backfills": chores.backfills,
             "hints": wakeups.run,
             "listener": partial(database.listen, signals.notified),
@@ -291,6 +289,9 @@ class _Parts:
             incarnation.intake["tokens"] = renewal.run
         if database.dialect == "postgresql":
             incarnation.intake["starts"] = self._starts(poll).run
+        may_recover, on_recovered = incarnation.may_recover, chores.recovered
+        recovery = partial(recover_dead_workers, store, may_recover=may_recover, on_recovered=on_recovered)
+        incarnation.housekeeping.every(poll, "recovery", recovery)
         self._add_chores(incarnation.housekeeping, max(poll, 1.0))
         chores.add_to(incarnation.housekeeping)
         return incarnation

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
-from tests.fakes.clock import ManualClock, settle
+from tests.fakes.clock import ManualClock
 from worker.engine.loops.reconciler import recover_dead_workers
 from worker.model.runs.lease import Lease
 from worker.model.runs.run import Recovered
@@ -26,15 +25,6 @@ class Store:
 async def test_living_owners_get_a_whole_lease_to_renew_first(clock: ManualClock) -> None:
     store = Store()
     lease = Lease.begun(LEASE, clock.monotonic())
-    recovering = recover_dead_workers(
-        store,
-        clock,
-        poll=1.0,
-        may_recover=lambda: lease.may_recover(clock.monotonic()),
-        on_recovered=lambda recovered: None,
-    )
-    task = asyncio.create_task(recovering)
-    await settle()
 
     def renew() -> None:
         nonlocal lease
@@ -43,6 +33,11 @@ async def test_living_owners_get_a_whole_lease_to_renew_first(clock: ManualClock
     async def pass_time(seconds: int) -> None:
         for _ in range(seconds):
             await clock.pass_time(1, step=1)
+            await recover_dead_workers(
+                store,
+                may_recover=lambda: lease.may_recover(clock.monotonic()),
+                on_recovered=lambda recovered: None,
+            )
             renew()
 
     await pass_time(28)
@@ -55,4 +50,3 @@ async def test_living_owners_get_a_whole_lease_to_renew_first(clock: ManualClock
 
     await pass_time(4)
     assert store.calls > 0
-    task.cancel()

@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from worker.clock import Clock
 from worker.engine.attempt.inflight import InflightRuns, run_fenced_out
 from worker.errors import Unavailable
 from worker.ids import RunId
@@ -108,26 +107,21 @@ class RecoveryStore(Protocol):
 
 async def recover_dead_workers(
     store: RecoveryStore,
-    clock: Clock,
     *,
-    poll: float,
     may_recover: Callable[[], bool],
     on_recovered: Callable[[Sequence[Recovered]], None],
 ) -> None:
-    """Every `poll` seconds take over runs of dead workers, until cancelled.
+    """Take over runs of dead workers. Raises Unavailable.
 
     After an outage every lease has expired. `may_recover` lets living owners renew first, and stops a
     recovery that the outage itself has delayed.
     """
-    while True:
-        await clock.sleep(poll)
-        if not may_recover():
-            continue
-        with suppress(Unavailable):
-            recovered = await store.recover(may_recover)
-            emit_recovered(recovered)
-            if recovered:
-                on_recovered(recovered)
+    if not may_recover():
+        return
+    recovered = await store.recover(may_recover)
+    emit_recovered(recovered)
+    if recovered:
+        on_recovered(recovered)
 
 
 def emit_recovered(recovered: Sequence[Recovered]) -> None:
