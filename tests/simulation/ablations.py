@@ -97,17 +97,10 @@ def end_fence(stack: ExitStack, url: str) -> None:
     stack.enter_context(patch.object(sqlite_finish, "end_runs", end_runs))
     without(stack, sqlite_finish, "OWNED", "AND l.worker_id = ?", "AND ? IS NOT NULL")
     stack.enter_context(patch.object(pg_finish, "end_runs", end_runs))
-    without(
-        stack, pg_finish, "LOCK", "AND worker_id IS NOT DISTINCT FROM %s::uuid", "AND %s::uuid IS NOT NULL"
-    )
+    owned = "AND l.worker_id IS NOT DISTINCT FROM %s::uuid"
+    for name in ("LOCK", "END", "END_WITH_STATES"):
+        without(stack, pg_finish, name, owned, "AND %s::uuid IS NOT NULL")
     for name in ("END", "END_WITH_STATES"):
-        without(
-            stack,
-            pg_finish,
-            name,
-            "AND l.worker_id IS NOT DISTINCT FROM %s::uuid",
-            "AND %s::uuid IS NOT NULL",
-        )
         whole: str = getattr(pg_finish, name)
         cut = whole.replace("AND ((l.id, l.fencing_token) IN (SELECT id, fencing_token FROM e)) IS TRUE", "")
         cut = cut.replace("ON e.id = l.id AND e.fencing_token = l.fencing_token", "ON e.id = l.id")

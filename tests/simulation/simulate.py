@@ -35,6 +35,7 @@ from worker.kit.feature import use
 
 # Real seconds after which a simulation is given up.
 PATIENCE = 900.0
+FAILED = "the simulator failed: "
 Leave = tuple[frozenset[int], frozenset[int], frozenset[int]]
 NOTHING: Leave = (frozenset(), frozenset(), frozenset())
 
@@ -132,7 +133,7 @@ class Child:
             try:
                 result = work()
             except BaseException:
-                failed = f"the simulator failed: {traceback.format_exc()[-3000:]}"
+                failed = f"{FAILED}{traceback.format_exc()[-3000:]}"
                 result = Result(variant.seed, "", objections=[failed])
             with os.fdopen(writer, "w") as pipe:
                 json.dump(asdict(result), pipe)
@@ -340,6 +341,8 @@ def _ablations(given: argparse.Namespace, template: Template) -> int:
         variants = (Variant(seed, ablate=name) for seed in range(first, first + given.seeds))
         results = run_all(variants, template, jobs=given.jobs)
         for tried, (_, result) in enumerate(results, 1):
+            if any(objection.startswith(FAILED) for objection in result.objections):
+                raise SystemExit(f"{name}: {result.objections[0]}")
             if result.objections and not one(Variant(result.seed), template).objections:
                 took = time.monotonic() - began
                 noticed = f"seed {result.seed}, after {tried} seeds and {took:.0f} s"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.simulation.plan import plan_of
+from tests.simulation.simulate import ABLATIONS
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,6 +54,13 @@ def test_a_defence_that_is_taken_out_is_noticed_and_the_timeline_says_what_was_d
     assert "was stored by attempt 1 and paid for again" in told
     assert " ACTION " in told
     assert " paid {'step': " in told
+
+
+@pytest.mark.parametrize("name", sorted(ABLATIONS))
+def test_each_defence_is_where_its_ablation_looks_for_it(name: str, migrated_postgres_url: str):
+    """Else the simulation fails, which says nothing of the defence."""
+    with ExitStack() as stack:
+        ABLATIONS[name].cut(stack, migrated_postgres_url)
 
 
 @pytest.mark.timeout(600)
