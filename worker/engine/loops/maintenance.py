@@ -22,7 +22,7 @@ from worker.model.runs.run import Recovered, Swept
 from worker.telemetry.events import emit
 
 Chore = Callable[[], Awaitable[None]]
-# Seconds for which a worker that stops waits for chores that have begun.
+# Seconds after a drain began for which a worker waits for chores that have begun.
 LAST_CHORES = 2.0
 
 
@@ -32,6 +32,7 @@ class Housekeeping:
     def __init__(self) -> None:
         self._scheduler = AsyncIOScheduler(timezone="UTC")
         self._begun: set[asyncio.Task[Any]] = set()
+        self._until = 0.0
         # It logs a warning for each tick while a chore still runs, as during an outage of the database.
         logging.getLogger("apscheduler.scheduler").setLevel(logging.ERROR)
 
@@ -65,11 +66,13 @@ class Housekeeping:
     def pause(self) -> None:
         """Begin no more chores."""
         self._scheduler.pause()
+        self._until = asyncio.get_running_loop().time() + LAST_CHORES
 
     async def finish(self) -> None:
         """Let chores end that have begun, for `LAST_CHORES`: they report a change once it is stored."""
         if self._begun:
-            await asyncio.wait(self._begun, timeout=LAST_CHORES)
+            left = self._until - asyncio.get_running_loop().time()
+            await asyncio.wait(self._begun, timeout=max(0.0, left))
 
     def stop(self) -> None:
         """Cancel those that still run."""
