@@ -206,7 +206,7 @@ GRACE = 1.0
 def test_a_cancelled_parent_ends_with_all_its_running_children(
     cluster_at: MakeCluster, migrated_postgres_url: str, full: bool
 ) -> None:
-    """Their handlers hear of it, and do not end before their grace is over."""
+    """Their handlers hear of it, and are not interrupted before half their grace is over."""
     count, workers = (1000, 4) if full else (100, 2)
     inline = f'inline = ["fault-jobs"]\nmax_inline = {count}'
     cluster = cluster_at(migrated_postgres_url, execution=inline)
@@ -231,7 +231,7 @@ def test_a_cancelled_parent_ends_with_all_its_running_children(
     print(f"{count} running children had ended {seconds:.2f} s after their parent was cancelled")
     assert {(run["state"], run["reason"]) for run in runs if run["id"] != parent} == {("cancelled", "parent")}
     assert len(runs) == count + 1
-    assert last >= before + timedelta(seconds=GRACE)
+    assert last >= before + timedelta(seconds=GRACE / 2)
     assert seconds <= GRACE + 2.0
 
 
