@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -71,6 +72,8 @@ class Rotating:
     applications: Deletions
     made_at: float
     since: float = 0.0
+    # When the worker was told to stop.
+    stopped_at: float = math.inf
 
     def __post_init__(self) -> None:
         self.since = self.made_at
@@ -164,10 +167,9 @@ class Rotating:
             if deleted_at is not None and _instant(row["ended_at"]) > deleted_at:
                 wrong.append(f"a run used the token of {client} after its application was deleted")
             if row["token_ready_at"] is None:
-                # A worker that drains hands back what it has only just begun.
-                held = _instant(row["ended_at"]) - _instant(row["started_at"])
-                if row["outcome"] != "handed_back" or held > timedelta(seconds=LONGEST_WITHOUT):
-                    wrong.append(f"an attempt had no token for {held}: {row['outcome']}")
+                # The drain at the end hands back what has only just begun.
+                if row["outcome"] != "handed_back" or _instant(row["ended_at"]).timestamp() < self.stopped_at:
+                    wrong.append(f"an attempt had no token: {row['outcome']}")
             elif self.without_token(row) > timedelta(seconds=LONGEST_WITHOUT):
                 wrong.append(f"a run waited {self.without_token(row)} for its token")
         return wrong
@@ -250,7 +252,9 @@ def rotating(
                 old[app.org_code] = app.client_id
         time.sleep(1.1)
         with worker(made, plugins, fork=fork):
-            yield Rotating(made, old, applications, time.time())
+            rotated = Rotating(made, old, applications, time.time())
+            yield rotated
+            rotated.stopped_at = time.time()
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ from worker.kit.feature import use
 
 # Real seconds after which a simulation is given up.
 PATIENCE = 900.0
+# How the objection begins if a simulation could not run.
 FAILED = "the simulator failed: "
 Leave = tuple[frozenset[int], frozenset[int], frozenset[int]]
 NOTHING: Leave = (frozenset(), frozenset(), frozenset())

@@ -177,7 +177,7 @@ def cancel(
         detail = {"definition": row["definition"], **because(reason)}
         audit.note(connection, org_id, "run.cancel", wanted, detail, at=now, actor=actor)
     if row["origin"] == "child" and row["state"] == "cancelled":
-        # A worker that looks at families repeats what fails.
+        # If this fails, the next look of a worker at families does it.
         with suppress(StoreUnavailable), database.transaction() as connection:
             families.settle(connection, [wanted])
     return row

@@ -28,7 +28,7 @@ from worker.engine.incarnation import (
     farewell,
     run_incarnations,
 )
-from worker.engine.loops import reading
+from worker.engine.loops import maintenance, reading
 from worker.engine.loops.dispatcher import Dispatcher
 from worker.engine.loops.reconciler import Renewal
 from worker.engine.loops.step_writer import StepWriter
@@ -303,14 +303,14 @@ async def test_a_drain_ends_what_brings_work_then_writes_closes_and_leaves(
 async def test_a_chore_that_has_begun_ends_before_the_worker_does(
     clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ):
-    """What it has stored would never be told: another worker finds nothing new."""
+    """What it has stored would never be reported: another worker finds nothing new."""
     life = Life(clock, monkeypatch)
     begun, stored = asyncio.Event(), asyncio.Event()
 
     async def chore() -> None:
         begun.set()
         await stored.wait()
-        life.happened.append("the chore has told")
+        life.happened.append("the chore has reported")
 
     life.incarnation.housekeeping.every(0.001, "chore", chore)
     await begun.wait()
@@ -321,7 +321,30 @@ async def test_a_chore_that_has_begun_ends_before_the_worker_does(
     stored.set()
 
     assert await life.living == 0
-    assert life.happened[-3:] == ["the chore has told", "closed", "left"]
+    assert life.happened[-3:] == ["the chore has reported", "closed", "left"]
+
+
+async def test_a_chore_that_does_not_end_is_cancelled_in_time(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+):
+    life = Life(clock, monkeypatch)
+    monkeypatch.setattr(maintenance, "LAST_CHORES", 0.0)
+    begun = asyncio.Event()
+
+    async def chore() -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            life.happened.append("the chore is cancelled")
+
+    life.incarnation.housekeeping.every(0.001, "chore", chore)
+    await begun.wait()
+
+    life.incarnation.stop()
+
+    assert await life.living == 0
+    assert "the chore is cancelled" in life.happened
 
 
 async def test_without_its_lease_an_incarnation_announces_no_drain_and_is_not_ended_by_name(
