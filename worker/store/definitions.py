@@ -67,14 +67,14 @@ def failed_in_a_row(
 ) -> int:
     """How many of the newest runs that ended after `since` failed or were refused in a row, up to `most`.
 
-    Runs of backfills, and cancelled or skipped runs, do not count.
+    Runs of backfills, children, and cancelled or skipped runs, do not count.
     """
     query = (
         select(_runs.c.state)
         .where(
             _runs.c.org_id == org_id,
             _runs.c.definition_id == definition_id,
-            _runs.c.origin != "backfill",
+            _runs.c.origin.not_in(("backfill", "child")),
             _runs.c.state.in_(("succeeded", *FAILED)),
             _runs.c.finished_at > since,
         )
@@ -86,10 +86,11 @@ def failed_in_a_row(
 
 
 def last_failed(connection: Connection, org_id: OrgId, definition_id: DefinitionId) -> RunId | None:
-    """The newest run that failed or was refused."""
+    """The newest run that failed or was refused; not a child."""
     query = (
         select(_runs.c.id)
         .where(_runs.c.org_id == org_id, _runs.c.definition_id == definition_id, _runs.c.state.in_(FAILED))
+        .where(_runs.c.origin != "child")
         .order_by(_runs.c.id.desc())
         .limit(1)
     )

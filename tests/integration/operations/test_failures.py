@@ -74,8 +74,10 @@ def test_what_was_cancelled_or_skipped_says_nothing(run, rows):
 
 
 @on_either
-def test_a_backfill_of_old_instants_does_not_pause_what_is_due_now(run, rows):
-    assert run("failed", "failed", "failed", origin="backfill") == 0
+@pytest.mark.parametrize("origin", ["backfill", "child"])
+def test_a_backfill_of_old_instants_does_not_pause_what_is_due_now(run, rows, origin):
+    """And neither do the runs that a run has started: what they mean for it is its own affair."""
+    assert run("failed", "failed", "failed", origin=origin) == 0
     assert definition(rows)["paused_at"] is None
 
 
