@@ -75,7 +75,9 @@ class Deadlines:
         ends = [
             _seconds(run["finished_at"])
             for run in self._runs[key]
-            if run["state"] == "succeeded" and run["scheduled_for"] >= scheduled_for
+            if run["state"] == "succeeded"
+            and run["scheduled_for"] >= scheduled_for
+            and run["origin"] != "child"
         ]
         return min(ends, default=float("inf"))
 

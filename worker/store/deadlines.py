@@ -256,8 +256,10 @@ def _done_until(
     done: dict[DefinitionId, datetime] = {}
     for first, ids in _groups(since, datetime.date):
         mine = (_runs.c.definition_id == _definitions.c.id, _runs.c.id >= lowest_id(first), is_done)
-        last = select(func.max(_runs.c.scheduled_for)).where(*mine).correlate(_definitions).scalar_subquery()
-        found = rows_among(connection, select(_definitions.c.id, last), _definitions.c.id, ids)
+        # A child has the scheduled time of its parent, whose work is more than that.
+        last = select(func.max(_runs.c.scheduled_for)).where(*mine, _runs.c.origin != "child")
+        each = select(_definitions.c.id, last.correlate(_definitions).scalar_subquery())
+        found = rows_among(connection, each, _definitions.c.id, ids)
         done |= {id_: at for id_, at in found if at is not None}
     return done
 
@@ -318,7 +320,7 @@ def _reasons(
     for since, ids in _groups(times, lambda at: at):
         mine = (_runs.c.definition_id == _definitions.c.id, _runs.c.id >= lowest_id(since))
         # Of runs that are made within a second, the id does not say which is newer.
-        newest = select(_runs.c.id).where(*mine, _runs.c.scheduled_for >= since)
+        newest = select(_runs.c.id).where(*mine, _runs.c.scheduled_for >= since, _runs.c.origin != "child")
         newest = newest.order_by(_runs.c.id.desc()).limit(1).correlate(_definitions)
         skipped = select(_skips.c.reason).where(
             _skips.c.definition_id == _definitions.c.id, _skips.c.skipped_until >= since

@@ -134,6 +134,7 @@ def test_what_was_done_in_time_is_not_late_whether_or_not_a_worker_has_looked_si
         ("manual", 1, "cancelled", "requested", False),
         ("schedule", 1, "skipped", "expired", False),
         ("schedule", 1, "skipped", "overlap", False),
+        ("child", 0, "succeeded", None, False),
     ],
 )
 def test_a_later_success_is_as_good_and_one_of_an_earlier_time_is_not(
