@@ -25,7 +25,8 @@ _alerts, _strikes = tables.alerts, tables.alert_strikes
 
 _SUCCEEDED = (
     f"""EXISTS (SELECT 1 FROM (
-        SELECT r.state, r.finished_at FROM runs r WHERE r.definition_id = subject_id
+        SELECT r.state, r.finished_at FROM runs r
+        WHERE r.definition_id = subject_id AND r.origin <> 'child'
         ORDER BY r.id DESC LIMIT {SEARCHED}
     ) newest WHERE newest.state = 'succeeded' AND newest.finished_at > alert_strikes.struck_at)
     OR EXISTS (SELECT 1 FROM definitions d WHERE d.id = subject_id AND d.closed_at IS NOT NULL)""",

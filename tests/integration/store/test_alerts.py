@@ -31,9 +31,9 @@ class Ledger:
         self.database = stock.database
         self.worker = stock.worker()
 
-    def run(self, definition_id: str, org_id: str, state: str) -> str:
+    def run(self, definition_id: str, org_id: str, state: str, **values: Any) -> str:
         """Carry one run of a definition to that end; its id."""
-        run = self.stock.run(org_id, definition_id)
+        run = self.stock.run(org_id, definition_id, **values)
         self.stock.put(run)
         self.clock.advance(1)
         (admitted,) = self.stock.admit(self.worker)
@@ -143,12 +143,13 @@ def test_failures_of_one_cause_are_one_alert_and_one_resolved_when_each_has_succ
     assert ledger.rows() == 0
 
 
-def test_a_success_before_the_failure_or_of_another_definition_ends_nothing(ledger, stock):
+def test_a_success_before_the_failure_or_of_another_definition_or_of_a_child_ends_nothing(ledger, stock):
     org = stock.org()
     struck, other = stock.definition(org), stock.definition(org)
     ledger.run(struck, org, "succeeded")
     ledger.note(failed(ledger, struck, org))
     ledger.run(other, org, "succeeded")
+    ledger.run(struck, org, "succeeded", origin="child")
     ledger.settle()
 
     assert ledger.briefly() == [("failed", "firing")]
