@@ -124,6 +124,8 @@ def test_a_reservation_can_be_renewed_and_released(database, rows, keyring, org_
         access_tokens.renew(connection, [key], holder="b", lasts=timedelta(seconds=60))
         access_tokens.renew(connection, [key], holder="a", lasts=timedelta(seconds=LASTS))
     clock.advance(LASTS - 1)
+    # Requests wait for the rate of the issuer for longer than a reservation that is not renewed.
+    assert within(database, access_tokens.drop_expired, ALL_ORGS) == 0
     assert reserve(database, "b", org_ids[0]) == set()
 
     within(database, access_tokens.release, key, holder="b")
