@@ -144,6 +144,16 @@ def let_wait(
             .where(_live.c.id.in_(part))
             .values(worker_id=None, started_at=None, attempt=_live.c.attempt - 1, **undone)
         )
+    for part in chunks([row.id for row in rows]):
+        connection.execute(delete(_placements).where(_placements.c.run_id.in_(part)))
+    end_asked(connection, worker_id, rows, now)
+
+
+def end_asked(connection: Connection, worker_id: WorkerId, rows: Sequence[Any], now: datetime) -> None:
+    """Cancel those of these rows, locked and of one owner, that are asked to stop: no attempt was made.
+
+    As `finish`, it ends the transaction on PostgreSQL.
+    """
     cancelled = [
         ended_now(
             row,
@@ -156,8 +166,6 @@ def let_wait(
         for row in rows
         if row.cancel_requested_at is not None
     ]
-    for part in chunks([row.id for row in rows]):
-        connection.execute(delete(_placements).where(_placements.c.run_id.in_(part)))
     if cancelled:
         statements(connection).finish(connection, worker_id, cancelled)
 
@@ -165,7 +173,8 @@ def let_wait(
 def ended_now(run: Any, now: datetime, **outcome: Any) -> EndedAttempt:
     """The current attempt of a stored run, ended now."""
     same = {name: getattr(run, name) for name in _OF_ATTEMPT}
-    return EndedAttempt(run_id=run.id, ended_at=now, trail=Trail(run.handler), **(same | outcome))
+    same |= {"trail": Trail(run.handler), "is_child": run.parent_id is not None}
+    return EndedAttempt(run_id=run.id, ended_at=now, **(same | outcome))
 
 
 def placed_by(connection: Connection, worker_id: WorkerId, pool: str) -> list[Placed]:

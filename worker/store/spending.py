@@ -16,7 +16,7 @@ from worker.model.runs.budgets import BudgetState, OrgBudgets, decisive
 from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import AdmittedRun, RunStep
 from worker.model.runs.waits import BUDGET, NewWait
-from worker.store import budgets, children, tables
+from worker.store import budgets, children, placements, tables
 from worker.store import prices as model_prices
 from worker.store.budgets import Counter, Level, OrgBudget
 from worker.store.bulk import update_many
@@ -384,9 +384,9 @@ def _use(run: AdmittedRun, key: str, usage: ModelUsage, place: int = 0) -> Model
 
 
 def take_up(connection: Connection, org_id: OrgId, to: RunId) -> None:
-    """Count what the children spent that a new run has taken up."""
+    """Count what the children spent that a new run has taken up, with those below them."""
     links = tables.children
-    taken = select(links.c.run_id).where(links.c.parent_id == to, links.c.org_id == org_id)
+    taken = select(links.c.run_id).where(links.c.root_id == to, links.c.org_id == org_id)
     rows = (
         select(
             literal(to, _trees.c.run_id.type), _spends.c.meter, _spends.c.org_id, CappedSum(_spends.c.amount)
@@ -476,8 +476,19 @@ def _end(budget: OrgBudget) -> datetime:
 
 
 def _let_wait(connection: Connection, held: Sequence[tuple[AdmittedRun, OrgBudget]], now: datetime) -> None:
-    """Undo these admissions: the runs wait for their budget, without a start deadline."""
+    """Undo these admissions: the runs wait for their budget, without a start deadline.
+
+    Those that were asked to stop meanwhile are cancelled, which ends the transaction on PostgreSQL.
+    """
+    if not held:
+        return
+    ids = [run.id for run, _ in held]
+    stopped = select(_live).where(_live.c.id.in_(ids), _live.c.cancel_requested_at.is_not(None))
+    rows = connection.execute(stopped).all()
+    asked = {row.id for row in rows}
     for run, budget in sorted(held, key=lambda each: each[0].id):
+        if run.id in asked:
+            continue
         connection.execute(
             update(_live)
             .where(_live.c.id == run.id, _live.c.fencing_token == run.fencing_token)
@@ -499,9 +510,11 @@ def _let_wait(connection: Connection, held: Sequence[tuple[AdmittedRun, OrgBudge
         )
         if budget.meter == RUNS:
             due = due.where(_live.c.attempt == 0)
-        ids = due.order_by(_live.c.id).limit(MOVED).with_for_update(skip_locked=True)
-        rows = connection.execute(ids).scalars().all()
-        connection.execute(update(_live).where(_live.c.id.in_(rows)).values(**_held(budget, now)))
+        others = due.order_by(_live.c.id).limit(MOVED).with_for_update(skip_locked=True)
+        moved = connection.execute(others).scalars().all()
+        connection.execute(update(_live).where(_live.c.id.in_(moved)).values(**_held(budget, now)))
+    if rows:
+        placements.end_asked(connection, rows[0].worker_id, rows, now)
 
 
 def _held(budget: OrgBudget, now: datetime) -> dict[str, object]:

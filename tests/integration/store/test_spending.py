@@ -21,6 +21,7 @@ from worker.model.runs.budgets import wait_of
 from worker.model.runs.run import AdmittedRun, NewStep, RunStep
 from worker.model.runs.waits import NewWait, WaitKind
 from worker.operations import budgets as operations_budgets
+from worker.operations.runs import cancel
 from worker.store import budgets, spending, tables
 from worker.store.database import Database
 from worker.store.lists import usage
@@ -251,6 +252,22 @@ def test_a_budget_of_runs_holds_the_others_without_stopping_any(stock: Stock):
     ] * 2
     assert admit(store) == []
     assert used(stock, org_id, "runs") == [3]
+
+
+def test_a_run_that_is_cancelled_as_a_budget_holds_it_back_does_not_wait_for_it(stock: Stock):
+    """It was running when it was asked to stop, and the budget may keep it waiting for weeks."""
+    org_id = stock.org()
+    add_budget(stock, org_id, "runs", 1)
+    definition = stock.definition(org_id)
+    stock.put(*(stock.run(org_id, definition) for _ in range(2)))
+    [one, two] = stock.admit(stock.worker())
+    cancel(stock.database, two.id, actor="ada")
+
+    starting, _ = stock.within(spending.hold_back, [one, two])
+
+    assert starting == [one]
+    assert (stock.stored(two.id)["state"], stock.stored(two.id)["reason"]) == ("cancelled", "requested")
+    assert used(stock, org_id, "runs") == [1]
 
 
 def test_a_run_is_counted_at_its_first_admission_only(stock: Stock):

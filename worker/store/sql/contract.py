@@ -87,6 +87,7 @@ class AbandonedRun:
     attempt: int
     failures: int
     recoveries: int
+    parent_id: RunId | None
     started_at: datetime
 
 

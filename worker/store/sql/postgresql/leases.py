@@ -67,7 +67,7 @@ WHERE o.id IS NOT NULL AND (w.id IS NULL OR w.ended_at IS NOT NULL) AND o.id IS 
 
 ABANDONED = """
 SELECT id, org_id, definition_id, revision, handler, worker_id, fencing_token, attempt, failures, recoveries,
-       started_at
+       parent_id, started_at
 FROM live_runs
 WHERE worker_id = ANY(%s::uuid[])
 ORDER BY id LIMIT %s FOR UPDATE SKIP LOCKED

@@ -46,7 +46,7 @@ END_HOSTS = f"{END} AND lease_until < ? AND host_id IS NOT NULL"
 
 ABANDONED = """
 SELECT l.id, l.org_id, l.definition_id, l.revision, l.handler, l.worker_id, l.fencing_token, l.attempt,
-       l.failures, l.recoveries, l.started_at
+       l.failures, l.recoveries, l.parent_id, l.started_at
 FROM live_runs l INDEXED BY ix_live_runs_running_org_id
 LEFT JOIN workers w ON w.id = l.worker_id
 WHERE l.state = 'running' AND (w.id IS NULL OR w.ended_at IS NOT NULL) AND l.worker_id <> ?
